@@ -1,0 +1,71 @@
+"""Errors that a user, a disk or a foreign file causes. Each says what was found, what was expected, what to do next.
+
+``exit_code`` is what a command returns: 1 = the work failed or something was found wrong, 2 = wrong usage.
+Programmer mistakes stay ``assert``; nothing here is raised for those.
+"""
+
+from __future__ import annotations
+
+
+class DsparkError(Exception):
+    """Base of every error that a command turns into one line on stderr and an exit code."""
+
+    exit_code = 1
+
+
+class UsageError(DsparkError):
+    """The flags, or a file that the user wrote, are not what the command takes."""
+
+    exit_code = 2
+
+
+class CacheError(DsparkError):
+    """A store cannot be used as it stands."""
+
+
+class NotACacheError(CacheError):
+    """The folder is missing, or is not a dspark store."""
+
+    exit_code = 2
+
+
+class FormatVersionError(CacheError):
+    """The store was written in a format version this release does not read."""
+
+
+class IncompleteCacheError(CacheError):
+    """The dump of this store has not finished."""
+
+
+class DamagedCacheError(CacheError):
+    """Bytes on disk are not the bytes that were written. The message names file and chunk."""
+
+
+class MismatchError(CacheError):
+    """Two things that must belong together do not: cache and target, checkpoint and cache, resume and plan."""
+
+
+class ExistsError(CacheError):
+    """The output exists; nothing is overwritten without being asked."""
+
+    exit_code = 2
+
+
+class StoreWriteError(CacheError):
+    """A part could not be written (disk full, no permission). Parts committed before it are whole."""
+
+
+class DataError(DsparkError):
+    """A row of the corpus is malformed. The message names file and line."""
+
+
+class EngineError(DsparkError):
+    """The target could not be run, or its states failed the self-check."""
+
+
+class TrainError(DsparkError):
+    """Training cannot start or cannot go on (no supervised target, non-finite loss)."""
+
+
+class DraftError(DsparkError):
+    """A draft folder is not one that can be scored or served."""

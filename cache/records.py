@@ -1,0 +1,81 @@
+"""What flows between the stages: samples of token ids, a loss mask and hidden states. No I/O here.
+
+Legend: S tokens of one sample, L aux layers, H hidden size, M rows of the last state that are stored.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+KEY_BYTES = 16
+
+Int32 = npt.NDArray[np.int32]
+Bool = npt.NDArray[np.bool_]
+Float32 = npt.NDArray[np.float32]
+# A coded field: array name -> array whose first axis is the token (aux: S rows, last: M rows).
+Coded = dict[str, npt.NDArray[np.generic]]
+
+
+def last_rows(loss_mask: Bool) -> Bool:
+    """Which positions ``p`` of one sample have their last state stored: ``loss_mask[p] and loss_mask[p+1]``.
+
+    These are exactly the positions that can be an anchor or a slot's target distribution (slot ``k`` of anchor
+    ``a`` needs the state at ``a+k`` and is counted only while ``x[a+k+1]`` and all before it are supervised).
+    Returns bool[S]; the last position is never set.
+    """
+    out = np.zeros(loss_mask.shape, dtype=np.bool_)
+    out[:-1] = loss_mask[:-1] & loss_mask[1:]
+    return out
+
+
+@dataclass(frozen=True, slots=True)
+class TokenSample:
+    """One row of the corpus as tokens; what an engine is given.
+
+    ``row``: number of the row in the source, 0-based. ``key``: KEY_BYTES bytes, a hash of the prompt, by which
+    validation is split (equal prompts fall on the same side). ``input_ids``: int32[S]. ``loss_mask``: bool[S], true where the token
+    itself is a label.
+    """
+
+    row: int
+    key: bytes
+    input_ids: Int32
+    loss_mask: Bool
+
+    def __post_init__(self) -> None:
+        assert len(self.key) == KEY_BYTES
+        assert self.input_ids.dtype == np.int32
+        assert self.loss_mask.dtype == np.bool_
+        assert self.input_ids.shape == self.loss_mask.shape
+
+
+@dataclass(frozen=True, slots=True)
+class CodedSample:
+    """A ``TokenSample`` with its states as the codec stores them; what the writer takes and the trainer reads.
+
+    ``aux``: arrays of S rows each. ``last``: arrays of M rows, M = ``last_rows(loss_mask).sum()``.
+    """
+
+    tokens: TokenSample
+    aux: Coded
+    last: Coded
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One decoded sample, as ``Cache.__getitem__`` returns it.
+
+    ``input_ids`` int32[S], ``loss_mask`` bool[S], ``aux`` float32[S, L, H], ``last`` float32[S, H] after the final
+    norm (rows that are not stored are zero), ``last_mask`` bool[S].
+    """
+
+    row: int
+    key: bytes
+    input_ids: Int32
+    loss_mask: Bool
+    aux: Float32
+    last: Float32
+    last_mask: Bool
