@@ -1,0 +1,39 @@
+"""vLLM plugin: masks reach the interpreter's loads and stores as bool.
+
+Its C++ part takes only numpy bool masks ("incompatible function arguments" otherwise); a mask computed with integer arithmetic
+in a kernel, or a 0/1 scalar argument, is an integer there.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+
+def _with_bool_mask(method: Callable[..., Any], handle: type) -> Callable[..., Any]:
+    signature = inspect.signature(method)
+
+    @wraps(method)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        bound = signature.bind(*args, **kwargs)
+        mask = bound.arguments["mask"]
+        bound.arguments["mask"] = handle(mask.data.astype(bool), mask.dtype)
+        return method(*bound.args, **bound.kwargs)
+
+    return call
+
+
+def apply() -> None:
+    """Entry point ``vllm.general_plugins``; vLLM may call it more than once in a process."""
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        return
+    from triton.runtime import interpreter
+
+    builder = interpreter.InterpreterBuilder
+    for name in ("create_masked_load", "create_masked_store"):
+        method = getattr(builder, name)
+        if not hasattr(method, "__wrapped__"):
+            setattr(builder, name, _with_bool_mask(method, interpreter.TensorHandle))
