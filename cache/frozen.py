@@ -1,0 +1,60 @@
+"""The target's frozen weights, kept beside the states so that no trainer ever loads the target.
+
+``target/model.safetensors`` holds ``embed_tokens.weight`` [V, H], ``norm.weight`` [H] and, unless tied, ``lm_head.weight`` [V, H].
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dspark.cache.errors import DamagedCacheError
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True, slots=True)
+class FrozenTarget:
+    """Embedding ``embed_tokens`` [V, H], final norm weight ``norm`` [H], output head ``lm_head`` [V, H]; ``tied``: the head is the embedding."""
+
+    embed_tokens: torch.Tensor
+    norm: torch.Tensor
+    lm_head: torch.Tensor
+    tied: bool
+
+    def save(self, path: Path) -> str:
+        """Write to ``path``; returns the file's sha256."""
+        from safetensors.torch import save_file
+
+        tensors = {"embed_tokens.weight": self.embed_tokens, "norm.weight": self.norm}
+        if not self.tied:
+            tensors["lm_head.weight"] = self.lm_head
+        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, path)
+        return file_sha256(path)
+
+    @classmethod
+    def load(cls, path: Path) -> FrozenTarget:
+        """Read what ``save`` wrote; tied weights share memory."""
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        try:
+            tensors = load_file(path)
+        except (OSError, SafetensorError) as error:
+            raise DamagedCacheError(f"{path}: the target's frozen weights cannot be read: {error}") from error
+        names = set(tensors)
+        tied = "lm_head.weight" not in names
+        expected = {"embed_tokens.weight", "norm.weight"} | (set() if tied else {"lm_head.weight"})
+        if names != expected:
+            raise DamagedCacheError(f"{path}: found tensors {sorted(names)}, expected {sorted(expected)}")
+        embed = tensors["embed_tokens.weight"]
+        return cls(embed, tensors["norm.weight"], embed if tied else tensors["lm_head.weight"], tied)
+
+
+def file_sha256(path: Path) -> str:
+    """Hex sha256 of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,92 @@
+"""Where everything lies in a store, and how many bytes it takes: pure functions, no I/O. docs/format.md says the same in prose.
+
+    hs.zarr/
+      zarr.json            Zarr v3 group; attributes.dspark = the manifest, sealed with a crc32c
+      target/              model.safetensors (frozen weights), config.json, tokenizer files
+      parts/00000000/      Zarr v3 group; attributes.dspark_part = the part's record, sealed
+        input_ids ...      one array each, one shard file each
+      index/               written when the dump finishes: where every sample lies
+
+Legend: T tokens of a part, N samples of a part, M stored last states of a part, L aux layers, H hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from dspark.cache.codec import ArraySpec, Codec
+
+ROOT_KEY = "dspark"
+PART_KEY = "dspark_part"
+INDEX_KEY = "dspark_index"
+PARTS, INDEX, TARGET = "parts", "index", "target"
+WEIGHTS = f"{TARGET}/model.safetensors"
+CONFIG = f"{TARGET}/config.json"
+
+# Tokens to a chunk of a state array. A random sample of S tokens reads about S + STATE_CHUNK of them, and each chunk costs a fixed
+# time to look up, check and decode; 128 keeps the over-read of a 1,000-token sample near 13 %.
+STATE_CHUNK = 128
+TOKEN_CHUNK = 4096  # of input_ids and loss_mask: 16 kB before compression
+
+
+@dataclass(frozen=True, slots=True)
+class StoredArray:
+    """One array of a part: ``shape``, ``dtype``, inner ``chunk`` along the first axis, byte-shuffle element size (0 = none)."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    chunk: int
+    shuffle: int
+
+
+def part_name(index: int) -> str:
+    return f"{index:08d}"
+
+
+def field_array(field: str, name: str) -> str:
+    """Name on disk of array ``name`` of field ``aux`` or ``last``."""
+    return f"{field}_{name}"
+
+
+def part_arrays(
+    tokens: int, samples: int, last_rows: int, layers: int, hidden: int, aux: Codec, last: Codec
+) -> list[StoredArray]:
+    """Every array of a part with T tokens, N samples and M stored last states."""
+    out = [
+        StoredArray("input_ids", (tokens,), "int32", TOKEN_CHUNK, 4),
+        StoredArray("loss_mask", (tokens,), "bool", TOKEN_CHUNK, 0),
+        StoredArray("sample_start", (samples + 1,), "int64", samples + 1, 8),
+        StoredArray("sample_last_start", (samples + 1,), "int64", samples + 1, 8),
+        StoredArray("sample_row", (samples,), "int64", samples, 8),
+        StoredArray("sample_key", (samples, 16), "uint8", samples, 0),
+    ]
+    out += [
+        _state(field_array("aux", n), (tokens, layers, s.width), s) for n, s in aux.arrays(hidden).items()
+    ]
+    out += [_state(field_array("last", n), (last_rows, s.width), s) for n, s in last.arrays(hidden).items()]
+    return out
+
+
+def _state(name: str, shape: tuple[int, ...], spec: ArraySpec) -> StoredArray:
+    # Packed codes have no byte structure to shuffle; 16-bit values do (exponent bytes repeat, mantissa bytes do not).
+    return StoredArray(name, shape, spec.dtype, STATE_CHUNK, 2 if spec.dtype in ("uint16", "float16") else 0)
+
+
+def raw_bytes_per_token(layers: int, hidden: int) -> int:
+    """The uncompressed bf16 layout that others use: ids 4 + two mask bytes, L aux layers and the last state at every token."""
+    return 6 + 2 * hidden * (layers + 1)
+
+
+def stored_bytes_per_token(
+    layers: int, hidden: int, aux: Codec, last: Codec, last_share: float = 1.0
+) -> float:
+    """Bytes of states a token before lossless compression; ``last_share`` = stored last states / tokens."""
+    a = layers * sum(s.row_bytes for s in aux.arrays(hidden).values())
+    b = sum(s.row_bytes for s in last.arrays(hidden).values())
+    return a + last_share * b
+
+
+def target_layer_ids(layers: Sequence[int]) -> list[int]:
+    return [i + 1 for i in layers]

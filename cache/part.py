@@ -1,0 +1,203 @@
+"""One part on disk: a Zarr group with one shard file an array, and a sealed record of what it holds.
+
+A part is written into a staging folder, fsynced and renamed: it is there whole or not at all. Its record lists every file with size and
+crc32c, so that a missing shard (which Zarr would read as zeros) and a foreign file are found without decoding anything.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import zarr
+import zarr.abc.codec
+from zarr.codecs import BloscCodec, Crc32cCodec, ZstdCodec
+
+from dspark.cache.codec import Codec
+from dspark.cache.disk import STAGING, clear_staging, commit_folder, write_errors
+from dspark.cache.errors import DamagedCacheError
+from dspark.cache.layout import PART_KEY, StoredArray, field_array, part_arrays, part_name
+from dspark.cache.manifest import Json, build, crc32c, sealed, unseal
+from dspark.cache.records import CodedSample, last_rows
+
+Array = np.ndarray[tuple[int, ...], np.dtype[Any]]
+ZSTD_LEVEL = 5
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PartRecord:
+    """What a committed part holds: source rows ``[row_start, row_stop)``, counts, and its files as ``[bytes, crc32c]``."""
+
+    index: int
+    row_start: int
+    row_stop: int
+    samples: int
+    tokens: int
+    supervised_tokens: int
+    last_rows: int
+    truncated: int
+    dropped: dict[str, int]
+    files: dict[str, list[int]]
+
+    def to_json(self) -> Json:
+        return dataclasses.asdict(self)
+
+
+def assemble(
+    samples: Sequence[CodedSample], layers: int, hidden: int, aux: Codec, last: Codec
+) -> dict[str, Array]:
+    """Concatenate samples along tokens into the arrays of a part (see ``layout.part_arrays``)."""
+    lengths = [s.tokens.input_ids.shape[0] for s in samples]
+    stored = [int(last_rows(s.tokens.loss_mask).sum()) for s in samples]
+    for s, rows in zip(samples, stored, strict=True):
+        for field, coded, n in (("aux", s.aux, s.tokens.input_ids.shape[0]), ("last", s.last, rows)):
+            for name, array in coded.items():
+                assert array.shape[0] == n, (
+                    f"row {s.tokens.row}: {field}_{name} has {array.shape[0]} rows, not {n}"
+                )
+    out: dict[str, Array] = {
+        "input_ids": np.concatenate([s.tokens.input_ids for s in samples]),
+        "loss_mask": np.concatenate([s.tokens.loss_mask for s in samples]),
+        "sample_start": np.cumsum([0, *lengths], dtype=np.int64),
+        "sample_last_start": np.cumsum([0, *stored], dtype=np.int64),
+        "sample_row": np.array([s.tokens.row for s in samples], dtype=np.int64),
+        "sample_key": np.frombuffer(b"".join(s.tokens.key for s in samples), dtype=np.uint8).reshape(-1, 16),
+    }
+    for name in aux.arrays(hidden):
+        out[field_array("aux", name)] = np.concatenate([s.aux[name] for s in samples])
+    for name in last.arrays(hidden):
+        out[field_array("last", name)] = np.concatenate([s.last[name] for s in samples])
+    for spec in part_arrays(sum(lengths), len(samples), sum(stored), layers, hidden, aux, last):
+        got = out[spec.name]
+        assert (got.shape, got.dtype) == (spec.shape, np.dtype(spec.dtype)), (spec, got.shape, got.dtype)
+    return out
+
+
+def write_part(
+    parts: Path,
+    index: int,
+    arrays: Mapping[str, Array],
+    specs: Sequence[StoredArray],
+    *,
+    row_start: int,
+    row_stop: int,
+    dropped: Mapping[str, int],
+    truncated: int,
+) -> PartRecord:
+    """Write and commit part ``index`` below ``parts``; returns its record. Raises StoreWriteError, leaving nothing."""
+    final = parts / part_name(index)
+    staged = parts / (STAGING + part_name(index))
+    clear_staging(parts)
+    with write_errors(final):
+        zarr.create_group(staged, zarr_format=3)
+        for spec in specs:
+            write_array(staged, spec, arrays[spec.name])
+        record = PartRecord(
+            index=index,
+            row_start=row_start,
+            row_stop=row_stop,
+            samples=arrays["sample_row"].shape[0],
+            tokens=arrays["input_ids"].shape[0],
+            supervised_tokens=int(arrays["loss_mask"].sum()),
+            last_rows=int(arrays["sample_last_start"][-1]),
+            truncated=truncated,
+            dropped=dict(dropped),
+            files={
+                name: list(size_crc(staged / name)) for name in sorted(_files(staged)) if name != "zarr.json"
+            },
+        )
+        write_attributes(staged, PART_KEY, sealed(record.to_json()))
+    commit_folder(staged, final)
+    return record
+
+
+def write_array(group: Path, spec: StoredArray, data: Array) -> None:
+    """Create array ``spec`` in ``group`` and fill it. One shard file; every inner chunk is compressed and carries a crc32c."""
+    # Blosc's threads may finish blocks in any order; one thread gives the same bytes every time.
+    import numcodecs.blosc
+
+    numcodecs.blosc.use_threads = False
+    chunk = max(1, min(spec.chunk, spec.shape[0]))
+    inner = (chunk, *spec.shape[1:])
+    shards = (-(-max(1, spec.shape[0]) // chunk) * chunk, *spec.shape[1:])
+    compressor: zarr.abc.codec.BytesBytesCodec = (
+        BloscCodec(cname="zstd", clevel=ZSTD_LEVEL, shuffle="shuffle", typesize=spec.shuffle)
+        if spec.shuffle
+        else ZstdCodec(level=ZSTD_LEVEL)
+    )
+    array = zarr.create_array(
+        group,
+        name=spec.name,
+        shape=spec.shape,
+        dtype=spec.dtype,
+        chunks=inner,
+        shards=shards,
+        compressors=[compressor, Crc32cCodec()],
+        fill_value=0,
+        zarr_format=3,
+        config={"write_empty_chunks": True},  # so that a chunk that is not there is always damage
+    )
+    if spec.shape[0]:
+        array[...] = data
+
+
+def read_record(part: Path) -> PartRecord:
+    """The sealed record of a committed part."""
+    where = str(part / "zarr.json")
+    record = build(PartRecord, unseal(read_attributes(part).get(PART_KEY), where), where)
+    if part_name(record.index) != part.name:
+        raise DamagedCacheError(f"{where}: the record is of part {record.index}, the folder is {part.name}")
+    return record
+
+
+def missing_files(part: Path, record: PartRecord) -> Iterator[str]:
+    """A finding for each file of the part that is missing or has another size. Reads no data."""
+    for name, (size, _) in record.files.items():
+        try:
+            found = os.stat(part / name).st_size
+        except OSError as error:
+            yield f"{part / name}: {error.strerror}, expected {size} bytes"
+            continue
+        if found != size:
+            yield f"{part / name}: found {found} bytes, expected {size}"
+
+
+def read_attributes(group: Path) -> dict[str, Any]:
+    """The attributes of a Zarr group, read from its zarr.json."""
+    path = group / "zarr.json"
+    try:
+        data = json.loads(path.read_bytes())
+    except OSError as error:
+        raise DamagedCacheError(f"{path}: {error.strerror}") from error
+    except ValueError as error:
+        raise DamagedCacheError(f"{path}: not JSON: {error}") from error
+    attributes = data.get("attributes") if isinstance(data, dict) else None
+    if not isinstance(attributes, dict):
+        raise DamagedCacheError(f"{path}: no Zarr v3 group metadata found")
+    return attributes
+
+
+def write_attributes(group: Path, key: str, value: Json) -> None:
+    """(Re)write a Zarr v3 group's metadata with one attribute, in place; the caller commits."""
+    data = {"zarr_format": 3, "node_type": "group", "attributes": {key: value}}
+    (group / "zarr.json").write_text(json.dumps(data, indent=1, ensure_ascii=False))
+
+
+def size_crc(path: Path) -> tuple[int, int]:
+    """Size in bytes and crc32c of a file."""
+    size = crc = 0
+    with open(path, "rb") as file:
+        while block := file.read(1 << 22):
+            size += len(block)
+            crc = crc32c(block, crc)
+    return size, crc
+
+
+def _files(root: Path) -> list[str]:
+    return [p.relative_to(root).as_posix() for p in root.rglob("*") if p.is_file()]

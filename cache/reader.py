@@ -1,0 +1,262 @@
+"""Reading a store: ``open(path)`` -> ``Cache``, random access by sample index.
+
+Nothing is read before it is asked for; a ``Cache`` is cheap to pickle, so each loader worker opens its own files and shares no
+lock with another. Every chunk's crc32c is checked as it is read; a missing or damaged one raises DamagedCacheError naming part and array.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import zarr
+
+from dspark.cache.codec import codec_from
+from dspark.cache.errors import DamagedCacheError, IncompleteCacheError, NotACacheError
+from dspark.cache.frozen import FrozenTarget
+from dspark.cache.index import PART_ARRAYS, build_index
+from dspark.cache.layout import (
+    INDEX,
+    INDEX_KEY,
+    PARTS,
+    ROOT_KEY,
+    TARGET,
+    WEIGHTS,
+    field_array,
+    part_name,
+)
+from dspark.cache.manifest import Manifest, sealed, unseal
+from dspark.cache.part import Array, PartRecord, missing_files, read_attributes, read_record
+from dspark.cache.records import CodedSample, Sample, TokenSample, last_rows
+
+if TYPE_CHECKING:
+    from dspark.cache.records import Coded
+
+OPEN_PARTS = 256  # array handles of this many parts are kept; each is a few kB
+
+
+def read_manifest(path: str | Path) -> Manifest:
+    """The manifest of the store at ``path``. Refuses, by name, a folder that is not a store and a version it does not know."""
+    path = Path(path)
+    if not path.exists():
+        raise NotACacheError(
+            f"{path}: no such folder. dspark-dump writes one: dspark-dump --model MODEL --data FILE --output {path}"
+        )
+    if not (path / "zarr.json").is_file():
+        raise NotACacheError(f"{path}: not a dspark store (no zarr.json in it)")
+    attributes = read_attributes(path)
+    if ROOT_KEY not in attributes:
+        raise NotACacheError(
+            f"{path}: a Zarr folder, but not a dspark store (its attributes are {sorted(attributes)})"
+        )
+    where = str(path / "zarr.json")
+    data = attributes[ROOT_KEY]
+    if isinstance(data, dict) and data.get("format_version") != 1:
+        return Manifest.from_json(
+            data, where
+        )  # says which version it found before the checksum rule of ours is applied
+    return Manifest.from_json(unseal(data, where), where)
+
+
+def open(path: str | Path, *, allow_incomplete: bool = False) -> Cache:
+    """Open the store at ``path`` for reading.
+
+    Raises NotACacheError, FormatVersionError, DamagedCacheError, or IncompleteCacheError unless ``allow_incomplete``.
+    """
+    path = Path(path)
+    manifest = read_manifest(path)
+    if not manifest.complete and not allow_incomplete:
+        parts = sum(1 for p in (path / PARTS).glob("[0-9]*"))
+        raise IncompleteCacheError(
+            f"{path}: the dump has not finished ({parts} parts so far). Run the same dspark-dump command with --resume."
+        )
+    return Cache(path, manifest)
+
+
+class Cache:
+    """A store opened for reading: ``len(cache)`` samples, ``cache[i]`` decoded, ``cache.read(i)`` as stored."""
+
+    def __init__(self, path: Path, manifest: Manifest) -> None:
+        self.path = path
+        self.manifest = manifest
+        self.aux_codec = codec_from(manifest.aux, str(path))
+        self.last_codec = codec_from(manifest.last, str(path))
+        self._open: OrderedDict[int, dict[str, zarr.Array[Any]]] = OrderedDict()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"path": self.path, "manifest": self.manifest}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(state["path"], state["manifest"])  # type: ignore[misc]
+
+    # -- where everything is ---------------------------------------------------------------------------------------------
+
+    @cached_property
+    def index(self) -> dict[str, Array]:
+        """The arrays of ``dspark.cache.index``; from ``index/`` or, while incomplete, from the parts."""
+        if not self.manifest.complete:
+            return self._scan()
+        where = str(self.path / INDEX)
+        self._part_crc = unseal(read_attributes(self.path / INDEX).get(INDEX_KEY), where)["part_crc32c"]
+        try:
+            group = zarr.open_group(self.path / INDEX, mode="r")
+            index = {name: np.asarray(group[name][...]) for name in group.array_keys()}  # type: ignore[index]
+        except Exception as error:
+            raise DamagedCacheError(f"{where}: the sample index cannot be read: {error}") from error
+        counts = self.manifest.counts
+        found = (
+            int(index["sample_start"][-1]),
+            int(index["sample_last_start"][-1]),
+            index["sample_row"].shape[0],
+        )
+        if found != (counts.tokens, counts.last_rows, counts.samples):
+            raise DamagedCacheError(
+                f"{where}: holds (tokens, last rows, samples) = {found}, the manifest counts {(counts.tokens, counts.last_rows, counts.samples)}"
+            )
+        return index
+
+    def _scan(self) -> dict[str, Array]:
+        folders = sorted(p.name for p in (self.path / PARTS).glob("[0-9]*") if p.is_dir())
+        for i, name in enumerate(folders):
+            if name != part_name(i):
+                missing = self.path / PARTS / part_name(i)
+                raise DamagedCacheError(f"{missing} is missing. Run dspark-dump --resume to write it again.")
+        whole = slice(0, None)
+        return build_index({n: self._read(i, n, whole) for n in PART_ARRAYS} for i in range(len(folders)))
+
+    def __len__(self) -> int:
+        return int(self.index["sample_row"].shape[0])
+
+    @property
+    def lengths(self) -> Array:
+        """Tokens of each sample, int64[N]."""
+        return np.diff(self.index["sample_start"])
+
+    @property
+    def parts(self) -> int:
+        return int(self.index["part_first_sample"].shape[0]) - 1
+
+    # -- samples ---------------------------------------------------------------------------------------------------------
+
+    def _locate(self, i: int) -> tuple[int, slice, slice]:
+        """Part of sample ``i`` and its token and last-state ranges within that part."""
+        n = len(self)
+        if not -n <= i < n:
+            raise IndexError(f"sample {i} of {n}")
+        i %= n
+        first = self.index["part_first_sample"]
+        part = int(np.searchsorted(first, i, side="right")) - 1
+        out = []
+        for name in ("sample_start", "sample_last_start"):
+            at = self.index[name]
+            base = int(at[first[part]])
+            out.append(slice(int(at[i]) - base, int(at[i + 1]) - base))
+        return part, out[0], out[1]
+
+    def tokens(self, i: int) -> TokenSample:
+        """Sample ``i`` without its states: reads ids and mask only."""
+        part, span, _ = self._locate(i)
+        return TokenSample(
+            row=int(self.index["sample_row"][i]),
+            key=self.index["sample_key"][i].tobytes(),
+            input_ids=self._read(part, "input_ids", span),
+            loss_mask=self._read(part, "loss_mask", span),
+        )
+
+    def read(self, i: int) -> CodedSample:
+        """Sample ``i`` as stored: codes, to be decoded where they are needed (``aux_codec.decode``)."""
+        part, span, last = self._locate(i)
+        tokens = self.tokens(i)
+        hidden = self.manifest.target.hidden_size
+        aux: Coded = {n: self._read(part, field_array("aux", n), span) for n in self.aux_codec.arrays(hidden)}
+        stored: Coded = {
+            n: self._read(part, field_array("last", n), last) for n in self.last_codec.arrays(hidden)
+        }
+        return CodedSample(tokens, aux, stored)
+
+    def __getitem__(self, i: int) -> Sample:
+        import torch
+
+        coded = self.read(i)
+        hidden = self.manifest.target.hidden_size
+        ids, mask = coded.tokens.input_ids, coded.tokens.loss_mask
+        rows = last_rows(mask)
+        last = np.zeros((ids.shape[0], hidden), dtype=np.float32)
+        last[rows] = (
+            self.last_codec.decode({n: torch.from_numpy(a) for n, a in coded.last.items()}, hidden)
+            .float()
+            .numpy()
+        )
+        aux = (
+            self.aux_codec.decode({n: torch.from_numpy(a) for n, a in coded.aux.items()}, hidden)
+            .float()
+            .numpy()
+        )
+        return Sample(coded.tokens.row, coded.tokens.key, ids, mask, aux, last, rows)
+
+    def __iter__(self) -> Iterator[Sample]:
+        return (self[i] for i in range(len(self)))
+
+    @cached_property
+    def target(self) -> FrozenTarget:
+        """The target's frozen weights: ``embed_tokens`` [V, H], ``norm`` [H], ``lm_head`` [V, H] (tied ones share memory)."""
+        weights = FrozenTarget.load(self.path / WEIGHTS)
+        shape = (self.manifest.target.vocab_size, self.manifest.target.hidden_size)
+        if tuple(weights.embed_tokens.shape) != shape:
+            raise DamagedCacheError(
+                f"{self.path / WEIGHTS}: embed_tokens is {tuple(weights.embed_tokens.shape)}, the manifest says {shape}"
+            )
+        return weights
+
+    @property
+    def target_files(self) -> Path:
+        """Folder with the target's config and tokenizer files."""
+        return self.path / TARGET
+
+    # -- arrays ----------------------------------------------------------------------------------------------------------
+
+    def record(self, part: int) -> PartRecord:
+        """The sealed record of part ``part``; checked against the index's checksum of it."""
+        record = read_record(self.path / PARTS / part_name(part))
+        if self.manifest.complete:
+            _ = self.index
+            if sealed(record.to_json())["crc32c"] != self._part_crc[part]:
+                raise DamagedCacheError(
+                    f"{self.path / PARTS / part_name(part)}: not the part that this store's index was written for"
+                )
+        return record
+
+    def _arrays(self, part: int) -> dict[str, zarr.Array[Any]]:
+        if part in self._open:
+            self._open.move_to_end(part)
+            return self._open[part]
+        folder = self.path / PARTS / part_name(part)
+        for finding in missing_files(folder, self.record(part)):
+            raise DamagedCacheError(f"{finding}. Run dspark-tools verify {self.path}")
+        try:
+            group = zarr.open_group(folder, mode="r")
+            arrays = {name: group[name] for name in group.array_keys()}
+        except Exception as error:
+            raise DamagedCacheError(f"{folder}: cannot be opened: {error}") from error
+        self._open[part] = arrays  # type: ignore[assignment]
+        if len(self._open) > OPEN_PARTS:
+            self._open.popitem(last=False)
+        return self._open[part]
+
+    def _read(self, part: int, name: str, span: slice) -> Any:
+        array = self._arrays(part).get(name)
+        if array is None:
+            raise DamagedCacheError(f"{self.path / PARTS / part_name(part)}: no array {name!r} in it")
+        try:
+            return np.asarray(array[span])
+        except (
+            Exception
+        ) as error:  # zarr, blosc and zstd raise different things for a bad chunk; all of them mean damage
+            raise DamagedCacheError(
+                f"{self.path / PARTS / part_name(part) / name}: tokens {span.start}-{span.stop} cannot be read: {error}. "
+                f"Run dspark-tools verify {self.path}"
+            ) from error

@@ -1,0 +1,257 @@
+"""Writing a store: create or resume, commit parts in any order, finish. Append-only; a committed part is never touched again.
+
+A store whose process died has the parts that were committed and nothing else that a reader would take for data. ``resume`` refuses a run
+that would not write the same store (another target, layers, bits, corpus, length), naming every difference.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+import zarr
+
+from dspark.cache.codec import codec_from
+from dspark.cache.disk import STAGING, clear_staging, commit_folder, write_errors, write_file
+from dspark.cache.errors import DamagedCacheError, ExistsError, MismatchError
+from dspark.cache.frozen import FrozenTarget
+from dspark.cache.index import PART_ARRAYS, build_index, index_specs
+from dspark.cache.layout import (
+    CONFIG,
+    INDEX,
+    INDEX_KEY,
+    PARTS,
+    ROOT_KEY,
+    TARGET,
+    WEIGHTS,
+    part_arrays,
+    part_name,
+)
+from dspark.cache.manifest import Counts, Json, Manifest, sealed
+from dspark.cache.part import (
+    Array,
+    PartRecord,
+    assemble,
+    missing_files,
+    read_record,
+    write_array,
+    write_attributes,
+    write_part,
+)
+from dspark.cache.reader import read_manifest
+from dspark.cache.records import CodedSample
+
+
+class StoreWriter:
+    """One writer a store. ``committed``: part index -> record, of the parts that are on disk."""
+
+    def __init__(self, path: Path, manifest: Manifest, committed: dict[int, PartRecord]) -> None:
+        self.path = path
+        self.manifest = manifest
+        self.committed = committed
+        self._aux = codec_from(manifest.aux, str(path))
+        self._last = codec_from(manifest.last, str(path))
+
+    @classmethod
+    def create(
+        cls,
+        path: str | Path,
+        manifest: Manifest,
+        target: FrozenTarget,
+        files: Mapping[str, bytes],
+        *,
+        overwrite: bool = False,
+    ) -> StoreWriter:
+        """Begin a new store. ``files``: small files kept under ``target/`` (tokenizer, chat template).
+
+        Raises ExistsError when ``path`` exists, unless ``overwrite``.
+        """
+        path = Path(path)
+        if path.exists():
+            if not overwrite:
+                raise ExistsError(
+                    f"{path} exists. Use --resume to go on with it, --overwrite to replace it, or another --output."
+                )
+            if not (path / "zarr.json").is_file() or not (path / PARTS).is_dir():
+                raise ExistsError(
+                    f"{path} exists and is not a dspark store: it is not overwritten. Choose another --output."
+                )
+        staged = path.with_name(STAGING + path.name)
+        with write_errors(path):
+            if staged.exists():
+                shutil.rmtree(staged)
+            (staged / TARGET).mkdir(parents=True)
+            sha = target.save(staged / WEIGHTS)
+            manifest = dataclasses.replace(
+                manifest, target=dataclasses.replace(manifest.target, weights_sha256=sha)
+            )
+            (staged / CONFIG).write_text(json.dumps(manifest.target.config, indent=1, sort_keys=True))
+            for name, data in files.items():
+                (staged / TARGET / name).write_bytes(data)
+            zarr.create_group(staged / PARTS, zarr_format=3)
+            write_attributes(staged, ROOT_KEY, sealed(manifest.to_json()))
+            if path.exists():
+                shutil.rmtree(path)
+        commit_folder(staged, path)
+        return cls(path, manifest, {})
+
+    @classmethod
+    def resume(cls, path: str | Path, manifest: Manifest) -> StoreWriter:
+        """Go on with the store at ``path``. Raises MismatchError unless ``manifest`` plans the same store.
+
+        A committed part whose files are missing or cut short raises DamagedCacheError: ``dspark-tools verify --drop-damaged`` removes
+        such parts, and the next ``--resume`` writes them again.
+        """
+        path = Path(path)
+        found = read_manifest(path)
+        # The weights' hash is known only once they are written: it is the store's own, and create() filled it in.
+        manifest = dataclasses.replace(
+            manifest, target=dataclasses.replace(manifest.target, weights_sha256=found.target.weights_sha256)
+        )
+        found.same_plan(manifest, str(path))
+        clear_staging(path)
+        clear_staging(path / PARTS)
+        committed = scan_parts(path)
+        for index, record in committed.items():
+            for finding in missing_files(path / PARTS / part_name(index), record):
+                raise DamagedCacheError(f"{finding}. Run: dspark-tools verify --drop-damaged {path}")
+        return cls(path, found, committed)
+
+    def commit(
+        self,
+        index: int,
+        samples: Sequence[CodedSample],
+        *,
+        row_start: int,
+        row_stop: int,
+        dropped: Mapping[str, int],
+        truncated: int,
+    ) -> PartRecord:
+        """Write part ``index`` (source rows ``[row_start, row_stop)``) durably. Synchronous; nothing is left when it raises."""
+        assert samples, "a part holds at least one sample"
+        assert index not in self.committed
+        before, after = self.committed.get(index - 1), self.committed.get(index + 1)
+        if (before and before.row_stop != row_start) or (after and after.row_start != row_stop):
+            raise MismatchError(
+                f"{self.path}: part {index} would cover source rows {row_start}-{row_stop}, but its neighbours end at "
+                f"{before and before.row_stop} and begin at {after and after.row_start}: "
+                "the corpus is not the one the store was begun with."
+            )
+        m = self.manifest
+        layers, hidden = len(m.layers), m.target.hidden_size
+        arrays = assemble(samples, layers, hidden, self._aux, self._last)
+        specs = part_arrays(
+            arrays["input_ids"].shape[0],
+            len(samples),
+            int(arrays["sample_last_start"][-1]),
+            layers,
+            hidden,
+            self._aux,
+            self._last,
+        )
+        record = write_part(
+            self.path / PARTS,
+            index,
+            arrays,
+            specs,
+            row_start=row_start,
+            row_stop=row_stop,
+            dropped=dropped,
+            truncated=truncated,
+        )
+        self.committed[index] = record
+        return record
+
+    def finish(
+        self,
+        *,
+        rows_read: int,
+        dropped: Mapping[str, int] | None = None,
+        truncated: int = 0,
+        quality: Json | None = None,
+    ) -> Manifest:
+        """Write the sample index and mark the store complete. ``dropped``/``truncated``: of the rows after the last part."""
+        records = [self.committed[i] for i in sorted(self.committed)]
+        assert [r.index for r in records] == list(range(len(records))), (
+            "finish() before all parts were committed"
+        )
+        total: Counter[str] = Counter(dropped or {})
+        for record in records:
+            total.update(record.dropped)
+        counts = Counts(
+            parts=len(records),
+            samples=sum(r.samples for r in records),
+            tokens=sum(r.tokens for r in records),
+            supervised_tokens=sum(r.supervised_tokens for r in records),
+            last_rows=sum(r.last_rows for r in records),
+            rows_read=rows_read,
+            truncated=truncated + sum(r.truncated for r in records),
+            dropped=dict(sorted(total.items())),
+        )
+        write_index(self.path, records)
+        self.manifest = dataclasses.replace(
+            self.manifest, counts=counts, complete=True, quality=quality or {}
+        )
+        self._write_manifest()
+        return self.manifest
+
+    def reopen(self) -> None:
+        """Mark the store incomplete again (a damaged part was removed and will be written anew)."""
+        self.manifest = dataclasses.replace(self.manifest, complete=False)
+        self._write_manifest()
+
+    def _write_manifest(self) -> None:
+        data = {
+            "zarr_format": 3,
+            "node_type": "group",
+            "attributes": {ROOT_KEY: sealed(self.manifest.to_json())},
+        }
+        write_file(self.path / "zarr.json", json.dumps(data, indent=1, ensure_ascii=False).encode())
+
+    def close(self) -> None:
+        """Nothing is held open between commits; here so that a writer can be used in a ``with``."""
+
+    def __enter__(self) -> StoreWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def scan_parts(path: Path) -> dict[int, PartRecord]:
+    """The records of every committed part, by index."""
+    names = sorted(p.name for p in (path / PARTS).iterdir() if p.is_dir() and not p.name.startswith(STAGING))
+    out = {}
+    for name in names:
+        record = read_record(path / PARTS / name)
+        out[record.index] = record
+    return out
+
+
+def write_index(path: Path, records: Sequence[PartRecord]) -> None:
+    """Write ``index/``, so that opening a large store reads a few files and not a folder a part."""
+
+    def arrays(record: PartRecord) -> dict[str, Array]:
+        group = zarr.open_group(path / PARTS / part_name(record.index), mode="r")
+        return {name: np.asarray(group.get(name)) for name in PART_ARRAYS}
+
+    index = build_index(arrays(record) for record in records)
+    staged = path / (STAGING + INDEX)
+    clear_staging(path)
+    with write_errors(path / INDEX):
+        zarr.create_group(staged, zarr_format=3)
+        for spec in index_specs(index):
+            write_array(staged, spec, index[spec.name])
+        body = {"part_crc32c": [sealed(r.to_json())["crc32c"] for r in records]}
+        write_attributes(staged, INDEX_KEY, sealed(body))
+        if (path / INDEX).exists():
+            shutil.rmtree(path / INDEX)
+    commit_folder(staged, path / INDEX)

@@ -1,0 +1,262 @@
+"""A store written and read back; what a reader refuses; what damage verify names."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import zarr
+
+import dspark.cache
+import stores
+from dspark.cache import errors
+from dspark.cache.manifest import sealed
+from dspark.cache.records import last_rows
+from dspark.cache.verify import drop_damaged, verify
+from dspark.cache.writer import StoreWriter
+
+LENGTHS = [50, 3, 120, 77, 260, 9, 150, 31]
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Path:
+    stores.write_store(tmp_path / "hs.zarr", LENGTHS)
+    return tmp_path / "hs.zarr"
+
+
+def test_samples_come_back_exactly(store: Path) -> None:
+    cache = dspark.cache.open(store)
+    samples = stores.token_samples(LENGTHS)
+    assert len(cache) == len(samples)
+    for i in np.random.default_rng(1).permutation(len(samples)):
+        want, got = samples[i], cache[int(i)]
+        aux, last = stores.states(want)
+        rows = last_rows(want.loss_mask)
+        np.testing.assert_array_equal(got.input_ids, want.input_ids)
+        np.testing.assert_array_equal(got.loss_mask, want.loss_mask)
+        np.testing.assert_array_equal(got.last_mask, rows)
+        np.testing.assert_array_equal(got.aux, aux.numpy())
+        np.testing.assert_array_equal(got.last[rows], last.numpy())
+        assert not got.last[~rows].any()
+        assert (got.row, got.key) == (want.row, want.key)
+        assert got.aux.dtype == np.float32
+        assert got.input_ids.dtype == np.int32
+    assert cache.manifest.counts.samples == len(samples)
+    assert cache.manifest.counts.tokens == sum(LENGTHS)
+
+
+def test_last_rows_truth_table() -> None:
+    #        supervised run   single    at the end
+    mask = [0, 1, 1, 1, 0, 0, 1, 0, 0, 1, 1]
+    want = [0, 1, 1, 0, 0, 0, 0, 0, 0, 1, 0]
+    np.testing.assert_array_equal(last_rows(np.array(mask, np.bool_)), np.array(want, np.bool_))
+
+
+def test_a_foreign_zarr_reader_sees_the_documented_arrays(store: Path) -> None:
+    """docs/format.md alone: plain zarr, the attributes, bf16 bits widened by hand."""
+    root = zarr.open_group(store, mode="r")
+    attributes = json.loads(json.dumps(root.attrs.asdict()))["dspark"]
+    assert attributes["format_version"] == 1
+    assert attributes["target_layer_ids"] == [i + 1 for i in attributes["layers"]]
+    part = zarr.open_group(store / "parts" / "00000001", mode="r")
+    start = np.asarray(part.get("sample_start"))
+    bits = np.asarray(part.get("aux_code"))[start[0] : start[1]].astype(np.uint32) << 16
+    first = zarr.open_group(store / "index", mode="r").get("part_first_sample")
+    sample = dspark.cache.open(store)[int(np.asarray(first)[1])]
+    np.testing.assert_array_equal(bits.view(np.float32), sample.aux)
+
+
+def test_a_cache_pickles_and_target_is_tied(store: Path) -> None:
+    cache = pickle.loads(pickle.dumps(dspark.cache.open(store)))
+    assert cache.target.lm_head.data_ptr() == cache.target.embed_tokens.data_ptr()
+    np.testing.assert_array_equal(cache.target.embed_tokens.numpy(), stores.frozen().embed_tokens.numpy())
+    with pytest.raises(IndexError):
+        cache[len(LENGTHS)]
+
+
+def test_writing_twice_gives_the_same_bytes(store: Path, tmp_path: Path) -> None:
+    stores.write_store(tmp_path / "b.zarr", LENGTHS)
+    files = sorted(p.relative_to(store) for p in store.rglob("*") if p.is_file())
+    assert files == sorted(
+        p.relative_to(tmp_path / "b.zarr") for p in (tmp_path / "b.zarr").rglob("*") if p.is_file()
+    )
+    for name in files:
+        assert (store / name).read_bytes() == (tmp_path / "b.zarr" / name).read_bytes(), name
+
+
+def test_resume_after_losing_any_part_gives_the_same_store(store: Path) -> None:
+    before = {p.relative_to(store): p.read_bytes() for p in store.rglob("*") if p.is_file()}
+    m = stores.manifest()
+    parts = stores.parts_of(stores.token_samples(LENGTHS), m.dump.part_tokens)
+    report = verify(store)
+    assert report.ok
+    report.findings.append("pretend")
+    report.damaged = {"00000001"}
+    assert drop_damaged(store, report) == ["00000001"]
+    with pytest.raises(errors.IncompleteCacheError, match="--resume"):
+        dspark.cache.open(store)
+    with StoreWriter.resume(store, m) as writer:
+        assert 1 not in writer.committed
+        part = parts[1]
+        writer.commit(
+            1,
+            [stores.coded(s, m) for s in part],
+            row_start=part[0].row,
+            row_stop=part[-1].row + 1,
+            dropped={},
+            truncated=0,
+        )
+        writer.finish(rows_read=len(LENGTHS))
+    after = {p.relative_to(store): p.read_bytes() for p in store.rglob("*") if p.is_file()}
+    assert after == before
+
+
+def test_resume_refuses_another_plan_and_names_each_difference(store: Path) -> None:
+    other = stores.manifest(layers=[0, 2, 4])
+    with pytest.raises(
+        errors.MismatchError, match=r"layers: store has \[1, 2, 4\], this run has \[0, 2, 4\]"
+    ):
+        StoreWriter.resume(store, other)
+    dump = dataclasses.replace(stores.manifest().dump, seq_length=99)
+    with pytest.raises(errors.MismatchError, match=r"dump.seq_length: store has 256, this run has 99"):
+        StoreWriter.resume(store, stores.manifest(dump=dump))
+
+
+def test_refusals_by_name(tmp_path: Path, store: Path) -> None:
+    with pytest.raises(errors.NotACacheError, match="no such folder"):
+        dspark.cache.open(tmp_path / "nothing")
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(errors.NotACacheError, match="no zarr.json"):
+        dspark.cache.open(tmp_path / "folder")
+    zarr.create_group(tmp_path / "foreign")
+    with pytest.raises(errors.NotACacheError, match="not a dspark store"):
+        dspark.cache.open(tmp_path / "foreign")
+    with pytest.raises(errors.ExistsError, match="--resume"):
+        StoreWriter.create(store, stores.manifest(), stores.frozen(), {})
+    with pytest.raises(errors.ExistsError, match="not overwritten"):
+        StoreWriter.create(tmp_path / "folder", stores.manifest(), stores.frozen(), {}, overwrite=True)
+    stores.write_store(tmp_path / "half.zarr", LENGTHS, finish=False)
+    with pytest.raises(errors.IncompleteCacheError, match="has not finished"):
+        dspark.cache.open(tmp_path / "half.zarr")
+    half = dspark.cache.open(tmp_path / "half.zarr", allow_incomplete=True)
+    assert len(half) == len(LENGTHS)
+    np.testing.assert_array_equal(half[4].input_ids, stores.token_samples(LENGTHS)[4].input_ids)
+
+
+def edit_manifest(store: Path, seal: bool, **changes: object) -> None:
+    path = store / "zarr.json"
+    data = json.loads(path.read_text())
+    body = {k: v for k, v in data["attributes"]["dspark"].items() if k != "crc32c"} | changes
+    data["attributes"]["dspark"] = sealed(body) if seal else {**data["attributes"]["dspark"], **changes}
+    path.write_text(json.dumps(data))
+
+
+def test_unknown_version_codec_and_key_are_refused(store: Path) -> None:
+    edit_manifest(store, True, format_version=2)
+    with pytest.raises(errors.FormatVersionError, match="version 2"):
+        dspark.cache.open(store)
+    edit_manifest(store, True, format_version=1, aux={"codec": "magic", "bits": 16, "params": {}})
+    with pytest.raises(errors.FormatVersionError, match="magic"):
+        dspark.cache.open(store)
+    edit_manifest(store, True, aux={"codec": "bf16", "bits": 16, "params": {}}, surprise=1)
+    with pytest.raises(errors.DamagedCacheError, match="surprise"):
+        dspark.cache.open(store)
+
+
+def test_an_edited_manifest_is_damage(store: Path) -> None:
+    edit_manifest(store, False, layers=[1, 2, 3])
+    with pytest.raises(errors.DamagedCacheError, match="crc32c"):
+        dspark.cache.open(store)
+
+
+def damage(path: Path, kind: str) -> None:
+    data = bytearray(path.read_bytes())
+    if kind == "flip":
+        data[len(data) // 3] ^= 0x10
+        path.write_bytes(bytes(data))
+    elif kind == "cut":
+        path.write_bytes(bytes(data[:-7]))
+    else:
+        path.unlink()
+
+
+@pytest.mark.parametrize("kind", ["flip", "cut", "gone"])
+def test_verify_names_every_damaged_file(store: Path, kind: str) -> None:
+    """Each file of a part in turn, its own metadata included: verify finds it and names it, and no read returns data from a damaged chunk."""
+    part = store / "parts" / "00000002"
+    total = verify(store)
+    assert total.ok
+    assert total.checked_chunks > 20
+    for file in sorted(p for p in part.rglob("*") if p.is_file()):
+        whole = file.read_bytes()
+        damage(file, kind)
+        report = verify(store)
+        assert not report.ok, file
+        name = file.relative_to(part).parts[0]
+        assert any(name in finding or "zarr.json" in finding for finding in report.findings), (
+            file,
+            report.findings,
+        )
+        assert report.damaged == {"00000002"}
+        file.write_bytes(whole)
+    assert verify(store).ok
+
+
+@pytest.mark.parametrize("kind", ["flip", "cut", "gone"])
+def test_reading_damaged_states_raises(store: Path, kind: str) -> None:
+    damage(store / "parts" / "00000000" / "aux_code" / "c" / "0" / "0" / "0", kind)
+    with pytest.raises(errors.DamagedCacheError, match="aux_code"):
+        for sample in dspark.cache.open(store):
+            del sample
+
+
+def test_verify_finds_a_swapped_part_and_a_missing_one(store: Path, tmp_path: Path) -> None:
+    stores.write_store(tmp_path / "other.zarr", LENGTHS, seed=5)
+    mine, other = store / "parts" / "00000001", tmp_path / "other.zarr" / "parts" / "00000001"
+    mine.rename(tmp_path / "kept")
+    report = verify(store)
+    assert any("missing" in f for f in report.findings)
+    other.rename(mine)
+    report = verify(store)
+    assert any("not the part that this store's index" in f for f in report.findings)
+
+
+def test_disk_full_is_one_sentence_and_leaves_the_committed_parts(
+    store: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    m = stores.manifest()
+    samples = stores.token_samples(LENGTHS)
+    parts = stores.parts_of(samples, m.dump.part_tokens)
+    writer = StoreWriter.create(tmp_path / "full.zarr", m, stores.frozen(), {})
+    writer.commit(
+        0,
+        [stores.coded(s, m) for s in parts[0]],
+        row_start=0,
+        row_stop=len(parts[0]),
+        dropped={},
+        truncated=0,
+    )
+
+    import errno
+
+    def full(*args: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("dspark.cache.disk.os.fsync", full)
+    with pytest.raises(errors.StoreWriteError, match="disk is full.*--resume"):
+        writer.commit(
+            1,
+            [stores.coded(s, m) for s in parts[1]],
+            row_start=parts[1][0].row,
+            row_stop=parts[1][-1].row + 1,
+            dropped={},
+            truncated=0,
+        )
+    monkeypatch.undo()
+    again = StoreWriter.resume(tmp_path / "full.zarr", m)
+    assert set(again.committed) == {0}
+    assert verify(tmp_path / "full.zarr").ok

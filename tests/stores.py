@@ -1,0 +1,128 @@
+"""Small stores with random states, for tests of everything that reads one. Shapes are those of a model nobody has."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from dspark.cache.codec import codec_from, to_numpy
+from dspark.cache.frozen import FrozenTarget
+from dspark.cache.manifest import DumpInfo, FieldInfo, Manifest, SourceInfo, TargetInfo, TokenizerInfo
+from dspark.cache.records import CodedSample, TokenSample, last_rows
+from dspark.cache.writer import StoreWriter
+
+VOCAB, HIDDEN, LAYERS = 97, 64, (1, 2, 4)
+
+
+def manifest(**changes: object) -> Manifest:
+    config = {
+        "model_type": "qwen3",
+        "hidden_size": HIDDEN,
+        "vocab_size": VOCAB,
+        "num_hidden_layers": 6,
+        "intermediate_size": 96,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 10000.0,
+        "max_position_embeddings": 512,
+        "tie_word_embeddings": True,
+    }
+    base = {
+        "target": TargetInfo(
+            id="random/tiny",
+            revision=None,
+            config=config,
+            hidden_size=HIDDEN,
+            vocab_size=VOCAB,
+            num_layers=6,
+            mask_token_id=VOCAB - 1,
+            eos_token_ids=[2],
+            weights_sha256="",
+        ),
+        "layers": list(LAYERS),
+        "aux": FieldInfo(codec="bf16", bits=16),
+        "last": FieldInfo(codec="bf16", bits=16),
+        "tokenizer": TokenizerInfo(sha256=None, chat_template_sha256=None),
+        "source": SourceInfo(id="rows", sha256="0", limit=None),
+        "dump": DumpInfo(
+            engine="test",
+            engine_version="0",
+            dtype="float32",
+            seq_length=256,
+            min_supervised=2,
+            assistant_pattern=None,
+            mask_rule="given",
+            part_tokens=200,
+        ),
+    }
+    return Manifest(**{**base, **changes})  # type: ignore[arg-type]
+
+
+def frozen(seed: int = 0) -> FrozenTarget:
+    g = torch.Generator().manual_seed(seed)
+    embed = torch.randn(VOCAB, HIDDEN, generator=g)
+    return FrozenTarget(embed, torch.ones(HIDDEN), embed, True)
+
+
+def token_samples(lengths: Sequence[int], seed: int = 0) -> list[TokenSample]:
+    """Samples of given lengths: random ids, a supervised run in the second half."""
+    rng = np.random.default_rng(seed)
+    out = []
+    for row, n in enumerate(lengths):
+        mask = np.zeros(n, np.bool_)
+        mask[n // 2 :] = True
+        key = hashlib.sha256(f"{seed} {row}".encode()).digest()[:16]
+        out.append(TokenSample(row, key, rng.integers(3, VOCAB - 1, n).astype(np.int32), mask))
+    return out
+
+
+def states(sample: TokenSample, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Random ``aux`` [S, L, H] and ``last`` [M, H] of a sample, bfloat16-exact float32, a function of row and seed only."""
+    g = torch.Generator().manual_seed(seed * 100003 + sample.row)
+    s = sample.input_ids.shape[0]
+    aux = torch.randn(s, len(LAYERS), HIDDEN, generator=g)
+    aux[0] *= 300.0  # first tokens carry massive activations in real models
+    last = torch.randn(int(last_rows(sample.loss_mask).sum()), HIDDEN, generator=g)
+    return aux.bfloat16().float(), last.bfloat16().float()
+
+
+def coded(sample: TokenSample, m: Manifest, seed: int = 0) -> CodedSample:
+    aux, last = states(sample, seed)
+    a, b = codec_from(m.aux, "test"), codec_from(m.last, "test")
+    return CodedSample(sample, to_numpy(a.encode(aux)), to_numpy(b.encode(last)))
+
+
+def parts_of(samples: Sequence[TokenSample], part_tokens: int) -> list[list[TokenSample]]:
+    out: list[list[TokenSample]] = [[]]
+    for sample in samples:
+        if sum(s.input_ids.shape[0] for s in out[-1]) >= part_tokens:
+            out.append([])
+        out[-1].append(sample)
+    return out
+
+
+def write_store(
+    path: Path, lengths: Sequence[int], *, m: Manifest | None = None, finish: bool = True, seed: int = 0
+) -> list[TokenSample]:
+    """A whole store of random samples at ``path``; returns the samples."""
+    m = m or manifest()
+    samples = token_samples(lengths, seed)
+    with StoreWriter.create(path, m, frozen(seed), {"config_note.txt": b"x"}) as writer:
+        for i, part in enumerate(parts_of(samples, m.dump.part_tokens)):
+            writer.commit(
+                i,
+                [coded(s, m, seed) for s in part],
+                row_start=part[0].row,
+                row_stop=part[-1].row + 1,
+                dropped={},
+                truncated=0,
+            )
+        if finish:
+            writer.finish(rows_read=len(samples))
+    return samples
