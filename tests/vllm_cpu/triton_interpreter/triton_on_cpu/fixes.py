@@ -1,7 +1,7 @@
-"""vLLM plugin: masks reach the interpreter's loads and stores as bool.
+"""vLLM plugin: two things the interpreter lacks for the kernels that vLLM samples with (temperature > 0).
 
-Its C++ part takes only numpy bool masks ("incompatible function arguments" otherwise); a mask computed with integer arithmetic
-in a kernel, or a 0/1 scalar argument, is an integer there.
+Masks: its C++ part takes only bool ("mask has unsupported dtype" otherwise), and a mask computed with integers, or from a 0/1
+argument, is an integer there. ``log1p``: the functions of Triton's device library have no body outside a compiler and return None.
 """
 
 from __future__ import annotations
@@ -30,6 +30,8 @@ def apply() -> None:
     """Entry point ``vllm.general_plugins``; vLLM may call it more than once in a process."""
     if os.environ.get("TRITON_INTERPRET") != "1":
         return
+    from triton import language as tl
+    from triton.language.extra import libdevice
     from triton.runtime import interpreter
 
     builder = interpreter.InterpreterBuilder
@@ -37,3 +39,4 @@ def apply() -> None:
         method = getattr(builder, name)
         if not hasattr(method, "__wrapped__"):
             setattr(builder, name, _with_bool_mask(method, interpreter.TensorHandle))
+    libdevice.log1p = lambda x: tl.log(1.0 + x)
