@@ -1,0 +1,164 @@
+"""Attention of a draft's blocks over their context and themselves. One function, two ways of running it.
+
+Legend: S context tokens, A anchors, B slots of a block, Q = A*B block tokens, Hq query heads, Hkv key heads, D head size.
+
+A block sees context ``kv < a`` (strict: the anchor enters only as slot 0) of its own document, and its own block both
+ways; never another block; a padding block sees itself only, because a row that sees nothing is NaN. As documents are
+runs, a block's context is one interval [start, a), and that is all that either way of running needs to know.
+
+``sdpa`` is the reference and the CPU's: a dense mask, a group of anchors at a time, so that neither [Q, S+Q] scores nor
+a copy of the context per anchor exist, and only the stretch of context that the group can see is read. ``flex`` is for
+CUDA: a block-sparse mask built once a batch and shared by all layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+
+Backend = Literal["sdpa", "flex"]
+
+# Block tokens an SDPA call takes: keys are S + this many, of which B a row are used, so larger groups waste more.
+GROUP_TOKENS = 256
+
+
+@dataclass(frozen=True, slots=True)
+class _Group:
+    """Anchors [first, end) with context [low, high) and ``mask`` bool[n*B, (high-low) + n*B]."""
+
+    first: int
+    end: int
+    low: int
+    high: int
+    mask: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionPlan:
+    """Who sees whom in one batch; built once and used by every layer. Exactly one of ``groups``, ``blocks`` is used."""
+
+    backend: Backend
+    block_size: int
+    groups: tuple[_Group, ...]
+    blocks: BlockMask | None
+
+    @classmethod
+    def build(
+        cls, doc: Tensor, anchors: Tensor, anchor_valid: Tensor, block_size: int, backend: Backend = "sdpa"
+    ) -> AttentionPlan:
+        """From ``doc`` int[S], ``anchors`` int64[A] and ``anchor_valid`` bool[A], all on one device."""
+        start, limit = context_interval(doc, anchors, anchor_valid)
+        if backend == "flex":
+            blocks = _flex_mask(start, limit, doc.shape[0], block_size) if anchors.shape[0] else None
+            return cls(backend, block_size, (), blocks)
+        return cls(backend, block_size, _sdpa_groups(start, limit, block_size), None)
+
+
+def context_interval(doc: Tensor, anchors: Tensor, anchor_valid: Tensor) -> tuple[Tensor, Tensor]:
+    """Context ``[start, limit)`` that each block sees, two int64[A]: its document up to its anchor; empty if padding."""
+    index = torch.arange(doc.shape[0], device=doc.device)
+    new = torch.ones_like(doc, dtype=torch.bool)
+    new[1:] = doc[1:] != doc[:-1]
+    run_start = torch.where(new, index, 0).cummax(0).values
+    valid = anchor_valid & (doc[anchors] >= 0)
+    return torch.where(valid, run_start[anchors], 0), torch.where(valid, anchors, 0)
+
+
+def dense_mask(plan_start: Tensor, plan_limit: Tensor, context: int, block_size: int) -> Tensor:
+    """The rule as one matrix, bool[A*B, context + A*B]: for tests and for the groups of the SDPA path."""
+    kv = torch.arange(context, device=plan_start.device)
+    sees = (kv >= plan_start[:, None]) & (kv < plan_limit[:, None])
+    own = torch.eye(plan_start.shape[0], dtype=torch.bool, device=plan_start.device)
+    both = torch.cat([sees, own.repeat_interleave(block_size, 1)], 1)
+    return both.repeat_interleave(block_size, 0)
+
+
+def block_attention(
+    q: Tensor, k_ctx: Tensor, v_ctx: Tensor, k_blk: Tensor, v_blk: Tensor, plan: AttentionPlan
+) -> Tensor:
+    """softmax(q k^T / sqrt(D)) v over what ``plan`` allows.
+
+    ``q`` [Q, Hq, D], ``k_ctx``/``v_ctx`` [S, Hkv, D], ``k_blk``/``v_blk`` [Q, Hkv, D], Q = A*B in anchor order.
+    Returns [Q, Hq, D] in the dtype of ``q``. Heads are grouped: head i uses key head ``i // (Hq // Hkv)``.
+    """
+    if q.shape[0] == 0:
+        return torch.zeros_like(q)
+    if plan.backend == "flex":
+        return _flex(q, torch.cat([k_ctx, k_blk]), torch.cat([v_ctx, v_blk]), plan)
+    size = plan.block_size
+    parts = []
+    for group in plan.groups:
+        rows = slice(group.first * size, group.end * size)
+        keys = torch.cat([k_ctx[group.low : group.high], k_blk[rows]])
+        values = torch.cat([v_ctx[group.low : group.high], v_blk[rows]])
+        out = F.scaled_dot_product_attention(
+            _heads_first(q[rows]),
+            _heads_first(keys),
+            _heads_first(values),
+            attn_mask=group.mask,
+            enable_gqa=q.shape[1] != k_blk.shape[1],
+        )
+        parts.append(out[0].transpose(0, 1))
+    return torch.cat(parts)
+
+
+def _heads_first(x: Tensor) -> Tensor:
+    return x.transpose(0, 1)[None]
+
+
+def _sdpa_groups(start: Tensor, limit: Tensor, block_size: int) -> tuple[_Group, ...]:
+    """Split the anchors into groups; each group's context is cut to what any of its blocks can see."""
+    count = max(1, GROUP_TOKENS // block_size)
+    out = []
+    for first in range(0, start.shape[0], count):
+        s, e = start[first : first + count], limit[first : first + count]
+        seen = e > s
+        low = int(s[seen].min()) if bool(seen.any()) else 0
+        high = int(e[seen].max()) if bool(seen.any()) else 0
+        # Blocks without context keep an empty interval after the shift; clamping keeps the others exact.
+        mask = dense_mask((s - low).clamp(min=0), (e - low).clamp(min=0), high - low, block_size)
+        out.append(_Group(first, min(first + count, start.shape[0]), low, high, mask))
+    return tuple(out)
+
+
+def _flex_mask(start: Tensor, limit: Tensor, context: int, block_size: int) -> BlockMask:
+    anchors = start.shape[0]
+
+    def allowed(batch: Tensor, head: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        block = q_idx // block_size
+        # limit <= context, so an index of the block part is never taken for context.
+        in_context = (kv_idx >= start[block]) & (kv_idx < limit[block])
+        in_block = (kv_idx >= context) & ((kv_idx - context) // block_size == block)
+        return in_context | in_block
+
+    length = anchors * block_size
+    return create_block_mask(
+        allowed, B=None, H=None, Q_LEN=length, KV_LEN=context + length, device=str(start.device)
+    )
+
+
+@cache
+def _compiled_flex() -> Callable[..., Any]:
+    # Uncompiled flex attention materialises every score; on CUDA only the generated kernel makes sense.
+    compiled: Callable[..., Any] = torch.compile(flex_attention)
+    return compiled
+
+
+def _flex(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> Tensor:
+    # On the CPU flex has no backward: there it serves to check the mask against SDPA's.
+    run: Any = _compiled_flex() if q.is_cuda else flex_attention
+    out: Tensor = run(
+        _heads_first(q).contiguous(),
+        _heads_first(k).contiguous(),
+        _heads_first(v).contiguous(),
+        block_mask=plan.blocks,
+        enable_gqa=q.shape[1] != k.shape[1],
+    )
+    return out[0].transpose(0, 1)
