@@ -1,0 +1,344 @@
+"""The draft: a few Qwen3 layers whose blocks read the target's hidden states as extra keys and values.
+
+Legend: S tokens of the row, L aux layers, Ht = H hidden size, A anchors, B slots, Q = A*B, Hq/Hkv heads, D head size,
+V/Vd target and draft vocabulary, r Markov rank.
+
+``ctx = hidden_norm(fc(concat_L(aux)))`` is computed once; every layer applies its own k_proj, v_proj and k_norm to it, but
+not its input_layernorm, and never updates it (as vLLM's ``Qwen3DSparkModel`` serves it). Parameter names are the names of
+the served checkpoint. embed_tokens and lm_head are the target's and frozen; where the target ties them, one tensor serves.
+
+The final ``norm`` starts as a copy of the target's and is trained with the rest: the checkpoint carries the draft's own
+``norm.weight`` and vLLM serves that one, and DeepSpec trains it too.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dspark.cache.errors import MismatchError
+from dspark.train.attention import AttentionPlan, Backend, block_attention
+from dspark.train.batch import Batch
+from dspark.train.draft_config import DraftConfig
+from dspark.train.heads import ConfidenceHead, MarkovHead, build_markov_head
+
+# The target's tensors; in no checkpoint of the trainer and optional in an exported draft.
+FROZEN = ("embed_tokens.weight", "lm_head.weight")
+
+
+class TargetWeights(Protocol):
+    """What ``cache.target`` offers: ``embed_tokens`` [V, H], ``norm`` [H], ``lm_head`` [V, H]; tied ones share memory."""
+
+    @property
+    def embed_tokens(self) -> Tensor: ...
+    @property
+    def norm(self) -> Tensor: ...
+    @property
+    def lm_head(self) -> Tensor: ...
+
+
+@dataclass(frozen=True, slots=True)
+class FrozenHead:
+    """The target's output matrix and the draft's rows of it.
+
+    ``lm_head`` [V, H], ``draft_head`` [Vd, H] (the same tensor if Vd = V), ``draft_ids`` int64[Vd] target id of a draft row and
+    ``to_draft`` int64[V] its inverse with -1 outside; both None if Vd = V.
+    """
+
+    lm_head: Tensor
+    draft_head: Tensor
+    draft_ids: Tensor | None = None
+    to_draft: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class SlotStates:
+    """What a forward gives: ``h`` [A, B, H] after the final norm, Markov latent ``z`` [A, B, r] and ``w2`` [Vd, r], confidence
+    logits [A, B] fp32; None where the draft has no such head.
+
+    ``w2`` comes out of the forward, not off the module, so that sharded training sees it while it is gathered.
+    """
+
+    h: Tensor
+    z: Tensor | None
+    w2: Tensor | None
+    confidence: Tensor | None
+
+
+class RMSNorm(nn.Module):
+    """``weight * x / rms(x)``, the mean square in fp32 (Qwen3)."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        return self.weight * wide.to(x.dtype)
+
+
+def rope_tables(position: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """cos and sin of int64[T] positions, each [T, 1, D/2].
+
+    Frequencies are made here in fp32 at every call: kept in a buffer, ``model.to(bfloat16)`` would round them, and far
+    positions would then turn by wrong angles.
+    """
+    exponent = torch.arange(0, head_dim, 2, dtype=torch.float32, device=position.device) / head_dim
+    angle = position.to(torch.float32)[:, None] * (1.0 / theta**exponent)
+    return angle.cos().to(dtype)[:, None], angle.sin().to(dtype)[:, None]
+
+
+def rotate(x: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
+    """RoPE, neox half-split, of ``x`` [T, heads, D]."""
+    cos, sin = tables
+    a, b = x.chunk(2, -1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+
+
+class Attention(nn.Module):
+    def __init__(self, config: DraftConfig) -> None:
+        super().__init__()
+        c = config
+        self.head_dim = c.head_dim
+        self.q_proj = nn.Linear(c.hidden_size, c.num_heads * c.head_dim, bias=False)
+        self.k_proj = nn.Linear(c.hidden_size, c.num_kv_heads * c.head_dim, bias=False)
+        self.v_proj = nn.Linear(c.hidden_size, c.num_kv_heads * c.head_dim, bias=False)
+        self.o_proj = nn.Linear(c.num_heads * c.head_dim, c.hidden_size, bias=False)
+        self.q_norm = RMSNorm(c.head_dim, c.rms_norm_eps)
+        self.k_norm = RMSNorm(c.head_dim, c.rms_norm_eps)
+
+    def _split(self, x: Tensor) -> Tensor:
+        return x.view(x.shape[0], -1, self.head_dim)
+
+    def forward(
+        self,
+        x: Tensor,
+        ctx: Tensor,
+        block_rope: tuple[Tensor, Tensor],
+        context_rope: tuple[Tensor, Tensor],
+        plan: AttentionPlan,
+    ) -> Tensor:
+        q = rotate(self.q_norm(self._split(self.q_proj(x))), block_rope)
+        k_blk = rotate(self.k_norm(self._split(self.k_proj(x))), block_rope)
+        k_ctx = rotate(self.k_norm(self._split(self.k_proj(ctx))), context_rope)
+        v_blk, v_ctx = self._split(self.v_proj(x)), self._split(self.v_proj(ctx))
+        seen = block_attention(q, k_ctx, v_ctx, k_blk, v_blk, plan)
+        out: Tensor = self.o_proj(seen.reshape(x.shape[0], -1))
+        return out
+
+
+class Mlp(nn.Module):
+    def __init__(self, hidden_size: int, intermediate_size: int) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
+        self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
+        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return out
+
+
+class Layer(nn.Module):
+    """One pre-norm Qwen3 layer over the blocks; ``ctx`` only offers keys and values."""
+
+    def __init__(self, config: DraftConfig) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config)
+        self.mlp = Mlp(config.hidden_size, config.intermediate_size)
+
+    def forward(
+        self,
+        x: Tensor,
+        ctx: Tensor,
+        block_rope: tuple[Tensor, Tensor],
+        context_rope: tuple[Tensor, Tensor],
+        plan: AttentionPlan,
+    ) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), ctx, block_rope, context_rope, plan)
+        out: Tensor = x + self.mlp(self.post_attention_layernorm(x))
+        return out
+
+
+class DraftModel(nn.Module):
+    """A draft for ``target``. ``draft_ids`` int64[Vd], rising, are the target ids it can draft; given if and only if Vd < V.
+
+    The target's tensors are taken as they are (no copy, their dtype kept), so ``frozen_dtype`` decides the dtype in which
+    logits are multiplied, without touching the trained parameters.
+    """
+
+    def __init__(
+        self,
+        config: DraftConfig,
+        target: TargetWeights,
+        draft_ids: Tensor | None = None,
+        *,
+        frozen_dtype: torch.dtype | None = None,
+        train_norm: bool = True,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        _check_target(config, target, draft_ids)
+        size, eps = config.hidden_size, config.rms_norm_eps
+        self.fc = nn.Linear(len(config.target_layer_ids) * size, size, bias=False)
+        self.hidden_norm = RMSNorm(size, eps)
+        self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_layers))
+        self.norm = RMSNorm(size, eps)
+        self.markov_head: MarkovHead | None = None
+        self.confidence_head: ConfidenceHead | None = None
+        if config.markov_rank:
+            self.markov_head = build_markov_head(
+                config.markov_head_type,
+                vocab_size=config.vocab_size,
+                draft_vocab_size=config.draft_vocab_size,
+                rank=config.markov_rank,
+                hidden_size=size,
+            )
+        if config.enable_confidence_head:
+            with_markov = config.confidence_head_with_markov
+            self.confidence_head = ConfidenceHead(size, config.markov_rank if with_markov else 0)
+        self._initialise()
+        with torch.no_grad():
+            self.norm.weight.copy_(target.norm)
+        self.norm.weight.requires_grad_(train_norm)
+        self._adopt(target, draft_ids, frozen_dtype)
+
+    def _initialise(self) -> None:
+        """Normal weights of the config's std, zero biases, unit norms (as Qwen3 and DeepSpec)."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                nn.init.normal_(module.weight, std=self.config.initializer_range)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                nn.init.zeros_(module.bias)
+
+    def _adopt(self, target: TargetWeights, draft_ids: Tensor | None, dtype: torch.dtype | None) -> None:
+        """Take the target's tensors; one ``Parameter`` object where they are tied, so that ``.to`` keeps them so."""
+        embed, head = target.embed_tokens.detach(), target.lm_head.detach()
+        tied = embed.data_ptr() == head.data_ptr() and embed.shape == head.shape
+        embed = embed if dtype is None else embed.to(dtype)
+        head = embed if tied else head if dtype is None else head.to(dtype)
+        self.embed_tokens = nn.Module()
+        self.embed_tokens.weight = nn.Parameter(embed, requires_grad=False)
+        self.lm_head = nn.Module()
+        if draft_ids is None:
+            shared = self.embed_tokens.weight if tied else nn.Parameter(head, requires_grad=False)
+            self.lm_head.weight = shared
+            return
+        inverse = torch.full((self.config.vocab_size,), -1, dtype=torch.int64)
+        inverse[draft_ids] = torch.arange(draft_ids.shape[0])
+        self.lm_head.weight = nn.Parameter(head[draft_ids].clone(), requires_grad=False)
+        # Named so that no checkpoint name but lm_head.weight itself contains "lm_head" (vLLM matches substrings).
+        full = self.embed_tokens.weight if tied else nn.Parameter(head, requires_grad=False)
+        self.target_output = nn.Module()
+        self.target_output.weight = full
+        self.register_buffer("draft_ids", draft_ids.to(torch.int64).clone(), persistent=False)
+        self.register_buffer("to_draft", inverse, persistent=False)
+
+    @property
+    def frozen_head(self) -> FrozenHead:
+        """The output matrices for the objective (they follow ``.to``)."""
+        own = self.lm_head.weight
+        assert isinstance(own, Tensor)
+        if not self.config.reduced_vocab:
+            return FrozenHead(own, own)
+        full, ids, inverse = self.target_output.weight, self.draft_ids, self.to_draft
+        assert isinstance(full, Tensor)
+        assert isinstance(ids, Tensor)
+        assert isinstance(inverse, Tensor)
+        return FrozenHead(full, own, ids, inverse)
+
+    def trained(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Names and parameters that training owns, in a fixed order (with ``norm``, frozen or not)."""
+        for name, parameter in self.named_parameters():
+            if not name.startswith(("embed_tokens.", "lm_head.", "target_output.")):
+                yield name, parameter
+
+    def context(self, aux: Tensor) -> Tensor:
+        """``aux`` [S, L, H] -> ctx [S, H]."""
+        out: Tensor = self.hidden_norm(self.fc(aux.flatten(1).to(self.fc.weight.dtype)))
+        return out
+
+    def plan(self, batch: Batch, backend: Backend = "sdpa") -> AttentionPlan:
+        """The attention plan of a batch; build it outside what is compiled, once a batch."""
+        return AttentionPlan.build(
+            batch.doc, batch.anchors, batch.anchor_valid, self.config.block_size, backend
+        )
+
+    def forward(self, batch: Batch, plan: AttentionPlan) -> SlotStates:
+        """Every slot of every block of one row."""
+        anchors, size = batch.anchors.shape[0], self.config.block_size
+        ctx = self.context(batch.aux)
+        x = self.block_input(batch.input_ids[batch.anchors], batch.anchor_valid).to(ctx.dtype).flatten(0, 1)
+        h = self.backbone(x, ctx, batch.block_position.flatten(), batch.position, plan)
+        return self.heads(h.view(anchors, size, -1), batch.prev_ids)
+
+    def block_input(self, anchor_ids: Tensor, anchor_valid: Tensor) -> Tensor:
+        """[A, B, H]: slot 0 the anchor's embedding, the others the mask token's (a padding block only mask tokens)."""
+        ids = anchor_ids.new_full((anchor_ids.shape[0], self.config.block_size), self.config.mask_token_id)
+        ids[:, 0] = torch.where(anchor_valid, anchor_ids, self.config.mask_token_id)
+        weight = self.embed_tokens.weight
+        assert isinstance(weight, Tensor)
+        return F.embedding(ids, weight)
+
+    def backbone(
+        self, x: Tensor, ctx: Tensor, block_position: Tensor, context_position: Tensor, plan: AttentionPlan
+    ) -> Tensor:
+        """``x`` [Q, H], ``ctx`` [S, H] with their positions int64 -> h [Q, H] after the final norm."""
+        c = self.config
+        block_rope = rope_tables(block_position, c.head_dim, c.rope_theta, x.dtype)
+        context_rope = rope_tables(context_position, c.head_dim, c.rope_theta, x.dtype)
+        for layer in self.layers:
+            x = layer(x, ctx, block_rope, context_rope, plan)
+        out: Tensor = self.norm(x)
+        return out
+
+    def heads(self, h: Tensor, prev_ids: Tensor) -> SlotStates:
+        """Teacher-forced Markov latent and confidence of ``h`` [A, B, H] with previous tokens int64[A, B]."""
+        z = w2 = confidence = embedded = None
+        if self.markov_head is not None:
+            embedded = self.markov_head.embed(prev_ids)
+            z, w2 = self.markov_head.latent(h, embedded), self.markov_head.markov_w2.weight
+        if self.confidence_head is not None:
+            confidence = self.confidence_head(h, embedded)
+        return SlotStates(h, z, w2, confidence)
+
+
+def _check_target(config: DraftConfig, target: TargetWeights, draft_ids: Tensor | None) -> None:
+    expected = (config.vocab_size, config.hidden_size)
+    for name, tensor, shape in (
+        ("embed_tokens", target.embed_tokens, expected),
+        ("lm_head", target.lm_head, expected),
+        ("norm", target.norm, (config.hidden_size,)),
+    ):
+        if tuple(tensor.shape) != shape:
+            found = list(tensor.shape)
+            raise MismatchError(f"the target's {name} is {found}, the draft's config expects {list(shape)}")
+    if (draft_ids is not None) != config.reduced_vocab:
+        raise MismatchError(
+            f"draft_vocab_size {config.draft_vocab_size} of {config.vocab_size}: "
+            f"draft token ids {'are needed' if config.reduced_vocab else 'do not apply'}"
+        )
+    if draft_ids is None:
+        return
+    rises = bool((draft_ids[1:] > draft_ids[:-1]).all())
+    inside = bool(draft_ids.numel()) and int(draft_ids[0]) >= 0 and int(draft_ids[-1]) < config.vocab_size
+    if draft_ids.shape != (config.draft_vocab_size,) or not rises or not inside:
+        raise MismatchError(
+            f"draft token ids must be {config.draft_vocab_size} rising ids below {config.vocab_size}; "
+            f"got {list(draft_ids.shape)}"
+        )
+
+
+def parameter_count(model: DraftModel) -> int:
+    """Number of trained values."""
+    return sum(math.prod(p.shape) for _, p in model.trained())

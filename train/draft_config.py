@@ -1,0 +1,292 @@
+"""The shape of a draft, validated where it is made, and its two spellings: from a target's config, to config.json.
+
+Legend: H hidden size, L aux layers, V target vocabulary, Vd draft vocabulary, B block size, r Markov rank.
+
+config.json is the flat layout that DeepSpec writes and vLLM's ``Qwen3DSparkModel`` reads (method ``dspark``): Qwen3 keys
+at top level plus the draft's own. What decides serving is always written even where a reader has a default, because the
+readers' defaults differ (``sample_from_anchor``: true in vLLM for this layout, false in others).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, Self, get_args
+
+from dspark.cache.errors import DraftError, UsageError
+
+SpeculatorType = Literal["dspark", "dflash"]
+MARKOV_TYPES = ("vanilla", "gated", "rnn")
+# Head size where the target's is not a plain attention's (multi-head latent attention has several).
+MLA_HEAD_DIM = 128
+# vLLM's dspark model always builds a Markov head. A DFlash draft is served by it with one whose bias is zero.
+DFLASH_SERVED_RANK = 8
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DraftConfig:
+    """``target_layer_ids`` are outputs of decoder layers, 0-based (-1: embeddings), in the order of the aux axis.
+
+    ``hidden_size`` equals the target's, since embedding and lm_head are the target's own, frozen. ``draft_vocab_size``
+    below ``vocab_size`` predicts only some tokens. ``block_size`` is the number of drafted tokens: slot 0 is the anchor and
+    already predicts (anchor-first layout). RoPE is plain, neox half-split, whatever the target's scaling.
+    """
+
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    vocab_size: int
+    mask_token_id: int
+    target_layer_ids: tuple[int, ...]
+    num_target_layers: int
+    draft_vocab_size: int
+    speculator_type: str = "dspark"
+    block_size: int = 7
+    markov_rank: int = 256
+    markov_head_type: str = "vanilla"
+    enable_confidence_head: bool = True
+    confidence_head_with_markov: bool = True
+    rope_theta: float = 1_000_000.0
+    rms_norm_eps: float = 1e-6
+    max_position_embeddings: int = 32768
+    initializer_range: float = 0.02
+
+    def __post_init__(self) -> None:
+        sizes = ("hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads", "head_dim",
+                 "vocab_size", "num_target_layers", "draft_vocab_size", "block_size", "max_position_embeddings")  # fmt: skip
+        for name in sizes:
+            value = getattr(self, name)
+            self._require(
+                isinstance(value, int) and value > 0, f"{name} is {value!r}; expected a positive integer"
+            )
+        self._require(
+            self.speculator_type in get_args(SpeculatorType),
+            f"speculator_type is {self.speculator_type!r}; expected dspark or dflash",
+        )
+        self._require(self.head_dim % 2 == 0, f"head_dim is {self.head_dim}; RoPE needs an even one")
+        self._require(
+            self.num_heads % self.num_kv_heads == 0,
+            f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}",
+        )
+        self._require(
+            self.draft_vocab_size <= self.vocab_size,
+            f"draft_vocab_size {self.draft_vocab_size} is larger than the target's vocabulary {self.vocab_size}",
+        )
+        self._require(
+            0 <= self.mask_token_id < self.vocab_size,
+            f"mask_token_id {self.mask_token_id} is outside the vocabulary of {self.vocab_size}",
+        )
+        ids = self.target_layer_ids
+        self._require(len(ids) > 0, "target_layer_ids is empty; expected at least one layer")
+        self._require(
+            all(-1 <= i < self.num_target_layers for i in ids) and list(ids) == sorted(set(ids)),
+            f"target_layer_ids {list(ids)} must rise strictly within -1..{self.num_target_layers - 1}",
+        )
+        if self.speculator_type == "dflash":
+            self._require(self.markov_rank == 0, "a dflash draft has no Markov head: markov_rank must be 0")
+            self._require(not self.enable_confidence_head, "a dflash draft has no confidence head")
+            return
+        self._require(self.markov_rank > 0, f"markov_rank is {self.markov_rank}; expected a positive rank")
+        self._require(
+            self.markov_head_type in MARKOV_TYPES,
+            f"markov_head_type is {self.markov_head_type!r}; expected one of {', '.join(MARKOV_TYPES)}",
+        )
+
+    @staticmethod
+    def _require(holds: bool, message: str) -> None:
+        if not holds:
+            raise UsageError(message)
+
+    @property
+    def reduced_vocab(self) -> bool:
+        return self.draft_vocab_size < self.vocab_size
+
+    @property
+    def servable_by_vllm(self) -> bool:
+        """vLLM has only the vanilla Markov head (and, through a zero one, none)."""
+        return self.speculator_type == "dflash" or self.markov_head_type == "vanilla"
+
+    @classmethod
+    def sized_for(
+        cls,
+        target: Mapping[str, Any],
+        *,
+        target_layer_ids: tuple[int, ...],
+        mask_token_id: int,
+        speculator_type: str = "dspark",
+        num_layers: int = 5,
+        block_size: int = 7,
+        markov_rank: int = 256,
+        markov_head_type: str = "vanilla",
+        enable_confidence_head: bool = True,
+        confidence_head_with_markov: bool = True,
+        draft_vocab_size: int | None = None,
+        num_heads: int | None = None,
+        num_kv_heads: int | None = None,
+        head_dim: int | None = None,
+        intermediate_size: int | None = None,
+    ) -> Self:
+        """A Qwen3-style draft for the target whose HF ``config.json`` is ``target``.
+
+        Sizes come from the target where it has them: the draft then has the arithmetic of some layers of its target.
+        A multimodal config is read through its ``text_config``. For latent attention (``kv_lora_rank``) heads are
+        128 wide, one key head a query head. ``dflash`` drops both heads.
+        """
+        text: Mapping[str, Any] = target.get("text_config") or target
+        needed = (
+            "hidden_size",
+            "intermediate_size",
+            "num_attention_heads",
+            "num_hidden_layers",
+            "vocab_size",
+        )
+        missing = [key for key in needed if text.get(key) is None]
+        if missing:
+            raise UsageError(
+                f"the target's config.json has no {', '.join(missing)}; cannot size a draft for it"
+            )
+        latent = text.get("kv_lora_rank") is not None
+        heads = num_heads or int(text["num_attention_heads"])
+        if latent:
+            default_dim, default_kv = MLA_HEAD_DIM, heads
+        else:
+            default_dim = int(text.get("head_dim") or text["hidden_size"] // text["num_attention_heads"])
+            default_kv = int(text.get("num_key_value_heads") or heads)
+        dspark = speculator_type == "dspark"
+        return cls(
+            speculator_type=speculator_type,
+            hidden_size=int(text["hidden_size"]),
+            intermediate_size=intermediate_size or int(text["intermediate_size"]),
+            num_layers=num_layers,
+            num_heads=heads,
+            num_kv_heads=num_kv_heads or default_kv,
+            head_dim=head_dim or default_dim,
+            vocab_size=int(text["vocab_size"]),
+            draft_vocab_size=draft_vocab_size or int(text["vocab_size"]),
+            mask_token_id=mask_token_id,
+            target_layer_ids=tuple(target_layer_ids),
+            num_target_layers=int(text["num_hidden_layers"]),
+            block_size=block_size,
+            markov_rank=markov_rank if dspark else 0,
+            markov_head_type=markov_head_type,
+            enable_confidence_head=enable_confidence_head and dspark,
+            confidence_head_with_markov=confidence_head_with_markov,
+            rope_theta=_rope_theta(text, default=1_000_000.0),
+            rms_norm_eps=float(text.get("rms_norm_eps") or 1e-6),
+            max_position_embeddings=int(text.get("max_position_embeddings") or 32768),
+        )
+
+    def to_flat(self) -> dict[str, Any]:
+        """The contents of config.json."""
+        dflash = self.speculator_type == "dflash"
+        return {
+            "architectures": ["Qwen3DSparkModel"],
+            "model_type": "qwen3",
+            "speculator_type": self.speculator_type,
+            "hidden_size": self.hidden_size,
+            "intermediate_size": self.intermediate_size,
+            "num_hidden_layers": self.num_layers,
+            "num_attention_heads": self.num_heads,
+            "num_key_value_heads": self.num_kv_heads,
+            "head_dim": self.head_dim,
+            "hidden_act": "silu",
+            "attention_bias": False,
+            "attention_dropout": 0.0,
+            "rms_norm_eps": self.rms_norm_eps,
+            # Both spellings: transformers 4 reads the first, transformers 5 and vLLM the second.
+            "rope_theta": self.rope_theta,
+            "rope_parameters": {"rope_type": "default", "rope_theta": self.rope_theta},
+            "max_position_embeddings": self.max_position_embeddings,
+            "initializer_range": self.initializer_range,
+            "tie_word_embeddings": False,
+            "vocab_size": self.vocab_size,
+            "draft_vocab_size": self.draft_vocab_size,
+            "layer_types": ["full_attention"] * self.num_layers,
+            "block_size": self.block_size,
+            "mask_token_id": self.mask_token_id,
+            "sample_from_anchor": True,
+            "markov_rank": DFLASH_SERVED_RANK if dflash else self.markov_rank,
+            "markov_head_type": "vanilla" if dflash else self.markov_head_type,
+            "enable_confidence_head": self.enable_confidence_head,
+            "confidence_head_with_markov": self.confidence_head_with_markov,
+            "target_layer_ids": list(self.target_layer_ids),
+            "target_hidden_size": self.hidden_size,
+            "num_target_layers": self.num_target_layers,
+            "dtype": "bfloat16",
+        }
+
+    @classmethod
+    def from_flat(cls, flat: Mapping[str, Any]) -> Self:
+        """From config.json, ours or DeepSpec's. Refuses with ``DraftError`` what this package would compute wrongly."""
+        for key, allowed in _HONOURED.items():
+            if flat.get(key) not in (None, *allowed):
+                raise DraftError(
+                    f"config.json has {key} = {flat[key]!r}; this package computes only {allowed[0]!r}"
+                )
+        layer_types = flat.get("layer_types") or []
+        if any(kind != "full_attention" for kind in layer_types):
+            raise DraftError(f"config.json has layer_types {layer_types}; only full_attention is implemented")
+        rope = flat.get("rope_parameters") or flat.get("rope_scaling") or {}
+        if rope.get("rope_type", "default") != "default":
+            raise DraftError(
+                f"config.json has RoPE of type {rope['rope_type']!r}; only 'default' is implemented"
+            )
+        wide = flat.get("target_hidden_size")
+        if wide is not None and wide != flat.get("hidden_size"):
+            raise DraftError(
+                f"config.json has target_hidden_size {wide}, hidden_size {flat.get('hidden_size')}: not equal"
+            )
+        markov = int(flat.get("markov_rank", 0))
+        kind = str(flat.get("speculator_type") or ("dspark" if markov else "dflash"))
+        try:
+            return cls(
+                speculator_type=kind,
+                hidden_size=int(flat["hidden_size"]),
+                intermediate_size=int(flat["intermediate_size"]),
+                num_layers=int(flat["num_hidden_layers"]),
+                num_heads=int(flat["num_attention_heads"]),
+                num_kv_heads=int(flat["num_key_value_heads"]),
+                head_dim=int(flat["head_dim"]),
+                vocab_size=int(flat["vocab_size"]),
+                draft_vocab_size=int(flat.get("draft_vocab_size") or flat["vocab_size"]),
+                mask_token_id=int(flat["mask_token_id"]),
+                target_layer_ids=tuple(int(i) for i in flat["target_layer_ids"]),
+                num_target_layers=int(flat["num_target_layers"]),
+                block_size=int(flat["block_size"]),
+                markov_rank=0 if kind == "dflash" else markov,
+                markov_head_type=str(flat.get("markov_head_type", "vanilla")),
+                enable_confidence_head=bool(flat.get("enable_confidence_head", False)),
+                confidence_head_with_markov=bool(flat.get("confidence_head_with_markov", False)),
+                rope_theta=_rope_theta(flat, default=1_000_000.0),
+                rms_norm_eps=float(flat["rms_norm_eps"]),
+                max_position_embeddings=int(flat["max_position_embeddings"]),
+                initializer_range=float(flat.get("initializer_range", 0.02)),
+            )
+        except KeyError as missing:
+            raise DraftError(f"config.json has no {missing.args[0]!r}; is this a DSpark draft?") from missing
+        except (UsageError, TypeError, ValueError) as wrong:
+            raise DraftError(f"config.json describes no usable draft: {wrong}") from wrong
+
+
+# What a config may say about things that are not parameters here; absent means the first value.
+_HONOURED: dict[str, tuple[Any, ...]] = {
+    "architectures": (["Qwen3DSparkModel"],),
+    "hidden_act": ("silu",),
+    "attention_bias": (False,),
+    "sample_from_anchor": (True,),
+    "is_causal": (False,),
+    "is_neox_style": (True,),
+    "logit_scale": (1.0,),
+    "dflash_config": ({},),
+}
+
+
+def _rope_theta(config: Mapping[str, Any], *, default: float) -> float:
+    """RoPE base in either spelling (transformers 4 flat, transformers 5 under ``rope_parameters``)."""
+    nested = config.get("rope_parameters") or {}
+    # Per-layer-type parameters (Gemma) nest once more; the draft attends fully, so full attention's base is its.
+    nested = nested.get("full_attention", nested)
+    return float(nested.get("rope_theta") or config.get("rope_theta") or default)
