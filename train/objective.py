@@ -1,0 +1,348 @@
+"""The training objective of every draft, and its gradients, without a tensor of slots x vocabulary outliving a chunk.
+
+Legend: N counted slots, H hidden size, V target vocabulary, Vd draft vocabulary, r Markov rank, A anchors, B slots of a block.
+
+For a slot with draft distribution p_d and target distribution p_t (both softmax, fp32), data token y and weight
+``w = exp(-k / decay)``::
+
+    CE = -log p_d(y)      L1 = sum_v |p_d(v) - p_t(v)| = 2 TV      BCE = bce(confidence, 1 - L1/2 detached)
+    loss = ce * sum(w CE)/D_ce + l1 * sum(w L1)/D_l1 + confidence * sum(w BCE)/D_confidence
+
+The denominators D are passed in, so that the rows of one optimizer step (on any number of ranks) share one mean.
+With a reduced vocabulary p_t stays the softmax over all V and p_d is 0 outside Vd; CE skips labels outside Vd.
+
+``l1`` weighs L1, ``tv`` weighs TV = L1/2: ``{"ce": 0.1, "l1": 0.9}`` (DeepSpec's objective, the default) equals
+``{"ce": 0.1, "tv": 1.8}``, and ``{"ce": 0.1, "tv": 0.9}`` weighs the distance half as much.
+
+How: both softmaxes of a chunk are computed once, give losses, metrics and gradient together, and the gradient goes to
+h, z and W2 at once. d(L1)/d(logits) = p_d * (s - <s, p_d>) with s = sign(p_d - p_t). ``reference_loss`` is the same
+in plain autograd, for tests.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dspark.cache.errors import UsageError
+from dspark.train.batch import Batch
+from dspark.train.draft import FrozenHead, SlotStates
+
+# Bytes of one fp32 [chunk, V] tensor; a few of them live at a time. A CPU's caches like small ones.
+CHUNK_BYTES = {"cuda": 1 << 28, "cpu": 1 << 25}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ObjectiveConfig:
+    """Weights of the three terms (``l1`` on L1 = 2 TV) and the decay of slot weights (0: all slots weigh 1)."""
+
+    ce: float = 0.1
+    l1: float = 0.9
+    confidence: float = 1.0
+    decay: float = 4.0
+
+    def __post_init__(self) -> None:
+        for name in ("ce", "l1", "confidence", "decay"):
+            value = getattr(self, name)
+            if not math.isfinite(value) or value < 0:
+                raise UsageError(f"objective: {name} is {value}; expected a finite number, 0 or more")
+        if self.ce + self.l1 == 0:
+            raise UsageError("objective: ce and l1 are both 0, so the draft would learn nothing")
+
+    @classmethod
+    def from_json(cls, text: str, *, confidence: float = 1.0, decay: float = 4.0) -> Self:
+        """From ``--loss-fn``: a JSON object with keys ``ce`` and ``l1`` or ``tv``; a missing key weighs 0."""
+        try:
+            given: Any = json.loads(text)
+        except json.JSONDecodeError as wrong:
+            raise UsageError(
+                f'--loss-fn is not JSON ({wrong}); expected e.g. {{"ce":0.1,"l1":0.9}}'
+            ) from wrong
+        if not isinstance(given, dict):
+            raise UsageError(f'--loss-fn is {text}; expected a JSON object, e.g. {{"ce":0.1,"l1":0.9}}')
+        unknown = sorted(set(given) - {"ce", "l1", "tv"})
+        if unknown:
+            raise UsageError(f"--loss-fn has unknown keys {', '.join(unknown)}; known: ce, l1, tv (= l1 / 2)")
+        if "l1" in given and "tv" in given:
+            raise UsageError("--loss-fn has both l1 and tv; they are one term (l1 = 2 tv), give one")
+        for key, value in given.items():
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                raise UsageError(f"--loss-fn: {key} is {value!r}; expected a number")
+        distance = given.get("l1", given.get("tv", 0.0) / 2)
+        return cls(ce=float(given.get("ce", 0.0)), l1=float(distance), confidence=confidence, decay=decay)
+
+
+def slot_weights(block_size: int, decay: float) -> Tensor:
+    """``exp(-k / decay)`` of every slot, float32[B]; ones if ``decay`` is 0."""
+    if decay == 0:
+        return torch.ones(block_size)
+    return torch.exp(-torch.arange(block_size, dtype=torch.float32) / decay)
+
+
+@dataclass(frozen=True, slots=True)
+class Denominators:
+    """Sums of weights that each term is divided by; add up those of all rows (and ranks) of a step."""
+
+    ce: float
+    l1: float
+    confidence: float
+
+    def __add__(self, other: Denominators) -> Denominators:
+        return Denominators(self.ce + other.ce, self.l1 + other.l1, self.confidence + other.confidence)
+
+    @classmethod
+    def of(cls, batch: Batch, decay: float, to_draft: Tensor | None = None) -> Denominators:
+        """Of one row; cheap and needs no model. Call it on the CPU batch, before the row is moved."""
+        weight = slot_weights(batch.block_size, decay).to(batch.counted.device) * batch.counted
+        total = float(weight.sum(dtype=torch.float64))
+        if to_draft is None:
+            return cls(total, total, total)
+        known = to_draft.to(batch.label_ids.device)[batch.label_ids] >= 0
+        return cls(float((weight * known).sum(dtype=torch.float64)), total, total)
+
+
+@dataclass(frozen=True, slots=True)
+class SlotInputs:
+    """The counted slots of a row: ``h`` [N, H], ``z`` [N, r] and ``w2`` [Vd, r] or None, ``confidence`` logits [N] or None,
+    ``target`` [N, H] last states after the target's final norm, ``labels`` int64[N] target ids, ``weight`` [N].
+    """
+
+    h: Tensor
+    z: Tensor | None
+    w2: Tensor | None
+    confidence: Tensor | None
+    target: Tensor
+    labels: Tensor
+    weight: Tensor
+
+    @classmethod
+    def gather(cls, batch: Batch, states: SlotStates, decay: float) -> SlotInputs:
+        """The slots that count, so that no logit is computed for the others."""
+        at = batch.slots
+        weight = slot_weights(batch.block_size, decay).to(at.device)
+        return cls(
+            h=states.h.flatten(0, 1)[at],
+            z=None if states.z is None else states.z.flatten(0, 1)[at],
+            w2=states.w2,
+            confidence=None if states.confidence is None else states.confidence.flatten()[at],
+            target=batch.last[batch.target_row.flatten()[at]],
+            labels=batch.label_ids.flatten()[at],
+            weight=weight[at % batch.block_size],
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class ObjectiveOutput:
+    """``loss`` carries gradients. The rest is detached, a value a slot [N]: ``ce`` (0 where the label is outside Vd),
+    ``l1``, ``confidence`` BCE and ``confidence_probability`` (None without the head), ``hit`` = draft's argmax is the
+    target's, and ``ce_known`` = CE counts.
+    """
+
+    loss: Tensor
+    ce: Tensor
+    l1: Tensor
+    confidence: Tensor | None
+    confidence_probability: Tensor | None
+    hit: Tensor
+    ce_known: Tensor
+
+    @property
+    def accept(self) -> Tensor:
+        """Probability that the slot's token is accepted, ``1 - L1/2`` in [0, 1], [N]."""
+        return (1 - 0.5 * self.l1).clamp(0, 1)
+
+
+def objective(
+    slots: SlotInputs,
+    head: FrozenHead,
+    config: ObjectiveConfig,
+    denominators: Denominators,
+    *,
+    chunk_rows: int | None = None,
+    compiled: bool = False,
+) -> ObjectiveOutput:
+    """The loss of one row's share of a step. Products run in the dtype of ``head.lm_head``, softmax and sums in fp32.
+
+    ``compiled`` fuses the work on a chunk with torch.compile (for CUDA; the first call takes a while).
+    """
+    dtype, wide = head.lm_head.dtype, _wide(slots.h.dtype)
+    rows = chunk_rows or max(1, CHUNK_BYTES.get(slots.h.device.type, 1 << 25) // (4 * head.lm_head.shape[0]))
+    labels = slots.labels if head.to_draft is None else head.to_draft[slots.labels]
+    weight = slots.weight.to(wide)
+    known = labels >= 0
+    scale_ce = weight * known * (config.ce / max(denominators.ce, 1e-12))
+    scale_l1 = weight * (config.l1 / max(denominators.l1, 1e-12))
+    loss, ce, l1, hit = _ChunkedTerms.apply(  # type: ignore[no-untyped-call]
+        slots.h.to(dtype),
+        None if slots.z is None else slots.z.to(dtype),
+        None if slots.w2 is None else slots.w2.to(dtype),
+        slots.target.to(dtype),
+        head,
+        labels,
+        scale_ce,
+        scale_l1,
+        rows,
+        torch.is_grad_enabled(),
+        _compiled_chunk() if compiled else _chunk,
+    )
+    bce = probability = None
+    if slots.confidence is not None:
+        accept = (1 - 0.5 * l1).clamp(0, 1)
+        term = F.binary_cross_entropy_with_logits(slots.confidence.to(wide), accept, reduction="none")
+        loss = loss + (config.confidence / max(denominators.confidence, 1e-12)) * (weight * term).sum()
+        bce, probability = term.detach(), slots.confidence.detach().to(wide).sigmoid()
+    return ObjectiveOutput(loss, ce, l1, bce, probability, hit, known)
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _chunk(
+    draft: Tensor,
+    target: Tensor,
+    draft_ids: Tensor | None,
+    labels: Tensor,
+    scale_ce: Tensor,
+    scale_l1: Tensor,
+    with_gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """From logits ``draft`` [n, Vd] and ``target`` [n, V] of a chunk: CE [n], L1 [n], hit [n] and, unless only values are
+    wanted, d(loss)/d(draft logits) [n, Vd] but for CE's -1 at the label, which the caller subtracts.
+    """
+    wide = _wide(draft.dtype)
+    logits = draft.to(wide)
+    log_z = logits.logsumexp(-1, keepdim=True)
+    p = (logits - log_z).exp()
+    q = target.to(wide).softmax(-1)
+    best_draft, best_target = logits.argmax(-1), target.argmax(-1)
+    if draft_ids is None:
+        difference = p - q
+        l1 = difference.abs().sum(-1)
+    else:
+        # What the target gives to tokens that the draft cannot produce is lost whatever the draft does.
+        inside = q[:, draft_ids]
+        difference = p - inside
+        l1 = difference.abs().sum(-1) + (1 - inside.sum(-1)).clamp(min=0)
+        best_draft = draft_ids[best_draft]
+    ce = log_z[:, 0] - logits.gather(1, labels.clamp(min=0)[:, None])[:, 0]
+    ce = torch.where(labels >= 0, ce, 0)
+    if not with_gradient:
+        return ce, l1, best_draft == best_target, None
+    sign = difference.sign()
+    mean_sign = (p * sign).sum(-1, keepdim=True)
+    gradient = p * (scale_l1[:, None] * (sign - mean_sign) + scale_ce[:, None])
+    return ce, l1, best_draft == best_target, gradient.to(draft.dtype)
+
+
+@cache
+def _compiled_chunk() -> Callable[..., tuple[Tensor, Tensor, Tensor, Tensor | None]]:
+    # The last chunk of a row has any size: dynamic, or every row would compile anew.
+    return torch.compile(_chunk, dynamic=True)
+
+
+class _ChunkedTerms(torch.autograd.Function):
+    """``sum(scale_ce * CE + scale_l1 * L1)``; gradients are made in the forward, the backward only scales them."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        h: Tensor,
+        z: Tensor | None,
+        w2: Tensor | None,
+        target: Tensor,
+        head: FrozenHead,
+        labels: Tensor,
+        scale_ce: Tensor,
+        scale_l1: Tensor,
+        rows: int,
+        with_gradient: bool,
+        chunk: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor | None]],
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        count, wide = h.shape[0], scale_ce.dtype
+        ce, l1 = h.new_empty(count, dtype=wide), h.new_empty(count, dtype=wide)
+        hit = torch.empty(count, dtype=torch.bool, device=h.device)
+        d_h = torch.empty_like(h) if with_gradient else None
+        d_z = torch.empty_like(z) if with_gradient and z is not None else None
+        # Chunks add up in fp32: in bf16 the sum of many small parts would stop growing.
+        d_w2 = torch.zeros_like(w2, dtype=wide) if with_gradient and w2 is not None else None
+        for at in range(0, count, rows):
+            part = slice(at, min(at + rows, count))
+            logits = h[part] @ head.draft_head.T
+            if z is not None:
+                assert w2 is not None
+                logits.addmm_(z[part], w2.T)
+            ce[part], l1[part], hit[part], gradient = chunk(
+                logits,
+                target[part] @ head.lm_head.T,
+                head.draft_ids,
+                labels[part],
+                scale_ce[part],
+                scale_l1[part],
+                with_gradient,
+            )
+            if gradient is None:
+                continue
+            # scale_ce is 0 where the label is unknown, so column 0 is left as it is there.
+            at_label = labels[part].clamp(min=0)[:, None]
+            gradient.scatter_add_(1, at_label, -scale_ce[part, None].to(gradient.dtype))
+            assert d_h is not None
+            torch.mm(gradient, head.draft_head, out=d_h[part])
+            if z is not None:
+                assert w2 is not None
+                assert d_z is not None
+                assert d_w2 is not None
+                torch.mm(gradient, w2, out=d_z[part])
+                d_w2 += gradient.T @ z[part]
+        ctx.has_z = z is not None
+        if with_gradient:
+            ctx.save_for_backward(*(g for g in (d_h, d_z, d_w2) if g is not None))
+        ctx.w2_dtype = None if w2 is None else w2.dtype
+        ctx.mark_non_differentiable(ce, l1, hit)
+        return (scale_ce * ce + scale_l1 * l1).sum(), ce, l1, hit
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, *unused: Tensor) -> tuple[Tensor | None, ...]:
+        saved = ctx.saved_tensors
+        d_h = saved[0] * grad.to(saved[0].dtype)
+        nothing = (None,) * 8
+        if not ctx.has_z:
+            return d_h, None, None, *nothing
+        d_z = saved[1] * grad.to(saved[1].dtype)
+        return d_h, d_z, (saved[2] * grad).to(ctx.w2_dtype), *nothing
+
+
+def reference_loss(
+    slots: SlotInputs, head: FrozenHead, config: ObjectiveConfig, denominators: Denominators
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same loss in plain autograd, all slots at once, in the dtype of the inputs: ``(loss, CE [N], L1 [N])``.
+
+    Written from the formulas above, with the draft's distribution spread over all V; it shares no code with
+    ``objective``. For tests: it keeps several [N, V] tensors.
+    """
+    logits = slots.h @ head.draft_head.T
+    if slots.z is not None:
+        assert slots.w2 is not None
+        logits = logits + slots.z @ slots.w2.T
+    if head.draft_ids is not None:
+        spread = logits.new_full((logits.shape[0], head.lm_head.shape[0]), -torch.inf)
+        logits = spread.index_copy(1, head.draft_ids, logits)
+    p_target = (slots.target @ head.lm_head.T).softmax(-1)
+    l1 = (logits.softmax(-1) - p_target).abs().sum(-1)
+    ce = -logits.log_softmax(-1).gather(1, slots.labels[:, None])[:, 0]
+    ce = torch.where(ce.isinf(), 0, ce)
+    loss = config.ce * (slots.weight * ce).sum() / denominators.ce
+    loss = loss + config.l1 * (slots.weight * l1).sum() / denominators.l1
+    if slots.confidence is not None:
+        goal = 1 - 0.5 * l1.detach()
+        likelihood = goal * F.logsigmoid(slots.confidence) + (1 - goal) * F.logsigmoid(-slots.confidence)
+        loss = loss - config.confidence * (slots.weight * likelihood).sum() / denominators.confidence
+    return loss, ce, l1
