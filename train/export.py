@@ -1,0 +1,198 @@
+"""A draft folder: ``config.json`` and ``model.safetensors`` in the layout that vLLM serves with method ``dspark``.
+
+Legend: V/Vd target and draft vocabulary, H hidden size, r Markov rank.
+
+Beside the trained tensors a reduced vocabulary needs ``d2t`` int64[Vd] (offsets: target id = i + d2t[i]), ``t2d`` bool[V] and its
+own ``lm_head.weight`` [Vd, H]; for the full vocabulary vLLM takes embedding and output matrix from the target, so they are left out
+unless asked for. Both files are written beside their place, synced and renamed, so a reader never sees half of one.
+
+vLLM serves the vanilla Markov head and, through a zero one that is written for it, none (dflash). Gated and rnn drafts are
+saved in full, with ``"vllm_servable": false`` in config.json: vLLM would refuse their extra tensors, other readers may not.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from dspark.cache.errors import DraftError
+from dspark.train.draft import DraftModel, TargetWeights
+from dspark.train.draft_config import DFLASH_SERVED_RANK, DraftConfig
+
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
+_ZERO_MARKOV = ("markov_head.markov_w1.weight", "markov_head.markov_w2.weight")
+
+
+def save_draft(
+    folder: Path | str,
+    model: DraftModel,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    include_frozen: bool = False,
+) -> None:
+    """Write the draft; ``include_frozen`` adds embed_tokens and lm_head for readers that do not borrow the target's."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = served_tensors(model, dtype, include_frozen=include_frozen)
+    flat = model.config.to_flat()
+    flat["dtype"] = str(dtype).removeprefix("torch.")
+    flat["vllm_servable"] = model.config.servable_by_vllm
+    _replace(folder / WEIGHTS, save(tensors, metadata={"format": "pt"}))
+    _replace(folder / CONFIG, (json.dumps(flat, indent=2) + "\n").encode())
+
+
+def served_tensors(model: DraftModel, dtype: torch.dtype, *, include_frozen: bool) -> dict[str, Tensor]:
+    """Checkpoint name -> tensor on the CPU."""
+    config = model.config
+    out = {name: value.detach().to("cpu", dtype).contiguous() for name, value in model.trained()}
+    head = model.frozen_head
+    if include_frozen:
+        embed = model.embed_tokens.weight
+        assert isinstance(embed, Tensor)
+        # safetensors refuses shared memory: a tied output matrix is written as a copy.
+        out["embed_tokens.weight"] = embed.detach().to("cpu", dtype).clone()
+    if include_frozen or config.reduced_vocab:
+        out["lm_head.weight"] = head.draft_head.detach().to("cpu", dtype).clone()
+    if head.draft_ids is not None:
+        ids = head.draft_ids.cpu()
+        out["d2t"] = ids - torch.arange(ids.shape[0])
+        out["t2d"] = torch.zeros(config.vocab_size, dtype=torch.bool).index_fill(0, ids, True)
+    if config.speculator_type == "dflash":
+        for name, rows in zip(_ZERO_MARKOV, (config.vocab_size, config.draft_vocab_size), strict=True):
+            out[name] = torch.zeros(rows, DFLASH_SERVED_RANK, dtype=dtype)
+    return out
+
+
+def load_config(folder: Path | str) -> DraftConfig:
+    """The config of a draft folder."""
+    path = Path(folder) / CONFIG
+    try:
+        flat: Any = json.loads(path.read_text())
+    except OSError as wrong:
+        raise DraftError(
+            f"{path}: {wrong.strerror}; expected a draft folder with {CONFIG} and {WEIGHTS}"
+        ) from wrong
+    except ValueError as wrong:
+        raise DraftError(f"{path} is not JSON: {wrong}") from wrong
+    if not isinstance(flat, dict):
+        raise DraftError(f"{path} is not a JSON object")
+    return DraftConfig.from_flat(flat)
+
+
+def load_draft(
+    folder: Path | str,
+    target: TargetWeights,
+    *,
+    dtype: torch.dtype = torch.float32,
+    frozen_dtype: torch.dtype | None = None,
+) -> DraftModel:
+    """The draft in ``folder`` on ``target``'s embedding and output matrix; its config is ``.config``.
+
+    Every tensor must be there, known and of its shape: a draft that lacks one would run and be served at a fraction of its
+    worth. ``frozen_dtype`` None casts the target's matrices to ``dtype`` too.
+    """
+    config = load_config(folder)
+    path = Path(folder) / WEIGHTS
+    stored = _read(path)
+    draft_ids = _draft_ids(stored, config, path)
+    model = DraftModel(config, target, draft_ids, frozen_dtype=frozen_dtype or dtype)
+    if config.speculator_type == "dflash":
+        for name in _ZERO_MARKOV:
+            if bool(stored.pop(name, torch.zeros(1)).any()):
+                raise DraftError(
+                    f"{path}: {name} of a dflash draft is not zero; config.json and weights do not belong together"
+                )
+    wanted = dict(model.trained())
+    missing, unexpected = (
+        sorted(set(wanted) - set(stored)),
+        sorted(set(stored) - set(wanted) - {"embed_tokens.weight", "lm_head.weight"}),
+    )
+    if missing or unexpected:
+        raise DraftError(
+            f"{path} does not hold what {CONFIG} describes: missing {_some(missing)}, unexpected {_some(unexpected)}"
+        )
+    for name, parameter in wanted.items():
+        value = stored[name]
+        if value.shape != parameter.shape:
+            raise DraftError(f"{path}: {name} is {list(value.shape)}, expected {list(parameter.shape)}")
+        with torch.no_grad():
+            parameter.copy_(value)
+    model.to(dtype=dtype) if frozen_dtype is None else _cast_trained(model, dtype)
+    _check_frozen(stored, model, target, path)
+    return model
+
+
+def _cast_trained(model: DraftModel, dtype: torch.dtype) -> None:
+    for _, parameter in model.trained():
+        parameter.data = parameter.data.to(dtype)
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    except (OSError, SafetensorError) as wrong:
+        raise DraftError(f"{path} cannot be read as safetensors: {wrong}") from wrong
+
+
+def _draft_ids(stored: dict[str, Tensor], config: DraftConfig, path: Path) -> Tensor | None:
+    """Target ids of the draft's rows, taken out of ``stored``; None for the full vocabulary."""
+    offsets, stored_t2d = stored.pop("d2t", None), stored.pop("t2d", None)
+    if not config.reduced_vocab:
+        return None
+    if offsets is None or "lm_head.weight" not in stored:
+        raise DraftError(
+            f"{path}: draft_vocab_size {config.draft_vocab_size} < {config.vocab_size} needs d2t and lm_head.weight"
+        )
+    if offsets.shape != (config.draft_vocab_size,):
+        raise DraftError(f"{path}: d2t is {list(offsets.shape)}, expected [{config.draft_vocab_size}]")
+    ids = torch.arange(config.draft_vocab_size) + offsets.to(torch.int64)
+    if not bool((ids[1:] > ids[:-1]).all()) or int(ids[0]) < 0 or int(ids[-1]) >= config.vocab_size:
+        raise DraftError(
+            f"{path}: d2t does not give rising token ids below {config.vocab_size} (it holds offsets, not ids)"
+        )
+    if stored_t2d is not None and not torch.equal(stored_t2d.nonzero().flatten(), ids):
+        raise DraftError(f"{path}: d2t and t2d name different tokens")
+    return ids
+
+
+def _check_frozen(stored: dict[str, Tensor], model: DraftModel, target: TargetWeights, path: Path) -> None:
+    """Matrices that came along must be the target's at the file's precision: otherwise the draft is another model's."""
+    ids = model.frozen_head.draft_ids
+    head = target.lm_head if ids is None else target.lm_head[ids.to(target.lm_head.device)]
+    for name, own in (("embed_tokens.weight", target.embed_tokens), ("lm_head.weight", head)):
+        value = stored.get(name)
+        if value is None:
+            continue
+        if value.shape != own.shape:
+            raise DraftError(f"{path}: {name} is {list(value.shape)}, the target's is {list(own.shape)}")
+        # bf16 is the coarser of what either side may have been stored in.
+        if not torch.equal(value.to(torch.bfloat16), own.detach().cpu().to(torch.bfloat16)):
+            raise DraftError(f"{path}: {name} is not the target's; this draft was trained for another model")
+
+
+def _some(names: list[str]) -> str:
+    shown = ", ".join(names[:4]) or "nothing"
+    return f"{shown} and {len(names) - 4} more" if len(names) > 4 else shown
+
+
+def _replace(path: Path, data: bytes) -> None:
+    """Write, sync, rename, sync the folder: after a crash the old file or the new one is there, whole."""
+    partial = path.with_name(f".{path.name}.partial")
+    with open(partial, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
