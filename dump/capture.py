@@ -1,0 +1,45 @@
+"""What an engine is: something that runs the target over given tokens and hands out its states.
+
+Legend: S tokens of a sample, L aux layers, H hidden size, M = ``last_rows(loss_mask).sum()``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+from dspark.cache.records import TokenSample
+
+if TYPE_CHECKING:
+    import torch
+
+    from dspark.cache.frozen import FrozenTarget
+
+
+class States(NamedTuple):
+    """States of one sample, on the engine's device: ``aux`` [S, L, H] in the order of the plan's layers, ``last`` [M, H] after the final norm."""
+
+    aux: torch.Tensor
+    last: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """The engine's own greedy prediction, by its own output head: for p < S-1, token ``ids[p]`` after x[0..p] and its log-probability ``logprobs[p]``."""
+
+    ids: list[int]
+    logprobs: list[float]
+
+
+class Engine(Protocol):
+    """Runs the target. ``capture`` yields (index into ``samples``, states) in any order, each sample once."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def version(self) -> str: ...
+    def frozen(self) -> FrozenTarget: ...
+    def capture(self, samples: Sequence[TokenSample]) -> Iterator[tuple[int, States]]: ...
+    def predict(self, samples: Sequence[TokenSample]) -> list[Prediction]: ...
+    def close(self) -> None: ...

@@ -1,0 +1,161 @@
+"""``dspark-dump``: flags in, one dump out. Nothing heavy is imported before a flag has been understood."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from dspark.cache.errors import DsparkError
+from dspark.dump.config import (
+    DEFAULT_AUX_BITS,
+    DEFAULT_LAST_BITS,
+    DEFAULT_PART_TOKENS,
+    DEFAULT_SEQ_LENGTH,
+    DumpConfig,
+)
+from dspark.dump.layers import parse_ids
+
+EPILOG = """\b
+Examples:
+  dspark-dump --model zai-org/GLM-5.2-FP8
+  dspark-dump --model ./smollm2 --data chats.jsonl.gz --output ./hs.zarr --limit 500
+  dspark-dump --model Qwen/Qwen3-4B --data chats.jsonl --layers 1,9,17,25,33 --dry-run
+  dspark-dump --model ./smollm2 --data chats.jsonl.gz --resume
+
+\b
+A row of --data is {"messages": [...]} or {"input_ids": [...], "loss_mask": [...]}; {"finished": false} marks a
+last answer that was cut short. Exit code: 0 done, 1 failed, 2 wrong usage."""
+
+
+class LayerIds(click.ParamType[tuple[int, ...]]):
+    """Commas or one quoted list."""
+
+    name = "IDS"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[int, ...]:
+        if isinstance(value, tuple):
+            return value
+        flag = param.opts[0] if param else "layers"
+        try:
+            return parse_ids(value, flag)
+        except DsparkError as error:
+            self.fail(str(error), param, ctx)
+
+
+@click.command(epilog=EPILOG, context_settings={"show_default": True, "max_content_width": 110})
+@click.option(
+    "--model",
+    required=True,
+    metavar="ID_OR_DIR",
+    help="The target: a model id, or a folder with config.json.",
+)
+@click.option(
+    "--data",
+    metavar="FILE|DATASET",
+    help="JSONL (also .gz), or a data set id org/name[:split].  [default: the preset's]",
+)
+@click.option(
+    "--output", type=click.Path(path_type=Path), default=Path("hs.zarr"), help="The store to write."
+)
+@click.option(
+    "--engine",
+    type=click.Choice(["auto", "transformers", "vllm"]),
+    default="auto",
+    help="auto: vllm on a GPU where it is installed.",
+)
+@click.option(
+    "--layers",
+    type=LayerIds(),
+    help="Output of decoder layer i, 0-based: 7,22,38.  [default: the preset's, or five spread evenly]",
+)
+@click.option(
+    "--target-layer-ids", type=LayerIds(), help='vLLM convention, state entering layer j = i + 1: "8 23 39".'
+)
+@click.option(
+    "--seq-length", type=int, help=f"Longer rows are cut.  [default: the preset's, or {DEFAULT_SEQ_LENGTH}]"
+)
+@click.option("--aux-bits", type=int, default=DEFAULT_AUX_BITS, help="Bits a value of the layers' states.")
+@click.option("--last-bits", type=int, default=DEFAULT_LAST_BITS, help="Bits a value of the last state.")
+@click.option("--limit", type=int, help="Only the first N rows.")
+@click.option("--resume", is_flag=True, help="Go on with the store at --output.")
+@click.option("--overwrite", is_flag=True, help="Replace the store at --output.")
+@click.option(
+    "--assistant-pattern",
+    metavar="REGEX",
+    help="Group 1, over the rendered chat, is supervised.  [default: the preset's, or the template]",
+)
+@click.option(
+    "--min-supervised", type=int, default=2, help="Rows with fewer supervised tokens are dropped and counted."
+)
+@click.option(
+    "--max-dropped", type=float, default=0.5, help="Fail when more than this share of the rows is dropped."
+)
+@click.option(
+    "--mask-token-id",
+    type=int,
+    help="Id a draft embeds where it must guess.  [default: the preset's, or an unused id]",
+)
+@click.option(
+    "--device",
+    type=click.Choice(["auto", "cpu", "cuda"]),
+    default="auto",
+    help="auto: cuda where there is a GPU.",
+)
+@click.option(
+    "--dtype",
+    type=click.Choice(["auto", "bfloat16", "float32", "float16"]),
+    default="auto",
+    help="auto: bfloat16 on cuda, float32 on cpu.",
+)
+@click.option(
+    "--batch-tokens", type=int, help="Tokens to a forward pass.  [default: 16384 on cuda, 2048 on cpu]"
+)
+@click.option(
+    "--part-tokens",
+    type=int,
+    default=DEFAULT_PART_TOKENS,
+    help="Tokens to a part, the unit of writing and resuming.",
+)
+@click.option("--dry-run", is_flag=True, help="Print the plan and stop; no weights are read.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout, all else on stderr.")
+def main(as_json: bool, **flags: Any) -> None:
+    """Run a target over a corpus and keep its hidden states in a store that drafts are trained from."""
+    try:
+        out = execute(DumpConfig(**flags))
+    except DsparkError as error:
+        click.echo(f"dspark-dump: {error}", err=True)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        click.echo("dspark-dump: stopped. Go on with the same command and --resume.", err=True)
+        sys.exit(1)
+    if as_json:
+        click.echo(json.dumps(out))
+
+
+def execute(config: DumpConfig) -> dict[str, Any]:
+    """Plan or dump; returns what ``--json`` prints."""
+    from dspark.dump.progress import Display, log_file
+    from dspark.dump.run import dump, plan_only
+
+    show = Display()
+    if config.dry_run:
+        plan = plan_only(config)
+        for line in plan.lines():
+            show.say(line)
+        return plan.to_json()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's stop is handled like Ctrl-C
+    with log_file(config.output.with_name(config.output.name + ".log")):
+        out = dump(config, show)
+        show.say(
+            f"{out['output']}: {out['samples']:,} samples, {out['tokens']:,} tokens ({out['supervised_tokens']:,} supervised) in "
+            f"{out['parts']:,} parts; truncated {out['truncated']:,}, dropped {sum(out['dropped'].values()):,} of {out['rows_read']:,} rows"
+            + "".join(f"\n  dropped: {reason}: {n:,}" for reason, n in out["dropped"].items())
+        )
+    return out

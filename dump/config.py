@@ -1,0 +1,67 @@
+"""What the command was asked for, validated where it can be without looking at target or corpus."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from dspark.cache.errors import UsageError
+from dspark.dump.layers import BOTH
+
+DEFAULT_AUX_BITS = 16
+DEFAULT_LAST_BITS = 16
+DEFAULT_PART_TOKENS = 32768
+DEFAULT_SEQ_LENGTH = 4096
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DumpConfig:
+    """One run of ``dspark-dump``. None = decided by preset, target or machine; see ``plan.py``."""
+
+    model: str
+    data: str | None = None
+    output: Path = Path("hs.zarr")
+    engine: str = "auto"
+    layers: tuple[int, ...] | None = None  # output of decoder layer i
+    target_layer_ids: tuple[int, ...] | None = None  # state entering layer j = i + 1
+    seq_length: int | None = None
+    aux_bits: int = DEFAULT_AUX_BITS
+    last_bits: int = DEFAULT_LAST_BITS
+    limit: int | None = None  # rows of the corpus
+    resume: bool = False
+    overwrite: bool = False
+    assistant_pattern: str | None = None
+    device: str = "auto"
+    dtype: str = "auto"
+    batch_tokens: int | None = None
+    part_tokens: int = DEFAULT_PART_TOKENS
+    min_supervised: int = 2
+    max_dropped: float = 0.5  # share of rows
+    mask_token_id: int | None = None
+    dry_run: bool = False
+
+    def __post_init__(self) -> None:
+        if self.layers is not None and self.target_layer_ids is not None:
+            raise UsageError(f"give --layers or --target-layer-ids, not both. {BOTH}.")
+        if self.resume and self.overwrite:
+            raise UsageError(
+                "give --resume or --overwrite, not both: one continues the store, the other replaces it."
+            )
+        for flag, value in (
+            ("--seq-length", self.seq_length),
+            ("--limit", self.limit),
+            ("--batch-tokens", self.batch_tokens),
+            ("--part-tokens", self.part_tokens),
+            ("--min-supervised", self.min_supervised),
+        ):
+            if value is not None and value < 1:
+                raise UsageError(f"{flag}: found {value}, expected a positive number.")
+        if not 0 <= self.max_dropped <= 1:
+            raise UsageError(f"--max-dropped: found {self.max_dropped}, expected a share from 0 to 1.")
+
+    @property
+    def asked_layers(self) -> tuple[int, ...] | None:
+        """The layers asked for, as output of decoder layer i, whichever flag named them."""
+        if self.target_layer_ids is not None:
+            return tuple(j - 1 for j in self.target_layer_ids)
+        return self.layers

