@@ -1,0 +1,122 @@
+"""Who sees whom, against matrices written by hand; then SDPA against a loop, and flex against SDPA."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from dspark.train import attention
+from dspark.train.attention import AttentionPlan, block_attention, context_interval, dense_mask
+
+DOC = torch.tensor([0, 0, 0, 1, 1, 1, 1, -1], dtype=torch.int32)
+ANCHORS = torch.tensor([0, 2, 5, 0])
+VALID = torch.tensor([True, True, True, False])
+# Columns: 8 context tokens | blocks of 2 slots. One row a block: its two slots see the same.
+EXPECTED = [
+    "........ xx......",  # anchor 0: nothing before it
+    "xx...... ..xx....",  # strict: the anchor itself is slot 0, not context
+    "...xx... ....xx..",  # document 1 begins at 3
+    "........ ......xx",  # padding block: itself only
+]
+
+
+def expected_mask() -> Tensor:
+    rows = [[c == "x" for c in row.replace(" ", "")] for row in EXPECTED]
+    return torch.tensor(rows).repeat_interleave(2, 0)
+
+
+def inputs(
+    context: int,
+    rows: int,
+    heads: int = 4,
+    kv_heads: int = 2,
+    dim: int = 8,
+    dtype: torch.dtype = torch.float32,
+) -> list[Tensor]:
+    g = torch.Generator().manual_seed(4)
+    shapes = [(rows, heads), (context, kv_heads), (context, kv_heads), (rows, kv_heads), (rows, kv_heads)]
+    return [torch.randn(*s, dim, generator=g, dtype=dtype).requires_grad_() for s in shapes]
+
+
+def naive(q: Tensor, k_ctx: Tensor, v_ctx: Tensor, k_blk: Tensor, v_blk: Tensor, mask: Tensor) -> Tensor:
+    k, v = torch.cat([k_ctx, k_blk]), torch.cat([v_ctx, v_blk])
+    share = q.shape[1] // k.shape[1]
+    out = torch.zeros_like(q)
+    for i in range(q.shape[0]):
+        seen = mask[i].nonzero().flatten()
+        for head in range(q.shape[1]):
+            score = k[seen, head // share] @ q[i, head] / math.sqrt(q.shape[2])
+            out[i, head] = score.softmax(0) @ v[seen, head // share]
+    return out
+
+
+def test_mask_is_the_matrix_by_hand() -> None:
+    start, limit = context_interval(DOC, ANCHORS, VALID)
+    assert torch.equal(dense_mask(start, limit, 8, 2), expected_mask())
+
+
+def test_flex_mask_is_the_matrix_by_hand() -> None:
+    plan = AttentionPlan.build(DOC, ANCHORS, VALID, 2, "flex")
+    assert plan.blocks is not None
+    q, kv = torch.meshgrid(torch.arange(8), torch.arange(16), indexing="ij")
+    zero = torch.zeros_like(q)
+    assert torch.equal(plan.blocks.mask_mod(zero, zero, q, kv), expected_mask())
+
+
+@pytest.mark.parametrize("group", [2, 4, 256])
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+def test_sdpa_against_a_loop(group: int, kv_heads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Groups of one, two and all anchors: the cut of the context must not change what is seen. Gradients too."""
+    monkeypatch.setattr(attention, "GROUP_TOKENS", group)
+    args = inputs(8, 8, kv_heads=kv_heads, dtype=torch.float64)
+    out = block_attention(*args, AttentionPlan.build(DOC, ANCHORS, VALID, 2))
+    want = naive(*args, expected_mask())
+    torch.testing.assert_close(out, want, rtol=1e-12, atol=1e-12)
+    probe = torch.randn_like(out)
+    for ours, theirs in zip(
+        torch.autograd.grad((out * probe).sum(), args),
+        torch.autograd.grad((want * probe).sum(), args),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
+
+
+def test_padding_is_finite_and_unseen() -> None:
+    args = inputs(8, 8)
+    plan = AttentionPlan.build(DOC, ANCHORS, VALID, 2)
+    before = block_attention(*args, plan)
+    assert bool(before.isfinite().all())
+    with torch.no_grad():
+        for x in args[1:3]:
+            x[7] = 1e4  # the padding token
+        for x in (args[0], *args[3:]):
+            x[6:] = 1e4  # the padding block
+    after = block_attention(*args, plan)
+    assert torch.equal(before[:6], after[:6])
+
+
+# Uncompiled flex warns that it is slow; on the CPU it only stands in for the kernel.
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("shape", [(40, 5, 3), (300, 60, 4)])
+def test_flex_equals_sdpa(shape: tuple[int, int, int]) -> None:
+    context, anchors, block = shape
+    g = torch.Generator().manual_seed(6)
+    doc = torch.arange(context, dtype=torch.int32) // 17
+    at = torch.randperm(context, generator=g)[:anchors].sort().values
+    valid = torch.arange(anchors) < anchors - 2
+    args = inputs(context, anchors * block, dim=16)
+    with torch.no_grad():
+        flex = block_attention(*args, AttentionPlan.build(doc, at, valid, block, "flex"))
+        sdpa = block_attention(*args, AttentionPlan.build(doc, at, valid, block, "sdpa"))
+    torch.testing.assert_close(flex, sdpa, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "flex"])
+def test_a_row_without_anchors(backend: attention.Backend) -> None:
+    args = inputs(8, 0)
+    none = torch.zeros(0, dtype=torch.int64)
+    out = block_attention(*args, AttentionPlan.build(DOC, none, none.bool(), 2, backend))
+    assert out.shape == (0, 4, 8)

@@ -1,0 +1,74 @@
+"""Markov and confidence heads: the formulas slot by slot against the vectorised form, and ``step`` against ``latent``."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from dspark.train.heads import ConfidenceHead, GatedMarkovHead, MarkovHead, RnnMarkovHead, build_markov_head
+
+H, R, V, VD = 5, 3, 11, 7
+
+
+def make(kind: str) -> MarkovHead:
+    torch.manual_seed(1)
+    return build_markov_head(kind, vocab_size=V, draft_vocab_size=VD, rank=R, hidden_size=H).double()
+
+
+def expected_bias(head: MarkovHead, h: Tensor, prev: Tensor) -> Tensor:
+    """[B, VD] of one block, from the formulas, one slot and one matrix product at a time."""
+    w1, w2 = head.markov_w1.weight, head.markov_w2.weight
+    state, rows = torch.zeros(R, dtype=torch.float64), []
+    for k in range(prev.numel()):
+        e = w1[prev[k]]
+        if isinstance(head, GatedMarkovHead):
+            inputs = torch.cat([h[k], e])
+            z = 1 / (1 + torch.exp(-(head.gate_proj.weight @ inputs + head.gate_proj.bias))) * e
+        elif isinstance(head, RnnMarkovHead):
+            joint = head.joint_proj.weight @ torch.cat([state, e, h[k]]) + head.joint_proj.bias
+            g = 1 / (1 + torch.exp(-joint[:R]))
+            z = torch.tanh(joint[2 * R :])
+            state = g * state + (1 - g) * torch.tanh(joint[R : 2 * R])
+        else:
+            z = e
+        rows.append(w2 @ z)
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("kind", ["vanilla", "gated", "rnn"])
+def test_bias_by_formula_and_by_step(kind: str) -> None:
+    head = make(kind)
+    torch.manual_seed(2)
+    h, prev = torch.randn(4, 6, H, dtype=torch.float64), torch.randint(0, V, (4, 6))
+    z = head.latent(h, head.embed(prev))
+    assert z.shape == (4, 6, R)
+    bias = z @ head.markov_w2.weight.T
+    for block in range(4):
+        torch.testing.assert_close(bias[block], expected_bias(head, h[block], prev[block]))
+    state = head.initial_state(h[:, 0])
+    for k in range(6):
+        one, state = head.step(h[:, k], head.embed(prev[:, k]), state)
+        torch.testing.assert_close(one, z[:, k])
+
+
+def test_rnn_carries_history() -> None:
+    head = make("rnn")
+    h, prev = torch.zeros(1, 3, H, dtype=torch.float64), torch.tensor([[1, 2, 3]])
+    other = torch.tensor([[9, 2, 3]])
+    z, changed = head.latent(h, head.embed(prev)), head.latent(h, head.embed(other))
+    assert not torch.allclose(z[0, 2], changed[0, 2])
+    gated = make("gated")
+    torch.testing.assert_close(
+        gated.latent(h, gated.embed(prev))[0, 2], gated.latent(h, gated.embed(other))[0, 2]
+    )
+
+
+def test_confidence_with_and_without_the_previous_token() -> None:
+    h, e = torch.randn(4, H), torch.randn(4, R)
+    head = ConfidenceHead(H, R)
+    want = torch.cat([h, e], 1) @ head.proj.weight[0] + head.proj.bias
+    torch.testing.assert_close(head(h, e), want)
+    plain = ConfidenceHead(H, 0)
+    torch.testing.assert_close(plain(h, None), h @ plain.proj.weight[0] + plain.proj.bias)
+    assert plain.to(torch.bfloat16)(h.bfloat16(), None).dtype == torch.float32

@@ -1,0 +1,259 @@
+"""The chunked objective against plain autograd in float64: values and every gradient, on fresh random inputs."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from core_cases import VOCAB, small_batch, small_draft
+from torch import Tensor
+
+from dspark.cache.errors import UsageError
+from dspark.train.draft import FrozenHead
+from dspark.train.objective import (
+    Denominators,
+    ObjectiveConfig,
+    SlotInputs,
+    objective,
+    reference_loss,
+    slot_weights,
+)
+
+N, H, V, VD, R = 13, 8, 23, 9, 4
+
+
+def case(
+    *, reduced: bool, markov: bool = True, dtype: torch.dtype = torch.float64
+) -> tuple[SlotInputs, FrozenHead]:
+    """Fresh at every call: an error that needs particular inputs gets its chance, run after run."""
+    full = torch.randn(V, H, dtype=dtype)
+    ids = torch.randperm(V)[:VD].sort().values
+    inverse = torch.full((V,), -1)
+    inverse[ids] = torch.arange(VD)
+    head = FrozenHead(full, full[ids], ids, inverse) if reduced else FrozenHead(full, full)
+
+    def leaf(*shape: int) -> Tensor:
+        return torch.randn(*shape, dtype=dtype, requires_grad=True)
+
+    slots = SlotInputs(
+        h=leaf(N, H),
+        z=leaf(N, R) if markov else None,
+        w2=leaf(VD if reduced else V, R) if markov else None,
+        confidence=leaf(N) if markov else None,
+        target=torch.randn(N, H, dtype=dtype),
+        labels=torch.randint(0, V, (N,)),
+        weight=torch.rand(N, dtype=dtype),
+    )
+    return slots, head
+
+
+def gradients(loss: Tensor, slots: SlotInputs) -> list[Tensor]:
+    leaves = [x for x in (slots.h, slots.z, slots.w2, slots.confidence) if x is not None]
+    return list(torch.autograd.grad(loss, leaves))
+
+
+@pytest.mark.parametrize("reduced", [False, True])
+@pytest.mark.parametrize("markov", [False, True])
+@pytest.mark.parametrize("chunk", [1, 5, 13, 1000])
+def test_equals_the_reference(reduced: bool, markov: bool, chunk: int) -> None:
+    slots, head = case(reduced=reduced, markov=markov)
+    config = ObjectiveConfig(ce=0.3, l1=0.7, confidence=0.5)
+    dens = Denominators(2.5, 4.0, 1.5)
+    out = objective(slots, head, config, dens, chunk_rows=chunk)
+    loss, ce, l1 = reference_loss(slots, head, config, dens)
+    torch.testing.assert_close(out.loss, loss)
+    torch.testing.assert_close(out.ce, ce.detach())
+    torch.testing.assert_close(out.l1, l1.detach())
+    # A factor on the loss (gradient accumulation, loss scaling) must reach every gradient.
+    for ours, theirs in zip(gradients(3 * out.loss, slots), gradients(3 * loss, slots), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-12)
+
+
+@pytest.mark.parametrize("terms", [(1.0, 0.0), (0.0, 1.0)])
+def test_terms_alone(terms: tuple[float, float]) -> None:
+    slots, head = case(reduced=True)
+    config = ObjectiveConfig(ce=terms[0], l1=terms[1], confidence=0.0)
+    dens = Denominators(1.0, 1.0, 1.0)
+    ours = gradients(objective(slots, head, config, dens, chunk_rows=4).loss, slots)
+    for a, b in zip(ours, gradients(reference_loss(slots, head, config, dens)[0], slots), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-12)
+
+
+def test_gradient_against_finite_differences() -> None:
+    """Independent of autograd. L1 has kinks, so only away from them: one direction, small step."""
+    slots, head = case(reduced=False)
+    config, dens = ObjectiveConfig(confidence=0.0), Denominators(1.0, 1.0, 1.0)
+    direction = torch.randn_like(slots.h)
+    slope = (gradients(objective(slots, head, config, dens).loss, slots)[0] * direction).sum()
+
+    def at(step: float) -> Tensor:
+        moved = replace(slots, h=slots.h.detach() + step * direction)
+        return objective(moved, head, config, dens).loss
+
+    torch.testing.assert_close((at(1e-6) - at(-1e-6)).detach() / 2e-6, slope, rtol=1e-4, atol=1e-6)
+
+
+def test_meaning_on_distributions_by_hand() -> None:
+    """p_d = (1/2, 1/2), p_t = (3/4, 1/4): L1 = 1/2, accept 3/4; label 1: CE = ln 2."""
+    eye = torch.eye(2)
+    slots = SlotInputs(
+        h=torch.zeros(1, 2),
+        z=None,
+        w2=None,
+        confidence=torch.zeros(1),
+        target=torch.tensor([[3.0, 1.0]]).log(),
+        labels=torch.tensor([1]),
+        weight=torch.ones(1),
+    )
+    out = objective(slots, FrozenHead(eye, eye), ObjectiveConfig(), Denominators(1, 1, 1))
+    assert out.l1.item() == pytest.approx(0.5)
+    assert out.accept.item() == pytest.approx(0.75)
+    assert out.ce.item() == pytest.approx(0.693147, abs=1e-6)
+    # BCE of probability 1/2 against any goal is ln 2.
+    assert out.loss.item() == pytest.approx(0.1 * 0.693147 + 0.9 * 0.5 + 0.693147, abs=1e-5)
+
+
+def test_reduced_vocabulary_by_hand() -> None:
+    """Draft can say token 1 only: p_d = (0, 1, 0); p_t = (1/4, 1/4, 1/2): L1 = 1/4 + 3/4 + 1/2; label 2 has no CE."""
+    eye = torch.eye(3)
+    head = FrozenHead(eye, eye[1:2], torch.tensor([1]), torch.tensor([-1, 0, -1]))
+    slots = SlotInputs(
+        h=torch.randn(1, 3),
+        z=None,
+        w2=None,
+        confidence=None,
+        target=torch.tensor([[1.0, 1.0, 2.0]]).log(),
+        labels=torch.tensor([2]),
+        weight=torch.ones(1),
+    )
+    out = objective(slots, head, ObjectiveConfig(), Denominators(1, 1, 1))
+    assert out.l1.item() == pytest.approx(1.5)
+    assert out.ce.item() == 0.0
+    assert out.ce_known.tolist() == [False]
+    assert out.hit.tolist() == [False]
+
+
+def test_confidence_goal_is_detached() -> None:
+    slots, head = case(reduced=False)
+    config = ObjectiveConfig(ce=1.0, l1=0.0, confidence=1.0)
+    dens = Denominators(1.0, 1.0, 1.0)
+    with_bce = gradients(objective(slots, head, config, dens).loss, slots)
+    without = gradients(objective(slots, head, replace(config, confidence=0.0), dens).loss, slots)
+    assert torch.equal(with_bce[0], without[0])
+    assert float(with_bce[3].abs().max()) > 0
+
+
+def test_bf16_states_with_wide_sums() -> None:
+    """bf16 inputs: the loss stays within their rounding of float64 on the same rounded values, and is fp32."""
+    slots, head = case(reduced=False, dtype=torch.bfloat16)
+    slots = replace(slots, weight=slots.weight.float())
+    config, dens = ObjectiveConfig(), Denominators(6.0, 6.0, 6.0)
+    out = objective(slots, head, config, dens, chunk_rows=5)
+    assert out.loss.dtype == out.l1.dtype == torch.float32
+
+    def wide(x: Tensor | None) -> Tensor | None:
+        return None if x is None else x.detach().double().requires_grad_()
+
+    exact = SlotInputs(
+        h=slots.h.detach().double().requires_grad_(),
+        z=wide(slots.z),
+        w2=wide(slots.w2),
+        confidence=wide(slots.confidence),
+        target=slots.target.double(),
+        labels=slots.labels,
+        weight=slots.weight.double(),
+    )
+    full = head.lm_head.double()
+    loss, _, _ = reference_loss(exact, FrozenHead(full, full), config, dens)
+    torch.testing.assert_close(out.loss.double(), loss, rtol=2e-2, atol=2e-2)
+    for ours, theirs in zip(gradients(out.loss, slots), gradients(loss, exact), strict=True):
+        assert ours.dtype == torch.bfloat16
+        cosine = torch.nn.functional.cosine_similarity(ours.double().flatten(), theirs.flatten(), dim=0)
+        assert float(cosine) > 0.99
+
+
+def test_no_slots_gives_zero_and_keeps_the_graph() -> None:
+    slots, head = case(reduced=False)
+    empty = SlotInputs(
+        h=slots.h[:0],
+        z=None if slots.z is None else slots.z[:0],
+        w2=slots.w2,
+        confidence=None if slots.confidence is None else slots.confidence[:0],
+        target=slots.target[:0],
+        labels=slots.labels[:0],
+        weight=slots.weight[:0],
+    )
+    out = objective(empty, head, ObjectiveConfig(), Denominators(0.0, 0.0, 0.0))
+    assert out.loss.item() == 0.0
+    for gradient in gradients(out.loss, slots):
+        assert not gradient.any()
+
+
+def test_rows_add_up_to_one_mean() -> None:
+    """Two rows with common denominators give the loss and gradient of their union: ragged rows must not weigh alike."""
+    model = small_draft().double()
+    config = ObjectiveConfig()
+    rows = [small_batch(s, max_anchors=n).to("cpu", torch.float64) for s, n in ((3, 2), (4, 0))]
+    dens = [Denominators.of(row, config.decay) for row in rows]
+    total = dens[0] + dens[1]
+    parts = [SlotInputs.gather(row, model(row, model.plan(row)), config.decay) for row in rows]
+    assert parts[0].h.shape[0] != parts[1].h.shape[0]
+    summed = objective(parts[0], model.frozen_head, config, total).loss
+    summed = summed + objective(parts[1], model.frozen_head, config, total).loss
+    both = [
+        None if getattr(parts[0], name) is None else torch.cat([getattr(p, name) for p in parts])
+        for name in ("h", "z", "confidence", "target", "labels", "weight")
+    ]
+    h, z, confidence, target, labels, weight = both
+    assert h is not None
+    assert target is not None
+    assert labels is not None
+    assert weight is not None
+    union = SlotInputs(h, z, parts[0].w2, confidence, target, labels, weight)
+    want, _, _ = reference_loss(union, model.frozen_head, config, total)
+    torch.testing.assert_close(summed, want, rtol=1e-7, atol=1e-9)
+    assert total.l1 == pytest.approx(float(weight.sum()))
+
+
+def test_denominators_and_weights() -> None:
+    assert slot_weights(3, 4.0).tolist() == pytest.approx([1.0, 0.7788, 0.6065], abs=1e-4)
+    assert slot_weights(3, 0).tolist() == [1.0, 1.0, 1.0]
+    batch = small_batch()
+    to_draft = torch.full((VOCAB,), -1)
+    to_draft[batch.label_ids[batch.counted][0]] = 0
+    some = Denominators.of(batch, 4.0, to_draft)
+    every = Denominators.of(batch, 4.0)
+    assert 0 < some.ce < every.ce
+    assert some.l1 == every.l1 == every.confidence == every.ce
+
+
+def test_values_without_gradient() -> None:
+    slots, head = case(reduced=True)
+    with torch.no_grad():
+        out = objective(slots, head, ObjectiveConfig(), Denominators(1, 1, 1), chunk_rows=4)
+    assert not out.loss.requires_grad
+    torch.testing.assert_close(
+        out.loss, reference_loss(slots, head, ObjectiveConfig(), Denominators(1, 1, 1))[0].detach()
+    )
+
+
+def test_loss_fn_flag() -> None:
+    assert ObjectiveConfig.from_json('{"ce":0.1,"l1":0.9}') == ObjectiveConfig()
+    # tv is half of l1, so the same number weighs the distance half as much.
+    assert ObjectiveConfig.from_json('{"ce":0.1,"tv":1.8}') == ObjectiveConfig()
+    assert ObjectiveConfig.from_json('{"ce":1}', confidence=0.0) == ObjectiveConfig(
+        ce=1.0, l1=0.0, confidence=0.0
+    )
+    for bad in (
+        '{"ce":0.1,"kl":1}',
+        '{"l1":1,"tv":1}',
+        "[1]",
+        "{",
+        '{"ce":"a"}',
+        '{"ce":-1}',
+        '{"ce":0}',
+        '{"ce":NaN}',
+    ):
+        with pytest.raises(UsageError):
+            ObjectiveConfig.from_json(bad)
