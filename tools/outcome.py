@@ -1,8 +1,9 @@
-"""What an engine reports for one prompt, and the table made of many: the same numbers for transformers and vLLM.
+"""What an engine reports for one prompt, and totals of many: the same numbers from transformers and vLLM.
 
-Counting follows vLLM (`vllm:spec_decode_*`), so that figures compare: a *draft* is one verified block; the first token of an
-answer comes from the prefill and belongs to no block; the last block counts whole, also where the answer stops inside it.
-`accept_rate[k]` = blocks with more than k tokens accepted / blocks, so it falls with k; `mean_accepted_length` = 1 + accepted / blocks.
+Counting follows vLLM (`vllm:spec_decode_*`), so that figures compare: a *draft* is one verified block; the
+first token of an answer comes from the prefill and belongs to no block; the last block counts whole, also
+where the answer stops inside it. `accept_rate[k]` = blocks with more than k tokens accepted / blocks, so it
+falls with k; `mean_accepted_length` = 1 + accepted / blocks.
 """
 
 from __future__ import annotations
@@ -14,9 +15,11 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """One answer. ``tokens``: new token ids, at most the limit, the stop token included. ``seconds``: prefill and decoding.
+    """One answer. ``tokens``: new token ids, at most the limit, the stop token included. ``seconds``: prefill
+    and decoding.
 
-    ``drafts``: verified blocks. ``accepted_at[k]``: how many of them had more than ``k`` draft tokens accepted (empty without a draft).
+    ``drafts``: verified blocks. ``accepted_at[k]``: how many of them had more than ``k`` draft tokens
+    accepted (empty without a draft).
     """
 
     tokens: list[int]

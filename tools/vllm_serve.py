@@ -1,12 +1,12 @@
 """Real vLLM in a process of its own: prompts in, token ids and speculative-decoding counts out.
 
-``run_vllm`` (parent) starts ``python -m dspark.tools.vllm_serve REQUEST.json RESULT.json`` (child), because vLLM's switches are
-environment variables read at import, and because its memory goes back only with its process. Prompts run one at a time: counts belong
-to a prompt, and tokens per second means concurrency 1.
+``run_vllm`` (parent) starts ``python -m dspark.tools.vllm_serve REQUEST.json RESULT.json`` (child), because
+vLLM's switches are environment variables read at import, and because its memory goes back only with its
+process. Prompts run one at a time: counts belong to a prompt, and tokens per second means concurrency 1.
 
-Without a GPU the kernels of vLLM's DSpark runner need Triton's interpreter and a stand-in driver; the folder that holds it is named
-by ``DSPARK_TRITON_INTERPRETER`` (tests/vllm_cpu/triton_interpreter in the source tree). Slow, right, meant for tests.
-Start-up is 25-60 s on a CPU, most of it imports.
+Without a GPU the kernels of vLLM's DSpark runner need Triton's interpreter and a stand-in driver; the folder
+that holds it is named by ``DSPARK_TRITON_INTERPRETER`` (tests/vllm_cpu/triton_interpreter in the source
+tree). Slow, right, meant for tests. Start-up is 25-60 s on a CPU, most of it imports.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ _LOG_LINES = 25
 class ServeRequest:
     """What the child is asked. ``prompts``: token ids. ``draft`` None: the target alone.
 
-    ``temperature`` 0 drafts and decodes greedily; above it vLLM samples drafts too and verifies by rejection sampling.
+    ``temperature`` 0 drafts and decodes greedily; above it vLLM samples drafts too and verifies by rejection
+    sampling.
     """
 
     target: str
@@ -48,7 +49,7 @@ class ServeRequest:
     dtype: str = "auto"
 
     def engine_args(self) -> dict[str, Any]:
-        """Keyword arguments of ``vllm.LLM``. Room for one block past the limit: vLLM cuts drafts at max_model_len."""
+        """Keyword arguments of ``vllm.LLM``, with room for a block past the limit (it cuts drafts there)."""
         longest = max(map(len, self.prompts)) + self.max_tokens + self.num_speculative_tokens + 2
         args: dict[str, Any] = {
             "model": self.target,
@@ -74,7 +75,8 @@ class ServeRequest:
 def run_vllm(
     request: ServeRequest, *, program: Sequence[str] = ("-m", "dspark.tools.vllm_serve")
 ) -> list[Outcome]:
-    """One ``Outcome`` per prompt, from a vLLM started for this call. Raises EngineError with the end of vLLM's log.
+    """One ``Outcome`` per prompt, from a vLLM started for this call. Raises EngineError with the end of
+    vLLM's log.
 
     ``program``: what the child's Python runs (a test wraps ``main`` to look inside).
     """
@@ -90,7 +92,10 @@ def run_vllm(
         if child.returncode != 0:
             tail = "\n".join(log.read_text(errors="replace").splitlines()[-_LOG_LINES:])
             raise EngineError(f"vLLM ended with exit code {child.returncode}. The end of its log:\n{tail}")
-        return [Outcome(**{**row, "accepted_at": tuple(row["accepted_at"])}) for row in json.loads(answer.read_text())]
+        return [
+            Outcome(**{**row, "accepted_at": tuple(row["accepted_at"])})
+            for row in json.loads(answer.read_text())
+        ]
 
 
 def _environment() -> dict[str, str]:
@@ -134,7 +139,8 @@ def serve(request: ServeRequest) -> list[Outcome]:
             stop_token_ids=list(request.stop_token_ids), ignore_eos=True, detokenize=False,
         )  # fmt: skip
 
-    llm.generate({"prompt_token_ids": request.prompts[0]}, params(2), use_tqdm=False)  # compiles what is left to
+    # Kernels that compile at first use do it here, outside what is timed.
+    llm.generate({"prompt_token_ids": request.prompts[0]}, params(2), use_tqdm=False)
     outcomes = []
     for prompt in request.prompts:
         drafts, accepted_at = _counters(llm)

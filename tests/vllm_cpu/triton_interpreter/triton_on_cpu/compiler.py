@@ -1,4 +1,4 @@
-"""The compiler half of the backend: there is none. Reaching it means that the interpreter is not switched on."""
+"""The compiler half: there is none. Reaching it means that the interpreter is not switched on."""
 
 from __future__ import annotations
 

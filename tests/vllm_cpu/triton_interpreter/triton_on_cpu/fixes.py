@@ -1,7 +1,8 @@
 """vLLM plugin: two things the interpreter lacks for the kernels that vLLM samples with (temperature > 0).
 
-Masks: its C++ part takes only bool ("mask has unsupported dtype" otherwise), and a mask computed with integers, or from a 0/1
-argument, is an integer there. ``log1p``: the functions of Triton's device library have no body outside a compiler and return None.
+Masks: its C++ part takes only bool ("mask has unsupported dtype" otherwise), and a mask computed with
+integers, or from a 0/1 argument, is an integer there. ``log1p``: the functions of Triton's device library
+have no body outside a compiler and return None.
 """
 
 from __future__ import annotations
