@@ -150,9 +150,7 @@ def _check_counts(record: PartRecord, small: dict[str, Array], vocab: int) -> It
         yield f"{int(mask.sum())} supervised tokens, the record says {record.supervised_tokens}"
     if ids.min() < 0 or ids.max() >= vocab:
         yield f"token ids reach from {ids.min()} to {ids.max()}, the vocabulary has {vocab}"
-    stored = np.cumsum(
-        [0] + [int(last_rows(mask[a:b]).sum()) for a, b in itertools.pairwise(start)]
-    )
+    stored = np.cumsum([0] + [int(last_rows(mask[a:b]).sum()) for a, b in itertools.pairwise(start)])
     if not np.array_equal(stored, last_start):
         yield "sample_last_start does not follow from the loss mask"
     rows = small["sample_row"]

@@ -73,7 +73,8 @@ class SlotMetrics:
                 (weight * (guess - accept).abs()).sum(),
                 (weight * (guess - accept)).sum(),
             ]
-            at = (guess * BINS).long().clamp(max=BINS - 1)
+            at = (guess.nan_to_num() * BINS).long()  # a NaN is the loop's to report
+            at = at.clamp(max=BINS - 1)
             values = torch.stack([torch.ones_like(guess), guess, accept])
             bins = bins.index_add(1, at, values)
         per_slot = [accepts.sum(0), hits.sum(0), batch.counted.sum(0).to(wide)]

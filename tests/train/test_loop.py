@@ -1,0 +1,224 @@
+"""The loop: resuming equals not stopping, seeds decide everything, wrong runs are refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import stores
+from dspark.cache import errors
+from dspark.cache.reader import open as open_store
+from dspark.train.config import TrainConfig
+from dspark.train.loop import train
+from dspark.train.optim import MasterAdamW, learning_rate
+from dspark.train.stream import Stream, pack, rng, split
+
+LENGTHS = [60, 80, 90, 30, 20, 100, 50, 64, 90, 77, 33, 40]
+SPEED = {"tokens_per_second", "step_ms", "data_wait_fraction"}
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> TrainConfig:
+    stores.write_store(tmp_path / "hs.zarr", LENGTHS)
+    return TrainConfig(
+        cache=str(tmp_path / "hs.zarr"), output=str(tmp_path / "draft"), epochs=3, num_layers=1, block_size=3, markov_rank=4,
+        total_seq_len=256, rows_per_step=1, max_anchors=16, checkpoint_freq=0.5, log_every=1, val_fraction=0.2, tensorboard=False,
+    )  # fmt: skip
+
+
+def rows(output: str | Path) -> list[dict[str, Any]]:
+    text = (Path(output) / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k not in SPEED} for line in text]
+
+
+class Stop(Exception):
+    """Raised by a progress callback, in place of a crash."""
+
+
+def test_resume_goes_on_exactly(config: TrainConfig, tmp_path: Path) -> None:
+    whole = dataclasses.replace(config, output=str(tmp_path / "whole"))
+    train(whole)
+
+    def stop_at_5(step: int, total: int, text: str) -> None:
+        if step == 5:
+            raise Stop
+
+    with pytest.raises(Stop):
+        train(config, progress=stop_at_5)
+    train(config, resume=True)
+    assert len([r for r in rows(whole.output) if "validation" not in r]) >= 9
+    assert rows(config.output) == rows(whole.output)
+    a, b = (load_file(Path(o) / "model.safetensors") for o in (config.output, whole.output))
+    assert all(torch.equal(a[n], b[n]) for n in a)
+
+
+def test_kill_9_then_resume(config: TrainConfig, tmp_path: Path) -> None:
+    """A killed process: what it leaves is resumed to the same curve."""
+    whole = dataclasses.replace(config, output=str(tmp_path / "whole"), epochs=12, checkpoint_freq=1.0)
+    config = dataclasses.replace(config, epochs=12, checkpoint_freq=1.0)
+    train(whole)
+    code = f"import torch; torch.set_num_threads({torch.get_num_threads()})\nfrom dspark.train.config import TrainConfig\nfrom dspark.train.loop import train\n"
+    code += f"train(TrainConfig.from_json({config.to_json()!r}, 'x'))"
+    process = subprocess.Popen([sys.executable, "-c", code])
+    deadline = time.monotonic() + 120
+    while (
+        len(list((Path(config.output) / "checkpoints").glob("step_0*"))) < 2 and time.monotonic() < deadline
+    ):
+        time.sleep(0.01)
+        assert process.poll() is None, "finished before it could be killed"
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert rows_whole(config.output) < len(rows(whole.output))
+    train(config, resume=True)
+    assert rows(config.output) == rows(whole.output)
+
+
+def rows_whole(output: str) -> int:
+    return (Path(output) / "metrics.jsonl").read_text().count("\n")
+
+
+def test_the_same_seed_gives_the_same_draft_and_another_does_not(config: TrainConfig, tmp_path: Path) -> None:
+    outputs = []
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        outputs.append(tmp_path / name)
+        train(dataclasses.replace(config, output=str(outputs[-1]), seed=seed, max_steps=3))
+    a, b, c = ((o / "model.safetensors").read_bytes() for o in outputs)
+    assert a == b
+    assert a != c
+
+
+def test_ctrl_c_saves_a_checkpoint_at_the_step_reached(config: TrainConfig) -> None:
+    def interrupt(step: int, total: int, text: str) -> None:
+        if step == 4:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    config = dataclasses.replace(config, checkpoint_freq=50.0, epochs=6)
+    with pytest.raises(KeyboardInterrupt):
+        train(config, progress=interrupt)
+    kept = sorted(p.name for p in (Path(config.output) / "checkpoints").iterdir())
+    assert kept in (
+        ["step_00000004"],
+        ["step_00000005"],
+    )  # the flag is read after the callback of the same step or the next
+
+
+def test_wrong_runs_are_refused(config: TrainConfig, tmp_path: Path) -> None:
+    train(dataclasses.replace(config, max_steps=2))
+    with pytest.raises(errors.ExistsError, match="--resume"):
+        train(config)
+    with pytest.raises(errors.MismatchError, match="block_size: 3 there, 5 now"):
+        train(dataclasses.replace(config, max_steps=2, block_size=5), resume=True)
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "mine.txt").write_text("x")
+    with pytest.raises(errors.ExistsError, match="no dspark training"):
+        train(dataclasses.replace(config, output=str(tmp_path / "notes")), overwrite=True)
+    with pytest.raises(errors.UsageError, match="sample . has .* tokens, more than"):
+        train(dataclasses.replace(config, output=str(tmp_path / "short"), total_seq_len=64, val_fraction=0.0))
+    with pytest.raises(errors.TrainError, match="no samples left"):
+        train(dataclasses.replace(config, output=str(tmp_path / "val"), val_fraction=0.9999))
+    with pytest.raises(errors.UsageError, match="draft-vocab-size"):
+        train(dataclasses.replace(config, output=str(tmp_path / "vocab"), draft_vocab_size=0))
+    assert not (tmp_path / "short").exists()
+
+
+def test_reduced_vocabulary_takes_the_most_frequent(config: TrainConfig) -> None:
+    train(dataclasses.replace(config, draft_vocab_size=20, max_steps=2))
+    draft = load_file(Path(config.output) / "model.safetensors")
+    ids = (torch.arange(20) + draft["d2t"]).numpy()
+    cache = open_store(config.cache)
+    used, _ = split(cache.index["sample_key"], config.val_fraction)
+    counts = np.zeros(stores.VOCAB, int)
+    for i in used:
+        tokens = cache.tokens(int(i))
+        np.add.at(counts, tokens.input_ids[tokens.loss_mask], 1)
+    assert counts[ids].min() >= np.delete(counts, ids).max()
+    assert draft["t2d"].nonzero().flatten().tolist() == ids.tolist()
+
+
+def test_a_non_finite_loss_stops_and_says_where(config: TrainConfig) -> None:
+    with pytest.raises(errors.TrainError, match="step .*expected finite"):
+        train(dataclasses.replace(config, lr=1e30, grad_clip=1e30, warmup_ratio=0.0))
+
+
+def test_pack_is_next_fit_and_keeps_the_order() -> None:
+    assert pack([0, 1, 2, 3, 4], np.array([5, 6, 3, 9, 1]), 10) == [[0], [1, 2], [3, 4]]
+    with pytest.raises(errors.UsageError, match="raise it to at least 9"):
+        pack([3], np.array([5, 6, 3, 9, 1]), 8)
+
+
+def test_rows_are_the_same_for_any_number_of_ranks_and_workers(config: TrainConfig) -> None:
+    cache = open_store(config.cache)
+    samples = np.arange(len(cache))
+
+    def anchors(rank: int, world: int, workers: int = 0) -> list[list[list[int]]]:
+        stream = Stream(
+            cache, samples, seed=3, total_seq_len=256, rows_per_step=3, block_size=3, max_anchors=16, rank=rank, world=world, workers=workers
+        )  # fmt: skip
+        return [
+            [[*row.batch.anchors.tolist(), *row.batch.input_ids.tolist()] for row in step]
+            for step in stream.epoch(1)
+        ]
+
+    whole = anchors(0, 1)
+    halves = [anchors(0, 2), anchors(1, 2)]
+    together = [
+        [step[j // 2] for j in range(n) for step in [a if j % 2 == 0 else b]]
+        for a, b, n in zip(*halves, map(len, whole), strict=True)
+    ]
+    assert together == whole
+    assert anchors(0, 1, workers=1) == whole
+
+
+def test_anchors_do_not_depend_on_the_row_a_sample_lands_in(config: TrainConfig) -> None:
+    """With room for all eligible anchors of a sample, packing changes nothing about it; the draw is keyed by sample."""
+    assert (rng(1, 2, 0, 5).random(4) == rng(1, 2, 0, 5).random(4)).all()
+    assert (rng(1, 2, 0, 5).random(4) != rng(1, 2, 0, 6).random(4)).all()
+    assert (rng(1, 2, -1, 5).random(4) != rng(1, 2, 1, 5).random(4)).all()
+
+
+def test_split_sends_equal_prompts_to_one_side() -> None:
+    keys = np.random.default_rng(0).integers(0, 256, (2000, 16)).astype(np.uint8)
+    keys[1000:] = keys[:1000]
+    train_ids, held_out = split(keys, 0.1)
+    assert 120 < held_out.size < 280
+    assert set(held_out[held_out < 1000] + 1000) == set(held_out[held_out >= 1000])
+    assert sorted([*train_ids, *held_out]) == list(range(2000))
+
+
+def test_learning_rate_table() -> None:
+    rate = [learning_rate(s, 100, 1.0, 0.04, 0.1) for s in range(100)]
+    assert rate[:4] == [0.25, 0.5, 0.75, 1.0]
+    assert rate[4] == 1.0
+    assert rate[52] == pytest.approx(0.55, abs=1e-9)
+    assert rate[99] == pytest.approx(0.1, abs=1e-3)
+
+
+def test_bf16_model_with_fp32_masters_follows_the_fp32_optimizer() -> None:
+    """Two rows accumulate in fp32, and many small updates do not vanish in bf16."""
+    g = torch.Generator().manual_seed(0)
+    start = torch.randn(8, 8, generator=g).bfloat16()
+    p16 = torch.nn.Parameter(start.clone())
+    p32 = torch.nn.Parameter(start.float())
+    make = {"betas": (0.9, 0.95), "weight_decay": 0.0, "clip": 1e9}
+    half, full = MasterAdamW([("w", p16)], **make), MasterAdamW([("w", p32)], **make)  # type: ignore[arg-type]
+    for _ in range(50):
+        for _ in range(2):
+            x = torch.randn(8, 8, generator=g).bfloat16()
+            (p16 * x).sum().backward()
+            (p32 * x.float()).sum().backward()
+        half.step(1e-4)
+        full.step(1e-4)
+    torch.testing.assert_close(half.masters["w"], full.masters["w"], atol=1e-6, rtol=0)
+    assert torch.equal(p16, half.masters["w"].bfloat16())

@@ -1,0 +1,136 @@
+"""``dspark-train``: flags -> TrainConfig -> loop. Imports nothing heavy until it runs."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import click
+
+from dspark.cache.command import emit, guarded
+from dspark.train.config import TrainConfig
+
+DEFAULTS = TrainConfig(cache="")
+
+
+@click.command(
+    context_settings={"help_option_names": ["-h", "--help"], "show_default": True, "max_content_width": 120},
+    epilog="""\b
+Examples:
+  dspark-train --cache ./hs.zarr
+  dspark-train --cache ./hs.zarr --output ./draft --epochs 3 --block-size 7 --max-anchors 512
+  dspark-train --cache ./hs.zarr --resume                    after Ctrl-C or a crash
+  dspark-train --cache ./hs.zarr --speculator-type dflash    the plain parallel draft
+""",
+)
+@click.option("--cache", required=True, help="Store that dspark-dump wrote.")
+@click.option(
+    "--output",
+    default=DEFAULTS.output,
+    help="Folder of the draft: config.json, model.safetensors, metrics.jsonl, checkpoints/.",
+)
+@click.option("--epochs", default=DEFAULTS.epochs, type=float, help="Passes over the training samples.")
+@click.option("--max-steps", type=int, help="Optimizer steps in all, instead of --epochs.")
+@click.option("--lr", default=DEFAULTS.lr, help="Peak learning rate of AdamW.")
+@click.option(
+    "--min-lr-ratio", default=DEFAULTS.min_lr_ratio, help="Rate at the end of the cosine, as a share of --lr."
+)
+@click.option("--warmup-ratio", default=DEFAULTS.warmup_ratio, help="Share of the steps with a rising rate.")
+@click.option("--weight-decay", default=DEFAULTS.weight_decay)
+@click.option("--grad-clip", default=DEFAULTS.grad_clip, help="Global gradient norm that is clipped to.")
+@click.option(
+    "--total-seq-len",
+    type=int,
+    help="Tokens of a packed row.  [default: 4096, or the store's sequence length]",
+)
+@click.option("--rows-per-step", default=DEFAULTS.rows_per_step, help="Packed rows of an optimizer step.")
+@click.option(
+    "--max-anchors", default=DEFAULTS.max_anchors, help="Anchors drawn a row; 0 = every eligible one."
+)
+@click.option("--speculator-type", default=DEFAULTS.speculator_type, type=click.Choice(["dspark", "dflash"]))
+@click.option("--num-layers", default=DEFAULTS.num_layers, help="Layers of the draft.")
+@click.option("--block-size", default=DEFAULTS.block_size, help="Draft tokens an anchor (B).")
+@click.option("--markov-rank", default=DEFAULTS.markov_rank)
+@click.option(
+    "--markov-head-type", default=DEFAULTS.markov_head_type, type=click.Choice(["vanilla", "gated", "rnn"]),
+    help="vLLM serves vanilla only.",
+)  # fmt: skip
+@click.option(
+    "--draft-vocab-size",
+    type=int,
+    help="Draft only the N most frequent supervised ids.  [default: the whole vocabulary]",
+)
+@click.option(
+    "--loss-fn", default=DEFAULTS.loss_fn, help="JSON weights of ce and l1 (= 2 TV), or tv (= l1 / 2)."
+)
+@click.option(
+    "--confidence-head-alpha",
+    default=DEFAULTS.confidence_head_alpha,
+    help="Weight of the confidence loss; 0 = no confidence head.",
+)
+@click.option("--decay", default=DEFAULTS.decay, help="Slot k weighs exp(-k/decay).")
+@click.option("--val-fraction", default=DEFAULTS.val_fraction, help="Share of prompts (by hash) held out.")
+@click.option(
+    "--checkpoint-freq",
+    default=DEFAULTS.checkpoint_freq,
+    help="Epochs between checkpoints and validations; 0.25 = four an epoch.",
+)
+@click.option("--keep-checkpoints", default=DEFAULTS.keep_checkpoints)
+@click.option("--seed", default=DEFAULTS.seed)
+@click.option("--device", default=DEFAULTS.device, help="auto, cpu, cuda or cuda:N.")
+@click.option(
+    "--dtype",
+    default=DEFAULTS.dtype,
+    type=click.Choice(["auto", "bfloat16", "float32"]),
+    help="auto: bfloat16 on cuda, float32 on cpu.",
+)
+@click.option("--workers", type=int, help="Processes that read the store.  [default: 4 on cuda, 0 on cpu]")
+@click.option(
+    "--compile/--no-compile", "compile_", default=None, help="torch.compile the step.  [default: on cuda]"
+)
+@click.option("--log-every", default=DEFAULTS.log_every, help="Steps between rows of metrics.jsonl.")
+@click.option("--tensorboard/--no-tensorboard", default=DEFAULTS.tensorboard)
+@click.option("--resume", is_flag=True, help="Go on from the newest checkpoint of --output.")
+@click.option("--overwrite", is_flag=True, help="Replace the training in --output.")
+@click.option("--json", "as_json", is_flag=True, help="Print the last metrics as one JSON object on stdout.")
+@guarded
+def main(resume: bool, overwrite: bool, as_json: bool, compile_: bool | None, **flags: Any) -> None:
+    """Train a DSpark draft from a store of hidden states. No target model, no server."""
+    if resume and overwrite:
+        raise click.UsageError("--resume and --overwrite exclude each other")
+    config = TrainConfig(**flags, compile=compile_)
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    from dspark.train.loop import train
+
+    console = Console(stderr=True)
+    columns = (
+        TextColumn("train"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.description}"),
+    )
+    with Progress(*columns, console=console, refresh_per_second=2) as bar:
+        task = bar.add_task("", total=None)
+        result = train(
+            config, resume=resume, overwrite=overwrite,
+            progress=lambda step, total, text: bar.update(task, completed=step, total=total, description=text),
+        )  # fmt: skip
+    tau = result.get("mean_accepted_length")
+    where = "held out" if result.get("validation") else "training rows"
+    print(
+        f"done: {config.output}  tau {tau:.3f} ({where})" if tau else f"done: {config.output}",
+        file=sys.stderr,
+    )
+    if as_json:
+        emit(result)

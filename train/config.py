@@ -1,0 +1,108 @@
+"""What a training run is: one frozen dataclass, validated where it is made, saved beside the draft and compared on resume."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from dspark.cache.errors import MismatchError, UsageError
+
+# Fields that may differ between a run and its resumption: they say where and how, not what is computed.
+FREE_ON_RESUME = {
+    "cache",
+    "output",
+    "device",
+    "workers",
+    "log_every",
+    "checkpoint_freq",
+    "tensorboard",
+    "keep_checkpoints",
+    "compile",
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainConfig:
+    """Defaults are those of the published DSpark recipes where they agree (lr, warm-up, anchors, layers, rank)."""
+
+    cache: str
+    output: str = "./draft"
+    epochs: float = 3.0
+    max_steps: int | None = None
+    """Optimizer steps in all; also the length of the schedule. None: ``epochs`` of them."""
+    lr: float = 6e-4
+    min_lr_ratio: float = 0.0
+    """Learning rate at the end of the cosine, as a share of ``lr``."""
+    warmup_ratio: float = 0.04
+    weight_decay: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.95)
+    grad_clip: float = 1.0
+    total_seq_len: int | None = None
+    """Tokens of a packed row. None: 4096, or the store's sequence length if that is longer."""
+    rows_per_step: int = 8
+    """Packed rows of an optimizer step, over all ranks; rows beyond one a rank accumulate."""
+    max_anchors: int = 512
+    """Anchors drawn a row; 0 = every eligible one."""
+    speculator_type: str = "dspark"
+    num_layers: int = 5
+    block_size: int = 7
+    markov_rank: int = 256
+    markov_head_type: str = "vanilla"
+    draft_vocab_size: int | None = None
+    loss_fn: str = '{"ce": 0.1, "l1": 0.9}'
+    """JSON weights of ``ce`` and ``l1`` (= 2 TV) or ``tv`` (= l1 / 2); ``ObjectiveConfig.from_json`` reads it."""
+    confidence_head_alpha: float = 1.0
+    decay: float = 4.0
+    """Slot k weighs exp(-k / decay)."""
+    val_fraction: float = 0.05
+    """Share of prompts (by hash) held out."""
+    checkpoint_freq: float = 1.0
+    """Epochs between checkpoints and validations; 0.25 = four an epoch."""
+    keep_checkpoints: int = 2
+    seed: int = 0
+    device: str = "auto"
+    dtype: str = "auto"
+    """Of the forward and backward pass: bfloat16 on cuda, float32 on cpu. Master weights are always float32."""
+    workers: int | None = None
+    """Processes that read the store. None: 0 on cpu, 4 on cuda."""
+    log_every: int = 10
+    tensorboard: bool = True
+    compile: bool | None = None
+    """torch.compile the backbone and the objective. None: on cuda. Rows are then padded to one shape."""
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "lr", "rows_per_step", "num_layers", "block_size", "grad_clip", "decay", "checkpoint_freq",
+                     "keep_checkpoints", "log_every"):  # fmt: skip
+            if not getattr(self, name) > 0:
+                raise UsageError(f"{name} is {getattr(self, name)}, expected a positive number")
+        for name in ("max_anchors", "markov_rank", "weight_decay", "confidence_head_alpha"):
+            if getattr(self, name) < 0:
+                raise UsageError(f"{name} is {getattr(self, name)}, expected 0 or more")
+        for name in ("warmup_ratio", "min_lr_ratio", "val_fraction"):
+            if not 0.0 <= getattr(self, name) < 1.0:
+                raise UsageError(f"{name} is {getattr(self, name)}, expected a share in [0, 1)")
+        if self.max_steps is not None and self.max_steps <= 0:
+            raise UsageError(f"max_steps is {self.max_steps}, expected a positive number")
+
+    def to_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self) | {"betas": list(self.betas)}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any], where: str) -> TrainConfig:
+        known = {f.name for f in dataclasses.fields(cls)}
+        if unknown := set(data) - known:
+            raise UsageError(f"{where}: unknown keys {sorted(unknown)}")
+        return cls(**{**data, "betas": tuple(data.get("betas", (0.9, 0.95)))})
+
+    def continues(self, earlier: TrainConfig, where: str) -> None:
+        """Raise MismatchError, naming every difference, unless this run goes on with ``earlier``."""
+        a, b = earlier.to_json(), self.to_json()
+        diffs = [f"{k}: {a[k]!r} there, {b[k]!r} now" for k in a if k not in FREE_ON_RESUME and a[k] != b[k]]
+        if diffs:
+            raise MismatchError(
+                f"{where} was trained with other settings: "
+                + "; ".join(diffs)
+                + ". Use those, or another --output."
+            )

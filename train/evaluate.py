@@ -1,0 +1,40 @@
+"""Teacher-forced metrics of a draft over rows of a store: validation while training, and ``dspark-tools score``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+
+from dspark.cache.reader import Cache
+from dspark.train.attention import Backend
+from dspark.train.draft import DraftModel
+from dspark.train.metrics import Score, SlotMetrics
+from dspark.train.objective import Denominators, ObjectiveConfig, SlotInputs, objective
+from dspark.train.stream import Row
+
+
+@torch.no_grad()
+def evaluate(
+    model: DraftModel,
+    cache: Cache,
+    rows: Iterable[Row],
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    decay: float = 4.0,
+    backend: Backend = "sdpa",
+    compiled: bool = False,
+) -> Score:
+    """The keys of ``dspark-tools score`` over every counted slot of ``rows``. States are decoded to ``dtype`` on ``device``."""
+    config = ObjectiveConfig(decay=decay)
+    unit = Denominators(1.0, 1.0, 1.0)  # the losses come out of the metrics' own weighted means
+    metrics = SlotMetrics(model.config.block_size, device)
+    for row in rows:
+        if row.batch.slots.numel() == 0:
+            continue
+        batch = row.place(cache, device, dtype)
+        states = model(batch, model.plan(batch, backend))
+        slots = SlotInputs.gather(batch, states, decay)
+        metrics.add(batch, slots, objective(slots, model.frozen_head, config, unit, compiled=compiled))
+    return metrics.result()

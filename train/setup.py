@@ -1,0 +1,139 @@
+"""Everything a run needs, made from its config: device, store, split, draft, stream, optimizer. No training here."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import torch
+
+import dspark.cache
+from dspark.cache.errors import TrainError, UsageError
+from dspark.cache.reader import Cache
+from dspark.train.anchors import Int64
+from dspark.train.attention import Backend
+from dspark.train.config import TrainConfig
+from dspark.train.draft import DraftModel
+from dspark.train.draft_config import DraftConfig
+from dspark.train.objective import ObjectiveConfig
+from dspark.train.optim import MasterAdamW
+from dspark.train.stream import VALIDATION_EPOCH, Stream, split
+from dspark.train.vocab import choose_ids
+
+
+@dataclass(frozen=True, slots=True)
+class Compute:
+    """Where and in what the draft runs."""
+
+    device: torch.device
+    dtype: torch.dtype
+    backend: Backend
+    compiled: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    config: TrainConfig
+    cache: Cache
+    compute: Compute
+    model: DraftModel
+    objective: ObjectiveConfig
+    optimizer: MasterAdamW
+    stream: Stream
+    validation: Stream | None
+    vocab_coverage: float
+
+
+def choose_compute(device: str, dtype: str, compiled: bool | None) -> Compute:
+    """``auto`` takes cuda with bfloat16 if there is one, else cpu with float32 (bfloat16 is emulated and slow on most CPUs)."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise UsageError(
+            f"--device {device}: torch sees no CUDA device (torch {torch.__version__}); use --device cpu"
+        )
+    cuda = device.startswith("cuda")
+    names = {
+        "bfloat16": torch.bfloat16,
+        "float32": torch.float32,
+        "auto": torch.bfloat16 if cuda else torch.float32,
+    }
+    if dtype not in names:
+        raise UsageError(f"--dtype {dtype}: expected auto, bfloat16 or float32")
+    return Compute(
+        torch.device(device), names[dtype], "flex" if cuda else "sdpa", cuda if compiled is None else compiled
+    )
+
+
+def row_length(cache: Cache, requested: int | None) -> int:
+    """``--total-seq-len``, by default 4096 or the store's own sequence length if that is longer."""
+    return requested or max(4096, cache.manifest.dump.seq_length)
+
+
+def prepare(config: TrainConfig) -> Run:
+    """Open the store and build the run. Raises before anything is written."""
+    objective = ObjectiveConfig.from_json(
+        config.loss_fn, confidence=config.confidence_head_alpha, decay=config.decay
+    )
+    compute = choose_compute(config.device, config.dtype, config.compile)
+    cache = dspark.cache.open(config.cache)
+    if cache.manifest.counts.last_rows == 0:
+        raise TrainError(
+            f"{config.cache}: no two neighbouring supervised tokens in {len(cache)} samples, so there is no anchor to train on"
+        )
+    train, held_out = split(cache.index["sample_key"], config.val_fraction)
+    draft_ids, coverage = None, 1.0
+    if config.draft_vocab_size is not None and config.draft_vocab_size != cache.manifest.target.vocab_size:
+        draft_ids, coverage = choose_ids(cache, train, config.draft_vocab_size)
+    draft_config = DraftConfig.sized_for(
+        cache.manifest.target.config,
+        target_layer_ids=tuple(cache.manifest.layers),
+        mask_token_id=cache.manifest.target.mask_token_id,
+        speculator_type=config.speculator_type,
+        num_layers=config.num_layers,
+        block_size=config.block_size,
+        markov_rank=config.markov_rank,
+        markov_head_type=config.markov_head_type,
+        enable_confidence_head=config.confidence_head_alpha > 0,
+        draft_vocab_size=None if draft_ids is None else len(draft_ids),
+    )
+    torch.manual_seed(config.seed)  # initial weights; nothing else draws from torch's generator
+    model = DraftModel(draft_config, cache.target, draft_ids, frozen_dtype=compute.dtype)
+    model.to(device=compute.device, dtype=compute.dtype)
+    optimizer = MasterAdamW(
+        model.trained(), betas=config.betas, weight_decay=config.weight_decay, clip=config.grad_clip
+    )
+    cuda = compute.device.type == "cuda"
+    workers = config.workers if config.workers is not None else (min(4, os.cpu_count() or 1) if cuda else 0)
+
+    def stream(samples: Int64, max_anchors: int) -> Stream:
+        return Stream(
+            cache,
+            samples,
+            seed=config.seed,
+            total_seq_len=row_length(cache, config.total_seq_len),
+            rows_per_step=config.rows_per_step,
+            block_size=config.block_size,
+            max_anchors=max_anchors,
+            workers=workers,
+            pin=cuda,
+            pad=compute.compiled and max_anchors > 0,
+        )
+
+    training = stream(train, config.max_anchors)
+    validation = stream(held_out, config.max_anchors) if held_out.size else None
+    # Packs once here, so that a sample longer than a row is refused before anything is written.
+    training.plan(0)
+    if validation is not None:
+        validation.plan(VALIDATION_EPOCH)
+    return Run(
+        config,
+        cache,
+        compute,
+        model,
+        objective,
+        optimizer,
+        training,
+        validation,
+        coverage,
+    )

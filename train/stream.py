@@ -1,0 +1,225 @@
+"""The stream: a store -> a fixed sequence of packed rows for every epoch, read by worker processes.
+
+Everything random is a pure function of (seed, epoch, sample): the order of samples, how they pack into rows, and which anchors are drawn.
+So the sequence is the same on any number of ranks and workers, and after any resume; a position in it is just (epoch, step).
+
+Legend: S tokens of a row (``total_seq_len`` at most), A anchors, N samples.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from dspark.cache.errors import TrainError, UsageError
+from dspark.cache.reader import Cache
+from dspark.train import anchors as rules
+from dspark.train.batch import Batch
+
+VALIDATION_EPOCH = -1  # the "epoch" whose anchors are drawn for validation: the same ones every time
+
+
+def rng(seed: int, *stream: int) -> np.random.Generator:
+    """An independent generator for each (seed, stream ...); negative numbers allowed."""
+    return np.random.Generator(
+        np.random.Philox(np.random.SeedSequence([seed & 0xFFFFFFFF, *(s & 0xFFFFFFFF for s in stream)]))
+    )
+
+
+def split(keys: np.ndarray[Any, np.dtype[np.uint8]], val_fraction: float) -> tuple[rules.Int64, rules.Int64]:
+    """(train, validation) sample indices by prompt hash ``keys`` uint8[N, 16]; equal prompts fall on one side."""
+    share = np.ascontiguousarray(keys[:, :8]).view(">u8")[:, 0].astype(np.float64) / 2.0**64
+    held_out = share < val_fraction
+    return np.flatnonzero(~held_out), np.flatnonzero(held_out)
+
+
+def pack(order: Sequence[int] | rules.Int64, lengths: rules.Int64, total_seq_len: int) -> list[list[int]]:
+    """Samples in ``order`` -> rows of at most ``total_seq_len`` tokens. Next-fit, so a row holds neighbours in the order."""
+    rows: list[list[int]] = []
+    room = 0
+    for i in order:
+        n = int(lengths[i])
+        if n > total_seq_len:
+            raise UsageError(
+                f"sample {i} has {n} tokens, more than --total-seq-len {total_seq_len}; raise it to at least {n}"
+            )
+        if n > room:
+            rows.append([])
+            room = total_seq_len
+        rows[-1].append(int(i))
+        room -= n
+    return rows
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A packed row as the workers hand it over: all of a ``Batch`` but the states, and the states' codes."""
+
+    batch: Batch  # aux [S, 0], last [M, 0]
+    aux: dict[str, Tensor]
+    last: dict[str, Tensor]
+
+    def pin_memory(self) -> Row:
+        """Called by the loader: page-locked copies, so that the move to the GPU runs beside the compute."""
+        fields = {f.name: getattr(self.batch, f.name).pin_memory() for f in dataclasses.fields(Batch)}
+        return Row(
+            Batch(**fields),
+            {n: t.pin_memory() for n, t in self.aux.items()},
+            {n: t.pin_memory() for n, t in self.last.items()},
+        )
+
+    def place(self, cache: Cache, device: torch.device, dtype: torch.dtype) -> Batch:
+        """The batch on ``device``: codes are moved, and decoded there to ``dtype``."""
+        hidden = cache.manifest.target.hidden_size
+        aux = cache.aux_codec.decode(
+            {n: t.to(device, non_blocking=True) for n, t in self.aux.items()}, hidden
+        )
+        last = cache.last_codec.decode(
+            {n: t.to(device, non_blocking=True) for n, t in self.last.items()}, hidden
+        )
+        return dataclasses.replace(self.batch.to(device), aux=aux.to(dtype), last=last.to(dtype))
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of documents, padding not counted."""
+        return int((self.batch.doc >= 0).sum())
+
+
+class Rows(Dataset[Row]):
+    """The rows of one epoch; ``rows[i]`` reads, checks and assembles row i. Used in worker processes."""
+
+    def __init__(
+        self,
+        cache: Cache,
+        rows: list[list[int]],
+        *,
+        seed: int,
+        epoch: int,
+        block_size: int,
+        max_anchors: int,
+        pad_to: int | None,
+    ) -> None:
+        self.cache, self.rows, self.seed, self.epoch = cache, rows, seed, epoch
+        self.block_size, self.max_anchors, self.pad_to = block_size, max_anchors, pad_to
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, i: int) -> Row:
+        members = self.rows[i]
+        samples = [self.cache.read(s) for s in members]
+        sizes = [s.tokens.input_ids.shape[0] for s in samples]
+        used = sum(sizes)
+        size = self.pad_to or used
+        ids = np.zeros(size, np.int64)
+        mask = np.zeros(size, np.bool_)
+        doc = np.full(size, -1, np.int32)
+        priority = np.zeros(size, np.float64)
+        ids[:used] = np.concatenate([s.tokens.input_ids for s in samples])
+        mask[:used] = np.concatenate([s.tokens.loss_mask for s in samples])
+        doc[:used] = np.repeat(np.arange(len(samples), dtype=np.int32), sizes)
+        # Priorities belong to the sample, not to the row: independent uniforms, so the highest A of a row are a uniform draw.
+        priority[:used] = np.concatenate(
+            [rng(self.seed, 2, self.epoch, s).random(n) for s, n in zip(members, sizes, strict=True)]
+        )
+        chosen = rules.choose(rules.eligible(mask, doc), priority, self.max_anchors)
+        stored = int(rules.eligible(mask, doc).sum())
+        batch = Batch.build(
+            input_ids=ids,
+            loss_mask=mask,
+            doc=doc,
+            aux=torch.empty(size, 0),
+            last=torch.empty(stored, 0),
+            anchors=chosen,
+            block_size=self.block_size,
+            pad_anchors_to=self.max_anchors if self.pad_to else 0,
+        )
+        aux = {n: _concatenate([s.aux[n] for s in samples], size) for n in samples[0].aux}
+        return Row(
+            batch, aux, {n: _concatenate([s.last[n] for s in samples], stored) for n in samples[0].last}
+        )
+
+
+def _concatenate(arrays: list[np.ndarray[Any, np.dtype[Any]]], size: int) -> Tensor:
+    out = np.zeros((size, *arrays[0].shape[1:]), arrays[0].dtype)
+    np.concatenate(arrays, out=out[: sum(a.shape[0] for a in arrays)])
+    return torch.from_numpy(out)
+
+
+class Stream:
+    """Rows of a set of samples, epoch after epoch, cut into optimizer steps of ``rows_per_step`` rows over all ranks."""
+
+    def __init__(
+        self,
+        cache: Cache,
+        samples: rules.Int64,
+        *,
+        seed: int,
+        total_seq_len: int,
+        rows_per_step: int,
+        block_size: int,
+        max_anchors: int,
+        workers: int = 0,
+        pin: bool = False,
+        pad: bool = False,
+        rank: int = 0,
+        world: int = 1,
+    ) -> None:
+        if samples.size == 0:
+            raise TrainError(
+                f"{cache.path}: no samples left to stream (of {len(cache)}); lower --val-fraction or dump more"
+            )
+        self.cache, self.samples, self.seed, self.total_seq_len = cache, samples, seed, total_seq_len
+        self.rows_per_step, self.block_size, self.max_anchors = rows_per_step, block_size, max_anchors
+        self.workers, self.pin, self.pad, self.rank, self.world = workers, pin, pad, rank, world
+        self._planned: tuple[int, list[list[int]]] | None = None
+
+    def plan(self, epoch: int) -> list[list[int]]:
+        """The rows of ``epoch`` as sample indices. Validation keeps the stored order."""
+        if self._planned and self._planned[0] == epoch:
+            return self._planned[1]
+        order = (
+            self.samples if epoch == VALIDATION_EPOCH else rng(self.seed, 1, epoch).permutation(self.samples)
+        )
+        self._planned = (epoch, pack(order, self.cache.lengths, self.total_seq_len))
+        return self._planned[1]
+
+    def steps(self, epoch: int) -> int:
+        return -(-len(self.plan(epoch)) // self.rows_per_step)
+
+    def epoch(self, epoch: int, first_step: int = 0) -> Iterator[list[Row]]:
+        """From ``first_step`` on, the rows of each step that are this rank's (maybe none in the last step)."""
+        plan = self.plan(epoch)
+        data = Rows(
+            self.cache,
+            plan,
+            seed=self.seed,
+            epoch=epoch,
+            block_size=self.block_size,
+            max_anchors=self.max_anchors,
+            pad_to=self.total_seq_len if self.pad else None,
+        )
+        per = self.rows_per_step
+        mine = [
+            [i for i in range(at, min(at + per, len(plan))) if (i - at) % self.world == self.rank]
+            for at in range(0, len(plan), per)
+        ]
+        loader = DataLoader(
+            data,
+            batch_size=None,
+            sampler=[i for step in mine[first_step:] for i in step],
+            num_workers=self.workers,
+            pin_memory=self.pin,
+            prefetch_factor=4 if self.workers else None,
+            multiprocessing_context="spawn" if self.workers else None,
+        )
+        rows = iter(loader)
+        for step in mine[first_step:]:
+            yield [next(rows) for _ in step]
