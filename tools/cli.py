@@ -1,0 +1,220 @@
+"""``dspark-tools``: one command a verb. Heavy imports stay inside them, so that ``--help`` is instant."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import click
+
+from dspark.cache.command import emit, guarded
+from dspark.tools.eval import eval_command
+
+SETTINGS = {"help_option_names": ["-h", "--help"], "show_default": True, "max_content_width": 120}
+json_flag = click.option(
+    "--json", "as_json", is_flag=True, help="One JSON object on stdout, all else on stderr."
+)
+
+
+@click.group(context_settings=SETTINGS)
+def main() -> None:
+    """Inspect, verify, plan, score and evaluate stores of hidden states and the drafts trained from them."""
+
+
+@contextmanager
+def bar(label: str) -> Iterator[Any]:
+    """A progress bar on stderr; yields ``progress(done, total)``."""
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = (
+        TextColumn(label),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=True) as view:
+        task = view.add_task(label, total=None)
+        yield lambda done, total: view.update(task, completed=done, total=total)
+
+
+def table(rows: list[tuple[str, str]]) -> None:
+    """Two columns on stdout."""
+    width = max(len(name) for name, _ in rows)
+    for name, value in rows:
+        print(f"{name:<{width}}  {value}")
+
+
+@main.command("info")
+@click.argument("cache")
+@json_flag
+@guarded
+def info_command(cache: str, as_json: bool) -> None:
+    """What CACHE is: target, layers, tokens, samples, bits, sizes, ratio, complete or not."""
+    from dspark.tools.info import info
+
+    data = info(cache)
+    if as_json:
+        emit(data)
+        return
+    ratio = f"{data['ratio']:.2f} x smaller than" if data["ratio"] else "nothing stored yet, against"
+    per_token = f"{data['bytes_per_token']:.0f}" if data["bytes_per_token"] else "-"
+    table([
+        ("store", f"{data['path']}  (format {data['format_version']}, {'complete' if data['complete'] else 'NOT COMPLETE: dspark-dump --resume'})"),
+        ("target", f"{data['target']}  {data['num_layers']} layers, hidden {data['hidden_size']}, vocabulary {data['vocab_size']}"),
+        ("aux layers", f"{data['layers']}  (output of layer i; vLLM's ids: {data['target_layer_ids']})"),
+        ("samples", f"{data['samples']:,}  in {data['parts']:,} parts"),
+        ("tokens", f"{data['tokens']:,}  supervised {data['supervised_tokens']:,}, last states {data['last_rows']:,}"),
+        ("bits", f"aux {data['aux_bits']} ({data['aux_codec']}), last {data['last_bits']} ({data['last_codec']}, after the final norm)"),
+        ("bytes", f"{data['bytes_on_disk']:,} on disk, of which {data['frozen_bytes']:,} are the target's frozen weights and the index"),
+        ("a token", f"{per_token} bytes; {ratio} the raw bf16 layout's {data['raw_bytes_per_token']}"),
+        ("engine", f"{data['engine']} {data['engine_version']}, {data['dtype']}, sequences up to {data['seq_length']} tokens"),
+        ("source", f"{data['source']}  {data['rows_read']:,} rows read, {data['truncated']:,} cut, dropped: {data['dropped'] or 'none'}"),
+    ])  # fmt: skip
+
+
+@main.command("stats")
+@click.argument("cache")
+@click.option("--limit", default=200, help="Samples to read, spread evenly; 0 = all.")
+@json_flag
+@guarded
+def stats_command(cache: str, limit: int, as_json: bool) -> None:
+    """Per layer rms, absmax, outlier share and SNR of the stored code; histogram of lengths."""
+    import dspark.cache
+    from dspark.tools.stats import stats
+
+    with bar("stats") as progress:
+        data = stats(dspark.cache.open(cache), limit, progress)
+    if as_json:
+        emit(data)
+        return
+    snr = data["quality"].get("aux_snr_db") or [None] * len(data["layers"])
+    print(f"{'layer':>6} {'rms':>10} {'absmax':>10} {'> 20 rms':>10} {'SNR dB':>7}")
+    for row, db in zip(
+        [*data["layers"], {"layer": "last", **data["last"]}],
+        [*snr, data["quality"].get("last_snr_db")],
+        strict=True,
+    ):
+        if row["rms"] is not None:
+            print(
+                f"{row['layer']:>6} {row['rms']:>10.4g} {row['absmax']:>10.4g} {row['outlier_share']:>10.2e} {'-' if db is None else f'{db:.1f}':>7}"
+            )
+    length = data["length"]
+    print(
+        f"length  min {length['min']}  median {length['median']:.0f}  mean {length['mean']:.0f}  max {length['max']}"
+    )
+    for span, count in length["histogram"].items():
+        print(f"{span:>14} {count:>9} {'#' * max(1, round(50 * count / max(length['histogram'].values())))}")
+
+
+@main.command("verify")
+@click.argument("cache")
+@click.option(
+    "--drop-damaged",
+    is_flag=True,
+    help="Delete the damaged parts; dspark-dump --resume then writes exactly those again.",
+)
+@json_flag
+@guarded
+def verify_command(cache: str, drop_damaged: bool, as_json: bool) -> None:
+    """Every chunk's checksum and every count. Names what is damaged; exit 1 if anything is."""
+    from dspark.cache import verify
+
+    with bar("verify") as progress:
+        report = verify.verify(cache, progress)
+    dropped = verify.drop_damaged(cache, report) if drop_damaged else []
+    if as_json:
+        emit({"ok": report.ok, "checked_chunks": report.checked_chunks, "checked_parts": report.checked_parts,
+              "findings": report.findings, "damaged_parts": sorted(report.damaged), "dropped_parts": dropped})  # fmt: skip
+    else:
+        for finding in report.findings:
+            print(finding)
+        print(
+            f"{'sound' if report.ok else 'DAMAGED'}: {report.checked_parts} parts, {report.checked_chunks} chunks, {len(report.findings)} findings"
+        )
+        if dropped:
+            print(
+                f"deleted parts {', '.join(dropped)}; run the same dspark-dump command with --resume to write them again"
+            )
+    sys.exit(0 if report.ok else 1)
+
+
+@main.command("show")
+@click.argument("cache")
+@click.argument("index", type=int)
+@json_flag
+@guarded
+def show_command(cache: str, index: int, as_json: bool) -> None:
+    """Sample INDEX of CACHE as text; the supervised part between [[ and ]]."""
+    import dspark.cache
+    from dspark.cache.errors import UsageError
+    from dspark.tools.show import runs
+
+    store = dspark.cache.open(cache, allow_incomplete=True)
+    if not 0 <= index < len(store):
+        raise UsageError(f"{cache} has samples 0 to {len(store) - 1}; {index} is not one")
+    data = runs(store, index)
+    if as_json:
+        emit(data)
+        return
+    print(
+        f"sample {index}: source row {data['row']}, {data['tokens']} tokens, {data['supervised_tokens']} supervised",
+        file=sys.stderr,
+    )
+    print("".join(f"[[{r['text']}]]" if r["supervised"] else r["text"] for r in data["runs"]))
+
+
+@main.command(
+    "score", epilog="\b\nExamples:\n  dspark-tools score --cache ./hs.zarr --draft ./draft --split validation"
+)
+@click.option("--cache", required=True, help="Store of the draft's target and layers.")
+@click.option("--draft", required=True, help="Draft folder: config.json and model.safetensors.")
+@click.option("--max-anchors", default=0, help="Anchors a row; 0 = every eligible one, no randomness.")
+@click.option(
+    "--split",
+    "which",
+    default="all",
+    type=click.Choice(["all", "validation", "train"]),
+    help="Which samples, by the draft's own split.",
+)
+@click.option(
+    "--total-seq-len",
+    type=int,
+    help="Tokens of a packed row; does not change the result.  [default: as in training]",
+)
+@click.option("--device", default="auto")
+@click.option("--dtype", default="float32", type=click.Choice(["float32", "bfloat16"]))
+@json_flag
+@guarded
+def score_command(cache: str, draft: str, max_anchors: int, which: str, as_json: bool, **where: Any) -> None:
+    """Teacher-forced metrics of a draft: losses, accept rate by slot, mean accepted length (tau), calibration."""
+    import dspark.cache
+    from dspark.tools.score import score
+
+    with bar("score") as progress:
+        data = score(
+            dspark.cache.open(cache), draft, max_anchors=max_anchors, which=which, progress=progress, **where
+        )
+    if as_json:
+        emit(data)
+        return
+
+    def number(value: Any) -> str:
+        if isinstance(value, list):
+            return "  ".join(f"{v:.3f}" for v in value)
+        return f"{value:.4f}" if isinstance(value, float) else str(value)
+
+    table([(name, number(value)) for name, value in data.items()])
+
+
+main.add_command(eval_command)

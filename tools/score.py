@@ -1,0 +1,93 @@
+"""``dspark-tools score``: teacher-forced metrics of a draft on a store. With ``max_anchors`` 0 nothing in it is random."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dspark.cache.errors import MismatchError, UsageError
+from dspark.cache.reader import Cache
+
+
+def score(
+    cache: Cache,
+    draft: str,
+    *,
+    max_anchors: int = 0,
+    which: str = "all",
+    total_seq_len: int | None = None,
+    seed: int = 0,
+    device: str = "auto",
+    dtype: str = "float32",
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> dict[str, Any]:
+    """Metrics (INTERFACES ``score``) over the samples that ``which`` names.
+
+    ``all``; or ``validation`` / ``train``, the split that the draft was trained with (by prompt hash, from its training.json).
+    """
+    from dspark.train.evaluate import evaluate
+    from dspark.train.export import load_draft
+    from dspark.train.setup import choose_compute, row_length
+    from dspark.train.stream import VALIDATION_EPOCH, Row, Stream
+
+    compute = choose_compute(device, dtype, False)
+    model = load_draft(draft, cache.target, dtype=compute.dtype)
+    belongs(cache, model.config, draft)
+    model.to(compute.device)
+    model.eval()
+    stream = Stream(
+        cache, chosen(cache, draft, which), seed=seed, total_seq_len=row_length(cache, total_seq_len), rows_per_step=1,
+        block_size=model.config.block_size, max_anchors=max_anchors,
+    )  # fmt: skip
+    total = len(stream.plan(VALIDATION_EPOCH))
+
+    def rows() -> Iterator[Row]:
+        for done, step in enumerate(stream.epoch(VALIDATION_EPOCH)):
+            yield from step
+            progress(done + 1, total)
+
+    result = evaluate(
+        model, cache, rows(), device=compute.device, dtype=compute.dtype, backend=compute.backend
+    )
+    return {
+        **result,
+        "samples": int(stream.samples.size),
+        "which": which,
+        "draft": str(draft),
+        "cache": str(cache.path),
+    }
+
+
+def belongs(cache: Cache, config: Any, draft: str) -> None:
+    """Raise MismatchError unless the draft was made for this store's target and layers."""
+    target = cache.manifest.target
+    pairs = (
+        ("target_layer_ids (output of layer i)", list(config.target_layer_ids), cache.manifest.layers),
+        ("hidden size", config.hidden_size, target.hidden_size),
+        ("vocabulary", config.vocab_size, target.vocab_size),
+        ("mask token", config.mask_token_id, target.mask_token_id),
+    )
+    for what, ours, theirs in pairs:
+        if ours != theirs:
+            raise MismatchError(
+                f"{draft}: its {what} is {ours}, the store {cache.path} has {theirs}; score it on a store of its own target"
+            )
+
+
+def chosen(cache: Cache, draft: str, which: str) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """Sample indices of the part of the store that is scored."""
+    from dspark.train.stream import split
+
+    if which == "all":
+        return np.arange(len(cache), dtype=np.int64)
+    path = Path(draft) / "training.json"
+    if not path.is_file():
+        raise UsageError(
+            f"--split {which} needs {path}, which says how the draft's training split the store; --split all does not"
+        )
+    training, held_out = split(cache.index["sample_key"], float(json.loads(path.read_text())["val_fraction"]))
+    return held_out if which == "validation" else training
