@@ -172,3 +172,52 @@ def test_every_parameter_learns(kind: str) -> None:
     for name, parameter in model.trained():
         assert parameter.grad is not None, name
         assert float(parameter.grad.abs().max()) > 0, name
+
+
+def test_forward_by_formula() -> None:
+    """One block written out slot by slot in float64: both layers, own norms, GQA, positions, SwiGLU, heads."""
+    model = small_draft(markov_head_type="gated").double()
+    batch = small_batch(lengths=(7, 12), padding=0).to("cpu", torch.float64)
+    index = int((batch.anchors[batch.anchor_valid] >= 10).nonzero()[0])
+    a, p = int(batch.anchors[index]), dict(model.named_parameters())
+
+    def rms(x: torch.Tensor, name: str) -> torch.Tensor:
+        return p[name + ".weight"] * x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+
+    def turn(x: torch.Tensor, position: int) -> torch.Tensor:
+        angle = position * 10000.0 ** (-torch.arange(0, 16, 2, dtype=torch.float32) / 16)
+        z = torch.complex(x[:8], x[8:]) * torch.polar(torch.ones(8, dtype=torch.float64), angle.double())
+        return torch.cat([z.real, z.imag])
+
+    ctx = rms(batch.aux[7:a].flatten(1) @ p["fc.weight"].T, "hidden_norm")
+    ids = [int(batch.input_ids[a])] + [VOCAB - 1] * (BLOCK - 1)
+    x = p["embed_tokens.weight"][ids]
+    positions = [*range(a - 7), *range(a - 7, a - 7 + BLOCK)]  # the document begins at 7
+    for i in range(2):
+        at = f"layers.{i}.self_attn."
+        n = rms(x, f"layers.{i}.input_layernorm")
+        rows = torch.cat([ctx, n])
+        seen = torch.zeros(BLOCK, 4, 16, dtype=torch.float64)
+        for head in range(4):
+            q = rms((n @ p[at + "q_proj.weight"].T)[:, 16 * head : 16 * head + 16], at + "q_norm")
+            own = slice(16 * (head // 2), 16 * (head // 2) + 16)
+            k = rms((rows @ p[at + "k_proj.weight"].T)[:, own], at + "k_norm")
+            v = (rows @ p[at + "v_proj.weight"].T)[:, own]
+            k = torch.stack([turn(row, where) for row, where in zip(k, positions, strict=True)])
+            for s in range(BLOCK):
+                seen[s, head] = (k @ turn(q[s], positions[a - 7 + s]) / 4).softmax(0) @ v
+        x = x + seen.flatten(1) @ p[at + "o_proj.weight"].T
+        n = rms(x, f"layers.{i}.post_attention_layernorm")
+        gate = n @ p[f"layers.{i}.mlp.gate_proj.weight"].T
+        up = n @ p[f"layers.{i}.mlp.up_proj.weight"].T
+        x = x + (gate / (1 + torch.exp(-gate)) * up) @ p[f"layers.{i}.mlp.down_proj.weight"].T
+    h = rms(x, "norm")
+    e = p["markov_head.markov_w1.weight"][batch.prev_ids[index]]
+    both = torch.cat([h, e], 1)
+    z = torch.sigmoid(both @ p["markov_head.gate_proj.weight"].T + p["markov_head.gate_proj.bias"]) * e
+    confidence = both @ p["confidence_head.proj.weight"][0] + p["confidence_head.proj.bias"]
+    got = model(batch, model.plan(batch))
+    # 1e-6: angles are made in fp32, here and there.
+    torch.testing.assert_close(got.h[index], h, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(got.z[index], z, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(got.confidence[index], confidence, rtol=1e-5, atol=1e-6)
