@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import signal
-import sys
 from pathlib import Path
 from typing import Any
 
 import click
 
+from dspark.cache.command import emit, guarded
 from dspark.cache.errors import DsparkError
 from dspark.dump.config import (
     DEFAULT_AUX_BITS,
@@ -125,23 +124,17 @@ class LayerIds(click.ParamType[tuple[int, ...]]):
 )
 @click.option("--dry-run", is_flag=True, help="Print the plan and stop; no weights are read.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout, all else on stderr.")
+@guarded
 def main(as_json: bool, **flags: Any) -> None:
     """Run a target over a corpus and keep its hidden states in a store that drafts are trained from."""
-    try:
-        out = execute(DumpConfig(**flags))
-    except DsparkError as error:
-        click.echo(f"dspark-dump: {error}", err=True)
-        sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        click.echo("dspark-dump: stopped. Go on with the same command and --resume.", err=True)
-        sys.exit(1)
+    out = execute(DumpConfig(**flags))
     if as_json:
-        click.echo(json.dumps(out))
+        emit(out)
 
 
 def execute(config: DumpConfig) -> dict[str, Any]:
     """Plan or dump; returns what ``--json`` prints."""
-    from dspark.dump.progress import Display, log_file
+    from dspark.dump.progress import Display
     from dspark.dump.run import dump, plan_only
 
     show = Display()
@@ -151,11 +144,4 @@ def execute(config: DumpConfig) -> dict[str, Any]:
             show.say(line)
         return plan.to_json()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's stop is handled like Ctrl-C
-    with log_file(config.output.with_name(config.output.name + ".log")):
-        out = dump(config, show)
-        show.say(
-            f"{out['output']}: {out['samples']:,} samples, {out['tokens']:,} tokens ({out['supervised_tokens']:,} supervised) in "
-            f"{out['parts']:,} parts; truncated {out['truncated']:,}, dropped {sum(out['dropped'].values()):,} of {out['rows_read']:,} rows"
-            + "".join(f"\n  dropped: {reason}: {n:,}" for reason, n in out["dropped"].items())
-        )
-    return out
+    return dump(config, show)

@@ -27,8 +27,9 @@ from dspark.dump.config import DumpConfig
 from dspark.dump.corpus import Corpus, TokenRow, open_corpus
 from dspark.dump.parts import PartReader, PartRows
 from dspark.dump.presets import check_shapes, find
+from dspark.dump.progress import log_file
 from dspark.dump.selfcheck import PROBE_TOKENS, check, probe_samples
-from dspark.dump.target import Target, choose_mask_token, load_target, tokenizer_info
+from dspark.dump.target import Target, choose_mask_token, compact, load_target, tokenizer_info
 from dspark.dump.tokens import SampleMaker
 
 if TYPE_CHECKING:
@@ -166,36 +167,48 @@ def dump(
         return report(config.output, found, time.monotonic() - began, 0)
     # Everything that can be refused without weights is refused before they are loaded.
     job = prepare(config)
-    for line in job.plan.lines():
-        show.say(line)
-    writer = StoreWriter.resume(config.output, job.manifest) if resuming else None
-    done = sum(r.tokens for r in writer.committed.values()) if writer else 0
-    if writer:
-        show.say(f"resuming: {len(writer.committed)} parts with {done:,} tokens are there")
-    planning.check_disk(job.plan, done)
-    probe = first_samples(job)
-    engine = engine_for(job.plan, config.batch_tokens)
-    try:
-        frozen = engine.frozen()
-        agreement, states = check(engine, probe, frozen, job.plan.dtype)
-        show.say(
-            f"self-check passed: states and engine agree at {agreement.agree:.1%} of {agreement.positions} positions "
-            f"(largest log-probability difference {agreement.worst:.2g})"
+    with log_file(config.output.with_name(config.output.name + ".log")):
+        for line in job.plan.lines():
+            show.say(line)
+        writer = StoreWriter.resume(config.output, job.manifest) if resuming else None
+        done = sum(r.tokens for r in writer.committed.values()) if writer else 0
+        if writer:
+            show.say(f"resuming: {len(writer.committed)} parts with {done:,} tokens are there")
+        planning.check_disk(job.plan, done)
+        probe = first_samples(job)
+        engine = engine_for(job.plan, config.batch_tokens)
+        try:
+            manifest, new_tokens = run_engine(job, engine, probe, writer, show)
+        finally:
+            engine.close()
+        out = report(config.output, manifest, time.monotonic() - began, new_tokens)
+        for line in summary(out):
+            show.say(line)
+        return out
+
+
+def run_engine(
+    job: Job, engine: Engine, probe: Sequence[TokenSample], writer: StoreWriter | None, show: Display
+) -> tuple[Manifest, int]:
+    """Check the engine, then capture what is missing; returns the finished manifest and the number of tokens captured."""
+    config = job.config
+    frozen = engine.frozen()
+    agreement, states = check(engine, probe, frozen, job.plan.dtype)
+    show.say(
+        f"self-check passed: states and engine agree at {agreement.agree:.1%} of {agreement.positions} positions "
+        f"(largest log-probability difference {agreement.worst:.2g})"
+    )
+    codecs = codec_for(config.aux_bits), codec_for(config.last_bits)
+    quality = measure([states[i] for i in sorted(states)], *codecs)
+    if writer is None:
+        writer = StoreWriter.create(
+            config.output, job.manifest, compact(frozen), job.target.files, overwrite=config.overwrite
         )
-        codecs = codec_for(config.aux_bits), codec_for(config.last_bits)
-        quality = measure([states[i] for i in sorted(states)], *codecs)
-        if writer is None:
-            writer = StoreWriter.create(
-                config.output, job.manifest, frozen, job.target.files, overwrite=config.overwrite
-            )
-        with writer:
-            reader = part_reader(job, config.part_tokens)
-            tail, new_tokens = write_parts(writer, reader, engine, codecs, show, job.plan.rows)
-            reader.check_dropped(at_end=True)
-            manifest = writer.finish(rows_read=reader.rows_read, dropped=tail.dropped, quality=quality)
-    finally:
-        engine.close()
-    return report(config.output, manifest, time.monotonic() - began, new_tokens)
+    with writer:
+        reader = part_reader(job, config.part_tokens)
+        tail, new_tokens = write_parts(writer, reader, engine, codecs, show, job.plan.rows)
+        reader.check_dropped(at_end=True)
+        return writer.finish(rows_read=reader.rows_read, dropped=tail.dropped, quality=quality), new_tokens
 
 
 def part_reader(job: Job, part_tokens: int) -> PartReader:
@@ -317,3 +330,13 @@ def report(output: Path, manifest: Manifest, seconds: float, new_tokens: int) ->
         "seconds": round(seconds, 2),
         "new_tokens": new_tokens,
     }
+
+
+def summary(out: dict[str, Any]) -> list[str]:
+    """The report for a person: what is there, what was cut, what was dropped and why."""
+    rate = f", {out['new_tokens'] / out['seconds']:,.0f} a second in all" if out["new_tokens"] else ""
+    return [
+        f"{out['output']}: {out['samples']:,} samples, {out['tokens']:,} tokens ({out['supervised_tokens']:,} supervised{rate}) in "
+        f"{out['parts']:,} parts; {out['truncated']:,} truncated, {sum(out['dropped'].values()):,} of {out['rows_read']:,} rows dropped",
+        *(f"  dropped: {reason}: {n:,}" for reason, n in out["dropped"].items()),
+    ]

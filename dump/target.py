@@ -168,12 +168,12 @@ def choose_mask_token(target: Target, asked: int | None, preset: int | None) -> 
         raise UsageError(
             "the target has no tokenizer to choose a mask token from. Pass --mask-token-id (an id that no row uses)."
         )
-    used: int = len(tokenizer)
+    used = len(tokenizer)
     if vocab > used:
         return used
     template = tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else ""
     taken = {tokenizer.bos_token_id, tokenizer.pad_token_id, tokenizer.unk_token_id, *target.eos_token_ids}
-    free = [
+    free: list[int] = [
         i
         for i, token in tokenizer.added_tokens_decoder.items()
         if token.special and i not in taken and i < vocab and token.content not in template
@@ -255,6 +255,18 @@ def frozen_target(parts: Parts) -> FrozenTarget:
     norm: Any = parts.norm.weight
     tied = head.data_ptr() == embed.data_ptr()
     return FrozenTarget(embed.detach(), norm.detach(), embed.detach() if tied else head.detach(), tied)
+
+
+def compact(frozen: FrozenTarget) -> FrozenTarget:
+    """The same weights in bfloat16 where that loses nothing (a bfloat16 checkpoint that ran in float32), so that engines agree on the bytes."""
+    import torch
+
+    tensors = (frozen.embed_tokens, frozen.norm, frozen.lm_head)
+    if any(not torch.equal(t.to(torch.bfloat16).to(t.dtype), t) for t in tensors):
+        return frozen
+    embed = frozen.embed_tokens.to(torch.bfloat16)
+    head = embed if frozen.tied else frozen.lm_head.to(torch.bfloat16)
+    return FrozenTarget(embed, frozen.norm.to(torch.bfloat16), head, frozen.tied)
 
 
 def _first_line(error: BaseException) -> str:
