@@ -1,0 +1,122 @@
+"""Rows: forms, numbering, restarts, and every malformed row with its message."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dspark.cache.errors import DataError, UsageError
+from dspark.dump.corpus import ChatRow, TokenRow, open_corpus, parse_row
+
+CHAT = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]}
+
+
+def test_rows_are_numbered_over_non_blank_lines_and_restart_anywhere(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join([json.dumps(CHAT), "", json.dumps(CHAT | {"finished": False}), json.dumps(CHAT), ""]))
+    corpus = open_corpus(str(path))
+    rows = list(corpus.rows())
+    assert [(r.number, r.where.rsplit(":", 1)[1]) for r in rows] == [(0, "1"), (1, "3"), (2, "4")]
+    assert [r.value.finished for r in rows if isinstance(r.value, ChatRow)] == [True, False, True]
+    assert list(corpus.rows(1)) == rows[1:]
+    assert corpus.count() == 3
+    assert (corpus.id, corpus.sha256) == ("rows.jsonl", hashlib.sha256(path.read_bytes()).hexdigest())
+
+
+def test_gzip_reads_the_same(tmp_path: Path) -> None:
+    plain, packed = tmp_path / "a.jsonl", tmp_path / "a.jsonl.gz"
+    plain.write_text(json.dumps(CHAT) + "\n")
+    packed.write_bytes(gzip.compress(plain.read_bytes()))
+    assert [r.value for r in open_corpus(str(plain)).rows()] == [r.value for r in open_corpus(str(packed)).rows()]
+
+
+def test_forms() -> None:
+    sharegpt = {"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "yes"}]}
+    assert parse_row(sharegpt, "f:1") == parse_row(CHAT, "f:1") == parse_row({"conversations": CHAT["messages"]}, "f:1")
+    cut = parse_row(CHAT | {"finish_reason": "length"}, "f:1")
+    assert isinstance(cut, ChatRow)
+    assert not cut.finished
+    assert parse_row({"input_ids": [1, 2], "loss_mask": [0, 1]}, "f:1") == TokenRow([1, 2], [False, True])
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ([1], r"f:7: found a JSON list, expected an object"),
+        ({"text": "a"}, r"f:7: found keys \['text'\], expected `messages`"),
+        ({"messages": "a"}, r"f:7: `messages` is a str, expected a list"),
+        ({"messages": []}, r"f:7: `messages` is empty"),
+        ({"messages": [{"content": "a"}]}, r"f:7: messages\[0\] is .*expected an object with `role`"),
+        ({"messages": [{"role": "user", "content": 3}]}, r"f:7: messages\[0\].content is a int"),
+        ({"conversations": [{"from": "narrator", "value": ""}]}, r"f:7: unknown speaker 'narrator'"),
+        ({"input_ids": [1]}, r"f:7: `input_ids` without `loss_mask`"),
+        ({"input_ids": [1, 2], "loss_mask": [1]}, r"f:7: 2 input_ids but 1 values of loss_mask"),
+        ({"input_ids": [], "loss_mask": []}, r"f:7: `input_ids` is empty"),
+        ({"input_ids": ["a"], "loss_mask": [1]}, r"f:7: `input_ids` holds something that is not an integer"),
+        ({"input_ids": [1], "loss_mask": [2]}, r"f:7: `loss_mask` holds something other than"),
+    ],
+)
+def test_malformed_rows(row: Any, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        parse_row(row, "f:7")
+
+
+def test_not_json_names_file_and_line(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(CHAT) + "\n\n{oops\n")
+    with pytest.raises(DataError, match=r"rows.jsonl:3: not JSON"):
+        list(open_corpus(str(path)).rows())
+
+
+def test_broken_gzip(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl.gz"
+    path.write_bytes(gzip.compress((json.dumps(CHAT) + "\n").encode() * 1000)[:-20])
+    with pytest.raises(DataError, match="not a whole gzip file, broken after line"):
+        list(open_corpus(str(path)).rows())
+
+
+@pytest.mark.parametrize("name", ["none.jsonl", "a/none.jsonl", "none", "a/b/c"])
+def test_no_such_file(name: str) -> None:
+    with pytest.raises(UsageError, match="no such file"):
+        open_corpus(name)
+
+
+def test_a_folder_is_not_a_file(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="not a file"):
+        open_corpus(str(tmp_path))
+
+
+class FakeDatasets:
+    """Stands for the package `datasets`, which needs a network."""
+
+    def __init__(self, rows: list[Any] | Exception) -> None:
+        self.rows = rows
+        self.asked: tuple[str, str] | None = None
+
+    def load_dataset(self, name: str, split: str) -> list[Any]:
+        self.asked = (name, split)
+        if isinstance(self.rows, Exception):
+            raise self.rows
+        return self.rows
+
+
+def test_a_data_set_id(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = FakeDatasets([CHAT, {"text": 1}])
+    monkeypatch.setitem(sys.modules, "datasets", fake)  # type: ignore[arg-type]
+    corpus = open_corpus("org/name:train_sft")
+    assert fake.asked == ("org/name", "train_sft")
+    assert (corpus.id, corpus.sha256, corpus.count()) == ("org/name:train_sft", None, 2)
+    with pytest.raises(DataError, match="org/name:train_sft row 1: found keys"):
+        list(corpus.rows(1))
+
+
+def test_a_data_set_that_cannot_be_reached(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", FakeDatasets(ConnectionError("offline\nmore")))  # type: ignore[arg-type]
+    with pytest.raises(DataError, match=r"org/name: not a file here, and the data set \(split 'train'\) could not be loaded: ConnectionError: offline"):
+        open_corpus("org/name")

@@ -1,0 +1,172 @@
+"""Loss masks by hand: the supervised part of the rendered chat stands between « and »."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from dump_targets import CHATML, build_tokenizer, chat
+
+from dspark.cache.errors import DataError, UsageError
+from dspark.dump.corpus import Row, parse_row
+from dspark.dump.tokens import NO_ANSWER, NO_MATCH, REFUSED, REWRITES, TOO_FEW, Made, SampleMaker, sample_key
+
+TAGGED = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}"
+    "{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}{% else %}{{ m.content }}<|im_end|>{% endif %}{{ '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+# As Qwen3: the last answer gets an empty thought in front, earlier ones lose theirs.
+THINKING = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{% if m.role == 'assistant' and loop.last %}<think></think>{{ m.content }}"
+    "{% elif m.role == 'assistant' %}{{ m.content.split('</think>')[-1] }}{% else %}{{ m.content }}{% endif %}"
+    "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+# As GLM: no end-of-turn token, the next turn begins at once.
+ENDLESS = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+PATTERN = r"<\|im_start\|>assistant\n((?:(?!<\|im_start\|>).)*)"
+
+
+def make(row: dict[str, Any], template: str | None = CHATML, **options: Any) -> Made:
+    settings: dict[str, Any] = {"tokenised": False, "vocab_size": 400, "seq_length": 1000, "min_supervised": 2}
+    maker = SampleMaker(build_tokenizer(template), **(settings | options))
+    return maker.make(Row(3, "f:4", parse_row(row, "f:4")))
+
+
+def marked(made: Made) -> str:
+    assert made.sample is not None, made
+    tokenizer = build_tokenizer()
+    out, on = "", False
+    for token, flag in zip(made.sample.input_ids.tolist(), made.sample.loss_mask.tolist(), strict=True):
+        out += "»" if on and not flag else "«" if flag and not on else ""
+        out, on = out + tokenizer.decode([token]), flag
+    return out + ("»" if on else "")
+
+
+ONE = chat("u: hi", "a: yes.")
+TWO = chat("s: be brief", "u: hi", "a: yes", "u: why", "a: no")
+U, A = "<|im_start|>user\n", "<|im_start|>assistant\n"
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        (ONE, f"{U}hi<|im_end|>\n{A}«yes.<|im_end|>»\n"),
+        (TWO, f"<|im_start|>system\nbe brief<|im_end|>\n{U}hi<|im_end|>\n{A}«yes<|im_end|>»\n{U}why<|im_end|>\n{A}«no<|im_end|>»\n"),
+        (ONE | {"finished": False}, f"{U}hi<|im_end|>\n{A}«yes.»<|im_end|>\n"),
+        (TWO | {"finish_reason": "length"},
+         f"<|im_start|>system\nbe brief<|im_end|>\n{U}hi<|im_end|>\n{A}«yes<|im_end|>»\n{U}why<|im_end|>\n{A}«no»<|im_end|>\n"),
+        (chat("u: hi", "a: yes", "u: more"), f"{U}hi<|im_end|>\n{A}«yes<|im_end|>»\n{U}more<|im_end|>\n"),
+        (chat("a: hello you"), f"{A}«hello you<|im_end|>»\n"),
+        # The answer repeats its own end as text inside: only the real end ends it.
+        (chat("u: hi", "a: no\nno"), f"{U}hi<|im_end|>\n{A}«no\nno<|im_end|>»\n"),
+        (chat("u: hi", "a: \n one \n"), f"{U}hi<|im_end|>\n{A}«\n one \n<|im_end|>»\n"),
+    ],
+    ids=["single", "multi", "cut", "multi cut", "user last", "answer first", "repeats", "whitespace"],
+)  # fmt: skip
+@pytest.mark.parametrize("template", [CHATML, TAGGED], ids=["difference", "tag"])
+def test_masks(row: dict[str, Any], expected: str, template: str) -> None:
+    assert marked(make(row, template)) == expected
+
+
+def test_pattern() -> None:
+    text = marked(make(TWO, assistant_pattern=PATTERN))
+    assert text.endswith(f"{A}«yes<|im_end|>\n»{U}why<|im_end|>\n{A}«no<|im_end|>\n»")
+    assert marked(make(TWO | {"finished": False}, assistant_pattern=PATTERN)).endswith(f"{A}«no»<|im_end|>\n")
+
+
+def test_pattern_of_the_glm_kind_spans_lines() -> None:
+    row = chat("u: hi", "a: one\ntwo", "u: why", "a: no")
+    assert marked(make(row, ENDLESS, assistant_pattern=PATTERN)) == f"{U}hi{A}«one\ntwo»{U}why{A}«no»"
+    assert marked(make(row, ENDLESS)) == f"{U}hi{A}«one\ntwo»{U}why{A}«no»"
+
+
+def test_bytes_of_one_character_stay_together() -> None:
+    made = make(chat("u: é", "a: é你"), TAGGED)
+    assert made.sample is not None
+    assert int(made.sample.loss_mask.sum()) == 2 + 3 + 1
+
+
+@pytest.mark.parametrize(
+    ("row", "template", "options", "reason"),
+    [
+        (chat("u: hi"), CHATML, {}, NO_ANSWER),
+        (chat("u: hi", "a: "), CHATML, {}, TOO_FEW),
+        (chat("u: hi", "a: yes"), CHATML, {"min_supervised": 90}, TOO_FEW),
+        (chat("u: hi", "a: yes"), CHATML, {"seq_length": 5}, TOO_FEW),
+        (chat("u: hi", "a: yes"), CHATML, {"assistant_pattern": "BOT(.*)"}, NO_MATCH),
+        (chat("u: hi", "a: yes"), "{{ raise_exception('roles') }}", {}, REFUSED),
+        (chat("u: hi", "a: <think>a</think>b", "u: why", "a: no"), THINKING, {}, REWRITES),
+    ],
+)
+def test_drops(row: dict[str, Any], template: str, options: dict[str, Any], reason: str) -> None:
+    made = make(row, template, **options)
+    assert (made.sample, made.dropped) == (None, reason)
+
+
+def test_an_answer_whose_text_follows_its_prompt_survives_a_rewritten_history() -> None:
+    text = marked(make(chat("u: hi", "a: yes", "u: why", "a: no"), THINKING))
+    assert text == f"{U}hi<|im_end|>\n{A}«yes<|im_end|>»\n{U}why<|im_end|>\n{A}«<think></think>no<|im_end|>»\n"
+
+
+def test_truncation_is_counted_and_keeps_what_fits() -> None:
+    whole = make(ONE)
+    cut = make(ONE, seq_length=len(whole.sample.input_ids) - 2)  # type: ignore[union-attr]
+    assert cut.truncated
+    assert not whole.truncated
+    assert marked(cut).endswith("yes.»")
+
+
+def test_keys_are_the_prompt_s() -> None:
+    a, b = make(chat("u: hi", "a: yes")), make(chat("u: hi", "a: no, never"))
+    assert a.sample is not None
+    assert b.sample is not None
+    assert a.sample.key == b.sample.key == sample_key([{"role": "user", "content": "hi"}])
+    assert make(chat("u: ho", "a: yes")).sample.key != a.sample.key  # type: ignore[union-attr]
+
+
+def test_tokenised_rows_pass_through() -> None:
+    maker = SampleMaker(None, tokenised=True, vocab_size=10, seq_length=4, min_supervised=2)
+    made = maker.make(Row(0, "f:1", parse_row({"input_ids": [1, 2, 3, 4, 5], "loss_mask": [0, 0, 1, 1, 1]}, "f:1")))
+    assert made.sample is not None
+    assert made.truncated
+    np.testing.assert_array_equal(made.sample.input_ids, [1, 2, 3, 4])
+    np.testing.assert_array_equal(made.sample.loss_mask, [False, False, True, True])
+    assert made.sample.key == sample_key([1, 2])
+    assert maker.mask_rule == "given"
+
+
+@pytest.mark.parametrize("bad", [-1, 10])
+def test_ids_outside_the_vocabulary(bad: int) -> None:
+    maker = SampleMaker(None, tokenised=True, vocab_size=10, seq_length=4, min_supervised=2)
+    with pytest.raises(DataError, match=f"f:1: token id {bad} is outside the target's vocabulary of 10"):
+        maker.make(Row(0, "f:1", parse_row({"input_ids": [1, bad], "loss_mask": [1, 1]}, "f:1")))
+
+
+def test_kinds_of_rows_do_not_mix() -> None:
+    with pytest.raises(DataError, match="f:4: found one of tokenised rows in a corpus that began with chat rows"):
+        make({"input_ids": [1], "loss_mask": [1]})
+
+
+def test_no_template_no_tokenizer_bad_pattern() -> None:
+    with pytest.raises(UsageError, match="has no chat template"):
+        make(ONE, None)
+    with pytest.raises(UsageError, match="has no tokenizer"):
+        SampleMaker(None, tokenised=False, vocab_size=10, seq_length=4, min_supervised=2)
+    with pytest.raises(UsageError, match="not a regular expression"):
+        make(ONE, assistant_pattern="(")
+    with pytest.raises(UsageError, match="has no group"):
+        make(ONE, assistant_pattern="a")
+
+
+def test_rule_is_named_for_the_manifest() -> None:
+    def rule(template: str, pattern: str | None = None) -> str:
+        return SampleMaker(
+            build_tokenizer(template), tokenised=False, vocab_size=9, seq_length=9, min_supervised=2, assistant_pattern=pattern
+        ).mask_rule
+
+    assert rule(CHATML) == "render-difference"
+    assert rule(TAGGED) == "generation-tag"
+    assert rule(TAGGED, PATTERN) == "assistant-pattern"
