@@ -46,7 +46,7 @@ def score(
     total = len(stream.plan(VALIDATION_EPOCH))
 
     def rows() -> Iterator[Row]:
-        for done, step in enumerate(stream.epoch(VALIDATION_EPOCH)):
+        for done, step in enumerate(stream.steps_from(VALIDATION_EPOCH)):
             yield from step
             progress(done + 1, total)
 

@@ -70,6 +70,7 @@ Examples:
 )
 @click.option("--decay", default=DEFAULTS.decay, help="Slot k weighs exp(-k/decay).")
 @click.option("--val-fraction", default=DEFAULTS.val_fraction, help="Share of prompts (by hash) held out.")
+@click.option("--val-rows", default=DEFAULTS.val_rows, help="Packed rows that a validation reads, at most.")
 @click.option(
     "--checkpoint-freq",
     default=DEFAULTS.checkpoint_freq,

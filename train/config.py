@@ -58,6 +58,8 @@ class TrainConfig:
     """Slot k weighs exp(-k / decay)."""
     val_fraction: float = 0.05
     """Share of prompts (by hash) held out."""
+    val_rows: int = 64
+    """Packed rows of the held-out samples that a validation reads, at most; ``dspark-tools score`` reads them all."""
     checkpoint_freq: float = 1.0
     """Epochs between checkpoints and validations; 0.25 = four an epoch."""
     keep_checkpoints: int = 2
@@ -74,7 +76,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         for name in ("epochs", "lr", "rows_per_step", "num_layers", "block_size", "grad_clip", "decay", "checkpoint_freq",
-                     "keep_checkpoints", "log_every"):  # fmt: skip
+                     "keep_checkpoints", "log_every", "val_rows"):  # fmt: skip
             if not getattr(self, name) > 0:
                 raise UsageError(f"{name} is {getattr(self, name)}, expected a positive number")
         for name in ("max_anchors", "markov_rank", "weight_decay", "confidence_head_alpha"):

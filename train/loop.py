@@ -9,7 +9,7 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -117,53 +117,45 @@ def _loop(
     window, result = Window(), dict[str, Any]()
     clock = time.perf_counter() - position.seconds
     with Interrupt() as interrupt:
+        cuda = run.compute.device.type == "cuda"
+        steps = run.stream.steps_from(
+            position.epoch, position.epoch_step, workers=run.workers, pin=cuda, endless=True
+        )
         while position.step < schedule.total:
-            for rows in _timed(run.stream.epoch(position.epoch, position.epoch_step), window):
-                metrics, sums, lr = step(run, rows, position.step, schedule.total)
-                used = sum(r.tokens for r in rows)
-                window.tokens += used
-                window.steps += 1
-                position = dataclasses.replace(
-                    position,
-                    step=position.step + 1,
-                    epoch_step=position.epoch_step + 1,
-                    tokens=position.tokens + used,
-                    seconds=time.perf_counter() - clock,
-                )
-                last = position.step == schedule.total
-                milestone = position.step % schedule.every == 0 or last
-                # A milestone is logged too: that is where a non-finite loss stops, before it is saved.
-                if position.step % config.log_every == 0 or position.step == 1 or milestone:
-                    result = _train_row(run, position, metrics, sums, lr, window)
-                    report.row(result)
-                    window.restart()
-                progress(position.step, schedule.total, _line(result))
-                if interrupt.asked:
-                    saved = checkpoint.save(
-                        output / "checkpoints", position, run.optimizer, config.keep_checkpoints
-                    )
-                    report.log.info("interrupted at step %d; saved %s", position.step, saved)
-                    raise KeyboardInterrupt
-                if milestone:
-                    result = _milestone(run, position, output, report) or result
-                    window.restart()
-                if last:
-                    break
-            else:
+            if position.epoch_step == run.stream.steps(position.epoch):
                 position = dataclasses.replace(position, epoch=position.epoch + 1, epoch_step=0)
-    return result
-
-
-def _timed(steps: Iterator[list[Row]], window: Window) -> Iterator[list[Row]]:
-    """The stream's steps; the time spent waiting for each goes into the window."""
-    while True:
-        before = time.perf_counter()
-        try:
+            before = time.perf_counter()
             rows = next(steps)
-        except StopIteration:
-            return
-        window.waited += time.perf_counter() - before
-        yield rows
+            window.waited += time.perf_counter() - before
+            metrics, sums, lr = step(run, rows, position.step, schedule.total)
+            used = sum(r.tokens for r in rows)
+            window.tokens += used
+            window.steps += 1
+            position = dataclasses.replace(
+                position,
+                step=position.step + 1,
+                epoch_step=position.epoch_step + 1,
+                tokens=position.tokens + used,
+                seconds=time.perf_counter() - clock,
+            )
+            last = position.step == schedule.total
+            milestone = position.step % schedule.every == 0 or last
+            # A milestone is logged too: that is where a non-finite loss stops, before it is saved.
+            if position.step % config.log_every == 0 or position.step == 1 or milestone:
+                result = _train_row(run, position, metrics, sums, lr, window)
+                report.row(result)
+                window.restart()
+            progress(position.step, schedule.total, _line(result))
+            if interrupt.asked:
+                saved = checkpoint.save(
+                    output / "checkpoints", position, run.optimizer, config.keep_checkpoints
+                )
+                report.log.info("interrupted at step %d; saved %s", position.step, saved)
+                raise KeyboardInterrupt
+            if milestone:
+                result = _milestone(run, position, output, report) or result
+                window.restart()
+    return result
 
 
 class Interrupt:
@@ -257,7 +249,7 @@ def _milestone(run: Run, position: Position, output: Path, report: Report) -> di
 def validate(run: Run) -> Score:
     """Metrics on the held-out prompts; the same anchors every time."""
     assert run.validation is not None
-    rows = (row for rows in run.validation.epoch(VALIDATION_EPOCH) for row in rows)
+    rows = (row for rows in run.validation.steps_from(VALIDATION_EPOCH) for row in rows)
     return evaluate(
         run.model,
         run.cache,

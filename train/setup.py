@@ -42,6 +42,7 @@ class Run:
     stream: Stream
     validation: Stream | None
     vocab_coverage: float
+    workers: int
 
 
 def choose_compute(device: str, dtype: str, compiled: bool | None) -> Compute:
@@ -106,7 +107,7 @@ def prepare(config: TrainConfig) -> Run:
     cuda = compute.device.type == "cuda"
     workers = config.workers if config.workers is not None else (min(4, os.cpu_count() or 1) if cuda else 0)
 
-    def stream(samples: Int64, max_anchors: int) -> Stream:
+    def stream(samples: Int64, max_rows: int | None = None) -> Stream:
         return Stream(
             cache,
             samples,
@@ -114,26 +115,15 @@ def prepare(config: TrainConfig) -> Run:
             total_seq_len=row_length(cache, config.total_seq_len),
             rows_per_step=config.rows_per_step,
             block_size=config.block_size,
-            max_anchors=max_anchors,
-            workers=workers,
-            pin=cuda,
-            pad=compute.compiled and max_anchors > 0,
+            max_anchors=config.max_anchors,
+            pad=compute.compiled and config.max_anchors > 0,
+            max_rows=max_rows,
         )
 
-    training = stream(train, config.max_anchors)
-    validation = stream(held_out, config.max_anchors) if held_out.size else None
+    training = stream(train)
+    validation = stream(held_out, config.val_rows) if held_out.size else None
     # Packs once here, so that a sample longer than a row is refused before anything is written.
     training.plan(0)
     if validation is not None:
         validation.plan(VALIDATION_EPOCH)
-    return Run(
-        config,
-        cache,
-        compute,
-        model,
-        objective,
-        optimizer,
-        training,
-        validation,
-        coverage,
-    )
+    return Run(config, cache, compute, model, objective, optimizer, training, validation, coverage, workers)

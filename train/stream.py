@@ -8,6 +8,7 @@ Legend: S tokens of a row (``total_seq_len`` at most), A anchors, N samples.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -93,31 +94,19 @@ class Row:
 
 
 class Rows(Dataset[Row]):
-    """The rows of one epoch; ``rows[i]`` reads, checks and assembles row i. Used in worker processes."""
+    """``rows[epoch, i]`` reads, checks and assembles row i of an epoch. Runs in worker processes, which plan for themselves."""
 
-    def __init__(
-        self,
-        cache: Cache,
-        rows: list[list[int]],
-        *,
-        seed: int,
-        epoch: int,
-        block_size: int,
-        max_anchors: int,
-        pad_to: int | None,
-    ) -> None:
-        self.cache, self.rows, self.seed, self.epoch = cache, rows, seed, epoch
-        self.block_size, self.max_anchors, self.pad_to = block_size, max_anchors, pad_to
+    def __init__(self, stream: Stream) -> None:
+        self.stream = stream
 
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, i: int) -> Row:
-        members = self.rows[i]
-        samples = [self.cache.read(s) for s in members]
+    def __getitem__(self, at: tuple[int, int]) -> Row:
+        epoch, i = at
+        stream = self.stream
+        members = stream.plan(epoch)[i]
+        samples = [stream.cache.read(s) for s in members]
         sizes = [s.tokens.input_ids.shape[0] for s in samples]
         used = sum(sizes)
-        size = self.pad_to or used
+        size = stream.total_seq_len if stream.pad else used
         ids = np.zeros(size, np.int64)
         mask = np.zeros(size, np.bool_)
         doc = np.full(size, -1, np.int32)
@@ -125,26 +114,24 @@ class Rows(Dataset[Row]):
         ids[:used] = np.concatenate([s.tokens.input_ids for s in samples])
         mask[:used] = np.concatenate([s.tokens.loss_mask for s in samples])
         doc[:used] = np.repeat(np.arange(len(samples), dtype=np.int32), sizes)
-        # Priorities belong to the sample, not to the row: independent uniforms, so the highest A of a row are a uniform draw.
-        priority[:used] = np.concatenate(
-            [rng(self.seed, 2, self.epoch, s).random(n) for s, n in zip(members, sizes, strict=True)]
-        )
-        chosen = rules.choose(rules.eligible(mask, doc), priority, self.max_anchors)
-        stored = int(rules.eligible(mask, doc).sum())
+        # Priorities belong to the sample, not to the row: independent uniforms, so a row's highest A are a uniform draw.
+        draws = [rng(stream.seed, 2, epoch, s).random(n) for s, n in zip(members, sizes, strict=True)]
+        priority[:used] = np.concatenate(draws)
+        candidates = rules.eligible(mask, doc)
+        stored = int(candidates.sum())
         batch = Batch.build(
             input_ids=ids,
             loss_mask=mask,
             doc=doc,
             aux=torch.empty(size, 0),
             last=torch.empty(stored, 0),
-            anchors=chosen,
-            block_size=self.block_size,
-            pad_anchors_to=self.max_anchors if self.pad_to else 0,
+            anchors=rules.choose(candidates, priority, stream.max_anchors),
+            block_size=stream.block_size,
+            pad_anchors_to=stream.max_anchors if stream.pad else 0,
         )
         aux = {n: _concatenate([s.aux[n] for s in samples], size) for n in samples[0].aux}
-        return Row(
-            batch, aux, {n: _concatenate([s.last[n] for s in samples], stored) for n in samples[0].last}
-        )
+        last = {n: _concatenate([s.last[n] for s in samples], stored) for n in samples[0].last}
+        return Row(batch, aux, last)
 
 
 def _concatenate(arrays: list[np.ndarray[Any, np.dtype[Any]]], size: int) -> Tensor:
@@ -166,60 +153,85 @@ class Stream:
         rows_per_step: int,
         block_size: int,
         max_anchors: int,
-        workers: int = 0,
-        pin: bool = False,
         pad: bool = False,
-        rank: int = 0,
-        world: int = 1,
+        max_rows: int | None = None,
     ) -> None:
+        """``pad`` gives every row ``total_seq_len`` tokens and ``max_anchors`` anchors; ``max_rows`` cuts each epoch short."""
         if samples.size == 0:
             raise TrainError(
                 f"{cache.path}: no samples left to stream (of {len(cache)}); lower --val-fraction or dump more"
             )
         self.cache, self.samples, self.seed, self.total_seq_len = cache, samples, seed, total_seq_len
         self.rows_per_step, self.block_size, self.max_anchors = rows_per_step, block_size, max_anchors
-        self.workers, self.pin, self.pad, self.rank, self.world = workers, pin, pad, rank, world
+        self.pad, self.max_rows = pad, max_rows
         self._planned: tuple[int, list[list[int]]] | None = None
 
     def plan(self, epoch: int) -> list[list[int]]:
         """The rows of ``epoch`` as sample indices. Validation keeps the stored order."""
         if self._planned and self._planned[0] == epoch:
             return self._planned[1]
-        order = (
-            self.samples if epoch == VALIDATION_EPOCH else rng(self.seed, 1, epoch).permutation(self.samples)
-        )
-        self._planned = (epoch, pack(order, self.cache.lengths, self.total_seq_len))
-        return self._planned[1]
+        order = self.samples
+        if epoch != VALIDATION_EPOCH:
+            order = rng(self.seed, 1, epoch).permutation(self.samples)
+        rows = pack(order, self.cache.lengths, self.total_seq_len)[: self.max_rows]
+        self._planned = (epoch, rows)
+        return rows
 
     def steps(self, epoch: int) -> int:
         return -(-len(self.plan(epoch)) // self.rows_per_step)
 
-    def epoch(self, epoch: int, first_step: int = 0) -> Iterator[list[Row]]:
-        """From ``first_step`` on, the rows of each step that are this rank's (maybe none in the last step)."""
-        plan = self.plan(epoch)
-        data = Rows(
-            self.cache,
-            plan,
-            seed=self.seed,
-            epoch=epoch,
-            block_size=self.block_size,
-            max_anchors=self.max_anchors,
-            pad_to=self.total_seq_len if self.pad else None,
-        )
-        per = self.rows_per_step
-        mine = [
-            [i for i in range(at, min(at + per, len(plan))) if (i - at) % self.world == self.rank]
-            for at in range(0, len(plan), per)
-        ]
+    def schedule(
+        self, epoch: int, first_step: int, rank: int, world: int, endless: bool
+    ) -> Iterator[list[tuple[int, int]]]:
+        """For each step from (epoch, first_step) on: the (epoch, row) that are this rank's, maybe none in an epoch's last step."""
+        while True:
+            rows = len(self.plan(epoch))
+            for at in range(first_step * self.rows_per_step, rows, self.rows_per_step):
+                step = range(at, min(at + self.rows_per_step, rows))
+                yield [(epoch, i) for i in step if (i - at) % world == rank]
+            if not endless:
+                return
+            epoch, first_step = epoch + 1, 0
+
+    def steps_from(
+        self,
+        epoch: int,
+        first_step: int = 0,
+        *,
+        workers: int = 0,
+        pin: bool = False,
+        rank: int = 0,
+        world: int = 1,
+        endless: bool = False,
+    ) -> Iterator[list[Row]]:
+        """The rows of each step, read ahead by ``workers`` processes that live as long as the iterator (across epochs)."""
+        shape = (epoch, first_step, rank, world, endless)
         loader = DataLoader(
-            data,
+            Rows(self),
             batch_size=None,
-            sampler=[i for step in mine[first_step:] for i in step],
-            num_workers=self.workers,
-            pin_memory=self.pin,
-            prefetch_factor=4 if self.workers else None,
-            multiprocessing_context="spawn" if self.workers else None,
+            sampler=_Flat(self, shape),
+            num_workers=workers,
+            pin_memory=pin,
+            prefetch_factor=4 if workers else None,
+            multiprocessing_context="spawn" if workers else None,
         )
         rows = iter(loader)
-        for step in mine[first_step:]:
+        planned = Stream.schedule(_copy_of(self), *shape)
+        for step in planned:
             yield [next(rows) for _ in step]
+
+
+@dataclass(frozen=True, slots=True)
+class _Flat:
+    """The loader's sampler: the rows of ``Stream.schedule`` one by one."""
+
+    stream: Stream
+    shape: tuple[int, int, int, int, bool]
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        return (at for step in _copy_of(self.stream).schedule(*self.shape) for at in step)
+
+
+def _copy_of(stream: Stream) -> Stream:
+    """A stream with its own plan memory: readers run ahead into the next epoch while the loop is still in this one."""
+    return copy.copy(stream)

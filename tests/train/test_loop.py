@@ -164,12 +164,10 @@ def test_rows_are_the_same_for_any_number_of_ranks_and_workers(config: TrainConf
 
     def anchors(rank: int, world: int, workers: int = 0) -> list[list[list[int]]]:
         stream = Stream(
-            cache, samples, seed=3, total_seq_len=256, rows_per_step=3, block_size=3, max_anchors=16, rank=rank, world=world, workers=workers
-        )  # fmt: skip
-        return [
-            [[*row.batch.anchors.tolist(), *row.batch.input_ids.tolist()] for row in step]
-            for step in stream.epoch(1)
-        ]
+            cache, samples, seed=3, total_seq_len=256, rows_per_step=3, block_size=3, max_anchors=16
+        )
+        steps = stream.steps_from(1, workers=workers, rank=rank, world=world)
+        return [[[*r.batch.anchors.tolist(), *r.batch.input_ids.tolist()] for r in step] for step in steps]
 
     whole = anchors(0, 1)
     halves = [anchors(0, 2), anchors(1, 2)]
