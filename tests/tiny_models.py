@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dspark.tools.target import frozen_of
+from dspark.tools.target import Target
 from dspark.train.draft import DraftModel
 from dspark.train.draft_config import DraftConfig
 
@@ -20,7 +20,7 @@ def target(kind: str = "qwen3", seed: int = 0, **changes: Any) -> Any:
 
     sizes: dict[str, Any] = {
         "vocab_size": VOCAB, "hidden_size": HIDDEN, "intermediate_size": 64, "num_hidden_layers": 4,
-        "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16, "max_position_embeddings": 512,
+        "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32, "max_position_embeddings": 512,
         "initializer_range": 0.3, "bos_token_id": None, "eos_token_id": None, "pad_token_id": None,
         "tie_word_embeddings": kind == "llama",
     }  # fmt: skip
@@ -38,7 +38,7 @@ def draft(model: Any, seed: int = 1, draft_ids: Tensor | None = None, **changes:
         settings["draft_vocab_size"] = len(draft_ids)
     config = DraftConfig.sized_for(model.config.to_dict(), **(settings | changes))
     torch.manual_seed(seed)
-    out = DraftModel(config, frozen_of(model), draft_ids)
+    out = DraftModel(config, Target(model, LAYERS).frozen, draft_ids)
     with torch.no_grad():
         for _, parameter in out.trained():
             if parameter.ndim == 2:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from dspark.cache.errors import EngineError
 from dspark.cache.frozen import FrozenTarget
+from dspark.dump.target import find_parts, frozen_target, shapes_of
 
 
 class Target:
@@ -24,7 +25,8 @@ class Target:
     """
 
     def __init__(self, model: Any, layer_ids: Sequence[int]) -> None:
-        kinds = set(getattr(model.config.get_text_config(), "layer_types", None) or [])
+        config = model.config.get_text_config()
+        kinds = set(getattr(config, "layer_types", None) or [])
         if kinds - {"full_attention", "sliding_attention"}:
             raise EngineError(
                 f"the target has layers of type {sorted(kinds)}; rejected tokens can be rolled back only in attention "
@@ -32,12 +34,13 @@ class Target:
             )
         self.model = model
         self.layer_ids = tuple(layer_ids)
+        self._parts = find_parts(model, shapes_of(config.to_dict(), type(model).__name__))
         self._cache: Any = None
         self._seen: dict[int, Tensor] = {}
         self._hooks: list[Any] = []
 
     def __enter__(self) -> Self:
-        layers = self.model.get_decoder().layers
+        layers = self._parts.layers
         for i in self.layer_ids:
             if i < 0:
                 self._hooks.append(layers[0].register_forward_pre_hook(self._entering, with_kwargs=True))
@@ -60,6 +63,11 @@ class Target:
             self._seen[i] = output if isinstance(output, Tensor) else output[0]
 
         return keep
+
+    @property
+    def frozen(self) -> FrozenTarget:
+        """What a draft borrows, sharing the model's memory."""
+        return frozen_target(self._parts)
 
     def start(self) -> None:
         """Forget the sequence."""
@@ -89,16 +97,9 @@ class Target:
 
     def crop(self, length: int) -> None:
         """Keep the first ``length`` tokens."""
-        self._cache.crop(length)
-
-
-def frozen_of(model: Any) -> FrozenTarget:
-    """The matrices a draft borrows, of a loaded causal LM, sharing its memory.
-
-    ``norm`` is ones: it is only what a draft's norm is before training, and a checkpoint brings its own.
-    """
-    embed, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
-    return FrozenTarget(embed, torch.ones_like(embed[0]), head, tied=head is embed)
+        # Negative: how many to drop. Transformers deprecates the positive form, and 0 would drop everything.
+        if length < self.length:
+            self._cache.crop(length - self.length)
 
 
 def greedy_alone(

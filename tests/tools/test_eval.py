@@ -1,0 +1,205 @@
+"""``dspark-tools eval``: prompts, report, lossless check, exit codes; vLLM's part is faked here
+(tests/vllm_cpu runs it).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_models as tiny
+import torch
+from click.testing import CliRunner
+
+from dspark.cache.errors import DataError, EngineError
+from dspark.tools import vllm_serve
+from dspark.tools.eval import EvalConfig, eval_command, evaluate
+from dspark.tools.outcome import Outcome, summarise
+from dspark.tools.prompts import read_prompts
+from dspark.tools.target import greedy_alone
+from dspark.tools.vllm_serve import ServeRequest
+from dspark.train.export import save_draft
+
+PROMPTS = {"code": [50, 60, 70], "chat": [5, 6, 7, 8, 9]}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A target and a draft that has learnt its answer to the first prompt, and rows of tokens."""
+    path = tmp_path_factory.mktemp("eval")
+    model = tiny.target()
+    draft = tiny.draft(model)
+    tiny.agree(
+        model, draft, [PROMPTS["code"] + greedy_alone(model, PROMPTS["code"], max_tokens=16)], steps=60
+    )
+    model.save_pretrained(path / "target")
+    save_draft(path / "draft", draft, dtype=torch.float32)
+    rows = [
+        {"input_ids": [*ids, 1, 2], "loss_mask": [0] * len(ids) + [1, 1], "source": name}
+        for name, ids in PROMPTS.items()
+    ]
+    (path / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    return path
+
+
+def flags(folder: Path, *more: str) -> list[str]:
+    return [
+        "--model", str(folder / "target"), "--draft", str(folder / "draft"), "--data", str(folder / "rows.jsonl"),
+        "--max-tokens", "16", "--device", "cpu", *more,
+    ]  # fmt: skip
+
+
+def test_report(folder: Path) -> None:
+    result = CliRunner().invoke(eval_command, flags(folder, "--json"))
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    assert found["lossless"] is True
+    assert found["diverged"] == []
+    assert found["prompts"] == 2
+    assert found["tokens"] == 32
+    rates = found["accept_rate"]
+    assert len(rates) == 4
+    assert rates == sorted(rates, reverse=True)
+    assert found["mean_accepted_length"] == pytest.approx(1 + sum(rates))
+    assert found["tokens_per_second"] > 0
+    assert found["tokens_per_second_target"] > 0
+    parts = found["per_source"]
+    assert set(parts) == {"code", "chat"}
+    assert parts["code"]["drafts"] + parts["chat"]["drafts"] == found["drafts"]
+    assert parts["code"]["mean_accepted_length"] > 4.5  # learnt: 5 tokens a block
+    assert parts["chat"]["mean_accepted_length"] < 3
+
+
+def test_table_goes_to_stdout(folder: Path) -> None:
+    result = CliRunner().invoke(eval_command, flags(folder, "--limit", "1"))
+    assert result.exit_code == 0, result.output
+    assert "code" in result.stdout
+    assert "lossless" in result.stdout
+
+
+def test_temperature_is_not_called_lossless(folder: Path) -> None:
+    result = CliRunner().invoke(eval_command, flags(folder, "--json", "--limit", "1", "--temperature", "1"))
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["lossless"] is None
+
+
+def test_a_wrong_answer_in_float32_fails(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM is asked twice, with the draft and without; here it answers differently."""
+    asked: list[ServeRequest] = []
+
+    def run(request: ServeRequest, *, program: Sequence[str] = ()) -> list[Outcome]:
+        asked.append(request)
+        last = 7 if request.draft else 8
+        return [Outcome([1, last], 0.5, 1, (1, 0, 0, 0)) for _ in request.prompts]
+
+    monkeypatch.setattr(vllm_serve, "run_vllm", run)
+    result = CliRunner().invoke(
+        eval_command, flags(folder, "--json", "--engine", "vllm", "--dtype", "float32")
+    )
+    assert result.exit_code == 1
+    found = json.loads(result.stdout)
+    assert found["lossless"] is False
+    assert [w.rsplit(":", 1)[1] for w in found["diverged"]] == ["1", "2"]
+    assert [r.draft for r in asked] == [str(folder / "draft"), None]
+    assert asked[0].prompts == list(PROMPTS.values())
+    assert asked[0].num_speculative_tokens == 4
+
+
+def test_vllm_engine_says_what_it_needs(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    request = ServeRequest(target="t", draft=None, num_speculative_tokens=1, prompts=[[1]], max_tokens=1)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(EngineError, match="pip install 'dspark\\[vllm\\]'"):
+        vllm_serve.run_vllm(request)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    monkeypatch.delenv(vllm_serve.INTERPRETER_ENV, raising=False)
+    with pytest.raises(EngineError, match=vllm_serve.INTERPRETER_ENV):
+        vllm_serve.run_vllm(request)
+
+
+def test_what_the_child_prints_last_reaches_the_user(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    program = tmp_path / "fails.py"
+    program.write_text("raise SystemExit('no such layer')")
+    monkeypatch.setattr(vllm_serve, "_environment", dict)
+    request = ServeRequest(target="t", draft=None, num_speculative_tokens=1, prompts=[[1]], max_tokens=1)
+    with pytest.raises(EngineError, match="(?s)exit code 1.*no such layer"):
+        vllm_serve.run_vllm(request, program=[str(program)])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"--draft": "nowhere"}, "expected a draft folder"),
+        ({"--model": "nowhere"}, "nowhere"),
+        ({"--data": "nowhere.jsonl"}, "nowhere.jsonl"),
+    ],
+)
+def test_errors_are_one_message(folder: Path, change: dict[str, str], message: str) -> None:
+    options = flags(folder)
+    for flag, value in change.items():
+        options[options.index(flag) + 1] = value
+    result = CliRunner().invoke(eval_command, options)
+    assert result.exit_code in (1, 2)
+    assert message in result.stderr
+    assert "Traceback" not in result.output
+
+
+class Template:
+    """The two calls of a tokenizer that prompts need."""
+
+    def apply_chat_template(self, messages: Any, **options: Any) -> str:
+        assert options["add_generation_prompt"] is True
+        return "|".join(m["content"] for m in messages) + ">"
+
+    def __call__(self, text: str, **options: Any) -> dict[str, list[int]]:
+        assert options == {"add_special_tokens": False}
+        return {"input_ids": [ord(c) for c in text]}
+
+
+def test_prompts_end_before_the_answer(tmp_path: Path) -> None:
+    chat = [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "b"},
+        {"role": "user", "content": "c"},
+    ]
+    rows = [
+        {"messages": chat, "category": "talk"},
+        {"messages": [*chat, {"role": "assistant", "content": "d"}]},
+    ]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(json.dumps(r) for r in rows) + "\n\n")
+    first, second = read_prompts(path, Template(), vocab_size=256, room=10)
+    assert first.ids == second.ids == [ord(c) for c in "a|b|c>"]
+    assert (first.source, second.source) == ("talk", None)
+    assert second.where == f"{path}:2"
+    with pytest.raises(DataError, match="rows.jsonl:1: a prompt of 6 tokens"):
+        read_prompts(path, Template(), vocab_size=256, room=5)
+    with pytest.raises(DataError, match="no tokenizer"):
+        read_prompts(path, None, vocab_size=256, room=5)
+    path.write_text('{"messages": [{"role": "assistant", "content": "d"}]}\n')
+    with pytest.raises(DataError, match="nothing but an assistant turn"):
+        read_prompts(path, Template(), vocab_size=256, room=5)
+    path.write_text("\n")
+    with pytest.raises(DataError, match="no rows"):
+        read_prompts(path, Template(), vocab_size=256, room=5)
+
+
+def test_counts_add_up() -> None:
+    total = summarise([Outcome([1] * 6, 2.0, 2, (2, 1)), Outcome([1] * 2, 2.0, 1, (0, 0)), Outcome([1], 1.0)])
+    assert total["accept_rate"] == [2 / 3, 1 / 3]
+    assert total["mean_accepted_length"] == 2.0
+    assert total["tokens_per_second"] == 9 / 5
+    assert summarise([Outcome([1], 1.0)])["mean_accepted_length"] is None
+
+
+def test_answers_of_one_token_have_no_rates(folder: Path) -> None:
+    config = EvalConfig(
+        model=str(folder / "target"), draft=str(folder / "draft"), data=str(folder / "rows.jsonl"), max_tokens=1, device="cpu"
+    )  # fmt: skip
+    found = evaluate(config)
+    assert found["drafts"] == 0
+    assert found["mean_accepted_length"] is None
+    assert found["lossless"] is True
