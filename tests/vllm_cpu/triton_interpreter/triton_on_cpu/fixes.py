@@ -1,8 +1,13 @@
-"""vLLM plugin: two things the interpreter lacks for the kernels that vLLM samples with (temperature > 0).
+"""vLLM plugin: what the interpreter and vLLM's CPU build get wrong for a served draft (vLLM 0.32, Triton 3.9).
 
-Masks: its C++ part takes only bool ("mask has unsupported dtype" otherwise), and a mask computed with
-integers, or from a 0/1 argument, is an integer there. ``log1p``: the functions of Triton's device library
-have no body outside a compiler and return None.
+Masks: the interpreter's C++ part takes only bool ("mask has unsupported dtype" otherwise), and a mask
+computed with integers, or from a 0/1 argument, is an integer there. ``log1p``: functions of Triton's device
+library have no body outside a compiler and return None. Both only matter for temperature > 0.
+
+``k_norm``: vLLM norms the context's keys of all draft layers in one ``rms_norm`` call with a weight [layers,
+D]; the CPU kernel reads row 0 for every layer. With unit norms nothing is wrong; a trained draft is off by
+some per cent in every layer but the first, and loses accepted tokens without any error (vLLM #56431 is the
+same mistake on XPU).
 """
 
 from __future__ import annotations
@@ -41,3 +46,19 @@ def apply() -> None:
         if not hasattr(method, "__wrapped__"):
             setattr(builder, name, _with_bool_mask(method, interpreter.TensorHandle))
     libdevice.log1p = lambda x: tl.log(1.0 + x)
+    _norm_keys_layer_by_layer()
+
+
+def _norm_keys_layer_by_layer() -> None:
+    import torch
+    from vllm import _custom_ops as ops
+    from vllm.model_executor.models.qwen3_dflash import DFlashQwen3Model
+
+    def normalise(self: Any, keys: torch.Tensor) -> torch.Tensor:
+        """``keys`` [layers, n, heads, D], each layer with its own weight."""
+        out = torch.empty_like(keys)
+        for i, weight in enumerate(self._k_norm_weights):
+            ops.rms_norm(out[i], keys[i], weight, self._rms_norm_eps)
+        return out
+
+    DFlashQwen3Model._normalize_context_k = normalise
