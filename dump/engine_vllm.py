@@ -26,7 +26,7 @@ from dspark.dump.capture import Prediction, States
 from dspark.dump.checkpoint import read_frozen
 from dspark.dump.layers import Shapes
 from dspark.dump.plan import engine_version
-from dspark.dump.vllm_connector import read_spooled
+from dspark.dump.spool import read_spooled
 
 SPOOL_BYTES = 2 << 30
 # stdout belongs to --json; a CPU worker refuses to start without a cache size.

@@ -81,6 +81,9 @@ def log_file(path: Path) -> Iterator[None]:
     log.addHandler(handler)
     try:
         yield
+    except BaseException as error:
+        log.error("stopped by %s: %s", type(error).__name__, error)
+        raise
     finally:
         log.removeHandler(handler)
         log.setLevel(before)

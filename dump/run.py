@@ -205,26 +205,26 @@ def run_engine(
             config.output, job.manifest, compact(frozen), job.target.files, overwrite=config.overwrite
         )
     with writer:
-        reader = part_reader(job, config.part_tokens)
+        reader = part_reader(job, config.part_tokens, log.info)
         tail, new_tokens = write_parts(writer, reader, engine, codecs, show, job.plan.rows)
         reader.check_dropped(at_end=True)
         return writer.finish(rows_read=reader.rows_read, dropped=tail.dropped, quality=quality), new_tokens
 
 
-def part_reader(job: Job, part_tokens: int) -> PartReader:
+def part_reader(job: Job, part_tokens: int, note: Callable[[str], None]) -> PartReader:
     return PartReader(
         job.corpus,
         job.maker,
         part_tokens=part_tokens,
         limit=job.config.limit,
         max_dropped=job.config.max_dropped,
-        note=log.info,
+        note=note,
     )
 
 
 def first_samples(job: Job) -> list[TokenSample]:
     """The first samples of the corpus: what the self-check and the measured quality are taken from, in every run of this store alike."""
-    reader = part_reader(job, PROBE_TOKENS)
+    reader = part_reader(job, PROBE_TOKENS, log.debug)
     part = next(reader.parts({}))
     if not part.samples:
         reader.check_dropped(at_end=True)

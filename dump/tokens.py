@@ -203,7 +203,9 @@ class SampleMaker:
             if not text.startswith(before):
                 raise Dropped(REWRITES)
             start = len(before)
-            if i == 0:  # nothing was asked: its header is no answer either, where its text can be told from it
+            if (
+                i == 0
+            ):  # nothing was asked: its header is no answer either, where its text can be told from it
                 start = max(text.find(content.strip()), 0)
             if text.startswith(through):
                 answers.append(Answer(start, len(through), _find_text(text, start, len(through), content)))

@@ -1,17 +1,15 @@
 """Our side inside a vLLM worker: states of a finished request go to a spool file, and a write that failed says so.
 
 vLLM's stock connector fails on a CPU (pinned memory) and only logs write errors. This one copies plainly where there is no CUDA, writes a file
-whole or not at all, and leaves ``<file>.error`` with the reason when it could not. The lock protocol is vLLM's own: ``<file>.lock`` is held
-exclusively from before the request's path is known until its file is there.
+whole or not at all, and leaves the reason when it could not (``spool.py``).
 
 ``hidden_states`` [T, n, H] in ascending order of the asked ids, ``token_ids`` [T].
 """
 
 from __future__ import annotations
 
-import fcntl
 import os
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -19,6 +17,8 @@ from vllm.distributed.kv_transfer.kv_connector.v1.example_hidden_states_connecto
     ExampleHiddenStatesConnector,
     extract_from_kv_cache,
 )
+
+from dspark.dump.spool import report_failure
 
 
 class _Copied:
@@ -33,8 +33,6 @@ class _Copied:
 
 class SpoolConnector(ExampleHiddenStatesConnector):  # type: ignore[misc]
     """Named in ``kv_connector`` with ``kv_connector_module_path`` = this module."""
-
-    suffix: ClassVar[str] = ".error"
 
     def _submit_async_write(self, pending: Any) -> None:
         if self._kv_cache is None or self._kv_cache.device.type == "cuda":
@@ -69,32 +67,3 @@ class SpoolConnector(ExampleHiddenStatesConnector):  # type: ignore[misc]
         finally:
             if lock_fd is not None:
                 os.close(lock_fd)
-
-
-def report_failure(filename: str, error: BaseException) -> None:
-    """Leave the reason where the reader looks; a few bytes fit on most disks that are full."""
-    try:
-        with open(filename + SpoolConnector.suffix, "w", encoding="utf-8") as file:
-            file.write(f"{type(error).__name__}: {error}")
-    except OSError:
-        pass  # then the file is missing without a reason, which the reader reports as such
-
-
-def read_spooled(filename: str) -> dict[str, torch.Tensor]:
-    """Wait for a spool file, read it and delete it. Raises OSError with the worker's reason if it was not written."""
-    from safetensors.torch import load
-
-    with open(filename + ".lock", "rb") as lock:
-        fcntl.flock(lock, fcntl.LOCK_SH)
-    try:
-        if os.path.exists(filename + SpoolConnector.suffix):
-            with open(filename + SpoolConnector.suffix, encoding="utf-8") as file:
-                raise OSError(f"the worker could not write {filename}: {file.read()}")
-        if not os.path.exists(filename):
-            raise OSError(f"the worker left no {filename}: it died, or its disk is full")
-        with open(filename, "rb") as file:
-            return load(file.read())
-    finally:
-        for name in (filename, filename + ".part", filename + ".lock", filename + SpoolConnector.suffix):
-            if os.path.exists(name):
-                os.unlink(name)

@@ -5,10 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from dspark.cache.records import KEY_BYTES, TokenSample
+from dspark.dump.engine_transformers import TransformersEngine
+from dspark.dump.layers import Shapes
+
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+ENGINE_LAYERS = (0, 2, 5)  # 5 is the last layer: its output is before the final norm, unlike the last state
+ENGINE_VOCAB = 120
 SPECIAL = ["<|pad|>", "<|im_start|>", "<|im_end|>", "<|spare|>"]
 WORDS = ["the cat sat on the mat", "say hello to the user and the assistant", "be brief system", "Yes, it is. No!\n", "one two three"]
 
@@ -66,3 +74,21 @@ def chat(*turns: str, **more: Any) -> dict[str, Any]:
     """``chat("u: hi", "a: yes")`` -> a row."""
     roles = {"s": "system", "u": "user", "a": "assistant"}
     return {"messages": [{"role": roles[t[0]], "content": t[3:]} for t in turns], **more}
+
+
+def shapes(model: Any) -> Shapes:
+    c = model.config.get_text_config()
+    return Shapes(hidden_size=c.hidden_size, vocab_size=c.vocab_size, num_layers=c.num_hidden_layers, max_positions=512)
+
+
+def engine(kind: str, batch_tokens: int = 64, **changes: Any) -> TransformersEngine:
+    model = build_model(kind, ENGINE_VOCAB, **changes)
+    return TransformersEngine(model, shapes(model), ENGINE_LAYERS, device="cpu", batch_tokens=batch_tokens)
+
+
+def samples(lengths: list[int], seed: int = 0) -> list[TokenSample]:
+    rng = np.random.default_rng(seed)
+    return [
+        TokenSample(i, bytes(KEY_BYTES), rng.integers(0, ENGINE_VOCAB, n, dtype=np.int32), np.arange(n) >= n // 3)
+        for i, n in enumerate(lengths)
+    ]

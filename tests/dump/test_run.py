@@ -1,0 +1,280 @@
+"""The dump whole: what is in the store, and that no way of stopping it changes that."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from dump_targets import chat
+
+import dspark.cache
+from dspark.cache.errors import (
+    DataError,
+    EngineError,
+    ExistsError,
+    MismatchError,
+    StoreWriteError,
+    UsageError,
+)
+from dspark.cache.records import TokenSample
+from dspark.cache.writer import StoreWriter
+from dspark.dump import plan as planning
+from dspark.dump.capture import Engine, States
+from dspark.dump.config import DumpConfig
+from dspark.dump.progress import Display
+from dspark.dump.run import Stopped, dump, load_engine, prepare
+
+WORDS = ["the", "cat", "sat", "on", "the", "mat", "and", "says", "hello", "one", "two", "three", "to", "a", "user"]
+
+
+def corpus(rows: int, seed: int = 0) -> list[dict[str, Any]]:
+    """Chats of random words; every seventh has no answer, every fifth was cut."""
+    rng = np.random.default_rng(seed)
+
+    def words() -> str:
+        return " ".join(rng.choice(WORDS, int(rng.integers(3, 25))))
+
+    return [
+        chat(f"u: {words()}", *([] if i % 7 == 6 else [f"a: {words()}"]), finished=i % 5 != 4) for i in range(rows)
+    ]
+
+
+def files(store: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(store)): p.read_bytes() for p in sorted(store.rglob("*")) if p.is_file()}
+
+
+class Wrapped:
+    """A real engine that does something before each sample it hands out."""
+
+    def __init__(self, inner: Engine, before: Callable[[], None]) -> None:
+        self.inner, self.before = inner, before
+        self.name, self.version = inner.name, inner.version
+        self.frozen, self.predict, self.close = inner.frozen, inner.predict, inner.close
+
+    def capture(self, samples: Sequence[TokenSample]) -> Iterator[tuple[int, States]]:
+        for item in self.inner.capture(samples):
+            self.before()
+            yield item
+
+
+def stops_after(n: int, error: type[BaseException]) -> Callable[[planning.Plan, int | None], Engine]:
+    """An engine that raises ``error`` at its ``n``-th sample."""
+    count = Counter[str]()
+
+    def before() -> None:
+        count["samples"] += 1
+        if count["samples"] == n:
+            raise error("stop")
+
+    return lambda plan, batch_tokens: Wrapped(load_engine(plan, batch_tokens), before)
+
+
+@pytest.fixture
+def config(tiny: Path, tmp_path: Path, write_rows: Callable[..., Path]) -> DumpConfig:
+    data = write_rows(corpus(40))
+    return DumpConfig(model=str(tiny), data=str(data), output=tmp_path / "hs.zarr", part_tokens=300)
+
+
+@pytest.fixture
+def show() -> Display:
+    return Display()
+
+
+def test_the_store_holds_what_the_target_says(config: DumpConfig, show: Display) -> None:
+    out = dump(config, show)
+    store = dspark.cache.open(config.output)
+    made = [prepare(config).maker.make(r) for r in prepare(config).corpus.rows()]
+    kept = [m.sample for m in made if m.sample is not None]
+    assert len(store) == len(kept) == out["samples"] == 35
+    assert out["dropped"] == {"no assistant turn": 5}
+    assert (out["rows_read"], out["complete"], out["layers"]) == (40, True, [1, 2, 3])
+    assert out["quality"]["aux_snr_db"][0] > 50
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(config.model, dtype=torch.float32)
+    for i in (0, 17, 34):
+        sample = store[i]
+        assert sample.row == kept[i].row
+        np.testing.assert_array_equal(sample.input_ids, kept[i].input_ids)
+        np.testing.assert_array_equal(sample.loss_mask, kept[i].loss_mask)
+        with torch.inference_mode():
+            hidden = model(torch.from_numpy(sample.input_ids).long()[None], output_hidden_states=True).hidden_states
+        expected = torch.stack([hidden[j + 1][0] for j in (1, 2, 3)], dim=1).numpy()
+        np.testing.assert_allclose(sample.aux, expected, rtol=2**-8, atol=1e-3)
+        rows = sample.last_mask
+        np.testing.assert_allclose(sample.last[rows], hidden[-1][0].numpy()[rows], rtol=2**-8, atol=1e-3)
+        assert rows.sum() == (sample.loss_mask[:-1] & sample.loss_mask[1:]).sum()
+    assert torch.equal(store.target.norm, model.model.norm.weight.detach())
+    assert {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"} <= {p.name for p in (config.output / "target").iterdir()}
+    log = config.output.with_name("hs.zarr.log").read_text()
+    assert "self-check passed" in log
+    assert "rows.jsonl:7: dropped: no assistant turn" in log
+
+
+def test_the_same_dump_twice_is_the_same_store(config: DumpConfig, show: Display, tmp_path: Path) -> None:
+    dump(config, show)
+    other = dataclasses.replace(config, output=tmp_path / "again.zarr")
+    dump(other, show)
+    assert files(config.output) == files(other.output)
+
+
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, RuntimeError])
+def test_a_stopped_dump_resumes_to_the_same_store(config: DumpConfig, show: Display, tmp_path: Path, stop: type[BaseException]) -> None:
+    whole = dataclasses.replace(config, output=tmp_path / "whole.zarr")
+    dump(whole, show)
+    with pytest.raises(Stopped if stop is KeyboardInterrupt else stop):
+        dump(config, show, stops_after(20, stop))
+    assert 0 < len(list((config.output / "parts").glob("0*"))) < len(list((whole.output / "parts").glob("0*")))
+    with pytest.raises(dspark.cache.errors.IncompleteCacheError):
+        dspark.cache.open(config.output)
+    dump(dataclasses.replace(config, resume=True), show)
+    assert files(config.output) == files(whole.output)
+
+
+def test_killed_and_resumed_is_byte_identical(tiny: Path, tmp_path: Path, write_rows: Callable[..., Path]) -> None:
+    data = write_rows(corpus(300))
+
+    def command(output: Path, *more: str) -> list[str]:
+        code = "from dspark.dump.cli import main; main()"
+        return [sys.executable, "-c", code, "--model", str(tiny), "--data", str(data), "--output", str(output),
+                "--part-tokens", "300", "--engine", "transformers", "--device", "cpu", *more]  # fmt: skip
+
+    whole, killed = tmp_path / "whole.zarr", tmp_path / "killed.zarr"
+    subprocess.run(command(whole), check=True, capture_output=True)
+    process = subprocess.Popen(command(killed), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not (killed / "parts" / "00000003").exists():
+        assert process.poll() is None, "it finished before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    parts = len(list((killed / "parts").glob("0*")))
+    assert 4 <= parts < len(list((whole / "parts").glob("0*")))
+    resumed = subprocess.run(command(killed, "--resume", "--json"), check=True, capture_output=True, text=True)
+    assert json.loads(resumed.stdout)["complete"] is True
+    assert f"resuming: {parts} parts" in resumed.stderr.replace("\n", " ")
+    assert files(killed) == files(whole)
+    again = subprocess.run(command(killed, "--resume"), check=True, capture_output=True, text=True)
+    assert "is complete" in again.stderr
+
+
+def test_a_removed_part_is_written_again(config: DumpConfig, show: Display) -> None:
+    dump(config, show)
+    before = files(config.output)
+    shutil.rmtree(config.output / "parts" / "00000001")
+    StoreWriter.resume(config.output, prepare(config).manifest).reopen()
+    out = dump(dataclasses.replace(config, resume=True), show)
+    assert 0 < out["new_tokens"] < out["tokens"]
+    assert files(config.output) == before
+
+
+def test_existing_output_and_other_plans_are_refused(config: DumpConfig, show: Display, write_rows: Callable[..., Path]) -> None:
+    with pytest.raises(Stopped):
+        dump(config, show, stops_after(20, KeyboardInterrupt))
+    with pytest.raises(ExistsError, match="--resume to go on"):
+        dump(config, show)
+    with pytest.raises(MismatchError, match=r"layers: store has \[1, 2, 3\], this run has \[0, 2\]"):
+        dump(dataclasses.replace(config, resume=True, layers=(0, 2)), show)
+    other = write_rows(corpus(40, seed=1), "other.jsonl")
+    with pytest.raises(MismatchError, match=r"source.id: store has 'rows.jsonl', this run has 'other.jsonl'"):
+        dump(dataclasses.replace(config, resume=True, data=str(other)), show)
+    dump(dataclasses.replace(config, overwrite=True), show)
+    assert len(dspark.cache.open(config.output)) == 35
+
+
+def test_a_full_disk_stops_it_and_resume_goes_on(config: DumpConfig, show: Display, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = dataclasses.replace(config, output=tmp_path / "whole.zarr")
+    dump(whole, show)
+    commit = StoreWriter.commit
+
+    def full(self: StoreWriter, index: int, *args: Any, **more: Any) -> Any:
+        if index == 2:
+            raise StoreWriteError("the disk is full")
+        return commit(self, index, *args, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(StoreWriter, "commit", full)
+        with pytest.raises(StoreWriteError, match="disk is full"):
+            dump(config, show)
+    dump(dataclasses.replace(config, resume=True), show)
+    assert files(config.output) == files(whole.output)
+
+
+def test_a_dump_that_cannot_fit_is_refused_before_weights_are_read(config: DumpConfig, show: Display, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = shutil.disk_usage(config.output.parent)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    with pytest.raises(StoreWriteError, match=r"need at least .* and 1 kB are free"):
+        dump(config, show, lambda plan, batch_tokens: pytest.fail("the engine was started"))
+
+
+def test_too_many_dropped_rows(config: DumpConfig, show: Display, write_rows: Callable[..., Path]) -> None:
+    data = write_rows([chat("u: hi there")] * 6 + corpus(4))
+    with pytest.raises(DataError, match=r"rows.jsonl: 6 of the first 10 rows gave no sample \(no assistant turn: 6\)"):
+        dump(dataclasses.replace(config, data=str(data)), show)
+    out = dump(dataclasses.replace(config, data=str(data), max_dropped=0.7, resume=True), show)
+    assert out["samples"] == 4
+
+
+@pytest.mark.parametrize("max_dropped", [0.5, 1.0])
+def test_a_corpus_without_answers(config: DumpConfig, show: Display, write_rows: Callable[..., Path], max_dropped: float) -> None:
+    data = write_rows([chat("u: hi there")] * 6)
+    with pytest.raises(DataError, match=r"rows.jsonl: .*no assistant turn"):
+        dump(dataclasses.replace(config, data=str(data), max_dropped=max_dropped), show, lambda plan, n: pytest.fail("started"))
+    assert not config.output.exists()
+
+
+def test_an_empty_corpus(config: DumpConfig, show: Display, write_rows: Callable[..., Path]) -> None:
+    with pytest.raises(DataError, match="no rows"):
+        dump(dataclasses.replace(config, data=str(write_rows([]))), show)
+
+
+def test_rows_dropped_after_the_last_part_are_counted(config: DumpConfig, show: Display, write_rows: Callable[..., Path]) -> None:
+    data = write_rows([*corpus(4), *[chat("u: hi there")] * 2])
+    out = dump(dataclasses.replace(config, data=str(data), part_tokens=1), show)
+    assert (out["rows_read"], out["samples"], out["parts"], out["dropped"]) == (6, 4, 4, {"no assistant turn": 2})
+
+
+def test_limit_and_truncation(config: DumpConfig, show: Display) -> None:
+    out = dump(dataclasses.replace(config, limit=10, seq_length=60), show)
+    assert out["rows_read"] == 10
+    assert out["truncated"] > 0
+    store = dspark.cache.open(config.output)
+    assert max(len(store[i].input_ids) for i in range(len(store))) == 60
+
+
+def test_tokenised_rows_need_no_tokenizer(config: DumpConfig, show: Display, tiny: Path, tmp_path: Path, write_rows: Callable[..., Path]) -> None:
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(tiny / name, bare / name)
+    data = write_rows([{"input_ids": [5, 6, 7, 8, 9 + i], "loss_mask": [0, 0, 1, 1, 1]} for i in range(4)])
+    plain = dataclasses.replace(config, model=str(bare), data=str(data))
+    with pytest.raises(UsageError, match="--mask-token-id"):
+        dump(plain, show)
+    out = dump(dataclasses.replace(plain, mask_token_id=3), show)
+    assert out["samples"] == 4
+    assert dspark.cache.open(config.output).manifest.dump.mask_rule == "given"
+
+
+def test_an_engine_that_loses_a_sample_is_caught(config: DumpConfig, show: Display) -> None:
+    class Losing(Wrapped):
+        def capture(self, samples: Sequence[TokenSample]) -> Iterator[tuple[int, States]]:
+            items = list(self.inner.capture(samples))
+            yield from items if len(items) <= 4 else items[1:]
+
+    with pytest.raises(EngineError, match=r"gave states for \d+ of \d+ samples of part \d"):
+        dump(config, show, lambda plan, n: Losing(load_engine(plan, n), lambda: None))
