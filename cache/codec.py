@@ -11,12 +11,13 @@ Every codec is pure arithmetic on one token row: no state from one token to anot
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
+from dspark.cache.centre import CENTRE_KEYS, Centre
 from dspark.cache.errors import EngineError, FormatVersionError, UsageError
 from dspark.cache.manifest import FieldInfo, Json
 from dspark.cache.quant import SCALE_ZERO, UNIT, distortion, entropy, level_table, scale_table
@@ -102,6 +103,7 @@ class Rotated:
     shares leave over. So a coarser ``step`` is a smaller store with the same arrays and the same decoder, at 1.5 dB from the Gaussian bound,
     where packing a fixed 3 or 2 bits is 2.5 dB from it.
 
+    ``centre``: channel means and deviations taken out before and put back after; see ``centre.py``.
     ``step``: cell width in sigma (encoder only). ``levels``: integers in 1/64 sigma, positive half (decoder only).
     Stored: ``code`` uint8 (two values a byte, the even channel low; or one), ``scale`` uint8 a group, 2^((k - 128) / 4).
     """
@@ -110,11 +112,17 @@ class Rotated:
     step: float
     levels: tuple[int, ...]
     group_limit: int = GROUP_LIMIT
+    centre: Centre | None = None
     name: str = "rotated"
 
     @property
     def params(self) -> Json:
-        return {"group_limit": self.group_limit, "step": self.step, "levels": list(self.levels)}
+        base = {"group_limit": self.group_limit, "step": self.step, "levels": list(self.levels)}
+        return {**base, **(self.centre.to_json() if self.centre else {})}
+
+    def calibrated(self, states: torch.Tensor) -> Rotated:
+        """This codec with the channel means and deviations of ``states[T, L, H]`` or ``[M, H]``, a sample of what it will code."""
+        return replace(self, centre=Centre.of(states))
 
     @property
     def per_byte(self) -> int:
@@ -143,7 +151,11 @@ class Rotated:
 
         hidden = x.shape[-1]
         g = self.group(hidden)
-        groups = x.detach().reshape(-1, g)
+        z = x.detach()
+        if self.centre:
+            mean, _, inverse = self.centre.tensors(hidden, x.device)
+            z = (z.float() - mean) * inverse
+        groups = z.reshape(-1, g)
         # A block of groups goes through all passes while it is in the processor's cache; a GPU only needs its memory bounded.
         size = (1 << 18 if x.device.type == "cpu" else 1 << 26) // g
         flip = _constant(x.device, signs, g)
@@ -225,7 +237,11 @@ class Rotated:
                 levels = pairs.index_select(0, block.reshape(-1).to(torch.int32)).view(-1, g)
                 torch.mm(levels, back, out=to)
                 to.mul_(scales.index_select(0, s)[:, None])
-        return out.view(*code.shape[:-1], hidden)
+        y = out.view(*code.shape[:-1], hidden)
+        if self.centre:
+            mean, deviation, _ = self.centre.tensors(hidden, device)
+            y.mul_(deviation).add_(mean)
+        return y
 
 
 def check_finite(x: torch.Tensor) -> None:
@@ -317,6 +333,8 @@ def codec_for(bits: int) -> Codec:
 def codec_from(info: FieldInfo, where: str) -> Codec:
     """The codec that a manifest's field names; one that this release would not have written is refused."""
     known = codec_for(info.bits) if info.bits == 16 or info.bits in SETTINGS else None
+    if isinstance(known, Rotated) and set(info.params) >= CENTRE_KEYS:
+        known = replace(known, centre=Centre.from_json(info.params, where))
     if known is None or (known.name, known.params) != (info.codec, dict(info.params)):
         mine = f"{known.name!r} {known.params}" if known else f"only {sorted([16, *SETTINGS])} bits"
         raise FormatVersionError(

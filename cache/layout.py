@@ -32,13 +32,15 @@ TOKEN_CHUNK = 4096  # of input_ids and loss_mask: 16 kB before compression
 
 @dataclass(frozen=True, slots=True)
 class StoredArray:
-    """One array of a part: ``shape``, ``dtype``, inner ``chunk`` along the first axis, byte-shuffle element size (0 = none)."""
+    """One array of a part: ``shape``, ``dtype``, inner ``chunk`` along the first axis, byte-shuffle element size (0 = none),
+    zstd level."""
 
     name: str
     shape: tuple[int, ...]
     dtype: str
     chunk: int
     shuffle: int
+    level: int = 3
 
 
 def part_name(index: int) -> str:
@@ -71,7 +73,9 @@ def part_arrays(
 
 def _state(name: str, shape: tuple[int, ...], spec: ArraySpec) -> StoredArray:
     # Packed codes have no byte structure to shuffle; 16-bit values do (exponent bytes repeat, mantissa bytes do not).
-    return StoredArray(name, shape, spec.dtype, STATE_CHUNK, 2 if spec.dtype in ("uint16", "float16") else 0)
+    # Level 1 for codes: only their entropy can be taken out, no level finds repeats.
+    wide = spec.dtype in ("uint16", "float16")
+    return StoredArray(name, shape, spec.dtype, STATE_CHUNK, 2 if wide else 0, 5 if wide else 1)
 
 
 def raw_bytes_per_token(layers: int, hidden: int) -> int:

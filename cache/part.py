@@ -25,9 +25,9 @@ from dspark.cache.errors import DamagedCacheError
 from dspark.cache.layout import PART_KEY, StoredArray, field_array, part_arrays, part_name
 from dspark.cache.manifest import Json, build, crc32c, sealed, unseal
 from dspark.cache.records import CodedSample, last_rows
+from dspark.cache.shard import chunk_rows, write_shard
 
 Array = np.ndarray[tuple[int, ...], np.dtype[Any]]
-ZSTD_LEVEL = 5
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -119,32 +119,31 @@ def write_part(
 
 def write_array(group: Path, spec: StoredArray, data: Array) -> None:
     """Create array ``spec`` in ``group`` and fill it. One shard file; every inner chunk is compressed and carries a crc32c."""
-    # Blosc's threads may finish blocks in any order; one thread gives the same bytes every time.
-    import numcodecs.blosc
-
-    numcodecs.blosc.use_threads = False
-    chunk = max(1, min(spec.chunk, spec.shape[0]))
-    inner = (chunk, *spec.shape[1:])
+    chunk = chunk_rows(spec)
     shards = (-(-max(1, spec.shape[0]) // chunk) * chunk, *spec.shape[1:])
-    compressor: zarr.abc.codec.BytesBytesCodec = (
-        BloscCodec(cname="zstd", clevel=ZSTD_LEVEL, shuffle="shuffle", typesize=spec.shuffle)
+    packed: zarr.abc.codec.BytesBytesCodec = (
+        BloscCodec(cname="zstd", clevel=spec.level, shuffle="shuffle", typesize=spec.shuffle)
         if spec.shuffle
-        else ZstdCodec(level=ZSTD_LEVEL)
+        else ZstdCodec(level=spec.level)
     )
-    array = zarr.create_array(
+    zarr.create_array(
         group,
         name=spec.name,
         shape=spec.shape,
         dtype=spec.dtype,
-        chunks=inner,
+        chunks=(chunk, *spec.shape[1:]),
         shards=shards,
-        compressors=[compressor, Crc32cCodec()],
+        compressors=[packed, Crc32cCodec()],
         fill_value=0,
         zarr_format=3,
-        config={"write_empty_chunks": True},  # so that a chunk that is not there is always damage
     )
     if spec.shape[0]:
-        array[...] = data
+        write_shard(group / spec.name / shard_file(spec), spec, np.asarray(data, spec.dtype))
+
+
+def shard_file(spec: StoredArray) -> str:
+    """The one shard of an array, relative to its folder: chunk key ``c/0/0...``, a zero an axis."""
+    return "/".join(["c", *["0"] * len(spec.shape)])
 
 
 def read_record(part: Path) -> PartRecord:

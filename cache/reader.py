@@ -27,16 +27,18 @@ from dspark.cache.layout import (
     TARGET,
     WEIGHTS,
     field_array,
+    part_arrays,
     part_name,
 )
 from dspark.cache.manifest import Manifest, sealed, unseal
-from dspark.cache.part import Array, PartRecord, missing_files, read_attributes, read_record
+from dspark.cache.part import Array, PartRecord, missing_files, read_attributes, read_record, shard_file
 from dspark.cache.records import CodedSample, Sample, TokenSample, last_rows
+from dspark.cache.shard import Shard
 
 if TYPE_CHECKING:
     from dspark.cache.records import Coded
 
-OPEN_PARTS = 256  # array handles of this many parts are kept; each is a few kB
+OPEN_PARTS = 48  # parts kept open, with a file descriptor an array: under the usual limit of 1,024 a process
 
 
 def read_manifest(path: str | Path) -> Manifest:
@@ -85,7 +87,7 @@ class Cache:
         self.manifest = manifest
         self.aux_codec = codec_from(manifest.aux, str(path))
         self.last_codec = codec_from(manifest.last, str(path))
-        self._open: OrderedDict[int, dict[str, zarr.Array[Any]]] = OrderedDict()
+        self._open: OrderedDict[int, dict[str, Shard]] = OrderedDict()
 
     def __getstate__(self) -> dict[str, Any]:
         return {"path": self.path, "manifest": self.manifest}
@@ -230,33 +232,39 @@ class Cache:
                 )
         return record
 
-    def _arrays(self, part: int) -> dict[str, zarr.Array[Any]]:
+    def _arrays(self, part: int) -> dict[str, Shard]:
         if part in self._open:
             self._open.move_to_end(part)
             return self._open[part]
         folder = self.path / PARTS / part_name(part)
-        for finding in missing_files(folder, self.record(part)):
+        record = self.record(part)
+        for finding in missing_files(folder, record):
             raise DamagedCacheError(f"{finding}. Run dspark-tools verify {self.path}")
-        try:
-            group = zarr.open_group(folder, mode="r")
-            arrays = {name: group[name] for name in group.array_keys()}
-        except Exception as error:
-            raise DamagedCacheError(f"{folder}: cannot be opened: {error}") from error
-        self._open[part] = arrays  # type: ignore[assignment]
+        specs = part_arrays(
+            record.tokens,
+            record.samples,
+            record.last_rows,
+            len(self.manifest.layers),
+            self.manifest.target.hidden_size,
+            self.aux_codec,
+            self.last_codec,
+        )
+        self._open[part] = {s.name: Shard(folder / s.name / shard_file(s), s) for s in specs if s.shape[0]}
         if len(self._open) > OPEN_PARTS:
             self._open.popitem(last=False)
         return self._open[part]
 
     def _read(self, part: int, name: str, span: slice) -> Any:
-        array = self._arrays(part).get(name)
-        if array is None:
-            raise DamagedCacheError(f"{self.path / PARTS / part_name(part)}: no array {name!r} in it")
+        shard = self._arrays(part).get(name)
+        if shard is None:  # an array of no rows has no shard: no last state is stored in this part
+            return self._empty(name)
         try:
-            return np.asarray(array[span])
-        except (
-            Exception
-        ) as error:  # zarr, blosc and zstd raise different things for a bad chunk; all of them mean damage
-            raise DamagedCacheError(
-                f"{self.path / PARTS / part_name(part) / name}: tokens {span.start}-{span.stop} cannot be read: {error}. "
-                f"Run dspark-tools verify {self.path}"
-            ) from error
+            return shard.read(span.start, shard.spec.shape[0] if span.stop is None else span.stop)
+        except DamagedCacheError as error:
+            raise DamagedCacheError(f"{error}. Run dspark-tools verify {self.path}") from error
+
+    def _empty(self, name: str) -> Any:
+        field, array = name.split("_", 1)
+        codec = {"aux": self.aux_codec, "last": self.last_codec}[field]
+        spec = codec.arrays(self.manifest.target.hidden_size)[array]
+        return np.empty((0, spec.width), spec.dtype)

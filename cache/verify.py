@@ -7,7 +7,6 @@ import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import zarr
@@ -16,11 +15,12 @@ from dspark.cache.codec import codec_from
 from dspark.cache.errors import CacheError, DamagedCacheError
 from dspark.cache.frozen import file_sha256
 from dspark.cache.index import build_index
-from dspark.cache.layout import INDEX, PARTS, WEIGHTS, part_arrays, part_name
+from dspark.cache.layout import INDEX, PARTS, WEIGHTS, StoredArray, part_arrays, part_name
 from dspark.cache.manifest import Manifest
-from dspark.cache.part import Array, PartRecord, missing_files, read_record, size_crc
+from dspark.cache.part import Array, PartRecord, missing_files, read_record, shard_file, size_crc
 from dspark.cache.reader import Cache, read_manifest
 from dspark.cache.records import last_rows
+from dspark.cache.shard import Shard
 from dspark.cache.writer import StoreWriter
 
 
@@ -116,7 +116,7 @@ def _check_part(
         except Exception as error:
             report.findings.append(f"{folder / spec.name}: {error}")
             continue
-        pieces = list(_check_chunks(folder / spec.name, array, report))
+        pieces = list(_check_chunks(folder / spec.name, spec, report)) if spec.shape[0] else []
         if not spec.name.startswith(("aux_", "last_")) and pieces:
             small[spec.name] = np.concatenate(pieces)
     if len(small) == 6:
@@ -126,14 +126,14 @@ def _check_part(
     return record, small
 
 
-def _check_chunks(where: Path, array: zarr.Array[Any], report: Report) -> Iterator[Array]:
+def _check_chunks(where: Path, spec: StoredArray, report: Report) -> Iterator[Array]:
     """Read every inner chunk (the read checks its crc32c); yields what could be read."""
-    step = array.chunks[0]
-    for start in range(0, array.shape[0], step):
+    shard = Shard(where / shard_file(spec), spec)
+    for start in range(0, spec.shape[0], shard.rows):
         try:
-            data = np.asarray(array[start : start + step])
-        except Exception as error:
-            report.findings.append(f"{where}: chunk {start // step} (rows {start}-{start + step}): {error}")
+            data = shard.read(start, min(start + shard.rows, spec.shape[0]))
+        except DamagedCacheError as error:
+            report.findings.append(str(error))
             continue
         report.checked_chunks += 1
         yield data

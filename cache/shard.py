@@ -1,0 +1,149 @@
+"""Writing and reading one array as a Zarr v3 shard file, chunk by chunk on a pool of threads.
+
+Zarr's own writer spends most of its time in Python between chunks; a dump would wait for it. Only the two hot operations are ours: making
+the shard file of a whole array, and reading some of its rows. Metadata is zarr-python's, and tests hold the bytes and values against it.
+
+Layout (Zarr v3 ``sharding_indexed``): the inner chunks end to end, each ``compress(values) + crc32c``; then for every chunk offset and
+length as two little-endian uint64; then the crc32c of that index. Every array here has one shard and is cut along its first axis only.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numcodecs.blosc
+import numpy as np
+from numcodecs import Blosc, Zstd
+
+from dspark.cache.errors import DamagedCacheError
+from dspark.cache.layout import StoredArray
+from dspark.cache.manifest import crc32c
+
+Array = np.ndarray[tuple[int, ...], np.dtype[Any]]
+
+# Blosc's own threads may finish blocks in any order; one thread a chunk gives the same bytes every time.
+numcodecs.blosc.use_threads = False
+
+
+def compressor(spec: StoredArray) -> Any:
+    """zstd behind a byte shuffle for multi-byte values, plain zstd for bytes; what ``part.write_array`` writes into the metadata."""
+    if spec.shuffle:
+        return Blosc(cname="zstd", clevel=spec.level, shuffle=Blosc.SHUFFLE)
+    return Zstd(level=spec.level)
+
+
+def chunk_rows(spec: StoredArray) -> int:
+    return max(1, min(spec.chunk, spec.shape[0]))
+
+
+@cache
+def _pool() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(max(1, os.cpu_count() or 1), thread_name_prefix="dspark-shard")
+
+
+def write_shard(path: Path, spec: StoredArray, data: Array) -> None:
+    """Write ``data`` (all of the array) as the shard file ``path``. Compresses chunks in parallel; the bytes do not depend on that."""
+    rows = chunk_rows(spec)
+    codec = compressor(spec)
+
+    def encode(start: int) -> bytes:
+        piece = np.ascontiguousarray(data[start : start + rows])
+        if piece.shape[0] < rows:  # Zarr stores whole chunks: the last one is filled up with zeros
+            full = np.zeros((rows, *piece.shape[1:]), piece.dtype)
+            full[: piece.shape[0]] = piece
+            piece = full
+        packed = bytes(codec.encode(piece if spec.shuffle else piece.view(np.uint8)))
+        return packed + crc32c(packed).to_bytes(4, "little")
+
+    chunks = list(_pool().map(encode, range(0, data.shape[0], rows)))
+    sizes = np.array([len(c) for c in chunks], np.uint64)
+    index = np.stack([np.cumsum(sizes) - sizes, sizes], 1).astype("<u8").tobytes()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "wb") as file:
+        for chunk in chunks:
+            file.write(chunk)
+        file.write(index + crc32c(index).to_bytes(4, "little"))
+
+
+class Shard:
+    """An open shard file for reading rows. Thread-safe: reads are positional, nothing is shared but the index."""
+
+    def __init__(self, path: Path, spec: StoredArray) -> None:
+        self.path, self.spec = path, spec
+        self.rows = chunk_rows(spec)
+        self._chunk_bytes = (
+            self.rows * int(np.prod(spec.shape[1:], dtype=np.int64)) * np.dtype(spec.dtype).itemsize
+        )
+        self._codec = compressor(spec)
+        self._count = -(-spec.shape[0] // self.rows)
+        self._index: Array | None = None
+        self._lock = threading.Lock()
+        try:
+            self._fd = os.open(path, os.O_RDONLY)
+        except OSError as error:
+            raise DamagedCacheError(f"{path}: {error.strerror}") from error
+
+    def __del__(self) -> None:
+        if hasattr(self, "_fd"):
+            os.close(self._fd)
+
+    @property
+    def index(self) -> Array:
+        """Offset and length of every chunk, uint64[chunks, 2]; read and checked once."""
+        with self._lock:
+            if self._index is None:
+                size = 16 * self._count + 4
+                end = os.fstat(self._fd).st_size
+                raw = os.pread(self._fd, size, end - size) if end >= size else b""
+                _check(raw, size, f"{self.path}: shard index")
+                self._index = np.frombuffer(raw[:-4], "<u8").reshape(-1, 2)
+            return self._index
+
+    def read(self, start: int, stop: int) -> Array:
+        """Rows ``[start, stop)``. The chunks they lie in are neighbours in the file, so this is one read."""
+        shape, dtype = self.spec.shape, np.dtype(self.spec.dtype)
+        assert 0 <= start <= stop <= shape[0], (start, stop, shape)
+        out = np.empty((stop - start, *shape[1:]), dtype)
+        if start == stop:
+            return out
+        first, last = start // self.rows, (stop - 1) // self.rows
+        spans = self.index[first : last + 1]
+        base = int(spans[0, 0])
+        length = int(spans[-1].sum()) - base
+        raw = memoryview(os.pread(self._fd, length, base))
+        for i, (offset, size) in enumerate(spans.tolist(), first):
+            at = offset - base
+            where = f"{self.path}: chunk {i} (rows {i * self.rows}-{min((i + 1) * self.rows, shape[0])})"
+            packed = _check(raw[at : at + size], size, where)
+            low, high = max(start, i * self.rows), min(stop, (i + 1) * self.rows)
+            values = np.frombuffer(self._decode(packed, where), dtype).reshape(self.rows, *shape[1:])
+            out[low - start : high - start] = values[low - i * self.rows : high - i * self.rows]
+        return out
+
+    def _decode(self, packed: memoryview, where: str) -> Any:
+        try:
+            values = self._codec.decode(packed)
+        except Exception as error:  # blosc and zstd raise RuntimeError for bytes that are not theirs
+            raise DamagedCacheError(f"{where}: cannot be decompressed: {error}") from error
+        if len(memoryview(values).cast("B")) != self._chunk_bytes:
+            raise DamagedCacheError(
+                f"{where}: {len(memoryview(values).cast('B'))} bytes, expected {self._chunk_bytes}"
+            )
+        return values
+
+
+def _check(raw: Sequence[int] | bytes | memoryview, size: int, where: str) -> memoryview:
+    """The bytes before a trailing crc32c that they must match."""
+    view = memoryview(raw)  # type: ignore[arg-type]
+    if len(view) != size or size < 4:
+        raise DamagedCacheError(f"{where}: {len(view)} bytes there, expected {size}")
+    stored, computed = int.from_bytes(view[-4:], "little"), crc32c(view[:-4])
+    if stored != computed:
+        raise DamagedCacheError(f"{where}: stored crc32c {stored}, computed {computed}")
+    return view[:-4]
