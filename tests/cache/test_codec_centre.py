@@ -18,7 +18,6 @@ from dspark.cache.errors import DamagedCacheError, EngineError, FormatVersionErr
 from dspark.cache.manifest import FieldInfo
 from stores import LAYERS, manifest, states, token_samples, write_store
 
-
 GOLDEN = ("AD9Av7BAAD+wQJpBaMEUQQ==", "pT/APwVApT8FQOlAz0BaQA==", "bcb47858", "76")
 
 
