@@ -133,19 +133,22 @@ def serve(request: ServeRequest) -> list[Outcome]:
         args |= {"enforce_eager": True, "distributed_executor_backend": "uni"}
     llm = LLM(**args)
 
-    def params(limit: int) -> SamplingParams:
+    def params(limit: int, number: int) -> SamplingParams:
+        # vLLM keys its noise by seed and position: with one seed, all prompts would draw the same numbers.
         return SamplingParams(
-            temperature=request.temperature, max_tokens=limit, seed=request.seed,
+            temperature=request.temperature, max_tokens=limit, seed=request.seed + number,
             stop_token_ids=list(request.stop_token_ids), ignore_eos=True, detokenize=False,
         )  # fmt: skip
 
     # Kernels that compile at first use do it here, outside what is timed.
-    llm.generate({"prompt_token_ids": request.prompts[0]}, params(2), use_tqdm=False)
+    llm.generate({"prompt_token_ids": request.prompts[0]}, params(2, 0), use_tqdm=False)
     outcomes = []
-    for prompt in request.prompts:
+    for number, prompt in enumerate(request.prompts):
         drafts, accepted_at = _counters(llm)
         start = time.perf_counter()
-        (result,) = llm.generate({"prompt_token_ids": prompt}, params(request.max_tokens), use_tqdm=False)
+        (result,) = llm.generate(
+            {"prompt_token_ids": prompt}, params(request.max_tokens, number), use_tqdm=False
+        )
         seconds = time.perf_counter() - start
         drafts_after, accepted_after = _counters(llm)
         outcomes.append(
