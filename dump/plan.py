@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from dspark.cache.errors import DataError, StoreWriteError, UsageError
+from dspark.cache.records import last_rows
 from dspark.dump.config import DEFAULT_SEQ_LENGTH, DumpConfig
 from dspark.dump.layers import Shapes, check_layers, default_layers
 from dspark.dump.presets import Preset
@@ -22,13 +23,12 @@ if TYPE_CHECKING:
     from dspark.dump.tokens import SampleMaker
 
 SPREAD_ROWS = 128  # rows tokenised for the estimate
-BEST_RATIO = 1.5  # 16-bit states never compressed better than 1.45x without loss (byte entropy), so less space than size/1.5 cannot do
 TOKEN_BYTES = 5  # id and loss mask
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Plan:
-    """What will be done. ``bytes_per_token``: before lossless compression, with the last state at every token (an upper bound)."""
+    """What will be done. ``bytes_per_token``: expected on disk, were the last state stored at every token; ``bytes``: with the share that is."""
 
     model: str
     preset: str | None
@@ -47,7 +47,7 @@ class Plan:
     free_bytes: int
     rows: int | None = None
     tokens: int | None = None
-    bytes_at_most: int | None = None
+    bytes: int | None = None
 
     @property
     def target_layer_ids(self) -> list[int]:
@@ -60,11 +60,7 @@ class Plan:
 
     def lines(self) -> list[str]:
         """For a person, before the run."""
-        size = (
-            "unknown"
-            if self.bytes_at_most is None
-            else f"at most {human(self.bytes_at_most)} before compression"
-        )
+        size = "unknown" if self.bytes is None else f"about {human(self.bytes)}"
         rows = "unknown" if self.rows is None else f"{self.rows:,}"
         tokens = "unknown" if self.tokens is None else f"about {self.tokens:,}"
         return [
@@ -75,16 +71,14 @@ class Plan:
             f"= --target-layer-ids {','.join(map(str, self.target_layer_ids))} (entering layer i+1), and the last state after the final norm",
             f"data     {self.data}: rows {rows}, tokens {tokens}, at most {self.seq_length} a row",
             f"engine   {self.engine}, {self.dtype} on {self.device}",
-            f"store    {self.output}: {self.aux_bits}-bit layers, {self.last_bits}-bit last state, at most {self.bytes_per_token:,} bytes a token",
+            f"store    {self.output}: {self.aux_bits}-bit layers, {self.last_bits}-bit last state, about {self.bytes_per_token:,} bytes a token",
             f"size     {size}; free {human(self.free_bytes)}",
         ]
 
 
 def resolve(config: DumpConfig, preset: Preset | None, shapes: Shapes) -> Plan:
     """Settle every choice that does not need the corpus."""
-    from dspark.cache.codec import codec_for
     from dspark.cache.disk import existing_parent
-    from dspark.cache.layout import stored_bytes_per_token
 
     data = config.data or (preset.data if preset else None)
     if data is None:
@@ -94,9 +88,7 @@ def resolve(config: DumpConfig, preset: Preset | None, shapes: Shapes) -> Plan:
     asked = config.asked_layers or (preset.layers if preset else default_layers(shapes.num_layers))
     layers = check_layers(asked, shapes.num_layers)
     engine, device = choose_engine(config.engine, config.device)
-    bytes_per_token = TOKEN_BYTES + stored_bytes_per_token(
-        len(layers), shapes.hidden_size, codec_for(config.aux_bits), codec_for(config.last_bits)
-    )
+    bytes_per_token = disk_bytes(shapes, layers, config.aux_bits, config.last_bits)
     return Plan(
         model=config.model,
         preset=preset.name if preset else None,
@@ -176,18 +168,40 @@ def estimate(plan: Plan, corpus: Corpus, maker: SampleMaker | None, limit: int |
         return dataclasses.replace(plan, rows=rows)
     step = max(rows // SPREAD_ROWS, 1)
     made = [maker.make(row) for row in corpus.pick(lambda n: n % step == 0 and n < rows)]
-    tokens = round(sum(len(m.sample.input_ids) for m in made if m.sample) / len(made) * rows)
-    return dataclasses.replace(plan, rows=rows, tokens=tokens, bytes_at_most=tokens * plan.bytes_per_token)
+    kept = [m.sample for m in made if m.sample]
+    sampled = sum(len(s.input_ids) for s in kept)
+    stored = sum(int(last_rows(s.loss_mask).sum()) for s in kept)
+    tokens = round(sampled / len(made) * rows)
+    rate = disk_bytes(plan.shapes, plan.layers, plan.aux_bits, plan.last_bits, stored / max(sampled, 1))
+    size = round(tokens * rate) + weight_bytes(plan.shapes)
+    return dataclasses.replace(plan, rows=rows, tokens=tokens, bytes=size)
+
+
+def disk_bytes(
+    shapes: Shapes, layers: tuple[int, ...], aux_bits: int, last_bits: int, last_share: float = 1.0
+) -> float:
+    """Expected bytes of a token on disk; ``last_share`` = stored last states / tokens."""
+    from dspark.cache.codec import codec_for
+    from dspark.cache.layout import stored_bytes_per_token
+
+    aux, last = codec_for(aux_bits), codec_for(last_bits)
+    return TOKEN_BYTES + stored_bytes_per_token(len(layers), shapes.hidden_size, aux, last, last_share)
+
+
+def weight_bytes(shapes: Shapes) -> int:
+    """The target's embedding in 16 bits, which every store holds; an untied head doubles it."""
+    return 2 * shapes.vocab_size * shapes.hidden_size
 
 
 def check_disk(plan: Plan, done_tokens: int) -> None:
-    """Refuse a dump that cannot fit, whatever its states compress to."""
-    if plan.tokens is None:
+    """Refuse a dump that is not expected to fit, ``done_tokens`` of it being there."""
+    if plan.tokens is None or plan.bytes is None:
         return
-    need = round(max(plan.tokens - done_tokens, 0) * plan.bytes_per_token / BEST_RATIO)
+    left = max(1 - done_tokens / max(plan.tokens, 1), 0.0)
+    need = round(plan.bytes * left)
     if need > plan.free_bytes:
         raise StoreWriteError(
-            f"{plan.output}: about {plan.tokens - done_tokens:,} tokens need at least {human(need)}, and {human(plan.free_bytes)} are free. "
+            f"{plan.output}: about {round(plan.tokens * left):,} tokens need about {human(need)}, and {human(plan.free_bytes)} are free. "
             "Free space, choose another --output, or dump less: fewer bits (--aux-bits, --last-bits), fewer --layers, a --limit on rows."
         )
 

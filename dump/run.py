@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dspark.cache.codec import Codec, codec_for, to_numpy
+from dspark.cache.codec import Codec, codec_for, field_info, to_numpy
 from dspark.cache.errors import DataError, DsparkError, EngineError, ExistsError
-from dspark.cache.manifest import DumpInfo, FieldInfo, Manifest, SourceInfo, TargetInfo
+from dspark.cache.manifest import DumpInfo, Manifest, SourceInfo, TargetInfo
 from dspark.cache.reader import read_manifest
 from dspark.cache.records import CodedSample, TokenSample
 from dspark.cache.writer import StoreWriter
@@ -106,8 +106,8 @@ def prepare(config: DumpConfig) -> Job:
             weights_sha256="",
         ),
         layers=list(plan.layers),
-        aux=FieldInfo(codec=aux.name, bits=aux.bits),
-        last=FieldInfo(codec=last.name, bits=last.bits),
+        aux=field_info(aux),
+        last=field_info(last),
         tokenizer=tokenizer_info(target, tokenised),
         source=SourceInfo(id=corpus.id, sha256=corpus.sha256, limit=config.limit),
         dump=DumpInfo(

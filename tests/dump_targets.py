@@ -18,7 +18,13 @@ CHATML = (
 ENGINE_LAYERS = (0, 2, 5)  # 5 is the last layer: its output is before the final norm, unlike the last state
 ENGINE_VOCAB = 120
 SPECIAL = ["<|pad|>", "<|im_start|>", "<|im_end|>", "<|spare|>"]
-WORDS = ["the cat sat on the mat", "say hello to the user and the assistant", "be brief system", "Yes, it is. No!\n", "one two three"]
+WORDS = [
+    "the cat sat on the mat",
+    "say hello to the user and the assistant",
+    "be brief system",
+    "Yes, it is. No!\n",
+    "one two three",
+]
 
 
 def build_tokenizer(template: str | None = CHATML) -> Any:
@@ -32,7 +38,10 @@ def build_tokenizer(template: str | None = CHATML) -> Any:
     raw.train_from_iterator(
         WORDS * 4,
         trainers.BpeTrainer(
-            vocab_size=300, special_tokens=SPECIAL, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+            vocab_size=300,
+            special_tokens=SPECIAL,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
         ),
     )
     out = PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="<|im_end|>", pad_token="<|pad|>")
@@ -78,7 +87,9 @@ def chat(*turns: str, **more: Any) -> dict[str, Any]:
 
 def shapes(model: Any) -> Shapes:
     c = model.config.get_text_config()
-    return Shapes(hidden_size=c.hidden_size, vocab_size=c.vocab_size, num_layers=c.num_hidden_layers, max_positions=512)
+    return Shapes(
+        hidden_size=c.hidden_size, vocab_size=c.vocab_size, num_layers=c.num_hidden_layers, max_positions=512
+    )
 
 
 def engine(kind: str, batch_tokens: int = 64, **changes: Any) -> TransformersEngine:
@@ -89,6 +100,8 @@ def engine(kind: str, batch_tokens: int = 64, **changes: Any) -> TransformersEng
 def samples(lengths: list[int], seed: int = 0) -> list[TokenSample]:
     rng = np.random.default_rng(seed)
     return [
-        TokenSample(i, bytes(KEY_BYTES), rng.integers(0, ENGINE_VOCAB, n, dtype=np.int32), np.arange(n) >= n // 3)
+        TokenSample(
+            i, bytes(KEY_BYTES), rng.integers(0, ENGINE_VOCAB, n, dtype=np.int32), np.arange(n) >= n // 3
+        )
         for i, n in enumerate(lengths)
     ]

@@ -19,7 +19,9 @@ CHAT = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "c
 
 def test_rows_are_numbered_over_non_blank_lines_and_restart_anywhere(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
-    path.write_text("\n".join([json.dumps(CHAT), "", json.dumps(CHAT | {"finished": False}), json.dumps(CHAT), ""]))
+    path.write_text(
+        "\n".join([json.dumps(CHAT), "", json.dumps(CHAT | {"finished": False}), json.dumps(CHAT), ""])
+    )
     corpus = open_corpus(str(path))
     rows = list(corpus.rows())
     assert [(r.number, r.where.rsplit(":", 1)[1]) for r in rows] == [(0, "1"), (1, "3"), (2, "4")]
@@ -33,12 +35,18 @@ def test_gzip_reads_the_same(tmp_path: Path) -> None:
     plain, packed = tmp_path / "a.jsonl", tmp_path / "a.jsonl.gz"
     plain.write_text(json.dumps(CHAT) + "\n")
     packed.write_bytes(gzip.compress(plain.read_bytes()))
-    assert [r.value for r in open_corpus(str(plain)).rows()] == [r.value for r in open_corpus(str(packed)).rows()]
+    assert [r.value for r in open_corpus(str(plain)).rows()] == [
+        r.value for r in open_corpus(str(packed)).rows()
+    ]
 
 
 def test_forms() -> None:
     sharegpt = {"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "yes"}]}
-    assert parse_row(sharegpt, "f:1") == parse_row(CHAT, "f:1") == parse_row({"conversations": CHAT["messages"]}, "f:1")
+    assert (
+        parse_row(sharegpt, "f:1")
+        == parse_row(CHAT, "f:1")
+        == parse_row({"conversations": CHAT["messages"]}, "f:1")
+    )
     cut = parse_row(CHAT | {"finish_reason": "length"}, "f:1")
     assert isinstance(cut, ChatRow)
     assert not cut.finished
@@ -118,5 +126,8 @@ def test_a_data_set_id(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_data_set_that_cannot_be_reached(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", FakeDatasets(ConnectionError("offline\nmore")))  # type: ignore[arg-type]
-    with pytest.raises(DataError, match=r"org/name: not a file here, and the data set \(split 'train'\) could not be loaded: ConnectionError: offline"):
+    with pytest.raises(
+        DataError,
+        match=r"org/name: not a file here, and the data set \(split 'train'\) could not be loaded: ConnectionError: offline",
+    ):
         open_corpus("org/name")

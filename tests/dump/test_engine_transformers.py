@@ -87,10 +87,19 @@ def test_predictions_are_the_model_s_own() -> None:
 def test_an_unknown_structure_says_what_was_looked_for() -> None:
     model = build_model("qwen3", VOCAB)
     wrong = Shapes(hidden_size=64, vocab_size=VOCAB, num_layers=7, max_positions=None)
-    with pytest.raises(EngineError, match="looked for one stack of 7 layers with one norm of width 64 beside it, found 0"):
+    with pytest.raises(
+        EngineError, match="looked for one stack of 7 layers with one norm of width 64 beside it, found 0"
+    ):
         TransformersEngine(model, wrong, LAYERS, device="cpu", batch_tokens=8)
 
 
 def test_a_model_that_is_not_there(tmp_path: Any) -> None:
     with pytest.raises(EngineError, match="transformers could not load"):
-        TransformersEngine.load(str(tmp_path), shapes(build_model("qwen3", VOCAB)), LAYERS, device="cpu", dtype="float32", batch_tokens=8)
+        TransformersEngine.load(
+            str(tmp_path),
+            shapes(build_model("qwen3", VOCAB)),
+            LAYERS,
+            device="cpu",
+            dtype="float32",
+            batch_tokens=8,
+        )

@@ -45,7 +45,9 @@ def shapes(tiny: Path) -> Shapes:
 def running(tiny: Path, shapes: Shapes, tmp_path_factory: pytest.TempPathFactory) -> Iterator[VllmEngine]:
     pytest.importorskip("vllm")
     spool = tmp_path_factory.mktemp("spool") / "s"
-    engine = VllmEngine.load(str(tiny), shapes, LAYERS, dtype="float32", seq_length=128, spool=spool, batch_tokens=None)
+    engine = VllmEngine.load(
+        str(tiny), shapes, LAYERS, dtype="float32", seq_length=128, spool=spool, batch_tokens=None
+    )
     yield engine
     engine.close()
     assert not spool.exists()
@@ -56,7 +58,11 @@ def running(tiny: Path, shapes: Shapes, tmp_path_factory: pytest.TempPathFactory
 def test_states_equal_transformers(running: VllmEngine, tiny: Path, shapes: Shapes) -> None:
     data = samples([17, 5, 128, 9, 64])
     data[3] = data[0]  # a prefix vLLM has seen: its cached blocks must hold states too
-    ours = dict(TransformersEngine.load(str(tiny), shapes, LAYERS, device="cpu", dtype="float32", batch_tokens=256).capture(data))
+    ours = dict(
+        TransformersEngine.load(
+            str(tiny), shapes, LAYERS, device="cpu", dtype="float32", batch_tokens=256
+        ).capture(data)
+    )
     theirs = dict(running.capture(data))
     for i in range(len(data)):
         for a, b in ((ours[i].aux, theirs[i].aux), (ours[i].last, theirs[i].last)):
@@ -67,7 +73,9 @@ def test_states_equal_transformers(running: VllmEngine, tiny: Path, shapes: Shap
 
 @pytest.mark.vllm
 @pytest.mark.filterwarnings("ignore")
-def test_selfcheck_passes_and_catches_a_forgotten_norm(running: VllmEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_selfcheck_passes_and_catches_a_forgotten_norm(
+    running: VllmEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
     found, _ = check(running, samples([40, 60]), running.frozen(), "float32")
     assert found.agree == 1.0
     monkeypatch.setattr(running, "_norm", torch.nn.Identity())
@@ -92,7 +100,9 @@ def test_a_write_that_fails_in_the_worker_is_reported(tmp_path: Path) -> None:
 
 
 @pytest.mark.vllm
-def test_the_command_writes_the_same_store_with_either_engine(tiny_llama: Path, tmp_path: Path, write_rows: Callable[..., Path]) -> None:
+def test_the_command_writes_the_same_store_with_either_engine(
+    tiny_llama: Path, tmp_path: Path, write_rows: Callable[..., Path]
+) -> None:
     pytest.importorskip("vllm")
     data = write_rows([chat("u: say hello", f"a: hello {'to the user ' * i}") for i in range(1, 6)])
     stores = []

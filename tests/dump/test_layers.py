@@ -33,7 +33,12 @@ def test_ids_that_are_no_numbers(text: str) -> None:
 
 @pytest.mark.parametrize(
     ("layers", "message"),
-    [((0, 36), "36 is out of range"), ((-1, 3), "-1 is out of range"), ((3, 2), "unsorted"), ((2, 2), "duplicated")],
+    [
+        ((0, 36), "36 is out of range"),
+        ((-1, 3), "-1 is out of range"),
+        ((3, 2), "unsorted"),
+        ((2, 2), "duplicated"),
+    ],
 )
 def test_bad_layers_name_both_conventions(layers: tuple[int, ...], message: str) -> None:
     with pytest.raises(UsageError, match=message) as error:
@@ -47,7 +52,9 @@ def test_both_conventions_mean_the_same_layers() -> None:
     glm = find("zai-org/GLM-5.2-FP8")
     assert glm is not None
     assert glm.layers == (7, 22, 38, 54, 69)
-    asked = DumpConfig(model="m", target_layer_ids=parse_ids("8 23 39 55 70", "--target-layer-ids")).asked_layers
+    asked = DumpConfig(
+        model="m", target_layer_ids=parse_ids("8 23 39 55 70", "--target-layer-ids")
+    ).asked_layers
     assert asked == glm.layers == DumpConfig(model="m", layers=glm.layers).asked_layers
 
 

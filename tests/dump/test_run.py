@@ -37,7 +37,23 @@ from dspark.dump.config import DumpConfig
 from dspark.dump.progress import Display
 from dspark.dump.run import Stopped, dump, load_engine, prepare
 
-WORDS = ["the", "cat", "sat", "on", "the", "mat", "and", "says", "hello", "one", "two", "three", "to", "a", "user"]
+WORDS = [
+    "the",
+    "cat",
+    "sat",
+    "on",
+    "the",
+    "mat",
+    "and",
+    "says",
+    "hello",
+    "one",
+    "two",
+    "three",
+    "to",
+    "a",
+    "user",
+]
 
 
 def corpus(rows: int, seed: int = 0) -> list[dict[str, Any]]:
@@ -48,12 +64,19 @@ def corpus(rows: int, seed: int = 0) -> list[dict[str, Any]]:
         return " ".join(rng.choice(WORDS, int(rng.integers(3, 25))))
 
     return [
-        chat(f"u: {words()}", *([] if i % 7 == 6 else [f"a: {words()}"]), finished=i % 5 != 4) for i in range(rows)
+        chat(f"u: {words()}", *([] if i % 7 == 6 else [f"a: {words()}"]), finished=i % 5 != 4)
+        for i in range(rows)
     ]
 
 
 def files(store: Path) -> dict[str, bytes]:
     return {str(p.relative_to(store)): p.read_bytes() for p in sorted(store.rglob("*")) if p.is_file()}
+
+
+def assert_same(a: Path, b: Path) -> None:
+    """Byte for byte; names what differs."""
+    left, right = files(a), files(b)
+    assert [n for n in sorted(left | right) if left.get(n) != right.get(n)] == []
 
 
 class Wrapped:
@@ -111,14 +134,18 @@ def test_the_store_holds_what_the_target_says(config: DumpConfig, show: Display)
         np.testing.assert_array_equal(sample.input_ids, kept[i].input_ids)
         np.testing.assert_array_equal(sample.loss_mask, kept[i].loss_mask)
         with torch.inference_mode():
-            hidden = model(torch.from_numpy(sample.input_ids).long()[None], output_hidden_states=True).hidden_states
+            hidden = model(
+                torch.from_numpy(sample.input_ids).long()[None], output_hidden_states=True
+            ).hidden_states
         expected = torch.stack([hidden[j + 1][0] for j in (1, 2, 3)], dim=1).numpy()
         np.testing.assert_allclose(sample.aux, expected, rtol=2**-8, atol=1e-3)
         rows = sample.last_mask
         np.testing.assert_allclose(sample.last[rows], hidden[-1][0].numpy()[rows], rtol=2**-8, atol=1e-3)
         assert rows.sum() == (sample.loss_mask[:-1] & sample.loss_mask[1:]).sum()
     assert torch.equal(store.target.norm, model.model.norm.weight.detach())
-    assert {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"} <= {p.name for p in (config.output / "target").iterdir()}
+    assert {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"} <= {
+        p.name for p in (config.output / "target").iterdir()
+    }
     log = config.output.with_name("hs.zarr.log").read_text()
     assert "self-check passed" in log
     assert "rows.jsonl:7: dropped: no assistant turn" in log
@@ -128,23 +155,29 @@ def test_the_same_dump_twice_is_the_same_store(config: DumpConfig, show: Display
     dump(config, show)
     other = dataclasses.replace(config, output=tmp_path / "again.zarr")
     dump(other, show)
-    assert files(config.output) == files(other.output)
+    assert_same(config.output, other.output)
 
 
 @pytest.mark.parametrize("stop", [KeyboardInterrupt, RuntimeError])
-def test_a_stopped_dump_resumes_to_the_same_store(config: DumpConfig, show: Display, tmp_path: Path, stop: type[BaseException]) -> None:
+def test_a_stopped_dump_resumes_to_the_same_store(
+    config: DumpConfig, show: Display, tmp_path: Path, stop: type[BaseException]
+) -> None:
     whole = dataclasses.replace(config, output=tmp_path / "whole.zarr")
     dump(whole, show)
     with pytest.raises(Stopped if stop is KeyboardInterrupt else stop):
         dump(config, show, stops_after(20, stop))
-    assert 0 < len(list((config.output / "parts").glob("0*"))) < len(list((whole.output / "parts").glob("0*")))
+    assert (
+        0 < len(list((config.output / "parts").glob("0*"))) < len(list((whole.output / "parts").glob("0*")))
+    )
     with pytest.raises(dspark.cache.errors.IncompleteCacheError):
         dspark.cache.open(config.output)
     dump(dataclasses.replace(config, resume=True), show)
-    assert files(config.output) == files(whole.output)
+    assert_same(config.output, whole.output)
 
 
-def test_killed_and_resumed_is_byte_identical(tiny: Path, tmp_path: Path, write_rows: Callable[..., Path]) -> None:
+def test_killed_and_resumed_is_byte_identical(
+    tiny: Path, tmp_path: Path, write_rows: Callable[..., Path]
+) -> None:
     data = write_rows(corpus(300))
 
     def command(output: Path, *more: str) -> list[str]:
@@ -164,10 +197,12 @@ def test_killed_and_resumed_is_byte_identical(tiny: Path, tmp_path: Path, write_
     process.wait()
     parts = len(list((killed / "parts").glob("0*")))
     assert 4 <= parts < len(list((whole / "parts").glob("0*")))
-    resumed = subprocess.run(command(killed, "--resume", "--json"), check=True, capture_output=True, text=True)
+    resumed = subprocess.run(
+        command(killed, "--resume", "--json"), check=True, capture_output=True, text=True
+    )
     assert json.loads(resumed.stdout)["complete"] is True
     assert f"resuming: {parts} parts" in resumed.stderr.replace("\n", " ")
-    assert files(killed) == files(whole)
+    assert_same(killed, whole)
     again = subprocess.run(command(killed, "--resume"), check=True, capture_output=True, text=True)
     assert "is complete" in again.stderr
 
@@ -182,7 +217,9 @@ def test_a_removed_part_is_written_again(config: DumpConfig, show: Display) -> N
     assert files(config.output) == before
 
 
-def test_existing_output_and_other_plans_are_refused(config: DumpConfig, show: Display, write_rows: Callable[..., Path]) -> None:
+def test_existing_output_and_other_plans_are_refused(
+    config: DumpConfig, show: Display, write_rows: Callable[..., Path]
+) -> None:
     with pytest.raises(Stopped):
         dump(config, show, stops_after(20, KeyboardInterrupt))
     with pytest.raises(ExistsError, match="--resume to go on"):
@@ -196,7 +233,9 @@ def test_existing_output_and_other_plans_are_refused(config: DumpConfig, show: D
     assert len(dspark.cache.open(config.output)) == 35
 
 
-def test_a_full_disk_stops_it_and_resume_goes_on(config: DumpConfig, show: Display, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_stops_it_and_resume_goes_on(
+    config: DumpConfig, show: Display, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     whole = dataclasses.replace(config, output=tmp_path / "whole.zarr")
     dump(whole, show)
     commit = StoreWriter.commit
@@ -211,29 +250,39 @@ def test_a_full_disk_stops_it_and_resume_goes_on(config: DumpConfig, show: Displ
         with pytest.raises(StoreWriteError, match="disk is full"):
             dump(config, show)
     dump(dataclasses.replace(config, resume=True), show)
-    assert files(config.output) == files(whole.output)
+    assert_same(config.output, whole.output)
 
 
-def test_a_dump_that_cannot_fit_is_refused_before_weights_are_read(config: DumpConfig, show: Display, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_dump_that_cannot_fit_is_refused_before_weights_are_read(
+    config: DumpConfig, show: Display, monkeypatch: pytest.MonkeyPatch
+) -> None:
     usage = shutil.disk_usage(config.output.parent)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
-    with pytest.raises(StoreWriteError, match=r"need at least .* and 1 kB are free"):
+    with pytest.raises(StoreWriteError, match=r"need about .* and 1 kB are free"):
         dump(config, show, lambda plan, batch_tokens: pytest.fail("the engine was started"))
 
 
 def test_too_many_dropped_rows(config: DumpConfig, show: Display, write_rows: Callable[..., Path]) -> None:
     data = write_rows([chat("u: hi there")] * 6 + corpus(4))
-    with pytest.raises(DataError, match=r"rows.jsonl: 6 of the first 10 rows gave no sample \(no assistant turn: 6\)"):
+    with pytest.raises(
+        DataError, match=r"rows.jsonl: 6 of the first 10 rows gave no sample \(no assistant turn: 6\)"
+    ):
         dump(dataclasses.replace(config, data=str(data)), show)
     out = dump(dataclasses.replace(config, data=str(data), max_dropped=0.7, resume=True), show)
     assert out["samples"] == 4
 
 
 @pytest.mark.parametrize("max_dropped", [0.5, 1.0])
-def test_a_corpus_without_answers(config: DumpConfig, show: Display, write_rows: Callable[..., Path], max_dropped: float) -> None:
+def test_a_corpus_without_answers(
+    config: DumpConfig, show: Display, write_rows: Callable[..., Path], max_dropped: float
+) -> None:
     data = write_rows([chat("u: hi there")] * 6)
     with pytest.raises(DataError, match=r"rows.jsonl: .*no assistant turn"):
-        dump(dataclasses.replace(config, data=str(data), max_dropped=max_dropped), show, lambda plan, n: pytest.fail("started"))
+        dump(
+            dataclasses.replace(config, data=str(data), max_dropped=max_dropped),
+            show,
+            lambda plan, n: pytest.fail("started"),
+        )
     assert not config.output.exists()
 
 
@@ -242,10 +291,17 @@ def test_an_empty_corpus(config: DumpConfig, show: Display, write_rows: Callable
         dump(dataclasses.replace(config, data=str(write_rows([]))), show)
 
 
-def test_rows_dropped_after_the_last_part_are_counted(config: DumpConfig, show: Display, write_rows: Callable[..., Path]) -> None:
+def test_rows_dropped_after_the_last_part_are_counted(
+    config: DumpConfig, show: Display, write_rows: Callable[..., Path]
+) -> None:
     data = write_rows([*corpus(4), *[chat("u: hi there")] * 2])
     out = dump(dataclasses.replace(config, data=str(data), part_tokens=1), show)
-    assert (out["rows_read"], out["samples"], out["parts"], out["dropped"]) == (6, 4, 4, {"no assistant turn": 2})
+    assert (out["rows_read"], out["samples"], out["parts"], out["dropped"]) == (
+        6,
+        4,
+        4,
+        {"no assistant turn": 2},
+    )
 
 
 def test_limit_and_truncation(config: DumpConfig, show: Display) -> None:
@@ -256,7 +312,9 @@ def test_limit_and_truncation(config: DumpConfig, show: Display) -> None:
     assert max(len(store[i].input_ids) for i in range(len(store))) == 60
 
 
-def test_tokenised_rows_need_no_tokenizer(config: DumpConfig, show: Display, tiny: Path, tmp_path: Path, write_rows: Callable[..., Path]) -> None:
+def test_tokenised_rows_need_no_tokenizer(
+    config: DumpConfig, show: Display, tiny: Path, tmp_path: Path, write_rows: Callable[..., Path]
+) -> None:
     bare = tmp_path / "bare"
     bare.mkdir()
     for name in ("config.json", "model.safetensors"):

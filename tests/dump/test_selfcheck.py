@@ -70,7 +70,11 @@ def half_sum(target: TransformersEngine, sample: TokenSample) -> torch.Tensor:
 def test_right_states_pass(kind: str) -> None:
     target = engine(kind)
     found, states = check(target, samples([20, 40]), target.frozen(), "float32")
-    assert (found.agree, found.top1, found.positions) == (1.0, 1.0, sum(int(stored(s).sum()) for s in samples([20, 40])))
+    assert (found.agree, found.top1, found.positions) == (
+        1.0,
+        1.0,
+        sum(int(stored(s).sum()) for s in samples([20, 40])),
+    )
     assert found.worst < 1e-4
     assert sorted(states) == [0, 1]
 

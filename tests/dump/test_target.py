@@ -49,7 +49,9 @@ def test_mask_token_asked_preset_unused_row_spare_special(tiny: Path, tmp_path: 
 def test_a_preset_s_shapes_are_checked(tiny: Path) -> None:
     preset = find("Qwen/Qwen3-4B")
     assert preset is not None
-    with pytest.raises(UsageError, match=r"the preset Qwen/Qwen3-4B has .* 2560, 151936, 36; this target's config has 64"):
+    with pytest.raises(
+        UsageError, match=r"the preset Qwen/Qwen3-4B has .* 2560, 151936, 36; this target's config has 64"
+    ):
         check_shapes(preset, load_target(str(tiny)).shapes)
 
 
@@ -75,12 +77,16 @@ def test_a_checkpoint_without_its_weights(tiny: Path, tmp_path: Path) -> None:
     bare.mkdir()
     shutil.copy(tiny / "config.json", bare)
     shapes = load_target(str(tiny)).shapes
-    with pytest.raises(EngineError, match=r"looked for model.safetensors.index.json and model.safetensors, found neither"):
+    with pytest.raises(
+        EngineError, match=r"looked for model.safetensors.index.json and model.safetensors, found neither"
+    ):
         read_frozen(str(bare), shapes)
     tensors = load_file(tiny / "model.safetensors")
     del tensors["model.norm.weight"]
     save_file(tensors, bare / "model.safetensors")
-    with pytest.raises(EngineError, match=r"looked for one tensor model.norm.weight of shape \(64,\), found \[\]"):
+    with pytest.raises(
+        EngineError, match=r"looked for one tensor model.norm.weight of shape \(64,\), found \[\]"
+    ):
         read_frozen(str(bare), shapes)
 
 
@@ -91,7 +97,10 @@ def test_another_prefix_in_the_checkpoint_is_found(tiny: Path, tmp_path: Path) -
     other.mkdir()
     shutil.copy(tiny / "config.json", other)
     tensors = load_file(tiny / "model.safetensors")
-    save_file({n.replace("model.", "language_model.model.", 1): t for n, t in tensors.items()}, other / "model.safetensors")
+    save_file(
+        {n.replace("model.", "language_model.model.", 1): t for n, t in tensors.items()},
+        other / "model.safetensors",
+    )
     shapes = load_target(str(tiny)).shapes
     assert torch.equal(read_frozen(str(other), shapes)[0].norm, read_frozen(str(tiny), shapes)[0].norm)
 

@@ -30,7 +30,12 @@ PATTERN = r"<\|im_start\|>assistant\n((?:(?!<\|im_start\|>).)*)"
 
 
 def make(row: dict[str, Any], template: str | None = CHATML, **options: Any) -> Made:
-    settings: dict[str, Any] = {"tokenised": False, "vocab_size": 400, "seq_length": 1000, "min_supervised": 2}
+    settings: dict[str, Any] = {
+        "tokenised": False,
+        "vocab_size": 400,
+        "seq_length": 1000,
+        "min_supervised": 2,
+    }
     maker = SampleMaker(build_tokenizer(template), **(settings | options))
     return maker.make(Row(3, "f:4", parse_row(row, "f:4")))
 
@@ -108,7 +113,9 @@ def test_drops(row: dict[str, Any], template: str, options: dict[str, Any], reas
 
 def test_an_answer_whose_text_follows_its_prompt_survives_a_rewritten_history() -> None:
     text = marked(make(chat("u: hi", "a: yes", "u: why", "a: no"), THINKING))
-    assert text == f"{U}hi<|im_end|>\n{A}«yes<|im_end|>»\n{U}why<|im_end|>\n{A}«<think></think>no<|im_end|>»\n"
+    assert (
+        text == f"{U}hi<|im_end|>\n{A}«yes<|im_end|>»\n{U}why<|im_end|>\n{A}«<think></think>no<|im_end|>»\n"
+    )
 
 
 def test_truncation_is_counted_and_keeps_what_fits() -> None:
@@ -129,7 +136,9 @@ def test_keys_are_the_prompt_s() -> None:
 
 def test_tokenised_rows_pass_through() -> None:
     maker = SampleMaker(None, tokenised=True, vocab_size=10, seq_length=4, min_supervised=2)
-    made = maker.make(Row(0, "f:1", parse_row({"input_ids": [1, 2, 3, 4, 5], "loss_mask": [0, 0, 1, 1, 1]}, "f:1")))
+    made = maker.make(
+        Row(0, "f:1", parse_row({"input_ids": [1, 2, 3, 4, 5], "loss_mask": [0, 0, 1, 1, 1]}, "f:1"))
+    )
     assert made.sample is not None
     assert made.truncated
     np.testing.assert_array_equal(made.sample.input_ids, [1, 2, 3, 4])
@@ -146,7 +155,9 @@ def test_ids_outside_the_vocabulary(bad: int) -> None:
 
 
 def test_kinds_of_rows_do_not_mix() -> None:
-    with pytest.raises(DataError, match="f:4: found one of tokenised rows in a corpus that began with chat rows"):
+    with pytest.raises(
+        DataError, match="f:4: found one of tokenised rows in a corpus that began with chat rows"
+    ):
         make({"input_ids": [1], "loss_mask": [1]})
 
 
@@ -164,7 +175,12 @@ def test_no_template_no_tokenizer_bad_pattern() -> None:
 def test_rule_is_named_for_the_manifest() -> None:
     def rule(template: str, pattern: str | None = None) -> str:
         return SampleMaker(
-            build_tokenizer(template), tokenised=False, vocab_size=9, seq_length=9, min_supervised=2, assistant_pattern=pattern
+            build_tokenizer(template),
+            tokenised=False,
+            vocab_size=9,
+            seq_length=9,
+            min_supervised=2,
+            assistant_pattern=pattern,
         ).mask_rule
 
     assert rule(CHATML) == "render-difference"
