@@ -28,9 +28,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import write
 from numcodecs.zstd import Zstd
 
+from common import write
 from dspark.cache.codec import Codec, Rotated, codec_for
 from dspark.cache.quant import gaussian_levels
 from dspark.cache.rotation import hadamard, signs

@@ -17,8 +17,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import write
 
+from common import write
 from dspark.cache.records import KEY_BYTES, TokenSample, last_rows
 from dspark.dump.corpus import open_corpus
 from dspark.dump.engine_transformers import TransformersEngine

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import threading
+import weakref
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -88,10 +89,8 @@ class Shard:
             self._fd = os.open(path, os.O_RDONLY)
         except OSError as error:
             raise DamagedCacheError(f"{path}: {error.strerror}") from error
-
-    def __del__(self) -> None:
-        if hasattr(self, "_fd"):
-            os.close(self._fd)
+        # Closes when the last reference goes, and at interpreter exit while os.close still exists.
+        self._closer = weakref.finalize(self, os.close, self._fd)
 
     @property
     def index(self) -> Array:

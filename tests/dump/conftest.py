@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from dump_targets import build_tokenizer, save_target
 
 

@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner
-from dump_targets import CHATML, chat, save_target
 
 from dspark.dump.cli import main
+from dump_targets import CHATML, chat, save_target
 
 
 def run(*words: str) -> Any:

@@ -6,14 +6,14 @@ from typing import Any
 
 import pytest
 import torch
-from dump_targets import ENGINE_LAYERS as LAYERS
-from dump_targets import ENGINE_VOCAB as VOCAB
-from dump_targets import build_model, engine, samples, shapes
 
 from dspark.cache.errors import EngineError
 from dspark.cache.records import last_rows
 from dspark.dump.engine_transformers import TransformersEngine, batches
 from dspark.dump.layers import Shapes
+from dump_targets import ENGINE_LAYERS as LAYERS
+from dump_targets import ENGINE_VOCAB as VOCAB
+from dump_targets import build_model, engine, samples, shapes
 
 
 def close(found: torch.Tensor, expected: torch.Tensor) -> None:

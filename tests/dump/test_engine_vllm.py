@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 import torch
-from dump_targets import chat, samples
 
 import dspark.cache
 from dspark.cache.errors import EngineError
@@ -20,6 +19,7 @@ from dspark.dump.engine_transformers import TransformersEngine
 from dspark.dump.engine_vllm import VllmEngine, extracted_ids, waves
 from dspark.dump.selfcheck import check
 from dspark.dump.target import load_target
+from dump_targets import chat, samples
 
 if TYPE_CHECKING:
     from dspark.dump.layers import Shapes

@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from dump_targets import chat
 
 import dspark.cache
 from dspark.cache.errors import (
@@ -36,6 +35,7 @@ from dspark.dump.capture import Engine, States
 from dspark.dump.config import DumpConfig
 from dspark.dump.progress import Display
 from dspark.dump.run import Stopped, dump, load_engine, prepare
+from dump_targets import chat
 
 WORDS = [
     "the",

@@ -6,14 +6,14 @@ from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 import torch
-from dump_targets import ENGINE_VOCAB as VOCAB
-from dump_targets import engine, samples
 
 from dspark.cache.errors import EngineError
 from dspark.cache.records import TokenSample, last_rows
 from dspark.dump.capture import States
 from dspark.dump.engine_transformers import TransformersEngine
 from dspark.dump.selfcheck import PROBE_SAMPLES, check, probe_samples
+from dump_targets import ENGINE_VOCAB as VOCAB
+from dump_targets import engine, samples
 
 Fault = Callable[[TransformersEngine, TokenSample], torch.Tensor]
 

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from dump_targets import CHATML, save_target
 
 from dspark.cache.errors import EngineError, UsageError
 from dspark.cache.frozen import FrozenTarget
 from dspark.dump.checkpoint import read_frozen
 from dspark.dump.presets import check_shapes, find
 from dspark.dump.target import choose_mask_token, compact, load_target, tokenizer_info
+from dump_targets import CHATML, save_target
 
 
 def test_load_target(tiny: Path) -> None:

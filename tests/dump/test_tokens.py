@@ -6,11 +6,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from dump_targets import CHATML, build_tokenizer, chat
 
 from dspark.cache.errors import DataError, UsageError
 from dspark.dump.corpus import Row, parse_row
 from dspark.dump.tokens import NO_ANSWER, NO_MATCH, REFUSED, REWRITES, TOO_FEW, Made, SampleMaker, sample_key
+from dump_targets import CHATML, build_tokenizer, chat
 
 TAGGED = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}"

@@ -6,9 +6,9 @@ from collections import Counter
 from typing import Any
 
 import pytest
-import tiny_models as tiny
 import torch
 
+import tiny_models as tiny
 from dspark.tools.decode import Generation, speculative_generate
 from dspark.tools.drafting import DraftContext, chain, draft_block, recomputed_states, slot_states
 from dspark.tools.rejection import verify_greedy, verify_sampled

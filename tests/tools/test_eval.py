@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny_models as tiny
 import torch
 from click.testing import CliRunner
 
+import tiny_models as tiny
 from dspark.cache.errors import DataError, EngineError
 from dspark.tools import vllm_serve
 from dspark.tools.eval import EvalConfig, eval_command, evaluate

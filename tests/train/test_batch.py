@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from core_cases import small_batch
 
+from core_cases import small_batch
 from dspark.train.batch import Batch
 
 

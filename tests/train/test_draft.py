@@ -7,8 +7,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from core_cases import BLOCK, HIDDEN, VOCAB, small_batch, small_config, small_draft, small_target
 
+from core_cases import BLOCK, HIDDEN, VOCAB, small_batch, small_config, small_draft, small_target
 from dspark.cache.errors import MismatchError
 from dspark.train.batch import Batch
 from dspark.train.draft import DraftModel, RMSNorm, rope_tables, rotate

@@ -6,8 +6,8 @@ import json
 from typing import Any
 
 import pytest
-from core_cases import small_config
 
+from core_cases import small_config
 from dspark.cache.errors import DraftError, UsageError
 from dspark.train.draft_config import DraftConfig
 

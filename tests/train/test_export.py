@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from core_cases import VOCAB, small_batch, small_draft, small_target
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from core_cases import VOCAB, small_batch, small_draft, small_target
 from dspark.cache.errors import DraftError
 from dspark.train.draft import DraftModel
 from dspark.train.export import load_draft, save_draft

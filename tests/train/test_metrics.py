@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from core_cases import BLOCK, small_batch, small_draft
 
+from core_cases import BLOCK, small_batch, small_draft
 from dspark.train.batch import Batch
 from dspark.train.draft import FrozenHead
 from dspark.train.metrics import BINS, SlotMetrics, auroc, expected_calibration_error

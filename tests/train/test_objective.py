@@ -6,9 +6,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from core_cases import VOCAB, small_batch, small_draft
 from torch import Tensor
 
+from core_cases import VOCAB, small_batch, small_draft
 from dspark.cache.errors import UsageError
 from dspark.train.draft import FrozenHead
 from dspark.train.objective import (

@@ -11,9 +11,9 @@ import json
 from pathlib import Path
 
 import pytest
-import tiny_models as tiny
 import torch
 
+import tiny_models as tiny
 from dspark.tools.decode import speculative_generate
 from dspark.tools.target import Target, greedy_alone
 from dspark.tools.vllm_serve import INTERPRETER_ENV, ServeRequest, run_vllm
