@@ -175,6 +175,50 @@ def show_command(cache: str, index: int, as_json: bool) -> None:
 
 
 @main.command(
+    "estimate",
+    epilog="""\b
+Examples:
+  dspark-tools estimate --model zai-org/GLM-5.2-FP8 --samples 500000 --mean-tokens 2000 --aux-bits 4 --last-bits 4
+  dspark-tools estimate --model ./model --data chat.jsonl
+""",
+)
+@click.option("--model", required=True, help="Model id or folder. A known model needs no network.")
+@click.option("--data", help="Corpus: its rows are counted and a spread of them tokenised.")
+@click.option("--samples", type=int)
+@click.option("--mean-tokens", type=float, help="Tokens a sample, prompt and answer.")
+@click.option("--aux-bits", type=int, default=16)
+@click.option("--last-bits", type=int, default=16)
+@click.option(
+    "--last-share", type=float, default=0.6, help="Share of tokens that are supervised, without --data."
+)
+@click.option("--tokens-per-second", type=float, default=20000.0, help="Prefill rate of your engine.")
+@json_flag
+@guarded
+def estimate_command(as_json: bool, **flags: Any) -> None:
+    """Bytes, files and hours of a dump before it is run."""
+    from dspark.dump.plan import human
+    from dspark.tools.estimate import estimate
+
+    data = estimate(**flags)
+    if as_json:
+        emit(data)
+        return
+    table(
+        [
+            ("model", f"{data['model']}, layers {data['layers']} (vLLM's ids: {data['target_layer_ids']})"),
+            ("tokens", f"{data['tokens']:,} in {data['samples']:,} samples"),
+            (
+                "bytes",
+                f"{human(data['bytes'])}, {data['ratio']:.2f} x smaller than {human(data['raw_bytes'])} of raw bf16",
+            ),
+            ("free here", human(data["free_bytes"])),
+            ("files", f"{data['files']:,}"),
+            ("hours", f"{data['hours']:.1f} at {data['tokens_per_second']:,.0f} tokens/s"),
+        ]
+    )
+
+
+@main.command(
     "score", epilog="\b\nExamples:\n  dspark-tools score --cache ./hs.zarr --draft ./draft --split validation"
 )
 @click.option("--cache", required=True, help="Store of the draft's target and layers.")
