@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ import zarr.abc.codec
 from zarr.codecs import BloscCodec, Crc32cCodec, ZstdCodec
 
 from dspark.cache.codec import Codec
-from dspark.cache.disk import STAGING, clear_staging, commit_folder, write_errors
+from dspark.cache.disk import STAGING, commit_folder, write_errors
 from dspark.cache.errors import DamagedCacheError
 from dspark.cache.layout import PART_KEY, StoredArray, field_array, part_arrays, part_name
 from dspark.cache.manifest import Json, build, crc32c, sealed, unseal
@@ -93,8 +94,9 @@ def write_part(
     """Write and commit part ``index`` below ``parts``; returns its record. Raises StoreWriteError, leaving nothing."""
     final = parts / part_name(index)
     staged = parts / (STAGING + part_name(index))
-    clear_staging(parts)
     with write_errors(final):
+        if staged.exists():  # an earlier try of this very part; another part may be in the making beside it
+            shutil.rmtree(staged)
         zarr.create_group(staged, zarr_format=3)
         for spec in specs:
             write_array(staged, spec, arrays[spec.name])

@@ -133,7 +133,10 @@ class StoreWriter:
         dropped: Mapping[str, int],
         truncated: int,
     ) -> PartRecord:
-        """Write part ``index`` (source rows ``[row_start, row_stop)``) durably. Synchronous; nothing is left when it raises."""
+        """Write part ``index`` (source rows ``[row_start, row_stop)``) durably; nothing of it counts when it raises.
+
+        Synchronous. Different parts may be committed from different threads at once.
+        """
         assert samples, "a part holds at least one sample"
         assert index not in self.committed
         before, after = self.committed.get(index - 1), self.committed.get(index + 1)

@@ -1,7 +1,7 @@
 """The dump, start to end: plan -> samples -> states -> codes -> parts on disk.
 
-The engine runs and states are encoded in this thread; one background thread commits the part before. A part is on disk whole or not at all, so
-whatever stops a dump (Ctrl-C, a full disk, kill -9) loses at most the part in work, and ``--resume`` writes the same store as an unbroken run.
+The engine runs and states are encoded in this thread; background threads commit the parts before. A part is on disk whole or not at all, so
+whatever stops a dump (Ctrl-C, a full disk, kill -9) loses only what was not committed yet (three parts at most), and ``--resume`` writes the same store as an unbroken run.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import dataclasses
 import logging
 import math
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -40,6 +41,10 @@ if TYPE_CHECKING:
     from dspark.dump.progress import Bar, Display
 
 log = logging.getLogger("dspark.dump")
+
+
+# Parts that are compressed and synced at once: one alone leaves cores idle while it waits for the disk.
+COMMITS = 2
 
 
 class Stopped(DsparkError):
@@ -244,37 +249,44 @@ def write_parts(
 ) -> tuple[PartRows, int]:
     """Capture and commit every part that is missing; returns the tail of the corpus and the number of tokens written."""
     committed = dict(writer.committed)
-    pending: Future[PartRecord] | None = None
+    pending: deque[Future[PartRecord]] = deque()
     new_tokens = 0
-    with ThreadPoolExecutor(1, thread_name_prefix="commit") as pool, show.progress(rows) as bar:
+    with ThreadPoolExecutor(COMMITS, thread_name_prefix="commit") as pool, show.progress(rows) as bar:
         try:
             for part in reader.parts(committed):
                 if not part.samples:
-                    if pending:
-                        pending.result()
+                    settle(pending, 0)
                     return part, new_tokens
                 samples = capture_part(part, engine, codecs, bar)
-                if pending:
-                    pending.result()  # its error, if it had one; and no more than two parts are in memory
-                pending = pool.submit(
-                    writer.commit,
-                    part.index,
-                    samples,
-                    row_start=part.row_start,
-                    row_stop=part.row_stop,
-                    dropped=part.dropped,
-                    truncated=part.truncated,
+                settle(
+                    pending, COMMITS - 1
+                )  # their errors, if they had any; and no more parts in memory than commits, plus one
+                pending.append(
+                    pool.submit(
+                        writer.commit,
+                        part.index,
+                        samples,
+                        row_start=part.row_start,
+                        row_stop=part.row_stop,
+                        dropped=part.dropped,
+                        truncated=part.truncated,
+                    )
                 )
                 new_tokens += part.tokens
                 bar.part(part.index, part.row_stop)
         except KeyboardInterrupt as error:
-            show.say("stopping: the part in work is given up, the one before it is being committed")
-            if pending:
-                pending.result()
+            show.say("stopping: the part in work is given up, the ones before it are being committed")
+            settle(pending, 0)
             raise Stopped(
                 f"stopped; {len(writer.committed)} parts are whole in {writer.path}. Go on with the same command and --resume."
             ) from error
     raise AssertionError("the reader ends with a tail")
+
+
+def settle(pending: deque[Future[PartRecord]], leave: int) -> None:
+    """Wait for the oldest commits until ``leave`` are under way; raises what they raised."""
+    while len(pending) > leave:
+        pending.popleft().result()
 
 
 def capture_part(part: PartRows, engine: Engine, codecs: tuple[Codec, Codec], bar: Bar) -> list[CodedSample]:
