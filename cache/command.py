@@ -5,10 +5,17 @@ from __future__ import annotations
 import functools
 import json
 import sys
-from collections.abc import Callable
-from typing import Any, NoReturn
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NoReturn, Protocol
 
 from dspark.cache.errors import DsparkError
+
+
+class Progress(Protocol):
+    """``progress(done, total, text)``."""
+
+    def __call__(self, done: int, total: int, text: str = "") -> None: ...
 
 
 def guarded(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -27,6 +34,27 @@ def guarded(command: Callable[..., Any]) -> Callable[..., Any]:
             )
 
     return run
+
+
+@contextmanager
+def bar(label: str) -> Iterator[Progress]:
+    """A progress bar on stderr; yields ``progress(done, total, text)``."""
+    from rich import progress as rich
+    from rich.console import Console
+
+    columns = (
+        rich.TextColumn(label),
+        rich.BarColumn(),
+        rich.MofNCompleteColumn(),
+        rich.TimeElapsedColumn(),
+        rich.TimeRemainingColumn(),
+    )
+    console = Console(stderr=True)
+    with rich.Progress(
+        *columns, rich.TextColumn("{task.description}"), console=console, refresh_per_second=2
+    ) as view:
+        task = view.add_task("", total=None)
+        yield lambda done, total, text="": view.update(task, completed=done, total=total, description=text)
 
 
 def fail(message: str, code: int) -> NoReturn:

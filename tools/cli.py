@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import click
 
-from dspark.cache.command import emit, guarded
+from dspark.cache.command import bar, emit, guarded
 from dspark.tools.eval import eval_command
 
 SETTINGS = {"help_option_names": ["-h", "--help"], "show_default": True, "max_content_width": 120}
@@ -21,31 +19,6 @@ json_flag = click.option(
 @click.group(context_settings=SETTINGS)
 def main() -> None:
     """Inspect, verify, plan, score and evaluate stores of hidden states and the drafts trained from them."""
-
-
-@contextmanager
-def bar(label: str) -> Iterator[Any]:
-    """A progress bar on stderr; yields ``progress(done, total)``."""
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
-    columns = (
-        TextColumn(label),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as view:
-        task = view.add_task(label, total=None)
-        yield lambda done, total: view.update(task, completed=done, total=total)
 
 
 def table(rows: list[tuple[str, str]]) -> None:

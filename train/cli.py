@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from dspark.cache.command import emit, guarded
+from dspark.cache.command import bar, emit, guarded
 from dspark.train.config import TrainConfig
 
 DEFAULTS = TrainConfig(cache="")
@@ -100,33 +100,10 @@ def main(resume: bool, overwrite: bool, as_json: bool, compile_: bool | None, **
     if resume and overwrite:
         raise click.UsageError("--resume and --overwrite exclude each other")
     config = TrainConfig(**flags, compile=compile_)
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
     from dspark.train.loop import train
 
-    console = Console(stderr=True)
-    columns = (
-        TextColumn("train"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.description}"),
-    )
-    with Progress(*columns, console=console, refresh_per_second=2) as bar:
-        task = bar.add_task("", total=None)
-        result = train(
-            config, resume=resume, overwrite=overwrite,
-            progress=lambda step, total, text: bar.update(task, completed=step, total=total, description=text),
-        )  # fmt: skip
+    with bar("train") as progress:
+        result = train(config, resume=resume, overwrite=overwrite, progress=progress)
     tau = result.get("mean_accepted_length")
     where = "held out" if result.get("validation") else "training rows"
     print(

@@ -13,7 +13,6 @@ saved in full, with ``"vllm_servable": false`` in config.json: vLLM would refuse
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from dspark.cache.disk import write_file
 from dspark.cache.errors import DraftError
 from dspark.train.draft import DraftModel, TargetWeights
 from dspark.train.draft_config import DFLASH_SERVED_RANK, DraftConfig
@@ -44,8 +44,8 @@ def save_draft(
     flat = model.config.to_flat()
     flat["dtype"] = str(dtype).removeprefix("torch.")
     flat["vllm_servable"] = model.config.servable_by_vllm
-    _replace(folder / WEIGHTS, save(tensors, metadata={"format": "pt"}))
-    _replace(folder / CONFIG, (json.dumps(flat, indent=2) + "\n").encode())
+    write_file(folder / WEIGHTS, save(tensors, metadata={"format": "pt"}))
+    write_file(folder / CONFIG, (json.dumps(flat, indent=2) + "\n").encode())
 
 
 def served_tensors(model: DraftModel, dtype: torch.dtype, *, include_frozen: bool) -> dict[str, Tensor]:
@@ -181,18 +181,3 @@ def _check_frozen(stored: dict[str, Tensor], model: DraftModel, target: TargetWe
 def _some(names: list[str]) -> str:
     shown = ", ".join(names[:4]) or "nothing"
     return f"{shown} and {len(names) - 4} more" if len(names) > 4 else shown
-
-
-def _replace(path: Path, data: bytes) -> None:
-    """Write, sync, rename, sync the folder: after a crash the old file or the new one is there, whole."""
-    partial = path.with_name(f".{path.name}.partial")
-    with open(partial, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
