@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import math
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -21,6 +20,7 @@ from dspark.cache.codec import Codec, codec_for, field_info, to_numpy
 from dspark.cache.errors import DataError, DsparkError, EngineError, ExistsError
 from dspark.cache.manifest import DumpInfo, Manifest, SourceInfo, TargetInfo
 from dspark.cache.reader import read_manifest
+from dspark.cache.recode import snr_db
 from dspark.cache.records import CodedSample, TokenSample
 from dspark.cache.writer import StoreWriter
 from dspark.dump import plan as planning
@@ -34,7 +34,6 @@ from dspark.dump.target import Target, choose_mask_token, compact, load_target, 
 from dspark.dump.tokens import SampleMaker
 
 if TYPE_CHECKING:
-    import torch
 
     from dspark.cache.part import PartRecord
     from dspark.dump.capture import Engine, States
@@ -320,13 +319,6 @@ def measure(states: Sequence[States], aux: Codec, last: Codec) -> dict[str, Any]
             ],
             "last_snr_db": snr_db(b, last.decode(last.encode(b), hidden)),
         }
-
-
-def snr_db(x: torch.Tensor, y: torch.Tensor) -> float | None:
-    """10 log10 (signal / error) of ``y`` against ``x``, any shape; None where they are equal."""
-    signal = float(x.double().square().sum())
-    error = float((x.double() - y.double()).square().sum())
-    return round(10 * math.log10(signal / error), 2) if error > 0 else None
 
 
 def report(output: Path, manifest: Manifest, seconds: float, new_tokens: int) -> dict[str, Any]:

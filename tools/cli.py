@@ -234,4 +234,64 @@ def score_command(cache: str, draft: str, max_anchors: int, which: str, as_json:
     table([(name, number(value)) for name, value in data.items()])
 
 
+@main.command(
+    "recode", epilog="\b\nExamples:\n  dspark-tools recode hs.zarr small.zarr --aux-bits 3 --last-bits 4"
+)
+@click.argument("source")
+@click.argument("destination")
+@click.option("--aux-bits", type=int, required=True, help="16, 8, 4, 3 or 2.")
+@click.option("--last-bits", type=int, required=True, help="16, 8 or 4.")
+@click.option(
+    "--calibrate/--no-calibrate",
+    default=True,
+    help="Centre the code on the source's first states (about 3 dB).",
+)
+@click.option("--resume", is_flag=True, help="Go on with DESTINATION.")
+@click.option("--overwrite", is_flag=True, help="Replace DESTINATION.")
+@json_flag
+@guarded
+def recode_command(source: str, destination: str, as_json: bool, **flags: Any) -> None:
+    """Store SOURCE again as DESTINATION with other bits."""
+    from dspark.cache.recode import recode
+    from dspark.tools.info import info
+
+    with bar("recode") as progress:
+        manifest = recode(source, destination, progress=progress, **flags)
+    data = info(destination)
+    if as_json:
+        emit(data)
+        return
+    table(
+        [
+            ("store", f"{destination}: aux {data['aux_bits']} bits, last {data['last_bits']} bits"),
+            ("a token", f"{data['bytes_per_token']:.0f} bytes, {data['ratio']:.2f} x smaller than raw bf16"),
+            ("SNR", f"aux {manifest.quality['aux_snr_db']} dB, last {manifest.quality['last_snr_db']} dB"),
+        ]
+    )
+
+
+@main.command("compare")
+@click.argument("a")
+@click.argument("b")
+@click.option("--limit", default=50, help="Samples to read, spread evenly; 0 = all.")
+@json_flag
+@guarded
+def compare_command(a: str, b: str, limit: int, as_json: bool) -> None:
+    """Two stores of the same samples: SNR a layer, and the target's distribution by B's last states against A's."""
+    import dspark.cache
+    from dspark.tools.compare import compare
+
+    with bar("compare") as progress:
+        data = compare(dspark.cache.open(a), dspark.cache.open(b), limit, progress)
+    if as_json:
+        emit(data)
+        return
+    for layer, db in zip([*data["layers"], "last"], [*data["aux_snr_db"], data["last_snr_db"]], strict=True):
+        print(f"layer {layer!s:>4}  {'equal' if db is None else f'{db:.2f} dB'}")
+    if data["last_rows"]:
+        print(
+            f"target distribution: TV {data['last_tv']:.4f}, top-1 agreement {data['last_top1_agreement']:.2%} of {data['last_rows']:,}"
+        )
+
+
 main.add_command(eval_command)

@@ -91,7 +91,7 @@ def test_gradient_against_finite_differences() -> None:
         moved = replace(slots, h=slots.h.detach() + step * direction)
         return objective(moved, head, config, dens).loss
 
-    torch.testing.assert_close((at(1e-6) - at(-1e-6)).detach() / 2e-6, slope, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close((at(1e-8) - at(-1e-8)).detach() / 2e-8, slope, rtol=1e-4, atol=1e-6)
 
 
 def test_meaning_on_distributions_by_hand() -> None:

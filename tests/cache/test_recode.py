@@ -1,0 +1,79 @@
+"""Recoding a store: the same samples in other bits; stopped and resumed the same; compare says what it cost."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import dspark.cache
+import stores
+from dspark.cache import errors
+from dspark.cache.recode import recode
+from dspark.cache.verify import verify
+from dspark.tools.compare import compare
+
+LENGTHS = [50, 3, 120, 77, 260, 9, 150, 31]
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Path:
+    stores.write_store(tmp_path / "hs.zarr", LENGTHS)
+    return tmp_path / "hs.zarr"
+
+
+@pytest.mark.parametrize(("bits", "least"), [((8, 8), 35.0), ((4, 4), 16.0), ((3, 4), 13.0), ((2, 4), 8.0)])
+def test_other_bits_same_samples(store: Path, tmp_path: Path, bits: tuple[int, int], least: float) -> None:
+    out = recode(store, tmp_path / "small.zarr", aux_bits=bits[0], last_bits=bits[1])
+    assert verify(tmp_path / "small.zarr").ok
+    a, b = dspark.cache.open(store), dspark.cache.open(tmp_path / "small.zarr")
+    assert out.counts == a.manifest.counts
+    for i in range(len(a)):
+        np.testing.assert_array_equal(a[i].input_ids, b[i].input_ids)
+        np.testing.assert_array_equal(a[i].last_mask, b[i].last_mask)
+    report = compare(a, b, limit=0)
+    assert min(db for db in report["aux_snr_db"]) > least
+    assert 0 < report["last_tv"] < 1
+    assert compare(a, a)["last_snr_db"] is None
+    assert compare(a, a)["last_tv"] == 0.0
+
+
+def test_back_to_16_bits_is_the_same_store(store: Path, tmp_path: Path) -> None:
+    """16 bits of 16 bits lose nothing: every part comes out byte for byte."""
+    recode(store, tmp_path / "again.zarr", aux_bits=16, last_bits=16)
+    for file in sorted((store / "parts").rglob("*")):
+        if file.is_file():
+            assert file.read_bytes() == (tmp_path / "again.zarr" / file.relative_to(store)).read_bytes()
+
+
+def test_stopped_and_resumed_is_the_same(store: Path, tmp_path: Path) -> None:
+    class Stop(Exception):
+        pass
+
+    def stop(done: int, total: int) -> None:
+        if done == 2:
+            raise Stop
+
+    recode(store, tmp_path / "whole.zarr", aux_bits=4, last_bits=4)
+    with pytest.raises(Stop):
+        recode(store, tmp_path / "half.zarr", aux_bits=4, last_bits=4, progress=stop)
+    with pytest.raises(errors.ExistsError):
+        recode(store, tmp_path / "half.zarr", aux_bits=4, last_bits=4)
+    with pytest.raises(errors.MismatchError, match=r"aux\.bits: store has 4, this run has 3"):
+        recode(store, tmp_path / "half.zarr", aux_bits=3, last_bits=4, resume=True)
+    recode(store, tmp_path / "half.zarr", aux_bits=4, last_bits=4, resume=True)
+    for file in sorted((tmp_path / "whole.zarr").rglob("*")):
+        if file.is_file():
+            assert (
+                file.read_bytes()
+                == (tmp_path / "half.zarr" / file.relative_to(tmp_path / "whole.zarr")).read_bytes()
+            )
+
+
+def test_refusals(store: Path, tmp_path: Path) -> None:
+    with pytest.raises(errors.UsageError, match="source itself"):
+        recode(store, store, aux_bits=4, last_bits=4, overwrite=True)
+    stores.write_store(tmp_path / "other.zarr", LENGTHS, seed=9)
+    with pytest.raises(errors.MismatchError, match="same samples"):
+        compare(dspark.cache.open(store), dspark.cache.open(tmp_path / "other.zarr"))

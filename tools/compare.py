@@ -1,0 +1,66 @@
+"""``dspark-tools compare``: two stores of the same samples: error by layer, and what it does to the target's distribution."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+
+from dspark.cache.errors import MismatchError
+from dspark.cache.reader import Cache
+from dspark.cache.recode import decoded
+
+LOGIT_ROWS = 256  # rows of [rows, V] logits at a time
+
+
+class Error:
+    """Running signal and error energy."""
+
+    def __init__(self) -> None:
+        self.signal = self.error = 0.0
+
+    def add(self, x: torch.Tensor, y: torch.Tensor) -> None:
+        self.signal += float(x.double().square().sum())
+        self.error += float((x.double() - y.double()).square().sum())
+
+    @property
+    def snr_db(self) -> float | None:
+        """10 log10 (signal / error); None where the two are equal."""
+        return 10 * float(np.log10(self.signal / self.error)) if self.error > 0 else None
+
+
+def compare(
+    a: Cache, b: Cache, limit: int = 50, progress: Callable[[int, int], None] = lambda done, total: None
+) -> dict[str, Any]:
+    """``b`` against ``a`` over ``limit`` samples spread evenly (0 = all). TV and top-1 are those of softmax(lm_head(last))."""
+    same = (a.manifest.layers, a.manifest.target.hidden_size, len(a)) == (
+        b.manifest.layers,
+        b.manifest.target.hidden_size,
+        len(b),
+    )
+    if not same or not np.array_equal(a.index["sample_key"], b.index["sample_key"]):
+        raise MismatchError(
+            f"{a.path} and {b.path} do not hold the same samples and layers; compare a store with its own recoding"
+        )
+    head = a.target.lm_head.float()
+    layers, last = [Error() for _ in a.manifest.layers], Error()
+    distance, agree, rows = 0.0, 0, 0
+    chosen = np.unique(np.linspace(0, len(a) - 1, min(len(a), limit) if limit else len(a)).astype(int))
+    for done, i in enumerate(chosen):
+        (x, u), (y, v) = decoded(a, a.read(int(i))), decoded(b, b.read(int(i)))
+        for j, layer in enumerate(layers):
+            layer.add(x[:, j], y[:, j])
+        last.add(u, v)
+        for at in range(0, u.shape[0], LOGIT_ROWS):
+            p, q = ((s[at : at + LOGIT_ROWS] @ head.T).softmax(-1) for s in (u, v))
+            distance += float((p - q).abs().sum()) / 2
+            agree += int((p.argmax(-1) == q.argmax(-1)).sum())
+            rows += p.shape[0]
+        progress(done + 1, len(chosen))
+    return {
+        "a": str(a.path), "b": str(b.path), "samples_read": len(chosen), "layers": a.manifest.layers,
+        "aux_snr_db": [e.snr_db for e in layers], "last_snr_db": last.snr_db, "last_tv": distance / rows if rows else None,
+        "last_top1_agreement": agree / rows if rows else None, "last_rows": rows,
+    }  # fmt: skip
