@@ -34,7 +34,6 @@ from dspark.dump.target import Target, choose_mask_token, compact, load_target, 
 from dspark.dump.tokens import SampleMaker
 
 if TYPE_CHECKING:
-
     from dspark.cache.part import PartRecord
     from dspark.dump.capture import Engine, States
     from dspark.dump.progress import Bar, Display
