@@ -26,7 +26,7 @@ from dspark.cache.errors import DamagedCacheError
 from dspark.cache.layout import PART_KEY, StoredArray, field_array, part_arrays, part_name
 from dspark.cache.manifest import Json, build, crc32c, sealed, unseal
 from dspark.cache.records import CodedSample, last_rows
-from dspark.cache.shard import chunk_rows, write_shard
+from dspark.cache.shard import Pieces, chunk_rows, write_shard
 
 Array = np.ndarray[tuple[int, ...], np.dtype[Any]]
 
@@ -52,8 +52,8 @@ class PartRecord:
 
 def assemble(
     samples: Sequence[CodedSample], layers: int, hidden: int, aux: Codec, last: Codec
-) -> dict[str, Array]:
-    """Concatenate samples along tokens into the arrays of a part (see ``layout.part_arrays``)."""
+) -> tuple[dict[str, Array], dict[str, Pieces]]:
+    """The arrays of a part (see ``layout.part_arrays``): the small ones joined along tokens, the states as pieces."""
     lengths = [s.tokens.input_ids.shape[0] for s in samples]
     stored = [int(last_rows(s.tokens.loss_mask).sum()) for s in samples]
     for s, rows in zip(samples, stored, strict=True):
@@ -62,7 +62,7 @@ def assemble(
                 assert array.shape[0] == n, (
                     f"row {s.tokens.row}: {field}_{name} has {array.shape[0]} rows, not {n}"
                 )
-    out: dict[str, Array] = {
+    small: dict[str, Array] = {
         "input_ids": np.concatenate([s.tokens.input_ids for s in samples]),
         "loss_mask": np.concatenate([s.tokens.loss_mask for s in samples]),
         "sample_start": np.cumsum([0, *lengths], dtype=np.int64),
@@ -70,20 +70,19 @@ def assemble(
         "sample_row": np.array([s.tokens.row for s in samples], dtype=np.int64),
         "sample_key": np.frombuffer(b"".join(s.tokens.key for s in samples), dtype=np.uint8).reshape(-1, 16),
     }
-    for name in aux.arrays(hidden):
-        out[field_array("aux", name)] = np.concatenate([s.aux[name] for s in samples])
-    for name in last.arrays(hidden):
-        out[field_array("last", name)] = np.concatenate([s.last[name] for s in samples])
+    states = {field_array("aux", n): Pieces([s.aux[n] for s in samples]) for n in aux.arrays(hidden)}
+    states |= {field_array("last", n): Pieces([s.last[n] for s in samples]) for n in last.arrays(hidden)}
     for spec in part_arrays(sum(lengths), len(samples), sum(stored), layers, hidden, aux, last):
-        got = out[spec.name]
+        got = small[spec.name] if spec.name in small else states[spec.name]
         assert (got.shape, got.dtype) == (spec.shape, np.dtype(spec.dtype)), (spec, got.shape, got.dtype)
-    return out
+    return small, states
 
 
 def write_part(
     parts: Path,
     index: int,
     arrays: Mapping[str, Array],
+    states: Mapping[str, Pieces],
     specs: Sequence[StoredArray],
     *,
     row_start: int,
@@ -99,7 +98,7 @@ def write_part(
             shutil.rmtree(staged)
         zarr.create_group(staged, zarr_format=3)
         for spec in specs:
-            write_array(staged, spec, arrays[spec.name])
+            write_array(staged, spec, arrays[spec.name] if spec.name in arrays else states[spec.name])
         record = PartRecord(
             index=index,
             row_start=row_start,
@@ -119,7 +118,7 @@ def write_part(
     return record
 
 
-def write_array(group: Path, spec: StoredArray, data: Array) -> None:
+def write_array(group: Path, spec: StoredArray, data: Array | Pieces) -> None:
     """Create array ``spec`` in ``group`` and fill it. One shard file; every inner chunk is compressed and carries a crc32c."""
     chunk = chunk_rows(spec)
     shards = (-(-max(1, spec.shape[0]) // chunk) * chunk, *spec.shape[1:])
@@ -140,7 +139,7 @@ def write_array(group: Path, spec: StoredArray, data: Array) -> None:
         zarr_format=3,
     )
     if spec.shape[0]:
-        write_shard(group / spec.name / shard_file(spec), spec, np.asarray(data, spec.dtype))
+        write_shard(group / spec.name / shard_file(spec), spec, data)
 
 
 def shard_file(spec: StoredArray) -> str:

@@ -48,7 +48,29 @@ def _pool() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(max(1, os.cpu_count() or 1), thread_name_prefix="dspark-shard")
 
 
-def write_shard(path: Path, spec: StoredArray, data: Array) -> None:
+class Pieces:
+    """Arrays end to end along their first axis, never joined as a whole: a slice joins only what it covers.
+
+    So a part that is being committed is in memory once, not twice.
+    """
+
+    def __init__(self, arrays: Sequence[Array]) -> None:
+        self._arrays = arrays
+        self._ends = np.cumsum([a.shape[0] for a in arrays])
+        self.shape = (int(self._ends[-1]), *arrays[0].shape[1:])
+        self.dtype = arrays[0].dtype
+
+    def __getitem__(self, span: slice) -> Array:
+        start, stop, _ = span.indices(self.shape[0])
+        first, last = np.searchsorted(self._ends, (start, max(start, stop - 1)), side="right")
+        out = []
+        for i in range(int(first), min(int(last), len(self._arrays) - 1) + 1):
+            base = int(self._ends[i]) - self._arrays[i].shape[0]
+            out.append(self._arrays[i][max(start - base, 0) : stop - base])
+        return np.concatenate(out)
+
+
+def write_shard(path: Path, spec: StoredArray, data: Array | Pieces) -> None:
     """Write ``data`` (all of the array) as the shard file ``path``. Compresses chunks in parallel; the bytes do not depend on that."""
     rows = chunk_rows(spec)
     codec = compressor(spec)

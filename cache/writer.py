@@ -148,7 +148,7 @@ class StoreWriter:
             )
         m = self.manifest
         layers, hidden = len(m.layers), m.target.hidden_size
-        arrays = assemble(samples, layers, hidden, self._aux, self._last)
+        arrays, states = assemble(samples, layers, hidden, self._aux, self._last)
         specs = part_arrays(
             arrays["input_ids"].shape[0],
             len(samples),
@@ -162,6 +162,7 @@ class StoreWriter:
             self.path / PARTS,
             index,
             arrays,
+            states,
             specs,
             row_start=row_start,
             row_stop=row_stop,
