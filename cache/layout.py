@@ -12,7 +12,6 @@ Legend: T tokens of a part, N samples of a part, M stored last states of a part,
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dspark.cache.codec import ArraySpec, Codec
@@ -99,7 +98,3 @@ def disk_bytes_per_token(layers: int, hidden: int, aux: Codec, last: Codec, last
     Below 16 bits from the entropy of Gaussian cells: right within 2 % for text that does not repeat itself, more than it takes otherwise.
     """
     return layers * aux.disk_bytes(hidden) + last_share * last.disk_bytes(hidden)
-
-
-def target_layer_ids(layers: Sequence[int]) -> list[int]:
-    return [i + 1 for i in layers]

@@ -185,8 +185,13 @@ def read_attributes(group: Path) -> dict[str, Any]:
 
 def write_attributes(group: Path, key: str, value: Json) -> None:
     """(Re)write a Zarr v3 group's metadata with one attribute, in place; the caller commits."""
+    (group / "zarr.json").write_bytes(group_metadata(key, value))
+
+
+def group_metadata(key: str, value: Json) -> bytes:
+    """The zarr.json of a Zarr v3 group with one attribute."""
     data = {"zarr_format": 3, "node_type": "group", "attributes": {key: value}}
-    (group / "zarr.json").write_text(json.dumps(data, indent=1, ensure_ascii=False))
+    return json.dumps(data, indent=1, ensure_ascii=False).encode()
 
 
 def size_crc(path: Path) -> tuple[int, int]:

@@ -38,6 +38,7 @@ from dspark.cache.part import (
     Array,
     PartRecord,
     assemble,
+    group_metadata,
     missing_files,
     read_record,
     write_array,
@@ -211,12 +212,7 @@ class StoreWriter:
         self._write_manifest()
 
     def _write_manifest(self) -> None:
-        data = {
-            "zarr_format": 3,
-            "node_type": "group",
-            "attributes": {ROOT_KEY: sealed(self.manifest.to_json())},
-        }
-        write_file(self.path / "zarr.json", json.dumps(data, indent=1, ensure_ascii=False).encode())
+        write_file(self.path / "zarr.json", group_metadata(ROOT_KEY, sealed(self.manifest.to_json())))
 
     def close(self) -> None:
         """Nothing is held open between commits; here so that a writer can be used in a ``with``."""

@@ -182,10 +182,10 @@ def disk_bytes(
 ) -> float:
     """Expected bytes of a token on disk; ``last_share`` = stored last states / tokens."""
     from dspark.cache.codec import codec_for
-    from dspark.cache.layout import stored_bytes_per_token
+    from dspark.cache.layout import disk_bytes_per_token
 
     aux, last = codec_for(aux_bits), codec_for(last_bits)
-    return TOKEN_BYTES + stored_bytes_per_token(len(layers), shapes.hidden_size, aux, last, last_share)
+    return TOKEN_BYTES + disk_bytes_per_token(len(layers), shapes.hidden_size, aux, last, last_share)
 
 
 def weight_bytes(shapes: Shapes) -> int:

@@ -13,7 +13,6 @@ The final ``norm`` starts as a copy of the target's and is trained with the rest
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
@@ -27,9 +26,6 @@ from dspark.train.attention import AttentionPlan, Backend, block_attention
 from dspark.train.batch import Batch
 from dspark.train.draft_config import DraftConfig
 from dspark.train.heads import ConfidenceHead, MarkovHead, build_markov_head
-
-# The target's tensors; in no checkpoint of the trainer and optional in an exported draft.
-FROZEN = ("embed_tokens.weight", "lm_head.weight")
 
 
 class TargetWeights(Protocol):
@@ -337,8 +333,3 @@ def _check_target(config: DraftConfig, target: TargetWeights, draft_ids: Tensor 
             f"draft token ids must be {config.draft_vocab_size} rising ids below {config.vocab_size}; "
             f"got {list(draft_ids.shape)}"
         )
-
-
-def parameter_count(model: DraftModel) -> int:
-    """Number of trained values."""
-    return sum(math.prod(p.shape) for _, p in model.trained())

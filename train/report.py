@@ -27,11 +27,16 @@ class Report:
         self.log.addHandler(handler)
         kept = []
         if self.path.exists():
-            for line in self.path.read_text().splitlines():
+            lines = self.path.read_text().splitlines()
+            for number, line in enumerate(lines, 1):
                 try:
                     row = json.loads(line)
-                except ValueError:
-                    continue  # the line that a killed process was writing: its step comes again
+                except ValueError as error:
+                    if number == len(lines):
+                        break  # the line that a killed process was writing: its step comes again
+                    raise TrainError(
+                        f"{self.path}:{number}: not JSON: {error}. Mend or remove the line, then --resume."
+                    ) from error
                 if row["step"] <= resume_step:
                     kept.append(line)
         write_file(self.path, "".join(f"{line}\n" for line in kept).encode())
