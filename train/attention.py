@@ -21,12 +21,14 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 Backend = Literal["sdpa", "flex"]
 
 # Block tokens an SDPA call takes: keys are S + this many, of which B a row are used, so larger groups waste more.
 GROUP_TOKENS = 256
+# Rows and columns of a tile of the flex mask; the size its kernels are made for.
+TILE = 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,6 +131,10 @@ def _sdpa_groups(start: Tensor, limit: Tensor, block_size: int) -> tuple[_Group,
 
 
 def _flex_mask(start: Tensor, limit: Tensor, context: int, block_size: int) -> BlockMask:
+    """The rule for flex attention: exact per element in ``allowed``, and per tile in the tables of ``tile_cover``.
+
+    torch's ``create_block_mask`` evaluates every one of Q x (S+Q) elements to find the tiles; intervals give them directly.
+    """
     anchors = start.shape[0]
 
     def allowed(batch: Tensor, head: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
@@ -138,10 +144,55 @@ def _flex_mask(start: Tensor, limit: Tensor, context: int, block_size: int) -> B
         in_block = (kv_idx >= context) & ((kv_idx - context) // block_size == block)
         return in_context | in_block
 
+    some, full = tile_cover(start, limit, context, block_size)
+    (count, order), (count_full, order_full) = _ordered(some & ~full), _ordered(full)
     length = anchors * block_size
-    return create_block_mask(
-        allowed, B=None, H=None, Q_LEN=length, KV_LEN=context + length, device=str(start.device)
+    return BlockMask.from_kv_blocks(
+        count,
+        order,
+        count_full,
+        order_full,
+        BLOCK_SIZE=TILE,
+        mask_mod=allowed,
+        seq_lengths=(length, context + length),
     )
+
+
+def tile_cover(start: Tensor, limit: Tensor, context: int, block_size: int) -> tuple[Tensor, Tensor]:
+    """Which tiles of the mask hold anything (maybe none of it: a superset) and which are whole.
+
+    ``start``, ``limit`` int64[A] as from ``context_interval``. Two bool[ceil(Q/TILE), ceil((context+Q)/TILE)].
+    """
+    queries = start.shape[0] * block_size
+    rows = -(-queries // TILE)
+    columns = -(-(context + queries) // TILE)
+
+    def per_tile(values: Tensor, beyond: int) -> Tensor:
+        """int64[A] -> [rows, TILE], a value a query; queries past the end get ``beyond``."""
+        return F.pad(values.repeat_interleave(block_size), (0, rows * TILE - queries), value=beyond).view(
+            rows, TILE
+        )
+
+    sees = limit > start
+    low = per_tile(torch.where(sees, start, context), context).amin(1)[:, None]
+    high = per_tile(torch.where(sees, limit, 0), 0).amax(1)[:, None]
+    latest = per_tile(start, 0).amax(1)[:, None]
+    # Rows past the end see nothing and nobody reads them, so they do not keep a tile from being whole.
+    earliest = per_tile(torch.where(sees, limit, 0), context).amin(1)[:, None]
+    left = torch.arange(columns, device=start.device) * TILE
+    right = left + TILE
+    some = (low < right) & (high > left)
+    full = (latest <= left) & (earliest >= right)
+    first = torch.arange(rows, device=start.device)[:, None] * TILE
+    own_low = context + first // block_size * block_size
+    own_high = context + ((first + TILE - 1).clamp(max=queries - 1) // block_size + 1) * block_size
+    return some | ((own_low < right) & (own_high > left)), full
+
+
+def _ordered(tiles: Tensor) -> tuple[Tensor, Tensor]:
+    """bool[rows, columns] -> how many columns of each row are set, int32[1, 1, rows], and which come first, int32[1, 1, rows, columns]."""
+    order = tiles.to(torch.int8).argsort(dim=-1, descending=True, stable=True)
+    return tiles.sum(-1, dtype=torch.int32)[None, None], order.to(torch.int32)[None, None]
 
 
 @cache
@@ -153,11 +204,11 @@ def _compiled_flex() -> Callable[..., Any]:
 
 def _flex(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> Tensor:
     # On the CPU flex has no backward: there it serves to check the mask against SDPA's.
-    run: Any = _compiled_flex() if q.is_cuda else flex_attention
+    run: Any = _compiled_flex() if q.is_cuda and not torch.compiler.is_compiling() else flex_attention
     out: Tensor = run(
-        _heads_first(q).contiguous(),
-        _heads_first(k).contiguous(),
-        _heads_first(v).contiguous(),
+        _heads_first(q),
+        _heads_first(k),
+        _heads_first(v),
         block_mask=plan.blocks,
         enable_gqa=q.shape[1] != k.shape[1],
     )

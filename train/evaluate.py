@@ -24,7 +24,6 @@ def evaluate(
     dtype: torch.dtype,
     decay: float = 4.0,
     backend: Backend = "sdpa",
-    compiled: bool = False,
 ) -> Score:
     """The keys of ``dspark-tools score`` over every counted slot of ``rows``. States are decoded to ``dtype`` on ``device``."""
     config = ObjectiveConfig(decay=decay)
@@ -36,5 +35,5 @@ def evaluate(
         batch = row.place(cache, device, dtype)
         states = model(batch, model.plan(batch, backend))
         slots = SlotInputs.gather(batch, states, decay)
-        metrics.add(batch, slots, objective(slots, model.frozen_head, config, unit, compiled=compiled))
+        metrics.add(batch, slots, objective(slots, model.frozen_head, config, unit))
     return metrics.result()

@@ -234,7 +234,7 @@ def step(run: Run, rows: list[Row], number: int, total: int) -> tuple[SlotMetric
         batch = row.place(run.cache, compute.device, compute.dtype)
         states = model(batch, model.plan(batch, compute.backend))
         slots = SlotInputs.gather(batch, states, config.decay)
-        out = objective(slots, head, run.objective, shared, compiled=compute.compiled)
+        out = objective(slots, head, run.objective, shared)
         out.loss.backward()  # type: ignore[no-untyped-call]
         loss += out.loss.detach()
         with torch.no_grad():
@@ -296,7 +296,6 @@ def validate(run: Run) -> Score:
         dtype=run.compute.dtype,
         decay=run.config.decay,
         backend=run.compute.backend,
-        compiled=run.compute.compiled,
     )
 
 

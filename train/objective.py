@@ -15,8 +15,8 @@ With a reduced vocabulary p_t stays the softmax over all V and p_d is 0 outside 
 ``{"ce": 0.1, "tv": 1.8}``, and ``{"ce": 0.1, "tv": 0.9}`` weighs the distance half as much.
 
 How: both softmaxes of a chunk are computed once, give losses, metrics and gradient together, and the gradient goes to
-h, z and W2 at once. d(L1)/d(logits) = p_d * (s - <s, p_d>) with s = sign(p_d - p_t). ``reference_loss`` is the same
-in plain autograd, for tests.
+h, z and W2 at once. d(L1)/d(logits) = p_d * (s - <s, p_d>) with s = sign(p_d - p_t). On CUDA a chunk is one Triton kernel
+(``fused.chunk_terms``), elsewhere plain torch (``chunk_terms``). ``reference_loss`` is the same in plain autograd, for tests.
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 from typing import Any, Self
 
 import torch
@@ -36,8 +35,14 @@ from dspark.cache.errors import UsageError
 from dspark.train.batch import Batch
 from dspark.train.draft import FrozenHead, SlotStates
 
-# Bytes of one fp32 [chunk, V] tensor; a few of them live at a time. A CPU's caches like small ones.
-CHUNK_BYTES = {"cuda": 1 << 28, "cpu": 1 << 25}
+# Logits of a chunk: two [chunk, V] tensors of them live at a time on CUDA, and a few in fp32 on a CPU, whose caches like small ones.
+CHUNK_LOGITS = {"cuda": 1 << 27, "cpu": 1 << 23}
+
+# Logits of draft and target, draft ids, labels, the two scales, whether gradients are wanted -> CE, L1, hit, gradient.
+ChunkTerms = Callable[
+    [Tensor, Tensor, Tensor | None, Tensor, Tensor, Tensor, bool],
+    tuple[Tensor, Tensor, Tensor, Tensor | None],
+]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -167,14 +172,17 @@ def objective(
     denominators: Denominators,
     *,
     chunk_rows: int | None = None,
-    compiled: bool = False,
+    terms: ChunkTerms | None = None,
 ) -> ObjectiveOutput:
     """The loss of one row's share of a step. Products run in the dtype of ``head.lm_head``, softmax and sums in fp32.
 
-    ``compiled`` fuses the work on a chunk with torch.compile (for CUDA; the first call takes a while).
+    ``chunk_rows`` slots at a time (by default as many as ``CHUNK_LOGITS`` allows), in chunks of nearly equal size.
+    ``terms`` replaces the work on a chunk (default: Triton on CUDA, plain torch elsewhere).
     """
     dtype, wide = head.lm_head.dtype, _wide(slots.h.dtype)
-    rows = chunk_rows or max(1, CHUNK_BYTES.get(slots.h.device.type, 1 << 25) // (4 * head.lm_head.shape[0]))
+    device, count = slots.h.device.type, slots.h.shape[0]
+    most = chunk_rows or max(1, CHUNK_LOGITS.get(device, CHUNK_LOGITS["cpu"]) // head.lm_head.shape[0])
+    rows = max(1, -(-count // max(1, -(-count // most))))
     labels = slots.labels if head.to_draft is None else head.to_draft[slots.labels]
     weight = slots.weight.to(wide)
     known = labels >= 0
@@ -191,7 +199,7 @@ def objective(
         scale_l1,
         rows,
         torch.is_grad_enabled(),
-        _compiled_chunk() if compiled else _chunk,
+        terms or _terms_for(device, wide),
     )
     bce = probability = None
     if slots.confidence is not None:
@@ -206,7 +214,16 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def _chunk(
+def _terms_for(device: str, wide: torch.dtype) -> ChunkTerms:
+    """Triton on CUDA, but for float64, which the kernel would narrow."""
+    if device != "cuda" or wide == torch.float64:
+        return chunk_terms
+    from dspark.train import fused
+
+    return fused.chunk_terms
+
+
+def chunk_terms(
     draft: Tensor,
     target: Tensor,
     draft_ids: Tensor | None,
@@ -216,7 +233,7 @@ def _chunk(
     with_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """From logits ``draft`` [n, Vd] and ``target`` [n, V] of a chunk: CE [n], L1 [n], hit [n] and, unless only values are
-    wanted, d(loss)/d(draft logits) [n, Vd] but for CE's -1 at the label, which the caller subtracts.
+    wanted, d(loss)/d(draft logits) [n, Vd]. ``labels`` int64[n] are rows of the draft's vocabulary, -1 outside it.
     """
     wide = _wide(draft.dtype)
     logits = draft.to(wide)
@@ -240,13 +257,9 @@ def _chunk(
     sign = difference.sign()
     mean_sign = (p * sign).sum(-1, keepdim=True)
     gradient = p * (scale_l1[:, None] * (sign - mean_sign) + scale_ce[:, None])
+    # scale_ce is 0 where the label is unknown, so column 0 is left as it is there.
+    gradient.scatter_add_(1, labels.clamp(min=0)[:, None], -scale_ce[:, None])
     return ce, l1, best_draft == best_target, gradient.to(draft.dtype)
-
-
-@cache
-def _compiled_chunk() -> Callable[..., tuple[Tensor, Tensor, Tensor, Tensor | None]]:
-    # The last chunk of a row has any size: dynamic, or every row would compile anew.
-    return torch.compile(_chunk, dynamic=True)
 
 
 class _ChunkedTerms(torch.autograd.Function):
@@ -265,7 +278,7 @@ class _ChunkedTerms(torch.autograd.Function):
         scale_l1: Tensor,
         rows: int,
         with_gradient: bool,
-        chunk: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor | None]],
+        terms: ChunkTerms,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         count, wide = h.shape[0], scale_ce.dtype
         ce, l1 = h.new_empty(count, dtype=wide), h.new_empty(count, dtype=wide)
@@ -280,7 +293,7 @@ class _ChunkedTerms(torch.autograd.Function):
             if z is not None:
                 assert w2 is not None
                 logits.addmm_(z[part], w2.T)
-            ce[part], l1[part], hit[part], gradient = chunk(
+            ce[part], l1[part], hit[part], gradient = terms(
                 logits,
                 target[part] @ head.lm_head.T,
                 head.draft_ids,
@@ -291,9 +304,6 @@ class _ChunkedTerms(torch.autograd.Function):
             )
             if gradient is None:
                 continue
-            # scale_ce is 0 where the label is unknown, so column 0 is left as it is there.
-            at_label = labels[part].clamp(min=0)[:, None]
-            gradient.scatter_add_(1, at_label, -scale_ce[part, None].to(gradient.dtype))
             assert d_h is not None
             torch.mm(gradient, head.draft_head, out=d_h[part])
             if z is not None:

@@ -101,6 +101,9 @@ def prepare(config: TrainConfig) -> Run:
     torch.manual_seed(config.seed)  # initial weights; nothing else draws from torch's generator
     model = DraftModel(draft_config, cache.target, draft_ids, frozen_dtype=compute.dtype)
     model.to(device=compute.device, dtype=compute.dtype)
+    if compute.compiled:
+        # Rows are padded to one shape, so one compilation serves the run (and one without gradients, validation).
+        model.compile(dynamic=False)
     optimizer = MasterAdamW(
         model.trained(), betas=config.betas, weight_decay=config.weight_decay, clip=config.grad_clip
     )

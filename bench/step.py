@@ -1,0 +1,347 @@
+"""One training step on random states: time by phase, peak memory, fast path against slow, and DeepSpec beside it.
+
+python bench/step.py [--shape qwen3-4b] [--peer DIR_OF_A_DEEPSPEC_CHECKOUT] [--scaling] [--adam] [--name step]
+
+The peer runs in the same process on the same weights, tokens, states and anchors; nothing of it is needed otherwise.
+Forward, objective and backward are timed with device events, median of ``--repeat`` steps on rotating rows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from common import RESULTS, write
+from dspark.train import anchors as rules
+from dspark.train import objective as plain
+from dspark.train.batch import Batch
+from dspark.train.draft import DraftModel
+from dspark.train.draft_config import DraftConfig
+from dspark.train.metrics import SlotMetrics
+from dspark.train.objective import Denominators, ObjectiveConfig, SlotInputs, objective
+from dspark.train.optim import MasterAdamW
+
+
+@dataclass(frozen=True)
+class Shape:
+    hidden: int
+    intermediate: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocab: int
+    tokens: int
+    anchors: int
+    block: int
+    aux: int = 5
+    rank: int = 256
+
+
+SHAPES = {
+    "qwen3-4b": Shape(2560, 9728, 5, 32, 8, 128, 151_936, 4096, 512, 7),
+    "glm-5.2": Shape(6144, 12_288, 5, 64, 64, 128, 154_880, 4096, 1024, 8),
+    "smollm2": Shape(576, 1536, 3, 9, 3, 64, 49_152, 16_384, 2048, 7),
+    "tiny": Shape(64, 96, 2, 4, 2, 16, 997, 256, 24, 4, rank=16),
+}
+
+
+def draft_config(s: Shape) -> DraftConfig:
+    return DraftConfig(
+        hidden_size=s.hidden, intermediate_size=s.intermediate, num_layers=s.layers, num_heads=s.heads, num_kv_heads=s.kv_heads,
+        head_dim=s.head_dim, vocab_size=s.vocab, draft_vocab_size=s.vocab, mask_token_id=s.vocab - 1,
+        target_layer_ids=tuple(range(0, 6 * s.aux, 6)), num_target_layers=6 * s.aux + 3, block_size=s.block, markov_rank=s.rank,
+        rope_theta=1e6,
+    )  # fmt: skip
+
+
+def weights(s: Shape, device: torch.device, dtype: torch.dtype) -> Any:
+    """A tied target, as Qwen3-4B's: the head's rows give logits of a few units, so that both softmaxes have a shape."""
+    head = torch.randn(s.vocab, s.hidden, device=device, dtype=dtype) * (3 / s.hidden**0.5)
+    return SimpleNamespace(
+        embed_tokens=head, norm=torch.ones(s.hidden, device=device, dtype=dtype), lm_head=head
+    )
+
+
+def row(
+    s: Shape, seed: int, device: torch.device, dtype: torch.dtype, anchors: np.ndarray | None = None
+) -> Batch:
+    """One document of ``s.tokens`` supervised tokens, random states, ``s.anchors`` random anchors."""
+    rng = np.random.default_rng(seed)
+    mask, doc = np.ones(s.tokens, np.bool_), np.zeros(s.tokens, np.int32)
+    can = rules.eligible(mask, doc)
+    torch.manual_seed(seed)
+    return Batch.build(
+        input_ids=rng.integers(0, s.vocab - 1, s.tokens),
+        loss_mask=mask,
+        doc=doc,
+        aux=torch.randn(s.tokens, s.aux, s.hidden, device=device, dtype=dtype),
+        last=torch.randn(int(can.sum()), s.hidden, device=device, dtype=dtype),
+        anchors=rules.choose(can, rng.random(s.tokens), s.anchors) if anchors is None else anchors,
+        block_size=s.block,
+        pad_anchors_to=s.anchors,
+    ).to(device)
+
+
+class Timer:
+    """Milliseconds between marks, on the device's own clock where it has one."""
+
+    def __init__(self, cuda: bool) -> None:
+        self.cuda, self.marks = cuda, list[Any]()
+
+    def mark(self) -> None:
+        if self.cuda:
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+            self.marks.append(event)
+        else:
+            self.marks.append(time.perf_counter())
+
+    def spans(self) -> list[float]:
+        if self.cuda:
+            torch.cuda.synchronize()
+            return [a.elapsed_time(b) for a, b in zip(self.marks, self.marks[1:], strict=False)]
+        return [1e3 * (b - a) for a, b in zip(self.marks, self.marks[1:], strict=False)]
+
+
+def measure(
+    step: Callable[[int, Timer], None], phases: list[str], repeat: int, cuda: bool
+) -> dict[str, float]:
+    """Median ms of each phase and of the whole, and the peak of memory over what was there before the first step."""
+    started = time.perf_counter()
+    for i in range(3):
+        step(i, Timer(cuda))
+    if cuda:
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+    first = time.perf_counter() - started
+    rows = []
+    for i in range(repeat):
+        timer = Timer(cuda)
+        timer.mark()
+        step(i, timer)
+        rows.append(timer.spans())
+    out = {name: statistics.median(r[k] for r in rows) for k, name in enumerate(phases)}
+    out["ms"] = statistics.median(sum(r) for r in rows)
+    out["peak_gb"] = torch.cuda.max_memory_allocated() / 1e9 if cuda else 0.0
+    return out | {"first_three_steps_s": first}
+
+
+def ours(
+    s: Shape, args: argparse.Namespace, model: DraftModel, rows: list[Batch], adam: bool = False
+) -> dict[str, float]:
+    """Forward (with the attention plan), objective with gradients, backward, and metrics with the optimizer if asked."""
+    cuda = args.device.type == "cuda"
+    dens = [Denominators.of(r.to("cpu"), 4.0) for r in rows]
+    optimizer = MasterAdamW(model.trained(), betas=(0.9, 0.95), weight_decay=0.0, clip=1.0) if adam else None
+    metrics = SlotMetrics(s.block, args.device)
+
+    def step(i: int, timer: Timer) -> None:
+        batch = rows[i % len(rows)]
+        states = model(batch, model.plan(batch, "flex" if cuda else "sdpa"))
+        timer.mark()
+        slots = SlotInputs.gather(batch, states, 4.0)
+        out = objective(slots, model.frozen_head, ObjectiveConfig(), dens[i % len(rows)])
+        timer.mark()
+        out.loss.backward()  # type: ignore[no-untyped-call]
+        timer.mark()
+        with torch.no_grad():
+            metrics.add(batch, slots, out)
+        if optimizer is not None:
+            optimizer.step(1e-5)
+            timer.mark()
+        else:
+            model.zero_grad(set_to_none=True)
+
+    phases = ["forward_ms", "objective_ms", "backward_ms"] + (["metrics_and_adam_ms"] if adam else [])
+    return measure(step, phases, args.repeat, cuda)
+
+
+def gradients(model: DraftModel) -> dict[str, Tensor]:
+    out = {n: p.grad.detach().float().clone() for n, p in model.trained() if p.grad is not None}
+    model.zero_grad(set_to_none=True)
+    return out
+
+
+def agreement(s: Shape, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+    """Fast path (compiled, flex, Triton) against slow (eager, SDPA, plain torch) on the same row and weights."""
+    torch.manual_seed(0)
+    model = DraftModel(draft_config(s), weights(s, device, dtype)).to(device=device, dtype=dtype)
+    batch = row(s, 1, device, dtype)
+    dens = Denominators.of(batch.to("cpu"), 4.0)
+    found = []
+    for fast in (False, True):
+        run: Any = (
+            torch.compile(model.forward, dynamic=False) if fast and device.type == "cuda" else model.forward
+        )
+        states = run(batch, model.plan(batch, "flex" if fast and device.type == "cuda" else "sdpa"))
+        slots = SlotInputs.gather(batch, states, 4.0)
+        out = objective(
+            slots, model.frozen_head, ObjectiveConfig(), dens, terms=None if fast else plain.chunk_terms
+        )
+        out.loss.backward()  # type: ignore[no-untyped-call]
+        found.append((out.loss.item(), gradients(model)))
+    (slow, slow_g), (quick, quick_g) = found
+    worst = max(((quick_g[n] - g).norm() / g.norm(), n) for n, g in slow_g.items())
+    return {
+        "dtype": str(dtype).removeprefix("torch."), "loss": slow, "loss_relative_difference": abs(quick - slow) / abs(slow),
+        "largest_relative_gradient_difference": float(worst[0]), "in": worst[1],
+    }  # fmt: skip
+
+
+def peer(s: Shape, args: argparse.Namespace, model: DraftModel, rows: list[Batch]) -> dict[str, Any]:
+    """DeepSpec's model and loss, compiled as its trainer does, on our weights, rows and anchors."""
+    sys.path.insert(0, str(args.peer))
+    import deepspec.modeling.dspark.qwen3.modeling as theirs
+    import torch.distributed as dist
+    from deepspec.modeling.dspark.loss import compute_dspark_loss
+    from transformers import Qwen3Config
+
+    dist.init_process_group("gloo", init_method="tcp://127.0.0.1:29511", world_size=1, rank=0)
+    flat = {**model.config.to_flat(), "num_anchors": s.anchors}
+    config = Qwen3Config.from_dict(flat)
+    config._attn_implementation = "flex_attention"
+    with torch.device(args.device):
+        net = theirs.Qwen3DSparkModel(config).to(torch.bfloat16)
+    net.load_state_dict(model.state_dict(), strict=True)
+    net.set_embedding_head_trainable(False)
+    net.train()
+    anchors = [(r.anchors[None], r.anchor_valid[None]) for r in rows]
+    turn = [0]
+    theirs.sample_anchor_positions = lambda **unused: anchors[turn[0]]
+    compiled = torch.compile(net, dynamic=True) if args.peer_compile else net
+    ones = torch.ones(1, s.tokens, device=args.device)
+    # All S last states, as its cache stores them; ours keeps those that count.
+    lasts = [torch.cat([r.last, r.last[-1:]])[None] for r in rows]
+    losses: list[Tensor] = []
+
+    def step(i: int, timer: Timer) -> None:
+        turn[0] = i % len(rows)
+        batch = rows[turn[0]]
+        out = compiled(
+            input_ids=batch.input_ids[None],
+            target_hidden_states=batch.aux.flatten(1)[None],
+            loss_mask=ones,
+            target_last_hidden_states=lasts[turn[0]],
+        )
+        timer.mark()
+        loss = compute_dspark_loss(
+            outputs=out, loss_decay_gamma=4.0, ce_loss_alpha=0.1, l1_loss_alpha=0.9, confidence_head_alpha=1.0
+        )
+        timer.mark()
+        loss.backward()
+        timer.mark()
+        losses.append(loss.detach())
+        net.zero_grad(set_to_none=True)
+
+    found = measure(step, ["forward_ms", "objective_ms", "backward_ms"], args.repeat, True)
+    return found | {"loss": float(losses[-1]), "compiled": args.peer_compile}
+
+
+def one_model(
+    s: Shape, args: argparse.Namespace, dtype: torch.dtype, compiled: bool = True
+) -> tuple[DraftModel, list[Batch]]:
+    torch.manual_seed(0)
+    model = DraftModel(draft_config(s), weights(s, args.device, dtype)).to(device=args.device, dtype=dtype)
+    if compiled and args.device.type == "cuda":
+        model.compile(dynamic=False)
+    return model, [row(s, i, args.device, dtype) for i in range(args.rows)]
+
+
+def clear() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def scaling(s: Shape, args: argparse.Namespace, dtype: torch.dtype) -> list[dict[str, Any]]:
+    """One size at a time; eager backbone (compiling each shape would take minutes), Triton objective and flex attention."""
+    table = []
+    for field, values in (
+        ("tokens", (1024, 2048, 4096, 8192, 16_384)),
+        ("anchors", (128, 256, 512, 1024, 2048)),
+        ("vocab", (32_000, 64_000, 151_936)),
+        ("block", (5, 7, 8, 16)),
+    ):
+        for value in values:
+            torch._dynamo.reset()
+            model, rows = one_model(replace(s, **{field: value}), args, dtype, compiled=False)
+            found = ours(replace(s, **{field: value}), args, model, rows)
+            table.append({"size": field, "value": value, "ms": found["ms"], "peak_gb": found["peak_gb"]})
+            print(table[-1], file=sys.stderr)
+            del model, rows
+            clear()
+    return table
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--shape", choices=SHAPES, default="qwen3-4b")
+    parser.add_argument("--peer", type=Path)
+    parser.add_argument("--peer-compile", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--scaling", action="store_true")
+    parser.add_argument("--agreement", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--adam", action="store_true", help="with fp32 masters, AdamW and metrics")
+    parser.add_argument("--repeat", type=int, default=20)
+    parser.add_argument("--rows", type=int, default=3)
+    parser.add_argument(
+        "--device", type=torch.device, default=torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    )
+    parser.add_argument("--name", default="step")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    args = parser.parse_args()
+    s = SHAPES[args.shape]
+    dtype = torch.bfloat16 if args.device.type == "cuda" else torch.float32
+    results: dict[str, Any] = {}
+    if args.agreement:
+        results["agreement"] = [agreement(s, args.device, dtype)]
+        clear()
+        small = replace(s, tokens=min(s.tokens, 1024), anchors=min(s.anchors, 128))
+        results["agreement"].append(agreement(small, args.device, torch.float32))
+        clear()
+        print(results["agreement"], file=sys.stderr)
+    model, rows = one_model(s, args, dtype)
+    results |= ours(s, args, model, rows, adam=args.adam)
+    results["tokens_per_s"] = 1e3 * s.tokens / results["ms"]
+    print(results, file=sys.stderr)
+    if args.peer:
+        model.zero_grad(set_to_none=True)
+        clear()
+        beside = torch.cuda.memory_allocated() / 1e9
+        found = peer(s, args, model, rows)
+        # Our weights lie beside its own while it runs: they are not its memory. The rows are in both figures.
+        own = sum(p.numel() * p.element_size() for p in model.parameters()) / 1e9
+        results |= {
+            "peer_ms": found["ms"],
+            "peer_peak_gb": found["peak_gb"] - own,
+            "peer": found,
+            "held_beside_peer_gb": beside,
+        }
+    del model, rows
+    clear()
+    if args.scaling:
+        results["scaling"] = scaling(s, args, dtype)
+    write(
+        args.name,
+        {k: str(v) for k, v in vars(args).items() if k not in ("results", "peer")} | {"sizes": vars(s)},
+        results,
+        args.results,
+    )
+
+
+if __name__ == "__main__":
+    main()

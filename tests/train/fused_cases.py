@@ -1,0 +1,39 @@
+"""Run by test_fused.py with TRITON_INTERPRET=1: one JSON line a case, the largest difference from float64."""
+
+from __future__ import annotations
+
+import json
+
+import torch
+
+from dspark.train import fused, objective
+
+# Slots, V, Vd: within a tile, over several, a reduced vocabulary of one and of two tiles, and of a single token.
+SHAPES = [(5, 23, 23), (4, fused.TILE, fused.TILE), (3, 9001, 9001), (6, 9001, 5000), (5, 40, 13), (2, 40, 1)]
+
+for slots, size, draft_size in SHAPES:
+    draft, target = 3 * torch.randn(slots, draft_size), 3 * torch.randn(slots, size)
+    ids = torch.randperm(size)[:draft_size].sort().values if draft_size < size else None
+    labels = torch.randint(0, draft_size, (slots,))
+    labels[0] = -1
+    scale_ce, scale_l1 = torch.rand(slots) * (labels >= 0), torch.rand(slots)
+    want = objective.chunk_terms(
+        draft.double(), target.double(), ids, labels, scale_ce.double(), scale_l1.double(), True
+    )
+    values = fused.chunk_terms(draft.clone(), target, ids, labels, scale_ce, scale_l1, False)
+    got = fused.chunk_terms(draft.clone(), target, ids, labels, scale_ce, scale_l1, True)
+    assert values[3] is None
+    assert torch.equal(values[0], got[0])
+    ce, l1, gradient = ((got[i].double() - want[i]).abs().max().item() for i in (0, 1, 3))
+    wrong = int((got[2] != want[2]).sum())
+    print(
+        json.dumps(
+            {
+                "shape": [slots, size, draft_size],
+                "ce": ce,
+                "l1": l1,
+                "gradient": gradient,
+                "wrong_hits": wrong,
+            }
+        )
+    )

