@@ -344,6 +344,11 @@ def codec_from(info: FieldInfo, where: str) -> Codec:
     return known
 
 
+def calibrated(codec: Codec, states: torch.Tensor) -> Codec:
+    """``codec`` centred on ``states`` [T, L, H] or [M, H], if it is one that can be and there are any."""
+    return codec.calibrated(states) if isinstance(codec, Rotated) and states.shape[0] else codec
+
+
 def field_info(codec: Codec) -> FieldInfo:
     """What a manifest says of a field that ``codec`` codes."""
     return FieldInfo(codec=codec.name, bits=codec.bits, params=codec.params)

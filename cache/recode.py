@@ -1,21 +1,26 @@
 """``dspark-tools recode``: a store in other bits. Part by part, so it streams, can be stopped, and is resumed like a dump.
 
-Parts keep their boundaries, rows and counts; only ``aux_*`` and ``last_*`` change. The compact codecs are centred on the first states of the
-source (``CALIBRATION`` tokens), a pure function of the source, so a resumed run codes exactly as the first one did.
+Parts keep their boundaries, rows and counts; only ``aux_*`` and ``last_*`` change. The compact codecs are centred on states spread over the
+source, a pure function of it, so a resumed run codes exactly as the first one did. Parts are independent: ``workers`` threads take one each
+(decompression, coding and compression all leave Python's lock), and the bytes do not depend on how many there are.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
+import os
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
-from dspark.cache.codec import Codec, Rotated, codec_for, field_info, to_numpy
+from dspark.cache.centre import spread, thin
+from dspark.cache.codec import Codec, calibrated, codec_for, field_info, to_numpy
 from dspark.cache.errors import UsageError
 from dspark.cache.layout import PARTS, part_name
 from dspark.cache.manifest import Counts, Manifest
@@ -25,7 +30,7 @@ from dspark.cache.reader import open as open_store
 from dspark.cache.records import CodedSample
 from dspark.cache.writer import StoreWriter
 
-CALIBRATION = 8192  # tokens; 250 lose 1.7 dB, 1,000 lose 0.5 dB, 4,000 nothing measurable (docs/log.md)
+BATCH_VALUES = 1 << 24  # aux values coded at once: 64 MB in float32, a few times over while they are
 
 
 def recode(
@@ -37,16 +42,21 @@ def recode(
     calibrate: bool = True,
     resume: bool = False,
     overwrite: bool = False,
+    workers: int | None = None,
+    device: str = "cpu",
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Manifest:
-    """Write ``source`` to ``destination`` with other bits; returns the finished manifest. ``progress(parts done, parts)``."""
+    """Write ``source`` to ``destination`` with other bits; returns the finished manifest. ``progress(parts done, parts)``.
+
+    ``workers``: parts in work at once (None: a core each, eight at most; each holds a part's states). ``device``: where states are coded.
+    """
     cache = open_store(source)
     if Path(source).resolve() == Path(destination).resolve():
         raise UsageError(f"{destination} is the source itself; give another folder")
     aux, last = codec_for(aux_bits), codec_for(last_bits)
-    probe = first_states(cache)
+    probe = spread_states(cache)
     if calibrate:
-        aux, last = (_calibrated(c, x) for c, x in zip((aux, last), probe, strict=True))
+        aux, last = (calibrated(c, x) for c, x in zip((aux, last), probe, strict=True))
     manifest = dataclasses.replace(
         cache.manifest,
         aux=field_info(aux),
@@ -66,23 +76,13 @@ def recode(
         writer = StoreWriter.create(destination, manifest, cache.target, files, overwrite=overwrite)
     dropped: Counter[str] = Counter(cache.manifest.counts.dropped)
     truncated = cache.manifest.counts.truncated
-    first = cache.index["part_first_sample"]
+    for part in range(cache.parts):
+        record = read_record(cache.path / PARTS / part_name(part))
+        dropped.subtract(record.dropped)
+        truncated -= record.truncated
+    left = [part for part in range(cache.parts) if part not in writer.committed]
     with writer:
-        for part in range(cache.parts):
-            record = read_record(cache.path / PARTS / part_name(part))
-            dropped.subtract(record.dropped)
-            truncated -= record.truncated
-            if part not in writer.committed:
-                samples = [_coded(cache, i, aux, last) for i in range(int(first[part]), int(first[part + 1]))]
-                writer.commit(
-                    part,
-                    samples,
-                    row_start=record.row_start,
-                    row_stop=record.row_stop,
-                    dropped=record.dropped,
-                    truncated=record.truncated,
-                )
-            progress(part + 1, cache.parts)
+        _recode_parts(cache, writer, left, workers, torch.device(device), progress)
         # What the source dropped after its last part belongs to no part.
         tail = {reason: n for reason, n in dropped.items() if n}
         quality = {
@@ -97,6 +97,49 @@ def recode(
         return writer.finish(rows_read=rows_read, dropped=tail, truncated=truncated, quality=quality)
 
 
+def _recode_parts(
+    cache: Cache,
+    writer: StoreWriter,
+    left: list[int],
+    workers: int | None,
+    device: torch.device,
+    progress: Callable[[int, int], None],
+) -> None:
+    """Code and commit the parts ``left``, in any order."""
+
+    def one(part: int) -> None:
+        torch.set_num_threads(1)  # of this thread: parts are what runs side by side
+        own = Cache(cache.path, cache.manifest)  # files of its own; a Cache belongs to one thread
+        record = own.record(part)
+        first = own.index["part_first_sample"]
+        samples = [own.read(i) for i in range(int(first[part]), int(first[part + 1]))]
+        coded = [
+            out for batch in _batches(own, samples) for out in _coded(own, batch, *writer.codecs, device)
+        ]
+        writer.commit(
+            part,
+            coded,
+            row_start=record.row_start,
+            row_stop=record.row_stop,
+            dropped=record.dropped,
+            truncated=record.truncated,
+        )
+
+    done = cache.parts - len(left)
+    threads = torch.get_num_threads()
+    with ThreadPoolExecutor(workers or min(8, os.cpu_count() or 1), thread_name_prefix="recode") as pool:
+        jobs = [pool.submit(one, part) for part in left]
+        try:
+            for job in as_completed(jobs):
+                job.result()
+                done += 1
+                progress(done, cache.parts)
+        finally:
+            for job in jobs:
+                job.cancel()
+            torch.set_num_threads(threads)
+
+
 def decoded(cache: Cache, sample: CodedSample) -> tuple[torch.Tensor, torch.Tensor]:
     """Float states of a coded sample: ``aux`` [S, L, H], ``last`` [M, H]."""
     hidden = cache.manifest.target.hidden_size
@@ -105,17 +148,13 @@ def decoded(cache: Cache, sample: CodedSample) -> tuple[torch.Tensor, torch.Tens
     return a.float(), b.float()
 
 
-def first_states(cache: Cache) -> tuple[torch.Tensor, torch.Tensor]:
-    """``aux`` and ``last`` of the first samples, ``CALIBRATION`` tokens of them (or all there are)."""
-    aux, last, tokens = [], [], 0
-    for i in range(len(cache)):
-        a, b = decoded(cache, cache.read(i))
-        aux.append(a)
-        last.append(b)
-        tokens += a.shape[0]
-        if tokens >= CALIBRATION:
-            break
-    return torch.cat(aux), torch.cat(last)
+def spread_states(cache: Cache) -> tuple[torch.Tensor, torch.Tensor]:
+    """``aux`` and ``last`` of samples spread over the store, about ``CALIBRATION`` tokens of them (or all there are)."""
+    lengths = cache.lengths
+    chosen = spread(len(cache), float(lengths.mean()))
+    pairs = [decoded(cache, cache.read(i)) for i in chosen]
+    aux, last = (torch.cat([thin(pair[k], len(chosen)) for pair in pairs]) for k in (0, 1))
+    return aux, last
 
 
 def snr_db(x: torch.Tensor, y: torch.Tensor) -> float | None:
@@ -125,14 +164,37 @@ def snr_db(x: torch.Tensor, y: torch.Tensor) -> float | None:
     return round(10 * math.log10(signal / error), 2) if error > 0 else None
 
 
-def _calibrated(codec: Codec, states: torch.Tensor) -> Codec:
-    return codec.calibrated(states) if isinstance(codec, Rotated) and states.shape[0] else codec
+def _batches(cache: Cache, samples: list[CodedSample]) -> Iterator[list[CodedSample]]:
+    """``samples`` in runs of ``BATCH_VALUES`` aux values or one sample."""
+    m = cache.manifest
+    batch: list[CodedSample] = []
+    values = 0
+    for sample in samples:
+        batch.append(sample)
+        values += sample.tokens.input_ids.shape[0] * len(m.layers) * m.target.hidden_size
+        if values >= BATCH_VALUES:
+            yield batch
+            batch, values = [], 0
+    if batch:
+        yield batch
 
 
-def _coded(cache: Cache, i: int, aux: Codec, last: Codec) -> CodedSample:
-    sample = cache.read(i)
-    a, b = decoded(cache, sample)
-    return CodedSample(sample.tokens, to_numpy(aux.encode(a)), to_numpy(last.encode(b)))
+def _coded(
+    cache: Cache, samples: list[CodedSample], aux: Codec, last: Codec, device: torch.device
+) -> list[CodedSample]:
+    """``samples`` in the new codes, coded as one tensor (rows are independent): a few calls instead of dozens a sample."""
+    hidden = cache.manifest.target.hidden_size
+
+    def field(old: Codec, new: Codec, coded: list[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        joined = {n: torch.from_numpy(np.concatenate([c[n] for c in coded])).to(device) for n in coded[0]}
+        out = to_numpy(new.encode(old.decode(joined, hidden)))
+        ends = np.cumsum([next(iter(c.values())).shape[0] for c in coded])[:-1]
+        pieces = {n: np.split(x, ends) for n, x in out.items()}
+        return [{n: pieces[n][i] for n in pieces} for i in range(len(coded))]
+
+    a = field(cache.aux_codec, aux, [s.aux for s in samples])
+    b = field(cache.last_codec, last, [s.last for s in samples])
+    return [CodedSample(s.tokens, x, y) for s, x, y in zip(samples, a, b, strict=True)]
 
 
 def _through(codec: Codec, x: torch.Tensor) -> torch.Tensor:

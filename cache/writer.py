@@ -17,7 +17,7 @@ from types import TracebackType
 import numpy as np
 import zarr
 
-from dspark.cache.codec import codec_from
+from dspark.cache.codec import Codec, codec_from
 from dspark.cache.disk import STAGING, clear_staging, commit_folder, write_errors, write_file
 from dspark.cache.errors import DamagedCacheError, ExistsError, MismatchError
 from dspark.cache.frozen import FrozenTarget
@@ -58,6 +58,11 @@ class StoreWriter:
         self.committed = committed
         self._aux = codec_from(manifest.aux, str(path))
         self._last = codec_from(manifest.last, str(path))
+
+    @property
+    def codecs(self) -> tuple[Codec, Codec]:
+        """What ``aux`` and ``last`` are coded with, as the store's manifest says."""
+        return self._aux, self._last
 
     @classmethod
     def create(

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dspark.cache.codec import Codec, codec_for, field_info, to_numpy
+from dspark.cache.codec import Bf16, Codec, codec_for, field_info, to_numpy
 from dspark.cache.errors import DataError, DsparkError, EngineError, ExistsError
 from dspark.cache.manifest import DumpInfo, Manifest, SourceInfo, TargetInfo
 from dspark.cache.reader import read_manifest
@@ -24,6 +24,7 @@ from dspark.cache.recode import snr_db
 from dspark.cache.records import CodedSample, TokenSample
 from dspark.cache.writer import StoreWriter
 from dspark.dump import plan as planning
+from dspark.dump.calibrate import calibrate, calibration_samples, centred_as
 from dspark.dump.config import DumpConfig
 from dspark.dump.corpus import Corpus, TokenRow, open_corpus
 from dspark.dump.parts import PartReader, PartRows
@@ -163,17 +164,20 @@ def dump(
         raise ExistsError(
             f"{config.output} exists. Use --resume to go on with it, --overwrite to replace it, or another --output."
         )
-    if resuming and (found := read_manifest(config.output)).complete:
+    stored = read_manifest(config.output) if resuming else None
+    if stored and stored.complete:
         show.say(
-            f"{config.output} is complete ({found.counts.samples:,} samples, {found.counts.tokens:,} tokens): nothing to resume."
+            f"{config.output} is complete ({stored.counts.samples:,} samples, {stored.counts.tokens:,} tokens): nothing to resume."
         )
-        return report(config.output, found, time.monotonic() - began, 0)
+        return report(config.output, stored, time.monotonic() - began, 0)
     # Everything that can be refused without weights is refused before they are loaded.
     job = prepare(config)
     with log_file(config.output.with_name(config.output.name + ".log")):
         for line in job.plan.lines():
             show.say(line)
-        writer = StoreWriter.resume(config.output, job.manifest) if resuming else None
+        if stored:
+            job = dataclasses.replace(job, manifest=centred_as(job.manifest, stored))
+        writer = StoreWriter.resume(config.output, job.manifest) if stored else None
         done = sum(r.tokens for r in writer.committed.values()) if writer else 0
         if writer:
             show.say(f"resuming: {len(writer.committed)} parts with {done:,} tokens are there")
@@ -201,17 +205,38 @@ def run_engine(
         f"self-check passed: states and engine agree at {agreement.agree:.1%} of {agreement.positions} positions "
         f"(largest log-probability difference {agreement.worst:.2g})"
     )
-    codecs = codec_for(config.aux_bits), codec_for(config.last_bits)
-    quality = measure([states[i] for i in sorted(states)], *codecs)
     if writer is None:
+        aux, last = calibrated_codecs(job, engine, probe, show)
+        manifest = dataclasses.replace(job.manifest, aux=field_info(aux), last=field_info(last))
         writer = StoreWriter.create(
-            config.output, job.manifest, compact(frozen), job.target.files, overwrite=config.overwrite
+            config.output, manifest, compact(frozen), job.target.files, overwrite=config.overwrite
         )
+    codecs = writer.codecs
+    quality = measure([states[i] for i in sorted(states)], *codecs)
     with writer:
         reader = part_reader(job, config.part_tokens, log.info)
         tail, new_tokens = write_parts(writer, reader, engine, codecs, show, job.plan.rows)
         reader.check_dropped(at_end=True)
         return writer.finish(rows_read=reader.rows_read, dropped=tail.dropped, quality=quality), new_tokens
+
+
+def calibrated_codecs(
+    job: Job, engine: Engine, probe: Sequence[TokenSample], show: Display
+) -> tuple[Codec, Codec]:
+    """The codecs of a new store, centred on states from all over the corpus (on the first ones if every row picked was dropped)."""
+    plain = codec_for(job.config.aux_bits), codec_for(job.config.last_bits)
+    if all(isinstance(c, Bf16) for c in plain):
+        return plain
+    began = time.monotonic()
+    assert job.plan.rows is not None
+    assert job.plan.tokens is not None
+    samples = calibration_samples(job.corpus, job.maker, job.plan.rows, job.plan.tokens) or list(probe)
+    codecs = calibrate(engine, samples, plain)
+    show.say(
+        f"calibrated on {len(samples):,} samples spread over the corpus, {sum(len(s.input_ids) for s in samples):,} tokens, "
+        f"in {time.monotonic() - began:.1f} s"
+    )
+    return codecs
 
 
 def part_reader(job: Job, part_tokens: int, note: Callable[[str], None]) -> PartReader:

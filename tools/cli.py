@@ -244,8 +244,10 @@ def score_command(cache: str, draft: str, max_anchors: int, which: str, as_json:
 @click.option(
     "--calibrate/--no-calibrate",
     default=True,
-    help="Centre the code on the source's first states (about 3 dB).",
+    help="Centre the code on states spread over the source (about 3 dB).",
 )
+@click.option("--workers", type=int, help="Parts in work at once.  [default: a core each, 8 at most]")
+@click.option("--device", default="cpu", type=click.Choice(["cpu", "cuda"]), help="Where states are coded.")
 @click.option("--resume", is_flag=True, help="Go on with DESTINATION.")
 @click.option("--overwrite", is_flag=True, help="Replace DESTINATION.")
 @json_flag

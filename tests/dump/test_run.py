@@ -31,6 +31,7 @@ from dspark.cache.errors import (
 from dspark.cache.records import TokenSample
 from dspark.cache.writer import StoreWriter
 from dspark.dump import plan as planning
+from dspark.dump.calibrate import calibration_samples
 from dspark.dump.capture import Engine, States
 from dspark.dump.config import DumpConfig
 from dspark.dump.progress import Display
@@ -158,14 +159,42 @@ def test_the_same_dump_twice_is_the_same_store(config: DumpConfig, show: Display
     assert_same(config.output, other.output)
 
 
-@pytest.mark.parametrize("stop", [KeyboardInterrupt, RuntimeError])
-def test_a_stopped_dump_resumes_to_the_same_store(
-    config: DumpConfig, show: Display, tmp_path: Path, stop: type[BaseException]
+def test_a_compact_dump_is_centred_on_rows_from_all_over_the_corpus(
+    config: DumpConfig, show: Display, write_rows: Callable[..., Path]
 ) -> None:
+    """Rows sorted by topic: the first hundred know nothing of the last hundred."""
+    data = write_rows(
+        [chat("u: cat cat cat", "a: the mat")] * 200 + [chat("u: 1 2 3 4 5", "a: 6 7 8 9 0")] * 200
+    )
+    config = dataclasses.replace(config, data=str(data), aux_bits=4, last_bits=8)
+    job = prepare(config)
+    assert job.plan.tokens is not None
+    samples = calibration_samples(job.corpus, job.maker, 400, job.plan.tokens)
+    rows = [s.row for s in samples]
+    assert min(rows) < 10
+    assert max(rows) > 390
+    assert sum(r < 200 for r in rows) == pytest.approx(len(rows) / 2, abs=1)
+    dump(config, show)
+    store = dspark.cache.open(config.output)
+    assert {"mean", "deviation"} <= store.manifest.aux.params.keys() & store.manifest.last.params.keys()
+    aux = np.concatenate([store[i].aux for i in range(0, 400, 13)])
+    mean = store.aux_codec.centre.tensors(64, torch.device("cpu"))[0].numpy()  # type: ignore[union-attr]
+    np.testing.assert_allclose(aux.mean(0), mean, atol=0.25 * float(aux.std(0).mean()))
+    assert "calibrated on" in config.output.with_name("hs.zarr.log").read_text()
+
+
+@pytest.mark.parametrize(
+    ("stop", "bits"), [(KeyboardInterrupt, (16, 16)), (RuntimeError, (16, 16)), (RuntimeError, (3, 4))]
+)
+def test_a_stopped_dump_resumes_to_the_same_store(
+    config: DumpConfig, show: Display, tmp_path: Path, stop: type[BaseException], bits: tuple[int, int]
+) -> None:
+    config = dataclasses.replace(config, aux_bits=bits[0], last_bits=bits[1])
+    calibrated = 35 if bits != (16, 16) else 0  # the engine has seen every sample once before the first part
     whole = dataclasses.replace(config, output=tmp_path / "whole.zarr")
     dump(whole, show)
     with pytest.raises(Stopped if stop is KeyboardInterrupt else stop):
-        dump(config, show, stops_after(20, stop))
+        dump(config, show, stops_after(20 + calibrated, stop))
     assert (
         0 < len(list((config.output / "parts").glob("0*"))) < len(list((whole.output / "parts").glob("0*")))
     )
@@ -183,7 +212,8 @@ def test_killed_and_resumed_is_byte_identical(
     def command(output: Path, *more: str) -> list[str]:
         code = "from dspark.dump.cli import main; main()"
         return [sys.executable, "-c", code, "--model", str(tiny), "--data", str(data), "--output", str(output),
-                "--part-tokens", "300", "--engine", "transformers", "--device", "cpu", *more]  # fmt: skip
+                "--part-tokens", "300", "--engine", "transformers", "--device", "cpu",
+                "--aux-bits", "3", "--last-bits", "4", *more]  # fmt: skip
 
     whole, killed = tmp_path / "whole.zarr", tmp_path / "killed.zarr"
     subprocess.run(command(whole), check=True, capture_output=True)
