@@ -48,7 +48,10 @@ class Generation:
     def outcome(self, block_size: int) -> Outcome:
         """The counts, as every engine reports them."""
         at = tuple(sum(b.accepted > k for b in self.blocks) for k in range(block_size))
-        return Outcome(tokens=self.tokens, seconds=self.seconds, drafts=len(self.blocks), accepted_at=at)
+        return Outcome(
+            tokens=self.tokens, seconds=self.seconds, drafts=len(self.blocks), accepted_at=at,
+            drafted=tuple((b.anchor, b.drafted) for b in self.blocks),
+        )  # fmt: skip
 
 
 def speculative_generate(

@@ -8,9 +8,9 @@ falls with k; `mean_accepted_length` = 1 + accepted / blocks.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,19 +19,29 @@ class Outcome:
     and decoding.
 
     ``drafts``: verified blocks. ``accepted_at[k]``: how many of them had more than ``k`` draft tokens
-    accepted (empty without a draft).
+    accepted (empty without a draft). ``drafted``: (position of the anchor, drafted tokens) of each block,
+    where they were asked for; vLLM adds one that it never verified.
     """
 
     tokens: list[int]
     seconds: float
     drafts: int = 0
     accepted_at: tuple[int, ...] = ()
+    drafted: tuple[tuple[int, tuple[int, ...]], ...] = ()
+
+    @classmethod
+    def from_json(cls, row: Mapping[str, Any]) -> Self:
+        """From ``dataclasses.asdict`` through JSON, which knows no tuples."""
+        drafted = tuple((position, tuple(tokens)) for position, tokens in row["drafted"])
+        return cls(**{**row, "accepted_at": tuple(row["accepted_at"]), "drafted": drafted})
 
 
 def summarise(outcomes: Sequence[Outcome]) -> dict[str, Any]:
-    """Totals of ``outcomes``: prompts, tokens, drafts, mean_accepted_length, accept_rate, tokens_per_second.
+    """Totals of ``outcomes``: prompts, tokens, drafts, mean_accepted_length and its standard error, accept_rate,
+    tokens_per_second.
 
-    The rates are null where nothing was drafted (every answer ended with its first token).
+    The rates are null where nothing was drafted (every answer ended with its first token), the error where fewer
+    than two prompts drafted anything.
     """
     drafts = sum(o.drafts for o in outcomes)
     slots = max((len(o.accepted_at) for o in outcomes), default=0)
@@ -42,9 +52,24 @@ def summarise(outcomes: Sequence[Outcome]) -> dict[str, Any]:
         "tokens": tokens,
         "drafts": drafts,
         "mean_accepted_length": 1 + sum(accepted_at) / drafts if drafts else None,
+        "mean_accepted_length_se": ratio_error([sum(o.accepted_at) for o in outcomes], [o.drafts for o in outcomes]),
         "accept_rate": [n / drafts for n in accepted_at] if drafts else None,
         "tokens_per_second": rate(outcomes),
     }
+
+
+def ratio_error(tops: Sequence[float], bottoms: Sequence[float]) -> float | None:
+    """Standard error of ``sum(tops) / sum(bottoms)`` over prompts as clusters (linearised ratio estimator).
+
+    Blocks of one answer resemble each other, so blocks counted as independent would claim too small an error.
+    """
+    used = [(t, b) for t, b in zip(tops, bottoms, strict=True) if b]
+    if len(used) < 2:
+        return None
+    total = sum(b for _, b in used)
+    ratio = sum(t for t, _ in used) / total
+    spread = sum((t - ratio * b) ** 2 for t, b in used)
+    return float((spread * len(used) / (len(used) - 1)) ** 0.5 / total)
 
 
 def rate(outcomes: Sequence[Outcome]) -> float:

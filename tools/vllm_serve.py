@@ -20,6 +20,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,8 @@ class ServeRequest:
     seed: int = 0
     stop_token_ids: tuple[int, ...] = ()
     dtype: str = "auto"
+    trace: bool = False
+    """Also report every block vLLM drafts (``Outcome.drafted``); the engine then runs in the child itself."""
 
     def engine_args(self) -> dict[str, Any]:
         """Keyword arguments of ``vllm.LLM``, with room for a block past the limit (it cuts drafts there)."""
@@ -78,9 +81,11 @@ def run_vllm(
     """One ``Outcome`` per prompt, from a vLLM started for this call. Raises EngineError with the end of
     vLLM's log.
 
-    ``program``: what the child's Python runs (a test wraps ``main`` to look inside).
+    ``program``: what the child's Python runs.
     """
     env = _environment()
+    if request.trace:
+        env["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     with tempfile.TemporaryDirectory(prefix="dspark-vllm-") as tmp:
         question, answer, log = (Path(tmp) / name for name in ("request.json", "result.json", "log.txt"))
         question.write_text(json.dumps(asdict(request)))
@@ -92,10 +97,7 @@ def run_vllm(
         if child.returncode != 0:
             tail = "\n".join(log.read_text(errors="replace").splitlines()[-_LOG_LINES:])
             raise EngineError(f"vLLM ended with exit code {child.returncode}. The end of its log:\n{tail}")
-        return [
-            Outcome(**{**row, "accepted_at": tuple(row["accepted_at"])})
-            for row in json.loads(answer.read_text())
-        ]
+        return [Outcome.from_json(row) for row in json.loads(answer.read_text())]
 
 
 def _environment() -> dict[str, str]:
@@ -128,6 +130,7 @@ def serve(request: ServeRequest) -> list[Outcome]:
     from vllm import LLM, SamplingParams
     from vllm.platforms import current_platform
 
+    trace = _trace() if request.trace else []
     args = request.engine_args()
     if current_platform.is_cpu():
         args |= {"enforce_eager": True, "distributed_executor_backend": "uni"}
@@ -145,6 +148,7 @@ def serve(request: ServeRequest) -> list[Outcome]:
     outcomes = []
     for number, prompt in enumerate(request.prompts):
         drafts, accepted_at = _counters(llm)
+        trace.clear()
         start = time.perf_counter()
         (result,) = llm.generate(
             {"prompt_token_ids": prompt}, params(request.max_tokens, number), use_tqdm=False
@@ -157,9 +161,33 @@ def serve(request: ServeRequest) -> list[Outcome]:
                 seconds=seconds,
                 drafts=drafts_after - drafts,
                 accepted_at=tuple(b - a for a, b in zip(accepted_at, accepted_after, strict=True)),
+                drafted=tuple(trace),
             )
         )
     return outcomes
+
+
+def _trace() -> list[tuple[int, tuple[int, ...]]]:
+    """A list that fills with (position of the anchor, drafted tokens) of every block vLLM drafts from now on.
+
+    vLLM also drafts after the last verified block of a request; that one is never judged.
+    """
+    from vllm.v1.worker.gpu.spec_decode.dspark.speculator import DSparkSpeculator
+
+    blocks: list[tuple[int, tuple[int, ...]]] = []
+    original = DSparkSpeculator.propose
+
+    @wraps(original)
+    def propose(self: Any, input_batch: Any, *args: Any, dummy_run: bool = False, **kwargs: Any) -> Any:
+        drafted = original(self, input_batch, *args, dummy_run=dummy_run, **kwargs)
+        if not dummy_run:
+            for i in range(len(input_batch.req_ids)):
+                position = int(self.input_buffers.positions[i * self.num_query_per_req])
+                blocks.append((position, tuple(drafted[i].tolist())))
+        return drafted
+
+    DSparkSpeculator.propose = propose
+    return blocks
 
 
 def _counters(llm: Any) -> tuple[int, list[int]]:

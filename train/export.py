@@ -1,4 +1,7 @@
-"""A draft folder: ``config.json`` and ``model.safetensors`` in the layout that vLLM serves with method ``dspark``.
+"""A draft folder: ``config.json`` and ``model.safetensors`` in the layouts that vLLM serves with method ``dspark``.
+
+config.json is flat (DeepSpec's spelling, what training writes) or in the speculators format; the tensors are the same. The weights'
+own header repeats, under ``TRAINED_AS``, the config they were trained with: an edited or converted config.json can be told from it.
 
 Legend: V/Vd target and draft vocabulary, H hidden size, r Markov rank.
 
@@ -12,7 +15,10 @@ saved in full, with ``"vllm_servable": false`` in config.json: vLLM would refuse
 
 from __future__ import annotations
 
+import dataclasses
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +29,14 @@ from torch import Tensor
 
 from dspark.cache.disk import write_file
 from dspark.cache.errors import DraftError
+from dspark.cache.frozen import FrozenTarget
 from dspark.train.draft import DraftModel, TargetWeights
 from dspark.train.draft_config import DFLASH_SERVED_RANK, DraftConfig
+from dspark.train.speculators_config import MARK, to_flat, to_speculators
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
+TRAINED_AS = "dspark_trained_as"
+FROZEN = ("embed_tokens.weight", "lm_head.weight")
 _ZERO_MARKOV = ("markov_head.markov_w1.weight", "markov_head.markov_w2.weight")
 
 
@@ -40,12 +50,25 @@ def save_draft(
     """Write the draft; ``include_frozen`` adds embed_tokens and lm_head for readers that do not borrow the target's."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = served_tensors(model, dtype, include_frozen=include_frozen)
-    flat = model.config.to_flat()
+    write_tensors(folder, served_tensors(model, dtype, include_frozen=include_frozen), model.config)
+    write_config(folder, model.config, dtype)
+
+
+def write_tensors(folder: Path, tensors: dict[str, Tensor], config: DraftConfig) -> None:
+    """model.safetensors, with the config it was trained with in its header."""
+    metadata = {"format": "pt", TRAINED_AS: json.dumps(config.to_flat(), sort_keys=True)}
+    write_file(folder / WEIGHTS, save(tensors, metadata=metadata))
+
+
+def write_config(
+    folder: Path, config: DraftConfig, dtype: torch.dtype, verifier: tuple[str, list[str]] | None = None
+) -> None:
+    """config.json: flat, or in the speculators format if its ``verifier`` (target id, architectures) is given."""
+    flat = config.to_flat()
     flat["dtype"] = str(dtype).removeprefix("torch.")
-    flat["vllm_servable"] = model.config.servable_by_vllm
-    write_file(folder / WEIGHTS, save(tensors, metadata={"format": "pt"}))
-    write_file(folder / CONFIG, (json.dumps(flat, indent=2) + "\n").encode())
+    flat["vllm_servable"] = config.servable_by_vllm
+    spelled = flat if verifier is None else to_speculators(flat, *verifier)
+    write_file(folder / CONFIG, (json.dumps(spelled, indent=2) + "\n").encode())
 
 
 def served_tensors(model: DraftModel, dtype: torch.dtype, *, include_frozen: bool) -> dict[str, Tensor]:
@@ -71,7 +94,13 @@ def served_tensors(model: DraftModel, dtype: torch.dtype, *, include_frozen: boo
 
 
 def load_config(folder: Path | str) -> DraftConfig:
-    """The config of a draft folder."""
+    """The config of a draft folder, in either spelling."""
+    config = read_config(folder)
+    return DraftConfig.from_flat(to_flat(config) if MARK in config else config)
+
+
+def read_config(folder: Path | str) -> dict[str, Any]:
+    """config.json as it stands."""
     path = Path(folder) / CONFIG
     try:
         flat: Any = json.loads(path.read_text())
@@ -83,7 +112,29 @@ def load_config(folder: Path | str) -> DraftConfig:
         raise DraftError(f"{path} is not JSON: {wrong}") from wrong
     if not isinstance(flat, dict):
         raise DraftError(f"{path} is not a JSON object")
-    return DraftConfig.from_flat(flat)
+    return flat
+
+
+def trained_as(folder: Path | str) -> DraftConfig | None:
+    """The config in the weights' header; None for weights that another program wrote."""
+    with _opened(Path(folder) / WEIGHTS) as file:
+        text = (file.metadata() or {}).get(TRAINED_AS)
+    return None if text is None else DraftConfig.from_flat(json.loads(text))
+
+
+def trained_shapes(config: DraftConfig) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of every tensor that training owns, as ``config`` describes them. Allocates nothing."""
+    whole = dataclasses.replace(config, draft_vocab_size=config.vocab_size)
+    with torch.device("meta"):
+        matrix = torch.empty(config.vocab_size, config.hidden_size)
+        model = DraftModel(whole, FrozenTarget(matrix, torch.empty(config.hidden_size), matrix, True))
+    shapes = {name: tuple(p.shape) for name, p in model.trained()}
+    if "markov_head.markov_w2.weight" in shapes:
+        shapes["markov_head.markov_w2.weight"] = (config.draft_vocab_size, config.markov_rank)
+    if config.speculator_type == "dflash":
+        for name, rows in zip(_ZERO_MARKOV, (config.vocab_size, config.draft_vocab_size), strict=True):
+            shapes[name] = (rows, DFLASH_SERVED_RANK)
+    return shapes
 
 
 def load_draft(
@@ -100,7 +151,7 @@ def load_draft(
     """
     config = load_config(folder)
     path = Path(folder) / WEIGHTS
-    stored = _read(path)
+    stored = read_tensors(folder)
     draft_ids = _draft_ids(stored, config, path)
     model = DraftModel(config, target, draft_ids, frozen_dtype=frozen_dtype or dtype)
     if config.speculator_type == "dflash":
@@ -112,7 +163,7 @@ def load_draft(
     wanted = dict(model.trained())
     missing, unexpected = (
         sorted(set(wanted) - set(stored)),
-        sorted(set(stored) - set(wanted) - {"embed_tokens.weight", "lm_head.weight"}),
+        sorted(set(stored) - set(wanted) - set(FROZEN)),
     )
     if missing or unexpected:
         raise DraftError(
@@ -134,10 +185,17 @@ def _cast_trained(model: DraftModel, dtype: torch.dtype) -> None:
         parameter.data = parameter.data.to(dtype)
 
 
-def _read(path: Path) -> dict[str, Tensor]:
+def read_tensors(folder: Path | str) -> dict[str, Tensor]:
+    """Every tensor of model.safetensors, as stored."""
+    with _opened(Path(folder) / WEIGHTS) as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
     try:
         with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+            yield file
     except (OSError, SafetensorError) as wrong:
         raise DraftError(f"{path} cannot be read as safetensors: {wrong}") from wrong
 
