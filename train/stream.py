@@ -9,20 +9,19 @@ Legend: S tokens of a row (``total_seq_len`` at most), A anchors, N samples.
 from __future__ import annotations
 
 import copy
-import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from dspark.cache.errors import TrainError, UsageError
 from dspark.cache.reader import Cache
 from dspark.train import anchors as rules
 from dspark.train.batch import Batch
+from dspark.train.row import Row
 
 VALIDATION_EPOCH = -1  # the "epoch" whose anchors are drawn for validation: the same ones every time
 
@@ -57,40 +56,6 @@ def pack(order: Sequence[int] | rules.Int64, lengths: rules.Int64, total_seq_len
         rows[-1].append(int(i))
         room -= n
     return rows
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """A packed row as the workers hand it over: all of a ``Batch`` but the states, and the states' codes."""
-
-    batch: Batch  # aux [S, 0], last [M, 0]
-    aux: dict[str, Tensor]
-    last: dict[str, Tensor]
-
-    def pin_memory(self) -> Row:
-        """Called by the loader: page-locked copies, so that the move to the GPU runs beside the compute."""
-        fields = {f.name: getattr(self.batch, f.name).pin_memory() for f in dataclasses.fields(Batch)}
-        return Row(
-            Batch(**fields),
-            {n: t.pin_memory() for n, t in self.aux.items()},
-            {n: t.pin_memory() for n, t in self.last.items()},
-        )
-
-    def place(self, cache: Cache, device: torch.device, dtype: torch.dtype) -> Batch:
-        """The batch on ``device``: codes are moved, and decoded there to ``dtype``."""
-        hidden = cache.manifest.target.hidden_size
-        aux = cache.aux_codec.decode(
-            {n: t.to(device, non_blocking=True) for n, t in self.aux.items()}, hidden
-        )
-        last = cache.last_codec.decode(
-            {n: t.to(device, non_blocking=True) for n, t in self.last.items()}, hidden
-        )
-        return dataclasses.replace(self.batch.to(device), aux=aux.to(dtype), last=last.to(dtype))
-
-    @property
-    def tokens(self) -> int:
-        """Tokens of documents, padding not counted."""
-        return int((self.batch.doc >= 0).sum())
 
 
 class Rows(Dataset[Row]):
@@ -129,15 +94,9 @@ class Rows(Dataset[Row]):
             block_size=stream.block_size,
             pad_anchors_to=stream.max_anchors if stream.pad else 0,
         )
-        aux = {n: _concatenate([s.aux[n] for s in samples], size) for n in samples[0].aux}
-        last = {n: _concatenate([s.last[n] for s in samples], stored) for n in samples[0].last}
-        return Row(batch, aux, last)
-
-
-def _concatenate(arrays: list[np.ndarray[Any, np.dtype[Any]]], size: int) -> Tensor:
-    out = np.zeros((size, *arrays[0].shape[1:]), arrays[0].dtype)
-    np.concatenate(arrays, out=out[: sum(a.shape[0] for a in arrays)])
-    return torch.from_numpy(out)
+        aux = {n: [s.aux[n] for s in samples] for n in samples[0].aux}
+        last = {n: [s.last[n] for s in samples] for n in samples[0].last}
+        return Row.build(batch, aux, last, used)
 
 
 class Stream:
