@@ -104,11 +104,11 @@ def recomputed_states(draft: DraftModel, aux: Tensor, anchor_id: int) -> Tensor:
     row = torch.cat([aux, torch.full_like(aux[:1], torch.nan)]).to(device)
     anchors, valid = torch.tensor([a], device=device), torch.tensor([True], device=device)
     doc = torch.zeros(a + 1, dtype=torch.int32, device=device)
-    plan = AttentionPlan.build(doc, anchors, valid, draft.config.block_size)
+    attention = AttentionPlan.build(doc, anchors, valid, draft.config.block_size)
     ctx = draft.context(row)
     x = draft.block_input(torch.tensor([anchor_id], device=device), valid).to(ctx.dtype).flatten(0, 1)
     position = torch.arange(a + draft.config.block_size, device=device)
-    return draft.backbone(x, ctx, position[a:], position[: a + 1], plan)
+    return draft.backbone(x, ctx, draft.plan_of(attention, position[a:], position[: a + 1]))
 
 
 @torch.inference_mode()

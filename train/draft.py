@@ -81,6 +81,18 @@ class RMSNorm(nn.Module):
         return self.weight * wide.to(x.dtype)
 
 
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a forward needs of a batch besides its data, none of it learnt: who sees whom, and cos and sin of the blocks'
+    and the context's positions (``rope_tables``). Made once a batch, outside what is compiled: a compiler would make the
+    tables again in every layer's kernels.
+    """
+
+    attention: AttentionPlan
+    block_rope: tuple[Tensor, Tensor]
+    context_rope: tuple[Tensor, Tensor]
+
+
 def rope_tables(position: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """cos and sin of int64[T] positions, each [T, 1, D/2].
 
@@ -118,15 +130,13 @@ class Attention(nn.Module):
         self,
         x: Tensor,
         ctx: Tensor,
-        block_rope: tuple[Tensor, Tensor],
-        context_rope: tuple[Tensor, Tensor],
-        plan: AttentionPlan,
+        plan: Plan,
     ) -> Tensor:
-        q = rotate(self.q_norm(self._split(self.q_proj(x))), block_rope)
-        k_blk = rotate(self.k_norm(self._split(self.k_proj(x))), block_rope)
-        k_ctx = rotate(self.k_norm(self._split(self.k_proj(ctx))), context_rope)
+        q = rotate(self.q_norm(self._split(self.q_proj(x))), plan.block_rope)
+        k_blk = rotate(self.k_norm(self._split(self.k_proj(x))), plan.block_rope)
+        k_ctx = rotate(self.k_norm(self._split(self.k_proj(ctx))), plan.context_rope)
         v_blk, v_ctx = self._split(self.v_proj(x)), self._split(self.v_proj(ctx))
-        seen = block_attention(q, k_ctx, v_ctx, k_blk, v_blk, plan)
+        seen = block_attention(q, k_ctx, v_ctx, k_blk, v_blk, plan.attention)
         out: Tensor = self.o_proj(seen.reshape(x.shape[0], -1))
         return out
 
@@ -157,11 +167,9 @@ class Layer(nn.Module):
         self,
         x: Tensor,
         ctx: Tensor,
-        block_rope: tuple[Tensor, Tensor],
-        context_rope: tuple[Tensor, Tensor],
-        plan: AttentionPlan,
+        plan: Plan,
     ) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), ctx, block_rope, context_rope, plan)
+        x = x + self.self_attn(self.input_layernorm(x), ctx, plan)
         out: Tensor = x + self.mlp(self.post_attention_layernorm(x))
         return out
 
@@ -264,18 +272,26 @@ class DraftModel(nn.Module):
         out: Tensor = self.hidden_norm(self.fc(aux.flatten(1).to(self.fc.weight.dtype)))
         return out
 
-    def plan(self, batch: Batch, backend: Backend = "sdpa") -> AttentionPlan:
-        """The attention plan of a batch; build it outside what is compiled, once a batch."""
-        return AttentionPlan.build(
-            batch.doc, batch.anchors, batch.anchor_valid, self.config.block_size, backend
-        )
+    def plan(self, batch: Batch, backend: Backend = "sdpa") -> Plan:
+        """The plan of a batch that lies where the draft does."""
+        size = self.config.block_size
+        attention = AttentionPlan.build(batch.doc, batch.anchors, batch.anchor_valid, size, backend)
+        return self.plan_of(attention, batch.block_position.flatten(), batch.position)
 
-    def forward(self, batch: Batch, plan: AttentionPlan) -> SlotStates:
+    def plan_of(self, attention: AttentionPlan, block_position: Tensor, context_position: Tensor) -> Plan:
+        """From positions int64[Q] of the blocks' tokens and int64[S] of the context's, each within its document."""
+        c, dtype = self.config, self.fc.weight.dtype
+        block, context = (
+            rope_tables(p, c.head_dim, c.rope_theta, dtype) for p in (block_position, context_position)
+        )
+        return Plan(attention, block, context)
+
+    def forward(self, batch: Batch, plan: Plan) -> SlotStates:
         """Every slot of every block of one row."""
         anchors, size = batch.anchors.shape[0], self.config.block_size
         ctx = self.context(batch.aux)
         x = self.block_input(batch.input_ids[batch.anchors], batch.anchor_valid).to(ctx.dtype).flatten(0, 1)
-        h = self.backbone(x, ctx, batch.block_position.flatten(), batch.position, plan)
+        h = self.backbone(x, ctx, plan)
         return self.heads(h.view(anchors, size, -1), batch.prev_ids)
 
     def block_input(self, anchor_ids: Tensor, anchor_valid: Tensor) -> Tensor:
@@ -286,15 +302,10 @@ class DraftModel(nn.Module):
         assert isinstance(weight, Tensor)
         return F.embedding(ids, weight)
 
-    def backbone(
-        self, x: Tensor, ctx: Tensor, block_position: Tensor, context_position: Tensor, plan: AttentionPlan
-    ) -> Tensor:
-        """``x`` [Q, H], ``ctx`` [S, H] with their positions int64 -> h [Q, H] after the final norm."""
-        c = self.config
-        block_rope = rope_tables(block_position, c.head_dim, c.rope_theta, x.dtype)
-        context_rope = rope_tables(context_position, c.head_dim, c.rope_theta, x.dtype)
+    def backbone(self, x: Tensor, ctx: Tensor, plan: Plan) -> Tensor:
+        """``x`` [Q, H], ``ctx`` [S, H] -> h [Q, H] after the final norm."""
         for layer in self.layers:
-            x = layer(x, ctx, block_rope, context_rope, plan)
+            x = layer(x, ctx, plan)
         out: Tensor = self.norm(x)
         return out
 

@@ -36,7 +36,7 @@ from dspark.train.batch import Batch
 from dspark.train.draft import FrozenHead, SlotStates
 
 # Logits of a chunk: two [chunk, V] tensors of them live at a time on CUDA, and a few in fp32 on a CPU, whose caches like small ones.
-CHUNK_LOGITS = {"cuda": 1 << 27, "cpu": 1 << 23}
+CHUNK_LOGITS = {"cuda": 1 << 28, "cpu": 1 << 23}
 
 # Logits of draft and target, draft ids, labels, the two scales, whether gradients are wanted -> CE, L1, hit, gradient.
 ChunkTerms = Callable[
@@ -85,11 +85,11 @@ class ObjectiveConfig:
         return cls(ce=float(given.get("ce", 0.0)), l1=float(distance), confidence=confidence, decay=decay)
 
 
-def slot_weights(block_size: int, decay: float) -> Tensor:
-    """``exp(-k / decay)`` of every slot, float32[B]; ones if ``decay`` is 0."""
+def slot_weights(block_size: int, decay: float, device: torch.device | str = "cpu") -> Tensor:
+    """``exp(-k / decay)`` of every slot, float32[B]; ones if ``decay`` is 0. Made on ``device``: a copy to it would wait for it."""
     if decay == 0:
-        return torch.ones(block_size)
-    return torch.exp(-torch.arange(block_size, dtype=torch.float32) / decay)
+        return torch.ones(block_size, device=device)
+    return torch.exp(-torch.arange(block_size, dtype=torch.float32, device=device) / decay)
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +106,7 @@ class Denominators:
     @classmethod
     def of(cls, batch: Batch, decay: float, to_draft: Tensor | None = None) -> Denominators:
         """Of one row; cheap and needs no model. Call it on the CPU batch, before the row is moved."""
-        weight = slot_weights(batch.block_size, decay).to(batch.counted.device) * batch.counted
+        weight = slot_weights(batch.block_size, decay, batch.counted.device) * batch.counted
         total = float(weight.sum(dtype=torch.float64))
         if to_draft is None:
             return cls(total, total, total)
@@ -132,7 +132,7 @@ class SlotInputs:
     def gather(cls, batch: Batch, states: SlotStates, decay: float) -> SlotInputs:
         """The slots that count, so that no logit is computed for the others."""
         at = batch.slots
-        weight = slot_weights(batch.block_size, decay).to(at.device)
+        weight = slot_weights(batch.block_size, decay, at.device)
         return cls(
             h=states.h.flatten(0, 1)[at],
             z=None if states.z is None else states.z.flatten(0, 1)[at],
@@ -286,7 +286,7 @@ class _ChunkedTerms(torch.autograd.Function):
         d_h = torch.empty_like(h) if with_gradient else None
         d_z = torch.empty_like(z) if with_gradient and z is not None else None
         # Chunks add up in fp32: in bf16 the sum of many small parts would stop growing.
-        d_w2 = torch.zeros_like(w2, dtype=wide) if with_gradient and w2 is not None else None
+        d_w2 = None
         for at in range(0, count, rows):
             part = slice(at, min(at + rows, count))
             logits = h[part] @ head.draft_head.T
@@ -309,9 +309,11 @@ class _ChunkedTerms(torch.autograd.Function):
             if z is not None:
                 assert w2 is not None
                 assert d_z is not None
-                assert d_w2 is not None
                 torch.mm(gradient, w2, out=d_z[part])
-                d_w2 += gradient.T @ z[part]
+                product = gradient.T @ z[part]
+                d_w2 = product.to(wide) if d_w2 is None else d_w2.add_(product)
+        if with_gradient and w2 is not None and d_w2 is None:
+            d_w2 = torch.zeros_like(w2, dtype=wide)  # no slot at all
         ctx.has_z = z is not None
         if with_gradient:
             ctx.save_for_backward(*(g for g in (d_h, d_z, d_w2) if g is not None))

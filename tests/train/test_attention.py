@@ -80,8 +80,8 @@ def tiles_of(mask: Tensor, beyond: bool) -> Tensor:
 def test_tiles_cover_the_mask() -> None:
     """Against the dense matrix, on rows of any shape: no tile with something in it is left out, none is called whole wrongly."""
     skipped = whole = 0
-    for _ in range(60):
-        context, anchors, block, docs = (int(torch.randint(1, n, ())) for n in (700, 60, 9, 5))
+    for _ in range(80):
+        context, anchors, block, docs = (int(torch.randint(1, n, ())) for n in (900, 90, 9, 3))
         doc = torch.randint(-1, docs, (context,)).sort().values.to(torch.int32).roll(-1)
         at = torch.randint(0, context, (anchors,)).sort().values
         start, limit = context_interval(doc, at, torch.rand(anchors) < 0.9)
