@@ -10,6 +10,7 @@ Every codec is pure arithmetic on one token row: no state from one token to anot
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -51,7 +52,8 @@ class ArraySpec:
 class Codec(Protocol):
     """``name`` and ``bits`` identify it in a manifest, ``params`` holds whatever else decoding needs.
 
-    ``disk_bytes``: expected bytes of one row on disk, after the chunks' lossless compression.
+    ``disk_bytes``: expected bytes of one row on disk, after the chunks' lossless compression. ``decode`` gives ``dtype``, or without one the
+    narrowest that holds what was stored.
     """
 
     @property
@@ -63,7 +65,9 @@ class Codec(Protocol):
     def arrays(self, hidden: int) -> dict[str, ArraySpec]: ...
     def disk_bytes(self, hidden: int) -> float: ...
     def encode(self, x: torch.Tensor) -> Tensors: ...
-    def decode(self, coded: Mapping[str, torch.Tensor], hidden: int) -> torch.Tensor: ...
+    def decode(
+        self, coded: Mapping[str, torch.Tensor], hidden: int, dtype: torch.dtype | None = None
+    ) -> torch.Tensor: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,10 +93,12 @@ class Bf16:
         check_finite(x)
         return {"code": x.to(torch.bfloat16).contiguous().view(torch.uint16)}
 
-    def decode(self, coded: Mapping[str, torch.Tensor], hidden: int) -> torch.Tensor:
+    def decode(
+        self, coded: Mapping[str, torch.Tensor], hidden: int, dtype: torch.dtype | None = None
+    ) -> torch.Tensor:
         import torch
 
-        return coded["code"].view(torch.bfloat16)
+        return coded["code"].view(torch.bfloat16).to(dtype or torch.bfloat16)
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,7 +223,22 @@ class Rotated:
         scale = _constant(y.device, scale_table).index_select(0, k) * self.step
         return cells, energy(t) * scale * scale
 
-    def decode(self, coded: Mapping[str, torch.Tensor], hidden: int) -> torch.Tensor:
+    def decode(
+        self, coded: Mapping[str, torch.Tensor], hidden: int, dtype: torch.dtype | None = None
+    ) -> torch.Tensor:
+        """``dtype``: float32 if not given. On CUDA one kernel (``fused.py``), with the same bits as ``decode_plain``."""
+        import torch
+
+        dtype = dtype or torch.float32
+        if coded["code"].is_cuda and _has_triton():
+            from dspark.cache import fused
+
+            if self.group(hidden) >= fused.LEAST_GROUP:
+                return fused.decode(self, coded, hidden, dtype)
+        return self.decode_plain(coded, hidden).to(dtype)
+
+    def decode_plain(self, coded: Mapping[str, torch.Tensor], hidden: int) -> torch.Tensor:
+        """The decoder in plain torch, on any device: float32 [..., H]. The reference."""
         import torch
 
         g = self.group(hidden)
@@ -242,6 +263,11 @@ class Rotated:
             mean, deviation, _ = self.centre.tensors(hidden, device)
             y.mul_(deviation).add_(mean)
         return y
+
+
+@lru_cache(maxsize=1)
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
 
 
 def check_finite(x: torch.Tensor) -> None:

@@ -104,9 +104,9 @@ class Row:
         def codes(field: str) -> dict[str, Tensor]:
             return {n.removeprefix(field): t for n, t in views.items() if n.startswith(field)}
 
-        aux = cache.aux_codec.decode(codes("aux."), hidden)
-        last = cache.last_codec.decode(codes("last."), hidden)
-        return dataclasses.replace(self._batch(views), aux=aux.to(dtype), last=last.to(dtype))
+        aux = cache.aux_codec.decode(codes("aux."), hidden, dtype)
+        last = cache.last_codec.decode(codes("last."), hidden, dtype)
+        return dataclasses.replace(self._batch(views), aux=aux, last=last)
 
     def _views(self, data: Tensor) -> dict[str, Tensor]:
         return {field.name: field.of(data) for field in self.fields}
