@@ -2,30 +2,34 @@
 
 Both engines run one prompt at a time and count as vLLM does (``dspark.tools.outcome``). ``lossless`` compares
 with the target decoding alone in the same engine: transformers' own ``generate``, or a second vLLM without
-the draft. It is null with a temperature, where only distributions could be compared.
+the draft (``--alone N``: on the first N prompts only, as it takes the longest). What is reported is in ``dspark.tools.eval_report``.
 """
 
 from __future__ import annotations
 
+import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import click
 
 from dspark.cache.command import emit, guarded
+from dspark.cache.disk import write_file
 from dspark.cache.errors import DraftError, EngineError
-from dspark.tools.outcome import Outcome, rate, summarise
+from dspark.tools.eval_report import HEADER, how, lines, markdown, relative_cost, report
+from dspark.tools.outcome import Outcome, summarise
 from dspark.tools.prompts import Prompt
+from dspark.tools.promptsets import NAMES
 
 Note = Callable[[str], None]
-UNNAMED = "all"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EvalConfig:
-    """``limit`` None: every row. ``dtype`` auto: the checkpoint's on a GPU, float32 on a CPU. ``device``:
+    """``limit`` None: every row. ``alone``: prompts that the target also decodes by itself (None: all). ``dtype`` auto: the checkpoint's on a GPU, float32 on a CPU. ``device``:
     transformers only.
     """
 
@@ -36,6 +40,7 @@ class EvalConfig:
     max_tokens: int = 256
     temperature: float = 0.0
     limit: int | None = None
+    alone: int | None = None
     seed: int = 0
     dtype: str = "auto"
     device: str = "auto"
@@ -43,7 +48,7 @@ class EvalConfig:
 
 @dataclass(frozen=True, slots=True)
 class Runs:
-    """One outcome a prompt, with the draft and of the target alone; ``dtype`` they were computed in."""
+    """One outcome a prompt with the draft, one of the target alone for the first of them; ``dtype`` they were computed in."""
 
     drafted: list[Outcome]
     alone: list[Outcome]
@@ -52,6 +57,11 @@ class Runs:
 
 def evaluate(config: EvalConfig, note: Note = lambda line: None) -> dict[str, Any]:
     """Run it; the report as ``--json`` prints it. ``note`` is told what is going on, a line at a time."""
+    return run(config, note)[0]
+
+
+def run(config: EvalConfig, note: Note = lambda line: None) -> tuple[dict[str, Any], list[Prompt], Runs]:
+    """The report, and the prompts and outcomes it was made of."""
     from dspark.dump.target import load_target
     from dspark.tools.prompts import read_prompts
     from dspark.train.export import load_config
@@ -72,31 +82,15 @@ def evaluate(config: EvalConfig, note: Note = lambda line: None) -> dict[str, An
         runs = _with_vllm(config, prompts, draft.block_size, target.eos_token_ids, note)
     else:
         runs = _with_transformers(config, prompts, target.eos_token_ids, note)
-    return report(config, prompts, runs, draft.block_size)
-
-
-def report(config: EvalConfig, prompts: Sequence[Prompt], runs: Runs, block_size: int) -> dict[str, Any]:
-    """Totals, the comparison with the target alone, and totals of each source."""
-    pairs = list(zip(prompts, runs.drafted, runs.alone, strict=True))
-    diverged = [p.where for p, a, b in pairs if a.tokens != b.tokens] if config.temperature == 0 else []
-    sources: dict[str, list[Outcome]] = {}
-    for prompt, outcome, _ in pairs:
-        sources.setdefault(prompt.source or UNNAMED, []).append(outcome)
-    alone = rate(runs.alone)
-    totals = summarise(runs.drafted)
-    return {
-        "engine": config.engine,
-        "dtype": runs.dtype,
-        "temperature": config.temperature,
-        "max_tokens": config.max_tokens,
-        "block_size": block_size,
-        **totals,
-        "lossless": not diverged if config.temperature == 0 else None,
-        "diverged": diverged,
-        "tokens_per_second_target": alone,
-        "speedup": totals["tokens_per_second"] / alone,
-        "per_source": {name: summarise(found) for name, found in sorted(sources.items())},
-    }
+    measured = report(
+        prompts, runs.drafted, runs.alone, greedy=config.temperature == 0,
+        relative_cost=relative_cost(config.model, config.draft),
+    )  # fmt: skip
+    how_measured = {
+        "engine": config.engine, "dtype": runs.dtype, "temperature": config.temperature, "max_tokens": config.max_tokens,
+        "block_size": draft.block_size,
+    }  # fmt: skip
+    return how_measured | measured, prompts, runs
 
 
 def _with_transformers(
@@ -137,11 +131,12 @@ def _with_transformers(
             tokens = greedy_alone(model, prompt.ids, max_tokens=limit, stop_ids=stop_ids)
             return Outcome(tokens, time.perf_counter() - start)
 
-        for run in (speculate, by_itself):  # first calls are slow; they are not timed
-            run(prompts[0], 2)
+        for first_call in (speculate, by_itself):  # slow, and not timed
+            first_call(prompts[0], 2)
         for number, prompt in enumerate(prompts, start=1):
             drafted.append(speculate(prompt, config.max_tokens))
-            alone.append(by_itself(prompt, config.max_tokens))
+            if config.alone is None or number <= config.alone:
+                alone.append(by_itself(prompt, config.max_tokens))
             note(f"{number}/{len(prompts)} prompts, mean accepted length so far {_length(drafted)}")
     return Runs(drafted, alone, str(model.dtype).removeprefix("torch."))
 
@@ -154,13 +149,14 @@ def _with_vllm(
     from dspark.tools.vllm_serve import ServeRequest, run_vllm
 
     dtype = "float32" if config.dtype == "auto" and not torch.accelerator.is_available() else config.dtype
-    runs = []
-    for draft in (config.draft, None):
-        note(
-            f"starting vLLM {'with the draft' if draft else 'with the target alone'} ({len(prompts)} prompts)"
-        )
+    runs: list[list[Outcome]] = []
+    for draft, asked in ((config.draft, prompts), (None, prompts[: config.alone])):
+        if not asked:
+            runs.append([])
+            continue
+        note(f"starting vLLM {'with the draft' if draft else 'with the target alone'} ({len(asked)} prompts)")
         request = ServeRequest(
-            target=config.model, draft=draft, num_speculative_tokens=block_size, prompts=[p.ids for p in prompts],
+            target=config.model, draft=draft, num_speculative_tokens=block_size, prompts=[p.ids for p in asked],
             max_tokens=config.max_tokens, temperature=config.temperature, seed=config.seed,
             stop_token_ids=tuple(stop_ids), dtype=dtype,
         )  # fmt: skip
@@ -179,6 +175,7 @@ def _length(outcomes: Sequence[Outcome]) -> str:
     epilog="""\b
 Examples:
   dspark-tools eval --model Qwen/Qwen3-4B --draft ./draft --data prompts.jsonl --limit 50
+  dspark-tools eval --model Qwen/Qwen3-4B --draft ./draft --data gsm8k --limit 100 --markdown eval.md
   dspark-tools eval --model Qwen/Qwen3-4B --draft ./draft --data prompts.jsonl --engine vllm --json
   dspark-tools eval --model ./target --draft ./draft --data prompts.jsonl --temperature 0.7
 
@@ -190,7 +187,7 @@ Exit code 1 if a greedy answer in float32 is not the target's own.
 @click.option(
     "--data",
     required=True,
-    help="JSONL of chats ({'messages': ...}, the last answer is dropped) or token rows.",
+    help=f"JSONL of chats ({{'messages': ...}}, the last answer is dropped) or token rows; or {NAMES} (speed-bench:coding: one category).",
 )
 @click.option("--engine", default="transformers", type=click.Choice(["transformers", "vllm"]))
 @click.option("--max-tokens", default=256, type=click.IntRange(min=1), help="New tokens an answer, at most.")
@@ -198,22 +195,49 @@ Exit code 1 if a greedy answer in float32 is not the target's own.
     "--temperature", default=0.0, type=click.FloatRange(min=0), help="0 = greedy; above: rejection sampling."
 )
 @click.option("--limit", type=click.IntRange(min=1), help="Only the first N rows.  [default: all]")
+@click.option(
+    "--alone", type=click.IntRange(min=0),
+    help="Decode only the first N prompts by the target alone too, for speed-up and lossless.  [default: all]",
+)  # fmt: skip
 @click.option("--seed", default=0, help="Of sampling.")
 @click.option(
     "--dtype", default="auto", type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
     help="auto: the checkpoint's on a GPU, float32 on a CPU.",
 )  # fmt: skip
 @click.option("--device", default="auto", help="auto, cpu, cuda or cuda:N; --engine transformers only.")
+@click.option("--output", type=click.Path(dir_okay=False), help="Also write the report as JSON to this file.")
+@click.option(
+    "--markdown", "table_file", type=click.Path(dir_okay=False), help="Also write the table as Markdown."
+)
+@click.option(
+    "--answers",
+    type=click.Path(dir_okay=False),
+    help="Also write every answer and its counts, a JSON object a line.",
+)
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
 @click.pass_context
 @guarded
-def eval_command(context: click.Context, as_json: bool, **flags: Any) -> None:
+def eval_command(
+    context: click.Context,
+    as_json: bool,
+    output: str | None,
+    table_file: str | None,
+    answers: str | None,
+    **flags: Any,
+) -> None:
     """Decode prompts with a draft: accepted lengths, speed, and whether the output is the target's own."""
     from rich.console import Console
 
     console = Console(stderr=True)
     with console.status("loading") as status:
-        result = evaluate(EvalConfig(**flags), note=status.update)
+        result, prompts, runs = run(EvalConfig(**flags), note=status.update)
+    for path, content in (
+        (output, lambda: json.dumps(result, indent=1) + "\n"),
+        (table_file, lambda: markdown(result)),
+        (answers, lambda: "".join(json.dumps(a) + "\n" for a in _answers(prompts, runs))),
+    ):
+        if path is not None:
+            write_file(Path(path), content().encode())
     if as_json:
         emit(result)
     else:
@@ -224,25 +248,25 @@ def eval_command(context: click.Context, as_json: bool, **flags: Any) -> None:
             context.exit(1)
 
 
+def _answers(prompts: Sequence[Prompt], runs: Runs) -> Iterator[dict[str, Any]]:
+    for prompt, outcome in zip(prompts, runs.drafted, strict=True):
+        yield {
+            "where": prompt.where, "source": prompt.source, "input_ids": prompt.ids, "tokens": outcome.tokens,
+            "seconds": outcome.seconds, "drafts": outcome.drafts, "accepted_at": list(outcome.accepted_at),
+        }  # fmt: skip
+
+
 def show(result: dict[str, Any]) -> None:
     """The report as a table on stdout."""
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("source", "prompts", "tokens", "drafts", "accepted length", "accepted at slot 1, 2, ...")
-    rows = list(result["per_source"].items())
-    if len(rows) > 1 or rows[0][0] != UNNAMED:
-        rows.append((UNNAMED, result))
-    for name, row in rows:
-        length = "-" if row["mean_accepted_length"] is None else f"{row['mean_accepted_length']:.3f}"
-        rates = " ".join(f"{x:.2f}" for x in row["accept_rate"] or [])
-        table.add_row(name, str(row["prompts"]), str(row["tokens"]), str(row["drafts"]), length, rates)
+    table = Table(*HEADER)
+    for cells in lines(result):
+        table.add_row(*cells)
     console = Console()
     console.print(table)
-    console.print(
-        f"{result['tokens_per_second']:.1f} tokens/s, the target alone {result['tokens_per_second_target']:.1f} "
-        f"({result['speedup']:.2f}x), {result['engine']}, one prompt at a time, {result['dtype']}"
-    )
+    console.print(how(result), highlight=False)
     if result["lossless"]:
         console.print("lossless: every answer is the target's own greedy answer")
 
@@ -250,7 +274,7 @@ def show(result: dict[str, Any]) -> None:
 def _explain(console: Any, result: dict[str, Any]) -> None:
     where = ", ".join(result["diverged"][:5])
     console.print(
-        f"{len(result['diverged'])} of {result['prompts']} answers are not the target's own ({where}). "
+        f"{len(result['diverged'])} of {result['compared']} answers are not the target's own ({where}). "
         + (
             "In float32 that should not happen."
             if result["dtype"] == "float32"

@@ -52,7 +52,9 @@ def summarise(outcomes: Sequence[Outcome]) -> dict[str, Any]:
         "tokens": tokens,
         "drafts": drafts,
         "mean_accepted_length": 1 + sum(accepted_at) / drafts if drafts else None,
-        "mean_accepted_length_se": ratio_error([sum(o.accepted_at) for o in outcomes], [o.drafts for o in outcomes]),
+        "mean_accepted_length_se": ratio_error(
+            [sum(o.accepted_at) for o in outcomes], [o.drafts for o in outcomes]
+        ),
         "accept_rate": [n / drafts for n in accepted_at] if drafts else None,
         "tokens_per_second": rate(outcomes),
     }

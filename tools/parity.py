@@ -28,7 +28,12 @@ class Parity:
     @property
     def holds(self) -> bool:
         """Same answers, same steps, same tokens in every block, and some were compared."""
-        return self.same_output and 0 < self.compared == self.equal and not self.only_ours and not self.only_served
+        return (
+            self.same_output
+            and 0 < self.compared == self.equal
+            and not self.only_ours
+            and not self.only_served
+        )
 
     def to_json(self) -> dict[str, Any]:
         return {"holds": self.holds, **asdict(self)}
@@ -73,7 +78,9 @@ def serve_and_compare(
     with Target(model, load_config(draft).target_layer_ids) as tapped:
         ready = load_draft(draft, tapped.frozen, dtype=model.dtype).to(model.device).eval()
         ours = [
-            speculative_generate(tapped, ready, list(p), max_tokens=max_tokens, stop_ids=stop_ids).outcome(size)
+            speculative_generate(tapped, ready, list(p), max_tokens=max_tokens, stop_ids=stop_ids).outcome(
+                size
+            )
             for p in prompts
         ]
     request = ServeRequest(

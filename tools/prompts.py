@@ -17,6 +17,7 @@ from typing import Any
 
 from dspark.cache.errors import DataError, UsageError
 from dspark.dump.corpus import ChatRow, TokenRow, parse_row
+from dspark.tools.promptsets import NAMES, is_named, named_rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,13 +30,14 @@ class Prompt:
 
 
 def read_prompts(
-    path: Path | str, tokenizer: Any, *, vocab_size: int, room: int | None, limit: int | None = None
+    data: Path | str, tokenizer: Any, *, vocab_size: int, room: int | None, limit: int | None = None
 ) -> list[Prompt]:
-    """The first ``limit`` prompts of a JSONL file (also .gz). ``room``: longest prompt the target leaves
-    space for.
+    """The first ``limit`` prompts of a JSONL file (also .gz) or of a named set. ``room``: longest prompt the
+    target leaves space for.
     """
     out: list[Prompt] = []
-    for where, value in _lines(Path(path)):
+    rows = named_rows(str(data)) if is_named(str(data)) else _lines(Path(data))
+    for where, value in rows:
         if len(out) == limit:
             break
         row = parse_row(value, where)
@@ -51,7 +53,7 @@ def read_prompts(
         source = value.get("source") or value.get("category")
         out.append(Prompt(ids, None if source is None else str(source), where))
     if not out:
-        raise DataError(f"{path}: no rows")
+        raise DataError(f"{data}: no rows")
     return out
 
 
@@ -71,7 +73,9 @@ def _lines(path: Path) -> Iterator[tuple[str, Any]]:
     except (EOFError, gzip.BadGzipFile, zlib.error, UnicodeDecodeError) as error:
         raise DataError(f"{path}: not a whole text or gzip file: {error}") from error
     except OSError as error:
-        raise UsageError(f"--data {path}: {error.strerror or error}") from error
+        raise UsageError(
+            f"--data {path}: {error.strerror or error}; expected a JSONL file or one of {NAMES}"
+        ) from error
 
 
 def _given(row: TokenRow, where: str) -> list[int]:

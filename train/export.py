@@ -46,11 +46,16 @@ def save_draft(
     *,
     dtype: torch.dtype = torch.bfloat16,
     include_frozen: bool = False,
+    trained: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """Write the draft; ``include_frozen`` adds embed_tokens and lm_head for readers that do not borrow the target's."""
+    """Write the draft; ``include_frozen`` adds embed_tokens and lm_head for readers that do not borrow the target's.
+
+    ``trained`` replaces the model's own trained tensors, which are no whole ones where it is sharded.
+    """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    write_tensors(folder, served_tensors(model, dtype, include_frozen=include_frozen), model.config)
+    tensors = served_tensors(model, dtype, include_frozen=include_frozen, trained=trained)
+    write_tensors(folder, tensors, model.config)
     write_config(folder, model.config, dtype)
 
 
@@ -71,10 +76,17 @@ def write_config(
     write_file(folder / CONFIG, (json.dumps(spelled, indent=2) + "\n").encode())
 
 
-def served_tensors(model: DraftModel, dtype: torch.dtype, *, include_frozen: bool) -> dict[str, Tensor]:
-    """Checkpoint name -> tensor on the CPU."""
+def served_tensors(
+    model: DraftModel,
+    dtype: torch.dtype,
+    *,
+    include_frozen: bool,
+    trained: Mapping[str, Tensor] | None = None,
+) -> dict[str, Tensor]:
+    """Checkpoint name -> tensor on the CPU; ``trained`` as for ``save_draft``."""
     config = model.config
-    out = {name: value.detach().to("cpu", dtype).contiguous() for name, value in model.trained()}
+    whole = trained or dict(model.trained())
+    out = {name: value.detach().to("cpu", dtype).contiguous() for name, value in whole.items()}
     head = model.frozen_head
     if include_frozen:
         embed = model.embed_tokens.weight

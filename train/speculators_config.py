@@ -63,5 +63,5 @@ def to_flat(config: Mapping[str, Any]) -> dict[str, Any]:
         "dtype": config.get("dtype"),
     }
     # Not part of the format; no server needs it. The fewest layers a target with these ids can have.
-    flat.setdefault("num_target_layers", max(1, max(aux)))
+    flat.setdefault("num_target_layers", max(1, *aux))
     return flat

@@ -5,8 +5,10 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -14,7 +16,7 @@ import torch
 from click.testing import CliRunner
 
 import tiny_models as tiny
-from dspark.cache.errors import DataError, EngineError
+from dspark.cache.errors import DataError, EngineError, UsageError
 from dspark.tools import vllm_serve
 from dspark.tools.eval import EvalConfig, eval_command, evaluate
 from dspark.tools.outcome import Outcome, summarise
@@ -78,6 +80,46 @@ def test_table_goes_to_stdout(folder: Path) -> None:
     assert result.exit_code == 0, result.output
     assert "code" in result.stdout
     assert "lossless" in result.stdout
+
+
+def test_files_beside_the_report(folder: Path, tmp_path: Path) -> None:
+    paths = {name: tmp_path / name for name in ("report.json", "table.md", "answers.jsonl")}
+    result = CliRunner().invoke(
+        eval_command,
+        flags(
+            folder, "--json", "--alone", "1", "--output", str(paths["report.json"]), "--markdown", str(paths["table.md"]),
+            "--answers", str(paths["answers.jsonl"]),
+        ),
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    assert json.loads(paths["report.json"].read_text()) == found
+    # Only the first prompt (code) was decoded by the target alone.
+    assert (found["compared"], found["per_source"]["chat"]["compared"]) == (1, 0)
+    assert found["per_source"]["code"]["lossless"] is True
+    assert found["per_source"]["chat"]["lossless"] is None
+    assert found["per_source"]["chat"]["speedup"] is None
+    assert found["speedup"] == pytest.approx(found["per_source"]["code"]["speedup"])
+    answers = [json.loads(line) for line in paths["answers.jsonl"].read_text().splitlines()]
+    assert [a["input_ids"] for a in answers] == list(PROMPTS.values())
+    assert sum(a["drafts"] for a in answers) == found["drafts"]
+    table = paths["table.md"].read_text().splitlines()
+    assert [line.split("|")[1].strip() for line in table if line.startswith("|")] == [
+        "source", "---", "chat", "code", "all",
+    ]  # fmt: skip
+    assert f"{found['mean_accepted_length']:.3f}" in table[4]
+
+
+def test_theoretical_gain_counts_what_is_read(folder: Path) -> None:
+    """Draft of 2 layers beside a target of 4: its weights by hand, against the report's ratio."""
+    found = json.loads(CliRunner().invoke(eval_command, flags(folder, "--json", "--alone", "0")).stdout)
+    h, vocab, inner, heads, kv = tiny.HIDDEN, tiny.VOCAB, 64, 2 * 32, 1 * 32
+    layer = h * heads + 2 * h * kv + heads * h + 3 * h * inner + 2 * h + 2 * 32
+    target = 4 * layer + h + vocab * h
+    draft = 2 * layer + (2 * h) * h + 2 * h + vocab * 8 + (h + 8) + 1 + vocab * h
+    assert found["relative_cost"] == pytest.approx(draft / target)
+    assert found["theoretical_gain"] == pytest.approx(found["mean_accepted_length"] / (1 + draft / target))
+    assert found["lossless"] is None
 
 
 def test_temperature_is_not_called_lossless(folder: Path) -> None:
@@ -185,6 +227,45 @@ def test_prompts_end_before_the_answer(tmp_path: Path) -> None:
     path.write_text("\n")
     with pytest.raises(DataError, match="no rows"):
         read_prompts(path, Template(), vocab_size=256, room=5)
+
+
+def test_named_sets(monkeypatch: pytest.MonkeyPatch) -> None:
+    datasets = ModuleType("datasets")
+    asked = []
+
+    def load(path: str, config: str | None, split: str) -> list[dict[str, Any]]:
+        asked.append((path, config, split))
+        return [{"turns": [c, "more"], "category": c} for c in ("coding", "math", "coding")]
+
+    monkeypatch.setattr(datasets, "load_dataset", load, raising=False)
+    monkeypatch.setitem(sys.modules, "datasets", datasets)
+    got = read_prompts("speed-bench:coding", Template(), vocab_size=256, room=None, limit=None)
+    assert asked == [("nvidia/SPEED-Bench", "qualitative", "test")]
+    assert [(p.where, p.source) for p in got] == [("speed-bench:0", "speed-bench/coding"), ("speed-bench:2", "speed-bench/coding")]  # fmt: skip
+    assert got[0].ids == [ord(c) for c in "coding>"]
+    with pytest.raises(UsageError, match="speed-bench has coding, math"):
+        read_prompts("speed-bench:poetry", Template(), vocab_size=256, room=None)
+
+    def offline(path: str, config: str | None, split: str) -> None:
+        raise ConnectionError("no route to the hub")
+
+    monkeypatch.setattr(datasets, "load_dataset", offline)
+    with pytest.raises(UsageError, match="(?s)openai/gsm8k could not be had.*no route.*JSONL"):
+        read_prompts("gsm8k", Template(), vocab_size=256, room=None)
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(UsageError, match="pip install 'dspark\\[hub\\]'"):
+        read_prompts("gsm8k", Template(), vocab_size=256, room=None)
+
+
+def test_error_of_the_mean_length_is_by_prompt() -> None:
+    """Copies of a prompt's blocks inside one prompt do not make the mean any surer; more prompts do."""
+    few = [Outcome([1], 1.0, 2, (2, 0)), Outcome([1], 1.0, 2, (0, 0))]
+    many = [Outcome([1], 1.0, 20, (20, 0)), Outcome([1], 1.0, 20, (0, 0))]
+    error = summarise(few)["mean_accepted_length_se"]
+    assert summarise(many)["mean_accepted_length_se"] == pytest.approx(error)
+    assert error == pytest.approx(0.5)  # the standard error of the mean of 0 and 1
+    assert summarise(few * 8)["mean_accepted_length_se"] == pytest.approx(error * (1 / 15) ** 0.5)
+    assert summarise(few[:1])["mean_accepted_length_se"] is None
 
 
 def test_counts_add_up() -> None:

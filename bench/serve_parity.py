@@ -1,0 +1,80 @@
+"""Every block that real vLLM drafts against our decoder's: vocabulary, format, block size. Writes bench/results/serve_parity.json.
+
+python bench/serve_parity.py [--sizes 5,7,8]        two targets a size: whole vocabulary, reduced one; each in both formats
+
+Tiny random targets, drafts that have learnt some of the answers (so that blocks of every length are accepted), greedy, float32. Without
+a GPU set DSPARK_TRITON_INTERPRETER to tests/vllm_cpu/triton_interpreter; each of the starts of vLLM then takes about 40 s.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from common import RESULTS, write
+from dspark.tools.parity import serve_and_compare
+from dspark.tools.target import greedy_alone
+from dspark.train.export import save_draft, write_config
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+import tiny_models as tiny
+
+PROMPTS = [[50, 60, 70], [5, 6, 7, 8, 9], list(range(20, 60)), [3], [140, 2, 77, 77, 31, 8]]
+MAX_TOKENS = 48
+
+
+def case(folder: Path, kind: str, reduced: bool, size: int) -> list[dict[str, Any]]:
+    """One target and draft, served in both formats."""
+    model = tiny.target(kind)
+    alone = [greedy_alone(model, p, max_tokens=MAX_TOKENS) for p in PROMPTS]
+    ids = (
+        torch.tensor(sorted({*range(0, tiny.VOCAB, 3), *(t for a in alone[:3] for t in a)}))
+        if reduced
+        else None
+    )
+    draft = tiny.draft(model, draft_ids=ids, block_size=size)
+    tiny.agree(model, draft, [p + a for p, a in zip(PROMPTS[:3], alone[:3], strict=True)], steps=100)
+    target = str(folder / "target")
+    model.save_pretrained(target)
+    save_draft(folder / "draft", draft, dtype=torch.float32)
+    out = []
+    for layout in ("flat", "speculators"):
+        verifier = (target, model.config.architectures) if layout == "speculators" else None
+        write_config(folder / "draft", draft.config, torch.float32, verifier)
+        started = time.perf_counter()
+        parity = serve_and_compare(model, target, str(folder / "draft"), PROMPTS, max_tokens=MAX_TOKENS)
+        out.append({
+            "target": kind, "vocabulary": draft.config.draft_vocab_size, "of": tiny.VOCAB, "format": layout, "block_size": size,
+            **parity.to_json(), "seconds": time.perf_counter() - started,
+        })  # fmt: skip
+        print(out[-1], file=sys.stderr, flush=True)
+    return out
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--sizes", default="5,7,8")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    args = parser.parse_args()
+    rows: list[dict[str, Any]] = []
+    for size in map(int, args.sizes.split(",")):
+        for kind, reduced in (("qwen3", False), ("llama", True)):
+            with tempfile.TemporaryDirectory() as folder:
+                rows += case(Path(folder), kind, reduced, size)
+    results = {
+        "holds": all(r["holds"] for r in rows), "blocks_compared": sum(r["compared"] for r in rows),
+        "blocks_equal": sum(r["equal"] for r in rows), "cases": rows,
+    }  # fmt: skip
+    write("serve_parity", {"prompts": len(PROMPTS), "max_tokens": MAX_TOKENS, "dtype": "float32"}, results, args.results)  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,80 @@
+"""The field's prompt sets by name, as chat rows with a ``source``: what ``--data gsm8k`` means.
+
+Only the prompts are taken, the first turn of each (a later turn needs the answer to the one before it). They come from the Hugging
+Face hub through ``datasets``; without a network, or for anything else, ``--data`` takes a file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from dspark.cache.errors import UsageError
+
+
+@dataclass(frozen=True, slots=True)
+class PromptSet:
+    """Where a set lives on the hub. ``prompt`` takes the question out of a row, ``category`` its line in the report."""
+
+    path: str
+    config: str | None
+    split: str
+    prompt: Callable[[Mapping[str, Any]], str]
+    category: Callable[[Mapping[str, Any]], str]
+
+
+PROMPT_SETS: dict[str, PromptSet] = {
+    "gsm8k": PromptSet("openai/gsm8k", "main", "test", lambda r: str(r["question"]), lambda r: "gsm8k"),
+    "humaneval": PromptSet(
+        "openai/openai_humaneval", None, "test",
+        lambda r: f"Complete the following Python function.\n\n```python\n{r['prompt']}```", lambda r: "humaneval",
+    ),
+    "mt-bench": PromptSet(
+        "HuggingFaceH4/mt_bench_prompts", None, "train", lambda r: str(r["prompt"][0]), lambda r: f"mt-bench/{r['category']}"
+    ),
+    "speed-bench": PromptSet(
+        "nvidia/SPEED-Bench", "qualitative", "test", lambda r: str(r["turns"][0]), lambda r: f"speed-bench/{r['category']}"
+    ),
+}  # fmt: skip
+NAMES = ", ".join(PROMPT_SETS)
+
+
+def is_named(data: str) -> bool:
+    """Whether ``--data`` names a set (``speed-bench:coding``: one category of it), not a file."""
+    return data.partition(":")[0] in PROMPT_SETS
+
+
+def named_rows(data: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(set:row, chat row) of the named set, in its order. Raises UsageError where it cannot be had."""
+    name, _, wanted = data.partition(":")
+    chosen = PROMPT_SETS[name]
+    found = set()
+    for number, row in enumerate(_load(name, chosen)):
+        category = chosen.category(row)
+        found.add(category.partition("/")[2])
+        if not wanted or category == f"{name}/{wanted}":
+            yield f"{name}:{number}", {"messages": [{"role": "user", "content": chosen.prompt(row)}], "source": category}  # fmt: skip
+    if wanted and wanted not in found:
+        raise UsageError(f"--data {data}: no such category; {name} has {', '.join(sorted(found)) or 'none'}")
+
+
+def _load(name: str, chosen: PromptSet) -> Any:
+    try:
+        from datasets import load_dataset
+    except ImportError as error:
+        raise UsageError(
+            f"--data {name} needs the package datasets: pip install 'dspark[hub]', or give a JSONL file"
+        ) from error
+    try:
+        return load_dataset(chosen.path, chosen.config, split=chosen.split)
+    # Offline, gated, moved or changed: datasets has a family of errors of its own for each, and lets others through.
+    except Exception as error:
+        raise UsageError(
+            f"--data {name}: {chosen.path} could not be had from the Hugging Face hub ({_first_line(error)}). "
+            "Without a network give a JSONL file of chat rows with a `source`."
+        ) from error
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
