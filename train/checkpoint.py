@@ -1,6 +1,8 @@
 """Checkpoints: master weights, moments and the position in the stream, committed by rename; the newest whole one is resumed.
 
-checkpoints/step_00001200/  model.safetensors (float32 masters)  optimizer.pt  state.json
+checkpoints/step_00001200/  model.safetensors (float32 masters)  optimizer.safetensors (moments)  state.json
+
+They hold whole tensors under their names, so a run goes on with any strategy on any number of ranks.
 """
 
 from __future__ import annotations
@@ -10,11 +12,9 @@ import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import torch
-
 from dspark.cache.disk import STAGING, clear_staging, commit_folder, write_errors
 from dspark.cache.errors import TrainError
-from dspark.train.optim import MasterAdamW
+from dspark.train.optim import MOMENTS, Optimizer, Snapshot
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +28,7 @@ class Position:
     seconds: float = 0.0
 
 
-def save(folder: Path, position: Position, optimizer: MasterAdamW, keep: int) -> Path:
+def save(folder: Path, position: Position, snapshot: Snapshot, keep: int) -> Path:
     """Write ``folder/step_N`` atomically and delete all but the newest ``keep``."""
     from safetensors.torch import save_file
 
@@ -36,13 +36,11 @@ def save(folder: Path, position: Position, optimizer: MasterAdamW, keep: int) ->
     clear_staging(folder)
     final = folder / f"step_{position.step:08d}"
     staged = folder / (STAGING + final.name)
+    moments = {f"{m}.{n}": t for m, tensors in snapshot.moments.items() for n, t in tensors.items()}
     with write_errors(final):
         staged.mkdir()
-        save_file(
-            {n: p.detach().cpu().contiguous() for n, p in optimizer.masters.items()},
-            staged / "model.safetensors",
-        )
-        torch.save(optimizer.state_dict(), staged / "optimizer.pt")
+        save_file(dict(snapshot.masters), staged / "model.safetensors")
+        save_file(moments, staged / "optimizer.safetensors", metadata={"updates": str(snapshot.updates)})
         (staged / "state.json").write_text(json.dumps(asdict(position)))
         if final.exists():
             shutil.rmtree(final)
@@ -57,17 +55,22 @@ def found(folder: Path) -> list[Path]:
     return sorted(p for p in folder.glob("step_*") if (p / "state.json").is_file())
 
 
-def load(path: Path, optimizer: MasterAdamW) -> Position:
+def load(path: Path, optimizer: Optimizer) -> Position:
     """Restore ``optimizer`` (and through it the model) from the checkpoint at ``path``."""
+    from safetensors import safe_open
     from safetensors.torch import load_file
 
     try:
         position = Position(**json.loads((path / "state.json").read_text()))
-        masters = load_file(path / "model.safetensors")
-        state = torch.load(path / "optimizer.pt", weights_only=True)
+        masters, flat = load_file(path / "model.safetensors"), load_file(path / "optimizer.safetensors")
+        with safe_open(path / "optimizer.safetensors", framework="pt") as file:
+            updates = int(file.metadata()["updates"])
     except Exception as error:
         raise TrainError(
             f"{path}: the checkpoint cannot be read: {error}. Remove that folder to resume from the one before it."
         ) from error
-    optimizer.load(masters, state)
+    moments = {
+        m: {n.removeprefix(f"{m}."): t for n, t in flat.items() if n.startswith(f"{m}.")} for m in MOMENTS
+    }
+    optimizer.load(Snapshot(masters, moments, updates))
     return position

@@ -20,6 +20,9 @@ FREE_ON_RESUME = {
     "tensorboard",
     "keep_checkpoints",
     "compile",
+    "strategy",
+    "activation_checkpointing",
+    "recipe",
 }
 
 
@@ -42,7 +45,7 @@ class TrainConfig:
     total_seq_len: int | None = None
     """Tokens of a packed row. None: 4096, or the store's sequence length if that is longer."""
     rows_per_step: int = 8
-    """Packed rows of an optimizer step, over all ranks; rows beyond one a rank accumulate."""
+    """Packed rows of an optimizer step, over all ranks: the same step on any number of them; rows beyond one a rank accumulate."""
     max_anchors: int = 512
     """Anchors drawn a row; 0 = every eligible one."""
     speculator_type: str = "dspark"
@@ -73,6 +76,12 @@ class TrainConfig:
     tensorboard: bool = True
     compile: bool | None = None
     """torch.compile the backbone and the objective. None: on cuda. Rows are then padded to one shape."""
+    activation_checkpointing: bool = False
+    """Keep only the input of each draft layer for the backward pass and compute the rest again: less memory a row, more time."""
+    strategy: str | None = None
+    """Of several processes: ``ddp`` (every rank holds the draft) or ``fsdp2`` (a share each). None: ddp."""
+    recipe: str | None = None
+    """Name of the recipe that the settings came from; for the record, since the settings themselves are above."""
 
     def __post_init__(self) -> None:
         for name in ("epochs", "lr", "rows_per_step", "num_layers", "block_size", "grad_clip", "decay", "checkpoint_freq",
@@ -85,6 +94,8 @@ class TrainConfig:
         for name in ("warmup_ratio", "min_lr_ratio", "val_fraction"):
             if not 0.0 <= getattr(self, name) < 1.0:
                 raise UsageError(f"{name} is {getattr(self, name)}, expected a share in [0, 1)")
+        if self.strategy not in (None, "ddp", "fsdp2"):
+            raise UsageError(f"strategy is {self.strategy!r}, expected ddp or fsdp2")
         if self.max_steps is not None and self.max_steps <= 0:
             raise UsageError(f"max_steps is {self.max_steps}, expected a positive number")
 

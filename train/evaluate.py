@@ -2,38 +2,50 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
+from torch import Tensor
 
 from dspark.cache.reader import Cache
 from dspark.train.attention import Backend
+from dspark.train.batch import Batch
 from dspark.train.draft import DraftModel
 from dspark.train.metrics import Score, SlotMetrics
 from dspark.train.objective import Denominators, ObjectiveConfig, SlotInputs, objective
-from dspark.train.stream import Row
+from dspark.train.row import Row
 
 
 @torch.no_grad()
 def evaluate(
     model: DraftModel,
     cache: Cache,
-    rows: Iterable[Row],
+    rows: Iterable[Row | Batch],
     *,
     device: torch.device,
     dtype: torch.dtype,
     decay: float = 4.0,
     backend: Backend = "sdpa",
+    reduce: Callable[[Tensor], Tensor] | None = None,
 ) -> Score:
-    """The keys of ``dspark-tools score`` over every counted slot of ``rows``. States are decoded to ``dtype`` on ``device``."""
+    """The keys of ``dspark-tools score`` over every counted slot of ``rows``. States are decoded to ``dtype`` on ``device``.
+
+    ``rows`` that are batches already (of padding, for a sharded model) pass through the model and count nowhere. ``reduce`` adds up
+    the sums of several ranks, in place.
+    """
     config = ObjectiveConfig(decay=decay)
     unit = Denominators(1.0, 1.0, 1.0)  # the losses come out of the metrics' own weighted means
     metrics = SlotMetrics(model.config.block_size, device)
     for row in rows:
-        if row.batch.slots.numel() == 0:
+        if isinstance(row, Batch):
+            model(row, model.plan(row, backend))
+            continue
+        if row.slots == 0:
             continue
         batch = row.place(cache, device, dtype)
         states = model(batch, model.plan(batch, backend))
         slots = SlotInputs.gather(batch, states, decay)
         metrics.add(batch, slots, objective(slots, model.frozen_head, config, unit))
+    if reduce is not None:
+        reduce(metrics.sums)
     return metrics.result()

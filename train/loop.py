@@ -1,52 +1,51 @@
-"""The training loop: stream -> draft -> objective -> optimizer, with checkpoints, validation and numbers on the way."""
+"""The training loop: stream -> draft -> objective -> optimizer, with checkpoints, validation and numbers on the way.
+
+One process, or several that torchrun started: each runs this loop over its rows of every step; rank 0 alone writes. The device is asked
+for a value only at logged steps.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
-import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from dspark.cache.disk import write_file
-from dspark.cache.errors import ExistsError, MismatchError, TrainError
-from dspark.train import checkpoint
+from dspark.cache.errors import TrainError
+from dspark.train import checkpoint, distributed, folder, memory
+from dspark.train.batch import Batch
 from dspark.train.checkpoint import Position
 from dspark.train.config import TrainConfig
+from dspark.train.distributed import World, lost_peers
 from dspark.train.evaluate import evaluate
 from dspark.train.export import save_draft
+from dspark.train.feed import Feed
 from dspark.train.metrics import Score, SlotMetrics
-from dspark.train.objective import Denominators, SlotInputs, objective
-from dspark.train.optim import learning_rate
 from dspark.train.report import Report
+from dspark.train.row import Row
 from dspark.train.setup import Run, prepare
-from dspark.train.stream import VALIDATION_EPOCH, Row
+from dspark.train.step import blanks, share, step
+from dspark.train.stream import VALIDATION_EPOCH
 
-TRAINING = "training.json"  # the config of the run, beside the draft
-STORE = "store.json"  # which store it was trained on; the path may change between a run and its resumption, the store may not
+Progress = Callable[[int, int, str], None]
 
 
 @dataclass(slots=True)
 class Window:
-    """What is summed between two logged rows."""
+    """What is summed between two logged rows; ``waited`` is the feed's count at its start."""
 
     started: float = field(default_factory=time.perf_counter)
     waited: float = 0.0
     tokens: int = 0
     steps: int = 0
-
-    def restart(self) -> None:
-        self.started, self.waited, self.tokens, self.steps = time.perf_counter(), 0.0, 0, 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,191 +68,164 @@ def train(
     *,
     resume: bool = False,
     overwrite: bool = False,
-    progress: Callable[[int, int, str], None] = lambda step, total, text: None,
+    progress: Progress = lambda step, total, text: None,
+    say: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
     """Train a draft into ``config.output``; returns the last validation (or training) metrics.
 
-    ``progress(step, total, text)`` is called once a step. KeyboardInterrupt saves a checkpoint and is raised on.
+    ``progress(step, total, text)`` is called once a step, ``say`` once with what the run is. KeyboardInterrupt (and SIGTERM) saves a
+    checkpoint and is raised on. Under torchrun every process calls this; if one fails, all raise.
     """
-    output = Path(config.output)
-    claim(output, config, resume=resume, overwrite=overwrite)
-    run = prepare(config)
-    if resume:
-        same_store(output, run)
-    output.mkdir(parents=True, exist_ok=True)
-    write_file(output / STORE, (json.dumps(store_identity(run), indent=1) + "\n").encode())
-    write_file(output / TRAINING, (json.dumps(config.to_json(), indent=1) + "\n").encode())
-    position = Position()
-    whole = checkpoint.found(output / "checkpoints")
-    if resume and whole:
-        position = checkpoint.load(whole[-1], run.optimizer)
-    report = Report(output, position.step, config.tensorboard)
-    try:
-        return _loop(run, position, output, report, progress)
-    finally:
-        report.close()
-
-
-def claim(output: Path, config: TrainConfig, *, resume: bool, overwrite: bool) -> None:
-    """Refuse to write into a folder that holds something else, or another run."""
-    if not output.exists() or not any(output.iterdir()):
-        return
-    previous = output / TRAINING
-    if overwrite and previous.is_file():
-        shutil.rmtree(output)
-        return
-    if not previous.is_file():
-        raise ExistsError(f"{output} exists and holds no dspark training. Choose another --output.")
-    if not resume:
-        raise ExistsError(
-            f"{output} holds a training run. Use --resume to go on with it, --overwrite to replace it, or another --output."
-        )
-    config.continues(TrainConfig.from_json(json.loads(previous.read_text()), str(previous)), str(output))
-
-
-def store_identity(run: Run) -> dict[str, Any]:
-    """What makes a store this store, for a person and for ``--resume``."""
-    m = run.cache.manifest
-    return {
-        "target": m.target.id,
-        "revision": m.target.revision,
-        "weights_sha256": m.target.weights_sha256,
-        "layers": m.layers,
-        "aux_bits": m.aux.bits,
-        "last_bits": m.last.bits,
-        "source": m.source.id,
-        "source_sha256": m.source.sha256,
-        "samples": m.counts.samples,
-        "tokens": m.counts.tokens,
-    }
-
-
-def same_store(output: Path, run: Run) -> None:
-    """Raise MismatchError, naming every difference, if the run in ``output`` was begun on another store."""
-    path = output / STORE
-    if not path.is_file():
-        return  # nothing was trained there yet
-    then, now = json.loads(path.read_text()), store_identity(run)
-    diffs = [
-        f"{k}: {then.get(k)!r} there, {now[k]!r} in {run.config.cache}" for k in now if then.get(k) != now[k]
-    ]
-    if diffs:
-        raise MismatchError(
-            f"{output} was begun on another store: "
-            + "; ".join(diffs)
-            + ". Use that one, or another --output."
-        )
-
-
-def _loop(
-    run: Run, position: Position, output: Path, report: Report, progress: Callable[[int, int, str], None]
-) -> dict[str, Any]:
-    config, schedule = run.config, Schedule.of(run)
-    report.log.info(
-        "steps=%d steps_per_epoch=%d draft=%s", schedule.total, schedule.per_epoch, run.model.config
-    )
-    window, result = Window(), dict[str, Any]()
-    clock = time.perf_counter() - position.seconds
-    with Interrupt() as interrupt:
-        cuda = run.compute.device.type == "cuda"
-        steps = run.stream.steps_from(
-            position.epoch, position.epoch_step, workers=run.workers, pin=cuda, endless=True
-        )
-        while position.step < schedule.total:
-            if position.epoch_step == run.stream.steps(position.epoch):
-                position = dataclasses.replace(position, epoch=position.epoch + 1, epoch_step=0)
-            before = time.perf_counter()
-            rows = next(steps)
-            window.waited += time.perf_counter() - before
-            metrics, sums, lr = step(run, rows, position.step, schedule.total)
-            used = sum(r.tokens for r in rows)
-            window.tokens += used
-            window.steps += 1
-            position = dataclasses.replace(
-                position,
-                step=position.step + 1,
-                epoch_step=position.epoch_step + 1,
-                tokens=position.tokens + used,
-                seconds=time.perf_counter() - clock,
-            )
-            last = position.step == schedule.total
-            milestone = position.step % schedule.every == 0 or last
-            # A milestone is logged too: that is where a non-finite loss stops, before it is saved.
-            if position.step % config.log_every == 0 or position.step == 1 or milestone:
-                result = _train_row(run, position, metrics, sums, lr, window)
-                report.row(result)
-                window.restart()
-            progress(position.step, schedule.total, _line(result))
-            if interrupt.asked:
-                saved = checkpoint.save(
-                    output / "checkpoints", position, run.optimizer, config.keep_checkpoints
-                )
-                report.log.info("interrupted at step %d; saved %s", position.step, saved)
-                raise KeyboardInterrupt
-            if milestone:
-                result = _milestone(run, position, output, report) or result
-                window.restart()
+    world = distributed.join(config.device, config.strategy)
+    with lost_peers():
+        result = _train(config, world, resume, overwrite, progress, say)
+    world.leave()
     return result
 
 
-class Interrupt:
-    """Ctrl-C sets a flag that the loop reads between steps, so that no step is cut in half; a second one stops at once."""
+def _train(
+    config: TrainConfig,
+    world: World,
+    resume: bool,
+    overwrite: bool,
+    progress: Progress,
+    say: Callable[[str], None],
+) -> dict[str, Any]:
+    output = Path(config.output)
 
-    def __init__(self) -> None:
-        self.asked = False
+    def first(work: Callable[[], None]) -> None:
+        world.agreed(lambda: work() if world.first else None)
+
+    first(lambda: folder.claim(output, config, resume=resume, overwrite=overwrite))
+    run = world.agreed(lambda: prepare(config, world))
+    first(lambda: folder.begin(output, run, resume=resume))
+    position = Position()
+    whole = checkpoint.found(output / "checkpoints")
+    if resume and whole:
+        position = world.agreed(lambda: checkpoint.load(whole[-1], run.optimizer))
+    report = Report(output, position.step, config.tensorboard) if world.first else None
+    text = memory.describe(run)
+    say(text)
+    try:
+        if report:
+            report.log.info("%s", text)
+        return _loop(run, position, output, report, progress)
+    finally:
+        if report:
+            report.close()
+
+
+def _loop(
+    run: Run, position: Position, output: Path, report: Report | None, progress: Progress
+) -> dict[str, Any]:
+    config, schedule, world = run.config, Schedule.of(run), run.world
+    if report:
+        report.log.info(
+            "steps=%d steps_per_epoch=%d draft=%s", schedule.total, schedule.per_epoch, run.model.config
+        )
+    result = dict[str, Any]()
+    clock = time.perf_counter() - position.seconds
+    with Interrupt(alone=world.size == 1) as interrupt:
+        feed = Feed(_steps(run, position), _placer(run), run.compute.device)
+        window = Window()
+        while position.step < schedule.total:
+            if position.epoch_step == run.stream.steps(position.epoch):
+                position = dataclasses.replace(position, epoch=position.epoch + 1, epoch_step=0)
+            part = share(run, feed.take, lambda: interrupt.asked)
+            if part.stop:
+                _save(run, position, output, export=False)
+                if report:
+                    report.log.info("interrupted at step %d; saved", position.step)
+                raise KeyboardInterrupt
+            number = position.step + 1
+            milestone = number % schedule.every == 0 or number == schedule.total
+            # A milestone is logged too: that is where a non-finite loss stops, before it is saved.
+            logged = number % config.log_every == 0 or number == 1 or milestone
+            metrics = SlotMetrics(config.block_size, run.compute.device) if logged else None
+            values, lr = step(run, feed, part, position.step, schedule.total, metrics)
+            window.tokens += part.tokens
+            window.steps += 1
+            position = dataclasses.replace(
+                position,
+                step=number,
+                epoch_step=position.epoch_step + 1,
+                tokens=position.tokens + part.tokens,
+                seconds=time.perf_counter() - clock,
+            )
+            if number < schedule.total:
+                feed.fetch()  # before anything below waits for the device
+            if metrics is not None:
+                result = _train_row(run, position, metrics, values, lr, window, feed)
+                if report:
+                    report.row(result)
+                window = Window(waited=feed.waited)
+            progress(position.step, schedule.total, _line(result))
+            if milestone:
+                result = _milestone(run, position, output, report) or result
+                window = Window(waited=feed.waited)
+    return result
+
+
+def _steps(run: Run, position: Position) -> Iterator[list[Row]]:
+    """This rank's rows of each step from ``position`` on, without end."""
+    return run.stream.steps_from(
+        position.epoch,
+        position.epoch_step,
+        workers=run.workers,
+        pin=run.compute.device.type == "cuda",
+        rank=run.world.rank,
+        world=run.world.size,
+        endless=True,
+    )
+
+
+def _placer(run: Run) -> Callable[[Row], Batch]:
+    return lambda row: row.place(run.cache, run.compute.device, run.compute.dtype)
+
+
+class Interrupt:
+    """Ctrl-C and SIGTERM set a flag that the loop reads between steps, so that no step is cut in half.
+
+    A second Ctrl-C stops a process that is ``alone`` at once. Under torchrun each process gets the signal twice, from the terminal and
+    from the launcher, which itself kills what does not end in 30 s; there the flag is all.
+    """
+
+    def __init__(self, *, alone: bool) -> None:
+        self.asked, self.alone = False, alone
 
     def __enter__(self) -> Interrupt:
-        self._main = threading.current_thread() is threading.main_thread()
-        if self._main:
-            self._old = signal.signal(signal.SIGINT, self._ask)
+        self._old: dict[int, Any] = {}
+        if threading.current_thread() is threading.main_thread():
+            self._old = {n: signal.signal(n, self._ask) for n in (signal.SIGINT, signal.SIGTERM)}
         return self
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
-        if self.asked:
+        if self.asked and self.alone:
             raise KeyboardInterrupt
         self.asked = True
 
     def __exit__(self, *unused: object) -> None:
-        if self._main:
-            signal.signal(signal.SIGINT, self._old)
-
-
-def step(run: Run, rows: list[Row], number: int, total: int) -> tuple[SlotMetrics, Tensor, float]:
-    """One optimizer step over ``rows``: forward and backward a row at a time, denominators shared by all of them."""
-    config, model, compute = run.config, run.model, run.compute
-    head = model.frozen_head
-    to_draft = None if head.to_draft is None else head.to_draft.cpu()
-    shared = Denominators(0.0, 0.0, 0.0)
-    for row in rows:
-        shared = shared + Denominators.of(row.batch, config.decay, to_draft)
-    metrics = SlotMetrics(config.block_size, compute.device)
-    loss = torch.zeros((), device=compute.device)
-    for row in rows:
-        if row.batch.slots.numel() == 0:  # no anchor in it: nothing to learn from
-            continue
-        batch = row.place(run.cache, compute.device, compute.dtype)
-        states = model(batch, model.plan(batch, compute.backend))
-        slots = SlotInputs.gather(batch, states, config.decay)
-        out = objective(slots, head, run.objective, shared)
-        out.loss.backward()  # type: ignore[no-untyped-call]
-        loss += out.loss.detach()
-        with torch.no_grad():
-            metrics.add(batch, slots, out)
-    lr = learning_rate(number, total, config.lr, config.warmup_ratio, config.min_lr_ratio)
-    return metrics, torch.stack([run.optimizer.step(lr), loss]), lr
+        for number, handler in self._old.items():
+            signal.signal(number, handler)
 
 
 def _train_row(
-    run: Run, position: Position, metrics: SlotMetrics, norm_and_loss: Tensor, lr: float, window: Window
+    run: Run,
+    position: Position,
+    metrics: SlotMetrics,
+    norm_and_loss: Tensor,
+    lr: float,
+    window: Window,
+    feed: Feed,
 ) -> dict[str, Any]:
-    """The numbers of the step just done (losses) and of the window (speed)."""
+    """The numbers of the step just done (losses) and of the window (speed), over all ranks. Waits for the device."""
+    world = run.world
+    world.sum_(norm_and_loss[1:])
+    world.sum_(metrics.sums)
     grad_norm, loss = norm_and_loss.tolist()
-    if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-        raise TrainError(
-            f"step {position.step} (epoch {position.epoch}): loss {loss}, gradient norm {grad_norm}; expected finite numbers. "
-            "Lower --lr, or look at the store with dspark-tools stats."
-        )
+    world.agreed(lambda: _finite(position, loss, grad_norm))
     seconds = time.perf_counter() - window.started
+    (waited,) = world.max([feed.waited - window.waited])
     values = metrics.result()
     return {
         "step": position.step,
@@ -268,35 +240,66 @@ def _train_row(
         "tokens": position.tokens,
         "tokens_per_second": window.tokens / seconds,
         "step_ms": 1000.0 * seconds / max(1, window.steps),
-        "data_wait_fraction": window.waited / seconds,
+        "data_wait_fraction": waited / seconds,
     }
 
 
-def _milestone(run: Run, position: Position, output: Path, report: Report) -> dict[str, Any] | None:
+def _finite(position: Position, loss: float, grad_norm: float) -> None:
+    if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+        raise TrainError(
+            f"step {position.step} (epoch {position.epoch}): loss {loss}, gradient norm {grad_norm}; expected finite numbers. "
+            "Lower --lr, or look at the store with dspark-tools stats."
+        )
+
+
+def _milestone(run: Run, position: Position, output: Path, report: Report | None) -> dict[str, Any] | None:
     """Validate, export, checkpoint."""
     row = None
     if run.validation is not None:
         row = {"step": position.step, "epoch": position.epoch, "validation": True, **validate(run)}
-        report.row(row)
-    save_draft(output, run.model)
+        if report:
+            report.row(row)
     # Last: a run killed before this resumes from the checkpoint before and makes the rows above again.
-    checkpoint.save(output / "checkpoints", position, run.optimizer, run.config.keep_checkpoints)
+    _save(run, position, output, export=True)
     return row
 
 
+def _save(run: Run, position: Position, output: Path, *, export: bool) -> None:
+    """A checkpoint and, if asked, the draft itself: gathered by all ranks, written by the first."""
+    snapshot = run.optimizer.snapshot()
+
+    def write() -> None:
+        if not run.world.first:
+            return
+        if export:
+            save_draft(output, run.model, trained=snapshot.masters)
+        checkpoint.save(output / "checkpoints", position, snapshot, run.config.keep_checkpoints)
+
+    run.world.agreed(write)
+
+
 def validate(run: Run) -> Score:
-    """Metrics on the held-out prompts; the same anchors every time."""
-    assert run.validation is not None
-    rows = (row for rows in run.validation.steps_from(VALIDATION_EPOCH) for row in rows)
+    """Metrics on the held-out prompts; the same anchors every time. Each rank scores its rows."""
     return evaluate(
         run.model,
         run.cache,
-        rows,
+        _held_out(run),
         device=run.compute.device,
         dtype=run.compute.dtype,
         decay=run.config.decay,
         backend=run.compute.backend,
+        reduce=run.world.sum_,
     )
+
+
+def _held_out(run: Run) -> Iterator[Row | Batch]:
+    stream = run.validation
+    assert stream is not None
+    left = len(stream.plan(VALIDATION_EPOCH))
+    for rows in stream.steps_from(VALIDATION_EPOCH, rank=run.world.rank, world=run.world.size):
+        yield from rows
+        yield from blanks(run, min(left, stream.rows_per_step), sum(row.slots > 0 for row in rows))
+        left -= stream.rows_per_step
 
 
 def _line(row: dict[str, Any]) -> str:

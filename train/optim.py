@@ -1,19 +1,32 @@
 """AdamW on float32 master weights, whatever dtype the model computes in; warm-up and cosine; clipping by the global norm.
 
-Where the model is float32 its parameters are the masters. Where it is bfloat16 each parameter has a float32 master, and gradients are
-added to the master's as soon as backward makes them: rows of a step accumulate in float32 and the bfloat16 gradient is freed at once.
+Everything lies flat: the parameters of the model are views into a few buckets, and masters, gradients and moments have the buckets'
+shape. So a step is a handful of kernels however many tensors the draft has, nothing of it waits for the GPU, and the gradients of
+several ranks are summed a bucket at a time while the backward pass of the step's last row still runs.
+
+Where the model is float32 its parameters are the masters. Where it is bfloat16 each gradient is added to the float32 buffer as soon as
+backward has made it: rows of a step accumulate in float32 and the bfloat16 gradient is freed at once.
+Bytes a trained parameter, bfloat16: 2 + 4 (master) + 4 (gradient) + 8 (moments); float32: 4 + 4 + 8.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from dspark.cache.errors import TrainError
+from dspark.train.distributed import World
+
+BUCKET = 1 << 26  # elements of a bucket, at least one parameter: 256 MB of gradients in one all-reduce
+ALIGN = (
+    64  # elements; every parameter starts at a multiple, as the GPU's matrix units and vector loads like it
+)
+MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def learning_rate(step: int, total: int, peak: float, warmup_ratio: float, min_ratio: float) -> float:
@@ -25,8 +38,94 @@ def learning_rate(step: int, total: int, peak: float, warmup_ratio: float, min_r
     return peak * (min_ratio + (1.0 - min_ratio) * 0.5 * (1.0 + math.cos(math.pi * min(1.0, done))))
 
 
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """Masters and moments, name -> whole float32 tensor, the same for any strategy and number of ranks; ``updates``: steps taken."""
+
+    masters: Mapping[str, Tensor]
+    moments: Mapping[str, Mapping[str, Tensor]]
+    updates: int
+
+    def check(self, parameters: Mapping[str, Tensor]) -> None:
+        """Raise TrainError unless these are tensors for exactly ``parameters``."""
+        for what, tensors in (("masters", self.masters), *self.moments.items()):
+            there = {n: list(t.shape) for n, t in tensors.items()}
+            here = {n: list(p.shape) for n, p in parameters.items()}
+            if there != here:
+                differ = sorted(n for n in there.keys() | here.keys() if there.get(n) != here.get(n))
+                raise TrainError(
+                    f"the checkpoint's {what} are not this draft's: {', '.join(f'{n} {there.get(n)} there, {here.get(n)} here' for n in differ[:3])}"
+                )
+
+
+class Optimizer(Protocol):
+    """What the loop asks of an optimizer, sharded or not."""
+
+    def last_row(self) -> None:
+        """The next backward is this rank's last of the step: gradients may be summed over ranks as they appear."""
+
+    def step(self, lr: float) -> Tensor:
+        """One update at rate ``lr`` from the sum of all ranks' gradients; returns its norm before clipping (0-dim, on the device)."""
+
+    def snapshot(self) -> Snapshot:
+        """Copies on the CPU for a checkpoint, whole on rank 0 (a collective call; empty elsewhere)."""
+
+    def load(self, snapshot: Snapshot) -> None:
+        """Restore what ``snapshot`` gave, and the model's parameters with it."""
+
+
+class Adam:
+    """AdamW and clipping over given float32 ``masters``, whose ``.grad`` the caller sets."""
+
+    def __init__(
+        self, masters: list[nn.Parameter], betas: tuple[float, float], weight_decay: float, clip: float
+    ) -> None:
+        self.clip, self.masters = clip, masters
+        # One multi-tensor kernel, on CPU and CUDA; eager AdamW is a dozen passes over the same memory.
+        self._adam = torch.optim.AdamW(masters, lr=0.0, betas=betas, weight_decay=weight_decay, fused=True)
+        for p in masters:
+            moments = {name: torch.zeros_like(p, requires_grad=False) for name in MOMENTS}
+            self._adam.state[p] = {"step": torch.zeros((), device=p.device), **moments}
+
+    def update(self, lr: float, norm: Tensor) -> None:
+        """One step with gradients of global norm ``norm``. The kernel itself divides by the clipping factor, so nothing is read back."""
+        for group in self._adam.param_groups:
+            group["lr"] = lr
+        self._adam.grad_scale = ((norm + 1e-6) / self.clip).clamp(min=1.0).float()  # type: ignore[attr-defined]
+        self._adam.step()
+
+    def moment(self, name: str, master: nn.Parameter) -> Tensor:
+        found: Tensor = self._adam.state[master][name]
+        return found
+
+    @property
+    def updates(self) -> int:
+        return int(self._adam.state[self.masters[0]]["step"]) if self.masters else 0
+
+    @updates.setter
+    def updates(self, value: int) -> None:
+        for p in self.masters:
+            self._adam.state[p]["step"].fill_(value)
+
+
+@dataclass(slots=True, eq=False)
+class _Bucket:
+    """``values``: what the model computes with, flat [n], the master's own memory where the model is float32."""
+
+    master: nn.Parameter
+    values: Tensor
+    at: dict[str, int] = field(default_factory=dict)
+    awaited: int = 0  # gradients that the last backward has yet to make
+    sum: Any = None  # the all-reduce under way
+
+    @property
+    def gradients(self) -> Tensor:
+        assert self.master.grad is not None
+        return self.master.grad
+
+
 class MasterAdamW:
-    """AdamW over ``named`` parameters. ``masters``: name -> float32 tensor, what a checkpoint stores."""
+    """AdamW over ``named`` parameters, whole on every rank of ``world``; their storage moves into flat buckets."""
 
     def __init__(
         self,
@@ -35,61 +134,126 @@ class MasterAdamW:
         betas: tuple[float, float],
         weight_decay: float,
         clip: float,
+        world: World | None = None,
     ) -> None:
         self.parameters = {n: p for n, p in named if p.requires_grad}
-        self.clip = clip
-        self.masters: dict[str, nn.Parameter] = {}
+        self.world = world or World()
+        # In the order in which backward makes gradients, last layer first, so that the first bucket is complete early.
+        self._buckets = [_adopt(group) for group in _groups(list(self.parameters.items())[::-1])]
+        self._adam = Adam([b.master for b in self._buckets], betas, weight_decay, clip)
+        self._of = {name: bucket for bucket in self._buckets for name in bucket.at}
+        self._summing, self._sent = False, 0
         for name, p in self.parameters.items():
+            view = self._view(self._of[name].gradients, name)
             if p.dtype == torch.float32:
-                self.masters[name] = p
-                continue
-            master = nn.Parameter(p.detach().float().clone())
-            self.masters[name] = master
-            p.register_post_accumulate_grad_hook(_moves_gradient_to(master))  # type: ignore[no-untyped-call]
-        cuda = any(p.is_cuda for p in self.masters.values())
-        self.adam = torch.optim.AdamW(
-            self.masters.values(),
-            lr=0.0,
-            betas=betas,
-            weight_decay=weight_decay,
-            fused=cuda,
-            foreach=False if not cuda else None,
-        )
+                p.grad = view  # autograd adds to it in place
+            p.register_post_accumulate_grad_hook(self._hook(self._of[name], view))  # type: ignore[no-untyped-call]
 
+    @property
+    def masters(self) -> dict[str, Tensor]:
+        """Name -> float32 master, a view."""
+        return {n: self._view(self._of[n].master.detach(), n) for n in self.parameters}
+
+    def _view(self, flat: Tensor, name: str) -> Tensor:
+        p, start = self.parameters[name], self._of[name].at[name]
+        return flat[start : start + p.numel()].view(p.shape)
+
+    def _hook(self, bucket: _Bucket, view: Tensor) -> Any:
+        def arrived(p: Tensor) -> None:
+            if p.dtype != torch.float32:
+                assert p.grad is not None
+                view.add_(p.grad)
+                p.grad = None
+            if self._summing:
+                bucket.awaited -= 1
+                while self._sent < len(self._buckets) and self._buckets[self._sent].awaited == 0:
+                    self._send()
+
+        return arrived
+
+    def _send(self) -> None:
+        """Start the sum of the next bucket. Always in one order, whichever gradients a rank has: collectives must match."""
+        bucket = self._buckets[self._sent]
+        bucket.sum = self.world.start_sum(bucket.gradients)
+        self._sent += 1
+
+    def last_row(self) -> None:
+        self._summing, self._sent = self.world.size > 1, 0
+        for bucket in self._buckets:
+            bucket.awaited = len(bucket.at)
+
+    @torch.no_grad()
     def step(self, lr: float) -> Tensor:
-        """One update at rate ``lr``; returns the gradient's global norm before clipping (0-dim, on the device)."""
-        for group in self.adam.param_groups:
-            group["lr"] = lr
-        norm = nn.utils.clip_grad_norm_(list(self.masters.values()), self.clip)
-        self.adam.step()
-        self.adam.zero_grad(set_to_none=True)
-        with torch.no_grad():
-            for name, p in self.parameters.items():
-                if self.masters[name] is not p:
-                    p.copy_(self.masters[name])
+        """As ``Optimizer.step``."""
+        if self.world.size > 1:
+            while self._sent < len(self._buckets):  # all of them where this rank had no row
+                self._send()
+            for bucket in self._buckets:
+                bucket.sum.wait()
+        self._summing, self._sent = False, 0
+        norm = nn.utils.get_total_norm([b.gradients for b in self._buckets])
+        self._adam.update(lr, norm)
+        for bucket in self._buckets:
+            bucket.gradients.zero_()
+            if bucket.values.dtype != torch.float32:
+                bucket.values.copy_(bucket.master)
         return norm
 
-    def state_dict(self) -> dict[str, Any]:
-        return {"adam": self.adam.state_dict(), "names": list(self.masters)}
+    def snapshot(self) -> Snapshot:
+        if self.world.rank:
+            return Snapshot({}, {}, 0)
 
-    def load(self, masters: dict[str, Tensor], state: dict[str, Any]) -> None:
-        """Restore masters, model parameters and moments from a checkpoint."""
-        if state["names"] != list(self.masters) or set(masters) != set(self.masters):
-            raise TrainError(f"the checkpoint holds {sorted(masters)}, this draft has {sorted(self.masters)}")
-        with torch.no_grad():
-            for name, master in self.masters.items():
-                master.copy_(masters[name])
-                self.parameters[name].copy_(master)
-        self.adam.load_state_dict(state["adam"])
+        def whole(of: Mapping[_Bucket, Tensor]) -> dict[str, Tensor]:
+            flat = {bucket: tensor.detach().cpu() for bucket, tensor in of.items()}
+            return {n: self._view(flat[self._of[n]], n).clone() for n in self.parameters}
+
+        moments = {m: whole({b: self._adam.moment(m, b.master) for b in self._buckets}) for m in MOMENTS}
+        return Snapshot(whole({b: b.master for b in self._buckets}), moments, self._adam.updates)
+
+    @torch.no_grad()
+    def load(self, snapshot: Snapshot) -> None:
+        snapshot.check(self.parameters)
+        for name, bucket in self._of.items():
+            self._view(bucket.master, name).copy_(snapshot.masters[name])
+            for moment in MOMENTS:
+                self._view(self._adam.moment(moment, bucket.master), name).copy_(
+                    snapshot.moments[moment][name]
+                )
+        for bucket in self._buckets:
+            bucket.values.copy_(bucket.master)
+        self._adam.updates = snapshot.updates
 
 
-def _moves_gradient_to(master: nn.Parameter) -> Any:
-    def hook(p: Tensor) -> None:
-        assert p.grad is not None
-        if master.grad is None:
-            master.grad = p.grad.float()
-        else:
-            master.grad += p.grad
-        p.grad = None
+def _groups(named: list[tuple[str, nn.Parameter]]) -> list[list[tuple[str, nn.Parameter]]]:
+    """Neighbours of one dtype and device, ``BUCKET`` elements at most unless one parameter alone has more."""
+    out: list[list[tuple[str, nn.Parameter]]] = []
+    size = 0
+    for name, p in named:
+        same = out and (out[-1][-1][1].dtype, out[-1][-1][1].device) == (p.dtype, p.device)
+        if not same or size + p.numel() > BUCKET:
+            out.append([])
+            size = 0
+        out[-1].append((name, p))
+        size += p.numel()
+    return out
 
-    return hook
+
+@torch.no_grad()
+def _adopt(named: list[tuple[str, nn.Parameter]]) -> _Bucket:
+    """A bucket that holds the values of ``named``; the parameters become views of it."""
+    at, end = {}, 0
+    for name, p in named:
+        at[name] = end
+        end += -(-p.numel() // ALIGN) * ALIGN
+    first = named[0][1]
+    master = nn.Parameter(torch.zeros(end, dtype=torch.float32, device=first.device))
+    plain = first.dtype == torch.float32
+    values = master.detach() if plain else torch.zeros(end, dtype=first.dtype, device=first.device)
+    for name, p in named:
+        view = values[at[name] : at[name] + p.numel()].view(p.shape)
+        view.copy_(p)
+        p.data = view
+    if not plain:
+        master.copy_(values)
+    master.grad = torch.zeros_like(master, requires_grad=False)
+    return _Bucket(master, values, at)

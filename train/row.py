@@ -69,9 +69,9 @@ class Row:
         Codes are joined in place; rows of padding are zero.
         """
         arrays: list[tuple[str, int, Sequence[Array]]] = []
-        for field in dataclasses.fields(Batch):
-            value: Tensor = getattr(batch, field.name)
-            arrays.append((f"batch.{field.name}", value.shape[0], [value.numpy()]))
+        for part in dataclasses.fields(Batch):
+            value: Tensor = getattr(batch, part.name)
+            arrays.append((f"batch.{part.name}", value.shape[0], [value.numpy()]))
         arrays += [(f"aux.{n}", batch.aux.shape[0], a) for n, a in aux.items()]
         arrays += [(f"last.{n}", batch.last.shape[0], a) for n, a in last.items()]
         fields, end = [], 0

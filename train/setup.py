@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from functools import partial
 
 import torch
+from torch import Tensor
 
 import dspark.cache
 from dspark.cache.errors import TrainError, UsageError
 from dspark.cache.reader import Cache
 from dspark.train.anchors import Int64
 from dspark.train.attention import Backend
+from dspark.train.batch import Batch
 from dspark.train.config import TrainConfig
+from dspark.train.distributed import World
 from dspark.train.draft import DraftModel
 from dspark.train.draft_config import DraftConfig
 from dspark.train.objective import ObjectiveConfig
-from dspark.train.optim import MasterAdamW
+from dspark.train.optim import MasterAdamW, Optimizer
+from dspark.train.row import blank
 from dspark.train.stream import VALIDATION_EPOCH, Stream, split
 from dspark.train.vocab import choose_ids
 
@@ -38,14 +43,19 @@ class Run:
     compute: Compute
     model: DraftModel
     objective: ObjectiveConfig
-    optimizer: MasterAdamW
+    optimizer: Optimizer
     stream: Stream
     validation: Stream | None
     vocab_coverage: float
     workers: int
+    world: World
+    to_draft: Tensor | None
+    """int64[V] on the CPU, for the weights of a reduced vocabulary's CE; None for the whole."""
+    blank: Batch | None
+    """Padding for the ranks of a sharded model that have no row left; None where no rank needs any."""
 
 
-def choose_compute(device: str, dtype: str, compiled: bool | None) -> Compute:
+def choose_compute(device: str, dtype: str, compiled: bool | None, world: World | None = None) -> Compute:
     """``auto`` takes cuda with bfloat16 if there is one, else cpu with float32 (bfloat16 is emulated and slow on most CPUs)."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -54,6 +64,8 @@ def choose_compute(device: str, dtype: str, compiled: bool | None) -> Compute:
             f"--device {device}: torch sees no CUDA device (torch {torch.__version__}); use --device cpu"
         )
     cuda = device.startswith("cuda")
+    if cuda and world is not None and world.size > 1:
+        device = f"cuda:{world.local_rank}"
     names = {
         "bfloat16": torch.bfloat16,
         "float32": torch.float32,
@@ -71,12 +83,17 @@ def row_length(cache: Cache, requested: int | None) -> int:
     return requested or max(4096, cache.manifest.dump.seq_length)
 
 
-def prepare(config: TrainConfig) -> Run:
-    """Open the store and build the run. Raises before anything is written."""
+def prepare(config: TrainConfig, world: World | None = None) -> Run:
+    """Open the store and build the run, this rank's part of it. Raises before anything is written."""
+    world = world or World()
+    if config.rows_per_step < world.size:
+        raise UsageError(
+            f"--rows-per-step {config.rows_per_step} for {world.size} processes: each needs a row; raise it to a multiple of {world.size}"
+        )
     objective = ObjectiveConfig.from_json(
         config.loss_fn, confidence=config.confidence_head_alpha, decay=config.decay
     )
-    compute = choose_compute(config.device, config.dtype, config.compile)
+    compute = choose_compute(config.device, config.dtype, config.compile, world)
     cache = dspark.cache.open(config.cache)
     if cache.manifest.counts.last_rows == 0:
         raise TrainError(
@@ -101,12 +118,20 @@ def prepare(config: TrainConfig) -> Run:
     torch.manual_seed(config.seed)  # initial weights; nothing else draws from torch's generator
     model = DraftModel(draft_config, cache.target, draft_ids, frozen_dtype=compute.dtype)
     model.to(device=compute.device, dtype=compute.dtype)
+    sharded = config.strategy == "fsdp2"
     if compute.compiled:
-        # Rows are padded to one shape, so one compilation serves the run (and one without gradients, validation).
-        model.compile(dynamic=False)
-    optimizer = MasterAdamW(
-        model.trained(), betas=config.betas, weight_decay=config.weight_decay, clip=config.grad_clip
-    )
+        compile_draft(model, layers_only=sharded)
+    if config.activation_checkpointing:
+        checkpoint_activations(model)
+    optimizer: Optimizer
+    adam = {"betas": config.betas, "weight_decay": config.weight_decay, "clip": config.grad_clip}
+    if sharded:
+        from dspark.train.sharded import ShardedAdamW, shard
+
+        shard(model, world, compute.dtype)
+        optimizer = ShardedAdamW(model, **adam, world=world)  # type: ignore[arg-type]
+    else:
+        optimizer = MasterAdamW(model.trained(), **adam, world=world)  # type: ignore[arg-type]
     cuda = compute.device.type == "cuda"
     workers = config.workers if config.workers is not None else (min(4, os.cpu_count() or 1) if cuda else 0)
 
@@ -129,4 +154,32 @@ def prepare(config: TrainConfig) -> Run:
     training.plan(0)
     if validation is not None:
         validation.plan(VALIDATION_EPOCH)
-    return Run(config, cache, compute, model, objective, optimizer, training, validation, coverage, workers)
+    padding = None
+    if sharded:
+        fixed = (training.total_seq_len, training.max_anchors) if training.pad else (1, 1)
+        layers, hidden = len(cache.manifest.layers), cache.manifest.target.hidden_size
+        padding = blank(*fixed, config.block_size, layers, hidden, compute.device, compute.dtype)
+    return Run(
+        config, cache, compute, model, objective, optimizer, training, validation, coverage, workers, world,
+        None if model.frozen_head.to_draft is None else model.frozen_head.to_draft.cpu(), padding,
+    )  # fmt: skip
+
+
+def compile_draft(model: DraftModel, *, layers_only: bool) -> None:
+    """torch.compile. Rows are padded to one shape, so one compilation serves the run (and one without gradients, validation).
+
+    ``layers_only``: layer by layer, between FSDP2's gathering of their weights, which is no work for a compiler.
+    """
+    if not layers_only:
+        model.compile(dynamic=False)
+        return
+    for layer in model.layers:
+        layer.forward = torch.compile(layer.forward, dynamic=False)
+
+
+def checkpoint_activations(model: DraftModel) -> None:
+    """Keep only the input of each layer for backward. Set on the instances: a wrapping module would rename the parameters."""
+    from torch.utils.checkpoint import checkpoint
+
+    for layer in model.layers:
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)

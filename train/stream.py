@@ -9,6 +9,7 @@ Legend: S tokens of a row (``total_seq_len`` at most), A anchors, N samples.
 from __future__ import annotations
 
 import copy
+import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -173,11 +174,17 @@ class Stream:
             pin_memory=pin,
             prefetch_factor=4 if workers else None,
             multiprocessing_context="spawn" if workers else None,
+            worker_init_fn=_leave_interrupts_to_the_loop,
         )
         rows = iter(loader)
         planned = Stream.schedule(_copy_of(self), *shape)
         for step in planned:
             yield [next(rows) for _ in step]
+
+
+def _leave_interrupts_to_the_loop(worker: int) -> None:
+    """Ctrl-C in a terminal reaches every process; a reader that died of it would keep the loop from saving."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 @dataclass(frozen=True, slots=True)

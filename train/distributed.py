@@ -1,0 +1,161 @@
+"""Several processes of one training run, started by torchrun: who is who, sums over them, and how one's failure stops all.
+
+Two channels. Tensors on the device are summed through the backend of the device (NCCL, or gloo on a CPU). A few numbers a step (weights
+of the loss, whether anybody was interrupted) go through gloo on the host, so that asking never waits for a GPU; and since every rank
+answers before any collective of the step begins, none of those ever waits for a rank that has stopped.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from dspark.cache.errors import TrainError, UsageError
+
+T = TypeVar("T")
+LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # what torchrun sets
+# Validation and a checkpoint of one rank fit into this; a rank that dies is noticed at once, by its closed connection.
+PATIENCE = timedelta(hours=2)
+
+
+class PeerError(TrainError):
+    """Another rank failed; it, or rank 0 for it, says why."""
+
+    def __init__(self, message: str, exit_code: int = 1) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+@dataclass(frozen=True, slots=True)
+class World:
+    """The processes of a run; ``World()`` is one process alone, for which everything here does nothing."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    control: Any = None  # the gloo group
+
+    @property
+    def first(self) -> bool:
+        """Whether this rank writes what is written once."""
+        return self.rank == 0
+
+    def sum(self, values: Sequence[float]) -> list[float]:
+        """Sums of host numbers over all ranks, float64, the same bits on every rank."""
+        return self._host(values, dist.ReduceOp.SUM)
+
+    def max(self, values: Sequence[float]) -> list[float]:
+        """As ``sum``, the largest of each."""
+        return self._host(values, dist.ReduceOp.MAX)
+
+    def _host(self, values: Sequence[float], operation: Any) -> list[float]:
+        if self.size == 1:
+            return list(values)
+        tensor = torch.tensor(values, dtype=torch.float64)
+        with lost_peers():
+            dist.all_reduce(tensor, operation, group=self.control)
+        out: list[float] = tensor.tolist()
+        return out
+
+    def sum_(self, tensor: Tensor) -> Tensor:
+        """Sum a device tensor over all ranks, in place."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def start_sum(self, tensor: Tensor) -> Any:
+        """Begin the sum of ``tensor`` in place; ``.wait()`` on what is returned before reading it."""
+        return dist.all_reduce(tensor, async_op=True)
+
+    def agreed(self, work: Callable[[], T]) -> T:
+        """``work()`` on every rank; where it fails on any, all raise: the ranks that failed their own error, the others PeerError.
+
+        If several fail alike (a wrong flag fails everywhere) rank 0's error speaks for all.
+        """
+        if self.size == 1:
+            return work()
+        error: Exception | None = None
+        try:
+            value = work()
+        except Exception as caught:
+            error = caught
+        mine = None if error is None else (str(error), getattr(error, "exit_code", 1))
+        told: list[tuple[str, int] | None] = [None] * self.size
+        with lost_peers():
+            dist.all_gather_object(told, mine, group=self.control)
+        failed = [(rank, *say) for rank, say in enumerate(told) if say is not None]
+        if not failed:
+            return value
+        rank, message, code = failed[0]
+        if error is not None and (self.first or rank != 0):
+            raise error
+        raise PeerError(f"rank {rank}: {message}", code)
+
+    def leave(self) -> None:
+        """The ordinary end of a run."""
+        if dist.is_initialized() and self.control is not None:
+            dist.destroy_process_group()
+
+
+def launched() -> bool:
+    """Whether torchrun (or something that sets the same variables) started this process."""
+    return all(name in os.environ for name in LAUNCHER)
+
+
+def rank_here() -> int:
+    """This process's rank without joining the others."""
+    return int(os.environ["RANK"]) if launched() else 0
+
+
+def join(device: str, strategy: str | None) -> World:
+    """The world that torchrun describes, joined; ``device`` as ``--device``. One process alone joins only for ``fsdp2``."""
+    if not launched():
+        if strategy is not None:
+            raise UsageError(
+                f"--strategy {strategy} is for several processes: torchrun --nproc-per-node N $(which dspark-train) ..."
+            )
+        return World()
+    rank, size, local = (int(os.environ[name]) for name in LAUNCHER[:3])
+    if size == 1 and strategy != "fsdp2":
+        return World()
+    cuda = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
+    if cuda:
+        if ":" in device:
+            raise UsageError(
+                f"--device {device}: under torchrun each process takes its own GPU; use --device cuda"
+            )
+        if torch.cuda.device_count() <= local:
+            raise UsageError(
+                f"torchrun starts process {local} on this machine, torch sees {torch.cuda.device_count()} GPUs; "
+                "lower --nproc-per-node or use --device cpu"
+            )
+        torch.cuda.set_device(local)
+        dist.init_process_group("nccl", device_id=torch.device("cuda", local))
+        return World(rank, size, local, dist.new_group(backend="gloo", timeout=PATIENCE))
+    dist.init_process_group("gloo", timeout=PATIENCE)
+    return World(rank, size, local, dist.group.WORLD)
+
+
+SIGNS = ("closed by peer", "reset by peer", "Broken pipe", "Connection refused", "Timed out waiting")
+
+
+@contextmanager
+def lost_peers() -> Iterator[None]:
+    """Turns the backend's error about a closed connection into one that says what it means."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not any(sign in str(error) for sign in SIGNS):
+            raise
+        raise PeerError(
+            "another process of this run is gone (killed, or out of memory); its own output says more. "
+            "The last checkpoint is whole: the same command with --resume goes on from it."
+        ) from error

@@ -1,0 +1,76 @@
+"""The folder of a training run: whose it is, and which settings and store it was begun with."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from dspark.cache.disk import write_file
+from dspark.cache.errors import ExistsError, MismatchError
+from dspark.train.config import TrainConfig
+from dspark.train.setup import Run
+
+TRAINING = "training.json"  # the config of the run, beside the draft
+STORE = "store.json"  # which store it was trained on; the path may change between a run and its resumption, the store may not
+
+
+def claim(output: Path, config: TrainConfig, *, resume: bool, overwrite: bool) -> None:
+    """Refuse to write into a folder that holds something else, or another run."""
+    if not output.exists() or not any(output.iterdir()):
+        return
+    previous = output / TRAINING
+    if overwrite and previous.is_file():
+        shutil.rmtree(output)
+        return
+    if not previous.is_file():
+        raise ExistsError(f"{output} exists and holds no dspark training. Choose another --output.")
+    if not resume:
+        raise ExistsError(
+            f"{output} holds a training run. Use --resume to go on with it, --overwrite to replace it, or another --output."
+        )
+    config.continues(TrainConfig.from_json(json.loads(previous.read_text()), str(previous)), str(output))
+
+
+def store_identity(run: Run) -> dict[str, Any]:
+    """What makes a store this store, for a person and for ``--resume``."""
+    m = run.cache.manifest
+    return {
+        "target": m.target.id,
+        "revision": m.target.revision,
+        "weights_sha256": m.target.weights_sha256,
+        "layers": m.layers,
+        "aux_bits": m.aux.bits,
+        "last_bits": m.last.bits,
+        "source": m.source.id,
+        "source_sha256": m.source.sha256,
+        "samples": m.counts.samples,
+        "tokens": m.counts.tokens,
+    }
+
+
+def same_store(output: Path, run: Run) -> None:
+    """Raise MismatchError, naming every difference, if the run in ``output`` was begun on another store."""
+    path = output / STORE
+    if not path.is_file():
+        return  # nothing was trained there yet
+    then, now = json.loads(path.read_text()), store_identity(run)
+    diffs = [
+        f"{k}: {then.get(k)!r} there, {now[k]!r} in {run.config.cache}" for k in now if then.get(k) != now[k]
+    ]
+    if diffs:
+        raise MismatchError(
+            f"{output} was begun on another store: "
+            + "; ".join(diffs)
+            + ". Use that one, or another --output."
+        )
+
+
+def begin(output: Path, run: Run, *, resume: bool) -> None:
+    """Make the folder and write what it belongs to; on ``resume``, refuse another store."""
+    if resume:
+        same_store(output, run)
+    output.mkdir(parents=True, exist_ok=True)
+    write_file(output / STORE, (json.dumps(store_identity(run), indent=1) + "\n").encode())
+    write_file(output / TRAINING, (json.dumps(run.config.to_json(), indent=1) + "\n").encode())

@@ -1,0 +1,115 @@
+"""One optimizer step: this rank's rows one after the other, their gradients summed with the other ranks', one update.
+
+Nothing in it waits for the GPU. What all ranks must know before they can weigh a slot (the sums of weights over every row of the step)
+is a few numbers of the rows' masks, exchanged on the host.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dspark.train.batch import Batch
+from dspark.train.draft import SlotStates
+from dspark.train.feed import Feed
+from dspark.train.metrics import SlotMetrics
+from dspark.train.objective import Denominators, SlotInputs, objective
+from dspark.train.optim import learning_rate
+from dspark.train.row import Row
+from dspark.train.setup import Run
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """What this rank does of a step, and what all do: ``denominators``, ``rows`` and ``tokens`` are of all ranks."""
+
+    own: list[Row]
+    denominators: Denominators
+    rows: int
+    tokens: int
+    stop: bool  # somebody was interrupted
+
+
+def share(run: Run, take: Callable[[], list[Row]], interrupted: Callable[[], bool]) -> Share:
+    """Take the next step's rows and exchange what their ranks must know of each other. Errors of any rank's reading raise on all."""
+    own: list[Row] = []
+    failed: Exception | None = None
+    try:
+        own = [] if interrupted() else take()
+    except Exception as error:
+        failed = error
+    weights = Denominators(0.0, 0.0, 0.0)
+    for row in own:
+        weights = weights + Denominators.of(row.batch, run.config.decay, run.to_draft)
+    ce, l1, confidence, rows, tokens, stops, failures = run.world.sum(
+        [
+            weights.ce,
+            weights.l1,
+            weights.confidence,
+            len(own),
+            sum(row.tokens for row in own),
+            interrupted(),
+            failed is not None,
+        ]
+    )
+    if failures and not stops:  # an interrupt may have taken a reader with it: that is no failure
+        run.world.agreed(lambda: _raise(failed))
+    return Share(own, Denominators(ce, l1, confidence), int(rows), int(tokens), bool(stops))
+
+
+def _raise(error: Exception | None) -> None:
+    if error is not None:
+        raise error
+
+
+def step(
+    run: Run, feed: Feed, part: Share, number: int, total: int, metrics: SlotMetrics | None
+) -> tuple[Tensor, float]:
+    """Optimizer step ``number`` of ``total``; fills ``metrics`` if given.
+
+    Returns float32[2] on the device, the gradient's norm (of all ranks) and this rank's part of the loss, and the learning rate.
+    """
+    config, model = run.config, run.model
+    loss = torch.zeros((), device=run.compute.device)
+    used = [row for row in part.own if row.slots]  # no anchor, nothing to learn
+    if not used:
+        run.optimizer.last_row()
+    for i, batch in enumerate(feed.batches(used)):
+        if i == len(used) - 1:
+            run.optimizer.last_row()
+        loss += learn(run, batch, part.denominators, metrics)
+    for batch in blanks(run, part.rows, len(used)):
+        nothing(model(batch, model.plan(batch, run.compute.backend))).backward()  # type: ignore[no-untyped-call]
+    lr = learning_rate(number, total, config.lr, config.warmup_ratio, config.min_lr_ratio)
+    norm = run.optimizer.step(lr)
+    feed.queued()
+    return torch.stack([norm.float(), loss.float()]), lr
+
+
+def learn(run: Run, batch: Batch, denominators: Denominators, metrics: SlotMetrics | None) -> Tensor:
+    """Forward, objective and backward of one row; its part of the step's loss, detached."""
+    states: SlotStates = run.model(batch, run.model.plan(batch, run.compute.backend))
+    slots = SlotInputs.gather(batch, states, run.config.decay)
+    out = objective(slots, run.model.frozen_head, run.objective, denominators)
+    out.loss.backward()  # type: ignore[no-untyped-call]
+    if metrics is not None:
+        with torch.no_grad():
+            metrics.add(batch, slots, out)
+    return out.loss.detach()
+
+
+def blanks(run: Run, rows: int, passed: int) -> Iterator[Batch]:
+    """Batches of padding for a sharded model, whose ranks must all pass as often as the one with most of ``rows`` rows does."""
+    if run.blank is None:
+        return
+    for _ in range(-(-rows // run.world.size) - passed):
+        yield run.blank
+
+
+def nothing(states: SlotStates) -> Tensor:
+    """A loss of 0 that depends on everything a forward gives, so that its backward visits every parameter."""
+    parts = [states.h, states.z, states.w2, states.confidence]
+    return torch.stack([part[:0].sum().float() for part in parts if part is not None]).sum()
