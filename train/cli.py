@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import sys
+from contextlib import nullcontext
 from typing import Any
 
 import click
 
 from dspark.cache.command import bar, emit, guarded
 from dspark.train.config import TrainConfig
+from dspark.train.recipes import AUTO, NONE, configure, recipes
 
 DEFAULTS = TrainConfig(cache="")
 
@@ -21,6 +23,9 @@ Examples:
   dspark-train --cache ./hs.zarr --output ./draft --epochs 3 --block-size 7 --max-anchors 512
   dspark-train --cache ./hs.zarr --resume                    after Ctrl-C or a crash
   dspark-train --cache ./hs.zarr --speculator-type dflash    the plain parallel draft
+  dspark-train --cache ./hs.zarr --recipe Qwen3-4B --epochs 3
+  torchrun --nproc-per-node 8 -m dspark.train --cache ./hs.zarr                      8 GPUs, the same training
+  torchrun --nproc-per-node 8 -m dspark.train --cache ./hs.zarr --strategy fsdp2     less memory on each
 """,
 )
 @click.option("--cache", required=True, help="Store that dspark-dump wrote.")
@@ -28,6 +33,12 @@ Examples:
     "--output",
     default=DEFAULTS.output,
     help="Folder of the draft: config.json, model.safetensors, metrics.jsonl, checkpoints/.",
+)
+@click.option(
+    "--recipe",
+    default=AUTO,
+    metavar="NAME",
+    help=f"Defaults for what is not given here: {', '.join(recipes())}; {AUTO} = that of the store's target if there is one; {NONE}.",
 )
 @click.option("--epochs", default=DEFAULTS.epochs, type=float, help="Passes over the training samples.")
 @click.option("--max-steps", type=int, help="Optimizer steps in all, instead of --epochs.")
@@ -43,7 +54,11 @@ Examples:
     type=int,
     help="Tokens of a packed row.  [default: 4096, or the store's sequence length]",
 )
-@click.option("--rows-per-step", default=DEFAULTS.rows_per_step, help="Packed rows of an optimizer step.")
+@click.option(
+    "--rows-per-step",
+    default=DEFAULTS.rows_per_step,
+    help="Packed rows of an optimizer step, over all processes.",
+)
 @click.option(
     "--max-anchors", default=DEFAULTS.max_anchors, help="Anchors drawn a row; 0 = every eligible one."
 )
@@ -85,25 +100,53 @@ Examples:
     type=click.Choice(["auto", "bfloat16", "float32"]),
     help="auto: bfloat16 on cuda, float32 on cpu.",
 )
-@click.option("--workers", type=int, help="Processes that read the store.  [default: 4 on cuda, 0 on cpu]")
+@click.option(
+    "--workers", type=int, help="Processes that read the store, for each GPU.  [default: 4 on cuda, 0 on cpu]"
+)
 @click.option(
     "--compile/--no-compile", "compile_", default=None, help="torch.compile the step.  [default: on cuda]"
+)
+@click.option(
+    "--activation-checkpointing",
+    is_flag=True,
+    help="Compute each layer twice and keep less of it: less memory a row, more time.",
+)
+@click.option(
+    "--strategy",
+    type=click.Choice(["ddp", "fsdp2"]),
+    help="Of several processes under torchrun: a whole draft on each, or a share.  [default: ddp]",
 )
 @click.option("--log-every", default=DEFAULTS.log_every, help="Steps between rows of metrics.jsonl.")
 @click.option("--tensorboard/--no-tensorboard", default=DEFAULTS.tensorboard)
 @click.option("--resume", is_flag=True, help="Go on from the newest checkpoint of --output.")
 @click.option("--overwrite", is_flag=True, help="Replace the training in --output.")
 @click.option("--json", "as_json", is_flag=True, help="Print the last metrics as one JSON object on stdout.")
+@click.pass_context
 @guarded
-def main(resume: bool, overwrite: bool, as_json: bool, compile_: bool | None, **flags: Any) -> None:
+def main(
+    context: click.Context, resume: bool, overwrite: bool, as_json: bool, recipe: str, **flags: Any
+) -> None:
     """Train a DSpark draft from a store of hidden states. No target model, no server."""
     if resume and overwrite:
         raise click.UsageError("--resume and --overwrite exclude each other")
-    config = TrainConfig(**flags, compile=compile_)
+    flags["compile"] = flags.pop("compile_")
+    defaulted = {n for n in flags if _source(context, n) is click.core.ParameterSource.DEFAULT}
+    config = configure({n: v for n, v in flags.items() if n not in defaulted}, recipe)
+    from dspark.train.distributed import PeerError, rank_here
     from dspark.train.loop import train
 
-    with bar("train") as progress:
-        result = train(config, resume=resume, overwrite=overwrite, progress=progress)
+    first = rank_here() == 0
+    try:
+        with bar("train") if first else nullcontext(_quiet) as progress:
+            result = train(
+                config, resume=resume, overwrite=overwrite, progress=progress, say=_say if first else _quiet
+            )
+    except PeerError as error:
+        if first:
+            raise
+        sys.exit(error.exit_code)  # rank 0 has said it
+    if not first:
+        return
     tau = result.get("mean_accepted_length")
     where = "held out" if result.get("validation") else "training rows"
     print(
@@ -112,3 +155,15 @@ def main(resume: bool, overwrite: bool, as_json: bool, compile_: bool | None, **
     )
     if as_json:
         emit(result)
+
+
+def _source(context: click.Context, name: str) -> Any:
+    return context.get_parameter_source("compile_" if name == "compile" else name)
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr)
+
+
+def _quiet(*unused: object) -> None:
+    """The other processes' progress and words."""
