@@ -135,18 +135,20 @@ def _flex_mask(start: Tensor, limit: Tensor, context: int, block_size: int) -> B
 
     torch's ``create_block_mask`` evaluates every one of Q x (S+Q) elements to find the tiles; intervals give them directly.
     """
-    anchors = start.shape[0]
+    length = start.shape[0] * block_size
+    # A value a query and no division in the kernel: a quarter less time than from the blocks' own (measured, docs/log.md).
+    first, end = (x.repeat_interleave(block_size).to(torch.int32) for x in (start, limit))
+    query = torch.arange(length, device=start.device, dtype=torch.int32)
+    own = context + query // block_size * block_size
 
     def allowed(batch: Tensor, head: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
-        block = q_idx // block_size
         # limit <= context, so an index of the block part is never taken for context.
-        in_context = (kv_idx >= start[block]) & (kv_idx < limit[block])
-        in_block = (kv_idx >= context) & ((kv_idx - context) // block_size == block)
+        in_context = (kv_idx >= first[q_idx]) & (kv_idx < end[q_idx])
+        in_block = (kv_idx >= own[q_idx]) & (kv_idx < own[q_idx] + block_size)
         return in_context | in_block
 
     some, full = tile_cover(start, limit, context, block_size)
     (count, order), (count_full, order_full) = _ordered(some & ~full), _ordered(full)
-    length = anchors * block_size
     return BlockMask.from_kv_blocks(
         count,
         order,
