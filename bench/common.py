@@ -9,6 +9,7 @@ import platform
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -58,11 +59,13 @@ def write(name: str, config: dict[str, Any], results: Any, folder: Path = RESULT
     print(json.dumps(data))
 
 
-def command(tool: str, *args: object) -> dict[str, Any]:
-    """Run ``dspark-TOOL ... --json`` in a process of its own; its JSON object with ``seconds`` added."""
+def command(tool: str, *args: object, log: Path | None = None) -> dict[str, Any]:
+    """Run ``dspark-TOOL ... --json`` in a process of its own; its JSON object with ``wall_seconds`` added. ``log``: file for its stderr."""
     started = time.perf_counter()
     call = [sys.executable, "-c", f"from dspark.{tool}.cli import main; main()", *map(str, args), "--json"]
-    done = subprocess.run(call, stdout=subprocess.PIPE, text=True, check=False)
+    with open(log, "a") if log else nullcontext() as stderr:
+        done = subprocess.run(call, stdout=subprocess.PIPE, stderr=stderr, text=True, check=False)
     if done.returncode:
-        raise SystemExit(f"dspark-{tool} {' '.join(map(str, args))} exited {done.returncode}")
+        said = f": {log.read_text()[-2000:]}" if log else ""
+        raise SystemExit(f"dspark-{tool} {' '.join(map(str, args))} exited {done.returncode}{said}")
     return {**json.loads(done.stdout), "wall_seconds": time.perf_counter() - started}

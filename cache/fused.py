@@ -44,7 +44,7 @@ class Launch(NamedTuple):
 LAUNCH = Launch()
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=["rows", "columns"])  # type: ignore[untyped-decorator]  # or each row length is compiled
 def decode_groups(  # type: ignore[no-untyped-def]
     code,  # uint8[T, C, G / 2 or G]
     scale,  # uint8[T, C]
