@@ -63,13 +63,13 @@ class Feed:
 
     def batches(self, rows: list[Row]) -> Iterator[Batch]:
         """``rows`` on the device, one after the other."""
-        for row, after in zip(rows, [*rows[1:], None], strict=True):
+        for i, row in enumerate(rows):
             if self._placed is None or self._placed[0] is not row:
                 self._ahead(row)
             assert self._placed is not None
             _, batch, ready = self._placed
             self._placed = None
-            self._ahead(after)
+            self._ahead(rows[i + 1] if i + 1 < len(rows) else None)
             if ready is not None:
                 _hand_over(batch, ready)
             yield batch
