@@ -25,7 +25,7 @@ from dspark.cache.disk import STAGING, commit_folder, write_errors
 from dspark.cache.errors import DamagedCacheError
 from dspark.cache.layout import PART_KEY, StoredArray, field_array, part_arrays, part_name
 from dspark.cache.manifest import Json, build, crc32c, sealed, unseal
-from dspark.cache.records import CodedSample, last_rows
+from dspark.cache.records import CodedSample, TokenSample, last_rows
 from dspark.cache.shard import Pieces, chunk_rows, write_shard
 
 Array = np.ndarray[tuple[int, ...], np.dtype[Any]]
@@ -54,35 +54,74 @@ def assemble(
     samples: Sequence[CodedSample], layers: int, hidden: int, aux: Codec, last: Codec
 ) -> tuple[dict[str, Array], dict[str, Pieces]]:
     """The arrays of a part (see ``layout.part_arrays``): the small ones joined along tokens, the states as pieces."""
-    lengths = [s.tokens.input_ids.shape[0] for s in samples]
-    stored = [int(last_rows(s.tokens.loss_mask).sum()) for s in samples]
+    small, stored = join_tokens([s.tokens for s in samples])
     for s, rows in zip(samples, stored, strict=True):
         for field, coded, n in (("aux", s.aux, s.tokens.input_ids.shape[0]), ("last", s.last, rows)):
             for name, array in coded.items():
                 assert array.shape[0] == n, (
                     f"row {s.tokens.row}: {field}_{name} has {array.shape[0]} rows, not {n}"
                 )
-    small: dict[str, Array] = {
-        "input_ids": np.concatenate([s.tokens.input_ids for s in samples]),
-        "loss_mask": np.concatenate([s.tokens.loss_mask for s in samples]),
-        "sample_start": np.cumsum([0, *lengths], dtype=np.int64),
-        "sample_last_start": np.cumsum([0, *stored], dtype=np.int64),
-        "sample_row": np.array([s.tokens.row for s in samples], dtype=np.int64),
-        "sample_key": np.frombuffer(b"".join(s.tokens.key for s in samples), dtype=np.uint8).reshape(-1, 16),
-    }
     states = {field_array("aux", n): Pieces([s.aux[n] for s in samples]) for n in aux.arrays(hidden)}
     states |= {field_array("last", n): Pieces([s.last[n] for s in samples]) for n in last.arrays(hidden)}
-    for spec in part_arrays(sum(lengths), len(samples), sum(stored), layers, hidden, aux, last):
+    for spec in part_arrays(
+        small["input_ids"].shape[0], len(samples), sum(stored), layers, hidden, aux, last
+    ):
         got = small[spec.name] if spec.name in small else states[spec.name]
         assert (got.shape, got.dtype) == (spec.shape, np.dtype(spec.dtype)), (spec, got.shape, got.dtype)
     return small, states
+
+
+def join_tokens(tokens: Sequence[TokenSample]) -> tuple[dict[str, Array], list[int]]:
+    """The arrays of a part that are not states, and the number of stored last states of each sample."""
+    stored = [int(last_rows(s.loss_mask).sum()) for s in tokens]
+    return {
+        "input_ids": np.concatenate([s.input_ids for s in tokens]),
+        "loss_mask": np.concatenate([s.loss_mask for s in tokens]),
+        "sample_start": np.cumsum([0, *(s.input_ids.shape[0] for s in tokens)], dtype=np.int64),
+        "sample_last_start": np.cumsum([0, *stored], dtype=np.int64),
+        "sample_row": np.array([s.row for s in tokens], dtype=np.int64),
+        "sample_key": np.frombuffer(b"".join(s.key for s in tokens), dtype=np.uint8).reshape(-1, 16),
+    }, stored
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PartJob:
+    """A part to be written below ``parts``, without its states. Can be sent to another process, where ``write`` finishes it."""
+
+    parts: Path
+    index: int
+    arrays: dict[str, Array]
+    specs: list[StoredArray]
+    row_start: int
+    row_stop: int
+    dropped: dict[str, int]
+    truncated: int
+
+    @property
+    def state_specs(self) -> list[StoredArray]:
+        """The arrays that ``write`` needs."""
+        return [s for s in self.specs if s.name not in self.arrays]
+
+    def write(self, states: Mapping[str, Array | Pieces]) -> PartRecord:
+        """Write and commit the part; nothing of it counts when it raises."""
+        return write_part(
+            self.parts,
+            self.index,
+            self.arrays,
+            states,
+            self.specs,
+            row_start=self.row_start,
+            row_stop=self.row_stop,
+            dropped=self.dropped,
+            truncated=self.truncated,
+        )
 
 
 def write_part(
     parts: Path,
     index: int,
     arrays: Mapping[str, Array],
-    states: Mapping[str, Pieces],
+    states: Mapping[str, Array | Pieces],
     specs: Sequence[StoredArray],
     *,
     row_start: int,

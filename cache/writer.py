@@ -36,17 +36,18 @@ from dspark.cache.layout import (
 from dspark.cache.manifest import Counts, Json, Manifest, sealed
 from dspark.cache.part import (
     Array,
+    PartJob,
     PartRecord,
     assemble,
     group_metadata,
+    join_tokens,
     missing_files,
     read_record,
     write_array,
     write_attributes,
-    write_part,
 )
 from dspark.cache.reader import read_manifest
-from dspark.cache.records import CodedSample
+from dspark.cache.records import CodedSample, TokenSample
 
 
 class StoreWriter:
@@ -143,6 +144,39 @@ class StoreWriter:
 
         Synchronous. Different parts may be committed from different threads at once.
         """
+        m = self.manifest
+        arrays, states = assemble(samples, len(m.layers), m.target.hidden_size, self._aux, self._last)
+        job = self._job(index, arrays, row_start, row_stop, dropped, truncated)
+        return self.add(job.write(states))
+
+    def job(
+        self,
+        index: int,
+        tokens: Sequence[TokenSample],
+        *,
+        row_start: int,
+        row_stop: int,
+        dropped: Mapping[str, int],
+        truncated: int,
+    ) -> PartJob:
+        """Part ``index`` ready to be written wherever its states are; its record then has to be given to ``add``."""
+        return self._job(index, join_tokens(tokens)[0], row_start, row_stop, dropped, truncated)
+
+    def add(self, record: PartRecord) -> PartRecord:
+        """Count a part that a ``PartJob`` has written."""
+        self.committed[record.index] = record
+        return record
+
+    def _job(
+        self,
+        index: int,
+        arrays: dict[str, Array],
+        row_start: int,
+        row_stop: int,
+        dropped: Mapping[str, int],
+        truncated: int,
+    ) -> PartJob:
+        samples = arrays["sample_row"].shape[0]
         assert samples, "a part holds at least one sample"
         assert index not in self.committed
         before, after = self.committed.get(index - 1), self.committed.get(index + 1)
@@ -153,30 +187,19 @@ class StoreWriter:
                 "the corpus is not the one the store was begun with."
             )
         m = self.manifest
-        layers, hidden = len(m.layers), m.target.hidden_size
-        arrays, states = assemble(samples, layers, hidden, self._aux, self._last)
-        specs = part_arrays(
-            arrays["input_ids"].shape[0],
-            len(samples),
-            int(arrays["sample_last_start"][-1]),
-            layers,
-            hidden,
-            self._aux,
-            self._last,
-        )
-        record = write_part(
-            self.path / PARTS,
-            index,
-            arrays,
-            states,
-            specs,
+        tokens, stored = arrays["input_ids"].shape[0], int(arrays["sample_last_start"][-1])
+        return PartJob(
+            parts=self.path / PARTS,
+            index=index,
+            arrays=arrays,
+            specs=part_arrays(
+                tokens, samples, stored, len(m.layers), m.target.hidden_size, self._aux, self._last
+            ),
             row_start=row_start,
             row_stop=row_stop,
-            dropped=dropped,
+            dropped=dict(dropped),
             truncated=truncated,
         )
-        self.committed[index] = record
-        return record
 
     def finish(
         self,

@@ -5,15 +5,16 @@ Legend: S tokens of a sample, L aux layers, H hidden size, M = ``last_rows(loss_
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
-from dspark.cache.records import TokenSample
+from dspark.cache.records import Coded, TokenSample
 
 if TYPE_CHECKING:
     import torch
 
+    from dspark.cache.codec import Codec
     from dspark.cache.frozen import FrozenTarget
 
 
@@ -22,6 +23,22 @@ class States(NamedTuple):
 
     aux: torch.Tensor
     last: torch.Tensor
+
+
+class CodedStates(NamedTuple):
+    """The same as a codec stores them, on the host: arrays of S rows, and of M rows."""
+
+    aux: Coded
+    last: Coded
+
+
+class Captured(NamedTuple):
+    """Samples ``members`` of group ``group``, their states end to end in this order. ``ready``: a CUDA event behind them, if they are on a GPU."""
+
+    group: int
+    members: Sequence[int]
+    states: States | CodedStates
+    ready: torch.cuda.Event | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +50,11 @@ class Prediction:
 
 
 class Engine(Protocol):
-    """Runs the target. ``capture`` yields (index into ``samples``, states) in any order, each sample once."""
+    """Runs the target. ``capture`` yields (index into ``samples``, states) in any order, each sample once.
+
+    ``stream`` does the same for a whole dump and is what has to be fast: ``groups`` are pulled as there is room for them, what comes out may
+    already be coded with ``codecs`` (aux, last), and no more than two groups are ever unfinished.
+    """
 
     @property
     def name(self) -> str: ...
@@ -41,5 +62,8 @@ class Engine(Protocol):
     def version(self) -> str: ...
     def frozen(self) -> FrozenTarget: ...
     def capture(self, samples: Sequence[TokenSample]) -> Iterator[tuple[int, States]]: ...
+    def stream(
+        self, groups: Iterable[Sequence[TokenSample]], codecs: tuple[Codec, Codec]
+    ) -> Iterator[Captured]: ...
     def predict(self, samples: Sequence[TokenSample]) -> list[Prediction]: ...
     def close(self) -> None: ...

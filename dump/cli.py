@@ -13,7 +13,6 @@ from dspark.cache.errors import DsparkError
 from dspark.dump.config import (
     DEFAULT_AUX_BITS,
     DEFAULT_LAST_BITS,
-    DEFAULT_PART_TOKENS,
     DEFAULT_SEQ_LENGTH,
     DumpConfig,
 )
@@ -114,13 +113,19 @@ class LayerIds(click.ParamType[tuple[int, ...]]):
     help="auto: bfloat16 on cuda, float32 on cpu.",
 )
 @click.option(
-    "--batch-tokens", type=int, help="Tokens to a forward pass.  [default: 16384 on cuda, 2048 on cpu]"
+    "--batch-tokens",
+    type=int,
+    help="Tokens to a forward pass.  [default: 16384 to 65536 on cuda by hidden size, 2048 on cpu]",
 )
 @click.option(
     "--part-tokens",
     type=int,
-    default=DEFAULT_PART_TOKENS,
-    help="Tokens to a part, the unit of writing and resuming.",
+    help="Tokens to a part, the unit of writing and resuming.  [default: 32768 on cpu, 512 MB of states on cuda]",
+)
+@click.option(
+    "--workers",
+    type=int,
+    help="Processes that tokenise, and as many that write.  [default: a quarter of the cores on cuda, 0 on cpu]",
 )
 @click.option("--dry-run", is_flag=True, help="Print the plan and stop; no weights are read.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout, all else on stderr.")

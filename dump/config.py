@@ -10,7 +10,6 @@ from dspark.dump.layers import BOTH
 
 DEFAULT_AUX_BITS = 16
 DEFAULT_LAST_BITS = 16
-DEFAULT_PART_TOKENS = 32768
 DEFAULT_SEQ_LENGTH = 4096
 
 
@@ -34,7 +33,8 @@ class DumpConfig:
     device: str = "auto"
     dtype: str = "auto"
     batch_tokens: int | None = None
-    part_tokens: int = DEFAULT_PART_TOKENS
+    part_tokens: int | None = None
+    workers: int | None = None  # processes that tokenise, and as many that write; 0: none
     min_supervised: int = 2
     max_dropped: float = 0.5  # share of rows
     mask_token_id: int | None = None
@@ -56,6 +56,8 @@ class DumpConfig:
         ):
             if value is not None and value < 1:
                 raise UsageError(f"{flag}: found {value}, expected a positive number.")
+        if self.workers is not None and self.workers < 0:
+            raise UsageError(f"--workers: found {self.workers}, expected 0 or more.")
         if not 0 <= self.max_dropped <= 1:
             raise UsageError(f"--max-dropped: found {self.max_dropped}, expected a share from 0 to 1.")
 

@@ -1,24 +1,29 @@
 """The target in transformers: length-sorted batches, forward hooks on the layers that are wanted, no output head.
 
-Padding is on the right, masked, and behind every real token of a causal model, with explicit position ids: a state does not depend on what it
-was batched with (tests/dump/test_engine_transformers.py). Hooks keep only the wanted layers; the head, which costs as much as several layers at
-a large vocabulary, never runs except in the self-check.
+Padding is on the right, behind every real token of a causal model, so no real token ever attends to it and no mask is needed: attention takes the
+kernel for plain causal attention, which is several times faster than one with a mask. A state does not depend on what it was batched with
+(tests/dump/test_engine_transformers.py). Hooks keep only the wanted rows of the wanted layers; the head, which costs as much as several layers at a
+large vocabulary, never runs except in the self-check. Nothing here waits for the GPU.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 import transformers
 
 from dspark.cache.errors import EngineError
 from dspark.cache.frozen import FrozenTarget
 from dspark.cache.records import TokenSample, last_rows
-from dspark.dump.capture import Prediction, States
+from dspark.dump.capture import Captured, Prediction, States
 from dspark.dump.layers import Shapes
 from dspark.dump.target import find_parts, frozen_target
+
+if TYPE_CHECKING:
+    from dspark.cache.codec import Codec
 
 
 class TransformersEngine:
@@ -52,46 +57,72 @@ class TransformersEngine:
 
     def capture(self, samples: Sequence[TokenSample]) -> Iterator[tuple[int, States]]:
         """States of each sample, batch by batch, shortest first."""
-        kept: dict[int, torch.Tensor] = {}
+        for batch in self._run(0, samples):
+            assert isinstance(batch.states, States)
+            rows = [samples[i] for i in batch.members]
+            aux = torch.split(batch.states.aux, [len(s.input_ids) for s in rows])
+            last = torch.split(batch.states.last, [int(last_rows(s.loss_mask).sum()) for s in rows])
+            yield from ((i, States(a, b)) for i, a, b in zip(batch.members, aux, last, strict=True))
 
-        def keep(layer: int) -> Any:
+    def stream(
+        self, groups: Iterable[Sequence[TokenSample]], codecs: tuple[Codec, Codec]
+    ) -> Iterator[Captured]:
+        """Batches within a group only, so that what a group gives does not depend on the groups before it."""
+        for group, samples in enumerate(groups):
+            yield from self._run(group, samples)
+
+    def _run(self, group: int, samples: Sequence[TokenSample]) -> Iterator[Captured]:
+        for members in batches([len(s.input_ids) for s in samples], self.batch_tokens):
+            states = self._states([samples[i] for i in members])
+            ready = None
+            if self.device.type == "cuda":
+                ready = torch.cuda.Event()  # type: ignore[no-untyped-call]
+                ready.record()
+            yield Captured(group, members, states, ready)
+
+    @torch.inference_mode()
+    def _states(self, batch: Sequence[TokenSample]) -> States:
+        """States of a batch, padding left out: aux [T, L, H] of all its tokens, last [M, H]."""
+        lengths = np.array([len(s.input_ids) for s in batch])
+        width = int(lengths.max())
+        real = np.arange(width) < lengths[:, None]
+        stored = np.zeros_like(real)
+        for row, sample in enumerate(batch):
+            stored[row, : lengths[row]] = last_rows(sample.loss_mask)
+        whole = bool(real.all())
+        rows = None if whole else self._send(np.flatnonzero(real))
+        wanted = self._send(np.flatnonzero(stored))
+        aux: list[torch.Tensor] = [torch.empty(0)] * len(self.layers)
+
+        def keep(at: int) -> Any:
             def hook(module: Any, args: Any, output: Any) -> None:
-                kept[layer] = output[0] if isinstance(output, tuple) else output
+                x = (output[0] if isinstance(output, tuple) else output).flatten(0, 1)
+                aux[at] = x if rows is None else x.index_select(0, rows)
 
             return hook
 
-        handles = [self.parts.layers[i].register_forward_hook(keep(i)) for i in self.layers]
+        handles = [self.parts.layers[i].register_forward_hook(keep(k)) for k, i in enumerate(self.layers)]
         try:
-            for batch in batches([len(s.input_ids) for s in samples], self.batch_tokens):
-                kept.clear()
-                last = self._forward([samples[i] for i in batch])
-                for row, i in enumerate(batch):
-                    sample = samples[i]
-                    n = len(sample.input_ids)
-                    aux = torch.stack([kept[layer][row, :n] for layer in self.layers], dim=1)
-                    stored = torch.from_numpy(last_rows(sample.loss_mask)).to(self.device)
-                    yield i, States(aux, last[row, :n][stored])
+            last = self.forward(batch).flatten(0, 1).index_select(0, wanted)
         finally:
             for handle in handles:
                 handle.remove()
+        return States(torch.stack(aux, dim=1), last)
+
+    def _send(self, index: Any) -> torch.Tensor:
+        """A numpy array on the device, without waiting for what the device is doing."""
+        out = torch.from_numpy(index)
+        return out.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else out
 
     @torch.inference_mode()
-    def _forward(self, batch: Sequence[TokenSample]) -> torch.Tensor:
+    def forward(self, batch: Sequence[TokenSample]) -> torch.Tensor:
         """The decoder over a right-padded batch -> its output after the final norm [b, S_max, H]."""
-        lengths = torch.tensor([len(s.input_ids) for s in batch])
-        width = int(lengths.max())
-        ids = torch.zeros((len(batch), width), dtype=torch.long)
+        width = max(len(s.input_ids) for s in batch)
+        ids = np.zeros((len(batch), width), dtype=np.int64)
         for row, sample in enumerate(batch):
-            ids[row, : len(sample.input_ids)] = torch.from_numpy(sample.input_ids)
-        positions = torch.arange(width).expand(len(batch), width)
-        mask = (positions < lengths[:, None]).long()
+            ids[row, : len(sample.input_ids)] = sample.input_ids
         try:
-            out = self.parts.decoder(
-                input_ids=ids.to(self.device),
-                attention_mask=mask.to(self.device),
-                position_ids=positions.to(self.device),
-                use_cache=False,
-            )
+            out = self.parts.decoder(input_ids=self._send(ids), use_cache=False)
         except torch.OutOfMemoryError as error:
             raise EngineError(
                 f"out of memory at a batch of {len(batch)} x {width} tokens. Use a smaller --batch-tokens (now {self.batch_tokens}) or --seq-length."

@@ -12,9 +12,9 @@ from __future__ import annotations
 import importlib
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -22,11 +22,14 @@ from dspark.cache.disk import write_errors
 from dspark.cache.errors import EngineError
 from dspark.cache.frozen import FrozenTarget
 from dspark.cache.records import TokenSample, last_rows
-from dspark.dump.capture import Prediction, States
+from dspark.dump.capture import Captured, Prediction, States
 from dspark.dump.checkpoint import read_frozen
 from dspark.dump.layers import Shapes
 from dspark.dump.plan import engine_version
 from dspark.dump.spool import read_spooled
+
+if TYPE_CHECKING:
+    from dspark.cache.codec import Codec
 
 SPOOL_BYTES = 2 << 30
 # stdout belongs to --json; a CPU worker refuses to start without a cache size.
@@ -121,6 +124,12 @@ class VllmEngine:
         for wave in waves([len(s.input_ids) for s in samples], SPOOL_BYTES // token_bytes):
             for i, out in zip(wave, self._generate([samples[i] for i in wave]), strict=True):
                 yield i, self._states(samples[i], out)
+
+    def stream(
+        self, groups: Iterable[Sequence[TokenSample]], codecs: tuple[Codec, Codec]
+    ) -> Iterator[Captured]:
+        for group, samples in enumerate(groups):
+            yield from (Captured(group, [i], states) for i, states in self.capture(samples))
 
     def _generate(self, samples: Sequence[TokenSample], **sampling: Any) -> list[Any]:
         vllm = importlib.import_module("vllm")

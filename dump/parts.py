@@ -9,16 +9,18 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from itertools import count
+from itertools import count, islice
 from typing import TYPE_CHECKING
 
 from dspark.cache.errors import DataError
 from dspark.cache.records import TokenSample
 from dspark.dump.corpus import Corpus, Row
-from dspark.dump.tokens import SampleMaker
+from dspark.dump.tokens import Made, SampleMaker
 
 if TYPE_CHECKING:
     from dspark.cache.part import PartRecord
+
+Making = Callable[[Iterator[Row]], Iterator[tuple[Row, Made]]]
 
 EARLY_ROWS = 1000  # from here on, too many dropped rows stop the dump before the corpus has been read
 
@@ -40,7 +42,10 @@ class PartRows:
 
 
 class PartReader:
-    """Reads a corpus part by part, past the parts that are committed. ``note`` is told of each dropped row."""
+    """Reads a corpus part by part, past the parts that are committed. ``note`` is told of each dropped row.
+
+    ``make``: rows -> samples in order, where ``maker`` alone is not fast enough (``tokenise.Tokenisers``).
+    """
 
     def __init__(
         self,
@@ -51,8 +56,10 @@ class PartReader:
         limit: int | None,
         max_dropped: float,
         note: Callable[[str], None] = lambda line: None,
+        make: Making | None = None,
     ) -> None:
-        self.corpus, self.maker = corpus, maker
+        self.corpus = corpus
+        self._make: Making = make or (lambda rows: ((row, maker.make(row)) for row in rows))
         self.part_tokens, self.limit, self.max_dropped = part_tokens, limit, max_dropped
         self.note = note
         self.rows_read = 0
@@ -60,7 +67,7 @@ class PartReader:
 
     def parts(self, committed: Mapping[int, PartRecord]) -> Iterator[PartRows]:
         """The parts still to be written, in order; the last one yielded is the tail (no samples), maybe empty."""
-        stream: Iterator[Row] | None = None
+        stream: Iterator[tuple[Row, Made]] | None = None
         for index in count():
             if index in committed:
                 self.rows_read = committed[index].row_stop
@@ -68,21 +75,22 @@ class PartReader:
                 stream = None
                 continue
             if stream is None:
-                stream = self.corpus.rows(self.rows_read)
+                left = None if self.limit is None else max(self.limit - self.rows_read, 0)
+                stream = self._make(islice(self.corpus.rows(self.rows_read), left))
             part = self._collect(index, stream)
             self.check_dropped()
             yield part
             if not part.samples:
                 return
 
-    def _collect(self, index: int, stream: Iterator[Row]) -> PartRows:
+    def _collect(self, index: int, stream: Iterator[tuple[Row, Made]]) -> PartRows:
         part = PartRows(index, self.rows_read, self.rows_read)
         tokens = 0
-        while tokens < self.part_tokens and (self.limit is None or self.rows_read < self.limit):
-            row = next(stream, None)
-            if row is None:
+        while tokens < self.part_tokens:
+            entry = next(stream, None)
+            if entry is None:
                 break
-            made = self.maker.make(row)
+            row, made = entry
             self.rows_read = part.row_stop = row.number + 1
             if made.sample is not None:
                 part.samples.append(made.sample)

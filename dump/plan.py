@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.metadata
 import importlib.util
+import math
 import shutil
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,7 @@ from dspark.cache.records import last_rows
 from dspark.dump.config import DEFAULT_SEQ_LENGTH, DumpConfig
 from dspark.dump.layers import Shapes, check_layers, default_layers
 from dspark.dump.presets import Preset
+from dspark.dump.tokenise import default_workers
 
 if TYPE_CHECKING:
     from dspark.dump.corpus import Corpus
@@ -24,6 +26,15 @@ if TYPE_CHECKING:
 
 SPREAD_ROWS = 128  # rows tokenised for the estimate
 TOKEN_BYTES = 5  # id and loss mask
+PART_BYTES = (
+    512 << 20
+)  # of states in memory, of a part on a GPU: long enough to batch well, short enough to lose
+PART_TOKENS = (8192, 262144)
+CPU_PART_TOKENS = 32768  # a CPU takes a minute or more for so many
+BATCH_VALUES = (
+    1 << 25
+)  # tokens x hidden size of a batch that fills a GPU: 65,536 tokens of a model with 576 channels
+BATCH_TOKENS = (16384, 65536)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,6 +56,8 @@ class Plan:
     assistant_pattern: str | None
     bytes_per_token: int
     free_bytes: int
+    part_tokens: int
+    workers: int
     rows: int | None = None
     tokens: int | None = None
     bytes: int | None = None
@@ -89,7 +102,8 @@ def resolve(config: DumpConfig, preset: Preset | None, shapes: Shapes) -> Plan:
     layers = check_layers(asked, shapes.num_layers)
     engine, device = choose_engine(config.engine, config.device)
     bytes_per_token = disk_bytes(shapes, layers, config.aux_bits, config.last_bits)
-    return Plan(
+    workers = default_workers(device) if config.workers is None else config.workers
+    plan = Plan(
         model=config.model,
         preset=preset.name if preset else None,
         data=data,
@@ -105,7 +119,35 @@ def resolve(config: DumpConfig, preset: Preset | None, shapes: Shapes) -> Plan:
         assistant_pattern=config.assistant_pattern or (preset.assistant_pattern if preset else None),
         bytes_per_token=round(bytes_per_token),
         free_bytes=shutil.disk_usage(existing_parent(config.output)).free,
+        part_tokens=config.part_tokens or CPU_PART_TOKENS,
+        workers=workers,
     )
+    if config.part_tokens is None and device == "cuda":
+        plan = dataclasses.replace(
+            plan, part_tokens=nearest_power(PART_BYTES / memory_bytes(plan), PART_TOKENS)
+        )
+    return plan
+
+
+def memory_bytes(plan: Plan) -> float:
+    """Bytes of coded states a token before compression, the last state at every token."""
+    from dspark.cache.codec import codec_for
+    from dspark.cache.layout import stored_bytes_per_token
+
+    codecs = codec_for(plan.aux_bits), codec_for(plan.last_bits)
+    return stored_bytes_per_token(len(plan.layers), plan.shapes.hidden_size, *codecs)
+
+
+def batch_tokens(plan: Plan) -> int:
+    """Tokens to a forward pass of the transformers engine, by device and hidden size."""
+    if plan.device != "cuda":
+        return 2048
+    return nearest_power(BATCH_VALUES / plan.shapes.hidden_size, BATCH_TOKENS)
+
+
+def nearest_power(value: float, limits: tuple[int, int]) -> int:
+    """The power of two nearest to ``value``, within ``limits``."""
+    return int(min(max(2 ** round(math.log2(value)), limits[0]), limits[1]))
 
 
 def choose_engine(engine: str, device: str) -> tuple[str, str]:

@@ -1,7 +1,8 @@
 """The dump, start to end: plan -> samples -> states -> codes -> parts on disk.
 
-The engine runs and states are encoded in this thread; background threads commit the parts before. A part is on disk whole or not at all, so
-whatever stops a dump (Ctrl-C, a full disk, kill -9) loses only what was not committed yet (three parts at most), and ``--resume`` writes the same store as an unbroken run.
+Rows are read and tokenised ahead (``ahead.py``, ``tokenise.py``), the engine runs in this thread, and what it captures is coded and written behind it
+(``pipeline.py``). A part is on disk whole or not at all, so whatever stops a dump (Ctrl-C, a full disk, kill -9) loses only what was not committed
+yet (the few parts in memory), and ``--resume`` writes the same store as an unbroken run.
 """
 
 from __future__ import annotations
@@ -9,41 +10,40 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
-from collections import deque
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dspark.cache.codec import Bf16, Codec, codec_for, field_info, to_numpy
-from dspark.cache.errors import DataError, DsparkError, EngineError, ExistsError
+from dspark.cache.codec import Bf16, Codec, codec_for, field_info
+from dspark.cache.errors import DataError, DsparkError, ExistsError
 from dspark.cache.manifest import DumpInfo, Manifest, SourceInfo, TargetInfo
 from dspark.cache.reader import read_manifest
 from dspark.cache.recode import snr_db
-from dspark.cache.records import CodedSample, TokenSample
+from dspark.cache.records import TokenSample
 from dspark.cache.writer import StoreWriter
 from dspark.dump import plan as planning
+from dspark.dump.ahead import ahead
 from dspark.dump.calibrate import calibrate, calibration_samples, centred_as
 from dspark.dump.config import DumpConfig
 from dspark.dump.corpus import Corpus, TokenRow, open_corpus
-from dspark.dump.parts import PartReader, PartRows
+from dspark.dump.parts import Making, PartReader, PartRows
+from dspark.dump.pipeline import Pipeline
 from dspark.dump.presets import check_shapes, find
 from dspark.dump.progress import log_file
 from dspark.dump.selfcheck import PROBE_TOKENS, check, probe_samples
 from dspark.dump.target import Target, choose_mask_token, compact, load_target, tokenizer_info
+from dspark.dump.tokenise import Tokenisers
 from dspark.dump.tokens import SampleMaker
 
 if TYPE_CHECKING:
-    from dspark.cache.part import PartRecord
     from dspark.dump.capture import Engine, States
-    from dspark.dump.progress import Bar, Display
+    from dspark.dump.progress import Display
 
 log = logging.getLogger("dspark.dump")
 
-
-# Parts that are compressed and synced at once: one alone leaves cores idle while it waits for the disk.
-COMMITS = 2
+PROCESS_ROWS = 2000  # a corpus shorter than this is tokenised before processes for it would have started
 
 
 class Stopped(DsparkError):
@@ -122,7 +122,7 @@ def prepare(config: DumpConfig) -> Job:
             min_supervised=config.min_supervised,
             assistant_pattern=None if tokenised else plan.assistant_pattern,
             mask_rule=maker.mask_rule,
-            part_tokens=config.part_tokens,
+            part_tokens=plan.part_tokens,
         ),
     )
     return Job(config, plan, target, corpus, maker, manifest)
@@ -150,7 +150,7 @@ def load_engine(plan: planning.Plan, batch_tokens: int | None) -> Engine:
         plan.layers,
         device=plan.device,
         dtype=plan.dtype,
-        batch_tokens=batch_tokens or (16384 if plan.device == "cuda" else 2048),
+        batch_tokens=batch_tokens or planning.batch_tokens(plan),
     )
 
 
@@ -169,7 +169,9 @@ def dump(
         show.say(
             f"{config.output} is complete ({stored.counts.samples:,} samples, {stored.counts.tokens:,} tokens): nothing to resume."
         )
-        return report(config.output, stored, time.monotonic() - began, 0)
+        return report(config.output, stored, time.monotonic() - began, Written())
+    if stored and config.part_tokens is None:
+        config = dataclasses.replace(config, part_tokens=stored.dump.part_tokens)
     # Everything that can be refused without weights is refused before they are loaded.
     job = prepare(config)
     with log_file(config.output.with_name(config.output.name + ".log")):
@@ -185,10 +187,10 @@ def dump(
         probe = first_samples(job)
         engine = engine_for(job.plan, config.batch_tokens)
         try:
-            manifest, new_tokens = run_engine(job, engine, probe, writer, show)
+            manifest, written = run_engine(job, engine, probe, writer, show)
         finally:
             engine.close()
-        out = report(config.output, manifest, time.monotonic() - began, new_tokens)
+        out = report(config.output, manifest, time.monotonic() - began, written)
         for line in summary(out):
             show.say(line)
         return out
@@ -196,8 +198,8 @@ def dump(
 
 def run_engine(
     job: Job, engine: Engine, probe: Sequence[TokenSample], writer: StoreWriter | None, show: Display
-) -> tuple[Manifest, int]:
-    """Check the engine, then capture what is missing; returns the finished manifest and the number of tokens captured."""
+) -> tuple[Manifest, Written]:
+    """Check the engine, then capture what is missing; returns the finished manifest and what was written."""
     config = job.config
     frozen = engine.frozen()
     agreement, states = check(engine, probe, frozen, job.plan.dtype)
@@ -211,13 +213,19 @@ def run_engine(
         writer = StoreWriter.create(
             config.output, manifest, compact(frozen), job.target.files, overwrite=config.overwrite
         )
-    codecs = writer.codecs
-    quality = measure([states[i] for i in sorted(states)], *codecs)
-    with writer:
-        reader = part_reader(job, config.part_tokens, log.info)
-        tail, new_tokens = write_parts(writer, reader, engine, codecs, show, job.plan.rows)
+    quality = measure([states[i] for i in sorted(states)], *writer.codecs)
+    with ExitStack() as stack:
+        stack.enter_context(writer)
+        make = None
+        if job.plan.workers and (job.plan.rows or PROCESS_ROWS) >= PROCESS_ROWS:
+            make = Tokenisers(job.maker, job.plan.workers)
+            stack.callback(make.close)
+        reader = part_reader(job, job.plan.part_tokens, log.info, make)
+        began = time.monotonic()
+        tail, written = write_parts(writer, reader, engine, job.plan, show)
+        written.seconds = time.monotonic() - began
         reader.check_dropped(at_end=True)
-        return writer.finish(rows_read=reader.rows_read, dropped=tail.dropped, quality=quality), new_tokens
+        return writer.finish(rows_read=reader.rows_read, dropped=tail.dropped, quality=quality), written
 
 
 def calibrated_codecs(
@@ -239,7 +247,9 @@ def calibrated_codecs(
     return codecs
 
 
-def part_reader(job: Job, part_tokens: int, note: Callable[[str], None]) -> PartReader:
+def part_reader(
+    job: Job, part_tokens: int, note: Callable[[str], None], make: Making | None = None
+) -> PartReader:
     return PartReader(
         job.corpus,
         job.maker,
@@ -247,6 +257,7 @@ def part_reader(job: Job, part_tokens: int, note: Callable[[str], None]) -> Part
         limit=job.config.limit,
         max_dropped=job.config.max_dropped,
         note=note,
+        make=make,
     )
 
 
@@ -262,70 +273,52 @@ def first_samples(job: Job) -> list[TokenSample]:
     return probe_samples(part.samples)
 
 
+@dataclass(slots=True)
+class Written:
+    """What a run added: tokens, the seconds from the first row to the last part on disk, and where they went (stages overlap)."""
+
+    tokens: int = 0
+    seconds: float = 0.0
+    stages: dict[str, float] = field(default_factory=dict)
+
+
 def write_parts(
-    writer: StoreWriter,
-    reader: PartReader,
-    engine: Engine,
-    codecs: tuple[Codec, Codec],
-    show: Display,
-    rows: int | None,
-) -> tuple[PartRows, int]:
-    """Capture and commit every part that is missing; returns the tail of the corpus and the number of tokens written."""
-    committed = dict(writer.committed)
-    pending: deque[Future[PartRecord]] = deque()
-    new_tokens = 0
-    with ThreadPoolExecutor(COMMITS, thread_name_prefix="commit") as pool, show.progress(rows) as bar:
-        try:
-            for part in reader.parts(committed):
+    writer: StoreWriter, reader: PartReader, engine: Engine, plan: planning.Plan, show: Display
+) -> tuple[PartRows, Written]:
+    """Capture and commit every part that is missing; returns the tail of the corpus and what was written."""
+    out = Written()
+    tail: list[PartRows] = []
+    part_bytes = round(plan.part_tokens * planning.memory_bytes(plan))
+    with (
+        show.progress(plan.rows) as bar,
+        ahead(reader.parts(dict(writer.committed)), 1) as parts,
+        Pipeline(writer, writer.codecs, processes=plan.workers, part_bytes=part_bytes, bar=bar) as pipeline,
+    ):
+
+        def groups() -> Iterator[list[TokenSample]]:
+            while True:
+                began = time.perf_counter()
+                part = next(parts)
+                pipeline.seconds["wait for rows"] += time.perf_counter() - began
                 if not part.samples:
-                    settle(pending, 0)
-                    return part, new_tokens
-                samples = capture_part(part, engine, codecs, bar)
-                settle(
-                    pending, COMMITS - 1
-                )  # their errors, if they had any; and no more parts in memory than commits, plus one
-                pending.append(
-                    pool.submit(
-                        writer.commit,
-                        part.index,
-                        samples,
-                        row_start=part.row_start,
-                        row_stop=part.row_stop,
-                        dropped=part.dropped,
-                        truncated=part.truncated,
-                    )
-                )
-                new_tokens += part.tokens
-                bar.part(part.index, part.row_stop)
+                    tail.append(part)
+                    return
+                pipeline.begin(part)
+                out.tokens += part.tokens
+                yield part.samples
+
+        try:
+            for captured in engine.stream(groups(), writer.codecs):
+                pipeline.put(captured)
+            pipeline.finish()
         except KeyboardInterrupt as error:
-            show.say("stopping: the part in work is given up, the ones before it are being committed")
-            settle(pending, 0)
+            show.say("stopping: what is not whole is given up, whole parts are being committed")
+            pipeline.settle()
             raise Stopped(
                 f"stopped; {len(writer.committed)} parts are whole in {writer.path}. Go on with the same command and --resume."
             ) from error
-    raise AssertionError("the reader ends with a tail")
-
-
-def settle(pending: deque[Future[PartRecord]], leave: int) -> None:
-    """Wait for the oldest commits until ``leave`` are under way; raises what they raised."""
-    while len(pending) > leave:
-        pending.popleft().result()
-
-
-def capture_part(part: PartRows, engine: Engine, codecs: tuple[Codec, Codec], bar: Bar) -> list[CodedSample]:
-    """The part's samples with their coded states, in row order."""
-    aux, last = codecs
-    coded: list[CodedSample | None] = [None] * len(part.samples)
-    for i, states in engine.capture(part.samples):
-        sample = part.samples[i]
-        coded[i] = CodedSample(sample, to_numpy(aux.encode(states.aux)), to_numpy(last.encode(states.last)))
-        bar.tokens(len(sample.input_ids))
-    whole = [c for c in coded if c is not None]
-    if len(whole) != len(coded):
-        raise EngineError(
-            f"the {engine.name} engine gave states for {len(whole)} of {len(coded)} samples of part {part.index}."
-        )
-    return whole
+        out.stages = dict(pipeline.seconds)
+    return tail[0], out
 
 
 def measure(states: Sequence[States], aux: Codec, last: Codec) -> dict[str, Any]:
@@ -345,7 +338,7 @@ def measure(states: Sequence[States], aux: Codec, last: Codec) -> dict[str, Any]
         }
 
 
-def report(output: Path, manifest: Manifest, seconds: float, new_tokens: int) -> dict[str, Any]:
+def report(output: Path, manifest: Manifest, seconds: float, written: Written) -> dict[str, Any]:
     """What the command says at the end."""
     return {
         "output": str(output),
@@ -356,13 +349,19 @@ def report(output: Path, manifest: Manifest, seconds: float, new_tokens: int) ->
         "engine": manifest.dump.engine,
         "quality": manifest.quality,
         "seconds": round(seconds, 2),
-        "new_tokens": new_tokens,
+        "new_tokens": written.tokens,
+        "capture_seconds": round(written.seconds, 2),
+        "stages": {name: round(seconds, 2) for name, seconds in written.stages.items()},
     }
 
 
 def summary(out: dict[str, Any]) -> list[str]:
     """The report for a person: what is there, what was cut, what was dropped and why."""
-    rate = f", {out['new_tokens'] / out['seconds']:,.0f} a second in all" if out["new_tokens"] else ""
+    rate = (
+        f", {out['new_tokens'] / max(out['capture_seconds'], 0.01):,.0f} a second"
+        if out["new_tokens"]
+        else ""
+    )
     return [
         f"{out['output']}: {out['samples']:,} samples, {out['tokens']:,} tokens ({out['supervised_tokens']:,} supervised{rate}) in "
         f"{out['parts']:,} parts; {out['truncated']:,} truncated, {sum(out['dropped'].values()):,} of {out['rows_read']:,} rows dropped",

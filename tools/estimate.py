@@ -55,7 +55,7 @@ def estimate(
     else:
         size = round(tokens * rate) + planning.weight_bytes(plan.shapes)
     raw = tokens * raw_bytes_per_token(len(plan.layers), plan.shapes.hidden_size)
-    parts = -(-tokens // DumpConfig(model=model, data="counted", output=Path("hs.zarr")).part_tokens)
+    parts = -(-tokens // plan.part_tokens)
     return {
         "model": model, "layers": list(plan.layers), "target_layer_ids": plan.target_layer_ids, "aux_bits": aux_bits, "last_bits": last_bits,
         "samples": samples, "tokens": tokens, "bytes": size, "raw_bytes": raw, "ratio": raw / size, "files": FILES_A_STORE + FILES_A_PART * parts,

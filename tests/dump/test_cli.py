@@ -35,7 +35,7 @@ def test_help_imports_nothing_heavy() -> None:
         "--assistant-pattern",
         "--dry-run",
         "Examples:",
-        "default: 32768",
+        "default: 32768 on cpu",
     ):
         assert flag in out
 

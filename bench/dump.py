@@ -1,0 +1,149 @@
+"""How fast is a dump against the target alone? Prefill without hooks, then stage by stage, then the whole dump, in one process on the same engine.
+
+    python bench/dump.py --target DIR --data FILE.jsonl [--bits 4/4,16/16] [--output FOLDER] [--rows N] [--parts 4]
+
+Stages, over the first parts of the corpus: ``prefill`` (the decoder, nothing kept), ``gather`` (+ states of the wanted layers and rows), ``encode`` (+ codes),
+``copy`` (+ codes on the host). The dump is ``dspark.dump.run.dump`` over all rows: tokenising, capture, encoding, compression, checksums, fsync.
+Prefill is measured again after it. Writes bench/results/dump.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from common import write
+from dspark.cache.codec import Codec, codec_for
+from dspark.cache.records import TokenSample
+from dspark.dump.capture import States
+from dspark.dump.config import DumpConfig
+from dspark.dump.engine_transformers import TransformersEngine, batches
+from dspark.dump.progress import Display
+from dspark.dump.run import dump, load_engine, part_reader, prepare
+
+Parts = list[list[TokenSample]]
+
+
+def timed(work: Callable[[], None]) -> float:
+    """Seconds of ``work`` and of what it launched."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    began = time.perf_counter()
+    work()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - began
+
+
+def prefill(engine: TransformersEngine, parts: Parts) -> None:
+    for samples in parts:
+        for members in batches([len(s.input_ids) for s in samples], engine.batch_tokens):
+            engine.forward([samples[i] for i in members])
+
+
+def capture(
+    engine: TransformersEngine, parts: Parts, codecs: tuple[Codec, Codec], encode: bool, copy: bool
+) -> None:
+    """All in one thread and stream: what each stage costs when nothing runs beside it."""
+    for captured in engine.stream(parts, codecs):
+        assert isinstance(captured.states, States)
+        if not encode:
+            continue
+        with torch.inference_mode():
+            for codec, states in zip(codecs, captured.states, strict=True):
+                for tensor in codec.encode(states).values():
+                    if copy:
+                        tensor.to("cpu", non_blocking=True)
+
+
+class Kept:
+    """The engine, not closed between dumps."""
+
+    def __init__(self, engine: TransformersEngine) -> None:
+        self.name, self.version = engine.name, engine.version
+        self.frozen, self.capture, self.stream, self.predict = (
+            engine.frozen, engine.capture, engine.stream, engine.predict,
+        )  # fmt: skip
+
+    def close(self) -> None:
+        """Later."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--target", required=True)
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--bits", default="4/4,16/16", help="aux/last, commas between settings")
+    parser.add_argument("--output", type=Path, help="folder for the stores  [default: a temporary one]")
+    parser.add_argument("--rows", type=int, help="rows to a dump  [default: all]")
+    parser.add_argument("--parts", type=int, default=4, help="parts that the stages are measured on")
+    parser.add_argument("--batch-tokens", type=int)
+    parser.add_argument("--workers", type=int)
+    parser.add_argument("--name", default="dump", help="results file")
+    args = parser.parse_args()
+    folder = Path(tempfile.mkdtemp(dir=args.output, prefix="bench-dump-"))
+    try:
+        results = measure(args, folder)
+    finally:
+        shutil.rmtree(folder)
+    config = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()} | {
+        "target": Path(args.target).name, "data": Path(args.data).name,
+    }  # fmt: skip
+    write(args.name, config, results)
+
+
+def measure(args: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
+    """One entry a setting of bits."""
+    out = []
+    engine: TransformersEngine | None = None
+    for setting in args.bits.split(","):
+        aux_bits, last_bits = map(int, setting.split("/"))
+        config = DumpConfig(
+            model=args.target, data=args.data, output=folder / f"{aux_bits}-{last_bits}.zarr", engine="transformers",
+            aux_bits=aux_bits, last_bits=last_bits, limit=args.rows, workers=args.workers, batch_tokens=args.batch_tokens,
+        )  # fmt: skip
+        job = prepare(config)
+        if engine is None:
+            loaded = load_engine(job.plan, args.batch_tokens)
+            assert isinstance(loaded, TransformersEngine)
+            engine = loaded
+        reader = part_reader(job, job.plan.part_tokens, lambda line: None)
+        parts = [part.samples for _, part in zip(range(args.parts), reader.parts({}), strict=False)]
+        parts = [p for p in parts if p]
+        tokens = sum(len(s.input_ids) for p in parts for s in p)
+        codecs = codec_for(aux_bits), codec_for(last_bits)
+        capture(engine, parts[:1], codecs, True, True)  # warm
+        seconds = {"prefill": timed(lambda: prefill(engine, parts))}
+        for name, encode, copy in (("gather", False, False), ("encode", True, False), ("copy", True, True)):
+            seconds[name] = timed(lambda: capture(engine, parts, codecs, encode, copy))  # noqa: B023
+        kept = Kept(engine)
+        report = dump(config, Display(), lambda plan, n: kept)  # noqa: B023
+        again = timed(lambda: prefill(engine, parts))
+        rate = report["new_tokens"] / report["capture_seconds"]
+        bare = tokens / min(seconds["prefill"], again)
+        size = sum(p.stat().st_size for p in config.output.rglob("*") if p.is_file())
+        out.append({
+            "engine": "transformers", "aux_bits": aux_bits, "last_bits": last_bits, "tokens_per_s": rate,
+            "prefill_tokens_per_s": bare, "ratio": rate / bare, "prefill_again_tokens_per_s": tokens / again,
+            "tokens": report["new_tokens"], "seconds": report["capture_seconds"], "all_seconds": report["seconds"],
+            "bytes_on_disk": size, "stage_tokens_per_s": {k: tokens / v for k, v in seconds.items()}, "stages_s": report["stages"],
+            "batch_tokens": engine.batch_tokens, "part_tokens": job.plan.part_tokens, "workers": job.plan.workers, "dtype": job.plan.dtype,
+        })  # fmt: skip
+        print(json.dumps(out[-1]), file=sys.stderr)
+        shutil.rmtree(config.output)
+    return out
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,299 @@
+"""From states on the engine's device to parts on disk: three stages that run at once.
+
+    engine (caller's thread) -> encode, copy, put in place (one thread, a CUDA stream of its own) -> compress and write (workers)
+
+The engine only launches work. A batch of states is coded where it is, its codes go through pinned memory into the block of its part, and a part that is
+whole is compressed by a worker process from that same block. Every hand-over is bounded: at most two batches wait for the encoder, and there are
+``blocks`` parts in memory in all, so a slow disk slows the engine down and nothing grows.
+
+On a CPU, where compression would only take cores from the target, the workers are threads.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from dspark.cache.errors import EngineError
+from dspark.cache.layout import field_array
+from dspark.cache.part import PartJob, PartRecord
+from dspark.cache.writer import StoreWriter
+from dspark.dump.blocks import Block, Handle, Region, attach, can_share, regions
+from dspark.dump.capture import Captured, CodedStates
+from dspark.dump.tokenise import worker_pool
+
+if TYPE_CHECKING:
+    from dspark.cache.codec import Codec
+    from dspark.cache.records import Coded
+    from dspark.dump.parts import PartRows
+    from dspark.dump.progress import Bar
+
+WAITING = 2  # batches between engine and encoder
+BLOCK_BYTES = 4 << 30  # of parts in memory, where the number of workers does not need less
+THREADS = (
+    2  # commits at once without worker processes: one alone leaves cores idle while it waits for the disk
+)
+
+
+class Filling:
+    """A part whose states arrive batch by batch, in any order. Rows of ``last`` are the stored ones."""
+
+    def __init__(self, part: PartRows, job: PartJob, block: Block) -> None:
+        self.part, self.job, self.block = part, job, block
+        self.places, size = regions(job.state_specs)
+        block.reserve(size)
+        self._arrays = {name: block.array(region) for name, region in self.places.items()}
+        self._starts = {
+            "aux": job.arrays["sample_start"].tolist(),
+            "last": job.arrays["sample_last_start"].tolist(),
+        }
+        self._missing = set(range(len(part.samples)))
+
+    @property
+    def whole(self) -> bool:
+        return not self._missing
+
+    @property
+    def missing(self) -> int:
+        return len(self._missing)
+
+    def put(self, members: list[int], aux: Coded, last: Coded) -> None:
+        """Samples ``members``, end to end in ``aux`` and ``last``, go to their rows."""
+        for field, coded in (("aux", aux), ("last", last)):
+            starts = self._starts[field]
+            for name, source in coded.items():
+                to, at = self._arrays[field_array(field, name)], 0
+                for i in members:
+                    n = starts[i + 1] - starts[i]
+                    to[starts[i] : starts[i + 1]] = source[at : at + n]
+                    at += n
+                assert at == source.shape[0], (field, name, at, source.shape)
+        self._missing -= set(members)
+
+
+class Pipeline:
+    """``processes``: workers that write parts; 0 = threads. ``bar`` is told of every batch that is in place and every part that is whole.
+
+    ``seconds``: where the time went, by stage; the stages overlap. Use as a context: leaving it, also by an error, waits until every whole part is
+    on disk and gives up the others.
+    """
+
+    def __init__(
+        self,
+        writer: StoreWriter,
+        codecs: tuple[Codec, Codec],
+        *,
+        processes: int,
+        part_bytes: int,
+        bar: Bar,
+    ) -> None:
+        self.writer, self.codecs, self._bar = writer, codecs, bar
+        shared = processes > 0 and can_share()
+        workers = processes if shared else THREADS
+        self._pool: Executor = worker_pool(workers) if shared else ThreadPoolExecutor(workers, "commit")
+        self._blocks: queue.Queue[Block] = queue.Queue()
+        self._all = [
+            Block(shared) for _ in range(max(2, min(workers + 2, BLOCK_BYTES // max(part_bytes, 1))))
+        ]
+        for block in self._all:
+            self._blocks.put(block)
+        self._shared = shared
+        self._filling: dict[int, Filling] = {}
+        self._begun = 0
+        self._idle = threading.Event()
+        self._waiting: queue.Queue[Captured | None] = queue.Queue(WAITING)
+        self._failed: BaseException | None = None
+        self.seconds: defaultdict[str, float] = defaultdict(float)
+        self._encoder = threading.Thread(target=self._encode, name="encode", daemon=True)
+        self._encoder.start()
+
+    def begin(self, part: PartRows) -> None:
+        """Make room for a part; waits while all blocks are taken."""
+        job = self.writer.job(
+            part.index,
+            part.samples,
+            row_start=part.row_start,
+            row_stop=part.row_stop,
+            dropped=part.dropped,
+            truncated=part.truncated,
+        )
+        with self._timed("wait for a free block"):
+            block = self._patiently(self._free_block, queue.Empty)
+        self._filling[self._begun] = Filling(part, job, block)
+        self._begun += 1
+
+    def _free_block(self) -> Block:
+        try:
+            return self._blocks.get(timeout=0.1)
+        except queue.Empty:
+            # If every block belongs to a part that lacks states, and none are on their way, none will ever be free.
+            if self._idle.is_set() and self._waiting.empty() and len(self._filling) == len(self._all):
+                self._refuse_gaps()
+            raise
+
+    def _refuse_gaps(self) -> None:
+        for filling in self._filling.values():
+            n = len(filling.part.samples)
+            raise EngineError(
+                f"the engine gave states for {n - filling.missing} of {n} samples of part {filling.part.index}."
+            )
+
+    def put(self, captured: Captured) -> None:
+        """Hand over a batch; its group is the number of the part by the order of ``begin``. Waits while the encoder is behind."""
+        with self._timed("wait for the encoder"):
+            self._patiently(lambda: self._waiting.put(captured, timeout=0.1), queue.Full)
+
+    def finish(self) -> None:
+        """Wait for everything; raises what went wrong in any stage, or EngineError if a part is not whole."""
+        self.settle()
+        self._refuse_gaps()
+
+    def settle(self) -> None:
+        """Wait for what was handed over, and for every whole part to be on disk; raises the first error."""
+        with self._timed("wait for the encoder"):
+            self._drain()
+        with self._timed("wait for the writers"):
+            self._pool.shutdown(wait=True)  # their callbacks have run, too
+        self._check()
+
+    def _drain(self) -> None:
+        """End the encoder once it has done what is waiting."""
+        while self._encoder.is_alive():
+            try:
+                self._waiting.put(None, timeout=0.1)
+                self._encoder.join()
+            except queue.Full:
+                continue
+
+    def _check(self) -> None:
+        if self._failed is not None:
+            raise self._failed
+
+    def _patiently(self, attempt: Callable[[], Any], not_yet: type[Exception]) -> Any:
+        """``attempt`` until it succeeds or another stage has failed."""
+        while True:
+            self._check()
+            try:
+                return attempt()
+            except not_yet:
+                continue
+
+    @contextmanager
+    def _timed(self, stage: str) -> Iterator[None]:
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[stage] += time.perf_counter() - began
+
+    def _encode(self) -> None:
+        """The encoder's thread."""
+        import torch
+
+        cuda = torch.cuda.is_available()
+        stream = torch.cuda.Stream() if cuda else None  # type: ignore[no-untyped-call]
+        try:
+            with torch.inference_mode():
+                while (captured := self._next()) is not None:
+                    if captured.ready is None or stream is None:
+                        self._place(captured, *self._coded(captured, None))
+                        continue
+                    with torch.cuda.stream(stream):
+                        stream.wait_event(captured.ready)
+                        coded = self._coded(captured, stream)
+                    self._place(captured, *coded)
+        except BaseException as error:  # re-raised in the caller's thread
+            self._failed = error
+
+    def _next(self) -> Captured | None:
+        self._idle.set()
+        try:
+            return self._waiting.get()
+        finally:
+            self._idle.clear()
+
+    def _coded(self, captured: Captured, stream: Any) -> tuple[Coded, Coded]:
+        """The batch's codes on the host."""
+        if isinstance(captured.states, CodedStates):
+            return captured.states.aux, captured.states.last
+        aux, last = self.codecs
+        with self._timed("encode and copy"):
+            coded = aux.encode(captured.states.aux), last.encode(captured.states.last)
+            if stream is None:
+                a, b = ({k: t.cpu().numpy() for k, t in c.items()} for c in coded)
+                return a, b
+            pinned = [{k: _to_pinned(t) for k, t in c.items()} for c in coded]
+            stream.synchronize()
+            a, b = ({k: t.numpy() for k, t in c.items()} for c in pinned)
+            return a, b
+
+    def _place(self, captured: Captured, aux: Coded, last: Coded) -> None:
+        filling = self._filling[captured.group]
+        members = list(captured.members)
+        with self._timed("put in place"):
+            filling.put(members, aux, last)
+        self._bar.tokens(sum(len(filling.part.samples[i].input_ids) for i in members))
+        if filling.whole:
+            del self._filling[captured.group]
+            self._bar.part(filling.part.index, filling.part.row_stop)
+            self._commit(filling)
+
+    def _commit(self, filling: Filling) -> None:
+        if self._shared:
+            commit = self._pool.submit(write_shared, filling.job, filling.block.handle(), filling.places)
+        else:
+            arrays = {name: filling.block.array(region) for name, region in filling.places.items()}
+            commit = self._pool.submit(write_timed, filling.job, arrays)
+        commit.add_done_callback(lambda done: self._committed(done, filling.block))
+
+    def _committed(self, commit: Future[tuple[PartRecord, float]], block: Block) -> None:
+        error = commit.exception()
+        if error is None:
+            record, seconds = commit.result()
+            self.writer.add(record)
+            self.seconds["compress and write"] += seconds
+        elif self._failed is None:
+            self._failed = error
+        self._blocks.put(block)
+
+    def __enter__(self) -> Pipeline:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._drain()
+        self._pool.shutdown(wait=True)
+        for block in self._all:
+            block.close()
+
+
+def _to_pinned(x: Any) -> Any:
+    """A copy under way to page-locked memory, which the caching allocator uses again."""
+    import torch
+
+    out = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
+    return out.copy_(x, non_blocking=True)
+
+
+def write_shared(job: PartJob, handle: Handle, places: dict[str, Region]) -> tuple[PartRecord, float]:
+    """In a worker process: ``write_timed`` of the states in its parent's block."""
+    return write_timed(job, attach(handle, places))
+
+
+def write_timed(
+    job: PartJob, states: dict[str, np.ndarray[tuple[int, ...], np.dtype[Any]]]
+) -> tuple[PartRecord, float]:
+    """Write a part; its record and the seconds that took."""
+    began = time.perf_counter()
+    record = job.write(states)
+    return record, time.perf_counter() - began
