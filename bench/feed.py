@@ -1,0 +1,99 @@
+"""Does the GPU wait for data? The same optimizer steps streamed from a store, and on rows that lie in the device's memory already.
+
+python bench/feed.py --store hs.zarr [--steps 100] [--train "--num-layers 3 --total-seq-len 16384 --rows-per-step 1"]
+
+Writes bench/results/feed.json: tokens/s of both, the share of the time in which the GPU had nothing to do because of the readers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import shlex
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+
+from common import RESULTS, write
+from dspark.train.batch import Batch
+from dspark.train.cli import main as train_command
+from dspark.train.config import TrainConfig
+from dspark.train.feed import Feed
+from dspark.train.recipes import configure
+from dspark.train.row import Row
+from dspark.train.setup import Run, prepare
+from dspark.train.step import share, step
+
+WARM = 8
+
+
+def config(store: Path, flags: str) -> TrainConfig:
+    """As ``dspark-train --cache store`` with ``flags``, recipes included; nothing is written."""
+    words = ["--cache", str(store), "--output", "unused", *shlex.split(flags)]
+    context = train_command.make_context("dspark-train", words)
+    default = click.core.ParameterSource.DEFAULT
+    given = {n: v for n, v in context.params.items() if context.get_parameter_source(n) is not default}
+    return configure(given, context.params["recipe"])
+
+
+def rows_of(run: Run) -> Iterator[list[Row]]:
+    return run.stream.steps_from(0, workers=run.workers, pin=run.compute.device.type == "cuda", endless=True)
+
+
+def timed(run: Run, rows: Iterator[list[Row]], place: Callable[[Row], Batch], steps: int) -> dict[str, float]:
+    """``steps`` optimizer steps after a few that warm up."""
+    feed = Feed(rows, place, run.compute.device)
+    tokens, waited, started = 0, 0.0, 0.0
+    for i in range(WARM + steps):
+        if i == WARM:
+            if run.compute.device.type == "cuda":
+                torch.cuda.synchronize()
+            tokens, waited, started = 0, feed.waited, time.perf_counter()
+        part = share(run, feed.take, lambda: False)
+        step(run, feed, part, 0, WARM + steps, None)
+        tokens += part.tokens
+        if i + 1 < WARM + steps:
+            feed.fetch()
+    if run.compute.device.type == "cuda":
+        torch.cuda.synchronize()
+    seconds = time.perf_counter() - started
+    return {
+        "tokens_per_s": tokens / seconds,
+        "step_ms": 1e3 * seconds / steps,
+        "data_wait_fraction": (feed.waited - waited) / seconds,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--store", required=True, type=Path)
+    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--held", type=int, default=8, help="steps whose rows are held in memory")
+    parser.add_argument("--train", default="", help="flags of dspark-train")
+    parser.add_argument("--name", default="feed")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    args = parser.parse_args()
+    run = prepare(config(args.store, args.train))
+    streamed = timed(
+        run, rows_of(run), lambda r: r.place(run.cache, run.compute.device, run.compute.dtype), args.steps
+    )
+    held = list(itertools.islice(rows_of(run), args.held))
+    placed = {
+        id(row): row.place(run.cache, run.compute.device, run.compute.dtype) for rows in held for row in rows
+    }
+    resident = timed(run, itertools.cycle(held), lambda r: placed[id(r)], args.steps)
+    results: dict[str, Any] = {
+        "streamed": streamed, "resident": resident, "bits": [run.cache.manifest.aux.bits, run.cache.manifest.last.bits],
+        "streamed_over_resident": streamed["tokens_per_s"] / resident["tokens_per_s"], "workers": run.workers,
+    }  # fmt: skip
+    write(args.name, {"steps": args.steps, "train": args.train}, results, args.results)
+
+
+if __name__ == "__main__":
+    main()
