@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from dspark.train.batch import Batch
 from dspark.train.distributed import World
 from dspark.train.draft import DraftModel, Plan, SlotStates
-from dspark.train.optim import MOMENTS, Adam, Snapshot
+from dspark.train.optim import MOMENTS, Adam, Snapshot, squares
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -97,7 +97,7 @@ class ShardedAdamW:
             assert isinstance(p.grad, DTensor), f"{name} has no gradient"
             own.grad = _local(p.grad)
         gradients = [s.grad for s in self._adam.masters if s.grad is not None]
-        norm = self.world.sum_(nn.utils.get_total_norm(gradients).square()).sqrt()
+        norm = self.world.sum_(squares(gradients)).sqrt()
         self._adam.update(lr, norm)
         for name, p in self.parameters.items():
             self._shards[name].grad = p.grad = None
