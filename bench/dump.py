@@ -113,36 +113,42 @@ def measure(args: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
             model=args.target, data=args.data, output=folder / f"{aux_bits}-{last_bits}.zarr", engine="transformers",
             aux_bits=aux_bits, last_bits=last_bits, limit=args.rows, workers=args.workers, batch_tokens=args.batch_tokens,
         )  # fmt: skip
-        job = prepare(config)
         if engine is None:
-            loaded = load_engine(job.plan, args.batch_tokens)
+            loaded = load_engine(prepare(config).plan, args.batch_tokens)
             assert isinstance(loaded, TransformersEngine)
             engine = loaded
-        reader = part_reader(job, job.plan.part_tokens, lambda line: None)
-        parts = [part.samples for _, part in zip(range(args.parts), reader.parts({}), strict=False)]
-        parts = [p for p in parts if p]
-        tokens = sum(len(s.input_ids) for p in parts for s in p)
-        codecs = codec_for(aux_bits), codec_for(last_bits)
-        capture(engine, parts[:1], codecs, True, True)  # warm
-        seconds = {"prefill": timed(lambda: prefill(engine, parts))}
-        for name, encode, copy in (("gather", False, False), ("encode", True, False), ("copy", True, True)):
-            seconds[name] = timed(lambda: capture(engine, parts, codecs, encode, copy))  # noqa: B023
-        kept = Kept(engine)
-        report = dump(config, Display(), lambda plan, n: kept)  # noqa: B023
-        again = timed(lambda: prefill(engine, parts))
-        rate = report["new_tokens"] / report["capture_seconds"]
-        bare = tokens / min(seconds["prefill"], again)
-        size = sum(p.stat().st_size for p in config.output.rglob("*") if p.is_file())
-        out.append({
-            "engine": "transformers", "aux_bits": aux_bits, "last_bits": last_bits, "tokens_per_s": rate,
-            "prefill_tokens_per_s": bare, "ratio": rate / bare, "prefill_again_tokens_per_s": tokens / again,
-            "tokens": report["new_tokens"], "seconds": report["capture_seconds"], "all_seconds": report["seconds"],
-            "bytes_on_disk": size, "stage_tokens_per_s": {k: tokens / v for k, v in seconds.items()}, "stages_s": report["stages"],
-            "batch_tokens": engine.batch_tokens, "part_tokens": job.plan.part_tokens, "workers": job.plan.workers, "dtype": job.plan.dtype,
-        })  # fmt: skip
+        out.append(measure_setting(config, engine, args.parts))
         print(json.dumps(out[-1]), file=sys.stderr)
         shutil.rmtree(config.output)
     return out
+
+
+def measure_setting(config: DumpConfig, engine: TransformersEngine, count: int) -> dict[str, Any]:
+    """Stages over the first ``count`` parts, the dump of ``config`` over all rows, and prefill once more."""
+    job = prepare(config)
+    reader = part_reader(job, job.plan.part_tokens, lambda line: None)
+    parts = [part.samples for _, part in zip(range(count), reader.parts({}), strict=False) if part.samples]
+    tokens = sum(len(s.input_ids) for p in parts for s in p)
+    codecs = codec_for(config.aux_bits), codec_for(config.last_bits)
+    capture(engine, parts[:1], codecs, True, True)  # warm
+    seconds = {
+        "prefill": timed(lambda: prefill(engine, parts)),
+        "gather": timed(lambda: capture(engine, parts, codecs, False, False)),
+        "encode": timed(lambda: capture(engine, parts, codecs, True, False)),
+        "copy": timed(lambda: capture(engine, parts, codecs, True, True)),
+    }
+    report = dump(config, Display(), lambda plan, n: Kept(engine))
+    again = timed(lambda: prefill(engine, parts))
+    rate = report["new_tokens"] / report["capture_seconds"]
+    bare = tokens / min(seconds["prefill"], again)
+    size = sum(p.stat().st_size for p in config.output.rglob("*") if p.is_file())
+    return {
+        "engine": "transformers", "aux_bits": config.aux_bits, "last_bits": config.last_bits, "tokens_per_s": rate,
+        "prefill_tokens_per_s": bare, "ratio": rate / bare, "prefill_again_tokens_per_s": tokens / again,
+        "tokens": report["new_tokens"], "seconds": report["capture_seconds"], "all_seconds": report["seconds"],
+        "bytes_on_disk": size, "stage_tokens_per_s": {k: tokens / v for k, v in seconds.items()}, "stages_s": report["stages"],
+        "batch_tokens": engine.batch_tokens, "part_tokens": job.plan.part_tokens, "workers": job.plan.workers, "dtype": job.plan.dtype,
+    }  # fmt: skip
 
 
 if __name__ == "__main__":
