@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import Any, NoReturn, Protocol
 
 from dspark.cache.errors import DsparkError
+from dspark.cache.settings import NAMED, NAMES, choose_bits
 
 
 class Progress(Protocol):
@@ -34,6 +35,27 @@ def guarded(command: Callable[..., Any]) -> Callable[..., Any]:
             )
 
     return run
+
+
+def bits_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """``--codec NAME``, ``--aux-bits N`` and ``--last-bits N`` for a click callback, which gets ``aux_bits`` and ``last_bits``."""
+    import click
+
+    @functools.wraps(command)
+    def run(*args: Any, codec: str, aux_bits: int | None, last_bits: int | None, **kwargs: Any) -> Any:
+        aux, last = choose_bits(codec, aux_bits, last_bits)
+        return command(*args, aux_bits=aux, last_bits=last, **kwargs)
+
+    named = click.option(
+        "--codec",
+        type=click.Choice(list(NAMED)),
+        default="default",
+        help=f"Bits of aux/last by name: {NAMES}.",
+    )
+    aux = click.option("--aux-bits", type=int, help="16, 8, 4, 3 or 2, instead of --codec's.")
+    last = click.option("--last-bits", type=int, help="16, 8 or 4, instead of --codec's.")
+    out: Callable[..., Any] = named(aux(last(run)))
+    return out
 
 
 @contextmanager

@@ -8,11 +8,9 @@ from typing import Any
 
 import click
 
-from dspark.cache.command import emit, guarded
+from dspark.cache.command import bits_options, emit, guarded
 from dspark.cache.errors import DsparkError
 from dspark.dump.config import (
-    DEFAULT_AUX_BITS,
-    DEFAULT_LAST_BITS,
     DEFAULT_SEQ_LENGTH,
     DumpConfig,
 )
@@ -79,8 +77,7 @@ class LayerIds(click.ParamType[tuple[int, ...]]):
 @click.option(
     "--seq-length", type=int, help=f"Longer rows are cut.  [default: the preset's, or {DEFAULT_SEQ_LENGTH}]"
 )
-@click.option("--aux-bits", type=int, default=DEFAULT_AUX_BITS, help="Bits a value of the layers' states.")
-@click.option("--last-bits", type=int, default=DEFAULT_LAST_BITS, help="Bits a value of the last state.")
+@bits_options
 @click.option("--limit", type=int, help="Only the first N rows.")
 @click.option("--resume", is_flag=True, help="Go on with the store at --output.")
 @click.option("--overwrite", is_flag=True, help="Replace the store at --output.")

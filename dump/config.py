@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dspark.cache.errors import UsageError
+from dspark.cache.settings import NAMED
 from dspark.dump.layers import BOTH
 
-DEFAULT_AUX_BITS = 16
-DEFAULT_LAST_BITS = 16
+DEFAULT_AUX_BITS, DEFAULT_LAST_BITS = NAMED["default"]
 DEFAULT_SEQ_LENGTH = 4096
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from dspark.cache.command import bar, emit, guarded
+from dspark.cache.command import bar, bits_options, emit, guarded
 from dspark.tools.check_run import check_command
 from dspark.tools.eval import eval_command
 
@@ -152,7 +152,7 @@ def show_command(cache: str, index: int, as_json: bool) -> None:
     "estimate",
     epilog="""\b
 Examples:
-  dspark-tools estimate --model zai-org/GLM-5.2-FP8 --samples 500000 --mean-tokens 2000 --aux-bits 4 --last-bits 4
+  dspark-tools estimate --model zai-org/GLM-5.2-FP8 --samples 500000 --mean-tokens 2000 --codec small
   dspark-tools estimate --model ./model --data chat.jsonl
 """,
 )
@@ -160,8 +160,7 @@ Examples:
 @click.option("--data", help="Corpus: its rows are counted and a spread of them tokenised.")
 @click.option("--samples", type=int)
 @click.option("--mean-tokens", type=float, help="Tokens a sample, prompt and answer.")
-@click.option("--aux-bits", type=int, default=16)
-@click.option("--last-bits", type=int, default=16)
+@bits_options
 @click.option(
     "--last-share", type=float, default=0.6, help="Share of tokens that are supervised, without --data."
 )
@@ -236,12 +235,11 @@ def score_command(cache: str, draft: str, max_anchors: int, which: str, as_json:
 
 
 @main.command(
-    "recode", epilog="\b\nExamples:\n  dspark-tools recode hs.zarr small.zarr --aux-bits 3 --last-bits 4"
+    "recode", epilog="\b\nExamples:\n  dspark-tools recode hs.zarr small.zarr --codec small"
 )
 @click.argument("source")
 @click.argument("destination")
-@click.option("--aux-bits", type=int, required=True, help="16, 8, 4, 3 or 2.")
-@click.option("--last-bits", type=int, required=True, help="16, 8 or 4.")
+@bits_options
 @click.option(
     "--calibrate/--no-calibrate",
     default=True,
@@ -277,7 +275,7 @@ def recode_command(source: str, destination: str, as_json: bool, **flags: Any) -
     "import",
     epilog="""\b
 Examples:
-  dspark-tools import ./deepspec_cache hs.zarr --model Qwen/Qwen3-4B --aux-bits 4 --last-bits 4
+  dspark-tools import ./deepspec_cache hs.zarr --model Qwen/Qwen3-4B
   dspark-tools import ./speculators_data hs.zarr --model Qwen/Qwen3-8B --target-layer-ids "2 18 33"
 """,
 )
@@ -286,22 +284,31 @@ Examples:
 @click.option("--model", required=True, help="The target that the states are of: id or folder.")
 @click.option("--layers", help="Output of decoder layer i, where SOURCE does not say (speculators).")
 @click.option("--target-layer-ids", help="The same as vLLM counts, j = i + 1, without the last state's.")
-@click.option("--aux-bits", type=int, default=16, help="16, 8, 4, 3 or 2.")
-@click.option("--last-bits", type=int, default=16, help="16, 8 or 4.")
-@click.option("--mask-token-id", type=int, help="As for dspark-dump.  [default: the preset's, or an unused id]")
+@bits_options
 @click.option(
-    "--last-state", type=click.Choice(["after-norm", "before-norm"]),
+    "--mask-token-id", type=int, help="As for dspark-dump.  [default: the preset's, or an unused id]"
+)
+@click.option(
+    "--last-state",
+    type=click.Choice(["after-norm", "before-norm"]),
     help="Where the last state was taken.  [default: after for DeepSpec, before for speculators]",
 )
 @click.option("--part-tokens", default=32768, help="Tokens to a part.")
-@click.option("--max-dropped", default=0.5, help="Fail when more than this share of the rows gives no sample.")
+@click.option(
+    "--max-dropped", default=0.5, help="Fail when more than this share of the rows gives no sample."
+)
 @click.option("--device", default="cpu", type=click.Choice(["cpu", "cuda"]), help="Where states are coded.")
 @click.option("--resume", is_flag=True, help="Go on with DESTINATION.")
 @click.option("--overwrite", is_flag=True, help="Replace DESTINATION.")
 @json_flag
 @guarded
 def import_command(
-    source: str, destination: str, layers: str | None, target_layer_ids: str | None, as_json: bool, **flags: Any
+    source: str,
+    destination: str,
+    layers: str | None,
+    target_layer_ids: str | None,
+    as_json: bool,
+    **flags: Any,
 ) -> None:
     """A DeepSpec target cache, or speculators' data and hidden states, as a store."""
     from dspark.cache.errors import UsageError

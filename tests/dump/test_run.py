@@ -119,7 +119,14 @@ def stops_after(n: int, error: type[BaseException]) -> Callable[[planning.Plan, 
 @pytest.fixture
 def config(tiny: Path, tmp_path: Path, write_rows: Callable[..., Path]) -> DumpConfig:
     data = write_rows(corpus(40))
-    return DumpConfig(model=str(tiny), data=str(data), output=tmp_path / "hs.zarr", part_tokens=300)
+    return DumpConfig(
+        model=str(tiny),
+        data=str(data),
+        output=tmp_path / "hs.zarr",
+        part_tokens=300,
+        aux_bits=16,
+        last_bits=16,
+    )
 
 
 @pytest.fixture
