@@ -28,6 +28,7 @@ from dspark.dump.ahead import ahead
 from dspark.dump.calibrate import calibrate, calibration_samples, centred_as
 from dspark.dump.config import DumpConfig
 from dspark.dump.corpus import Corpus, TokenRow, open_corpus
+from dspark.dump.logits import PLAIN, Logits
 from dspark.dump.parts import Making, PartReader, PartRows
 from dspark.dump.pipeline import Pipeline
 from dspark.dump.presets import check_shapes, find
@@ -202,7 +203,12 @@ def run_engine(
     """Check the engine, then capture what is missing; returns the finished manifest and what was written."""
     config = job.config
     frozen = engine.frozen()
-    agreement, states = check(engine, probe, frozen, job.plan.dtype)
+    logits = Logits.of_config(job.target.config)
+    agreement, states = check(engine, probe, frozen, job.plan.dtype, job.plan.layers, logits)
+    if logits != PLAIN:
+        show.say(
+            f"note: the target {logits}; the store's last states are before that, its config.json says it"
+        )
     show.say(
         f"self-check passed: states and engine agree at {agreement.agree:.1%} of {agreement.positions} positions "
         f"(largest log-probability difference {agreement.worst:.2g})"
