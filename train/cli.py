@@ -141,10 +141,10 @@ def main(
             result = train(
                 config, resume=resume, overwrite=overwrite, progress=progress, say=_say if first else _quiet
             )
-    except PeerError as error:
+    except (PeerError, KeyboardInterrupt) as error:
         if first:
             raise
-        sys.exit(error.exit_code)  # rank 0 has said it
+        sys.exit(getattr(error, "exit_code", 1))  # rank 0 has said it
     if not first:
         return
     tau = result.get("mean_accepted_length")

@@ -42,6 +42,7 @@ class World:
     size: int = 1
     local_rank: int = 0
     control: Any = None  # the gloo group
+    owned: bool = False  # whether the process group ends with the run
 
     @property
     def first(self) -> bool:
@@ -100,8 +101,8 @@ class World:
         raise PeerError(f"rank {rank}: {message}", code)
 
     def leave(self) -> None:
-        """The ordinary end of a run."""
-        if dist.is_initialized() and self.control is not None:
+        """The ordinary end of a run. A process group that was there before it stays."""
+        if self.owned:
             dist.destroy_process_group()
 
 
@@ -127,6 +128,7 @@ def join(device: str, strategy: str | None) -> World:
     if size == 1 and strategy != "fsdp2":
         return World()
     cuda = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
+    owned = not dist.is_initialized()
     if cuda:
         if ":" in device:
             raise UsageError(
@@ -138,10 +140,12 @@ def join(device: str, strategy: str | None) -> World:
                 "lower --nproc-per-node or use --device cpu"
             )
         torch.cuda.set_device(local)
-        dist.init_process_group("nccl", device_id=torch.device("cuda", local))
-        return World(rank, size, local, dist.new_group(backend="gloo", timeout=PATIENCE))
-    dist.init_process_group("gloo", timeout=PATIENCE)
-    return World(rank, size, local, dist.group.WORLD)
+        if owned:
+            dist.init_process_group("nccl", device_id=torch.device("cuda", local))
+        return World(rank, size, local, dist.new_group(backend="gloo", timeout=PATIENCE), owned)
+    if owned:
+        dist.init_process_group("gloo", timeout=PATIENCE)
+    return World(rank, size, local, dist.group.WORLD, owned)
 
 
 SIGNS = ("closed by peer", "reset by peer", "Broken pipe", "Connection refused", "Timed out waiting")

@@ -223,3 +223,63 @@ def test_bf16_model_with_fp32_masters_follows_the_fp32_optimizer() -> None:
         full.step(1e-4)
     torch.testing.assert_close(half.masters["w"], full.masters["w"], atol=1e-6, rtol=0)
     assert torch.equal(p16, half.masters["w"].bfloat16())
+
+
+def test_buckets_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many small buckets, one large one, and torch's own AdamW with its own clipping on separate tensors."""
+    shapes = [(7, 5), (3,), (40, 3), (1,)]
+
+    def trained(bucket: int | None) -> list[torch.Tensor]:
+        g = torch.Generator().manual_seed(0)
+        named = [(str(i), torch.nn.Parameter(torch.randn(s, generator=g))) for i, s in enumerate(shapes)]
+        tensors = [p for _, p in named]
+        if bucket is None:
+            theirs = torch.optim.AdamW(tensors, lr=0.01, betas=(0.9, 0.95), weight_decay=0.1)
+        else:
+            monkeypatch.setattr("dspark.train.optim.BUCKET", bucket)
+            ours = MasterAdamW(named, betas=(0.9, 0.95), weight_decay=0.1, clip=1.0)
+        for _ in range(5):
+            sum((p * torch.randn(p.shape, generator=g)).sum() for p in tensors).backward()  # type: ignore[union-attr]
+            if bucket is None:
+                torch.nn.utils.clip_grad_norm_(tensors, 1.0)
+                theirs.step()
+                theirs.zero_grad()
+            else:
+                ours.step(0.01)
+        return [p.detach() for p in tensors]
+
+    expected = trained(None)
+    for bucket in (1, 50, 1 << 20):
+        for a, b in zip(trained(bucket), expected, strict=True):
+            torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
+
+
+def test_a_checkpoint_of_another_draft_is_refused(config: TrainConfig) -> None:
+    optimizer = MasterAdamW(
+        [("w", torch.nn.Parameter(torch.ones(3)))], betas=(0.9, 0.95), weight_decay=0.0, clip=1.0
+    )
+    other = MasterAdamW(
+        [("w", torch.nn.Parameter(torch.ones(4)))], betas=(0.9, 0.95), weight_decay=0.0, clip=1.0
+    )
+    with pytest.raises(errors.TrainError, match=r"w \[3\] there, \[4\] here"):
+        other.load(optimizer.snapshot())
+
+
+def test_the_memory_that_a_run_says_it_takes(config: TrainConfig) -> None:
+    """Weights, masters, gradients and moments are counted to the byte; recomputing makes a row cheaper."""
+    from dspark.train import memory
+    from dspark.train.setup import prepare
+
+    run = prepare(config)
+    count = sum(p.numel() for _, p in run.model.trained())
+    found = memory.estimate(run)
+    assert found.trained == 16 * count
+    assert found.frozen == 4 * stores.VOCAB * stores.HIDDEN  # tied: one matrix
+    lean = memory.estimate(prepare(dataclasses.replace(config, activation_checkpointing=True, num_layers=1)))
+    deep = memory.row_bytes(dataclasses.replace(run.model.config, num_layers=5), 256, 16, 4, recompute=False)
+    assert (
+        memory.row_bytes(dataclasses.replace(run.model.config, num_layers=5), 256, 16, 4, recompute=True)
+        < deep / 2
+    )
+    assert lean.trained == found.trained
+    assert f"{count / 1e6:.1f} M" in memory.describe(run)

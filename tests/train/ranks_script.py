@@ -1,0 +1,53 @@
+"""What tests/train/test_ranks.py starts under torchrun: several trainings after each other on the same processes.
+
+torchrun ... ranks_script.py JOBS.json: a list of {"config", "resume", "stop", "break_rank"}; what each rank's train() raised goes to
+JOBS.json.RANK as a list of [type, message, exit code] or null.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from dspark.cache.errors import DamagedCacheError
+from dspark.train.config import TrainConfig
+from dspark.train.distributed import rank_here
+from dspark.train.loop import train
+from dspark.train.stream import Rows
+
+
+class Stop(Exception):
+    """Raised by a progress callback, in place of a crash."""
+
+
+def run(job: dict[str, Any]) -> list[Any] | None:
+    def progress(step: int, total: int, text: str) -> None:
+        if step == job.get("stop"):
+            raise Stop
+
+    read = Rows.__getitem__
+
+    def broken(self: Rows, at: tuple[int, int]) -> Any:
+        raise DamagedCacheError(f"part 3 of row {at[1]} is damaged")
+
+    if job.get("break_rank") == rank_here():
+        Rows.__getitem__ = broken  # type: ignore[method-assign]
+    try:
+        train(TrainConfig.from_json(job["config"], "job"), resume=job.get("resume", False), progress=progress)
+    except Exception as error:
+        return [type(error).__name__, str(error), getattr(error, "exit_code", None)]
+    finally:
+        Rows.__getitem__ = read  # type: ignore[method-assign]
+    return None
+
+
+if __name__ == "__main__":
+    dist.init_process_group("gloo")
+    jobs = Path(sys.argv[1])
+    found = [run(job) for job in json.loads(jobs.read_text())]
+    Path(f"{jobs}.{rank_here()}").write_text(json.dumps(found))
+    dist.destroy_process_group()

@@ -1,0 +1,93 @@
+"""Recipes set defaults; what is given on the command line wins; the store's target chooses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+import stores
+from dspark.cache import errors
+from dspark.cache.manifest import TargetInfo
+from dspark.dump.presets import presets
+from dspark.train.cli import main
+from dspark.train.config import TrainConfig
+from dspark.train.recipes import configure, parse, recipes
+
+
+def store_of(folder: Path, target: str) -> str:
+    """A store whose target carries the id ``target``."""
+    m = stores.manifest()
+    fields = {name: getattr(m.target, name) for name in TargetInfo.__dataclass_fields__}
+    stores.write_store(
+        folder / "hs.zarr", [60, 80], m=stores.manifest(target=TargetInfo(**{**fields, "id": target}))
+    )
+    return str(folder / "hs.zarr")
+
+
+def test_the_published_settings() -> None:
+    """The figures of the GLM-5.2, Qwen3-4B and Qwen3-8B recipes as their authors give them."""
+    glm, qwen, eight = (recipes()[name].settings for name in ("GLM-5.2", "Qwen3-4B", "Qwen3-8B"))
+    assert (glm["num_layers"], glm["block_size"], glm["max_anchors"], glm["lr"], glm["epochs"]) == (
+        5,
+        8,
+        1024,
+        6e-4,
+        3,
+    )
+    assert (qwen["block_size"], qwen["max_anchors"], qwen["markov_rank"], qwen["epochs"]) == (7, 512, 256, 10)
+    assert eight["lr"] * eight["min_lr_ratio"] == pytest.approx(6e-5)
+    assert {"Qwen3-14B", "SmolLM2-135M"} < set(recipes())
+
+
+def test_every_target_with_a_dump_preset_has_a_recipe() -> None:
+    for model in presets():
+        assert sum(r.fits(model) for r in recipes().values()) == 1, model
+
+
+@pytest.mark.parametrize(
+    ("target", "name"),
+    [("zai-org/GLM-5.2-FP8", "GLM-5.2"), ("/models/qwen3-4b/", "Qwen3-4B"), ("Qwen/Qwen3-4B-Base", None), ("random/tiny", None)],
+)  # fmt: skip
+def test_the_target_of_the_store_chooses(tmp_path: Path, target: str, name: str | None) -> None:
+    cache = store_of(tmp_path, target)
+    config = configure({"cache": cache, "lr": 1e-5})
+    assert (config.recipe, config.lr) == (name, 1e-5)
+    settings = recipes()[name].settings if name else {}
+    plain = TrainConfig(cache=cache)
+    for field in ("epochs", "block_size", "rows_per_step", "max_anchors"):
+        assert getattr(config, field) == settings.get(field, getattr(plain, field))
+    assert configure({"cache": cache}, "none") == plain
+
+
+def test_a_name_is_taken_in_any_case_and_wrong_ones_are_refused() -> None:
+    assert configure({"cache": "x"}, "glm-5.2").block_size == 8
+    with pytest.raises(errors.UsageError, match="expected auto, none or one of GLM-5.2"):
+        configure({"cache": "x"}, "GLM-6")
+    with pytest.raises(errors.UsageError, match="sets output, which no recipe can"):
+        parse(json.dumps({"a": {"targets": [], "source": "", "settings": {"output": "y"}}}), "f")
+    with pytest.raises(errors.UsageError, match="block_size is -1"):
+        parse(json.dumps({"a": {"targets": [], "source": "", "settings": {"block_size": -1}}}), "f")
+    with pytest.raises(errors.UsageError, match="f: a has"):
+        parse(json.dumps({"a": {"targets": []}}), "f")
+
+
+def test_flags_win_over_the_recipe_on_the_command_line(tmp_path: Path) -> None:
+    """A real run by the command: the recipe's four rows a step, its three layers replaced, and the choice recorded."""
+    cache, output = store_of(tmp_path, "HuggingFaceTB/SmolLM2-135M-Instruct"), tmp_path / "draft"
+    flags = "--num-layers 1 --markov-rank 4 --max-steps 1 --val-fraction 0 --device cpu --no-tensorboard"
+    done = CliRunner().invoke(main, ["--cache", cache, "--output", str(output), *flags.split()])
+    assert done.exit_code == 0, done.output
+    assert "recipe SmolLM2-135M" in done.output
+    saved = json.loads((output / "training.json").read_text())
+    assert (saved["num_layers"], saved["markov_rank"], saved["rows_per_step"], saved["epochs"]) == (
+        1,
+        4,
+        4,
+        8,
+    )
+    wrong = CliRunner().invoke(main, ["--cache", cache, "--recipe", "x"])
+    assert (wrong.exit_code, "expected auto" in wrong.output) == (2, True)
+    assert all(name in CliRunner().invoke(main, ["--help"]).output for name in recipes())
