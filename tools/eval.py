@@ -18,7 +18,7 @@ import click
 
 from dspark.cache.command import emit, guarded
 from dspark.cache.disk import write_file
-from dspark.cache.errors import DraftError, EngineError
+from dspark.cache.errors import DraftError
 from dspark.tools.eval_report import HEADER, how, lines, markdown, relative_cost, report
 from dspark.tools.outcome import Outcome, summarise
 from dspark.tools.prompts import Prompt
@@ -97,28 +97,16 @@ def _with_transformers(
     config: EvalConfig, prompts: Sequence[Prompt], stop_ids: Sequence[int], note: Note
 ) -> Runs:
     import torch
-    import transformers
 
     from dspark.tools.decode import speculative_generate
-    from dspark.tools.target import Target, greedy_alone
+    from dspark.tools.target import Target, greedy_alone, load_model
     from dspark.train.export import load_config, load_draft
 
-    device = config.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    wanted = "float32" if config.dtype == "auto" and device == "cpu" else config.dtype
-    try:
-        model = (
-            transformers.AutoModelForCausalLM.from_pretrained(config.model, dtype=wanted).to(device).eval()
-        )
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
-        raise EngineError(
-            f"transformers could not load {config.model} ({wanted}, {device}): {error}"
-        ) from error
+    model = load_model(config.model, config.device, config.dtype)
     drafted, alone = [], []
     with Target(model, load_config(config.draft).target_layer_ids) as target:
-        draft = load_draft(config.draft, target.frozen, dtype=model.dtype).to(device).eval()
-        generator = torch.Generator(device).manual_seed(config.seed)
+        draft = load_draft(config.draft, target.frozen, dtype=model.dtype).to(model.device).eval()
+        generator = torch.Generator(model.device).manual_seed(config.seed)
 
         def speculate(prompt: Prompt, limit: int) -> Outcome:
             return speculative_generate(
@@ -231,13 +219,9 @@ def eval_command(
     console = Console(stderr=True)
     with console.status("loading") as status:
         result, prompts, runs = run(EvalConfig(**flags), note=status.update)
-    for path, content in (
-        (output, lambda: json.dumps(result, indent=1) + "\n"),
-        (table_file, lambda: markdown(result)),
-        (answers, lambda: "".join(json.dumps(a) + "\n" for a in _answers(prompts, runs))),
-    ):
-        if path is not None:
-            write_file(Path(path), content().encode())
+    _save(output, json.dumps(result, indent=1) + "\n")
+    _save(table_file, markdown(result))
+    _save(answers, "".join(json.dumps(a) + "\n" for a in _answers(prompts, runs)))
     if as_json:
         emit(result)
     else:
@@ -246,6 +230,11 @@ def eval_command(
         _explain(console, result)
         if result["dtype"] == "float32":
             context.exit(1)
+
+
+def _save(path: str | None, text: str) -> None:
+    if path is not None:
+        write_file(Path(path), text.encode())
 
 
 def _answers(prompts: Sequence[Prompt], runs: Runs) -> Iterator[dict[str, Any]]:

@@ -102,6 +102,19 @@ class Target:
             self._cache.crop(length - self.length)
 
 
+def load_model(model: str, device: str = "auto", dtype: str = "auto") -> Any:
+    """The target in transformers; ``auto``: a GPU if there is one, and float32 on a CPU, else the checkpoint's dtype."""
+    import transformers
+
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    wanted = "float32" if dtype == "auto" and device == "cpu" else dtype
+    try:
+        return transformers.AutoModelForCausalLM.from_pretrained(model, dtype=wanted).to(device).eval()
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+        raise EngineError(f"transformers could not load {model} ({wanted}, {device}): {error}") from error
+
+
 def greedy_alone(
     model: Any, prompt: Sequence[int], *, max_tokens: int, stop_ids: Sequence[int] = ()
 ) -> list[int]:

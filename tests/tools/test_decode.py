@@ -11,6 +11,7 @@ import torch
 import tiny_models as tiny
 from dspark.tools.decode import Generation, speculative_generate
 from dspark.tools.drafting import DraftContext, chain, draft_block, recomputed_states, slot_states
+from dspark.tools.probe import answer_of, probe
 from dspark.tools.rejection import verify_greedy, verify_sampled
 from dspark.tools.target import Target, greedy_alone
 from dspark.train.draft import DraftModel
@@ -163,3 +164,23 @@ def test_sampled_generation_is_distributed_as_the_target() -> None:
             blocks.update(b.accepted for b in out.blocks)
     assert chi_square(counts.flatten(), expected.flatten() * trials) > 1e-3
     assert min(blocks[0], blocks[1], blocks[2]) > 50
+
+
+def test_a_probe_walks_as_decoding_does() -> None:
+    """Teacher-forced over the target's answer, the anchors that decoding visits give decoding's accepted lengths."""
+    model = tiny.target()
+    draft = tiny.draft(model)
+    alone = [greedy_alone(model, p, max_tokens=40) for p in PROMPTS]
+    tiny.agree(model, draft, [p + a for p, a in zip(PROMPTS, alone, strict=True)][:2], steps=40)
+    seen = set()
+    with Target(model, tiny.LAYERS) as target:
+        for prompt, tokens in zip(PROMPTS, alone, strict=True):
+            blocks = speculative_generate(target, draft, prompt, max_tokens=40).blocks
+            probed = probe(draft, answer_of(target, prompt, tokens))
+            assert probed is not None
+            walk = probed.walk()
+            assert walk == [b.accepted + 1 for b in blocks[: len(walk)]]
+            assert len(walk) >= len(blocks) - 4
+            seen |= set(walk)
+            assert ((probed.accept >= 0) & (probed.accept <= 1 + 1e-5)).all()
+    assert len(seen) > 1
