@@ -86,17 +86,25 @@ def main() -> None:
     parser.add_argument("--data", required=True)
     parser.add_argument("--bits", default="4/4,16/16", help="aux/last, commas between settings")
     parser.add_argument("--output", type=Path, help="folder for the stores  [default: a temporary one]")
+    parser.add_argument(
+        "--keep", action="store_true", help="leave the stores in --output, AUX-LAST.zarr each"
+    )
     parser.add_argument("--rows", type=int, help="rows to a dump  [default: all]")
     parser.add_argument("--parts", type=int, default=4, help="parts that the stages are measured on")
     parser.add_argument("--batch-tokens", type=int)
     parser.add_argument("--workers", type=int)
     parser.add_argument("--name", default="dump", help="results file")
     args = parser.parse_args()
-    folder = Path(tempfile.mkdtemp(dir=args.output, prefix="bench-dump-"))
+    if args.output:
+        args.output.mkdir(parents=True, exist_ok=True)
+    if args.keep and not args.output:
+        parser.error("--keep needs --output")
+    folder = args.output if args.keep else Path(tempfile.mkdtemp(dir=args.output, prefix="bench-dump-"))
     try:
         results = measure(args, folder)
     finally:
-        shutil.rmtree(folder)
+        if not args.keep:
+            shutil.rmtree(folder)
     config = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()} | {
         "target": Path(args.target).name, "data": Path(args.data).name,
     }  # fmt: skip
@@ -119,7 +127,8 @@ def measure(args: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
             engine = loaded
         out.append(measure_setting(config, engine, args.parts))
         print(json.dumps(out[-1]), file=sys.stderr)
-        shutil.rmtree(config.output)
+        if not args.keep:
+            shutil.rmtree(config.output)
     return out
 
 
