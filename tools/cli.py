@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from dspark.cache.command import bar, bits_options, emit, guarded
+from dspark.tools.calibrate import calibrate_command
 from dspark.tools.check_run import check_command
 from dspark.tools.eval import eval_command
 
@@ -164,6 +165,7 @@ Examples:
 @click.option(
     "--last-share", type=float, default=0.6, help="Share of tokens that are supervised, without --data."
 )
+@click.option("--like", help="Store of a few hundred rows of this target and layers: sizes are measured on it.")
 @click.option("--tokens-per-second", type=float, default=20000.0, help="Prefill rate of your engine.")
 @json_flag
 @guarded
@@ -182,7 +184,8 @@ def estimate_command(as_json: bool, **flags: Any) -> None:
             ("tokens", f"{data['tokens']:,} in {data['samples']:,} samples"),
             (
                 "bytes",
-                f"{human(data['bytes'])}, {data['ratio']:.2f} x smaller than {human(data['raw_bytes'])} of raw bf16",
+                f"{human(data['bytes'])}, {data['ratio']:.2f} x smaller than {human(data['raw_bytes'])} of raw bf16 "
+                + (f"(measured on {data['measured_on']})" if data["measured_on"] else "(formula)"),
             ),
             ("free here", human(data["free_bytes"])),
             ("files", f"{data['files']:,}"),
@@ -360,3 +363,4 @@ def compare_command(a: str, b: str, limit: int, as_json: bool) -> None:
 
 main.add_command(eval_command)
 main.add_command(check_command)
+main.add_command(calibrate_command)

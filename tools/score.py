@@ -5,12 +5,17 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from dspark.cache.errors import MismatchError, UsageError
 from dspark.cache.reader import Cache
+
+if TYPE_CHECKING:
+    from dspark.train.batch import Batch
+    from dspark.train.objective import ObjectiveOutput, SlotInputs
+    from dspark.train.row import Row
 
 
 def score(
@@ -29,10 +34,38 @@ def score(
 
     ``all``; or ``validation`` / ``train``, the split that the draft was trained with (by prompt hash, from its training.json).
     """
+    samples = chosen(cache, draft, which)
+    result = forced(
+        cache, draft, samples, max_anchors=max_anchors, total_seq_len=total_seq_len, seed=seed, device=device, dtype=dtype,
+        progress=progress,
+    )  # fmt: skip
+    return {
+        **result,
+        "samples": int(samples.size),
+        "which": which,
+        "draft": str(draft),
+        "cache": str(cache.path),
+    }
+
+
+def forced(
+    cache: Cache,
+    draft: str,
+    samples: np.ndarray[Any, np.dtype[np.int64]],
+    *,
+    max_anchors: int,
+    total_seq_len: int | None,
+    seed: int,
+    device: str,
+    dtype: str,
+    progress: Callable[[int, int], None],
+    observe: Callable[[Batch, SlotInputs, ObjectiveOutput], None] | None = None,
+) -> dict[str, Any]:
+    """The draft's teacher-forced metrics over ``samples``; ``observe`` sees the slots of every row."""
     from dspark.train.evaluate import evaluate
     from dspark.train.export import load_draft
     from dspark.train.setup import choose_compute, row_length
-    from dspark.train.stream import VALIDATION_EPOCH, Row, Stream
+    from dspark.train.stream import VALIDATION_EPOCH, Stream
 
     compute = choose_compute(device, dtype, False)
     model = load_draft(draft, cache.target, dtype=compute.dtype)
@@ -40,7 +73,7 @@ def score(
     model.to(compute.device)
     model.eval()
     stream = Stream(
-        cache, chosen(cache, draft, which), seed=seed, total_seq_len=row_length(cache, total_seq_len), rows_per_step=1,
+        cache, samples, seed=seed, total_seq_len=row_length(cache, total_seq_len), rows_per_step=1,
         block_size=model.config.block_size, max_anchors=max_anchors,
     )  # fmt: skip
     total = len(stream.plan(VALIDATION_EPOCH))
@@ -50,16 +83,9 @@ def score(
             yield from step
             progress(done + 1, total)
 
-    result = evaluate(
-        model, cache, rows(), device=compute.device, dtype=compute.dtype, backend=compute.backend
-    )
-    return {
-        **result,
-        "samples": int(stream.samples.size),
-        "which": which,
-        "draft": str(draft),
-        "cache": str(cache.path),
-    }
+    return evaluate(
+        model, cache, rows(), device=compute.device, dtype=compute.dtype, backend=compute.backend, observe=observe
+    )  # fmt: skip
 
 
 def belongs(cache: Cache, config: Any, draft: str) -> None:

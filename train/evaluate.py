@@ -12,7 +12,7 @@ from dspark.train.attention import Backend
 from dspark.train.batch import Batch
 from dspark.train.draft import DraftModel
 from dspark.train.metrics import Score, SlotMetrics
-from dspark.train.objective import Denominators, ObjectiveConfig, SlotInputs, objective
+from dspark.train.objective import Denominators, ObjectiveConfig, ObjectiveOutput, SlotInputs, objective
 from dspark.train.row import Row
 
 
@@ -27,11 +27,12 @@ def evaluate(
     decay: float = 4.0,
     backend: Backend = "sdpa",
     reduce: Callable[[Tensor], Tensor] | None = None,
+    observe: Callable[[Batch, SlotInputs, ObjectiveOutput], None] | None = None,
 ) -> Score:
     """The keys of ``dspark-tools score`` over every counted slot of ``rows``. States are decoded to ``dtype`` on ``device``.
 
     ``rows`` that are batches already (of padding, for a sharded model) pass through the model and count nowhere. ``reduce`` adds up
-    the sums of several ranks, in place.
+    the sums of several ranks, in place. ``observe`` sees the slots of every row.
     """
     config = ObjectiveConfig(decay=decay)
     unit = Denominators(1.0, 1.0, 1.0)  # the losses come out of the metrics' own weighted means
@@ -45,7 +46,10 @@ def evaluate(
         batch = row.place(cache, device, dtype)
         states = model(batch, model.plan(batch, backend))
         slots = SlotInputs.gather(batch, states, decay)
-        metrics.add(batch, slots, objective(slots, model.frozen_head, config, unit))
+        out = objective(slots, model.frozen_head, config, unit)
+        metrics.add(batch, slots, out)
+        if observe is not None:
+            observe(batch, slots, out)
     if reduce is not None:
         reduce(metrics.sums)
     return metrics.result()

@@ -1,0 +1,88 @@
+"""Pictures for the card: acceptance by position, reliability diagrams, the curve of training. PNG or SVG by the file's name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from dspark.cache.errors import UsageError
+
+
+@contextmanager
+def figure(path: Path, columns: int = 1, rows: int = 1) -> Iterator[Any]:
+    """Axes (an array of them, flat, if more than one) of a figure that is saved to ``path`` at the end."""
+    if path.suffix not in (".png", ".svg"):
+        raise UsageError(f"{path}: expected a name that ends with .png or .svg")
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise UsageError("pictures need matplotlib: pip install 'dspark[plots]'") from error
+    drawn = Figure(figsize=(3.2 * columns + 1.6 * (columns == 1), 3.0 * rows), layout="constrained", dpi=120)
+    axes = drawn.subplots(rows, columns, squeeze=False).flatten()
+    yield axes if len(axes) > 1 else axes[0]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # No date and fixed ids: the same run gives the same bytes.
+    metadata = {"Date": None} if path.suffix == ".svg" else None
+    import matplotlib
+
+    with matplotlib.rc_context({"svg.hashsalt": "dspark"}):
+        drawn.savefig(path, metadata=metadata)
+
+
+def accept_rates(curves: dict[str, Sequence[float]], path: Path) -> None:
+    """Accept rate by position (1-based), a line a name."""
+    with figure(path) as axes:
+        for name, rates in curves.items():
+            axes.plot(range(1, len(rates) + 1), rates, marker="o", label=name)
+        axes.set(xlabel="position in the block", ylabel="accept rate", ylim=(0, 1))
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=7)
+
+
+def reliability(report: dict[str, Any], path: Path) -> None:
+    """Survival by position: mean confidence against mean acceptance, as the head says it and calibrated. ``report``: of ``calibrate``."""
+    before, after = report["before"]["survival"], report["after"]["survival"]
+    size = len(before["ece"])
+    columns = min(size, 4)
+    with figure(path, columns, -(-size // columns)) as grid:
+        for k, axes in enumerate(grid if size > 1 else [grid]):
+            if k >= size:
+                axes.set_axis_off()
+                continue
+            axes.plot([0, 1], [0, 1], color="0.7", linewidth=1)
+            for name, by_slot in (("head", before), ("calibrated", after)):
+                bins = by_slot["diagram"][k]
+                axes.plot(
+                    [b["confidence"] for b in bins],
+                    [b["accepted"] for b in bins],
+                    marker="o",
+                    markersize=3,
+                    label=f"{name} ECE {by_slot['ece'][k]:.3f}",
+                )
+            axes.set(
+                title=f"position {k + 1}",
+                xlim=(0, 1),
+                ylim=(0, 1),
+                xlabel="survival predicted",
+                ylabel="accepted",
+            )
+            axes.legend(fontsize=6)
+
+
+def training(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """Mean accepted length over steps, training rows and held-out ones, from metrics.jsonl."""
+    with figure(path) as axes:
+        for held_out, name in ((False, "training rows"), (True, "held out")):
+            points = [
+                (r["step"], r["mean_accepted_length"])
+                for r in rows
+                if bool(r.get("validation")) == held_out and r.get("mean_accepted_length")
+            ]
+            axes.plot(
+                [s for s, _ in points], [v for _, v in points], marker="o" if held_out else None, label=name
+            )
+        axes.set(xlabel="step", ylabel="mean accepted length")
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=7)
