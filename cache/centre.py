@@ -32,16 +32,16 @@ LEAST_SAMPLES = (
 )
 
 
-def spread(total: int, tokens_a_sample: float) -> list[int]:
-    """Which of ``total`` samples are calibrated on: evenly spread, about ``CALIBRATION`` tokens in all, and ``LEAST_SAMPLES`` at least."""
-    wanted = math.ceil(CALIBRATION / max(tokens_a_sample, 1.0))
+def spread(total: int, tokens_a_sample: float, budget: int = CALIBRATION) -> list[int]:
+    """Which of ``total`` samples are calibrated on: evenly spread, about ``budget`` tokens in all, and ``LEAST_SAMPLES`` at least."""
+    wanted = math.ceil(budget / max(tokens_a_sample, 1.0))
     count = min(total, max(LEAST_SAMPLES, wanted))
     return [(2 * i + 1) * total // (2 * count) for i in range(count)]
 
 
-def thin(states: torch.Tensor, samples: int) -> torch.Tensor:
-    """Every n-th row of one sample's ``states`` [S, ...], so that ``samples`` long ones stay within ``CALIBRATION`` rows in all."""
-    step = states.shape[0] * samples // CALIBRATION
+def thin(states: torch.Tensor, samples: int, budget: int = CALIBRATION) -> torch.Tensor:
+    """Every n-th row of one sample's ``states`` [S, ...], so that ``samples`` long ones stay within about ``budget`` rows in all."""
+    step = states.shape[0] * samples // budget
     return states[::step].clone() if step > 1 else states
 
 

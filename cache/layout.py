@@ -64,13 +64,17 @@ def part_arrays(
         StoredArray("sample_key", (samples, 16), "uint8", samples, 0),
     ]
     out += [
-        _state(field_array("aux", n), (tokens, layers, s.width), s) for n, s in aux.arrays(hidden).items()
+        state_array(field_array("aux", n), (tokens, layers, s.width), s)
+        for n, s in aux.arrays(hidden).items()
     ]
-    out += [_state(field_array("last", n), (last_rows, s.width), s) for n, s in last.arrays(hidden).items()]
+    out += [
+        state_array(field_array("last", n), (last_rows, s.width), s) for n, s in last.arrays(hidden).items()
+    ]
     return out
 
 
-def _state(name: str, shape: tuple[int, ...], spec: ArraySpec) -> StoredArray:
+def state_array(name: str, shape: tuple[int, ...], spec: ArraySpec) -> StoredArray:
+    """How array ``spec`` of a codec is stored."""
     # Packed codes have no byte structure to shuffle; 16-bit values do (exponent bytes repeat, mantissa bytes do not).
     # Level 1 for codes: only their entropy can be taken out, no level finds repeats. Level 3 for 16-bit values: on SmolLM2 states one core
     # packs 360, 132, 43 MB/s at levels 1, 3, 5 for ratios 1.23, 1.29, 1.37 (docs/log.md).
@@ -95,6 +99,6 @@ def stored_bytes_per_token(
 def disk_bytes_per_token(layers: int, hidden: int, aux: Codec, last: Codec, last_share: float = 1.0) -> float:
     """Expected bytes of states a token on disk.
 
-    Below 16 bits from the entropy of Gaussian cells: right within 2 % for text that does not repeat itself, more than it takes otherwise.
+    Below 16 bits from the entropy of Gaussian cells: right within 2 % where nothing repeats, more than it takes otherwise (``sizing.py``).
     """
     return layers * aux.disk_bytes(hidden) + last_share * last.disk_bytes(hidden)

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from dspark.cache.centre import spread, thin
+from dspark.cache.centre import CALIBRATION, spread, thin
 from dspark.cache.codec import Codec, calibrated, codec_for, field_info, to_numpy
 from dspark.cache.errors import UsageError
 from dspark.cache.layout import PARTS, part_name
@@ -148,12 +148,12 @@ def decoded(cache: Cache, sample: CodedSample) -> tuple[torch.Tensor, torch.Tens
     return a.float(), b.float()
 
 
-def spread_states(cache: Cache) -> tuple[torch.Tensor, torch.Tensor]:
-    """``aux`` and ``last`` of samples spread over the store, about ``CALIBRATION`` tokens of them (or all there are)."""
+def spread_states(cache: Cache, budget: int = CALIBRATION) -> tuple[torch.Tensor, torch.Tensor]:
+    """``aux`` and ``last`` of samples spread over the store, about ``budget`` tokens of them (or all there are)."""
     lengths = cache.lengths
-    chosen = spread(len(cache), float(lengths.mean()))
+    chosen = spread(len(cache), float(lengths.mean()), budget)
     pairs = [decoded(cache, cache.read(i)) for i in chosen]
-    aux, last = (torch.cat([thin(pair[k], len(chosen)) for pair in pairs]) for k in (0, 1))
+    aux, last = (torch.cat([thin(pair[k], len(chosen), budget) for pair in pairs]) for k in (0, 1))
     return aux, last
 
 

@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Self
 
 from dspark.cache.centre import CENTRE_KEYS, spread, thin
 from dspark.cache.codec import Codec, calibrated
 from dspark.cache.manifest import FieldInfo, Manifest
 from dspark.cache.records import TokenSample
+from dspark.cache.sizing import RowBytes
 
 if TYPE_CHECKING:
-    from dspark.dump.capture import Engine
+    from dspark.dump.capture import Engine, States
     from dspark.dump.corpus import Corpus
     from dspark.dump.tokens import SampleMaker
 
@@ -29,18 +31,33 @@ def calibration_samples(corpus: Corpus, maker: SampleMaker, rows: int, tokens: i
     return [m.sample for m in made if m.sample is not None]
 
 
-def calibrate(
-    engine: Engine, samples: Sequence[TokenSample], codecs: tuple[Codec, Codec]
-) -> tuple[Codec, Codec]:
-    """``codecs`` of aux and last, centred on the states of ``samples``."""
-    import torch
+@dataclass(frozen=True, slots=True)
+class Calibration:
+    """What a few thousand tokens say of all: the codecs of ``aux`` and ``last``, centred, and the bytes that a row will take."""
 
-    with torch.inference_mode():
-        found = {
-            i: (thin(s.aux, len(samples)), thin(s.last, len(samples))) for i, s in engine.capture(samples)
-        }
-        aux, last = (torch.cat([found[i][k] for i in sorted(found)]) for k in (0, 1))
-        return calibrated(codecs[0], aux), calibrated(codecs[1], last)
+    aux: Codec
+    last: Codec
+    size: RowBytes
+
+    @classmethod
+    def of(cls, states: Sequence[States], aux: Codec, last: Codec) -> Self:
+        """``aux`` and ``last`` centred on ``states``, in the order of their samples."""
+        import torch
+
+        with torch.inference_mode():
+            a, b = torch.cat([s.aux for s in states]), torch.cat([s.last for s in states])
+            aux, last = calibrated(aux, a), calibrated(last, b)
+            return cls(aux, last, RowBytes.of(aux, last, a, b))
+
+
+def captured(engine: Engine, samples: Sequence[TokenSample]) -> list[States]:
+    """States of ``samples``, thinned so that all of them fit in memory, in order."""
+    from dspark.dump.capture import States
+
+    found = {
+        i: States(thin(s.aux, len(samples)), thin(s.last, len(samples))) for i, s in engine.capture(samples)
+    }
+    return [found[i] for i in sorted(found)]
 
 
 def centred_as(manifest: Manifest, stored: Manifest) -> Manifest:

@@ -21,11 +21,11 @@ from dspark.dump.presets import Preset
 from dspark.dump.tokenise import default_workers
 
 if TYPE_CHECKING:
+    from dspark.cache.sizing import RowBytes
     from dspark.dump.corpus import Corpus
     from dspark.dump.tokens import SampleMaker
 
 SPREAD_ROWS = 128  # rows tokenised for the estimate
-TOKEN_BYTES = 5  # id and loss mask
 PART_BYTES = (
     512 << 20
 )  # of states in memory, of a part on a GPU: long enough to batch well, short enough to lose
@@ -61,6 +61,7 @@ class Plan:
     rows: int | None = None
     tokens: int | None = None
     bytes: int | None = None
+    last_rows: int | None = None  # stored last states
 
     @property
     def target_layer_ids(self) -> list[int]:
@@ -214,9 +215,18 @@ def estimate(plan: Plan, corpus: Corpus, maker: SampleMaker | None, limit: int |
     sampled = sum(len(s.input_ids) for s in kept)
     stored = sum(int(last_rows(s.loss_mask).sum()) for s in kept)
     tokens = round(sampled / len(made) * rows)
-    rate = disk_bytes(plan.shapes, plan.layers, plan.aux_bits, plan.last_bits, stored / max(sampled, 1))
+    share = stored / max(sampled, 1)
+    rate = disk_bytes(plan.shapes, plan.layers, plan.aux_bits, plan.last_bits, share)
     size = round(tokens * rate) + weight_bytes(plan.shapes)
-    return dataclasses.replace(plan, rows=rows, tokens=tokens, bytes=size)
+    return dataclasses.replace(plan, rows=rows, tokens=tokens, last_rows=round(tokens * share), bytes=size)
+
+
+def measured(plan: Plan, size: RowBytes) -> Plan:
+    """``plan`` with the size that its first states have shown, which knows the text where the formula does not."""
+    if plan.tokens is None or plan.last_rows is None:
+        return plan
+    parts = size.store(plan.tokens, plan.last_rows)
+    return dataclasses.replace(plan, bytes=parts + weight_bytes(plan.shapes))
 
 
 def disk_bytes(
@@ -225,6 +235,7 @@ def disk_bytes(
     """Expected bytes of a token on disk; ``last_share`` = stored last states / tokens."""
     from dspark.cache.codec import codec_for
     from dspark.cache.layout import disk_bytes_per_token
+    from dspark.cache.sizing import TOKEN_BYTES
 
     aux, last = codec_for(aux_bits), codec_for(last_bits)
     return TOKEN_BYTES + disk_bytes_per_token(len(layers), shapes.hidden_size, aux, last, last_share)

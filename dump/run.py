@@ -25,7 +25,7 @@ from dspark.cache.records import TokenSample
 from dspark.cache.writer import StoreWriter
 from dspark.dump import plan as planning
 from dspark.dump.ahead import ahead
-from dspark.dump.calibrate import calibrate, calibration_samples, centred_as
+from dspark.dump.calibrate import Calibration, calibration_samples, captured, centred_as
 from dspark.dump.config import DumpConfig
 from dspark.dump.corpus import Corpus, TokenRow, open_corpus
 from dspark.dump.logits import PLAIN, Logits
@@ -214,8 +214,9 @@ def run_engine(
         f"(largest log-probability difference {agreement.worst:.2g})"
     )
     if writer is None:
-        aux, last = calibrated_codecs(job, engine, probe, show)
-        manifest = dataclasses.replace(job.manifest, aux=field_info(aux), last=field_info(last))
+        found = calibration(job, engine, [states[i] for i in sorted(states)], show)
+        planning.check_disk(planning.measured(job.plan, found.size), 0)
+        manifest = dataclasses.replace(job.manifest, aux=field_info(found.aux), last=field_info(found.last))
         writer = StoreWriter.create(
             config.output, manifest, compact(frozen), job.target.files, overwrite=config.overwrite
         )
@@ -234,23 +235,26 @@ def run_engine(
         return writer.finish(rows_read=reader.rows_read, dropped=tail.dropped, quality=quality), written
 
 
-def calibrated_codecs(
-    job: Job, engine: Engine, probe: Sequence[TokenSample], show: Display
-) -> tuple[Codec, Codec]:
-    """The codecs of a new store, centred on states from all over the corpus (on the first ones if every row picked was dropped)."""
-    plain = codec_for(job.config.aux_bits), codec_for(job.config.last_bits)
-    if all(isinstance(c, Bf16) for c in plain):
-        return plain
-    began = time.monotonic()
+def calibration(job: Job, engine: Engine, probe: Sequence[States], show: Display) -> Calibration:
+    """Codecs and size of a new store from states from all over the corpus; at 16 bits, which need no centre, from those of the self-check."""
+    aux, last = codec_for(job.config.aux_bits), codec_for(job.config.last_bits)
+    states, samples = probe, list[TokenSample]()
     assert job.plan.rows is not None
     assert job.plan.tokens is not None
-    samples = calibration_samples(job.corpus, job.maker, job.plan.rows, job.plan.tokens) or list(probe)
-    codecs = calibrate(engine, samples, plain)
+    if not (isinstance(aux, Bf16) and isinstance(last, Bf16)):
+        began = time.monotonic()
+        samples = calibration_samples(job.corpus, job.maker, job.plan.rows, job.plan.tokens)
+        states = captured(engine, samples) or probe
+        show.say(
+            f"calibrated on {len(samples):,} samples spread over the corpus, {sum(len(s.input_ids) for s in samples):,} tokens, "
+            f"in {time.monotonic() - began:.1f} s"
+        )
+    out = Calibration.of(states, aux, last)
+    plan = planning.measured(job.plan, out.size)
     show.say(
-        f"calibrated on {len(samples):,} samples spread over the corpus, {sum(len(s.input_ids) for s in samples):,} tokens, "
-        f"in {time.monotonic() - began:.1f} s"
+        f"size     about {planning.human(plan.bytes or 0)}, measured on {sum(s.aux.shape[0] for s in states):,} tokens"
     )
-    return codecs
+    return out
 
 
 def part_reader(
