@@ -101,7 +101,9 @@ Examples:
     help="auto: bfloat16 on cuda, float32 on cpu.",
 )
 @click.option(
-    "--workers", type=int, help="Processes that read the store, for each GPU.  [default: 4 on cuda, 0 on cpu]"
+    "--workers",
+    type=int,
+    help="Processes that read the store, for each GPU.  [default: 2 to 8 by its share of the cores; 0 on cpu]",
 )
 @click.option(
     "--compile/--no-compile", "compile_", default=None, help="torch.compile the step.  [default: on cuda]"

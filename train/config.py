@@ -71,7 +71,7 @@ class TrainConfig:
     dtype: str = "auto"
     """Of the forward and backward pass: bfloat16 on cuda, float32 on cpu. Master weights are always float32."""
     workers: int | None = None
-    """Processes that read the store. None: 0 on cpu, 4 on cuda."""
+    """Processes that read the store, for each rank. None: 0 on cpu; on cuda a rank's share of the cores less one, 8 at most."""
     log_every: int = 10
     tensorboard: bool = True
     compile: bool | None = None
