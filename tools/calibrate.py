@@ -114,7 +114,8 @@ def collect(
     from dspark.cache.errors import TrainError
     from dspark.tools.score import forced
 
-    logits, accepts = [], []
+    logits: list[Any] = []
+    accepts: list[Any] = []
 
     def observe(batch: Any, slots: Any, out: Any) -> None:
         full = batch.counted.all(1)

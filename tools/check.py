@@ -392,7 +392,7 @@ def frozen(files: Files, target: Any) -> list[Finding]:
     out = []
     size, offsets = files.flat.get("draft_vocab_size"), files.tensors.get("d2t")
     embed, head = files.tensors.get("embed_tokens.weight"), files.tensors.get("lm_head.weight")
-    if embed is not None and not _same(embed, target.embed_tokens):
+    if embed is not None and not export.same_matrix(embed, target.embed_tokens):
         out.append(
             Finding(
                 "error",
@@ -408,14 +408,9 @@ def frozen(files: Files, target: Any) -> list[Finding]:
         if int(ids.min()) < 0 or int(ids.max()) >= rows.shape[0]:
             return out
         rows = rows[ids.to(rows.device)]
-    if not _same(head, rows):
+    if not export.same_matrix(head, rows):
         out.append(_wrong_head(head, rows, target.lm_head, offsets is not None))
     return out
-
-
-def _same(a: Tensor, b: Tensor) -> bool:
-    # bf16 is the coarser of what either side may have been stored in.
-    return a.shape == b.shape and torch.equal(a.to(torch.bfloat16), b.detach().cpu().to(torch.bfloat16))
 
 
 def _wrong_head(head: Tensor, rows: Tensor, whole: Tensor, reduced: bool) -> Finding:

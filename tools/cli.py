@@ -11,6 +11,7 @@ from dspark.cache.command import bar, bits_options, emit, guarded
 from dspark.tools.calibrate import calibrate_command
 from dspark.tools.check_run import check_command
 from dspark.tools.eval import eval_command
+from dspark.tools.publish import export_command
 
 SETTINGS = {"help_option_names": ["-h", "--help"], "show_default": True, "max_content_width": 120}
 json_flag = click.option(
@@ -165,7 +166,9 @@ Examples:
 @click.option(
     "--last-share", type=float, default=0.6, help="Share of tokens that are supervised, without --data."
 )
-@click.option("--like", help="Store of a few hundred rows of this target and layers: sizes are measured on it.")
+@click.option(
+    "--like", help="Store of a few hundred rows of this target and layers: sizes are measured on it."
+)
 @click.option("--tokens-per-second", type=float, default=20000.0, help="Prefill rate of your engine.")
 @json_flag
 @guarded
@@ -237,9 +240,7 @@ def score_command(cache: str, draft: str, max_anchors: int, which: str, as_json:
     table([(name, number(value)) for name, value in data.items()])
 
 
-@main.command(
-    "recode", epilog="\b\nExamples:\n  dspark-tools recode hs.zarr small.zarr --codec small"
-)
+@main.command("recode", epilog="\b\nExamples:\n  dspark-tools recode hs.zarr small.zarr --codec small")
 @click.argument("source")
 @click.argument("destination")
 @bits_options
@@ -364,3 +365,4 @@ def compare_command(a: str, b: str, limit: int, as_json: bool) -> None:
 main.add_command(eval_command)
 main.add_command(check_command)
 main.add_command(calibrate_command)
+main.add_command(export_command)

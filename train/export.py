@@ -243,9 +243,19 @@ def _check_frozen(stored: dict[str, Tensor], model: DraftModel, target: TargetWe
             continue
         if value.shape != own.shape:
             raise DraftError(f"{path}: {name} is {list(value.shape)}, the target's is {list(own.shape)}")
-        # bf16 is the coarser of what either side may have been stored in.
-        if not torch.equal(value.to(torch.bfloat16), own.detach().cpu().to(torch.bfloat16)):
+        if not same_matrix(value, own):
             raise DraftError(f"{path}: {name} is not the target's; this draft was trained for another model")
+
+
+def same_matrix(stored: Tensor, own: Tensor) -> bool:
+    """Whether ``stored`` is the target's ``own``, rounded once or twice: trained in bfloat16 or not, then exported in any dtype."""
+    if stored.shape != own.shape:
+        return False
+    own = own.detach().cpu()
+    ways = (own.to(stored.dtype), own.to(torch.bfloat16).to(stored.dtype))
+    return any(torch.equal(stored, way) for way in ways) or torch.equal(
+        stored.to(torch.bfloat16), ways[1].to(torch.bfloat16)
+    )
 
 
 def _some(names: list[str]) -> str:
