@@ -18,7 +18,6 @@ from itertools import pairwise
 import numpy as np
 
 UNIT = 64  # levels are integers / UNIT, in sigma
-SCALES_PER_OCTAVE = 4
 SCALE_ZERO = 128  # scale code of 1.0; code 0 means a group of zeros
 QUARTERS = (1.0, 1.189207115002721, 1.4142135623730951, 1.681792830507429)  # 2^(j/4)
 

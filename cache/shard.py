@@ -143,13 +143,18 @@ class Shard:
             where = f"{self.path}: chunk {i} (rows {i * self.rows}-{min((i + 1) * self.rows, shape[0])})"
             packed = _check(raw[at : at + size], size, where)
             low, high = max(start, i * self.rows), min(stop, (i + 1) * self.rows)
+            to = out[low - start : high - start]
+            if high - low == self.rows:  # the whole chunk is wanted: no memory but the result's is touched
+                self._decode(packed, where, to.view(np.uint8).reshape(-1))
+                continue
             values = np.frombuffer(self._decode(packed, where), dtype).reshape(self.rows, *shape[1:])
-            out[low - start : high - start] = values[low - i * self.rows : high - i * self.rows]
+            to[...] = values[low - i * self.rows : high - i * self.rows]
         return out
 
-    def _decode(self, packed: memoryview, where: str) -> Any:
+    def _decode(self, packed: memoryview, where: str, out: Array | None = None) -> Any:
+        """The chunk's bytes; into ``out`` if given, which has their number."""
         try:
-            values = self._codec.decode(packed)
+            values = self._codec.decode(packed, out)
         except Exception as error:  # blosc and zstd raise RuntimeError for bytes that are not theirs
             raise DamagedCacheError(f"{where}: cannot be decompressed: {error}") from error
         if len(memoryview(values).cast("B")) != self._chunk_bytes:
