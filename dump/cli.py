@@ -22,6 +22,7 @@ Examples:
   dspark-dump --model ./smollm2 --data chats.jsonl.gz --output ./hs.zarr --limit 500
   dspark-dump --model Qwen/Qwen3-4B --data chats.jsonl --layers 1,9,17,25,33 --dry-run
   dspark-dump --model ./smollm2 --data chats.jsonl.gz --resume
+  dspark-dump --model Qwen/Qwen3-4B --data prompts.jsonl --regenerate --no-thinking --max-tokens 1024
 
 \b
 A row of --data is {"messages": [...]} or {"input_ids": [...], "loss_mask": [...]}; {"finished": false} marks a
@@ -123,6 +124,21 @@ class LayerIds(click.ParamType[tuple[int, ...]]):
     "--workers",
     type=int,
     help="Processes that tokenise, and as many that write.  [default: a quarter of the cores on cuda, 0 on cpu]",
+)
+@click.option(
+    "--regenerate",
+    is_flag=True,
+    help="Take prompts only; the target answers them, turn by turn, and the states of that run are kept.",
+)
+@click.option(
+    "--temperature", type=float, help="With --regenerate.  [default: the target's generation_config]"
+)
+@click.option("--top-p", type=float, help="With --regenerate.  [default: the target's generation_config]")
+@click.option("--max-tokens", type=int, help="With --regenerate: longest answer.  [default: 2048]")
+@click.option(
+    "--thinking/--no-thinking",
+    default=None,
+    help="With --regenerate: enable_thinking of the chat template.  [default: the template's]",
 )
 @click.option("--dry-run", is_flag=True, help="Print the plan and stop; no weights are read.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout, all else on stderr.")

@@ -38,6 +38,11 @@ class DumpConfig:
     min_supervised: int = 2
     max_dropped: float = 0.5  # share of rows
     mask_token_id: int | None = None
+    regenerate: bool = False
+    temperature: float | None = None
+    top_p: float | None = None
+    max_tokens: int | None = None
+    thinking: bool | None = None
     dry_run: bool = False
 
     def __post_init__(self) -> None:
@@ -56,6 +61,15 @@ class DumpConfig:
         ):
             if value is not None and value < 1:
                 raise UsageError(f"{flag}: found {value}, expected a positive number.")
+        asked = [
+            f for f in ("temperature", "top_p", "max_tokens", "thinking") if getattr(self, f) is not None
+        ]
+        if asked and not self.regenerate:
+            raise UsageError(
+                f"--{asked[0].replace('_', '-')} says how the target answers: give --regenerate with it."
+            )
+        if self.regenerate and self.assistant_pattern is not None:
+            raise UsageError("--regenerate knows the target's answers itself: leave --assistant-pattern out.")
         if self.workers is not None and self.workers < 0:
             raise UsageError(f"--workers: found {self.workers}, expected 0 or more.")
         if not 0 <= self.max_dropped <= 1:

@@ -15,10 +15,12 @@ import numpy as np
 import torch
 import transformers
 
+from dspark.cache.codec import to_numpy
 from dspark.cache.errors import EngineError
 from dspark.cache.frozen import FrozenTarget
 from dspark.cache.records import TokenSample, last_rows
-from dspark.dump.capture import Captured, Prediction, States
+from dspark.dump.answers import Answered, Ask, Sampling, repeat_last, stored_runs
+from dspark.dump.capture import Captured, CodedStates, Prediction, States
 from dspark.dump.layers import Shapes
 from dspark.dump.target import find_parts, frozen_target
 
@@ -131,6 +133,63 @@ class TransformersEngine:
         return hidden
 
     @torch.inference_mode()
+    def answer(
+        self, asks: Iterable[Ask], sampling: Sampling, stops: Sequence[int], codecs: tuple[Codec, Codec]
+    ) -> Iterator[Answered]:
+        """Sampled answers, batch by batch, with the states of the run that made them where ``keep`` is set."""
+        todo = list(asks)
+        for members in batches([len(a.prompt) + a.max_tokens for a in todo], self.batch_tokens):
+            yield from self._answer([todo[i] for i in members], sampling, stops, codecs)
+
+    def _answer(
+        self, asks: Sequence[Ask], sampling: Sampling, stops: Sequence[int], codecs: tuple[Codec, Codec]
+    ) -> Iterator[Answered]:
+        """One batch, padded on the left. Hooks see the prompts once and then one token a step: every token but an answer's last."""
+        width = max(len(a.prompt) for a in asks)
+        ids = np.zeros((len(asks), width), dtype=np.int64)
+        real = np.zeros_like(ids)
+        for row, ask in enumerate(asks):
+            ids[row, width - len(ask.prompt) :] = ask.prompt
+            real[row, width - len(ask.prompt) :] = 1
+        seen: list[list[torch.Tensor]] = [[] for _ in range(len(self.layers) + 1)]
+
+        def keep(at: int) -> Any:
+            def hook(module: Any, args: Any, output: Any) -> None:
+                seen[at].append(output[0] if isinstance(output, tuple) else output)
+
+            return hook
+
+        watched = [*(self.parts.layers[i] for i in self.layers), self.parts.norm]
+        handles = [module.register_forward_hook(keep(k)) for k, module in enumerate(watched)]
+        chances = {} if sampling.greedy else {"temperature": sampling.temperature, "top_p": sampling.top_p}
+        settings = transformers.GenerationConfig(
+            do_sample=not sampling.greedy,
+            top_k=None if sampling.greedy else sampling.top_k,
+            max_new_tokens=max(a.max_tokens for a in asks),
+            eos_token_id=list(stops) or None,
+            pad_token_id=0,
+            **chances,
+        )
+        torch.manual_seed(asks[0].seed)
+        try:
+            whole = self.model.generate(
+                input_ids=self._send(ids), attention_mask=self._send(real), generation_config=settings
+            )
+        finally:
+            for handle in handles:
+                handle.remove()
+        aux = torch.stack([torch.cat(x, dim=1) for x in seen[:-1]], dim=2)
+        last = torch.cat(seen[-1], dim=1)
+        for row, (ask, new) in enumerate(zip(asks, whole[:, width:].tolist(), strict=True)):
+            ends = [i for i, token in enumerate(new[: ask.max_tokens]) if token in stops]
+            answer = new[: ends[0] + 1] if ends else new[: ask.max_tokens]
+            states = None
+            if ask.keep:
+                here = slice(width - len(ask.prompt), width + len(answer) - 1)
+                states = _coded(aux[row, here], last[row, here], ask, codecs)
+            yield Answered(ask, answer, bool(ends), states)
+
+    @torch.inference_mode()
     def predict(self, samples: Sequence[TokenSample]) -> list[Prediction]:
         """Greedy tokens of the whole model, one sample at a time: no hooks, no padding, its own head."""
         out = []
@@ -143,6 +202,12 @@ class TransformersEngine:
 
     def close(self) -> None:
         """Nothing outlives the object."""
+
+
+def _coded(aux: torch.Tensor, last: torch.Tensor, ask: Ask, codecs: tuple[Codec, Codec]) -> CodedStates:
+    """``aux[S - 1, L, H]`` and ``last[S - 1, H]`` of one answer on the host, as the codecs store them."""
+    rows = torch.cat([last[a:b] for a, b in stored_runs(ask)])
+    return CodedStates(repeat_last(to_numpy(codecs[0].encode(aux))), to_numpy(codecs[1].encode(rows)))
 
 
 def batches(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:

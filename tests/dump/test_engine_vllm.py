@@ -14,10 +14,14 @@ import pytest
 import torch
 
 import dspark.cache
+from dspark.cache.codec import codec_for, to_numpy
 from dspark.cache.errors import EngineError
+from dspark.cache.records import KEY_BYTES, TokenSample
+from dspark.dump.answers import Ask, Sampling
 from dspark.dump.engine_transformers import TransformersEngine
-from dspark.dump.engine_vllm import VllmEngine, extracted_ids, waves
+from dspark.dump.engine_vllm import VllmEngine, check_version, extracted_ids, runs, same_on_ranks, waves
 from dspark.dump.selfcheck import check
+from dspark.dump.spool import read_spooled
 from dspark.dump.target import load_target
 from dump_targets import chat, samples
 
@@ -84,19 +88,64 @@ def test_selfcheck_passes_and_catches_a_forgotten_norm(
 
 
 @pytest.mark.vllm
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("bits", [16, 4])
+def test_workers_code_what_the_codec_codes(running: VllmEngine, bits: int) -> None:
+    groups = [samples([17, 5, 60]), samples([9], seed=1), samples([33, 20], seed=2)]
+    codecs = codec_for(bits), codec_for(bits)
+    found = {(c.group, i): c.states for c in running.stream(iter(groups), codecs) for i in c.members}
+    assert len(found) == 6
+    for g, group in enumerate(groups):
+        for i, states in running.capture(group):
+            coded = found[g, i]
+            for codec, x, arrays in zip(codecs, states, coded, strict=True):
+                for name, array in to_numpy(codec.encode(x)).items():
+                    assert array.shape == arrays[name].shape
+                    assert (
+                        array != arrays[name]
+                    ).mean() < 1e-3  # batches of other shapes differ in a last bit
+    assert {p.name for p in running._spool.iterdir()} == {"coding.json", "norm.pt"}
+
+
+@pytest.mark.vllm
 def test_a_write_that_fails_in_the_worker_is_reported(tmp_path: Path) -> None:
     pytest.importorskip("vllm")
-    from dspark.dump.spool import read_spooled
-    from dspark.dump.vllm_connector import SpoolConnector, _Copied
+    from dspark.dump.vllm_connector import Save, SpoolConnector, _Copied, _Gathered
 
     path = tmp_path / "r.safetensors"
     (tmp_path / "r.safetensors.part").mkdir()
     Path(f"{path}.lock").touch()
+    connector = SpoolConnector.__new__(SpoolConnector)
+    pending = Save(req_id="r", filename=str(path), token_ids=torch.ones(1), block_ids=[])
     with pytest.raises(Exception):  # noqa: B017 - safetensors' own kind
-        SpoolConnector._write_tensors({"hidden_states": torch.ones(1)}, _Copied(), str(path), None)
+        connector._write(_Gathered(torch.ones(1), _Copied()), pending, str(path), None)
     (tmp_path / "r.safetensors.part").rmdir()
     with pytest.raises(OSError, match="the worker could not write"):
         read_spooled(str(path))
+
+
+def test_a_rank_s_partial_sum_is_named() -> None:
+    whole = torch.randn(7, 3, 8)
+    same_on_ranks(whole, whole.clone(), 1, [2, 9, 28])
+    partial = whole.clone()
+    partial[:, 1] *= 0.8
+    with pytest.raises(
+        EngineError, match="entering layers 9 are a tensor-parallel rank's partial sum: ranks 0 and 1 differ"
+    ):
+        same_on_ranks(whole, partial, 1, [2, 9, 28])
+
+
+@pytest.mark.parametrize("version", ["0.24.0", "0.34.1", "1.0.0"])
+def test_other_versions_are_refused_with_a_sentence(version: str) -> None:
+    check_version("0.25.1")
+    check_version("0.32.0+cpu")
+    with pytest.raises(EngineError, match=rf"vllm {version}: this release works with 0.25 to 0.33"):
+        check_version(version)
+
+
+def test_runs_of_a_mask() -> None:
+    assert runs(np.array([0, 1, 1, 0, 1], bool)) == [[1, 3], [4, 5]]
+    assert runs(np.zeros(3, bool)) == []
 
 
 @pytest.mark.vllm
@@ -123,3 +172,35 @@ def test_the_command_writes_the_same_store_with_either_engine(
         np.testing.assert_allclose(a.aux, b.aux, rtol=2**-7, atol=1e-3)
         np.testing.assert_allclose(a.last, b.last, rtol=2**-7, atol=1e-3)
     assert stores[0].manifest.target.weights_sha256 == stores[1].manifest.target.weights_sha256
+
+
+@pytest.mark.vllm
+@pytest.mark.filterwarnings("ignore")
+def test_regenerated_states_are_those_of_a_second_pass(running: VllmEngine) -> None:
+    """Two turns; the second prompt holds the first answer, whose states come out of vLLM's prefix cache."""
+    codecs = codec_for(16), codec_for(16)
+    sampling = Sampling(temperature=0.8, top_p=0.9, top_k=0, max_tokens=20, thinking=None)
+    rng = np.random.default_rng(0)
+    first = [Ask(i, rng.integers(3, 120, 20 + i).tolist(), 20, i, False) for i in range(4)]
+    said = {a.ask.key: a for a in running.answer(first, sampling, [2], codecs)}
+    assert sorted(said) == [0, 1, 2, 3]
+    assert all(a.states is None and a.finished == (a.ids[-1] == 2) for a in said.values())
+    second = []
+    for key, a in said.items():
+        before = [*a.ask.prompt, *a.ids]
+        span = (len(a.ask.prompt), len(before))
+        second.append(Ask(key, [*before, 5, 6, 7], 20, 100 + key, True, (span,)))
+    found = list(running.answer(second, sampling, [2], codecs))
+    assert len(found) == 4
+    assert any(len(a.ids) > 2 for a in found)
+    for a in found:
+        ids = np.array([*a.ask.prompt, *a.ids], np.int32)
+        mask = np.zeros(len(ids), bool)
+        for start, stop in [*a.ask.spans, (len(a.ask.prompt), len(ids))]:
+            mask[start:stop] = True
+        ((_, again),) = running.capture([TokenSample(0, bytes(KEY_BYTES), ids, mask)])
+        assert a.states is not None
+        aux = torch.from_numpy(a.states.aux["code"]).view(torch.bfloat16).float()
+        torch.testing.assert_close(aux[:-1], again.aux[:-1].float(), rtol=2**-7, atol=2e-3)
+        last = torch.from_numpy(a.states.last["code"]).view(torch.bfloat16).float()
+        torch.testing.assert_close(last, again.last.float(), rtol=2**-7, atol=2e-3)

@@ -1,0 +1,179 @@
+"""The target answers: its own tokens, the states of the run that made them, turn by turn; stopped and resumed to the same store."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+
+import dspark.cache
+from dspark.cache.codec import codec_for
+from dspark.cache.errors import MismatchError, UsageError
+from dspark.cache.records import KEY_BYTES, TokenSample
+from dspark.cache.writer import StoreWriter
+from dspark.dump import regenerate
+from dspark.dump.answers import Ask, Sampling, recommended, seed_of, stored_runs
+from dspark.dump.cli import main
+from dspark.dump.config import DumpConfig
+from dspark.dump.corpus import ChatRow, Row
+from dspark.dump.progress import Display
+from dspark.dump.run import dump, prepare
+from dump_targets import chat, engine
+
+GREEDY = Sampling(temperature=0.0, top_p=1.0, top_k=0, max_tokens=9, thinking=None)
+ROWS = [
+    chat("u: say hello", "a: an answer that is not used"),
+    chat("s: be brief", "u: the cat", "a: x", "u: the mat", "a: y", "u: and?"),
+    chat("a: nobody asked"),
+    *[chat(f"u: {'one two ' * i}") for i in range(1, 7)],
+]
+
+
+@pytest.fixture
+def config(tiny: Path, tmp_path: Path, write_rows: Callable[..., Path]) -> DumpConfig:
+    return DumpConfig(
+        model=str(tiny), data=str(write_rows(ROWS)), output=tmp_path / "hs.zarr", regenerate=True, max_tokens=12,
+        temperature=0.7, aux_bits=16, last_bits=16, seq_length=200,
+    )  # fmt: skip
+
+
+def test_answers_are_the_target_s_and_states_those_of_a_second_pass(
+    config: DumpConfig, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(regenerate, "PART_ROWS", 3)
+    greedy = dataclasses.replace(config, temperature=0.0)
+    out = dump(greedy, Display())
+    assert (out["rows_read"], out["samples"], out["dropped"]) == (9, 8, {"no user turn": 1})
+    store = dspark.cache.open(config.output)
+    assert store.manifest.dump.mask_rule == "regenerate (temperature 0, top_p 1, top_k 0, max_tokens 12)"
+    rows = [json.loads(line) for line in Path(f"{config.output}.answers.jsonl").read_text().splitlines()]
+    assert [r["row"] for r in rows] == [0, 1, 3, 4, 5, 6, 7, 8]
+    assert [m["role"] for m in rows[1]["messages"]] == ["system", *["user", "assistant"] * 3]
+    assert not Path(f"{config.output}.answers").exists()
+    job = prepare(greedy)
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)
+    for i in range(len(store)):
+        sample = store[i]
+        spans = np.flatnonzero(np.diff(sample.loss_mask.astype(int), prepend=0, append=0)).reshape(-1, 2)
+        assert spans[-1, 1] == len(sample.input_ids)
+        with torch.inference_mode():
+            found = model(torch.from_numpy(sample.input_ids).long()[None], output_hidden_states=True)
+        for a, b in spans.tolist():
+            assert found.logits[0, a - 1 : b - 1].argmax(-1).tolist() == sample.input_ids[a:b].tolist()
+        expected = torch.stack([found.hidden_states[j + 1][0] for j in store.manifest.layers], dim=1).numpy()
+        np.testing.assert_allclose(sample.aux[:-1], expected[:-1], rtol=2**-7, atol=2e-3)
+        np.testing.assert_array_equal(sample.aux[-1], sample.aux[-2])
+        last = found.hidden_states[-1][0].numpy()
+        np.testing.assert_allclose(
+            sample.last[sample.last_mask], last[sample.last_mask], rtol=2**-7, atol=2e-3
+        )
+        answer = job.target.tokenizer.decode(sample.input_ids[spans[-1, 0] :], skip_special_tokens=True)
+        assert rows[i]["messages"][-1]["content"] == answer
+
+
+def test_it_resumes_to_the_same_store_and_refuses_other_sampling(
+    config: DumpConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(regenerate, "PART_ROWS", 3)
+    dump(config, Display())
+    answers = Path(f"{config.output}.answers.jsonl").read_bytes()
+
+    def files() -> dict[str, bytes]:
+        return {
+            str(p.relative_to(config.output)): p.read_bytes() for p in config.output.rglob("*") if p.is_file()
+        }
+
+    before = files()
+    shutil.rmtree(config.output / "parts" / "00000001")
+    folder = Path(f"{config.output}.answers")
+    folder.mkdir()
+    lines = answers.decode().splitlines(keepends=True)
+    for part, rows in (("00000000", range(3)), ("00000002", range(6, 9))):
+        kept = [line for line in lines if json.loads(line)["row"] in rows]
+        (folder / f"{part}.jsonl").write_text("".join(kept))
+    StoreWriter.resume(config.output, prepare(config).manifest).reopen()
+    with pytest.raises(MismatchError, match="mask_rule"):
+        dump(dataclasses.replace(config, resume=True, temperature=0.5), Display())
+    dump(dataclasses.replace(config, resume=True), Display())
+    assert files() == before
+    assert Path(f"{config.output}.answers.jsonl").read_bytes() == answers
+
+
+def test_a_history_that_the_template_rewrites_is_context_only(tokenizer: Any) -> None:
+    row = Row(0, "x", ChatRow([{"role": "user", "content": c} for c in ("a", "b")], None, True))
+    prompts = regenerate.Prompts(tokenizer, GREEDY, 200)
+    for text, spans in (("hello", 1), ("wrong", 0)):
+        talk = regenerate.Conversation(row, regenerate.turns(row))
+        first = talk.ask(0, prompts)
+        assert isinstance(first, Ask)
+        ids = tokenizer("hello<|im_end|>", add_special_tokens=False)["input_ids"]
+        talk.hear(regenerate.Answered(first, ids, True, None), tokenizer)
+        talk.said[-1]["content"] = text
+        second = talk.ask(0, prompts)
+        assert isinstance(second, Ask)
+        assert (first.keep, second.keep, len(second.spans)) == (False, True, spans)
+        if spans:
+            a, b = second.spans[0]
+            assert second.prompt[a:b] == ids
+            assert stored_runs(second) == [[a, b - 1], [len(second.prompt), None]]
+
+
+def test_batched_answers_do_not_depend_on_the_batch() -> None:
+    rng = np.random.default_rng(0)
+    asks = [
+        Ask(i, rng.integers(0, 120, n).tolist(), 9, seed_of(i, 1), i != 1, ())
+        for i, n in enumerate((7, 30, 12))
+    ]
+    codecs = codec_for(16), codec_for(16)
+    together = {a.ask.key: a for a in engine("qwen3", batch_tokens=500).answer(asks, GREEDY, [3], codecs)}
+    alone = {a.ask.key: a for a in engine("qwen3", batch_tokens=1).answer(asks, GREEDY, [3], codecs)}
+    assert together[1].states is None
+    for key, found in alone.items():
+        assert found.ids == together[key].ids
+        assert found.finished == (found.ids[-1] == 3)
+        if found.states is None:
+            continue
+        ids = np.array([*found.ask.prompt, *found.ids], np.int32)
+        sample = TokenSample(0, bytes(KEY_BYTES), ids, np.arange(len(ids)) >= len(found.ask.prompt))
+        (_, states), *_ = engine("qwen3").capture([sample])
+        aux = torch.from_numpy(found.states.aux["code"]).view(torch.bfloat16).float()
+        torch.testing.assert_close(aux[:-1], states.aux[:-1], rtol=2**-7, atol=2e-3)
+        last = torch.from_numpy(found.states.last["code"]).view(torch.bfloat16).float()
+        torch.testing.assert_close(last, states.last, rtol=2**-7, atol=2e-3)
+
+
+def test_recommended_sampling(tiny: Path, tmp_path: Path) -> None:
+    (tmp_path / "generation_config.json").write_text(
+        json.dumps({"do_sample": True, "temperature": 0.6, "top_p": 0.95, "top_k": 20})
+    )
+    own = recommended(str(tmp_path), None, None, None, None)
+    assert (own.temperature, own.top_p, own.top_k, own.max_tokens) == (0.6, 0.95, 20, 2048)
+    asked = recommended(str(tmp_path), 0.0, 0.5, 7, False)
+    assert (asked.greedy, asked.top_p, asked.max_tokens, asked.thinking) == (True, 0.5, 7, False)
+    with pytest.raises(UsageError, match="--top-p: found 2"):
+        recommended(str(tmp_path), None, 2.0, None, None)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--temperature", "1"], "give --regenerate with it"),
+        (["--regenerate", "--assistant-pattern", "(x)"], "leave --assistant-pattern out"),
+    ],
+)
+def test_flags_that_do_not_go_together(words: list[str], message: str, tiny: Path, tmp_path: Path) -> None:
+    out = CliRunner().invoke(
+        main, ["--model", str(tiny), "--data", "x.jsonl", "--output", str(tmp_path / "o"), *words]
+    )
+    assert out.exit_code == 2
+    assert message in out.stderr
