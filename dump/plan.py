@@ -31,6 +31,7 @@ PART_BYTES = (
 )  # of states in memory, of a part on a GPU: long enough to batch well, short enough to lose
 PART_TOKENS = (8192, 262144)
 CPU_PART_TOKENS = 32768  # a CPU takes a minute or more for so many
+PLAN_RATE = 20000  # tokens a second, for the hours of a plan: a large MoE target on a node of 8 GPUs (assumed, not measured)
 BATCH_VALUES = (
     1 << 25
 )  # tokens x hidden size of a batch that fills a GPU: 65,536 tokens of a model with 576 channels
@@ -58,6 +59,7 @@ class Plan:
     free_bytes: int
     part_tokens: int
     workers: int
+    confirmed: bool = True
     rows: int | None = None
     tokens: int | None = None
     bytes: int | None = None
@@ -75,18 +77,26 @@ class Plan:
     def lines(self) -> list[str]:
         """For a person, before the run."""
         size = "unknown" if self.bytes is None else f"about {human(self.bytes)}"
+        took = None if self.tokens is None else self.tokens / PLAN_RATE / 3600
+        hours = (
+            "" if took is None else f", {took:.2g} hours if the engine reads {PLAN_RATE:,} tokens a second"
+        )
         rows = "unknown" if self.rows is None else f"{self.rows:,}"
         tokens = "unknown" if self.tokens is None else f"about {self.tokens:,}"
         return [
             f"target   {self.model}"
-            + (f" (preset {self.preset})" if self.preset else "")
+            + (
+                f" (preset {self.preset}{'' if self.confirmed else ', shapes not confirmed'})"
+                if self.preset
+                else ""
+            )
             + f": {self.shapes.num_layers} layers, hidden {self.shapes.hidden_size}, vocabulary {self.shapes.vocab_size}",
             f"layers   --layers {','.join(map(str, self.layers))} (output of layer i) "
             f"= --target-layer-ids {','.join(map(str, self.target_layer_ids))} (entering layer i+1), and the last state after the final norm",
             f"data     {self.data}: rows {rows}, tokens {tokens}, at most {self.seq_length} a row",
             f"engine   {self.engine}, {self.dtype} on {self.device}",
             f"store    {self.output}: {self.aux_bits}-bit layers, {self.last_bits}-bit last state, about {self.bytes_per_token:,} bytes a token",
-            f"size     {size}; free {human(self.free_bytes)}",
+            f"size     {size}{hours}; free {human(self.free_bytes)}",
         ]
 
 
@@ -122,6 +132,7 @@ def resolve(config: DumpConfig, preset: Preset | None, shapes: Shapes) -> Plan:
         free_bytes=shutil.disk_usage(existing_parent(config.output)).free,
         part_tokens=config.part_tokens or CPU_PART_TOKENS,
         workers=workers,
+        confirmed=preset is None or preset.confirmed or shapes != preset.shapes,
     )
     if config.part_tokens is None and device == "cuda":
         plan = dataclasses.replace(

@@ -17,7 +17,10 @@ from dspark.dump.layers import Shapes
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Preset:
-    """Recipe of one target. ``layers``: output of decoder layer i. None = the general default applies."""
+    """Recipe of one target. ``layers``: output of decoder layer i. None = the general default applies.
+
+    ``confirmed``: the shapes were read in the target's own config; where they were not, its config wins.
+    """
 
     name: str
     shapes: Shapes
@@ -26,6 +29,7 @@ class Preset:
     assistant_pattern: str | None = None
     data: str | None = None
     mask_token_id: int | None = None
+    confirmed: bool = True
 
 
 @cache
@@ -56,7 +60,9 @@ def find(model: str) -> Preset | None:
 
 
 def check_shapes(preset: Preset, found: Shapes) -> None:
-    """Refuse a preset whose shapes are not the target's."""
+    """Refuse a preset whose shapes are not the target's, if they are known to be right."""
+    if not preset.confirmed:
+        return
     if (preset.shapes.hidden_size, preset.shapes.vocab_size, preset.shapes.num_layers) != (
         found.hidden_size,
         found.vocab_size,
