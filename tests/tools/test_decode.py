@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import tiny_models as tiny
+from chance import chi_square
 from dspark.tools.decode import Generation, speculative_generate
 from dspark.tools.drafting import DraftContext, chain, draft_block, recomputed_states, slot_states
 from dspark.tools.probe import answer_of, probe
@@ -103,17 +104,6 @@ def test_verify_greedy() -> None:
     assert verify_greedy(torch.tensor([1, 2, 3]), logits) == (3, 4)
     assert verify_greedy(torch.tensor([1, 5, 3]), logits) == (1, 2)
     assert verify_greedy(torch.tensor([0, 2, 3]), logits) == (0, 1)
-
-
-def chi_square(counts: torch.Tensor, expected: torch.Tensor) -> float:
-    """Survival probability of Pearson's statistic, cells of fewer than 5 expected counts pooled."""
-    small = expected < 5
-    observed = torch.cat([counts[~small], counts[small].sum()[None]])
-    wanted = torch.cat([expected[~small], expected[small].sum()[None]])
-    keep = wanted > 0
-    statistic = ((observed - wanted)[keep] ** 2 / wanted[keep]).sum()
-    freedom = torch.tensor((int(keep.sum()) - 1) / 2.0, dtype=torch.float64)
-    return float(torch.special.gammaincc(freedom, statistic.double() / 2))
 
 
 def test_rejection_sampling_is_exact() -> None:
