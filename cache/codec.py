@@ -153,6 +153,19 @@ class Rotated:
         return (bits + hidden / self.group(hidden) * SCALE_BITS) / 8
 
     def encode(self, x: torch.Tensor) -> Tensors:
+        """On CUDA one kernel (``fused_encode.py``), with the same bytes as ``encode_plain``."""
+        if x.is_cuda and _has_triton():
+            from dspark.cache import fused_encode
+
+            hidden = x.shape[-1]
+            if self.group(hidden) >= fused_encode.LEAST_GROUP and fused_encode.trusted(
+                self, hidden, x.device, x.dtype
+            ):
+                return fused_encode.encode(self, x)
+        return self.encode_plain(x)
+
+    def encode_plain(self, x: torch.Tensor) -> Tensors:
+        """The encoder in plain torch, on any device. The reference."""
         import torch
 
         hidden = x.shape[-1]
@@ -164,27 +177,39 @@ class Rotated:
         groups = z.reshape(-1, g)
         # A block of groups goes through all passes while it is in the processor's cache; a GPU only needs its memory bounded.
         size = (1 << 18 if x.device.type == "cpu" else 1 << 26) // g
-        flip = _constant(x.device, signs, g)
         empty = torch.empty(0, dtype=torch.uint8, device=x.device)
         codes, scales = [empty], [empty]
         for block in torch.split(groups, size) if groups.shape[0] else ():
-            columns = block.float().t().contiguous()
-            squares = energy(columns).div_(g * g)
-            if not bool((squares <= SQUARE_LIMIT).all()):
-                check_finite(x)
-                _refuse_huge(x)
-            k = _scale_code(squares)
-            cells, k = self._quantise(rotate(columns, flip), squares, g)
-            code = cells.to(torch.uint8).t()
-            if self.per_byte == 2:
-                code = code[:, 0::2] | (code[:, 1::2] << 4)
+            code, scale = self.encode_few(block.float(), x)
             codes.append(code.flatten())
-            scales.append(k.to(torch.uint8))
+            scales.append(scale)
         lead = x.shape[:-1]
         return {
             "code": torch.cat(codes).view(*lead, hidden // self.per_byte),
             "scale": torch.cat(scales).view(*lead, hidden // g),
         }
+
+    def encode_few(
+        self, groups: torch.Tensor, whole: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Code uint8[N, bytes a group] and scale uint8[N] of centred float32 ``groups[N, g]``; ``whole``: the states they are of, for messages."""
+        import torch
+
+        g = groups.shape[1]
+        columns = groups.t().contiguous()
+        squares = energy(columns).div_(g * g)
+        if whole is not None and not bool((squares <= SQUARE_LIMIT).all()):
+            self.refuse(whole)
+        cells, k = self._quantise(rotate(columns, _constant(groups.device, signs, g)), squares, g)
+        code = cells.to(torch.uint8).t()
+        if self.per_byte == 2:
+            code = code[:, 0::2] | (code[:, 1::2] << 4)
+        return code, k.to(torch.uint8)
+
+    def refuse(self, x: torch.Tensor) -> None:
+        """Say what in ``x`` cannot be coded."""
+        check_finite(x)
+        _refuse_huge(x)
 
     def _quantise(self, y: torch.Tensor, squares: torch.Tensor, g: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Cells (float32[g, N], counted from 0) and scale codes (int32[N]) of rotated groups ``y[g, N]``.

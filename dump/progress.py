@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import logging
 import time
 from collections.abc import Iterator
@@ -20,8 +21,10 @@ QUIET_SECONDS = 30.0  # without a terminal, a line this often
 class Bar:
     """Progress over source rows, with the rate in tokens."""
 
-    def __init__(self, bar: Progress, task: TaskID, say: Display) -> None:
-        self._bar, self._task, self._display = bar, task, say
+    def __init__(self, bar: Progress, task: TaskID, say: Display, rows: int | None) -> None:
+        self._bar, self._task, self._display, self._rows = bar, task, say, rows
+        self._first: int | None = None
+        self._first_at = 0.0
         self._tokens = 0
         self._began = self._said = time.monotonic()
 
@@ -34,10 +37,22 @@ class Bar:
         self._tokens += n
         self._bar.update(self._task, rate=f"{self._tokens:,} tokens, {self.rate:,.0f}/s")
 
+    def _left(self, row_stop: int) -> str:
+        """How long the rows behind ``row_stop`` will take at the speed so far."""
+        if self._first is None:
+            self._first = row_stop  # a resumed dump begins in the middle; the first part of a run is not counted
+            self._first_at = time.monotonic()
+            return ""
+        done = row_stop - self._first
+        if self._rows is None or done <= 0:
+            return ""
+        seconds = (self._rows - row_stop) * (time.monotonic() - self._first_at) / done
+        return f", {datetime.timedelta(seconds=round(max(seconds, 0)))} left"
+
     def part(self, index: int, row_stop: int) -> None:
         """Part ``index``, up to row ``row_stop``, is with the writer."""
         self._bar.update(self._task, completed=row_stop)
-        line = f"part {index}: up to row {row_stop:,}; {self._tokens:,} tokens, {self.rate:,.0f} a second"
+        line = f"part {index}: up to row {row_stop:,}; {self._tokens:,} tokens, {self.rate:,.0f} a second{self._left(row_stop)}"
         log.info(line)
         now = time.monotonic()
         if not self._display.console.is_terminal and now - self._said > QUIET_SECONDS:
@@ -66,7 +81,7 @@ class Display:
             TimeRemainingColumn(),
         )
         with Progress(*columns, console=self.console, disable=not self.console.is_terminal) as bar:
-            yield Bar(bar, bar.add_task("rows", total=rows, rate=""), self)
+            yield Bar(bar, bar.add_task("rows", total=rows, rate=""), self, rows)
 
 
 @contextmanager

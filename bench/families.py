@@ -1,0 +1,97 @@
+"""Engine x family: states of real vLLM against transformers on tiny random checkpoints, and each engine against its own greedy tokens.
+
+    python bench/families.py [--only llama,glm_moe_dsa]
+
+A family that vLLM cannot run here is listed with vLLM's own reason. Writes bench/results/families.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+
+import families
+from engines import difference, random_samples
+
+from common import write
+from dspark.cache.errors import EngineError
+from dspark.cache.records import last_rows
+from dspark.dump.capture import Engine, States
+from dspark.dump.engine_transformers import TransformersEngine
+from dspark.dump.engine_vllm import VllmEngine
+from dspark.dump.logits import Logits
+from dspark.dump.selfcheck import HeadOf, check, compare
+from dspark.dump.target import load_target
+
+LAYERS = (0, 2, 3)
+
+
+def measure(kind: str, folder: Path) -> dict[str, Any]:
+    """Both engines over the same random ids in fp32."""
+    families.save(folder, kind)
+    target = load_target(str(folder))
+    samples = random_samples(12, families.VOCAB, 100)
+    logits = Logits.of_config(target.config)
+    shapes = target.shapes
+    out: dict[str, Any] = {"tokens": sum(len(s.input_ids) for s in samples), "logits": str(logits)}
+    ours = TransformersEngine.load(
+        str(folder), shapes, LAYERS, device="cpu", dtype="float32", batch_tokens=1024
+    )
+    states = run(ours, samples, out, logits)
+    try:
+        theirs = VllmEngine.load(
+            str(folder), shapes, LAYERS, dtype="float32", seq_length=128, spool=folder.with_suffix(".spool"), batch_tokens=None
+        )  # fmt: skip
+    except EngineError as error:
+        return out | {"vllm": reason(error)}
+    try:
+        other = run(theirs, samples, out, logits)
+    except EngineError as error:
+        return out | {"vllm": reason(error)}
+    finally:
+        theirs.close()
+    aux, others = (torch.cat([s.aux for s in each]) for each in (states, other))
+    out["difference"] = {str(i): difference(aux[:, k], others[:, k]) for k, i in enumerate(LAYERS)}
+    out["difference"]["last"] = difference(*(torch.cat([s.last for s in each]) for each in (states, other)))
+    where = [last_rows(s.loss_mask).nonzero()[0].tolist() for s in samples]
+    head = HeadOf(ours.frozen(), logits)
+    found = compare([s.last for s in other], where, ours.predict(samples), head, "float32")
+    out["top1_vllm_states_against_transformers"] = found.top1
+    return out
+
+
+def run(engine: Engine, samples: list[Any], out: dict[str, Any], logits: Logits) -> list[States]:
+    found, states = check(engine, samples, engine.frozen(), "float32", LAYERS, logits)
+    out[engine.name] = {"top1": found.top1, "agree": found.agree, "worst_logprob": found.worst}
+    return [states[i] for i in range(len(samples))]
+
+
+def reason(error: EngineError) -> str:
+    return str(error)[:600]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--only", help="families, commas between them  [default: all]")
+    args = parser.parse_args()
+    kinds = args.only.split(",") if args.only else list(families.MAKERS)
+    results = {}
+    with tempfile.TemporaryDirectory() as scratch:
+        for kind in kinds:
+            results[kind] = measure(kind, Path(scratch) / kind)
+            print(kind, json.dumps(results[kind]), file=sys.stderr)
+    write("families", {"dtype": "float32", "layers": list(LAYERS), "layers_in_all": families.LAYERS}, results)
+
+
+if __name__ == "__main__":
+    main()

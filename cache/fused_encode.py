@@ -1,0 +1,222 @@
+"""Encoding of ``rotated`` codes as one Triton kernel: states in, bytes out, once through memory where plain torch goes some thirty times.
+
+Legend: N groups of all rows, C groups of a row (L * H / g), g channels of a group.
+
+Every step is the one rounding that ``Rotated.encode_plain`` makes, in the same order (butterflies and energies halve in registers, ``enable_fp_fusion`` off), so
+the bytes are the same. Groups that are far from Gaussian, which are tried at other scales, are only marked here, and plain torch codes those few. Whether this
+machine's compiler keeps to all that is tried once a process on a few rows (``trusted``); where it does not, plain torch codes everything.
+
+Import only where triton is there.
+"""
+
+from __future__ import annotations
+
+import logging
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+import triton
+import triton.language as tl
+
+from dspark.cache.quant import distortion, scale_table
+from dspark.cache.rotation import signs
+
+if TYPE_CHECKING:
+    from dspark.cache.codec import Rotated
+
+log = logging.getLogger("dspark.cache")
+LEAST_GROUP = 16
+TRIED = 192  # rows
+FAR, HUGE = 1, 2  # marks of a group
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def energies(x, TILE: tl.constexpr, G: tl.constexpr, LOG: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Sum of squares of each row of ``x[TILE, G]``: entry i plus entry i + g/2, then again."""
+    e = x * x
+    for s in tl.static_range(LOG):
+        a, b = tl.split(tl.permute(tl.reshape(e, (TILE, 2, G >> (s + 1))), (0, 2, 1)))
+        e = a + b
+    return tl.reshape(e, (TILE,))
+
+
+@triton.jit(do_not_specialize=["groups", "columns", "step", "far", "limit"])  # type: ignore[untyped-decorator]
+def encode_groups(  # type: ignore[no-untyped-def]
+    x,  # [N, G], any float
+    flip,  # fp32[G]
+    mean,
+    inverse,  # fp32[C, G], or anything if not CENTRED
+    per_unit,  # fp32[256]
+    levels,  # fp32[16 or 256]
+    scales,  # fp32[256]
+    code,  # uint8[N, G / 2 or G]
+    scale,  # uint8[N]
+    mark,  # uint8[N]
+    groups,
+    columns,
+    step,
+    far,
+    limit,
+    HALF: tl.constexpr,
+    G: tl.constexpr,
+    LOG: tl.constexpr,
+    PACKED: tl.constexpr,
+    CENTRED: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
+    i = tl.arange(0, G)
+    real = row < groups
+    y = tl.load(x + row[:, None] * G + i[None, :], mask=real[:, None], other=0.0).to(tl.float32)
+    if CENTRED:
+        at = (row % columns)[:, None] * G + i[None, :]
+        y = (y - tl.load(mean + at)) * tl.load(inverse + at)
+    squares = energies(y, TILE, G, LOG) * (1.0 / (G * G))
+    bits = squares.to(tl.int32, bitcast=True)
+    m = ((bits & 0x7FFFFF) | (126 << 23)).to(tl.float32, bitcast=True)  # squares = m 2^e, m from 0.5 to 1
+    k = 2 * ((bits >> 23) - 126) + 126
+    k += (m >= 0.5946035575013605).to(tl.int32) + (m >= 0.8408964152537145).to(tl.int32)
+    k = tl.where((squares > 0) & (k > 0), k, 0)
+    k = tl.minimum(k, 255)
+    y = y * tl.load(flip + i)[None, :]
+    for s in tl.static_range(LOG):
+        a, b = tl.split(tl.permute(tl.reshape(y, (TILE, G >> (s + 1), 2, 1 << s)), (0, 1, 3, 2)))
+        y = tl.reshape(tl.permute(tl.join(a + b, a - b), (0, 1, 3, 2)), (TILE, G))
+    t = y * tl.load(per_unit + k)[:, None]
+    cells = tl.minimum(tl.maximum(tl.floor(t), -HALF), HALF - 1) + HALF
+    cell = cells.to(tl.int32)
+    error = energies(t - tl.load(levels + cell), TILE, G, LOG)
+    width = tl.load(scales + k) * step
+    bad = error * width * width > far * squares * G
+    marks = tl.where(squares <= limit, tl.where(bad, 1, 0), 2)
+    if PACKED:
+        low, high = tl.split(tl.reshape(cell, (TILE, G // 2, 2)))
+        j = tl.arange(0, G // 2)
+        tl.store(
+            code + row[:, None] * (G // 2) + j[None, :], (low | (high << 4)).to(tl.uint8), mask=real[:, None]
+        )
+    else:
+        tl.store(code + row[:, None] * G + i[None, :], cell.to(tl.uint8), mask=real[:, None])
+    tl.store(scale + row, k.to(tl.uint8), mask=real)
+    tl.store(mark + row, marks.to(tl.uint8), mask=real)
+
+
+def encode(codec: Rotated, x: torch.Tensor, kernel: Any = encode_groups) -> dict[str, torch.Tensor]:
+    """As ``Rotated.encode_plain``, byte for byte."""
+    hidden = x.shape[-1]
+    g = codec.group(hidden)
+    x = x.detach().contiguous()
+    tables = _tables(codec, hidden, x.device)
+    columns = tables.mean.numel() // g if codec.centre else 1
+    groups = x.numel() // g
+    code = torch.empty(groups, g // codec.per_byte, dtype=torch.uint8, device=x.device)
+    scale, mark = torch.empty(2, groups, dtype=torch.uint8, device=x.device)
+    tile = max(1, 4096 // g)
+    if groups:
+        from dspark.cache.codec import SQUARE_LIMIT
+
+        kernel[(triton.cdiv(groups, tile),)](
+            x,
+            tables.flip,
+            tables.mean,
+            tables.inverse,
+            tables.per_unit,
+            tables.levels,
+            tables.scales,
+            code,
+            scale,
+            mark,
+            groups,
+            columns,
+            codec.step,
+            2.0 * distortion(codec.step, codec.levels),
+            SQUARE_LIMIT,
+            HALF=len(codec.levels),
+            G=g,
+            LOG=g.bit_length() - 1,
+            PACKED=codec.per_byte == 2,
+            CENTRED=codec.centre is not None,
+            TILE=tile,
+            num_warps=8,
+            enable_fp_fusion=False,
+        )
+        _recode(codec, x, code, scale, mark, columns)
+    lead = x.shape[:-1]
+    return {
+        "code": code.view(*lead, hidden // codec.per_byte),
+        "scale": scale.view(*lead, hidden // g),
+    }
+
+
+def _recode(
+    codec: Rotated, x: torch.Tensor, code: torch.Tensor, scale: torch.Tensor, mark: torch.Tensor, columns: int
+) -> None:
+    """Groups that the kernel marked, by plain torch, in place."""
+    few = mark.nonzero()[:, 0]
+    if not few.numel():
+        return
+    if bool((mark[few] == HUGE).any()):
+        codec.refuse(x)
+    g = codec.group(x.shape[-1])
+    z = x.view(-1, g)[few].float()
+    if codec.centre:
+        tables = _tables(codec, x.shape[-1], x.device)
+        mean, inverse = tables.mean.view(-1, g), tables.inverse.view(-1, g)
+        z = (z - mean[few % columns]) * inverse[few % columns]
+    code[few], scale[few] = codec.encode_few(z)
+
+
+class _Tables(NamedTuple):
+    flip: torch.Tensor
+    mean: torch.Tensor
+    inverse: torch.Tensor
+    per_unit: torch.Tensor
+    levels: torch.Tensor
+    scales: torch.Tensor
+
+
+@lru_cache(maxsize=16)
+def _tables(codec: Rotated, hidden: int, device: torch.device) -> _Tables:
+    """What the kernel looks up, on ``device``; made once a codec."""
+    from dspark.cache.codec import _cells_per_unit, _levels_in_cells
+
+    g = codec.group(hidden)
+    with torch.inference_mode(False):
+        arrays = (
+            signs(g),
+            _cells_per_unit(codec.step, g),
+            _levels_in_cells(codec.step, codec.levels),
+            scale_table(),
+        )
+        flip, per_unit, levels, scales = (
+            torch.from_numpy(np.ascontiguousarray(a)).to(device) for a in arrays
+        )
+        mean = inverse = torch.zeros(1, device=device)
+        if codec.centre:
+            mean, _, inverse = (t.contiguous() for t in codec.centre.tensors(hidden, device))
+        return _Tables(flip, mean, inverse, per_unit, levels, scales)
+
+
+@lru_cache(maxsize=16)
+def trusted(codec: Rotated, hidden: int, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether kernel and plain torch give the same bytes here, tried on rows of all magnitudes with a massive channel."""
+    with torch.inference_mode():
+        made = torch.Generator().manual_seed(0)
+        rows = len(codec.centre.mean) // 2 // hidden if codec.centre else 1
+        x = torch.randn(TRIED, rows, hidden, generator=made) * torch.logspace(-3, 3, TRIED)[:, None, None]
+        x[::7, :, 3] = 2e4
+        x[0] = 0.0
+        x = x.to(dtype).to(device)
+        x = x[:, 0] if rows == 1 else x
+        try:
+            found = encode(codec, x)
+        except Exception as error:  # a compiler of another version raises what it likes
+            log.warning("the encoding kernel does not run here, plain torch codes: %s", error)
+            return False
+        want = codec.encode_plain(x)
+    same = all(torch.equal(found[n], want[n]) for n in want)
+    if not same:
+        log.warning("the encoding kernel gives other bytes here, plain torch codes")
+    return same
