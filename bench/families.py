@@ -1,6 +1,6 @@
 """Engine x family: states of real vLLM against transformers on tiny random checkpoints, and each engine against its own greedy tokens.
 
-    python bench/families.py [--only llama,glm_moe_dsa]
+    python bench/families.py [--only llama,glm_moe_dsa]      # --only adds to the results that are there
 
 A family that vLLM cannot run here is listed with vLLM's own reason. Writes bench/results/families.json.
 """
@@ -9,8 +9,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import re
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 import families
 from engines import difference, random_samples
 
-from common import write
+from common import RESULTS, write
 from dspark.cache.errors import EngineError
 from dspark.cache.records import last_rows
 from dspark.dump.capture import Engine, States
@@ -46,12 +50,14 @@ def measure(kind: str, folder: Path) -> dict[str, Any]:
         str(folder), shapes, LAYERS, device="cpu", dtype="float32", batch_tokens=1024
     )
     states = run(ours, samples, out, logits)
+    messages = folder.with_suffix(".log")
     try:
-        theirs = VllmEngine.load(
+        with stderr_to(messages):
+            theirs = VllmEngine.load(
             str(folder), shapes, LAYERS, dtype="float32", seq_length=128, spool=folder.with_suffix(".spool"), batch_tokens=None
         )  # fmt: skip
-    except EngineError as error:
-        return out | {"vllm": reason(error)}
+    except EngineError:
+        return out | {"vllm": f"does not start: {own_reason(messages)}"}
     try:
         other = run(theirs, samples, out, logits)
     except EngineError as error:
@@ -74,6 +80,28 @@ def run(engine: Engine, samples: list[Any], out: dict[str, Any], logits: Logits)
     return [states[i] for i in range(len(samples))]
 
 
+@contextmanager
+def stderr_to(path: Path) -> Iterator[None]:
+    """This process's and its children's stderr."""
+    kept = os.dup(2)
+    with open(path, "wb") as file:
+        os.dup2(file.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(kept, 2)
+            os.close(kept)
+
+
+def own_reason(messages: Path) -> str:
+    """The first error that one of vLLM's processes printed which is not about another one."""
+    for line in messages.read_text(errors="replace").splitlines():
+        found = re.search(r"\b(\w*Error: .*)", line)
+        if found and not re.search("CalledProcessError|subprocess", found[1]):
+            return found[1][:300]
+    return "no reason found"
+
+
 def reason(error: EngineError) -> str:
     return str(error)[:600]
 
@@ -85,7 +113,8 @@ def main() -> None:
     parser.add_argument("--only", help="families, commas between them  [default: all]")
     args = parser.parse_args()
     kinds = args.only.split(",") if args.only else list(families.MAKERS)
-    results = {}
+    before = RESULTS / "families.json"
+    results = json.loads(before.read_text())["results"] if args.only and before.exists() else {}
     with tempfile.TemporaryDirectory() as scratch:
         for kind in kinds:
             results[kind] = measure(kind, Path(scratch) / kind)

@@ -93,7 +93,7 @@ def _glm4_moe() -> Any:
 def _glm4_moe_lite() -> Any:
     from transformers import Glm4MoeLiteConfig, Glm4MoeLiteForCausalLM
 
-    sizes = {k: v for k, v in (BASE | MOE | MLA).items() if k not in ("head_dim", "first_k_dense_replace")}
+    sizes = {k: v for k, v in (BASE | MOE | MLA).items() if k != "head_dim"}
     return Glm4MoeLiteForCausalLM(Glm4MoeLiteConfig(**sizes, tie_word_embeddings=False))
 
 
