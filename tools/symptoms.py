@@ -24,7 +24,7 @@ from dspark.tools.probe import Answer, Probed, probe
 from dspark.train.draft import DraftModel
 
 ROPE_BASES = (1e4, 1e5, 5e5, 1e6, 5e6)
-MANY_MASKS = 24  # candidates tried; every one costs a pass over the answers
+MANY_MASKS = 12  # candidates tried; every one costs a pass over the answers
 
 
 @dataclass(frozen=True, slots=True)
