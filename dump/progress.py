@@ -40,7 +40,9 @@ class Bar:
     def _left(self, row_stop: int) -> str:
         """How long the rows behind ``row_stop`` will take at the speed so far."""
         if self._first is None:
-            self._first = row_stop  # a resumed dump begins in the middle; the first part of a run is not counted
+            self._first = (
+                row_stop  # a resumed dump begins in the middle; the first part of a run is not counted
+            )
             self._first_at = time.monotonic()
             return ""
         done = row_stop - self._first
