@@ -3,8 +3,8 @@
 python bench/serve_sampling.py [--trials 600] [--engines transformers,vllm]        writes bench/results/serve_sampling.json
 
 Eight tokens, so that all 512 answers of three tokens can be listed; a tiny random target and a random draft that is often refused. Pearson's
-statistic, cells of fewer than 5 expected pooled; of triples, pairs and first tokens; ``holds`` if all survival probabilities are above 0.001 / 3, so a sound engine fails one run
-in a thousand. Every run has a seed of its own. Without a GPU vLLM needs DSPARK_TRITON_INTERPRETER.
+statistic, cells of fewer than 5 expected pooled; of triples, pairs and
+first tokens; ``holds`` if all survival probabilities are above 0.001 / 3, so a sound engine fails at most one run in a thousand. Every run has a seed of its own. Without a GPU vLLM needs DSPARK_TRITON_INTERPRETER.
 """
 
 from __future__ import annotations
@@ -48,6 +48,7 @@ def main() -> None:
     )
     parser.add_argument("--trials", type=int, default=600)
     parser.add_argument("--engines", default="transformers,vllm")
+    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--results", type=Path, default=RESULTS)
     args = parser.parse_args()
     model = tiny.target(vocab_size=VOCAB, initializer_range=0.15)
@@ -62,10 +63,10 @@ def main() -> None:
             if engine == "vllm":
                 outcomes = run_vllm(ServeRequest(
                     target=target, draft=f"{folder}/draft", num_speculative_tokens=draft.config.block_size, prompts=[PROMPT] * args.trials,
-                    max_tokens=3, temperature=1.0, dtype="float32",
+                    max_tokens=3, temperature=1.0, seed=args.seed, dtype="float32",
                 ))  # fmt: skip
             else:
-                generator = torch.Generator().manual_seed(0)
+                generator = torch.Generator().manual_seed(args.seed)
                 with Target(model, tiny.LAYERS) as tapped:
                     for _ in range(args.trials):
                         out = speculative_generate(
@@ -84,7 +85,7 @@ def main() -> None:
                 "p_value": p, "p_value_first": one, "p_value_pairs": two, "holds": min(p, one, two) > ERROR_RATE / 3, "drafts": totals["drafts"],
                 "mean_accepted_length": totals["mean_accepted_length"], "se": totals["mean_accepted_length_se"],
             }  # fmt: skip
-    write("serve_sampling", {"trials": args.trials, "vocabulary": VOCAB, "error_rate": ERROR_RATE, "temperature": 1.0}, results, args.results)  # fmt: skip
+    write("serve_sampling", {"trials": args.trials, "seed": args.seed, "vocabulary": VOCAB, "error_rate": ERROR_RATE, "temperature": 1.0}, results, args.results)  # fmt: skip
 
 
 if __name__ == "__main__":
