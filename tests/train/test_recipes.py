@@ -75,7 +75,7 @@ def test_a_name_is_taken_in_any_case_and_wrong_ones_are_refused() -> None:
 
 
 def test_flags_win_over_the_recipe_on_the_command_line(tmp_path: Path) -> None:
-    """A real run by the command: the recipe's four rows a step, its three layers replaced, and the choice recorded."""
+    """A real run by the command: the recipe's one row a step and seven epochs, its three layers replaced, and the choice recorded."""
     cache, output = store_of(tmp_path, "HuggingFaceTB/SmolLM2-135M-Instruct"), tmp_path / "draft"
     flags = "--num-layers 1 --markov-rank 4 --max-steps 1 --val-fraction 0 --device cpu --no-tensorboard"
     done = CliRunner().invoke(main, ["--cache", cache, "--output", str(output), *flags.split()])
@@ -85,8 +85,8 @@ def test_flags_win_over_the_recipe_on_the_command_line(tmp_path: Path) -> None:
     assert (saved["num_layers"], saved["markov_rank"], saved["rows_per_step"], saved["epochs"]) == (
         1,
         4,
-        4,
-        8,
+        1,
+        7,
     )
     wrong = CliRunner().invoke(main, ["--cache", cache, "--recipe", "x"])
     assert (wrong.exit_code, "expected auto" in wrong.output) == (2, True)
