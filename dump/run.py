@@ -199,19 +199,34 @@ def dump(
             show.say(f"resuming: {len(writer.committed)} parts with {done:,} tokens are there")
         planning.check_disk(job.plan, done)
         probe = first_samples(job)
-        engine = engine_for(job.plan, config.batch_tokens)
-        try:
-            manifest, written = run_engine(job, engine, probe, writer, show)
-        finally:
-            engine.close()
+        with ExitStack() as stack:
+            make = tokenisers(job)  # they start while the weights are read
+            if make is not None:
+                stack.callback(make.close)
+            engine = engine_for(job.plan, config.batch_tokens)
+            stack.callback(engine.close)
+            manifest, written = run_engine(job, engine, probe, writer, show, make)
         out = report(config.output, manifest, time.monotonic() - began, written)
         for line in summary(out):
             show.say(line)
         return out
 
 
+def tokenisers(job: Job) -> Tokenisers | None:
+    """Processes that turn rows into samples, where the corpus is long enough for them."""
+    short = job.plan.rows is not None and job.plan.rows < PROCESS_ROWS
+    if not job.plan.workers or short or isinstance(job.maker, Prompts):
+        return None
+    return Tokenisers(job.maker, job.plan.workers)
+
+
 def run_engine(
-    job: Job, engine: Engine, probe: Sequence[TokenSample], writer: StoreWriter | None, show: Display
+    job: Job,
+    engine: Engine,
+    probe: Sequence[TokenSample],
+    writer: StoreWriter | None,
+    show: Display,
+    make: Tokenisers | None = None,
 ) -> tuple[Manifest, Written]:
     """Check the engine, then capture what is missing; returns the finished manifest and what was written."""
     config = job.config
@@ -237,12 +252,9 @@ def run_engine(
     if isinstance(job.maker, Prompts):
         with writer:
             return regenerate_parts(job, job.maker, writer, engine, quality, show)
-    with ExitStack() as stack:
-        stack.enter_context(writer)
-        make = None
-        if job.plan.workers and (job.plan.rows or PROCESS_ROWS) >= PROCESS_ROWS:
-            make = Tokenisers(job.maker, job.plan.workers)
-            stack.callback(make.close)
+    with writer:
+        if make is not None:
+            make.wait_until_started()
         reader = part_reader(job, job.plan.part_tokens, log.info, make)
         began = time.monotonic()
         tail, written = write_parts(writer, reader, engine, job.plan, show)

@@ -67,6 +67,7 @@ class Tokenisers:
     def __init__(self, maker: SampleMaker, processes: int) -> None:
         self._ahead = AHEAD * processes
         self._pool = worker_pool(processes, _hold, (maker,))
+        self._started = self._pool.submit(os.getpid)
 
     def __call__(self, rows: Iterator[Row]) -> Iterator[tuple[Row, Made]]:
         """Each row with what ``SampleMaker.make`` gives for it. An error, also one of ``rows`` itself, comes at its row's turn."""
@@ -93,6 +94,10 @@ class Tokenisers:
                 yield row, made
         if failed is not None:
             raise failed
+
+    def wait_until_started(self) -> None:
+        """Until the first of them can work: starting takes seconds, and a rate is not to be judged by them."""
+        self._started.result()
 
     def close(self) -> None:
         self._pool.shutdown(wait=False, cancel_futures=True)
