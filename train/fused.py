@@ -25,6 +25,23 @@ WARPS = 8
 
 
 @triton.jit  # type: ignore[untyped-decorator]
+def log_sum_exp(logits, size, lane, TILE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Of ``size`` logits, and where the largest is: one pass, the sum rescaled whenever a larger one comes."""
+    top = -float("inf")
+    total = 0.0
+    best = 0
+    for at in range(0, size, TILE):
+        column = at + lane
+        x = tl.load(logits + column, mask=column < size, other=-float("inf")).to(tl.float32)
+        high = tl.max(x, 0)
+        best = tl.where(high > top, at + tl.argmax(x, 0), best)
+        new = tl.maximum(top, high)
+        total = total * tl.exp(top - new) + tl.sum(tl.exp(x - new), 0)
+        top = new
+    return top + tl.log(total), best
+
+
+@triton.jit  # type: ignore[untyped-decorator]
 def slot_terms(  # type: ignore[no-untyped-def]
     draft,  # [n, Vd], becomes the gradient
     target,  # [n, V]
@@ -48,31 +65,8 @@ def slot_terms(  # type: ignore[no-untyped-def]
     target += slot * target_stride
     lane = tl.arange(0, TILE)
 
-    top_d = -float("inf")
-    sum_d = 0.0
-    best_d = 0
-    for at in range(0, draft_size, TILE):
-        column = at + lane
-        x = tl.load(draft + column, mask=column < draft_size, other=-float("inf")).to(tl.float32)
-        high = tl.max(x, 0)
-        best_d = tl.where(high > top_d, at + tl.argmax(x, 0), best_d)
-        new = tl.maximum(top_d, high)
-        sum_d = sum_d * tl.exp(top_d - new) + tl.sum(tl.exp(x - new), 0)
-        top_d = new
-    log_d = top_d + tl.log(sum_d)
-
-    top_t = -float("inf")
-    sum_t = 0.0
-    best_t = 0
-    for at in range(0, target_size, TILE):
-        column = at + lane
-        y = tl.load(target + column, mask=column < target_size, other=-float("inf")).to(tl.float32)
-        high = tl.max(y, 0)
-        best_t = tl.where(high > top_t, at + tl.argmax(y, 0), best_t)
-        new = tl.maximum(top_t, high)
-        sum_t = sum_t * tl.exp(top_t - new) + tl.sum(tl.exp(y - new), 0)
-        top_t = new
-    log_t = top_t + tl.log(sum_t)
+    log_d, best_d = log_sum_exp(draft, draft_size, lane, TILE)
+    log_t, best_t = log_sum_exp(target, target_size, lane, TILE)
 
     distance = tl.zeros([TILE], tl.float32)
     signed = tl.zeros([TILE], tl.float32)

