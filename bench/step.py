@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from common import RESULTS, write
+from dspark.cache.logits import PLAIN
 from dspark.train import anchors as rules
 from dspark.train import objective as plain
 from dspark.train.batch import Batch
@@ -71,7 +72,7 @@ def weights(s: Shape, device: torch.device, dtype: torch.dtype) -> Any:
     """A tied target, as Qwen3-4B's: the head's rows give logits of a few units, so that both softmaxes have a shape."""
     head = torch.randn(s.vocab, s.hidden, device=device, dtype=dtype) * (3 / s.hidden**0.5)
     return SimpleNamespace(
-        embed_tokens=head, norm=torch.ones(s.hidden, device=device, dtype=dtype), lm_head=head
+        embed_tokens=head, norm=torch.ones(s.hidden, device=device, dtype=dtype), lm_head=head, logits=PLAIN
     )
 
 

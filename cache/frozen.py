@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dspark.cache.errors import DamagedCacheError
+from dspark.cache.logits import PLAIN, Logits
 
 if TYPE_CHECKING:
     import torch
@@ -18,12 +19,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class FrozenTarget:
-    """Embedding ``embed_tokens`` [V, H], final norm weight ``norm`` [H], output head ``lm_head`` [V, H]; ``tied``: the head is the embedding."""
+    """Embedding ``embed_tokens`` [V, H], final norm weight ``norm`` [H], output head ``lm_head`` [V, H]; ``tied``: the head is the embedding;
+    ``logits``: what the target does to the head's output.
+    """
 
     embed_tokens: torch.Tensor
     norm: torch.Tensor
     lm_head: torch.Tensor
     tied: bool
+    logits: Logits = PLAIN
 
     def save(self, path: Path) -> str:
         """Write to ``path``; returns the file's sha256."""
@@ -37,7 +41,7 @@ class FrozenTarget:
 
     @classmethod
     def load(cls, path: Path) -> FrozenTarget:
-        """Read what ``save`` wrote; tied weights share memory."""
+        """Read what ``save`` wrote; tied weights share memory. ``logits`` is the config's to say (``Cache.target``)."""
         from safetensors import SafetensorError
         from safetensors.torch import load_file
 

@@ -6,6 +6,7 @@ lock with another. Every chunk's crc32c is checked as it is read; a missing or d
 
 from __future__ import annotations
 
+import dataclasses
 from collections import OrderedDict
 from collections.abc import Iterator
 from functools import cached_property
@@ -30,6 +31,7 @@ from dspark.cache.layout import (
     part_arrays,
     part_name,
 )
+from dspark.cache.logits import Logits
 from dspark.cache.manifest import Manifest, sealed, unseal
 from dspark.cache.part import Array, PartRecord, missing_files, read_attributes, read_record, shard_file
 from dspark.cache.records import CodedSample, Sample, TokenSample, last_rows
@@ -205,14 +207,14 @@ class Cache:
 
     @cached_property
     def target(self) -> FrozenTarget:
-        """The target's frozen weights: ``embed_tokens`` [V, H], ``norm`` [H], ``lm_head`` [V, H] (tied ones share memory)."""
+        """The target's frozen weights: ``embed_tokens`` [V, H], ``norm`` [H], ``lm_head`` [V, H] (tied ones share memory), ``logits``."""
         weights = FrozenTarget.load(self.path / WEIGHTS)
         shape = (self.manifest.target.vocab_size, self.manifest.target.hidden_size)
         if tuple(weights.embed_tokens.shape) != shape:
             raise DamagedCacheError(
                 f"{self.path / WEIGHTS}: embed_tokens is {tuple(weights.embed_tokens.shape)}, the manifest says {shape}"
             )
-        return weights
+        return dataclasses.replace(weights, logits=Logits.of_config(self.manifest.target.config))
 
     @property
     def target_files(self) -> Path:

@@ -18,8 +18,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dspark.cache.codec import Bf16, Codec, codec_for, field_info
+from dspark.cache.codec import Bf16, Codec, field_info
 from dspark.cache.errors import DataError, DsparkError, ExistsError
+from dspark.cache.logits import PLAIN, Logits
 from dspark.cache.manifest import DumpInfo, Manifest, SourceInfo, TargetInfo
 from dspark.cache.reader import read_manifest
 from dspark.cache.recode import snr_db
@@ -31,7 +32,6 @@ from dspark.dump.answers import recommended
 from dspark.dump.calibrate import Calibration, calibration_samples, captured, centred_as
 from dspark.dump.config import DumpConfig
 from dspark.dump.corpus import Corpus, TokenRow, open_corpus
-from dspark.dump.logits import PLAIN, Logits
 from dspark.dump.parts import Making, PartReader, PartRows
 from dspark.dump.pipeline import Pipeline
 from dspark.dump.presets import check_shapes, find
@@ -110,7 +110,7 @@ def prepare(config: DumpConfig) -> Job:
     if isinstance(maker, Prompts):
         plan = planning.with_answers(plan, maker.sampling.max_tokens)
     mask_token = choose_mask_token(target, config.mask_token_id, preset.mask_token_id if preset else None)
-    aux, last = codec_for(config.aux_bits), codec_for(config.last_bits)
+    aux, last = config.codecs
     manifest = Manifest(
         target=TargetInfo(
             id=target.id,
@@ -265,7 +265,7 @@ def run_engine(
 
 def calibration(job: Job, engine: Engine, probe: Sequence[States], show: Display) -> Calibration:
     """Codecs and size of a new store from states from all over the corpus; at 16 bits, which need no centre, from those of the self-check."""
-    aux, last = codec_for(job.config.aux_bits), codec_for(job.config.last_bits)
+    aux, last = job.config.codecs
     states, samples = probe, list[TokenSample]()
     assert job.plan.rows is not None
     assert job.plan.tokens is not None

@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING
 
 from dspark.cache.errors import EngineError
 from dspark.cache.frozen import FrozenTarget
+from dspark.cache.logits import PLAIN, Logits
 from dspark.cache.records import TokenSample, last_rows
 from dspark.dump.likeness import findings
-from dspark.dump.logits import PLAIN, Logits
 
 if TYPE_CHECKING:
     import torch

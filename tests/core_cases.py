@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dspark.cache.logits import PLAIN, Logits
 from dspark.train import anchors as rules
 from dspark.train.batch import Batch
 from dspark.train.draft import DraftModel
@@ -22,6 +23,7 @@ class Target:
     embed_tokens: Tensor
     norm: Tensor
     lm_head: Tensor
+    logits: Logits = PLAIN
 
 
 def small_target(*, tied: bool = False, seed: int = 0) -> Target:

@@ -34,7 +34,7 @@ class Error:
 def compare(
     a: Cache, b: Cache, limit: int = 50, progress: Callable[[int, int], None] = lambda done, total: None
 ) -> dict[str, Any]:
-    """``b`` against ``a`` over ``limit`` samples spread evenly (0 = all). TV and top-1 are those of softmax(lm_head(last))."""
+    """``b`` against ``a`` over ``limit`` samples spread evenly (0 = all). TV and top-1 are those of the target's softmax over lm_head(last)."""
     same = (a.manifest.layers, a.manifest.target.hidden_size, len(a)) == (
         b.manifest.layers,
         b.manifest.target.hidden_size,
@@ -44,7 +44,7 @@ def compare(
         raise MismatchError(
             f"{a.path} and {b.path} do not hold the same samples and layers; compare a store with its own recoding"
         )
-    head = a.target.lm_head.float()
+    head, logits = a.target.lm_head.float(), a.target.logits
     layers, last = [Error() for _ in a.manifest.layers], Error()
     distance, agree, rows = 0.0, 0, 0
     chosen = np.unique(np.linspace(0, len(a) - 1, min(len(a), limit) if limit else len(a)).astype(int))
@@ -54,7 +54,7 @@ def compare(
             layer.add(x[:, j], y[:, j])
         last.add(u, v)
         for at in range(0, u.shape[0], LOGIT_ROWS):
-            p, q = ((s[at : at + LOGIT_ROWS] @ head.T).softmax(-1) for s in (u, v))
+            p, q = (logits.of(s[at : at + LOGIT_ROWS] @ head.T).softmax(-1) for s in (u, v))
             distance += float((p - q).abs().sum()) / 2
             agree += int((p.argmax(-1) == q.argmax(-1)).sum())
             rows += p.shape[0]

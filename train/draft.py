@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dspark.cache.errors import MismatchError
+from dspark.cache.logits import PLAIN, Logits
 from dspark.train.attention import AttentionPlan, Backend, block_attention
 from dspark.train.batch import Batch
 from dspark.train.draft_config import DraftConfig
@@ -29,7 +30,7 @@ from dspark.train.heads import ConfidenceHead, MarkovHead, build_markov_head
 
 
 class TargetWeights(Protocol):
-    """What ``cache.target`` offers: ``embed_tokens`` [V, H], ``norm`` [H], ``lm_head`` [V, H]; tied ones share memory."""
+    """What ``cache.target`` offers: ``embed_tokens`` [V, H], ``norm`` [H], ``lm_head`` [V, H], tied ones sharing memory; ``logits``."""
 
     @property
     def embed_tokens(self) -> Tensor: ...
@@ -37,6 +38,8 @@ class TargetWeights(Protocol):
     def norm(self) -> Tensor: ...
     @property
     def lm_head(self) -> Tensor: ...
+    @property
+    def logits(self) -> Logits: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,13 +47,19 @@ class FrozenHead:
     """The target's output matrix and the draft's rows of it.
 
     ``lm_head`` [V, H], ``draft_head`` [Vd, H] (the same tensor if Vd = V), ``draft_ids`` int64[Vd] target id of a draft row and
-    ``to_draft`` int64[V] its inverse with -1 outside; both None if Vd = V.
+    ``to_draft`` int64[V] its inverse with -1 outside; both None if Vd = V. ``logits``: factor and soft cap of the *target's* logits; the
+    draft's are the head's output as it is, as vLLM serves them.
     """
 
     lm_head: Tensor
     draft_head: Tensor
     draft_ids: Tensor | None = None
     to_draft: Tensor | None = None
+    logits: Logits = PLAIN
+
+    def target_logits(self, last: Tensor) -> Tensor:
+        """``last`` [n, H] after the final norm -> [n, V]."""
+        return self.logits.of(last @ self.lm_head.T)
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,6 +237,7 @@ class DraftModel(nn.Module):
     def _adopt(self, target: TargetWeights, draft_ids: Tensor | None, dtype: torch.dtype | None) -> None:
         """Take the target's tensors; one ``Parameter`` object where they are tied, so that ``.to`` keeps them so."""
         embed, head = target.embed_tokens.detach(), target.lm_head.detach()
+        self.target_logits = target.logits
         tied = embed.data_ptr() == head.data_ptr() and embed.shape == head.shape
         embed = embed if dtype is None else embed.to(dtype)
         head = embed if tied else head if dtype is None else head.to(dtype)
@@ -254,12 +264,12 @@ class DraftModel(nn.Module):
         own = self.lm_head.weight
         assert isinstance(own, Tensor)
         if not self.config.reduced_vocab:
-            return FrozenHead(own, own)
+            return FrozenHead(own, own, logits=self.target_logits)
         full, ids, inverse = self.target_output.weight, self.draft_ids, self.to_draft
         assert isinstance(full, Tensor)
         assert isinstance(ids, Tensor)
         assert isinstance(inverse, Tensor)
-        return FrozenHead(full, own, ids, inverse)
+        return FrozenHead(full, own, ids, inverse, self.target_logits)
 
     def trained(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Names and parameters that training owns, in a fixed order (with ``norm``, frozen or not)."""

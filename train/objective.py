@@ -295,7 +295,7 @@ class _ChunkedTerms(torch.autograd.Function):
                 logits.addmm_(z[part], w2.T)
             ce[part], l1[part], hit[part], gradient = terms(
                 logits,
-                target[part] @ head.lm_head.T,
+                head.target_logits(target[part]),
                 head.draft_ids,
                 labels[part],
                 scale_ce[part],
@@ -347,7 +347,7 @@ def reference_loss(
     if head.draft_ids is not None:
         spread = logits.new_full((logits.shape[0], head.lm_head.shape[0]), -torch.inf)
         logits = spread.index_copy(1, head.draft_ids, logits)
-    p_target = (slots.target @ head.lm_head.T).softmax(-1)
+    p_target = head.target_logits(slots.target).softmax(-1)
     l1 = (logits.softmax(-1) - p_target).abs().sum(-1)
     ce = -logits.log_softmax(-1).gather(1, slots.labels[:, None])[:, 0]
     ce = torch.where(ce.isinf(), 0, ce)

@@ -8,9 +8,9 @@ import families
 import pytest
 import torch
 
+from dspark.cache.logits import Logits
 from dspark.dump.checkpoint import read_frozen
 from dspark.dump.engine_transformers import TransformersEngine
-from dspark.dump.logits import Logits
 from dspark.dump.selfcheck import check
 from dspark.dump.target import load_target
 from dump_targets import samples

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from core_cases import VOCAB, small_batch, small_draft
 from dspark.cache.errors import UsageError
+from dspark.cache.logits import Logits
 from dspark.train.draft import FrozenHead
 from dspark.train.objective import (
     Denominators,
@@ -112,6 +114,26 @@ def test_meaning_on_distributions_by_hand() -> None:
     assert out.ce.item() == pytest.approx(0.693147, abs=1e-6)
     # BCE of probability 1/2 against any goal is ln 2.
     assert out.loss.item() == pytest.approx(0.1 * 0.693147 + 0.9 * 0.5 + 0.693147, abs=1e-5)
+
+
+def test_soft_cap_and_factor_shape_the_target_only() -> None:
+    """Target logits 2 and 0 become 3 tanh(2 * 0.5 / 3) and 0; the draft's logits stay as they are."""
+    eye = torch.eye(2)
+    slots = SlotInputs(
+        h=torch.tensor([[2.0, 0.0]]),
+        z=None,
+        w2=None,
+        confidence=None,
+        target=torch.tensor([[2.0, 0.0]]),
+        labels=torch.tensor([0]),
+        weight=torch.ones(1),
+    )
+    out = objective(
+        slots, FrozenHead(eye, eye, logits=Logits(0.5, 3.0)), ObjectiveConfig(), Denominators(1, 1, 1)
+    )
+    p_draft, p_target = 1 / (1 + math.exp(-2)), 1 / (1 + math.exp(-3 * math.tanh(1 / 3)))
+    assert out.l1.item() == pytest.approx(2 * abs(p_draft - p_target), abs=1e-6)
+    assert out.ce.item() == pytest.approx(-math.log(p_draft), abs=1e-6)
 
 
 def test_reduced_vocabulary_by_hand() -> None:
