@@ -23,6 +23,7 @@ from dspark.cache.errors import EngineError, FormatVersionError, UsageError
 from dspark.cache.manifest import FieldInfo, Json
 from dspark.cache.quant import SCALE_ZERO, UNIT, distortion, entropy, level_table, scale_table
 from dspark.cache.rotation import GROUP_LEAST, energy, group_size, rotate, signs, unrotation
+from dspark.cache.settings import DEFAULT_PACKING, PACKINGS
 
 if TYPE_CHECKING:
     import torch
@@ -39,10 +40,11 @@ HUFFMAN_EXCESS = 0.03  # measured: bits a value that zstd level 1 needs above th
 
 @dataclass(frozen=True, slots=True)
 class ArraySpec:
-    """One stored array of a codec: numpy dtype and the width of a row's last axis."""
+    """One stored array of a codec: numpy dtype, the width of a row's last axis, and how it is kept (``settings.PACKINGS``)."""
 
     dtype: str
     width: int
+    pack: str = DEFAULT_PACKING
 
     @property
     def row_bytes(self) -> int:
@@ -50,9 +52,9 @@ class ArraySpec:
 
 
 class Codec(Protocol):
-    """``name`` and ``bits`` identify it in a manifest, ``params`` holds whatever else decoding needs.
+    """``name`` and ``bits`` identify it in a manifest, ``params`` holds whatever else decoding needs; ``pack`` says how its arrays are kept.
 
-    ``disk_bytes``: expected bytes of one row on disk, after the chunks' lossless compression. ``decode`` gives ``dtype``, or without one the
+    ``disk_bytes``: expected bytes of one row on disk, after the chunks' lossless compression; exact if there is none. ``decode`` gives ``dtype``, or without one the
     narrowest that holds what was stored.
     """
 
@@ -62,6 +64,8 @@ class Codec(Protocol):
     def bits(self) -> int: ...
     @property
     def params(self) -> Json: ...
+    @property
+    def pack(self) -> str: ...
     def arrays(self, hidden: int) -> dict[str, ArraySpec]: ...
     def disk_bytes(self, hidden: int) -> float: ...
     def encode(self, x: torch.Tensor) -> Tensors: ...
@@ -76,16 +80,17 @@ class Bf16:
 
     name: str = "bf16"
     bits: int = 16
+    pack: str = DEFAULT_PACKING
 
     @property
     def params(self) -> Json:
         return {}
 
     def disk_bytes(self, hidden: int) -> float:
-        return hidden * LOSSLESS_BITS / 8
+        return hidden * (LOSSLESS_BITS if self.pack == "zstd" else 16) / 8
 
     def arrays(self, hidden: int) -> dict[str, ArraySpec]:
-        return {"code": ArraySpec("uint16", hidden)}
+        return {"code": ArraySpec("uint16", hidden, self.pack)}
 
     def encode(self, x: torch.Tensor) -> Tensors:
         import torch
@@ -120,6 +125,7 @@ class Rotated:
     group_limit: int = GROUP_LIMIT
     centre: Centre | None = None
     name: str = "rotated"
+    pack: str = DEFAULT_PACKING
 
     @property
     def params(self) -> Json:
@@ -144,11 +150,13 @@ class Rotated:
 
     def arrays(self, hidden: int) -> dict[str, ArraySpec]:
         return {
-            "code": ArraySpec("uint8", hidden // self.per_byte),
-            "scale": ArraySpec("uint8", hidden // self.group(hidden)),
+            "code": ArraySpec("uint8", hidden // self.per_byte, self.pack),
+            "scale": ArraySpec("uint8", hidden // self.group(hidden), self.pack),
         }
 
     def disk_bytes(self, hidden: int) -> float:
+        if self.pack == "none":
+            return sum(s.row_bytes for s in self.arrays(hidden).values())
         bits = hidden * (entropy(self.step, 2 * len(self.levels)) + HUFFMAN_EXCESS)
         return (bits + hidden / self.group(hidden) * SCALE_BITS) / 8
 
@@ -371,19 +379,33 @@ SETTINGS: dict[int, tuple[float, tuple[int, ...]]] = {
 }
 
 
-def codec_for(bits: int) -> Codec:
-    """The codec that ``--aux-bits`` / ``--last-bits`` name."""
+NEED_ZSTD = (3, 2)  # bits whose cells are stored in more than they hold
+
+
+def codec_for(bits: int, pack: str = DEFAULT_PACKING) -> Codec:
+    """The codec that ``--aux-bits`` / ``--last-bits`` and ``--pack`` name."""
+    assert pack in PACKINGS, pack
     if bits == 16:
-        return Bf16()
+        return Bf16(pack=pack)
     if bits not in SETTINGS:
         raise UsageError(f"no codec stores {bits} bits; choose 16, 8, 4, 3 or 2")
+    if pack == "none" and bits in NEED_ZSTD:
+        raise UsageError(
+            f"{bits} bits are coarser cells in the nibbles of 4 bits, and only zstd makes them smaller: "
+            "without it (--pack none) choose 16, 8 or 4 bits, or leave --pack at zstd"
+        )
     step, levels = SETTINGS[bits]
-    return Rotated(bits, step, levels)
+    return Rotated(bits, step, levels, pack=pack)
 
 
 def codec_from(info: FieldInfo, where: str) -> Codec:
     """The codec that a manifest's field names; one that this release would not have written is refused."""
-    known = codec_for(info.bits) if info.bits == 16 or info.bits in SETTINGS else None
+    if info.pack not in PACKINGS or (info.pack == "none" and info.bits in NEED_ZSTD):
+        raise FormatVersionError(
+            f"{where}: {info.bits}-bit states are packed by {info.pack!r}, this release knows {' and '.join(PACKINGS)} (3 and 2 bits: zstd). "
+            "Use the dspark release that wrote the store."
+        )
+    known = codec_for(info.bits, info.pack) if info.bits == 16 or info.bits in SETTINGS else None
     if isinstance(known, Rotated) and set(info.params) >= CENTRE_KEYS:
         known = replace(known, centre=Centre.from_json(info.params, where))
     if known is None or (known.name, known.params) != (info.codec, dict(info.params)):
@@ -402,7 +424,7 @@ def calibrated(codec: Codec, states: torch.Tensor) -> Codec:
 
 def field_info(codec: Codec) -> FieldInfo:
     """What a manifest says of a field that ``codec`` codes."""
-    return FieldInfo(codec=codec.name, bits=codec.bits, params=codec.params)
+    return FieldInfo(codec=codec.name, bits=codec.bits, params=codec.params, pack=codec.pack)
 
 
 def to_numpy(

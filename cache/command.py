@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from typing import Any, NoReturn, Protocol
 
 from dspark.cache.errors import DsparkError
-from dspark.cache.settings import NAMED, NAMES, choose_bits
+from dspark.cache.settings import DEFAULT_PACKING, NAMED, NAMES, PACKINGS, choose_bits
 
 
 class Progress(Protocol):
@@ -38,7 +38,7 @@ def guarded(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def bits_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """``--codec NAME``, ``--aux-bits N`` and ``--last-bits N`` for a click callback, which gets ``aux_bits`` and ``last_bits``."""
+    """``--codec NAME``, ``--aux-bits N``, ``--last-bits N`` and ``--pack`` for a click callback, which gets ``aux_bits``, ``last_bits`` and ``pack``."""
     import click
 
     @functools.wraps(command)
@@ -54,7 +54,13 @@ def bits_options(command: Callable[..., Any]) -> Callable[..., Any]:
     )
     aux = click.option("--aux-bits", type=int, help="16, 8, 4, 3 or 2, instead of --codec's.")
     last = click.option("--last-bits", type=int, help="16, 8 or 4, instead of --codec's.")
-    out: Callable[..., Any] = named(aux(last(run)))
+    pack = click.option(
+        "--pack",
+        type=click.Choice(PACKINGS),
+        default=DEFAULT_PACKING,
+        help="none: codes as they are, a fifth larger at 4 bits, read at the speed of memory; 16, 8 and 4 bits only.",
+    )
+    out: Callable[..., Any] = named(aux(last(pack(run))))
     return out
 
 

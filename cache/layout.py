@@ -32,7 +32,7 @@ TOKEN_CHUNK = 4096  # of input_ids and loss_mask: 16 kB before compression
 @dataclass(frozen=True, slots=True)
 class StoredArray:
     """One array of a part: ``shape``, ``dtype``, inner ``chunk`` along the first axis, byte-shuffle element size (0 = none),
-    zstd level."""
+    zstd level (0 = kept as it is)."""
 
     name: str
     shape: tuple[int, ...]
@@ -78,6 +78,8 @@ def state_array(name: str, shape: tuple[int, ...], spec: ArraySpec) -> StoredArr
     # Packed codes have no byte structure to shuffle; 16-bit values do (exponent bytes repeat, mantissa bytes do not).
     # Level 1 for codes: only their entropy can be taken out, no level finds repeats. Level 3 for 16-bit values: on SmolLM2 states one core
     # packs 360, 132, 43 MB/s at levels 1, 3, 5 for ratios 1.23, 1.29, 1.37 (docs/log.md).
+    if spec.pack == "none":
+        return StoredArray(name, shape, spec.dtype, STATE_CHUNK, 0, 0)
     wide = spec.dtype in ("uint16", "float16")
     return StoredArray(name, shape, spec.dtype, STATE_CHUNK, 2 if wide else 0, 3 if wide else 1)
 
@@ -99,6 +101,7 @@ def stored_bytes_per_token(
 def disk_bytes_per_token(layers: int, hidden: int, aux: Codec, last: Codec, last_share: float = 1.0) -> float:
     """Expected bytes of states a token on disk.
 
-    Below 16 bits from the entropy of Gaussian cells: right within 2 % where nothing repeats, more than it takes otherwise (``sizing.py``).
+    Without zstd exact. With it, below 16 bits, from the entropy of Gaussian cells: right within 2 % where nothing repeats, more than it takes
+    otherwise (``sizing.py``).
     """
     return layers * aux.disk_bytes(hidden) + last_share * last.disk_bytes(hidden)

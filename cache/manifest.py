@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from dspark.cache.errors import DamagedCacheError, FormatVersionError, MismatchError
+from dspark.cache.settings import DEFAULT_PACKING
 
 FORMAT_VERSION = 1
 LAYER_CONVENTION = "output of decoder layer i, 0-based"
@@ -41,11 +42,12 @@ class TargetInfo:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FieldInfo:
-    """How one field of states is stored. ``params`` is what the codec needs to decode, beside its name and bits."""
+    """How one field of states is stored. ``params`` is what the codec needs to decode, beside its name and bits; ``pack``: how its arrays are kept."""
 
     codec: str
     bits: int
     params: Json = field(default_factory=dict)
+    pack: str = DEFAULT_PACKING
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -158,7 +158,7 @@ def write_part(
 
 
 def write_array(group: Path, spec: StoredArray, data: Array | Pieces) -> None:
-    """Create array ``spec`` in ``group`` and fill it. One shard file; every inner chunk is compressed and carries a crc32c."""
+    """Create array ``spec`` in ``group`` and fill it. One shard file; every inner chunk is compressed (unless level 0) and carries a crc32c."""
     chunk = chunk_rows(spec)
     shards = (-(-max(1, spec.shape[0]) // chunk) * chunk, *spec.shape[1:])
     packed: zarr.abc.codec.BytesBytesCodec = (
@@ -173,7 +173,7 @@ def write_array(group: Path, spec: StoredArray, data: Array | Pieces) -> None:
         dtype=spec.dtype,
         chunks=(chunk, *spec.shape[1:]),
         shards=shards,
-        compressors=[packed, Crc32cCodec()],
+        compressors=[packed, Crc32cCodec()] if spec.level else [Crc32cCodec()],
         fill_value=0,
         zarr_format=3,
     )

@@ -1,6 +1,7 @@
 """``dspark-tools recode``: a store in other bits. Part by part, so it streams, can be stopped, and is resumed like a dump.
 
-Parts keep their boundaries, rows and counts; only ``aux_*`` and ``last_*`` change. The compact codecs are centred on states spread over the
+Parts keep their boundaries, rows and counts; only ``aux_*`` and ``last_*`` change, and where a field's bits stay, its codes do (``--pack`` alone
+loses nothing). The compact codecs are centred on states spread over the
 source, a pure function of it, so a resumed run codes exactly as the first one did. Parts are independent: ``workers`` threads take one each
 (decompression, coding and compression all leave Python's lock), and the bytes do not depend on how many there are.
 """
@@ -11,7 +12,7 @@ import dataclasses
 import math
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from dspark.cache.part import read_record
 from dspark.cache.reader import Cache
 from dspark.cache.reader import open as open_store
 from dspark.cache.records import CodedSample
+from dspark.cache.settings import DEFAULT_PACKING
 from dspark.cache.writer import StoreWriter
 
 BATCH_VALUES = 1 << 24  # aux values coded at once: 64 MB in float32, a few times over while they are
@@ -39,6 +41,7 @@ def recode(
     *,
     aux_bits: int,
     last_bits: int,
+    pack: str = DEFAULT_PACKING,
     calibrate: bool = True,
     resume: bool = False,
     overwrite: bool = False,
@@ -46,17 +49,20 @@ def recode(
     device: str = "cpu",
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Manifest:
-    """Write ``source`` to ``destination`` with other bits; returns the finished manifest. ``progress(parts done, parts)``.
+    """Write ``source`` to ``destination`` with other bits or another ``pack``; returns the finished manifest. ``progress(parts done, parts)``.
 
     ``workers``: parts in work at once (None: a core each, eight at most; each holds a part's states). ``device``: where states are coded.
     """
     cache = open_store(source)
     if Path(source).resolve() == Path(destination).resolve():
         raise UsageError(f"{destination} is the source itself; give another folder")
-    aux, last = codec_for(aux_bits), codec_for(last_bits)
     probe = spread_states(cache)
-    if calibrate:
-        aux, last = (calibrated(c, x) for c, x in zip((aux, last), probe, strict=True))
+    aux, last = (
+        _new_codec(old, bits, pack, states if calibrate else None)
+        for old, bits, states in zip(
+            (cache.aux_codec, cache.last_codec), (aux_bits, last_bits), probe, strict=True
+        )
+    )
     manifest = dataclasses.replace(
         cache.manifest,
         aux=field_info(aux),
@@ -85,16 +91,45 @@ def recode(
         _recode_parts(cache, writer, left, workers, torch.device(device), progress)
         # What the source dropped after its last part belongs to no part.
         tail = {reason: n for reason, n in dropped.items() if n}
-        quality = {
-            "tokens": int(probe[0].shape[0]),
-            "against": "source store",
-            "aux_snr_db": [
-                snr_db(probe[0][:, j], _through(aux, probe[0])[:, j]) for j in range(probe[0].shape[1])
-            ],
-            "last_snr_db": snr_db(probe[1], _through(last, probe[1])),
-        }
+        same = _same_codes(cache.aux_codec, aux) and _same_codes(cache.last_codec, last)
+        quality = cache.manifest.quality if same else _quality(cache, (aux, last), probe)
         rows_read = cache.manifest.counts.rows_read
         return writer.finish(rows_read=rows_read, dropped=tail, truncated=truncated, quality=quality)
+
+
+def _new_codec(old: Codec, bits: int, pack: str, states: torch.Tensor | None) -> Codec:
+    """What a field coded by ``old`` is coded with: as it is where the bits stay, else centred on ``states`` if given."""
+    if old.bits == bits:
+        codec_for(bits, pack)  # refuses what does not go together
+        return dataclasses.replace(old, pack=pack)  # type: ignore[type-var]
+    codec = codec_for(bits, pack)
+    return codec if states is None else calibrated(codec, states)
+
+
+def _same_codes(a: Codec, b: Codec) -> bool:
+    """Whether ``a`` and ``b`` store the same codes, however they are packed."""
+    return (a.name, a.bits, a.params) == (b.name, b.bits, b.params)
+
+
+def _quality(
+    cache: Cache, codecs: tuple[Codec, Codec], probe: tuple[torch.Tensor, torch.Tensor]
+) -> dict[str, Any]:
+    """What the new codes lose against the source, on states spread over it (None: nothing)."""
+
+    def through(old: Codec, new: Codec, x: torch.Tensor) -> torch.Tensor:
+        if _same_codes(old, new):
+            return x
+        coded: dict[str, Any] = new.encode(x)
+        return new.decode(coded, x.shape[-1]).float()
+
+    a, b = probe
+    ours = through(cache.aux_codec, codecs[0], a)
+    return {
+        "tokens": int(a.shape[0]),
+        "against": "source store",
+        "aux_snr_db": [snr_db(a[:, j], ours[:, j]) for j in range(a.shape[1])],
+        "last_snr_db": snr_db(b, through(cache.last_codec, codecs[1], b)),
+    }
 
 
 def _recode_parts(
@@ -185,7 +220,9 @@ def _coded(
     """``samples`` in the new codes, coded as one tensor (rows are independent): a few calls instead of dozens a sample."""
     hidden = cache.manifest.target.hidden_size
 
-    def field(old: Codec, new: Codec, coded: list[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    def field(old: Codec, new: Codec, coded: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        if _same_codes(old, new):
+            return coded
         joined = {n: torch.from_numpy(np.concatenate([c[n] for c in coded])).to(device) for n in coded[0]}
         out = to_numpy(new.encode(old.decode(joined, hidden)))
         ends = np.cumsum([next(iter(c.values())).shape[0] for c in coded])[:-1]
@@ -195,8 +232,3 @@ def _coded(
     a = field(cache.aux_codec, aux, [s.aux for s in samples])
     b = field(cache.last_codec, last, [s.last for s in samples])
     return [CodedSample(s.tokens, x, y) for s, x, y in zip(samples, a, b, strict=True)]
-
-
-def _through(codec: Codec, x: torch.Tensor) -> torch.Tensor:
-    coded: dict[str, Any] = codec.encode(x)
-    return codec.decode(coded, x.shape[-1]).float()

@@ -5,10 +5,15 @@ the shard file of a whole array, and reading some of its rows. Metadata is zarr-
 
 Layout (Zarr v3 ``sharding_indexed``): the inner chunks end to end, each ``compress(values) + crc32c``; then for every chunk offset and
 length as two little-endian uint64; then the crc32c of that index. Every array here has one shard and is cut along its first axis only.
+
+Chunks of level 0 are kept as they are: all of one length, so the file is a table of them. They are read through a memory map, each copied into
+the result and summed there while it is in the processor's cache: 1/19.5 + 1/27.5 ns a byte on one core of an EPYC (copy, crc32c), where
+``pread`` into the same place and the sum take 1/8.7 (docs/log.md).
 """
 
 from __future__ import annotations
 
+import mmap
 import os
 import threading
 import weakref
@@ -18,6 +23,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import google_crc32c
 import numcodecs.blosc
 import numpy as np
 from numcodecs import Blosc, Zstd
@@ -33,7 +39,9 @@ numcodecs.blosc.use_threads = False
 
 
 def compressor(spec: StoredArray) -> Any:
-    """zstd behind a byte shuffle for multi-byte values, plain zstd for bytes; what ``part.write_array`` writes into the metadata."""
+    """zstd behind a byte shuffle for multi-byte values, plain zstd for bytes, None at level 0; what ``part.write_array`` writes into the metadata."""
+    if not spec.level:
+        return None
     if spec.shuffle:
         return Blosc(cname="zstd", clevel=spec.level, shuffle=Blosc.SHUFFLE)
     return Zstd(level=spec.level)
@@ -75,22 +83,25 @@ def write_shard(path: Path, spec: StoredArray, data: Array | Pieces) -> None:
     rows = chunk_rows(spec)
     codec = compressor(spec)
 
-    def encode(start: int) -> bytes:
+    def encode(start: int) -> tuple[bytes, bytes]:
         piece = np.ascontiguousarray(data[start : start + rows])
         if piece.shape[0] < rows:  # Zarr stores whole chunks: the last one is filled up with zeros
             full = np.zeros((rows, *piece.shape[1:]), piece.dtype)
             full[: piece.shape[0]] = piece
             piece = full
-        packed = bytes(codec.encode(piece if spec.shuffle else piece.view(np.uint8)))
-        return packed + crc32c(packed).to_bytes(4, "little")
+        if codec is None:
+            packed = piece.tobytes()
+        else:
+            packed = bytes(codec.encode(piece if spec.shuffle else piece.view(np.uint8)))
+        return packed, crc32c(packed).to_bytes(4, "little")
 
     chunks = list(_pool().map(encode, range(0, data.shape[0], rows)))
-    sizes = np.array([len(c) for c in chunks], np.uint64)
+    sizes = np.array([len(packed) + len(crc) for packed, crc in chunks], np.uint64)
     index = np.stack([np.cumsum(sizes) - sizes, sizes], 1).astype("<u8").tobytes()
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "wb") as file:
         for chunk in chunks:
-            file.write(chunk)
+            file.writelines(chunk)
         file.write(index + crc32c(index).to_bytes(4, "little"))
 
 
@@ -106,6 +117,7 @@ class Shard:
         self._codec = compressor(spec)
         self._count = -(-spec.shape[0] // self.rows)
         self._index: Array | None = None
+        self._table: Array | None = None
         self._lock = threading.Lock()
         try:
             self._fd = os.open(path, os.O_RDONLY)
@@ -126,12 +138,51 @@ class Shard:
                 self._index = np.frombuffer(raw[:-4], "<u8").reshape(-1, 2)
             return self._index
 
+    @property
+    def table(self) -> Array:
+        """Chunks kept as they are, uint8[chunks, bytes and their crc32c], mapped; file and index must say that this is how they lie."""
+        if self._table is None:
+            length = self._chunk_bytes + 4
+            expected = [[i * length, length] for i in range(self._count)]
+            whole = os.fstat(self._fd).st_size == self._count * (length + 16) + 4
+            if not whole or self.index.tolist() != expected:
+                raise DamagedCacheError(
+                    f"{self.path}: not {self._count} chunks of {length} bytes, one after the other"
+                )
+            mapped = mmap.mmap(self._fd, self._count * length, prot=mmap.PROT_READ)
+            self._table = np.frombuffer(mapped, np.uint8).reshape(self._count, length)
+        return self._table
+
+    def _read_mapped(self, start: int, stop: int, out: Array) -> None:
+        """Rows ``[start, stop)``, at least one, of chunks kept as they are, into ``out``."""
+        rows, size = self.rows, self._chunk_bytes
+        row = size // rows
+        first, last = start // rows, (stop - 1) // rows
+        table = self.table
+        sums = np.ascontiguousarray(table[first : last + 1, size:]).view("<u4")[:, 0].tolist()
+        flat = out.reshape(-1).view(np.uint8)
+        for i, stored in enumerate(sums, first):
+            low, high = max(start - i * rows, 0), min(stop - i * rows, rows)
+            at = (i * rows + low - start) * row
+            to, chunk = flat[at : at + (high - low) * row], table[i, :size]
+            to[:] = chunk[low * row : high * row]
+            computed = google_crc32c.value(to if high - low == rows else chunk)
+            if computed != stored:
+                raise DamagedCacheError(f"{self._where(i)}: stored crc32c {stored}, computed {computed}")
+
+    def _where(self, chunk: int) -> str:
+        start = chunk * self.rows
+        return f"{self.path}: chunk {chunk} (rows {start}-{min(start + self.rows, self.spec.shape[0])})"
+
     def read(self, start: int, stop: int) -> Array:
         """Rows ``[start, stop)``. The chunks they lie in are neighbours in the file, so this is one read."""
         shape, dtype = self.spec.shape, np.dtype(self.spec.dtype)
         assert 0 <= start <= stop <= shape[0], (start, stop, shape)
         out = np.empty((stop - start, *shape[1:]), dtype)
         if start == stop:
+            return out
+        if self._codec is None:
+            self._read_mapped(start, stop, out)
             return out
         first, last = start // self.rows, (stop - 1) // self.rows
         spans = self.index[first : last + 1]
@@ -140,7 +191,7 @@ class Shard:
         raw = memoryview(os.pread(self._fd, length, base))
         for i, (offset, size) in enumerate(spans.tolist(), first):
             at = offset - base
-            where = f"{self.path}: chunk {i} (rows {i * self.rows}-{min((i + 1) * self.rows, shape[0])})"
+            where = self._where(i)
             packed = _check(raw[at : at + size], size, where)
             low, high = max(start, i * self.rows), min(stop, (i + 1) * self.rows)
             to = out[low - start : high - start]

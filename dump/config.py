@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dspark.cache.errors import UsageError
-from dspark.cache.settings import NAMED
+from dspark.cache.settings import DEFAULT_PACKING, NAMED
 from dspark.dump.layers import BOTH
+
+if TYPE_CHECKING:
+    from dspark.cache.codec import Codec
 
 DEFAULT_AUX_BITS, DEFAULT_LAST_BITS = NAMED["default"]
 DEFAULT_SEQ_LENGTH = 4096
@@ -26,6 +30,7 @@ class DumpConfig:
     seq_length: int | None = None
     aux_bits: int = DEFAULT_AUX_BITS
     last_bits: int = DEFAULT_LAST_BITS
+    pack: str = DEFAULT_PACKING  # of the codes: cache/settings.py
     limit: int | None = None  # rows of the corpus
     resume: bool = False
     overwrite: bool = False
@@ -74,6 +79,13 @@ class DumpConfig:
             raise UsageError(f"--workers: found {self.workers}, expected 0 or more.")
         if not 0 <= self.max_dropped <= 1:
             raise UsageError(f"--max-dropped: found {self.max_dropped}, expected a share from 0 to 1.")
+
+    @property
+    def codecs(self) -> tuple[Codec, Codec]:
+        """Of ``aux`` and ``last``, not centred yet."""
+        from dspark.cache.codec import codec_for
+
+        return codec_for(self.aux_bits, self.pack), codec_for(self.last_bits, self.pack)
 
     @property
     def asked_layers(self) -> tuple[int, ...] | None:

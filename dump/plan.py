@@ -21,6 +21,7 @@ from dspark.dump.presets import Preset
 from dspark.dump.tokenise import default_workers
 
 if TYPE_CHECKING:
+    from dspark.cache.codec import Codec
     from dspark.cache.sizing import RowBytes
     from dspark.dump.corpus import Corpus
     from dspark.dump.tokens import SampleMaker
@@ -54,6 +55,7 @@ class Plan:
     seq_length: int
     aux_bits: int
     last_bits: int
+    pack: str
     assistant_pattern: str | None
     bytes_per_token: int
     free_bytes: int
@@ -64,6 +66,13 @@ class Plan:
     tokens: int | None = None
     bytes: int | None = None
     last_rows: int | None = None  # stored last states
+
+    @property
+    def codecs(self) -> tuple[Codec, Codec]:
+        """Of ``aux`` and ``last``, not centred yet."""
+        from dspark.cache.codec import codec_for
+
+        return codec_for(self.aux_bits, self.pack), codec_for(self.last_bits, self.pack)
 
     @property
     def target_layer_ids(self) -> list[int]:
@@ -95,7 +104,8 @@ class Plan:
             f"= --target-layer-ids {','.join(map(str, self.target_layer_ids))} (entering layer i+1), and the last state after the final norm",
             f"data     {self.data}: rows {rows}, tokens {tokens}, at most {self.seq_length} a row",
             f"engine   {self.engine}, {self.dtype} on {self.device}",
-            f"store    {self.output}: {self.aux_bits}-bit layers, {self.last_bits}-bit last state, about {self.bytes_per_token:,} bytes a token",
+            f"store    {self.output}: {self.aux_bits}-bit layers, {self.last_bits}-bit last state{', not packed' if self.pack == 'none' else ''}, "
+            f"about {self.bytes_per_token:,} bytes a token",
             f"size     {size}{hours}; free {human(self.free_bytes)}",
         ]
 
@@ -112,7 +122,7 @@ def resolve(config: DumpConfig, preset: Preset | None, shapes: Shapes) -> Plan:
     asked = config.asked_layers or (preset.layers if preset else default_layers(shapes.num_layers))
     layers = check_layers(asked, shapes.num_layers)
     engine, device = choose_engine(config.engine, config.device)
-    bytes_per_token = disk_bytes(shapes, layers, config.aux_bits, config.last_bits)
+    bytes_per_token = disk_bytes(shapes, layers, config.codecs)
     workers = default_workers(device) if config.workers is None else config.workers
     plan = Plan(
         model=config.model,
@@ -127,6 +137,7 @@ def resolve(config: DumpConfig, preset: Preset | None, shapes: Shapes) -> Plan:
         seq_length=choose_length(config, preset, shapes, engine),
         aux_bits=config.aux_bits,
         last_bits=config.last_bits,
+        pack=config.pack,
         assistant_pattern=config.assistant_pattern or (preset.assistant_pattern if preset else None),
         bytes_per_token=round(bytes_per_token),
         free_bytes=shutil.disk_usage(existing_parent(config.output)).free,
@@ -143,11 +154,9 @@ def resolve(config: DumpConfig, preset: Preset | None, shapes: Shapes) -> Plan:
 
 def memory_bytes(plan: Plan) -> float:
     """Bytes of coded states a token before compression, the last state at every token."""
-    from dspark.cache.codec import codec_for
     from dspark.cache.layout import stored_bytes_per_token
 
-    codecs = codec_for(plan.aux_bits), codec_for(plan.last_bits)
-    return stored_bytes_per_token(len(plan.layers), plan.shapes.hidden_size, *codecs)
+    return stored_bytes_per_token(len(plan.layers), plan.shapes.hidden_size, *plan.codecs)
 
 
 def batch_tokens(plan: Plan) -> int:
@@ -227,7 +236,7 @@ def estimate(plan: Plan, corpus: Corpus, maker: SampleMaker | None, limit: int |
     stored = sum(int(last_rows(s.loss_mask).sum()) for s in kept)
     tokens = round(sampled / len(made) * rows)
     share = stored / max(sampled, 1)
-    rate = disk_bytes(plan.shapes, plan.layers, plan.aux_bits, plan.last_bits, share)
+    rate = disk_bytes(plan.shapes, plan.layers, plan.codecs, share)
     size = round(tokens * rate) + weight_bytes(plan.shapes)
     return dataclasses.replace(plan, rows=rows, tokens=tokens, last_rows=round(tokens * share), bytes=size)
 
@@ -238,7 +247,7 @@ def with_answers(plan: Plan, max_tokens: int) -> Plan:
         return plan
     answers = plan.rows * max_tokens // 2
     tokens = plan.tokens + answers
-    rate = disk_bytes(plan.shapes, plan.layers, plan.aux_bits, plan.last_bits, answers / tokens)
+    rate = disk_bytes(plan.shapes, plan.layers, plan.codecs, answers / tokens)
     size = round(tokens * rate) + weight_bytes(plan.shapes)
     return dataclasses.replace(plan, tokens=tokens, last_rows=answers, bytes=size)
 
@@ -252,15 +261,13 @@ def measured(plan: Plan, size: RowBytes) -> Plan:
 
 
 def disk_bytes(
-    shapes: Shapes, layers: tuple[int, ...], aux_bits: int, last_bits: int, last_share: float = 1.0
+    shapes: Shapes, layers: tuple[int, ...], codecs: tuple[Codec, Codec], last_share: float = 1.0
 ) -> float:
     """Expected bytes of a token on disk; ``last_share`` = stored last states / tokens."""
-    from dspark.cache.codec import codec_for
     from dspark.cache.layout import disk_bytes_per_token
     from dspark.cache.sizing import TOKEN_BYTES
 
-    aux, last = codec_for(aux_bits), codec_for(last_bits)
-    return TOKEN_BYTES + disk_bytes_per_token(len(layers), shapes.hidden_size, aux, last, last_share)
+    return TOKEN_BYTES + disk_bytes_per_token(len(layers), shapes.hidden_size, *codecs, last_share)
 
 
 def weight_bytes(shapes: Shapes) -> int:

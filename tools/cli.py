@@ -51,7 +51,7 @@ def info_command(cache: str, as_json: bool) -> None:
         ("aux layers", f"{data['layers']}  (output of layer i; vLLM's ids: {data['target_layer_ids']})"),
         ("samples", f"{data['samples']:,}  in {data['parts']:,} parts"),
         ("tokens", f"{data['tokens']:,}  supervised {data['supervised_tokens']:,}, last states {data['last_rows']:,}"),
-        ("bits", f"aux {data['aux_bits']} ({data['aux_codec']}), last {data['last_bits']} ({data['last_codec']}, after the final norm)"),
+        ("bits", f"aux {data['aux_bits']} ({data['aux_codec']}), last {data['last_bits']} ({data['last_codec']}, after the final norm), packed by {data['pack']}"),
         ("bytes", f"{data['bytes_on_disk']:,} on disk, of which {data['frozen_bytes']:,} are the target's frozen weights and the index"),
         ("a token", f"{per_token} bytes; {ratio} the raw bf16 layout's {data['raw_bytes_per_token']}"),
         ("engine", f"{data['engine']} {data['engine_version']}, {data['dtype']}, sequences up to {data['seq_length']} tokens"),
@@ -256,7 +256,7 @@ def score_command(cache: str, draft: str, max_anchors: int, which: str, as_json:
 @json_flag
 @guarded
 def recode_command(source: str, destination: str, as_json: bool, **flags: Any) -> None:
-    """Store SOURCE again as DESTINATION with other bits."""
+    """Store SOURCE again as DESTINATION with other bits, or packed in the other way."""
     from dspark.cache.recode import recode
     from dspark.tools.info import info
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dspark.cache.errors import MismatchError, UsageError
+from dspark.cache.settings import DEFAULT_PACKING
 
 if TYPE_CHECKING:
     from dspark.cache.sizing import RowBytes
@@ -31,9 +32,10 @@ def estimate(
     last_bits: int,
     last_share: float,
     tokens_per_second: float,
+    pack: str = DEFAULT_PACKING,
     like: str | None = None,
 ) -> dict[str, Any]:
-    """``samples`` x ``mean_tokens``, or the rows of ``data``. ``last_share``: stored last states / tokens where no corpus tells.
+    """``samples`` x ``mean_tokens``, or the rows of ``data``. ``last_share``: stored last states / tokens where no corpus tells. ``pack``: exact if "none".
 
     ``like``: a store of the same target and layers (of a few hundred rows, at any bits) whose states are coded and compressed to measure what a
     row takes; without it the formula is used, which knows no text.
@@ -50,42 +52,52 @@ def estimate(
         raise UsageError("give --samples and --mean-tokens, or --data FILE")
     if data is not None:
         plan = prepare(
-            DumpConfig(model=model, data=data, output=Path("hs.zarr"), aux_bits=aux_bits, last_bits=last_bits)
+            DumpConfig(
+                model=model,
+                data=data,
+                output=Path("hs.zarr"),
+                aux_bits=aux_bits,
+                last_bits=last_bits,
+                pack=pack,
+            )
         ).plan
     else:
         preset = find(model)
         shapes = preset.shapes if preset else load_target(model).shapes
         config = DumpConfig(
-            model=model, data="counted", output=Path("hs.zarr"), aux_bits=aux_bits, last_bits=last_bits
+            model=model,
+            data="counted",
+            output=Path("hs.zarr"),
+            aux_bits=aux_bits,
+            last_bits=last_bits,
+            pack=pack,
         )
         plan = planning.resolve(config, preset, shapes)
         assert samples is not None
         assert mean_tokens is not None
         tokens = round(samples * mean_tokens)
-        rate = planning.disk_bytes(shapes, plan.layers, aux_bits, last_bits, last_share)
+        rate = planning.disk_bytes(shapes, plan.layers, plan.codecs, last_share)
     if plan.tokens is not None and plan.bytes is not None:
         samples, tokens, size = plan.rows, plan.tokens, plan.bytes
     else:
         size = round(tokens * rate) + planning.weight_bytes(plan.shapes)
     if like is not None:
         stored = round(tokens * last_share) if plan.last_rows is None else plan.last_rows
-        size = row_bytes(like, plan, aux_bits, last_bits).store(tokens, stored) + planning.weight_bytes(
-            plan.shapes
-        )
+        size = row_bytes(like, plan).store(tokens, stored) + planning.weight_bytes(plan.shapes)
     raw = tokens * raw_bytes_per_token(len(plan.layers), plan.shapes.hidden_size)
     parts = -(-tokens // plan.part_tokens)
     return {
-        "model": model, "layers": list(plan.layers), "target_layer_ids": plan.target_layer_ids, "aux_bits": aux_bits, "last_bits": last_bits,
+        "model": model, "layers": list(plan.layers), "target_layer_ids": plan.target_layer_ids, "aux_bits": aux_bits, "last_bits": last_bits, "pack": pack,
         "samples": samples, "tokens": tokens, "bytes": size, "raw_bytes": raw, "ratio": raw / size, "files": FILES_A_STORE + FILES_A_PART * parts,
         "hours": tokens / tokens_per_second / 3600, "tokens_per_second": tokens_per_second, "free_bytes": plan.free_bytes,
         "measured_on": like,
     }  # fmt: skip
 
 
-def row_bytes(like: str, plan: Plan, aux_bits: int, last_bits: int) -> RowBytes:
-    """Bytes of a row at the bits asked for, measured on states of the store ``like``."""
+def row_bytes(like: str, plan: Plan) -> RowBytes:
+    """Bytes of a row in the plan's codecs, measured on states of the store ``like``."""
     import dspark.cache
-    from dspark.cache.codec import calibrated, codec_for
+    from dspark.cache.codec import calibrated
     from dspark.cache.recode import spread_states
     from dspark.cache.sizing import RowBytes
 
@@ -97,6 +109,5 @@ def row_bytes(like: str, plan: Plan, aux_bits: int, last_bits: int) -> RowBytes:
             f"of layers {list(plan.layers)}. Dump a few hundred rows with the plan's flags and give that store."
         )
     aux, last = spread_states(store, MEASURED)
-    return RowBytes.of(
-        calibrated(codec_for(aux_bits), aux), calibrated(codec_for(last_bits), last), aux, last
-    )
+    aux_codec, last_codec = plan.codecs
+    return RowBytes.of(calibrated(aux_codec, aux), calibrated(last_codec, last), aux, last)

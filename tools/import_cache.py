@@ -30,6 +30,7 @@ from dspark.cache.manifest import DumpInfo, Manifest, SourceInfo, TargetInfo
 from dspark.cache.reader import read_manifest
 from dspark.cache.recode import snr_db
 from dspark.cache.records import CodedSample, TokenSample, last_rows
+from dspark.cache.settings import DEFAULT_PACKING
 from dspark.cache.writer import StoreWriter
 from dspark.tools.from_deepspec import DeepSpecSource
 from dspark.tools.from_speculators import SpeculatorsSource
@@ -75,6 +76,7 @@ def import_store(
     layers: Sequence[int] | None = None,
     aux_bits: int = 16,
     last_bits: int = 16,
+    pack: str = DEFAULT_PACKING,
     mask_token_id: int | None = None,
     last_state: str | None = None,
     part_tokens: int = 32768,
@@ -95,6 +97,7 @@ def import_store(
     from dspark.dump.presets import find
     from dspark.dump.target import choose_mask_token, compact, load_target, tokenizer_info
 
+    codecs = codec_for(aux_bits, pack), codec_for(last_bits, pack)
     given = open_source(source)
     if len(given) == 0:
         raise DataError(f"{source}: no samples")
@@ -115,8 +118,8 @@ def import_store(
             weights_sha256="",
         ),
         layers=chosen,
-        aux=field_info(codec_for(aux_bits)),
-        last=field_info(codec_for(last_bits)),
+        aux=field_info(codecs[0]),
+        last=field_info(codecs[1]),
         tokenizer=tokenizer_info(target, tokenised=True),
         source=SourceInfo(id=Path(source).resolve().name, sha256=given.sha256, limit=None),
         dump=DumpInfo(
@@ -139,7 +142,7 @@ def import_store(
             return stored
         writer = StoreWriter.resume(destination, centred_as(manifest, stored))
     else:
-        aux, last = reader.calibrated(codec_for(aux_bits), codec_for(last_bits))
+        aux, last = reader.calibrated(*codecs)
         manifest = dataclasses.replace(manifest, aux=field_info(aux), last=field_info(last))
         writer = StoreWriter.create(destination, manifest, compact(frozen), target.files, overwrite=overwrite)
     with writer:

@@ -39,7 +39,7 @@ def info(path: str | Path) -> dict[str, Any]:
         "target_layer_ids": manifest.target_layer_ids, "num_layers": target.num_layers, "hidden_size": target.hidden_size,
         "vocab_size": target.vocab_size, "mask_token_id": target.mask_token_id, "samples": samples, "tokens": tokens,
         "supervised_tokens": supervised, "last_rows": last, "parts": parts, "aux_bits": manifest.aux.bits, "last_bits": manifest.last.bits,
-        "aux_codec": manifest.aux.codec, "last_codec": manifest.last.codec, "last_after_final_norm": manifest.last_after_final_norm,
+        "aux_codec": manifest.aux.codec, "last_codec": manifest.last.codec, "pack": manifest.aux.pack, "last_after_final_norm": manifest.last_after_final_norm,
         "bytes_on_disk": on_disk, "frozen_bytes": on_disk - states, "bytes_per_token": stored, "raw_bytes_per_token": raw,
         "ratio": raw / stored if stored else None, "engine": manifest.dump.engine, "engine_version": manifest.dump.engine_version,
         "dtype": manifest.dump.dtype, "seq_length": manifest.dump.seq_length, "mask_rule": manifest.dump.mask_rule,

@@ -6,11 +6,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import zarr
 
 import dspark.cache
 import stores
 from dspark.cache import errors
 from dspark.cache.recode import recode
+from dspark.cache.settings import PACKINGS
 from dspark.cache.verify import verify
 from dspark.tools.compare import compare
 
@@ -39,6 +41,44 @@ def test_other_bits_same_samples(store: Path, tmp_path: Path, bits: tuple[int, i
     assert compare(a, a)["last_tv"] == 0.0
 
 
+def test_packing_alone_keeps_every_code(store: Path, tmp_path: Path) -> None:
+    """zstd to none and back: the same codes, centres and quality, and the first store's bytes; a foreign reader sees the codes in either."""
+    made = [tmp_path / name for name in ("packed", "plain", "again")]
+    recode(store, made[0], aux_bits=4, last_bits=8)
+    for source, to, pack in ((made[0], made[1], "none"), (made[1], made[2], "zstd")):
+        out = recode(source, to, aux_bits=4, last_bits=8, pack=pack)
+        assert (out.aux.pack, out.last.pack) == (pack, pack)
+        assert verify(to).ok
+    a, b = dspark.cache.open(made[0]), dspark.cache.open(made[1])
+    assert (a.manifest.aux.params, a.manifest.quality) == (b.manifest.aux.params, b.manifest.quality)
+    for i in range(len(a)):
+        x, y = a.read(i), b.read(i)
+        for name in ("code", "scale"):
+            np.testing.assert_array_equal(x.aux[name], y.aux[name])
+            np.testing.assert_array_equal(x.last[name], y.last[name])
+    for file in sorted(p for p in made[0].rglob("*") if p.is_file()):
+        assert file.read_bytes() == (made[2] / file.relative_to(made[0])).read_bytes(), file
+    name = "parts/00000001/aux_code"
+    foreign = [zarr.open_array(folder / name, mode="r") for folder in made[:2]]
+    np.testing.assert_array_equal(np.asarray(foreign[0]), np.asarray(foreign[1]))
+    assert [len(z.compressors) for z in foreign] == [2, 1]  # zstd and crc32c, crc32c
+    # Chunks are as they are: 128 rows and their checksum, the last one filled up.
+    rows, layers, width = foreign[1].shape
+    chunks = -(-rows // 128)
+    file = made[1] / name / "c" / "0" / "0" / "0"
+    assert file.stat().st_size == chunks * (128 * layers * width + 4 + 16) + 4
+
+
+def test_three_and_two_bits_need_zstd(store: Path, tmp_path: Path) -> None:
+    for bits in (3, 2):
+        with pytest.raises(errors.UsageError, match=f"{bits} bits .* only zstd .* choose 16, 8 or 4 bits"):
+            recode(store, tmp_path / "small.zarr", aux_bits=bits, last_bits=4, pack="none")
+    recode(store, tmp_path / "small.zarr", aux_bits=2, last_bits=4)
+    with pytest.raises(errors.UsageError, match="2 bits"):
+        recode(tmp_path / "small.zarr", tmp_path / "plain.zarr", aux_bits=2, last_bits=4, pack="none")
+    assert not (tmp_path / "plain.zarr").exists()
+
+
 def test_back_to_16_bits_is_the_same_store(store: Path, tmp_path: Path) -> None:
     """16 bits of 16 bits lose nothing: every part comes out byte for byte."""
     recode(store, tmp_path / "again.zarr", aux_bits=16, last_bits=16)
@@ -47,7 +87,8 @@ def test_back_to_16_bits_is_the_same_store(store: Path, tmp_path: Path) -> None:
             assert file.read_bytes() == (tmp_path / "again.zarr" / file.relative_to(store)).read_bytes()
 
 
-def test_stopped_and_resumed_is_the_same(store: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("pack", PACKINGS)
+def test_stopped_and_resumed_is_the_same(store: Path, tmp_path: Path, pack: str) -> None:
     class Stop(Exception):
         pass
 
@@ -55,14 +96,14 @@ def test_stopped_and_resumed_is_the_same(store: Path, tmp_path: Path) -> None:
         if done == 2:
             raise Stop
 
-    recode(store, tmp_path / "whole.zarr", aux_bits=4, last_bits=4)
+    recode(store, tmp_path / "whole.zarr", aux_bits=4, last_bits=4, pack=pack)
     with pytest.raises(Stop):
-        recode(store, tmp_path / "half.zarr", aux_bits=4, last_bits=4, progress=stop)
+        recode(store, tmp_path / "half.zarr", aux_bits=4, last_bits=4, pack=pack, progress=stop)
     with pytest.raises(errors.ExistsError):
         recode(store, tmp_path / "half.zarr", aux_bits=4, last_bits=4)
-    with pytest.raises(errors.MismatchError, match=r"aux\.bits: store has 4, this run has 3"):
-        recode(store, tmp_path / "half.zarr", aux_bits=3, last_bits=4, resume=True)
-    recode(store, tmp_path / "half.zarr", aux_bits=4, last_bits=4, resume=True)
+    with pytest.raises(errors.MismatchError, match=r"aux\.bits: store has 4, this run has 8"):
+        recode(store, tmp_path / "half.zarr", aux_bits=8, last_bits=4, pack=pack, resume=True)
+    recode(store, tmp_path / "half.zarr", aux_bits=4, last_bits=4, pack=pack, resume=True)
     for file in sorted((tmp_path / "whole.zarr").rglob("*")):
         if file.is_file():
             assert (

@@ -14,17 +14,25 @@ import zarr
 import dspark.cache
 import stores
 from dspark.cache import errors
-from dspark.cache.manifest import sealed
+from dspark.cache.manifest import FieldInfo, Manifest, sealed
 from dspark.cache.records import last_rows
+from dspark.cache.settings import PACKINGS
 from dspark.cache.verify import drop_damaged, verify
 from dspark.cache.writer import StoreWriter
 
 LENGTHS = [50, 3, 120, 77, 260, 9, 150, 31]
 
 
+@pytest.fixture(params=PACKINGS)
+def plan(request: pytest.FixtureRequest) -> Manifest:
+    """Every test of this file holds for either way of keeping codes."""
+    field = FieldInfo(codec="bf16", bits=16, pack=request.param)
+    return stores.manifest(aux=field, last=field)
+
+
 @pytest.fixture
-def store(tmp_path: Path) -> Path:
-    stores.write_store(tmp_path / "hs.zarr", LENGTHS)
+def store(tmp_path: Path, plan: Manifest) -> Path:
+    stores.write_store(tmp_path / "hs.zarr", LENGTHS, m=plan)
     return tmp_path / "hs.zarr"
 
 
@@ -78,8 +86,8 @@ def test_a_cache_pickles_and_target_is_tied(store: Path) -> None:
         cache[len(LENGTHS)]
 
 
-def test_writing_twice_gives_the_same_bytes(store: Path, tmp_path: Path) -> None:
-    stores.write_store(tmp_path / "b.zarr", LENGTHS)
+def test_writing_twice_gives_the_same_bytes(store: Path, plan: Manifest, tmp_path: Path) -> None:
+    stores.write_store(tmp_path / "b.zarr", LENGTHS, m=plan)
     files = sorted(p.relative_to(store) for p in store.rglob("*") if p.is_file())
     assert files == sorted(
         p.relative_to(tmp_path / "b.zarr") for p in (tmp_path / "b.zarr").rglob("*") if p.is_file()
@@ -88,9 +96,9 @@ def test_writing_twice_gives_the_same_bytes(store: Path, tmp_path: Path) -> None
         assert (store / name).read_bytes() == (tmp_path / "b.zarr" / name).read_bytes(), name
 
 
-def test_resume_after_losing_any_part_gives_the_same_store(store: Path) -> None:
+def test_resume_after_losing_any_part_gives_the_same_store(store: Path, plan: Manifest) -> None:
     before = {p.relative_to(store): p.read_bytes() for p in store.rglob("*") if p.is_file()}
-    m = stores.manifest()
+    m = plan
     parts = stores.parts_of(stores.token_samples(LENGTHS), m.dump.part_tokens)
     report = verify(store)
     assert report.ok
@@ -115,15 +123,18 @@ def test_resume_after_losing_any_part_gives_the_same_store(store: Path) -> None:
     assert after == before
 
 
-def test_resume_refuses_another_plan_and_names_each_difference(store: Path) -> None:
-    other = stores.manifest(layers=[0, 2, 4])
+def test_resume_refuses_another_plan_and_names_each_difference(store: Path, plan: Manifest) -> None:
+    other = dataclasses.replace(plan, layers=[0, 2, 4])
     with pytest.raises(
         errors.MismatchError, match=r"layers: store has \[1, 2, 4\], this run has \[0, 2, 4\]"
     ):
         StoreWriter.resume(store, other)
-    dump = dataclasses.replace(stores.manifest().dump, seq_length=99)
+    dump = dataclasses.replace(plan.dump, seq_length=99)
     with pytest.raises(errors.MismatchError, match=r"dump.seq_length: store has 256, this run has 99"):
-        StoreWriter.resume(store, stores.manifest(dump=dump))
+        StoreWriter.resume(store, dataclasses.replace(plan, dump=dump))
+    (pack,) = set(PACKINGS) - {plan.aux.pack}
+    with pytest.raises(errors.MismatchError, match=rf"aux.pack: store has '{plan.aux.pack}'"):
+        StoreWriter.resume(store, dataclasses.replace(plan, aux=dataclasses.replace(plan.aux, pack=pack)))
 
 
 def test_refusals_by_name(tmp_path: Path, store: Path) -> None:
@@ -161,6 +172,9 @@ def test_unknown_version_codec_and_key_are_refused(store: Path) -> None:
         dspark.cache.open(store)
     edit_manifest(store, True, format_version=1, aux={"codec": "magic", "bits": 16, "params": {}})
     with pytest.raises(errors.FormatVersionError, match="magic"):
+        dspark.cache.open(store)
+    edit_manifest(store, True, aux={"codec": "bf16", "bits": 16, "params": {}, "pack": "lz4"})
+    with pytest.raises(errors.FormatVersionError, match="packed by 'lz4'"):
         dspark.cache.open(store)
     edit_manifest(store, True, aux={"codec": "bf16", "bits": 16, "params": {}}, surprise=1)
     with pytest.raises(errors.DamagedCacheError, match="surprise"):
@@ -215,7 +229,7 @@ def test_reading_damaged_states_raises(store: Path, kind: str) -> None:
 
 
 def test_verify_finds_a_swapped_part_and_a_missing_one(store: Path, tmp_path: Path) -> None:
-    stores.write_store(tmp_path / "other.zarr", LENGTHS, seed=5)
+    stores.write_store(tmp_path / "other.zarr", LENGTHS, m=dspark.cache.open(store).manifest, seed=5)
     mine, other = store / "parts" / "00000001", tmp_path / "other.zarr" / "parts" / "00000001"
     mine.rename(tmp_path / "kept")
     report = verify(store)
@@ -262,17 +276,21 @@ def test_disk_full_is_one_sentence_and_leaves_the_committed_parts(
     assert verify(tmp_path / "full.zarr").ok
 
 
-@pytest.mark.parametrize("dtype", ["uint16", "uint8", "int32", "bool"])
+@pytest.mark.parametrize(
+    ("dtype", "level"), [("uint16", 5), ("uint8", 1), ("int32", 5), ("bool", 1), ("uint16", 0), ("uint8", 0)]
+)
 @pytest.mark.parametrize("rows", [1, 127, 128, 129, 700])
-def test_our_shards_are_zarrs_bytes_and_ours_reads_zarrs(tmp_path: Path, dtype: str, rows: int) -> None:
+def test_our_shards_are_zarrs_bytes_and_ours_reads_zarrs(
+    tmp_path: Path, dtype: str, level: int, rows: int
+) -> None:
     """The fast writer and reader against zarr-python, both ways: the same file, the same values for any range of rows."""
     from dspark.cache.layout import StoredArray
     from dspark.cache.part import shard_file, write_array
     from dspark.cache.shard import Shard
 
     rng = np.random.default_rng(rows)
-    shuffle = {"uint16": 2, "int32": 4}.get(dtype, 0)
-    spec = StoredArray("x", (rows, 3, 20), dtype, 128, shuffle, 5 if shuffle else 1)
+    shuffle = {"uint16": 2, "int32": 4}.get(dtype, 0) if level else 0
+    spec = StoredArray("x", (rows, 3, 20), dtype, 128, shuffle, level)
     data = rng.integers(0, 2 if dtype == "bool" else 200, spec.shape).astype(dtype)
     zarr.create_group(tmp_path / "ours")
     write_array(tmp_path / "ours", spec, data)
@@ -286,3 +304,20 @@ def test_our_shards_are_zarrs_bytes_and_ours_reads_zarrs(tmp_path: Path, dtype: 
     for _ in range(20):
         a, b = sorted(rng.integers(0, rows + 1, 2).tolist())
         np.testing.assert_array_equal(shard.read(a, b), data[a:b])
+
+
+def test_unpacked_chunks_whose_index_is_not_theirs_are_damage(tmp_path: Path) -> None:
+    """A sound index (its crc32c right) of other lengths, and a file that is longer than its chunks."""
+    from dspark.cache.layout import StoredArray
+    from dspark.cache.shard import Shard, write_shard
+
+    spec = StoredArray("x", (300, 4), "uint8", 128, 0, 0)
+    data = np.arange(1200, dtype=np.uint32).astype(np.uint8).reshape(300, 4)
+    write_shard(tmp_path / "good", spec, data)
+    np.testing.assert_array_equal(Shard(tmp_path / "good", spec).read(100, 270), data[100:270])
+    write_shard(tmp_path / "packed", dataclasses.replace(spec, level=1), data)
+    whole = (tmp_path / "good").read_bytes()
+    (tmp_path / "longer").write_bytes(b"x" + whole)
+    for name in ("packed", "longer"):
+        with pytest.raises(errors.DamagedCacheError, match="not 3 chunks of 516 bytes"):
+            Shard(tmp_path / name, spec).read(0, 10)
