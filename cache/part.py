@@ -20,6 +20,7 @@ import zarr
 import zarr.abc.codec
 from zarr.codecs import BloscCodec, Crc32cCodec, ZstdCodec
 
+from dspark.cache.checksum import crc32
 from dspark.cache.codec import Codec
 from dspark.cache.disk import STAGING, commit_folder, write_errors
 from dspark.cache.errors import DamagedCacheError
@@ -33,7 +34,11 @@ Array = np.ndarray[tuple[int, ...], np.dtype[Any]]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PartRecord:
-    """What a committed part holds: source rows ``[row_start, row_stop)``, counts, and its files as ``[bytes, crc32c]``."""
+    """What a committed part holds: source rows ``[row_start, row_stop)``, counts, and its files as ``[bytes, crc32c, crc32]``.
+
+    Every chunk of a file ends with its own crc32c, so the file's crc32c depends on the chunks' lengths and not on what a sound chunk holds; the
+    crc32 (zlib's polynomial) does. Stores of older releases lack it.
+    """
 
     index: int
     row_start: int
@@ -197,7 +202,7 @@ def read_record(part: Path) -> PartRecord:
 
 def missing_files(part: Path, record: PartRecord) -> Iterator[str]:
     """A finding for each file of the part that is missing or has another size. Reads no data."""
-    for name, (size, _) in record.files.items():
+    for name, (size, *_) in record.files.items():
         try:
             found = os.stat(part / name).st_size
         except OSError as error:
@@ -233,14 +238,15 @@ def group_metadata(key: str, value: Json) -> bytes:
     return json.dumps(data, indent=1, ensure_ascii=False).encode()
 
 
-def size_crc(path: Path) -> tuple[int, int]:
-    """Size in bytes and crc32c of a file."""
-    size = crc = 0
+def size_crc(path: Path) -> tuple[int, int, int]:
+    """Size in bytes, crc32c and crc32 of a file."""
+    size = crc = other = 0
     with open(path, "rb") as file:
-        while block := file.read(1 << 22):
+        while block := file.read(1 << 20):
             size += len(block)
             crc = crc32c(block, crc)
-    return size, crc
+            other = crc32(block, other)
+    return size, crc, other
 
 
 def _files(root: Path) -> list[str]:

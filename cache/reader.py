@@ -164,6 +164,9 @@ class Cache:
     def tokens(self, i: int) -> TokenSample:
         """Sample ``i`` without its states: reads ids and mask only."""
         part, span, _ = self._locate(i)
+        return self._tokens(i, part, span)
+
+    def _tokens(self, i: int, part: int, span: slice) -> TokenSample:
         return TokenSample(
             row=int(self.index["sample_row"][i]),
             key=self.index["sample_key"][i].tobytes(),
@@ -174,13 +177,17 @@ class Cache:
     def read(self, i: int) -> CodedSample:
         """Sample ``i`` as stored: codes, to be decoded where they are needed (``aux_codec.decode``)."""
         part, span, last = self._locate(i)
-        tokens = self.tokens(i)
-        hidden = self.manifest.target.hidden_size
-        aux: Coded = {n: self._read(part, field_array("aux", n), span) for n in self.aux_codec.arrays(hidden)}
-        stored: Coded = {
-            n: self._read(part, field_array("last", n), last) for n in self.last_codec.arrays(hidden)
-        }
+        tokens = self._tokens(i, part, span)
+        aux: Coded = {n: self._read(part, array, span) for n, array in self._names["aux"]}
+        stored: Coded = {n: self._read(part, array, last) for n, array in self._names["last"]}
         return CodedSample(tokens, aux, stored)
+
+    @cached_property
+    def _names(self) -> dict[str, list[tuple[str, str]]]:
+        """Of each field: its codec's arrays, and their names on disk."""
+        hidden = self.manifest.target.hidden_size
+        fields = {"aux": self.aux_codec, "last": self.last_codec}
+        return {f: [(n, field_array(f, n)) for n in codec.arrays(hidden)] for f, codec in fields.items()}
 
     def __getitem__(self, i: int) -> Sample:
         import torch

@@ -14,31 +14,31 @@ from typing import TYPE_CHECKING, Self
 import numpy as np
 
 from dspark.cache.codec import Codec, to_numpy
-from dspark.cache.layout import state_array
+from dspark.cache.layout import state_array, token_bytes
 from dspark.cache.shard import chunk_rows, compressor
 
 if TYPE_CHECKING:
     import torch
 
 CHUNK_OVERHEAD = 20  # bytes: crc32c of the chunk, its offset and length in the shard's index
-TOKEN_BYTES = 1.5  # ids and mask 1.0, metadata of a part 0.4; measured on SmolLM2 stores
 
 
 @dataclass(frozen=True, slots=True)
 class RowBytes:
-    """Bytes of a row on disk: ``aux`` a token, ``last`` a stored last state."""
+    """Bytes of a row on disk: ``aux`` a token, ``last`` a stored last state, ``token`` a token without its states."""
 
     aux: float
     last: float
+    token: float
 
     @classmethod
     def of(cls, aux_codec: Codec, last_codec: Codec, aux: torch.Tensor, last: torch.Tensor) -> Self:
         """Measured on ``aux`` [T, L, H] and ``last`` [M, H], rows in the order of a store."""
-        return cls(_row_bytes(aux_codec, aux), _row_bytes(last_codec, last))
+        return cls(_row_bytes(aux_codec, aux), _row_bytes(last_codec, last), token_bytes(aux_codec))
 
     def store(self, tokens: int, last_rows: int) -> int:
         """Bytes of a store's parts: everything but the target's files and the index."""
-        return round(tokens * (TOKEN_BYTES + self.aux) + last_rows * self.last)
+        return round(tokens * (self.token + self.aux) + last_rows * self.last)
 
 
 def _row_bytes(codec: Codec, states: torch.Tensor) -> float:

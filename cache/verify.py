@@ -83,10 +83,13 @@ def _check_part(
         return None
     absent = list(missing_files(folder, record))
     report.findings += absent
-    for name, (size, crc) in record.files.items():
+    for name, (size, *sums) in record.files.items():
         file = folder / name
-        if file.is_file() and file.stat().st_size == size and (found := size_crc(file)[1]) != crc:
-            report.findings.append(f"{file}: crc32c of the file is {found}, the record says {crc}")
+        if not file.is_file() or file.stat().st_size != size:
+            continue  # said above
+        found = size_crc(file)[1:]
+        if found[: len(sums)] != tuple(sums):
+            report.findings.append(f"{file}: the file's checksums are {list(found)}, the record says {sums}")
     for extra in sorted(
         {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
         - set(record.files)

@@ -265,9 +265,8 @@ def disk_bytes(
 ) -> float:
     """Expected bytes of a token on disk; ``last_share`` = stored last states / tokens."""
     from dspark.cache.layout import disk_bytes_per_token
-    from dspark.cache.sizing import TOKEN_BYTES
 
-    return TOKEN_BYTES + disk_bytes_per_token(len(layers), shapes.hidden_size, *codecs, last_share)
+    return disk_bytes_per_token(len(layers), shapes.hidden_size, *codecs, last_share)
 
 
 def weight_bytes(shapes: Shapes) -> int:

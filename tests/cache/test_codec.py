@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 import dspark.cache
 from dspark.cache.codec import SETTINGS, Bf16, Rotated, codec_for, codec_from, field_info
 from dspark.cache.errors import EngineError, FormatVersionError, UsageError
-from dspark.cache.layout import disk_bytes_per_token, stored_bytes_per_token
+from dspark.cache.layout import disk_bytes_per_token, stored_bytes_per_token, token_bytes
 from dspark.cache.manifest import FieldInfo
 from dspark.cache.quant import distortion, entropy, gaussian_levels, scale_table
 from dspark.cache.rotation import energy, group_size, hadamard, rotate, signs
@@ -295,6 +295,6 @@ def test_size_by_formula_is_the_size_on_disk(tmp_path: Path, bits: int) -> None:
 def test_sizes_of_a_token_add_up() -> None:
     aux, last = rotated(4), rotated(8)
     assert stored_bytes_per_token(5, 576, aux, last, 0.5) == 5 * (288 + 9) + 0.5 * (576 + 9)
-    expected = 5 * aux.disk_bytes(576) + 0.5 * last.disk_bytes(576)
+    expected = token_bytes(aux) + 5 * aux.disk_bytes(576) + 0.5 * last.disk_bytes(576)
     assert disk_bytes_per_token(5, 576, aux, last, 0.5) == expected
     assert expected < stored_bytes_per_token(5, 576, aux, last, 0.5)

@@ -321,3 +321,11 @@ def test_unpacked_chunks_whose_index_is_not_theirs_are_damage(tmp_path: Path) ->
     for name in ("packed", "longer"):
         with pytest.raises(errors.DamagedCacheError, match="not 3 chunks of 516 bytes"):
             Shard(tmp_path / name, spec).read(0, 10)
+
+
+def test_a_sound_file_of_another_part_is_found(tmp_path: Path, store: Path, plan: Manifest) -> None:
+    """Equal lengths, every checksum in it right: the crc32c of such files is the same whatever they hold, their crc32 is not."""
+    stores.write_store(tmp_path / "other.zarr", LENGTHS, m=plan, seed=5)
+    name = "parts/00000001/sample_key/c/0/0"
+    (store / name).write_bytes((tmp_path / "other.zarr" / name).read_bytes())
+    assert any("sample_key" in finding and "checksums" in finding for finding in verify(store).findings)
