@@ -66,6 +66,9 @@ class Corpus(Protocol):
     def rows(self, start: int = 0) -> Iterator[Row]: ...
     def pick(self, wanted: Callable[[int], bool]) -> Iterator[Row]: ...
     def count(self) -> int: ...
+    def weights(self) -> list[int]:
+        """What is known of each row's length without parsing it: the bytes of its line, or 1 each."""
+        ...
 
 
 def open_corpus(data: str) -> Corpus:
@@ -108,6 +111,9 @@ class JsonlCorpus:
 
     def count(self) -> int:
         return sum(1 for _ in self._lines())
+
+    def weights(self) -> list[int]:
+        return [len(line) for _, line in self._lines()]
 
     def rows(self, start: int = 0) -> Iterator[Row]:
         return self.pick(lambda n: n >= start)
@@ -152,6 +158,9 @@ class HubCorpus:
 
     def count(self) -> int:
         return len(self._rows)
+
+    def weights(self) -> list[int]:
+        return [1] * len(self._rows)
 
     def rows(self, start: int = 0) -> Iterator[Row]:
         for number in range(start, len(self._rows)):

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from dspark.dump.corpus import Corpus
     from dspark.dump.tokens import SampleMaker
 
-SPREAD_ROWS = 128  # rows tokenised for the estimate
+SPREAD_ROWS = 512  # rows tokenised for the estimate: half a second; 128 of them, scaled by rows, were 10 % off on 18,438 chats
 PART_BYTES = (
     512 << 20
 )  # of states in memory, of a part on a GPU: long enough to batch well, short enough to lose
@@ -222,19 +222,20 @@ def engine_version(engine: str) -> str:
 
 
 def estimate(plan: Plan, corpus: Corpus, maker: SampleMaker | None, limit: int | None) -> Plan:
-    """Count the rows, tokenise a spread of them, and scale up. Without a tokenizer only the rows are known."""
-    rows = corpus.count()
+    """Count the rows, tokenise a spread of them, and scale up by the bytes of their lines. Without a tokenizer only the rows are known."""
+    weights = corpus.weights()[:limit]
+    rows = len(weights)
     if rows == 0:
         raise DataError(f"--data {plan.data}: no rows.")
-    rows = rows if limit is None else min(rows, limit)
     if maker is None:
         return dataclasses.replace(plan, rows=rows)
     step = max(rows // SPREAD_ROWS, 1)
-    made = [maker.make(row) for row in corpus.pick(lambda n: n % step == 0 and n < rows)]
+    picked = list(corpus.pick(lambda n: n % step == 0 and n < rows))
+    made = [maker.make(row) for row in picked]
     kept = [m.sample for m in made if m.sample]
     sampled = sum(len(s.input_ids) for s in kept)
     stored = sum(int(last_rows(s.loss_mask).sum()) for s in kept)
-    tokens = round(sampled / len(made) * rows)
+    tokens = round(sampled / sum(weights[row.number] for row in picked) * sum(weights))
     share = stored / max(sampled, 1)
     rate = disk_bytes(plan.shapes, plan.layers, plan.codecs, share)
     size = round(tokens * rate) + weight_bytes(plan.shapes)

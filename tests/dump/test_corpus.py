@@ -131,3 +131,12 @@ def test_a_data_set_that_cannot_be_reached(monkeypatch: pytest.MonkeyPatch) -> N
         match=r"org/name: not a file here, and the data set \(split 'train'\) could not be loaded: ConnectionError: offline",
     ):
         open_corpus("org/name")
+
+
+def test_weights_are_the_bytes_of_the_rows(tmp_path: Path) -> None:
+    """Of the non-blank lines, as rows are counted."""
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"a": 1}\n\n{"a": 22}\n')
+    corpus = open_corpus(str(path))
+    assert corpus.weights() == [9, 10]
+    assert corpus.count() == 2
