@@ -27,11 +27,11 @@ from engines import difference, random_samples
 
 from common import RESULTS, write
 from dspark.cache.errors import EngineError
+from dspark.cache.logits import Logits
 from dspark.cache.records import last_rows
 from dspark.dump.capture import Engine, States
 from dspark.dump.engine_transformers import TransformersEngine
 from dspark.dump.engine_vllm import VllmEngine
-from dspark.dump.logits import Logits
 from dspark.dump.selfcheck import HeadOf, check, compare
 from dspark.dump.target import load_target
 
