@@ -16,7 +16,7 @@ NAMED = {
 NAMES = ", ".join(f"{name} = {aux}/{last}" for name, (aux, last) in NAMED.items())
 
 # How an array of codes is kept: ``zstd`` takes out what the cells' unequal shares leave over; ``none`` keeps the codes as they are, under a checksum:
-# a fifth more bytes at 4 bits, a size that is known exactly, and reading at the speed of memory (docs/log.md). 3 and 2 bits need zstd.
+# a fifth more bytes at 4 bits, a size that is known exactly, and reading at about half the speed of a copy from memory (docs/log.md). 3 and 2 bits need zstd.
 PACKINGS = ("zstd", "none")
 DEFAULT_PACKING = PACKINGS[0]
 
