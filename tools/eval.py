@@ -19,7 +19,7 @@ import click
 from dspark.cache.command import emit, guarded
 from dspark.cache.disk import write_file
 from dspark.cache.errors import DraftError
-from dspark.tools.eval_report import HEADER, how, lines, markdown, relative_cost, report
+from dspark.tools.eval_report import HEADER, TABLES, how, lines, markdown, relative_cost, report
 from dspark.tools.outcome import Outcome, summarise
 from dspark.tools.prompts import Prompt
 from dspark.tools.promptsets import NAMES
@@ -246,15 +246,19 @@ def _answers(prompts: Sequence[Prompt], runs: Runs) -> Iterator[dict[str, Any]]:
 
 
 def show(result: dict[str, Any]) -> None:
-    """The report as a table on stdout."""
+    """The report on stdout, in tables that fit a terminal."""
+    from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(*HEADER)
-    for cells in lines(result):
-        table.add_row(*cells)
     console = Console()
-    console.print(table)
+    for columns in TABLES:
+        table = Table(box=SIMPLE_HEAD, pad_edge=False)
+        for name in columns:
+            table.add_column(name, no_wrap=True)
+        for cells in lines(result):
+            table.add_row(*(cells[HEADER.index(name)] for name in columns))
+        console.print(table)
     console.print(how(result), highlight=False)
     if result["lossless"]:
         console.print("lossless: every answer is the target's own greedy answer")

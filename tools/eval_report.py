@@ -90,8 +90,25 @@ def relative_cost(model: str, draft: str) -> float | None:
     return float(read / (every if head.weight is embed.weight else every - embed.weight.numel()))
 
 
-HEADER = ("source", "prompts", "drafts", "accepted length", "accept rate by position", "tokens/s", "target alone", "speed-up",
-          "theoretical", "lossless")  # fmt: skip
+RATES = "accept rate by position"
+HEADER = (
+    "source",
+    "prompts",
+    "drafts",
+    "accepted length",
+    RATES,
+    "tokens/s",
+    "target alone",
+    "speed-up",
+    "theoretical",
+    "lossless",
+)
+# The same columns in three tables that fit a terminal.
+TABLES = (
+    ("source", "prompts", "drafts", "accepted length", "lossless"),
+    ("source", RATES),
+    ("source", "tokens/s", "target alone", "speed-up", "theoretical"),
+)
 
 
 def lines(result: dict[str, Any]) -> list[tuple[str, ...]]:
