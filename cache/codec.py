@@ -249,9 +249,9 @@ class Rotated:
         import torch
 
         half = len(self.levels)
-        t = y * _constant(y.device, _cells_per_unit, self.step, g).index_select(0, k)
+        t = y * _constant(y.device, cells_per_unit, self.step, g).index_select(0, k)
         cells = t.floor().clamp_(-half, half - 1).add_(half)
-        levels = _constant(y.device, _levels_in_cells, self.step, self.levels)
+        levels = _constant(y.device, levels_in_cells, self.step, self.levels)
         t -= levels.index_select(0, cells.to(torch.int32).view(-1)).view(t.shape)
         scale = _constant(y.device, scale_table).index_select(0, k) * self.step
         return cells, energy(t) * scale * scale
@@ -348,13 +348,13 @@ def _constant(device: torch.device, make: Callable[..., Table], *args: Hashable)
         return torch.from_numpy(make(*args)).to(device)
 
 
-def _cells_per_unit(step: float, g: int) -> Table:
+def cells_per_unit(step: float, g: int) -> Table:
     """1 / (g scale step) of each scale code, float32[256]: turns an unnormalised rotation into cells; 0 for code 0."""
     scale = scale_table().astype(np.float64)
     return np.divide(1.0, scale * (g * step), out=np.zeros(256), where=scale > 0).astype(np.float32)
 
 
-def _levels_in_cells(step: float, levels: tuple[int, ...]) -> Table:
+def levels_in_cells(step: float, levels: tuple[int, ...]) -> Table:
     return (level_table(levels) / (UNIT * step)).astype(np.float32)
 
 

@@ -12,6 +12,9 @@ from typing import Any, NoReturn, Protocol
 from dspark.cache.errors import DsparkError
 from dspark.cache.settings import DEFAULT_PACKING, NAMED, NAMES, PACKINGS, choose_bits
 
+# Of a click command: -h too, defaults shown, lines as long as a terminal of 120 columns.
+SETTINGS = {"help_option_names": ["-h", "--help"], "show_default": True, "max_content_width": 120}
+
 
 class Progress(Protocol):
     """``progress(done, total, text)``."""

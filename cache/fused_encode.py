@@ -180,14 +180,14 @@ class _Tables(NamedTuple):
 @lru_cache(maxsize=16)
 def _tables(codec: Rotated, hidden: int, device: torch.device) -> _Tables:
     """What the kernel looks up, on ``device``; made once a codec."""
-    from dspark.cache.codec import _cells_per_unit, _levels_in_cells
+    from dspark.cache.codec import cells_per_unit, levels_in_cells
 
     g = codec.group(hidden)
     with torch.inference_mode(False):
         arrays = (
             signs(g),
-            _cells_per_unit(codec.step, g),
-            _levels_in_cells(codec.step, codec.levels),
+            cells_per_unit(codec.step, g),
+            levels_in_cells(codec.step, codec.levels),
             scale_table(),
         )
         flip, per_unit, levels, scales = (

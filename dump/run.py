@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from dspark.cache.codec import Bf16, Codec, field_info
 from dspark.cache.errors import DataError, DsparkError, ExistsError
 from dspark.cache.logits import PLAIN, Logits
-from dspark.cache.manifest import DumpInfo, Manifest, SourceInfo, TargetInfo
+from dspark.cache.manifest import DumpInfo, Manifest, SourceInfo
 from dspark.cache.reader import read_manifest
 from dspark.cache.recode import snr_db
 from dspark.cache.records import TokenSample
@@ -38,7 +38,7 @@ from dspark.dump.presets import check_shapes, find
 from dspark.dump.progress import log_file
 from dspark.dump.regenerate import Prompts, Regenerator, batches_of, join_answers
 from dspark.dump.selfcheck import PROBE_TOKENS, check, probe_samples
-from dspark.dump.target import Target, choose_mask_token, compact, load_target, tokenizer_info
+from dspark.dump.target import Target, compact, load_target, target_info, tokenizer_info
 from dspark.dump.tokenise import Tokenisers
 from dspark.dump.tokens import SampleMaker
 
@@ -109,20 +109,9 @@ def prepare(config: DumpConfig) -> Job:
     plan = planning.estimate(plan, corpus, maker, config.limit)
     if isinstance(maker, Prompts):
         plan = planning.with_answers(plan, maker.sampling.max_tokens)
-    mask_token = choose_mask_token(target, config.mask_token_id, preset.mask_token_id if preset else None)
     aux, last = config.codecs
     manifest = Manifest(
-        target=TargetInfo(
-            id=target.id,
-            revision=target.revision,
-            config=target.config,
-            hidden_size=target.shapes.hidden_size,
-            vocab_size=target.shapes.vocab_size,
-            num_layers=target.shapes.num_layers,
-            mask_token_id=mask_token,
-            eos_token_ids=target.eos_token_ids,
-            weights_sha256="",
-        ),
+        target=target_info(target, config.mask_token_id, preset),
         layers=list(plan.layers),
         aux=field_info(aux),
         last=field_info(last),

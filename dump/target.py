@@ -16,11 +16,13 @@ from typing import TYPE_CHECKING, Any
 
 from dspark.cache.errors import EngineError, UsageError
 from dspark.cache.frozen import FrozenTarget
-from dspark.cache.manifest import Json, TokenizerInfo
+from dspark.cache.manifest import Json, TargetInfo, TokenizerInfo
 from dspark.dump.layers import Shapes
 
 if TYPE_CHECKING:
     from torch import nn
+
+    from dspark.dump.presets import Preset
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -148,6 +150,21 @@ def tokenizer_info(target: Target, tokenised: bool) -> TokenizerInfo:
 
     return TokenizerInfo(
         sha256=sha, chat_template_sha256=hashlib.sha256(chat_template(target.tokenizer).encode()).hexdigest()
+    )
+
+
+def target_info(target: Target, asked_mask_token: int | None, preset: Preset | None) -> TargetInfo:
+    """What a manifest says of ``target``; the checksum of its weights is the writer's to fill in."""
+    return TargetInfo(
+        id=target.id,
+        revision=target.revision,
+        config=target.config,
+        hidden_size=target.shapes.hidden_size,
+        vocab_size=target.shapes.vocab_size,
+        num_layers=target.shapes.num_layers,
+        mask_token_id=choose_mask_token(target, asked_mask_token, preset.mask_token_id if preset else None),
+        eos_token_ids=target.eos_token_ids,
+        weights_sha256="",
     )
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import click
 
-from dspark.cache.command import bar, emit, guarded
+from dspark.cache.command import SETTINGS, bar, emit, guarded
 
 FILE = "calibration.json"
 
@@ -144,7 +144,7 @@ def fold_into_head(draft: str, shared: Any) -> None:
 
 @click.command(
     "calibrate",
-    context_settings={"help_option_names": ["-h", "--help"], "show_default": True, "max_content_width": 120},
+    context_settings=SETTINGS,
     epilog="""\b
 Examples:
   dspark-tools calibrate --cache ./hs.zarr --draft ./draft

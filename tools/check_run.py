@@ -16,7 +16,7 @@ from typing import Any
 
 import click
 
-from dspark.cache.command import emit, guarded
+from dspark.cache.command import SETTINGS, emit, guarded
 
 QUESTIONS = (
     "Write a Python function that returns the n-th Fibonacci number.",
@@ -242,7 +242,7 @@ def _why_not_served(config: CheckConfig) -> str:
 
 @click.command(
     "check",
-    context_settings={"help_option_names": ["-h", "--help"], "show_default": True, "max_content_width": 120},
+    context_settings=SETTINGS,
     epilog="""\b
 Examples:
   dspark-tools check ./draft --model Qwen/Qwen3-4B

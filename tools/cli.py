@@ -7,13 +7,12 @@ from typing import Any
 
 import click
 
-from dspark.cache.command import bar, bits_options, emit, guarded
+from dspark.cache.command import SETTINGS, bar, bits_options, emit, guarded
 from dspark.tools.calibrate import calibrate_command
 from dspark.tools.check_run import check_command
 from dspark.tools.eval import eval_command
 from dspark.tools.publish import export_command
 
-SETTINGS = {"help_option_names": ["-h", "--help"], "show_default": True, "max_content_width": 120}
 json_flag = click.option(
     "--json", "as_json", is_flag=True, help="One JSON object on stdout, all else on stderr."
 )

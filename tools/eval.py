@@ -16,7 +16,7 @@ from typing import Any
 
 import click
 
-from dspark.cache.command import emit, guarded
+from dspark.cache.command import SETTINGS, emit, guarded
 from dspark.cache.disk import write_file
 from dspark.cache.errors import DraftError
 from dspark.tools.eval_report import HEADER, TABLES, how, lines, markdown, relative_cost, report
@@ -159,7 +159,7 @@ def _length(outcomes: Sequence[Outcome]) -> str:
 
 @click.command(
     "eval",
-    context_settings={"help_option_names": ["-h", "--help"], "show_default": True, "max_content_width": 120},
+    context_settings=SETTINGS,
     epilog="""\b
 Examples:
   dspark-tools eval --model Qwen/Qwen3-4B --draft ./draft --data prompts.jsonl --limit 50

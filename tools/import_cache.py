@@ -26,7 +26,7 @@ from dspark.cache.errors import (
     NotACacheError,
     UsageError,
 )
-from dspark.cache.manifest import DumpInfo, Manifest, SourceInfo, TargetInfo
+from dspark.cache.manifest import DumpInfo, Manifest, SourceInfo
 from dspark.cache.reader import read_manifest
 from dspark.cache.recode import snr_db
 from dspark.cache.records import CodedSample, TokenSample, last_rows
@@ -95,7 +95,7 @@ def import_store(
     from dspark.dump.calibrate import centred_as
     from dspark.dump.checkpoint import read_frozen
     from dspark.dump.presets import find
-    from dspark.dump.target import choose_mask_token, compact, load_target, tokenizer_info
+    from dspark.dump.target import compact, load_target, target_info, tokenizer_info
 
     codecs = codec_for(aux_bits, pack), codec_for(last_bits, pack)
     given = open_source(source)
@@ -104,19 +104,8 @@ def import_store(
     target = load_target(model)
     chosen = check_belongs(given, source, layers, target.shapes.hidden_size, target.shapes.num_layers, model)
     frozen, norm = read_frozen(model, target.shapes)
-    preset = find(model)
     manifest = Manifest(
-        target=TargetInfo(
-            id=target.id,
-            revision=target.revision,
-            config=target.config,
-            hidden_size=target.shapes.hidden_size,
-            vocab_size=target.shapes.vocab_size,
-            num_layers=target.shapes.num_layers,
-            mask_token_id=choose_mask_token(target, mask_token_id, preset.mask_token_id if preset else None),
-            eos_token_ids=target.eos_token_ids,
-            weights_sha256="",
-        ),
+        target=target_info(target, mask_token_id, find(model)),
         layers=chosen,
         aux=field_info(codecs[0]),
         last=field_info(codecs[1]),

@@ -14,7 +14,7 @@ from typing import Any
 
 import click
 
-from dspark.cache.command import emit, guarded
+from dspark.cache.command import SETTINGS, emit, guarded
 
 MANIFEST, CARD = "manifest.json", "README.md"
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
@@ -157,7 +157,7 @@ def _not_pushed(folder: str, repo: str, error: BaseException) -> str:
 
 @click.command(
     "export",
-    context_settings={"help_option_names": ["-h", "--help"], "show_default": True, "max_content_width": 120},
+    context_settings=SETTINGS,
     epilog="""\b
 Examples:
   dspark-tools export ./draft ./published

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from dspark.cache.command import bar, emit, guarded
+from dspark.cache.command import SETTINGS, bar, emit, guarded
 from dspark.train.config import TrainConfig
 from dspark.train.recipes import AUTO, NONE, configure, recipes
 
@@ -16,7 +16,7 @@ DEFAULTS = TrainConfig(cache="")
 
 
 @click.command(
-    context_settings={"help_option_names": ["-h", "--help"], "show_default": True, "max_content_width": 120},
+    context_settings=SETTINGS,
     epilog="""\b
 Examples:
   dspark-train --cache ./hs.zarr

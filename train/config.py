@@ -75,7 +75,7 @@ class TrainConfig:
     log_every: int = 10
     tensorboard: bool = True
     compile: bool | None = None
-    """torch.compile the backbone and the objective. None: on cuda. Rows are then padded to one shape."""
+    """torch.compile the backbone. None: on cuda. Rows are then padded to one shape."""
     activation_checkpointing: bool = False
     """Keep only the input of each draft layer for the backward pass and compute the rest again: less memory a row, more time."""
     strategy: str | None = None

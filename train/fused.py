@@ -42,6 +42,21 @@ def log_sum_exp(logits, size, lane, TILE: tl.constexpr):  # type: ignore[no-unty
 
 
 @triton.jit  # type: ignore[untyped-decorator]
+def probabilities(  # type: ignore[no-untyped-def]
+    draft, target, draft_ids, column, draft_size, log_d, log_t, REDUCED: tl.constexpr
+):
+    """Of the draft's tokens ``column``: the draft's and the target's; 0 past the end."""
+    real = column < draft_size
+    x = tl.load(draft + column, mask=real, other=-float("inf")).to(tl.float32)
+    if REDUCED:
+        where = tl.load(draft_ids + column, mask=real, other=0)
+    else:
+        where = column
+    y = tl.load(target + where, mask=real, other=-float("inf")).to(tl.float32)
+    return tl.exp(x - log_d), tl.exp(y - log_t)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
 def slot_terms(  # type: ignore[no-untyped-def]
     draft,  # [n, Vd], becomes the gradient
     target,  # [n, V]
@@ -72,16 +87,7 @@ def slot_terms(  # type: ignore[no-untyped-def]
     signed = tl.zeros([TILE], tl.float32)
     inside = tl.zeros([TILE], tl.float32)
     for at in range(0, draft_size, TILE):
-        column = at + lane
-        real = column < draft_size
-        x = tl.load(draft + column, mask=real, other=-float("inf")).to(tl.float32)
-        if REDUCED:
-            where = tl.load(draft_ids + column, mask=real, other=0)
-        else:
-            where = column
-        y = tl.load(target + where, mask=real, other=-float("inf")).to(tl.float32)
-        p = tl.exp(x - log_d)
-        q = tl.exp(y - log_t)
+        p, q = probabilities(draft, target, draft_ids, at + lane, draft_size, log_d, log_t, REDUCED)
         difference = p - q
         distance += tl.abs(difference)
         signed += tl.where(difference > 0, p, tl.where(difference < 0, -p, 0.0))
@@ -105,19 +111,12 @@ def slot_terms(  # type: ignore[no-untyped-def]
         tl.debug_barrier()
         for at in range(0, draft_size, TILE):
             column = at + lane
-            real = column < draft_size
-            x = tl.load(draft + column, mask=real, other=-float("inf")).to(tl.float32)
-            if REDUCED:
-                where = tl.load(draft_ids + column, mask=real, other=0)
-            else:
-                where = column
-            y = tl.load(target + where, mask=real, other=-float("inf")).to(tl.float32)
-            p = tl.exp(x - log_d)
-            difference = p - tl.exp(y - log_t)
+            p, q = probabilities(draft, target, draft_ids, column, draft_size, log_d, log_t, REDUCED)
+            difference = p - q
             sign = tl.where(difference > 0, 1.0, tl.where(difference < 0, -1.0, 0.0))
             slope = p * (weight_l1 * (sign - mean_sign) + weight_ce)
             slope -= tl.where(column == label, weight_ce, 0.0)
-            tl.store(draft + column, slope.to(draft.dtype.element_ty), mask=real)
+            tl.store(draft + column, slope.to(draft.dtype.element_ty), mask=column < draft_size)
 
 
 def chunk_terms(
