@@ -119,9 +119,8 @@ def collect(
 
     def observe(batch: Any, slots: Any, out: Any) -> None:
         full = batch.counted.all(1)
-        at = full[:, None].expand_as(batch.counted).flatten()[batch.slots]
         for kept, values in ((logits, slots.confidence), (accepts, out.accept)):
-            kept.append(values.detach()[at].float().cpu().view(-1, batch.block_size))
+            kept.append(batch.in_blocks(values.detach().float())[full].cpu())
 
     forced(
         cache, draft, samples, max_anchors=max_anchors, total_seq_len=None, seed=0, device=device, dtype=dtype, progress=progress, observe=observe

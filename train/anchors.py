@@ -70,3 +70,17 @@ def slots(anchors: Int64, loss_mask: Bool, doc: Int32, block_size: int) -> tuple
     own = doc[anchors][:, None]
     fits = (label < doc.size) & loss_mask[safe] & (doc[safe] == own) & (own >= 0)
     return safe, np.logical_and.accumulate(fits, axis=1)
+
+
+def by_target(label_index: Int64, counted: Bool, last_index: Int64) -> tuple[Int64, Int64, Int64]:
+    """The counted slots in rising row of ``last``, as flat indices int64[N]; those rows, each once, int64[D]; and which of the D
+    each slot has, int64[N], which therefore rises by 0 or 1.
+
+    Blocks of neighbouring anchors overlap, so several slots are held to one target distribution: side by side they share its logits.
+    """
+    flat = np.flatnonzero(counted)
+    # Slot k of anchor a is held to position a+k, the one before its label.
+    row = last_index[label_index.reshape(-1)[flat] - 1]
+    order = np.argsort(row, kind="stable")
+    rows, at = np.unique(row[order], return_inverse=True)
+    return flat[order].astype(np.int64), rows.astype(np.int64), at.astype(np.int64)

@@ -1,10 +1,10 @@
 """One packed training row as torch tensors: what the stream hands to the model.
 
 Legend: S tokens of the row, L aux layers, Ht hidden size of the target, M stored last states, A anchors, B slots of a
-block, N counted slots. There is no batch axis: documents share a row, and an optimizer step takes several rows.
+block, N counted slots, D distinct target rows of them. There is no batch axis: documents share a row, and an optimizer step takes several rows.
 
-Which slots count is known before anything is computed, so their flat indices (``slots``) are made here on the CPU;
-a ``nonzero`` on the device would stall it once a step.
+Which slots count, and which of them are held to the same target distribution, is known before anything is computed, so both are
+worked out here on the CPU; a ``nonzero`` on the device would stall it once a step.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from torch import Tensor
 
 from dspark.train import anchors as rules
 
+ON_HOST = frozenset({"target_at_host"})  # fields that stay on the CPU wherever the batch goes
+
 
 @dataclass(frozen=True, slots=True)
 class Batch:
@@ -24,7 +26,9 @@ class Batch:
     each document), ``aux`` float[S, L, Ht] decoded, ``last`` float[M, Ht] after the target's final norm,
     ``last_index`` int64[S] (row of ``last`` or -1), ``anchors`` int64[A] sorted, padding 0 at the end,
     ``anchor_valid`` bool[A], ``label_index`` int64[A, B], ``counted`` bool[A, B], ``slots`` int64[N] = flat indices of
-    ``counted``.
+    ``counted`` in rising target row, ``target_rows`` int64[D] = those rows of ``last``, each once, ``target_at`` int64[N] = which of
+    the D each slot has. ``target_at_host`` is the same on the CPU, always: whoever cuts the slots into chunks must know on the host
+    which rows a chunk needs.
     """
 
     input_ids: Tensor
@@ -39,6 +43,9 @@ class Batch:
     label_index: Tensor
     counted: Tensor
     slots: Tensor
+    target_rows: Tensor
+    target_at: Tensor
+    target_at_host: Tensor
 
     @classmethod
     def build(
@@ -66,6 +73,10 @@ class Batch:
         valid = np.arange(total) < real
         label, counted = rules.slots(padded, loss_mask, doc, block_size)
         counted &= valid[:, None]
+        last_index = rules.last_index(loss_mask, doc)
+        slots, target_rows, target_at = (
+            torch.from_numpy(x) for x in rules.by_target(label, counted, last_index)
+        )
         return cls(
             input_ids=torch.from_numpy(input_ids.astype(np.int64)),
             loss_mask=torch.from_numpy(loss_mask),
@@ -73,12 +84,15 @@ class Batch:
             position=torch.from_numpy(rules.positions(doc)),
             aux=aux,
             last=last,
-            last_index=torch.from_numpy(rules.last_index(loss_mask, doc)),
+            last_index=torch.from_numpy(last_index),
             anchors=torch.from_numpy(padded),
             anchor_valid=torch.from_numpy(valid),
             label_index=torch.from_numpy(label),
             counted=torch.from_numpy(counted),
-            slots=torch.from_numpy(np.flatnonzero(counted).astype(np.int64)),
+            slots=slots,
+            target_rows=target_rows,
+            target_at=target_at,
+            target_at_host=target_at,
         )
 
     @property
@@ -112,10 +126,17 @@ class Batch:
         """Row of ``last`` whose distribution slot k is held to, int64[A, B]: ``last_index[a+k]``; valid if counted."""
         return self.last_index[self.slot_index]
 
+    def in_blocks(self, values: Tensor) -> Tensor:
+        """``values`` [N] in the order of ``slots`` -> [A, B], 0 where a slot does not count."""
+        flat = values.new_zeros(self.counted.numel())
+        return flat.index_copy(0, self.slots, values).view_as(self.counted)
+
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Batch:
         """The same batch on ``device``; ``dtype`` also casts the states (before the copy, so that fewer bytes move)."""
         moved = {}
         for field in fields(self):
+            if field.name in ON_HOST:
+                continue
             value: Tensor = getattr(self, field.name)
             if dtype is not None and value.is_floating_point():
                 value = value.to(dtype)

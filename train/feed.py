@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from dspark.train.batch import Batch
+from dspark.train.batch import ON_HOST, Batch
 from dspark.train.row import Row
 
 AHEAD = 2  # steps that may be queued on the GPU
@@ -97,4 +97,5 @@ def _hand_over(batch: Batch, ready: Any) -> None:
     stream = torch.cuda.current_stream()
     stream.wait_event(ready)
     for field in dataclasses.fields(Batch):
-        getattr(batch, field.name).record_stream(stream)
+        if field.name not in ON_HOST:
+            getattr(batch, field.name).record_stream(stream)

@@ -1,11 +1,11 @@
 """The chunk of the objective as one Triton kernel: what ``objective.chunk_terms`` computes, without a tensor in between.
 
-Legend: n slots of a chunk, V target vocabulary, Vd draft vocabulary.
+Legend: n slots of a chunk, d <= n rows of target logits that they share, V target vocabulary, Vd draft vocabulary.
 
 One program a slot reads the slot's two rows of logits three times: for both log-sum-exps and argmaxes; for L1 and
-``<s, p_d>``; and to write the gradient over the draft's logits. So a chunk costs 6 reads and 1 write of the logits in their
-own dtype and no fp32 tensor of the vocabulary's size exists. Kernels of other projects (liger-kernel, cut-cross-entropy)
-fuse the head's product with a cross-entropy against labels or one divergence between two heads' outputs; none gives CE, L1 and
+``<s, p_d>``; and to write the gradient over the draft's logits. Slots side by side share a target row, which the cache serves to all
+but the first. So a chunk costs 3 reads and 1 write of n rows and 3 reads of d rows of logits in their own dtype, and no fp32
+tensor of the vocabulary's size exists. Kernels of other projects (liger-kernel, cut-cross-entropy) fuse the head's product with a cross-entropy against labels or one divergence between two heads' outputs; none gives CE, L1 and
 the accept rate of a draft whose logits are two products (head and Markov factors) at once.
 
 Import only where triton is there (CUDA builds of torch bring it); ``objective`` does so when its tensors are on CUDA.
@@ -59,7 +59,8 @@ def probabilities(  # type: ignore[no-untyped-def]
 @triton.jit  # type: ignore[untyped-decorator]
 def slot_terms(  # type: ignore[no-untyped-def]
     draft,  # [n, Vd], becomes the gradient
-    target,  # [n, V]
+    target,  # [d, V]
+    target_at,  # int64[n], row of target of each slot
     draft_ids,  # int64[Vd] or anything if not REDUCED
     labels,  # int64[n], -1 outside Vd
     scale_ce,
@@ -77,7 +78,7 @@ def slot_terms(  # type: ignore[no-untyped-def]
 ):
     slot = tl.program_id(0).to(tl.int64)
     draft += slot * draft_stride
-    target += slot * target_stride
+    target += tl.load(target_at + slot) * target_stride
     lane = tl.arange(0, TILE)
 
     log_d, best_d = log_sum_exp(draft, draft_size, lane, TILE)
@@ -122,6 +123,7 @@ def slot_terms(  # type: ignore[no-untyped-def]
 def chunk_terms(
     draft: Tensor,
     target: Tensor,
+    target_at: Tensor,
     draft_ids: Tensor | None,
     labels: Tensor,
     scale_ce: Tensor,
@@ -138,6 +140,7 @@ def chunk_terms(
         kernel[(slots,)](
             draft,
             target,
+            target_at.contiguous(),
             labels if draft_ids is None else draft_ids,
             labels,
             scale_ce.float().contiguous(),

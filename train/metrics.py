@@ -38,15 +38,9 @@ class SlotMetrics:
     def add(self, batch: Batch, slots: SlotInputs, out: ObjectiveOutput) -> None:
         """One row. No value leaves the device."""
         wide = torch.float64
-        anchors, size = batch.counted.shape
         accept, weight = out.accept.to(wide), slots.weight.to(wide)
 
-        def block(values: Tensor) -> Tensor:
-            """[N] -> [A, B] with 0 where the slot does not count."""
-            flat = values.new_zeros(anchors * size, dtype=wide)
-            return flat.index_copy(0, batch.slots, values.to(wide)).view(anchors, size)
-
-        accepts, hits = block(accept), block(out.hit)
+        accepts, hits = batch.in_blocks(accept), batch.in_blocks(out.hit.to(wide))
         full = batch.counted.all(1).to(wide)
         length = 1 + accepts.cumprod(1).sum(1)
         zero = accept.new_zeros(())

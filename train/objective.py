@@ -38,9 +38,9 @@ from dspark.train.draft import FrozenHead, SlotStates
 # Logits of a chunk: two [chunk, V] tensors of them live at a time on CUDA, and a few in fp32 on a CPU, whose caches like small ones.
 CHUNK_LOGITS = {"cuda": 1 << 28, "cpu": 1 << 23}
 
-# Logits of draft and target, draft ids, labels, the two scales, whether gradients are wanted -> CE, L1, hit, gradient.
+# Logits of draft and target, the target's row of each slot, draft ids, labels, the two scales, whether gradients are wanted -> CE, L1, hit, gradient.
 ChunkTerms = Callable[
-    [Tensor, Tensor, Tensor | None, Tensor, Tensor, Tensor, bool],
+    [Tensor, Tensor, Tensor, Tensor | None, Tensor, Tensor, Tensor, bool],
     tuple[Tensor, Tensor, Tensor, Tensor | None],
 ]
 
@@ -115,9 +115,20 @@ class Denominators:
 
 
 @dataclass(frozen=True, slots=True)
+class Chunk:
+    """A run of ``slots`` and the run of ``rows`` of ``SlotInputs.target`` that they are held to; never more rows than slots."""
+
+    slots: slice
+    rows: slice
+
+
+@dataclass(frozen=True, slots=True)
 class SlotInputs:
     """The counted slots of a row: ``h`` [N, H], ``z`` [N, r] and ``w2`` [Vd, r] or None, ``confidence`` logits [N] or None,
-    ``target`` [N, H] last states after the target's final norm, ``labels`` int64[N] target ids, ``weight`` [N].
+    ``target`` [D, H] last states after the target's final norm, ``labels`` int64[N] target ids, ``weight`` [N].
+
+    Slot i is held to row ``target_at[i]`` of ``target``, int64[N], rising by 0 or 1; ``target_at_host`` is the same on the CPU (it may
+    be left out where ``target_at`` is there already). Without ``target_at`` each slot has a row of its own, D = N.
     """
 
     h: Tensor
@@ -127,6 +138,8 @@ class SlotInputs:
     target: Tensor
     labels: Tensor
     weight: Tensor
+    target_at: Tensor | None = None
+    target_at_host: Tensor | None = None
 
     @classmethod
     def gather(cls, batch: Batch, states: SlotStates, decay: float) -> SlotInputs:
@@ -138,10 +151,26 @@ class SlotInputs:
             z=None if states.z is None else states.z.flatten(0, 1)[at],
             w2=states.w2,
             confidence=None if states.confidence is None else states.confidence.flatten()[at],
-            target=batch.last[batch.target_row.flatten()[at]],
+            target=batch.last[batch.target_rows],
             labels=batch.label_ids.flatten()[at],
             weight=weight[at % batch.block_size],
+            target_at=batch.target_at,
+            target_at_host=batch.target_at_host,
         )
+
+    def chunks(self, rows: int) -> list[Chunk]:
+        """All slots, ``rows`` at a time. Nothing here waits for the device."""
+        count = self.labels.shape[0]
+        at = self.target_at if self.target_at_host is None else self.target_at_host
+        at = torch.arange(count) if at is None else at
+        assert at.device.type == "cpu", "reading target_at would wait for the device: give target_at_host"
+        starts = list(range(0, count, rows))
+        ends = [min(start + rows, count) for start in starts]
+        firsts, lasts = at[starts].tolist(), at[[end - 1 for end in ends]].tolist()
+        return [
+            Chunk(slice(start, end), slice(first, last + 1))
+            for start, end, first, last in zip(starts, ends, firsts, lasts, strict=True)
+        ]
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,11 +222,12 @@ def objective(
         None if slots.z is None else slots.z.to(dtype),
         None if slots.w2 is None else slots.w2.to(dtype),
         slots.target.to(dtype),
+        slots.target_at,
+        slots.chunks(rows),
         head,
         labels,
         scale_ce,
         scale_l1,
-        rows,
         torch.is_grad_enabled(),
         terms or _terms_for(device, wide),
     )
@@ -226,15 +256,18 @@ def _terms_for(device: str, wide: torch.dtype) -> ChunkTerms:
 def chunk_terms(
     draft: Tensor,
     target: Tensor,
+    target_at: Tensor,
     draft_ids: Tensor | None,
     labels: Tensor,
     scale_ce: Tensor,
     scale_l1: Tensor,
     with_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """From logits ``draft`` [n, Vd] and ``target`` [n, V] of a chunk: CE [n], L1 [n], hit [n] and, unless only values are
-    wanted, d(loss)/d(draft logits) [n, Vd]. ``labels`` int64[n] are rows of the draft's vocabulary, -1 outside it.
+    """From logits ``draft`` [n, Vd] and ``target`` [d, V] of a chunk, slot i held to row ``target_at[i]`` int64[n]: CE [n], L1 [n],
+    hit [n] and, unless only values are wanted, d(loss)/d(draft logits) [n, Vd]. ``labels`` int64[n] are rows of the draft's
+    vocabulary, -1 outside it.
     """
+    target = target[target_at]
     wide = _wide(draft.dtype)
     logits = draft.to(wide)
     log_z = logits.logsumexp(-1, keepdim=True)
@@ -272,11 +305,12 @@ class _ChunkedTerms(torch.autograd.Function):
         z: Tensor | None,
         w2: Tensor | None,
         target: Tensor,
+        target_at: Tensor | None,
+        chunks: list[Chunk],
         head: FrozenHead,
         labels: Tensor,
         scale_ce: Tensor,
         scale_l1: Tensor,
-        rows: int,
         with_gradient: bool,
         terms: ChunkTerms,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -287,15 +321,18 @@ class _ChunkedTerms(torch.autograd.Function):
         d_z = torch.empty_like(z) if with_gradient and z is not None else None
         # Chunks add up in fp32: in bf16 the sum of many small parts would stop growing.
         d_w2 = None
-        for at in range(0, count, rows):
-            part = slice(at, min(at + rows, count))
+        if target_at is None:
+            target_at = torch.arange(count, device=h.device)
+        for chunk in chunks:
+            part = chunk.slots
             logits = h[part] @ head.draft_head.T
             if z is not None:
                 assert w2 is not None
                 logits.addmm_(z[part], w2.T)
             ce[part], l1[part], hit[part], gradient = terms(
                 logits,
-                head.target_logits(target[part]),
+                head.target_logits(target[chunk.rows]),
+                target_at[part] - chunk.rows.start,
                 head.draft_ids,
                 labels[part],
                 scale_ce[part],
@@ -325,7 +362,7 @@ class _ChunkedTerms(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor, *unused: Tensor) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors
         d_h = saved[0] * grad.to(saved[0].dtype)
-        nothing = (None,) * 8
+        nothing = (None,) * 9
         if not ctx.has_z:
             return d_h, None, None, *nothing
         d_z = saved[1] * grad.to(saved[1].dtype)
@@ -347,7 +384,8 @@ def reference_loss(
     if head.draft_ids is not None:
         spread = logits.new_full((logits.shape[0], head.lm_head.shape[0]), -torch.inf)
         logits = spread.index_copy(1, head.draft_ids, logits)
-    p_target = head.target_logits(slots.target).softmax(-1)
+    target = slots.target if slots.target_at is None else slots.target[slots.target_at]
+    p_target = head.target_logits(target).softmax(-1)
     l1 = (logits.softmax(-1) - p_target).abs().sum(-1)
     ce = -logits.log_softmax(-1).gather(1, slots.labels[:, None])[:, 0]
     ce = torch.where(ce.isinf(), 0, ce)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from dspark.cache.reader import Cache
-from dspark.train.batch import Batch
+from dspark.train.batch import ON_HOST, Batch
 
 ALIGN = (
     64  # bytes; every field starts at a multiple, so that any dtype can view it and vector loads stay whole
@@ -70,6 +70,8 @@ class Row:
         """
         arrays: list[tuple[str, int, Sequence[Array]]] = []
         for part in dataclasses.fields(Batch):
+            if part.name in ON_HOST:
+                continue
             value: Tensor = getattr(batch, part.name)
             arrays.append((f"batch.{part.name}", value.shape[0], [value.numpy()]))
         arrays += [(f"aux.{n}", batch.aux.shape[0], a) for n, a in aux.items()]
@@ -112,7 +114,9 @@ class Row:
         return {field.name: field.of(data) for field in self.fields}
 
     def _batch(self, views: Mapping[str, Tensor]) -> Batch:
-        return Batch(**{f.name: views[f"batch.{f.name}"] for f in dataclasses.fields(Batch)})
+        moved = {f.name: views[f"batch.{f.name}"] for f in dataclasses.fields(Batch) if f.name not in ON_HOST}
+        # A copy: a view would hold on to the whole row's page-locked memory as long as the batch lives.
+        return Batch(**moved, target_at_host=self._views(self.data)["batch.target_at"].clone())
 
 
 def blank(

@@ -14,14 +14,17 @@ SHAPES = [(5, 23, 23), (4, fused.TILE, fused.TILE), (3, 9001, 9001), (6, 9001, 5
 for slots, size, draft_size in SHAPES:
     draft, target = 3 * torch.randn(slots, draft_size), 3 * torch.randn(slots, size)
     ids = torch.randperm(size)[:draft_size].sort().values if draft_size < size else None
+    at = torch.randint(0, 2, (slots,)).cumsum(0)
+    at -= int(at[0])
+    target = target[: int(at[-1]) + 1]
     labels = torch.randint(0, draft_size, (slots,))
     labels[0] = -1
     scale_ce, scale_l1 = torch.rand(slots) * (labels >= 0), torch.rand(slots)
     want = objective.chunk_terms(
-        draft.double(), target.double(), ids, labels, scale_ce.double(), scale_l1.double(), True
+        draft.double(), target.double(), at, ids, labels, scale_ce.double(), scale_l1.double(), True
     )
-    values = fused.chunk_terms(draft.clone(), target, ids, labels, scale_ce, scale_l1, False)
-    got = fused.chunk_terms(draft.clone(), target, ids, labels, scale_ce, scale_l1, True)
+    values = fused.chunk_terms(draft.clone(), target, at, ids, labels, scale_ce, scale_l1, False)
+    got = fused.chunk_terms(draft.clone(), target, at, ids, labels, scale_ce, scale_l1, True)
     assert values[3] is None
     assert torch.equal(values[0], got[0])
     ce, l1, gradient = ((got[i].double() - want[i]).abs().max().item() for i in (0, 1, 3))

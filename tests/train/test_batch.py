@@ -36,6 +36,36 @@ def test_labels_previous_tokens_and_target_rows() -> None:
     assert b.anchor_valid.tolist() == [True, True, True, False]
 
 
+def test_slots_are_in_the_order_of_their_target_rows() -> None:
+    """Anchors 1, 2 and 5 of a text of 9 supervised tokens, blocks of 4; slot k of anchor a is held to the state of a+k."""
+    b = Batch.build(
+        input_ids=np.arange(9),
+        loss_mask=np.ones(9, dtype=np.bool_),
+        doc=np.zeros(9, dtype=np.int32),
+        aux=torch.zeros(9, 1, 2),
+        last=torch.zeros(8, 2),
+        anchors=np.array([1, 2, 5]),
+        block_size=4,
+    )
+    # Positions 1 2 3 4 | 2 3 4 5 | 5 6 7, of which the last has no label for its fourth slot.
+    assert b.counted.int().tolist() == [[1, 1, 1, 1], [1, 1, 1, 1], [1, 1, 1, 0]]
+    assert b.slots.tolist() == [0, 1, 4, 2, 5, 3, 6, 7, 8, 9, 10]
+    assert b.target_rows.tolist() == [1, 2, 3, 4, 5, 6, 7]
+    assert b.target_at.tolist() == [0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 6]
+    values = 10 * (b.slots // 4) + b.slots % 4 + 1
+    assert b.in_blocks(values).tolist() == [[1, 2, 3, 4], [11, 12, 13, 14], [21, 22, 23, 0]]
+    assert b.to("meta").target_at_host.tolist() == b.target_at.tolist()
+
+
+def test_target_rows_of_the_slots() -> None:
+    for seed in range(20):
+        b = small_batch(seed)
+        assert torch.equal(b.target_rows[b.target_at], b.target_row.flatten()[b.slots])
+        assert torch.equal(b.slots.sort().values, b.counted.flatten().nonzero()[:, 0])
+        assert torch.equal(b.target_rows, b.target_rows.unique())
+        assert set(b.target_at.diff().tolist()) <= {0, 1}
+
+
 def test_every_counted_slot_has_a_stored_state() -> None:
     for seed in range(20):
         b = small_batch(seed)

@@ -48,6 +48,8 @@ def test_a_placed_row_holds_the_store_s_states(tmp_path: Path, pad: bool) -> Non
         np.testing.assert_array_equal(batch.aux[:used], np.concatenate([s.aux for s in samples]))
         np.testing.assert_array_equal(batch.last, np.concatenate([s.last[s.last_mask] for s in samples]))
         assert not batch.aux[used:].any()
+        assert torch.equal(batch.target_at_host, batch.target_at)
+        assert torch.equal(batch.target_rows[batch.target_at], batch.target_row.flatten()[batch.slots])
 
 
 def test_the_feed_keeps_order_and_errors(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from dspark.train.objective import (
     Denominators,
     ObjectiveConfig,
     SlotInputs,
+    chunk_terms,
     objective,
     reference_loss,
     slot_weights,
@@ -26,9 +28,13 @@ N, H, V, VD, R = 13, 8, 23, 9, 4
 
 
 def case(
-    *, reduced: bool, markov: bool = True, dtype: torch.dtype = torch.float64
+    *,
+    reduced: bool,
+    markov: bool = True,
+    shared: bool = False,
+    dtype: torch.dtype = torch.float64,
 ) -> tuple[SlotInputs, FrozenHead]:
-    """Fresh at every call: an error that needs particular inputs gets its chance, run after run."""
+    """Fresh at every call: an error that needs particular inputs gets its chance, run after run. ``shared``: target rows of several slots."""
     full = torch.randn(V, H, dtype=dtype)
     ids = torch.randperm(V)[:VD].sort().values
     inverse = torch.full((V,), -1)
@@ -38,14 +44,17 @@ def case(
     def leaf(*shape: int) -> Tensor:
         return torch.randn(*shape, dtype=dtype, requires_grad=True)
 
+    at = (torch.rand(N) < 0.6).cumsum(0)
+    at -= at[0].clone()
     slots = SlotInputs(
         h=leaf(N, H),
         z=leaf(N, R) if markov else None,
         w2=leaf(VD if reduced else V, R) if markov else None,
         confidence=leaf(N) if markov else None,
-        target=torch.randn(N, H, dtype=dtype),
+        target=torch.randn(int(at[-1]) + 1 if shared else N, H, dtype=dtype),
         labels=torch.randint(0, V, (N,)),
         weight=torch.rand(N, dtype=dtype),
+        target_at=at if shared else None,
     )
     return slots, head
 
@@ -57,9 +66,10 @@ def gradients(loss: Tensor, slots: SlotInputs) -> list[Tensor]:
 
 @pytest.mark.parametrize("reduced", [False, True])
 @pytest.mark.parametrize("markov", [False, True])
+@pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("chunk", [1, 5, 13, 1000])
-def test_equals_the_reference(reduced: bool, markov: bool, chunk: int) -> None:
-    slots, head = case(reduced=reduced, markov=markov)
+def test_equals_the_reference(reduced: bool, markov: bool, shared: bool, chunk: int) -> None:
+    slots, head = case(reduced=reduced, markov=markov, shared=shared)
     config = ObjectiveConfig(ce=0.3, l1=0.7, confidence=0.5)
     dens = Denominators(2.5, 4.0, 1.5)
     out = objective(slots, head, config, dens, chunk_rows=chunk)
@@ -70,6 +80,63 @@ def test_equals_the_reference(reduced: bool, markov: bool, chunk: int) -> None:
     # A factor on the loss (gradient accumulation, loss scaling) must reach every gradient.
     for ours, theirs in zip(gradients(3 * out.loss, slots), gradients(3 * loss, slots), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-12)
+
+
+def test_chunks_and_the_target_rows_they_need() -> None:
+    slots, _ = case(reduced=False, markov=False)
+    at = torch.tensor([0, 0, 1, 2, 2, 2, 3, 4, 5, 5, 6, 7, 7])
+    found = [(c.slots, c.rows) for c in replace(slots, target_at=at).chunks(5)]
+    # The row of slots 3 to 5 is needed by two chunks.
+    assert found == [
+        (slice(0, 5), slice(0, 3)),
+        (slice(5, 10), slice(2, 6)),
+        (slice(10, 13), slice(6, 8)),
+    ]
+    assert [(c.slots, c.rows) for c in slots.chunks(10)] == [
+        (slice(0, 10), slice(0, 10)),
+        (slice(10, 13), slice(10, 13)),
+    ]
+
+
+def test_a_target_row_is_multiplied_once_a_chunk() -> None:
+    """And no row that no slot of the chunk is held to."""
+    slots, head = case(reduced=False, shared=True)
+    seen = []
+
+    def terms(draft: Tensor, target: Tensor, *rest: Any) -> Any:
+        seen.append(target.shape[0])
+        return chunk_terms(draft, target, *rest)
+
+    objective(slots, head, ObjectiveConfig(), Denominators(1, 1, 1), chunk_rows=5, terms=terms)
+    assert slots.target_at is not None
+    assert seen == [len(set(part.tolist())) for part in slots.target_at.split(5)]
+
+
+def test_slots_in_another_order_give_the_same() -> None:
+    """What a batch hands over, in rising target row and sharing rows, against the reference in the order of the blocks, a row a slot."""
+    model, batch = small_draft().double(), small_batch().to("cpu", torch.float64)
+    config, dens = ObjectiveConfig(), Denominators(3.0, 2.0, 5.0)
+    trained = [p for _, p in model.trained()]
+    slots = SlotInputs.gather(batch, model(batch, model.plan(batch)), config.decay)
+    out = objective(slots, model.frozen_head, config, dens, chunk_rows=7)
+    assert slots.target.shape[0] < slots.labels.shape[0]
+    at = batch.slots.sort().values
+    plain = replace(
+        batch,
+        slots=at,
+        target_rows=batch.target_row.flatten()[at],
+        target_at=torch.arange(at.numel()),
+        target_at_host=torch.arange(at.numel()),
+    )
+    assert not torch.equal(plain.slots, batch.slots)
+    in_blocks = SlotInputs.gather(plain, model(plain, model.plan(plain)), config.decay)
+    loss, ce, l1 = reference_loss(in_blocks, model.frozen_head, config, dens)
+    torch.testing.assert_close(out.loss, loss)
+    torch.testing.assert_close(batch.in_blocks(out.ce), plain.in_blocks(ce.detach()))
+    torch.testing.assert_close(batch.in_blocks(out.l1), plain.in_blocks(l1.detach()))
+    mine, reference = torch.autograd.grad(out.loss, trained), torch.autograd.grad(loss, trained)
+    for a, b in zip(mine, reference, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-10)
 
 
 @pytest.mark.parametrize("terms", [(1.0, 0.0), (0.0, 1.0)])
@@ -168,7 +235,7 @@ def test_confidence_goal_is_detached() -> None:
 
 def test_bf16_states_with_wide_sums() -> None:
     """bf16 inputs: the loss stays within their rounding of float64 on the same rounded values, and is fp32."""
-    slots, head = case(reduced=False, dtype=torch.bfloat16)
+    slots, head = case(reduced=False, shared=True, dtype=torch.bfloat16)
     slots = replace(slots, weight=slots.weight.float())
     config, dens = ObjectiveConfig(), Denominators(6.0, 6.0, 6.0)
     out = objective(slots, head, config, dens, chunk_rows=5)
@@ -185,6 +252,7 @@ def test_bf16_states_with_wide_sums() -> None:
         target=slots.target.double(),
         labels=slots.labels,
         weight=slots.weight.double(),
+        target_at=slots.target_at,
     )
     full = head.lm_head.double()
     loss, _, _ = reference_loss(exact, FrozenHead(full, full), config, dens)
@@ -195,7 +263,8 @@ def test_bf16_states_with_wide_sums() -> None:
         assert float(cosine) > 0.99
 
 
-def test_no_slots_gives_zero_and_keeps_the_graph() -> None:
+@pytest.mark.parametrize("shared", [False, True])
+def test_no_slots_gives_zero_and_keeps_the_graph(shared: bool) -> None:
     slots, head = case(reduced=False)
     empty = SlotInputs(
         h=slots.h[:0],
@@ -205,6 +274,7 @@ def test_no_slots_gives_zero_and_keeps_the_graph() -> None:
         target=slots.target[:0],
         labels=slots.labels[:0],
         weight=slots.weight[:0],
+        target_at=torch.empty(0, dtype=torch.int64) if shared else None,
     )
     out = objective(empty, head, ObjectiveConfig(), Denominators(0.0, 0.0, 0.0))
     assert out.loss.item() == 0.0
@@ -223,6 +293,7 @@ def test_rows_add_up_to_one_mean() -> None:
     assert parts[0].h.shape[0] != parts[1].h.shape[0]
     summed = objective(parts[0], model.frozen_head, config, total).loss
     summed = summed + objective(parts[1], model.frozen_head, config, total).loss
+    parts = [replace(p, target=p.target[p.target_at], target_at=None, target_at_host=None) for p in parts]
     both = [
         None if getattr(parts[0], name) is None else torch.cat([getattr(p, name) for p in parts])
         for name in ("h", "z", "confidence", "target", "labels", "weight")
