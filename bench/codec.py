@@ -21,7 +21,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
-from common import RESULTS, command, write
+from common import RESULTS, command, scored, trained, write
 
 Row = dict[str, Any]
 PER_SEED = ("seeds", "tau", "accept_rate", "train_seconds", "score_seconds", "tokens_per_s")
@@ -68,23 +68,13 @@ class Bench:
         """Train and score one draft; adds it to the table."""
         name = f"draft-{setting.replace('/', '-')}-{seed}"
         draft: Path = self.args.work / name
-        shutil.rmtree(draft, ignore_errors=True)
         log = self.args.work / f"{name}.log"
-        trained = command(
-            "train", "--cache", self.store(setting), "--output", draft, "--seed", seed, *shlex.split(self.args.train), log=log
-        )  # fmt: skip
-        score = command(
-            "tools", "score", "--cache", self.args.store, "--draft", draft, "--split", "validation",
-            *shlex.split(self.args.score), log=log,
-        )  # fmt: skip
-        rates = [json.loads(line).get("tokens_per_second") for line in (draft / "metrics.jsonl").read_text().splitlines()]  # fmt: skip
-        rates = sorted(r for r in rates if r)
+        flags = ["--seed", seed, *shlex.split(self.args.train)]
+        done = trained(self.store(setting), draft, flags, log=log)
+        done |= scored(self.args.store, draft, shlex.split(self.args.score), log=log) | {"seeds": seed}
         if not self.args.keep:
             shutil.rmtree(draft)
-        found = (
-            seed, score["mean_accepted_length"], score["accept_rate"], trained["wall_seconds"], score["wall_seconds"],
-            rates[len(rates) // 2] if rates else None,
-        )  # fmt: skip
+        found = tuple(done[key] for key in PER_SEED)
         with self.lock:
             row = self.rows[setting]
             if seed in row["seeds"]:
@@ -117,8 +107,8 @@ class Bench:
         with ThreadPoolExecutor(self.args.parallel) as pool:
             for done in as_completed([pool.submit(self.begin, s) for s in settings]):
                 done.result()
-            trained = [pool.submit(self.draft, *job) for job in jobs]
-            for done in as_completed(trained):
+            drafts = [pool.submit(self.draft, *job) for job in jobs]
+            for done in as_completed(drafts):
                 done.result()
 
 

@@ -6,9 +6,12 @@ import datetime
 import json
 import os
 import platform
+import shutil
+import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from contextlib import nullcontext
 from importlib import metadata
 from pathlib import Path
@@ -48,24 +51,74 @@ def versions() -> dict[str, str]:
     return out
 
 
-def write(name: str, config: dict[str, Any], results: Any, folder: Path = RESULTS) -> None:
-    """Write ``NAME.json`` and print the same object as the last line."""
+def write(
+    name: str, config: dict[str, Any], results: Any, folder: Path = RESULTS, *, show: bool = True
+) -> None:
+    """Write ``NAME.json`` and print the same object as the last line (unless told not to ``show`` it)."""
     data = {
         "name": name, "hardware": hardware(), "versions": versions(), "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "config": config, "results": results,
     }  # fmt: skip
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{name}.json").write_text(json.dumps(data, indent=1) + "\n")
-    print(json.dumps(data))
+    if show:
+        print(json.dumps(data))
 
 
-def command(tool: str, *args: object, log: Path | None = None) -> dict[str, Any]:
-    """Run ``dspark-TOOL ... --json`` in a process of its own; its JSON object with ``wall_seconds`` added. ``log``: file for its stderr."""
+def command(
+    tool: str, *args: object, log: Path | None = None, env: dict[str, str] | None = None
+) -> dict[str, Any]:
+    """Run ``dspark-TOOL ... --json`` in a process of its own; its JSON object with ``wall_seconds`` added.
+
+    ``log``: file for its stderr. ``env``: variables besides this process's own.
+    """
+    return reported(
+        ["-c", f"from dspark.{tool}.cli import main; main()", *map(str, args), "--json"], log=log, env=env
+    )
+
+
+def reported(
+    call: list[str], *, log: Path | None = None, env: dict[str, str] | None = None
+) -> dict[str, Any]:
+    """Run Python on ``call``, which prints one JSON object; as ``command``."""
     started = time.perf_counter()
-    call = [sys.executable, "-c", f"from dspark.{tool}.cli import main; main()", *map(str, args), "--json"]
+    around = None if env is None else {**os.environ, **env}
     with open(log, "a") if log else nullcontext() as stderr:
-        done = subprocess.run(call, stdout=subprocess.PIPE, stderr=stderr, text=True, check=False)
+        done = subprocess.run(
+            [sys.executable, *call], stdout=subprocess.PIPE, stderr=stderr, text=True, check=False, env=around
+        )
     if done.returncode:
         said = f": {log.read_text()[-2000:]}" if log else ""
-        raise SystemExit(f"dspark-{tool} {' '.join(map(str, args))} exited {done.returncode}{said}")
+        raise SystemExit(f"{' '.join(call)} exited {done.returncode}{said}")
     return {**json.loads(done.stdout), "wall_seconds": time.perf_counter() - started}
+
+
+def trained(
+    store: Path, draft: Path, flags: Sequence[object], *, log: Path, env: dict[str, str] | None = None
+) -> dict[str, Any]:
+    """``dspark-train`` from the beginning, with seconds and speed as ``speed_of`` tells them."""
+    shutil.rmtree(draft, ignore_errors=True)
+    done = command("train", "--cache", store, "--output", draft, *flags, log=log, env=env)
+    return {"train_seconds": done["wall_seconds"], **speed_of(draft)}
+
+
+def speed_of(draft: Path) -> dict[str, float | None]:
+    """Medians over the logged windows of a training."""
+    rows = [json.loads(line) for line in (draft / "metrics.jsonl").read_text().splitlines()]
+    rows = [row for row in rows if "step_ms" in row]
+    names = {"tokens_per_s": "tokens_per_second", "step_ms": "step_ms"}
+    return {to: statistics.median(row[name] for row in rows) if rows else None for to, name in names.items()}
+
+
+def scored(
+    store: Path, draft: Path, flags: Sequence[object] = (), *, log: Path, env: dict[str, str] | None = None
+) -> dict[str, Any]:
+    """``dspark-tools score`` on the held-out prompts of ``store``."""
+    found = command(
+        "tools", "score", "--cache", store, "--draft", draft, "--split", "validation", *flags, log=log, env=env
+    )  # fmt: skip
+    return {
+        "tau": found["mean_accepted_length"],
+        "accept_rate": found["accept_rate"],
+        "score_seconds": found["wall_seconds"],
+    }

@@ -37,6 +37,7 @@ def config(store: Path, flags: str) -> TrainConfig:
     context = train_command.make_context("dspark-train", words)
     default = click.core.ParameterSource.DEFAULT
     given = {n: v for n, v in context.params.items() if context.get_parameter_source(n) is not default}
+    given = {n.rstrip("_"): v for n, v in given.items()}  # compile_
     return configure(given, context.params["recipe"])
 
 

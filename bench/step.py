@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from peer import Given, Peer
 from torch import Tensor
 
 from common import RESULTS, write
@@ -204,24 +205,11 @@ def agreement(s: Shape, device: torch.device, dtype: torch.dtype) -> dict[str, A
 
 def peer(s: Shape, args: argparse.Namespace, model: DraftModel, rows: list[Batch]) -> dict[str, Any]:
     """DeepSpec's model and loss, compiled as its trainer does, on our weights, rows and anchors."""
-    sys.path.insert(0, str(args.peer))
-    import deepspec.modeling.dspark.qwen3.modeling as theirs
-    import torch.distributed as dist
-    from deepspec.modeling.dspark.loss import compute_dspark_loss
-    from transformers import Qwen3Config
-
-    dist.init_process_group("gloo", init_method="tcp://127.0.0.1:29511", world_size=1, rank=0)
-    flat = {**model.config.to_flat(), "num_anchors": s.anchors}
-    config = Qwen3Config.from_dict(flat)
-    config._attn_implementation = "flex_attention"
-    with torch.device(args.device):
-        net = theirs.Qwen3DSparkModel(config).to(torch.bfloat16)
+    other = Peer.build(args.peer, model, s.anchors, args.device)
+    net = other.net.to(torch.bfloat16)
     net.load_state_dict(model.state_dict(), strict=True)
     net.set_embedding_head_trainable(False)
-    net.train()
-    anchors = [(r.anchors[None], r.anchor_valid[None]) for r in rows]
-    turn = [0]
-    theirs.sample_anchor_positions = lambda **unused: anchors[turn[0]]
+    given = [Given(r.anchors[None], r.anchor_valid[None]) for r in rows]
     compiled = torch.compile(net, dynamic=True) if args.peer_compile else net
     ones = torch.ones(1, s.tokens, device=args.device)
     # All S last states, as its cache stores them; ours keeps those that count.
@@ -229,16 +217,16 @@ def peer(s: Shape, args: argparse.Namespace, model: DraftModel, rows: list[Batch
     losses: list[Tensor] = []
 
     def step(i: int, timer: Timer) -> None:
-        turn[0] = i % len(rows)
-        batch = rows[turn[0]]
+        turn = i % len(rows)
+        batch, other.given = rows[turn], given[turn]
         out = compiled(
             input_ids=batch.input_ids[None],
             target_hidden_states=batch.aux.flatten(1)[None],
             loss_mask=ones,
-            target_last_hidden_states=lasts[turn[0]],
+            target_last_hidden_states=lasts[turn],
         )
         timer.mark()
-        loss = compute_dspark_loss(
+        loss = other.loss(
             outputs=out, loss_decay_gamma=4.0, ce_loss_alpha=0.1, l1_loss_alpha=0.9, confidence_head_alpha=1.0
         )
         timer.mark()
