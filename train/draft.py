@@ -57,9 +57,9 @@ class FrozenHead:
     to_draft: Tensor | None = None
     logits: Logits = PLAIN
 
-    def target_logits(self, last: Tensor) -> Tensor:
-        """``last`` [n, H] after the final norm -> [n, V]."""
-        return self.logits.of(last @ self.lm_head.T)
+    def target_logits(self, last: Tensor, out: Tensor | None = None) -> Tensor:
+        """``last`` [n, H] after the final norm -> [n, V]; the product is made in ``out`` [n, V] if given."""
+        return self.logits.of(torch.mm(last, self.lm_head.T, out=out))
 
 
 @dataclass(frozen=True, slots=True)

@@ -35,8 +35,12 @@ from dspark.cache.errors import UsageError
 from dspark.train.batch import Batch
 from dspark.train.draft import FrozenHead, SlotStates
 
-# Logits of a chunk: two [chunk, V] tensors of them live at a time on CUDA, and a few in fp32 on a CPU, whose caches like small ones.
-CHUNK_LOGITS = {"cuda": 1 << 28, "cpu": 1 << 23}
+# Logits of a chunk. On CUDA two [chunk, V] tensors live at a time, 1.1 GB in bfloat16 (up to a tile of rows more): 1,792 slots of Qwen3's
+# 151,936 tokens, half of 512 blocks of 7. On a CPU a few in fp32, and its caches like small ones.
+CHUNK_LOGITS = {"cuda": 274_000_000, "cpu": 1 << 23}
+# Rows of a tile of the GPU's matrix products: a chunk of whole tiles leaves none partly idle, and rows that count a few slots more or
+# less need buffers of the same size, which the allocator gives again.
+TILE_ROWS = {"cuda": 128}
 
 # Logits of draft and target, the target's row of each slot, draft ids, labels, the two scales, whether gradients are wanted -> CE, L1, hit, gradient.
 ChunkTerms = Callable[
@@ -205,13 +209,12 @@ def objective(
 ) -> ObjectiveOutput:
     """The loss of one row's share of a step. Products run in the dtype of ``head.lm_head``, softmax and sums in fp32.
 
-    ``chunk_rows`` slots at a time (by default as many as ``CHUNK_LOGITS`` allows), in chunks of nearly equal size.
+    ``chunk_rows`` slots at a time, by default ``chunk_rows_for`` them, in chunks of nearly equal size.
     ``terms`` replaces the work on a chunk (default: Triton on CUDA, plain torch elsewhere).
     """
     dtype, wide = head.lm_head.dtype, _wide(slots.h.dtype)
     device, count = slots.h.device.type, slots.h.shape[0]
-    most = chunk_rows or max(1, CHUNK_LOGITS.get(device, CHUNK_LOGITS["cpu"]) // head.lm_head.shape[0])
-    rows = max(1, -(-count // max(1, -(-count // most))))
+    rows = _even(count, chunk_rows) if chunk_rows else chunk_rows_for(count, head.lm_head.shape[0], device)
     labels = slots.labels if head.to_draft is None else head.to_draft[slots.labels]
     weight = slots.weight.to(wide)
     known = labels >= 0
@@ -224,6 +227,7 @@ def objective(
         slots.target.to(dtype),
         slots.target_at,
         slots.chunks(rows),
+        rows,
         head,
         labels,
         scale_ce,
@@ -238,6 +242,18 @@ def objective(
         loss = loss + (config.confidence / max(denominators.confidence, 1e-12)) * (weight * term).sum()
         bce, probability = term.detach(), slots.confidence.detach().to(wide).sigmoid()
     return ObjectiveOutput(loss, ce, l1, bce, probability, hit, known)
+
+
+def chunk_rows_for(count: int, vocab_size: int, device: str) -> int:
+    """Slots of a chunk: as few chunks of ``count`` slots as ``CHUNK_LOGITS`` allows, of equal size, in whole tiles of the device."""
+    rows = _even(count, max(1, CHUNK_LOGITS.get(device, CHUNK_LOGITS["cpu"]) // vocab_size))
+    tile = TILE_ROWS.get(device, 1)
+    return -(-rows // tile) * tile
+
+
+def _even(count: int, most: int) -> int:
+    """Size of the chunks, all but the last, when ``count`` is cut into as few as ``most`` allows."""
+    return max(1, -(-count // max(1, -(-count // most))))
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
@@ -307,6 +323,7 @@ class _ChunkedTerms(torch.autograd.Function):
         target: Tensor,
         target_at: Tensor | None,
         chunks: list[Chunk],
+        rows: int,
         head: FrozenHead,
         labels: Tensor,
         scale_ce: Tensor,
@@ -323,15 +340,18 @@ class _ChunkedTerms(torch.autograd.Function):
         d_w2 = None
         if target_at is None:
             target_at = torch.arange(count, device=h.device)
+        # Made once and used by every chunk: what the last chunk left would otherwise live beside the next one's.
+        draft_buffer = h.new_empty(rows, head.draft_head.shape[0])
+        target_buffer = h.new_empty(rows, head.lm_head.shape[0])
         for chunk in chunks:
             part = chunk.slots
-            logits = h[part] @ head.draft_head.T
+            logits = torch.mm(h[part], head.draft_head.T, out=draft_buffer[: part.stop - part.start])
             if z is not None:
                 assert w2 is not None
                 logits.addmm_(z[part], w2.T)
             ce[part], l1[part], hit[part], gradient = terms(
                 logits,
-                head.target_logits(target[chunk.rows]),
+                head.target_logits(target[chunk.rows], target_buffer[: chunk.rows.stop - chunk.rows.start]),
                 target_at[part] - chunk.rows.start,
                 head.draft_ids,
                 labels[part],
@@ -362,11 +382,13 @@ class _ChunkedTerms(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor, *unused: Tensor) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors
         d_h = saved[0] * grad.to(saved[0].dtype)
-        nothing = (None,) * 9
+        nothing = (None,) * 10
         if not ctx.has_z:
             return d_h, None, None, *nothing
         d_z = saved[1] * grad.to(saved[1].dtype)
-        return d_h, d_z, (saved[2] * grad).to(ctx.w2_dtype), *nothing
+        # Scaled and rounded in one pass: in fp32 this is the largest tensor here after the logits.
+        d_w2 = torch.mul(saved[2], grad, out=torch.empty_like(saved[2], dtype=ctx.w2_dtype))
+        return d_h, d_z, d_w2, *nothing
 
 
 def reference_loss(

@@ -15,9 +15,11 @@ from dspark.cache.errors import UsageError
 from dspark.cache.logits import Logits
 from dspark.train.draft import FrozenHead
 from dspark.train.objective import (
+    CHUNK_LOGITS,
     Denominators,
     ObjectiveConfig,
     SlotInputs,
+    chunk_rows_for,
     chunk_terms,
     objective,
     reference_loss,
@@ -96,6 +98,22 @@ def test_chunks_and_the_target_rows_they_need() -> None:
         (slice(0, 10), slice(0, 10)),
         (slice(10, 13), slice(10, 13)),
     ]
+
+
+def test_sizes_of_chunks() -> None:
+    # Half of 512 blocks of 7, on Qwen3's vocabulary; a few slots less need as much.
+    assert chunk_rows_for(3584, 151_936, "cuda") == 1792 == 14 * 128
+    assert chunk_rows_for(3490, 151_936, "cuda") == 1792
+    assert chunk_rows_for(1792, 151_936, "cuda") == 1792
+    assert chunk_rows_for(1, 151_936, "cuda") == chunk_rows_for(0, 50, "cuda") == 128
+    assert chunk_rows_for(3584, 997, "cuda") == 3584
+    assert chunk_rows_for(11, 1 << 22, "cpu") == 2  # six chunks
+    assert chunk_rows_for(0, 50, "cpu") == 1
+    for count in range(1, 9000, 97):
+        rows = chunk_rows_for(count, 151_936, "cuda")
+        assert rows % 128 == 0
+        assert rows * 151_936 < CHUNK_LOGITS["cuda"] + 128 * 151_936
+        assert -(-count // rows) <= -(-count * 151_936 // CHUNK_LOGITS["cuda"]) + 1
 
 
 def test_a_target_row_is_multiplied_once_a_chunk() -> None:
