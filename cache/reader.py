@@ -7,6 +7,7 @@ lock with another. Every chunk's crc32c is checked as it is read; a missing or d
 from __future__ import annotations
 
 import dataclasses
+from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Iterator
 from functools import cached_property
@@ -146,19 +147,24 @@ class Cache:
 
     # -- samples ---------------------------------------------------------------------------------------------------------
 
+    @cached_property
+    def _first(self) -> list[int]:
+        """First sample of each part, and the number of samples; plain ints, for a search in them takes no numpy call."""
+        return self.index["part_first_sample"].tolist()  # type: ignore[no-any-return]
+
     def _locate(self, i: int) -> tuple[int, slice, slice]:
         """Part of sample ``i`` and its token and last-state ranges within that part."""
-        n = len(self)
+        first = self._first
+        n = first[-1]
         if not -n <= i < n:
             raise IndexError(f"sample {i} of {n}")
         i %= n
-        first = self.index["part_first_sample"]
-        part = int(np.searchsorted(first, i, side="right")) - 1
+        part = bisect_right(first, i) - 1
         out = []
         for name in ("sample_start", "sample_last_start"):
-            at = self.index[name]
-            base = int(at[first[part]])
-            out.append(slice(int(at[i]) - base, int(at[i + 1]) - base))
+            at = self.index[name].item
+            base = at(first[part])
+            out.append(slice(at(i) - base, at(i + 1) - base))
         return part, out[0], out[1]
 
     def tokens(self, i: int) -> TokenSample:

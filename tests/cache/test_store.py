@@ -323,6 +323,41 @@ def test_unpacked_chunks_whose_index_is_not_theirs_are_damage(tmp_path: Path) ->
             Shard(tmp_path / name, spec).read(0, 10)
 
 
+@pytest.mark.parametrize("byte", [0, 511, 512, 515], ids=["first", "last", "sum's first", "sum's last"])
+def test_one_flipped_bit_of_an_unpacked_chunk_is_named(tmp_path: Path, byte: int) -> None:
+    """In the values or in the sum behind them, wherever in the chunk the wanted rows lie; rows of other chunks are still read."""
+    from dspark.cache.checksum import crc32c
+    from dspark.cache.layout import StoredArray
+    from dspark.cache.shard import Shard, write_shard
+
+    spec = StoredArray("x", (300, 4), "uint8", 128, 0, 0)
+    data = np.arange(1200, dtype=np.uint32).astype(np.uint8).reshape(300, 4)
+    write_shard(tmp_path / "x", spec, data)
+    raw = bytearray((tmp_path / "x").read_bytes())
+    raw[516 + byte] ^= 0x10
+    (tmp_path / "x").write_bytes(bytes(raw))
+    stored, computed = int.from_bytes(raw[1028:1032], "little"), crc32c(bytes(raw[516:1028]))
+    says = rf"x: chunk 1 \(rows 128-256\): stored crc32c {stored}, computed {computed}$"
+    shard = Shard(tmp_path / "x", spec)
+    for start, stop in ((128, 256), (100, 300), (130, 140), (255, 256), (0, 129)):
+        with pytest.raises(errors.DamagedCacheError, match=says):
+            shard.read(start, stop)
+    np.testing.assert_array_equal(shard.read(0, 128), data[:128])
+    np.testing.assert_array_equal(shard.read(256, 300), data[256:])
+
+
+def test_the_residue_is_that_of_every_sum_in_use() -> None:
+    """Bytes and their own crc32c behind them always sum to the same, whichever package sums."""
+    import google_crc32c
+
+    from dspark.cache import checksum, shard
+
+    for crc32c in (checksum.crc32c, google_crc32c.value):
+        for data in (b"", b"123456789", bytes(1000), bytes(range(256)) * 77):
+            whole = np.frombuffer(data + crc32c(data).to_bytes(4, "little"), np.uint8)
+            assert crc32c(whole) == shard.RESIDUE
+
+
 def test_a_sound_file_of_another_part_is_found(tmp_path: Path, store: Path, plan: Manifest) -> None:
     """Equal lengths, every checksum in it right: the crc32c of such files is the same whatever they hold, their crc32 is not."""
     stores.write_store(tmp_path / "other.zarr", LENGTHS, m=plan, seed=5)
