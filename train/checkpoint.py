@@ -12,9 +12,11 @@ import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from torch import Tensor
+
 from dspark.cache.disk import STAGING, clear_staging, commit_folder, write_errors
 from dspark.cache.errors import TrainError
-from dspark.train.optim import MOMENTS, Optimizer, Snapshot
+from dspark.train.optim import Optimizer, Snapshot
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,8 +71,9 @@ def load(path: Path, optimizer: Optimizer) -> Position:
         raise TrainError(
             f"{path}: the checkpoint cannot be read: {error}. Remove that folder to resume from the one before it."
         ) from error
-    moments = {
-        m: {n.removeprefix(f"{m}."): t for n, t in flat.items() if n.startswith(f"{m}.")} for m in MOMENTS
-    }
+    moments: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in flat.items():
+        kind, name = key.split(".", 1)
+        moments.setdefault(kind, {})[name] = tensor
     optimizer.load(Snapshot(masters, moments, updates))
     return position

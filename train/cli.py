@@ -42,7 +42,11 @@ Examples:
 )
 @click.option("--epochs", default=DEFAULTS.epochs, type=float, help="Passes over the training samples.")
 @click.option("--max-steps", type=int, help="Optimizer steps in all, instead of --epochs.")
-@click.option("--lr", default=DEFAULTS.lr, help="Peak learning rate of AdamW.")
+@click.option("--lr", default=DEFAULTS.lr, help="Peak learning rate.")
+@click.option(
+    "--optimizer", default=DEFAULTS.optimizer, type=click.Choice(["adamw", "muon"]),
+    help="muon: orthogonal steps for the layers' matrices, AdamW for the rest.",
+)  # fmt: skip
 @click.option(
     "--min-lr-ratio", default=DEFAULTS.min_lr_ratio, help="Rate at the end of the cosine, as a share of --lr."
 )

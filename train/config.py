@@ -39,6 +39,8 @@ class TrainConfig:
     min_lr_ratio: float = 0.0
     """Learning rate at the end of the cosine, as a share of ``lr``."""
     warmup_ratio: float = 0.04
+    optimizer: str = "adamw"
+    """``adamw``, or ``muon``: orthogonal steps for the matrices of the layers and ``fc``, AdamW for the rest."""
     weight_decay: float = 0.0
     betas: tuple[float, float] = (0.9, 0.95)
     grad_clip: float = 1.0
@@ -96,6 +98,12 @@ class TrainConfig:
                 raise UsageError(f"{name} is {getattr(self, name)}, expected a share in [0, 1)")
         if self.strategy not in (None, "ddp", "fsdp2"):
             raise UsageError(f"strategy is {self.strategy!r}, expected ddp or fsdp2")
+        if self.optimizer not in ("adamw", "muon"):
+            raise UsageError(f"optimizer is {self.optimizer!r}, expected adamw or muon")
+        if self.optimizer == "muon" and self.strategy == "fsdp2":
+            raise UsageError(
+                "--optimizer muon needs whole matrices and --strategy fsdp2 cuts them up; use ddp, or adamw"
+            )
         if self.max_steps is not None and self.max_steps <= 0:
             raise UsageError(f"max_steps is {self.max_steps}, expected a positive number")
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from dspark.train.draft_config import DraftConfig
+from dspark.train.muon import is_matrix
 from dspark.train.setup import Run
 
 
@@ -56,6 +57,8 @@ def estimate(run: Run) -> Memory:
         trained = 16 * count // run.world.size + (width + 4) * whole
     else:
         trained = count * (16 if width == 4 else 16 + width)
+        if config.optimizer == "muon":  # one moment where AdamW has two
+            trained -= 4 * sum(p.numel() for n, p in model.trained() if is_matrix(n, p))
     tokens = run.stream.total_seq_len
     anchors = config.max_anchors or tokens
     row = row_bytes(model.config, tokens, anchors, width, recompute=config.activation_checkpointing)

@@ -1,4 +1,5 @@
-"""AdamW on float32 master weights, whatever dtype the model computes in; warm-up and cosine; clipping by the global norm.
+"""Optimizers on float32 master weights, whatever dtype the model computes in: AdamW here, Muon in train/muon.py; warm-up and cosine;
+clipping by the global norm.
 
 Everything lies flat: the parameters of the model are views into a few buckets, and masters, gradients and moments have the buckets'
 shape. So a step is a handful of kernels however many tensors the draft has, nothing of it waits for the GPU, and the gradients of
@@ -12,7 +13,7 @@ Bytes a trained parameter, bfloat16: 2 + 4 (master) + 4 (gradient) + 8 (moments)
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -40,17 +41,22 @@ def learning_rate(step: int, total: int, peak: float, warmup_ratio: float, min_r
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """Masters and moments, name -> whole float32 tensor, the same for any strategy and number of ranks; ``updates``: steps taken."""
+    """Masters and moments, name -> whole float32 tensor, the same for any strategy and number of ranks; ``updates``: steps taken.
+
+    An optimizer has each kind of moment for some of its parameters or for all.
+    """
 
     masters: Mapping[str, Tensor]
     moments: Mapping[str, Mapping[str, Tensor]]
     updates: int
 
-    def check(self, parameters: Mapping[str, Tensor]) -> None:
-        """Raise TrainError unless these are tensors for exactly ``parameters``."""
-        for what, tensors in (("masters", self.masters), *self.moments.items()):
+    def check(self, parameters: Mapping[str, Tensor], moments: Mapping[str, Collection[str]]) -> None:
+        """Raise TrainError unless these are tensors for exactly ``parameters``, and moments for those that ``moments`` names."""
+        for what in sorted({"masters", *self.moments, *moments}):
+            tensors = self.masters if what == "masters" else self.moments.get(what, {})
+            names = parameters if what == "masters" else moments.get(what, ())
             there = {n: list(t.shape) for n, t in tensors.items()}
-            here = {n: list(p.shape) for n, p in parameters.items()}
+            here = {n: list(parameters[n].shape) for n in names}
             if there != here:
                 differ = sorted(n for n in there.keys() | here.keys() if there.get(n) != here.get(n))
                 raise TrainError(
@@ -74,8 +80,24 @@ class Optimizer(Protocol):
         """Restore what ``snapshot`` gave, and the model's parameters with it."""
 
 
+class Rule(Protocol):
+    """How some ``masters`` change in a step. ``moments`` names the tensors that it keeps, of each master's shape."""
+
+    masters: list[nn.Parameter]
+    moments: tuple[str, ...]
+    updates: int
+
+    def update(self, lr: float, norm: Tensor) -> None:
+        """One step with the gradients in ``.grad``, which have global norm ``norm`` over all rules' masters."""
+
+    def moment(self, name: str, master: nn.Parameter) -> Tensor:
+        """The tensor itself, not a copy."""
+
+
 class Adam:
     """AdamW and clipping over given float32 ``masters``, whose ``.grad`` the caller sets."""
+
+    moments: tuple[str, ...] = MOMENTS
 
     def __init__(
         self, masters: list[nn.Parameter], betas: tuple[float, float], weight_decay: float, clip: float
@@ -91,7 +113,7 @@ class Adam:
         """One step with gradients of global norm ``norm``. The kernel itself divides by the clipping factor, so nothing is read back."""
         for group in self._adam.param_groups:
             group["lr"] = lr
-        self._adam.grad_scale = ((norm + 1e-6) / self.clip).clamp(min=1.0).float()  # type: ignore[attr-defined]
+        self._adam.grad_scale = excess(norm, self.clip)  # type: ignore[attr-defined]
         self._adam.step()
 
     def moment(self, name: str, master: nn.Parameter) -> Tensor:
@@ -106,6 +128,11 @@ class Adam:
     def updates(self, value: int) -> None:
         for p in self.masters:
             self._adam.state[p]["step"].fill_(value)
+
+
+def excess(norm: Tensor, clip: float) -> Tensor:
+    """What gradients of global norm ``norm`` are divided by to clip them, 0-dim float32."""
+    return ((norm + 1e-6) / clip).clamp(min=1.0).float()
 
 
 @dataclass(slots=True, eq=False)
@@ -124,23 +151,26 @@ class _Bucket:
         return self.master.grad
 
 
-class MasterAdamW:
-    """AdamW over ``named`` parameters, whole on every rank of ``world``; their storage moves into flat buckets."""
+class FlatOptimizer:
+    """Masters of ``named`` parameters, whole on every rank of ``world``; their storage moves into flat buckets, which rules update.
+
+    ``apart`` says of a parameter whether it lies in buckets of its own kind, for a rule of its own; a subclass sets ``_rules``.
+    """
+
+    _rules: Sequence[Rule]
 
     def __init__(
         self,
         named: Iterable[tuple[str, nn.Parameter]],
-        *,
-        betas: tuple[float, float],
-        weight_decay: float,
-        clip: float,
-        world: World | None = None,
+        world: World | None,
+        apart: Callable[[str, nn.Parameter], bool] = lambda name, p: False,
     ) -> None:
         self.parameters = {n: p for n, p in named if p.requires_grad}
         self.world = world or World()
         # In the order in which backward makes gradients, last layer first, so that the first bucket is complete early.
-        self._buckets = [_adopt(group) for group in _groups(list(self.parameters.items())[::-1])]
-        self._adam = Adam([b.master for b in self._buckets], betas, weight_decay, clip)
+        backward = list(self.parameters.items())[::-1]
+        kinds = [[(n, p) for n, p in backward if apart(n, p) is kind] for kind in (False, True)]
+        self._buckets = [_adopt(group) for kind in kinds for group in _groups(kind)]
         self._of = {name: bucket for bucket in self._buckets for name in bucket.at}
         self._summing, self._sent = False, 0
         for name, p in self.parameters.items():
@@ -192,7 +222,8 @@ class MasterAdamW:
                 bucket.sum.wait()
         self._summing, self._sent = False, 0
         norm = squares([b.gradients.view(-1, ALIGN) for b in self._buckets]).sqrt()
-        self._adam.update(lr, norm)
+        for rule in self._rules:
+            rule.update(lr, norm)
         for bucket in self._buckets:
             bucket.gradients.zero_()
             if bucket.values.dtype != torch.float32:
@@ -203,25 +234,52 @@ class MasterAdamW:
         if self.world.rank:
             return Snapshot({}, {}, 0)
 
-        def whole(of: Mapping[_Bucket, Tensor]) -> dict[str, Tensor]:
-            flat = {bucket: tensor.detach().cpu() for bucket, tensor in of.items()}
-            return {n: self._view(flat[self._of[n]], n).clone() for n in self.parameters}
+        def whole(flat: Mapping[int, Tensor]) -> dict[str, Tensor]:
+            copies = {key: tensor.detach().cpu() for key, tensor in flat.items()}
+            held = ((n, copies.get(id(self._of[n].master))) for n in self.parameters)
+            return {n: self._view(copy, n).clone() for n, copy in held if copy is not None}
 
-        moments = {m: whole({b: self._adam.moment(m, b.master) for b in self._buckets}) for m in MOMENTS}
-        return Snapshot(whole({b: b.master for b in self._buckets}), moments, self._adam.updates)
+        moments = {m: whole(flat) for m, flat in self._moments().items()}
+        return Snapshot(
+            whole({id(b.master): b.master for b in self._buckets}), moments, self._rules[0].updates
+        )
+
+    def _moments(self) -> dict[str, dict[int, Tensor]]:
+        """Kind of moment -> id of a bucket's master -> its tensor."""
+        return {
+            m: {id(p): rule.moment(m, p) for p in rule.masters} for rule in self._rules for m in rule.moments
+        }
 
     @torch.no_grad()
     def load(self, snapshot: Snapshot) -> None:
-        snapshot.check(self.parameters)
+        moments = self._moments()
+        holds = {m: [n for n, b in self._of.items() if id(b.master) in flat] for m, flat in moments.items()}
+        snapshot.check(self.parameters, holds)
         for name, bucket in self._of.items():
             self._view(bucket.master, name).copy_(snapshot.masters[name])
-            for moment in MOMENTS:
-                self._view(self._adam.moment(moment, bucket.master), name).copy_(
-                    snapshot.moments[moment][name]
-                )
+            for moment, flat in moments.items():
+                if name in snapshot.moments[moment]:
+                    self._view(flat[id(bucket.master)], name).copy_(snapshot.moments[moment][name])
         for bucket in self._buckets:
             bucket.values.copy_(bucket.master)
-        self._adam.updates = snapshot.updates
+        for rule in self._rules:
+            rule.updates = snapshot.updates
+
+
+class MasterAdamW(FlatOptimizer):
+    """AdamW over all parameters."""
+
+    def __init__(
+        self,
+        named: Iterable[tuple[str, nn.Parameter]],
+        *,
+        betas: tuple[float, float],
+        weight_decay: float,
+        clip: float,
+        world: World | None = None,
+    ) -> None:
+        super().__init__(named, world)
+        self._rules = [Adam([b.master for b in self._buckets], betas, weight_decay, clip)]
 
 
 def squares(tensors: list[Tensor]) -> Tensor:

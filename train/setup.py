@@ -19,6 +19,7 @@ from dspark.train.config import TrainConfig
 from dspark.train.distributed import World
 from dspark.train.draft import DraftModel
 from dspark.train.draft_config import DraftConfig
+from dspark.train.muon import MasterMuon
 from dspark.train.objective import ObjectiveConfig
 from dspark.train.optim import MasterAdamW, Optimizer
 from dspark.train.row import blank
@@ -124,14 +125,15 @@ def prepare(config: TrainConfig, world: World | None = None) -> Run:
     if config.activation_checkpointing:
         checkpoint_activations(model)
     optimizer: Optimizer
-    adam = {"betas": config.betas, "weight_decay": config.weight_decay, "clip": config.grad_clip}
+    of = {"betas": config.betas, "weight_decay": config.weight_decay, "clip": config.grad_clip}
     if sharded:
         from dspark.train.sharded import ShardedAdamW, shard
 
         shard(model, world, compute.dtype)
-        optimizer = ShardedAdamW(model, **adam, world=world)  # type: ignore[arg-type]
+        optimizer = ShardedAdamW(model, **of, world=world)  # type: ignore[arg-type]
     else:
-        optimizer = MasterAdamW(model.trained(), **adam, world=world)  # type: ignore[arg-type]
+        kind = MasterMuon if config.optimizer == "muon" else MasterAdamW
+        optimizer = kind(model.trained(), **of, world=world)  # type: ignore[arg-type]
     cuda = compute.device.type == "cuda"
     workers = config.workers
     if workers is None:

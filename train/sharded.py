@@ -127,7 +127,7 @@ class ShardedAdamW:
     @torch.no_grad()
     def load(self, snapshot: Snapshot) -> None:
         """Every rank reads the whole and keeps its share, so a checkpoint serves any number of ranks."""
-        snapshot.check(self.parameters)
+        snapshot.check(self.parameters, dict.fromkeys(MOMENTS, self.parameters))
         for name, p in self.parameters.items():
             _local(p).copy_(_share(p, snapshot.masters[name]))
             for moment in MOMENTS:

@@ -1,0 +1,135 @@
+"""Optimizers beside AdamW: Muon's factors against an SVD, its steps against plain matrices, and resuming a run that uses them."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import stores
+from dspark.cache import errors
+from dspark.train import checkpoint, memory
+from dspark.train.config import TrainConfig
+from dspark.train.loop import train
+from dspark.train.muon import MasterMuon, is_matrix, orthogonal
+from dspark.train.optim import MasterAdamW
+from dspark.train.setup import prepare
+
+ADAM = {"betas": (0.9, 0.95), "weight_decay": 0.1, "clip": 1.0}
+SHAPES = {"fc.weight": (6, 20), "layers.0.q.weight": (9, 5), "layers.0.k.weight": (5, 9), "layers.0.norm.weight": (9,),
+          "markov_head.markov_w1.weight": (30, 4)}  # fmt: skip
+
+
+class Stop(Exception):
+    """Raised by a progress callback, in place of a crash."""
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> TrainConfig:
+    stores.write_store(tmp_path / "hs.zarr", [60, 80, 90, 30, 20, 100, 50, 64])
+    return TrainConfig(
+        cache=str(tmp_path / "hs.zarr"), output=str(tmp_path / "draft"), max_steps=6, num_layers=1, block_size=3, markov_rank=4,
+        total_seq_len=256, rows_per_step=1, max_anchors=16, checkpoint_freq=1.0, log_every=1, val_fraction=0.2, tensorboard=False,
+    )  # fmt: skip
+
+
+def named(seed: int, dtype: torch.dtype = torch.float32) -> list[tuple[str, torch.nn.Parameter]]:
+    g = torch.Generator().manual_seed(seed)
+    return [(n, torch.nn.Parameter(torch.randn(s, generator=g).to(dtype))) for n, s in SHAPES.items()]
+
+
+def backward(parameters: list[tuple[str, torch.nn.Parameter]], g: torch.Generator) -> None:
+    loss: Any = sum((p * torch.randn(p.shape, generator=g).to(p.dtype)).sum() for _, p in parameters)
+    loss.backward()
+
+
+def test_newton_schulz_turns_a_matrix_into_its_orthogonal_factor_but_for_known_singular_values() -> None:
+    """It keeps the singular vectors and sends each singular value through the polynomial, all but tiny ones to about 1."""
+    g = torch.Generator().manual_seed(0)
+    for rows, columns in ((16, 16), (8, 40)):
+        matrices = torch.randn(3, rows, columns, generator=g, dtype=torch.float64)
+        u, s, vh = torch.linalg.svd(matrices, full_matrices=False)
+        x = s / s.square().sum(-1, keepdim=True).sqrt()
+        for _ in range(5):
+            x = 3.4445 * x - 4.7750 * x**3 + 2.0315 * x**5
+        found = orthogonal(matrices)
+        torch.testing.assert_close(found, (u * x[:, None]) @ vh, atol=1e-6, rtol=0)
+        assert x[s > 0.05 * s[:, :1]].min() > 0.6
+        assert x.max() < 1.3
+
+
+def test_muon_steps_are_those_of_plain_matrices_and_leave_the_rest_to_adamw() -> None:
+    ours, plain, adam = named(0), dict(named(0)), named(0)
+    optimizer, other = MasterMuon(ours, **ADAM), MasterAdamW(adam, **ADAM)  # type: ignore[arg-type]
+    momentum = {n: torch.zeros(SHAPES[n]) for n in SHAPES}
+    draws = [torch.Generator().manual_seed(1) for _ in range(3)]
+    for _ in range(4):
+        for parameters, g in zip((ours, list(plain.items()), adam), draws, strict=True):
+            backward(parameters, g)
+        norm = optimizer.step(0.02)
+        assert norm == other.step(0.02)
+        torch.nn.utils.clip_grad_norm_(list(plain.values()), 1.0)
+        for n, p in plain.items():
+            assert p.grad is not None
+            if p.ndim == 2 and "markov" not in n:
+                momentum[n] = 0.95 * momentum[n] + p.grad
+                ahead = p.grad + 0.95 * momentum[n]
+                wide = ahead if p.shape[0] <= p.shape[1] else ahead.T
+                factor = orthogonal(wide[None])[0]
+                factor = factor if p.shape[0] <= p.shape[1] else factor.T
+                p.data = p * (1 - 0.02 * 0.1) - 0.02 * 0.2 * max(p.shape) ** 0.5 * factor
+            p.grad = None
+    for (n, p), (_, q) in zip(ours, adam, strict=True):
+        torch.testing.assert_close(p, plain[n] if is_matrix(n, p) else q, atol=1e-5, rtol=1e-4)
+
+
+def test_a_step_of_muon_is_as_large_as_one_of_adamw() -> None:
+    """Root mean square of the first steps, lr 1: AdamW's is 1 a step at first and 0.2 to 0.4 later, Muon's about 0.2 from the start."""
+    g = torch.Generator().manual_seed(0)
+    p = torch.nn.Parameter(torch.zeros(64, 256))
+    optimizer = MasterMuon([("fc.weight", p)], betas=(0.9, 0.95), weight_decay=0.0, clip=1e9)
+    (p * torch.randn(p.shape, generator=g)).sum().backward()
+    optimizer.step(1.0)
+    assert 0.15 < float(p.detach().square().mean().sqrt()) < 0.25
+
+
+@pytest.mark.parametrize("change", [{"optimizer": "muon"}])
+def test_resuming_equals_not_stopping(config: TrainConfig, tmp_path: Path, change: dict[str, Any]) -> None:
+    config = dataclasses.replace(config, **change)
+    whole = dataclasses.replace(config, output=str(tmp_path / "whole"))
+    train(whole)
+
+    def stop(step: int, total: int, text: str) -> None:
+        if step == 5:
+            raise Stop
+
+    with pytest.raises(Stop):
+        train(config, progress=stop)
+    assert checkpoint.found(Path(config.output) / "checkpoints")
+    train(config, resume=True)
+    ours, theirs = (load_file(Path(c.output) / "model.safetensors") for c in (config, whole))
+    assert all(torch.equal(ours[n], theirs[n]) for n in theirs)
+    plain = dataclasses.replace(config, output=str(tmp_path / "plain"), **{k: TrainConfig.__dataclass_fields__[k].default for k in change})  # fmt: skip
+    train(plain)
+    without = load_file(Path(plain.output) / "model.safetensors")
+    assert not all(torch.equal(ours[n], without[n]) for n in without)
+    with pytest.raises(errors.MismatchError):
+        train(dataclasses.replace(plain, output=config.output), resume=True)
+
+
+def test_muon_is_refused_where_matrices_are_cut_up_and_keeps_one_moment(config: TrainConfig) -> None:
+    with pytest.raises(errors.UsageError, match="whole matrices"):
+        dataclasses.replace(config, optimizer="muon", strategy="fsdp2")
+    with pytest.raises(errors.UsageError, match="expected adamw or muon"):
+        dataclasses.replace(config, optimizer="sgd")
+    run = prepare(dataclasses.replace(config, optimizer="muon"))
+    snapshot = run.optimizer.snapshot()
+    sizes = sum(t.numel() for tensors in snapshot.moments.values() for t in tensors.values())
+    held = sum(t.numel() for t in snapshot.masters.values())
+    assert memory.estimate(run).trained == 4 * (2 * held + sizes)
+    with pytest.raises(errors.TrainError, match="exp_avg are not"):
+        prepare(config).optimizer.load(snapshot)
