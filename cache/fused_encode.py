@@ -3,8 +3,9 @@
 Legend: N groups of all rows, C groups of a row (L * H / g), g channels of a group.
 
 Every step is the one rounding that ``Rotated.encode_plain`` makes, in the same order (butterflies and energies halve in registers, ``enable_fp_fusion`` off), so
-the bytes are the same. Groups that are far from Gaussian, which are tried at other scales, are only marked here, and plain torch codes those few. Whether this
-machine's compiler keeps to all that is tried once a process on a few rows (``trusted``); where it does not, plain torch codes everything.
+the bytes are the same. A tile with a group that is far from Gaussian tries the other scales in its registers too: coded by plain torch afterwards, those few
+groups took some 150 launches a call and two waits for the device, ten times the kernel's own time. Whether this machine's compiler keeps to all that is
+tried once a process on a few rows (``trusted``); where it does not, plain torch codes everything.
 
 Import only where triton is there.
 """
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
 log = logging.getLogger("dspark.cache")
 LEAST_GROUP = 16
 TRIED = 192  # rows
-FAR, HUGE = 1, 2  # marks of a group
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -40,6 +40,27 @@ def energies(x, TILE: tl.constexpr, G: tl.constexpr, LOG: tl.constexpr):  # type
         a, b = tl.split(tl.permute(tl.reshape(e, (TILE, 2, G >> (s + 1))), (0, 2, 1)))
         e = a + b
     return tl.reshape(e, (TILE,))
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def cells_at(  # type: ignore[no-untyped-def]
+    y,
+    k,
+    per_unit,
+    levels,
+    scales,
+    step,
+    HALF: tl.constexpr,
+    TILE: tl.constexpr,
+    G: tl.constexpr,
+    LOG: tl.constexpr,
+):
+    """Cells of ``y[TILE, G]`` at scale codes ``k[TILE]``, and the mean squared error of a group over g^2."""
+    t = y * tl.load(per_unit + k)[:, None]
+    cell = (tl.minimum(tl.maximum(tl.floor(t), -HALF), HALF - 1) + HALF).to(tl.int32)
+    error = energies(t - tl.load(levels + cell), TILE, G, LOG)
+    width = tl.load(scales + k) * step
+    return cell, error * width * width
 
 
 @triton.jit(do_not_specialize=["groups", "columns", "step", "far", "limit"])  # type: ignore[untyped-decorator]
@@ -53,7 +74,7 @@ def encode_groups(  # type: ignore[no-untyped-def]
     scales,  # fp32[256]
     code,  # uint8[N, G / 2 or G]
     scale,  # uint8[N]
-    mark,  # uint8[N]
+    huge,  # int32[1], set if a group cannot be coded
     groups,
     columns,
     step,
@@ -84,13 +105,22 @@ def encode_groups(  # type: ignore[no-untyped-def]
     for s in tl.static_range(LOG):
         a, b = tl.split(tl.permute(tl.reshape(y, (TILE, G >> (s + 1), 2, 1 << s)), (0, 1, 3, 2)))
         y = tl.reshape(tl.permute(tl.join(a + b, a - b), (0, 1, 3, 2)), (TILE, G))
-    t = y * tl.load(per_unit + k)[:, None]
-    cells = tl.minimum(tl.maximum(tl.floor(t), -HALF), HALF - 1) + HALF
-    cell = cells.to(tl.int32)
-    error = energies(t - tl.load(levels + cell), TILE, G, LOG)
-    width = tl.load(scales + k) * step
-    bad = error * width * width > far * squares * G
-    marks = tl.where(squares <= limit, tl.where(bad, 1, 0), 2)
+    cell, error = cells_at(y, k, per_unit, levels, scales, step, HALF, TILE, G, LOG)
+    bad = error > far * squares * G
+    if tl.max(bad.to(tl.int32), 0) > 0:
+        first = k
+        for trial in range(12):
+            offset = tl.where(trial < 4, trial - 4, trial - 3)  # -4 to 8 without 0
+            other = tl.minimum(tl.maximum(first + offset, 1), 255)
+            tried, e = cells_at(y, other, per_unit, levels, scales, step, HALF, TILE, G, LOG)
+            better = bad & (e < error)
+            cell = tl.where(better[:, None], tried, cell)
+            error = tl.where(better, e, error)
+            k = tl.where(better, other, k)
+    # Not "greater than": NaN is no number to compare.
+    wrong = real & ~(squares <= limit)
+    if tl.max(wrong.to(tl.int32), 0) > 0:
+        tl.atomic_max(huge, 1)
     if PACKED:
         low, high = tl.split(tl.reshape(cell, (TILE, G // 2, 2)))
         j = tl.arange(0, G // 2)
@@ -100,7 +130,6 @@ def encode_groups(  # type: ignore[no-untyped-def]
     else:
         tl.store(code + row[:, None] * G + i[None, :], cell.to(tl.uint8), mask=real[:, None])
     tl.store(scale + row, k.to(tl.uint8), mask=real)
-    tl.store(mark + row, marks.to(tl.uint8), mask=real)
 
 
 def encode(codec: Rotated, x: torch.Tensor, kernel: Any = encode_groups) -> dict[str, torch.Tensor]:
@@ -112,7 +141,8 @@ def encode(codec: Rotated, x: torch.Tensor, kernel: Any = encode_groups) -> dict
     columns = tables.mean.numel() // g if codec.centre else 1
     groups = x.numel() // g
     code = torch.empty(groups, g // codec.per_byte, dtype=torch.uint8, device=x.device)
-    scale, mark = torch.empty(2, groups, dtype=torch.uint8, device=x.device)
+    scale = torch.empty(groups, dtype=torch.uint8, device=x.device)
+    huge = torch.zeros(1, dtype=torch.int32, device=x.device)
     tile = max(1, 4096 // g)
     if groups:
         from dspark.cache.codec import SQUARE_LIMIT
@@ -127,7 +157,7 @@ def encode(codec: Rotated, x: torch.Tensor, kernel: Any = encode_groups) -> dict
             tables.scales,
             code,
             scale,
-            mark,
+            huge,
             groups,
             columns,
             codec.step,
@@ -142,30 +172,13 @@ def encode(codec: Rotated, x: torch.Tensor, kernel: Any = encode_groups) -> dict
             num_warps=8,
             enable_fp_fusion=False,
         )
-        _recode(codec, x, code, scale, mark, columns)
+        if int(huge):  # waits for the kernel, which a caller of another stream than the target's does anyway
+            codec.refuse(x)
     lead = x.shape[:-1]
     return {
         "code": code.view(*lead, hidden // codec.per_byte),
         "scale": scale.view(*lead, hidden // g),
     }
-
-
-def _recode(
-    codec: Rotated, x: torch.Tensor, code: torch.Tensor, scale: torch.Tensor, mark: torch.Tensor, columns: int
-) -> None:
-    """Groups that the kernel marked, by plain torch, in place."""
-    few = mark.nonzero()[:, 0]
-    if not few.numel():
-        return
-    if bool((mark[few] == HUGE).any()):
-        codec.refuse(x)
-    g = codec.group(x.shape[-1])
-    z = x.view(-1, g)[few].float()
-    if codec.centre:
-        tables = _tables(codec, x.shape[-1], x.device)
-        mean, inverse = tables.mean.view(-1, g), tables.inverse.view(-1, g)
-        z = (z - mean[few % columns]) * inverse[few % columns]
-    code[few], scale[few] = codec.encode_few(z)
 
 
 class _Tables(NamedTuple):

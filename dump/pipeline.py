@@ -29,7 +29,7 @@ from dspark.cache.part import PartJob, PartRecord
 from dspark.cache.writer import StoreWriter
 from dspark.dump.blocks import Block, Handle, Region, attach, can_share, regions
 from dspark.dump.capture import Captured, CodedStates
-from dspark.dump.tokenise import worker_pool
+from dspark.dump.workers import WorkerPool
 
 if TYPE_CHECKING:
     from dspark.cache.codec import Codec
@@ -80,8 +80,18 @@ class Filling:
         self._missing -= set(members)
 
 
+def writers(processes: int) -> WorkerPool | None:
+    """Processes for a ``Pipeline``, where this system can share memory with them."""
+    return WorkerPool(processes, _ready) if processes and can_share() else None
+
+
+def _ready() -> None:
+    """Runs in a worker: to find this function it has imported all that ``write_shared`` needs."""
+
+
 class Pipeline:
-    """``processes``: workers that write parts; 0 = threads. ``bar`` is told of every batch that is in place and every part that is whole.
+    """``pool``: processes that write parts, which end with this; None = threads. ``bar`` is told of every batch that is in place and every part
+    that is whole.
 
     ``seconds``: where the time went, by stage; the stages overlap. Use as a context: leaving it, also by an error, waits until every whole part is
     on disk and gives up the others.
@@ -92,14 +102,14 @@ class Pipeline:
         writer: StoreWriter,
         codecs: tuple[Codec, Codec],
         *,
-        processes: int,
+        pool: WorkerPool | None,
         part_bytes: int,
         bar: Bar,
     ) -> None:
         self.writer, self.codecs, self._bar = writer, codecs, bar
-        shared = processes > 0 and can_share()
-        workers = processes if shared else THREADS
-        self._pool: Executor = worker_pool(workers) if shared else ThreadPoolExecutor(workers, "commit")
+        shared = pool is not None
+        workers = pool.processes if pool is not None else THREADS
+        self._pool: Executor = pool or ThreadPoolExecutor(workers, "commit")
         self._blocks: queue.Queue[Block] = queue.Queue()
         self._all = [
             Block(shared) for _ in range(max(2, min(workers + 2, BLOCK_BYTES // max(part_bytes, 1))))

@@ -18,7 +18,7 @@ from dspark.cache.records import last_rows
 from dspark.dump.config import DEFAULT_SEQ_LENGTH, DumpConfig
 from dspark.dump.layers import Shapes, check_layers, default_layers
 from dspark.dump.presets import Preset
-from dspark.dump.tokenise import default_workers
+from dspark.dump.workers import default_workers
 
 if TYPE_CHECKING:
     from dspark.cache.codec import Codec

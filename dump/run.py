@@ -33,7 +33,7 @@ from dspark.dump.calibrate import Calibration, calibration_samples, captured, ce
 from dspark.dump.config import DumpConfig
 from dspark.dump.corpus import Corpus, TokenRow, open_corpus
 from dspark.dump.parts import Making, PartReader, PartRows
-from dspark.dump.pipeline import Pipeline
+from dspark.dump.pipeline import Pipeline, writers
 from dspark.dump.presets import check_shapes, find
 from dspark.dump.progress import log_file
 from dspark.dump.regenerate import Prompts, Regenerator, batches_of, join_answers
@@ -41,6 +41,7 @@ from dspark.dump.selfcheck import PROBE_TOKENS, check, probe_samples
 from dspark.dump.target import Target, compact, load_target, target_info, tokenizer_info
 from dspark.dump.tokenise import Tokenisers
 from dspark.dump.tokens import SampleMaker
+from dspark.dump.workers import WorkerPool
 
 if TYPE_CHECKING:
     from dspark.dump.capture import Engine, States
@@ -189,12 +190,13 @@ def dump(
         planning.check_disk(job.plan, done)
         probe = first_samples(job)
         with ExitStack() as stack:
-            make = tokenisers(job)  # they start while the weights are read
-            if make is not None:
-                stack.callback(make.close)
+            make, write = tokenisers(job), writers(job.plan.workers)  # they start while the weights are read
+            for processes in (make, write):
+                if processes is not None:
+                    stack.callback(processes.close)
             engine = engine_for(job.plan, config.batch_tokens)
             stack.callback(engine.close)
-            manifest, written = run_engine(job, engine, probe, writer, show, make)
+            manifest, written = run_engine(job, engine, probe, writer, show, make, write)
         out = report(config.output, manifest, time.monotonic() - began, written)
         for line in summary(out):
             show.say(line)
@@ -216,6 +218,7 @@ def run_engine(
     writer: StoreWriter | None,
     show: Display,
     make: Tokenisers | None = None,
+    write: WorkerPool | None = None,
 ) -> tuple[Manifest, Written]:
     """Check the engine, then capture what is missing; returns the finished manifest and what was written."""
     config = job.config
@@ -240,13 +243,15 @@ def run_engine(
     quality = measure([states[i] for i in sorted(states)], *writer.codecs)
     if isinstance(job.maker, Prompts):
         with writer:
-            return regenerate_parts(job, job.maker, writer, engine, quality, show)
+            return regenerate_parts(job, job.maker, writer, engine, quality, show, write)
     with writer:
         if make is not None:
             make.wait_until_started()
+            if write is not None:
+                write.wait_until_started()
         reader = part_reader(job, job.plan.part_tokens, log.info, make)
         began = time.monotonic()
-        tail, written = write_parts(writer, reader, engine, job.plan, show)
+        tail, written = write_parts(writer, reader, engine, job.plan, show, write)
         written.seconds = time.monotonic() - began
         reader.check_dropped(at_end=True)
         return writer.finish(rows_read=reader.rows_read, dropped=tail.dropped, quality=quality), written
@@ -310,7 +315,12 @@ class Written:
 
 
 def write_parts(
-    writer: StoreWriter, reader: PartReader, engine: Engine, plan: planning.Plan, show: Display
+    writer: StoreWriter,
+    reader: PartReader,
+    engine: Engine,
+    plan: planning.Plan,
+    show: Display,
+    write: WorkerPool | None = None,
 ) -> tuple[PartRows, Written]:
     """Capture and commit every part that is missing; returns the tail of the corpus and what was written."""
     out = Written()
@@ -319,7 +329,7 @@ def write_parts(
     with (
         show.progress(plan.rows) as bar,
         ahead(reader.parts(dict(writer.committed)), 1) as parts,
-        Pipeline(writer, writer.codecs, processes=plan.workers, part_bytes=part_bytes, bar=bar) as pipeline,
+        Pipeline(writer, writer.codecs, pool=write, part_bytes=part_bytes, bar=bar) as pipeline,
     ):
 
         def groups() -> Iterator[list[TokenSample]]:
@@ -349,7 +359,13 @@ def write_parts(
 
 
 def regenerate_parts(
-    job: Job, prompts: Prompts, writer: StoreWriter, engine: Engine, quality: dict[str, Any], show: Display
+    job: Job,
+    prompts: Prompts,
+    writer: StoreWriter,
+    engine: Engine,
+    quality: dict[str, Any],
+    show: Display,
+    write: WorkerPool | None,
 ) -> tuple[Manifest, Written]:
     """``write_parts`` and the end of the store where the target answers."""
     out, began = Written(), time.monotonic()
@@ -359,7 +375,7 @@ def regenerate_parts(
     maker = Regenerator(engine, prompts, job.target.eos_token_ids, writer.codecs, folder)
     with (
         show.progress(job.plan.rows) as bar,
-        Pipeline(writer, writer.codecs, processes=job.plan.workers, part_bytes=0, bar=bar) as pipeline,
+        Pipeline(writer, writer.codecs, pool=write, part_bytes=0, bar=bar) as pipeline,
     ):
         try:
             dropped: Counter[str] = Counter()

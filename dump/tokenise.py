@@ -6,18 +6,14 @@ at most 290,000 tokens a second and takes that time from the thread that launche
 
 from __future__ import annotations
 
-import multiprocessing
-import os
-import signal
-import threading
 from collections import deque
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from collections.abc import Iterator
+from concurrent.futures import Future
 from itertools import islice
-from multiprocessing import connection
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from dspark.cache.errors import DsparkError
+from dspark.dump.workers import WorkerPool
 
 if TYPE_CHECKING:
     from dspark.dump.corpus import Row
@@ -27,47 +23,12 @@ CHUNK = 64  # rows to a task
 AHEAD = 3  # tasks in work or waiting, a process
 
 
-def default_workers(device: str) -> int:
-    """Worker processes to a stage: with a GPU a quarter of the cores, at most 8; none on a CPU, which the target needs itself."""
-    return max(1, min(8, (os.cpu_count() or 1) // 4)) if device == "cuda" else 0
-
-
-def worker_pool(
-    processes: int, start: Callable[..., None] | None = None, arguments: tuple[Any, ...] = ()
-) -> ProcessPoolExecutor:
-    """Fresh processes (CUDA does not survive a fork) that leave Ctrl-C to us and end when we do, however we end; all are started now."""
-    pool = ProcessPoolExecutor(
-        processes,
-        mp_context=multiprocessing.get_context("spawn"),
-        initializer=_begin,
-        initargs=(start, arguments),
-    )
-    for _ in range(processes):
-        pool.submit(os.getpid)
-    return pool
-
-
-def _begin(start: Callable[..., None] | None, arguments: tuple[Any, ...]) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def watch() -> None:
-        connection.wait([parent.sentinel])
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
-    if start is not None:
-        start(*arguments)
-
-
 class Tokenisers:
     """``processes`` copies of ``maker`` at work on rows."""
 
     def __init__(self, maker: SampleMaker, processes: int) -> None:
         self._ahead = AHEAD * processes
-        self._pool = worker_pool(processes, _hold, (maker,))
-        self._started = self._pool.submit(os.getpid)
+        self._pool = WorkerPool(processes, _hold, (maker,))
 
     def __call__(self, rows: Iterator[Row]) -> Iterator[tuple[Row, Made]]:
         """Each row with what ``SampleMaker.make`` gives for it. An error, also one of ``rows`` itself, comes at its row's turn."""
@@ -96,11 +57,11 @@ class Tokenisers:
             raise failed
 
     def wait_until_started(self) -> None:
-        """Until the first of them can work: starting takes seconds, and a rate is not to be judged by them."""
-        self._started.result()
+        """Until all of them can work."""
+        self._pool.wait_until_started()
 
     def close(self) -> None:
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        self._pool.close()
 
 
 _maker: SampleMaker | None = None

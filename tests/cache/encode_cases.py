@@ -20,6 +20,8 @@ for shape in SHAPES:
         x[0] = 0.0
         x[-1, ..., 3] = 25000.0
         x[shape[0] // 2] = 1e-30
+        x[shape[0] // 3, ..., ::5] *= 40.0  # far from Gaussian, so that other scales are tried
+        x[shape[0] // 4] = torch.randn(shape[-1]).sign()
     for bits in (8, 4, 2):
         for centred in (False, True):
             codec = codec_for(bits)
