@@ -46,6 +46,8 @@ VARIANTS = {
     "muon-1e-3": "--optimizer muon",
     "muon-2e-3": "--optimizer muon --lr 2e-3",
     "muon-4e-3": "--optimizer muon --lr 4e-3",
+    "ema-0.99": "--ema 0.99",
+    "ema-0.999": "--ema 0.999",
     "anchors-1024": "--max-anchors 1024",
     "anchors-4096": "--max-anchors 4096",
     "layers-2": "--num-layers 2",

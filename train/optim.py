@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from dspark.cache.errors import TrainError
+from dspark.train.average import AVERAGE, Average, in_place
 from dspark.train.distributed import World
 
 BUCKET = 1 << 26  # elements of a bucket, at least one parameter: 256 MB of gradients in one all-reduce
@@ -50,6 +52,11 @@ class Snapshot:
     moments: Mapping[str, Mapping[str, Tensor]]
     updates: int
 
+    @property
+    def served(self) -> Mapping[str, Tensor]:
+        """The weights of the draft: the masters, or their average where one is kept."""
+        return self.moments.get(AVERAGE, self.masters)
+
     def check(self, parameters: Mapping[str, Tensor], moments: Mapping[str, Collection[str]]) -> None:
         """Raise TrainError unless these are tensors for exactly ``parameters``, and moments for those that ``moments`` names."""
         for what in sorted({"masters", *self.moments, *moments}):
@@ -72,6 +79,9 @@ class Optimizer(Protocol):
 
     def step(self, lr: float) -> Tensor:
         """One update at rate ``lr`` from the sum of all ranks' gradients; returns its norm before clipping (0-dim, on the device)."""
+
+    def averaged(self) -> AbstractContextManager[None]:
+        """Within it the model computes with the average of its weights, where one is kept."""
 
     def snapshot(self) -> Snapshot:
         """Copies on the CPU for a checkpoint, whole on rank 0 (a collective call; empty elsewhere)."""
@@ -226,9 +236,18 @@ class FlatOptimizer:
             rule.update(lr, norm)
         for bucket in self._buckets:
             bucket.gradients.zero_()
+        self._refresh()
+        return norm
+
+    @torch.no_grad()
+    def _refresh(self) -> None:
+        """What the model computes with follows the masters."""
+        for bucket in self._buckets:
             if bucket.values.dtype != torch.float32:
                 bucket.values.copy_(bucket.master)
-        return norm
+
+    def averaged(self) -> AbstractContextManager[None]:
+        return in_place(self._rules, self._refresh)
 
     def snapshot(self) -> Snapshot:
         if self.world.rank:
@@ -260,8 +279,7 @@ class FlatOptimizer:
             for moment, flat in moments.items():
                 if name in snapshot.moments[moment]:
                     self._view(flat[id(bucket.master)], name).copy_(snapshot.moments[moment][name])
-        for bucket in self._buckets:
-            bucket.values.copy_(bucket.master)
+        self._refresh()
         for rule in self._rules:
             rule.updates = snapshot.updates
 
@@ -276,10 +294,17 @@ class MasterAdamW(FlatOptimizer):
         betas: tuple[float, float],
         weight_decay: float,
         clip: float,
+        ema: float = 0.0,
         world: World | None = None,
     ) -> None:
         super().__init__(named, world)
-        self._rules = [Adam([b.master for b in self._buckets], betas, weight_decay, clip)]
+        masters = [b.master for b in self._buckets]
+        self._rules = [Adam(masters, betas, weight_decay, clip), *averages(masters, ema)]
+
+
+def averages(masters: list[nn.Parameter], decay: float) -> list[Rule]:
+    """The rule that averages ``masters``, last of an optimizer's; none with ``decay`` 0."""
+    return [Average(masters, decay)] if decay else []
 
 
 def squares(tensors: list[Tensor]) -> Tensor:

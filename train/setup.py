@@ -125,7 +125,12 @@ def prepare(config: TrainConfig, world: World | None = None) -> Run:
     if config.activation_checkpointing:
         checkpoint_activations(model)
     optimizer: Optimizer
-    of = {"betas": config.betas, "weight_decay": config.weight_decay, "clip": config.grad_clip}
+    of = {
+        "betas": config.betas,
+        "weight_decay": config.weight_decay,
+        "clip": config.grad_clip,
+        "ema": config.ema,
+    }
     if sharded:
         from dspark.train.sharded import ShardedAdamW, shard
 
