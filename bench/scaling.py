@@ -29,9 +29,9 @@ import numpy as np
 import torch
 
 from common import RESULTS, write
-from dspark.cache.codec import codec_from, to_numpy
+from dspark.cache.codec import codec_for, field_info, to_numpy
 from dspark.cache.frozen import FrozenTarget
-from dspark.cache.manifest import DumpInfo, FieldInfo, Manifest, SourceInfo, TargetInfo, TokenizerInfo
+from dspark.cache.manifest import DumpInfo, Manifest, SourceInfo, TargetInfo, TokenizerInfo
 from dspark.cache.records import CodedSample, TokenSample, last_rows
 from dspark.cache.writer import StoreWriter
 
@@ -43,6 +43,7 @@ SHAPES: dict[str, tuple[tuple[int, ...], str]] = {
     "glm-5.2": ((6144, 12_288, 78, 64, 64, 128, 154_880), "--num-layers 5 --block-size 8 --max-anchors 1024 --total-seq-len 4096"),
 }  # fmt: skip
 LAYERS = 5
+BITS = 4
 
 
 def manifest(shape: tuple[int, ...], tokens: int) -> Manifest:
@@ -61,8 +62,8 @@ def manifest(shape: tuple[int, ...], tokens: int) -> Manifest:
         mask_rule="given", part_tokens=8 * tokens,
     )  # fmt: skip
     return Manifest(
-        target=target, layers=[i * (layers - 1) // LAYERS for i in range(LAYERS)], aux=FieldInfo(codec="bf16", bits=16),
-        last=FieldInfo(codec="bf16", bits=16), tokenizer=TokenizerInfo(sha256=None, chat_template_sha256=None),
+        target=target, layers=[i * (layers - 1) // LAYERS for i in range(LAYERS)], aux=field_info(codec_for(BITS)),
+        last=field_info(codec_for(BITS)), tokenizer=TokenizerInfo(sha256=None, chat_template_sha256=None),
         source=SourceInfo(id="random", sha256="0", limit=None), dump=dump,
     )  # fmt: skip
 
@@ -71,9 +72,10 @@ def write_store(path: Path, shape: tuple[int, ...], samples: int, tokens: int) -
     """``samples`` samples of ``tokens`` random tokens; two thirds supervised; one draw of states, turned, serves all."""
     m, hidden, vocab = manifest(shape, tokens), shape[0], shape[-1]
     g, rng = torch.Generator().manual_seed(0), np.random.default_rng(0)
-    aux = torch.randn(tokens, LAYERS, hidden, generator=g)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    aux = torch.randn(tokens, LAYERS, hidden, generator=g).to(device)
     embed = torch.randn(vocab, hidden, generator=g).bfloat16() * (3 / hidden**0.5)
-    codes = codec_from(m.aux, "aux"), codec_from(m.last, "last")
+    codec = codec_for(BITS)
     with StoreWriter.create(
         path, m, FrozenTarget(embed, torch.ones(hidden).bfloat16(), embed, True), {}
     ) as writer:
@@ -86,7 +88,7 @@ def write_store(path: Path, shape: tuple[int, ...], samples: int, tokens: int) -
                 last = aux.roll(row, 0)[: int(last_rows(mask).sum()), 0]
                 part.append(
                     CodedSample(
-                        sample, to_numpy(codes[0].encode(aux.roll(row, 0))), to_numpy(codes[1].encode(last))
+                        sample, to_numpy(codec.encode(aux.roll(row, 0))), to_numpy(codec.encode(last))
                     )
                 )
             writer.commit(at // 4, part, row_start=at, row_stop=at + len(part), dropped={}, truncated=0)
