@@ -48,6 +48,8 @@ VARIANTS = {
     "muon-4e-3": "--optimizer muon --lr 4e-3",
     "ema-0.99": "--ema 0.99",
     "ema-0.999": "--ema 0.999",
+    "noise-0.05": "--noise-std 0.05",
+    "noise-0.5": "--noise-std 0.5",
     "anchors-1024": "--max-anchors 1024",
     "anchors-4096": "--max-anchors 4096",
     "layers-2": "--num-layers 2",

@@ -53,6 +53,8 @@ class TrainConfig:
     max_anchors: int = 512
     """Anchors drawn a row; 0 = every eligible one."""
     speculator_type: str = "dspark"
+    noise_std: float = 0.0
+    """Half-width of the uniform noise on the aux states while training (the name is that of speculators' flag)."""
     num_layers: int = 5
     block_size: int = 7
     markov_rank: int = 256
@@ -92,7 +94,7 @@ class TrainConfig:
                      "keep_checkpoints", "log_every", "val_rows"):  # fmt: skip
             if not getattr(self, name) > 0:
                 raise UsageError(f"{name} is {getattr(self, name)}, expected a positive number")
-        for name in ("max_anchors", "markov_rank", "weight_decay", "confidence_head_alpha"):
+        for name in ("max_anchors", "noise_std", "markov_rank", "weight_decay", "confidence_head_alpha"):
             if getattr(self, name) < 0:
                 raise UsageError(f"{name} is {getattr(self, name)}, expected 0 or more")
         for name in ("warmup_ratio", "min_lr_ratio", "val_fraction", "ema"):

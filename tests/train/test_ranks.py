@@ -63,7 +63,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def runs(folder: Path) -> dict[str, Any]:
     """The same training by one process, by two, stopped by one kind and resumed by the other; all jobs of two in one launch."""
     at = {
-        n: settings(folder, output=str(folder / n))
+        n: settings(folder, output=str(folder / n), noise_std=0.05)
         for n in ("one", "ddp", "fsdp2", "two_one", "one_two", "broken")
     }
     at["fsdp2"] = dataclasses.replace(at["fsdp2"], strategy="fsdp2", activation_checkpointing=True)
