@@ -181,6 +181,7 @@ def agreement(s: Shape, device: torch.device, dtype: torch.dtype) -> dict[str, A
     """Fast path (compiled, flex, Triton) against slow (eager, SDPA, plain torch) on the same row and weights."""
     torch.manual_seed(0)
     model = DraftModel(draft_config(s), weights(s, device, dtype)).to(device=device, dtype=dtype)
+    model.make_room()
     batch = row(s, 1, device, dtype)
     dens = Denominators.of(batch.to("cpu"), 4.0)
     found = []
@@ -244,6 +245,7 @@ def one_model(
 ) -> tuple[DraftModel, list[Batch]]:
     torch.manual_seed(0)
     model = DraftModel(draft_config(s), weights(s, args.device, dtype)).to(device=args.device, dtype=dtype)
+    model.make_room()  # as in training, where the head comes from the host
     if compiled and args.device.type == "cuda":
         model.compile(dynamic=False)
     return model, [row(s, i, args.device, dtype) for i in range(args.rows)]

@@ -13,9 +13,9 @@ The final ``norm`` starts as a copy of the target's and is trained with the rest
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, Self
 
 import torch
 import torch.nn.functional as F
@@ -48,7 +48,8 @@ class FrozenHead:
 
     ``lm_head`` [V, H], ``draft_head`` [Vd, H] (the same tensor if Vd = V), ``draft_ids`` int64[Vd] target id of a draft row and
     ``to_draft`` int64[V] its inverse with -1 outside; both None if Vd = V. ``logits``: factor and soft cap of the *target's* logits; the
-    draft's are the head's output as it is, as vLLM serves them.
+    draft's are the head's output as it is, as vLLM serves them. ``wide`` [Vd, H + r] is the memory of which ``draft_head`` is the first
+    H columns, if there is any: the rest is the objective's, for W2.
     """
 
     lm_head: Tensor
@@ -56,6 +57,16 @@ class FrozenHead:
     draft_ids: Tensor | None = None
     to_draft: Tensor | None = None
     logits: Logits = PLAIN
+    wide: Tensor | None = None
+
+    def with_markov(self, w2: Tensor) -> Tensor:
+        """``[draft_head | w2]`` [Vd, H + r] for ``w2`` [Vd, r], so that logits and their gradients are one product each. Written into
+        ``wide``, where it stays until the next call; without it, a copy of the head.
+        """
+        if self.wide is None:
+            return torch.cat([self.draft_head, w2], 1)
+        self.wide[:, self.draft_head.shape[1] :].copy_(w2)
+        return self.wide
 
     def target_logits(self, last: Tensor, out: Tensor | None = None) -> Tensor:
         """``last`` [n, H] after the final norm -> [n, V]; the product is made in ``out`` [n, V] if given."""
@@ -187,7 +198,8 @@ class DraftModel(nn.Module):
     """A draft for ``target``. ``draft_ids`` int64[Vd], rising, are the target ids it can draft; given if and only if Vd < V.
 
     The target's tensors are taken as they are (no copy, their dtype kept), so ``frozen_dtype`` decides the dtype in which
-    logits are multiplied, without touching the trained parameters.
+    logits are multiplied, without touching the trained parameters. Where the output matrix is copied after all (another dtype or
+    device, rows of a reduced vocabulary), the copy has room for W2 beside it (``make_room``).
     """
 
     def __init__(
@@ -236,6 +248,7 @@ class DraftModel(nn.Module):
 
     def _adopt(self, target: TargetWeights, draft_ids: Tensor | None, dtype: torch.dtype | None) -> None:
         """Take the target's tensors; one ``Parameter`` object where they are tied, so that ``.to`` keeps them so."""
+        self._wide: Tensor | None = None
         embed, head = target.embed_tokens.detach(), target.lm_head.detach()
         self.target_logits = target.logits
         tied = embed.data_ptr() == head.data_ptr() and embed.shape == head.shape
@@ -247,6 +260,8 @@ class DraftModel(nn.Module):
         if draft_ids is None:
             shared = self.embed_tokens.weight if tied else nn.Parameter(head, requires_grad=False)
             self.lm_head.weight = shared
+            if shared.data_ptr() != target.lm_head.data_ptr():
+                self.make_room()
             return
         inverse = torch.full((self.config.vocab_size,), -1, dtype=torch.int64)
         inverse[draft_ids] = torch.arange(draft_ids.shape[0])
@@ -257,19 +272,50 @@ class DraftModel(nn.Module):
         self.target_output.weight = full
         self.register_buffer("draft_ids", draft_ids.to(torch.int64).clone(), persistent=False)
         self.register_buffer("to_draft", inverse, persistent=False)
+        self.make_room()
+
+    def make_room(self) -> None:
+        """Copy the output matrix (and the embedding tied to it) to the first H columns of [Vd, H + r], whose others take W2 in the
+        objective: ``FrozenHead.wide``. Only for a model with a Markov head; before ``compile``, which remembers strides.
+        """
+        weight = self.lm_head.weight
+        assert isinstance(weight, nn.Parameter)
+        if self.markov_head is None or self._has_room(weight):
+            return
+        rows, size = weight.shape
+        self._wide = None  # the memory it had before it moved
+        self._wide = weight.new_zeros(rows, size + self.markov_head.rank)
+        self._wide[:, :size] = weight
+        weight.data = self._wide[:, :size]
+
+    def _has_room(self, weight: Tensor) -> bool:
+        """Whether ``weight`` still is a part of the wide matrix: moving or copying the module parts them."""
+        wide = self._wide
+        return wide is not None and wide.data_ptr() == weight.data_ptr() and wide.stride() == weight.stride()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """What ``.to`` and its like do. A matrix that moves is copied without its room, so it is given a new one."""
+        weight = self.lm_head.weight
+        assert isinstance(weight, Tensor)
+        before = weight.data_ptr()
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if weight.data_ptr() != before:
+            self.make_room()
+        return self
 
     @property
     def frozen_head(self) -> FrozenHead:
         """The output matrices for the objective (they follow ``.to``)."""
         own = self.lm_head.weight
         assert isinstance(own, Tensor)
+        wide = self._wide if self._has_room(own) else None
         if not self.config.reduced_vocab:
-            return FrozenHead(own, own, logits=self.target_logits)
+            return FrozenHead(own, own, logits=self.target_logits, wide=wide)
         full, ids, inverse = self.target_output.weight, self.draft_ids, self.to_draft
         assert isinstance(full, Tensor)
         assert isinstance(ids, Tensor)
         assert isinstance(inverse, Tensor)
-        return FrozenHead(full, own, ids, inverse, self.target_logits)
+        return FrozenHead(full, own, ids, inverse, self.target_logits, wide)
 
     def trained(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Names and parameters that training owns, in a fixed order (with ``norm``, frozen or not)."""

@@ -5,8 +5,9 @@ Legend: n slots of a chunk, d <= n rows of target logits that they share, V targ
 One program a slot reads the slot's two rows of logits three times: for both log-sum-exps and argmaxes; for L1 and
 ``<s, p_d>``; and to write the gradient over the draft's logits. Slots side by side share a target row, which the cache serves to all
 but the first. So a chunk costs 3 reads and 1 write of n rows and 3 reads of d rows of logits in their own dtype, and no fp32
-tensor of the vocabulary's size exists. Kernels of other projects (liger-kernel, cut-cross-entropy) fuse the head's product with a cross-entropy against labels or one divergence between two heads' outputs; none gives CE, L1 and
-the accept rate of a draft whose logits are two products (head and Markov factors) at once.
+tensor of the vocabulary's size exists. Kernels of other projects (liger-kernel, cut-cross-entropy) fuse the head's product with a
+cross-entropy against labels or one divergence between two heads' outputs; none gives CE, L1, the accept rate and the gradient of
+all of them at once.
 
 Import only where triton is there (CUDA builds of torch bring it); ``objective`` does so when its tensors are on CUDA.
 """

@@ -14,8 +14,8 @@ from dspark.train.setup import Run
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """Bytes on one device: ``frozen`` target matrices, ``trained`` weights with masters, gradients and moments, and of a ``row`` the
-    states (this row's and the next one's) and what backward keeps.
+    """Bytes on one device: ``frozen`` target matrices (and W2's copy beside one), ``trained`` weights with masters, gradients and
+    moments, and of a ``row`` the states (this row's and the next one's) and what backward keeps.
     """
 
     frozen: int
@@ -50,6 +50,9 @@ def estimate(run: Run) -> Memory:
     count = sum(p.numel() for _, p in model.trained())
     own = {id(p) for _, p in model.trained()}
     frozen = sum(p.numel() * p.element_size() for p in model.parameters() if id(p) not in own)
+    head = model.frozen_head
+    if head.wide is not None:
+        frozen += (head.wide.numel() - head.draft_head.numel()) * head.wide.element_size()
     if config.strategy == "fsdp2":
         # Shards of master, gradient and moments, and the root's weights and one layer's gathered.
         layer = sum(p.numel() for p in model.layers[0].parameters())

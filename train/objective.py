@@ -220,9 +220,9 @@ def objective(
     known = labels >= 0
     scale_ce = weight * known * (config.ce / max(denominators.ce, 1e-12))
     scale_l1 = weight * (config.l1 / max(denominators.l1, 1e-12))
+    x = slots.h.to(dtype)
     loss, ce, l1, hit = _ChunkedTerms.apply(  # type: ignore[no-untyped-call]
-        slots.h.to(dtype),
-        None if slots.z is None else slots.z.to(dtype),
+        x if slots.z is None else torch.cat([x, slots.z.to(dtype)], 1),
         None if slots.w2 is None else slots.w2.to(dtype),
         slots.target.to(dtype),
         slots.target_at,
@@ -312,13 +312,16 @@ def chunk_terms(
 
 
 class _ChunkedTerms(torch.autograd.Function):
-    """``sum(scale_ce * CE + scale_l1 * L1)``; gradients are made in the forward, the backward only scales them."""
+    """``sum(scale_ce * CE + scale_l1 * L1)``; gradients are made in the forward, the backward only scales them.
+
+    ``x`` [N, K] is [h | z], K = H + r, with a Markov head and h alone without (``w2`` None): the draft's logits are one product with
+    [head | W2], and d_x one product with their gradient. A product of its own would read and write (or read) all [n, Vd] once more.
+    """
 
     @staticmethod
     def forward(
         ctx: Any,
-        h: Tensor,
-        z: Tensor | None,
+        x: Tensor,
         w2: Tensor | None,
         target: Tensor,
         target_at: Tensor | None,
@@ -331,24 +334,22 @@ class _ChunkedTerms(torch.autograd.Function):
         with_gradient: bool,
         terms: ChunkTerms,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        count, wide = h.shape[0], scale_ce.dtype
-        ce, l1 = h.new_empty(count, dtype=wide), h.new_empty(count, dtype=wide)
-        hit = torch.empty(count, dtype=torch.bool, device=h.device)
-        d_h = torch.empty_like(h) if with_gradient else None
-        d_z = torch.empty_like(z) if with_gradient and z is not None else None
+        count, wide = x.shape[0], scale_ce.dtype
+        ce, l1 = x.new_empty(count, dtype=wide), x.new_empty(count, dtype=wide)
+        hit = torch.empty(count, dtype=torch.bool, device=x.device)
+        matrix = head.draft_head if w2 is None else head.with_markov(w2)  # [Vd, K]
+        hidden = head.draft_head.shape[1]
+        d_x = torch.empty_like(x) if with_gradient else None
         # Chunks add up in fp32: in bf16 the sum of many small parts would stop growing.
         d_w2 = None
         if target_at is None:
-            target_at = torch.arange(count, device=h.device)
+            target_at = torch.arange(count, device=x.device)
         # Made once and used by every chunk: what the last chunk left would otherwise live beside the next one's.
-        draft_buffer = h.new_empty(rows, head.draft_head.shape[0])
-        target_buffer = h.new_empty(rows, head.lm_head.shape[0])
+        draft_buffer = x.new_empty(rows, matrix.shape[0])
+        target_buffer = x.new_empty(rows, head.lm_head.shape[0])
         for chunk in chunks:
             part = chunk.slots
-            logits = torch.mm(h[part], head.draft_head.T, out=draft_buffer[: part.stop - part.start])
-            if z is not None:
-                assert w2 is not None
-                logits.addmm_(z[part], w2.T)
+            logits = torch.mm(x[part], matrix.T, out=draft_buffer[: part.stop - part.start])
             ce[part], l1[part], hit[part], gradient = terms(
                 logits,
                 head.target_logits(target[chunk.rows], target_buffer[: chunk.rows.stop - chunk.rows.start]),
@@ -361,34 +362,26 @@ class _ChunkedTerms(torch.autograd.Function):
             )
             if gradient is None:
                 continue
-            assert d_h is not None
-            torch.mm(gradient, head.draft_head, out=d_h[part])
-            if z is not None:
-                assert w2 is not None
-                assert d_z is not None
-                torch.mm(gradient, w2, out=d_z[part])
-                product = gradient.T @ z[part]
+            assert d_x is not None
+            torch.mm(gradient, matrix, out=d_x[part])
+            if w2 is not None:
+                product = gradient.T @ x[part, hidden:]
                 d_w2 = product.to(wide) if d_w2 is None else d_w2.add_(product)
         if with_gradient and w2 is not None and d_w2 is None:
             d_w2 = torch.zeros_like(w2, dtype=wide)  # no slot at all
-        ctx.has_z = z is not None
         if with_gradient:
-            ctx.save_for_backward(*(g for g in (d_h, d_z, d_w2) if g is not None))
+            ctx.save_for_backward(d_x, d_w2)
         ctx.w2_dtype = None if w2 is None else w2.dtype
         ctx.mark_non_differentiable(ce, l1, hit)
         return (scale_ce * ce + scale_l1 * l1).sum(), ce, l1, hit
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *unused: Tensor) -> tuple[Tensor | None, ...]:
-        saved = ctx.saved_tensors
-        d_h = saved[0] * grad.to(saved[0].dtype)
-        nothing = (None,) * 10
-        if not ctx.has_z:
-            return d_h, None, None, *nothing
-        d_z = saved[1] * grad.to(saved[1].dtype)
-        # Scaled and rounded in one pass: in fp32 this is the largest tensor here after the logits.
-        d_w2 = torch.mul(saved[2], grad, out=torch.empty_like(saved[2], dtype=ctx.w2_dtype))
-        return d_h, d_z, d_w2, *nothing
+        d_x, d_w2 = ctx.saved_tensors
+        if d_w2 is not None:
+            # Scaled and rounded in one pass: in fp32 this is the largest tensor here after the logits.
+            d_w2 = torch.mul(d_w2, grad, out=torch.empty_like(d_w2, dtype=ctx.w2_dtype))
+        return d_x * grad.to(d_x.dtype), d_w2, *(None,) * 10
 
 
 def reference_loss(

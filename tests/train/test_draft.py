@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 
 import numpy as np
@@ -55,6 +56,47 @@ def test_target_weights_are_shared_and_frozen(tied: bool, reduced: bool) -> None
         assert torch.equal(head.draft_head.float(), target.lm_head[[3, 7, 20]])
         assert head.to_draft is not None
         assert head.to_draft[7] == 1
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("reduced", [False, True])
+def test_a_copied_output_matrix_has_room_for_w2(tied: bool, reduced: bool) -> None:
+    ids = torch.tensor([3, 7, 20]) if reduced else None
+    target = small_target(tied=tied)
+    model = DraftModel(small_config(draft_vocab_size=3 if reduced else VOCAB), target, ids)
+    assert (model.frozen_head.wide is None) == (not reduced), "the target's own memory is left as it is"
+    names, rows = set(model.state_dict()), target.lm_head if ids is None else target.lm_head[ids]
+    for _ in range(2):  # the second time nothing moves
+        model.to(torch.float64)
+        head = model.frozen_head
+        assert head.wide is not None
+        assert head.wide.shape == (rows.shape[0], HIDDEN + 6)
+        assert head.wide.data_ptr() == head.draft_head.data_ptr() == model.lm_head.weight.data_ptr()
+        assert torch.equal(head.draft_head, rows.double())
+        assert torch.equal(model.embed_tokens.weight, target.embed_tokens.double())
+        shared = model.embed_tokens.weight.data_ptr() == head.lm_head.data_ptr()
+        assert shared == tied
+    assert set(model.state_dict()) == names
+    w2 = torch.randn(rows.shape[0], 6, dtype=torch.float64)
+    assert head.with_markov(w2).data_ptr() == head.wide.data_ptr()
+    assert torch.equal(head.with_markov(w2), torch.cat([rows.double(), w2], 1))
+    assert torch.equal(replace(head, wide=None).with_markov(w2), head.wide)
+    # Weights that are loaded go into the same memory; a copy of the module has none, and says so.
+    model.load_state_dict({n: 2 * t for n, t in model.state_dict().items()})
+    assert torch.equal(head.wide, torch.cat([2 * rows.double(), w2], 1))
+    other = copy.deepcopy(model)
+    assert other.frozen_head.wide is None
+    assert torch.equal(other.frozen_head.draft_head, head.draft_head)
+    other.make_room()
+    assert other.frozen_head.wide is not None
+    assert other.frozen_head.wide.data_ptr() != head.wide.data_ptr()
+
+
+def test_no_room_without_a_markov_head() -> None:
+    model = small_draft(speculator_type="dflash", markov_rank=0, enable_confidence_head=False).double()
+    model.make_room()
+    assert model.frozen_head.wide is None
+    assert model.lm_head.weight.is_contiguous()
 
 
 def test_wrong_targets_are_refused() -> None:

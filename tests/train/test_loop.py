@@ -276,6 +276,8 @@ def test_the_memory_that_a_run_says_it_takes(config: TrainConfig) -> None:
     found = memory.estimate(run)
     assert found.trained == 16 * count
     assert found.frozen == 4 * stores.VOCAB * stores.HIDDEN  # tied: one matrix
+    run.model.make_room()
+    assert memory.estimate(run).frozen == found.frozen + 4 * stores.VOCAB * run.model.config.markov_rank
     lean = memory.estimate(prepare(dataclasses.replace(config, activation_checkpointing=True, num_layers=1)))
     deep = memory.row_bytes(dataclasses.replace(run.model.config, num_layers=5), 256, 16, 4, recompute=False)
     assert (

@@ -34,14 +34,21 @@ def case(
     reduced: bool,
     markov: bool = True,
     shared: bool = False,
+    room: bool = False,
     dtype: torch.dtype = torch.float64,
 ) -> tuple[SlotInputs, FrozenHead]:
-    """Fresh at every call: an error that needs particular inputs gets its chance, run after run. ``shared``: target rows of several slots."""
+    """Fresh at every call: an error that needs particular inputs gets its chance, run after run. ``shared``: target rows of several slots.
+    ``room``: the head is a part of a matrix with columns for W2, full of what was there before.
+    """
     full = torch.randn(V, H, dtype=dtype)
     ids = torch.randperm(V)[:VD].sort().values
     inverse = torch.full((V,), -1)
     inverse[ids] = torch.arange(VD)
     head = FrozenHead(full, full[ids], ids, inverse) if reduced else FrozenHead(full, full)
+    if room:
+        wide = torch.cat([head.draft_head, torch.randn(head.draft_head.shape[0], R, dtype=dtype)], 1)
+        own = wide[:, :H]
+        head = replace(head, lm_head=full if reduced else own, draft_head=own, wide=wide)
 
     def leaf(*shape: int) -> Tensor:
         return torch.randn(*shape, dtype=dtype, requires_grad=True)
@@ -69,9 +76,10 @@ def gradients(loss: Tensor, slots: SlotInputs) -> list[Tensor]:
 @pytest.mark.parametrize("reduced", [False, True])
 @pytest.mark.parametrize("markov", [False, True])
 @pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("room", [False, True])
 @pytest.mark.parametrize("chunk", [1, 5, 13, 1000])
-def test_equals_the_reference(reduced: bool, markov: bool, shared: bool, chunk: int) -> None:
-    slots, head = case(reduced=reduced, markov=markov, shared=shared)
+def test_equals_the_reference(reduced: bool, markov: bool, shared: bool, room: bool, chunk: int) -> None:
+    slots, head = case(reduced=reduced, markov=markov, shared=shared, room=room)
     config = ObjectiveConfig(ce=0.3, l1=0.7, confidence=0.5)
     dens = Denominators(2.5, 4.0, 1.5)
     out = objective(slots, head, config, dens, chunk_rows=chunk)
@@ -82,6 +90,20 @@ def test_equals_the_reference(reduced: bool, markov: bool, shared: bool, chunk: 
     # A factor on the loss (gradient accumulation, loss scaling) must reach every gradient.
     for ours, theirs in zip(gradients(3 * out.loss, slots), gradients(3 * loss, slots), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-12)
+
+
+def test_w2_of_the_last_call_leaves_nothing_behind() -> None:
+    """Columns for W2 are written anew at every call, and a backward that comes after another forward is its own."""
+    slots, head = case(reduced=False, room=True)
+    assert slots.w2 is not None
+    other = replace(slots, w2=torch.randn_like(slots.w2).requires_grad_())
+    config, dens = ObjectiveConfig(), Denominators(1, 1, 1)
+    outs = [(s, objective(s, head, config, dens, chunk_rows=5).loss) for s in (slots, other)]
+    for s, loss in outs:
+        want = reference_loss(s, head, config, dens)[0]
+        torch.testing.assert_close(loss, want)
+        for a, b in zip(gradients(loss, s), gradients(want, s), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-12)
 
 
 def test_chunks_and_the_target_rows_they_need() -> None:
