@@ -50,6 +50,7 @@ VARIANTS = {
     "ema-0.999": "--ema 0.999",
     "noise-0.05": "--noise-std 0.05",
     "noise-0.5": "--noise-std 0.5",
+    "dpace": "--slot-weights dpace",
     "anchors-1024": "--max-anchors 1024",
     "anchors-4096": "--max-anchors 4096",
     "layers-2": "--num-layers 2",

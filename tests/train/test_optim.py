@@ -99,7 +99,14 @@ def test_a_step_of_muon_is_as_large_as_one_of_adamw() -> None:
 
 
 @pytest.mark.parametrize(
-    "change", [{"optimizer": "muon"}, {"ema": 0.9}, {"optimizer": "muon", "ema": 0.99}, {"noise_std": 0.5}]
+    "change",
+    [
+        {"optimizer": "muon"},
+        {"ema": 0.9},
+        {"optimizer": "muon", "ema": 0.99},
+        {"noise_std": 0.5},
+        {"slot_weights": "dpace"},
+    ],
 )
 def test_resuming_equals_not_stopping(config: TrainConfig, tmp_path: Path, change: dict[str, Any]) -> None:
     config = dataclasses.replace(config, **change)
