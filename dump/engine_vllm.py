@@ -94,7 +94,7 @@ class VllmEngine:
             spool.mkdir(parents=True)
         gpus = torch.cuda.device_count()
         options: dict[str, Any] = {"tensor_parallel_size": gpus} if gpus else {"enforce_eager": True}
-        if gpus:  # once torch has been asked for CUDA here, a forked engine cannot use it, and vLLM does not notice
+        if gpus:  # torch has been asked for CUDA: a forked engine could not use it, and vLLM does not notice
             os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
         if batch_tokens is not None:
             options["max_num_batched_tokens"] = batch_tokens

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -141,6 +143,23 @@ def test_other_versions_are_refused_with_a_sentence(version: str) -> None:
     check_version("0.32.0+cpu")
     with pytest.raises(EngineError, match=rf"vllm {version}: this release works with 0.25 to 0.33"):
         check_version(version)
+
+
+def test_on_a_gpu_the_engine_is_not_forked(
+    tiny: Path, shapes: Shapes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def start(**_: object) -> None:
+        raise RuntimeError(os.environ["VLLM_WORKER_MULTIPROC_METHOD"])
+
+    monkeypatch.setenv("VLLM_WORKER_MULTIPROC_METHOD", "to be restored")
+    monkeypatch.delenv("VLLM_WORKER_MULTIPROC_METHOD")
+    monkeypatch.setattr("dspark.dump.engine_vllm.engine_version", lambda name: "0.26.0")
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(LLM=start))  # type: ignore[arg-type]
+    with pytest.raises(EngineError, match="RuntimeError: spawn"):
+        VllmEngine.load(
+            str(tiny), shapes, LAYERS, dtype="bfloat16", seq_length=8, spool=tmp_path / "s", batch_tokens=None
+        )
 
 
 def test_runs_of_a_mask() -> None:
