@@ -148,13 +148,14 @@ class SlotInputs:
     @classmethod
     def gather(cls, batch: Batch, states: SlotStates, decay: float) -> SlotInputs:
         """The slots that count, so that no logit is computed for the others."""
+        # index_select, not [at]: no slot comes twice, and the backward pass of [at] sorts the indices to add up those that do.
         at = batch.slots
         weight = slot_weights(batch.block_size, decay, at.device)
         return cls(
-            h=states.h.flatten(0, 1)[at],
-            z=None if states.z is None else states.z.flatten(0, 1)[at],
+            h=states.h.flatten(0, 1).index_select(0, at),
+            z=None if states.z is None else states.z.flatten(0, 1).index_select(0, at),
             w2=states.w2,
-            confidence=None if states.confidence is None else states.confidence.flatten()[at],
+            confidence=None if states.confidence is None else states.confidence.flatten().index_select(0, at),
             target=batch.last[batch.target_rows],
             labels=batch.label_ids.flatten()[at],
             weight=weight[at % batch.block_size],
