@@ -86,10 +86,11 @@ class Peer:
             if start is None:
                 return whole(mask_mod, **sizes)
             size = model.config.block_size
-            context = sizes["KV_LEN"] - sizes["Q_LEN"]
 
             def within(b: Any, h: Any, q: Any, kv: Any) -> Any:
-                return mask_mod(b, h, q, kv) & ((kv >= context) | (kv >= start[q // size]))
+                return mask_mod(b, h, q, kv) & (
+                    kv >= start[q // size]
+                )  # the blocks' own keys lie behind all of the row's
 
             return whole(within, **sizes)
 

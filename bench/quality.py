@@ -150,8 +150,9 @@ class Bench:
     def run(self) -> None:
         names, seeds = list(self.variants), [int(s) for s in self.args.seeds.split(",")]
         steps = {name: self.steps_of(name) for name in names}
-        # Seeds outside, so that a run cut short has every variant once rather than one variant with every seed.
+        # Seeds outside, so that a run cut short has every variant once rather than one variant with every seed; the peer takes longest.
         jobs = [(name, seed, steps[name]) for seed in seeds for name in names]
+        jobs.sort(key=lambda job: job[0] != PEER)
         at_once = max(1, self.args.gpus) * self.args.per_gpu
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // at_once)))
         with ThreadPoolExecutor(at_once) as pool:
