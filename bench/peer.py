@@ -88,9 +88,8 @@ class Peer:
             size = model.config.block_size
 
             def within(b: Any, h: Any, q: Any, kv: Any) -> Any:
-                return mask_mod(b, h, q, kv) & (
-                    kv >= start[q // size]
-                )  # the blocks' own keys lie behind all of the row's
+                # The blocks' own keys lie behind all of the row's, so this is true of them.
+                return mask_mod(b, h, q, kv) & (kv >= start[q // size])
 
             return whole(within, **sizes)
 
