@@ -9,7 +9,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import connection
-from multiprocessing.synchronize import Semaphore
+from multiprocessing.synchronize import Barrier
 from typing import Any
 
 
@@ -29,28 +29,22 @@ class WorkerPool(ProcessPoolExecutor):
     ) -> None:
         context = multiprocessing.get_context("spawn")
         self.processes = processes
-        self._up = context.Semaphore(0)
-        super().__init__(
-            processes, mp_context=context, initializer=_begin, initargs=(self._up, start, arguments)
-        )
+        # The executor starts a process only if none is idle: nobody is until all are there.
+        meet = context.Barrier(processes)
+        super().__init__(processes, mp_context=context, initializer=_begin, initargs=(meet, start, arguments))
         self._first = [self.submit(os.getpid) for _ in range(processes)]
 
     def wait_until_started(self) -> None:
         """Until all of them can work: starting takes seconds, in which they have the cores, and a rate is not to be judged by them."""
-        for _ in range(self.processes):
-            while not self._up.acquire(timeout=0.2):
-                for task in self._first:
-                    if task.done():
-                        task.result()  # raises if the process died
-        for _ in range(self.processes):
-            self._up.release()
+        for task in self._first:
+            task.result()
 
     def close(self) -> None:
         """Give up what waits."""
         self.shutdown(wait=False, cancel_futures=True)
 
 
-def _begin(up: Semaphore, start: Callable[..., None] | None, arguments: tuple[Any, ...]) -> None:
+def _begin(meet: Barrier, start: Callable[..., None] | None, arguments: tuple[Any, ...]) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     assert parent is not None
@@ -62,4 +56,4 @@ def _begin(up: Semaphore, start: Callable[..., None] | None, arguments: tuple[An
     threading.Thread(target=watch, daemon=True).start()
     if start is not None:
         start(*arguments)
-    up.release()
+    meet.wait()
