@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import pickle
 import signal
+import tempfile
 import threading
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import connection
 from multiprocessing.synchronize import Barrier
+from pathlib import Path
 from typing import Any
 
 
@@ -29,22 +32,30 @@ class WorkerPool(ProcessPoolExecutor):
     ) -> None:
         context = multiprocessing.get_context("spawn")
         self.processes = processes
+        # By file: what goes along with a process is a pipe that the child reads once it has imported what is in it, and the
+        # next child waits for that (with a tokenizer, seconds each).
+        with tempfile.NamedTemporaryFile(prefix="dspark-", suffix=".pickle", delete=False) as given:
+            pickle.dump((start, arguments), given)
+        self._given = Path(given.name)
         # The executor starts a process only if none is idle: nobody is until all are there.
         meet = context.Barrier(processes)
-        super().__init__(processes, mp_context=context, initializer=_begin, initargs=(meet, start, arguments))
+        initargs = (meet, str(self._given))
+        super().__init__(processes, mp_context=context, initializer=_begin, initargs=initargs)
         self._first = [self.submit(os.getpid) for _ in range(processes)]
 
     def wait_until_started(self) -> None:
         """Until all of them can work: starting takes seconds, in which they have the cores, and a rate is not to be judged by them."""
         for task in self._first:
             task.result()
+        self._given.unlink(missing_ok=True)
 
     def close(self) -> None:
         """Give up what waits."""
+        self._given.unlink(missing_ok=True)
         self.shutdown(wait=False, cancel_futures=True)
 
 
-def _begin(meet: Barrier, start: Callable[..., None] | None, arguments: tuple[Any, ...]) -> None:
+def _begin(meet: Barrier, given: str) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     assert parent is not None
@@ -54,6 +65,10 @@ def _begin(meet: Barrier, start: Callable[..., None] | None, arguments: tuple[An
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
+    try:
+        start, arguments = pickle.loads(Path(given).read_bytes())
+    except FileNotFoundError:
+        os._exit(0)  # closed before we were up
     if start is not None:
         start(*arguments)
     meet.wait()
