@@ -1,10 +1,11 @@
 """From states on the engine's device to parts on disk: three stages that run at once.
 
-    engine (caller's thread) -> encode, copy, put in place (one thread, a CUDA stream of its own) -> compress and write (workers)
+    engine (caller's thread) -> encode, put in place, copy (one thread, a CUDA stream of its own) -> compress and write (workers)
 
-The engine only launches work. A batch of states is coded where it is, its codes go through pinned memory into the block of its part, and a part that is
-whole is compressed by a worker process from that same block. Every hand-over is bounded: at most two batches wait for the encoder, and there are
-``blocks`` parts in memory in all, so a slow disk slows the engine down and nothing grows.
+The engine only launches work. A batch of states is coded where it is and its codes put into their part there (``filling.py``); a part that is whole is copied
+to a block on the host and compressed by a worker process from that same block. Every hand-over is bounded: at most two batches wait for the encoder,
+and there are ``blocks`` parts in memory in all, so a slow disk slows the engine down and nothing grows. The encoder's thread does little Python: what it
+does, it does with the lock that the thread which launches the target's kernels needs for each of them.
 
 On a CPU, where compression would only take cores from the target, the workers are threads.
 """
@@ -24,16 +25,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dspark.cache.errors import EngineError
-from dspark.cache.layout import field_array
 from dspark.cache.part import PartJob, PartRecord
 from dspark.cache.writer import StoreWriter
-from dspark.dump.blocks import Block, Handle, Region, attach, can_share, regions
+from dspark.dump.blocks import Block, Handle, Region, attach, can_share
 from dspark.dump.capture import Captured, CodedStates
+from dspark.dump.filling import Filling
 from dspark.dump.workers import WorkerPool
 
 if TYPE_CHECKING:
     from dspark.cache.codec import Codec
-    from dspark.cache.records import Coded
     from dspark.dump.parts import PartRows
     from dspark.dump.progress import Bar
 
@@ -42,42 +42,6 @@ BLOCK_BYTES = 4 << 30  # of parts in memory, where the number of workers does no
 THREADS = (
     2  # commits at once without worker processes: one alone leaves cores idle while it waits for the disk
 )
-
-
-class Filling:
-    """A part whose states arrive batch by batch, in any order. Rows of ``last`` are the stored ones."""
-
-    def __init__(self, part: PartRows, job: PartJob, block: Block) -> None:
-        self.part, self.job, self.block = part, job, block
-        self.places, size = regions(job.state_specs)
-        block.reserve(size)
-        self._arrays = {name: block.array(region) for name, region in self.places.items()}
-        self._starts = {
-            "aux": job.arrays["sample_start"].tolist(),
-            "last": job.arrays["sample_last_start"].tolist(),
-        }
-        self._missing = set(range(len(part.samples)))
-
-    @property
-    def whole(self) -> bool:
-        return not self._missing
-
-    @property
-    def missing(self) -> int:
-        return len(self._missing)
-
-    def put(self, members: list[int], aux: Coded, last: Coded) -> None:
-        """Samples ``members``, end to end in ``aux`` and ``last``, go to their rows."""
-        for field, coded in (("aux", aux), ("last", last)):
-            starts = self._starts[field]
-            for name, source in coded.items():
-                to, at = self._arrays[field_array(field, name)], 0
-                for i in members:
-                    n = starts[i + 1] - starts[i]
-                    to[starts[i] : starts[i + 1]] = source[at : at + n]
-                    at += n
-                assert at == source.shape[0], (field, name, at, source.shape)
-        self._missing -= set(members)
 
 
 def writers(processes: int) -> WorkerPool | None:
@@ -215,12 +179,13 @@ class Pipeline:
             with torch.inference_mode():
                 while (captured := self._next()) is not None:
                     if captured.ready is None or stream is None:
-                        self._place(captured, *self._coded(captured, None))
+                        self._place(captured)
                         continue
                     with torch.cuda.stream(stream):
                         stream.wait_event(captured.ready)
-                        coded = self._coded(captured, stream)
-                    self._place(captured, *coded)
+                        self._place(captured)
+                    # Behind it the states' memory is the engine's again.
+                    stream.synchronize()
         except BaseException as error:  # re-raised in the caller's thread
             self._failed = error
 
@@ -231,28 +196,21 @@ class Pipeline:
         finally:
             self._idle.clear()
 
-    def _coded(self, captured: Captured, stream: Any) -> tuple[Coded, Coded]:
-        """The batch's codes on the host."""
-        if isinstance(captured.states, CodedStates):
-            return captured.states.aux, captured.states.last
-        aux, last = self.codecs
-        with self._timed("encode and copy"):
-            coded = aux.encode(captured.states.aux), last.encode(captured.states.last)
-            if stream is None:
-                a, b = ({k: t.cpu().numpy() for k, t in c.items()} for c in coded)
-                return a, b
-            pinned = [{k: _to_pinned(t) for k, t in c.items()} for c in coded]
-            stream.synchronize()
-            a, b = ({k: t.numpy() for k, t in c.items()} for c in pinned)
-            return a, b
-
-    def _place(self, captured: Captured, aux: Coded, last: Coded) -> None:
-        filling = self._filling[captured.group]
+    def _place(self, captured: Captured) -> None:
+        """Code a batch and put it into its part; if that is whole then, hand the part to the writers."""
+        filling, states = self._filling[captured.group], captured.states
         members = list(captured.members)
-        with self._timed("put in place"):
-            filling.put(members, aux, last)
+        if isinstance(states, CodedStates):
+            with self._timed("put in place"):
+                filling.put(members, states.aux, states.last)
+        else:
+            with self._timed("encode"):
+                aux, last = self.codecs
+                filling.put_on_device(members, aux.encode(states.aux), last.encode(states.last))
         self._bar.tokens(sum(len(filling.part.samples[i].input_ids) for i in members))
         if filling.whole:
+            with self._timed("copy to the host"):
+                filling.to_host()
             del self._filling[captured.group]
             self._bar.part(filling.part.index, filling.part.row_stop)
             self._commit(filling)
@@ -285,14 +243,6 @@ class Pipeline:
         self._pool.shutdown(wait=True)
         for block in self._all:
             block.close()
-
-
-def _to_pinned(x: Any) -> Any:
-    """A copy under way to page-locked memory, which the caching allocator uses again."""
-    import torch
-
-    out = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
-    return out.copy_(x, non_blocking=True)
 
 
 def write_shared(job: PartJob, handle: Handle, places: dict[str, Region]) -> tuple[PartRecord, float]:

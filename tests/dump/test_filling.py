@@ -1,0 +1,85 @@
+"""A part filled in any order: by rows from the host, and by indexed copies where the codes are, the same bytes."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from dspark.cache.codec import codec_for
+from dspark.cache.layout import part_arrays
+from dspark.cache.part import PartJob, join_tokens
+from dspark.cache.records import TokenSample, last_rows
+from dspark.dump.blocks import Block
+from dspark.dump.filling import Filling
+from dspark.dump.parts import PartRows
+
+LAYERS, HIDDEN = 2, 64
+
+
+def samples(lengths: list[int]) -> list[TokenSample]:
+    rng = np.random.default_rng(0)
+    out = []
+    for row, n in enumerate(lengths):
+        mask = np.arange(n) >= n // 3
+        out.append(TokenSample(row, bytes(16), rng.integers(0, 9, n).astype(np.int32), mask))
+    return out
+
+
+def filling(made: list[TokenSample], bits: int) -> Filling:
+    part = PartRows(0, 0, len(made), made, Counter())
+    arrays, stored = join_tokens(made)
+    codec = codec_for(bits)
+    specs = part_arrays(arrays["input_ids"].shape[0], len(made), sum(stored), LAYERS, HIDDEN, codec, codec)
+    job = PartJob(
+        parts=Path("nowhere"), index=0, arrays=arrays, specs=list(specs), row_start=0, row_stop=len(made), dropped={}, truncated=0
+    )  # fmt: skip
+    return Filling(part, job, Block(False))
+
+
+@pytest.mark.parametrize("bits", [16, 8, 4])
+def test_host_and_device_put_the_same_bytes_at_the_same_rows(bits: int) -> None:
+    made = samples([5, 3, 9, 4])
+    codec = codec_for(bits)
+    torch.manual_seed(1)
+    # The whole part, coded at once: what must be in the block whoever put it there.
+    aux, last = torch.randn(21, LAYERS, HIDDEN).bfloat16(), torch.randn(30, HIDDEN).bfloat16()
+    counts = [int(last_rows(s.loss_mask).sum()) for s in made]
+    starts = {"aux": np.cumsum([0, 5, 3, 9, 4]), "last": np.cumsum([0, *counts])}
+    last = last[: starts["last"][-1]]
+    want = {f"aux_{n}": t.numpy() for n, t in codec.encode(aux).items()}
+    want |= {f"last_{n}": t.numpy() for n, t in codec.encode(last).items()}
+    for on_device in (False, True):
+        filled = filling(made, bits)
+        for members in ([2, 0], [3], [1]):
+            coded = []
+            for field, states in (("aux", aux), ("last", last)):
+                at = starts[field]
+                coded.append(codec.encode(torch.cat([states[at[i] : at[i + 1]] for i in members])))
+            assert not filled.whole
+            if on_device:
+                filled.put_on_device(members, coded[0], coded[1])
+            else:
+                a, b = ({n: t.numpy() for n, t in c.items()} for c in coded)
+                filled.put(members, a, b)
+        assert filled.whole
+        filled.to_host()
+        for name, region in filled.places.items():
+            assert (filled.block.array(region) == want[name]).all(), (on_device, name)
+
+
+def test_rows_of_a_batch() -> None:
+    filled = filling(samples([5, 3, 9, 4]), 16)
+    assert filled.rows("aux", [2, 0]).tolist() == [8, 9, 10, 11, 12, 13, 14, 15, 16, 0, 1, 2, 3, 4]
+    assert filled.rows("aux", [1]).tolist() == [5, 6, 7]
+
+
+def test_a_batch_of_the_wrong_size_is_refused() -> None:
+    filled, codec = filling(samples([5, 3]), 16), codec_for(16)
+    with pytest.raises(AssertionError, match="aux"):
+        filled.put_on_device(
+            [0], codec.encode(torch.zeros(4, LAYERS, HIDDEN)), codec.encode(torch.zeros(3, HIDDEN))
+        )
