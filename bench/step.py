@@ -198,9 +198,12 @@ def agreement(s: Shape, device: torch.device, dtype: torch.dtype) -> dict[str, A
         found.append((out.loss.item(), gradients(model)))
     (slow, slow_g), (quick, quick_g) = found
     worst = max(((quick_g[n] - g).norm() / g.norm(), n) for n, g in slow_g.items())
+    whole = sum((quick_g[n] - g).square().sum() for n, g in slow_g.items()) / sum(
+        g.square().sum() for g in slow_g.values()
+    )
     return {
         "dtype": str(dtype).removeprefix("torch."), "loss": slow, "loss_relative_difference": abs(quick - slow) / abs(slow),
-        "largest_relative_gradient_difference": float(worst[0]), "in": worst[1],
+        "largest_relative_gradient_difference": float(worst[0]), "in": worst[1], "gradient_relative_difference": float(whole**0.5),
     }  # fmt: skip
 
 
