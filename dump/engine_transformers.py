@@ -19,6 +19,7 @@ from dspark.cache.codec import to_numpy
 from dspark.cache.errors import EngineError
 from dspark.cache.frozen import FrozenTarget
 from dspark.cache.records import TokenSample, last_rows
+from dspark.cache.sdpa import no_plan_a_shape
 from dspark.dump.answers import Answered, Ask, Sampling, repeat_last, stored_runs
 from dspark.dump.capture import Captured, CodedStates, Prediction, States
 from dspark.dump.layers import Shapes
@@ -48,6 +49,7 @@ class TransformersEngine:
         cls, model: str, shapes: Shapes, layers: Sequence[int], *, device: str, dtype: str, batch_tokens: int
     ) -> TransformersEngine:
         """Read the weights of a model id or folder."""
+        no_plan_a_shape()
         try:
             loaded = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype))
             return cls(loaded, shapes, layers, device=device, batch_tokens=batch_tokens)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from dspark.cache.errors import EngineError
 from dspark.cache.frozen import FrozenTarget
+from dspark.cache.sdpa import no_plan_a_shape
 from dspark.dump.target import find_parts, frozen_target, shapes_of
 
 
@@ -106,6 +107,7 @@ def load_model(model: str, device: str = "auto", dtype: str = "auto") -> Any:
     """The target in transformers; ``auto``: a GPU if there is one, and float32 on a CPU, else the checkpoint's dtype."""
     import transformers
 
+    no_plan_a_shape()
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     wanted = "float32" if dtype == "auto" and device == "cpu" else dtype

@@ -30,6 +30,7 @@ from torch import Tensor
 from dspark.cache.disk import write_file
 from dspark.cache.errors import DraftError
 from dspark.cache.frozen import FrozenTarget
+from dspark.cache.sdpa import no_plan_a_shape
 from dspark.train.draft import DraftModel, TargetWeights
 from dspark.train.draft_config import DFLASH_SERVED_RANK, DraftConfig
 from dspark.train.speculators_config import MARK, to_flat, to_speculators
@@ -161,6 +162,7 @@ def load_draft(
     Every tensor must be there, known and of its shape: a draft that lacks one would run and be served at a fraction of its
     worth. ``frozen_dtype`` None casts the target's matrices to ``dtype`` too.
     """
+    no_plan_a_shape()
     config = load_config(folder)
     path = Path(folder) / WEIGHTS
     stored = read_tensors(folder)

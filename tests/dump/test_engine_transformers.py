@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,9 +12,10 @@ from dspark.cache.errors import EngineError
 from dspark.cache.records import last_rows
 from dspark.dump.engine_transformers import TransformersEngine, batches
 from dspark.dump.layers import Shapes
+from dspark.dump.target import load_target
 from dump_targets import ENGINE_LAYERS as LAYERS
 from dump_targets import ENGINE_VOCAB as VOCAB
-from dump_targets import build_model, engine, samples, shapes
+from dump_targets import build_model, engine, samples, save_target, shapes
 
 
 def close(found: torch.Tensor, expected: torch.Tensor) -> None:
@@ -103,3 +105,13 @@ def test_a_model_that_is_not_there(tmp_path: Any) -> None:
             dtype="float32",
             batch_tokens=8,
         )
+
+
+def test_no_kernel_that_plans_every_shape(tmp_path: Path) -> None:
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    folder = str(save_target(tmp_path / "target"))
+    TransformersEngine.load(
+        folder, load_target(folder).shapes, [0], device="cpu", dtype="float32", batch_tokens=64
+    )
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+    assert torch.backends.cuda.flash_sdp_enabled()
