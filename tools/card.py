@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from dspark.cache.errors import DraftError
+from dspark.tools.check import vllm_at_least
 from dspark.train.draft_config import DraftConfig
 
 RECIPE = ("num_layers", "block_size", "markov_rank", "markov_head_type", "draft_vocab_size", "loss_fn", "confidence_head_alpha", "lr",
@@ -97,7 +98,9 @@ def card(
         f"# {config.speculator_type} draft for {target}\n",
         f"A speculative-decoding draft: it proposes {config.block_size} tokens at a time and the target verifies them, so the output stays the "
         "target's own and only the speed changes.\n",
-        "## Serve\n" + _code(serve_command(target, name, config.block_size)) + _servable(config),
+        "## Serve\n"
+        + _code(serve_command(target, name, config.block_size))
+        + _servable(config, manifest["format"]),
         "## Draft\n" + _table(("", ""), _shape(config, manifest)),
     ]
     if run.store:
@@ -165,9 +168,10 @@ def reproduce(run: Run, target: str) -> str:
     ))  # fmt: skip
 
 
-def _servable(config: DraftConfig) -> str:
+def _servable(config: DraftConfig, form: str) -> str:
     if config.servable_by_vllm:
-        return ""
+        first, why = vllm_at_least(config, form)
+        return f"\nvLLM {first} or later: {why}.\n"
     return f"\nNot by vLLM: it has no {config.markov_head_type} Markov head. `dspark-tools eval --engine transformers` decodes with it.\n"
 
 

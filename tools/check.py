@@ -31,12 +31,26 @@ from dspark.train.speculators_config import MARK, to_flat
 # What is known of servers, and from where. Checked here means: the served-parity test and bench/serve_parity.py ran on it.
 VLLM = {
     "compared_token_for_token": ["0.32.0"],
-    "reported_by_others": {
-        "flat": ["0.25.1", "0.27.1"], "speculators": ["0.25.1"],
-        "sources": ["vllm #46995 (method dspark)", "vllm #47093 (speculators format)", "vllm #49559", "vllm #56792"],
-    },
+    "sources": ["vllm #46995 (method dspark)", "vllm #47093 (speculators format)", "vllm #48524 (fc's width)", "the source of 0.25.1, 0.26.0, 0.27.0"],
     "needs": "the V2 model runner; vLLM has the vanilla Markov head only",
 }  # fmt: skip
+
+
+def vllm_at_least(config: DraftConfig, format: str) -> tuple[str, str]:
+    """The first vLLM that reads this draft rightly, and why not an earlier one."""
+    if format == "speculators":
+        return "0.27.0", (
+            "0.25.1 and 0.26.0 take every speculators checkpoint for one whose anchor is a bonus token, whatever sample_from_anchor says: "
+            "they would draft from the wrong slots and say nothing. The flat format is read rightly there"
+        )
+    if len(config.target_layer_ids) != config.num_layers:
+        return "0.27.0", (
+            f"0.25.1 and 0.26.0 size fc by the draft's own {config.num_layers} layers, not by the {len(config.target_layer_ids)} of the target "
+            "that it reads, and stop while they load it"
+        )
+    return "0.25.1", "method dspark came with it"
+
+
 # Keys that vLLM prefers to target_layer_ids in a flat config, and keys that change the attention or the mask token.
 OVERRIDES = (
     "dspark_target_layer_ids",

@@ -78,16 +78,35 @@ def check(config: CheckConfig, note: Callable[[str], None] = lambda line: None) 
                 "note", "served", f"blocks were NOT compared with a real server: {_why_not_served(config)}"
             )
         )
+    form = "speculators" if files.speculators else "flat"
+    servers = _servers(files.described(), form, findings)
     return {
         "ok": all(f.level == "note" for f in findings),
         "draft": config.draft,
         "target": config.model,
-        "format": "speculators" if files.speculators else "flat",
+        "format": form,
         "findings": files_only.to_json(findings),
         "behaviour": behaviour,
         "served": served,
-        "vllm": {**files_only.VLLM, "installed": vllm_version()},
+        "vllm": servers,
     }
+
+
+def _servers(described: Any, form: str, findings: list[Any]) -> dict[str, Any]:
+    """What is known of vLLM versions for this draft; adds a finding if the one that is installed would read it wrongly."""
+    from packaging.version import Version
+
+    from dspark.tools.check import VLLM, Finding, vllm_at_least
+
+    installed = vllm_version()
+    out: dict[str, Any] = {**VLLM, "installed": installed}
+    if described is None:
+        return out
+    first, why = vllm_at_least(described, form)
+    if installed is not None and Version(installed) < Version(first):
+        text = f"vLLM {installed} is installed, this draft needs {first}: {why}"
+        findings.append(Finding("error", "server", text))
+    return out | {"at_least": first, "because": why}
 
 
 def _decode(
@@ -293,9 +312,10 @@ def show(result: dict[str, Any]) -> None:
             if finding["level"] == level:
                 print(f"{level:<9}  {finding['name']:<12}  {finding['text']}")
     vllm = result["vllm"]
+    needed = f"needs {vllm['at_least']} or later ({vllm['because']}); " if "at_least" in vllm else ""
+    compared = ", ".join(vllm["compared_token_for_token"])
     print(
-        f"vLLM: compared token for token on {', '.join(vllm['compared_token_for_token'])}; reported by others for {result['format']}: "
-        f"{', '.join(vllm['reported_by_others'][result['format']])}; installed here: {vllm['installed'] or 'none'}"
+        f"vLLM: {needed}compared token for token on {compared}; installed here: {vllm['installed'] or 'none'}"
     )
     print(
         f"{'fit to serve, as far as was looked' if result['ok'] else 'DO NOT SERVE as it is'}: {result['draft']}"

@@ -6,6 +6,7 @@ Twice where it can be hidden: with the record of training in the weights (certai
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import shutil
@@ -21,7 +22,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import tiny_models as tiny
-from dspark.tools import parity, vllm_serve
+from dspark.tools import check_run, parity, vllm_serve
+from dspark.tools.check import vllm_at_least
 from dspark.tools.check_run import CheckConfig, check, check_command
 from dspark.tools.outcome import Outcome
 from dspark.tools.target import greedy_alone
@@ -307,8 +309,33 @@ def test_command(made: Path) -> None:
     sound = CliRunner().invoke(check_command, options)
     assert sound.exit_code == 0, sound.output
     assert "fit to serve" in sound.stdout
-    assert "vLLM: compared token for token on 0.32.0" in sound.stdout
+    assert "compared token for token on 0.32.0" in sound.stdout
     wrong = CliRunner().invoke(check_command, [*options, "--num-speculative-tokens", "9", "--json"])
     assert wrong.exit_code == 1
     assert json.loads(wrong.stdout)["ok"] is False
     assert CliRunner().invoke(check_command, ["nowhere", *options[1:]]).exit_code == 1
+
+
+@pytest.mark.parametrize(
+    ("layers", "form", "wanted"),
+    [(2, "flat", "0.25.1"), (1, "flat", "0.27.0"), (3, "flat", "0.27.0"), (2, "speculators", "0.27.0")],
+)
+def test_the_first_vllm_that_reads_a_draft(made: Path, layers: int, form: str, wanted: str) -> None:
+    config = dataclasses.replace(load_config(made / "draft"), num_layers=layers)
+    assert len(config.target_layer_ids) == 2
+    found, why = vllm_at_least(config, form)
+    assert found == wanted
+    assert why
+
+
+@pytest.mark.parametrize(
+    ("installed", "ok"), [("0.24.0", False), ("0.25.1", True), ("0.32.0", True), (None, True)]
+)
+def test_a_server_that_is_too_old_is_named(
+    made: Path, monkeypatch: pytest.MonkeyPatch, installed: str | None, ok: bool
+) -> None:
+    monkeypatch.setattr(check_run, "vllm_version", lambda: installed)
+    found = run(made, made / "draft", decode=False)
+    assert found["ok"] is ok
+    assert [f["name"] for f in found["findings"] if f["level"] == "error"] == ([] if ok else ["server"])
+    assert found["vllm"]["at_least"] == "0.25.1"
