@@ -7,6 +7,7 @@ small limit in containers is not needed, and the kernel frees it whoever is kill
 
 from __future__ import annotations
 
+import logging
 import mmap
 import os
 from collections.abc import Iterable
@@ -19,6 +20,7 @@ from dspark.cache.layout import StoredArray
 
 Array = np.ndarray[tuple[int, ...], np.dtype[Any]]
 ALIGN = 64  # bytes
+log = logging.getLogger("dspark.dump")
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,11 +63,13 @@ class Block:
     def __init__(self, shared: bool) -> None:
         self._fd = os.memfd_create("dspark-part") if shared else -1
         self._memory: Array = np.empty(0, np.uint8)
+        self._pinned = False
 
     def reserve(self, size: int) -> None:
         """Make room for ``size`` bytes; what was there may be gone."""
         if size <= self._memory.shape[0]:
             return
+        self._unpin()
         if self._fd < 0:
             self._memory = np.empty(size, np.uint8)
             return
@@ -76,10 +80,29 @@ class Block:
         """The array at ``region``, writable, without a copy."""
         return _view(self._memory, region)
 
+    def pin(self) -> None:
+        """Lock the pages for CUDA, once: a copy from the GPU then takes the bus's speed instead of the driver's own small buffers, and the pages are there."""
+        if self._pinned or not self._memory.shape[0]:
+            return
+        code = _cuda().cudaHostRegister(self._memory.ctypes.data, self._memory.shape[0], 0)
+        self._pinned = int(code) == 0
+        if not self._pinned:
+            log.warning(
+                "%d bytes could not be page-locked (CUDA says %s): copies from the GPU are slower",
+                self._memory.shape[0],
+                code,
+            )
+
+    def _unpin(self) -> None:
+        if self._pinned:
+            _cuda().cudaHostUnregister(self._memory.ctypes.data)
+            self._pinned = False
+
     def handle(self) -> Handle:
         return Handle(os.getpid(), self._fd, self._memory.shape[0])
 
     def close(self) -> None:
+        self._unpin()
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
@@ -93,6 +116,13 @@ def attach(handle: Handle, places: dict[str, Region]) -> dict[str, Array]:
     finally:
         os.close(fd)
     return {name: _view(memory, region) for name, region in places.items()}
+
+
+def _cuda() -> Any:
+    """The CUDA runtime that torch has loaded."""
+    import torch
+
+    return torch.cuda.cudart()  # type: ignore[no-untyped-call]
 
 
 def _view(memory: Array, region: Region) -> Array:

@@ -9,11 +9,13 @@ large vocabulary, never runs except in the self-check. Nothing here waits for th
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 import transformers
+from transformers import masking_utils
 
 from dspark.cache.codec import to_numpy
 from dspark.cache.errors import EngineError
@@ -126,7 +128,8 @@ class TransformersEngine:
         for row, sample in enumerate(batch):
             ids[row, : len(sample.input_ids)] = sample.input_ids
         try:
-            out = self.parts.decoder(input_ids=self._send(ids), use_cache=False)
+            with never_packed():
+                out = self.parts.decoder(input_ids=self._send(ids), use_cache=False)
         except torch.OutOfMemoryError as error:
             raise EngineError(
                 f"out of memory at a batch of {len(batch)} x {width} tokens. Use a smaller --batch-tokens (now {self.batch_tokens}) or --seq-length."
@@ -204,6 +207,20 @@ class TransformersEngine:
 
     def close(self) -> None:
         """Nothing outlives the object."""
+
+
+@contextmanager
+def never_packed() -> Iterator[None]:
+    """Answer transformers' question whether a row holds several sequences, which it asks the device in every forward and waits for: no row of ours does."""
+    ask = getattr(masking_utils, "find_packed_sequence_indices", None)
+    if ask is None:  # a release that does not ask
+        yield
+        return
+    masking_utils.find_packed_sequence_indices = lambda position_ids: None
+    try:
+        yield
+    finally:
+        masking_utils.find_packed_sequence_indices = ask
 
 
 def _coded(aux: torch.Tensor, last: torch.Tensor, ask: Ask, codecs: tuple[Codec, Codec]) -> CodedStates:

@@ -87,6 +87,8 @@ class Filling:
         """Copy what is on a device into the block."""
         import torch
 
+        if any(data.is_cuda for data in self._on_device.values()):
+            self.block.pin()
         for key, data in self._on_device.items():
             flat: Any = self._arrays[key].reshape(-1).view(np.uint8)
             torch.from_numpy(flat).view(data.shape).copy_(data)

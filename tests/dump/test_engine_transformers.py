@@ -10,7 +10,7 @@ import torch
 
 from dspark.cache.errors import EngineError
 from dspark.cache.records import last_rows
-from dspark.dump.engine_transformers import TransformersEngine, batches
+from dspark.dump.engine_transformers import TransformersEngine, batches, never_packed
 from dspark.dump.layers import Shapes
 from dspark.dump.target import load_target
 from dump_targets import ENGINE_LAYERS as LAYERS
@@ -115,3 +115,13 @@ def test_no_kernel_that_plans_every_shape(tmp_path: Path) -> None:
     )
     assert not torch.backends.cuda.cudnn_sdp_enabled()
     assert torch.backends.cuda.flash_sdp_enabled()
+
+
+@pytest.mark.parametrize("kind", ["qwen3", "llama"])
+def test_a_forward_asks_the_device_nothing(kind: str) -> None:
+    """Anything that reads a value (``.item()``, ``if tensor``) cannot be answered on the meta device, and on CUDA would wait."""
+    target = engine(kind)
+    model = target.model.to("meta")
+    ids = torch.zeros(3, 17, dtype=torch.long, device="meta")
+    with torch.inference_mode(), never_packed():
+        assert model.model(input_ids=ids, use_cache=False).last_hidden_state.shape[:2] == (3, 17)
