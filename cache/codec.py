@@ -188,7 +188,7 @@ class Rotated:
         empty = torch.empty(0, dtype=torch.uint8, device=x.device)
         codes, scales = [empty], [empty]
         for block in torch.split(groups, size) if groups.shape[0] else ():
-            code, scale = self.encode_few(block.float(), x)
+            code, scale = self._encode_block(block.float(), x)
             codes.append(code.flatten())
             scales.append(scale)
         lead = x.shape[:-1]
@@ -197,16 +197,14 @@ class Rotated:
             "scale": torch.cat(scales).view(*lead, hidden // g),
         }
 
-    def encode_few(
-        self, groups: torch.Tensor, whole: torch.Tensor | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def _encode_block(self, groups: torch.Tensor, whole: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Code uint8[N, bytes a group] and scale uint8[N] of centred float32 ``groups[N, g]``; ``whole``: the states they are of, for messages."""
         import torch
 
         g = groups.shape[1]
         columns = groups.t().contiguous()
         squares = energy(columns).div_(g * g)
-        if whole is not None and not bool((squares <= SQUARE_LIMIT).all()):
+        if not bool((squares <= SQUARE_LIMIT).all()):
             self.refuse(whole)
         cells, k = self._quantise(rotate(columns, _constant(groups.device, signs, g)), squares, g)
         code = cells.to(torch.uint8).t()

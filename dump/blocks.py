@@ -7,6 +7,7 @@ small limit in containers is not needed, and the kernel frees it whoever is kill
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import mmap
 import os
@@ -63,12 +64,13 @@ class Block:
     def __init__(self, shared: bool) -> None:
         self._fd = os.memfd_create("dspark-part") if shared else -1
         self._memory: Array = np.empty(0, np.uint8)
-        self._pinned = False
+        self._pinned = self._tried = False
 
     def reserve(self, size: int) -> None:
         """Make room for ``size`` bytes; what was there may be gone."""
         if size <= self._memory.shape[0]:
             return
+        size += size // 8  # parts differ a little, and each time pages would be mapped and locked anew
         self._unpin()
         if self._fd < 0:
             self._memory = np.empty(size, np.uint8)
@@ -82,13 +84,15 @@ class Block:
 
     def pin(self) -> None:
         """Lock the pages for CUDA, once: a copy from the GPU then takes the bus's speed instead of the driver's own small buffers, and the pages are there."""
-        if self._pinned or not self._memory.shape[0]:
+        if self._tried or not self._memory.shape[0]:
             return
-        code = _cuda().cudaHostRegister(self._memory.ctypes.data, self._memory.shape[0], 0)
-        self._pinned = int(code) == 0
+        self._tried = True
+        code = int(_cuda().cudaHostRegister(self._memory.ctypes.data, self._memory.shape[0], 0))
+        self._pinned = code == 0
         if not self._pinned:
+            _forget_error()
             log.warning(
-                "%d bytes could not be page-locked (CUDA says %s): copies from the GPU are slower",
+                "%d bytes could not be page-locked (CUDA error %d; ulimit -l?): copies from the GPU are slower",
                 self._memory.shape[0],
                 code,
             )
@@ -96,7 +100,7 @@ class Block:
     def _unpin(self) -> None:
         if self._pinned:
             _cuda().cudaHostUnregister(self._memory.ctypes.data)
-            self._pinned = False
+        self._pinned = self._tried = False
 
     def handle(self) -> Handle:
         return Handle(os.getpid(), self._fd, self._memory.shape[0])
@@ -123,6 +127,14 @@ def _cuda() -> Any:
     import torch
 
     return torch.cuda.cudart()  # type: ignore[no-untyped-call]
+
+
+def _forget_error() -> None:
+    """CUDA keeps the code of a failed call until the next check, which would be that of a kernel that is sound."""
+    import torch
+
+    with contextlib.suppress(RuntimeError):
+        torch.zeros(1, device="cuda")
 
 
 def _view(memory: Array, region: Region) -> Array:

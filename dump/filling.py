@@ -1,6 +1,6 @@
 """A part whose states arrive batch by batch, in any order, and end in the block that a worker writes.
 
-Codes that come on the host are copied to their rows one sample at a time. Codes that come on a device are put into arrays of the whole part there, a
+Codes that come on the host are copied to their rows. Codes that come on a device are put into arrays of the whole part there, a
 batch with one indexed copy, and cross to the host once, as they will be written: 200 samples of a batch would take a thousand small steps of
 Python, each with the lock that launching the target's kernels needs, which made a dump a third slower than its parts (docs/log.md).
 
@@ -50,14 +50,10 @@ class Filling:
     def put(self, members: list[int], aux: Coded, last: Coded) -> None:
         """Samples ``members``, end to end in the host's arrays ``aux`` and ``last``, go to their rows."""
         for field, coded in (("aux", aux), ("last", last)):
-            starts = self._starts[field].tolist()
+            rows = self.rows(field, members)
             for name, source in coded.items():
-                to, at = self._arrays[field_array(field, name)], 0
-                for i in members:
-                    n = starts[i + 1] - starts[i]
-                    to[starts[i] : starts[i + 1]] = source[at : at + n]
-                    at += n
-                assert at == source.shape[0], (field, name, at, source.shape)
+                assert source.shape[0] == rows.shape[0], (field, name, rows.shape, source.shape)
+                self._arrays[field_array(field, name)][rows] = source
         self._missing -= set(members)
 
     def put_on_device(
@@ -70,7 +66,8 @@ class Filling:
                 assert source.shape[0] == rows.shape[0], (field, name, rows.shape, source.shape)
                 key, data = field_array(field, name), _bytes_of(source)
                 if key not in self._on_device:
-                    self._on_device[key] = data.new_empty(self._arrays[key].shape[0], data.shape[1])
+                    here = data.new_empty(self._arrays[key].shape[0], data.shape[1])
+                    self._on_device[key] = here if data.is_cuda else self._on_host(key, here)
                 self._on_device[key].index_copy_(0, rows, data)
         self._missing -= set(members)
 
@@ -85,14 +82,18 @@ class Filling:
 
     def to_host(self) -> None:
         """Copy what is on a device into the block."""
+        for key, data in self._on_device.items():
+            if data.is_cuda:
+                self.block.pin()
+                self._on_host(key, data).copy_(data)
+        self._on_device.clear()
+
+    def _on_host(self, key: str, like: torch.Tensor) -> torch.Tensor:
+        """The block's array ``key`` as a tensor of the shape of ``like``, the same memory."""
         import torch
 
-        if any(data.is_cuda for data in self._on_device.values()):
-            self.block.pin()
-        for key, data in self._on_device.items():
-            flat: Any = self._arrays[key].reshape(-1).view(np.uint8)
-            torch.from_numpy(flat).view(data.shape).copy_(data)
-        self._on_device.clear()
+        flat: Any = self._arrays[key].reshape(-1).view(np.uint8)
+        return torch.from_numpy(flat).view(like.shape)
 
 
 def _bytes_of(coded: torch.Tensor) -> torch.Tensor:

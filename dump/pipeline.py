@@ -4,7 +4,7 @@
 
 The engine only launches work. A batch of states is coded where it is and its codes put into their part there (``filling.py``); a part that is whole is copied
 to a block on the host and compressed by a worker process from that same block. Every hand-over is bounded: at most two batches wait for the encoder,
-and there are ``blocks`` parts in memory in all, so a slow disk slows the engine down and nothing grows. The encoder's thread does little Python: what it
+and there are only so many blocks (parts in memory) in all, so a slow disk slows the engine down and nothing grows. The encoder's thread does little Python: what it
 does, it does with the lock that the thread which launches the target's kernels needs for each of them.
 
 On a CPU, where compression would only take cores from the target, the workers are threads.
@@ -83,7 +83,6 @@ class Pipeline:
         self._shared = shared
         self._filling: dict[int, Filling] = {}
         self._begun = 0
-        self._idle = threading.Event()
         self._waiting: queue.Queue[Captured | None] = queue.Queue(WAITING)
         self._failed: BaseException | None = None
         self.seconds: defaultdict[str, float] = defaultdict(float)
@@ -110,7 +109,7 @@ class Pipeline:
             return self._blocks.get(timeout=0.1)
         except queue.Empty:
             # If every block belongs to a part that lacks states, and none are on their way, none will ever be free.
-            if self._idle.is_set() and self._waiting.empty() and len(self._filling) == len(self._all):
+            if not self._waiting.unfinished_tasks and len(self._filling) == len(self._all):
                 self._refuse_gaps()
             raise
 
@@ -173,28 +172,27 @@ class Pipeline:
         """The encoder's thread."""
         import torch
 
-        cuda = torch.cuda.is_available()
-        stream = torch.cuda.Stream() if cuda else None  # type: ignore[no-untyped-call]
+        stream: torch.cuda.Stream | None = None
         try:
             with torch.inference_mode():
-                while (captured := self._next()) is not None:
-                    if captured.ready is None or stream is None:
+                while (captured := self._waiting.get()) is not None:
+                    if captured.ready is None:
                         self._place(captured)
-                        continue
-                    with torch.cuda.stream(stream):
-                        stream.wait_event(captured.ready)
-                        self._place(captured)
-                    # Behind it the states' memory is the engine's again.
-                    stream.synchronize()
+                    else:
+                        if stream is None:
+                            stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+                        with torch.cuda.stream(stream):
+                            stream.wait_event(captured.ready)
+                            self._place(captured)
+                        # Behind it the states' memory is the engine's again.
+                        stream.synchronize()
+                    self._waiting.task_done()
+        except torch.OutOfMemoryError as error:
+            self._failed = EngineError(
+                f"out of memory while a part's codes were put together on the GPU: {error}. Use a smaller --part-tokens or --batch-tokens."
+            )
         except BaseException as error:  # re-raised in the caller's thread
             self._failed = error
-
-    def _next(self) -> Captured | None:
-        self._idle.set()
-        try:
-            return self._waiting.get()
-        finally:
-            self._idle.clear()
 
     def _place(self, captured: Captured) -> None:
         """Code a batch and put it into its part; if that is whole then, hand the part to the writers."""

@@ -71,4 +71,5 @@ def _begin(meet: Barrier, given: str) -> None:
         os._exit(0)  # closed before we were up
     if start is not None:
         start(*arguments)
-    meet.wait()
+    if meet.wait() == 0:
+        Path(given).unlink(missing_ok=True)  # all have read it

@@ -36,9 +36,9 @@ VLLM = {
 }  # fmt: skip
 
 
-def vllm_at_least(config: DraftConfig, format: str) -> tuple[str, str]:
+def vllm_at_least(config: DraftConfig, form: str) -> tuple[str, str]:
     """The first vLLM that reads this draft rightly, and why not an earlier one."""
-    if format == "speculators":
+    if form == "speculators":
         return "0.27.0", (
             "0.25.1 and 0.26.0 take every speculators checkpoint for one whose anchor is a bonus token, whatever sample_from_anchor says: "
             "they would draft from the wrong slots and say nothing. The flat format is read rightly there"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import metadata
@@ -94,16 +95,16 @@ def check(config: CheckConfig, note: Callable[[str], None] = lambda line: None) 
 
 def _servers(described: Any, form: str, findings: list[Any]) -> dict[str, Any]:
     """What is known of vLLM versions for this draft; adds a finding if the one that is installed would read it wrongly."""
-    from packaging.version import Version
-
     from dspark.tools.check import VLLM, Finding, vllm_at_least
 
     installed = vllm_version()
     out: dict[str, Any] = {**VLLM, "installed": installed}
-    if described is None:
+    if described is None or not described.servable_by_vllm:
         return out
     first, why = vllm_at_least(described, form)
-    if installed is not None and Version(installed) < Version(first):
+    # A build from source calls itself 0.1.dev1 or dev, whatever it is made of.
+    release = re.match(r"(\d+)\.(\d+)\.(\d+)(?!.*dev)", installed or "")
+    if release and [int(n) for n in release.groups()] < [int(n) for n in first.split(".")]:
         text = f"vLLM {installed} is installed, this draft needs {first}: {why}"
         findings.append(Finding("error", "server", text))
     return out | {"at_least": first, "because": why}

@@ -329,7 +329,15 @@ def test_the_first_vllm_that_reads_a_draft(made: Path, layers: int, form: str, w
 
 
 @pytest.mark.parametrize(
-    ("installed", "ok"), [("0.24.0", False), ("0.25.1", True), ("0.32.0", True), (None, True)]
+    ("installed", "ok"),
+    [
+        ("0.24.0", False),
+        ("0.25.1", True),
+        ("0.32.0", True),
+        ("0.1.dev1+g5", True),
+        ("dev", True),
+        (None, True),
+    ],
 )
 def test_a_server_that_is_too_old_is_named(
     made: Path, monkeypatch: pytest.MonkeyPatch, installed: str | None, ok: bool
