@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 from dspark.cache.records import Coded, TokenSample
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
 
     from dspark.cache.codec import Codec
@@ -67,3 +68,11 @@ class Engine(Protocol):
     ) -> Iterator[Captured]: ...
     def predict(self, samples: Sequence[TokenSample]) -> list[Prediction]: ...
     def close(self) -> None: ...
+
+
+def send(array: np.ndarray[tuple[int, ...], np.dtype[np.int64]], device: torch.device) -> torch.Tensor:
+    """A numpy array on ``device``, without waiting for what the device is doing."""
+    import torch
+
+    out = torch.from_numpy(array)
+    return out.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else out

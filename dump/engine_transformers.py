@@ -23,7 +23,7 @@ from dspark.cache.frozen import FrozenTarget
 from dspark.cache.records import TokenSample, last_rows
 from dspark.cache.sdpa import no_plan_a_shape
 from dspark.dump.answers import Answered, Ask, Sampling, repeat_last, stored_runs
-from dspark.dump.capture import Captured, CodedStates, Prediction, States
+from dspark.dump.capture import Captured, CodedStates, Prediction, States, send
 from dspark.dump.layers import Shapes
 from dspark.dump.target import find_parts, frozen_target
 
@@ -96,8 +96,8 @@ class TransformersEngine:
         for row, sample in enumerate(batch):
             stored[row, : lengths[row]] = last_rows(sample.loss_mask)
         whole = bool(real.all())
-        rows = None if whole else self._send(np.flatnonzero(real))
-        wanted = self._send(np.flatnonzero(stored))
+        rows = None if whole else send(np.flatnonzero(real), self.device)
+        wanted = send(np.flatnonzero(stored), self.device)
         aux: list[torch.Tensor] = [torch.empty(0)] * len(self.layers)
 
         def keep(at: int) -> Any:
@@ -115,11 +115,6 @@ class TransformersEngine:
                 handle.remove()
         return States(torch.stack(aux, dim=1), last)
 
-    def _send(self, index: Any) -> torch.Tensor:
-        """A numpy array on the device, without waiting for what the device is doing."""
-        out = torch.from_numpy(index)
-        return out.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else out
-
     @torch.inference_mode()
     def forward(self, batch: Sequence[TokenSample]) -> torch.Tensor:
         """The decoder over a right-padded batch -> its output after the final norm [b, S_max, H]."""
@@ -129,7 +124,7 @@ class TransformersEngine:
             ids[row, : len(sample.input_ids)] = sample.input_ids
         try:
             with never_packed():
-                out = self.parts.decoder(input_ids=self._send(ids), use_cache=False)
+                out = self.parts.decoder(input_ids=send(ids, self.device), use_cache=False)
         except torch.OutOfMemoryError as error:
             raise EngineError(
                 f"out of memory at a batch of {len(batch)} x {width} tokens. Use a smaller --batch-tokens (now {self.batch_tokens}) or --seq-length."
@@ -178,7 +173,9 @@ class TransformersEngine:
         torch.manual_seed(asks[0].seed)
         try:
             whole = self.model.generate(
-                input_ids=self._send(ids), attention_mask=self._send(real), generation_config=settings
+                input_ids=send(ids, self.device),
+                attention_mask=send(real, self.device),
+                generation_config=settings,
             )
         finally:
             for handle in handles:

@@ -16,6 +16,7 @@ import numpy as np
 
 from dspark.cache.layout import field_array
 from dspark.dump.blocks import Block, regions
+from dspark.dump.capture import send
 
 if TYPE_CHECKING:
     import torch
@@ -61,7 +62,7 @@ class Filling:
     ) -> None:
         """The same with tensors, which stay where they are until ``to_host``. All of a part on one device; launches on its current stream."""
         for field, coded in (("aux", aux), ("last", last)):
-            rows = _send(self.rows(field, members), next(iter(coded.values())).device)
+            rows = send(self.rows(field, members), next(iter(coded.values())).device)
             for name, source in coded.items():
                 assert source.shape[0] == rows.shape[0], (field, name, rows.shape, source.shape)
                 key, data = field_array(field, name), _bytes_of(source)
@@ -101,11 +102,3 @@ def _bytes_of(coded: torch.Tensor) -> torch.Tensor:
     import torch
 
     return coded.contiguous().flatten(1).view(torch.uint8)
-
-
-def _send(rows: Rows, device: torch.device) -> torch.Tensor:
-    """On ``device``, without waiting for it."""
-    import torch
-
-    out = torch.from_numpy(rows)
-    return out.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else out

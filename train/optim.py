@@ -177,7 +177,8 @@ class FlatOptimizer:
     ) -> None:
         self.parameters = {n: p for n, p in named if p.requires_grad}
         self.world = world or World()
-        # In the order in which backward makes gradients, last layer first, so that the first bucket is complete early.
+        # In the order in which backward makes gradients, last layer first, so that the first bucket is complete early. Parameters apart come
+        # behind the others, and buckets are sent in this order, so theirs wait for the others' last gradient.
         backward = list(self.parameters.items())[::-1]
         kinds = [[(n, p) for n, p in backward if apart(n, p) is kind] for kind in (False, True)]
         self._buckets = [_adopt(group) for kind in kinds for group in _groups(kind)]

@@ -6,7 +6,8 @@ to later slots as the earlier ones are learnt, block by block.
 
 The paper trains on cross entropy and takes the draft's probability of the data's token for q. Here q is the acceptance ``1 - L1/2`` that
 the objective is about (as SpecForge's D-PARD has it). Weights carry no gradient, and a row's keep the sum that the fixed ones have, so that
-the denominators of a step are known before anything is computed. Costs the objective's forward once more.
+the denominators of a step are known before anything is computed (with a reduced vocabulary CE's counts known labels under the fixed
+weights, so there its share of the loss drifts a little with where the others lie). Costs the objective's forward once more.
 """
 
 from __future__ import annotations
