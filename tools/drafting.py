@@ -20,7 +20,7 @@ from torch import Tensor
 
 from dspark.tools.rejection import sample
 from dspark.train.attention import AttentionPlan
-from dspark.train.draft import Attention, DraftModel, Layer, rope_tables, rotate
+from dspark.train.draft import Attention, DraftModel, Layer, rope_tables
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,10 +50,11 @@ class DraftContext:
         position = torch.arange(self.length, self.length + aux.shape[0], device=ctx.device)
         tables = rope_tables(position, draft.config.head_dim, draft.config.rope_theta, ctx.dtype)
         for i, layer in enumerate(_layers(draft)):
-            keys, values = _keys_values(layer.self_attn, ctx, tables)
+            keys, values = layer.self_attn.keys_values(ctx, tables)
             if self.length == 0:
                 self._keys.append(keys)
-                self._values.append(values)
+                # Columns of one result with the unrotated keys, which it would hold on to.
+                self._values.append(values.contiguous())
             else:
                 self._keys[i] = torch.cat([self._keys[i], keys])
                 self._values[i] = torch.cat([self._values[i], values])
@@ -159,21 +160,13 @@ def _weight(module: torch.nn.Module) -> Tensor:
     return weight
 
 
-def _keys_values(attention: Attention, x: Tensor, tables: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """Rotated, normed keys and the values of ``x`` [n, H], each [n, Hkv, D]."""
-    shape = (x.shape[0], -1, attention.head_dim)
-    keys = rotate(attention.k_norm(attention.k_proj(x).view(shape)), tables)
-    return keys, attention.v_proj(x).view(shape)
-
-
 def _attend(
     attention: Attention, x: Tensor, context: tuple[Tensor, Tensor], tables: tuple[Tensor, Tensor]
 ) -> Tensor:
     """Attention output [B, H] of a block ``x`` [B, H] over the whole context and, both ways, itself: nothing
     to mask.
     """
-    q = rotate(attention.q_norm(attention.q_proj(x).view(x.shape[0], -1, attention.head_dim)), tables)
-    own = _keys_values(attention, x, tables)
+    q, *own = attention.queries_keys_values(x, tables)
     k, v = (torch.cat(pair).transpose(0, 1)[None] for pair in zip(context, own, strict=True))
     seen = F.scaled_dot_product_attention(q.transpose(0, 1)[None], k, v, enable_gqa=q.shape[1] != k.shape[1])
     out: Tensor = attention.o_proj(seen[0].transpose(0, 1).reshape(x.shape[0], -1))

@@ -5,7 +5,8 @@ V/Vd target and draft vocabulary, r Markov rank.
 
 ``ctx = hidden_norm(fc(concat_L(aux)))`` is computed once; every layer applies its own k_proj, v_proj and k_norm to it, but
 not its input_layernorm, and never updates it (as vLLM's ``Qwen3DSparkModel`` serves it). Parameter names are the names of
-the served checkpoint. embed_tokens and lm_head are the target's and frozen; where the target ties them, one tensor serves.
+the served checkpoint; q, k and v are one product all the same, and so are gate and up (``joined.py``). embed_tokens and
+lm_head are the target's and frozen; where the target ties them, one tensor serves.
 
 The final ``norm`` starts as a copy of the target's and is trained with the rest: the checkpoint carries the draft's own
 ``norm.weight`` and vLLM serves that one, and DeepSpec trains it too.
@@ -27,6 +28,7 @@ from dspark.train.attention import AttentionPlan, Backend, block_attention
 from dspark.train.batch import Batch
 from dspark.train.draft_config import DraftConfig
 from dspark.train.heads import ConfidenceHead, MarkovHead, build_markov_head
+from dspark.train.joined import joined_linear, lay_side_by_side
 
 
 class TargetWeights(Protocol):
@@ -143,8 +145,23 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(c.head_dim, c.rms_norm_eps)
         self.k_norm = RMSNorm(c.head_dim, c.rms_norm_eps)
 
+    @property
+    def joined(self) -> tuple[Tensor, ...]:
+        """The weights of one product with the blocks' tokens, all but the last of the context's."""
+        return self.v_proj.weight, self.k_proj.weight, self.q_proj.weight
+
+    def keys_values(self, ctx: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """Keys, normed and rotated, and values of ``ctx`` [T, H], two [T, Hkv, D]."""
+        v, k = map(self._split, joined_linear(ctx, self.joined[:2]))
+        return rotate(self.k_norm(k), rope), v
+
+    def queries_keys_values(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries [T, Hq, D] of ``x`` [T, H] too, normed and rotated."""
+        v, k, q = map(self._split, joined_linear(x, self.joined))
+        return rotate(self.q_norm(q), rope), rotate(self.k_norm(k), rope), v
+
     def _split(self, x: Tensor) -> Tensor:
-        return x.view(x.shape[0], -1, self.head_dim)
+        return x.view(x.shape[0], x.shape[1] // self.head_dim, self.head_dim)
 
     def forward(
         self,
@@ -152,10 +169,8 @@ class Attention(nn.Module):
         ctx: Tensor,
         plan: Plan,
     ) -> Tensor:
-        q = rotate(self.q_norm(self._split(self.q_proj(x))), plan.block_rope)
-        k_blk = rotate(self.k_norm(self._split(self.k_proj(x))), plan.block_rope)
-        k_ctx = rotate(self.k_norm(self._split(self.k_proj(ctx))), plan.context_rope)
-        v_blk, v_ctx = self._split(self.v_proj(x)), self._split(self.v_proj(ctx))
+        q, k_blk, v_blk = self.queries_keys_values(x, plan.block_rope)
+        k_ctx, v_ctx = self.keys_values(ctx, plan.context_rope)
         seen = block_attention(q, k_ctx, v_ctx, k_blk, v_blk, plan.attention)
         out: Tensor = self.o_proj(seen.reshape(x.shape[0], -1))
         return out
@@ -168,8 +183,14 @@ class Mlp(nn.Module):
         self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
         self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
 
+    @property
+    def joined(self) -> tuple[Tensor, ...]:
+        """The weights of one product."""
+        return self.up_proj.weight, self.gate_proj.weight
+
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        up, gate = joined_linear(x, self.joined)
+        out: Tensor = self.down_proj(F.silu(gate) * up)
         return out
 
 
@@ -237,6 +258,7 @@ class DraftModel(nn.Module):
             self.norm.weight.copy_(target.norm)
         self.norm.weight.requires_grad_(train_norm)
         self._adopt(target, draft_ids, frozen_dtype)
+        self.join()
 
     def _initialise(self) -> None:
         """Normal weights of the config's std, zero biases, unit norms (as Qwen3 and DeepSpec)."""
@@ -274,6 +296,14 @@ class DraftModel(nn.Module):
         self.register_buffer("to_draft", inverse, persistent=False)
         self.make_room()
 
+    def join(self) -> None:
+        """Lay the weights of each layer that share a product side by side (``joined_linear``). They come last projection first: that is
+        the order in which the optimizer's buckets hold them.
+        """
+        for module in self.layers.modules():
+            if isinstance(module, Attention | Mlp):
+                lay_side_by_side(module.joined)
+
     def make_room(self) -> None:
         """Copy the output matrix (and the embedding tied to it) to the first H columns of [Vd, H + r], whose others take W2 in the
         objective: ``FrozenHead.wide``. Only for a model with a Markov head; before ``compile``, which remembers strides.
@@ -294,13 +324,16 @@ class DraftModel(nn.Module):
         return wide is not None and wide.data_ptr() == weight.data_ptr() and wide.stride() == weight.stride()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """What ``.to`` and its like do. A matrix that moves is copied without its room, so it is given a new one."""
+        """What ``.to`` and its like do. They copy tensor by tensor: an output matrix that moved is given new room, and weights that
+        share a product lie side by side again.
+        """
         weight = self.lm_head.weight
         assert isinstance(weight, Tensor)
         before = weight.data_ptr()
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if weight.data_ptr() != before:
             self.make_room()
+        self.join()
         return self
 
     @property

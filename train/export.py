@@ -197,6 +197,7 @@ def load_draft(
 def _cast_trained(model: DraftModel, dtype: torch.dtype) -> None:
     for _, parameter in model.trained():
         parameter.data = parameter.data.to(dtype)
+    model.join()
 
 
 def read_tensors(folder: Path | str) -> dict[str, Tensor]:

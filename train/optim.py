@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from dspark.cache.errors import TrainError
 from dspark.train.average import AVERAGE, Average, in_place
 from dspark.train.distributed import World
+from dspark.train.joined import side_by_side
 
 BUCKET = 1 << 26  # elements of a bucket, at least one parameter: 256 MB of gradients in one all-reduce
 ALIGN = (
@@ -315,16 +316,30 @@ def squares(tensors: list[Tensor]) -> Tensor:
 
 
 def _groups(named: list[tuple[str, nn.Parameter]]) -> list[list[tuple[str, nn.Parameter]]]:
-    """Neighbours of one dtype and device, ``BUCKET`` elements at most unless one parameter alone has more."""
+    """Neighbours of one dtype and device, ``BUCKET`` elements at most unless what must not be parted has more."""
     out: list[list[tuple[str, nn.Parameter]]] = []
     size = 0
-    for name, p in named:
-        same = out and (out[-1][-1][1].dtype, out[-1][-1][1].device) == (p.dtype, p.device)
-        if not same or size + p.numel() > BUCKET:
+    for chain in _chains(named):
+        first, more = chain[0][1], sum(p.numel() for _, p in chain)
+        same = out and (out[-1][-1][1].dtype, out[-1][-1][1].device) == (first.dtype, first.device)
+        if not same or size + more > BUCKET:
             out.append([])
             size = 0
-        out[-1].append((name, p))
-        size += p.numel()
+        out[-1].extend(chain)
+        size += more
+    return out
+
+
+def _chains(named: list[tuple[str, nn.Parameter]]) -> list[list[tuple[str, nn.Parameter]]]:
+    """Cut into matrices that lie side by side, for a product that they share: they go on doing so if no bucket ends between them and
+    they need no padding (``ALIGN``). Others are alone.
+    """
+    out: list[list[tuple[str, nn.Parameter]]] = []
+    for name, p in named:
+        if out and p.ndim == 2 and side_by_side([out[-1][-1][1], p]) is not None:
+            out[-1].append((name, p))
+        else:
+            out.append([(name, p)])
     return out
 
 

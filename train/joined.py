@@ -1,0 +1,117 @@
+"""Several linear maps of one input as one product: ``joined_linear(x, (W1, W2, ...)) = [x W1^T | x W2^T | ...]``.
+
+A few large products keep a GPU busier than many small ones: at Qwen3-4B's shapes on an H100 gate and up together take 0.06 ms less
+forward and 0.1 ms less backward, a layer. Copying the weights together in every forward (100 MB a layer) would cost that gain, so the
+joint matrix is a *view*: it needs weights that lie side by side in memory, each beginning where the one before ends. ``lay_side_by_side``
+moves them so; they stay parameters of their own. A compiler cannot see where a tensor will lie, so the product is an opaque operation
+that looks when it runs. Weights that lie apart (FSDP2 gathers each into memory of its own) get a product each into the columns of
+the one result: as fast as separate products are, and no copy either.
+
+The gradient of all weights is one product too, and each weight's is a view of its rows.
+
+A compiled backward hands those views on without a copy, and writes the columns' gradients where the product reads them (seen in the code
+that torch 2.13 makes).
+
+Legend: n rows of input, K its size, m_i rows of weight i, M their sum.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def side_by_side(weights: Sequence[Tensor]) -> Tensor | None:
+    """``weights`` [m_i, K] as one view [M, K] of their memory, in their order; None if they do not lie so."""
+    first = weights[0]
+    storage, end, rows = first.untyped_storage().data_ptr(), first.storage_offset(), 0
+    for w in weights:
+        if (
+            w.dtype != first.dtype
+            or w.untyped_storage().data_ptr() != storage
+            or w.storage_offset() != end
+            or w.shape[1:] != first.shape[1:]
+            or not w.is_contiguous()
+        ):
+            return None
+        end, rows = end + w.numel(), rows + w.shape[0]
+    return first.as_strided((rows, *first.shape[1:]), first.stride())
+
+
+@torch.no_grad()
+def lay_side_by_side(weights: Sequence[Tensor]) -> None:
+    """Move ``weights`` [m_i, K] into one piece of memory, in their order, unless they lie so already."""
+    if side_by_side(weights) is None:
+        joint = torch.cat([w.detach() for w in weights])
+        for w, rows in zip(weights, joint.split_with_sizes(_sizes(weights)), strict=True):
+            w.data = rows
+
+
+def joined_linear(x: Tensor, weights: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """``x`` [n, K] times the transpose of each of ``weights`` [m_i, K]: [n, m_i] each, columns of one result."""
+    joint: Tensor = _product(x, list(weights))
+    return joint.split_with_sizes(_sizes(weights), 1)
+
+
+@torch.library.custom_op(
+    "dspark::joined_linear", mutates_args=(), schema="(Tensor x, Tensor[] weights) -> Tensor"
+)
+def _product(x: Tensor, weights: list[Tensor]) -> Tensor:
+    joint = side_by_side(weights)
+    if joint is not None:
+        return x @ joint.T
+    out = x.new_empty(x.shape[0], sum(_sizes(weights)))
+    for w, columns in zip(weights, out.split_with_sizes(_sizes(weights), 1), strict=True):
+        torch.mm(x, w.T, out=columns)
+    return out
+
+
+@_product.register_fake
+def _(x: Tensor, weights: list[Tensor]) -> Tensor:
+    return x.new_empty(x.shape[0], sum(_sizes(weights)))
+
+
+@torch.library.custom_op(
+    "dspark::joined_linear_input", mutates_args=(), schema="(Tensor grad, Tensor[] weights) -> Tensor"
+)
+def _input_gradient(grad: Tensor, weights: list[Tensor]) -> Tensor:
+    """d x [n, K] of ``grad`` [n, M]."""
+    joint = side_by_side(weights)
+    if joint is not None:
+        return grad @ joint
+    first, *others = zip(weights, grad.split_with_sizes(_sizes(weights), 1), strict=True)
+    out = first[1] @ first[0]
+    for w, columns in others:
+        out.addmm_(columns, w)
+    return out
+
+
+@_input_gradient.register_fake
+def _(grad: Tensor, weights: list[Tensor]) -> Tensor:
+    return grad.new_empty(grad.shape[0], weights[0].shape[1])
+
+
+def _keep(ctx: Any, inputs: tuple[Tensor, list[Tensor]], output: Tensor) -> None:
+    x, weights = inputs
+    ctx.save_for_backward(x, *weights)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, list[Tensor | None]]:
+    x, *weights = ctx.saved_tensors
+    needs_x, needs_weights = ctx.needs_input_grad
+    d_x = _input_gradient(grad, weights) if needs_x else None
+    if not any(needs_weights):
+        return d_x, [None] * len(weights)
+    # No weight is read, so this one is plain: the compiler may see it. Rows of it need no copy to become gradients.
+    d_weights = (grad.T @ x).split_with_sizes(_sizes(weights))
+    return d_x, [d if needed else None for d, needed in zip(d_weights, needs_weights, strict=True)]
+
+
+_product.register_autograd(_backward, setup_context=_keep)
+
+
+def _sizes(weights: Sequence[Tensor]) -> list[int]:
+    return [w.shape[0] for w in weights]
