@@ -2,10 +2,10 @@
 
 Legend: n slots of a chunk, d <= n rows of target logits that they share, V target vocabulary, Vd draft vocabulary.
 
-One program a slot reads the slot's two rows of logits three times: for both log-sum-exps and argmaxes; for L1 and
+One program a slot reads the slot's two rows of logits three times: for both log-sum-exps and argmaxes; backwards, for L1 and
 ``<s, p_d>``; and to write the gradient over the draft's logits. Slots side by side share a target row, which the cache serves to all
-but the first. So a chunk costs 3 reads and 1 write of n rows and 3 reads of d rows of logits in their own dtype, and no fp32
-tensor of the vocabulary's size exists. Kernels of other projects (liger-kernel, cut-cross-entropy) fuse the head's product with a
+but the first. So a chunk costs 3 reads and 1 write of n rows and 3 reads of d rows of logits in their own dtype, less what the cache
+keeps between two passes, and no fp32 tensor of the vocabulary's size exists. Kernels of other projects (liger-kernel, cut-cross-entropy) fuse the head's product with a
 cross-entropy against labels or one divergence between two heads' outputs; none gives CE, L1, the accept rate and the gradient of
 all of them at once.
 
@@ -21,39 +21,48 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+# One program fills a multiprocessor, so that few rows are on their way at once and the cache still holds the end of a slot's rows when
+# the next pass begins there (measured, docs/log.md: 1.21 ms a chunk of 1,792 slots, 1.38 with 8 warps).
 TILE = 4096
-WARPS = 8
+WARPS = 32
 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def log_sum_exp(logits, size, lane, TILE: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Of ``size`` logits, and where the largest is: one pass, the sum rescaled whenever a larger one comes."""
-    top = -float("inf")
-    total = 0.0
-    best = 0
+    """Of ``size`` logits, and where the largest is: one pass. Each lane keeps its own largest and sum, so that lanes wait for each other
+    once, at the end, and not at every tile.
+    """
+    # Finite: the difference of two -inf, as lanes past the end would form it, is NaN.
+    top = tl.full([TILE], -3e38, tl.float32)
+    total = tl.zeros([TILE], tl.float32)
+    best = tl.zeros([TILE], tl.int32)
     for at in range(0, size, TILE):
         column = at + lane
-        x = tl.load(logits + column, mask=column < size, other=-float("inf")).to(tl.float32)
-        high = tl.max(x, 0)
-        best = tl.where(high > top, at + tl.argmax(x, 0), best)
-        new = tl.maximum(top, high)
-        total = total * tl.exp(top - new) + tl.sum(tl.exp(x - new), 0)
-        top = new
-    return top + tl.log(total), best
+        x = tl.load(logits + column, mask=column < size, other=-float("inf"), eviction_policy="evict_last")
+        x = x.to(tl.float32)
+        higher = x > top
+        # One of the two terms of the sum is always exp(0).
+        less = tl.exp(-tl.abs(x - top))
+        total = tl.where(higher, total * less + 1.0, total + less)
+        best = tl.where(higher, column, best)
+        top = tl.where(higher, x, top)
+    high = tl.max(top, 0)
+    first = tl.min(tl.where(top == high, best, size), 0)
+    return high + tl.log(tl.sum(total * tl.exp(top - high), 0)), first
 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def probabilities(  # type: ignore[no-untyped-def]
-    draft, target, draft_ids, column, draft_size, log_d, log_t, REDUCED: tl.constexpr
+    draft, target, draft_ids, column, draft_size, log_d, log_t, REDUCED: tl.constexpr, KEEP: tl.constexpr
 ):
-    """Of the draft's tokens ``column``: the draft's and the target's; 0 past the end."""
+    """Of the draft's tokens ``column``: the draft's and the target's; 0 past the end. ``KEEP``: what the cache shall do with them."""
     real = column < draft_size
-    x = tl.load(draft + column, mask=real, other=-float("inf")).to(tl.float32)
+    x = tl.load(draft + column, mask=real, other=-float("inf"), eviction_policy=KEEP).to(tl.float32)
     if REDUCED:
         where = tl.load(draft_ids + column, mask=real, other=0)
     else:
         where = column
-    y = tl.load(target + where, mask=real, other=-float("inf")).to(tl.float32)
+    y = tl.load(target + where, mask=real, other=-float("inf"), eviction_policy=KEEP).to(tl.float32)
     return tl.exp(x - log_d), tl.exp(y - log_t)
 
 
@@ -88,8 +97,13 @@ def slot_terms(  # type: ignore[no-untyped-def]
     distance = tl.zeros([TILE], tl.float32)
     signed = tl.zeros([TILE], tl.float32)
     inside = tl.zeros([TILE], tl.float32)
-    for at in range(0, draft_size, TILE):
-        p, q = probabilities(draft, target, draft_ids, at + lane, draft_size, log_d, log_t, REDUCED)
+    last = (draft_size - 1) // TILE * TILE
+    for done in range(0, draft_size, TILE):
+        # From the end back, where the cache has what the pass before read last.
+        column = last - done + lane
+        p, q = probabilities(
+            draft, target, draft_ids, column, draft_size, log_d, log_t, REDUCED, "evict_last"
+        )
         difference = p - q
         distance += tl.abs(difference)
         signed += tl.where(difference > 0, p, tl.where(difference < 0, -p, 0.0))
@@ -113,7 +127,7 @@ def slot_terms(  # type: ignore[no-untyped-def]
         tl.debug_barrier()
         for at in range(0, draft_size, TILE):
             column = at + lane
-            p, q = probabilities(draft, target, draft_ids, column, draft_size, log_d, log_t, REDUCED)
+            p, q = probabilities(draft, target, draft_ids, column, draft_size, log_d, log_t, REDUCED, "")
             difference = p - q
             sign = tl.where(difference > 0, 1.0, tl.where(difference < 0, -1.0, 0.0))
             slope = p * (weight_l1 * (sign - mean_sign) + weight_ce)
