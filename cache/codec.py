@@ -161,7 +161,7 @@ class Rotated:
         return (bits + hidden / self.group(hidden) * SCALE_BITS) / 8
 
     def encode(self, x: torch.Tensor) -> Tensors:
-        """On CUDA one kernel (``fused_encode.py``), with the same bytes as ``encode_plain``."""
+        """On CUDA Triton kernels (``fused_encode.py``), with the same bytes as ``encode_plain``."""
         if x.is_cuda and _has_triton():
             from dspark.cache import fused_encode
 

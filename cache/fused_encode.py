@@ -1,10 +1,11 @@
-"""Encoding of ``rotated`` codes as one Triton kernel: states in, bytes out, once through memory where plain torch goes some thirty times.
+"""Encoding of ``rotated`` codes as two Triton kernels: states in, bytes out, once through memory where plain torch goes some thirty times.
 
 Legend: N groups of all rows, C groups of a row (L * H / g), g channels of a group.
 
 Every step is the one rounding that ``Rotated.encode_plain`` makes, in the same order (butterflies and energies halve in registers, ``enable_fp_fusion`` off), so
-the bytes are the same. A tile with a group that is far from Gaussian tries the other scales in its registers too: coded by plain torch afterwards, those few
-groups took some 150 launches a call and two waits for the device, ten times the kernel's own time. Whether this machine's compiler keeps to all that is
+the bytes are the same. Groups that are far from Gaussian are listed and tried at other scales by a second kernel: coded by plain torch, those few groups took
+some 150 launches a call and two waits for the device, ten times the kernel's own time; and tried where they are found, one of them makes
+the whole tile do thirteen times the work. Whether this machine's compiler keeps to all that is
 tried once a process on a few rows (``trusted``); where it does not, plain torch codes everything.
 
 Import only where triton is there.
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("dspark.cache")
 LEAST_GROUP = 16
 TRIED = 192  # rows
+AGAIN_PROGRAMS = 528  # four a multiprocessor of an H100
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -63,6 +65,61 @@ def cells_at(  # type: ignore[no-untyped-def]
     return cell, error * width * width
 
 
+@triton.jit  # type: ignore[untyped-decorator]
+def rotated(  # type: ignore[no-untyped-def]
+    x,
+    flip,
+    mean,
+    inverse,
+    row,
+    real,
+    columns,
+    G: tl.constexpr,
+    LOG: tl.constexpr,
+    CENTRED: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """Groups ``row[TILE]`` centred and rotated, [TILE, G], and their mean squares over g; zeros where not ``real``."""
+    i = tl.arange(0, G)
+    y = tl.load(x + row[:, None] * G + i[None, :], mask=real[:, None], other=0.0).to(tl.float32)
+    if CENTRED:
+        at = (row % columns)[:, None] * G + i[None, :]
+        y = (y - tl.load(mean + at)) * tl.load(inverse + at)
+    squares = energies(y, TILE, G, LOG) * (1.0 / (G * G))
+    y = y * tl.load(flip + i)[None, :]
+    for s in tl.static_range(LOG):
+        a, b = tl.split(tl.permute(tl.reshape(y, (TILE, G >> (s + 1), 2, 1 << s)), (0, 1, 3, 2)))
+        y = tl.reshape(tl.permute(tl.join(a + b, a - b), (0, 1, 3, 2)), (TILE, G))
+    return y, squares
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def scale_code(squares):  # type: ignore[no-untyped-def]
+    """Scale code of each group: the nearest quarter octave, from exponent and mantissa alone."""
+    bits = squares.to(tl.int32, bitcast=True)
+    m = ((bits & 0x7FFFFF) | (126 << 23)).to(tl.float32, bitcast=True)  # squares = m 2^e, m from 0.5 to 1
+    k = 2 * ((bits >> 23) - 126) + 126
+    k += (m >= 0.5946035575013605).to(tl.int32) + (m >= 0.8408964152537145).to(tl.int32)
+    k = tl.where((squares > 0) & (k > 0), k, 0)
+    return tl.minimum(k, 255)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def store(  # type: ignore[no-untyped-def]
+    code, scale, row, cell, k, real, TILE: tl.constexpr, G: tl.constexpr, PACKED: tl.constexpr
+):
+    if PACKED:
+        low, high = tl.split(tl.reshape(cell, (TILE, G // 2, 2)))
+        j = tl.arange(0, G // 2)
+        tl.store(
+            code + row[:, None] * (G // 2) + j[None, :], (low | (high << 4)).to(tl.uint8), mask=real[:, None]
+        )
+    else:
+        i = tl.arange(0, G)
+        tl.store(code + row[:, None] * G + i[None, :], cell.to(tl.uint8), mask=real[:, None])
+    tl.store(scale + row, k.to(tl.uint8), mask=real)
+
+
 @triton.jit(do_not_specialize=["groups", "columns", "step", "far", "limit"])  # type: ignore[untyped-decorator]
 def encode_groups(  # type: ignore[no-untyped-def]
     x,  # [N, G], any float
@@ -74,7 +131,8 @@ def encode_groups(  # type: ignore[no-untyped-def]
     scales,  # fp32[256]
     code,  # uint8[N, G / 2 or G]
     scale,  # uint8[N]
-    huge,  # int32[1], set if a group cannot be coded
+    again,  # int32[N], the groups to try again, in any order
+    told,  # int32[2]: how many of them; 1 if a group cannot be coded
     groups,
     columns,
     step,
@@ -87,52 +145,68 @@ def encode_groups(  # type: ignore[no-untyped-def]
     CENTRED: tl.constexpr,
     TILE: tl.constexpr,
 ):
+    """Every group at the scale of its mean square."""
     row = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
-    i = tl.arange(0, G)
     real = row < groups
-    y = tl.load(x + row[:, None] * G + i[None, :], mask=real[:, None], other=0.0).to(tl.float32)
-    if CENTRED:
-        at = (row % columns)[:, None] * G + i[None, :]
-        y = (y - tl.load(mean + at)) * tl.load(inverse + at)
-    squares = energies(y, TILE, G, LOG) * (1.0 / (G * G))
-    bits = squares.to(tl.int32, bitcast=True)
-    m = ((bits & 0x7FFFFF) | (126 << 23)).to(tl.float32, bitcast=True)  # squares = m 2^e, m from 0.5 to 1
-    k = 2 * ((bits >> 23) - 126) + 126
-    k += (m >= 0.5946035575013605).to(tl.int32) + (m >= 0.8408964152537145).to(tl.int32)
-    k = tl.where((squares > 0) & (k > 0), k, 0)
-    k = tl.minimum(k, 255)
-    y = y * tl.load(flip + i)[None, :]
-    for s in tl.static_range(LOG):
-        a, b = tl.split(tl.permute(tl.reshape(y, (TILE, G >> (s + 1), 2, 1 << s)), (0, 1, 3, 2)))
-        y = tl.reshape(tl.permute(tl.join(a + b, a - b), (0, 1, 3, 2)), (TILE, G))
+    y, squares = rotated(x, flip, mean, inverse, row, real, columns, G, LOG, CENTRED, TILE)
+    k = scale_code(squares)
     cell, error = cells_at(y, k, per_unit, levels, scales, step, HALF, TILE, G, LOG)
-    bad = error > far * squares * G
-    if tl.max(bad.to(tl.int32), 0) > 0:
-        first = k
+    store(code, scale, row, cell, k, real, TILE, G, PACKED)
+    bad = (real & (error > far * squares * G)).to(tl.int32)
+    count = tl.sum(bad, 0)
+    if count > 0:
+        first = tl.atomic_add(told, count)
+        tl.store(again + first + tl.cumsum(bad, 0) - 1, row.to(tl.int32), mask=bad > 0)
+    # Not "greater than": NaN is no number to compare.
+    wrong = real & ~(squares <= limit)
+    if tl.max(wrong.to(tl.int32), 0) > 0:
+        tl.atomic_max(told + 1, 1)
+
+
+@triton.jit(do_not_specialize=["columns", "step"])  # type: ignore[untyped-decorator]
+def encode_again(  # type: ignore[no-untyped-def]
+    x,
+    flip,
+    mean,
+    inverse,
+    per_unit,
+    levels,
+    scales,
+    code,
+    scale,
+    again,
+    told,
+    columns,
+    step,
+    HALF: tl.constexpr,
+    G: tl.constexpr,
+    LOG: tl.constexpr,
+    PACKED: tl.constexpr,
+    CENTRED: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """The groups of ``again`` at twelve other scales; each keeps the best. Programs share them out, as many as there are, so nobody waits for their number."""
+    count = tl.load(told)
+    for at in range(tl.program_id(0) * TILE, count, tl.num_programs(0) * TILE):
+        lane = at + tl.arange(0, TILE)
+        real = lane < count
+        row = tl.load(again + lane, mask=real, other=0).to(tl.int64)
+        y, squares = rotated(x, flip, mean, inverse, row, real, columns, G, LOG, CENTRED, TILE)
+        first = scale_code(squares)
+        k = first
+        cell, error = cells_at(y, k, per_unit, levels, scales, step, HALF, TILE, G, LOG)
         for trial in range(12):
             offset = tl.where(trial < 4, trial - 4, trial - 3)  # -4 to 8 without 0
             other = tl.minimum(tl.maximum(first + offset, 1), 255)
             tried, e = cells_at(y, other, per_unit, levels, scales, step, HALF, TILE, G, LOG)
-            better = bad & (e < error)
+            better = e < error
             cell = tl.where(better[:, None], tried, cell)
             error = tl.where(better, e, error)
             k = tl.where(better, other, k)
-    # Not "greater than": NaN is no number to compare.
-    wrong = real & ~(squares <= limit)
-    if tl.max(wrong.to(tl.int32), 0) > 0:
-        tl.atomic_max(huge, 1)
-    if PACKED:
-        low, high = tl.split(tl.reshape(cell, (TILE, G // 2, 2)))
-        j = tl.arange(0, G // 2)
-        tl.store(
-            code + row[:, None] * (G // 2) + j[None, :], (low | (high << 4)).to(tl.uint8), mask=real[:, None]
-        )
-    else:
-        tl.store(code + row[:, None] * G + i[None, :], cell.to(tl.uint8), mask=real[:, None])
-    tl.store(scale + row, k.to(tl.uint8), mask=real)
+        store(code, scale, row, cell, k, real, TILE, G, PACKED)
 
 
-def encode(codec: Rotated, x: torch.Tensor, kernel: Any = encode_groups) -> dict[str, torch.Tensor]:
+def encode(codec: Rotated, x: torch.Tensor) -> dict[str, torch.Tensor]:
     """As ``Rotated.encode_plain``, byte for byte."""
     hidden = x.shape[-1]
     g = codec.group(hidden)
@@ -142,37 +216,24 @@ def encode(codec: Rotated, x: torch.Tensor, kernel: Any = encode_groups) -> dict
     groups = x.numel() // g
     code = torch.empty(groups, g // codec.per_byte, dtype=torch.uint8, device=x.device)
     scale = torch.empty(groups, dtype=torch.uint8, device=x.device)
-    huge = torch.zeros(1, dtype=torch.int32, device=x.device)
+    again = torch.empty(groups, dtype=torch.int32, device=x.device)
+    told = torch.zeros(2, dtype=torch.int32, device=x.device)
     tile = max(1, 4096 // g)
     if groups:
         from dspark.cache.codec import SQUARE_LIMIT
 
-        kernel[(triton.cdiv(groups, tile),)](
-            x,
-            tables.flip,
-            tables.mean,
-            tables.inverse,
-            tables.per_unit,
-            tables.levels,
-            tables.scales,
-            code,
-            scale,
-            huge,
-            groups,
-            columns,
-            codec.step,
-            2.0 * distortion(codec.step, codec.levels),
-            SQUARE_LIMIT,
-            HALF=len(codec.levels),
-            G=g,
-            LOG=g.bit_length() - 1,
-            PACKED=codec.per_byte == 2,
-            CENTRED=codec.centre is not None,
-            TILE=tile,
-            num_warps=8,
-            enable_fp_fusion=False,
-        )
-        if int(huge):  # waits for the kernel, which a caller of another stream than the target's does anyway
+        shape: dict[str, Any] = {
+            "HALF": len(codec.levels), "G": g, "LOG": g.bit_length() - 1, "PACKED": codec.per_byte == 2, "CENTRED": codec.centre is not None,
+            "TILE": tile, "num_warps": 8, "enable_fp_fusion": False,
+        }  # fmt: skip
+        tiles = triton.cdiv(groups, tile)
+        given = (x, *tables, code, scale, again, told)
+        far = 2.0 * distortion(codec.step, codec.levels)
+        encode_groups[(tiles,)](*given, groups, columns, codec.step, far, SQUARE_LIMIT, **shape)
+        encode_again[(min(tiles, AGAIN_PROGRAMS),)](*given, columns, codec.step, **shape)
+        if int(
+            told[1]
+        ):  # waits for the kernels, which a caller of another stream than the target's does anyway
             codec.refuse(x)
     lead = x.shape[:-1]
     return {
