@@ -1,6 +1,6 @@
 """What raises a draft's tau: named variants of one training, and DeepSpec's own trainer on the same rows, several at a time.
 
-    python bench/quality.py --store 4-4.zarr --work DIR [--variants baseline,muon,ema-0.999] [--seeds 0,1] [--gpus 4] [--per-gpu 2]
+    python bench/quality.py --store 4-4.zarr --work DIR [--variants baseline,muon-2e-3,decay-7] [--seeds 0,1] [--gpus 4] [--per-gpu 2]
         [--train "..."] [--peer DIR_OF_A_DEEPSPEC_CHECKOUT] [--seconds 60] [--append]
 
 A variant is a set of flags of dspark-train on top of ``--train``; ``--list`` names them, ``--also 'NAME=FLAGS'`` adds one. Every variant of a
@@ -46,8 +46,6 @@ VARIANTS = {
     "muon-1e-3": "--optimizer muon",
     "muon-2e-3": "--optimizer muon --lr 2e-3",
     "muon-4e-3": "--optimizer muon --lr 4e-3",
-    "ema-0.99": "--ema 0.99",
-    "ema-0.999": "--ema 0.999",
     "noise-0.05": "--noise-std 0.05",
     "noise-0.5": "--noise-std 0.5",
     "dpace": "--slot-weights dpace",

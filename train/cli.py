@@ -54,9 +54,6 @@ Examples:
 @click.option("--weight-decay", default=DEFAULTS.weight_decay)
 @click.option("--grad-clip", default=DEFAULTS.grad_clip, help="Global gradient norm that is clipped to.")
 @click.option(
-    "--ema", default=DEFAULTS.ema, help="Decay a step of an average of the weights that is validated and exported; 0 = none.",
-)  # fmt: skip
-@click.option(
     "--total-seq-len",
     type=int,
     help="Tokens of a packed row.  [default: 4096, or the store's sequence length]",

@@ -44,8 +44,6 @@ class TrainConfig:
     weight_decay: float = 0.0
     betas: tuple[float, float] = (0.9, 0.95)
     grad_clip: float = 1.0
-    ema: float = 0.0
-    """Decay a step of the weights' moving average, which is validated and exported in their place; 0: none is kept."""
     total_seq_len: int | None = None
     """Tokens of a packed row. None: 4096, or the store's sequence length if that is longer."""
     rows_per_step: int = 8
@@ -99,7 +97,7 @@ class TrainConfig:
         for name in ("max_anchors", "noise_std", "markov_rank", "weight_decay", "confidence_head_alpha"):
             if getattr(self, name) < 0:
                 raise UsageError(f"{name} is {getattr(self, name)}, expected 0 or more")
-        for name in ("warmup_ratio", "min_lr_ratio", "val_fraction", "ema"):
+        for name in ("warmup_ratio", "min_lr_ratio", "val_fraction"):
             if not 0.0 <= getattr(self, name) < 1.0:
                 raise UsageError(f"{name} is {getattr(self, name)}, expected a share in [0, 1)")
         if self.strategy not in (None, "ddp", "fsdp2"):

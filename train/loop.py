@@ -272,25 +272,24 @@ def _save(run: Run, position: Position, output: Path, *, export: bool) -> None:
         if not run.world.first:
             return
         if export:
-            save_draft(output, run.model, trained=snapshot.served)
+            save_draft(output, run.model, trained=snapshot.masters)
         checkpoint.save(output / "checkpoints", position, snapshot, run.config.keep_checkpoints)
 
     run.world.agreed(write)
 
 
 def validate(run: Run) -> Score:
-    """Metrics on the held-out prompts, of the weights that are exported; the same anchors every time. Each rank scores its rows."""
-    with run.optimizer.averaged():
-        return evaluate(
-            run.model,
-            run.cache,
-            _held_out(run),
-            device=run.compute.device,
-            dtype=run.compute.dtype,
-            decay=run.config.decay,
-            backend=run.compute.backend,
-            reduce=run.world.sum_,
-        )
+    """Metrics on the held-out prompts; the same anchors every time. Each rank scores its rows."""
+    return evaluate(
+        run.model,
+        run.cache,
+        _held_out(run),
+        device=run.compute.device,
+        dtype=run.compute.dtype,
+        decay=run.config.decay,
+        backend=run.compute.backend,
+        reduce=run.world.sum_,
+    )
 
 
 def _held_out(run: Run) -> Iterator[Row | Batch]:

@@ -62,8 +62,6 @@ def estimate(run: Run) -> Memory:
         trained = count * (16 if width == 4 else 16 + width)
         if config.optimizer == "muon":  # one moment where AdamW has two
             trained -= 4 * sum(p.numel() for n, p in model.trained() if is_matrix(n, p))
-    if config.ema:
-        trained += 4 * count // (run.world.size if config.strategy == "fsdp2" else 1)
     tokens = run.stream.total_seq_len
     anchors = config.max_anchors or tokens
     row = row_bytes(model.config, tokens, anchors, width, recompute=config.activation_checkpointing)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from dspark.train.distributed import World
-from dspark.train.optim import Adam, FlatOptimizer, Rule, averages, excess
+from dspark.train.optim import Adam, FlatOptimizer, Rule, excess
 
 MOMENTUM = 0.95
 STEPS = 5
@@ -89,7 +89,6 @@ class MasterMuon(FlatOptimizer):
         betas: tuple[float, float],
         weight_decay: float,
         clip: float,
-        ema: float = 0.0,
         world: World | None = None,
     ) -> None:
         super().__init__(named, world, is_matrix)
@@ -102,4 +101,4 @@ class MasterMuon(FlatOptimizer):
         rules: list[Rule] = [Muon(kinds[1], shapes, weight_decay, clip)]
         if kinds[0]:
             rules.append(Adam(kinds[0], betas, weight_decay, clip))
-        self._rules = [*rules, *averages([b.master for b in self._buckets], ema)]
+        self._rules = rules

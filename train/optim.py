@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -22,7 +21,6 @@ import torch
 from torch import Tensor, nn
 
 from dspark.cache.errors import TrainError
-from dspark.train.average import AVERAGE, Average, in_place
 from dspark.train.distributed import World
 from dspark.train.joined import side_by_side
 
@@ -53,11 +51,6 @@ class Snapshot:
     moments: Mapping[str, Mapping[str, Tensor]]
     updates: int
 
-    @property
-    def served(self) -> Mapping[str, Tensor]:
-        """The weights of the draft: the masters, or their average where one is kept."""
-        return self.moments.get(AVERAGE, self.masters)
-
     def check(self, parameters: Mapping[str, Tensor], moments: Mapping[str, Collection[str]]) -> None:
         """Raise TrainError unless these are tensors for exactly ``parameters``, and moments for those that ``moments`` names."""
         for what in sorted({"masters", *self.moments, *moments}):
@@ -80,9 +73,6 @@ class Optimizer(Protocol):
 
     def step(self, lr: float) -> Tensor:
         """One update at rate ``lr`` from the sum of all ranks' gradients; returns its norm before clipping (0-dim, on the device)."""
-
-    def averaged(self) -> AbstractContextManager[None]:
-        """Within it the model computes with the average of its weights, where one is kept."""
 
     def snapshot(self) -> Snapshot:
         """Copies on the CPU for a checkpoint, whole on rank 0 (a collective call; empty elsewhere)."""
@@ -248,9 +238,6 @@ class FlatOptimizer:
             if bucket.values.dtype != torch.float32:
                 bucket.values.copy_(bucket.master)
 
-    def averaged(self) -> AbstractContextManager[None]:
-        return in_place(self._rules, self._refresh)
-
     def snapshot(self) -> Snapshot:
         if self.world.rank:
             return Snapshot({}, {}, 0)
@@ -296,17 +283,10 @@ class MasterAdamW(FlatOptimizer):
         betas: tuple[float, float],
         weight_decay: float,
         clip: float,
-        ema: float = 0.0,
         world: World | None = None,
     ) -> None:
         super().__init__(named, world)
-        masters = [b.master for b in self._buckets]
-        self._rules = [Adam(masters, betas, weight_decay, clip), *averages(masters, ema)]
-
-
-def averages(masters: list[nn.Parameter], decay: float) -> list[Rule]:
-    """The rule that averages ``masters``, last of an optimizer's; none with ``decay`` 0."""
-    return [Average(masters, decay)] if decay else []
+        self._rules = [Adam([b.master for b in self._buckets], betas, weight_decay, clip)]
 
 
 def squares(tensors: list[Tensor]) -> Tensor:

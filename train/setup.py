@@ -129,7 +129,6 @@ def prepare(config: TrainConfig, world: World | None = None) -> Run:
         "betas": config.betas,
         "weight_decay": config.weight_decay,
         "clip": config.grad_clip,
-        "ema": config.ema,
     }
     if sharded:
         from dspark.train.sharded import ShardedAdamW, shard

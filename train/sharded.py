@@ -10,7 +10,6 @@ Every forward gathers and every backward sums, so all ranks must make the same n
 from __future__ import annotations
 
 import warnings
-from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -20,11 +19,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from dspark.train.average import in_place
 from dspark.train.batch import Batch
 from dspark.train.distributed import World
 from dspark.train.draft import DraftModel, Plan, SlotStates
-from dspark.train.optim import Adam, Rule, Snapshot, averages, squares
+from dspark.train.optim import MOMENTS, Adam, Snapshot, squares
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -80,9 +78,7 @@ class ShardedAdamW:
         weight_decay: float,
         clip: float,
         world: World,
-        ema: float = 0.0,
     ) -> None:
-        self._model = model
         self.parameters: dict[str, DTensor] = {}
         for name, p in model.trained():
             if p.requires_grad:
@@ -93,7 +89,7 @@ class ShardedAdamW:
         self._shards = {n: nn.Parameter(_local(p)) for n, p in self.parameters.items()}
         # A rank has nothing of a tensor with fewer rows than there are ranks.
         held = [s for s in self._shards.values() if s.numel()]
-        self._rules = [Adam(held, betas, weight_decay, clip), *averages(held, ema)]
+        self._adam = Adam(held, betas, weight_decay, clip)
 
     def last_row(self) -> None:
         """Nothing to do: sums are made row by row."""
@@ -106,39 +102,25 @@ class ShardedAdamW:
             assert _local(p).data_ptr() == own.data_ptr(), f"{name} has moved"
             assert isinstance(p.grad, DTensor), f"{name} has no gradient"
             own.grad = _local(p.grad)
-        gradients = [s.grad for s in self._shards.values() if s.numel() and s.grad is not None]
+        gradients = [s.grad for s in self._adam.masters if s.grad is not None]
         norm = self.world.sum_(squares(gradients)).sqrt()
-        for rule in self._rules:
-            rule.update(lr, norm)
+        self._adam.update(lr, norm)
         for name, p in self.parameters.items():
             self._shards[name].grad = p.grad = None
         return norm
 
-    def averaged(self) -> AbstractContextManager[None]:
-        return in_place(self._rules, self._gather_anew)
-
-    def _gather_anew(self) -> None:
-        """Weights stay gathered after a forward without a backward; those of before the shards changed must go."""
-        for module in self._model.modules():
-            if isinstance(module, FSDPModule):
-                module.reshard()
-
     def snapshot(self) -> Snapshot:
         masters = {n: self._whole(p, _local(p)) for n, p in self.parameters.items()}
         moments = {
-            m: {n: self._whole(p, self._moment(rule, m, n)) for n, p in self.parameters.items()}
-            for m, rule in self._moments()
+            m: {n: self._whole(p, self._moment(m, n)) for n, p in self.parameters.items()} for m in MOMENTS
         }
         if self.world.rank:
             return Snapshot({}, {}, 0)
-        return Snapshot(masters, moments, self._rules[0].updates)
+        return Snapshot(masters, moments, self._adam.updates)
 
-    def _moments(self) -> list[tuple[str, Rule]]:
-        return [(moment, rule) for rule in self._rules for moment in rule.moments]
-
-    def _moment(self, rule: Rule, moment: str, name: str) -> Tensor:
+    def _moment(self, moment: str, name: str) -> Tensor:
         own = self._shards[name]
-        return rule.moment(moment, own) if own.numel() else own.detach()
+        return self._adam.moment(moment, own) if own.numel() else own.detach()
 
     def _whole(self, like: DTensor, local: Tensor) -> Tensor:
         """All shards joined, on the CPU of rank 0 (elsewhere an empty tensor): one tensor at a time is whole on a GPU."""
@@ -151,13 +133,12 @@ class ShardedAdamW:
     @torch.no_grad()
     def load(self, snapshot: Snapshot) -> None:
         """Every rank reads the whole and keeps its share, so a checkpoint serves any number of ranks."""
-        snapshot.check(self.parameters, {moment: self.parameters for moment, _ in self._moments()})
+        snapshot.check(self.parameters, dict.fromkeys(MOMENTS, self.parameters))
         for name, p in self.parameters.items():
             _local(p).copy_(_share(p, snapshot.masters[name]))
-            for moment, rule in self._moments():
-                self._moment(rule, moment, name).copy_(_share(p, snapshot.moments[moment][name]))
-        for rule in self._rules:
-            rule.updates = snapshot.updates
+            for moment in MOMENTS:
+                self._moment(moment, name).copy_(_share(p, snapshot.moments[moment][name]))
+        self._adam.updates = snapshot.updates
 
 
 def _local(p: DTensor) -> Tensor:

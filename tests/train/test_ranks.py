@@ -37,7 +37,7 @@ class Stop(Exception):
 def settings(folder: Path, **changes: Any) -> TrainConfig:
     base: dict[str, Any] = {
         "epochs": 2, "num_layers": 1, "block_size": 3, "markov_rank": 4, "total_seq_len": 100, "rows_per_step": 3, "max_anchors": 16,
-        "checkpoint_freq": 0.5, "log_every": 1, "val_fraction": 0.2, "lr": 1e-2, "ema": 0.5, "tensorboard": False,
+        "checkpoint_freq": 0.5, "log_every": 1, "val_fraction": 0.2, "lr": 1e-2, "tensorboard": False,
         "device": "cpu",
     }  # fmt: skip
     return TrainConfig(cache=str(folder / "hs.zarr"), **{**base, **changes})
