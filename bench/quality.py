@@ -48,7 +48,6 @@ VARIANTS = {
     "muon-4e-3": "--optimizer muon --lr 4e-3",
     "noise-0.05": "--noise-std 0.05",
     "noise-0.5": "--noise-std 0.5",
-    "dpace": "--slot-weights dpace",
     "anchors-1024": "--max-anchors 1024",
     "anchors-4096": "--max-anchors 4096",
     "layers-2": "--num-layers 2",

@@ -93,10 +93,6 @@ Examples:
     help="Weight of the confidence loss; 0 = no confidence head.",
 )
 @click.option("--decay", default=DEFAULTS.decay, help="Slot k weighs exp(-k/decay).")
-@click.option(
-    "--slot-weights", default=DEFAULTS.slot_weights, type=click.Choice(["decay", "dpace"]),
-    help="decay as above, or D-PACE: by how far the draft's blocks are accepted at present.",
-)  # fmt: skip
 @click.option("--val-fraction", default=DEFAULTS.val_fraction, help="Share of prompts (by hash) held out.")
 @click.option("--val-rows", default=DEFAULTS.val_rows, help="Packed rows that a validation reads, at most.")
 @click.option(

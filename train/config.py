@@ -63,8 +63,6 @@ class TrainConfig:
     confidence_head_alpha: float = 1.0
     decay: float = 4.0
     """Slot k weighs exp(-k / decay)."""
-    slot_weights: str = "decay"
-    """``decay``, or ``dpace``: by how far the draft's own blocks get at present (train/weights.py)."""
     val_fraction: float = 0.05
     """Share of prompts (by hash) held out."""
     val_rows: int = 64
@@ -102,8 +100,6 @@ class TrainConfig:
                 raise UsageError(f"{name} is {getattr(self, name)}, expected a share in [0, 1)")
         if self.strategy not in (None, "ddp", "fsdp2"):
             raise UsageError(f"strategy is {self.strategy!r}, expected ddp or fsdp2")
-        if self.slot_weights not in ("decay", "dpace"):
-            raise UsageError(f"slot_weights is {self.slot_weights!r}, expected decay or dpace")
         if self.optimizer not in ("adamw", "muon"):
             raise UsageError(f"optimizer is {self.optimizer!r}, expected adamw or muon")
         if self.optimizer == "muon" and self.strategy == "fsdp2":

@@ -21,7 +21,6 @@ from dspark.train.objective import Denominators, SlotInputs, objective
 from dspark.train.optim import learning_rate
 from dspark.train.row import Row
 from dspark.train.setup import Run
-from dspark.train.weights import reweighted
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,8 +96,6 @@ def learn(run: Run, batch: Batch, denominators: Denominators, metrics: SlotMetri
     """Forward, objective and backward of one row; its part of the step's loss, detached."""
     states: SlotStates = run.model(batch, run.model.plan(batch, run.compute.backend))
     slots = SlotInputs.gather(batch, states, run.config.decay)
-    if run.config.slot_weights == "dpace":
-        slots = reweighted(batch, slots, run.model.frozen_head, run.objective)
     out = objective(slots, run.model.frozen_head, run.objective, denominators)
     out.loss.backward()  # type: ignore[no-untyped-call]
     if metrics is not None:
