@@ -314,9 +314,9 @@ def show(result: dict[str, Any]) -> None:
                 print(f"{level:<9}  {finding['name']:<12}  {finding['text']}")
     vllm = result["vllm"]
     needed = f"needs {vllm['at_least']} or later ({vllm['because']}); " if "at_least" in vllm else ""
-    compared = ", ".join(vllm["compared_token_for_token"])
+    compared, served = (", ".join(vllm[key]) for key in ("compared_token_for_token", "served_losslessly"))
     print(
-        f"vLLM: {needed}compared token for token on {compared}; installed here: {vllm['installed'] or 'none'}"
+        f"vLLM: {needed}compared token for token on {compared}, served losslessly by {served}; installed here: {vllm['installed'] or 'none'}"
     )
     print(
         f"{'fit to serve, as far as was looked' if result['ok'] else 'DO NOT SERVE as it is'}: {result['draft']}"
