@@ -33,7 +33,7 @@ from dspark.train.draft import DraftModel
 from dspark.train.draft_config import DraftConfig
 from dspark.train.metrics import SlotMetrics
 from dspark.train.objective import Denominators, ObjectiveConfig, SlotInputs, objective
-from dspark.train.optim import MasterAdamW
+from dspark.train.optim import AdamSettings, MasterAdamW
 
 
 @dataclass(frozen=True)
@@ -147,7 +147,8 @@ def ours(
     """Forward (with the attention plan), objective with gradients, backward, and metrics with the optimizer if asked."""
     cuda = args.device.type == "cuda"
     dens = [Denominators.of(r.to("cpu"), 4.0) for r in rows]
-    optimizer = MasterAdamW(model.trained(), betas=(0.9, 0.95), weight_decay=0.0, clip=1.0) if adam else None
+    settings = AdamSettings(betas=(0.9, 0.95), weight_decay=0.0, clip=1.0)
+    optimizer = MasterAdamW(model.trained(), settings) if adam else None
     metrics = SlotMetrics(s.block, args.device)
 
     def step(i: int, timer: Timer) -> None:

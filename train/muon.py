@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from dspark.train.distributed import World
-from dspark.train.optim import Adam, FlatOptimizer, Rule, excess
+from dspark.train.optim import Adam, AdamSettings, FlatOptimizer, Rule, excess
 
 MOMENTUM = 0.95
 STEPS = 5
@@ -45,9 +45,13 @@ class Muon:
     moments: tuple[str, ...] = ("momentum",)
 
     def __init__(
-        self, masters: list[nn.Parameter], shapes: Mapping[int, list[tuple[int, torch.Size]]], weight_decay: float, clip: float
-    ) -> None:  # fmt: skip
-        self.masters, self.shapes, self.weight_decay, self.clip = masters, shapes, weight_decay, clip
+        self,
+        masters: list[nn.Parameter],
+        shapes: Mapping[int, list[tuple[int, torch.Size]]],
+        settings: AdamSettings,
+    ) -> None:
+        self.masters, self.shapes = masters, shapes
+        self.weight_decay, self.clip = settings.weight_decay, settings.clip
         self.updates = 0
         self._momentum = {id(p): torch.zeros_like(p, requires_grad=False) for p in masters}
 
@@ -85,10 +89,7 @@ class MasterMuon(FlatOptimizer):
     def __init__(
         self,
         named: Iterable[tuple[str, nn.Parameter]],
-        *,
-        betas: tuple[float, float],
-        weight_decay: float,
-        clip: float,
+        settings: AdamSettings,
         world: World | None = None,
     ) -> None:
         super().__init__(named, world, is_matrix)
@@ -98,7 +99,7 @@ class MasterMuon(FlatOptimizer):
             matrices = [(at, self.parameters[n].shape) for n, at in bucket.at.items() if is_matrix(n, self.parameters[n])]  # fmt: skip
             kinds[bool(matrices)].append(bucket.master)
             shapes[id(bucket.master)] = matrices
-        rules: list[Rule] = [Muon(kinds[1], shapes, weight_decay, clip)]
+        rules: list[Rule] = [Muon(kinds[1], shapes, settings)]
         if kinds[0]:
-            rules.append(Adam(kinds[0], betas, weight_decay, clip))
+            rules.append(Adam(kinds[0], settings))
         self._rules = rules

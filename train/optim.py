@@ -95,17 +95,26 @@ class Rule(Protocol):
         """The tensor itself, not a copy."""
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AdamSettings:
+    """What stays the same over a run; ``clip``: the global norm that gradients are clipped to. Muon has its decay and clipping from here too."""
+
+    betas: tuple[float, float]
+    weight_decay: float
+    clip: float
+
+
 class Adam:
     """AdamW and clipping over given float32 ``masters``, whose ``.grad`` the caller sets."""
 
     moments: tuple[str, ...] = MOMENTS
 
-    def __init__(
-        self, masters: list[nn.Parameter], betas: tuple[float, float], weight_decay: float, clip: float
-    ) -> None:
-        self.clip, self.masters = clip, masters
+    def __init__(self, masters: list[nn.Parameter], settings: AdamSettings) -> None:
+        self.clip, self.masters = settings.clip, masters
         # One multi-tensor kernel, on CPU and CUDA; eager AdamW is a dozen passes over the same memory.
-        self._adam = torch.optim.AdamW(masters, lr=0.0, betas=betas, weight_decay=weight_decay, fused=True)
+        self._adam = torch.optim.AdamW(
+            masters, lr=0.0, betas=settings.betas, weight_decay=settings.weight_decay, fused=True
+        )
         for p in masters:
             moments = {name: torch.zeros_like(p, requires_grad=False) for name in MOMENTS}
             self._adam.state[p] = {"step": torch.zeros((), device=p.device), **moments}
@@ -279,14 +288,11 @@ class MasterAdamW(FlatOptimizer):
     def __init__(
         self,
         named: Iterable[tuple[str, nn.Parameter]],
-        *,
-        betas: tuple[float, float],
-        weight_decay: float,
-        clip: float,
+        settings: AdamSettings,
         world: World | None = None,
     ) -> None:
         super().__init__(named, world)
-        self._rules = [Adam([b.master for b in self._buckets], betas, weight_decay, clip)]
+        self._rules = [Adam([b.master for b in self._buckets], settings)]
 
 
 def squares(tensors: list[Tensor]) -> Tensor:

@@ -21,7 +21,7 @@ from dspark.train.draft import DraftModel
 from dspark.train.draft_config import DraftConfig
 from dspark.train.muon import MasterMuon
 from dspark.train.objective import ObjectiveConfig
-from dspark.train.optim import MasterAdamW, Optimizer
+from dspark.train.optim import AdamSettings, MasterAdamW, Optimizer
 from dspark.train.row import blank
 from dspark.train.stream import VALIDATION_EPOCH, Stream, split
 from dspark.train.vocab import choose_ids
@@ -125,19 +125,16 @@ def prepare(config: TrainConfig, world: World | None = None) -> Run:
     if config.activation_checkpointing:
         checkpoint_activations(model)
     optimizer: Optimizer
-    of = {
-        "betas": config.betas,
-        "weight_decay": config.weight_decay,
-        "clip": config.grad_clip,
-    }
+    settings = AdamSettings(betas=config.betas, weight_decay=config.weight_decay, clip=config.grad_clip)
     if sharded:
         from dspark.train.sharded import ShardedAdamW, shard
 
         shard(model, world, compute.dtype)
-        optimizer = ShardedAdamW(model, **of, world=world)  # type: ignore[arg-type]
+        optimizer = ShardedAdamW(model, settings, world)
+    elif config.optimizer == "muon":
+        optimizer = MasterMuon(model.trained(), settings, world)
     else:
-        kind = MasterMuon if config.optimizer == "muon" else MasterAdamW
-        optimizer = kind(model.trained(), **of, world=world)  # type: ignore[arg-type]
+        optimizer = MasterAdamW(model.trained(), settings, world)
     cuda = compute.device.type == "cuda"
     workers = config.workers
     if workers is None:

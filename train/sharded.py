@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from dspark.train.batch import Batch
 from dspark.train.distributed import World
 from dspark.train.draft import DraftModel, Plan, SlotStates
-from dspark.train.optim import MOMENTS, Adam, Snapshot, squares
+from dspark.train.optim import MOMENTS, Adam, AdamSettings, Snapshot, squares
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -70,15 +70,7 @@ def _wrap_forward(model: DraftModel, dtype: torch.dtype) -> None:
 class ShardedAdamW:
     """AdamW over the shards of a model that ``shard`` has cut."""
 
-    def __init__(
-        self,
-        model: DraftModel,
-        *,
-        betas: tuple[float, float],
-        weight_decay: float,
-        clip: float,
-        world: World,
-    ) -> None:
+    def __init__(self, model: DraftModel, settings: AdamSettings, world: World) -> None:
         self.parameters: dict[str, DTensor] = {}
         for name, p in model.trained():
             if p.requires_grad:
@@ -89,7 +81,7 @@ class ShardedAdamW:
         self._shards = {n: nn.Parameter(_local(p)) for n, p in self.parameters.items()}
         # A rank has nothing of a tensor with fewer rows than there are ranks.
         held = [s for s in self._shards.values() if s.numel()]
-        self._adam = Adam(held, betas, weight_decay, clip)
+        self._adam = Adam(held, settings)
 
     def last_row(self) -> None:
         """Nothing to do: sums are made row by row."""

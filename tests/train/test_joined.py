@@ -18,9 +18,9 @@ from dspark.train.draft import Attention, DraftModel, Mlp
 from dspark.train.export import load_draft, save_draft
 from dspark.train.joined import joined_linear, lay_side_by_side, side_by_side
 from dspark.train.muon import MasterMuon
-from dspark.train.optim import MasterAdamW
+from dspark.train.optim import AdamSettings, MasterAdamW
 
-OF = {"betas": (0.9, 0.95), "weight_decay": 0.1, "clip": 1.0}
+ADAM = AdamSettings(betas=(0.9, 0.95), weight_decay=0.1, clip=1.0)
 
 
 def case(
@@ -138,13 +138,13 @@ def test_a_draft_stays_joined_in_the_optimizers_buckets(
     monkeypatch.setattr("dspark.train.optim.BUCKET", bucket)
     model = small_draft().to(dtype)
     plain = {n: p.detach().clone() for n, p in model.trained()}
-    optimizer = kind(model.trained(), **OF)
+    optimizer = kind(model.trained(), ADAM)
     assert is_joined(model)
     assert all(torch.equal(plain[n], p) for n, p in model.trained())
     sizes = [sum(optimizer.parameters[n].numel() for n in b.at) for b in optimizer._buckets]
     most = max(sum(w.numel() for w in weights) for weights in sets(model))
     assert max(sizes) <= max(bucket, most, *(p.numel() for p in plain.values()))
-    again = kind(model.trained(), **OF)  # a second one must not take the first one's buckets for one piece
+    again = kind(model.trained(), ADAM)  # a second one must not take the first one's buckets for one piece
     assert [set(b.at) for b in again._buckets] == [set(b.at) for b in optimizer._buckets]
 
 
@@ -155,7 +155,7 @@ def test_a_step_is_the_same_joined_or_apart(monkeypatch: pytest.MonkeyPatch) -> 
         model = small_draft().double().float()
         if apart:
             monkeypatch.setattr(joined, "side_by_side", lambda weights: None)
-        optimizer = MasterMuon(model.trained(), **OF)  # type: ignore[arg-type]
+        optimizer = MasterMuon(model.trained(), ADAM)
         for _ in range(2):
             states = model(batch, model.plan(batch))
             (states.h.square().sum() + states.confidence.sum()).backward()

@@ -22,7 +22,7 @@ from dspark.cache import errors
 from dspark.cache.reader import open as open_store
 from dspark.train.config import TrainConfig
 from dspark.train.loop import train
-from dspark.train.optim import MasterAdamW, learning_rate
+from dspark.train.optim import AdamSettings, MasterAdamW, learning_rate
 from dspark.train.stream import Stream, pack, rng, split
 
 LENGTHS = [60, 80, 90, 30, 20, 100, 50, 64, 90, 77, 33, 40]
@@ -213,8 +213,8 @@ def test_bf16_model_with_fp32_masters_follows_the_fp32_optimizer() -> None:
     start = torch.randn(8, 8, generator=g).bfloat16()
     p16 = torch.nn.Parameter(start.clone())
     p32 = torch.nn.Parameter(start.float())
-    make = {"betas": (0.9, 0.95), "weight_decay": 0.0, "clip": 1e9}
-    half, full = MasterAdamW([("w", p16)], **make), MasterAdamW([("w", p32)], **make)  # type: ignore[arg-type]
+    settings = AdamSettings(betas=(0.9, 0.95), weight_decay=0.0, clip=1e9)
+    half, full = MasterAdamW([("w", p16)], settings), MasterAdamW([("w", p32)], settings)
     for _ in range(50):
         for _ in range(2):
             x = torch.randn(8, 8, generator=g).bfloat16()
@@ -238,7 +238,7 @@ def test_buckets_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
             theirs = torch.optim.AdamW(tensors, lr=0.01, betas=(0.9, 0.95), weight_decay=0.1)
         else:
             monkeypatch.setattr("dspark.train.optim.BUCKET", bucket)
-            ours = MasterAdamW(named, betas=(0.9, 0.95), weight_decay=0.1, clip=1.0)
+            ours = MasterAdamW(named, AdamSettings(betas=(0.9, 0.95), weight_decay=0.1, clip=1.0))
         for _ in range(5):
             sum((p * torch.randn(p.shape, generator=g)).sum() for p in tensors).backward()  # type: ignore[union-attr]
             if bucket is None:
@@ -256,12 +256,8 @@ def test_buckets_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_checkpoint_of_another_draft_is_refused(config: TrainConfig) -> None:
-    optimizer = MasterAdamW(
-        [("w", torch.nn.Parameter(torch.ones(3)))], betas=(0.9, 0.95), weight_decay=0.0, clip=1.0
-    )
-    other = MasterAdamW(
-        [("w", torch.nn.Parameter(torch.ones(4)))], betas=(0.9, 0.95), weight_decay=0.0, clip=1.0
-    )
+    settings = AdamSettings(betas=(0.9, 0.95), weight_decay=0.0, clip=1.0)
+    optimizer, other = (MasterAdamW([("w", torch.nn.Parameter(torch.ones(n)))], settings) for n in (3, 4))
     with pytest.raises(errors.TrainError, match=r"w \[3\] there, \[4\] here"):
         other.load(optimizer.snapshot())
 

@@ -16,10 +16,10 @@ from dspark.train import checkpoint, memory
 from dspark.train.config import TrainConfig
 from dspark.train.loop import train
 from dspark.train.muon import MasterMuon, is_matrix, orthogonal
-from dspark.train.optim import MasterAdamW
+from dspark.train.optim import AdamSettings, MasterAdamW
 from dspark.train.setup import prepare
 
-ADAM = {"betas": (0.9, 0.95), "weight_decay": 0.1, "clip": 1.0}
+ADAM = AdamSettings(betas=(0.9, 0.95), weight_decay=0.1, clip=1.0)
 SHAPES = {"fc.weight": (6, 20), "layers.0.q.weight": (9, 5), "layers.0.k.weight": (5, 9), "layers.0.norm.weight": (9,),
           "markov_head.markov_w1.weight": (30, 4)}  # fmt: skip
 
@@ -64,7 +64,7 @@ def test_newton_schulz_turns_a_matrix_into_its_orthogonal_factor_but_for_known_s
 
 def test_muon_steps_are_those_of_plain_matrices_and_leave_the_rest_to_adamw() -> None:
     ours, plain, adam = named(0), dict(named(0)), named(0)
-    optimizer, other = MasterMuon(ours, **ADAM), MasterAdamW(adam, **ADAM)  # type: ignore[arg-type]
+    optimizer, other = MasterMuon(ours, ADAM), MasterAdamW(adam, ADAM)
     momentum = {n: torch.zeros(SHAPES[n]) for n in SHAPES}
     draws = [torch.Generator().manual_seed(1) for _ in range(3)]
     for _ in range(4):
@@ -91,7 +91,8 @@ def test_a_step_of_muon_is_as_large_as_one_of_adamw() -> None:
     """Root mean square of the first steps, lr 1: AdamW's is 1 a step at first and 0.2 to 0.4 later, Muon's about 0.2 from the start."""
     g = torch.Generator().manual_seed(0)
     p = torch.nn.Parameter(torch.zeros(64, 256))
-    optimizer = MasterMuon([("fc.weight", p)], betas=(0.9, 0.95), weight_decay=0.0, clip=1e9)
+    plain = AdamSettings(betas=(0.9, 0.95), weight_decay=0.0, clip=1e9)
+    optimizer = MasterMuon([("fc.weight", p)], plain)
     (p * torch.randn(p.shape, generator=g)).sum().backward()
     optimizer.step(1.0)
     assert 0.15 < float(p.detach().square().mean().sqrt()) < 0.25
