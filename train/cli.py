@@ -45,7 +45,7 @@ Examples:
 @click.option("--lr", default=DEFAULTS.lr, help="Peak learning rate.")
 @click.option(
     "--optimizer", default=DEFAULTS.optimizer, type=click.Choice(["adamw", "muon"]),
-    help="muon: orthogonal steps for the layers' matrices, AdamW for the rest.",
+    help="muon: orthogonal steps for the layers' matrices, AdamW for the rest. SmolLM2, equal steps: tau 3.3 with it at --lr 2e-3, 2.1 with AdamW at 1e-3.",
 )  # fmt: skip
 @click.option(
     "--min-lr-ratio", default=DEFAULTS.min_lr_ratio, help="Rate at the end of the cosine, as a share of --lr."

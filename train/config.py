@@ -40,7 +40,8 @@ class TrainConfig:
     """Learning rate at the end of the cosine, as a share of ``lr``."""
     warmup_ratio: float = 0.04
     optimizer: str = "adamw"
-    """``adamw``, or ``muon``: orthogonal steps for the matrices of the layers and ``fc``, AdamW for the rest."""
+    """``adamw``, or ``muon``: orthogonal steps for the matrices of the layers and ``fc``, AdamW for the rest. Measured on SmolLM2 only, 1,200
+    steps of each: tau 3.3 with muon at ``lr`` 2e-3, 2.1 with adamw at 1e-3 (docs/log.md)."""
     weight_decay: float = 0.0
     betas: tuple[float, float] = (0.9, 0.95)
     grad_clip: float = 1.0
