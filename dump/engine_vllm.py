@@ -3,8 +3,8 @@
 vLLM's conventions differ from the store's and are undone here: id j is the state entering layer j (so output i is id i + 1); layers come back
 sorted and deduplicated; the last layer's state comes *before* the final norm, which is applied here with the checkpoint's own weights.
 
-A request's states, already coded by the worker, go through one spool file, read and deleted as soon as its request is done; requests go in while others come
-out, and never so many that the spool would hold more than ``SPOOL_BYTES``. vLLM runs in a process of its own (in-process, its connector never
+States, already coded by the worker, go through spool files, one for the requests that finish together, read and deleted as soon as these are done; requests go in
+while others come out, and never so many that the spool would hold more than ``SPOOL_BYTES``. vLLM runs in a process of its own (in-process, its connector never
 flushes), over all visible GPUs; prefix caching and chunked prefill stay on.
 """
 
@@ -14,10 +14,10 @@ import importlib
 import os
 import re
 import shutil
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -26,19 +26,32 @@ from dspark.cache.disk import write_errors
 from dspark.cache.errors import EngineError
 from dspark.cache.frozen import FrozenTarget
 from dspark.cache.layout import field_array, stored_bytes_per_token
-from dspark.cache.records import Bool, TokenSample, last_rows
+from dspark.cache.records import Bool, Int32, TokenSample, last_rows
 from dspark.dump.answers import Answered, Ask, Sampling, repeat_last, stored_runs
 from dspark.dump.capture import Captured, CodedStates, Prediction, States
 from dspark.dump.checkpoint import read_frozen
 from dspark.dump.layers import Shapes
 from dspark.dump.plan import engine_version
-from dspark.dump.spool import COMPARE, SKIP, STORED, Coding, read_rank, read_spooled, write_coding
+from dspark.dump.spool import (
+    COMPARE,
+    IDS,
+    INDEX,
+    PATH,
+    RAW,
+    SKIP,
+    STORED,
+    Coding,
+    SpoolError,
+    SpoolReader,
+    write_coding,
+)
 from dspark.dump.vllm_loop import RequestLoop
 
 if TYPE_CHECKING:
     from dspark.cache.codec import Codec
 
 SPOOL_BYTES = 2 << 30
+BATCH_BYTES = 256 << 20  # of raw states that a worker handles at once, on its device beside the target
 OLDEST, NEWEST = (0, 25), (0, 33)
 RANK_TOLERANCE = 0.01  # of a layer's largest value: an all-reduce gives every rank the same bits, a partial sum differs by a tenth and more
 # stdout belongs to --json; a CPU worker refuses to start without a cache size.
@@ -47,6 +60,21 @@ ENVIRONMENT = {
     "VLLM_LOGGING_LEVEL": "ERROR",
     "VLLM_CPU_KVCACHE_SPACE": "2",
 }
+
+
+class Place(NamedTuple):
+    """Where a finished request's states are: which file, and the how many-th in it."""
+
+    batch: str
+    number: int
+
+
+class Member(NamedTuple):
+    """Request ``number`` of a batch, whose row it is, and the tokens int32[T] whose states it must hold."""
+
+    number: int
+    row: int
+    ids: Int32
 
 
 class VllmEngine:
@@ -71,6 +99,7 @@ class VllmEngine:
         self.columns = [self.ids.index(i + 1) for i in layers]
         self.version = engine_version("vllm")
         self._frozen, self._norm, self._spool = frozen, norm, spool
+        self._reader = SpoolReader(spool)
 
     @classmethod
     def load(
@@ -99,6 +128,7 @@ class VllmEngine:
         if batch_tokens is not None:
             options["max_num_batched_tokens"] = batch_tokens
         ids = extracted_ids(layers, shapes.num_layers)
+        token_bytes = len(ids) * shapes.hidden_size * getattr(torch, dtype).itemsize
         try:
             vllm = importlib.import_module("vllm")
             llm = vllm.LLM(
@@ -117,7 +147,10 @@ class VllmEngine:
                     "kv_connector": "SpoolConnector",
                     "kv_connector_module_path": "dspark.dump.vllm_connector",
                     "kv_role": "kv_producer",
-                    "kv_connector_extra_config": {"shared_storage_path": str(spool.absolute())},
+                    "kv_connector_extra_config": {
+                        "shared_storage_path": str(spool.absolute()),
+                        "batch_tokens": BATCH_BYTES // token_bytes,
+                    },
                 },
                 **options,
             )
@@ -173,11 +206,17 @@ class VllmEngine:
                 loop.add(waiting.popleft(), sample.input_ids.tolist(), len(sample.input_ids), params)
             if loop.empty:
                 return
+            finished = defaultdict(list)
             for (group, i, sample), out in loop.step():
                 left[group] -= 1
                 if not left[group]:
                     del left[group]
-                yield Captured(group, [i], self.coded(sample.row, sample.input_ids.tolist(), out, codecs))
+                place = self._place(sample.row, out)
+                finished[group, place.batch].append((place.number, i, sample))
+            for (group, batch), members in finished.items():
+                members.sort()
+                states = self.coded(batch, [Member(n, s.row, s.input_ids) for n, _, s in members], codecs)
+                yield Captured(group, [i for _, i, _ in members], states)
 
     def answer(
         self, asks: Iterable[Ask], sampling: Sampling, stops: Sequence[int], codecs: tuple[Codec, Codec]
@@ -208,11 +247,14 @@ class VllmEngine:
                 ids = [int(i) for i in out.outputs[0].token_ids]
                 finished = out.outputs[0].finish_reason == "stop"
                 if not ask.keep:
-                    self._spooled(ask.key, ask.prompt, out)
                     yield Answered(ask, ids, finished, None)
                     continue
-                aux, last = self.coded(ask.key, [*ask.prompt, *ids[:-1]], out, codecs)
-                yield Answered(ask, ids, finished, CodedStates(repeat_last(aux), last))
+                place = self._place(ask.key, out)
+                fed = np.array([*ask.prompt, *ids[:-1]], np.int32)
+                aux, last = self.coded(place.batch, [Member(place.number, ask.key, fed)], codecs)
+                # Copied, because a view would keep all of its batch in memory.
+                own = {name: array.copy() for name, array in last.items()}
+                yield Answered(ask, ids, finished, CodedStates(repeat_last(aux), own))
 
     def use_codecs(self, codecs: tuple[Codec, Codec]) -> None:
         """Tell the workers how to code, before the first request that asks for codes."""
@@ -224,9 +266,9 @@ class VllmEngine:
         """Tokens whose coded states fill the spool."""
         return int(SPOOL_BYTES / stored_bytes_per_token(len(self.columns), self.shapes.hidden_size, *codecs))
 
-    def coded(self, row: int, ids: list[int], out: Any, codecs: tuple[Codec, Codec]) -> CodedStates:
-        """The codes of a finished request whose states are those of ``ids``."""
-        tensors = self._spooled(row, ids, out)
+    def coded(self, batch: str, members: Sequence[Member], codecs: tuple[Codec, Codec]) -> CodedStates:
+        """The codes of finished requests of one batch, end to end."""
+        tensors = self._spooled(batch, members)
         aux, last = (
             {
                 name: tensors[field_array(field, name)].numpy()
@@ -248,24 +290,37 @@ class VllmEngine:
             ) from error
         return out
 
-    def _spooled(self, row: int, ids: list[int], out: Any) -> dict[str, torch.Tensor]:
-        path = (out.kv_transfer_params or {}).get("hidden_states_path")
-        if path is None:
+    def _place(self, row: int, out: Any) -> Place:
+        told = out.kv_transfer_params or {}
+        if PATH not in told:
             raise EngineError(f"vllm gave no hidden states for row {row}: its connector was not called.")
+        return Place(told[PATH], told[INDEX])
+
+    def _spooled(self, batch: str, members: Sequence[Member], rank: int = 0) -> dict[str, torch.Tensor]:
+        """What a worker spooled for requests of one batch, ascending in it, end to end: states of exactly their tokens."""
         try:
-            tensors = read_spooled(path)
+            tensors = self._reader.take(batch, [m.number for m in members], rank)
         except OSError as error:
+            index = error.index if isinstance(error, SpoolError) else None
+            # The one to blame may be none of ours yet: a batch is lost as a whole.
+            row = next((m.row for m in members if m.number == index), members[0].row)
             raise EngineError(
                 f"vllm's hidden states of row {row} are lost: {error}. {shutil.disk_usage(self._spool).free / 1e9:.2f} GB are free in {self._spool}."
             ) from error
-        if tensors["token_ids"].tolist() != ids:
+        found = tensors[IDS].numpy()
+        if not np.array_equal(found, np.concatenate([m.ids for m in members])):
+            ends = np.cumsum([len(m.ids) for m in members])
+            pieces = zip(members, np.split(found, ends), strict=False)
+            wrong = next((m for m, piece in pieces if not np.array_equal(m.ids, piece)), members[-1])
             raise EngineError(
-                f"vllm gave states of {len(tensors['token_ids'])} tokens for row {row}, expected exactly its {len(ids)} tokens."
+                f"vllm gave states of other tokens ({len(found)} with those of {len(members) - 1} more rows) for row {wrong.row}, "
+                f"expected exactly its {len(wrong.ids)} tokens."
             )
         return tensors
 
     def _states(self, sample: TokenSample, out: Any) -> States:
-        states = self._spooled(sample.row, sample.input_ids.tolist(), out)["hidden_states"]
+        place = self._place(sample.row, out)
+        states = self._spooled(place.batch, [Member(place.number, sample.row, sample.input_ids)])[RAW]
         expected = (len(sample.input_ids), len(self.ids), self.shapes.hidden_size)
         if tuple(states.shape) != expected:
             raise EngineError(
@@ -282,10 +337,11 @@ class VllmEngine:
         extra = {"kv_transfer_params": {COMPARE: True}} if self._ranks > 1 else None
         results = self._generate(samples, prompt_logprobs=1, extra_args=extra)
         for sample, result in zip(samples, results, strict=True):
-            path = str((result.kv_transfer_params or {}).get("hidden_states_path"))
-            states = self._spooled(sample.row, sample.input_ids.tolist(), result)["hidden_states"]
-            for rank in range(1, self._ranks):
-                same_on_ranks(states, read_rank(path, rank)["hidden_states"], rank, self.ids)
+            place = self._place(sample.row, result)
+            members = [Member(place.number, sample.row, sample.input_ids)]
+            states, *others = (self._spooled(place.batch, members, rank)[RAW] for rank in range(self._ranks))
+            for rank, other in enumerate(others, 1):
+                same_on_ranks(states, other, rank, self.ids)
             best = [
                 max(entry.items(), key=lambda item: item[1].logprob) for entry in result.prompt_logprobs[1:]
             ]

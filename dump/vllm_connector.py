@@ -1,42 +1,69 @@
-"""Our side inside a vLLM worker: the states of a finished request are coded on the worker's device, copied to the host and spooled.
+"""Our side inside a vLLM worker: the states of finished requests are coded on the worker's device, copied to the host and spooled.
 
 Four kinds of request, told by ``kv_transfer_params``: with ``STORED`` (first and one-past-last position of every run of stored last states) the layers that the
 store wants and the normed last state are coded as ``spool.write_coding`` says; without, raw states are spooled (calibration, self-check); with ``COMPARE``
-every tensor-parallel rank spools its raw states, so that one that holds a partial sum is found; with ``SKIP`` no states are wanted.
+every tensor-parallel rank spools its raw states, so that one that holds a partial sum is found; with ``SKIP`` no states are wanted, and nothing is done.
 
-vLLM's stock connector fails on a CPU (pinned memory) and only logs write errors. This one copies plainly where there is no CUDA, writes a file
-whole or not at all, and leaves the reason when it could not (``spool.py``). The cache blocks are free again as soon as the states have been
-gathered; coding, copy and writing happen in the writer threads, on a stream of their own.
+What finishes in one step of the engine is one batch: one gather from the cache, one call of each codec, one file (``spool.py``). vLLM's stock connector, extended
+here, does all that once a request, fails on a CPU (pinned memory) and only logs write errors; of it we keep how it finds its cache and its paths. The
+scheduler decides what is in which batch, so a request's path can be told before the worker has begun. The cache blocks are free again as soon as the states
+have been gathered; coding, copy and writing happen in writer threads, on a stream of their own, at most ``WRITING`` batches at a time.
 
-Raw: ``hidden_states`` [T, n, H] in ascending order of the asked ids, ``token_ids`` [T]. Coded: the codecs' arrays, ``token_ids``.
+Raw: ``hidden_states`` [T, n, H] in ascending order of the asked ids. Coded: the codecs' arrays. Both: ``token_ids`` int32[T], and the rows of each request.
 """
 
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field
-from functools import partial
+from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
+import numpy as np
 import torch
-from safetensors.torch import save_file
 from vllm.distributed.kv_transfer.kv_connector.v1.example_hidden_states_connector import (
     ExampleHiddenStatesConnector,
-    PendingSave,
     extract_from_kv_cache,
 )
 from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
 
-from dspark.dump.spool import CODING, COMPARE, SKIP, STORED, Coding, read_coding, report_failure
+from dspark.cache.errors import EngineError
+from dspark.dump.capture import send
+from dspark.dump.spool import (
+    CODING,
+    COMPARE,
+    IDS,
+    INDEX,
+    LASTS,
+    PATH,
+    RAW,
+    SKIP,
+    STORED,
+    TOKENS,
+    Coding,
+    hold,
+    read_coding,
+    report_failure,
+    write_batch,
+)
+
+Ints = np.ndarray[tuple[int, ...], np.dtype[np.int64]]
+WRITING = 3  # batches whose states may be on the device at once: a slow disk slows the engine down
+THREADS = 2  # one writes while the other codes
 
 
 @dataclass
-class Save(PendingSave):  # type: ignore[misc]
-    """``stored``: runs of positions whose last state is stored, None for raw states. ``compare``: every rank writes. ``skip``: no states are wanted."""
+class Save:
+    """A finished request. ``ids`` int32[T]. ``stored``: runs of positions whose last state is stored, None for raw states. ``compare``: every rank writes."""
 
-    stored: list[list[int | None]] | None = None
-    compare: bool = False
-    skip: bool = False
+    request: str
+    filename: str  # of its batch
+    ids: np.ndarray[tuple[int, ...], np.dtype[np.int32]]
+    blocks: list[int]
+    stored: list[list[int | None]] | None
+    compare: bool
 
 
 class _Copied:
@@ -50,91 +77,175 @@ class _Copied:
 
 
 @dataclass
-class _Gathered:
-    """States on the device, and the event behind them."""
+class Gathered:
+    """States [T, n, H] of ``saves`` on the device, and the event behind them. ``rows`` int64[M]: whose last state is stored; counts int64[k] by request."""
 
+    saves: list[Save]
     states: torch.Tensor
+    rows: torch.Tensor
+    tokens: Ints
+    lasts: Ints
     ready: Any
-    stream: Any = field(default=None)
+    stream: Any = None
 
 
 class SpoolConnector(ExampleHiddenStatesConnector):  # type: ignore[misc]
-    """Named in ``kv_connector`` with ``kv_connector_module_path`` = this module."""
+    """Named in ``kv_connector`` with ``kv_connector_module_path`` = this module. ``batch_tokens`` in its extra config bounds a batch."""
 
-    _coding: tuple[int, Coding] | None = None  # and when it was written
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._batch_tokens = int(self._kv_transfer_config.get_from_extra_config("batch_tokens", 1 << 13))
+        self._batches = 0  # the scheduler's: named so far
+        self._members = self._tokens = 0  # of the last one named
+        self._kind: Any = None  # of its requests; None: it takes no more
+        self._coding: tuple[int, Coding] | None = None  # the worker's, and when it was written
+        self._held: deque[tuple[Any, list[str]]] = deque()  # requests whose blocks are kept until an event
+        self._writing: deque[Future[None]] = deque()
+        self._writers = ThreadPoolExecutor(THREADS, "dspark-spool")
+        self._lock = -1
+
+    # In the scheduler
 
     def request_finished(self, request: Any, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
-        """In the scheduler: pass on what the request asked for."""
-        out: tuple[bool, dict[str, Any] | None] = super().request_finished(request, block_ids)
+        """Put it into a batch; its blocks are kept until ``get_finished`` names it."""
+        scheduled = self._request_filenames.pop(request.request_id, None) is not None
         asked = request.kv_transfer_params or {}
-        pending = self._pending_saves.get(request.request_id)
-        if pending is not None:
-            self._pending_saves[request.request_id] = Save(
-                **vars(pending),
-                stored=asked.get(STORED),
-                compare=bool(asked.get(COMPARE)),
-                skip=bool(asked.get(SKIP)),
-            )
-        return out
+        if not scheduled or asked.get(SKIP):
+            return False, None
+        # The last sampled token was never an input, so it has no state.
+        ids = (
+            list(request.all_token_ids)[:-1]
+            if asked.get("include_output_tokens")
+            else request.prompt_token_ids
+        )
+        stored, compare = asked.get(STORED), bool(asked.get(COMPARE))
+        kind = stored is None, compare
+        if kind != self._kind or self._tokens + len(ids) > self._batch_tokens:
+            self._batches += 1
+            self._kind, self._members, self._tokens = kind, 0, 0
+        index, filename = self._members, os.path.join(self._storage_path, f"{self._batches}.batch")
+        self._members, self._tokens = index + 1, self._tokens + len(ids)
+        self._pending_saves[request.request_id] = Save(
+            request.request_id, filename, np.array(ids, np.int32), list(block_ids), stored, compare
+        )
+        return True, {PATH: filename, INDEX: index}
 
-    def _submit_async_write(self, pending: Any) -> None:
-        rank = get_tensor_model_parallel_rank()
-        if rank and not pending.compare:
-            return
-        gathered = self._gather(pending)
-        if rank:  # a few samples of the self-check: waited for, and never reported to the scheduler
-            self._write(gathered, pending, f"{pending.filename}.rank{rank}", None)
-            return
-        lock = self._lock_fds.pop(pending.req_id, None)
-        os.makedirs(os.path.dirname(pending.filename), exist_ok=True)
-        self._req_copy_events[pending.req_id] = gathered.ready
-        future = self._executor.submit(self._write, gathered, pending, pending.filename, lock)
-        self._req_futures[pending.req_id] = future
-        future.add_done_callback(partial(self._on_write_done, pending.req_id))
+    def build_connector_meta(self, scheduler_output: Any) -> Any:
+        """All that finished since the last call goes to the workers."""
+        self._kind = None
+        return super().build_connector_meta(scheduler_output)
 
-    def _gather(self, pending: Any) -> _Gathered:
-        """The request's states [T, n, H] out of the cache; its blocks may be used again once ``ready`` says so."""
-        cache = self._kv_cache
-        blocks = torch.tensor(pending.block_ids, dtype=torch.long)
-        slots = (blocks[:, None] * self._block_size + torch.arange(self._block_size)).flatten()
-        tokens = len(pending.token_ids)
+    def get_finished_count(self) -> int:
+        """Only rank 0 reports; versions before 0.32 wait for all."""
+        return 1
+
+    # In a worker
+
+    def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
+        super().register_kv_caches(kv_caches)
+        if not get_tensor_model_parallel_rank() and self._lock < 0:
+            self._lock = hold(self._storage_path)
+
+    def wait_for_save(self) -> None:
+        """No lock a request."""
+
+    def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
+        """Take the batches of this step; name the requests whose blocks are free again."""
+        if self.has_connector_metadata():
+            saves = getattr(self._get_connector_metadata(), "pending_saves", ())
+            for filename, batch in groupby(saves, lambda save: save.filename):
+                self._take(filename, list(batch), get_tensor_model_parallel_rank())
+        done: set[str] = set()
+        while self._held and self._held[0][0].query():
+            done.update(self._held.popleft()[1])
+        return done or None, None
+
+    def _take(self, filename: str, saves: list[Save], rank: int) -> None:
+        if rank:
+            if saves[
+                0
+            ].compare:  # a few samples of the self-check: waited for, and never reported to the scheduler
+                self._write(self._gather(saves), f"{filename}.rank{rank}")
+            return
+        while len(self._writing) >= WRITING:
+            wait([self._writing.popleft()])
+        gathered = self._gather(saves)
+        self._held.append((gathered.ready, [save.request for save in saves]))
+        self._writing.append(self._writers.submit(self._write, gathered, filename))
+
+    def _gather(self, saves: list[Save]) -> Gathered:
+        """The batch's states out of the cache; its blocks may be used again once ``ready`` says so."""
+        cache, size = self._kv_cache, self._block_size
+        blocks = np.concatenate([np.asarray(save.blocks, np.int64) for save in saves])
+        counts = np.array([len(save.blocks) for save in saves])
+        # A request that was given up may have fewer blocks than its tokens need; the reader sees how many came.
+        tokens = np.minimum([len(save.ids) for save in saves], counts * size)
+        first = tokens.cumsum() - tokens
+        position = np.arange(tokens.sum()) - np.repeat(first, tokens)
+        block = blocks[np.repeat(counts.cumsum() - counts, tokens) + position // size]
+        runs = [stored_rows(save.stored or [], int(n)) for save, n in zip(saves, tokens, strict=True)]
+        lasts = np.array([len(r) for r in runs])
+        index = np.concatenate(
+            [block * size + position % size, np.concatenate(runs) + np.repeat(first, lasts)]
+        )
         if cache.device.type != "cuda":  # indexing copies
-            return _Gathered(extract_from_kv_cache(cache, slots, tokens), _Copied())
+            slots, rows = torch.from_numpy(index).tensor_split([len(block)])
+            states = extract_from_kv_cache(cache, slots, len(block))
+            return Gathered(saves, states, rows, tokens, lasts, _Copied())
         stream = self._get_copy_stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            states = extract_from_kv_cache(
-                cache, slots.pin_memory().to(cache.device, non_blocking=True), tokens
-            )
+            slots, rows = send(index, cache.device).tensor_split([len(block)])
+            states = extract_from_kv_cache(cache, slots, len(block))
             ready = torch.cuda.Event()  # type: ignore[no-untyped-call]
             ready.record(stream)
-        return _Gathered(states, ready, stream)
+        return Gathered(saves, states, rows, tokens, lasts, ready, stream)
 
-    def _write(self, gathered: _Gathered, pending: Any, filename: str, lock: int | None) -> None:
-        """In a writer thread: code, copy, write; release the lock whatever happened."""
+    def _write(self, gathered: Gathered, filename: str) -> None:
+        """In a writer thread: code, copy, write; or leave the reason."""
         try:
-            with torch.inference_mode():
-                if gathered.stream is None:
-                    tensors = self._tensors(gathered.states, pending)
-                else:
-                    with torch.cuda.stream(gathered.stream):
-                        tensors = {k: t.cpu() for k, t in self._tensors(gathered.states, pending).items()}
-            tensors["token_ids"] = pending.token_ids.clone()
-            save_file({k: t.contiguous() for k, t in tensors.items()}, filename + ".part")
-            os.replace(filename + ".part", filename)
-        except BaseException as error:
-            report_failure(filename, error)
-            raise
-        finally:
-            if lock is not None:
-                os.close(lock)
+            with torch.inference_mode(), torch.cuda.stream(gathered.stream):
+                tensors = {
+                    name: t.to("cpu", non_blocking=True) for name, t in self._tensors(gathered).items()
+                }
+                if gathered.stream is not None:
+                    copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+                    copied.record(gathered.stream)
+                    copied.synchronize()
+            ids = [save.ids[:n] for save, n in zip(gathered.saves, gathered.tokens, strict=True)]
+            counts = {TOKENS: gathered.tokens, LASTS: gathered.lasts, IDS: np.concatenate(ids)}
+            write_batch(filename, tensors | {name: torch.from_numpy(a) for name, a in counts.items()})
+        except BaseException as error:  # raised where the file is read
+            index, reason = self._blamed(gathered, error)
+            if not report_failure(filename, reason, index) and self._lock >= 0:
+                # Not even a reason fits: let the reader see that nothing will come.
+                os.close(self._lock)
+                self._lock = -1
 
-    def _tensors(self, states: torch.Tensor, pending: Any) -> dict[str, torch.Tensor]:
-        if pending.skip:
-            return {}
-        if pending.stored is None:
-            return {"hidden_states": states}
+    def _tensors(self, gathered: Gathered) -> dict[str, torch.Tensor]:
+        if gathered.saves[0].stored is None:
+            return {RAW: gathered.states}
         written = os.stat(os.path.join(self._storage_path, CODING)).st_mtime_ns
         if self._coding is None or self._coding[0] != written:
-            self._coding = written, read_coding(self._storage_path, states.device)
-        return self._coding[1].encode(states, pending.stored)
+            self._coding = written, read_coding(self._storage_path, gathered.states.device)
+        return self._coding[1].encode(gathered.states, gathered.rows)
+
+    def _blamed(self, gathered: Gathered, error: BaseException) -> tuple[int | None, BaseException]:
+        """Which request of the batch cannot be coded, and what is said of it alone; None if it is not one of them."""
+        if isinstance(error, EngineError) and self._coding is not None:
+            pieces = torch.split(gathered.states, gathered.tokens.tolist())
+            first = gathered.tokens.cumsum() - gathered.tokens
+            stored = torch.split(gathered.rows, gathered.lasts.tolist())
+            for i, (states, rows) in enumerate(zip(pieces, stored, strict=True)):
+                try:
+                    with torch.inference_mode(), torch.cuda.stream(gathered.stream):
+                        self._coding[1].encode(states, rows - int(first[i]))
+                except EngineError as own:
+                    return i, own
+        return None, error
+
+
+def stored_rows(runs: list[list[int | None]], tokens: int) -> Ints:
+    """Positions in runs ``[start, stop)``, None: to the end."""
+    everything = np.arange(tokens)
+    return np.concatenate([everything[:0], *(everything[a:b] for a, b in runs)])

