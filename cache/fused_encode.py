@@ -93,7 +93,7 @@ def rotated(  # type: ignore[no-untyped-def]
     return y, squares
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def scale_code(squares):  # type: ignore[no-untyped-def]
     """Scale code of each group: the nearest quarter octave, from exponent and mantissa alone."""
     bits = squares.to(tl.int32, bitcast=True)

@@ -76,6 +76,12 @@ class World:
         """Begin the sum of ``tensor`` in place; ``.wait()`` on what is returned before reading it."""
         return dist.all_reduce(tensor, async_op=True)
 
+    def send_(self, tensor: Tensor, source: int) -> Tensor:
+        """Fill a device tensor on every rank with what rank ``source`` has in it."""
+        if self.size > 1:
+            dist.broadcast(tensor, source)
+        return tensor
+
     def agreed(self, work: Callable[[], T]) -> T:
         """``work()`` on every rank; where it fails on any, all raise: the ranks that failed their own error, the others PeerError.
 

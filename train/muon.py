@@ -5,7 +5,8 @@ near 1. Five Newton-Schulz steps in bfloat16 do that with products alone. The st
 elements are as large as AdamW's usually are and one learning rate serves both (Moonlight, arXiv 2502.16982). Norms, biases, the
 confidence head and the Markov factors, whose rows are embeddings of tokens, stay with AdamW.
 
-Costs half of AdamW's moments for these matrices, and 15 small products a shape and step.
+Costs half of AdamW's moments for these matrices, and 15 products a matrix and step, which the ranks share out: in all the arithmetic of
+two rows of 4,096 tokens at the shapes of GLM-5.2, of one and a half at Qwen3-4B's.
 """
 
 from __future__ import annotations
@@ -20,6 +21,9 @@ from dspark.train.optim import Adam, AdamSettings, FlatOptimizer, Rule, excess
 
 MOMENTUM = 0.95
 STEPS = 5
+TOGETHER = (
+    1 << 28
+)  # elements orthogonalised at once: half a GB in bfloat16, and as much again twice for the products
 # Of x (a + b x^2 + c x^4), which takes singular values in (0, 1] to about 1 +- 0.3 in five steps; Keller Jordan's choice, steep at 0.
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 
@@ -40,7 +44,11 @@ def is_matrix(name: str, p: nn.Parameter) -> bool:
 
 
 class Muon:
-    """The rule. ``shapes``: where matrices lie in each flat float32 master, by its ``id``, as (start, shape)."""
+    """The rule. ``shapes``: where matrices lie in each flat float32 master, by its ``id``, as (start, shape).
+
+    Of several ranks, each orthogonalises its share of the matrices and sends the factors to the others: the products cost a rank what they
+    cost one process, divided by the number of ranks.
+    """
 
     moments: tuple[str, ...] = ("momentum",)
 
@@ -49,11 +57,13 @@ class Muon:
         masters: list[nn.Parameter],
         shapes: Mapping[int, list[tuple[int, torch.Size]]],
         settings: AdamSettings,
+        world: World,
     ) -> None:
-        self.masters, self.shapes = masters, shapes
+        self.masters, self.shapes, self.world = masters, shapes, world
         self.weight_decay, self.clip = settings.weight_decay, settings.clip
         self.updates = 0
         self._momentum = {id(p): torch.zeros_like(p, requires_grad=False) for p in masters}
+        self._owner = owners([shape for p in masters for _, shape in shapes[id(p)]], world.size)
 
     def moment(self, name: str, master: nn.Parameter) -> Tensor:
         return self._momentum[id(master)]
@@ -63,24 +73,53 @@ class Muon:
 
     @torch.no_grad()
     def update(self, lr: float, norm: Tensor) -> None:
-        """As ``Rule.update``."""
+        """As ``Rule.update``. The gradients are used up: what is orthogonalised is made in their place."""
         self.updates += 1
         over = excess(norm, self.clip)
-        # Matrices of one shape, up to a transposition, are orthogonalised together.
-        alike: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = {}
+        matrices: list[tuple[Tensor, Tensor]] = []
         for p in self.masters:
             assert p.grad is not None
-            gradient = p.grad / over
+            gradient = p.grad.div_(over)
             momentum = self._momentum[id(p)].mul_(MOMENTUM).add_(gradient)
             ahead = gradient.add_(momentum, alpha=MOMENTUM)  # Nesterov
             p.mul_(1.0 - lr * self.weight_decay)
-            for m, g in zip(self._views(p, p), self._views(ahead, p), strict=True):
-                pair = (m.mT, g.mT) if m.shape[0] > m.shape[1] else (m, g)
-                alike.setdefault((pair[0].shape[0], pair[0].shape[1]), []).append(pair)
-        for (_, larger), pairs in alike.items():
-            stacked = torch.stack([g for _, g in pairs])
-            factors = orthogonal(stacked.bfloat16() if stacked.is_cuda else stacked).float()
-            torch._foreach_add_([m for m, _ in pairs], list(factors), alpha=-lr * 0.2 * larger**0.5)
+            matrices += zip(self._views(p, p), self._views(ahead, p), strict=True)
+        # Rows <= columns from here on.
+        pairs = [(m.mT, g.mT) if m.shape[0] > m.shape[1] else (m, g) for m, g in matrices]
+        own = self._factors([g for _, g in pairs])
+        for i, (m, g) in enumerate(pairs):
+            factor = own.pop(i) if i in own else torch.empty(g.shape, dtype=_precision(g), device=g.device)
+            self.world.send_(factor, self._owner[i])
+            m.add_(factor, alpha=-lr * 0.2 * g.shape[1] ** 0.5)
+
+    def _factors(self, matrices: list[Tensor]) -> dict[int, Tensor]:
+        """The orthogonal factors of this rank's share of ``matrices``, by index. Those of one shape go together."""
+        alike: dict[torch.Size, list[int]] = {}
+        for i, matrix in enumerate(matrices):
+            if self._owner[i] == self.world.rank:
+                alike.setdefault(matrix.shape, []).append(i)
+        out: dict[int, Tensor] = {}
+        for shape, members in alike.items():
+            most = max(1, TOGETHER // shape.numel())
+            for at in range(0, len(members), most):
+                some = members[at : at + most]
+                stacked = torch.stack([matrices[i].to(_precision(matrices[i])) for i in some])
+                out.update(zip(some, orthogonal(stacked), strict=True))
+        return out
+
+
+def _precision(matrix: Tensor) -> torch.dtype:
+    return torch.bfloat16 if matrix.is_cuda else matrix.dtype
+
+
+def owners(shapes: list[torch.Size], ranks: int) -> list[int]:
+    """Which rank orthogonalises each matrix: the costliest first, each to the rank with least to do. The same on every rank."""
+    cost = [min(shape) ** 2 * max(shape) for shape in shapes]
+    out, load = [0] * len(shapes), [0] * ranks
+    for i in sorted(range(len(shapes)), key=lambda i: (-cost[i], i)):
+        out[i] = load.index(min(load))
+        load[out[i]] += cost[i]
+    return out
 
 
 class MasterMuon(FlatOptimizer):
@@ -99,7 +138,7 @@ class MasterMuon(FlatOptimizer):
             matrices = [(at, self.parameters[n].shape) for n, at in bucket.at.items() if is_matrix(n, self.parameters[n])]  # fmt: skip
             kinds[bool(matrices)].append(bucket.master)
             shapes[id(bucket.master)] = matrices
-        rules: list[Rule] = [Muon(kinds[1], shapes, settings)]
+        rules: list[Rule] = [Muon(kinds[1], shapes, settings, self.world)]
         if kinds[0]:
             rules.append(Adam(kinds[0], settings))
         self._rules = rules

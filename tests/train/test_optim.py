@@ -15,7 +15,7 @@ from dspark.cache import errors
 from dspark.train import checkpoint, memory
 from dspark.train.config import TrainConfig
 from dspark.train.loop import train
-from dspark.train.muon import MasterMuon, is_matrix, orthogonal
+from dspark.train.muon import MasterMuon, is_matrix, orthogonal, owners
 from dspark.train.optim import AdamSettings, MasterAdamW
 from dspark.train.setup import prepare
 
@@ -85,6 +85,25 @@ def test_muon_steps_are_those_of_plain_matrices_and_leave_the_rest_to_adamw() ->
             p.grad = None
     for (n, p), (_, q) in zip(ours, adam, strict=True):
         torch.testing.assert_close(p, plain[n] if is_matrix(n, p) else q, atol=1e-5, rtol=1e-4)
+
+
+def test_matrices_are_shared_out_by_what_they_cost() -> None:
+    """Costs min^2 max of 4 x 6, 8 x 8, 2 x 9 and two of 4 x 4: 96, 512, 36, 64, 64."""
+    shapes = [torch.Size(s) for s in ((4, 6), (8, 8), (9, 2), (4, 4), (4, 4))]
+    assert owners(shapes, 1) == [0, 0, 0, 0, 0]
+    assert owners(shapes, 2) == [1, 0, 1, 1, 1]
+    assert owners(shapes, 3) == [1, 0, 1, 2, 2]
+
+
+def test_many_matrices_are_orthogonalised_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours, other = named(0), named(0)
+    for parameters, together in ((ours, 1 << 28), (other, 1)):
+        monkeypatch.setattr("dspark.train.muon.TOGETHER", together)
+        optimizer = MasterMuon(parameters, ADAM)
+        backward(parameters, torch.Generator().manual_seed(1))
+        optimizer.step(0.02)
+    for (n, p), (_, q) in zip(ours, other, strict=True):
+        torch.testing.assert_close(p, q, msg=n)
 
 
 def test_a_step_of_muon_is_as_large_as_one_of_adamw() -> None:

@@ -64,11 +64,14 @@ def runs(folder: Path) -> dict[str, Any]:
     """The same training by one process, by two, stopped by one kind and resumed by the other; all jobs of two in one launch."""
     at = {
         n: settings(folder, output=str(folder / n), noise_std=0.05)
-        for n in ("one", "ddp", "fsdp2", "two_one", "one_two", "broken")
+        for n in ("one", "ddp", "fsdp2", "two_one", "one_two", "broken", "muon_one", "muon")
     }
+    for name in ("muon_one", "muon"):
+        at[name] = dataclasses.replace(at[name], optimizer="muon", lr=2e-2)
     at["fsdp2"] = dataclasses.replace(at["fsdp2"], strategy="fsdp2", activation_checkpointing=True)
     resumed = dataclasses.replace(at["one_two"], strategy="fsdp2")
     train(at["one"])
+    train(at["muon_one"])
 
     def stop(step: int, total: int, text: str) -> None:
         if step == 5:
@@ -83,6 +86,7 @@ def runs(folder: Path) -> dict[str, Any]:
         {"config": resumed.to_json(), "resume": True},
         {"config": at["broken"].to_json(), "break_rank": 1},
         {"config": dataclasses.replace(at["broken"], rows_per_step=1, output=str(folder / "few")).to_json()},
+        {"config": at["muon"].to_json()},
     ]
     file = folder / "jobs.json"
     file.write_text(json.dumps(jobs))
@@ -105,9 +109,10 @@ def alike(config: TrainConfig, like: TrainConfig, rel: float) -> None:
             assert a[key] == pytest.approx(b[key], rel=rel, abs=1e-6), (key, a["step"])
 
 
-@pytest.mark.parametrize("name", ["ddp", "fsdp2", "two_one", "one_two"])
+@pytest.mark.parametrize("name", ["ddp", "fsdp2", "two_one", "one_two", "muon"])
 def test_any_number_of_ranks_and_either_strategy_train_the_same(runs: dict[str, Any], name: str) -> None:
-    one, other = runs["at"]["one"], runs["at"][name]
+    """``muon``: each rank orthogonalises a share of the matrices."""
+    one, other = runs["at"]["muon_one" if name == "muon" else "one"], runs["at"][name]
     assert [raised[:4] for raised in runs["raised"]] == [[None, None, ["Stop", "", None], None]] * 2
     assert sum("validation" in r for r in rows(one)) >= 4
     alike(other, one, rel=1e-4)
