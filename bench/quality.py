@@ -46,6 +46,8 @@ VARIANTS = {
     "muon-1e-3": "--optimizer muon",
     "muon-2e-3": "--optimizer muon --lr 2e-3",
     "muon-4e-3": "--optimizer muon --lr 4e-3",
+    "beta2-0.999": "--betas 0.9 0.999",
+    "muon-beta2-0.999": "--optimizer muon --lr 2e-3 --betas 0.9 0.999",
     "noise-0.05": "--noise-std 0.05",
     "noise-0.5": "--noise-std 0.5",
     "anchors-1024": "--max-anchors 1024",

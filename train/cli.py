@@ -52,6 +52,10 @@ Examples:
 )
 @click.option("--warmup-ratio", default=DEFAULTS.warmup_ratio, help="Share of the steps with a rising rate.")
 @click.option("--weight-decay", default=DEFAULTS.weight_decay)
+@click.option(
+    "--betas", nargs=2, type=float, default=DEFAULTS.betas,
+    help="AdamW's decays of its moments. Rows of the Markov factors that a step does not touch forget theirs at the second.",
+)  # fmt: skip
 @click.option("--grad-clip", default=DEFAULTS.grad_clip, help="Global gradient norm that is clipped to.")
 @click.option(
     "--total-seq-len",

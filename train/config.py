@@ -99,6 +99,8 @@ class TrainConfig:
         for name in ("warmup_ratio", "min_lr_ratio", "val_fraction"):
             if not 0.0 <= getattr(self, name) < 1.0:
                 raise UsageError(f"{name} is {getattr(self, name)}, expected a share in [0, 1)")
+        if not all(0.0 <= beta < 1.0 for beta in self.betas):
+            raise UsageError(f"betas are {self.betas}, expected two numbers in [0, 1)")
         if self.strategy not in (None, "ddp", "fsdp2"):
             raise UsageError(f"strategy is {self.strategy!r}, expected ddp or fsdp2")
         if self.optimizer not in ("adamw", "muon"):

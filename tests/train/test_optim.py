@@ -146,6 +146,8 @@ def test_muon_is_refused_where_matrices_are_cut_up_and_keeps_one_moment(config: 
         dataclasses.replace(config, optimizer="muon", strategy="fsdp2")
     with pytest.raises(errors.UsageError, match="expected adamw or muon"):
         dataclasses.replace(config, optimizer="sgd")
+    with pytest.raises(errors.UsageError, match="betas are"):
+        dataclasses.replace(config, betas=(0.9, 1.0))
     run = prepare(dataclasses.replace(config, optimizer="muon"))
     snapshot = run.optimizer.snapshot()
     sizes = sum(t.numel() for tensors in snapshot.moments.values() for t in tensors.values())
