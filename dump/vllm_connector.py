@@ -17,6 +17,7 @@ from __future__ import annotations
 import os
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
@@ -87,6 +88,10 @@ class Gathered:
     lasts: Ints
     ready: Any
     stream: Any = None
+
+    def on_stream(self) -> AbstractContextManager[Any]:
+        """Inside, work on the states is queued behind them."""
+        return nullcontext() if self.stream is None else torch.cuda.stream(self.stream)
 
 
 class SpoolConnector(ExampleHiddenStatesConnector):  # type: ignore[misc]
@@ -204,7 +209,7 @@ class SpoolConnector(ExampleHiddenStatesConnector):  # type: ignore[misc]
     def _write(self, gathered: Gathered, filename: str) -> None:
         """In a writer thread: code, copy, write; or leave the reason."""
         try:
-            with torch.inference_mode(), torch.cuda.stream(gathered.stream):
+            with torch.inference_mode(), gathered.on_stream():
                 tensors = {
                     name: t.to("cpu", non_blocking=True) for name, t in self._tensors(gathered).items()
                 }
@@ -238,7 +243,7 @@ class SpoolConnector(ExampleHiddenStatesConnector):  # type: ignore[misc]
             stored = torch.split(gathered.rows, gathered.lasts.tolist())
             for i, (states, rows) in enumerate(zip(pieces, stored, strict=True)):
                 try:
-                    with torch.inference_mode(), torch.cuda.stream(gathered.stream):
+                    with torch.inference_mode(), gathered.on_stream():
                         self._coding[1].encode(states, rows - int(first[i]))
                 except EngineError as own:
                     return i, own

@@ -6,10 +6,14 @@ import json
 import os
 import subprocess
 import sys
+from collections import deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -21,9 +25,27 @@ from dspark.cache.errors import EngineError
 from dspark.cache.records import KEY_BYTES, TokenSample, last_rows
 from dspark.dump.answers import Ask, Sampling
 from dspark.dump.engine_transformers import TransformersEngine
-from dspark.dump.engine_vllm import VllmEngine, check_version, extracted_ids, runs, same_on_ranks, waves
+from dspark.dump.engine_vllm import (
+    Member,
+    VllmEngine,
+    check_version,
+    extracted_ids,
+    runs,
+    same_on_ranks,
+    waves,
+)
 from dspark.dump.selfcheck import check
-from dspark.dump.spool import IDS, Coding, SpoolError, SpoolReader, hold, write_coding
+from dspark.dump.spool import (
+    IDS,
+    RAW,
+    Coding,
+    SpoolError,
+    SpoolReader,
+    hold,
+    report_failure,
+    write_batch,
+    write_coding,
+)
 from dspark.dump.target import load_target
 from dump_targets import chat, samples
 
@@ -193,6 +215,41 @@ def test_a_write_that_fails_in_the_worker_is_reported(tmp_path: Path) -> None:
 
 
 @pytest.mark.vllm
+def test_another_rank_writes_beside_the_first_and_only_where_asked(tmp_path: Path) -> None:
+    worker = connector(tmp_path, torch.randn(9, 3, 4, 64))
+    saves = [save(tmp_path, [1, 2, 3], [1], None)]
+    worker._take(saves[0].filename, saves, 1)
+    assert [p.name for p in tmp_path.iterdir()] == ["worker.lock"]
+    saves[0].compare = True
+    worker._take(saves[0].filename, saves, 1)
+    found = SpoolReader(tmp_path).take(saves[0].filename, [0], 1)
+    assert torch.equal(found[RAW], worker._kv_cache[1, :, :3].transpose(0, 1))
+
+
+@pytest.mark.vllm
+def test_blocks_are_kept_until_their_batch_is_gathered(tmp_path: Path) -> None:
+    """One report a request, by rank 0, once its copy is made; a worker that writes too slowly is waited for."""
+    worker = connector(tmp_path, torch.randn(9, 3, 4, 64))
+    worker._held, worker._writing, worker._writers = deque(), deque(), ThreadPoolExecutor(1)
+    saves = [replace(save(tmp_path, [i], [i], None), filename=f"{tmp_path}/{i // 2}.batch") for i in range(9)]
+    worker._connector_metadata = SimpleNamespace(pending_saves=saves)
+    made = [SimpleNamespace(query=lambda i=i: i not in late) for i in range(5)]
+    gather, late = worker._gather, {1}
+    worker._gather = lambda batch: replace(gather(batch), ready=made[int(batch[0].request[1:-1]) // 2])
+    with patch("dspark.dump.vllm_connector.get_tensor_model_parallel_rank", return_value=0):
+        assert worker.get_finished(set()) == ({"[0]", "[1]"}, None)
+        assert len(worker._writing) <= 3
+        worker._connector_metadata = None
+        assert worker.get_finished(set()) == (None, None)
+        late.clear()
+        assert worker.get_finished(set()) == ({f"[{i}]" for i in range(2, 9)}, None)
+    reader = SpoolReader(tmp_path)
+    for i in range(9):
+        assert reader.take(f"{tmp_path}/{i // 2}.batch", [i % 2])[IDS].tolist() == [i]
+    worker._writers.shutdown()
+
+
+@pytest.mark.vllm
 def test_where_not_even_the_reason_fits_nobody_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     worker = connector(tmp_path, torch.randn(9, 3, 4, 64))
     saves = [save(tmp_path, [1, 2, 3], [1], None)]
@@ -237,6 +294,21 @@ def test_the_scheduler_names_the_batch_before_the_worker_begins(tmp_path: Path) 
     scheduler_output = SimpleNamespace(scheduled_new_reqs=[])
     assert len(scheduler.build_connector_meta(scheduler_output).pending_saves) == 5
     assert finish(6, 1) == at(5, 0), "another step"
+
+
+def test_the_row_whose_states_are_lost_or_another_s_is_named(tmp_path: Path) -> None:
+    engine = VllmEngine.__new__(VllmEngine)
+    engine._spool, engine._reader = tmp_path, SpoolReader(tmp_path)
+    members = [Member(n, 40 + n, np.array([n, 7], np.int32)) for n in range(3)]
+    report_failure(f"{tmp_path}/1", EngineError("not finite"), 2)
+    with pytest.raises(EngineError, match=r"states of row 42 are lost: .*not finite.* GB are free"):
+        engine._spooled(f"{tmp_path}/1", members)
+    counts = {"tokens": torch.tensor([2, 1, 2]), "lasts": torch.zeros(3, dtype=torch.long)}
+    write_batch(f"{tmp_path}/2", {IDS: torch.tensor([0, 7, 1, 2, 7], dtype=torch.int32), **counts})
+    with pytest.raises(EngineError, match="other tokens .* for row 41, expected exactly its 2 tokens"):
+        engine._spooled(f"{tmp_path}/2", members)
+    with pytest.raises(EngineError, match="row 5: its connector was not called"):
+        engine._place(5, SimpleNamespace(kv_transfer_params=None))
 
 
 def test_a_rank_s_partial_sum_is_named() -> None:
