@@ -194,7 +194,7 @@ class SpoolReader:
             return read_batch(name)
         finally:
             for end in ("", PART, ERROR):
-                with contextlib.suppress(FileNotFoundError):
+                with contextlib.suppress(OSError):  # which would hide the reason
                     os.unlink(name + end)
 
     def _wait(self, name: str, rank: int) -> None:
