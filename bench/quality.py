@@ -33,7 +33,7 @@ from common import RESULTS, reported, scored, speed_of, trained, write
 
 Row = dict[str, Any]
 FLAGS = (
-    "--num-layers 3 --total-seq-len 16384 --rows-per-step 1 --max-anchors 2048 --lr 1e-3 --workers 6 --val-rows 12 --no-tensorboard "
+    "--recipe none --num-layers 3 --total-seq-len 16384 --rows-per-step 1 --max-anchors 2048 --lr 1e-3 --workers 6 --val-rows 12 --no-tensorboard "
     "--checkpoint-freq 100 --keep-checkpoints 1 --max-steps 1500"
 )
 BASE, PEER = "baseline", "peer"

@@ -6,8 +6,8 @@ every tensor-parallel rank spools its raw states, so that one that holds a parti
 
 What finishes in one step of the engine is one batch: one gather from the cache, one call of each codec, one file (``spool.py``). vLLM's stock connector, extended
 here, does all that once a request, fails on a CPU (pinned memory) and only logs write errors; of it we keep how it finds its cache and its paths. The
-scheduler decides what is in which batch, so a request's path can be told before the worker has begun. The cache blocks are free again as soon as the states
-have been gathered; coding, copy and writing happen in writer threads, on a stream of their own, at most ``WRITING`` batches at a time.
+scheduler decides what is in which batch, so a request's path can be told before the worker has begun. The cache blocks are free again once the states have been
+gathered, which waits on the copy stream for the coding of the batches before; coding, copy and writing happen in writer threads, at most ``WRITING`` batches at a time.
 
 Raw: ``hidden_states`` [T, n, H] in ascending order of the asked ids. Coded: the codecs' arrays. Both: ``token_ids`` int32[T], and the rows of each request.
 """
@@ -15,6 +15,7 @@ Raw: ``hidden_states`` [T, n, H] in ascending order of the asked ids. Coded: the
 from __future__ import annotations
 
 import os
+import threading
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, nullcontext
@@ -108,6 +109,7 @@ class SpoolConnector(ExampleHiddenStatesConnector):  # type: ignore[misc]
         self._writing: deque[Future[None]] = deque()
         self._writers = ThreadPoolExecutor(THREADS, "dspark-spool")
         self._lock = -1
+        self._releasing = threading.Lock()  # two writers may fail at once
 
     # In the scheduler
 
@@ -221,11 +223,16 @@ class SpoolConnector(ExampleHiddenStatesConnector):  # type: ignore[misc]
             counts = {TOKENS: gathered.tokens, LASTS: gathered.lasts, IDS: np.concatenate(ids)}
             write_batch(filename, tensors | {name: torch.from_numpy(a) for name, a in counts.items()})
         except BaseException as error:  # raised where the file is read
-            index, reason = self._blamed(gathered, error)
-            if not report_failure(filename, reason, index) and self._lock >= 0:
+            try:
+                index, reason = self._blamed(gathered, error)
+            except BaseException:  # looking for it failed in turn (memory): the first error is the reason
+                index, reason = None, error
+            if not report_failure(filename, reason, index):
                 # Not even a reason fits: let the reader see that nothing will come.
-                os.close(self._lock)
-                self._lock = -1
+                with self._releasing:
+                    if self._lock >= 0:
+                        os.close(self._lock)
+                    self._lock = -1
 
     def _tensors(self, gathered: Gathered) -> dict[str, torch.Tensor]:
         if gathered.saves[0].stored is None:

@@ -26,6 +26,10 @@ FREE_ON_RESUME = {
 }
 
 
+# Settings of earlier releases at the values that changed nothing: a run that was made with them goes on.
+WITHDRAWN = (("ema", 0.0), ("slot_weights", "decay"))
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainConfig:
     """Defaults are those of the published DSpark recipes where they agree (lr, warm-up, anchors, layers, rank)."""
@@ -106,8 +110,9 @@ class TrainConfig:
         if self.optimizer not in ("adamw", "muon"):
             raise UsageError(f"optimizer is {self.optimizer!r}, expected adamw or muon")
         if self.optimizer == "muon" and self.strategy == "fsdp2":
+            whose = f" (recipe {self.recipe})" if self.recipe else ""
             raise UsageError(
-                "--optimizer muon needs whole matrices and --strategy fsdp2 cuts them up; use ddp, or adamw"
+                f"--optimizer muon{whose} needs whole matrices and --strategy fsdp2 cuts them up; use ddp, or --optimizer adamw"
             )
         if self.max_steps is not None and self.max_steps <= 0:
             raise UsageError(f"max_steps is {self.max_steps}, expected a positive number")
@@ -118,6 +123,7 @@ class TrainConfig:
     @classmethod
     def from_json(cls, data: Mapping[str, Any], where: str) -> TrainConfig:
         known = {f.name for f in dataclasses.fields(cls)}
+        data = {k: v for k, v in data.items() if k in known or (k, v) not in WITHDRAWN}
         if unknown := set(data) - known:
             raise UsageError(f"{where}: unknown keys {sorted(unknown)}")
         return cls(**{**data, "betas": tuple(data.get("betas", (0.9, 0.95)))})

@@ -61,7 +61,10 @@ def estimate(run: Run) -> Memory:
     else:
         trained = count * (16 if width == 4 else 16 + width)
         if config.optimizer == "muon":  # one moment where AdamW has two
-            trained -= 4 * sum(p.numel() for n, p in model.trained() if is_matrix(n, p))
+            matrices = sum(p.numel() for n, p in model.trained() if is_matrix(n, p))
+            trained -= 4 * matrices
+            if run.world.size > 1:  # this rank's share of the factors, until the others have them
+                trained += width * matrices // run.world.size
     tokens = run.stream.total_seq_len
     anchors = config.max_anchors or tokens
     row = row_bytes(model.config, tokens, anchors, width, recompute=config.activation_checkpointing)

@@ -11,7 +11,7 @@ two rows of 4,096 tokens at the shapes of GLM-5.2, of one and a half at Qwen3-4B
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -86,26 +86,33 @@ class Muon:
             matrices += zip(self._views(p, p), self._views(ahead, p), strict=True)
         # Rows <= columns from here on.
         pairs = [(m.mT, g.mT) if m.shape[0] > m.shape[1] else (m, g) for m, g in matrices]
-        own = self._factors([g for _, g in pairs])
-        for i, (m, g) in enumerate(pairs):
-            factor = own.pop(i) if i in own else torch.empty(g.shape, dtype=_precision(g), device=g.device)
-            self.world.send_(factor, self._owner[i])
+
+        def move(i: int, factor: Tensor) -> None:
+            m, g = pairs[i]
             m.add_(factor, alpha=-lr * 0.2 * g.shape[1] ** 0.5)
 
-    def _factors(self, matrices: list[Tensor]) -> dict[int, Tensor]:
-        """The orthogonal factors of this rank's share of ``matrices``, by index. Those of one shape go together."""
+        factors = self._factors([g for _, g in pairs])
+        if self.world.size == 1:
+            for i, factor in factors:
+                move(i, factor)
+            return
+        own = dict(factors)
+        for i, (_, g) in enumerate(pairs):
+            factor = own.pop(i) if i in own else torch.empty(g.shape, dtype=_precision(g), device=g.device)
+            move(i, self.world.send_(factor, self._owner[i]))
+
+    def _factors(self, matrices: list[Tensor]) -> Iterator[tuple[int, Tensor]]:
+        """Index and orthogonal factor of this rank's share of ``matrices``. Those of one shape go together."""
         alike: dict[torch.Size, list[int]] = {}
         for i, matrix in enumerate(matrices):
             if self._owner[i] == self.world.rank:
                 alike.setdefault(matrix.shape, []).append(i)
-        out: dict[int, Tensor] = {}
         for shape, members in alike.items():
             most = max(1, TOGETHER // shape.numel())
             for at in range(0, len(members), most):
                 some = members[at : at + most]
                 stacked = torch.stack([matrices[i].to(_precision(matrices[i])) for i in some])
-                out.update(zip(some, orthogonal(stacked), strict=True))
-        return out
+                yield from zip(some, orthogonal(stacked), strict=True)
 
 
 def _precision(matrix: Tensor) -> torch.dtype:

@@ -74,4 +74,7 @@ def configure(given: Mapping[str, Any], recipe: str = AUTO) -> TrainConfig:
         chosen = by_name[recipe.lower()]
     if chosen is None:
         return TrainConfig(**given)
-    return TrainConfig(**{**chosen.settings, **given, "recipe": chosen.name})
+    own = dict(chosen.settings)
+    if given.get("optimizer", own.get("optimizer")) != own.get("optimizer"):
+        own.pop("lr", None)  # it was found for the recipe's optimizer
+    return TrainConfig(**{**own, **given, "recipe": chosen.name})

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -152,7 +153,7 @@ def connector(spool: Path, cache: torch.Tensor) -> SpoolConnector:
 
     out = SpoolConnector.__new__(SpoolConnector)
     out._storage_path, out._kv_cache, out._block_size = str(spool), cache, cache.shape[2]
-    out._coding, out._lock = None, hold(str(spool))
+    out._coding, out._lock, out._releasing = None, hold(str(spool)), threading.Lock()
     return out
 
 
@@ -237,8 +238,16 @@ def test_blocks_are_kept_until_their_batch_is_gathered(tmp_path: Path) -> None:
     gather, late = worker._gather, {1}
     worker._gather = lambda batch: replace(gather(batch), ready=made[int(batch[0].request[1:-1]) // 2])
     with patch("dspark.dump.vllm_connector.get_tensor_model_parallel_rank", return_value=0):
-        assert worker.get_finished(set()) == ({"[0]", "[1]"}, None)
-        assert len(worker._writing) <= 3
+        written, gate, found = worker._write, threading.Event(), []
+        worker._write = lambda batch, filename: gate.wait(30) and written(batch, filename)
+        step = threading.Thread(target=lambda: found.append(worker.get_finished(set())))
+        step.start()
+        step.join(0.3)
+        assert step.is_alive(), "five batches are on their way, and none has been written"
+        assert len(worker._writing) == 3
+        gate.set()
+        step.join()
+        assert found == [({"[0]", "[1]"}, None)]
         worker._connector_metadata = None
         assert worker.get_finished(set()) == (None, None)
         late.clear()

@@ -155,3 +155,10 @@ def test_muon_is_refused_where_matrices_are_cut_up_and_keeps_one_moment(config: 
     assert memory.estimate(run).trained == 4 * (2 * held + sizes)
     with pytest.raises(errors.TrainError, match="exp_avg are not"):
         prepare(config).optimizer.load(snapshot)
+
+
+def test_a_run_of_an_earlier_release_goes_on_if_what_it_set_changed_nothing(config: TrainConfig) -> None:
+    written = config.to_json()
+    assert TrainConfig.from_json(written | {"ema": 0.0, "slot_weights": "decay"}, "here") == config
+    with pytest.raises(errors.UsageError, match=r"here: unknown keys \['ema'\]"):
+        TrainConfig.from_json(written | {"ema": 0.999, "slot_weights": "decay"}, "here")

@@ -91,3 +91,15 @@ def test_flags_win_over_the_recipe_on_the_command_line(tmp_path: Path) -> None:
     wrong = CliRunner().invoke(main, ["--cache", cache, "--recipe", "x"])
     assert (wrong.exit_code, "expected auto" in wrong.output) == (2, True)
     assert all(name in CliRunner().invoke(main, ["--help"]).output for name in recipes())
+
+
+def test_another_optimizer_than_the_recipes_does_not_take_its_rate(tmp_path: Path) -> None:
+    cache = store_of(tmp_path, "HuggingFaceTB/SmolLM2-135M-Instruct")
+    own = configure({"cache": cache})
+    assert (own.optimizer, own.lr) == ("muon", 2e-3)
+    assert configure({"cache": cache, "optimizer": "muon"}).lr == 2e-3
+    adamw = configure({"cache": cache, "optimizer": "adamw"})
+    assert (adamw.lr, adamw.rows_per_step) == (TrainConfig(cache="").lr, own.rows_per_step)
+    assert configure({"cache": cache, "optimizer": "adamw", "lr": 3e-3}).lr == 3e-3
+    with pytest.raises(errors.UsageError, match=r"muon \(recipe SmolLM2-135M\) needs whole matrices"):
+        configure({"cache": cache, "strategy": "fsdp2"})
