@@ -244,7 +244,7 @@ def test_blocks_are_kept_until_their_batch_is_gathered(tmp_path: Path) -> None:
         step.start()
         step.join(0.3)
         assert step.is_alive(), "five batches are on their way, and none has been written"
-        assert len(worker._writing) == 3
+        assert len(worker._held) == 3
         gate.set()
         step.join()
         assert found == [({"[0]", "[1]"}, None)]
