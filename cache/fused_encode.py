@@ -231,9 +231,8 @@ def encode(codec: Rotated, x: torch.Tensor) -> dict[str, torch.Tensor]:
         far = 2.0 * distortion(codec.step, codec.levels)
         encode_groups[(tiles,)](*given, groups, columns, codec.step, far, SQUARE_LIMIT, **shape)
         encode_again[(min(tiles, AGAIN_PROGRAMS),)](*given, columns, codec.step, **shape)
-        if int(
-            told[1]
-        ):  # waits for the kernels, which a caller of another stream than the target's does anyway
+        # Waits for the kernels, which a caller of another stream than the target's does anyway.
+        if int(told[1]):
             codec.refuse(x)
     lead = x.shape[:-1]
     return {

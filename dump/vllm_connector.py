@@ -74,9 +74,6 @@ class _Copied:
     def query(self) -> bool:
         return True
 
-    def synchronize(self) -> None:
-        return None
-
 
 @dataclass
 class Gathered:

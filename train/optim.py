@@ -89,7 +89,7 @@ class Rule(Protocol):
     updates: int
 
     def update(self, lr: float, norm: Tensor) -> None:
-        """One step with the gradients in ``.grad``, which have global norm ``norm`` over all rules' masters."""
+        """One step with the gradients in ``.grad``, which have global norm ``norm`` over all rules' masters; it may overwrite them."""
 
     def moment(self, name: str, master: nn.Parameter) -> Tensor:
         """The tensor itself, not a copy."""
