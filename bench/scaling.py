@@ -1,12 +1,13 @@
 """The same training on 1, 2, ... processes with DDP and FSDP2: are the loss curves one, and how many tokens a second.
 
 python bench/scaling.py --work DIR [--shape qwen3-4b] [--gpus 1,2] [--steps 30] [--cache STORE] [--train "--rows-per-step 16"]
+python bench/scaling.py --work DIR --gpus 2                              three runs: one process; DDP and FSDP2 on two
 python bench/scaling.py --work DIR --shape tiny --device cpu          a dry run through gloo
 
 Without ``--cache`` a store of random states of the shape is written first. Each run is a ``torchrun`` of its own; its first rows, which
 compile, are left out of the speed. Writes bench/results/scaling.json: a row a run, with ``gpus``, ``strategy``, ``tokens_per_s``,
-``speedup``, ``curve_difference`` (largest relative difference of a logged loss from one process's), and ``hours``, what
-``--samples`` of ``--mean-tokens`` take for ``--epochs`` at that speed.
+``speedup``, ``curve_difference`` (largest relative difference of a logged loss from one process's), ``peak_gb`` (of the rank with the
+largest; GPUs only) and ``hours``, what ``--samples`` of ``--mean-tokens`` take for ``--epochs`` at that speed.
 
 python bench/scaling.py --row-ms 250 --update-ms 15 --parameters 2.3e9         hours on 1, 2, 4, 8 GPUs from a measured step; runs nothing
 """
@@ -123,7 +124,7 @@ def run(args: argparse.Namespace, gpus: int, strategy: str) -> dict[str, Any]:
     return {
         "gpus": gpus, "strategy": strategy, "tokens_per_s": statistics.median(r["tokens_per_second"] for r in steady),
         "step_ms": statistics.median(r["step_ms"] for r in steady),
-        "data_wait_fraction": statistics.median(r["data_wait_fraction"] for r in steady),
+        "data_wait_fraction": statistics.median(r["data_wait_fraction"] for r in steady), "peak_gb": rows[-1].get("peak_gb"),
         "seconds": time.perf_counter() - started, "loss": [r["loss"] for r in rows], "grad_norm": [r["grad_norm"] for r in rows],
     }  # fmt: skip
 

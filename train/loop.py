@@ -17,6 +17,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from dspark.cache.errors import TrainError
@@ -225,7 +226,7 @@ def _train_row(
     grad_norm, loss = norm_and_loss.tolist()
     world.agreed(lambda: _finite(position, loss, grad_norm))
     seconds = time.perf_counter() - window.started
-    (waited,) = world.max([feed.waited - window.waited])
+    waited, peak = world.max([feed.waited - window.waited, _peak(run)])
     values = metrics.result()
     return {
         "step": position.step,
@@ -241,7 +242,14 @@ def _train_row(
         "tokens_per_second": window.tokens / seconds,
         "step_ms": 1000.0 * seconds / max(1, window.steps),
         "data_wait_fraction": waited / seconds,
+        **({"peak_gb": peak} if peak else {}),
     }
+
+
+def _peak(run: Run) -> float:
+    """GB that tensors took of this rank's GPU at most, so far; 0 on a CPU."""
+    device = run.compute.device
+    return torch.cuda.max_memory_allocated(device) / 1e9 if device.type == "cuda" else 0.0
 
 
 def _finite(position: Position, loss: float, grad_norm: float) -> None:

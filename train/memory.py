@@ -54,10 +54,8 @@ def estimate(run: Run) -> Memory:
     if head.wide is not None:
         frozen += (head.wide.numel() - head.draft_head.numel()) * head.wide.element_size()
     if config.strategy == "fsdp2":
-        # Shards of master, gradient and moments, and the root's weights and one layer's gathered.
-        layer = sum(p.numel() for p in model.layers[0].parameters())
-        whole = count - len(model.layers) * layer + 2 * layer
-        trained = 16 * count // run.world.size + (width + 4) * whole
+        # Shards of master, summed gradient and moments; during a step whole weights and a float32 sum of the rows' gradients.
+        trained = 16 * count // run.world.size + (width + 4) * count
     else:
         trained = count * (16 if width == 4 else 16 + width)
         if config.optimizer == "muon":  # one moment where AdamW has two

@@ -53,7 +53,7 @@ class Run:
     to_draft: Tensor | None
     """int64[V] on the CPU, for the weights of a reduced vocabulary's CE; None for the whole."""
     blank: Batch | None
-    """Padding for the ranks of a sharded model that have no row left; None where no rank needs any."""
+    """Padding for the ranks of a sharded model that have no row in a step; None where no rank needs any."""
 
 
 def choose_compute(device: str, dtype: str, compiled: bool | None, world: World | None = None) -> Compute:
@@ -121,7 +121,7 @@ def prepare(config: TrainConfig, world: World | None = None) -> Run:
     model.to(device=compute.device, dtype=compute.dtype)
     sharded = config.strategy == "fsdp2"
     if compute.compiled:
-        compile_draft(model, layers_only=sharded)
+        compile_draft(model, in_parts=sharded)
     if config.activation_checkpointing:
         checkpoint_activations(model)
     optimizer: Optimizer
@@ -171,16 +171,18 @@ def prepare(config: TrainConfig, world: World | None = None) -> Run:
     )  # fmt: skip
 
 
-def compile_draft(model: DraftModel, *, layers_only: bool) -> None:
+def compile_draft(model: DraftModel, *, in_parts: bool) -> None:
     """torch.compile. Rows are padded to one shape, so one compilation serves the run (and one without gradients, validation).
 
-    ``layers_only``: layer by layer, between FSDP2's gathering of their weights, which is no work for a compiler.
+    ``in_parts``: layer by layer, what comes before them and what after, between FSDP2's hooks, which are no work for a compiler.
     """
-    if not layers_only:
+    if not in_parts:
         model.compile(dynamic=False)
         return
-    for layer in model.layers:
-        layer.forward = torch.compile(layer.forward, dynamic=False)
+    for module in (*model.layers, model.norm):
+        module.forward = torch.compile(module.forward, dynamic=False)
+    model.context = torch.compile(model.context, dynamic=False)  # type: ignore[method-assign]
+    model.heads = torch.compile(model.heads, dynamic=False)  # type: ignore[method-assign]
 
 
 def checkpoint_activations(model: DraftModel) -> None:

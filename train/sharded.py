@@ -1,15 +1,19 @@
-"""FSDP2: each rank keeps its share of the float32 parameters, gradients and moments, and gathers one layer's weights when it needs them.
+"""FSDP2: each rank keeps its share of the float32 masters, moments and summed gradients. Weights are gathered once a step, in the forward of
+its first row, and gradients summed once, in the backward of its last; a step costs what it costs unsharded, however many rows it has.
 
-The sharded parameters are the masters; layers compute in the dtype of the run (``param_dtype``), gradients are summed over ranks in
-float32 after every row. So a trained parameter costs 16 bytes / ranks, and a layer at a time 2 more. The target's frozen matrices are
-kept whole on every rank: the objective multiplies by them chunk by chunk.
+The sharded parameters are the masters; layers compute in the dtype of the run (``param_dtype``). In between a rank has all weights in that
+dtype and the sum of its rows' gradients, which FSDP2 keeps in float32 (``reduce_dtype``), as the plain optimizer does. So a trained
+parameter costs 16 bytes / ranks, and 2 + 4 more during a step of several rows. The target's frozen matrices are kept whole on every rank:
+the objective multiplies by them chunk by chunk.
 
-Every forward gathers and every backward sums, so all ranks must make the same number of passes (``train/step.py`` sees to it).
+Gathering is the work of a rank's first pass and summing that of its last, and all ranks must do both: a rank without a row passes padding
+once (``train/step.py`` sees to it). Otherwise they may differ in the number of passes.
 """
 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -38,17 +42,28 @@ def shard(model: DraftModel, world: World, dtype: torch.dtype) -> None:
     )
     frozen = {p for p in model.parameters() if not p.requires_grad}
     _wrap_forward(model, dtype)
+    # A group a layer: its weights are gathered while the layer before computes, its gradients summed while the layer before has its backward.
     for layer in model.layers:
-        fully_shard(layer, mesh=mesh, mp_policy=policy)
-    # The root's weights stay gathered until backward: the objective multiplies by W2 after the forward has ended.
+        fully_shard(layer, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
     fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False, ignored_params=frozen)
     # It says so of every slot state: a view, which nobody writes to.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            # Sums, not means: the loss of a step is already divided by the weights of all ranks. (Plain sums, which gloo has too.)
-            module.set_force_sum_reduction_for_comms(True)
-            module.set_gradient_divide_factor(1.0)
+    for module in _groups(model):
+        # Sums, not means: the loss of a step is already divided by the weights of all ranks. (Plain sums, which gloo has too.)
+        module.set_force_sum_reduction_for_comms(True)
+        module.set_gradient_divide_factor(1.0)
+    _sum_in_next_backward(model, False)
+
+
+def _groups(model: DraftModel) -> Iterator[FSDPModule]:
+    return (module for module in model.modules() if isinstance(module, FSDPModule))
+
+
+def _sum_in_next_backward(model: DraftModel, last: bool) -> None:
+    """Whether the backward to come sums gradients over ranks and lets go of the whole weights, or adds them up here."""
+    for module in _groups(model):
+        module.set_requires_gradient_sync(last, recurse=False)
+        module.set_reshard_after_backward(last, recurse=False)
 
 
 def _wrap_forward(model: DraftModel, dtype: torch.dtype) -> None:
@@ -76,7 +91,7 @@ class ShardedAdamW:
             if p.requires_grad:
                 assert isinstance(p, DTensor), f"{name} is not sharded"
                 self.parameters[name] = p
-        self.world = world
+        self.model, self.world = model, world
         # Plain tensors that share the shards' memory: the optimizer needs no notion of a mesh.
         self._shards = {n: nn.Parameter(_local(p)) for n, p in self.parameters.items()}
         # A rank has nothing of a tensor with fewer rows than there are ranks.
@@ -84,7 +99,8 @@ class ShardedAdamW:
         self._adam = Adam(held, settings)
 
     def last_row(self) -> None:
-        """Nothing to do: sums are made row by row."""
+        """As ``Optimizer.last_row``; the next backward must come, of a row or of padding, before ``step``."""
+        _sum_in_next_backward(self.model, True)
 
     @torch.no_grad()
     def step(self, lr: float) -> Tensor:
@@ -99,6 +115,7 @@ class ShardedAdamW:
         self._adam.update(lr, norm)
         for name, p in self.parameters.items():
             self._shards[name].grad = p.grad = None
+        _sum_in_next_backward(self.model, False)
         return norm
 
     def snapshot(self) -> Snapshot:
@@ -120,7 +137,7 @@ class ShardedAdamW:
             local, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
         )
         full = shards.full_tensor()
-        return full.detach().cpu() if self.world.first else local.new_empty(0)
+        return full.detach().to("cpu", copy=True) if self.world.first else local.new_empty(0)
 
     @torch.no_grad()
     def load(self, snapshot: Snapshot) -> None:
@@ -131,6 +148,8 @@ class ShardedAdamW:
             for moment in MOMENTS:
                 self._moment(moment, name).copy_(_share(p, snapshot.moments[moment][name]))
         self._adam.updates = snapshot.updates
+        for module in _groups(self.model):  # what a validation may have gathered before is of other masters
+            module.reshard()
 
 
 def _local(p: DTensor) -> Tensor:

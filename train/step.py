@@ -84,7 +84,7 @@ def step(
         key = (config.seed, number, run.world.rank + at * run.world.size)
         given = noisy(batch, config.noise_std, *key) if config.noise_std else batch
         loss += learn(run, given, part.denominators, metrics)
-    for batch in blanks(run, part.rows, len(used)):
+    for batch in blanks(run, part.rows, len(used)):  # never behind a row, so it is the last pass
         nothing(model(batch, model.plan(batch, run.compute.backend))).backward()  # type: ignore[no-untyped-call]
     lr = learning_rate(number, total, config.lr, config.warmup_ratio, config.min_lr_ratio)
     norm = run.optimizer.step(lr)
@@ -105,10 +105,10 @@ def learn(run: Run, batch: Batch, denominators: Denominators, metrics: SlotMetri
 
 
 def blanks(run: Run, rows: int, passed: int) -> Iterator[Batch]:
-    """Batches of padding for a sharded model, whose ranks must all pass as often as the one with most of ``rows`` rows does."""
-    if run.blank is None:
-        return
-    for _ in range(-(-rows // run.world.size) - passed):
+    """A batch of padding for a rank of a sharded model that has ``passed`` no row where there are ``rows``: its first pass gathers weights and
+    its last sums gradients, with the other ranks.
+    """
+    if run.blank is not None and rows and not passed:
         yield run.blank
 
 
