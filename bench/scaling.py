@@ -1,7 +1,7 @@
-"""The same training on 1, 2, ... processes with DDP and FSDP2: are the loss curves one, and how many tokens a second.
+"""The same training on 1, 2, ... processes by each strategy: are the loss curves one, and how many tokens a second.
 
 python bench/scaling.py --work DIR [--shape qwen3-4b] [--gpus 1,2] [--steps 30] [--cache STORE] [--train "--rows-per-step 16"]
-python bench/scaling.py --work DIR --gpus 2                              three runs: one process; DDP and FSDP2 on two
+python bench/scaling.py --work DIR --gpus 2 --strategies ddp,zero,fsdp2      four runs: one process, and each on two
 python bench/scaling.py --work DIR --shape tiny --device cpu          a dry run through gloo
 
 Without ``--cache`` a store of random states of the shape is written first. Each run is a ``torchrun`` of its own; its first rows, which
@@ -163,7 +163,7 @@ def main() -> None:
     parser.add_argument("--shape", default="qwen3-4b", choices=SHAPES)
     parser.add_argument("--cache", type=Path, help="a store of the shape's target instead of random states")
     parser.add_argument("--gpus", default="1,2", type=lambda text: [int(n) for n in text.split(",")])
-    parser.add_argument("--strategies", default="ddp,fsdp2")
+    parser.add_argument("--strategies", default="ddp,zero,fsdp2")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--log-every", type=int, default=3)

@@ -25,7 +25,7 @@ Examples:
   dspark-train --cache ./hs.zarr --speculator-type dflash    the plain parallel draft
   dspark-train --cache ./hs.zarr --recipe Qwen3-4B --epochs 3
   torchrun --nproc-per-node 8 -m dspark.train --cache ./hs.zarr                      8 GPUs, the same training
-  torchrun --nproc-per-node 8 -m dspark.train --cache ./hs.zarr --strategy fsdp2     less memory on each
+  torchrun --nproc-per-node 8 -m dspark.train --cache ./hs.zarr --strategy zero      less memory on each
 """,
 )
 @click.option("--cache", required=True, help="Store that dspark-dump wrote.")
@@ -128,8 +128,8 @@ Examples:
 )
 @click.option(
     "--strategy",
-    type=click.Choice(["ddp", "fsdp2"]),
-    help="Of several processes under torchrun: a whole draft on each, or a share.  [default: ddp]",
+    type=click.Choice(["ddp", "zero", "fsdp2"]),
+    help="Of several processes under torchrun: everything on each; masters and moments shared out; or through torch's FSDP2.  [default: ddp]",
 )
 @click.option("--log-every", default=DEFAULTS.log_every, help="Steps between rows of metrics.jsonl.")
 @click.option("--tensorboard/--no-tensorboard", default=DEFAULTS.tensorboard)

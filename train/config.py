@@ -88,7 +88,8 @@ class TrainConfig:
     activation_checkpointing: bool = False
     """Keep only the input of each draft layer for the backward pass and compute the rest again: less memory a row, more time."""
     strategy: str | None = None
-    """Of several processes: ``ddp`` (every rank holds the draft) or ``fsdp2`` (a share each). None: ddp."""
+    """Of several processes: ``ddp`` (every rank holds all), ``zero`` (the draft, and a share of masters and moments) or ``fsdp2`` (a share
+    of all between steps, torch's). None: ddp."""
     recipe: str | None = None
     """Name of the recipe that the settings came from; for the record, since the settings themselves are above."""
 
@@ -105,14 +106,14 @@ class TrainConfig:
                 raise UsageError(f"{name} is {getattr(self, name)}, expected a share in [0, 1)")
         if not all(0.0 <= beta < 1.0 for beta in self.betas):
             raise UsageError(f"betas are {self.betas}, expected two numbers in [0, 1)")
-        if self.strategy not in (None, "ddp", "fsdp2"):
-            raise UsageError(f"strategy is {self.strategy!r}, expected ddp or fsdp2")
+        if self.strategy not in (None, "ddp", "zero", "fsdp2"):
+            raise UsageError(f"strategy is {self.strategy!r}, expected ddp, zero or fsdp2")
         if self.optimizer not in ("adamw", "muon"):
             raise UsageError(f"optimizer is {self.optimizer!r}, expected adamw or muon")
         if self.optimizer == "muon" and self.strategy == "fsdp2":
             whose = f" (recipe {self.recipe})" if self.recipe else ""
             raise UsageError(
-                f"--optimizer muon{whose} needs whole matrices and --strategy fsdp2 cuts them up; use ddp, or --optimizer adamw"
+                f"--optimizer muon{whose} needs whole matrices and --strategy fsdp2 cuts them up; use zero or ddp, or --optimizer adamw"
             )
         if self.max_steps is not None and self.max_steps <= 0:
             raise UsageError(f"max_steps is {self.max_steps}, expected a positive number")

@@ -76,6 +76,20 @@ class World:
         """Begin the sum of ``tensor`` in place; ``.wait()`` on what is returned before reading it."""
         return dist.all_reduce(tensor, async_op=True)
 
+    def start_sum_of_part(self, tensor: Tensor) -> Any:
+        """As ``start_sum``, but only this rank's part (``part``) of ``tensor`` becomes the sum; the others' hold anything afterwards."""
+        return dist.reduce_scatter_tensor(self.part(tensor), tensor, async_op=True)
+
+    def part(self, tensor: Tensor) -> Tensor:
+        """This rank's of ``size`` equal parts of ``tensor`` [n], a view."""
+        return tensor.view(self.size, -1)[self.rank]
+
+    def gather_(self, tensor: Tensor) -> Tensor:
+        """Fill ``tensor`` [n], of which each rank has its part right, with every rank's."""
+        if self.size > 1:
+            dist.all_gather_into_tensor(tensor, self.part(tensor))
+        return tensor
+
     def send_(self, tensor: Tensor, source: int) -> Tensor:
         """Fill a device tensor on every rank with what rank ``source`` has in it."""
         if self.size > 1:

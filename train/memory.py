@@ -57,10 +57,12 @@ def estimate(run: Run) -> Memory:
         # Shards of master, summed gradient and moments; during a step whole weights and a float32 sum of the rows' gradients.
         trained = 16 * count // run.world.size + (width + 4) * count
     else:
-        trained = count * (16 if width == 4 else 16 + width)
+        holders = run.world.size if config.strategy == "zero" else 1
+        # Weights and gradients whole; moments, and a master beside the weights unless they are float32 themselves.
+        trained = count * (width + 4) + count * (8 if width == 4 else 12) // holders
         if config.optimizer == "muon":  # one moment where AdamW has two
             matrices = sum(p.numel() for n, p in model.trained() if is_matrix(n, p))
-            trained -= 4 * matrices
+            trained -= 4 * matrices // holders
             if run.world.size > 1:  # this rank's share of the factors, until the others have them
                 trained += width * matrices // run.world.size
     tokens = run.stream.total_seq_len

@@ -44,7 +44,8 @@ def is_matrix(name: str, p: nn.Parameter) -> bool:
 
 
 class Muon:
-    """The rule. ``shapes``: where matrices lie in each flat float32 master, by its ``id``, as (start, shape).
+    """The rule. Of each flat float32 master, by its ``id``: ``gradients``, the whole buffer of which its ``grad`` is all or a part, and
+    ``shapes``, where matrices lie in that buffer, as (start, shape). ``holders`` have a part of each master.
 
     Of several ranks, each orthogonalises its share of the matrices and sends the factors to the others: the products cost a rank what they
     cost one process, divided by the number of ranks.
@@ -55,11 +56,14 @@ class Muon:
     def __init__(
         self,
         masters: list[nn.Parameter],
+        gradients: Mapping[int, Tensor],
         shapes: Mapping[int, list[tuple[int, torch.Size]]],
         settings: AdamSettings,
         world: World,
+        holders: World,
     ) -> None:
-        self.masters, self.shapes, self.world = masters, shapes, world
+        self.masters, self.gradients, self.shapes = masters, gradients, shapes
+        self.world, self.holders = world, holders
         self.weight_decay, self.clip = settings.weight_decay, settings.clip
         self.updates = 0
         self._momentum = {id(p): torch.zeros_like(p, requires_grad=False) for p in masters}
@@ -68,38 +72,37 @@ class Muon:
     def moment(self, name: str, master: nn.Parameter) -> Tensor:
         return self._momentum[id(master)]
 
-    def _views(self, flat: Tensor, master: nn.Parameter) -> list[Tensor]:
-        return [flat[at : at + shape.numel()].view(shape) for at, shape in self.shapes[id(master)]]
-
     @torch.no_grad()
     def update(self, lr: float, norm: Tensor) -> None:
-        """As ``Rule.update``. The gradients are used up: what is orthogonalised is made in their place."""
+        """As ``Rule.update``. The gradients are used up: what is orthogonalised, and then its factors, are made in their place."""
         self.updates += 1
         over = excess(norm, self.clip)
-        matrices: list[tuple[Tensor, Tensor]] = []
+        matrices: list[Tensor] = []
         for p in self.masters:
             assert p.grad is not None
             gradient = p.grad.div_(over)
             momentum = self._momentum[id(p)].mul_(MOMENTUM).add_(gradient)
-            ahead = gradient.add_(momentum, alpha=MOMENTUM)  # Nesterov
-            p.mul_(1.0 - lr * self.weight_decay)
-            matrices += zip(self._views(p, p), self._views(ahead, p), strict=True)
-        # Rows <= columns from here on.
-        pairs = [(m.mT, g.mT) if m.shape[0] > m.shape[1] else (m, g) for m, g in matrices]
+            gradient.add_(momentum, alpha=MOMENTUM)  # Nesterov
+            whole = self.holders.gather_(self.gradients[id(p)])
+            for at, shape in self.shapes[id(p)]:
+                matrix = whole[at : at + shape.numel()].view(shape)
+                matrices.append(matrix.mT if shape[0] > shape[1] else matrix)  # rows <= columns from here on
+        factors = self._factors(matrices)
+        if self.world.size > 1:
+            factors = self._sent(matrices, dict(factors))
+        for i, factor in factors:
+            matrices[i].copy_(factor).mul_(0.2 * factor.shape[1] ** 0.5)
+        for p in self.masters:
+            assert p.grad is not None
+            p.mul_(1.0 - lr * self.weight_decay).add_(p.grad, alpha=-lr)
 
-        def move(i: int, factor: Tensor) -> None:
-            m, g = pairs[i]
-            m.add_(factor, alpha=-lr * 0.2 * g.shape[1] ** 0.5)
-
-        factors = self._factors([g for _, g in pairs])
-        if self.world.size == 1:
-            for i, factor in factors:
-                move(i, factor)
-            return
-        own = dict(factors)
-        for i, (_, g) in enumerate(pairs):
-            factor = own.pop(i) if i in own else torch.empty(g.shape, dtype=_precision(g), device=g.device)
-            move(i, self.world.send_(factor, self._owner[i]))
+    def _sent(self, matrices: list[Tensor], own: dict[int, Tensor]) -> Iterator[tuple[int, Tensor]]:
+        """Index and factor of all ``matrices``, each from its owner; ``own`` are this rank's and are used up."""
+        for i, matrix in enumerate(matrices):
+            factor = own.pop(i, None)
+            if factor is None:
+                factor = torch.empty(matrix.shape, dtype=_precision(matrix), device=matrix.device)
+            yield i, self.world.send_(factor, self._owner[i])
 
     def _factors(self, matrices: list[Tensor]) -> Iterator[tuple[int, Tensor]]:
         """Index and orthogonal factor of this rank's share of ``matrices``. Those of one shape go together."""
@@ -137,15 +140,18 @@ class MasterMuon(FlatOptimizer):
         named: Iterable[tuple[str, nn.Parameter]],
         settings: AdamSettings,
         world: World | None = None,
+        *,
+        shared: bool = False,
     ) -> None:
-        super().__init__(named, world, is_matrix)
+        super().__init__(named, world, is_matrix, shared=shared)
         kinds: tuple[list[nn.Parameter], list[nn.Parameter]] = ([], [])
         shapes: dict[int, list[tuple[int, torch.Size]]] = {}
         for bucket in self._buckets:
             matrices = [(at, self.parameters[n].shape) for n, at in bucket.at.items() if is_matrix(n, self.parameters[n])]  # fmt: skip
             kinds[bool(matrices)].append(bucket.master)
             shapes[id(bucket.master)] = matrices
-        rules: list[Rule] = [Muon(kinds[1], shapes, settings, self.world)]
+        gradients = {id(bucket.master): bucket.gradients for bucket in self._buckets}
+        rules: list[Rule] = [Muon(kinds[1], gradients, shapes, settings, self.world, self._holders)]
         if kinds[0]:
             rules.append(Adam(kinds[0], settings))
         self._rules = rules

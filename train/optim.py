@@ -8,6 +8,10 @@ several ranks are summed a bucket at a time while the backward pass of the step'
 Where the model is float32 its parameters are the masters. Where it is bfloat16 each gradient is added to the float32 buffer as soon as
 backward has made it: rows of a step accumulate in float32 and the bfloat16 gradient is freed at once.
 Bytes a trained parameter, bfloat16: 2 + 4 (master) + 4 (gradient) + 8 (moments); float32: 4 + 4 + 8.
+
+``shared``: each of several ranks has the master and the moments of its part of every bucket alone (ZeRO's scheme). The sums it needs are
+scattered rather than given to all, it updates its part, and the new values are gathered: less to send than whole sums, a part of the
+update's time, 2 + 4 + 12 / ranks bytes. Forward and backward are those of one process.
 """
 
 from __future__ import annotations
@@ -147,22 +151,21 @@ def excess(norm: Tensor, clip: float) -> Tensor:
 
 @dataclass(slots=True, eq=False)
 class _Bucket:
-    """``values``: what the model computes with, flat [n], the master's own memory where the model is float32."""
+    """``values``: what the model computes with, flat [n]; ``gradients`` float32[n]. ``master`` is float32, all of the bucket or this rank's
+    part, its ``grad`` a view of ``gradients``; where the model is float32 it lies in ``values`` itself.
+    """
 
     master: nn.Parameter
     values: Tensor
+    gradients: Tensor
     at: dict[str, int] = field(default_factory=dict)
     awaited: int = 0  # gradients that the last backward has yet to make
-    sum: Any = None  # the all-reduce under way
-
-    @property
-    def gradients(self) -> Tensor:
-        assert self.master.grad is not None
-        return self.master.grad
+    sum: Any = None  # the collective under way
 
 
 class FlatOptimizer:
-    """Masters of ``named`` parameters, whole on every rank of ``world``; their storage moves into flat buckets, which rules update.
+    """Masters of ``named`` parameters, whole on every rank of ``world`` or ``shared`` out; their storage moves into flat buckets, which rules
+    update.
 
     ``apart`` says of a parameter whether it lies in buckets of its own kind, for a rule of its own; a subclass sets ``_rules``.
     """
@@ -174,14 +177,17 @@ class FlatOptimizer:
         named: Iterable[tuple[str, nn.Parameter]],
         world: World | None,
         apart: Callable[[str, nn.Parameter], bool] = lambda name, p: False,
+        *,
+        shared: bool = False,
     ) -> None:
         self.parameters = {n: p for n, p in named if p.requires_grad}
         self.world = world or World()
+        self._holders = self.world if shared else World()  # of a master's parts
         # In the order in which backward makes gradients, last layer first, so that the first bucket is complete early. Parameters apart come
         # behind the others, and buckets are sent in this order, so theirs wait for the others' last gradient.
         backward = list(self.parameters.items())[::-1]
         kinds = [[(n, p) for n, p in backward if apart(n, p) is kind] for kind in (False, True)]
-        self._buckets = [_adopt(group) for kind in kinds for group in _groups(kind)]
+        self._buckets = [_adopt(group, self._holders) for kind in kinds for group in _groups(kind)]
         self._of = {name: bucket for bucket in self._buckets for name in bucket.at}
         self._summing, self._sent = False, 0
         for name, p in self.parameters.items():
@@ -192,7 +198,7 @@ class FlatOptimizer:
 
     @property
     def masters(self) -> dict[str, Tensor]:
-        """Name -> float32 master, a view."""
+        """Name -> float32 master, a view; of an optimizer that is not shared."""
         return {n: self._view(self._of[n].master.detach(), n) for n in self.parameters}
 
     def _view(self, flat: Tensor, name: str) -> Tensor:
@@ -215,7 +221,8 @@ class FlatOptimizer:
     def _send(self) -> None:
         """Start the sum of the next bucket. Always in one order, whichever gradients a rank has: collectives must match."""
         bucket = self._buckets[self._sent]
-        bucket.sum = self.world.start_sum(bucket.gradients)
+        start = self.world.start_sum_of_part if self._holders.size > 1 else self.world.start_sum
+        bucket.sum = start(bucket.gradients)
         self._sent += 1
 
     def last_row(self) -> None:
@@ -232,7 +239,8 @@ class FlatOptimizer:
             for bucket in self._buckets:
                 bucket.sum.wait()
         self._summing, self._sent = False, 0
-        norm = squares([b.gradients.view(-1, ALIGN) for b in self._buckets]).sqrt()
+        own = [self._holders.part(b.gradients).view(-1, ALIGN) for b in self._buckets]
+        norm = self._holders.sum_(squares(own)).sqrt()
         for rule in self._rules:
             rule.update(lr, norm)
         for bucket in self._buckets:
@@ -245,14 +253,25 @@ class FlatOptimizer:
         """What the model computes with follows the masters."""
         for bucket in self._buckets:
             if bucket.values.dtype != torch.float32:
-                bucket.values.copy_(bucket.master)
+                self._holders.part(bucket.values).copy_(bucket.master)
+            self._holders.gather_(bucket.values)
+
+    def _whole(self, part: Tensor) -> Tensor:
+        """On the CPU, of the ``part`` of a bucket that each holder has (a collective call)."""
+        if self._holders.size == 1:
+            return part.detach().cpu()
+        whole = part.new_empty(self._holders.size * part.numel(), requires_grad=False)
+        self._holders.part(whole).copy_(part.detach())
+        return self._holders.gather_(whole).cpu()
 
     def snapshot(self) -> Snapshot:
-        if self.world.rank:
+        if self.world.rank and self._holders.size == 1:
             return Snapshot({}, {}, 0)
 
         def whole(flat: Mapping[int, Tensor]) -> dict[str, Tensor]:
-            copies = {key: tensor.detach().cpu() for key, tensor in flat.items()}
+            copies = {key: self._whole(tensor) for key, tensor in flat.items()}
+            if self.world.rank:
+                return {}
             held = ((n, copies.get(id(self._of[n].master))) for n in self.parameters)
             return {n: self._view(copy, n).clone() for n, copy in held if copy is not None}
 
@@ -272,14 +291,21 @@ class FlatOptimizer:
         moments = self._moments()
         holds = {m: [n for n, b in self._of.items() if id(b.master) in flat] for m, flat in moments.items()}
         snapshot.check(self.parameters, holds)
-        for name, bucket in self._of.items():
-            self._view(bucket.master, name).copy_(snapshot.masters[name])
+        for bucket in self._buckets:
+            self._fill(bucket.master, bucket, snapshot.masters)
             for moment, flat in moments.items():
-                if name in snapshot.moments[moment]:
-                    self._view(flat[id(bucket.master)], name).copy_(snapshot.moments[moment][name])
+                if id(bucket.master) in flat:
+                    self._fill(flat[id(bucket.master)], bucket, snapshot.moments[moment])
         self._refresh()
         for rule in self._rules:
             rule.updates = snapshot.updates
+
+    def _fill(self, part: Tensor, bucket: _Bucket, tensors: Mapping[str, Tensor]) -> None:
+        """What this rank holds of ``bucket`` becomes that of ``tensors``."""
+        whole = torch.zeros(bucket.values.numel())
+        for name in bucket.at:
+            self._view(whole, name).copy_(tensors[name])
+        part.copy_(self._holders.part(whole))
 
 
 class MasterAdamW(FlatOptimizer):
@@ -290,8 +316,10 @@ class MasterAdamW(FlatOptimizer):
         named: Iterable[tuple[str, nn.Parameter]],
         settings: AdamSettings,
         world: World | None = None,
+        *,
+        shared: bool = False,
     ) -> None:
-        super().__init__(named, world)
+        super().__init__(named, world, shared=shared)
         self._rules = [Adam([b.master for b in self._buckets], settings)]
 
 
@@ -330,21 +358,20 @@ def _chains(named: list[tuple[str, nn.Parameter]]) -> list[list[tuple[str, nn.Pa
 
 
 @torch.no_grad()
-def _adopt(named: list[tuple[str, nn.Parameter]]) -> _Bucket:
-    """A bucket that holds the values of ``named``; the parameters become views of it."""
+def _adopt(named: list[tuple[str, nn.Parameter]], holders: World) -> _Bucket:
+    """A bucket that holds the values of ``named``; the parameters become views of it. Its master is the part of this of its ``holders``."""
     at, end = {}, 0
     for name, p in named:
         at[name] = end
         end += -(-p.numel() // ALIGN) * ALIGN
+    end = -(-end // (ALIGN * holders.size)) * ALIGN * holders.size
     first = named[0][1]
-    master = nn.Parameter(torch.zeros(end, dtype=torch.float32, device=first.device))
-    plain = first.dtype == torch.float32
-    values = master.detach() if plain else torch.zeros(end, dtype=first.dtype, device=first.device)
+    values = torch.zeros(end, dtype=first.dtype, device=first.device)
     for name, p in named:
         view = values[at[name] : at[name] + p.numel()].view(p.shape)
         view.copy_(p)
         p.data = view
-    if not plain:
-        master.copy_(values)
-    master.grad = torch.zeros_like(master, requires_grad=False)
-    return _Bucket(master, values, at)
+    master = nn.Parameter(holders.part(values).float())  # the memory itself if it is float32
+    gradients = torch.zeros(end, dtype=torch.float32, device=first.device)
+    master.grad = holders.part(gradients)
+    return _Bucket(master, values, gradients, at)

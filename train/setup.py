@@ -131,10 +131,9 @@ def prepare(config: TrainConfig, world: World | None = None) -> Run:
 
         shard(model, world, compute.dtype)
         optimizer = ShardedAdamW(model, settings, world)
-    elif config.optimizer == "muon":
-        optimizer = MasterMuon(model.trained(), settings, world)
     else:
-        optimizer = MasterAdamW(model.trained(), settings, world)
+        kind = MasterMuon if config.optimizer == "muon" else MasterAdamW
+        optimizer = kind(model.trained(), settings, world, shared=config.strategy == "zero")
     cuda = compute.device.type == "cuda"
     workers = config.workers
     if workers is None:
