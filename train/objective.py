@@ -42,6 +42,9 @@ CHUNK_LOGITS = {"cuda": 274_000_000, "cpu": 1 << 23}
 # less need buffers of the same size, which the allocator gives again.
 TILE_ROWS = {"cuda": 128}
 
+# Whether torch adds a product of bfloat16 matrices to a float32 one on CUDA: seen in 2.11; 2.9 wants a sum of the matrices' dtype.
+ADDS_WIDE = torch.__version__ >= "2.11"
+
 # Logits of draft and target, the target's row of each slot, draft ids, labels, the two scales, whether gradients are wanted -> CE, L1, hit, gradient.
 ChunkTerms = Callable[
     [Tensor, Tensor, Tensor, Tensor | None, Tensor, Tensor, Tensor, bool],
@@ -270,6 +273,20 @@ def _terms_for(device: str, wide: torch.dtype) -> ChunkTerms:
     return fused.chunk_terms
 
 
+def plus_product(total: Tensor | None, a: Tensor, b: Tensor, wide: torch.dtype) -> Tensor:
+    """``total`` [m, n] in ``wide``, changed in place, plus ``a @ b`` of [m, k] and [k, n]; without it the product alone.
+
+    On CUDA the product adds up in ``wide`` and is not rounded before: of a vocabulary's size, a product of its own would be written in
+    ``a``'s dtype, read again and added in another pass.
+    """
+    if a.is_cuda and a.dtype != wide and ADDS_WIDE:
+        if total is None:
+            return torch.mm(a, b, out_dtype=wide)
+        return torch.addmm(total, a, b, out_dtype=wide, out=total)
+    product = a @ b
+    return product.to(wide) if total is None else total.add_(product)
+
+
 def chunk_terms(
     draft: Tensor,
     target: Tensor,
@@ -366,8 +383,7 @@ class _ChunkedTerms(torch.autograd.Function):
             assert d_x is not None
             torch.mm(gradient, matrix, out=d_x[part])
             if w2 is not None:
-                product = gradient.T @ x[part, hidden:]
-                d_w2 = product.to(wide) if d_w2 is None else d_w2.add_(product)
+                d_w2 = plus_product(d_w2, gradient.T, x[part, hidden:], wide)
         if with_gradient and w2 is not None and d_w2 is None:
             d_w2 = torch.zeros_like(w2, dtype=wide)  # no slot at all
         if with_gradient:

@@ -22,6 +22,7 @@ from dspark.train.objective import (
     chunk_rows_for,
     chunk_terms,
     objective,
+    plus_product,
     reference_loss,
     slot_weights,
 )
@@ -390,3 +391,28 @@ def test_loss_fn_flag() -> None:
     ):
         with pytest.raises(UsageError):
             ObjectiveConfig.from_json(bad)
+
+
+DEVICES = [
+    "cpu",
+    pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")),
+]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_products_add_up_in_the_wide_type(dtype: torch.dtype, device: str) -> None:
+    """Of a transposed matrix and of columns of a wider one, as the objective has them; many small ones do not get lost."""
+    wide = torch.promote_types(dtype, torch.float32)
+    gradient, x = (torch.randn(6, n, device=device).to(dtype) for n in (V, H + R))
+    total = plus_product(None, gradient.T, x[:, H:], wide)
+    want = gradient.double().T @ x[:, H:].double()
+    assert total.dtype == wide
+    rtol = 2**-7 if dtype == torch.bfloat16 else 1e-4
+    torch.testing.assert_close(
+        total.double(), want, rtol=rtol, atol=1e-2 if dtype == torch.bfloat16 else 1e-4
+    )
+    first, small = total.clone(), gradient / 4096
+    for _ in range(8):
+        assert plus_product(total, small.T, x[:, H:], wide) is total
+    torch.testing.assert_close((total - first).double(), want / 512, rtol=2 * rtol, atol=1e-4)
