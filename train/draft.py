@@ -27,8 +27,9 @@ from dspark.cache.logits import PLAIN, Logits
 from dspark.train.attention import AttentionPlan, Backend, block_attention
 from dspark.train.batch import Batch
 from dspark.train.draft_config import DraftConfig
+from dspark.train.gated import gated
 from dspark.train.heads import ConfidenceHead, MarkovHead, build_markov_head
-from dspark.train.joined import joined_linear, lay_side_by_side
+from dspark.train.joined import joined_linear, joined_product, lay_side_by_side
 
 
 class TargetWeights(Protocol):
@@ -189,8 +190,7 @@ class Mlp(nn.Module):
         return self.up_proj.weight, self.gate_proj.weight
 
     def forward(self, x: Tensor) -> Tensor:
-        up, gate = joined_linear(x, self.joined)
-        out: Tensor = self.down_proj(F.silu(gate) * up)
+        out: Tensor = self.down_proj(gated(joined_product(x, self.joined)))
         return out
 
 

@@ -9,8 +9,8 @@ the one result: as fast as separate products are, and no copy either.
 
 The gradient of all weights is one product too, and each weight's is a view of its rows.
 
-A compiled backward hands those views on without a copy, and writes the columns' gradients where the product reads them (seen in the code
-that torch 2.13 makes).
+A compiled backward hands those views on without a copy. The columns' gradients have to be joined for it: where that costs something,
+take ``joined_product`` and an operation on the joint result whose gradient is one tensor (``gated.py``).
 
 Legend: n rows of input, K its size, m_i rows of weight i, M their sum.
 """
@@ -52,8 +52,13 @@ def lay_side_by_side(weights: Sequence[Tensor]) -> None:
 
 def joined_linear(x: Tensor, weights: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """``x`` [n, K] times the transpose of each of ``weights`` [m_i, K]: [n, m_i] each, columns of one result."""
+    return joined_product(x, weights).split_with_sizes(_sizes(weights), 1)
+
+
+def joined_product(x: Tensor, weights: Sequence[Tensor]) -> Tensor:
+    """That one result [n, M]."""
     joint: Tensor = _product(x, list(weights))
-    return joint.split_with_sizes(_sizes(weights), 1)
+    return joint
 
 
 @torch.library.custom_op(
