@@ -64,6 +64,36 @@ def test_rnn_carries_history() -> None:
     )
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(50,), (4, 6), (0, 3)])
+def test_gradient_of_the_embedding_is_the_plain_ones(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """Rows that are taken often, once and never."""
+    head = make("vanilla").to(dtype)
+    prev = torch.randint(0, V - 1, shape)
+    e, plain = head.embed(prev), head.markov_w1(prev)
+    assert torch.equal(e, plain)
+    grad = torch.randn(e.shape, dtype=dtype)
+    (got,) = torch.autograd.grad(e, head.markov_w1.weight, grad)
+    want = torch.zeros(V, R, dtype=torch.float64).index_add_(0, prev.flatten(), grad.flatten(0, -2).double())
+    assert got.dtype == dtype
+    torch.testing.assert_close(
+        got, want.to(dtype), rtol=1e-12 if dtype == torch.float64 else 2**-8, atol=1e-6
+    )
+    assert not got[V - 1].any()
+
+
+def test_gradients_of_confidence_are_those_of_a_product() -> None:
+    head = ConfidenceHead(H, R).double()
+    h, e = (torch.randn(4, 6, n, dtype=torch.float64, requires_grad=True) for n in (H, R))
+    leaves = [h, e, head.proj.weight, head.proj.bias]
+    grad = torch.randn(4, 6, dtype=torch.float64)
+    plain = head.proj(torch.cat([h, e], -1)).squeeze(-1)
+    for a, b in zip(
+        torch.autograd.grad(head(h, e), leaves, grad), torch.autograd.grad(plain, leaves, grad), strict=True
+    ):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
 def test_confidence_with_and_without_the_previous_token() -> None:
     h, e = torch.randn(4, H), torch.randn(4, R)
     head = ConfidenceHead(H, R)
