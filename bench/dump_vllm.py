@@ -1,8 +1,11 @@
 """The same ratio with real vLLM: its plain prefill (no extraction, no connector) against a whole dump through our connector.
 
-    python bench/dump_vllm.py --target DIR --data FILE.jsonl [--rows 24] [--bits 4/4]
+    python bench/dump_vllm.py --target DIR --data FILE.jsonl [--rows 24] [--copies 1] [--bits 4/4]
 
-Plain vLLM runs in a process of its own first, the best of three passes, each on an empty prefix cache. Prefix caching and chunked prefill are on in both. Writes bench/results/dump_vllm.json.
+Plain vLLM runs in processes of its own first, with as many tokens a step as vLLM takes by itself and as the dump takes, the best of three passes each, on an empty
+prefix cache; the faster one counts. Then, on the dump's own engine, the same requests
+with ``dspark_skip``: what vLLM's extraction costs when nobody takes the states. Then the dump, of ``--copies`` times the rows (each copy begins with a number of its
+own, so that the prefix cache does not know it). Prefix caching and chunked prefill are on in all. Writes bench/results/dump_vllm.json.
 """
 
 from __future__ import annotations
@@ -14,55 +17,114 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from common import write
+from dspark.cache.codec import Codec, codec_for
 from dspark.dump.capture import Captured, Engine
 from dspark.dump.config import DumpConfig
-from dspark.dump.engine_vllm import ENVIRONMENT, VllmEngine
+from dspark.dump.engine_vllm import ENVIRONMENT, VllmEngine, extracted_ids, step_tokens
 from dspark.dump.plan import Plan
 from dspark.dump.progress import Display
 from dspark.dump.run import dump, load_engine, part_reader, prepare
+from dspark.dump.spool import SKIP
+from dspark.dump.vllm_loop import RequestLoop
 
 PASSES = 3  # of plain prefill; the best counts, since the dump's engine is warm from self-check and calibration too
 
 
-def plain(target: str, prompts: list[list[int]], dtype: str, seq_length: int) -> float:
+def plain(target: str, prompts: list[list[int]], dtype: str, seq_length: int, step: int | None) -> float:
     """Tokens a second of a vLLM that extracts nothing; in this process."""
     import torch
     from vllm import LLM, SamplingParams
 
     gpus = torch.cuda.device_count()
     options: dict[str, Any] = {"tensor_parallel_size": gpus} if gpus else {"enforce_eager": True}
+    if step is not None:
+        options["max_num_batched_tokens"] = step
     llm = LLM(
         model=target, dtype=dtype, max_model_len=seq_length + 1, skip_tokenizer_init=True, seed=0, **options
     )
     params = SamplingParams(max_tokens=1, temperature=0.0, detokenize=False)
     best = 0.0
     for _ in range(PASSES):
-        if not llm.reset_prefix_cache():
-            raise SystemExit("vLLM did not empty its prefix cache")
+        empty_cache(llm)
         began = time.perf_counter()
         llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
         best = max(best, sum(map(len, prompts)) / (time.perf_counter() - began))
     return best
 
 
-def uncached(plan: Plan, batch_tokens: int | None) -> Engine:
-    """The engine, its prefix cache emptied before the dump: self-check and calibration have run many of these few rows already."""
-    engine = load_engine(plan, batch_tokens)
-    assert isinstance(engine, VllmEngine)
-    stream = engine.stream
+class Uncached:
+    """Loads the engine, its prefix cache emptied before the dump: self-check and calibration have run many of these few rows already.
 
-    def from_nothing(*args: Any) -> Iterator[Captured]:
-        if not engine.llm.reset_prefix_cache():
-            raise SystemExit("vLLM did not empty its prefix cache")
-        yield from stream(*args)
+    ``extraction``: tokens a second of ``prompts`` through that engine when their states are not taken.
+    """
 
-    engine.stream = from_nothing  # type: ignore[method-assign]
-    return engine
+    def __init__(self, prompts: list[list[int]], codecs: tuple[Codec, Codec]) -> None:
+        self.prompts, self.codecs = prompts, codecs
+        self.extraction = 0.0
+
+    def __call__(self, plan: Plan, batch_tokens: int | None) -> Engine:
+        engine = load_engine(plan, batch_tokens)
+        assert isinstance(engine, VllmEngine)
+        self.extraction = max(self.skipped(engine) for _ in range(PASSES))
+        stream = engine.stream
+
+        def from_nothing(*args: Any) -> Iterator[Captured]:
+            empty_cache(engine.llm)
+            yield from stream(*args)
+
+        engine.stream = from_nothing  # type: ignore[method-assign]
+        return engine
+
+    def skipped(self, engine: VllmEngine) -> float:
+        from vllm import SamplingParams
+
+        empty_cache(engine.llm)
+        loop: RequestLoop[int] = RequestLoop(engine.llm, engine.room(self.codecs))
+        began, coming = time.perf_counter(), deque(enumerate(self.prompts))
+        while coming or not loop.empty:
+            while coming and loop.fits(len(coming[0][1])):
+                i, prompt = coming.popleft()
+                params = SamplingParams(
+                    max_tokens=1, temperature=0.0, detokenize=False, extra_args={"kv_transfer_params": {SKIP: True}}
+                )  # fmt: skip
+                loop.add(i, prompt, len(prompt), params)
+            loop.step()
+        return sum(map(len, self.prompts)) / (time.perf_counter() - began)
+
+
+def steps_of(plan: Plan) -> int | None:
+    """Tokens of a step of the dump's engine where they are not vLLM's own."""
+    import torch
+
+    if not torch.cuda.device_count():
+        return None
+    states = len(extracted_ids(plan.layers, plan.shapes.num_layers))
+    return step_tokens(states * plan.shapes.hidden_size * getattr(torch, plan.dtype).itemsize)
+
+
+def empty_cache(llm: Any) -> None:
+    if not llm.reset_prefix_cache():
+        raise SystemExit("vLLM did not empty its prefix cache")
+
+
+def copied(data: str, rows: int, copies: int, out: Path) -> str:
+    """The first ``rows`` rows of ``data``, ``copies`` times; the first message of each copy begins with its number."""
+    lines = Path(data).read_text().splitlines()[:rows]
+    with open(out, "w") as file:
+        for copy in range(copies):
+            for line in lines:
+                row = json.loads(line)
+                message = next(v for k, v in row.items() if k in ("messages", "conversations"))[0]
+                key = "content" if "content" in message else "value"
+                message[key] = f"({copy}) {message[key]}"
+                file.write(json.dumps(row) + "\n")
+    return str(out)
 
 
 def main() -> None:
@@ -72,37 +134,47 @@ def main() -> None:
     parser.add_argument("--target", required=True)
     parser.add_argument("--data", required=True)
     parser.add_argument("--rows", type=int, default=24)
+    parser.add_argument("--copies", type=int, default=1)
     parser.add_argument("--bits", default="4/4")
     parser.add_argument("--plain", help="internal: file of prompts")
+    parser.add_argument("--step", type=int, help="internal: tokens of a step")
     args = parser.parse_args()
     aux_bits, last_bits = map(int, args.bits.split("/"))
+    if args.plain:
+        given = json.loads(Path(args.plain).read_text())
+        print(json.dumps(plain(args.target, given["prompts"], given["dtype"], 1024, args.step)))
+        return
     with tempfile.TemporaryDirectory() as scratch:
+        data = copied(args.data, args.rows, args.copies, Path(scratch) / "rows.jsonl")
         config = DumpConfig(
-            model=args.target, data=args.data, output=Path(scratch) / "hs.zarr", engine="vllm", limit=args.rows, aux_bits=aux_bits,
+            model=args.target, data=data, output=Path(scratch) / "hs.zarr", engine="vllm", aux_bits=aux_bits,
             last_bits=last_bits, seq_length=1024,
         )  # fmt: skip
-        if args.plain:
-            given = json.loads(Path(args.plain).read_text())
-            print(json.dumps(plain(args.target, given["prompts"], given["dtype"], 1024)))
-            return
         job = prepare(config)
-        parts = list(part_reader(job, 1 << 30, lambda line: None).parts({}))
-        prompts = [s.input_ids.tolist() for p in parts for s in p.samples]
+        parts = part_reader(job, 1 << 30, lambda line: None).parts({})
+        prompts = [s.input_ids.tolist() for p in parts for s in p.samples if s.row < args.rows]
         asked = Path(scratch) / "prompts.json"
         asked.write_text(json.dumps({"prompts": prompts, "dtype": job.plan.dtype}))
-        done = subprocess.run(
-            [sys.executable, __file__, "--target", args.target, "--data", args.data, "--plain", str(asked)],
-            stdout=subprocess.PIPE, text=True, check=True, env={**ENVIRONMENT, **os.environ},
-        )  # fmt: skip
-        bare = float(done.stdout.strip().splitlines()[-1])
-        report = dump(config, Display(), uncached)
+        call = [sys.executable, __file__, "--target", args.target, "--data", args.data, "--plain", str(asked)]
+        bare = {}
+        for step in dict.fromkeys((None, steps_of(job.plan))):
+            done = subprocess.run(
+                call + (["--step", str(step)] if step else []),
+                stdout=subprocess.PIPE, text=True, check=True, env={**ENVIRONMENT, **os.environ},
+            )  # fmt: skip
+            bare[str(step)] = float(done.stdout.strip().splitlines()[-1])
+        engine = Uncached(prompts, (codec_for(aux_bits), codec_for(last_bits)))
+        report = dump(config, Display(), engine)
     rate = report["new_tokens"] / report["capture_seconds"]
     results = {
-        "engine": "vllm", "aux_bits": aux_bits, "last_bits": last_bits, "tokens_per_s": rate, "prefill_tokens_per_s": bare, "ratio": rate / bare,
+        "engine": "vllm", "aux_bits": aux_bits, "last_bits": last_bits, "tokens_per_s": rate, "prefill_tokens_per_s": max(bare.values()),
+        "ratio": rate / max(bare.values()), "prefill_by_step_tokens": bare, "extraction_tokens_per_s": engine.extraction,
         "tokens": report["new_tokens"], "seconds": report["capture_seconds"], "stages_s": report["stages"],
     }  # fmt: skip
     write(
-        "dump_vllm", {"rows": args.rows, "target": Path(args.target).name, "dtype": job.plan.dtype}, results
+        "dump_vllm",
+        {"rows": args.rows, "copies": args.copies, "target": Path(args.target).name, "dtype": job.plan.dtype},
+        results,
     )
 
 

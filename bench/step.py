@@ -1,6 +1,6 @@
 """One training step on random states: time by phase, peak memory, fast path against slow, and DeepSpec beside it.
 
-python bench/step.py [--shape qwen3-4b] [--peer DIR_OF_A_DEEPSPEC_CHECKOUT] [--scaling] [--adam] [--name step]
+python bench/step.py [--shape qwen3-4b] [--peer DIR_OF_A_DEEPSPEC_CHECKOUT] [--scaling [tokens,block]] [--adam] [--name step]
 
 The peer runs in the same process on the same weights, tokens, states and anchors; nothing of it is needed otherwise.
 Forward, objective and backward are timed with device events, median of ``--repeat`` steps on rotating rows.
@@ -261,16 +261,19 @@ def clear() -> None:
         torch.cuda.empty_cache()
 
 
+SIZES = {
+    "tokens": (1024, 2048, 4096, 8192, 16_384),
+    "anchors": (128, 256, 512, 1024, 2048),
+    "vocab": (32_000, 64_000, 151_936),
+    "block": (5, 7, 8, 16),
+}
+
+
 def scaling(s: Shape, args: argparse.Namespace, dtype: torch.dtype) -> list[dict[str, Any]]:
     """One size at a time; eager backbone (compiling each shape would take minutes), Triton objective and flex attention."""
     table = []
-    for field, values in (
-        ("tokens", (1024, 2048, 4096, 8192, 16_384)),
-        ("anchors", (128, 256, 512, 1024, 2048)),
-        ("vocab", (32_000, 64_000, 151_936)),
-        ("block", (5, 7, 8, 16)),
-    ):
-        for value in values:
+    for field in args.scaling.split(","):
+        for value in SIZES[field]:
             torch._dynamo.reset()
             model, rows = one_model(replace(s, **{field: value}), args, dtype, compiled=False)
             found = ours(replace(s, **{field: value}), args, model, rows)
@@ -288,7 +291,9 @@ def main() -> None:
     parser.add_argument("--shape", choices=SHAPES, default="qwen3-4b")
     parser.add_argument("--peer", type=Path)
     parser.add_argument("--peer-compile", action=argparse.BooleanOptionalAction, default=True)
-    parser.add_argument("--scaling", action="store_true")
+    parser.add_argument(
+        "--scaling", nargs="?", const=",".join(SIZES), help="sizes to vary, comma separated  [all]"
+    )
     parser.add_argument("--agreement", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--adam", action="store_true", help="with fp32 masters, AdamW and metrics")
     parser.add_argument("--repeat", type=int, default=20)

@@ -34,6 +34,7 @@ from dspark.cache.layout import StoredArray
 
 Array = np.ndarray[tuple[int, ...], np.dtype[Any]]
 
+RUN_BYTES = 1 << 20  # of values that one thread packs before it takes more
 RESIDUE = 0x48674BC7  # the crc32c of any bytes followed by their own crc32c, little-endian, and of no others
 
 # Blosc's own threads may finish blocks in any order; one thread a chunk gives the same bytes every time.
@@ -97,14 +98,26 @@ def write_shard(path: Path, spec: StoredArray, data: Array | Pieces) -> None:
             packed = bytes(codec.encode(piece if spec.shuffle else piece.view(np.uint8)))
         return packed, crc32c(packed).to_bytes(4, "little")
 
-    chunks = list(_pool().map(encode, range(0, data.shape[0], rows)))
-    sizes = np.array([len(packed) + len(crc) for packed, crc in chunks], np.uint64)
-    index = np.stack([np.cumsum(sizes) - sizes, sizes], 1).astype("<u8").tobytes()
+    def encode_run(start: int) -> list[tuple[bytes, bytes]]:
+        return [encode(i) for i in range(start, min(start + run, data.shape[0]), rows)]
+
+    # Handing a thread one chunk of some 60 KB takes Python as long as packing it, so they come by the megabyte.
+    run = rows * max(1, RUN_BYTES // max(1, rows * _row_bytes(spec)))
+    sizes: list[int] = []
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "wb") as file:
-        for chunk in chunks:
-            file.writelines(chunk)
+        # Written as they come, while the next ones are packed.
+        for chunks in _pool().map(encode_run, range(0, data.shape[0], run)):
+            for chunk in chunks:
+                file.writelines(chunk)
+                sizes.append(len(chunk[0]) + len(chunk[1]))
+        lengths = np.array(sizes, np.uint64)
+        index = np.stack([np.cumsum(lengths) - lengths, lengths], 1).astype("<u8").tobytes()
         file.write(index + crc32c(index).to_bytes(4, "little"))
+
+
+def _row_bytes(spec: StoredArray) -> int:
+    return int(np.prod(spec.shape[1:], dtype=np.int64)) * np.dtype(spec.dtype).itemsize
 
 
 class Shard:
@@ -114,7 +127,7 @@ class Shard:
         self.path, self.spec = path, spec
         self.rows = chunk_rows(spec)
         self._dtype = np.dtype(spec.dtype)
-        self._row_bytes = int(np.prod(spec.shape[1:], dtype=np.int64)) * self._dtype.itemsize
+        self._row_bytes = _row_bytes(spec)
         self._chunk_bytes = self.rows * self._row_bytes
         self._codec = compressor(spec)
         self._count = -(-spec.shape[0] // self.rows)

@@ -5,7 +5,7 @@ Legend: S tokens of a sample, L aux layers, H hidden size, M = ``last_rows(loss_
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
@@ -33,12 +33,18 @@ class CodedStates(NamedTuple):
     last: Coded
 
 
+Fetch = Callable[[], CodedStates]  # waits for states that are still on their way to the host
+
+
 class Captured(NamedTuple):
-    """Samples ``members`` of group ``group``, their states end to end in this order. ``ready``: a CUDA event behind them, if they are on a GPU."""
+    """Samples ``members`` of group ``group``, their states end to end in this order. ``ready``: a CUDA event behind them, if they are on a GPU.
+
+    States that an engine would have to wait for come as a call, made once and in another thread, so that the engine's own goes on.
+    """
 
     group: int
     members: Sequence[int]
-    states: States | CodedStates
+    states: States | CodedStates | Fetch
     ready: torch.cuda.Event | None = None
 
 

@@ -16,6 +16,7 @@ import re
 import shutil
 from collections import defaultdict, deque
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -52,6 +53,10 @@ if TYPE_CHECKING:
 
 SPOOL_BYTES = 2 << 30
 BATCH_BYTES = 256 << 20  # of raw states that a worker handles at once, on its device beside the target
+STEP_TOKENS = (
+    1 << 16
+)  # of one step of the engine at most, where states are so small that vLLM's own 16,384 leave a GPU waiting for launches
+VLLM_STEP_TOKENS = 1 << 14
 OLDEST, NEWEST = (0, 25), (0, 33)
 RANK_TOLERANCE = 0.01  # of a layer's largest value: an all-reduce gives every rank the same bits, a partial sum differs by a tenth and more
 # stdout belongs to --json; a CPU worker refuses to start without a cache size.
@@ -125,10 +130,12 @@ class VllmEngine:
         options: dict[str, Any] = {"tensor_parallel_size": gpus} if gpus else {"enforce_eager": True}
         if gpus:  # torch has been asked for CUDA: a forked engine could not use it, and vLLM does not notice
             os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
-        if batch_tokens is not None:
-            options["max_num_batched_tokens"] = batch_tokens
         ids = extracted_ids(layers, shapes.num_layers)
         token_bytes = len(ids) * shapes.hidden_size * getattr(torch, dtype).itemsize
+        if batch_tokens is None and gpus:
+            batch_tokens = step_tokens(token_bytes)
+        if batch_tokens is not None:
+            options["max_num_batched_tokens"] = batch_tokens
         try:
             vllm = importlib.import_module("vllm")
             llm = vllm.LLM(
@@ -215,8 +222,8 @@ class VllmEngine:
                 finished[group, place.batch].append((place.number, i, sample))
             for (group, batch), members in finished.items():
                 members.sort()
-                states = self.coded(batch, [Member(n, s.row, s.input_ids) for n, _, s in members], codecs)
-                yield Captured(group, [i for _, i, _ in members], states)
+                wanted = [Member(n, s.row, s.input_ids) for n, _, s in members]
+                yield Captured(group, [i for _, i, _ in members], partial(self.coded, batch, wanted, codecs))
 
     def answer(
         self, asks: Iterable[Ask], sampling: Sampling, stops: Sequence[int], codecs: tuple[Codec, Codec]
@@ -380,6 +387,15 @@ def same_on_ranks(first: torch.Tensor, other: torch.Tensor, rank: int, ids: Sequ
             f"self-check of the vllm engine failed: the states entering layers {', '.join(wrong)} are a tensor-parallel rank's partial sum: ranks 0 and {rank} differ by "
             f"up to {float((gap / size).max()):.2g} of the largest value. Nothing was written. Try another version of vLLM, or one GPU."
         )
+
+
+def step_tokens(token_bytes: int) -> int | None:
+    """Tokens of a step of the engine on a GPU, for states of ``token_bytes`` a token; None: as many as vLLM takes by itself.
+
+    A step of 16,384 tokens of a 135M target takes an H100 10 ms and Python 18 to launch. vLLM keeps the raw states of a step, so a large target has few.
+    """
+    fit = min(STEP_TOKENS, 2 * BATCH_BYTES // token_bytes)
+    return fit if fit > VLLM_STEP_TOKENS else None
 
 
 def runs(mask: Bool) -> list[list[int]]:

@@ -54,7 +54,7 @@ class Filling:
             rows = self.rows(field, members)
             for name, source in coded.items():
                 assert source.shape[0] == rows.shape[0], (field, name, rows.shape, source.shape)
-                self._arrays[field_array(field, name)][rows] = source
+                self._arrays[field_array(field, name)][as_slice(rows)] = source
         self._missing -= set(members)
 
     def put_on_device(
@@ -95,6 +95,13 @@ class Filling:
 
         flat: Any = self._arrays[key].reshape(-1).view(np.uint8)
         return torch.from_numpy(flat).view(like.shape)
+
+
+def as_slice(rows: Rows) -> Rows | slice:
+    """``rows``, which rise by sample: as a slice where they follow each other, as most engines' do, for one copy instead of one a row."""
+    if rows.size and rows[-1] - rows[0] + 1 == rows.size and (np.diff(rows) == 1).all():
+        return slice(int(rows[0]), int(rows[-1]) + 1)
+    return rows
 
 
 def _bytes_of(coded: torch.Tensor) -> torch.Tensor:

@@ -3,7 +3,8 @@
     engine (caller's thread) -> encode, put in place, copy (one thread, a CUDA stream of its own) -> compress and write (workers)
 
 The engine only launches work. A batch of states is coded where it is and its codes put into their part there (``filling.py``); a part that is whole is copied
-to a block on the host and compressed by a worker process from that same block. Every hand-over is bounded: at most two batches wait for the encoder,
+to a block on the host and compressed by a worker process from that same block. States that are still on their way to the host (from a vLLM worker, by file) are
+waited for here too, so that the engine's thread, which feeds it requests, never waits for one. Every hand-over is bounded: so many batches wait for the encoder,
 and there are only so many blocks (parts in memory) in all, so a slow disk slows the engine down and nothing grows. The encoder's thread does little Python: what it
 does, it does with the lock that the thread which launches the target's kernels needs for each of them.
 
@@ -37,7 +38,8 @@ if TYPE_CHECKING:
     from dspark.dump.parts import PartRows
     from dspark.dump.progress import Bar
 
-WAITING = 2  # batches between engine and encoder
+WAITING = 2  # batches of states between engine and encoder
+COMING = 8  # batches whose states are on their way: they take no memory yet
 BLOCK_BYTES = 4 << 30  # of parts in memory, where the number of workers does not need less
 THREADS = (
     2  # commits at once without worker processes: one alone leaves cores idle while it waits for the disk
@@ -83,7 +85,8 @@ class Pipeline:
         self._shared = shared
         self._filling: dict[int, Filling] = {}
         self._begun = 0
-        self._waiting: queue.Queue[Captured | None] = queue.Queue(WAITING)
+        self._waiting: queue.Queue[Captured | None] = queue.Queue()
+        self._room = threading.Semaphore(WAITING), threading.Semaphore(COMING)
         self._failed: BaseException | None = None
         self.seconds: defaultdict[str, float] = defaultdict(float)
         self._encoder = threading.Thread(target=self._encode, name="encode", daemon=True)
@@ -123,7 +126,15 @@ class Pipeline:
     def put(self, captured: Captured) -> None:
         """Hand over a batch; its group is the number of the part by the order of ``begin``. Waits while the encoder is behind."""
         with self._timed("wait for the encoder"):
-            self._patiently(lambda: self._waiting.put(captured, timeout=0.1), queue.Full)
+            self._patiently(lambda: self._enter(captured), queue.Full)
+        self._waiting.put(captured)
+
+    def _enter(self, captured: Captured) -> None:
+        if not self._room_of(captured).acquire(timeout=0.1):
+            raise queue.Full
+
+    def _room_of(self, captured: Captured) -> threading.Semaphore:
+        return self._room[callable(captured.states)]
 
     def finish(self) -> None:
         """Wait for everything; raises what went wrong in any stage, or EngineError if a part is not whole."""
@@ -140,12 +151,8 @@ class Pipeline:
 
     def _drain(self) -> None:
         """End the encoder once it has done what is waiting."""
-        while self._encoder.is_alive():
-            try:
-                self._waiting.put(None, timeout=0.1)
-                self._encoder.join()
-            except queue.Full:
-                continue
+        self._waiting.put(None)
+        self._encoder.join()
 
     def _check(self) -> None:
         if self._failed is not None:
@@ -176,6 +183,7 @@ class Pipeline:
         try:
             with torch.inference_mode():
                 while (captured := self._waiting.get()) is not None:
+                    self._room_of(captured).release()
                     if captured.ready is None:
                         self._place(captured)
                     else:
@@ -198,6 +206,9 @@ class Pipeline:
         """Code a batch and put it into its part; if that is whole then, hand the part to the writers."""
         filling, states = self._filling[captured.group], captured.states
         members = list(captured.members)
+        if callable(states):
+            with self._timed("wait for states"):
+                states = states()
         if isinstance(states, CodedStates):
             with self._timed("put in place"):
                 filling.put(members, states.aux, states.last)

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
 from itertools import count
 from typing import Any, Generic, TypeVar
 
@@ -33,14 +32,15 @@ class RequestLoop(Generic[Key]):
         """Whether a request of so many tokens may go in now."""
         return not self._open or self._tokens + tokens <= self._budget
 
-    def add(self, key: Key, prompt: Sequence[int], tokens: int, params: Any) -> None:
-        """Hand over a request of ``tokens`` tokens at most, answer included. ``params``: SamplingParams of its own."""
+    def add(self, key: Key, prompt: list[int], tokens: int, params: Any) -> None:
+        """Hand over a request of ``tokens`` tokens at most, answer included. ``params``: SamplingParams that nobody else uses."""
         kinds = importlib.import_module("vllm.sampling_params").RequestOutputKind
         params.output_kind = kinds.FINAL_ONLY
+        params.skip_clone = True  # a deep copy of them takes half of the time that adding a request does
         name = next(self._names)
         self._open[name] = (key, tokens)
         self._tokens += tokens
-        self._guarded(self._engine.add_request, name, {"prompt_token_ids": list(prompt)}, params)
+        self._guarded(self._engine.add_request, name, {"prompt_token_ids": prompt}, params)
 
     def step(self) -> list[tuple[Key, Any]]:
         """Let the engine work; the requests that finished, with their outputs."""

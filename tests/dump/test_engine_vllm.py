@@ -122,16 +122,18 @@ def test_workers_code_what_the_codec_codes(running: VllmEngine, bits: int) -> No
     codecs = codec_for(bits), codec_for(bits)
     found = {}
     for captured in running.stream(iter(groups), codecs):
+        assert callable(captured.states)
+        states = captured.states()
         at = [0, 0]
         for i in captured.members:
             sample = groups[captured.group][i]
             rows = len(sample.input_ids), int(last_rows(sample.loss_mask).sum())
             found[captured.group, i] = [
                 {name: a[start : start + n] for name, a in arrays.items()}
-                for start, n, arrays in zip(at, rows, captured.states, strict=True)
+                for start, n, arrays in zip(at, rows, states, strict=True)
             ]
             at = [start + n for start, n in zip(at, rows, strict=True)]
-        for end, arrays in zip(at, captured.states, strict=True):
+        for end, arrays in zip(at, states, strict=True):
             assert all(len(a) == end for a in arrays.values())
     assert len(found) == 6
     for g, group in enumerate(groups):

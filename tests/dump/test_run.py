@@ -9,9 +9,11 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +36,7 @@ from dspark.cache.records import TokenSample
 from dspark.cache.writer import StoreWriter
 from dspark.dump import plan as planning
 from dspark.dump.calibrate import calibration_samples
-from dspark.dump.capture import Captured, Engine
+from dspark.dump.capture import Captured, CodedStates, Engine, States
 from dspark.dump.config import DumpConfig
 from dspark.dump.progress import Display
 from dspark.dump.run import Stopped, dump, load_engine, prepare
@@ -385,3 +387,47 @@ def test_an_engine_that_loses_a_sample_is_caught(config: DumpConfig, show: Displ
 
     with pytest.raises(EngineError, match=r"gave states for \d+ of \d+ samples of part \d"):
         dump(config, show, lambda plan, n: Losing(load_engine(plan, n), lambda: None))
+
+
+class Coming(Wrapped):
+    """States on the host that arrive only once ``ahead`` batches have been handed over; ``fail``: the first one never does."""
+
+    def __init__(self, inner: Engine, ahead: int, fail: bool = False) -> None:
+        super().__init__(inner, lambda: None)
+        self.ahead, self.fail = ahead, fail
+        self.given = threading.Semaphore(0)
+
+    def stream(
+        self, groups: Iterable[Sequence[TokenSample]], codecs: tuple[Codec, Codec]
+    ) -> Iterator[Captured]:
+        for number, captured in enumerate(self.inner.stream(groups, codecs)):
+            assert isinstance(captured.states, States)
+            aux, last = (
+                {name: t.numpy() for name, t in codec.encode(states).items()}
+                for codec, states in zip(codecs, captured.states, strict=True)
+            )
+            fetch = partial(self.fetch, number, CodedStates(aux, last))
+            yield Captured(captured.group, captured.members, fetch)
+            self.given.release()  # the engine's thread is here again
+
+    def fetch(self, number: int, states: CodedStates) -> CodedStates:
+        if self.fail and number == 0:
+            raise EngineError("the worker died")
+        if number == 0:
+            assert all(self.given.acquire(timeout=30) for _ in range(self.ahead))
+        return states
+
+
+def test_the_engine_goes_on_while_its_states_are_on_their_way(
+    config: DumpConfig, show: Display, tmp_path: Path
+) -> None:
+    config = dataclasses.replace(config, batch_tokens=32)  # several batches a part
+    dump(config, show)
+    other = dataclasses.replace(config, output=tmp_path / "again.zarr")
+    dump(other, show, lambda plan, n: Coming(load_engine(plan, n), 5))
+    assert_same(config.output, other.output)
+
+
+def test_states_that_never_come_stop_the_dump(config: DumpConfig, show: Display) -> None:
+    with pytest.raises(EngineError, match="the worker died"):
+        dump(config, show, lambda plan, n: Coming(load_engine(plan, n), 5, fail=True))
