@@ -30,6 +30,7 @@ from dspark.train.draft_config import DraftConfig
 from dspark.train.gated import gated
 from dspark.train.heads import ConfidenceHead, MarkovHead, build_markov_head
 from dspark.train.joined import joined_linear, joined_product, lay_side_by_side
+from dspark.train.scaled import write_scaled
 
 
 class TargetWeights(Protocol):
@@ -68,7 +69,7 @@ class FrozenHead:
         """
         if self.wide is None:
             return torch.cat([self.draft_head, w2], 1)
-        self.wide[:, self.draft_head.shape[1] :].copy_(w2)
+        write_scaled(self.wide[:, self.draft_head.shape[1] :], w2)
         return self.wide
 
     def target_logits(self, last: Tensor, out: Tensor | None = None) -> Tensor:

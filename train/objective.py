@@ -34,6 +34,7 @@ from torch import Tensor
 from dspark.cache.errors import UsageError
 from dspark.train.batch import Batch
 from dspark.train.draft import FrozenHead, SlotStates
+from dspark.train.scaled import write_scaled
 
 # Logits of a chunk. On CUDA two [chunk, V] tensors live at a time, 1.1 GB in bfloat16 (up to a tile of rows more): 1,792 slots of Qwen3's
 # 151,936 tokens, half of 512 blocks of 7. On a CPU a few in fp32, and its caches like small ones.
@@ -397,7 +398,7 @@ class _ChunkedTerms(torch.autograd.Function):
         d_x, d_w2 = ctx.saved_tensors
         if d_w2 is not None:
             # Scaled and rounded in one pass: in fp32 this is the largest tensor here after the logits.
-            d_w2 = torch.mul(d_w2, grad, out=torch.empty_like(d_w2, dtype=ctx.w2_dtype))
+            d_w2 = write_scaled(torch.empty_like(d_w2, dtype=ctx.w2_dtype), d_w2, grad)
         return d_x * grad.to(d_x.dtype), d_w2, *(None,) * 10
 
 
