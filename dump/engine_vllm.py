@@ -16,6 +16,7 @@ import re
 import shutil
 from collections import defaultdict, deque
 from collections.abc import Iterable, Iterator, Sequence
+from copy import copy
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -186,6 +187,7 @@ class VllmEngine:
         vllm = importlib.import_module("vllm")
         self.use_codecs(codecs)
         loop: RequestLoop[tuple[int, int, TokenSample]] = RequestLoop(self.llm, self.room(codecs))
+        plain = vllm.SamplingParams(max_tokens=1, temperature=0.0, detokenize=False)
         coming = enumerate(groups)
         waiting: deque[tuple[int, int, TokenSample]] = deque()
         left: dict[int, int] = {}  # samples of a group that are not out yet
@@ -204,12 +206,8 @@ class VllmEngine:
                 sample = waiting[0][2]
                 if not loop.fits(len(sample.input_ids)):
                     break
-                params = vllm.SamplingParams(
-                    max_tokens=1,
-                    temperature=0.0,
-                    detokenize=False,
-                    extra_args={"kv_transfer_params": {STORED: runs(last_rows(sample.loss_mask))}},
-                )
+                params = copy(plain)  # making one anew checks every field again
+                params.extra_args = {"kv_transfer_params": {STORED: runs(last_rows(sample.loss_mask))}}
                 loop.add(waiting.popleft(), sample.input_ids.tolist(), len(sample.input_ids), params)
             if loop.empty:
                 return
@@ -400,8 +398,9 @@ def step_tokens(token_bytes: int) -> int | None:
 
 def runs(mask: Bool) -> list[list[int]]:
     """``[start, stop)`` of every run of true values."""
-    edges = np.flatnonzero(np.diff(mask.astype(np.int8), prepend=0, append=0))
-    out: list[list[int]] = edges.reshape(-1, 2).tolist()
+    framed = np.zeros(len(mask) + 2, bool)
+    framed[1:-1] = mask
+    out: list[list[int]] = np.flatnonzero(framed[1:] != framed[:-1]).reshape(-1, 2).tolist()
     return out
 
 

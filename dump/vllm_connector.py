@@ -17,6 +17,7 @@ from __future__ import annotations
 import os
 import threading
 from collections import deque
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -187,11 +188,8 @@ class SpoolConnector(ExampleHiddenStatesConnector):  # type: ignore[misc]
         first = tokens.cumsum() - tokens
         position = np.arange(tokens.sum()) - np.repeat(first, tokens)
         block = blocks[np.repeat(counts.cumsum() - counts, tokens) + position // size]
-        runs = [stored_rows(save.stored or [], int(n)) for save, n in zip(saves, tokens, strict=True)]
-        lasts = np.array([len(r) for r in runs])
-        index = np.concatenate(
-            [block * size + position % size, np.concatenate(runs) + np.repeat(first, lasts)]
-        )
+        stored, lasts = stored_rows([save.stored or [] for save in saves], tokens)
+        index = np.concatenate([block * size + position % size, stored])
         if cache.device.type != "cuda":  # indexing copies
             slots, rows = torch.from_numpy(index).tensor_split([len(block)])
             states = extract_from_kv_cache(cache, slots, len(block))
@@ -254,7 +252,13 @@ class SpoolConnector(ExampleHiddenStatesConnector):  # type: ignore[misc]
         return None, error
 
 
-def stored_rows(runs: list[list[int | None]], tokens: int) -> Ints:
-    """Positions in runs ``[start, stop)``, None: to the end."""
-    everything = np.arange(tokens)
-    return np.concatenate([everything[:0], *(everything[a:b] for a, b in runs)])
+def stored_rows(runs: Sequence[Sequence[Sequence[int | None]]], tokens: Ints) -> tuple[Ints, Ints]:
+    """Rows, of requests end to end with ``tokens`` int64[k] each, that lie in each one's runs ``[start, stop)`` of positions, None: to its end; and their number
+    by request, int64[k]."""
+    most = np.iinfo(np.int64).max
+    flat = [(i, a, most if b is None else b) for i, own in enumerate(runs) for a, b in own]
+    owner, start, stop = np.array(flat, np.int64).reshape(-1, 3).T
+    sizes = (np.minimum(stop, tokens[owner]) - start).clip(min=0)
+    begin = (tokens.cumsum() - tokens)[owner] + start
+    rows = np.arange(sizes.sum()) + np.repeat(begin - (sizes.cumsum() - sizes), sizes)
+    return rows, np.bincount(owner, sizes, len(tokens)).astype(np.int64)

@@ -230,6 +230,19 @@ def test_another_rank_writes_beside_the_first_and_only_where_asked(tmp_path: Pat
 
 
 @pytest.mark.vllm
+def test_rows_of_runs() -> None:
+    from dspark.dump.vllm_connector import stored_rows
+
+    # Requests of 5, 3 and 4 tokens: rows 0-4, 5-7, 8-11. The second has none; a run may reach beyond a request that was given up.
+    rows, counts = stored_rows([[[1, 3], [4, None]], [], [[0, 2], [3, 9]]], np.array([5, 3, 4]))
+    assert (rows.tolist(), counts.tolist()) == ([1, 2, 4, 8, 9, 11], [3, 0, 3])
+    rows, counts = stored_rows([[[4, 6]], []], np.array([2, 3]))
+    assert (rows.tolist(), counts.tolist()) == ([], [0, 0])
+    rows, counts = stored_rows([[], []], np.array([2, 3]))
+    assert (rows.tolist(), counts.tolist()) == ([], [0, 0])
+
+
+@pytest.mark.vllm
 def test_blocks_are_kept_until_their_batch_is_gathered(tmp_path: Path) -> None:
     """One report a request, by rank 0, once its copy is made; a worker that writes too slowly is waited for."""
     worker = connector(tmp_path, torch.randn(9, 3, 4, 64))
