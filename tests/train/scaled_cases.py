@@ -15,7 +15,7 @@ SHAPES = [(19, 256), (19, 77), (2100, 1), (2, fused_scaled.TILE + 5), (0, 7), (3
 for (rows, columns), before, after, with_scale, around in itertools.product(
     SHAPES, scaled.KINDS, scaled.KINDS, [False, True], [0, 24]
 ):
-    source = torch.randn(rows, columns + around).to(before)[:, around // 3 :][:, :columns]
+    source = torch.randn(rows, columns + 2 * around).to(before)[:, around // 3 :][:, :columns]
     scale = torch.randn(()) if with_scale else None
     # Rows behind the last one, and columns on both sides.
     wide = torch.randn(rows + 2, columns + around).to(after)
