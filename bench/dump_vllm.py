@@ -1,11 +1,11 @@
 """The same ratio with real vLLM: its plain prefill (no extraction, no connector) against a whole dump through our connector.
 
-    python bench/dump_vllm.py --target DIR --data FILE.jsonl [--rows 24] [--copies 1] [--bits 4/4]
+    python bench/dump_vllm.py --target DIR --data FILE.jsonl [--rows 24] [--copies 1] [--bits 4/4] [--own-steps]
 
 Plain vLLM runs in a process of its own first, with as many tokens a step as the dump takes (on a GPU faster than vLLM's own number: 640 k against 390 to 500 k
 tokens/s on an H100 with SmolLM2), the best of three passes, each on an empty prefix cache. Then, on the dump's own engine, the same requests
 with ``dspark_skip``: what vLLM's extraction costs when nobody takes the states. Then the dump, of ``--copies`` times the rows (each copy begins with a number of its
-own, so that the prefix cache does not know it). Prefix caching and chunked prefill are on in all. Writes bench/results/dump_vllm.json.
+own, so that the prefix cache does not know it). Prefix caching and chunked prefill are on in all. Writes bench/results/NAME.json.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from typing import Any
 
 from common import write
 from dspark.cache.codec import Codec, codec_for
+from dspark.cache.records import TokenSample
 from dspark.dump.capture import Captured, Engine
 from dspark.dump.config import DumpConfig
 from dspark.dump.engine_vllm import ENVIRONMENT, VllmEngine, extracted_ids, step_tokens
@@ -61,16 +62,20 @@ def plain(target: str, prompts: list[list[int]], dtype: str, seq_length: int, st
 class Uncached:
     """Loads the engine, its prefix cache emptied before the dump: self-check and calibration have run many of these few rows already.
 
-    ``extraction``: tokens a second of ``prompts`` through that engine when their states are not taken.
+    ``extraction``: tokens a second of the samples through that engine when their states are not taken.
     """
 
-    def __init__(self, prompts: list[list[int]], codecs: tuple[Codec, Codec]) -> None:
-        self.prompts, self.codecs = prompts, codecs
+    def __init__(self, samples: list[TokenSample], codecs: tuple[Codec, Codec]) -> None:
+        self.prompts, self.codecs = [s.input_ids.tolist() for s in samples], codecs
+        self.warm = samples[:64]
         self.extraction = 0.0
 
     def __call__(self, plan: Plan, batch_tokens: int | None) -> Engine:
         engine = load_engine(plan, batch_tokens)
         assert isinstance(engine, VllmEngine)
+        for coded in engine.stream(iter([self.warm]), self.codecs):  # compiles the worker's encoder
+            assert callable(coded.states)
+            coded.states()
         self.extraction = max(self.skipped(engine) for _ in range(PASSES))
         stream = engine.stream
 
@@ -136,6 +141,10 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=24)
     parser.add_argument("--copies", type=int, default=1)
     parser.add_argument("--bits", default="4/4")
+    parser.add_argument(
+        "--own-steps", action="store_true", help="plain vLLM with its own tokens a step, not the dump's"
+    )
+    parser.add_argument("--name", default="dump_vllm")
     parser.add_argument("--plain", help="internal: file of prompts")
     parser.add_argument("--step", type=int, help="internal: tokens of a step")
     args = parser.parse_args()
@@ -152,26 +161,26 @@ def main() -> None:
         )  # fmt: skip
         job = prepare(config)
         parts = part_reader(job, 1 << 30, lambda line: None).parts({})
-        prompts = [s.input_ids.tolist() for p in parts for s in p.samples if s.row < args.rows]
+        samples = [s for p in parts for s in p.samples if s.row < args.rows]
+        engine = Uncached(samples, (codec_for(aux_bits), codec_for(last_bits)))
         asked = Path(scratch) / "prompts.json"
-        asked.write_text(json.dumps({"prompts": prompts, "dtype": job.plan.dtype}))
+        asked.write_text(json.dumps({"prompts": engine.prompts, "dtype": job.plan.dtype}))
         call = [sys.executable, __file__, "--target", args.target, "--data", args.data, "--plain", str(asked)]
-        step = steps_of(job.plan)
+        step = None if args.own_steps else steps_of(job.plan)
         done = subprocess.run(
             call + (["--step", str(step)] if step else []),
             stdout=subprocess.PIPE, text=True, check=True, env={**ENVIRONMENT, **os.environ},
         )  # fmt: skip
         bare = float(done.stdout.strip().splitlines()[-1])
-        engine = Uncached(prompts, (codec_for(aux_bits), codec_for(last_bits)))
         report = dump(config, Display(), engine)
     rate = report["new_tokens"] / report["capture_seconds"]
     results = {
-        "engine": "vllm", "aux_bits": aux_bits, "last_bits": last_bits, "tokens_per_s": rate, "prefill_tokens_per_s": bare, "ratio": rate / bare, "step_tokens": step,
+        "engine": "vllm", "aux_bits": aux_bits, "last_bits": last_bits, "tokens_per_s": rate, "prefill_tokens_per_s": bare, "ratio": rate / bare, "plain_step_tokens": step,
         "extraction_tokens_per_s": engine.extraction,
         "tokens": report["new_tokens"], "seconds": report["capture_seconds"], "stages_s": report["stages"],
     }  # fmt: skip
     write(
-        "dump_vllm",
+        args.name,
         {"rows": args.rows, "copies": args.copies, "target": Path(args.target).name, "dtype": job.plan.dtype},
         results,
     )

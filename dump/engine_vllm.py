@@ -393,7 +393,7 @@ def step_tokens(token_bytes: int) -> int | None:
     A step of 16,384 tokens of a 135M target takes an H100 10 ms and Python 18 to launch. vLLM keeps the raw states of a step, so a large target has few.
     """
     fit = min(STEP_TOKENS, 2 * BATCH_BYTES // token_bytes)
-    return fit if fit > VLLM_STEP_TOKENS else None
+    return fit if fit >= 2 * VLLM_STEP_TOKENS else None
 
 
 def runs(mask: Bool) -> list[list[int]]:

@@ -15,6 +15,7 @@ import dataclasses
 import fcntl
 import json
 import math
+import mmap
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -217,14 +218,14 @@ class SpoolReader:
 
 
 def read_batch(filename: str) -> Batch:
-    """What ``write_batch`` wrote; tensors that share one buffer."""
+    """What ``write_batch`` wrote; tensors in the mapped file, which lives as long as one of them, whether it has been deleted or not."""
     import torch
 
     with open(filename, "rb") as file:
         line = file.readline()
-        file.seek(_round_up(len(line)))
-        data = torch.from_numpy(np.fromfile(file, np.uint8))
-    arrays, at = {}, 0
+        # A copy on write, and nobody writes: a mapping that is read only makes torch warn.
+        data = torch.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY), dtype=torch.uint8)
+    arrays, at = {}, _round_up(len(line))
     for name, (dtype, shape) in json.loads(line).items():
         kind = getattr(torch, dtype)
         size = math.prod(shape) * kind.itemsize

@@ -53,8 +53,10 @@ from dspark.dump.spool import (
 )
 
 Ints = np.ndarray[tuple[int, ...], np.dtype[np.int64]]
-WRITING = 3  # batches whose states may be on the device at once: a slow disk slows the engine down
-THREADS = 2  # one writes while the other codes
+WRITING = 6  # batches whose states may be on the device at once: a slow disk slows the engine down
+THREADS = (
+    4  # a batch waits for the step that runs when it is gathered, is coded, copied and written: they overlap
+)
 
 
 @dataclass
@@ -207,9 +209,7 @@ class SpoolConnector(ExampleHiddenStatesConnector):  # type: ignore[misc]
         """In a writer thread: code, copy, write; or leave the reason."""
         try:
             with torch.inference_mode(), gathered.on_stream():
-                tensors = {
-                    name: t.to("cpu", non_blocking=True) for name, t in self._tensors(gathered).items()
-                }
+                tensors = {name: to_host(t) for name, t in self._tensors(gathered).items()}
                 if gathered.stream is not None:
                     copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
                     copied.record(gathered.stream)
@@ -250,6 +250,13 @@ class SpoolConnector(ExampleHiddenStatesConnector):  # type: ignore[misc]
                 except EngineError as own:
                     return i, own
         return None, error
+
+
+def to_host(t: torch.Tensor) -> torch.Tensor:
+    """Begin to copy it. Into page-locked memory from a GPU, of which torch keeps what was freed: fresh pages for every batch would cost more than the copy."""
+    if not t.is_cuda:
+        return t
+    return torch.empty_like(t, device="cpu", pin_memory=True).copy_(t, non_blocking=True)
 
 
 def stored_rows(runs: Sequence[Sequence[Sequence[int | None]]], tokens: Ints) -> tuple[Ints, Ints]:

@@ -252,7 +252,10 @@ def test_blocks_are_kept_until_their_batch_is_gathered(tmp_path: Path) -> None:
     made = [SimpleNamespace(query=lambda i=i: i not in late) for i in range(5)]
     gather, late = worker._gather, {1}
     worker._gather = lambda batch: replace(gather(batch), ready=made[int(batch[0].request[1:-1]) // 2])
-    with patch("dspark.dump.vllm_connector.get_tensor_model_parallel_rank", return_value=0):
+    with (
+        patch("dspark.dump.vllm_connector.get_tensor_model_parallel_rank", return_value=0),
+        patch("dspark.dump.vllm_connector.WRITING", 3),
+    ):
         written, gate, found = worker._write, threading.Event(), []
         worker._write = lambda batch, filename: gate.wait(30) and written(batch, filename)
         step = threading.Thread(target=lambda: found.append(worker.get_finished(set())))
