@@ -42,6 +42,7 @@ STORED, COMPARE, SKIP = (
 PATH, INDEX = "dspark_batch", "dspark_index"  # and of a finished one's: where its states will be
 TOKENS, LASTS, IDS, RAW = "tokens", "lasts", "token_ids", "hidden_states"  # arrays of a batch
 CODING, NORM = "coding.json", "norm.pt"
+WAIT_SECONDS = 600.0  # how long a worker that lives may take for a batch of some 60 MB: longer, and it hangs
 RANK_SECONDS = 60.0  # how long another rank may take longer than the first
 LOOK_SECONDS = 0.001  # between two looks for a file
 ALIGNED = 64  # bytes
@@ -199,10 +200,15 @@ class SpoolReader:
                     os.unlink(name + end)
 
     def _wait(self, name: str, rank: int) -> None:
-        end = time.monotonic() + RANK_SECONDS if rank else math.inf
+        patience = RANK_SECONDS if rank else WAIT_SECONDS
+        end = time.monotonic() + patience
         while not (os.path.exists(name) or os.path.exists(name + ERROR)):
-            if not self._alive() or time.monotonic() > end:
+            if not self._alive():
                 return
+            if time.monotonic() > end:
+                raise SpoolError(
+                    f"the worker lives and has left no {name} for {patience:g} s: it hangs, or its disk does"
+                )
             time.sleep(LOOK_SECONDS)
 
     def _alive(self) -> bool:

@@ -74,3 +74,13 @@ def test_a_file_that_never_came(tmp_path: Path) -> None:
     threading.Timer(0.2, os.close, [lock]).start()
     with pytest.raises(SpoolError, match="it died"):
         SpoolReader(tmp_path).take(str(tmp_path / "2.batch"), [0])
+
+
+def test_a_worker_that_hangs_is_not_waited_for_without_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dspark.dump.spool.WAIT_SECONDS", 0.1)
+    lock = hold(str(tmp_path))
+    with pytest.raises(SpoolError, match=r"the worker lives and has left no .*1\.batch for 0\.1 s"):
+        SpoolReader(tmp_path).take(str(tmp_path / "1.batch"), [0])
+    os.close(lock)
