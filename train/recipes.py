@@ -44,8 +44,11 @@ def parse(text: str, where: str) -> dict[str, Recipe]:
             raise UsageError(f"{where}: {name} has {sorted(entry)}; expected targets, source and settings")
         if unknown := sorted(set(entry["settings"]) - allowed):
             raise UsageError(f"{where}: {name} sets {', '.join(unknown)}, which no recipe can")
-        TrainConfig(cache="", **entry["settings"])
-        out[name] = Recipe(name, tuple(entry["targets"]), entry["source"], entry["settings"])
+        settings: dict[str, Any] = {
+            k: tuple(v) if isinstance(v, list) else v for k, v in entry["settings"].items()
+        }
+        TrainConfig(cache="", **settings)
+        out[name] = Recipe(name, tuple(entry["targets"]), entry["source"], settings)
     return out
 
 
@@ -75,6 +78,8 @@ def configure(given: Mapping[str, Any], recipe: str = AUTO) -> TrainConfig:
     if chosen is None:
         return TrainConfig(**given)
     own = dict(chosen.settings)
-    if given.get("optimizer", own.get("optimizer")) != own.get("optimizer"):
-        own.pop("lr", None)  # it was found for the recipe's optimizer
+    meant = own.get("optimizer", TrainConfig(cache="").optimizer)
+    if given.get("optimizer", meant) != meant:
+        for setting in ("lr", "betas"):  # found for the recipe's optimizer
+            own.pop(setting, None)
     return TrainConfig(**{**own, **given, "recipe": chosen.name})

@@ -38,6 +38,7 @@ def test_the_published_settings() -> None:
         3,
     )
     assert (qwen["block_size"], qwen["max_anchors"], qwen["markov_rank"], qwen["epochs"]) == (7, 512, 256, 10)
+    assert all(recipes()[name].settings["betas"] == (0.9, 0.999) for name in ("Qwen3-4B", "Qwen3-14B", "Gemma-4-12B"))  # fmt: skip
     assert eight["lr"] * eight["min_lr_ratio"] == pytest.approx(6e-5)
     assert {"Qwen3-14B", "SmolLM2-135M"} < set(recipes())
 
@@ -103,3 +104,7 @@ def test_another_optimizer_than_the_recipes_does_not_take_its_rate(tmp_path: Pat
     assert configure({"cache": cache, "optimizer": "adamw", "lr": 3e-3}).lr == 3e-3
     with pytest.raises(errors.UsageError, match=r"muon \(recipe SmolLM2-135M\) needs whole matrices"):
         configure({"cache": cache, "strategy": "fsdp2"})
+    qwen = store_of(tmp_path / "qwen", "Qwen/Qwen3-4B")
+    assert configure({"cache": qwen, "optimizer": "adamw"}).betas == (0.9, 0.999)
+    muon = configure({"cache": qwen, "optimizer": "muon"})
+    assert muon.betas == TrainConfig(cache=qwen).betas
