@@ -27,8 +27,9 @@ from dspark.cache.records import TokenSample
 from dspark.dump.capture import States
 from dspark.dump.config import DumpConfig
 from dspark.dump.engine_transformers import TransformersEngine, batches
+from dspark.dump.job import load_engine, part_reader, prepare
 from dspark.dump.progress import Display
-from dspark.dump.run import dump, load_engine, part_reader, prepare
+from dspark.dump.run import dump
 
 Parts = list[list[TokenSample]]
 

@@ -28,9 +28,10 @@ from dspark.cache.records import TokenSample
 from dspark.dump.capture import Captured, Engine
 from dspark.dump.config import DumpConfig
 from dspark.dump.engine_vllm import ENVIRONMENT, VllmEngine, extracted_ids, step_tokens
+from dspark.dump.job import load_engine, part_reader, prepare
 from dspark.dump.plan import Plan
 from dspark.dump.progress import Display
-from dspark.dump.run import dump, load_engine, part_reader, prepare
+from dspark.dump.run import dump
 from dspark.dump.spool import SKIP
 from dspark.dump.vllm_loop import RequestLoop
 

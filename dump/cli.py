@@ -152,8 +152,9 @@ def main(as_json: bool, **flags: Any) -> None:
 
 def execute(config: DumpConfig) -> dict[str, Any]:
     """Plan or dump; returns what ``--json`` prints."""
+    from dspark.dump.job import plan_only
     from dspark.dump.progress import Display
-    from dspark.dump.run import dump, plan_only
+    from dspark.dump.run import dump
 
     show = Display()
     if config.dry_run:

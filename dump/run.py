@@ -21,26 +21,23 @@ from typing import TYPE_CHECKING, Any
 from dspark.cache.codec import Bf16, Codec, field_info
 from dspark.cache.errors import DataError, DsparkError, ExistsError
 from dspark.cache.logits import PLAIN, Logits
-from dspark.cache.manifest import DumpInfo, Manifest, SourceInfo
+from dspark.cache.manifest import Manifest
 from dspark.cache.reader import read_manifest
 from dspark.cache.recode import snr_db
 from dspark.cache.records import TokenSample
 from dspark.cache.writer import StoreWriter
 from dspark.dump import plan as planning
 from dspark.dump.ahead import ahead
-from dspark.dump.answers import recommended
 from dspark.dump.calibrate import Calibration, calibration_samples, captured, centred_as
 from dspark.dump.config import DumpConfig
-from dspark.dump.corpus import Corpus, TokenRow, open_corpus
-from dspark.dump.parts import Making, PartReader, PartRows
+from dspark.dump.job import Job, first_samples, load_engine, part_reader, prepare, tokenisers
+from dspark.dump.parts import PartReader, PartRows
 from dspark.dump.pipeline import Pipeline, writers
-from dspark.dump.presets import check_shapes, find
 from dspark.dump.progress import log_file
 from dspark.dump.regenerate import Prompts, Regenerator, batches_of, join_answers
-from dspark.dump.selfcheck import PROBE_TOKENS, check, probe_samples
-from dspark.dump.target import Target, compact, load_target, target_info, tokenizer_info
+from dspark.dump.selfcheck import check
+from dspark.dump.target import compact
 from dspark.dump.tokenise import Tokenisers
-from dspark.dump.tokens import SampleMaker
 from dspark.dump.workers import WorkerPool
 
 if TYPE_CHECKING:
@@ -49,113 +46,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("dspark.dump")
 
-PROCESS_ROWS = 2000  # a corpus shorter than this is tokenised before processes for it would have started
-
 
 class Stopped(DsparkError):
     """The dump was interrupted; what is committed is whole."""
-
-
-@dataclass(frozen=True, slots=True)
-class Job:
-    """Everything that is settled before weights are read."""
-
-    config: DumpConfig
-    plan: planning.Plan
-    target: Target
-    corpus: Corpus
-    maker: SampleMaker
-    manifest: Manifest
-
-
-def plan_only(config: DumpConfig) -> planning.Plan:
-    """The plan of ``--dry-run``: no weights; with a preset no network and no tokenizer either."""
-    preset = find(config.model)
-    if preset is None or Path(config.model).is_dir():
-        return prepare(config).plan
-    plan = planning.resolve(config, preset, preset.shapes)
-    return (
-        planning.estimate(plan, open_corpus(plan.data), None, config.limit)
-        if Path(plan.data).is_file()
-        else plan
-    )
-
-
-def prepare(config: DumpConfig) -> Job:
-    """Read config, tokenizer and corpus; check them against one another; estimate the size."""
-    preset = find(config.model)
-    target = load_target(config.model)
-    if preset is not None:
-        check_shapes(preset, target.shapes)
-    plan = planning.resolve(config, preset, target.shapes)
-    corpus = open_corpus(plan.data)
-    first = next(corpus.rows(), None)
-    tokenised = first is not None and isinstance(first.value, TokenRow)
-    maker: SampleMaker
-    if config.regenerate:
-        sampling = recommended(
-            config.model, config.temperature, config.top_p, config.max_tokens, config.thinking
-        )
-        maker = Prompts(target.tokenizer, sampling, plan.seq_length)
-    else:
-        maker = SampleMaker(
-            target.tokenizer,
-            tokenised=tokenised,
-            vocab_size=target.shapes.vocab_size,
-            seq_length=plan.seq_length,
-            min_supervised=config.min_supervised,
-            assistant_pattern=plan.assistant_pattern,
-            eos_token_ids=target.eos_token_ids,
-        )
-    plan = planning.estimate(plan, corpus, maker, config.limit)
-    if isinstance(maker, Prompts):
-        plan = planning.with_answers(plan, maker.sampling.max_tokens)
-    aux, last = config.codecs
-    manifest = Manifest(
-        target=target_info(target, config.mask_token_id, preset),
-        layers=list(plan.layers),
-        aux=field_info(aux),
-        last=field_info(last),
-        tokenizer=tokenizer_info(target, tokenised),
-        source=SourceInfo(id=corpus.id, sha256=corpus.sha256, limit=config.limit),
-        dump=DumpInfo(
-            engine=plan.engine,
-            engine_version=planning.engine_version(plan.engine),
-            dtype=plan.dtype,
-            seq_length=plan.seq_length,
-            min_supervised=config.min_supervised,
-            assistant_pattern=None if tokenised else plan.assistant_pattern,
-            mask_rule=maker.mask_rule,
-            part_tokens=plan.part_tokens,
-        ),
-    )
-    return Job(config, plan, target, corpus, maker, manifest)
-
-
-def load_engine(plan: planning.Plan, batch_tokens: int | None) -> Engine:
-    """Start the engine the plan names."""
-    if plan.engine == "vllm":
-        from dspark.dump.engine_vllm import VllmEngine
-
-        return VllmEngine.load(
-            plan.model,
-            plan.shapes,
-            plan.layers,
-            dtype=plan.dtype,
-            seq_length=plan.seq_length,
-            spool=Path(plan.output + ".spool"),
-            batch_tokens=batch_tokens,
-        )
-    from dspark.dump.engine_transformers import TransformersEngine
-
-    return TransformersEngine.load(
-        plan.model,
-        plan.shapes,
-        plan.layers,
-        device=plan.device,
-        dtype=plan.dtype,
-        batch_tokens=batch_tokens or planning.batch_tokens(plan),
-    )
 
 
 def dump(
@@ -201,14 +94,6 @@ def dump(
         for line in summary(out):
             show.say(line)
         return out
-
-
-def tokenisers(job: Job) -> Tokenisers | None:
-    """Processes that turn rows into samples, where the corpus is long enough for them."""
-    short = job.plan.rows is not None and job.plan.rows < PROCESS_ROWS
-    if not job.plan.workers or short or isinstance(job.maker, Prompts):
-        return None
-    return Tokenisers(job.maker, job.plan.workers)
 
 
 def run_engine(
@@ -277,32 +162,6 @@ def calibration(job: Job, engine: Engine, probe: Sequence[States], show: Display
         f"size     about {planning.human(plan.bytes or 0)}, measured on {sum(s.aux.shape[0] for s in states):,} tokens"
     )
     return out
-
-
-def part_reader(
-    job: Job, part_tokens: int, note: Callable[[str], None], make: Making | None = None
-) -> PartReader:
-    return PartReader(
-        job.corpus,
-        job.maker,
-        part_tokens=part_tokens,
-        limit=job.config.limit,
-        max_dropped=job.config.max_dropped,
-        note=note,
-        make=make,
-    )
-
-
-def first_samples(job: Job) -> list[TokenSample]:
-    """The first samples of the corpus: what the self-check and the measured quality are taken from, in every run of this store alike."""
-    reader = part_reader(job, PROBE_TOKENS, log.debug)
-    part = next(reader.parts({}))
-    if not part.samples:
-        reader.check_dropped(at_end=True)
-        raise DataError(
-            f"{job.corpus.id}: no row of {reader.rows_read:,} gave a sample: {dict(part.dropped)}."
-        )
-    return probe_samples(part.samples)
 
 
 @dataclass(slots=True)

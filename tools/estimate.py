@@ -43,8 +43,8 @@ def estimate(
     from dspark.cache.layout import raw_bytes_per_token
     from dspark.dump import plan as planning
     from dspark.dump.config import DumpConfig
+    from dspark.dump.job import prepare
     from dspark.dump.presets import find
-    from dspark.dump.run import prepare
     from dspark.dump.target import load_target
 
     counted = samples is not None and mean_tokens is not None

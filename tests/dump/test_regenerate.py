@@ -24,8 +24,9 @@ from dspark.dump.answers import Ask, Sampling, recommended, seed_of, stored_runs
 from dspark.dump.cli import main
 from dspark.dump.config import DumpConfig
 from dspark.dump.corpus import ChatRow, Row
+from dspark.dump.job import prepare
 from dspark.dump.progress import Display
-from dspark.dump.run import dump, prepare
+from dspark.dump.run import dump
 from dump_targets import chat, engine
 
 GREEDY = Sampling(temperature=0.0, top_p=1.0, top_k=0, max_tokens=9, thinking=None)

@@ -38,8 +38,9 @@ from dspark.dump import plan as planning
 from dspark.dump.calibrate import calibration_samples
 from dspark.dump.capture import Captured, CodedStates, Engine, States
 from dspark.dump.config import DumpConfig
+from dspark.dump.job import load_engine, prepare
 from dspark.dump.progress import Display
-from dspark.dump.run import Stopped, dump, load_engine, prepare
+from dspark.dump.run import Stopped, dump
 from dump_targets import chat
 
 WORDS = [
