@@ -113,7 +113,7 @@ class LayerIds(click.ParamType[tuple[int, ...]]):
 @click.option(
     "--batch-tokens",
     type=int,
-    help="Tokens to a forward pass.  [default: 16384 to 65536 on cuda by hidden size, 2048 on cpu]",
+    help="Tokens to a forward pass.  [default: 16384 to 65536 on cuda by hidden size, 2048 on cpu; with vllm its own, on cuda up to 65536 for small targets]",
 )
 @click.option(
     "--part-tokens",

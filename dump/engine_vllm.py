@@ -4,7 +4,8 @@ vLLM's conventions differ from the store's and are undone here: id j is the stat
 sorted and deduplicated; the last layer's state comes *before* the final norm, which is applied here with the checkpoint's own weights.
 
 States, already coded by the worker, go through spool files, one for the requests that finish together, read and deleted as soon as these are done; requests go in
-while others come out, and never so many that the spool would hold more than ``SPOOL_BYTES``. vLLM runs in a process of its own (in-process, its connector never
+while others come out, and never so many that what they leave would be more than ``SPOOL_BYTES``; the files of up to ``pipeline.COMING`` batches that are read later lie
+beside it. vLLM runs in a process of its own (in-process, its connector never
 flushes), over all visible GPUs; prefix caching and chunked prefill stay on.
 """
 
@@ -54,10 +55,9 @@ if TYPE_CHECKING:
 
 SPOOL_BYTES = 2 << 30
 BATCH_BYTES = 256 << 20  # of raw states that a worker handles at once, on its device beside the target
-STEP_TOKENS = (
-    1 << 16
-)  # of one step of the engine at most, where states are so small that vLLM's own 16,384 leave a GPU waiting for launches
-VLLM_STEP_TOKENS = 1 << 14
+# Of one step of the engine at most, where states are so small that vLLM's own 16,384 leave a GPU waiting for launches.
+STEP_TOKENS, VLLM_STEP_TOKENS = 1 << 16, 1 << 14
+STEP_BYTES = 512 << 20  # of raw states that vLLM keeps of a step
 OLDEST, NEWEST = (0, 25), (0, 33)
 RANK_TOLERANCE = 0.01  # of a layer's largest value: an all-reduce gives every rank the same bits, a partial sum differs by a tenth and more
 # stdout belongs to --json; a CPU worker refuses to start without a cache size.
@@ -392,7 +392,7 @@ def step_tokens(token_bytes: int) -> int | None:
 
     A step of 16,384 tokens of a 135M target takes an H100 10 ms and Python 18 to launch. vLLM keeps the raw states of a step, so a large target has few.
     """
-    fit = min(STEP_TOKENS, 2 * BATCH_BYTES // token_bytes)
+    fit = min(STEP_TOKENS, STEP_BYTES // token_bytes)
     return fit if fit >= 2 * VLLM_STEP_TOKENS else None
 
 

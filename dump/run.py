@@ -13,13 +13,13 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dspark.cache.codec import Bf16, Codec, field_info
-from dspark.cache.errors import DataError, DsparkError, ExistsError
+from dspark.cache.errors import DataError, DsparkError, EngineError, ExistsError
 from dspark.cache.logits import PLAIN, Logits
 from dspark.cache.manifest import Manifest
 from dspark.cache.reader import read_manifest
@@ -209,7 +209,10 @@ def write_parts(
             pipeline.finish()
         except KeyboardInterrupt as error:
             show.say("stopping: what is not whole is given up, whole parts are being committed")
-            pipeline.settle()
+            with suppress(
+                EngineError
+            ):  # of states on their way, which an engine that was interrupted too need not send
+                pipeline.settle()
             raise Stopped(
                 f"stopped; {len(writer.committed)} parts are whole in {writer.path}. Go on with the same command and --resume."
             ) from error
@@ -252,7 +255,10 @@ def regenerate_parts(
                 out.tokens += part.tokens
             pipeline.finish()
         except KeyboardInterrupt as error:
-            pipeline.settle()
+            with suppress(
+                EngineError
+            ):  # of states on their way, which an engine that was interrupted too need not send
+                pipeline.settle()
             raise Stopped(
                 f"stopped; {len(writer.committed)} parts are whole in {writer.path}. Go on with the same command and --resume."
             ) from error

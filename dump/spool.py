@@ -42,7 +42,9 @@ STORED, COMPARE, SKIP = (
 PATH, INDEX = "dspark_batch", "dspark_index"  # and of a finished one's: where its states will be
 TOKENS, LASTS, IDS, RAW = "tokens", "lasts", "token_ids", "hidden_states"  # arrays of a batch
 CODING, NORM = "coding.json", "norm.pt"
-WAIT_SECONDS = 600.0  # how long a worker that lives may take for a batch of some 60 MB: longer, and it hangs
+WAIT_SECONDS = (
+    600.0  # how long a worker that lives may take for a batch of 256 MB at most: longer, and it hangs
+)
 RANK_SECONDS = 60.0  # how long another rank may take longer than the first
 LOOK_SECONDS = 0.001  # between two looks for a file
 ALIGNED = 64  # bytes
@@ -159,7 +161,7 @@ class Batch:
 
 
 class SpoolReader:
-    """Our side. A file is read once, whole, and deleted; what is not taken yet stays in memory."""
+    """Our side. A file is mapped and deleted; its pages go when the last of its requests' arrays does."""
 
     def __init__(self, folder: Path) -> None:
         self._lock = folder / WORKER

@@ -53,10 +53,10 @@ from dspark.dump.spool import (
 )
 
 Ints = np.ndarray[tuple[int, ...], np.dtype[np.int64]]
-WRITING = 6  # batches whose states may be on the device at once: a slow disk slows the engine down
-THREADS = (
-    4  # a batch waits for the step that runs when it is gathered, is coded, copied and written: they overlap
-)
+# Batches whose states may be on the device at once, where there is room: a slow disk slows the engine down.
+WRITING = 6
+# A batch waits for the step that runs when it is gathered, is coded, copied and written: they overlap.
+THREADS = 4
 
 
 @dataclass
@@ -107,6 +107,7 @@ class SpoolConnector(ExampleHiddenStatesConnector):  # type: ignore[misc]
         self._coding: tuple[int, Coding] | None = None  # the worker's, and when it was written
         self._held: deque[tuple[Any, list[str]]] = deque()  # requests whose blocks are kept until an event
         self._writing: deque[Future[None]] = deque()
+        self._most: int | None = None  # of them at once
         self._writers = ThreadPoolExecutor(THREADS, "dspark-spool")
         self._lock = -1
         self._releasing = threading.Lock()  # two writers may fail at once
@@ -174,11 +175,22 @@ class SpoolConnector(ExampleHiddenStatesConnector):  # type: ignore[misc]
             ].compare:  # a few samples of the self-check: waited for, and never reported to the scheduler
                 self._write(self._gather(saves), f"{filename}.rank{rank}")
             return
-        while len(self._writing) >= WRITING:
+        while len(self._writing) >= self._at_once():
             wait([self._writing.popleft()])
         gathered = self._gather(saves)
         self._held.append((gathered.ready, [save.request for save in saves]))
         self._writing.append(self._writers.submit(self._write, gathered, filename))
+
+    def _at_once(self) -> int:
+        """``WRITING``, or how many fit into what vLLM left of a GPU: the states of a batch, and half as much again and more while they are coded."""
+        if self._most is None:
+            cache = self._kv_cache
+            self._most = WRITING
+            if cache.device.type == "cuda":
+                token_bytes = cache[0].nbytes // self._block_size
+                free, _ = torch.cuda.mem_get_info(cache.device)
+                self._most = max(1, min(WRITING, free // (2 * self._batch_tokens * token_bytes)))
+        return self._most
 
     def _gather(self, saves: list[Save]) -> Gathered:
         """The batch's states out of the cache; its blocks may be used again once ``ready`` says so."""

@@ -22,6 +22,9 @@ from dspark.cache.errors import TrainError, UsageError
 
 T = TypeVar("T")
 LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # what torchrun sets
+# torch 2.13 renamed them and warns of the old names.
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 # Validation and a checkpoint of one rank fit into this; a rank that dies is noticed at once, by its closed connection.
 PATIENCE = timedelta(hours=2)
 
@@ -78,7 +81,7 @@ class World:
 
     def start_sum_of_part(self, tensor: Tensor) -> Any:
         """As ``start_sum``, but only this rank's part (``part``) of ``tensor`` becomes the sum; the others' hold anything afterwards."""
-        return dist.reduce_scatter_tensor(self.part(tensor), tensor, async_op=True)
+        return _reduce_scatter(self.part(tensor), tensor, async_op=True)
 
     def part(self, tensor: Tensor) -> Tensor:
         """This rank's of ``size`` equal parts of ``tensor`` [n], a view."""
@@ -87,7 +90,7 @@ class World:
     def gather_(self, tensor: Tensor) -> Tensor:
         """Fill ``tensor`` [n], of which each rank has its part right, with every rank's."""
         if self.size > 1:
-            dist.all_gather_into_tensor(tensor, self.part(tensor))
+            _all_gather(tensor, self.part(tensor))
         return tensor
 
     def send_(self, tensor: Tensor, source: int) -> Tensor:

@@ -199,6 +199,7 @@ class FlatOptimizer:
     @property
     def masters(self) -> dict[str, Tensor]:
         """Name -> float32 master, a view; of an optimizer that is not shared."""
+        assert self._holders.size == 1
         return {n: self._view(self._of[n].master.detach(), n) for n in self.parameters}
 
     def _view(self, flat: Tensor, name: str) -> Tensor:
@@ -257,12 +258,13 @@ class FlatOptimizer:
             self._holders.gather_(bucket.values)
 
     def _whole(self, part: Tensor) -> Tensor:
-        """On the CPU, of the ``part`` of a bucket that each holder has (a collective call)."""
+        """On the CPU of the first rank, of the ``part`` of a bucket that each holder has (a collective call); elsewhere empty."""
         if self._holders.size == 1:
             return part.detach().cpu()
         whole = part.new_empty(self._holders.size * part.numel(), requires_grad=False)
         self._holders.part(whole).copy_(part.detach())
-        return self._holders.gather_(whole).cpu()
+        self._holders.gather_(whole)
+        return whole.cpu() if self.world.first else whole.new_empty(0)
 
     def snapshot(self) -> Snapshot:
         if self.world.rank and self._holders.size == 1:
@@ -291,21 +293,24 @@ class FlatOptimizer:
         moments = self._moments()
         holds = {m: [n for n, b in self._of.items() if id(b.master) in flat] for m, flat in moments.items()}
         snapshot.check(self.parameters, holds)
+        # Nothing is gathered, so a rank that cannot read the checkpoint leaves no other waiting for it.
         for bucket in self._buckets:
-            self._fill(bucket.master, bucket, snapshot.masters)
+            masters = self._flat(bucket, snapshot.masters)
+            bucket.master.copy_(self._holders.part(masters))
+            bucket.values.copy_(masters)
             for moment, flat in moments.items():
                 if id(bucket.master) in flat:
-                    self._fill(flat[id(bucket.master)], bucket, snapshot.moments[moment])
-        self._refresh()
+                    whole = self._flat(bucket, snapshot.moments[moment])
+                    flat[id(bucket.master)].copy_(self._holders.part(whole))
         for rule in self._rules:
             rule.updates = snapshot.updates
 
-    def _fill(self, part: Tensor, bucket: _Bucket, tensors: Mapping[str, Tensor]) -> None:
-        """What this rank holds of ``bucket`` becomes that of ``tensors``."""
+    def _flat(self, bucket: _Bucket, tensors: Mapping[str, Tensor]) -> Tensor:
+        """Those of ``bucket``'s parameters as they lie in it, on the CPU."""
         whole = torch.zeros(bucket.values.numel())
         for name in bucket.at:
             self._view(whole, name).copy_(tensors[name])
-        part.copy_(self._holders.part(whole))
+        return whole
 
 
 class MasterAdamW(FlatOptimizer):

@@ -33,6 +33,7 @@ from dspark.dump.engine_vllm import (
     extracted_ids,
     runs,
     same_on_ranks,
+    step_tokens,
     waves,
 )
 from dspark.dump.selfcheck import check
@@ -229,6 +230,13 @@ def test_another_rank_writes_beside_the_first_and_only_where_asked(tmp_path: Pat
     assert torch.equal(found[RAW], worker._kv_cache[1, :, :3].transpose(0, 1))
 
 
+def test_steps_are_large_where_states_are_small() -> None:
+    assert step_tokens(6 * 576 * 2) == 1 << 16
+    assert step_tokens(16 << 10) == 1 << 15
+    assert step_tokens((16 << 10) + 1) is None
+    assert step_tokens(6 * 6144 * 2) is None
+
+
 @pytest.mark.vllm
 def test_rows_of_runs() -> None:
     from dspark.dump.vllm_connector import stored_rows
@@ -247,6 +255,7 @@ def test_blocks_are_kept_until_their_batch_is_gathered(tmp_path: Path) -> None:
     """One report a request, by rank 0, once its copy is made; a worker that writes too slowly is waited for."""
     worker = connector(tmp_path, torch.randn(9, 3, 4, 64))
     worker._held, worker._writing, worker._writers = deque(), deque(), ThreadPoolExecutor(1)
+    worker._most = None
     saves = [replace(save(tmp_path, [i], [i], None), filename=f"{tmp_path}/{i // 2}.batch") for i in range(9)]
     worker._connector_metadata = SimpleNamespace(pending_saves=saves)
     made = [SimpleNamespace(query=lambda i=i: i not in late) for i in range(5)]

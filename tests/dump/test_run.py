@@ -432,3 +432,20 @@ def test_the_engine_goes_on_while_its_states_are_on_their_way(
 def test_states_that_never_come_stop_the_dump(config: DumpConfig, show: Display) -> None:
     with pytest.raises(EngineError, match="the worker died"):
         dump(config, show, lambda plan, n: Coming(load_engine(plan, n), 5, fail=True))
+
+
+def test_no_more_than_so_many_batches_are_waited_for(
+    config: DumpConfig, show: Display, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The engine's thread is held back once two are on their way and a third is being fetched."""
+    monkeypatch.setattr("dspark.dump.pipeline.COMING", 2)
+
+    class Bounded(Coming):
+        def fetch(self, number: int, states: CodedStates) -> CodedStates:
+            if number == 0:
+                assert all(self.given.acquire(timeout=30) for _ in range(3))
+                assert not self.given.acquire(timeout=0.5), "a fourth batch went in"
+            return states
+
+    config = dataclasses.replace(config, batch_tokens=32)
+    dump(config, show, lambda plan, n: Bounded(load_engine(plan, n), 0))

@@ -265,6 +265,7 @@ def test_a_checkpoint_of_another_draft_is_refused(config: TrainConfig) -> None:
 def test_the_memory_that_a_run_says_it_takes(config: TrainConfig) -> None:
     """Weights, masters, gradients and moments are counted to the byte; recomputing makes a row cheaper."""
     from dspark.train import memory
+    from dspark.train.distributed import World
     from dspark.train.setup import prepare
 
     run = prepare(config)
@@ -282,3 +283,9 @@ def test_the_memory_that_a_run_says_it_takes(config: TrainConfig) -> None:
     )
     assert lean.trained == found.trained
     assert f"{count / 1e6:.1f} M" in memory.describe(run)
+    # Of four ranks, float32: weight and gradient whole, two moments shared out; FSDP2 also shards the master and the summed gradient.
+    for strategy, expected in (("ddp", 16), ("zero", 8 + 8 / 4), ("fsdp2", 8 + 16 / 4)):
+        of_four = dataclasses.replace(
+            run, world=World(0, 4), config=dataclasses.replace(config, strategy=strategy)
+        )
+        assert memory.estimate(of_four).trained == expected * count
