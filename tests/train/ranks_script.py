@@ -1,6 +1,6 @@
 """What tests/train/test_ranks.py starts under torchrun: several trainings after each other on the same processes.
 
-torchrun ... ranks_script.py JOBS.json: a list of {"config", "resume", "stop", "break_rank"}; what each rank's train() raised goes to
+torchrun ... ranks_script.py JOBS.json: a list of {"config", "resume", "stop", "break_rank", "break_load"}; what each rank's train() raised goes to
 JOBS.json.RANK as a list of [type, message, exit code] or null.
 """
 
@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch.distributed as dist
 
 from dspark.cache.errors import DamagedCacheError
@@ -35,14 +36,21 @@ def run(job: dict[str, Any]) -> list[Any] | None:
     def broken(self: Rows, at: tuple[int, int]) -> Any:
         raise DamagedCacheError(f"part 3 of row {at[1]} is damaged")
 
+    def unreadable(path: Path) -> Any:
+        raise OSError(f"{path.name} cannot be read")
+
+    load = safetensors.torch.load_file
     if job.get("break_rank") == rank_here():
         Rows.__getitem__ = broken  # type: ignore[method-assign]
+    if job.get("break_load") == rank_here():
+        safetensors.torch.load_file = unreadable  # type: ignore[assignment]
     try:
         train(TrainConfig.from_json(job["config"], "job"), resume=job.get("resume", False), progress=progress)
     except Exception as error:
         return [type(error).__name__, str(error), getattr(error, "exit_code", None)]
     finally:
         Rows.__getitem__ = read  # type: ignore[method-assign]
+        safetensors.torch.load_file = load
     return None
 
 

@@ -62,7 +62,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def runs(folder: Path) -> dict[str, Any]:
     """The same training by one process, by two, stopped by one kind and resumed by the other; all jobs of two in one launch."""
-    names = "one ddp fsdp2 two_one one_two broken muon_one muon zero zero_one one_zero muon_zero half half_zero half_fsdp2"
+    names = "one ddp fsdp2 two_one one_two broken muon_one muon zero zero_one one_zero muon_zero half half_zero half_fsdp2 unread"
     at = {n: settings(folder, output=str(folder / n), noise_std=0.05) for n in names.split()}
     for name in ("muon_one", "muon", "muon_zero"):
         at[name] = dataclasses.replace(at[name], optimizer="muon", lr=2e-2)
@@ -80,7 +80,7 @@ def runs(folder: Path) -> dict[str, Any]:
         if step == 5:
             raise Stop
 
-    for name in ("one_two", "one_zero"):
+    for name in ("one_two", "one_zero", "unread"):
         with pytest.raises(Stop):
             train(at[name], progress=stop)
     jobs = [
@@ -95,6 +95,11 @@ def runs(folder: Path) -> dict[str, Any]:
         {"config": dataclasses.replace(at["zero_one"], strategy="zero").to_json(), "stop": 5},
         {"config": dataclasses.replace(at["one_zero"], strategy="zero").to_json(), "resume": True},
         *({"config": at[name].to_json()} for name in ("muon_zero", "half", "half_zero", "half_fsdp2")),
+        {
+            "config": dataclasses.replace(at["unread"], strategy="zero").to_json(),
+            "resume": True,
+            "break_load": 1,
+        },
     ]
     file = folder / "jobs.json"
     file.write_text(json.dumps(jobs))
@@ -125,7 +130,7 @@ def test_any_number_of_ranks_and_any_strategy_train_the_same(runs: dict[str, Any
     """``muon``: each rank orthogonalises a share of the matrices."""
     one, other = runs["at"]["muon_one" if name.startswith("muon") else "one"], runs["at"][name]
     assert [raised[:4] for raised in runs["raised"]] == [[None, None, ["Stop", "", None], None]] * 2
-    assert [raised[6:] for raised in runs["raised"]] == [[None, None, ["Stop", "", None], *[None] * 5]] * 2
+    assert [raised[6:14] for raised in runs["raised"]] == [[None, None, ["Stop", "", None], *[None] * 5]] * 2
     assert sum("validation" in r for r in rows(one)) >= 4
     alike(other, one, rel=1e-4)
     assert min(r["loss"] for r in rows(one) if "loss" in r) < 0.9 * rows(one)[0]["loss"]
@@ -149,6 +154,13 @@ def test_what_fails_on_one_rank_stops_all_with_its_words(runs: dict[str, Any]) -
     assert first[0] == "PeerError"
     assert first[1] == f"rank 1: {second[1]}"
     assert first[2] == 1
+
+
+def test_a_checkpoint_that_one_rank_cannot_read_stops_all_with_its_words(runs: dict[str, Any]) -> None:
+    """Nobody may be left waiting in a collective: shared masters are read by each rank for itself."""
+    first, second = (raised[14] for raised in runs["raised"])
+    assert "cannot be read" in second[1]
+    assert first == ["PeerError", f"rank 1: {second[1]}", 1]
 
 
 def test_fewer_rows_than_processes_are_refused(runs: dict[str, Any]) -> None:
