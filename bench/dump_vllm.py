@@ -2,8 +2,8 @@
 
     python bench/dump_vllm.py --target DIR --data FILE.jsonl [--rows 24] [--copies 1] [--bits 4/4] [--own-steps]
 
-Plain vLLM runs in a process of its own first, with as many tokens a step as the dump takes (on a GPU faster than vLLM's own number: 640 k against 390 to 500 k
-tokens/s on an H100 with SmolLM2), the best of three passes, each on an empty prefix cache. Then, on the dump's own engine, the same requests
+Plain vLLM runs in a process of its own first, with as many tokens a step as the dump takes (on an H100 with SmolLM2 800 k tokens/s,
+with vLLM's own number 390 to 503 k), the best of three passes, each on an empty prefix cache. Then, on the dump's own engine, the same requests
 with ``dspark_skip``: what vLLM's extraction costs when nobody takes the states. Then the dump, of ``--copies`` times the rows (each copy begins with a number of its
 own, so that the prefix cache does not know it). Prefix caching and chunked prefill are on in all. Writes bench/results/NAME.json.
 """
@@ -27,7 +27,7 @@ from dspark.cache.codec import Codec, codec_for
 from dspark.cache.records import TokenSample
 from dspark.dump.capture import Captured, Engine
 from dspark.dump.config import DumpConfig
-from dspark.dump.engine_vllm import ENVIRONMENT, VllmEngine, extracted_ids, step_tokens
+from dspark.dump.engine_vllm import ENVIRONMENT, VllmEngine, raw_bytes, step_tokens
 from dspark.dump.job import load_engine, part_reader, prepare
 from dspark.dump.plan import Plan
 from dspark.dump.progress import Display
@@ -110,8 +110,7 @@ def steps_of(plan: Plan) -> int | None:
 
     if not torch.cuda.device_count():
         return None
-    states = len(extracted_ids(plan.layers, plan.shapes.num_layers))
-    return step_tokens(states * plan.shapes.hidden_size * getattr(torch, plan.dtype).itemsize)
+    return step_tokens(raw_bytes(plan.shapes, plan.layers, plan.dtype))
 
 
 def empty_cache(llm: Any) -> None:

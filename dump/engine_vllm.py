@@ -5,8 +5,7 @@ sorted and deduplicated; the last layer's state comes *before* the final norm, w
 
 States, already coded by the worker, go through spool files, one for the requests that finish together, read and deleted as soon as these are done; requests go in
 while others come out, and never so many that what they leave would be more than ``SPOOL_BYTES``; the files of up to ``pipeline.COMING`` batches that are read later lie
-beside it. vLLM runs in a process of its own (in-process, its connector never
-flushes), over all visible GPUs; prefix caching and chunked prefill stay on.
+beside it. vLLM runs in a process of its own (in-process, its connector never flushes), over all visible GPUs; prefix caching and chunked prefill stay on.
 """
 
 from __future__ import annotations
@@ -132,7 +131,7 @@ class VllmEngine:
         if gpus:  # torch has been asked for CUDA: a forked engine could not use it, and vLLM does not notice
             os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
         ids = extracted_ids(layers, shapes.num_layers)
-        token_bytes = len(ids) * shapes.hidden_size * getattr(torch, dtype).itemsize
+        token_bytes = raw_bytes(shapes, layers, dtype)
         if batch_tokens is None and gpus:
             batch_tokens = step_tokens(token_bytes)
         if batch_tokens is not None:
@@ -385,6 +384,12 @@ def same_on_ranks(first: torch.Tensor, other: torch.Tensor, rank: int, ids: Sequ
             f"self-check of the vllm engine failed: the states entering layers {', '.join(wrong)} are a tensor-parallel rank's partial sum: ranks 0 and {rank} differ by "
             f"up to {float((gap / size).max()):.2g} of the largest value. Nothing was written. Try another version of vLLM, or one GPU."
         )
+
+
+def raw_bytes(shapes: Shapes, layers: Sequence[int], dtype: str) -> int:
+    """Of a token's extracted states, as vLLM has them."""
+    states = len(extracted_ids(layers, shapes.num_layers))
+    return states * shapes.hidden_size * int(getattr(torch, dtype).itemsize)
 
 
 def step_tokens(token_bytes: int) -> int | None:

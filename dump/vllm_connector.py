@@ -170,9 +170,8 @@ class SpoolConnector(ExampleHiddenStatesConnector):  # type: ignore[misc]
 
     def _take(self, filename: str, saves: list[Save], rank: int) -> None:
         if rank:
-            if saves[
-                0
-            ].compare:  # a few samples of the self-check: waited for, and never reported to the scheduler
+            # A few samples of the self-check: waited for, and never reported to the scheduler.
+            if saves[0].compare:
                 self._write(self._gather(saves), f"{filename}.rank{rank}")
             return
         while len(self._writing) >= self._at_once():

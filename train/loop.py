@@ -303,11 +303,9 @@ def validate(run: Run) -> Score:
 def _held_out(run: Run) -> Iterator[Row | Batch]:
     stream = run.validation
     assert stream is not None
-    left = len(stream.plan(VALIDATION_EPOCH))
     for rows in stream.steps_from(VALIDATION_EPOCH, rank=run.world.rank, world=run.world.size):
         yield from rows
-        yield from blanks(run, min(left, stream.rows_per_step), sum(row.slots > 0 for row in rows))
-        left -= stream.rows_per_step
+        yield from blanks(run, sum(row.slots > 0 for row in rows))
 
 
 def _line(row: dict[str, Any]) -> str:

@@ -1,5 +1,5 @@
 """FSDP2: each rank keeps its share of the float32 masters, moments and summed gradients. Weights are gathered once a step, in the forward of
-its first row, and gradients summed once, in the backward of its last; a step costs what it costs unsharded, however many rows it has.
+its first row, and gradients summed once, in the backward of its last, however many rows a step has.
 
 The sharded parameters are the masters; layers compute in the dtype of the run (``param_dtype``). In between a rank has all weights in that
 dtype and the sum of its rows' gradients, which FSDP2 keeps in float32 (``reduce_dtype``), as the plain optimizer does. So a trained

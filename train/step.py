@@ -84,7 +84,7 @@ def step(
         key = (config.seed, number, run.world.rank + at * run.world.size)
         given = noisy(batch, config.noise_std, *key) if config.noise_std else batch
         loss += learn(run, given, part.denominators, metrics)
-    for batch in blanks(run, part.rows, len(used)):  # never behind a row, so it is the last pass
+    for batch in blanks(run, len(used)):  # never behind a row, so it is the last pass
         nothing(model(batch, model.plan(batch, run.compute.backend))).backward()  # type: ignore[no-untyped-call]
     lr = learning_rate(number, total, config.lr, config.warmup_ratio, config.min_lr_ratio)
     norm = run.optimizer.step(lr)
@@ -104,11 +104,11 @@ def learn(run: Run, batch: Batch, denominators: Denominators, metrics: SlotMetri
     return out.loss.detach()
 
 
-def blanks(run: Run, rows: int, passed: int) -> Iterator[Batch]:
-    """A batch of padding for a rank of a sharded model that has ``passed`` no row where there are ``rows``: its first pass gathers weights and
-    its last sums gradients, with the other ranks.
+def blanks(run: Run, passed: int) -> Iterator[Batch]:
+    """A batch of padding for a rank of a sharded model that has ``passed`` no row of a step, which always has some: its first pass gathers
+    weights and its last sums gradients, with the other ranks.
     """
-    if run.blank is not None and rows and not passed:
+    if run.blank is not None and not passed:
         yield run.blank
 
 
