@@ -6,6 +6,9 @@ Plain vLLM runs in a process of its own first, with as many tokens a step as the
 with vLLM's own number 390 to 503 k), the best of three passes, each on an empty prefix cache. Then, on the dump's own engine, the same requests
 with ``dspark_skip``: what vLLM's extraction costs when nobody takes the states. Then the dump, of ``--copies`` times the rows (each copy begins with a number of its
 own, so that the prefix cache does not know it). Prefix caching and chunked prefill are on in all. Writes bench/results/NAME.json.
+
+Last, on the same engine with nothing else to do, the raw states of some of the samples, coded here: ``stored_difference`` is how far what the dump stored
+at full speed is from them, relative to a token's states. Batches of other shapes round otherwise in 16 bits; another request's states would be 1.4.
 """
 
 from __future__ import annotations
@@ -22,10 +25,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
+
+import dspark.cache
 from common import write
 from dspark.cache.codec import Codec, codec_for
 from dspark.cache.records import TokenSample
-from dspark.dump.capture import Captured, Engine
+from dspark.dump.capture import Captured, Engine, States
 from dspark.dump.config import DumpConfig
 from dspark.dump.engine_vllm import ENVIRONMENT, VllmEngine, raw_bytes, step_tokens
 from dspark.dump.job import load_engine, part_reader, prepare
@@ -35,12 +41,12 @@ from dspark.dump.run import dump
 from dspark.dump.spool import SKIP
 from dspark.dump.vllm_loop import RequestLoop
 
+PROBED = 48  # samples whose stored states are compared
 PASSES = 3  # of plain prefill; the best counts, since the dump's engine is warm from self-check and calibration too
 
 
 def plain(target: str, prompts: list[list[int]], dtype: str, seq_length: int, step: int | None) -> float:
     """Tokens a second of a vLLM that extracts nothing; in this process."""
-    import torch
     from vllm import LLM, SamplingParams
 
     gpus = torch.cuda.device_count()
@@ -70,6 +76,8 @@ class Uncached:
         self.prompts, self.codecs = [s.input_ids.tolist() for s in samples], codecs
         self.warm = samples[:64]
         self.extraction = 0.0
+        self.probe = dict(list(enumerate(samples))[:: -(-len(samples) // PROBED)])
+        self.raw: dict[int, States] = {}
 
     def __call__(self, plan: Plan, batch_tokens: int | None) -> Engine:
         engine = load_engine(plan, batch_tokens)
@@ -85,7 +93,35 @@ class Uncached:
             yield from stream(*args)
 
         engine.stream = from_nothing  # type: ignore[method-assign]
+        close = engine.close
+
+        def looked_at() -> None:
+            if sys.exc_info()[0] is None:
+                empty_cache(engine.llm)
+                states = engine.capture(list(self.probe.values()))
+                self.raw = {list(self.probe)[i]: s for i, s in states}
+            close()
+
+        engine.close = looked_at  # type: ignore[method-assign]
         return engine
+
+    def difference(self, store: Path) -> dict[str, float]:
+        """Of the stored states of a token, aux and last, from those of ``raw`` as the store's codecs code them: the largest, and the mean."""
+        cache = dspark.cache.open(store)
+        hidden = cache.manifest.target.hidden_size
+        found = []
+        for i, states in self.raw.items():
+            stored = cache.read(i)
+            assert stored.tokens.row == self.probe[i].row
+            for codec, coded, raw in (
+                (cache.aux_codec, stored.aux, states.aux),
+                (cache.last_codec, stored.last, states.last),
+            ):
+                kept = codec.decode({n: torch.from_numpy(a) for n, a in coded.items()}, hidden)
+                want = codec.decode(codec.encode(raw.cpu()), hidden)
+                found.append(((kept - want).norm(dim=-1) / want.norm(dim=-1)).flatten())
+        every = torch.cat(found)
+        return {"largest": float(every.max()), "mean": float(every.mean()), "samples": len(self.raw)}
 
     def skipped(self, engine: VllmEngine) -> float:
         from vllm import SamplingParams
@@ -106,8 +142,6 @@ class Uncached:
 
 def steps_of(plan: Plan) -> int | None:
     """Tokens of a step of the dump's engine where they are not vLLM's own."""
-    import torch
-
     if not torch.cuda.device_count():
         return None
     return step_tokens(raw_bytes(plan.shapes, plan.layers, plan.dtype))
@@ -173,10 +207,11 @@ def main() -> None:
         )  # fmt: skip
         bare = float(done.stdout.strip().splitlines()[-1])
         report = dump(config, Display(), engine)
+        difference = engine.difference(config.output)
     rate = report["new_tokens"] / report["capture_seconds"]
     results = {
         "engine": "vllm", "aux_bits": aux_bits, "last_bits": last_bits, "tokens_per_s": rate, "prefill_tokens_per_s": bare, "ratio": rate / bare, "plain_step_tokens": step,
-        "extraction_tokens_per_s": engine.extraction,
+        "extraction_tokens_per_s": engine.extraction, "stored_difference": difference,
         "tokens": report["new_tokens"], "seconds": report["capture_seconds"], "stages_s": report["stages"],
     }  # fmt: skip
     write(

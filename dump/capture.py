@@ -5,8 +5,9 @@ Legend: S tokens of a sample, L aux layers, H hidden size, M = ``last_rows(loss_
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from dspark.cache.records import Coded, TokenSample
@@ -27,10 +28,11 @@ class States(NamedTuple):
 
 
 class CodedStates(NamedTuple):
-    """The same as a codec stores them, on the host: arrays of S rows, and of M rows."""
+    """The same as a codec stores them, on the host: arrays of S rows, and of M rows. ``seconds``: by stage, what another process spent on them."""
 
     aux: Coded
     last: Coded
+    seconds: Mapping[str, float] = MappingProxyType({})
 
 
 Fetch = Callable[[], CodedStates]  # waits for states that are still on their way to the host

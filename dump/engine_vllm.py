@@ -255,10 +255,10 @@ class VllmEngine:
                     continue
                 place = self._place(ask.key, out)
                 fed = np.array([*ask.prompt, *ids[:-1]], np.int32)
-                aux, last = self.coded(place.batch, [Member(place.number, ask.key, fed)], codecs)
+                aux, last, seconds = self.coded(place.batch, [Member(place.number, ask.key, fed)], codecs)
                 # Copied, because a view would keep all of its batch in memory.
                 own = {name: array.copy() for name, array in last.items()}
-                yield Answered(ask, ids, finished, CodedStates(repeat_last(aux), own))
+                yield Answered(ask, ids, finished, CodedStates(repeat_last(aux), own, seconds))
 
     def use_codecs(self, codecs: tuple[Codec, Codec]) -> None:
         """Tell the workers how to code, before the first request that asks for codes."""
@@ -280,7 +280,7 @@ class VllmEngine:
             }
             for field, codec in zip(("aux", "last"), codecs, strict=True)
         )
-        return CodedStates(aux, last)
+        return CodedStates(aux, last, self._reader.spent())
 
     def _generate(self, samples: Sequence[TokenSample], **sampling: Any) -> list[Any]:
         vllm = importlib.import_module("vllm")

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from dspark.dump.progress import Bar
 
 WAITING = 2  # batches of states between engine and encoder
-COMING = 6  # batches whose states are on their way, in files beside the store at most
+COMING = 8  # batches whose states are on their way, in files beside the store at most
 BLOCK_BYTES = 4 << 30  # of parts in memory, where the number of workers does not need less
 THREADS = (
     2  # commits at once without worker processes: one alone leaves cores idle while it waits for the disk
@@ -210,6 +210,8 @@ class Pipeline:
             with self._timed("wait for states"):
                 states = states()
         if isinstance(states, CodedStates):
+            for stage, seconds in states.seconds.items():
+                self.seconds[stage] += seconds
             with self._timed("put in place"):
                 filling.put(members, states.aux, states.last)
         else:

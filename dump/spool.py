@@ -18,6 +18,7 @@ import math
 import mmap
 import os
 import time
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from io import FileIO
@@ -41,6 +42,9 @@ STORED, COMPARE, SKIP = (
 )  # keys of a request's kv_transfer_params
 PATH, INDEX = "dspark_batch", "dspark_index"  # and of a finished one's: where its states will be
 TOKENS, LASTS, IDS, RAW = "tokens", "lasts", "token_ids", "hidden_states"  # arrays of a batch
+# float64[3]: seconds of the clock when the batch came, was begun and was on the host; the file's own time is the fourth.
+TIMES = "times"
+STAGES = "worker: wait for a writer", "worker: code and copy", "worker: write"
 CODING, NORM = "coding.json", "norm.pt"
 WAIT_SECONDS = (
     600.0  # how long a worker that lives may take for a batch of 256 MB at most: longer, and it hangs
@@ -141,11 +145,13 @@ def report_failure(filename: str, error: BaseException, index: int | None = None
 
 @dataclass(slots=True)
 class Batch:
-    """``arrays``: rows of its requests end to end, T or M; ``ends``: by array, where each request's rows end, int64[k + 1] from 0. ``left``: not taken yet."""
+    """``arrays``: rows of its requests end to end, T or M; ``ends``: by array, where each request's rows end, int64[k + 1] from 0. ``left``: not taken yet. ``times``:
+    ``TIMES``, and when the file was written."""
 
     arrays: dict[str, torch.Tensor]
     ends: dict[str, np.ndarray[tuple[int, ...], np.dtype[np.int64]]]
     left: int
+    times: np.ndarray[tuple[int, ...], np.dtype[np.float64]]
 
     def rows(self, members: Sequence[int]) -> dict[str, torch.Tensor]:
         """Rows of ``members``, ascending, end to end: views where they follow each other."""
@@ -167,6 +173,7 @@ class SpoolReader:
         self._lock = folder / WORKER
         self._batches: dict[str, Batch] = {}
         self._lost: dict[str, OSError] = {}  # whoever asks again must not wait
+        self._seconds: defaultdict[str, float] = defaultdict(float)
 
     def take(self, filename: str, members: Sequence[int], rank: int = 0) -> dict[str, torch.Tensor]:
         """Arrays of requests ``members`` (ascending) of a batch, as ``rank`` wrote it: their rows end to end. Waits for it; raises SpoolError with the worker's reason
@@ -181,10 +188,18 @@ class SpoolReader:
             except OSError as error:
                 self._lost[name] = error
                 raise
+            for stage, seconds in zip(STAGES, np.diff(batch.times).clip(min=0).tolist(), strict=True):
+                self._seconds[stage] += seconds
         batch.left -= len(members)
         if not batch.left:
             del self._batches[name]
         return batch.rows(members)
+
+    def spent(self) -> dict[str, float]:
+        """``STAGES`` of the batches that were read since the last call: seconds of the worker, in sum; they overlap."""
+        out = dict(self._seconds)
+        self._seconds.clear()
+        return out
 
     def _read(self, name: str, rank: int) -> Batch:
         try:
@@ -233,18 +248,19 @@ def read_batch(filename: str) -> Batch:
         line = file.readline()
         # A copy on write, and nobody writes: a mapping that is read only makes torch warn.
         data = torch.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY), dtype=torch.uint8)
+        written = os.fstat(file.fileno()).st_mtime
     arrays, at = {}, _round_up(len(line))
     for name, (dtype, shape) in json.loads(line).items():
         kind = getattr(torch, dtype)
         size = math.prod(shape) * kind.itemsize
         arrays[name] = data[at : at + size].view(kind).view(shape)
         at = _round_up(at + size)
+    times = np.append(arrays.pop(TIMES).numpy(), written)
     counts = {name: arrays.pop(name).numpy() for name in (TOKENS, LASTS)}
     ends = {name: np.concatenate([[0], count.cumsum()]) for name, count in counts.items()}
     last = field_array("last", "")
-    return Batch(
-        arrays, {n: ends[LASTS if n.startswith(last) else TOKENS] for n in arrays}, len(counts[TOKENS])
-    )
+    by_array = {n: ends[LASTS if n.startswith(last) else TOKENS] for n in arrays}
+    return Batch(arrays, by_array, len(counts[TOKENS]), times)
 
 
 def _round_up(size: int) -> int:

@@ -7,13 +7,14 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
 import numpy as np
@@ -40,6 +41,7 @@ from dspark.dump.selfcheck import check
 from dspark.dump.spool import (
     IDS,
     RAW,
+    STAGES,
     Coding,
     SpoolError,
     SpoolReader,
@@ -121,10 +123,13 @@ def test_selfcheck_passes_and_catches_a_forgotten_norm(
 def test_workers_code_what_the_codec_codes(running: VllmEngine, bits: int) -> None:
     groups = [samples([17, 5, 60]), samples([9], seed=1), samples([33, 20], seed=2)]
     codecs = codec_for(bits), codec_for(bits)
-    found = {}
+    found: dict[tuple[int, int], list[dict[str, Any]]] = {}
+    stages: dict[str, float] = {}
     for captured in running.stream(iter(groups), codecs):
         assert callable(captured.states)
-        states = captured.states()
+        coded = captured.states()
+        states = coded.aux, coded.last
+        stages.update(coded.seconds)
         at = [0, 0]
         for i in captured.members:
             sample = groups[captured.group][i]
@@ -137,10 +142,10 @@ def test_workers_code_what_the_codec_codes(running: VllmEngine, bits: int) -> No
         for end, arrays in zip(at, states, strict=True):
             assert all(len(a) == end for a in arrays.values())
     assert len(found) == 6
+    assert stages.keys() == set(STAGES)
     for g, group in enumerate(groups):
         for i, states in running.capture(group):
-            coded = found[g, i]
-            for codec, x, arrays in zip(codecs, states, coded, strict=True):
+            for codec, x, arrays in zip(codecs, states, found[g, i], strict=True):
                 for name, array in to_numpy(codec.encode(x)).items():
                     assert array.shape == arrays[name].shape
                     assert (
@@ -157,6 +162,7 @@ def connector(spool: Path, cache: torch.Tensor) -> SpoolConnector:
     out = SpoolConnector.__new__(SpoolConnector)
     out._storage_path, out._kv_cache, out._block_size = str(spool), cache, cache.shape[2]
     out._coding, out._lock, out._releasing = None, hold(str(spool)), threading.Lock()
+    out._writing = deque()
     return out
 
 
@@ -174,7 +180,7 @@ def test_a_batch_holds_what_each_request_alone_would(tmp_path: Path) -> None:
              save(tmp_path, [7, 8, 9, 10, 11, 12, 13, 14], [0, 8], [[0, 8]])]  # fmt: skip
     coding = Coding(codec_for(4), codec_for(16), [0, 1], 2, torch.nn.Identity())
     write_coding(tmp_path, coding)
-    worker._write(worker._gather(saves), saves[0].filename)
+    worker._write(worker._gather(saves, None, time.time()), saves[0].filename)
     reader = SpoolReader(tmp_path)
     found = [reader.take(saves[0].filename, [1]), reader.take(saves[0].filename, [0, 2])]
     assert not Path(saves[0].filename).exists()
@@ -198,7 +204,7 @@ def test_the_request_that_cannot_be_coded_is_named(tmp_path: Path) -> None:
     worker = connector(tmp_path, cache)
     write_coding(tmp_path, Coding(codec_for(4), codec_for(16), [0, 1], 2, torch.nn.Identity()))
     saves = [save(tmp_path, [1, 2, 3], [1], []), save(tmp_path, [4, 5, 6, 7, 8, 9], [3, 2], [])]
-    worker._write(worker._gather(saves), saves[0].filename)
+    worker._write(worker._gather(saves, None, time.time()), saves[0].filename)
     with pytest.raises(
         SpoolError, match="EngineError: hidden state is not finite at token 5, aux layer"
     ) as found:
@@ -212,7 +218,7 @@ def test_a_write_that_fails_in_the_worker_is_reported(tmp_path: Path) -> None:
     saves = [save(tmp_path, [1, 2, 3], [1], None)]
     in_the_way = Path(saves[0].filename + ".part")
     in_the_way.mkdir()
-    worker._write(worker._gather(saves), saves[0].filename)
+    worker._write(worker._gather(saves, None, time.time()), saves[0].filename)
     in_the_way.rmdir()
     with pytest.raises(SpoolError, match="the worker could not write .*IsADirectoryError"):
         SpoolReader(tmp_path).take(saves[0].filename, [0])
@@ -254,13 +260,15 @@ def test_rows_of_runs() -> None:
 def test_blocks_are_kept_until_their_batch_is_gathered(tmp_path: Path) -> None:
     """One report a request, by rank 0, once its copy is made; a worker that writes too slowly is waited for."""
     worker = connector(tmp_path, torch.randn(9, 3, 4, 64))
-    worker._held, worker._writing, worker._writers = deque(), deque(), ThreadPoolExecutor(1)
+    worker._held, worker._writers = deque(), ThreadPoolExecutor(1)
     worker._most = None
     saves = [replace(save(tmp_path, [i], [i], None), filename=f"{tmp_path}/{i // 2}.batch") for i in range(9)]
     worker._connector_metadata = SimpleNamespace(pending_saves=saves)
     made = [SimpleNamespace(query=lambda i=i: i not in late) for i in range(5)]
     gather, late = worker._gather, {1}
-    worker._gather = lambda batch: replace(gather(batch), ready=made[int(batch[0].request[1:-1]) // 2])
+    worker._gather = lambda batch, *given: replace(
+        gather(batch, *given), ready=made[int(batch[0].request[1:-1]) // 2]
+    )
     with (
         patch("dspark.dump.vllm_connector.get_tensor_model_parallel_rank", return_value=0),
         patch("dspark.dump.vllm_connector.WRITING", 3),
@@ -291,7 +299,7 @@ def test_where_not_even_the_reason_fits_nobody_waits(tmp_path: Path, monkeypatch
     saves = [save(tmp_path, [1, 2, 3], [1], None)]
     for name in (".part", ".error.part"):
         Path(saves[0].filename + name).mkdir()
-    worker._write(worker._gather(saves), saves[0].filename)
+    worker._write(worker._gather(saves, None, time.time()), saves[0].filename)
     for name in (".part", ".error.part"):
         Path(saves[0].filename + name).rmdir()
     with pytest.raises(SpoolError, match="the worker left no .*its disk is full"):
@@ -340,7 +348,8 @@ def test_the_row_whose_states_are_lost_or_another_s_is_named(tmp_path: Path) -> 
     with pytest.raises(EngineError, match=r"states of row 42 are lost: .*not finite.* GB are free"):
         engine._spooled(f"{tmp_path}/1", members)
     counts = {"tokens": torch.tensor([2, 1, 2]), "lasts": torch.zeros(3, dtype=torch.long)}
-    write_batch(f"{tmp_path}/2", {IDS: torch.tensor([0, 7, 1, 2, 7], dtype=torch.int32), **counts})
+    told = counts | {"times": torch.zeros(3, dtype=torch.float64)}
+    write_batch(f"{tmp_path}/2", {IDS: torch.tensor([0, 7, 1, 2, 7], dtype=torch.int32), **told})
     with pytest.raises(EngineError, match="other tokens .* for row 41, expected exactly its 2 tokens"):
         engine._spooled(f"{tmp_path}/2", members)
     with pytest.raises(EngineError, match="row 5: its connector was not called"):

@@ -20,8 +20,14 @@ def write(path: Path) -> dict[str, torch.Tensor]:
         "aux_code": torch.arange(42, dtype=torch.uint8).view(6, 7),
         "last_code": torch.arange(12, dtype=torch.int16).view(3, 4),
     }
-    write_batch(str(path), arrays | {"tokens": torch.tensor([2, 1, 3]), "lasts": torch.tensor([1, 0, 2])})
+    told = {"tokens": torch.tensor([2, 1, 3]), "lasts": torch.tensor([1, 0, 2]), "times": times()}
+    write_batch(str(path), arrays | told)
     return arrays
+
+
+def times() -> torch.Tensor:
+    """Came 10 s ago, was begun 7 s ago and was on the host 2 s ago."""
+    return time.time() - torch.tensor([10.0, 7.0, 2.0], dtype=torch.float64)
 
 
 def test_read_once_and_deleted(tmp_path: Path) -> None:
@@ -41,8 +47,21 @@ def test_read_once_and_deleted(tmp_path: Path) -> None:
 
 def test_a_batch_without_stored_rows(tmp_path: Path) -> None:
     arrays = {"last_code": torch.zeros(0, 4), "token_ids": torch.zeros(1, dtype=torch.int32)}
-    write_batch(str(tmp_path / "1"), arrays | {"tokens": torch.tensor([1]), "lasts": torch.tensor([0])})
+    told = {"tokens": torch.tensor([1]), "lasts": torch.tensor([0]), "times": times()}
+    write_batch(str(tmp_path / "1"), arrays | told)
     assert SpoolReader(tmp_path).take(str(tmp_path / "1"), [0])["last_code"].shape == (0, 4)
+
+
+def test_the_worker_s_time_is_told_once(tmp_path: Path) -> None:
+    reader = SpoolReader(tmp_path)
+    assert reader.spent() == {}
+    for name in "12":
+        write(tmp_path / name)
+        reader.take(str(tmp_path / name), [0])
+    reader.take(str(tmp_path / "1"), [1, 2])
+    want = {"worker: wait for a writer": 6.0, "worker: code and copy": 10.0, "worker: write": 4.0}
+    assert reader.spent() == pytest.approx(want, abs=0.5)
+    assert reader.spent() == {}
 
 
 def test_a_reader_waits_while_the_worker_lives(tmp_path: Path) -> None:
