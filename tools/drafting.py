@@ -20,7 +20,8 @@ from torch import Tensor
 
 from dspark.tools.rejection import sample
 from dspark.train.attention import AttentionPlan
-from dspark.train.draft import Attention, DraftModel, Layer, rope_tables
+from dspark.train.draft import Attention, DraftModel, Layer
+from dspark.train.qk_norm_rope import Rope, rope_tables
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,12 +50,12 @@ class DraftContext:
         ctx = draft.context(aux.to(draft.fc.weight.device))
         position = torch.arange(self.length, self.length + aux.shape[0], device=ctx.device)
         tables = rope_tables(position, draft.config.head_dim, draft.config.rope_theta, ctx.dtype)
+        nothing = tables[0][:0], tables[1][:0]
         for i, layer in enumerate(_layers(draft)):
-            keys, values = layer.self_attn.keys_values(ctx, tables)
+            _, keys, values = layer.self_attn.queries_keys_values(ctx[:0], ctx, nothing, tables)
             if self.length == 0:
                 self._keys.append(keys)
-                # Columns of one result with the unrotated keys, which it would hold on to.
-                self._values.append(values.contiguous())
+                self._values.append(values)
             else:
                 self._keys[i] = torch.cat([self._keys[i], keys])
                 self._values[i] = torch.cat([self._values[i], values])
@@ -160,13 +161,11 @@ def _weight(module: torch.nn.Module) -> Tensor:
     return weight
 
 
-def _attend(
-    attention: Attention, x: Tensor, context: tuple[Tensor, Tensor], tables: tuple[Tensor, Tensor]
-) -> Tensor:
+def _attend(attention: Attention, x: Tensor, context: tuple[Tensor, Tensor], rope: Rope) -> Tensor:
     """Attention output [B, H] of a block ``x`` [B, H] over the whole context and, both ways, itself: nothing
     to mask.
     """
-    q, *own = attention.queries_keys_values(x, tables)
+    q, *own = attention.queries_keys_values(x, x[:0], rope, (rope[0][:0], rope[1][:0]))
     k, v = (torch.cat(pair).transpose(0, 1)[None] for pair in zip(context, own, strict=True))
     seen = F.scaled_dot_product_attention(q.transpose(0, 1)[None], k, v, enable_gqa=q.shape[1] != k.shape[1])
     out: Tensor = attention.o_proj(seen[0].transpose(0, 1).reshape(x.shape[0], -1))

@@ -82,30 +82,28 @@ def dense_mask(plan_start: Tensor, plan_limit: Tensor, context: int, block_size:
     return both.repeat_interleave(block_size, 0)
 
 
-def block_attention(
-    q: Tensor, k_ctx: Tensor, v_ctx: Tensor, k_blk: Tensor, v_blk: Tensor, plan: AttentionPlan
-) -> Tensor:
+def block_attention(q: Tensor, keys: Tensor, values: Tensor, plan: AttentionPlan) -> Tensor:
     """softmax(q k^T / sqrt(D)) v over what ``plan`` allows.
 
-    ``q`` [Q, Hq, D], ``k_ctx``/``v_ctx`` [S, Hkv, D], ``k_blk``/``v_blk`` [Q, Hkv, D], Q = A*B in anchor order.
+    ``q`` [Q, Hq, D], ``keys``/``values`` [S+Q, Hkv, D], the context's first, Q = A*B in anchor order.
     Returns [Q, Hq, D] in the dtype of ``q``. Heads are grouped: head i uses key head ``i // (Hq // Hkv)``.
     """
     if q.shape[0] == 0:
         return torch.zeros_like(q)
     if plan.backend == "flex":
-        return _flex(q, torch.cat([k_ctx, k_blk]), torch.cat([v_ctx, v_blk]), plan)
-    size = plan.block_size
+        return _flex(q, keys, values, plan)
+    # Split once: the gradient of each slice is as large as what it was cut from.
+    sizes = [(group.end - group.first) * plan.block_size for group in plan.groups]
+    k_ctx, *k_blk = keys.split_with_sizes([keys.shape[0] - q.shape[0], *sizes])
+    v_ctx, *v_blk = values.split_with_sizes([values.shape[0] - q.shape[0], *sizes])
     parts = []
-    for group in plan.groups:
-        rows = slice(group.first * size, group.end * size)
-        keys = torch.cat([k_ctx[group.low : group.high], k_blk[rows]])
-        values = torch.cat([v_ctx[group.low : group.high], v_blk[rows]])
+    for group, own, k, v in zip(plan.groups, q.split_with_sizes(sizes), k_blk, v_blk, strict=True):
         out = F.scaled_dot_product_attention(
-            _heads_first(q[rows]),
-            _heads_first(keys),
-            _heads_first(values),
+            _heads_first(own),
+            _heads_first(torch.cat([k_ctx[group.low : group.high], k])),
+            _heads_first(torch.cat([v_ctx[group.low : group.high], v])),
             attn_mask=group.mask,
-            enable_gqa=q.shape[1] != k_blk.shape[1],
+            enable_gqa=q.shape[1] != keys.shape[1],
         )
         parts.append(out[0].transpose(0, 1))
     return torch.cat(parts)

@@ -5,7 +5,8 @@ V/Vd target and draft vocabulary, r Markov rank.
 
 ``ctx = hidden_norm(fc(concat_L(aux)))`` is computed once; every layer applies its own k_proj, v_proj and k_norm to it, but
 not its input_layernorm, and never updates it (as vLLM's ``Qwen3DSparkModel`` serves it). Parameter names are the names of
-the served checkpoint; q, k and v are one product all the same, and so are gate and up (``joined.py``). embed_tokens and
+the served checkpoint; q, k and v are one product all the same, and so are gate and up (``joined.py``), and the norms of queries
+and keys are part of one operation (``qk_norm_rope.py``). embed_tokens and
 lm_head are the target's and frozen; where the target ties them, one tensor serves.
 
 The final ``norm`` starts as a copy of the target's and is trained with the rest: the checkpoint carries the draft's own
@@ -29,7 +30,8 @@ from dspark.train.batch import Batch
 from dspark.train.draft_config import DraftConfig
 from dspark.train.gated import gated
 from dspark.train.heads import ConfidenceHead, MarkovHead, build_markov_head
-from dspark.train.joined import joined_linear, joined_product, lay_side_by_side
+from dspark.train.joined import joined_product, lay_side_by_side
+from dspark.train.qk_norm_rope import Rope, qk_norm_rope, rope_tables
 from dspark.train.scaled import write_scaled
 
 
@@ -113,26 +115,8 @@ class Plan:
     """
 
     attention: AttentionPlan
-    block_rope: tuple[Tensor, Tensor]
-    context_rope: tuple[Tensor, Tensor]
-
-
-def rope_tables(position: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and sin of int64[T] positions, each [T, 1, D/2].
-
-    Frequencies are made here in fp32 at every call: kept in a buffer, ``model.to(bfloat16)`` would round them, and far
-    positions would then turn by wrong angles.
-    """
-    exponent = torch.arange(0, head_dim, 2, dtype=torch.float32, device=position.device) / head_dim
-    angle = position.to(torch.float32)[:, None] * (1.0 / theta**exponent)
-    return angle.cos().to(dtype)[:, None], angle.sin().to(dtype)[:, None]
-
-
-def rotate(x: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
-    """RoPE, neox half-split, of ``x`` [T, heads, D]."""
-    cos, sin = tables
-    a, b = x.chunk(2, -1)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+    block_rope: Rope
+    context_rope: Rope
 
 
 class Attention(nn.Module):
@@ -152,18 +136,21 @@ class Attention(nn.Module):
         """The weights of one product with the blocks' tokens, all but the last of the context's."""
         return self.v_proj.weight, self.k_proj.weight, self.q_proj.weight
 
-    def keys_values(self, ctx: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        """Keys, normed and rotated, and values of ``ctx`` [T, H], two [T, Hkv, D]."""
-        v, k = map(self._split, joined_linear(ctx, self.joined[:2]))
-        return rotate(self.k_norm(k), rope), v
-
-    def queries_keys_values(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries [T, Hq, D] of ``x`` [T, H] too, normed and rotated."""
-        v, k, q = map(self._split, joined_linear(x, self.joined))
-        return rotate(self.q_norm(q), rope), rotate(self.k_norm(k), rope), v
-
-    def _split(self, x: Tensor) -> Tensor:
-        return x.view(x.shape[0], x.shape[1] // self.head_dim, self.head_dim)
+    def queries_keys_values(
+        self, x: Tensor, ctx: Tensor, block_rope: Rope, context_rope: Rope
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries [Q, Hq, D] of ``x`` [Q, H], keys and values [S+Q, Hkv, D] of ``ctx`` [S, H] and ``x``; queries and keys normed and
+        rotated. S or Q may be 0.
+        """
+        return qk_norm_rope(
+            joined_product(ctx, self.joined[:2]),
+            joined_product(x, self.joined),
+            self.q_norm.weight,
+            self.k_norm.weight,
+            self.k_norm.eps,
+            context_rope,
+            block_rope,
+        )
 
     def forward(
         self,
@@ -171,9 +158,8 @@ class Attention(nn.Module):
         ctx: Tensor,
         plan: Plan,
     ) -> Tensor:
-        q, k_blk, v_blk = self.queries_keys_values(x, plan.block_rope)
-        k_ctx, v_ctx = self.keys_values(ctx, plan.context_rope)
-        seen = block_attention(q, k_ctx, v_ctx, k_blk, v_blk, plan.attention)
+        q, keys, values = self.queries_keys_values(x, ctx, plan.block_rope, plan.context_rope)
+        seen = block_attention(q, keys, values, plan.attention)
         out: Tensor = self.o_proj(seen.reshape(x.shape[0], -1))
         return out
 
@@ -298,7 +284,7 @@ class DraftModel(nn.Module):
         self.make_room()
 
     def join(self) -> None:
-        """Lay the weights of each layer that share a product side by side (``joined_linear``). They come last projection first: that is
+        """Lay the weights of each layer that share a product side by side (``joined_product``). They come last projection first: that is
         the order in which the optimizer's buckets hold them.
         """
         for module in self.layers.modules():

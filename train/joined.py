@@ -1,4 +1,4 @@
-"""Several linear maps of one input as one product: ``joined_linear(x, (W1, W2, ...)) = [x W1^T | x W2^T | ...]``.
+"""Several linear maps of one input as one product: ``joined_product(x, (W1, W2, ...)) = [x W1^T | x W2^T | ...]``.
 
 A few large products keep a GPU busier than many small ones: at Qwen3-4B's shapes on an H100 gate and up together take 0.06 ms less
 forward and 0.1 ms less backward, a layer. Copying the weights together in every forward (100 MB a layer) would cost that gain, so the
@@ -9,8 +9,8 @@ the one result: as fast as separate products are, and no copy either.
 
 The gradient of all weights is one product too, and each weight's is a view of its rows.
 
-A compiled backward hands those views on without a copy. The columns' gradients have to be joined for it: where that costs something,
-take ``joined_product`` and an operation on the joint result whose gradient is one tensor (``gated.py``).
+A compiled backward hands those views on without a copy. Who splits the result by its columns makes autograd join their gradients again:
+so what follows is an operation on the joint result whose gradient is one tensor (``gated.py``, ``qk_norm_rope.py``).
 
 Legend: n rows of input, K its size, m_i rows of weight i, M their sum.
 """
@@ -50,13 +50,8 @@ def lay_side_by_side(weights: Sequence[Tensor]) -> None:
             w.data = rows
 
 
-def joined_linear(x: Tensor, weights: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """``x`` [n, K] times the transpose of each of ``weights`` [m_i, K]: [n, m_i] each, columns of one result."""
-    return joined_product(x, weights).split_with_sizes(_sizes(weights), 1)
-
-
 def joined_product(x: Tensor, weights: Sequence[Tensor]) -> Tensor:
-    """That one result [n, M]."""
+    """``x`` [n, K] times the transpose of each of ``weights`` [m_i, K], side by side: [n, M]."""
     joint: Tensor = _product(x, list(weights))
     return joint
 

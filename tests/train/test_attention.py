@@ -37,12 +37,11 @@ def inputs(
     dtype: torch.dtype = torch.float32,
 ) -> list[Tensor]:
     g = torch.Generator().manual_seed(4)
-    shapes = [(rows, heads), (context, kv_heads), (context, kv_heads), (rows, kv_heads), (rows, kv_heads)]
+    shapes = [(rows, heads), (context + rows, kv_heads), (context + rows, kv_heads)]
     return [torch.randn(*s, dim, generator=g, dtype=dtype).requires_grad_() for s in shapes]
 
 
-def naive(q: Tensor, k_ctx: Tensor, v_ctx: Tensor, k_blk: Tensor, v_blk: Tensor, mask: Tensor) -> Tensor:
-    k, v = torch.cat([k_ctx, k_blk]), torch.cat([v_ctx, v_blk])
+def naive(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     share = q.shape[1] // k.shape[1]
     out = torch.zeros_like(q)
     for i in range(q.shape[0]):
@@ -119,10 +118,10 @@ def test_padding_is_finite_and_unseen() -> None:
     before = block_attention(*args, plan)
     assert bool(before.isfinite().all())
     with torch.no_grad():
-        for x in args[1:3]:
+        for x in args[1:]:
             x[7] = 1e4  # the padding token
-        for x in (args[0], *args[3:]):
-            x[6:] = 1e4  # the padding block
+        for x, first in zip(args, (6, 14, 14), strict=True):
+            x[first:] = 1e4  # the padding block
     after = block_attention(*args, plan)
     assert torch.equal(before[:6], after[:6])
 

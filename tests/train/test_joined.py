@@ -16,7 +16,7 @@ from core_cases import small_batch, small_draft, small_target
 from dspark.train import joined
 from dspark.train.draft import Attention, DraftModel, Mlp
 from dspark.train.export import load_draft, save_draft
-from dspark.train.joined import joined_linear, lay_side_by_side, side_by_side
+from dspark.train.joined import joined_product, lay_side_by_side, side_by_side
 from dspark.train.muon import MasterMuon
 from dspark.train.optim import AdamSettings, MasterAdamW
 
@@ -33,6 +33,10 @@ def case(
         lay_side_by_side(weights)
     assert (side_by_side(weights) is not None) == (adjacent or len(rows) == 1)
     return x, weights
+
+
+def products(x: Tensor, weights: list[nn.Parameter]) -> tuple[Tensor, ...]:
+    return joined_product(x, weights).split_with_sizes([w.shape[0] for w in weights], 1)
 
 
 def gradients(outs: tuple[Tensor, ...], inputs: list[Any]) -> tuple[Tensor | None, ...]:
@@ -52,7 +56,7 @@ def test_values_and_gradients_are_those_of_a_product_each(
     n: int, k: int, rows: list[int], adjacent: bool
 ) -> None:
     x, weights = case(n, k, rows, adjacent)
-    ours, plain = joined_linear(x, weights), tuple(F.linear(x, w) for w in weights)
+    ours, plain = products(x, weights), tuple(F.linear(x, w) for w in weights)
     both = [gradients(outs, [x, *weights]) for outs in (ours, plain)]
     for a, b in zip([*ours, *both[0]], [*plain, *both[1]], strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
@@ -66,12 +70,12 @@ def test_other_precisions_and_what_needs_no_gradient(dtype: torch.dtype, adjacen
     tolerance = 0.02 if dtype == torch.bfloat16 else 1e-6
     for context in (torch.no_grad, torch.inference_mode, torch.enable_grad):
         with context():
-            for a, b in zip(joined_linear(x, weights), plain, strict=True):
+            for a, b in zip(products(x, weights), plain, strict=True):
                 torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
     for inputs in ([x], [*weights], [weights[1]]):
         for p in (x, *weights):
             p.requires_grad_(any(p is i for i in inputs))
-        ours = gradients(joined_linear(x, weights), inputs)
+        ours = gradients(products(x, weights), inputs)
         theirs = gradients(tuple(F.linear(x, w) for w in weights), inputs)
         for a, b in zip(ours, theirs, strict=True):
             assert a is not None

@@ -141,7 +141,7 @@ def test_any_number_of_ranks_and_any_strategy_train_the_same(runs: dict[str, Any
 
 
 def test_shared_masters_change_nothing_in_bfloat16_and_fsdp2_little(runs: dict[str, Any]) -> None:
-    """All add up in float32. FSDP2's products are others (``joined_linear``), so its bfloat16 results may be too."""
+    """All add up in float32. FSDP2's products are others (``joined_product``), so its bfloat16 results may be too."""
     alike(runs["at"]["half_zero"], runs["at"]["half"], rel=1e-5)
     for ours, theirs in zip(rows(runs["at"]["half_fsdp2"]), rows(runs["at"]["half"]), strict=True):
         if "loss" in ours:
