@@ -42,9 +42,9 @@ STORED, COMPARE, SKIP = (
 )  # keys of a request's kv_transfer_params
 PATH, INDEX = "dspark_batch", "dspark_index"  # and of a finished one's: where its states will be
 TOKENS, LASTS, IDS, RAW = "tokens", "lasts", "token_ids", "hidden_states"  # arrays of a batch
-# float64[3]: seconds of the clock when the batch came, was begun and was on the host; the file's own time is the fourth.
+# float64[4]: seconds of the clock when the batch came, was begun, was gathered and was coded and on the host; the file's own time is the fifth.
 TIMES = "times"
-STAGES = "worker: wait for a writer", "worker: code and copy", "worker: write"
+STAGES = "worker: wait for a writer", "worker: gather", "worker: code and copy", "worker: write"
 CODING, NORM = "coding.json", "norm.pt"
 WAIT_SECONDS = (
     600.0  # how long a worker that lives may take for a batch of 256 MB at most: longer, and it hangs

@@ -9,9 +9,9 @@ here, does all that once a request, fails on a CPU (pinned memory) and only logs
 scheduler decides what is in which batch, so a request's path can be told before the worker has begun. The cache blocks are free again once the states have been
 gathered; coding, copy and writing happen in writer threads, at most ``WRITING`` batches at a time.
 
-On a GPU each batch on its way has a stream of its own, and waits there for the steps before this one and not for the forward pass that has just been launched: in a
-queue behind that (0.2 s of a 4B target on an H100), or behind another batch that is, a batch took 0.7 s instead of the 0.1 that it needs. The streams have a higher
-priority than the target's, whose kernels would otherwise fill the GPU before each of the few small ones here.
+On a GPU each batch on its way has a stream of its own, and waits there for the step in which the last of its requests finished and not for those that have been
+launched since (vLLM launches a step before the one before is done, and 16,384 tokens of a 4B target take an H100 0.2 s). The streams have a higher priority than the
+target's, whose kernels would otherwise fill the GPU before each of the few small ones here.
 
 Raw: ``hidden_states`` [T, n, H] in ascending order of the asked ids. Coded: the codecs' arrays. Both: ``token_ids`` int32[T], and the rows of each request.
 """
@@ -61,6 +61,7 @@ from dspark.dump.spool import (
 Ints = np.ndarray[tuple[int, ...], np.dtype[np.int64]]
 # Batches whose states may be on the device at once, where there is room: a slow disk slows the engine down.
 WRITING = 8
+REMEMBERED = 16  # steps: vLLM names a request at most a few after its last one
 
 
 @dataclass
@@ -73,6 +74,7 @@ class Save:
     blocks: list[int]
     stored: list[list[int | None]] | None
     compare: bool
+    step: int  # the last one that computed tokens of it
 
 
 class _Copied:
@@ -80,6 +82,9 @@ class _Copied:
 
     def query(self) -> bool:
         return True
+
+    def synchronize(self) -> None:
+        pass
 
 
 @dataclass
@@ -117,7 +122,10 @@ class SpoolConnector(ExampleHiddenStatesConnector):  # type: ignore[misc]
             deque()
         )  # the batches on their way, and their streams
         self._most: int | None = None  # of them at once
-        self._before: Any = None  # an event behind the steps before this one
+        # The scheduler's: steps so far, and the last one of each request.
+        self._steps, self._step_of = 0, dict[str, int]()
+        # The worker's: steps of late, and events at their beginning, behind all that was launched before.
+        self._begun: deque[tuple[int, Any]] = deque(maxlen=REMEMBERED)
         self._writers = ThreadPoolExecutor(WRITING, "dspark-spool")
         self._lock = -1
         self._releasing = threading.Lock()  # two writers may fail at once
@@ -127,6 +135,7 @@ class SpoolConnector(ExampleHiddenStatesConnector):  # type: ignore[misc]
     def request_finished(self, request: Any, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
         """Put it into a batch; its blocks are kept until ``get_finished`` names it."""
         scheduled = self._request_filenames.pop(request.request_id, None) is not None
+        step = self._step_of.pop(request.request_id, self._steps)
         asked = request.kv_transfer_params or {}
         if not scheduled or asked.get(SKIP):
             return False, None
@@ -144,14 +153,18 @@ class SpoolConnector(ExampleHiddenStatesConnector):  # type: ignore[misc]
         index, filename = self._members, os.path.join(self._storage_path, f"{self._batches}.batch")
         self._members, self._tokens = index + 1, self._tokens + len(ids)
         self._pending_saves[request.request_id] = Save(
-            request.request_id, filename, np.array(ids, np.int32), list(block_ids), stored, compare
+            request.request_id, filename, np.array(ids, np.int32), list(block_ids), stored, compare, step
         )
         return True, {PATH: filename, INDEX: index}
 
     def build_connector_meta(self, scheduler_output: Any) -> Any:
         """All that finished since the last call goes to the workers."""
         self._kind = None
-        return super().build_connector_meta(scheduler_output)
+        self._steps += 1
+        self._step_of.update(dict.fromkeys(scheduler_output.num_scheduled_tokens, self._steps))
+        told = super().build_connector_meta(scheduler_output)
+        told.step = self._steps
+        return told
 
     def get_finished_count(self) -> int:
         """Only rank 0 reports; versions before 0.32 wait for all."""
@@ -165,12 +178,17 @@ class SpoolConnector(ExampleHiddenStatesConnector):  # type: ignore[misc]
             self._lock = hold(self._storage_path)
 
     def bind_connector_metadata(self, connector_metadata: Any) -> None:
-        """A step begins. What it is told to save finished in a step before, whose states are all in the cache behind this event: vLLM puts them there after the
-        forward pass, when ``get_finished`` of that step is over."""
+        """A step begins. vLLM puts its states into the cache after its forward pass, when ``get_finished`` is over: they are there at the event of the next one."""
         super().bind_connector_metadata(connector_metadata)
-        if self._kv_cache.device.type == "cuda" and getattr(connector_metadata, "pending_saves", ()):
-            self._before = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            self._before.record()
+        if self._kv_cache.device.type == "cuda":
+            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            event.record()
+            self._begun.append((connector_metadata.step, event))
+
+    def _done(self, saves: list[Save]) -> Any:
+        """The first event behind the last step of all ``saves``."""
+        last = max(save.step for save in saves)
+        return next(event for step, event in self._begun if step > last)
 
     def wait_for_save(self) -> None:
         """No lock a request."""
@@ -234,7 +252,7 @@ class SpoolConnector(ExampleHiddenStatesConnector):  # type: ignore[misc]
             slots, rows = torch.from_numpy(index).tensor_split([len(block)])
             states = extract_from_kv_cache(cache, slots, len(block))
             return Gathered(saves, states, rows, tokens, lasts, _Copied(), None, times)
-        stream.wait_event(self._before)
+        stream.wait_event(self._done(saves))
         with torch.cuda.stream(stream):
             slots, rows = send(index, cache.device).tensor_split([len(block)])
             states = extract_from_kv_cache(cache, slots, len(block))
@@ -246,18 +264,20 @@ class SpoolConnector(ExampleHiddenStatesConnector):  # type: ignore[misc]
         """In a writer thread: code, copy, write; or leave the reason."""
         try:
             with torch.inference_mode(), gathered.on_stream():
+                gathered.ready.synchronize()
+                times = [*gathered.times, time.time()]
                 tensors = {name: to_host(t) for name, t in self._tensors(gathered).items()}
                 if gathered.stream is not None:
                     copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
                     copied.record(gathered.stream)
                     copied.synchronize()
+                times.append(time.time())
             ids = [save.ids[:n] for save, n in zip(gathered.saves, gathered.tokens, strict=True)]
-            times = np.array([*gathered.times, time.time()])
             counts = {
                 TOKENS: gathered.tokens,
                 LASTS: gathered.lasts,
                 IDS: np.concatenate(ids),
-                TIMES: times,
+                TIMES: np.array(times),
             }
             write_batch(filename, tensors | {name: torch.from_numpy(a) for name, a in counts.items()})
         except BaseException as error:  # raised where the file is read

@@ -169,7 +169,7 @@ def connector(spool: Path, cache: torch.Tensor) -> SpoolConnector:
 def save(spool: Path, ids: list[int], blocks: list[int], stored: list[list[int | None]] | None) -> Save:
     from dspark.dump.vllm_connector import Save
 
-    return Save(str(ids), f"{spool}/1.batch", np.array(ids, np.int32), blocks, stored, False)
+    return Save(str(ids), f"{spool}/1.batch", np.array(ids, np.int32), blocks, stored, False, 0)
 
 
 @pytest.mark.vllm
@@ -264,7 +264,7 @@ def test_blocks_are_kept_until_their_batch_is_gathered(tmp_path: Path) -> None:
     worker._most = None
     saves = [replace(save(tmp_path, [i], [i], None), filename=f"{tmp_path}/{i // 2}.batch") for i in range(9)]
     worker._connector_metadata = SimpleNamespace(pending_saves=saves)
-    made = [SimpleNamespace(query=lambda i=i: i not in late) for i in range(5)]
+    made = [SimpleNamespace(query=lambda i=i: i not in late, synchronize=int) for i in range(5)]
     gather, late = worker._gather, {1}
     worker._gather = lambda batch, *given: replace(
         gather(batch, *given), ready=made[int(batch[0].request[1:-1]) // 2]
@@ -294,6 +294,18 @@ def test_blocks_are_kept_until_their_batch_is_gathered(tmp_path: Path) -> None:
 
 
 @pytest.mark.vllm
+def test_a_batch_waits_for_the_step_of_its_last_request_and_no_other(tmp_path: Path) -> None:
+    """Events stand at the beginning of steps 4 to 7: what step 5 computed is there at that of 6."""
+    worker = connector(tmp_path, torch.randn(9, 3, 4, 64))
+    worker._begun = deque((step, f"begin {step}") for step in (4, 5, 6, 7))
+    saves = [replace(save(tmp_path, [i], [i], None), step=step) for i, step in enumerate((3, 5, 4))]
+    assert worker._done(saves) == "begin 6"
+    assert worker._done(saves[:1]) == "begin 4"
+    worker._begun.popleft()
+    assert worker._done(saves[:1]) == "begin 5", "a later one serves"
+
+
+@pytest.mark.vllm
 def test_where_not_even_the_reason_fits_nobody_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     worker = connector(tmp_path, torch.randn(9, 3, 4, 64))
     saves = [save(tmp_path, [1, 2, 3], [1], None)]
@@ -316,6 +328,7 @@ def test_the_scheduler_names_the_batch_before_the_worker_begins(tmp_path: Path) 
     scheduler._storage_path, scheduler._batch_tokens, scheduler._kind = "/s", 10, None
     scheduler._batches = scheduler._members = scheduler._tokens = 0
     scheduler._pending_saves, scheduler._request_filenames = {}, {str(i): "" for i in range(9)}
+    scheduler._steps, scheduler._step_of = 0, {}
 
     def finish(name: int, tokens: int, **params: object) -> object:
         request = SimpleNamespace(
@@ -323,6 +336,9 @@ def test_the_scheduler_names_the_batch_before_the_worker_begins(tmp_path: Path) 
             all_token_ids=[1] * (tokens + 1),
         )  # fmt: skip
         return scheduler.request_finished(request, [0])
+
+    def step(*computed: str) -> object:
+        return SimpleNamespace(scheduled_new_reqs=[], num_scheduled_tokens=dict.fromkeys(computed, 1))
 
     def at(batch: int, index: int) -> object:
         return True, {"dspark_batch": f"/s/{batch}.batch", "dspark_index": index}
@@ -335,9 +351,14 @@ def test_the_scheduler_names_the_batch_before_the_worker_begins(tmp_path: Path) 
     assert finish(5, 99) == at(4, 0), "a longer one goes alone"
     assert finish(77, 1) == (False, None), "given up before it ran"
     assert len(scheduler._pending_saves) == 5
-    scheduler_output = SimpleNamespace(scheduled_new_reqs=[])
-    assert len(scheduler.build_connector_meta(scheduler_output).pending_saves) == 5
+    told = scheduler.build_connector_meta(step("6", "7"))
+    assert (len(told.pending_saves), told.step) == (5, 1)
+    assert scheduler.build_connector_meta(step("7")).step == 2
     assert finish(6, 1) == at(5, 0), "another step"
+    assert finish(7, 1) == at(5, 1)
+    told = scheduler.build_connector_meta(step())
+    assert ([save.step for save in told.pending_saves], told.step) == ([1, 2], 3)
+    assert not scheduler._step_of
 
 
 def test_the_row_whose_states_are_lost_or_another_s_is_named(tmp_path: Path) -> None:
@@ -348,7 +369,7 @@ def test_the_row_whose_states_are_lost_or_another_s_is_named(tmp_path: Path) -> 
     with pytest.raises(EngineError, match=r"states of row 42 are lost: .*not finite.* GB are free"):
         engine._spooled(f"{tmp_path}/1", members)
     counts = {"tokens": torch.tensor([2, 1, 2]), "lasts": torch.zeros(3, dtype=torch.long)}
-    told = counts | {"times": torch.zeros(3, dtype=torch.float64)}
+    told = counts | {"times": torch.zeros(4, dtype=torch.float64)}
     write_batch(f"{tmp_path}/2", {IDS: torch.tensor([0, 7, 1, 2, 7], dtype=torch.int32), **told})
     with pytest.raises(EngineError, match="other tokens .* for row 41, expected exactly its 2 tokens"):
         engine._spooled(f"{tmp_path}/2", members)
