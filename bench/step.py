@@ -178,34 +178,50 @@ def gradients(model: DraftModel) -> dict[str, Tensor]:
     return out
 
 
+def furthest(found: dict[str, Tensor], reference: dict[str, Tensor]) -> tuple[float, str]:
+    """The largest relative difference of a tensor's gradient, and whose it is."""
+    return max((float((found[n] - g).norm() / g.norm()), n) for n, g in reference.items())
+
+
 def agreement(s: Shape, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
-    """Fast path (compiled, flex, Triton) against slow (eager, SDPA, plain torch) on the same row and weights."""
+    """Fast path (compiled, flex, Triton) against slow (eager, SDPA, plain torch) on the same row and weights; in 16 bits both also against the
+    slow path in float32 on the same values."""
     torch.manual_seed(0)
     model = DraftModel(draft_config(s), weights(s, device, dtype)).to(device=device, dtype=dtype)
     model.make_room()
     batch = row(s, 1, device, dtype)
     dens = Denominators.of(batch.to("cpu"), 4.0)
-    found = []
-    for fast in (False, True):
-        run: Any = (
-            torch.compile(model.forward, dynamic=False) if fast and device.type == "cuda" else model.forward
-        )
-        states = run(batch, model.plan(batch, "flex" if fast and device.type == "cuda" else "sdpa"))
-        slots = SlotInputs.gather(batch, states, 4.0)
-        out = objective(
-            slots, model.frozen_head, ObjectiveConfig(), dens, terms=None if fast else plain.chunk_terms
-        )
+
+    def run(given: Batch, fast: bool) -> tuple[float, dict[str, Tensor]]:
+        flex = fast and device.type == "cuda"
+        forward: Any = torch.compile(model.forward, dynamic=False) if flex else model.forward
+        states = forward(given, model.plan(given, "flex" if flex else "sdpa"))
+        slots = SlotInputs.gather(given, states, 4.0)
+        terms = None if fast else plain.chunk_terms
+        out = objective(slots, model.frozen_head, ObjectiveConfig(), dens, terms=terms)
         out.loss.backward()  # type: ignore[no-untyped-call]
-        found.append((out.loss.item(), gradients(model)))
-    (slow, slow_g), (quick, quick_g) = found
-    worst = max(((quick_g[n] - g).norm() / g.norm(), n) for n, g in slow_g.items())
+        return out.loss.item(), gradients(model)
+
+    (slow, slow_g), (quick, quick_g) = run(batch, False), run(batch, True)
+    worst = furthest(quick_g, slow_g)
     whole = sum((quick_g[n] - g).square().sum() for n, g in slow_g.items()) / sum(
         g.square().sum() for g in slow_g.values()
     )
-    return {
+    found = {
         "dtype": str(dtype).removeprefix("torch."), "loss": slow, "loss_relative_difference": abs(quick - slow) / abs(slow),
-        "largest_relative_gradient_difference": float(worst[0]), "in": worst[1], "gradient_relative_difference": float(whole**0.5),
+        "largest_relative_gradient_difference": worst[0], "in": worst[1], "gradient_relative_difference": float(whole**0.5),
     }  # fmt: skip
+    if dtype == torch.bfloat16:
+        model.to(torch.float32)
+        exact, exact_g = run(replace(batch, aux=batch.aux.float(), last=batch.last.float()), False)
+        found["against_float32"] = {
+            name: {
+                "loss": abs(loss - exact) / abs(exact),
+                "largest_gradient": dict(zip(("off", "in"), furthest(g, exact_g), strict=True)),
+            }
+            for name, loss, g in (("fast", quick, quick_g), ("slow", slow, slow_g))
+        }
+    return found
 
 
 def peer(s: Shape, args: argparse.Namespace, model: DraftModel, rows: list[Batch]) -> dict[str, Any]:
