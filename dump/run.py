@@ -29,6 +29,7 @@ from dspark.cache.writer import StoreWriter
 from dspark.dump import plan as planning
 from dspark.dump.ahead import ahead
 from dspark.dump.calibrate import Calibration, calibration_samples, captured, centred_as
+from dspark.dump.coded_check import check_coded
 from dspark.dump.config import DumpConfig
 from dspark.dump.job import Job, first_samples, load_engine, part_reader, prepare, tokenisers
 from dspark.dump.parts import PartReader, PartRows
@@ -125,7 +126,9 @@ def run_engine(
         writer = StoreWriter.create(
             config.output, manifest, compact(frozen), job.target.files, overwrite=config.overwrite
         )
-    quality = measure([states[i] for i in sorted(states)], *writer.codecs)
+    raw = [states[i] for i in sorted(states)]
+    check_coded(engine, probe, raw, writer.codecs, job.plan.layers)
+    quality = measure(raw, *writer.codecs)
     if isinstance(job.maker, Prompts):
         with writer:
             return regenerate_parts(job, job.maker, writer, engine, quality, show, write)

@@ -1,0 +1,89 @@
+"""The dump's own way against the self-check's states: every fault is named, and the engine as it is passes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from dspark.cache.codec import Codec, calibrated, codec_for, to_numpy
+from dspark.cache.errors import EngineError
+from dspark.cache.records import TokenSample
+from dspark.dump.capture import Captured, CodedStates, States
+from dspark.dump.coded_check import check_coded
+
+LAYERS = [1, 4, 7]
+ROWS = ((9, 4), (5, 0), (30, 12))  # tokens and stored last states of each sample
+
+
+@pytest.fixture
+def states() -> list[States]:
+    return [States(torch.randn(t, 3, 64), 5 * torch.randn(m, 64)) for t, m in ROWS]
+
+
+def codecs(bits: int, states: list[States]) -> tuple[Codec, Codec]:
+    aux, last = torch.cat([s.aux for s in states]), torch.cat([s.last for s in states])
+    return calibrated(codec_for(bits), aux), calibrated(codec_for(bits), last)
+
+
+def engine(
+    states: list[States], spoil: Callable[[States], States], way: str, given: Sequence[int] = (0, 1, 2)
+) -> Any:
+    """Hands out ``states`` in two batches; ``way``: raw, coded, or coded and fetched later."""
+
+    def stream(groups: Iterable[Sequence[TokenSample]], codecs: tuple[Codec, Codec]) -> Iterator[Captured]:
+        assert [len(g) for g in groups] == [3]
+        for members in (given[:1], given[1:]):
+            own = [spoil(states[i]) for i in members]
+            joint = States(torch.cat([s.aux for s in own]), torch.cat([s.last for s in own]))
+            coded = CodedStates(*(to_numpy(c.encode(x)) for c, x in zip(codecs, joint, strict=True)))
+            out = {"raw": joint, "coded": coded, "fetched": lambda coded=coded: coded}
+            yield Captured(0, members, out[way])
+
+    return SimpleNamespace(stream=stream, name="test")
+
+
+@pytest.mark.parametrize("way", ["raw", "coded", "fetched"])
+@pytest.mark.parametrize("bits", [16, 4])
+def test_states_as_they_are_pass(states: list[States], bits: int, way: str) -> None:
+    check_coded(engine(states, lambda s: s, way), [None] * 3, states, codecs(bits, states), LAYERS)  # type: ignore[list-item]
+
+
+@pytest.mark.parametrize("way", ["raw", "coded"])
+@pytest.mark.parametrize(
+    ("spoil", "says"),
+    [
+        (lambda s: States(s.aux[:, [0, 2, 1]], s.last), "sample 0, layer 4, differ"),
+        (lambda s: States(s.aux.roll(1, 0), s.last), "sample 0, layer 1, differ"),
+        (lambda s: States(s.aux, s.last.flip(0)), "sample 0, layer last, differ"),
+        (lambda s: States(s.aux, s.aux[: len(s.last), 2]), "sample 0, layer last, differ"),
+        (lambda s: States(s.aux, 2 * s.last), r"sample 0, layer last, differ from its states by (1\.0|0\.9)"),
+        (lambda s: States(s.aux[1:], s.last), r"gave \(8, 4\) rows .* expected \(9, 4\)"),
+    ],
+)
+def test_each_fault_is_named(
+    states: list[States], spoil: Callable[[States], States], says: str, way: str
+) -> None:
+    with pytest.raises(EngineError, match=says):
+        check_coded(engine(states, spoil, way), [None] * 3, states, codecs(4, states), LAYERS)  # type: ignore[list-item]
+
+
+def test_a_sample_that_does_not_come_is_named(states: list[States]) -> None:
+    with pytest.raises(EngineError, match=r"gave no states of samples \[1\]"):
+        check_coded(
+            engine(states, lambda s: s, "coded", (0, 2)),
+            [None] * 3,
+            states,
+            codecs(4, states),
+            LAYERS,  # type: ignore[list-item]
+        )
+
+
+def test_a_percent_of_rounding_passes(states: list[States]) -> None:
+    def rounded(s: States) -> States:
+        return States(s.aux * (1 + 0.02 * torch.randn_like(s.aux)), s.last)
+
+    check_coded(engine(states, rounded, "coded"), [None] * 3, states, codecs(4, states), LAYERS)  # type: ignore[list-item]
