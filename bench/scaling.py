@@ -195,21 +195,21 @@ def main() -> None:
         args.cache = args.work / f"random-{args.shape}.zarr"
         if not args.cache.exists():
             write_store(args.cache, shape, args.rows, 512 if args.shape == "tiny" else 4096)
-    results = [run(args, 1, "one")]
+    runs = [(1, "one")]
     for strategy in args.strategies.split(","):
-        results += [run(args, n, strategy) for n in args.gpus if n > 1 or strategy == "fsdp2"]
-    one = results[0]
-    for r in results:
+        runs += [(n, strategy) for n in args.gpus if n > 1 or strategy == "fsdp2"]
+    results: list[dict[str, Any]] = []
+    config = {k: str(v) for k, v in vars(args).items() if k not in ("work", "results", "cache")}
+    for gpus, strategy in runs:
+        r = run(args, gpus, strategy)
+        results.append(r)
+        one = results[0]
         r["speedup"] = r["tokens_per_s"] / one["tokens_per_s"]
         differences = [abs(a - b) / abs(b) for a, b in zip(r["loss"], one["loss"], strict=True)]
         r["curve_difference"], r["measured"] = max(differences), True
         r["hours"] = hours(r["tokens_per_s"], args.samples, args.mean_tokens, args.epochs)
-    write(
-        args.name,
-        {k: str(v) for k, v in vars(args).items() if k not in ("work", "results", "cache")},
-        results,
-        args.results,
-    )
+        # After every run, so that one that is cut short leaves what it measured.
+        write(args.name, config, results, args.results, show=len(results) == len(runs))
 
 
 if __name__ == "__main__":
