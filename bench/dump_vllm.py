@@ -202,19 +202,23 @@ def main() -> None:
             stdout=subprocess.PIPE, text=True, check=True, env={**ENVIRONMENT, **os.environ},
         )  # fmt: skip
         bare = float(done.stdout.strip().splitlines()[-1])
+        about = {
+            "rows": args.rows, "copies": args.copies, "target": Path(args.target).name, "dtype": job.plan.dtype
+        }  # fmt: skip
+        results = {
+            "engine": "vllm", "aux_bits": aux_bits, "last_bits": last_bits, "prefill_tokens_per_s": bare, "plain_step_tokens": step
+        }  # fmt: skip
+        # After every stage, so that a run that is cut short leaves what it measured.
+        write(args.name, about, results, show=False)
         report = dump(config, Display(), engine)
-        difference = engine.difference(config.output)
-    rate = report["new_tokens"] / report["capture_seconds"]
-    results = {
-        "engine": "vllm", "aux_bits": aux_bits, "last_bits": last_bits, "tokens_per_s": rate, "prefill_tokens_per_s": bare, "ratio": rate / bare, "plain_step_tokens": step,
-        "extraction_tokens_per_s": engine.extraction, "stored_difference": difference,
-        "tokens": report["new_tokens"], "seconds": report["capture_seconds"], "stages_s": report["stages"],
-    }  # fmt: skip
-    write(
-        args.name,
-        {"rows": args.rows, "copies": args.copies, "target": Path(args.target).name, "dtype": job.plan.dtype},
-        results,
-    )
+        rate = report["new_tokens"] / report["capture_seconds"]
+        results |= {
+            "tokens_per_s": rate, "ratio": rate / bare, "extraction_tokens_per_s": engine.extraction,
+            "tokens": report["new_tokens"], "seconds": report["capture_seconds"], "stages_s": report["stages"],
+        }  # fmt: skip
+        write(args.name, about, results, show=False)
+        results["stored_difference"] = engine.difference(config.output)
+        write(args.name, about, results)
 
 
 if __name__ == "__main__":
