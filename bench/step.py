@@ -13,11 +13,13 @@ import gc
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -27,6 +29,7 @@ from torch import Tensor
 from common import RESULTS, write
 from dspark.cache.logits import PLAIN
 from dspark.train import anchors as rules
+from dspark.train import gated, qk_norm_rope, scaled
 from dspark.train import objective as plain
 from dspark.train.batch import Batch
 from dspark.train.draft import DraftModel
@@ -178,13 +181,24 @@ def gradients(model: DraftModel) -> dict[str, Tensor]:
     return out
 
 
+@contextmanager
+def no_kernels() -> Iterator[None]:
+    """Inside, the draft's own operations are plain torch on a GPU too. (The objective is told by ``terms``.)"""
+    with (
+        patch.object(qk_norm_rope, "_by_kernel", lambda x: False),
+        patch.object(gated, "gradient", gated.plain_gradient),
+        patch.object(scaled, "KINDS", ()),
+    ):
+        yield
+
+
 def furthest(found: dict[str, Tensor], reference: dict[str, Tensor]) -> tuple[float, str]:
     """The largest relative difference of a tensor's gradient, and whose it is."""
     return max((float((found[n] - g).norm() / g.norm()), n) for n, g in reference.items())
 
 
 def agreement(s: Shape, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
-    """Fast path (compiled, flex, Triton) against slow (eager, SDPA, plain torch) on the same row and weights; in 16 bits both also against the
+    """Fast path (compiled, flex, Triton) against slow (eager, SDPA, plain torch) on the same row and weights; in bfloat16 both also against the
     slow path in float32 on the same values."""
     torch.manual_seed(0)
     model = DraftModel(draft_config(s), weights(s, device, dtype)).to(device=device, dtype=dtype)
@@ -193,6 +207,10 @@ def agreement(s: Shape, device: torch.device, dtype: torch.dtype) -> dict[str, A
     dens = Denominators.of(batch.to("cpu"), 4.0)
 
     def run(given: Batch, fast: bool) -> tuple[float, dict[str, Tensor]]:
+        with nullcontext() if fast else no_kernels():
+            return ran(given, fast)
+
+    def ran(given: Batch, fast: bool) -> tuple[float, dict[str, Tensor]]:
         flex = fast and device.type == "cuda"
         forward: Any = torch.compile(model.forward, dynamic=False) if flex else model.forward
         states = forward(given, model.plan(given, "flex" if flex else "sdpa"))

@@ -3,6 +3,8 @@
 ``selfcheck.py`` looks at states that an engine hands out one sample at a time. A dump takes another way: whole batches, which a vLLM worker gathers and codes by
 itself. So the same samples go that way once, with the store's own codecs; a wrong column or row would be seen nowhere else. What compiles at an engine's first
 coded batch (8 s for vLLM's worker on an H100) has been compiled when the dump begins.
+
+With ``--regenerate`` states come from the run that answers (``Engine.answer``): the same gathering and coding, another choice of rows, which is not checked here.
 """
 
 from __future__ import annotations
@@ -21,8 +23,9 @@ if TYPE_CHECKING:
     from dspark.cache.records import TokenSample
     from dspark.dump.capture import Captured, Engine
 
-# Of a sample's states of one layer. Batches of other shapes round otherwise, which is a percent or two; another layer's or token's states would be 1 and more.
-TOLERANCE = 0.25
+# Median over a sample's tokens, of the difference over the size of a token's state in one layer. Batches of other shapes round otherwise, a percent or two, of which
+# coarse cells make up to a quarter; another layer's or token's states are 1 and more. Not a norm over the sample: one massive token would hide all others.
+TOLERANCE = 0.5
 
 
 def check_coded(
@@ -34,7 +37,7 @@ def check_coded(
 ) -> None:
     """What ``engine.stream`` gives for ``samples`` must be their ``states``, coded; raises EngineError with the sample and the layer.
 
-    Compared are decoded states: the norm of the difference over that of the state, of all tokens of a sample, for each of ``layers`` and for the last state.
+    Compared are decoded states, token by token, for each of ``layers`` and for the last state.
     """
     import torch
 
@@ -42,14 +45,16 @@ def check_coded(
     with torch.inference_mode():
         for captured in engine.stream(iter([list(samples)]), codecs):
             for i, streamed in _by_sample(captured, states, codecs):
-                missing.discard(i)
+                if i not in missing:
+                    raise _failed(engine, f"its stream gave the states of sample {i} twice")
+                missing.remove(i)
                 want = States(*(_as_stored(c, x) for c, x in zip(codecs, states[i], strict=True)))
                 off = [_off(streamed.aux[:, k], want.aux[:, k]) for k in range(len(layers))]
                 for layer, by in zip([*layers, "last"], [*off, _off(streamed.last, want.last)], strict=True):
                     if not by <= TOLERANCE:
                         raise _failed(
                             engine,
-                            f"the coded states of sample {i}, layer {layer}, differ from its states by {by:.2f} of their size, expected at most {TOLERANCE}",
+                            f"the coded states of sample {i}, layer {layer}, differ from its states by {by:.2f} of their size in half of its tokens, expected at most {TOLERANCE}",
                         )
     if missing:
         raise _failed(engine, f"its stream gave no states of samples {sorted(missing)}")
@@ -88,8 +93,12 @@ def _as_stored(codec: Codec, x: torch.Tensor) -> torch.Tensor:
 
 
 def _off(found: torch.Tensor, want: torch.Tensor) -> float:
+    """Of states [T, H]; 0 where there are none."""
+    if not len(want):
+        return 0.0
     found, want = found.float(), want.float().to(found.device)
-    return float((found - want).norm() / want.norm().clamp(min=1e-6))
+    by_token = (found - want).norm(dim=-1) / want.norm(dim=-1).clamp(min=1e-6)
+    return float(by_token.quantile(0.5))
 
 
 def _failed(engine: Engine, what: str) -> EngineError:

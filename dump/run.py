@@ -119,15 +119,18 @@ def run_engine(
         f"self-check passed: states and engine agree at {agreement.agree:.1%} of {agreement.positions} positions "
         f"(largest log-probability difference {agreement.worst:.2g})"
     )
+    raw = [states[i] for i in sorted(states)]
     if writer is None:
-        found = calibration(job, engine, [states[i] for i in sorted(states)], show)
+        found = calibration(job, engine, raw, show)
         planning.check_disk(planning.measured(job.plan, found.size), 0)
         manifest = dataclasses.replace(job.manifest, aux=field_info(found.aux), last=field_info(found.last))
+        # While an older store that is to be replaced is still there.
+        check_coded(engine, probe, raw, (found.aux, found.last), job.plan.layers)
         writer = StoreWriter.create(
             config.output, manifest, compact(frozen), job.target.files, overwrite=config.overwrite
         )
-    raw = [states[i] for i in sorted(states)]
-    check_coded(engine, probe, raw, writer.codecs, job.plan.layers)
+    else:
+        check_coded(engine, probe, raw, writer.codecs, job.plan.layers)
     quality = measure(raw, *writer.codecs)
     if isinstance(job.maker, Prompts):
         with writer:

@@ -118,9 +118,8 @@ class SpoolConnector(ExampleHiddenStatesConnector):  # type: ignore[misc]
         self._kind: Any = None  # of its requests; None: it takes no more
         self._coding: tuple[int, Coding] | None = None  # the worker's, and when it was written
         self._held: deque[tuple[Any, list[str]]] = deque()  # requests whose blocks are kept until an event
-        self._writing: deque[tuple[Future[None], Any]] = (
-            deque()
-        )  # the batches on their way, and their streams
+        # The batches on their way, and their streams.
+        self._writing: deque[tuple[Future[None], Any]] = deque()
         self._most: int | None = None  # of them at once
         # The scheduler's: steps so far, and the last one of each request.
         self._steps, self._step_of = 0, dict[str, int]()
@@ -178,7 +177,8 @@ class SpoolConnector(ExampleHiddenStatesConnector):  # type: ignore[misc]
             self._lock = hold(self._storage_path)
 
     def bind_connector_metadata(self, connector_metadata: Any) -> None:
-        """A step begins. vLLM puts its states into the cache after its forward pass, when ``get_finished`` is over: they are there at the event of the next one."""
+        """A step begins. vLLM puts its states into the cache once its tokens are drawn, in some versions after ``get_finished``: they are there at the event of the
+        next step."""
         super().bind_connector_metadata(connector_metadata)
         if self._kv_cache.device.type == "cuda":
             event = torch.cuda.Event()  # type: ignore[no-untyped-call]
@@ -211,8 +211,14 @@ class SpoolConnector(ExampleHiddenStatesConnector):  # type: ignore[misc]
             if saves[0].compare:
                 self._write(self._gather(saves, self._stream(), came), f"{filename}.rank{rank}")
             return
-        gathered = self._gather(saves, self._stream(), came)
-        self._held.append((gathered.ready, [save.request for save in saves]))
+        requests = [save.request for save in saves]
+        try:
+            gathered = self._gather(saves, self._stream(), came)
+        except torch.OutOfMemoryError as error:  # the engine's own thread: raised where the file is read
+            report_failure(filename, error)
+            self._held.append((_Copied(), requests))
+            return
+        self._held.append((gathered.ready, requests))
         self._writing.append((self._writers.submit(self._write, gathered, filename), gathered.stream))
 
     def _stream(self) -> Any:
@@ -225,14 +231,16 @@ class SpoolConnector(ExampleHiddenStatesConnector):  # type: ignore[misc]
         return torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
 
     def _at_once(self) -> int:
-        """``WRITING``, or how many fit into what vLLM left of a GPU: the states of a batch, and one and a half times as much while they are coded."""
+        """``WRITING``, or how many fit into what vLLM left of a GPU: the states of a batch, or of a request that is longer, and three times as much while they are
+        coded (at 4 bits it is as much again, at 16 up to that)."""
         if self._most is None:
             cache = self._kv_cache
             self._most = WRITING
             if cache.device.type == "cuda":
                 token_bytes = cache[0].nbytes // self._block_size
                 free, _ = torch.cuda.mem_get_info(cache.device)
-                self._most = max(1, min(WRITING, 2 * free // (5 * self._batch_tokens * token_bytes)))
+                tokens = max(self._batch_tokens, self._vllm_config.model_config.max_model_len)
+                self._most = max(1, min(WRITING, free // (4 * tokens * token_bytes)))
         return self._most
 
     def _gather(self, saves: list[Save], stream: Any, came: float) -> Gathered:
@@ -256,7 +264,7 @@ class SpoolConnector(ExampleHiddenStatesConnector):  # type: ignore[misc]
         with torch.cuda.stream(stream):
             slots, rows = send(index, cache.device).tensor_split([len(block)])
             states = extract_from_kv_cache(cache, slots, len(block))
-            ready = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            ready = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
             ready.record(stream)
         return Gathered(saves, states, rows, tokens, lasts, ready, stream, times)
 
@@ -268,7 +276,7 @@ class SpoolConnector(ExampleHiddenStatesConnector):  # type: ignore[misc]
                 times = [*gathered.times, time.time()]
                 tensors = {name: to_host(t) for name, t in self._tensors(gathered).items()}
                 if gathered.stream is not None:
-                    copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+                    copied = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
                     copied.record(gathered.stream)
                     copied.synchronize()
                 times.append(time.time())

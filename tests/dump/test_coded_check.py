@@ -82,8 +82,41 @@ def test_a_sample_that_does_not_come_is_named(states: list[States]) -> None:
         )
 
 
-def test_a_percent_of_rounding_passes(states: list[States]) -> None:
+@pytest.mark.parametrize("sink", [3e3, 2e4])
+@pytest.mark.parametrize("spoil", [lambda x: x[:, [0, 2, 1]], lambda x: torch.cat([x[:1], x[1:].roll(1, 0)])])
+def test_a_massive_first_token_hides_nothing(
+    sink: float, spoil: Callable[[torch.Tensor], torch.Tensor]
+) -> None:
+    """The same in all layers, as in real targets: a norm over the sample would be its."""
+    states = []
+    for t, m in ROWS:
+        aux = 3 * torch.randn(t, 3, 64)
+        aux[0, :, 7] = sink
+        states.append(States(aux, torch.randn(m, 64)))
+    with pytest.raises(EngineError, match="differ from its states"):
+        check_coded(
+            engine(states, lambda s: States(spoil(s.aux), s.last), "coded"),
+            [None] * 3,
+            states,
+            codecs(4, states),
+            LAYERS,  # type: ignore[list-item]
+        )
+
+
+def test_a_sample_that_comes_twice_is_named(states: list[States]) -> None:
+    with pytest.raises(EngineError, match="gave the states of sample 1 twice"):
+        check_coded(
+            engine(states, lambda s: s, "raw", (1, 0, 1)),
+            [None] * 3,
+            states,
+            codecs(4, states),
+            LAYERS,  # type: ignore[list-item]
+        )
+
+
+@pytest.mark.parametrize("bits", [16, 8, 4, 3, 2])
+def test_two_percent_of_rounding_pass(states: list[States], bits: int) -> None:
     def rounded(s: States) -> States:
         return States(s.aux * (1 + 0.02 * torch.randn_like(s.aux)), s.last)
 
-    check_coded(engine(states, rounded, "coded"), [None] * 3, states, codecs(4, states), LAYERS)  # type: ignore[list-item]
+    check_coded(engine(states, rounded, "coded"), [None] * 3, states, codecs(bits, states), LAYERS)  # type: ignore[list-item]

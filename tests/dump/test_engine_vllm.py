@@ -306,6 +306,22 @@ def test_a_batch_waits_for_the_step_of_its_last_request_and_no_other(tmp_path: P
 
 
 @pytest.mark.vllm
+def test_no_memory_for_a_batch_is_told_and_frees_its_blocks(tmp_path: Path) -> None:
+    """The engine's own thread gathers: it must not end by it."""
+    worker = connector(tmp_path, torch.randn(9, 3, 4, 64))
+    worker._held = deque()
+    saves = [save(tmp_path, [1, 2, 3], [1], None)]
+    with patch(
+        "dspark.dump.vllm_connector.extract_from_kv_cache", side_effect=torch.OutOfMemoryError("2 GiB")
+    ):
+        worker._take(saves[0].filename, saves, 0)
+    worker._connector_metadata = None
+    assert worker.get_finished(set()) == ({"[1, 2, 3]"}, None)
+    with pytest.raises(SpoolError, match="could not write .*OutOfMemoryError: 2 GiB"):
+        SpoolReader(tmp_path).take(saves[0].filename, [0])
+
+
+@pytest.mark.vllm
 def test_where_not_even_the_reason_fits_nobody_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     worker = connector(tmp_path, torch.randn(9, 3, 4, 64))
     saves = [save(tmp_path, [1, 2, 3], [1], None)]

@@ -398,6 +398,32 @@ def test_an_engine_that_loses_a_sample_is_caught(config: DumpConfig, show: Displ
         dump(config, show, lambda plan, n: Losing(load_engine(plan, n), lambda: None))
 
 
+def test_an_engine_whose_dump_differs_from_its_check_replaces_nothing(
+    config: DumpConfig, show: Display
+) -> None:
+    """The self-check's own states are right, what the dump would store is not: the older store is still there, whole."""
+
+    class Shifted(Wrapped):
+        def stream(
+            self, groups: Iterable[Sequence[TokenSample]], codecs: tuple[Codec, Codec]
+        ) -> Iterator[Captured]:
+            for captured in self.inner.stream(groups, codecs):
+                assert isinstance(captured.states, States)
+                yield captured._replace(states=States(captured.states.aux.roll(1, 0), captured.states.last))
+
+    dump(config, show)
+    before = files(config.output)
+    for change in ({"overwrite": True}, {"output": config.output.with_name("new.zarr")}):
+        with pytest.raises(EngineError, match=r"coded states of sample \d, layer 1, differ from its states"):
+            dump(
+                dataclasses.replace(config, **change),
+                show,
+                lambda plan, n: Shifted(load_engine(plan, n), lambda: None),
+            )
+    assert files(config.output) == before
+    assert not config.output.with_name("new.zarr").exists()
+
+
 class Coming(Wrapped):
     """States on the host that arrive only once ``ahead`` batches have been handed over; ``fail``: the first one never does."""
 

@@ -150,3 +150,32 @@ def test_kernels_equal_plain() -> None:
         # The interpreter cuts bfloat16 off where the GPU rounds; the weights' gradients are float32 in both.
         rounded = "torch.bfloat16" in row["case"] and row["name"] != "d_weights"
         assert row["off"] < (2**-7 if rounded else 1e-4), row
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize(("dtype", "within"), [(torch.float32, 1e-6), (torch.bfloat16, 4e-3)])
+@pytest.mark.parametrize(
+    ("s", "q", "n", "m", "dim"),
+    [(300, 224, 32, 8, 128), (100, 77, 9, 3, 64), (0, 14, 4, 2, 6), (33, 0, 4, 2, 16)],
+)
+def test_kernels_on_a_gpu(
+    s: int, q: int, n: int, m: int, dim: int, dtype: torch.dtype, within: float
+) -> None:
+    """Norm of the difference from float64 over its own, for each output and gradient that has any value."""
+    given = inputs(s, q, n, m, dim, dtype)
+
+    def moved(x: Any, kind: torch.dtype) -> Any:
+        if isinstance(x, tuple):
+            return tuple(moved(t, kind) for t in x)
+        return x.detach().to("cuda", kind).requires_grad_(x.requires_grad) if isinstance(x, Tensor) else x
+
+    probes: list[Tensor] = []
+    found = []
+    for kind in (dtype, torch.float64):
+        args = [moved(x, kind) for x in given]
+        outs = qk_norm_rope(*args)
+        probes = probes or [torch.randn_like(x) for x in outs]
+        grads = torch.autograd.grad(outs, args[:4], [p.to(kind) for p in probes])
+        found.append([*outs, *grads])
+    for ours, exact in zip(*found, strict=True):
+        assert float((ours.double() - exact).norm()) <= within * float(exact.norm())
