@@ -13,7 +13,7 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -179,6 +179,22 @@ class Written:
     stages: dict[str, float] = field(default_factory=dict)
 
 
+@contextmanager
+def stoppable(pipeline: Pipeline, show: Display) -> Iterator[None]:
+    """Ctrl-C inside commits the parts that are whole, and becomes Stopped."""
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        show.say("stopping: what is not whole is given up, whole parts are being committed")
+        # Of states on their way, which an engine that was interrupted too need not send.
+        with suppress(EngineError):
+            pipeline.settle()
+        writer = pipeline.writer
+        raise Stopped(
+            f"stopped; {len(writer.committed)} parts are whole in {writer.path}. Go on with the same command and --resume."
+        ) from error
+
+
 def write_parts(
     writer: StoreWriter,
     reader: PartReader,
@@ -195,6 +211,7 @@ def write_parts(
         show.progress(plan.rows) as bar,
         ahead(reader.parts(dict(writer.committed)), 1) as parts,
         Pipeline(writer, writer.codecs, pool=write, part_bytes=part_bytes, bar=bar) as pipeline,
+        stoppable(pipeline, show),
     ):
 
         def groups() -> Iterator[list[TokenSample]]:
@@ -209,19 +226,9 @@ def write_parts(
                 out.tokens += part.tokens
                 yield part.samples
 
-        try:
-            for captured in engine.stream(groups(), writer.codecs):
-                pipeline.put(captured)
-            pipeline.finish()
-        except KeyboardInterrupt as error:
-            show.say("stopping: what is not whole is given up, whole parts are being committed")
-            with suppress(
-                EngineError
-            ):  # of states on their way, which an engine that was interrupted too need not send
-                pipeline.settle()
-            raise Stopped(
-                f"stopped; {len(writer.committed)} parts are whole in {writer.path}. Go on with the same command and --resume."
-            ) from error
+        for captured in engine.stream(groups(), writer.codecs):
+            pipeline.put(captured)
+        pipeline.finish()
         out.stages = dict(pipeline.seconds)
     return tail[0], out
 
@@ -244,30 +251,22 @@ def regenerate_parts(
     with (
         show.progress(job.plan.rows) as bar,
         Pipeline(writer, writer.codecs, pool=write, part_bytes=0, bar=bar) as pipeline,
+        stoppable(pipeline, show),
     ):
-        try:
-            dropped: Counter[str] = Counter()
-            for record in writer.committed.values():
-                dropped.update(record.dropped)
-            for group, (part, states) in enumerate(
-                maker.parts(job.corpus, dict(writer.committed), job.config.limit)
-            ):
-                dropped.update(part.dropped)
-                if not part.samples:
-                    break
-                pipeline.begin(part)
-                for captured in batches_of(group, part.samples, states):
-                    pipeline.put(captured)
-                out.tokens += part.tokens
-            pipeline.finish()
-        except KeyboardInterrupt as error:
-            with suppress(
-                EngineError
-            ):  # of states on their way, which an engine that was interrupted too need not send
-                pipeline.settle()
-            raise Stopped(
-                f"stopped; {len(writer.committed)} parts are whole in {writer.path}. Go on with the same command and --resume."
-            ) from error
+        dropped: Counter[str] = Counter()
+        for record in writer.committed.values():
+            dropped.update(record.dropped)
+        for group, (part, states) in enumerate(
+            maker.parts(job.corpus, dict(writer.committed), job.config.limit)
+        ):
+            dropped.update(part.dropped)
+            if not part.samples:
+                break
+            pipeline.begin(part)
+            for captured in batches_of(group, part.samples, states):
+                pipeline.put(captured)
+            out.tokens += part.tokens
+        pipeline.finish()
         out.stages = dict(pipeline.seconds)
     out.seconds = time.monotonic() - began
     if not writer.committed:

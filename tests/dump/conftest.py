@@ -8,7 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from dump_runs import corpus
 
+from dspark.dump.config import DumpConfig
+from dspark.dump.progress import Display
 from dump_targets import build_tokenizer, save_target
 
 
@@ -36,3 +39,21 @@ def write_rows(tmp_path: Path) -> Callable[..., Path]:
         return path
 
     return write
+
+
+@pytest.fixture
+def config(tiny: Path, tmp_path: Path, write_rows: Callable[..., Path]) -> DumpConfig:
+    data = write_rows(corpus(40))
+    return DumpConfig(
+        model=str(tiny),
+        data=str(data),
+        output=tmp_path / "hs.zarr",
+        part_tokens=300,
+        aux_bits=16,
+        last_bits=16,
+    )
+
+
+@pytest.fixture
+def show() -> Display:
+    return Display()

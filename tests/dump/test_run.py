@@ -9,17 +9,16 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from dump_runs import Wrapped, assert_same, corpus, files
 
 import dspark.cache
 from dspark.cache.codec import Codec
@@ -36,83 +35,12 @@ from dspark.cache.records import TokenSample
 from dspark.cache.writer import StoreWriter
 from dspark.dump import plan as planning
 from dspark.dump.calibrate import calibration_samples
-from dspark.dump.capture import Captured, CodedStates, Engine, States
+from dspark.dump.capture import Captured, Engine, States
 from dspark.dump.config import DumpConfig
 from dspark.dump.job import load_engine, prepare
 from dspark.dump.progress import Display
 from dspark.dump.run import Stopped, dump
 from dump_targets import chat
-
-WORDS = [
-    "the",
-    "cat",
-    "sat",
-    "on",
-    "the",
-    "mat",
-    "and",
-    "says",
-    "hello",
-    "one",
-    "two",
-    "three",
-    "to",
-    "a",
-    "user",
-]
-
-
-def corpus(rows: int, seed: int = 0) -> list[dict[str, Any]]:
-    """Chats of random words; every seventh has no answer, every fifth was cut."""
-    rng = np.random.default_rng(seed)
-
-    def words() -> str:
-        return " ".join(rng.choice(WORDS, int(rng.integers(3, 25))))
-
-    return [
-        chat(f"u: {words()}", *([] if i % 7 == 6 else [f"a: {words()}"]), finished=i % 5 != 4)
-        for i in range(rows)
-    ]
-
-
-def files(store: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(store)): p.read_bytes() for p in sorted(store.rglob("*")) if p.is_file()}
-
-
-def assert_same(a: Path, b: Path) -> None:
-    """Byte for byte; names what differs."""
-    left, right = files(a), files(b)
-    assert [n for n in sorted(left | right) if left.get(n) != right.get(n)] == []
-
-
-class Wrapped:
-    """A real engine that does something before each sample it hands out."""
-
-    def __init__(self, inner: Engine, before: Callable[[], None]) -> None:
-        self.inner, self.before = inner, before
-        self.checked = False
-        self.name, self.version = inner.name, inner.version
-        self.frozen, self.capture, self.predict, self.close = (
-            inner.frozen,
-            inner.capture,
-            inner.predict,
-            inner.close,
-        )
-
-    def stream(
-        self, groups: Iterable[Sequence[TokenSample]], codecs: tuple[Codec, Codec]
-    ) -> Iterator[Captured]:
-        """The first call is the self-check's."""
-        run, self.checked = self.dumped if self.checked else self.inner.stream, True
-        yield from run(groups, codecs)
-
-    def dumped(
-        self, groups: Iterable[Sequence[TokenSample]], codecs: tuple[Codec, Codec]
-    ) -> Iterator[Captured]:
-        for captured in self.inner.stream(groups, codecs):
-            for _ in captured.members:
-                self.before()
-            yield captured
 
 
 def stops_after(n: int, error: type[BaseException]) -> Callable[[planning.Plan, int | None], Engine]:
@@ -125,24 +53,6 @@ def stops_after(n: int, error: type[BaseException]) -> Callable[[planning.Plan, 
             raise error("stop")
 
     return lambda plan, batch_tokens: Wrapped(load_engine(plan, batch_tokens), before)
-
-
-@pytest.fixture
-def config(tiny: Path, tmp_path: Path, write_rows: Callable[..., Path]) -> DumpConfig:
-    data = write_rows(corpus(40))
-    return DumpConfig(
-        model=str(tiny),
-        data=str(data),
-        output=tmp_path / "hs.zarr",
-        part_tokens=300,
-        aux_bits=16,
-        last_bits=16,
-    )
-
-
-@pytest.fixture
-def show() -> Display:
-    return Display()
 
 
 def test_the_store_holds_what_the_target_says(config: DumpConfig, show: Display) -> None:
@@ -385,19 +295,6 @@ def test_tokenised_rows_need_no_tokenizer(
     assert dspark.cache.open(config.output).manifest.dump.mask_rule == "given"
 
 
-def test_an_engine_that_loses_a_sample_is_caught(config: DumpConfig, show: Display) -> None:
-    class Losing(Wrapped):
-        def dumped(
-            self, groups: Iterable[Sequence[TokenSample]], codecs: tuple[Codec, Codec]
-        ) -> Iterator[Captured]:
-            captured = self.inner.stream(groups, codecs)
-            next(captured)
-            yield from captured
-
-    with pytest.raises(EngineError, match=r"gave states for \d+ of \d+ samples of part \d"):
-        dump(config, show, lambda plan, n: Losing(load_engine(plan, n), lambda: None))
-
-
 def test_an_engine_whose_dump_differs_from_its_check_replaces_nothing(
     config: DumpConfig, show: Display
 ) -> None:
@@ -422,64 +319,3 @@ def test_an_engine_whose_dump_differs_from_its_check_replaces_nothing(
             )
     assert files(config.output) == before
     assert not config.output.with_name("new.zarr").exists()
-
-
-class Coming(Wrapped):
-    """States on the host that arrive only once ``ahead`` batches have been handed over; ``fail``: the first one never does."""
-
-    def __init__(self, inner: Engine, ahead: int, fail: bool = False) -> None:
-        super().__init__(inner, lambda: None)
-        self.ahead, self.fail = ahead, fail
-        self.given = threading.Semaphore(0)
-
-    def dumped(
-        self, groups: Iterable[Sequence[TokenSample]], codecs: tuple[Codec, Codec]
-    ) -> Iterator[Captured]:
-        for number, captured in enumerate(self.inner.stream(groups, codecs)):
-            assert isinstance(captured.states, States)
-            aux, last = (
-                {name: t.numpy() for name, t in codec.encode(states).items()}
-                for codec, states in zip(codecs, captured.states, strict=True)
-            )
-            fetch = partial(self.fetch, number, CodedStates(aux, last))
-            yield Captured(captured.group, captured.members, fetch)
-            self.given.release()  # the engine's thread is here again
-
-    def fetch(self, number: int, states: CodedStates) -> CodedStates:
-        if self.fail and number == 0:
-            raise EngineError("the worker died")
-        if number == 0:
-            assert all(self.given.acquire(timeout=30) for _ in range(self.ahead))
-        return states
-
-
-def test_the_engine_goes_on_while_its_states_are_on_their_way(
-    config: DumpConfig, show: Display, tmp_path: Path
-) -> None:
-    config = dataclasses.replace(config, batch_tokens=32)  # several batches a part
-    dump(config, show)
-    other = dataclasses.replace(config, output=tmp_path / "again.zarr")
-    dump(other, show, lambda plan, n: Coming(load_engine(plan, n), 5))
-    assert_same(config.output, other.output)
-
-
-def test_states_that_never_come_stop_the_dump(config: DumpConfig, show: Display) -> None:
-    with pytest.raises(EngineError, match="the worker died"):
-        dump(config, show, lambda plan, n: Coming(load_engine(plan, n), 5, fail=True))
-
-
-def test_no_more_than_so_many_batches_are_waited_for(
-    config: DumpConfig, show: Display, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The engine's thread is held back once two are on their way and a third is being fetched."""
-    monkeypatch.setattr("dspark.dump.pipeline.COMING", 2)
-
-    class Bounded(Coming):
-        def fetch(self, number: int, states: CodedStates) -> CodedStates:
-            if number == 0:
-                assert all(self.given.acquire(timeout=30) for _ in range(3))
-                assert not self.given.acquire(timeout=0.5), "a fourth batch went in"
-            return states
-
-    config = dataclasses.replace(config, batch_tokens=32)
-    dump(config, show, lambda plan, n: Bounded(load_engine(plan, n), 0))

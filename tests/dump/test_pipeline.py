@@ -1,0 +1,95 @@
+"""The hand-over from engine to store, with states that are lost, late, or never come."""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+
+import pytest
+from dump_runs import Wrapped, assert_same
+
+from dspark.cache.codec import Codec
+from dspark.cache.errors import EngineError
+from dspark.cache.records import TokenSample
+from dspark.dump.capture import Captured, CodedStates, Engine, States
+from dspark.dump.config import DumpConfig
+from dspark.dump.job import load_engine
+from dspark.dump.progress import Display
+from dspark.dump.run import dump
+
+
+def test_an_engine_that_loses_a_sample_is_caught(config: DumpConfig, show: Display) -> None:
+    class Losing(Wrapped):
+        def dumped(
+            self, groups: Iterable[Sequence[TokenSample]], codecs: tuple[Codec, Codec]
+        ) -> Iterator[Captured]:
+            captured = self.inner.stream(groups, codecs)
+            next(captured)
+            yield from captured
+
+    with pytest.raises(EngineError, match=r"gave states for \d+ of \d+ samples of part \d"):
+        dump(config, show, lambda plan, n: Losing(load_engine(plan, n), lambda: None))
+
+
+class Coming(Wrapped):
+    """States on the host that arrive only once ``ahead`` batches have been handed over; ``fail``: the first one never does."""
+
+    def __init__(self, inner: Engine, ahead: int, fail: bool = False) -> None:
+        super().__init__(inner, lambda: None)
+        self.ahead, self.fail = ahead, fail
+        self.given = threading.Semaphore(0)
+
+    def dumped(
+        self, groups: Iterable[Sequence[TokenSample]], codecs: tuple[Codec, Codec]
+    ) -> Iterator[Captured]:
+        for number, captured in enumerate(self.inner.stream(groups, codecs)):
+            assert isinstance(captured.states, States)
+            aux, last = (
+                {name: t.numpy() for name, t in codec.encode(states).items()}
+                for codec, states in zip(codecs, captured.states, strict=True)
+            )
+            fetch = partial(self.fetch, number, CodedStates(aux, last))
+            yield Captured(captured.group, captured.members, fetch)
+            self.given.release()  # the engine's thread is here again
+
+    def fetch(self, number: int, states: CodedStates) -> CodedStates:
+        if self.fail and number == 0:
+            raise EngineError("the worker died")
+        if number == 0:
+            assert all(self.given.acquire(timeout=30) for _ in range(self.ahead))
+        return states
+
+
+def test_the_engine_goes_on_while_its_states_are_on_their_way(
+    config: DumpConfig, show: Display, tmp_path: Path
+) -> None:
+    config = dataclasses.replace(config, batch_tokens=32)  # several batches a part
+    dump(config, show)
+    other = dataclasses.replace(config, output=tmp_path / "again.zarr")
+    dump(other, show, lambda plan, n: Coming(load_engine(plan, n), 5))
+    assert_same(config.output, other.output)
+
+
+def test_states_that_never_come_stop_the_dump(config: DumpConfig, show: Display) -> None:
+    with pytest.raises(EngineError, match="the worker died"):
+        dump(config, show, lambda plan, n: Coming(load_engine(plan, n), 5, fail=True))
+
+
+def test_no_more_than_so_many_batches_are_waited_for(
+    config: DumpConfig, show: Display, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The engine's thread is held back once two are on their way and a third is being fetched."""
+    monkeypatch.setattr("dspark.dump.pipeline.COMING", 2)
+
+    class Bounded(Coming):
+        def fetch(self, number: int, states: CodedStates) -> CodedStates:
+            if number == 0:
+                assert all(self.given.acquire(timeout=30) for _ in range(3))
+                assert not self.given.acquire(timeout=0.5), "a fourth batch went in"
+            return states
+
+    config = dataclasses.replace(config, batch_tokens=32)
+    dump(config, show, lambda plan, n: Bounded(load_engine(plan, n), 0))
