@@ -31,7 +31,7 @@ from dspark.train.draft_config import DraftConfig
 from dspark.train.gated import gated
 from dspark.train.heads import ConfidenceHead, MarkovHead, build_markov_head
 from dspark.train.joined import joined_product, lay_side_by_side
-from dspark.train.qk_norm_rope import Rope, qk_norm_rope, rope_tables
+from dspark.train.qk_norm_rope import Inputs, Rope, qk_norm_rope, rope_tables
 from dspark.train.scaled import write_scaled
 
 
@@ -142,15 +142,9 @@ class Attention(nn.Module):
         """Queries [Q, Hq, D] of ``x`` [Q, H], keys and values [S+Q, Hkv, D] of ``ctx`` [S, H] and ``x``; queries and keys normed and
         rotated. S or Q may be 0.
         """
-        return qk_norm_rope(
-            joined_product(ctx, self.joined[:2]),
-            joined_product(x, self.joined),
-            self.q_norm.weight,
-            self.k_norm.weight,
-            self.k_norm.eps,
-            context_rope,
-            block_rope,
-        )
+        context, blocks = joined_product(ctx, self.joined[:2]), joined_product(x, self.joined)
+        q_weight, k_weight, eps = self.q_norm.weight, self.k_norm.weight, self.k_norm.eps
+        return qk_norm_rope(Inputs(context, blocks, q_weight, k_weight, eps, context_rope, block_rope))
 
     def forward(
         self,

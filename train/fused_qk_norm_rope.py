@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dspark.train.qk_norm_rope import Rope, heads
+from dspark.train.qk_norm_rope import Inputs
 
 # Values of half a tile, 8 a thread: 16 bytes of bfloat16, as much as one load takes. Eight heads of 128.
 TILE = 512
@@ -229,18 +229,10 @@ def gradient_rows(  # type: ignore[no-untyped-def]
     tl.store(sums + D + half, tl.sum(k2, 0), mask=inside)
 
 
-def forward(
-    context: Tensor,
-    blocks: Tensor,
-    q_weight: Tensor,
-    k_weight: Tensor,
-    eps: float,
-    context_rope: Rope,
-    block_rope: Rope,
-    kernel: Any = forward_rows,
-) -> tuple[Tensor, Tensor, Tensor]:
+def forward(given: Inputs, kernel: Any = forward_rows) -> tuple[Tensor, Tensor, Tensor]:
     """As ``qk_norm_rope.qk_norm_rope``; fp32 inside, no fp64."""
-    (_, k_ctx), (_, k_blk, queries) = heads(context, blocks, q_weight.shape[0])
+    context, blocks, q_weight, k_weight, eps, context_rope, block_rope = given
+    (_, k_ctx), (_, k_blk, queries) = given.heads
     q = blocks.new_empty(queries.shape)
     keys, values = (blocks.new_empty(len(k_ctx) + len(k_blk), *k_blk.shape[1:]) for _ in range(2))
     parts = [len(k_ctx), len(k_blk)]
@@ -262,17 +254,10 @@ def forward(
 
 
 def gradient(
-    grads: tuple[Tensor, Tensor, Tensor],
-    context: Tensor,
-    blocks: Tensor,
-    q_weight: Tensor,
-    k_weight: Tensor,
-    eps: float,
-    context_rope: Rope,
-    block_rope: Rope,
-    kernel: Any = gradient_rows,
+    grads: tuple[Tensor, Tensor, Tensor], given: Inputs, kernel: Any = gradient_rows
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As ``qk_norm_rope.plain_gradient``; fp32 inside, no fp64. No atomics: the same every time."""
+    context, blocks, q_weight, k_weight, eps, context_rope, block_rope = given
     assert eps > 0  # heads past the last one are zeros, which must not become NaN in the sums
     dq, dkeys, dvalues = (g if g.stride(2) == 1 else g.contiguous() for g in grads)
     d_context, d_blocks = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (context, blocks))

@@ -10,7 +10,7 @@ Legend: S context tokens, Q block tokens, T either, Hq/Hkv query and key heads, 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -37,54 +37,59 @@ def rotate(x: Tensor, rope: Rope) -> Tensor:
     return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
 
 
-def qk_norm_rope(
-    context: Tensor,
-    blocks: Tensor,
-    q_weight: Tensor,
-    k_weight: Tensor,
-    eps: float,
-    context_rope: Rope,
-    block_rope: Rope,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries [Q, Hq, D], keys and values [S+Q, Hkv, D], the context's first, of the joint products.
-
-    ``context`` [S, 2 Hkv D] = [v | k], ``blocks`` [Q, (2 Hkv + Hq) D] = [v | k | q], rows dense; S or Q may be 0. ``q_weight``, ``k_weight``
-    [D] are the weights of the RMS norms of a head. Queries and keys are normed and turned; values are copied.
+class Inputs(NamedTuple):
+    """``context`` [S, 2 Hkv D] = [v | k], ``blocks`` [Q, (2 Hkv + Hq) D] = [v | k | q], rows dense; S or Q may be 0. ``q_weight``,
+    ``k_weight`` [D] are the weights of the RMS norms of a head.
     """
+
+    context: Tensor
+    blocks: Tensor
+    q_weight: Tensor
+    k_weight: Tensor
+    eps: float
+    context_rope: Rope
+    block_rope: Rope
+
+    @classmethod
+    def of(cls, *flat: Any) -> Self:
+        """From an operation's arguments: cos and sin apart."""
+        context, blocks, q_weight, k_weight, eps, *tables = flat
+        context_rope, block_rope = (tables[0], tables[1]), (tables[2], tables[3])
+        return cls(context, blocks, q_weight, k_weight, eps, context_rope, block_rope)
+
+    @property
+    def heads(self) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """The parts of the products as views [T, heads, D]: (v, k) of the context, (v, k, q) of the blocks."""
+        context, blocks, dim = self.context, self.blocks, self.q_weight.shape[0]
+        key_heads = context.shape[1] // (2 * dim)
+        query_heads = blocks.shape[1] // dim - 2 * key_heads
+        two = context.view(context.shape[0], 2 * key_heads, dim).split_with_sizes([key_heads] * 2, 1)
+        three = blocks.view(blocks.shape[0], 2 * key_heads + query_heads, dim)
+        return two, three.split_with_sizes([key_heads, key_heads, query_heads], 1)
+
+
+def qk_norm_rope(given: Inputs) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries [Q, Hq, D], keys and values [S+Q, Hkv, D], the context's first: queries and keys normed and turned, values as they are."""
+    context, blocks, q_weight, k_weight, eps, context_rope, block_rope = given
     q, keys, values = _forward(context, blocks, q_weight, k_weight, eps, *context_rope, *block_rope)
     return q, keys, values
 
 
-def plain(
-    context: Tensor,
-    blocks: Tensor,
-    q_weight: Tensor,
-    k_weight: Tensor,
-    eps: float,
-    context_rope: Rope,
-    block_rope: Rope,
-) -> tuple[Tensor, Tensor, Tensor]:
+def plain(given: Inputs) -> tuple[Tensor, Tensor, Tensor]:
     """As ``qk_norm_rope``, in torch."""
-    (v_ctx, k_ctx), (v_blk, k_blk, q) = heads(context, blocks, q_weight.shape[0])
+    _, _, q_weight, k_weight, eps, context_rope, block_rope = given
+    (v_ctx, k_ctx), (v_blk, k_blk, q) = given.heads
     keys = [_turned(k_ctx, k_weight, eps, context_rope), _turned(k_blk, k_weight, eps, block_rope)]
     return _turned(q, q_weight, eps, block_rope), torch.cat(keys), torch.cat([v_ctx, v_blk])
 
 
-def plain_gradient(
-    grads: tuple[Tensor, Tensor, Tensor],
-    context: Tensor,
-    blocks: Tensor,
-    q_weight: Tensor,
-    k_weight: Tensor,
-    eps: float,
-    context_rope: Rope,
-    block_rope: Rope,
-) -> tuple[Tensor, Tensor, Tensor]:
+def plain_gradient(grads: tuple[Tensor, Tensor, Tensor], given: Inputs) -> tuple[Tensor, Tensor, Tensor]:
     """d ``context``, d ``blocks`` and, as ``[d q_weight, d k_weight]`` [2, D] in float32 at least, those of the weights.
 
     ``grads``: of queries, keys and values.
     """
-    (_, k_ctx), (_, k_blk, q) = heads(context, blocks, q_weight.shape[0])
+    context, blocks, q_weight, k_weight, eps, context_rope, block_rope = given
+    (_, k_ctx), (_, k_blk, q) = given.heads
     parts = [context.shape[0], blocks.shape[0]]
     (dk_ctx, dk_blk), (dv_ctx, dv_blk) = (g.split_with_sizes(parts) for g in grads[1:])
     dk_ctx, dw_ctx = _turned_gradient(dk_ctx, k_ctx, k_weight, eps, context_rope)
@@ -93,15 +98,6 @@ def plain_gradient(
     d_context = torch.cat([dv_ctx.flatten(1), dk_ctx.flatten(1)], 1)
     d_blocks = torch.cat([dv_blk.flatten(1), dk_blk.flatten(1), dq.flatten(1)], 1)
     return d_context, d_blocks, torch.stack([dw_q, dw_ctx + dw_blk])
-
-
-def heads(context: Tensor, blocks: Tensor, head_dim: int) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-    """The parts of the joint products as views [T, heads, D]: (v, k) of the context, (v, k, q) of the blocks."""
-    key_heads = context.shape[1] // (2 * head_dim)
-    query_heads = blocks.shape[1] // head_dim - 2 * key_heads
-    two = context.view(context.shape[0], 2 * key_heads, head_dim).split_with_sizes([key_heads] * 2, 1)
-    three = blocks.view(blocks.shape[0], 2 * key_heads + query_heads, head_dim)
-    return two, three.split_with_sizes([key_heads, key_heads, query_heads], 1)
 
 
 def _turned(x: Tensor, weight: Tensor, eps: float, rope: Rope) -> Tensor:
@@ -141,26 +137,23 @@ _GIVEN = (
 @torch.library.custom_op(
     "dspark::qk_norm_rope", mutates_args=(), schema=f"({_GIVEN}) -> (Tensor, Tensor, Tensor)"
 )
-def _forward(
-    context: Tensor, blocks: Tensor, q_weight: Tensor, k_weight: Tensor, eps: float, *tables: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """As ``qk_norm_rope``, by the kernels where there are some; ``tables``: cos and sin of the context, then of the blocks."""
-    context_rope, block_rope = _ropes(tables)
-    if not _by_kernel(blocks):
-        return plain(context, blocks, q_weight, k_weight, eps, context_rope, block_rope)
+def _forward(*flat: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """As ``qk_norm_rope``, by the kernels where there are some."""
+    given = Inputs.of(*flat)
+    if not _by_kernel(given.blocks):
+        return plain(given)
     from dspark.train import fused_qk_norm_rope as fused
 
-    return fused.forward(context, blocks, q_weight, k_weight, eps, context_rope, block_rope)
+    return fused.forward(given)
 
 
 @_forward.register_fake
-def _(
-    context: Tensor, blocks: Tensor, q_weight: Tensor, k_weight: Tensor, eps: float, *tables: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    (_, k_ctx), (_, k_blk, q) = heads(context, blocks, q_weight.shape[0])
+def _(*flat: Any) -> tuple[Tensor, Tensor, Tensor]:
+    given = Inputs.of(*flat)
+    (_, k_ctx), (_, k_blk, q) = given.heads
     rows = k_ctx.shape[0] + k_blk.shape[0]
-    keys, values = (blocks.new_empty(rows, *k_blk.shape[1:]) for _ in range(2))
-    return blocks.new_empty(q.shape), keys, values
+    keys, values = (given.blocks.new_empty(rows, *k_blk.shape[1:]) for _ in range(2))
+    return given.blocks.new_empty(q.shape), keys, values
 
 
 # The kernels take gradients however their tokens and heads lie (flex attention gives [heads, T, D]): no copy to make them look as traced.
@@ -170,38 +163,22 @@ def _(
     schema=f"(Tensor dq, Tensor dkeys, Tensor dvalues, {_GIVEN}) -> (Tensor, Tensor, Tensor)",
     tags=(torch.Tag.flexible_layout,),
 )
-def _gradient(
-    dq: Tensor,
-    dkeys: Tensor,
-    dvalues: Tensor,
-    context: Tensor,
-    blocks: Tensor,
-    q_weight: Tensor,
-    k_weight: Tensor,
-    eps: float,
-    *tables: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _gradient(dq: Tensor, dkeys: Tensor, dvalues: Tensor, *flat: Any) -> tuple[Tensor, Tensor, Tensor]:
     """As ``plain_gradient``, by the kernels where there are some."""
-    grads, (context_rope, block_rope) = (dq, dkeys, dvalues), _ropes(tables)
-    if not _by_kernel(blocks):
-        return plain_gradient(grads, context, blocks, q_weight, k_weight, eps, context_rope, block_rope)
+    given = Inputs.of(*flat)
+    if not _by_kernel(given.blocks):
+        return plain_gradient((dq, dkeys, dvalues), given)
     from dspark.train import fused_qk_norm_rope as fused
 
-    return fused.gradient(grads, context, blocks, q_weight, k_weight, eps, context_rope, block_rope)
+    return fused.gradient((dq, dkeys, dvalues), given)
 
 
 @_gradient.register_fake
-def _(
-    dq: Tensor, dkeys: Tensor, dvalues: Tensor, context: Tensor, blocks: Tensor, q_weight: Tensor, *rest: Any
-) -> tuple[Tensor, Tensor, Tensor]:
+def _(dq: Tensor, dkeys: Tensor, dvalues: Tensor, *flat: Any) -> tuple[Tensor, Tensor, Tensor]:
+    context, blocks, q_weight, *_ = flat
     wide = torch.promote_types(blocks.dtype, torch.float32)
     d_weights = q_weight.new_empty(2, q_weight.shape[0], dtype=wide)
     return context.new_empty(context.shape), blocks.new_empty(blocks.shape), d_weights
-
-
-def _ropes(tables: tuple[Tensor, ...]) -> tuple[Rope, Rope]:
-    context_cos, context_sin, block_cos, block_sin = tables
-    return (context_cos, context_sin), (block_cos, block_sin)
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -34,15 +34,17 @@ def case(s: int, q: int, heads: int, key_heads: int, dim: int, dtype: torch.dtyp
     shapes = [(q, heads, dim), (s + q, key_heads, dim), (s + q, key_heads, dim)]
     grads = tuple(laid(torch.randn(shape).to(dtype), kind) for shape in shapes)
     a, b, c = grads
+    given = plain.Inputs(context, blocks, weights[0], weights[1], EPS, ropes[0], ropes[1])
     got = [
-        *fused.forward(context, blocks, *weights, EPS, *ropes),
-        *fused.gradient((a, b, c), context, blocks, *weights, EPS, *ropes),
+        *fused.forward(given),
+        *fused.gradient((a, b, c), given),
     ]
     exact = [context.double(), blocks.double(), *(w.double() for w in weights)]
     tables = [(cos.double(), sin.double()) for cos, sin in ropes]
+    wider = plain.Inputs(exact[0], exact[1], exact[2], exact[3], EPS, tables[0], tables[1])
     want = [
-        *plain.plain(*exact, EPS, *tables),
-        *plain.plain_gradient((a.double(), b.double(), c.double()), *exact, EPS, *tables),
+        *plain.plain(wider),
+        *plain.plain_gradient((a.double(), b.double(), c.double()), wider),
     ]
     for name, x, y in zip(NAMES, got, want, strict=True):
         assert x.shape == y.shape

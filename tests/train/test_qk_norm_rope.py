@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dspark.train.draft import RMSNorm
-from dspark.train.qk_norm_rope import heads, plain_gradient, qk_norm_rope, rope_tables
+from dspark.train.qk_norm_rope import Inputs, plain_gradient, qk_norm_rope, rope_tables
 from interpreted import interpreted
 
 EPS = 1e-3
@@ -54,7 +54,7 @@ def formula(
 )
 def test_value_and_gradient_are_those_of_the_formula(s: int, q: int, n: int, m: int, half: int) -> None:
     args = inputs(s, q, n, m, 2 * half)
-    ours, want = qk_norm_rope(*args), formula(*args)
+    ours, want = qk_norm_rope(Inputs(*args)), formula(*args)
     assert [x.shape for x in ours] == [(q, n, 2 * half), (s + q, m, 2 * half), (s + q, m, 2 * half)]
     probes = [torch.randn_like(x) for x in want]
     both = [torch.autograd.grad(outs, args[:4], probes) for outs in (ours, want)]
@@ -67,9 +67,8 @@ def test_a_head_by_hand() -> None:
     one, quarter = torch.ones(2), (torch.zeros(1, 1, 1), torch.ones(1, 1, 1))
     blocks = torch.tensor([[7.0, 8.0, 0.0, 2.0, 3.0, 4.0]])
     none = torch.zeros(0, 1, 1)
-    q, k, v = qk_norm_rope(
-        torch.zeros(0, 4), blocks, one, torch.tensor([5.0, 3.0]), 0.0, (none, none), quarter
-    )
+    weights = one, torch.tensor([5.0, 3.0])
+    q, k, v = qk_norm_rope(Inputs(torch.zeros(0, 4), blocks, *weights, 0.0, (none, none), quarter))
     torch.testing.assert_close(q, torch.tensor([[[-4.0, 3.0]]]) / 12.5**0.5)
     torch.testing.assert_close(k, torch.tensor([[[-3 * 2**0.5, 0.0]]]))
     assert torch.equal(v, torch.tensor([[[7.0, 8.0]]]))
@@ -85,7 +84,7 @@ def test_step_by_step_is_the_same() -> None:
         k = norm(memory[:, 32:64].unflatten(1, (2, 16)))
         cos, sin = args[5]
         want = torch.cat([k[..., :8] * cos - k[..., 8:] * sin, k[..., 8:] * cos + k[..., :8] * sin], -1)
-        got = qk_norm_rope(memory[:, :64], *args[1:])[1]
+        got = qk_norm_rope(Inputs(memory[:, :64], *args[1:]))[1]
     torch.testing.assert_close(got[:6], want)
 
 
@@ -93,11 +92,11 @@ def test_bfloat16_is_rounded_once() -> None:
     args = inputs(20, 30, 4, 2, 16, torch.bfloat16)
     wide = [x.detach().float() if isinstance(x, Tensor) else x for x in args[:5]]
     wide += [tuple(t.float() for t in rope) for rope in args[5:]]
-    got, want = qk_norm_rope(*args), qk_norm_rope(*wide)
+    got, want = qk_norm_rope(Inputs(*args)), qk_norm_rope(Inputs(*wide))
     assert all(torch.equal(a, b.bfloat16()) for a, b in zip(got, want, strict=True))
     grads = tuple(torch.randn(x.shape).bfloat16() for x in got)
-    ours = plain_gradient(grads, *args)  # type: ignore[arg-type]
-    theirs = plain_gradient(tuple(g.float() for g in grads), *wide)  # type: ignore[arg-type]
+    ours = plain_gradient(grads, Inputs(*args))  # type: ignore[arg-type]
+    theirs = plain_gradient(tuple(g.float() for g in grads), Inputs(*wide))  # type: ignore[arg-type]
     assert [x.dtype for x in ours] == [torch.bfloat16, torch.bfloat16, torch.float32]
     assert all(torch.equal(a, b.to(a.dtype)) for a, b in zip(ours, theirs, strict=True))
     # The weights get theirs in their own dtype.
@@ -111,7 +110,7 @@ def test_operations_are_registered_as_torch_wants_them(dtype: torch.dtype, rows:
     *args, context_rope, block_rope = inputs(*rows, 4, 2, 8, dtype)
     given_ = [*args, *context_rope, *block_rope]
     torch.library.opcheck(torch.ops.dspark.qk_norm_rope.default, tuple(given_))
-    grads = [torch.randn(x.shape).to(dtype) for x in qk_norm_rope(*args, context_rope, block_rope)]
+    grads = [torch.randn(x.shape).to(dtype) for x in qk_norm_rope(Inputs(*args, context_rope, block_rope))]
     plain = [x.detach() if isinstance(x, Tensor) else x for x in given_]
     torch.library.opcheck(torch.ops.dspark.qk_norm_rope_gradient.default, (*grads, *plain))
 
@@ -120,7 +119,7 @@ def test_gradients_are_dense_and_only_the_products_are_kept() -> None:
     args = inputs(6, 4, 4, 2, 8, torch.float32)
     kept: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(t), t)[1], lambda t: t):
-        outs = qk_norm_rope(*args)
+        outs = qk_norm_rope(Inputs(*args))
     assert {t.data_ptr() for t in kept if t.numel() > 8 * 6} == {args[0].data_ptr(), args[1].data_ptr()}
     for d, x in zip(
         torch.autograd.grad(outs, args[:2], [torch.ones_like(x) for x in outs]), args, strict=False
@@ -131,7 +130,9 @@ def test_gradients_are_dense_and_only_the_products_are_kept() -> None:
 
 def test_parts_are_views() -> None:
     context, blocks = torch.arange(2 * 8.0).view(2, 8), torch.arange(3 * 20.0).view(3, 20)
-    (v, k), (v_blk, k_blk, q) = heads(context, blocks, 4)
+    weight, none = torch.ones(4), torch.ones(0, 1, 2)
+    given_ = Inputs(context, blocks, weight, weight, EPS, (none, none), (none, none))
+    (v, k), (v_blk, k_blk, q) = given_.heads
     assert [x.shape for x in (v, k, v_blk, k_blk, q)] == [
         (2, 1, 4),
         (2, 1, 4),
@@ -173,7 +174,7 @@ def test_kernels_on_a_gpu(
     found = []
     for kind in (dtype, torch.float64):
         args = [moved(x, kind) for x in given]
-        outs = qk_norm_rope(*args)
+        outs = qk_norm_rope(Inputs(*args))
         probes = probes or [torch.randn_like(x) for x in outs]
         grads = torch.autograd.grad(outs, args[:4], [p.to(kind) for p in probes])
         found.append([x.detach() for x in (*outs, *grads)])
