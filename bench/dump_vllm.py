@@ -32,6 +32,7 @@ from common import write
 from dspark.cache.codec import Codec, codec_for
 from dspark.cache.records import TokenSample
 from dspark.dump.capture import Captured, Engine, States
+from dspark.dump.coded_check import as_stored, by_state
 from dspark.dump.config import DumpConfig
 from dspark.dump.engine_vllm import ENVIRONMENT, VllmEngine, raw_bytes, step_tokens
 from dspark.dump.job import load_engine, part_reader, prepare
@@ -114,8 +115,7 @@ class Uncached:
                 (cache.last_codec, stored.last, states.last),
             ):
                 kept = codec.decode({n: torch.from_numpy(a) for n, a in coded.items()}, hidden)
-                want = codec.decode(codec.encode(raw.cpu()), hidden)
-                found.append(((kept - want).norm(dim=-1) / want.norm(dim=-1)).flatten())
+                found.append(by_state(kept, as_stored(codec, raw.cpu())).flatten())
         every = torch.cat(found)
         return {"largest": float(every.max()), "mean": float(every.mean()), "samples": len(self.raw)}
 

@@ -207,18 +207,15 @@ def agreement(s: Shape, device: torch.device, dtype: torch.dtype) -> dict[str, A
     dens = Denominators.of(batch.to("cpu"), 4.0)
 
     def run(given: Batch, fast: bool) -> tuple[float, dict[str, Tensor]]:
-        with nullcontext() if fast else no_kernels():
-            return ran(given, fast)
-
-    def ran(given: Batch, fast: bool) -> tuple[float, dict[str, Tensor]]:
         flex = fast and device.type == "cuda"
         forward: Any = torch.compile(model.forward, dynamic=False) if flex else model.forward
-        states = forward(given, model.plan(given, "flex" if flex else "sdpa"))
-        slots = SlotInputs.gather(given, states, 4.0)
         terms = None if fast else plain.chunk_terms
-        out = objective(slots, model.frozen_head, ObjectiveConfig(), dens, terms=terms)
-        out.loss.backward()  # type: ignore[no-untyped-call]
-        return out.loss.item(), gradients(model)
+        with nullcontext() if fast else no_kernels():
+            states = forward(given, model.plan(given, "flex" if flex else "sdpa"))
+            slots = SlotInputs.gather(given, states, 4.0)
+            out = objective(slots, model.frozen_head, ObjectiveConfig(), dens, terms=terms)
+            out.loss.backward()  # type: ignore[no-untyped-call]
+            return out.loss.item(), gradients(model)
 
     (slow, slow_g), (quick, quick_g) = run(batch, False), run(batch, True)
     worst = furthest(quick_g, slow_g)

@@ -48,7 +48,7 @@ def check_coded(
                 if i not in missing:
                     raise _failed(engine, f"its stream gave the states of sample {i} twice")
                 missing.remove(i)
-                want = States(*(_as_stored(c, x) for c, x in zip(codecs, states[i], strict=True)))
+                want = States(*(as_stored(c, x) for c, x in zip(codecs, states[i], strict=True)))
                 off = [_off(streamed.aux[:, k], want.aux[:, k]) for k in range(len(layers))]
                 for layer, by in zip([*layers, "last"], [*off, _off(streamed.last, want.last)], strict=True):
                     if not by <= TOLERANCE:
@@ -77,7 +77,7 @@ def _by_sample(
             fields.append(codec.decode({n: torch.from_numpy(a) for n, a in x.items()}, hidden))
         else:
             assert isinstance(x, torch.Tensor)
-            fields.append(_as_stored(codec, x))
+            fields.append(as_stored(codec, x))
     members = list(captured.members)
     rows = [len(states[i].aux) for i in members], [len(states[i].last) for i in members]
     found = tuple(map(len, fields))
@@ -88,17 +88,21 @@ def _by_sample(
     yield from zip(members, map(States, *map(torch.split, fields, rows)), strict=True)
 
 
-def _as_stored(codec: Codec, x: torch.Tensor) -> torch.Tensor:
+def as_stored(codec: Codec, x: torch.Tensor) -> torch.Tensor:
+    """States [T, ..., H] as a store with ``codec`` gives them back, float32."""
     return codec.decode(codec.encode(x), x.shape[-1])
+
+
+def by_state(found: torch.Tensor, want: torch.Tensor) -> torch.Tensor:
+    """Of states [..., H]: size of each one's difference over its own, float32 [...]."""
+    found, want = found.float(), want.float().to(found.device)
+    out: torch.Tensor = (found - want).norm(dim=-1) / want.norm(dim=-1).clamp(min=1e-6)
+    return out
 
 
 def _off(found: torch.Tensor, want: torch.Tensor) -> float:
     """Of states [T, H]; 0 where there are none."""
-    if not len(want):
-        return 0.0
-    found, want = found.float(), want.float().to(found.device)
-    by_token = (found - want).norm(dim=-1) / want.norm(dim=-1).clamp(min=1e-6)
-    return float(by_token.quantile(0.5))
+    return float(by_state(found, want).quantile(0.5)) if len(want) else 0.0
 
 
 def _failed(engine: Engine, what: str) -> EngineError:
