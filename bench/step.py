@@ -75,9 +75,7 @@ def draft_config(s: Shape) -> DraftConfig:
 def weights(s: Shape, device: torch.device, dtype: torch.dtype) -> Any:
     """A tied target, as Qwen3-4B's: the head's rows give logits of a few units, so that both softmaxes have a shape."""
     head = torch.randn(s.vocab, s.hidden, device=device, dtype=dtype) * (3 / s.hidden**0.5)
-    return SimpleNamespace(
-        embed_tokens=head, norm=torch.ones(s.hidden, device=device, dtype=dtype), lm_head=head, logits=PLAIN
-    )
+    return SimpleNamespace(embed_tokens=head, lm_head=head, logits=PLAIN)
 
 
 def row(

@@ -21,7 +21,6 @@ HIDDEN, VOCAB, BLOCK = 32, 50, 4
 @dataclass
 class Target:
     embed_tokens: Tensor
-    norm: Tensor
     lm_head: Tensor
     logits: Logits = PLAIN
 
@@ -30,7 +29,7 @@ def small_target(*, tied: bool = False, seed: int = 0) -> Target:
     g = torch.Generator().manual_seed(seed)
     embed = torch.randn(VOCAB, HIDDEN, generator=g)
     head = embed if tied else torch.randn(VOCAB, HIDDEN, generator=g) * 0.5
-    return Target(embed, torch.rand(HIDDEN, generator=g) + 0.5, head)
+    return Target(embed, head)
 
 
 def small_config(**changes: Any) -> DraftConfig:

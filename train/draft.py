@@ -9,8 +9,9 @@ the served checkpoint; q, k and v are one product all the same, and so are gate 
 and keys are part of one operation (``qk_norm_rope.py``). embed_tokens and
 lm_head are the target's and frozen; where the target ties them, one tensor serves.
 
-The final ``norm`` starts as a copy of the target's and is trained with the rest: the checkpoint carries the draft's own
-``norm.weight`` and vLLM serves that one, and DeepSpec trains it too.
+The final ``norm`` starts at ones, as every norm of the draft, and is trained with the rest: the checkpoint carries the draft's own
+``norm.weight`` and vLLM serves that one. A copy of the target's, whose scale fits the target's states and not a random layer's, costs
+AdamW a tenth of tau after 1,200 steps (docs/log.md).
 """
 
 from __future__ import annotations
@@ -36,12 +37,10 @@ from dspark.train.scaled import write_scaled
 
 
 class TargetWeights(Protocol):
-    """What ``cache.target`` offers: ``embed_tokens`` [V, H], ``norm`` [H], ``lm_head`` [V, H], tied ones sharing memory; ``logits``."""
+    """What ``cache.target`` offers: ``embed_tokens`` [V, H], ``lm_head`` [V, H], tied ones sharing memory; ``logits``."""
 
     @property
     def embed_tokens(self) -> Tensor: ...
-    @property
-    def norm(self) -> Tensor: ...
     @property
     def lm_head(self) -> Tensor: ...
     @property
@@ -211,7 +210,6 @@ class DraftModel(nn.Module):
         draft_ids: Tensor | None = None,
         *,
         frozen_dtype: torch.dtype | None = None,
-        train_norm: bool = True,
     ) -> None:
         super().__init__()
         self.config = config
@@ -235,9 +233,6 @@ class DraftModel(nn.Module):
             with_markov = config.confidence_head_with_markov
             self.confidence_head = ConfidenceHead(size, config.markov_rank if with_markov else 0)
         self._initialise()
-        with torch.no_grad():
-            self.norm.weight.copy_(target.norm)
-        self.norm.weight.requires_grad_(train_norm)
         self._adopt(target, draft_ids, frozen_dtype)
         self.join()
 
@@ -332,7 +327,7 @@ class DraftModel(nn.Module):
         return FrozenHead(full, own, ids, inverse, self.target_logits, wide)
 
     def trained(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Names and parameters that training owns, in a fixed order (with ``norm``, frozen or not)."""
+        """Names and parameters that training owns, in a fixed order."""
         for name, parameter in self.named_parameters():
             if not name.startswith(("embed_tokens.", "lm_head.", "target_output.")):
                 yield name, parameter
@@ -395,7 +390,6 @@ def _check_target(config: DraftConfig, target: TargetWeights, draft_ids: Tensor 
     for name, tensor, shape in (
         ("embed_tokens", target.embed_tokens, expected),
         ("lm_head", target.lm_head, expected),
-        ("norm", target.norm, (config.hidden_size,)),
     ):
         if tuple(tensor.shape) != shape:
             found = list(tensor.shape)

@@ -52,7 +52,7 @@ def test_target_weights_are_shared_and_frozen(tied: bool, reduced: bool) -> None
     same = moved.frozen_head.lm_head.data_ptr() == moved.embed_tokens.weight.data_ptr()
     assert same == tied
     assert not any(p.requires_grad for n, p in model.named_parameters() if n not in dict(model.trained()))
-    assert torch.equal(model.norm.weight.float(), target.norm)
+    assert bool((model.norm.weight == 1).all()), "the draft's norm is its own, whatever the target's is"
     if reduced:
         assert torch.equal(head.draft_head.float(), target.lm_head[[3, 7, 20]])
         assert head.to_draft is not None
