@@ -48,8 +48,6 @@ VARIANTS = {
     "muon-4e-3": "--optimizer muon --lr 4e-3",
     "beta2-0.999": "--betas 0.9 0.999",
     "muon-beta2-0.999": "--optimizer muon --lr 2e-3 --betas 0.9 0.999",
-    "noise-0.05": "--noise-std 0.05",
-    "noise-0.5": "--noise-std 0.5",
     "anchors-1024": "--max-anchors 1024",
     "anchors-4096": "--max-anchors 4096",
     "layers-2": "--num-layers 2",

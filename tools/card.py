@@ -16,7 +16,7 @@ from dspark.tools.check import vllm_at_least
 from dspark.train.draft_config import DraftConfig
 
 RECIPE = ("num_layers", "block_size", "markov_rank", "markov_head_type", "draft_vocab_size", "loss_fn", "confidence_head_alpha",
-          "optimizer", "lr", "noise_std", "epochs", "max_steps", "rows_per_step", "total_seq_len", "max_anchors", "val_fraction", "seed")  # fmt: skip
+          "optimizer", "lr", "epochs", "max_steps", "rows_per_step", "total_seq_len", "max_anchors", "val_fraction", "seed")  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)

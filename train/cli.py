@@ -70,11 +70,6 @@ Examples:
 @click.option(
     "--max-anchors", default=DEFAULTS.max_anchors, help="Anchors drawn a row; 0 = every eligible one."
 )
-@click.option(
-    "--noise-std",
-    default=DEFAULTS.noise_std,
-    help="Uniform noise in (-S, S) on the aux states while training.",
-)
 @click.option("--speculator-type", default=DEFAULTS.speculator_type, type=click.Choice(["dspark", "dflash"]))
 @click.option("--num-layers", default=DEFAULTS.num_layers, help="Layers of the draft.")
 @click.option("--block-size", default=DEFAULTS.block_size, help="Draft tokens an anchor (B).")

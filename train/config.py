@@ -27,7 +27,7 @@ FREE_ON_RESUME = {
 
 
 # Settings of earlier releases at the values that changed nothing: a run that was made with them goes on.
-WITHDRAWN = (("ema", 0.0), ("slot_weights", "decay"))
+WITHDRAWN = (("ema", 0.0), ("slot_weights", "decay"), ("noise_std", 0.0))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -56,8 +56,6 @@ class TrainConfig:
     max_anchors: int = 512
     """Anchors drawn a row; 0 = every eligible one."""
     speculator_type: str = "dspark"
-    noise_std: float = 0.0
-    """Half-width of the uniform noise on the aux states while training (the name is that of speculators' flag)."""
     num_layers: int = 5
     block_size: int = 7
     markov_rank: int = 256
@@ -98,7 +96,7 @@ class TrainConfig:
                      "keep_checkpoints", "log_every", "val_rows"):  # fmt: skip
             if not getattr(self, name) > 0:
                 raise UsageError(f"{name} is {getattr(self, name)}, expected a positive number")
-        for name in ("max_anchors", "noise_std", "markov_rank", "weight_decay", "confidence_head_alpha"):
+        for name in ("max_anchors", "markov_rank", "weight_decay", "confidence_head_alpha"):
             if getattr(self, name) < 0:
                 raise UsageError(f"{name} is {getattr(self, name)}, expected 0 or more")
         for name in ("warmup_ratio", "min_lr_ratio", "val_fraction"):

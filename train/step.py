@@ -16,7 +16,6 @@ from dspark.train.batch import Batch
 from dspark.train.draft import SlotStates
 from dspark.train.feed import Feed
 from dspark.train.metrics import SlotMetrics
-from dspark.train.noise import noisy
 from dspark.train.objective import Denominators, SlotInputs, objective
 from dspark.train.optim import learning_rate
 from dspark.train.row import Row
@@ -75,15 +74,13 @@ def step(
     """
     config, model = run.config, run.model
     loss = torch.zeros((), device=run.compute.device)
-    used = {at: row for at, row in enumerate(part.own) if row.slots}  # no anchor, nothing to learn
+    used = [row for row in part.own if row.slots]  # no anchor, nothing to learn
     if not used:
         run.optimizer.last_row()
-    for at, batch in zip(used, feed.batches(list(used.values())), strict=True):
-        if at == max(used):
+    for i, batch in enumerate(feed.batches(used)):
+        if i == len(used) - 1:
             run.optimizer.last_row()
-        key = (config.seed, number, run.world.rank + at * run.world.size)
-        given = noisy(batch, config.noise_std, *key) if config.noise_std else batch
-        loss += learn(run, given, part.denominators, metrics)
+        loss += learn(run, batch, part.denominators, metrics)
     for batch in blanks(run, len(used)):  # never behind a row, so it is the last pass
         nothing(model(batch, model.plan(batch, run.compute.backend))).backward()  # type: ignore[no-untyped-call]
     lr = learning_rate(number, total, config.lr, config.warmup_ratio, config.min_lr_ratio)

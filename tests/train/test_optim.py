@@ -117,9 +117,8 @@ def test_a_step_of_muon_is_as_large_as_one_of_adamw() -> None:
     assert 0.15 < float(p.detach().square().mean().sqrt()) < 0.25
 
 
-@pytest.mark.parametrize("change", [{"optimizer": "muon"}, {"noise_std": 0.5}])
-def test_resuming_equals_not_stopping(config: TrainConfig, tmp_path: Path, change: dict[str, Any]) -> None:
-    config = dataclasses.replace(config, **change)
+def test_resuming_equals_not_stopping(config: TrainConfig, tmp_path: Path) -> None:
+    config = dataclasses.replace(config, optimizer="muon")
     whole = dataclasses.replace(config, output=str(tmp_path / "whole"))
     train(whole)
 
@@ -133,7 +132,7 @@ def test_resuming_equals_not_stopping(config: TrainConfig, tmp_path: Path, chang
     train(config, resume=True)
     ours, theirs = (load_file(Path(c.output) / "model.safetensors") for c in (config, whole))
     assert all(torch.equal(ours[n], theirs[n]) for n in theirs)
-    plain = dataclasses.replace(config, output=str(tmp_path / "plain"), **{k: TrainConfig.__dataclass_fields__[k].default for k in change})  # fmt: skip
+    plain = dataclasses.replace(config, output=str(tmp_path / "plain"), optimizer="adamw")
     train(plain)
     without = load_file(Path(plain.output) / "model.safetensors")
     assert not all(torch.equal(ours[n], without[n]) for n in without)
@@ -159,6 +158,8 @@ def test_muon_is_refused_where_matrices_are_cut_up_and_keeps_one_moment(config: 
 
 def test_a_run_of_an_earlier_release_goes_on_if_what_it_set_changed_nothing(config: TrainConfig) -> None:
     written = config.to_json()
-    assert TrainConfig.from_json(written | {"ema": 0.0, "slot_weights": "decay"}, "here") == config
-    with pytest.raises(errors.UsageError, match=r"here: unknown keys \['ema'\]"):
-        TrainConfig.from_json(written | {"ema": 0.999, "slot_weights": "decay"}, "here")
+    withdrawn = {"ema": 0.0, "slot_weights": "decay", "noise_std": 0.0}
+    assert TrainConfig.from_json(written | withdrawn, "here") == config
+    for name, value in {"ema": 0.999, "slot_weights": "dpace", "noise_std": 0.05}.items():
+        with pytest.raises(errors.UsageError, match=rf"here: unknown keys \['{name}'\]"):
+            TrainConfig.from_json(written | withdrawn | {name: value}, "here")

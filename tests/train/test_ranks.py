@@ -63,7 +63,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def runs(folder: Path) -> dict[str, Any]:
     """The same training by one process, by two, stopped by one kind and resumed by the other; all jobs of two in one launch."""
     names = "one ddp fsdp2 two_one one_two broken muon_one muon zero zero_one one_zero muon_zero half half_zero half_fsdp2 unread"
-    at = {n: settings(folder, output=str(folder / n), noise_std=0.05) for n in names.split()}
+    at = {n: settings(folder, output=str(folder / n)) for n in names.split()}
     for name in ("muon_one", "muon", "muon_zero"):
         at[name] = dataclasses.replace(at[name], optimizer="muon", lr=2e-2)
     for name in ("half", "half_zero", "half_fsdp2"):
