@@ -2,12 +2,16 @@
 
 python bench/scaling.py --work DIR [--shape qwen3-4b] [--gpus 1,2] [--steps 30] [--cache STORE] [--train "--rows-per-step 16"]
 python bench/scaling.py --work DIR --gpus 2 --strategies ddp,zero,fsdp2      four runs: one process, and each on two
+python bench/scaling.py --work DIR --gpus 2 --strategies apart,zero            apart: on each GPU a training by itself, all at once
 python bench/scaling.py --work DIR --shape tiny --device cpu          a dry run through gloo
 
 Without ``--cache`` a store of random states of the shape is written first. Each run is a ``torchrun`` of its own; its first rows, which
 compile, are left out of the speed. Writes bench/results/scaling.json: a row a run, with ``gpus``, ``strategy``, ``tokens_per_s``,
-``speedup``, ``curve_difference`` (largest relative difference of a logged loss from one process's), ``peak_gb`` (of the rank with the
-largest; GPUs only) and ``hours``, what ``--samples`` of ``--mean-tokens`` take for ``--epochs`` at that speed.
+``speedup``, ``curve_difference`` (largest relative difference of a logged loss from one process's), ``windows_ms`` (a step's, by logged window),
+``peak_gb`` (of the rank with the largest; GPUs only) and ``hours``, what ``--samples`` of ``--mean-tokens`` take for ``--epochs`` at that speed.
+
+``apart`` is the most that this host can give: each training has a rank's rows a step and nothing to send. What it falls short of N times
+is slower GPUs (a step of several lasts as long as the slowest one's) and the host; what a strategy falls short of it is the strategy's.
 
 python bench/scaling.py --row-ms 250 --update-ms 15 --parameters 2.3e9         hours on 1, 2, 4, 8 GPUs from a measured step; runs nothing
 """
@@ -43,6 +47,8 @@ SHAPES: dict[str, tuple[tuple[int, ...], str]] = {
     "qwen3-4b": ((2560, 9728, 36, 32, 8, 128, 151_936), "--num-layers 5 --max-anchors 512 --total-seq-len 4096"),
     "glm-5.2": ((6144, 12_288, 78, 64, 64, 128, 154_880), "--num-layers 5 --block-size 8 --max-anchors 1024 --total-seq-len 4096"),
 }  # fmt: skip
+STRATEGIES = ("ddp", "zero", "fsdp2")
+APART = "apart"
 LAYERS = 5
 BITS = 4
 
@@ -96,36 +102,49 @@ def write_store(path: Path, shape: tuple[int, ...], samples: int, tokens: int) -
         writer.finish(rows_read=samples)
 
 
-def run(args: argparse.Namespace, gpus: int, strategy: str) -> dict[str, Any]:
-    """One training; its curve and its speed."""
-    output = args.work / f"{strategy}-{gpus}"
+def command(args: argparse.Namespace, output: Path, strategy: str, processes: int, rows: int) -> list[str]:
+    """A training of ``rows`` rows a step into ``output``."""
     shutil.rmtree(output, ignore_errors=True)
     flags = [
         "--cache", args.cache, "--output", output, "--device", args.device, "--max-steps", args.steps, "--log-every", args.log_every,
         "--val-fraction", 0, "--checkpoint-freq", 1e6, "--no-tensorboard", "--recipe", "none", *shlex.split(SHAPES[args.shape][1]),
-        "--rows-per-step", args.rows_per_step, *shlex.split(args.train),
+        "--rows-per-step", rows, *shlex.split(args.train),
     ]  # fmt: skip
-    if strategy == "one":
-        command = [sys.executable, "-m", "dspark.train"]
-    else:
-        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(gpus)]
-        command = [sys.executable, *launcher, "-m", "dspark.train", "--strategy", strategy]
+    launcher, chosen = [], []
+    if strategy in STRATEGIES:
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+        chosen = ["--strategy", strategy]
+    return [sys.executable, *launcher, "-m", "dspark.train", *chosen, *map(str, flags)]
+
+
+def run(args: argparse.Namespace, gpus: int, strategy: str) -> dict[str, Any]:
+    """One training, or for ``apart`` one on each GPU; curve and speed."""
     started = time.perf_counter()
     # The same processes' share of the cores for every run, so that more processes are not also more threads.
     threads = os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // max(args.gpus))))
-    done = subprocess.run(
-        [*command, *map(str, flags)], env={**os.environ, "OMP_NUM_THREADS": threads}, check=False
-    )
-    if done.returncode:
-        raise SystemExit(f"{strategy} on {gpus}: exit code {done.returncode}")
-    rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    outputs = [args.work / f"{strategy}-{gpus}-{i}" for i in range(gpus if strategy == APART else 1)]
+    running = []
+    for i, output in enumerate(outputs):
+        env = {**os.environ, "OMP_NUM_THREADS": threads}
+        if strategy == APART:
+            env["CUDA_VISIBLE_DEVICES"] = str(i)
+        words = command(args, output, strategy, gpus, args.rows_per_step // len(outputs))
+        running.append(subprocess.Popen(words, env=env))
+    for process in running:
+        if process.wait():
+            raise SystemExit(f"{strategy} on {gpus}: exit code {process.returncode}")
+    metrics = [
+        [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+        for output in outputs
+    ]
     # The last row's window ends with the export; the first ones compile.
-    steady = [r for r in rows if "tokens_per_second" in r][2:-1] or rows[-1:]
+    steady = [[r for r in rows if "tokens_per_second" in r][2:-1] or rows[-1:] for rows in metrics]
+    speeds = [statistics.median(r["tokens_per_second"] for r in rows) for rows in steady]
     return {
-        "gpus": gpus, "strategy": strategy, "tokens_per_s": statistics.median(r["tokens_per_second"] for r in steady),
-        "step_ms": statistics.median(r["step_ms"] for r in steady),
-        "data_wait_fraction": statistics.median(r["data_wait_fraction"] for r in steady), "peak_gb": rows[-1].get("peak_gb"),
-        "seconds": time.perf_counter() - started, "loss": [r["loss"] for r in rows], "grad_norm": [r["grad_norm"] for r in rows],
+        "gpus": gpus, "strategy": strategy, "tokens_per_s": sum(speeds), "by_gpu": speeds,
+        "step_ms": statistics.median(r["step_ms"] for r in steady[0]), "windows_ms": [round(r["step_ms"], 2) for r in steady[0]],
+        "data_wait_fraction": statistics.median(r["data_wait_fraction"] for r in steady[0]), "peak_gb": metrics[0][-1].get("peak_gb"),
+        "seconds": time.perf_counter() - started, "loss": [r["loss"] for r in metrics[0]], "grad_norm": [r["grad_norm"] for r in metrics[0]],
     }  # fmt: skip
 
 
@@ -163,7 +182,7 @@ def main() -> None:
     parser.add_argument("--shape", default="qwen3-4b", choices=SHAPES)
     parser.add_argument("--cache", type=Path, help="a store of the shape's target instead of random states")
     parser.add_argument("--gpus", default="1,2", type=lambda text: [int(n) for n in text.split(",")])
-    parser.add_argument("--strategies", default="ddp,zero,fsdp2")
+    parser.add_argument("--strategies", default=",".join(STRATEGIES), help="also: apart")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--log-every", type=int, default=3)
@@ -205,8 +224,10 @@ def main() -> None:
         results.append(r)
         one = results[0]
         r["speedup"] = r["tokens_per_s"] / one["tokens_per_s"]
-        differences = [abs(a - b) / abs(b) for a, b in zip(r["loss"], one["loss"], strict=True)]
-        r["curve_difference"], r["measured"] = max(differences), True
+        r["measured"] = True
+        if strategy != APART:  # whose steps have fewer rows
+            differences = [abs(a - b) / abs(b) for a, b in zip(r["loss"], one["loss"], strict=True)]
+            r["curve_difference"] = max(differences)
         r["hours"] = hours(r["tokens_per_s"], args.samples, args.mean_tokens, args.epochs)
         # After every run, so that one that is cut short leaves what it measured.
         write(args.name, config, results, args.results, show=len(results) == len(runs))

@@ -129,10 +129,12 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(c.num_heads * c.head_dim, c.hidden_size, bias=False)
         self.q_norm = RMSNorm(c.head_dim, c.rms_norm_eps)
         self.k_norm = RMSNorm(c.head_dim, c.rms_norm_eps)
+        self.joint: Tensor | None = None
 
     @property
     def joined(self) -> tuple[Tensor, ...]:
-        """The weights of one product with the blocks' tokens, all but the last of the context's."""
+        """The weights of one product with the blocks' tokens, all but the last of the context's. ``joint``: a copy of them side by side,
+        where they cannot lie so themselves."""
         return self.v_proj.weight, self.k_proj.weight, self.q_proj.weight
 
     def queries_keys_values(
@@ -141,7 +143,8 @@ class Attention(nn.Module):
         """Queries [Q, Hq, D] of ``x`` [Q, H], keys and values [S+Q, Hkv, D] of ``ctx`` [S, H] and ``x``; queries and keys normed and
         rotated. S or Q may be 0.
         """
-        context, blocks = joined_product(ctx, self.joined[:2]), joined_product(x, self.joined)
+        context = joined_product(ctx, self.joined[:2], self.joint)
+        blocks = joined_product(x, self.joined, self.joint)
         q_weight, k_weight, eps = self.q_norm.weight, self.k_norm.weight, self.k_norm.eps
         return qk_norm_rope(Inputs(context, blocks, q_weight, k_weight, eps, context_rope, block_rope))
 
@@ -163,14 +166,15 @@ class Mlp(nn.Module):
         self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
         self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
         self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
+        self.joint: Tensor | None = None
 
     @property
     def joined(self) -> tuple[Tensor, ...]:
-        """The weights of one product."""
+        """The weights of one product. ``joint``: as the attention's."""
         return self.up_proj.weight, self.gate_proj.weight
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.down_proj(gated(joined_product(x, self.joined)))
+        out: Tensor = self.down_proj(gated(joined_product(x, self.joined, self.joint)))
         return out
 
 

@@ -4,8 +4,8 @@ A few large products keep a GPU busier than many small ones: at Qwen3-4B's shape
 forward and 0.1 ms less backward, a layer. Copying the weights together in every forward (100 MB a layer) would cost that gain, so the
 joint matrix is a *view*: it needs weights that lie side by side in memory, each beginning where the one before ends. ``lay_side_by_side``
 moves them so; they stay parameters of their own. A compiler cannot see where a tensor will lie, so the product is an opaque operation
-that looks when it runs. Weights that lie apart (FSDP2 gathers each into memory of its own) get a product each into the columns of
-the one result: as fast as separate products are, and no copy either.
+that looks when it runs. Whose weights cannot lie so (FSDP2 gathers each into memory of its own) gives a copy of them that does, made once
+for as long as they do not change; without it weights that lie apart are copied for the one product.
 
 The gradient of all weights is one product too, and each weight's is a view of its rows.
 
@@ -50,64 +50,62 @@ def lay_side_by_side(weights: Sequence[Tensor]) -> None:
             w.data = rows
 
 
-def joined_product(x: Tensor, weights: Sequence[Tensor]) -> Tensor:
-    """``x`` [n, K] times the transpose of each of ``weights`` [m_i, K], side by side: [n, M]."""
-    joint: Tensor = _product(x, list(weights))
-    return joint
-
-
-@torch.library.custom_op(
-    "dspark::joined_linear", mutates_args=(), schema="(Tensor x, Tensor[] weights) -> Tensor"
-)
-def _product(x: Tensor, weights: list[Tensor]) -> Tensor:
-    joint = side_by_side(weights)
-    if joint is not None:
-        return x @ joint.T
-    out = x.new_empty(x.shape[0], sum(_sizes(weights)))
-    for w, columns in zip(weights, out.split_with_sizes(_sizes(weights), 1), strict=True):
-        torch.mm(x, w.T, out=columns)
+def joined_product(x: Tensor, weights: Sequence[Tensor], joint: Tensor | None = None) -> Tensor:
+    """``x`` [n, K] times the transpose of each of ``weights`` [m_i, K], side by side: [n, M]. ``joint`` [M or more, K]: their values,
+    side by side from its first row on; the gradients are theirs all the same.
+    """
+    out: Tensor = _product(x, list(weights), joint)
     return out
 
 
+def _joint(weights: list[Tensor], joint: Tensor | None) -> Tensor:
+    if joint is not None:
+        return joint[: sum(_sizes(weights))]
+    view = side_by_side(weights)
+    return torch.cat(weights) if view is None else view
+
+
+@torch.library.custom_op(
+    "dspark::joined_linear", mutates_args=(), schema="(Tensor x, Tensor[] weights, Tensor? joint) -> Tensor"
+)
+def _product(x: Tensor, weights: list[Tensor], joint: Tensor | None) -> Tensor:
+    return x @ _joint(weights, joint).T
+
+
 @_product.register_fake
-def _(x: Tensor, weights: list[Tensor]) -> Tensor:
+def _(x: Tensor, weights: list[Tensor], joint: Tensor | None) -> Tensor:
     return x.new_empty(x.shape[0], sum(_sizes(weights)))
 
 
 @torch.library.custom_op(
-    "dspark::joined_linear_input", mutates_args=(), schema="(Tensor grad, Tensor[] weights) -> Tensor"
+    "dspark::joined_linear_input",
+    mutates_args=(),
+    schema="(Tensor grad, Tensor[] weights, Tensor? joint) -> Tensor",
 )
-def _input_gradient(grad: Tensor, weights: list[Tensor]) -> Tensor:
+def _input_gradient(grad: Tensor, weights: list[Tensor], joint: Tensor | None) -> Tensor:
     """d x [n, K] of ``grad`` [n, M]."""
-    joint = side_by_side(weights)
-    if joint is not None:
-        return grad @ joint
-    first, *others = zip(weights, grad.split_with_sizes(_sizes(weights), 1), strict=True)
-    out = first[1] @ first[0]
-    for w, columns in others:
-        out.addmm_(columns, w)
-    return out
+    return grad @ _joint(weights, joint)
 
 
 @_input_gradient.register_fake
-def _(grad: Tensor, weights: list[Tensor]) -> Tensor:
+def _(grad: Tensor, weights: list[Tensor], joint: Tensor | None) -> Tensor:
     return grad.new_empty(grad.shape[0], weights[0].shape[1])
 
 
-def _keep(ctx: Any, inputs: tuple[Tensor, list[Tensor]], output: Tensor) -> None:
-    x, weights = inputs
-    ctx.save_for_backward(x, *weights)
+def _keep(ctx: Any, inputs: tuple[Tensor, list[Tensor], Tensor | None], output: Tensor) -> None:
+    x, weights, joint = inputs
+    ctx.save_for_backward(x, joint, *weights)
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, list[Tensor | None]]:
-    x, *weights = ctx.saved_tensors
-    needs_x, needs_weights = ctx.needs_input_grad
-    d_x = _input_gradient(grad, weights) if needs_x else None
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, list[Tensor | None], None]:
+    x, joint, *weights = ctx.saved_tensors
+    needs_x, needs_weights, _ = ctx.needs_input_grad
+    d_x = _input_gradient(grad, weights, joint) if needs_x else None
     if not any(needs_weights):
-        return d_x, [None] * len(weights)
+        return d_x, [None] * len(weights), None
     # No weight is read, so this one is plain: the compiler may see it. Rows of it need no copy to become gradients.
     d_weights = (grad.T @ x).split_with_sizes(_sizes(weights))
-    return d_x, [d if needed else None for d, needed in zip(d_weights, needs_weights, strict=True)]
+    return d_x, [d if needed else None for d, needed in zip(d_weights, needs_weights, strict=True)], None
 
 
 _product.register_autograd(_backward, setup_context=_keep)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from dspark.train.draft import Attention, Mlp
 from dspark.train.draft_config import DraftConfig
 from dspark.train.muon import is_matrix
 from dspark.train.setup import Run
@@ -54,8 +55,10 @@ def estimate(run: Run) -> Memory:
     if head.wide is not None:
         frozen += (head.wide.numel() - head.draft_head.numel()) * head.wide.element_size()
     if config.strategy == "fsdp2":
-        # Shards of master, summed gradient and moments; during a step whole weights and a float32 sum of the rows' gradients.
-        trained = 16 * count // run.world.size + (width + 4) * count
+        # Shards of master, summed gradient and moments; during a step whole weights, copies of those that share a product and a float32
+        # sum of the rows' gradients.
+        copies = sum(w.numel() for m in model.modules() if isinstance(m, Attention | Mlp) for w in m.joined)
+        trained = 16 * count // run.world.size + (width + 4) * count + width * copies
     else:
         holders = run.world.size if config.strategy == "zero" else 1
         # Weights and gradients whole; moments, and a master beside the weights unless they are float32 themselves.

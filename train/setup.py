@@ -127,10 +127,9 @@ def prepare(config: TrainConfig, world: World | None = None) -> Run:
     optimizer: Optimizer
     settings = AdamSettings(betas=config.betas, weight_decay=config.weight_decay, clip=config.grad_clip)
     if sharded:
-        from dspark.train.sharded import ShardedAdamW, shard
+        from dspark.train.sharded import ShardedAdamW
 
-        shard(model, world, compute.dtype)
-        optimizer = ShardedAdamW(model, settings, world)
+        optimizer = ShardedAdamW(model, settings, world, compute.dtype)
     else:
         kind = MasterMuon if config.optimizer == "muon" else MasterAdamW
         optimizer = kind(model.trained(), settings, world, shared=config.strategy == "zero")

@@ -3,8 +3,9 @@ its first row, and gradients summed once, in the backward of its last, however m
 
 The sharded parameters are the masters; layers compute in the dtype of the run (``param_dtype``). In between a rank has all weights in that
 dtype and the sum of its rows' gradients, which FSDP2 keeps in float32 (``reduce_dtype``), as the plain optimizer does. So a trained
-parameter costs 16 bytes / ranks, and 2 + 4 more during a step of several rows. The target's frozen matrices are kept whole on every rank:
-the objective multiplies by them chunk by chunk.
+parameter costs 16 bytes / ranks, and 2 + 4 more during a step of several rows; a layer's weights that share a product cost 2 more, for the
+copy in which they lie side by side. The target's frozen matrices are kept whole on every rank: the objective multiplies by them chunk by
+chunk.
 
 Gathering is the work of a rank's first pass and summing that of its last, and all ranks must do both: a rank without a row passes padding
 once (``train/step.py`` sees to it). Otherwise they may differ in the number of passes.
@@ -25,14 +26,14 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from dspark.train.batch import Batch
 from dspark.train.distributed import World
-from dspark.train.draft import DraftModel, Plan, SlotStates
+from dspark.train.draft import Attention, DraftModel, Mlp, Plan, SlotStates
 from dspark.train.optim import MOMENTS, Adam, AdamSettings, Snapshot, squares
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
 
-def shard(model: DraftModel, world: World, dtype: torch.dtype) -> None:
+def shard(model: DraftModel, world: World, dtype: torch.dtype) -> JointCopies:
     """Turn the trained parameters of ``model`` into float32 shards, in place; its forward computes in ``dtype``."""
     mesh: DeviceMesh = init_device_mesh(model.fc.weight.device.type, (world.size,))
     for _, p in model.trained():
@@ -42,6 +43,7 @@ def shard(model: DraftModel, world: World, dtype: torch.dtype) -> None:
     )
     frozen = {p for p in model.parameters() if not p.requires_grad}
     _wrap_forward(model, dtype)
+    copies = JointCopies(model, dtype)
     # A group a layer: its weights are gathered while the layer before computes, its gradients summed while the layer before has its backward.
     for layer in model.layers:
         fully_shard(layer, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
@@ -53,6 +55,41 @@ def shard(model: DraftModel, world: World, dtype: torch.dtype) -> None:
         module.set_force_sum_reduction_for_comms(True)
         module.set_gradient_divide_factor(1.0)
     _sum_in_next_backward(model, False)
+    copies.follow()
+    return copies
+
+
+class JointCopies:
+    """Of a layer's weights that share a product (``joined.py``) a copy in which they lie side by side, since FSDP2 gathers each into memory
+    of its own. Made in the first forward after they changed, so once a step, for all its rows; made and followed around ``fully_shard``.
+    """
+
+    def __init__(self, model: DraftModel, dtype: torch.dtype) -> None:
+        self._parts = {
+            layer: [m for m in layer.modules() if isinstance(m, Attention | Mlp)] for layer in model.layers
+        }
+        for module in (module for parts in self._parts.values() for module in parts):
+            rows, columns = sum(w.shape[0] for w in module.joined), module.joined[0].shape[1]
+            module.joint = torch.empty(rows, columns, dtype=dtype, device=module.joined[0].device)
+        self._old = set[nn.Module]()
+
+    def follow(self) -> None:
+        """Begin; FSDP2's own hooks, which gather, are there already and come first."""
+        for layer in self._parts:
+            layer.register_forward_pre_hook(self._renew)
+        self.outdated()
+
+    def outdated(self) -> None:
+        """The weights have changed."""
+        self._old = set(self._parts)
+
+    @torch.no_grad()
+    def _renew(self, layer: nn.Module, inputs: object) -> None:
+        if layer not in self._old:
+            return
+        self._old.discard(layer)
+        for module in self._parts[layer]:
+            torch.cat(module.joined, out=module.joint)
 
 
 def _groups(model: DraftModel) -> Iterator[FSDPModule]:
@@ -83,9 +120,10 @@ def _wrap_forward(model: DraftModel, dtype: torch.dtype) -> None:
 
 
 class ShardedAdamW:
-    """AdamW over the shards of a model that ``shard`` has cut."""
+    """AdamW over the shards into which it cuts the trained parameters of ``model``, whose forward computes in ``dtype`` from then on."""
 
-    def __init__(self, model: DraftModel, settings: AdamSettings, world: World) -> None:
+    def __init__(self, model: DraftModel, settings: AdamSettings, world: World, dtype: torch.dtype) -> None:
+        self._copies = shard(model, world, dtype)
         self.parameters: dict[str, DTensor] = {}
         for name, p in model.trained():
             if p.requires_grad:
@@ -116,6 +154,7 @@ class ShardedAdamW:
         for name, p in self.parameters.items():
             self._shards[name].grad = p.grad = None
         _sum_in_next_backward(self.model, False)
+        self._copies.outdated()
         return norm
 
     def snapshot(self) -> Snapshot:
@@ -150,6 +189,7 @@ class ShardedAdamW:
         self._adam.updates = snapshot.updates
         for module in _groups(self.model):  # what a validation may have gathered before is of other masters
             module.reshard()
+        self._copies.outdated()
 
 
 def _local(p: DTensor) -> Tensor:

@@ -35,8 +35,8 @@ def case(
     return x, weights
 
 
-def products(x: Tensor, weights: list[nn.Parameter]) -> tuple[Tensor, ...]:
-    return joined_product(x, weights).split_with_sizes([w.shape[0] for w in weights], 1)
+def products(x: Tensor, weights: list[nn.Parameter], joint: Tensor | None = None) -> tuple[Tensor, ...]:
+    return joined_product(x, weights, joint).split_with_sizes([w.shape[0] for w in weights], 1)
 
 
 def gradients(outs: tuple[Tensor, ...], inputs: list[Any]) -> tuple[Tensor | None, ...]:
@@ -45,18 +45,21 @@ def gradients(outs: tuple[Tensor, ...], inputs: list[Any]) -> tuple[Tensor | Non
     return torch.autograd.grad(loss, inputs, allow_unused=True)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(
     n=st.integers(0, 9),
     k=st.integers(1, 9),
     rows=st.lists(st.integers(1, 9), min_size=1, max_size=4),
     adjacent=st.booleans(),
+    more=st.one_of(st.none(), st.integers(0, 3)),
 )
 def test_values_and_gradients_are_those_of_a_product_each(
-    n: int, k: int, rows: list[int], adjacent: bool
+    n: int, k: int, rows: list[int], adjacent: bool, more: int | None
 ) -> None:
+    """``more``: rows of a joint copy behind those of the weights."""
     x, weights = case(n, k, rows, adjacent)
-    ours, plain = products(x, weights), tuple(F.linear(x, w) for w in weights)
+    joint = None if more is None else torch.cat([*[w.detach() for w in weights], torch.full((more, k), 9.0)])
+    ours, plain = products(x, weights, joint), tuple(F.linear(x, w) for w in weights)
     both = [gradients(outs, [x, *weights]) for outs in (ours, plain)]
     for a, b in zip([*ours, *both[0]], [*plain, *both[1]], strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
@@ -87,9 +90,12 @@ def test_other_precisions_and_what_needs_no_gradient(dtype: torch.dtype, adjacen
 def test_operations_are_registered_as_torch_wants_them(adjacent: bool) -> None:
     x, weights = case(5, 8, [4, 12], adjacent, torch.float32)
     plain = [w.detach() for w in weights]
-    torch.library.opcheck(torch.ops.dspark.joined_linear.default, (x, weights))
-    torch.library.opcheck(torch.ops.dspark.joined_linear.default, (x.detach(), plain))
-    torch.library.opcheck(torch.ops.dspark.joined_linear_input.default, (torch.randn(5, 16), plain))
+    for joint in (None, torch.cat(plain)):
+        torch.library.opcheck(torch.ops.dspark.joined_linear.default, (x, weights, joint))
+        torch.library.opcheck(torch.ops.dspark.joined_linear.default, (x.detach(), plain, joint))
+        torch.library.opcheck(
+            torch.ops.dspark.joined_linear_input.default, (torch.randn(5, 16), plain, joint)
+        )
 
 
 def test_a_view_only_of_what_lies_side_by_side() -> None:

@@ -16,10 +16,10 @@ from torch.distributed.tensor import DTensor
 from core_cases import small_batch, small_draft
 from dspark.train.batch import Batch
 from dspark.train.distributed import World
-from dspark.train.draft import DraftModel
+from dspark.train.draft import Attention, DraftModel, Mlp
 from dspark.train.objective import Denominators, ObjectiveConfig, SlotInputs, objective
 from dspark.train.optim import AdamSettings, MasterAdamW, Optimizer, Snapshot
-from dspark.train.sharded import ShardedAdamW, shard
+from dspark.train.sharded import ShardedAdamW
 
 SETTINGS = AdamSettings(betas=(0.0, 0.95), weight_decay=0.1, clip=1e9)
 BATCHES = [small_batch(seed) for seed in range(6)]
@@ -61,8 +61,7 @@ def step(model: DraftModel, optimizer: Optimizer, batches: list[Batch]) -> dict[
 
 def sharded(dtype: torch.dtype) -> tuple[DraftModel, ShardedAdamW]:
     model = draft(dtype)
-    shard(model, World(), dtype)
-    return model, ShardedAdamW(model, SETTINGS, World())
+    return model, ShardedAdamW(model, SETTINGS, World(), dtype)
 
 
 def test_gradients_of_a_step_s_rows_are_those_of_the_plain_optimizer() -> None:
@@ -128,3 +127,29 @@ def test_loaded_masters_replace_weights_that_a_validation_gathered() -> None:
     optimizer.load(other)
     learn(model, BATCHES[0])
     torch.testing.assert_close(model.fc.weight.detach(), other.masters["fc.weight"])
+
+
+def test_copies_of_weights_that_share_a_product_follow_their_masters() -> None:
+    model, optimizer = sharded(torch.bfloat16)
+    parts = [m for m in model.layers.modules() if isinstance(m, Attention | Mlp)]
+    assert len(parts) == 4
+
+    def follow() -> None:
+        """While weights are whole: after a row that is not the last."""
+        learn(model, BATCHES[0])
+        for module in parts:
+            assert module.joint is not None
+            assert torch.equal(module.joint, torch.cat(module.joined))
+
+    for _ in range(2):
+        follow()
+        seen = [module.joint.clone() for module in parts if module.joint is not None]
+        optimizer.last_row()
+        learn(model, BATCHES[1])
+        optimizer.step(1e-2)
+        follow()
+        now = [module.joint for module in parts if module.joint is not None]
+        assert not any(torch.equal(a, b) for a, b in zip(seen, now, strict=True))
+    saved = optimizer.snapshot()
+    optimizer.load(Snapshot({n: t + 1 for n, t in saved.masters.items()}, saved.moments, 3))
+    follow()
