@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from dspark.cache.command import SETTINGS, bar, emit, guarded
-from dspark.train.config import TrainConfig
+from dspark.train.config import STRATEGIES, TrainConfig
 from dspark.train.recipes import AUTO, NONE, configure, recipes
 
 DEFAULTS = TrainConfig(cache="")
@@ -25,7 +25,6 @@ Examples:
   dspark-train --cache ./hs.zarr --speculator-type dflash    the plain parallel draft
   dspark-train --cache ./hs.zarr --recipe Qwen3-4B --epochs 3
   torchrun --nproc-per-node 8 -m dspark.train --cache ./hs.zarr                      8 GPUs, the same training
-  torchrun --nproc-per-node 8 -m dspark.train --cache ./hs.zarr --strategy zero      less memory on each
 """,
 )
 @click.option("--cache", required=True, help="Store that dspark-dump wrote.")
@@ -123,8 +122,8 @@ Examples:
 )
 @click.option(
     "--strategy",
-    type=click.Choice(["ddp", "zero", "fsdp2"]),
-    help="Of several processes under torchrun: everything on each; masters and moments shared out; or through torch's FSDP2.  [default: ddp]",
+    type=click.Choice(STRATEGIES),
+    help="Of several processes under torchrun: masters and moments shared out; everything on each; or through torch's FSDP2.  [default: zero]",
 )
 @click.option("--log-every", default=DEFAULTS.log_every, help="Steps between rows of metrics.jsonl.")
 @click.option("--tensorboard/--no-tensorboard", default=DEFAULTS.tensorboard)

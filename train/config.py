@@ -25,6 +25,8 @@ FREE_ON_RESUME = {
     "recipe",
 }
 
+# The first is taken where none is given.
+STRATEGIES = ("zero", "ddp", "fsdp2")
 
 # Settings of earlier releases at the values that changed nothing: a run that was made with them goes on.
 WITHDRAWN = (("ema", 0.0), ("slot_weights", "decay"), ("noise_std", 0.0))
@@ -86,8 +88,8 @@ class TrainConfig:
     activation_checkpointing: bool = False
     """Keep only the input of each draft layer for the backward pass and compute the rest again: less memory a row, more time."""
     strategy: str | None = None
-    """Of several processes: ``ddp`` (every rank holds all), ``zero`` (the draft, and a share of masters and moments) or ``fsdp2`` (a share
-    of all between steps, torch's). None: ddp."""
+    """Of several processes: ``zero`` (a rank holds the draft, and a share of masters and moments), ``ddp`` (all) or ``fsdp2`` (a share of
+    all between steps, torch's). None: zero, the fastest and the smallest (docs/log.md)."""
     recipe: str | None = None
     """Name of the recipe that the settings came from; for the record, since the settings themselves are above."""
 
@@ -104,8 +106,8 @@ class TrainConfig:
                 raise UsageError(f"{name} is {getattr(self, name)}, expected a share in [0, 1)")
         if not all(0.0 <= beta < 1.0 for beta in self.betas):
             raise UsageError(f"betas are {self.betas}, expected two numbers in [0, 1)")
-        if self.strategy not in (None, "ddp", "zero", "fsdp2"):
-            raise UsageError(f"strategy is {self.strategy!r}, expected ddp, zero or fsdp2")
+        if self.strategy not in (None, *STRATEGIES):
+            raise UsageError(f"strategy is {self.strategy!r}, expected {', '.join(STRATEGIES)}")
         if self.optimizer not in ("adamw", "muon"):
             raise UsageError(f"optimizer is {self.optimizer!r}, expected adamw or muon")
         if self.optimizer == "muon" and self.strategy == "fsdp2":
@@ -115,6 +117,11 @@ class TrainConfig:
             )
         if self.max_steps is not None and self.max_steps <= 0:
             raise UsageError(f"max_steps is {self.max_steps}, expected a positive number")
+
+    @property
+    def of_several(self) -> str:
+        """The strategy, given or not, that several processes take."""
+        return self.strategy or STRATEGIES[0]
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self) | {"betas": list(self.betas)}

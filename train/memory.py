@@ -60,7 +60,7 @@ def estimate(run: Run) -> Memory:
         copies = sum(w.numel() for m in model.modules() if isinstance(m, Attention | Mlp) for w in m.joined)
         trained = 16 * count // run.world.size + (width + 4) * count + width * copies
     else:
-        holders = run.world.size if config.strategy == "zero" else 1
+        holders = run.world.size if config.of_several == "zero" else 1
         # Weights and gradients whole; moments, and a master beside the weights unless they are float32 themselves.
         trained = count * (width + 4) + count * (8 if width == 4 else 12) // holders
         if config.optimizer == "muon":  # one moment where AdamW has two
@@ -80,7 +80,7 @@ def describe(run: Run) -> str:
     count = sum(p.numel() for _, p in run.model.trained())
     rows = -(-config.rows_per_step // world.size)
     where = f"{world.size} x {run.compute.device.type}" + (
-        f" ({config.strategy or 'ddp'})" if world.size > 1 else ""
+        f" ({config.of_several})" if world.size > 1 else ""
     )
     return (
         f"draft of {count / 1e6:.1f} M trained parameters, {str(run.compute.dtype).removeprefix('torch.')} on {where}: "

@@ -132,7 +132,7 @@ def prepare(config: TrainConfig, world: World | None = None) -> Run:
         optimizer = ShardedAdamW(model, settings, world, compute.dtype)
     else:
         kind = MasterMuon if config.optimizer == "muon" else MasterAdamW
-        optimizer = kind(model.trained(), settings, world, shared=config.strategy == "zero")
+        optimizer = kind(model.trained(), settings, world, shared=config.of_several == "zero")
     cuda = compute.device.type == "cuda"
     workers = config.workers
     if workers is None:
