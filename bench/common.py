@@ -41,6 +41,15 @@ def hardware() -> str:
     return " + ".join([*gpus, f"{os.cpu_count()} x {cpu}"])
 
 
+def heat() -> list[str]:
+    """Temperature, clock, power and reasons for a lower clock of each GPU just now, as nvidia-smi says them: a hot one is no measure."""
+    asked = "temperature.gpu,clocks.sm,power.draw,clocks_throttle_reasons.active"
+    if shutil.which("nvidia-smi") is None:
+        return []
+    call = ["nvidia-smi", f"--query-gpu={asked}", "--format=csv,noheader"]
+    return subprocess.run(call, capture_output=True, text=True, check=True).stdout.splitlines()
+
+
 def versions() -> dict[str, str]:
     out = {"python": platform.python_version()}
     for name in PACKAGES:
@@ -56,7 +65,7 @@ def write(
 ) -> None:
     """Write ``NAME.json`` and print the same object as the last line (unless told not to ``show`` it)."""
     data = {
-        "name": name, "hardware": hardware(), "versions": versions(), "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "name": name, "hardware": hardware(), "heat": heat(), "versions": versions(), "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "config": config, "results": results,
     }  # fmt: skip
     folder.mkdir(parents=True, exist_ok=True)
