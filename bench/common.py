@@ -47,7 +47,8 @@ def heat() -> list[str]:
     if shutil.which("nvidia-smi") is None:
         return []
     call = ["nvidia-smi", f"--query-gpu={asked}", "--format=csv,noheader"]
-    return subprocess.run(call, capture_output=True, text=True, check=True).stdout.splitlines()
+    done = subprocess.run(call, capture_output=True, text=True, check=False)
+    return (done.stderr if done.returncode else done.stdout).splitlines()
 
 
 def versions() -> dict[str, str]:
