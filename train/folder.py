@@ -5,15 +5,33 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dspark.cache.disk import write_file
-from dspark.cache.errors import ExistsError, MismatchError
+from dspark.cache.errors import DraftError, ExistsError, MismatchError
 from dspark.train.config import TrainConfig
-from dspark.train.setup import Run
+
+if TYPE_CHECKING:  # a tool that reads a record needs nothing of a run
+    from dspark.train.setup import Run
 
 TRAINING = "training.json"  # the config of the run, beside the draft
 STORE = "store.json"  # which store it was trained on; the path may change between a run and its resumption, the store may not
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """The JSON object in ``path``, a file beside a draft. Raises DraftError, naming the file, if it is missing, no JSON or no object."""
+    try:
+        found: Any = json.loads(path.read_text())
+    except OSError as wrong:
+        raise DraftError(f"{path} cannot be read: {wrong.strerror}") from wrong
+    except ValueError as wrong:  # of JSON, or bytes that are no text
+        raise DraftError(
+            f"{path} is not JSON ({wrong}); expected the object that dspark-train wrote. "
+            "Put a whole copy of the file back, or train into another --output."
+        ) from wrong
+    if not isinstance(found, dict):
+        raise DraftError(f"{path} holds a JSON {type(found).__name__}; expected an object")
+    return found
 
 
 def claim(output: Path, config: TrainConfig, *, resume: bool, overwrite: bool) -> None:
@@ -30,7 +48,7 @@ def claim(output: Path, config: TrainConfig, *, resume: bool, overwrite: bool) -
         raise ExistsError(
             f"{output} holds a training run. Use --resume to go on with it, --overwrite to replace it, or another --output."
         )
-    config.continues(TrainConfig.from_json(json.loads(previous.read_text()), str(previous)), str(output))
+    config.continues(TrainConfig.from_json(read_record(previous), str(previous)), str(output))
 
 
 def store_identity(run: Run) -> dict[str, Any]:
@@ -55,7 +73,7 @@ def same_store(output: Path, run: Run) -> None:
     path = output / STORE
     if not path.is_file():
         return  # nothing was trained there yet
-    then, now = json.loads(path.read_text()), store_identity(run)
+    then, now = read_record(path), store_identity(run)
     diffs = [
         f"{k}: {then.get(k)!r} there, {now[k]!r} in {run.config.cache}" for k in now if then.get(k) != now[k]
     ]
