@@ -6,6 +6,7 @@ Legend: P tokens of a prompt, A of its answer, S = P + A, L aux layers, H hidden
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
@@ -20,6 +21,24 @@ GREEDY = 1e-5  # temperatures below are greedy decoding
 DEFAULT_MAX_TOKENS = 2048
 
 
+# One rule a setting, for the flag (before the target is looked at) and for what its generation_config.json says.
+def check_temperature(value: float) -> None:
+    if not (math.isfinite(value) and value >= 0):
+        raise UsageError(f"--temperature: found {value}, expected a finite number, 0 or more.")
+
+
+def check_top_p(value: float) -> None:
+    if not 0 < value <= 1:
+        raise UsageError(f"--top-p: found {value}, expected above 0 and at most 1.")
+
+
+def check_max_tokens(value: int) -> None:
+    if value < 2:
+        raise UsageError(
+            f"--max-tokens: found {value}, expected at least 2: a shorter answer teaches nothing."
+        )
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sampling:
     """How the target answers. ``top_k`` 0: no limit. ``thinking``: handed to the chat template as ``enable_thinking``; None leaves it out."""
@@ -31,12 +50,13 @@ class Sampling:
     thinking: bool | None
 
     def __post_init__(self) -> None:
-        if self.temperature < 0:
-            raise UsageError(f"--temperature: found {self.temperature}, expected 0 or more.")
-        if not 0 < self.top_p <= 1:
-            raise UsageError(f"--top-p: found {self.top_p}, expected above 0 and at most 1.")
-        if self.max_tokens < 2:
-            raise UsageError(f"--max-tokens: found {self.max_tokens}, expected at least 2.")
+        check_temperature(self.temperature)
+        check_top_p(self.top_p)
+        check_max_tokens(self.max_tokens)
+        if self.top_k < 0:
+            raise UsageError(
+                f"top_k: found {self.top_k} in the target's generation_config.json, expected 0 (no limit) or more."
+            )
 
     @property
     def greedy(self) -> bool:
@@ -58,13 +78,14 @@ def recommended(
         found = GenerationConfig.from_pretrained(model).to_dict()
     except OSError:
         found = {}
-    given = found.get("temperature")
-    own = 0.0 if found.get("do_sample") is False and given is None else 1.0
+    own = {"top_p": 1.0, "top_k": 0} | {k: v for k, v in found.items() if v is not None}
+    if "temperature" not in own:
+        own["temperature"] = 0.0 if own.get("do_sample") is False else 1.0
     return Sampling(
-        temperature=temperature if temperature is not None else own if given is None else own * given,
-        top_p=top_p if top_p is not None else found.get("top_p") or 1.0,
-        top_k=found.get("top_k") or 0,
-        max_tokens=max_tokens or DEFAULT_MAX_TOKENS,
+        temperature=own["temperature"] if temperature is None else temperature,
+        top_p=own["top_p"] if top_p is None else top_p,
+        top_k=0 if own["top_k"] == -1 else own["top_k"],  # -1: how vLLM writes "no limit"
+        max_tokens=DEFAULT_MAX_TOKENS if max_tokens is None else max_tokens,
         thinking=thinking,
     )
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from dspark.cache.errors import UsageError
 from dspark.cache.settings import DEFAULT_PACKING, NAMED
+from dspark.dump.answers import check_max_tokens, check_temperature, check_top_p
 from dspark.dump.layers import BOTH
 
 if TYPE_CHECKING:
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
 
 DEFAULT_AUX_BITS, DEFAULT_LAST_BITS = NAMED["default"]
 DEFAULT_SEQ_LENGTH = 4096
+LARGEST = 2**53  # counts; every reader of JSON takes a whole number up to here for what it is
+MOST_WORKERS = 256
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -64,8 +67,8 @@ class DumpConfig:
             ("--part-tokens", self.part_tokens),
             ("--min-supervised", self.min_supervised),
         ):
-            if value is not None and value < 1:
-                raise UsageError(f"{flag}: found {value}, expected a positive number.")
+            if value is not None and not 1 <= value <= LARGEST:
+                raise UsageError(f"{flag}: found {value}, expected a positive number, at most {LARGEST}.")
         asked = [
             f for f in ("temperature", "top_p", "max_tokens", "thinking") if getattr(self, f) is not None
         ]
@@ -75,8 +78,15 @@ class DumpConfig:
             )
         if self.regenerate and self.assistant_pattern is not None:
             raise UsageError("--regenerate knows the target's answers itself: leave --assistant-pattern out.")
-        if self.workers is not None and self.workers < 0:
-            raise UsageError(f"--workers: found {self.workers}, expected 0 or more.")
+        # Here and not only in Sampling: the plan of a preset makes none.
+        if self.temperature is not None:
+            check_temperature(self.temperature)
+        if self.top_p is not None:
+            check_top_p(self.top_p)
+        if self.max_tokens is not None:
+            check_max_tokens(self.max_tokens)
+        if self.workers is not None and not 0 <= self.workers <= MOST_WORKERS:
+            raise UsageError(f"--workers: found {self.workers}, expected 0 to {MOST_WORKERS} processes.")
         if not 0 <= self.max_dropped <= 1:
             raise UsageError(f"--max-dropped: found {self.max_dropped}, expected a share from 0 to 1.")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -166,15 +167,46 @@ def test_recommended_sampling(tiny: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("own", "message"),
+    [({"top_k": -2}, "top_k: found -2"), ({"temperature": math.inf}, "--temperature: found inf")],
+)
+def test_what_the_target_recommends_is_checked_too(own: dict[str, Any], message: str, tmp_path: Path) -> None:
+    (tmp_path / "generation_config.json").write_text(json.dumps({"do_sample": True, **own}))
+    with pytest.raises(UsageError, match=message):
+        recommended(str(tmp_path), None, None, None, None)
+
+
+def test_no_limit_as_vllm_writes_it(tmp_path: Path) -> None:
+    (tmp_path / "generation_config.json").write_text(json.dumps({"do_sample": True, "top_k": -1}))
+    assert recommended(str(tmp_path), None, None, None, None).top_k == 0
+
+
+@pytest.mark.parametrize(
     ("words", "message"),
     [
         (["--temperature", "1"], "give --regenerate with it"),
         (["--regenerate", "--assistant-pattern", "(x)"], "leave --assistant-pattern out"),
+        (["--regenerate", "--temperature", "nan"], "--temperature: found nan"),
+        (["--regenerate", "--temperature", "inf"], "--temperature: found inf"),
+        (["--regenerate", "--temperature", "-1"], "--temperature: found -1"),
+        (["--regenerate", "--top-p", "nan"], "--top-p: found nan"),
+        (["--regenerate", "--top-p", "0"], "--top-p: found 0"),
+        (["--regenerate", "--max-tokens", "0"], "--max-tokens: found 0, expected at least 2"),
+        (["--max-dropped", "nan"], "--max-dropped: found nan"),
+        (["--workers", "-1"], "--workers: found -1"),
+        (["--workers", "1" + "0" * 30], "expected 0 to 256 processes"),
+        (["--limit", "-1"], "--limit: found -1"),
+        (["--limit", "1" + "0" * 30], "--limit: found 1000"),
+        (["--part-tokens", "0"], "--part-tokens: found 0"),
+        (["--seq-length", "0"], "--seq-length: found 0"),
     ],
 )
-def test_flags_that_do_not_go_together(words: list[str], message: str, tiny: Path, tmp_path: Path) -> None:
+def test_flags_that_are_refused_before_anything_is_read(
+    words: list[str], message: str, tiny: Path, tmp_path: Path
+) -> None:
     out = CliRunner().invoke(
         main, ["--model", str(tiny), "--data", "x.jsonl", "--output", str(tmp_path / "o"), *words]
     )
     assert out.exit_code == 2
     assert message in out.stderr
+    assert list(tmp_path.iterdir()) == []
