@@ -9,19 +9,19 @@ Legend: S tokens of a row (``total_seq_len`` at most), A anchors, N samples.
 from __future__ import annotations
 
 import copy
-import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from dspark.cache.errors import TrainError, UsageError
 from dspark.cache.reader import Cache
 from dspark.train import anchors as rules
 from dspark.train.batch import Batch
+from dspark.train.readers import read_ahead
 from dspark.train.row import Row
 
 VALIDATION_EPOCH = -1  # the "epoch" whose anchors are drawn for validation: the same ones every time
@@ -166,30 +166,15 @@ class Stream:
     ) -> Iterator[list[Row]]:
         """The rows of each step, read ahead by ``workers`` processes that live as long as the iterator (across epochs)."""
         shape = (epoch, first_step, rank, world, endless)
-        loader = DataLoader(
-            Rows(self),
-            batch_size=None,
-            sampler=_Flat(self, shape),
-            num_workers=workers,
-            pin_memory=pin,
-            prefetch_factor=4 if workers else None,
-            multiprocessing_context="spawn" if workers else None,
-            worker_init_fn=_leave_interrupts_to_the_loop,
-        )
-        rows = iter(loader)
+        rows = read_ahead(Rows(self), _Flat(self, shape), workers=workers, pin=pin)
         planned = Stream.schedule(_copy_of(self), *shape)
         for step in planned:
             yield [next(rows) for _ in step]
 
 
-def _leave_interrupts_to_the_loop(worker: int) -> None:
-    """Ctrl-C in a terminal reaches every process; a reader that died of it would keep the loop from saving."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
 @dataclass(frozen=True, slots=True)
 class _Flat:
-    """The loader's sampler: the rows of ``Stream.schedule`` one by one."""
+    """The order of reading: the rows of ``Stream.schedule`` one by one."""
 
     stream: Stream
     shape: tuple[int, int, int, int, bool]

@@ -1,13 +1,15 @@
 """What tests/train/test_ranks.py starts under torchrun: several trainings after each other on the same processes.
 
-torchrun ... ranks_script.py JOBS.json: a list of {"config", "resume", "stop", "break_rank", "break_load"}; what each rank's train() raised goes to
+torchrun ... ranks_script.py JOBS.json: a list of {"config", "resume", "stop", "break_rank", "break_load", "kill_reader"}; what each rank's train() raised goes to
 JOBS.json.RANK as a list of [type, message, exit code] or null.
 """
 
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -30,6 +32,9 @@ def run(job: dict[str, Any]) -> list[Any] | None:
     def progress(step: int, total: int, text: str) -> None:
         if step == job.get("stop"):
             raise Stop
+        if job.get("kill_reader") == rank_here() and step == 2:
+            for reader in multiprocessing.active_children():
+                os.kill(reader.pid or 0, signal.SIGKILL)
 
     read = Rows.__getitem__
 

@@ -62,7 +62,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def runs(folder: Path) -> dict[str, Any]:
     """The same training by one process, by two, stopped by one kind and resumed by the other; all jobs of two in one launch."""
-    names = "one ddp fsdp2 two_one one_two broken muon_one muon zero zero_one one_zero muon_zero half half_zero half_fsdp2 unread"
+    names = "one ddp fsdp2 two_one one_two broken muon_one muon zero zero_one one_zero muon_zero half half_zero half_fsdp2 unread killed"
     at = {n: settings(folder, output=str(folder / n)) for n in names.split()}
     for name in ("muon_one", "muon", "muon_zero"):
         at[name] = dataclasses.replace(at[name], optimizer="muon", lr=2e-2)
@@ -100,6 +100,7 @@ def runs(folder: Path) -> dict[str, Any]:
             "resume": True,
             "break_load": 1,
         },
+        {"config": dataclasses.replace(at["killed"], workers=1, epochs=200).to_json(), "kill_reader": 1},
     ]
     file = folder / "jobs.json"
     file.write_text(json.dumps(jobs))
@@ -158,6 +159,13 @@ def test_a_checkpoint_that_one_rank_cannot_read_stops_all_with_its_words(runs: d
     """Nobody may be left waiting in a collective: shared masters are read by each rank for itself."""
     first, second = (raised[14] for raised in runs["raised"])
     assert "cannot be read" in second[1]
+    assert first == ["PeerError", f"rank 1: {second[1]}", 1]
+
+
+def test_a_reader_that_is_killed_stops_all_with_its_words(runs: dict[str, Any]) -> None:
+    first, second = (raised[15] for raised in runs["raised"])
+    assert second[0] == "TrainError"
+    assert "was killed by SIGKILL" in second[1]
     assert first == ["PeerError", f"rank 1: {second[1]}", 1]
 
 

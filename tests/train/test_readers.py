@@ -1,0 +1,85 @@
+"""Reading processes: their errors keep their words, and one that is gone is reported where the next row is asked for."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import time
+from typing import Any
+
+import pytest
+from torch.utils.data import Dataset
+
+from dspark.cache import errors
+from dspark.train.readers import read_ahead
+
+
+class Numbers(Dataset[Any]):
+    """``rows[epoch, i]`` is i; some are not to be had."""
+
+    def __getitem__(self, at: tuple[int, int]) -> Any:
+        epoch, i = at
+        if epoch == 1 and i == 2:
+            time.sleep(600)
+        if epoch == 2 and i == 2:
+            raise errors.DamagedCacheError("part 3 is damaged")
+        if epoch == 3 and i == 2:
+            os._exit(7)
+        return i
+
+
+def numbers(epoch: int, workers: int = 1, count: int = 4) -> Any:
+    return read_ahead(Numbers(), [(epoch, i) for i in range(count)], workers=workers, pin=False)
+
+
+def kill_the_reader() -> int:
+    (reader,) = multiprocessing.active_children()
+    assert reader.pid is not None
+    os.kill(reader.pid, signal.SIGKILL)
+    return reader.pid
+
+
+def test_rows_come_in_their_order() -> None:
+    before = signal.getsignal(signal.SIGCHLD)
+    rows = numbers(0, workers=2)
+    assert next(rows) == 0
+    assert signal.getsignal(signal.SIGCHLD) == before
+    assert list(rows) == [1, 2, 3]
+    assert list(numbers(0, workers=0)) == [0, 1, 2, 3]
+
+
+def test_a_reader_that_is_killed_is_reported_with_the_next_row_and_not_before() -> None:
+    rows = numbers(0, count=100)
+    assert next(rows) == 0
+    pid = kill_the_reader()
+    end = time.monotonic() + 1.0
+    while time.monotonic() < end:  # where torch's own handler would raise, amid a step
+        pass
+    with pytest.raises(
+        errors.TrainError,
+        match=rf"pid {pid}, of 1\) was killed by SIGKILL .out of memory.*--workers.*--resume",
+    ):
+        next(rows)
+
+
+def test_a_reader_that_is_killed_while_it_is_waited_for() -> None:
+    rows = numbers(1)
+    assert [next(rows), next(rows)] == [0, 1]
+    kill_the_reader()
+    with pytest.raises(errors.TrainError, match="killed by SIGKILL"):
+        next(rows)
+
+
+def test_a_reader_that_ends_by_itself() -> None:
+    with pytest.raises(errors.TrainError, match="ended with exit code 7"):
+        list(numbers(3))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_the_error_of_a_row_keeps_its_type_and_words(workers: int) -> None:
+    rows = numbers(2, workers)
+    assert [next(rows), next(rows)] == [0, 1]
+    with pytest.raises(errors.DamagedCacheError) as raised:
+        next(rows)
+    assert str(raised.value) == "part 3 is damaged"
