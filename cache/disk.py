@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from safetensors import SafetensorError
 
 from dspark.cache.errors import StoreWriteError
 
@@ -55,21 +58,43 @@ def clear_staging(folder: Path) -> None:
     """Delete what an interrupted writer left in ``folder``."""
     for entry in folder.iterdir():
         if entry.name.startswith(STAGING):
-            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+            remove(entry)
 
 
 @contextmanager
 def write_errors(path: Path) -> Iterator[None]:
-    """Turn the disk's errors into StoreWriteError with what to do."""
+    """Turn the disk's errors into StoreWriteError with what to do, and delete what was being written beside ``path``: a full disk is not left full of it."""
     try:
         yield
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
+        number = error_number(error)
+        if number is None and isinstance(error, SafetensorError):
+            raise  # tensors that cannot be stored are a mistake of ours, not the disk's
         free = shutil.disk_usage(existing_parent(path)).free
-        what = "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else str(error)
+        what = "the disk is full" if number in (errno.ENOSPC, errno.EDQUOT) else str(error)
+        # A disk that failed may fail again here; what is left then is staging, which no reader takes for data.
+        with suppress(OSError):
+            remove(path.with_name(STAGING + path.name))
         raise StoreWriteError(
             f"{path} could not be written: {what} ({free / 1e9:.2f} GB free there). "
             "Everything committed before it is whole: free space (or fix access) and run the same command with --resume."
         ) from error
+
+
+def error_number(error: OSError | SafetensorError) -> int | None:
+    """The system's number of an error; safetensors has it in its text only (0.5: ``code: 28``)."""
+    if isinstance(error, OSError):
+        return error.errno
+    found = re.search(r"(?:os error|code:) (\d+)", str(error))
+    return int(found[1]) if found else None
+
+
+def remove(path: Path) -> None:
+    """Delete a file or a folder, if it is there."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def existing_parent(path: Path) -> Path:
