@@ -23,8 +23,7 @@ ROOT_KEY = "dspark"
 PART_KEY = "dspark_part"
 INDEX_KEY = "dspark_index"
 PARTS, INDEX, TARGET = "parts", "index", "target"
-WEIGHTS = f"{TARGET}/model.safetensors"
-CONFIG = f"{TARGET}/config.json"
+TARGET_WEIGHTS, TARGET_CONFIG, TARGET_TOKENIZER = "model.safetensors", "config.json", "tokenizer.json"
 
 # Tokens to a chunk of a state array. A random sample of S tokens reads about S + STATE_CHUNK of them, and each chunk costs a fixed
 # time to look up, check and decode; 128 keeps the over-read of a 1,000-token sample near 13 %.

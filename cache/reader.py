@@ -27,7 +27,7 @@ from dspark.cache.layout import (
     PARTS,
     ROOT_KEY,
     TARGET,
-    WEIGHTS,
+    TARGET_WEIGHTS,
     field_array,
     part_arrays,
     part_name,
@@ -37,6 +37,7 @@ from dspark.cache.manifest import Manifest, sealed, unseal
 from dspark.cache.part import Array, PartRecord, missing_files, read_attributes, read_record, shard_file
 from dspark.cache.records import CodedSample, Sample, TokenSample, last_rows
 from dspark.cache.shard import Shard
+from dspark.cache.target_files import what_to_do
 
 if TYPE_CHECKING:
     from dspark.cache.records import Coded
@@ -220,12 +221,19 @@ class Cache:
 
     @cached_property
     def target(self) -> FrozenTarget:
-        """The target's frozen weights: ``embed_tokens`` [V, H], ``norm`` [H], ``lm_head`` [V, H] (tied ones share memory), ``logits``."""
-        weights = FrozenTarget.load(self.path / WEIGHTS)
+        """The target's frozen weights: ``embed_tokens`` [V, H], ``norm`` [H], ``lm_head`` [V, H] (tied ones share memory), ``logits``.
+
+        Raises DamagedCacheError unless the file is the one that the manifest has the hash of.
+        """
+        path = self.target_files / TARGET_WEIGHTS
+        try:
+            weights = FrozenTarget.load(path, self.manifest.target.weights_sha256)
+        except DamagedCacheError as error:
+            raise DamagedCacheError(f"{error}. {what_to_do(self.path)}") from error
         shape = (self.manifest.target.vocab_size, self.manifest.target.hidden_size)
         if tuple(weights.embed_tokens.shape) != shape:
             raise DamagedCacheError(
-                f"{self.path / WEIGHTS}: embed_tokens is {tuple(weights.embed_tokens.shape)}, the manifest says {shape}"
+                f"{path}: embed_tokens is {tuple(weights.embed_tokens.shape)}, the manifest says {shape}"
             )
         return dataclasses.replace(weights, logits=Logits.of_config(self.manifest.target.config))
 

@@ -30,6 +30,7 @@ from dspark.cache.reader import Cache
 from dspark.cache.reader import open as open_store
 from dspark.cache.records import CodedSample
 from dspark.cache.settings import DEFAULT_PACKING
+from dspark.cache.target_files import small_files
 from dspark.cache.writer import StoreWriter
 
 BATCH_VALUES = 1 << 24  # aux values coded at once: 64 MB in float32, a few times over while they are
@@ -71,14 +72,11 @@ def recode(
         complete=False,
         quality={},
     )
+    files = small_files(cache.path, cache.manifest)
     if resume and Path(destination).exists():
         writer = StoreWriter.resume(destination, manifest)
+        writer.restore_target(cache.target, files)
     else:
-        files = {
-            p.name: p.read_bytes()
-            for p in cache.target_files.iterdir()
-            if p.name not in ("model.safetensors", "config.json")
-        }
         writer = StoreWriter.create(destination, manifest, cache.target, files, overwrite=overwrite)
     dropped: Counter[str] = Counter(cache.manifest.counts.dropped)
     truncated = cache.manifest.counts.truncated

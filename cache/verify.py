@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,21 +11,22 @@ import numpy as np
 import zarr
 
 from dspark.cache.codec import codec_from
+from dspark.cache.disk import remove
 from dspark.cache.errors import CacheError, DamagedCacheError
-from dspark.cache.frozen import file_sha256
 from dspark.cache.index import build_index
-from dspark.cache.layout import INDEX, PARTS, WEIGHTS, StoredArray, part_arrays, part_name
+from dspark.cache.layout import INDEX, PARTS, TARGET, StoredArray, part_arrays, part_name
 from dspark.cache.manifest import Manifest
 from dspark.cache.part import Array, PartRecord, missing_files, read_record, shard_file, size_crc
 from dspark.cache.reader import Cache, read_manifest
 from dspark.cache.records import last_rows
 from dspark.cache.shard import Shard
+from dspark.cache.target_files import damaged_files, what_to_do
 from dspark.cache.writer import StoreWriter
 
 
 @dataclass(slots=True)
 class Report:
-    """``findings``: one sentence each, empty = sound. ``damaged``: the parts that must be written again."""
+    """``findings``: one sentence each, empty = sound. ``damaged``: what must be written again, parts by name and files as ``target/NAME``."""
 
     checked_chunks: int = 0
     checked_parts: int = 0
@@ -48,13 +48,7 @@ def verify(path: str | Path, progress: Callable[[int, int], None] = lambda done,
     for i in range(max(expected, len(folders))):
         if not (path / PARTS / part_name(i)).is_dir():
             report.findings.append(f"{path / PARTS / part_name(i)}: the part is missing")
-    if (weights := path / WEIGHTS).is_file():
-        if (found := file_sha256(weights)) != manifest.target.weights_sha256:
-            report.findings.append(
-                f"{weights}: sha256 is {found}, the manifest says {manifest.target.weights_sha256}"
-            )
-    else:
-        report.findings.append(f"{weights}: missing")
+            report.damaged.add(part_name(i))
     small: list[dict[str, Array]] = []
     records: list[PartRecord] = []
     for done, folder in enumerate(folders):
@@ -69,6 +63,9 @@ def verify(path: str | Path, progress: Callable[[int, int], None] = lambda done,
         progress(done + 1, len(folders))
     if not report.findings:
         report.findings += _check_totals(path, manifest, records, small)
+    for name, finding in damaged_files(path / TARGET, manifest).items():
+        report.findings.append(f"{finding}. {what_to_do(path)}")
+        report.damaged.add(f"{TARGET}/{name}")
     return report
 
 
@@ -187,10 +184,10 @@ def _check_totals(
 
 
 def drop_damaged(path: str | Path, report: Report) -> list[str]:
-    """Delete the damaged parts and mark the store incomplete; ``dspark-dump --resume`` then writes exactly those again."""
+    """Delete what is damaged and mark the store incomplete; ``dspark-dump --resume`` then writes exactly that again. Returns its names."""
     path = Path(path)
     for name in sorted(report.damaged):
-        shutil.rmtree(path / PARTS / name)
+        remove(path / name if name.startswith(f"{TARGET}/") else path / PARTS / name)
     if report.findings:
         StoreWriter(path, read_manifest(path), {}).reopen()
     return sorted(report.damaged)

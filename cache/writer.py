@@ -7,7 +7,7 @@ that would not write the same store (another target, layers, bits, corpus, lengt
 from __future__ import annotations
 
 import dataclasses
-import json
+import os
 import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -18,18 +18,24 @@ import numpy as np
 import zarr
 
 from dspark.cache.codec import Codec, codec_from
-from dspark.cache.disk import STAGING, clear_staging, commit_folder, write_errors, write_file
+from dspark.cache.disk import (
+    STAGING,
+    clear_staging,
+    commit_folder,
+    fsync_path,
+    fsync_tree,
+    write_errors,
+    write_file,
+)
 from dspark.cache.errors import DamagedCacheError, ExistsError, MismatchError
 from dspark.cache.frozen import FrozenTarget
 from dspark.cache.index import PART_ARRAYS, build_index, index_specs
 from dspark.cache.layout import (
-    CONFIG,
     INDEX,
     INDEX_KEY,
     PARTS,
     ROOT_KEY,
     TARGET,
-    WEIGHTS,
     part_arrays,
     part_name,
 )
@@ -48,6 +54,7 @@ from dspark.cache.part import (
 )
 from dspark.cache.reader import read_manifest
 from dspark.cache.records import CodedSample, TokenSample
+from dspark.cache.target_files import damaged_files, write_target
 
 
 class StoreWriter:
@@ -93,14 +100,10 @@ class StoreWriter:
         with write_errors(path):
             if staged.exists():
                 shutil.rmtree(staged)
-            (staged / TARGET).mkdir(parents=True)
-            sha = target.save(staged / WEIGHTS)
+            sha = write_target(staged / TARGET, target, manifest.target.config, files)
             manifest = dataclasses.replace(
                 manifest, target=dataclasses.replace(manifest.target, weights_sha256=sha)
             )
-            (staged / CONFIG).write_text(json.dumps(manifest.target.config, indent=1, sort_keys=True))
-            for name, data in files.items():
-                (staged / TARGET / name).write_bytes(data)
             zarr.create_group(staged / PARTS, zarr_format=3)
             write_attributes(staged, ROOT_KEY, sealed(manifest.to_json()))
             if path.exists():
@@ -113,14 +116,10 @@ class StoreWriter:
         """Go on with the store at ``path``. Raises MismatchError unless ``manifest`` plans the same store.
 
         A committed part whose files are missing or cut short raises DamagedCacheError: ``dspark-tools verify --drop-damaged`` removes
-        such parts, and the next ``--resume`` writes them again.
+        such parts, and the next ``--resume`` writes them again. ``restore_target`` does the same for ``target/``, once the weights are read.
         """
         path = Path(path)
         found = read_manifest(path)
-        # The weights' hash is known only once they are written: it is the store's own, and create() filled it in.
-        manifest = dataclasses.replace(
-            manifest, target=dataclasses.replace(manifest.target, weights_sha256=found.target.weights_sha256)
-        )
         found.same_plan(manifest, str(path))
         clear_staging(path)
         clear_staging(path / PARTS)
@@ -129,6 +128,35 @@ class StoreWriter:
             for finding in missing_files(path / PARTS / part_name(index), record):
                 raise DamagedCacheError(f"{finding}. Run: dspark-tools verify --drop-damaged {path}")
         return cls(path, found, committed)
+
+    def restore_target(self, target: FrozenTarget, files: Mapping[str, bytes]) -> list[str]:
+        """Write the files of ``target/`` that are missing or damaged again, atomically one by one; returns their names.
+
+        Raises MismatchError, changing nothing, where ``target`` and ``files`` are not what the manifest has the hashes of. Reads the weights
+        in the store once; writes only if something is wrong.
+        """
+        folder, staged = self.path / TARGET, self.path / (STAGING + TARGET)
+        wrong = sorted(
+            {*damaged_files(folder, self.manifest), *(n for n in files if not (folder / n).is_file())}
+        )
+        if not wrong:
+            return []
+        with write_errors(folder):
+            write_target(staged, target, self.manifest.target.config, files)
+            if other := damaged_files(staged, self.manifest):
+                shutil.rmtree(staged)
+                raise MismatchError(
+                    f"{folder}: {', '.join(wrong)} must be written again, but this run's target is not the one that the store was begun with.\n  "
+                    + "\n  ".join(text.replace(str(staged), "this run") for text in other.values())
+                    + "\nUse the target's revision and the dtype that the store was begun with, or --overwrite."
+                )
+            fsync_tree(staged)
+            folder.mkdir(exist_ok=True)
+            for name in wrong:
+                os.replace(staged / name, folder / name)
+            fsync_path(folder)
+            shutil.rmtree(staged)
+        return wrong
 
     def commit(
         self,

@@ -63,20 +63,21 @@ def dump(
             f"{config.output} exists. Use --resume to go on with it, --overwrite to replace it, or another --output."
         )
     stored = read_manifest(config.output) if resuming else None
-    if stored and stored.complete:
-        show.say(
-            f"{config.output} is complete ({stored.counts.samples:,} samples, {stored.counts.tokens:,} tokens): nothing to resume."
-        )
-        return report(config.output, stored, time.monotonic() - began, Written())
     if stored and config.part_tokens is None:
         config = dataclasses.replace(config, part_tokens=stored.dump.part_tokens)
     # Everything that can be refused without weights is refused before they are loaded.
     job = prepare(config)
+    if stored:
+        job = dataclasses.replace(job, manifest=centred_as(job.manifest, stored))
+        stored.same_plan(job.manifest, str(config.output))
+        if stored.complete:
+            show.say(
+                f"{config.output} is complete ({stored.counts.samples:,} samples, {stored.counts.tokens:,} tokens): nothing to resume."
+            )
+            return report(config.output, stored, time.monotonic() - began, Written())
     with log_file(config.output.with_name(config.output.name + ".log")):
         for line in job.plan.lines():
             show.say(line)
-        if stored:
-            job = dataclasses.replace(job, manifest=centred_as(job.manifest, stored))
         writer = StoreWriter.resume(config.output, job.manifest) if stored else None
         done = sum(r.tokens for r in writer.committed.values()) if writer else 0
         if writer:
@@ -130,6 +131,8 @@ def run_engine(
             config.output, manifest, compact(frozen), job.target.files, overwrite=config.overwrite
         )
     else:
+        if restored := writer.restore_target(compact(frozen), job.target.files):
+            show.say(f"written again in {config.output / 'target'}: {', '.join(restored)}")
         check_coded(engine, probe, raw, writer.codecs, job.plan.layers)
     quality = measure(raw, *writer.codecs)
     if isinstance(job.maker, Prompts):
