@@ -1,4 +1,4 @@
-"""The model card (README.md) of an exported draft, generated from what the run left in its folder. Missing pieces are left out, not guessed.
+"""The model card (README.md) of an exported draft, generated from what the run left in its folder. Missing files are left out, not guessed.
 
 Read: training.json (recipe), store.json (target and data), metrics.jsonl (validations), calibration.json, and reports of ``eval --output``.
 """
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dspark.cache.errors import DraftError
+from dspark.tools import records
 from dspark.tools.check import vllm_at_least
 from dspark.train.draft_config import DraftConfig
 
@@ -35,32 +35,13 @@ class Run:
 
     @classmethod
     def read(cls, folder: Path, config: DraftConfig) -> Run:
-        path = folder / "metrics.jsonl"
-        try:
-            lines = path.read_text().splitlines() if path.is_file() else []
-            metrics = [json.loads(line) for line in lines if line.strip()]
-        except ValueError as wrong:
-            raise DraftError(f"{path}: not a JSON object a line: {wrong}") from wrong
         return cls(
             config,
-            load(folder / "training.json"),
-            load(folder / "store.json"),
-            metrics,
-            load(folder / "calibration.json"),
+            records.training(folder),
+            records.store(folder),
+            records.metrics(folder),
+            records.calibration(folder),
         )
-
-
-def load(path: Path) -> dict[str, Any]:
-    """A JSON object, empty if there is no such file."""
-    if not path.is_file():
-        return {}
-    try:
-        found = json.loads(path.read_text())
-    except ValueError as wrong:
-        raise DraftError(f"{path} is not JSON: {wrong}") from wrong
-    if not isinstance(found, dict):
-        raise DraftError(f"{path} is not a JSON object")
-    return found
 
 
 def pictures(run: Run, folder: Path, reports: Sequence[dict[str, Any]]) -> dict[str, str]:
@@ -157,7 +138,7 @@ def reproduce(run: Run, target: str) -> str:
     layers = run.store.get("layers") or list(run.config.target_layer_ids)
     bits = (
         f" --aux-bits {run.store['aux_bits']} --last-bits {run.store['last_bits']}"
-        if "aux_bits" in run.store
+        if None not in (run.store.get("aux_bits"), run.store.get("last_bits"))
         else ""
     )
     data = f" --data {run.store['source']}" if run.store.get("source") else ""

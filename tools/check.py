@@ -14,7 +14,6 @@ Here nothing is loaded but the draft's own tensors; ``check`` in ``dspark.tools.
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +23,7 @@ import torch
 from torch import Tensor
 
 from dspark.cache.errors import DraftError
+from dspark.tools import records
 from dspark.train import export
 from dspark.train.draft_config import DraftConfig
 from dspark.train.speculators_config import MARK, to_flat
@@ -104,18 +104,8 @@ class Files:
         raw = export.read_config(folder)
         return cls(
             Path(folder), raw, to_flat(raw) if MARK in raw else dict(raw), export.read_tensors(folder), export.trained_as(folder),
-            _json(Path(folder) / "store.json"), _json(Path(folder) / "training.json"),
+            records.store(Path(folder)), records.training(Path(folder)),
         )  # fmt: skip
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text())
-    except OSError:
-        return {}
-    except ValueError as wrong:
-        raise DraftError(f"{path} is not JSON: {wrong}") from wrong
-    return found if isinstance(found, dict) else {}
 
 
 Judge = Callable[[Files, Mapping[str, Any]], Iterator[Finding]]

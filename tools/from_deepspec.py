@@ -20,6 +20,7 @@ import torch
 from dspark.cache.errors import DamagedCacheError, FormatVersionError
 from dspark.cache.frozen import file_sha256
 from dspark.tools.import_source import Found, Given
+from dspark.tools.records import Optional, fault
 
 VERSION = 2
 RECORD = np.dtype(
@@ -35,6 +36,15 @@ RECORD = np.dtype(
     ]
 )
 DTYPES = {"hidden_dtype": "bfloat16", "token_dtype": "int32", "mask_dtype": "uint8", "index_record_size": 56}
+SHAPE = {
+    "version": int,
+    "num_samples": int,
+    "target_layer_ids": [int],
+    "hidden_size": int,
+    "shards": [{"file_name": str}],
+    "max_length": Optional(int),
+    **{name: type(value) for name, value in DTYPES.items()},
+}
 
 
 class DeepSpecSource:
@@ -50,16 +60,9 @@ class DeepSpecSource:
             self.manifest: dict[str, Any] = json.loads(where.read_text())
         except (OSError, ValueError) as error:
             raise DamagedCacheError(f"{where}: cannot be read: {error}") from error
-        missing = {
-            "version",
-            "num_samples",
-            "target_layer_ids",
-            "hidden_size",
-            "shards",
-            *DTYPES,
-        } - self.manifest.keys()
-        if missing:
-            raise DamagedCacheError(f"{where}: no {', '.join(sorted(missing))} in it")
+        wrong = fault(self.manifest, SHAPE)
+        if wrong is not None:
+            raise DamagedCacheError(f"{where}: {wrong}; expected the manifest of a DeepSpec target cache")
         found = {"version": self.manifest["version"], **{k: self.manifest[k] for k in DTYPES}}
         known = {"version": VERSION, **DTYPES}
         if found != known:

@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -34,17 +37,13 @@ def export(
     """Write OUT; returns its manifest. ``target`` None: the id in store.json. ``reports``: files of ``eval --output``."""
     import torch
 
-    from dspark.cache.disk import STAGING, commit_folder
-    from dspark.cache.errors import DraftError, ExistsError, UsageError
-    from dspark.tools import card
+    from dspark.cache.errors import DraftError, UsageError
+    from dspark.tools import card, records
     from dspark.train import export as files
 
     final = Path(out)
-    if final.exists() and any(final.iterdir()) and not (overwrite and (final / MANIFEST).is_file()):
-        raise ExistsError(
-            f"{out} exists"
-            + ("" if overwrite else "; --overwrite replaces an earlier export, or choose another OUT")
-        )
+    _free(final, overwrite)
+    read = [records.report(Path(r)) for r in reports]
     config = files.load_config(draft)
     run = card.Run.read(Path(draft), config)
     target = target or run.store.get("target")
@@ -56,29 +55,64 @@ def export(
     overflown = [n for n, t in cast.items() if t.is_floating_point() and not bool(torch.isfinite(t).all())]
     if overflown:
         raise DraftError(f"{draft}: {overflown[0]} does not fit {dtype}; export it as bf16")
-    staged = final.with_name(STAGING + final.name)
-    shutil.rmtree(staged, ignore_errors=True)
-    staged.mkdir(parents=True)
-    files.write_tensors(staged, cast, files.trained_as(draft) or config)
+    trained = files.trained_as(draft) or config
     verifier = (target, _architectures(target)) if layout == "speculators" else None
-    files.write_config(staged, config, wanted, verifier)
-    manifest = {
-        "format": layout, "target": target, "method": "dspark", "block_size": config.block_size, "dtype": DTYPES[dtype], "tensors": len(cast),
-        "parameters": sum(t.numel() for n, t in cast.items() if t.is_floating_point()), "bytes": (staged / files.WEIGHTS).stat().st_size,
-        "tensor_index": {n: {"dtype": str(t.dtype).removeprefix("torch."), "shape": list(t.shape)} for n, t in sorted(cast.items())},
-        "files": {n: {"bytes": (staged / n).stat().st_size, "sha256": sha256(staged / n)} for n in (files.CONFIG, files.WEIGHTS)},
-    }  # fmt: skip
-    (staged / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
-    read = [card.load(Path(r)) for r in reports]
-    images = card.pictures(run, staged, read) if pictures else {}
-    (staged / CARD).write_text(card.card(run, manifest, read, images, final.name))
-    for name in ("calibration.json", "training.json", "store.json"):
-        if (Path(draft) / name).is_file():
-            shutil.copy(Path(draft) / name, staged / name)
-    if final.exists():
-        shutil.rmtree(final)
-    commit_folder(staged, final)
+    with _whole_or_not_at_all(final) as staged:
+        files.write_tensors(staged, cast, trained)
+        files.write_config(staged, config, wanted, verifier)
+        manifest = {
+            "format": layout, "target": target, "method": "dspark", "block_size": config.block_size, "dtype": DTYPES[dtype], "tensors": len(cast),
+            "parameters": sum(t.numel() for n, t in cast.items() if t.is_floating_point()), "bytes": (staged / files.WEIGHTS).stat().st_size,
+            "tensor_index": {n: {"dtype": str(t.dtype).removeprefix("torch."), "shape": list(t.shape)} for n, t in sorted(cast.items())},
+            "files": {n: {"bytes": (staged / n).stat().st_size, "sha256": sha256(staged / n)} for n in (files.CONFIG, files.WEIGHTS)},
+        }  # fmt: skip
+        (staged / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+        images = card.pictures(run, staged, read) if pictures else {}
+        (staged / CARD).write_text(card.card(run, manifest, read, images, final.name))
+        for name in (records.CALIBRATION, records.TRAINING, records.STORE):
+            if (Path(draft) / name).exists():
+                shutil.copy(Path(draft) / name, staged / name)
     return manifest
+
+
+def _free(final: Path, overwrite: bool) -> None:
+    """Refuse an OUT that holds anything but an earlier export, and that one too unless told to replace it."""
+    from dspark.cache.errors import ExistsError
+
+    if not final.exists():
+        return
+    if not final.is_dir():
+        raise ExistsError(f"{final} is a file; OUT is a folder: choose another")
+    if not any(final.iterdir()):
+        return
+    if not (final / MANIFEST).is_file():
+        raise ExistsError(f"{final} exists and holds no export (no {MANIFEST}); choose another OUT")
+    if not overwrite:
+        raise ExistsError(
+            f"{final} exists and holds an earlier export; --overwrite replaces it, or choose another OUT"
+        )
+
+
+@contextmanager
+def _whole_or_not_at_all(final: Path) -> Iterator[Path]:
+    """A folder to write in, which becomes ``final`` at the end. After an error, or Ctrl-C, it is gone and ``final`` is as it was."""
+    from dspark.cache.disk import STAGING, commit_folder, write_errors
+
+    staged, replaced = (final.with_name(STAGING + name) for name in (final.name, f"{final.name}.replaced"))
+    try:
+        with write_errors(final):
+            shutil.rmtree(staged, ignore_errors=True)  # of an export that was killed
+            staged.mkdir(parents=True)
+            yield staged
+            if final.exists():
+                shutil.rmtree(replaced, ignore_errors=True)
+                os.rename(final, replaced)
+            commit_folder(staged, final)
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
+        if replaced.exists() and not final.exists():
+            os.rename(replaced, final)
+        shutil.rmtree(replaced, ignore_errors=True)
 
 
 def _whole(stored: dict[str, Any], config: Any, draft: str) -> dict[str, Any]:
@@ -115,10 +149,15 @@ def sha256(path: Path) -> str:
 def push(folder: str, repo: str, *, private: bool = False) -> str:
     """Upload OUT to the hub as ``repo``; returns its address. The manifest is checked first, so what is uploaded is what was exported."""
     from dspark.cache.errors import DraftError, UsageError
+    from dspark.tools import records
 
-    manifest = json.loads((Path(folder) / MANIFEST).read_text())
-    for name, entry in manifest["files"].items():
-        found = sha256(Path(folder) / name)
+    for name, entry in records.manifest(Path(folder) / MANIFEST)["files"].items():
+        try:
+            found = sha256(Path(folder) / name)
+        except OSError as wrong:
+            raise DraftError(
+                f"{folder}/{name}, which the manifest names, cannot be read: {wrong.strerror}; export again"
+            ) from wrong
         if found != entry["sha256"]:
             raise DraftError(
                 f"{folder}/{name} is not what was exported: sha256 {found}, manifest {entry['sha256']}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +10,7 @@ import numpy as np
 
 from dspark.cache.errors import MismatchError, UsageError
 from dspark.cache.reader import Cache
+from dspark.tools import records
 
 if TYPE_CHECKING:
     from dspark.train.batch import Batch
@@ -110,10 +110,11 @@ def chosen(cache: Cache, draft: str, which: str) -> np.ndarray[Any, np.dtype[np.
 
     if which == "all":
         return np.arange(len(cache), dtype=np.int64)
-    path = Path(draft) / "training.json"
-    if not path.is_file():
+    path = Path(draft) / records.TRAINING
+    if not path.exists():
         raise UsageError(
             f"--split {which} needs {path}, which says how the draft's training split the store; --split all does not"
         )
-    training, held_out = split(cache.index["sample_key"], float(json.loads(path.read_text())["val_fraction"]))
+    record = records.training(Path(draft), val_fraction=True)
+    training, held_out = split(cache.index["sample_key"], float(record["val_fraction"]))
     return held_out if which == "validation" else training

@@ -42,4 +42,10 @@ def load_tokenizer(cache: Cache) -> Any:
         return None
     from transformers import PreTrainedTokenizerFast
 
-    return PreTrainedTokenizerFast(tokenizer_file=str(cache.target_files / "tokenizer.json"))
+    path = cache.target_files / "tokenizer.json"
+    try:
+        return PreTrainedTokenizerFast(tokenizer_file=str(path))
+    except Exception as wrong:  # the tokenizers library raises bare Exception
+        raise CacheError(
+            f"{path} is no tokenizer ({wrong}): put the target's own back, or copy the store again"
+        ) from wrong

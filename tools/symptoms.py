@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from typing import Any
 
 import torch
 
+from dspark.tools import records
 from dspark.tools.check import Finding
 from dspark.tools.outcome import ratio_error
 from dspark.tools.probe import Answer, Probed, probe
@@ -161,8 +161,4 @@ def against_record(folder: Path, measured: dict[str, Any]) -> list[Finding]:
 
 
 def _validations(folder: Path) -> list[dict[str, Any]]:
-    path = folder / "metrics.jsonl"
-    if not path.is_file():
-        return []
-    rows = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
-    return [r for r in rows if r.get("validation") and r.get("accept_rate")]
+    return [r for r in records.metrics(folder) if r.get("validation") and r.get("accept_rate")]

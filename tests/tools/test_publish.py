@@ -12,7 +12,7 @@ import torch
 from click.testing import CliRunner
 
 from core_cases import small_draft, small_target
-from dspark.cache.errors import DraftError
+from dspark.cache.errors import DraftError, StoreWriteError
 from dspark.tools.publish import export, export_command, push
 from dspark.train.export import load_config, load_draft, read_tensors, save_draft, trained_as
 
@@ -172,3 +172,86 @@ def test_push_uploads_the_folder(draft: Path, tmp_path: Path, monkeypatch: pytes
     )
     assert json.loads(result.stdout)["pushed"] == "https://hub/me/draft"
     assert calls == [("me/draft", True), ("me/draft", str(out))]
+
+
+def left(folder: Path) -> list[str]:
+    return sorted(p.name for p in folder.iterdir())
+
+
+@pytest.mark.parametrize(
+    "error", [KeyboardInterrupt(), OSError(28, "No space left on device"), RuntimeError("a bug")]
+)
+@pytest.mark.parametrize("where", ["card.card", "publish.shutil.copy", "commit"])
+@pytest.mark.parametrize("earlier", [False, True])
+def test_nothing_is_left_behind_and_what_was_there_stays(
+    draft: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    error: BaseException,
+    where: str,
+    earlier: bool,
+) -> None:
+    out = tmp_path / "out"
+    if earlier:
+        export(str(draft), str(out), pictures=False)
+    before = left(tmp_path)
+    weights = (out / "model.safetensors").read_bytes() if earlier else b""
+
+    def fail(*args: object, **options: object) -> None:
+        raise error
+
+    names = {"card.card": "dspark.tools.card.card", "publish.shutil.copy": "dspark.tools.publish.shutil.copy", "commit": "dspark.cache.disk.commit_folder"}  # fmt: skip
+    monkeypatch.setattr(names[where], fail)
+    with pytest.raises(StoreWriteError if isinstance(error, OSError) else type(error)):
+        export(str(draft), str(out), pictures=False, overwrite=True, dtype="fp16")
+    assert left(tmp_path) == before
+    if earlier:
+        assert (out / "model.safetensors").read_bytes() == weights
+
+
+def test_what_a_killed_export_left_is_no_hindrance(draft: Path, tmp_path: Path) -> None:
+    for name in (".staging-out", ".staging-out.replaced"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "half").write_text("x")
+    export(str(draft), str(tmp_path / "out"), pictures=False)
+    export(str(draft), str(tmp_path / "out"), pictures=False, overwrite=True)
+    assert left(tmp_path) == ["draft", "out"]
+    assert load_config(tmp_path / "out") == load_config(draft)
+
+
+@pytest.mark.parametrize("content", ["{}", '{"engine":', "[]"])
+def test_a_report_is_read_before_anything_is_written(draft: Path, tmp_path: Path, content: str) -> None:
+    report = tmp_path / "o.json"
+    report.write_text(content)
+    result = CliRunner().invoke(export_command, [str(draft), str(tmp_path / "out"), "--report", str(report)])
+    assert (result.exit_code, type(result.exception)) == (1, SystemExit)
+    assert "o.json" in result.stderr
+    assert "dspark-tools eval --output" in result.stderr
+    assert left(tmp_path) == ["draft", "o.json"]
+
+
+def test_out_is_a_file_or_another_folder(draft: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "mine").write_text("mine")
+    for name, said in (("file", "is a file"), ("folder", "holds no export")):
+        result = CliRunner().invoke(export_command, [str(draft), str(tmp_path / name), "--overwrite"])
+        assert (result.exit_code, said in result.stderr) == (2, True), result.stderr
+    assert (tmp_path / "file").read_text() == (tmp_path / "folder" / "mine").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("{}", "it has no files"),
+        ("{", "is not JSON"),
+        ('{"files": {"config.json": {}}}', "files.config.json has no sha256"),
+        ('{"files": {"gone": {"sha256": ""}}}', "gone, which the manifest names, cannot be read"),
+    ],
+)
+def test_push_of_a_damaged_export(draft: Path, tmp_path: Path, content: str, said: str) -> None:
+    out = tmp_path / "out"
+    export(str(draft), str(out), pictures=False)
+    (out / "manifest.json").write_text(content)
+    with pytest.raises(DraftError, match=said):
+        push(str(out), "me/draft")

@@ -1,0 +1,232 @@
+"""The JSON files beside a draft and the reports on it, read with care: a person may have cut, edited or mixed them up.
+
+What a command needs of a file is a *shape*, checked as soon as it is read, so that a missing key is a sentence before any work and not a
+KeyError in the middle of a model card. A shape is
+
+- ``str``, ``bool``, ``int`` (a whole number) or ``float`` (a number);
+- ``[shape]``: a list; ``{key: shape}``: an object with these keys (others are left alone, a later release may add some);
+- ``Each(shape)``: an object with at least one key, whatever it is called; ``Maybe(shape)``: null will do; ``Optional(shape)``: so will no key.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dspark.cache.errors import DraftError
+
+TRAINING, STORE, METRICS, CALIBRATION = "training.json", "store.json", "metrics.jsonl", "calibration.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Each:
+    shape: Any
+
+
+@dataclass(frozen=True, slots=True)
+class Maybe:
+    shape: Any
+
+
+@dataclass(frozen=True, slots=True)
+class Optional:
+    shape: Any
+
+
+_WORDS = {str: "a text", bool: "true or false", int: "a whole number", float: "a number"}
+
+_TRAINING = {"block_size": Optional(int)}
+_STORE = {
+    "target": Optional(str),
+    "layers": Optional([int]),
+    "source": Optional(str),
+    "aux_bits": Optional(int),
+    "last_bits": Optional(int),
+}
+_STEP = {"step": int, "mean_accepted_length": Optional(float), "accept_rate": Optional([float])}
+_SURVIVAL = {
+    "ece": [float],
+    "brier": [float],
+    "auroc": [Maybe(float)],
+    "confidence": [float],
+    "accepted": [float],
+    "diagram": [[{"confidence": float, "accepted": float}]],
+}
+_CALIBRATION = {
+    "temperature": [float],
+    "before": {"survival": _SURVIVAL},
+    "after": {"survival": _SURVIVAL},
+    "sweep": [{"threshold": float, "verified": float, "tokens": float, "accepted_share": float}],
+}
+_LINE = {
+    "prompts": int,
+    "drafts": int,
+    "mean_accepted_length": Maybe(float),
+    "mean_accepted_length_se": Maybe(float),
+    "accept_rate": Maybe([float]),
+    "lossless": Maybe(bool),
+    "tokens_per_second": Maybe(float),
+    "tokens_per_second_target": Maybe(float),
+    "speedup": Maybe(float),
+    "theoretical_gain": Maybe(float),
+}
+_REPORT = _LINE | {
+    "engine": str,
+    "dtype": str,
+    "temperature": float,
+    "max_tokens": int,
+    "block_size": int,
+    "compared": int,
+    "per_source": Each(_LINE),
+}
+
+
+def fault(value: Any, shape: Any) -> str | None:
+    """What about ``value`` is not of ``shape``, as half a sentence; None if nothing."""
+    return next(_faults(value, shape, ""), None)
+
+
+def _faults(value: Any, shape: Any, name: str) -> Iterator[str]:
+    called = name or "it"
+    if isinstance(shape, Maybe | Optional):
+        if value is not None:
+            yield from _faults(value, shape.shape, name)
+    elif isinstance(shape, type):
+        if not _is(value, shape):
+            yield f"{called} is {_short(value)}, not {_WORDS[shape]}"
+    elif isinstance(shape, list):
+        if not isinstance(value, list):
+            yield f"{called} is {_short(value)}, not a list"
+            return
+        for i, item in enumerate(value):
+            yield from _faults(item, shape[0], f"{name}[{i}]")
+    elif not isinstance(value, dict):
+        yield f"{called} is {_short(value)}, not an object"
+    elif isinstance(shape, Each):
+        if not value:
+            yield f"{called} is empty"
+        for key, item in value.items():
+            yield from _faults(item, shape.shape, f"{name}.{key}".removeprefix("."))
+    else:
+        missing = [k for k, part in shape.items() if k not in value and not isinstance(part, Optional)]
+        if missing:
+            yield f"{called} has no {', '.join(missing)}"
+        for key in (k for k in shape if k in value):
+            yield from _faults(value[key], shape[key], f"{name}.{key}".removeprefix("."))
+
+
+def _is(value: Any, kind: type) -> bool:
+    if isinstance(value, bool):  # which Python counts as a number
+        return kind is bool
+    return isinstance(value, int | float) if kind is float else isinstance(value, kind)
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 40 else text[:37] + "..."
+
+
+def require(found: Any, shape: Any, where: Path | str, remedy: str) -> None:
+    """Raise DraftError unless ``found``, read from ``where``, is of ``shape``. ``remedy``: what was expected and what to do."""
+    wrong = fault(found, shape)
+    if wrong is not None:
+        raise DraftError(f"{where}: {wrong}; {remedy}")
+
+
+def training(draft: Path, *, val_fraction: bool = False) -> dict[str, Any]:
+    """training.json, {} if there is none. ``val_fraction``: it must say how the run split its store."""
+    found = _of_the_run(draft / TRAINING, _TRAINING | ({"val_fraction": float} if val_fraction else {}))
+    if val_fraction and found and not 0 <= found["val_fraction"] <= 1:
+        raise DraftError(
+            f"{draft / TRAINING}: val_fraction is {found['val_fraction']}, not a share from 0 to 1; {_RUN_REMEDY}"
+        )
+    return found
+
+
+def store(draft: Path) -> dict[str, Any]:
+    """store.json, {} if there is none."""
+    return _of_the_run(draft / STORE, _STORE)
+
+
+_RUN_REMEDY = "expected the object that dspark-train wrote: put a whole copy of the file back"
+
+
+def _of_the_run(path: Path, shape: Mapping[str, Any]) -> dict[str, Any]:
+    from dspark.train.folder import read_record
+
+    if not path.exists():
+        return {}
+    found = read_record(path)
+    require(found, shape, path, _RUN_REMEDY)
+    return found
+
+
+def metrics(draft: Path) -> list[dict[str, Any]]:
+    """The rows of metrics.jsonl, none if there is no such file; held-out ones that have a length also have accept rates."""
+    path = draft / METRICS
+    if not path.exists():
+        return []
+    rows = []
+    for number, line in enumerate(_text(path).splitlines(), 1):
+        if line.strip():
+            where = f"{path}:{number}"
+            remedy = "every line is an object that dspark-train wrote; mend or remove the line"
+            row = _parsed(line, where, remedy)
+            judged = row if isinstance(row, dict) and row.get("validation") else {}
+            rates = {"accept_rate": [float]} if judged.get("mean_accepted_length") else {}
+            require(row, _STEP | rates, where, remedy)
+            rows.append(row)
+    return rows
+
+
+def calibration(draft: Path) -> dict[str, Any]:
+    """calibration.json, {} if there is none."""
+    path = draft / CALIBRATION
+    if not path.exists():
+        return {}
+    remedy = "expected a report of dspark-tools calibrate --write: run that again, or remove the file"
+    found: dict[str, Any] = _parsed(_text(path), path, remedy)
+    require(found, _CALIBRATION, path, remedy)
+    slots = len(found["temperature"])
+    for name in ("before", "after"):
+        for key in _SURVIVAL:
+            if len(found[name]["survival"][key]) != slots:
+                raise DraftError(
+                    f"{path}: {name}.survival.{key} has {len(found[name]['survival'][key])} positions, temperature {slots}; {remedy}"
+                )
+    return found
+
+
+def report(path: Path) -> dict[str, Any]:
+    """A report of ``dspark-tools eval``."""
+    remedy = "expected a file that dspark-tools eval --output wrote"
+    found: dict[str, Any] = _parsed(_text(path), path, remedy)
+    require(found, _REPORT, path, remedy)
+    return found
+
+
+def manifest(path: Path) -> dict[str, Any]:
+    """The manifest of an exported draft."""
+    remedy = "expected what dspark-tools export wrote: export again"
+    found: dict[str, Any] = _parsed(_text(path), path, remedy)
+    require(found, {"files": Each({"sha256": str})}, path, remedy)
+    return found
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text()
+    except OSError as wrong:
+        raise DraftError(f"{path} cannot be read: {wrong.strerror}") from wrong
+    except UnicodeDecodeError as wrong:
+        raise DraftError(f"{path} is not text ({wrong}); put a whole copy of the file back") from wrong
+
+
+def _parsed(text: str, where: Path | str, remedy: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError as wrong:
+        raise DraftError(f"{where} is not JSON ({wrong}); {remedy}") from wrong
