@@ -16,8 +16,8 @@ from typing import Any
 import click
 
 from dspark.cache.command import SETTINGS, bar, emit, guarded
-
-FILE = "calibration.json"
+from dspark.tools.flags import COUNT_OR_ALL, DEVICE
+from dspark.tools.records import CALIBRATION
 
 
 def calibrate(
@@ -94,7 +94,7 @@ def calibrate(
     if write or fold:
         from dspark.cache.disk import write_file
 
-        write_file(Path(draft) / FILE, (json.dumps(result, indent=1) + "\n").encode())
+        write_file(Path(draft) / CALIBRATION, (json.dumps(result, indent=1) + "\n").encode())
     return result
 
 
@@ -160,15 +160,15 @@ Examples:
     help="Samples: held out in training, or all.",
 )
 @click.option("--shift/--no-shift", default=False, help="Also fit a shift a slot, which the paper does not.")
-@click.option("--max-anchors", default=0, help="Anchors a row; 0 = every eligible one.")
-@click.option("--write", is_flag=True, help=f"Write the report and the temperatures to DRAFT/{FILE}.")
+@click.option("--max-anchors", default=0, type=COUNT_OR_ALL, help="Anchors a row; 0 = every eligible one.")
+@click.option("--write", is_flag=True, help=f"Write the report and the temperatures to DRAFT/{CALIBRATION}.")
 @click.option(
     "--fold",
     is_flag=True,
     help="Scale the head's own weights by the one temperature that suits all slots (vLLM reads those).",
 )
 @click.option("--plot", type=click.Path(dir_okay=False), help="Reliability diagrams, .png or .svg.")
-@click.option("--device", default="auto")
+@click.option("--device", default="auto", type=DEVICE, help="auto, cpu, cuda or cuda:N.")
 @click.option("--dtype", default="float32", type=click.Choice(["float32", "bfloat16"]))
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
 @guarded

@@ -18,6 +18,7 @@ from typing import Any
 import click
 
 from dspark.cache.command import SETTINGS, emit, guarded
+from dspark.tools.flags import COUNT, DEVICE
 
 QUESTIONS = (
     "Write a Python function that returns the n-th Fibonacci number.",
@@ -275,11 +276,11 @@ Exit code 1 if anything is wrong or looks like a known mistake.
 @click.argument("draft")
 @click.option("--model", required=True, help="Target: id or folder.")
 @click.option(
-    "--num-speculative-tokens", type=int, help="What you mean to serve with.  [default: the block size]"
+    "--num-speculative-tokens", type=COUNT, help="What you mean to serve with.  [default: the block size]"
 )
 @click.option("--data", help="Prompts: JSONL or a named set.  [default: a few questions of its own]")
-@click.option("--limit", default=6, type=click.IntRange(min=1), help="Prompts that the target answers.")
-@click.option("--max-tokens", default=64, type=click.IntRange(min=1), help="New tokens an answer, at most.")
+@click.option("--limit", default=6, type=COUNT, help="Prompts that the target answers.")
+@click.option("--max-tokens", default=64, type=COUNT, help="New tokens an answer, at most.")
 @click.option(
     "--decode/--no-decode",
     default=True,
@@ -288,7 +289,7 @@ Exit code 1 if anything is wrong or looks like a known mistake.
 @click.option(
     "--serve/--no-serve", default=None, help="Compare blocks with real vLLM.  [default: if it can run here]"
 )
-@click.option("--device", default="auto", help="auto, cpu, cuda or cuda:N.")
+@click.option("--device", default="auto", type=DEVICE, help="auto, cpu, cuda or cuda:N.")
 @click.option("--dtype", default="auto", type=click.Choice(["auto", "float32", "bfloat16", "float16"]))
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
 @click.pass_context

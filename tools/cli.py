@@ -11,6 +11,7 @@ from dspark.cache.command import SETTINGS, bar, bits_options, emit, guarded
 from dspark.tools.calibrate import calibrate_command
 from dspark.tools.check_run import check_command
 from dspark.tools.eval import eval_command
+from dspark.tools.flags import COUNT, COUNT_OR_ALL, DEVICE, SHARE, TOKEN_ID, Finite, coding_device_is_here
 from dspark.tools.publish import export_command
 
 json_flag = click.option(
@@ -60,7 +61,7 @@ def info_command(cache: str, as_json: bool) -> None:
 
 @main.command("stats")
 @click.argument("cache")
-@click.option("--limit", default=200, help="Samples to read, spread evenly; 0 = all.")
+@click.option("--limit", default=200, type=COUNT_OR_ALL, help="Samples to read, spread evenly; 0 = all.")
 @json_flag
 @guarded
 def stats_command(cache: str, limit: int, as_json: bool) -> None:
@@ -126,7 +127,7 @@ def verify_command(cache: str, drop_damaged: bool, as_json: bool) -> None:
 
 @main.command("show")
 @click.argument("cache")
-@click.argument("index", type=int)
+@click.argument("index", type=click.IntRange(min=0))
 @json_flag
 @guarded
 def show_command(cache: str, index: int, as_json: bool) -> None:
@@ -159,16 +160,18 @@ Examples:
 )
 @click.option("--model", required=True, help="Model id or folder. A known model needs no network.")
 @click.option("--data", help="Corpus: its rows are counted and a spread of them tokenised.")
-@click.option("--samples", type=int)
-@click.option("--mean-tokens", type=float, help="Tokens a sample, prompt and answer.")
+@click.option("--samples", type=click.IntRange(1, 10**12), help="Rows of the corpus, without --data.")
+@click.option("--mean-tokens", type=Finite(1, 10**9), help="Tokens a sample, prompt and answer.")
 @bits_options
 @click.option(
-    "--last-share", type=float, default=0.6, help="Share of tokens that are supervised, without --data."
+    "--last-share", type=SHARE, default=0.6, help="Share of tokens that are supervised, without --data."
 )
 @click.option(
     "--like", help="Store of a few hundred rows of this target and layers: sizes are measured on it."
 )
-@click.option("--tokens-per-second", type=float, default=20000.0, help="Prefill rate of your engine.")
+@click.option(
+    "--tokens-per-second", type=Finite(0.001, 10**12), default=20000.0, help="Prefill rate of your engine."
+)
 @json_flag
 @guarded
 def estimate_command(as_json: bool, **flags: Any) -> None:
@@ -201,7 +204,12 @@ def estimate_command(as_json: bool, **flags: Any) -> None:
 )
 @click.option("--cache", required=True, help="Store of the draft's target and layers.")
 @click.option("--draft", required=True, help="Draft folder: config.json and model.safetensors.")
-@click.option("--max-anchors", default=0, help="Anchors a row; 0 = every eligible one, no randomness.")
+@click.option(
+    "--max-anchors",
+    default=0,
+    type=COUNT_OR_ALL,
+    help="Anchors a row; 0 = every eligible one, no randomness.",
+)
 @click.option(
     "--split",
     "which",
@@ -211,10 +219,10 @@ def estimate_command(as_json: bool, **flags: Any) -> None:
 )
 @click.option(
     "--total-seq-len",
-    type=int,
+    type=COUNT,
     help="Tokens of a packed row; does not change the result.  [default: as in training]",
 )
-@click.option("--device", default="auto")
+@click.option("--device", default="auto", type=DEVICE, help="auto, cpu, cuda or cuda:N.")
 @click.option("--dtype", default="float32", type=click.Choice(["float32", "bfloat16"]))
 @json_flag
 @guarded
@@ -248,7 +256,7 @@ def score_command(cache: str, draft: str, max_anchors: int, which: str, as_json:
     default=True,
     help="Centre the code on states spread over the source (about 3 dB).",
 )
-@click.option("--workers", type=int, help="Parts in work at once.  [default: a core each, 8 at most]")
+@click.option("--workers", type=COUNT, help="Parts in work at once.  [default: a core each, 8 at most]")
 @click.option("--device", default="cpu", type=click.Choice(["cpu", "cuda"]), help="Where states are coded.")
 @click.option("--resume", is_flag=True, help="Go on with DESTINATION.")
 @click.option("--overwrite", is_flag=True, help="Replace DESTINATION.")
@@ -259,6 +267,7 @@ def recode_command(source: str, destination: str, as_json: bool, **flags: Any) -
     from dspark.cache.recode import recode
     from dspark.tools.info import info
 
+    coding_device_is_here(flags["device"])
     with bar("recode") as progress:
         manifest = recode(source, destination, progress=progress, **flags)
     data = info(destination)
@@ -289,16 +298,19 @@ Examples:
 @click.option("--target-layer-ids", help="The same as vLLM counts, j = i + 1, without the last state's.")
 @bits_options
 @click.option(
-    "--mask-token-id", type=int, help="As for dspark-dump.  [default: the preset's, or an unused id]"
+    "--mask-token-id", type=TOKEN_ID, help="As for dspark-dump.  [default: the preset's, or an unused id]"
 )
 @click.option(
     "--last-state",
     type=click.Choice(["after-norm", "before-norm"]),
     help="Where the last state was taken.  [default: after for DeepSpec, before for speculators]",
 )
-@click.option("--part-tokens", default=32768, help="Tokens to a part.")
+@click.option("--part-tokens", default=32768, type=COUNT, help="Tokens to a part.")
 @click.option(
-    "--max-dropped", default=0.5, help="Fail when more than this share of the rows gives no sample."
+    "--max-dropped",
+    default=0.5,
+    type=SHARE,
+    help="Fail when more than this share of the rows gives no sample.",
 )
 @click.option("--device", default="cpu", type=click.Choice(["cpu", "cuda"]), help="Where states are coded.")
 @click.option("--resume", is_flag=True, help="Go on with DESTINATION.")
@@ -324,6 +336,7 @@ def import_command(
     ids = parse_ids(layers, "--layers") if layers else None
     if target_layer_ids:
         ids = tuple(j - 1 for j in parse_ids(target_layer_ids, "--target-layer-ids"))
+    coding_device_is_here(flags["device"])
     with bar("import") as progress:
         import_store(source, destination, layers=ids, progress=progress, **flags)
     data = info(destination)
@@ -340,7 +353,7 @@ def import_command(
 @main.command("compare")
 @click.argument("a")
 @click.argument("b")
-@click.option("--limit", default=50, help="Samples to read, spread evenly; 0 = all.")
+@click.option("--limit", default=50, type=COUNT_OR_ALL, help="Samples to read, spread evenly; 0 = all.")
 @json_flag
 @guarded
 def compare_command(a: str, b: str, limit: int, as_json: bool) -> None:

@@ -20,6 +20,7 @@ from dspark.cache.command import SETTINGS, emit, guarded
 from dspark.cache.disk import write_file
 from dspark.cache.errors import DraftError
 from dspark.tools.eval_report import HEADER, TABLES, how, lines, markdown, relative_cost, report
+from dspark.tools.flags import COUNT, DEVICE, SEED, Temperature
 from dspark.tools.outcome import Outcome, summarise
 from dspark.tools.prompts import Prompt
 from dspark.tools.promptsets import NAMES
@@ -178,21 +179,23 @@ Exit code 1 if a greedy answer in float32 is not the target's own.
     help=f"JSONL of chats ({{'messages': ...}}, the last answer is dropped) or token rows; or {NAMES} (speed-bench:coding: one category).",
 )
 @click.option("--engine", default="transformers", type=click.Choice(["transformers", "vllm"]))
-@click.option("--max-tokens", default=256, type=click.IntRange(min=1), help="New tokens an answer, at most.")
+@click.option("--max-tokens", default=256, type=COUNT, help="New tokens an answer, at most.")
 @click.option(
-    "--temperature", default=0.0, type=click.FloatRange(min=0), help="0 = greedy; above: rejection sampling."
+    "--temperature", default=0.0, type=Temperature(min=0), help="0 = greedy; above: rejection sampling."
 )
-@click.option("--limit", type=click.IntRange(min=1), help="Only the first N rows.  [default: all]")
+@click.option("--limit", type=COUNT, help="Only the first N rows.  [default: all]")
 @click.option(
     "--alone", type=click.IntRange(min=0),
     help="Decode only the first N prompts by the target alone too, for speed-up and lossless.  [default: all]",
 )  # fmt: skip
-@click.option("--seed", default=0, help="Of sampling.")
+@click.option("--seed", default=0, type=SEED, help="Of sampling.")
 @click.option(
     "--dtype", default="auto", type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
     help="auto: the checkpoint's on a GPU, float32 on a CPU.",
 )  # fmt: skip
-@click.option("--device", default="auto", help="auto, cpu, cuda or cuda:N; --engine transformers only.")
+@click.option(
+    "--device", default="auto", type=DEVICE, help="auto, cpu, cuda or cuda:N; --engine transformers only."
+)
 @click.option("--output", type=click.Path(dir_okay=False), help="Also write the report as JSON to this file.")
 @click.option(
     "--markdown", "table_file", type=click.Path(dir_okay=False), help="Also write the table as Markdown."

@@ -1,0 +1,65 @@
+"""Types of flags: a value that a command cannot work with is refused by name, exit code 2, before anything is opened or loaded."""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Any
+
+import click
+
+
+class Finite(click.FloatRange):
+    """A range of numbers without nan and inf, which compare with no bound or pass for one that is not there."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        number = float(super().convert(value, param, ctx))
+        if not math.isfinite(number):
+            self.fail(f"{value} is not a finite number.", param, ctx)
+        return number
+
+
+class Temperature(Finite):
+    """0 (greedy), or a temperature that both engines sample at. vLLM raises anything smaller to 0.01 and goes on; float32 logits divided by
+    much less overflow."""
+
+    LEAST = 0.01
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        number = super().convert(value, param, ctx)
+        if 0 < number < self.LEAST:
+            self.fail(f"{value} is neither 0 (greedy) nor {self.LEAST} or more.", param, ctx)
+        return number
+
+
+class Device(click.ParamType[str]):
+    """auto, cpu, cuda or cuda:N. Whether this machine has it, torch is asked when it is used."""
+
+    name = "DEVICE"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        if not re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", value):
+            self.fail(f"{value!r} is not one of auto, cpu, cuda, cuda:N.", param, ctx)
+        return str(value)
+
+
+SHARE = Finite(min=0, max=1)
+COUNT = click.IntRange(min=1)
+COUNT_OR_ALL = click.IntRange(min=0)  # 0: every one
+TOKEN_ID = click.IntRange(min=0)
+SEED = click.IntRange(min=0, max=2**32 - 1)  # vLLM seeds numpy too, which takes no more
+DEVICE = Device()
+
+
+def coding_device_is_here(device: str) -> None:
+    """``device`` of recode and import, cpu or cuda. Raises UsageError, before the store that would be written is begun."""
+    if device == "cpu":
+        return
+    import torch
+
+    from dspark.cache.errors import UsageError
+
+    if not torch.cuda.is_available():
+        raise UsageError(
+            f"--device {device}: torch sees no CUDA device (torch {torch.__version__}); use --device cpu"
+        )
