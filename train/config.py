@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +31,59 @@ STRATEGIES = ("zero", "ddp", "fsdp2")
 
 # Settings of earlier releases at the values that changed nothing: a run that was made with them goes on.
 WITHDRAWN = (("ema", 0.0), ("slot_weights", "decay"), ("noise_std", 0.0))
+
+
+@dataclass(frozen=True, slots=True)
+class Number:
+    """What a numeric setting may be, in words and as a test. NaN and infinities are no number."""
+
+    words: str
+    holds: Callable[[float], bool]
+    whole: bool = False
+
+    def allows(self, value: object) -> bool:
+        kinds = int if self.whole else int | float
+        if isinstance(value, bool) or not isinstance(value, kinds):
+            return False
+        return (isinstance(value, int) or math.isfinite(value)) and self.holds(value)
+
+
+COUNT = Number("a positive whole number", lambda n: n > 0, whole=True)
+COUNT_OR_0 = Number("a whole number, 0 or more", lambda n: n >= 0, whole=True)
+POSITIVE = Number("a positive number", lambda x: x > 0)
+NOT_NEGATIVE = Number("a number, 0 or more", lambda x: x >= 0)
+SHARE = Number("a share in [0, 1)", lambda x: 0 <= x < 1)
+EPOCHS = Number("a positive number, 1e9 at most", lambda x: 0 < x <= 1e9)  # times steps it is still a number
+SEED = Number(
+    "a whole number of 32 bits", lambda n: abs(n) < 1 << 32, whole=True
+)  # the generators take no more
+
+# Every numeric setting. One whose default is None may be None.
+NUMBERS = {
+    "epochs": EPOCHS,
+    "max_steps": COUNT,
+    "lr": POSITIVE,
+    "min_lr_ratio": SHARE,
+    "warmup_ratio": SHARE,
+    "weight_decay": NOT_NEGATIVE,
+    "grad_clip": POSITIVE,
+    "total_seq_len": COUNT,
+    "rows_per_step": COUNT,
+    "max_anchors": COUNT_OR_0,
+    "num_layers": COUNT,
+    "block_size": COUNT,
+    "markov_rank": COUNT_OR_0,
+    "draft_vocab_size": COUNT,
+    "confidence_head_alpha": NOT_NEGATIVE,
+    "decay": POSITIVE,
+    "val_fraction": SHARE,
+    "val_rows": COUNT,
+    "checkpoint_freq": EPOCHS,
+    "keep_checkpoints": COUNT,
+    "seed": SEED,
+    "workers": COUNT_OR_0,
+    "log_every": COUNT,
+}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -94,17 +148,14 @@ class TrainConfig:
     """Name of the recipe that the settings came from; for the record, since the settings themselves are above."""
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "lr", "rows_per_step", "num_layers", "block_size", "grad_clip", "decay", "checkpoint_freq",
-                     "keep_checkpoints", "log_every", "val_rows"):  # fmt: skip
-            if not getattr(self, name) > 0:
-                raise UsageError(f"{name} is {getattr(self, name)}, expected a positive number")
-        for name in ("max_anchors", "markov_rank", "weight_decay", "confidence_head_alpha"):
-            if getattr(self, name) < 0:
-                raise UsageError(f"{name} is {getattr(self, name)}, expected 0 or more")
-        for name in ("warmup_ratio", "min_lr_ratio", "val_fraction"):
-            if not 0.0 <= getattr(self, name) < 1.0:
-                raise UsageError(f"{name} is {getattr(self, name)}, expected a share in [0, 1)")
-        if not all(0.0 <= beta < 1.0 for beta in self.betas):
+        for field in dataclasses.fields(self):
+            value, expected = getattr(self, field.name), NUMBERS.get(field.name)
+            if expected is None or (value is None and field.default is None):
+                continue
+            if not expected.allows(value):
+                raise UsageError(f"{field.name} is {value!r}, expected {expected.words}")
+        pair = isinstance(self.betas, tuple) and len(self.betas) == 2
+        if not (pair and all(SHARE.allows(beta) for beta in self.betas)):
             raise UsageError(f"betas are {self.betas}, expected two numbers in [0, 1)")
         if self.strategy not in (None, *STRATEGIES):
             raise UsageError(f"strategy is {self.strategy!r}, expected {', '.join(STRATEGIES)}")
@@ -115,8 +166,6 @@ class TrainConfig:
             raise UsageError(
                 f"--optimizer muon{whose} needs whole matrices and --strategy fsdp2 cuts them up; use zero or ddp, or --optimizer adamw"
             )
-        if self.max_steps is not None and self.max_steps <= 0:
-            raise UsageError(f"max_steps is {self.max_steps}, expected a positive number")
 
     @property
     def of_several(self) -> str:
@@ -132,7 +181,14 @@ class TrainConfig:
         data = {k: v for k, v in data.items() if k in known or (k, v) not in WITHDRAWN}
         if unknown := set(data) - known:
             raise UsageError(f"{where}: unknown keys {sorted(unknown)}")
-        return cls(**{**data, "betas": tuple(data.get("betas", (0.9, 0.95)))})
+        if "cache" not in data:
+            raise UsageError(f"{where} names no cache; expected the settings of a training")
+        if isinstance(data.get("betas"), list):
+            data["betas"] = tuple(data["betas"])
+        try:
+            return cls(**data)
+        except UsageError as wrong:
+            raise UsageError(f"{where}: {wrong}") from wrong
 
     def continues(self, earlier: TrainConfig, where: str) -> None:
         """Raise MismatchError, naming every difference, unless this run goes on with ``earlier``."""

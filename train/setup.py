@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass
 from functools import partial
 
@@ -60,13 +61,19 @@ def choose_compute(device: str, dtype: str, compiled: bool | None, world: World 
     """``auto`` takes cuda with bfloat16 if there is one, else cpu with float32 (bfloat16 is emulated and slow on most CPUs)."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device.startswith("cuda") and not torch.cuda.is_available():
+    if device != "cpu" and not re.fullmatch(r"cuda(:\d+)?", device):
+        raise UsageError(f"--device {device}: expected auto, cpu, cuda or cuda:N")
+    cuda = device != "cpu"
+    if cuda and not torch.cuda.is_available():
         raise UsageError(
             f"--device {device}: torch sees no CUDA device (torch {torch.__version__}); use --device cpu"
         )
-    cuda = device.startswith("cuda")
     if cuda and world is not None and world.size > 1:
         device = f"cuda:{world.local_rank}"
+    elif ":" in device and int(device.split(":")[1]) >= torch.cuda.device_count():
+        raise UsageError(
+            f"--device {device}: torch sees {torch.cuda.device_count()} CUDA devices, counted from 0"
+        )
     names = {
         "bfloat16": torch.bfloat16,
         "float32": torch.float32,
