@@ -200,7 +200,7 @@ def main() -> None:
     settings = config(args.store, f"{args.train} --output {shlex.quote(str(args.output))}")
     folder.claim(args.output, settings, resume=False, overwrite=True)
     run = prepare(settings)
-    folder.begin(args.output, run, resume=False)
+    folder.begin(args.output, run, resume=False, overwrite=True)
     print(json.dumps(train(run, args.deepspec, args.output, args.eager)))
 
 

@@ -7,8 +7,8 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dspark.cache.disk import write_file
-from dspark.cache.errors import DraftError, ExistsError, MismatchError
+from dspark.cache.disk import existing_parent, write_errors, write_file
+from dspark.cache.errors import DraftError, ExistsError, MismatchError, UsageError
 from dspark.train.config import TrainConfig
 
 if TYPE_CHECKING:  # a tool that reads a record needs nothing of a run
@@ -35,15 +35,21 @@ def read_record(path: Path) -> dict[str, Any]:
 
 
 def claim(output: Path, config: TrainConfig, *, resume: bool, overwrite: bool) -> None:
-    """Refuse to write into a folder that holds something else, or another run."""
+    """Refuse to write into a folder that holds something else, or another run. Changes nothing: what ``overwrite`` allows is done by ``begin``."""
+    above = existing_parent(output)
+    if not above.is_dir():
+        raise UsageError(f"--output {output}: {above} is a file; expected a folder, or a name that is free")
     if not output.exists() or not any(output.iterdir()):
         return
     previous = output / TRAINING
-    if overwrite and previous.is_file():
-        shutil.rmtree(output)
-        return
     if not previous.is_file():
         raise ExistsError(f"{output} exists and holds no dspark training. Choose another --output.")
+    if overwrite:
+        if Path(config.cache).resolve().is_relative_to(output.resolve()):
+            raise UsageError(
+                f"--overwrite would delete {config.cache}, which lies in {output}. Move the store, or choose another --output."
+            )
+        return
     if not resume:
         raise ExistsError(
             f"{output} holds a training run. Use --resume to go on with it, --overwrite to replace it, or another --output."
@@ -85,10 +91,26 @@ def same_store(output: Path, run: Run) -> None:
         )
 
 
-def begin(output: Path, run: Run, *, resume: bool) -> None:
-    """Make the folder and write what it belongs to; on ``resume``, refuse another store."""
+def begin(output: Path, run: Run, *, resume: bool, overwrite: bool = False) -> None:
+    """Make the folder and write what it belongs to, once ``claim`` and ``prepare`` have refused nothing. On ``resume``, refuse another store;
+    on ``overwrite``, delete the training that is there.
+    """
     if resume:
         same_store(output, run)
-    output.mkdir(parents=True, exist_ok=True)
+    with write_errors(output):
+        if overwrite and (output / TRAINING).is_file():
+            _clear(output)
+        output.mkdir(parents=True, exist_ok=True)
     write_file(output / STORE, (json.dumps(store_identity(run), indent=1) + "\n").encode())
     write_file(output / TRAINING, (json.dumps(run.config.to_json(), indent=1) + "\n").encode())
+
+
+def _clear(output: Path) -> None:
+    """Delete all but the record that says whose the folder is: if this is cut short, the folder is still one that may be replaced."""
+    for entry in output.iterdir():
+        if entry.name == TRAINING:
+            continue
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        else:
+            entry.unlink()

@@ -99,7 +99,7 @@ def _train(
 
     first(lambda: folder.claim(output, config, resume=resume, overwrite=overwrite))
     run = world.agreed(lambda: prepare(config, world))
-    first(lambda: folder.begin(output, run, resume=resume))
+    first(lambda: folder.begin(output, run, resume=resume, overwrite=overwrite))
     position = Position()
     whole = checkpoint.found(output / "checkpoints")
     if resume and whole:
