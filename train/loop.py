@@ -37,6 +37,7 @@ from dspark.train.step import blanks, share, step
 from dspark.train.stream import VALIDATION_EPOCH
 
 Progress = Callable[[int, int, str], None]
+UNSAVED = "These weights were not saved. Lower --lr, or look at the store with dspark-tools stats."
 
 
 @dataclass(slots=True)
@@ -140,7 +141,7 @@ def _loop(
                 raise KeyboardInterrupt
             number = position.step + 1
             milestone = number % schedule.every == 0 or number == schedule.total
-            # A milestone is logged too: that is where a non-finite loss stops, before it is saved.
+            # A milestone is logged too: a non-finite loss stops there. What its own update did, _save looks at.
             logged = number % config.log_every == 0 or number == 1 or milestone
             metrics = SlotMetrics(config.block_size, run.compute.device) if logged else None
             values, lr = step(run, feed, part, position.step, schedule.total, metrics)
@@ -265,6 +266,7 @@ def _milestone(run: Run, position: Position, output: Path, report: Report | None
     row = None
     if run.validation is not None:
         row = {"step": position.step, "epoch": position.epoch, "validation": True, **validate(run)}
+        run.world.agreed(lambda: _finite_scores(row))
         if report:
             report.row(row)
     # Last: a run killed before this resumes from the checkpoint before and makes the rows above again.
@@ -272,13 +274,24 @@ def _milestone(run: Run, position: Position, output: Path, report: Report | None
     return row
 
 
+def _finite_scores(row: dict[str, Any]) -> None:
+    """The losses of the logged step were of the weights before its update; these are of those that would be saved."""
+    wrong = {k: v for k, v in row.items() if isinstance(v, float) and not math.isfinite(v)}
+    if wrong:
+        raise TrainError(
+            f"validation after step {row['step']}: {', '.join(f'{k} {v}' for k, v in wrong.items())}; expected finite numbers. {UNSAVED}"
+        )
+
+
 def _save(run: Run, position: Position, output: Path, *, export: bool) -> None:
-    """A checkpoint and, if asked, the draft itself: gathered by all ranks, written by the first."""
+    """A checkpoint and, if asked, the draft itself: gathered by all ranks, written by the first. Nothing is written that is not finite."""
     snapshot = run.optimizer.snapshot()
 
     def write() -> None:
         if not run.world.first:
             return
+        if wrong := snapshot.non_finite():
+            raise TrainError(f"after step {position.step} {wrong} has values that are not finite. {UNSAVED}")
         if export:
             save_draft(output, run.model, trained=snapshot.masters)
         checkpoint.save(output / "checkpoints", position, snapshot, run.config.keep_checkpoints)

@@ -55,6 +55,14 @@ class Snapshot:
     moments: Mapping[str, Mapping[str, Tensor]]
     updates: int
 
+    def non_finite(self) -> str | None:
+        """Which of the tensors has a NaN or an infinity, in words; None if none has. One pass over each."""
+        for what, tensors in {"weight": self.masters, **self.moments}.items():
+            for name, tensor in tensors.items():
+                if tensor.numel() and not torch.stack(tensor.aminmax()).isfinite().all():
+                    return f"{what} {name}"
+        return None
+
     def check(self, parameters: Mapping[str, Tensor], moments: Mapping[str, Collection[str]]) -> None:
         """Raise TrainError unless these are tensors for exactly ``parameters``, and moments for those that ``moments`` names."""
         for what in sorted({"masters", *self.moments, *moments}):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import signal
 import subprocess
@@ -22,7 +23,7 @@ from dspark.cache import errors
 from dspark.cache.reader import open as open_store
 from dspark.train.config import TrainConfig
 from dspark.train.loop import train
-from dspark.train.optim import AdamSettings, MasterAdamW, learning_rate
+from dspark.train.optim import AdamSettings, MasterAdamW, Snapshot, learning_rate
 from dspark.train.stream import Stream, pack, rng, split
 
 SHARING = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
@@ -134,7 +135,7 @@ def test_wrong_runs_are_refused(config: TrainConfig, tmp_path: Path) -> None:
     with pytest.raises(errors.TrainError, match="no samples left"):
         train(dataclasses.replace(config, output=str(tmp_path / "val"), val_fraction=0.9999))
     with pytest.raises(errors.UsageError, match="draft-vocab-size"):
-        train(dataclasses.replace(config, output=str(tmp_path / "vocab"), draft_vocab_size=0))
+        train(dataclasses.replace(config, output=str(tmp_path / "vocab"), draft_vocab_size=10**6))
     assert not (tmp_path / "short").exists()
 
 
@@ -155,6 +156,55 @@ def test_reduced_vocabulary_takes_the_most_frequent(config: TrainConfig) -> None
 def test_a_non_finite_loss_stops_and_says_where(config: TrainConfig) -> None:
     with pytest.raises(errors.TrainError, match="step .*expected finite"):
         train(dataclasses.replace(config, lr=1e30, grad_clip=1e30, warmup_ratio=0.0))
+
+
+@pytest.mark.parametrize(
+    ("lr", "val_fraction", "found"),
+    [
+        (
+            1e38,
+            0.0,
+            "after step 1 weight .* not finite",
+        ),  # the first update has lr / (1 - 0.9), more than float32 holds
+        (1e38, 0.2, "validation after step 1: ce_loss nan"),
+        (1e30, 0.2, "validation after step 1: ce_loss nan"),  # finite weights whose products are not
+    ],
+)
+def test_what_the_last_update_made_is_looked_at_before_it_is_saved(
+    config: TrainConfig, lr: float, val_fraction: float, found: str
+) -> None:
+    """The loss of the only step is finite: it is of the weights before the update."""
+    with pytest.raises(errors.TrainError, match=found):
+        train(dataclasses.replace(config, lr=lr, warmup_ratio=0.0, max_steps=1, val_fraction=val_fraction))
+    assert [row["step"] for row in rows(config.output)] == [1]
+    assert np.isfinite(rows(config.output)[0]["loss"])
+    assert not (Path(config.output) / "model.safetensors").exists()
+    assert not (Path(config.output) / "checkpoints").exists()
+
+
+def test_an_interrupt_saves_no_weights_that_are_not_finite(config: TrainConfig) -> None:
+    """Between logged steps nobody looks at the loss."""
+
+    def interrupt(step: int, total: int, text: str) -> None:
+        if step == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    config = dataclasses.replace(config, lr=1e38, warmup_ratio=0.0, checkpoint_freq=50.0, log_every=1000)
+    with pytest.raises((errors.TrainError, KeyboardInterrupt), match="not finite. These weights were not"):
+        train(config, progress=interrupt)
+    assert not (Path(config.output) / "checkpoints").exists()
+
+
+def test_a_snapshot_names_the_tensor_that_is_not_finite() -> None:
+    def held(weight: float, moment: float) -> Snapshot:
+        second = {"a": torch.ones(3), "b": torch.tensor([1.0, moment])}
+        masters = {"a": torch.tensor([[0.0, weight]]), "none": torch.empty(0)}
+        return Snapshot(masters, {"exp_avg": {"a": torch.ones(3)}, "exp_avg_sq": second}, 1)
+
+    assert held(3e38, -3e38).non_finite() is None
+    assert held(math.nan, 1.0).non_finite() == "weight a"
+    assert held(-math.inf, 1.0).non_finite() == "weight a"
+    assert held(1.0, math.inf).non_finite() == "exp_avg_sq b"
 
 
 def test_pack_is_next_fit_and_keeps_the_order() -> None:
