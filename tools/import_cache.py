@@ -127,9 +127,12 @@ def import_store(
     reader.text_check(frozen)
     if resume and Path(destination).exists():
         stored = read_manifest(destination)
+        manifest = centred_as(manifest, stored)
+        stored.same_plan(manifest, str(destination))
         if stored.complete:
             return stored
-        writer = StoreWriter.resume(destination, centred_as(manifest, stored))
+        writer = StoreWriter.resume(destination, manifest)
+        writer.restore_target(compact(frozen), target.files)
     else:
         aux, last = reader.calibrated(*codecs)
         manifest = dataclasses.replace(manifest, aux=field_info(aux), last=field_info(last))

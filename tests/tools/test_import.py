@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 import dspark.cache
 from dspark.cache import errors
-from dspark.cache.verify import verify
+from dspark.cache.verify import drop_damaged, verify
 from dspark.dump.config import DumpConfig
 from dspark.dump.progress import Display
 from dspark.dump.run import dump
@@ -215,6 +215,37 @@ def test_compact_bits_are_calibrated_and_resumed_to_the_same_bytes(
                 file.read_bytes()
                 == (tmp_path / "half.zarr" / file.relative_to(tmp_path / "whole.zarr")).read_bytes()
             )
+
+
+def test_resuming_a_whole_store_checks_that_it_is_the_same(
+    target: Path, rows: list[Row], tmp_path: Path
+) -> None:
+    peer = write_deepspec(tmp_path / "peer", rows)
+    out = tmp_path / "in.zarr"
+    whole = imported(peer, out, target, aux_bits=4)
+    assert (
+        import_store(peer, out, model=str(target), aux_bits=4, part_tokens=150, resume=True) == whole.manifest
+    )
+    other = write_deepspec(tmp_path / "other", rows[:7])
+    for source, flags, words in (
+        (peer, {"aux_bits": 8}, "aux.bits: store has 4, this run has 8"),
+        (peer, {"aux_bits": 4, "mask_token_id": 3}, "target.mask_token_id: store has .*, this run has 3"),
+        (other, {"aux_bits": 4}, "source.id: store has 'peer', this run has 'other'"),
+    ):
+        with pytest.raises(errors.MismatchError, match=words):
+            import_store(source, out, model=str(target), part_tokens=150, resume=True, **flags)  # type: ignore[arg-type]
+    assert verify(out).ok
+
+
+def test_damaged_weights_are_written_again(target: Path, rows: list[Row], tmp_path: Path) -> None:
+    peer = write_deepspec(tmp_path / "peer", rows)
+    imported(peer, tmp_path / "in.zarr", target)
+    weights = tmp_path / "in.zarr" / "target" / "model.safetensors"
+    before = weights.read_bytes()
+    weights.write_bytes(before[:-1] + b"x")
+    assert drop_damaged(tmp_path / "in.zarr", verify(tmp_path / "in.zarr")) == ["target/model.safetensors"]
+    imported(peer, tmp_path / "in.zarr", target, resume=True)
+    assert weights.read_bytes() == before
 
 
 @pytest.mark.parametrize(
