@@ -1,0 +1,118 @@
+"""``--resume`` of a store that is whole, or whose target is damaged: checked first, repaired where it can be."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from dump_runs import corpus, files
+
+from dspark.cache.errors import DsparkError, MismatchError, UsageError
+from dspark.cache.verify import drop_damaged, verify
+from dspark.dump import plan as planning
+from dspark.dump.capture import Engine
+from dspark.dump.config import DumpConfig
+from dspark.dump.progress import Display
+from dspark.dump.run import dump
+from dump_targets import save_target
+
+
+def no_engine(plan: planning.Plan, batch_tokens: int | None) -> Engine:
+    pytest.fail("weights were read")
+
+
+def test_the_same_command_on_a_whole_store_reads_no_weights(
+    config: DumpConfig, show: Display, capsys: pytest.CaptureFixture[str]
+) -> None:
+    compact = dataclasses.replace(config, aux_bits=4, last_bits=4)
+    done = dump(compact, show)
+    before = files(config.output)
+    for parts in (compact.part_tokens, None):  # not given: the store's
+        out = dump(dataclasses.replace(compact, resume=True, part_tokens=parts), show, no_engine)
+        assert (out["complete"], out["samples"], out["new_tokens"]) == (True, done["samples"], 0)
+        assert "nothing to resume" in capsys.readouterr().err.replace("\n", " ")
+    assert files(config.output) == before
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        ({"model": "nosuchmodel"}, UsageError, "--model nosuchmodel: no config could be read"),
+        ({"aux_bits": 4}, MismatchError, "aux.bits: store has 16, this run has 4"),
+        ({"seq_length": 99}, MismatchError, "dump.seq_length: store has .*, this run has 99"),
+        ({"layers": (0, 2)}, MismatchError, r"layers: store has \[1, 2, 3\], this run has \[0, 2\]"),
+        ({"limit": 10}, MismatchError, "source.limit: store has None, this run has 10"),
+        ({"data": "other.jsonl"}, MismatchError, "source.id: store has 'rows.jsonl', this run has 'other.jsonl'"),
+        ({"data": "nowhere.jsonl"}, DsparkError, "nowhere.jsonl"),
+    ],
+)  # fmt: skip
+def test_another_command_on_a_whole_store_is_refused(
+    config: DumpConfig,
+    show: Display,
+    write_rows: Callable[..., Path],
+    change: dict[str, Any],
+    error: type[Exception],
+    words: str,
+) -> None:
+    dump(config, show)
+    before = files(config.output)
+    folder = write_rows(corpus(40, seed=1), "other.jsonl").parent
+    if "data" in change:
+        change = {"data": str(folder / change["data"])}
+    with pytest.raises(error, match=words):
+        dump(dataclasses.replace(config, resume=True, **change), show, no_engine)
+    assert files(config.output) == before
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(bytes(data))
+
+
+@pytest.mark.parametrize("dropped", [True, False], ids=["dropped", "left there"])
+def test_damaged_weights_are_written_again(
+    config: DumpConfig, show: Display, capsys: pytest.CaptureFixture[str], dropped: bool
+) -> None:
+    """Deleted by verify, or damaged since, in a store that has to be finished anyway."""
+    dump(config, show)
+    before = files(config.output)
+    weights = config.output / "target" / "model.safetensors"
+    if not dropped:
+        flip(config.output / "parts" / "00000000" / "input_ids" / "c" / "0")
+        drop_damaged(config.output, verify(config.output))
+    flip(weights)
+    if dropped:
+        assert drop_damaged(config.output, verify(config.output)) == ["target/model.safetensors"]
+    out = dump(dataclasses.replace(config, resume=True), show)
+    assert (out["new_tokens"] == 0) == dropped
+    assert "target: model.safetensors" in " ".join(capsys.readouterr().err.split())
+    assert files(config.output) == before
+    assert verify(config.output).ok
+
+
+def test_weights_that_have_changed_since_do_not_repair_a_store(
+    config: DumpConfig, show: Display, tmp_path: Path
+) -> None:
+    """The same folder, config and tokenizer, other weights."""
+    target = save_target(tmp_path / "target")
+    config = dataclasses.replace(config, model=str(target))
+    dump(config, show)
+    (config.output / "target" / "model.safetensors").unlink()
+    drop_damaged(config.output, verify(config.output))
+    before = files(config.output)
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(target / "model.safetensors")
+    save_file(
+        {n: t + torch.ones_like(t) / 64 for n, t in tensors.items()},
+        target / "model.safetensors",
+        {"format": "pt"},
+    )
+    with pytest.raises(MismatchError, match="this run's target is not the one that the store was begun with"):
+        dump(dataclasses.replace(config, resume=True), show)
+    assert files(config.output) == before
