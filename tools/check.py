@@ -24,6 +24,7 @@ from torch import Tensor
 
 from dspark.cache.errors import DraftError
 from dspark.tools import records
+from dspark.tools.records import Optional
 from dspark.train import export
 from dspark.train.draft_config import DraftConfig
 from dspark.train.speculators_config import MARK, to_flat
@@ -64,6 +65,18 @@ OVERRIDES = (
 NORMS = ("norm.weight", "hidden_norm.weight")
 
 
+# What the judges below compute with; a value of another kind, as a slip of an editor leaves it, cannot be judged at all.
+_ROPE = {"rope_theta": Optional(float)}
+_READ = _ROPE | {
+    "target_layer_ids": Optional([int]),
+    "aux_hidden_state_layer_ids": Optional([int]),
+    "block_size": Optional(int),
+    "max_position_embeddings": Optional(int),
+    "rope_parameters": Optional(_ROPE | {"full_attention": Optional(_ROPE)}),
+    "speculators_config": Optional({"proposal_methods": Optional([{"speculative_tokens": Optional(int)}])}),
+}
+
+
 @dataclass(frozen=True, slots=True)
 class Finding:
     """``level`` error, suspicion or note; ``name`` says which mistake (layout-flag, layer-ids, norm, mask-token, vocabulary, rope,
@@ -102,10 +115,19 @@ class Files:
     def read(cls, folder: str) -> Files:
         """Raises DraftError only where there is nothing to judge."""
         raw = export.read_config(folder)
+        flat = to_flat(_readable(raw, folder)) if MARK in raw else dict(raw)
+        _readable(flat, folder)
         return cls(
-            Path(folder), raw, to_flat(raw) if MARK in raw else dict(raw), export.read_tensors(folder), export.trained_as(folder),
+            Path(folder), raw, flat, export.read_tensors(folder), export.trained_as(folder),
             records.store(Path(folder)), records.training(Path(folder)),
         )  # fmt: skip
+
+
+def _readable(config: dict[str, Any], folder: str) -> dict[str, Any]:
+    """``config`` if every key that is computed with is of its kind. Raises DraftError."""
+    remedy = "expected the config of a draft; put that key right, nothing else can be judged without it"
+    records.require(config, _READ, Path(folder) / export.CONFIG, remedy)
+    return config
 
 
 Judge = Callable[[Files, Mapping[str, Any]], Iterator[Finding]]

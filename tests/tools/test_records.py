@@ -259,3 +259,31 @@ def test_a_damaged_tokenizer_of_a_store(tmp_path: Path) -> None:
     (cache.target_files / "tokenizer.json").write_text('{"a":')
     with pytest.raises(CacheError, match=r"tokenizer\.json is no tokenizer"):
         load_tokenizer(cache)
+
+
+@pytest.mark.parametrize("layout", ["flat", "speculators"])
+@pytest.mark.parametrize(
+    "key", ["target_layer_ids", "block_size", "max_position_embeddings", "rope_theta", "speculators_config"]
+)
+@pytest.mark.parametrize("value", ["x", [None], 1.5])
+def test_check_names_what_is_no_config(draft: Path, layout: str, key: str, value: Any) -> None:
+    from dspark.tools.check import Files, judge
+    from dspark.train.export import write_config
+
+    if layout == "speculators":
+        import torch
+
+        write_config(draft, load_config(draft), torch.bfloat16, ("a/b", []))
+    path = draft / "config.json"
+    target = {
+        "num_hidden_layers": 4,
+        "hidden_size": 32,
+        "vocab_size": 50,
+        "rope_theta": 1e4,
+        "max_position_embeddings": 512,
+    }
+    if (key, value) == ("rope_theta", 1.5):
+        value = True
+    path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
+    with pytest.raises(DraftError, match=rf"config\.json: {key}"):
+        judge(Files.read(str(draft)), target)
