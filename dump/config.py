@@ -78,6 +78,10 @@ class DumpConfig:
             )
         if self.regenerate and self.assistant_pattern is not None:
             raise UsageError("--regenerate knows the target's answers itself: leave --assistant-pattern out.")
+        if self.regenerate and self.part_tokens is not None:
+            raise UsageError(
+                "--regenerate writes parts by rows, since answers' lengths are not known before: leave --part-tokens out."
+            )
         # Here and not only in Sampling: the plan of a preset makes none.
         if self.temperature is not None:
             check_temperature(self.temperature)

@@ -4,29 +4,27 @@ Rows go turn by turn: each prompt is rendered from the turns before with the tar
 conversation, and earlier answers in it are supervised where the last prompt still begins with them token by token (templates that strip
 thinking from history rewrite them; then they are context only).
 
-A part is ``PART_ROWS`` rows here, because lengths are not known before. Its answers are on disk, ``<store>.answers/``, before it is, and are joined into
-``<store>.answers.jsonl`` at the end: chats that ``--data`` takes.
+A part is ``PART_ROWS`` rows here, because lengths are not known before. Its answers are on disk before it is, and are joined into
+``<store>.answers.jsonl`` at the end: chats that ``--data`` takes (``answers_disk.py``).
 """
 
 from __future__ import annotations
 
-import json
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from itertools import count
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dspark.cache.disk import write_errors, write_file
 from dspark.cache.errors import EngineError, UsageError
 from dspark.cache.records import TokenSample, last_rows
 from dspark.dump.answers import Answered, Answering, Ask, Sampling, seed_of
+from dspark.dump.answers_disk import AnswerFiles
 from dspark.dump.capture import Captured, CodedStates
-from dspark.dump.corpus import ChatRow, Corpus, Message, Row
-from dspark.dump.parts import PartRows
-from dspark.dump.tokens import NO_ANSWER, Made, SampleMaker, chat_template, sample_key
+from dspark.dump.corpus import ChatRow, Message, Row
+from dspark.dump.parts import PartReader, PartRows
+from dspark.dump.tokens import NO_ANSWER, TOO_FEW, Made, SampleMaker, chat_template, sample_key
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -127,43 +125,49 @@ class Conversation:
 
 
 class Regenerator:
-    """Makes parts out of prompts. ``folder``: where the answers of each part go."""
+    """Makes parts out of prompts. ``reader`` has the corpus, counts its rows and judges how many of them may be dropped; its own parts are not asked for."""
 
     def __init__(
-        self, engine: Any, prompts: Prompts, stops: Sequence[int], codecs: tuple[Codec, Codec], folder: Path
+        self,
+        engine: Any,
+        prompts: Prompts,
+        stops: Sequence[int],
+        codecs: tuple[Codec, Codec],
+        reader: PartReader,
+        answers: AnswerFiles,
+        min_supervised: int,
     ) -> None:
         if not hasattr(engine, "answer"):
             raise EngineError(f"the {engine.name} engine cannot answer prompts.")
         self.engine: Answering = engine
-        self.prompts, self.stops, self.codecs, self.folder = prompts, stops, codecs, folder
+        self.prompts, self.stops, self.codecs = prompts, stops, codecs
+        self.reader, self.answers, self.min_supervised = reader, answers, min_supervised
 
-    def parts(
-        self, corpus: Corpus, committed: Mapping[int, PartRecord], limit: int | None
-    ) -> Iterator[tuple[PartRows, list[CodedStates]]]:
+    def parts(self, committed: Mapping[int, PartRecord]) -> Iterator[tuple[PartRows, list[CodedStates]]]:
         """Every part that is missing, with its states; the last one yielded has no samples."""
-        number, index = 0, 0
         rows: Iterator[Row] | None = None
-        while True:
+        for index in count():
             if index in committed:
-                number, index, rows = committed[index].row_stop, index + 1, None
+                self.reader.rows_read = committed[index].row_stop
+                self.reader.dropped.update(committed[index].dropped)
+                rows = None
                 continue
-            rows = rows or corpus.rows(number)
-            part, states = self._part(index, number, rows, limit)
+            rows = rows or self.reader.corpus.rows(self.reader.rows_read)
+            part, states = self._part(index, rows)
             yield part, states
             if not part.samples:
                 return
-            number, index = part.row_stop, index + 1
 
-    def _part(
-        self, index: int, start: int, rows: Iterator[Row], limit: int | None
-    ) -> tuple[PartRows, list[CodedStates]]:
-        part = PartRows(index, start, start)
+    def _part(self, index: int, rows: Iterator[Row]) -> tuple[PartRows, list[CodedStates]]:
+        part, limit = PartRows(index, self.reader.rows_read, self.reader.rows_read), self.reader.limit
         while not part.samples:
+            # Before more is asked, not behind an answered part: that one is to be kept.
+            self.reader.check_dropped()
             room = PART_ROWS if limit is None else min(PART_ROWS, limit - part.row_stop)
             chunk = [row for _, row in zip(range(room), rows, strict=False)]
             if not chunk:
                 return part, []
-            part.row_stop = chunk[-1].number + 1
+            self.reader.rows_read = part.row_stop = chunk[-1].number + 1
             states = self._answer(part, chunk)
         return part, states
 
@@ -171,58 +175,52 @@ class Regenerator:
         """Fills ``part`` with the samples of ``rows``; returns their states."""
         talks: dict[int, Conversation] = {}
         asks: list[Ask] = []
-        kept: dict[int, CodedStates] = {}
+        kept: dict[int, tuple[TokenSample, CodedStates]] = {}
+
+        def drop(row: Row, reason: str) -> None:
+            part.dropped[reason] += 1
+            self.reader.dropped[reason] += 1
+            self.reader.note(f"{row.where}: dropped: {reason}")
+
+        def ask_next(key: int) -> None:
+            ask = talks[key].ask(key, self.prompts)
+            if isinstance(ask, str):
+                drop(talks[key].row, ask)
+            else:
+                asks.append(ask)
+
         for row in rows:
             made = self.prompts.make(row)
             if made.sample is None:
-                part.dropped[made.dropped or NO_ANSWER] += 1
+                drop(row, made.dropped or NO_ANSWER)
                 continue
             talks[row.number] = Conversation(row, turns(row))
-            self._next(row.number, talks, asks, part.dropped)
+            ask_next(row.number)
         while asks:  # a round a turn; conversations end at different rounds
             round_, asks = asks, []
             for answered in self.engine.answer(round_, self.prompts.sampling, self.stops, self.codecs):
                 key = answered.ask.key
+                talk = talks[key]
                 if len(answered.ids) < 2:
-                    part.dropped[EMPTY] += 1
-                    del talks[key]
+                    drop(talk.row, EMPTY)
                     continue
-                talks[key].hear(answered, self.prompts.tokenizer)
-                if answered.states is not None:
-                    kept[key] = answered.states
+                talk.hear(answered, self.prompts.tokenizer)
+                if answered.states is None:
+                    ask_next(key)
+                    continue
+                sample = talk.sample()
+                if int(sample.loss_mask.sum()) < self.min_supervised:
+                    drop(talk.row, TOO_FEW)
                 else:
-                    self._next(key, talks, asks, part.dropped)
-        numbers = sorted(kept)
-        part.samples = [talks[n].sample() for n in numbers]
-        part.truncated = sum(not talks[n].finished for n in numbers)
-        self._save(part.index, [talks[n] for n in numbers])
-        return [kept[n] for n in numbers]
-
-    def _next(self, key: int, talks: dict[int, Conversation], asks: list[Ask], dropped: Counter[str]) -> None:
-        ask = talks[key].ask(key, self.prompts)
-        if isinstance(ask, str):
-            dropped[ask] += 1
-            del talks[key]
-        else:
-            asks.append(ask)
-
-    def _save(self, index: int, talks: list[Conversation]) -> None:
-        lines = [
-            json.dumps({"row": t.row.number, "messages": t.said, "finished": t.finished}, ensure_ascii=False)
-            for t in talks
-        ]
-        with write_errors(self.folder):
-            self.folder.mkdir(exist_ok=True)
-        write_file(self.folder / f"{index:08d}.jsonl", "".join(line + "\n" for line in lines).encode())
-
-
-def join_answers(folder: Path, output: Path, parts: int) -> None:
-    """One JSONL of the answers of all parts, in order; the folder is deleted."""
-    data = b"".join((folder / f"{i:08d}.jsonl").read_bytes() for i in range(parts))
-    write_file(output, data)
-    for path in folder.iterdir():
-        path.unlink()
-    folder.rmdir()
+                    kept[key] = sample, answered.states
+        done = [talks[n] for n in sorted(kept)]
+        part.samples = [kept[t.row.number][0] for t in done]
+        part.truncated = sum(not t.finished for t in done)
+        self.answers.save(
+            part.index,
+            [{"row": t.row.number, "messages": t.said, "finished": t.finished} for t in done],
+        )
+        return [kept[t.row.number][1] for t in done]
 
 
 def batches_of(

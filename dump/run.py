@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import shutil
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
@@ -25,9 +23,10 @@ from dspark.cache.manifest import Manifest
 from dspark.cache.reader import read_manifest
 from dspark.cache.recode import snr_db
 from dspark.cache.records import TokenSample
-from dspark.cache.writer import StoreWriter
+from dspark.cache.writer import StoreWriter, scan_parts
 from dspark.dump import plan as planning
 from dspark.dump.ahead import ahead
+from dspark.dump.answers_disk import AnswerFiles
 from dspark.dump.calibrate import Calibration, calibration_samples, captured, centred_as
 from dspark.dump.coded_check import check_coded
 from dspark.dump.config import DumpConfig
@@ -35,7 +34,7 @@ from dspark.dump.job import Job, first_samples, load_engine, part_reader, prepar
 from dspark.dump.parts import PartReader, PartRows
 from dspark.dump.pipeline import Pipeline, writers
 from dspark.dump.progress import log_file
-from dspark.dump.regenerate import Prompts, Regenerator, batches_of, join_answers
+from dspark.dump.regenerate import Prompts, Regenerator, batches_of
 from dspark.dump.selfcheck import check
 from dspark.dump.target import compact
 from dspark.dump.tokenise import Tokenisers
@@ -63,14 +62,19 @@ def dump(
             f"{config.output} exists. Use --resume to go on with it, --overwrite to replace it, or another --output."
         )
     stored = read_manifest(config.output) if resuming else None
-    if stored and config.part_tokens is None:
-        config = dataclasses.replace(config, part_tokens=stored.dump.part_tokens)
+    answers = AnswerFiles(config.output)
+    if config.regenerate and not stored:
+        answers.refuse_other(config.data, config.overwrite)
     # Everything that can be refused without weights is refused before they are loaded.
     job = prepare(config)
     if stored:
-        job = dataclasses.replace(job, manifest=centred_as(job.manifest, stored))
+        job = continued(job, stored)
         stored.same_plan(job.manifest, str(config.output))
         if stored.complete:
+            if answers.folder.exists():  # stopped between the end of the store and theirs
+                answers.join(scan_parts(config.output))
+                answers.clear()
+                show.say(f"answers  {answers.joined}")
             show.say(
                 f"{config.output} is complete ({stored.counts.samples:,} samples, {stored.counts.tokens:,} tokens): nothing to resume."
             )
@@ -82,6 +86,8 @@ def dump(
         done = sum(r.tokens for r in writer.committed.values()) if writer else 0
         if writer:
             show.say(f"resuming: {len(writer.committed)} parts with {done:,} tokens are there")
+            if config.regenerate:
+                answers.check(writer.committed)
         planning.check_disk(job.plan, done)
         probe = first_samples(job)
         with ExitStack() as stack:
@@ -96,6 +102,17 @@ def dump(
         for line in summary(out):
             show.say(line)
         return out
+
+
+def continued(job: Job, stored: Manifest) -> Job:
+    """``job`` with what a store that is gone on with has settled: the codecs' centres, and the size of a part where no flag says it (its default
+    depends on the device)."""
+    manifest, plan = centred_as(job.manifest, stored), job.plan
+    if job.config.part_tokens is None:
+        tokens = stored.dump.part_tokens
+        manifest = dataclasses.replace(manifest, dump=dataclasses.replace(manifest.dump, part_tokens=tokens))
+        plan = dataclasses.replace(plan, part_tokens=tokens)
+    return dataclasses.replace(job, plan=plan, manifest=manifest)
 
 
 def run_engine(
@@ -247,22 +264,25 @@ def regenerate_parts(
 ) -> tuple[Manifest, Written]:
     """``write_parts`` and the end of the store where the target answers."""
     out, began = Written(), time.monotonic()
-    folder = job.config.output.with_name(job.config.output.name + ".answers")
-    if not writer.committed and folder.exists():
-        shutil.rmtree(folder)
-    maker = Regenerator(engine, prompts, job.target.eos_token_ids, writer.codecs, folder)
+    answers = AnswerFiles(job.config.output)
+    if not writer.committed:
+        answers.begin()
+    reader = part_reader(job, job.plan.part_tokens, log.info)
+    maker = Regenerator(
+        engine,
+        prompts,
+        job.target.eos_token_ids,
+        writer.codecs,
+        reader,
+        answers,
+        job.config.min_supervised,
+    )
     with (
         show.progress(job.plan.rows) as bar,
         Pipeline(writer, writer.codecs, pool=write, part_bytes=0, bar=bar) as pipeline,
         stoppable(pipeline, show),
     ):
-        dropped: Counter[str] = Counter()
-        for record in writer.committed.values():
-            dropped.update(record.dropped)
-        for group, (part, states) in enumerate(
-            maker.parts(job.corpus, dict(writer.committed), job.config.limit)
-        ):
-            dropped.update(part.dropped)
+        for group, (part, states) in enumerate(maker.parts(dict(writer.committed))):
             if not part.samples:
                 break
             pipeline.begin(part)
@@ -273,11 +293,13 @@ def regenerate_parts(
         out.stages = dict(pipeline.seconds)
     out.seconds = time.monotonic() - began
     if not writer.committed:
-        raise DataError(f"{job.corpus.id}: no row gave an answer: {dict(dropped)}.")
-    manifest = writer.finish(rows_read=part.row_stop, dropped=part.dropped, quality=quality)
-    answers = job.config.output.with_name(job.config.output.name + ".answers.jsonl")
-    join_answers(folder, answers, len(writer.committed))
-    show.say(f"answers  {answers}")
+        raise DataError(f"{job.corpus.id}: no row gave an answer: {dict(reader.dropped)}.")
+    reader.check_dropped(at_end=True)
+    # In this order: whatever stops us between two of them, --resume does the rest.
+    answers.join(writer.committed)
+    manifest = writer.finish(rows_read=reader.rows_read, dropped=part.dropped, quality=quality)
+    answers.clear()
+    show.say(f"answers  {answers.joined}")
     return manifest, out
 
 

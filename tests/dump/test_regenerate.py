@@ -17,10 +17,13 @@ from click.testing import CliRunner
 
 import dspark.cache
 from dspark.cache.codec import codec_for
-from dspark.cache.errors import MismatchError, UsageError
+from dspark.cache.errors import DataError, MismatchError, UsageError
+from dspark.cache.reader import read_manifest
 from dspark.cache.records import KEY_BYTES, TokenSample
-from dspark.cache.writer import StoreWriter
-from dspark.dump import regenerate
+from dspark.cache.writer import StoreWriter, scan_parts
+from dspark.dump import job as job_module
+from dspark.dump import parts, regenerate
+from dspark.dump import plan as planning
 from dspark.dump.answers import Ask, Sampling, recommended, seed_of, stored_runs
 from dspark.dump.cli import main
 from dspark.dump.config import DumpConfig
@@ -106,9 +109,51 @@ def test_it_resumes_to_the_same_store_and_refuses_other_sampling(
     StoreWriter.resume(config.output, prepare(config).manifest).reopen()
     with pytest.raises(MismatchError, match="mask_rule"):
         dump(dataclasses.replace(config, resume=True, temperature=0.5), Display())
+    # Its parts' size is the store's, not this machine's default.
+    monkeypatch.setattr(planning, "CPU_PART_TOKENS", 777)
     dump(dataclasses.replace(config, resume=True), Display())
     assert files() == before
     assert Path(f"{config.output}.answers.jsonl").read_bytes() == answers
+
+
+def test_too_many_dropped_rows_stop_it_as_without(
+    config: DumpConfig, monkeypatch: pytest.MonkeyPatch, write_rows: Callable[..., Path]
+) -> None:
+    rows = [chat("u: the cat"), *[chat("a: nobody asked")] * 3, chat("u: the mat")]
+    config = dataclasses.replace(config, data=str(write_rows(rows)), max_dropped=0.5)
+    said = r"3 of the first 5 rows gave no sample \(no user turn: 3\), more than the allowed share of 50%"
+    with pytest.raises(DataError, match=said):
+        dump(config, Display())
+    assert not read_manifest(config.output).complete
+    out = dump(dataclasses.replace(config, resume=True, max_dropped=0.6), Display())
+    assert (out["samples"], out["dropped"], out["rows_read"]) == (2, {"no user turn": 3}, 5)
+
+
+def test_too_many_dropped_rows_stop_it_early(
+    config: DumpConfig, monkeypatch: pytest.MonkeyPatch, write_rows: Callable[..., Path]
+) -> None:
+    """Behind the first parts of a thousand rows, and what was answered until then is kept."""
+    monkeypatch.setattr(regenerate, "PART_ROWS", 3)
+    monkeypatch.setattr(parts, "EARLY_ROWS", 9)
+    monkeypatch.setattr(job_module, "PROBE_TOKENS", 20)  # else the self-check reads as far and stops it
+    rows = [*[chat("u: one two")] * 9, *[chat("a: nobody asked")] * 15, *[chat("u: the mat")] * 30]
+    config = dataclasses.replace(config, data=str(write_rows(rows)), max_tokens=4, temperature=0.0)
+    with pytest.raises(DataError, match="12 of the first 21 rows gave no sample"):
+        dump(config, Display())
+    assert [r.row_stop for r in scan_parts(config.output).values()] == [3, 6, 9]
+
+
+def test_answers_with_too_few_tokens_are_dropped(config: DumpConfig) -> None:
+    # Long prompts leave less room.
+    config = dataclasses.replace(config, temperature=0.0, max_dropped=1.0, seq_length=32)
+    dump(config, Display())
+    store = dspark.cache.open(config.output)
+    given = [int(store[i].loss_mask.sum()) for i in range(len(store))]
+    assert min(given) < max(given), given
+    out = dump(dataclasses.replace(config, min_supervised=max(given), overwrite=True), Display())
+    kept = given.count(max(given))
+    assert (out["samples"], out["dropped"]["too few supervised tokens"]) == (kept, len(given) - kept)
+    assert len(Path(f"{config.output}.answers.jsonl").read_text().splitlines()) == kept
 
 
 def test_a_history_that_the_template_rewrites_is_context_only(tokenizer: Any) -> None:
@@ -186,6 +231,7 @@ def test_no_limit_as_vllm_writes_it(tmp_path: Path) -> None:
     [
         (["--temperature", "1"], "give --regenerate with it"),
         (["--regenerate", "--assistant-pattern", "(x)"], "leave --assistant-pattern out"),
+        (["--regenerate", "--part-tokens", "4096"], "leave --part-tokens out"),
         (["--regenerate", "--temperature", "nan"], "--temperature: found nan"),
         (["--regenerate", "--temperature", "inf"], "--temperature: found inf"),
         (["--regenerate", "--temperature", "-1"], "--temperature: found -1"),
