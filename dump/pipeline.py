@@ -48,7 +48,7 @@ THREADS = (
 
 def writers(processes: int) -> WorkerPool | None:
     """Processes for a ``Pipeline``, where this system can share memory with them."""
-    return WorkerPool(processes, _ready) if processes and can_share() else None
+    return WorkerPool(processes, "writes parts", _ready) if processes and can_share() else None
 
 
 def _ready() -> None:

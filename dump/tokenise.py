@@ -28,7 +28,7 @@ class Tokenisers:
 
     def __init__(self, maker: SampleMaker, processes: int) -> None:
         self._ahead = AHEAD * processes
-        self._pool = WorkerPool(processes, _hold, (maker,))
+        self._pool = WorkerPool(processes, "tokenises rows", _hold, (maker,))
 
     def __call__(self, rows: Iterator[Row]) -> Iterator[tuple[Row, Made]]:
         """Each row with what ``SampleMaker.make`` gives for it. An error, also one of ``rows`` itself, comes at its row's turn."""

@@ -9,11 +9,17 @@ import signal
 import tempfile
 import threading
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import connection
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
+
+from dspark.cache.errors import EngineError
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 def default_workers(device: str) -> int:
@@ -24,14 +30,19 @@ def default_workers(device: str) -> int:
 class WorkerPool(ProcessPoolExecutor):
     """Fresh processes (CUDA does not survive a fork) that leave Ctrl-C to us and end when we do, however we end; all are started at once.
 
-    ``start(*arguments)`` runs in each of them first.
+    ``task``: what they do, for messages. ``start(*arguments)`` runs in each of them first. If one is killed, the others end too, and every task that is
+    not done is an ``EngineError``, as is every later one.
     """
 
     def __init__(
-        self, processes: int, start: Callable[..., None] | None = None, arguments: tuple[Any, ...] = ()
+        self,
+        processes: int,
+        task: str,
+        start: Callable[..., None] | None = None,
+        arguments: tuple[Any, ...] = (),
     ) -> None:
         context = multiprocessing.get_context("spawn")
-        self.processes = processes
+        self.processes, self.task = processes, task
         # By file: what goes along with a process is a pipe that the child reads once it has imported what is in it, and the
         # next child waits for that (with a tokenizer, seconds each).
         with tempfile.NamedTemporaryFile(prefix="dspark-", suffix=".pickle", delete=False) as given:
@@ -42,6 +53,36 @@ class WorkerPool(ProcessPoolExecutor):
         initargs = (meet, str(self._given))
         super().__init__(processes, mp_context=context, initializer=_begin, initargs=initargs)
         self._first = [self.submit(os.getpid) for _ in range(processes)]
+
+    def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
+        try:
+            inner = super().submit(fn, *args, **kwargs)
+        except BrokenProcessPool as error:
+            raise self._killed() from error
+        out: Future[T] = Future()
+        inner.add_done_callback(lambda done: self._hand_on(done, out))
+        return out
+
+    def _hand_on(self, done: Future[T], out: Future[T]) -> None:
+        if done.cancelled():
+            out.cancel()
+            return
+        error = done.exception()
+        if error is None:
+            out.set_result(done.result())
+        elif isinstance(error, BrokenProcessPool):
+            killed = self._killed()
+            killed.__cause__ = error
+            out.set_exception(killed)
+        else:
+            out.set_exception(error)
+
+    def _killed(self) -> EngineError:
+        return EngineError(
+            f"a process that {self.task} ended before its work was done (one of {self.processes}, see --workers): it was killed, as the kernel does "
+            "when memory runs out (dmesg tells), or it crashed. The parts that were whole are kept. Go on with the same command and --resume, with more "
+            f"memory or fewer --workers than {self.processes} (0: no such processes)."
+        )
 
     def wait_until_started(self) -> None:
         """Until all of them can work: starting takes seconds, in which they have the cores, and a rate is not to be judged by them."""

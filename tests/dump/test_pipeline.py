@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import multiprocessing
+import os
+import signal
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
 import pytest
-from dump_runs import Wrapped, assert_same
+from dump_runs import Wrapped, assert_same, corpus
 
 from dspark.cache.codec import Codec
 from dspark.cache.errors import EngineError
 from dspark.cache.records import TokenSample
+from dspark.dump.blocks import can_share
 from dspark.dump.capture import Captured, CodedStates, Engine, States
 from dspark.dump.config import DumpConfig
 from dspark.dump.job import load_engine
@@ -93,3 +99,47 @@ def test_no_more_than_so_many_batches_are_waited_for(
 
     config = dataclasses.replace(config, batch_tokens=32)
     dump(config, show, lambda plan, n: Bounded(load_engine(plan, n), 0))
+
+
+@pytest.mark.skipif(not can_share(), reason="parts are written by threads here")
+@pytest.mark.parametrize(("victim", "task"), [(0, "tokenises rows"), (1, "writes parts")])
+def test_a_killed_worker_process_is_named_and_resume_goes_on(
+    config: DumpConfig,
+    show: Display,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    write_rows: Callable[..., Path],
+    victim: int,
+    task: str,
+) -> None:
+    """As the kernel does it when memory runs out: what was whole stays, nothing is left behind, and the store becomes that of an unbroken run."""
+    monkeypatch.setattr("dspark.dump.job.PROCESS_ROWS", 1)
+    monkeypatch.setattr("dspark.dump.tokenise.CHUNK", 4)  # so that rows are left when one is killed
+    rows = write_rows(corpus(200), "long.jsonl")
+    config = dataclasses.replace(config, data=str(rows), workers=1)
+    whole = dataclasses.replace(config, output=tmp_path / "whole.zarr", workers=0)
+    dump(whole, show)
+    count = itertools.count()
+
+    def written() -> int:
+        return len(list((config.output / "parts").glob("0*")))
+
+    def kill() -> None:
+        if next(count) == 40:
+            deadline = time.monotonic() + 60
+            while not written() and time.monotonic() < deadline:
+                time.sleep(0.01)
+            # The pool of the tokenisers is started first.
+            processes = sorted(multiprocessing.active_children(), key=lambda p: p.pid or 0)
+            assert len(processes) == 2
+            os.kill(processes[victim].pid or 0, signal.SIGKILL)
+
+    with pytest.raises(EngineError, match=f"a process that {task} .*memory.*--resume.*fewer --workers"):
+        dump(config, show, lambda plan, n: Wrapped(load_engine(plan, n), kill))
+    assert 0 < written() < len(list((whole.output / "parts").glob("0*")))
+    deadline = time.monotonic() + 60  # the pool that was not hit is told to end and not waited for
+    while multiprocessing.active_children() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert multiprocessing.active_children() == []
+    dump(dataclasses.replace(config, resume=True), show)
+    assert_same(config.output, whole.output)

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import sys
 import tempfile
+import time
+from concurrent.futures import CancelledError
 from pathlib import Path
 
 import pytest
 
+from dspark.cache.errors import EngineError
 from dspark.dump.workers import WorkerPool
 
 
@@ -20,7 +24,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_all_start_with_what_they_are_given(folder: Path) -> None:
-    with WorkerPool(2, sys.setrecursionlimit, (4321,)) as pool:
+    with WorkerPool(2, "tests", sys.setrecursionlimit, (4321,)) as pool:
         pool.wait_until_started()
         assert list(folder.iterdir()) == []
         # Nobody was idle before both were there, so both were started.
@@ -29,8 +33,35 @@ def test_all_start_with_what_they_are_given(folder: Path) -> None:
 
 
 def test_one_that_dies_at_the_start_is_an_error(folder: Path) -> None:
-    pool = WorkerPool(2, os._exit, (3,))
-    with pytest.raises(Exception, match="terminated abruptly"):
+    pool = WorkerPool(2, "tests", os._exit, (3,))
+    with pytest.raises(EngineError, match=r"a process that tests ended before its work was done \(one of 2,"):
         pool.wait_until_started()
     pool.close()
     assert list(folder.iterdir()) == []
+
+
+def test_one_that_is_killed_says_so_of_every_task(folder: Path) -> None:
+    with WorkerPool(2, "writes parts") as pool:
+        pool.wait_until_started()
+        victim = pool.submit(os.getpid).result(timeout=60)
+        tasks = [pool.submit(time.sleep, 600) for _ in range(9)]  # under way and waiting
+        os.kill(victim, signal.SIGKILL)
+        said = "a process that writes parts .*memory runs out.*--resume.*fewer --workers than 2"
+        for task in tasks:
+            with pytest.raises(EngineError, match=said):
+                task.result(timeout=60)
+        with pytest.raises(EngineError, match=said):
+            pool.submit(os.getpid)
+    assert multiprocessing.active_children() == []
+
+
+def test_what_a_task_raises_is_raised_and_what_waits_is_given_up(folder: Path) -> None:
+    pool = WorkerPool(1, "tests")
+    pool.wait_until_started()
+    with pytest.raises(FileNotFoundError):
+        pool.submit(os.stat, "/none").result(timeout=60)
+    tasks = [pool.submit(time.sleep, 0.2) for _ in range(20)]
+    pool.close()
+    with pytest.raises(CancelledError):
+        tasks[-1].result(timeout=60)
+    pool.shutdown(wait=True)
