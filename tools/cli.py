@@ -119,9 +119,9 @@ def verify_command(cache: str, drop_damaged: bool, as_json: bool) -> None:
             f"{'sound' if report.ok else 'DAMAGED'}: {report.checked_parts} parts, {report.checked_chunks} chunks, {len(report.findings)} findings"
         )
         if dropped:
-            print(
-                f"deleted parts {', '.join(dropped)}; run the same dspark-dump command with --resume to write them again"
-            )
+            print(f"deleted, or gone already: {', '.join(dropped)}")
+        if drop_damaged and not report.ok:
+            print("run the same dspark-dump command with --resume to write again what is missing")
     sys.exit(0 if report.ok else 1)
 
 
