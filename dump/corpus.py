@@ -126,7 +126,7 @@ class JsonlCorpus:
             where = f"{self.path}:{line}"
             try:
                 value = json.loads(text)
-            except (ValueError, UnicodeDecodeError) as error:
+            except (ValueError, RecursionError) as error:
                 raise DataError(
                     f"{where}: not JSON ({error}). Every line must be one JSON object."
                 ) from error
@@ -229,13 +229,26 @@ def _messages(value: Any, where: str) -> list[Message]:
         if not isinstance(content, str | list | None):
             raise DataError(f"{where}: messages[{i}].content is a {type(content).__name__}, expected text.")
         # Data sets give every message every key: absent ones as None, which templates would take for present.
-        out.append(
-            {k: v for k, v in message.items() if v is not None}
-            | {"content": content if content is not None else ""}
-        )
+        out.append({k: v for k, v in message.items() if v is not None} | {"content": _joined(content)})
     if not out:
         raise DataError(f"{where}: `messages` is empty.")
     return out
+
+
+def _joined(content: str | list[Any] | None) -> str | list[Any]:
+    """A list of text parts as the text that they make: most templates take text only, and print a list as Python writes it or refuse it. A list
+    with something else in it stays: that row is dropped (``tokens.unusable``)."""
+    if not isinstance(content, list):
+        return content or ""
+    texts: list[str] = []
+    for part in content:
+        text = part
+        if isinstance(part, Mapping):
+            text = part.get("text") if part.get("type", "text") == "text" else None
+        if not isinstance(text, str):
+            return content
+        texts.append(text)
+    return "".join(texts)
 
 
 def _token_row(value: Mapping[str, Any], where: str) -> TokenRow:

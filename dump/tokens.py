@@ -31,6 +31,8 @@ TOO_FEW = "too few supervised tokens"
 REWRITES = "template rewrites history"
 REFUSED = "template refuses the row"
 NO_MATCH = "assistant pattern does not match"
+NOT_UNICODE = "not Unicode text"
+NOT_TEXT = "content is not text alone"
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +104,8 @@ class SampleMaker:
             raise DataError(
                 f"{row.where}: found one of {kinds[not self.tokenised]} in a corpus that began with {kinds[self.tokenised]}. Split the file."
             )
+        if isinstance(value, ChatRow) and (why_not := unusable(value)) is not None:
+            return why_not
         try:
             if isinstance(value, TokenRow):
                 ids, mask, key = self._given(value, row.where)
@@ -116,16 +120,20 @@ class SampleMaker:
         return Made(TokenSample(row.number, key, ids, mask), truncated=truncated)
 
     def _given(self, value: TokenRow, where: str) -> tuple[Any, Bool, bytes]:
-        ids = np.asarray(value.input_ids, dtype=np.int64)
-        if ids.min() < 0 or ids.max() >= self.vocab_size:
-            bad = int(ids[(ids < 0) | (ids >= self.vocab_size)][0])
+        # Before they are an array: JSON has integers of any size.
+        if min(value.input_ids) < 0 or max(value.input_ids) >= self.vocab_size:
+            bad = next(i for i in value.input_ids if not 0 <= i < self.vocab_size)
             raise DataError(
                 f"{where}: token id {bad} is outside the target's vocabulary of {self.vocab_size}. Was it another tokenizer?"
             )
         mask = np.asarray(value.loss_mask, dtype=np.bool_)
         if not mask.any():
             raise Dropped(NO_ANSWER)
-        return ids.astype(np.int32), mask, sample_key(value.input_ids[: int(mask.argmax())])
+        return (
+            np.asarray(value.input_ids, dtype=np.int32),
+            mask,
+            sample_key(value.input_ids[: int(mask.argmax())]),
+        )
 
     def _chat(self, value: ChatRow) -> tuple[Any, Bool, bytes]:
         turns = [i for i, m in enumerate(value.messages) if m["role"] == "assistant"]
@@ -271,12 +279,24 @@ def compile_pattern(pattern: str) -> re.Pattern[str]:
     return compiled
 
 
+def unusable(value: ChatRow) -> Made | None:
+    """The row dropped, if no tokenizer can be given what it says, wherever in its messages and tools that is. To be asked before it is rendered."""
+    for i, message in enumerate(value.messages):
+        if not isinstance(message["content"], str):
+            return Made(None, NOT_TEXT, f"messages[{i}] has parts other than text")
+    text = canonical([value.messages, value.tools])
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        # Half of an emoji, as a cut of UTF-16 text leaves it: JSON can write it, UTF-8 cannot. Escaped here, for the log is UTF-8 too.
+        before, half = text[max(error.start - 20, 0) : error.start], text[error.start]
+        return Made(None, NOT_UNICODE, f"half a character, {half!a}, behind {before!a}")
+    return None
+
+
 def content_text(message: Message) -> str:
-    """A message's text; the text parts joined where content is a list of parts."""
-    content = message.get("content") or ""
-    if isinstance(content, list):
-        return "".join(part.get("text", "") for part in content if isinstance(part, dict))
-    return str(content)
+    """A message's text."""
+    return str(message["content"])
 
 
 def _find_text(text: str, start: int, stop: int, content: str) -> int | None:
@@ -295,5 +315,9 @@ def inside(offsets: Any, start: int, stop: int) -> Bool:
 
 def sample_key(prompt: Sequence[Any]) -> bytes:
     """First KEY_BYTES bytes of sha256 over the canonical JSON of the prompt (messages, or ids)."""
-    text = json.dumps(prompt, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:KEY_BYTES]
+    return hashlib.sha256(canonical(prompt).encode("utf-8", "surrogatepass")).digest()[:KEY_BYTES]
+
+
+def canonical(value: Any) -> str:
+    """Canonical JSON. What a data set holds beside JSON's types (the date of a message) is written as text."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, default=str)

@@ -82,6 +82,13 @@ def test_not_json_names_file_and_line(tmp_path: Path) -> None:
         list(open_corpus(str(path)).rows())
 
 
+def test_too_deeply_nested_names_file_and_line(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text("[" * 100_000 + "]" * 100_000 + "\n")
+    with pytest.raises(DataError, match=r"rows.jsonl:1: not JSON"):
+        list(open_corpus(str(path)).rows())
+
+
 def test_broken_gzip(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl.gz"
     path.write_bytes(gzip.compress((json.dumps(CHAT) + "\n").encode() * 1000)[:-20])

@@ -2,14 +2,34 @@
 
 from __future__ import annotations
 
+import dataclasses
+import datetime
+import json
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from dump_runs import corpus
 
 from dspark.cache.errors import DataError, UsageError
+from dspark.dump.config import DumpConfig
 from dspark.dump.corpus import Row, parse_row
-from dspark.dump.tokens import NO_ANSWER, NO_MATCH, REFUSED, REWRITES, TOO_FEW, Made, SampleMaker, sample_key
+from dspark.dump.progress import Display
+from dspark.dump.run import dump
+from dspark.dump.tokens import (
+    NO_ANSWER,
+    NO_MATCH,
+    NOT_TEXT,
+    NOT_UNICODE,
+    REFUSED,
+    REWRITES,
+    TOO_FEW,
+    Made,
+    SampleMaker,
+    sample_key,
+)
 from dump_targets import CHATML, build_tokenizer, chat
 
 TAGGED = (
@@ -111,6 +131,76 @@ def test_drops(row: dict[str, Any], template: str, options: dict[str, Any], reas
     assert (made.sample, made.dropped) == (None, reason)
 
 
+HALF = "hello \ud83d"  # an emoji cut in two, as JSON can write it and UTF-8 cannot
+CALL = {"type": "function", "function": {"name": "f", "arguments": {"q": HALF}}}
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        chat(f"u: {HALF}", "a: yes it is"),
+        chat("u: hi", f"a: {HALF}"),
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": HALF}]}, *chat("a: yes")["messages"]]},
+        {"conversations": [{"from": "human", "value": HALF}, {"from": "gpt", "value": "yes it is"}]},
+        {"messages": [*chat("u: hi")["messages"], {"role": "assistant", "content": "yes", "tool_calls": [CALL]}]},
+        {"messages": [*chat("u: hi")["messages"], {"role": "assistant", "content": "yes", "reasoning_content": HALF}]},
+        chat("u: hi", "a: yes it is", tools=[{"type": "function", "function": {"name": "f", "description": HALF}}]),
+        chat("u: hi", "a: yes it is", tools=[{"type": "function", "function": {HALF: 1}}]),
+    ],
+    ids=["prompt", "answer", "part", "sharegpt", "tool call", "reasoning", "tools", "key"],
+)  # fmt: skip
+@pytest.mark.parametrize("rule", [{}, {"assistant_pattern": PATTERN}], ids=["difference", "pattern"])
+def test_half_a_character_drops_the_row(row: dict[str, Any], rule: dict[str, Any]) -> None:
+    """Tokenizers refuse it with an error that names no row."""
+    made = make(row, **rule)
+    assert (made.sample, made.dropped) == (None, NOT_UNICODE)
+    assert r"half a character, '\ud83d', behind" in made.detail
+    made.detail.encode()  # it goes to a log
+
+
+def test_half_a_character_in_the_middle_of_a_dump_is_counted(
+    config: DumpConfig, show: Display, write_rows: Callable[..., Path]
+) -> None:
+    rows = corpus(20)
+    rows[9] = chat(f"u: {HALF}", "a: yes it is")
+    out = dump(dataclasses.replace(config, data=str(write_rows(rows))), show)
+    assert out["dropped"] == {NO_ANSWER: 2, NOT_UNICODE: 1}
+    assert (out["rows_read"], out["samples"]) == (20, 17)
+    log = config.output.with_name("hs.zarr.log").read_text()
+    assert rf"rows.jsonl:10: dropped: {NOT_UNICODE} (half a character, '\ud83d', behind" in log
+    many = write_rows(rows[:2] + [rows[9]] * 3, "many.jsonl")
+    with pytest.raises(DataError, match=rf"3 of the first 5 rows gave no sample \({NOT_UNICODE}: 3\)"):
+        dump(dataclasses.replace(config, data=str(many), overwrite=True), show)
+
+
+def test_both_halves_are_a_character() -> None:
+    row = json.loads(json.dumps(chat("u: hi", "a: \U0001f600")))  # JSON writes it as two halves
+    sample = make(row).sample
+    assert sample is not None
+    assert build_tokenizer().decode(sample.input_ids[sample.loss_mask]) == "\U0001f600<|im_end|>"
+
+
+def test_a_content_in_parts() -> None:
+    """Text parts are their text, whatever the template does with lists; a part that is no text drops the row."""
+    parts = [{"type": "text", "text": "yes"}, {"type": "text", "text": "."}]
+    for template in (CHATML, TAGGED):
+        row = {"messages": [{"role": "user", "content": ["hi"]}, {"role": "assistant", "content": parts}]}
+        assert marked(make(row, template)) == marked(make(ONE, template))
+        row["messages"][0]["content"] = [*parts, {"type": "image", "url": "a.png"}]
+        made = make(row, template)
+        assert (made.dropped, made.detail) == (NOT_TEXT, "messages[0] has parts other than text")
+
+
+def test_nul_characters_are_text_like_any_other() -> None:
+    assert marked(make(chat("u: a\0b", "a: x\0y"))) == f"{U}a\0b<|im_end|>\n{A}«x\0y<|im_end|>»\n"
+
+
+def test_a_date_in_a_message_of_a_data_set() -> None:
+    row = chat("u: hi", "a: yes.")
+    row["messages"][0]["date"] = datetime.date(2026, 11, 22)
+    assert marked(make(row)) == marked(make(ONE))
+
+
 def test_an_answer_whose_text_follows_its_prompt_survives_a_rewritten_history() -> None:
     text = marked(make(chat("u: hi", "a: yes", "u: why", "a: no"), THINKING))
     assert (
@@ -147,7 +237,7 @@ def test_tokenised_rows_pass_through() -> None:
     assert maker.mask_rule == "given"
 
 
-@pytest.mark.parametrize("bad", [-1, 10])
+@pytest.mark.parametrize("bad", [-1, 10, 10**30])
 def test_ids_outside_the_vocabulary(bad: int) -> None:
     maker = SampleMaker(None, tokenised=True, vocab_size=10, seq_length=4, min_supervised=2)
     with pytest.raises(DataError, match=f"f:1: token id {bad} is outside the target's vocabulary of 10"):
