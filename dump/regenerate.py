@@ -16,6 +16,7 @@ from itertools import count
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from jinja2.exceptions import TemplateError
 
 from dspark.cache.errors import EngineError, UsageError
 from dspark.cache.records import TokenSample, last_rows
@@ -24,7 +25,17 @@ from dspark.dump.answers_disk import AnswerFiles
 from dspark.dump.capture import Captured, CodedStates
 from dspark.dump.corpus import ChatRow, Message, Row
 from dspark.dump.parts import PartReader, PartRows
-from dspark.dump.tokens import NO_ANSWER, TOO_FEW, Made, SampleMaker, chat_template, sample_key
+from dspark.dump.tokens import (
+    NO_ANSWER,
+    REFUSED,
+    TOO_FEW,
+    Dropped,
+    Made,
+    SampleMaker,
+    chat_template,
+    sample_key,
+    unusable,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -61,20 +72,29 @@ class Prompts(SampleMaker):
         self.tokenised = False
 
     def ids(self, messages: list[Message], tools: list[Any] | None) -> list[int]:
+        """The prompt that asks for the answer to ``messages``. Raises Dropped where the template refuses them."""
         more = {} if self.sampling.thinking is None else {"enable_thinking": self.sampling.thinking}
-        text = self.tokenizer.apply_chat_template(
-            messages, tools=tools, tokenize=False, add_generation_prompt=True, **more
-        )
+        try:
+            text = self.tokenizer.apply_chat_template(
+                messages, tools=tools, tokenize=False, add_generation_prompt=True, **more
+            )
+        except (TemplateError, TypeError, ValueError) as error:
+            raise Dropped(REFUSED, str(error)) from error
         out: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         return out
 
     def make(self, row: Row) -> Made:
         if not isinstance(row.value, ChatRow):
             raise UsageError("--regenerate needs chats: this corpus holds tokens, whose prompts end nowhere.")
+        if (why := unusable(row.value)) is not None:
+            return why
         first = turns(row)[0]
         if not any(m["role"] == "user" for m in first):
             return Made(None, NO_PROMPT)
-        ids = np.asarray(self.ids(first, row.value.tools), np.int32)
+        try:
+            ids = np.asarray(self.ids(first, row.value.tools), np.int32)
+        except Dropped as drop:
+            return Made(None, drop.reason, drop.detail)
         if len(ids) + 2 > self.seq_length:
             return Made(None, TOO_LONG)
         return Made(TokenSample(row.number, sample_key(first), ids, np.ones(len(ids), np.bool_)))
@@ -96,7 +116,10 @@ class Conversation:
         """The next turn's prompt, or why there is none."""
         assert isinstance(self.row.value, ChatRow)
         self.said += self.coming.pop(0)
-        prompt = prompts.ids(self.said, self.row.value.tools)
+        try:
+            prompt = prompts.ids(self.said, self.row.value.tools)
+        except Dropped as drop:
+            return drop.reason
         room = min(prompts.sampling.max_tokens, prompts.seq_length - len(prompt))
         if room < 2:
             return TOO_LONG

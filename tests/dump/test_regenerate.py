@@ -143,6 +143,33 @@ def test_too_many_dropped_rows_stop_it_early(
     assert [r.row_stop for r in scan_parts(config.output).values()] == [3, 6, 9]
 
 
+def test_rows_that_are_no_text_are_dropped_and_counted(
+    config: DumpConfig, write_rows: Callable[..., Path]
+) -> None:
+    rows = [chat("u: the cat"), chat("u: half \ud83d"), chat("u: the mat")]
+    out = dump(dataclasses.replace(config, data=str(write_rows(rows)), max_dropped=0.5), Display())
+    assert (out["samples"], out["dropped"]) == (2, {"not Unicode text": 1})
+
+
+def test_a_turn_that_the_template_refuses_drops_its_row(
+    tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refusing = "{% if messages[-1]['content'] == 'no' %}{{ raise_exception('not this') }}{% endif %}"
+    monkeypatch.setattr(tokenizer, "chat_template", refusing + tokenizer.chat_template)
+    prompts = regenerate.Prompts(tokenizer, GREEDY, 200)
+    first, second = (
+        Row(0, "x", ChatRow([{"role": "user", "content": c} for c in said], None, True))
+        for said in (("no", "b"), ("a", "no"))
+    )
+    made = prompts.make(first)
+    assert (made.sample, made.dropped, made.detail) == (None, "template refuses the row", "not this")
+    assert prompts.make(second).sample is not None
+    talk = regenerate.Conversation(second, regenerate.turns(second))
+    assert isinstance(talk.ask(0, prompts), Ask)
+    talk.said.append({"role": "assistant", "content": "answer"})
+    assert talk.ask(0, prompts) == "template refuses the row"
+
+
 def test_answers_with_too_few_tokens_are_dropped(config: DumpConfig) -> None:
     # Long prompts leave less room.
     config = dataclasses.replace(config, temperature=0.0, max_dropped=1.0, seq_length=32)
