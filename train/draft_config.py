@@ -9,6 +9,7 @@ readers' defaults differ (``sample_from_anchor``: true in vLLM for this layout, 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Self, get_args
@@ -61,6 +62,11 @@ class DraftConfig:
             value = getattr(self, name)
             self._require(
                 isinstance(value, int) and value > 0, f"{name} is {value!r}; expected a positive integer"
+            )
+        for name in ("rope_theta", "rms_norm_eps", "initializer_range"):
+            value = getattr(self, name)
+            self._require(
+                math.isfinite(value) and value > 0, f"{name} is {value!r}; expected a finite number above 0"
             )
         self._require(
             self.speculator_type in get_args(SpeculatorType),
@@ -227,21 +233,19 @@ class DraftConfig:
                     f"config.json has {key} = {flat[key]!r}; this package computes only {allowed[0]!r}"
                 )
         layer_types = flat.get("layer_types") or []
-        if any(kind != "full_attention" for kind in layer_types):
+        if not isinstance(layer_types, list) or any(kind != "full_attention" for kind in layer_types):
             raise DraftError(f"config.json has layer_types {layer_types}; only full_attention is implemented")
         rope = flat.get("rope_parameters") or flat.get("rope_scaling") or {}
-        if rope.get("rope_type", "default") != "default":
-            raise DraftError(
-                f"config.json has RoPE of type {rope['rope_type']!r}; only 'default' is implemented"
-            )
+        if not isinstance(rope, dict) or rope.get("rope_type", "default") != "default":
+            raise DraftError(f"config.json has the RoPE {rope!r}; only the type 'default' is implemented")
         wide = flat.get("target_hidden_size")
         if wide is not None and wide != flat.get("hidden_size"):
             raise DraftError(
                 f"config.json has target_hidden_size {wide}, hidden_size {flat.get('hidden_size')}: not equal"
             )
-        markov = int(flat.get("markov_rank", 0))
-        kind = str(flat.get("speculator_type") or ("dspark" if markov else "dflash"))
         try:
+            markov = int(flat.get("markov_rank", 0))
+            kind = str(flat.get("speculator_type") or ("dspark" if markov else "dflash"))
             return cls(
                 speculator_type=kind,
                 hidden_size=int(flat["hidden_size"]),
@@ -289,4 +293,5 @@ def _rope_theta(config: Mapping[str, Any], *, default: float) -> float:
     nested = config.get("rope_parameters") or {}
     # Per-layer-type parameters (Gemma) nest once more; the draft attends fully, so full attention's base is its.
     nested = nested.get("full_attention", nested)
-    return float(nested.get("rope_theta") or config.get("rope_theta") or default)
+    said = (place.get("rope_theta") for place in (nested, config))
+    return float(next((theta for theta in said if theta is not None), default))
