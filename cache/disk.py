@@ -90,8 +90,8 @@ def error_number(error: OSError | SafetensorError) -> int | None:
 
 
 def remove(path: Path) -> None:
-    """Delete a file or a folder, if it is there."""
-    if path.is_dir():
+    """Delete a file, a folder or a link, if it is there."""
+    if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)

@@ -61,7 +61,9 @@ class AnswerFiles:
             with write_errors(self.folder):
                 self.folder.mkdir()
                 fsync_path(self.folder.parent)
-        lines = "".join(json.dumps(a, ensure_ascii=False) + "\n" for a in answers)
+        lines = "".join(
+            json.dumps(a, ensure_ascii=False, default=str) + "\n" for a in answers
+        )  # a data set's dates
         write_file(self._of(index), lines.encode())
 
     def check(self, records: Mapping[int, PartRecord]) -> None:
@@ -72,14 +74,17 @@ class AnswerFiles:
     def join(self, records: Mapping[int, PartRecord]) -> None:
         """Replace the joined file by the answers of all parts, in order. Raises DamagedCacheError, leaving it as it is, if some are missing."""
         staged = self.joined.with_name(STAGING + self.joined.name)
-        with write_errors(self.joined):
-            with open(staged, "wb") as file:
-                for lines in self._lines(records):
-                    file.writelines(lines)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(staged, self.joined)
-            fsync_path(self.joined.parent)
+        try:
+            with write_errors(self.joined):
+                with open(staged, "wb") as file:
+                    for lines in self._lines(records):
+                        file.writelines(lines)
+                    file.flush()
+                    os.fsync(file.fileno())
+                os.replace(staged, self.joined)
+                fsync_path(self.joined.parent)
+        finally:
+            staged.unlink(missing_ok=True)
 
     def clear(self) -> None:
         """Delete the parts' files: what they hold is in the joined file, or of no use."""

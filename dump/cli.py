@@ -29,7 +29,7 @@ A row of --data is {"messages": [...]} or {"input_ids": [...], "loss_mask": [...
 last answer that was cut short. Exit code: 0 done, 1 failed, 2 wrong usage."""
 
 
-class LayerIds(click.ParamType[tuple[int, ...]]):
+class LayerIds(click.ParamType):  # type: ignore[type-arg]  # no generic before click 8.4
     """Commas or one quoted list."""
 
     name = "IDS"

@@ -71,7 +71,9 @@ def dump(
         job = continued(job, stored)
         stored.same_plan(job.manifest, str(config.output))
         if stored.complete:
-            if answers.folder.exists():  # stopped between the end of the store and theirs
+            if (
+                config.regenerate and answers.folder.exists()
+            ):  # stopped between the end of the store and theirs
                 answers.join(scan_parts(config.output))
                 answers.clear()
                 show.say(f"answers  {answers.joined}")

@@ -32,7 +32,7 @@ class Temperature(Finite):
         return number
 
 
-class Device(click.ParamType[str]):
+class Device(click.ParamType):  # type: ignore[type-arg]  # no generic before click 8.4
     """auto, cpu, cuda or cuda:N. Whether this machine has it, torch is asked when it is used."""
 
     name = "DEVICE"

@@ -98,6 +98,7 @@ def _whole_or_not_at_all(final: Path) -> Iterator[Path]:
     """A folder to write in, which becomes ``final`` at the end. After an error, or Ctrl-C, it is gone and ``final`` is as it was."""
     from dspark.cache.disk import STAGING, commit_folder, write_errors
 
+    final = final.resolve()  # behind a link: that is what is replaced, and the link stays
     staged, replaced = (final.with_name(STAGING + name) for name in (final.name, f"{final.name}.replaced"))
     try:
         with write_errors(final):

@@ -35,22 +35,24 @@ WITHDRAWN = (("ema", 0.0), ("slot_weights", "decay"), ("noise_std", 0.0))
 
 @dataclass(frozen=True, slots=True)
 class Number:
-    """What a numeric setting may be, in words and as a test. NaN and infinities are no number."""
+    """What a numeric setting may be, in words and as a test. NaN is no number, and an infinity only where it means something."""
 
     words: str
     holds: Callable[[float], bool]
     whole: bool = False
+    endless: bool = False
 
     def allows(self, value: object) -> bool:
         kinds = int if self.whole else int | float
         if isinstance(value, bool) or not isinstance(value, kinds):
             return False
-        return (isinstance(value, int) or math.isfinite(value)) and self.holds(value)
+        return (isinstance(value, int) or self.endless or math.isfinite(value)) and self.holds(value)
 
 
 COUNT = Number("a positive whole number", lambda n: n > 0, whole=True)
 COUNT_OR_0 = Number("a whole number, 0 or more", lambda n: n >= 0, whole=True)
 POSITIVE = Number("a positive number", lambda x: x > 0)
+POSITIVE_OR_INF = Number("a positive number or inf", lambda x: x > 0, endless=True)  # no clipping, no decay
 NOT_NEGATIVE = Number("a number, 0 or more", lambda x: x >= 0)
 SHARE = Number("a share in [0, 1)", lambda x: 0 <= x < 1)
 EPOCHS = Number("a positive number, 1e9 at most", lambda x: 0 < x <= 1e9)  # times steps it is still a number
@@ -66,7 +68,7 @@ NUMBERS = {
     "min_lr_ratio": SHARE,
     "warmup_ratio": SHARE,
     "weight_decay": NOT_NEGATIVE,
-    "grad_clip": POSITIVE,
+    "grad_clip": POSITIVE_OR_INF,
     "total_seq_len": COUNT,
     "rows_per_step": COUNT,
     "max_anchors": COUNT_OR_0,
@@ -75,7 +77,7 @@ NUMBERS = {
     "markov_rank": COUNT_OR_0,
     "draft_vocab_size": COUNT,
     "confidence_head_alpha": NOT_NEGATIVE,
-    "decay": POSITIVE,
+    "decay": POSITIVE_OR_INF,
     "val_fraction": SHARE,
     "val_rows": COUNT,
     "checkpoint_freq": EPOCHS,

@@ -53,8 +53,7 @@ def read_ahead(
         except StopIteration:
             return
         except (RuntimeError, OSError, EOFError):
-            # A reader that dies while it hands over a row is a broken connection first, and dead a moment later.
-            wait([reader.sentinel for reader in readers], GRACE)
+            _settle(readers)
             _all_there(readers)
             raise
         if isinstance(row, DsparkError):
@@ -88,6 +87,16 @@ def _no_alarm() -> Iterator[None]:
     yield
     if main:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL if before is None else before)
+
+
+def _settle(readers: list[BaseProcess]) -> None:
+    """Behind a broken connection: wait until who broke it is known to be gone. A reader that dies closes its connections first, then the pipe
+    that is its sentinel, and has an exit code a moment after that.
+    """
+    gone = wait([reader.sentinel for reader in readers], GRACE)
+    for reader in readers:
+        if reader.sentinel in gone:
+            reader.join(GRACE)
 
 
 def _all_there(readers: list[BaseProcess]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import json
 import shutil
 from collections.abc import Callable
@@ -87,6 +88,22 @@ def test_a_file_that_cannot_be_read_is_a_sentence(answers: AnswerFiles) -> None:
     answers.joined.mkdir()
     with pytest.raises(DamagedCacheError, match="could not be read"):
         answers.check(RECORDS)
+
+
+def test_a_join_that_fails_leaves_nothing_behind(answers: AnswerFiles) -> None:
+    before = said(answers)
+    answers.save(1, [line(3)])
+    with pytest.raises(DamagedCacheError, match="found 1 answers"):
+        answers.join(RECORDS)
+    assert said(answers) == before
+    assert {p.name for p in answers.joined.parent.iterdir()} == {answers.joined.name, answers.folder.name}
+
+
+def test_a_date_in_a_message_is_written_as_text(answers: AnswerFiles) -> None:
+    """Data sets with a time in each message give dates, which JSON has not."""
+    answers.save(0, [line(0), {"row": 2, "messages": [{"content": "x", "at": datetime.date(2026, 1, 2)}]}])
+    answers.join(RECORDS)
+    assert '"at": "2026-01-02"' in answers.joined.read_text()
 
 
 def test_the_answers_of_another_store_are_neither_lost_nor_taken(answers: AnswerFiles) -> None:

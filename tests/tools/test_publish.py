@@ -219,6 +219,17 @@ def test_what_a_killed_export_left_is_no_hindrance(draft: Path, tmp_path: Path) 
     assert load_config(tmp_path / "out") == load_config(draft)
 
 
+def test_a_link_as_out_stays_and_what_it_leads_to_is_replaced(draft: Path, tmp_path: Path) -> None:
+    export(str(draft), str(tmp_path / "out"), pictures=False)
+    (tmp_path / "link").symlink_to("out")
+    for _ in range(2):
+        (tmp_path / "out" / "model.safetensors").unlink()
+        export(str(draft), str(tmp_path / "link"), pictures=False, overwrite=True)
+        assert (tmp_path / "link").is_symlink()
+        assert (tmp_path / "out" / "model.safetensors").is_file()
+        assert left(tmp_path) == ["draft", "link", "out"]
+
+
 @pytest.mark.parametrize("content", ["{}", '{"engine":', "[]"])
 def test_a_report_is_read_before_anything_is_written(draft: Path, tmp_path: Path, content: str) -> None:
     report = tmp_path / "o.json"

@@ -9,24 +9,11 @@ import time
 from typing import Any
 
 import pytest
-from torch.utils.data import Dataset
+from reader_rows import Numbers
 
 from dspark.cache import errors
+from dspark.train import readers
 from dspark.train.readers import read_ahead
-
-
-class Numbers(Dataset[Any]):
-    """``rows[epoch, i]`` is i; some are not to be had."""
-
-    def __getitem__(self, at: tuple[int, int]) -> Any:
-        epoch, i = at
-        if epoch == 1 and i == 2:
-            time.sleep(600)
-        if epoch == 2 and i == 2:
-            raise errors.DamagedCacheError("part 3 is damaged")
-        if epoch == 3 and i == 2:
-            os._exit(7)
-        return i
 
 
 def numbers(epoch: int, workers: int = 1, count: int = 4) -> Any:
@@ -69,6 +56,27 @@ def test_a_reader_that_is_killed_while_it_is_waited_for() -> None:
     kill_the_reader()
     with pytest.raises(errors.TrainError, match="killed by SIGKILL"):
         next(rows)
+
+
+def test_a_reader_whose_end_is_known_a_moment_after_its_sentinel() -> None:
+    """As seen in one of three kills: the pipe is closed, the process not yet reaped."""
+
+    class Dying:
+        pid, exitcode = 99, None
+
+        def __init__(self) -> None:
+            self.sentinel, other = os.pipe()
+            os.close(other)
+
+        def join(self, timeout: float) -> None:
+            self.exitcode = -signal.SIGKILL
+
+    reader: Any = Dying()
+    readers._all_there([reader])
+    readers._settle([reader])
+    with pytest.raises(errors.TrainError, match="killed by SIGKILL"):
+        readers._all_there([reader])
+    os.close(reader.sentinel)
 
 
 def test_a_reader_that_ends_by_itself() -> None:
