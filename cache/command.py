@@ -32,10 +32,8 @@ def guarded(command: Callable[..., Any]) -> Callable[..., Any]:
         except DsparkError as error:
             fail(str(error), error.exit_code)
         except KeyboardInterrupt:
-            fail(
-                "interrupted. What was committed is whole: the same command with --resume goes on from there.",
-                1,
-            )
+            then = " What was committed is whole: the same command with --resume goes on from there."
+            fail("interrupted." + (then if "resume" in kwargs else ""), 1)
 
     return run
 
