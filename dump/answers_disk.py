@@ -61,9 +61,8 @@ class AnswerFiles:
             with write_errors(self.folder):
                 self.folder.mkdir()
                 fsync_path(self.folder.parent)
-        lines = "".join(
-            json.dumps(a, ensure_ascii=False, default=str) + "\n" for a in answers
-        )  # a data set's dates
+        # default: a data set's dates.
+        lines = "".join(json.dumps(a, ensure_ascii=False, default=str) + "\n" for a in answers)
         write_file(self._of(index), lines.encode())
 
     def check(self, records: Mapping[int, PartRecord]) -> None:

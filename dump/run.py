@@ -71,9 +71,8 @@ def dump(
         job = continued(job, stored)
         stored.same_plan(job.manifest, str(config.output))
         if stored.complete:
-            if (
-                config.regenerate and answers.folder.exists()
-            ):  # stopped between the end of the store and theirs
+            # Stopped between the end of the store and theirs.
+            if config.regenerate and answers.folder.exists():
                 answers.join(scan_parts(config.output))
                 answers.clear()
                 show.say(f"answers  {answers.joined}")

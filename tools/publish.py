@@ -40,6 +40,7 @@ def export(
     from dspark.cache.errors import DraftError, UsageError
     from dspark.tools import card, records
     from dspark.train import export as files
+    from dspark.train.folder import STORE, TRAINING
 
     final = Path(out)
     _free(final, overwrite)
@@ -69,7 +70,7 @@ def export(
         (staged / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
         images = card.pictures(run, staged, read) if pictures else {}
         (staged / CARD).write_text(card.card(run, manifest, read, images, final.name))
-        for name in (records.CALIBRATION, records.TRAINING, records.STORE):
+        for name in (records.CALIBRATION, TRAINING, STORE):
             if (Path(draft) / name).exists():
                 shutil.copy(Path(draft) / name, staged / name)
     return manifest

@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from dspark.cache.errors import DraftError
+from dspark.train.folder import METRICS, STORE, TRAINING, read_record
 
-TRAINING, STORE, METRICS, CALIBRATION = "training.json", "store.json", "metrics.jsonl", "calibration.json"
+CALIBRATION = "calibration.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,8 +156,6 @@ _RUN_REMEDY = "expected the object that dspark-train wrote: put a whole copy of 
 
 
 def _of_the_run(path: Path, shape: Mapping[str, Any]) -> dict[str, Any]:
-    from dspark.train.folder import read_record
-
     if not path.exists():
         return {}
     found = read_record(path)
@@ -174,7 +173,10 @@ def metrics(draft: Path) -> list[dict[str, Any]]:
         if line.strip():
             where = f"{path}:{number}"
             remedy = "every line is an object that dspark-train wrote; mend or remove the line"
-            row = _parsed(line, where, remedy)
+            try:
+                row = json.loads(line)
+            except ValueError as wrong:
+                raise DraftError(f"{where} is not JSON ({wrong}); {remedy}") from wrong
             judged = row if isinstance(row, dict) and row.get("validation") else {}
             rates = {"accept_rate": [float]} if judged.get("mean_accepted_length") else {}
             require(row, _STEP | rates, where, remedy)
@@ -188,7 +190,7 @@ def calibration(draft: Path) -> dict[str, Any]:
     if not path.exists():
         return {}
     remedy = "expected a report of dspark-tools calibrate --write: run that again, or remove the file"
-    found: dict[str, Any] = _parsed(_text(path), path, remedy)
+    found = read_record(path, remedy)
     require(found, _CALIBRATION, path, remedy)
     slots = len(found["temperature"])
     for name in ("before", "after"):
@@ -203,7 +205,7 @@ def calibration(draft: Path) -> dict[str, Any]:
 def report(path: Path) -> dict[str, Any]:
     """A report of ``dspark-tools eval``."""
     remedy = "expected a file that dspark-tools eval --output wrote"
-    found: dict[str, Any] = _parsed(_text(path), path, remedy)
+    found = read_record(path, remedy)
     require(found, _REPORT, path, remedy)
     return found
 
@@ -211,7 +213,7 @@ def report(path: Path) -> dict[str, Any]:
 def manifest(path: Path) -> dict[str, Any]:
     """The manifest of an exported draft."""
     remedy = "expected what dspark-tools export wrote: export again"
-    found: dict[str, Any] = _parsed(_text(path), path, remedy)
+    found = read_record(path, remedy)
     require(found, {"files": Each({"sha256": str})}, path, remedy)
     return found
 
@@ -223,10 +225,3 @@ def _text(path: Path) -> str:
         raise DraftError(f"{path} cannot be read: {wrong.strerror}") from wrong
     except UnicodeDecodeError as wrong:
         raise DraftError(f"{path} is not text ({wrong}); put a whole copy of the file back") from wrong
-
-
-def _parsed(text: str, where: Path | str, remedy: str) -> Any:
-    try:
-        return json.loads(text)
-    except ValueError as wrong:
-        raise DraftError(f"{where} is not JSON ({wrong}); {remedy}") from wrong

@@ -106,11 +106,12 @@ def belongs(cache: Cache, config: Any, draft: str) -> None:
 
 def chosen(cache: Cache, draft: str, which: str) -> np.ndarray[Any, np.dtype[np.int64]]:
     """Sample indices of the part of the store that is scored."""
+    from dspark.train.folder import TRAINING
     from dspark.train.stream import split
 
     if which == "all":
         return np.arange(len(cache), dtype=np.int64)
-    path = Path(draft) / records.TRAINING
+    path = Path(draft) / TRAINING
     if not path.exists():
         raise UsageError(
             f"--split {which} needs {path}, which says how the draft's training split the store; --split all does not"

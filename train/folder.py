@@ -15,22 +15,26 @@ if TYPE_CHECKING:  # a tool that reads a record needs nothing of a run
     from dspark.train.setup import Run
 
 TRAINING = "training.json"  # the config of the run, beside the draft
+METRICS = "metrics.jsonl"  # a row every --log-every steps, and the validations
 STORE = "store.json"  # which store it was trained on; the path may change between a run and its resumption, the store may not
 
 
-def read_record(path: Path) -> dict[str, Any]:
-    """The JSON object in ``path``, a file beside a draft. Raises DraftError, naming the file, if it is missing, no JSON or no object."""
+WRITTEN = "expected the object that dspark-train wrote. Put a whole copy of the file back, or train into another --output."
+
+
+def read_record(path: Path, remedy: str = WRITTEN) -> dict[str, Any]:
+    """The JSON object in ``path``, a file beside a draft. Raises DraftError, naming the file, if it is missing, no JSON or no object.
+
+    ``remedy``: what was expected in it and what to do.
+    """
     try:
         found: Any = json.loads(path.read_text())
     except OSError as wrong:
         raise DraftError(f"{path} cannot be read: {wrong.strerror}") from wrong
     except ValueError as wrong:  # of JSON, or bytes that are no text
-        raise DraftError(
-            f"{path} is not JSON ({wrong}); expected the object that dspark-train wrote. "
-            "Put a whole copy of the file back, or train into another --output."
-        ) from wrong
+        raise DraftError(f"{path} is not JSON ({wrong}); {remedy}") from wrong
     if not isinstance(found, dict):
-        raise DraftError(f"{path} holds a JSON {type(found).__name__}; expected an object")
+        raise DraftError(f"{path} holds a JSON {type(found).__name__}, not an object; {remedy}")
     return found
 
 

@@ -9,13 +9,14 @@ from typing import Any
 
 from dspark.cache.disk import write_file
 from dspark.cache.errors import TrainError
+from dspark.train.folder import METRICS
 
 
 class Report:
     """``row()`` appends to metrics.jsonl and TensorBoard."""
 
     def __init__(self, folder: Path, resume_step: int, tensorboard: bool) -> None:
-        self.path = folder / "metrics.jsonl"
+        self.path = folder / METRICS
         self.log = logging.getLogger("dspark.train")
         self.log.setLevel(logging.INFO)
         self.log.propagate = False
