@@ -1,7 +1,7 @@
 """The training loop: stream -> draft -> objective -> optimizer, with checkpoints, validation and numbers on the way.
 
 One process, or several that torchrun started: each runs this loop over its rows of every step; rank 0 alone writes. The device is asked
-for a value only at logged steps.
+for a value only at logged steps, and then when the next step is queued already.
 """
 
 from __future__ import annotations
@@ -12,15 +12,12 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from dspark.cache.errors import TrainError
+from dspark.cache.errors import DsparkError, TrainError
 from dspark.train import checkpoint, distributed, folder, memory
 from dspark.train.batch import Batch
 from dspark.train.checkpoint import Position
@@ -35,19 +32,10 @@ from dspark.train.row import Row
 from dspark.train.setup import Run, prepare
 from dspark.train.step import blanks, share, step
 from dspark.train.stream import VALIDATION_EPOCH
+from dspark.train.window import Logged, Moment, Window
 
 Progress = Callable[[int, int, str], None]
 UNSAVED = "These weights were not saved. Lower --lr, or look at the store with dspark-tools stats."
-
-
-@dataclass(slots=True)
-class Window:
-    """What is summed between two logged rows; ``waited`` is the feed's count at its start."""
-
-    started: float = field(default_factory=time.perf_counter)
-    waited: float = 0.0
-    tokens: int = 0
-    steps: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,15 +114,32 @@ def _loop(
             "steps=%d steps_per_epoch=%d draft=%s", schedule.total, schedule.per_epoch, run.model.config
         )
     result = dict[str, Any]()
-    clock = time.perf_counter() - position.seconds
+    logged: Logged | None = None  # a step whose numbers are still to be read
+
+    def settle() -> None:
+        nonlocal result, logged
+        if logged is None:
+            return
+        row, at, logged = logged.row(), logged.position, None
+        world.agreed(lambda: _finite(at, row["loss"], row["grad_norm"]))
+        result = row
+        if report:
+            report.row(row)
+
+    clock, device = time.perf_counter() - position.seconds, run.compute.device
     with Interrupt(alone=world.size == 1) as interrupt:
-        feed = Feed(_steps(run, position), _placer(run), run.compute.device)
-        window = Window()
+        feed = Feed(_steps(run, position), _placer(run), device)
+        window = Window(Moment(device))
         while position.step < schedule.total:
             if position.epoch_step == run.stream.steps(position.epoch):
                 position = dataclasses.replace(position, epoch=position.epoch + 1, epoch_step=0)
-            part = share(run, feed.take, lambda: interrupt.asked)
+            try:
+                part = share(run, feed.take, lambda: interrupt.asked)
+            except DsparkError:
+                settle()  # the steps before were whole
+                raise
             if part.stop:
+                settle()
                 _save(run, position, output, export=False)
                 if report:
                     report.log.info("interrupted at step %d; saved", position.step)
@@ -142,8 +147,8 @@ def _loop(
             number = position.step + 1
             milestone = number % schedule.every == 0 or number == schedule.total
             # A milestone is logged too: a non-finite loss stops there. What its own update did, _save looks at.
-            logged = number % config.log_every == 0 or number == 1 or milestone
-            metrics = SlotMetrics(config.block_size, run.compute.device) if logged else None
+            asked = number % config.log_every == 0 or number == 1 or milestone
+            metrics = SlotMetrics(config.block_size, device) if asked else None
             values, lr = step(run, feed, part, position.step, schedule.total, metrics)
             window.tokens += part.tokens
             window.steps += 1
@@ -156,15 +161,16 @@ def _loop(
             )
             if number < schedule.total:
                 feed.fetch()  # before anything below waits for the device
+            settle()  # of the step before
             if metrics is not None:
-                result = _train_row(run, position, metrics, values, lr, window, feed)
-                if report:
-                    report.row(result)
-                window = Window(waited=feed.waited)
+                logged = Logged.begin(run, position, metrics, values, lr, window, feed.waited)
+                window = Window(logged.ended, feed.waited)
+            if milestone:
+                settle()
             progress(position.step, schedule.total, _line(result))
             if milestone:
                 result = _milestone(run, position, output, report) or result
-                window = Window(waited=feed.waited)
+                window = Window(Moment(device), feed.waited)
     return result
 
 
@@ -209,48 +215,6 @@ class Interrupt:
     def __exit__(self, *unused: object) -> None:
         for number, handler in self._old.items():
             signal.signal(number, handler)
-
-
-def _train_row(
-    run: Run,
-    position: Position,
-    metrics: SlotMetrics,
-    norm_and_loss: Tensor,
-    lr: float,
-    window: Window,
-    feed: Feed,
-) -> dict[str, Any]:
-    """The numbers of the step just done (losses) and of the window (speed), over all ranks. Waits for the device."""
-    world = run.world
-    world.sum_(norm_and_loss[1:])
-    world.sum_(metrics.sums)
-    grad_norm, loss = norm_and_loss.tolist()
-    world.agreed(lambda: _finite(position, loss, grad_norm))
-    seconds = time.perf_counter() - window.started
-    waited, peak = world.max([feed.waited - window.waited, _peak(run)])
-    values = metrics.result()
-    return {
-        "step": position.step,
-        "epoch": round(position.epoch + position.epoch_step / max(1, run.stream.steps(position.epoch)), 4),
-        "loss": loss,
-        **{
-            k: values[k]
-            for k in ("ce_loss", "l1_loss", "confidence_loss", "accept_rate", "mean_accepted_length")
-        },
-        "lr": lr,
-        "grad_norm": grad_norm,
-        "tokens": position.tokens,
-        "tokens_per_second": window.tokens / seconds,
-        "step_ms": 1000.0 * seconds / max(1, window.steps),
-        "data_wait_fraction": waited / seconds,
-        **({"peak_gb": peak} if peak else {}),
-    }
-
-
-def _peak(run: Run) -> float:
-    """GB that tensors took of this rank's GPU at most, so far; 0 on a CPU."""
-    device = run.compute.device
-    return torch.cuda.max_memory_allocated(device) / 1e9 if device.type == "cuda" else 0.0
 
 
 def _finite(position: Position, loss: float, grad_norm: float) -> None:

@@ -74,6 +74,12 @@ class SlotMetrics:
         per_slot = [accepts.sum(0), hits.sum(0), batch.counted.sum(0).to(wide)]
         self.sums += torch.cat([torch.stack(scalars), *per_slot, bins.flatten()])
 
+    def to_host(self) -> SlotMetrics:
+        """A copy on the CPU. From a GPU the copy is only queued: wait for what is queued before reading it."""
+        copy = SlotMetrics(self.block_size)
+        copy.sums = self.sums.to("cpu", non_blocking=True)
+        return copy
+
     def merge(self, other: SlotMetrics) -> None:
         assert other.block_size == self.block_size
         self.sums += other.sums.to(self.sums.device)

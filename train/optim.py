@@ -32,6 +32,7 @@ BUCKET = 1 << 26  # elements of a bucket, at least one parameter: 256 MB of grad
 ALIGN = (
     64  # elements; every parameter starts at a multiple, as the GPU's matrix units and vector loads like it
 )
+LINE = 4096  # elements; a rank's part of a bucket is whole lines, whose norms are taken first: a GPU reads them at its memory's speed
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -248,7 +249,7 @@ class FlatOptimizer:
             for bucket in self._buckets:
                 bucket.sum.wait()
         self._summing, self._sent = False, 0
-        own = [self._holders.part(b.gradients).view(-1, ALIGN) for b in self._buckets]
+        own = [self._holders.part(b.gradients).view(-1, LINE) for b in self._buckets]
         norm = self._holders.sum_(squares(own)).sqrt()
         for rule in self._rules:
             rule.update(lr, norm)
@@ -377,7 +378,7 @@ def _adopt(named: list[tuple[str, nn.Parameter]], holders: World) -> _Bucket:
     for name, p in named:
         at[name] = end
         end += -(-p.numel() // ALIGN) * ALIGN
-    end = -(-end // (ALIGN * holders.size)) * ALIGN * holders.size
+    end = -(-end // (LINE * holders.size)) * LINE * holders.size
     first = named[0][1]
     values = torch.zeros(end, dtype=first.dtype, device=first.device)
     for name, p in named:

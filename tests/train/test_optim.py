@@ -71,7 +71,7 @@ def test_muon_steps_are_those_of_plain_matrices_and_leave_the_rest_to_adamw() ->
         for parameters, g in zip((ours, list(plain.items()), adam), draws, strict=True):
             backward(parameters, g)
         norm = optimizer.step(0.02)
-        assert norm == other.step(0.02)
+        torch.testing.assert_close(norm, other.step(0.02), rtol=1e-6, atol=0)  # rows of other lines
         torch.nn.utils.clip_grad_norm_(list(plain.values()), 1.0)
         for n, p in plain.items():
             assert p.grad is not None
