@@ -1,6 +1,6 @@
 """The same training on 1, 2, ... processes by each strategy: are the loss curves one, and how many tokens a second.
 
-python bench/scaling.py --work DIR [--shape qwen3-4b] [--gpus 1,2] [--steps 30] [--cache STORE] [--train "--rows-per-step 16"]
+python bench/scaling.py --work DIR [--shape qwen3-4b] [--gpus 1,2] [--steps 34] [--cache STORE] [--train "--rows-per-step 16"]
 python bench/scaling.py --work DIR --gpus 2 --strategies ddp,zero,fsdp2      four runs: one process, and each on two
 python bench/scaling.py --work DIR --gpus 2 --strategies apart,zero            apart: on each GPU a training by itself, all at once
 python bench/scaling.py --work DIR --shape tiny --device cpu          a dry run through gloo
@@ -184,8 +184,8 @@ def main() -> None:
     parser.add_argument("--gpus", default="1,2", type=lambda text: [int(n) for n in text.split(",")])
     parser.add_argument("--strategies", default=",".join(STRATEGIES), help="also: apart")
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--steps", type=int, default=30)
-    parser.add_argument("--log-every", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=34)
+    parser.add_argument("--log-every", type=int, default=8, help="steps of a timed window")
     parser.add_argument("--rows-per-step", type=int, default=8)
     parser.add_argument("--rows", type=int, default=32, help="rows of random states in the store")
     parser.add_argument("--train", default="", help="more flags of dspark-train")

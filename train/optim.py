@@ -3,7 +3,8 @@ clipping by the global norm.
 
 Everything lies flat: the parameters of the model are views into a few buckets, and masters, gradients and moments have the buckets'
 shape. So a step is a handful of kernels however many tensors the draft has, nothing of it waits for the GPU, and the gradients of
-several ranks are summed a bucket at a time while the backward pass of the step's last row still runs.
+several ranks are summed a bucket at a time, as the backward pass of the step's last row hands them over (compiled whole, it does so at
+its end).
 
 Where the model is float32 its parameters are the masters. Where it is bfloat16 each gradient is added to the float32 buffer as soon as
 backward has made it: rows of a step accumulate in float32 and the bfloat16 gradient is freed at once.
