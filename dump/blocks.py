@@ -106,7 +106,10 @@ class Block:
         return Handle(os.getpid(), self._fd, self._memory.shape[0])
 
     def close(self) -> None:
+        """Give the memory back, once no view of it is left."""
         self._unpin()
+        # The mapping keeps the file open beside _fd, and whoever holds the error of a failed dump holds this object by its traceback.
+        self._memory = np.empty(0, np.uint8)
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1

@@ -87,6 +87,11 @@ class Filling:
             if data.is_cuda:
                 self.block.pin()
                 self._on_host(key, data).copy_(data)
+        self.release()
+
+    def release(self) -> None:
+        """Hold no view of the block any more, so that closing it gives its memory back. Nothing can be put after this."""
+        self._arrays.clear()
         self._on_device.clear()
 
     def _on_host(self, key: str, like: torch.Tensor) -> torch.Tensor:

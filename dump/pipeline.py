@@ -250,10 +250,14 @@ class Pipeline:
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._drain()
-        self._pool.shutdown(wait=True)
-        for block in self._all:
-            block.close()
+        try:
+            self._drain()
+        finally:  # a second Ctrl-C ends the waiting, not the blocks
+            self._pool.shutdown(wait=True)
+            for filling in list(self._filling.values()):
+                filling.release()
+            for block in self._all:
+                block.close()
 
 
 def write_shared(job: PartJob, handle: Handle, places: dict[str, Region]) -> tuple[PartRecord, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import multiprocessing
@@ -82,6 +83,36 @@ def test_the_engine_goes_on_while_its_states_are_on_their_way(
 def test_states_that_never_come_stop_the_dump(config: DumpConfig, show: Display) -> None:
     with pytest.raises(EngineError, match="the worker died"):
         dump(config, show, lambda plan, n: Coming(load_engine(plan, n), 5, fail=True))
+
+
+def blocks_of_ours() -> int:
+    """Files in memory that this process has open or mapped for parts."""
+    found = Path("/proc/self/maps").read_text().splitlines()
+    for fd in Path("/proc/self/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):  # closed meanwhile, as the listing's own is
+            found.append(os.readlink(fd))
+    return sum("dspark-part" in text for text in found)
+
+
+@pytest.mark.skipif(not can_share(), reason="parts are written by threads here")
+@pytest.mark.parametrize("stage", ["engine", "encoder"])
+def test_a_dump_that_fails_gives_its_blocks_back(config: DumpConfig, show: Display, stage: str) -> None:
+    """While the error is held, whose traceback leads to them: a program that tries again must not run out of memory."""
+    count = itertools.count()
+
+    def fail() -> None:
+        if next(count) == 20:
+            assert blocks_of_ours()
+            raise EngineError("the worker died")
+
+    config = dataclasses.replace(config, workers=1, batch_tokens=32)
+    with pytest.raises(EngineError, match="the worker died") as held:
+        if stage == "engine":
+            dump(config, show, lambda plan, n: Wrapped(load_engine(plan, n), fail))
+        else:
+            dump(config, show, lambda plan, n: Coming(load_engine(plan, n), 5, fail=True))
+    assert blocks_of_ours() == 0
+    assert held.value.__traceback__ is not None
 
 
 def test_no_more_than_so_many_batches_are_waited_for(
