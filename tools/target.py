@@ -14,6 +14,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from dspark.cache.device import make_current
 from dspark.cache.errors import EngineError
 from dspark.cache.frozen import FrozenTarget
 from dspark.cache.sdpa import no_plan_a_shape
@@ -112,6 +113,7 @@ def load_model(model: str, device: str = "auto", dtype: str = "auto") -> Any:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     wanted = "float32" if dtype == "auto" and device == "cpu" else dtype
     try:
+        make_current(device)
         return transformers.AutoModelForCausalLM.from_pretrained(model, dtype=wanted).to(device).eval()
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
         raise EngineError(f"transformers could not load {model} ({wanted}, {device}): {error}") from error

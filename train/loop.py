@@ -17,7 +17,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from dspark.cache.errors import DsparkError, TrainError
+from dspark.cache.errors import TrainError
 from dspark.train import checkpoint, distributed, folder, memory
 from dspark.train.batch import Batch
 from dspark.train.checkpoint import Position
@@ -133,11 +133,7 @@ def _loop(
         while position.step < schedule.total:
             if position.epoch_step == run.stream.steps(position.epoch):
                 position = dataclasses.replace(position, epoch=position.epoch + 1, epoch_step=0)
-            try:
-                part = share(run, feed.take, lambda: interrupt.asked)
-            except DsparkError:
-                settle()  # the steps before were whole
-                raise
+            part = share(run, feed.take, lambda: interrupt.asked, settle)
             if part.stop:
                 settle()
                 _save(run, position, output, export=False)

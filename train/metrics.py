@@ -75,7 +75,7 @@ class SlotMetrics:
         self.sums += torch.cat([torch.stack(scalars), *per_slot, bins.flatten()])
 
     def to_host(self) -> SlotMetrics:
-        """A copy on the CPU. From a GPU the copy is only queued: wait for what is queued before reading it."""
+        """The same sums on the CPU. From a GPU their copy is only queued: wait for what is queued before reading it."""
         copy = SlotMetrics(self.block_size)
         copy.sums = self.sums.to("cpu", non_blocking=True)
         return copy

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 import dspark.cache
+from dspark.cache.device import make_current
 from dspark.cache.errors import TrainError, UsageError
 from dspark.cache.reader import Cache
 from dspark.train.anchors import Int64
@@ -58,7 +59,8 @@ class Run:
 
 
 def choose_compute(device: str, dtype: str, compiled: bool | None, world: World | None = None) -> Compute:
-    """``auto`` takes cuda with bfloat16 if there is one, else cpu with float32 (bfloat16 is emulated and slow on most CPUs)."""
+    """``auto`` takes cuda with bfloat16 if there is one, else cpu with float32 (bfloat16 is emulated and slow on most CPUs). A GPU
+    by number becomes the process's current one."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device != "cpu" and not re.fullmatch(r"cuda(:\d+)?", device):
@@ -81,6 +83,7 @@ def choose_compute(device: str, dtype: str, compiled: bool | None, world: World 
     }
     if dtype not in names:
         raise UsageError(f"--dtype {dtype}: expected auto, bfloat16 or float32")
+    make_current(device)
     return Compute(
         torch.device(device), names[dtype], "flex" if cuda else "sdpa", cuda if compiled is None else compiled
     )

@@ -33,8 +33,17 @@ class Share:
     stop: bool  # somebody was interrupted
 
 
-def share(run: Run, take: Callable[[], list[Row]], interrupted: Callable[[], bool]) -> Share:
-    """Take the next step's rows and exchange what their ranks must know of each other. Errors of any rank's reading raise on all."""
+def share(
+    run: Run,
+    take: Callable[[], list[Row]],
+    interrupted: Callable[[], bool],
+    before_failing: Callable[[], None] = lambda: None,
+) -> Share:
+    """Take the next step's rows and exchange what their ranks must know of each other.
+
+    Errors of any rank's reading raise on all, after ``before_failing()``, which may talk to the other ranks: all are there. It is not
+    called when a rank has gone.
+    """
     own: list[Row] = []
     failed: Exception | None = None
     try:
@@ -56,6 +65,7 @@ def share(run: Run, take: Callable[[], list[Row]], interrupted: Callable[[], boo
         ]
     )
     if failures and not stops:  # an interrupt may have taken a reader with it: that is no failure
+        before_failing()
         run.world.agreed(lambda: _raise(failed))
     return Share(own, Denominators(ce, l1, confidence), int(rows), int(tokens), bool(stops))
 

@@ -111,7 +111,8 @@ class Logged:
             "tokens": self.position.tokens,
             "tokens_per_second": self.window.tokens / seconds,
             "step_ms": 1000.0 * seconds / max(1, self.window.steps),
-            "data_wait_fraction": self.waited / seconds,
+            # The host waits by its own clock, ahead of the device's by up to a step, which a window of one step may be shorter than.
+            "data_wait_fraction": min(1.0, self.waited / seconds),
             **({"peak_gb": self.peak} if self.peak else {}),
         }
 

@@ -1,6 +1,6 @@
 """What tests/train/test_ranks.py starts under torchrun: several trainings after each other on the same processes.
 
-torchrun ... ranks_script.py JOBS.json: a list of {"config", "resume", "stop", "break_rank", "break_load", "kill_reader"}; what each rank's train() raised goes to
+torchrun ... ranks_script.py JOBS.json: a list of {"config", "resume", "stop", "break_rank", "break_load", "kill_reader", "break_take"}; what each rank's train() raised goes to
 JOBS.json.RANK as a list of [type, message, exit code] or null.
 """
 
@@ -20,7 +20,9 @@ import torch.distributed as dist
 from dspark.cache.errors import DamagedCacheError
 from dspark.train.config import TrainConfig
 from dspark.train.distributed import rank_here
+from dspark.train.feed import Feed
 from dspark.train.loop import train
+from dspark.train.row import Row
 from dspark.train.stream import Rows
 
 
@@ -44,6 +46,17 @@ def run(job: dict[str, Any]) -> list[Any] | None:
     def unreadable(path: Path) -> Any:
         raise OSError(f"{path.name} cannot be read")
 
+    taken, take = 0, Feed.take
+
+    def no_sixth(self: Feed) -> list[Row]:
+        nonlocal taken
+        taken += 1
+        if taken == 6:
+            raise OSError("too many open files")
+        return take(self)
+
+    if job.get("break_take") == rank_here():
+        Feed.take = no_sixth  # type: ignore[method-assign]
     load = safetensors.torch.load_file
     if job.get("break_rank") == rank_here():
         Rows.__getitem__ = broken  # type: ignore[method-assign]
@@ -55,6 +68,7 @@ def run(job: dict[str, Any]) -> list[Any] | None:
         return [type(error).__name__, str(error), getattr(error, "exit_code", None)]
     finally:
         Rows.__getitem__ = read  # type: ignore[method-assign]
+        Feed.take = take  # type: ignore[method-assign]
         safetensors.torch.load_file = load
     return None
 

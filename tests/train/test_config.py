@@ -87,6 +87,9 @@ def test_a_gpu_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> 
         choose_compute("cuda:0", "auto", None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    current = list[torch.device]()  # where Triton starts its kernels
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
     assert choose_compute("cuda:1", "auto", None).device == torch.device("cuda", 1)
+    assert current == [torch.device("cuda", 1)]
     with pytest.raises(errors.UsageError, match="^--device cuda:2: torch sees 2 CUDA devices"):
         choose_compute("cuda:2", "auto", None)

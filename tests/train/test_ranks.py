@@ -62,7 +62,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def runs(folder: Path) -> dict[str, Any]:
     """The same training by one process, by two, stopped by one kind and resumed by the other; all jobs of two in one launch."""
-    names = "one ddp fsdp2 two_one one_two broken muon_one muon zero zero_one one_zero muon_zero half half_zero half_fsdp2 unread killed"
+    names = "one ddp fsdp2 two_one one_two broken muon_one muon zero zero_one one_zero muon_zero half half_zero half_fsdp2 unread killed files"
     at = {n: settings(folder, output=str(folder / n)) for n in names.split()}
     for name in ("muon_one", "muon", "muon_zero"):
         at[name] = dataclasses.replace(at[name], optimizer="muon", lr=2e-2)
@@ -101,6 +101,7 @@ def runs(folder: Path) -> dict[str, Any]:
             "break_load": 1,
         },
         {"config": dataclasses.replace(at["killed"], workers=1, epochs=200).to_json(), "kill_reader": 1},
+        {"config": at["files"].to_json(), "break_take": 1},
     ]
     file = folder / "jobs.json"
     file.write_text(json.dumps(jobs))
@@ -167,6 +168,14 @@ def test_a_reader_that_is_killed_stops_all_with_its_words(runs: dict[str, Any]) 
     assert second[0] == "TrainError"
     assert "was killed by SIGKILL" in second[1]
     assert first == ["PeerError", f"rank 1: {second[1]}", 1]
+
+
+def test_an_error_of_one_rank_of_any_kind_loses_no_row_of_the_steps_before(runs: dict[str, Any]) -> None:
+    """Rank 1 fails to take step 6; the ranks read step 5's numbers, which no checkpoint asked for, together first."""
+    first, second = (raised[16] for raised in runs["raised"])
+    assert second[:2] == ["OSError", "too many open files"]
+    assert first == ["PeerError", "rank 1: too many open files", 1]
+    assert [r["step"] for r in rows(runs["at"]["files"]) if "loss" in r] == [1, 2, 3, 4, 5]
 
 
 def test_fewer_rows_than_processes_are_refused(runs: dict[str, Any]) -> None:

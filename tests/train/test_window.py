@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import stores
 from dspark.cache.errors import TrainError
 from dspark.train import loop
 from dspark.train.config import TrainConfig
+from dspark.train.distributed import PeerError, World
 from dspark.train.feed import Feed
 from dspark.train.loop import train
 from dspark.train.row import Row
@@ -72,8 +74,9 @@ def test_windows_hold_every_step_once(config: TrainConfig) -> None:
         steps, tokens = r["step"], r["tokens"]
 
 
+@pytest.mark.parametrize("error", [TrainError("a chunk is damaged"), OSError("a chunk is damaged")])
 def test_a_reader_that_fails_loses_no_row_of_the_steps_before(
-    config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     take, calls = Feed.take, 0
 
@@ -81,13 +84,39 @@ def test_a_reader_that_fails_loses_no_row_of_the_steps_before(
         nonlocal calls
         calls += 1
         if calls == 5:
-            raise TrainError("a chunk is damaged")
+            raise error
         return take(self)
 
     monkeypatch.setattr(Feed, "take", failing)
-    with pytest.raises(TrainError, match="a chunk is damaged"):
+    with pytest.raises(type(error), match="a chunk is damaged"):
         train(config)
     assert [r["step"] for r in metrics(config)] == [1, 2, 4]
+
+
+def test_nobody_waits_for_the_device_when_a_rank_has_gone(
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the steps before have queued may wait for that rank for ever."""
+    calls, read = 0, list[int]()
+
+    def gone(self: World, values: Sequence[float]) -> list[float]:
+        nonlocal calls
+        calls += 1
+        if calls == 5:
+            raise PeerError("another process of this run is gone")
+        return list(values)
+
+    row = Logged.row
+
+    def noted(self: Logged) -> dict[str, Any]:
+        read.append(self.position.step)
+        return row(self)
+
+    monkeypatch.setattr(World, "sum", gone)
+    monkeypatch.setattr(Logged, "row", noted)
+    with pytest.raises(PeerError, match="is gone"):
+        train(config)
+    assert read == [1, 2]  # 4 is logged, and on its way
 
 
 def test_each_step_logged_and_saved(config: TrainConfig) -> None:
