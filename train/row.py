@@ -115,8 +115,9 @@ class Row:
 
     def _batch(self, views: Mapping[str, Tensor]) -> Batch:
         moved = {f.name: views[f"batch.{f.name}"] for f in dataclasses.fields(Batch) if f.name not in ON_HOST}
+        held = next(field for field in self.fields if field.name == "batch.target_at")
         # A copy: a view would hold on to the whole row's page-locked memory as long as the batch lives.
-        return Batch(**moved, target_at_host=self._views(self.data)["batch.target_at"].clone())
+        return Batch(**moved, target_at_host=held.of(self.data).clone())
 
 
 def blank(
