@@ -109,11 +109,12 @@ class TransformersEngine:
 
         handles = [self.parts.layers[i].register_forward_hook(keep(k)) for k, i in enumerate(self.layers)]
         try:
-            last = self.forward(batch).flatten(0, 1).index_select(0, wanted)
+            with self._enough_memory(len(batch), width, "--seq-length"):
+                last = self.forward(batch).flatten(0, 1).index_select(0, wanted)
+                return States(torch.stack(aux, dim=1), last)
         finally:
             for handle in handles:
                 handle.remove()
-        return States(torch.stack(aux, dim=1), last)
 
     @torch.inference_mode()
     def forward(self, batch: Sequence[TokenSample]) -> torch.Tensor:
@@ -122,15 +123,21 @@ class TransformersEngine:
         ids = np.zeros((len(batch), width), dtype=np.int64)
         for row, sample in enumerate(batch):
             ids[row, : len(sample.input_ids)] = sample.input_ids
-        try:
-            with never_packed():
-                out = self.parts.decoder(input_ids=send(ids, self.device), use_cache=False)
-        except torch.OutOfMemoryError as error:
-            raise EngineError(
-                f"out of memory at a batch of {len(batch)} x {width} tokens. Use a smaller --batch-tokens (now {self.batch_tokens}) or --seq-length."
-            ) from error
+        with never_packed():
+            out = self.parts.decoder(input_ids=send(ids, self.device), use_cache=False)
         hidden: torch.Tensor = out.last_hidden_state
         return hidden
+
+    @contextmanager
+    def _enough_memory(self, rows: int, width: int, length: str) -> Iterator[None]:
+        """Running out of memory inside is an EngineError; ``length`` is the flag that bounds ``width``."""
+        try:
+            yield
+        except torch.OutOfMemoryError as error:
+            raise EngineError(
+                f"out of memory at a batch of {rows} x {width} tokens. Use a smaller --batch-tokens (now {self.batch_tokens}; --resume "
+                f"takes another one), or a smaller {length}, which needs a new store."
+            ) from error
 
     @torch.inference_mode()
     def answer(
@@ -162,26 +169,28 @@ class TransformersEngine:
         watched = [*(self.parts.layers[i] for i in self.layers), self.parts.norm]
         handles = [module.register_forward_hook(keep(k)) for k, module in enumerate(watched)]
         chances = {} if sampling.greedy else {"temperature": sampling.temperature, "top_p": sampling.top_p}
+        longest = max(a.max_tokens for a in asks)
         settings = transformers.GenerationConfig(
             do_sample=not sampling.greedy,
             top_k=None if sampling.greedy else sampling.top_k,
-            max_new_tokens=max(a.max_tokens for a in asks),
+            max_new_tokens=longest,
             eos_token_id=list(stops) or None,
             pad_token_id=0,
             **chances,
         )
         torch.manual_seed(asks[0].seed)
         try:
-            whole = self.model.generate(
-                input_ids=send(ids, self.device),
-                attention_mask=send(real, self.device),
-                generation_config=settings,
-            )
+            with self._enough_memory(len(asks), width + longest, "--max-tokens"):
+                whole = self.model.generate(
+                    input_ids=send(ids, self.device),
+                    attention_mask=send(real, self.device),
+                    generation_config=settings,
+                )
+                aux = torch.stack([torch.cat(x, dim=1) for x in seen[:-1]], dim=2)
+                last = torch.cat(seen[-1], dim=1)
         finally:
             for handle in handles:
                 handle.remove()
-        aux = torch.stack([torch.cat(x, dim=1) for x in seen[:-1]], dim=2)
-        last = torch.cat(seen[-1], dim=1)
         for row, (ask, new) in enumerate(zip(asks, whole[:, width:].tolist(), strict=True)):
             ends = [i for i, token in enumerate(new[: ask.max_tokens]) if token in stops]
             answer = new[: ends[0] + 1] if ends else new[: ask.max_tokens]

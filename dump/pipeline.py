@@ -195,9 +195,12 @@ class Pipeline:
                         # Behind it the states' memory is the engine's again.
                         stream.synchronize()
                     self._waiting.task_done()
-        except torch.OutOfMemoryError as error:
+        except (
+            torch.OutOfMemoryError
+        ) as error:  # not in --regenerate, whose states come coded and on the host
             self._failed = EngineError(
-                f"out of memory while a part's codes were put together on the GPU: {error}. Use a smaller --part-tokens or --batch-tokens."
+                f"out of memory while a part's codes were put together on the GPU: {error}. Use a smaller --batch-tokens "
+                "(--resume takes another one), or a smaller --part-tokens, which needs a new store."
             )
         except BaseException as error:  # re-raised in the caller's thread
             self._failed = error

@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 import torch
 
+from dspark.cache.codec import codec_for
 from dspark.cache.errors import EngineError
 from dspark.cache.records import last_rows
+from dspark.dump.answers import Ask, Sampling
 from dspark.dump.engine_transformers import TransformersEngine, batches, never_packed
 from dspark.dump.layers import Shapes
 from dspark.dump.target import load_target
@@ -52,6 +54,28 @@ def test_padding_does_not_leak(kind: str) -> None:
     for i in range(len(data)):
         close(together[i].aux, alone[i].aux)
         close(together[i].last, alone[i].last)
+
+
+@pytest.mark.parametrize("regenerate", [False, True])
+def test_out_of_memory_names_flags_that_the_command_takes(regenerate: bool) -> None:
+    target = engine("qwen3")
+    # As on a GPU that the first layer's output does not fit.
+    target.parts.layers[0].register_forward_hook(refuse_memory)
+    words = r"a batch of 2 x \d+ tokens. Use a smaller --batch-tokens \(now 64; --resume .*, or a smaller "
+    if regenerate:
+        greedy = Sampling(temperature=0.0, top_p=1.0, top_k=0, max_tokens=4, thinking=None)
+        asks = [Ask(key, [5, 6, 7], 4, 0, True) for key in range(2)]
+        with pytest.raises(EngineError, match=words + "--max-tokens"):
+            list(target.answer(asks, greedy, [3], (codec_for(16), codec_for(16))))
+    else:
+        with pytest.raises(EngineError, match=words + "--seq-length"):
+            list(target.capture(samples([9, 9])))
+    target.parts.layers[0]._forward_hooks.popitem()
+    assert all(not layer._forward_hooks for layer in target.parts.layers)
+
+
+def refuse_memory(*_: object) -> None:
+    raise torch.OutOfMemoryError("2 GiB")
 
 
 def test_no_hook_stays_behind() -> None:

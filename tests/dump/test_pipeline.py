@@ -15,10 +15,11 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 from dump_runs import Wrapped, assert_same, corpus
 
 from dspark.cache.codec import Codec
-from dspark.cache.errors import EngineError
+from dspark.cache.errors import EngineError, MismatchError
 from dspark.cache.records import TokenSample
 from dspark.dump.blocks import can_share
 from dspark.dump.capture import Captured, CodedStates, Engine, States
@@ -83,6 +84,25 @@ def test_the_engine_goes_on_while_its_states_are_on_their_way(
 def test_states_that_never_come_stop_the_dump(config: DumpConfig, show: Display) -> None:
     with pytest.raises(EngineError, match="the worker died"):
         dump(config, show, lambda plan, n: Coming(load_engine(plan, n), 5, fail=True))
+
+
+def test_out_of_memory_names_flags_that_the_command_takes(config: DumpConfig, show: Display) -> None:
+    """A store that is gone on with keeps its size of a part: that flag is for a new one."""
+
+    class Full(Coming):
+        def fetch(self, number: int, states: CodedStates) -> CodedStates:
+            if number == 9:
+                raise torch.OutOfMemoryError("2 GiB")
+            return states
+
+    config = dataclasses.replace(config, batch_tokens=64)
+    with pytest.raises(
+        EngineError, match=r"2 GiB.*--batch-tokens .--resume.*--part-tokens, which needs a new store"
+    ):
+        dump(config, show, lambda plan, n: Full(load_engine(plan, n), 0))
+    with pytest.raises(MismatchError, match=r"dump.part_tokens"):
+        dump(dataclasses.replace(config, resume=True, part_tokens=100), show)
+    assert dump(dataclasses.replace(config, resume=True, batch_tokens=32), show)["complete"]
 
 
 def blocks_of_ours() -> int:
