@@ -36,6 +36,7 @@ from dspark.cache.layout import (
     PARTS,
     ROOT_KEY,
     TARGET,
+    TARGET_WEIGHTS,
     part_arrays,
     part_name,
 )
@@ -55,6 +56,8 @@ from dspark.cache.part import (
 from dspark.cache.reader import read_manifest
 from dspark.cache.records import CodedSample, TokenSample
 from dspark.cache.target_files import damaged_files, write_target
+
+SAME_TARGET = "Use the target's revision and the dtype that the store was begun with, or --overwrite."
 
 
 class StoreWriter:
@@ -132,14 +135,20 @@ class StoreWriter:
     def restore_target(self, target: FrozenTarget, files: Mapping[str, bytes]) -> list[str]:
         """Write the files of ``target/`` that are missing or damaged again, atomically one by one; returns their names.
 
-        Raises MismatchError, changing nothing, where ``target`` and ``files`` are not what the manifest has the hashes of. Reads the weights
-        in the store once; writes only if something is wrong.
+        Raises MismatchError, changing nothing, where ``target`` and ``files`` are not what the manifest has the hashes of: the parts to come would
+        hold states of another model than those that are there. Hashes the weights in the store and ``target`` once each; writes only if something is wrong.
         """
         folder, staged = self.path / TARGET, self.path / (STAGING + TARGET)
         wrong = sorted(
             {*damaged_files(folder, self.manifest), *(n for n in files if not (folder / n).is_file())}
         )
         if not wrong:
+            expected, found = self.manifest.target.weights_sha256, target.sha256_in(folder / TARGET_WEIGHTS)
+            if found != expected:
+                raise MismatchError(
+                    f"{self.path}: this run's target is not the one that the store was begun with: sha256 of its embedding, final norm and head is {found}, "
+                    f"the manifest says {expected}. {SAME_TARGET}"
+                )
             return []
         with write_errors(folder):
             write_target(staged, target, self.manifest.target.config, files)
@@ -148,7 +157,7 @@ class StoreWriter:
                 raise MismatchError(
                     f"{folder}: {', '.join(wrong)} must be written again, but this run's target is not the one that the store was begun with.\n  "
                     + "\n  ".join(text.replace(str(staged), "this run") for text in other.values())
-                    + "\nUse the target's revision and the dtype that the store was begun with, or --overwrite."
+                    + f"\n{SAME_TARGET}"
                 )
             fsync_tree(staged)
             folder.mkdir(exist_ok=True)

@@ -7,10 +7,12 @@ import hashlib
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 import dspark.cache
 import stores
 from dspark.cache.errors import DamagedCacheError, MismatchError
+from dspark.cache.frozen import file_sha256
 from dspark.cache.manifest import TokenizerInfo
 from dspark.cache.recode import recode
 from dspark.cache.verify import drop_damaged, verify
@@ -100,6 +102,34 @@ def test_weights_of_another_target_are_refused_and_change_nothing(store: Path) -
     ):
         StoreWriter.resume(store, PLAN).restore_target(stores.frozen(seed=1), FILES)
     assert contents(store) == before
+
+
+def test_a_sound_store_is_not_gone_on_with_by_another_target(store: Path) -> None:
+    before, writer = contents(store), StoreWriter.resume(store, PLAN)
+    assert writer.restore_target(stores.frozen(), FILES) == []
+    other = stores.frozen(seed=1)
+    with pytest.raises(
+        MismatchError, match=r"not the one .* is (\w{64}), the manifest says (\w{64})"
+    ) as caught:
+        writer.restore_target(other, FILES)
+    assert writer.manifest.target.weights_sha256 in str(caught.value)
+    assert other.save(store.parent / "other") in str(caught.value)
+    assert contents(store) == before
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_hash_of_weights_is_that_of_the_file_they_would_make(tmp_path: Path, tied: bool) -> None:
+    """Whichever release of safetensors wrote its header."""
+    one, path = stores.frozen(), tmp_path / "model.safetensors"
+    frozen = dataclasses.replace(one, tied=tied, lm_head=one.lm_head.clone(), norm=one.norm.bfloat16())
+    written = frozen.save(path)
+    assert frozen.sha256_in(path) == written
+    save_file(load_file(path), path, {"format": "pt", "by": "another release"})
+    assert frozen.sha256_in(path) == file_sha256(path)
+    for changed in ("embed_tokens", "norm", *(() if tied else ("lm_head",))):
+        other = dataclasses.replace(frozen, **{changed: -getattr(frozen, changed)})
+        assert other.sha256_in(path) != file_sha256(path)
+    assert dataclasses.replace(frozen, tied=not tied).sha256_in(path) != file_sha256(path)
 
 
 def test_a_damaged_source_is_not_recoded(store: Path, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from dump_runs import corpus, files
 
+from dspark.cache.disk import remove
 from dspark.cache.errors import DsparkError, MismatchError, UsageError
 from dspark.cache.verify import drop_damaged, verify
 from dspark.dump import plan as planning
@@ -98,14 +99,15 @@ def test_damaged_weights_are_written_again(
     assert verify(config.output).ok
 
 
-def test_weights_that_have_changed_since_do_not_repair_a_store(
-    config: DumpConfig, show: Display, tmp_path: Path
+@pytest.mark.parametrize("missing", ["target/model.safetensors", "parts/00000001"])
+def test_weights_that_have_changed_since_do_not_go_on_with_a_store(
+    config: DumpConfig, show: Display, tmp_path: Path, missing: str
 ) -> None:
-    """The same folder, config and tokenizer, other weights."""
+    """The same folder, config and tokenizer, other weights: neither the old ones nor states are theirs to write."""
     target = save_target(tmp_path / "target")
     config = dataclasses.replace(config, model=str(target))
     dump(config, show)
-    (config.output / "target" / "model.safetensors").unlink()
+    remove(config.output / missing)
     drop_damaged(config.output, verify(config.output))
     before = files(config.output)
     import torch
