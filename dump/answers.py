@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 GREEDY = 1e-5  # temperatures below are greedy decoding
 DEFAULT_MAX_TOKENS = 2048
+MASK_RULE = "regenerate"  # how the manifest's mask_rule begins, of a store whose target answered
 
 
 # One rule a setting, for the flag (before the target is looked at) and for what its generation_config.json says.

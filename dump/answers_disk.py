@@ -16,8 +16,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dspark.cache.disk import STAGING, fsync_path, write_errors, write_file
-from dspark.cache.errors import DamagedCacheError, ExistsError, UsageError
+from dspark.cache.errors import CacheError, DamagedCacheError, ExistsError, UsageError
 from dspark.cache.layout import PARTS, part_name
+from dspark.cache.reader import read_manifest
+from dspark.dump.answers import MASK_RULE
 
 if TYPE_CHECKING:
     from dspark.cache.part import PartRecord
@@ -36,6 +38,14 @@ class AnswerFiles:
     @property
     def joined(self) -> Path:
         return self.store.with_name(self.store.name + ".answers.jsonl")
+
+    def go_with_the_store(self) -> bool:
+        """Whether the store that is there was answered by its target, so that these answers go when it goes. Not so of one that cannot be read: beside it
+        anything may lie."""
+        try:
+            return read_manifest(self.store).dump.mask_rule.startswith(MASK_RULE)
+        except CacheError:
+            return False
 
     def refuse_other(self, data: str | None, overwrite: bool) -> None:
         """Before a new store: refuse to write over answers that nobody asked to replace, or over the corpus itself."""

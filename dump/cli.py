@@ -81,7 +81,11 @@ class LayerIds(click.ParamType):  # type: ignore[type-arg]  # no generic before 
 @bits_options
 @click.option("--limit", type=int, help="Only the first N rows.")
 @click.option("--resume", is_flag=True, help="Go on with the store at --output.")
-@click.option("--overwrite", is_flag=True, help="Replace the store at --output.")
+@click.option(
+    "--overwrite",
+    is_flag=True,
+    help="Replace the store at --output, and the answers of its target beside it.",
+)
 @click.option(
     "--assistant-pattern",
     metavar="REGEX",

@@ -20,7 +20,7 @@ from jinja2.exceptions import TemplateError
 
 from dspark.cache.errors import EngineError, UsageError
 from dspark.cache.records import TokenSample, last_rows
-from dspark.dump.answers import Answered, Answering, Ask, Sampling, seed_of
+from dspark.dump.answers import MASK_RULE, Answered, Answering, Ask, Sampling, seed_of
 from dspark.dump.answers_disk import AnswerFiles
 from dspark.dump.capture import Captured, CodedStates
 from dspark.dump.corpus import ChatRow, Message, Row
@@ -68,7 +68,7 @@ class Prompts(SampleMaker):
     def __init__(self, tokenizer: Any, sampling: Sampling, seq_length: int) -> None:
         chat_template(tokenizer)  # refuses a target without one
         self.tokenizer, self.sampling, self.seq_length = tokenizer, sampling, seq_length
-        self.mask_rule = f"regenerate ({sampling})"
+        self.mask_rule = f"{MASK_RULE} ({sampling})"
         self.tokenised = False
 
     def ids(self, messages: list[Message], tools: list[Any] | None) -> list[int]:

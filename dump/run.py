@@ -63,7 +63,7 @@ def dump(
         )
     stored = read_manifest(config.output) if resuming else None
     answers = AnswerFiles(config.output)
-    if config.regenerate and not stored:
+    if not stored and (config.regenerate or answers.go_with_the_store()):
         answers.refuse_other(config.data, config.overwrite)
     # Everything that can be refused without weights is refused before they are loaded.
     job = prepare(config)
@@ -145,9 +145,13 @@ def run_engine(
         manifest = dataclasses.replace(job.manifest, aux=field_info(found.aux), last=field_info(found.last))
         # While an older store that is to be replaced is still there.
         check_coded(engine, probe, raw, (found.aux, found.last), job.plan.layers)
+        answers = AnswerFiles(config.output)
+        stale = config.overwrite and answers.go_with_the_store()
         writer = StoreWriter.create(
             config.output, manifest, compact(frozen), job.target.files, overwrite=config.overwrite
         )
+        if stale:  # only now: an old store that could not be replaced keeps its answers
+            answers.begin()
     else:
         if restored := writer.restore_target(compact(frozen), job.target.files):
             show.say(f"written again in {config.output / 'target'}: {', '.join(restored)}")

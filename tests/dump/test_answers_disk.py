@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import errno
 import json
 import shutil
 from collections.abc import Callable
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 from dump_runs import files
 
-from dspark.cache.errors import DamagedCacheError, ExistsError, StoreWriteError, UsageError
+from dspark.cache.errors import DamagedCacheError, EngineError, ExistsError, StoreWriteError, UsageError
 from dspark.cache.part import PartRecord
 from dspark.cache.reader import read_manifest
 from dspark.cache.verify import drop_damaged, verify
@@ -225,6 +226,64 @@ def test_a_complete_store_of_an_older_release_is_joined(config: DumpConfig) -> N
     dump(again(config), Display())
     assert answers.joined.read_bytes() == before
     assert not answers.folder.exists()
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_an_ordinary_store_that_replaces_it_takes_its_answers_away(
+    config: DumpConfig, write_rows: Callable[..., Path], whole: bool
+) -> None:
+    """Once the old store is gone, not before. Where they are the corpus, the dump is refused."""
+    dump(config, Display())
+    answers = AnswerFiles(config.output)
+    if not whole:
+        answers.save(0, [line(0)])
+    rows = write_rows([chat("u: one two", "a: three one two") for _ in range(9)], "ordinary.jsonl")
+    ordinary = dataclasses.replace(config, data=str(rows), regenerate=False, max_tokens=None, temperature=None, overwrite=True)  # fmt: skip
+
+    def beside() -> dict[str, bytes]:
+        """But for the log, which says why a dump stopped."""
+        return {n: b for n, b in files(config.output.parent).items() if not n.endswith(".log")}
+
+    def no_engine(*_: object) -> None:
+        raise EngineError("no memory")
+
+    before = beside()
+    with pytest.raises(UsageError, match="Choose another --output"):
+        dump(dataclasses.replace(ordinary, data=str(answers.joined)), Display(), no_engine)  # type: ignore[arg-type]
+    with pytest.raises(EngineError):
+        dump(ordinary, Display(), no_engine)  # type: ignore[arg-type]
+    assert beside() == before
+    dump(ordinary, Display())
+    assert {p.name for p in config.output.parent.iterdir()} == {
+        "hs.zarr", "hs.zarr.log", "ordinary.jsonl", "rows.jsonl",
+    }  # fmt: skip
+    # Beside an ordinary store they are none of its own.
+    answers.joined.write_text("mine")
+    dump(ordinary, Display())
+    assert answers.joined.read_text() == "mine"
+
+
+@pytest.mark.parametrize("regenerate", [True, False])
+def test_a_store_that_cannot_be_replaced_keeps_its_answers(
+    config: DumpConfig, monkeypatch: pytest.MonkeyPatch, regenerate: bool
+) -> None:
+    dump(config, Display())
+    before = AnswerFiles(config.output).joined.read_bytes()
+    other = dataclasses.replace(config, limit=4, overwrite=True)
+    if not regenerate:
+        (data := config.output.with_name("ordinary.jsonl")).write_bytes(before)
+        other = dataclasses.replace(
+            other, data=str(data), regenerate=False, max_tokens=None, temperature=None
+        )
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("dspark.cache.writer.write_target", full)
+    with pytest.raises(StoreWriteError, match="the disk is full"):
+        dump(other, Display())
+    assert AnswerFiles(config.output).joined.read_bytes() == before
+    assert read_manifest(config.output).complete
 
 
 def test_a_new_store_does_not_replace_answers_unasked(config: DumpConfig) -> None:
