@@ -17,6 +17,7 @@ import click
 
 from dspark.cache.command import SETTINGS, bar, emit, guarded
 from dspark.tools.flags import COUNT_OR_ALL, DEVICE
+from dspark.tools.outputs import OUTPUT_FILE, refuse_unwritable
 from dspark.tools.records import CALIBRATION
 
 
@@ -41,6 +42,8 @@ def calibrate(
     from dspark.train.export import load_config
 
     cache, config = dspark.cache.open(cache_path), load_config(draft)
+    if write or fold:
+        refuse_unwritable(Path(draft) / CALIBRATION)
     if not config.enable_confidence_head:
         raise DraftError(f"{draft} has no confidence head; there is nothing to calibrate")
     samples = chosen(cache, draft, which)
@@ -167,23 +170,25 @@ Examples:
     is_flag=True,
     help="Scale the head's own weights by the one temperature that suits all slots (vLLM reads those).",
 )
-@click.option("--plot", type=click.Path(dir_okay=False), help="Reliability diagrams, .png or .svg.")
+@click.option("--plot", type=OUTPUT_FILE, help="Reliability diagrams, .png or .svg.")
 @click.option("--device", default="auto", type=DEVICE, help="auto, cpu, cuda or cuda:N.")
 @click.option("--dtype", default="float32", type=click.Choice(["float32", "bfloat16"]))
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
 @guarded
-def calibrate_command(as_json: bool, plot: str | None, **flags: Any) -> None:
+def calibrate_command(as_json: bool, plot: Path | None, **flags: Any) -> None:
     """Confidence against acceptance on held-out data: ECE, AUROC, Brier by position; sequential temperature scaling; threshold sweep."""
+    from dspark.tools import plots
+
+    if plot is not None:
+        plots.refuse_undrawable(plot)
     with bar("calibrate") as progress:
         result = calibrate(**flags, progress=progress)
-    if plot is not None:
-        from dspark.tools.plots import reliability
-
-        reliability(result, Path(plot))
     if as_json:
         emit(result)
     else:
         print(table(result))
+    if plot is not None:
+        plots.reliability(result, plot)
 
 
 def table(result: dict[str, Any]) -> str:

@@ -17,11 +17,11 @@ from typing import Any
 import click
 
 from dspark.cache.command import SETTINGS, emit, guarded
-from dspark.cache.disk import write_file
 from dspark.cache.errors import DraftError
 from dspark.tools.eval_report import HEADER, TABLES, how, lines, markdown, relative_cost, report
 from dspark.tools.flags import COUNT, DEVICE, SEED, Temperature
 from dspark.tools.outcome import Outcome, summarise
+from dspark.tools.outputs import OUTPUT_FILE, save
 from dspark.tools.prompts import Prompt
 from dspark.tools.promptsets import NAMES
 
@@ -196,14 +196,10 @@ Exit code 1 if a greedy answer in float32 is not the target's own.
 @click.option(
     "--device", default="auto", type=DEVICE, help="auto, cpu, cuda or cuda:N; --engine transformers only."
 )
-@click.option("--output", type=click.Path(dir_okay=False), help="Also write the report as JSON to this file.")
+@click.option("--output", type=OUTPUT_FILE, help="Also write the report as JSON to this file.")
+@click.option("--markdown", "table_file", type=OUTPUT_FILE, help="Also write the table as Markdown.")
 @click.option(
-    "--markdown", "table_file", type=click.Path(dir_okay=False), help="Also write the table as Markdown."
-)
-@click.option(
-    "--answers",
-    type=click.Path(dir_okay=False),
-    help="Also write every answer and its counts, a JSON object a line.",
+    "--answers", type=OUTPUT_FILE, help="Also write every answer and its counts, a JSON object a line."
 )
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
 @click.pass_context
@@ -211,9 +207,9 @@ Exit code 1 if a greedy answer in float32 is not the target's own.
 def eval_command(
     context: click.Context,
     as_json: bool,
-    output: str | None,
-    table_file: str | None,
-    answers: str | None,
+    output: Path | None,
+    table_file: Path | None,
+    answers: Path | None,
     **flags: Any,
 ) -> None:
     """Decode prompts with a draft: accepted lengths, speed, and whether the output is the target's own."""
@@ -222,22 +218,21 @@ def eval_command(
     console = Console(stderr=True)
     with console.status("loading") as status:
         result, prompts, runs = run(EvalConfig(**flags), note=status.update)
-    _save(output, json.dumps(result, indent=1) + "\n")
-    _save(table_file, markdown(result))
-    _save(answers, "".join(json.dumps(a) + "\n" for a in _answers(prompts, runs)))
-    if as_json:
+    if as_json:  # first: a disk that has become full meanwhile does not take this with it
         emit(result)
     else:
         show(result)
+    for path, text in (
+        (output, json.dumps(result, indent=1) + "\n"),
+        (table_file, markdown(result)),
+        (answers, "".join(json.dumps(a) + "\n" for a in _answers(prompts, runs))),
+    ):
+        if path is not None:
+            save(path, text.encode())
     if result["diverged"]:
         _explain(console, result)
         if result["dtype"] == "float32":
             context.exit(1)
-
-
-def _save(path: str | None, text: str) -> None:
-    if path is not None:
-        write_file(Path(path), text.encode())
 
 
 def _answers(prompts: Sequence[Prompt], runs: Runs) -> Iterator[dict[str, Any]]:

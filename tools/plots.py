@@ -2,33 +2,42 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from dspark.cache.errors import UsageError
+from dspark.tools.outputs import save
+
+
+def refuse_undrawable(path: Path) -> None:
+    """Raise UsageError unless a picture of this name can be drawn here; before the work whose result it shows."""
+    if path.suffix not in (".png", ".svg"):
+        raise UsageError(f"{path}: expected a name that ends with .png or .svg")
+    try:
+        import matplotlib.figure  # noqa: F401
+    except ImportError as error:
+        raise UsageError("pictures need matplotlib: pip install 'dspark[plots]'") from error
 
 
 @contextmanager
 def figure(path: Path, columns: int = 1, rows: int = 1) -> Iterator[Any]:
     """Axes (an array of them, flat, if more than one) of a figure that is saved to ``path`` at the end."""
-    if path.suffix not in (".png", ".svg"):
-        raise UsageError(f"{path}: expected a name that ends with .png or .svg")
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise UsageError("pictures need matplotlib: pip install 'dspark[plots]'") from error
+    refuse_undrawable(path)
+    from matplotlib.figure import Figure
+
     drawn = Figure(figsize=(3.2 * columns + 1.6 * (columns == 1), 3.0 * rows), layout="constrained", dpi=120)
     axes = drawn.subplots(rows, columns, squeeze=False).flatten()
     yield axes if len(axes) > 1 else axes[0]
-    path.parent.mkdir(parents=True, exist_ok=True)
     # No date and fixed ids: the same run gives the same bytes.
     metadata = {"Date": None} if path.suffix == ".svg" else None
     import matplotlib
 
     with matplotlib.rc_context({"svg.hashsalt": "dspark"}):
-        drawn.savefig(path, metadata=metadata)
+        drawn.savefig(data := io.BytesIO(), format=path.suffix[1:], metadata=metadata)
+    save(path, data.getvalue())
 
 
 def accept_rates(curves: dict[str, Sequence[float]], path: Path) -> None:

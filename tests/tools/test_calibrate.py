@@ -66,7 +66,7 @@ def test_sweep() -> None:
     assert (rows[0.9]["verified"], rows[0.9]["tokens"], rows[0.9]["accepted_share"]) == (0, 1, 0)
 
 
-def test_command_writes_beside_and_into_the_head(tmp_path: Path) -> None:
+def test_command_writes_beside_and_into_the_head(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store, draft = tmp_path / "hs.zarr", tmp_path / "draft"
     stores.write_store(store, np.random.default_rng(3).integers(16, 40, 40).tolist())
     train(TrainConfig(
@@ -96,6 +96,16 @@ def test_command_writes_beside_and_into_the_head(tmp_path: Path) -> None:
         after["confidence_head.proj.weight"],
         (before["confidence_head.proj.weight"].double() / temperature).bfloat16(),
     )
+
+    # A folder that takes no report is refused before the store is read for one.
+    (draft / "calibration.json").unlink()
+    (draft / "calibration.json").mkdir()
+    monkeypatch.setattr("dspark.tools.calibrate.collect", pytest.fail)
+    for flag in ("--write", "--fold"):
+        result = CliRunner().invoke(calibrate_command, [*options, flag])
+        assert (result.exit_code, result.stdout) == (2, ""), result.output
+        assert "calibration.json exists and is not a file" in result.stderr
+    assert all(torch.equal(v, after[k]) for k, v in read_tensors(draft).items())
 
 
 def test_without_a_confidence_head(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ import torch
 from click.testing import CliRunner
 
 import tiny_models as tiny
-from dspark.cache.errors import DataError, EngineError, UsageError
+from dspark.cache.errors import DataError, EngineError, StoreWriteError, UsageError
 from dspark.tools import vllm_serve
 from dspark.tools.eval import EvalConfig, eval_command, evaluate
 from dspark.tools.outcome import Outcome, summarise
@@ -108,6 +108,20 @@ def test_files_beside_the_report(folder: Path, tmp_path: Path) -> None:
         "source", "---", "chat", "code", "all",
     ]  # fmt: skip
     assert f"{found['mean_accepted_length']:.3f}" in table[4]
+
+
+def test_a_disk_that_is_full_at_the_end_does_not_take_the_report_with_it(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise StoreWriteError("the disk is full")
+
+    monkeypatch.setattr("dspark.tools.eval.save", full)
+    result = CliRunner().invoke(
+        eval_command, flags(folder, "--json", "--limit", "1", "--output", str(tmp_path / "report.json"))
+    )
+    assert (result.exit_code, "the disk is full" in result.stderr) == (1, True)
+    assert json.loads(result.stdout)["prompts"] == 1
 
 
 def test_theoretical_gain_counts_what_is_read(folder: Path) -> None:
