@@ -53,7 +53,7 @@ class FrozenTarget:
         # Weights that are not in the file come last: a head that is no longer tied makes another hash, too.
         for name in sorted(tensors, key=lambda n: (n not in places, places.get(n, n))):
             data = tensors[name].detach().cpu().contiguous().flatten().view(torch.uint8)
-            out.update(data.numpy())
+            out.update(data.numpy().data)
         return out.hexdigest()
 
     def _tensors(self) -> dict[str, torch.Tensor]:
