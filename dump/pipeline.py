@@ -195,9 +195,8 @@ class Pipeline:
                         # Behind it the states' memory is the engine's again.
                         stream.synchronize()
                     self._waiting.task_done()
-        except (
-            torch.OutOfMemoryError
-        ) as error:  # not in --regenerate, whose states come coded and on the host
+        except torch.OutOfMemoryError as error:
+            # Not in --regenerate, whose states come coded and on the host: it refuses --part-tokens.
             self._failed = EngineError(
                 f"out of memory while a part's codes were put together on the GPU: {error}. Use a smaller --batch-tokens "
                 "(--resume takes another one), or a smaller --part-tokens, which needs a new store."
