@@ -1,14 +1,14 @@
 """The numbers of a logged step, read once the device has them.
 
-Reading a value waits for the device, and a device that has nothing queued meanwhile idles until the next step's first kernels arrive: a
-tenth of a small draft's step, every logged step. So a logged step only starts the copies (``Logged.begin``), and the loop reads them
-(``Logged.row``) when it has queued the step that follows.
+Reading a value waits for the device, and a device that has nothing queued meanwhile idles until the next step's first kernels arrive,
+the longer the slower its host. So a logged step only starts the copies (``Logged.begin``), and the loop reads them (``Logged.row``) when it
+has queued the step that follows.
 """
 
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -65,7 +65,7 @@ class Logged:
     peak: float
     metrics: SlotMetrics
     norm_and_loss: Tensor
-    ended: Moment = field(repr=False)
+    ended: Moment
 
     @classmethod
     def begin(
@@ -85,11 +85,11 @@ class Logged:
         world.sum_(norm_and_loss[1:])
         world.sum_(metrics.sums)
         longest, peak = world.max([waited - window.waited, _peak(device)])
-        copied = metrics.to_host(), norm_and_loss.to("cpu", non_blocking=True)
+        sums, values = metrics.to_host(), norm_and_loss.to("cpu", non_blocking=True)
         epoch = position.epoch + position.epoch_step / max(1, run.stream.steps(position.epoch))
         return cls(
-            window=window, position=position, epoch=round(epoch, 4), lr=lr, waited=longest, peak=peak, metrics=copied[0],
-            norm_and_loss=copied[1], ended=Moment(device),
+            window=window, position=position, epoch=round(epoch, 4), lr=lr, waited=longest, peak=peak, metrics=sums, norm_and_loss=values,
+            ended=Moment(device),  # behind the copies
         )  # fmt: skip
 
     def row(self) -> dict[str, Any]:
