@@ -7,8 +7,8 @@ import json
 from pathlib import Path
 
 import pytest
+from small_trainings import small_training
 
-import stores
 from dspark.cache import errors
 from dspark.train import folder
 from dspark.train.config import TrainConfig
@@ -44,11 +44,10 @@ def files(root: Path) -> dict[str, bytes]:
 
 @pytest.fixture
 def config(tmp_path: Path) -> TrainConfig:
-    stores.write_store(tmp_path / "hs.zarr", [60, 80, 90, 30, 20, 100])
-    return TrainConfig(
-        cache=str(tmp_path / "hs.zarr"), output=str(tmp_path / "draft"), max_steps=2, num_layers=1, block_size=3, markov_rank=4,
-        total_seq_len=256, rows_per_step=1, max_anchors=16, checkpoint_freq=0.2, val_fraction=0.0, tensorboard=False, device="cpu",
-    )  # fmt: skip
+    lengths = [60, 80, 90, 30, 20, 100]
+    return small_training(
+        tmp_path, lengths, max_steps=2, checkpoint_freq=0.2, val_fraction=0.0, log_every=10, device="cpu"
+    )
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from small_trainings import small_training
 
 import stores
 from dspark.cache import errors
@@ -33,11 +34,7 @@ SPEED = {"tokens_per_second", "step_ms", "data_wait_fraction"}
 
 @pytest.fixture
 def config(tmp_path: Path) -> TrainConfig:
-    stores.write_store(tmp_path / "hs.zarr", LENGTHS)
-    return TrainConfig(
-        cache=str(tmp_path / "hs.zarr"), output=str(tmp_path / "draft"), epochs=3, num_layers=1, block_size=3, markov_rank=4,
-        total_seq_len=256, rows_per_step=1, max_anchors=16, checkpoint_freq=0.5, log_every=1, val_fraction=0.2, tensorboard=False,
-    )  # fmt: skip
+    return small_training(tmp_path, LENGTHS, epochs=3, checkpoint_freq=0.5)
 
 
 def rows(output: str | Path) -> list[dict[str, Any]]:

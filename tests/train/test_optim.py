@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from small_trainings import small_training
 
-import stores
 from dspark.cache import errors
 from dspark.train import checkpoint, memory
 from dspark.train.config import TrainConfig
@@ -30,11 +30,7 @@ class Stop(Exception):
 
 @pytest.fixture
 def config(tmp_path: Path) -> TrainConfig:
-    stores.write_store(tmp_path / "hs.zarr", [60, 80, 90, 30, 20, 100, 50, 64])
-    return TrainConfig(
-        cache=str(tmp_path / "hs.zarr"), output=str(tmp_path / "draft"), max_steps=6, num_layers=1, block_size=3, markov_rank=4,
-        total_seq_len=256, rows_per_step=1, max_anchors=16, checkpoint_freq=1.0, log_every=1, val_fraction=0.2, tensorboard=False,
-    )  # fmt: skip
+    return small_training(tmp_path, [60, 80, 90, 30, 20, 100, 50, 64], max_steps=6, checkpoint_freq=1.0)
 
 
 def named(seed: int) -> list[tuple[str, torch.nn.Parameter]]:

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from small_trainings import small_training
 
-import stores
 from dspark.cache.errors import TrainError
 from dspark.train import loop
 from dspark.train.config import TrainConfig
@@ -23,11 +23,10 @@ from dspark.train.window import Logged
 
 @pytest.fixture
 def config(tmp_path: Path) -> TrainConfig:
-    stores.write_store(tmp_path / "hs.zarr", [60, 80, 90, 30, 20, 100, 50, 64])
-    return TrainConfig(
-        cache=str(tmp_path / "hs.zarr"), output=str(tmp_path / "draft"), max_steps=7, num_layers=1, block_size=3, markov_rank=4,
-        total_seq_len=128, rows_per_step=1, max_anchors=16, checkpoint_freq=100, log_every=2, val_fraction=0, tensorboard=False,
-    )  # fmt: skip
+    lengths = [60, 80, 90, 30, 20, 100, 50, 64]
+    return small_training(
+        tmp_path, lengths, max_steps=7, total_seq_len=128, checkpoint_freq=100, log_every=2, val_fraction=0
+    )
 
 
 def metrics(config: TrainConfig) -> list[dict[str, Any]]:
