@@ -143,8 +143,8 @@ def _loop(
             number = position.step + 1
             milestone = number % schedule.every == 0 or number == schedule.total
             # A milestone is logged too: a non-finite loss stops there. What its own update did, _save looks at.
-            asked = number % config.log_every == 0 or number == 1 or milestone
-            metrics = SlotMetrics(config.block_size, device) if asked else None
+            wanted = number % config.log_every == 0 or number == 1 or milestone
+            metrics = SlotMetrics(config.block_size, device) if wanted else None
             values, lr = step(run, feed, part, position.step, schedule.total, metrics)
             window.tokens += part.tokens
             window.steps += 1
