@@ -47,9 +47,9 @@ lint:
 # mypy does not follow the editable install's hook, so it gets a tree of links; the count guards against checking nothing.
 types:
 	rm -rf .work/mypy && mkdir -p .work/mypy/dspark
-	for d in cache dump train tools; do ln -s $(CURDIR)/$$d .work/mypy/dspark/$$d; done
-	set -o pipefail; MYPYPATH=.work/mypy $(BIN)/mypy -p dspark.cache -p dspark.dump -p dspark.train -p dspark.tools | tee .work/mypy.txt
-	grep -q "no issues found in $$(ls cache/*.py dump/*.py train/*.py tools/*.py | wc -l) source files" .work/mypy.txt
+	for d in __init__.py py.typed cache dump train tools; do ln -s $(CURDIR)/$$d .work/mypy/dspark/$$d; done
+	set -o pipefail; MYPYPATH=.work/mypy $(BIN)/mypy -p dspark | tee .work/mypy.txt
+	grep -q "no issues found in $$(find __init__.py cache dump train tools -name '*.py' | wc -l) source files" .work/mypy.txt
 
 pytest:
 	DSPARK_SMOLLM2=$(CURDIR)/$(TARGET) $(BIN)/pytest

@@ -49,7 +49,7 @@ from codec_variants import (
     transformed,
 )
 from common import write
-from dspark.cache.codec import Rotated, codec_for
+from dspark.cache.codec.rotated import Rotated, codec_for
 
 # -- what it does to a draft and to the target's distribution --------------------------------------------------------------
 

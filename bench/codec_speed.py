@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from common import RESULTS, write
-from dspark.cache.codec import Rotated, codec_for
+from dspark.cache.codec.rotated import Rotated, codec_for
 
 SWEEP = [(64, 4, 8), (64, 4, 4), (64, 1, 8), (64, 16, 8), (64, 1, 4), (128, 4, 8), (32, 4, 4), (32, 8, 4)]
 SECONDS = 1.0  # of repetitions, at least three
@@ -87,7 +87,7 @@ def kernel(
     device: torch.device,
     sweep: bool,
 ) -> dict[str, Any]:
-    from dspark.cache import fused
+    from dspark.cache.codec import rotated_decode_kernel as fused
 
     for dtype in (torch.float32, torch.bfloat16):
         ours, plain = fused.decode(codec, coded, hidden, dtype), codec.decode_plain(coded, hidden).to(dtype)

@@ -18,9 +18,9 @@ import numpy as np
 import torch
 from numcodecs.zstd import Zstd
 
-from dspark.cache.codec import Codec, Rotated
-from dspark.cache.quant import gaussian_levels
-from dspark.cache.rotation import hadamard, signs
+from dspark.cache.codec.quant import gaussian_levels
+from dspark.cache.codec.rotated import Codec, Rotated
+from dspark.cache.codec.rotation import hadamard, signs
 
 LAYERS = (1, 8, 14, 20, 27)
 CHUNK, LEVEL = 128, 1

@@ -22,11 +22,11 @@ from typing import Any
 import torch
 
 from common import write
-from dspark.cache.codec import Codec, codec_for
+from dspark.cache.codec.rotated import Codec, codec_for
 from dspark.cache.records import TokenSample
-from dspark.dump.capture import States
 from dspark.dump.config import DumpConfig
-from dspark.dump.engine_transformers import TransformersEngine, batches
+from dspark.dump.engines.engine import States
+from dspark.dump.engines.hf import TransformersEngine, batches
 from dspark.dump.job import load_engine, part_reader, prepare
 from dspark.dump.progress import Display
 from dspark.dump.run import dump

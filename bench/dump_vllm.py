@@ -29,18 +29,18 @@ import torch
 
 import dspark.cache
 from common import write
-from dspark.cache.codec import Codec, codec_for
+from dspark.cache.codec.rotated import Codec, codec_for
 from dspark.cache.records import TokenSample
-from dspark.dump.capture import Captured, Engine, States
-from dspark.dump.coded_check import as_stored, by_state
+from dspark.dump.checks.coded import as_stored, by_state
 from dspark.dump.config import DumpConfig
-from dspark.dump.engine_vllm import ENVIRONMENT, VllmEngine, raw_bytes, step_tokens
+from dspark.dump.engines.engine import Captured, Engine, States
+from dspark.dump.engines.vllm.engine import ENVIRONMENT, VllmEngine, raw_bytes, step_tokens
+from dspark.dump.engines.vllm.requests import RequestLoop
+from dspark.dump.engines.vllm.spool import SKIP
 from dspark.dump.job import load_engine, part_reader, prepare
 from dspark.dump.plan import Plan
 from dspark.dump.progress import Display
 from dspark.dump.run import dump
-from dspark.dump.spool import SKIP
-from dspark.dump.vllm_loop import RequestLoop
 
 PROBED = 48  # samples whose stored states are compared
 PASSES = 3  # of plain prefill; the best counts, since the dump's engine is warm from self-check and calibration too

@@ -27,13 +27,13 @@ from engines import difference, random_samples
 
 from common import RESULTS, write
 from dspark.cache.errors import EngineError
-from dspark.cache.logits import Logits
 from dspark.cache.records import last_rows
-from dspark.dump.capture import Engine, States
-from dspark.dump.engine_transformers import TransformersEngine
-from dspark.dump.engine_vllm import VllmEngine
-from dspark.dump.selfcheck import HeadOf, check, compare
-from dspark.dump.target import load_target
+from dspark.cache.target.logits import Logits
+from dspark.dump.checks.states import HeadOf, check, compare
+from dspark.dump.engines.engine import Engine, States
+from dspark.dump.engines.hf import TransformersEngine
+from dspark.dump.engines.vllm.engine import VllmEngine
+from dspark.dump.target.config import load_target
 
 LAYERS = (0, 2, 3)
 

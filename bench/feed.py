@@ -19,13 +19,13 @@ import click
 import torch
 
 from common import RESULTS, write
-from dspark.train.batch import Batch
 from dspark.train.cli import main as train_command
 from dspark.train.config import TrainConfig
-from dspark.train.feed import Feed
+from dspark.train.data.batch import Batch
+from dspark.train.data.feed import Feed
+from dspark.train.data.row import Row
 from dspark.train.recipes import configure
-from dspark.train.row import Row
-from dspark.train.setup import Run, prepare
+from dspark.train.run.setup import Run, prepare
 from dspark.train.step import share, step
 
 WARM = 8

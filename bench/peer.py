@@ -30,15 +30,15 @@ import torch
 from feed import config, rows_of
 from torch import Tensor
 
-from dspark.train import folder
-from dspark.train.batch import Batch
-from dspark.train.draft import DraftModel
-from dspark.train.export import save_draft
-from dspark.train.feed import Feed
+from dspark.train.data.batch import Batch
+from dspark.train.data.feed import Feed
+from dspark.train.draft.folder import save_draft
+from dspark.train.draft.model import DraftModel
 from dspark.train.loop import Schedule
-from dspark.train.objective import ObjectiveConfig
-from dspark.train.report import Report
-from dspark.train.setup import Run, prepare
+from dspark.train.objective.objective import ObjectiveConfig
+from dspark.train.run import folder
+from dspark.train.run.report import Report
+from dspark.train.run.setup import Run, prepare
 
 
 @dataclass(slots=True)

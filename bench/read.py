@@ -26,11 +26,11 @@ import torch
 
 import dspark.cache
 from common import RESULTS, write
-from dspark.cache.codec import Codec, codec_for, field_info, to_numpy
-from dspark.cache.frozen import FrozenTarget
-from dspark.cache.layout import raw_bytes_per_token
+from dspark.cache.codec.rotated import Codec, codec_for, field_info, to_numpy
+from dspark.cache.files.layout import raw_bytes_per_token
 from dspark.cache.manifest import DumpInfo, Manifest, SourceInfo, TargetInfo, TokenizerInfo
 from dspark.cache.records import CodedSample, TokenSample, last_rows
+from dspark.cache.target.frozen import FrozenTarget
 from dspark.cache.writer import StoreWriter
 
 SAMPLE, PART_SAMPLES = 1024, 32

@@ -34,10 +34,10 @@ import numpy as np
 import torch
 
 from common import RESULTS, write
-from dspark.cache.codec import codec_for, field_info, to_numpy
-from dspark.cache.frozen import FrozenTarget
+from dspark.cache.codec.rotated import codec_for, field_info, to_numpy
 from dspark.cache.manifest import DumpInfo, Manifest, SourceInfo, TargetInfo, TokenizerInfo
 from dspark.cache.records import CodedSample, TokenSample, last_rows
+from dspark.cache.target.frozen import FrozenTarget
 from dspark.cache.writer import StoreWriter
 
 # Target: hidden size, intermediate, layers, heads, key heads, head size, vocabulary. Draft: recipe's flags.

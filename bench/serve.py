@@ -25,12 +25,12 @@ from pathlib import Path
 from typing import Any
 
 from common import RESULTS, command, write
-from dspark.tools.outcome import ratio_error
+from dspark.tools.decode.outcome import ratio_error
 
 
 def select(data: Path, share: float, per_source: int, out: Path) -> Counter[str]:
     """``per_source`` prompts of each source out of those that dspark-train --val-fraction ``share`` holds out (by prompt hash), each once."""
-    from dspark.dump.tokens import sample_key
+    from dspark.dump.corpus.masks import sample_key
 
     seen: Counter[str] = Counter()
     keys, rows = set[bytes](), list[str]()
@@ -63,9 +63,9 @@ def answers_of(path: Path) -> list[dict[str, Any]]:
 
 def probed(model: str, draft: str, answers: list[dict[str, Any]], device: str) -> dict[str, Any]:
     """Teacher-forced lengths on answers that eval wrote; a mean over all anchors and over the walk, each with its error by prompt."""
-    from dspark.tools.probe import answer_of, probe
-    from dspark.tools.target import Target, load_model
-    from dspark.train.export import load_config, load_draft
+    from dspark.tools.check.probe import answer_of, probe
+    from dspark.tools.decode.target import Target, load_model
+    from dspark.train.draft.folder import load_config, load_draft
 
     loaded = load_model(model, device, "auto")
     sums: dict[str, list[tuple[float, float]]] = {

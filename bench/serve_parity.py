@@ -18,9 +18,9 @@ from typing import Any
 import torch
 
 from common import RESULTS, write
-from dspark.tools.parity import serve_and_compare
-from dspark.tools.target import greedy_alone
-from dspark.train.export import save_draft, write_config
+from dspark.tools.check.parity import serve_and_compare
+from dspark.tools.decode.target import greedy_alone
+from dspark.train.draft.folder import save_draft, write_config
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 import tiny_models as tiny

@@ -18,11 +18,11 @@ from typing import Any
 import torch
 
 from common import RESULTS, write
-from dspark.tools.decode import speculative_generate
-from dspark.tools.outcome import Outcome, summarise
-from dspark.tools.target import Target
-from dspark.tools.vllm_serve import ServeRequest, run_vllm
-from dspark.train.export import save_draft
+from dspark.tools.decode.decode import speculative_generate
+from dspark.tools.decode.outcome import Outcome, summarise
+from dspark.tools.decode.target import Target
+from dspark.tools.decode.vllm_serve import ServeRequest, run_vllm
+from dspark.train.draft.folder import save_draft
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 import tiny_models as tiny

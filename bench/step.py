@@ -27,16 +27,16 @@ from peer import Given, Peer
 from torch import Tensor
 
 from common import RESULTS, write
-from dspark.cache.logits import PLAIN
-from dspark.train import anchors as rules
-from dspark.train import gated, qk_norm_rope, scaled
-from dspark.train import objective as plain
-from dspark.train.batch import Batch
-from dspark.train.draft import DraftModel
-from dspark.train.draft_config import DraftConfig
-from dspark.train.metrics import SlotMetrics
-from dspark.train.objective import Denominators, ObjectiveConfig, SlotInputs, objective
-from dspark.train.optim import AdamSettings, MasterAdamW
+from dspark.cache.target.logits import PLAIN
+from dspark.train.data import anchors as rules
+from dspark.train.data.batch import Batch
+from dspark.train.draft.config import DraftConfig
+from dspark.train.draft.model import DraftModel
+from dspark.train.objective import objective as plain
+from dspark.train.objective.metrics import SlotMetrics
+from dspark.train.objective.objective import Denominators, ObjectiveConfig, SlotInputs, objective
+from dspark.train.ops import gated, qk_norm_rope, scaled
+from dspark.train.optim.flat import AdamSettings, MasterAdamW
 
 
 @dataclass(frozen=True)

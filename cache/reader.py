@@ -17,11 +17,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import zarr
 
-from dspark.cache.codec import codec_from
+from dspark.cache.codec.rotated import codec_from
 from dspark.cache.errors import DamagedCacheError, IncompleteCacheError, NotACacheError
-from dspark.cache.frozen import FrozenTarget
-from dspark.cache.index import PART_ARRAYS, build_index
-from dspark.cache.layout import (
+from dspark.cache.files.index import PART_ARRAYS, build_index
+from dspark.cache.files.layout import (
     INDEX,
     INDEX_KEY,
     PARTS,
@@ -32,12 +31,13 @@ from dspark.cache.layout import (
     part_arrays,
     part_name,
 )
-from dspark.cache.logits import Logits
+from dspark.cache.files.part import Array, PartRecord, missing_files, read_attributes, read_record, shard_file
+from dspark.cache.files.shard import Shard
 from dspark.cache.manifest import Manifest, sealed, unseal
-from dspark.cache.part import Array, PartRecord, missing_files, read_attributes, read_record, shard_file
 from dspark.cache.records import CodedSample, Sample, TokenSample, last_rows
-from dspark.cache.shard import Shard
-from dspark.cache.target_files import what_to_do
+from dspark.cache.target.files import what_to_do
+from dspark.cache.target.frozen import FrozenTarget
+from dspark.cache.target.logits import Logits
 
 if TYPE_CHECKING:
     from dspark.cache.records import Coded
@@ -103,7 +103,7 @@ class Cache:
 
     @cached_property
     def index(self) -> dict[str, Array]:
-        """The arrays of ``dspark.cache.index``; from ``index/`` or, while incomplete, from the parts."""
+        """The arrays of ``dspark.cache.files.index``; from ``index/`` or, while incomplete, from the parts."""
         if not self.manifest.complete:
             return self._scan()
         where = str(self.path / INDEX)

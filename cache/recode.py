@@ -20,17 +20,17 @@ from typing import Any
 import numpy as np
 import torch
 
-from dspark.cache.centre import CALIBRATION, spread, thin
-from dspark.cache.codec import Codec, calibrated, codec_for, field_info, to_numpy
+from dspark.cache.codec.centre import CALIBRATION, spread, thin
+from dspark.cache.codec.rotated import Codec, calibrated, codec_for, field_info, to_numpy
 from dspark.cache.errors import UsageError
-from dspark.cache.layout import PARTS, part_name
+from dspark.cache.files.layout import PARTS, part_name
+from dspark.cache.files.part import read_record
 from dspark.cache.manifest import Counts, Manifest
-from dspark.cache.part import read_record
 from dspark.cache.reader import Cache
 from dspark.cache.reader import open as open_store
 from dspark.cache.records import CodedSample
 from dspark.cache.settings import DEFAULT_PACKING
-from dspark.cache.target_files import small_files
+from dspark.cache.target.files import small_files
 from dspark.cache.writer import StoreWriter
 
 BATCH_VALUES = 1 << 24  # aux values coded at once: 64 MB in float32, a few times over while they are

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Self
 
 import numpy as np
 
-from dspark.cache.codec import Codec, to_numpy
-from dspark.cache.layout import state_array, token_bytes
-from dspark.cache.shard import chunk_rows, compressor
+from dspark.cache.codec.rotated import Codec, to_numpy
+from dspark.cache.files.layout import state_array, token_bytes
+from dspark.cache.files.shard import chunk_rows, compressor
 
 if TYPE_CHECKING:
     import torch

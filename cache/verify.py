@@ -10,17 +10,17 @@ from pathlib import Path
 import numpy as np
 import zarr
 
-from dspark.cache.codec import codec_from
-from dspark.cache.disk import remove
+from dspark.cache.codec.rotated import codec_from
 from dspark.cache.errors import CacheError, DamagedCacheError
-from dspark.cache.index import build_index
-from dspark.cache.layout import INDEX, PARTS, TARGET, StoredArray, part_arrays, part_name
+from dspark.cache.files.atomic import remove
+from dspark.cache.files.index import build_index
+from dspark.cache.files.layout import INDEX, PARTS, TARGET, StoredArray, part_arrays, part_name
+from dspark.cache.files.part import Array, PartRecord, missing_files, read_record, shard_file, size_crc
+from dspark.cache.files.shard import Shard
 from dspark.cache.manifest import Manifest
-from dspark.cache.part import Array, PartRecord, missing_files, read_record, shard_file, size_crc
 from dspark.cache.reader import Cache, read_manifest
 from dspark.cache.records import last_rows
-from dspark.cache.shard import Shard
-from dspark.cache.target_files import damaged_files, what_to_do
+from dspark.cache.target.files import damaged_files, what_to_do
 from dspark.cache.writer import StoreWriter
 
 

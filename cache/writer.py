@@ -17,8 +17,9 @@ from types import TracebackType
 import numpy as np
 import zarr
 
-from dspark.cache.codec import Codec, codec_from
-from dspark.cache.disk import (
+from dspark.cache.codec.rotated import Codec, codec_from
+from dspark.cache.errors import DamagedCacheError, ExistsError, MismatchError
+from dspark.cache.files.atomic import (
     STAGING,
     clear_staging,
     commit_folder,
@@ -27,10 +28,8 @@ from dspark.cache.disk import (
     write_errors,
     write_file,
 )
-from dspark.cache.errors import DamagedCacheError, ExistsError, MismatchError
-from dspark.cache.frozen import FrozenTarget
-from dspark.cache.index import PART_ARRAYS, build_index, index_specs
-from dspark.cache.layout import (
+from dspark.cache.files.index import PART_ARRAYS, build_index, index_specs
+from dspark.cache.files.layout import (
     INDEX,
     INDEX_KEY,
     PARTS,
@@ -40,8 +39,7 @@ from dspark.cache.layout import (
     part_arrays,
     part_name,
 )
-from dspark.cache.manifest import Counts, Json, Manifest, sealed
-from dspark.cache.part import (
+from dspark.cache.files.part import (
     Array,
     PartJob,
     PartRecord,
@@ -53,9 +51,11 @@ from dspark.cache.part import (
     write_array,
     write_attributes,
 )
+from dspark.cache.manifest import Counts, Json, Manifest, sealed
 from dspark.cache.reader import read_manifest
 from dspark.cache.records import CodedSample, TokenSample
-from dspark.cache.target_files import damaged_files, write_target
+from dspark.cache.target.files import damaged_files, write_target
+from dspark.cache.target.frozen import FrozenTarget
 
 SAME_TARGET = "Use the target's revision and the dtype that the store was begun with, or --overwrite."
 

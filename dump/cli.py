@@ -8,13 +8,13 @@ from typing import Any
 
 import click
 
-from dspark.cache.command import bits_options, emit, guarded
 from dspark.cache.errors import DsparkError
+from dspark.cache.shared.command import bits_options, emit, guarded
 from dspark.dump.config import (
     DEFAULT_SEQ_LENGTH,
     DumpConfig,
 )
-from dspark.dump.layers import parse_ids
+from dspark.dump.target.layers import parse_ids
 
 EPILOG = """\b
 Examples:

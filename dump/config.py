@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 
 from dspark.cache.errors import UsageError
 from dspark.cache.settings import DEFAULT_PACKING, NAMED
-from dspark.dump.answers import check_max_tokens, check_temperature, check_top_p
-from dspark.dump.layers import BOTH
+from dspark.dump.engines.answers import check_max_tokens, check_temperature, check_top_p
+from dspark.dump.target.layers import BOTH
 
 if TYPE_CHECKING:
-    from dspark.cache.codec import Codec
+    from dspark.cache.codec.rotated import Codec
 
 DEFAULT_AUX_BITS, DEFAULT_LAST_BITS = NAMED["default"]
 DEFAULT_SEQ_LENGTH = 4096
@@ -97,7 +97,7 @@ class DumpConfig:
     @property
     def codecs(self) -> tuple[Codec, Codec]:
         """Of ``aux`` and ``last``, not centred yet."""
-        from dspark.cache.codec import codec_for
+        from dspark.cache.codec.rotated import codec_for
 
         return codec_for(self.aux_bits, self.pack), codec_for(self.last_bits, self.pack)
 

@@ -11,24 +11,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dspark.cache.codec import field_info
+from dspark.cache.codec.rotated import field_info
 from dspark.cache.errors import DataError
 from dspark.cache.manifest import DumpInfo, Manifest, SourceInfo
 from dspark.cache.records import TokenSample
 from dspark.dump import plan as planning
-from dspark.dump.answers import recommended
+from dspark.dump.checks.states import PROBE_TOKENS, probe_samples
 from dspark.dump.config import DumpConfig
-from dspark.dump.corpus import Corpus, TokenRow, open_corpus
-from dspark.dump.parts import Making, PartReader
-from dspark.dump.presets import check_shapes, find
-from dspark.dump.regenerate import Prompts
-from dspark.dump.selfcheck import PROBE_TOKENS, probe_samples
-from dspark.dump.target import Target, load_target, target_info, tokenizer_info
-from dspark.dump.tokenise import Tokenisers
-from dspark.dump.tokens import SampleMaker
+from dspark.dump.corpus.masks import SampleMaker
+from dspark.dump.corpus.parts import Making, PartReader
+from dspark.dump.corpus.rows import Corpus, TokenRow, open_corpus
+from dspark.dump.corpus.tokenise import Tokenisers
+from dspark.dump.engines.answers import recommended
+from dspark.dump.regenerate.conversations import Prompts
+from dspark.dump.target.config import Target, load_target, target_info, tokenizer_info
+from dspark.dump.target.presets import check_shapes, find
 
 if TYPE_CHECKING:
-    from dspark.dump.capture import Engine
+    from dspark.dump.engines.engine import Engine
 
 log = logging.getLogger("dspark.dump")
 
@@ -114,7 +114,7 @@ def prepare(config: DumpConfig) -> Job:
 def load_engine(plan: planning.Plan, batch_tokens: int | None) -> Engine:
     """Start the engine the plan names."""
     if plan.engine == "vllm":
-        from dspark.dump.engine_vllm import VllmEngine
+        from dspark.dump.engines.vllm.engine import VllmEngine
 
         return VllmEngine.load(
             plan.model,
@@ -125,7 +125,7 @@ def load_engine(plan: planning.Plan, batch_tokens: int | None) -> Engine:
             spool=Path(plan.output + ".spool"),
             batch_tokens=batch_tokens,
         )
-    from dspark.dump.engine_transformers import TransformersEngine
+    from dspark.dump.engines.hf import TransformersEngine
 
     return TransformersEngine.load(
         plan.model,

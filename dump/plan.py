@@ -16,15 +16,15 @@ from typing import TYPE_CHECKING, Any
 from dspark.cache.errors import DataError, StoreWriteError, UsageError
 from dspark.cache.records import last_rows
 from dspark.dump.config import DEFAULT_SEQ_LENGTH, DumpConfig
-from dspark.dump.layers import Shapes, check_layers, default_layers
-from dspark.dump.presets import Preset
+from dspark.dump.target.layers import Shapes, check_layers, default_layers
+from dspark.dump.target.presets import Preset
 from dspark.dump.workers import default_workers
 
 if TYPE_CHECKING:
-    from dspark.cache.codec import Codec
+    from dspark.cache.codec.rotated import Codec
     from dspark.cache.sizing import RowBytes
-    from dspark.dump.corpus import Corpus
-    from dspark.dump.tokens import SampleMaker
+    from dspark.dump.corpus.masks import SampleMaker
+    from dspark.dump.corpus.rows import Corpus
 
 SPREAD_ROWS = 512  # rows tokenised for the estimate: half a second; 128 of them, scaled by rows, were 10 % off on 18,438 chats
 PART_BYTES = (
@@ -70,7 +70,7 @@ class Plan:
     @property
     def codecs(self) -> tuple[Codec, Codec]:
         """Of ``aux`` and ``last``, not centred yet."""
-        from dspark.cache.codec import codec_for
+        from dspark.cache.codec.rotated import codec_for
 
         return codec_for(self.aux_bits, self.pack), codec_for(self.last_bits, self.pack)
 
@@ -112,7 +112,7 @@ class Plan:
 
 def resolve(config: DumpConfig, preset: Preset | None, shapes: Shapes) -> Plan:
     """Settle every choice that does not need the corpus."""
-    from dspark.cache.disk import existing_parent
+    from dspark.cache.files.atomic import existing_parent
 
     data = config.data or (preset.data if preset else None)
     if data is None:
@@ -154,7 +154,7 @@ def resolve(config: DumpConfig, preset: Preset | None, shapes: Shapes) -> Plan:
 
 def memory_bytes(plan: Plan) -> float:
     """Bytes of coded states a token before compression, the last state at every token."""
-    from dspark.cache.layout import stored_bytes_per_token
+    from dspark.cache.files.layout import stored_bytes_per_token
 
     return stored_bytes_per_token(len(plan.layers), plan.shapes.hidden_size, *plan.codecs)
 
@@ -265,7 +265,7 @@ def disk_bytes(
     shapes: Shapes, layers: tuple[int, ...], codecs: tuple[Codec, Codec], last_share: float = 1.0
 ) -> float:
     """Expected bytes of a token on disk; ``last_share`` = stored last states / tokens."""
-    from dspark.cache.layout import disk_bytes_per_token
+    from dspark.cache.files.layout import disk_bytes_per_token
 
     return disk_bytes_per_token(len(layers), shapes.hidden_size, *codecs, last_share)
 

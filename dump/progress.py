@@ -12,7 +12,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from dspark.cache.disk import write_errors
+from dspark.cache.files.atomic import write_errors
 
 log = logging.getLogger("dspark.dump")
 QUIET_SECONDS = 30.0  # without a terminal, a line this often

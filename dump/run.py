@@ -16,32 +16,32 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dspark.cache.codec import Bf16, Codec, field_info
+from dspark.cache.codec.rotated import Bf16, Codec, field_info
 from dspark.cache.errors import DataError, DsparkError, EngineError, ExistsError
-from dspark.cache.logits import PLAIN, Logits
 from dspark.cache.manifest import Manifest
 from dspark.cache.reader import read_manifest
 from dspark.cache.recode import snr_db
 from dspark.cache.records import TokenSample
+from dspark.cache.target.logits import PLAIN, Logits
 from dspark.cache.writer import StoreWriter, scan_parts
 from dspark.dump import plan as planning
-from dspark.dump.ahead import ahead
-from dspark.dump.answers_disk import AnswerFiles
-from dspark.dump.calibrate import Calibration, calibration_samples, captured, centred_as
-from dspark.dump.coded_check import check_coded
+from dspark.dump.centring import Calibration, calibration_samples, captured, centred_as
+from dspark.dump.checks.coded import check_coded
+from dspark.dump.checks.states import check
 from dspark.dump.config import DumpConfig
+from dspark.dump.corpus.ahead import ahead
+from dspark.dump.corpus.parts import PartReader, PartRows
+from dspark.dump.corpus.tokenise import Tokenisers
 from dspark.dump.job import Job, first_samples, load_engine, part_reader, prepare, tokenisers
-from dspark.dump.parts import PartReader, PartRows
-from dspark.dump.pipeline import Pipeline, writers
 from dspark.dump.progress import log_file
-from dspark.dump.regenerate import Prompts, Regenerator, batches_of
-from dspark.dump.selfcheck import check
-from dspark.dump.target import compact
-from dspark.dump.tokenise import Tokenisers
+from dspark.dump.regenerate.answer_files import AnswerFiles
+from dspark.dump.regenerate.conversations import Prompts, Regenerator, batches_of
+from dspark.dump.target.config import compact
 from dspark.dump.workers import WorkerPool
+from dspark.dump.writing.pipeline import Pipeline, writers
 
 if TYPE_CHECKING:
-    from dspark.dump.capture import Engine, States
+    from dspark.dump.engines.engine import Engine, States
     from dspark.dump.progress import Display
 
 log = logging.getLogger("dspark.dump")

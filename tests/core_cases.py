@@ -9,11 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dspark.cache.logits import PLAIN, Logits
-from dspark.train import anchors as rules
-from dspark.train.batch import Batch
-from dspark.train.draft import DraftModel
-from dspark.train.draft_config import DraftConfig
+from dspark.cache.target.logits import PLAIN, Logits
+from dspark.train.data import anchors as rules
+from dspark.train.data.batch import Batch
+from dspark.train.draft.config import DraftConfig
+from dspark.train.draft.model import DraftModel
 
 HIDDEN, VOCAB, BLOCK = 32, 50, 4
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from dspark.cache.codec import Codec
+from dspark.cache.codec.rotated import Codec
 from dspark.cache.records import TokenSample
-from dspark.dump.capture import Captured, Engine
+from dspark.dump.engines.engine import Captured, Engine
 from dump_targets import chat
 
 WORDS = [

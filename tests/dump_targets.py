@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from dspark.cache.records import KEY_BYTES, TokenSample
-from dspark.dump.engine_transformers import TransformersEngine
-from dspark.dump.layers import Shapes
+from dspark.dump.engines.hf import TransformersEngine
+from dspark.dump.target.layers import Shapes
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"

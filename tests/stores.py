@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from dspark.cache.codec import codec_from, to_numpy
-from dspark.cache.frozen import FrozenTarget
+from dspark.cache.codec.rotated import codec_from, to_numpy
 from dspark.cache.manifest import DumpInfo, FieldInfo, Manifest, SourceInfo, TargetInfo, TokenizerInfo
 from dspark.cache.records import CodedSample, TokenSample, last_rows
+from dspark.cache.target.frozen import FrozenTarget
 from dspark.cache.writer import StoreWriter
 
 VOCAB, HIDDEN, LAYERS = 97, 64, (1, 2, 4)

@@ -1,41 +1,95 @@
-"""The import rule of docs/architecture.md: cache imports none of the others, dump and train only cache."""
+"""The layout: who may import whom, how large a folder may be, and that pyproject.toml lists every folder."""
 
 from __future__ import annotations
 
 import ast
+import tomllib
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
+PACKAGES = ("cache", "dump", "train", "tools")
 ALLOWED = {
     "cache": {"cache"},
     "dump": {"cache", "dump"},
     "train": {"cache", "train"},
     "tools": {"cache", "dump", "train", "tools"},
 }
+LARGEST_FOLDER = 16  # modules
+
+
+def modules(package: str) -> list[Path]:
+    """Every module of ``package``, at any depth."""
+    return sorted((ROOT / package).rglob("*.py"))
 
 
 def imported(path: Path) -> set[str]:
+    """Dotted names that ``path`` imports at any level, functions and TYPE_CHECKING blocks included."""
     names = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module:
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
             names |= {f"{node.module}.{alias.name}" for alias in node.names}
     return names
 
 
-@pytest.mark.parametrize("package", ALLOWED)
+def folder_of(name: str) -> str | None:
+    """``dspark.cache.codec.base.Codec`` -> ``cache/codec``: the folder that holds the module; None for names of others."""
+    if not name.startswith("dspark."):
+        return None
+    parts = name.split(".")[1:]
+    for n in range(len(parts), 0, -1):
+        at = ROOT.joinpath(*parts[:n])
+        if at.with_suffix(".py").is_file():
+            return "/".join(parts[: n - 1])
+        if at.is_dir():
+            return "/".join(parts[:n])
+    return None
+
+
+@pytest.mark.parametrize("package", PACKAGES)
 def test_who_imports_whom(package: str) -> None:
-    files = sorted((ROOT / package).glob("*.py"))
-    assert len(files) > 5
+    files = modules(package)
+    assert len(files) > 25
     for path in files:
-        ours = {n.split(".")[1] for n in imported(path) if n.startswith("dspark.")}
-        assert ours <= ALLOWED[package], f"{path.name} imports {ours - ALLOWED[package]}"
+        ours = {n.split(".")[1] for n in imported(path) if n.startswith("dspark.")} - {"__version__"}
+        assert ours <= ALLOWED[package], f"{path.relative_to(ROOT)} imports {ours - ALLOWED[package]}"
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_no_two_folders_import_each_other(package: str) -> None:
+    """The modules that lie directly in a package bind its folders together, so they are not counted."""
+    edges: dict[tuple[str, str], set[str]] = {}
+    for path in modules(package):
+        here = str(path.parent.relative_to(ROOT))
+        for name in imported(path):
+            there = folder_of(name)
+            if there and there != here and there.startswith(package + "/") and here != package:
+                edges.setdefault((here, there), set()).add(f"{path.relative_to(ROOT)}: {name}")
+    both = {pair: why for pair, why in edges.items() if pair[::-1] in edges and pair < pair[::-1]}
+    assert not both, {f"{a} <-> {b}": (edges[a, b], edges[b, a]) for a, b in both}
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_no_folder_is_larger_than_a_person_keeps_in_mind(package: str) -> None:
+    for folder in {path.parent for path in modules(package)}:
+        names = [p.name for p in folder.glob("*.py") if p.name != "__init__.py"]
+        assert len(names) <= LARGEST_FOLDER, f"{folder.relative_to(ROOT)} has {len(names)} modules"
+
+
+def test_every_folder_is_packaged() -> None:
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    folders = {path.parent for package in PACKAGES for path in modules(package)}
+    assert all((folder / "__init__.py").is_file() for folder in folders)
+    names = {"dspark." + str(folder.relative_to(ROOT)).replace("/", ".") for folder in folders}
+    assert sorted(listed) == sorted({"dspark", *names})
 
 
 def test_nothing_depends_on_this_workplace() -> None:
-    for path in [*ROOT.glob("*/*.py"), *ROOT.glob("*/*/*.py"), ROOT / "Makefile"]:
-        if ".venv" not in path.parts:
-            assert "../shared" not in path.read_text().replace('"../shared" not in', ""), path
+    files = [p for package in (*PACKAGES, "tests", "bench", "examples") for p in modules(package)]
+    assert len(files) > 200
+    for path in [*files, ROOT / "Makefile"]:
+        assert "../shared" not in path.read_text().replace('"../shared" not in', ""), path

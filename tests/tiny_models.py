@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dspark.tools.target import Target
-from dspark.train.draft import DraftModel
-from dspark.train.draft_config import DraftConfig
+from dspark.tools.decode.target import Target
+from dspark.train.draft.config import DraftConfig
+from dspark.train.draft.model import DraftModel
 
 VOCAB, HIDDEN, LAYERS, MASK = 160, 32, (0, 2), 159
 
@@ -62,7 +62,7 @@ def agree(model: Any, draft_model: DraftModel, answers: list[list[int]], steps: 
     """
     import numpy as np
 
-    from dspark.train.batch import Batch
+    from dspark.train.data.batch import Batch
 
     size = draft_model.config.block_size
     batches = []

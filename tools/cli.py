@@ -7,12 +7,12 @@ from typing import Any
 
 import click
 
-from dspark.cache.command import SETTINGS, bar, bits_options, emit, guarded
-from dspark.tools.calibrate import calibrate_command
-from dspark.tools.check_run import check_command
-from dspark.tools.eval import eval_command
+from dspark.cache.shared.command import SETTINGS, bar, bits_options, emit, guarded
+from dspark.tools.check.command import check_command
 from dspark.tools.flags import COUNT, COUNT_OR_ALL, DEVICE, SHARE, TOKEN_ID, Finite, coding_device_is_here
-from dspark.tools.publish import export_command
+from dspark.tools.judge.calibrate import calibrate_command
+from dspark.tools.judge.eval import eval_command
+from dspark.tools.publish.export import export_command
 
 json_flag = click.option(
     "--json", "as_json", is_flag=True, help="One JSON object on stdout, all else on stderr."
@@ -37,7 +37,7 @@ def table(rows: list[tuple[str, str]]) -> None:
 @guarded
 def info_command(cache: str, as_json: bool) -> None:
     """What CACHE is: target, layers, tokens, samples, bits, sizes, ratio, complete or not."""
-    from dspark.tools.info import info
+    from dspark.tools.stores.info import info
 
     data = info(cache)
     if as_json:
@@ -67,7 +67,7 @@ def info_command(cache: str, as_json: bool) -> None:
 def stats_command(cache: str, limit: int, as_json: bool) -> None:
     """Per layer rms, absmax, outlier share and SNR of the stored code; histogram of lengths."""
     import dspark.cache
-    from dspark.tools.stats import stats
+    from dspark.tools.stores.stats import stats
 
     with bar("stats") as progress:
         data = stats(dspark.cache.open(cache), limit, progress)
@@ -134,7 +134,7 @@ def show_command(cache: str, index: int, as_json: bool) -> None:
     """Sample INDEX of CACHE as text; the supervised part between [[ and ]]."""
     import dspark.cache
     from dspark.cache.errors import UsageError
-    from dspark.tools.show import runs
+    from dspark.tools.stores.show import runs
 
     store = dspark.cache.open(cache, allow_incomplete=True)
     if not 0 <= index < len(store):
@@ -177,7 +177,7 @@ Examples:
 def estimate_command(as_json: bool, **flags: Any) -> None:
     """Bytes, files and hours of a dump before it is run."""
     from dspark.dump.plan import human
-    from dspark.tools.estimate import estimate
+    from dspark.tools.stores.estimate import estimate
 
     data = estimate(**flags)
     if as_json:
@@ -229,7 +229,7 @@ def estimate_command(as_json: bool, **flags: Any) -> None:
 def score_command(cache: str, draft: str, max_anchors: int, which: str, as_json: bool, **where: Any) -> None:
     """Teacher-forced metrics of a draft: losses, accept rate by slot, mean accepted length (tau), calibration."""
     import dspark.cache
-    from dspark.tools.score import score
+    from dspark.tools.judge.score import score
 
     with bar("score") as progress:
         data = score(
@@ -265,7 +265,7 @@ def score_command(cache: str, draft: str, max_anchors: int, which: str, as_json:
 def recode_command(source: str, destination: str, as_json: bool, **flags: Any) -> None:
     """Store SOURCE again as DESTINATION with other bits, or packed in the other way."""
     from dspark.cache.recode import recode
-    from dspark.tools.info import info
+    from dspark.tools.stores.info import info
 
     coding_device_is_here(flags["device"])
     with bar("recode") as progress:
@@ -327,9 +327,9 @@ def import_command(
 ) -> None:
     """A DeepSpec target cache, or speculators' data and hidden states, as a store."""
     from dspark.cache.errors import UsageError
-    from dspark.dump.layers import parse_ids
-    from dspark.tools.import_cache import import_store
-    from dspark.tools.info import info
+    from dspark.dump.target.layers import parse_ids
+    from dspark.tools.importers.importer import import_store
+    from dspark.tools.stores.info import info
 
     if layers and target_layer_ids:
         raise UsageError("give --layers or --target-layer-ids, not both")
@@ -359,7 +359,7 @@ def import_command(
 def compare_command(a: str, b: str, limit: int, as_json: bool) -> None:
     """Two stores of the same samples: SNR a layer, and the target's distribution by B's last states against A's."""
     import dspark.cache
-    from dspark.tools.compare import compare
+    from dspark.tools.stores.compare import compare
 
     with bar("compare") as progress:
         data = compare(dspark.cache.open(a), dspark.cache.open(b), limit, progress)

@@ -10,8 +10,8 @@ from typing import Any
 
 import click
 
-from dspark.cache.disk import STAGING, existing_parent, write_errors, write_file
 from dspark.cache.errors import UsageError
+from dspark.cache.files.atomic import STAGING, existing_parent, write_errors, write_file
 
 
 class OutputFile(click.ParamType):  # type: ignore[type-arg]  # no generic before click 8.4

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from dspark.cache.errors import DraftError
-from dspark.train.folder import METRICS, STORE, TRAINING, read_record
+from dspark.train.run.folder import METRICS, STORE, TRAINING, read_record
 
 CALIBRATION = "calibration.json"
 

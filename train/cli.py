@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from dspark.cache.command import SETTINGS, bar, emit, guarded
+from dspark.cache.shared.command import SETTINGS, bar, emit, guarded
 from dspark.train.config import STRATEGIES, TrainConfig
 from dspark.train.recipes import AUTO, NONE, configure, recipes
 

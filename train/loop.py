@@ -18,21 +18,22 @@ from types import FrameType
 from typing import Any
 
 from dspark.cache.errors import TrainError
-from dspark.train import checkpoint, distributed, folder, memory
-from dspark.train.batch import Batch
-from dspark.train.checkpoint import Position
+from dspark.train import distributed
 from dspark.train.config import TrainConfig
+from dspark.train.data.batch import Batch
+from dspark.train.data.feed import Feed
+from dspark.train.data.row import Row
+from dspark.train.data.stream import VALIDATION_EPOCH
 from dspark.train.distributed import World, lost_peers
-from dspark.train.evaluate import evaluate
-from dspark.train.export import save_draft
-from dspark.train.feed import Feed
-from dspark.train.metrics import Score, SlotMetrics
-from dspark.train.report import Report
-from dspark.train.row import Row
-from dspark.train.setup import Run, prepare
+from dspark.train.draft.folder import save_draft
+from dspark.train.objective.evaluate import evaluate
+from dspark.train.objective.metrics import Score, SlotMetrics
+from dspark.train.run import checkpoint, folder, memory
+from dspark.train.run.checkpoint import Position
+from dspark.train.run.report import Report
+from dspark.train.run.setup import Run, prepare
+from dspark.train.run.window import Logged, Moment, Window
 from dspark.train.step import blanks, share, step
-from dspark.train.stream import VALIDATION_EPOCH
-from dspark.train.window import Logged, Moment, Window
 
 Progress = Callable[[int, int, str], None]
 UNSAVED = "These weights were not saved. Lower --lr, or look at the store with dspark-tools stats."

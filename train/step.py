@@ -12,14 +12,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dspark.train.batch import Batch
-from dspark.train.draft import SlotStates
-from dspark.train.feed import Feed
-from dspark.train.metrics import SlotMetrics
-from dspark.train.objective import Denominators, SlotInputs, objective
-from dspark.train.optim import learning_rate
-from dspark.train.row import Row
-from dspark.train.setup import Run
+from dspark.train.data.batch import Batch
+from dspark.train.data.feed import Feed
+from dspark.train.data.row import Row
+from dspark.train.draft.model import SlotStates
+from dspark.train.objective.metrics import SlotMetrics
+from dspark.train.objective.objective import Denominators, SlotInputs, objective
+from dspark.train.optim.flat import learning_rate
+from dspark.train.run.setup import Run
 
 
 @dataclass(frozen=True, slots=True)

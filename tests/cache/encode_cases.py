@@ -6,8 +6,8 @@ import json
 
 import torch
 
-from dspark.cache import fused_encode
-from dspark.cache.codec import Rotated, codec_for
+from dspark.cache.codec import rotated_encode_kernel as fused_encode
+from dspark.cache.codec.rotated import Rotated, codec_for
 from dspark.cache.errors import EngineError
 
 # Hidden sizes with groups of 16 to 128; aux [T, L, H] and last [M, H]; no row, one row, and more than a tile takes.

@@ -13,12 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import dspark.cache
-from dspark.cache.codec import SETTINGS, Bf16, Rotated, codec_for, codec_from, field_info
+from dspark.cache.codec.quant import distortion, entropy, gaussian_levels, scale_table
+from dspark.cache.codec.rotated import SETTINGS, Bf16, Rotated, codec_for, codec_from, field_info
+from dspark.cache.codec.rotation import energy, group_size, hadamard, rotate, signs
 from dspark.cache.errors import EngineError, FormatVersionError, UsageError
-from dspark.cache.layout import disk_bytes_per_token, stored_bytes_per_token, token_bytes
+from dspark.cache.files.layout import disk_bytes_per_token, stored_bytes_per_token, token_bytes
 from dspark.cache.manifest import FieldInfo
-from dspark.cache.quant import distortion, entropy, gaussian_levels, scale_table
-from dspark.cache.rotation import energy, group_size, hadamard, rotate, signs
 from stores import HIDDEN, manifest, states, write_store
 
 HIDDEN_SIZES = (576, 2560, 4096, 5120, 6144)

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 import dspark.cache
-from dspark.cache.centre import Centre
-from dspark.cache.codec import Rotated, codec_for, codec_from, field_info
+from dspark.cache.codec.centre import Centre
+from dspark.cache.codec.rotated import Rotated, codec_for, codec_from, field_info
 from dspark.cache.errors import DamagedCacheError, EngineError, FormatVersionError
 from dspark.cache.manifest import FieldInfo
 from stores import LAYERS, manifest, states, token_samples, write_store

@@ -6,7 +6,7 @@ import click
 import pytest
 from click.testing import CliRunner
 
-from dspark.cache.command import guarded
+from dspark.cache.shared.command import guarded
 
 
 @pytest.mark.parametrize("resumable", [True, False])

@@ -13,8 +13,8 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 import stores
-from dspark.cache.disk import STAGING, error_number, write_errors, write_file
 from dspark.cache.errors import StoreWriteError
+from dspark.cache.files.atomic import STAGING, error_number, write_errors, write_file
 from dspark.cache.writer import StoreWriter
 
 

@@ -14,7 +14,7 @@ from dspark.cache import errors
 from dspark.cache.recode import recode
 from dspark.cache.settings import PACKINGS
 from dspark.cache.verify import verify
-from dspark.tools.compare import compare
+from dspark.tools.stores.compare import compare
 
 LENGTHS = [50, 3, 120, 77, 260, 9, 150, 31]
 

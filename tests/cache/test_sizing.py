@@ -9,8 +9,8 @@ import pytest
 
 import dspark.cache
 import stores
-from dspark.cache.codec import codec_for
-from dspark.cache.layout import disk_bytes_per_token
+from dspark.cache.codec.rotated import codec_for
+from dspark.cache.files.layout import disk_bytes_per_token
 from dspark.cache.recode import recode, spread_states
 from dspark.cache.sizing import RowBytes
 

@@ -260,7 +260,7 @@ def test_disk_full_is_one_sentence_and_leaves_the_committed_parts(
     def full(*args: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("dspark.cache.disk.os.fsync", full)
+    monkeypatch.setattr("dspark.cache.files.atomic.os.fsync", full)
     with pytest.raises(errors.StoreWriteError, match="disk is full.*--resume"):
         writer.commit(
             1,
@@ -284,9 +284,9 @@ def test_our_shards_are_zarrs_bytes_and_ours_reads_zarrs(
     tmp_path: Path, dtype: str, level: int, rows: int
 ) -> None:
     """The fast writer and reader against zarr-python, both ways: the same file, the same values for any range of rows."""
-    from dspark.cache.layout import StoredArray
-    from dspark.cache.part import shard_file, write_array
-    from dspark.cache.shard import Shard
+    from dspark.cache.files.layout import StoredArray
+    from dspark.cache.files.part import shard_file, write_array
+    from dspark.cache.files.shard import Shard
 
     rng = np.random.default_rng(rows)
     shuffle = {"uint16": 2, "int32": 4}.get(dtype, 0) if level else 0
@@ -308,8 +308,8 @@ def test_our_shards_are_zarrs_bytes_and_ours_reads_zarrs(
 
 def test_unpacked_chunks_whose_index_is_not_theirs_are_damage(tmp_path: Path) -> None:
     """A sound index (its crc32c right) of other lengths, and a file that is longer than its chunks."""
-    from dspark.cache.layout import StoredArray
-    from dspark.cache.shard import Shard, write_shard
+    from dspark.cache.files.layout import StoredArray
+    from dspark.cache.files.shard import Shard, write_shard
 
     spec = StoredArray("x", (300, 4), "uint8", 128, 0, 0)
     data = np.arange(1200, dtype=np.uint32).astype(np.uint8).reshape(300, 4)
@@ -326,9 +326,9 @@ def test_unpacked_chunks_whose_index_is_not_theirs_are_damage(tmp_path: Path) ->
 @pytest.mark.parametrize("byte", [0, 511, 512, 515], ids=["first", "last", "sum's first", "sum's last"])
 def test_one_flipped_bit_of_an_unpacked_chunk_is_named(tmp_path: Path, byte: int) -> None:
     """In the values or in the sum behind them, wherever in the chunk the wanted rows lie; rows of other chunks are still read."""
-    from dspark.cache.checksum import crc32c
-    from dspark.cache.layout import StoredArray
-    from dspark.cache.shard import Shard, write_shard
+    from dspark.cache.files.checksum import crc32c
+    from dspark.cache.files.layout import StoredArray
+    from dspark.cache.files.shard import Shard, write_shard
 
     spec = StoredArray("x", (300, 4), "uint8", 128, 0, 0)
     data = np.arange(1200, dtype=np.uint32).astype(np.uint8).reshape(300, 4)
@@ -350,7 +350,7 @@ def test_the_residue_is_that_of_every_sum_in_use() -> None:
     """Bytes and their own crc32c behind them always sum to the same, whichever package sums."""
     import google_crc32c
 
-    from dspark.cache import checksum, shard
+    from dspark.cache.files import checksum, shard
 
     for crc32c in (checksum.crc32c, google_crc32c.value):
         for data in (b"", b"123456789", bytes(1000), bytes(range(256)) * 77):

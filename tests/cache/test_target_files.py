@@ -12,9 +12,9 @@ from safetensors.torch import load_file, save_file
 import dspark.cache
 import stores
 from dspark.cache.errors import DamagedCacheError, MismatchError
-from dspark.cache.frozen import file_sha256
 from dspark.cache.manifest import TokenizerInfo
 from dspark.cache.recode import recode
+from dspark.cache.target.frozen import file_sha256
 from dspark.cache.verify import drop_damaged, verify
 from dspark.cache.writer import StoreWriter
 

@@ -14,14 +14,14 @@ import pytest
 from dump_runs import files
 
 from dspark.cache.errors import DamagedCacheError, EngineError, ExistsError, StoreWriteError, UsageError
-from dspark.cache.part import PartRecord
+from dspark.cache.files.part import PartRecord
 from dspark.cache.reader import read_manifest
 from dspark.cache.verify import drop_damaged, verify
 from dspark.cache.writer import StoreWriter
-from dspark.dump import regenerate
-from dspark.dump.answers_disk import AnswerFiles
 from dspark.dump.config import DumpConfig
 from dspark.dump.progress import Display
+from dspark.dump.regenerate import conversations as regenerate
+from dspark.dump.regenerate.answer_files import AnswerFiles
 from dspark.dump.run import dump
 from dump_targets import chat
 

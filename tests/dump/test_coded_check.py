@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-from dspark.cache.codec import Codec, calibrated, codec_for, to_numpy
+from dspark.cache.codec.rotated import Codec, calibrated, codec_for, to_numpy
 from dspark.cache.errors import EngineError
 from dspark.cache.records import TokenSample
-from dspark.dump.capture import Captured, CodedStates, States
-from dspark.dump.coded_check import check_coded
+from dspark.dump.checks.coded import check_coded
+from dspark.dump.engines.engine import Captured, CodedStates, States
 
 LAYERS = [1, 4, 7]
 ROWS = ((9, 4), (5, 0), (30, 12))  # tokens and stored last states of each sample

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from dspark.cache.errors import DataError, UsageError
-from dspark.dump.corpus import ChatRow, TokenRow, open_corpus, parse_row
+from dspark.dump.corpus.rows import ChatRow, TokenRow, open_corpus, parse_row
 
 CHAT = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]}
 

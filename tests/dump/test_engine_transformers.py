@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 import torch
 
-from dspark.cache.codec import codec_for
+from dspark.cache.codec.rotated import codec_for
 from dspark.cache.errors import EngineError
 from dspark.cache.records import last_rows
-from dspark.dump.answers import Ask, Sampling
-from dspark.dump.engine_transformers import TransformersEngine, batches, never_packed
-from dspark.dump.layers import Shapes
-from dspark.dump.target import load_target
+from dspark.dump.engines.answers import Ask, Sampling
+from dspark.dump.engines.hf import TransformersEngine, batches, never_packed
+from dspark.dump.target.config import load_target
+from dspark.dump.target.layers import Shapes
 from dump_targets import ENGINE_LAYERS as LAYERS
 from dump_targets import ENGINE_VOCAB as VOCAB
 from dump_targets import build_model, engine, samples, save_target, shapes

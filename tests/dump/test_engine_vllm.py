@@ -16,12 +16,13 @@ import pytest
 import torch
 
 import dspark.cache
-from dspark.cache.codec import codec_for, to_numpy
+from dspark.cache.codec.rotated import codec_for, to_numpy
 from dspark.cache.errors import EngineError
 from dspark.cache.records import KEY_BYTES, TokenSample, last_rows
-from dspark.dump.answers import Ask, Sampling
-from dspark.dump.engine_transformers import TransformersEngine
-from dspark.dump.engine_vllm import (
+from dspark.dump.checks.states import check
+from dspark.dump.engines.answers import Ask, Sampling
+from dspark.dump.engines.hf import TransformersEngine
+from dspark.dump.engines.vllm.engine import (
     Member,
     VllmEngine,
     check_version,
@@ -31,19 +32,18 @@ from dspark.dump.engine_vllm import (
     step_tokens,
     waves,
 )
-from dspark.dump.selfcheck import check
-from dspark.dump.spool import (
+from dspark.dump.engines.vllm.spool import (
     IDS,
     STAGES,
     SpoolReader,
     report_failure,
     write_batch,
 )
-from dspark.dump.target import load_target
+from dspark.dump.target.config import load_target
 from dump_targets import chat, samples
 
 if TYPE_CHECKING:
-    from dspark.dump.layers import Shapes
+    from dspark.dump.target.layers import Shapes
 
 LAYERS = (0, 2, 5)  # 5 is the last: asked for before the norm, and needed once more behind it
 
@@ -192,7 +192,7 @@ def test_on_a_gpu_the_engine_is_not_forked(
 
     monkeypatch.setenv("VLLM_WORKER_MULTIPROC_METHOD", "to be restored")
     monkeypatch.delenv("VLLM_WORKER_MULTIPROC_METHOD")
-    monkeypatch.setattr("dspark.dump.engine_vllm.engine_version", lambda name: "0.26.0")
+    monkeypatch.setattr("dspark.dump.engines.vllm.engine.engine_version", lambda name: "0.26.0")
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
     monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(LLM=start))  # type: ignore[arg-type]
     with pytest.raises(EngineError, match="RuntimeError: spawn"):

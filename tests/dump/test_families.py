@@ -8,11 +8,11 @@ import families
 import pytest
 import torch
 
-from dspark.cache.logits import Logits
-from dspark.dump.checkpoint import read_frozen
-from dspark.dump.engine_transformers import TransformersEngine
-from dspark.dump.selfcheck import check
-from dspark.dump.target import load_target
+from dspark.cache.target.logits import Logits
+from dspark.dump.checks.states import check
+from dspark.dump.engines.hf import TransformersEngine
+from dspark.dump.target.config import load_target
+from dspark.dump.target.weights import read_frozen
 from dump_targets import samples
 
 LAYERS = (0, 2, 3)

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 import torch
 
-from dspark.cache.codec import codec_for
-from dspark.cache.layout import part_arrays
-from dspark.cache.part import PartJob, join_tokens
+from dspark.cache.codec.rotated import codec_for
+from dspark.cache.files.layout import part_arrays
+from dspark.cache.files.part import PartJob, join_tokens
 from dspark.cache.records import TokenSample, last_rows
-from dspark.dump.blocks import Block
-from dspark.dump.filling import Filling, as_slice
-from dspark.dump.parts import PartRows
+from dspark.dump.corpus.parts import PartRows
+from dspark.dump.writing.blocks import Block
+from dspark.dump.writing.filling import Filling, as_slice
 
 LAYERS, HIDDEN = 2, 64
 

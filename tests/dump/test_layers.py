@@ -4,8 +4,8 @@ import pytest
 
 from dspark.cache.errors import UsageError
 from dspark.dump.config import DumpConfig
-from dspark.dump.layers import check_layers, default_layers, parse_ids
-from dspark.dump.presets import find, presets
+from dspark.dump.target.layers import check_layers, default_layers, parse_ids
+from dspark.dump.target.presets import find, presets
 
 
 @pytest.mark.parametrize(

@@ -9,9 +9,9 @@ import torch
 
 from dspark.cache.errors import EngineError
 from dspark.cache.records import TokenSample
-from dspark.dump.capture import States
-from dspark.dump.engine_transformers import TransformersEngine
-from dspark.dump.selfcheck import check
+from dspark.dump.checks.states import check
+from dspark.dump.engines.engine import States
+from dspark.dump.engines.hf import TransformersEngine
 from dump_targets import ENGINE_VOCAB, build_model, samples, shapes
 
 LAYERS = (0, 1, 3, 4)

@@ -18,15 +18,15 @@ import pytest
 import torch
 from dump_runs import Wrapped, assert_same, corpus
 
-from dspark.cache.codec import Codec
+from dspark.cache.codec.rotated import Codec
 from dspark.cache.errors import EngineError, MismatchError
 from dspark.cache.records import TokenSample
-from dspark.dump.blocks import can_share
-from dspark.dump.capture import Captured, CodedStates, Engine, States
 from dspark.dump.config import DumpConfig
+from dspark.dump.engines.engine import Captured, CodedStates, Engine, States
 from dspark.dump.job import load_engine
 from dspark.dump.progress import Display
 from dspark.dump.run import dump
+from dspark.dump.writing.blocks import can_share
 
 
 def test_an_engine_that_loses_a_sample_is_caught(config: DumpConfig, show: Display) -> None:
@@ -139,7 +139,7 @@ def test_no_more_than_so_many_batches_are_waited_for(
     config: DumpConfig, show: Display, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The engine's thread is held back once two are on their way and a third is being fetched."""
-    monkeypatch.setattr("dspark.dump.pipeline.COMING", 2)
+    monkeypatch.setattr("dspark.dump.writing.pipeline.COMING", 2)
 
     class Bounded(Coming):
         def fetch(self, number: int, states: CodedStates) -> CodedStates:
@@ -165,7 +165,7 @@ def test_a_killed_worker_process_is_named_and_resume_goes_on(
 ) -> None:
     """As the kernel does it when memory runs out: what was whole stays, nothing is left behind, and the store becomes that of an unbroken run."""
     monkeypatch.setattr("dspark.dump.job.PROCESS_ROWS", 1)
-    monkeypatch.setattr("dspark.dump.tokenise.CHUNK", 4)  # so that rows are left when one is killed
+    monkeypatch.setattr("dspark.dump.corpus.tokenise.CHUNK", 4)  # so that rows are left when one is killed
     rows = write_rows(corpus(200), "long.jsonl")
     config = dataclasses.replace(config, data=str(rows), workers=1)
     whole = dataclasses.replace(config, output=tmp_path / "whole.zarr", workers=0)

@@ -16,20 +16,21 @@ import torch
 from click.testing import CliRunner
 
 import dspark.cache
-from dspark.cache.codec import codec_for
+from dspark.cache.codec.rotated import codec_for
 from dspark.cache.errors import DataError, MismatchError, UsageError
 from dspark.cache.reader import read_manifest
 from dspark.cache.records import KEY_BYTES, TokenSample
 from dspark.cache.writer import StoreWriter, scan_parts
 from dspark.dump import job as job_module
-from dspark.dump import parts, regenerate
 from dspark.dump import plan as planning
-from dspark.dump.answers import Ask, Sampling, recommended, seed_of, stored_runs
 from dspark.dump.cli import main
 from dspark.dump.config import DumpConfig
-from dspark.dump.corpus import ChatRow, Row
+from dspark.dump.corpus import parts
+from dspark.dump.corpus.rows import ChatRow, Row
+from dspark.dump.engines.answers import Ask, Sampling, recommended, seed_of, stored_runs
 from dspark.dump.job import prepare
 from dspark.dump.progress import Display
+from dspark.dump.regenerate import conversations as regenerate
 from dspark.dump.run import dump
 from dump_targets import chat, engine
 

@@ -21,7 +21,7 @@ import torch
 from dump_runs import Wrapped, assert_same, corpus, files
 
 import dspark.cache
-from dspark.cache.codec import Codec
+from dspark.cache.codec.rotated import Codec
 from dspark.cache.errors import (
     DataError,
     EngineError,
@@ -30,13 +30,13 @@ from dspark.cache.errors import (
     StoreWriteError,
     UsageError,
 )
-from dspark.cache.part import PartJob
+from dspark.cache.files.part import PartJob
 from dspark.cache.records import TokenSample
 from dspark.cache.writer import StoreWriter
 from dspark.dump import plan as planning
-from dspark.dump.calibrate import calibration_samples
-from dspark.dump.capture import Captured, Engine, States
+from dspark.dump.centring import calibration_samples
 from dspark.dump.config import DumpConfig
+from dspark.dump.engines.engine import Captured, Engine, States
 from dspark.dump.job import load_engine, prepare
 from dspark.dump.progress import Display
 from dspark.dump.run import Stopped, dump

@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 from dump_runs import corpus, files
 
-from dspark.cache.disk import remove
 from dspark.cache.errors import DsparkError, MismatchError, UsageError
+from dspark.cache.files.atomic import remove
 from dspark.cache.verify import drop_damaged, verify
 from dspark.dump import plan as planning
-from dspark.dump.capture import Engine
 from dspark.dump.config import DumpConfig
+from dspark.dump.engines.engine import Engine
 from dspark.dump.progress import Display
 from dspark.dump.run import dump
 from dump_targets import save_target

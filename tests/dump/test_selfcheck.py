@@ -9,9 +9,9 @@ import torch
 
 from dspark.cache.errors import EngineError
 from dspark.cache.records import TokenSample, last_rows
-from dspark.dump.capture import States
-from dspark.dump.engine_transformers import TransformersEngine
-from dspark.dump.selfcheck import PROBE_SAMPLES, check, probe_samples
+from dspark.dump.checks.states import PROBE_SAMPLES, check, probe_samples
+from dspark.dump.engines.engine import States
+from dspark.dump.engines.hf import TransformersEngine
 from dump_targets import ENGINE_VOCAB as VOCAB
 from dump_targets import engine, samples
 

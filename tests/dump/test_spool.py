@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dspark.dump.spool import SpoolError, SpoolReader, hold, report_failure, write_batch
+from dspark.dump.engines.vllm.spool import SpoolError, SpoolReader, hold, report_failure, write_batch
 
 
 def write(path: Path) -> dict[str, torch.Tensor]:
@@ -103,7 +103,7 @@ def test_a_file_that_never_came(tmp_path: Path) -> None:
 def test_a_worker_that_hangs_is_not_waited_for_without_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dspark.dump.spool.WAIT_SECONDS", 0.1)
+    monkeypatch.setattr("dspark.dump.engines.vllm.spool.WAIT_SECONDS", 0.1)
     lock = hold(str(tmp_path))
     with pytest.raises(SpoolError, match=r"the worker lives and has left no .*1\.batch for 0\.1 s"):
         SpoolReader(tmp_path).take(str(tmp_path / "1.batch"), [0])

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from dspark.cache.errors import EngineError, UsageError
-from dspark.cache.frozen import FrozenTarget
-from dspark.dump.checkpoint import read_frozen
-from dspark.dump.presets import check_shapes, find
-from dspark.dump.target import choose_mask_token, compact, load_target, tokenizer_info
+from dspark.cache.target.frozen import FrozenTarget
+from dspark.dump.target.config import choose_mask_token, compact, load_target, tokenizer_info
+from dspark.dump.target.presets import check_shapes, find
+from dspark.dump.target.weights import read_frozen
 from dump_targets import CHATML, save_target
 
 

@@ -15,10 +15,7 @@ from dump_runs import corpus
 
 from dspark.cache.errors import DataError, UsageError
 from dspark.dump.config import DumpConfig
-from dspark.dump.corpus import Row, parse_row
-from dspark.dump.progress import Display
-from dspark.dump.run import dump
-from dspark.dump.tokens import (
+from dspark.dump.corpus.masks import (
     NO_ANSWER,
     NO_MATCH,
     NOT_TEXT,
@@ -30,6 +27,9 @@ from dspark.dump.tokens import (
     SampleMaker,
     sample_key,
 )
+from dspark.dump.corpus.rows import Row, parse_row
+from dspark.dump.progress import Display
+from dspark.dump.run import dump
 from dump_targets import CHATML, build_tokenizer, chat
 
 TAGGED = (

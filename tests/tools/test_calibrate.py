@@ -11,10 +11,10 @@ import torch
 from click.testing import CliRunner
 
 import stores
-from dspark.tools import calibration as cal
-from dspark.tools.calibrate import calibrate_command
+from dspark.tools.judge import calibration as cal
+from dspark.tools.judge.calibrate import calibrate_command
 from dspark.train.config import TrainConfig
-from dspark.train.export import read_tensors
+from dspark.train.draft.folder import read_tensors
 from dspark.train.loop import train
 
 
@@ -100,7 +100,7 @@ def test_command_writes_beside_and_into_the_head(tmp_path: Path, monkeypatch: py
     # A folder that takes no report is refused before the store is read for one.
     (draft / "calibration.json").unlink()
     (draft / "calibration.json").mkdir()
-    monkeypatch.setattr("dspark.tools.calibrate.collect", pytest.fail)
+    monkeypatch.setattr("dspark.tools.judge.calibrate.collect", pytest.fail)
     for flag in ("--write", "--fold"):
         result = CliRunner().invoke(calibrate_command, [*options, flag])
         assert (result.exit_code, result.stdout) == (2, ""), result.output

@@ -22,12 +22,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import tiny_models as tiny
-from dspark.tools import check_run, parity, vllm_serve
-from dspark.tools.check import vllm_at_least
-from dspark.tools.check_run import CheckConfig, check, check_command
-from dspark.tools.outcome import Outcome
-from dspark.tools.target import greedy_alone
-from dspark.train.export import load_config, save_draft, write_config
+from dspark.tools.check import command as check_run
+from dspark.tools.check import parity
+from dspark.tools.check.command import CheckConfig, check, check_command
+from dspark.tools.check.files import vllm_at_least
+from dspark.tools.decode import vllm_serve
+from dspark.tools.decode.outcome import Outcome
+from dspark.tools.decode.target import greedy_alone
+from dspark.train.draft.folder import load_config, save_draft, write_config
 
 Config, Tensors = dict[str, Any], dict[str, Tensor]
 

@@ -10,12 +10,12 @@ import torch
 
 import tiny_models as tiny
 from chance import chi_square
-from dspark.tools.decode import Generation, speculative_generate
-from dspark.tools.drafting import DraftContext, chain, draft_block, recomputed_states, slot_states
-from dspark.tools.probe import answer_of, probe
-from dspark.tools.rejection import verify_greedy, verify_sampled
-from dspark.tools.target import Target, greedy_alone
-from dspark.train.draft import DraftModel
+from dspark.tools.check.probe import answer_of, probe
+from dspark.tools.decode.decode import Generation, speculative_generate
+from dspark.tools.decode.drafting import DraftContext, chain, draft_block, recomputed_states, slot_states
+from dspark.tools.decode.rejection import verify_greedy, verify_sampled
+from dspark.tools.decode.target import Target, greedy_alone
+from dspark.train.draft.model import DraftModel
 
 PROMPTS = [[5, 6, 7, 8, 9], [50, 60, 70], [3]]
 

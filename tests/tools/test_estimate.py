@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from dspark.cache.errors import UsageError
-from dspark.tools.estimate import estimate
+from dspark.tools.stores.estimate import estimate
 
 SETTING = {"aux_bits": 16, "last_bits": 16, "last_share": 0.5, "tokens_per_second": 1000.0}
 

@@ -17,13 +17,13 @@ from click.testing import CliRunner
 
 import tiny_models as tiny
 from dspark.cache.errors import DataError, EngineError, StoreWriteError, UsageError
-from dspark.tools import vllm_serve
-from dspark.tools.eval import EvalConfig, eval_command, evaluate
-from dspark.tools.outcome import Outcome, summarise
-from dspark.tools.prompts import read_prompts
-from dspark.tools.target import greedy_alone
-from dspark.tools.vllm_serve import ServeRequest
-from dspark.train.export import save_draft
+from dspark.tools.decode import vllm_serve
+from dspark.tools.decode.outcome import Outcome, summarise
+from dspark.tools.decode.prompts import read_prompts
+from dspark.tools.decode.target import greedy_alone
+from dspark.tools.decode.vllm_serve import ServeRequest
+from dspark.tools.judge.eval import EvalConfig, eval_command, evaluate
+from dspark.train.draft.folder import save_draft
 
 PROMPTS = {"code": [50, 60, 70], "chat": [5, 6, 7, 8, 9]}
 
@@ -116,7 +116,7 @@ def test_a_disk_that_is_full_at_the_end_does_not_take_the_report_with_it(
     def full(*_: object) -> None:
         raise StoreWriteError("the disk is full")
 
-    monkeypatch.setattr("dspark.tools.eval.save", full)
+    monkeypatch.setattr("dspark.tools.judge.eval.save", full)
     result = CliRunner().invoke(
         eval_command, flags(folder, "--json", "--limit", "1", "--output", str(tmp_path / "report.json"))
     )

@@ -58,7 +58,7 @@ DEVICES = [("score", "--device"), ("eval", "--device"), ("check", "--device"), (
 ELSEWHERE = {
     "--aux-bits",
     "--last-bits",
-}  # a few values, not a range: dspark.cache.command judges them for every program
+}  # a few values, not a range: dspark.cache.shared.command judges them for every program
 
 
 def said(command: str, flag: str, value: str) -> click.testing.Result:

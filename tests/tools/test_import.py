@@ -20,11 +20,11 @@ from dspark.cache.verify import drop_damaged, verify
 from dspark.dump.config import DumpConfig
 from dspark.dump.progress import Display
 from dspark.dump.run import dump
-from dspark.tools.import_cache import import_store
-from dspark.tools.score import score
-from dspark.train.draft import DraftModel
-from dspark.train.draft_config import DraftConfig
-from dspark.train.export import save_draft
+from dspark.tools.importers.importer import import_store
+from dspark.tools.judge.score import score
+from dspark.train.draft.config import DraftConfig
+from dspark.train.draft.folder import save_draft
+from dspark.train.draft.model import DraftModel
 from dump_targets import save_target
 
 LAYERS = (1, 2, 4)

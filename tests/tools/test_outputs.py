@@ -9,8 +9,8 @@ import click
 import pytest
 from click.testing import CliRunner
 
-import dspark.tools.calibrate
-import dspark.tools.eval
+import dspark.tools.judge.calibrate
+import dspark.tools.judge.eval
 from dspark.cache.errors import DataError
 from dspark.tools.cli import main
 from dspark.tools.outputs import OutputFile, refuse_unwritable, save
@@ -73,8 +73,8 @@ def test_one_that_can_be_written_is_touched_only_at_the_end(
     def fails(*_: object, **__: object) -> None:
         raise DataError("the last prompt is malformed")
 
-    monkeypatch.setattr(dspark.tools.eval, "run", fails)
-    monkeypatch.setattr(dspark.tools.calibrate, "calibrate", fails)
+    monkeypatch.setattr(dspark.tools.judge.eval, "run", fails)
+    monkeypatch.setattr(dspark.tools.judge.calibrate, "calibrate", fails)
     for command, flag in FLAGS:
         result = CliRunner().invoke(main, [command, *NEEDED[command], flag, path])
         assert (result.exit_code, "malformed" in result.stderr) == (1, True), result.output

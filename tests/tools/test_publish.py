@@ -13,8 +13,8 @@ from click.testing import CliRunner
 
 from core_cases import small_draft, small_target
 from dspark.cache.errors import DraftError, StoreWriteError
-from dspark.tools.publish import export, export_command, push
-from dspark.train.export import load_config, load_draft, read_tensors, save_draft, trained_as
+from dspark.tools.publish.export import export, export_command, push
+from dspark.train.draft.folder import load_config, load_draft, read_tensors, save_draft, trained_as
 
 IDS = torch.tensor([2, 3, 5, 8, 13, 21, 34])
 
@@ -200,7 +200,7 @@ def test_nothing_is_left_behind_and_what_was_there_stays(
     def fail(*args: object, **options: object) -> None:
         raise error
 
-    names = {"card.card": "dspark.tools.card.card", "publish.shutil.copy": "dspark.tools.publish.shutil.copy", "commit": "dspark.cache.disk.commit_folder"}  # fmt: skip
+    names = {"card.card": "dspark.tools.publish.card.card", "publish.shutil.copy": "dspark.tools.publish.export.shutil.copy", "commit": "dspark.cache.files.atomic.commit_folder"}  # fmt: skip
     monkeypatch.setattr(names[where], fail)
     with pytest.raises(StoreWriteError if isinstance(error, OSError) else type(error)):
         export(str(draft), str(out), pictures=False, overwrite=True, dtype="fp16")

@@ -14,13 +14,14 @@ from click.testing import CliRunner
 import stores
 from core_cases import small_draft
 from dspark.cache.errors import DamagedCacheError, DraftError
-from dspark.tools import card, records
+from dspark.tools import records
+from dspark.tools.check.symptoms import against_record
 from dspark.tools.cli import main
-from dspark.tools.from_deepspec import DTYPES, DeepSpecSource
+from dspark.tools.importers.deepspec import DTYPES, DeepSpecSource
+from dspark.tools.publish import card
 from dspark.tools.records import Each, Maybe, Optional, fault
-from dspark.tools.symptoms import against_record
 from dspark.train.config import TrainConfig
-from dspark.train.export import load_config, save_draft
+from dspark.train.draft.folder import load_config, save_draft
 from dspark.train.loop import train
 
 
@@ -216,7 +217,7 @@ def test_positions_of_a_calibration_that_do_not_match(draft: Path) -> None:
 @pytest.mark.parametrize("name", ["store.json", "training.json", "metrics.jsonl"])
 def test_check_does_not_pass_over_a_record_that_is_no_object(trained: Path, draft: Path, name: str) -> None:
     """A list was taken for an empty record before, so its layers were not compared and nothing said so."""
-    from dspark.tools.check import Files
+    from dspark.tools.check.files import Files
 
     (draft / name).write_text("[]\n")
     with pytest.raises(DraftError, match=name.replace(".", r"\.")):
@@ -252,7 +253,7 @@ def test_a_damaged_manifest_of_another_cache(
 def test_a_damaged_tokenizer_of_a_store(tmp_path: Path) -> None:
     from dspark.cache.errors import CacheError
     from dspark.cache.reader import open as open_store
-    from dspark.tools.show import load_tokenizer
+    from dspark.tools.stores.show import load_tokenizer
 
     stores.write_store(tmp_path / "hs.zarr", [20])
     cache = open_store(tmp_path / "hs.zarr")
@@ -267,8 +268,8 @@ def test_a_damaged_tokenizer_of_a_store(tmp_path: Path) -> None:
 )
 @pytest.mark.parametrize("value", ["x", [None], 1.5])
 def test_check_names_what_is_no_config(draft: Path, layout: str, key: str, value: Any) -> None:
-    from dspark.tools.check import Files, judge
-    from dspark.train.export import write_config
+    from dspark.tools.check.files import Files, judge
+    from dspark.train.draft.folder import write_config
 
     if layout == "speculators":
         import torch

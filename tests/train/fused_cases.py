@@ -6,7 +6,8 @@ import json
 
 import torch
 
-from dspark.train import fused, objective
+from dspark.train.objective import chunk_kernel as fused
+from dspark.train.objective import objective
 
 # Slots, V, Vd: within a tile, over several, a reduced vocabulary of one and of two tiles, and of a single token.
 SHAPES = [(5, 23, 23), (4, fused.TILE, fused.TILE), (3, 9001, 9001), (6, 9001, 5000), (5, 40, 13), (2, 40, 1)]

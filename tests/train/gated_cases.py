@@ -6,7 +6,8 @@ import json
 
 import torch
 
-from dspark.train import fused_gated, gated
+from dspark.train.ops import gated
+from dspark.train.ops import gated_kernel as fused_gated
 
 # Within a tile, whole tiles, a part of the last; no row.
 for rows, size in [(3, 5), (2, fused_gated.TILE), (3, 2 * fused_gated.TILE + 24), (0, 7)]:

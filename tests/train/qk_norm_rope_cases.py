@@ -7,8 +7,8 @@ import json
 import torch
 from torch import Tensor
 
-from dspark.train import fused_qk_norm_rope as fused
-from dspark.train import qk_norm_rope as plain
+from dspark.train.ops import qk_norm_rope as plain
+from dspark.train.ops import qk_norm_rope_kernel as fused
 
 NAMES = ("q", "keys", "values", "d_context", "d_blocks", "d_weights")
 EPS = 1e-6

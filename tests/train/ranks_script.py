@@ -19,11 +19,11 @@ import torch.distributed as dist
 
 from dspark.cache.errors import DamagedCacheError
 from dspark.train.config import TrainConfig
+from dspark.train.data.feed import Feed
+from dspark.train.data.row import Row
+from dspark.train.data.stream import Rows
 from dspark.train.distributed import rank_here
-from dspark.train.feed import Feed
 from dspark.train.loop import train
-from dspark.train.row import Row
-from dspark.train.stream import Rows
 
 
 class Stop(Exception):

@@ -7,7 +7,8 @@ import json
 
 import torch
 
-from dspark.train import fused_scaled, scaled
+from dspark.train.ops import scaled
+from dspark.train.ops import scaled_kernel as fused_scaled
 
 # A rank of Qwen3's drafts with a part of the last tile of rows, odd ones, more columns than a tile has; nothing.
 SHAPES = [(19, 256), (19, 77), (2100, 1), (2, fused_scaled.TILE + 5), (0, 7), (3, 0)]

@@ -7,7 +7,7 @@ import numpy.typing as npt
 import pytest
 
 from dspark.cache.records import last_rows
-from dspark.train import anchors as rules
+from dspark.train.data import anchors as rules
 
 
 def bits(text: str) -> npt.NDArray[np.bool_]:

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from dspark.train import attention
-from dspark.train.attention import AttentionPlan, block_attention, context_interval, dense_mask
+from dspark.train.draft import attention
+from dspark.train.draft.attention import AttentionPlan, block_attention, context_interval, dense_mask
 
 DOC = torch.tensor([0, 0, 0, 1, 1, 1, 1, -1], dtype=torch.int32)
 ANCHORS = torch.tensor([0, 2, 5, 0])

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from core_cases import small_batch
-from dspark.train.batch import Batch
+from dspark.train.data.batch import Batch
 
 
 def by_hand() -> Batch:

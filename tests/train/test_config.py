@@ -11,7 +11,7 @@ import torch
 
 from dspark.cache import errors
 from dspark.train.config import NUMBERS, TrainConfig
-from dspark.train.setup import choose_compute
+from dspark.train.run.setup import choose_compute
 
 NUMERIC = {"int", "float", "int | None", "float | None"}
 

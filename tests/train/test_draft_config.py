@@ -9,7 +9,7 @@ import pytest
 
 from core_cases import small_config
 from dspark.cache.errors import DraftError, UsageError
-from dspark.train.draft_config import DraftConfig
+from dspark.train.draft.config import DraftConfig
 
 QWEN3_4B = {
     "hidden_size": 2560,

@@ -13,11 +13,11 @@ import stores
 from core_cases import small_draft
 from dspark.cache.errors import DamagedCacheError
 from dspark.cache.reader import open as open_store
-from dspark.train.feed import Feed
-from dspark.train.objective import Denominators, ObjectiveConfig, SlotInputs, objective
-from dspark.train.row import Row, blank
+from dspark.train.data.feed import Feed
+from dspark.train.data.row import Row, blank
+from dspark.train.data.stream import Stream
+from dspark.train.objective.objective import Denominators, ObjectiveConfig, SlotInputs, objective
 from dspark.train.step import nothing
-from dspark.train.stream import Stream
 
 LENGTHS = [60, 80, 30, 3]
 

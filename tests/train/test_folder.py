@@ -10,10 +10,10 @@ import pytest
 from small_trainings import small_training
 
 from dspark.cache import errors
-from dspark.train import folder
 from dspark.train.config import TrainConfig
-from dspark.train.folder import read_record
 from dspark.train.loop import train
+from dspark.train.run import folder
+from dspark.train.run.folder import read_record
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dspark.train.gated import gated, gradient, plain_gradient
+from dspark.train.ops.gated import gated, gradient, plain_gradient
 from interpreted import interpreted
 
 

@@ -6,7 +6,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from dspark.train.heads import ConfidenceHead, GatedMarkovHead, MarkovHead, RnnMarkovHead, build_markov_head
+from dspark.train.draft.heads import (
+    ConfidenceHead,
+    GatedMarkovHead,
+    MarkovHead,
+    RnnMarkovHead,
+    build_markov_head,
+)
 
 H, R, V, VD = 5, 3, 11, 7
 

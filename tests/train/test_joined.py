@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from core_cases import small_batch, small_draft, small_target
-from dspark.train import joined
-from dspark.train.draft import Attention, DraftModel, Mlp
-from dspark.train.export import load_draft, save_draft
-from dspark.train.joined import joined_product, lay_side_by_side, side_by_side
-from dspark.train.muon import MasterMuon
-from dspark.train.optim import AdamSettings, MasterAdamW
+from dspark.train.draft.folder import load_draft, save_draft
+from dspark.train.draft.model import Attention, DraftModel, Mlp
+from dspark.train.ops import joined
+from dspark.train.ops.joined import joined_product, lay_side_by_side, side_by_side
+from dspark.train.optim.flat import AdamSettings, MasterAdamW
+from dspark.train.optim.muon import MasterMuon
 
 ADAM = AdamSettings(betas=(0.9, 0.95), weight_decay=0.1, clip=1.0)
 
@@ -145,7 +145,7 @@ def test_a_draft_is_joined_however_it_was_made(tmp_path: Path) -> None:
 def test_a_draft_stays_joined_in_the_optimizers_buckets(
     kind: Any, dtype: torch.dtype, bucket: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dspark.train.optim.BUCKET", bucket)
+    monkeypatch.setattr("dspark.train.optim.flat.BUCKET", bucket)
     model = small_draft().to(dtype)
     plain = {n: p.detach().clone() for n, p in model.trained()}
     optimizer = kind(model.trained(), ADAM)

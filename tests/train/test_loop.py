@@ -23,9 +23,9 @@ import stores
 from dspark.cache import errors
 from dspark.cache.reader import open as open_store
 from dspark.train.config import TrainConfig
+from dspark.train.data.stream import Stream, pack, rng, split
 from dspark.train.loop import train
-from dspark.train.optim import AdamSettings, MasterAdamW, Snapshot, learning_rate
-from dspark.train.stream import Stream, pack, rng, split
+from dspark.train.optim.flat import AdamSettings, MasterAdamW, Snapshot, learning_rate
 
 SHARING = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
 LENGTHS = [60, 80, 90, 30, 20, 100, 50, 64, 90, 77, 33, 40]
@@ -285,7 +285,7 @@ def test_buckets_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
         if bucket is None:
             theirs = torch.optim.AdamW(tensors, lr=0.01, betas=(0.9, 0.95), weight_decay=0.1)
         else:
-            monkeypatch.setattr("dspark.train.optim.BUCKET", bucket)
+            monkeypatch.setattr("dspark.train.optim.flat.BUCKET", bucket)
             ours = MasterAdamW(named, AdamSettings(betas=(0.9, 0.95), weight_decay=0.1, clip=1.0))
         for _ in range(5):
             sum((p * torch.randn(p.shape, generator=g)).sum() for p in tensors).backward()  # type: ignore[union-attr]
@@ -312,9 +312,9 @@ def test_a_checkpoint_of_another_draft_is_refused(config: TrainConfig) -> None:
 
 def test_the_memory_that_a_run_says_it_takes(config: TrainConfig) -> None:
     """Weights, masters, gradients and moments are counted to the byte; recomputing makes a row cheaper."""
-    from dspark.train import memory
     from dspark.train.distributed import World
-    from dspark.train.setup import prepare
+    from dspark.train.run import memory
+    from dspark.train.run.setup import prepare
 
     run = prepare(config)
     count = sum(p.numel() for _, p in run.model.trained())

@@ -6,10 +6,16 @@ import pytest
 import torch
 
 from core_cases import BLOCK, small_batch, small_draft
-from dspark.train.batch import Batch
-from dspark.train.draft import FrozenHead
-from dspark.train.metrics import BINS, SlotMetrics, auroc, expected_calibration_error
-from dspark.train.objective import Denominators, ObjectiveConfig, ObjectiveOutput, SlotInputs, objective
+from dspark.train.data.batch import Batch
+from dspark.train.draft.model import FrozenHead
+from dspark.train.objective.metrics import BINS, SlotMetrics, auroc, expected_calibration_error
+from dspark.train.objective.objective import (
+    Denominators,
+    ObjectiveConfig,
+    ObjectiveOutput,
+    SlotInputs,
+    objective,
+)
 
 
 def scored(batch: Batch) -> tuple[SlotInputs, ObjectiveOutput]:

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from core_cases import VOCAB, small_batch, small_draft
 from dspark.cache.errors import UsageError
-from dspark.cache.logits import Logits
-from dspark.train.draft import FrozenHead
-from dspark.train.objective import (
+from dspark.cache.target.logits import Logits
+from dspark.train.draft.model import FrozenHead
+from dspark.train.objective.objective import (
     CHUNK_LOGITS,
     Denominators,
     ObjectiveConfig,

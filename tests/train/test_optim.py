@@ -12,12 +12,12 @@ from safetensors.torch import load_file
 from small_trainings import small_training
 
 from dspark.cache import errors
-from dspark.train import checkpoint, memory
 from dspark.train.config import TrainConfig
 from dspark.train.loop import train
-from dspark.train.muon import MasterMuon, is_matrix, orthogonal, owners
-from dspark.train.optim import AdamSettings, MasterAdamW
-from dspark.train.setup import prepare
+from dspark.train.optim.flat import AdamSettings, MasterAdamW
+from dspark.train.optim.muon import MasterMuon, is_matrix, orthogonal, owners
+from dspark.train.run import checkpoint, memory
+from dspark.train.run.setup import prepare
 
 ADAM = AdamSettings(betas=(0.9, 0.95), weight_decay=0.1, clip=1.0)
 SHAPES = {"fc.weight": (6, 20), "layers.0.q.weight": (9, 5), "layers.0.k.weight": (5, 9), "layers.0.norm.weight": (9,),
@@ -94,7 +94,7 @@ def test_matrices_are_shared_out_by_what_they_cost() -> None:
 def test_many_matrices_are_orthogonalised_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     ours, other = named(0), named(0)
     for parameters, together in ((ours, 1 << 28), (other, 1)):
-        monkeypatch.setattr("dspark.train.muon.TOGETHER", together)
+        monkeypatch.setattr("dspark.train.optim.muon.TOGETHER", together)
         optimizer = MasterMuon(parameters, ADAM)
         backward(parameters, torch.Generator().manual_seed(1))
         optimizer.step(0.02)

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dspark.train.draft import RMSNorm
-from dspark.train.qk_norm_rope import Inputs, plain_gradient, qk_norm_rope, rope_tables
+from dspark.train.draft.model import RMSNorm
+from dspark.train.ops.qk_norm_rope import Inputs, plain_gradient, qk_norm_rope, rope_tables
 from interpreted import interpreted
 
 EPS = 1e-3

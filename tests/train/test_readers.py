@@ -12,8 +12,8 @@ import pytest
 from reader_rows import Numbers
 
 from dspark.cache import errors
-from dspark.train import readers
-from dspark.train.readers import read_ahead
+from dspark.train.data import readers
+from dspark.train.data.readers import read_ahead
 
 
 def numbers(epoch: int, workers: int = 1, count: int = 4) -> Any:

@@ -11,7 +11,7 @@ from click.testing import CliRunner
 import stores
 from dspark.cache import errors
 from dspark.cache.manifest import TargetInfo
-from dspark.dump.presets import presets
+from dspark.dump.target.presets import presets
 from dspark.train.cli import main
 from dspark.train.config import TrainConfig
 from dspark.train.recipes import configure, parse, recipes

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dspark.train.scaled import write_scaled
+from dspark.train.ops.scaled import write_scaled
 from interpreted import interpreted
 
 

@@ -14,12 +14,12 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
 from core_cases import small_batch, small_draft
-from dspark.train.batch import Batch
+from dspark.train.data.batch import Batch
 from dspark.train.distributed import World
-from dspark.train.draft import Attention, DraftModel, Mlp
-from dspark.train.objective import Denominators, ObjectiveConfig, SlotInputs, objective
-from dspark.train.optim import AdamSettings, MasterAdamW, Optimizer, Snapshot
-from dspark.train.sharded import ShardedAdamW
+from dspark.train.draft.model import Attention, DraftModel, Mlp
+from dspark.train.objective.objective import Denominators, ObjectiveConfig, SlotInputs, objective
+from dspark.train.optim.flat import AdamSettings, MasterAdamW, Optimizer, Snapshot
+from dspark.train.optim.fsdp2 import ShardedAdamW
 
 SETTINGS = AdamSettings(betas=(0.0, 0.95), weight_decay=0.1, clip=1e9)
 BATCHES = [small_batch(seed) for seed in range(6)]

@@ -14,11 +14,11 @@ from small_trainings import small_training
 from dspark.cache.errors import TrainError
 from dspark.train import loop
 from dspark.train.config import TrainConfig
+from dspark.train.data.feed import Feed
+from dspark.train.data.row import Row
 from dspark.train.distributed import PeerError, World
-from dspark.train.feed import Feed
 from dspark.train.loop import train
-from dspark.train.row import Row
-from dspark.train.window import Logged
+from dspark.train.run.window import Logged
 
 
 @pytest.fixture

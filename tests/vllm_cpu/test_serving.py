@@ -14,11 +14,11 @@ import pytest
 import torch
 
 import tiny_models as tiny
-from dspark.tools.decode import speculative_generate
-from dspark.tools.parity import compare
-from dspark.tools.target import Target, greedy_alone
-from dspark.tools.vllm_serve import INTERPRETER_ENV, ServeRequest, run_vllm
-from dspark.train.export import save_draft, write_config
+from dspark.tools.check.parity import compare
+from dspark.tools.decode.decode import speculative_generate
+from dspark.tools.decode.target import Target, greedy_alone
+from dspark.tools.decode.vllm_serve import INTERPRETER_ENV, ServeRequest, run_vllm
+from dspark.train.draft.folder import save_draft, write_config
 
 HERE = Path(__file__).parent
 PROMPTS = [[50, 60, 70], [5, 6, 7, 8, 9], list(range(20, 60))]

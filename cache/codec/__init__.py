@@ -1,0 +1,1 @@
+"""Codecs: hidden states to the arrays that are stored, and back."""

@@ -1,0 +1,124 @@
+"""Where everything lies in a store, and how many bytes it takes: pure functions, no I/O. docs/format.md says the same in prose.
+
+    hs.zarr/
+      zarr.json            Zarr v3 group; attributes.dspark = the manifest, sealed with a crc32c
+      target/              model.safetensors (frozen weights), config.json, tokenizer files
+      parts/00000000/      Zarr v3 group; attributes.dspark_part = the part's record, sealed
+        input_ids ...      one array each, one shard file each
+      index/               written when the dump finishes: where every sample lies
+
+Legend: T tokens of a part, N samples of a part, M stored last states of a part, L aux layers, H hidden size.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from dspark.cache.codec.rotated import ArraySpec, Codec
+
+ROOT_KEY = "dspark"
+PART_KEY = "dspark_part"
+INDEX_KEY = "dspark_index"
+PARTS, INDEX, TARGET = "parts", "index", "target"
+TARGET_WEIGHTS, TARGET_CONFIG, TARGET_TOKENIZER = "model.safetensors", "config.json", "tokenizer.json"
+
+# Tokens to a chunk of a state array. A random sample of S tokens reads about S + STATE_CHUNK of them, and each chunk costs a fixed
+# time to look up, check and decode; 128 keeps the over-read of a 1,000-token sample near 13 %.
+STATE_CHUNK = 128
+# Where states are kept as they are, a chunk is copied and summed while it is in the processor's second cache; the rows are a power of two.
+PLAIN_BYTES, PLAIN_CHUNK = 256 << 10, (32, 256)
+TOKEN_CHUNK = 4096  # of input_ids and loss_mask: 16 kB before compression
+
+
+@dataclass(frozen=True, slots=True)
+class StoredArray:
+    """One array of a part: ``shape``, ``dtype``, inner ``chunk`` along the first axis, byte-shuffle element size (0 = none),
+    zstd level (0 = kept as it is)."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    chunk: int
+    shuffle: int
+    level: int = 3
+
+
+def part_name(index: int) -> str:
+    return f"{index:08d}"
+
+
+def field_array(field: str, name: str) -> str:
+    """Name on disk of array ``name`` of field ``aux`` or ``last``."""
+    return f"{field}_{name}"
+
+
+def part_arrays(
+    tokens: int, samples: int, last_rows: int, layers: int, hidden: int, aux: Codec, last: Codec
+) -> list[StoredArray]:
+    """Every array of a part with T tokens, N samples and M stored last states."""
+    plain = (
+        aux.pack == "none"
+    )  # ids and mask are kept like the layers: unpacking them would be a fifth of a read
+    out = [
+        StoredArray("input_ids", (tokens,), "int32", TOKEN_CHUNK, 0 if plain else 4, 0 if plain else 3),
+        StoredArray("loss_mask", (tokens,), "bool", TOKEN_CHUNK, 0, 0 if plain else 3),
+        StoredArray("sample_start", (samples + 1,), "int64", samples + 1, 8),
+        StoredArray("sample_last_start", (samples + 1,), "int64", samples + 1, 8),
+        StoredArray("sample_row", (samples,), "int64", samples, 8),
+        StoredArray("sample_key", (samples, 16), "uint8", samples, 0),
+    ]
+    out += [
+        state_array(field_array("aux", n), (tokens, layers, s.width), s)
+        for n, s in aux.arrays(hidden).items()
+    ]
+    out += [
+        state_array(field_array("last", n), (last_rows, s.width), s) for n, s in last.arrays(hidden).items()
+    ]
+    return out
+
+
+def state_array(name: str, shape: tuple[int, ...], spec: ArraySpec) -> StoredArray:
+    """How array ``spec`` of a codec is stored."""
+    # Packed codes have no byte structure to shuffle; 16-bit values do (exponent bytes repeat, mantissa bytes do not).
+    # Level 1 for codes: only their entropy can be taken out, no level finds repeats. Level 3 for 16-bit values: on SmolLM2 states one core
+    # packs 360, 132, 43 MB/s at levels 1, 3, 5 for ratios 1.23, 1.29, 1.37 (docs/log.md).
+    if spec.pack == "none":
+        row = int(np.prod(shape[1:])) * np.dtype(spec.dtype).itemsize
+        rows = 2 ** round(math.log2(PLAIN_BYTES / row))
+        return StoredArray(name, shape, spec.dtype, min(max(rows, PLAIN_CHUNK[0]), PLAIN_CHUNK[1]), 0, 0)
+    wide = spec.dtype in ("uint16", "float16")
+    return StoredArray(name, shape, spec.dtype, STATE_CHUNK, 2 if wide else 0, 3 if wide else 1)
+
+
+def raw_bytes_per_token(layers: int, hidden: int) -> int:
+    """The uncompressed bf16 layout that others use: ids 4 + two mask bytes, L aux layers and the last state at every token."""
+    return 6 + 2 * hidden * (layers + 1)
+
+
+def stored_bytes_per_token(
+    layers: int, hidden: int, aux: Codec, last: Codec, last_share: float = 1.0
+) -> float:
+    """Bytes of states a token before lossless compression, which no store exceeds; ``last_share`` = stored last states / tokens."""
+    a = layers * sum(s.row_bytes for s in aux.arrays(hidden).values())
+    b = sum(s.row_bytes for s in last.arrays(hidden).values())
+    return a + last_share * b
+
+
+def disk_bytes_per_token(layers: int, hidden: int, aux: Codec, last: Codec, last_share: float = 1.0) -> float:
+    """Expected bytes a token on disk: states, ids and mask, and a share of a part's metadata.
+
+    Without zstd exact. With it, below 16 bits, from the entropy of Gaussian cells: right within 2 % where nothing repeats, more than it takes
+    otherwise (``sizing.py``).
+    """
+    return token_bytes(aux) + layers * aux.disk_bytes(hidden) + last_share * last.disk_bytes(hidden)
+
+
+def token_bytes(aux: Codec) -> float:
+    """Expected bytes of ids, mask and metadata a token, on disk: 4 and 1 as they are, 1.0 together after zstd; metadata of a part 0.4.
+
+    Measured on SmolLM2 stores.
+    """
+    return 0.4 + (5.0 if aux.pack == "none" else 1.1)

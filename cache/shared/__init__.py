@@ -1,0 +1,1 @@
+"""What every command and every process shares; nothing here is about stores."""

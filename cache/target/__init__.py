@@ -1,0 +1,1 @@
+"""The target's frozen weights and its own files, kept in the store."""

@@ -1,0 +1,81 @@
+"""``target/``: the files of the target beside the states, and which of them the manifest can tell from damaged ones.
+
+Those are ``model.safetensors`` and ``tokenizer.json``, by their sha256, and ``config.json``, which the manifest holds whole. The other tokenizer
+files are kept as they are; nothing is known of them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from dspark.cache.errors import DamagedCacheError
+from dspark.cache.files.layout import TARGET, TARGET_CONFIG, TARGET_TOKENIZER, TARGET_WEIGHTS
+from dspark.cache.manifest import Manifest
+from dspark.cache.target.frozen import FrozenTarget, file_sha256
+
+
+def write_target(
+    folder: Path, target: FrozenTarget, config: Mapping[str, object], files: Mapping[str, bytes]
+) -> str:
+    """Fill the new ``folder``; returns the sha256 of the weights. The caller commits."""
+    folder.mkdir(parents=True)
+    sha = target.save(folder / TARGET_WEIGHTS)
+    (folder / TARGET_CONFIG).write_text(json.dumps(config, indent=1, sort_keys=True))
+    for name, data in files.items():
+        (folder / name).write_bytes(data)
+    return sha
+
+
+def damaged_files(folder: Path, manifest: Manifest) -> dict[str, str]:
+    """Name -> finding of every file of ``folder`` that is not what the manifest says. Reads the weights once, as fast as sha256 goes."""
+    out = damaged_small_files(folder, manifest)
+    if finding := _wrong_hash(folder / TARGET_WEIGHTS, manifest.target.weights_sha256):
+        out[TARGET_WEIGHTS] = finding
+    return out
+
+
+def damaged_small_files(folder: Path, manifest: Manifest) -> dict[str, str]:
+    """``damaged_files`` without the weights."""
+    out = {}
+    sha = manifest.tokenizer.sha256
+    if sha is not None and (finding := _wrong_hash(folder / TARGET_TOKENIZER, sha)):
+        out[TARGET_TOKENIZER] = finding
+    config = folder / TARGET_CONFIG
+    try:
+        if json.loads(config.read_bytes()) != manifest.target.config:
+            out[TARGET_CONFIG] = f"{config}: not the config that the manifest holds"
+    except OSError as error:
+        out[TARGET_CONFIG] = f"{config}: {error.strerror}"
+    except ValueError as error:
+        out[TARGET_CONFIG] = f"{config}: not JSON: {error}"
+    return out
+
+
+def small_files(store: Path, manifest: Manifest) -> dict[str, bytes]:
+    """The tokenizer's files of ``store``, for another store of the same target. Raises DamagedCacheError unless they are what the manifest says."""
+    folder = store / TARGET
+    for finding in damaged_small_files(folder, manifest).values():
+        raise DamagedCacheError(f"{finding}. {what_to_do(store)}")
+    return {
+        p.name: p.read_bytes()
+        for p in sorted(folder.iterdir())
+        if p.name not in (TARGET_WEIGHTS, TARGET_CONFIG)
+    }
+
+
+def what_to_do(store: Path) -> str:
+    """The next step after a finding in ``target/``."""
+    return (
+        f"Run dspark-tools verify --drop-damaged {store}, then the command that wrote the store with --resume: "
+        "it writes again what is missing."
+    )
+
+
+def _wrong_hash(path: Path, expected: str) -> str | None:
+    try:
+        found = file_sha256(path)
+    except OSError as error:
+        return f"{path}: {error.strerror}"
+    return None if found == expected else f"{path}: sha256 is {found}, the manifest says {expected}"

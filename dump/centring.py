@@ -1,0 +1,72 @@
+"""Before a compact store is begun: the channel means and deviations that its codes are centred on (``cache/codec/centre.py``).
+
+They are taken from rows spread over the whole corpus, which is often sorted by topic, and are fixed in the manifest before the first part is
+written: a resumed dump reads them there and codes exactly as the first run did. The price is one more pass of the target over about
+``CALIBRATION`` tokens (at least ``LEAST_SAMPLES`` rows); 16-bit stores do not pay it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Self
+
+from dspark.cache.codec.centre import CENTRE_KEYS, spread, thin
+from dspark.cache.codec.rotated import Codec, calibrated
+from dspark.cache.manifest import FieldInfo, Manifest
+from dspark.cache.records import TokenSample
+from dspark.cache.sizing import RowBytes
+
+if TYPE_CHECKING:
+    from dspark.dump.corpus.masks import SampleMaker
+    from dspark.dump.corpus.rows import Corpus
+    from dspark.dump.engines.engine import Engine, States
+
+
+def calibration_samples(corpus: Corpus, maker: SampleMaker, rows: int, tokens: int) -> list[TokenSample]:
+    """Samples of rows spread over the first ``rows`` of ``corpus``, which hold about ``tokens`` tokens; dropped rows are left out."""
+    chosen = set(spread(rows, tokens / rows))
+    made = (maker.make(row) for row in corpus.pick(chosen.__contains__))
+    return [m.sample for m in made if m.sample is not None]
+
+
+@dataclass(frozen=True, slots=True)
+class Calibration:
+    """What a few thousand tokens say of all: the codecs of ``aux`` and ``last``, centred, and the bytes that a row will take."""
+
+    aux: Codec
+    last: Codec
+    size: RowBytes
+
+    @classmethod
+    def of(cls, states: Sequence[States], aux: Codec, last: Codec) -> Self:
+        """``aux`` and ``last`` centred on ``states``, in the order of their samples."""
+        import torch
+
+        with torch.inference_mode():
+            a, b = torch.cat([s.aux for s in states]), torch.cat([s.last for s in states])
+            aux, last = calibrated(aux, a), calibrated(last, b)
+            return cls(aux, last, RowBytes.of(aux, last, a, b))
+
+
+def captured(engine: Engine, samples: Sequence[TokenSample]) -> list[States]:
+    """States of ``samples``, thinned so that all of them fit in memory, in order."""
+    from dspark.dump.engines.engine import States
+
+    found = {
+        i: States(thin(s.aux, len(samples)), thin(s.last, len(samples))) for i, s in engine.capture(samples)
+    }
+    return [found[i] for i in sorted(found)]
+
+
+def centred_as(manifest: Manifest, stored: Manifest) -> Manifest:
+    """``manifest`` with the means and deviations of ``stored``, the same plan's store that is being resumed."""
+
+    def field(mine: FieldInfo, theirs: FieldInfo) -> FieldInfo:
+        plain = {k: v for k, v in theirs.params.items() if k not in CENTRE_KEYS}
+        return theirs if dataclasses.replace(theirs, params=plain) == mine else mine
+
+    return dataclasses.replace(
+        manifest, aux=field(manifest.aux, stored.aux), last=field(manifest.last, stored.last)
+    )

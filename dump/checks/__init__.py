@@ -1,0 +1,1 @@
+"""Checks of the engine's states before anything is written."""

@@ -1,0 +1,109 @@
+"""Before anything is written: does the way that the dump takes give the states that the self-check saw?
+
+``selfcheck.py`` looks at states that an engine hands out one sample at a time. A dump takes another way: whole batches, which a vLLM worker gathers and codes by
+itself. So the same samples go that way once, with the store's own codecs; a wrong column or row would be seen nowhere else. What compiles at an engine's first
+coded batch (8 s for vLLM's worker on an H100) has been compiled when the dump begins.
+
+With ``--regenerate`` states come from the run that answers (``Engine.answer``): the same gathering and coding, another choice of rows, which is not checked here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from dspark.cache.errors import EngineError
+from dspark.dump.checks.states import NOTHING_WRITTEN
+from dspark.dump.engines.engine import CodedStates, States
+
+if TYPE_CHECKING:
+    import torch
+
+    from dspark.cache.codec.rotated import Codec
+    from dspark.cache.records import TokenSample
+    from dspark.dump.engines.engine import Captured, Engine
+
+# Median over a sample's tokens, of the difference over the size of a token's state in one layer. Batches of other shapes round otherwise, a percent or two, of which
+# coarse cells make up to a quarter; another layer's or token's states are 1 and more. Not a norm over the sample: one massive token would hide all others.
+TOLERANCE = 0.5
+
+
+def check_coded(
+    engine: Engine,
+    samples: Sequence[TokenSample],
+    states: Sequence[States],
+    codecs: tuple[Codec, Codec],
+    layers: Sequence[int],
+) -> None:
+    """What ``engine.stream`` gives for ``samples`` must be their ``states``, coded; raises EngineError with the sample and the layer.
+
+    Compared are decoded states, token by token, for each of ``layers`` and for the last state.
+    """
+    import torch
+
+    missing = set(range(len(samples)))
+    with torch.inference_mode():
+        for captured in engine.stream(iter([list(samples)]), codecs):
+            for i, streamed in _by_sample(captured, states, codecs):
+                if i not in missing:
+                    raise _failed(engine, f"its stream gave the states of sample {i} twice")
+                missing.remove(i)
+                want = States(*(as_stored(c, x) for c, x in zip(codecs, states[i], strict=True)))
+                off = [_off(streamed.aux[:, k], want.aux[:, k]) for k in range(len(layers))]
+                for layer, by in zip([*layers, "last"], [*off, _off(streamed.last, want.last)], strict=True):
+                    if not by <= TOLERANCE:
+                        raise _failed(
+                            engine,
+                            f"the coded states of sample {i}, layer {layer}, differ from its states by {by:.2f} of their size in half of its tokens, expected at most {TOLERANCE}",
+                        )
+    if missing:
+        raise _failed(engine, f"its stream gave no states of samples {sorted(missing)}")
+
+
+def _by_sample(
+    captured: Captured, states: Sequence[States], codecs: tuple[Codec, Codec]
+) -> Iterator[tuple[int, States]]:
+    """Samples of a batch with their states as a store would give them back."""
+    import torch
+
+    given = captured.states() if callable(captured.states) else captured.states
+    if captured.ready is not None:
+        captured.ready.synchronize()
+    hidden = states[0].aux.shape[-1]
+    fields = []
+    for codec, x in zip(codecs, given[:2], strict=True):
+        if isinstance(given, CodedStates):
+            assert isinstance(x, dict)
+            fields.append(codec.decode({n: torch.from_numpy(a) for n, a in x.items()}, hidden))
+        else:
+            assert isinstance(x, torch.Tensor)
+            fields.append(as_stored(codec, x))
+    members = list(captured.members)
+    rows = [len(states[i].aux) for i in members], [len(states[i].last) for i in members]
+    found = tuple(map(len, fields))
+    if found != tuple(map(sum, rows)):
+        raise EngineError(
+            f"self-check failed: the engine's stream gave {found} rows of aux and last states for samples {members}, expected {tuple(map(sum, rows))}. {NOTHING_WRITTEN}"
+        )
+    yield from zip(members, map(States, *map(torch.split, fields, rows)), strict=True)
+
+
+def as_stored(codec: Codec, x: torch.Tensor) -> torch.Tensor:
+    """States [T, ..., H] as a store with ``codec`` gives them back, float32."""
+    return codec.decode(codec.encode(x), x.shape[-1])
+
+
+def by_state(found: torch.Tensor, want: torch.Tensor) -> torch.Tensor:
+    """Of states [..., H]: size of each one's difference over its own, float32 [...]."""
+    found, want = found.float(), want.float().to(found.device)
+    out: torch.Tensor = (found - want).norm(dim=-1) / want.norm(dim=-1).clamp(min=1e-6)
+    return out
+
+
+def _off(found: torch.Tensor, want: torch.Tensor) -> float:
+    """Of states [T, H]; 0 where there are none."""
+    return float(by_state(found, want).quantile(0.5)) if len(want) else 0.0
+
+
+def _failed(engine: Engine, what: str) -> EngineError:
+    return EngineError(f"self-check of the {engine.name} engine failed: {what}. {NOTHING_WRITTEN}")

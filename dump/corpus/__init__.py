@@ -1,0 +1,1 @@
+"""The corpus: rows, chat templates, loss masks, token samples."""

@@ -1,0 +1,142 @@
+"""The target's own answers: what is asked, how it is sampled, and what an engine hands back. Pure data, no engine here.
+
+Legend: P tokens of a prompt, A of its answer, S = P + A, L aux layers, H hidden size.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+from dspark.cache.errors import UsageError
+
+if TYPE_CHECKING:
+    from dspark.cache.codec.rotated import Codec
+    from dspark.dump.engines.engine import CodedStates
+
+GREEDY = 1e-5  # temperatures below are greedy decoding
+DEFAULT_MAX_TOKENS = 2048
+MASK_RULE = "regenerate"  # how the manifest's mask_rule begins, of a store whose target answered
+
+
+# One rule a setting, for the flag (before the target is looked at) and for what its generation_config.json says.
+def check_temperature(value: float) -> None:
+    if not (math.isfinite(value) and value >= 0):
+        raise UsageError(f"--temperature: found {value}, expected a finite number, 0 or more.")
+
+
+def check_top_p(value: float) -> None:
+    if not 0 < value <= 1:
+        raise UsageError(f"--top-p: found {value}, expected above 0 and at most 1.")
+
+
+def check_max_tokens(value: int) -> None:
+    if value < 2:
+        raise UsageError(
+            f"--max-tokens: found {value}, expected at least 2: a shorter answer teaches nothing."
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sampling:
+    """How the target answers. ``top_k`` 0: no limit. ``thinking``: handed to the chat template as ``enable_thinking``; None leaves it out."""
+
+    temperature: float
+    top_p: float
+    top_k: int
+    max_tokens: int
+    thinking: bool | None
+
+    def __post_init__(self) -> None:
+        check_temperature(self.temperature)
+        check_top_p(self.top_p)
+        check_max_tokens(self.max_tokens)
+        if self.top_k < 0:
+            raise UsageError(
+                f"top_k: found {self.top_k} in the target's generation_config.json, expected 0 (no limit) or more."
+            )
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature < GREEDY
+
+    def __str__(self) -> str:
+        """As the manifest names it: two runs that differ here do not write one store."""
+        think = "" if self.thinking is None else f", thinking {'on' if self.thinking else 'off'}"
+        return f"temperature {self.temperature:g}, top_p {self.top_p:g}, top_k {self.top_k}, max_tokens {self.max_tokens}{think}"
+
+
+def recommended(
+    model: str, temperature: float | None, top_p: float | None, max_tokens: int | None, thinking: bool | None
+) -> Sampling:
+    """What the target's generation_config.json recommends (plain sampling where it says nothing), except for what was asked for."""
+    from transformers import GenerationConfig
+
+    try:
+        found = GenerationConfig.from_pretrained(model).to_dict()
+    except OSError:
+        found = {}
+    own = {"top_p": 1.0, "top_k": 0} | {k: v for k, v in found.items() if v is not None}
+    if "temperature" not in own:
+        own["temperature"] = 0.0 if own.get("do_sample") is False else 1.0
+    return Sampling(
+        temperature=own["temperature"] if temperature is None else temperature,
+        top_p=own["top_p"] if top_p is None else top_p,
+        top_k=0 if own["top_k"] == -1 else own["top_k"],  # -1: how vLLM writes "no limit"
+        max_tokens=DEFAULT_MAX_TOKENS if max_tokens is None else max_tokens,
+        thinking=thinking,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """One turn. ``key`` comes back with its answer. ``keep``: states are wanted; ``spans``: earlier answers ``[start, stop)`` inside ``prompt``."""
+
+    key: int
+    prompt: list[int]
+    max_tokens: int
+    seed: int
+    keep: bool
+    spans: tuple[tuple[int, int], ...] = ()
+
+
+class Answered(NamedTuple):
+    """``ids``: the answer's tokens [A], its end included where it came to one. ``states``: of prompt and answer, coded, aux [S, ...], if asked for.
+
+    The last token is never fed to the target, so it has no state: the one before stands in its row. No anchor follows it, so nothing attends to it.
+    """
+
+    ask: Ask
+    ids: list[int]
+    finished: bool
+    states: CodedStates | None
+
+
+class Answering(Protocol):
+    """An engine that can answer: ``asks`` are pulled as there is room; answers come in any order."""
+
+    def answer(
+        self, asks: Iterable[Ask], sampling: Sampling, stops: Sequence[int], codecs: tuple[Codec, Codec]
+    ) -> Iterator[Answered]: ...
+
+
+def stored_runs(ask: Ask) -> list[list[int | None]]:
+    """Positions ``[start, stop)`` whose last state is stored: within an earlier answer all but its last token; of the new answer all that have a
+    state (None: to the end)."""
+    before: list[list[int | None]] = [[a, b - 1] for a, b in ask.spans if b - a > 1]
+    return [*before, [len(ask.prompt), None]]
+
+
+def seed_of(row: int, turn: int) -> int:
+    """The same for a row and turn in every run."""
+    return int.from_bytes(hashlib.sha256(f"{row}:{turn}".encode()).digest()[:4], "little")
+
+
+def repeat_last(coded: dict[str, Any]) -> dict[str, Any]:
+    """Arrays of S - 1 rows -> S rows, the last one twice."""
+    import numpy as np
+
+    return {name: np.concatenate([a, a[-1:]]) for name, a in coded.items()}

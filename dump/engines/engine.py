@@ -1,0 +1,86 @@
+"""What an engine is: something that runs the target over given tokens and hands out its states.
+
+Legend: S tokens of a sample, L aux layers, H hidden size, M = ``last_rows(loss_mask).sum()``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+from dspark.cache.records import Coded, TokenSample
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
+    from dspark.cache.codec.rotated import Codec
+    from dspark.cache.target.frozen import FrozenTarget
+
+
+class States(NamedTuple):
+    """States of one sample, on the engine's device: ``aux`` [S, L, H] in the order of the plan's layers, ``last`` [M, H] after the final norm."""
+
+    aux: torch.Tensor
+    last: torch.Tensor
+
+
+class CodedStates(NamedTuple):
+    """The same as a codec stores them, on the host: arrays of S rows, and of M rows. ``seconds``: by stage, what another process spent on them."""
+
+    aux: Coded
+    last: Coded
+    seconds: Mapping[str, float] = MappingProxyType({})
+
+
+Fetch = Callable[[], CodedStates]  # waits for states that are still on their way to the host
+
+
+class Captured(NamedTuple):
+    """Samples ``members`` of group ``group``, their states end to end in this order. ``ready``: a CUDA event behind them, if they are on a GPU.
+
+    States that an engine would have to wait for come as a call, made once and in another thread, so that the engine's own goes on.
+    """
+
+    group: int
+    members: Sequence[int]
+    states: States | CodedStates | Fetch
+    ready: torch.cuda.Event | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """The engine's own greedy prediction, by its own output head: for p < S-1, token ``ids[p]`` after x[0..p] and its log-probability ``logprobs[p]``."""
+
+    ids: list[int]
+    logprobs: list[float]
+
+
+class Engine(Protocol):
+    """Runs the target. ``capture`` yields (index into ``samples``, states) in any order, each sample once.
+
+    ``stream`` does the same for a whole dump and is what has to be fast: ``groups`` are pulled as there is room for them, what comes out may
+    already be coded with ``codecs`` (aux, last), and no more than two groups are ever unfinished.
+    """
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def version(self) -> str: ...
+    def frozen(self) -> FrozenTarget: ...
+    def capture(self, samples: Sequence[TokenSample]) -> Iterator[tuple[int, States]]: ...
+    def stream(
+        self, groups: Iterable[Sequence[TokenSample]], codecs: tuple[Codec, Codec]
+    ) -> Iterator[Captured]: ...
+    def predict(self, samples: Sequence[TokenSample]) -> list[Prediction]: ...
+    def close(self) -> None: ...
+
+
+def send(array: np.ndarray[tuple[int, ...], np.dtype[np.int64]], device: torch.device) -> torch.Tensor:
+    """A numpy array on ``device``, without waiting for what the device is doing."""
+    import torch
+
+    out = torch.from_numpy(array)
+    return out.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else out

@@ -1,0 +1,247 @@
+"""The target in transformers: length-sorted batches, forward hooks on the layers that are wanted, no output head.
+
+Padding is on the right, behind every real token of a causal model, so no real token ever attends to it and no mask is needed: attention takes the
+kernel for plain causal attention, which is several times faster than one with a mask. A state does not depend on what it was batched with
+(tests/dump/test_engine_transformers.py). Hooks keep only the wanted rows of the wanted layers; the head, which costs as much as several layers at a
+large vocabulary, never runs except in the self-check. Nothing here waits for the GPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import transformers
+from transformers import masking_utils
+
+from dspark.cache.codec.rotated import to_numpy
+from dspark.cache.errors import EngineError
+from dspark.cache.records import TokenSample, last_rows
+from dspark.cache.sdpa import no_plan_a_shape
+from dspark.cache.target.frozen import FrozenTarget
+from dspark.dump.engines.answers import Answered, Ask, Sampling, repeat_last, stored_runs
+from dspark.dump.engines.engine import Captured, CodedStates, Prediction, States, send
+from dspark.dump.target.config import find_parts, frozen_target
+from dspark.dump.target.layers import Shapes
+
+if TYPE_CHECKING:
+    from dspark.cache.codec.rotated import Codec
+
+
+class TransformersEngine:
+    """``layers``: ids of decoder layers whose output is captured. ``batch_tokens``: padded tokens of a forward pass at most."""
+
+    name = "transformers"
+    version = transformers.__version__
+
+    def __init__(
+        self, model: Any, shapes: Shapes, layers: Sequence[int], *, device: str, batch_tokens: int
+    ) -> None:
+        self.model = model.to(device).eval()
+        self.device = torch.device(device)
+        self.layers = list(layers)
+        self.batch_tokens = batch_tokens
+        self.parts = find_parts(self.model, shapes)
+
+    @classmethod
+    def load(
+        cls, model: str, shapes: Shapes, layers: Sequence[int], *, device: str, dtype: str, batch_tokens: int
+    ) -> TransformersEngine:
+        """Read the weights of a model id or folder."""
+        no_plan_a_shape()
+        try:
+            loaded = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype))
+            return cls(loaded, shapes, layers, device=device, batch_tokens=batch_tokens)
+        except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+            raise EngineError(f"transformers could not load {model} ({dtype}, {device}): {error}") from error
+
+    def frozen(self) -> FrozenTarget:
+        return frozen_target(self.parts)
+
+    def capture(self, samples: Sequence[TokenSample]) -> Iterator[tuple[int, States]]:
+        """States of each sample, batch by batch, shortest first."""
+        for batch in self._run(0, samples):
+            assert isinstance(batch.states, States)
+            rows = [samples[i] for i in batch.members]
+            aux = torch.split(batch.states.aux, [len(s.input_ids) for s in rows])
+            last = torch.split(batch.states.last, [int(last_rows(s.loss_mask).sum()) for s in rows])
+            yield from ((i, States(a, b)) for i, a, b in zip(batch.members, aux, last, strict=True))
+
+    def stream(
+        self, groups: Iterable[Sequence[TokenSample]], codecs: tuple[Codec, Codec]
+    ) -> Iterator[Captured]:
+        """Batches within a group only, so that what a group gives does not depend on the groups before it."""
+        for group, samples in enumerate(groups):
+            yield from self._run(group, samples)
+
+    def _run(self, group: int, samples: Sequence[TokenSample]) -> Iterator[Captured]:
+        for members in batches([len(s.input_ids) for s in samples], self.batch_tokens):
+            states = self._states([samples[i] for i in members])
+            ready = None
+            if self.device.type == "cuda":
+                ready = torch.cuda.Event()  # type: ignore[no-untyped-call]
+                ready.record()
+            yield Captured(group, members, states, ready)
+
+    @torch.inference_mode()
+    def _states(self, batch: Sequence[TokenSample]) -> States:
+        """States of a batch, padding left out: aux [T, L, H] of all its tokens, last [M, H]."""
+        lengths = np.array([len(s.input_ids) for s in batch])
+        width = int(lengths.max())
+        real = np.arange(width) < lengths[:, None]
+        stored = np.zeros_like(real)
+        for row, sample in enumerate(batch):
+            stored[row, : lengths[row]] = last_rows(sample.loss_mask)
+        whole = bool(real.all())
+        rows = None if whole else send(np.flatnonzero(real), self.device)
+        wanted = send(np.flatnonzero(stored), self.device)
+        aux: list[torch.Tensor] = [torch.empty(0)] * len(self.layers)
+
+        def keep(at: int) -> Any:
+            def hook(module: Any, args: Any, output: Any) -> None:
+                x = (output[0] if isinstance(output, tuple) else output).flatten(0, 1)
+                aux[at] = x if rows is None else x.index_select(0, rows)
+
+            return hook
+
+        handles = [self.parts.layers[i].register_forward_hook(keep(k)) for k, i in enumerate(self.layers)]
+        try:
+            with self._enough_memory(len(batch), width, "--seq-length"):
+                last = self.forward(batch).flatten(0, 1).index_select(0, wanted)
+                return States(torch.stack(aux, dim=1), last)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    @torch.inference_mode()
+    def forward(self, batch: Sequence[TokenSample]) -> torch.Tensor:
+        """The decoder over a right-padded batch -> its output after the final norm [b, S_max, H]."""
+        width = max(len(s.input_ids) for s in batch)
+        ids = np.zeros((len(batch), width), dtype=np.int64)
+        for row, sample in enumerate(batch):
+            ids[row, : len(sample.input_ids)] = sample.input_ids
+        with never_packed():
+            out = self.parts.decoder(input_ids=send(ids, self.device), use_cache=False)
+        hidden: torch.Tensor = out.last_hidden_state
+        return hidden
+
+    @contextmanager
+    def _enough_memory(self, rows: int, width: int, length: str) -> Iterator[None]:
+        """Running out of memory inside is an EngineError; ``length`` is the flag that bounds ``width``."""
+        try:
+            yield
+        except torch.OutOfMemoryError as error:
+            raise EngineError(
+                f"out of memory at a batch of {rows} x {width} tokens. Use a smaller --batch-tokens (now {self.batch_tokens}; --resume "
+                f"takes another one), or a smaller {length}, which needs a new store."
+            ) from error
+
+    @torch.inference_mode()
+    def answer(
+        self, asks: Iterable[Ask], sampling: Sampling, stops: Sequence[int], codecs: tuple[Codec, Codec]
+    ) -> Iterator[Answered]:
+        """Sampled answers, batch by batch, with the states of the run that made them where ``keep`` is set."""
+        todo = list(asks)
+        for members in batches([len(a.prompt) + a.max_tokens for a in todo], self.batch_tokens):
+            yield from self._answer([todo[i] for i in members], sampling, stops, codecs)
+
+    def _answer(
+        self, asks: Sequence[Ask], sampling: Sampling, stops: Sequence[int], codecs: tuple[Codec, Codec]
+    ) -> Iterator[Answered]:
+        """One batch, padded on the left. Hooks see the prompts once and then one token a step: every token but an answer's last."""
+        width = max(len(a.prompt) for a in asks)
+        ids = np.zeros((len(asks), width), dtype=np.int64)
+        real = np.zeros_like(ids)
+        for row, ask in enumerate(asks):
+            ids[row, width - len(ask.prompt) :] = ask.prompt
+            real[row, width - len(ask.prompt) :] = 1
+        seen: list[list[torch.Tensor]] = [[] for _ in range(len(self.layers) + 1)]
+
+        def keep(at: int) -> Any:
+            def hook(module: Any, args: Any, output: Any) -> None:
+                seen[at].append(output[0] if isinstance(output, tuple) else output)
+
+            return hook
+
+        watched = [*(self.parts.layers[i] for i in self.layers), self.parts.norm]
+        handles = [module.register_forward_hook(keep(k)) for k, module in enumerate(watched)]
+        chances = {} if sampling.greedy else {"temperature": sampling.temperature, "top_p": sampling.top_p}
+        longest = max(a.max_tokens for a in asks)
+        settings = transformers.GenerationConfig(
+            do_sample=not sampling.greedy,
+            top_k=None if sampling.greedy else sampling.top_k,
+            max_new_tokens=longest,
+            eos_token_id=list(stops) or None,
+            pad_token_id=0,
+            **chances,
+        )
+        torch.manual_seed(asks[0].seed)
+        try:
+            with self._enough_memory(len(asks), width + longest, "--max-tokens"):
+                whole = self.model.generate(
+                    input_ids=send(ids, self.device),
+                    attention_mask=send(real, self.device),
+                    generation_config=settings,
+                )
+                aux = torch.stack([torch.cat(x, dim=1) for x in seen[:-1]], dim=2)
+                last = torch.cat(seen[-1], dim=1)
+        finally:
+            for handle in handles:
+                handle.remove()
+        for row, (ask, new) in enumerate(zip(asks, whole[:, width:].tolist(), strict=True)):
+            ends = [i for i, token in enumerate(new[: ask.max_tokens]) if token in stops]
+            answer = new[: ends[0] + 1] if ends else new[: ask.max_tokens]
+            states = None
+            if ask.keep:
+                here = slice(width - len(ask.prompt), width + len(answer) - 1)
+                states = _coded(aux[row, here], last[row, here], ask, codecs)
+            yield Answered(ask, answer, bool(ends), states)
+
+    @torch.inference_mode()
+    def predict(self, samples: Sequence[TokenSample]) -> list[Prediction]:
+        """Greedy tokens of the whole model, one sample at a time: no hooks, no padding, its own head."""
+        out = []
+        for sample in samples:
+            ids = torch.from_numpy(sample.input_ids).long()[None].to(self.device)
+            logits = self.model(input_ids=ids, use_cache=False).logits[0, :-1].float()
+            best = logits.log_softmax(-1).max(-1)
+            out.append(Prediction(best.indices.tolist(), best.values.tolist()))
+        return out
+
+    def close(self) -> None:
+        """Nothing outlives the object."""
+
+
+@contextmanager
+def never_packed() -> Iterator[None]:
+    """Answer transformers' question whether a row holds several sequences, which it asks the device in every forward and waits for: no row of ours does."""
+    ask = getattr(masking_utils, "find_packed_sequence_indices", None)
+    if ask is None:  # a release that does not ask
+        yield
+        return
+    masking_utils.find_packed_sequence_indices = lambda position_ids: None
+    try:
+        yield
+    finally:
+        masking_utils.find_packed_sequence_indices = ask
+
+
+def _coded(aux: torch.Tensor, last: torch.Tensor, ask: Ask, codecs: tuple[Codec, Codec]) -> CodedStates:
+    """``aux[S - 1, L, H]`` and ``last[S - 1, H]`` of one answer on the host, as the codecs store them."""
+    rows = torch.cat([last[a:b] for a, b in stored_runs(ask)])
+    return CodedStates(repeat_last(to_numpy(codecs[0].encode(aux))), to_numpy(codecs[1].encode(rows)))
+
+
+def batches(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
+    """Indices in groups of near-equal length, each at most ``budget`` padded tokens (a longer sample goes alone). Ties keep their order."""
+    group: list[int] = []
+    for i in sorted(range(len(lengths)), key=lambda i: lengths[i]):
+        if group and lengths[i] * (len(group) + 1) > budget:
+            yield group
+            group = []
+        group.append(i)
+    if group:
+        yield group

@@ -1,0 +1,1 @@
+"""The vLLM engine: its requests, its connector inside the worker, its spool."""

@@ -1,0 +1,1 @@
+"""``--regenerate``: the target answers the prompts, and its states come from the same pass."""

@@ -1,0 +1,153 @@
+"""Answers on disk, beside the store: ``<store>.answers/``, a file a part, while it is made; ``<store>.answers.jsonl`` when it is whole.
+
+Nothing here is lost on the way from one to the other, however a dump ends: a part's file is on disk before the part; the joined file is replaced
+before the store is marked complete; the parts' files go after that. When a complete store is repaired, the parts that are left have no file any more:
+their lines are in the joined file, found by the rows of the part's record. Its lines ascend by row, so one pass over it is enough.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dspark.cache.errors import CacheError, DamagedCacheError, ExistsError, UsageError
+from dspark.cache.files.atomic import STAGING, fsync_path, write_errors, write_file
+from dspark.cache.files.layout import PARTS, part_name
+from dspark.cache.reader import read_manifest
+from dspark.dump.engines.answers import MASK_RULE
+
+if TYPE_CHECKING:
+    from dspark.cache.files.part import PartRecord
+
+
+@dataclass(frozen=True, slots=True)
+class AnswerFiles:
+    """The answers of the store at ``store``."""
+
+    store: Path
+
+    @property
+    def folder(self) -> Path:
+        return self.store.with_name(self.store.name + ".answers")
+
+    @property
+    def joined(self) -> Path:
+        return self.store.with_name(self.store.name + ".answers.jsonl")
+
+    def go_with_the_store(self) -> bool:
+        """Whether the store that is there was answered by its target, so that these answers go when it goes. Not so of one that cannot be read: beside it
+        anything may lie."""
+        try:
+            return read_manifest(self.store).dump.mask_rule.startswith(MASK_RULE)
+        except CacheError:
+            return False
+
+    def refuse_other(self, data: str | None, overwrite: bool) -> None:
+        """Before a new store: refuse to write over answers that nobody asked to replace, or over the corpus itself."""
+        if data and Path(data).exists() and self.joined.exists() and self.joined.samefile(data):
+            raise UsageError(
+                f"--data {data} is where the answers of {self.store} go: it would be replaced. Choose another --output."
+            )
+        for path in (self.joined, self.folder):
+            if path.exists() and not overwrite:
+                raise ExistsError(
+                    f"{path} exists: answers of an earlier store. Move it away, use --overwrite to replace it, or another --output."
+                )
+
+    def begin(self) -> None:
+        """No part is there, so these answers are of none: a later join must not take them for this store's."""
+        with write_errors(self.joined):
+            self.joined.unlink(missing_ok=True)
+        self.clear()
+
+    def save(self, index: int, answers: Sequence[Mapping[str, Any]]) -> None:
+        """Part ``index``: an object a sample, with its ``row``."""
+        if not self.folder.exists():
+            with write_errors(self.folder):
+                self.folder.mkdir()
+                fsync_path(self.folder.parent)
+        # default: a data set's dates.
+        lines = "".join(json.dumps(a, ensure_ascii=False, default=str) + "\n" for a in answers)
+        write_file(self._of(index), lines.encode())
+
+    def check(self, records: Mapping[int, PartRecord]) -> None:
+        """Raise DamagedCacheError unless the answers of all these parts are found."""
+        for _ in self._lines(records):
+            pass
+
+    def join(self, records: Mapping[int, PartRecord]) -> None:
+        """Replace the joined file by the answers of all parts, in order. Raises DamagedCacheError, leaving it as it is, if some are missing."""
+        staged = self.joined.with_name(STAGING + self.joined.name)
+        try:
+            with write_errors(self.joined):
+                with open(staged, "wb") as file:
+                    for lines in self._lines(records):
+                        file.writelines(lines)
+                    file.flush()
+                    os.fsync(file.fileno())
+                os.replace(staged, self.joined)
+                fsync_path(self.joined.parent)
+        finally:
+            staged.unlink(missing_ok=True)
+
+    def clear(self) -> None:
+        """Delete the parts' files: what they hold is in the joined file, or of no use."""
+        if self.folder.exists():
+            with write_errors(self.folder):
+                shutil.rmtree(self.folder)
+
+    def _of(self, index: int) -> Path:
+        return self.folder / f"{index:08d}.jsonl"
+
+    def _lines(self, records: Mapping[int, PartRecord]) -> Iterator[list[bytes]]:
+        """The answers of each part, in order."""
+        whole = all(self._of(i).exists() for i in records)
+        old = iter(()) if whole or not self.joined.exists() else answers_in(self.joined)
+        row, line = next(old, (None, b""))
+        for index in sorted(records):
+            record = records[index]
+            found: list[tuple[int, bytes]] = []
+            while row is not None and row < record.row_stop:
+                found.append((row, line))
+                row, line = next(old, (None, b""))
+            where = self.joined
+            if self._of(index).exists():
+                where, found = self._of(index), list(answers_in(self._of(index)))
+            own = [text for row_, text in found if record.row_start <= row_ < record.row_stop]
+            if len(own) != record.samples:
+                raise DamagedCacheError(
+                    f"{where}: found {len(own)} answers to the rows {record.row_start:,} to {record.row_stop - 1:,}, expected {record.samples}: "
+                    f"those of part {index}. If {self.joined.name} was moved away or changed, put it back and run the same command with --resume. Else have "
+                    f"these rows answered again: delete {self.store / PARTS / part_name(index)}, run dspark-tools verify --drop-damaged {self.store}, "
+                    "and the same command with --resume."
+                )
+            yield own
+
+
+def answers_in(path: Path) -> Iterator[tuple[int, bytes]]:
+    """Row and line of each answer of a file."""
+    try:
+        with open(path, "rb") as file:
+            for number, line in enumerate(file, start=1):
+                yield row_of(line, f"{path}:{number}"), line
+    except OSError as error:
+        raise DamagedCacheError(f"{path}: could not be read: {error.strerror}.") from error
+
+
+def row_of(line: bytes, where: str) -> int:
+    """The row that a line answers."""
+    try:
+        row = json.loads(line)["row"]
+    except (ValueError, KeyError, TypeError):
+        row = None
+    if not isinstance(row, int) or not line.endswith(b"\n"):
+        raise DamagedCacheError(
+            f"{where}: found {line[:80]!r}, expected a line that --regenerate wrote, with its `row`. Put the file back as it was, "
+            "and run the same command with --resume."
+        )
+    return row

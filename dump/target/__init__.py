@@ -1,0 +1,1 @@
+"""The target before its weights are read: config, layers, presets, where its weights lie."""

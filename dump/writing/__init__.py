@@ -1,0 +1,1 @@
+"""From captured batches to parts on disk: filling, blocks of memory, the pipeline."""

@@ -1,0 +1,116 @@
+"""A part whose states arrive batch by batch, in any order, and end in the block that a worker writes.
+
+Codes that come on the host are copied to their rows. Codes that come on a device are put into arrays of the whole part there, a
+batch with one indexed copy, and cross to the host once, as they will be written: 200 samples of a batch would take a thousand small steps of
+Python, each with the lock that launching the target's kernels needs, which made a dump a third slower than its parts (docs/log.md).
+
+Legend: T tokens of the part, M stored rows of the last state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from dspark.cache.files.layout import field_array
+from dspark.dump.engines.engine import send
+from dspark.dump.writing.blocks import Block, regions
+
+if TYPE_CHECKING:
+    import torch
+
+    from dspark.cache.files.part import PartJob
+    from dspark.cache.records import Coded
+    from dspark.dump.corpus.parts import PartRows
+
+Rows = np.ndarray[tuple[int, ...], np.dtype[np.int64]]
+
+
+class Filling:
+    """``part`` on its way into ``block``. Rows of ``last`` are the stored ones."""
+
+    def __init__(self, part: PartRows, job: PartJob, block: Block) -> None:
+        self.part, self.job, self.block = part, job, block
+        self.places, size = regions(job.state_specs)
+        block.reserve(size)
+        self._arrays = {name: block.array(region) for name, region in self.places.items()}
+        self._starts = {"aux": job.arrays["sample_start"], "last": job.arrays["sample_last_start"]}
+        self._missing = set(range(len(part.samples)))
+        self._on_device: dict[str, torch.Tensor] = {}  # uint8 [T or M, bytes of a row]
+
+    @property
+    def whole(self) -> bool:
+        return not self._missing
+
+    @property
+    def missing(self) -> int:
+        return len(self._missing)
+
+    def put(self, members: list[int], aux: Coded, last: Coded) -> None:
+        """Samples ``members``, end to end in the host's arrays ``aux`` and ``last``, go to their rows."""
+        for field, coded in (("aux", aux), ("last", last)):
+            rows = self.rows(field, members)
+            for name, source in coded.items():
+                assert source.shape[0] == rows.shape[0], (field, name, rows.shape, source.shape)
+                self._arrays[field_array(field, name)][as_slice(rows)] = source
+        self._missing -= set(members)
+
+    def put_on_device(
+        self, members: list[int], aux: Mapping[str, torch.Tensor], last: Mapping[str, torch.Tensor]
+    ) -> None:
+        """The same with tensors, which stay where they are until ``to_host``. All of a part on one device; launches on its current stream."""
+        for field, coded in (("aux", aux), ("last", last)):
+            rows = send(self.rows(field, members), next(iter(coded.values())).device)
+            for name, source in coded.items():
+                assert source.shape[0] == rows.shape[0], (field, name, rows.shape, source.shape)
+                key, data = field_array(field, name), _bytes_of(source)
+                if key not in self._on_device:
+                    here = data.new_empty(self._arrays[key].shape[0], data.shape[1])
+                    self._on_device[key] = here if data.is_cuda else self._on_host(key, here)
+                self._on_device[key].index_copy_(0, rows, data)
+        self._missing -= set(members)
+
+    def rows(self, field: str, members: list[int]) -> Rows:
+        """Where the rows of samples ``members``, end to end, belong in the part: int64."""
+        starts: Rows = self._starts[field]
+        at = np.asarray(members, dtype=np.int64)
+        counts = starts[at + 1] - starts[at]
+        ends = counts.cumsum()
+        out: Rows = np.arange(ends[-1], dtype=np.int64) + np.repeat(starts[at] - (ends - counts), counts)
+        return out
+
+    def to_host(self) -> None:
+        """Copy what is on a device into the block."""
+        for key, data in self._on_device.items():
+            if data.is_cuda:
+                self.block.pin()
+                self._on_host(key, data).copy_(data)
+        self.release()
+
+    def release(self) -> None:
+        """Hold no view of the block any more, so that closing it gives its memory back. Nothing can be put after this."""
+        self._arrays.clear()
+        self._on_device.clear()
+
+    def _on_host(self, key: str, like: torch.Tensor) -> torch.Tensor:
+        """The block's array ``key`` as a tensor of the shape of ``like``, the same memory."""
+        import torch
+
+        flat: Any = self._arrays[key].reshape(-1).view(np.uint8)
+        return torch.from_numpy(flat).view(like.shape)
+
+
+def as_slice(rows: Rows) -> Rows | slice:
+    """``rows``, which rise by sample: as a slice where they follow each other, as most engines' do, for one copy instead of one a row."""
+    if rows.size and rows[-1] - rows[0] + 1 == rows.size and (np.diff(rows) == 1).all():
+        return slice(int(rows[0]), int(rows[-1]) + 1)
+    return rows
+
+
+def _bytes_of(coded: torch.Tensor) -> torch.Tensor:
+    """[rows, ...] of any dtype -> uint8 [rows, bytes of a row], the same memory."""
+    import torch
+
+    return coded.contiguous().flatten(1).view(torch.uint8)

@@ -1,0 +1,276 @@
+"""From states on the engine's device to parts on disk: three stages that run at once.
+
+    engine (caller's thread) -> encode, put in place, copy (one thread, a CUDA stream of its own) -> compress and write (workers)
+
+The engine only launches work. A batch of states is coded where it is and its codes put into their part there (``filling.py``); a part that is whole is copied
+to a block on the host and compressed by a worker process from that same block. States that are still on their way to the host (from a vLLM worker, by file) are
+waited for here too, so that the engine's thread, which feeds it requests, never waits for one. Every hand-over is bounded: so many batches wait for the encoder,
+and there are only so many blocks (parts in memory) in all, so a slow disk slows the engine down and nothing grows. The encoder's thread does little Python: what it
+does, it does with the lock that the thread which launches the target's kernels needs for each of them.
+
+On a CPU, where compression would only take cores from the target, the workers are threads.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from dspark.cache.errors import EngineError
+from dspark.cache.files.part import PartJob, PartRecord
+from dspark.cache.writer import StoreWriter
+from dspark.dump.engines.engine import Captured, CodedStates
+from dspark.dump.workers import WorkerPool
+from dspark.dump.writing.blocks import Block, Handle, Region, attach, can_share
+from dspark.dump.writing.filling import Filling
+
+if TYPE_CHECKING:
+    from dspark.cache.codec.rotated import Codec
+    from dspark.dump.corpus.parts import PartRows
+    from dspark.dump.progress import Bar
+
+WAITING = 2  # batches of states between engine and encoder
+COMING = 8  # batches whose states are on their way, in files beside the store at most
+BLOCK_BYTES = 4 << 30  # of parts in memory, where the number of workers does not need less
+THREADS = (
+    2  # commits at once without worker processes: one alone leaves cores idle while it waits for the disk
+)
+
+
+def writers(processes: int) -> WorkerPool | None:
+    """Processes for a ``Pipeline``, where this system can share memory with them."""
+    return WorkerPool(processes, "writes parts", _ready) if processes and can_share() else None
+
+
+def _ready() -> None:
+    """Runs in a worker: to find this function it has imported all that ``write_shared`` needs."""
+
+
+class Pipeline:
+    """``pool``: processes that write parts, which end with this; None = threads. ``bar`` is told of every batch that is in place and every part
+    that is whole.
+
+    ``seconds``: where the time went, by stage; the stages overlap. Use as a context: leaving it, also by an error, waits until every whole part is
+    on disk and gives up the others.
+    """
+
+    def __init__(
+        self,
+        writer: StoreWriter,
+        codecs: tuple[Codec, Codec],
+        *,
+        pool: WorkerPool | None,
+        part_bytes: int,
+        bar: Bar,
+    ) -> None:
+        self.writer, self.codecs, self._bar = writer, codecs, bar
+        shared = pool is not None
+        workers = pool.processes if pool is not None else THREADS
+        self._pool: Executor = pool or ThreadPoolExecutor(workers, "commit")
+        self._blocks: queue.Queue[Block] = queue.Queue()
+        self._all = [
+            Block(shared) for _ in range(max(2, min(workers + 2, BLOCK_BYTES // max(part_bytes, 1))))
+        ]
+        for block in self._all:
+            self._blocks.put(block)
+        self._shared = shared
+        self._filling: dict[int, Filling] = {}
+        self._begun = 0
+        self._waiting: queue.Queue[Captured | None] = queue.Queue()
+        self._room = threading.Semaphore(WAITING), threading.Semaphore(COMING)
+        self._failed: BaseException | None = None
+        self.seconds: defaultdict[str, float] = defaultdict(float)
+        self._encoder = threading.Thread(target=self._encode, name="encode", daemon=True)
+        self._encoder.start()
+
+    def begin(self, part: PartRows) -> None:
+        """Make room for a part; waits while all blocks are taken."""
+        job = self.writer.job(
+            part.index,
+            part.samples,
+            row_start=part.row_start,
+            row_stop=part.row_stop,
+            dropped=part.dropped,
+            truncated=part.truncated,
+        )
+        with self._timed("wait for a free block"):
+            block = self._patiently(self._free_block, queue.Empty)
+        self._filling[self._begun] = Filling(part, job, block)
+        self._begun += 1
+
+    def _free_block(self) -> Block:
+        try:
+            return self._blocks.get(timeout=0.1)
+        except queue.Empty:
+            # If every block belongs to a part that lacks states, and none are on their way, none will ever be free.
+            if not self._waiting.unfinished_tasks and len(self._filling) == len(self._all):
+                self._refuse_gaps()
+            raise
+
+    def _refuse_gaps(self) -> None:
+        for filling in self._filling.values():
+            n = len(filling.part.samples)
+            raise EngineError(
+                f"the engine gave states for {n - filling.missing} of {n} samples of part {filling.part.index}."
+            )
+
+    def put(self, captured: Captured) -> None:
+        """Hand over a batch; its group is the number of the part by the order of ``begin``. Waits while the encoder is behind."""
+        with self._timed("wait for the encoder"):
+            self._patiently(lambda: self._enter(captured), queue.Full)
+        self._waiting.put(captured)
+
+    def _enter(self, captured: Captured) -> None:
+        if not self._room_of(captured).acquire(timeout=0.1):
+            raise queue.Full
+
+    def _room_of(self, captured: Captured) -> threading.Semaphore:
+        return self._room[callable(captured.states)]
+
+    def finish(self) -> None:
+        """Wait for everything; raises what went wrong in any stage, or EngineError if a part is not whole."""
+        self.settle()
+        self._refuse_gaps()
+
+    def settle(self) -> None:
+        """Wait for what was handed over, and for every whole part to be on disk; raises the first error."""
+        with self._timed("wait for the encoder"):
+            self._drain()
+        with self._timed("wait for the writers"):
+            self._pool.shutdown(wait=True)  # their callbacks have run, too
+        self._check()
+
+    def _drain(self) -> None:
+        """End the encoder once it has done what is waiting."""
+        self._waiting.put(None)
+        self._encoder.join()
+
+    def _check(self) -> None:
+        if self._failed is not None:
+            raise self._failed
+
+    def _patiently(self, attempt: Callable[[], Any], not_yet: type[Exception]) -> Any:
+        """``attempt`` until it succeeds or another stage has failed."""
+        while True:
+            self._check()
+            try:
+                return attempt()
+            except not_yet:
+                continue
+
+    @contextmanager
+    def _timed(self, stage: str) -> Iterator[None]:
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[stage] += time.perf_counter() - began
+
+    def _encode(self) -> None:
+        """The encoder's thread."""
+        import torch
+
+        stream: torch.cuda.Stream | None = None
+        try:
+            with torch.inference_mode():
+                while (captured := self._waiting.get()) is not None:
+                    self._room_of(captured).release()
+                    if captured.ready is None:
+                        self._place(captured)
+                    else:
+                        if stream is None:
+                            stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+                        with torch.cuda.stream(stream):
+                            stream.wait_event(captured.ready)
+                            self._place(captured)
+                        # Behind it the states' memory is the engine's again.
+                        stream.synchronize()
+                    self._waiting.task_done()
+        except torch.OutOfMemoryError as error:
+            # Not in --regenerate, whose states come coded and on the host: it refuses --part-tokens.
+            self._failed = EngineError(
+                f"out of memory while a part's codes were put together on the GPU: {error}. Use a smaller --batch-tokens "
+                "(--resume takes another one), or a smaller --part-tokens, which needs a new store."
+            )
+        except BaseException as error:  # re-raised in the caller's thread
+            self._failed = error
+
+    def _place(self, captured: Captured) -> None:
+        """Code a batch and put it into its part; if that is whole then, hand the part to the writers."""
+        filling, states = self._filling[captured.group], captured.states
+        members = list(captured.members)
+        if callable(states):
+            with self._timed("wait for states"):
+                states = states()
+        if isinstance(states, CodedStates):
+            for stage, seconds in states.seconds.items():
+                self.seconds[stage] += seconds
+            with self._timed("put in place"):
+                filling.put(members, states.aux, states.last)
+        else:
+            with self._timed("encode"):
+                aux, last = self.codecs
+                filling.put_on_device(members, aux.encode(states.aux), last.encode(states.last))
+        self._bar.tokens(sum(len(filling.part.samples[i].input_ids) for i in members))
+        if filling.whole:
+            with self._timed("copy to the host"):
+                filling.to_host()
+            del self._filling[captured.group]
+            self._bar.part(filling.part.index, filling.part.row_stop)
+            self._commit(filling)
+
+    def _commit(self, filling: Filling) -> None:
+        if self._shared:
+            commit = self._pool.submit(write_shared, filling.job, filling.block.handle(), filling.places)
+        else:
+            arrays = {name: filling.block.array(region) for name, region in filling.places.items()}
+            commit = self._pool.submit(write_timed, filling.job, arrays)
+        commit.add_done_callback(lambda done: self._committed(done, filling.block))
+
+    def _committed(self, commit: Future[tuple[PartRecord, float]], block: Block) -> None:
+        error = commit.exception()
+        if error is None:
+            record, seconds = commit.result()
+            self.writer.add(record)
+            self.seconds["compress and write"] += seconds
+        elif self._failed is None:
+            self._failed = error
+        self._blocks.put(block)
+
+    def __enter__(self) -> Pipeline:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            self._drain()
+        finally:  # a second Ctrl-C ends the waiting, not the blocks
+            self._pool.shutdown(wait=True)
+            for filling in list(self._filling.values()):
+                filling.release()
+            for block in self._all:
+                block.close()
+
+
+def write_shared(job: PartJob, handle: Handle, places: dict[str, Region]) -> tuple[PartRecord, float]:
+    """In a worker process: ``write_timed`` of the states in its parent's block."""
+    return write_timed(job, attach(handle, places))
+
+
+def write_timed(
+    job: PartJob, states: dict[str, np.ndarray[tuple[int, ...], np.dtype[Any]]]
+) -> tuple[PartRecord, float]:
+    """Write a part; its record and the seconds that took."""
+    began = time.perf_counter()
+    record = job.write(states)
+    return record, time.perf_counter() - began

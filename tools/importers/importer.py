@@ -1,0 +1,311 @@
+"""``dspark-tools import``: another project's cache of hidden states becomes a store. Streaming, part by part, stopped and resumed like a dump.
+
+What those caches lack comes from the target's folder: the frozen weights, config and tokenizer, the mask token. What they have too much of
+is left out: last states that no anchor needs. Rows that hold no sample are counted by reason.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from dspark.cache.codec.centre import spread, thin
+from dspark.cache.codec.rotated import Codec, calibrated, codec_for, field_info, to_numpy
+from dspark.cache.errors import (
+    DamagedCacheError,
+    DataError,
+    EngineError,
+    MismatchError,
+    NotACacheError,
+    UsageError,
+)
+from dspark.cache.manifest import DumpInfo, Manifest, SourceInfo
+from dspark.cache.reader import read_manifest
+from dspark.cache.recode import snr_db
+from dspark.cache.records import CodedSample, TokenSample, last_rows
+from dspark.cache.settings import DEFAULT_PACKING
+from dspark.cache.writer import StoreWriter
+from dspark.tools.importers.deepspec import DeepSpecSource
+from dspark.tools.importers.source import Given, Source
+from dspark.tools.importers.speculators import SpeculatorsSource
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from dspark.cache.target.frozen import FrozenTarget
+
+AFTER, BEFORE = "after", "before"
+LONELY = "no two supervised tokens in a row"
+CHECKED_ROWS = 64  # last states that the text check reads
+CLEARLY = 0.5  # nats a token by which the other reading of the last state must do better to be believed
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """A sample to be coded: ``aux`` [S, L, H], ``last`` [M, H] after the final norm."""
+
+    tokens: TokenSample
+    aux: torch.Tensor
+    last: torch.Tensor
+
+
+def open_source(path: str | Path) -> Source:
+    """The cache at ``path``, whichever project wrote it."""
+    path = Path(path)
+    if (path / "samples.idx").is_file() or (path / "manifest.json").is_file():
+        return DeepSpecSource(path)
+    if (path / "state.json").is_file() or (path / "dataset_info.json").is_file():
+        return SpeculatorsSource(path)
+    raise NotACacheError(
+        f"{path}: neither a DeepSpec target cache (manifest.json, samples.idx) nor speculators' preprocessed data (state.json, hidden_states/)"
+    )
+
+
+def import_store(
+    source: str | Path,
+    destination: str | Path,
+    *,
+    model: str,
+    layers: Sequence[int] | None = None,
+    aux_bits: int = 16,
+    last_bits: int = 16,
+    pack: str = DEFAULT_PACKING,
+    mask_token_id: int | None = None,
+    last_state: str | None = None,
+    part_tokens: int = 32768,
+    max_dropped: float = 0.5,
+    resume: bool = False,
+    overwrite: bool = False,
+    device: str = "cpu",
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Manifest:
+    """Write ``source`` as a store at ``destination``; returns its manifest. ``progress(rows done, rows)``.
+
+    ``layers``: outputs of decoder layers, needed where the cache does not name them, and must agree where it does. Raises MismatchError where
+    cache and target do not belong together, DamagedCacheError where the cache is not whole. ``last_state``: "after-norm" or "before-norm", where
+    the cache is not as its layout has it.
+    """
+    from dspark.dump.centring import centred_as
+    from dspark.dump.target.config import compact, load_target, target_info, tokenizer_info
+    from dspark.dump.target.presets import find
+    from dspark.dump.target.weights import read_frozen
+
+    codecs = codec_for(aux_bits, pack), codec_for(last_bits, pack)
+    given = open_source(source)
+    if len(given) == 0:
+        raise DataError(f"{source}: no samples")
+    target = load_target(model)
+    chosen = check_belongs(given, source, layers, target.shapes.hidden_size, target.shapes.num_layers, model)
+    frozen, norm = read_frozen(model, target.shapes)
+    manifest = Manifest(
+        target=target_info(target, mask_token_id, find(model)),
+        layers=chosen,
+        aux=field_info(codecs[0]),
+        last=field_info(codecs[1]),
+        tokenizer=tokenizer_info(target, tokenised=True),
+        source=SourceInfo(id=Path(source).resolve().name, sha256=given.sha256, limit=None),
+        dump=DumpInfo(
+            engine=f"import-{given.name}",
+            engine_version=given.version,
+            dtype="bfloat16",
+            seq_length=given.longest,
+            min_supervised=2,
+            assistant_pattern=None,
+            mask_rule="given",
+            part_tokens=part_tokens,
+        ),
+    )
+    after = given.last_after_norm if last_state is None else last_state == f"{AFTER}-norm"
+    reader = Reader(given, Path(source), target.shapes.vocab_size, norm, after)
+    reader.text_check(frozen)
+    if resume and Path(destination).exists():
+        stored = read_manifest(destination)
+        manifest = centred_as(manifest, stored)
+        stored.same_plan(manifest, str(destination))
+        if stored.complete:
+            return stored
+        writer = StoreWriter.resume(destination, manifest)
+        writer.restore_target(compact(frozen), target.files)
+    else:
+        aux, last = reader.calibrated(*codecs)
+        manifest = dataclasses.replace(manifest, aux=field_info(aux), last=field_info(last))
+        writer = StoreWriter.create(destination, manifest, compact(frozen), target.files, overwrite=overwrite)
+    with writer:
+        tail = write_parts(writer, reader, part_tokens, max_dropped, torch.device(device), progress)
+        return writer.finish(rows_read=len(given), dropped=tail, quality=reader.quality(*writer.codecs))
+
+
+def check_belongs(
+    given: Source, where: object, layers: Sequence[int] | None, hidden: int, num_layers: int, model: str
+) -> list[int]:
+    """The layers of ``given`` (outputs of decoder layers), if cache, flags and target agree."""
+    from dspark.dump.target.layers import check_layers
+
+    if given.hidden != hidden:
+        raise MismatchError(
+            f"{where}: its states have {given.hidden} channels, {model} has {hidden}; give --model the target it was made with"
+        )
+    if given.layers is None and layers is None:
+        raise UsageError(
+            f"{where} does not say which layers it holds: give --target-layer-ids as they were given to the extraction (or --layers)"
+        )
+    chosen = list(layers) if layers is not None else list(given.layers or [])
+    if given.layers is not None and chosen != given.layers:
+        raise MismatchError(
+            f"{where}: its layers are {given.layers} (output of layer i), the flags say {chosen}"
+        )
+    if given.slots != len(chosen):
+        raise MismatchError(
+            f"{where}: its files hold {given.slots} layers beside the last state, the flags name {len(chosen)}: {chosen} (output of layer i)"
+        )
+    return list(check_layers(chosen, num_layers))
+
+
+class Reader:
+    """Samples of a foreign cache as ours: stored last states only, after the final ``norm`` (applied here unless ``after_norm``)."""
+
+    def __init__(self, given: Source, where: Path, vocab: int, norm: nn.Module, after_norm: bool) -> None:
+        self.given, self.where, self.vocab, self.norm, self.after_norm = given, where, vocab, norm, after_norm
+
+    def sample(self, i: int) -> Ready | str:
+        """Sample ``i``; or why there is none."""
+        from dspark.dump.corpus.masks import sample_key
+
+        found = self.given.read(i)
+        if not isinstance(found, Given):
+            return found
+        ids, mask = found.input_ids, found.loss_mask
+        if ids.size == 0 or int(ids.min()) < 0 or int(ids.max()) >= self.vocab:
+            raise MismatchError(
+                f"{self.where}: sample {i} holds ids outside the target's vocabulary of {self.vocab}"
+            )
+        rows = last_rows(mask)
+        if not rows.any():
+            return LONELY
+        last = found.last[torch.from_numpy(rows)]
+        key = sample_key(ids[: int(mask.argmax())].tolist())
+        return Ready(
+            TokenSample(i, key, ids, mask), found.aux, last if self.after_norm else self.normed(last)
+        )
+
+    def normed(self, last: torch.Tensor) -> torch.Tensor:
+        """``last`` [M, H] after the target's final norm, in the weights' dtype."""
+        weight: torch.Tensor = next(self.norm.parameters())
+        with torch.inference_mode():
+            out: torch.Tensor = self.norm(last.to(weight.dtype))
+        return out
+
+    def probe(self) -> Iterator[Ready]:
+        """Samples spread over the cache."""
+        for i in spread(len(self.given), self.given.mean_tokens()):
+            found = self.sample(i)
+            if not isinstance(found, str):
+                yield found
+
+    def states(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """``aux`` and ``last`` of about ``CALIBRATION`` tokens from all over the cache."""
+        found = list(self.probe())
+        if not found:
+            raise DataError(
+                f"{self.where}: none of the rows looked at holds a sample with two supervised tokens in a row"
+            )
+        aux = torch.cat([thin(f.aux, len(found)) for f in found]).float()
+        return aux, torch.cat([thin(f.last, len(found)) for f in found]).float()
+
+    def calibrated(self, aux: Codec, last: Codec) -> tuple[Codec, Codec]:
+        if aux.bits == last.bits == 16:
+            return aux, last
+        a, b = self.states()
+        return calibrated(aux, a), calibrated(last, b)
+
+    def quality(self, aux: Codec, last: Codec) -> dict[str, Any]:
+        """What the stored code loses against the cache it was made from."""
+        a, b = self.states()
+        hidden = a.shape[-1]
+        through = aux.decode(aux.encode(a), hidden).float()
+        return {
+            "tokens": int(a.shape[0]),
+            "against": "imported cache",
+            "aux_snr_db": [snr_db(a[:, j], through[:, j]) for j in range(a.shape[1])],
+            "last_snr_db": snr_db(b, last.decode(last.encode(b), hidden).float()),
+        }
+
+    def text_check(self, frozen: FrozenTarget) -> None:
+        """Refuse last states that predict the text clearly better by the other reading (before or after the final norm) than by the one given.
+
+        The other project's cache has no prediction of the target to hold its states against, only the text that the target wrote.
+        """
+        sample = next(self.probe(), None)
+        found = self.given.read(sample.tokens.row) if sample else None
+        if sample is None or not isinstance(found, Given):
+            return
+        at = torch.from_numpy(last_rows(sample.tokens.loss_mask).nonzero()[0])[:CHECKED_ROWS]
+        labels = torch.from_numpy(found.input_ids).long()[at + 1]
+        raw, head = found.last[at], frozen.lm_head.float()
+        after, before = (
+            float(torch.nn.functional.cross_entropy(x.float() @ head.T, labels))
+            for x in (raw, self.normed(raw))
+        )
+        ours, other = (after, before) if self.after_norm else (before, after)
+        if other < min(ours - CLEARLY, 0.5 * math.log(self.vocab)):
+            said, true = (AFTER, BEFORE) if self.after_norm else (BEFORE, AFTER)
+            raise MismatchError(
+                f"{self.where}: read as states {said} the final norm, its last states predict their own text with a loss of {ours:.2f} nats a token; "
+                f"read as states {true} it, of {other:.2f}. Give --last-state {true}-norm if that is what the cache holds."
+            )
+
+
+def write_parts(
+    writer: StoreWriter,
+    reader: Reader,
+    part_tokens: int,
+    max_dropped: float,
+    device: torch.device,
+    progress: Callable[[int, int], None],
+) -> Counter[str]:
+    """Write every part that is missing; returns what was dropped after the last one."""
+    total = len(reader.given)
+    row, part = 0, 0
+    dropped: Counter[str] = Counter()
+    while row < total:
+        if part in writer.committed:
+            row = writer.committed[part].row_stop
+            dropped.update(writer.committed[part].dropped)
+            part += 1
+            continue
+        start, tokens, here = row, 0, Counter[str]()
+        samples: list[CodedSample] = []
+        while row < total and tokens < part_tokens:
+            found = reader.sample(row)
+            if isinstance(found, str):
+                here[found] += 1
+            else:
+                samples.append(_coded(found, writer.codecs, device, f"{reader.where}: sample {row}"))
+                tokens += found.tokens.input_ids.size
+            row += 1
+            progress(row, total)
+        dropped.update(here)
+        if sum(dropped.values()) > max_dropped * total:
+            raise DataError(
+                f"{reader.where}: {sum(dropped.values()):,} of {total:,} rows gave no sample ({dict(dropped)}), more than the allowed {max_dropped:.0%}"
+            )
+        if not samples:
+            return here
+        writer.commit(part, samples, row_start=start, row_stop=row, dropped=here, truncated=0)
+        part += 1
+    return Counter()
+
+
+def _coded(sample: Ready, codecs: tuple[Codec, Codec], device: torch.device, where: str) -> CodedSample:
+    try:
+        aux, last = (c.encode(x.to(device)) for c, x in zip(codecs, (sample.aux, sample.last), strict=True))
+    except EngineError as error:
+        raise DamagedCacheError(f"{where}: {error}") from error
+    return CodedSample(sample.tokens, to_numpy(aux), to_numpy(last))

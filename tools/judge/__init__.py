@@ -1,0 +1,1 @@
+"""Judging a draft: teacher-forced scores, decoding, calibration, plots."""

@@ -1,0 +1,216 @@
+"""``dspark-tools calibrate``: how far the confidence head can be trusted on held-out data, and scaled so that it can.
+
+The held-out samples are parted by prompt hash: temperatures are fitted on one half and judged on the other. vLLM 0.32 reads confidence
+only with ``enable_adaptive_verification``, from the head's own weights, one linear map for every slot: it has no place for a temperature a
+slot. So ``--write`` puts those beside, into calibration.json, and ``--fold`` scales the head's weights by the one temperature (and
+shift) that suits all slots best, which any server that uses the head then sees.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from dspark.cache.shared.command import SETTINGS, bar, emit, guarded
+from dspark.tools.flags import COUNT_OR_ALL, DEVICE
+from dspark.tools.outputs import OUTPUT_FILE, refuse_unwritable
+from dspark.tools.records import CALIBRATION
+
+
+def calibrate(
+    cache_path: str,
+    draft: str,
+    *,
+    which: str = "validation",
+    shift: bool = False,
+    max_anchors: int = 0,
+    device: str = "auto",
+    dtype: str = "float32",
+    write: bool = False,
+    fold: bool = False,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> dict[str, Any]:
+    """The report as ``--json`` prints it; ``write`` and ``fold`` change the draft folder."""
+    import dspark.cache
+    from dspark.cache.errors import DraftError, TrainError
+    from dspark.tools.judge.calibration import Scaling, fit, fit_shared, identity, measure, sweep
+    from dspark.tools.judge.score import chosen
+    from dspark.train.draft.folder import load_config
+
+    cache, config = dspark.cache.open(cache_path), load_config(draft)
+    if write or fold:
+        refuse_unwritable(Path(draft) / CALIBRATION)
+    if not config.enable_confidence_head:
+        raise DraftError(f"{draft} has no confidence head; there is nothing to calibrate")
+    samples = chosen(cache, draft, which)
+    # A byte of the key that the split into training and validation does not look at.
+    odd = cache.index["sample_key"][samples, 15] % 2 == 1
+    halves = [samples[~odd], samples[odd]]
+    if not (halves[0].size and halves[1].size):
+        raise TrainError(
+            f"{cache_path}: {samples.size} samples ({which}) are too few to fit on one half and judge on the other; --split all, or hold out more"
+        )
+    total, done = [0, 0], [0, 0]
+
+    def step(half: int) -> Callable[[int, int], None]:
+        def report(at: int, of: int) -> None:
+            done[half], total[half] = at, of
+            progress(sum(done), sum(total))
+
+        return report
+
+    records = [
+        collect(cache, draft, part, max_anchors=max_anchors, device=device, dtype=dtype, progress=step(i))
+        for i, part in enumerate(halves)
+    ]
+    (logit, accept), (judged_logit, judged_accept) = records
+    raw, scaled, shared = (
+        identity(config.block_size),
+        fit(logit, accept, shift=shift),
+        fit_shared(logit, accept, shift=shift),
+    )
+    everywhere = Scaling(shared.temperature.expand(config.block_size), shared.shift.expand(config.block_size))
+    before, after = measure(raw, judged_logit, judged_accept), measure(scaled, judged_logit, judged_accept)
+    result = {
+        "draft": draft,
+        "cache": cache_path,
+        "method": "sequential temperature scaling" + (" and shift" if shift else ""),
+        "blocks": {"fitted": logit.shape[0], "judged": judged_logit.shape[0]},
+        **scaled.to_json(),
+        "shared": shared.to_json(),
+        "before": before,
+        "after": after,
+        "after_shared": measure(everywhere, judged_logit, judged_accept),
+        "lower_everywhere": all(
+            b < a for a, b in zip(before["survival"]["ece"], after["survival"]["ece"], strict=True)
+        ),
+        "sweep": sweep(scaled, judged_logit, judged_accept),
+        "sweep_uncalibrated": sweep(raw, judged_logit, judged_accept),
+        "folded": fold,
+    }
+    if fold:
+        fold_into_head(draft, shared)
+    if write or fold:
+        from dspark.cache.files.atomic import write_file
+
+        write_file(Path(draft) / CALIBRATION, (json.dumps(result, indent=1) + "\n").encode())
+    return result
+
+
+def collect(
+    cache: Any,
+    draft: str,
+    samples: Any,
+    *,
+    max_anchors: int,
+    device: str,
+    dtype: str,
+    progress: Callable[[int, int], None],
+) -> tuple[Any, Any]:
+    """Confidence logits and acceptance, both fp32 [N, B], of every full block of ``samples``."""
+    import torch
+
+    from dspark.cache.errors import TrainError
+    from dspark.tools.judge.score import forced
+
+    logits: list[Any] = []
+    accepts: list[Any] = []
+
+    def observe(batch: Any, slots: Any, out: Any) -> None:
+        full = batch.counted.all(1)
+        for kept, values in ((logits, slots.confidence), (accepts, out.accept)):
+            kept.append(batch.in_blocks(values.detach().float())[full].cpu())
+
+    forced(
+        cache, draft, samples, max_anchors=max_anchors, total_seq_len=None, seed=0, device=device, dtype=dtype, progress=progress, observe=observe
+    )  # fmt: skip
+    if not logits or not sum(rows.shape[0] for rows in logits):
+        raise TrainError(f"{cache.path}: no full block in {samples.size} samples; nothing to calibrate on")
+    return torch.cat(logits), torch.cat(accepts)
+
+
+def fold_into_head(draft: str, shared: Any) -> None:
+    """Rewrite the confidence head of model.safetensors as ``w / T``, ``b / T + shift``. Training's checkpoints are not touched."""
+    from dspark.train.draft.folder import load_config, read_tensors, trained_as, write_tensors
+
+    stored = read_tensors(draft)
+    temperature, shift = float(shared.temperature[0]), float(shared.shift[0])
+    for name, plus in (("confidence_head.proj.weight", 0.0), ("confidence_head.proj.bias", shift)):
+        stored[name] = (stored[name].double() / temperature + plus).to(stored[name].dtype)
+    write_tensors(Path(draft), stored, trained_as(draft) or load_config(draft))
+
+
+@click.command(
+    "calibrate",
+    context_settings=SETTINGS,
+    epilog="""\b
+Examples:
+  dspark-tools calibrate --cache ./hs.zarr --draft ./draft
+  dspark-tools calibrate --cache ./hs.zarr --draft ./draft --write --plot reliability.svg
+""",
+)
+@click.option("--cache", "cache_path", required=True, help="Store of the draft's target and layers.")
+@click.option("--draft", required=True, help="Draft folder.")
+@click.option(
+    "--split",
+    "which",
+    default="validation",
+    type=click.Choice(["all", "validation"]),
+    help="Samples: held out in training, or all.",
+)
+@click.option("--shift/--no-shift", default=False, help="Also fit a shift a slot, which the paper does not.")
+@click.option("--max-anchors", default=0, type=COUNT_OR_ALL, help="Anchors a row; 0 = every eligible one.")
+@click.option("--write", is_flag=True, help=f"Write the report and the temperatures to DRAFT/{CALIBRATION}.")
+@click.option(
+    "--fold",
+    is_flag=True,
+    help="Scale the head's own weights by the one temperature that suits all slots (vLLM reads those).",
+)
+@click.option("--plot", type=OUTPUT_FILE, help="Reliability diagrams, .png or .svg.")
+@click.option("--device", default="auto", type=DEVICE, help="auto, cpu, cuda or cuda:N.")
+@click.option("--dtype", default="float32", type=click.Choice(["float32", "bfloat16"]))
+@click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
+@guarded
+def calibrate_command(as_json: bool, plot: Path | None, **flags: Any) -> None:
+    """Confidence against acceptance on held-out data: ECE, AUROC, Brier by position; sequential temperature scaling; threshold sweep."""
+    from dspark.tools.judge import plots
+
+    if plot is not None:
+        plots.refuse_undrawable(plot)
+    with bar("calibrate") as progress:
+        result = calibrate(**flags, progress=progress)
+    if as_json:
+        emit(result)
+    else:
+        print(table(result))
+    if plot is not None:
+        plots.reliability(result, plot)
+
+
+def table(result: dict[str, Any]) -> str:
+    """By position, before and after; then the sweep. Markdown."""
+    before, after = result["before"]["survival"], result["after"]["survival"]
+    lines = [
+        "| position | T | ECE | calibrated | Brier | calibrated | AUROC | confidence | accepted |",
+        "|" + " --- |" * 9,
+    ]
+    for k, t in enumerate(result["temperature"]):
+        roc = before["auroc"][k]
+        lines.append(
+            f"| {k + 1} | {t:.2f} | {before['ece'][k]:.4f} | {after['ece'][k]:.4f} | {before['brier'][k]:.4f} | {after['brier'][k]:.4f} | "
+            f"{'-' if roc is None else f'{roc:.3f}'} | {before['confidence'][k]:.3f} | {before['accepted'][k]:.3f} |"
+        )
+    lines += [
+        "",
+        "| survival at least | drafts verified a step | tokens a step | accepted of verified |",
+        "|" + " --- |" * 4,
+    ]
+    lines += [
+        f"| {r['threshold']:.2f} | {r['verified']:.2f} | {r['tokens']:.3f} | {r['accepted_share']:.3f} |"
+        for r in result["sweep"]
+    ]
+    return "\n".join(lines)

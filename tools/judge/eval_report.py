@@ -1,0 +1,149 @@
+"""What ``dspark-tools eval`` says: totals, one line a source as public cards have them, as JSON, as a table, as Markdown.
+
+``theoretical_gain`` is the speed-up that the accepted length would buy if a step cost what it reads: decoding one sequence is bound
+by reading weights, so a block costs ``1 + draft / target`` target steps and gives ``mean_accepted_length`` tokens. Weights of the draft
+that are read a block: everything trained but the rows of its Markov embedding, and its output matrix. Of the target: everything but
+an untied embedding. A mixture of experts reads fewer of its weights than are counted, so there the gain is an upper bound.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+from typing import Any
+
+from dspark.tools.decode.outcome import Outcome, rate, summarise
+from dspark.tools.decode.prompts import Prompt
+
+UNNAMED = "all"
+
+
+def report(
+    prompts: Sequence[Prompt],
+    drafted: Sequence[Outcome],
+    alone: Sequence[Outcome],
+    *,
+    greedy: bool,
+    relative_cost: float | None,
+) -> dict[str, Any]:
+    """Totals and totals of each source. ``alone``: the target by itself on the first ``len(alone)`` prompts.
+
+    ``lossless`` and the speeds compare those prompts only; null where there are none, and ``lossless`` with a temperature, where only
+    distributions could be compared.
+    """  # fmt: skip
+    rows = [(p, d, alone[i] if i < len(alone) else None) for i, (p, d) in enumerate(zip(prompts, drafted, strict=True))]  # fmt: skip
+    sources: dict[str, list[tuple[Prompt, Outcome, Outcome | None]]] = {}
+    for row in rows:
+        sources.setdefault(row[0].source or UNNAMED, []).append(row)
+    return {
+        **_line(rows, greedy, relative_cost),
+        "relative_cost": relative_cost,
+        "diverged": _diverged(rows) if greedy else [],
+        "per_source": {name: _line(found, greedy, relative_cost) for name, found in sorted(sources.items())},
+    }
+
+
+def _line(
+    rows: Sequence[tuple[Prompt, Outcome, Outcome | None]], greedy: bool, relative_cost: float | None
+) -> dict[str, Any]:
+    out = summarise([d for _, d, _ in rows])
+    both = [(d, a) for _, d, a in rows if a is not None]
+    alone = rate([a for _, a in both]) if both else None
+    length = out["mean_accepted_length"]
+    return {
+        **out,
+        "compared": len(both),
+        "lossless": not _diverged(rows) if both and greedy else None,
+        "tokens_per_second_target": alone,
+        "speedup": rate([d for d, _ in both]) / alone if alone else None,
+        "theoretical_gain": None if length is None or relative_cost is None else length / (1 + relative_cost),
+    }
+
+
+def _diverged(rows: Sequence[tuple[Prompt, Outcome, Outcome | None]]) -> list[str]:
+    return [p.where for p, d, a in rows if a is not None and a.tokens != d.tokens]
+
+
+def relative_cost(model: str, draft: str) -> float | None:
+    """Weights a drafted block reads, as a share of those a target step reads; None for a target whose shapes transformers cannot
+    build without its code.
+    """  # fmt: skip
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from dspark.train.draft.folder import load_config, trained_shapes
+
+    config = load_config(draft)
+    read = sum(
+        prod(shape)
+        for name, shape in trained_shapes(config).items()
+        if name != "markov_head.markov_w1.weight"
+    )
+    read += config.draft_vocab_size * config.hidden_size
+    try:
+        with torch.device("meta"):
+            target = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model))
+    except (OSError, ValueError, KeyError, ImportError):
+        return None
+    embed, head = target.get_input_embeddings(), target.get_output_embeddings()
+    every = sum(p.numel() for p in target.parameters())
+    return float(read / (every if head.weight is embed.weight else every - embed.weight.numel()))
+
+
+RATES = "accept rate by position"
+HEADER = (
+    "source",
+    "prompts",
+    "drafts",
+    "accepted length",
+    RATES,
+    "tokens/s",
+    "target alone",
+    "speed-up",
+    "theoretical",
+    "lossless",
+)
+# The same columns in three tables that fit a terminal.
+TABLES = (
+    ("source", "prompts", "drafts", "accepted length", "lossless"),
+    ("source", RATES),
+    ("source", "tokens/s", "target alone", "speed-up", "theoretical"),
+)
+
+
+def lines(result: dict[str, Any]) -> list[tuple[str, ...]]:
+    """The cells under ``HEADER``, a source a line and all together last."""
+    sources = [*result["per_source"].items()]
+    if len(sources) > 1 or sources[0][0] != UNNAMED:
+        sources.append((UNNAMED, result))
+    return [(name, *_cells(row)) for name, row in sources]
+
+
+def _cells(row: dict[str, Any]) -> tuple[str, ...]:
+    error = row["mean_accepted_length_se"]
+    length = _number(row["mean_accepted_length"], 3) + ("" if error is None else f" ± {error:.3f}")
+    rates = " ".join(f"{x:.2f}" for x in row["accept_rate"] or []) or "-"
+    lossless = {True: "yes", False: "NO", None: "-"}[row["lossless"]]
+    return (
+        str(row["prompts"]), str(row["drafts"]), length, rates, _number(row["tokens_per_second"], 1),
+        _number(row["tokens_per_second_target"], 1), _number(row["speedup"], 2, "x"), _number(row["theoretical_gain"], 2, "x"), lossless,
+    )  # fmt: skip
+
+
+def _number(value: float | None, digits: int, unit: str = "") -> str:
+    return "-" if value is None else f"{value:.{digits}f}{unit}"
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """The table in Markdown, with a line on how it was measured."""
+    body = [HEADER, ("---",) * len(HEADER), *lines(result)]
+    return "".join("| " + " | ".join(cells) + " |\n" for cells in body) + f"\n{how(result)}\n"
+
+
+def how(result: dict[str, Any]) -> str:
+    """One sentence: engine, dtype, temperature, limits; what the columns mean."""
+    decoding = "greedy" if result["temperature"] == 0 else f"temperature {result['temperature']}"
+    return (
+        f"{result['engine']}, {result['dtype']}, {decoding}, one prompt at a time, at most {result['max_tokens']} new tokens, blocks of "
+        f"{result['block_size']}; ± is the standard error over prompts; the target alone on the first {result['compared']} prompts."
+    )

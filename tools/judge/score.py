@@ -1,0 +1,121 @@
+"""``dspark-tools score``: teacher-forced metrics of a draft on a store. With ``max_anchors`` 0 nothing in it is random."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from dspark.cache.errors import MismatchError, UsageError
+from dspark.cache.reader import Cache
+from dspark.tools import records
+
+if TYPE_CHECKING:
+    from dspark.train.data.batch import Batch
+    from dspark.train.data.row import Row
+    from dspark.train.objective.objective import ObjectiveOutput, SlotInputs
+
+
+def score(
+    cache: Cache,
+    draft: str,
+    *,
+    max_anchors: int = 0,
+    which: str = "all",
+    total_seq_len: int | None = None,
+    seed: int = 0,
+    device: str = "auto",
+    dtype: str = "float32",
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> dict[str, Any]:
+    """Metrics (INTERFACES ``score``) over the samples that ``which`` names.
+
+    ``all``; or ``validation`` / ``train``, the split that the draft was trained with (by prompt hash, from its training.json).
+    """
+    samples = chosen(cache, draft, which)
+    result = forced(
+        cache, draft, samples, max_anchors=max_anchors, total_seq_len=total_seq_len, seed=seed, device=device, dtype=dtype,
+        progress=progress,
+    )  # fmt: skip
+    return {
+        **result,
+        "samples": int(samples.size),
+        "which": which,
+        "draft": str(draft),
+        "cache": str(cache.path),
+    }
+
+
+def forced(
+    cache: Cache,
+    draft: str,
+    samples: np.ndarray[Any, np.dtype[np.int64]],
+    *,
+    max_anchors: int,
+    total_seq_len: int | None,
+    seed: int,
+    device: str,
+    dtype: str,
+    progress: Callable[[int, int], None],
+    observe: Callable[[Batch, SlotInputs, ObjectiveOutput], None] | None = None,
+) -> dict[str, Any]:
+    """The draft's teacher-forced metrics over ``samples``; ``observe`` sees the slots of every row."""
+    from dspark.train.data.stream import VALIDATION_EPOCH, Stream
+    from dspark.train.draft.folder import load_draft
+    from dspark.train.objective.evaluate import evaluate
+    from dspark.train.run.setup import choose_compute, row_length
+
+    compute = choose_compute(device, dtype, False)
+    model = load_draft(draft, cache.target, dtype=compute.dtype)
+    belongs(cache, model.config, draft)
+    model.to(compute.device)
+    model.eval()
+    stream = Stream(
+        cache, samples, seed=seed, total_seq_len=row_length(cache, total_seq_len), rows_per_step=1,
+        block_size=model.config.block_size, max_anchors=max_anchors,
+    )  # fmt: skip
+    total = len(stream.plan(VALIDATION_EPOCH))
+
+    def rows() -> Iterator[Row]:
+        for done, step in enumerate(stream.steps_from(VALIDATION_EPOCH)):
+            yield from step
+            progress(done + 1, total)
+
+    return evaluate(
+        model, cache, rows(), device=compute.device, dtype=compute.dtype, backend=compute.backend, observe=observe
+    )  # fmt: skip
+
+
+def belongs(cache: Cache, config: Any, draft: str) -> None:
+    """Raise MismatchError unless the draft was made for this store's target and layers."""
+    target = cache.manifest.target
+    pairs = (
+        ("target_layer_ids (output of layer i)", list(config.target_layer_ids), cache.manifest.layers),
+        ("hidden size", config.hidden_size, target.hidden_size),
+        ("vocabulary", config.vocab_size, target.vocab_size),
+        ("mask token", config.mask_token_id, target.mask_token_id),
+    )
+    for what, ours, theirs in pairs:
+        if ours != theirs:
+            raise MismatchError(
+                f"{draft}: its {what} is {ours}, the store {cache.path} has {theirs}; score it on a store of its own target"
+            )
+
+
+def chosen(cache: Cache, draft: str, which: str) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """Sample indices of the part of the store that is scored."""
+    from dspark.train.data.stream import split
+    from dspark.train.run.folder import TRAINING
+
+    if which == "all":
+        return np.arange(len(cache), dtype=np.int64)
+    path = Path(draft) / TRAINING
+    if not path.exists():
+        raise UsageError(
+            f"--split {which} needs {path}, which says how the draft's training split the store; --split all does not"
+        )
+    record = records.training(Path(draft), val_fraction=True)
+    training, held_out = split(cache.index["sample_key"], float(record["val_fraction"]))
+    return held_out if which == "validation" else training

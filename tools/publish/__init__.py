@@ -1,0 +1,1 @@
+"""``dspark-tools export``: a draft folder for servers and hubs."""

@@ -1,0 +1,248 @@
+"""``dspark-tools export``: a draft folder in the format and dtype that is published, with manifest and card; ``--push`` to the hub.
+
+OUT holds config.json, model.safetensors, manifest.json (count, dtype, size and sha256 of what was written), README.md and pictures, and
+is made whole or not at all. The target is not needed: what a draft borrows of it is not in the file, or (reduced vocabulary) is copied.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import click
+
+from dspark.cache.shared.command import SETTINGS, emit, guarded
+
+MANIFEST, CARD = "manifest.json", "README.md"
+DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+
+
+def export(
+    draft: str,
+    out: str,
+    *,
+    layout: str = "flat",
+    dtype: str = "bf16",
+    target: str | None = None,
+    reports: tuple[str, ...] = (),
+    pictures: bool = True,
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """Write OUT; returns its manifest. ``target`` None: the id in store.json. ``reports``: files of ``eval --output``."""
+    import torch
+
+    from dspark.cache.errors import DraftError, UsageError
+    from dspark.tools import records
+    from dspark.tools.publish import card
+    from dspark.train.draft import folder as files
+    from dspark.train.run.folder import STORE, TRAINING
+
+    final = Path(out)
+    _free(final, overwrite)
+    read = [records.report(Path(r)) for r in reports]
+    config = files.load_config(draft)
+    run = card.Run.read(Path(draft), config)
+    target = target or run.store.get("target")
+    if not target:
+        raise UsageError(f"{draft} has no store.json that names the target; give --target ID")
+    stored = _whole(files.read_tensors(draft), config, draft)
+    wanted = getattr(torch, DTYPES[dtype])
+    cast = {n: t.to(wanted).contiguous() if t.is_floating_point() else t for n, t in stored.items()}
+    overflown = [n for n, t in cast.items() if t.is_floating_point() and not bool(torch.isfinite(t).all())]
+    if overflown:
+        raise DraftError(f"{draft}: {overflown[0]} does not fit {dtype}; export it as bf16")
+    trained = files.trained_as(draft) or config
+    verifier = (target, _architectures(target)) if layout == "speculators" else None
+    with _whole_or_not_at_all(final) as staged:
+        files.write_tensors(staged, cast, trained)
+        files.write_config(staged, config, wanted, verifier)
+        manifest = {
+            "format": layout, "target": target, "method": "dspark", "block_size": config.block_size, "dtype": DTYPES[dtype], "tensors": len(cast),
+            "parameters": sum(t.numel() for n, t in cast.items() if t.is_floating_point()), "bytes": (staged / files.WEIGHTS).stat().st_size,
+            "tensor_index": {n: {"dtype": str(t.dtype).removeprefix("torch."), "shape": list(t.shape)} for n, t in sorted(cast.items())},
+            "files": {n: {"bytes": (staged / n).stat().st_size, "sha256": sha256(staged / n)} for n in (files.CONFIG, files.WEIGHTS)},
+        }  # fmt: skip
+        (staged / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+        images = card.pictures(run, staged, read) if pictures else {}
+        (staged / CARD).write_text(card.card(run, manifest, read, images, final.name))
+        for name in (records.CALIBRATION, TRAINING, STORE):
+            if (Path(draft) / name).exists():
+                shutil.copy(Path(draft) / name, staged / name)
+    return manifest
+
+
+def _free(final: Path, overwrite: bool) -> None:
+    """Refuse an OUT that holds anything but an earlier export, and that one too unless told to replace it."""
+    from dspark.cache.errors import ExistsError
+
+    if not final.exists():
+        return
+    if not final.is_dir():
+        raise ExistsError(f"{final} is a file; OUT is a folder: choose another")
+    if not any(final.iterdir()):
+        return
+    if not (final / MANIFEST).is_file():
+        raise ExistsError(f"{final} exists and holds no export (no {MANIFEST}); choose another OUT")
+    if not overwrite:
+        raise ExistsError(
+            f"{final} exists and holds an earlier export; --overwrite replaces it, or choose another OUT"
+        )
+
+
+@contextmanager
+def _whole_or_not_at_all(final: Path) -> Iterator[Path]:
+    """A folder to write in, which becomes ``final`` at the end. After an error, or Ctrl-C, it is gone and ``final`` is as it was."""
+    from dspark.cache.files.atomic import STAGING, commit_folder, write_errors
+
+    final = final.resolve()  # behind a link: that is what is replaced, and the link stays
+    staged, replaced = (final.with_name(STAGING + name) for name in (final.name, f"{final.name}.replaced"))
+    try:
+        with write_errors(final):
+            shutil.rmtree(staged, ignore_errors=True)  # of an export that was killed
+            staged.mkdir(parents=True)
+            yield staged
+            if final.exists():
+                shutil.rmtree(replaced, ignore_errors=True)
+                os.rename(final, replaced)
+            commit_folder(staged, final)
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
+        if replaced.exists() and not final.exists():
+            os.rename(replaced, final)
+        shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _whole(stored: dict[str, Any], config: Any, draft: str) -> dict[str, Any]:
+    """``stored`` if it is what ``config`` describes; a half draft is not published."""
+    from dspark.cache.errors import DraftError
+    from dspark.train.draft.folder import FROZEN, trained_shapes
+
+    wanted = trained_shapes(config)
+    wrong = [n for n, shape in wanted.items() if n not in stored or tuple(stored[n].shape) != shape]
+    wrong += [n for n in ("d2t", "lm_head.weight") if config.reduced_vocab and n not in stored]
+    wrong += [n for n in stored if n not in {*wanted, *FROZEN, "d2t", "t2d"}]
+    if wrong:
+        raise DraftError(
+            f"{draft}: {wrong[0]} is missing, foreign or misshapen ({len(wrong)} such); dspark-tools check says more"
+        )
+    return stored
+
+
+def _architectures(target: str) -> list[str]:
+    from transformers import AutoConfig
+
+    try:
+        return list(AutoConfig.from_pretrained(target, local_files_only=True).architectures or [])
+    except (OSError, ValueError, KeyError):
+        return []  # not on this machine; no server reads it
+
+
+def sha256(path: Path) -> str:
+    """Of a file, read piece by piece."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def push(folder: str, repo: str, *, private: bool = False) -> str:
+    """Upload OUT to the hub as ``repo``; returns its address. The manifest is checked first, so what is uploaded is what was exported."""
+    from dspark.cache.errors import DraftError, UsageError
+    from dspark.tools import records
+
+    for name, entry in records.manifest(Path(folder) / MANIFEST)["files"].items():
+        try:
+            found = sha256(Path(folder) / name)
+        except OSError as wrong:
+            raise DraftError(
+                f"{folder}/{name}, which the manifest names, cannot be read: {wrong.strerror}; export again"
+            ) from wrong
+        if found != entry["sha256"]:
+            raise DraftError(
+                f"{folder}/{name} is not what was exported: sha256 {found}, manifest {entry['sha256']}"
+            )
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        HFValidationError,
+        LocalTokenNotFoundError,
+        OfflineModeIsEnabled,
+    )
+
+    try:
+        api = HfApi()
+        address = api.create_repo(repo, private=private, exist_ok=True)
+        api.upload_folder(repo_id=repo, folder_path=folder, commit_message="dspark draft")
+    except HFValidationError as error:
+        raise UsageError(f"--push {repo}: {error}") from error
+    # The hub's client lets the errors of its HTTP library through: OSErrors in some versions, exceptions of their own in others.
+    except (OfflineModeIsEnabled, LocalTokenNotFoundError, HfHubHTTPError, OSError, RuntimeError) as error:
+        raise DraftError(_not_pushed(folder, repo, error)) from error
+    except Exception as error:
+        if type(error).__module__.partition(".")[0] not in ("httpx", "httpcore", "requests"):
+            raise
+        raise DraftError(_not_pushed(folder, repo, error)) from error
+    return str(address)
+
+
+def _not_pushed(folder: str, repo: str, error: BaseException) -> str:
+    first = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+    return (
+        f"--push {repo}: the hub could not be reached or refused ({first}). {folder} is whole: run it again where there is a network and "
+        f"a login, or `hf upload {repo} {folder}`"
+    )
+
+
+@click.command(
+    "export",
+    context_settings=SETTINGS,
+    epilog="""\b
+Examples:
+  dspark-tools export ./draft ./published
+  dspark-tools export ./draft ./published --format speculators --dtype fp16 --report eval.json
+  dspark-tools export ./draft ./published --push me/qwen3-4b-dspark
+""",
+)
+@click.argument("draft")
+@click.argument("out")
+@click.option(
+    "--format",
+    "layout",
+    default="flat",
+    type=click.Choice(["flat", "speculators"]),
+    help="Spelling of config.json; vLLM reads both.",
+)
+@click.option("--dtype", default="bf16", type=click.Choice(list(DTYPES)))
+@click.option(
+    "--target", help="Id of the target, for card and commands.  [default: the one in DRAFT/store.json]"
+)
+@click.option(
+    "--report",
+    "reports",
+    multiple=True,
+    type=click.Path(exists=True, dir_okay=False),
+    help="A file of eval --output for the card; repeatable.",
+)
+@click.option("--pictures/--no-pictures", default=True, help="Draw them for the card (needs matplotlib).")
+@click.option("--overwrite", is_flag=True, help="Replace an earlier export in OUT.")
+@click.option("--push", "repo", help="Then upload OUT to this repository of the Hugging Face hub.")
+@click.option("--private", is_flag=True, help="Make that repository private.")
+@click.option("--json", "as_json", is_flag=True, help="The manifest as one JSON object on stdout.")
+@guarded
+def export_command(
+    draft: str, out: str, repo: str | None, private: bool, as_json: bool, **flags: Any
+) -> None:
+    """Write DRAFT to OUT as it is published: config, weights, manifest with checksums, model card, pictures."""
+    manifest = export(draft, out, **flags)
+    address = push(out, repo, private=private) if repo else None
+    if as_json:
+        emit(manifest | {"pushed": address})
+        return
+    print(
+        f"{out}: {manifest['format']}, {manifest['tensors']} tensors, {manifest['dtype']}, {manifest['bytes']:,} bytes"
+        + (f"; {address}" if address else "")
+    )

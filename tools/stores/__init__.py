@@ -1,0 +1,1 @@
+"""Verbs on stores: info, stats, show, compare, estimate."""

@@ -1,0 +1,113 @@
+"""``dspark-tools estimate``: bytes, files and hours of a dump before it is run. Reads a config and, if given, the corpus; no weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dspark.cache.errors import MismatchError, UsageError
+from dspark.cache.settings import DEFAULT_PACKING
+
+if TYPE_CHECKING:
+    from dspark.cache.sizing import RowBytes
+    from dspark.dump.plan import Plan
+
+FILES_A_PART = (
+    2 * 8 + 1
+)  # metadata and a shard for each array of a part (compact codecs: one array more a field), the part's own metadata
+FILES_A_STORE = 20  # root, target, index
+
+MEASURED = (
+    32768  # tokens of --like; two halves of a SmolLM2 store, 15,000 tokens each, differ by 1.2 to 1.7 %
+)
+
+
+def estimate(
+    model: str,
+    *,
+    data: str | None,
+    samples: int | None,
+    mean_tokens: float | None,
+    aux_bits: int,
+    last_bits: int,
+    last_share: float,
+    tokens_per_second: float,
+    pack: str = DEFAULT_PACKING,
+    like: str | None = None,
+) -> dict[str, Any]:
+    """``samples`` x ``mean_tokens``, or the rows of ``data``. ``last_share``: stored last states / tokens where no corpus tells. ``pack``: exact if "none".
+
+    ``like``: a store of the same target and layers (of a few hundred rows, at any bits) whose states are coded and compressed to measure what a
+    row takes; without it the formula is used, which knows no text.
+    """
+    from dspark.cache.files.layout import raw_bytes_per_token
+    from dspark.dump import plan as planning
+    from dspark.dump.config import DumpConfig
+    from dspark.dump.job import prepare
+    from dspark.dump.target.config import load_target
+    from dspark.dump.target.presets import find
+
+    counted = samples is not None and mean_tokens is not None
+    if counted == (data is not None):
+        raise UsageError("give --samples and --mean-tokens, or --data FILE")
+    if data is not None:
+        plan = prepare(
+            DumpConfig(
+                model=model,
+                data=data,
+                output=Path("hs.zarr"),
+                aux_bits=aux_bits,
+                last_bits=last_bits,
+                pack=pack,
+            )
+        ).plan
+    else:
+        preset = find(model)
+        shapes = preset.shapes if preset else load_target(model).shapes
+        config = DumpConfig(
+            model=model,
+            data="counted",
+            output=Path("hs.zarr"),
+            aux_bits=aux_bits,
+            last_bits=last_bits,
+            pack=pack,
+        )
+        plan = planning.resolve(config, preset, shapes)
+        assert samples is not None
+        assert mean_tokens is not None
+        tokens = round(samples * mean_tokens)
+        rate = planning.disk_bytes(shapes, plan.layers, plan.codecs, last_share)
+    if plan.tokens is not None and plan.bytes is not None:
+        samples, tokens, size = plan.rows, plan.tokens, plan.bytes
+    else:
+        size = round(tokens * rate) + planning.weight_bytes(plan.shapes)
+    if like is not None:
+        stored = round(tokens * last_share) if plan.last_rows is None else plan.last_rows
+        size = row_bytes(like, plan).store(tokens, stored) + planning.weight_bytes(plan.shapes)
+    raw = tokens * raw_bytes_per_token(len(plan.layers), plan.shapes.hidden_size)
+    parts = -(-tokens // plan.part_tokens)
+    return {
+        "model": model, "layers": list(plan.layers), "target_layer_ids": plan.target_layer_ids, "aux_bits": aux_bits, "last_bits": last_bits, "pack": pack,
+        "samples": samples, "tokens": tokens, "bytes": size, "raw_bytes": raw, "ratio": raw / size, "files": FILES_A_STORE + FILES_A_PART * parts,
+        "hours": tokens / tokens_per_second / 3600, "tokens_per_second": tokens_per_second, "free_bytes": plan.free_bytes,
+        "measured_on": like,
+    }  # fmt: skip
+
+
+def row_bytes(like: str, plan: Plan) -> RowBytes:
+    """Bytes of a row in the plan's codecs, measured on states of the store ``like``."""
+    import dspark.cache
+    from dspark.cache.codec.rotated import calibrated
+    from dspark.cache.recode import spread_states
+    from dspark.cache.sizing import RowBytes
+
+    store = dspark.cache.open(like)
+    m = store.manifest
+    if (m.target.hidden_size, m.layers) != (plan.shapes.hidden_size, list(plan.layers)):
+        raise MismatchError(
+            f"--like {like}: its states are {m.target.hidden_size} wide, of layers {m.layers}; the plan's are {plan.shapes.hidden_size} wide, "
+            f"of layers {list(plan.layers)}. Dump a few hundred rows with the plan's flags and give that store."
+        )
+    aux, last = spread_states(store, MEASURED)
+    aux_codec, last_codec = plan.codecs
+    return RowBytes.of(calibrated(aux_codec, aux), calibrated(last_codec, last), aux, last)

@@ -1,0 +1,144 @@
+"""One packed training row as torch tensors: what the stream hands to the model.
+
+Legend: S tokens of the row, L aux layers, Ht hidden size of the target, M stored last states, A anchors, B slots of a
+block, N counted slots, D distinct target rows of them. There is no batch axis: documents share a row, and an optimizer step takes several rows.
+
+Which slots count, and which of them are held to the same target distribution, is known before anything is computed, so both are
+worked out here on the CPU; a ``nonzero`` on the device would stall it once a step.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dspark.train.data import anchors as rules
+
+ON_HOST = frozenset({"target_at_host"})  # fields that stay on the CPU wherever the batch goes
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """``input_ids`` int64[S], ``loss_mask`` bool[S], ``doc`` int32[S] (-1 padding), ``position`` int64[S] (restarts in
+    each document), ``aux`` float[S, L, Ht] decoded, ``last`` float[M, Ht] after the target's final norm,
+    ``last_index`` int64[S] (row of ``last`` or -1), ``anchors`` int64[A] sorted, padding 0 at the end,
+    ``anchor_valid`` bool[A], ``label_index`` int64[A, B], ``counted`` bool[A, B], ``slots`` int64[N] = flat indices of
+    ``counted`` in rising target row, ``target_rows`` int64[D] = those rows of ``last``, each once, ``target_at`` int64[N] = which of
+    the D each slot has. ``target_at_host`` is the same on the CPU, always: whoever cuts the slots into chunks must know on the host
+    which rows a chunk needs.
+    """
+
+    input_ids: Tensor
+    loss_mask: Tensor
+    doc: Tensor
+    position: Tensor
+    aux: Tensor
+    last: Tensor
+    last_index: Tensor
+    anchors: Tensor
+    anchor_valid: Tensor
+    label_index: Tensor
+    counted: Tensor
+    slots: Tensor
+    target_rows: Tensor
+    target_at: Tensor
+    target_at_host: Tensor
+
+    @classmethod
+    def build(
+        cls,
+        *,
+        input_ids: rules.Int32 | rules.Int64,
+        loss_mask: rules.Bool,
+        doc: rules.Int32,
+        aux: Tensor,
+        last: Tensor,
+        anchors: rules.Int64,
+        block_size: int,
+        pad_anchors_to: int = 0,
+    ) -> Batch:
+        """A batch from a row's arrays. ``last`` holds the stored states of all documents end to end (one for each
+        ``anchors.eligible`` position). ``pad_anchors_to`` pads A for a fixed shape; a padding anchor counts nowhere.
+        """
+        stored = int(rules.eligible(loss_mask, doc).sum())
+        assert last.shape[0] == stored, f"{last.shape[0]} last states for {stored} positions that store one"
+        assert aux.shape[0] == input_ids.size == loss_mask.size == doc.size
+        real = anchors.size
+        total = max(real, pad_anchors_to)
+        padded = np.zeros(total, dtype=np.int64)
+        padded[:real] = anchors
+        valid = np.arange(total) < real
+        label, counted = rules.slots(padded, loss_mask, doc, block_size)
+        counted &= valid[:, None]
+        last_index = rules.last_index(loss_mask, doc)
+        slots, target_rows, target_at = (
+            torch.from_numpy(x) for x in rules.by_target(label, counted, last_index)
+        )
+        return cls(
+            input_ids=torch.from_numpy(input_ids.astype(np.int64)),
+            loss_mask=torch.from_numpy(loss_mask),
+            doc=torch.from_numpy(doc),
+            position=torch.from_numpy(rules.positions(doc)),
+            aux=aux,
+            last=last,
+            last_index=torch.from_numpy(last_index),
+            anchors=torch.from_numpy(padded),
+            anchor_valid=torch.from_numpy(valid),
+            label_index=torch.from_numpy(label),
+            counted=torch.from_numpy(counted),
+            slots=slots,
+            target_rows=target_rows,
+            target_at=target_at,
+            target_at_host=target_at,
+        )
+
+    @property
+    def block_size(self) -> int:
+        return int(self.label_index.shape[1])
+
+    @property
+    def label_ids(self) -> Tensor:
+        """The data's next tokens, int64[A, B]: ``x[a+k+1]`` (any id where the slot does not count)."""
+        return self.input_ids[self.label_index]
+
+    @property
+    def slot_index(self) -> Tensor:
+        """Position ``a+k`` of every slot in the row, clamped into it, int64[A, B]."""
+        offset = torch.arange(self.block_size, device=self.anchors.device)
+        return (self.anchors[:, None] + offset).clamp(max=self.input_ids.shape[0] - 1)
+
+    @property
+    def prev_ids(self) -> Tensor:
+        """The token before each label, int64[A, B]: ``x[a+k]``, which teacher-forces the Markov head."""
+        return self.input_ids[self.slot_index]
+
+    @property
+    def block_position(self) -> Tensor:
+        """Position ids of the slots within their document, int64[A, B]: ``position[a] + k``, past its end too."""
+        offset = torch.arange(self.block_size, device=self.anchors.device)
+        return self.position[self.anchors][:, None] + offset
+
+    @property
+    def target_row(self) -> Tensor:
+        """Row of ``last`` whose distribution slot k is held to, int64[A, B]: ``last_index[a+k]``; valid if counted."""
+        return self.last_index[self.slot_index]
+
+    def in_blocks(self, values: Tensor) -> Tensor:
+        """``values`` [N] in the order of ``slots`` -> [A, B], 0 where a slot does not count."""
+        flat = values.new_zeros(self.counted.numel())
+        return flat.index_copy(0, self.slots, values).view_as(self.counted)
+
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Batch:
+        """The same batch on ``device``; ``dtype`` also casts the states (before the copy, so that fewer bytes move)."""
+        moved = {}
+        for field in fields(self):
+            if field.name in ON_HOST:
+                continue
+            value: Tensor = getattr(self, field.name)
+            if dtype is not None and value.is_floating_point():
+                value = value.to(dtype)
+            moved[field.name] = value.to(device, non_blocking=True)
+        return replace(self, **moved)

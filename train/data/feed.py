@@ -1,0 +1,101 @@
+"""Rows on their way to the device: the next one is copied and decoded on a stream of its own while the model works on this one.
+
+The loop runs ahead of the GPU, by two steps at most, so the time it spends in ``next`` of the readers says nothing by itself: only a wait
+that began or ended with nothing left for the GPU to do counts (``waited``). No call here waits for the device otherwise.
+Costs the memory of one more row.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from dspark.train.data.batch import ON_HOST, Batch
+from dspark.train.data.row import Row
+
+AHEAD = 2  # steps that may be queued on the GPU
+
+
+class Feed:
+    """The steps of ``rows``, each a list of rows; ``place`` brings one to ``device``."""
+
+    def __init__(
+        self, rows: Iterator[list[Row]], place: Callable[[Row], Batch], device: torch.device
+    ) -> None:
+        self._rows, self._place = rows, place
+        cuda = device.type == "cuda"
+        self._side: Any = torch.cuda.Stream(device) if cuda else None  # type: ignore[no-untyped-call]
+        self._steps: deque[Any] = deque()  # an event at the end of each step that is queued
+        self._fetched: list[Row] | Exception | None = None
+        self._placed: tuple[Row, Batch, Any] | None = None
+        self.waited = 0.0
+
+    def fetch(self) -> None:
+        """Get the next step from the readers and start its first row on its way. Call it once a step's work is queued.
+
+        An error of the readers is kept for ``take``, where all ranks can hear of it together.
+        """
+        if self._fetched is not None:
+            return
+        started = time.perf_counter()
+        try:
+            self._fetched = next(self._rows)
+        except Exception as error:
+            self._fetched = error
+            return
+        if not (self._steps and not self._steps[-1].query()):
+            self.waited += time.perf_counter() - started
+        self._ahead(next((row for row in self._fetched if row.slots), None))
+
+    def take(self) -> list[Row]:
+        """The rows of the next step."""
+        self.fetch()
+        taken, self._fetched = self._fetched, None
+        if isinstance(taken, Exception):
+            raise taken
+        assert taken is not None
+        return taken
+
+    def batches(self, rows: list[Row]) -> Iterator[Batch]:
+        """``rows`` on the device, one after the other."""
+        for i, row in enumerate(rows):
+            if self._placed is None or self._placed[0] is not row:
+                self._ahead(row)
+            assert self._placed is not None
+            _, batch, ready = self._placed
+            self._placed = None
+            self._ahead(rows[i + 1] if i + 1 < len(rows) else None)
+            if ready is not None:
+                _hand_over(batch, ready)
+            yield batch
+
+    def queued(self) -> None:
+        """All work of a step has been handed to the device; waits for the step before the last one to be done there."""
+        if self._side is None:
+            return
+        self._steps.append(torch.cuda.current_stream().record_event())
+        while len(self._steps) > AHEAD:
+            self._steps.popleft().synchronize()
+
+    def _ahead(self, row: Row | None) -> None:
+        if row is None:
+            return
+        if self._side is None:
+            self._placed = (row, self._place(row), None)
+            return
+        with torch.cuda.stream(self._side):
+            self._placed = (row, self._place(row), self._side.record_event())
+
+
+def _hand_over(batch: Batch, ready: Any) -> None:
+    """The model's stream waits for the copy, and the allocator learns that it uses the memory."""
+    stream = torch.cuda.current_stream()
+    stream.wait_event(ready)
+    for field in dataclasses.fields(Batch):
+        if field.name not in ON_HOST:
+            getattr(batch, field.name).record_stream(stream)

@@ -1,0 +1,116 @@
+"""The processes that read rows ahead of the loop, and what is said when one of them fails or dies.
+
+torch's loader raises as soon as a reader is gone, in whatever line the loop is: in a backward pass whose sums the other ranks wait for, or
+while a checkpoint is written. Here a loss is raised only where the next row is asked for, since there all ranks hear of it together
+(``step.share``). That costs a few seconds: rows read before are still trained on, and torch looks for dead readers every 5 s of waiting.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import signal
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
+
+from torch.utils.data import DataLoader, Dataset
+
+from dspark.cache.errors import DsparkError, TrainError
+from dspark.train.data.row import Row
+
+AHEAD = 4  # rows that each reader has ready
+GRACE = 2.0  # seconds in which a reader whose connection broke is seen to be gone
+LIKELY = {"SIGKILL": " (out of memory?)", "SIGBUS": " (is /dev/shm full?)"}
+
+
+def read_ahead(
+    rows: Dataset[Row], order: Iterable[tuple[int, int]], *, workers: int, pin: bool
+) -> Iterator[Row]:
+    """``rows[at]`` for each ``at`` of ``order``, read by ``workers`` processes (0: by this one) that live as long as the iterator.
+
+    Raises what reading raised, and TrainError if a reader is gone.
+    """
+    others = set(multiprocessing.active_children())
+    loader = DataLoader(
+        _Told(rows),
+        batch_size=None,
+        sampler=order,
+        num_workers=workers,
+        pin_memory=pin,
+        prefetch_factor=AHEAD if workers else None,
+        multiprocessing_context="spawn" if workers else None,
+        worker_init_fn=_leave_interrupts_to_the_loop,
+    )
+    with _no_alarm():
+        ahead = iter(loader)
+    readers = [process for process in multiprocessing.active_children() if process not in others]
+    while True:
+        _all_there(readers)
+        try:
+            row = next(ahead)
+        except StopIteration:
+            return
+        except (RuntimeError, OSError, EOFError):
+            _settle(readers)
+            _all_there(readers)
+            raise
+        if isinstance(row, DsparkError):
+            raise row
+        yield row
+
+
+class _Told(Dataset[Row | DsparkError]):
+    """Rows, or the error of reading one as it is: what a process raises the loader gives back with its trace in the message."""
+
+    def __init__(self, rows: Dataset[Row]) -> None:
+        self.rows = rows
+
+    def __getitem__(self, at: tuple[int, int]) -> Row | DsparkError:
+        try:
+            return self.rows[at]
+        except DsparkError as error:
+            return error
+
+
+def _leave_interrupts_to_the_loop(worker: int) -> None:
+    """Ctrl-C in a terminal reaches every process; a reader that died of it would keep the loop from saving."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+@contextmanager
+def _no_alarm() -> Iterator[None]:
+    """Takes back the handler of SIGCHLD that a loader installs, which is what raises anywhere. Only the main thread has handlers."""
+    main = threading.current_thread() is threading.main_thread()
+    before = signal.getsignal(signal.SIGCHLD)
+    yield
+    if main:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL if before is None else before)
+
+
+def _settle(readers: list[BaseProcess]) -> None:
+    """Behind a broken connection: wait until who broke it is known to be gone. A reader that dies closes its connections first, then the pipe
+    that is its sentinel, and has an exit code a moment after that.
+    """
+    gone = wait([reader.sentinel for reader in readers], GRACE)
+    for reader in readers:
+        if reader.sentinel in gone:
+            reader.join(GRACE)
+
+
+def _all_there(readers: list[BaseProcess]) -> None:
+    """Raise TrainError if one has ended: none does of its own before the last row."""
+    for reader in readers:
+        code = reader.exitcode
+        if code is None:
+            continue
+        if code < 0:
+            name = {s.value: s.name for s in signal.Signals}.get(-code, f"signal {-code}")
+            how = f"was killed by {name}{LIKELY.get(name, '')}"
+        else:
+            how = f"ended with exit code {code}"
+        raise TrainError(
+            f"a process that reads the store (pid {reader.pid}, of {len(readers)}) {how}; expected it to live as long as the training. "
+            "--workers N takes fewer of them, 0 none. The same command with --resume goes on from the last checkpoint."
+        )

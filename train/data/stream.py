@@ -1,0 +1,188 @@
+"""The stream: a store -> a fixed sequence of packed rows for every epoch, read by worker processes.
+
+Everything random is a pure function of (seed, epoch, sample): the order of samples, how they pack into rows, and which anchors are drawn.
+So the sequence is the same on any number of ranks and workers, and after any resume; a position in it is just (epoch, step).
+
+Legend: S tokens of a row (``total_seq_len`` at most), A anchors, N samples.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from dspark.cache.errors import TrainError, UsageError
+from dspark.cache.reader import Cache
+from dspark.train.data import anchors as rules
+from dspark.train.data.batch import Batch
+from dspark.train.data.readers import read_ahead
+from dspark.train.data.row import Row
+
+VALIDATION_EPOCH = -1  # the "epoch" whose anchors are drawn for validation: the same ones every time
+
+
+def rng(seed: int, *stream: int) -> np.random.Generator:
+    """An independent generator for each (seed, stream ...); negative numbers allowed."""
+    return np.random.Generator(
+        np.random.Philox(np.random.SeedSequence([seed & 0xFFFFFFFF, *(s & 0xFFFFFFFF for s in stream)]))
+    )
+
+
+def split(keys: np.ndarray[Any, np.dtype[np.uint8]], val_fraction: float) -> tuple[rules.Int64, rules.Int64]:
+    """(train, validation) sample indices by prompt hash ``keys`` uint8[N, 16]; equal prompts fall on one side."""
+    share = np.ascontiguousarray(keys[:, :8]).view(">u8")[:, 0].astype(np.float64) / 2.0**64
+    held_out = share < val_fraction
+    return np.flatnonzero(~held_out), np.flatnonzero(held_out)
+
+
+def pack(order: Sequence[int] | rules.Int64, lengths: rules.Int64, total_seq_len: int) -> list[list[int]]:
+    """Samples in ``order`` -> rows of at most ``total_seq_len`` tokens. Next-fit, so a row holds neighbours in the order."""
+    rows: list[list[int]] = []
+    room = 0
+    for i in order:
+        n = int(lengths[i])
+        if n > total_seq_len:
+            raise UsageError(
+                f"sample {i} has {n} tokens, more than --total-seq-len {total_seq_len}; raise it to at least {n}"
+            )
+        if n > room:
+            rows.append([])
+            room = total_seq_len
+        rows[-1].append(int(i))
+        room -= n
+    return rows
+
+
+class Rows(Dataset[Row]):
+    """``rows[epoch, i]`` reads, checks and assembles row i of an epoch. Runs in worker processes, which plan for themselves."""
+
+    def __init__(self, stream: Stream) -> None:
+        self.stream = stream
+
+    def __getitem__(self, at: tuple[int, int]) -> Row:
+        epoch, i = at
+        stream = self.stream
+        members = stream.plan(epoch)[i]
+        samples = [stream.cache.read(s) for s in members]
+        sizes = [s.tokens.input_ids.shape[0] for s in samples]
+        used = sum(sizes)
+        size = stream.total_seq_len if stream.pad else used
+        ids = np.zeros(size, np.int64)
+        mask = np.zeros(size, np.bool_)
+        doc = np.full(size, -1, np.int32)
+        priority = np.zeros(size, np.float64)
+        ids[:used] = np.concatenate([s.tokens.input_ids for s in samples])
+        mask[:used] = np.concatenate([s.tokens.loss_mask for s in samples])
+        doc[:used] = np.repeat(np.arange(len(samples), dtype=np.int32), sizes)
+        # Priorities belong to the sample, not to the row: independent uniforms, so a row's highest A are a uniform draw.
+        draws = [rng(stream.seed, 2, epoch, s).random(n) for s, n in zip(members, sizes, strict=True)]
+        priority[:used] = np.concatenate(draws)
+        candidates = rules.eligible(mask, doc)
+        stored = int(candidates.sum())
+        batch = Batch.build(
+            input_ids=ids,
+            loss_mask=mask,
+            doc=doc,
+            aux=torch.empty(size, 0),
+            last=torch.empty(stored, 0),
+            anchors=rules.choose(candidates, priority, stream.max_anchors),
+            block_size=stream.block_size,
+            pad_anchors_to=stream.max_anchors if stream.pad else 0,
+        )
+        aux = {n: [s.aux[n] for s in samples] for n in samples[0].aux}
+        last = {n: [s.last[n] for s in samples] for n in samples[0].last}
+        return Row.build(batch, aux, last, used)
+
+
+class Stream:
+    """Rows of a set of samples, epoch after epoch, cut into optimizer steps of ``rows_per_step`` rows over all ranks."""
+
+    def __init__(
+        self,
+        cache: Cache,
+        samples: rules.Int64,
+        *,
+        seed: int,
+        total_seq_len: int,
+        rows_per_step: int,
+        block_size: int,
+        max_anchors: int,
+        pad: bool = False,
+        max_rows: int | None = None,
+    ) -> None:
+        """``pad`` gives every row ``total_seq_len`` tokens and ``max_anchors`` anchors; ``max_rows`` cuts each epoch short."""
+        if samples.size == 0:
+            raise TrainError(
+                f"{cache.path}: no samples left to stream (of {len(cache)}); lower --val-fraction or dump more"
+            )
+        self.cache, self.samples, self.seed, self.total_seq_len = cache, samples, seed, total_seq_len
+        self.rows_per_step, self.block_size, self.max_anchors = rows_per_step, block_size, max_anchors
+        self.pad, self.max_rows = pad, max_rows
+        self._planned: tuple[int, list[list[int]]] | None = None
+
+    def plan(self, epoch: int) -> list[list[int]]:
+        """The rows of ``epoch`` as sample indices. Validation keeps the stored order."""
+        if self._planned and self._planned[0] == epoch:
+            return self._planned[1]
+        order = self.samples
+        if epoch != VALIDATION_EPOCH:
+            order = rng(self.seed, 1, epoch).permutation(self.samples)
+        rows = pack(order, self.cache.lengths, self.total_seq_len)[: self.max_rows]
+        self._planned = (epoch, rows)
+        return rows
+
+    def steps(self, epoch: int) -> int:
+        return -(-len(self.plan(epoch)) // self.rows_per_step)
+
+    def schedule(
+        self, epoch: int, first_step: int, rank: int, world: int, endless: bool
+    ) -> Iterator[list[tuple[int, int]]]:
+        """For each step from (epoch, first_step) on: the (epoch, row) that are this rank's, maybe none in an epoch's last step."""
+        while True:
+            rows = len(self.plan(epoch))
+            for at in range(first_step * self.rows_per_step, rows, self.rows_per_step):
+                step = range(at, min(at + self.rows_per_step, rows))
+                yield [(epoch, i) for i in step if (i - at) % world == rank]
+            if not endless:
+                return
+            epoch, first_step = epoch + 1, 0
+
+    def steps_from(
+        self,
+        epoch: int,
+        first_step: int = 0,
+        *,
+        workers: int = 0,
+        pin: bool = False,
+        rank: int = 0,
+        world: int = 1,
+        endless: bool = False,
+    ) -> Iterator[list[Row]]:
+        """The rows of each step, read ahead by ``workers`` processes that live as long as the iterator (across epochs)."""
+        shape = (epoch, first_step, rank, world, endless)
+        rows = read_ahead(Rows(self), _Flat(self, shape), workers=workers, pin=pin)
+        planned = Stream.schedule(_copy_of(self), *shape)
+        for step in planned:
+            yield [next(rows) for _ in step]
+
+
+@dataclass(frozen=True, slots=True)
+class _Flat:
+    """The order of reading: the rows of ``Stream.schedule`` one by one."""
+
+    stream: Stream
+    shape: tuple[int, int, int, int, bool]
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        return (at for step in _copy_of(self.stream).schedule(*self.shape) for at in step)
+
+
+def _copy_of(stream: Stream) -> Stream:
+    """A stream with its own plan memory: readers run ahead into the next epoch while the loop is still in this one."""
+    return copy.copy(stream)

@@ -1,0 +1,31 @@
+"""``--draft-vocab-size``: which target ids a draft can draft. The most frequent supervised ids of the store."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dspark.cache.errors import TrainError, UsageError
+from dspark.cache.reader import Cache
+from dspark.train.data.anchors import Int64
+
+
+def choose_ids(cache: Cache, samples: Int64, size: int) -> tuple[Tensor, float]:
+    """``size`` rising target ids int64[Vd] and the share of supervised tokens they cover.
+
+    Most frequent first, ties to the lower id; ids that never occur fill up from the lowest. Raises when none of the supervised tokens
+    would be covered: training would then see no label at all.
+    """
+    vocab = cache.manifest.target.vocab_size
+    if not 0 < size <= vocab:
+        raise UsageError(f"--draft-vocab-size {size}: expected 1 to {vocab}, the target's vocabulary")
+    counts = np.zeros(vocab, np.int64)
+    for i in samples:
+        tokens = cache.tokens(int(i))
+        counts += np.bincount(tokens.input_ids[tokens.loss_mask], minlength=vocab)
+    if not counts.any():
+        raise TrainError(f"{cache.path}: no supervised token in the training samples")
+    order = np.lexsort((np.arange(vocab), -counts))
+    kept = np.sort(order[:size])
+    return torch.from_numpy(kept.astype(np.int64)), float(counts[kept].sum() / counts.sum())

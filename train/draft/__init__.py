@@ -1,0 +1,1 @@
+"""The draft: config, network, heads, and the folder it is saved in."""

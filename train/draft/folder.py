@@ -1,0 +1,266 @@
+"""A draft folder: ``config.json`` and ``model.safetensors`` in the layouts that vLLM serves with method ``dspark``.
+
+config.json is flat (DeepSpec's spelling, what training writes) or in the speculators format; the tensors are the same. The weights'
+own header repeats, under ``TRAINED_AS``, the config they were trained with: an edited or converted config.json can be told from it.
+
+Legend: V/Vd target and draft vocabulary, H hidden size, r Markov rank.
+
+Beside the trained tensors a reduced vocabulary needs ``d2t`` int64[Vd] (offsets: target id = i + d2t[i]), ``t2d`` bool[V] and its
+own ``lm_head.weight`` [Vd, H]; for the full vocabulary vLLM takes embedding and output matrix from the target, so they are left out
+unless asked for. Both files are written beside their place, synced and renamed, so a reader never sees half of one.
+
+vLLM serves the vanilla Markov head and, through a zero one that is written for it, none (dflash). Gated and rnn drafts are
+saved in full, with ``"vllm_servable": false`` in config.json: vLLM would refuse their extra tensors, other readers may not.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from dspark.cache.errors import DraftError
+from dspark.cache.files.atomic import write_file
+from dspark.cache.sdpa import no_plan_a_shape
+from dspark.cache.target.frozen import FrozenTarget
+from dspark.train.draft.config import DFLASH_SERVED_RANK, DraftConfig
+from dspark.train.draft.model import DraftModel, TargetWeights
+from dspark.train.draft.speculators import MARK, to_flat, to_speculators
+
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
+TRAINED_AS = "dspark_trained_as"
+FROZEN = ("embed_tokens.weight", "lm_head.weight")
+_ZERO_MARKOV = ("markov_head.markov_w1.weight", "markov_head.markov_w2.weight")
+
+
+def save_draft(
+    folder: Path | str,
+    model: DraftModel,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    include_frozen: bool = False,
+    trained: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Write the draft; ``include_frozen`` adds embed_tokens and lm_head for readers that do not borrow the target's.
+
+    ``trained`` replaces the model's own trained tensors, which are no whole ones where it is sharded.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = served_tensors(model, dtype, include_frozen=include_frozen, trained=trained)
+    write_tensors(folder, tensors, model.config)
+    write_config(folder, model.config, dtype)
+
+
+def write_tensors(folder: Path, tensors: dict[str, Tensor], config: DraftConfig) -> None:
+    """model.safetensors, with the config it was trained with in its header."""
+    metadata = {"format": "pt", TRAINED_AS: json.dumps(config.to_flat(), sort_keys=True)}
+    write_file(folder / WEIGHTS, save(tensors, metadata=metadata))
+
+
+def write_config(
+    folder: Path, config: DraftConfig, dtype: torch.dtype, verifier: tuple[str, list[str]] | None = None
+) -> None:
+    """config.json: flat, or in the speculators format if its ``verifier`` (target id, architectures) is given."""
+    flat = config.to_flat()
+    flat["dtype"] = str(dtype).removeprefix("torch.")
+    flat["vllm_servable"] = config.servable_by_vllm
+    spelled = flat if verifier is None else to_speculators(flat, *verifier)
+    write_file(folder / CONFIG, (json.dumps(spelled, indent=2) + "\n").encode())
+
+
+def served_tensors(
+    model: DraftModel,
+    dtype: torch.dtype,
+    *,
+    include_frozen: bool,
+    trained: Mapping[str, Tensor] | None = None,
+) -> dict[str, Tensor]:
+    """Checkpoint name -> tensor on the CPU; ``trained`` as for ``save_draft``."""
+    config = model.config
+    whole = trained or dict(model.trained())
+    out = {name: value.detach().to("cpu", dtype).contiguous() for name, value in whole.items()}
+    head = model.frozen_head
+    if include_frozen:
+        embed = model.embed_tokens.weight
+        assert isinstance(embed, Tensor)
+        # safetensors refuses shared memory: a tied output matrix is written as a copy.
+        out["embed_tokens.weight"] = embed.detach().to("cpu", dtype).clone()
+    if include_frozen or config.reduced_vocab:
+        out["lm_head.weight"] = head.draft_head.detach().to("cpu", dtype).clone()
+    if head.draft_ids is not None:
+        ids = head.draft_ids.cpu()
+        out["d2t"] = ids - torch.arange(ids.shape[0])
+        out["t2d"] = torch.zeros(config.vocab_size, dtype=torch.bool).index_fill(0, ids, True)
+    if config.speculator_type == "dflash":
+        for name, rows in zip(_ZERO_MARKOV, (config.vocab_size, config.draft_vocab_size), strict=True):
+            out[name] = torch.zeros(rows, DFLASH_SERVED_RANK, dtype=dtype)
+    return out
+
+
+def load_config(folder: Path | str) -> DraftConfig:
+    """The config of a draft folder, in either spelling."""
+    config = read_config(folder)
+    return DraftConfig.from_flat(to_flat(config) if MARK in config else config)
+
+
+def read_config(folder: Path | str) -> dict[str, Any]:
+    """config.json as it stands."""
+    path = Path(folder) / CONFIG
+    try:
+        flat: Any = json.loads(path.read_text())
+    except OSError as wrong:
+        raise DraftError(
+            f"{path}: {wrong.strerror}; expected a draft folder with {CONFIG} and {WEIGHTS}"
+        ) from wrong
+    except ValueError as wrong:
+        raise DraftError(f"{path} is not JSON: {wrong}") from wrong
+    if not isinstance(flat, dict):
+        raise DraftError(f"{path} is not a JSON object")
+    return flat
+
+
+def trained_as(folder: Path | str) -> DraftConfig | None:
+    """The config in the weights' header; None for weights that another program wrote."""
+    with _opened(Path(folder) / WEIGHTS) as file:
+        text = (file.metadata() or {}).get(TRAINED_AS)
+    return None if text is None else DraftConfig.from_flat(json.loads(text))
+
+
+def trained_shapes(config: DraftConfig) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of every tensor that training owns, as ``config`` describes them. Allocates nothing."""
+    whole = dataclasses.replace(config, draft_vocab_size=config.vocab_size)
+    with torch.device("meta"):
+        matrix = torch.empty(config.vocab_size, config.hidden_size)
+        model = DraftModel(whole, FrozenTarget(matrix, torch.empty(config.hidden_size), matrix, True))
+    shapes = {name: tuple(p.shape) for name, p in model.trained()}
+    if "markov_head.markov_w2.weight" in shapes:
+        shapes["markov_head.markov_w2.weight"] = (config.draft_vocab_size, config.markov_rank)
+    if config.speculator_type == "dflash":
+        for name, rows in zip(_ZERO_MARKOV, (config.vocab_size, config.draft_vocab_size), strict=True):
+            shapes[name] = (rows, DFLASH_SERVED_RANK)
+    return shapes
+
+
+def load_draft(
+    folder: Path | str,
+    target: TargetWeights,
+    *,
+    dtype: torch.dtype = torch.float32,
+    frozen_dtype: torch.dtype | None = None,
+) -> DraftModel:
+    """The draft in ``folder`` on ``target``'s embedding and output matrix; its config is ``.config``.
+
+    Every tensor must be there, known and of its shape: a draft that lacks one would run and be served at a fraction of its
+    worth. ``frozen_dtype`` None casts the target's matrices to ``dtype`` too.
+    """
+    no_plan_a_shape()
+    config = load_config(folder)
+    path = Path(folder) / WEIGHTS
+    stored = read_tensors(folder)
+    draft_ids = _draft_ids(stored, config, path)
+    model = DraftModel(config, target, draft_ids, frozen_dtype=frozen_dtype or dtype)
+    if config.speculator_type == "dflash":
+        for name in _ZERO_MARKOV:
+            if bool(stored.pop(name, torch.zeros(1)).any()):
+                raise DraftError(
+                    f"{path}: {name} of a dflash draft is not zero; config.json and weights do not belong together"
+                )
+    wanted = dict(model.trained())
+    missing, unexpected = (
+        sorted(set(wanted) - set(stored)),
+        sorted(set(stored) - set(wanted) - set(FROZEN)),
+    )
+    if missing or unexpected:
+        raise DraftError(
+            f"{path} does not hold what {CONFIG} describes: missing {_some(missing)}, unexpected {_some(unexpected)}"
+        )
+    for name, parameter in wanted.items():
+        value = stored[name]
+        if value.shape != parameter.shape:
+            raise DraftError(f"{path}: {name} is {list(value.shape)}, expected {list(parameter.shape)}")
+        with torch.no_grad():
+            parameter.copy_(value)
+    model.to(dtype=dtype) if frozen_dtype is None else _cast_trained(model, dtype)
+    _check_frozen(stored, model, target, path)
+    return model
+
+
+def _cast_trained(model: DraftModel, dtype: torch.dtype) -> None:
+    for _, parameter in model.trained():
+        parameter.data = parameter.data.to(dtype)
+    model.join()
+
+
+def read_tensors(folder: Path | str) -> dict[str, Tensor]:
+    """Every tensor of model.safetensors, as stored."""
+    with _opened(Path(folder) / WEIGHTS) as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except (OSError, SafetensorError) as wrong:
+        raise DraftError(f"{path} cannot be read as safetensors: {wrong}") from wrong
+
+
+def _draft_ids(stored: dict[str, Tensor], config: DraftConfig, path: Path) -> Tensor | None:
+    """Target ids of the draft's rows, taken out of ``stored``; None for the full vocabulary."""
+    offsets, stored_t2d = stored.pop("d2t", None), stored.pop("t2d", None)
+    if not config.reduced_vocab:
+        return None
+    if offsets is None or "lm_head.weight" not in stored:
+        raise DraftError(
+            f"{path}: draft_vocab_size {config.draft_vocab_size} < {config.vocab_size} needs d2t and lm_head.weight"
+        )
+    if offsets.shape != (config.draft_vocab_size,):
+        raise DraftError(f"{path}: d2t is {list(offsets.shape)}, expected [{config.draft_vocab_size}]")
+    ids = torch.arange(config.draft_vocab_size) + offsets.to(torch.int64)
+    if not bool((ids[1:] > ids[:-1]).all()) or int(ids[0]) < 0 or int(ids[-1]) >= config.vocab_size:
+        raise DraftError(
+            f"{path}: d2t does not give rising token ids below {config.vocab_size} (it holds offsets, not ids)"
+        )
+    if stored_t2d is not None and not torch.equal(stored_t2d.nonzero().flatten(), ids):
+        raise DraftError(f"{path}: d2t and t2d name different tokens")
+    return ids
+
+
+def _check_frozen(stored: dict[str, Tensor], model: DraftModel, target: TargetWeights, path: Path) -> None:
+    """Matrices that came along must be the target's at the file's precision: otherwise the draft is another model's."""
+    ids = model.frozen_head.draft_ids
+    head = target.lm_head if ids is None else target.lm_head[ids.to(target.lm_head.device)]
+    for name, own in (("embed_tokens.weight", target.embed_tokens), ("lm_head.weight", head)):
+        value = stored.get(name)
+        if value is None:
+            continue
+        if value.shape != own.shape:
+            raise DraftError(f"{path}: {name} is {list(value.shape)}, the target's is {list(own.shape)}")
+        if not same_matrix(value, own):
+            raise DraftError(f"{path}: {name} is not the target's; this draft was trained for another model")
+
+
+def same_matrix(stored: Tensor, own: Tensor) -> bool:
+    """Whether ``stored`` is the target's ``own``, rounded once or twice: trained in bfloat16 or not, then exported in any dtype."""
+    if stored.shape != own.shape:
+        return False
+    own = own.detach().cpu()
+    ways = (own.to(stored.dtype), own.to(torch.bfloat16).to(stored.dtype))
+    return any(torch.equal(stored, way) for way in ways) or torch.equal(
+        stored.to(torch.bfloat16), ways[1].to(torch.bfloat16)
+    )
+
+
+def _some(names: list[str]) -> str:
+    shown = ", ".join(names[:4]) or "nothing"
+    return f"{shown} and {len(names) - 4} more" if len(names) > 4 else shown

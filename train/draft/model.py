@@ -1,0 +1,414 @@
+"""The draft: a few Qwen3 layers whose blocks read the target's hidden states as extra keys and values.
+
+Legend: S tokens of the row, L aux layers, Ht = H hidden size, A anchors, B slots, Q = A*B, Hq/Hkv heads, D head size,
+V/Vd target and draft vocabulary, r Markov rank.
+
+``ctx = hidden_norm(fc(concat_L(aux)))`` is computed once; every layer applies its own k_proj, v_proj and k_norm to it, but
+not its input_layernorm, and never updates it (as vLLM's ``Qwen3DSparkModel`` serves it). Parameter names are the names of
+the served checkpoint; q, k and v are one product all the same, and so are gate and up (``joined.py``), and the norms of queries
+and keys are part of one operation (``qk_norm_rope.py``). embed_tokens and
+lm_head are the target's and frozen; where the target ties them, one tensor serves.
+
+The final ``norm`` starts at ones, as every norm of the draft, and is trained with the rest: the checkpoint carries the draft's own
+``norm.weight`` and vLLM serves that one. A copy of the target's, whose scale fits the target's states and not a random layer's, costs
+AdamW a tenth of tau after 1,200 steps (docs/log.md).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Protocol, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dspark.cache.errors import MismatchError
+from dspark.cache.target.logits import PLAIN, Logits
+from dspark.train.data.batch import Batch
+from dspark.train.draft.attention import AttentionPlan, Backend, block_attention
+from dspark.train.draft.config import DraftConfig
+from dspark.train.draft.heads import ConfidenceHead, MarkovHead, build_markov_head
+from dspark.train.ops.gated import gated
+from dspark.train.ops.joined import joined_product, lay_side_by_side
+from dspark.train.ops.qk_norm_rope import Inputs, Rope, qk_norm_rope, rope_tables
+from dspark.train.ops.scaled import write_scaled
+
+
+class TargetWeights(Protocol):
+    """What ``cache.target`` offers: ``embed_tokens`` [V, H], ``lm_head`` [V, H], tied ones sharing memory; ``logits``."""
+
+    @property
+    def embed_tokens(self) -> Tensor: ...
+    @property
+    def lm_head(self) -> Tensor: ...
+    @property
+    def logits(self) -> Logits: ...
+
+
+@dataclass(frozen=True, slots=True)
+class FrozenHead:
+    """The target's output matrix and the draft's rows of it.
+
+    ``lm_head`` [V, H], ``draft_head`` [Vd, H] (the same tensor if Vd = V), ``draft_ids`` int64[Vd] target id of a draft row and
+    ``to_draft`` int64[V] its inverse with -1 outside; both None if Vd = V. ``logits``: factor and soft cap of the *target's* logits; the
+    draft's are the head's output as it is, as vLLM serves them. ``wide`` [Vd, H + r] is the memory of which ``draft_head`` is the first
+    H columns, if there is any: the rest is the objective's, for W2.
+    """
+
+    lm_head: Tensor
+    draft_head: Tensor
+    draft_ids: Tensor | None = None
+    to_draft: Tensor | None = None
+    logits: Logits = PLAIN
+    wide: Tensor | None = None
+
+    def with_markov(self, w2: Tensor) -> Tensor:
+        """``[draft_head | w2]`` [Vd, H + r] for ``w2`` [Vd, r], so that logits and their gradients are one product each. Written into
+        ``wide``, where it stays until the next call; without it, a copy of the head.
+        """
+        if self.wide is None:
+            return torch.cat([self.draft_head, w2], 1)
+        write_scaled(self.wide[:, self.draft_head.shape[1] :], w2)
+        return self.wide
+
+    def target_logits(self, last: Tensor, out: Tensor | None = None) -> Tensor:
+        """``last`` [n, H] after the final norm -> [n, V]; the product is made in ``out`` [n, V] if given."""
+        return self.logits.of(torch.mm(last, self.lm_head.T, out=out))
+
+
+@dataclass(frozen=True, slots=True)
+class SlotStates:
+    """What a forward gives: ``h`` [A, B, H] after the final norm, Markov latent ``z`` [A, B, r] and ``w2`` [Vd, r], confidence
+    logits [A, B] fp32; None where the draft has no such head.
+
+    ``w2`` comes out of the forward, not off the module, so that sharded training sees it while it is gathered.
+    """
+
+    h: Tensor
+    z: Tensor | None
+    w2: Tensor | None
+    confidence: Tensor | None
+
+
+class RMSNorm(nn.Module):
+    """``weight * x / rms(x)``, the mean square in fp32 (Qwen3)."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        return self.weight * wide.to(x.dtype)
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a forward needs of a batch besides its data, none of it learnt: who sees whom, and cos and sin of the blocks'
+    and the context's positions (``rope_tables``). Made once a batch, outside what is compiled: a compiler would make the
+    tables again in every layer's kernels.
+    """
+
+    attention: AttentionPlan
+    block_rope: Rope
+    context_rope: Rope
+
+
+class Attention(nn.Module):
+    def __init__(self, config: DraftConfig) -> None:
+        super().__init__()
+        c = config
+        self.head_dim = c.head_dim
+        self.q_proj = nn.Linear(c.hidden_size, c.num_heads * c.head_dim, bias=False)
+        self.k_proj = nn.Linear(c.hidden_size, c.num_kv_heads * c.head_dim, bias=False)
+        self.v_proj = nn.Linear(c.hidden_size, c.num_kv_heads * c.head_dim, bias=False)
+        self.o_proj = nn.Linear(c.num_heads * c.head_dim, c.hidden_size, bias=False)
+        self.q_norm = RMSNorm(c.head_dim, c.rms_norm_eps)
+        self.k_norm = RMSNorm(c.head_dim, c.rms_norm_eps)
+        self.joint: Tensor | None = None
+
+    @property
+    def joined(self) -> tuple[Tensor, ...]:
+        """The weights of one product with the blocks' tokens, all but the last of the context's. ``joint``: a copy of them side by side,
+        where they cannot lie so themselves."""
+        return self.v_proj.weight, self.k_proj.weight, self.q_proj.weight
+
+    def queries_keys_values(
+        self, x: Tensor, ctx: Tensor, block_rope: Rope, context_rope: Rope
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries [Q, Hq, D] of ``x`` [Q, H], keys and values [S+Q, Hkv, D] of ``ctx`` [S, H] and ``x``; queries and keys normed and
+        rotated. S or Q may be 0.
+        """
+        context = joined_product(ctx, self.joined[:2], self.joint)
+        blocks = joined_product(x, self.joined, self.joint)
+        q_weight, k_weight, eps = self.q_norm.weight, self.k_norm.weight, self.k_norm.eps
+        return qk_norm_rope(Inputs(context, blocks, q_weight, k_weight, eps, context_rope, block_rope))
+
+    def forward(
+        self,
+        x: Tensor,
+        ctx: Tensor,
+        plan: Plan,
+    ) -> Tensor:
+        q, keys, values = self.queries_keys_values(x, ctx, plan.block_rope, plan.context_rope)
+        seen = block_attention(q, keys, values, plan.attention)
+        out: Tensor = self.o_proj(seen.reshape(x.shape[0], -1))
+        return out
+
+
+class Mlp(nn.Module):
+    def __init__(self, hidden_size: int, intermediate_size: int) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
+        self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
+        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
+        self.joint: Tensor | None = None
+
+    @property
+    def joined(self) -> tuple[Tensor, ...]:
+        """The weights of one product. ``joint``: as the attention's."""
+        return self.up_proj.weight, self.gate_proj.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.down_proj(gated(joined_product(x, self.joined, self.joint)))
+        return out
+
+
+class Layer(nn.Module):
+    """One pre-norm Qwen3 layer over the blocks; ``ctx`` only offers keys and values."""
+
+    def __init__(self, config: DraftConfig) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config)
+        self.mlp = Mlp(config.hidden_size, config.intermediate_size)
+
+    def forward(
+        self,
+        x: Tensor,
+        ctx: Tensor,
+        plan: Plan,
+    ) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), ctx, plan)
+        out: Tensor = x + self.mlp(self.post_attention_layernorm(x))
+        return out
+
+
+class DraftModel(nn.Module):
+    """A draft for ``target``. ``draft_ids`` int64[Vd], rising, are the target ids it can draft; given if and only if Vd < V.
+
+    The target's tensors are taken as they are (no copy, their dtype kept), so ``frozen_dtype`` decides the dtype in which
+    logits are multiplied, without touching the trained parameters. Where the output matrix is copied after all (another dtype or
+    device, rows of a reduced vocabulary), the copy has room for W2 beside it (``make_room``).
+    """
+
+    def __init__(
+        self,
+        config: DraftConfig,
+        target: TargetWeights,
+        draft_ids: Tensor | None = None,
+        *,
+        frozen_dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        _check_target(config, target, draft_ids)
+        size, eps = config.hidden_size, config.rms_norm_eps
+        self.fc = nn.Linear(len(config.target_layer_ids) * size, size, bias=False)
+        self.hidden_norm = RMSNorm(size, eps)
+        self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_layers))
+        self.norm = RMSNorm(size, eps)
+        self.markov_head: MarkovHead | None = None
+        self.confidence_head: ConfidenceHead | None = None
+        if config.markov_rank:
+            self.markov_head = build_markov_head(
+                config.markov_head_type,
+                vocab_size=config.vocab_size,
+                draft_vocab_size=config.draft_vocab_size,
+                rank=config.markov_rank,
+                hidden_size=size,
+            )
+        if config.enable_confidence_head:
+            with_markov = config.confidence_head_with_markov
+            self.confidence_head = ConfidenceHead(size, config.markov_rank if with_markov else 0)
+        self._initialise()
+        self._adopt(target, draft_ids, frozen_dtype)
+        self.join()
+
+    def _initialise(self) -> None:
+        """Normal weights of the config's std, zero biases, unit norms (as Qwen3 and DeepSpec)."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                nn.init.normal_(module.weight, std=self.config.initializer_range)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                nn.init.zeros_(module.bias)
+
+    def _adopt(self, target: TargetWeights, draft_ids: Tensor | None, dtype: torch.dtype | None) -> None:
+        """Take the target's tensors; one ``Parameter`` object where they are tied, so that ``.to`` keeps them so."""
+        self._wide: Tensor | None = None
+        embed, head = target.embed_tokens.detach(), target.lm_head.detach()
+        self.target_logits = target.logits
+        tied = embed.data_ptr() == head.data_ptr() and embed.shape == head.shape
+        embed = embed if dtype is None else embed.to(dtype)
+        head = embed if tied else head if dtype is None else head.to(dtype)
+        self.embed_tokens = nn.Module()
+        self.embed_tokens.weight = nn.Parameter(embed, requires_grad=False)
+        self.lm_head = nn.Module()
+        if draft_ids is None:
+            shared = self.embed_tokens.weight if tied else nn.Parameter(head, requires_grad=False)
+            self.lm_head.weight = shared
+            if shared.data_ptr() != target.lm_head.data_ptr():
+                self.make_room()
+            return
+        inverse = torch.full((self.config.vocab_size,), -1, dtype=torch.int64)
+        inverse[draft_ids] = torch.arange(draft_ids.shape[0])
+        self.lm_head.weight = nn.Parameter(head[draft_ids].clone(), requires_grad=False)
+        # Named so that no checkpoint name but lm_head.weight itself contains "lm_head" (vLLM matches substrings).
+        full = self.embed_tokens.weight if tied else nn.Parameter(head, requires_grad=False)
+        self.target_output = nn.Module()
+        self.target_output.weight = full
+        self.register_buffer("draft_ids", draft_ids.to(torch.int64).clone(), persistent=False)
+        self.register_buffer("to_draft", inverse, persistent=False)
+        self.make_room()
+
+    def join(self) -> None:
+        """Lay the weights of each layer that share a product side by side (``joined_product``). They come last projection first: that is
+        the order in which the optimizer's buckets hold them.
+        """
+        for module in self.layers.modules():
+            if isinstance(module, Attention | Mlp):
+                lay_side_by_side(module.joined)
+
+    def make_room(self) -> None:
+        """Copy the output matrix (and the embedding tied to it) to the first H columns of [Vd, H + r], whose others take W2 in the
+        objective: ``FrozenHead.wide``. Only for a model with a Markov head; before ``compile``, which remembers strides.
+        """
+        weight = self.lm_head.weight
+        assert isinstance(weight, nn.Parameter)
+        if self.markov_head is None or self._has_room(weight):
+            return
+        rows, size = weight.shape
+        self._wide = None  # the memory it had before it moved
+        self._wide = weight.new_zeros(rows, size + self.markov_head.rank)
+        self._wide[:, :size] = weight
+        weight.data = self._wide[:, :size]
+
+    def _has_room(self, weight: Tensor) -> bool:
+        """Whether ``weight`` still is a part of the wide matrix: moving or copying the module parts them."""
+        wide = self._wide
+        return wide is not None and wide.data_ptr() == weight.data_ptr() and wide.stride() == weight.stride()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """What ``.to`` and its like do. They copy tensor by tensor: an output matrix that moved is given new room, and weights that
+        share a product lie side by side again.
+        """
+        weight = self.lm_head.weight
+        assert isinstance(weight, Tensor)
+        before = weight.data_ptr()
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if weight.data_ptr() != before:
+            self.make_room()
+        self.join()
+        return self
+
+    @property
+    def frozen_head(self) -> FrozenHead:
+        """The output matrices for the objective (they follow ``.to``)."""
+        own = self.lm_head.weight
+        assert isinstance(own, Tensor)
+        wide = self._wide if self._has_room(own) else None
+        if not self.config.reduced_vocab:
+            return FrozenHead(own, own, logits=self.target_logits, wide=wide)
+        full, ids, inverse = self.target_output.weight, self.draft_ids, self.to_draft
+        assert isinstance(full, Tensor)
+        assert isinstance(ids, Tensor)
+        assert isinstance(inverse, Tensor)
+        return FrozenHead(full, own, ids, inverse, self.target_logits, wide)
+
+    def trained(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Names and parameters that training owns, in a fixed order."""
+        for name, parameter in self.named_parameters():
+            if not name.startswith(("embed_tokens.", "lm_head.", "target_output.")):
+                yield name, parameter
+
+    def context(self, aux: Tensor) -> Tensor:
+        """``aux`` [S, L, H] -> ctx [S, H]."""
+        out: Tensor = self.hidden_norm(self.fc(aux.flatten(1).to(self.fc.weight.dtype)))
+        return out
+
+    def plan(self, batch: Batch, backend: Backend = "sdpa") -> Plan:
+        """The plan of a batch that lies where the draft does."""
+        size = self.config.block_size
+        attention = AttentionPlan.build(batch.doc, batch.anchors, batch.anchor_valid, size, backend)
+        return self.plan_of(attention, batch.block_position.flatten(), batch.position)
+
+    def plan_of(self, attention: AttentionPlan, block_position: Tensor, context_position: Tensor) -> Plan:
+        """From positions int64[Q] of the blocks' tokens and int64[S] of the context's, each within its document."""
+        c, dtype = self.config, self.fc.weight.dtype
+        block, context = (
+            rope_tables(p, c.head_dim, c.rope_theta, dtype) for p in (block_position, context_position)
+        )
+        return Plan(attention, block, context)
+
+    def forward(self, batch: Batch, plan: Plan) -> SlotStates:
+        """Every slot of every block of one row."""
+        anchors, size = batch.anchors.shape[0], self.config.block_size
+        ctx = self.context(batch.aux)
+        x = self.block_input(batch.input_ids[batch.anchors], batch.anchor_valid).to(ctx.dtype).flatten(0, 1)
+        h = self.backbone(x, ctx, plan)
+        return self.heads(h.view(anchors, size, -1), batch.prev_ids)
+
+    def block_input(self, anchor_ids: Tensor, anchor_valid: Tensor) -> Tensor:
+        """[A, B, H]: slot 0 the anchor's embedding, the others the mask token's (a padding block only mask tokens)."""
+        ids = anchor_ids.new_full((anchor_ids.shape[0], self.config.block_size), self.config.mask_token_id)
+        ids[:, 0] = torch.where(anchor_valid, anchor_ids, self.config.mask_token_id)
+        weight = self.embed_tokens.weight
+        assert isinstance(weight, Tensor)
+        return F.embedding(ids, weight)
+
+    def backbone(self, x: Tensor, ctx: Tensor, plan: Plan) -> Tensor:
+        """``x`` [Q, H], ``ctx`` [S, H] -> h [Q, H] after the final norm."""
+        for layer in self.layers:
+            x = layer(x, ctx, plan)
+        out: Tensor = self.norm(x)
+        return out
+
+    def heads(self, h: Tensor, prev_ids: Tensor) -> SlotStates:
+        """Teacher-forced Markov latent and confidence of ``h`` [A, B, H] with previous tokens int64[A, B]."""
+        z = w2 = confidence = embedded = None
+        if self.markov_head is not None:
+            embedded = self.markov_head.embed(prev_ids)
+            z, w2 = self.markov_head.latent(h, embedded), self.markov_head.markov_w2.weight
+        if self.confidence_head is not None:
+            confidence = self.confidence_head(h, embedded)
+        return SlotStates(h, z, w2, confidence)
+
+
+def _check_target(config: DraftConfig, target: TargetWeights, draft_ids: Tensor | None) -> None:
+    expected = (config.vocab_size, config.hidden_size)
+    for name, tensor, shape in (
+        ("embed_tokens", target.embed_tokens, expected),
+        ("lm_head", target.lm_head, expected),
+    ):
+        if tuple(tensor.shape) != shape:
+            found = list(tensor.shape)
+            raise MismatchError(f"the target's {name} is {found}, the draft's config expects {list(shape)}")
+    if (draft_ids is not None) != config.reduced_vocab:
+        raise MismatchError(
+            f"draft_vocab_size {config.draft_vocab_size} of {config.vocab_size}: "
+            f"draft token ids {'are needed' if config.reduced_vocab else 'do not apply'}"
+        )
+    if draft_ids is None:
+        return
+    rises = bool((draft_ids[1:] > draft_ids[:-1]).all())
+    inside = bool(draft_ids.numel()) and int(draft_ids[0]) >= 0 and int(draft_ids[-1]) < config.vocab_size
+    if draft_ids.shape != (config.draft_vocab_size,) or not rises or not inside:
+        raise MismatchError(
+            f"draft token ids must be {config.draft_vocab_size} rising ids below {config.vocab_size}; "
+            f"got {list(draft_ids.shape)}"
+        )

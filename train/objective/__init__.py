@@ -1,0 +1,1 @@
+"""Losses, metrics and evaluation of a draft."""

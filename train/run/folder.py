@@ -1,0 +1,120 @@
+"""The folder of a training run: whose it is, and which settings and store it was begun with."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dspark.cache.errors import DraftError, ExistsError, MismatchError, UsageError
+from dspark.cache.files.atomic import existing_parent, write_errors, write_file
+from dspark.train.config import TrainConfig
+
+if TYPE_CHECKING:  # a tool that reads a record needs nothing of a run
+    from dspark.train.run.setup import Run
+
+TRAINING = "training.json"  # the config of the run, beside the draft
+METRICS = "metrics.jsonl"  # a row every --log-every steps, and the validations
+STORE = "store.json"  # which store it was trained on; the path may change between a run and its resumption, the store may not
+
+
+WRITTEN = "expected the object that dspark-train wrote. Put a whole copy of the file back, or train into another --output."
+
+
+def read_record(path: Path, remedy: str = WRITTEN) -> dict[str, Any]:
+    """The JSON object in ``path``, a file beside a draft. Raises DraftError, naming the file, if it is missing, no JSON or no object.
+
+    ``remedy``: what was expected in it and what to do.
+    """
+    try:
+        found: Any = json.loads(path.read_text())
+    except OSError as wrong:
+        raise DraftError(f"{path} cannot be read: {wrong.strerror}") from wrong
+    except ValueError as wrong:  # of JSON, or bytes that are no text
+        raise DraftError(f"{path} is not JSON ({wrong}); {remedy}") from wrong
+    if not isinstance(found, dict):
+        raise DraftError(f"{path} holds a JSON {type(found).__name__}, not an object; {remedy}")
+    return found
+
+
+def claim(output: Path, config: TrainConfig, *, resume: bool, overwrite: bool) -> None:
+    """Refuse to write into a folder that holds something else, or another run. Changes nothing: what ``overwrite`` allows is done by ``begin``."""
+    above = existing_parent(output)
+    if not above.is_dir():
+        raise UsageError(f"--output {output}: {above} is a file; expected a folder, or a name that is free")
+    if not output.exists() or not any(output.iterdir()):
+        return
+    previous = output / TRAINING
+    if not previous.is_file():
+        raise ExistsError(f"{output} exists and holds no dspark training. Choose another --output.")
+    if overwrite:
+        if Path(config.cache).resolve().is_relative_to(output.resolve()):
+            raise UsageError(
+                f"--overwrite would delete {config.cache}, which lies in {output}. Move the store, or choose another --output."
+            )
+        return
+    if not resume:
+        raise ExistsError(
+            f"{output} holds a training run. Use --resume to go on with it, --overwrite to replace it, or another --output."
+        )
+    config.continues(TrainConfig.from_json(read_record(previous), str(previous)), str(output))
+
+
+def store_identity(run: Run) -> dict[str, Any]:
+    """What makes a store this store, for a person and for ``--resume``."""
+    m = run.cache.manifest
+    return {
+        "target": m.target.id,
+        "revision": m.target.revision,
+        "weights_sha256": m.target.weights_sha256,
+        "layers": m.layers,
+        "aux_bits": m.aux.bits,
+        "last_bits": m.last.bits,
+        "source": m.source.id,
+        "source_sha256": m.source.sha256,
+        "samples": m.counts.samples,
+        "tokens": m.counts.tokens,
+    }
+
+
+def same_store(output: Path, run: Run) -> None:
+    """Raise MismatchError, naming every difference, if the run in ``output`` was begun on another store."""
+    path = output / STORE
+    if not path.is_file():
+        return  # nothing was trained there yet
+    then, now = read_record(path), store_identity(run)
+    diffs = [
+        f"{k}: {then.get(k)!r} there, {now[k]!r} in {run.config.cache}" for k in now if then.get(k) != now[k]
+    ]
+    if diffs:
+        raise MismatchError(
+            f"{output} was begun on another store: "
+            + "; ".join(diffs)
+            + ". Use that one, or another --output."
+        )
+
+
+def begin(output: Path, run: Run, *, resume: bool, overwrite: bool = False) -> None:
+    """Make the folder and write what it belongs to, once ``claim`` and ``prepare`` have refused nothing. On ``resume``, refuse another store;
+    on ``overwrite``, delete the training that is there.
+    """
+    if resume:
+        same_store(output, run)
+    with write_errors(output):
+        if overwrite and (output / TRAINING).is_file():
+            _clear(output)
+        output.mkdir(parents=True, exist_ok=True)
+    write_file(output / STORE, (json.dumps(store_identity(run), indent=1) + "\n").encode())
+    write_file(output / TRAINING, (json.dumps(run.config.to_json(), indent=1) + "\n").encode())
+
+
+def _clear(output: Path) -> None:
+    """Delete all but the record that says whose the folder is: if this is cut short, the folder is still one that may be replaced."""
+    for entry in output.iterdir():
+        if entry.name == TRAINING:
+            continue
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        else:
+            entry.unlink()

@@ -1,0 +1,84 @@
+"""Where a run's numbers go: ``metrics.jsonl`` (one object a line), TensorBoard, a log file. Resuming drops what came after the checkpoint."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+from dspark.cache.errors import TrainError
+from dspark.cache.files.atomic import write_file
+from dspark.train.run.folder import METRICS
+
+
+class Report:
+    """``row()`` appends to metrics.jsonl and TensorBoard."""
+
+    def __init__(self, folder: Path, resume_step: int, tensorboard: bool) -> None:
+        self.path = folder / METRICS
+        self.log = logging.getLogger("dspark.train")
+        self.log.setLevel(logging.INFO)
+        self.log.propagate = False
+        for old in list(self.log.handlers):
+            self.log.removeHandler(old)
+            old.close()
+        handler = logging.FileHandler(folder / "train.log")
+        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+        self.log.addHandler(handler)
+        kept = []
+        if self.path.exists():
+            lines = self.path.read_text().splitlines()
+            for number, line in enumerate(lines, 1):
+                try:
+                    row = json.loads(line)
+                except ValueError as error:
+                    if number == len(lines):
+                        break  # the line that a killed process was writing: its step comes again
+                    raise TrainError(
+                        f"{self.path}:{number}: not JSON: {error}. Mend or remove the line, then --resume."
+                    ) from error
+                if row["step"] <= resume_step:
+                    kept.append(line)
+        write_file(self.path, "".join(f"{line}\n" for line in kept).encode())
+        self.file = open(self.path, "a")  # noqa: SIM115 - closed by close()
+        self.board: Any = None
+        if tensorboard:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError as error:
+                raise TrainError(
+                    "TensorBoard is not installed (pip install 'dspark[tensorboard]'); --no-tensorboard trains without it"
+                ) from error
+            self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=resume_step + 1)
+
+    def row(self, data: dict[str, Any]) -> None:
+        self.file.write(json.dumps(data) + "\n")
+        self.file.flush()
+        self.log.info(" ".join(f"{k}={_short(v)}" for k, v in data.items()))
+        if self.board is None:
+            return
+        prefix = "validation" if data.get("validation") else "train"
+        for key, value in data.items():
+            values = (
+                {f"{key}/{i}": v for i, v in enumerate(value)} if isinstance(value, list) else {key: value}
+            )
+            for name, v in values.items():
+                if isinstance(v, int | float) and not isinstance(v, bool):
+                    self.board.add_scalar(f"{prefix}/{name}", v, data["step"])
+
+    def close(self) -> None:
+        self.file.close()
+        if self.board is not None:
+            self.board.close()
+        for handler in list(self.log.handlers):
+            self.log.removeHandler(handler)
+            handler.close()
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.5g}"
+    if isinstance(value, list):
+        return "[" + ",".join(_short(v) for v in value) + "]"
+    return str(value)

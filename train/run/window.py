@@ -1,0 +1,122 @@
+"""The numbers of a logged step, read once the device has them.
+
+Reading a value waits for the device, and a device that has nothing queued meanwhile idles until the next step's first kernels arrive,
+the longer the slower its host. So a logged step only starts the copies (``Logged.begin``), and the loop reads them (``Logged.row``) when it
+has queued the step that follows.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dspark.train.objective.metrics import SlotMetrics
+from dspark.train.run.checkpoint import Position
+from dspark.train.run.setup import Run
+
+
+class Moment:
+    """The end of what is queued on ``device`` now, on the device's own clock; on a CPU simply now."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._event: Any = None
+        if device.type == "cuda":
+            self._event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+            self._event.record(torch.cuda.current_stream(device))
+        self._now = time.perf_counter()
+
+    def wait(self) -> None:
+        """Return when the device is there."""
+        if self._event is not None:
+            self._event.synchronize()
+
+    def seconds_after(self, earlier: Moment) -> float:
+        """Of two moments of one device, both past (``wait``)."""
+        if self._event is None:
+            return self._now - earlier._now
+        return 1e-3 * float(earlier._event.elapsed_time(self._event))
+
+
+@dataclass(slots=True)
+class Window:
+    """The steps between two logged rows: when they began, how many there were, tokens of all ranks; ``waited`` is the feed's count at its
+    start, in seconds.
+    """
+
+    started: Moment
+    waited: float = 0.0
+    tokens: int = 0
+    steps: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Logged:
+    """A logged step on its way: ``row`` gives its numbers, over all ranks."""
+
+    window: Window
+    position: Position
+    epoch: float
+    lr: float
+    waited: float
+    peak: float
+    metrics: SlotMetrics
+    norm_and_loss: Tensor
+    ended: Moment
+
+    @classmethod
+    def begin(
+        cls,
+        run: Run,
+        position: Position,
+        metrics: SlotMetrics,
+        norm_and_loss: Tensor,
+        lr: float,
+        window: Window,
+        waited: float,
+    ) -> Logged:
+        """For the step just queued, with ``metrics`` of this rank's rows and ``norm_and_loss`` as ``step`` gave it; ``waited`` is the feed's
+        count now. Sums over ranks and copies to the host are queued; nothing here waits for the device. Changes its arguments' tensors.
+        """
+        world, device = run.world, run.compute.device
+        world.sum_(norm_and_loss[1:])
+        world.sum_(metrics.sums)
+        longest, peak = world.max([waited - window.waited, _peak(device)])
+        sums, values = metrics.to_host(), norm_and_loss.to("cpu", non_blocking=True)
+        epoch = position.epoch + position.epoch_step / max(1, run.stream.steps(position.epoch))
+        return cls(
+            window=window, position=position, epoch=round(epoch, 4), lr=lr, waited=longest, peak=peak, metrics=sums, norm_and_loss=values,
+            ended=Moment(device),  # behind the copies
+        )  # fmt: skip
+
+    def row(self) -> dict[str, Any]:
+        """The row of metrics.jsonl: losses of the step, speed of its window. Waits for the device to have done the step."""
+        self.ended.wait()
+        grad_norm, loss = self.norm_and_loss.tolist()
+        seconds = self.ended.seconds_after(self.window.started)
+        values = self.metrics.result()
+        return {
+            "step": self.position.step,
+            "epoch": self.epoch,
+            "loss": loss,
+            **{
+                k: values[k]
+                for k in ("ce_loss", "l1_loss", "confidence_loss", "accept_rate", "mean_accepted_length")
+            },
+            "lr": self.lr,
+            "grad_norm": grad_norm,
+            "tokens": self.position.tokens,
+            "tokens_per_second": self.window.tokens / seconds,
+            "step_ms": 1000.0 * seconds / max(1, self.window.steps),
+            # The host waits by its own clock, ahead of the device's by up to a step, which a window of one step may be shorter than.
+            "data_wait_fraction": min(1.0, self.waited / seconds),
+            **({"peak_gb": self.peak} if self.peak else {}),
+        }
+
+
+def _peak(device: torch.device) -> float:
+    """GB that tensors took of this rank's GPU at most, so far; 0 on a CPU."""
+    return torch.cuda.max_memory_allocated(device) / 1e9 if device.type == "cuda" else 0.0
