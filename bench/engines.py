@@ -65,8 +65,7 @@ def corpus_samples(folder: Path, data: str, rows: int, seq_length: int) -> list[
         target.tokenizer, tokenised=False, vocab_size=target.shapes.vocab_size, seq_length=seq_length, min_supervised=2,
         eos_token_ids=target.eos_token_ids,
     )  # fmt: skip
-    made = [maker.make(row).sample for row in open_corpus(data).pick(lambda n: n < rows)]
-    return [s for s in made if s is not None]
+    return [s for row in open_corpus(data).pick(lambda n: n < rows) for s in maker.make(row).samples]
 
 
 def measure(folder: Path, samples: list[TokenSample], seq_length: int, spool: Path) -> dict[str, Any]:

@@ -33,17 +33,19 @@ def last_rows(loss_mask: Bool) -> Bool:
 
 @dataclass(frozen=True, slots=True)
 class TokenSample:
-    """One row of the corpus as tokens; what an engine is given.
+    """Tokens of one row of the corpus, or of some turns of it; what an engine is given.
 
-    ``row``: number of the row in the source, 0-based. ``key``: KEY_BYTES bytes, a hash of the prompt, by which
-    validation is split (equal prompts fall on the same side). ``input_ids``: int32[S]. ``loss_mask``: bool[S], true where the token
-    itself is a label.
+    ``row``: number of the row in the source, 0-based; several samples may share it, in rising order of (row, turn). ``key``:
+    KEY_BYTES bytes, a hash of the conversation, by which validation is split: equal for all samples of a conversation, and for
+    conversations that begin with the same prompt. ``input_ids``: int32[S]. ``loss_mask``: bool[S], true where the token itself is
+    a label. ``turn``: number of the first assistant turn supervised in it, 0-based.
     """
 
     row: int
     key: bytes
     input_ids: Int32
     loss_mask: Bool
+    turn: int = 0
 
     def __post_init__(self) -> None:
         assert len(self.key) == KEY_BYTES

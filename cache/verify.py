@@ -154,7 +154,7 @@ def _check_counts(record: PartRecord, small: dict[str, Array], vocab: int) -> It
     if not np.array_equal(stored, last_start):
         yield "sample_last_start does not follow from the loss mask"
     rows = small["sample_row"]
-    if (np.diff(rows) <= 0).any() or rows[0] < record.row_start or rows[-1] >= record.row_stop:
+    if (np.diff(rows) < 0).any() or rows[0] < record.row_start or rows[-1] >= record.row_stop:
         yield f"source rows are not in order within {record.row_start}-{record.row_stop}"
 
 

@@ -28,7 +28,7 @@ def calibration_samples(corpus: Corpus, maker: SampleMaker, rows: int, tokens: i
     """Samples of rows spread over the first ``rows`` of ``corpus``, which hold about ``tokens`` tokens; dropped rows are left out."""
     chosen = set(spread(rows, tokens / rows))
     made = (maker.make(row) for row in corpus.pick(chosen.__contains__))
-    return [m.sample for m in made if m.sample is not None]
+    return [s for m in made for s in m.samples]
 
 
 @dataclass(frozen=True, slots=True)

@@ -232,7 +232,7 @@ def estimate(plan: Plan, corpus: Corpus, maker: SampleMaker | None, limit: int |
     step = max(rows // SPREAD_ROWS, 1)
     picked = list(corpus.pick(lambda n: n % step == 0 and n < rows))
     made = [maker.make(row) for row in picked]
-    kept = [m.sample for m in made if m.sample]
+    kept = [s for m in made for s in m.samples]
     sampled = sum(len(s.input_ids) for s in kept)
     stored = sum(int(last_rows(s.loss_mask).sum()) for s in kept)
     tokens = round(sampled / sum(weights[row.number] for row in picked) * sum(weights))

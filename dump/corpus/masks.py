@@ -37,12 +37,15 @@ NOT_TEXT = "content is not text alone"
 
 @dataclass(frozen=True, slots=True)
 class Made:
-    """A sample, or the reason why the row gives none (``detail``: more about it). ``truncated``: cut at seq_length."""
+    """A row's samples in order of their turns, or the reason why there is none (``detail``: more about it).
 
-    sample: TokenSample | None
+    ``truncated``: how many of the samples were cut at seq_length.
+    """
+
+    samples: list[TokenSample]
     dropped: str | None = None
     detail: str = ""
-    truncated: bool = False
+    truncated: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,12 +115,12 @@ class SampleMaker:
             else:
                 ids, mask, key = self._chat(value)
         except Dropped as why:
-            return Made(None, why.reason, why.detail)
+            return Made([], why.reason, why.detail)
         truncated = len(ids) > self.seq_length
         ids, mask = ids[: self.seq_length], mask[: self.seq_length]
         if int(mask.sum()) < self.min_supervised or not last_rows(mask).any():
-            return Made(None, TOO_FEW)
-        return Made(TokenSample(row.number, key, ids, mask), truncated=truncated)
+            return Made([], TOO_FEW)
+        return Made([TokenSample(row.number, key, ids, mask)], truncated=int(truncated))
 
     def _given(self, value: TokenRow, where: str) -> tuple[Any, Bool, bytes]:
         # Before they are an array: JSON has integers of any size.
@@ -283,14 +286,14 @@ def unusable(value: ChatRow) -> Made | None:
     """The row dropped, if no tokenizer can be given what it says, wherever in its messages and tools that is. To be asked before it is rendered."""
     for i, message in enumerate(value.messages):
         if not isinstance(message["content"], str):
-            return Made(None, NOT_TEXT, f"messages[{i}] has parts other than text")
+            return Made([], NOT_TEXT, f"messages[{i}] has parts other than text")
     text = canonical([value.messages, value.tools])
     try:
         text.encode()
     except UnicodeEncodeError as error:
         # Half of an emoji, as a cut of UTF-16 text leaves it: JSON can write it, UTF-8 cannot. Escaped here, for the log is UTF-8 too.
         before, half = text[max(error.start - 20, 0) : error.start], text[error.start]
-        return Made(None, NOT_UNICODE, f"half a character, {half!a}, behind {before!a}")
+        return Made([], NOT_UNICODE, f"half a character, {half!a}, behind {before!a}")
     return None
 
 

@@ -92,10 +92,10 @@ class PartReader:
                 break
             row, made = entry
             self.rows_read = part.row_stop = row.number + 1
-            if made.sample is not None:
-                part.samples.append(made.sample)
+            if made.samples:
+                part.samples += made.samples
                 part.truncated += made.truncated
-                tokens += len(made.sample.input_ids)
+                tokens += sum(len(s.input_ids) for s in made.samples)
             else:
                 assert made.dropped is not None
                 part.dropped[made.dropped] += 1

@@ -90,14 +90,14 @@ class Prompts(SampleMaker):
             return why
         first = turns(row)[0]
         if not any(m["role"] == "user" for m in first):
-            return Made(None, NO_PROMPT)
+            return Made([], NO_PROMPT)
         try:
             ids = np.asarray(self.ids(first, row.value.tools), np.int32)
         except Dropped as drop:
-            return Made(None, drop.reason, drop.detail)
+            return Made([], drop.reason, drop.detail)
         if len(ids) + 2 > self.seq_length:
-            return Made(None, TOO_LONG)
-        return Made(TokenSample(row.number, sample_key(first), ids, np.ones(len(ids), np.bool_)))
+            return Made([], TOO_LONG)
+        return Made([TokenSample(row.number, sample_key(first), ids, np.ones(len(ids), np.bool_))])
 
 
 @dataclass(slots=True)
@@ -214,7 +214,7 @@ class Regenerator:
 
         for row in rows:
             made = self.prompts.make(row)
-            if made.sample is None:
+            if not made.samples:
                 drop(row, made.dropped or NO_ANSWER)
                 continue
             talks[row.number] = Conversation(row, turns(row))

@@ -163,8 +163,8 @@ def test_a_turn_that_the_template_refuses_drops_its_row(
         for said in (("no", "b"), ("a", "no"))
     )
     made = prompts.make(first)
-    assert (made.sample, made.dropped, made.detail) == (None, "template refuses the row", "not this")
-    assert prompts.make(second).sample is not None
+    assert (made.samples, made.dropped, made.detail) == ([], "template refuses the row", "not this")
+    assert prompts.make(second).samples
     talk = regenerate.Conversation(second, regenerate.turns(second))
     assert isinstance(talk.ask(0, prompts), Ask)
     talk.said.append({"role": "assistant", "content": "answer"})

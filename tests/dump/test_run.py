@@ -59,7 +59,7 @@ def test_the_store_holds_what_the_target_says(config: DumpConfig, show: Display)
     out = dump(config, show)
     store = dspark.cache.open(config.output)
     made = [prepare(config).maker.make(r) for r in prepare(config).corpus.rows()]
-    kept = [m.sample for m in made if m.sample is not None]
+    kept = [s for m in made for s in m.samples]
     assert len(store) == len(kept) == out["samples"] == 35
     assert out["dropped"] == {"no assistant turn": 5}
     assert (out["rows_read"], out["complete"], out["layers"]) == (40, True, [1, 2, 3])

@@ -61,10 +61,12 @@ def make(row: dict[str, Any], template: str | None = CHATML, **options: Any) -> 
 
 
 def marked(made: Made) -> str:
-    assert made.sample is not None, made
+    assert len(made.samples) == 1, made
     tokenizer = build_tokenizer()
     out, on = "", False
-    for token, flag in zip(made.sample.input_ids.tolist(), made.sample.loss_mask.tolist(), strict=True):
+    for token, flag in zip(
+        made.samples[0].input_ids.tolist(), made.samples[0].loss_mask.tolist(), strict=True
+    ):
         out += "»" if on and not flag else "«" if flag and not on else ""
         out, on = out + tokenizer.decode([token]), flag
     return out + ("»" if on else "")
@@ -110,8 +112,7 @@ def test_pattern_of_the_glm_kind_spans_lines() -> None:
 
 def test_bytes_of_one_character_stay_together() -> None:
     made = make(chat("u: é", "a: é你"), TAGGED)
-    assert made.sample is not None
-    assert int(made.sample.loss_mask.sum()) == 2 + 3 + 1
+    assert int(made.samples[0].loss_mask.sum()) == 2 + 3 + 1
 
 
 @pytest.mark.parametrize(
@@ -128,7 +129,7 @@ def test_bytes_of_one_character_stay_together() -> None:
 )
 def test_drops(row: dict[str, Any], template: str, options: dict[str, Any], reason: str) -> None:
     made = make(row, template, **options)
-    assert (made.sample, made.dropped) == (None, reason)
+    assert (made.samples, made.dropped) == ([], reason)
 
 
 HALF = "hello \ud83d"  # an emoji cut in two, as JSON can write it and UTF-8 cannot
@@ -153,7 +154,7 @@ CALL = {"type": "function", "function": {"name": "f", "arguments": {"q": HALF}}}
 def test_half_a_character_drops_the_row(row: dict[str, Any], rule: dict[str, Any]) -> None:
     """Tokenizers refuse it with an error that names no row."""
     made = make(row, **rule)
-    assert (made.sample, made.dropped) == (None, NOT_UNICODE)
+    assert (made.samples, made.dropped) == ([], NOT_UNICODE)
     assert r"half a character, '\ud83d', behind" in made.detail
     made.detail.encode()  # it goes to a log
 
@@ -175,8 +176,7 @@ def test_half_a_character_in_the_middle_of_a_dump_is_counted(
 
 def test_both_halves_are_a_character() -> None:
     row = json.loads(json.dumps(chat("u: hi", "a: \U0001f600")))  # JSON writes it as two halves
-    sample = make(row).sample
-    assert sample is not None
+    (sample,) = make(row).samples
     assert build_tokenizer().decode(sample.input_ids[sample.loss_mask]) == "\U0001f600<|im_end|>"
 
 
@@ -210,7 +210,7 @@ def test_an_answer_whose_text_follows_its_prompt_survives_a_rewritten_history() 
 
 def test_truncation_is_counted_and_keeps_what_fits() -> None:
     whole = make(ONE)
-    cut = make(ONE, seq_length=len(whole.sample.input_ids) - 2)  # type: ignore[union-attr]
+    cut = make(ONE, seq_length=len(whole.samples[0].input_ids) - 2)
     assert cut.truncated
     assert not whole.truncated
     assert marked(cut).endswith("yes.»")
@@ -218,10 +218,8 @@ def test_truncation_is_counted_and_keeps_what_fits() -> None:
 
 def test_keys_are_the_prompt_s() -> None:
     a, b = make(chat("u: hi", "a: yes")), make(chat("u: hi", "a: no, never"))
-    assert a.sample is not None
-    assert b.sample is not None
-    assert a.sample.key == b.sample.key == sample_key([{"role": "user", "content": "hi"}])
-    assert make(chat("u: ho", "a: yes")).sample.key != a.sample.key  # type: ignore[union-attr]
+    assert a.samples[0].key == b.samples[0].key == sample_key([{"role": "user", "content": "hi"}])
+    assert make(chat("u: ho", "a: yes")).samples[0].key != a.samples[0].key
 
 
 def test_tokenised_rows_pass_through() -> None:
@@ -229,11 +227,10 @@ def test_tokenised_rows_pass_through() -> None:
     made = maker.make(
         Row(0, "f:1", parse_row({"input_ids": [1, 2, 3, 4, 5], "loss_mask": [0, 0, 1, 1, 1]}, "f:1"))
     )
-    assert made.sample is not None
     assert made.truncated
-    np.testing.assert_array_equal(made.sample.input_ids, [1, 2, 3, 4])
-    np.testing.assert_array_equal(made.sample.loss_mask, [False, False, True, True])
-    assert made.sample.key == sample_key([1, 2])
+    np.testing.assert_array_equal(made.samples[0].input_ids, [1, 2, 3, 4])
+    np.testing.assert_array_equal(made.samples[0].loss_mask, [False, False, True, True])
+    assert made.samples[0].key == sample_key([1, 2])
     assert maker.mask_rule == "given"
 
 
