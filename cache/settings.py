@@ -1,6 +1,6 @@
 """Settings of bits by name, and the ways to keep codes. These tables are the only place that says them: flags, help, plans and the bench read them.
 
-``bench/codec.py`` measures them: tau of drafts trained on each, against drafts trained on exact states (docs/log.md). No imports, so that
+``bench/codec.py`` measures them: tau of drafts trained on each, against drafts trained on exact states (docs/log/2026-11-22-bits-against-tau.md). No imports, so that
 ``--help`` is instant.
 """
 
@@ -16,7 +16,7 @@ NAMED = {
 NAMES = ", ".join(f"{name} = {aux}/{last}" for name, (aux, last) in NAMED.items())
 
 # How an array of codes is kept: ``zstd`` takes out what the cells' unequal shares leave over; ``none`` keeps the codes as they are, under a checksum:
-# a fifth more bytes at 4 bits, a size that is known exactly, and reading at about half the speed of a copy from memory (docs/log.md). 3 and 2 bits need zstd.
+# a fifth more bytes at 4 bits, a size that is known exactly, and reading at about half the speed of a copy from memory (docs/log/2026-11-22-read-at-memory-speed.md). 3 and 2 bits need zstd.
 PACKINGS = ("zstd", "none")
 DEFAULT_PACKING = PACKINGS[0]
 

@@ -3,7 +3,7 @@
 Without zstd (``--pack none``) the formula is exact and this agrees with it. With zstd, it
 (``layout.disk_bytes_per_token``) knows the entropy of Gaussian cells and nothing of the text. Where tokens repeat, early layers repeat
 with them, and zstd finds it: SmolLM2 stores come out 9 to 13 % below the formula at 4 to 2 bits. So a plan made without states uses the formula, which
-is a little too large, and whatever has seen states uses this: from 8,000 tokens within 5 %, from 15,000 within 2 % (docs/log.md).
+is a little too large, and whatever has seen states uses this: from 8,000 tokens within 5 %, from 15,000 within 2 % (docs/log/2026-11-22-compact-cache.md).
 """
 
 from __future__ import annotations

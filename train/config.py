@@ -103,7 +103,7 @@ class TrainConfig:
     warmup_ratio: float = 0.04
     optimizer: str = "adamw"
     """``adamw``, or ``muon``: orthogonal steps for the matrices of the layers and ``fc``, AdamW for the rest. Measured on SmolLM2 only, 1,200
-    steps of each: tau 3.3 with muon at ``lr`` 2e-3, 2.1 with adamw at 1e-3 (docs/log.md)."""
+    steps of each: tau 3.3 with muon at ``lr`` 2e-3, 2.1 with adamw at 1e-3 (docs/log/2026-11-22-muon.md)."""
     weight_decay: float = 0.0
     betas: tuple[float, float] = (0.9, 0.95)
     grad_clip: float = 1.0
@@ -145,7 +145,7 @@ class TrainConfig:
     """Keep only the input of each draft layer for the backward pass and compute the rest again: less memory a row, more time."""
     strategy: str | None = None
     """Of several processes: ``zero`` (a rank holds the draft, and a share of masters and moments), ``ddp`` (all) or ``fsdp2`` (a share of
-    all between steps, torch's). None: zero, the fastest and the smallest (docs/log.md)."""
+    all between steps, torch's). None: zero, the fastest and the smallest (docs/log/2026-11-22-two-gpus.md)."""
     recipe: str | None = None
     """Name of the recipe that the settings came from; for the record, since the settings themselves are above."""
 

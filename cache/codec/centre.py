@@ -27,7 +27,7 @@ CENTRE_KEYS = frozenset({"mean", "deviation"})
 MASSIVE = 10.0  # a row whose norm is this many times its layer's median is left out: first tokens carry massive activations
 LEAST_DEVIATION = 1e-3  # of the layer's median deviation, so that a constant channel does not divide by zero
 # Tokens. For the means 4,000 are enough (250 lose 1.7 dB, 1,000 lose 0.5); the size of the store is measured on them too, and is within 2 % from
-# 15,000 (docs/log.md).
+# 15,000 (docs/log/2026-11-22-compact-cache.md).
 CALIBRATION = 16384
 LEAST_SAMPLES = (
     32  # samples they are taken from: a corpus is often sorted by topic, and one long sample is one topic

@@ -84,7 +84,7 @@ def state_array(name: str, shape: tuple[int, ...], spec: ArraySpec) -> StoredArr
     """How array ``spec`` of a codec is stored."""
     # Packed codes have no byte structure to shuffle; 16-bit values do (exponent bytes repeat, mantissa bytes do not).
     # Level 1 for codes: only their entropy can be taken out, no level finds repeats. Level 3 for 16-bit values: on SmolLM2 states one core
-    # packs 360, 132, 43 MB/s at levels 1, 3, 5 for ratios 1.23, 1.29, 1.37 (docs/log.md).
+    # packs 360, 132, 43 MB/s at levels 1, 3, 5 for ratios 1.23, 1.29, 1.37 (docs/log/2026-11-22-where-the-time-went.md).
     if spec.pack == "none":
         row = int(np.prod(shape[1:])) * np.dtype(spec.dtype).itemsize
         rows = 2 ** round(math.log2(PLAIN_BYTES / row))

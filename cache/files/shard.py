@@ -9,7 +9,7 @@ length as two little-endian uint64; then the crc32c of that index. Every array h
 Chunks of level 0 are kept as they are: all of one length, so the file is a table of them. They are read through a memory map, each summed where it
 lies and then copied into the result. In this order the sum is what fetches the chunk from memory, for it only reads (25 GB/s on one core of an EPYC),
 and the copy finds it in the processor's cache: 1.2 to 1.3 times a plain copy; copying first and summing the copy takes 1.3 to 1.4, ``pread`` into the same
-place 2 (docs/log.md). A committed part is never changed or cut short, so what was summed is what is copied.
+place 2 (docs/log/2026-11-22-read-at-memory-speed.md). A committed part is never changed or cut short, so what was summed is what is copied.
 """
 
 from __future__ import annotations

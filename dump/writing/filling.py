@@ -2,7 +2,7 @@
 
 Codes that come on the host are copied to their rows. Codes that come on a device are put into arrays of the whole part there, a
 batch with one indexed copy, and cross to the host once, as they will be written: 200 samples of a batch would take a thousand small steps of
-Python, each with the lock that launching the target's kernels needs, which made a dump a third slower than its parts (docs/log.md).
+Python, each with the lock that launching the target's kernels needs, which made a dump a third slower than its parts (docs/log/2026-11-22-speed-before-kernels.md).
 
 Legend: T tokens of the part, M stored rows of the last state.
 """

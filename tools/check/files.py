@@ -32,7 +32,7 @@ from dspark.train.draft.speculators import MARK, to_flat
 # What is known of servers, and from where. Checked here means: the served-parity test and bench/serve_parity.py ran on it.
 VLLM = {
     "compared_token_for_token": ["0.32.0"],
-    "served_losslessly": ["0.26.0", "0.32.0"],  # 100 prompts each, on an H100 and on a CPU (docs/log.md)
+    "served_losslessly": ["0.26.0", "0.32.0"],  # 100 prompts each, on an H100 and on a CPU (docs/log/2026-11-22-served-h100.md)
     "sources": ["vllm #46995 (method dspark)", "vllm #47093 (speculators format)", "vllm #48524 (fc's width)", "the source of 0.25.1, 0.26.0, 0.27.0"],
     "needs": "the V2 model runner; vLLM has the vanilla Markov head only",
 }  # fmt: skip

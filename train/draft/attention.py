@@ -134,7 +134,7 @@ def _flex_mask(start: Tensor, limit: Tensor, context: int, block_size: int) -> B
     torch's ``create_block_mask`` evaluates every one of Q x (S+Q) elements to find the tiles; intervals give them directly.
     """
     length = start.shape[0] * block_size
-    # A value a query and no division in the kernel: a quarter less time than from the blocks' own (measured, docs/log.md).
+    # A value a query and no division in the kernel: a quarter less time than from the blocks' own (measured, docs/log/2026-11-22-trainer-first-gpu-run.md).
     first, end = (x.repeat_interleave(block_size).to(torch.int32) for x in (start, limit))
     query = torch.arange(length, device=start.device, dtype=torch.int32)
     own = context + query // block_size * block_size

@@ -11,7 +11,7 @@ lm_head are the target's and frozen; where the target ties them, one tensor serv
 
 The final ``norm`` starts at ones, as every norm of the draft, and is trained with the rest: the checkpoint carries the draft's own
 ``norm.weight`` and vLLM serves that one. A copy of the target's, whose scale fits the target's states and not a random layer's, costs
-AdamW a tenth of tau after 1,200 steps (docs/log.md).
+AdamW a tenth of tau after 1,200 steps (docs/log/2026-11-22-final-norm.md).
 """
 
 from __future__ import annotations
