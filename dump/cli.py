@@ -14,6 +14,7 @@ from dspark.dump.config import (
     DEFAULT_SEQ_LENGTH,
     DumpConfig,
 )
+from dspark.dump.engines.registry import ENGINES
 from dspark.dump.target.layers import parse_ids
 
 EPILOG = """\b
@@ -63,7 +64,7 @@ class LayerIds(click.ParamType):  # type: ignore[type-arg]  # no generic before 
 )
 @click.option(
     "--engine",
-    type=click.Choice(["auto", "transformers", "vllm"]),
+    type=click.Choice(["auto", *ENGINES]),
     default="auto",
     help="auto: vllm on a GPU where it is installed.",
 )

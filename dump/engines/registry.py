@@ -1,0 +1,91 @@
+"""The engines by name: which there are, which one ``auto`` takes, and how one is started.
+
+A new engine is one module with a ``start(run)`` function and one line in ``ENGINES``.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from dspark.cache.errors import UsageError
+from dspark.dump.engines.versions import VLLM_BUILDS, installed
+
+if TYPE_CHECKING:
+    from dspark.dump.engines.engine import Engine, EngineRun
+
+
+@dataclass(frozen=True, slots=True)
+class EngineKind:
+    """``start``: ``module:function`` that takes an ``EngineRun``; ``package``: what it imports; ``builds``: the
+    distributions that provide it. ``lookahead``: positions that it needs behind the longest sample."""
+
+    start: str
+    package: str
+    builds: tuple[str, ...]
+    lookahead: int = 0
+    install: str = ""
+
+    @property
+    def available(self) -> bool:
+        return importlib.util.find_spec(self.package) is not None
+
+
+ENGINES: dict[str, EngineKind] = {
+    "transformers": EngineKind("dspark.dump.engines.hf:start", "transformers", ("transformers",)),
+    "vllm": EngineKind(
+        "dspark.dump.engines.vllm.engine:start", "vllm", VLLM_BUILDS, 1, "pip install 'dspark[vllm]'"
+    ),
+}
+DEFAULT = "transformers"
+
+
+def engine_kind(name: str) -> EngineKind:
+    """The engine called ``name``; raises UsageError for another name."""
+    if name not in ENGINES:
+        raise UsageError(f"--engine {name}: no such engine. There are: auto, {', '.join(ENGINES)}.")
+    return ENGINES[name]
+
+
+def engine_version(name: str) -> str:
+    """Version of the package that runs the target."""
+    found = installed(engine_kind(name).builds)
+    if found is None:
+        raise UsageError(f"--engine {name}: the package is not installed.")
+    return found
+
+
+def choose_engine(name: str, device: str) -> tuple[str, str]:
+    """Engine and device. ``auto``: vLLM where there is a GPU and vLLM is installed, else transformers."""
+    import torch
+
+    cuda = torch.cuda.is_available()
+    if device == "cuda" and not cuda:
+        raise UsageError(
+            "--device cuda: torch sees no CUDA device here. Use --device cpu, or a machine with a GPU."
+        )
+    device = ("cuda" if cuda else "cpu") if device == "auto" else device
+    if name == "auto":
+        return ("vllm" if ENGINES["vllm"].available and device == "cuda" else DEFAULT), device
+    kind = engine_kind(name)
+    if not kind.available:
+        how = f"{kind.install}, or use" if kind.install else "install it, or use"
+        raise UsageError(f"--engine {name}: {kind.package} is not installed here: {how} --engine {DEFAULT}.")
+    return name, device
+
+
+def choose_dtype(dtype: str, device: str) -> str:
+    """``auto``: bfloat16 on a GPU, float32 on a CPU."""
+    if dtype == "auto":
+        return "bfloat16" if device == "cuda" else "float32"
+    return dtype
+
+
+def load_engine(name: str, run: EngineRun) -> Engine:
+    """Start engine ``name``: its weights are read here."""
+    module, function = engine_kind(name).start.split(":")
+    start: Callable[[EngineRun], Engine] = getattr(importlib.import_module(module), function)
+    return start(run)
