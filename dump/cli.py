@@ -10,6 +10,7 @@ import click
 
 from dspark.cache.errors import DsparkError
 from dspark.cache.shared.command import bits_options, emit, guarded
+from dspark.cache.shared.peers import Command
 from dspark.dump.config import (
     DEFAULT_SEQ_LENGTH,
     DumpConfig,
@@ -47,7 +48,7 @@ class LayerIds(click.ParamType):  # type: ignore[type-arg]  # no generic before 
             self.fail(str(error), param, ctx)
 
 
-@click.command(epilog=EPILOG, context_settings={"show_default": True, "max_content_width": 110})
+@click.command(cls=Command, epilog=EPILOG, context_settings={"show_default": True, "max_content_width": 110})
 @click.option(
     "--model",
     required=True,

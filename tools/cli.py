@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from dspark.cache.shared.command import SETTINGS, bar, bits_options, emit, guarded
+from dspark.cache.shared.peers import Group
 from dspark.tools.check.command import check_command
 from dspark.tools.flags import COUNT, COUNT_OR_ALL, DEVICE, SHARE, TOKEN_ID, Finite, coding_device_is_here
 from dspark.tools.judge.calibrate import calibrate_command
@@ -19,7 +20,7 @@ json_flag = click.option(
 )
 
 
-@click.group(context_settings=SETTINGS)
+@click.group(cls=Group, context_settings=SETTINGS)
 def main() -> None:
     """Inspect, verify, plan, score and evaluate stores of hidden states and the drafts trained from them."""
 

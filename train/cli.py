@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from dspark.cache.shared.command import SETTINGS, bar, emit, guarded
+from dspark.cache.shared.peers import Command
 from dspark.train.config import STRATEGIES, TrainConfig
 from dspark.train.recipes import AUTO, NONE, configure, recipes
 
@@ -16,6 +17,7 @@ DEFAULTS = TrainConfig(cache="")
 
 
 @click.command(
+    cls=Command,
     context_settings=SETTINGS,
     epilog="""\b
 Examples:
