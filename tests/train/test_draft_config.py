@@ -147,3 +147,48 @@ def test_missing_key_is_named() -> None:
     del flat["target_layer_ids"]
     with pytest.raises(DraftError, match="target_layer_ids"):
         DraftConfig.from_flat(flat)
+
+
+# hidden size, what the config has, and the draft's heads, key-value heads, head size, MLP
+SHAPES = {
+    "qwen3_5_moe": (2048, {"model_type": "qwen3_5_moe_text", "num_attention_heads": 16, "num_key_value_heads": 2, "head_dim": 256,
+                           "num_experts": 256, "moe_intermediate_size": 512}, (32, 4, 128, 6144)),
+    "qwen3_5_dense": (2560, {"model_type": "qwen3_5_text", "num_attention_heads": 16, "num_key_value_heads": 4, "head_dim": 256,
+                             "intermediate_size": 9216}, (32, 8, 128, 9216)),
+    "minimax_m2": (3072, {"num_attention_heads": 48, "num_key_value_heads": 8, "head_dim": 128, "num_local_experts": 256,
+                          "intermediate_size": 1536}, (48, 8, 128, 9216)),
+    "gemma4_moe": (2816, {"num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 256, "num_experts": 128,
+                          "moe_intermediate_size": 704, "intermediate_size": 2112}, (16, 8, 256, 8448)),
+    "gpt_oss": (2880, {"num_attention_heads": 64, "num_key_value_heads": 8, "head_dim": 64, "num_local_experts": 128,
+                       "intermediate_size": 2880}, (64, 8, 64, 8640)),
+    "mixtral": (4096, {"num_attention_heads": 32, "num_key_value_heads": 8, "num_local_experts": 8, "intermediate_size": 14336},
+                (32, 8, 128, 14336)),
+    "wide_heads": (4096, {"num_attention_heads": 64, "num_key_value_heads": 1, "head_dim": 512, "moe_intermediate_size": 2048,
+                          "n_routed_experts": 256}, (256, 4, 128, 12288)),
+    "by_layer": (4096, {"num_attention_heads": [32, 16], "num_key_value_heads": [8, 4], "intermediate_size": [8192, 4096]},
+                 (32, 8, 128, 8192)),
+    "nothing": (1024, {}, (8, 8, 128, 3072)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_a_draft_is_sized_where_the_target_has_no_fitting_sizes(name: str) -> None:
+    hidden, more, expected = SHAPES[name]
+    target = {"hidden_size": hidden, "vocab_size": 1000, "num_hidden_layers": 8, **more}
+    c = DraftConfig.sized_for({"text_config": target}, target_layer_ids=(1,), mask_token_id=3)
+    assert (c.num_heads, c.num_kv_heads, c.head_dim, c.intermediate_size) == expected
+    assert c.intermediate_size >= hidden
+
+
+def test_sizes_that_are_asked_for_win() -> None:
+    def sized(**asked: int) -> tuple[int, int, int, int]:
+        c = DraftConfig.sized_for(QWEN3_4B, target_layer_ids=(1,), mask_token_id=3, **asked)
+        return c.num_heads, c.num_kv_heads, c.head_dim, c.intermediate_size
+
+    assert sized() == (32, 8, 128, 9728)
+    assert sized(intermediate_size=512) == (32, 8, 128, 512)  # narrower than the hidden size: asked for
+    assert sized(head_dim=64) == (64, 16, 64, 9728)
+    assert sized(num_heads=12) == (12, 6, 128, 9728)
+    assert sized(num_heads=12, num_kv_heads=4, head_dim=64) == (12, 4, 64, 9728)
+    with pytest.raises(UsageError, match="--num-heads and --num-kv-heads"):
+        sized(num_heads=12, num_kv_heads=5)

@@ -17,6 +17,7 @@ from typing import Any
 import click
 
 from dspark.cache.shared.command import SETTINGS, emit, guarded
+from dspark.cache.target.shape import rope_base
 from dspark.dump.engines.versions import vllm_version
 from dspark.tools.flags import COUNT, DEVICE
 
@@ -135,7 +136,7 @@ def _decode(
         others = readings(
             draft,
             target.shapes.num_layers,
-            files_only.rope_theta(target.config),
+            rope_base(target.config),
             mask_candidates(target),
             tapped.frozen.norm,
         )

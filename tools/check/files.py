@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from dspark.cache.errors import DraftError
+from dspark.cache.target.shape import rope_base, text_config
 from dspark.tools import records
 from dspark.tools.records import Optional
 from dspark.train.draft import folder as export
@@ -266,7 +267,7 @@ def against_target(files: Files, target: Mapping[str, Any]) -> Iterator[Finding]
             "error", "rope", f"max_position_embeddings is {flat['max_position_embeddings']}, the target takes {longest}: vLLM sizes the "
             "draft's RoPE table by it and fails (or drafts noise) beyond",
         )  # fmt: skip
-    own, theirs = rope_theta(flat), rope_theta(target)
+    own, theirs = rope_base(flat), rope_base(text_config(target))
     if own is None:
         yield Finding(
             "error", "rope", "config.json has no rope_theta (nor rope_parameters): vLLM takes 1,000,000"
@@ -277,12 +278,6 @@ def against_target(files: Files, target: Mapping[str, Any]) -> Iterator[Finding]
             "rope",
             f"rope_theta is {own:g}, the target's is {theirs:g}; drafts are usually trained with the target's",
         )
-
-
-def rope_theta(config: Mapping[str, Any]) -> float | None:
-    nested = config.get("rope_parameters") or {}
-    value = nested.get("full_attention", nested).get("rope_theta") or config.get("rope_theta")
-    return None if value is None else float(value)
 
 
 def tensors(files: Files, target: Mapping[str, Any]) -> Iterator[Finding]:

@@ -15,11 +15,10 @@ from dataclasses import dataclass
 from typing import Any, Literal, Self, get_args
 
 from dspark.cache.errors import DraftError, UsageError
+from dspark.cache.target.shape import DEFAULT_ROPE_BASE, Asked, count, rope_base, shape_for, text_config
 
 SpeculatorType = Literal["dspark", "dflash"]
 MARKOV_TYPES = ("vanilla", "gated", "rnn")
-# Head size where the target's is not a plain attention's (multi-head latent attention has several).
-MLA_HEAD_DIM = 128
 # vLLM's dspark model always builds a Markov head. A DFlash draft is served by it with one whose bias is zero.
 DFLASH_SERVED_RANK = 8
 
@@ -50,7 +49,7 @@ class DraftConfig:
     markov_head_type: str = "vanilla"
     enable_confidence_head: bool = True
     confidence_head_with_markov: bool = True
-    rope_theta: float = 1_000_000.0
+    rope_theta: float = DEFAULT_ROPE_BASE
     rms_norm_eps: float = 1e-6
     max_position_embeddings: int = 32768
     initializer_range: float = 0.02
@@ -137,39 +136,30 @@ class DraftConfig:
     ) -> Self:
         """A Qwen3-style draft for the target whose HF ``config.json`` is ``target``.
 
-        Sizes come from the target where it has them: the draft then has the arithmetic of some layers of its target.
-        A multimodal config is read through its ``text_config``. For latent attention (``kv_lora_rank``) heads are
-        128 wide, one key head a query head. ``dflash`` drops both heads.
+        Layers are sized by ``cache.target.shape.shape_for``; sizes given here win. ``dflash`` drops both heads.
         """
-        text: Mapping[str, Any] = target.get("text_config") or target
-        needed = (
-            "hidden_size",
-            "intermediate_size",
-            "num_attention_heads",
-            "num_hidden_layers",
-            "vocab_size",
-        )
-        missing = [key for key in needed if text.get(key) is None]
+        text = text_config(target)
+        missing = [key for key in ("num_hidden_layers", "vocab_size") if count(text, key) is None]
         if missing:
             raise UsageError(
                 f"the target's config.json has no {', '.join(missing)}; cannot size a draft for it"
             )
-        latent = text.get("kv_lora_rank") is not None
-        heads = num_heads or int(text["num_attention_heads"])
-        if latent:
-            default_dim, default_kv = MLA_HEAD_DIM, heads
-        else:
-            default_dim = int(text.get("head_dim") or text["hidden_size"] // text["num_attention_heads"])
-            default_kv = int(text.get("num_key_value_heads") or heads)
+        asked = Asked(
+            num_heads=num_heads,
+            num_kv_heads=num_kv_heads,
+            head_dim=head_dim,
+            intermediate_size=intermediate_size,
+        )
+        shape = shape_for(target, asked)
         dspark = speculator_type == "dspark"
         return cls(
             speculator_type=speculator_type,
-            hidden_size=int(text["hidden_size"]),
-            intermediate_size=intermediate_size or int(text["intermediate_size"]),
+            hidden_size=shape.hidden_size,
+            intermediate_size=shape.intermediate_size,
             num_layers=num_layers,
-            num_heads=heads,
-            num_kv_heads=num_kv_heads or default_kv,
-            head_dim=head_dim or default_dim,
+            num_heads=shape.num_heads,
+            num_kv_heads=shape.num_kv_heads,
+            head_dim=shape.head_dim,
             vocab_size=int(text["vocab_size"]),
             draft_vocab_size=draft_vocab_size or int(text["vocab_size"]),
             mask_token_id=mask_token_id,
@@ -180,9 +170,9 @@ class DraftConfig:
             markov_head_type=markov_head_type,
             enable_confidence_head=enable_confidence_head and dspark,
             confidence_head_with_markov=confidence_head_with_markov,
-            rope_theta=_rope_theta(text, default=1_000_000.0),
-            rms_norm_eps=float(text.get("rms_norm_eps") or 1e-6),
-            max_position_embeddings=int(text.get("max_position_embeddings") or 32768),
+            rope_theta=shape.rope_theta,
+            rms_norm_eps=shape.rms_norm_eps,
+            max_position_embeddings=shape.max_position_embeddings,
         )
 
     def to_flat(self) -> dict[str, Any]:
@@ -264,7 +254,7 @@ class DraftConfig:
                 markov_head_type=str(flat.get("markov_head_type", "vanilla")),
                 enable_confidence_head=bool(flat.get("enable_confidence_head", False)),
                 confidence_head_with_markov=bool(flat.get("confidence_head_with_markov", False)),
-                rope_theta=_rope_theta(flat, default=1_000_000.0),
+                rope_theta=rope_base(flat, DEFAULT_ROPE_BASE),
                 rms_norm_eps=float(flat["rms_norm_eps"]),
                 max_position_embeddings=int(flat["max_position_embeddings"]),
                 initializer_range=float(flat.get("initializer_range", 0.02)),
@@ -286,12 +276,3 @@ _HONOURED: dict[str, tuple[Any, ...]] = {
     "logit_scale": (1.0,),
     "dflash_config": ({},),
 }
-
-
-def _rope_theta(config: Mapping[str, Any], *, default: float) -> float:
-    """RoPE base in either spelling (transformers 4 flat, transformers 5 under ``rope_parameters``)."""
-    nested = config.get("rope_parameters") or {}
-    # Per-layer-type parameters (Gemma) nest once more; the draft attends fully, so full attention's base is its.
-    nested = nested.get("full_attention", nested)
-    said = (place.get("rope_theta") for place in (nested, config))
-    return float(next((theta for theta in said if theta is not None), default))
