@@ -8,7 +8,7 @@ TARGET := .work/smollm2
 DEMO   := .work/demo
 SHELL  := /bin/bash
 
-.PHONY: demo test target lint types pytest clean
+.PHONY: demo test target lint types pytest site clean
 
 .venv/ready: pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -53,6 +53,11 @@ types:
 
 pytest:
 	DSPARK_SMOLLM2=$(CURDIR)/$(TARGET) $(BIN)/pytest
+
+# The documentation as a site in build/site; warnings are errors.
+site: .venv/ready
+	$(BIN)/pip install -q -e ".[docs]"
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 clean:
 	rm -rf .venv .work build *.egg-info
