@@ -59,6 +59,10 @@ class DataError(DsparkError):
     """A row of the corpus is malformed. The message names file and line."""
 
 
+class TargetError(DsparkError):
+    """The target cannot be used: it is not a language model that can be read here, or a part of it is missing."""
+
+
 class EngineError(DsparkError):
     """The target could not be run, or its states failed the self-check."""
 

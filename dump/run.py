@@ -36,7 +36,7 @@ from dspark.dump.job import Job, first_samples, load_engine, part_reader, prepar
 from dspark.dump.progress import log_file
 from dspark.dump.regenerate.answer_files import AnswerFiles
 from dspark.dump.regenerate.conversations import Prompts, Regenerator, batches_of
-from dspark.dump.target.config import compact
+from dspark.dump.target.weights import compact
 from dspark.dump.workers import WorkerPool
 from dspark.dump.writing.pipeline import Pipeline, writers
 

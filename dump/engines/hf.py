@@ -25,8 +25,8 @@ from dspark.cache.sdpa import no_plan_a_shape
 from dspark.cache.target.frozen import FrozenTarget
 from dspark.dump.engines.answers import Answered, Ask, Sampling, repeat_last, stored_runs
 from dspark.dump.engines.engine import Captured, CodedStates, EngineRun, Prediction, States, send
-from dspark.dump.target.config import find_parts, frozen_target
 from dspark.dump.target.layers import Shapes
+from dspark.dump.target.weights import find_parts, frozen_target
 
 if TYPE_CHECKING:
     from dspark.cache.codec.rotated import Codec

@@ -1,8 +1,4 @@
-"""The target beside its weights: config, shapes, tokenizer files, mask token; and, of a loaded model, its parts by structure.
-
-Nothing here goes by a family's names: the decoder is the module that holds as many layers as the config says, the final norm is the
-one norm beside them, embedding and head are what the model itself says they are.
-"""
+"""The target without its weights: config, shapes, tokenizer and its files, mask token."""
 
 from __future__ import annotations
 
@@ -14,14 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dspark.cache.errors import EngineError, UsageError
+from dspark.cache.errors import TargetError, UsageError
 from dspark.cache.manifest import Json, TargetInfo, TokenizerInfo
-from dspark.cache.target.frozen import FrozenTarget
+from dspark.dump.target.checkpoint import first_line
+from dspark.dump.target.identify import identify, read_config, refuse_config, refuse_kind
 from dspark.dump.target.layers import Shapes
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from dspark.dump.target.presets import Preset
 
 TOKENIZER_FILES = (
@@ -30,6 +25,13 @@ TOKENIZER_FILES = (
     "special_tokens_map.json",
     "chat_template.jinja",
 )
+TOKENIZER_MARKS = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+)  # a folder with one of them has a tokenizer
+# Sizes that a config class may compute instead of storing them.
+SIZES = ("hidden_size", "vocab_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
 VOLATILE_CONFIG = (
     "_name_or_path",
     "transformers_version",
@@ -38,7 +40,8 @@ VOLATILE_CONFIG = (
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """What is known of a target before its weights are read. ``config``: of its text model. ``tokenizer`` None: it has none."""
+    """What is known of a target before its weights are read. ``config``: of its text model; ``whole``: transformers' config object of
+    the checkpoint. ``tokenizer`` None: it has none."""
 
     id: str
     revision: str | None
@@ -47,23 +50,43 @@ class Target:
     eos_token_ids: list[int]
     tokenizer: Any
     files: Mapping[str, bytes]
+    whole: Any = None
 
 
-def load_target(model: str) -> Target:
-    """Read config and tokenizer of a model id or folder; no weights."""
+def load_config(model: str, trust_remote_code: bool = False) -> tuple[Any, Json]:
+    """The transformers config of a model id or folder, and its text model's as JSON. Raises TargetError for anything but a decoder LM."""
     from transformers import AutoConfig
 
+    identify(model)
+    refuse_config(model, read_config(model), trust_remote_code)
     try:
-        whole = AutoConfig.from_pretrained(model)
-    except (OSError, ValueError, KeyError) as error:
-        raise UsageError(
-            f"--model {model}: no config could be read ({_first_line(error)}). Expected a model id that can be reached, or a folder with config.json."
+        whole = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
+    except Exception as error:  # a config is checked by its class, which raises errors of many types
+        raise TargetError(
+            f"--model {model}: no config could be read ({type(error).__name__}: {first_line(error)}). Its architecture may be newer than "
+            "this transformers release, or its config.json damaged."
         ) from error
+    refuse_kind(model, whole)
+    return whole, text_json(whole)
+
+
+def text_json(whole: Any) -> Json:
+    """The text model's config as JSON. Sizes that are properties of the class, and so not in the JSON, are put in."""
     text = whole.get_text_config()
-    config = {
+    out = {
         k: v for k, v in json.loads(text.to_json_string(use_diff=False)).items() if k not in VOLATILE_CONFIG
     }
-    tokenizer = load_tokenizer(model)
+    for name in SIZES:
+        value = getattr(text, name, None)
+        if not isinstance(out.get(name), int) and isinstance(value, int):
+            out[name] = value
+    return out
+
+
+def load_target(model: str, trust_remote_code: bool = False) -> Target:
+    """Read config and tokenizer of a model id or folder; no weights."""
+    whole, config = load_config(model, trust_remote_code)
+    tokenizer = load_tokenizer(model, trust_remote_code)
     return Target(
         id=model,
         revision=getattr(whole, "_commit_hash", None),
@@ -72,40 +95,49 @@ def load_target(model: str) -> Target:
         eos_token_ids=_eos_ids(model, config, tokenizer),
         tokenizer=tokenizer,
         files=_tokenizer_files(model, tokenizer),
+        whole=whole,
     )
 
 
 def shapes_of(config: Mapping[str, Any], model: str) -> Shapes:
-    """H, V and number of layers, which every decoder's config states."""
-    missing = [
-        k for k in ("hidden_size", "vocab_size", "num_hidden_layers") if not isinstance(config.get(k), int)
-    ]
+    """H, V and number of decoder layers. Raises TargetError where the config lacks one."""
+    # Where a config counts something else (cache layers) as num_hidden_layers, it says num_layers too.
+    layers = (
+        config.get("num_layers")
+        if isinstance(config.get("num_layers"), int)
+        else config.get("num_hidden_layers")
+    )
+    found = {
+        "hidden_size": config.get("hidden_size"),
+        "vocab_size": config.get("vocab_size"),
+        "num_hidden_layers": layers,
+    }
+    missing = [k for k, v in found.items() if not isinstance(v, int) or v < 1]
     if missing:
-        raise UsageError(
+        raise TargetError(
             f"--model {model}: its text config lacks {', '.join(missing)}; expected a decoder-only language model."
         )
+    longest = config.get("max_position_embeddings")
     return Shapes(
         hidden_size=config["hidden_size"],
         vocab_size=config["vocab_size"],
-        num_layers=config["num_hidden_layers"],
-        max_positions=config.get("max_position_embeddings"),
+        num_layers=int(layers or 0),
+        max_positions=longest if isinstance(longest, int) else None,
     )
 
 
-def load_tokenizer(model: str) -> Any:
-    """The tokenizer, or None where the target has none (rows must then be tokens)."""
+def load_tokenizer(model: str, trust_remote_code: bool = False) -> Any:
+    """The tokenizer of a folder or model id, or None where a folder has none (rows must then be tokens)."""
     from transformers import AutoTokenizer
 
     folder = Path(model)
-    if folder.is_dir() and not any(
-        (folder / n).is_file() for n in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
-    ):
+    if folder.is_dir() and not any((folder / n).is_file() for n in TOKENIZER_MARKS):
         return None
     try:
-        return AutoTokenizer.from_pretrained(model)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise UsageError(
-            f"--model {model}: its tokenizer could not be loaded: {_first_line(error)}"
+        return AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
+    except Exception as error:  # of several libraries
+        raise TargetError(
+            f"--model {model}: its tokenizer could not be loaded: {first_line(error)}"
         ) from error
 
 
@@ -200,91 +232,3 @@ def choose_mask_token(target: Target, asked: int | None, preset: int | None) -> 
             "no unused embedding row and no spare special token to serve as mask token. Pass --mask-token-id (an id that no row uses)."
         )
     return max(free)
-
-
-@dataclass(frozen=True, slots=True)
-class Parts:
-    """A loaded model's parts. ``decoder``: whose output is after ``norm``; ``layers``: its decoder layers, in order."""
-
-    decoder: nn.Module
-    layers: nn.ModuleList
-    norm: nn.Module
-    embed: nn.Module
-    head: nn.Module
-
-
-def find_parts(model: Any, shapes: Shapes) -> Parts:
-    """The parts of a transformers causal LM (or of the text model it wraps)."""
-    from torch import nn
-
-    stacks = [
-        (name, parent, child)
-        for name, parent in model.named_modules()
-        for child in parent.children()
-        if isinstance(child, nn.ModuleList) and len(child) == shapes.num_layers and not _in_list(name)
-    ]
-    # A wrapper may hold other stacks of the same depth (a vision tower): only a text decoder has a norm of its hidden size beside it.
-    found = [
-        (parent, layers, norms)
-        for _, parent, layers in stacks
-        if len(norms := _norms(parent, layers, shapes.hidden_size)) == 1
-    ]
-    if len(found) != 1:
-        raise EngineError(
-            f"{type(model).__name__}: looked for one stack of {shapes.num_layers} layers with one norm of width {shapes.hidden_size} beside it, "
-            f"found {len(found)} (stacks of that depth: {[name for name, _, _ in stacks]}). This structure is not known."
-        )
-    decoder, layers, norms = found[0]
-    embed, head = model.get_input_embeddings(), model.get_output_embeddings()
-    shape = (shapes.vocab_size, shapes.hidden_size)
-    for what, module in (("embedding", embed), ("output head", head)):
-        weight = getattr(module, "weight", None)
-        if weight is None or tuple(weight.shape) != shape:
-            found_shape = None if weight is None else tuple(weight.shape)
-            raise EngineError(
-                f"{type(model).__name__}: looked for an {what} of shape {shape}, found {found_shape}."
-            )
-    if getattr(head, "bias", None) is not None:
-        raise EngineError(
-            f"{type(model).__name__}: its output head has a bias, which a draft's frozen head does not carry."
-        )
-    return Parts(decoder, layers, norms[0], embed, head)
-
-
-def _in_list(name: str) -> bool:
-    return any(part.isdigit() for part in name.split("."))
-
-
-def _norms(parent: nn.Module, layers: nn.ModuleList, hidden: int) -> list[nn.Module]:
-    """Children of ``parent`` with a weight of shape [H] and no other parameter than a bias."""
-    out = []
-    for child in parent.children():
-        weight = getattr(child, "weight", None)
-        if child is not layers and weight is not None and tuple(weight.shape) == (hidden,):
-            out.append(child)
-    return out
-
-
-def frozen_target(parts: Parts) -> FrozenTarget:
-    """The weights that training needs, as they are in the model (no copy)."""
-    embed: Any = parts.embed.weight
-    head: Any = parts.head.weight
-    norm: Any = parts.norm.weight
-    tied = head.data_ptr() == embed.data_ptr()
-    return FrozenTarget(embed.detach(), norm.detach(), embed.detach() if tied else head.detach(), tied)
-
-
-def compact(frozen: FrozenTarget) -> FrozenTarget:
-    """The same weights in bfloat16 where that loses nothing (a bfloat16 checkpoint that ran in float32), so that engines agree on the bytes."""
-    import torch
-
-    tensors = (frozen.embed_tokens, frozen.norm, frozen.lm_head)
-    if any(not torch.equal(t.to(torch.bfloat16).to(t.dtype), t) for t in tensors):
-        return frozen
-    embed = frozen.embed_tokens.to(torch.bfloat16)
-    head = embed if frozen.tied else frozen.lm_head.to(torch.bfloat16)
-    return FrozenTarget(embed, frozen.norm.to(torch.bfloat16), head, frozen.tied)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]

@@ -1,95 +1,219 @@
-"""The target's frozen weights and final norm straight from its checkpoint, for engines that do not hand them out.
+"""The target's frozen weights: of a loaded model, its parts by structure; of a checkpoint, its tensors by name.
 
-The module tree is built without memory (meta device) and its parts are found by structure; only their few tensors are read.
+A model's decoder is the module that holds as many layers as the config says, the final norm is the one norm beside them, embedding and
+head are what the model itself says they are. A checkpoint is read without its layers: the module tree is built without memory (meta
+device) for the final norm's arithmetic, and three tensors are read.
 """
 
 from __future__ import annotations
 
 import copy
-import json
-from pathlib import Path
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from dspark.cache.errors import EngineError
+from dspark.cache.errors import EngineError, TargetError
 from dspark.cache.target.frozen import FrozenTarget
-from dspark.dump.target.config import find_parts
+from dspark.dump.target.checkpoint import Checkpoint, first_line, open_checkpoint
+from dspark.dump.target.frozen_names import FrozenNames, locate
 from dspark.dump.target.layers import Shapes
+from dspark.dump.target.stored import form_of, read_matrix
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
-INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """A loaded model's parts. ``decoder``: whose output is after ``norm``; ``layers``: its decoder layers, in order."""
+
+    decoder: nn.Module
+    layers: nn.ModuleList
+    norm: nn.Module
+    embed: nn.Module
+    head: nn.Module
+    vocab_size: int
 
 
-def read_frozen(model: str, shapes: Shapes) -> tuple[FrozenTarget, nn.Module]:
-    """Frozen weights as the checkpoint has them, and the final norm as a module that runs on the CPU."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+def find_parts(model: Any, shapes: Shapes) -> Parts:
+    """The parts of a transformers causal LM (or of the text model it wraps)."""
+    from torch import nn
 
-    with torch.device("meta"):
-        empty = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model))
-    parts = find_parts(empty, shapes)
-    names = {
-        id(p): name for name, p in empty.named_parameters()
-    }  # a tied weight under its first name, the embedding's
-    files = weight_files(model)
-
-    def read(module: Any) -> torch.Tensor:
-        return read_tensor(files, names[id(module.weight)], tuple(module.weight.shape), model)
-
-    embed, norm_weight = read(parts.embed), read(parts.norm)
-    tied = parts.head.weight is parts.embed.weight
-    norm = copy.deepcopy(parts.norm).to_empty(device="cpu")
-    norm.load_state_dict({"weight": norm_weight})
-    return FrozenTarget(embed, norm_weight, embed if tied else read(parts.head), tied), norm
-
-
-def weight_files(model: str) -> dict[str, Path]:
-    """Tensor name -> safetensors file, of a folder or of a model id (downloaded where needed)."""
-    from safetensors import safe_open
-    from transformers.utils import cached_file
-
-    index = cached_file(model, INDEX, _raise_exceptions_for_missing_entries=False)
-    if index is not None:
-        names = json.loads(Path(index).read_text())["weight_map"]
-        # Only the files of tensors outside the decoder layers are ever fetched.
-        wanted = {f for n, f in names.items() if not any(part.isdigit() for part in n.split("."))}
-        paths = {f: Path(cached_file(model, f)) for f in wanted}
-        return {n: paths[f] for n, f in names.items() if f in paths}
-    single = cached_file(model, SINGLE, _raise_exceptions_for_missing_entries=False)
-    if single is None:
-        raise EngineError(
-            f"{model}: looked for {INDEX} and {SINGLE}, found neither; the frozen weights cannot be read."
-        )
-    with safe_open(single, framework="pt") as file:
-        return {name: Path(single) for name in file.keys()}  # noqa: SIM118 - safe_open is no mapping
-
-
-def read_tensor(files: dict[str, Path], name: str, shape: tuple[int, ...], model: str) -> torch.Tensor:
-    """Tensor ``name``; a checkpoint may carry another prefix, so the one tensor outside the layers that ends alike will do."""
-    from safetensors import safe_open
-
-    tail = ".".join(name.split(".")[-2:])
-    alike = (
-        [name]
-        if name in files
-        else [
-            n
-            for n in files
-            if (n == tail or n.endswith("." + tail)) and not any(part.isdigit() for part in n.split("."))
-        ]
-    )
-    found = []
-    for candidate in alike:
-        with safe_open(files[candidate], framework="pt") as file:
-            if tuple(file.get_slice(candidate).get_shape()) == shape:
-                found.append((candidate, file.get_tensor(candidate)))
+    stacks = [
+        (name, parent, child)
+        for name, parent in model.named_modules()
+        for child in parent.children()
+        if isinstance(child, nn.ModuleList) and len(child) == shapes.num_layers and not _in_list(name)
+    ]
+    # A wrapper may hold other stacks of the same depth (a vision tower): only a text decoder has a norm of its hidden size beside it.
+    found = [
+        (parent, layers, norms)
+        for _, parent, layers in stacks
+        if len(norms := _norms(parent, layers, shapes.hidden_size)) == 1
+    ]
     if len(found) != 1:
         raise EngineError(
-            f"{model}: looked for one tensor {name} of shape {shape}, found {[n for n, _ in found] or alike}."
+            f"{type(model).__name__}: looked for one stack of {shapes.num_layers} layers with one norm of width {shapes.hidden_size} beside it, "
+            f"found {len(found)} (stacks of that depth: {[name for name, _, _ in stacks]}). This structure is not known."
         )
-    tensor: torch.Tensor = found[0][1]
-    if not tensor.is_floating_point() or tensor.element_size() < 2:
-        raise EngineError(f"{model}: {found[0][0]} is stored as {tensor.dtype}; expected 16 or 32 bits.")
-    return tensor
+    decoder, layers, norms = found[0]
+    embed, head = model.get_input_embeddings(), model.get_output_embeddings()
+    for what, module in (("embedding", embed), ("output head", head)):
+        if module is None:
+            raise EngineError(f"{type(model).__name__}: it has no {what}; expected a causal language model.")
+    if getattr(head, "bias", None) is not None:
+        raise EngineError(
+            f"{type(model).__name__}: its output head has a bias, which a draft's frozen head does not carry."
+        )
+    return Parts(decoder, layers, norms[0], embed, head, shapes.vocab_size)
+
+
+def _in_list(name: str) -> bool:
+    return any(part.isdigit() for part in name.split("."))
+
+
+def _norms(parent: nn.Module, layers: nn.ModuleList, hidden: int) -> list[nn.Module]:
+    """Children of ``parent`` with a weight of shape [H] and no other parameter than a bias."""
+    out = []
+    for child in parent.children():
+        weight = getattr(child, "weight", None)
+        if child is not layers and weight is not None and tuple(weight.shape) == (hidden,):
+            out.append(child)
+    return out
+
+
+def are_plain(parts: Parts) -> bool:
+    """Whether embedding and head are matrices of 16 or 32 bits here, and not packed or on no device."""
+    for module in (parts.embed, parts.head):
+        weight: Any = getattr(module, "weight", None)
+        if weight is None or weight.ndim != 2 or weight.device.type == "meta":
+            return False
+        if not weight.is_floating_point() or weight.element_size() < 2:
+            return False
+    return True
+
+
+def frozen_target(parts: Parts) -> FrozenTarget:
+    """The weights that training needs, as they are in the model (no copy; rows that pad the vocabulary are left out).
+
+    Raises EngineError where a matrix is smaller than the vocabulary, or quantised (``read_frozen`` reads those).
+    """
+    embed: Any = parts.embed.weight if are_plain(parts) else None
+    head: Any = parts.head.weight if are_plain(parts) else None
+    norm: Any = parts.norm.weight
+    if embed is None:
+        raise EngineError(
+            "the model's embedding or output head is quantised here; read them from its checkpoint."
+        )
+    shape = (parts.vocab_size, norm.shape[0])
+    for what, weight in (("embedding", embed), ("output head", head)):
+        if weight.shape[0] < shape[0] or weight.shape[1] != shape[1]:
+            raise EngineError(f"looked for an {what} of shape {shape}, found {tuple(weight.shape)}.")
+    tied = head.data_ptr() == embed.data_ptr()
+    rows = embed.detach()[: shape[0]]
+    return FrozenTarget(rows, norm.detach(), rows if tied else head.detach()[: shape[0]], tied)
+
+
+def compact(frozen: FrozenTarget) -> FrozenTarget:
+    """The same weights in bfloat16 where that loses nothing (a bfloat16 checkpoint that ran in float32), so that engines agree on the bytes."""
+    import torch
+
+    tensors = (frozen.embed_tokens, frozen.norm, frozen.lm_head)
+    if any(not torch.equal(t.to(torch.bfloat16).to(t.dtype), t) for t in tensors):
+        return frozen
+    embed = frozen.embed_tokens.to(torch.bfloat16)
+    head = embed if frozen.tied else frozen.lm_head.to(torch.bfloat16)
+    return FrozenTarget(embed, frozen.norm.to(torch.bfloat16), head, frozen.tied)
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """Where the frozen weights lie in a checkpoint, known from its headers."""
+
+    checkpoint: Checkpoint
+    names: FrozenNames
+    forms: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return f"{self.names} ({', '.join(dict.fromkeys(self.forms))})"
+
+
+def find_frozen(model: str, shapes: Shapes, config: Any) -> Found:
+    """Look for the frozen weights in the headers of ``model``; no weight is read. ``config``: the whole transformers config."""
+    checkpoint = open_checkpoint(model)
+    names = locate(checkpoint, shapes, is_tied(config))
+    matrices = [names.embed] if names.head is None else [names.embed, names.head]
+    return Found(checkpoint, names, tuple(form_of(checkpoint, m) for m in matrices))
+
+
+def is_tied(config: Any) -> bool:
+    """Whether the config makes the embedding the output head; a wrapper's own word comes before its text config's."""
+    for part in (config, config.get_text_config()):
+        said = getattr(part, "tie_word_embeddings", None)
+        if said is not None:
+            return bool(said)
+    return False
+
+
+def quantization_of(config: Any) -> Mapping[str, Any]:
+    """The ``quantization_config`` of a checkpoint, empty where it is not quantised."""
+    said = getattr(config, "quantization_config", None) or {}
+    return said if isinstance(said, Mapping) else said.to_dict()
+
+
+def read_frozen(
+    model: str, shapes: Shapes, trust_remote_code: bool = False
+) -> tuple[FrozenTarget, nn.Module]:
+    """Frozen weights as the checkpoint has them, and the final norm as a module that runs on the CPU.
+
+    Raises TargetError where a part is missing or is stored in a form that is not read.
+    """
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
+    found = find_frozen(model, shapes, config)
+    names, checkpoint = found.names, found.checkpoint
+    weight = checkpoint.read(f"{names.norm}.weight")
+    if not weight.is_floating_point() or weight.element_size() < 2:
+        raise TargetError(f"{model}: {names.norm} is stored as {weight.dtype}; expected 16 or 32 bits.")
+
+    def read(module: str) -> torch.Tensor:
+        return read_matrix(checkpoint, module, shapes.vocab_size, shapes.hidden_size, quantization_of(config))
+
+    embed = read(names.embed)
+    head = embed if names.head is None else read(names.head)
+    norm = copy.deepcopy(find_parts(empty_model(config, trust_remote_code), shapes).norm).to_empty(
+        device="cpu"
+    )
+    norm.load_state_dict({"weight": weight}, strict=False)
+    return FrozenTarget(embed, weight, head, names.head is None), norm
+
+
+def empty_model(config: Any, trust_remote_code: bool = False) -> Any:
+    """The module tree of a target on the meta device: no weights, no memory."""
+    import torch
+
+    try:
+        with torch.device("meta"):
+            return model_class(config).from_config(config, trust_remote_code=trust_remote_code)
+    except (ValueError, ImportError, RuntimeError, AttributeError, TypeError, KeyError) as error:
+        raise TargetError(
+            f"transformers could not build a {type(config).__name__}: {first_line(error)}"
+        ) from error
+
+
+def model_class(config: Any) -> Any:
+    """The transformers class that holds this config's language model: a causal LM, or the wrapper of one (images, audio)."""
+    import transformers
+    from transformers.models.auto import modeling_auto as autos
+
+    kinds = (
+        (transformers.AutoModelForCausalLM, autos.MODEL_FOR_CAUSAL_LM_MAPPING),
+        (transformers.AutoModelForImageTextToText, autos.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING),
+        (getattr(transformers, "AutoModelForMultimodalLM", None), getattr(autos, "MODEL_FOR_MULTIMODAL_LM_MAPPING", {})),
+    )  # fmt: skip
+    for cls, known in kinds:
+        if cls is not None and type(config) in known:
+            return cls
+    return transformers.AutoModelForCausalLM  # it says what it does not know, and takes remote code

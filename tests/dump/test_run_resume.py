@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from dump_runs import corpus, files
 
-from dspark.cache.errors import DsparkError, MismatchError, UsageError
+from dspark.cache.errors import DsparkError, MismatchError, TargetError
 from dspark.cache.files.atomic import remove
 from dspark.cache.verify import drop_damaged, verify
 from dspark.dump import plan as planning
@@ -45,7 +45,7 @@ def test_the_same_command_on_a_whole_store_reads_no_weights(
 @pytest.mark.parametrize(
     ("change", "error", "words"),
     [
-        ({"model": "nosuchmodel"}, UsageError, "--model nosuchmodel: no config could be read"),
+        ({"model": "nosuchmodel"}, TargetError, "--model nosuchmodel: no config could be read"),
         ({"aux_bits": 4}, MismatchError, "aux.bits: store has 16, this run has 4"),
         ({"seq_length": 99}, MismatchError, "dump.seq_length: store has .*, this run has 99"),
         ({"layers": (0, 2)}, MismatchError, r"layers: store has \[1, 2, 3\], this run has \[0, 2\]"),

@@ -18,7 +18,8 @@ from dspark.cache.errors import EngineError
 from dspark.cache.sdpa import no_plan_a_shape
 from dspark.cache.shared.process import make_current
 from dspark.cache.target.frozen import FrozenTarget
-from dspark.dump.target.config import find_parts, frozen_target, shapes_of
+from dspark.dump.target.config import shapes_of
+from dspark.dump.target.weights import find_parts, frozen_target
 
 
 class Target:

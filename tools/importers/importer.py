@@ -93,9 +93,9 @@ def import_store(
     the cache is not as its layout has it.
     """
     from dspark.dump.centring import centred_as
-    from dspark.dump.target.config import compact, load_target, target_info, tokenizer_info
+    from dspark.dump.target.config import load_target, target_info, tokenizer_info
     from dspark.dump.target.presets import find
-    from dspark.dump.target.weights import read_frozen
+    from dspark.dump.target.weights import compact, read_frozen
 
     codecs = codec_for(aux_bits, pack), codec_for(last_bits, pack)
     given = open_source(source)

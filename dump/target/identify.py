@@ -1,0 +1,201 @@
+"""What ``--model`` names, before transformers is asked: a target's folder or id, or something else, called by its name.
+
+Everything here is decided from names and small files, offline in seconds.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import json
+import os
+import socket
+import urllib.parse
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from dspark.cache.errors import TargetError, UsageError
+from dspark.dump.target.presets import presets
+
+CONFIG = "config.json"
+PROBE_SECONDS = 3.0
+DRAFTS = ("Qwen3DSparkModel", "Gemma4DSparkModel", "DSparkSpeculator", "DFlashDraftModel", "DSparkDraftModel")
+
+
+def identify(model: str) -> None:
+    """Raise UsageError unless ``model`` can be a language model's folder or id;
+    says what it is instead. TargetError where an id cannot be looked up."""
+    path = Path(model).expanduser()
+    if path.is_file():
+        what = "a GGUF file of llama.cpp" if path.suffix == ".gguf" else "a file"
+        raise UsageError(
+            f"--model {model}: this is {what}. Expected a folder with {CONFIG} and safetensors, or a model id"
+            + (": give the checkpoint that the GGUF was made from." if path.suffix == ".gguf" else ".")
+        )
+    if path.is_dir():
+        _identify_folder(model, path)
+    elif _is_path(model):
+        raise UsageError(f"--model {model}: no such folder.{did_you_mean(model, _siblings(path))}")
+    else:
+        _identify_id(model)
+
+
+def _is_path(model: str) -> bool:
+    """A model id is ``name`` or ``owner/name``; anything else was meant as a path."""
+    return model.startswith((".", "/", "~")) or model.count("/") > 1 or "\\" in model
+
+
+def _siblings(path: Path) -> list[str]:
+    parent = path.parent
+    return [str(parent / p.name) for p in parent.iterdir() if p.is_dir()] if parent.is_dir() else []
+
+
+def _identify_folder(model: str, path: Path) -> None:
+    names = sorted(p.name for p in path.iterdir())
+    if CONFIG in names:
+        return
+    found = ""
+    if not names:
+        found = "the folder is empty"
+    elif "adapter_config.json" in names:
+        base = _json(path / "adapter_config.json").get("base_model_name_or_path")
+        found = f"this is a LoRA adapter of {base or 'another model'}: merge it into its base model (peft's merge_and_unload) and give that"
+    elif any(n.endswith(".gguf") for n in names):
+        found = "this is a folder of GGUF files (llama.cpp): give the checkpoint that they were made from"
+    elif "zarr.json" in names:
+        found = "this is a store of hidden states, not the target that it was made with"
+    elif "model_index.json" in names:
+        found = "this is a diffusers pipeline, not a language model"
+    elif any(n.endswith((".safetensors", ".bin")) for n in names):
+        found = f"weights without {CONFIG}: download the whole checkpoint"
+    below = [n for n in names if (path / n / CONFIG).is_file()]
+    if below and not found:
+        found = f"no {CONFIG} here; did you mean {path / below[0]}?"
+    raise UsageError(
+        f"--model {model}: no config could be read: {found or f'no {CONFIG}; found ' + ', '.join(names[:6])}. "
+        f"Expected a folder with {CONFIG}, or a model id."
+    )
+
+
+def _identify_id(model: str) -> None:
+    """A model id whose config is neither here nor on a hub that answers is refused at once; the client itself would try for minutes."""
+    from huggingface_hub import try_to_load_from_cache
+
+    if isinstance(try_to_load_from_cache(model, CONFIG) if model.count("/") <= 1 else None, str):
+        if not hub_answers():
+            go_offline()
+        return
+    if hub_answers():
+        return
+    raise TargetError(
+        f"--model {model}: no config could be read: it is not a folder, no copy of it is in the cache, and the hub cannot be reached from "
+        f"here.{did_you_mean(model, presets())} On a machine with a network: hf download {model} --local-dir DIR; then --model DIR."
+    )
+
+
+@functools.cache
+def hub_answers() -> bool:
+    """Whether the hub's host takes a connection within seconds; asked once per process. A proxy is trusted to work."""
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        return False
+    if any(os.environ.get(n) for n in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")):
+        return True
+    url = urllib.parse.urlsplit(constants.ENDPOINT)
+    port = url.port or (80 if url.scheme == "http" else 443)
+    try:
+        socket.create_connection((url.hostname or "huggingface.co", port), PROBE_SECONDS).close()
+    except OSError:
+        return False
+    return True
+
+
+def go_offline() -> None:
+    """Let the hub's client use its cache without asking the hub first, which takes it half a minute where there is no network."""
+    from huggingface_hub import constants
+
+    constants.HF_HUB_OFFLINE = True
+
+
+def did_you_mean(model: str, known: Iterable[str]) -> str:
+    """`` Did you mean X?`` where a known name is close to ``model``, else nothing."""
+    names = {n.lower(): n for n in known}
+    names |= {n.split("/")[-1]: full for n, full in list(names.items())}
+    for asked in (model.lower(), model.lower().rstrip("/").split("/")[-1]):
+        close = difflib.get_close_matches(asked, names, n=1, cutoff=0.75)
+        if close and names[close[0]] != model:
+            return f" Did you mean {names[close[0]]}?"
+    return ""
+
+
+def refuse_config(model: str, raw: Mapping[str, Any], trust_remote_code: bool) -> None:
+    """Raise TargetError for a ``config.json`` that is not a decoder language model's, or that needs code which may not run."""
+    from transformers import CONFIG_MAPPING
+
+    kinds = [str(a) for a in raw.get("architectures") or []]
+    if "speculators_model_type" in raw or any(k in DRAFTS or "Eagle3" in k for k in kinds):
+        raise TargetError(
+            f"--model {model}: this is a draft ({', '.join(kinds)}), not a target. Give the model that it drafts for."
+        )
+    model_type = raw.get("model_type")
+    if raw.get("auto_map") and model_type not in CONFIG_MAPPING and not trust_remote_code:
+        raise TargetError(
+            f"--model {model}: its architecture {', '.join(kinds) or model_type} is not in transformers, and its repository brings its own "
+            "Python code. Read that code; if you trust it, pass --trust-remote-code."
+        )
+    if model_type is None and not raw.get("auto_map"):
+        raise TargetError(f"--model {model}: {CONFIG} has no model_type; expected a transformers checkpoint.")
+
+
+def refuse_kind(model: str, config: Any) -> None:
+    """Raise TargetError for a loaded config that is an encoder's or has no language model."""
+    from transformers.models.auto import modeling_auto as autos
+
+    kinds = ", ".join(getattr(config, "architectures", None) or [type(config).__name__])
+    text = config.get_text_config()
+    if getattr(config, "is_encoder_decoder", False) and not getattr(text, "is_decoder", False):
+        raise TargetError(
+            f"--model {model}: {kinds} is an encoder-decoder; expected a decoder-only language model."
+        )
+    causal = type(config) in autos.MODEL_FOR_CAUSAL_LM_MAPPING
+    masked = type(config) in autos.MODEL_FOR_MASKED_LM_MAPPING
+    only_masked = all(k.endswith(("ForMaskedLM", "ForPreTraining", "Model")) for k in kinds.split(", "))
+    if (
+        masked
+        and not getattr(text, "is_decoder", False)
+        and (not causal or only_masked or text.model_type in ENCODERS)
+    ):
+        raise TargetError(
+            f"--model {model}: {kinds} is an encoder that fills in masked tokens (like BERT); expected a decoder-only language model."
+        )
+
+
+# Encoders that transformers can also build as decoders, which their checkpoints are not.
+ENCODERS = ("bert", "roberta", "xlm-roberta", "camembert", "electra", "xlm-roberta-xl", "megatron-bert", "roberta-prelayernorm",
+            "ernie", "rembert", "roformer", "data2vec-text", "big_bird", "xmod")  # fmt: skip
+
+
+def read_config(model: str) -> dict[str, Any]:
+    """The JSON of ``config.json`` as it lies there. Raises TargetError where it is not an object."""
+    from transformers.utils import cached_file
+
+    try:
+        path = cached_file(model, CONFIG)
+    except (OSError, ValueError) as error:
+        raise TargetError(
+            f"--model {model}: no config could be read ({str(error).strip().splitlines()[0][:300]})."
+            f"{did_you_mean(model, presets())} Expected a model id that can be reached, or a folder with {CONFIG}."
+        ) from error
+    return _json(Path(str(path)))
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        out = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise TargetError(f"{path}: not JSON: {error}. Download it again.") from error
+    if not isinstance(out, dict):
+        raise TargetError(f"{path}: expected a JSON object. Download it again.")
+    return out
