@@ -15,16 +15,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import click
 import torch
 
 from common import RESULTS, write
-from dspark.train.cli import main as train_command
+from dspark.train.cli import config_of
 from dspark.train.config import TrainConfig
 from dspark.train.data.batch import Batch
 from dspark.train.data.feed import Feed
 from dspark.train.data.row import Row
-from dspark.train.recipes import configure
 from dspark.train.run.setup import Run, prepare
 from dspark.train.step import share, step
 
@@ -33,12 +31,7 @@ WARM = 8
 
 def config(store: Path, flags: str) -> TrainConfig:
     """As ``dspark-train --cache store`` with ``flags``, recipes included; nothing is written."""
-    words = ["--cache", str(store), "--output", "unused", *shlex.split(flags)]
-    context = train_command.make_context("dspark-train", words)
-    default = click.core.ParameterSource.DEFAULT
-    given = {n: v for n, v in context.params.items() if context.get_parameter_source(n) is not default}
-    given = {n.rstrip("_"): v for n, v in given.items()}  # compile_
-    return configure(given, context.params["recipe"])
+    return config_of(["--cache", str(store), "--output", "unused", *shlex.split(flags)])
 
 
 def rows_of(run: Run) -> Iterator[list[Row]]:

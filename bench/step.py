@@ -36,7 +36,8 @@ from dspark.train.objective import objective as plain
 from dspark.train.objective.metrics import SlotMetrics
 from dspark.train.objective.objective import Denominators, ObjectiveConfig, SlotInputs, objective
 from dspark.train.ops import gated, qk_norm_rope, scaled
-from dspark.train.optim.flat import AdamSettings, MasterAdamW
+from dspark.train.optim.adamw import MasterAdamW
+from dspark.train.optim.base import AdamSettings
 
 
 @dataclass(frozen=True)

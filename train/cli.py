@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -11,9 +12,11 @@ import click
 from dspark.cache.shared.command import SETTINGS, bar, emit, guarded
 from dspark.cache.shared.peers import Command
 from dspark.train.config import STRATEGIES, TrainConfig
+from dspark.train.draft.types import TYPES
 from dspark.train.recipes import AUTO, NONE, configure, recipes
 
 DEFAULTS = TrainConfig(cache="")
+NOT_SETTINGS = {"recipe", "resume", "overwrite", "as_json"}  # flags that are not fields of TrainConfig
 
 
 @click.command(
@@ -71,7 +74,7 @@ Examples:
 @click.option(
     "--max-anchors", default=DEFAULTS.max_anchors, help="Anchors drawn a row; 0 = every eligible one."
 )
-@click.option("--speculator-type", default=DEFAULTS.speculator_type, type=click.Choice(["dspark", "dflash"]))
+@click.option("--speculator-type", default=DEFAULTS.speculator_type, type=click.Choice(list(TYPES)))
 @click.option("--num-layers", default=DEFAULTS.num_layers, help="Layers of the draft.")
 @click.option("--block-size", default=DEFAULTS.block_size, help="Draft tokens an anchor (B).")
 @click.option("--markov-rank", default=DEFAULTS.markov_rank)
@@ -140,9 +143,7 @@ def main(
     """Train a DSpark draft from a store of hidden states. No target model, no server."""
     if resume and overwrite:
         raise click.UsageError("--resume and --overwrite exclude each other")
-    flags["compile"] = flags.pop("compile_")
-    defaulted = {n for n in flags if _source(context, n) is click.core.ParameterSource.DEFAULT}
-    config = configure({n: v for n, v in flags.items() if n not in defaulted}, recipe)
+    config = configured(context)
     from dspark.train.distributed import PeerError, rank_here
     from dspark.train.loop import train
 
@@ -168,8 +169,17 @@ def main(
         emit(result)
 
 
-def _source(context: click.Context, name: str) -> Any:
-    return context.get_parameter_source("compile_" if name == "compile" else name)
+def configured(context: click.Context) -> TrainConfig:
+    """The settings that a command line asks for: its flags, and a recipe's or the general defaults for what it leaves out."""
+    default = click.core.ParameterSource.DEFAULT
+    given = {n: v for n, v in context.params.items() if context.get_parameter_source(n) is not default}
+    named = {n.rstrip("_"): v for n, v in given.items() if n not in NOT_SETTINGS}  # compile_
+    return configure(named, context.params["recipe"])
+
+
+def config_of(words: Sequence[str]) -> TrainConfig:
+    """As ``dspark-train`` with the command line ``words``, recipes included. Reads the store's manifest and writes nothing."""
+    return configured(main.make_context("dspark-train", list(words)))
 
 
 def _say(text: str) -> None:

@@ -26,7 +26,7 @@ from dspark.train.data.row import Row
 from dspark.train.data.stream import VALIDATION_EPOCH
 from dspark.train.distributed import World, lost_peers
 from dspark.train.draft.folder import save_draft
-from dspark.train.objective.evaluate import evaluate
+from dspark.train.evaluate import evaluate
 from dspark.train.objective.metrics import Score, SlotMetrics
 from dspark.train.run import checkpoint, folder, memory
 from dspark.train.run.checkpoint import Position
@@ -94,7 +94,7 @@ def _train(
     whole = checkpoint.found(output / "checkpoints")
     if resume and whole:
         position = world.agreed(lambda: checkpoint.load(whole[-1], run.optimizer))
-    report = Report(output, position.step, config.tensorboard) if world.first else None
+    report = Report(output, position.step, config.tensorboard, say) if world.first else None
     text = memory.describe(run)
     say(text)
     try:
@@ -185,7 +185,8 @@ def _steps(run: Run, position: Position) -> Iterator[list[Row]]:
 
 
 def _placer(run: Run) -> Callable[[Row], Batch]:
-    return lambda row: row.place(run.cache, run.compute.device, run.compute.dtype)
+    layers = run.model.config.target_layer_ids
+    return lambda row: row.place(run.cache, run.compute.device, run.compute.dtype, layers)
 
 
 class Interrupt:

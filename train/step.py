@@ -15,10 +15,11 @@ from torch import Tensor
 from dspark.train.data.batch import Batch
 from dspark.train.data.feed import Feed
 from dspark.train.data.row import Row
-from dspark.train.draft.model import SlotStates
+from dspark.train.draft.types import drafter
 from dspark.train.objective.metrics import SlotMetrics
-from dspark.train.objective.objective import Denominators, SlotInputs, objective
-from dspark.train.optim.flat import learning_rate
+from dspark.train.objective.objective import Denominators, objective
+from dspark.train.objective.states import SlotStates
+from dspark.train.optim.base import learning_rate
 from dspark.train.run.setup import Run
 
 
@@ -102,7 +103,7 @@ def step(
 def learn(run: Run, batch: Batch, denominators: Denominators, metrics: SlotMetrics | None) -> Tensor:
     """Forward, objective and backward of one row; its part of the step's loss, detached."""
     states: SlotStates = run.model(batch, run.model.plan(batch, run.compute.backend))
-    slots = SlotInputs.gather(batch, states, run.config.decay)
+    slots = drafter(run.config.speculator_type).slots(batch, states, run.config.decay)
     out = objective(slots, run.model.frozen_head, run.objective, denominators)
     out.loss.backward()  # type: ignore[no-untyped-call]
     if metrics is not None:

@@ -12,9 +12,9 @@ import tiny_models as tiny
 from chance import chi_square
 from dspark.tools.check.probe import answer_of, probe
 from dspark.tools.decode.decode import Generation, speculative_generate
-from dspark.tools.decode.drafting import DraftContext, chain, draft_block, recomputed_states, slot_states
 from dspark.tools.decode.rejection import verify_greedy, verify_sampled
 from dspark.tools.decode.target import Target, greedy_alone
+from dspark.train.draft.decoding import BlockDecoder, DraftContext, chain, recomputed_states, slot_states
 from dspark.train.draft.model import DraftModel
 
 PROMPTS = [[5, 6, 7, 8, 9], [50, 60, 70], [3]]
@@ -90,9 +90,9 @@ def test_reduced_vocabulary_drafts_target_ids() -> None:
     assert out.tokens == alone
     assert {t for b in out.blocks for t in b.drafted} <= set(ids.tolist())
     assert max(b.accepted for b in out.blocks) > 0
-    context = DraftContext(draft)
-    context.extend(tiny.states(model, PROMPTS[0]))
-    block = draft_block(draft, context, 5, temperature=1.0, generator=torch.Generator().manual_seed(0))
+    decoder = BlockDecoder(draft)
+    decoder.extend(tiny.states(model, PROMPTS[0]), torch.tensor(PROMPTS[0]))
+    block = decoder.draft(5, temperature=1.0, generator=torch.Generator().manual_seed(0))
     assert block.probs is not None
     torch.testing.assert_close(block.probs.sum(-1), torch.ones(4))
     outside = torch.ones(tiny.VOCAB, dtype=torch.bool).index_fill(0, ids, False)

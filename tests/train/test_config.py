@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from dspark.cache import errors
+from dspark.train.compute import choose_compute
 from dspark.train.config import NUMBERS, TrainConfig
-from dspark.train.run.setup import choose_compute
 
 NUMERIC = {"int", "float", "int | None", "float | None"}
 

@@ -13,7 +13,7 @@ from core_cases import BLOCK, HIDDEN, VOCAB, small_batch, small_config, small_dr
 from dspark.cache.errors import MismatchError
 from dspark.train.data.batch import Batch
 from dspark.train.draft.model import DraftModel, RMSNorm
-from dspark.train.ops.qk_norm_rope import rope_tables, rotate
+from dspark.train.ops.rope import rope_tables, rotate
 
 
 def test_names_are_the_served_checkpoints() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -140,3 +141,14 @@ def test_resuming_what_cannot_be_read_names_the_file(
         train(config, resume=True)
     train(config, overwrite=True)
     assert json.loads((Path(config.output) / "training.json").read_text())["lr"] == config.lr
+
+
+def test_without_tensorboard_training_says_so_and_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    said = list[str]()
+    train(small_training(tmp_path, [40, 52, 61, 44], max_steps=2, tensorboard=True), say=said.append)
+    assert [line for line in said if "TensorBoard is not installed" in line]
+    assert (tmp_path / "draft" / "model.safetensors").exists()
+    assert not (tmp_path / "draft" / "tensorboard").exists()

@@ -17,7 +17,8 @@ from dspark.train.draft.folder import load_draft, save_draft
 from dspark.train.draft.model import Attention, DraftModel, Mlp
 from dspark.train.ops import joined
 from dspark.train.ops.joined import joined_product, lay_side_by_side, side_by_side
-from dspark.train.optim.flat import AdamSettings, MasterAdamW
+from dspark.train.optim.adamw import MasterAdamW
+from dspark.train.optim.base import AdamSettings
 from dspark.train.optim.muon import MasterMuon
 
 ADAM = AdamSettings(betas=(0.9, 0.95), weight_decay=0.1, clip=1.0)

@@ -25,7 +25,8 @@ from dspark.cache.reader import open as open_store
 from dspark.train.config import TrainConfig
 from dspark.train.data.stream import Stream, pack, rng, split
 from dspark.train.loop import train
-from dspark.train.optim.flat import AdamSettings, MasterAdamW, Snapshot, learning_rate
+from dspark.train.optim.adamw import MasterAdamW
+from dspark.train.optim.base import AdamSettings, Snapshot, learning_rate
 
 SHARING = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
 LENGTHS = [60, 80, 90, 30, 20, 100, 50, 64, 90, 77, 33, 40]

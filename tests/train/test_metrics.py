@@ -7,7 +7,6 @@ import torch
 
 from core_cases import BLOCK, small_batch, small_draft
 from dspark.train.data.batch import Batch
-from dspark.train.draft.model import FrozenHead
 from dspark.train.objective.metrics import BINS, SlotMetrics, auroc, expected_calibration_error
 from dspark.train.objective.objective import (
     Denominators,
@@ -16,6 +15,7 @@ from dspark.train.objective.objective import (
     SlotInputs,
     objective,
 )
+from dspark.train.objective.states import FrozenHead
 
 
 def scored(batch: Batch) -> tuple[SlotInputs, ObjectiveOutput]:

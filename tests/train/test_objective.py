@@ -13,7 +13,6 @@ from torch import Tensor
 from core_cases import VOCAB, small_batch, small_draft
 from dspark.cache.errors import UsageError
 from dspark.cache.target.logits import Logits
-from dspark.train.draft.model import FrozenHead
 from dspark.train.objective.objective import (
     CHUNK_LOGITS,
     Denominators,
@@ -26,6 +25,7 @@ from dspark.train.objective.objective import (
     reference_loss,
     slot_weights,
 )
+from dspark.train.objective.states import FrozenHead
 
 N, H, V, VD, R = 13, 8, 23, 9, 4
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from small_trainings import small_training
+from torch import nn
 
 from dspark.cache import errors
 from dspark.train.config import TrainConfig
 from dspark.train.loop import train
-from dspark.train.optim.flat import AdamSettings, MasterAdamW
+from dspark.train.optim.adamw import MasterAdamW
+from dspark.train.optim.base import AdamSettings
 from dspark.train.optim.muon import MasterMuon, is_matrix, orthogonal, owners
 from dspark.train.run import checkpoint, memory
 from dspark.train.run.setup import prepare
@@ -159,3 +162,24 @@ def test_a_run_of_an_earlier_release_goes_on_if_what_it_set_changed_nothing(conf
     for name, value in {"ema": 0.999, "slot_weights": "dpace", "noise_std": 0.05}.items():
         with pytest.raises(errors.UsageError, match=rf"here: unknown keys \['{name}'\]"):
             TrainConfig.from_json(written | withdrawn | {name: value}, "here")
+
+
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch 2.9 and later")
+def test_muon_steps_as_torchs() -> None:
+    """The same formulas: torch's orthogonalises in bfloat16, here in float32, and nothing else differs."""
+    torch.manual_seed(0)
+    first = torch.randn(24, 40)
+    ours, theirs = nn.Parameter(first.clone()), nn.Parameter(first.clone())
+    flat = MasterMuon([("fc.weight", ours)], AdamSettings(betas=(0.9, 0.95), weight_decay=0.0, clip=math.inf))
+    reference = torch.optim.Muon(
+        [theirs], lr=0.02, weight_decay=0.0, momentum=0.95, adjust_lr_fn="match_rms_adamw"
+    )
+    for _ in range(4):
+        gradient = torch.randn(24, 40)
+        assert ours.grad is not None
+        ours.grad.copy_(gradient)
+        theirs.grad = gradient.clone()
+        flat.step(0.02)
+        reference.step()
+    off = (ours - theirs).norm() / (theirs - first).norm()
+    assert float(off.detach()) < 0.01

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dspark.train.draft.model import RMSNorm
-from dspark.train.ops.qk_norm_rope import Inputs, plain_gradient, qk_norm_rope, rope_tables
+from dspark.train.ops.qk_norm_rope import Inputs, plain_gradient, qk_norm_rope
+from dspark.train.ops.rope import rope_tables
 from interpreted import interpreted
 
 EPS = 1e-3

@@ -18,7 +18,8 @@ from dspark.train.data.batch import Batch
 from dspark.train.distributed import World
 from dspark.train.draft.model import Attention, DraftModel, Mlp
 from dspark.train.objective.objective import Denominators, ObjectiveConfig, SlotInputs, objective
-from dspark.train.optim.flat import AdamSettings, MasterAdamW, Optimizer, Snapshot
+from dspark.train.optim.adamw import MasterAdamW
+from dspark.train.optim.base import AdamSettings, Optimizer, Snapshot
 from dspark.train.optim.fsdp2 import ShardedAdamW
 
 SETTINGS = AdamSettings(betas=(0.0, 0.95), weight_decay=0.1, clip=1e9)

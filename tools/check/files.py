@@ -29,6 +29,7 @@ from dspark.tools.records import Optional
 from dspark.train.draft import folder as export
 from dspark.train.draft.config import DraftConfig
 from dspark.train.draft.speculators import MARK, to_flat
+from dspark.train.draft.vocabulary import faults, ids_of
 
 # What is known of servers, and from where. Checked here means: the served-parity test and bench/serve_parity.py ran on it.
 VLLM = {
@@ -338,47 +339,9 @@ def vocabulary(files: Files, target: Mapping[str, Any]) -> Iterator[Finding]:
         files.flat.get("draft_vocab_size") or files.flat.get("vocab_size"),
         files.flat.get("vocab_size"),
     )
-    offsets, present = files.tensors.get("d2t"), files.tensors.get("t2d")
-    if not isinstance(size, int) or not isinstance(whole, int):
-        return
-    if size >= whole:
-        if offsets is not None:
-            yield Finding(
-                "error",
-                "vocabulary",
-                f"d2t beside a whole vocabulary (draft_vocab_size {size} of {whole}): the two contradict",
-            )
-        return
-    for name in ("d2t", "lm_head.weight"):
-        if name not in files.tensors:
-            yield Finding(
-                "error",
-                "vocabulary",
-                f"draft_vocab_size {size} of {whole} needs {name}, which model.safetensors lacks",
-            )
-    if offsets is None:
-        return
-    if offsets.shape != (size,):
-        yield Finding("error", "vocabulary", f"d2t is {list(offsets.shape)}, draft_vocab_size says [{size}]")
-        return
-    ids = torch.arange(size) + offsets.long()
-    rises = bool((ids[1:] > ids[:-1]).all())
-    inside = int(ids.min()) >= 0 and int(ids.max()) < whole
-    if not (rises and inside):
-        raw = offsets.long()
-        as_ids = bool((raw[1:] > raw[:-1]).all()) and int(raw[0]) >= 0 and int(raw[-1]) < whole
-        hint = (
-            "it reads like token ids; d2t holds offsets: id - row"
-            if as_ids
-            else "it holds offsets: id = row + d2t[row]"
-        )
-        yield Finding(
-            "error",
-            "vocabulary",
-            f"d2t gives {'ids outside 0..' + str(whole - 1) if not inside else 'ids that do not rise'}; {hint}",
-        )
-    elif present is not None and not torch.equal(present.nonzero().flatten(), ids):
-        yield Finding("error", "vocabulary", "d2t and t2d name different tokens")
+    if isinstance(size, int) and isinstance(whole, int):
+        for wrong in faults(files.tensors, size, whole):
+            yield Finding("error", "vocabulary", wrong)
 
 
 def block_size(files: Files, drafts: int | None) -> list[Finding]:
@@ -426,7 +389,7 @@ def frozen(files: Files, target: Any) -> list[Finding]:
         return out
     rows = target.lm_head
     if isinstance(size, int) and offsets is not None and offsets.shape == (size,):
-        ids = torch.arange(size) + offsets.long()
+        ids = ids_of(offsets)
         if int(ids.min()) < 0 or int(ids.max()) >= rows.shape[0]:
             return out
         rows = rows[ids.to(rows.device)]

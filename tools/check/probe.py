@@ -104,10 +104,10 @@ def _against(
 ) -> tuple[Tensor, Tensor]:
     """``h`` [A, K, H] predicting the token after position ``judged`` int64[A, K]: (argmax is that token, 1 - TV), both [A, K]."""
     head = draft.frozen_head
-    own = (h.to(head.draft_head.dtype) @ head.draft_head.T).float()
+    own = draft.slot_logits(h)
     if draft.markov_head is not None:
         z = draft.markov_head.latent(h, draft.markov_head.embed(ids[judged]))
-        own = own + draft.markov_head.markov_w2(z).float()
+        own = own + draft.markov_logits(z)
     choice = own.argmax(-1)
     theirs = logits[judged].softmax(-1)
     if head.draft_ids is not None:

@@ -17,11 +17,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dspark.tools.decode.drafting import DraftContext, Drafted, draft_block
 from dspark.tools.decode.outcome import Outcome
 from dspark.tools.decode.rejection import sample, verify_greedy, verify_sampled
 from dspark.tools.decode.target import Target
+from dspark.train.draft.decoding import Drafted
 from dspark.train.draft.model import DraftModel
+from dspark.train.draft.types import drafter
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,18 +77,19 @@ def speculative_generate(
     device = draft.fc.weight.device
     start = time.perf_counter()
     target.start()
-    context = DraftContext(draft)
+    decoder = drafter(draft.config.speculator_type).decoder(draft)
     logits, aux = target.step(prompt, last_only=True)
     new = [_first(logits[-1].to(device), temperature, generator)]
-    out, blocks = list(new), list[Block]()
+    out, blocks, seen = list(new), list[Block](), list(prompt)
     while len(out) < max_tokens and not set(stop_ids).intersection(new):
-        context.extend(aux)
-        anchor = context.length
-        drafted = draft_block(draft, context, out[-1], temperature=temperature, generator=generator)
+        decoder.extend(aux, torch.tensor(seen, device=device))
+        anchor = decoder.length
+        drafted = decoder.draft(out[-1], temperature=temperature, generator=generator)
         tokens = [int(t) for t in drafted.tokens]
         logits, aux = target.step([out[-1], *tokens])
         accepted, following = _verify(drafted, logits.to(device), temperature, generator)
         blocks.append(Block(anchor, tuple(tokens), accepted))
+        seen = [out[-1], *tokens[:accepted]]  # what the next context adds: all but the token that follows
         new = [*tokens[:accepted], following]
         out += new
         aux = aux[: accepted + 1]

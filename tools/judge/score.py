@@ -62,10 +62,11 @@ def forced(
     observe: Callable[[Batch, SlotInputs, ObjectiveOutput], None] | None = None,
 ) -> dict[str, Any]:
     """The draft's teacher-forced metrics over ``samples``; ``observe`` sees the slots of every row."""
+    from dspark.train.compute import choose_compute
     from dspark.train.data.stream import VALIDATION_EPOCH, Stream
     from dspark.train.draft.folder import load_draft
-    from dspark.train.objective.evaluate import evaluate
-    from dspark.train.run.setup import choose_compute, row_length
+    from dspark.train.evaluate import evaluate
+    from dspark.train.run.setup import row_length
 
     compute = choose_compute(device, dtype, False)
     model = load_draft(draft, cache.target, dtype=compute.dtype)

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dspark.cache.errors import MismatchError
 from dspark.cache.reader import Cache
 from dspark.train.data.batch import ON_HOST, Batch
 
@@ -98,8 +99,12 @@ class Row:
         """Called by the loader: a page-locked copy, so that the move to the GPU runs beside the compute."""
         return dataclasses.replace(self, data=self.data.pin_memory())
 
-    def place(self, cache: Cache, device: torch.device, dtype: torch.dtype) -> Batch:
-        """The batch on ``device``: the buffer is moved, the codes are decoded there to ``dtype``."""
+    def place(
+        self, cache: Cache, device: torch.device, dtype: torch.dtype, layers: Sequence[int] | None = None
+    ) -> Batch:
+        """The batch on ``device``: the buffer is moved, the codes are decoded there to ``dtype``. ``layers``: those of the store's that the
+        draft reads (outputs of layers), in the order of the aux axis; None for all.
+        """
         views = self._views(self.data.to(device, non_blocking=True))
         hidden = cache.manifest.target.hidden_size
 
@@ -108,7 +113,8 @@ class Row:
 
         aux = cache.aux_codec.decode(codes("aux."), hidden, dtype)
         last = cache.last_codec.decode(codes("last."), hidden, dtype)
-        return dataclasses.replace(self._batch(views), aux=aux, last=last)
+        at = None if layers is None else columns(cache.manifest.layers, layers)
+        return dataclasses.replace(self._batch(views), aux=aux if at is None else aux[:, at], last=last)
 
     def _views(self, data: Tensor) -> dict[str, Tensor]:
         return {field.name: field.of(data) for field in self.fields}
@@ -118,6 +124,17 @@ class Row:
         held = next(field for field in self.fields if field.name == "batch.target_at")
         # A copy: a view would hold on to the whole row's page-locked memory as long as the batch lives.
         return Batch(**moved, target_at_host=held.of(self.data).clone())
+
+
+def columns(stored: Sequence[int], wanted: Sequence[int]) -> list[int] | None:
+    """Where in the aux axis of a store with layers ``stored`` the ``wanted`` ones are; None if they are all of them, in this order."""
+    if list(stored) == list(wanted):
+        return None
+    if missing := [i for i in wanted if i not in stored]:
+        raise MismatchError(
+            f"the draft reads layers {missing}, the store has {list(stored)} (outputs of layers)"
+        )
+    return [list(stored).index(i) for i in wanted]
 
 
 def blank(

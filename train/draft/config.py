@@ -12,15 +12,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, Self, get_args
+from typing import Any, Self
 
 from dspark.cache.errors import DraftError, UsageError
 from dspark.cache.target.shape import DEFAULT_ROPE_BASE, Asked, count, rope_base, shape_for, text_config
+from dspark.train.draft.types import drafter, type_of
 
-SpeculatorType = Literal["dspark", "dflash"]
 MARKOV_TYPES = ("vanilla", "gated", "rnn")
-# vLLM's dspark model always builds a Markov head. A DFlash draft is served by it with one whose bias is zero.
-DFLASH_SERVED_RANK = 8
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,10 +65,6 @@ class DraftConfig:
             self._require(
                 math.isfinite(value) and value > 0, f"{name} is {value!r}; expected a finite number above 0"
             )
-        self._require(
-            self.speculator_type in get_args(SpeculatorType),
-            f"speculator_type is {self.speculator_type!r}; expected dspark or dflash",
-        )
         self._require(self.head_dim % 2 == 0, f"head_dim is {self.head_dim}; RoPE needs an even one")
         self._require(
             self.num_heads % self.num_kv_heads == 0,
@@ -90,15 +84,7 @@ class DraftConfig:
             all(-1 <= i < self.num_target_layers for i in ids) and list(ids) == sorted(set(ids)),
             f"target_layer_ids {list(ids)} must rise strictly within -1..{self.num_target_layers - 1}",
         )
-        if self.speculator_type == "dflash":
-            self._require(self.markov_rank == 0, "a dflash draft has no Markov head: markov_rank must be 0")
-            self._require(not self.enable_confidence_head, "a dflash draft has no confidence head")
-            return
-        self._require(self.markov_rank > 0, f"markov_rank is {self.markov_rank}; expected a positive rank")
-        self._require(
-            self.markov_head_type in MARKOV_TYPES,
-            f"markov_head_type is {self.markov_head_type!r}; expected one of {', '.join(MARKOV_TYPES)}",
-        )
+        drafter(self.speculator_type).check(self)
 
     @staticmethod
     def _require(holds: bool, message: str) -> None:
@@ -111,8 +97,8 @@ class DraftConfig:
 
     @property
     def servable_by_vllm(self) -> bool:
-        """vLLM has only the vanilla Markov head (and, through a zero one, none)."""
-        return self.speculator_type == "dflash" or self.markov_head_type == "vanilla"
+        """Whether vLLM serves the draft as it is saved."""
+        return drafter(self.speculator_type).servable_by_vllm(self)
 
     @classmethod
     def sized_for(
@@ -133,10 +119,10 @@ class DraftConfig:
         num_kv_heads: int | None = None,
         head_dim: int | None = None,
         intermediate_size: int | None = None,
-    ) -> Self:
+    ) -> DraftConfig:
         """A Qwen3-style draft for the target whose HF ``config.json`` is ``target``.
 
-        Layers are sized by ``cache.target.shape.shape_for``; sizes given here win. ``dflash`` drops both heads.
+        Layers are sized by ``cache.target.shape.shape_for``; sizes given here win. The type drops what it does not have.
         """
         text = text_config(target)
         missing = [key for key in ("num_hidden_layers", "vocab_size") if count(text, key) is None]
@@ -151,8 +137,7 @@ class DraftConfig:
             intermediate_size=intermediate_size,
         )
         shape = shape_for(target, asked)
-        dspark = speculator_type == "dspark"
-        return cls(
+        return drafter(speculator_type).sized(
             speculator_type=speculator_type,
             hidden_size=shape.hidden_size,
             intermediate_size=shape.intermediate_size,
@@ -166,9 +151,9 @@ class DraftConfig:
             target_layer_ids=tuple(target_layer_ids),
             num_target_layers=int(text["num_hidden_layers"]),
             block_size=block_size,
-            markov_rank=markov_rank if dspark else 0,
+            markov_rank=markov_rank,
             markov_head_type=markov_head_type,
-            enable_confidence_head=enable_confidence_head and dspark,
+            enable_confidence_head=enable_confidence_head,
             confidence_head_with_markov=confidence_head_with_markov,
             rope_theta=shape.rope_theta,
             rms_norm_eps=shape.rms_norm_eps,
@@ -177,7 +162,10 @@ class DraftConfig:
 
     def to_flat(self) -> dict[str, Any]:
         """The contents of config.json."""
-        dflash = self.speculator_type == "dflash"
+        return drafter(self.speculator_type).to_flat(self)
+
+    def flat_fields(self) -> dict[str, Any]:
+        """Every field under its name in config.json; a type replaces what its readers need otherwise."""
         return {
             "architectures": ["Qwen3DSparkModel"],
             "model_type": "qwen3",
@@ -204,8 +192,8 @@ class DraftConfig:
             "block_size": self.block_size,
             "mask_token_id": self.mask_token_id,
             "sample_from_anchor": True,
-            "markov_rank": DFLASH_SERVED_RANK if dflash else self.markov_rank,
-            "markov_head_type": "vanilla" if dflash else self.markov_head_type,
+            "markov_rank": self.markov_rank,
+            "markov_head_type": self.markov_head_type,
             "enable_confidence_head": self.enable_confidence_head,
             "confidence_head_with_markov": self.confidence_head_with_markov,
             "target_layer_ids": list(self.target_layer_ids),
@@ -215,8 +203,16 @@ class DraftConfig:
         }
 
     @classmethod
-    def from_flat(cls, flat: Mapping[str, Any]) -> Self:
+    def from_flat(cls, flat: Mapping[str, Any]) -> DraftConfig:
         """From config.json, ours or DeepSpec's. Refuses with ``DraftError`` what this package would compute wrongly."""
+        try:
+            return type_of(flat).from_flat(flat)
+        except UsageError as wrong:
+            raise DraftError(f"config.json describes no usable draft: {wrong}") from wrong
+
+    @classmethod
+    def of_backbone(cls, flat: Mapping[str, Any], own: Mapping[str, Any]) -> Self:
+        """The Qwen3 backbone that a flat config describes, with a type's ``own`` fields. Errors as ``from_flat``."""
         for key, allowed in _HONOURED.items():
             if flat.get(key) not in (None, *allowed):
                 raise DraftError(
@@ -234,10 +230,7 @@ class DraftConfig:
                 f"config.json has target_hidden_size {wide}, hidden_size {flat.get('hidden_size')}: not equal"
             )
         try:
-            markov = int(flat.get("markov_rank", 0))
-            kind = str(flat.get("speculator_type") or ("dspark" if markov else "dflash"))
             return cls(
-                speculator_type=kind,
                 hidden_size=int(flat["hidden_size"]),
                 intermediate_size=int(flat["intermediate_size"]),
                 num_layers=int(flat["num_hidden_layers"]),
@@ -250,14 +243,11 @@ class DraftConfig:
                 target_layer_ids=tuple(int(i) for i in flat["target_layer_ids"]),
                 num_target_layers=int(flat["num_target_layers"]),
                 block_size=int(flat["block_size"]),
-                markov_rank=0 if kind == "dflash" else markov,
-                markov_head_type=str(flat.get("markov_head_type", "vanilla")),
-                enable_confidence_head=bool(flat.get("enable_confidence_head", False)),
-                confidence_head_with_markov=bool(flat.get("confidence_head_with_markov", False)),
                 rope_theta=rope_base(flat, DEFAULT_ROPE_BASE),
                 rms_norm_eps=float(flat["rms_norm_eps"]),
                 max_position_embeddings=int(flat["max_position_embeddings"]),
                 initializer_range=float(flat.get("initializer_range", 0.02)),
+                **own,
             )
         except KeyError as missing:
             raise DraftError(f"config.json has no {missing.args[0]!r}; is this a DSpark draft?") from missing

@@ -31,14 +31,15 @@ from dspark.cache.errors import DraftError
 from dspark.cache.files.atomic import write_file
 from dspark.cache.sdpa import no_plan_a_shape
 from dspark.cache.target.frozen import FrozenTarget
-from dspark.train.draft.config import DFLASH_SERVED_RANK, DraftConfig
+from dspark.train.draft.config import DraftConfig
 from dspark.train.draft.model import DraftModel, TargetWeights
 from dspark.train.draft.speculators import MARK, to_flat, to_speculators
+from dspark.train.draft.types import drafter
+from dspark.train.draft.vocabulary import faults, ids_of, offsets_of
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 TRAINED_AS = "dspark_trained_as"
 FROZEN = ("embed_tokens.weight", "lm_head.weight")
-_ZERO_MARKOV = ("markov_head.markov_w1.weight", "markov_head.markov_w2.weight")
 
 
 def save_draft(
@@ -58,6 +59,7 @@ def save_draft(
     tensors = served_tensors(model, dtype, include_frozen=include_frozen, trained=trained)
     write_tensors(folder, tensors, model.config)
     write_config(folder, model.config, dtype)
+    drafter(model.config.speculator_type).written(folder, model)
 
 
 def write_tensors(folder: Path, tensors: dict[str, Tensor], config: DraftConfig) -> None:
@@ -87,7 +89,8 @@ def served_tensors(
     """Checkpoint name -> tensor on the CPU; ``trained`` as for ``save_draft``."""
     config = model.config
     whole = trained or dict(model.trained())
-    out = {name: value.detach().to("cpu", dtype).contiguous() for name, value in whole.items()}
+    learnt = {name: value.detach().to("cpu", dtype).contiguous() for name, value in whole.items()}
+    out = drafter(config.speculator_type).served(learnt, config, dtype)
     head = model.frozen_head
     if include_frozen:
         embed = model.embed_tokens.weight
@@ -98,11 +101,8 @@ def served_tensors(
         out["lm_head.weight"] = head.draft_head.detach().to("cpu", dtype).clone()
     if head.draft_ids is not None:
         ids = head.draft_ids.cpu()
-        out["d2t"] = ids - torch.arange(ids.shape[0])
+        out["d2t"] = offsets_of(ids)
         out["t2d"] = torch.zeros(config.vocab_size, dtype=torch.bool).index_fill(0, ids, True)
-    if config.speculator_type == "dflash":
-        for name, rows in zip(_ZERO_MARKOV, (config.vocab_size, config.draft_vocab_size), strict=True):
-            out[name] = torch.zeros(rows, DFLASH_SERVED_RANK, dtype=dtype)
     return out
 
 
@@ -138,15 +138,17 @@ def trained_as(folder: Path | str) -> DraftConfig | None:
 def trained_shapes(config: DraftConfig) -> dict[str, tuple[int, ...]]:
     """Name -> shape of every tensor that training owns, as ``config`` describes them. Allocates nothing."""
     whole = dataclasses.replace(config, draft_vocab_size=config.vocab_size)
+    kind = drafter(config.speculator_type)
     with torch.device("meta"):
         matrix = torch.empty(config.vocab_size, config.hidden_size)
-        model = DraftModel(whole, FrozenTarget(matrix, torch.empty(config.hidden_size), matrix, True))
-    shapes = {name: tuple(p.shape) for name, p in model.trained()}
-    if "markov_head.markov_w2.weight" in shapes:
-        shapes["markov_head.markov_w2.weight"] = (config.draft_vocab_size, config.markov_rank)
-    if config.speculator_type == "dflash":
-        for name, rows in zip(_ZERO_MARKOV, (config.vocab_size, config.draft_vocab_size), strict=True):
-            shapes[name] = (rows, DFLASH_SERVED_RANK)
+        model = kind.network(whole, FrozenTarget(matrix, torch.empty(config.hidden_size), matrix, True), None)
+        served = kind.served(dict(model.trained()), config, torch.float32)
+    shapes = {name: tuple(p.shape) for name, p in served.items()}
+    if config.reduced_vocab and "markov_head.markov_w2.weight" in shapes:
+        shapes["markov_head.markov_w2.weight"] = (
+            config.draft_vocab_size,
+            *shapes["markov_head.markov_w2.weight"][1:],
+        )
     return shapes
 
 
@@ -167,13 +169,9 @@ def load_draft(
     path = Path(folder) / WEIGHTS
     stored = read_tensors(folder)
     draft_ids = _draft_ids(stored, config, path)
-    model = DraftModel(config, target, draft_ids, frozen_dtype=frozen_dtype or dtype)
-    if config.speculator_type == "dflash":
-        for name in _ZERO_MARKOV:
-            if bool(stored.pop(name, torch.zeros(1)).any()):
-                raise DraftError(
-                    f"{path}: {name} of a dflash draft is not zero; config.json and weights do not belong together"
-                )
+    kind = drafter(config.speculator_type)
+    model = kind.network(config, target, draft_ids, frozen_dtype=frozen_dtype or dtype)
+    stored = kind.learnt(stored, path)
     wanted = dict(model.trained())
     missing, unexpected = (
         sorted(set(wanted) - set(stored)),
@@ -217,23 +215,12 @@ def _opened(path: Path) -> Iterator[Any]:
 
 def _draft_ids(stored: dict[str, Tensor], config: DraftConfig, path: Path) -> Tensor | None:
     """Target ids of the draft's rows, taken out of ``stored``; None for the full vocabulary."""
-    offsets, stored_t2d = stored.pop("d2t", None), stored.pop("t2d", None)
-    if not config.reduced_vocab:
-        return None
-    if offsets is None or "lm_head.weight" not in stored:
-        raise DraftError(
-            f"{path}: draft_vocab_size {config.draft_vocab_size} < {config.vocab_size} needs d2t and lm_head.weight"
-        )
-    if offsets.shape != (config.draft_vocab_size,):
-        raise DraftError(f"{path}: d2t is {list(offsets.shape)}, expected [{config.draft_vocab_size}]")
-    ids = torch.arange(config.draft_vocab_size) + offsets.to(torch.int64)
-    if not bool((ids[1:] > ids[:-1]).all()) or int(ids[0]) < 0 or int(ids[-1]) >= config.vocab_size:
-        raise DraftError(
-            f"{path}: d2t does not give rising token ids below {config.vocab_size} (it holds offsets, not ids)"
-        )
-    if stored_t2d is not None and not torch.equal(stored_t2d.nonzero().flatten(), ids):
-        raise DraftError(f"{path}: d2t and t2d name different tokens")
-    return ids
+    wrong = faults(stored, config.draft_vocab_size, config.vocab_size) if config.reduced_vocab else []
+    offsets = stored.pop("d2t", None)
+    stored.pop("t2d", None)
+    if wrong:
+        raise DraftError(f"{path}: {wrong[0]}")
+    return ids_of(offsets) if config.reduced_vocab and offsets is not None else None
 
 
 def _check_frozen(stored: dict[str, Tensor], model: DraftModel, target: TargetWeights, path: Path) -> None:

@@ -25,15 +25,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dspark.cache.errors import MismatchError
-from dspark.cache.target.logits import PLAIN, Logits
+from dspark.cache.target.logits import Logits
 from dspark.train.data.batch import Batch
 from dspark.train.draft.attention import AttentionPlan, Backend, block_attention
 from dspark.train.draft.config import DraftConfig
 from dspark.train.draft.heads import ConfidenceHead, MarkovHead, build_markov_head
+from dspark.train.objective.states import FrozenHead, SlotStates
 from dspark.train.ops.gated import gated
 from dspark.train.ops.joined import joined_product, lay_side_by_side
-from dspark.train.ops.qk_norm_rope import Inputs, Rope, qk_norm_rope, rope_tables
-from dspark.train.ops.scaled import write_scaled
+from dspark.train.ops.qk_norm_rope import Inputs, qk_norm_rope
+from dspark.train.ops.rope import Rope, rope_tables
 
 
 class TargetWeights(Protocol):
@@ -45,51 +46,6 @@ class TargetWeights(Protocol):
     def lm_head(self) -> Tensor: ...
     @property
     def logits(self) -> Logits: ...
-
-
-@dataclass(frozen=True, slots=True)
-class FrozenHead:
-    """The target's output matrix and the draft's rows of it.
-
-    ``lm_head`` [V, H], ``draft_head`` [Vd, H] (the same tensor if Vd = V), ``draft_ids`` int64[Vd] target id of a draft row and
-    ``to_draft`` int64[V] its inverse with -1 outside; both None if Vd = V. ``logits``: factor and soft cap of the *target's* logits; the
-    draft's are the head's output as it is, as vLLM serves them. ``wide`` [Vd, H + r] is the memory of which ``draft_head`` is the first
-    H columns, if there is any: the rest is the objective's, for W2.
-    """
-
-    lm_head: Tensor
-    draft_head: Tensor
-    draft_ids: Tensor | None = None
-    to_draft: Tensor | None = None
-    logits: Logits = PLAIN
-    wide: Tensor | None = None
-
-    def with_markov(self, w2: Tensor) -> Tensor:
-        """``[draft_head | w2]`` [Vd, H + r] for ``w2`` [Vd, r], so that logits and their gradients are one product each. Written into
-        ``wide``, where it stays until the next call; without it, a copy of the head.
-        """
-        if self.wide is None:
-            return torch.cat([self.draft_head, w2], 1)
-        write_scaled(self.wide[:, self.draft_head.shape[1] :], w2)
-        return self.wide
-
-    def target_logits(self, last: Tensor, out: Tensor | None = None) -> Tensor:
-        """``last`` [n, H] after the final norm -> [n, V]; the product is made in ``out`` [n, V] if given."""
-        return self.logits.of(torch.mm(last, self.lm_head.T, out=out))
-
-
-@dataclass(frozen=True, slots=True)
-class SlotStates:
-    """What a forward gives: ``h`` [A, B, H] after the final norm, Markov latent ``z`` [A, B, r] and ``w2`` [Vd, r], confidence
-    logits [A, B] fp32; None where the draft has no such head.
-
-    ``w2`` comes out of the forward, not off the module, so that sharded training sees it while it is gathered.
-    """
-
-    h: Tensor
-    z: Tensor | None
-    w2: Tensor | None
-    confidence: Tensor | None
 
 
 class RMSNorm(nn.Module):
@@ -194,7 +150,11 @@ class Layer(nn.Module):
         ctx: Tensor,
         plan: Plan,
     ) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), ctx, plan)
+        return self.around(x, lambda normed: self.self_attn(normed, ctx, plan))
+
+    def around(self, x: Tensor, attend: Callable[[Tensor], Tensor]) -> Tensor:
+        """The layer with ``attend`` in the place of its attention: normed [n, H] -> [n, H]."""
+        x = x + attend(self.input_layernorm(x))
         out: Tensor = x + self.mlp(self.post_attention_layernorm(x))
         return out
 
@@ -387,6 +347,22 @@ class DraftModel(nn.Module):
         if self.confidence_head is not None:
             confidence = self.confidence_head(h, embedded)
         return SlotStates(h, z, w2, confidence)
+
+    def slot_logits(self, h: Tensor) -> Tensor:
+        """``h`` [..., H] -> logits [..., Vd] without the Markov bias, fp32."""
+        head = self.frozen_head.draft_head
+        return F.linear(h.to(head.dtype), head).float()
+
+    def markov_logits(self, z: Tensor) -> Tensor:
+        """The Markov bias [..., Vd] of the latent ``z`` [..., r], fp32; only with a Markov head."""
+        assert self.markov_head is not None
+        out: Tensor = self.markov_head.markov_w2(z).float()
+        return out
+
+    def target_ids(self, rows: Tensor) -> Tensor:
+        """Rows of the draft's vocabulary -> target ids."""
+        ids = self.frozen_head.draft_ids
+        return rows if ids is None else ids[rows]
 
 
 def _check_target(config: DraftConfig, target: TargetWeights, draft_ids: Tensor | None) -> None:

@@ -33,7 +33,7 @@ from torch import Tensor
 
 from dspark.cache.errors import UsageError
 from dspark.train.data.batch import Batch
-from dspark.train.draft.model import FrozenHead, SlotStates
+from dspark.train.objective.states import FrozenHead, SlotStates
 from dspark.train.ops.scaled import write_scaled
 
 # Logits of a chunk. On CUDA two [chunk, V] tensors live at a time, 1.1 GB in bfloat16 (up to a tile of rows more): 1,792 slots of Qwen3's

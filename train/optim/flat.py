@@ -1,5 +1,4 @@
-"""Optimizers on float32 master weights, whatever dtype the model computes in: AdamW here, Muon in train/optim/muon.py; warm-up and cosine;
-clipping by the global norm.
+"""Float32 master weights, whatever dtype the model computes in, laid flat for the rules that update them: AdamW in adamw.py, Muon in muon.py.
 
 Everything lies flat: the parameters of the model are views into a few buckets, and masters, gradients and moments have the buckets'
 shape. So a step is a handful of kernels however many tensors the draft has, nothing of it waits for the GPU, and the gradients of
@@ -17,146 +16,22 @@ update's time, 2 + 4 + 12 / ranks bytes. Forward and backward are those of one p
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from dspark.cache.errors import TrainError
 from dspark.train.distributed import World
 from dspark.train.ops.joined import side_by_side
+from dspark.train.optim.base import Rule, Snapshot, squares
 
 BUCKET = 1 << 26  # elements of a bucket, at least one parameter: 256 MB of gradients in one all-reduce
 ALIGN = (
     64  # elements; every parameter starts at a multiple, as the GPU's matrix units and vector loads like it
 )
 LINE = 4096  # elements; a rank's part of a bucket is whole lines, whose norms are taken first: a GPU reads them at its memory's speed
-MOMENTS = ("exp_avg", "exp_avg_sq")
-
-
-def learning_rate(step: int, total: int, peak: float, warmup_ratio: float, min_ratio: float) -> float:
-    """Rate of optimizer step ``step`` (0-based) of ``total``: linear warm-up, then cosine to ``min_ratio * peak``."""
-    warm = max(1, round(total * warmup_ratio)) if warmup_ratio else 0
-    if step < warm:
-        return peak * (step + 1) / warm
-    done = (step - warm) / max(1, total - warm)
-    return peak * (min_ratio + (1.0 - min_ratio) * 0.5 * (1.0 + math.cos(math.pi * min(1.0, done))))
-
-
-@dataclass(frozen=True, slots=True)
-class Snapshot:
-    """Masters and moments, name -> whole float32 tensor, the same for any strategy and number of ranks; ``updates``: steps taken.
-
-    An optimizer has each kind of moment for some of its parameters or for all.
-    """
-
-    masters: Mapping[str, Tensor]
-    moments: Mapping[str, Mapping[str, Tensor]]
-    updates: int
-
-    def non_finite(self) -> str | None:
-        """Which of the tensors has a NaN or an infinity, in words; None if none has. One pass over each."""
-        for what, tensors in {"weight": self.masters, **self.moments}.items():
-            for name, tensor in tensors.items():
-                if tensor.numel() and not torch.stack(tensor.aminmax()).isfinite().all():
-                    return f"{what} {name}"
-        return None
-
-    def check(self, parameters: Mapping[str, Tensor], moments: Mapping[str, Collection[str]]) -> None:
-        """Raise TrainError unless these are tensors for exactly ``parameters``, and moments for those that ``moments`` names."""
-        for what in sorted({"masters", *self.moments, *moments}):
-            tensors = self.masters if what == "masters" else self.moments.get(what, {})
-            names = parameters if what == "masters" else moments.get(what, ())
-            there = {n: list(t.shape) for n, t in tensors.items()}
-            here = {n: list(parameters[n].shape) for n in names}
-            if there != here:
-                differ = sorted(n for n in there.keys() | here.keys() if there.get(n) != here.get(n))
-                raise TrainError(
-                    f"the checkpoint's {what} are not this draft's: {', '.join(f'{n} {there.get(n)} there, {here.get(n)} here' for n in differ[:3])}"
-                )
-
-
-class Optimizer(Protocol):
-    """What the loop asks of an optimizer, sharded or not."""
-
-    def last_row(self) -> None:
-        """The next backward is this rank's last of the step: gradients may be summed over ranks as they appear."""
-
-    def step(self, lr: float) -> Tensor:
-        """One update at rate ``lr`` from the sum of all ranks' gradients; returns its norm before clipping (0-dim, on the device)."""
-
-    def snapshot(self) -> Snapshot:
-        """Copies on the CPU for a checkpoint, whole on rank 0 (a collective call; empty elsewhere)."""
-
-    def load(self, snapshot: Snapshot) -> None:
-        """Restore what ``snapshot`` gave, and the model's parameters with it."""
-
-
-class Rule(Protocol):
-    """How some ``masters`` change in a step. ``moments`` names the tensors that it keeps, of each master's shape."""
-
-    masters: list[nn.Parameter]
-    moments: tuple[str, ...]
-    updates: int
-
-    def update(self, lr: float, norm: Tensor) -> None:
-        """One step with the gradients in ``.grad``, which have global norm ``norm`` over all rules' masters; it may overwrite them."""
-
-    def moment(self, name: str, master: nn.Parameter) -> Tensor:
-        """The tensor itself, not a copy."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class AdamSettings:
-    """What stays the same over a run; ``clip``: the global norm that gradients are clipped to. Muon has its decay and clipping from here too."""
-
-    betas: tuple[float, float]
-    weight_decay: float
-    clip: float
-
-
-class Adam:
-    """AdamW and clipping over given float32 ``masters``, whose ``.grad`` the caller sets."""
-
-    moments: tuple[str, ...] = MOMENTS
-
-    def __init__(self, masters: list[nn.Parameter], settings: AdamSettings) -> None:
-        self.clip, self.masters = settings.clip, masters
-        # One multi-tensor kernel, on CPU and CUDA; eager AdamW is a dozen passes over the same memory.
-        self._adam = torch.optim.AdamW(
-            masters, lr=0.0, betas=settings.betas, weight_decay=settings.weight_decay, fused=True
-        )
-        for p in masters:
-            moments = {name: torch.zeros_like(p, requires_grad=False) for name in MOMENTS}
-            self._adam.state[p] = {"step": torch.zeros((), device=p.device), **moments}
-
-    def update(self, lr: float, norm: Tensor) -> None:
-        """One step with gradients of global norm ``norm``. The kernel itself divides by the clipping factor, so nothing is read back."""
-        for group in self._adam.param_groups:
-            group["lr"] = lr
-        self._adam.grad_scale = excess(norm, self.clip)  # type: ignore[attr-defined]
-        self._adam.step()
-
-    def moment(self, name: str, master: nn.Parameter) -> Tensor:
-        found: Tensor = self._adam.state[master][name]
-        return found
-
-    @property
-    def updates(self) -> int:
-        return int(self._adam.state[self.masters[0]]["step"]) if self.masters else 0
-
-    @updates.setter
-    def updates(self, value: int) -> None:
-        for p in self.masters:
-            self._adam.state[p]["step"].fill_(value)
-
-
-def excess(norm: Tensor, clip: float) -> Tensor:
-    """What gradients of global norm ``norm`` are divided by to clip them, 0-dim float32."""
-    return ((norm + 1e-6) / clip).clamp(min=1.0).float()
 
 
 @dataclass(slots=True, eq=False)
@@ -321,27 +196,6 @@ class FlatOptimizer:
         for name in bucket.at:
             self._view(whole, name).copy_(tensors[name])
         return whole
-
-
-class MasterAdamW(FlatOptimizer):
-    """AdamW over all parameters."""
-
-    def __init__(
-        self,
-        named: Iterable[tuple[str, nn.Parameter]],
-        settings: AdamSettings,
-        world: World | None = None,
-        *,
-        shared: bool = False,
-    ) -> None:
-        super().__init__(named, world, shared=shared)
-        self._rules = [Adam([b.master for b in self._buckets], settings)]
-
-
-def squares(tensors: list[Tensor]) -> Tensor:
-    """Sum of all squares, float64 0-dim. Rows first and then in float64: a CPU adds up a long float32 vector to five digits only."""
-    rows = torch.cat([torch.linalg.vector_norm(t, dim=-1).flatten() for t in tensors])
-    return rows.double().square().sum()
 
 
 def _groups(named: list[tuple[str, nn.Parameter]]) -> list[list[tuple[str, nn.Parameter]]]:

@@ -26,8 +26,10 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from dspark.train.data.batch import Batch
 from dspark.train.distributed import World
-from dspark.train.draft.model import Attention, DraftModel, Mlp, Plan, SlotStates
-from dspark.train.optim.flat import MOMENTS, Adam, AdamSettings, Snapshot, squares
+from dspark.train.draft.model import Attention, DraftModel, Mlp, Plan
+from dspark.train.objective.states import SlotStates
+from dspark.train.optim.adamw import Adam
+from dspark.train.optim.base import MOMENTS, AdamSettings, Snapshot, squares
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh

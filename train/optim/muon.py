@@ -5,8 +5,13 @@ near 1. Five Newton-Schulz steps in bfloat16 do that with products alone. The st
 elements are as large as AdamW's usually are and one learning rate serves both (Moonlight, arXiv 2502.16982). Norms, biases, the
 confidence head and the Markov factors, whose rows are embeddings of tokens, stay with AdamW.
 
-Costs half of AdamW's moments for these matrices, and 15 products a matrix and step, which the ranks share out: in all the arithmetic of
+Costs half of AdamW's moments for these matrices, and 15 products per matrix and step, which the ranks share: in all the arithmetic of
 two rows of 4,096 tokens at the shapes of GLM-5.2, of one and a half at Qwen3-4B's.
+
+Why this is not ``torch.optim.Muon`` (2.9 and later), whose formulas it shares (``adjust_lr_fn="match_rms_adamw"``; a test compares them):
+torch's wants every matrix as a parameter of its own with a gradient of its own, and steps through them one by one. Here masters,
+gradients and momentum lie in flat buckets, so that clipping, ZeRO's shares and the sums over ranks are a few large operations; matrices
+of one shape are orthogonalised in one batch; and the ranks divide the matrices among them instead of each repeating all products.
 """
 
 from __future__ import annotations
@@ -17,7 +22,9 @@ import torch
 from torch import Tensor, nn
 
 from dspark.train.distributed import World
-from dspark.train.optim.flat import Adam, AdamSettings, FlatOptimizer, Rule, excess
+from dspark.train.optim.adamw import Adam
+from dspark.train.optim.base import AdamSettings, Rule, excess
+from dspark.train.optim.flat import FlatOptimizer
 
 MOMENTUM = 0.95
 STEPS = 5

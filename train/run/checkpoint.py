@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dspark.cache.errors import TrainError
 from dspark.cache.files.atomic import STAGING, clear_staging, commit_folder, write_errors
-from dspark.train.optim.flat import Optimizer, Snapshot
+from dspark.train.optim.base import Optimizer, Snapshot
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,16 @@ from dspark.train.run.folder import METRICS
 
 
 class Report:
-    """``row()`` appends to metrics.jsonl and TensorBoard."""
+    """``row()`` appends to metrics.jsonl and, where it is installed, TensorBoard."""
 
-    def __init__(self, folder: Path, resume_step: int, tensorboard: bool) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        resume_step: int,
+        tensorboard: bool,
+        say: Callable[[str], None] = lambda text: None,
+    ) -> None:
+        """``say`` hears of what is left out."""
         self.path = folder / METRICS
         self.log = logging.getLogger("dspark.train")
         self.log.setLevel(logging.INFO)
@@ -46,11 +54,12 @@ class Report:
         if tensorboard:
             try:
                 from torch.utils.tensorboard import SummaryWriter
-            except ImportError as error:
-                raise TrainError(
-                    "TensorBoard is not installed (pip install 'dspark[tensorboard]'); --no-tensorboard trains without it"
-                ) from error
-            self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=resume_step + 1)
+            except ImportError:
+                say(
+                    "TensorBoard is not installed, so only metrics.jsonl is written (pip install 'dspark[tensorboard]')"
+                )
+            else:
+                self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=resume_step + 1)
 
     def row(self, data: dict[str, Any]) -> None:
         self.file.write(json.dumps(data) + "\n")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from dataclasses import dataclass
 from functools import partial
 
@@ -13,7 +12,7 @@ from torch import Tensor
 import dspark.cache
 from dspark.cache.errors import TrainError, UsageError
 from dspark.cache.reader import Cache
-from dspark.cache.shared.process import make_current
+from dspark.train.compute import Compute, choose_compute
 from dspark.train.config import TrainConfig
 from dspark.train.data.anchors import Int64
 from dspark.train.data.batch import Batch
@@ -21,22 +20,12 @@ from dspark.train.data.row import blank
 from dspark.train.data.stream import VALIDATION_EPOCH, Stream, split
 from dspark.train.data.vocab import choose_ids
 from dspark.train.distributed import World
-from dspark.train.draft.attention import Backend
-from dspark.train.draft.config import DraftConfig
 from dspark.train.draft.model import DraftModel
+from dspark.train.draft.types import drafter
 from dspark.train.objective.objective import ObjectiveConfig
-from dspark.train.optim.flat import AdamSettings, MasterAdamW, Optimizer
+from dspark.train.optim.adamw import MasterAdamW
+from dspark.train.optim.base import AdamSettings, Optimizer
 from dspark.train.optim.muon import MasterMuon
-
-
-@dataclass(frozen=True, slots=True)
-class Compute:
-    """Where and in what the draft runs."""
-
-    device: torch.device
-    dtype: torch.dtype
-    backend: Backend
-    compiled: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,37 +47,6 @@ class Run:
     """Padding for the ranks of a sharded model that have no row in a step; None where no rank needs any."""
 
 
-def choose_compute(device: str, dtype: str, compiled: bool | None, world: World | None = None) -> Compute:
-    """``auto`` takes cuda with bfloat16 if there is one, else cpu with float32 (bfloat16 is emulated and slow on most CPUs). A GPU
-    by number becomes the process's current one."""
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device != "cpu" and not re.fullmatch(r"cuda(:\d+)?", device):
-        raise UsageError(f"--device {device}: expected auto, cpu, cuda or cuda:N")
-    cuda = device != "cpu"
-    if cuda and not torch.cuda.is_available():
-        raise UsageError(
-            f"--device {device}: torch sees no CUDA device (torch {torch.__version__}); use --device cpu"
-        )
-    if cuda and world is not None and world.size > 1:
-        device = f"cuda:{world.local_rank}"
-    elif ":" in device and int(device.split(":")[1]) >= torch.cuda.device_count():
-        raise UsageError(
-            f"--device {device}: torch sees {torch.cuda.device_count()} CUDA devices, counted from 0"
-        )
-    names = {
-        "bfloat16": torch.bfloat16,
-        "float32": torch.float32,
-        "auto": torch.bfloat16 if cuda else torch.float32,
-    }
-    if dtype not in names:
-        raise UsageError(f"--dtype {dtype}: expected auto, bfloat16 or float32")
-    make_current(device)
-    return Compute(
-        torch.device(device), names[dtype], "flex" if cuda else "sdpa", cuda if compiled is None else compiled
-    )
-
-
 def row_length(cache: Cache, requested: int | None) -> int:
     """``--total-seq-len``, by default 4096 or the store's own sequence length if that is longer."""
     return requested or max(4096, cache.manifest.dump.seq_length)
@@ -101,9 +59,8 @@ def prepare(config: TrainConfig, world: World | None = None) -> Run:
         raise UsageError(
             f"--rows-per-step {config.rows_per_step} for {world.size} processes: each needs a row; raise it to a multiple of {world.size}"
         )
-    objective = ObjectiveConfig.from_json(
-        config.loss_fn, confidence=config.confidence_head_alpha, decay=config.decay
-    )
+    kind = drafter(config.speculator_type)
+    objective = kind.objective(config)
     compute = choose_compute(config.device, config.dtype, config.compile, world)
     cache = dspark.cache.open(config.cache)
     if cache.manifest.counts.last_rows == 0:
@@ -114,20 +71,12 @@ def prepare(config: TrainConfig, world: World | None = None) -> Run:
     draft_ids, coverage = None, 1.0
     if config.draft_vocab_size is not None and config.draft_vocab_size != cache.manifest.target.vocab_size:
         draft_ids, coverage = choose_ids(cache, train, config.draft_vocab_size)
-    draft_config = DraftConfig.sized_for(
-        cache.manifest.target.config,
-        target_layer_ids=tuple(cache.manifest.layers),
-        mask_token_id=cache.manifest.target.mask_token_id,
-        speculator_type=config.speculator_type,
-        num_layers=config.num_layers,
-        block_size=config.block_size,
-        markov_rank=config.markov_rank,
-        markov_head_type=config.markov_head_type,
-        enable_confidence_head=config.confidence_head_alpha > 0,
-        draft_vocab_size=None if draft_ids is None else len(draft_ids),
-    )
+    target = cache.manifest.target
+    draft_config = kind.configure(
+        config, target.config, cache.manifest.layers, target.mask_token_id, None if draft_ids is None else len(draft_ids)
+    )  # fmt: skip
     torch.manual_seed(config.seed)  # initial weights; nothing else draws from torch's generator
-    model = DraftModel(draft_config, cache.target, draft_ids, frozen_dtype=compute.dtype)
+    model = kind.network(draft_config, cache.target, draft_ids, frozen_dtype=compute.dtype)
     model.to(device=compute.device, dtype=compute.dtype)
     sharded = config.strategy == "fsdp2"
     if compute.compiled:
@@ -141,8 +90,8 @@ def prepare(config: TrainConfig, world: World | None = None) -> Run:
 
         optimizer = ShardedAdamW(model, settings, world, compute.dtype)
     else:
-        kind = MasterMuon if config.optimizer == "muon" else MasterAdamW
-        optimizer = kind(model.trained(), settings, world, shared=config.of_several == "zero")
+        rule = MasterMuon if config.optimizer == "muon" else MasterAdamW
+        optimizer = rule(model.trained(), settings, world, shared=config.of_several == "zero")
     cuda = compute.device.type == "cuda"
     workers = config.workers
     if workers is None:
@@ -171,7 +120,7 @@ def prepare(config: TrainConfig, world: World | None = None) -> Run:
     padding = None
     if sharded:
         fixed = (training.total_seq_len, training.max_anchors) if training.pad else (1, 1)
-        layers, hidden = len(cache.manifest.layers), cache.manifest.target.hidden_size
+        layers, hidden = len(draft_config.target_layer_ids), cache.manifest.target.hidden_size
         padding = blank(*fixed, config.block_size, layers, hidden, compute.device, compute.dtype)
     return Run(
         config, cache, compute, model, objective, optimizer, training, validation, coverage, workers, world,

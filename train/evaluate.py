@@ -12,6 +12,7 @@ from dspark.train.data.batch import Batch
 from dspark.train.data.row import Row
 from dspark.train.draft.attention import Backend
 from dspark.train.draft.model import DraftModel
+from dspark.train.draft.types import drafter
 from dspark.train.objective.metrics import Score, SlotMetrics
 from dspark.train.objective.objective import (
     Denominators,
@@ -43,15 +44,16 @@ def evaluate(
     config = ObjectiveConfig(decay=decay)
     unit = Denominators(1.0, 1.0, 1.0)  # the losses come out of the metrics' own weighted means
     metrics = SlotMetrics(model.config.block_size, device)
+    kind = drafter(model.config.speculator_type)
     for row in rows:
         if isinstance(row, Batch):
             model(row, model.plan(row, backend))
             continue
         if row.slots == 0:
             continue
-        batch = row.place(cache, device, dtype)
+        batch = row.place(cache, device, dtype, model.config.target_layer_ids)
         states = model(batch, model.plan(batch, backend))
-        slots = SlotInputs.gather(batch, states, decay)
+        slots = kind.slots(batch, states, decay)
         out = objective(slots, model.frozen_head, config, unit)
         metrics.add(batch, slots, out)
         if observe is not None:

@@ -12,16 +12,18 @@ the anchor. vLLM serves ``method: dspark`` the same way (``DSparkSpeculator``); 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dspark.tools.decode.rejection import sample
 from dspark.train.draft.attention import AttentionPlan
 from dspark.train.draft.model import Attention, DraftModel, Layer
-from dspark.train.ops.qk_norm_rope import Rope, rope_tables
+from dspark.train.ops.rope import Rope, rope_tables
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +32,22 @@ class Drafted:
 
     tokens: Tensor
     probs: Tensor | None
+
+
+class Decoder(Protocol):
+    """What decoding asks of a draft, whatever its type: the context so far, and the next block."""
+
+    @property
+    def length(self) -> int:
+        """Tokens of the context, which is the position of the next anchor."""
+
+    def extend(self, aux: Tensor, ids: Tensor) -> None:
+        """Add the next n tokens ``ids`` int64[n], which stay, with the target's states ``aux`` [n, L, H] of them."""
+
+    def draft(
+        self, anchor_id: int, *, temperature: float = 0.0, generator: torch.Generator | None = None
+    ) -> Drafted:
+        """Draft the tokens after ``anchor_id``, the token that follows the context."""
 
 
 class DraftContext:
@@ -66,19 +84,24 @@ class DraftContext:
         return self._keys[i], self._values[i]
 
 
-@torch.inference_mode()
-def draft_block(
-    draft: DraftModel,
-    context: DraftContext,
-    anchor_id: int,
-    *,
-    temperature: float = 0.0,
-    generator: torch.Generator | None = None,
-) -> Drafted:
-    """Draft B tokens after ``anchor_id``, the token that follows the ``context``."""
-    return chain(
-        draft, slot_states(draft, context, anchor_id), anchor_id, temperature=temperature, generator=generator
-    )
+class BlockDecoder:
+    """The decoder of block drafts: the backbone over the cached context, then the Markov chain. It needs no ids of the context."""
+
+    def __init__(self, draft: DraftModel) -> None:
+        self.model, self.context = draft, DraftContext(draft)
+
+    @property
+    def length(self) -> int:
+        return self.context.length
+
+    def extend(self, aux: Tensor, ids: Tensor) -> None:
+        self.context.extend(aux)
+
+    def draft(
+        self, anchor_id: int, *, temperature: float = 0.0, generator: torch.Generator | None = None
+    ) -> Drafted:
+        h = slot_states(self.model, self.context, anchor_id)
+        return chain(self.model, h, anchor_id, temperature=temperature, generator=generator)
 
 
 @torch.inference_mode()
@@ -86,13 +109,12 @@ def slot_states(draft: DraftModel, context: DraftContext, anchor_id: int) -> Ten
     """h [B, H] after the final norm, with the context's cached keys and values."""
     config = draft.config
     device = draft.fc.weight.device
-    ids = torch.tensor([anchor_id] + [config.mask_token_id] * (config.block_size - 1), device=device)
     position = torch.arange(context.length, context.length + config.block_size, device=device)
-    x = F.embedding(ids, _weight(draft.embed_tokens)).to(draft.fc.weight.dtype)
+    anchor, valid = torch.tensor([anchor_id], device=device), torch.tensor([True], device=device)
+    x = draft.block_input(anchor, valid)[0].to(draft.fc.weight.dtype)
     tables = rope_tables(position, config.head_dim, config.rope_theta, x.dtype)
     for i, layer in enumerate(_layers(draft)):
-        x = x + _attend(layer.self_attn, layer.input_layernorm(x), context.layer(i), tables)
-        x = x + layer.mlp(layer.post_attention_layernorm(x))
+        x = layer.around(x, partial(_attend, layer.self_attn, rope=tables, context=context.layer(i)))
     out: Tensor = draft.norm(x)
     return out
 
@@ -122,46 +144,45 @@ def chain(
     temperature: float = 0.0,
     generator: torch.Generator | None = None,
 ) -> Drafted:
-    """Left to right through ``h`` [B, H]: each slot's logits, the Markov bias of the token before it, one
-    token.
+    """Left to right through ``h`` [B, H]: each slot's logits, the Markov bias of the token before it, one token."""
+    head, probs = draft.frozen_head, list[Tensor]()
+
+    def pick(logits: Tensor) -> Tensor:
+        if temperature == 0:
+            return logits.argmax(-1)
+        p = torch.softmax(logits / temperature, dim=-1)
+        row = torch.multinomial(p, 1, generator=generator)[0]
+        whole = draft.config.vocab_size
+        probs.append(p if head.draft_ids is None else p.new_zeros(whole).scatter(0, head.draft_ids, p))
+        return row
+
+    tokens = chained(draft, h, torch.tensor(anchor_id, device=h.device), pick)
+    return Drafted(tokens, torch.stack(probs) if probs else None)
+
+
+def chained(draft: DraftModel, h: Tensor, anchor_ids: Tensor, pick: Callable[[Tensor], Tensor]) -> Tensor:
+    """Blocks drafted on their own tokens: target ids int64[..., B] from ``h`` [..., B, H] and ``anchor_ids`` int64[...].
+
+    ``pick`` chooses a row of the draft's vocabulary int64[...] by the logits [..., Vd] of a slot.
     """
-    head = draft.frozen_head
-    base = F.linear(h.to(head.draft_head.dtype), head.draft_head).float()
-    markov = draft.markov_head
-    state = None if markov is None else markov.initial_state(h[0])
-    prev = torch.tensor(anchor_id, device=h.device)
-    tokens, probs = [], []
-    for k in range(h.shape[0]):
-        logits = base[k]
+    base, markov = draft.slot_logits(h), draft.markov_head
+    state = None if markov is None else markov.initial_state(h[..., 0, :])
+    prev, tokens = anchor_ids, list[Tensor]()
+    for k in range(h.shape[-2]):
+        logits = base[..., k, :]
         if markov is not None:
-            z, state = markov.step(h[k], markov.embed(prev), state)
-            logits = logits + markov.markov_w2(z).float()
-        if temperature > 0:
-            p = torch.softmax(logits / temperature, dim=-1)
-            choice = sample(p, generator)
-            probs.append(
-                p
-                if head.draft_ids is None
-                else p.new_zeros(draft.config.vocab_size).scatter(0, head.draft_ids, p)
-            )
-        else:
-            choice = int(logits.argmax())
-        prev = torch.tensor(choice, device=h.device) if head.draft_ids is None else head.draft_ids[choice]
+            z, state = markov.step(h[..., k, :], markov.embed(prev), state)
+            logits = logits + draft.markov_logits(z)
+        prev = draft.target_ids(pick(logits))
         tokens.append(prev)
-    return Drafted(torch.stack(tokens), torch.stack(probs) if probs else None)
+    return torch.stack(tokens, -1)
 
 
 def _layers(draft: DraftModel) -> list[Layer]:
     return [layer for layer in draft.layers if isinstance(layer, Layer)]
 
 
-def _weight(module: torch.nn.Module) -> Tensor:
-    weight = module.weight
-    assert isinstance(weight, Tensor)
-    return weight
-
-
-def _attend(attention: Attention, x: Tensor, context: tuple[Tensor, Tensor], rope: Rope) -> Tensor:
+def _attend(attention: Attention, x: Tensor, *, context: tuple[Tensor, Tensor], rope: Rope) -> Tensor:
     """Attention output [B, H] of a block ``x`` [B, H] over the whole context and, both ways, itself: nothing
     to mask.
     """

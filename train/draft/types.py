@@ -1,0 +1,169 @@
+"""Drafter types: one object per type owns everything in which it differs, and one table names the objects.
+
+A new type is a module with an object that derives from ``DrafterType`` (or from another type's class) and a line in ``TYPES``. Nothing
+else asks which type a draft is of. The objects are imported when they are needed, so that naming the types costs no torch.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from functools import cache
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dspark.cache.errors import UsageError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from dspark.train.config import TrainConfig
+    from dspark.train.data.batch import Batch
+    from dspark.train.draft.config import DraftConfig
+    from dspark.train.draft.decoding import Decoder
+    from dspark.train.draft.model import DraftModel, TargetWeights
+    from dspark.train.objective.objective import ObjectiveConfig, SlotInputs
+    from dspark.train.objective.states import SlotStates
+
+# Name of a type -> where its object is.
+TYPES = {
+    "dspark": "dspark.train.draft.dspark:DSPARK",
+    "dflash": "dspark.train.draft.dflash:DFLASH",
+}
+
+
+class DrafterType(ABC):
+    """What one type of draft decides. A method with a body is right for drafts that predict blocks with the target's output matrix."""
+
+    name: str
+    """As in ``TYPES``, ``--speculator-type`` and config.json."""
+    summary: str
+    """What it is, for ``--help``: a few words."""
+
+    # Config
+
+    @abstractmethod
+    def check(self, config: DraftConfig) -> None:
+        """Raise UsageError unless ``config`` is one of this type. Sizes that all types share have been checked."""
+
+    @abstractmethod
+    def recognises(self, flat: Mapping[str, Any]) -> bool:
+        """Whether a config.json that names no type describes a draft of this one."""
+
+    @abstractmethod
+    def from_flat(self, flat: Mapping[str, Any]) -> DraftConfig:
+        """The config that a config.json describes. Raises DraftError for what would be computed wrongly."""
+
+    @abstractmethod
+    def to_flat(self, config: DraftConfig) -> dict[str, Any]:
+        """The contents of config.json."""
+
+    @abstractmethod
+    def servable_by_vllm(self, config: DraftConfig) -> bool:
+        """Whether vLLM serves it (written into config.json as ``vllm_servable``)."""
+
+    def sized(self, **fields: Any) -> DraftConfig:
+        """The config with these ``fields``, which ``DraftConfig.sized_for`` worked out for a target. Drop or change what this type lacks."""
+        from dspark.train.draft.config import DraftConfig
+
+        return DraftConfig(**fields)
+
+    def layers(self, stored: Sequence[int]) -> tuple[int, ...]:
+        """Which of the store's layers (outputs, 0-based, rising) the draft reads: all. Raise MismatchError if the type needs others."""
+        return tuple(stored)
+
+    def configure(
+        self,
+        settings: TrainConfig,
+        target: Mapping[str, Any],
+        stored: Sequence[int],
+        mask_token_id: int,
+        draft_vocab_size: int | None,
+    ) -> DraftConfig:
+        """The draft that ``settings`` ask for, on a store with the target's HF config and the ``stored`` layers."""  # fmt: skip
+        from dspark.train.draft.config import DraftConfig
+
+        return DraftConfig.sized_for(
+            target,
+            target_layer_ids=self.layers(stored),
+            mask_token_id=mask_token_id,
+            speculator_type=self.name,
+            num_layers=settings.num_layers,
+            block_size=settings.block_size,
+            markov_rank=settings.markov_rank,
+            markov_head_type=settings.markov_head_type,
+            enable_confidence_head=settings.confidence_head_alpha > 0,
+            draft_vocab_size=draft_vocab_size,
+        )
+
+    # Network and objective
+
+    def network(
+        self,
+        config: DraftConfig,
+        target: TargetWeights,
+        draft_ids: Tensor | None,
+        *,
+        frozen_dtype: torch.dtype | None = None,
+    ) -> DraftModel:
+        """The untrained draft: ``forward(batch, plan) -> SlotStates``, ``trained()``, ``frozen_head``, as ``DraftModel`` has them."""
+        from dspark.train.draft.model import DraftModel
+
+        return DraftModel(config, target, draft_ids, frozen_dtype=frozen_dtype)
+
+    def objective(self, settings: TrainConfig) -> ObjectiveConfig:
+        """The weights of the loss's terms."""
+        from dspark.train.objective.objective import ObjectiveConfig
+
+        return ObjectiveConfig.from_json(
+            settings.loss_fn, confidence=settings.confidence_head_alpha, decay=settings.decay
+        )
+
+    def slots(self, batch: Batch, states: SlotStates, decay: float) -> SlotInputs:
+        """The slots that the objective judges, with their weights and the target rows that they are held to."""
+        from dspark.train.objective.objective import SlotInputs
+
+        return SlotInputs.gather(batch, states, decay)
+
+    # Files
+
+    def served(
+        self, tensors: dict[str, Tensor], config: DraftConfig, dtype: torch.dtype
+    ) -> dict[str, Tensor]:
+        """Name -> tensor of model.safetensors, from the trained tensors in ``dtype``. On the meta device too, for shapes."""
+        return tensors
+
+    def learnt(self, stored: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
+        """The inverse of ``served``: what a checkpoint at ``path`` holds of the trained tensors. Raises DraftError where it contradicts the type."""
+        return stored
+
+    def written(self, folder: Path, model: DraftModel) -> None:  # noqa: B027 (nothing is right for most)
+        """Called when config.json and model.safetensors are in ``folder``: write what readers of this type need beside them."""
+
+    # Decoding
+
+    def decoder(self, draft: DraftModel) -> Decoder:
+        """A fresh decoder of one sequence."""
+        from dspark.train.draft.decoding import BlockDecoder
+
+        return BlockDecoder(draft)
+
+
+@cache
+def drafter(name: str) -> DrafterType:
+    """The type of this name."""
+    if name not in TYPES:
+        raise UsageError(f"speculator_type is {name!r}; expected one of {', '.join(TYPES)}")
+    module, attribute = TYPES[name].split(":")
+    found: DrafterType = getattr(import_module(module), attribute)
+    return found
+
+
+def type_of(flat: Mapping[str, Any]) -> DrafterType:
+    """The type of the draft that a config.json describes: the one it names, or the first that recognises it."""
+    named = flat.get("speculator_type")
+    if named:
+        return drafter(str(named))
+    return next((t for t in map(drafter, TYPES) if t.recognises(flat)), drafter(next(iter(TYPES))))
