@@ -49,7 +49,8 @@ from codec_variants import (
     transformed,
 )
 from common import write
-from dspark.cache.codec.rotated import Rotated, codec_for
+from dspark.cache.codec.fields import codec_for
+from dspark.cache.codec.rotated import Rotated
 
 # -- what it does to a draft and to the target's distribution --------------------------------------------------------------
 

@@ -18,7 +18,8 @@ from typing import Any
 import torch
 
 from common import RESULTS, write
-from dspark.cache.codec.rotated import Rotated, codec_for
+from dspark.cache.codec.fields import codec_for
+from dspark.cache.codec.rotated import Rotated
 
 SWEEP = [(64, 4, 8), (64, 4, 4), (64, 1, 8), (64, 16, 8), (64, 1, 4), (128, 4, 8), (32, 4, 4), (32, 8, 4)]
 SECONDS = 1.0  # of repetitions, at least three

@@ -18,8 +18,9 @@ import numpy as np
 import torch
 from numcodecs.zstd import Zstd
 
+from dspark.cache.codec.base import Codec
 from dspark.cache.codec.quant import gaussian_levels
-from dspark.cache.codec.rotated import Codec, Rotated
+from dspark.cache.codec.rotated import Rotated
 from dspark.cache.codec.rotation import hadamard, signs
 
 LAYERS = (1, 8, 14, 20, 27)

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from common import write
-from dspark.cache.codec.rotated import Codec, codec_for
+from dspark.cache.codec.base import Codec
 from dspark.cache.records import TokenSample
 from dspark.dump.config import DumpConfig
 from dspark.dump.engines.engine import States
@@ -51,19 +51,16 @@ def prefill(engine: TransformersEngine, parts: Parts) -> None:
             engine.forward([samples[i] for i in members])
 
 
-def capture(
-    engine: TransformersEngine, parts: Parts, codecs: tuple[Codec, Codec], encode: bool, copy: bool
-) -> None:
+def capture(engine: TransformersEngine, parts: Parts, codec: Codec, encode: bool, copy: bool) -> None:
     """All in one thread and stream: what each stage costs when nothing runs beside it."""
-    for captured in engine.stream(parts, codecs):
+    for captured in engine.stream(parts, codec):
         assert isinstance(captured.states, States)
         if not encode:
             continue
         with torch.inference_mode():
-            for codec, states in zip(codecs, captured.states, strict=True):
-                for tensor in codec.encode(states).values():
-                    if copy:
-                        tensor.to("cpu", non_blocking=True)
+            for tensor in codec.encode(*captured.states).values():
+                if copy:
+                    tensor.to("cpu", non_blocking=True)
 
 
 class Kept:
@@ -139,13 +136,13 @@ def measure_setting(config: DumpConfig, engine: TransformersEngine, count: int) 
     reader = part_reader(job, job.plan.part_tokens, lambda line: None)
     parts = [part.samples for _, part in zip(range(count), reader.parts({}), strict=False) if part.samples]
     tokens = sum(len(s.input_ids) for p in parts for s in p)
-    codecs = codec_for(config.aux_bits), codec_for(config.last_bits)
-    capture(engine, parts[:1], codecs, True, True)  # warm
+    codec = config.make_codec()
+    capture(engine, parts[:1], codec, True, True)  # warm
     seconds = {
         "prefill": timed(lambda: prefill(engine, parts)),
-        "gather": timed(lambda: capture(engine, parts, codecs, False, False)),
-        "encode": timed(lambda: capture(engine, parts, codecs, True, False)),
-        "copy": timed(lambda: capture(engine, parts, codecs, True, True)),
+        "gather": timed(lambda: capture(engine, parts, codec, False, False)),
+        "encode": timed(lambda: capture(engine, parts, codec, True, False)),
+        "copy": timed(lambda: capture(engine, parts, codec, True, True)),
     }
     report = dump(config, Display(), lambda plan, n: Kept(engine))
     again = timed(lambda: prefill(engine, parts))

@@ -29,7 +29,7 @@ import torch
 
 import dspark.cache
 from common import write
-from dspark.cache.codec.rotated import Codec, codec_for
+from dspark.cache.codec.base import Codec, tokens_of
 from dspark.cache.records import TokenSample
 from dspark.dump.checks.coded import as_stored, by_state
 from dspark.dump.config import DumpConfig
@@ -73,8 +73,8 @@ class Uncached:
     ``extraction``: tokens a second of the samples through that engine when their states are not taken.
     """
 
-    def __init__(self, samples: list[TokenSample], codecs: tuple[Codec, Codec]) -> None:
-        self.prompts, self.codecs = [s.input_ids.tolist() for s in samples], codecs
+    def __init__(self, samples: list[TokenSample], codec: Codec) -> None:
+        self.prompts, self.codec = [s.input_ids.tolist() for s in samples], codec
         self.extraction = 0.0
         self.probe = dict(list(enumerate(samples))[:: -(-len(samples) // PROBED)])
         self.raw: dict[int, States] = {}
@@ -105,17 +105,15 @@ class Uncached:
     def difference(self, store: Path) -> dict[str, float]:
         """Of the stored states of a token, aux and last, from those of ``raw`` as the store's codecs code them: the largest, and the mean."""
         cache = dspark.cache.open(store)
-        hidden = cache.manifest.target.hidden_size
+        embedding = cache.target.embed_tokens if cache.codec.needs_tokens else None
         found = []
         for i, states in self.raw.items():
             stored = cache.read(i)
             assert stored.tokens.row == self.probe[i].row
-            for codec, coded, raw in (
-                (cache.aux_codec, stored.aux, states.aux),
-                (cache.last_codec, stored.last, states.last),
-            ):
-                kept = codec.decode({n: torch.from_numpy(a) for n, a in coded.items()}, hidden)
-                found.append(by_state(kept, as_stored(codec, raw.cpu())).flatten())
+            tokens = None if embedding is None else tokens_of([stored.tokens], embedding)
+            mine = as_stored(cache.codec, States(*(x.cpu() for x in states)), tokens)
+            for kept, want in zip(cache.decoded(stored), mine, strict=True):
+                found.append(by_state(kept, want).flatten())
         every = torch.cat(found)
         return {"largest": float(every.max()), "mean": float(every.mean()), "samples": len(self.raw)}
 
@@ -123,7 +121,7 @@ class Uncached:
         from vllm import SamplingParams
 
         empty_cache(engine.llm)
-        loop: RequestLoop[int] = RequestLoop(engine.llm, engine.room(self.codecs))
+        loop: RequestLoop[int] = RequestLoop(engine.llm, engine.room(self.codec))
         began, coming = time.perf_counter(), deque(enumerate(self.prompts))
         while coming or not loop.empty:
             while coming and loop.fits(len(coming[0][1])):
@@ -192,7 +190,7 @@ def main() -> None:
         job = prepare(config)
         parts = part_reader(job, 1 << 30, lambda line: None).parts({})
         samples = [s for p in parts for s in p.samples if s.row < args.rows]
-        engine = Uncached(samples, (codec_for(aux_bits), codec_for(last_bits)))
+        engine = Uncached(samples, config.make_codec())
         asked = Path(scratch) / "prompts.json"
         asked.write_text(json.dumps({"prompts": engine.prompts, "dtype": job.plan.dtype}))
         call = [sys.executable, __file__, "--target", args.target, "--data", args.data, "--plain", str(asked)]

@@ -26,10 +26,13 @@ import torch
 
 import dspark.cache
 from common import RESULTS, write
-from dspark.cache.codec.rotated import Codec, codec_for, field_info, to_numpy
+from dspark.cache.codec import registry
+from dspark.cache.codec.base import to_numpy
+from dspark.cache.codec.fields import Fields, field_info
 from dspark.cache.files.layout import raw_bytes_per_token
 from dspark.cache.manifest import DumpInfo, Manifest, SourceInfo, TargetInfo, TokenizerInfo
 from dspark.cache.records import CodedSample, TokenSample, last_rows
+from dspark.cache.settings import rotated_name
 from dspark.cache.target.frozen import FrozenTarget
 from dspark.cache.writer import StoreWriter
 
@@ -38,13 +41,13 @@ LEAD = 77  # tokens of the sample that begins a part and is not read
 Reader = Callable[[int], list[Any]]  # number of a sample -> its arrays
 
 
-def manifest(layers: int, hidden: int, codecs: tuple[Codec, Codec]) -> Manifest:
+def manifest(layers: int, hidden: int, codec: Fields) -> Manifest:
     return Manifest(
         target=TargetInfo(
             id="random", revision=None, config={}, hidden_size=hidden, vocab_size=64, num_layers=layers + 1, mask_token_id=63, eos_token_ids=[],
             weights_sha256="",
         ),
-        layers=list(range(layers)), aux=field_info(codecs[0]), last=field_info(codecs[1]),
+        layers=list(range(layers)), aux=field_info(codec.aux), last=field_info(codec.last),
         tokenizer=TokenizerInfo(sha256=None, chat_template_sha256=None), source=SourceInfo(id="random", sha256=None, limit=None),
         dump=DumpInfo(
             engine="bench", engine_version="1", dtype="bfloat16", seq_length=SAMPLE, min_supervised=2, assistant_pattern=None, mask_rule="given",
@@ -53,9 +56,9 @@ def manifest(layers: int, hidden: int, codecs: tuple[Codec, Codec]) -> Manifest:
     )  # fmt: skip
 
 
-def build(folder: Path, layers: int, hidden: int, codecs: tuple[Codec, Codec], samples: int) -> None:
+def build(folder: Path, layers: int, hidden: int, codec: Fields, samples: int) -> None:
     """The store ``folder/hs.zarr`` and the flat files ``folder/flat/FIELD``, of the same samples."""
-    m = manifest(layers, hidden, codecs)
+    m = manifest(layers, hidden, codec)
     flat = folder / "flat"
     flat.mkdir(parents=True)
     files: dict[str, Any] = {}
@@ -68,9 +71,7 @@ def build(folder: Path, layers: int, hidden: int, codecs: tuple[Codec, Codec], s
         tokens = TokenSample(row, row.to_bytes(16, "little"), np.full(length, row % 64, np.int32), mask)
         aux = torch.randn(length, layers, hidden, generator=generator) * deviation
         last = torch.randn(int(last_rows(mask).sum()), hidden, generator=generator)
-        return CodedSample(
-            tokens, to_numpy(codecs[0].encode(aux.bfloat16())), to_numpy(codecs[1].encode(last.bfloat16()))
-        )
+        return CodedSample(tokens, to_numpy(codec.encode(aux.bfloat16(), last.bfloat16())))
 
     with StoreWriter.create(folder / "hs.zarr", m, frozen, {}) as writer:
         row = 0
@@ -92,11 +93,7 @@ def build(folder: Path, layers: int, hidden: int, codecs: tuple[Codec, Codec], s
 def arrays(sample: CodedSample) -> dict[str, Any]:
     """Every array of a sample, by the name it has on disk."""
     out: dict[str, Any] = {"input_ids": sample.tokens.input_ids, "loss_mask": sample.tokens.loss_mask}
-    return (
-        out
-        | {f"aux_{n}": x for n, x in sample.aux.items()}
-        | {f"last_{n}": x for n, x in sample.last.items()}
-    )
+    return out | sample.states
 
 
 def number(i: int) -> int:
@@ -210,10 +207,11 @@ def main() -> None:
     results = []
     for setting in args.settings.split(","):
         bits, pack = setting.split(":")
-        codecs = tuple(codec_for(int(b), pack) for b in bits.split("/"))
+        codec = registry.make(rotated_name(*map(int, bits.split("/"))), pack)
+        assert isinstance(codec, Fields)
         with tempfile.TemporaryDirectory(dir=args.work) as name:
             folder = Path(name)
-            build(folder, args.layers, args.hidden, (codecs[0], codecs[1]), samples)
+            build(folder, args.layers, args.hidden, codec, samples)
             same_bytes(folder, samples)
             stored = sum(f.stat().st_size for f in (folder / "hs.zarr" / "parts").rglob("*") if f.is_file())
             tokens = dspark.cache.open(folder / "hs.zarr").manifest.counts.tokens

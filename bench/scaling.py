@@ -34,9 +34,12 @@ import numpy as np
 import torch
 
 from common import RESULTS, write
-from dspark.cache.codec.rotated import codec_for, field_info, to_numpy
+from dspark.cache.codec import registry
+from dspark.cache.codec.base import to_numpy
+from dspark.cache.codec.fields import codec_for, field_info
 from dspark.cache.manifest import DumpInfo, Manifest, SourceInfo, TargetInfo, TokenizerInfo
 from dspark.cache.records import CodedSample, TokenSample, last_rows
+from dspark.cache.settings import rotated_name
 from dspark.cache.target.frozen import FrozenTarget
 from dspark.cache.writer import StoreWriter
 
@@ -82,7 +85,7 @@ def write_store(path: Path, shape: tuple[int, ...], samples: int, tokens: int) -
     device = "cuda" if torch.cuda.is_available() else "cpu"
     aux = torch.randn(tokens, LAYERS, hidden, generator=g).to(device)
     embed = torch.randn(vocab, hidden, generator=g).bfloat16() * (3 / hidden**0.5)
-    codec = codec_for(BITS)
+    codec = registry.make(rotated_name(BITS, BITS))
     with StoreWriter.create(
         path, m, FrozenTarget(embed, torch.ones(hidden).bfloat16(), embed, True), {}
     ) as writer:
@@ -93,11 +96,7 @@ def write_store(path: Path, shape: tuple[int, ...], samples: int, tokens: int) -
                 key = rng.integers(0, 256, 16, dtype=np.uint8).tobytes()
                 sample = TokenSample(row, key, rng.integers(3, vocab - 1, tokens).astype(np.int32), mask)
                 last = aux.roll(row, 0)[: int(last_rows(mask).sum()), 0]
-                part.append(
-                    CodedSample(
-                        sample, to_numpy(codec.encode(aux.roll(row, 0))), to_numpy(codec.encode(last))
-                    )
-                )
+                part.append(CodedSample(sample, to_numpy(codec.encode(aux.roll(row, 0), last))))
             writer.commit(at // 4, part, row_start=at, row_stop=at + len(part), dropped={}, truncated=0)
         writer.finish(rows_read=samples)
 

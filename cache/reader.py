@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import zarr
 
-from dspark.cache.codec.rotated import codec_from
+from dspark.cache.codec.base import Codec, Tokens, tokens_of
+from dspark.cache.codec.fields import from_fields
 from dspark.cache.errors import DamagedCacheError, IncompleteCacheError, NotACacheError
 from dspark.cache.files.index import PART_ARRAYS, build_index
 from dspark.cache.files.layout import (
@@ -27,8 +28,7 @@ from dspark.cache.files.layout import (
     ROOT_KEY,
     TARGET,
     TARGET_WEIGHTS,
-    field_array,
-    part_arrays,
+    PartLayout,
     part_name,
 )
 from dspark.cache.files.part import Array, PartRecord, missing_files, read_attributes, read_record, shard_file
@@ -40,6 +40,8 @@ from dspark.cache.target.frozen import FrozenTarget
 from dspark.cache.target.logits import Logits
 
 if TYPE_CHECKING:
+    import torch
+
     from dspark.cache.records import Coded
 
 OPEN_PARTS = 48  # parts kept open, with a file descriptor an array: under the usual limit of 1,024 a process
@@ -89,8 +91,9 @@ class Cache:
     def __init__(self, path: Path, manifest: Manifest) -> None:
         self.path = path
         self.manifest = manifest
-        self.aux_codec = codec_from(manifest.aux, str(path))
-        self.last_codec = codec_from(manifest.last, str(path))
+        self.codec: Codec = from_fields(manifest.aux, manifest.last, str(path))
+        self.layout = PartLayout(self.codec, len(manifest.layers), manifest.target.hidden_size)
+        self._embedding: torch.Tensor | None = None
         self._open: OrderedDict[int, dict[str, Shard]] = OrderedDict()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -182,39 +185,45 @@ class Cache:
         )
 
     def read(self, i: int) -> CodedSample:
-        """Sample ``i`` as stored: codes, to be decoded where they are needed (``aux_codec.decode``)."""
+        """Sample ``i`` as stored: codes, to be decoded where they are needed (``codec.decode``)."""
         part, span, last = self._locate(i)
         tokens = self._tokens(i, part, span)
-        aux: Coded = {n: self._read(part, array, span) for n, array in self._names["aux"]}
-        stored: Coded = {n: self._read(part, array, last) for n, array in self._names["last"]}
-        return CodedSample(tokens, aux, stored)
+        rows = {"token": span, "last": last}
+        states: Coded = {n: self._read(part, n, rows[axis]) for n, axis in self._axes}
+        return CodedSample(tokens, states)
 
     @cached_property
-    def _names(self) -> dict[str, list[tuple[str, str]]]:
-        """Of each field: its codec's arrays, and their names on disk."""
-        hidden = self.manifest.target.hidden_size
-        fields = {"aux": self.aux_codec, "last": self.last_codec}
-        return {f: [(n, field_array(f, n)) for n in codec.arrays(hidden)] for f, codec in fields.items()}
+    def _axes(self) -> list[tuple[str, str]]:
+        """The codec's arrays and what their rows are; made once, for a read has no time for it."""
+        return [(name, spec.axis) for name, spec in self.layout.specs.items()]
 
-    def __getitem__(self, i: int) -> Sample:
+    def decoded(self, sample: CodedSample) -> tuple[torch.Tensor, torch.Tensor]:
+        """Float states of a coded sample: ``aux`` [S, L, H], ``last`` [M, H]."""
         import torch
 
+        codes = {n: torch.from_numpy(x) for n, x in sample.states.items()}
+        tokens = self.tokens_for_codec([sample.tokens]) if self.codec.needs_tokens else None
+        aux, last = self.codec.decode(codes, self.manifest.target.hidden_size, tokens)
+        return aux.float(), last.float()
+
+    def tokens_for_codec(self, samples: Sequence[TokenSample]) -> Tokens:
+        """What the codec may predict states of ``samples``, end to end, from; on the CPU."""
+        return tokens_of(samples, self.target.embed_tokens)
+
+    def embedding_on(self, device: torch.device) -> torch.Tensor:
+        """The target's frozen embedding on ``device``, moved there once."""
+        if self._embedding is None or self._embedding.device != device:
+            self._embedding = self.target.embed_tokens.to(device)
+        return self._embedding
+
+    def __getitem__(self, i: int) -> Sample:
         coded = self.read(i)
-        hidden = self.manifest.target.hidden_size
         ids, mask = coded.tokens.input_ids, coded.tokens.loss_mask
         rows = last_rows(mask)
-        last = np.zeros((ids.shape[0], hidden), dtype=np.float32)
-        last[rows] = (
-            self.last_codec.decode({n: torch.from_numpy(a) for n, a in coded.last.items()}, hidden)
-            .float()
-            .numpy()
-        )
-        aux = (
-            self.aux_codec.decode({n: torch.from_numpy(a) for n, a in coded.aux.items()}, hidden)
-            .float()
-            .numpy()
-        )
-        return Sample(coded.tokens.row, coded.tokens.key, ids, mask, aux, last, rows)
+        aux, stored = self.decoded(coded)
+        last = np.zeros((ids.shape[0], self.manifest.target.hidden_size), dtype=np.float32)
+        last[rows] = stored.numpy()
+        return Sample(coded.tokens.row, coded.tokens.key, ids, mask, aux.numpy(), last, rows)
 
     def __iter__(self) -> Iterator[Sample]:
         return (self[i] for i in range(len(self)))
@@ -263,15 +272,7 @@ class Cache:
         record = self.record(part)
         for finding in missing_files(folder, record):
             raise DamagedCacheError(f"{finding}. Run dspark-tools verify {self.path}")
-        specs = part_arrays(
-            record.tokens,
-            record.samples,
-            record.last_rows,
-            len(self.manifest.layers),
-            self.manifest.target.hidden_size,
-            self.aux_codec,
-            self.last_codec,
-        )
+        specs = self.layout.arrays(record.tokens, record.samples, record.last_rows)
         self._open[part] = {s.name: Shard(folder / s.name / shard_file(s), s) for s in specs if s.shape[0]}
         if len(self._open) > OPEN_PARTS:
             self._open.popitem(last=False)
@@ -287,7 +288,5 @@ class Cache:
             raise DamagedCacheError(f"{error}. Run dspark-tools verify {self.path}") from error
 
     def _empty(self, name: str) -> Any:
-        field, array = name.split("_", 1)
-        codec = {"aux": self.aux_codec, "last": self.last_codec}[field]
-        spec = codec.arrays(self.manifest.target.hidden_size)[array]
-        return np.empty((0, spec.width), spec.dtype)
+        spec = self.layout.specs[name]
+        return np.empty((0, *spec.row_shape), spec.dtype)

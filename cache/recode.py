@@ -9,27 +9,26 @@ source, a pure function of it, so a resumed run codes exactly as the first one d
 from __future__ import annotations
 
 import dataclasses
-import math
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
 
-from dspark.cache.codec.centre import CALIBRATION, spread, thin
-from dspark.cache.codec.rotated import Codec, calibrated, codec_for, field_info, to_numpy
+from dspark.cache.codec import registry
+from dspark.cache.codec.base import Codec, join_states, split_states, to_numpy, tokens_of
+from dspark.cache.codec.fields import Fields, field_info
 from dspark.cache.errors import UsageError
 from dspark.cache.files.layout import PARTS, part_name
 from dspark.cache.files.part import read_record
 from dspark.cache.manifest import Counts, Manifest
+from dspark.cache.quality import Probe, quality, spread_states
 from dspark.cache.reader import Cache
 from dspark.cache.reader import open as open_store
 from dspark.cache.records import CodedSample
-from dspark.cache.settings import DEFAULT_PACKING
+from dspark.cache.settings import DEFAULT_PACKING, choose_codec
 from dspark.cache.target.files import small_files
 from dspark.cache.writer import StoreWriter
 
@@ -40,8 +39,9 @@ def recode(
     source: str | Path,
     destination: str | Path,
     *,
-    aux_bits: int,
-    last_bits: int,
+    codec: str | None = None,
+    aux_bits: int | None = None,
+    last_bits: int | None = None,
     pack: str = DEFAULT_PACKING,
     calibrate: bool = True,
     resume: bool = False,
@@ -50,24 +50,22 @@ def recode(
     device: str = "cpu",
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Manifest:
-    """Write ``source`` to ``destination`` with other bits or another ``pack``; returns the finished manifest. ``progress(parts done, parts)``.
+    """Write ``source`` to ``destination`` with another codec or ``pack``; returns the finished manifest. ``progress(parts done, parts)``.
 
+    ``codec``: a name, or ``aux_bits`` and ``last_bits`` name a rotated one.
     ``workers``: parts in work at once (None: a core each, eight at most; each holds a part's states). ``device``: where states are coded.
     """
     cache = open_store(source)
     if Path(source).resolve() == Path(destination).resolve():
         raise UsageError(f"{destination} is the source itself; give another folder")
-    probe = spread_states(cache)
-    aux, last = (
-        _new_codec(old, bits, pack, states if calibrate else None)
-        for old, bits, states in zip(
-            (cache.aux_codec, cache.last_codec), (aux_bits, last_bits), probe, strict=True
-        )
-    )
+    wanted = registry.make(choose_codec(codec, aux_bits, last_bits), pack)
+    probe = spread_states(cache, wanted)
+    new = _new_codec(cache.codec, wanted, probe if calibrate else None)
+    assert isinstance(new, Fields)
     manifest = dataclasses.replace(
         cache.manifest,
-        aux=field_info(aux),
-        last=field_info(last),
+        aux=field_info(new.aux),
+        last=field_info(new.last),
         counts=Counts(),
         complete=False,
         quality={},
@@ -89,45 +87,31 @@ def recode(
         _recode_parts(cache, writer, left, workers, torch.device(device), progress)
         # What the source dropped after its last part belongs to no part.
         tail = {reason: n for reason, n in dropped.items() if n}
-        same = _same_codes(cache.aux_codec, aux) and _same_codes(cache.last_codec, last)
-        quality = cache.manifest.quality if same else _quality(cache, (aux, last), probe)
+        measured = cache.manifest.quality
+        if not same_codes(cache.codec, new):
+            measured = quality(probe, new, "source store")
         rows_read = cache.manifest.counts.rows_read
-        return writer.finish(rows_read=rows_read, dropped=tail, truncated=truncated, quality=quality)
+        return writer.finish(rows_read=rows_read, dropped=tail, truncated=truncated, quality=measured)
 
 
-def _new_codec(old: Codec, bits: int, pack: str, states: torch.Tensor | None) -> Codec:
-    """What a field coded by ``old`` is coded with: as it is where the bits stay, else centred on ``states`` if given."""
-    if old.bits == bits:
-        codec_for(bits, pack)  # refuses what does not go together
-        return dataclasses.replace(old, pack=pack)  # type: ignore[type-var]
-    codec = codec_for(bits, pack)
-    return codec if states is None else calibrated(codec, states)
+def _new_codec(old: Codec, wanted: Codec, probe: Probe | None) -> Codec:
+    """``wanted``, with what ``old`` has learnt where they are the same codec, else with what ``probe`` teaches."""
+    if isinstance(old, Fields) and isinstance(wanted, Fields):  # by field: one may stay as it is
+        each = zip((old.aux, old.last), (wanted.aux, wanted.last), strict=True)
+        learnt = wanted if probe is None else wanted.calibrated(*probe)
+        aux, last = (
+            dataclasses.replace(a, pack=b.pack) if a.bits == b.bits else c  # type: ignore[type-var]
+            for (a, b), c in zip(each, (learnt.aux, learnt.last), strict=True)
+        )
+        return dataclasses.replace(wanted, aux=aux, last=last)
+    if old.name == wanted.name:
+        return old.repacked(wanted.pack)
+    return wanted if probe is None else wanted.calibrated(*probe)
 
 
-def _same_codes(a: Codec, b: Codec) -> bool:
+def same_codes(a: Codec, b: Codec) -> bool:
     """Whether ``a`` and ``b`` store the same codes, however they are packed."""
-    return (a.name, a.bits, a.params) == (b.name, b.bits, b.params)
-
-
-def _quality(
-    cache: Cache, codecs: tuple[Codec, Codec], probe: tuple[torch.Tensor, torch.Tensor]
-) -> dict[str, Any]:
-    """What the new codes lose against the source, on states spread over it (None: nothing)."""
-
-    def through(old: Codec, new: Codec, x: torch.Tensor) -> torch.Tensor:
-        if _same_codes(old, new):
-            return x
-        coded: dict[str, Any] = new.encode(x)
-        return new.decode(coded, x.shape[-1]).float()
-
-    a, b = probe
-    ours = through(cache.aux_codec, codecs[0], a)
-    return {
-        "tokens": int(a.shape[0]),
-        "against": "source store",
-        "aux_snr_db": [snr_db(a[:, j], ours[:, j]) for j in range(a.shape[1])],
-        "last_snr_db": snr_db(b, through(cache.last_codec, codecs[1], b)),
-    }
+    return a.repacked(DEFAULT_PACKING) == b.repacked(DEFAULT_PACKING)
 
 
 def _recode_parts(
@@ -146,9 +130,7 @@ def _recode_parts(
         record = own.record(part)
         first = own.index["part_first_sample"]
         samples = [own.read(i) for i in range(int(first[part]), int(first[part + 1]))]
-        coded = [
-            out for batch in _batches(own, samples) for out in _coded(own, batch, *writer.codecs, device)
-        ]
+        coded = [out for batch in _batches(own, samples) for out in _coded(own, batch, writer.codec, device)]
         writer.commit(
             part,
             coded,
@@ -173,30 +155,6 @@ def _recode_parts(
             torch.set_num_threads(threads)
 
 
-def decoded(cache: Cache, sample: CodedSample) -> tuple[torch.Tensor, torch.Tensor]:
-    """Float states of a coded sample: ``aux`` [S, L, H], ``last`` [M, H]."""
-    hidden = cache.manifest.target.hidden_size
-    a = cache.aux_codec.decode({n: torch.from_numpy(x) for n, x in sample.aux.items()}, hidden)
-    b = cache.last_codec.decode({n: torch.from_numpy(x) for n, x in sample.last.items()}, hidden)
-    return a.float(), b.float()
-
-
-def spread_states(cache: Cache, budget: int = CALIBRATION) -> tuple[torch.Tensor, torch.Tensor]:
-    """``aux`` and ``last`` of samples spread over the store, about ``budget`` tokens of them (or all there are)."""
-    lengths = cache.lengths
-    chosen = spread(len(cache), float(lengths.mean()), budget)
-    pairs = [decoded(cache, cache.read(i)) for i in chosen]
-    aux, last = (torch.cat([thin(pair[k], len(chosen), budget) for pair in pairs]) for k in (0, 1))
-    return aux, last
-
-
-def snr_db(x: torch.Tensor, y: torch.Tensor) -> float | None:
-    """10 log10 (signal / error) of ``y`` against ``x``, any shape; None where they are equal."""
-    signal = float(x.double().square().sum())
-    error = float((x.double() - y.double()).square().sum())
-    return round(10 * math.log10(signal / error), 2) if error > 0 else None
-
-
 def _batches(cache: Cache, samples: list[CodedSample]) -> Iterator[list[CodedSample]]:
     """``samples`` in runs of ``BATCH_VALUES`` aux values or one sample."""
     m = cache.manifest
@@ -212,21 +170,26 @@ def _batches(cache: Cache, samples: list[CodedSample]) -> Iterator[list[CodedSam
         yield batch
 
 
-def _coded(
-    cache: Cache, samples: list[CodedSample], aux: Codec, last: Codec, device: torch.device
-) -> list[CodedSample]:
-    """``samples`` in the new codes, coded as one tensor (rows are independent): a few calls instead of dozens a sample."""
-    hidden = cache.manifest.target.hidden_size
+def _coded(cache: Cache, samples: list[CodedSample], new: Codec, device: torch.device) -> list[CodedSample]:
+    """``samples`` in the new codes, coded as one tensor (samples are independent): a few calls instead of dozens per sample."""
+    old, hidden = cache.codec, cache.manifest.target.hidden_size
+    if same_codes(old, new):
+        return samples
+    tokens = [s.tokens for s in samples]
+    known = None
+    if old.needs_tokens or new.needs_tokens:
+        known = tokens_of(tokens, cache.target.embed_tokens.to(device))
+    joined = {n: torch.from_numpy(x).to(device) for n, x in join_states(samples).items()}
+    kept = {}
+    if isinstance(old, Fields) and isinstance(new, Fields):  # a field whose code stays is not coded again
+        kept = {
+            n: x.cpu().numpy() for f in _same_fields(old, new) for n, x in joined.items() if n.startswith(f)
+        }
+    out = to_numpy(new.encode(*old.decode(joined, hidden, known), known)) | kept
+    return split_states(tokens, out, new.arrays(len(cache.manifest.layers), hidden))
 
-    def field(old: Codec, new: Codec, coded: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        if _same_codes(old, new):
-            return coded
-        joined = {n: torch.from_numpy(np.concatenate([c[n] for c in coded])).to(device) for n in coded[0]}
-        out = to_numpy(new.encode(old.decode(joined, hidden)))
-        ends = np.cumsum([next(iter(c.values())).shape[0] for c in coded])[:-1]
-        pieces = {n: np.split(x, ends) for n, x in out.items()}
-        return [{n: pieces[n][i] for n in pieces} for i in range(len(coded))]
 
-    a = field(cache.aux_codec, aux, [s.aux for s in samples])
-    b = field(cache.last_codec, last, [s.last for s in samples])
-    return [CodedSample(s.tokens, x, y) for s, x, y in zip(samples, a, b, strict=True)]
+def _same_fields(old: Fields, new: Fields) -> list[str]:
+    """Prefix of the arrays of each field whose codes stay."""
+    pairs = zip(old.each, new.each, strict=True)
+    return [f"{f}_" for (f, a), (_, b) in pairs if (a.bits, a.params) == (b.bits, b.params)]

@@ -15,7 +15,7 @@ KEY_BYTES = 16
 Int32 = npt.NDArray[np.int32]
 Bool = npt.NDArray[np.bool_]
 Float32 = npt.NDArray[np.float32]
-# A coded field: array name -> array whose first axis is the token (aux: S rows, last: M rows).
+# Coded states: array name -> array, its first axis rows.
 Coded = dict[str, npt.NDArray[np.generic]]
 
 
@@ -58,12 +58,12 @@ class TokenSample:
 class CodedSample:
     """A ``TokenSample`` with its states as the codec stores them; what the writer takes and the trainer reads.
 
-    ``aux``: arrays of S rows each. ``last``: arrays of M rows, M = ``last_rows(loss_mask).sum()``.
+    ``states``: the codec's arrays by their full names (``codec/base.py``), S rows each where their axis is ``token``, M = ``last_rows(loss_mask).sum()`` where
+    it is ``last``, X where it is ``exact``; then ``EXACT_TOKEN`` int64[X] too.
     """
 
     tokens: TokenSample
-    aux: Coded
-    last: Coded
+    states: Coded
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,19 +1,25 @@
-"""Settings of bits by name, and the ways to keep codes. These tables are the only place that says them: flags, help, plans and the bench read them.
+"""Codecs by short names, and the ways to keep codes. These tables are the only place that says them: flags, help, plans and the bench read them.
 
-``bench/codec.py`` measures them: tau of drafts trained on each, against drafts trained on exact states (docs/log/2026-11-22-bits-against-tau.md). No imports, so that
+``bench/codec.py`` measures them: tau of drafts trained on each, against drafts trained on exact states
+(docs/log/2026-11-22-bits-against-tau.md). Almost no imports, so that
 ``--help`` is instant.
 """
 
 from __future__ import annotations
 
-# Name -> bits a value of (aux, last).
+import re
+
+from dspark.cache.errors import UsageError
+
+LOSSLESS = "lossless"
+# Short name -> the codec's full name, which is what a store records.
 NAMED = {
-    "default": (4, 4),
-    "small": (3, 4),
-    "smallest": (2, 4),
-    "lossless": (16, 16),
+    "default": "rotated-4-4",
+    "small": "rotated-3-4",
+    "smallest": "rotated-2-4",
+    LOSSLESS: LOSSLESS,
 }
-NAMES = ", ".join(f"{name} = {aux}/{last}" for name, (aux, last) in NAMED.items())
+NAMES = ", ".join(f"{name} = {full}" for name, full in NAMED.items() if name != full)
 
 # How an array of codes is kept: ``zstd`` takes out what the cells' unequal shares leave over; ``none`` keeps the codes as they are, under a checksum:
 # a fifth more bytes at 4 bits, a size that is known exactly, and reading at about half the speed of a copy from memory (docs/log/2026-11-22-read-at-memory-speed.md). 3 and 2 bits need zstd.
@@ -21,7 +27,28 @@ PACKINGS = ("zstd", "none")
 DEFAULT_PACKING = PACKINGS[0]
 
 
-def choose_bits(name: str, aux: int | None, last: int | None) -> tuple[int, int]:
-    """Bits of setting ``name``, where ``aux`` and ``last`` do not say otherwise."""
-    bits = NAMED[name]
-    return bits[0] if aux is None else aux, bits[1] if last is None else last
+def rotated_name(aux: int, last: int) -> str:
+    """Full name of the codec with so many bits per value of the aux layers and of the last state."""
+    return LOSSLESS if (aux, last) == (16, 16) else f"rotated-{aux}-{last}"
+
+
+def rotated_bits(name: str) -> tuple[int, int] | None:
+    """The bits in such a name; None for the name of another codec."""
+    if name == LOSSLESS:
+        return 16, 16
+    found = re.fullmatch(r"rotated-(\d+)-(\d+)", name)
+    return (int(found[1]), int(found[2])) if found else None
+
+
+def choose_codec(name: str | None, aux: int | None, last: int | None) -> str:
+    """Full name of codec ``name`` (None: the default), where the bits ``aux`` and ``last`` do not name a rotated one."""
+    full = NAMED.get(name or "default", name or "default")
+    if aux is None and last is None:
+        return full
+    bits = rotated_bits(full)
+    if bits is None and name is not None and name != "default":
+        raise UsageError(
+            f"--aux-bits and --last-bits name a rotated codec and --codec {name} another: give one of them"
+        )
+    bits = bits or (4, 4)
+    return rotated_name(bits[0] if aux is None else aux, bits[1] if last is None else last)

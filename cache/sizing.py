@@ -9,11 +9,11 @@ is a little too large, and whatever has seen states uses this: from 8,000 tokens
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
-from dspark.cache.codec.rotated import Codec, to_numpy
+from dspark.cache.codec.base import ArraySpec, Codec, Tokens, to_numpy
 from dspark.cache.files.layout import state_array, token_bytes
 from dspark.cache.files.shard import chunk_rows, compressor
 
@@ -32,28 +32,33 @@ class RowBytes:
     token: float
 
     @classmethod
-    def of(cls, aux_codec: Codec, last_codec: Codec, aux: torch.Tensor, last: torch.Tensor) -> Self:
+    def of(cls, codec: Codec, aux: torch.Tensor, last: torch.Tensor, tokens: Tokens | None = None) -> Self:
         """Measured on ``aux`` [T, L, H] and ``last`` [M, H], rows in the order of a store."""
-        return cls(_row_bytes(aux_codec, aux), _row_bytes(last_codec, last), token_bytes(aux_codec))
+        specs = codec.arrays(*aux.shape[1:])
+        size = {"token": 0.0, "last": 0.0, "exact": 0.0}
+        for name, data in to_numpy(codec.encode(aux, last, tokens)).items():
+            if name in specs:
+                size[specs[name].axis] += _bytes(name, data, specs[name])
+        rows = {"token": aux.shape[0], "last": last.shape[0], "exact": aux.shape[0]}
+        per = {axis: total / max(rows[axis], 1) for axis, total in size.items()}
+        return cls(per["token"] + per["exact"], per["last"], token_bytes(codec))
 
     def store(self, tokens: int, last_rows: int) -> int:
         """Bytes of a store's parts: everything but the target's files and the index."""
         return round(tokens * (self.token + self.aux) + last_rows * self.last)
 
 
-def _row_bytes(codec: Codec, states: torch.Tensor) -> float:
-    if not states.shape[0]:
+def _bytes(name: str, data: Any, spec: ArraySpec) -> float:
+    """Bytes of ``data`` on disk, were it the middle of a long array."""
+    if not data.shape[0]:
         return 0.0
-    total = 0.0
-    specs = codec.arrays(states.shape[-1])
-    for name, data in to_numpy(codec.encode(states)).items():
-        spec = state_array(name, data.shape, specs[name])
-        packer, rows = compressor(spec), chunk_rows(spec)
-        whole = data.shape[0] // rows * rows  # the last, shorter chunk would be filled up with zeros
-        size = 0
-        for start in range(0, whole, rows):
-            piece = np.ascontiguousarray(data[start : start + rows])
-            packed = packer.encode(piece if spec.shuffle else piece.view(np.uint8)) if packer else piece.data
-            size += memoryview(packed).nbytes + CHUNK_OVERHEAD
-        total += size / whole
-    return total
+    stored = state_array(name, data.shape, spec)
+    packer, rows = compressor(stored), chunk_rows(stored)
+    whole = data.shape[0] // rows * rows  # the last, shorter chunk would be filled up with zeros
+    size = 0.0
+    for start in range(0, whole, rows):
+        piece = np.ascontiguousarray(data[start : start + rows])
+        packed = packer.encode(piece if stored.shuffle else piece.view(np.uint8)) if packer else piece.data
+        size += memoryview(packed).nbytes + CHUNK_OVERHEAD
+    rate: float = size / whole * data.shape[0]
+    return rate

@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 import zarr
 
-from dspark.cache.codec.rotated import codec_from
+from dspark.cache.codec.fields import from_fields
 from dspark.cache.errors import CacheError, DamagedCacheError
 from dspark.cache.files.atomic import remove
 from dspark.cache.files.index import build_index
-from dspark.cache.files.layout import INDEX, PARTS, TARGET, StoredArray, part_arrays, part_name
+from dspark.cache.files.layout import INDEX, PARTS, TARGET, PartLayout, StoredArray, part_name
 from dspark.cache.files.part import Array, PartRecord, missing_files, read_record, shard_file, size_crc
 from dspark.cache.files.shard import Shard
 from dspark.cache.manifest import Manifest
@@ -95,16 +95,9 @@ def _check_part(
         report.findings.append(f"{folder / extra}: a file that the part's record does not list")
     if absent:
         return None
-    aux, last = codec_from(manifest.aux, str(folder)), codec_from(manifest.last, str(folder))
-    specs = part_arrays(
-        record.tokens,
-        record.samples,
-        record.last_rows,
-        len(manifest.layers),
-        manifest.target.hidden_size,
-        aux,
-        last,
-    )
+    codec = from_fields(manifest.aux, manifest.last, str(folder))
+    layout = PartLayout(codec, len(manifest.layers), manifest.target.hidden_size)
+    specs = layout.arrays(record.tokens, record.samples, record.last_rows)
     small: dict[str, Array] = {}
     for spec in specs:
         try:
@@ -117,7 +110,7 @@ def _check_part(
             report.findings.append(f"{folder / spec.name}: {error}")
             continue
         pieces = list(_check_chunks(folder / spec.name, spec, report)) if spec.shape[0] else []
-        if not spec.name.startswith(("aux_", "last_")) and pieces:
+        if spec.name not in layout.specs and pieces:
             small[spec.name] = np.concatenate(pieces)
     if len(small) == 6:
         report.findings += [

@@ -17,7 +17,8 @@ from types import TracebackType
 import numpy as np
 import zarr
 
-from dspark.cache.codec.rotated import Codec, codec_from
+from dspark.cache.codec.base import Codec
+from dspark.cache.codec.fields import from_fields
 from dspark.cache.errors import DamagedCacheError, ExistsError, MismatchError
 from dspark.cache.files.atomic import (
     STAGING,
@@ -36,7 +37,7 @@ from dspark.cache.files.layout import (
     ROOT_KEY,
     TARGET,
     TARGET_WEIGHTS,
-    part_arrays,
+    PartLayout,
     part_name,
 )
 from dspark.cache.files.part import (
@@ -67,13 +68,8 @@ class StoreWriter:
         self.path = path
         self.manifest = manifest
         self.committed = committed
-        self._aux = codec_from(manifest.aux, str(path))
-        self._last = codec_from(manifest.last, str(path))
-
-    @property
-    def codecs(self) -> tuple[Codec, Codec]:
-        """What ``aux`` and ``last`` are coded with, as the store's manifest says."""
-        return self._aux, self._last
+        self.codec: Codec = from_fields(manifest.aux, manifest.last, str(path))
+        self.layout = PartLayout(self.codec, len(manifest.layers), manifest.target.hidden_size)
 
     @classmethod
     def create(
@@ -181,8 +177,7 @@ class StoreWriter:
 
         Synchronous. Different parts may be committed from different threads at once.
         """
-        m = self.manifest
-        arrays, states = assemble(samples, len(m.layers), m.target.hidden_size, self._aux, self._last)
+        arrays, states = assemble(samples, self.layout)
         job = self._job(index, arrays, row_start, row_stop, dropped, truncated)
         return self.add(job.write(states))
 
@@ -223,15 +218,12 @@ class StoreWriter:
                 f"{before and before.row_stop} and begin at {after and after.row_start}: "
                 "the corpus is not the one the store was begun with."
             )
-        m = self.manifest
         tokens, stored = arrays["input_ids"].shape[0], int(arrays["sample_last_start"][-1])
         return PartJob(
             parts=self.path / PARTS,
             index=index,
             arrays=arrays,
-            specs=part_arrays(
-                tokens, samples, stored, len(m.layers), m.target.hidden_size, self._aux, self._last
-            ),
+            specs=self.layout.arrays(tokens, samples, stored),
             row_start=row_start,
             row_stop=row_stop,
             dropped=dict(dropped),

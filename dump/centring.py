@@ -12,16 +12,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
 
-from dspark.cache.codec.centre import CENTRE_KEYS, spread, thin
-from dspark.cache.codec.rotated import Codec, calibrated
+from dspark.cache.codec.base import Codec
+from dspark.cache.codec.centre import CENTRE_KEYS, spread
 from dspark.cache.manifest import FieldInfo, Manifest
+from dspark.cache.quality import Probe, probe_of, share_of
 from dspark.cache.records import TokenSample
 from dspark.cache.sizing import RowBytes
 
 if TYPE_CHECKING:
     from dspark.dump.corpus.masks import SampleMaker
     from dspark.dump.corpus.rows import Corpus
-    from dspark.dump.engines.engine import Engine, States
+    from dspark.dump.engines.engine import Engine
 
 
 def calibration_samples(corpus: Corpus, maker: SampleMaker, rows: int, tokens: int) -> list[TokenSample]:
@@ -33,31 +34,26 @@ def calibration_samples(corpus: Corpus, maker: SampleMaker, rows: int, tokens: i
 
 @dataclass(frozen=True, slots=True)
 class Calibration:
-    """What a few thousand tokens say of all: the codecs of ``aux`` and ``last``, centred, and the bytes that a row will take."""
+    """What a few thousand tokens say of all: the store's codec, calibrated, and the bytes that a row will take."""
 
-    aux: Codec
-    last: Codec
+    codec: Codec
     size: RowBytes
 
     @classmethod
-    def of(cls, states: Sequence[States], aux: Codec, last: Codec) -> Self:
-        """``aux`` and ``last`` centred on ``states``, in the order of their samples."""
+    def of(cls, probe: Probe, codec: Codec) -> Self:
+        """``codec`` calibrated on the states of ``probe``, in the order of their samples."""
         import torch
 
         with torch.inference_mode():
-            a, b = torch.cat([s.aux for s in states]), torch.cat([s.last for s in states])
-            aux, last = calibrated(aux, a), calibrated(last, b)
-            return cls(aux, last, RowBytes.of(aux, last, a, b))
+            learnt = codec.calibrated(*probe)
+            return cls(learnt, RowBytes.of(learnt, *probe))
 
 
-def captured(engine: Engine, samples: Sequence[TokenSample]) -> list[States]:
-    """States of ``samples``, thinned so that all of them fit in memory, in order."""
-    from dspark.dump.engines.engine import States
-
-    found = {
-        i: States(thin(s.aux, len(samples)), thin(s.last, len(samples))) for i, s in engine.capture(samples)
-    }
-    return [found[i] for i in sorted(found)]
+def captured(engine: Engine, samples: Sequence[TokenSample], codec: Codec) -> Probe | None:
+    """States of ``samples`` for ``codec``, cut as they come so that all of them fit in memory, in order; None without samples."""
+    found = {i: share_of(samples[i], s, len(samples), codec) for i, s in engine.capture(samples)}
+    shares = [found[i] for i in sorted(found)]
+    return probe_of(shares, codec, lambda: engine.frozen().embed_tokens) if shares else None
 
 
 def centred_as(manifest: Manifest, stored: Manifest) -> Manifest:

@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from dspark.cache.errors import DsparkError
-from dspark.cache.shared.command import bits_options, emit, guarded
+from dspark.cache.shared.command import codec_options, emit, guarded
 from dspark.cache.shared.peers import Command
 from dspark.dump.config import (
     DEFAULT_SEQ_LENGTH,
@@ -80,7 +80,7 @@ class LayerIds(click.ParamType):  # type: ignore[type-arg]  # no generic before 
 @click.option(
     "--seq-length", type=int, help=f"Longer rows are cut.  [default: the preset's, or {DEFAULT_SEQ_LENGTH}]"
 )
-@bits_options
+@codec_options
 @click.option("--limit", type=int, help="Only the first N rows.")
 @click.option("--resume", is_flag=True, help="Go on with the store at --output.")
 @click.option(

@@ -7,14 +7,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dspark.cache.errors import UsageError
-from dspark.cache.settings import DEFAULT_PACKING, NAMED
+from dspark.cache.settings import DEFAULT_PACKING, choose_codec
 from dspark.dump.engines.answers import check_max_tokens, check_temperature, check_top_p
 from dspark.dump.target.layers import BOTH
 
 if TYPE_CHECKING:
-    from dspark.cache.codec.rotated import Codec
+    from dspark.cache.codec.base import Codec
 
-DEFAULT_AUX_BITS, DEFAULT_LAST_BITS = NAMED["default"]
 DEFAULT_SEQ_LENGTH = 4096
 LARGEST = 2**53  # counts; every reader of JSON takes a whole number up to here for what it is
 MOST_WORKERS = 256
@@ -31,8 +30,9 @@ class DumpConfig:
     layers: tuple[int, ...] | None = None  # output of decoder layer i
     target_layer_ids: tuple[int, ...] | None = None  # state entering layer j = i + 1
     seq_length: int | None = None
-    aux_bits: int = DEFAULT_AUX_BITS
-    last_bits: int = DEFAULT_LAST_BITS
+    codec: str | None = None  # a name; None: the default
+    aux_bits: int | None = None  # these two name a rotated codec
+    last_bits: int | None = None
     pack: str = DEFAULT_PACKING  # of the codes: cache/settings.py
     limit: int | None = None  # rows of the corpus
     resume: bool = False
@@ -95,11 +95,15 @@ class DumpConfig:
             raise UsageError(f"--max-dropped: found {self.max_dropped}, expected a share from 0 to 1.")
 
     @property
-    def codecs(self) -> tuple[Codec, Codec]:
-        """Of ``aux`` and ``last``, not centred yet."""
-        from dspark.cache.codec.rotated import codec_for
+    def codec_name(self) -> str:
+        """The full name of the store's codec."""
+        return choose_codec(self.codec, self.aux_bits, self.last_bits)
 
-        return codec_for(self.aux_bits, self.pack), codec_for(self.last_bits, self.pack)
+    def make_codec(self) -> Codec:
+        """The store's codec, not calibrated yet."""
+        from dspark.cache.codec import registry
+
+        return registry.make(self.codec_name, self.pack)
 
     @property
     def asked_layers(self) -> tuple[int, ...] | None:

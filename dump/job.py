@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dspark.cache.codec.rotated import field_info
+from dspark.cache.codec.fields import Fields, field_info
 from dspark.cache.errors import DataError
 from dspark.cache.manifest import DumpInfo, Manifest, SourceInfo
 from dspark.cache.records import TokenSample
@@ -91,12 +91,13 @@ def prepare(config: DumpConfig) -> Job:
     plan = planning.estimate(plan, corpus, maker, config.limit)
     if isinstance(maker, Prompts):
         plan = planning.with_answers(plan, maker.sampling.max_tokens)
-    aux, last = config.codecs
+    codec = config.make_codec()
+    assert isinstance(codec, Fields)
     manifest = Manifest(
         target=target_info(target, config.mask_token_id, preset),
         layers=list(plan.layers),
-        aux=field_info(aux),
-        last=field_info(last),
+        aux=field_info(codec.aux),
+        last=field_info(codec.last),
         tokenizer=tokenizer_info(target, tokenised),
         source=SourceInfo(id=corpus.id, sha256=corpus.sha256, limit=config.limit),
         dump=DumpInfo(

@@ -20,7 +20,7 @@ from dspark.dump.target.presets import Preset
 from dspark.dump.workers import default_workers
 
 if TYPE_CHECKING:
-    from dspark.cache.codec.rotated import Codec
+    from dspark.cache.codec.base import Codec
     from dspark.cache.sizing import RowBytes
     from dspark.dump.corpus.masks import SampleMaker
     from dspark.dump.corpus.rows import Corpus
@@ -48,8 +48,7 @@ class Plan:
     shapes: Shapes
     layers: tuple[int, ...]
     seq_length: int
-    aux_bits: int
-    last_bits: int
+    codec: str  # full name
     pack: str
     assistant_pattern: str | None
     bytes_per_token: int
@@ -62,12 +61,11 @@ class Plan:
     bytes: int | None = None
     last_rows: int | None = None  # stored last states
 
-    @property
-    def codecs(self) -> tuple[Codec, Codec]:
-        """Of ``aux`` and ``last``, not centred yet."""
-        from dspark.cache.codec.rotated import codec_for
+    def make_codec(self) -> Codec:
+        """The store's codec, not calibrated yet."""
+        from dspark.cache.codec import registry
 
-        return codec_for(self.aux_bits, self.pack), codec_for(self.last_bits, self.pack)
+        return registry.make(self.codec, self.pack)
 
     @property
     def target_layer_ids(self) -> list[int]:
@@ -76,6 +74,7 @@ class Plan:
     def to_json(self) -> dict[str, Any]:
         out = dataclasses.asdict(self)
         out["target_layer_ids"] = self.target_layer_ids
+        out["aux_bits"], out["last_bits"] = self.make_codec().bits
         return out
 
     def lines(self) -> list[str]:
@@ -99,7 +98,7 @@ class Plan:
             f"= --target-layer-ids {','.join(map(str, self.target_layer_ids))} (entering layer i+1), and the last state after the final norm",
             f"data     {self.data}: rows {rows}, tokens {tokens}, at most {self.seq_length} a row",
             f"engine   {self.engine}, {self.dtype} on {self.device}",
-            f"store    {self.output}: {self.aux_bits}-bit layers, {self.last_bits}-bit last state{', not packed' if self.pack == 'none' else ''}, "
+            f"store    {self.output}: codec {self.codec}{', not packed' if self.pack == 'none' else ''}, "
             f"about {self.bytes_per_token:,} bytes a token",
             f"size     {size}{hours}; free {human(self.free_bytes)}",
         ]
@@ -117,7 +116,7 @@ def resolve(config: DumpConfig, preset: Preset | None, shapes: Shapes) -> Plan:
     asked = config.asked_layers or (preset.layers if preset else default_layers(shapes.num_layers))
     layers = check_layers(asked, shapes.num_layers)
     engine, device = choose_engine(config.engine, config.device)
-    bytes_per_token = disk_bytes(shapes, layers, config.codecs)
+    bytes_per_token = disk_bytes(shapes, layers, config.make_codec())
     workers = default_workers(device) if config.workers is None else config.workers
     plan = Plan(
         model=config.model,
@@ -130,8 +129,7 @@ def resolve(config: DumpConfig, preset: Preset | None, shapes: Shapes) -> Plan:
         shapes=shapes,
         layers=layers,
         seq_length=choose_length(config, preset, shapes, engine),
-        aux_bits=config.aux_bits,
-        last_bits=config.last_bits,
+        codec=config.codec_name,
         pack=config.pack,
         assistant_pattern=config.assistant_pattern or (preset.assistant_pattern if preset else None),
         bytes_per_token=round(bytes_per_token),
@@ -151,7 +149,7 @@ def memory_bytes(plan: Plan) -> float:
     """Bytes of coded states a token before compression, the last state at every token."""
     from dspark.cache.files.layout import stored_bytes_per_token
 
-    return stored_bytes_per_token(len(plan.layers), plan.shapes.hidden_size, *plan.codecs)
+    return stored_bytes_per_token(len(plan.layers), plan.shapes.hidden_size, plan.make_codec())
 
 
 def nearest_power(value: float, limits: tuple[int, int]) -> int:
@@ -189,7 +187,7 @@ def estimate(plan: Plan, corpus: Corpus, maker: SampleMaker | None, limit: int |
     stored = sum(int(last_rows(s.loss_mask).sum()) for s in kept)
     tokens = round(sampled / sum(weights[row.number] for row in picked) * sum(weights))
     share = stored / max(sampled, 1)
-    rate = disk_bytes(plan.shapes, plan.layers, plan.codecs, share)
+    rate = disk_bytes(plan.shapes, plan.layers, plan.make_codec(), share)
     size = round(tokens * rate) + weight_bytes(plan.shapes)
     return dataclasses.replace(plan, rows=rows, tokens=tokens, last_rows=round(tokens * share), bytes=size)
 
@@ -200,7 +198,7 @@ def with_answers(plan: Plan, max_tokens: int) -> Plan:
         return plan
     answers = plan.rows * max_tokens // 2
     tokens = plan.tokens + answers
-    rate = disk_bytes(plan.shapes, plan.layers, plan.codecs, answers / tokens)
+    rate = disk_bytes(plan.shapes, plan.layers, plan.make_codec(), answers / tokens)
     size = round(tokens * rate) + weight_bytes(plan.shapes)
     return dataclasses.replace(plan, tokens=tokens, last_rows=answers, bytes=size)
 
@@ -213,13 +211,11 @@ def measured(plan: Plan, size: RowBytes) -> Plan:
     return dataclasses.replace(plan, bytes=parts + weight_bytes(plan.shapes))
 
 
-def disk_bytes(
-    shapes: Shapes, layers: tuple[int, ...], codecs: tuple[Codec, Codec], last_share: float = 1.0
-) -> float:
+def disk_bytes(shapes: Shapes, layers: tuple[int, ...], codec: Codec, last_share: float = 1.0) -> float:
     """Expected bytes of a token on disk; ``last_share`` = stored last states / tokens."""
     from dspark.cache.files.layout import disk_bytes_per_token
 
-    return disk_bytes_per_token(len(layers), shapes.hidden_size, *codecs, last_share)
+    return disk_bytes_per_token(len(layers), shapes.hidden_size, codec, last_share)
 
 
 def weight_bytes(shapes: Shapes) -> int:

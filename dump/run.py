@@ -16,11 +16,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dspark.cache.codec.rotated import Bf16, Codec, field_info
+from dspark.cache.codec.fields import Fields, field_info
 from dspark.cache.errors import DataError, DsparkError, EngineError, ExistsError
 from dspark.cache.manifest import Manifest
+from dspark.cache.quality import Known, Probe, probe_of
+from dspark.cache.quality import quality as quality_of
 from dspark.cache.reader import read_manifest
-from dspark.cache.recode import snr_db
 from dspark.cache.records import TokenSample
 from dspark.cache.target.logits import PLAIN, Logits
 from dspark.cache.writer import StoreWriter, scan_parts
@@ -41,6 +42,7 @@ from dspark.dump.workers import WorkerPool
 from dspark.dump.writing.pipeline import Pipeline, writers
 
 if TYPE_CHECKING:
+    from dspark.cache.codec.base import Codec
     from dspark.dump.engines.engine import Engine, States
     from dspark.dump.progress import Display
 
@@ -140,11 +142,14 @@ def run_engine(
     )
     raw = [states[i] for i in sorted(states)]
     if writer is None:
-        found = calibration(job, engine, raw, show)
+        codec = config.make_codec()
+        found = calibration(job, engine, probe_states(engine, probe, raw, codec), codec, show)
         planning.check_disk(planning.measured(job.plan, found.size), 0)
-        manifest = dataclasses.replace(job.manifest, aux=field_info(found.aux), last=field_info(found.last))
+        codec = found.codec
+        assert isinstance(codec, Fields)
+        manifest = dataclasses.replace(job.manifest, aux=field_info(codec.aux), last=field_info(codec.last))
         # While an older store that is to be replaced is still there.
-        check_coded(engine, probe, raw, (found.aux, found.last), job.plan.layers)
+        check_coded(engine, probe, raw, codec, job.plan.layers)
         answers = AnswerFiles(config.output)
         stale = config.overwrite and answers.go_with_the_store()
         writer = StoreWriter.create(
@@ -155,11 +160,11 @@ def run_engine(
     else:
         if restored := writer.restore_target(compact(frozen), job.target.files):
             show.say(f"written again in {config.output / 'target'}: {', '.join(restored)}")
-        check_coded(engine, probe, raw, writer.codecs, job.plan.layers)
-    quality = measure(raw, *writer.codecs)
+        check_coded(engine, probe, raw, writer.codec, job.plan.layers)
+    measured = quality_of(probe_states(engine, probe, raw, writer.codec), writer.codec)
     if isinstance(job.maker, Prompts):
         with writer:
-            return regenerate_parts(job, job.maker, writer, engine, quality, show, write)
+            return regenerate_parts(job, job.maker, writer, engine, measured, show, write)
     with writer:
         if make is not None:
             make.wait_until_started()
@@ -170,28 +175,32 @@ def run_engine(
         tail, written = write_parts(writer, reader, engine, job.plan, show, write)
         written.seconds = time.monotonic() - began
         reader.check_dropped(at_end=True)
-        return writer.finish(rows_read=reader.rows_read, dropped=tail.dropped, quality=quality), written
+        return writer.finish(rows_read=reader.rows_read, dropped=tail.dropped, quality=measured), written
 
 
-def calibration(job: Job, engine: Engine, probe: Sequence[States], show: Display) -> Calibration:
-    """Codecs and size of a new store from states from all over the corpus; at 16 bits, which need no centre, from those of the self-check."""
-    aux, last = job.config.codecs
-    states, samples = probe, list[TokenSample]()
+def probe_states(
+    engine: Engine, samples: Sequence[TokenSample], states: Sequence[States], codec: Codec
+) -> Probe:
+    """The self-check's ``samples`` and their ``states``, for ``codec``."""
+    known = [Known(t, *s) for t, s in zip(samples, states, strict=True)]
+    return probe_of(known, codec, lambda: engine.frozen().embed_tokens)
+
+
+def calibration(job: Job, engine: Engine, probe: Probe, codec: Codec, show: Display) -> Calibration:
+    """Codec and size of a new store from states from all over the corpus; from those of the self-check, ``probe``, where the codec learns nothing."""
     assert job.plan.rows is not None
     assert job.plan.tokens is not None
-    if not (isinstance(aux, Bf16) and isinstance(last, Bf16)):
+    if codec.needs_calibration:
         began = time.monotonic()
         samples = calibration_samples(job.corpus, job.maker, job.plan.rows, job.plan.tokens)
-        states = captured(engine, samples) or probe
+        probe = captured(engine, samples, codec) or probe
         show.say(
             f"calibrated on {len(samples):,} samples spread over the corpus, {sum(len(s.input_ids) for s in samples):,} tokens, "
             f"in {time.monotonic() - began:.1f} s"
         )
-    out = Calibration.of(states, aux, last)
+    out = Calibration.of(probe, codec)
     plan = planning.measured(job.plan, out.size)
-    show.say(
-        f"size     about {planning.human(plan.bytes or 0)}, measured on {sum(s.aux.shape[0] for s in states):,} tokens"
-    )
+    show.say(f"size     about {planning.human(plan.bytes or 0)}, measured on {probe.aux.shape[0]:,} tokens")
     return out
 
 
@@ -235,7 +244,14 @@ def write_parts(
     with (
         show.progress(plan.rows) as bar,
         ahead(reader.parts(dict(writer.committed)), 1) as parts,
-        Pipeline(writer, writer.codecs, pool=write, part_bytes=part_bytes, bar=bar) as pipeline,
+        Pipeline(
+            writer,
+            writer.codec,
+            embedding=engine.frozen().embed_tokens if writer.codec.needs_tokens else None,
+            pool=write,
+            part_bytes=part_bytes,
+            bar=bar,
+        ) as pipeline,
         stoppable(pipeline, show),
     ):
 
@@ -251,7 +267,7 @@ def write_parts(
                 out.tokens += part.tokens
                 yield part.samples
 
-        for captured in engine.stream(groups(), writer.codecs):
+        for captured in engine.stream(groups(), writer.codec):
             pipeline.put(captured)
         pipeline.finish()
         out.stages = dict(pipeline.seconds)
@@ -277,14 +293,14 @@ def regenerate_parts(
         engine,
         prompts,
         job.target.eos_token_ids,
-        writer.codecs,
+        writer.codec,
         reader,
         answers,
         job.config.min_supervised,
     )
     with (
         show.progress(job.plan.rows) as bar,
-        Pipeline(writer, writer.codecs, pool=write, part_bytes=0, bar=bar) as pipeline,
+        Pipeline(writer, writer.codec, pool=write, part_bytes=0, bar=bar) as pipeline,
         stoppable(pipeline, show),
     ):
         for group, (part, states) in enumerate(maker.parts(dict(writer.committed))):
@@ -306,23 +322,6 @@ def regenerate_parts(
     answers.clear()
     show.say(f"answers  {answers.joined}")
     return manifest, out
-
-
-def measure(states: Sequence[States], aux: Codec, last: Codec) -> dict[str, Any]:
-    """What the stored code loses, measured on the first samples: SNR in dB a layer and of the last state (None: nothing lost)."""
-    import torch
-
-    with torch.inference_mode():
-        a = torch.cat([s.aux for s in states])
-        b = torch.cat([s.last for s in states])
-        hidden = a.shape[-1]
-        return {
-            "tokens": a.shape[0],
-            "aux_snr_db": [
-                snr_db(a[:, i], aux.decode(aux.encode(a), hidden)[:, i]) for i in range(a.shape[1])
-            ],
-            "last_snr_db": snr_db(b, last.decode(last.encode(b), hidden)),
-        }
 
 
 def report(output: Path, manifest: Manifest, seconds: float, written: Written) -> dict[str, Any]:

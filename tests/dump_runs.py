@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from dspark.cache.codec.rotated import Codec
+from dspark.cache.codec.base import Codec
 from dspark.cache.records import TokenSample
 from dspark.dump.engines.engine import Captured, Engine
 from dump_targets import chat
@@ -69,17 +69,13 @@ class Wrapped:
             inner.close,
         )
 
-    def stream(
-        self, groups: Iterable[Sequence[TokenSample]], codecs: tuple[Codec, Codec]
-    ) -> Iterator[Captured]:
+    def stream(self, groups: Iterable[Sequence[TokenSample]], codec: Codec) -> Iterator[Captured]:
         """The first call is the self-check's."""
         run, self.checked = self.dumped if self.checked else self.inner.stream, True
-        yield from run(groups, codecs)
+        yield from run(groups, codec)
 
-    def dumped(
-        self, groups: Iterable[Sequence[TokenSample]], codecs: tuple[Codec, Codec]
-    ) -> Iterator[Captured]:
-        for captured in self.inner.stream(groups, codecs):
+    def dumped(self, groups: Iterable[Sequence[TokenSample]], codec: Codec) -> Iterator[Captured]:
+        for captured in self.inner.stream(groups, codec):
             for _ in captured.members:
                 self.before()
             yield captured

@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from dspark.cache.codec.rotated import codec_from, to_numpy
+from dspark.cache.codec.base import to_numpy
+from dspark.cache.codec.fields import from_fields
 from dspark.cache.manifest import DumpInfo, FieldInfo, Manifest, SourceInfo, TargetInfo, TokenizerInfo
 from dspark.cache.records import CodedSample, TokenSample, last_rows
 from dspark.cache.target.frozen import FrozenTarget
@@ -94,8 +95,7 @@ def states(sample: TokenSample, seed: int = 0) -> tuple[torch.Tensor, torch.Tens
 
 def coded(sample: TokenSample, m: Manifest, seed: int = 0) -> CodedSample:
     aux, last = states(sample, seed)
-    a, b = codec_from(m.aux, "test"), codec_from(m.last, "test")
-    return CodedSample(sample, to_numpy(a.encode(aux)), to_numpy(b.encode(last)))
+    return CodedSample(sample, to_numpy(from_fields(m.aux, m.last, "test").encode(aux, last)))
 
 
 def parts_of(samples: Sequence[TokenSample], part_tokens: int) -> list[list[TokenSample]]:

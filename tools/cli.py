@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from dspark.cache.shared.command import SETTINGS, bar, bits_options, emit, guarded
+from dspark.cache.shared.command import SETTINGS, bar, codec_options, emit, guarded
 from dspark.cache.shared.peers import Group
 from dspark.tools.check.command import check_command
 from dspark.tools.flags import COUNT, COUNT_OR_ALL, DEVICE, SHARE, TOKEN_ID, Finite, coding_device_is_here
@@ -52,7 +52,7 @@ def info_command(cache: str, as_json: bool) -> None:
         ("aux layers", f"{data['layers']}  (output of layer i; vLLM's ids: {data['target_layer_ids']})"),
         ("samples", f"{data['samples']:,}  in {data['parts']:,} parts"),
         ("tokens", f"{data['tokens']:,}  supervised {data['supervised_tokens']:,}, last states {data['last_rows']:,}"),
-        ("bits", f"aux {data['aux_bits']} ({data['aux_codec']}), last {data['last_bits']} ({data['last_codec']}, after the final norm), packed by {data['pack']}"),
+        ("codec", f"{data['codec']}: aux {data['aux_bits']:g} bits per value, last state (after the final norm) {data['last_bits']:g}, packed by {data['pack']}"),
         ("bytes", f"{data['bytes_on_disk']:,} on disk, of which {data['frozen_bytes']:,} are the target's frozen weights and the index"),
         ("a token", f"{per_token} bytes; {ratio} the raw bf16 layout's {data['raw_bytes_per_token']}"),
         ("engine", f"{data['engine']} {data['engine_version']}, {data['dtype']}, sequences up to {data['seq_length']} tokens"),
@@ -163,7 +163,7 @@ Examples:
 @click.option("--data", help="Corpus: its rows are counted and a spread of them tokenised.")
 @click.option("--samples", type=click.IntRange(1, 10**12), help="Rows of the corpus, without --data.")
 @click.option("--mean-tokens", type=Finite(1, 10**9), help="Tokens a sample, prompt and answer.")
-@bits_options
+@codec_options
 @click.option(
     "--last-share", type=SHARE, default=0.6, help="Share of tokens that are supervised, without --data."
 )
@@ -251,7 +251,7 @@ def score_command(cache: str, draft: str, max_anchors: int, which: str, as_json:
 @main.command("recode", epilog="\b\nExamples:\n  dspark-tools recode hs.zarr small.zarr --codec small")
 @click.argument("source")
 @click.argument("destination")
-@bits_options
+@codec_options
 @click.option(
     "--calibrate/--no-calibrate",
     default=True,
@@ -277,7 +277,7 @@ def recode_command(source: str, destination: str, as_json: bool, **flags: Any) -
         return
     table(
         [
-            ("store", f"{destination}: aux {data['aux_bits']} bits, last {data['last_bits']} bits"),
+            ("store", f"{destination}: codec {data['codec']}"),
             ("a token", f"{data['bytes_per_token']:.0f} bytes, {data['ratio']:.2f} x smaller than raw bf16"),
             ("SNR", f"aux {manifest.quality['aux_snr_db']} dB, last {manifest.quality['last_snr_db']} dB"),
         ]
@@ -297,7 +297,7 @@ Examples:
 @click.option("--model", required=True, help="The target that the states are of: id or folder.")
 @click.option("--layers", help="Output of decoder layer i, where SOURCE does not say (speculators).")
 @click.option("--target-layer-ids", help="The same as vLLM counts, j = i + 1, without the last state's.")
-@bits_options
+@codec_options
 @click.option(
     "--mask-token-id", type=TOKEN_ID, help="As for dspark-dump.  [default: the preset's, or an unused id]"
 )

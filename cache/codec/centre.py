@@ -88,6 +88,25 @@ class Centre:
             "deviation": base64.b64encode(self.deviation).decode(),
         }
 
+    def stored(self) -> dict[str, torch.Tensor]:
+        """``mean`` and ``deviation`` as bfloat16 tensors, flat, for a calibration file."""
+        import numpy as np
+        import torch
+
+        def of(raw: bytes) -> torch.Tensor:
+            return torch.from_numpy(np.frombuffer(raw, "<i2").astype(np.int16)).view(torch.bfloat16)
+
+        return {"mean": of(self.mean), "deviation": of(self.deviation)}
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, torch.Tensor], where: str) -> Centre:
+        """What ``stored`` gave."""
+        if set(tensors) != CENTRE_KEYS or tensors["mean"].shape != tensors["deviation"].shape:
+            raise DamagedCacheError(
+                f"{where}: the calibration holds {sorted(tensors)} of a field, expected {sorted(CENTRE_KEYS)} of one size"
+            )
+        return cls(_pack(tensors["mean"]), _pack(tensors["deviation"]))
+
     @classmethod
     def from_json(cls, params: Mapping[str, Any], where: str) -> Centre:
         try:

@@ -1,109 +1,44 @@
-"""Codecs: hidden states -> the arrays that are stored, and back, on whatever device the tensor is.
+"""Rotated groups in a few cells per value: 8, 4, 3 or 2 bits.
 
-A codec is a frozen dataclass. ``encode`` takes a float tensor ``[..., H]`` and returns torch tensors (name -> ``[..., W]``)
-on the same device, so that a dump encodes where the states are and only codes leave the device. ``decode`` is its inverse up to the stated
-error, also on any device, so that a trainer moves codes and decodes on the GPU. What a codec stores on disk is plain
-Zarr arrays ``{field}_{name}``; docs/format.md specifies each, and golden-byte tests hold them.
-
-Every codec is pure arithmetic on one token row: no state from one token to another, so any row can be read alone.
+Pure arithmetic on one token row, with no state from one token to another, so any row can be read alone. docs/format.md specifies the arrays, and golden-byte
+tests hold them.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import logging
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
-import numpy as np
-
-from dspark.cache.codec.centre import CENTRE_KEYS, Centre
-from dspark.cache.codec.quant import SCALE_ZERO, UNIT, distortion, entropy, level_table, scale_table
+from dspark.cache.codec.base import ArraySpec, check_finite, where_of
+from dspark.cache.codec.centre import Centre
+from dspark.cache.codec.quant import SCALE_ZERO, distortion, entropy, scale_table
+from dspark.cache.codec.rotated_tables import (
+    GROUP_LIMIT,
+    SQUARE_LIMIT,
+    Table,
+    byte_levels,
+    cells_per_unit,
+    levels_in_cells,
+    scale_over_unit,
+)
 from dspark.cache.codec.rotation import GROUP_LEAST, energy, group_size, rotate, signs, unrotation
-from dspark.cache.errors import EngineError, FormatVersionError, UsageError
-from dspark.cache.manifest import FieldInfo, Json
-from dspark.cache.settings import DEFAULT_PACKING, PACKINGS
+from dspark.cache.errors import EngineError, UsageError
+from dspark.cache.manifest import Json
+from dspark.cache.settings import DEFAULT_PACKING
 
 if TYPE_CHECKING:
     import torch
 
-    Tensors = dict[str, torch.Tensor]
+    from dspark.cache.codec.base import Tensors
 
-Table = np.ndarray[tuple[int, ...], np.dtype[np.float32]]
-GROUP_LIMIT = 128
-SQUARE_LIMIT = 2.0**63  # (rms / sqrt(g))^2 of a group at the largest scale code
-LOSSLESS_BITS = 12.4  # measured: bfloat16 states of SmolLM2-135M, byte shuffle and zstd level 3
-SCALE_BITS = 3.1  # measured on the same states: zstd of the scale codes, 8 bits each before
-HUFFMAN_EXCESS = 0.03  # measured: bits a value that zstd level 1 needs above the entropy of the cells
-
-
-@dataclass(frozen=True, slots=True)
-class ArraySpec:
-    """One stored array of a codec: numpy dtype, the width of a row's last axis, and how it is kept (``settings.PACKINGS``)."""
-
-    dtype: str
-    width: int
-    pack: str = DEFAULT_PACKING
-
-    @property
-    def row_bytes(self) -> int:
-        return int(np.dtype(self.dtype).itemsize) * self.width
-
-
-class Codec(Protocol):
-    """``name`` and ``bits`` identify it in a manifest, ``params`` holds whatever else decoding needs; ``pack`` says how its arrays are kept.
-
-    ``disk_bytes``: expected bytes of one row on disk, after the chunks' lossless compression; exact if there is none. ``decode`` gives ``dtype``, or without one the
-    narrowest that holds what was stored.
-    """
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def bits(self) -> int: ...
-    @property
-    def params(self) -> Json: ...
-    @property
-    def pack(self) -> str: ...
-    def arrays(self, hidden: int) -> dict[str, ArraySpec]: ...
-    def disk_bytes(self, hidden: int) -> float: ...
-    def encode(self, x: torch.Tensor) -> Tensors: ...
-    def decode(
-        self, coded: Mapping[str, torch.Tensor], hidden: int, dtype: torch.dtype | None = None
-    ) -> torch.Tensor: ...
-
-
-@dataclass(frozen=True, slots=True)
-class Bf16:
-    """16 bits: the bfloat16 bits of each value. Lossless for a bfloat16 target; a float32 state is rounded to nearest even."""
-
-    name: str = "bf16"
-    bits: int = 16
-    pack: str = DEFAULT_PACKING
-
-    @property
-    def params(self) -> Json:
-        return {}
-
-    def disk_bytes(self, hidden: int) -> float:
-        return hidden * (LOSSLESS_BITS if self.pack == "zstd" else 16) / 8
-
-    def arrays(self, hidden: int) -> dict[str, ArraySpec]:
-        return {"code": ArraySpec("uint16", hidden, self.pack)}
-
-    def encode(self, x: torch.Tensor) -> Tensors:
-        import torch
-
-        check_finite(x)
-        return {"code": x.to(torch.bfloat16).contiguous().view(torch.uint16)}
-
-    def decode(
-        self, coded: Mapping[str, torch.Tensor], hidden: int, dtype: torch.dtype | None = None
-    ) -> torch.Tensor:
-        import torch
-
-        return coded["code"].view(torch.bfloat16).to(dtype or torch.bfloat16)
+log = logging.getLogger("dspark.cache")
+SCALE_BITS = 3.1  # measured on SmolLM2-135M's states: zstd of the scale codes, 8 bits each before
+HUFFMAN_EXCESS = 0.03  # measured: bits per value that zstd level 1 needs above the entropy of the cells
+TRIED = 192  # rows on which a machine's encoding kernel is tried
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,9 +101,7 @@ class Rotated:
             from dspark.cache.codec import rotated_encode_kernel as fused_encode
 
             hidden = x.shape[-1]
-            if self.group(hidden) >= fused_encode.LEAST_GROUP and fused_encode.trusted(
-                self, hidden, x.device, x.dtype
-            ):
+            if self.group(hidden) >= fused_encode.LEAST_GROUP and trusted(self, hidden, x.device, x.dtype):
                 return fused_encode.encode(self, x)
         return self.encode_plain(x)
 
@@ -275,8 +208,8 @@ class Rotated:
         g = self.group(hidden)
         code, scale = coded["code"], coded["scale"]
         device = code.device
-        pairs = _constant(device, _byte_levels, self.levels)
-        scales = _constant(device, _scale_over_unit)
+        pairs = _constant(device, byte_levels, self.levels)
+        scales = _constant(device, scale_over_unit)
         back = _constant(device, unrotation, g)
         out = torch.empty(scale.numel(), g, dtype=torch.float32, device=device)
         flat, k = code.reshape(-1, g // self.per_byte), scale.reshape(-1).to(torch.int32)
@@ -301,30 +234,12 @@ def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-def check_finite(x: torch.Tensor) -> None:
-    """Refuse NaN and infinity, naming the first row (and layer) that has one."""
-    import torch
-
-    if bool(torch.isfinite(x).all()):
-        return
-    first = (~torch.isfinite(x)).nonzero()[0].tolist()
-    raise EngineError(
-        f"hidden state is not finite at {_where(first)}: found {float(x[tuple(first)])}, expected a finite value. "
-        "Run the target in bfloat16 or float32 (float16 overflows on massive activations)."
-    )
-
-
 def _refuse_huge(x: torch.Tensor) -> None:
     first = (x.abs() == x.abs().max()).nonzero()[0].tolist()
     raise EngineError(
-        f"hidden state is too large for this codec at {_where(first)}: found {float(x[tuple(first)])}, expected below 1e9. "
+        f"hidden state is too large for this codec at {where_of(first)}: found {float(x[tuple(first)])}, expected below 1e9. "
         "Real states stay below 1e6: check the target, or store 16 bits."
     )
-
-
-def _where(index: list[int]) -> str:
-    layer = f", aux layer number {index[1]}" if len(index) == 3 else " (last state)"
-    return f"token {index[0]}{layer}, channel {index[-1]}"
 
 
 def _scale_code(squares: torch.Tensor) -> torch.Tensor:
@@ -346,87 +261,28 @@ def _constant(device: torch.device, make: Callable[..., Table], *args: Hashable)
         return torch.from_numpy(make(*args)).to(device)
 
 
-def cells_per_unit(step: float, g: int) -> Table:
-    """1 / (g scale step) of each scale code, float32[256]: turns an unnormalised rotation into cells; 0 for code 0."""
-    scale = scale_table().astype(np.float64)
-    return np.divide(1.0, scale * (g * step), out=np.zeros(256), where=scale > 0).astype(np.float32)
+@lru_cache(maxsize=16)
+def trusted(codec: Rotated, hidden: int, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether kernel and plain torch give the same bytes here, tried on rows of all magnitudes with a massive channel."""
+    import torch
 
+    from dspark.cache.codec import rotated_encode_kernel as kernel
 
-def levels_in_cells(step: float, levels: tuple[int, ...]) -> Table:
-    return (level_table(levels) / (UNIT * step)).astype(np.float32)
-
-
-def _byte_levels(levels: tuple[int, ...]) -> Table:
-    """Levels of the values in each byte, float32[256, values a byte]."""
-    table = level_table(levels)
-    if table.shape[0] == 256:
-        return table[:, None]
-    return np.stack([np.tile(table, 16), np.repeat(table, 16)], axis=1)
-
-
-def _scale_over_unit() -> Table:
-    return scale_table() / np.float32(UNIT)
-
-
-# By bits: cell width in sigma and levels in 1/64 sigma (``gaussian_levels(step, 16)``, written out because they are the format).
-SETTINGS: dict[int, tuple[float, tuple[int, ...]]] = {
-    8: (0.03125, tuple(range(1, 256, 2))),
-    4: (0.4, (13, 38, 63, 88, 114, 139, 164, 198)),
-    3: (0.6, (19, 56, 93, 131, 168, 205, 243, 282)),
-    2: (1.1, (32, 96, 161, 227, 294, 362, 432, 528)),
-}
-
-
-NEED_ZSTD = (3, 2)  # bits whose cells are stored in more than they hold
-
-
-def codec_for(bits: int, pack: str = DEFAULT_PACKING) -> Codec:
-    """The codec that ``--aux-bits`` / ``--last-bits`` and ``--pack`` name."""
-    assert pack in PACKINGS, pack
-    if bits == 16:
-        return Bf16(pack=pack)
-    if bits not in SETTINGS:
-        raise UsageError(f"no codec stores {bits} bits; choose 16, 8, 4, 3 or 2")
-    if pack == "none" and bits in NEED_ZSTD:
-        raise UsageError(
-            f"{bits} bits are coarser cells in the nibbles of 4 bits, and only zstd makes them smaller: "
-            "without it (--pack none) choose 16, 8 or 4 bits, or leave --pack at zstd"
-        )
-    step, levels = SETTINGS[bits]
-    return Rotated(bits, step, levels, pack=pack)
-
-
-def codec_from(info: FieldInfo, where: str) -> Codec:
-    """The codec that a manifest's field names; one that this release would not have written is refused."""
-    if info.pack not in PACKINGS or (info.pack == "none" and info.bits in NEED_ZSTD):
-        raise FormatVersionError(
-            f"{where}: {info.bits}-bit states are packed by {info.pack!r}, this release knows {' and '.join(PACKINGS)} (3 and 2 bits: zstd). "
-            "Use the dspark release that wrote the store."
-        )
-    known = codec_for(info.bits, info.pack) if info.bits == 16 or info.bits in SETTINGS else None
-    if isinstance(known, Rotated) and set(info.params) >= CENTRE_KEYS:
-        known = replace(known, centre=Centre.from_json(info.params, where))
-    if known is None or (known.name, known.params) != (info.codec, dict(info.params)):
-        mine = f"{known.name!r} {known.params}" if known else f"only {sorted([16, *SETTINGS])} bits"
-        raise FormatVersionError(
-            f"{where}: states are coded as {info.codec!r} {info.params}, this release knows {mine} for {info.bits} bits. "
-            "Use the dspark release that wrote the store."
-        )
-    return known
-
-
-def calibrated(codec: Codec, states: torch.Tensor) -> Codec:
-    """``codec`` centred on ``states`` [T, L, H] or [M, H], if it is one that can be and there are any."""
-    return codec.calibrated(states) if isinstance(codec, Rotated) and states.shape[0] else codec
-
-
-def field_info(codec: Codec) -> FieldInfo:
-    """What a manifest says of a field that ``codec`` codes."""
-    return FieldInfo(codec=codec.name, bits=codec.bits, params=codec.params, pack=codec.pack)
-
-
-def to_numpy(
-    coded: Mapping[str, torch.Tensor],
-) -> dict[str, np.ndarray[tuple[int, ...], np.dtype[np.generic]]]:
-    """Codes on any device -> numpy arrays on the host (bit-exact)."""
-    return {name: t.cpu().numpy() for name, t in coded.items()}
+    with torch.inference_mode():
+        made = torch.Generator().manual_seed(0)
+        rows = len(codec.centre.mean) // 2 // hidden if codec.centre else 1
+        x = torch.randn(TRIED, rows, hidden, generator=made) * torch.logspace(-3, 3, TRIED)[:, None, None]
+        x[::7, :, 3] = 2e4
+        x[0] = 0.0
+        x = x.to(dtype).to(device)
+        x = x[:, 0] if rows == 1 else x
+        try:
+            found = kernel.encode(codec, x)
+        except Exception as error:  # a compiler of another version raises what it likes
+            log.warning("the encoding kernel does not run here, plain torch codes: %s", error)
+            return False
+        want = codec.encode_plain(x)
+    same = all(torch.equal(found[n], want[n]) for n in want)
+    if not same:
+        log.warning("the encoding kernel gives other bytes here, plain torch codes")
+    return same

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -25,10 +25,8 @@ import triton
 import triton.language as tl
 
 from dspark.cache.codec.quant import UNIT, level_table, scale_table
+from dspark.cache.codec.rotated_tables import Cells
 from dspark.cache.codec.rotation import unrotation
-
-if TYPE_CHECKING:
-    from dspark.cache.codec.rotated import Rotated
 
 LEAST_GROUP = 32  # half of it is the shortest inner axis that a matrix product takes
 
@@ -93,7 +91,7 @@ def decode_groups(  # type: ignore[no-untyped-def]
 
 
 def decode(
-    codec: Rotated,
+    codec: Cells,
     coded: Mapping[str, torch.Tensor],
     hidden: int,
     dtype: torch.dtype,
@@ -141,7 +139,7 @@ class _Tables(NamedTuple):
 
 
 @lru_cache(maxsize=16)
-def _tables(codec: Rotated, hidden: int, device: torch.device) -> _Tables:
+def _tables(codec: Cells, hidden: int, device: torch.device) -> _Tables:
     """What the kernel looks up, on ``device``; made once a codec."""
     with torch.inference_mode(False):
         levels, scales, back = (

@@ -6,16 +6,15 @@ Every step is the one rounding that ``Rotated.encode_plain`` makes, in the same 
 the bytes are the same. Groups that are far from Gaussian are listed and tried at other scales by a second kernel: coded by plain torch, those few groups took
 some 150 launches a call and two waits for the device, ten times the kernel's own time; and tried where they are found, one of them makes
 the whole tile do thirteen times the work. Whether this machine's compiler keeps to all that is
-tried once a process on a few rows (``trusted``); where it does not, plain torch codes everything.
+tried once a process on a few rows (``rotated.trusted``); where it does not, plain torch codes everything.
 
 Import only where triton is there.
 """
 
 from __future__ import annotations
 
-import logging
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -23,14 +22,10 @@ import triton
 import triton.language as tl
 
 from dspark.cache.codec.quant import distortion, scale_table
+from dspark.cache.codec.rotated_tables import SQUARE_LIMIT, Cells, cells_per_unit, levels_in_cells
 from dspark.cache.codec.rotation import signs
 
-if TYPE_CHECKING:
-    from dspark.cache.codec.rotated import Rotated
-
-log = logging.getLogger("dspark.cache")
 LEAST_GROUP = 16
-TRIED = 192  # rows
 AGAIN_PROGRAMS = 528  # four a multiprocessor of an H100
 
 
@@ -206,7 +201,7 @@ def encode_again(  # type: ignore[no-untyped-def]
         store(code, scale, row, cell, k, real, TILE, G, PACKED)
 
 
-def encode(codec: Rotated, x: torch.Tensor) -> dict[str, torch.Tensor]:
+def encode(codec: Cells, x: torch.Tensor) -> dict[str, torch.Tensor]:
     """As ``Rotated.encode_plain``, byte for byte."""
     hidden = x.shape[-1]
     g = codec.group(hidden)
@@ -220,8 +215,6 @@ def encode(codec: Rotated, x: torch.Tensor) -> dict[str, torch.Tensor]:
     told = torch.zeros(2, dtype=torch.int32, device=x.device)
     tile = max(1, 4096 // g)
     if groups:
-        from dspark.cache.codec.rotated import SQUARE_LIMIT
-
         shape: dict[str, Any] = {
             "HALF": len(codec.levels), "G": g, "LOG": g.bit_length() - 1, "PACKED": codec.per_byte == 2, "CENTRED": codec.centre is not None,
             "TILE": tile, "num_warps": 8, "enable_fp_fusion": False,
@@ -251,10 +244,8 @@ class _Tables(NamedTuple):
 
 
 @lru_cache(maxsize=16)
-def _tables(codec: Rotated, hidden: int, device: torch.device) -> _Tables:
+def _tables(codec: Cells, hidden: int, device: torch.device) -> _Tables:
     """What the kernel looks up, on ``device``; made once a codec."""
-    from dspark.cache.codec.rotated import cells_per_unit, levels_in_cells
-
     g = codec.group(hidden)
     with torch.inference_mode(False):
         arrays = (
@@ -270,26 +261,3 @@ def _tables(codec: Rotated, hidden: int, device: torch.device) -> _Tables:
         if codec.centre:
             mean, _, inverse = (t.contiguous() for t in codec.centre.tensors(hidden, device))
         return _Tables(flip, mean, inverse, per_unit, levels, scales)
-
-
-@lru_cache(maxsize=16)
-def trusted(codec: Rotated, hidden: int, device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether kernel and plain torch give the same bytes here, tried on rows of all magnitudes with a massive channel."""
-    with torch.inference_mode():
-        made = torch.Generator().manual_seed(0)
-        rows = len(codec.centre.mean) // 2 // hidden if codec.centre else 1
-        x = torch.randn(TRIED, rows, hidden, generator=made) * torch.logspace(-3, 3, TRIED)[:, None, None]
-        x[::7, :, 3] = 2e4
-        x[0] = 0.0
-        x = x.to(dtype).to(device)
-        x = x[:, 0] if rows == 1 else x
-        try:
-            found = encode(codec, x)
-        except Exception as error:  # a compiler of another version raises what it likes
-            log.warning("the encoding kernel does not run here, plain torch codes: %s", error)
-            return False
-        want = codec.encode_plain(x)
-    same = all(torch.equal(found[n], want[n]) for n in want)
-    if not same:
-        log.warning("the encoding kernel gives other bytes here, plain torch codes")
-    return same

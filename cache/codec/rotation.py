@@ -4,7 +4,7 @@ A hidden state has a few channels thousands of times larger than the rest. Quant
 small ones are lost; after the rotation every coefficient of a group is a sum of all its channels, so the group is close to Gaussian
 and one scale serves it. The signs keep a constant vector (or any other row of the Hadamard matrix) from becoming a single spike.
 
-Legend: g channels of a group, N groups. docs/format_codecs.md defines the same with formulas.
+Legend: g channels of a group, N groups. docs/format.md defines the same with formulas.
 """
 
 from __future__ import annotations

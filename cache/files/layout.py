@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dspark.cache.codec.rotated import ArraySpec, Codec
+from dspark.cache.codec.base import ArraySpec, Codec, axis_of
 
 ROOT_KEY = "dspark"
 PART_KEY = "dspark_part"
@@ -50,34 +50,37 @@ def part_name(index: int) -> str:
     return f"{index:08d}"
 
 
-def field_array(field: str, name: str) -> str:
-    """Name on disk of array ``name`` of field ``aux`` or ``last``."""
-    return f"{field}_{name}"
+@dataclass(frozen=True, slots=True)
+class PartLayout:
+    """What arrays the parts of a store have: its codec's, of ``layers`` aux layers of ``hidden`` channels, and those of tokens and samples."""
 
+    codec: Codec
+    layers: int
+    hidden: int
 
-def part_arrays(
-    tokens: int, samples: int, last_rows: int, layers: int, hidden: int, aux: Codec, last: Codec
-) -> list[StoredArray]:
-    """Every array of a part with T tokens, N samples and M stored last states."""
-    plain = (
-        aux.pack == "none"
-    )  # ids and mask are kept like the layers: unpacking them would be a fifth of a read
-    out = [
-        StoredArray("input_ids", (tokens,), "int32", TOKEN_CHUNK, 0 if plain else 4, 0 if plain else 3),
-        StoredArray("loss_mask", (tokens,), "bool", TOKEN_CHUNK, 0, 0 if plain else 3),
-        StoredArray("sample_start", (samples + 1,), "int64", samples + 1, 8),
-        StoredArray("sample_last_start", (samples + 1,), "int64", samples + 1, 8),
-        StoredArray("sample_row", (samples,), "int64", samples, 8),
-        StoredArray("sample_key", (samples, 16), "uint8", samples, 0),
-    ]
-    out += [
-        state_array(field_array("aux", n), (tokens, layers, s.width), s)
-        for n, s in aux.arrays(hidden).items()
-    ]
-    out += [
-        state_array(field_array("last", n), (last_rows, s.width), s) for n, s in last.arrays(hidden).items()
-    ]
-    return out
+    def arrays(self, tokens: int, samples: int, last_rows: int) -> list[StoredArray]:
+        """Every array of a part with T tokens, N samples and M stored last states."""
+        # Ids and mask are kept like the states: unpacking them would be a fifth of a read.
+        plain = self.codec.pack == "none"
+        out = [
+            StoredArray("input_ids", (tokens,), "int32", TOKEN_CHUNK, 0 if plain else 4, 0 if plain else 3),
+            StoredArray("loss_mask", (tokens,), "bool", TOKEN_CHUNK, 0, 0 if plain else 3),
+            StoredArray("sample_start", (samples + 1,), "int64", samples + 1, 8),
+            StoredArray("sample_last_start", (samples + 1,), "int64", samples + 1, 8),
+            StoredArray("sample_row", (samples,), "int64", samples, 8),
+            StoredArray("sample_key", (samples, 16), "uint8", samples, 0),
+        ]
+        rows = {"token": tokens, "last": last_rows}
+        return out + [
+            state_array(name, (rows[spec.axis], *spec.row_shape), spec) for name, spec in self.specs.items()
+        ]
+
+    @property
+    def specs(self) -> dict[str, ArraySpec]:
+        """The codec's arrays."""
+        out = self.codec.arrays(self.layers, self.hidden)
+        assert all(spec.axis == axis_of(name) for name, spec in out.items()), out
+        return out
 
 
 def state_array(name: str, shape: tuple[int, ...], spec: ArraySpec) -> StoredArray:
@@ -98,27 +101,27 @@ def raw_bytes_per_token(layers: int, hidden: int) -> int:
     return 6 + 2 * hidden * (layers + 1)
 
 
-def stored_bytes_per_token(
-    layers: int, hidden: int, aux: Codec, last: Codec, last_share: float = 1.0
-) -> float:
-    """Bytes of states a token before lossless compression, which no store exceeds; ``last_share`` = stored last states / tokens."""
-    a = layers * sum(s.row_bytes for s in aux.arrays(hidden).values())
-    b = sum(s.row_bytes for s in last.arrays(hidden).values())
-    return a + last_share * b
+def stored_bytes_per_token(layers: int, hidden: int, codec: Codec, last_share: float = 1.0) -> float:
+    """Bytes of states per token before lossless compression, which no store exceeds; ``last_share`` = stored last states / tokens.
+
+    Tokens that are stored exactly are not counted: they are few.
+    """
+    share = {"token": 1.0, "last": last_share, "exact": 0.0}
+    return sum(share[s.axis] * s.row_bytes for s in codec.arrays(layers, hidden).values())
 
 
-def disk_bytes_per_token(layers: int, hidden: int, aux: Codec, last: Codec, last_share: float = 1.0) -> float:
+def disk_bytes_per_token(layers: int, hidden: int, codec: Codec, last_share: float = 1.0) -> float:
     """Expected bytes a token on disk: states, ids and mask, and a share of a part's metadata.
 
     Without zstd exact. With it, below 16 bits, from the entropy of Gaussian cells: right within 2 % where nothing repeats, more than it takes
     otherwise (``sizing.py``).
     """
-    return token_bytes(aux) + layers * aux.disk_bytes(hidden) + last_share * last.disk_bytes(hidden)
+    return token_bytes(codec) + codec.disk_bytes(layers, hidden, last_share)
 
 
-def token_bytes(aux: Codec) -> float:
+def token_bytes(codec: Codec) -> float:
     """Expected bytes of ids, mask and metadata a token, on disk: 4 and 1 as they are, 1.0 together after zstd; metadata of a part 0.4.
 
     Measured on SmolLM2 stores.
     """
-    return 0.4 + (5.0 if aux.pack == "none" else 1.1)
+    return 0.4 + (5.0 if codec.pack == "none" else 1.1)

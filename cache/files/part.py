@@ -20,11 +20,10 @@ import zarr
 import zarr.abc.codec
 from zarr.codecs import BloscCodec, Crc32cCodec, ZstdCodec
 
-from dspark.cache.codec.rotated import Codec
 from dspark.cache.errors import DamagedCacheError
 from dspark.cache.files.atomic import STAGING, commit_folder, write_errors
 from dspark.cache.files.checksum import crc32
-from dspark.cache.files.layout import PART_KEY, StoredArray, field_array, part_arrays, part_name
+from dspark.cache.files.layout import PART_KEY, PartLayout, StoredArray, part_name
 from dspark.cache.files.shard import Pieces, chunk_rows, write_shard
 from dspark.cache.manifest import Json, build, crc32c, sealed, unseal
 from dspark.cache.records import CodedSample, TokenSample, last_rows
@@ -56,21 +55,18 @@ class PartRecord:
 
 
 def assemble(
-    samples: Sequence[CodedSample], layers: int, hidden: int, aux: Codec, last: Codec
+    samples: Sequence[CodedSample], layout: PartLayout
 ) -> tuple[dict[str, Array], dict[str, Pieces]]:
-    """The arrays of a part (see ``layout.part_arrays``): the small ones joined along tokens, the states as pieces."""
+    """The arrays of a part (see ``PartLayout.arrays``): the small ones joined along tokens, the states as pieces."""
     small, stored = join_tokens([s.tokens for s in samples])
     for s, rows in zip(samples, stored, strict=True):
-        for field, coded, n in (("aux", s.aux, s.tokens.input_ids.shape[0]), ("last", s.last, rows)):
-            for name, array in coded.items():
-                assert array.shape[0] == n, (
-                    f"row {s.tokens.row}: {field}_{name} has {array.shape[0]} rows, not {n}"
-                )
-    states = {field_array("aux", n): Pieces([s.aux[n] for s in samples]) for n in aux.arrays(hidden)}
-    states |= {field_array("last", n): Pieces([s.last[n] for s in samples]) for n in last.arrays(hidden)}
-    for spec in part_arrays(
-        small["input_ids"].shape[0], len(samples), sum(stored), layers, hidden, aux, last
-    ):
+        for name, own in layout.specs.items():
+            n = {"token": s.tokens.input_ids.shape[0], "last": rows}[own.axis]
+            assert s.states[name].shape[0] == n, (
+                f"row {s.tokens.row}: {name} has {s.states[name].shape[0]} rows, not {n}"
+            )
+    states = {name: Pieces([s.states[name] for s in samples]) for name in layout.specs}
+    for spec in layout.arrays(small["input_ids"].shape[0], len(samples), sum(stored)):
         got = small[spec.name] if spec.name in small else states[spec.name]
         assert (got.shape, got.dtype) == (spec.shape, np.dtype(spec.dtype)), (spec, got.shape, got.dtype)
     return small, states

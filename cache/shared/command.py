@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from typing import Any, NoReturn, Protocol
 
 from dspark.cache.errors import DsparkError
-from dspark.cache.settings import DEFAULT_PACKING, NAMED, NAMES, PACKINGS, choose_bits
+from dspark.cache.settings import DEFAULT_PACKING, NAMED, NAMES, PACKINGS, choose_codec
 
 # Of a click command: -h too, defaults shown, lines as long as a terminal of 120 columns.
 SETTINGS = {"help_option_names": ["-h", "--help"], "show_default": True, "max_content_width": 120}
@@ -38,23 +38,26 @@ def guarded(command: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-def bits_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """``--codec NAME``, ``--aux-bits N``, ``--last-bits N`` and ``--pack`` for a click callback, which gets ``aux_bits``, ``last_bits`` and ``pack``."""
+def codec_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """``--codec NAME``, ``--aux-bits N``, ``--last-bits N`` and ``--pack`` for a click callback, which gets ``codec`` (a full name) and ``pack``."""
     import click
 
     @functools.wraps(command)
-    def run(*args: Any, codec: str, aux_bits: int | None, last_bits: int | None, **kwargs: Any) -> Any:
-        aux, last = choose_bits(codec, aux_bits, last_bits)
-        return command(*args, aux_bits=aux, last_bits=last, **kwargs)
+    def run(*args: Any, codec: str | None, aux_bits: int | None, last_bits: int | None, **kwargs: Any) -> Any:
+        try:
+            chosen = choose_codec(codec, aux_bits, last_bits)
+        except DsparkError as error:
+            fail(str(error), error.exit_code)
+        return command(*args, codec=chosen, **kwargs)
 
     named = click.option(
         "--codec",
-        type=click.Choice(list(NAMED)),
-        default="default",
-        help=f"Bits of aux/last by name: {NAMES}.",
+        metavar="NAME",
+        show_default="default",
+        help=f"How states are coded: {', '.join(NAMED)} ({NAMES}), or a full name.",
     )
-    aux = click.option("--aux-bits", type=int, help="16, 8, 4, 3 or 2, instead of --codec's.")
-    last = click.option("--last-bits", type=int, help="16, 8 or 4, instead of --codec's.")
+    aux = click.option("--aux-bits", type=int, help="16, 8, 4, 3 or 2: a rotated codec by its bits.")
+    last = click.option("--last-bits", type=int, help="16, 8 or 4: the same for the last state.")
     pack = click.option(
         "--pack",
         type=click.Choice(PACKINGS),

@@ -9,9 +9,10 @@ With ``--regenerate`` states come from the run that answers (``Engine.answer``):
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
+from dspark.cache.codec.base import Tokens, axis_of, tokens_of
 from dspark.cache.errors import EngineError
 from dspark.dump.checks.states import NOTHING_WRITTEN
 from dspark.dump.engines.engine import CodedStates, States
@@ -19,7 +20,7 @@ from dspark.dump.engines.engine import CodedStates, States
 if TYPE_CHECKING:
     import torch
 
-    from dspark.cache.codec.rotated import Codec
+    from dspark.cache.codec.base import Codec
     from dspark.cache.records import TokenSample
     from dspark.dump.engines.engine import Captured, Engine
 
@@ -32,7 +33,7 @@ def check_coded(
     engine: Engine,
     samples: Sequence[TokenSample],
     states: Sequence[States],
-    codecs: tuple[Codec, Codec],
+    codec: Codec,
     layers: Sequence[int],
 ) -> None:
     """What ``engine.stream`` gives for ``samples`` must be their ``states``, coded; raises EngineError with the sample and the layer.
@@ -42,13 +43,20 @@ def check_coded(
     import torch
 
     missing = set(range(len(samples)))
+    embedding = engine.frozen().embed_tokens if codec.needs_tokens else None
+
+    def known(members: Sequence[int], device: torch.device) -> Tokens | None:
+        if embedding is None:
+            return None
+        return tokens_of([samples[i] for i in members], embedding.to(device))
+
     with torch.inference_mode():
-        for captured in engine.stream(iter([list(samples)]), codecs):
-            for i, streamed in _by_sample(captured, states, codecs):
+        for captured in engine.stream(iter([list(samples)]), codec):
+            for i, streamed in _by_sample(captured, states, codec, known):
                 if i not in missing:
                     raise _failed(engine, f"its stream gave the states of sample {i} twice")
                 missing.remove(i)
-                want = States(*(as_stored(c, x) for c, x in zip(codecs, states[i], strict=True)))
+                want = as_stored(codec, states[i], known([i], states[i].aux.device))
                 off = [_off(streamed.aux[:, k], want.aux[:, k]) for k in range(len(layers))]
                 for layer, by in zip([*layers, "last"], [*off, _off(streamed.last, want.last)], strict=True):
                     if not by <= TOLERANCE:
@@ -61,7 +69,10 @@ def check_coded(
 
 
 def _by_sample(
-    captured: Captured, states: Sequence[States], codecs: tuple[Codec, Codec]
+    captured: Captured,
+    states: Sequence[States],
+    codec: Codec,
+    known: Callable[[Sequence[int], torch.device], Tokens | None],
 ) -> Iterator[tuple[int, States]]:
     """Samples of a batch with their states as a store would give them back."""
     import torch
@@ -70,27 +81,31 @@ def _by_sample(
     if captured.ready is not None:
         captured.ready.synchronize()
     hidden = states[0].aux.shape[-1]
-    fields = []
-    for codec, x in zip(codecs, given[:2], strict=True):
-        if isinstance(given, CodedStates):
-            assert isinstance(x, dict)
-            fields.append(codec.decode({n: torch.from_numpy(a) for n, a in x.items()}, hidden))
-        else:
-            assert isinstance(x, torch.Tensor)
-            fields.append(as_stored(codec, x))
     members = list(captured.members)
     rows = [len(states[i].aux) for i in members], [len(states[i].last) for i in members]
-    found = tuple(map(len, fields))
-    if found != tuple(map(sum, rows)):
+    specs = codec.arrays(*states[0].aux.shape[1:])
+    counts = {"token": sum(rows[0]), "last": sum(rows[1])}
+    if isinstance(given, CodedStates):
+        sizes = {name: len(x) for name, x in given.arrays.items() if axis_of(name) != "exact"}
+    else:
+        sizes = {"aux": len(given.aux), "last_": len(given.last)}
+    if any(n != counts[axis_of(name)] for name, n in sizes.items()):
         raise EngineError(
-            f"self-check failed: the engine's stream gave {found} rows of aux and last states for samples {members}, expected {tuple(map(sum, rows))}. {NOTHING_WRITTEN}"
+            f"self-check failed: the engine's stream gave {sizes} rows for samples {members}, expected {counts}. {NOTHING_WRITTEN}"
         )
-    yield from zip(members, map(States, *map(torch.split, fields, rows)), strict=True)
+    if isinstance(given, CodedStates):
+        coded = {n: torch.from_numpy(a) for n, a in given.arrays.items()}
+        assert set(coded) >= set(specs), (sorted(coded), sorted(specs))
+        found = States(*codec.decode(coded, hidden, known(members, torch.device("cpu"))))
+    else:
+        found = as_stored(codec, given, known(members, given.aux.device))
+    yield from zip(members, map(States, *map(torch.split, found, rows)), strict=True)
 
 
-def as_stored(codec: Codec, x: torch.Tensor) -> torch.Tensor:
-    """States [T, ..., H] as a store with ``codec`` gives them back, float32."""
-    return codec.decode(codec.encode(x), x.shape[-1])
+def as_stored(codec: Codec, states: States, tokens: Tokens | None = None) -> States:
+    """``states`` as a store with ``codec`` gives them back."""
+    hidden = states.aux.shape[-1]
+    return States(*codec.decode(codec.encode(*states, tokens), hidden, tokens))
 
 
 def by_state(found: torch.Tensor, want: torch.Tensor) -> torch.Tensor:

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dspark.cache.errors import UsageError
 
 if TYPE_CHECKING:
+    from dspark.cache.codec.base import ArraySpec
     from dspark.dump.engines.engine import CodedStates
 
 GREEDY = 1e-5  # temperatures below are greedy decoding
@@ -125,8 +127,11 @@ def seed_of(row: int, turn: int) -> int:
     return int.from_bytes(hashlib.sha256(f"{row}:{turn}".encode()).digest()[:4], "little")
 
 
-def repeat_last(coded: dict[str, Any]) -> dict[str, Any]:
-    """Arrays of S - 1 rows -> S rows, the last one twice."""
+def repeat_last(coded: dict[str, Any], specs: Mapping[str, ArraySpec]) -> dict[str, Any]:
+    """Coded states of an answer's S - 1 tokens -> of S tokens, the code of the last one twice."""
     import numpy as np
 
-    return {name: np.concatenate([a, a[-1:]]) for name, a in coded.items()}
+    return {
+        name: np.concatenate([a, a[-1:]]) if name in specs and specs[name].axis == "token" else a
+        for name, a in coded.items()
+    }

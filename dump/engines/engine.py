@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
-    from dspark.cache.codec.rotated import Codec
+    from dspark.cache.codec.base import Codec
     from dspark.cache.target.frozen import FrozenTarget
     from dspark.dump.engines.answers import Answered, Ask, Sampling
     from dspark.dump.target.layers import Shapes
@@ -31,10 +31,9 @@ class States(NamedTuple):
 
 
 class CodedStates(NamedTuple):
-    """The same as a codec stores them, on the host: arrays of S rows, and of M rows. ``seconds``: by stage, what another process spent on them."""
+    """The same as a codec stores them, on the host, by the names of its arrays. ``seconds``: by stage, what another process spent on them."""
 
-    aux: Coded
-    last: Coded
+    arrays: Coded
     seconds: Mapping[str, float] = MappingProxyType({})
 
 
@@ -80,7 +79,7 @@ class Engine(Protocol):
     """Runs the target. ``capture`` yields (index into ``samples``, states) in any order, each sample once.
 
     ``stream`` does the same for a whole dump and is what has to be fast: ``groups`` are pulled as there is room for them, what comes out may
-    already be coded with ``codecs`` (aux, last), and no more than two groups are ever unfinished.
+    already be coded with ``codec``, and no more than two groups are ever unfinished.
 
     ``answer`` yields sampled answers in any order; ``asks`` are pulled as there is room.
     """
@@ -91,12 +90,10 @@ class Engine(Protocol):
     def version(self) -> str: ...
     def frozen(self) -> FrozenTarget: ...
     def capture(self, samples: Sequence[TokenSample]) -> Iterator[tuple[int, States]]: ...
-    def stream(
-        self, groups: Iterable[Sequence[TokenSample]], codecs: tuple[Codec, Codec]
-    ) -> Iterator[Captured]: ...
+    def stream(self, groups: Iterable[Sequence[TokenSample]], codec: Codec) -> Iterator[Captured]: ...
     def predict(self, samples: Sequence[TokenSample]) -> list[Prediction]: ...
     def answer(
-        self, asks: Iterable[Ask], sampling: Sampling, stops: Sequence[int], codecs: tuple[Codec, Codec]
+        self, asks: Iterable[Ask], sampling: Sampling, stops: Sequence[int], codec: Codec
     ) -> Iterator[Answered]: ...
     def close(self) -> None: ...
 

@@ -18,7 +18,7 @@ import torch
 import transformers
 from transformers import masking_utils
 
-from dspark.cache.codec.rotated import to_numpy
+from dspark.cache.codec.base import Tokens, to_numpy
 from dspark.cache.errors import EngineError
 from dspark.cache.records import TokenSample, last_rows
 from dspark.cache.sdpa import no_plan_a_shape
@@ -29,7 +29,7 @@ from dspark.dump.target.layers import Shapes
 from dspark.dump.target.weights import find_parts, frozen_target
 
 if TYPE_CHECKING:
-    from dspark.cache.codec.rotated import Codec
+    from dspark.cache.codec.base import Codec
 
 # Tokens x hidden size of a batch that fills a GPU: 65,536 tokens of a model with 576 channels.
 BATCH_VALUES = 1 << 25
@@ -76,9 +76,7 @@ class TransformersEngine:
             last = torch.split(batch.states.last, [int(last_rows(s.loss_mask).sum()) for s in rows])
             yield from ((i, States(a, b)) for i, a, b in zip(batch.members, aux, last, strict=True))
 
-    def stream(
-        self, groups: Iterable[Sequence[TokenSample]], codecs: tuple[Codec, Codec]
-    ) -> Iterator[Captured]:
+    def stream(self, groups: Iterable[Sequence[TokenSample]], codec: Codec) -> Iterator[Captured]:
         """Batches within a group only, so that what a group gives does not depend on the groups before it."""
         for group, samples in enumerate(groups):
             yield from self._run(group, samples)
@@ -147,15 +145,15 @@ class TransformersEngine:
 
     @torch.inference_mode()
     def answer(
-        self, asks: Iterable[Ask], sampling: Sampling, stops: Sequence[int], codecs: tuple[Codec, Codec]
+        self, asks: Iterable[Ask], sampling: Sampling, stops: Sequence[int], codec: Codec
     ) -> Iterator[Answered]:
         """Sampled answers, batch by batch, with the states of the run that made them where ``keep`` is set."""
         todo = list(asks)
         for members in batches([len(a.prompt) + a.max_tokens for a in todo], self.batch_tokens):
-            yield from self._answer([todo[i] for i in members], sampling, stops, codecs)
+            yield from self._answer([todo[i] for i in members], sampling, stops, codec)
 
     def _answer(
-        self, asks: Sequence[Ask], sampling: Sampling, stops: Sequence[int], codecs: tuple[Codec, Codec]
+        self, asks: Sequence[Ask], sampling: Sampling, stops: Sequence[int], codec: Codec
     ) -> Iterator[Answered]:
         """One batch, padded on the left. Hooks see the prompts once and then one token a step: every token but an answer's last."""
         width = max(len(a.prompt) for a in asks)
@@ -203,8 +201,26 @@ class TransformersEngine:
             states = None
             if ask.keep:
                 here = slice(width - len(ask.prompt), width + len(answer) - 1)
-                states = _coded(aux[row, here], last[row, here], ask, codecs)
+                states = self._coded(aux[row, here], last[row, here], ask, answer, codec)
             yield Answered(ask, answer, bool(ends), states)
+
+    def _coded(
+        self, aux: torch.Tensor, last: torch.Tensor, ask: Ask, answer: list[int], codec: Codec
+    ) -> CodedStates:
+        """``aux[S - 1, L, H]`` and ``last[S - 1, H]`` of one answer, as the codec stores them, on the host."""
+        runs = stored_runs(ask)
+        rows = torch.cat([last[a:b] for a, b in runs])
+        tokens = None
+        if codec.needs_tokens:
+            at = torch.arange(len(last), device=last.device)
+            tokens = Tokens(
+                torch.tensor([*ask.prompt, *answer[:-1]], device=last.device),
+                torch.tensor([0, len(aux)], device=last.device),
+                torch.cat([at[a:b] for a, b in runs]),
+                self.frozen().embed_tokens.to(last.device),
+            )
+        specs = codec.arrays(*aux.shape[1:])
+        return CodedStates(repeat_last(to_numpy(codec.encode(aux, rows, tokens)), specs))
 
     @torch.inference_mode()
     def predict(self, samples: Sequence[TokenSample]) -> list[Prediction]:
@@ -253,12 +269,6 @@ def never_packed() -> Iterator[None]:
         yield
     finally:
         masking_utils.find_packed_sequence_indices = ask
-
-
-def _coded(aux: torch.Tensor, last: torch.Tensor, ask: Ask, codecs: tuple[Codec, Codec]) -> CodedStates:
-    """``aux[S - 1, L, H]`` and ``last[S - 1, H]`` of one answer on the host, as the codecs store them."""
-    rows = torch.cat([last[a:b] for a, b in stored_runs(ask)])
-    return CodedStates(repeat_last(to_numpy(codecs[0].encode(aux))), to_numpy(codecs[1].encode(rows)))
 
 
 def batches(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jinja2.exceptions import TemplateError
 
+from dspark.cache.codec.base import axis_of
 from dspark.cache.errors import UsageError
 from dspark.cache.records import TokenSample, last_rows
 from dspark.dump.corpus.masks import (
@@ -40,7 +41,7 @@ from dspark.dump.regenerate.answer_files import AnswerFiles
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from dspark.cache.codec.rotated import Codec
+    from dspark.cache.codec.base import Codec
     from dspark.cache.files.part import PartRecord
     from dspark.dump.engines.engine import Engine
 
@@ -156,13 +157,13 @@ class Regenerator:
         engine: Engine,
         prompts: Prompts,
         stops: Sequence[int],
-        codecs: tuple[Codec, Codec],
+        codec: Codec,
         reader: PartReader,
         answers: AnswerFiles,
         min_supervised: int,
     ) -> None:
         self.engine = engine
-        self.prompts, self.stops, self.codecs = prompts, stops, codecs
+        self.prompts, self.stops, self.codec = prompts, stops, codec
         self.reader, self.answers, self.min_supervised = reader, answers, min_supervised
 
     def parts(self, committed: Mapping[int, PartRecord]) -> Iterator[tuple[PartRows, list[CodedStates]]]:
@@ -220,7 +221,7 @@ class Regenerator:
             ask_next(row.number)
         while asks:  # a round a turn; conversations end at different rounds
             round_, asks = asks, []
-            for answered in self.engine.answer(round_, self.prompts.sampling, self.stops, self.codecs):
+            for answered in self.engine.answer(round_, self.prompts.sampling, self.stops, self.codec):
                 key = answered.ask.key
                 talk = talks[key]
                 if len(answered.ids) < 2:
@@ -250,8 +251,8 @@ def batches_of(
 ) -> Iterator[Captured]:
     """The part's samples one by one, as an engine's stream would give them."""
     for i, (sample, coded) in enumerate(zip(samples, states, strict=True)):
-        for name, array in coded.aux.items():
-            assert array.shape[0] == len(sample.input_ids), (sample.row, name, array.shape)
-        for name, array in coded.last.items():
-            assert array.shape[0] == int(last_rows(sample.loss_mask).sum()), (sample.row, name, array.shape)
+        rows = {"token": len(sample.input_ids), "last": int(last_rows(sample.loss_mask).sum())}
+        for name, array in coded.arrays.items():
+            axis = axis_of(name)
+            assert array.shape[0] == rows.get(axis, len(array)), (sample.row, name, array.shape)
         yield Captured(part, [i], coded)

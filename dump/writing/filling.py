@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dspark.cache.files.layout import field_array
+from dspark.cache.codec.base import axis_of
 from dspark.dump.engines.engine import send
 from dspark.dump.writing.blocks import Block, regions
 
@@ -36,7 +36,7 @@ class Filling:
         self.places, size = regions(job.state_specs)
         block.reserve(size)
         self._arrays = {name: block.array(region) for name, region in self.places.items()}
-        self._starts = {"aux": job.arrays["sample_start"], "last": job.arrays["sample_last_start"]}
+        self._starts = {"token": job.arrays["sample_start"], "last": job.arrays["sample_last_start"]}
         self._missing = set(range(len(part.samples)))
         self._on_device: dict[str, torch.Tensor] = {}  # uint8 [T or M, bytes of a row]
 
@@ -48,33 +48,29 @@ class Filling:
     def missing(self) -> int:
         return len(self._missing)
 
-    def put(self, members: list[int], aux: Coded, last: Coded) -> None:
-        """Samples ``members``, end to end in the host's arrays ``aux`` and ``last``, go to their rows."""
-        for field, coded in (("aux", aux), ("last", last)):
-            rows = self.rows(field, members)
-            for name, source in coded.items():
-                assert source.shape[0] == rows.shape[0], (field, name, rows.shape, source.shape)
-                self._arrays[field_array(field, name)][as_slice(rows)] = source
+    def put(self, members: list[int], coded: Coded) -> None:
+        """Samples ``members``, end to end in the host's arrays ``coded``, go to their rows."""
+        at = {axis: as_slice(self.rows(axis, members)) for axis in self._starts}
+        for name in self._arrays:
+            self._arrays[name][at[axis_of(name)]] = coded[name]
         self._missing -= set(members)
 
-    def put_on_device(
-        self, members: list[int], aux: Mapping[str, torch.Tensor], last: Mapping[str, torch.Tensor]
-    ) -> None:
+    def put_on_device(self, members: list[int], coded: Mapping[str, torch.Tensor]) -> None:
         """The same with tensors, which stay where they are until ``to_host``. All of a part on one device; launches on its current stream."""
-        for field, coded in (("aux", aux), ("last", last)):
-            rows = send(self.rows(field, members), next(iter(coded.values())).device)
-            for name, source in coded.items():
-                assert source.shape[0] == rows.shape[0], (field, name, rows.shape, source.shape)
-                key, data = field_array(field, name), _bytes_of(source)
-                if key not in self._on_device:
-                    here = data.new_empty(self._arrays[key].shape[0], data.shape[1])
-                    self._on_device[key] = here if data.is_cuda else self._on_host(key, here)
-                self._on_device[key].index_copy_(0, rows, data)
+        device = next(iter(coded.values())).device
+        at = {axis: send(self.rows(axis, members), device) for axis in self._starts}
+        for key in self._arrays:
+            rows, data = at[axis_of(key)], _bytes_of(coded[key])
+            assert data.shape[0] == rows.shape[0], (key, rows.shape, data.shape)
+            if key not in self._on_device:
+                here = data.new_empty(self._arrays[key].shape[0], data.shape[1])
+                self._on_device[key] = here if data.is_cuda else self._on_host(key, here)
+            self._on_device[key].index_copy_(0, rows, data)
         self._missing -= set(members)
 
-    def rows(self, field: str, members: list[int]) -> Rows:
-        """Where the rows of samples ``members``, end to end, belong in the part: int64."""
-        starts: Rows = self._starts[field]
+    def rows(self, axis: str, members: list[int]) -> Rows:
+        """Where the rows of samples ``members``, end to end, belong in the part's arrays of ``axis``: int64."""
+        starts: Rows = self._starts[axis]
         at = np.asarray(members, dtype=np.int64)
         counts = starts[at + 1] - starts[at]
         ends = counts.cumsum()

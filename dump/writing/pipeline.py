@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from dspark.cache.codec.base import tokens_of
 from dspark.cache.errors import EngineError
 from dspark.cache.files.part import PartJob, PartRecord
 from dspark.cache.writer import StoreWriter
@@ -34,7 +35,9 @@ from dspark.dump.writing.blocks import Block, Handle, Region, attach, can_share
 from dspark.dump.writing.filling import Filling
 
 if TYPE_CHECKING:
-    from dspark.cache.codec.rotated import Codec
+    import torch
+
+    from dspark.cache.codec.base import Codec
     from dspark.dump.corpus.parts import PartRows
     from dspark.dump.progress import Bar
 
@@ -66,13 +69,14 @@ class Pipeline:
     def __init__(
         self,
         writer: StoreWriter,
-        codecs: tuple[Codec, Codec],
+        codec: Codec,
         *,
+        embedding: torch.Tensor | None = None,
         pool: WorkerPool | None,
         part_bytes: int,
         bar: Bar,
     ) -> None:
-        self.writer, self.codecs, self._bar = writer, codecs, bar
+        self.writer, self.codec, self._bar, self._embedding = writer, codec, bar, embedding
         shared = pool is not None
         workers = pool.processes if pool is not None else THREADS
         self._pool: Executor = pool or ThreadPoolExecutor(workers, "commit")
@@ -215,11 +219,14 @@ class Pipeline:
             for stage, seconds in states.seconds.items():
                 self.seconds[stage] += seconds
             with self._timed("put in place"):
-                filling.put(members, states.aux, states.last)
+                filling.put(members, states.arrays)
         else:
             with self._timed("encode"):
-                aux, last = self.codecs
-                filling.put_on_device(members, aux.encode(states.aux), last.encode(states.last))
+                tokens = None
+                if self.codec.needs_tokens:
+                    samples = [filling.part.samples[i] for i in members]
+                    tokens = tokens_of(samples, self._embedding_on(states.aux.device))
+                filling.put_on_device(members, self.codec.encode(*states, tokens))
         self._bar.tokens(sum(len(filling.part.samples[i].input_ids) for i in members))
         if filling.whole:
             with self._timed("copy to the host"):
@@ -227,6 +234,12 @@ class Pipeline:
             del self._filling[captured.group]
             self._bar.part(filling.part.index, filling.part.row_stop)
             self._commit(filling)
+
+    def _embedding_on(self, device: torch.device) -> torch.Tensor:
+        """The target's embedding, moved once."""
+        assert self._embedding is not None, "a codec that predicts from tokens needs the embedding"
+        self._embedding = self._embedding.to(device)
+        return self._embedding
 
     def _commit(self, filling: Filling) -> None:
         if self._shared:

@@ -7,7 +7,8 @@ import json
 import torch
 
 from dspark.cache.codec import rotated_encode_kernel as fused_encode
-from dspark.cache.codec.rotated import Rotated, codec_for
+from dspark.cache.codec.fields import codec_for
+from dspark.cache.codec.rotated import Rotated, trusted
 from dspark.cache.errors import EngineError
 
 # Hidden sizes with groups of 16 to 128; aux [T, L, H] and last [M, H]; no row, one row, and more than a tile takes.
@@ -50,6 +51,4 @@ for bad, message in ((float("nan"), "not finite at token 5"), (3e30, "too large 
         print(json.dumps({"bad": bad, "same": False}))
     except EngineError as error:
         print(json.dumps({"bad": message, "same": message in str(error)}))
-print(
-    json.dumps({"trusted": fused_encode.trusted(codec, 64, torch.device("cpu"), torch.float32), "same": True})
-)
+print(json.dumps({"trusted": trusted(codec, 64, torch.device("cpu"), torch.float32), "same": True}))

@@ -7,7 +7,8 @@ import json
 import torch
 
 from dspark.cache.codec import rotated_decode_kernel as fused
-from dspark.cache.codec.rotated import Rotated, codec_for
+from dspark.cache.codec.fields import codec_for
+from dspark.cache.codec.rotated import Rotated
 
 # Hidden sizes with groups of 32, 64 and 128; aux [T, L, H] and last [M, H]; no row, one row, and more than a tile and a program take.
 SHAPES = [(1, 3, 32), (70, 2, 192), (300, 1, 256), (130, 576), (0, 2, 64), (0, 64)]

@@ -13,8 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import dspark.cache
+from dspark.cache.codec.bf16 import Bf16
+from dspark.cache.codec.fields import Fields, codec_for, field_codec, field_info
 from dspark.cache.codec.quant import distortion, entropy, gaussian_levels, scale_table
-from dspark.cache.codec.rotated import SETTINGS, Bf16, Rotated, codec_for, codec_from, field_info
+from dspark.cache.codec.rotated import Rotated
+from dspark.cache.codec.rotated_tables import SETTINGS
 from dspark.cache.codec.rotation import energy, group_size, hadamard, rotate, signs
 from dspark.cache.errors import EngineError, FormatVersionError, UsageError
 from dspark.cache.files.layout import disk_bytes_per_token, stored_bytes_per_token, token_bytes
@@ -243,7 +246,7 @@ def test_unknown_settings_are_refused() -> None:
     with pytest.raises(UsageError, match="choose 16, 8, 4, 3 or 2"):
         codec_for(5)
     good = field_info(codec_for(4))
-    assert codec_from(good, "s") == codec_for(4)
+    assert field_codec(good, "s") == codec_for(4)
     for bad in (
         FieldInfo(codec="rotated", bits=4, params={**good.params, "step": 0.5}),
         FieldInfo(codec="rotated", bits=4, params={**good.params, "prediction": 1}),
@@ -251,7 +254,7 @@ def test_unknown_settings_are_refused() -> None:
         FieldInfo(codec="rotated", bits=5, params=good.params),
     ):
         with pytest.raises(FormatVersionError, match="s: states are coded as"):
-            codec_from(bad, "s")
+            field_codec(bad, "s")
 
 
 def test_rotation_is_the_matrix_and_energy_is_the_norm() -> None:
@@ -294,7 +297,9 @@ def test_size_by_formula_is_the_size_on_disk(tmp_path: Path, bits: int) -> None:
 
 def test_sizes_of_a_token_add_up() -> None:
     aux, last = rotated(4), rotated(8)
-    assert stored_bytes_per_token(5, 576, aux, last, 0.5) == 5 * (288 + 9) + 0.5 * (576 + 9)
+    assert stored_bytes_per_token(5, 576, Fields("rotated-4-8", aux, last), 0.5) == 5 * (288 + 9) + 0.5 * (
+        576 + 9
+    )
     expected = token_bytes(aux) + 5 * aux.disk_bytes(576) + 0.5 * last.disk_bytes(576)
-    assert disk_bytes_per_token(5, 576, aux, last, 0.5) == expected
-    assert expected < stored_bytes_per_token(5, 576, aux, last, 0.5)
+    assert disk_bytes_per_token(5, 576, Fields("rotated-4-8", aux, last), 0.5) == expected
+    assert expected < stored_bytes_per_token(5, 576, Fields("rotated-4-8", aux, last), 0.5)

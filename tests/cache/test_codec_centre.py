@@ -13,7 +13,8 @@ import torch
 
 import dspark.cache
 from dspark.cache.codec.centre import Centre
-from dspark.cache.codec.rotated import Rotated, codec_for, codec_from, field_info
+from dspark.cache.codec.fields import codec_for, field_codec, field_info, of_field
+from dspark.cache.codec.rotated import Rotated
 from dspark.cache.errors import DamagedCacheError, EngineError, FormatVersionError
 from dspark.cache.manifest import FieldInfo
 from stores import LAYERS, manifest, states, token_samples, write_store
@@ -91,11 +92,11 @@ def test_it_lives_in_the_manifest_and_decodes_from_it_alone(tmp_path: Path) -> N
     assert json.loads(json.dumps(m.to_json()))["aux"]["params"] == aux_codec.params
     write_store(tmp_path / "s", [40, 130, 7], m=m)
     cache = dspark.cache.open(tmp_path / "s")
-    assert (cache.aux_codec, cache.last_codec) == (aux_codec, last_codec)
+    assert (cache.codec.aux, cache.codec.last) == (aux_codec, last_codec)
     got = torch.cat([torch.from_numpy(cache[i].aux) for i in range(3)])
     assert float(((got - aux) ** 2).sum() / (aux**2).sum()) < 0.05
     # By the document: rotated values, times the deviation, plus the mean.
-    coded = {n: torch.from_numpy(np.asarray(a)) for n, a in cache.read(1).aux.items()}
+    coded = {n: torch.from_numpy(np.asarray(a)) for n, a in of_field("aux", cache.read(1).states).items()}
     plain = codec_for(3).decode(coded, 64).numpy()
     raw = [
         np.frombuffer(base64.b64decode(m.aux.params[n]), "<u2").astype("<u4") << 16
@@ -125,7 +126,7 @@ def test_damaged_or_partial_params_are_refused() -> None:
         ({"levels": [1]}, FormatVersionError),
     ):
         with pytest.raises(error):
-            codec_from(FieldInfo(codec="rotated", bits=4, params={**good, **change}), "s")
+            field_codec(FieldInfo(codec="rotated", bits=4, params={**good, **change}), "s")
     only = {k: v for k, v in good.items() if k != "mean"}
     with pytest.raises(FormatVersionError):
-        codec_from(FieldInfo(codec="rotated", bits=4, params=only), "s")
+        field_codec(FieldInfo(codec="rotated", bits=4, params=only), "s")

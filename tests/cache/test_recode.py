@@ -53,9 +53,8 @@ def test_packing_alone_keeps_every_code(store: Path, tmp_path: Path) -> None:
     assert (a.manifest.aux.params, a.manifest.quality) == (b.manifest.aux.params, b.manifest.quality)
     for i in range(len(a)):
         x, y = a.read(i), b.read(i)
-        for name in ("code", "scale"):
-            np.testing.assert_array_equal(x.aux[name], y.aux[name])
-            np.testing.assert_array_equal(x.last[name], y.last[name])
+        for name in x.states:
+            np.testing.assert_array_equal(x.states[name], y.states[name])
     for file in sorted(p for p in made[0].rglob("*") if p.is_file()):
         assert file.read_bytes() == (made[2] / file.relative_to(made[0])).read_bytes(), file
     name = "parts/00000001/aux_code"

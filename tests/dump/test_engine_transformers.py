@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from dspark.cache.codec.rotated import codec_for
+from dspark.cache.codec import registry
 from dspark.cache.errors import EngineError
 from dspark.cache.records import last_rows
+from dspark.cache.settings import LOSSLESS
 from dspark.dump.engines.answers import Ask, Sampling
 from dspark.dump.engines.hf import TransformersEngine, batches, never_packed
 from dspark.dump.target.config import load_target
@@ -66,7 +67,7 @@ def test_out_of_memory_names_flags_that_the_command_takes(regenerate: bool) -> N
         greedy = Sampling(temperature=0.0, top_p=1.0, top_k=0, max_tokens=4, thinking=None)
         asks = [Ask(key, [5, 6, 7], 4, 0, True) for key in range(2)]
         with pytest.raises(EngineError, match=words + "--max-tokens"):
-            list(target.answer(asks, greedy, [3], (codec_for(16), codec_for(16))))
+            list(target.answer(asks, greedy, [3], registry.make(LOSSLESS)))
     else:
         with pytest.raises(EngineError, match=words + "--seq-length"):
             list(target.capture(samples([9, 9])))

@@ -16,9 +16,11 @@ import pytest
 import torch
 
 import dspark.cache
-from dspark.cache.codec.rotated import codec_for, to_numpy
+from dspark.cache.codec import registry
+from dspark.cache.codec.base import to_numpy
 from dspark.cache.errors import EngineError
 from dspark.cache.records import KEY_BYTES, TokenSample, last_rows
+from dspark.cache.settings import LOSSLESS, rotated_name
 from dspark.dump.checks.states import check
 from dspark.dump.engines.answers import Ask, Sampling
 from dspark.dump.engines.hf import TransformersEngine
@@ -110,13 +112,13 @@ def test_selfcheck_passes_and_catches_a_forgotten_norm(
 @pytest.mark.parametrize("bits", [16, 4])
 def test_workers_code_what_the_codec_codes(running: VllmEngine, bits: int) -> None:
     groups = [samples([17, 5, 60]), samples([9], seed=1), samples([33, 20], seed=2)]
-    codecs = codec_for(bits), codec_for(bits)
+    codec = registry.make(rotated_name(bits, bits))
     found: dict[tuple[int, int], list[dict[str, Any]]] = {}
     stages: dict[str, float] = {}
-    for captured in running.stream(iter(groups), codecs):
+    for captured in running.stream(iter(groups), codec):
         assert callable(captured.states)
         coded = captured.states()
-        states = coded.aux, coded.last
+        states = [{n: a for n, a in coded.arrays.items() if n.startswith(f)} for f in ("aux_", "last_")]
         stages.update(coded.seconds)
         at = [0, 0]
         for i in captured.members:
@@ -133,8 +135,9 @@ def test_workers_code_what_the_codec_codes(running: VllmEngine, bits: int) -> No
     assert stages.keys() == set(STAGES)
     for g, group in enumerate(groups):
         for i, states in running.capture(group):
-            for codec, x, arrays in zip(codecs, states, found[g, i], strict=True):
-                for name, array in to_numpy(codec.encode(x)).items():
+            want = to_numpy(codec.encode(*states))
+            for arrays in found[g, i]:
+                for name, array in ((n, want[n]) for n in arrays):
                     assert array.shape == arrays[name].shape
                     assert (
                         array != arrays[name]
@@ -236,11 +239,11 @@ def test_the_command_writes_the_same_store_with_either_engine(
 @pytest.mark.filterwarnings("ignore")
 def test_regenerated_states_are_those_of_a_second_pass(running: VllmEngine) -> None:
     """Two turns; the second prompt holds the first answer, whose states come out of vLLM's prefix cache."""
-    codecs = codec_for(16), codec_for(16)
+    codec = registry.make(LOSSLESS)
     sampling = Sampling(temperature=0.8, top_p=0.9, top_k=0, max_tokens=20, thinking=None)
     rng = np.random.default_rng(0)
     first = [Ask(i, rng.integers(3, 120, 20 + i).tolist(), 20, i, False) for i in range(4)]
-    said = {a.ask.key: a for a in running.answer(first, sampling, [2], codecs)}
+    said = {a.ask.key: a for a in running.answer(first, sampling, [2], codec)}
     assert sorted(said) == [0, 1, 2, 3]
     assert all(a.states is None and a.finished == (a.ids[-1] == 2) for a in said.values())
     second = []
@@ -248,7 +251,7 @@ def test_regenerated_states_are_those_of_a_second_pass(running: VllmEngine) -> N
         before = [*a.ask.prompt, *a.ids]
         span = (len(a.ask.prompt), len(before))
         second.append(Ask(key, [*before, 5, 6, 7], 20, 100 + key, True, (span,)))
-    found = list(running.answer(second, sampling, [2], codecs))
+    found = list(running.answer(second, sampling, [2], codec))
     assert len(found) == 4
     assert any(len(a.ids) > 2 for a in found)
     for a in found:
@@ -258,7 +261,7 @@ def test_regenerated_states_are_those_of_a_second_pass(running: VllmEngine) -> N
             mask[start:stop] = True
         ((_, again),) = running.capture([TokenSample(0, bytes(KEY_BYTES), ids, mask)])
         assert a.states is not None
-        aux = torch.from_numpy(a.states.aux["code"]).view(torch.bfloat16).float()
+        aux = torch.from_numpy(a.states.arrays["aux_code"]).view(torch.bfloat16).float()
         torch.testing.assert_close(aux[:-1], again.aux[:-1].float(), rtol=2**-7, atol=2e-3)
-        last = torch.from_numpy(a.states.last["code"]).view(torch.bfloat16).float()
+        last = torch.from_numpy(a.states.arrays["last_code"]).view(torch.bfloat16).float()
         torch.testing.assert_close(last, again.last.float(), rtol=2**-7, atol=2e-3)

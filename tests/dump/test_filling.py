@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from dspark.cache.codec.rotated import codec_for
-from dspark.cache.files.layout import part_arrays
+from dspark.cache.codec import registry
+from dspark.cache.files.layout import PartLayout
 from dspark.cache.files.part import PartJob, join_tokens
 from dspark.cache.records import TokenSample, last_rows
+from dspark.cache.settings import LOSSLESS, rotated_name
 from dspark.dump.corpus.parts import PartRows
 from dspark.dump.writing.blocks import Block
 from dspark.dump.writing.filling import Filling, as_slice
@@ -32,8 +33,8 @@ def samples(lengths: list[int]) -> list[TokenSample]:
 def filling(made: list[TokenSample], bits: int) -> Filling:
     part = PartRows(0, 0, len(made), made, Counter())
     arrays, stored = join_tokens(made)
-    codec = codec_for(bits)
-    specs = part_arrays(arrays["input_ids"].shape[0], len(made), sum(stored), LAYERS, HIDDEN, codec, codec)
+    layout = PartLayout(registry.make(rotated_name(bits, bits)), LAYERS, HIDDEN)
+    specs = layout.arrays(arrays["input_ids"].shape[0], len(made), sum(stored))
     job = PartJob(
         parts=Path("nowhere"), index=0, arrays=arrays, specs=list(specs), row_start=0, row_stop=len(made), dropped={}, truncated=0
     )  # fmt: skip
@@ -43,28 +44,27 @@ def filling(made: list[TokenSample], bits: int) -> Filling:
 @pytest.mark.parametrize("bits", [16, 8, 4])
 def test_host_and_device_put_the_same_bytes_at_the_same_rows(bits: int) -> None:
     made = samples([5, 3, 9, 4])
-    codec = codec_for(bits)
+    codec = registry.make(rotated_name(bits, bits))
     torch.manual_seed(1)
     # The whole part, coded at once: what must be in the block whoever put it there.
     aux, last = torch.randn(21, LAYERS, HIDDEN).bfloat16(), torch.randn(30, HIDDEN).bfloat16()
     counts = [int(last_rows(s.loss_mask).sum()) for s in made]
     starts = {"aux": np.cumsum([0, 5, 3, 9, 4]), "last": np.cumsum([0, *counts])}
     last = last[: starts["last"][-1]]
-    want = {f"aux_{n}": t.numpy() for n, t in codec.encode(aux).items()}
-    want |= {f"last_{n}": t.numpy() for n, t in codec.encode(last).items()}
+    want = {n: t.numpy() for n, t in codec.encode(aux, last).items()}
     for on_device in (False, True):
         filled = filling(made, bits)
         for members in ([2, 0], [3], [1]) if bits != 8 else ([1, 2], [0], [3]):
-            coded = []
+            own = []
             for field, states in (("aux", aux), ("last", last)):
                 at = starts[field]
-                coded.append(codec.encode(torch.cat([states[at[i] : at[i + 1]] for i in members])))
+                own.append(torch.cat([states[at[i] : at[i + 1]] for i in members]))
+            coded = codec.encode(*own)
             assert not filled.whole
             if on_device:
-                filled.put_on_device(members, coded[0], coded[1])
+                filled.put_on_device(members, coded)
             else:
-                a, b = ({n: t.numpy() for n, t in c.items()} for c in coded)
-                filled.put(members, a, b)
+                filled.put(members, {n: t.numpy() for n, t in coded.items()})
         assert filled.whole
         filled.to_host()
         for name, region in filled.places.items():
@@ -73,8 +73,8 @@ def test_host_and_device_put_the_same_bytes_at_the_same_rows(bits: int) -> None:
 
 def test_rows_of_a_batch() -> None:
     filled = filling(samples([5, 3, 9, 4]), 16)
-    assert filled.rows("aux", [2, 0]).tolist() == [8, 9, 10, 11, 12, 13, 14, 15, 16, 0, 1, 2, 3, 4]
-    assert filled.rows("aux", [1]).tolist() == [5, 6, 7]
+    assert filled.rows("token", [2, 0]).tolist() == [8, 9, 10, 11, 12, 13, 14, 15, 16, 0, 1, 2, 3, 4]
+    assert filled.rows("token", [1]).tolist() == [5, 6, 7]
 
 
 def test_neighbouring_rows_are_a_slice_and_others_are_not() -> None:
@@ -85,8 +85,6 @@ def test_neighbouring_rows_are_a_slice_and_others_are_not() -> None:
 
 
 def test_a_batch_of_the_wrong_size_is_refused() -> None:
-    filled, codec = filling(samples([5, 3]), 16), codec_for(16)
+    filled, codec = filling(samples([5, 3]), 16), registry.make(LOSSLESS)
     with pytest.raises(AssertionError, match="aux"):
-        filled.put_on_device(
-            [0], codec.encode(torch.zeros(4, LAYERS, HIDDEN)), codec.encode(torch.zeros(3, HIDDEN))
-        )
+        filled.put_on_device([0], codec.encode(torch.zeros(4, LAYERS, HIDDEN), torch.zeros(3, HIDDEN)))

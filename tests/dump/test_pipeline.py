@@ -18,7 +18,7 @@ import pytest
 import torch
 from dump_runs import Wrapped, assert_same, corpus
 
-from dspark.cache.codec.rotated import Codec
+from dspark.cache.codec.base import Codec
 from dspark.cache.errors import EngineError, MismatchError
 from dspark.cache.records import TokenSample
 from dspark.dump.config import DumpConfig
@@ -31,10 +31,8 @@ from dspark.dump.writing.blocks import can_share
 
 def test_an_engine_that_loses_a_sample_is_caught(config: DumpConfig, show: Display) -> None:
     class Losing(Wrapped):
-        def dumped(
-            self, groups: Iterable[Sequence[TokenSample]], codecs: tuple[Codec, Codec]
-        ) -> Iterator[Captured]:
-            captured = self.inner.stream(groups, codecs)
+        def dumped(self, groups: Iterable[Sequence[TokenSample]], codec: Codec) -> Iterator[Captured]:
+            captured = self.inner.stream(groups, codec)
             next(captured)
             yield from captured
 
@@ -50,16 +48,11 @@ class Coming(Wrapped):
         self.ahead, self.fail = ahead, fail
         self.given = threading.Semaphore(0)
 
-    def dumped(
-        self, groups: Iterable[Sequence[TokenSample]], codecs: tuple[Codec, Codec]
-    ) -> Iterator[Captured]:
-        for number, captured in enumerate(self.inner.stream(groups, codecs)):
+    def dumped(self, groups: Iterable[Sequence[TokenSample]], codec: Codec) -> Iterator[Captured]:
+        for number, captured in enumerate(self.inner.stream(groups, codec)):
             assert isinstance(captured.states, States)
-            aux, last = (
-                {name: t.numpy() for name, t in codec.encode(states).items()}
-                for codec, states in zip(codecs, captured.states, strict=True)
-            )
-            fetch = partial(self.fetch, number, CodedStates(aux, last))
+            arrays = {name: t.numpy() for name, t in codec.encode(*captured.states).items()}
+            fetch = partial(self.fetch, number, CodedStates(arrays))
             yield Captured(captured.group, captured.members, fetch)
             self.given.release()  # the engine's thread is here again
 

@@ -16,10 +16,11 @@ import torch
 from click.testing import CliRunner
 
 import dspark.cache
-from dspark.cache.codec.rotated import codec_for
+from dspark.cache.codec import registry
 from dspark.cache.errors import DataError, MismatchError, UsageError
 from dspark.cache.reader import read_manifest
 from dspark.cache.records import KEY_BYTES, TokenSample
+from dspark.cache.settings import LOSSLESS
 from dspark.cache.writer import StoreWriter, scan_parts
 from dspark.dump import job as job_module
 from dspark.dump import plan as planning
@@ -209,9 +210,9 @@ def test_batched_answers_do_not_depend_on_the_batch() -> None:
         Ask(i, rng.integers(0, 120, n).tolist(), 9, seed_of(i, 1), i != 1, ())
         for i, n in enumerate((7, 30, 12))
     ]
-    codecs = codec_for(16), codec_for(16)
-    together = {a.ask.key: a for a in engine("qwen3", batch_tokens=500).answer(asks, GREEDY, [3], codecs)}
-    alone = {a.ask.key: a for a in engine("qwen3", batch_tokens=1).answer(asks, GREEDY, [3], codecs)}
+    codec = registry.make(LOSSLESS)
+    together = {a.ask.key: a for a in engine("qwen3", batch_tokens=500).answer(asks, GREEDY, [3], codec)}
+    alone = {a.ask.key: a for a in engine("qwen3", batch_tokens=1).answer(asks, GREEDY, [3], codec)}
     assert together[1].states is None
     for key, found in alone.items():
         assert found.ids == together[key].ids
@@ -221,9 +222,9 @@ def test_batched_answers_do_not_depend_on_the_batch() -> None:
         ids = np.array([*found.ask.prompt, *found.ids], np.int32)
         sample = TokenSample(0, bytes(KEY_BYTES), ids, np.arange(len(ids)) >= len(found.ask.prompt))
         (_, states), *_ = engine("qwen3").capture([sample])
-        aux = torch.from_numpy(found.states.aux["code"]).view(torch.bfloat16).float()
+        aux = torch.from_numpy(found.states.arrays["aux_code"]).view(torch.bfloat16).float()
         torch.testing.assert_close(aux[:-1], states.aux[:-1], rtol=2**-7, atol=2e-3)
-        last = torch.from_numpy(found.states.last["code"]).view(torch.bfloat16).float()
+        last = torch.from_numpy(found.states.arrays["last_code"]).view(torch.bfloat16).float()
         torch.testing.assert_close(last, states.last, rtol=2**-7, atol=2e-3)
 
 

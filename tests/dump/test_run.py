@@ -21,7 +21,7 @@ import torch
 from dump_runs import Wrapped, assert_same, corpus, files
 
 import dspark.cache
-from dspark.cache.codec.rotated import Codec
+from dspark.cache.codec.base import Codec
 from dspark.cache.errors import (
     DataError,
     EngineError,
@@ -116,7 +116,7 @@ def test_a_compact_dump_is_centred_on_rows_from_all_over_the_corpus(
     store = dspark.cache.open(config.output)
     assert {"mean", "deviation"} <= store.manifest.aux.params.keys() & store.manifest.last.params.keys()
     aux = np.concatenate([store[i].aux for i in range(0, 400, 13)])
-    mean = store.aux_codec.centre.tensors(64, torch.device("cpu"))[0].numpy()  # type: ignore[union-attr]
+    mean = store.codec.aux.centre.tensors(64, torch.device("cpu"))[0].numpy()  # type: ignore[union-attr]
     np.testing.assert_allclose(aux.mean(0), mean, atol=0.25 * float(aux.std(0).mean()))
     assert "calibrated on" in config.output.with_name("hs.zarr.log").read_text()
 
@@ -301,10 +301,8 @@ def test_an_engine_whose_dump_differs_from_its_check_replaces_nothing(
     """The self-check's own states are right, what the dump would store is not: the older store is still there, whole."""
 
     class Shifted(Wrapped):
-        def stream(
-            self, groups: Iterable[Sequence[TokenSample]], codecs: tuple[Codec, Codec]
-        ) -> Iterator[Captured]:
-            for captured in self.inner.stream(groups, codecs):
+        def stream(self, groups: Iterable[Sequence[TokenSample]], codec: Codec) -> Iterator[Captured]:
+            for captured in self.inner.stream(groups, codec):
                 assert isinstance(captured.states, States)
                 yield captured._replace(states=States(captured.states.aux.roll(1, 0), captured.states.last))
 

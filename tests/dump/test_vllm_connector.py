@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-from dspark.cache.codec.rotated import codec_for
+from dspark.cache.codec import registry
 from dspark.dump.engines.vllm.spool import (
     IDS,
     RAW,
@@ -55,7 +55,7 @@ def test_a_batch_holds_what_each_request_alone_would(tmp_path: Path) -> None:
     worker = connector(tmp_path, cache)
     saves = [save(tmp_path, [1, 2, 3, 4, 5], [7, 2], [[1, 3], [4, None]]), save(tmp_path, [6], [3], []),
              save(tmp_path, [7, 8, 9, 10, 11, 12, 13, 14], [0, 8], [[0, 8]])]  # fmt: skip
-    coding = Coding(codec_for(4), codec_for(16), [0, 1], 2, torch.nn.Identity())
+    coding = Coding(registry.make("rotated-4-16"), [0, 1], 2, torch.nn.Identity())
     write_coding(tmp_path, coding)
     worker._write(worker._gather(saves, None, time.time()), saves[0].filename)
     reader = SpoolReader(tmp_path)
@@ -70,7 +70,12 @@ def test_a_batch_holds_what_each_request_alone_would(tmp_path: Path) -> None:
             states.append(own)
             ids += saves[i].ids.tolist()
         assert got[IDS].tolist() == ids
-        for name, want in coding.encode(torch.cat(states), torch.tensor(rows, dtype=torch.long)).items():
+        for name, want in coding.encode(
+            torch.cat(states),
+            torch.tensor(rows, dtype=torch.long),
+            np.array(ids, np.int32),
+            list(map(len, states)),
+        ).items():
             assert torch.equal(got[name], want), name
 
 
@@ -79,7 +84,7 @@ def test_the_request_that_cannot_be_coded_is_named(tmp_path: Path) -> None:
     cache = torch.randn(9, 3, 4, 64)
     cache[2, 1, 1, 5] = torch.nan
     worker = connector(tmp_path, cache)
-    write_coding(tmp_path, Coding(codec_for(4), codec_for(16), [0, 1], 2, torch.nn.Identity()))
+    write_coding(tmp_path, Coding(registry.make("rotated-4-16"), [0, 1], 2, torch.nn.Identity()))
     saves = [save(tmp_path, [1, 2, 3], [1], []), save(tmp_path, [4, 5, 6, 7, 8, 9], [3, 2], [])]
     worker._write(worker._gather(saves, None, time.time()), saves[0].filename)
     with pytest.raises(

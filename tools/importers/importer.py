@@ -16,8 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from dspark.cache.codec.centre import spread, thin
-from dspark.cache.codec.rotated import Codec, calibrated, codec_for, field_info, to_numpy
+from dspark.cache.codec import registry
+from dspark.cache.codec.base import Codec, to_numpy, tokens_of
+from dspark.cache.codec.centre import spread
+from dspark.cache.codec.fields import Fields, field_info
 from dspark.cache.errors import (
     DamagedCacheError,
     DataError,
@@ -27,10 +29,10 @@ from dspark.cache.errors import (
     UsageError,
 )
 from dspark.cache.manifest import DumpInfo, Manifest, SourceInfo
+from dspark.cache.quality import Probe, probe_of, quality, share_of
 from dspark.cache.reader import read_manifest
-from dspark.cache.recode import snr_db
 from dspark.cache.records import CodedSample, TokenSample, last_rows
-from dspark.cache.settings import DEFAULT_PACKING
+from dspark.cache.settings import DEFAULT_PACKING, LOSSLESS, choose_codec
 from dspark.cache.writer import StoreWriter
 from dspark.tools.importers.deepspec import DeepSpecSource
 from dspark.tools.importers.source import Given, Source
@@ -74,8 +76,9 @@ def import_store(
     *,
     model: str,
     layers: Sequence[int] | None = None,
-    aux_bits: int = 16,
-    last_bits: int = 16,
+    codec: str = LOSSLESS,
+    aux_bits: int | None = None,
+    last_bits: int | None = None,
     pack: str = DEFAULT_PACKING,
     mask_token_id: int | None = None,
     last_state: str | None = None,
@@ -97,7 +100,8 @@ def import_store(
     from dspark.dump.target.presets import find
     from dspark.dump.target.weights import compact, read_frozen
 
-    codecs = codec_for(aux_bits, pack), codec_for(last_bits, pack)
+    chosen_codec = registry.make(choose_codec(codec, aux_bits, last_bits), pack)
+    assert isinstance(chosen_codec, Fields)
     given = open_source(source)
     if len(given) == 0:
         raise DataError(f"{source}: no samples")
@@ -107,8 +111,8 @@ def import_store(
     manifest = Manifest(
         target=target_info(target, mask_token_id, find(model)),
         layers=chosen,
-        aux=field_info(codecs[0]),
-        last=field_info(codecs[1]),
+        aux=field_info(chosen_codec.aux),
+        last=field_info(chosen_codec.last),
         tokenizer=tokenizer_info(target, tokenised=True),
         source=SourceInfo(id=Path(source).resolve().name, sha256=given.sha256, limit=None),
         dump=DumpInfo(
@@ -123,7 +127,7 @@ def import_store(
         ),
     )
     after = given.last_after_norm if last_state is None else last_state == f"{AFTER}-norm"
-    reader = Reader(given, Path(source), target.shapes.vocab_size, norm, after)
+    reader = Reader(given, Path(source), frozen.embed_tokens, norm, after)
     reader.text_check(frozen)
     if resume and Path(destination).exists():
         stored = read_manifest(destination)
@@ -134,12 +138,13 @@ def import_store(
         writer = StoreWriter.resume(destination, manifest)
         writer.restore_target(compact(frozen), target.files)
     else:
-        aux, last = reader.calibrated(*codecs)
-        manifest = dataclasses.replace(manifest, aux=field_info(aux), last=field_info(last))
+        learnt = reader.calibrated(chosen_codec)
+        assert isinstance(learnt, Fields)
+        manifest = dataclasses.replace(manifest, aux=field_info(learnt.aux), last=field_info(learnt.last))
         writer = StoreWriter.create(destination, manifest, compact(frozen), target.files, overwrite=overwrite)
     with writer:
         tail = write_parts(writer, reader, part_tokens, max_dropped, torch.device(device), progress)
-        return writer.finish(rows_read=len(given), dropped=tail, quality=reader.quality(*writer.codecs))
+        return writer.finish(rows_read=len(given), dropped=tail, quality=reader.quality(writer.codec))
 
 
 def check_belongs(
@@ -171,8 +176,11 @@ def check_belongs(
 class Reader:
     """Samples of a foreign cache as ours: stored last states only, after the final ``norm`` (applied here unless ``after_norm``)."""
 
-    def __init__(self, given: Source, where: Path, vocab: int, norm: nn.Module, after_norm: bool) -> None:
-        self.given, self.where, self.vocab, self.norm, self.after_norm = given, where, vocab, norm, after_norm
+    def __init__(
+        self, given: Source, where: Path, embedding: torch.Tensor, norm: nn.Module, after_norm: bool
+    ) -> None:
+        self.given, self.where, self.norm, self.after_norm = given, where, norm, after_norm
+        self.embedding, self.vocab = embedding, embedding.shape[0]
 
     def sample(self, i: int) -> Ready | str:
         """Sample ``i``; or why there is none."""
@@ -209,33 +217,22 @@ class Reader:
             if not isinstance(found, str):
                 yield found
 
-    def states(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """``aux`` and ``last`` of about ``CALIBRATION`` tokens from all over the cache."""
+    def states(self, codec: Codec) -> Probe:
+        """About ``CALIBRATION`` tokens from all over the cache, for ``codec``."""
         found = list(self.probe())
         if not found:
             raise DataError(
                 f"{self.where}: none of the rows looked at holds a sample with two supervised tokens in a row"
             )
-        aux = torch.cat([thin(f.aux, len(found)) for f in found]).float()
-        return aux, torch.cat([thin(f.last, len(found)) for f in found]).float()
+        shares = [share_of(f.tokens, (f.aux.float(), f.last.float()), len(found), codec) for f in found]
+        return probe_of(shares, codec, lambda: self.embedding)
 
-    def calibrated(self, aux: Codec, last: Codec) -> tuple[Codec, Codec]:
-        if aux.bits == last.bits == 16:
-            return aux, last
-        a, b = self.states()
-        return calibrated(aux, a), calibrated(last, b)
+    def calibrated(self, codec: Codec) -> Codec:
+        return codec.calibrated(*self.states(codec)) if codec.needs_calibration else codec
 
-    def quality(self, aux: Codec, last: Codec) -> dict[str, Any]:
+    def quality(self, codec: Codec) -> dict[str, Any]:
         """What the stored code loses against the cache it was made from."""
-        a, b = self.states()
-        hidden = a.shape[-1]
-        through = aux.decode(aux.encode(a), hidden).float()
-        return {
-            "tokens": int(a.shape[0]),
-            "against": "imported cache",
-            "aux_snr_db": [snr_db(a[:, j], through[:, j]) for j in range(a.shape[1])],
-            "last_snr_db": snr_db(b, last.decode(last.encode(b), hidden).float()),
-        }
+        return quality(self.states(codec), codec, "imported cache")
 
     def text_check(self, frozen: FrozenTarget) -> None:
         """Refuse last states that predict the text clearly better by the other reading (before or after the final norm) than by the one given.
@@ -287,7 +284,9 @@ def write_parts(
             if isinstance(found, str):
                 here[found] += 1
             else:
-                samples.append(_coded(found, writer.codecs, device, f"{reader.where}: sample {row}"))
+                samples.append(
+                    _coded(found, writer.codec, reader.embedding, device, f"{reader.where}: sample {row}")
+                )
                 tokens += found.tokens.input_ids.size
             row += 1
             progress(row, total)
@@ -303,9 +302,12 @@ def write_parts(
     return Counter()
 
 
-def _coded(sample: Ready, codecs: tuple[Codec, Codec], device: torch.device, where: str) -> CodedSample:
+def _coded(
+    sample: Ready, codec: Codec, embedding: torch.Tensor, device: torch.device, where: str
+) -> CodedSample:
+    known = tokens_of([sample.tokens], embedding.to(device)) if codec.needs_tokens else None
     try:
-        aux, last = (c.encode(x.to(device)) for c, x in zip(codecs, (sample.aux, sample.last), strict=True))
+        coded = codec.encode(sample.aux.to(device), sample.last.to(device), known)
     except EngineError as error:
         raise DamagedCacheError(f"{where}: {error}") from error
-    return CodedSample(sample.tokens, to_numpy(aux), to_numpy(last))
+    return CodedSample(sample.tokens, to_numpy(coded))

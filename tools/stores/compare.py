@@ -10,7 +10,6 @@ import torch
 
 from dspark.cache.errors import MismatchError
 from dspark.cache.reader import Cache
-from dspark.cache.recode import decoded
 
 LOGIT_ROWS = 256  # rows of [rows, V] logits at a time
 
@@ -49,7 +48,7 @@ def compare(
     distance, agree, rows = 0.0, 0, 0
     chosen = np.unique(np.linspace(0, len(a) - 1, min(len(a), limit) if limit else len(a)).astype(int))
     for done, i in enumerate(chosen):
-        (x, u), (y, v) = decoded(a, a.read(int(i))), decoded(b, b.read(int(i)))
+        (x, u), (y, v) = a.decoded(a.read(int(i))), b.decoded(b.read(int(i)))
         for j, layer in enumerate(layers):
             layer.add(x[:, j], y[:, j])
         last.add(u, v)

@@ -28,8 +28,9 @@ def estimate(
     data: str | None,
     samples: int | None,
     mean_tokens: float | None,
-    aux_bits: int,
-    last_bits: int,
+    codec: str | None = None,
+    aux_bits: int | None = None,
+    last_bits: int | None = None,
     last_share: float,
     tokens_per_second: float,
     pack: str = DEFAULT_PACKING,
@@ -56,6 +57,7 @@ def estimate(
                 model=model,
                 data=data,
                 output=Path("hs.zarr"),
+                codec=codec,
                 aux_bits=aux_bits,
                 last_bits=last_bits,
                 pack=pack,
@@ -68,6 +70,7 @@ def estimate(
             model=model,
             data="counted",
             output=Path("hs.zarr"),
+            codec=codec,
             aux_bits=aux_bits,
             last_bits=last_bits,
             pack=pack,
@@ -76,7 +79,7 @@ def estimate(
         assert samples is not None
         assert mean_tokens is not None
         tokens = round(samples * mean_tokens)
-        rate = planning.disk_bytes(shapes, plan.layers, plan.codecs, last_share)
+        rate = planning.disk_bytes(shapes, plan.layers, plan.make_codec(), last_share)
     if plan.tokens is not None and plan.bytes is not None:
         samples, tokens, size = plan.rows, plan.tokens, plan.bytes
     else:
@@ -86,8 +89,10 @@ def estimate(
         size = row_bytes(like, plan).store(tokens, stored) + planning.weight_bytes(plan.shapes)
     raw = tokens * raw_bytes_per_token(len(plan.layers), plan.shapes.hidden_size)
     parts = -(-tokens // plan.part_tokens)
+    bits = plan.make_codec().bits
     return {
-        "model": model, "layers": list(plan.layers), "target_layer_ids": plan.target_layer_ids, "aux_bits": aux_bits, "last_bits": last_bits, "pack": pack,
+        "model": model, "layers": list(plan.layers), "target_layer_ids": plan.target_layer_ids,
+        "codec": plan.codec, "aux_bits": bits[0], "last_bits": bits[1], "pack": pack,
         "samples": samples, "tokens": tokens, "bytes": size, "raw_bytes": raw, "ratio": raw / size, "files": FILES_A_STORE + FILES_A_PART * parts,
         "hours": tokens / tokens_per_second / 3600, "tokens_per_second": tokens_per_second, "free_bytes": plan.free_bytes,
         "measured_on": like,
@@ -97,8 +102,7 @@ def estimate(
 def row_bytes(like: str, plan: Plan) -> RowBytes:
     """Bytes of a row in the plan's codecs, measured on states of the store ``like``."""
     import dspark.cache
-    from dspark.cache.codec.rotated import calibrated
-    from dspark.cache.recode import spread_states
+    from dspark.cache.quality import spread_states
     from dspark.cache.sizing import RowBytes
 
     store = dspark.cache.open(like)
@@ -108,6 +112,6 @@ def row_bytes(like: str, plan: Plan) -> RowBytes:
             f"--like {like}: its states are {m.target.hidden_size} wide, of layers {m.layers}; the plan's are {plan.shapes.hidden_size} wide, "
             f"of layers {list(plan.layers)}. Dump a few hundred rows with the plan's flags and give that store."
         )
-    aux, last = spread_states(store, MEASURED)
-    aux_codec, last_codec = plan.codecs
-    return RowBytes.of(calibrated(aux_codec, aux), calibrated(last_codec, last), aux, last)
+    codec = plan.make_codec()
+    probe = spread_states(store, codec, MEASURED)
+    return RowBytes.of(codec.calibrated(*probe), *probe)

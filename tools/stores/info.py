@@ -7,6 +7,7 @@ from typing import Any
 
 from dspark.cache.files.layout import PARTS, raw_bytes_per_token
 from dspark.cache.reader import read_manifest
+from dspark.cache.settings import rotated_name
 
 
 def info(path: str | Path) -> dict[str, Any]:
@@ -38,7 +39,8 @@ def info(path: str | Path) -> dict[str, Any]:
         "target": target.id, "revision": target.revision, "layers": manifest.layers, "layer_convention": manifest.layer_convention,
         "target_layer_ids": manifest.target_layer_ids, "num_layers": target.num_layers, "hidden_size": target.hidden_size,
         "vocab_size": target.vocab_size, "mask_token_id": target.mask_token_id, "samples": samples, "tokens": tokens,
-        "supervised_tokens": supervised, "last_rows": last, "parts": parts, "aux_bits": manifest.aux.bits, "last_bits": manifest.last.bits,
+        "supervised_tokens": supervised, "last_rows": last, "parts": parts, "codec": rotated_name(manifest.aux.bits, manifest.last.bits),
+        "aux_bits": manifest.aux.bits, "last_bits": manifest.last.bits,
         "aux_codec": manifest.aux.codec, "last_codec": manifest.last.codec, "pack": manifest.aux.pack, "last_after_final_norm": manifest.last_after_final_norm,
         "bytes_on_disk": on_disk, "frozen_bytes": on_disk - states, "bytes_per_token": stored, "raw_bytes_per_token": raw,
         "ratio": raw / stored if stored else None, "engine": manifest.dump.engine, "engine_version": manifest.dump.engine_version,

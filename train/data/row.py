@@ -17,10 +17,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dspark.cache.codec.base import EXACT_TOKEN, Tokens, axis_of, from_first_token
 from dspark.cache.errors import MismatchError
 from dspark.cache.reader import Cache
+from dspark.cache.records import CodedSample
 from dspark.train.data.batch import ON_HOST, Batch
 
+CODES = "codes."  # what a codec's arrays are called in the buffer
 ALIGN = (
     64  # bytes; every field starts at a multiple, so that any dtype can view it and vector loads stay whole
 )
@@ -61,11 +64,10 @@ class Row:
     def build(
         cls,
         batch: Batch,
-        aux: Mapping[str, Sequence[Array]],
-        last: Mapping[str, Sequence[Array]],
+        samples: Sequence[CodedSample],
         tokens: int,
     ) -> Self:
-        """From a batch whose ``aux`` [S, 0] and ``last`` [M, 0] are empty and the codes of its samples, name -> an array a sample.
+        """From a batch whose ``aux`` [S, 0] and ``last`` [M, 0] are empty and its samples.
 
         Codes are joined in place; rows of padding are zero.
         """
@@ -75,8 +77,12 @@ class Row:
                 continue
             value: Tensor = getattr(batch, part.name)
             arrays.append((f"batch.{part.name}", value.shape[0], [value.numpy()]))
-        arrays += [(f"aux.{n}", batch.aux.shape[0], a) for n, a in aux.items()]
-        arrays += [(f"last.{n}", batch.last.shape[0], a) for n, a in last.items()]
+        of_axis = {"token": batch.aux.shape[0], "last": batch.last.shape[0]}
+        for name in samples[0].states:
+            pieces: Sequence[Array] = [s.states[name] for s in samples]
+            if name == EXACT_TOKEN:
+                pieces = from_first_token(samples)
+            arrays.append((CODES + name, of_axis.get(axis_of(name), sum(map(len, pieces))), pieces))
         fields, end = [], 0
         for name, rows, parts in arrays:
             dtype = torch.from_numpy(np.empty(0, parts[0].dtype)).dtype
@@ -108,13 +114,19 @@ class Row:
         views = self._views(self.data.to(device, non_blocking=True))
         hidden = cache.manifest.target.hidden_size
 
-        def codes(field: str) -> dict[str, Tensor]:
-            return {n.removeprefix(field): t for n, t in views.items() if n.startswith(field)}
-
-        aux = cache.aux_codec.decode(codes("aux."), hidden, dtype)
-        last = cache.last_codec.decode(codes("last."), hidden, dtype)
+        codes = {n.removeprefix(CODES): t for n, t in views.items() if n.startswith(CODES)}
+        batch = self._batch(views)
+        tokens = self._tokens(batch, cache, device) if cache.codec.needs_tokens else None
+        aux, last = cache.codec.decode(codes, hidden, tokens, dtype)
         at = None if layers is None else columns(cache.manifest.layers, layers)
-        return dataclasses.replace(self._batch(views), aux=aux if at is None else aux[:, at], last=last)
+        return dataclasses.replace(batch, aux=aux if at is None else aux[:, at], last=last)
+
+    def _tokens(self, batch: Batch, cache: Cache, device: torch.device) -> Tokens:
+        """What a codec may predict from."""
+        first = batch.position[: self.tokens] == 0
+        start = torch.cat([first, first.new_ones(1)]).nonzero()[:, 0]
+        stored = (batch.last_index >= 0).nonzero()[:, 0]
+        return Tokens(batch.input_ids, start, stored, cache.embedding_on(device))
 
     def _views(self, data: Tensor) -> dict[str, Tensor]:
         return {field.name: field.of(data) for field in self.fields}

@@ -95,9 +95,7 @@ class Rows(Dataset[Row]):
             block_size=stream.block_size,
             pad_anchors_to=stream.max_anchors if stream.pad else 0,
         )
-        aux = {n: [s.aux[n] for s in samples] for n in samples[0].aux}
-        last = {n: [s.last[n] for s in samples] for n in samples[0].last}
-        return Row.build(batch, aux, last, used)
+        return Row.build(batch, samples, used)
 
 
 class Stream:

@@ -102,6 +102,11 @@ class Gathered:
     stream: Any
     times: list[float]
 
+    @property
+    def ids(self) -> list[np.ndarray[tuple[int, ...], np.dtype[np.int32]]]:
+        """Token ids of each request that has states."""
+        return [save.ids[:n] for save, n in zip(self.saves, self.tokens, strict=True)]
+
     def on_stream(self) -> AbstractContextManager[Any]:
         """Inside, work on the states is queued behind them."""
         return nullcontext() if self.stream is None else torch.cuda.stream(self.stream)
@@ -280,11 +285,10 @@ class SpoolConnector(ExampleHiddenStatesConnector):  # type: ignore[misc]
                     copied.record(gathered.stream)
                     copied.synchronize()
                 times.append(time.time())
-            ids = [save.ids[:n] for save, n in zip(gathered.saves, gathered.tokens, strict=True)]
             counts = {
                 TOKENS: gathered.tokens,
                 LASTS: gathered.lasts,
-                IDS: np.concatenate(ids),
+                IDS: np.concatenate(gathered.ids),
                 TIMES: np.array(times),
             }
             write_batch(filename, tensors | {name: torch.from_numpy(a) for name, a in counts.items()})
@@ -306,7 +310,8 @@ class SpoolConnector(ExampleHiddenStatesConnector):  # type: ignore[misc]
         written = os.stat(os.path.join(self._storage_path, CODING)).st_mtime_ns
         if self._coding is None or self._coding[0] != written:
             self._coding = written, read_coding(self._storage_path, gathered.states.device)
-        return self._coding[1].encode(gathered.states, gathered.rows)
+        ids = np.concatenate(gathered.ids)
+        return self._coding[1].encode(gathered.states, gathered.rows, ids, gathered.tokens.tolist())
 
     def _blamed(self, gathered: Gathered, error: BaseException) -> tuple[int | None, BaseException]:
         """Which request of the batch cannot be coded, and what is said of it alone; None if it is not one of them."""
@@ -314,10 +319,10 @@ class SpoolConnector(ExampleHiddenStatesConnector):  # type: ignore[misc]
             pieces = torch.split(gathered.states, gathered.tokens.tolist())
             first = gathered.tokens.cumsum() - gathered.tokens
             stored = torch.split(gathered.rows, gathered.lasts.tolist())
-            for i, (states, rows) in enumerate(zip(pieces, stored, strict=True)):
+            for i, (states, rows, ids) in enumerate(zip(pieces, stored, gathered.ids, strict=True)):
                 try:
                     with torch.inference_mode(), gathered.on_stream():
-                        self._coding[1].encode(states, rows - int(first[i]))
+                        self._coding[1].encode(states, rows - int(first[i]), ids, [len(ids)])
                 except EngineError as own:
                     return i, own
         return None, error

@@ -24,9 +24,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 
+from dspark.cache.codec.base import EXACT_TOKEN
 from dspark.cache.errors import EngineError
 from dspark.cache.files.atomic import write_errors
-from dspark.cache.files.layout import field_array, stored_bytes_per_token
+from dspark.cache.files.layout import stored_bytes_per_token
 from dspark.cache.records import Bool, Int32, TokenSample, last_rows
 from dspark.cache.target.frozen import FrozenTarget
 from dspark.dump.engines.answers import Answered, Ask, Sampling, repeat_last, stored_runs
@@ -50,7 +51,7 @@ from dspark.dump.target.layers import Shapes
 from dspark.dump.target.weights import read_frozen
 
 if TYPE_CHECKING:
-    from dspark.cache.codec.rotated import Codec
+    from dspark.cache.codec.base import Codec
 
 SPOOL_BYTES = 2 << 30
 BATCH_BYTES = 256 << 20  # of raw states that a worker handles at once, on its device beside the target
@@ -179,13 +180,11 @@ class VllmEngine:
             for i, out in zip(wave, self._generate([samples[i] for i in wave]), strict=True):
                 yield i, self._states(samples[i], out)
 
-    def stream(
-        self, groups: Iterable[Sequence[TokenSample]], codecs: tuple[Codec, Codec]
-    ) -> Iterator[Captured]:
+    def stream(self, groups: Iterable[Sequence[TokenSample]], codec: Codec) -> Iterator[Captured]:
         """Samples of at most two groups are in flight, so that the batch does not empty between them."""
         vllm = importlib.import_module("vllm")
-        self.use_codecs(codecs)
-        loop: RequestLoop[tuple[int, int, TokenSample]] = RequestLoop(self.llm, self.room(codecs))
+        self.use_codec(codec)
+        loop: RequestLoop[tuple[int, int, TokenSample]] = RequestLoop(self.llm, self.room(codec))
         plain = vllm.SamplingParams(max_tokens=1, temperature=0.0, detokenize=False)
         coming = enumerate(groups)
         waiting: deque[tuple[int, int, TokenSample]] = deque()
@@ -220,15 +219,15 @@ class VllmEngine:
             for (group, batch), members in finished.items():
                 members.sort()
                 wanted = [Member(n, s.row, s.input_ids) for n, _, s in members]
-                yield Captured(group, [i for _, i, _ in members], partial(self.coded, batch, wanted, codecs))
+                yield Captured(group, [i for _, i, _ in members], partial(self.coded, batch, wanted, codec))
 
     def answer(
-        self, asks: Iterable[Ask], sampling: Sampling, stops: Sequence[int], codecs: tuple[Codec, Codec]
+        self, asks: Iterable[Ask], sampling: Sampling, stops: Sequence[int], codec: Codec
     ) -> Iterator[Answered]:
         """Sampled answers, with the states of the run that made them where ``keep`` is set."""
         vllm = importlib.import_module("vllm")
-        self.use_codecs(codecs)
-        loop: RequestLoop[Ask] = RequestLoop(self.llm, self.room(codecs))
+        self.use_codec(codec)
+        loop: RequestLoop[Ask] = RequestLoop(self.llm, self.room(codec))
         waiting = deque(asks)
         while waiting or not loop.empty:
             while waiting and loop.fits(len(waiting[0].prompt) + waiting[0].max_tokens):
@@ -255,32 +254,29 @@ class VllmEngine:
                     continue
                 place = self._place(ask.key, out)
                 fed = np.array([*ask.prompt, *ids[:-1]], np.int32)
-                aux, last, seconds = self.coded(place.batch, [Member(place.number, ask.key, fed)], codecs)
+                arrays, seconds = self.coded(place.batch, [Member(place.number, ask.key, fed)], codec)
+                specs = codec.arrays(len(self.columns), self.shapes.hidden_size)
                 # Copied, because a view would keep all of its batch in memory.
-                own = {name: array.copy() for name, array in last.items()}
-                yield Answered(ask, ids, finished, CodedStates(repeat_last(aux), own, seconds))
+                own = {name: np.array(array) for name, array in repeat_last(arrays, specs).items()}
+                yield Answered(ask, ids, finished, CodedStates(own, seconds))
 
-    def use_codecs(self, codecs: tuple[Codec, Codec]) -> None:
+    def use_codec(self, codec: Codec) -> None:
         """Tell the workers how to code, before the first request that asks for codes."""
         last = self.ids.index(self.shapes.num_layers)
         with write_errors(self._spool):
-            write_coding(self._spool, Coding(*codecs, self.columns, last, self._norm))
+            embedding = self.frozen().embed_tokens if codec.needs_tokens else None
+            write_coding(self._spool, Coding(codec, self.columns, last, self._norm, embedding))
 
-    def room(self, codecs: tuple[Codec, Codec]) -> int:
+    def room(self, codec: Codec) -> int:
         """Tokens whose coded states fill the spool."""
-        return int(SPOOL_BYTES / stored_bytes_per_token(len(self.columns), self.shapes.hidden_size, *codecs))
+        return int(SPOOL_BYTES / stored_bytes_per_token(len(self.columns), self.shapes.hidden_size, codec))
 
-    def coded(self, batch: str, members: Sequence[Member], codecs: tuple[Codec, Codec]) -> CodedStates:
+    def coded(self, batch: str, members: Sequence[Member], codec: Codec) -> CodedStates:
         """The codes of finished requests of one batch, end to end."""
         tensors = self._spooled(batch, members)
-        aux, last = (
-            {
-                name: tensors[field_array(field, name)].numpy()
-                for name in codec.arrays(self.shapes.hidden_size)
-            }
-            for field, codec in zip(("aux", "last"), codecs, strict=True)
-        )
-        return CodedStates(aux, last, self._reader.spent())
+        names = [*codec.arrays(len(self.columns), self.shapes.hidden_size), EXACT_TOKEN]
+        arrays = {name: tensors[name].numpy() for name in names if name in tensors}
+        return CodedStates(arrays, self._reader.spent())
 
     def _generate(self, samples: Sequence[TokenSample], **sampling: Any) -> list[Any]:
         vllm = importlib.import_module("vllm")

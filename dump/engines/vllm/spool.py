@@ -3,7 +3,7 @@
 A file a request cost 4.4 ms a sample of 300 tokens on an H100, five times what the target takes for it; so all that finish together are gathered, coded, copied and
 written together. ``<file>`` appears whole (written beside, then renamed) or ``<file>.error`` says why not; ``<file>.rank1`` ... hold the states of the other
 tensor-parallel ranks where they were asked for. The worker holds ``worker.lock`` as long as it lives: a reader that waits sees by it that nothing will come.
-``coding.json`` and ``norm.pt`` tell the worker how to code states.
+``coding.json`` and the tensors beside it tell the worker how to code states.
 
 Legend: k requests of a batch, T tokens of all of them, M stored rows of the last state, n extracted layers, H hidden size.
 """
@@ -11,7 +11,6 @@ Legend: k requests of a batch, T tokens of all of them, M stored rows of the las
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import fcntl
 import json
 import math
@@ -27,13 +26,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dspark.cache.codec.rotated import Codec, codec_from, field_info
-from dspark.cache.files.layout import field_array
-from dspark.cache.manifest import FieldInfo
+from dspark.cache.codec import registry
+from dspark.cache.codec.base import EXACT_TOKEN, Codec, Tokens, axis_of
 
 if TYPE_CHECKING:
     import torch
 
+Ids = np.ndarray[tuple[int, ...], np.dtype[np.int32]]
 ERROR, PART, WORKER = ".error", ".part", "worker.lock"
 STORED, COMPARE, SKIP = (
     "dspark_stored",
@@ -42,10 +41,12 @@ STORED, COMPARE, SKIP = (
 )  # keys of a request's kv_transfer_params
 PATH, INDEX = "dspark_batch", "dspark_index"  # and of a finished one's: where its states will be
 TOKENS, LASTS, IDS, RAW = "tokens", "lasts", "token_ids", "hidden_states"  # arrays of a batch
+EXACTS = "exacts"  # where each request's exact rows end; found, not written
 # float64[4]: seconds of the clock when the batch came, was begun, was gathered and was coded and on the host; the file's own time is the fifth.
 TIMES = "times"
 STAGES = "worker: wait for a writer", "worker: gather", "worker: code and copy", "worker: write"
 CODING, NORM = "coding.json", "norm.pt"
+LEARNT, EMBEDDING = "calibration.pt", "embedding.pt"  # of the codec, and what it predicts from
 WAIT_SECONDS = (
     600.0  # how long a worker that lives may take for a batch of 256 MB at most: longer, and it hangs
 )
@@ -64,30 +65,46 @@ class SpoolError(OSError):
 
 @dataclass(frozen=True, slots=True)
 class Coding:
-    """How a worker codes requests. ``columns``: of the n extracted states, those that the store keeps; ``last``: the one before the final ``norm``."""
+    """How a worker codes requests. ``columns``: of the n extracted states, those that the store keeps; ``last_column``: the one before the final ``norm``.
+    ``embedding``: the target's, where the codec predicts from tokens."""
 
-    aux: Codec
-    last: Codec
+    codec: Codec
     columns: list[int]
     last_column: int
     norm: torch.nn.Module
+    embedding: torch.Tensor | None = None
 
-    def encode(self, states: torch.Tensor, stored: torch.Tensor) -> dict[str, torch.Tensor]:
-        """``states[T, n, H]`` -> the codecs' arrays under the names they have in a part; ``stored`` int64[M]: rows whose last state is stored."""
-        rows = states[stored, self.last_column]
-        coded = {"aux": self.aux.encode(states[:, self.columns]), "last": self.last.encode(self.norm(rows))}
-        return {field_array(f, name): t for f, arrays in coded.items() for name, t in arrays.items()}
+    def encode(
+        self, states: torch.Tensor, stored: torch.Tensor, ids: Ids, sizes: Sequence[int]
+    ) -> dict[str, torch.Tensor]:
+        """``states[T, n, H]`` -> the codec's arrays; ``stored`` int64[M]: rows whose last state is stored; ``ids`` int32[T], of requests of ``sizes`` tokens."""
+        import torch
+
+        tokens = None
+        if self.codec.needs_tokens:
+            assert self.embedding is not None
+            start = np.cumsum([0, *sizes], dtype=np.int64)
+            ids_there, start_there = (
+                torch.from_numpy(a).to(states.device) for a in (ids.astype(np.int64), start)
+            )
+            tokens = Tokens(ids_there, start_there, stored, self.embedding)
+        last = self.norm(states[stored, self.last_column])
+        return self.codec.encode(states[:, self.columns], last, tokens)
 
 
 def write_coding(folder: Path, coding: Coding) -> None:
     """Before the first coded request."""
     import torch
 
-    torch.save(coding.norm, folder / (NORM + PART))
-    os.replace(folder / (NORM + PART), folder / NORM)
+    codec = coding.codec
+    given = {NORM: coding.norm, LEARNT: codec.calibration(), EMBEDDING: coding.embedding}
+    for name, value in given.items():
+        torch.save(value, folder / (name + PART))
+        os.replace(folder / (name + PART), folder / name)
     body = {
-        "aux": dataclasses.asdict(field_info(coding.aux)),
-        "last": dataclasses.asdict(field_info(coding.last)),
+        "codec": codec.name,
+        "params": codec.params,
+        "pack": codec.pack,
         "columns": coding.columns,
         "last_column": coding.last_column,
     }
@@ -102,9 +119,12 @@ def read_coding(folder: str, device: torch.device) -> Coding:
     path = Path(folder) / CODING
     body: Mapping[str, Any] = json.loads(path.read_text())
     # Our own file, written by the process that started this one.
-    norm = torch.load(Path(folder) / NORM, map_location=device, weights_only=False)
-    aux, last = (codec_from(FieldInfo(**body[f]), str(path)) for f in ("aux", "last"))
-    return Coding(aux, last, body["columns"], body["last_column"], norm)
+    norm, learnt, embedding = (
+        torch.load(Path(folder) / name, map_location=to, weights_only=False)
+        for name, to in ((NORM, device), (LEARNT, "cpu"), (EMBEDDING, device))
+    )
+    codec = registry.load(body["codec"], body["params"], body["pack"], learnt, str(path))
+    return Coding(codec, body["columns"], body["last_column"], norm, embedding)
 
 
 def hold(folder: str) -> int:
@@ -162,7 +182,18 @@ class Batch:
         for name, t in self.arrays.items():
             ends = self.ends[name]
             pieces = [t[ends[run[0]] : ends[run[-1] + 1]] for run in runs]
+            if name == EXACT_TOKEN:  # counted from the first token of what is taken
+                pieces = self._counted_anew(pieces, runs)
             out[name] = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+        return out
+
+    def _counted_anew(self, pieces: list[torch.Tensor], runs: Sequence[Any]) -> list[torch.Tensor]:
+        """``EXACT_TOKEN`` of ``runs`` of requests, which counts from the batch's first token, from the first token of the first run."""
+        out, before, ends = [], 0, self.ends[IDS]
+        for piece, run in zip(pieces, runs, strict=True):
+            first, end = int(ends[run[0]]), int(ends[run[-1] + 1])
+            out.append(piece - (first - before))
+            before += end - first
         return out
 
 
@@ -258,8 +289,11 @@ def read_batch(filename: str) -> Batch:
     times = np.append(arrays.pop(TIMES).numpy(), written)
     counts = {name: arrays.pop(name).numpy() for name in (TOKENS, LASTS)}
     ends = {name: np.concatenate([[0], count.cumsum()]) for name, count in counts.items()}
-    last = field_array("last", "")
-    by_array = {n: ends[LASTS if n.startswith(last) else TOKENS] for n in arrays}
+    if EXACT_TOKEN in arrays:
+        first = np.searchsorted(arrays[EXACT_TOKEN].numpy(), ends[TOKENS])
+        ends[EXACTS] = first.astype(np.int64)
+    of_axis = {"token": TOKENS, "last": LASTS, "exact": EXACTS}
+    by_array = {n: ends[of_axis[axis_of(n)]] for n in arrays}
     return Batch(arrays, by_array, len(counts[TOKENS]), times)
 
 

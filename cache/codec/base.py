@@ -1,0 +1,234 @@
+"""The seam that every codec plugs into: hidden states -> the arrays that are stored, and back.
+
+A codec belongs to a whole store: it codes the aux layers and the last state together, so that one may be predicted from the other. It is chosen and
+recorded by name (``registry.py``), is a frozen object, and works on whatever device the states are on: a dump encodes where the states are and only codes
+leave the device; a trainer moves codes and decodes on the GPU.
+
+To add one, write a module with a ``Family`` and name it in ``registry.FAMILIES``. The family makes a codec by name (``make``) and from what a store
+recorded (``load``). The codec:
+
+- declares its arrays under the names that they have on disk, each an ``ArraySpec``. The axis says what a row is, and the name's first word says the axis:
+  ``last_...`` has a row per stored last state, ``exact_...`` a row per token that is stored exactly, and any other (``aux_code``) a row per
+  token. An array of axis ``exact`` has as many rows as the codec likes; the codec then also returns ``EXACT_TOKEN`` int64[X], rising: the token (counted from the batch's first) of each row. The store
+  keeps the position within the sample, and equal rows once per part;
+- may ask for chunks in column-major order (``order="columns"``, Zarr's ``transpose`` codec), so that what repeats along tokens lies together for zstd;
+- may predict from the tokens (``needs_tokens``): ``encode`` and ``decode`` then get ``Tokens``: ids, sample starts, the token of each last state, and
+  the target's frozen embedding. Others get None and their callers build nothing;
+- may learn from a sample of states (``calibrated``). What it learnt are tensors (``calibration``), which a store keeps in a file of their own, hashed into its
+  plan; everything else that decoding needs is in ``params`` (JSON).
+
+Decoding a sample must not depend on the other samples of its batch: any sample can be read alone. Within a sample a codec may look at earlier tokens' ids,
+never at their codes. Equal samples get equal codes.
+
+Legend: T tokens of a batch (padding may follow the last sample when decoding), M stored last states, N samples, L aux layers, H hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from dspark.cache.errors import EngineError
+from dspark.cache.manifest import Json
+from dspark.cache.records import Coded, CodedSample, TokenSample, last_rows
+from dspark.cache.settings import DEFAULT_PACKING
+
+if TYPE_CHECKING:
+    import torch
+
+    Tensors = dict[str, torch.Tensor]
+
+Axis = Literal["token", "last", "exact"]
+Order = Literal["rows", "columns"]
+EXACT_TOKEN = "exact_token"
+
+
+def axis_of(name: str) -> Axis:
+    """The axis of the codec's array ``name``, which its first word says."""
+    first = name.split("_", maxsplit=1)[0]
+    return first if first in ("last", "exact") else "token"  # type: ignore[return-value]
+
+
+@dataclass(frozen=True, slots=True)
+class ArraySpec:
+    """One stored array of a codec: rows of shape ``[layers, width]``, or ``[width]`` where ``layers`` is 0.
+
+    ``pack``: how it is kept (``settings.PACKINGS``). ``axis``: what a row is. ``order``: of the values inside a chunk. ``chunk``: rows per chunk, None: the
+    store's own choice.
+    """
+
+    dtype: str
+    width: int
+    pack: str = DEFAULT_PACKING
+    axis: Axis = "token"
+    layers: int = 0
+    order: Order = "rows"
+    chunk: int | None = None
+
+    @property
+    def row_shape(self) -> tuple[int, ...]:
+        return (self.layers, self.width) if self.layers else (self.width,)
+
+    @property
+    def row_bytes(self) -> int:
+        return int(np.dtype(self.dtype).itemsize) * self.width * max(self.layers, 1)
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """What a codec may predict from, on the device of the states or codes.
+
+    ``input_ids`` int64[T]. ``sample_start`` int64[N + 1]: first token of each sample, then the end of the last one (T, or less where padding follows).
+    ``last_token`` int64[M]: the token of each stored last state. ``embedding`` [V, H]: the target's frozen input embedding.
+    """
+
+    input_ids: torch.Tensor
+    sample_start: torch.Tensor
+    last_token: torch.Tensor
+    embedding: torch.Tensor
+
+
+class Codec(Protocol):
+    """How the states of a store are coded; see the module's text. ``pack``: how most of its arrays are kept."""
+
+    @property
+    def name(self) -> str:
+        """Its full name, by which ``registry.make`` finds it."""
+        ...
+
+    @property
+    def params(self) -> Json: ...
+    @property
+    def pack(self) -> str: ...
+    @property
+    def bits(self) -> tuple[int | None, int | None]:
+        """Nominal bits per value of the aux layers and of the last state; None where only a store's size tells."""
+        ...
+
+    @property
+    def needs_tokens(self) -> bool: ...
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether coding is worse (or impossible) before ``calibrated``."""
+        ...
+
+    def arrays(self, layers: int, hidden: int) -> dict[str, ArraySpec]: ...
+    def disk_bytes(self, layers: int, hidden: int, last_share: float = 1.0) -> float:
+        """Expected bytes of states per token on disk, exact where nothing is compressed; ``last_share`` = stored last states / tokens."""
+        ...
+
+    def encode(self, aux: torch.Tensor, last: torch.Tensor, tokens: Tokens | None = None) -> Tensors:
+        """Codes of ``aux`` [T, L, H] and ``last`` [M, H], any float dtype, on their device. Raises EngineError for states that cannot be coded."""
+        ...
+
+    def decode(
+        self,
+        coded: Mapping[str, torch.Tensor],
+        hidden: int,
+        tokens: Tokens | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """``aux`` [T, L, H] and ``last`` [M, H] in ``dtype``, or without one in the narrowest that holds what was stored."""
+        ...
+
+    def calibrated(self, aux: torch.Tensor, last: torch.Tensor, tokens: Tokens | None = None) -> Codec:
+        """This codec after it has learnt from a sample of what it will code."""
+        ...
+
+    def calibration(self) -> Tensors:
+        """What ``calibrated`` learnt, on the CPU; empty if nothing."""
+        ...
+
+    def repacked(self, pack: str) -> Codec:
+        """The same codes, kept in the way ``pack``. Raises UsageError where they cannot be."""
+        ...
+
+
+class Family(Protocol):
+    """Codecs that share a name's first word."""
+
+    def names(self) -> list[str]: ...
+    def make(self, name: str, pack: str) -> Codec:
+        """Not calibrated yet. Raises UsageError for a name or ``pack`` that there is not."""
+        ...
+
+    def load(
+        self, name: str, params: Json, pack: str, calibration: Mapping[str, torch.Tensor], where: str
+    ) -> Codec:
+        """As a store recorded it. Raises FormatVersionError for what this release does not know."""
+        ...
+
+
+def tokens_of(samples: Sequence[TokenSample], embedding: torch.Tensor) -> Tokens:
+    """``Tokens`` of ``samples`` end to end, on the device of ``embedding``."""
+    import torch
+
+    ids = np.concatenate([s.input_ids for s in samples]).astype(np.int64)
+    start = np.cumsum([0, *(len(s.input_ids) for s in samples)], dtype=np.int64)
+    stored = np.concatenate([last_rows(s.loss_mask) for s in samples])
+    arrays = (ids, start, np.flatnonzero(stored))
+    input_ids, sample_start, last_token = (torch.from_numpy(a).to(embedding.device) for a in arrays)
+    return Tokens(input_ids, sample_start, last_token, embedding)
+
+
+def join_states(samples: Sequence[CodedSample]) -> Coded:
+    """The coded states of ``samples`` end to end."""
+    out: Coded = {name: np.concatenate([s.states[name] for s in samples]) for name in samples[0].states}
+    if EXACT_TOKEN in out:
+        out[EXACT_TOKEN] = np.concatenate(from_first_token(samples))
+    return out
+
+
+def from_first_token(samples: Sequence[CodedSample]) -> list[npt.NDArray[np.int64]]:
+    """``EXACT_TOKEN`` of each of ``samples``, counted from the first token of the first."""
+    start = np.cumsum([0, *(len(s.tokens.input_ids) for s in samples[:-1])])
+    return [s.states[EXACT_TOKEN].astype(np.int64) + at for s, at in zip(samples, start, strict=True)]
+
+
+def split_states(
+    tokens: Sequence[TokenSample], coded: Coded, specs: Mapping[str, ArraySpec]
+) -> list[CodedSample]:
+    """What ``join_states`` joined, by sample; views."""
+    ends = np.cumsum([len(t.input_ids) for t in tokens])
+    cut = {
+        "token": ends[:-1],
+        "last": np.cumsum([int(last_rows(t.loss_mask).sum()) for t in tokens])[:-1],
+    }
+    exact = coded.get(EXACT_TOKEN)
+    if exact is not None:
+        cut["exact"] = np.searchsorted(exact, ends[:-1])
+    pieces = {name: np.split(coded[name], cut[spec.axis]) for name, spec in specs.items()}
+    if exact is not None:
+        start = [0, *ends[:-1]]
+        pieces[EXACT_TOKEN] = [x - at for x, at in zip(np.split(exact, cut["exact"]), start, strict=True)]
+    return [CodedSample(t, {name: p[i] for name, p in pieces.items()}) for i, t in enumerate(tokens)]
+
+
+def check_finite(x: torch.Tensor) -> None:
+    """Refuse NaN and infinity, naming the first row (and layer) that has one."""
+    import torch
+
+    if bool(torch.isfinite(x).all()):
+        return
+    first = (~torch.isfinite(x)).nonzero()[0].tolist()
+    raise EngineError(
+        f"hidden state is not finite at {where_of(first)}: found {float(x[tuple(first)])}, expected a finite value. "
+        "Run the target in bfloat16 or float32 (float16 overflows on massive activations)."
+    )
+
+
+def where_of(index: list[int]) -> str:
+    """Place of a value in ``aux`` [T, L, H] or ``last`` [M, H], for messages."""
+    layer = f", aux layer number {index[1]}" if len(index) == 3 else " (last state)"
+    return f"token {index[0]}{layer}, channel {index[-1]}"
+
+
+def to_numpy(
+    coded: Mapping[str, torch.Tensor],
+) -> dict[str, np.ndarray[tuple[int, ...], np.dtype[np.generic]]]:
+    """Codes on any device -> numpy arrays on the host (bit-exact)."""
+    return {name: t.cpu().numpy() for name, t in coded.items()}

@@ -1,0 +1,62 @@
+"""The one place that names codecs. A new one is a module and a line in ``FAMILIES``.
+
+Only the family that is asked for is imported, so that ``--help`` stays instant.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from dspark.cache.errors import FormatVersionError, UsageError
+from dspark.cache.manifest import Json
+from dspark.cache.settings import DEFAULT_PACKING, NAMED, PACKINGS
+
+if TYPE_CHECKING:
+    import torch
+
+    from dspark.cache.codec.base import Codec, Family
+
+# First word of a codec's name -> the module whose ``FAMILY`` (``base.Family``) makes it.
+FAMILIES = {
+    "lossless": "dspark.cache.codec.fields",
+    "rotated": "dspark.cache.codec.fields",
+}
+
+
+def family(name: str) -> Family | None:
+    """The family of the codec ``name``, None if there is none."""
+    module = FAMILIES.get(name.split("-", maxsplit=1)[0])
+    out: Family | None = import_module(module).FAMILY if module else None
+    return out
+
+
+def names() -> list[str]:
+    """Every codec that ``make`` knows by its full name."""
+    modules = dict.fromkeys(FAMILIES.values())
+    return [name for module in modules for name in import_module(module).FAMILY.names()]
+
+
+def make(name: str, pack: str = DEFAULT_PACKING) -> Codec:
+    """The codec that ``--codec`` and ``--pack`` name (a short name such as ``default``, or a full one), not calibrated yet."""
+    full = NAMED.get(name, name)
+    found = family(full)
+    if found is None:
+        raise UsageError(f"--codec {name}: no such codec; choose {', '.join([*NAMED, *names()])}")
+    return found.make(full, pack)
+
+
+def load(name: str, params: Json, pack: str, calibration: Mapping[str, torch.Tensor], where: str) -> Codec:
+    """The codec that a store recorded. Raises FormatVersionError for one that this release does not know."""
+    found = family(name)
+    if found is None or pack not in PACKINGS:
+        what = f"codec {name!r}" if found is None else f"packing {pack!r}"
+        raise FormatVersionError(
+            f"{where}: {what} is not known to this release (codecs {', '.join(names())}; packings {', '.join(PACKINGS)}). "
+            "Use the dspark release that wrote the store."
+        )
+    try:
+        return found.load(name, params, pack, calibration, where)
+    except UsageError as error:
+        raise FormatVersionError(f"{where}: {error}. Use the dspark release that wrote the store.") from error

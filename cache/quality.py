@@ -1,0 +1,96 @@
+"""What a code loses: signal-to-noise ratios of decoded states, and the states that they are measured on.
+
+Legend: T tokens, M stored last states, L aux layers, H hidden size.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from dspark.cache.codec.base import Tokens, tokens_of
+from dspark.cache.codec.centre import CALIBRATION, spread, thin
+from dspark.cache.records import TokenSample, last_rows
+
+if TYPE_CHECKING:
+    import torch
+
+    from dspark.cache.codec.base import Codec
+    from dspark.cache.reader import Cache
+
+
+def snr_db(x: torch.Tensor, y: torch.Tensor) -> float | None:
+    """10 log10 (signal / error) of ``y`` against ``x``, any shape; None where they are equal."""
+    signal = float(x.double().square().sum())
+    error = float((x.double() - y.double()).square().sum())
+    return round(10 * math.log10(signal / error), 2) if error > 0 else None
+
+
+class Probe(NamedTuple):
+    """States that a codec learns from and is measured on: ``aux`` [T, L, H], ``last`` [M, H]. ``tokens``: where a codec needs them, else None."""
+
+    aux: torch.Tensor
+    last: torch.Tensor
+    tokens: Tokens | None = None
+
+
+def quality(probe: Probe, codec: Codec, against: str | None = None) -> dict[str, Any]:
+    """What ``codec`` loses of the states of ``probe``: SNR in dB per layer and of the last state (None: nothing lost).
+
+    ``against``: what the states are, if not the target's own.
+    """
+    import torch
+
+    aux, last, tokens = probe
+    with torch.inference_mode():
+        a, b = codec.decode(codec.encode(aux, last, tokens), aux.shape[-1], tokens)
+        return {
+            "tokens": aux.shape[0],
+            **({"against": against} if against else {}),
+            "aux_snr_db": [snr_db(aux[:, i], a[:, i]) for i in range(aux.shape[1])],
+            "last_snr_db": snr_db(last, b),
+        }
+
+
+class Known(NamedTuple):
+    """A sample and states of it, cut to a share of what a codec learns from."""
+
+    tokens: TokenSample
+    aux: torch.Tensor
+    last: torch.Tensor
+
+
+def share_of(
+    sample: TokenSample,
+    states: tuple[torch.Tensor, torch.Tensor],
+    samples: int,
+    codec: Codec | None,
+    budget: int = CALIBRATION,
+) -> Known:
+    """What ``codec`` learns from one of ``samples`` samples, so that all together give about ``budget`` rows: every n-th row of a long one, or its beginning
+    where the codec looks at neighbouring tokens."""
+    aux, last = states
+    if codec is None or not codec.needs_tokens:
+        return Known(sample, thin(aux, samples, budget), thin(last, samples, budget))
+    most = max(2, budget // samples)
+    cut = TokenSample(sample.row, sample.key, sample.input_ids[:most], sample.loss_mask[:most], sample.turn)
+    return Known(cut, aux[:most].clone(), last[: int(last_rows(cut.loss_mask).sum())].clone())
+
+
+def probe_of(shares: Sequence[Known], codec: Codec | None, embedding: Callable[[], torch.Tensor]) -> Probe:
+    """The shares together, with what ``codec`` needs to know of their tokens; ``embedding`` is only called if it needs any."""
+    import torch
+
+    aux, last = torch.cat([s.aux for s in shares]), torch.cat([s.last for s in shares])
+    if codec is None or not codec.needs_tokens:
+        return Probe(aux, last)
+    return Probe(aux, last, tokens_of([s.tokens for s in shares], embedding().to(aux.device)))
+
+
+def spread_states(cache: Cache, codec: Codec | None = None, budget: int = CALIBRATION) -> Probe:
+    """States of samples spread over the store, about ``budget`` tokens of them (or all there are), for ``codec``."""
+    chosen = spread(len(cache), float(cache.lengths.mean()), budget)
+    coded = (cache.read(i) for i in chosen)
+    shares = [share_of(c.tokens, cache.decoded(c), len(chosen), codec, budget) for c in coded]
+    return probe_of(shares, codec, lambda: cache.target.embed_tokens)
