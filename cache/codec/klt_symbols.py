@@ -1,0 +1,199 @@
+"""Cells of transform coefficients as bytes: several small cells to a byte, and what they decode to. No I/O.
+
+A coefficient's cell is a signed integer ``q``, 0 at the middle. Columns are sorted by variance, so the first need a byte each and the last
+hardly more than a zero. ``CLASSES`` says how many cells a column may have and how many such columns share a byte; bytes, and not bit
+fields, so that an entropy coder sees the joint value of its columns and can spend less than a bit on each.
+
+Legend: T tokens, K columns, n columns to a byte, W bytes of a row.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import torch
+
+# (cells of a column, columns to a byte); odd numbers of cells, from -(cells // 2) to cells // 2.
+CLASSES: tuple[tuple[int, int], ...] = ((255, 1), (15, 2), (5, 3), (3, 5))
+BAND = 60  # columns that share the two numbers of ``offsets``; a multiple of every n in CLASSES
+# Share of a column's values that may lie outside its class: they are moved to the outermost cell.
+OUTSIDE = 3e-4
+
+
+@dataclass(frozen=True, slots=True)
+class Packing:
+    """How many columns, from the first on, each class of ``CLASSES`` holds; each a multiple of its n."""
+
+    columns: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        assert len(self.columns) == len(CLASSES), self.columns
+        assert all(k % n == 0 for k, (_, n) in zip(self.columns, CLASSES, strict=True)), self.columns
+
+    @property
+    def total(self) -> int:
+        return sum(self.columns)
+
+    def spans(self) -> list[tuple[int, int, int, int]]:
+        """Of each class that has columns: its first column, one past its last, cells, columns to a byte."""
+        ends = np.cumsum([0, *self.columns]).tolist()
+        found = zip(itertools.pairwise(ends), CLASSES, strict=True)
+        return [(a, b, cells, n) for (a, b), (cells, n) in found if b > a]
+
+    @property
+    def width(self) -> int:
+        """Bytes of a row."""
+        return sum((b - a) // n for a, b, _, n in self.spans())
+
+    def limits(self) -> list[int]:
+        """The largest ``|q|`` of each column."""
+        return [cells // 2 for a, b, cells, _ in self.spans() for _ in range(b - a)]
+
+    @classmethod
+    def fitting(cls, q: torch.Tensor) -> Packing:
+        """For columns in falling order of variance, from cells ``q`` [T, K] (any dtype) of a sample.
+
+        A class begins where, in every run of ``BAND`` columns from there on, no more than ``OUTSIDE`` of the values lie outside it.
+        At most 4 columns, the last ones, are left out so that bytes come out even.
+        """
+        size = q.shape[1]
+        begins = [0]
+        for cells, _ in CLASSES[1:]:
+            outside = (q.abs() > cells // 2).float().mean(0).cpu().numpy().astype(np.float64)
+            ends = np.minimum(np.arange(size) + BAND, size)
+            total = np.concatenate([[0.0], np.cumsum(outside)])
+            bad = np.flatnonzero((total[ends] - total[:-1]) / (ends - np.arange(size)) > OUTSIDE)
+            first = int(bad[-1]) + 1 if bad.size else 0
+            begins.append(max(begins[-1], min(first, size)))
+        columns = []
+        at = 0
+        for end, (_, n) in zip([*begins[1:], size], CLASSES, strict=True):
+            last = end == size
+            count = max(end - at, 0)
+            count = count // n * n if last else -(-count // n) * n
+            count = min(count, (size - at) // n * n)
+            columns.append(count)
+            at += count
+        return cls(tuple(columns))
+
+
+def quantise(y: torch.Tensor, step: float) -> torch.Tensor:
+    """Cells of ``y``: the nearest multiple of ``step``, halves away from zero; the dtype of ``y``."""
+    return (y.abs() / step + 0.5).floor() * y.sign()
+
+
+def pack(q: torch.Tensor, packing: Packing) -> torch.Tensor:
+    """Cells ``q`` [T, K], inside their classes, to uint8 [T, W]: column j of a byte counts ``cells^j``."""
+    import torch
+
+    out = []
+    for a, b, cells, n in packing.spans():
+        digits = (q[:, a:b] + cells // 2).to(torch.int32).view(q.shape[0], (b - a) // n, n)
+        weights = torch.tensor([cells**j for j in range(n)], dtype=torch.int32, device=q.device)
+        out.append((digits * weights).sum(2).to(torch.uint8))
+    return torch.cat(out, 1) if out else torch.empty(q.shape[0], 0, dtype=torch.uint8, device=q.device)
+
+
+@lru_cache(maxsize=8)
+def digits(cells: int, n: int) -> np.ndarray[tuple[int, ...], np.dtype[np.int64]]:
+    """The ``n`` cells that each byte means, int64 [256, n]; bytes that no cells make mean zeros."""
+    codes = np.arange(256)
+    out = np.stack([codes // cells**j % cells - cells // 2 for j in range(n)], axis=1)
+    out[codes >= cells**n] = 0
+    return out
+
+
+def value_table(packing: Packing, step: float, offsets: torch.Tensor) -> list[torch.Tensor]:
+    """Of each class with columns: what its bytes decode to, float32 [bands * 256, n].
+
+    ``offsets`` [2, bands of all classes, in order]: mean of ``|y| / step - |q|`` in cells 1, and in all beyond.
+    """
+    import torch
+
+    out, band = [], 0
+    for a, b, cells, n in packing.spans():
+        bands = -(-(b - a) // BAND)
+        q = torch.from_numpy(digits(cells, n)).float()
+        near, far = (offsets[i, band : band + bands].float().cpu().view(-1, 1, 1) for i in (0, 1))
+        moved = q.abs() + torch.where(q.abs() == 1, near, far)
+        out.append((torch.where(q == 0, 0.0, q.sign() * moved) * step).view(bands * 256, n))
+        band += bands
+    return out
+
+
+def unpack(code: torch.Tensor, packing: Packing, tables: list[torch.Tensor]) -> torch.Tensor:
+    """Coefficients [T, K] of ``code`` uint8 [T, W], in the dtype and on the device of ``tables``."""
+    import torch
+    from torch.nn.functional import embedding
+
+    out, at = [], 0
+    for (a, b, _, n), table in zip(packing.spans(), tables, strict=True):
+        width = (b - a) // n
+        bands = torch.arange(width, dtype=torch.int32, device=code.device) // (BAND // n) * 256
+        index = code[:, at : at + width].to(torch.int32) + bands
+        out.append(embedding(index, table).view(code.shape[0], b - a))
+        at += width
+    if not out:
+        return torch.empty(code.shape[0], 0, device=code.device)
+    return torch.cat(out, 1)
+
+
+def band_count(packing: Packing) -> int:
+    return sum(-(-(b - a) // BAND) for a, b, _, _ in packing.spans())
+
+
+def offsets_of(y: torch.Tensor, step: float, packing: Packing) -> torch.Tensor:
+    """``offsets`` (see ``value_table``) that make every band's cells decode to their mean; float32 [2, bands]."""
+    import torch
+
+    size = y.abs() / step
+    cells = (size + 0.5).floor()
+    limits = torch.tensor(packing.limits(), dtype=cells.dtype, device=y.device)
+    q = torch.minimum(cells, limits)
+    rest = size - q
+    out = []
+    for chosen in ((q == 1), (q >= 2)):
+        total, count = (rest * chosen).sum(0), chosen.sum(0)
+        band = []
+        for a, b, _, _ in packing.spans():
+            for i in range(a, b, BAND):
+                some = count[i : min(i + BAND, b)].sum()
+                band.append(total[i : min(i + BAND, b)].sum() / some.clamp(min=1))
+        out.append(torch.stack(band) if band else torch.zeros(0, device=y.device))
+    return torch.stack(out).float()
+
+
+def entropy_columns(q: torch.Tensor) -> torch.Tensor:
+    """Bits of an ideal coder for each integer column of ``q`` [T, K], from the counts of its values; float32 [K]."""
+    import torch
+
+    out = []
+    rows = q.shape[0]
+    for columns in torch.split(q, 256, 1):
+        low = columns.amin()
+        index = (columns - low).long().T.contiguous()
+        count = torch.zeros(index.shape[0], int(index.max()) + 1, device=q.device)
+        count.scatter_add_(1, index, torch.ones_like(index, dtype=count.dtype))
+        share = count / rows
+        out.append(-(share * torch.where(share > 0, share, 1.0).log2()).sum(1))
+    return torch.cat(out)
+
+
+def step_for(y: torch.Tensor, bits: float) -> float:
+    """The step at which the cells of ``y`` [T, K] take ``bits`` in all a row by their columns' entropy."""
+    low, high = 1e-4, float(y.abs().amax()) * 2 + 1e-3
+    step = high
+    for _ in range(20):
+        step = math.sqrt(low * high)
+        if float(entropy_columns(quantise(y, step)).sum()) > bits:
+            low = step
+        else:
+            high = step
+    return step
