@@ -20,7 +20,8 @@ from dspark.dump.checks.states import PROBE_TOKENS, probe_samples
 from dspark.dump.config import DumpConfig
 from dspark.dump.corpus.masks import SampleMaker
 from dspark.dump.corpus.parts import Making, PartReader
-from dspark.dump.corpus.rows import Corpus, TokenRow, open_corpus
+from dspark.dump.corpus.rows import BadRow, Corpus, open_corpus
+from dspark.dump.corpus.shapes import TokenRow
 from dspark.dump.corpus.tokenise import Tokenisers
 from dspark.dump.engines import registry
 from dspark.dump.engines.answers import recommended
@@ -71,6 +72,8 @@ def prepare(config: DumpConfig) -> Job:
     plan = planning.resolve(config, preset, target.shapes)
     corpus = open_corpus(plan.data)
     first = next(corpus.rows(), None)
+    if first is not None and isinstance(first.value, BadRow):
+        raise DataError(first.value.detail)
     tokenised = first is not None and isinstance(first.value, TokenRow)
     maker: SampleMaker
     if config.regenerate:

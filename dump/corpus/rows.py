@@ -1,4 +1,4 @@
-"""The corpus: rows in order, from any row on. A malformed row is an error that names file and line; nothing is skipped here.
+"""The corpus: rows in order, from any row on. A row of no known shape is a ``BadRow``; a file that cannot be read is an error that names it and the line.
 
 A row is a chat (``messages``, or ``conversations`` as ShareGPT writes them) or already tokens (``input_ids`` and ``loss_mask``).
 Rows are numbered from 0 over the non-blank lines, so a resumed dump continues exactly where it stopped.
@@ -10,41 +10,23 @@ import gzip
 import json
 import re
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol, cast
 
 from dspark.cache.errors import DataError, UsageError
 from dspark.cache.target.frozen import file_sha256
+from dspark.dump.corpus.shapes import ChatRow, TokenRow, parse_row
 
-Message = dict[str, Any]
 DATASET_ID = re.compile(r"(?P<id>[\w.-]+/[\w.-]+)(:(?P<split>[\w.\[\]%:+-]+))?")
-SHAREGPT_ROLES = {
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-    "system": "system",
-    "tool": "tool",
-}
 
 
 @dataclass(frozen=True, slots=True)
-class ChatRow:
-    """A conversation. ``finished`` False: its last answer was cut short, so its end must not be taught."""
+class BadRow:
+    """A row that is none of the shapes that are taken; ``detail`` names place and key. It is dropped and counted."""
 
-    messages: list[Message]
-    tools: list[Any] | None
-    finished: bool
-
-
-@dataclass(frozen=True, slots=True)
-class TokenRow:
-    """Tokens with their loss mask, as given."""
-
-    input_ids: list[int]
-    loss_mask: list[bool]
+    detail: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +35,7 @@ class Row:
 
     number: int
     where: str
-    value: ChatRow | TokenRow
+    value: ChatRow | TokenRow | BadRow
 
 
 class Corpus(Protocol):
@@ -130,7 +112,7 @@ class JsonlCorpus:
                 raise DataError(
                     f"{where}: not JSON ({error}). Every line must be one JSON object."
                 ) from error
-            yield Row(number, where, parse_row(value, where))
+            yield row_of(number, where, value)
 
 
 class HubCorpus:
@@ -165,105 +147,22 @@ class HubCorpus:
     def rows(self, start: int = 0) -> Iterator[Row]:
         for number in range(start, len(self._rows)):
             where = f"{self.id} row {number}"
-            yield Row(number, where, parse_row(self._rows[number], where))
+            yield row_of(number, where, self._rows[number])
 
     def pick(self, wanted: Callable[[int], bool]) -> Iterator[Row]:
         for number in range(len(self._rows)):
             if wanted(number):
                 where = f"{self.id} row {number}"
-                yield Row(number, where, parse_row(self._rows[number], where))
+                yield row_of(number, where, self._rows[number])
 
 
 def _first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [""])[0][:300]
 
 
-def parse_row(value: Any, where: str) -> ChatRow | TokenRow:
-    """Check one row's form."""
-    if not isinstance(value, Mapping):
-        raise DataError(
-            f"{where}: found a JSON {type(value).__name__}, expected an object with `messages` or `input_ids`."
-        )
-    if value.get("input_ids") is not None:
-        return _token_row(value, where)
-    if value.get("messages") is not None:
-        messages = _messages(value["messages"], where)
-    elif value.get("conversations") is not None:
-        messages = _messages(
-            [_from_sharegpt(m, where) for m in _list(value["conversations"], "conversations", where)], where
-        )
-    else:
-        raise DataError(
-            f"{where}: found keys {sorted(map(str, value))}, expected `messages` (a chat) or `input_ids` and `loss_mask` (tokens)."
-        )
-    finished = value.get("finished", True)
-    cut = finished is False or value.get("finish_reason") == "length"
-    return ChatRow(messages, value.get("tools") or None, not cut)
-
-
-def _list(value: Any, name: str, where: str) -> list[Any]:
-    if not isinstance(value, list):
-        raise DataError(f"{where}: `{name}` is a {type(value).__name__}, expected a list.")
-    return value
-
-
-def _from_sharegpt(message: Any, where: str) -> Any:
-    if isinstance(message, Mapping) and "from" in message and "value" in message:
-        role = SHAREGPT_ROLES.get(str(message["from"]))
-        if role is None:
-            raise DataError(
-                f"{where}: unknown speaker {message['from']!r}, expected one of {sorted(SHAREGPT_ROLES)}."
-            )
-        return {"role": role, "content": message["value"]}
-    return message
-
-
-def _messages(value: Any, where: str) -> list[Message]:
-    out = []
-    for i, message in enumerate(_list(value, "messages", where)):
-        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-            raise DataError(
-                f"{where}: messages[{i}] is {str(message)[:80]!r}, expected an object with `role` and `content`."
-            )
-        content = message.get("content")
-        if not isinstance(content, str | list | None):
-            raise DataError(f"{where}: messages[{i}].content is a {type(content).__name__}, expected text.")
-        # Data sets give every message every key: absent ones as None, which templates would take for present.
-        out.append({k: v for k, v in message.items() if v is not None} | {"content": _joined(content)})
-    if not out:
-        raise DataError(f"{where}: `messages` is empty.")
-    return out
-
-
-def _joined(content: str | list[Any] | None) -> str | list[Any]:
-    """A list of text parts as the text that they make: most templates take text only, and print a list as Python writes it or refuse it. A list
-    with something else in it stays: that row is dropped (``tokens.unusable``)."""
-    if not isinstance(content, list):
-        return content or ""
-    texts: list[str] = []
-    for part in content:
-        text = part
-        if isinstance(part, Mapping):
-            text = part.get("text") if part.get("type", "text") == "text" else None
-        if not isinstance(text, str):
-            return content
-        texts.append(text)
-    return "".join(texts)
-
-
-def _token_row(value: Mapping[str, Any], where: str) -> TokenRow:
-    ids = _list(value["input_ids"], "input_ids", where)
-    if "loss_mask" not in value:
-        raise DataError(f"{where}: `input_ids` without `loss_mask`; give one 0/1 a token.")
-    mask = _list(value["loss_mask"], "loss_mask", where)
-    if len(ids) != len(mask):
-        raise DataError(
-            f"{where}: {len(ids)} input_ids but {len(mask)} values of loss_mask; they must be as many."
-        )
-    if not ids:
-        raise DataError(f"{where}: `input_ids` is empty.")
-    if not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
-        raise DataError(f"{where}: `input_ids` holds something that is not an integer.")
-    if not all(isinstance(m, bool | int) and m in (0, 1) for m in mask):
-        raise DataError(f"{where}: `loss_mask` holds something other than 0, 1, true, false.")
-    return TokenRow(ids, [bool(m) for m in mask])
+def row_of(number: int, where: str, value: Any) -> Row:
+    """Row ``number``, of whatever form."""
+    try:
+        return Row(number, where, parse_row(value, where))
+    except DataError as error:
+        return Row(number, where, BadRow(str(error)))

@@ -33,7 +33,8 @@ from dspark.dump.corpus.masks import (
     unusable,
 )
 from dspark.dump.corpus.parts import PartReader, PartRows
-from dspark.dump.corpus.rows import ChatRow, Message, Row
+from dspark.dump.corpus.rows import Row
+from dspark.dump.corpus.shapes import ChatRow, Message
 from dspark.dump.engines.answers import MASK_RULE, Answered, Ask, Sampling, seed_of
 from dspark.dump.engines.engine import Captured, CodedStates
 from dspark.dump.regenerate.answer_files import AnswerFiles

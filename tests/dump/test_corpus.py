@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from dspark.cache.errors import DataError, UsageError
-from dspark.dump.corpus.rows import ChatRow, TokenRow, open_corpus, parse_row
+from dspark.dump.corpus.rows import BadRow, open_corpus
+from dspark.dump.corpus.shapes import ChatRow, TokenRow, parse_row
 
 CHAT = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]}
 
@@ -58,7 +59,8 @@ def test_forms() -> None:
     [
         ([1], r"f:7: found a JSON list, expected an object"),
         ({"text": "a"}, r"f:7: found keys \['text'\], expected `messages`"),
-        ({"messages": "a"}, r"f:7: `messages` is a str, expected a list"),
+        ({"messages": "a"}, r"f:7: `messages` is text that is not JSON"),
+        ({"messages": {}}, r"f:7: `messages` is a dict, expected a list"),
         ({"messages": []}, r"f:7: `messages` is empty"),
         ({"messages": [{"content": "a"}]}, r"f:7: messages\[0\] is .*expected an object with `role`"),
         ({"messages": [{"role": "user", "content": 3}]}, r"f:7: messages\[0\].content is a int"),
@@ -127,8 +129,9 @@ def test_a_data_set_id(monkeypatch: pytest.MonkeyPatch) -> None:
     corpus = open_corpus("org/name:train_sft")
     assert fake.asked == ("org/name", "train_sft")
     assert (corpus.id, corpus.sha256, corpus.count()) == ("org/name:train_sft", None, 2)
-    with pytest.raises(DataError, match="org/name:train_sft row 1: found keys"):
-        list(corpus.rows(1))
+    (bad,) = corpus.rows(1)
+    assert isinstance(bad.value, BadRow)
+    assert bad.value.detail.startswith("org/name:train_sft row 1: found keys ['text']")
 
 
 def test_a_data_set_that_cannot_be_reached(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,12 +16,12 @@ from dump_runs import corpus
 from dspark.cache.errors import DataError, UsageError
 from dspark.dump.config import DumpConfig
 from dspark.dump.corpus.masks import (
+    BEYOND,
     NO_ANSWER,
     NO_MATCH,
     NOT_TEXT,
     NOT_UNICODE,
     REFUSED,
-    REWRITES,
     TOO_FEW,
     Made,
     SampleMaker,
@@ -85,7 +85,7 @@ U, A = "<|im_start|>user\n", "<|im_start|>assistant\n"
         (ONE | {"finished": False}, f"{U}hi<|im_end|>\n{A}«yes.»<|im_end|>\n"),
         (TWO | {"finish_reason": "length"},
          f"<|im_start|>system\nbe brief<|im_end|>\n{U}hi<|im_end|>\n{A}«yes<|im_end|>»\n{U}why<|im_end|>\n{A}«no»<|im_end|>\n"),
-        (chat("u: hi", "a: yes", "u: more"), f"{U}hi<|im_end|>\n{A}«yes<|im_end|>»\n{U}more<|im_end|>\n"),
+        (chat("u: hi", "a: yes", "u: more"), f"{U}hi<|im_end|>\n{A}«yes<|im_end|>»\n"),
         (chat("a: hello you"), f"{A}«hello you<|im_end|>»\n"),
         # The answer repeats its own end as text inside: only the real end ends it.
         (chat("u: hi", "a: no\nno"), f"{U}hi<|im_end|>\n{A}«no\nno<|im_end|>»\n"),
@@ -100,7 +100,8 @@ def test_masks(row: dict[str, Any], expected: str, template: str) -> None:
 
 def test_pattern() -> None:
     text = marked(make(TWO, assistant_pattern=PATTERN))
-    assert text.endswith(f"{A}«yes<|im_end|>\n»{U}why<|im_end|>\n{A}«no<|im_end|>\n»")
+    # It narrows what the target wrote, which ends with its end token.
+    assert text.endswith(f"{A}«yes<|im_end|>»\n{U}why<|im_end|>\n{A}«no<|im_end|>»\n")
     assert marked(make(TWO | {"finished": False}, assistant_pattern=PATTERN)).endswith(f"{A}«no»<|im_end|>\n")
 
 
@@ -121,10 +122,9 @@ def test_bytes_of_one_character_stay_together() -> None:
         (chat("u: hi"), CHATML, {}, NO_ANSWER),
         (chat("u: hi", "a: "), CHATML, {}, TOO_FEW),
         (chat("u: hi", "a: yes"), CHATML, {"min_supervised": 90}, TOO_FEW),
-        (chat("u: hi", "a: yes"), CHATML, {"seq_length": 5}, TOO_FEW),
+        (chat("u: hi", "a: yes"), CHATML, {"seq_length": 5}, BEYOND),
         (chat("u: hi", "a: yes"), CHATML, {"assistant_pattern": "BOT(.*)"}, NO_MATCH),
         (chat("u: hi", "a: yes"), "{{ raise_exception('roles') }}", {}, REFUSED),
-        (chat("u: hi", "a: <think>a</think>b", "u: why", "a: no"), THINKING, {}, REWRITES),
     ],
 )
 def test_drops(row: dict[str, Any], template: str, options: dict[str, Any], reason: str) -> None:
@@ -201,11 +201,15 @@ def test_a_date_in_a_message_of_a_data_set() -> None:
     assert marked(make(row)) == marked(make(ONE))
 
 
-def test_an_answer_whose_text_follows_its_prompt_survives_a_rewritten_history() -> None:
-    text = marked(make(chat("u: hi", "a: yes", "u: why", "a: no"), THINKING))
+def test_a_template_that_rewrites_its_history_gives_a_sample_per_answer() -> None:
+    made = make(chat("u: hi", "a: <think>a</think>yes", "u: why", "a: no"), THINKING)
+    first, second = (marked(dataclasses.replace(made, samples=[s])) for s in made.samples)
+    assert first == f"{U}hi<|im_end|>\n{A}«<think></think><think>a</think>yes<|im_end|>»\n"
     assert (
-        text == f"{U}hi<|im_end|>\n{A}«yes<|im_end|>»\n{U}why<|im_end|>\n{A}«<think></think>no<|im_end|>»\n"
+        second == f"{U}hi<|im_end|>\n{A}yes<|im_end|>\n{U}why<|im_end|>\n{A}«<think></think>no<|im_end|>»\n"
     )
+    assert [s.turn for s in made.samples] == [0, 1]
+    assert made.samples[0].key == made.samples[1].key
 
 
 def test_truncation_is_counted_and_keeps_what_fits() -> None:
@@ -271,5 +275,5 @@ def test_rule_is_named_for_the_manifest() -> None:
         ).mask_rule
 
     assert rule(CHATML) == "render-difference"
-    assert rule(TAGGED) == "generation-tag"
+    assert rule(TAGGED) == "render-difference"
     assert rule(TAGGED, PATTERN) == "assistant-pattern"

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from dspark.cache.errors import DataError, UsageError
-from dspark.dump.corpus.rows import ChatRow, TokenRow, parse_row
+from dspark.dump.corpus.shapes import ChatRow, TokenRow, parse_row
 from dspark.tools.decode.promptsets import NAMES, is_named, named_rows
 
 

@@ -1,0 +1,277 @@
+"""A chat -> its answers, each as the text the target was served and the text it wrote.
+
+An answer is what its turn adds to the prompt before it: the history is rendered with the generation prompt, then through the turn, and
+the difference is what the target wrote, up to the turn's end. Where the template writes the turn otherwise than the prompt
+promised (a prompt that opens or closes a thought which the turn has not), the context is the one that this answer was served in.
+An answer that does not reach the text whole (its thought, its calls) is no label: it is left out, with the reason.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from dspark.dump.corpus.shapes import ChatRow, Message
+from dspark.dump.corpus.template import Refused, Template, common
+
+WAY_OUT = "take such rows out, or let the target answer itself: --regenerate"
+REWRITES = f"the template writes the history otherwise once the answer is there ({WAY_OUT})"
+REFUSED = "template refuses the row"
+NO_THOUGHT = f"the template leaves out the answer's thought ({WAY_OUT})"
+NO_CALLS = f"the template leaves out the answer's tool calls ({WAY_OUT})"
+NO_TEXT = f"the template leaves out the answer's text ({WAY_OUT})"
+
+OPENS = re.compile(r"think|thought|reason|analy|reflect", re.IGNORECASE)
+TAG = re.compile(r"<[^<>]+>|\[/?[A-Z_]+\]|◁[^◁▷]+▷")
+UNCLOSED = re.compile(r"\s*<(think|thinking|thought|reasoning)>(?!.*</\1>)(.*)", re.DOTALL)
+INLINE = re.compile(r"\s*(?:<(think|thinking|thought|reasoning)>)?(.*?)</(think|thinking|thought|reasoning)>", re.DOTALL)  # fmt: skip
+
+
+class Dropped(Exception):
+    """A row or an answer gives no label: ``reason`` is what is counted, ``detail`` is about this one."""
+
+    def __init__(self, reason: str, detail: str = "") -> None:
+        super().__init__(reason)
+        self.reason, self.detail = reason, detail
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """Answer ``number`` (0-based): it was served ``context`` and is ``own``; ``after``: what the template adds."""
+
+    number: int
+    context: str
+    own: str
+    after: str = ""
+
+    @property
+    def upto(self) -> str:
+        return self.context + self.own
+
+    @property
+    def text(self) -> str:
+        return self.context + self.own + self.after
+
+
+class Chat:
+    """One row's messages under one template."""
+
+    def __init__(self, template: Template, row: ChatRow) -> None:
+        self.template, self.row = template, row
+        self.forms = [template.form(m) for m in row.messages]
+        self.at = [i for i, m in enumerate(row.messages) if m["role"] == "assistant"]
+        self._prompts: dict[int, str] = {}
+
+    def prompt(self, i: int) -> str:
+        """What was served for message ``i``. Raises Dropped where the template refuses it."""
+        if i not in self._prompts:
+            self._prompts = {i: self._render(self.forms[:i], prompt=True)}
+        return self._prompts[i]
+
+    def turn(self, number: int) -> Turn:
+        """Answer ``number``. Raises Dropped where it is no label."""
+        i = self.at[number]
+        message = self.row.messages[i]
+        if self._plain(message) and i and i + 1 < len(self.forms):
+            found = self._in_next(number, i, message)
+            if found is not None:
+                return found
+        return self._apart(number, i, message)
+
+    def _render(self, forms: list[Message], **more: Any) -> str:
+        try:
+            return self.template.render(forms, self.row.tools, **(dict(self.row.kwargs) | more))
+        except Refused as why:
+            raise Dropped(REFUSED, str(why)) from why
+
+    def _cut(self, i: int) -> bool:
+        return i in self.row.cut or (not self.row.finished and i == self.at[-1])
+
+    def _plain(self, message: Message) -> bool:
+        t = self.template
+        simple = (
+            bool(message["content"]) and not message.get("tool_calls") and "reasoning_content" not in message
+        )
+        return simple and not (t.between or t.rest) and bool(t.end) and not INLINE.match(message["content"])
+
+    def _in_next(self, number: int, i: int, message: Message) -> Turn | None:
+        """The answer as it stands in the prompt of the next one, where the template puts nothing around an answer's text but its
+        end; the same as ``_apart`` gives, without rendering it once more."""
+        if self._cut(i) or number + 1 == len(self.at):
+            return None
+        served = self.prompt(i)
+        following = self.prompt(self.at[number + 1])
+        for text in (message["content"], message["content"].strip()):
+            own = text + self.template.end
+            if text and following.startswith(served + own):
+                return Turn(number, served, own)
+        return None
+
+    def _apart(self, number: int, i: int, message: Message) -> Turn:
+        """The answer by the difference between its prompt and the text through it."""
+        variants = self._variants(i, message)
+        for n, form in enumerate(variants):
+            try:
+                context, wrote = self._split(i, form)
+                context, wrote = self._whole(context, wrote, message, self._served(i))
+            except Dropped:
+                if n == len(variants) - 1:
+                    raise
+                continue
+            break
+        stop = self._stop(wrote, message, self._cut(i))
+        return Turn(number, context, wrote[:stop], wrote[stop:])
+
+    def _served(self, i: int) -> str | None:
+        try:
+            return self.prompt(i) if i else None
+        except Dropped:
+            return None
+
+    def _variants(self, i: int, message: Message) -> list[Message]:
+        """The forms to try: the message as it is given; with a thought that stands in its text moved to its field; with the empty
+        content of a call written the other way."""
+        out = [self.forms[i]]
+        begun = UNCLOSED.fullmatch(message["content"] or "") if self.template.thought else None
+        if begun is not None and "reasoning_content" not in message:  # cut within its thought
+            moved = message | {"content": "", "reasoning_content": begun[2].strip("\n")}
+            return [self.template.form(moved)]
+        thought = INLINE.match(message["content"] or "") if self.template.thought else None
+        if thought is not None and "reasoning_content" not in message:
+            rest = message["content"][thought.end() :].lstrip("\n")
+            moved = message | {"content": rest, "reasoning_content": thought[2].strip("\n")}
+            out.append(self.template.form(moved))
+        if message.get("tool_calls") and not message["content"]:
+            out += [f | {"content": None if f["content"] == "" else ""} for f in out]
+        return out
+
+    def _split(self, i: int, form: Message) -> tuple[str, str]:
+        """Context and what the turn adds to it."""
+        through = self._render([*self.forms[:i], form])
+        if i == 0:
+            return self._first(through)
+        served = self.prompt(i)
+        if through.startswith(served):
+            return served, through[len(served) :]
+        if "enable_thinking" in self.template.text:
+            for thinking in (False, True):
+                other = self._render(self.forms[:i], prompt=True, enable_thinking=thinking)
+                if through.startswith(other):
+                    return other, through[len(other) :]
+        rest = self.template.rest
+        base = served.removesuffix(rest)
+        if rest and served.endswith(rest) and through.startswith(base):
+            wrote = through[len(base) :]
+            return (base if opens_thought(rest) else served), wrote
+        raise Dropped(REWRITES)
+
+    def _first(self, through: str) -> tuple[str, str]:
+        """Of an answer that nothing was asked before: what stands in front of a word in its place, up to the end of the prompt's own ending."""
+        word = "zyntova"
+        header = self._render([self.template.form({"role": "assistant", "content": word})]).partition(word)[0]
+        opening = self.template.opening
+        at = header.rfind(opening) + len(opening) if opening and opening in header else len(header)
+        start = common(header[:at], through)
+        if start < at and opening:  # this turn has another header (no text, only calls)
+            found = through.find(opening.rstrip())
+            start = found + len(opening.rstrip()) if found >= 0 else start
+        return through[:start], through[start:]
+
+    def _whole(self, context: str, wrote: str, message: Message, served: str | None) -> tuple[str, str]:
+        """``context`` and ``wrote``, once all of the message is in them. Raises Dropped where it is not, or stands in there twice."""
+        content = message["content"] if isinstance(message["content"], str) else ""
+        inline = INLINE.match(content)
+        thought = message.get("reasoning_content", inline[2] if inline else "").strip()
+        text = (content[inline.end() :] if inline else content).strip()
+        if text and text not in wrote:
+            raise Dropped(NO_TEXT)
+        for call in message.get("tool_calls") or []:
+            if not _called(call, wrote):
+                raise Dropped(NO_CALLS, f"call of {call['function']['name']!r}")
+        names = [c["function"]["name"] for c in message.get("tool_calls") or []]
+        behind = wrote.rpartition(text)[2] if text else wrote
+        if any(wrote.count(n) < names.count(n) for n in names):
+            raise Dropped(NO_CALLS, f"{len(names)} calls, not all of them written")
+        if thought and thought not in wrote:
+            return self._with_lost_thought(context, wrote, message, served, text, behind)
+        if inline and "reasoning_content" not in message:
+            before = wrote[: wrote.find(thought)] if thought else ""
+            closer = f"</{inline[3]}>"
+            if self.template.thought and closer in before:
+                raise Dropped(NO_THOUGHT, "an empty thought in front of the real one")
+        return context, wrote
+
+    def _with_lost_thought(
+        self, context: str, wrote: str, message: Message, served: str | None, text: str, behind: str
+    ) -> tuple[str, str]:
+        """An answer whose thought the template strips, put behind its prompt as the target wrote it: possible where the thought stands in the text, or
+        where the prompt opens it."""
+        content = message["content"] if isinstance(message["content"], str) else ""
+        visible = wrote[: len(wrote) - len(behind)] if text else ""
+        if served is None or visible.strip() != text:
+            raise Dropped(NO_THOUGHT)
+        rest = self.template.rest if served.endswith(self.template.rest) else ""
+        opener = re.fullmatch(r"<(\w+)>\s*", rest)
+        if "reasoning_content" in message:
+            if opener is None or not opens_thought(rest):
+                raise Dropped(NO_THOUGHT)
+            thought = message["reasoning_content"]
+            thought += "" if thought.endswith("\n") else "\n"
+            lead = "" if content.startswith("\n") else "\n\n"
+            return served, f"{thought}</{opener[1]}>{lead}{content}{behind}"
+        raw = content.strip()
+        if rest and opens_thought(rest):
+            raw = raw.removeprefix(rest) if raw.startswith(rest) else raw.removeprefix(rest.strip())
+        return served, raw + behind
+
+    def _stop(self, wrote: str, message: Message, cut: bool) -> int:
+        """Where the target's own text ends within ``wrote``."""
+        t = self.template
+        if not cut:
+            if t.tail and wrote.endswith(t.tail):
+                return len(wrote) - len(t.tail) + len(t.end)
+            return len(wrote.rstrip())
+        content = message["content"] if isinstance(message["content"], str) else ""
+        for piece in (content.strip(), message.get("reasoning_content", "").strip()):
+            if piece and (at := wrote.rfind(piece)) >= 0:
+                return at + len(piece)
+        return 0
+
+
+def opens_thought(rest: str) -> bool:
+    """Whether the end of a prompt opens a thought and leaves it open."""
+    return bool(OPENS.search(rest)) and len(TAG.findall(rest)) % 2 == 1
+
+
+def lost_fields(template: Template, message: Message, text: str) -> Iterator[str]:
+    """Fields of an assistant's message, beside those that a turn is made of, whose text is not in ``text``."""
+    for name, value in message.items():
+        if name in ("role", "content", "tool_calls", "reasoning_content") or not value:
+            continue
+        said = value if isinstance(value, str) else json.dumps(value, default=str)
+        if said not in text:
+            yield name
+
+
+def _called(call: dict[str, Any], text: str) -> bool:
+    """Whether name and arguments of a call are in ``text``, however it writes them."""
+    function = call["function"]
+    return function["name"] in text and all(w in text for w in _words(function.get("arguments")))
+
+
+def _words(value: Any) -> Iterator[str]:
+    """The longest plain word of every text and number within ``value``."""
+    if isinstance(value, dict):
+        for k, v in value.items():
+            yield from _words(k)
+            yield from _words(v)
+    elif isinstance(value, list):
+        for v in value:
+            yield from _words(v)
+    elif isinstance(value, str):
+        found = re.findall(r"[A-Za-z0-9]+", value)
+        if found:
+            yield max(found, key=len)
