@@ -184,7 +184,7 @@ class Chat:
         """``context`` and ``wrote``, once all of the message is in them. Raises Dropped where it is not, or stands in there twice."""
         content = message["content"] if isinstance(message["content"], str) else ""
         inline = INLINE.match(content)
-        thought = message.get("reasoning_content", inline[2] if inline else "").strip()
+        thought = str(message.get("reasoning_content") or (inline[2] if inline else "")).strip()
         text = (content[inline.end() :] if inline else content).strip()
         if text and text not in wrote:
             raise Dropped(NO_TEXT)
