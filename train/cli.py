@@ -11,7 +11,7 @@ import click
 
 from dspark.cache.shared.command import SETTINGS, bar, emit, guarded
 from dspark.cache.shared.peers import Command
-from dspark.train.config import STRATEGIES, TrainConfig
+from dspark.train.config import SELECT, STRATEGIES, TrainConfig
 from dspark.train.draft.types import TYPES
 from dspark.train.recipes import AUTO, NONE, configure, recipes
 
@@ -98,6 +98,14 @@ Examples:
 @click.option("--decay", default=DEFAULTS.decay, help="Slot k weighs exp(-k/decay).")
 @click.option("--val-fraction", default=DEFAULTS.val_fraction, help="Share of prompts (by hash) held out.")
 @click.option("--val-rows", default=DEFAULTS.val_rows, help="Packed rows that a validation reads, at most.")
+@click.option(
+    "--val-walk-rows", default=DEFAULTS.val_walk_rows,
+    help="Of these rows, how many the walk is computed on: the accepted length where decoding begins its blocks. 0 = none.",
+)  # fmt: skip
+@click.option(
+    "--select", default=DEFAULTS.select, type=click.Choice(SELECT),
+    help="Which draft is exported: the last one, or the best one in validation.",
+)  # fmt: skip
 @click.option(
     "--checkpoint-freq",
     default=DEFAULTS.checkpoint_freq,

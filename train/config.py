@@ -24,10 +24,13 @@ FREE_ON_RESUME = {
     "strategy",
     "activation_checkpointing",
     "recipe",
+    "val_walk_rows",
+    "select",
 }
 
 # The first is taken where none is given.
 STRATEGIES = ("zero", "ddp", "fsdp2")
+SELECT = ("last", "walk", "walk_greedy", "mean_accepted_length")
 
 # Settings of earlier releases at the values that changed nothing: a run that was made with them goes on.
 WITHDRAWN = (("ema", 0.0), ("slot_weights", "decay"), ("noise_std", 0.0))
@@ -80,6 +83,7 @@ NUMBERS = {
     "decay": POSITIVE_OR_INF,
     "val_fraction": SHARE,
     "val_rows": COUNT,
+    "val_walk_rows": COUNT_OR_0,
     "checkpoint_freq": EPOCHS,
     "keep_checkpoints": COUNT,
     "seed": SEED,
@@ -128,6 +132,11 @@ class TrainConfig:
     """Share of prompts (by hash) held out."""
     val_rows: int = 64
     """Packed rows of the held-out samples that a validation reads, at most; ``dspark-tools score`` reads them all."""
+    val_walk_rows: int = 8
+    """Of these rows, how many the walk is computed on (``objective/walk.py``): at every anchor, so a multiple of their cost. 0: none."""
+    select: str = "last"
+    """Which draft is exported: that of the ``last`` milestone, or of the one with the highest ``walk``, ``walk_greedy`` or
+    ``mean_accepted_length`` in validation."""
     checkpoint_freq: float = 1.0
     """Epochs between checkpoints and validations; 0.25 = four an epoch."""
     keep_checkpoints: int = 2
@@ -161,6 +170,14 @@ class TrainConfig:
             raise UsageError(f"betas are {self.betas}, expected two numbers in [0, 1)")
         if self.strategy not in (None, *STRATEGIES):
             raise UsageError(f"strategy is {self.strategy!r}, expected {', '.join(STRATEGIES)}")
+        if self.select not in SELECT:
+            raise UsageError(f"select is {self.select!r}, expected {', '.join(SELECT)}")
+        if self.select != "last" and not (
+            self.val_fraction and (self.val_walk_rows or "walk" not in self.select)
+        ):
+            raise UsageError(
+                f"--select {self.select} needs validation: --val-fraction above 0, and --val-walk-rows for a walk"
+            )
         if self.optimizer not in ("adamw", "muon"):
             raise UsageError(f"optimizer is {self.optimizer!r}, expected adamw or muon")
         if self.optimizer == "muon" and self.strategy == "fsdp2":

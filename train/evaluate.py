@@ -1,13 +1,16 @@
-"""Teacher-forced metrics of a draft over rows of a store: validation while training, and ``dspark-tools score``."""
+"""Teacher-forced metrics of a draft over rows of a store, and its walk: validation while training, and ``dspark-tools score``."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import partial
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from dspark.cache.reader import Cache
+from dspark.train.data import anchors as rules
 from dspark.train.data.batch import Batch
 from dspark.train.data.row import Row
 from dspark.train.draft.attention import Backend
@@ -21,6 +24,12 @@ from dspark.train.objective.objective import (
     SlotInputs,
     objective,
 )
+from dspark.train.objective.states import SlotStates
+from dspark.train.objective.walk import Walk, alphas
+
+Observe = Callable[[Batch, SlotInputs, ObjectiveOutput], None]
+ANCHORS_AT_ONCE = 512  # where a run draws no fixed number of them
+UNIT = Denominators(1.0, 1.0, 1.0)  # the losses come out of the metrics' own weighted means
 
 
 @torch.no_grad()
@@ -34,17 +43,15 @@ def evaluate(
     decay: float = 4.0,
     backend: Backend = "sdpa",
     reduce: Callable[[Tensor], Tensor] | None = None,
-    observe: Callable[[Batch, SlotInputs, ObjectiveOutput], None] | None = None,
+    observe: Observe | None = None,
+    walk: Walk | None = None,
 ) -> Score:
     """The keys of ``dspark-tools score`` over every counted slot of ``rows``. States are decoded to ``dtype`` on ``device``.
 
     ``rows`` that are batches already (of padding, for a sharded model) pass through the model and count nowhere. ``reduce`` adds up
-    the sums of several ranks, in place. ``observe`` sees the slots of every row.
+    the sums of several ranks, in place. ``observe`` sees the slots of every row. ``walk`` is filled, from rows that have every eligible anchor.
     """
-    config = ObjectiveConfig(decay=decay)
-    unit = Denominators(1.0, 1.0, 1.0)  # the losses come out of the metrics' own weighted means
     metrics = SlotMetrics(model.config.block_size, device)
-    kind = drafter(model.config.speculator_type)
     for row in rows:
         if isinstance(row, Batch):
             model(row, model.plan(row, backend))
@@ -52,12 +59,63 @@ def evaluate(
         if row.slots == 0:
             continue
         batch = row.place(cache, device, dtype, model.config.target_layer_ids)
-        states = model(batch, model.plan(batch, backend))
-        slots = kind.slots(batch, states, decay)
-        out = objective(slots, model.frozen_head, config, unit)
+        states, slots, out = judged(model, batch, decay, backend)
         metrics.add(batch, slots, out)
         if observe is not None:
             observe(batch, slots, out)
+        if walk is not None:
+            walk.add(_alphas(model, batch, states, slots, out), batch.anchors)
     if reduce is not None:
         reduce(metrics.sums)
     return metrics.result()
+
+
+def judged(
+    model: DraftModel, batch: Batch, decay: float, backend: Backend
+) -> tuple[SlotStates, SlotInputs, ObjectiveOutput]:
+    """Forward and the objective's numbers of one row."""
+    states: SlotStates = model(batch, model.plan(batch, backend))
+    slots = drafter(model.config.speculator_type).slots(batch, states, decay)
+    return states, slots, objective(slots, model.frozen_head, ObjectiveConfig(decay=decay), UNIT)
+
+
+@torch.no_grad()
+def walked(
+    model: DraftModel,
+    cache: Cache,
+    rows: Iterable[Row],
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    backend: Backend,
+    anchors_at_once: int,
+    pad: bool,
+) -> Walk:
+    """The walk over ``rows``, at every eligible anchor whichever were drawn: so many at a time, with ``pad`` always as many, so that what was
+    compiled for training serves.
+    """
+    walk = Walk(device)
+    for row in rows:
+        if row.slots == 0:
+            continue
+        host = row.batch
+        placed = row.place(cache, device, dtype, model.config.target_layer_ids)
+        every = np.flatnonzero(rules.eligible(host.loss_mask.numpy(), host.doc.numpy()))
+        found = []
+        for at in range(0, every.size, anchors_at_once):
+            some = every[at : at + anchors_at_once]
+            batch = placed.with_anchors(host, some, anchors_at_once if pad else 0)
+            found.append(_alphas(model, batch, *judged(model, batch, 0.0, backend)))
+        walk.add(torch.cat(found, 1), torch.from_numpy(every))
+    return walk
+
+
+def _alphas(
+    model: DraftModel, batch: Batch, states: SlotStates, slots: SlotInputs, out: ObjectiveOutput
+) -> Tensor:
+    head, dtype = model.frozen_head, model.frozen_head.lm_head.dtype
+    kind = drafter(model.config.speculator_type)
+    return alphas(
+        batch, states.h, slots, out, lambda last: head.target_logits(last.to(dtype)), partial(kind.drafted, model),
+        model.config.vocab_size,
+    )  # fmt: skip

@@ -7,6 +7,8 @@ for a value only at logged steps, and then when the next step is queued already.
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import json
 import math
 import signal
 import threading
@@ -26,7 +28,7 @@ from dspark.train.data.row import Row
 from dspark.train.data.stream import VALIDATION_EPOCH
 from dspark.train.distributed import World, lost_peers
 from dspark.train.draft.folder import save_draft
-from dspark.train.evaluate import evaluate
+from dspark.train.evaluate import ANCHORS_AT_ONCE, evaluate, walked
 from dspark.train.objective.metrics import Score, SlotMetrics
 from dspark.train.run import checkpoint, folder, memory
 from dspark.train.run.checkpoint import Position
@@ -232,8 +234,22 @@ def _milestone(run: Run, position: Position, output: Path, report: Report | None
         if report:
             report.row(row)
     # Last: a run killed before this resumes from the checkpoint before and makes the rows above again.
-    _save(run, position, output, export=True)
+    best = run.world.first and _best_so_far(run.config.select, output, row)
+    _save(run, position, output, export=best)
     return row
+
+
+def _best_so_far(select: str, output: Path, row: dict[str, Any] | None) -> bool:
+    """Whether no validation before this ``row`` gave more; metrics.jsonl holds them, of the steps before a resumption too."""
+    if select == "last" or row is None:
+        return True
+    rows = [json.loads(line) for line in (output / folder.METRICS).read_text().splitlines()]
+    earlier = [
+        r[select]
+        for r in rows
+        if r.get("validation") and r["step"] < row["step"] and r.get(select) is not None
+    ]
+    return row[select] is not None and row[select] > max(earlier, default=-math.inf)
 
 
 def _finite_scores(row: dict[str, Any]) -> None:
@@ -263,16 +279,27 @@ def _save(run: Run, position: Position, output: Path, *, export: bool) -> None:
 
 def validate(run: Run) -> Score:
     """Metrics on the held-out prompts; the same anchors every time. Each rank scores its rows."""
-    return evaluate(
-        run.model,
-        run.cache,
-        _held_out(run),
-        device=run.compute.device,
-        dtype=run.compute.dtype,
-        decay=run.config.decay,
-        backend=run.compute.backend,
+    compute, config = run.compute, run.config
+    score = evaluate(
+        run.model, run.cache, _held_out(run), device=compute.device, dtype=compute.dtype, decay=config.decay, backend=compute.backend,
         reduce=run.world.sum_,
-    )
+    )  # fmt: skip
+    if not config.val_walk_rows:
+        return score
+    # Of a sharded model the weights are gathered by now, so ranks may differ in the number of passes.
+    walk = walked(
+        run.model, run.cache, itertools.islice(_rows_of_this_rank(run), -(-config.val_walk_rows // run.world.size)), device=compute.device,
+        dtype=compute.dtype, backend=compute.backend, anchors_at_once=config.max_anchors or ANCHORS_AT_ONCE,
+        pad=run.stream.pad,
+    )  # fmt: skip
+    run.world.sum_(walk.sums)
+    return {**score, **walk.result()}
+
+
+def _rows_of_this_rank(run: Run) -> Iterator[Row]:
+    assert run.validation is not None
+    for rows in run.validation.steps_from(VALIDATION_EPOCH, rank=run.world.rank, world=run.world.size):
+        yield from rows
 
 
 def _held_out(run: Run) -> Iterator[Row | Batch]:

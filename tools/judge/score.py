@@ -37,7 +37,7 @@ def score(
     samples = chosen(cache, draft, which)
     result = forced(
         cache, draft, samples, max_anchors=max_anchors, total_seq_len=total_seq_len, seed=seed, device=device, dtype=dtype,
-        progress=progress,
+        progress=progress, walk=True,
     )  # fmt: skip
     return {
         **result,
@@ -60,12 +60,16 @@ def forced(
     dtype: str,
     progress: Callable[[int, int], None],
     observe: Callable[[Batch, SlotInputs, ObjectiveOutput], None] | None = None,
+    walk: bool = False,
 ) -> dict[str, Any]:
-    """The draft's teacher-forced metrics over ``samples``; ``observe`` sees the slots of every row."""
+    """The draft's teacher-forced metrics over ``samples``; ``observe`` sees the slots of every row. ``walk`` adds the accepted lengths where
+    decoding begins its blocks (``train/objective/walk.py``), null unless every anchor is scored.
+    """
     from dspark.train.compute import choose_compute
     from dspark.train.data.stream import VALIDATION_EPOCH, Stream
     from dspark.train.draft.folder import load_draft
     from dspark.train.evaluate import evaluate
+    from dspark.train.objective.walk import KEYS, Walk
     from dspark.train.run.setup import row_length
 
     compute = choose_compute(device, dtype, False)
@@ -84,9 +88,11 @@ def forced(
             yield from step
             progress(done + 1, total)
 
-    return evaluate(
-        model, cache, rows(), device=compute.device, dtype=compute.dtype, backend=compute.backend, observe=observe
+    sums = Walk() if walk and max_anchors == 0 else None
+    found = evaluate(
+        model, cache, rows(), device=compute.device, dtype=compute.dtype, backend=compute.backend, observe=observe, walk=sums
     )  # fmt: skip
+    return {**found, **(sums.result() if sums is not None else dict.fromkeys(KEYS) if walk else {})}
 
 
 def belongs(cache: Cache, config: Any, draft: str) -> None:

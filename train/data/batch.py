@@ -66,17 +66,8 @@ class Batch:
         stored = int(rules.eligible(loss_mask, doc).sum())
         assert last.shape[0] == stored, f"{last.shape[0]} last states for {stored} positions that store one"
         assert aux.shape[0] == input_ids.size == loss_mask.size == doc.size
-        real = anchors.size
-        total = max(real, pad_anchors_to)
-        padded = np.zeros(total, dtype=np.int64)
-        padded[:real] = anchors
-        valid = np.arange(total) < real
-        label, counted = rules.slots(padded, loss_mask, doc, block_size)
-        counted &= valid[:, None]
         last_index = rules.last_index(loss_mask, doc)
-        slots, target_rows, target_at = (
-            torch.from_numpy(x) for x in rules.by_target(label, counted, last_index)
-        )
+        blocks = _blocks(anchors, loss_mask, doc, last_index, block_size, pad_anchors_to)
         return cls(
             input_ids=torch.from_numpy(input_ids.astype(np.int64)),
             loss_mask=torch.from_numpy(loss_mask),
@@ -85,15 +76,15 @@ class Batch:
             aux=aux,
             last=last,
             last_index=torch.from_numpy(last_index),
-            anchors=torch.from_numpy(padded),
-            anchor_valid=torch.from_numpy(valid),
-            label_index=torch.from_numpy(label),
-            counted=torch.from_numpy(counted),
-            slots=slots,
-            target_rows=target_rows,
-            target_at=target_at,
-            target_at_host=target_at,
+            **blocks,
         )
+
+    def with_anchors(self, host: Batch, anchors: rules.Int64, pad_anchors_to: int = 0) -> Batch:
+        """This row with other ``anchors``, where it lies. ``host``: the same row on the CPU (its states are not looked at)."""
+        mask, doc, last_index = (x.numpy() for x in (host.loss_mask, host.doc, host.last_index))
+        blocks = _blocks(anchors, mask, doc, last_index, self.block_size, pad_anchors_to)
+        device = self.anchors.device
+        return replace(self, **{n: t if n in ON_HOST else t.to(device) for n, t in blocks.items()})
 
     @property
     def block_size(self) -> int:
@@ -142,3 +133,27 @@ class Batch:
                 value = value.to(dtype)
             moved[field.name] = value.to(device, non_blocking=True)
         return replace(self, **moved)
+
+
+def _blocks(
+    anchors: rules.Int64,
+    loss_mask: rules.Bool,
+    doc: rules.Int32,
+    last_index: rules.Int64,
+    block_size: int,
+    pad_to: int,
+) -> dict[str, Tensor]:
+    """The fields of a batch that its anchors decide."""
+    real = anchors.size
+    total = max(real, pad_to)
+    padded = np.zeros(total, dtype=np.int64)
+    padded[:real] = anchors
+    valid = np.arange(total) < real
+    label, counted = rules.slots(padded, loss_mask, doc, block_size)
+    counted &= valid[:, None]
+    slots, rows, at = (torch.from_numpy(x) for x in rules.by_target(label, counted, last_index))
+    arrays = {"anchors": padded, "anchor_valid": valid, "label_index": label, "counted": counted}
+    return {
+        **{name: torch.from_numpy(x) for name, x in arrays.items()},
+        "slots": slots, "target_rows": rows, "target_at": at, "target_at_host": at,
+    }  # fmt: skip

@@ -127,6 +127,12 @@ class DrafterType(ABC):
 
         return SlotInputs.gather(batch, states, decay)
 
+    def drafted(self, model: DraftModel, h: Tensor, anchor_ids: Tensor) -> Tensor:
+        """The tokens int64[n, B] (target ids) that the draft puts greedily into blocks with states ``h`` [n, B, H], each on its own before."""
+        from dspark.train.draft.decoding import chained
+
+        return chained(model, h, anchor_ids, lambda logits: logits.argmax(-1))
+
     # Files
 
     def served(
