@@ -79,6 +79,9 @@ class DumpInfo:
     assistant_pattern: str | None
     mask_rule: str  # "generation-tag", "render-difference", "assistant-pattern" or "given"
     part_tokens: int
+    turns: str = "auto"  # how a chat's answers became samples: auto, each, last or whole
+    template_kwargs: Json = field(default_factory=dict)  # handed to the chat template
+    template_date: str | None = None  # what a template that writes the date took for today
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -13,6 +13,7 @@ from dspark.cache.shared.command import codec_options, emit, guarded
 from dspark.cache.shared.peers import Command
 from dspark.dump.config import (
     DEFAULT_SEQ_LENGTH,
+    TURNS,
     DumpConfig,
 )
 from dspark.dump.engines.registry import ENGINES
@@ -92,6 +93,18 @@ class LayerIds(click.ParamType):  # type: ignore[type-arg]  # no generic before 
     "--assistant-pattern",
     metavar="REGEX",
     help="Group 1, over the rendered chat, is supervised.  [default: the preset's, or the template]",
+)
+@click.option(
+    "--turns",
+    type=click.Choice(TURNS),
+    default="auto",
+    help="Samples of a chat. auto: turns share one as long as the template writes them as the beginning of what follows; "
+    "each: one per answer; last: the last answer's only; whole: one, or the row is dropped.",
+)
+@click.option(
+    "--template-kwargs",
+    metavar="JSON",
+    help="Handed to the chat template, such as '{\"enable_thinking\": false}'.",
 )
 @click.option(
     "--min-supervised", type=int, default=2, help="Rows with fewer supervised tokens are dropped and counted."

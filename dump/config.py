@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dspark.cache.errors import UsageError
 from dspark.cache.settings import DEFAULT_PACKING, choose_codec
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 DEFAULT_SEQ_LENGTH = 4096
 LARGEST = 2**53  # counts; every reader of JSON takes a whole number up to here for what it is
 MOST_WORKERS = 256
+TURNS = ("auto", "each", "last", "whole")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,6 +40,8 @@ class DumpConfig:
     resume: bool = False
     overwrite: bool = False
     assistant_pattern: str | None = None
+    turns: str = "auto"  # how answers become samples: auto, each, last or whole
+    template_kwargs: str | None = None  # JSON object handed to the chat template
     device: str = "auto"
     dtype: str = "auto"
     batch_tokens: int | None = None
@@ -82,6 +86,9 @@ class DumpConfig:
             raise UsageError(
                 "--regenerate writes parts by rows, since answers' lengths are not known before: leave --part-tokens out."
             )
+        if self.turns not in TURNS:
+            raise UsageError(f"--turns {self.turns}: expected one of {', '.join(TURNS)}.")
+        self.template_keywords()
         # Here and not only in Sampling: the plan of a preset makes none.
         if self.temperature is not None:
             check_temperature(self.temperature)
@@ -104,6 +111,20 @@ class DumpConfig:
         from dspark.cache.codec import registry
 
         return registry.make(self.codec_name, self.pack)
+
+    def template_keywords(self) -> dict[str, Any]:
+        """What ``--template-kwargs`` hands to the chat template."""
+        if self.template_kwargs is None:
+            return {}
+        try:
+            found = json.loads(self.template_kwargs)
+        except ValueError as error:
+            raise UsageError(f"--template-kwargs {self.template_kwargs}: not JSON ({error}).") from error
+        if not isinstance(found, dict):
+            raise UsageError(
+                f"--template-kwargs {self.template_kwargs}: expected a JSON object, such as '{{\"enable_thinking\": false}}'."
+            )
+        return found
 
     @property
     def asked_layers(self) -> tuple[int, ...] | None:

@@ -22,6 +22,7 @@ from dspark.dump.corpus.masks import SampleMaker
 from dspark.dump.corpus.parts import Making, PartReader
 from dspark.dump.corpus.rows import BadRow, Corpus, open_corpus
 from dspark.dump.corpus.shapes import TokenRow
+from dspark.dump.corpus.template import today
 from dspark.dump.corpus.tokenise import Tokenisers
 from dspark.dump.engines import registry
 from dspark.dump.engines.answers import recommended
@@ -63,8 +64,9 @@ def plan_only(config: DumpConfig) -> planning.Plan:
     )
 
 
-def prepare(config: DumpConfig) -> Job:
-    """Read config, tokenizer and corpus; check them against one another; estimate the size."""
+def prepare(config: DumpConfig, day: str | None = None) -> Job:
+    """Read config, tokenizer and corpus; check them against one another; estimate the size. ``day``: the date that a store which is gone on with has
+    fixed for a template that writes one."""
     preset = find(config.model)
     target = load_target(config.model)
     if preset is not None:
@@ -76,11 +78,13 @@ def prepare(config: DumpConfig) -> Job:
         raise DataError(first.value.detail)
     tokenised = first is not None and isinstance(first.value, TokenRow)
     maker: SampleMaker
+    day = day or today()
+    keywords = config.template_keywords()
     if config.regenerate:
         sampling = recommended(
             config.model, config.temperature, config.top_p, config.max_tokens, config.thinking
         )
-        maker = Prompts(target.tokenizer, sampling, plan.seq_length)
+        maker = Prompts(target.tokenizer, sampling, plan.seq_length, template_kwargs=keywords, day=day)
     else:
         maker = SampleMaker(
             target.tokenizer,
@@ -89,7 +93,9 @@ def prepare(config: DumpConfig) -> Job:
             seq_length=plan.seq_length,
             min_supervised=config.min_supervised,
             assistant_pattern=plan.assistant_pattern,
-            eos_token_ids=target.eos_token_ids,
+            turns=config.turns,
+            template_kwargs=keywords,
+            day=day,
         )
     plan = planning.estimate(plan, corpus, maker, config.limit)
     if isinstance(maker, Prompts):
@@ -112,6 +118,9 @@ def prepare(config: DumpConfig) -> Job:
             assistant_pattern=None if tokenised else plan.assistant_pattern,
             mask_rule=maker.mask_rule,
             part_tokens=plan.part_tokens,
+            turns=config.turns,
+            template_kwargs=keywords,
+            template_date=None if tokenised or not maker.template.dated else day,
         ),
     )
     return Job(config, plan, target, corpus, maker, manifest)

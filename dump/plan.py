@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import shutil
+from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -60,6 +61,9 @@ class Plan:
     tokens: int | None = None
     bytes: int | None = None
     last_rows: int | None = None  # stored last states
+    looked_at: int = 0  # rows made into samples for the plan
+    dropped: dict[str, int] = dataclasses.field(default_factory=dict)  # of them, by reason
+    notes: dict[str, int] = dataclasses.field(default_factory=dict)  # what the samples of the others lack
 
     def make_codec(self) -> Codec:
         """The store's codec, not calibrated yet."""
@@ -101,6 +105,10 @@ class Plan:
             f"store    {self.output}: codec {self.codec}{', not packed' if self.pack == 'none' else ''}, "
             f"about {self.bytes_per_token:,} bytes a token",
             f"size     {size}{hours}; free {human(self.free_bytes)}",
+            *(
+                f"  {what}: {n:,} of {self.looked_at:,} rows looked at"
+                for what, n in [*((f"dropped: {r}", n) for r, n in self.dropped.items()), *self.notes.items()]
+            ),
         ]
 
 
@@ -189,7 +197,16 @@ def estimate(plan: Plan, corpus: Corpus, maker: SampleMaker | None, limit: int |
     share = stored / max(sampled, 1)
     rate = disk_bytes(plan.shapes, plan.layers, plan.make_codec(), share)
     size = round(tokens * rate) + weight_bytes(plan.shapes)
-    return dataclasses.replace(plan, rows=rows, tokens=tokens, last_rows=round(tokens * share), bytes=size)
+    return dataclasses.replace(
+        plan,
+        rows=rows,
+        tokens=tokens,
+        last_rows=round(tokens * share),
+        bytes=size,
+        looked_at=len(made),
+        dropped=dict(Counter(m.dropped for m in made if m.dropped)),
+        notes=dict(sum((m.notes for m in made), Counter())),
+    )
 
 
 def with_answers(plan: Plan, max_tokens: int) -> Plan:

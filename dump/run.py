@@ -68,7 +68,7 @@ def dump(
     if not stored and (config.regenerate or answers.go_with_the_store()):
         answers.refuse_other(config.data, config.overwrite)
     # Everything that can be refused without weights is refused before they are loaded.
-    job = prepare(config)
+    job = prepare(config, stored.dump.template_date if stored else None)
     if stored:
         job = continued(job, stored)
         stored.same_plan(job.manifest, str(config.output))
@@ -175,6 +175,8 @@ def run_engine(
         tail, written = write_parts(writer, reader, engine, job.plan, show, write)
         written.seconds = time.monotonic() - began
         reader.check_dropped(at_end=True)
+        for note, n in reader.notes.items():
+            show.say(f"  {note}: {n:,}")
         return writer.finish(rows_read=reader.rows_read, dropped=tail.dropped, quality=measured), written
 
 

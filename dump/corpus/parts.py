@@ -64,6 +64,7 @@ class PartReader:
         self.note = note
         self.rows_read = 0
         self.dropped: Counter[str] = Counter()
+        self.notes: Counter[str] = Counter()  # what is not in the samples of rows that were kept
 
     def parts(self, committed: Mapping[int, PartRecord]) -> Iterator[PartRows]:
         """The parts still to be written, in order; the last one yielded is the tail (no samples), maybe empty."""
@@ -91,6 +92,9 @@ class PartReader:
             if entry is None:
                 break
             row, made = entry
+            self.notes.update(made.notes)
+            for note in made.notes:
+                self.note(f"{row.where}: {note}" + (f" ({made.detail})" if made.detail else ""))
             self.rows_read = part.row_stop = row.number + 1
             if made.samples:
                 part.samples += made.samples

@@ -16,7 +16,6 @@ from itertools import count
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from jinja2.exceptions import TemplateError
 
 from dspark.cache.codec.base import axis_of
 from dspark.cache.errors import UsageError
@@ -28,13 +27,13 @@ from dspark.dump.corpus.masks import (
     Dropped,
     Made,
     SampleMaker,
-    chat_template,
     sample_key,
     unusable,
 )
 from dspark.dump.corpus.parts import PartReader, PartRows
 from dspark.dump.corpus.rows import Row
 from dspark.dump.corpus.shapes import ChatRow, Message
+from dspark.dump.corpus.template import Refused, Template
 from dspark.dump.engines.answers import MASK_RULE, Answered, Ask, Sampling, seed_of
 from dspark.dump.engines.engine import Captured, CodedStates
 from dspark.dump.regenerate.answer_files import AnswerFiles
@@ -68,20 +67,26 @@ def turns(row: Row) -> list[list[Message]]:
 class Prompts(SampleMaker):
     """Renders turns. Stands for a ``SampleMaker`` before the answers are there (plan, self-check, calibration): a sample is the first prompt, all of it supervised."""
 
-    def __init__(self, tokenizer: Any, sampling: Sampling, seq_length: int) -> None:
-        chat_template(tokenizer)  # refuses a target without one
+    def __init__(
+        self,
+        tokenizer: Any,
+        sampling: Sampling,
+        seq_length: int,
+        *,
+        template_kwargs: Mapping[str, Any] | None = None,
+        day: str | None = None,
+    ) -> None:
+        thinking = {} if sampling.thinking is None else {"enable_thinking": sampling.thinking}
+        self.template = Template(tokenizer, {**(template_kwargs or {}), **thinking}, day)
         self.tokenizer, self.sampling, self.seq_length = tokenizer, sampling, seq_length
         self.mask_rule = f"{MASK_RULE} ({sampling})"
         self.tokenised = False
 
     def ids(self, messages: list[Message], tools: list[Any] | None) -> list[int]:
         """The prompt that asks for the answer to ``messages``. Raises Dropped where the template refuses them."""
-        more = {} if self.sampling.thinking is None else {"enable_thinking": self.sampling.thinking}
         try:
-            text = self.tokenizer.apply_chat_template(
-                messages, tools=tools, tokenize=False, add_generation_prompt=True, **more
-            )
-        except (TemplateError, TypeError, ValueError) as error:
+            text = self.template.render([self.template.form(m) for m in messages], tools, prompt=True)
+        except Refused as error:
             raise Dropped(REFUSED, str(error)) from error
         out: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         return out
