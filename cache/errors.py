@@ -73,3 +73,8 @@ class TrainError(DsparkError):
 
 class DraftError(DsparkError):
     """A draft folder is not one that can be scored or served."""
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of ``error``, at most 200 characters; its type where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

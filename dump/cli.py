@@ -9,8 +9,7 @@ from typing import Any
 import click
 
 from dspark.cache.errors import DsparkError
-from dspark.cache.shared.command import codec_options, emit, guarded
-from dspark.cache.shared.peers import Command
+from dspark.cache.shared.command import codec_options, command, emit, json_flag, version_flag
 from dspark.dump.config import (
     DEFAULT_SEQ_LENGTH,
     TURNS,
@@ -49,7 +48,7 @@ class LayerIds(click.ParamType):  # type: ignore[type-arg]  # no generic before 
             self.fail(str(error), param, ctx)
 
 
-@click.command(cls=Command, epilog=EPILOG, context_settings={"show_default": True, "max_content_width": 110})
+@command(epilog=EPILOG)
 @click.option(
     "--model",
     required=True,
@@ -160,8 +159,8 @@ class LayerIds(click.ParamType):  # type: ignore[type-arg]  # no generic before 
     help="With --regenerate: enable_thinking of the chat template.  [default: the template's]",
 )
 @click.option("--dry-run", is_flag=True, help="Print the plan and stop; no weights are read.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout, all else on stderr.")
-@guarded
+@json_flag
+@version_flag
 def main(as_json: bool, **flags: Any) -> None:
     """Run a target over a corpus and keep its hidden states in a store that drafts are trained from."""
     out = execute(DumpConfig(**flags))

@@ -18,11 +18,13 @@ from typing import TYPE_CHECKING, Any
 
 from dspark.cache.codec.fields import Fields, field_info
 from dspark.cache.errors import DataError, DsparkError, EngineError, ExistsError
+from dspark.cache.files.atomic import write_file
 from dspark.cache.manifest import Manifest
 from dspark.cache.quality import Known, Probe, probe_of
 from dspark.cache.quality import quality as quality_of
 from dspark.cache.reader import read_manifest
 from dspark.cache.records import TokenSample
+from dspark.cache.shared import config_file
 from dspark.cache.target.logits import PLAIN, Logits
 from dspark.cache.writer import StoreWriter, scan_parts
 from dspark.dump import plan as planning
@@ -83,6 +85,8 @@ def dump(
             )
             return report(config.output, stored, time.monotonic() - began, Written())
     with log_file(config.output.with_name(config.output.name + ".log")):
+        settings = config_file.resolved(dataclasses.asdict(config), "dspark-dump")
+        write_file(config.output.with_name(config.output.name + ".yaml"), settings)
         for line in job.plan.lines():
             show.say(line)
         writer = StoreWriter.resume(config.output, job.manifest) if stored else None

@@ -28,7 +28,8 @@ def flags(command: click.Command) -> dict[str, click.Parameter]:
 
 
 def pairs(command: click.Command) -> Iterator[tuple[str, click.Parameter]]:
-    for parameter in command.get_params(click.Context(command)):
+    # With its settings: click keeps the help option that it makes here.
+    for parameter in command.get_params(click.Context(command, **command.context_settings)):
         for flag in (*parameter.opts, *parameter.secondary_opts):
             if flag.startswith("-"):
                 yield flag, parameter

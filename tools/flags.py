@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-import re
 from typing import Any
 
 import click
+
+from dspark.cache.shared import process
 
 
 class Finite(click.FloatRange):
@@ -38,8 +39,8 @@ class Device(click.ParamType):  # type: ignore[type-arg]  # no generic before cl
     name = "DEVICE"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        if not re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", value):
-            self.fail(f"{value!r} is not one of auto, cpu, cuda, cuda:N.", param, ctx)
+        if not process.DEVICE.fullmatch(value):
+            self.fail(f"{value!r} is not {process.DEVICE_WORDS}.", param, ctx)
         return str(value)
 
 
@@ -49,17 +50,3 @@ COUNT_OR_ALL = click.IntRange(min=0)  # 0: every one
 TOKEN_ID = click.IntRange(min=0)
 SEED = click.IntRange(min=0, max=2**32 - 1)  # vLLM seeds numpy too, which takes no more
 DEVICE = Device()
-
-
-def coding_device_is_here(device: str) -> None:
-    """``device`` of recode and import, cpu or cuda. Raises UsageError, before the store that would be written is begun."""
-    if device == "cpu":
-        return
-    import torch
-
-    from dspark.cache.errors import UsageError
-
-    if not torch.cuda.is_available():
-        raise UsageError(
-            f"--device {device}: torch sees no CUDA device (torch {torch.__version__}); use --device cpu"
-        )

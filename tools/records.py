@@ -1,43 +1,20 @@
 """The JSON files beside a draft and the reports on it, read with care: a person may have cut, edited or mixed them up.
 
-What a command needs of a file is a *shape*, checked as soon as it is read, so that a missing key is a sentence before any work and not a
-KeyError in the middle of a model card. A shape is
-
-- ``str``, ``bool``, ``int`` (a whole number) or ``float`` (a number);
-- ``[shape]``: a list; ``{key: shape}``: an object with these keys (others are left alone, a later release may add some);
-- ``Each(shape)``: an object with at least one key, whatever it is called; ``Maybe(shape)``: null will do; ``Optional(shape)``: so will no key.
+What a command needs of a file is a shape (``dspark.tools.shapes``), checked as soon as it is read.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from dspark.cache.errors import DraftError
+from dspark.tools.shapes import Each, Maybe, Optional, require
 from dspark.train.run.folder import METRICS, STORE, TRAINING, read_record
 
 CALIBRATION = "calibration.json"
-
-
-@dataclass(frozen=True, slots=True)
-class Each:
-    shape: Any
-
-
-@dataclass(frozen=True, slots=True)
-class Maybe:
-    shape: Any
-
-
-@dataclass(frozen=True, slots=True)
-class Optional:
-    shape: Any
-
-
-_WORDS = {str: "a text", bool: "true or false", int: "a whole number", float: "a number"}
 
 _TRAINING = {"block_size": Optional(int)}
 _STORE = {
@@ -83,58 +60,6 @@ _REPORT = _LINE | {
     "compared": int,
     "per_source": Each(_LINE),
 }
-
-
-def fault(value: Any, shape: Any) -> str | None:
-    """What about ``value`` is not of ``shape``, as half a sentence; None if nothing."""
-    return next(_faults(value, shape, ""), None)
-
-
-def _faults(value: Any, shape: Any, name: str) -> Iterator[str]:
-    called = name or "it"
-    if isinstance(shape, Maybe | Optional):
-        if value is not None:
-            yield from _faults(value, shape.shape, name)
-    elif isinstance(shape, type):
-        if not _is(value, shape):
-            yield f"{called} is {_short(value)}, not {_WORDS[shape]}"
-    elif isinstance(shape, list):
-        if not isinstance(value, list):
-            yield f"{called} is {_short(value)}, not a list"
-            return
-        for i, item in enumerate(value):
-            yield from _faults(item, shape[0], f"{name}[{i}]")
-    elif not isinstance(value, dict):
-        yield f"{called} is {_short(value)}, not an object"
-    elif isinstance(shape, Each):
-        if not value:
-            yield f"{called} is empty"
-        for key, item in value.items():
-            yield from _faults(item, shape.shape, f"{name}.{key}".removeprefix("."))
-    else:
-        missing = [k for k, part in shape.items() if k not in value and not isinstance(part, Optional)]
-        if missing:
-            yield f"{called} has no {', '.join(missing)}"
-        for key in (k for k in shape if k in value):
-            yield from _faults(value[key], shape[key], f"{name}.{key}".removeprefix("."))
-
-
-def _is(value: Any, kind: type) -> bool:
-    if isinstance(value, bool):  # which Python counts as a number
-        return kind is bool
-    return isinstance(value, int | float) if kind is float else isinstance(value, kind)
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 40 else text[:37] + "..."
-
-
-def require(found: Any, shape: Any, where: Path | str, remedy: str) -> None:
-    """Raise DraftError unless ``found``, read from ``where``, is of ``shape``. ``remedy``: what was expected and what to do."""
-    wrong = fault(found, shape)
-    if wrong is not None:
-        raise DraftError(f"{where}: {wrong}; {remedy}")
 
 
 def training(draft: Path, *, val_fraction: bool = False) -> dict[str, Any]:

@@ -9,9 +9,9 @@ from typing import Any
 
 import click
 
-from dspark.cache.shared.command import SETTINGS, bar, emit, guarded
-from dspark.cache.shared.peers import Command
-from dspark.train.config import SELECT, STRATEGIES, TrainConfig
+from dspark.cache.errors import UsageError
+from dspark.cache.shared.command import bar, command, emit, version_flag
+from dspark.train.config import LOGGERS, SELECT, STRATEGIES, TrainConfig
 from dspark.train.draft.types import TYPES
 from dspark.train.recipes import AUTO, NONE, configure, recipes
 
@@ -19,9 +19,7 @@ DEFAULTS = TrainConfig(cache="")
 NOT_SETTINGS = {"recipe", "resume", "overwrite", "as_json"}  # flags that are not fields of TrainConfig
 
 
-@click.command(
-    cls=Command,
-    context_settings=SETTINGS,
+@command(
     epilog="""\b
 Examples:
   dspark-train --cache ./hs.zarr
@@ -139,19 +137,24 @@ Examples:
     help="Of several processes under torchrun: masters and moments shared out; everything on each; or through torch's FSDP2.  [default: zero]",
 )
 @click.option("--log-every", default=DEFAULTS.log_every, help="Steps between rows of metrics.jsonl.")
-@click.option("--tensorboard/--no-tensorboard", default=DEFAULTS.tensorboard)
+@click.option(
+    "--logger",
+    multiple=True,
+    type=click.Choice(LOGGERS),
+    help="Log there too; repeatable. One that is not installed is a warning.",
+)
+@click.option(
+    "--tensorboard/--no-tensorboard", default=DEFAULTS.tensorboard, help="Event files in OUTPUT/tensorboard."
+)
 @click.option("--resume", is_flag=True, help="Go on from the newest checkpoint of --output.")
 @click.option("--overwrite", is_flag=True, help="Replace the training in --output.")
 @click.option("--json", "as_json", is_flag=True, help="Print the last metrics as one JSON object on stdout.")
-@click.pass_context
-@guarded
-def main(
-    context: click.Context, resume: bool, overwrite: bool, as_json: bool, recipe: str, **flags: Any
-) -> None:
+@version_flag
+def main(resume: bool, overwrite: bool, as_json: bool, **flags: Any) -> None:
     """Train a DSpark draft from a store of hidden states. No target model, no server."""
     if resume and overwrite:
-        raise click.UsageError("--resume and --overwrite exclude each other")
-    config = configured(context)
+        raise UsageError("--resume and --overwrite exclude each other")
+    config = configured(click.get_current_context())
     from dspark.train.distributed import PeerError, rank_here
     from dspark.train.loop import train
 
@@ -167,12 +170,8 @@ def main(
         sys.exit(getattr(error, "exit_code", 1))  # rank 0 has said it
     if not first:
         return
-    tau = result.get("mean_accepted_length")
-    where = "held out" if result.get("validation") else "training rows"
-    print(
-        f"done: {config.output}  tau {tau:.3f} ({where})" if tau else f"done: {config.output}",
-        file=sys.stderr,
-    )
+    for line in closing(config, result):
+        _say(line)
     if as_json:
         emit(result)
 
@@ -188,6 +187,21 @@ def configured(context: click.Context) -> TrainConfig:
 def config_of(words: Sequence[str]) -> TrainConfig:
     """As ``dspark-train`` with the command line ``words``, recipes included. Reads the store's manifest and writes nothing."""
     return configured(main.make_context("dspark-train", list(words)))
+
+
+def closing(config: TrainConfig, result: dict[str, Any]) -> list[str]:
+    """What the command says at the end: the result, where the log is, and what comes next."""
+    tau = result.get("mean_accepted_length")
+    judged = "held out" if result.get("validation") else "training rows"
+    out = config.output
+    return [
+        f"done: {out}" + (f"  accepted length (tau) {tau:.3f} ({judged})" if tau else ""),
+        f"log: {out}/train.log   metrics: {out}/metrics.jsonl   settings: {out}/train.yaml",
+        "next:",
+        f"  dspark-tools score --cache {config.cache} --draft {out} --split validation",
+        f"  dspark-tools eval --model TARGET --draft {out} --data PROMPTS.jsonl",
+        f"  dspark-tools report {config.cache} {out} -o report.html",
+    ]
 
 
 def _say(text: str) -> None:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 
 import torch
 
 from dspark.cache.errors import UsageError
-from dspark.cache.shared.process import make_current
+from dspark.cache.shared.process import choose_device, make_current
 from dspark.train.distributed import World
 from dspark.train.draft.attention import Backend
 
@@ -26,21 +25,10 @@ class Compute:
 def choose_compute(device: str, dtype: str, compiled: bool | None, world: World | None = None) -> Compute:
     """``auto`` takes cuda with bfloat16 if there is one, else cpu with float32 (bfloat16 is emulated and slow on most CPUs). A GPU
     by number becomes the process's current one."""
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device != "cpu" and not re.fullmatch(r"cuda(:\d+)?", device):
-        raise UsageError(f"--device {device}: expected auto, cpu, cuda or cuda:N")
-    cuda = device != "cpu"
-    if cuda and not torch.cuda.is_available():
-        raise UsageError(
-            f"--device {device}: torch sees no CUDA device (torch {torch.__version__}); use --device cpu"
-        )
+    chosen = choose_device(device)
+    cuda = chosen.type == "cuda"
     if cuda and world is not None and world.size > 1:
-        device = f"cuda:{world.local_rank}"
-    elif ":" in device and int(device.split(":")[1]) >= torch.cuda.device_count():
-        raise UsageError(
-            f"--device {device}: torch sees {torch.cuda.device_count()} CUDA devices, counted from 0"
-        )
+        chosen = torch.device("cuda", world.local_rank)
     names = {
         "bfloat16": torch.bfloat16,
         "float32": torch.float32,
@@ -48,7 +36,5 @@ def choose_compute(device: str, dtype: str, compiled: bool | None, world: World 
     }
     if dtype not in names:
         raise UsageError(f"--dtype {dtype}: expected auto, bfloat16 or float32")
-    make_current(device)
-    return Compute(
-        torch.device(device), names[dtype], "flex" if cuda else "sdpa", cuda if compiled is None else compiled
-    )
+    make_current(chosen)
+    return Compute(chosen, names[dtype], "flex" if cuda else "sdpa", cuda if compiled is None else compiled)

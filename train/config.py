@@ -19,6 +19,7 @@ FREE_ON_RESUME = {
     "log_every",
     "checkpoint_freq",
     "tensorboard",
+    "logger",
     "keep_checkpoints",
     "compile",
     "strategy",
@@ -31,6 +32,8 @@ FREE_ON_RESUME = {
 # The first is taken where none is given.
 STRATEGIES = ("zero", "ddp", "fsdp2")
 SELECT = ("last", "walk", "walk_greedy", "mean_accepted_length")
+
+LOGGERS = ("tensorboard", "wandb", "mlflow", "trackio")
 
 # Settings of earlier releases at the values that changed nothing: a run that was made with them goes on.
 WITHDRAWN = (("ema", 0.0), ("slot_weights", "decay"), ("noise_std", 0.0))
@@ -148,6 +151,8 @@ class TrainConfig:
     """Processes that read the store, for each rank. None: 0 on cpu; on cuda a rank's share of the cores less one, 8 at most."""
     log_every: int = 10
     tensorboard: bool = True
+    logger: tuple[str, ...] = ()
+    """Loggers besides TensorBoard, of ``LOGGERS``."""
     compile: bool | None = None
     """torch.compile the backbone. None: on cuda. Rows are then padded to one shape."""
     activation_checkpointing: bool = False
@@ -168,6 +173,8 @@ class TrainConfig:
         pair = isinstance(self.betas, tuple) and len(self.betas) == 2
         if not (pair and all(SHARE.allows(beta) for beta in self.betas)):
             raise UsageError(f"betas are {self.betas}, expected two numbers in [0, 1)")
+        if unknown := sorted(set(self.logger) - set(LOGGERS)):
+            raise UsageError(f"--logger {unknown[0]}: expected {', '.join(LOGGERS)}")
         if self.strategy not in (None, *STRATEGIES):
             raise UsageError(f"strategy is {self.strategy!r}, expected {', '.join(STRATEGIES)}")
         if self.select not in SELECT:
@@ -191,8 +198,13 @@ class TrainConfig:
         """The strategy, given or not, that several processes take."""
         return self.strategy or STRATEGIES[0]
 
+    @property
+    def loggers(self) -> tuple[str, ...]:
+        """Every logger of the run, each once."""
+        return tuple(dict.fromkeys((*(("tensorboard",) if self.tensorboard else ()), *self.logger)))
+
     def to_json(self) -> dict[str, Any]:
-        return dataclasses.asdict(self) | {"betas": list(self.betas)}
+        return dataclasses.asdict(self) | {"betas": list(self.betas), "logger": list(self.logger)}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any], where: str) -> TrainConfig:
@@ -202,8 +214,7 @@ class TrainConfig:
             raise UsageError(f"{where}: unknown keys {sorted(unknown)}")
         if "cache" not in data:
             raise UsageError(f"{where} names no cache; expected the settings of a training")
-        if isinstance(data.get("betas"), list):
-            data["betas"] = tuple(data["betas"])
+        data |= {k: tuple(data[k]) for k in ("betas", "logger") if isinstance(data.get(k), list)}
         try:
             return cls(**data)
         except UsageError as wrong:

@@ -32,6 +32,7 @@ from dspark.train.evaluate import ANCHORS_AT_ONCE, evaluate, walked
 from dspark.train.objective.metrics import Score, SlotMetrics
 from dspark.train.run import checkpoint, folder, memory
 from dspark.train.run.checkpoint import Position
+from dspark.train.run.loggers import Loggers
 from dspark.train.run.report import Report
 from dspark.train.run.setup import Run, prepare
 from dspark.train.run.window import Logged, Moment, Window
@@ -96,7 +97,10 @@ def _train(
     whole = checkpoint.found(output / "checkpoints")
     if resume and whole:
         position = world.agreed(lambda: checkpoint.load(whole[-1], run.optimizer))
-    report = Report(output, position.step, config.tensorboard, say) if world.first else None
+    report = None
+    if world.first:
+        loggers = Loggers(config.loggers, output, config.to_json(), position.step, say)
+        report = Report(output, position.step, loggers)
     text = memory.describe(run)
     say(text)
     try:

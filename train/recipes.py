@@ -19,7 +19,18 @@ from dspark.train.config import TrainConfig
 
 AUTO, NONE = "auto", "none"
 # What a recipe may not say: these belong to a run and its machine.
-OF_A_RUN = {"cache", "output", "device", "dtype", "workers", "compile", "strategy", "recipe", "tensorboard"}
+OF_A_RUN = {
+    "cache",
+    "output",
+    "device",
+    "dtype",
+    "workers",
+    "compile",
+    "strategy",
+    "recipe",
+    "tensorboard",
+    "logger",
+}
 
 
 @dataclass(frozen=True, slots=True)

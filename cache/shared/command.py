@@ -1,19 +1,33 @@
-"""What every command does alike: errors become one message on stderr and an exit code; ``--json`` puts one object on stdout."""
+"""What every command does alike: flags, config files, errors as one message and an exit code, one JSON object with ``--json``.
+
+Nothing heavy is imported here: ``--help`` pays for it.
+"""
 
 from __future__ import annotations
 
 import functools
 import json
 import sys
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from importlib import import_module
+from pathlib import Path
 from typing import Any, NoReturn, Protocol
 
+import click
+
+from dspark import __version__
 from dspark.cache.errors import DsparkError
 from dspark.cache.settings import DEFAULT_PACKING, NAMED, NAMES, PACKINGS, choose_codec
+from dspark.cache.shared import config_file, peers
 
 # Of a click command: -h too, defaults shown, lines as long as a terminal of 120 columns.
 SETTINGS = {"help_option_names": ["-h", "--help"], "show_default": True, "max_content_width": 120}
+INTERRUPTED = "interrupted."
+RESUMABLE = " Finished parts are safe; rerun the same command with --resume."
+
+_emitted = False  # whether this call has put its object on stdout; an error after it adds none
 
 
 class Progress(Protocol):
@@ -22,33 +36,140 @@ class Progress(Protocol):
     def __call__(self, done: int, total: int, text: str = "") -> None: ...
 
 
-def guarded(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap a click callback: DsparkError -> its message and exit code, Ctrl-C -> exit 1. Other exceptions are bugs and keep their trace."""
+class Failed(click.ClickException):
+    """A command that ended with a message for the user: ``error: message`` on stderr, then ``exit_code``."""
 
-    @functools.wraps(command)
-    def run(*args: Any, **kwargs: Any) -> Any:
+    def __init__(self, message: str, code: int, *, as_json: bool = False) -> None:
+        super().__init__(message)
+        self.exit_code = code  # type: ignore[misc]  # click reads it from the instance too
+        self.as_json = as_json
+
+    def show(self, file: Any = None) -> None:
+        print(f"error: {self.message}", file=sys.stderr)
+
+
+def _main(run: Callable[..., Any], args: Sequence[str] | None, rest: dict[str, Any]) -> Any:
+    """Run click's ``main`` and end the process as every command of ours does.
+
+    An error is a message on stderr and an exit code; with ``--json`` also ``{"error", "exit_code"}`` on
+    stdout, so that a program that reads it always finds one object.
+    """
+    global _emitted
+    _emitted = False
+    given = list(sys.argv[1:] if args is None else args)
+    if not rest.pop("standalone_mode", True):
+        return run(given, standalone_mode=False, **rest)
+    try:
+        code = run(given, standalone_mode=False, **rest)
+    except click.ClickException as error:
+        error.show()
+        if not _emitted and ("--json" in given or getattr(error, "as_json", False)):
+            emit({"error": error.format_message(), "exit_code": error.exit_code})
+        sys.exit(error.exit_code)
+    except click.Abort:
+        print("error: aborted", file=sys.stderr)
+        sys.exit(1)
+    except BrokenPipeError:  # `dspark-tools ... | head`
+        sys.stdout = None  # else Python writes what is left of it at exit
+        sys.exit(1)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+class Command(peers.Command):
+    """A click command with ``-h``, ``--config FILE.yaml``, answers to other projects' flags, and errors as in ``_main``.
+
+    A DsparkError becomes its message and exit code, Ctrl-C exit code 1. Other exceptions are bugs and keep
+    their trace.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.params.append(
+            click.Option(
+                ["--config"],
+                type=click.Path(exists=True, dir_okay=False, path_type=Path),
+                is_eager=True,
+                expose_value=False,
+                callback=_read_config,
+                metavar="FILE.yaml",
+                help="Flags from a file: keys are flag names; the command line wins.",
+            )
+        )
+
+    def main(self, args: Sequence[str] | None = None, *rest: Any, **extra: Any) -> Any:
+        return _main(super().main, args, _named(rest, extra))
+
+    def invoke(self, ctx: click.Context) -> Any:
+        as_json = bool(ctx.params.get("as_json"))
         try:
-            return command(*args, **kwargs)
+            return super().invoke(ctx)
         except DsparkError as error:
-            fail(str(error), error.exit_code)
-        except KeyboardInterrupt:
-            then = " What was committed is whole: the same command with --resume goes on from there."
-            fail("interrupted." + (then if "resume" in kwargs else ""), 1)
-
-    return run
+            raise Failed(str(error), error.exit_code, as_json=as_json) from error
+        except KeyboardInterrupt as error:
+            then = RESUMABLE if "resume" in ctx.params else ""
+            raise Failed(INTERRUPTED + then, 1, as_json=as_json) from error
 
 
-def codec_options(command: Callable[..., Any]) -> Callable[..., Any]:
+class LazyGroup(click.Group):
+    """A group whose commands are imported when they are run: ``table`` has name -> (module, callback, summary)."""
+
+    def __init__(self, *args: Any, table: dict[str, tuple[str, str, str]], **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.table = table
+
+    def main(self, args: Sequence[str] | None = None, *rest: Any, **extra: Any) -> Any:
+        return _main(super().main, args, _named(rest, extra))
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.table)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in self.table:
+            return None
+        module, name, _ = self.table[cmd_name]
+        found = getattr(import_module(module), name)
+        assert isinstance(found, click.Command), f"{module}.{name} is not a command"
+        return found
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """List the summaries of the table, without importing a command."""
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, summary) for name, (_, _, summary) in self.table.items()])
+
+
+def _named(rest: Sequence[Any], extra: dict[str, Any]) -> dict[str, Any]:
+    """Name the positional arguments of click's ``main`` behind ``args``."""
+    names = ("prog_name", "complete_var", "standalone_mode", "windows_expand_args")
+    return {**dict(zip(names, rest, strict=False)), **extra}
+
+
+def command(name: str | None = None, **attributes: Any) -> Callable[[Callable[..., Any]], Command]:
+    """Make a click callback one of our commands; ``attributes`` go to click."""
+    return click.command(name, cls=Command, context_settings=SETTINGS, **attributes)
+
+
+json_flag = click.option(
+    "--json", "as_json", is_flag=True, help="One JSON object on stdout, all else on stderr."
+)
+version_flag = click.version_option(__version__, prog_name="dspark")
+
+
+def _read_config(ctx: click.Context, param: click.Parameter, value: Path | None) -> None:
+    """Callback of ``--config``: the file's values become the command's defaults, above recipe and preset."""
+    if value is None:
+        return
+    try:
+        ctx.default_map = config_file.read(value, ctx.command.params, ctx.command_path)
+    except DsparkError as error:
+        raise click.UsageError(str(error), ctx) from error
+
+
+def codec_options(callback: Callable[..., Any]) -> Callable[..., Any]:
     """``--codec NAME``, ``--aux-bits N``, ``--last-bits N`` and ``--pack`` for a click callback, which gets ``codec`` (a full name) and ``pack``."""
-    import click
 
-    @functools.wraps(command)
+    @functools.wraps(callback)
     def run(*args: Any, codec: str | None, aux_bits: int | None, last_bits: int | None, **kwargs: Any) -> Any:
-        try:
-            chosen = choose_codec(codec, aux_bits, last_bits)
-        except DsparkError as error:
-            fail(str(error), error.exit_code)
-        return command(*args, codec=chosen, **kwargs)
+        return callback(*args, codec=choose_codec(codec, aux_bits, last_bits), **kwargs)
 
     named = click.option(
         "--codec",
@@ -68,11 +189,23 @@ def codec_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return out
 
 
+QUIET_SECONDS = 30.0  # without a terminal: a line this often, and whenever the text changes
+
+
 @contextmanager
 def bar(label: str) -> Iterator[Progress]:
-    """A progress bar on stderr; yields ``progress(done, total, text)``."""
-    from rich import progress as rich
+    """A progress bar on stderr; yields ``progress(done, total, text)``.
+
+    The bar opens at the first call of ``progress``, so that a refusal is not printed below an empty bar.
+    Without a terminal it is a line now and then.
+    """
     from rich.console import Console
+
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    if not console.is_terminal:
+        yield _Lines(label, console.print)
+        return
+    from rich import progress as rich
 
     columns = (
         rich.TextColumn(label),
@@ -80,13 +213,51 @@ def bar(label: str) -> Iterator[Progress]:
         rich.MofNCompleteColumn(),
         rich.TimeElapsedColumn(),
         rich.TimeRemainingColumn(),
+        rich.TextColumn("{task.description}"),
     )
-    console = Console(stderr=True)
-    with rich.Progress(
-        *columns, rich.TextColumn("{task.description}"), console=console, refresh_per_second=2
-    ) as view:
-        task = view.add_task("", total=None)
-        yield lambda done, total, text="": view.update(task, completed=done, total=total, description=text)
+    view = rich.Progress(*columns, console=console, refresh_per_second=2)
+    task = view.add_task("", total=None)
+
+    def progress(done: int, total: int, text: str = "") -> None:
+        view.start()
+        view.update(task, completed=done, total=total, description=text)
+
+    try:
+        yield progress
+    finally:
+        view.stop()
+
+
+class _Lines:
+    """Progress as lines, for a log: done of total, per cent, time left, the text."""
+
+    def __init__(self, label: str, say: Callable[[str], None]) -> None:
+        self._label, self._say = label, say
+        self._began = self._said = time.monotonic()
+        self._first: int | None = None
+        self._text = ""
+
+    def __call__(self, done: int, total: int, text: str = "") -> None:
+        now = time.monotonic()
+        if self._first is None:  # a resumed run begins in the middle
+            self._first, self._began = done, now
+        if text == self._text and done < total and now - self._said < QUIET_SECONDS:
+            return
+        left = ""
+        if total > done > self._first:
+            seconds = (now - self._began) * (total - done) / (done - self._first)
+            left = f", {duration(seconds)} left"
+        share = f" ({done / total:.0%})" if total else ""
+        self._say(f"{self._label} {done:,}/{total:,}{share}{left}  {text}".rstrip())
+        self._said, self._text = now, text
+
+
+def duration(seconds: float) -> str:
+    """``seconds`` in the unit a person would use: seconds, minutes, hours or days."""
+    for unit, name in ((86400.0, "days"), (3600.0, "hours"), (60.0, "minutes")):
+        if seconds >= 1.5 * unit:
+            return f"{seconds / unit:.1f} {name}"
+    return f"{seconds:.0f} seconds" if seconds >= 10 else f"{seconds:.1f} seconds"
 
 
 def fail(message: str, code: int) -> NoReturn:
@@ -95,6 +266,20 @@ def fail(message: str, code: int) -> NoReturn:
     sys.exit(code)
 
 
+def warn(message: str) -> None:
+    """Print ``warning: message`` to stderr."""
+    print(f"warning: {message}", file=sys.stderr)
+
+
+def table(rows: Sequence[tuple[str, str]]) -> None:
+    """Print two columns on stdout."""
+    width = max(len(name) for name, _ in rows)
+    for name, value in rows:
+        print(f"{name:<{width}}  {value}")
+
+
 def emit(data: Any) -> None:
     """One JSON object on stdout. NaN never: it is not JSON."""
+    global _emitted
+    _emitted = True
     print(json.dumps(data, allow_nan=False))

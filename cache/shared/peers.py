@@ -2,7 +2,7 @@
 
 ``peer_flags.json`` beside this file is the table: for each program of speculators, SpecForge, DeepSpec, AutoModel
 and TorchSpec, what its flags are called here. docs/migrate.md is made from the same table. A command takes part by
-``cls=Command`` (or ``cls=Group``), and the table is read only when an option is unknown.
+its class ``Command``, and the table is read only when an option is unknown.
 """
 
 from __future__ import annotations
@@ -76,14 +76,4 @@ class Command(click.Command):
             return super().parse_args(ctx, args)
         except click.NoSuchOption as error:
             error.ctx = error.ctx or ctx
-            raise explained(error) from None
-
-
-class Group(click.Group):
-    """A group whose commands, of whatever class, answer flags of other projects."""
-
-    def invoke(self, ctx: click.Context) -> Any:
-        try:
-            return super().invoke(ctx)
-        except click.NoSuchOption as error:
             raise explained(error) from None

@@ -1,8 +1,44 @@
-"""Which GPU a process works on."""
+"""The device of a process: which one it may use, which GPU is its current one, which attention kernels suit it.
+
+torch is imported where it is needed, so that flags can be checked without it.
+"""
 
 from __future__ import annotations
 
-import torch
+import re
+from typing import TYPE_CHECKING
+
+from dspark.cache.errors import UsageError
+
+if TYPE_CHECKING:
+    import torch
+
+DEVICE_WORDS = "auto, cpu, cuda or cuda:N"
+DEVICE = re.compile(r"auto|cpu|cuda(:\d{1,3})?")
+
+
+def choose_device(device: str, flag: str = "--device") -> torch.device:
+    """Return the device that ``auto``, ``cpu``, ``cuda`` or ``cuda:N`` means here; ``auto``: cuda if there is a GPU.
+
+    Raises UsageError for any other word, and for a GPU that torch does not see.
+    """
+    import torch
+
+    if not DEVICE.fullmatch(device):
+        raise UsageError(f"{flag} {device}: expected {DEVICE_WORDS}")
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    chosen = torch.device(device)
+    if chosen.type == "cuda":
+        if not torch.cuda.is_available():
+            raise UsageError(
+                f"{flag} {device}: torch sees no CUDA device (torch {torch.__version__}); use {flag} cpu"
+            )
+        if chosen.index is not None and chosen.index >= torch.cuda.device_count():
+            raise UsageError(
+                f"{flag} {device}: torch sees {torch.cuda.device_count()} CUDA devices, counted from 0"
+            )
+    return chosen
 
 
 def make_current(device: torch.device | str) -> None:
@@ -11,6 +47,20 @@ def make_current(device: torch.device | str) -> None:
     torch's own operations follow their tensors. Triton's kernels and ``torch.cuda.current_stream()`` follow the current device, which
     is GPU 0 until somebody says otherwise: a kernel would be started there on another GPU's memory, and a stream wait for nothing.
     """
+    import torch
+
     chosen = torch.device(device)
     if chosen.type == "cuda" and chosen.index is not None:
         torch.cuda.set_device(chosen)
+
+
+def no_plan_a_shape() -> None:
+    """Keep cuDNN out of ``scaled_dot_product_attention`` in this process.
+
+    torch prefers it on Hopper. cuDNN builds a plan for every new shape, which costs the launching thread tens of milliseconds, and a dump's
+    batches, a score's groups of anchors and a decoder's steps have a new shape nearly every time: a dump was launch-bound at 240 k tokens/s on an
+    H100 whose warm shapes ran at 540 k (docs/log/2026-11-22-speed-before-kernels.md). The flash kernel needs no plan.
+    """
+    import torch
+
+    torch.backends.cuda.enable_cudnn_sdp(False)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol, cast
 
-from dspark.cache.errors import DataError, UsageError
+from dspark.cache.errors import DataError, UsageError, first_line
 from dspark.cache.target.frozen import file_sha256
 from dspark.dump.corpus.shapes import ChatRow, TokenRow, parse_row
 
@@ -135,7 +135,7 @@ class HubCorpus:
         ) as error:  # datasets raises a dozen unrelated kinds: offline, not found, gated, no such split
             raise DataError(
                 f"--data {name}: not a file here, and the data set (split {split!r}) could not be loaded: "
-                f"{type(error).__name__}: {_first_line(error)}. Check the name, the split (org/name:split) and the network, or give a JSONL file."
+                f"{type(error).__name__}: {first_line(error)}. Check the name, the split (org/name:split) and the network, or give a JSONL file."
             ) from error
 
     def count(self) -> int:
@@ -154,10 +154,6 @@ class HubCorpus:
             if wanted(number):
                 where = f"{self.id} row {number}"
                 yield row_of(number, where, self._rows[number])
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [""])[0][:300]
 
 
 def row_of(number: int, where: str, value: Any) -> Row:

@@ -21,7 +21,7 @@ from transformers import masking_utils
 from dspark.cache.codec.base import Tokens, to_numpy
 from dspark.cache.errors import EngineError
 from dspark.cache.records import TokenSample, last_rows
-from dspark.cache.sdpa import no_plan_a_shape
+from dspark.cache.shared.process import no_plan_a_shape
 from dspark.cache.target.frozen import FrozenTarget
 from dspark.dump.engines.answers import Answered, Ask, Sampling, repeat_last, stored_runs
 from dspark.dump.engines.engine import Captured, CodedStates, EngineRun, Prediction, States, send

@@ -60,14 +60,9 @@ def engine_version(name: str) -> str:
 
 def choose_engine(name: str, device: str) -> tuple[str, str]:
     """Engine and device. ``auto``: vLLM where there is a GPU and vLLM is installed, else transformers."""
-    import torch
+    from dspark.cache.shared.process import choose_device
 
-    cuda = torch.cuda.is_available()
-    if device == "cuda" and not cuda:
-        raise UsageError(
-            "--device cuda: torch sees no CUDA device here. Use --device cpu, or a machine with a GPU."
-        )
-    device = ("cuda" if cuda else "cpu") if device == "auto" else device
+    device = choose_device(device).type
     if name == "auto":
         return ("vllm" if ENGINES["vllm"].available and device == "cuda" else DEFAULT), device
     kind = engine_kind(name)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dspark.cache.errors import TargetError
+from dspark.cache.errors import TargetError, first_line
 
 if TYPE_CHECKING:
     import torch
@@ -224,8 +224,3 @@ def what_lies_in(model: str) -> str:
     names: Iterable[str] = sorted(p.name for p in Path(model).iterdir())
     listed = ", ".join(list(names)[:6])
     return f"The folder holds {listed or 'nothing'}. "
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's text, for a message of one line."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]

@@ -10,9 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dspark.cache.errors import TargetError, UsageError
+from dspark.cache.errors import TargetError, UsageError, first_line
 from dspark.cache.manifest import Json, TargetInfo, TokenizerInfo
-from dspark.dump.target.checkpoint import first_line
 from dspark.dump.target.identify import identify, read_config, refuse_config, refuse_kind
 from dspark.dump.target.layers import Shapes
 

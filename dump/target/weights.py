@@ -12,9 +12,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from dspark.cache.errors import EngineError, TargetError
+from dspark.cache.errors import EngineError, TargetError, first_line
 from dspark.cache.target.frozen import FrozenTarget
-from dspark.dump.target.checkpoint import Checkpoint, first_line, open_checkpoint
+from dspark.dump.target.checkpoint import Checkpoint, open_checkpoint
 from dspark.dump.target.frozen_names import FrozenNames, locate
 from dspark.dump.target.layers import Shapes
 from dspark.dump.target.stored import form_of, read_matrix

@@ -9,8 +9,9 @@ import pytest
 from click.testing import CliRunner
 
 from dspark.cache.errors import UsageError
+from dspark.cache.shared.process import choose_device
 from dspark.tools.cli import main
-from dspark.tools.flags import Finite, coding_device_is_here
+from dspark.tools.flags import Finite
 
 # Command -> arguments it cannot do without; none of the files is there, so a value that passed would be a sentence on them, not on the flag.
 NEEDED = {
@@ -78,8 +79,14 @@ def test_a_bad_value_is_refused_by_the_name_of_its_flag(command: str, flag: str,
     assert "Traceback" not in result.stderr
 
 
+def verb(name: str) -> click.Command:
+    found = main.get_command(click.Context(main), name)
+    assert found is not None
+    return found
+
+
 def parameter(command: str, flag: str) -> click.Parameter:
-    (found,) = (p for p in main.commands[command].params if flag in p.opts or flag == p.name.upper())  # type: ignore[union-attr]
+    (found,) = (p for p in verb(command).params if flag in p.opts or flag == p.name.upper())
     return found
 
 
@@ -96,8 +103,8 @@ def test_the_edges_of_a_range_belong_to_it(command: str, flag: str, value: str) 
 def test_no_numeric_flag_and_no_device_is_without_a_range() -> None:
     """A flag that is added without one, or that the table above does not know, shows here."""
     numeric, devices = set(), set()
-    for command, made in main.commands.items():
-        for p in made.params:
+    for command in main.list_commands(click.Context(main)):
+        for p in verb(command).params:
             name = p.opts[0] if isinstance(p, click.Option) else p.name.upper()
             if isinstance(p.type, click.types.IntParamType | click.types.FloatParamType):
                 assert name in ELSEWHERE or isinstance(p.type, click.IntRange | Finite), f"{command} {name}"
@@ -118,10 +125,10 @@ def test_a_default_is_in_its_range() -> None:
 def test_coding_on_a_gpu_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
-    coding_device_is_here("cpu")
+    assert choose_device("cpu").type == "cpu"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(UsageError, match="--device cuda: torch sees no CUDA device"):
-        coding_device_is_here("cuda")
+        choose_device("cuda")
     result = CliRunner().invoke(main, ["recode", "no.zarr", "to.zarr", "--device", "cuda"])
     assert result.exit_code == 2
     assert "--device cuda" in result.stderr

@@ -55,12 +55,15 @@ def test_a_file_that_cannot_be_written_is_refused_before_the_work(
 
 def test_every_flag_that_names_a_file_to_write_is_one_of_these() -> None:
     found = {
-        (command, p.opts[0]) for command, made in main.commands.items() for p in made.params
+        (command, p.opts[0]) for command in main.table for p in main.get_command(click.Context(main), command).params
         if isinstance(p.type, OutputFile) or (isinstance(p.type, click.Path) and not p.type.exists)
     }  # fmt: skip
     assert found == set(FLAGS)
     for command, flag in FLAGS:
-        assert any(flag in p.opts and isinstance(p.type, OutputFile) for p in main.commands[command].params)
+        assert any(
+            flag in p.opts and isinstance(p.type, OutputFile)
+            for p in main.get_command(click.Context(main), command).params
+        )
 
 
 @pytest.mark.parametrize("path", ["out.svg", "new/folders/out.svg", "old.svg"])

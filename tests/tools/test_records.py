@@ -19,7 +19,7 @@ from dspark.tools.check.symptoms import against_record
 from dspark.tools.cli import main
 from dspark.tools.importers.deepspec import DTYPES, DeepSpecSource
 from dspark.tools.publish import card
-from dspark.tools.records import Each, Maybe, Optional, fault
+from dspark.tools.shapes import Each, Maybe, Optional, fault
 from dspark.train.config import TrainConfig
 from dspark.train.draft.folder import load_config, save_draft
 from dspark.train.loop import train

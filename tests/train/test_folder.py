@@ -81,7 +81,7 @@ def test_overwrite_leaves_nothing_of_the_old_training(config: TrainConfig) -> No
     (output / "link").symlink_to(output.parent / "hs.zarr")
     train(dataclasses.replace(config, max_steps=1, seed=3), overwrite=True)
     assert sorted(p.name for p in output.iterdir()) == [
-        "checkpoints", "config.json", "metrics.jsonl", "model.safetensors", "store.json", "train.log", "training.json",
+        "checkpoints", "config.json", "metrics.jsonl", "model.safetensors", "store.json", "train.log", "train.yaml", "training.json",
     ]  # fmt: skip
     assert [p.name for p in (output / "checkpoints").iterdir()] == ["step_00000001"]
     assert read_record(output / "training.json")["seed"] == 3
@@ -149,6 +149,6 @@ def test_without_tensorboard_training_says_so_and_goes_on(
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     said = list[str]()
     train(small_training(tmp_path, [40, 52, 61, 44], max_steps=2, tensorboard=True), say=said.append)
-    assert [line for line in said if "TensorBoard is not installed" in line]
+    assert [line for line in said if "--logger tensorboard: not installed" in line]
     assert (tmp_path / "draft" / "model.safetensors").exists()
     assert not (tmp_path / "draft" / "tensorboard").exists()

@@ -6,7 +6,6 @@ Each stage needs more than the one before it: config.json and tensors (``check``
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import re
 from collections.abc import Callable, Sequence
@@ -16,8 +15,9 @@ from typing import Any
 
 import click
 
-from dspark.cache.shared.command import SETTINGS, emit, guarded
+from dspark.cache.shared.command import command, emit
 from dspark.cache.target.shape import rope_base
+from dspark.dump.engines.registry import ENGINES
 from dspark.dump.engines.versions import vllm_version
 from dspark.tools.flags import COUNT, DEVICE
 
@@ -240,21 +240,20 @@ def _can_serve() -> bool:
 
     from dspark.tools.decode.vllm_serve import INTERPRETER_ENV
 
-    installed = importlib.util.find_spec("vllm") is not None
+    installed = ENGINES["vllm"].available
     return installed and (torch.accelerator.is_available() or bool(os.environ.get(INTERPRETER_ENV)))
 
 
 def _why_not_served(config: CheckConfig) -> str:
     if config.serve is False or not config.decode:
         return "it was not asked for"
-    if importlib.util.find_spec("vllm") is None:
+    if not ENGINES["vllm"].available:
         return "vLLM is not installed here"
     return "there is no GPU, or the draft could not be loaded (without a GPU vLLM needs DSPARK_TRITON_INTERPRETER, see docs/serving.md)"
 
 
-@click.command(
+@command(
     "check",
-    context_settings=SETTINGS,
     epilog="""\b
 Examples:
   dspark-tools check ./draft --model Qwen/Qwen3-4B
@@ -283,9 +282,7 @@ Exit code 1 if anything is wrong or looks like a known mistake.
 @click.option("--device", default="auto", type=DEVICE, help="auto, cpu, cuda or cuda:N.")
 @click.option("--dtype", default="auto", type=click.Choice(["auto", "float32", "bfloat16", "float16"]))
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
-@click.pass_context
-@guarded
-def check_command(context: click.Context, as_json: bool, **flags: Any) -> None:
+def check_command(as_json: bool, **flags: Any) -> None:
     """Everything that can be wrong with DRAFT before it is served: files, layouts, ids, norms, vocabulary, behaviour, real blocks."""
     from rich.console import Console
 
@@ -295,7 +292,7 @@ def check_command(context: click.Context, as_json: bool, **flags: Any) -> None:
         emit(result)
     else:
         show(result)
-    context.exit(0 if result["ok"] else 1)
+    click.get_current_context().exit(0 if result["ok"] else 1)
 
 
 def show(result: dict[str, Any]) -> None:

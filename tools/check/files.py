@@ -25,7 +25,7 @@ from torch import Tensor
 from dspark.cache.errors import DraftError
 from dspark.cache.target.shape import rope_base, text_config
 from dspark.tools import records
-from dspark.tools.records import Optional
+from dspark.tools.shapes import Optional, require
 from dspark.train.draft import folder as export
 from dspark.train.draft.config import DraftConfig
 from dspark.train.draft.speculators import MARK, to_flat
@@ -128,7 +128,7 @@ class Files:
 def _readable(config: dict[str, Any], folder: str) -> dict[str, Any]:
     """``config`` if every key that is computed with is of its kind. Raises DraftError."""
     remedy = "expected the config of a draft; put that key right, nothing else can be judged without it"
-    records.require(config, _READ, Path(folder) / export.CONFIG, remedy)
+    require(config, _READ, Path(folder) / export.CONFIG, remedy)
     return config
 
 

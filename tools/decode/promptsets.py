@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from dspark.cache.errors import UsageError
+from dspark.cache.errors import UsageError, first_line
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,10 +71,6 @@ def _load(name: str, chosen: PromptSet) -> Any:
     # Offline, gated, moved or changed: datasets has a family of errors of its own for each, and lets others through.
     except Exception as error:
         raise UsageError(
-            f"--data {name}: {chosen.path} could not be had from the Hugging Face hub ({_first_line(error)}). "
+            f"--data {name}: {chosen.path} could not be had from the Hugging Face hub ({first_line(error)}). "
             "Without a network give a JSONL file of chat rows with a `source`."
         ) from error
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -7,6 +7,7 @@ keeps every layer, and its last entry is normed.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from types import TracebackType
 from typing import Any, Self
@@ -15,8 +16,7 @@ import torch
 from torch import Tensor
 
 from dspark.cache.errors import EngineError
-from dspark.cache.sdpa import no_plan_a_shape
-from dspark.cache.shared.process import make_current
+from dspark.cache.shared.process import choose_device, make_current, no_plan_a_shape
 from dspark.cache.target.frozen import FrozenTarget
 from dspark.dump.target.config import shapes_of
 from dspark.dump.target.weights import find_parts, frozen_target
@@ -39,6 +39,7 @@ class Target:
         self.layer_ids = tuple(layer_ids)
         self._parts = find_parts(model, shapes_of(config.to_dict(), type(model).__name__))
         self._cache: Any = None
+        self._cache_name = cache_name(model)
         self._seen: dict[int, Tensor] = {}
         self._hooks: list[Any] = []
 
@@ -91,9 +92,9 @@ class Target:
         tokens = torch.tensor([list(ids)], device=self.model.get_input_embeddings().weight.device)
         output = self.model(
             input_ids=tokens,
-            past_key_values=self._cache,
             use_cache=True,
             logits_to_keep=1 if last_only else 0,
+            **{self._cache_name: self._cache},
         )
         aux = [self._seen.pop(i)[0] for i in self.layer_ids]
         return output.logits[0].float(), torch.stack([a.to(aux[0].device) for a in aux], dim=1)
@@ -105,19 +106,24 @@ class Target:
             self._cache.crop(length - self.length)
 
 
+def cache_name(model: Any) -> str:
+    """Return what ``model`` calls the argument for its KV cache: ``cache``, or ``past_key_values`` before transformers 5.24."""
+    named = inspect.signature(model.forward).parameters
+    return "cache" if "cache" in named else "past_key_values"
+
+
 def load_model(model: str, device: str = "auto", dtype: str = "auto") -> Any:
     """The target in transformers; ``auto``: a GPU if there is one, and float32 on a CPU, else the checkpoint's dtype."""
     import transformers
 
+    chosen = choose_device(device)
     no_plan_a_shape()
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    wanted = "float32" if dtype == "auto" and device == "cpu" else dtype
+    wanted = "float32" if dtype == "auto" and chosen.type == "cpu" else dtype
     try:
-        make_current(device)
-        return transformers.AutoModelForCausalLM.from_pretrained(model, dtype=wanted).to(device).eval()
+        make_current(chosen)
+        return transformers.AutoModelForCausalLM.from_pretrained(model, dtype=wanted).to(chosen).eval()
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
-        raise EngineError(f"transformers could not load {model} ({wanted}, {device}): {error}") from error
+        raise EngineError(f"transformers could not load {model} ({wanted}, {chosen}): {error}") from error
 
 
 def greedy_alone(

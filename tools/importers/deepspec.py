@@ -20,7 +20,7 @@ import torch
 from dspark.cache.errors import DamagedCacheError, FormatVersionError
 from dspark.cache.target.frozen import file_sha256
 from dspark.tools.importers.source import Found, Given
-from dspark.tools.records import Optional, fault
+from dspark.tools.shapes import Optional, fault
 
 VERSION = 2
 RECORD = np.dtype(

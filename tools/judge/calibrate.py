@@ -15,7 +15,7 @@ from typing import Any
 
 import click
 
-from dspark.cache.shared.command import SETTINGS, bar, emit, guarded
+from dspark.cache.shared.command import bar, command, emit
 from dspark.tools.flags import COUNT_OR_ALL, DEVICE
 from dspark.tools.outputs import OUTPUT_FILE, refuse_unwritable
 from dspark.tools.records import CALIBRATION
@@ -144,9 +144,8 @@ def fold_into_head(draft: str, shared: Any) -> None:
     write_tensors(Path(draft), stored, trained_as(draft) or load_config(draft))
 
 
-@click.command(
+@command(
     "calibrate",
-    context_settings=SETTINGS,
     epilog="""\b
 Examples:
   dspark-tools calibrate --cache ./hs.zarr --draft ./draft
@@ -174,7 +173,6 @@ Examples:
 @click.option("--device", default="auto", type=DEVICE, help="auto, cpu, cuda or cuda:N.")
 @click.option("--dtype", default="float32", type=click.Choice(["float32", "bfloat16"]))
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
-@guarded
 def calibrate_command(as_json: bool, plot: Path | None, **flags: Any) -> None:
     """Confidence against acceptance on held-out data: ECE, AUROC, Brier by position; sequential temperature scaling; threshold sweep."""
     from dspark.tools.judge import plots

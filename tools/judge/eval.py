@@ -17,7 +17,7 @@ from typing import Any
 import click
 
 from dspark.cache.errors import DraftError
-from dspark.cache.shared.command import SETTINGS, emit, guarded
+from dspark.cache.shared.command import command, emit
 from dspark.tools.decode.outcome import Outcome, summarise
 from dspark.tools.decode.prompts import Prompt
 from dspark.tools.decode.promptsets import NAMES
@@ -158,9 +158,8 @@ def _length(outcomes: Sequence[Outcome]) -> str:
     return "-" if length is None else f"{length:.2f}"
 
 
-@click.command(
+@command(
     "eval",
-    context_settings=SETTINGS,
     epilog="""\b
 Examples:
   dspark-tools eval --model Qwen/Qwen3-4B --draft ./draft --data prompts.jsonl --limit 50
@@ -202,10 +201,7 @@ Exit code 1 if a greedy answer in float32 is not the target's own.
     "--answers", type=OUTPUT_FILE, help="Also write every answer and its counts, a JSON object a line."
 )
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
-@click.pass_context
-@guarded
 def eval_command(
-    context: click.Context,
     as_json: bool,
     output: Path | None,
     table_file: Path | None,
@@ -232,7 +228,7 @@ def eval_command(
     if result["diverged"]:
         _explain(console, result)
         if result["dtype"] == "float32":
-            context.exit(1)
+            click.get_current_context().exit(1)
 
 
 def _answers(prompts: Sequence[Prompt], runs: Runs) -> Iterator[dict[str, Any]]:

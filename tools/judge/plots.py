@@ -11,15 +11,24 @@ from typing import Any
 from dspark.cache.errors import UsageError
 from dspark.tools.outputs import save
 
+NEEDED = "pictures need matplotlib: pip install 'dspark[plots]'"
+
+
+def can_draw() -> bool:
+    """Whether matplotlib is installed."""
+    try:
+        import matplotlib.figure  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
 
 def refuse_undrawable(path: Path) -> None:
     """Raise UsageError unless a picture of this name can be drawn here; before the work whose result it shows."""
     if path.suffix not in (".png", ".svg"):
         raise UsageError(f"{path}: expected a name that ends with .png or .svg")
-    try:
-        import matplotlib.figure  # noqa: F401
-    except ImportError as error:
-        raise UsageError("pictures need matplotlib: pip install 'dspark[plots]'") from error
+    if not can_draw():
+        raise UsageError(NEEDED)
 
 
 @contextmanager

@@ -6,13 +6,16 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import click
 import numpy as np
 
 from dspark.cache.errors import MismatchError, UsageError
-from dspark.cache.reader import Cache
+from dspark.cache.shared.command import bar, command, emit, json_flag, table
 from dspark.tools import records
+from dspark.tools.flags import COUNT, COUNT_OR_ALL, DEVICE
 
 if TYPE_CHECKING:
+    from dspark.cache.reader import Cache
     from dspark.train.data.batch import Batch
     from dspark.train.data.row import Row
     from dspark.train.objective.objective import ObjectiveOutput, SlotInputs
@@ -126,3 +129,49 @@ def chosen(cache: Cache, draft: str, which: str) -> np.ndarray[Any, np.dtype[np.
     record = records.training(Path(draft), val_fraction=True)
     training, held_out = split(cache.index["sample_key"], float(record["val_fraction"]))
     return held_out if which == "validation" else training
+
+
+@command(
+    "score", epilog="\b\nExamples:\n  dspark-tools score --cache ./hs.zarr --draft ./draft --split validation"
+)
+@click.option("--cache", required=True, help="Store of the draft's target and layers.")
+@click.option("--draft", required=True, help="Draft folder: config.json and model.safetensors.")
+@click.option(
+    "--max-anchors",
+    default=0,
+    type=COUNT_OR_ALL,
+    help="Anchors a row; 0 = every eligible one, no randomness.",
+)
+@click.option(
+    "--split",
+    "which",
+    default="all",
+    type=click.Choice(["all", "validation", "train"]),
+    help="Which samples, by the draft's own split.",
+)
+@click.option(
+    "--total-seq-len",
+    type=COUNT,
+    help="Tokens of a packed row; does not change the result.  [default: as in training]",
+)
+@click.option("--device", default="auto", type=DEVICE, help="auto, cpu, cuda or cuda:N.")
+@click.option("--dtype", default="float32", type=click.Choice(["float32", "bfloat16"]))
+@json_flag
+def score_command(cache: str, draft: str, max_anchors: int, which: str, as_json: bool, **where: Any) -> None:
+    """Teacher-forced metrics of a draft: losses, accept rate by slot, mean accepted length (tau), calibration."""
+    import dspark.cache
+
+    with bar("score") as progress:
+        data = score(
+            dspark.cache.open(cache), draft, max_anchors=max_anchors, which=which, progress=progress, **where
+        )
+    if as_json:
+        emit(data)
+        return
+
+    def number(value: Any) -> str:
+        if isinstance(value, list):
+            return "  ".join(f"{v:.3f}" for v in value)
+        return f"{value:.4f}" if isinstance(value, float) else str(value)
+
+    table([(name, number(value)) for name, value in data.items()])

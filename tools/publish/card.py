@@ -46,8 +46,12 @@ class Run:
 
 def pictures(run: Run, folder: Path, reports: Sequence[dict[str, Any]]) -> dict[str, str]:
     """Draw what there is; title -> file name beside the card."""
+    from dspark.cache.shared.command import warn
     from dspark.tools.judge import plots
 
+    if not plots.can_draw():
+        warn(f"no pictures on the card: {plots.NEEDED}")
+        return {}
     out = {}
     curves = {"held out, expected": run.validations[-1]["accept_rate"]} if run.validations else {}
     curves |= {

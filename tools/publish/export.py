@@ -17,7 +17,7 @@ from typing import Any
 
 import click
 
-from dspark.cache.shared.command import SETTINGS, emit, guarded
+from dspark.cache.shared.command import command, emit
 
 MANIFEST, CARD = "manifest.json", "README.md"
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
@@ -197,9 +197,8 @@ def _not_pushed(folder: str, repo: str, error: BaseException) -> str:
     )
 
 
-@click.command(
+@command(
     "export",
-    context_settings=SETTINGS,
     epilog="""\b
 Examples:
   dspark-tools export ./draft ./published
@@ -232,7 +231,6 @@ Examples:
 @click.option("--push", "repo", help="Then upload OUT to this repository of the Hugging Face hub.")
 @click.option("--private", is_flag=True, help="Make that repository private.")
 @click.option("--json", "as_json", is_flag=True, help="The manifest as one JSON object on stdout.")
-@guarded
 def export_command(
     draft: str, out: str, repo: str | None, private: bool, as_json: bool, **flags: Any
 ) -> None:

@@ -5,8 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import click
+
 from dspark.cache.errors import MismatchError, UsageError
 from dspark.cache.settings import DEFAULT_PACKING
+from dspark.cache.shared.command import codec_options, command, emit, json_flag, table
+from dspark.tools.flags import SHARE, Finite
 
 if TYPE_CHECKING:
     from dspark.cache.sizing import RowBytes
@@ -115,3 +119,50 @@ def row_bytes(like: str, plan: Plan) -> RowBytes:
     codec = plan.make_codec()
     probe = spread_states(store, codec, MEASURED)
     return RowBytes.of(codec.calibrated(*probe), *probe)
+
+
+@command(
+    "estimate",
+    epilog="""\b
+Examples:
+  dspark-tools estimate --model zai-org/GLM-5.2-FP8 --samples 500000 --mean-tokens 2000 --codec small
+  dspark-tools estimate --model ./model --data chat.jsonl
+""",
+)
+@click.option("--model", required=True, help="Model id or folder. A known model needs no network.")
+@click.option("--data", help="Corpus: its rows are counted and a spread of them tokenised.")
+@click.option("--samples", type=click.IntRange(1, 10**12), help="Rows of the corpus, without --data.")
+@click.option("--mean-tokens", type=Finite(1, 10**9), help="Tokens a sample, prompt and answer.")
+@codec_options
+@click.option(
+    "--last-share", type=SHARE, default=0.6, help="Share of tokens that are supervised, without --data."
+)
+@click.option(
+    "--like", help="Store of a few hundred rows of this target and layers: sizes are measured on it."
+)
+@click.option(
+    "--tokens-per-second", type=Finite(0.001, 10**12), default=20000.0, help="Prefill rate of your engine."
+)
+@json_flag
+def estimate_command(as_json: bool, **flags: Any) -> None:
+    """Bytes, files and hours of a dump before it is run."""
+    from dspark.dump.plan import human
+
+    data = estimate(**flags)
+    if as_json:
+        emit(data)
+        return
+    table(
+        [
+            ("model", f"{data['model']}, layers {data['layers']} (vLLM's ids: {data['target_layer_ids']})"),
+            ("tokens", f"{data['tokens']:,} in {data['samples']:,} samples"),
+            (
+                "bytes",
+                f"{human(data['bytes'])}, {data['ratio']:.2f} x smaller than {human(data['raw_bytes'])} of raw bf16 "
+                + (f"(measured on {data['measured_on']})" if data["measured_on"] else "(formula)"),
+            ),
+            ("free here", human(data["free_bytes"])),
+            ("files", f"{data['files']:,}"),
+            ("hours", f"{data['hours']:.1f} at {data['tokens_per_second']:,.0f} tokens/s"),
+        ]
+    )

@@ -5,13 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from dspark.cache.files.layout import PARTS, raw_bytes_per_token
-from dspark.cache.reader import read_manifest
-from dspark.cache.settings import rotated_name
+import click
+
+from dspark.cache.shared.command import command, emit, json_flag, table
 
 
 def info(path: str | Path) -> dict[str, Any]:
     """The keys of INTERFACES ``info`` and a few more. Counts of an unfinished store are those of its committed parts."""
+    from dspark.cache.files.layout import PARTS, raw_bytes_per_token
+    from dspark.cache.reader import read_manifest
+    from dspark.cache.settings import rotated_name
+
     path = Path(path)
     manifest = read_manifest(path)
     counts = manifest.counts
@@ -48,3 +52,28 @@ def info(path: str | Path) -> dict[str, Any]:
         "source": manifest.source.id, "rows_read": counts.rows_read, "truncated": counts.truncated, "dropped": counts.dropped,
         "quality": manifest.quality,
     }  # fmt: skip
+
+
+@command("info")
+@click.argument("cache")
+@json_flag
+def info_command(cache: str, as_json: bool) -> None:
+    """What CACHE is: target, layers, tokens, samples, bits, sizes, ratio, complete or not."""
+    data = info(cache)
+    if as_json:
+        emit(data)
+        return
+    ratio = f"{data['ratio']:.2f} x smaller than" if data["ratio"] else "nothing stored yet, against"
+    per_token = f"{data['bytes_per_token']:.0f}" if data["bytes_per_token"] else "-"
+    table([
+        ("store", f"{data['path']}  (format {data['format_version']}, {'complete' if data['complete'] else 'NOT COMPLETE: dspark-dump --resume'})"),
+        ("target", f"{data['target']}  {data['num_layers']} layers, hidden {data['hidden_size']}, vocabulary {data['vocab_size']}"),
+        ("aux layers", f"{data['layers']}  (output of layer i; vLLM's ids: {data['target_layer_ids']})"),
+        ("samples", f"{data['samples']:,}  in {data['parts']:,} parts"),
+        ("tokens", f"{data['tokens']:,}  supervised {data['supervised_tokens']:,}, last states {data['last_rows']:,}"),
+        ("codec", f"{data['codec']}: aux {data['aux_bits']:g} bits per value, last state (after the final norm) {data['last_bits']:g}, packed by {data['pack']}"),
+        ("bytes", f"{data['bytes_on_disk']:,} on disk, of which {data['frozen_bytes']:,} are the target's frozen weights and the index"),
+        ("a token", f"{per_token} bytes; {ratio} the raw bf16 layout's {data['raw_bytes_per_token']}"),
+        ("engine", f"{data['engine']} {data['engine_version']}, {data['dtype']}, sequences up to {data['seq_length']} tokens"),
+        ("source", f"{data['source']}  {data['rows_read']:,} rows read, {data['truncated']:,} cut, dropped: {data['dropped'] or 'none'}"),
+    ])  # fmt: skip

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import itertools
-from typing import Any
+import sys
+from typing import TYPE_CHECKING, Any
 
+import click
 import numpy as np
 
 from dspark.cache.errors import CacheError
-from dspark.cache.reader import Cache
+from dspark.cache.shared.command import command, emit, json_flag
+
+if TYPE_CHECKING:
+    from dspark.cache.reader import Cache
 
 
 def runs(cache: Cache, index: int) -> dict[str, Any]:
@@ -49,3 +54,26 @@ def load_tokenizer(cache: Cache) -> Any:
         raise CacheError(
             f"{path} is no tokenizer ({wrong}): put the target's own back, or copy the store again"
         ) from wrong
+
+
+@command("show")
+@click.argument("cache")
+@click.argument("index", type=click.IntRange(min=0))
+@json_flag
+def show_command(cache: str, index: int, as_json: bool) -> None:
+    """Sample INDEX of CACHE as text; the supervised part between [[ and ]]."""
+    import dspark.cache
+    from dspark.cache.errors import UsageError
+
+    store = dspark.cache.open(cache, allow_incomplete=True)
+    if not 0 <= index < len(store):
+        raise UsageError(f"{cache} has samples 0 to {len(store) - 1}; {index} is not one")
+    data = runs(store, index)
+    if as_json:
+        emit(data)
+        return
+    print(
+        f"sample {index}: source row {data['row']}, {data['tokens']} tokens, {data['supervised_tokens']} supervised",
+        file=sys.stderr,
+    )
+    print("".join(f"[[{r['text']}]]" if r["supervised"] else r["text"] for r in data["runs"]))

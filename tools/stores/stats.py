@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import click
 import numpy as np
 
-from dspark.cache.reader import Cache
+from dspark.cache.shared.command import bar, command, emit, json_flag
+from dspark.tools.flags import COUNT_OR_ALL
+
+if TYPE_CHECKING:
+    from dspark.cache.reader import Cache
 
 OUTLIER = 20.0  # a value beyond this many times its layer's rms
 
@@ -66,3 +71,35 @@ def stats(
         },
         "supervised_share": float(cache.index["sample_supervised"].sum() / lengths.sum()),
     }  # fmt: skip
+
+
+@command("stats")
+@click.argument("cache")
+@click.option("--limit", default=200, type=COUNT_OR_ALL, help="Samples to read, spread evenly; 0 = all.")
+@json_flag
+def stats_command(cache: str, limit: int, as_json: bool) -> None:
+    """Per layer rms, absmax, outlier share and SNR of the stored code; histogram of lengths."""
+    import dspark.cache
+
+    with bar("stats") as progress:
+        data = stats(dspark.cache.open(cache), limit, progress)
+    if as_json:
+        emit(data)
+        return
+    snr = data["quality"].get("aux_snr_db") or [None] * len(data["layers"])
+    print(f"{'layer':>6} {'rms':>10} {'absmax':>10} {'> 20 rms':>10} {'SNR dB':>7}")
+    for row, db in zip(
+        [*data["layers"], {"layer": "last", **data["last"]}],
+        [*snr, data["quality"].get("last_snr_db")],
+        strict=True,
+    ):
+        if row["rms"] is not None:
+            print(
+                f"{row['layer']:>6} {row['rms']:>10.4g} {row['absmax']:>10.4g} {row['outlier_share']:>10.2e} {'-' if db is None else f'{db:.1f}':>7}"
+            )
+    length = data["length"]
+    print(
+        f"length  min {length['min']}  median {length['median']:.0f}  mean {length['mean']:.0f}  max {length['max']}"
+    )
+    for span, count in length["histogram"].items():
+        print(f"{span:>14} {count:>9} {'#' * max(1, round(50 * count / max(length['histogram'].values())))}")

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from dspark.cache.errors import DraftError
 from dspark.cache.files.atomic import write_file
-from dspark.cache.sdpa import no_plan_a_shape
+from dspark.cache.shared.process import no_plan_a_shape
 from dspark.cache.target.frozen import FrozenTarget
 from dspark.train.draft.config import DraftConfig
 from dspark.train.draft.model import DraftModel, TargetWeights

@@ -9,13 +9,16 @@ from typing import TYPE_CHECKING, Any
 
 from dspark.cache.errors import DraftError, ExistsError, MismatchError, UsageError
 from dspark.cache.files.atomic import existing_parent, write_errors, write_file
+from dspark.cache.shared import config_file
 from dspark.train.config import TrainConfig
+from dspark.train.recipes import NONE
 
 if TYPE_CHECKING:  # a tool that reads a record needs nothing of a run
     from dspark.train.run.setup import Run
 
 TRAINING = "training.json"  # the config of the run, beside the draft
 METRICS = "metrics.jsonl"  # a row every --log-every steps, and the validations
+RESOLVED = "train.yaml"  # the same settings as flags, for --config
 STORE = "store.json"  # which store it was trained on; the path may change between a run and its resumption, the store may not
 
 
@@ -107,6 +110,9 @@ def begin(output: Path, run: Run, *, resume: bool, overwrite: bool = False) -> N
         output.mkdir(parents=True, exist_ok=True)
     write_file(output / STORE, (json.dumps(store_identity(run), indent=1) + "\n").encode())
     write_file(output / TRAINING, (json.dumps(run.config.to_json(), indent=1) + "\n").encode())
+    write_file(
+        output / RESOLVED, config_file.resolved(run.config.to_json() | {"recipe": NONE}, "dspark-train")
+    )
 
 
 def _clear(output: Path) -> None:

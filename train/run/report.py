@@ -1,29 +1,22 @@
-"""Where a run's numbers go: ``metrics.jsonl`` (one object a line), TensorBoard, a log file. Resuming drops what came after the checkpoint."""
+"""Where a run's numbers go: ``metrics.jsonl`` (one object per line), a log file, loggers. Resuming drops what came after the checkpoint."""
 
 from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from dspark.cache.errors import TrainError
 from dspark.cache.files.atomic import write_file
 from dspark.train.run.folder import METRICS
+from dspark.train.run.loggers import Loggers
 
 
 class Report:
-    """``row()`` appends to metrics.jsonl and, where it is installed, TensorBoard."""
+    """``row()`` appends to metrics.jsonl and tells the log and the loggers."""
 
-    def __init__(
-        self,
-        folder: Path,
-        resume_step: int,
-        tensorboard: bool,
-        say: Callable[[str], None] = lambda text: None,
-    ) -> None:
-        """``say`` hears of what is left out."""
+    def __init__(self, folder: Path, resume_step: int, loggers: Loggers | None = None) -> None:
         self.path = folder / METRICS
         self.log = logging.getLogger("dspark.train")
         self.log.setLevel(logging.INFO)
@@ -50,36 +43,19 @@ class Report:
                     kept.append(line)
         write_file(self.path, "".join(f"{line}\n" for line in kept).encode())
         self.file = open(self.path, "a")  # noqa: SIM115 - closed by close()
-        self.board: Any = None
-        if tensorboard:
-            try:
-                from torch.utils.tensorboard import SummaryWriter
-            except ImportError:
-                say(
-                    "TensorBoard is not installed, so only metrics.jsonl is written (pip install 'dspark[tensorboard]')"
-                )
-            else:
-                self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=resume_step + 1)
+        self.loggers = loggers
 
     def row(self, data: dict[str, Any]) -> None:
         self.file.write(json.dumps(data) + "\n")
         self.file.flush()
         self.log.info(" ".join(f"{k}={_short(v)}" for k, v in data.items()))
-        if self.board is None:
-            return
-        prefix = "validation" if data.get("validation") else "train"
-        for key, value in data.items():
-            values = (
-                {f"{key}/{i}": v for i, v in enumerate(value)} if isinstance(value, list) else {key: value}
-            )
-            for name, v in values.items():
-                if isinstance(v, int | float) and not isinstance(v, bool):
-                    self.board.add_scalar(f"{prefix}/{name}", v, data["step"])
+        if self.loggers:
+            self.loggers.row(data)
 
     def close(self) -> None:
         self.file.close()
-        if self.board is not None:
-            self.board.close()
+        if self.loggers:
+            self.loggers.close()
         for handler in list(self.log.handlers):
             self.log.removeHandler(handler)
             handler.close()

@@ -1,0 +1,46 @@
+"""``dspark-tools recode``: a store written again with another codec; the work is in ``dspark.cache.recode``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from dspark.cache.shared.command import bar, codec_options, command, emit, json_flag, table
+from dspark.cache.shared.process import choose_device
+from dspark.tools.flags import COUNT
+
+
+@command("recode", epilog="\b\nExamples:\n  dspark-tools recode hs.zarr small.zarr --codec small")
+@click.argument("source")
+@click.argument("destination")
+@codec_options
+@click.option(
+    "--calibrate/--no-calibrate",
+    default=True,
+    help="Centre the code on states spread over the source (about 3 dB).",
+)
+@click.option("--workers", type=COUNT, help="Parts in work at once.  [default: a core each, 8 at most]")
+@click.option("--device", default="cpu", type=click.Choice(["cpu", "cuda"]), help="Where states are coded.")
+@click.option("--resume", is_flag=True, help="Go on with DESTINATION.")
+@click.option("--overwrite", is_flag=True, help="Replace DESTINATION.")
+@json_flag
+def recode_command(source: str, destination: str, as_json: bool, **flags: Any) -> None:
+    """Store SOURCE again as DESTINATION with other bits, or packed in the other way."""
+    from dspark.cache.recode import recode
+    from dspark.tools.stores.info import info
+
+    flags["device"] = str(choose_device(flags["device"]))
+    with bar("recode") as progress:
+        manifest = recode(source, destination, progress=progress, **flags)
+    data = info(destination)
+    if as_json:
+        emit(data)
+        return
+    table(
+        [
+            ("store", f"{destination}: codec {data['codec']}"),
+            ("a token", f"{data['bytes_per_token']:.0f} bytes, {data['ratio']:.2f} x smaller than raw bf16"),
+            ("SNR", f"aux {manifest.quality['aux_snr_db']} dB, last {manifest.quality['last_snr_db']} dB"),
+        ]
+    )
