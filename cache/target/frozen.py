@@ -30,6 +30,13 @@ class FrozenTarget:
     tied: bool
     logits: Logits = PLAIN
 
+    def to(self, device: torch.device) -> FrozenTarget:
+        """The same weights on ``device``; no copy of those that are there."""
+        embed, norm = self.embed_tokens.to(device), self.norm.to(device)
+        return FrozenTarget(
+            embed, norm, embed if self.tied else self.lm_head.to(device), self.tied, self.logits
+        )
+
     def save(self, path: Path) -> str:
         """Write to ``path``; returns the file's sha256."""
         from safetensors.torch import save_file

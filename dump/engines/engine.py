@@ -63,7 +63,8 @@ class Prediction:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EngineRun:
     """What an engine is started with. ``layers``: output of decoder layer i. ``spool``: a folder it may make beside the store.
-    ``batch_tokens``: tokens to a forward pass, None: its own number."""
+    ``batch_tokens``: tokens to a forward pass, None: its own number.
+    ``trust_remote_code``: run Python code that the target's repository brings."""
 
     model: str
     shapes: Shapes
@@ -73,6 +74,7 @@ class EngineRun:
     seq_length: int
     spool: Path
     batch_tokens: int | None = None
+    trust_remote_code: bool = False
 
 
 class Engine(Protocol):

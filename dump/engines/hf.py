@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -26,7 +27,8 @@ from dspark.cache.target.frozen import FrozenTarget
 from dspark.dump.engines.answers import Answered, Ask, Sampling, repeat_last, stored_runs
 from dspark.dump.engines.engine import Captured, CodedStates, EngineRun, Prediction, States, send
 from dspark.dump.target.layers import Shapes
-from dspark.dump.target.weights import find_parts, frozen_target
+from dspark.dump.target.loading import load_model
+from dspark.dump.target.weights import are_plain, find_parts, frozen_target, read_frozen
 
 if TYPE_CHECKING:
     from dspark.cache.codec.base import Codec
@@ -38,34 +40,58 @@ CPU_BATCH_TOKENS = 2048
 
 
 class TransformersEngine:
-    """``layers``: ids of decoder layers whose output is captured. ``batch_tokens``: padded tokens of a forward pass at most."""
+    """``layers``: ids of decoder layers whose output is captured. ``batch_tokens``: padded tokens of a forward pass at most.
+
+    A model that is spread over devices (``hf_device_map``) stays where it is; its states come together on the embedding's device.
+    ``source``: the checkpoint, whose frozen weights are read where the loaded ones are quantised.
+    """
 
     name = "transformers"
     version = transformers.__version__
 
     def __init__(
-        self, model: Any, shapes: Shapes, layers: Sequence[int], *, device: str, batch_tokens: int
+        self,
+        model: Any,
+        shapes: Shapes,
+        layers: Sequence[int],
+        *,
+        device: str,
+        batch_tokens: int,
+        source: str | None = None,
     ) -> None:
-        self.model = model.to(device).eval()
+        placed = getattr(model, "hf_device_map", None)
+        self.model = (model if placed else model.to(device)).eval()
         self.device = torch.device(device)
         self.layers = list(layers)
         self.batch_tokens = batch_tokens
+        self.shapes, self.source = shapes, source
         self.parts = find_parts(self.model, shapes)
 
     @classmethod
     def load(
-        cls, model: str, shapes: Shapes, layers: Sequence[int], *, device: str, dtype: str, batch_tokens: int
+        cls,
+        model: str,
+        shapes: Shapes,
+        layers: Sequence[int],
+        *,
+        device: str,
+        dtype: str,
+        batch_tokens: int,
+        trust_remote_code: bool = False,
+        device_map: Any = None,
+        offload: Path | None = None,
     ) -> TransformersEngine:
-        """Read the weights of a model id or folder."""
+        """Read the weights of a model id or folder. ``device_map``, ``offload``: as ``load_model`` takes them."""
         no_plan_a_shape()
-        try:
-            loaded = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype))
-            return cls(loaded, shapes, layers, device=device, batch_tokens=batch_tokens)
-        except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
-            raise EngineError(f"transformers could not load {model} ({dtype}, {device}): {error}") from error
+        loaded = load_model(
+            model, device=device, dtype=dtype, trust_remote_code=trust_remote_code, device_map=device_map, offload=offload
+        )  # fmt: skip
+        return cls(loaded, shapes, layers, device=device, batch_tokens=batch_tokens, source=model)
 
     def frozen(self) -> FrozenTarget:
-        return frozen_target(self.parts)
+        if are_plain(self.parts) or self.source is None:
+            return frozen_target(self.parts).to(self.device)
+        return read_frozen(self.source, self.shapes)[0].to(self.device)
 
     def capture(self, samples: Sequence[TokenSample]) -> Iterator[tuple[int, States]]:
         """States of each sample, batch by batch, shortest first."""
@@ -106,7 +132,7 @@ class TransformersEngine:
 
         def keep(at: int) -> Any:
             def hook(module: Any, args: Any, output: Any) -> None:
-                x = (output[0] if isinstance(output, tuple) else output).flatten(0, 1)
+                x = (output[0] if isinstance(output, tuple) else output).flatten(0, 1).to(self.device)
                 aux[at] = x if rows is None else x.index_select(0, rows)
 
             return hook
@@ -130,7 +156,7 @@ class TransformersEngine:
         with never_packed():
             out = self.parts.decoder(input_ids=send(ids, self.device), use_cache=False)
         hidden: torch.Tensor = out.last_hidden_state
-        return hidden
+        return hidden.to(self.device)
 
     @contextmanager
     def _enough_memory(self, rows: int, width: int, length: str) -> Iterator[None]:
@@ -166,7 +192,7 @@ class TransformersEngine:
 
         def keep(at: int) -> Any:
             def hook(module: Any, args: Any, output: Any) -> None:
-                seen[at].append(output[0] if isinstance(output, tuple) else output)
+                seen[at].append((output[0] if isinstance(output, tuple) else output).to(self.device))
 
             return hook
 
@@ -246,6 +272,7 @@ def start(run: EngineRun) -> TransformersEngine:
         device=run.device,
         dtype=run.dtype,
         batch_tokens=run.batch_tokens or default_batch_tokens(run.device, run.shapes.hidden_size),
+        trust_remote_code=run.trust_remote_code,
     )
 
 

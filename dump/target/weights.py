@@ -84,14 +84,15 @@ def _norms(parent: nn.Module, layers: nn.ModuleList, hidden: int) -> list[nn.Mod
 
 
 def are_plain(parts: Parts) -> bool:
-    """Whether embedding and head are matrices of 16 or 32 bits here, and not packed or on no device."""
+    """Whether embedding, head and norm are here in 16 or 32 bits: not packed, and not left on disk by a device map."""
     for module in (parts.embed, parts.head):
         weight: Any = getattr(module, "weight", None)
         if weight is None or weight.ndim != 2 or weight.device.type == "meta":
             return False
         if not weight.is_floating_point() or weight.element_size() < 2:
             return False
-    return True
+    norm: Any = parts.norm.weight
+    return bool(norm.device.type != "meta")
 
 
 def frozen_target(parts: Parts) -> FrozenTarget:

@@ -18,7 +18,8 @@ from torch import Tensor
 from dspark.cache.errors import EngineError
 from dspark.cache.shared.process import choose_device, make_current, no_plan_a_shape
 from dspark.cache.target.frozen import FrozenTarget
-from dspark.dump.target.config import shapes_of
+from dspark.dump.target import loading
+from dspark.dump.target.config import shapes_of, text_json
 from dspark.dump.target.weights import find_parts, frozen_target
 
 
@@ -37,7 +38,7 @@ class Target:
             )
         self.model = model
         self.layer_ids = tuple(layer_ids)
-        self._parts = find_parts(model, shapes_of(config.to_dict(), type(model).__name__))
+        self._parts = find_parts(model, shapes_of(text_json(model.config), type(model).__name__))
         self._cache: Any = None
         self._cache_name = cache_name(model)
         self._seen: dict[int, Tensor] = {}
@@ -114,16 +115,11 @@ def cache_name(model: Any) -> str:
 
 def load_model(model: str, device: str = "auto", dtype: str = "auto") -> Any:
     """The target in transformers; ``auto``: a GPU if there is one, and float32 on a CPU, else the checkpoint's dtype."""
-    import transformers
-
     chosen = choose_device(device)
     no_plan_a_shape()
     wanted = "float32" if dtype == "auto" and chosen.type == "cpu" else dtype
-    try:
-        make_current(chosen)
-        return transformers.AutoModelForCausalLM.from_pretrained(model, dtype=wanted).to(chosen).eval()
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
-        raise EngineError(f"transformers could not load {model} ({wanted}, {chosen}): {error}") from error
+    make_current(chosen)
+    return loading.load_model(model, device=str(chosen), dtype=wanted)
 
 
 def greedy_alone(
