@@ -22,7 +22,7 @@ from common import write
 from dspark.cache.records import KEY_BYTES, TokenSample, last_rows
 from dspark.dump.checks.states import compare
 from dspark.dump.corpus.masks import SampleMaker
-from dspark.dump.corpus.rows import open_corpus
+from dspark.dump.corpus.sources import open_corpus
 from dspark.dump.engines.hf import TransformersEngine
 from dspark.dump.engines.vllm.engine import VllmEngine
 from dspark.dump.target.config import load_target

@@ -88,7 +88,7 @@ class DumpConfig:
             )
         if self.turns not in TURNS:
             raise UsageError(f"--turns {self.turns}: expected one of {', '.join(TURNS)}.")
-        self.template_keywords()
+        template_keywords(self.template_kwargs)
         # Here and not only in Sampling: the plan of a preset makes none.
         if self.temperature is not None:
             check_temperature(self.temperature)
@@ -112,23 +112,24 @@ class DumpConfig:
 
         return registry.make(self.codec_name, self.pack)
 
-    def template_keywords(self) -> dict[str, Any]:
-        """What ``--template-kwargs`` hands to the chat template."""
-        if self.template_kwargs is None:
-            return {}
-        try:
-            found = json.loads(self.template_kwargs)
-        except ValueError as error:
-            raise UsageError(f"--template-kwargs {self.template_kwargs}: not JSON ({error}).") from error
-        if not isinstance(found, dict):
-            raise UsageError(
-                f"--template-kwargs {self.template_kwargs}: expected a JSON object, such as '{{\"enable_thinking\": false}}'."
-            )
-        return found
-
     @property
     def asked_layers(self) -> tuple[int, ...] | None:
         """The layers asked for, as output of decoder layer i, whichever flag named them."""
         if self.target_layer_ids is not None:
             return tuple(j - 1 for j in self.target_layer_ids)
         return self.layers
+
+
+def template_keywords(text: str | None) -> dict[str, Any]:
+    """What ``--template-kwargs`` hands to the chat template."""
+    if text is None:
+        return {}
+    try:
+        found = json.loads(text)
+    except ValueError as error:
+        raise UsageError(f"--template-kwargs {text}: not JSON ({error}).") from error
+    if not isinstance(found, dict):
+        raise UsageError(
+            f"--template-kwargs {text}: expected a JSON object, such as '{{\"enable_thinking\": false}}'."
+        )
+    return found

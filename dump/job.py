@@ -17,11 +17,12 @@ from dspark.cache.manifest import DumpInfo, Manifest, SourceInfo
 from dspark.cache.records import TokenSample
 from dspark.dump import plan as planning
 from dspark.dump.checks.states import PROBE_TOKENS, probe_samples
-from dspark.dump.config import DumpConfig
+from dspark.dump.config import DumpConfig, template_keywords
 from dspark.dump.corpus.masks import SampleMaker
 from dspark.dump.corpus.parts import Making, PartReader
-from dspark.dump.corpus.rows import BadRow, Corpus, open_corpus
+from dspark.dump.corpus.rows import BadRow, Corpus
 from dspark.dump.corpus.shapes import TokenRow
+from dspark.dump.corpus.sources import open_corpus
 from dspark.dump.corpus.template import today
 from dspark.dump.corpus.tokenise import Tokenisers
 from dspark.dump.engines import registry
@@ -79,7 +80,7 @@ def prepare(config: DumpConfig, day: str | None = None) -> Job:
     tokenised = first is not None and isinstance(first.value, TokenRow)
     maker: SampleMaker
     day = day or today()
-    keywords = config.template_keywords()
+    keywords = template_keywords(config.template_kwargs)
     if config.regenerate:
         sampling = recommended(
             config.model, config.temperature, config.top_p, config.max_tokens, config.thinking

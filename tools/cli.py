@@ -12,6 +12,7 @@ VERBS = {
     "stats": ("stores.stats", "stats_command", "Rms, extremes and SNR per layer; lengths."),
     "verify": ("stores.verify", "verify_command", "Check every checksum and every count."),
     "show": ("stores.show", "show_command", "Print a sample as text, its supervised part marked."),
+    "data": ("stores.data", "data_command", "What of a file of chats would be supervised, and why not."),
     "estimate": ("stores.estimate", "estimate_command", "Bytes, files and time of a dump before it is run."),
     "score": ("judge.score", "score_command", "Teacher-forced metrics of a draft on a store."),
     "recode": ("stores.recode", "recode_command", "Write a store again with another codec."),

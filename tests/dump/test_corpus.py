@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 
 from dspark.cache.errors import DataError, UsageError
-from dspark.dump.corpus.rows import BadRow, open_corpus
+from dspark.dump.corpus.rows import BadRow
 from dspark.dump.corpus.shapes import ChatRow, TokenRow, parse_row
+from dspark.dump.corpus.sources import open_corpus
 
 CHAT = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]}
 
@@ -105,7 +106,7 @@ def test_no_such_file(name: str) -> None:
 
 
 def test_a_folder_is_not_a_file(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="not a file"):
+    with pytest.raises(UsageError, match="a folder without a file of rows"):
         open_corpus(str(tmp_path))
 
 

@@ -14,12 +14,21 @@ from dspark.cache.shared.command import command, emit, json_flag
 
 if TYPE_CHECKING:
     from dspark.cache.reader import Cache
+from dspark.cache.records import TokenSample
 
 
 def runs(cache: Cache, index: int) -> dict[str, Any]:
     """Sample ``index`` as runs of equal loss mask: ``{"supervised": bool, "text": str, "tokens": n}``, in order."""
     tokens = cache.tokens(index)
-    tokenizer = load_tokenizer(cache)
+    mask = tokens.loss_mask
+    return {
+        "index": index, "row": tokens.row, "key": tokens.key.hex(), "tokens": int(mask.shape[0]), "supervised_tokens": int(mask.sum()),
+        "runs": mask_runs(load_tokenizer(cache), tokens),
+    }  # fmt: skip
+
+
+def mask_runs(tokenizer: Any, tokens: TokenSample) -> list[dict[str, Any]]:
+    """A sample as runs of equal loss mask; ids as text where there is no tokenizer."""
     mask = tokens.loss_mask
     cuts = [0, *(np.flatnonzero(np.diff(mask.astype(np.int8))) + 1).tolist(), mask.shape[0]]
     out = []
@@ -31,10 +40,7 @@ def runs(cache: Cache, index: int) -> dict[str, Any]:
             else " ".join(map(str, ids))
         )
         out.append({"supervised": bool(mask[a]), "tokens": b - a, "text": text})
-    return {
-        "index": index, "row": tokens.row, "key": tokens.key.hex(), "tokens": int(mask.shape[0]), "supervised_tokens": int(mask.sum()),
-        "runs": out,
-    }  # fmt: skip
+    return out
 
 
 def load_tokenizer(cache: Cache) -> Any:
