@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol, cast
 
-from dspark.cache.errors import DataError, UsageError, first_line
+from dspark.cache.errors import DataError, UsageError
 from dspark.cache.target.frozen import file_sha256
 from dspark.dump.corpus.shapes import ChatRow, TokenRow, parse_row
 

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from dspark.cache.errors import DataError, UsageError
+from dspark.cache.errors import DataError, UsageError, first_line
 from dspark.cache.target.frozen import file_sha256
 from dspark.dump.corpus.rows import Corpus, JoinedCorpus, JsonlCorpus, SharedCorpus, TableCorpus
 
@@ -107,7 +107,7 @@ def hub(name: str, config: str | None, split: str) -> Corpus:
     ) as error:  # datasets raises a dozen unrelated kinds: offline, not found, gated, no such split
         raise DataError(
             f"--data {full}: not a file here, and the data set (split {split!r}) could not be loaded: "
-            f"{type(error).__name__}: {_first_line(error)}. Check the name, the split (org/name:split) and the network, or give a JSONL file."
+            f"{type(error).__name__}: {first_line(error)}. Check the name, the split (org/name:split) and the network, or give a JSONL file."
         ) from error
     return TableCorpus(table, f"{full}:{split}", None)
 
@@ -128,7 +128,7 @@ def _table(path: Path, read: Callable[[Any], Any]) -> Corpus:
         table = read(datasets)
     except Exception as error:  # arrow's errors have no common base
         raise DataError(
-            f"--data {path}: cannot be read: {type(error).__name__}: {_first_line(error)}. Is it whole?"
+            f"--data {path}: cannot be read: {type(error).__name__}: {first_line(error)}. Is it whole?"
         ) from error
     return TableCorpus(table, path.name, file_sha256(path) if path.is_file() else _folder_sha(path))
 
@@ -198,7 +198,3 @@ def _stdin() -> Corpus:
         _spooled.append(file)
     lines = JsonlCorpus(Path(_spooled[0].name), "stdin")
     return TableCorpus(_array(lines), "stdin", lines.sha256) if is_array(lines) else lines
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [""])[0][:300]

@@ -55,7 +55,15 @@ def _shown(tokenizer: Any, sample: Any) -> dict[str, Any]:
 
 
 def data(
-    file: str, model: str | None, limit: int, *, seq_length: int, min_supervised: int, turns: str, pattern: str | None, kwargs: dict[str, Any]
+    file: str,
+    model: str | None,
+    limit: int,
+    *,
+    seq_length: int,
+    min_supervised: int,
+    turns: str,
+    pattern: str | None,
+    kwargs: dict[str, Any],
 ) -> dict[str, Any]:
     """The report as ``--json`` prints it: counts over all rows, texts of the first ``limit`` (0: all)."""
     from dspark.dump.corpus.masks import SampleMaker
