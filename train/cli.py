@@ -11,7 +11,7 @@ import click
 
 from dspark.cache.errors import UsageError
 from dspark.cache.shared.command import bar, command, emit, version_flag
-from dspark.train.config import LOGGERS, SELECT, STRATEGIES, TrainConfig
+from dspark.train.config import LOGGERS, SCHEDULES, SELECT, STRATEGIES, TrainConfig
 from dspark.train.draft.types import TYPES
 from dspark.train.recipes import AUTO, NONE, configure, recipes
 
@@ -50,8 +50,14 @@ Examples:
     help="muon: orthogonal steps for the layers' matrices, AdamW for the rest. SmolLM2, equal steps: tau 3.3 with it at --lr 2e-3, 2.1 with AdamW at 1e-3.",
 )  # fmt: skip
 @click.option(
-    "--min-lr-ratio", default=DEFAULTS.min_lr_ratio, help="Rate at the end of the cosine, as a share of --lr."
+    "--min-lr-ratio",
+    default=DEFAULTS.min_lr_ratio,
+    help="Rate at the end of the schedule, as a share of --lr.",
 )
+@click.option(
+    "--lr-schedule", default=DEFAULTS.lr_schedule, type=click.Choice(SCHEDULES),
+    help="How the rate falls after the warm-up; wsd: constant, then linearly over the last fifth.",
+)  # fmt: skip
 @click.option("--warmup-ratio", default=DEFAULTS.warmup_ratio, help="Share of the steps with a rising rate.")
 @click.option("--weight-decay", default=DEFAULTS.weight_decay)
 @click.option(

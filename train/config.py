@@ -31,6 +31,7 @@ FREE_ON_RESUME = {
 
 # The first is taken where none is given.
 STRATEGIES = ("zero", "ddp", "fsdp2")
+SCHEDULES = ("cosine", "linear", "wsd", "constant")
 SELECT = ("last", "walk", "walk_greedy", "mean_accepted_length")
 
 LOGGERS = ("tensorboard", "wandb", "mlflow", "trackio")
@@ -106,7 +107,9 @@ class TrainConfig:
     """Optimizer steps in all; also the length of the schedule. None: ``epochs`` of them."""
     lr: float = 6e-4
     min_lr_ratio: float = 0.0
-    """Learning rate at the end of the cosine, as a share of ``lr``."""
+    """Learning rate at the end of the schedule, as a share of ``lr``."""
+    lr_schedule: str = "cosine"
+    """How the rate falls after the warm-up: ``cosine``, ``linear``, ``wsd`` (over the last fifth) or ``constant`` (not at all)."""
     warmup_ratio: float = 0.04
     optimizer: str = "adamw"
     """``adamw``, or ``muon``: orthogonal steps for the matrices of the layers and ``fc``, AdamW for the rest. Measured on SmolLM2 only, 1,200
@@ -177,6 +180,8 @@ class TrainConfig:
             raise UsageError(f"--logger {unknown[0]}: expected {', '.join(LOGGERS)}")
         if self.strategy not in (None, *STRATEGIES):
             raise UsageError(f"strategy is {self.strategy!r}, expected {', '.join(STRATEGIES)}")
+        if self.lr_schedule not in SCHEDULES:
+            raise UsageError(f"lr_schedule is {self.lr_schedule!r}, expected {', '.join(SCHEDULES)}")
         if self.select not in SELECT:
             raise UsageError(f"select is {self.select!r}, expected {', '.join(SELECT)}")
         if self.select != "last" and not (

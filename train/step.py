@@ -94,7 +94,7 @@ def step(
         loss += learn(run, batch, part.denominators, metrics)
     for batch in blanks(run, len(used)):  # never behind a row, so it is the last pass
         nothing(model(batch, model.plan(batch, run.compute.backend))).backward()  # type: ignore[no-untyped-call]
-    lr = learning_rate(number, total, config.lr, config.warmup_ratio, config.min_lr_ratio)
+    lr = learning_rate(number, total, config.lr, config.warmup_ratio, config.min_lr_ratio, config.lr_schedule)
     norm = run.optimizer.step(lr)
     feed.queued()
     return torch.stack([norm.float(), loss.float()]), lr

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,10 @@ from small_trainings import small_training
 from torch import nn
 
 from dspark.cache import errors
-from dspark.train.config import TrainConfig
+from dspark.train.config import SCHEDULES, TrainConfig
 from dspark.train.loop import train
 from dspark.train.optim.adamw import MasterAdamW
-from dspark.train.optim.base import AdamSettings
+from dspark.train.optim.base import AdamSettings, learning_rate
 from dspark.train.optim.muon import MasterMuon, is_matrix, orthogonal, owners
 from dspark.train.run import checkpoint, memory
 from dspark.train.run.setup import prepare
@@ -183,3 +184,16 @@ def test_muon_steps_as_torchs() -> None:
         reference.step()
     off = (ours - theirs).norm() / (theirs - first).norm()
     assert float(off.detach()) < 0.01
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_schedules(schedule: str) -> None:
+    rates = [learning_rate(i, 100, 2.0, 0.1, 0.1, schedule) for i in range(101)]
+    assert rates[:10] == pytest.approx([0.2 * (i + 1) for i in range(10)])
+    middle, end = {"cosine": (1.1, 0.2), "linear": (1.1, 0.2), "wsd": (2.0, 0.2), "constant": (2.0, 2.0)}[
+        schedule
+    ]
+    assert rates[55] == pytest.approx(middle)
+    assert rates[100] == pytest.approx(end)
+    assert all(a >= b for a, b in itertools.pairwise(rates[10:]))
+    assert rates[90] == pytest.approx(1.1 if schedule == "wsd" else rates[90])

@@ -211,11 +211,13 @@ def objective(
     *,
     chunk_rows: int | None = None,
     terms: ChunkTerms | None = None,
+    weights: Tensor | None = None,
 ) -> ObjectiveOutput:
     """The loss of one row's share of a step. Products run in the dtype of ``head.lm_head``, softmax and sums in fp32.
 
     ``chunk_rows`` slots at a time, by default ``chunk_rows_for`` them, in chunks of nearly equal size.
-    ``terms`` replaces the work on a chunk (default: Triton on CUDA, plain torch elsewhere).
+    ``terms`` replaces the work on a chunk (default: Triton on CUDA, plain torch elsewhere). ``weights`` [N] are CE's and L1's in the place
+    of ``slots.weight``, which the confidence keeps.
     """
     dtype, wide = head.lm_head.dtype, _wide(slots.h.dtype)
     device, count = slots.h.device.type, slots.h.shape[0]
@@ -223,8 +225,9 @@ def objective(
     labels = slots.labels if head.to_draft is None else head.to_draft[slots.labels]
     weight = slots.weight.to(wide)
     known = labels >= 0
-    scale_ce = weight * known * (config.ce / max(denominators.ce, 1e-12))
-    scale_l1 = weight * (config.l1 / max(denominators.l1, 1e-12))
+    token_weight = weight if weights is None else weights.to(wide)
+    scale_ce = token_weight * known * (config.ce / max(denominators.ce, 1e-12))
+    scale_l1 = token_weight * (config.l1 / max(denominators.l1, 1e-12))
     x = slots.h.to(dtype)
     loss, ce, l1, hit = _ChunkedTerms.apply(  # type: ignore[no-untyped-call]
         x if slots.z is None else torch.cat([x, slots.z.to(dtype)], 1),

@@ -15,13 +15,28 @@ from dspark.cache.errors import TrainError
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-def learning_rate(step: int, total: int, peak: float, warmup_ratio: float, min_ratio: float) -> float:
-    """Rate of optimizer step ``step`` (0-based) of ``total``: linear warm-up, then cosine to ``min_ratio * peak``."""
+WSD_DECAY = 0.2  # share of the steps in which ``wsd`` falls
+
+
+def learning_rate(
+    step: int, total: int, peak: float, warmup_ratio: float, min_ratio: float, schedule: str = "cosine"
+) -> float:
+    """Rate of optimizer step ``step`` (0-based) of ``total``: linear warm-up to ``peak``, then what ``schedule`` says.
+
+    ``cosine`` and ``linear`` fall to ``min_ratio * peak`` from there, ``wsd`` linearly over the last ``WSD_DECAY`` of the steps, and
+    ``constant`` stays.
+    """
     warm = max(1, round(total * warmup_ratio)) if warmup_ratio else 0
     if step < warm:
         return peak * (step + 1) / warm
-    done = (step - warm) / max(1, total - warm)
-    return peak * (min_ratio + (1.0 - min_ratio) * 0.5 * (1.0 + math.cos(math.pi * min(1.0, done))))
+    done = min(1.0, (step - warm) / max(1, total - warm))
+    if schedule == "constant":
+        return peak
+    if schedule == "wsd":
+        start = max(warm, total - max(1, round(total * WSD_DECAY)))
+        done = max(0.0, (step - start) / max(1, total - start))
+    left = 0.5 * (1.0 + math.cos(math.pi * done)) if schedule == "cosine" else 1.0 - done
+    return peak * (min_ratio + (1.0 - min_ratio) * left)
 
 
 @dataclass(frozen=True, slots=True)
