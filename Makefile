@@ -8,7 +8,7 @@ TARGET := .work/smollm2
 DEMO   := .work/demo
 SHELL  := /bin/bash
 
-.PHONY: demo test target lint types pytest site clean
+.PHONY: demo test target lint types pytest site vllm-versions clean
 
 .venv/ready: pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -58,6 +58,10 @@ pytest:
 site: .venv/ready
 	$(BIN)/pip install -q -e ".[docs]"
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+# Reads every supported vLLM's classes out of its wheel (ten of them, 4 GB in all) and writes the tables of docs/vllm.md.
+vllm-versions: .venv/ready
+	$(BIN)/python bench/vllm_versions.py --write
 
 clean:
 	rm -rf .venv .work build *.egg-info

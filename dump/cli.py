@@ -158,6 +158,25 @@ class LayerIds(click.ParamType):  # type: ignore[type-arg]  # no generic before 
     default=None,
     help="With --regenerate: enable_thinking of the chat template.  [default: the template's]",
 )
+@click.option(
+    "--tensor-parallel-size",
+    type=int,
+    metavar="N",
+    help="With vllm: GPUs that share one target.  [default: as few as hold its weights]",
+)
+@click.option(
+    "--data-parallel-size",
+    type=int,
+    metavar="N",
+    help="With vllm: engines that share the rows, each on GPUs of its own.  [default: as many as there is room for]",
+)
+@click.option(
+    "--engine-arg",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="With vllm: an argument of vllm.LLM, such as pipeline_parallel_size=2 or enable_expert_parallel=true. May be repeated.",
+)
+@click.option("--trust-remote-code", is_flag=True, help="Run the code that comes with the target.")
 @click.option("--dry-run", is_flag=True, help="Print the plan and stop; no weights are read.")
 @json_flag
 @version_flag

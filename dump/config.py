@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from dspark.cache.errors import UsageError
 from dspark.cache.settings import DEFAULT_PACKING, choose_codec
 from dspark.dump.engines.answers import check_max_tokens, check_temperature, check_top_p
+from dspark.dump.engines.options import EngineOptions, parse_arguments
 from dspark.dump.target.layers import BOTH
 
 if TYPE_CHECKING:
@@ -55,9 +56,17 @@ class DumpConfig:
     top_p: float | None = None
     max_tokens: int | None = None
     thinking: bool | None = None
+    tensor_parallel_size: int | None = None
+    data_parallel_size: int | None = None
+    engine_arg: tuple[str, ...] = ()  # KEY=VALUE
+    trust_remote_code: bool = False
     dry_run: bool = False
 
     def __post_init__(self) -> None:
+        options = self.engine_options
+        only = [] if self.engine == "auto" else options.only_vllm(self.engine)
+        if only:
+            raise UsageError(f"{only[0]}: the {self.engine} engine does not know it. Use --engine vllm.")
         if self.layers is not None and self.target_layer_ids is not None:
             raise UsageError(f"give --layers or --target-layer-ids, not both. {BOTH}.")
         if self.resume and self.overwrite:
@@ -111,6 +120,16 @@ class DumpConfig:
         from dspark.cache.codec import registry
 
         return registry.make(self.codec_name, self.pack)
+
+    @property
+    def engine_options(self) -> EngineOptions:
+        """What is handed on to the engine."""
+        return EngineOptions(
+            tensor_parallel=self.tensor_parallel_size,
+            data_parallel=self.data_parallel_size,
+            arguments=parse_arguments(self.engine_arg),
+            trust_remote_code=self.trust_remote_code,
+        )
 
     @property
     def asked_layers(self) -> tuple[int, ...] | None:

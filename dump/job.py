@@ -28,6 +28,7 @@ from dspark.dump.corpus.tokenise import Tokenisers
 from dspark.dump.engines import registry
 from dspark.dump.engines.answers import recommended
 from dspark.dump.engines.engine import EngineRun
+from dspark.dump.progress import Display
 from dspark.dump.regenerate.conversations import Prompts
 from dspark.dump.target.config import Target, load_target, target_info, tokenizer_info
 from dspark.dump.target.presets import check_shapes, find
@@ -69,10 +70,10 @@ def prepare(config: DumpConfig, day: str | None = None) -> Job:
     """Read config, tokenizer and corpus; check them against one another; estimate the size. ``day``: the date that a store which is gone on with has
     fixed for a template that writes one."""
     preset = find(config.model)
-    target = load_target(config.model)
+    target = load_target(config.model, config.trust_remote_code)
     if preset is not None:
         check_shapes(preset, target.shapes)
-    plan = planning.resolve(config, preset, target.shapes)
+    plan = planning.resolve(config, preset, target.shapes, target.whole.architectures or ())
     corpus = open_corpus(plan.data)
     first = next(corpus.rows(), None)
     if first is not None and isinstance(first.value, BadRow):
@@ -138,6 +139,8 @@ def load_engine(plan: planning.Plan, batch_tokens: int | None) -> Engine:
         seq_length=plan.seq_length,
         spool=Path(plan.output + ".spool"),
         batch_tokens=batch_tokens,
+        options=plan.engine_options,
+        say=Display().say,
     )
     return registry.load_engine(plan.engine, run)
 

@@ -9,12 +9,14 @@ import dataclasses
 import math
 import shutil
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from dspark.cache.errors import DataError, StoreWriteError, UsageError
 from dspark.cache.records import last_rows
 from dspark.dump.config import DEFAULT_SEQ_LENGTH, DumpConfig
+from dspark.dump.engines.options import NO_OPTIONS, EngineOptions
 from dspark.dump.engines.registry import choose_dtype, choose_engine, engine_kind
 from dspark.dump.target.layers import Shapes, check_layers, default_layers
 from dspark.dump.target.presets import Preset
@@ -56,6 +58,8 @@ class Plan:
     free_bytes: int
     part_tokens: int
     workers: int
+    engine_options: EngineOptions = NO_OPTIONS
+    engine_why: str | None = None  # this one, and not what auto would have taken
     confirmed: bool = True
     rows: int | None = None
     tokens: int | None = None
@@ -101,7 +105,8 @@ class Plan:
             f"layers   --layers {','.join(map(str, self.layers))} (output of layer i) "
             f"= --target-layer-ids {','.join(map(str, self.target_layer_ids))} (entering layer i+1), and the last state after the final norm",
             f"data     {self.data}: rows {rows}, tokens {tokens}, at most {self.seq_length} a row",
-            f"engine   {self.engine}, {self.dtype} on {self.device}",
+            f"engine   {self.engine}, {self.dtype} on {self.device}"
+            + (f" ({self.engine_why})" if self.engine_why else ""),
             f"store    {self.output}: codec {self.codec}{', not packed' if self.pack == 'none' else ''}, "
             f"about {self.bytes_per_token:,} bytes a token",
             f"size     {size}{hours}; free {human(self.free_bytes)}",
@@ -112,8 +117,10 @@ class Plan:
         ]
 
 
-def resolve(config: DumpConfig, preset: Preset | None, shapes: Shapes) -> Plan:
-    """Settle every choice that does not need the corpus."""
+def resolve(
+    config: DumpConfig, preset: Preset | None, shapes: Shapes, architectures: Sequence[str] = ()
+) -> Plan:
+    """Settle every choice that does not need the corpus. ``architectures``: the target's, where its config was read."""
     from dspark.cache.files.atomic import existing_parent
 
     data = config.data or (preset.data if preset else None)
@@ -123,7 +130,10 @@ def resolve(config: DumpConfig, preset: Preset | None, shapes: Shapes) -> Plan:
         )
     asked = config.asked_layers or (preset.layers if preset else default_layers(shapes.num_layers))
     layers = check_layers(asked, shapes.num_layers)
-    engine, device = choose_engine(config.engine, config.device)
+    engine, device, why = choose_engine(config.engine, config.device, architectures)
+    only = config.engine_options.only_vllm(engine)
+    if only:
+        raise UsageError(f"{only[0]}: {why or f'the {engine} engine does not know it'}. Leave it out.")
     bytes_per_token = disk_bytes(shapes, layers, config.make_codec())
     workers = default_workers(device) if config.workers is None else config.workers
     plan = Plan(
@@ -144,6 +154,8 @@ def resolve(config: DumpConfig, preset: Preset | None, shapes: Shapes) -> Plan:
         free_bytes=shutil.disk_usage(existing_parent(config.output)).free,
         part_tokens=config.part_tokens or CPU_PART_TOKENS,
         workers=workers,
+        engine_options=config.engine_options,
+        engine_why=why,
         confirmed=preset is None or preset.confirmed or shapes != preset.shapes,
     )
     if config.part_tokens is None and device == "cuda":

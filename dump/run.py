@@ -257,6 +257,7 @@ def write_parts(
             pool=write,
             part_bytes=part_bytes,
             bar=bar,
+            groups=engine.groups_at_once,
         ) as pipeline,
         stoppable(pipeline, show),
     ):

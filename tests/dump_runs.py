@@ -61,7 +61,7 @@ class Wrapped:
     def __init__(self, inner: Engine, before: Callable[[], None]) -> None:
         self.inner, self.before = inner, before
         self.checked = False
-        self.name, self.version = inner.name, inner.version
+        self.name, self.version, self.groups_at_once = inner.name, inner.version, inner.groups_at_once
         self.frozen, self.capture, self.predict, self.close = (
             inner.frozen,
             inner.capture,

@@ -5,6 +5,7 @@ Legend: S tokens of a sample, L aux layers, H hidden size, M = ``last_rows(loss_
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from dspark.cache.records import Coded, TokenSample
+from dspark.dump.engines.options import NO_OPTIONS, EngineOptions
 
 if TYPE_CHECKING:
     import numpy as np
@@ -21,6 +23,9 @@ if TYPE_CHECKING:
     from dspark.cache.target.frozen import FrozenTarget
     from dspark.dump.engines.answers import Answered, Ask, Sampling
     from dspark.dump.target.layers import Shapes
+
+
+log = logging.getLogger("dspark.dump")
 
 
 class States(NamedTuple):
@@ -63,8 +68,7 @@ class Prediction:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EngineRun:
     """What an engine is started with. ``layers``: output of decoder layer i. ``spool``: a folder it may make beside the store.
-    ``batch_tokens``: tokens to a forward pass, None: its own number.
-    ``trust_remote_code``: run Python code that the target's repository brings."""
+    ``batch_tokens``: tokens to a forward pass, None: its own number. ``options``: what a user hands on to it. ``say``: takes a line for the user."""
 
     model: str
     shapes: Shapes
@@ -74,14 +78,15 @@ class EngineRun:
     seq_length: int
     spool: Path
     batch_tokens: int | None = None
-    trust_remote_code: bool = False
+    options: EngineOptions = NO_OPTIONS
+    say: Callable[[str], None] = log.info
 
 
 class Engine(Protocol):
     """Runs the target. ``capture`` yields (index into ``samples``, states) in any order, each sample once.
 
     ``stream`` does the same for a whole dump and is what has to be fast: ``groups`` are pulled as there is room for them, what comes out may
-    already be coded with ``codec``, and no more than two groups are ever unfinished.
+    already be coded with ``codec``, and no more than ``groups_at_once`` groups are ever unfinished.
 
     ``answer`` yields sampled answers in any order; ``asks`` are pulled as there is room.
     """
@@ -90,6 +95,8 @@ class Engine(Protocol):
     def name(self) -> str: ...
     @property
     def version(self) -> str: ...
+    @property
+    def groups_at_once(self) -> int: ...
     def frozen(self) -> FrozenTarget: ...
     def capture(self, samples: Sequence[TokenSample]) -> Iterator[tuple[int, States]]: ...
     def stream(self, groups: Iterable[Sequence[TokenSample]], codec: Codec) -> Iterator[Captured]: ...

@@ -47,6 +47,7 @@ class TransformersEngine:
     """
 
     name = "transformers"
+    groups_at_once = 2
     version = transformers.__version__
 
     def __init__(
@@ -272,7 +273,7 @@ def start(run: EngineRun) -> TransformersEngine:
         device=run.device,
         dtype=run.dtype,
         batch_tokens=run.batch_tokens or default_batch_tokens(run.device, run.shapes.hidden_size),
-        trust_remote_code=run.trust_remote_code,
+        trust_remote_code=run.options.trust_remote_code,
     )
 
 

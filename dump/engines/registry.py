@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dspark.cache.errors import UsageError
 from dspark.dump.engines.versions import VLLM_BUILDS, installed
@@ -21,23 +21,37 @@ if TYPE_CHECKING:
 @dataclass(frozen=True, slots=True)
 class EngineKind:
     """``start``: ``module:function`` that takes an ``EngineRun``; ``package``: what it imports; ``builds``: the
-    distributions that provide it. ``lookahead``: positions that it needs behind the longest sample."""
+    distributions that provide it. ``lookahead``: positions that it needs behind the longest sample. ``refuses``:
+    ``module:function`` of a target's architectures and the device, that says why not before weights are read."""
 
     start: str
     package: str
     builds: tuple[str, ...]
     lookahead: int = 0
     install: str = ""
+    refuses: str = ""
 
     @property
     def available(self) -> bool:
         return importlib.util.find_spec(self.package) is not None
 
+    def why_not(self, architectures: Sequence[str], device: str) -> str | None:
+        """Why it cannot run a target of these architectures; None if it can, or if they are not known."""
+        if not (self.refuses and architectures):
+            return None
+        answer: Callable[[Sequence[str], str], str | None] = _resolve(self.refuses)
+        return answer(architectures, device)
+
 
 ENGINES: dict[str, EngineKind] = {
     "transformers": EngineKind("dspark.dump.engines.hf:start", "transformers", ("transformers",)),
     "vllm": EngineKind(
-        "dspark.dump.engines.vllm.engine:start", "vllm", VLLM_BUILDS, 1, "pip install 'dspark[vllm]'"
+        "dspark.dump.engines.vllm.engine:start",
+        "vllm",
+        VLLM_BUILDS,
+        1,
+        "pip install 'dspark[vllm]'",
+        "dspark.dump.engines.vllm.launch:why_not",
     ),
 }
 DEFAULT = "transformers"
@@ -58,18 +72,27 @@ def engine_version(name: str) -> str:
     return found
 
 
-def choose_engine(name: str, device: str) -> tuple[str, str]:
-    """Engine and device. ``auto``: vLLM where there is a GPU and vLLM is installed, else transformers."""
+def choose_engine(name: str, device: str, architectures: Sequence[str] = ()) -> tuple[str, str, str | None]:
+    """Engine, device, and why not the one that ``auto`` prefers.
+
+    ``auto``: vLLM where there is a GPU, vLLM is installed and gives the states of ``architectures``; else transformers.
+    """
     from dspark.cache.shared.process import choose_device
 
     device = choose_device(device).type
     if name == "auto":
-        return ("vllm" if ENGINES["vllm"].available and device == "cuda" else DEFAULT), device
+        if not (ENGINES["vllm"].available and device == "cuda"):
+            return DEFAULT, device, None
+        why = ENGINES["vllm"].why_not(architectures, device)
+        return (DEFAULT if why else "vllm"), device, why
     kind = engine_kind(name)
     if not kind.available:
         how = f"{kind.install}, or use" if kind.install else "install it, or use"
         raise UsageError(f"--engine {name}: {kind.package} is not installed here: {how} --engine {DEFAULT}.")
-    return name, device
+    why = kind.why_not(architectures, device)
+    if why:
+        raise UsageError(f"--engine {name}: {why}. Use --engine {DEFAULT}.")
+    return name, device, None
 
 
 def choose_dtype(dtype: str, device: str) -> str:
@@ -81,6 +104,10 @@ def choose_dtype(dtype: str, device: str) -> str:
 
 def load_engine(name: str, run: EngineRun) -> Engine:
     """Start engine ``name``: its weights are read here."""
-    module, function = engine_kind(name).start.split(":")
-    start: Callable[[EngineRun], Engine] = getattr(importlib.import_module(module), function)
+    start: Callable[[EngineRun], Engine] = _resolve(engine_kind(name).start)
     return start(run)
+
+
+def _resolve(place: str) -> Any:
+    module, _, name = place.partition(":")
+    return getattr(importlib.import_module(module), name)

@@ -58,9 +58,15 @@ def _ready() -> None:
     """Runs in a worker: to find this function it has imported all that ``write_shared`` needs."""
 
 
+def blocks(workers: int, groups: int, part_bytes: int) -> int:
+    """Parts in memory: those that are unfinished, and as many more as are being written, within BLOCK_BYTES for every two groups."""
+    room = BLOCK_BYTES * groups // 2 // max(part_bytes, 1)
+    return max(groups, min(workers + groups, room))
+
+
 class Pipeline:
     """``pool``: processes that write parts, which end with this; None = threads. ``bar`` is told of every batch that is in place and every part
-    that is whole.
+    that is whole. ``groups``: parts that the engine may leave unfinished at once.
 
     ``seconds``: where the time went, by stage; the stages overlap. Use as a context: leaving it, also by an error, waits until every whole part is
     on disk and gives up the others.
@@ -75,15 +81,14 @@ class Pipeline:
         pool: WorkerPool | None,
         part_bytes: int,
         bar: Bar,
+        groups: int = 2,
     ) -> None:
         self.writer, self.codec, self._bar, self._embedding = writer, codec, bar, embedding
         shared = pool is not None
         workers = pool.processes if pool is not None else THREADS
         self._pool: Executor = pool or ThreadPoolExecutor(workers, "commit")
         self._blocks: queue.Queue[Block] = queue.Queue()
-        self._all = [
-            Block(shared) for _ in range(max(2, min(workers + 2, BLOCK_BYTES // max(part_bytes, 1))))
-        ]
+        self._all = [Block(shared) for _ in range(blocks(workers, groups, part_bytes))]
         for block in self._all:
             self._blocks.put(block)
         self._shared = shared

@@ -63,6 +63,6 @@ def test_auto_takes_vllm_on_a_gpu(monkeypatch: pytest.MonkeyPatch, here: bool, e
     package = "numpy" if here else "no_such_package"
     monkeypatch.setitem(ENGINES, "vllm", EngineKind("x:y", package, ()))
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    assert choose_engine("auto", "auto") == (engine, "cuda")
-    assert choose_engine("auto", "cpu") == ("transformers", "cpu")
+    assert choose_engine("auto", "auto") == (engine, "cuda", None)
+    assert choose_engine("auto", "cpu") == ("transformers", "cpu", None)
     assert registry.choose_dtype("auto", "cuda") == "bfloat16"

