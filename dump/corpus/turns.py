@@ -112,18 +112,18 @@ class Chat:
 
     def _apart(self, number: int, i: int, message: Message) -> Turn:
         """The answer by the difference between its prompt and the text through it."""
-        variants = self._variants(i, message)
-        for n, form in enumerate(variants):
+        failed: list[Dropped] = []
+        for form in self._variants(i, message):
             try:
                 context, wrote = self._split(i, form)
                 context, wrote = self._whole(context, wrote, message, self._served(i))
-            except Dropped:
-                if n == len(variants) - 1:
-                    raise
+            except Dropped as why:
+                failed.append(why)
                 continue
-            break
-        stop = self._stop(wrote, message, self._cut(i))
-        return Turn(number, context, wrote[:stop], wrote[stop:])
+            stop = self._stop(wrote, message, self._cut(i))
+            return Turn(number, context, wrote[:stop], wrote[stop:])
+        # What is missing says more than that another form was refused.
+        raise next((why for why in failed if why.reason != REFUSED), failed[0])
 
     def _served(self, i: int) -> str | None:
         try:
@@ -155,7 +155,9 @@ class Chat:
             return self._first(through)
         served = self.prompt(i)
         if through.startswith(served):
-            return served, through[len(served) :]
+            # A header that the prompt leaves to the turn (none behind a tool's result) is no answer's.
+            opening = self.template.opening if through.startswith(self.template.opening, len(served)) else ""
+            return served + opening, through[len(served + opening) :]
         if "enable_thinking" in self.template.text:
             for thinking in (False, True):
                 other = self._render(self.forms[:i], prompt=True, enable_thinking=thinking)
@@ -173,7 +175,8 @@ class Chat:
         word = "zyntova"
         header = self._render([self.template.form({"role": "assistant", "content": word})]).partition(word)[0]
         opening = self.template.opening
-        at = header.rfind(opening) + len(opening) if opening and opening in header else len(header)
+        asked = opening and opening in header and not self.template.rest
+        at = header.rfind(opening) + len(opening) if asked else len(header)
         start = common(header[:at], through)
         if start < at and opening:  # this turn has another header (no text, only calls)
             found = through.find(opening.rstrip())
