@@ -1,7 +1,7 @@
 """Bytes against tau for codecs of a whole store, many paired trainings in one process and one compiled draft.
 
     python bench/codec_klt.py --model DIR --data train.jsonl.gz --out DIR [--rows 9000] [--steps 1200] [--seeds 0,1,2,3,4]
-        [--codecs exact,rotated-4-4,rotated-2-4,klt-1.0-1.0,klt-0.7-1.0,klt-0.5-1.0] [--seconds 560] [--only REGEX] [--fit-on REGEX] [--tiny]
+        [--codecs exact,rotated-4-4,rotated-2-4,klt-1-1,klt-0.7-1,klt-0.5-1] [--seconds 560] [--only REGEX] [--fit-on REGEX] [--tiny]
 
 The target's states are made once and kept in the GPU's memory. Every codec codes them as a dump would, what it stores is packed into
 chunks as a part would hold it (a run of ``--part-tokens`` tokens), and drafts train on what it decodes, in the product's order, with
@@ -35,9 +35,12 @@ from codec_klt_states import Corpus, capture, read_corpus
 from torch import Tensor
 
 from common import write
-from dspark.cache.codec.klt import Context, Klt
-from dspark.cache.codec.klt_fit import Piece, fit
-from dspark.cache.codec.rotated import Rotated, codec_for
+from dspark.cache.codec.base import EXACT_TOKEN, ArraySpec, tokens_of
+from dspark.cache.codec.klt.codec import FAMILY as KLT
+from dspark.cache.codec.klt.fit import fit
+from dspark.cache.codec.registry import make
+from dspark.cache.files.layout import state_array
+from dspark.cache.files.shard import chunk_rows, compressor
 from dspark.cache.target.frozen import FrozenTarget
 from dspark.cache.target.logits import PLAIN
 from dspark.train.data import anchors as rules
@@ -51,8 +54,6 @@ from dspark.train.optim.base import AdamSettings, Snapshot, learning_rate
 from dspark.train.optim.muon import MasterMuon
 
 STARTED = time.monotonic()
-CHUNK = 1024  # rows of a chunk of cells
-ROTATED_CHUNK = 128
 META = 1.5  # bytes per token of ids, mask and a part's records (layout.token_bytes)
 DECAY = 4.0
 
@@ -62,173 +63,130 @@ def say(*words: object) -> None:
 
 
 class States(NamedTuple):
-    """All of the corpus on the device: ``aux`` [T + 1, L, H] (the last row is padding), ``last`` [M, H], ``context``."""
+    """All of the corpus on the device: ``aux`` [T + 1, L, H] (the last row is padding), ``last`` [M, H], ``frozen`` weights."""
 
     aux: Tensor
     last: Tensor
-    context: Context
+    frozen: FrozenTarget
 
     @property
     def tokens(self) -> int:
         return self.aux.shape[0] - 1
 
 
-def packed_bytes(arrays: list[tuple[np.ndarray[Any, Any], int, bool]]) -> int:
-    """Bytes of ``(codes [n, W], rows of a chunk, column-major)`` after zstd, chunk by chunk, with checksum and index entry."""
-    from numcodecs import Zstd
+def chunk_bytes(name: str, codes: np.ndarray[Any, Any], spec: ArraySpec) -> int:
+    """Bytes of an array of a part: its chunks as the store compresses them, each with its checksum and index entry.
 
+    Rows that are stored exactly count once where they are equal."""
+    if spec.axis == "exact":
+        codes = np.unique(codes.reshape(len(codes), -1), axis=0).reshape(-1, *codes.shape[1:])
+    if not codes.shape[0]:
+        return 0
+    stored = state_array(name, codes.shape, spec)
+    packer, rows = compressor(stored), chunk_rows(stored)
     total = 0
-    for codes, rows, columns in arrays:
-        for at in range(0, codes.shape[0], rows):
-            piece = codes[at : at + rows]
-            raw = np.ascontiguousarray(piece.T if columns else piece)
-            total += len(Zstd(level=1).encode(raw)) + 20
+    for at in range(0, codes.shape[0], rows):
+        piece = codes[at : at + rows]
+        if spec.order == "columns":
+            piece = piece.reshape(len(piece), -1).T
+        piece = np.ascontiguousarray(piece)
+        packed = packer.encode(piece if stored.shuffle else piece.view(np.uint8)) if packer else piece.data
+        total += memoryview(packed).nbytes + 20
     return total
-
-
-class Sizes:
-    """Counts bytes of parts in threads, beside what follows."""
-
-    def __init__(self) -> None:
-        self.pool = ThreadPoolExecutor(12)
-        self.jobs: list[Any] = []
-
-    def add(self, arrays: list[tuple[np.ndarray[Any, Any], int, bool]]) -> None:
-        self.jobs.append(self.pool.submit(packed_bytes, arrays))
-
-    def total(self) -> int:
-        return sum(job.result() for job in self.jobs)
 
 
 class Coder:
     """Codes all states with one codec after the other into one pair of buffers."""
 
-    def __init__(
-        self, args: argparse.Namespace, corpus: Corpus, states: States, frozen: FrozenTarget
-    ) -> None:
-        self.args, self.corpus, self.states, self.frozen = args, corpus, states, frozen
+    def __init__(self, args: argparse.Namespace, corpus: Corpus, states: States) -> None:
+        self.args, self.corpus, self.states = args, corpus, states
         self.aux, self.last = torch.zeros_like(states.aux), torch.zeros_like(states.last)
         self.held = ""
+        self.codecs: dict[str, Any] = {}
         self.known: dict[str, dict[str, Any]] = {}
-        self.fits: dict[str, Any] = {}
-
-    def parts(self) -> Iterator[tuple[slice, slice, int, int]]:
-        """Runs of whole samples of about ``--part-tokens``: their tokens, their last states, and first and past-last sample."""
-        first = 0
-        start, last = self.corpus.start, self.corpus.last_start
-        n = len(self.corpus.lengths)
-        while first < n:
-            end = first + 1
-            while end < n and start[end + 1] - start[first] <= self.args.part_tokens:
-                end += 1
-            yield slice(start[first], start[end]), slice(last[first], last[end]), first, end
-            first = end
 
     def use(self, name: str) -> dict[str, Any]:
-        """Fill the buffers with what ``name`` decodes to; its bytes and errors."""
+        """Fill the buffers with what codec ``name`` decodes to; its bytes and errors."""
         if self.held != name:
             if name == "exact":
                 self.aux.copy_(self.states.aux)
                 self.last.copy_(self.states.last)
-                found = {"bytes_per_token": 0.0, "calibration_bytes": 0}
-            elif name.startswith("rotated"):
-                found = self.rotated(*map(int, name.split("-")[1:]))
+                found: dict[str, Any] = {"bytes_per_token": 0.0, "calibration_bytes": 0}
             else:
-                found = self.klt(*map(float, name.split("-")[1:]))
+                found = self.code(name)
             self.held = name
             if name not in self.known:
                 self.known[name] = found | (self.errors() if name != "exact" else {})
                 say(name, json.dumps(self.known[name]))
         return self.known[name]
 
-    def sample_rows(self) -> list[int]:
-        """Samples to calibrate on: spread over the training rows that ``--fit-on`` lets in, about ``--calibrate`` tokens."""
+    def calibrated(self, name: str) -> Any:
+        """Codec ``name``, after it has seen training samples spread over those that ``--fit-on`` lets in."""
         allowed = [i for i in self.corpus.train if self.corpus.fit_on[i]]
         mean = float(np.mean(self.corpus.lengths[allowed]))
-        count = min(len(allowed), math.ceil(self.args.calibrate / mean))
-        return [int(allowed[(2 * i + 1) * len(allowed) // (2 * count)]) for i in range(count)]
-
-    def pieces(self) -> list[Piece]:
-        """Calibration states in runs of samples, for few and large products."""
-        out = []
-        chosen = self.sample_rows()
-        start, last = self.corpus.start, self.corpus.last_start
-        run = max(1, min(16, len(chosen) // 8))
-        for at in range(0, len(chosen), run):
-            some = chosen[at : at + run]
-            tokens = torch.from_numpy(np.concatenate([np.arange(start[i], start[i + 1]) for i in some]))
-            lasts = torch.from_numpy(np.concatenate([np.arange(last[i], last[i + 1]) for i in some]))
-            firsts = np.cumsum([0, *(self.corpus.lengths[i] for i in some)])[:-1]
-            device = self.states.aux.device
-            ids = self.states.context.ids[tokens.to(device)]
-            moved = np.concatenate([self.corpus.last_at[i] + f for i, f in zip(some, firsts, strict=True)])
-            context = Context.of(ids, torch.from_numpy(firsts).to(device), torch.from_numpy(moved).to(device))
-            out.append(Piece(self.states.aux[tokens.to(device)], self.states.last[lasts.to(device)], context))
-        return out
-
-    def rotated(self, aux_bits: int, last_bits: int) -> dict[str, Any]:
-        pieces = self.pieces()
-        a = codec_for(aux_bits).calibrated(torch.cat([p.aux for p in pieces])[:16384])  # type: ignore[attr-defined]
-        b = codec_for(last_bits).calibrated(torch.cat([p.last for p in pieces])[:8192])  # type: ignore[attr-defined]
-        assert isinstance(a, Rotated)
-        sizes, hidden = Sizes(), self.states.last.shape[1]
-        for tokens, lasts, _, _ in self.parts():
-            coded, behind = a.encode(self.states.aux[tokens]), b.encode(self.states.last[lasts])
-            self.aux[tokens] = a.decode(coded, hidden).to(self.aux.dtype)
-            self.last[lasts] = b.decode(behind, hidden).to(self.last.dtype)
-            sizes.add(
-                [
-                    (t.flatten(1).cpu().numpy(), ROTATED_CHUNK, False)
-                    for t in (*coded.values(), *behind.values())
-                ]
+        budget = self.args.calibrate if name.startswith("klt") else 16384
+        count = min(len(allowed), math.ceil(budget / mean))
+        some = [int(allowed[(2 * i + 1) * len(allowed) // (2 * count)]) for i in range(count)]
+        start, last, device = self.corpus.start, self.corpus.last_start, self.aux.device
+        rows, lasts = (
+            torch.from_numpy(np.concatenate([np.arange(at[i], at[i + 1]) for i in some])).to(device)
+            for at in (start, last)
+        )
+        frozen = self.states.frozen
+        tokens = tokens_of([self.corpus.samples[i] for i in some], frozen.embed_tokens)
+        tokens = dataclasses.replace(tokens, head=frozen.lm_head)
+        aux, last_states = self.states.aux[rows], self.states.last[lasts]
+        if name.startswith("klt"):
+            codec = KLT.make(name, "zstd")
+            tables = fit(
+                aux, last_states, tokens, aux_bits=codec.aux_bits, last_bits=codec.last_bits, say=say
             )
-        return {"bytes_per_token": sizes.total() / self.states.tokens + META, "calibration_bytes": 0}
+            return codec.with_tables(tables)
+        return make(name).calibrated(aux, last_states, tokens)
 
-    def klt(self, aux_bits: float, last_bits: float) -> dict[str, Any]:
+    def parts(self) -> Iterator[tuple[int, int]]:
+        """Runs of whole samples of about ``--part-tokens``: first and past-last sample."""
+        first, start, n = 0, self.corpus.start, len(self.corpus.lengths)
+        while first < n:
+            end = first + 1
+            while end < n and start[end + 1] - start[first] <= self.args.part_tokens:
+                end += 1
+            yield first, end
+            first = end
+
+    @torch.no_grad()
+    def code(self, name: str) -> dict[str, Any]:
+        """Code and decode every part; bytes are counted in threads beside it."""
         began = time.monotonic()
-        key = f"{aux_bits}/{last_bits}"
-        if key not in self.fits:
-            embed, head = self.frozen.embed_tokens, self.frozen.lm_head
-            self.fits[key] = fit(self.pieces(), embed, head, aux_bits=aux_bits, last_bits=last_bits, say=say)
-        tables = self.fits[key]
-        found: dict[str, Any] = {"fit_seconds": time.monotonic() - began}
-        klt = Klt(tables, self.frozen.embed_tokens)
-        sizes, exact_aux, exact_last = Sizes(), 0, 0
-        began = time.monotonic()
-        ids = self.states.context.ids
-        for tokens, lasts, first, end in self.parts():
-            start = torch.from_numpy(self.corpus.start[first:end] - self.corpus.start[first]).to(ids.device)
-            at = self.states.context.last_at[lasts] - tokens.start
-            context = Context.of(ids[tokens], start, at)
-            x, y = self.states.aux[tokens], self.states.last[lasts]
-            code = klt.encode_aux(x, context)
-            behind = klt.encode_last(y, code.code, context)
-            back = klt.decode_aux(code.code, context, self.aux.dtype)
-            back[code.exact] = x[code.exact]
-            self.aux[tokens] = back
-            after = klt.decode_last(behind.code, code.code, context, self.last.dtype)
-            after[behind.exact] = y[behind.exact]
-            self.last[lasts] = after
-            arrays = [(c.cpu().numpy(), CHUNK, True) for c in (code.code, behind.code)]
-            # A sample's first token has the same state wherever its id is the same: once in a part.
-            mine = code.exact.cpu()
-            firsts = torch.isin(mine, start.cpu())
-            once = torch.unique(ids[tokens].cpu()[mine[firsts]], return_inverse=False).numel()
-            kept = torch.cat([mine[~firsts], mine[firsts][:once]])
-            arrays.append((x[kept.to(x.device)].flatten(1).view(torch.int16).cpu().numpy(), CHUNK, False))
-            arrays.append((y[behind.exact].view(torch.int16).cpu().numpy(), CHUNK, False))
-            exact_aux += len(mine)
-            exact_last += len(behind.exact)
-            sizes.add(arrays)
+        if name not in self.codecs:
+            self.codecs[name] = self.calibrated(name)
+        codec, found = self.codecs[name], {"fit_seconds": time.monotonic() - began}
+        layers, hidden = self.states.aux.shape[1:]
+        specs, start, last = codec.arrays(layers, hidden), self.corpus.start, self.corpus.last_start
+        began, jobs, exact = time.monotonic(), [], 0
+        counting = name not in self.known
+        with ThreadPoolExecutor(12) as pool:
+            for first, end in self.parts():
+                rows, lasts = slice(start[first], start[end]), slice(last[first], last[end])
+                tokens = tokens_of(self.corpus.samples[first:end], self.states.frozen.embed_tokens)
+                coded = codec.encode(self.states.aux[rows], self.states.last[lasts], tokens)
+                self.aux[rows], self.last[lasts] = codec.decode(coded, hidden, tokens, self.aux.dtype)
+                if counting:
+                    exact += coded[EXACT_TOKEN].shape[0] if EXACT_TOKEN in coded else 0
+                    jobs += [pool.submit(chunk_bytes, n, coded[n].cpu().numpy(), s) for n, s in specs.items()]
         found["code_seconds"] = time.monotonic() - began
-        found["bytes_per_token"] = sizes.total() / self.states.tokens + META
-        found["calibration_bytes"] = len(tables.to_bytes())
-        found |= {
-            "exact_aux": exact_aux,
-            "exact_last": exact_last,
-            "kept": tables.aux.kept,
-            "columns": tables.aux.packing.columns,
-        }
+        sizes = dict.fromkeys(specs, 0)
+        for i, job in enumerate(jobs):
+            sizes[list(specs)[i % len(specs)]] += job.result()
+        found["arrays"] = {n: round(size / self.states.tokens, 2) for n, size in sizes.items()}
+        found["bytes_per_token"] = sum(sizes.values()) / self.states.tokens + META
+        found["calibration_bytes"] = sum(t.nbytes for t in codec.calibration().values())
+        if exact:
+            found |= {
+                "exact": exact,
+                "kept": codec.tables.aux.kept,
+                "columns": codec.tables.aux.packing.columns,
+            }
         return found
 
     @torch.no_grad()
@@ -244,7 +202,7 @@ class Coder:
         variance = (x - x.mean(0)).square().mean(0).clamp(min=1e-12)
         ratio = ((x - y).square().mean(0) / variance).mean(1)
         rows = torch.arange(0, self.last.shape[0], max(1, self.last.shape[0] // 2048), device=self.aux.device)
-        head = self.frozen.lm_head.float()
+        head = self.states.frozen.lm_head.float()
         p, q = (s[rows].float() @ head.T for s in (self.states.last, self.last))
         return {
             "aux_db": [round(-10 * math.log10(max(float(r), 1e-12)), 2) for r in ratio],
@@ -429,9 +387,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--rows", type=int, default=9000)
     parser.add_argument("--steps", type=int, default=1200)
     parser.add_argument("--seeds", default="0,1,2,3,4")
-    parser.add_argument(
-        "--codecs", default="exact,klt-1.0-1.0,klt-0.7-1.0,rotated-4-4,klt-0.5-1.0,rotated-2-4"
-    )
+    parser.add_argument("--codecs", default="exact,klt-1-1,klt-0.7-1,rotated-4-4,klt-0.5-1,rotated-2-4")
     parser.add_argument("--seconds", type=float, default=560.0)
     parser.add_argument("--only", type=re.compile, default=None)
     parser.add_argument("--fit-on", type=re.compile, default=None)
@@ -469,8 +425,6 @@ def arguments() -> argparse.Namespace:
 
 def main() -> None:
     args = arguments()
-    import numcodecs  # noqa: F401  # needed at the end of a long run: missing, it is missed now
-
     args.out.mkdir(parents=True, exist_ok=True)
     before = args.before or args.out / "codec_klt.json"
     runs: list[dict[str, Any]] = json.loads(before.read_text())["results"]["runs"] if before.exists() else []
@@ -481,17 +435,9 @@ def main() -> None:
         f"{len(corpus.samples)} samples, {corpus.start[-1]} tokens, {corpus.last_start[-1]} last states, {len(val)} samples held out"
     )
     aux, last, frozen = capture(args, corpus)
-    device = aux.device
-    ids = np.concatenate([s.input_ids for s in corpus.samples])
-    at = np.concatenate([a + s for a, s in zip(corpus.last_at, corpus.start, strict=False)])
-    context = Context.of(
-        torch.from_numpy(ids).to(device),
-        torch.from_numpy(corpus.start[:-1]).to(device),
-        torch.from_numpy(at).to(device),
-    )
-    states = States(aux, last, context)
+    states = States(aux, last, frozen)
     say(f"states: {aux.nbytes / 1e9:.1f} GB of aux layers, {last.nbytes / 1e9:.1f} GB of last states")
-    coder, trainer = Coder(args, corpus, states, frozen), Trainer(args, corpus, states, frozen)
+    coder, trainer = Coder(args, corpus, states), Trainer(args, corpus, states, frozen)
     raw = 6 + 2 * last.shape[1] * (len(corpus.layers) + 1)
     config = {
         k: getattr(v, "pattern", v if isinstance(v, int | float | str) else str(v))

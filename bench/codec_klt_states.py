@@ -48,7 +48,7 @@ class Corpus:
         self.keys = np.stack([np.frombuffer(s.key, np.uint8) for s in self.samples])
 
 
-def _make(at: tuple[int, str]) -> TokenSample | None:
+def _make(at: tuple[int, str]) -> list[TokenSample]:
     number, line = at
     value = json.loads(line)
     row = Row(
@@ -57,7 +57,7 @@ def _make(at: tuple[int, str]) -> TokenSample | None:
         ChatRow(value["messages"], value.get("tools"), bool(value.get("finished", True))),
     )
     assert _maker is not None
-    return _maker.make(row).sample
+    return list(_maker.make(row).samples)
 
 
 def read_corpus(args: argparse.Namespace) -> Corpus:
@@ -80,7 +80,7 @@ def read_corpus(args: argparse.Namespace) -> Corpus:
 
         with multiprocessing.get_context("fork").Pool(min(16, os.cpu_count() or 1)) as pool:
             made = pool.map(_make, lines, chunksize=64)
-    kept = [(s, line) for s, (_, line) in zip(made, lines, strict=True) if s is not None]
+    kept = [(s, line) for some, (_, line) in zip(made, lines, strict=True) for s in some]
     fit_on = [args.fit_on is None or args.fit_on.search(line) is not None for _, line in kept]
     layers = (
         tuple(int(x) for x in args.layers.split(","))

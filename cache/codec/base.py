@@ -84,12 +84,14 @@ class Tokens:
 
     ``input_ids`` int64[T]. ``sample_start`` int64[N + 1]: first token of each sample, then the end of the last one (T, or less where padding follows).
     ``last_token`` int64[M]: the token of each stored last state. ``embedding`` [V, H]: the target's frozen input embedding.
+    ``head`` [V, H]: its output matrix, where a codec is to learn (None: the embedding).
     """
 
     input_ids: torch.Tensor
     sample_start: torch.Tensor
     last_token: torch.Tensor
     embedding: torch.Tensor
+    head: torch.Tensor | None = None
 
 
 class Codec(Protocol):

@@ -1,0 +1,294 @@
+"""The transform codec ``klt-A-L``: A bits for a value of the aux layers and L for one of the last state, by entropy.
+
+What is predicted from the ids that the store holds anyway is not coded; the rest of all aux layers is coded together, in the basis in
+which its coefficients are uncorrelated, with one step for all (``tables.py``). The last state is predicted from the decoded aux
+coefficients of its token and from the embeddings around it, and coded in a metric in which an error costs what it costs the target's
+distribution. ``fit.py`` finds the tables; without them nothing can be coded.
+
+A row that the cells cannot hold (the massive activations of first tokens) is stored as it is.
+
+Legend: T tokens, M stored last states, L aux layers, H hidden size, C = L * H, X tokens stored exactly.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+from dspark.cache.codec.base import EXACT_TOKEN, ArraySpec, Tokens, check_finite
+from dspark.cache.codec.klt.half import half_on
+from dspark.cache.codec.klt.symbols import BAND, CLASSES
+from dspark.cache.codec.klt.tables import Tables
+from dspark.cache.errors import FormatVersionError, UsageError
+from dspark.cache.settings import DEFAULT_PACKING
+
+if TYPE_CHECKING:
+    import torch
+
+    from dspark.cache.codec.base import Tensors
+    from dspark.cache.manifest import Json
+
+CHUNK = 512  # tokens: of 128, 256, 512 and 1,024 they take 11, 4, 0 and -2 % more bytes; a sample reads half a chunk too much at each end
+ROWS = {"cpu": 1024, "cuda": 8192}  # at once, so that what is made on the way stays small
+PARAMS: Json = {"classes": [list(c) for c in CLASSES], "band": BAND}
+# Of a store's size before calibration: what zstd takes above the entropy, and bytes per token of rows stored exactly.
+PACKED, EXACT_SHARE = 1.03, 1 / 300
+PER_DIMENSION = 16  # tokens that calibration asks for, per dimension of a row of all aux layers
+LEAST_PER_DIMENSION = 4  # with fewer the basis fits the sample and not the corpus
+
+
+@dataclass(frozen=True, slots=True)
+class Klt:
+    """``tables``: what was learnt; None before. Two are equal where they store the same codes in the same way."""
+
+    aux_bits: float
+    last_bits: float
+    pack: str = DEFAULT_PACKING
+    digest: str | None = None
+    tables: Tables | None = field(default=None, compare=False, repr=False)
+
+    @property
+    def name(self) -> str:
+        return f"klt-{self.aux_bits:g}-{self.last_bits:g}"
+
+    @property
+    def params(self) -> Json:
+        return PARAMS
+
+    @property
+    def bits(self) -> tuple[int | None, int | None]:
+        return None, None
+
+    @property
+    def needs_tokens(self) -> bool:
+        return True
+
+    @property
+    def needs_calibration(self) -> bool:
+        return True
+
+    @property
+    def learnt(self) -> Tables:
+        """The tables. Raises UsageError before ``calibrated``."""
+        if self.tables is None:
+            raise UsageError(f"codec {self.name} codes nothing before it is calibrated on states")
+        return self.tables
+
+    def calibration_tokens(self, layers: int, hidden: int) -> int:
+        """Tokens that ``calibrated`` should see."""
+        return PER_DIMENSION * layers * hidden
+
+    def least_tokens(self, layers: int, hidden: int) -> int:
+        """Tokens without which ``calibrated`` is not worth it."""
+        return LEAST_PER_DIMENSION * layers * hidden
+
+    def arrays(self, layers: int, hidden: int) -> dict[str, ArraySpec]:
+        """Widths are the calibration's; before it, what SmolLM2's were at one bit (for plans of memory)."""
+        if self.tables is None:
+            aux, last = round(0.42 * layers * hidden), round(0.35 * hidden)
+        else:
+            aux, last = self.tables.aux.packing.width, self.tables.last.packing.width
+        columns = ArraySpec("uint8", aux, self.pack, order="columns", chunk=CHUNK)
+        exact = ArraySpec("uint16", hidden, self.pack, axis="exact")
+        return {
+            "aux_code": columns,
+            "last_code": replace(columns, width=last, axis="last"),
+            "exact_aux": replace(exact, layers=layers),
+            "exact_last": exact,
+        }
+
+    def disk_bytes(self, layers: int, hidden: int, last_share: float = 1.0) -> float:
+        coded = self.aux_bits * layers + last_share * self.last_bits
+        return hidden * coded / 8 * PACKED + EXACT_SHARE * 0.1 * 2 * hidden * (layers + 1)
+
+    def calibrated(self, aux: torch.Tensor, last: torch.Tensor, tokens: Tokens | None = None) -> Klt:
+        """Raises UsageError for fewer than two samples."""
+        from dspark.cache.codec.klt.fit import fit
+
+        assert tokens is not None
+        check_finite(aux)
+        check_finite(last)
+        tables = fit(aux, last, tokens, aux_bits=self.aux_bits, last_bits=self.last_bits)
+        return self.with_tables(tables)
+
+    def with_tables(self, tables: Tables) -> Klt:
+        return replace(self, tables=tables, digest=tables.digest())
+
+    def calibration(self) -> Tensors:
+        return {} if self.tables is None else self.tables.tensors()
+
+    def repacked(self, pack: str) -> Klt:
+        if pack != "zstd":
+            raise UsageError(
+                f"--pack {pack}: codec {self.name} has cells of unequal shares, and only zstd makes them smaller. "
+                "Leave --pack at zstd, or choose a rotated codec."
+            )
+        return replace(self, pack=pack)
+
+    # -- coding ------------------------------------------------------------------------------------------------------------
+
+    def encode(self, aux: torch.Tensor, last: torch.Tensor, tokens: Tokens | None = None) -> Tensors:
+        import torch
+
+        assert tokens is not None
+        check_finite(aux)
+        check_finite(last)
+        t, device = self.learnt, aux.device
+        a, b = half_on(t.aux, device), half_on(t.last, device)
+        known = Known.of(tokens, a.dtype)
+        pieces = [a.encode(aux[s].flatten(1), known.around(s)) for s in _runs(aux)]
+        code, outside = (torch.cat(x) for x in zip(*pieces, strict=True))
+        pieces = [b.encode(last[s], self._of_last(known, code, s)) for s in _runs(last)]
+        last_code, last_outside = (torch.cat(x) for x in zip(*pieces, strict=True))
+        outside[tokens.last_token[last_outside]] = True
+        exact = outside.nonzero()[:, 0]
+        place = torch.full((aux.shape[0],), -1, dtype=torch.int64, device=device)
+        place[tokens.last_token] = torch.arange(last.shape[0], device=device)
+        row = place[exact]
+        exact_last = last[row.clamp(min=0)] if last.shape[0] else last.new_zeros(row.shape[0], t.hidden)
+        exact_last = torch.where((row >= 0)[:, None], exact_last, torch.zeros_like(exact_last))
+        return {
+            "aux_code": code,
+            "last_code": last_code,
+            "exact_aux": _bits(aux[_same_first(exact, tokens)]),
+            "exact_last": _bits(exact_last),
+            EXACT_TOKEN: exact,
+        }
+
+    def decode(
+        self,
+        coded: Mapping[str, torch.Tensor],
+        hidden: int,
+        tokens: Tokens | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        import torch
+
+        assert tokens is not None
+        t, code, last_code = self.learnt, coded["aux_code"], coded["last_code"]
+        device, dtype = code.device, dtype or torch.float32
+        a, b = half_on(t.aux, device), half_on(t.last, device)
+        known = Known.of(tokens, a.dtype)
+        aux = torch.empty(code.shape[0], t.layers, hidden, dtype=dtype, device=device)
+        for s in _runs(code):
+            aux[s] = a.rows(a.read(code[s]), known.around(s)).view(-1, t.layers, hidden)
+        last = torch.empty(last_code.shape[0], hidden, dtype=dtype, device=device)
+        for s in _runs(last_code):
+            last[s] = b.rows(b.read(last_code[s]), self._of_last(known, code, s))
+        exact = coded[EXACT_TOKEN].long()
+        aux[exact] = _values(coded["exact_aux"]).to(dtype)
+        place = torch.full((code.shape[0],), -1, dtype=torch.int64, device=device)
+        place[exact] = torch.arange(exact.shape[0], device=device)
+        row = place[tokens.last_token]
+        if exact.shape[0]:
+            found = _values(coded["exact_last"])[row.clamp(min=0)].to(dtype)
+            last = torch.where((row >= 0)[:, None], found, last)
+        return aux, last
+
+    def _of_last(self, known: Known, code: torch.Tensor, rows: slice) -> torch.Tensor:
+        """Features of last states [m, context + 3 H]: the first coefficients of the token's aux code, and three embeddings."""
+        import torch
+
+        t = self.learnt
+        at = known.tokens.last_token[rows]
+        y = half_on(t.aux, code.device).read(code.index_select(0, at))[:, : t.context]
+        return torch.cat([y, known.near(at)], 1)
+
+
+@dataclass(frozen=True, slots=True)
+class Known:
+    """What the decoder knows of tokens beside their codes. ``previous`` int64 [T]: the id before, -1 where a sample begins."""
+
+    tokens: Tokens
+    previous: torch.Tensor
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, tokens: Tokens, dtype: torch.dtype) -> Known:
+        import torch
+
+        previous = torch.roll(tokens.input_ids, 1)
+        start = tokens.sample_start
+        previous[start[start < previous.shape[0]]] = -1
+        return cls(tokens, previous, dtype)
+
+    def embedding(self, ids: torch.Tensor) -> torch.Tensor:
+        """Rows of the embedding, zeros where an id is -1."""
+        found = self.tokens.embedding.index_select(0, ids.clamp(min=0)).to(self.dtype)
+        return found * (ids >= 0)[:, None]
+
+    def around(self, rows: slice) -> torch.Tensor:
+        """[t, 2 H]: the embeddings of each token and of the one before."""
+        import torch
+
+        ids = (self.tokens.input_ids[rows], self.previous[rows])
+        return torch.cat([self.embedding(i) for i in ids], 1)
+
+    def near(self, at: torch.Tensor) -> torch.Tensor:
+        """[m, 3 H]: the embeddings before, at and after tokens ``at``."""
+        import torch
+
+        ids = self.tokens.input_ids
+        return torch.cat([self.embedding(i) for i in (self.previous[at], ids[at], ids[at + 1])], 1)
+
+
+def _same_first(exact: torch.Tensor, tokens: Tokens) -> torch.Tensor:
+    """The tokens whose states are stored for ``exact``: a sample's first token depends on its id alone, so all take the first one's."""
+    import torch
+
+    first = torch.isin(exact, tokens.sample_start)
+    out = exact.clone()
+    mine = exact[first]
+    ids = tokens.input_ids[mine]
+    same = ids[:, None] == ids[None, :]
+    out[first] = mine[same.to(torch.int8).argmax(1)]
+    return out
+
+
+def _bits(x: torch.Tensor) -> torch.Tensor:
+    import torch
+
+    return x.to(torch.bfloat16).contiguous().view(torch.uint16)
+
+
+def _values(x: torch.Tensor) -> torch.Tensor:
+    import torch
+
+    return x.view(torch.bfloat16)
+
+
+def _runs(x: torch.Tensor) -> list[slice]:
+    size = ROWS.get(x.device.type, ROWS["cpu"])
+    return [slice(i, min(i + size, x.shape[0])) for i in range(0, x.shape[0], size)] or [slice(0, 0)]
+
+
+class KltFamily:
+    """``klt-A-L`` for any positive A and L up to 8."""
+
+    def names(self) -> list[str]:
+        return ["klt-1-1", "klt-0.7-1", "klt-0.5-1"]
+
+    def make(self, name: str, pack: str) -> Klt:
+        found = re.fullmatch(r"klt-(\d+(?:\.\d+)?)-(\d+(?:\.\d+)?)", name)
+        bits = [float(x) for x in found.groups()] if found else []
+        if not bits or not all(0.05 <= b <= 8 for b in bits):
+            raise UsageError(
+                f"--codec {name}: expected klt-A-L, bits per value of the aux layers and of the last state from 0.05 to 8, such as klt-1-1"
+            )
+        return Klt(bits[0], bits[1]).repacked(pack)
+
+    def load(
+        self, name: str, params: Json, pack: str, calibration: Mapping[str, torch.Tensor], where: str
+    ) -> Klt:
+        known = self.make(name, pack)
+        if params != known.params:
+            raise FormatVersionError(
+                f"{where}: codec {name} has parameters {params}, this release knows {known.params}. "
+                "Use the dspark release that wrote the store."
+            )
+        return known.with_tables(Tables.of(calibration, where)) if calibration else known
+
+
+FAMILY = KltFamily()

@@ -1,0 +1,296 @@
+"""Finding the tables of the transform codec from states of samples from all over a corpus.
+
+Passes over states that may lie on the host: norms (which rows are massive), moments, and cells of samples that were held out of the
+moments, which set the step so that the rate is one that new text has. Then the last state, from decoded aux coefficients. All work is
+done on the device of the embedding.
+
+Legend: T tokens, M stored last states, L aux layers, H hidden size, C = L * H, F features.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+from dspark.cache.codec.base import Tokens
+from dspark.cache.codec.klt.codec import Known
+from dspark.cache.codec.klt.half import half_on
+from dspark.cache.codec.klt.moments import Moments, eigen, fisher, regression, root
+from dspark.cache.codec.klt.symbols import Packing, entropy_columns, offsets_of, quantise, step_for
+from dspark.cache.codec.klt.tables import Tables, Transform
+from dspark.cache.errors import UsageError
+
+if TYPE_CHECKING:
+    import torch
+
+Say = Callable[[str], None]
+
+MASSIVE = 10.0  # a row of this many times a layer's median norm is left out of the moments
+LEAST_DEVIATION = 1e-3  # of the median deviation, so that a constant channel does not divide by zero
+RIDGE_AUX, RIDGE_LAST = 1e-2, 5e-2  # of the features' mean variance
+PIECE = 4096  # tokens, in whole samples, that are on the device at once
+LEAST_PIECES = 8
+HELD_OUT = 8  # every so many-th piece is kept for the step
+RATE_ROWS = 16384  # held-out rows at most that the step is set on
+LEAST_BITS = 0.02  # a column of less entropy is not kept
+EXACT_NOISE = 2.0  # a row is exact where its classes would add this many times an ordinary row's error
+
+
+class Piece(NamedTuple):
+    """States of a run of samples: ``aux`` [T, L, H], ``last`` [M, H], any float dtype."""
+
+    aux: torch.Tensor
+    last: torch.Tensor
+    tokens: Tokens
+
+
+def pieces_of(aux: torch.Tensor, last: torch.Tensor, tokens: Tokens) -> list[Piece]:
+    """Runs of whole samples of about ``PIECE`` tokens, at least ``LEAST_PIECES`` of them where there are as many samples."""
+    import numpy as np
+
+    starts = tokens.sample_start.cpu().numpy()
+    size = min(PIECE, max(1, int(starts[-1]) // LEAST_PIECES))
+    ends = [0]
+    for i in range(1, len(starts)):
+        if starts[i] - starts[ends[-1]] >= size or i == len(starts) - 1:
+            ends.append(i)
+    at = np.searchsorted(tokens.last_token.cpu().numpy(), starts[ends])
+    out = []
+    for n in range(len(ends) - 1):
+        a, b = int(starts[ends[n]]), int(starts[ends[n + 1]])
+        rows = slice(int(at[n]), int(at[n + 1]))
+        own = dataclasses.replace(
+            tokens,
+            input_ids=tokens.input_ids[a:b],
+            sample_start=tokens.sample_start[ends[n] : ends[n + 1] + 1] - a,
+            last_token=tokens.last_token[rows] - a,
+        )
+        out.append(Piece(aux[a:b], last[rows], own))
+    return out
+
+
+def fit(
+    aux: torch.Tensor,
+    last: torch.Tensor,
+    tokens: Tokens,
+    *,
+    aux_bits: float,
+    last_bits: float,
+    context: int | None = None,
+    say: Say = lambda text: None,
+) -> Tables:
+    """Tables for ``aux_bits`` per value of the aux layers and ``last_bits`` per value of the last state, by entropy on held-out samples.
+
+    ``context``: see ``Tables`` (None: two hidden sizes). Raises UsageError for fewer than two samples or without a stored last state.
+    """
+    pieces = pieces_of(aux, last, tokens)
+    held = {i for i in range(len(pieces)) if i % HELD_OUT == HELD_OUT // 2} or {len(pieces) - 1}
+    learn = [p for i, p in enumerate(pieces) if i not in held]
+    keep = [p for i, p in enumerate(pieces) if i in held]
+    stored = [sum(p.last.shape[0] for p in some) for some in (learn, keep)]
+    if not learn or not all(stored):
+        raise UsageError(
+            f"found {len(pieces)} runs of samples to calibrate on, with {stored[0]} stored last states to learn from and {stored[1]} to "
+            "measure on; expected some of each. Choose a rotated codec (--codec rotated-4-4) or dump more rows."
+        )
+    layers, hidden = aux.shape[1:]
+    work = _Fit(tokens, layers, hidden, say)
+    ordinary = work.ordinary(pieces)
+    found = work.aux(learn, keep, ordinary, aux_bits)
+    return work.last(
+        learn, keep, found, min(2 * hidden if context is None else context, found.kept), last_bits
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Fit:
+    """One calibration. ``about.embedding`` says the device."""
+
+    about: Tokens
+    layers: int
+    hidden: int
+    say: Say
+
+    @property
+    def device(self) -> torch.device:
+        return self.about.embedding.device
+
+    def moved(self, pieces: Sequence[Piece]) -> Iterator[Piece]:
+        for p in pieces:
+            t, device = p.tokens, self.device
+            there = (x.to(device) for x in (t.input_ids, t.sample_start, t.last_token))
+            ids, start, at = there
+            tokens = dataclasses.replace(t, input_ids=ids, sample_start=start, last_token=at)
+            yield Piece(p.aux.to(device), p.last.to(device), tokens)
+
+    def ordinary(self, pieces: Sequence[Piece]) -> torch.Tensor:
+        """The largest ordinary norm of each layer, float32 [L]."""
+        import torch
+
+        norms = [p.aux.to(self.device).float().norm(dim=2) for p in pieces]
+        return MASSIVE * torch.cat(norms).median(0).values
+
+    def centre(self, pieces: Sequence[Piece], most: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean and deviation of ordinary rows, float32 [C]."""
+        import torch
+
+        width = self.layers * self.hidden
+        total, square = torch.zeros(2, width, dtype=torch.float64, device=self.device)
+        rows = 0
+        for piece in pieces:
+            x = piece.aux.to(self.device).double()
+            x = x[_is_ordinary(x, most)].flatten(1)
+            rows += x.shape[0]
+            total += x.sum(0)
+            square += x.square().sum(0)
+        mean = total / max(rows, 1)
+        deviation = (square / max(rows, 1) - mean.square()).clamp(min=0).sqrt()
+        least = float(deviation.median()) * LEAST_DEVIATION
+        deviation = deviation.clamp(min=least) if least > 0 else torch.ones_like(deviation)
+        return mean.float(), deviation.float()
+
+    def aux(
+        self, learn: Sequence[Piece], keep: Sequence[Piece], most: torch.Tensor, bits: float
+    ) -> Transform:
+        """The aux layers' transform, for ``bits`` per value."""
+        import torch
+
+        channels = self.layers * self.hidden
+        mean, deviation = self.centre(learn, most)
+        moments = Moments.of_width(channels + 2 * self.hidden, self.device)
+        for piece in self.moved(learn):
+            ok = _is_ordinary(piece.aux, most)
+            z = (piece.aux[ok].flatten(1).float() - mean) / deviation
+            moments.add(torch.cat([z, _around(piece)[ok]], 1))
+        centre, covariance = moments.covariance()
+        weights, residual = regression(covariance, channels, RIDGE_AUX)
+        energy = float(covariance[:channels, :channels].diagonal().sum())
+        self.say(
+            f"aux layers: {moments.rows:,} tokens, {moments.rows / channels:.1f} for each of {channels:,} dimensions; "
+            f"embeddings explain {1 - float(residual.diagonal().sum()) / max(energy, 1e-12):.1%} of the energy"
+        )
+        shifted = mean + deviation * (centre[:channels] - centre[channels:] @ weights).float()
+        _, basis = eigen(residual)
+        del covariance, residual, moments
+        whole = _transform(shifted, deviation, basis.T, None, weights)
+        half = half_on(whole, self.device)
+
+        def coefficients() -> Iterator[torch.Tensor]:
+            for piece in self.moved(keep):
+                y = half.coefficients(piece.aux.flatten(1), _around(piece))
+                yield y[_is_ordinary(piece.aux, most)]
+
+        return _quantised(whole, _some(coefficients()), bits * channels)
+
+    def last(
+        self, learn: Sequence[Piece], keep: Sequence[Piece], aux: Transform, count: int, bits: float
+    ) -> Tables:
+        """Both transforms, the last state's for ``bits`` per value, predicted from ``count`` coefficients of ``aux``."""
+        import torch
+
+        hidden = self.hidden
+        tables = Tables(aux, aux, self.layers, hidden, count)
+        half = half_on(aux, self.device)
+
+        def rows(pieces: Sequence[Piece]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+            for piece in self.moved(pieces):
+                at = piece.tokens.last_token
+                code = half.encode(piece.aux.flatten(1), _around(piece))[0]
+                y = half.read(code.index_select(0, at))[:, :count]
+                near = Known.of(piece.tokens, torch.float32).near(at)
+                yield piece.last.float(), torch.cat([y.float(), near], 1)
+
+        moments = Moments.of_width(count + 4 * hidden, self.device)
+        for states, features in rows(learn):
+            moments.add(torch.cat([states, features], 1))
+        centre, covariance = moments.covariance()
+        weights, residual = regression(covariance, hidden, RIDGE_LAST, count)
+        head = self.about.head if self.about.head is not None else self.about.embedding
+        metric, inverse = root(fisher((p.last for p in learn), head.to(self.device)))
+        spread, left = (metric @ x @ metric for x in (covariance[:hidden, :hidden], residual))
+        self.say(
+            f"last state: {moments.rows:,} rows; prediction leaves {float(left.trace() / spread.trace()):.1%} of its energy "
+            "in the metric of the target's distribution"
+        )
+        _, basis = eigen(left)
+        mean = centre[:hidden] - centre[hidden:] @ weights
+        whole = _transform(mean, torch.ones_like(mean), basis.T @ inverse, metric @ basis, weights)
+        own = half_on(whole, self.device)
+        found = _some(own.coefficients(*pair) for pair in rows(keep))
+        return dataclasses.replace(tables, last=_quantised(whole, found, bits * hidden))
+
+
+def _around(piece: Piece) -> torch.Tensor:
+    """Features of the aux layers, float32 [T, 2 H]."""
+    import torch
+
+    return Known.of(piece.tokens, torch.float32).around(slice(None))
+
+
+def _is_ordinary(aux: torch.Tensor, most: torch.Tensor) -> torch.Tensor:
+    """Which rows of ``aux`` [T, L, H] carry no massive activation, bool [T]."""
+    out: torch.Tensor = (aux.float().norm(dim=2) <= most).all(1)
+    return out
+
+
+def _transform(
+    mean: torch.Tensor,
+    deviation: torch.Tensor,
+    back: torch.Tensor,
+    forward: torch.Tensor | None,
+    predict: torch.Tensor,
+) -> Transform:
+    """A transform that is not quantised yet."""
+    import torch
+
+    def half(x: torch.Tensor) -> torch.Tensor:
+        return x.to(torch.bfloat16).contiguous()
+
+    empty = torch.zeros(2, 0)
+    nothing = Packing((0, 0, 0, 0))
+    return Transform(
+        mean.float(), deviation.float(), half(back), None if forward is None else half(forward), half(predict),
+        empty, 1.0, nothing, 0.0, 0.0, 0.0,
+    )  # fmt: skip
+
+
+def _some(blocks: Iterable[torch.Tensor]) -> torch.Tensor:
+    """The first ``RATE_ROWS`` rows."""
+    import torch
+
+    out: list[torch.Tensor] = []
+    for block in blocks:
+        out.append(block[: RATE_ROWS - sum(map(len, out))])
+        if sum(map(len, out)) >= RATE_ROWS:
+            break
+    return torch.cat(out)
+
+
+def _quantised(whole: Transform, y: torch.Tensor, bits: float) -> Transform:
+    """``whole`` with the step at which held-out coefficients ``y`` take ``bits`` a row, and the columns that are worth keeping."""
+    import torch
+
+    step = step_for(y, bits)
+    q = quantise(y, step)
+    wanted = (entropy_columns(q) > LEAST_BITS).nonzero()[:, 0]
+    kept = int(wanted[-1]) + 1 if wanted.numel() else 0
+    packing = Packing.fitting(q[:, :kept])
+    kept = packing.total
+    y = y[:, :kept]
+    offsets = offsets_of(y, step, packing)
+    limits = torch.tensor(packing.limits(), dtype=y.dtype, device=y.device)
+    cells = torch.minimum((y.abs() / step + 0.5).floor(), limits)
+    found = dataclasses.replace(
+        whole,
+        back=whole.back[:kept].clone(),
+        forward=None if whole.forward is None else whole.forward[:, :kept].clone(),
+        offsets=offsets,
+        step=step,
+        packing=packing,
+        bits=float(entropy_columns(q[:, :kept]).sum()),
+    )
+    code_error = (y.abs() / step - cells).square().sum(1) * step * step
+    noise = float(code_error.median())
+    return dataclasses.replace(found, noise=noise, limit=EXACT_NOISE * noise)
