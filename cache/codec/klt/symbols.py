@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 # (cells of a column, columns to a byte); odd numbers of cells, from -(cells // 2) to cells // 2.
 CLASSES: tuple[tuple[int, int], ...] = ((255, 1), (15, 2), (5, 3), (3, 5))
-BAND = 60  # columns that share the two numbers of ``offsets``; a multiple of every n in CLASSES
+BAND = 30  # columns that share the two numbers of ``offsets``; a multiple of every n in CLASSES
 # Share of a column's values that may lie outside its class: they are moved to the outermost cell.
 OUTSIDE = 3e-4
 

@@ -1,0 +1,304 @@
+"""The transform codec: against a decoder in numpy that follows docs/format_codecs.md, against the Gaussian bound, and at its edges."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dspark.cache.codec.base import EXACT_TOKEN, Tokens
+from dspark.cache.codec.klt.codec import FAMILY, Klt, Known
+from dspark.cache.codec.klt.half import half_on
+from dspark.cache.codec.klt.symbols import BAND, CLASSES, Packing, entropy_columns, pack, quantise
+from dspark.cache.codec.klt.tables import Tables, Transform
+from dspark.cache.errors import DamagedCacheError, EngineError, FormatVersionError, UsageError
+
+LAYERS, HIDDEN, VOCAB = 3, 16, 40
+WIDTH = LAYERS * HIDDEN
+
+
+def some_tokens(lengths: list[int], seed: int = 0) -> Tokens:
+    """Random ids; the last state of every token but a sample's last is stored."""
+    g = torch.Generator().manual_seed(seed)
+    start = torch.tensor([0, *np.cumsum(lengths).tolist()])
+    ids = torch.randint(0, VOCAB, (int(start[-1]),), generator=g)
+    stored = torch.ones(len(ids), dtype=torch.bool)
+    stored[start[1:] - 1] = False
+    embedding = torch.randn(VOCAB, HIDDEN, generator=torch.Generator().manual_seed(7)) * 0.05
+    return Tokens(ids, start, stored.nonzero()[:, 0], embedding.bfloat16())
+
+
+def some_states(tokens: Tokens, seed: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gaussian rows with a spectrum over four decades, partly said by the embeddings; a massive first token in every sample."""
+    fixed, g = torch.Generator().manual_seed(3), torch.Generator().manual_seed(seed)
+    mix = torch.linalg.qr(torch.randn(WIDTH, WIDTH, generator=fixed))[0] * torch.logspace(0.5, -1.5, WIDTH)
+    said = torch.randn(HIDDEN, WIDTH, generator=fixed) * 0.5
+    noise = torch.randn(len(tokens.input_ids), WIDTH, generator=g) @ mix.T
+    aux = noise + tokens.embedding.float()[tokens.input_ids] @ said + torch.linspace(-3, 3, WIDTH)
+    aux[tokens.sample_start[:-1], 5] = 2000.0
+    to_last = torch.randn(WIDTH, HIDDEN, generator=fixed) / 4
+    last = aux.clamp(-20, 20) @ to_last + 0.1 * torch.randn(len(aux), HIDDEN, generator=g)
+    return aux.view(-1, LAYERS, HIDDEN).bfloat16(), last[tokens.last_token].bfloat16()
+
+
+@lru_cache(maxsize=4)
+def learnt(name: str = "klt-1.5-1.5") -> Klt:
+    tokens = some_tokens([30] * 100)
+    return FAMILY.make(name, "zstd").calibrated(*some_states(tokens), tokens)
+
+
+def decoded_by_numpy(codec: Klt, coded: dict[str, torch.Tensor], tokens: Tokens) -> tuple[Any, Any]:
+    """docs/format_codecs.md, step by step, in float64."""
+    t = {n: x.double().numpy() for n, x in codec.calibration().items()}
+
+    def coefficients(field: str, code: torch.Tensor) -> Any:
+        step, bands = t[f"{field}_numbers"][0], t[f"{field}_offsets"]
+        out, at, band = [], 0, 0
+        for (cells, n), columns in zip(CLASSES, t[f"{field}_columns"].astype(int), strict=True):
+            for j in range(columns):
+                byte = code[:, at + j // n].numpy().astype(int)
+                q = byte // cells ** (j % n) % cells - cells // 2
+                offset = np.where(abs(q) == 1, bands[0, band + j // BAND], bands[1, band + j // BAND])
+                out.append(np.where(q == 0, 0, np.sign(q) * (abs(q) + offset)) * step)
+            at, band = at + columns // n, band + -(-columns // BAND)
+        return np.stack(out, 1)
+
+    def rows(field: str, y: Any, f: Any) -> Any:
+        made = np.concatenate([y, f], 1) @ np.concatenate([t[f"{field}_back"], t[f"{field}_predict"]])
+        return t[f"{field}_mean"] + t[f"{field}_deviation"] * made
+
+    ids, e = tokens.input_ids.numpy(), tokens.embedding.double().numpy()
+    before = np.concatenate([np.zeros((1, HIDDEN)), e[ids[:-1]]])
+    before[tokens.sample_start[:-1].numpy()] = 0
+    y = coefficients("aux", coded["aux_code"])
+    aux = rows("aux", y, np.concatenate([e[ids], before], 1))
+    at = tokens.last_token.numpy()
+    context = int(t["shape"][2])
+    f = np.concatenate([y[at][:, :context], before[at], e[ids[at]], e[ids[at + 1]]], 1)
+    last = rows("last", coefficients("last", coded["last_code"]), f)
+    exact = coded[EXACT_TOKEN].numpy()
+    aux[exact] = coded["exact_aux"].view(torch.bfloat16).double().numpy().reshape(-1, WIDTH)
+    for i, token in enumerate(exact):
+        last[at == token] = coded["exact_last"].view(torch.bfloat16).double().numpy()[i]
+    return aux.reshape(-1, LAYERS, HIDDEN), last
+
+
+def test_decoder_is_the_documented_one() -> None:
+    codec, tokens = learnt(), some_tokens([20, 1, 2, 50], seed=5)
+    coded = codec.encode(*some_states(tokens, 6), tokens)
+    aux, last = codec.decode(coded, HIDDEN, tokens)
+    want_aux, want_last = decoded_by_numpy(codec, coded, tokens)
+    np.testing.assert_allclose(aux.numpy(), want_aux, rtol=2e-5, atol=2e-5)
+    np.testing.assert_allclose(last.numpy(), want_last, rtol=2e-5, atol=2e-5)
+
+
+def bound_db(variances: Any, bits: float) -> float:
+    """SNR of reverse water-filling: the least error that any code of ``bits`` in all can have of independent Gaussians."""
+    low, high = 0.0, float(variances.max())
+    for _ in range(80):
+        level = (low + high) / 2
+        rate = 0.5 * np.log2(np.maximum(variances / level, 1)).sum()
+        low, high = (level, high) if rate > bits else (low, level)
+    return float(10 * np.log10(variances.sum() / np.minimum(variances, level).sum()))
+
+
+@pytest.mark.parametrize("bits", [0.7, 1.0, 2.0])
+def test_rate_and_error_are_near_the_gaussian_bound(bits: float) -> None:
+    codec = learnt(f"klt-{bits:g}-1")
+    tokens = some_tokens([40] * 60, seed=11)
+    aux, last = some_states(tokens, 12)
+    coded = codec.encode(aux, last, tokens)
+    table = codec.learnt.aux
+    ordinary = torch.ones(len(aux), dtype=torch.bool)
+    ordinary[coded[EXACT_TOKEN]] = False
+    half = half_on(table, torch.device("cpu"))
+    y = half.coefficients(aux.flatten(1), Known.of(tokens, torch.float32).around(slice(None)))[ordinary]
+    spent = float(entropy_columns(quantise(y, table.step)).sum())
+    assert spent == pytest.approx(bits * WIDTH, rel=0.04)
+    error = float((y - half.read(coded["aux_code"])[ordinary]).square().sum(1).mean())
+    variances = y.double().var(0).numpy()
+    bound = bound_db(variances, spent)
+    # A uniform step loses 1.53 dB at high rates, less where most cells are zeros.
+    assert bound - 1.7 < 10 * np.log10(variances.sum() / error) < bound
+
+
+def test_massive_rows_come_back_exactly_and_first_ones_once() -> None:
+    codec, tokens = learnt(), some_tokens([20, 30, 25], seed=5)
+    ids = tokens.input_ids.clone()
+    ids[tokens.sample_start[:-1]] = 7
+    tokens = Tokens(ids, tokens.sample_start, tokens.last_token, tokens.embedding)
+    aux, last = some_states(tokens, 6)
+    aux[33, 1, 2], last[3, 4] = 9000.0, -8000.0
+    coded = codec.encode(aux, last, tokens)
+    exact = coded[EXACT_TOKEN].tolist()
+    assert set(exact) >= {0, 20, 50, 33, int(tokens.last_token[3])}
+    assert len(exact) < 12
+    got_aux, got_last = codec.decode(coded, HIDDEN, tokens, torch.bfloat16)
+    # The first tokens have one id, so one state: that of the first sample's.
+    for token in exact:
+        assert torch.equal(got_aux[token], aux[0 if token in (0, 20, 50) else token])
+    assert torch.equal(got_last[3], last[3])
+
+
+def test_samples_are_coded_alone() -> None:
+    codec, tokens = learnt(), some_tokens([20, 30, 25], seed=5)
+    aux, last = some_states(tokens, 6)
+    whole = codec.decode(codec.encode(aux, last, tokens), HIDDEN, tokens)
+    at = torch.searchsorted(tokens.last_token, tokens.sample_start)
+    for i in range(3):
+        a, b = tokens.sample_start[i : i + 2].tolist()
+        rows = slice(int(at[i]), int(at[i + 1]))
+        own = Tokens(
+            tokens.input_ids[a:b], torch.tensor([0, b - a]), tokens.last_token[rows] - a, tokens.embedding
+        )
+        got = codec.decode(codec.encode(aux[a:b], last[rows], own), HIDDEN, own)
+        # A value at a cell's edge may fall to either side, since sums of another shape round in another way.
+        assert (got[0] - whole[0][a:b]).abs().gt(1e-3).float().mean() < 1e-3
+        assert (got[1] - whole[1][rows]).abs().gt(1e-3).float().mean() < 1e-3
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    lengths=st.lists(st.integers(1, 12), min_size=1, max_size=5),
+    massive=st.floats(0, 30000),
+    scale=st.floats(0, 100),
+    seed=st.integers(0, 99),
+)
+def test_any_states_come_back(lengths: list[int], massive: float, scale: float, seed: int) -> None:
+    codec, tokens = learnt(), some_tokens(lengths, seed)
+    aux, last = some_states(tokens, seed)
+    aux = (aux.float() * scale).bfloat16()
+    aux[:, 0, 0] = massive
+    coded = codec.encode(aux, last, tokens)
+    assert {n: x.shape[1:] for n, x in coded.items() if n != EXACT_TOKEN} == {
+        n: s.row_shape for n, s in codec.arrays(LAYERS, HIDDEN).items()
+    }
+    got_aux, got_last = codec.decode(coded, HIDDEN, tokens)
+    assert got_aux.shape == aux.shape
+    assert got_last.shape == last.shape
+    kept = torch.ones(len(aux), dtype=torch.bool)
+    kept[coded[EXACT_TOKEN]] = False
+    table = codec.learnt.aux
+    error = ((got_aux - aux.float()).flatten(1) / table.deviation)[kept].square().sum(1)
+    # Inside the cells: half a step per kept coefficient; beyond them ``limit``; and what the left-out coefficients held.
+    assert bool((error < 0.3 * table.kept * table.step**2 + 4 * table.limit + 0.5 * WIDTH).all())
+
+
+def test_constant_channels_and_layers() -> None:
+    tokens = some_tokens([30] * 60)
+    aux, last = some_states(tokens)
+    aux[:, 1], aux[:, 0, 3] = 2.5, -1.0
+    codec = FAMILY.make("klt-1-1", "zstd").calibrated(aux, last, tokens)
+    got, _ = codec.decode(codec.encode(aux, last, tokens), HIDDEN, tokens)
+    assert got[:, 1] == pytest.approx(2.5, abs=0.02)
+    assert got[:, 0, 3] == pytest.approx(-1.0, abs=0.02)
+
+
+@pytest.mark.parametrize("field", ["aux", "last"])
+def test_what_is_not_finite_is_refused_by_place(field: str) -> None:
+    tokens = some_tokens([20, 10])
+    aux, last = some_states(tokens)
+    if field == "aux":
+        aux[12, 2, 3] = float("nan")
+    else:
+        last[12, 3] = float("inf")
+    place = (
+        "token 12, aux layer number 2, channel 3" if field == "aux" else r"token 12 \(last state\), channel 3"
+    )
+    with pytest.raises(EngineError, match=place):
+        learnt().encode(aux, last, tokens)
+
+
+def test_too_little_to_calibrate_on() -> None:
+    tokens = some_tokens([20])
+    with pytest.raises(UsageError, match="1 runs of samples"):
+        FAMILY.make("klt-1-1", "zstd").calibrated(*some_states(tokens), tokens)
+    with pytest.raises(UsageError, match="before it is calibrated"):
+        FAMILY.make("klt-1-1", "zstd").encode(*some_states(tokens), tokens)
+
+
+def test_calibration_is_all_that_a_reader_needs() -> None:
+    codec, tokens = learnt(), some_tokens([20, 30])
+    again = FAMILY.load(codec.name, codec.params, "zstd", codec.calibration(), "here")
+    assert again == codec
+    coded = codec.encode(*some_states(tokens), tokens)
+    for a, b in zip(codec.decode(coded, HIDDEN, tokens), again.decode(coded, HIDDEN, tokens), strict=True):
+        assert torch.equal(a, b)
+    other = codec.calibration() | {"aux_mean": codec.calibration()["aux_mean"] + 1}
+    assert FAMILY.load(codec.name, codec.params, "zstd", other, "here") != codec
+    with pytest.raises(DamagedCacheError, match=r"here: aux_offsets is \(2, 1\)"):
+        FAMILY.load(codec.name, codec.params, "zstd", other | {"aux_offsets": torch.zeros(2, 1)}, "here")
+    with pytest.raises(FormatVersionError, match="parameters"):
+        FAMILY.load(codec.name, {**codec.params, "band": 64}, "zstd", other, "here")
+
+
+@pytest.mark.parametrize("name", ["klt-1", "klt-0-1", "klt-1-99", "klt-a-b"])
+def test_names_that_there_are_not(name: str) -> None:
+    with pytest.raises(UsageError, match="expected klt-A-L"):
+        FAMILY.make(name, "zstd")
+
+
+def test_pack_none_is_refused() -> None:
+    with pytest.raises(UsageError, match="only zstd"):
+        FAMILY.make("klt-1-1", "none")
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    bytes_of=st.tuples(*(st.integers(0, 4) for _ in CLASSES)), rows=st.integers(0, 5), seed=st.integers(0, 9)
+)
+def test_cells_survive_their_bytes(bytes_of: tuple[int, ...], rows: int, seed: int) -> None:
+    packing = Packing(tuple(b * n for b, (_, n) in zip(bytes_of, CLASSES, strict=True)))
+    limits = torch.tensor(packing.limits(), dtype=torch.float32)
+    g = torch.Generator().manual_seed(seed)
+    q = ((torch.rand(rows, packing.total, generator=g) * 2 - 1) * (limits + 0.49)).round()
+    code = pack(q, packing)
+    assert code.shape == (rows, packing.width)
+    at, column = 0, 0
+    for (cells, n), width in zip(CLASSES, bytes_of, strict=True):
+        for j in range(width * n):
+            digit = code[:, at + j // n].long() // cells ** (j % n) % cells - cells // 2
+            assert digit.tolist() == q[:, column].long().tolist()
+            column += 1
+        at += width
+
+
+def by_hand() -> Klt:
+    """Tables that no eigendecomposition had a part in."""
+
+    def transform(channels: int, features: int) -> Transform:
+        back = torch.eye(8, channels).bfloat16()
+        predict = torch.arange(features * channels).remainder(5).view(features, channels) / 64
+        packing = Packing((1, 2, 0, 5))
+        return Transform(
+            torch.linspace(-1, 1, channels), torch.linspace(0.5, 2, channels), back, None, predict.bfloat16(),
+            torch.tensor([[0.0, -0.1, 0.05], [0.0, -0.02, 0.03]]), 0.5, packing, 3.0, 1.0, 9.0,
+        )  # fmt: skip
+
+    return Klt(1, 1).with_tables(Tables(transform(12, 12), transform(6, 22), 2, 6, 4))
+
+
+def test_golden_bytes() -> None:
+    codec = by_hand()
+    ids = torch.tensor([3, 1, 4, 1, 5])
+    embedding = (torch.arange(36).remainder(7).view(6, 6) - 3) / 8
+    tokens = Tokens(ids, torch.tensor([0, 3, 5]), torch.tensor([0, 1, 3]), embedding.bfloat16())
+    aux = ((torch.arange(60).remainder(11) - 5).float() / 2).view(5, 2, 6)
+    aux[3, 1, 0] = 4000.0
+    last = ((torch.arange(18).remainder(5) - 2).float() / 2).view(3, 6)
+    coded = codec.encode(aux, last, tokens)
+    assert {n: x.numpy().tobytes().hex() for n, x in coded.items()} == GOLDEN
+
+
+GOLDEN = {
+    "aux_code": "794ee47b5ff17d6ff27f70797f7079",
+    "last_code": "7f807481906e83916c",
+    "exact_aux": "80bf00bf0000003f803fc03f7a45204020c000c0c0bf80bf00bf0000003f803fc03f0040204020c000c0c0bf80bf00bf",
+    "exact_last": "0000003f803f80bf00bf0000000000000000000000000000",
+    "exact_token": "03000000000000000400000000000000",
+}
