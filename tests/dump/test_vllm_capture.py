@@ -232,3 +232,19 @@ def test_ranks_that_hold_parts_are_named() -> None:
     states = torch.randn(7, 2, 8)
     with pytest.raises(EngineError, match="layers 3 are a tensor-parallel rank's partial sum"):
         same_on_ranks(states, torch.stack([states[:, 0], states[:, 1] / 2], dim=1), 1, [1, 3])
+
+
+def test_check_says_what_to_serve_with(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from dspark.tools.check.command import served_states
+
+    root = write(tmp_path / "vllm", SOURCES)
+    monkeypatch.setattr("dspark.dump.engines.vllm.source.vllm_root", lambda: root)
+    told = str(served_states(["CForCausalLM"]))
+    assert "feeds a draft of CForCausalLM one rank's part" in told
+    assert (
+        """--model-class-overrides '{"CForCausalLM": "dspark.dump.engines.vllm.capture:CForCausalLM"}'"""
+        in told
+    )
+    assert served_states(["AForCausalLM"]) is None
+    assert served_states(["DForCausalLM"]) is None
+    assert served_states([]) is None

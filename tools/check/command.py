@@ -58,6 +58,9 @@ def check(config: CheckConfig, note: Callable[[str], None] = lambda line: None) 
     target = load_target(config.model)
     findings = files_only.judge(files, target.config, config.num_speculative_tokens)
     findings += mask_token(files, target)
+    told = served_states(target.whole.architectures or () if target.whole else ())
+    if told:
+        findings.append(Finding("note", "served-states", told))
     behaviour: dict[str, Any] = {}
     served: dict[str, Any] | None = None
     if config.decode:
@@ -93,6 +96,27 @@ def check(config: CheckConfig, note: Callable[[str], None] = lambda line: None) 
         "served": served,
         "vllm": servers,
     }
+
+
+def served_states(architectures: Sequence[str]) -> str | None:
+    """What to start the installed vLLM with, where it hands a draft one tensor-parallel rank's part of the target's states; None where it does not,
+    or where there is none."""
+    from dspark.dump.engines.vllm.launch import CAPTURE_MODULE, found_source
+
+    found = found_source(architectures, cuda=True)
+    if found is None or found.capture != "norms":
+        return None
+    name = found.architecture
+    what = (
+        f"vLLM {vllm_version()} cannot serve a draft of {name}: {found.why}"
+        if not found.gives_states
+        else f"with tensor parallelism vLLM {vllm_version()} feeds a draft of {name} one rank's part of the target's states: output stays "
+        "lossless, fewer tokens are accepted"
+    )
+    return (
+        f'{what}. Not run on a GPU yet: vllm serve --model-class-overrides \'{{"{name}": "{CAPTURE_MODULE}:{name}"}}\''
+        f"{' --enforce-eager' if found.compiled else ''} takes whole ones (docs/vllm.md)"
+    )
 
 
 def _servers(described: Any, form: str, findings: list[Any]) -> dict[str, Any]:
