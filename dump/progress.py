@@ -54,7 +54,7 @@ class Bar:
     def part(self, index: int, row_stop: int) -> None:
         """Part ``index``, up to row ``row_stop``, is with the writer."""
         self._bar.update(self._task, completed=row_stop)
-        line = f"part {index}: up to row {row_stop:,}; {self._tokens:,} tokens, {self.rate:,.0f} a second{self._left(row_stop)}"
+        line = f"part {index}: up to row {row_stop:,}; {self._tokens:,} tokens, {self.rate:,.0f} per second{self._left(row_stop)}"
         log.info(line)
         now = time.monotonic()
         if not self._display.console.is_terminal and now - self._said > QUIET_SECONDS:

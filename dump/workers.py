@@ -79,8 +79,8 @@ class WorkerPool(ProcessPoolExecutor):
 
     def _killed(self) -> EngineError:
         return EngineError(
-            f"a process that {self.task} ended before its work was done (one of {self.processes}, see --workers): it was killed, as the kernel does "
-            "when memory runs out (dmesg tells), or it crashed. The parts that were whole are kept. Go on with the same command and --resume, with more "
+            f"a process that {self.task} ended before its work was done (one of {self.processes}, see --workers): it crashed, or the kernel killed it "
+            "because memory ran out (see dmesg). Finished parts are kept. Rerun the same command with --resume, with more "
             f"memory or fewer --workers than {self.processes} (0: no such processes)."
         )
 

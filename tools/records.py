@@ -77,7 +77,7 @@ def store(draft: Path) -> dict[str, Any]:
     return _of_the_run(draft / STORE, _STORE)
 
 
-_RUN_REMEDY = "expected the object that dspark-train wrote: put a whole copy of the file back"
+_RUN_REMEDY = "expected the object that dspark-train wrote: restore a complete copy of the file"
 
 
 def _of_the_run(path: Path, shape: Mapping[str, Any]) -> dict[str, Any]:
@@ -97,7 +97,7 @@ def metrics(draft: Path) -> list[dict[str, Any]]:
     for number, line in enumerate(_text(path).splitlines(), 1):
         if line.strip():
             where = f"{path}:{number}"
-            remedy = "every line is an object that dspark-train wrote; mend or remove the line"
+            remedy = "every line is an object that dspark-train wrote; fix or remove the line"
             try:
                 row = json.loads(line)
             except ValueError as wrong:
@@ -149,4 +149,4 @@ def _text(path: Path) -> str:
     except OSError as wrong:
         raise DraftError(f"{path} cannot be read: {wrong.strerror}") from wrong
     except UnicodeDecodeError as wrong:
-        raise DraftError(f"{path} is not text ({wrong}); put a whole copy of the file back") from wrong
+        raise DraftError(f"{path} is not text ({wrong}); restore a complete copy of the file") from wrong

@@ -184,5 +184,5 @@ def lost_peers() -> Iterator[None]:
             raise
         raise PeerError(
             "another process of this run is gone (killed, or out of memory); its own output says more. "
-            "The last checkpoint is whole: the same command with --resume goes on from it."
+            "Rerun the same command with --resume to continue from the last checkpoint."
         ) from error

@@ -117,7 +117,7 @@ class Centre:
             ) from error
         if not out.mean or len(out.mean) != len(out.deviation) or len(out.mean) % 2:
             raise DamagedCacheError(
-                f"{where}: found {len(out.mean)} bytes of channel means and {len(out.deviation)} of deviations, expected two each a channel"
+                f"{where}: found {len(out.mean)} bytes of channel means and {len(out.deviation)} of deviations, expected two of each per channel"
             )
         return out
 

@@ -147,7 +147,7 @@ def codec_for(bits: int, pack: str = DEFAULT_PACKING) -> FieldCodec:
         raise UsageError(f"no codec stores {bits} bits; choose 16, 8, 4, 3 or 2")
     if pack == "none" and bits in NEED_ZSTD:
         raise UsageError(
-            f"{bits} bits are coarser cells in the nibbles of 4 bits, and only zstd makes them smaller: "
+            f"{bits}-bit codes are stored as nibbles, and only zstd makes them smaller: "
             "without it (--pack none) choose 16, 8 or 4 bits, or leave --pack at zstd"
         )
     step, levels = SETTINGS[bits]

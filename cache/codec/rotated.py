@@ -279,10 +279,10 @@ def trusted(codec: Rotated, hidden: int, device: torch.device, dtype: torch.dtyp
         try:
             found = kernel.encode(codec, x)
         except Exception as error:  # a compiler of another version raises what it likes
-            log.warning("the encoding kernel does not run here, plain torch codes: %s", error)
+            log.warning("the encoding kernel does not run here; encoding in plain torch: %s", error)
             return False
         want = codec.encode_plain(x)
     same = all(torch.equal(found[n], want[n]) for n in want)
     if not same:
-        log.warning("the encoding kernel gives other bytes here, plain torch codes")
+        log.warning("the encoding kernel gives different bytes here; encoding in plain torch")
     return same

@@ -149,7 +149,7 @@ def command(name: str | None = None, **attributes: Any) -> Callable[[Callable[..
 
 
 json_flag = click.option(
-    "--json", "as_json", is_flag=True, help="One JSON object on stdout, all else on stderr."
+    "--json", "as_json", is_flag=True, help="Print one JSON object on stdout, everything else on stderr."
 )
 version_flag = click.version_option(__version__, prog_name="dspark")
 
@@ -177,13 +177,17 @@ def codec_options(callback: Callable[..., Any]) -> Callable[..., Any]:
         show_default="default",
         help=f"How states are coded: {', '.join(NAMED)} ({NAMES}), or a full name.",
     )
-    aux = click.option("--aux-bits", type=int, help="16, 8, 4, 3 or 2: a rotated codec by its bits.")
-    last = click.option("--last-bits", type=int, help="16, 8 or 4: the same for the last state.")
+    aux = click.option(
+        "--aux-bits", type=int, help="Bits of the aux layers: 16, 8, 4, 3 or 2. Names a rotated codec."
+    )
+    last = click.option(
+        "--last-bits", type=int, help="Bits of the last state: 16, 8 or 4. Names a rotated codec."
+    )
     pack = click.option(
         "--pack",
         type=click.Choice(PACKINGS),
         default=DEFAULT_PACKING,
-        help="none: codes as they are, a quarter larger at 4 bits, read ten times as fast; 16, 8 and 4 bits only.",
+        help="zstd compresses codes; none keeps them as they are: a quarter larger at 4 bits, read ten times as fast, 16, 8 and 4 bits only.",
     )
     out: Callable[..., Any] = named(aux(last(pack(run))))
     return out

@@ -135,7 +135,7 @@ def _heads(text: Mapping[str, Any], hidden: int, notes: list[str]) -> tuple[int,
         why = (
             "vLLM serves no draft with this target's own head shape"
             if reshaped
-            else "serving takes no such heads"
+            else "no server supports such heads"
         )
         notes.append(f"the target's heads are {width} wide and {why}: {heads} heads of {HEAD_DIM}")
         width = HEAD_DIM

@@ -62,7 +62,7 @@ def check_coded(
                     if not by <= TOLERANCE:
                         raise _failed(
                             engine,
-                            f"the coded states of sample {i}, layer {layer}, differ from its states by {by:.2f} of their size in half of its tokens, expected at most {TOLERANCE}",
+                            f"the coded states of sample {i}, layer {layer}, differ from its states by {by:.2f} (relative, median over tokens), expected at most {TOLERANCE}",
                         )
     if missing:
         raise _failed(engine, f"its stream gave no states of samples {sorted(missing)}")

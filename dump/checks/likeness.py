@@ -68,7 +68,7 @@ def _order(alike: list[list[float]], layers: Sequence[int]) -> list[str]:
         return []
     names = ",".join(str(layers[i]) for i in best)
     return [
-        f"the layers are in another order than --layers {','.join(map(str, layers))}: by their likeness to one another the states are of layers {names}"
+        f"the layers are not in the order of --layers {','.join(map(str, layers))}: judging by their similarity, the states are those of layers {names}"
     ]
 
 

@@ -134,7 +134,7 @@ def compare(
                 )
     if total == 0:
         raise EngineError(
-            "self-check: no stored position in the first samples; every row must hold two supervised tokens in a row."
+            "self-check: no stored position in the first samples; each needs two consecutive supervised tokens."
         )
     return Agreement(total, good / total, same / total, max(diffs), sum(diffs) / total, tuple(examples))
 
@@ -179,7 +179,7 @@ def _causes(
 def _message(engine: str, found: Agreement, causes: Sequence[str]) -> str:
     likely = causes or [
         "no single known fault explains it: another layer than the last was captured, the states are one tensor-parallel rank's partial sum, the "
-        "weights differ, or the target does something to its logits that its config does not say"
+        "weights differ, or the target changes its logits in a way that its config does not state"
     ]
     lines = [
         f"self-check of the {engine} engine failed: states and engine agree at {found.agree:.1%} of {found.positions} positions "

@@ -207,7 +207,7 @@ def open_zstd(path: Path) -> BinaryIO:
         import pyarrow
     except ImportError as error:
         raise UsageError(
-            f"{path}: a zstd file; reading it needs pyarrow: pip install 'dspark[hub]', or unpack it."
+            f"{path}: a zstd file; reading it needs pyarrow: pip install datasets, or unpack it."
         ) from error
     stream: Any = pyarrow.CompressedInputStream(pyarrow.OSFile(str(path)), "zstd")
     return cast(BinaryIO, io.BufferedReader(stream))

@@ -379,11 +379,11 @@ def _pruned_tools(tools: list[Any] | None) -> list[Any] | None:
 def _token_row(value: Mapping[str, Any], where: str) -> TokenRow:
     ids = _list(value["input_ids"], "input_ids", where)
     if "loss_mask" not in value:
-        raise DataError(f"{where}: `input_ids` without `loss_mask`; give one 0/1 a token.")
+        raise DataError(f"{where}: `input_ids` without `loss_mask`; give one 0 or 1 per token.")
     mask = _list(value["loss_mask"], "loss_mask", where)
     if len(ids) != len(mask):
         raise DataError(
-            f"{where}: {len(ids)} input_ids but {len(mask)} values of loss_mask; they must be as many."
+            f"{where}: {len(ids)} input_ids but {len(mask)} values of loss_mask; expected equally many."
         )
     if not ids:
         raise DataError(f"{where}: `input_ids` is empty.")

@@ -117,7 +117,7 @@ def _datasets(what: str) -> Any:
         import datasets
     except ImportError as error:
         raise UsageError(
-            f"{what}, and the package `datasets` is not installed: pip install 'dspark[hub]', or give a JSONL file."
+            f"{what}, and the package `datasets` is not installed: pip install datasets, or give a JSONL file."
         ) from error
     return datasets
 

@@ -18,7 +18,7 @@ from dspark.dump.corpus.shapes import ChatRow, Message
 from dspark.dump.corpus.template import Refused, Template, common
 
 WAY_OUT = "take such rows out, or let the target answer itself: --regenerate"
-REWRITES = f"the template writes the history otherwise once the answer is there ({WAY_OUT})"
+REWRITES = f"the template renders the history differently once the answer is there ({WAY_OUT})"
 REFUSED = "template refuses the row"
 NO_THOUGHT = f"the template leaves out the answer's thought ({WAY_OUT})"
 NO_CALLS = f"the template leaves out the answer's tool calls ({WAY_OUT})"

@@ -50,7 +50,7 @@ ENGINES: dict[str, EngineKind] = {
         "vllm",
         VLLM_BUILDS,
         1,
-        "pip install 'dspark[vllm]'",
+        "pip install vllm",
         "dspark.dump.engines.vllm.launch:why_not",
     ),
 }

@@ -122,7 +122,7 @@ class AnswerFiles:
             if len(own) != record.samples:
                 raise DamagedCacheError(
                     f"{where}: found {len(own)} answers to the rows {record.row_start:,} to {record.row_stop - 1:,}, expected {record.samples}: "
-                    f"those of part {index}. If {self.joined.name} was moved away or changed, put it back and run the same command with --resume. Else have "
+                    f"those of part {index}. If {self.joined.name} was moved away or changed, put it back and run the same command with --resume. Otherwise have "
                     f"these rows answered again: delete {self.store / PARTS / part_name(index)}, run dspark-tools verify --drop-damaged {self.store}, "
                     "and the same command with --resume."
                 )

@@ -213,7 +213,7 @@ def _there(model: str, name: str) -> bool:
         return huggingface_hub.file_exists(model, name)
     except Exception as error:  # offline, in one of several ways
         raise TargetError(
-            f"{model}: its files are not here and the hub cannot be asked ({first_line(error)}). Download it first: hf download {model}"
+            f"{model}: its files are not here and the hub cannot be reached ({first_line(error)}). Download it first: hf download {model}"
         ) from error
 
 

@@ -44,7 +44,7 @@ def form_of(checkpoint: Checkpoint, module: str) -> str:
         return "GPTQ" if f"{module}.g_idx" in names else "AWQ"
     stored = {n: names[n].dtype for n in sorted(names) if n.rpartition(".")[0] == module}
     raise TargetError(
-        f"{checkpoint.model}: {module} is stored as {stored}, which is not read here. Use a checkpoint of the same model whose embedding and "
+        f"{checkpoint.model}: {module} is stored as {stored}, which is not supported here. Use a checkpoint of the same model whose embedding and "
         "head have 16 bits."
     )
 
@@ -58,7 +58,7 @@ def read_matrix(
     form = form_of(checkpoint, module)
     if form == "AWQ":
         raise TargetError(
-            f"{checkpoint.model}: {module} is packed as AWQ does it, which is not read here. Use a checkpoint with a 16-bit head."
+            f"{checkpoint.model}: {module} is packed in the AWQ format, which is not supported here. Use a checkpoint with a 16-bit head."
         )
     parts = {
         n.rpartition(".")[2]: checkpoint.read(n) for n in checkpoint.tensors if n.rpartition(".")[0] == module

@@ -92,7 +92,7 @@ class Block:
         if not self._pinned:
             _forget_error()
             log.warning(
-                "%d bytes could not be page-locked (CUDA error %d; ulimit -l?): copies from the GPU are slower",
+                "%d bytes could not be page-locked (CUDA error %d; ulimit -l?): copies from the GPU will be slower",
                 self._memory.shape[0],
                 code,
             )

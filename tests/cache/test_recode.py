@@ -70,10 +70,12 @@ def test_packing_alone_keeps_every_code(store: Path, tmp_path: Path) -> None:
 
 def test_three_and_two_bits_need_zstd(store: Path, tmp_path: Path) -> None:
     for bits in (3, 2):
-        with pytest.raises(errors.UsageError, match=f"{bits} bits .* only zstd .* choose 16, 8 or 4 bits"):
+        with pytest.raises(
+            errors.UsageError, match=f"{bits}-bit codes .* only zstd .* choose 16, 8 or 4 bits"
+        ):
             recode(store, tmp_path / "small.zarr", aux_bits=bits, last_bits=4, pack="none")
     recode(store, tmp_path / "small.zarr", aux_bits=2, last_bits=4)
-    with pytest.raises(errors.UsageError, match="2 bits"):
+    with pytest.raises(errors.UsageError, match="2-bit codes"):
         recode(tmp_path / "small.zarr", tmp_path / "plain.zarr", aux_bits=2, last_bits=4, pack="none")
     assert not (tmp_path / "plain.zarr").exists()
 

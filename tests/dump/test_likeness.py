@@ -41,8 +41,8 @@ def target(request: pytest.FixtureRequest) -> TransformersEngine:
 @pytest.mark.parametrize(
     ("fault", "message"),
     [
-        (lambda x: x.flip(1), "the states are of layers 4,3,1,0"),
-        (lambda x: x[:, [0, 3, 2, 1]], "another order than --layers 0,1,3,4: by their likeness .* of layers 0,4,3,1"),
+        (lambda x: x.flip(1), "the states are those of layers 4,3,1,0"),
+        (lambda x: x[:, [0, 3, 2, 1]], "not in the order of --layers 0,1,3,4: judging by their similarity.* of layers 0,4,3,1"),
         (lambda x: x.roll(-1, 0), "the positions of layer 4 are shifted by one: its states belong to the position later"),
         (lambda x: x.roll(1, 0), "the positions of layer 4 are shifted by one: its states belong to the position earlier"),
     ],

@@ -105,6 +105,6 @@ def test_a_worker_that_hangs_is_not_waited_for_without_end(
 ) -> None:
     monkeypatch.setattr("dspark.dump.engines.vllm.spool.WAIT_SECONDS", 0.1)
     lock = hold(str(tmp_path))
-    with pytest.raises(SpoolError, match=r"the worker lives and has left no .*1\.batch for 0\.1 s"):
+    with pytest.raises(SpoolError, match=r"the worker is alive but has written no .*1\.batch for 0\.1 s"):
         SpoolReader(tmp_path).take(str(tmp_path / "1.batch"), [0])
     os.close(lock)

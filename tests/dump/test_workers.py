@@ -46,7 +46,7 @@ def test_one_that_is_killed_says_so_of_every_task(folder: Path) -> None:
         victim = pool.submit(os.getpid).result(timeout=60)
         tasks = [pool.submit(time.sleep, 600) for _ in range(9)]  # under way and waiting
         os.kill(victim, signal.SIGKILL)
-        said = "a process that writes parts .*memory runs out.*--resume.*fewer --workers than 2"
+        said = "a process that writes parts .*memory ran out.*--resume.*fewer --workers than 2"
         for task in tasks:
             with pytest.raises(EngineError, match=said):
                 task.result(timeout=60)

@@ -272,7 +272,7 @@ def test_other_mistakes_by_name(made: Path, tmp_path: Path) -> None:
     ]
     for name, text in (
         ("rope", "max_position_embeddings is 64, the target takes 512"), ("override", "dflash_config"),
-        ("tensors", "begin with model."), ("tensors", "every name with lm_head"), ("head", "lm_head.weight is not the target's"),
+        ("tensors", "begin with model."), ("tensors", "every name that contains lm_head"), ("head", "lm_head.weight is not the target's"),
         ("block-size", "num_speculative_tokens is 3, block_size 4: a shorter block"),
     ):  # fmt: skip
         assert any(n == name and text in t for n, t in errors), (name, errors)

@@ -147,7 +147,7 @@ def test_push_fails_clearly(draft: Path, tmp_path: Path, monkeypatch: pytest.Mon
     result = CliRunner().invoke(export_command, [str(draft), str(out), "--no-pictures", "--push", "me/draft"])
     assert result.exit_code == 1
     assert "could not be reached or refused (offline mode is enabled)" in result.stderr
-    assert "is whole" in result.stderr
+    assert "is complete" in result.stderr
     assert (out / "manifest.json").is_file()
     (out / "config.json").write_text("{}")
     with pytest.raises(DraftError, match="config.json is not what was exported"):

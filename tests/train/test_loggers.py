@@ -74,7 +74,7 @@ def test_an_absent_or_failing_logger_is_one_warning(tmp_path: Path, monkeypatch:
     loggers.close()
     assert len(said) == 2
     assert "--logger mlflow: not installed" in said[0]
-    assert said[1].startswith("--logger wandb: no network; it logs no more")
+    assert said[1].startswith("--logger wandb: no network; logging there stops")
 
 
 def test_tensorboard_writes_its_files(tmp_path: Path) -> None:

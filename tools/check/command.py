@@ -74,7 +74,9 @@ def check(config: CheckConfig, note: Callable[[str], None] = lambda line: None) 
             if not any(f.level == "error" for f in findings):
                 findings.append(Finding("error", "config", str(wrong)))
             findings.append(
-                Finding("note", "behaviour", "not judged: the draft cannot be loaded as it is described")
+                Finding(
+                    "note", "behaviour", "not judged: the draft cannot be loaded as its config describes it"
+                )
             )
     else:
         findings.append(Finding("note", "behaviour", "not judged (--no-decode)"))
@@ -288,13 +290,15 @@ Exit code 1 if anything is wrong or looks like a known mistake.
 """,
 )
 @click.argument("draft")
-@click.option("--model", required=True, help="Target: id or folder.")
+@click.option("--model", required=True, help="Target: a model id or a folder.")
 @click.option(
-    "--num-speculative-tokens", type=COUNT, help="What you mean to serve with.  [default: the block size]"
+    "--num-speculative-tokens",
+    type=COUNT,
+    help="num_speculative_tokens you plan to serve with.  [default: the block size]",
 )
-@click.option("--data", help="Prompts: JSONL or a named set.  [default: a few questions of its own]")
-@click.option("--limit", default=6, type=COUNT, help="Prompts that the target answers.")
-@click.option("--max-tokens", default=64, type=COUNT, help="New tokens an answer, at most.")
+@click.option("--data", help="Prompts: JSONL or a named set.  [default: a few built-in questions]")
+@click.option("--limit", default=6, type=COUNT, help="How many prompts the target answers.")
+@click.option("--max-tokens", default=64, type=COUNT, help="Most new tokens per answer.")
 @click.option(
     "--decode/--no-decode",
     default=True,
@@ -305,7 +309,7 @@ Exit code 1 if anything is wrong or looks like a known mistake.
 )
 @click.option("--device", default="auto", type=DEVICE, help="auto, cpu, cuda or cuda:N.")
 @click.option("--dtype", default="auto", type=click.Choice(["auto", "float32", "bfloat16", "float16"]))
-@click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
 def check_command(as_json: bool, **flags: Any) -> None:
     """Everything that can be wrong with DRAFT before it is served: files, layouts, ids, norms, vocabulary, behaviour, real blocks."""
     from rich.console import Console
@@ -332,5 +336,5 @@ def show(result: dict[str, Any]) -> None:
         f"vLLM: {needed}compared token for token on {compared}, served losslessly by {served}; installed here: {vllm['installed'] or 'none'}"
     )
     print(
-        f"{'fit to serve, as far as was looked' if result['ok'] else 'DO NOT SERVE as it is'}: {result['draft']}"
+        f"{'no problem found in the stages that ran' if result['ok'] else 'DO NOT SERVE as it is'}: {result['draft']}"
     )

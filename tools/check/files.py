@@ -44,13 +44,13 @@ def vllm_at_least(config: DraftConfig, form: str) -> tuple[str, str]:
     """The first vLLM that reads this draft rightly, and why not an earlier one."""
     if form == "speculators":
         return "0.27.0", (
-            "0.25.1 and 0.26.0 take every speculators checkpoint for one whose anchor is a bonus token, whatever sample_from_anchor says: "
-            "they would draft from the wrong slots and say nothing. The flat format is read rightly there"
+            "0.25.1 and 0.26.0 treat every speculators checkpoint as one whose anchor is a bonus token, whatever sample_from_anchor says: "
+            "they draft from the wrong slots without an error. They read the flat format correctly"
         )
     if len(config.target_layer_ids) != config.num_layers:
         return "0.27.0", (
             f"0.25.1 and 0.26.0 size fc by the draft's own {config.num_layers} layers, not by the {len(config.target_layer_ids)} of the target "
-            "that it reads, and stop while they load it"
+            "that it reads, and fail to load it"
         )
     return "0.25.1", "method dspark came with it"
 
@@ -127,7 +127,7 @@ class Files:
 
 def _readable(config: dict[str, Any], folder: str) -> dict[str, Any]:
     """``config`` if every key that is computed with is of its kind. Raises DraftError."""
-    remedy = "expected the config of a draft; put that key right, nothing else can be judged without it"
+    remedy = "expected the config of a draft; correct that key, nothing else can be judged without it"
     require(config, _READ, Path(folder) / export.CONFIG, remedy)
     return config
 
@@ -142,7 +142,7 @@ def judge(files: Files, target: Mapping[str, Any], drafts: int | None = None) ->
     if files.trained is None:
         found.append(Finding(
             "note", "record", "the weights carry no record of their training (another program wrote them): layer ids, mask token, "
-            "RoPE and layout are judged by how the draft behaves only",
+            "RoPE and layout are judged only by how the draft behaves",
         ))  # fmt: skip
     return found
 
@@ -161,7 +161,7 @@ def layout(files: Files, target: Mapping[str, Any]) -> Iterator[Finding]:
         trained = "" if files.trained is None else "; the weights say that they were trained with true"
         yield Finding(
             "error", "layout-flag", f"config.json has sample_from_anchor = {flag!r}{trained}. Every slot of these drafts predicts, slot 0 "
-            "too: with false a server shifts every token by one and accepts about nothing",
+            "too: with false a server shifts every token by one and accepts almost nothing",
         )  # fmt: skip
 
 
@@ -170,7 +170,7 @@ def config(files: Files, target: Mapping[str, Any]) -> Iterator[Finding]:
     for key in OVERRIDES:
         if files.flat.get(key) not in (None, {}, False, 1.0):
             yield Finding(
-                "error", "override", f"config.json has {key} = {files.flat[key]!r}, which vLLM obeys before (or beside) the keys that "
+                "error", "override", f"config.json has {key} = {files.flat[key]!r}, which vLLM obeys before (or in addition to) the keys that "
                 "training wrote; remove it",
             )  # fmt: skip
     for key in ("confidence_head_with_markov", "enable_confidence_head", "draft_vocab_size", "mask_token_id"):
@@ -185,7 +185,7 @@ def config(files: Files, target: Mapping[str, Any]) -> Iterator[Finding]:
         yield Finding(
             "error",
             "markov-head",
-            f"the Markov head is {ours.markov_head_type}; vLLM has only the vanilla one and would not say so",
+            f"the Markov head is {ours.markov_head_type}; vLLM has only the vanilla one and does not report the difference",
         )
 
 
@@ -271,7 +271,9 @@ def against_target(files: Files, target: Mapping[str, Any]) -> Iterator[Finding]
     own, theirs = rope_base(flat), rope_base(text_config(target))
     if own is None:
         yield Finding(
-            "error", "rope", "config.json has no rope_theta (nor rope_parameters): vLLM takes 1,000,000"
+            "error",
+            "rope",
+            "config.json has no rope_theta (nor rope_parameters): vLLM then assumes 1,000,000",
         )
     elif theirs is not None and own != theirs and files.trained is None:
         yield Finding(
@@ -306,7 +308,9 @@ def tensors(files: Files, target: Mapping[str, Any]) -> Iterator[Finding]:
     known = {*wanted, *export.FROZEN, "d2t", "t2d"}
     for name in sorted(set(stored) - known):
         hint = (
-            " (vLLM takes every name with lm_head in it for the output matrix)" if "lm_head" in name else ""
+            " (vLLM treats every name that contains lm_head as the output matrix)"
+            if "lm_head" in name
+            else ""
         )
         yield Finding(
             "error", "tensors", f"model.safetensors has {name}, which the config does not describe{hint}"
@@ -329,7 +333,7 @@ def tensors(files: Files, target: Mapping[str, Any]) -> Iterator[Finding]:
             yield Finding(
                 "suspicion",
                 "norm",
-                f"{name} is all ones: never trained, or lost and put back as it is initialised",
+                f"{name} is all ones: never trained, or lost and replaced by its initial value",
             )
 
 
@@ -363,7 +367,7 @@ def block_size(files: Files, drafts: int | None) -> list[Finding]:
                 Finding(
                     "error",
                     "block-size",
-                    f"{name} is {value}, block_size {size}: {more} (slots see each other both ways)",
+                    f"{name} is {value}, block_size {size}: {more} (slots attend to each other in both directions)",
                 )
             )
     return out

@@ -112,7 +112,7 @@ def symptoms(
         tried.append({"name": other.name, "reading": other.text, "mean_accepted_length": _mean(theirs)})
         if gain > 3 * error and gain > 0.1 * _mean(own):
             found.append((gain, Finding(
-                "suspicion", other.name, f"read with {other.text}, the draft would have {_mean(theirs):.2f} tokens accepted a block, as configured "
+                "suspicion", other.name, f"read with {other.text}, the draft would have {_mean(theirs):.2f} tokens accepted per block, as configured "
                 f"{_mean(own):.2f} (greedy, {sum(n for _, n in own)} anchors): probably it was trained that way",
             )))  # fmt: skip
     measured["readings"] = tried

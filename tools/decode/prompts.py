@@ -71,7 +71,7 @@ def _lines(path: Path) -> Iterator[tuple[str, Any]]:
                             f"{where}: not JSON ({error}); every line is one JSON object"
                         ) from error
     except (EOFError, gzip.BadGzipFile, zlib.error, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: not a whole text or gzip file: {error}") from error
+        raise DataError(f"{path}: not a complete text or gzip file: {error}") from error
     except OSError as error:
         raise UsageError(
             f"--data {path}: {error.strerror or error}; expected a JSONL file or one of {NAMES}"

@@ -64,13 +64,13 @@ def _load(name: str, chosen: PromptSet) -> Any:
         from datasets import load_dataset
     except ImportError as error:
         raise UsageError(
-            f"--data {name} needs the package datasets: pip install 'dspark[hub]', or give a JSONL file"
+            f"--data {name} needs the package datasets: pip install datasets, or give a JSONL file"
         ) from error
     try:
         return load_dataset(chosen.path, chosen.config, split=chosen.split)
     # Offline, gated, moved or changed: datasets has a family of errors of its own for each, and lets others through.
     except Exception as error:
         raise UsageError(
-            f"--data {name}: {chosen.path} could not be had from the Hugging Face hub ({first_line(error)}). "
+            f"--data {name}: {chosen.path} could not be loaded from the Hugging Face hub ({first_line(error)}). "
             "Without a network give a JSONL file of chat rows with a `source`."
         ) from error

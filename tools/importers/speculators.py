@@ -34,7 +34,7 @@ class SpeculatorsSource:
             import datasets
         except ImportError as error:
             raise UsageError(
-                f"{path} is a data set on disk, and the package `datasets` is not installed: pip install 'dspark[hub]'."
+                f"{path} is a data set on disk, and the package `datasets` is not installed: pip install datasets."
             ) from error
         self.path = path
         try:

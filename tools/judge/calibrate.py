@@ -161,8 +161,10 @@ Examples:
     type=click.Choice(["all", "validation"]),
     help="Samples: held out in training, or all.",
 )
-@click.option("--shift/--no-shift", default=False, help="Also fit a shift a slot, which the paper does not.")
-@click.option("--max-anchors", default=0, type=COUNT_OR_ALL, help="Anchors a row; 0 = every eligible one.")
+@click.option(
+    "--shift/--no-shift", default=False, help="Also fit a shift per slot, which the paper does not."
+)
+@click.option("--max-anchors", default=0, type=COUNT_OR_ALL, help="Anchors per row; 0 = every eligible one.")
 @click.option("--write", is_flag=True, help=f"Write the report and the temperatures to DRAFT/{CALIBRATION}.")
 @click.option(
     "--fold",
@@ -172,7 +174,7 @@ Examples:
 @click.option("--plot", type=OUTPUT_FILE, help="Reliability diagrams, .png or .svg.")
 @click.option("--device", default="auto", type=DEVICE, help="auto, cpu, cuda or cuda:N.")
 @click.option("--dtype", default="float32", type=click.Choice(["float32", "bfloat16"]))
-@click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
 def calibrate_command(as_json: bool, plot: Path | None, **flags: Any) -> None:
     """Confidence against acceptance on held-out data: ECE, AUROC, Brier by position; sequential temperature scaling; threshold sweep."""
     from dspark.tools.judge import plots
@@ -204,7 +206,7 @@ def table(result: dict[str, Any]) -> str:
         )
     lines += [
         "",
-        "| survival at least | drafts verified a step | tokens a step | accepted of verified |",
+        "| survival at least | drafts verified per step | tokens per step | accepted of verified |",
         "|" + " --- |" * 4,
     ]
     lines += [

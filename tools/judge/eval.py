@@ -170,7 +170,7 @@ Examples:
 Exit code 1 if a greedy answer in float32 is not the target's own.
 """,
 )
-@click.option("--model", required=True, help="Target: id or folder.")
+@click.option("--model", required=True, help="Target: a model id or a folder.")
 @click.option("--draft", required=True, help="Folder that dspark-train wrote.")
 @click.option(
     "--data",
@@ -178,14 +178,14 @@ Exit code 1 if a greedy answer in float32 is not the target's own.
     help=f"JSONL of chats ({{'messages': ...}}, the last answer is dropped) or token rows; or {NAMES} (speed-bench:coding: one category).",
 )
 @click.option("--engine", default="transformers", type=click.Choice(["transformers", "vllm"]))
-@click.option("--max-tokens", default=256, type=COUNT, help="New tokens an answer, at most.")
+@click.option("--max-tokens", default=256, type=COUNT, help="Most new tokens per answer.")
 @click.option(
     "--temperature", default=0.0, type=Temperature(min=0), help="0 = greedy; above: rejection sampling."
 )
 @click.option("--limit", type=COUNT, help="Only the first N rows.  [default: all]")
 @click.option(
     "--alone", type=click.IntRange(min=0),
-    help="Decode only the first N prompts by the target alone too, for speed-up and lossless.  [default: all]",
+    help="Also decode the first N prompts without the draft, for the speed-up and the lossless check.  [default: all]",
 )  # fmt: skip
 @click.option("--seed", default=0, type=SEED, help="Of sampling.")
 @click.option(
@@ -198,9 +198,9 @@ Exit code 1 if a greedy answer in float32 is not the target's own.
 @click.option("--output", type=OUTPUT_FILE, help="Also write the report as JSON to this file.")
 @click.option("--markdown", "table_file", type=OUTPUT_FILE, help="Also write the table as Markdown.")
 @click.option(
-    "--answers", type=OUTPUT_FILE, help="Also write every answer and its counts, a JSON object a line."
+    "--answers", type=OUTPUT_FILE, help="Also write every answer and its counts, one JSON object per line."
 )
-@click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
 def eval_command(
     as_json: bool,
     output: Path | None,
@@ -265,7 +265,7 @@ def _explain(console: Any, result: dict[str, Any]) -> None:
         + (
             "In float32 that should not happen."
             if result["dtype"] == "float32"
-            else "Below float32 a near-tie can fall either way, as with any change of batch; --dtype float32 tells."
+            else "Below float32 a near-tie can fall either way, as with any change of batch; rerun with --dtype float32 to be sure."
         ),
         highlight=False,
     )

@@ -11,7 +11,7 @@ from typing import Any
 from dspark.cache.errors import UsageError
 from dspark.tools.outputs import save
 
-NEEDED = "pictures need matplotlib: pip install 'dspark[plots]'"
+NEEDED = "pictures need matplotlib: pip install matplotlib"
 
 
 def can_draw() -> bool:

@@ -140,7 +140,7 @@ def chosen(cache: Cache, draft: str, which: str) -> np.ndarray[Any, np.dtype[np.
     "--max-anchors",
     default=0,
     type=COUNT_OR_ALL,
-    help="Anchors a row; 0 = every eligible one, no randomness.",
+    help="Anchors per row; 0 = every eligible one, no randomness.",
 )
 @click.option(
     "--split",
@@ -152,7 +152,7 @@ def chosen(cache: Cache, draft: str, which: str) -> np.ndarray[Any, np.dtype[np.
 @click.option(
     "--total-seq-len",
     type=COUNT,
-    help="Tokens of a packed row; does not change the result.  [default: as in training]",
+    help="Tokens per packed row; does not change the result.  [default: as in training]",
 )
 @click.option("--device", default="auto", type=DEVICE, help="auto, cpu, cuda or cuda:N.")
 @click.option("--dtype", default="float32", type=click.Choice(["float32", "bfloat16"]))

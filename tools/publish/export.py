@@ -129,7 +129,7 @@ def _whole(stored: dict[str, Any], config: Any, draft: str) -> dict[str, Any]:
     wrong += [n for n in stored if n not in {*wanted, *FROZEN, "d2t", "t2d"}]
     if wrong:
         raise DraftError(
-            f"{draft}: {wrong[0]} is missing, foreign or misshapen ({len(wrong)} such); dspark-tools check says more"
+            f"{draft}: {wrong[0]} is missing, unexpected or of the wrong shape ({len(wrong)} in all); dspark-tools check says more"
         )
     return stored
 
@@ -192,7 +192,7 @@ def push(folder: str, repo: str, *, private: bool = False) -> str:
 def _not_pushed(folder: str, repo: str, error: BaseException) -> str:
     first = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
     return (
-        f"--push {repo}: the hub could not be reached or refused ({first}). {folder} is whole: run it again where there is a network and "
+        f"--push {repo}: the hub could not be reached or refused ({first}). {folder} is complete: rerun where there is a network and "
         f"a login, or `hf upload {repo} {folder}`"
     )
 

@@ -130,9 +130,11 @@ Examples:
 """,
 )
 @click.option("--model", required=True, help="Model id or folder. A known model needs no network.")
-@click.option("--data", help="Corpus: its rows are counted and a spread of them tokenised.")
+@click.option("--data", help="Corpus: its rows are counted, and a sample spread over it is tokenised.")
 @click.option("--samples", type=click.IntRange(1, 10**12), help="Rows of the corpus, without --data.")
-@click.option("--mean-tokens", type=Finite(1, 10**9), help="Tokens a sample, prompt and answer.")
+@click.option(
+    "--mean-tokens", type=Finite(1, 10**9), help="Mean tokens per sample, prompt and answer together."
+)
 @codec_options
 @click.option(
     "--last-share", type=SHARE, default=0.6, help="Share of tokens that are supervised, without --data."

@@ -20,9 +20,11 @@ from dspark.tools.flags import COUNT
     default=True,
     help="Centre the code on states spread over the source (about 3 dB).",
 )
-@click.option("--workers", type=COUNT, help="Parts in work at once.  [default: a core each, 8 at most]")
-@click.option("--device", default="cpu", type=click.Choice(["cpu", "cuda"]), help="Where states are coded.")
-@click.option("--resume", is_flag=True, help="Go on with DESTINATION.")
+@click.option("--workers", type=COUNT, help="Parts processed at once.  [default: one per core, at most 8]")
+@click.option(
+    "--device", default="cpu", type=click.Choice(["cpu", "cuda"]), help="Device that encodes the states."
+)
+@click.option("--resume", is_flag=True, help="Continue DESTINATION.")
 @click.option("--overwrite", is_flag=True, help="Replace DESTINATION.")
 @json_flag
 def recode_command(source: str, destination: str, as_json: bool, **flags: Any) -> None:

@@ -111,6 +111,6 @@ def _all_there(readers: list[BaseProcess]) -> None:
         else:
             how = f"ended with exit code {code}"
         raise TrainError(
-            f"a process that reads the store (pid {reader.pid}, of {len(readers)}) {how}; expected it to live as long as the training. "
-            "--workers N takes fewer of them, 0 none. The same command with --resume goes on from the last checkpoint."
+            f"a process that reads the store (pid {reader.pid}, of {len(readers)}) {how}; expected it to run as long as the training. "
+            "Use fewer --workers (0 for none), and rerun the same command with --resume to continue from the last checkpoint."
         )

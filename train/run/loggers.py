@@ -133,5 +133,5 @@ class Loggers:
         except Exception as error:
             self._open.pop(name, None)
             self._warn(
-                f"--logger {name}: {first_line(error)}; it logs no more, the numbers are in metrics.jsonl"
+                f"--logger {name}: {first_line(error)}; logging there stops; the numbers are in metrics.jsonl"
             )

@@ -84,10 +84,10 @@ def describe(run: Run) -> str:
     )
     return (
         f"draft of {count / 1e6:.1f} M trained parameters, {str(run.compute.dtype).removeprefix('torch.')} on {where}: "
-        f"{config.rows_per_step} rows of {run.stream.total_seq_len} tokens a step, {rows} a process, one after the other"
+        f"{config.rows_per_step} rows of {run.stream.total_seq_len} tokens per step, {rows} per process, one after the other"
         + (f"; recipe {config.recipe}" if config.recipe else "")
-        + f"\nmemory a device, about: {_gb(m.trained)} weights, masters, gradients, moments + {_gb(m.frozen)} target's matrices "
-        f"+ {_gb(m.row)} a row = {_gb(m.total)}, and the objective's chunks of logits"
+        + f"\nmemory per device, about: {_gb(m.trained)} weights, masters, gradients, moments + {_gb(m.frozen)} target's matrices "
+        f"+ {_gb(m.row)} per row = {_gb(m.total)}, and the objective's chunks of logits"
     )
 
 

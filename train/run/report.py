@@ -37,7 +37,7 @@ class Report:
                     if number == len(lines):
                         break  # the line that a killed process was writing: its step comes again
                     raise TrainError(
-                        f"{self.path}:{number}: not JSON: {error}. Mend or remove the line, then --resume."
+                        f"{self.path}:{number}: not JSON: {error}. Fix or remove the line, then --resume."
                     ) from error
                 if row["step"] <= resume_step:
                     kept.append(line)

@@ -255,7 +255,7 @@ class SpoolReader:
                 return
             if time.monotonic() > end:
                 raise SpoolError(
-                    f"the worker lives and has left no {name} for {patience:g} s: it hangs, or its disk does"
+                    f"the worker is alive but has written no {name} for {patience:g} s: it hangs, or its disk does"
                 )
             time.sleep(LOOK_SECONDS)
 
