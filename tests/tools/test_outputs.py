@@ -95,4 +95,4 @@ def test_a_picture_that_cannot_be_drawn_is_refused_before_the_work(
     assert (result.exit_code, "ends with .png or .svg" in result.stderr) == (2, True)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     result = CliRunner().invoke(main, ["calibrate", *plot, "out.svg"])
-    assert (result.exit_code, "dspark[plots]" in result.stderr) == (2, True)
+    assert (result.exit_code, "matplotlib" in result.stderr) == (2, True)
