@@ -58,7 +58,7 @@ from dspark.cache.records import CodedSample, TokenSample
 from dspark.cache.target.files import damaged_files, write_target
 from dspark.cache.target.frozen import FrozenTarget
 
-SAME_TARGET = "Use the target's revision and the dtype that the store was begun with, or --overwrite."
+SAME_TARGET = "Use the target's revision and the dtype that the store was started with, or --overwrite."
 
 
 class StoreWriter:
@@ -89,7 +89,7 @@ class StoreWriter:
         if path.exists():
             if not overwrite:
                 raise ExistsError(
-                    f"{path} exists. Use --resume to go on with it, --overwrite to replace it, or another --output."
+                    f"{path} exists. Use --resume to continue it, --overwrite to replace it, or another --output."
                 )
             if not (path / "zarr.json").is_file() or not (path / PARTS).is_dir():
                 raise ExistsError(
@@ -142,7 +142,7 @@ class StoreWriter:
             expected, found = self.manifest.target.weights_sha256, target.sha256_in(folder / TARGET_WEIGHTS)
             if found != expected:
                 raise MismatchError(
-                    f"{self.path}: this run's target is not the one that the store was begun with: sha256 of its embedding, final norm and head is {found}, "
+                    f"{self.path}: this run's target is not the one that the store was started with: sha256 of its embedding, final norm and head is {found}, "
                     f"the manifest says {expected}. {SAME_TARGET}"
                 )
             return []
@@ -151,7 +151,7 @@ class StoreWriter:
             if other := damaged_files(staged, self.manifest):
                 shutil.rmtree(staged)
                 raise MismatchError(
-                    f"{folder}: {', '.join(wrong)} must be written again, but this run's target is not the one that the store was begun with.\n  "
+                    f"{folder}: {', '.join(wrong)} must be written again, but this run's target is not the one that the store was started with.\n  "
                     + "\n  ".join(text.replace(str(staged), "this run") for text in other.values())
                     + f"\n{SAME_TARGET}"
                 )

@@ -67,7 +67,7 @@ class LayerIds(click.ParamType):  # type: ignore[type-arg]  # no generic before 
     "--engine",
     type=click.Choice(["auto", *ENGINES]),
     default="auto",
-    help="auto: vllm on a GPU where it is installed.",
+    help="auto: vllm if there is a GPU and it is installed, else transformers.",
 )
 @click.option(
     "--layers",
@@ -78,11 +78,13 @@ class LayerIds(click.ParamType):  # type: ignore[type-arg]  # no generic before 
     "--target-layer-ids", type=LayerIds(), help='vLLM convention, state entering layer j = i + 1: "8 23 39".'
 )
 @click.option(
-    "--seq-length", type=int, help=f"Longer rows are cut.  [default: the preset's, or {DEFAULT_SEQ_LENGTH}]"
+    "--seq-length",
+    type=int,
+    help=f"Cut rows to this many tokens.  [default: the preset's, or {DEFAULT_SEQ_LENGTH}]",
 )
 @codec_options
 @click.option("--limit", type=int, help="Only the first N rows.")
-@click.option("--resume", is_flag=True, help="Go on with the store at --output.")
+@click.option("--resume", is_flag=True, help="Continue the store at --output.")
 @click.option(
     "--overwrite",
     is_flag=True,
@@ -91,19 +93,19 @@ class LayerIds(click.ParamType):  # type: ignore[type-arg]  # no generic before 
 @click.option(
     "--assistant-pattern",
     metavar="REGEX",
-    help="Group 1, over the rendered chat, is supervised.  [default: the preset's, or the template]",
+    help="Regular expression over the rendered chat; its group 1 is supervised.  [default: the preset's, or the template]",
 )
 @click.option(
     "--turns",
     type=click.Choice(TURNS),
     default="auto",
-    help="Samples of a chat. auto: turns share one as long as the template writes them as the beginning of what follows; "
+    help="How a chat becomes samples. auto: turns share a sample as long as later turns only append to the rendered text; "
     "each: one per answer; last: the last answer's only; whole: one, or the row is dropped.",
 )
 @click.option(
     "--template-kwargs",
     metavar="JSON",
-    help="Handed to the chat template, such as '{\"enable_thinking\": false}'.",
+    help="Passed to the chat template, such as '{\"enable_thinking\": false}'.",
 )
 @click.option(
     "--min-supervised", type=int, default=2, help="Rows with fewer supervised tokens are dropped and counted."
@@ -114,7 +116,7 @@ class LayerIds(click.ParamType):  # type: ignore[type-arg]  # no generic before 
 @click.option(
     "--mask-token-id",
     type=int,
-    help="Id a draft embeds where it must guess.  [default: the preset's, or an unused id]",
+    help="Mask-token id: what the draft embeds at the positions it predicts.  [default: the preset's, or an unused id]",
 )
 @click.option(
     "--device",
@@ -131,28 +133,28 @@ class LayerIds(click.ParamType):  # type: ignore[type-arg]  # no generic before 
 @click.option(
     "--batch-tokens",
     type=int,
-    help="Tokens to a forward pass.  [default: 16384 to 65536 on cuda by hidden size, 2048 on cpu; with vllm its own, on cuda up to 65536 for small targets]",
+    help="Tokens per forward pass.  [default: 16384 to 65536 on cuda by hidden size, 2048 on cpu; with vllm its own, on cuda up to 65536 for small targets]",
 )
 @click.option(
     "--part-tokens",
     type=int,
-    help="Tokens to a part, the unit of writing and resuming.  [default: 32768 on cpu, 512 MB of states on cuda]",
+    help="Tokens per part, the unit of writing and resuming.  [default: 32768 on cpu, 512 MB of states on cuda]",
 )
 @click.option(
     "--workers",
     type=int,
-    help="Processes that tokenise, and as many that write.  [default: a quarter of the cores on cuda, 0 on cpu]",
+    help="Processes that tokenise; as many again write.  [default: a quarter of the cores on cuda, 0 on cpu]",
 )
 @click.option(
     "--regenerate",
     is_flag=True,
-    help="Take prompts only; the target answers them, turn by turn, and the states of that run are kept.",
+    help="Take only the prompts: the target answers them, turn by turn, and the states of that run are kept.",
 )
 @click.option(
     "--temperature", type=float, help="With --regenerate.  [default: the target's generation_config]"
 )
 @click.option("--top-p", type=float, help="With --regenerate.  [default: the target's generation_config]")
-@click.option("--max-tokens", type=int, help="With --regenerate: longest answer.  [default: 2048]")
+@click.option("--max-tokens", type=int, help="With --regenerate: most tokens per answer.  [default: 2048]")
 @click.option(
     "--thinking/--no-thinking",
     default=None,

@@ -63,7 +63,7 @@ def dump(
     resuming = config.resume and config.output.exists()
     if config.output.exists() and not (resuming or config.overwrite):
         raise ExistsError(
-            f"{config.output} exists. Use --resume to go on with it, --overwrite to replace it, or another --output."
+            f"{config.output} exists. Use --resume to continue it, --overwrite to replace it, or another --output."
         )
     stored = read_manifest(config.output) if resuming else None
     answers = AnswerFiles(config.output)
@@ -92,7 +92,7 @@ def dump(
         writer = StoreWriter.resume(config.output, job.manifest) if stored else None
         done = sum(r.tokens for r in writer.committed.values()) if writer else 0
         if writer:
-            show.say(f"resuming: {len(writer.committed)} parts with {done:,} tokens are there")
+            show.say(f"resuming: {len(writer.committed)} parts with {done:,} tokens are already there")
             if config.regenerate:
                 answers.check(writer.committed)
         planning.check_disk(job.plan, done)
@@ -138,7 +138,7 @@ def run_engine(
     agreement, states = check(engine, probe, frozen, job.plan.dtype, job.plan.layers, logits)
     if logits != PLAIN:
         show.say(
-            f"note: the target {logits}; the store's last states are before that, its config.json says it"
+            f"note: the target {logits}; the store keeps last states from before that, and its config.json says so"
         )
     show.say(
         f"self-check passed: states and engine agree at {agreement.agree:.1%} of {agreement.positions} positions "
@@ -225,13 +225,13 @@ def stoppable(pipeline: Pipeline, show: Display) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt as error:
-        show.say("stopping: what is not whole is given up, whole parts are being committed")
+        show.say("stopping: discarding unfinished parts, committing finished ones")
         # Of states on their way, which an engine that was interrupted too need not send.
         with suppress(EngineError):
             pipeline.settle()
         writer = pipeline.writer
         raise Stopped(
-            f"stopped; {len(writer.committed)} parts are whole in {writer.path}. Go on with the same command and --resume."
+            f"stopped with {len(writer.committed)} finished parts in {writer.path}. Continue with the same command and --resume."
         ) from error
 
 
@@ -351,7 +351,7 @@ def report(output: Path, manifest: Manifest, seconds: float, written: Written) -
 def summary(out: dict[str, Any]) -> list[str]:
     """The report for a person: what is there, what was cut, what was dropped and why."""
     rate = (
-        f", {out['new_tokens'] / max(out['capture_seconds'], 0.01):,.0f} a second"
+        f", {out['new_tokens'] / max(out['capture_seconds'], 0.01):,.0f} per second"
         if out["new_tokens"]
         else ""
     )

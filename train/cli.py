@@ -43,11 +43,11 @@ Examples:
     help=f"Defaults for what is not given here: {', '.join(recipes())}; {AUTO} = that of the store's target if there is one; {NONE}.",
 )
 @click.option("--epochs", default=DEFAULTS.epochs, type=float, help="Passes over the training samples.")
-@click.option("--max-steps", type=int, help="Optimizer steps in all, instead of --epochs.")
+@click.option("--max-steps", type=int, help="Total optimizer steps, instead of --epochs.")
 @click.option("--lr", default=DEFAULTS.lr, help="Peak learning rate.")
 @click.option(
     "--optimizer", default=DEFAULTS.optimizer, type=click.Choice(["adamw", "muon"]),
-    help="muon: orthogonal steps for the layers' matrices, AdamW for the rest. SmolLM2, equal steps: tau 3.3 with it at --lr 2e-3, 2.1 with AdamW at 1e-3.",
+    help="muon: orthogonal steps for the layers' matrices, AdamW for the rest. On SmolLM2, at equal steps: tau 3.3 at --lr 2e-3, against 2.5 with AdamW at 1e-3.",
 )  # fmt: skip
 @click.option(
     "--min-lr-ratio",
@@ -62,21 +62,21 @@ Examples:
 @click.option("--weight-decay", default=DEFAULTS.weight_decay)
 @click.option(
     "--betas", nargs=2, type=float, default=DEFAULTS.betas,
-    help="AdamW's decays of its moments. Rows of the Markov factors that a step does not touch forget theirs at the second.",
+    help="AdamW's decay rates for its two moments.",
 )  # fmt: skip
-@click.option("--grad-clip", default=DEFAULTS.grad_clip, help="Global gradient norm that is clipped to.")
+@click.option("--grad-clip", default=DEFAULTS.grad_clip, help="Clip gradients to this global norm.")
 @click.option(
     "--total-seq-len",
     type=int,
-    help="Tokens of a packed row.  [default: 4096, or the store's sequence length]",
+    help="Tokens per packed row.  [default: 4096, or the store's sequence length]",
 )
 @click.option(
     "--rows-per-step",
     default=DEFAULTS.rows_per_step,
-    help="Packed rows of an optimizer step, over all processes.",
+    help="Packed rows per optimizer step, over all processes.",
 )
 @click.option(
-    "--max-anchors", default=DEFAULTS.max_anchors, help="Anchors drawn a row; 0 = every eligible one."
+    "--max-anchors", default=DEFAULTS.max_anchors, help="Anchors drawn per row; 0 = every eligible one."
 )
 @click.option("--speculator-type", default=DEFAULTS.speculator_type, type=click.Choice(list(TYPES)))
 @click.option("--num-layers", default=DEFAULTS.num_layers, help="Layers of the draft.")
@@ -89,7 +89,7 @@ Examples:
 @click.option(
     "--draft-vocab-size",
     type=int,
-    help="Draft only the N most frequent supervised ids.  [default: the whole vocabulary]",
+    help="Let the draft propose only the N most frequent supervised ids.  [default: the whole vocabulary]",
 )
 @click.option(
     "--loss-fn", default=DEFAULTS.loss_fn, help="JSON weights of ce and l1 (= 2 TV), or tv (= l1 / 2)."
@@ -101,10 +101,10 @@ Examples:
 )
 @click.option("--decay", default=DEFAULTS.decay, help="Slot k weighs exp(-k/decay).")
 @click.option("--val-fraction", default=DEFAULTS.val_fraction, help="Share of prompts (by hash) held out.")
-@click.option("--val-rows", default=DEFAULTS.val_rows, help="Packed rows that a validation reads, at most.")
+@click.option("--val-rows", default=DEFAULTS.val_rows, help="Most packed rows that one validation reads.")
 @click.option(
     "--val-walk-rows", default=DEFAULTS.val_walk_rows,
-    help="Of these rows, how many the walk is computed on: the accepted length where decoding begins its blocks. 0 = none.",
+    help="How many of these rows also get the walk: the accepted length at the positions where decoding starts its blocks. 0 = none.",
 )  # fmt: skip
 @click.option(
     "--select", default=DEFAULTS.select, type=click.Choice(SELECT),
@@ -113,7 +113,7 @@ Examples:
 @click.option(
     "--checkpoint-freq",
     default=DEFAULTS.checkpoint_freq,
-    help="Epochs between checkpoints and validations; 0.25 = four an epoch.",
+    help="Epochs between checkpoints and validations; 0.25 = four per epoch.",
 )
 @click.option("--keep-checkpoints", default=DEFAULTS.keep_checkpoints)
 @click.option("--seed", default=DEFAULTS.seed)
@@ -127,7 +127,7 @@ Examples:
 @click.option(
     "--workers",
     type=int,
-    help="Processes that read the store, for each GPU.  [default: 2 to 8 by its share of the cores; 0 on cpu]",
+    help="Processes that read the store, per GPU.  [default: 2 to 8 by its share of the cores; 0 on cpu]",
 )
 @click.option(
     "--compile/--no-compile", "compile_", default=None, help="torch.compile the step.  [default: on cuda]"
@@ -135,19 +135,19 @@ Examples:
 @click.option(
     "--activation-checkpointing",
     is_flag=True,
-    help="Compute each layer twice and keep less of it: less memory a row, more time.",
+    help="Recompute each layer in the backward pass: less memory per row, more time.",
 )
 @click.option(
     "--strategy",
     type=click.Choice(STRATEGIES),
-    help="Of several processes under torchrun: masters and moments shared out; everything on each; or through torch's FSDP2.  [default: zero]",
+    help="How processes under torchrun share the work: zero splits masters and moments, ddp keeps all of it on each, fsdp2 is torch's FSDP2.  [default: zero]",
 )
 @click.option("--log-every", default=DEFAULTS.log_every, help="Steps between rows of metrics.jsonl.")
 @click.option(
     "--logger",
     multiple=True,
     type=click.Choice(LOGGERS),
-    help="Log there too; repeatable. One that is not installed is a warning.",
+    help="Also log there; repeatable. A logger that is not installed only gives a warning.",
 )
 @click.option(
     "--tensorboard/--no-tensorboard", default=DEFAULTS.tensorboard, help="Event files in OUTPUT/tensorboard."

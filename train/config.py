@@ -122,7 +122,7 @@ class TrainConfig:
     rows_per_step: int = 8
     """Packed rows of an optimizer step, over all ranks: the same step on any number of them; rows beyond one a rank accumulate."""
     max_anchors: int = 512
-    """Anchors drawn a row; 0 = every eligible one."""
+    """Anchors drawn per row; 0 = every eligible one."""
     speculator_type: str = "dspark"
     num_layers: int = 5
     block_size: int = 7
@@ -144,7 +144,7 @@ class TrainConfig:
     """Which draft is exported: that of the ``last`` milestone, or of the one with the highest ``walk``, ``walk_greedy`` or
     ``mean_accepted_length`` in validation."""
     checkpoint_freq: float = 1.0
-    """Epochs between checkpoints and validations; 0.25 = four an epoch."""
+    """Epochs between checkpoints and validations; 0.25 = four per epoch."""
     keep_checkpoints: int = 2
     seed: int = 0
     device: str = "auto"
@@ -195,7 +195,7 @@ class TrainConfig:
         if self.optimizer == "muon" and self.strategy == "fsdp2":
             whose = f" (recipe {self.recipe})" if self.recipe else ""
             raise UsageError(
-                f"--optimizer muon{whose} needs whole matrices and --strategy fsdp2 cuts them up; use zero or ddp, or --optimizer adamw"
+                f"--optimizer muon{whose} needs whole matrices and --strategy fsdp2 splits them; use zero or ddp, or --optimizer adamw"
             )
 
     @property

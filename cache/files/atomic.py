@@ -77,7 +77,7 @@ def write_errors(path: Path) -> Iterator[None]:
             remove(path.with_name(STAGING + path.name))
         raise StoreWriteError(
             f"{path} could not be written: {what} ({free / 1e9:.2f} GB free there). "
-            "Everything committed before it is whole: free space (or fix access) and run the same command again, with --resume if it has that flag."
+            "Everything committed before is intact. Free space (or fix access) and rerun the same command, with --resume if it has that flag."
         ) from error
 
 

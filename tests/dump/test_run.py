@@ -189,7 +189,7 @@ def test_existing_output_and_other_plans_are_refused(
 ) -> None:
     with pytest.raises(Stopped):
         dump(config, show, stops_after(20, KeyboardInterrupt))
-    with pytest.raises(ExistsError, match="--resume to go on"):
+    with pytest.raises(ExistsError, match="--resume to continue it"):
         dump(config, show)
     with pytest.raises(MismatchError, match=r"layers: store has \[1, 2, 3\], this run has \[0, 2\]"):
         dump(dataclasses.replace(config, resume=True, layers=(0, 2)), show)

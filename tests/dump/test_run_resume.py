@@ -119,6 +119,8 @@ def test_weights_that_have_changed_since_do_not_go_on_with_a_store(
         target / "model.safetensors",
         {"format": "pt"},
     )
-    with pytest.raises(MismatchError, match="this run's target is not the one that the store was begun with"):
+    with pytest.raises(
+        MismatchError, match="this run's target is not the one that the store was started with"
+    ):
         dump(dataclasses.replace(config, resume=True), show)
     assert files(config.output) == before

@@ -136,7 +136,7 @@ def test_a_deepspec_cache_scores_as_the_original_states(
     ours = dspark.cache.open(tmp_path / "dump.zarr")
     theirs = imported(write_deepspec(tmp_path / "peer", rows), tmp_path / "in.zarr", target)
     assert theirs.manifest.layers == list(LAYERS)
-    assert theirs.manifest.counts.dropped == {"no two supervised tokens in a row": 1}
+    assert theirs.manifest.counts.dropped == {"no two consecutive supervised tokens": 1}
     assert theirs.parts > 1
     for name in ("sample_key", "sample_supervised", "sample_row", "sample_start"):
         np.testing.assert_array_equal(theirs.index[name], ours.index[name])
@@ -177,7 +177,7 @@ def test_speculators_files_give_the_same_samples(target: Path, rows: list[Row], 
         import_store(peer, tmp_path / "x", model=str(target), layers=[1, 2])
     store = imported(peer, tmp_path / "in.zarr", target, layers=LAYERS)
     assert store.manifest.counts.dropped == {
-        "its token ids are not the data set's": 1, "no file of hidden states": 1, "no two supervised tokens in a row": 1
+        "its token ids are not the data set's": 1, "no file of hidden states": 1, "no two consecutive supervised tokens": 1
     }  # fmt: skip
     assert len(store) == 9
     for i in range(9):

@@ -258,7 +258,7 @@ def test_a_damaged_tokenizer_of_a_store(tmp_path: Path) -> None:
     stores.write_store(tmp_path / "hs.zarr", [20])
     cache = open_store(tmp_path / "hs.zarr")
     (cache.target_files / "tokenizer.json").write_text('{"a":')
-    with pytest.raises(CacheError, match=r"tokenizer\.json is no tokenizer"):
+    with pytest.raises(CacheError, match=r"tokenizer\.json is not a tokenizer"):
         load_tokenizer(cache)
 
 

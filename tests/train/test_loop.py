@@ -126,7 +126,7 @@ def test_wrong_runs_are_refused(config: TrainConfig, tmp_path: Path) -> None:
         train(dataclasses.replace(config, max_steps=2, cache=str(tmp_path / "other.zarr")), resume=True)
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "mine.txt").write_text("x")
-    with pytest.raises(errors.ExistsError, match="no dspark training"):
+    with pytest.raises(errors.ExistsError, match="not a dspark training run"):
         train(dataclasses.replace(config, output=str(tmp_path / "notes")), overwrite=True)
     with pytest.raises(errors.UsageError, match="sample . has .* tokens, more than"):
         train(dataclasses.replace(config, output=str(tmp_path / "short"), total_seq_len=64, val_fraction=0.0))

@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from dspark.cache.target.frozen import FrozenTarget
 
 AFTER, BEFORE = "after", "before"
-LONELY = "no two supervised tokens in a row"
+LONELY = "no two consecutive supervised tokens"
 CHECKED_ROWS = 64  # last states that the text check reads
 CLEARLY = 0.5  # nats a token by which the other reading of the last state must do better to be believed
 
@@ -254,7 +254,7 @@ class Reader:
         if other < min(ours - CLEARLY, 0.5 * math.log(self.vocab)):
             said, true = (AFTER, BEFORE) if self.after_norm else (BEFORE, AFTER)
             raise MismatchError(
-                f"{self.where}: read as states {said} the final norm, its last states predict their own text with a loss of {ours:.2f} nats a token; "
+                f"{self.where}: read as states {said} the final norm, its last states predict their own text with a loss of {ours:.2f} nats per token; "
                 f"read as states {true} it, of {other:.2f}. Give --last-state {true}-norm if that is what the cache holds."
             )
 

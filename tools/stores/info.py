@@ -66,7 +66,7 @@ def info_command(cache: str, as_json: bool) -> None:
     ratio = f"{data['ratio']:.2f} x smaller than" if data["ratio"] else "nothing stored yet, against"
     per_token = f"{data['bytes_per_token']:.0f}" if data["bytes_per_token"] else "-"
     table([
-        ("store", f"{data['path']}  (format {data['format_version']}, {'complete' if data['complete'] else 'NOT COMPLETE: dspark-dump --resume'})"),
+        ("store", f"{data['path']}  (format {data['format_version']}, {'complete' if data['complete'] else 'NOT COMPLETE: finish it with dspark-dump --resume'})"),
         ("target", f"{data['target']}  {data['num_layers']} layers, hidden {data['hidden_size']}, vocabulary {data['vocab_size']}"),
         ("aux layers", f"{data['layers']}  (output of layer i; vLLM's ids: {data['target_layer_ids']})"),
         ("samples", f"{data['samples']:,}  in {data['parts']:,} parts"),

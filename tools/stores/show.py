@@ -28,7 +28,7 @@ def runs(cache: Cache, index: int) -> dict[str, Any]:
 
 
 def mask_runs(tokenizer: Any, tokens: TokenSample) -> list[dict[str, Any]]:
-    """A sample as runs of equal loss mask; ids as text where there is no tokenizer."""
+    """A sample as runs of equal loss mask; ids as text where there is not a tokenizer."""
     mask = tokens.loss_mask
     cuts = [0, *(np.flatnonzero(np.diff(mask.astype(np.int8))) + 1).tolist(), mask.shape[0]]
     out = []
@@ -58,7 +58,7 @@ def load_tokenizer(cache: Cache) -> Any:
         return PreTrainedTokenizerFast(tokenizer_file=str(path))
     except Exception as wrong:  # the tokenizers library raises bare Exception
         raise CacheError(
-            f"{path} is no tokenizer ({wrong}): put the target's own back, or copy the store again"
+            f"{path} is not a tokenizer ({wrong}): restore the target's own, or copy the store again"
         ) from wrong
 
 

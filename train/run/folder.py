@@ -22,7 +22,7 @@ RESOLVED = "train.yaml"  # the same settings as flags, for --config
 STORE = "store.json"  # which store it was trained on; the path may change between a run and its resumption, the store may not
 
 
-WRITTEN = "expected the object that dspark-train wrote. Put a whole copy of the file back, or train into another --output."
+WRITTEN = "expected the object that dspark-train wrote. Restore a complete copy of the file, or train into another --output."
 
 
 def read_record(path: Path, remedy: str = WRITTEN) -> dict[str, Any]:
@@ -50,7 +50,7 @@ def claim(output: Path, config: TrainConfig, *, resume: bool, overwrite: bool) -
         return
     previous = output / TRAINING
     if not previous.is_file():
-        raise ExistsError(f"{output} exists and holds no dspark training. Choose another --output.")
+        raise ExistsError(f"{output} exists and is not a dspark training run. Choose another --output.")
     if overwrite:
         if Path(config.cache).resolve().is_relative_to(output.resolve()):
             raise UsageError(
@@ -59,7 +59,7 @@ def claim(output: Path, config: TrainConfig, *, resume: bool, overwrite: bool) -
         return
     if not resume:
         raise ExistsError(
-            f"{output} holds a training run. Use --resume to go on with it, --overwrite to replace it, or another --output."
+            f"{output} holds a training run. Use --resume to continue it, --overwrite to replace it, or another --output."
         )
     config.continues(TrainConfig.from_json(read_record(previous), str(previous)), str(output))
 
@@ -92,7 +92,7 @@ def same_store(output: Path, run: Run) -> None:
     ]
     if diffs:
         raise MismatchError(
-            f"{output} was begun on another store: "
+            f"{output} was started on a different store: "
             + "; ".join(diffs)
             + ". Use that one, or another --output."
         )
