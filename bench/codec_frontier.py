@@ -6,7 +6,7 @@ States of a real target on corpus text; half of them calibrate whatever is calib
 here. A linear probe stands in for one: ridge regression, fitted on decoded states, from the aux layers at ``t`` and the token at ``t + 1`` to
 the last state at ``t + 1``, then run on exact states, as a draft is when it serves; its acceptance is the mean of ``1 - TV``.
 
-Figures of a variant: ``disk``: bits a value of the chunks as zstd leaves them, scales included; ``entropy``: order-0 bits a value, which
+Figures of a variant: ``disk``: bits per value of the chunks as zstd leaves them, scales included; ``entropy``: order-0 bits per value, which
 repeated text cannot flatter; ``snr_db``: a layer, from the mean over tokens of the relative squared error; ``channel_db``: the same over
 channels, each against its own variance (what a layer that rescales channels sees). ``gain_bits``: bits saved at equal ``snr_db`` against
 the shipped codec's curve, from the entropies.
@@ -93,7 +93,7 @@ def divergence(exact: torch.Tensor, other: torch.Tensor, embed: torch.Tensor) ->
 
 
 def last_states(s: States, c: States, embed: torch.Tensor) -> list[dict[str, Any]]:
-    """Codecs of the last state, and its k most probable tokens instead of it; bytes a token."""
+    """Codecs of the last state, and its k most probable tokens instead of it; bytes per token."""
     out: list[dict[str, Any]] = []
     at = torch.arange(0, len(s.last), max(1, len(s.last) // 1500))
     exact, hidden = s.last[at], s.last.shape[1]

@@ -2,7 +2,7 @@
 
     python bench/codec_speed.py [--hidden 576,2560,4096,6144] [--bits 4,3,2] [--tokens 8192] [--layers 5] [--no-sweep] [--results DIR]
 
-GB/s count the states: 2 bytes a value in bfloat16, read by the encoder, written by the decoder. On the GPU the kernel's bits are held against plain
+GB/s count the states: 2 bytes per value in bfloat16, read by the encoder, written by the decoder. On the GPU the kernel's bits are compared with plain
 torch's before anything is timed (a difference stops the script), and ``--sweep`` tries other launch shapes of the kernel. Writes
 bench/results/codec_speed.json.
 """

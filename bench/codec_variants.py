@@ -1,6 +1,6 @@
 """States of a real target, and every way of storing them that ``codec_frontier.py`` compares: codecs that ship and candidates that do not.
 
-A variant is a ``Measured``: decoded states with bits a value. Legend: T tokens, L aux layers, H hidden size, C = L * H.
+A variant is a ``Measured``: decoded states with bits per value. Legend: T tokens, L aux layers, H hidden size, C = L * H.
 """
 
 from __future__ import annotations
@@ -93,13 +93,13 @@ def db(ratio: float) -> float:
 
 
 def snr(x: torch.Tensor, y: torch.Tensor) -> list[float]:
-    """dB a layer of ``x[T, L, H]``: mean over tokens of |x - y|^2 / |x|^2."""
+    """dB per layer of ``x[T, L, H]``: mean over tokens of |x - y|^2 / |x|^2."""
     e = ((x - y) ** 2).sum(2) / (x**2).sum(2)
     return [db(float(v)) for v in e.mean(0)]
 
 
 def channel_snr(x: torch.Tensor, y: torch.Tensor, keep: torch.Tensor) -> list[float]:
-    """dB a layer: mean over channels of mean squared error / variance, over the ordinary tokens."""
+    """dB per layer: mean over channels of mean squared error / variance, over the ordinary tokens."""
     x, y = x[keep], y[keep]
     return [db(float(v)) for v in (((x - y) ** 2).mean(0) / x.var(0)).mean(1)]
 
@@ -182,7 +182,7 @@ def grouped(x: torch.Tensor, g: int = 64) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def fixed_rate(name: str, thresholds: list[float], levels: list[float], x: torch.Tensor) -> Measured:
-    """A fixed number of bits a value, packed; ``thresholds`` and ``levels`` in sigma of a bfloat16 scale a group of 64."""
+    """A fixed number of bits per value, packed; ``thresholds`` and ``levels`` in sigma of a bfloat16 scale per group of 64."""
     z, m = grouped(x)
     scale = z.pow(2).mean(-1, keepdim=True).sqrt().bfloat16().float()
     code = torch.bucketize(z / scale.clamp(min=1e-30), torch.tensor(thresholds), right=True)
@@ -278,7 +278,7 @@ def karhunen(x: torch.Tensor) -> Transform:
 
 
 def transformed(name: str, step: float, x: torch.Tensor, transforms: list[Transform]) -> Measured:
-    """Uniform quantiser of transform coefficients with one step for all. ``x`` [T, L, H]; transforms: one for all layers or one a layer.
+    """Uniform quantiser of transform coefficients with one step for all. ``x`` [T, L, H]; transforms: one for all layers or one per layer.
 
     Disk bytes: coefficients sorted by variance in bands of 64, each band its own array: a byte, a nibble, two bits or (variance below
     a tenth of the cell's noise) nothing a value; values beyond a band's range are clamped.

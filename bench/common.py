@@ -64,7 +64,7 @@ def versions() -> dict[str, str]:
 def write(
     name: str, config: dict[str, Any], results: Any, folder: Path = RESULTS, *, show: bool = True
 ) -> None:
-    """Write ``NAME.json`` and print the same object as the last line (unless told not to ``show`` it)."""
+    """Write ``NAME.json`` and print the same object as the last line (unless ``show`` is false)."""
     data = {
         "name": name, "hardware": hardware(), "heat": heat(), "versions": versions(), "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "config": config, "results": results,

@@ -1,4 +1,4 @@
-"""Does a long dump stay flat? Memory over a corpus of 20,000 rows, the progress line, and tokens a second by batch size.
+"""Does a long dump stay flat? Memory over a corpus of 20,000 rows, the progress line, and tokens per second by batch size.
 
     python bench/dump_long.py [--rows 20000]
 

@@ -2,7 +2,7 @@
 
     python bench/dump_vllm.py --target DIR --data FILE.jsonl [--rows 24] [--copies 1] [--bits 4/4] [--own-steps]
 
-Plain vLLM runs in a process of its own first, with as many tokens a step as the dump takes (on an H100 with SmolLM2 800 k tokens/s,
+Plain vLLM runs in a process of its own first, with as many tokens per step as the dump takes (on an H100 with SmolLM2 800 k tokens/s,
 with vLLM's own number 390 to 503 k), the best of three passes, each on an empty prefix cache. Then, on the dump's own engine, the same requests
 with ``dspark_skip``: what vLLM's extraction costs when nobody takes the states. Then the dump, of ``--copies`` times the rows (each copy begins with a number of its
 own, so that the prefix cache does not know it). Prefix caching and chunked prefill are on in all. Writes bench/results/NAME.json.
@@ -70,7 +70,7 @@ def plain(target: str, prompts: list[list[int]], dtype: str, seq_length: int, st
 class Uncached:
     """Loads the engine, its prefix cache emptied before the dump: self-check and calibration have run many of these few rows already.
 
-    ``extraction``: tokens a second of the samples through that engine when their states are not taken.
+    ``extraction``: tokens per second of the samples through that engine when their states are not taken.
     """
 
     def __init__(self, samples: list[TokenSample], codec: Codec) -> None:
@@ -170,7 +170,7 @@ def main() -> None:
     parser.add_argument("--copies", type=int, default=1)
     parser.add_argument("--bits", default="4/4")
     parser.add_argument(
-        "--own-steps", action="store_true", help="plain vLLM with its own tokens a step, not the dump's"
+        "--own-steps", action="store_true", help="plain vLLM with its own tokens per step, not the dump's"
     )
     parser.add_argument("--name", default="dump_vllm")
     parser.add_argument("--plain", help="internal: file of prompts")

@@ -8,7 +8,7 @@ Its own: the network and how it is initialised, the loss, AdamW on float32 maste
 ``int(ratio * steps)``, the gradients' bfloat16, torch.compile with dynamic shapes. Ours: which samples share a row, which anchors are
 drawn, learning rate, steps, clipping norm, loss weights. Three things are done to it:
 
-- It knows one document a sequence. Its mask is narrowed to the block's document, so that a packed row passes as one sequence; its
+- It knows one document per sequence. Its mask is narrowed to the block's document, so that a packed row passes as one sequence; its
   positions then count along the row, which RoPE does not see. The slots it counts are compared with ours at the first step.
 - ``model.to(bfloat16)`` rounds its RoPE frequencies, which servers and ``score`` keep exact. They are put back, in its favour.
 - Its running metrics, which only its logger reads, are left out.

@@ -1,4 +1,4 @@
-"""The same training on 1, 2, ... processes by each strategy: are the loss curves one, and how many tokens a second.
+"""The same training on 1, 2, ... processes by each strategy: are the loss curves one, and how many tokens per second.
 
 python bench/scaling.py --work DIR [--shape qwen3-4b] [--gpus 1,2] [--steps 34] [--cache STORE] [--train "--rows-per-step 16"]
 python bench/scaling.py --work DIR --gpus 2 --strategies ddp,zero,fsdp2      four runs: one process, and each on two
@@ -10,7 +10,7 @@ compile, are left out of the speed. Writes bench/results/scaling.json: a row a r
 ``speedup``, ``curve_difference`` (largest relative difference of a logged loss from one process's), ``windows_ms`` (a step's, by logged window),
 ``peak_gb`` (of the rank with the largest; GPUs only) and ``hours``, what ``--samples`` of ``--mean-tokens`` take for ``--epochs`` at that speed.
 
-``apart`` is the most that this host can give: each training has a rank's rows a step and nothing to send. What it falls short of N times
+``apart`` is the most that this host can give: each training has a rank's rows per step and nothing to send. What it falls short of N times
 is slower GPUs (a step of several lasts as long as the slowest one's) and the host; what a strategy falls short of it is the strategy's.
 
 python bench/scaling.py --row-ms 250 --update-ms 15 --parameters 2.3e9         hours on 1, 2, 4, 8 GPUs from a measured step; runs nothing
@@ -102,7 +102,7 @@ def write_store(path: Path, shape: tuple[int, ...], samples: int, tokens: int) -
 
 
 def command(args: argparse.Namespace, output: Path, strategy: str, processes: int, rows: int) -> list[str]:
-    """A training of ``rows`` rows a step into ``output``."""
+    """A training of ``rows`` rows per step into ``output``."""
     shutil.rmtree(output, ignore_errors=True)
     flags = [
         "--cache", args.cache, "--output", output, "--device", args.device, "--max-steps", args.steps, "--log-every", args.log_every,

@@ -123,7 +123,7 @@ def main() -> None:
     parser.add_argument(
         "--cache", help="a store of the same target and layers, for score on its held-out samples"
     )
-    parser.add_argument("--score-anchors", type=int, default=0, help="anchors a row of score; 0 = all")
+    parser.add_argument("--score-anchors", type=int, default=0, help="anchors per row of score; 0 = all")
     parser.add_argument("--engines", default="transformers,vllm")
     parser.add_argument("--temperatures", default="0")
     parser.add_argument("--max-tokens", type=int, default=64)

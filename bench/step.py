@@ -182,7 +182,7 @@ def gradients(model: DraftModel) -> dict[str, Tensor]:
 
 @contextmanager
 def no_kernels() -> Iterator[None]:
-    """Inside, the draft's own operations are plain torch on a GPU too. (The objective is told by ``terms``.)"""
+    """Inside, the draft's own operations are plain torch on a GPU too. (``terms`` selects the objective's path.)"""
     with (
         patch.object(qk_norm_rope, "_by_kernel", lambda x: False),
         patch.object(gated, "gradient", gated.plain_gradient),

@@ -44,7 +44,9 @@ if TYPE_CHECKING:
 
     from dspark.cache.records import Coded
 
-OPEN_PARTS = 48  # parts kept open, with a file descriptor an array: under the usual limit of 1,024 a process
+OPEN_PARTS = (
+    48  # parts kept open, with a file descriptor per array: under the usual limit of 1,024 per process
+)
 
 
 def read_manifest(path: str | Path) -> Manifest:

@@ -39,7 +39,7 @@ class Report:
 
 
 def verify(path: str | Path, progress: Callable[[int, int], None] = lambda done, total: None) -> Report:
-    """Check the store at ``path``. ``progress(done, total)`` is called once a part. Raises only if it is not a store at all."""
+    """Check the store at ``path``. ``progress(done, total)`` is called once per part. Raises only if it is not a store at all."""
     path = Path(path)
     manifest = read_manifest(path)
     report = Report()

@@ -31,7 +31,7 @@ OUTPUT_FILE = OutputFile()
 
 
 def refuse_unwritable(path: Path) -> None:
-    """Raise UsageError unless ``save`` can put a file at ``path``, as far as can be told without it. Leaves nothing behind, in the folder or of an older file."""
+    """Raise UsageError unless ``save`` can put a file at ``path``, as far as can be known without saving. Leaves nothing behind, in the folder or of an older file."""
     try:
         if path.exists() and not path.is_file():
             raise UsageError(f"{path} exists and is not a file: it is not replaced. Choose another path.")

@@ -42,7 +42,7 @@ WITHDRAWN = (("ema", 0.0), ("slot_weights", "decay"), ("noise_std", 0.0))
 
 @dataclass(frozen=True, slots=True)
 class Number:
-    """What a numeric setting may be, in words and as a test. NaN is no number, and an infinity only where it means something."""
+    """What a numeric setting may be, in words and as a test. NaN is not a number, and an infinity only where it means something."""
 
     words: str
     holds: Callable[[float], bool]
@@ -120,7 +120,7 @@ class TrainConfig:
     total_seq_len: int | None = None
     """Tokens of a packed row. None: 4096, or the store's sequence length if that is longer."""
     rows_per_step: int = 8
-    """Packed rows of an optimizer step, over all ranks: the same step on any number of them; rows beyond one a rank accumulate."""
+    """Packed rows of an optimizer step, over all ranks: the same step on any number of them; rows beyond one per rank accumulate."""
     max_anchors: int = 512
     """Anchors drawn per row; 0 = every eligible one."""
     speculator_type: str = "dspark"
@@ -159,7 +159,7 @@ class TrainConfig:
     compile: bool | None = None
     """torch.compile the backbone. None: on cuda. Rows are then padded to one shape."""
     activation_checkpointing: bool = False
-    """Keep only the input of each draft layer for the backward pass and compute the rest again: less memory a row, more time."""
+    """Keep only the input of each draft layer for the backward pass and compute the rest again: less memory per row, more time."""
     strategy: str | None = None
     """Of several processes: ``zero`` (a rank holds the draft, and a share of masters and moments), ``ddp`` (all) or ``fsdp2`` (a share of
     all between steps, torch's). None: zero, the fastest and the smallest (docs/log/2026-11-22-two-gpus.md)."""

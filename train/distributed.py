@@ -1,6 +1,6 @@
 """Several processes of one training run, started by torchrun: who is who, sums over them, and how one's failure stops all.
 
-Two channels. Tensors on the device are summed through the backend of the device (NCCL, or gloo on a CPU). A few numbers a step (weights
+Two channels. Tensors on the device are summed through the backend of the device (NCCL, or gloo on a CPU). A few numbers per step (weights
 of the loss, whether anybody was interrupted) go through gloo on the host, so that asking never waits for a GPU; and since every rank
 answers before any collective of the step begins, none of those ever waits for a rank that has stopped.
 """

@@ -67,7 +67,7 @@ def train(
 ) -> dict[str, Any]:
     """Train a draft into ``config.output``; returns the last validation (or training) metrics.
 
-    ``progress(step, total, text)`` is called once a step, ``say`` once with what the run is. KeyboardInterrupt (and SIGTERM) saves a
+    ``progress(step, total, text)`` is called once per step, ``say`` once with what the run is. KeyboardInterrupt (and SIGTERM) saves a
     checkpoint and is raised on. Under torchrun every process calls this; if one fails, all raise.
     """
     world = distributed.join(config.device, config.strategy)

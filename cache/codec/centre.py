@@ -1,8 +1,8 @@
 """Mean and deviation of each channel, from the first states of a dump: what is the same at every token is not coded again.
 
 About half the energy of a real state is its mean over tokens, and channels differ in deviation by a factor of 10. On SmolLM2-135M (five
-layers, held-out text, 2.0 bits a value) taking both out raises the SNR from 10.2 to 13.4 dB, and the SNR of the average channel against
-its own variance from 4.5 to 10.3 dB; ``bench/codec_frontier.py`` measures it. The decoder pays one multiply-add a value.
+layers, held-out text, 2.0 bits per value) taking both out raises the SNR from 10.2 to 13.4 dB, and the SNR of the average channel against
+its own variance from 4.5 to 10.3 dB; ``bench/codec_frontier.py`` measures it. The decoder pays one multiply-add per value.
 
 Legend: T tokens, L aux layers, H hidden size. The vectors are bfloat16, in the manifest, in base64.
 """

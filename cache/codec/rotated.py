@@ -43,7 +43,7 @@ TRIED = 192  # rows on which a machine's encoding kernel is tried
 
 @dataclass(frozen=True, slots=True)
 class Rotated:
-    """Groups of g channels are rotated (``rotation.py``), divided by one scale and put into 16 or 256 cells a value.
+    """Groups of g channels are rotated (``rotation.py``), divided by one scale and put into 16 or 256 cells per value.
 
     ``bits`` is what a value takes on disk, nearly: nibbles are stored and zstd's Huffman stage takes out what the cells' unequal
     shares leave over. So a coarser ``step`` is a smaller store with the same arrays and the same decoder, at 1.5 dB from the Gaussian bound,
@@ -51,7 +51,7 @@ class Rotated:
 
     ``centre``: channel means and deviations taken out before and put back after; see ``centre.py``.
     ``step``: cell width in sigma (encoder only). ``levels``: integers in 1/64 sigma, positive half (decoder only).
-    Stored: ``code`` uint8 (two values a byte, the even channel low; or one), ``scale`` uint8 a group, 2^((k - 128) / 4).
+    Stored: ``code`` uint8 (two values per byte, the even channel low; or one), ``scale`` uint8 per group, 2^((k - 128) / 4).
     """
 
     bits: int
@@ -131,7 +131,7 @@ class Rotated:
         }
 
     def _encode_block(self, groups: torch.Tensor, whole: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Code uint8[N, bytes a group] and scale uint8[N] of centred float32 ``groups[N, g]``; ``whole``: the states they are of, for messages."""
+        """Code uint8[N, bytes per group] and scale uint8[N] of centred float32 ``groups[N, g]``; ``whole``: the states they are of, for messages."""
         import torch
 
         g = groups.shape[1]
@@ -254,7 +254,7 @@ def _scale_code(squares: torch.Tensor) -> torch.Tensor:
 
 @lru_cache(maxsize=64)
 def _constant(device: torch.device, make: Callable[..., Table], *args: Hashable) -> torch.Tensor:
-    """``make(*args)`` on ``device``, made once; usable outside inference mode whoever asks first."""
+    """``make(*args)`` on ``device``, made once; usable outside inference mode regardless of the first caller."""
     import torch
 
     with torch.inference_mode(False):

@@ -4,9 +4,9 @@ Legend: N groups of all rows, C groups of a row (L * H / g), g channels of a gro
 
 Every step is the one rounding that ``Rotated.encode_plain`` makes, in the same order (butterflies and energies halve in registers, ``enable_fp_fusion`` off), so
 the bytes are the same. Groups that are far from Gaussian are listed and tried at other scales by a second kernel: coded by plain torch, those few groups took
-some 150 launches a call and two waits for the device, ten times the kernel's own time; and tried where they are found, one of them makes
+some 150 launches per call and two waits for the device, ten times the kernel's own time; and tried where they are found, one of them makes
 the whole tile do thirteen times the work. Whether this machine's compiler keeps to all that is
-tried once a process on a few rows (``rotated.trusted``); where it does not, plain torch codes everything.
+tried once per process on a few rows (``rotated.trusted``); where it does not, plain torch codes everything.
 
 Import only where triton is there.
 """
@@ -152,7 +152,7 @@ def encode_groups(  # type: ignore[no-untyped-def]
     if count > 0:
         first = tl.atomic_add(told, count)
         tl.store(again + first + tl.cumsum(bad, 0) - 1, row.to(tl.int32), mask=bad > 0)
-    # Not "greater than": NaN is no number to compare.
+    # Not "greater than": NaN is not a number to compare.
     wrong = real & ~(squares <= limit)
     if tl.max(wrong.to(tl.int32), 0) > 0:
         tl.atomic_max(told + 1, 1)

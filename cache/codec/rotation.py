@@ -16,7 +16,7 @@ import numpy as np
 if TYPE_CHECKING:
     import torch
 
-GROUP_LEAST = 8  # below this the scale costs more than a bit a value
+GROUP_LEAST = 8  # below this the scale costs more than a bit per value
 
 
 def group_size(hidden: int, limit: int) -> int:

@@ -111,7 +111,7 @@ def stored_bytes_per_token(layers: int, hidden: int, codec: Codec, last_share: f
 
 
 def disk_bytes_per_token(layers: int, hidden: int, codec: Codec, last_share: float = 1.0) -> float:
-    """Expected bytes a token on disk: states, ids and mask, and a share of a part's metadata.
+    """Expected bytes per token on disk: states, ids and mask, and a share of a part's metadata.
 
     Without zstd exact. With it, below 16 bits, from the entropy of Gaussian cells: right within 2 % where nothing repeats, more than it takes
     otherwise (``sizing.py``).
@@ -120,7 +120,7 @@ def disk_bytes_per_token(layers: int, hidden: int, codec: Codec, last_share: flo
 
 
 def token_bytes(codec: Codec) -> float:
-    """Expected bytes of ids, mask and metadata a token, on disk: 4 and 1 as they are, 1.0 together after zstd; metadata of a part 0.4.
+    """Expected bytes of ids, mask and metadata per token, on disk: 4 and 1 as they are, 1.0 together after zstd; metadata of a part 0.4.
 
     Measured on SmolLM2 stores.
     """

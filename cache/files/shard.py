@@ -37,7 +37,7 @@ Array = np.ndarray[tuple[int, ...], np.dtype[Any]]
 RUN_BYTES = 1 << 20  # of values that one thread packs before it takes more
 RESIDUE = 0x48674BC7  # the crc32c of any bytes followed by their own crc32c, little-endian, and of no others
 
-# Blosc's own threads may finish blocks in any order; one thread a chunk gives the same bytes every time.
+# Blosc's own threads may finish blocks in any order; one thread per chunk gives the same bytes every time.
 numcodecs.blosc.use_threads = False
 
 

@@ -70,7 +70,7 @@ class FrozenTarget:
 
     @classmethod
     def load(cls, path: Path, sha256: str) -> FrozenTarget:
-        """Read what ``save`` wrote, whose hash is ``sha256``; tied weights share memory. ``logits`` is the config's to say (``Cache.target``).
+        """Read what ``save`` wrote, whose hash is ``sha256``; tied weights share memory. ``logits`` comes from the config (``Cache.target``).
 
         The file is read once more for its hash, at 0.7 GB/s on a core without instructions for it (4 GB: 6 s) and once a run:
         weights with a flipped bit train to nothing, and nothing else would say so.

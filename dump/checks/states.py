@@ -4,7 +4,7 @@ On a few samples, ``lm_head(last[p])`` is compared with the engine's own predict
 forgotten norm can keep the order of the logits and still change every probability). Below ``THRESHOLD`` the dump stops, and the message says which
 known fault, undone, would explain it.
 
-The layers beside it are held against one another (``likeness.py``): another order, another position. What neither sees, a rank's partial sum in a layer in
+The other layers are compared with one another (``likeness.py``): another order, another position. What neither sees, a rank's partial sum in a layer in
 between, the vLLM engine compares between its ranks (``spool.py``).
 
 Near ties: where the engine's token is not ours but our logits of the two differ by less than the dtype can tell apart, they agree.

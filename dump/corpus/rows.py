@@ -1,6 +1,6 @@
 """A corpus: rows in order, from any row on. A row of no known shape is a ``BadRow``; what cannot be read at all is an error that names place and line.
 
-Rows are numbered from 0 (in a file of lines over those that are not blank), so a dump that is gone on with continues exactly
+Rows are numbered from 0 (in a file of lines over those that are not blank), so a resumed dump continues exactly
 where it stopped. ``open_corpus`` (``sources.py``) makes the corpus of a ``--data``.
 """
 

@@ -1,7 +1,7 @@
 """Rows -> samples in processes of their own, in the order of the rows.
 
-Rendering and tokenising a chat takes about 0.9 ms (SmolLM2's tokenizer, 270 tokens a row), most of it under Python's lock, so one process gives
-at most 290,000 tokens a second and takes that time from the thread that launches the target's kernels. A small target on a large GPU is faster than that.
+Rendering and tokenising a chat takes about 0.9 ms (SmolLM2's tokenizer, 270 tokens per row), most of it under Python's lock, so one process gives
+at most 290,000 tokens per second and takes that time from the thread that launches the target's kernels. A small target on a large GPU is faster than that.
 """
 
 from __future__ import annotations

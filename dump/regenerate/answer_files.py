@@ -1,4 +1,4 @@
-"""Answers on disk, beside the store: ``<store>.answers/``, a file a part, while it is made; ``<store>.answers.jsonl`` when it is whole.
+"""Answers on disk, beside the store: ``<store>.answers/``, a file per part, while it is made; ``<store>.answers.jsonl`` when it is whole.
 
 Nothing here is lost on the way from one to the other, however a dump ends: a part's file is on disk before the part; the joined file is replaced
 before the store is marked complete; the parts' files go after that. When a complete store is repaired, the parts that are left have no file any more:
@@ -66,7 +66,7 @@ class AnswerFiles:
         self.clear()
 
     def save(self, index: int, answers: Sequence[Mapping[str, Any]]) -> None:
-        """Part ``index``: an object a sample, with its ``row``."""
+        """Part ``index``: an object per sample, with its ``row``."""
         if not self.folder.exists():
             with write_errors(self.folder):
                 self.folder.mkdir()

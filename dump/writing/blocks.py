@@ -1,6 +1,6 @@
 """Memory that outlives one part and that a worker process can map: states are put together here and compressed from here.
 
-A fresh allocation a part would be faulted in page by page every time, which cost as much as compressing it (docs/log/2026-11-22-where-the-time-went.md); a block is used
+A fresh allocation per part would be faulted in page by page every time, which cost as much as compressing it (docs/log/2026-11-22-where-the-time-went.md); a block is used
 again. Where worker processes write, it is a file in memory (``memfd``), so that nothing is copied or pickled between processes, ``/dev/shm`` with its
 small limit in containers is not needed, and the kernel frees it whoever is killed.
 """

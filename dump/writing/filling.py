@@ -99,7 +99,7 @@ class Filling:
 
 
 def as_slice(rows: Rows) -> Rows | slice:
-    """``rows``, which rise by sample: as a slice where they follow each other, as most engines' do, for one copy instead of one a row."""
+    """``rows``, which rise by sample: as a slice where they follow each other, as most engines' do, for one copy instead of one per row."""
     if rows.size and rows[-1] - rows[0] + 1 == rows.size and (np.diff(rows) == 1).all():
         return slice(int(rows[0]), int(rows[-1]) + 1)
     return rows

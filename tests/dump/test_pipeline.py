@@ -67,7 +67,7 @@ class Coming(Wrapped):
 def test_the_engine_goes_on_while_its_states_are_on_their_way(
     config: DumpConfig, show: Display, tmp_path: Path
 ) -> None:
-    config = dataclasses.replace(config, batch_tokens=32)  # several batches a part
+    config = dataclasses.replace(config, batch_tokens=32)  # several batches per part
     dump(config, show)
     other = dataclasses.replace(config, output=tmp_path / "again.zarr")
     dump(other, show, lambda plan, n: Coming(load_engine(plan, n), 5))

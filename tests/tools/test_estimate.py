@@ -11,7 +11,7 @@ SETTING = {"aux_bits": 16, "last_bits": 16, "last_share": 0.5, "tokens_per_secon
 
 
 def test_glm_by_hand() -> None:
-    """No network: the preset holds the shapes. 5 layers of 6,144 channels; the raw layout is 6 + 2 * 6144 * 6 bytes a token."""
+    """No network: the preset holds the shapes. 5 layers of 6,144 channels; the raw layout is 6 + 2 * 6144 * 6 bytes per token."""
     out = estimate("zai-org/GLM-5.2-FP8", data=None, samples=1000, mean_tokens=36.0, **SETTING)
     assert out["target_layer_ids"] == [8, 23, 39, 55, 70]
     assert out["tokens"] == 36_000

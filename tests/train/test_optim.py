@@ -107,7 +107,7 @@ def test_many_matrices_are_orthogonalised_a_few_at_a_time(monkeypatch: pytest.Mo
 
 
 def test_a_step_of_muon_is_as_large_as_one_of_adamw() -> None:
-    """Root mean square of the first steps, lr 1: AdamW's is 1 a step at first and 0.2 to 0.4 later, Muon's about 0.2 from the start."""
+    """Root mean square of the first steps, lr 1: AdamW's is 1 per step at first and 0.2 to 0.4 later, Muon's about 0.2 from the start."""
     g = torch.Generator().manual_seed(0)
     p = torch.nn.Parameter(torch.zeros(64, 256))
     plain = AdamSettings(betas=(0.9, 0.95), weight_decay=0.0, clip=1e9)

@@ -1,4 +1,4 @@
-"""FSDP2 over one process: the rows of a step add up as they do unsharded, in float32, and weights are gathered and summed once a step.
+"""FSDP2 over one process: the rows of a step add up as they do unsharded, in float32, and weights are gathered and summed once per step.
 
 What several ranks make of it is test_ranks.py's.
 """

@@ -40,7 +40,7 @@ class Parity:
 
 
 def compare(ours: Sequence[Outcome], served: Sequence[Outcome], show: int = 3) -> Parity:
-    """One outcome a prompt from each side, ``drafted`` filled in."""
+    """One outcome per prompt from each side, ``drafted`` filled in."""
     compared = equal = only_ours = only_served = 0
     different: list[dict[str, Any]] = []
     for number, (a, b) in enumerate(zip(ours, served, strict=True)):

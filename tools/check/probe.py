@@ -1,6 +1,6 @@
 """A draft on answers of its own target, every anchor at once: what it would have had accepted, under this config or another.
 
-Teacher-forced along a text the target wrote itself, so it needs one target forward a prompt and says, position by position, what
+Teacher-forced along a text the target wrote itself, so it needs one target forward per prompt and says, position by position, what
 decoding meets there. Greedily it is exact: the walk over the anchors that decoding visits gives decoding's own accepted lengths. With
 the distributions it gives the expected acceptance of sampling at temperature 1.
 

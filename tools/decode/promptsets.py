@@ -46,7 +46,7 @@ def is_named(data: str) -> bool:
 
 
 def named_rows(data: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(set:row, chat row) of the named set, in its order. Raises UsageError where it cannot be had."""
+    """(set:row, chat row) of the named set, in its order. Raises UsageError if it cannot be loaded."""
     name, _, wanted = data.partition(":")
     chosen = PROMPT_SETS[name]
     found = set()

@@ -1,7 +1,7 @@
 """A DeepSpec target cache (its version 2) as a source of samples.
 
     manifest.json    version, hidden_size, target_layer_ids (outputs of decoder layers, 0-based), shards, how it was made
-    samples.idx      a record of 56 bytes a sample: where its five tensors lie
+    samples.idx      a record of 56 bytes per sample: where its five tensors lie
     shard-*.bin      the tensors: ids int32[S], attention mask and loss mask uint8[S], states bfloat16[S, L H], last state bfloat16[S, H]
 
 The last state is the one after the final norm, at every token. Nothing in it carries a checksum: what can be checked is that everything is

@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 AFTER, BEFORE = "after", "before"
 LONELY = "no two consecutive supervised tokens"
 CHECKED_ROWS = 64  # last states that the text check reads
-CLEARLY = 0.5  # nats a token by which the other reading of the last state must do better to be believed
+CLEARLY = 0.5  # nats per token by which the other reading of the last state must do better to be believed
 
 
 @dataclass(frozen=True, slots=True)

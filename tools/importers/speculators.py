@@ -1,4 +1,4 @@
-"""speculators' offline training data as a source of samples: a data set on disk (datasets.save_to_disk) and a safetensors file a sample.
+"""speculators' offline training data as a source of samples: a data set on disk (datasets.save_to_disk) and a safetensors file per sample.
 
     state.json, dataset_info.json, data-*.arrow    columns input_ids, loss_mask
     hidden_states/hs_{row}.safetensors             hidden_states [S, L + 1, H], token_ids [S]

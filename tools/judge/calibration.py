@@ -7,7 +7,7 @@ product is what a scheduler cuts a block by, so it is what gets calibrated: left
     s_k = prod_{j<=k} sigmoid(logit_j / T_j + b_j)
 
 smallest with the T_j before it fixed. The paper has b = 0; ``shift`` also searches b, for a head that is wrong on average where its logit
-is near 0, which no temperature can mend. Labels are probabilities, not draws: a block counts as s parts accepted and 1 - s rejected,
+is near 0, which no temperature can fix. Labels are probabilities, not draws: a block counts as s parts accepted and 1 - s rejected,
 which measures the same thing as sampled outcomes with less noise (ECE and AUROC as in ``dspark.train.objective.metrics``).
 """
 

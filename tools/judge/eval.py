@@ -49,7 +49,7 @@ class EvalConfig:
 
 @dataclass(frozen=True, slots=True)
 class Runs:
-    """One outcome a prompt with the draft, one of the target alone for the first of them; ``dtype`` they were computed in."""
+    """One outcome per prompt with the draft, one of the target alone for the first of them; ``dtype`` they were computed in."""
 
     drafted: list[Outcome]
     alone: list[Outcome]
@@ -57,7 +57,7 @@ class Runs:
 
 
 def evaluate(config: EvalConfig, note: Note = lambda line: None) -> dict[str, Any]:
-    """Run it; the report as ``--json`` prints it. ``note`` is told what is going on, a line at a time."""
+    """Run it; the report as ``--json`` prints it. ``note`` gets progress, one line at a time."""
     return run(config, note)[0]
 
 

@@ -1,4 +1,4 @@
-"""What ``dspark-tools eval`` says: totals, one line a source as public cards have them, as JSON, as a table, as Markdown.
+"""What ``dspark-tools eval`` says: totals, one line per source as public cards have them, as JSON, as a table, as Markdown.
 
 ``theoretical_gain`` is the speed-up that the accepted length would buy if a step cost what it reads: decoding one sequence is bound
 by reading weights, so a block costs ``1 + draft / target`` target steps and gives ``mean_accepted_length`` tokens. Weights of the draft

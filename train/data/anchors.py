@@ -3,7 +3,7 @@
 Legend: S tokens of the row, A anchors, B slots of a block. ``doc`` int32[S] numbers the documents of the row from 0,
 -1 on padding; a document is one run of equal numbers. Slot k of anchor a predicts x[a+k+1].
 
-Randomness stays with the caller, who passes one priority a position: a row then has the same anchors on any number of
+Randomness stays with the caller, who passes one priority per position: a row then has the same anchors on any number of
 ranks and after any resume, and a test can say which ones they are.
 """
 

@@ -4,7 +4,7 @@ Legend: S tokens of the row, L aux layers, Ht hidden size of the target, M store
 block, N counted slots, D distinct target rows of them. There is no batch axis: documents share a row, and an optimizer step takes several rows.
 
 Which slots count, and which of them are held to the same target distribution, is known before anything is computed, so both are
-worked out here on the CPU; a ``nonzero`` on the device would stall it once a step.
+worked out here on the CPU; a ``nonzero`` on the device would stall it once per step.
 """
 
 from __future__ import annotations

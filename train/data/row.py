@@ -1,6 +1,6 @@
 """One packed row as a single buffer: a worker hands over one tensor, one page-locked copy is made, one move brings it to the device.
 
-A row is some fifteen arrays. Sent one by one each cost a file descriptor, a page-locked allocation and a launch, 3.8 ms a row on an
+A row is some fifteen arrays. Sent one by one each cost a file descriptor, a page-locked allocation and a launch, 3.8 ms per row on an
 H100 whatever their size; here they lie end to end and are cut out again as views.
 
 Legend: S tokens of the row, L aux layers, Ht hidden size of the target, M stored last states, N counted slots.

@@ -8,7 +8,7 @@ runs, a block's context is one interval [start, a), and that is all that either 
 
 ``sdpa`` is the reference and the CPU's: a dense mask, a group of anchors at a time, so that neither [Q, S+Q] scores nor
 a copy of the context per anchor exist, and only the stretch of context that the group can see is read. ``flex`` is for
-CUDA: a block-sparse mask built once a batch and shared by all layers.
+CUDA: a block-sparse mask built once per batch and shared by all layers.
 """
 
 from __future__ import annotations
@@ -134,7 +134,7 @@ def _flex_mask(start: Tensor, limit: Tensor, context: int, block_size: int) -> B
     torch's ``create_block_mask`` evaluates every one of Q x (S+Q) elements to find the tiles; intervals give them directly.
     """
     length = start.shape[0] * block_size
-    # A value a query and no division in the kernel: a quarter less time than from the blocks' own (measured, docs/log/2026-11-22-trainer-first-gpu-run.md).
+    # A value per query and no division in the kernel: a quarter less time than from the blocks' own (measured, docs/log/2026-11-22-trainer-first-gpu-run.md).
     first, end = (x.repeat_interleave(block_size).to(torch.int32) for x in (start, limit))
     query = torch.arange(length, device=start.device, dtype=torch.int32)
     own = context + query // block_size * block_size
@@ -168,7 +168,7 @@ def tile_cover(start: Tensor, limit: Tensor, context: int, block_size: int) -> t
     columns = -(-(context + queries) // TILE)
 
     def per_tile(values: Tensor, beyond: int) -> Tensor:
-        """int64[A] -> [rows, TILE], a value a query; queries past the end get ``beyond``."""
+        """int64[A] -> [rows, TILE], a value per query; queries past the end get ``beyond``."""
         return F.pad(values.repeat_interleave(block_size), (0, rows * TILE - queries), value=beyond).view(
             rows, TILE
         )

@@ -65,7 +65,7 @@ class RMSNorm(nn.Module):
 @dataclass(frozen=True, slots=True)
 class Plan:
     """What a forward needs of a batch besides its data, none of it learnt: who sees whom, and cos and sin of the blocks'
-    and the context's positions (``rope_tables``). Made once a batch, outside what is compiled: a compiler would make the
+    and the context's positions (``rope_tables``). Made once per batch, outside what is compiled: a compiler would make the
     tables again in every layer's kernels.
     """
 

@@ -2,7 +2,7 @@
 
 Legend: n slots of a chunk, d <= n rows of target logits that they share, V target vocabulary, Vd draft vocabulary.
 
-One program a slot reads the slot's two rows of logits three times: for both log-sum-exps and argmaxes; backwards, for L1 and
+One program per slot reads the slot's two rows of logits three times: for both log-sum-exps and argmaxes; backwards, for L1 and
 ``<s, p_d>``; and to write the gradient over the draft's logits. Slots side by side share a target row, which the cache serves to all
 but the first. So a chunk costs 3 reads and 1 write of n rows and 3 reads of d rows of logits in their own dtype, less what the cache
 keeps between two passes, and no fp32 tensor of the vocabulary's size exists. Kernels of other projects (liger-kernel, cut-cross-entropy) fuse the head's product with a
@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 # One program fills a multiprocessor, so that few rows are on their way at once and the cache still holds the end of a slot's rows when
-# the next pass begins there (measured, docs/log/2026-11-22-step-44ms.md: 1.21 ms a chunk of 1,792 slots, 1.38 with 8 warps).
+# the next pass begins there (measured, docs/log/2026-11-22-step-44ms.md: 1.21 ms per chunk of 1,792 slots, 1.38 with 8 warps).
 TILE = 4096
 WARPS = 32
 

@@ -1,7 +1,7 @@
 """Several linear maps of one input as one product: ``joined_product(x, (W1, W2, ...)) = [x W1^T | x W2^T | ...]``.
 
 A few large products keep a GPU busier than many small ones: at Qwen3-4B's shapes on an H100 gate and up together take 0.06 ms less
-forward and 0.1 ms less backward, a layer. Copying the weights together in every forward (100 MB a layer) would cost that gain, so the
+forward and 0.1 ms less backward, a layer. Copying the weights together in every forward (100 MB per layer) would cost that gain, so the
 joint matrix is a *view*: it needs weights that lie side by side in memory, each beginning where the one before ends. ``lay_side_by_side``
 moves them so; they stay parameters of their own. A compiler cannot see where a tensor will lie, so the product is an opaque operation
 that looks when it runs. Whose weights cannot lie so (FSDP2 gathers each into memory of its own) gives a copy of them that does, made once

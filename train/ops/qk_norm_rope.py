@@ -1,6 +1,6 @@
 """What lies between the joint products of q, k, v and attention: q_norm, k_norm, RoPE, and context and blocks as one tensor of keys, one of values.
 
-Step by step these are a dozen small kernels a layer that read most values twice, and the backward pass has to join the gradients of v, k and
+Step by step these are a dozen small kernels per layer that read most values twice, and the backward pass has to join the gradients of v, k and
 q for the product behind (``joined.py``). Here a pass is one operation: every value is read once, the joint gradients are written as they are
 needed. On CUDA by Triton kernels (``fused_qk_norm_rope.py``), elsewhere by ``plain`` and ``plain_gradient``, which are the reference too. Both
 compute in float32 at least and round once, where a model in bfloat16 step by step rounds after the norm, its weight and each product of RoPE.

@@ -32,7 +32,7 @@ PROGRAMS = 1056
 @triton.jit  # type: ignore[untyped-decorator]
 def _half(at, ROWS: tl.constexpr, COLUMNS: tl.constexpr, size: tl.constexpr):  # type: ignore[no-untyped-def]
     """fp32 [ROWS, COLUMNS]: ``size`` values from ``at`` on, in every row. Loaded by each thread where it needs them, in 16 bytes too: of
-    one row the compiler would load a value a thread and pass them on through shared memory.
+    one row the compiler would load a value per thread and pass them on through shared memory.
     """
     column = tl.broadcast_to(tl.arange(0, COLUMNS)[None, :], (ROWS, COLUMNS))
     return tl.load(at + column, mask=column < size, other=0.0).to(tl.float32)

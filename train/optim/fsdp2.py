@@ -1,5 +1,5 @@
-"""FSDP2: each rank keeps its share of the float32 masters, moments and summed gradients. Weights are gathered once a step, in the forward of
-its first row, and gradients summed once, in the backward of its last, however many rows a step has.
+"""FSDP2: each rank keeps its share of the float32 masters, moments and summed gradients. Weights are gathered once per step, in the forward of
+its first row, and gradients summed once, in the backward of its last, however many rows per step has.
 
 The sharded parameters are the masters; layers compute in the dtype of the run (``param_dtype``). In between a rank has all weights in that
 dtype and the sum of its rows' gradients, which FSDP2 keeps in float32 (``reduce_dtype``), as the plain optimizer does. So a trained
@@ -63,7 +63,7 @@ def shard(model: DraftModel, world: World, dtype: torch.dtype) -> JointCopies:
 
 class JointCopies:
     """Of a layer's weights that share a product (``joined.py``) a copy in which they lie side by side, since FSDP2 gathers each into memory
-    of its own. Made in the first forward after they changed, so once a step, for all its rows; made and followed around ``fully_shard``.
+    of its own. Made in the first forward after they changed, so once per step, for all its rows; made and followed around ``fully_shard``.
     """
 
     def __init__(self, model: DraftModel, dtype: torch.dtype) -> None:

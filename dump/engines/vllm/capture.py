@@ -23,7 +23,7 @@ import torch
 from dspark.cache.errors import EngineError
 
 MODULE = __name__
-TOLD = "_dspark_state"  # attribute of a norm: what is told the residual behind it
+TOLD = "_dspark_state"  # attribute of a norm: what keeps the residual after it
 
 
 class Watch:

@@ -1,12 +1,12 @@
 """Our side inside a vLLM worker: the states of finished requests are coded on the worker's device, copied to the host and spooled.
 
-Four kinds of request, told by ``kv_transfer_params``: with ``STORED`` (first and one-past-last position of every run of stored last states) the layers that the
+Four kinds of request, told apart by ``kv_transfer_params``: with ``STORED`` (first and one-past-last position of every run of stored last states) the layers that the
 store wants and the normed last state are coded as ``spool.write_coding`` says; without, raw states are spooled (calibration, self-check); with ``COMPARE``
 every tensor-parallel rank spools its raw states, so that one that holds a partial sum is found; with ``SKIP`` no states are wanted, and nothing is done.
 
 What finishes in one step of the engine is one batch: one gather from the cache, one call of each codec, one file (``spool.py``). vLLM's stock connector, extended
-here, does all that once a request, fails on a CPU (pinned memory) and only logs write errors; of it we keep how it finds its cache and its paths. The
-scheduler decides what is in which batch, so a request's path can be told before the worker has begun. The cache blocks are free again once the states have been
+here, does all that once per request, fails on a CPU (pinned memory) and only logs write errors; of it we keep how it finds its cache and its paths. The
+scheduler decides what is in which batch, so a request's path is known before the worker has begun. The cache blocks are free again once the states have been
 gathered; coding, copy and writing happen in writer threads, at most ``WRITING`` batches at a time.
 
 On a GPU each batch on its way has a stream of its own, and waits there for the step in which the last of its requests finished and not for those that have been
@@ -196,7 +196,7 @@ class SpoolConnector(ExampleHiddenStatesConnector):  # type: ignore[misc]
         return next(event for step, event in self._begun if step > last)
 
     def wait_for_save(self) -> None:
-        """No lock a request."""
+        """No lock per request."""
 
     def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
         """Take the batches of this step; name the requests whose blocks are free again."""
@@ -329,7 +329,7 @@ class SpoolConnector(ExampleHiddenStatesConnector):  # type: ignore[misc]
 
 
 def to_host(t: torch.Tensor) -> torch.Tensor:
-    """Begin to copy it. Into page-locked memory from a GPU, of which torch keeps what was freed: fresh pages for every batch would cost more than the copy."""
+    """Begin to copy it; from a GPU, into page-locked memory, which torch reuses: fresh pages for every batch would cost more than the copy."""
     if not t.is_cuda:
         return t
     return torch.empty_like(t, device="cpu", pin_memory=True).copy_(t, non_blocking=True)

@@ -81,7 +81,7 @@ RANK_TOLERANCE = 0.01  # of a layer's largest value: an all-reduce gives every r
 
 
 class Place(NamedTuple):
-    """Where a finished request's states are: which file, and the how many-th in it."""
+    """Where a finished request's states are: the file, and its index in the file."""
 
     batch: str
     number: int

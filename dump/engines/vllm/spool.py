@@ -1,6 +1,6 @@
 """The spool between a vLLM worker and us: one file for the requests that finished in one step of the engine, read once and deleted; and what the worker is told.
 
-A file a request cost 4.4 ms a sample of 300 tokens on an H100, five times what the target takes for it; so all that finish together are gathered, coded, copied and
+A file per request cost 4.4 ms per sample of 300 tokens on an H100, five times what the target takes for it; so all that finish together are gathered, coded, copied and
 written together. ``<file>`` appears whole (written beside, then renamed) or ``<file>.error`` says why not; ``<file>.rank1`` ... hold the states of the other
 tensor-parallel ranks where they were asked for. The worker holds ``worker.lock`` as long as it lives: a reader that waits sees by it that nothing will come.
 ``coding.json`` and the tensors beside it tell the worker how to code states.
@@ -227,7 +227,7 @@ class SpoolReader:
         return batch.rows(members)
 
     def spent(self) -> dict[str, float]:
-        """``STAGES`` of the batches that were read since the last call: seconds of the worker, in sum; they overlap."""
+        """``STAGES`` of the batches that were read since the last call: total worker seconds; stages overlap."""
         out = dict(self._seconds)
         self._seconds.clear()
         return out
