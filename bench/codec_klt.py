@@ -1,15 +1,15 @@
 """Bytes against tau for codecs of a whole store, many paired trainings in one process and one compiled draft.
 
     python bench/codec_klt.py --model DIR --data train.jsonl.gz --out DIR [--rows 9000] [--steps 1200] [--seeds 0,1,2,3,4]
-        [--codecs exact,rotated-4-4,rotated-2-4,klt-1-1,klt-0.7-1,klt-0.5-1] [--seconds 560] [--only REGEX] [--fit-on REGEX] [--tiny]
+        [--codecs exact,rotated-4-4,rotated-2-4,klt-1-1,klt-0.7-1,klt-0.5-1] [--seconds 560] [--only REGEX] [--other REGEX] [--tiny]
 
 The target's states are made once and kept in the GPU's memory. Every codec codes them as a dump would, what it stores is packed into
 chunks as a part would hold it (a run of ``--part-tokens`` tokens), and drafts train on what it decodes, in the product's order, with
 its objective and its Muon. Drafts of one seed have the same initial weights, batches and anchors. Tau is judged on the exact states of
 held-out prompts, at every anchor, and the change against ``exact`` is paired by seed.
 
-``klt-A-B``: A bits for a value of the aux layers, B for one of the last state. ``--only``: rows of the corpus whose line matches;
-``--fit-on``: calibrate on rows whose line matches, though all are coded. Results are written to OUT/codec_klt.json after every
+``klt-A-B``: A bits for a value of the aux layers, B for one of the last state. ``--only``: rows of the corpus whose line matches.
+A codec's name with ``@other`` behind it is calibrated on ``--other-rows`` rows whose line matches ``--other`` and that are not coded. Results are written to OUT/codec_klt.json after every
 training; trainings that are there already are not repeated, so a run that ``--seconds`` cut short goes on where it stopped.
 """
 
@@ -69,10 +69,6 @@ class States(NamedTuple):
     last: Tensor
     frozen: FrozenTarget
 
-    @property
-    def tokens(self) -> int:
-        return self.aux.shape[0] - 1
-
 
 def chunk_bytes(name: str, codes: np.ndarray[Any, Any], spec: ArraySpec) -> int:
     """Bytes of an array of a part: its chunks as the store compresses them, each with its checksum and index entry.
@@ -121,8 +117,9 @@ class Coder:
         return self.known[name]
 
     def calibrated(self, name: str) -> Any:
-        """Codec ``name``, after it has seen training samples spread over those that ``--fit-on`` lets in."""
-        allowed = [i for i in self.corpus.train if self.corpus.fit_on[i]]
+        """Codec ``name``, after it has seen samples spread over the training rows (or the other rows)."""
+        name, _, other = name.partition("@")
+        allowed = np.arange(self.corpus.main, len(self.corpus.samples)) if other else self.corpus.train
         mean = float(np.mean(self.corpus.lengths[allowed]))
         budget = self.args.calibrate if name.startswith("klt") else 16384
         count = min(len(allowed), math.ceil(budget / mean))
@@ -146,7 +143,7 @@ class Coder:
 
     def parts(self) -> Iterator[tuple[int, int]]:
         """Runs of whole samples of about ``--part-tokens``: first and past-last sample."""
-        first, start, n = 0, self.corpus.start, len(self.corpus.lengths)
+        first, start, n = 0, self.corpus.start, self.corpus.main
         while first < n:
             end = first + 1
             while end < n and start[end + 1] - start[first] <= self.args.part_tokens:
@@ -178,8 +175,8 @@ class Coder:
         sizes = dict.fromkeys(specs, 0)
         for i, job in enumerate(jobs):
             sizes[list(specs)[i % len(specs)]] += job.result()
-        found["arrays"] = {n: round(size / self.states.tokens, 2) for n, size in sizes.items()}
-        found["bytes_per_token"] = sum(sizes.values()) / self.states.tokens + META
+        found["arrays"] = {n: round(size / self.corpus.tokens, 2) for n, size in sizes.items()}
+        found["bytes_per_token"] = sum(sizes.values()) / self.corpus.tokens + META
         found["calibration_bytes"] = sum(t.nbytes for t in codec.calibration().values())
         if exact:
             found |= {
@@ -193,7 +190,7 @@ class Coder:
     def errors(self) -> dict[str, Any]:
         """SNR of each layer against its own variance, in dB, and total variation of the target's distribution."""
         some = torch.arange(
-            0, self.states.tokens, max(1, self.states.tokens // 65536), device=self.aux.device
+            0, self.corpus.tokens, max(1, self.corpus.tokens // 65536), device=self.aux.device
         )
         x, y = self.states.aux[some].float(), self.aux[some].float()
         norms = x.norm(dim=2)
@@ -201,7 +198,8 @@ class Coder:
         x, y = x[ordinary], y[ordinary]
         variance = (x - x.mean(0)).square().mean(0).clamp(min=1e-12)
         ratio = ((x - y).square().mean(0) / variance).mean(1)
-        rows = torch.arange(0, self.last.shape[0], max(1, self.last.shape[0] // 2048), device=self.aux.device)
+        ends = int(self.corpus.last_start[self.corpus.main])
+        rows = torch.arange(0, ends, max(1, ends // 2048), device=self.aux.device)
         head = self.states.frozen.lm_head.float()
         p, q = (s[rows].float() @ head.T for s in (self.states.last, self.last))
         return {
@@ -390,7 +388,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--codecs", default="exact,klt-1-1,klt-0.7-1,rotated-4-4,klt-0.5-1,rotated-2-4")
     parser.add_argument("--seconds", type=float, default=560.0)
     parser.add_argument("--only", type=re.compile, default=None)
-    parser.add_argument("--fit-on", type=re.compile, default=None)
+    parser.add_argument("--other", type=re.compile, default=None)
+    parser.add_argument("--other-rows", type=int, default=2500)
     parser.add_argument("--calibrate", type=int, default=65536, help="tokens")
     parser.add_argument("--part-tokens", type=int, default=1 << 16)
     parser.add_argument("--max-len", type=int, default=1024)
@@ -410,6 +409,7 @@ def arguments() -> argparse.Namespace:
     )
     args.device = "cuda" if torch.cuda.is_available() and not args.tiny else "cpu"
     if args.tiny:
+        args.other_rows = 12
         args.rows, args.steps, args.seq, args.anchors, args.block, args.draft_layers, args.rank = (
             40,
             3,
@@ -429,10 +429,10 @@ def main() -> None:
     before = args.before or args.out / "codec_klt.json"
     runs: list[dict[str, Any]] = json.loads(before.read_text())["results"]["runs"] if before.exists() else []
     corpus = read_corpus(args)
-    train, val = split(corpus.keys, args.val)
+    train, val = split(corpus.keys[: corpus.main], args.val)
     corpus.train, corpus.held_out = train, val
     say(
-        f"{len(corpus.samples)} samples, {corpus.start[-1]} tokens, {corpus.last_start[-1]} last states, {len(val)} samples held out"
+        f"{corpus.main} samples, {corpus.tokens} tokens, {len(val)} samples held out; {len(corpus.samples) - corpus.main} other samples"
     )
     aux, last, frozen = capture(args, corpus)
     states = States(aux, last, frozen)
@@ -457,7 +457,7 @@ def main() -> None:
             run = {
                 "codec": name,
                 "seed": seed,
-                "tokens": states.tokens,
+                "tokens": corpus.tokens,
                 **found,
                 **trainer.run(seed, coder.aux, coder.last),
             }

@@ -30,10 +30,10 @@ _maker: SampleMaker | None = None
 class Corpus:
     """``start`` int64 [N + 1], ``last_start`` int64 [N + 1], ``last_at``: tokens of a sample whose last state is stored; ``keys`` uint8 [N, 16].
 
-    ``fit_on`` bool [N]; ``train``, ``held_out``: samples."""
+    ``main``: how many samples, the first, are the corpus; the others only serve to calibrate on. ``train``, ``held_out``: samples."""
 
     samples: list[TokenSample]
-    fit_on: list[bool]
+    main: int
     config: Any
     layers: tuple[int, ...]
     mask_token_id: int
@@ -45,6 +45,7 @@ class Corpus:
         self.last_at = [np.flatnonzero(last_rows(s.loss_mask)) for s in self.samples]
         self.start = np.concatenate([[0], np.cumsum(self.lengths)])
         self.last_start = np.concatenate([[0], np.cumsum([len(a) for a in self.last_at])])
+        self.tokens = int(self.start[self.main])
         self.keys = np.stack([np.frombuffer(s.key, np.uint8) for s in self.samples])
 
 
@@ -70,9 +71,11 @@ def read_corpus(args: argparse.Namespace) -> Corpus:
         min_supervised=2, eos_token_ids=target.eos_token_ids,
     )  # fmt: skip
     with (gzip.open if args.data.suffix == ".gz" else open)(args.data, "rt") as file:
-        lines = [x for x in enumerate(file) if args.only is None or args.only.search(x[1])]
-    pick = sorted(np.random.default_rng(7).permutation(len(lines))[: args.rows])
-    lines = [lines[i] for i in pick]
+        every = list(enumerate(file))
+    main = _drawn([x for x in every if args.only is None or args.only.search(x[1])], args.rows)
+    other = [] if args.other is None else [x for x in every if args.other.search(x[1])]
+    seen = {number for number, _ in main}
+    lines = main + _drawn([x for x in other if x[0] not in seen], args.other_rows)
     if args.tiny:
         made = [_make(x) for x in lines]
     else:
@@ -80,14 +83,19 @@ def read_corpus(args: argparse.Namespace) -> Corpus:
 
         with multiprocessing.get_context("fork").Pool(min(16, os.cpu_count() or 1)) as pool:
             made = pool.map(_make, lines, chunksize=64)
-    kept = [(s, line) for some, (_, line) in zip(made, lines, strict=True) for s in some]
-    fit_on = [args.fit_on is None or args.fit_on.search(line) is not None for _, line in kept]
+    samples = [s for some in made for s in some]
+    count = sum(len(some) for some in made[: len(main)])
     layers = (
         tuple(int(x) for x in args.layers.split(","))
         if args.layers
         else default_layers(target.shapes.num_layers)
     )
-    return Corpus([s for s, _ in kept], fit_on, target.config, layers, choose_mask_token(target, None, None))
+    return Corpus(samples, count, target.config, layers, choose_mask_token(target, None, None))
+
+
+def _drawn(lines: list[tuple[int, str]], count: int) -> list[tuple[int, str]]:
+    """``count`` of ``lines`` at random, the same ones every time, in their order."""
+    return [lines[i] for i in sorted(np.random.default_rng(7).permutation(len(lines))[:count])]
 
 
 def capture(args: argparse.Namespace, corpus: Corpus) -> tuple[Tensor, Tensor, FrozenTarget]:
