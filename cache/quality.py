@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from dspark.cache.codec.base import Tokens, tokens_of
 from dspark.cache.codec.centre import CALIBRATION, spread, thin
@@ -66,7 +67,7 @@ def share_of(
     states: tuple[torch.Tensor, torch.Tensor],
     samples: int,
     codec: Codec | None,
-    budget: int = CALIBRATION,
+    budget: int,
 ) -> Known:
     """What ``codec`` learns from one of ``samples`` samples, so that all together give about ``budget`` rows: every n-th row of a long one, or its beginning
     where the codec looks at neighbouring tokens."""
@@ -78,19 +79,40 @@ def share_of(
     return Known(cut, aux[:most].clone(), last[: int(last_rows(cut.loss_mask).sum())].clone())
 
 
-def probe_of(shares: Sequence[Known], codec: Codec | None, embedding: Callable[[], torch.Tensor]) -> Probe:
-    """The shares together, with what ``codec`` needs to know of their tokens; ``embedding`` is only called if it needs any."""
+class Matrices(Protocol):
+    """The target's input embedding and output matrix, [V, H] each."""
+
+    @property
+    def embed_tokens(self) -> torch.Tensor: ...
+    @property
+    def lm_head(self) -> torch.Tensor: ...
+
+
+def probe_of(shares: Sequence[Known], codec: Codec | None, target: Callable[[], Matrices]) -> Probe:
+    """The shares together, with what ``codec`` needs to know of their tokens; ``target`` is only called if it needs any."""
     import torch
 
     aux, last = torch.cat([s.aux for s in shares]), torch.cat([s.last for s in shares])
     if codec is None or not codec.needs_tokens:
         return Probe(aux, last)
-    return Probe(aux, last, tokens_of([s.tokens for s in shares], embedding().to(aux.device)))
+    matrices = target()
+    tokens = tokens_of([s.tokens for s in shares], matrices.embed_tokens.to(aux.device))
+    return Probe(aux, last, replace(tokens, head=matrices.lm_head.to(aux.device)))
+
+
+def budget_of(codec: Codec | None, layers: int, hidden: int, tokens: int | None = None) -> int:
+    """Tokens to calibrate ``codec`` on and to measure it with, of a corpus of ``tokens``: no more than a quarter where it asks for many."""
+    wanted = codec.calibration_tokens(layers, hidden) if codec is not None else 0
+    if wanted > CALIBRATION and tokens is not None:
+        wanted = min(wanted, tokens // 4)
+    return max(wanted, CALIBRATION)
 
 
 def spread_states(cache: Cache, codec: Codec | None = None, budget: int = CALIBRATION) -> Probe:
     """States of samples spread over the store, about ``budget`` tokens of them (or all there are), for ``codec``."""
+    m = cache.manifest
+    budget = max(budget, budget_of(codec, len(m.layers), m.target.hidden_size, m.counts.tokens))
     chosen = spread(len(cache), float(cache.lengths.mean()), budget)
     coded = (cache.read(i) for i in chosen)
     shares = [share_of(c.tokens, cache.decoded(c), len(chosen), codec, budget) for c in coded]
-    return probe_of(shares, codec, lambda: cache.target.embed_tokens)
+    return probe_of(shares, codec, lambda: cache.target)

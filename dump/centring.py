@@ -25,9 +25,11 @@ if TYPE_CHECKING:
     from dspark.dump.engines.engine import Engine
 
 
-def calibration_samples(corpus: Corpus, maker: SampleMaker, rows: int, tokens: int) -> list[TokenSample]:
-    """Samples of rows spread over the first ``rows`` of ``corpus``, which hold about ``tokens`` tokens; dropped rows are left out."""
-    chosen = set(spread(rows, tokens / rows))
+def calibration_samples(
+    corpus: Corpus, maker: SampleMaker, rows: int, tokens: int, budget: int
+) -> list[TokenSample]:
+    """Samples of rows spread over the first ``rows`` of ``corpus``, which hold about ``tokens`` tokens: about ``budget`` of them; dropped rows are left out."""
+    chosen = set(spread(rows, tokens / rows, budget))
     made = (maker.make(row) for row in corpus.pick(chosen.__contains__))
     return [s for m in made for s in m.samples]
 
@@ -49,11 +51,11 @@ class Calibration:
             return cls(learnt, RowBytes.of(learnt, *probe))
 
 
-def captured(engine: Engine, samples: Sequence[TokenSample], codec: Codec) -> Probe | None:
+def captured(engine: Engine, samples: Sequence[TokenSample], codec: Codec, budget: int) -> Probe | None:
     """States of ``samples`` for ``codec``, cut as they come so that all of them fit in memory, in order; None without samples."""
-    found = {i: share_of(samples[i], s, len(samples), codec) for i, s in engine.capture(samples)}
+    found = {i: share_of(samples[i], s, len(samples), codec, budget) for i, s in engine.capture(samples)}
     shares = [found[i] for i in sorted(found)]
-    return probe_of(shares, codec, lambda: engine.frozen().embed_tokens) if shares else None
+    return probe_of(shares, codec, engine.frozen) if shares else None
 
 
 def centred_as(manifest: Manifest, stored: Manifest) -> Manifest:

@@ -20,7 +20,7 @@ from dspark.cache.codec.fields import Fields, field_info
 from dspark.cache.errors import DataError, DsparkError, EngineError, ExistsError
 from dspark.cache.files.atomic import write_file
 from dspark.cache.manifest import Manifest
-from dspark.cache.quality import Known, Probe, probe_of
+from dspark.cache.quality import Known, Probe, budget_of, probe_of
 from dspark.cache.quality import quality as quality_of
 from dspark.cache.reader import read_manifest
 from dspark.cache.records import TokenSample
@@ -189,7 +189,7 @@ def probe_states(
 ) -> Probe:
     """The self-check's ``samples`` and their ``states``, for ``codec``."""
     known = [Known(t, *s) for t, s in zip(samples, states, strict=True)]
-    return probe_of(known, codec, lambda: engine.frozen().embed_tokens)
+    return probe_of(known, codec, engine.frozen)
 
 
 def calibration(job: Job, engine: Engine, probe: Probe, codec: Codec, show: Display) -> Calibration:
@@ -198,8 +198,10 @@ def calibration(job: Job, engine: Engine, probe: Probe, codec: Codec, show: Disp
     assert job.plan.tokens is not None
     if codec.needs_calibration:
         began = time.monotonic()
-        samples = calibration_samples(job.corpus, job.maker, job.plan.rows, job.plan.tokens)
-        probe = captured(engine, samples, codec) or probe
+        shapes = len(job.plan.layers), job.plan.shapes.hidden_size
+        budget = budget_of(codec, *shapes, job.plan.tokens)
+        samples = calibration_samples(job.corpus, job.maker, job.plan.rows, job.plan.tokens, budget)
+        probe = captured(engine, samples, codec, budget) or probe
         show.say(
             f"calibrated on {len(samples):,} samples spread over the corpus, {sum(len(s.input_ids) for s in samples):,} tokens, "
             f"in {time.monotonic() - began:.1f} s"

@@ -118,6 +118,14 @@ class Codec(Protocol):
         """Whether coding is worse (or impossible) before ``calibrated``."""
         ...
 
+    def calibration_tokens(self, layers: int, hidden: int) -> int:
+        """Tokens that ``calibrated`` should see of a large corpus; 0 where nothing is learnt."""
+        ...
+
+    def least_tokens(self, layers: int, hidden: int) -> int:
+        """Tokens of a corpus that is worth calibrating on; with fewer another codec is smaller or better. 0: any."""
+        ...
+
     def arrays(self, layers: int, hidden: int) -> dict[str, ArraySpec]: ...
     def disk_bytes(self, layers: int, hidden: int, last_share: float = 1.0) -> float:
         """Expected bytes of states per token on disk, exact where nothing is compressed; ``last_share`` = stored last states / tokens."""

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from dspark.cache.codec.base import ArraySpec, Tokens
 from dspark.cache.codec.bf16 import Bf16
-from dspark.cache.codec.centre import CENTRE_KEYS, Centre
+from dspark.cache.codec.centre import CALIBRATION, CENTRE_KEYS, Centre
 from dspark.cache.codec.rotated import Rotated
 from dspark.cache.codec.rotated_tables import NEED_ZSTD, SETTINGS
 from dspark.cache.errors import FormatVersionError, UsageError
@@ -84,6 +84,12 @@ class Fields:
     @property
     def needs_calibration(self) -> bool:
         return any(isinstance(c, Rotated) for _, c in self.each)
+
+    def calibration_tokens(self, layers: int, hidden: int) -> int:
+        return CALIBRATION if self.needs_calibration else 0
+
+    def least_tokens(self, layers: int, hidden: int) -> int:
+        return 0
 
     def arrays(self, layers: int, hidden: int) -> dict[str, ArraySpec]:
         aux = {f"aux_{name}": replace(spec, layers=layers) for name, spec in self.aux.arrays(hidden).items()}

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 # First word of a codec's name -> the module whose ``FAMILY`` (``base.Family``) makes it.
 FAMILIES = {
+    "klt": "dspark.cache.codec.klt.codec",
     "lossless": "dspark.cache.codec.fields",
     "rotated": "dspark.cache.codec.fields",
 }

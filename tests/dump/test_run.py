@@ -22,6 +22,7 @@ from dump_runs import Wrapped, assert_same, corpus, files
 
 import dspark.cache
 from dspark.cache.codec.base import Codec
+from dspark.cache.codec.centre import CALIBRATION
 from dspark.cache.errors import (
     DataError,
     EngineError,
@@ -107,7 +108,7 @@ def test_a_compact_dump_is_centred_on_rows_from_all_over_the_corpus(
     config = dataclasses.replace(config, data=str(data), aux_bits=4, last_bits=8)
     job = prepare(config)
     assert job.plan.tokens is not None
-    samples = calibration_samples(job.corpus, job.maker, 400, job.plan.tokens)
+    samples = calibration_samples(job.corpus, job.maker, 400, job.plan.tokens, CALIBRATION)
     rows = [s.row for s in samples]
     assert min(rows) < 10
     assert max(rows) > 390

@@ -18,7 +18,7 @@ import torch
 
 from dspark.cache.codec import registry
 from dspark.cache.codec.base import Codec, to_numpy, tokens_of
-from dspark.cache.codec.centre import spread
+from dspark.cache.codec.centre import CALIBRATION, spread
 from dspark.cache.codec.fields import Fields, field_info
 from dspark.cache.errors import (
     DamagedCacheError,
@@ -29,7 +29,7 @@ from dspark.cache.errors import (
     UsageError,
 )
 from dspark.cache.manifest import DumpInfo, Manifest, SourceInfo
-from dspark.cache.quality import Probe, probe_of, quality, share_of
+from dspark.cache.quality import Probe, budget_of, probe_of, quality, share_of
 from dspark.cache.reader import read_manifest
 from dspark.cache.records import CodedSample, TokenSample, last_rows
 from dspark.cache.settings import DEFAULT_PACKING, LOSSLESS, choose_codec
@@ -127,7 +127,7 @@ def import_store(
         ),
     )
     after = given.last_after_norm if last_state is None else last_state == f"{AFTER}-norm"
-    reader = Reader(given, Path(source), frozen.embed_tokens, norm, after)
+    reader = Reader(given, Path(source), frozen, norm, after)
     reader.text_check(frozen)
     if resume and Path(destination).exists():
         stored = read_manifest(destination)
@@ -177,10 +177,11 @@ class Reader:
     """Samples of a foreign cache as ours: stored last states only, after the final ``norm`` (applied here unless ``after_norm``)."""
 
     def __init__(
-        self, given: Source, where: Path, embedding: torch.Tensor, norm: nn.Module, after_norm: bool
+        self, given: Source, where: Path, frozen: FrozenTarget, norm: nn.Module, after_norm: bool
     ) -> None:
         self.given, self.where, self.norm, self.after_norm = given, where, norm, after_norm
-        self.embedding, self.vocab = embedding, embedding.shape[0]
+        self.frozen, self.embedding = frozen, frozen.embed_tokens
+        self.vocab, self.hidden = self.embedding.shape
 
     def sample(self, i: int) -> Ready | str:
         """Sample ``i``; or why there is none."""
@@ -210,22 +211,26 @@ class Reader:
             out: torch.Tensor = self.norm(last.to(weight.dtype))
         return out
 
-    def probe(self) -> Iterator[Ready]:
-        """Samples spread over the cache."""
-        for i in spread(len(self.given), self.given.mean_tokens()):
+    def probe(self, budget: int = CALIBRATION) -> Iterator[Ready]:
+        """Samples spread over the cache, about ``budget`` tokens."""
+        for i in spread(len(self.given), self.given.mean_tokens(), budget):
             found = self.sample(i)
             if not isinstance(found, str):
                 yield found
 
     def states(self, codec: Codec) -> Probe:
-        """About ``CALIBRATION`` tokens from all over the cache, for ``codec``."""
-        found = list(self.probe())
+        """States from all over the cache, as many as ``codec`` asks for."""
+        tokens = round(len(self.given) * self.given.mean_tokens())
+        budget = budget_of(codec, self.given.slots, self.hidden, tokens)
+        found = list(self.probe(budget))
         if not found:
             raise DataError(
                 f"{self.where}: none of the rows looked at holds a sample with two supervised tokens in a row"
             )
-        shares = [share_of(f.tokens, (f.aux.float(), f.last.float()), len(found), codec) for f in found]
-        return probe_of(shares, codec, lambda: self.embedding)
+        shares = [
+            share_of(f.tokens, (f.aux.float(), f.last.float()), len(found), codec, budget) for f in found
+        ]
+        return probe_of(shares, codec, lambda: self.frozen)
 
     def calibrated(self, codec: Codec) -> Codec:
         return codec.calibrated(*self.states(codec)) if codec.needs_calibration else codec

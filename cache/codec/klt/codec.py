@@ -36,7 +36,7 @@ PARAMS: Json = {"classes": [list(c) for c in CLASSES], "band": BAND}
 # Of a store's size before calibration: what zstd takes above the entropy, and bytes per token of rows stored exactly.
 PACKED, EXACT_SHARE = 1.03, 1 / 300
 PER_DIMENSION = 16  # tokens that calibration asks for, per dimension of a row of all aux layers
-LEAST_PER_DIMENSION = 4  # with fewer the basis fits the sample and not the corpus
+LEAST_PER_DIMENSION = 16  # of a corpus, a quarter of which is calibrated on: with fewer the basis fits the sample and not the corpus
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +81,6 @@ class Klt:
         return PER_DIMENSION * layers * hidden
 
     def least_tokens(self, layers: int, hidden: int) -> int:
-        """Tokens without which ``calibrated`` is not worth it."""
         return LEAST_PER_DIMENSION * layers * hidden
 
     def arrays(self, layers: int, hidden: int) -> dict[str, ArraySpec]:
