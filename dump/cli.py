@@ -178,8 +178,16 @@ class LayerIds(click.ParamType):  # type: ignore[type-arg]  # no generic before 
     metavar="KEY=VALUE",
     help="With vllm: an argument of vllm.LLM, such as pipeline_parallel_size=2 or enable_expert_parallel=true. May be repeated.",
 )
-@click.option("--trust-remote-code", is_flag=True, help="Run the code that comes with the target.")
-@click.option("--dry-run", is_flag=True, help="Print the plan and stop; no weights are read.")
+@click.option(
+    "--trust-remote-code",
+    is_flag=True,
+    help="Run Python code that the target's repository brings; read it first.",
+)
+@click.option(
+    "--dry-run",
+    is_flag=True,
+    help="Print the chain from target to served draft and the plan, and stop; no weights are read. Exit code 1 if a link is missing.",
+)
 @json_flag
 @version_flag
 def main(as_json: bool, **flags: Any) -> None:
@@ -193,13 +201,20 @@ def execute(config: DumpConfig) -> dict[str, Any]:
     """Plan or dump; returns what ``--json`` prints."""
     from dspark.dump.job import plan_only
     from dspark.dump.progress import Display
-    from dspark.dump.run import dump
+    from dspark.dump.target.chain import BrokenChain, table
 
     show = Display()
     if config.dry_run:
-        plan = plan_only(config)
-        for line in plan.lines():
+        try:
+            plan = plan_only(config)
+        except BrokenChain as broken:
+            for line in table(broken.links):
+                show.say(line)
+            raise
+        for line in [*table(plan.chain), "", *plan.lines()]:
             show.say(line)
         return plan.to_json()
+    from dspark.dump.run import dump
+
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's stop is handled like Ctrl-C
     return dump(config, show)

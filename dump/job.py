@@ -5,16 +5,18 @@ No weights are read here but by ``load_engine``.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dspark.cache.codec.fields import Fields, field_info
-from dspark.cache.errors import DataError
+from dspark.cache.errors import DataError, TargetError
 from dspark.cache.manifest import DumpInfo, Manifest, SourceInfo
 from dspark.cache.records import TokenSample
+from dspark.cache.target.shape import shape_for
 from dspark.dump import plan as planning
 from dspark.dump.checks.states import PROBE_TOKENS, probe_samples
 from dspark.dump.config import DumpConfig, template_keywords
@@ -30,8 +32,11 @@ from dspark.dump.engines.answers import recommended
 from dspark.dump.engines.engine import EngineRun
 from dspark.dump.progress import Display
 from dspark.dump.regenerate.conversations import Prompts
+from dspark.dump.target import chain
 from dspark.dump.target.config import Target, load_target, target_info, tokenizer_info
+from dspark.dump.target.loading import weight_bytes
 from dspark.dump.target.presets import check_shapes, find
+from dspark.dump.target.weights import find_frozen
 
 if TYPE_CHECKING:
     from dspark.dump.engines.engine import Engine
@@ -54,11 +59,12 @@ class Job:
 
 
 def plan_only(config: DumpConfig) -> planning.Plan:
-    """The plan of ``--dry-run``: no weights; with a preset no network and no tokenizer either."""
+    """The plan of ``--dry-run``: no weights; with a preset no network and no tokenizer either. Raises BrokenChain."""
     preset = find(config.model)
     if preset is None or Path(config.model).is_dir():
         return prepare(config).plan
     plan = planning.resolve(config, preset, preset.shapes)
+    plan = with_chain(plan, preset.config, [preset.config.get("model_type")], None, preset.weight_bytes)
     return (
         planning.estimate(plan, open_corpus(plan.data), None, config.limit)
         if Path(plan.data).is_file()
@@ -66,14 +72,52 @@ def plan_only(config: DumpConfig) -> planning.Plan:
     )
 
 
+def with_chain(
+    plan: planning.Plan,
+    config: Mapping[str, Any],
+    model_types: Sequence[str | None],
+    frozen: Callable[[], str] | None,
+    weights: int | None,
+) -> planning.Plan:
+    """``plan`` with its chain, whose links are all there or unknown. Raises BrokenChain otherwise."""
+    links = chain.examine(
+        config=config,
+        model_types=model_types,
+        shapes=plan.shapes,
+        layers=plan.layers,
+        engine=plan.engine,
+        version=registry.engine_version(plan.engine),
+        frozen=frozen,
+    )
+    chain.require(links)
+    sized = any(link.name == "draft" and link.state == chain.FOUND for link in links)
+    draft = dataclasses.asdict(shape_for(config)) if sized else None
+    return dataclasses.replace(plan, chain=links, draft=draft, weights=weights)
+
+
+def checked_target(config: DumpConfig) -> Target:
+    """The target's config and tokenizer. Raises BrokenChain where they are not a language model's."""
+    try:
+        return load_target(config.model, config.trust_remote_code)
+    except TargetError as error:
+        raise chain.BrokenChain([chain.Link("config", chain.MISSING, str(error))]) from error
+
+
 def prepare(config: DumpConfig, day: str | None = None) -> Job:
     """Read config, tokenizer and corpus; check them against one another; estimate the size. ``day``: the date that a store which is gone on with has
     fixed for a template that writes one."""
     preset = find(config.model)
-    target = load_target(config.model, config.trust_remote_code)
+    target = checked_target(config)
     if preset is not None:
         check_shapes(preset, target.shapes)
     plan = planning.resolve(config, preset, target.shapes, target.whole.architectures or ())
+    plan = with_chain(
+        plan,
+        target.config,
+        [getattr(target.whole, "model_type", None), target.config.get("model_type")],
+        lambda: str(find_frozen(config.model, target.shapes, target.whole)),
+        weight_bytes(config.model),
+    )
     corpus = open_corpus(plan.data)
     first = next(corpus.rows(), None)
     if first is not None and isinstance(first.value, BadRow):

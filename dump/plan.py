@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from dspark.cache.sizing import RowBytes
     from dspark.dump.corpus.masks import SampleMaker
     from dspark.dump.corpus.rows import Corpus
+    from dspark.dump.target.chain import Link
 
 SPREAD_ROWS = 512  # rows tokenised for the estimate: half a second; 128 of them, scaled by rows, were 10 % off on 18,438 chats
 PART_BYTES = (
@@ -34,6 +35,8 @@ PART_BYTES = (
 )  # of states in memory, of a part on a GPU: long enough to batch well, short enough to lose
 PART_TOKENS = (8192, 262144)
 CPU_PART_TOKENS = 32768  # a CPU takes a minute or more for so many
+GPU_BYTES = 80e9  # of the GPUs that a plan counts in
+WEIGHTS_SHARE = 0.8  # of a GPU's memory
 PLAN_RATE = 20000  # tokens a second, for the hours of a plan: a large MoE target on a node of 8 GPUs (assumed, not measured)
 
 
@@ -65,6 +68,9 @@ class Plan:
     tokens: int | None = None
     bytes: int | None = None
     last_rows: int | None = None  # stored last states
+    chain: tuple[Link, ...] = ()  # from the target to a served draft
+    draft: dict[str, Any] | None = None  # shape of a draft's layers, as training derives it
+    weights: int | None = None  # bytes of the target's weights
     looked_at: int = 0  # rows made into samples for the plan
     dropped: dict[str, int] = dataclasses.field(default_factory=dict)  # of them, by reason
     notes: dict[str, int] = dataclasses.field(default_factory=dict)  # what the samples of the others lack
@@ -89,9 +95,11 @@ class Plan:
         """For a person, before the run."""
         size = "unknown" if self.bytes is None else f"about {human(self.bytes)}"
         took = None if self.tokens is None else self.tokens / PLAN_RATE / 3600
-        hours = (
-            "" if took is None else f", {took:.2g} hours if the engine reads {PLAN_RATE:,} tokens a second"
-        )
+        if took is None:
+            per_million = human(1e6 * self.bytes_per_token)
+            hours = f", {per_million} and {1e6 / PLAN_RATE / 3600:.2g} hours per million tokens at {PLAN_RATE:,} tokens per second"
+        else:
+            hours = f", {took:.2g} hours if the engine reads {PLAN_RATE:,} tokens per second"
         rows = "unknown" if self.rows is None else f"{self.rows:,}"
         tokens = "unknown" if self.tokens is None else f"about {self.tokens:,}"
         return [
@@ -106,7 +114,8 @@ class Plan:
             f"= --target-layer-ids {','.join(map(str, self.target_layer_ids))} (entering layer i+1), and the last state after the final norm",
             f"data     {self.data}: rows {rows}, tokens {tokens}, at most {self.seq_length} a row",
             f"engine   {self.engine}, {self.dtype} on {self.device}"
-            + (f" ({self.engine_why})" if self.engine_why else ""),
+            + (f" ({self.engine_why})" if self.engine_why else "")
+            + self._gpus(),
             f"store    {self.output}: codec {self.codec}{', not packed' if self.pack == 'none' else ''}, "
             f"about {self.bytes_per_token:,} bytes a token",
             f"size     {size}{hours}; free {human(self.free_bytes)}",
@@ -115,6 +124,13 @@ class Plan:
                 for what, n in [*((f"dropped: {r}", n) for r, n in self.dropped.items()), *self.notes.items()]
             ),
         ]
+
+    def _gpus(self) -> str:
+        """How many GPUs the weights need, where their size is known."""
+        if self.weights is None:
+            return ""
+        count = math.ceil(self.weights / (WEIGHTS_SHARE * GPU_BYTES))
+        return f"; weights about {human(self.weights)}: {count} GPU{'s' if count > 1 else ''} of {human(GPU_BYTES)}"
 
 
 def resolve(

@@ -1,15 +1,17 @@
 """Presets: what a dump of a known target needs to know, as data (``presets.json``), so that ``--model`` alone is enough.
 
-A preset holds the target's shapes, so that a plan of it needs no network, and the recipe (layers, length, corpus). It is
-checked against the target's own config before weights are loaded.
+A preset holds the target's sizes, so that a plan of it needs no network, and the recipe (layers, length, corpus), each with its source.
+It is checked against the target's own config before weights are loaded.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from dspark.cache.errors import UsageError
 from dspark.dump.target.layers import Shapes
@@ -19,31 +21,43 @@ from dspark.dump.target.layers import Shapes
 class Preset:
     """Recipe of one target. ``layers``: output of decoder layer i. None = the general default applies.
 
-    ``confirmed``: the shapes were read in the target's own config; where they were not, its config wins.
+    ``config``: what its text config says, as far as a plan needs it. ``confirmed``: read in the target's own config or its class's
+    defaults; where not, the target's config wins. ``weight_bytes``: of the checkpoint. ``sources``: where each of these is from.
     """
 
     name: str
-    shapes: Shapes
+    config: Mapping[str, Any]
     layers: tuple[int, ...]
     seq_length: int
+    sources: Mapping[str, str]
     assistant_pattern: str | None = None
     data: str | None = None
     mask_token_id: int | None = None
+    weight_bytes: int | None = None
     confirmed: bool = True
+
+    @property
+    def shapes(self) -> Shapes:
+        c = self.config
+        return Shapes(
+            hidden_size=c["hidden_size"],
+            vocab_size=c["vocab_size"],
+            num_layers=c["num_hidden_layers"],
+            max_positions=c["max_position_embeddings"],
+        )
 
 
 @cache
 def presets() -> dict[str, Preset]:
-    """Every preset by model id."""
+    """Every preset by model id. A number without a source is a mistake of this release (KeyError)."""
     raw = json.loads((Path(__file__).parent / "presets.json").read_text())
     out = {}
     for name, entry in raw.items():
-        shapes = Shapes(
-            **{k: entry.pop(k) for k in ("hidden_size", "vocab_size", "num_layers", "max_positions")}
-        )
+        for key in set(entry) - {"sources", "confirmed"}:
+            entry["sources"][key]
         entered = entry.pop("target_layer_ids", None)
         layers = tuple(j - 1 for j in entered) if entered else tuple(entry.pop("layers"))
-        out[name] = Preset(name=name, shapes=shapes, layers=layers, **entry)
+        out[name] = Preset(name=name, layers=layers, **entry)
     return out
 
 
