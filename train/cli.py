@@ -12,6 +12,7 @@ import click
 from dspark.cache.errors import UsageError
 from dspark.cache.shared.command import bar, command, emit, version_flag
 from dspark.train.config import LOGGERS, SCHEDULES, SELECT, STRATEGIES, TrainConfig
+from dspark.train.draft.shape_file import read_shape
 from dspark.train.draft.types import TYPES
 from dspark.train.recipes import AUTO, NONE, configure, recipes
 
@@ -80,6 +81,23 @@ Examples:
 )
 @click.option("--speculator-type", default=DEFAULTS.speculator_type, type=click.Choice(list(TYPES)))
 @click.option("--num-layers", default=DEFAULTS.num_layers, help="Layers of the draft.")
+@click.option("--num-heads", type=int, help="Query heads of a draft layer.  [default: by the target]")
+@click.option("--num-kv-heads", type=int, help="Key-value heads of a draft layer.  [default: by the target]")
+@click.option(
+    "--head-dim",
+    type=int,
+    help="Width of a head, even.  [default: by the target; 128 where serving needs it]",
+)
+@click.option(
+    "--intermediate-size",
+    type=int,
+    help="Width of a draft layer's MLP.  [default: the target's, or three hidden sizes where it has only an expert's]",
+)
+@click.option(
+    "--draft-config",
+    metavar="FILE.json",
+    help="The draft's shape from a file (num_attention_heads, head_dim, ...); flags win over it.",
+)
 @click.option("--block-size", default=DEFAULTS.block_size, help="Draft tokens an anchor (B).")
 @click.option("--markov-rank", default=DEFAULTS.markov_rank)
 @click.option(
@@ -187,6 +205,8 @@ def configured(context: click.Context) -> TrainConfig:
     default = click.core.ParameterSource.DEFAULT
     given = {n: v for n, v in context.params.items() if context.get_parameter_source(n) is not default}
     named = {n.rstrip("_"): v for n, v in given.items() if n not in NOT_SETTINGS}  # compile_
+    shape = read_shape(named.pop("draft_config")) if "draft_config" in named else {}
+    named = shape | named
     return configure(named, context.params["recipe"])
 
 

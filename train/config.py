@@ -80,6 +80,10 @@ NUMBERS = {
     "rows_per_step": COUNT,
     "max_anchors": COUNT_OR_0,
     "num_layers": COUNT,
+    "num_heads": COUNT,
+    "num_kv_heads": COUNT,
+    "head_dim": COUNT,
+    "intermediate_size": COUNT,
     "block_size": COUNT,
     "markov_rank": COUNT_OR_0,
     "draft_vocab_size": COUNT,
@@ -125,6 +129,11 @@ class TrainConfig:
     """Anchors drawn per row; 0 = every eligible one."""
     speculator_type: str = "dspark"
     num_layers: int = 5
+    num_heads: int | None = None
+    """Of a draft layer, as the next three. None: derived from the target (``cache.target.shape``)."""
+    num_kv_heads: int | None = None
+    head_dim: int | None = None
+    intermediate_size: int | None = None
     block_size: int = 7
     markov_rank: int = 256
     markov_head_type: str = "vanilla"

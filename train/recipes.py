@@ -1,7 +1,7 @@
 """Recipes: what is known to train a good draft of a target, as data (``recipes.json``), so that ``--cache`` alone is enough.
 
 A recipe sets defaults and nothing else: a flag given on the command line wins. Settings are ``TrainConfig`` fields, ``targets`` the
-model ids that it is chosen for, ``source`` where its numbers are from.
+model ids that it is chosen for, ``shapes`` their hidden sizes and numbers of layers, ``source`` where its numbers are from.
 """
 
 from __future__ import annotations
@@ -12,10 +12,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from dspark.cache.errors import UsageError
+from dspark.cache.errors import MismatchError, UsageError
 from dspark.train.config import TrainConfig
+
+if TYPE_CHECKING:
+    from dspark.cache.manifest import TargetInfo
 
 AUTO, NONE = "auto", "none"
 # What a recipe may not say: these belong to a run and its machine.
@@ -37,6 +40,7 @@ OF_A_RUN = {
 class Recipe:
     name: str
     targets: tuple[str, ...]
+    shapes: tuple[tuple[int, int], ...]
     source: str
     settings: Mapping[str, Any]
 
@@ -45,21 +49,40 @@ class Recipe:
         own = {t.lower() for t in self.targets} | {t.split("/")[-1].lower() for t in self.targets}
         return target.lower() in own or target.rstrip("/").split("/")[-1].lower() in own
 
+    def check_fits(self, target: TargetInfo, where: str) -> None:
+        """Raise MismatchError for a target that is neither one of the recipe's nor as large: a fine-tuned one has another name, and fits."""
+        if self.fits(target.id) or (target.hidden_size, target.num_layers) in self.shapes:
+            return
+        own = next((r.name for r in recipes().values() if r.fits(target.id)), None)
+        do = f"Its own recipe is {own}" if own else "No recipe is known for it: leave --recipe out"
+        raise MismatchError(
+            f"--recipe {self.name} is for {', '.join(self.targets)}; the target of {where} is {target.id} (hidden size {target.hidden_size}, "
+            f"{target.num_layers} layers). {do}; its settings can be given as flags with any target."
+        )
+
 
 def parse(text: str, where: str) -> dict[str, Recipe]:
     """Recipes by name. Raises UsageError for settings that are no setting of a training."""
     allowed = {f.name for f in dataclasses.fields(TrainConfig)} - OF_A_RUN
     out = {}
     for name, entry in json.loads(text).items():
-        if set(entry) != {"targets", "source", "settings"}:
-            raise UsageError(f"{where}: {name} has {sorted(entry)}; expected targets, source and settings")
+        if set(entry) != {"targets", "shapes", "source", "settings"}:
+            raise UsageError(
+                f"{where}: {name} has {sorted(entry)}; expected targets, shapes, source and settings"
+            )
         if unknown := sorted(set(entry["settings"]) - allowed):
             raise UsageError(f"{where}: {name} sets {', '.join(unknown)}, which no recipe can")
         settings: dict[str, Any] = {
             k: tuple(v) if isinstance(v, list) else v for k, v in entry["settings"].items()
         }
         TrainConfig(cache="", **settings)
-        out[name] = Recipe(name, tuple(entry["targets"]), entry["source"], settings)
+        out[name] = Recipe(
+            name,
+            tuple(entry["targets"]),
+            tuple((h, n) for h, n in entry["shapes"]),
+            entry["source"],
+            settings,
+        )
     return out
 
 
@@ -75,10 +98,10 @@ def configure(given: Mapping[str, Any], recipe: str = AUTO) -> TrainConfig:
 
     ``auto`` takes the recipe of the store's target if there is one, else the general defaults; ``none`` always those.
     """
+    from dspark.cache.reader import read_manifest
+
     chosen: Recipe | None = None
     if recipe == AUTO:
-        from dspark.cache.reader import read_manifest
-
         target = read_manifest(given["cache"]).target.id
         chosen = next((r for r in recipes().values() if r.fits(target)), None)
     elif recipe != NONE:
@@ -86,6 +109,7 @@ def configure(given: Mapping[str, Any], recipe: str = AUTO) -> TrainConfig:
         if recipe.lower() not in by_name:
             raise UsageError(f"--recipe {recipe}: expected {AUTO}, {NONE} or one of {', '.join(recipes())}")
         chosen = by_name[recipe.lower()]
+        chosen.check_fits(read_manifest(given["cache"]).target, given["cache"])
     if chosen is None:
         return TrainConfig(**given)
     own = dict(chosen.settings)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from click.testing import CliRunner
 import stores
 from dspark.cache import errors
 from dspark.cache.manifest import TargetInfo
+from dspark.cache.reader import read_manifest
 from dspark.dump.target.presets import presets
 from dspark.train.cli import main
 from dspark.train.config import TrainConfig
@@ -63,14 +65,19 @@ def test_the_target_of_the_store_chooses(tmp_path: Path, target: str, name: str 
     assert configure({"cache": cache}, "none") == plain
 
 
-def test_a_name_is_taken_in_any_case_and_wrong_ones_are_refused() -> None:
-    assert configure({"cache": "x"}, "glm-5.2").block_size == 8
+def test_a_name_is_taken_in_any_case_and_wrong_ones_are_refused(tmp_path: Path) -> None:
+    assert configure({"cache": store_of(tmp_path, "zai-org/GLM-5.2-FP8")}, "glm-5.2").block_size == 8
     with pytest.raises(errors.UsageError, match="expected auto, none or one of GLM-5.2"):
         configure({"cache": "x"}, "GLM-6")
     with pytest.raises(errors.UsageError, match="sets output, which no recipe can"):
-        parse(json.dumps({"a": {"targets": [], "source": "", "settings": {"output": "y"}}}), "f")
+        parse(
+            json.dumps({"a": {"targets": [], "shapes": [], "source": "", "settings": {"output": "y"}}}), "f"
+        )
     with pytest.raises(errors.UsageError, match="block_size is -1"):
-        parse(json.dumps({"a": {"targets": [], "source": "", "settings": {"block_size": -1}}}), "f")
+        parse(
+            json.dumps({"a": {"targets": [], "shapes": [], "source": "", "settings": {"block_size": -1}}}),
+            "f",
+        )
     with pytest.raises(errors.UsageError, match="f: a has"):
         parse(json.dumps({"a": {"targets": []}}), "f")
 
@@ -108,3 +115,57 @@ def test_another_optimizer_than_the_recipes_does_not_take_its_rate(tmp_path: Pat
     assert configure({"cache": qwen, "optimizer": "adamw"}).betas == (0.9, 0.999)
     muon = configure({"cache": qwen, "optimizer": "muon"})
     assert muon.betas == TrainConfig(cache=qwen).betas
+
+
+def test_a_recipe_of_another_target_is_refused(tmp_path: Path) -> None:
+    """By name or by size: a fine-tuned Qwen3-4B has another name and takes Qwen3-4B's recipe."""
+    qwen = store_of(tmp_path, "Qwen/Qwen3-4B")
+    with pytest.raises(
+        errors.MismatchError,
+        match=r"--recipe GLM-5.2 is for .* is Qwen/Qwen3-4B .* Its own recipe is Qwen3-4B",
+    ):
+        configure({"cache": qwen}, "GLM-5.2")
+    other = store_of(tmp_path / "other", "me/tuned")
+    with pytest.raises(errors.MismatchError, match="No recipe is known for it"):
+        configure({"cache": other}, "Qwen3-4B")
+    manifest = read_manifest(other)
+    recipe = recipes()["Qwen3-4B"]
+    recipe.check_fits(dataclasses.replace(manifest.target, hidden_size=2560, num_layers=36), other)
+
+
+def test_the_shape_of_the_draft_from_flags_and_a_file(tmp_path: Path) -> None:
+    cache, file = store_of(tmp_path, "me/tuned"), tmp_path / "shape.json"
+    file.write_text(
+        json.dumps({"num_attention_heads": 6, "head_dim": 16, "intermediate_size": 48, "num_layers": 1})
+    )
+    words = [
+        "--cache",
+        cache,
+        "--draft-config",
+        str(file),
+        "--intermediate-size",
+        "64",
+        "--num-kv-heads",
+        "3",
+    ]
+    output = tmp_path / "draft"
+    flags = "--markov-rank 4 --max-steps 1 --val-fraction 0 --device cpu --no-tensorboard"
+    done = CliRunner().invoke(main, [*words, "--output", str(output), *flags.split()])
+    assert done.exit_code == 0, done.output
+    saved = json.loads((output / "config.json").read_text())
+    names = (
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "head_dim",
+        "intermediate_size",
+    )
+    assert [saved[n] for n in names] == [1, 6, 3, 16, 64]
+    assert json.loads((output / "training.json").read_text())["num_heads"] == 6
+    for content, message in (
+        ("[]", "expected a JSON object"),
+        ('{"hidden_size": 4}', "hidden_size cannot be set there"),
+    ):
+        file.write_text(content)
+        wrong = CliRunner().invoke(main, words)
+        assert (wrong.exit_code, message in wrong.output) == (2, True), wrong.output

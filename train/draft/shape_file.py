@@ -1,0 +1,45 @@
+"""``--draft-config FILE.json``: the shape of a draft, by a draft's own config.json names or by those of the flags."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from dspark.cache.errors import UsageError
+
+# Name in a draft's config.json -> setting of a training.
+NAMES = {
+    "num_hidden_layers": "num_layers",
+    "num_attention_heads": "num_heads",
+    "num_key_value_heads": "num_kv_heads",
+    "head_dim": "head_dim",
+    "intermediate_size": "intermediate_size",
+    "block_size": "block_size",
+    "markov_rank": "markov_rank",
+    "markov_head_type": "markov_head_type",
+    "speculator_type": "speculator_type",
+    "draft_vocab_size": "draft_vocab_size",
+}
+
+
+def read_shape(path: str) -> dict[str, Any]:
+    """The settings that the file fixes. Raises UsageError for a file that is not a JSON object, and for keys that fix nothing here."""
+    try:
+        content = json.loads(Path(path).read_text())
+    except (OSError, ValueError) as error:
+        raise UsageError(f"--draft-config {path}: {error}; expected a JSON object.") from error
+    if not isinstance(content, dict):
+        raise UsageError(f"--draft-config {path}: expected a JSON object.")
+    if unknown := sorted(set(content) - set(NAMES) - set(NAMES.values())):
+        raise UsageError(
+            f"--draft-config {path}: {', '.join(unknown)} cannot be set there: the target fixes it, or no draft has it. "
+            f"Keep only {', '.join(NAMES)} (or the flags' names: {', '.join(sorted(set(NAMES.values()) - set(NAMES)))})."
+        )
+    out: dict[str, Any] = {}
+    for key, value in content.items():
+        setting: str = NAMES.get(str(key), str(key))
+        if setting in out:
+            raise UsageError(f"--draft-config {path}: {setting} is given twice.")
+        out[setting] = value
+    return out
