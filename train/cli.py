@@ -17,7 +17,13 @@ from dspark.train.draft.types import TYPES
 from dspark.train.recipes import AUTO, NONE, configure, recipes
 
 DEFAULTS = TrainConfig(cache="")
-NOT_SETTINGS = {"recipe", "resume", "overwrite", "as_json"}  # flags that are not fields of TrainConfig
+NOT_SETTINGS = {
+    "recipe",
+    "resume",
+    "overwrite",
+    "dry_run",
+    "as_json",
+}  # flags that are not fields of TrainConfig
 
 
 @command(
@@ -172,17 +178,23 @@ Examples:
 )
 @click.option("--resume", is_flag=True, help="Go on from the newest checkpoint of --output.")
 @click.option("--overwrite", is_flag=True, help="Replace the training in --output.")
+@click.option(
+    "--dry-run", is_flag=True, help="Take a few steps, write nothing, and tell steps, hours and memory."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the last metrics as one JSON object on stdout.")
 @version_flag
-def main(resume: bool, overwrite: bool, as_json: bool, **flags: Any) -> None:
+def main(resume: bool, overwrite: bool, dry_run: bool, as_json: bool, **flags: Any) -> None:
     """Train a DSpark draft from a store of hidden states. No target model, no server."""
     if resume and overwrite:
         raise UsageError("--resume and --overwrite exclude each other")
     config = configured(click.get_current_context())
     from dspark.train.distributed import PeerError, rank_here
-    from dspark.train.loop import train
 
     first = rank_here() == 0
+    if dry_run:
+        return _tell(config, first, as_json)
+    from dspark.train.loop import train
+
     try:
         with bar("train") if first else nullcontext(_quiet) as progress:
             result = train(
@@ -198,6 +210,18 @@ def main(resume: bool, overwrite: bool, as_json: bool, **flags: Any) -> None:
         _say(line)
     if as_json:
         emit(result)
+
+
+def _tell(config: TrainConfig, first: bool, as_json: bool) -> None:
+    """The dry run, on all ranks; the first says what it found."""
+    from dspark.train import dry
+
+    found = dry.dry_run(config, say=_say if first else _quiet)
+    if not first:
+        return
+    _say(dry.words(found))
+    if as_json:
+        emit(found)
 
 
 def configured(context: click.Context) -> TrainConfig:

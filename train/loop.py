@@ -135,7 +135,7 @@ def _loop(
 
     clock, device = time.perf_counter() - position.seconds, run.compute.device
     with Interrupt(alone=world.size == 1) as interrupt:
-        feed = Feed(_steps(run, position), _placer(run), device)
+        feed = Feed(rows_from(run, position), placer(run), device)
         window = Window(Moment(device))
         while position.step < schedule.total:
             if position.epoch_step == run.stream.steps(position.epoch):
@@ -177,7 +177,7 @@ def _loop(
     return result
 
 
-def _steps(run: Run, position: Position) -> Iterator[list[Row]]:
+def rows_from(run: Run, position: Position) -> Iterator[list[Row]]:
     """This rank's rows of each step from ``position`` on, without end."""
     return run.stream.steps_from(
         position.epoch,
@@ -190,7 +190,8 @@ def _steps(run: Run, position: Position) -> Iterator[list[Row]]:
     )
 
 
-def _placer(run: Run) -> Callable[[Row], Batch]:
+def placer(run: Run) -> Callable[[Row], Batch]:
+    """Brings a row to the run's device, decoded."""
     layers = run.model.config.target_layer_ids
     return lambda row: row.place(run.cache, run.compute.device, run.compute.dtype, layers)
 

@@ -1,0 +1,37 @@
+"""``dspark-train --dry-run`` tells what a training would take and writes nothing."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+import stores
+from dspark.train.cli import main
+
+
+def test_dry_run_tells_steps_hours_and_memory_and_writes_nothing(tmp_path: Path) -> None:
+    stores.write_store(tmp_path / "hs.zarr", [40, 52, 61, 44, 58, 47, 66, 49])
+    flags = "--recipe none --num-layers 1 --markov-rank 4 --total-seq-len 128 --rows-per-step 1 --max-anchors 16 --epochs 50 --device cpu"
+    words = [
+        "--cache",
+        str(tmp_path / "hs.zarr"),
+        "--output",
+        str(tmp_path / "draft"),
+        *flags.split(),
+        "--dry-run",
+        "--json",
+    ]
+    done = CliRunner().invoke(main, words)
+    assert done.exit_code == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["steps"] == 50 * found["steps_per_epoch"]
+    assert found["hours"] == pytest.approx(found["steps"] * found["step_ms"] / 3.6e6)
+    assert 0 < found["step_ms"] < 1e3 * found["first_step_seconds"] + 1e4
+    assert found["memory_gb"]["total"] == pytest.approx(
+        sum(found["memory_gb"][part] for part in ("trained", "frozen", "row"))
+    )
+    assert "hours" in done.stderr
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["hs.zarr"]
