@@ -129,6 +129,8 @@ def scored(
     )  # fmt: skip
     return {
         "tau": found["mean_accepted_length"],
+        "walk": found["walk_greedy"],
+        "walk_sampled": found["walk"],
         "accept_rate": found["accept_rate"],
         "score_seconds": found["wall_seconds"],
     }

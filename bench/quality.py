@@ -60,7 +60,7 @@ VARIANTS = {
     "warmup-0.15": "--warmup-ratio 0.15",
     "rows-2": "--rows-per-step 2",
 }
-PER_SEED = ("seeds", "tau", "accept_rate", "steps", "step_ms", "tokens_per_s", "train_seconds", "score_seconds")  # fmt: skip
+PER_SEED = ("seeds", "tau", "walk", "walk_sampled", "accept_rate", "steps", "step_ms", "tokens_per_s", "train_seconds", "score_seconds")  # fmt: skip
 
 
 class Bench:
@@ -120,6 +120,8 @@ class Bench:
         with self.lock:
             row = self.rows.setdefault(title, fresh(title, flags))
             row.pop("error", None)
+            for key in PER_SEED:  # a table of before a figure was taken
+                row.setdefault(key, [None] * len(row["seeds"]))
             at = row["seeds"].index(seed) if seed in row["seeds"] else len(row["seeds"])
             for key in PER_SEED:
                 row[key][at : at + 1] = [done[key]]
@@ -178,16 +180,20 @@ def peer(
 
 
 def table(rows: list[Row]) -> str:
-    lines = [f"{'variant':24} {'tau':>6} {'change':>7} {'step ms':>8} {'train s':>8}  tau by seed"]
+    lines = [
+        f"{'variant':24} {'tau':>6} {'walk':>6} {'change':>7} {'step ms':>8} {'train s':>8}  tau by seed"
+    ]
     for row in rows:
         if not row["tau"]:
             lines.append(f"{row['name']:24} failed: {row.get('error', '')[-100:]!r}")
             continue
         change = f"{100 * row['change']:+.1f} %" if row["change"] is not None else ""
         means = [statistics.mean(row[key]) for key in ("step_ms", "train_seconds")]
+        walks = [w for w in row.get("walk", []) if w is not None]
+        walk = f"{statistics.mean(walks):6.3f}" if walks else f"{'':6}"
         taus = " ".join(f"{s}:{t:.3f}" for s, t in sorted(zip(row["seeds"], row["tau"], strict=True)))
         lines.append(
-            f"{row['name']:24} {row['mean_tau']:6.3f} {change:>7} {means[0]:8.1f} {means[1]:8.0f}  {taus}"
+            f"{row['name']:24} {row['mean_tau']:6.3f} {walk} {change:>7} {means[0]:8.1f} {means[1]:8.0f}  {taus}"
         )
     return "\n".join(lines)
 
