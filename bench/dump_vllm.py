@@ -34,7 +34,8 @@ from dspark.cache.records import TokenSample
 from dspark.dump.checks.coded import as_stored, by_state
 from dspark.dump.config import DumpConfig
 from dspark.dump.engines.engine import Captured, Engine, States
-from dspark.dump.engines.vllm.engine import ENVIRONMENT, VllmEngine, raw_bytes, step_tokens
+from dspark.dump.engines.vllm.engine import VllmEngine, raw_bytes, step_tokens
+from dspark.dump.engines.vllm.launch import ENVIRONMENT
 from dspark.dump.engines.vllm.requests import RequestLoop
 from dspark.dump.engines.vllm.spool import SKIP
 from dspark.dump.job import load_engine, part_reader, prepare
@@ -46,11 +47,18 @@ PROBED = 48  # samples whose stored states are compared
 PASSES = 3  # of plain prefill; the best counts, since the dump's engine is warm from self-check and calibration too
 
 
-def plain(target: str, prompts: list[list[int]], dtype: str, seq_length: int, step: int | None) -> float:
-    """Tokens a second of a vLLM that extracts nothing; in this process."""
+def plain(
+    target: str,
+    prompts: list[list[int]],
+    dtype: str,
+    seq_length: int,
+    step: int | None,
+    gpus: int | None = None,
+) -> float:
+    """Tokens a second of a vLLM that extracts nothing, on all GPUs or on ``gpus``; in this process."""
     from vllm import LLM, SamplingParams
 
-    gpus = torch.cuda.device_count()
+    gpus = min(torch.cuda.device_count(), gpus or 1024)
     options: dict[str, Any] = {"tensor_parallel_size": gpus} if gpus else {"enforce_eager": True}
     if step is not None:
         options["max_num_batched_tokens"] = step
@@ -174,18 +182,24 @@ def main() -> None:
     )
     parser.add_argument("--name", default="dump_vllm")
     parser.add_argument("--plain", help="internal: file of prompts")
+    parser.add_argument("--seq-length", type=int, default=1024)
     parser.add_argument("--step", type=int, help="internal: tokens of a step")
+    parser.add_argument("--gpus", type=int, help="internal: for plain vLLM")
     args = parser.parse_args()
     aux_bits, last_bits = map(int, args.bits.split("/"))
     if args.plain:
         given = json.loads(Path(args.plain).read_text())
-        print(json.dumps(plain(args.target, given["prompts"], given["dtype"], 1024, args.step)))
+        print(
+            json.dumps(
+                plain(args.target, given["prompts"], given["dtype"], args.seq_length, args.step, args.gpus)
+            )
+        )
         return
     with tempfile.TemporaryDirectory() as scratch:
         data = copied(args.data, args.rows, args.copies, Path(scratch) / "rows.jsonl")
         config = DumpConfig(
             model=args.target, data=data, output=Path(scratch) / "hs.zarr", engine="vllm", aux_bits=aux_bits,
-            last_bits=last_bits, seq_length=1024,
+            last_bits=last_bits, seq_length=args.seq_length, data_parallel_size=1,
         )  # fmt: skip
         job = prepare(config)
         parts = part_reader(job, 1 << 30, lambda line: None).parts({})
