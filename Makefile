@@ -29,14 +29,25 @@ $(TARGET)/model.safetensors: .venv/ready
 	mkdir -p .work
 	$(BIN)/python examples/smollm2.py $(TARGET)
 
+# Ten minutes on two quiet cores. The judged prompts have no near-duplicate among the training ones (examples/choose_code.py).
 demo: target
 	rm -rf $(DEMO) && mkdir -p $(DEMO)
-	$(BIN)/dspark-dump --model $(TARGET) --data examples/chat.jsonl --output $(DEMO)/hs.zarr
+	@echo "1/4 dump: the target's hidden states over 240 conversations"
+	$(BIN)/dspark-dump --model $(TARGET) --data examples/code.jsonl --output $(DEMO)/hs.zarr
 	$(BIN)/dspark-tools info $(DEMO)/hs.zarr
-	$(BIN)/dspark-train --cache $(DEMO)/hs.zarr --output $(DEMO)/draft --num-layers 2 --block-size 4 --max-anchors 64 \
-		--total-seq-len 4096 --rows-per-step 1 --max-steps 80 --lr 2e-3 --val-fraction 0.1 --checkpoint-freq 5
-	$(BIN)/dspark-tools score --cache $(DEMO)/hs.zarr --draft $(DEMO)/draft --split validation --max-anchors 64
-	$(BIN)/dspark-tools eval --model $(TARGET) --draft $(DEMO)/draft --data examples/chat.jsonl --limit 1 --max-tokens 48
+	@echo "2/4 train: a draft of two layers, 160 steps"
+	$(BIN)/dspark-train --cache $(DEMO)/hs.zarr --output $(DEMO)/draft --num-layers 2 --block-size 4 --draft-vocab-size 2048 \
+		--max-anchors 128 --total-seq-len 2048 --rows-per-step 1 --max-steps 160 --optimizer muon --lr 4e-3 \
+		--val-fraction 0 --checkpoint-freq 100 --log-every 10
+	@echo "3/4 decode: 24 prompts that the draft has not seen"
+	$(BIN)/dspark-tools eval --model $(TARGET) --draft $(DEMO)/draft --data examples/code_held_out.jsonl --max-tokens 64 --alone 2 \
+		--output $(DEMO)/eval.json --show 1
+	@echo "4/4 report"
+	$(BIN)/dspark-tools report $(DEMO) -o $(DEMO)/report.html
+	@echo; echo "Open $(DEMO)/report.html in a browser. Next:"
+	@echo "  $(BIN)/dspark-tools show $(DEMO)/hs.zarr 0                               what a sample looks like"
+	@echo "  $(BIN)/dspark-tools check $(DEMO)/draft --model $(TARGET)       may it be served?"
+	@echo "  $(BIN)/dspark-tools export $(DEMO)/draft $(DEMO)/published --target HuggingFaceTB/SmolLM2-135M-Instruct"
 
 test: .venv/ready-test target lint types pytest
 

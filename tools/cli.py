@@ -21,6 +21,8 @@ VERBS = {
     "eval": ("judge.eval", "eval_command", "Decode prompts with a draft: lengths, speed, losslessness."),
     "check": ("check.command", "check_command", "Find what can be wrong with a draft before it is served."),
     "calibrate": ("judge.calibrate", "calibrate_command", "Calibrate confidences; recommend a threshold."),
+    "report": ("report.command", "report_command", "Draw stores, runs and evaluations on one page."),
+    "watch": ("report.watch", "watch_command", "Live view of a dump or a training."),
     "export": ("publish.export", "export_command", "Write a draft as it is published, with a model card."),
 }
 

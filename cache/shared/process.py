@@ -64,3 +64,11 @@ def no_plan_a_shape() -> None:
     import torch
 
     torch.backends.cuda.enable_cudnn_sdp(False)
+
+
+def quiet_transformers() -> None:
+    """Keep transformers' own progress bars and notes off the screen: a command prints its own."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()

@@ -22,7 +22,7 @@ from transformers import masking_utils
 from dspark.cache.codec.base import Tokens, to_numpy
 from dspark.cache.errors import EngineError
 from dspark.cache.records import TokenSample, last_rows
-from dspark.cache.shared.process import no_plan_a_shape
+from dspark.cache.shared.process import no_plan_a_shape, quiet_transformers
 from dspark.cache.target.frozen import FrozenTarget
 from dspark.dump.engines.answers import Answered, Ask, Sampling, repeat_last, stored_runs
 from dspark.dump.engines.engine import Captured, CodedStates, EngineRun, Prediction, States, send
@@ -84,6 +84,7 @@ class TransformersEngine:
     ) -> TransformersEngine:
         """Read the weights of a model id or folder. ``device_map``, ``offload``: as ``load_model`` takes them."""
         no_plan_a_shape()
+        quiet_transformers()
         loaded = load_model(
             model, device=device, dtype=dtype, trust_remote_code=trust_remote_code, device_map=device_map, offload=offload
         )  # fmt: skip

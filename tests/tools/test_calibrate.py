@@ -103,7 +103,7 @@ def test_command_writes_beside_and_into_the_head(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr("dspark.tools.judge.calibrate.collect", pytest.fail)
     for flag in ("--write", "--fold"):
         result = CliRunner().invoke(calibrate_command, [*options, flag])
-        assert (result.exit_code, result.stdout) == (2, ""), result.output
+        assert (result.exit_code, json.loads(result.stdout)["exit_code"]) == (2, 2), result.output
         assert "calibration.json exists and is not a file" in result.stderr
     assert all(torch.equal(v, after[k]) for k, v in read_tensors(draft).items())
 

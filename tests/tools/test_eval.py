@@ -298,3 +298,25 @@ def test_answers_of_one_token_have_no_rates(folder: Path) -> None:
     assert found["drafts"] == 0
     assert found["mean_accepted_length"] is None
     assert found["lossless"] is True
+
+
+def test_accepted_tokens_are_those_drafted_up_to_the_first_difference() -> None:
+    from dspark.tools.judge.coloured import ACCEPTED, accepted, coloured, steps
+
+    # Prompt of 5 tokens; the answer's first token (position 5) is the target's and the first anchor.
+    tokens = [10, 11, 12, 13, 14, 15]
+    blocks = ((5, (11, 12, 99)), (8, (14, 77, 78)), (10, (1, 2, 3)))
+    outcome = Outcome(tokens, 1.0, drafts=3, accepted_at=(2, 1, 0), drafted=blocks)
+    marks = accepted(5, outcome)
+    assert marks == [False, True, True, False, True, False]
+    assert sum(marks) == sum(outcome.accepted_at)
+    assert steps(outcome).startswith("6 tokens in 4 target steps: 1.50 tokens per step")
+
+    class Letters:
+        def decode(self, ids: list[int], **kwargs: object) -> str:
+            return "".join(chr(87 + i) for i in ids)
+
+    text = coloured(Letters(), tokens, marks)
+    assert text.plain == "abcdef"
+    assert [text.plain[s.start : s.end] for s in text.spans if s.style == ACCEPTED] == ["b", "c", "e"]
+    assert accepted(5, Outcome(tokens, 1.0)) == [False] * 6

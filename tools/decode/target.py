@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from dspark.cache.errors import EngineError
-from dspark.cache.shared.process import choose_device, make_current, no_plan_a_shape
+from dspark.cache.shared.process import choose_device, make_current, no_plan_a_shape, quiet_transformers
 from dspark.cache.target.frozen import FrozenTarget
 from dspark.dump.target import loading
 from dspark.dump.target.config import shapes_of, text_json
@@ -117,6 +117,7 @@ def load_model(model: str, device: str = "auto", dtype: str = "auto") -> Any:
     """The target in transformers; ``auto``: a GPU if there is one, and float32 on a CPU, else the checkpoint's dtype."""
     chosen = choose_device(device)
     no_plan_a_shape()
+    quiet_transformers()
     wanted = "float32" if dtype == "auto" and chosen.type == "cpu" else dtype
     make_current(chosen)
     return loading.load_model(model, device=str(chosen), dtype=wanted)

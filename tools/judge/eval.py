@@ -17,11 +17,12 @@ from typing import Any
 import click
 
 from dspark.cache.errors import DraftError
-from dspark.cache.shared.command import command, emit
+from dspark.cache.shared.command import command, emit, json_flag
 from dspark.tools.decode.outcome import Outcome, summarise
 from dspark.tools.decode.prompts import Prompt
 from dspark.tools.decode.promptsets import NAMES
-from dspark.tools.flags import COUNT, DEVICE, SEED, Temperature
+from dspark.tools.flags import COUNT, COUNT_OR_ALL, DEVICE, SEED, Temperature
+from dspark.tools.judge.coloured import accepted, coloured, steps
 from dspark.tools.judge.eval_report import HEADER, TABLES, how, lines, markdown, relative_cost, report
 from dspark.tools.outputs import OUTPUT_FILE, save
 
@@ -200,12 +201,20 @@ Exit code 1 if a greedy answer in float32 is not the target's own.
 @click.option(
     "--answers", type=OUTPUT_FILE, help="Also write every answer and its counts, one JSON object per line."
 )
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
+@click.option(
+    "--show",
+    "show_answers",
+    default=0,
+    type=COUNT_OR_ALL,
+    help="Print the first N answers, accepted draft tokens in colour.",
+)
+@json_flag
 def eval_command(
     as_json: bool,
     output: Path | None,
     table_file: Path | None,
     answers: Path | None,
+    show_answers: int,
     **flags: Any,
 ) -> None:
     """Decode prompts with a draft: accepted lengths, speed, and whether the output is the target's own."""
@@ -218,6 +227,8 @@ def eval_command(
         emit(result)
     else:
         show(result)
+    if show_answers:
+        show_coloured(flags["model"], prompts, runs, show_answers, console)
     for path, text in (
         (output, json.dumps(result, indent=1) + "\n"),
         (table_file, markdown(result)),
@@ -236,7 +247,26 @@ def _answers(prompts: Sequence[Prompt], runs: Runs) -> Iterator[dict[str, Any]]:
         yield {
             "where": prompt.where, "source": prompt.source, "input_ids": prompt.ids, "tokens": outcome.tokens,
             "seconds": outcome.seconds, "drafts": outcome.drafts, "accepted_at": list(outcome.accepted_at),
+            "accepted": accepted(len(prompt.ids), outcome) if outcome.drafted else None,
         }  # fmt: skip
+
+
+def show_coloured(model: str, prompts: Sequence[Prompt], runs: Runs, count: int, console: Any) -> None:
+    """The first ``count`` answers on stderr, what the draft guessed right in colour."""
+    from rich.panel import Panel
+
+    from dspark.dump.target.config import load_tokenizer
+
+    tokenizer = load_tokenizer(model)
+    if tokenizer is None:
+        console.print("--show: the target has no tokenizer, so its answers have no text")
+        return
+    for prompt, outcome in list(zip(prompts, runs.drafted, strict=True))[:count]:
+        marks = accepted(len(prompt.ids), outcome)
+        text = coloured(tokenizer, outcome.tokens, marks)
+        note = steps(outcome) if outcome.drafted else "which tokens were accepted is not known of this engine"
+        console.print(Panel(text, title=prompt.where, subtitle=note, title_align="left"))
+    console.print("Green: drafted and accepted. The rest are the target's own.", style="dim")
 
 
 def show(result: dict[str, Any]) -> None:

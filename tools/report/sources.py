@@ -1,0 +1,187 @@
+"""What a path holds, read for drawing: a store, a run (draft folder), or an evaluation. Nothing is loaded but records and a few samples."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dspark.cache.errors import DraftError, UsageError
+from dspark.tools import records
+from dspark.train.run.folder import METRICS, TRAINING
+
+STORE_MARK, PARTS = "zarr.json", "parts"
+SAMPLES_READ = 24  # of a store, for rms, extremes and outliers
+GROUPS = (
+    "aux",
+    "last",
+    "exact",
+)  # prefixes of the arrays that hold states; the rest are tokens and their places
+
+
+@dataclass(frozen=True, slots=True)
+class StoreView:
+    """A store: ``info``; ``stats`` ({} where nothing is committed); bytes by group of arrays, stored and raw."""
+
+    name: str
+    path: Path
+    info: dict[str, Any]
+    stats: dict[str, Any]
+    stored: dict[str, int]
+    raw: dict[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class RunView:
+    """A training run or a finished draft: its metrics, settings and calibration, {} or [] where there are none."""
+
+    name: str
+    path: Path
+    metrics: list[dict[str, Any]]
+    settings: dict[str, Any]
+    calibration: dict[str, Any]
+
+    def rows(self, *, held_out: bool) -> list[dict[str, Any]]:
+        return [r for r in self.metrics if bool(r.get("validation")) == held_out]
+
+    def series(self, key: str, *, held_out: bool) -> list[tuple[float, float]]:
+        """(step, value) wherever ``key`` is a number."""
+        rows = self.rows(held_out=held_out)
+        return [(r["step"], r[key]) for r in rows if isinstance(r.get(key), int | float)]
+
+
+@dataclass(frozen=True, slots=True)
+class EvalView:
+    """A report of ``dspark-tools eval --output``."""
+
+    name: str
+    path: Path
+    report: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Sources:
+    """Everything that goes on one page."""
+
+    stores: list[StoreView] = field(default_factory=list)
+    runs: list[RunView] = field(default_factory=list)
+    evals: list[EvalView] = field(default_factory=list)
+
+
+def kind_of(path: Path) -> str | None:
+    """``store``, ``run`` or ``eval``; None for anything else."""
+    if path.is_dir():
+        if (path / STORE_MARK).is_file() and (path / PARTS).is_dir():
+            return "store"
+        return "run" if (path / METRICS).is_file() or (path / TRAINING).is_file() else None
+    return "eval" if path.is_file() and path.suffix == ".json" else None
+
+
+def read(paths: Sequence[Path]) -> Sources:
+    """Read ``paths``; a folder that is none of the three stands for what lies in it. Raises UsageError where there is nothing."""
+    out = Sources()
+    taken = [(path, kind) for given in paths for path, kind in _expanded(given)]
+    names = _names([path for path, _ in taken])
+    for path, kind in taken:
+        name = names[path]
+        if kind == "store":
+            out.stores.append(_store(path, name))
+        elif kind == "run":
+            out.runs.append(_run(path, name))
+        else:
+            out.evals.append(EvalView(name, path, records.report(path)))
+    return out
+
+
+def _expanded(path: Path) -> list[tuple[Path, str]]:
+    if not path.exists():
+        raise UsageError(f"{path}: no such file or folder")
+    kind = kind_of(path)
+    if kind:
+        return [(path, kind)]
+    inside = sorted(path.iterdir()) if path.is_dir() else []
+    found = [(p, k) for p in inside if (k := kind_of(p)) and (k != "eval" or _is_report(p))]
+    if not found:
+        raise UsageError(
+            f"{path}: not a store, a draft folder or a report of `dspark-tools eval --output`, nor a folder with any of these"
+        )
+    return found
+
+
+def _is_report(path: Path) -> bool:
+    """Whether a JSON file that nobody named is an evaluation, not something else that lies there."""
+    try:
+        records.report(path)
+    except DraftError:
+        return False
+    return True
+
+
+def _names(paths: Sequence[Path]) -> dict[Path, str]:
+    """The last name of each path, with as many folders before it as tell it from the others."""
+    out = {}
+    for path in paths:
+        parts = path.resolve().parts
+        depth = 1
+        while depth < len(parts) and any(
+            other != path and other.resolve().parts[-depth:] == parts[-depth:] for other in paths
+        ):
+            depth += 1
+        out[path] = "/".join(parts[-depth:])
+    return out
+
+
+def _store(path: Path, name: str) -> StoreView:
+    import dspark.cache
+    from dspark.tools.stores.info import info
+    from dspark.tools.stores.stats import stats
+
+    facts = info(path)
+    numbers = {}
+    if facts["samples"]:
+        numbers = stats(dspark.cache.open(path, allow_incomplete=True), SAMPLES_READ)
+    hidden, tokens = facts["hidden_size"], facts["tokens"]
+    state = 2 * hidden * tokens
+    raw = {
+        "aux": state * len(facts["layers"]),
+        "last": state,
+        "tokens": facts["raw_bytes_per_token"] * tokens - state * (len(facts["layers"]) + 1),
+    }
+    return StoreView(name, path, facts, numbers, _bytes_by_group(path / PARTS), raw)
+
+
+def _bytes_by_group(parts: Path) -> dict[str, int]:
+    found: Counter[str] = Counter()
+    for file in parts.rglob("*"):
+        if file.is_file():
+            inside = file.relative_to(parts).parts
+            array = inside[1] if len(inside) > 2 else ""
+            group = next((g for g in GROUPS if array.startswith(f"{g}_")), "tokens")
+            found[group] += file.stat().st_size
+    return dict(found)
+
+
+def _run(path: Path, name: str) -> RunView:
+    settings = records.training(path)
+    return RunView(name, path, list(metrics(path)), settings, records.calibration(path))
+
+
+def metrics(folder: Path) -> Iterator[dict[str, Any]]:
+    """The rows of metrics.jsonl. A last line without an end is one that is being written: it is left out."""
+    path = folder / METRICS
+    if not path.exists():
+        return
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+    if lines and not lines[-1].endswith("\n"):
+        lines.pop()
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise DraftError(f"{path}:{number} is not JSON ({error}); repair or remove the line") from error
+        if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+            raise DraftError(f"{path}:{number} has no step; repair or remove the line")
+        yield row
