@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from dspark.cache.errors import DataError, StoreWriteError, UsageError
 from dspark.cache.records import last_rows
+from dspark.cache.shared.command import duration
 from dspark.dump.config import DEFAULT_SEQ_LENGTH, DumpConfig
 from dspark.dump.engines.options import NO_OPTIONS, EngineOptions
 from dspark.dump.engines.registry import choose_dtype, choose_engine, engine_kind
@@ -94,12 +95,14 @@ class Plan:
     def lines(self) -> list[str]:
         """For a person, before the run."""
         size = "unknown" if self.bytes is None else f"about {human(self.bytes)}"
-        took = None if self.tokens is None else self.tokens / PLAN_RATE / 3600
-        if took is None:
+        at = f"at an assumed {PLAN_RATE:,} tokens per second"
+        if self.tokens is None:
             per_million = human(1e6 * self.bytes_per_token)
-            hours = f", {per_million} and {1e6 / PLAN_RATE / 3600:.2g} hours per million tokens at {PLAN_RATE:,} tokens per second"
+            took = f", {per_million} and {duration(1e6 / PLAN_RATE)} per million tokens {at}"
+        elif self.device == "cpu":  # its rate depends on the target and the machine
+            took = ", time left is printed with the parts"
         else:
-            hours = f", {took:.2g} hours if the engine reads {PLAN_RATE:,} tokens per second"
+            took = f", {duration(self.tokens / PLAN_RATE)} {at}"
         rows = "unknown" if self.rows is None else f"{self.rows:,}"
         tokens = "unknown" if self.tokens is None else f"about {self.tokens:,}"
         return [
@@ -118,7 +121,7 @@ class Plan:
             + self._gpus(),
             f"store    {self.output}: codec {self.codec}{', not packed' if self.pack == 'none' else ''}, "
             f"about {self.bytes_per_token:,} bytes a token",
-            f"size     {size}{hours}; free {human(self.free_bytes)}",
+            f"size     {size}{took}; free {human(self.free_bytes)}",
             *(
                 f"  {what}: {n:,} of {self.looked_at:,} rows looked at"
                 for what, n in [*((f"dropped: {r}", n) for r, n in self.dropped.items()), *self.notes.items()]

@@ -118,3 +118,16 @@ def test_without_a_confidence_head(tmp_path: Path) -> None:
     result = CliRunner().invoke(calibrate_command, ["--cache", str(store), "--draft", str(draft)])
     assert result.exit_code == 1
     assert "no confidence head" in result.stderr
+
+
+def test_the_recommended_threshold_is_the_largest_that_keeps_what_is_gained() -> None:
+    from dspark.tools.judge.calibration import recommended
+
+    points = [
+        {"threshold": t, "tokens": n}
+        for t, n in ((0.0, 2.0), (0.1, 1.99), (0.2, 1.95), (0.3, 1.94), (0.4, 1.0))
+    ]
+    assert recommended(points) == 0.2
+    assert (
+        recommended([{"threshold": t, "tokens": 1.0} for t in (0.0, 0.5)]) == 0.5
+    )  # nothing is gained: verify nothing

@@ -25,6 +25,8 @@ NEEDED = {
     "eval": ["--model", "no-model", "--draft", "no-draft", "--data", "no.jsonl"],
     "check": ["no-draft", "--model", "no-model"],
     "calibrate": ["--cache", "no.zarr", "--draft", "no-draft"],
+    "watch": ["no-draft"],
+    "data": ["no.jsonl"],
 }
 NOT_FINITE = ("nan", "inf", "-inf")
 # (command, flag) -> refused, taken: both at the edges of the range.
@@ -54,6 +56,11 @@ RANGES: dict[tuple[str, str], tuple[tuple[str, ...], tuple[str, ...]]] = {
     ("check", "--limit"): (("0", "-1"), ("1",)),
     ("check", "--max-tokens"): (("0", "-1"), ("1",)),
     ("calibrate", "--max-anchors"): (("-1",), ("0",)),
+    ("eval", "--show"): (("-1",), ("0",)),
+    ("watch", "--interval"): (("0", "0.1", "4000", *NOT_FINITE), ("0.2", "3600")),
+    ("data", "--limit"): (("-1",), ("0",)),
+    ("data", "--seq-length"): (("0",), ("1",)),
+    ("data", "--min-supervised"): (("0",), ("1",)),
 }
 DEVICES = [("score", "--device"), ("eval", "--device"), ("check", "--device"), ("calibrate", "--device")]
 ELSEWHERE = {

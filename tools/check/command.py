@@ -86,6 +86,9 @@ def check(config: CheckConfig, note: Callable[[str], None] = lambda line: None) 
                 "note", "served", f"blocks were NOT compared with a real server: {_why_not_served(config)}"
             )
         )
+    gain = gained(config, behaviour)
+    if gain is not None:
+        findings.append(Finding("note", "gain", gain["text"]))
     form = "speculators" if files.speculators else "flat"
     servers = _servers(files.described(), form, findings)
     return {
@@ -95,6 +98,7 @@ def check(config: CheckConfig, note: Callable[[str], None] = lambda line: None) 
         "format": form,
         "findings": files_only.to_json(findings),
         "behaviour": behaviour,
+        "gain": gain,
         "served": served,
         "vllm": servers,
     }
@@ -119,6 +123,23 @@ def served_states(architectures: Sequence[str]) -> str | None:
         f'{what}. Not run on a GPU yet: vllm serve --model-class-overrides \'{{"{name}": "{CAPTURE_MODULE}:{name}"}}\''
         f"{' --enforce-eager' if found.compiled else ''} takes whole ones (docs/vllm.md)"
     )
+
+
+def gained(config: CheckConfig, behaviour: dict[str, Any]) -> dict[str, Any] | None:
+    """Whether serving the draft should pay: accepted length against what a step costs. None where behaviour was not judged.
+
+    A step with the draft reads the draft's weights beside the target's; decoding one sequence is bound by reading.
+    """
+    from dspark.tools.judge.eval_report import relative_cost
+
+    length = behaviour.get("as_configured")
+    cost = None if length is None else relative_cost(config.model, config.draft)
+    if length is None or cost is None:
+        return None
+    speed = length / (1 + cost)
+    verdict = "it should gain" if speed > 1 else "IT WOULD BE SLOWER than the target alone"
+    text = f"accepted length {length:.2f}, a step with the draft costs {1 + cost:.2f} of the target's: at best {speed:.2f}x; {verdict}"
+    return {"accepted_length": length, "relative_cost": cost, "theoretical_gain": speed, "text": text}
 
 
 def _servers(described: Any, form: str, findings: list[Any]) -> dict[str, Any]:
@@ -335,6 +356,8 @@ def show(result: dict[str, Any]) -> None:
     print(
         f"vLLM: {needed}compared token for token on {compared}, served losslessly by {served}; installed here: {vllm['installed'] or 'none'}"
     )
-    print(
-        f"{'no problem found in the stages that ran' if result['ok'] else 'DO NOT SERVE as it is'}: {result['draft']}"
-    )
+    gain = result["gain"]
+    verdict = "no problem found in the stages that ran" if result["ok"] else "DO NOT SERVE as it is"
+    if result["ok"] and gain and gain["theoretical_gain"] <= 1:
+        verdict += f", but it would not gain ({gain['theoretical_gain']:.2f}x at best)"
+    print(f"{verdict}: {result['draft']}")

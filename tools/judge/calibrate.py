@@ -37,7 +37,7 @@ def calibrate(
     """The report as ``--json`` prints it; ``write`` and ``fold`` change the draft folder."""
     import dspark.cache
     from dspark.cache.errors import DraftError, TrainError
-    from dspark.tools.judge.calibration import Scaling, fit, fit_shared, identity, measure, sweep
+    from dspark.tools.judge.calibration import Scaling, fit, fit_shared, identity, measure, recommended, sweep
     from dspark.tools.judge.score import chosen
     from dspark.train.draft.folder import load_config
 
@@ -75,6 +75,7 @@ def calibrate(
     )
     everywhere = Scaling(shared.temperature.expand(config.block_size), shared.shift.expand(config.block_size))
     before, after = measure(raw, judged_logit, judged_accept), measure(scaled, judged_logit, judged_accept)
+    points = sweep(scaled, judged_logit, judged_accept)
     result = {
         "draft": draft,
         "cache": cache_path,
@@ -88,7 +89,8 @@ def calibrate(
         "lower_everywhere": all(
             b < a for a, b in zip(before["survival"]["ece"], after["survival"]["ece"], strict=True)
         ),
-        "sweep": sweep(scaled, judged_logit, judged_accept),
+        "sweep": points,
+        "recommended_threshold": recommended(points),
         "sweep_uncalibrated": sweep(raw, judged_logit, judged_accept),
         "folded": fold,
     }
@@ -192,7 +194,9 @@ def calibrate_command(as_json: bool, plot: Path | None, **flags: Any) -> None:
 
 
 def table(result: dict[str, Any]) -> str:
-    """By position, before and after; then the sweep. Markdown."""
+    """By position, before and after; then the sweep and the threshold it recommends. Markdown."""
+    from dspark.tools.judge.calibration import KEPT
+
     before, after = result["before"]["survival"], result["after"]["survival"]
     lines = [
         "| position | T | ECE | calibrated | Brier | calibrated | AUROC | confidence | accepted |",
@@ -212,5 +216,12 @@ def table(result: dict[str, Any]) -> str:
     lines += [
         f"| {r['threshold']:.2f} | {r['verified']:.2f} | {r['tokens']:.3f} | {r['accepted_share']:.3f} |"
         for r in result["sweep"]
+    ]
+    best = result["recommended_threshold"]
+    at = next(r for r in result["sweep"] if r["threshold"] == best)
+    lines += [
+        "",
+        f"Recommended threshold {best:.2f}: {at['tokens']:.3f} tokens per step with {at['verified']:.2f} drafts verified, "
+        f"the fewest that keep {KEPT:.0%} of the tokens gained.",
     ]
     return "\n".join(lines)

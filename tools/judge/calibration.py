@@ -138,6 +138,15 @@ def _diagram(bins: Tensor) -> list[dict[str, float]]:
     ]
 
 
+KEPT = 0.95  # of the tokens that a draft gains, at the recommended threshold
+
+
+def recommended(points: list[dict[str, float]]) -> float:
+    """The largest threshold of a ``sweep`` that keeps ``KEPT`` of the tokens gained: it verifies the fewest drafts for them."""
+    most = max(p["tokens"] - 1 for p in points)
+    return max(p["threshold"] for p in points if p["tokens"] - 1 >= KEPT * most)
+
+
 def sweep(scaling: Scaling, logit: Tensor, accept: Tensor) -> list[dict[str, float]]:
     """Cutting a block before the first slot whose survival falls below a threshold: drafts verified a step, tokens gained a step (the
     target's own included), and the share of the verified drafts that are accepted.

@@ -174,4 +174,13 @@ def score_command(cache: str, draft: str, max_anchors: int, which: str, as_json:
             return "  ".join(f"{v:.3f}" for v in value)
         return f"{value:.4f}" if isinstance(value, float) else str(value)
 
-    table([(name, number(value)) for name, value in data.items()])
+    units = {
+        "mean_accepted_length": "tau: tokens per target step at an anchor drawn anywhere, temperature 1",
+        "walk": "tokens per target step where decoding begins its blocks, temperature 1",
+        "walk_greedy": "the same, greedy",
+        "accept_rate": "by slot, given that all before it were accepted",
+        "ce_loss": "nats",
+    }
+    first = [name for name in ("walk_greedy", "walk", "mean_accepted_length") if name in data]
+    names = [*first, *(name for name in data if name not in first)]
+    table([(name, f"{number(data[name])}  {units.get(name, '')}".rstrip()) for name in names])

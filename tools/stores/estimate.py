@@ -9,7 +9,7 @@ import click
 
 from dspark.cache.errors import MismatchError, UsageError
 from dspark.cache.settings import DEFAULT_PACKING
-from dspark.cache.shared.command import codec_options, command, emit, json_flag, table
+from dspark.cache.shared.command import codec_options, command, duration, emit, json_flag, table, warn
 from dspark.tools.flags import SHARE, Finite
 
 if TYPE_CHECKING:
@@ -151,6 +151,11 @@ def estimate_command(as_json: bool, **flags: Any) -> None:
     from dspark.dump.plan import human
 
     data = estimate(**flags)
+    if data["bytes"] > data["free_bytes"]:
+        warn(
+            f"{human(data['bytes'])} do not fit: {human(data['free_bytes'])} are free here. A dump would refuse; fewer bits "
+            "(--codec), fewer --layers or fewer rows need less."
+        )
     if as_json:
         emit(data)
         return
@@ -165,6 +170,9 @@ def estimate_command(as_json: bool, **flags: Any) -> None:
             ),
             ("free here", human(data["free_bytes"])),
             ("files", f"{data['files']:,}"),
-            ("hours", f"{data['hours']:.1f} at {data['tokens_per_second']:,.0f} tokens/s"),
+            (
+                "time",
+                f"{duration(3600 * data['hours'])} at {data['tokens_per_second']:,.0f} tokens per second (--tokens-per-second)",
+            ),
         ]
     )
