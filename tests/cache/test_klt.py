@@ -145,6 +145,15 @@ def test_massive_rows_come_back_exactly_and_first_ones_once() -> None:
     assert torch.equal(got_last[3], last[3])
 
 
+def test_no_row_has_to_be_exact() -> None:
+    codec, tokens = learnt(), some_tokens([5, 6])
+    aux, last = some_states(tokens)
+    aux[tokens.sample_start[:-1], 0, 5] = 0
+    coded = codec.encode(aux, last, tokens)
+    assert coded[EXACT_TOKEN].tolist() == []
+    assert codec.decode(coded, HIDDEN, tokens)[0].isfinite().all()
+
+
 def test_samples_are_coded_alone() -> None:
     codec, tokens = learnt(), some_tokens([20, 30, 25], seed=5)
     aux, last = some_states(tokens, 6)

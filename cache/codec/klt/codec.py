@@ -240,6 +240,8 @@ def _same_first(exact: torch.Tensor, tokens: Tokens) -> torch.Tensor:
     first = torch.isin(exact, tokens.sample_start)
     out = exact.clone()
     mine = exact[first]
+    if not mine.shape[0]:
+        return out
     ids = tokens.input_ids[mine]
     same = ids[:, None] == ids[None, :]
     out[first] = mine[same.to(torch.int8).argmax(1)]
