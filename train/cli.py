@@ -65,7 +65,7 @@ Examples:
     "--lr-schedule", default=DEFAULTS.lr_schedule, type=click.Choice(SCHEDULES),
     help="How the rate falls after the warm-up; wsd: constant, then linearly over the last fifth.",
 )  # fmt: skip
-@click.option("--warmup-ratio", default=DEFAULTS.warmup_ratio, help="Share of the steps with a rising rate.")
+@click.option("--warmup-ratio", default=DEFAULTS.warmup_ratio, help="Share of the steps that warm up.")
 @click.option("--weight-decay", default=DEFAULTS.weight_decay)
 @click.option(
     "--betas", nargs=2, type=float, default=DEFAULTS.betas,
@@ -104,7 +104,7 @@ Examples:
     metavar="FILE.json",
     help="The draft's shape from a file (num_attention_heads, head_dim, ...); flags win over it.",
 )
-@click.option("--block-size", default=DEFAULTS.block_size, help="Draft tokens an anchor (B).")
+@click.option("--block-size", default=DEFAULTS.block_size, help="Tokens drafted per anchor (B).")
 @click.option("--markov-rank", default=DEFAULTS.markov_rank)
 @click.option(
     "--markov-head-type", default=DEFAULTS.markov_head_type, type=click.Choice(["vanilla", "gated", "rnn"]),
@@ -176,7 +176,7 @@ Examples:
 @click.option(
     "--tensorboard/--no-tensorboard", default=DEFAULTS.tensorboard, help="Event files in OUTPUT/tensorboard."
 )
-@click.option("--resume", is_flag=True, help="Go on from the newest checkpoint of --output.")
+@click.option("--resume", is_flag=True, help="Continue from the newest checkpoint in --output.")
 @click.option("--overwrite", is_flag=True, help="Replace the training in --output.")
 @click.option(
     "--dry-run", is_flag=True, help="Take a few steps, write nothing, and tell steps, hours and memory."
