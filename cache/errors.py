@@ -14,7 +14,7 @@ class DsparkError(Exception):
 
 
 class UsageError(DsparkError):
-    """The flags, or a file that the user wrote, are not what the command takes."""
+    """The flags, or a file that the user wrote, are not what the command accepts."""
 
     exit_code = 2
 
@@ -52,7 +52,7 @@ class ExistsError(CacheError):
 
 
 class StoreWriteError(CacheError):
-    """A part could not be written (disk full, no permission). Parts committed before it are whole."""
+    """A part could not be written (disk full, no permission). Parts committed before it are intact."""
 
 
 class DataError(DsparkError):
@@ -68,7 +68,7 @@ class EngineError(DsparkError):
 
 
 class TrainError(DsparkError):
-    """Training cannot start or cannot go on (no supervised target, non-finite loss)."""
+    """Training cannot start or continue (no supervised target, non-finite loss)."""
 
 
 class DraftError(DsparkError):

@@ -37,7 +37,7 @@ class Probe(NamedTuple):
 
 
 def quality(probe: Probe, codec: Codec, against: str | None = None) -> dict[str, Any]:
-    """What ``codec`` loses of the states of ``probe``: SNR in dB per layer and of the last state (None: nothing lost).
+    """Measure what ``codec`` loses of the states of ``probe``: SNR in dB per layer and of the last state (None: nothing lost).
 
     ``against``: what the states are, if not the target's own.
     """

@@ -50,7 +50,7 @@ OPEN_PARTS = (
 
 
 def read_manifest(path: str | Path) -> Manifest:
-    """The manifest of the store at ``path``. Refuses, by name, a folder that is not a store and a version it does not know."""
+    """Read the manifest of the store at ``path``. Refuses, by name, a folder that is not a store and a version it does not know."""
     path = Path(path)
     if not path.exists():
         raise NotACacheError(
@@ -108,7 +108,7 @@ class Cache:
 
     @cached_property
     def index(self) -> dict[str, Array]:
-        """The arrays of ``dspark.cache.files.index``; from ``index/`` or, while incomplete, from the parts."""
+        """Return the arrays of ``dspark.cache.files.index``, from ``index/`` or, while incomplete, from the parts."""
         if not self.manifest.complete:
             return self._scan()
         where = str(self.path / INDEX)
@@ -232,7 +232,7 @@ class Cache:
 
     @cached_property
     def target(self) -> FrozenTarget:
-        """The target's frozen weights: ``embed_tokens`` [V, H], ``norm`` [H], ``lm_head`` [V, H] (tied ones share memory), ``logits``.
+        """Load the target's frozen weights: ``embed_tokens`` [V, H], ``norm`` [H], ``lm_head`` [V, H] (tied ones share memory), ``logits``.
 
         Raises DamagedCacheError unless the file is the one that the manifest has the hash of.
         """

@@ -110,7 +110,7 @@ def _new_codec(old: Codec, wanted: Codec, probe: Probe | None) -> Codec:
 
 
 def same_codes(a: Codec, b: Codec) -> bool:
-    """Whether ``a`` and ``b`` store the same codes, however they are packed."""
+    """Tell whether ``a`` and ``b`` store the same codes, however they are packed."""
     return a.repacked(DEFAULT_PACKING) == b.repacked(DEFAULT_PACKING)
 
 

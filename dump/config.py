@@ -112,11 +112,11 @@ class DumpConfig:
 
     @property
     def codec_name(self) -> str:
-        """The full name of the store's codec."""
+        """Return the full name of the store's codec."""
         return choose_codec(self.codec, self.aux_bits, self.last_bits)
 
     def make_codec(self) -> Codec:
-        """The store's codec, not calibrated yet."""
+        """Make the store's codec, not calibrated yet."""
         from dspark.cache.codec import registry
 
         return registry.make(self.codec_name, self.pack)
@@ -133,14 +133,14 @@ class DumpConfig:
 
     @property
     def asked_layers(self) -> tuple[int, ...] | None:
-        """The layers asked for, as output of decoder layer i, whichever flag named them."""
+        """Return the layers asked for, as outputs of decoder layer i, whichever flag named them."""
         if self.target_layer_ids is not None:
             return tuple(j - 1 for j in self.target_layer_ids)
         return self.layers
 
 
 def template_keywords(text: str | None) -> dict[str, Any]:
-    """What ``--template-kwargs`` hands to the chat template."""
+    """Return what ``--template-kwargs`` passes to the chat template."""
     if text is None:
         return {}
     try:

@@ -48,7 +48,7 @@ EXACT_TOKEN = "exact_token"
 
 
 def axis_of(name: str) -> Axis:
-    """The axis of the codec's array ``name``, which its first word says."""
+    """Return the axis of the codec's array ``name``, given by its first word."""
     first = name.split("_", maxsplit=1)[0]
     return first if first in ("last", "exact") else "token"  # type: ignore[return-value]
 
@@ -186,7 +186,7 @@ def tokens_of(samples: Sequence[TokenSample], embedding: torch.Tensor) -> Tokens
 
 
 def join_states(samples: Sequence[CodedSample]) -> Coded:
-    """The coded states of ``samples`` end to end."""
+    """Join the coded states of ``samples`` end to end."""
     out: Coded = {name: np.concatenate([s.states[name] for s in samples]) for name in samples[0].states}
     if EXACT_TOKEN in out:
         out[EXACT_TOKEN] = np.concatenate(from_first_token(samples))
@@ -202,7 +202,7 @@ def from_first_token(samples: Sequence[CodedSample]) -> list[npt.NDArray[np.int6
 def split_states(
     tokens: Sequence[TokenSample], coded: Coded, specs: Mapping[str, ArraySpec]
 ) -> list[CodedSample]:
-    """What ``join_states`` joined, by sample; views."""
+    """Split what ``join_states`` joined, by sample; returns views."""
     ends = np.cumsum([len(t.input_ids) for t in tokens])
     cut = {
         "token": ends[:-1],
@@ -240,5 +240,5 @@ def where_of(index: list[int]) -> str:
 def to_numpy(
     coded: Mapping[str, torch.Tensor],
 ) -> dict[str, np.ndarray[tuple[int, ...], np.dtype[np.generic]]]:
-    """Codes on any device -> numpy arrays on the host (bit-exact)."""
+    """Copy codes from any device to numpy arrays on the host, bit for bit."""
     return {name: t.cpu().numpy() for name, t in coded.items()}

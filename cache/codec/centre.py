@@ -35,7 +35,7 @@ LEAST_SAMPLES = (
 
 
 def spread(total: int, tokens_a_sample: float, budget: int = CALIBRATION) -> list[int]:
-    """Which of ``total`` samples are calibrated on: evenly spread, about ``budget`` tokens in all, and ``LEAST_SAMPLES`` at least."""
+    """Choose which of ``total`` samples to calibrate on: evenly spread, about ``budget`` tokens in all, and ``LEAST_SAMPLES`` at least."""
     wanted = math.ceil(budget / max(tokens_a_sample, 1.0))
     count = min(total, max(LEAST_SAMPLES, wanted))
     return [(2 * i + 1) * total // (2 * count) for i in range(count)]

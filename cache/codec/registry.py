@@ -27,20 +27,20 @@ FAMILIES = {
 
 
 def family(name: str) -> Family | None:
-    """The family of the codec ``name``, None if there is none."""
+    """Return the family of the codec ``name``, None if there is none."""
     module = FAMILIES.get(name.split("-", maxsplit=1)[0])
     out: Family | None = import_module(module).FAMILY if module else None
     return out
 
 
 def names() -> list[str]:
-    """Every codec that ``make`` knows by its full name."""
+    """List every codec that ``make`` knows by its full name."""
     modules = dict.fromkeys(FAMILIES.values())
     return [name for module in modules for name in import_module(module).FAMILY.names()]
 
 
 def make(name: str, pack: str = DEFAULT_PACKING) -> Codec:
-    """The codec that ``--codec`` and ``--pack`` name (a short name such as ``default``, or a full one), not calibrated yet."""
+    """Make the codec that ``--codec`` and ``--pack`` name (a short name such as ``default``, or a full one), not calibrated yet."""
     full = NAMED.get(name, name)
     found = family(full)
     if found is None:
@@ -49,7 +49,7 @@ def make(name: str, pack: str = DEFAULT_PACKING) -> Codec:
 
 
 def load(name: str, params: Json, pack: str, calibration: Mapping[str, torch.Tensor], where: str) -> Codec:
-    """The codec that a store recorded. Raises FormatVersionError for one that this release does not know."""
+    """Load the codec that a store recorded. Raises FormatVersionError for one that this release does not know."""
     found = family(name)
     if found is None or pack not in PACKINGS:
         what = f"codec {name!r}" if found is None else f"packing {pack!r}"

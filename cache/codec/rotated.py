@@ -131,7 +131,7 @@ class Rotated:
         }
 
     def _encode_block(self, groups: torch.Tensor, whole: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Code uint8[N, bytes per group] and scale uint8[N] of centred float32 ``groups[N, g]``; ``whole``: the states they are of, for messages."""
+        """Return code uint8[N, bytes per group] and scale uint8[N] of centred float32 ``groups[N, g]``; ``whole``: the states they are of, for messages."""
         import torch
 
         g = groups.shape[1]
@@ -176,7 +176,7 @@ class Rotated:
         return cells, k
 
     def _cells(self, y: torch.Tensor, k: torch.Tensor, g: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cells of ``y[g, N]`` at scale codes ``k[N]``, and the mean squared error of a group over g^2, float32[N]."""
+        """Return cells of ``y[g, N]`` at scale codes ``k[N]``, and the mean squared error of a group over g^2, float32[N]."""
         import torch
 
         half = len(self.levels)

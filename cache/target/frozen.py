@@ -31,7 +31,7 @@ class FrozenTarget:
     logits: Logits = PLAIN
 
     def to(self, device: torch.device) -> FrozenTarget:
-        """The same weights on ``device``; no copy of those that are there."""
+        """Return the same weights on ``device``, without copying those already there."""
         embed, norm = self.embed_tokens.to(device), self.norm.to(device)
         return FrozenTarget(
             embed, norm, embed if self.tied else self.lm_head.to(device), self.tied, self.logits

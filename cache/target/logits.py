@@ -23,7 +23,7 @@ class Logits:
 
     @classmethod
     def of_config(cls, config: Mapping[str, Any]) -> Logits:
-        """From a target's config.json, or its ``text_config``."""
+        """Read a target's config.json, or its ``text_config``."""
         config = config.get("text_config") or config
         scale = 1.0
         for names, power in ((FACTORS, 1), (DIVISORS, -1)):

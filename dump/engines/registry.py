@@ -58,7 +58,7 @@ DEFAULT = "transformers"
 
 
 def engine_kind(name: str) -> EngineKind:
-    """The engine called ``name``; raises UsageError for another name."""
+    """Return the engine called ``name``; raises UsageError for another name."""
     if name not in ENGINES:
         raise UsageError(f"--engine {name}: no such engine. There are: auto, {', '.join(ENGINES)}.")
     return ENGINES[name]

@@ -332,7 +332,7 @@ Exit code 1 if anything is wrong or looks like a known mistake.
 @click.option("--dtype", default="auto", type=click.Choice(["auto", "float32", "bfloat16", "float16"]))
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
 def check_command(as_json: bool, **flags: Any) -> None:
-    """Everything that can be wrong with DRAFT before it is served: files, layouts, ids, norms, vocabulary, behaviour, real blocks."""
+    """Find what can be wrong with DRAFT before it is served: files, layouts, ids, norms, vocabulary, behaviour, real blocks."""
     from rich.console import Console
 
     with Console(stderr=True).status("reading") as status:

@@ -54,7 +54,7 @@ def import_command(
     as_json: bool,
     **flags: Any,
 ) -> None:
-    """A DeepSpec target cache, or speculators' data and hidden states, as a store."""
+    """Convert a DeepSpec target cache, or speculators' data and hidden states, to a store."""
     from dspark.cache.errors import UsageError
     from dspark.dump.target.layers import parse_ids
     from dspark.tools.importers.importer import import_store

@@ -178,7 +178,7 @@ Examples:
 @click.option("--dtype", default="float32", type=click.Choice(["float32", "bfloat16"]))
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
 def calibrate_command(as_json: bool, plot: Path | None, **flags: Any) -> None:
-    """Confidence against acceptance on held-out data: ECE, AUROC, Brier by position; sequential temperature scaling; threshold sweep."""
+    """Compare confidence with acceptance on held-out data: ECE, AUROC, Brier by position; sequential temperature scaling; threshold sweep."""
     from dspark.tools.judge import plots
 
     if plot is not None:

@@ -158,7 +158,7 @@ def chosen(cache: Cache, draft: str, which: str) -> np.ndarray[Any, np.dtype[np.
 @click.option("--dtype", default="float32", type=click.Choice(["float32", "bfloat16"]))
 @json_flag
 def score_command(cache: str, draft: str, max_anchors: int, which: str, as_json: bool, **where: Any) -> None:
-    """Teacher-forced metrics of a draft: losses, accept rate by slot, mean accepted length (tau), calibration."""
+    """Compute teacher-forced metrics of a draft: losses, accept rate by slot, mean accepted length (tau), calibration."""
     import dspark.cache
 
     with bar("score") as progress:

@@ -79,7 +79,7 @@ def compare(
 @click.option("--limit", default=50, type=COUNT_OR_ALL, help="Samples to read, spread evenly; 0 = all.")
 @json_flag
 def compare_command(a: str, b: str, limit: int, as_json: bool) -> None:
-    """Two stores of the same samples: SNR per layer, and the target's distribution by B's last states against A's."""
+    """Compare two stores of the same samples: SNR per layer, and the target's distribution by B's last states against A's."""
     import dspark.cache
 
     with bar("compare") as progress:

@@ -147,7 +147,7 @@ Examples:
 )
 @json_flag
 def estimate_command(as_json: bool, **flags: Any) -> None:
-    """Bytes, files and hours of a dump before it is run."""
+    """Estimate the bytes, files and hours of a dump before you run it."""
     from dspark.dump.plan import human
 
     data = estimate(**flags)

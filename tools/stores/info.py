@@ -58,7 +58,7 @@ def info(path: str | Path) -> dict[str, Any]:
 @click.argument("cache")
 @json_flag
 def info_command(cache: str, as_json: bool) -> None:
-    """What CACHE is: target, layers, tokens, samples, bits, sizes, ratio, complete or not."""
+    """Print what CACHE is: target, layers, tokens, samples, bits, sizes, ratio, complete or not."""
     data = info(cache)
     if as_json:
         emit(data)

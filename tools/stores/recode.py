@@ -28,7 +28,7 @@ from dspark.tools.flags import COUNT
 @click.option("--overwrite", is_flag=True, help="Replace DESTINATION.")
 @json_flag
 def recode_command(source: str, destination: str, as_json: bool, **flags: Any) -> None:
-    """Store SOURCE again as DESTINATION with other bits, or packed in the other way."""
+    """Write SOURCE again as DESTINATION with other bits, or packed in the other way."""
     from dspark.cache.recode import recode
     from dspark.tools.stores.info import info
 

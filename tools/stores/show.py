@@ -67,7 +67,7 @@ def load_tokenizer(cache: Cache) -> Any:
 @click.argument("index", type=click.IntRange(min=0))
 @json_flag
 def show_command(cache: str, index: int, as_json: bool) -> None:
-    """Sample INDEX of CACHE as text; the supervised part between [[ and ]]."""
+    """Print sample INDEX of CACHE as text, the supervised part between [[ and ]]."""
     import dspark.cache
     from dspark.cache.errors import UsageError
 

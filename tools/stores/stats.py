@@ -78,7 +78,7 @@ def stats(
 @click.option("--limit", default=200, type=COUNT_OR_ALL, help="Samples to read, spread evenly; 0 = all.")
 @json_flag
 def stats_command(cache: str, limit: int, as_json: bool) -> None:
-    """Per layer rms, absmax, outlier share and SNR of the stored code; histogram of lengths."""
+    """Print rms, absmax, outlier share and SNR of the stored code per layer; histogram of lengths."""
     import dspark.cache
 
     with bar("stats") as progress:

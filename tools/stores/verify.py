@@ -18,7 +18,7 @@ from dspark.cache.shared.command import bar, command, emit, json_flag
 )
 @json_flag
 def verify_command(cache: str, drop_damaged: bool, as_json: bool) -> None:
-    """Every chunk's checksum and every count. Names what is damaged; exit 1 if anything is."""
+    """Check every chunk's checksum and every count; name what is damaged, and exit with 1 if anything is."""
     from dspark.cache import verify
 
     with bar("verify") as progress:
