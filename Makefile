@@ -40,7 +40,7 @@ demo: target
 		--max-anchors 128 --total-seq-len 2048 --rows-per-step 1 --max-steps 160 --optimizer muon --lr 4e-3 \
 		--val-fraction 0 --checkpoint-freq 100 --log-every 10
 	@echo "3/4 decode: 24 prompts that the draft has not seen"
-	$(BIN)/dspark-tools eval --model $(TARGET) --draft $(DEMO)/draft --data examples/code_held_out.jsonl --max-tokens 64 --alone 2 \
+	$(BIN)/dspark-tools eval --model $(TARGET) --draft $(DEMO)/draft --data examples/code_held_out.jsonl --max-tokens 48 --alone 1 \
 		--output $(DEMO)/eval.json --show 1
 	@echo "4/4 report"
 	$(BIN)/dspark-tools report $(DEMO) -o $(DEMO)/report.html
