@@ -5,7 +5,10 @@ torch is imported where it is needed, so that flags can be checked without it.
 
 from __future__ import annotations
 
+import os
 import re
+import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dspark.cache.errors import UsageError
@@ -15,6 +18,23 @@ if TYPE_CHECKING:
 
 DEVICE_WORDS = "auto, cpu, cuda or cuda:N"
 DEVICE = re.compile(r"auto|cpu|cuda(:\d{1,3})?")
+# One of them is there where a driver of NVIDIA's, of AMD's or of Windows' Linux runs.
+GPU_FILES = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")
+
+
+def device_type(device: str, flag: str = "--device") -> str:
+    """Return ``cpu`` or ``cuda``, as ``choose_device`` would; torch, which takes seconds to import, is asked only where there may be a GPU."""
+    if device == "cpu" or (device == "auto" and "torch" not in sys.modules and not _may_have_gpu()):
+        return "cpu"
+    return choose_device(device, flag).type
+
+
+def _may_have_gpu() -> bool:
+    if not sys.platform.startswith("linux"):
+        return True
+    if os.environ.get("CUDA_VISIBLE_DEVICES", "all").strip() in ("", "-1"):
+        return False
+    return any(Path(f).exists() for f in GPU_FILES)
 
 
 def choose_device(device: str, flag: str = "--device") -> torch.device:

@@ -77,9 +77,9 @@ def choose_engine(name: str, device: str, architectures: Sequence[str] = ()) -> 
 
     ``auto``: vLLM where there is a GPU, vLLM is installed and gives the states of ``architectures``; else transformers.
     """
-    from dspark.cache.shared.process import choose_device
+    from dspark.cache.shared.process import device_type
 
-    device = choose_device(device).type
+    device = device_type(device)
     if name == "auto":
         if not (ENGINES["vllm"].available and device == "cuda"):
             return DEFAULT, device, None

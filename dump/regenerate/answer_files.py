@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any
 from dspark.cache.errors import CacheError, DamagedCacheError, ExistsError, UsageError
 from dspark.cache.files.atomic import STAGING, fsync_path, write_errors, write_file
 from dspark.cache.files.layout import PARTS, part_name
-from dspark.cache.reader import read_manifest
 from dspark.dump.engines.answers import MASK_RULE
 
 if TYPE_CHECKING:
@@ -42,6 +41,8 @@ class AnswerFiles:
     def go_with_the_store(self) -> bool:
         """Whether the store that is there was answered by its target, so that these answers go when it goes. Not so of one that cannot be read: beside it
         anything may lie."""
+        from dspark.cache.reader import read_manifest  # imports zarr, which a plan does without
+
         try:
             return read_manifest(self.store).dump.mask_rule.startswith(MASK_RULE)
         except CacheError:

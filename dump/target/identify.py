@@ -150,7 +150,10 @@ def refuse_config(model: str, raw: Mapping[str, Any], trust_remote_code: bool) -
 
 
 def refuse_kind(model: str, config: Any) -> None:
-    """Raise TargetError for a loaded config that is an encoder's or has no language model."""
+    """Raise TargetError for a loaded config that is an encoder's or has no language model.
+
+    Whether transformers has a class for it is its mappings' word; a config of remote code has none there and is taken.
+    """
     from transformers.models.auto import modeling_auto as autos
 
     kinds = ", ".join(getattr(config, "architectures", None) or [type(config).__name__])
@@ -170,6 +173,23 @@ def refuse_kind(model: str, config: Any) -> None:
         raise TargetError(
             f"--model {model}: {kinds} is an encoder that fills in masked tokens (like BERT); expected a decoder-only language model."
         )
+    if language_model_class(config) is None and not getattr(config, "auto_map", None):
+        raise TargetError(
+            f"--model {model}: transformers knows no language model of {kinds} ({type(config).__name__}); expected a decoder-only language model."
+        )
+
+
+def language_model_class(config: Any) -> Any:
+    """The transformers class that holds this config's language model: a causal LM, or the wrapper of one (images, audio); None: there is none."""
+    import transformers
+    from transformers.models.auto import modeling_auto as autos
+
+    kinds = (
+        (transformers.AutoModelForCausalLM, autos.MODEL_FOR_CAUSAL_LM_MAPPING),
+        (transformers.AutoModelForImageTextToText, autos.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING),
+        (getattr(transformers, "AutoModelForMultimodalLM", None), getattr(autos, "MODEL_FOR_MULTIMODAL_LM_MAPPING", {})),
+    )  # fmt: skip
+    return next((cls for cls, known in kinds if cls is not None and type(config) in known), None)
 
 
 # Encoders that transformers can also build as decoders, which their checkpoints are not.

@@ -16,6 +16,7 @@ from dspark.cache.errors import EngineError, TargetError, first_line
 from dspark.cache.target.frozen import FrozenTarget
 from dspark.dump.target.checkpoint import Checkpoint, open_checkpoint
 from dspark.dump.target.frozen_names import FrozenNames, locate
+from dspark.dump.target.identify import language_model_class
 from dspark.dump.target.layers import Shapes
 from dspark.dump.target.stored import form_of, read_matrix
 
@@ -207,14 +208,6 @@ def empty_model(config: Any, trust_remote_code: bool = False) -> Any:
 def model_class(config: Any) -> Any:
     """The transformers class that holds this config's language model: a causal LM, or the wrapper of one (images, audio)."""
     import transformers
-    from transformers.models.auto import modeling_auto as autos
 
-    kinds = (
-        (transformers.AutoModelForCausalLM, autos.MODEL_FOR_CAUSAL_LM_MAPPING),
-        (transformers.AutoModelForImageTextToText, autos.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING),
-        (getattr(transformers, "AutoModelForMultimodalLM", None), getattr(autos, "MODEL_FOR_MULTIMODAL_LM_MAPPING", {})),
-    )  # fmt: skip
-    for cls, known in kinds:
-        if cls is not None and type(config) in known:
-            return cls
-    return transformers.AutoModelForCausalLM  # it says what it does not know, and takes remote code
+    # AutoModelForCausalLM says what it does not know, and takes remote code
+    return language_model_class(config) or transformers.AutoModelForCausalLM
