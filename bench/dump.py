@@ -133,7 +133,7 @@ def measure(args: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
 def measure_setting(config: DumpConfig, engine: TransformersEngine, count: int) -> dict[str, Any]:
     """Stages over the first ``count`` parts, the dump of ``config`` over all rows, and prefill once more."""
     job = prepare(config)
-    reader = part_reader(job, job.plan.part_tokens, lambda line: None)
+    reader = part_reader(job, lambda line: None)
     parts = [part.samples for _, part in zip(range(count), reader.parts({}), strict=False) if part.samples]
     tokens = sum(len(s.input_ids) for p in parts for s in p)
     codec = config.make_codec()

@@ -202,7 +202,7 @@ def main() -> None:
             last_bits=last_bits, seq_length=args.seq_length, data_parallel_size=1,
         )  # fmt: skip
         job = prepare(config)
-        parts = part_reader(job, 1 << 30, lambda line: None).parts({})
+        parts = part_reader(job, lambda line: None).parts({})
         samples = [s for p in parts for s in p.samples if s.row < args.rows]
         engine = Uncached(samples, config.make_codec())
         asked = Path(scratch) / "prompts.json"

@@ -83,7 +83,7 @@ def main() -> None:
     }
     resident = timed(run, itertools.cycle(held), lambda r: placed[id(r)], args.steps)
     results: dict[str, Any] = {
-        "streamed": streamed, "resident": resident, "bits": [run.cache.manifest.aux.bits, run.cache.manifest.last.bits],
+        "streamed": streamed, "resident": resident, "bits": list(run.cache.codec.bits),
         "streamed_over_resident": streamed["tokens_per_s"] / resident["tokens_per_s"], "workers": run.workers,
     }  # fmt: skip
     write(args.name, {"steps": args.steps, "train": args.train}, results, args.results)

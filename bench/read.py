@@ -27,8 +27,8 @@ import torch
 import dspark.cache
 from common import RESULTS, write
 from dspark.cache.codec import registry
-from dspark.cache.codec.base import to_numpy
-from dspark.cache.codec.fields import Fields, field_info
+from dspark.cache.codec.base import Codec, to_numpy
+from dspark.cache.files.calibration import codec_info
 from dspark.cache.files.layout import raw_bytes_per_token
 from dspark.cache.manifest import DumpInfo, Manifest, SourceInfo, TargetInfo, TokenizerInfo
 from dspark.cache.records import CodedSample, TokenSample, last_rows
@@ -41,22 +41,22 @@ LEAD = 77  # tokens of the sample that begins a part and is not read
 Reader = Callable[[int], list[Any]]  # number of a sample -> its arrays
 
 
-def manifest(layers: int, hidden: int, codec: Fields) -> Manifest:
+def manifest(layers: int, hidden: int, codec: Codec) -> Manifest:
     return Manifest(
         target=TargetInfo(
             id="random", revision=None, config={}, hidden_size=hidden, vocab_size=64, num_layers=layers + 1, mask_token_id=63, eos_token_ids=[],
             weights_sha256="",
         ),
-        layers=list(range(layers)), aux=field_info(codec.aux), last=field_info(codec.last),
-        tokenizer=TokenizerInfo(sha256=None, chat_template_sha256=None), source=SourceInfo(id="random", sha256=None, limit=None),
+        layers=list(range(layers)), codec=codec_info(codec),
+        tokenizer=TokenizerInfo(sha256=None, chat_template_sha256=None), sources=[SourceInfo(id="random", sha256=None, limit=None)],
         dump=DumpInfo(
             engine="bench", engine_version="1", dtype="bfloat16", seq_length=SAMPLE, min_supervised=2, assistant_pattern=None, mask_rule="given",
-            part_tokens=SAMPLE * PART_SAMPLES,
+            block_rows=PART_SAMPLES + 1,
         ),
     )  # fmt: skip
 
 
-def build(folder: Path, layers: int, hidden: int, codec: Fields, samples: int) -> None:
+def build(folder: Path, layers: int, hidden: int, codec: Codec, samples: int) -> None:
     """The store ``folder/hs.zarr`` and the flat files ``folder/flat/FIELD``, of the same samples."""
     m = manifest(layers, hidden, codec)
     flat = folder / "flat"
@@ -83,9 +83,9 @@ def build(folder: Path, layers: int, hidden: int, codec: Fields, samples: int) -
                     if name not in files:
                         files[name] = open(flat / name, "wb")  # noqa: SIM115 - closed below
                     files[name].write(x.tobytes())
-            writer.commit(part, batch, row_start=row, row_stop=row + len(batch), dropped={}, truncated=0)
+            writer.commit(part, batch, writer.block(part, row, row + len(batch), dropped={}, truncated=0))
             row += len(batch)
-        writer.finish(rows_read=row)
+        writer.finish()
     for file in files.values():
         file.close()
 
@@ -208,7 +208,6 @@ def main() -> None:
     for setting in args.settings.split(","):
         bits, pack = setting.split(":")
         codec = registry.make(rotated_name(*map(int, bits.split("/"))), pack)
-        assert isinstance(codec, Fields)
         with tempfile.TemporaryDirectory(dir=args.work) as name:
             folder = Path(name)
             build(folder, args.layers, args.hidden, codec, samples)

@@ -36,7 +36,7 @@ import torch
 from common import RESULTS, write
 from dspark.cache.codec import registry
 from dspark.cache.codec.base import to_numpy
-from dspark.cache.codec.fields import codec_for, field_info
+from dspark.cache.files.calibration import codec_info
 from dspark.cache.manifest import DumpInfo, Manifest, SourceInfo, TargetInfo, TokenizerInfo
 from dspark.cache.records import CodedSample, TokenSample, last_rows
 from dspark.cache.settings import rotated_name
@@ -69,12 +69,11 @@ def manifest(shape: tuple[int, ...], tokens: int) -> Manifest:
     )  # fmt: skip
     dump = DumpInfo(
         engine="random", engine_version="0", dtype="bfloat16", seq_length=tokens, min_supervised=2, assistant_pattern=None,
-        mask_rule="given", part_tokens=8 * tokens,
+        mask_rule="given", block_rows=4,
     )  # fmt: skip
     return Manifest(
-        target=target, layers=[i * (layers - 1) // LAYERS for i in range(LAYERS)], aux=field_info(codec_for(BITS)),
-        last=field_info(codec_for(BITS)), tokenizer=TokenizerInfo(sha256=None, chat_template_sha256=None),
-        source=SourceInfo(id="random", sha256="0", limit=None), dump=dump,
+        target=target, layers=[i * (layers - 1) // LAYERS for i in range(LAYERS)], codec=codec_info(registry.make(rotated_name(BITS, BITS))), tokenizer=TokenizerInfo(sha256=None, chat_template_sha256=None),
+        sources=[SourceInfo(id="random", sha256="0", limit=None)], dump=dump,
     )  # fmt: skip
 
 
@@ -97,8 +96,8 @@ def write_store(path: Path, shape: tuple[int, ...], samples: int, tokens: int) -
                 sample = TokenSample(row, key, rng.integers(3, vocab - 1, tokens).astype(np.int32), mask)
                 last = aux.roll(row, 0)[: int(last_rows(mask).sum()), 0]
                 part.append(CodedSample(sample, to_numpy(codec.encode(aux.roll(row, 0), last))))
-            writer.commit(at // 4, part, row_start=at, row_stop=at + len(part), dropped={}, truncated=0)
-        writer.finish(rows_read=samples)
+            writer.commit(at // 4, part, writer.block(at // 4, at, at + len(part), dropped={}, truncated=0))
+        writer.finish()
 
 
 def command(args: argparse.Namespace, output: Path, strategy: str, processes: int, rows: int) -> list[str]:

@@ -2,20 +2,26 @@
 
 It lives in the root group's ``zarr.json`` under ``attributes.dspark``, with a crc32c over its canonical JSON. Unknown keys and
 unknown versions are refused: a reader that guesses at a field it does not know is silently wrong.
+
+The plan is the part of it that never changes: all that says what any sample's bytes are. Every part carries it whole, with its digest, so the manifest can be made
+again from the parts.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from dspark.cache.errors import DamagedCacheError, FormatVersionError, MismatchError
-from dspark.cache.settings import DEFAULT_PACKING
+from dspark.cache.files.checksum import crc32c
+from dspark.cache.settings import DEFAULT_PACKING, rotated_name
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+READ_VERSIONS = (1, 2)
 LAYER_CONVENTION = "output of decoder layer i, 0-based"
 LAST_ROWS_RULE = "loss_mask[p] and loss_mask[p+1], within one sample"
 
@@ -42,12 +48,22 @@ class TargetInfo:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FieldInfo:
-    """How one field of states is stored. ``params`` is what the codec needs to decode, beside its name and bits; ``pack``: how its arrays are kept."""
+    """How one field of states is stored in a store of version 1. ``params``: what decoding needs beside name and bits; ``pack``: how its arrays are kept."""
 
     codec: str
     bits: int
     params: Json = field(default_factory=dict)
     pack: str = DEFAULT_PACKING
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CodecInfo:
+    """How states are stored: a codec by its full name, what it needs beside it, and the sha256 of its calibration file (None: it has learnt nothing)."""
+
+    name: str
+    params: Json = field(default_factory=dict)
+    pack: str = DEFAULT_PACKING
+    calibration_sha256: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,7 +76,7 @@ class TokenizerInfo:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SourceInfo:
-    """Where the rows came from: file name or data set id, its sha256 (None for a data set on a hub), and the limit on rows."""
+    """Where rows came from: file name or data set id, its sha256 (None: not one file), and the limit on rows. Only the limit is compared on resume."""
 
     id: str
     sha256: str | None
@@ -69,7 +85,10 @@ class SourceInfo:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DumpInfo:
-    """How rows became tokens and tokens became states; equal on resume except ``engine_version``."""
+    """How rows became tokens and tokens became states. ``block_rows``: source rows per part, 0 in a store of version 1.
+
+    All but ``engine_version`` belong to the plan.
+    """
 
     engine: str
     engine_version: str
@@ -78,7 +97,7 @@ class DumpInfo:
     min_supervised: int
     assistant_pattern: str | None
     mask_rule: str  # "generation-tag", "render-difference", "assistant-pattern" or "given"
-    part_tokens: int
+    block_rows: int
     turns: str = "auto"  # how a chat's answers became samples: auto, each, last or whole
     template_kwargs: Json = field(default_factory=dict)  # handed to the chat template
     template_date: str | None = None  # what a template that writes the date took for today
@@ -100,14 +119,13 @@ class Counts:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Manifest:
-    """Everything a reader needs to know before it opens a part."""
+    """Everything a reader needs to know before it opens a part. ``fields``: aux and last, of a store of version 1 only."""
 
     target: TargetInfo
     layers: list[int]
-    aux: FieldInfo
-    last: FieldInfo
+    codec: CodecInfo
     tokenizer: TokenizerInfo
-    source: SourceInfo
+    sources: list[SourceInfo]
     dump: DumpInfo
     last_after_final_norm: bool = True
     layer_convention: str = LAYER_CONVENTION
@@ -116,56 +134,91 @@ class Manifest:
     counts: Counts = field(default_factory=Counts)
     complete: bool = False
     quality: Json = field(default_factory=dict)  # SNR of the stored code by layer, measured at dump time
+    fields: tuple[FieldInfo, FieldInfo] | None = None
 
     @property
     def target_layer_ids(self) -> list[int]:
         """The same layers in vLLM's convention: the state *entering* layer j, so j = i + 1."""
         return [i + 1 for i in self.layers]
 
+    @property
+    def source(self) -> SourceInfo:
+        """The first source."""
+        return self.sources[0]
+
+    def plan(self) -> Json:
+        """What never changes and every part carries."""
+        run = dataclasses.asdict(self.dump)
+        del run["engine_version"]
+        return {
+            "target": dataclasses.asdict(self.target),
+            "layers": list(self.layers),
+            "target_layer_ids": self.target_layer_ids,
+            "layer_convention": self.layer_convention,
+            "last_after_final_norm": self.last_after_final_norm,
+            "last_rows_rule": self.last_rows_rule,
+            "tokenizer": dataclasses.asdict(self.tokenizer),
+            "codec": dataclasses.asdict(self.codec),
+            "run": run,
+        }
+
+    def digest(self) -> str:
+        """sha256 of the plan."""
+        return plan_digest(self.plan())
+
     def to_json(self) -> Json:
-        out = dataclasses.asdict(self)
-        out["target_layer_ids"] = self.target_layer_ids
-        return out
+        assert self.format_version == FORMAT_VERSION, "stores of version 1 are read, not written"
+        return {
+            "format_version": self.format_version,
+            "plan": self.plan(),
+            "plan_sha256": self.digest(),
+            "sources": [dataclasses.asdict(s) for s in self.sources],
+            "counts": dataclasses.asdict(self.counts),
+            "state": {
+                "complete": self.complete,
+                "quality": self.quality,
+                "engine_version": self.dump.engine_version,
+            },
+        }
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any], where: str) -> Manifest:
         version = data.get("format_version")
-        if version != FORMAT_VERSION:
+        if version not in READ_VERSIONS:
             raise FormatVersionError(
-                f"{where}: found format version {version!r}, this release reads {FORMAT_VERSION}. "
+                f"{where}: found format version {version!r}, this release reads {' and '.join(map(str, READ_VERSIONS))}. "
                 "Use the dspark release that wrote it, or dump again."
             )
-        fields = dict(data)
-        both = fields.pop("target_layer_ids", None)
-        nested = {
-            "target": TargetInfo,
-            "aux": FieldInfo,
-            "last": FieldInfo,
-            "tokenizer": TokenizerInfo,
-            "source": SourceInfo,
-            "dump": DumpInfo,
-            "counts": Counts,
-        }
-        for name, kind in nested.items():
-            if name not in fields:
-                raise DamagedCacheError(f"{where}: the manifest has no {name!r}")
-            fields[name] = build(kind, fields[name], f"{where}: {name}")
-        out = build(cls, fields, where)
-        if both != out.target_layer_ids:
-            raise DamagedCacheError(f"{where}: target_layer_ids {both} are not layers {out.layers} plus one")
-        return out
+        if version == 1:
+            return _from_version_1(data, where)
+        keys = {"format_version", "plan", "plan_sha256", "sources", "counts", "state"}
+        _same_keys(data, keys, where)
+        if plan_digest(data["plan"]) != data["plan_sha256"]:
+            raise DamagedCacheError(f"{where}: the plan is not the one that plan_sha256 is of")
+        _same_keys(data["state"], {"complete", "quality", "engine_version"}, f"{where}: state")
+        return from_plan(
+            data["plan"],
+            where,
+            sources=[build(SourceInfo, s, f"{where}: sources") for s in data["sources"]],
+            counts=build(Counts, data["counts"], f"{where}: counts"),
+            **data["state"],
+        )
 
     def same_plan(self, other: Manifest, where: str) -> None:
         """Raise MismatchError, naming every differing field, unless ``other`` would write the same store.
 
-        ``other`` may come from a run that has read no weights, so their hash is not compared.
+        ``other`` may come from a run that has read no weights and calibrated nothing, so their hashes are not compared.
         """
-        ignore = {"counts", "complete", "quality"}
+        if self.format_version != FORMAT_VERSION:
+            raise MismatchError(
+                f"{where}: a store of format version {self.format_version}, which this release reads but does not go on with. "
+                f"Finish it with the release that began it, or convert it: dspark-tools recode {where} NEW"
+            )
+        mine, theirs = self._compared(), other._compared()
         diffs = [
             f"{path}: store has {_short(a)}, this run has {_short(b)}"
-            for path, a, b in _differences(self.to_json(), other.to_json())
-            if path.split(".")[0] not in ignore
-            and path not in ("dump.engine_version", "target.weights_sha256")
+            for path, a, b in _differences(mine, theirs)
+            if path not in ("target.weights_sha256", "codec.calibration_sha256")
         ]
         if diffs:
             raise MismatchError(
@@ -173,6 +226,81 @@ class Manifest:
                 + "\n  ".join(diffs[:8] + ([f"and {len(diffs) - 8} more"] if len(diffs) > 8 else []))
                 + "\nUse the flags the store was begun with, another --output, or --overwrite."
             )
+
+    def _compared(self) -> Json:
+        sources = [{"id": s.id, "limit": s.limit} for s in self.sources]
+        return {**self.plan(), "source": sources[0] if len(sources) == 1 else sources}
+
+
+def plan_digest(plan: Mapping[str, Any]) -> str:
+    """sha256 of a plan's canonical JSON."""
+    return hashlib.sha256(canonical(plan)).hexdigest()
+
+
+def from_plan(
+    plan: Any,
+    where: str,
+    *,
+    sources: list[SourceInfo],
+    counts: Counts,
+    complete: bool,
+    quality: Json,
+    engine_version: str,
+) -> Manifest:
+    """A manifest from the plan that it or any part of the store holds."""
+    known = {"target", "layers", "target_layer_ids", "layer_convention", "last_after_final_norm", "last_rows_rule", "tokenizer", "codec", "run"}  # fmt: skip
+    _same_keys(plan, known, f"{where}: plan")
+    out = Manifest(
+        target=build(TargetInfo, plan["target"], f"{where}: target"),
+        layers=plan["layers"],
+        codec=build(CodecInfo, plan["codec"], f"{where}: codec"),
+        tokenizer=build(TokenizerInfo, plan["tokenizer"], f"{where}: tokenizer"),
+        sources=sources,
+        dump=build(DumpInfo, {**plan["run"], "engine_version": engine_version}, f"{where}: run"),
+        last_after_final_norm=plan["last_after_final_norm"],
+        layer_convention=plan["layer_convention"],
+        last_rows_rule=plan["last_rows_rule"],
+        counts=counts,
+        complete=complete,
+        quality=quality,
+    )
+    _check_layer_ids(plan["target_layer_ids"], out, where)
+    return out
+
+
+def _from_version_1(data: Mapping[str, Any], where: str) -> Manifest:
+    fields = dict(data)
+    both = fields.pop("target_layer_ids", None)
+    nested = {"target": TargetInfo, "aux": FieldInfo, "last": FieldInfo, "tokenizer": TokenizerInfo, "source": SourceInfo, "counts": Counts}  # fmt: skip
+    for name, kind in nested.items():
+        if name not in fields:
+            raise DamagedCacheError(f"{where}: the manifest has no {name!r}")
+        fields[name] = build(kind, fields[name], f"{where}: {name}")
+    dump = dict(fields.get("dump") or {})
+    if "part_tokens" not in dump:
+        raise DamagedCacheError(f"{where}: the manifest's dump has no 'part_tokens'")
+    del dump["part_tokens"]
+    fields["dump"] = build(DumpInfo, {**dump, "block_rows": 0}, f"{where}: dump")
+    aux, last = fields.pop("aux"), fields.pop("last")
+    fields["fields"] = aux, last
+    fields["codec"] = CodecInfo(name=rotated_name(aux.bits, last.bits), pack=aux.pack)
+    fields["sources"] = [fields.pop("source")]
+    out = build(Manifest, fields, where)
+    _check_layer_ids(both, out, where)
+    return out
+
+
+def _check_layer_ids(both: Any, manifest: Manifest, where: str) -> None:
+    if both != manifest.target_layer_ids:
+        raise DamagedCacheError(f"{where}: target_layer_ids {both} are not layers {manifest.layers} plus one")
+
+
+def _same_keys(data: Any, keys: set[str], where: str) -> None:
+    found = set(data) if isinstance(data, Mapping) else set()
+    if found != keys:
+        raise DamagedCacheError(
+            f"{where}: unknown keys {sorted(found - keys)}, missing keys {sorted(keys - found)}"
+        )
 
 
 def _short(value: Any) -> str:
@@ -184,7 +312,7 @@ def _differences(a: Any, b: Any, path: str = "") -> list[tuple[str, Any, Any]]:
     if isinstance(a, dict) and isinstance(b, dict):
         out: list[tuple[str, Any, Any]] = []
         keys = a.keys() | b.keys()
-        if "params" in keys and (a.get("codec"), a.get("bits")) != (b.get("codec"), b.get("bits")):
+        if "params" in keys and a.get("name") != b.get("name"):
             keys -= {"params"}  # of another codec: nothing to compare
         for key in sorted(keys):
             out += _differences(a.get(key), b.get(key), f"{path}.{key}" if path else key)
@@ -210,15 +338,9 @@ def build(kind: type[T], data: Any, where: str) -> T:
 
 
 def canonical(data: Mapping[str, Any]) -> bytes:
-    """JSON with sorted keys and no spaces, UTF-8: what checksums are taken over."""
-    return json.dumps(data, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
-
-
-def crc32c(data: bytes | bytearray | memoryview, value: int = 0) -> int:
-    """CRC-32C (Castagnoli), as Zarr's crc32c codec uses; ``value`` continues an earlier one."""
-    import google_crc32c
-
-    return int(google_crc32c.extend(value, bytes(data)))
+    """JSON with sorted keys and no spaces, UTF-8: what checksums and hashes are taken over."""
+    text = json.dumps(data, sort_keys=True, separators=(",", ":"), ensure_ascii=False, default=str)
+    return text.encode(errors="surrogatepass")
 
 
 def sealed(data: Mapping[str, Any]) -> Json:

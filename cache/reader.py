@@ -17,11 +17,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import zarr
 
-from dspark.cache.codec.base import Codec, Tokens, tokens_of
-from dspark.cache.codec.fields import from_fields
+from dspark.cache.codec.base import EXACT_TOKEN, Codec, Tokens, tokens_of
 from dspark.cache.errors import DamagedCacheError, IncompleteCacheError, NotACacheError
-from dspark.cache.files.index import PART_ARRAYS, build_index
+from dspark.cache.files.calibration import stored_codec
+from dspark.cache.files.index import PART_ARRAYS, TURN, build_index, index_sums
 from dspark.cache.files.layout import (
+    EXACT_POSITION,
+    EXACT_ROW,
+    EXACT_START,
     INDEX,
     INDEX_KEY,
     PARTS,
@@ -31,9 +34,18 @@ from dspark.cache.files.layout import (
     PartLayout,
     part_name,
 )
-from dspark.cache.files.part import Array, PartRecord, missing_files, read_attributes, read_record, shard_file
+from dspark.cache.files.part import (
+    Array,
+    PartRecord,
+    missing_files,
+    part_specs,
+    read_attributes,
+    read_record,
+    shard_file,
+)
+from dspark.cache.files.place import Folder
 from dspark.cache.files.shard import Shard
-from dspark.cache.manifest import Manifest, sealed, unseal
+from dspark.cache.manifest import READ_VERSIONS, Manifest, sealed, unseal
 from dspark.cache.records import CodedSample, Sample, TokenSample, last_rows
 from dspark.cache.target.files import what_to_do
 from dspark.cache.target.frozen import FrozenTarget
@@ -65,7 +77,7 @@ def read_manifest(path: str | Path) -> Manifest:
         )
     where = str(path / "zarr.json")
     data = attributes[ROOT_KEY]
-    if isinstance(data, dict) and data.get("format_version") != 1:
+    if isinstance(data, dict) and data.get("format_version") not in READ_VERSIONS:
         return Manifest.from_json(
             data, where
         )  # says which version it found before the checksum rule of ours is applied
@@ -93,7 +105,7 @@ class Cache:
     def __init__(self, path: Path, manifest: Manifest) -> None:
         self.path = path
         self.manifest = manifest
-        self.codec: Codec = from_fields(manifest.aux, manifest.last, str(path))
+        self.codec: Codec = stored_codec(path, manifest)
         self.layout = PartLayout(self.codec, len(manifest.layers), manifest.target.hidden_size)
         self._embedding: torch.Tensor | None = None
         self._open: OrderedDict[int, dict[str, Shard]] = OrderedDict()
@@ -112,12 +124,21 @@ class Cache:
         if not self.manifest.complete:
             return self._scan()
         where = str(self.path / INDEX)
-        self._part_crc = unseal(read_attributes(self.path / INDEX).get(INDEX_KEY), where)["part_crc32c"]
+        about = unseal(read_attributes(self.path / INDEX).get(INDEX_KEY), where)
+        self._part_crc = about["part_crc32c"]
         try:
             group = zarr.open_group(self.path / INDEX, mode="r")
             index = {name: np.asarray(group[name][...]) for name in group.array_keys()}  # type: ignore[index]
         except Exception as error:
             raise DamagedCacheError(f"{where}: the sample index cannot be read: {error}") from error
+        if self.manifest.format_version == 1:
+            index[TURN] = np.zeros(index["sample_row"].shape[0], np.int32)
+            index["part_number"] = np.arange(len(self._part_crc))
+        elif (found_sums := index_sums(index)) != about["array_crc32c"]:
+            raise DamagedCacheError(
+                f"{where}: the index's arrays have checksums {found_sums}, its attributes say {about['array_crc32c']}. "
+                f"Run dspark-tools verify --rebuild-index {self.path}"
+            )
         counts = self.manifest.counts
         found = (
             int(index["sample_start"][-1]),
@@ -131,13 +152,30 @@ class Cache:
         return index
 
     def _scan(self) -> dict[str, Array]:
-        folders = sorted(p.name for p in (self.path / PARTS).glob("[0-9]*") if p.is_dir())
-        for i, name in enumerate(folders):
-            if name != part_name(i):
-                missing = self.path / PARTS / part_name(i)
-                raise DamagedCacheError(f"{missing} is missing. Run dspark-dump --resume to write it again.")
+        """The index of a store that is being written, from the parts that are there: in version 2 any, for each is a block of its own."""
+        names = [n for n in Folder(self.path).list(PARTS) if n.isdigit()]
+        if self.manifest.format_version == 1:
+            for i, name in enumerate(names):
+                if name != part_name(i, 1):
+                    missing = self.path / PARTS / part_name(i, 1)
+                    raise DamagedCacheError(
+                        f"{missing} is missing. Run dspark-dump --resume to write it again."
+                    )
+        self._numbers = [int(name) for name in names]
+        small = PART_ARRAYS if self.manifest.format_version == 1 else (*PART_ARRAYS, TURN)
         whole = slice(0, None)
-        return build_index({n: self._read(i, n, whole) for n in PART_ARRAYS} for i in range(len(folders)))
+        return build_index(
+            ({n: self._read(i, n, whole) for n in small} for i in range(len(names))), self._numbers
+        )
+
+    @cached_property
+    def _numbers(self) -> list[int]:
+        """Numbers of the parts, in order."""
+        return self.index["part_number"].tolist()  # type: ignore[no-any-return]
+
+    def folder(self, part: int) -> Path:
+        """Where part ``part`` (counted from 0) is."""
+        return self.path / PARTS / part_name(self._numbers[part], self.manifest.format_version)
 
     def __len__(self) -> int:
         return int(self.index["sample_row"].shape[0])
@@ -181,6 +219,7 @@ class Cache:
     def _tokens(self, i: int, part: int, span: slice) -> TokenSample:
         return TokenSample(
             row=int(self.index["sample_row"][i]),
+            turn=int(self.index[TURN][i]),
             key=self.index["sample_key"][i].tobytes(),
             input_ids=self._read(part, "input_ids", span),
             loss_mask=self._read(part, "loss_mask", span),
@@ -191,8 +230,20 @@ class Cache:
         part, span, last = self._locate(i)
         tokens = self._tokens(i, part, span)
         rows = {"token": span, "last": last}
-        states: Coded = {n: self._read(part, n, rows[axis]) for n, axis in self._axes}
+        states: Coded = {n: self._read(part, n, rows[axis]) for n, axis in self._axes if axis != "exact"}
+        if self.layout.exact:
+            states |= self._exact(part, i - self._first[part])
         return CodedSample(tokens, states)
+
+    def _exact(self, part: int, i: int) -> Coded:
+        """The exactly stored tokens of the part's sample ``i``: their positions as ``EXACT_TOKEN``, and their rows."""
+        start, stop = self._read(part, EXACT_START, slice(i, i + 2)).tolist()
+        out: Coded = {EXACT_TOKEN: self._read(part, EXACT_POSITION, slice(start, stop)).astype(np.int64)}
+        rows = self._read(part, EXACT_ROW, slice(start, stop)).tolist()
+        for name, spec in self.layout.exact.items():
+            own = [self._read(part, name, slice(row, row + 1)) for row in rows]
+            out[name] = np.concatenate(own) if own else np.empty((0, *spec.row_shape), spec.dtype)
+        return out
 
     @cached_property
     def _axes(self) -> list[tuple[str, str]]:
@@ -257,25 +308,32 @@ class Cache:
 
     def record(self, part: int) -> PartRecord:
         """The sealed record of part ``part``; checked against the index's checksum of it."""
-        record = read_record(self.path / PARTS / part_name(part))
+        record = read_record(self.folder(part))
         if self.manifest.complete:
             _ = self.index
             if sealed(record.to_json())["crc32c"] != self._part_crc[part]:
                 raise DamagedCacheError(
-                    f"{self.path / PARTS / part_name(part)}: not the part that this store's index was written for"
+                    f"{self.folder(part)}: not the part that this store's index was written for"
                 )
+        if self.manifest.format_version > 1 and record.plan_sha256 != self._digest:
+            raise DamagedCacheError(f"{self.folder(part)}: a part of another plan than the store's")
         return record
+
+    @cached_property
+    def _digest(self) -> str:
+        return self.manifest.digest()
 
     def _arrays(self, part: int) -> dict[str, Shard]:
         if part in self._open:
             self._open.move_to_end(part)
             return self._open[part]
-        folder = self.path / PARTS / part_name(part)
-        record = self.record(part)
+        folder, record = self.folder(part), self.record(part)
         for finding in missing_files(folder, record):
             raise DamagedCacheError(f"{finding}. Run dspark-tools verify {self.path}")
-        specs = self.layout.arrays(record.tokens, record.samples, record.last_rows)
-        self._open[part] = {s.name: Shard(folder / s.name / shard_file(s), s) for s in specs if s.shape[0]}
+        specs = part_specs(self.layout, record)
+        self._open[part] = {
+            s.name: Shard(folder / s.name / shard_file(s), s, record.tag(s.name)) for s in specs if s.shape[0]
+        }
         if len(self._open) > OPEN_PARTS:
             self._open.popitem(last=False)
         return self._open[part]
@@ -290,5 +348,5 @@ class Cache:
             raise DamagedCacheError(f"{error}. Run dspark-tools verify {self.path}") from error
 
     def _empty(self, name: str) -> Any:
-        spec = self.layout.specs[name]
-        return np.empty((0, *spec.row_shape), spec.dtype)
+        found = next(s for s in self.layout.arrays(0, 0, 0) if s.name == name)
+        return np.empty(found.shape, found.dtype)

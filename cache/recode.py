@@ -1,7 +1,7 @@
-"""``dspark-tools recode``: a store in other bits. Part by part, so it streams, can be stopped, and is resumed like a dump.
+"""``dspark-tools recode``: a store with another codec. Part by part, so it streams, can be stopped, and is resumed like a dump.
 
-Parts keep their boundaries, rows and counts; only ``aux_*`` and ``last_*`` change, and where a field's bits stay, its codes do (``--pack`` alone
-loses nothing). The compact codecs are centred on states spread over the
+Parts keep their blocks of rows and their counts; only the codec's arrays change, and where a field's bits stay, its codes do (``--pack`` alone
+loses nothing). A store of format version 1 becomes one of version 2. What a codec learns it learns from states spread over the
 source, a pure function of it, so a resumed run codes exactly as the first one did. Parts are independent: ``workers`` threads take one each
 (decompression, coding and compression all leave Python's lock), and the bytes do not depend on how many there are.
 """
@@ -9,21 +9,24 @@ source, a pure function of it, so a resumed run codes exactly as the first one d
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from dspark.cache.codec import registry
 from dspark.cache.codec.base import Codec, join_states, split_states, to_numpy, tokens_of
-from dspark.cache.codec.fields import Fields, field_info
-from dspark.cache.errors import UsageError
-from dspark.cache.files.layout import PARTS, part_name
-from dspark.cache.files.part import read_record
-from dspark.cache.manifest import Counts, Manifest
+from dspark.cache.codec.fields import Fields
+from dspark.cache.errors import MismatchError, UsageError
+from dspark.cache.files.calibration import codec_info
+from dspark.cache.files.part import Block
+from dspark.cache.manifest import FORMAT_VERSION, Counts, Manifest
 from dspark.cache.quality import Probe, quality, spread_states
 from dspark.cache.reader import Cache
 from dspark.cache.reader import open as open_store
@@ -61,37 +64,108 @@ def recode(
     wanted = registry.make(choose_codec(codec, aux_bits, last_bits), pack)
     probe = spread_states(cache, wanted)
     new = _new_codec(cache.codec, wanted, probe if calibrate else None)
-    assert isinstance(new, Fields)
-    manifest = dataclasses.replace(
-        cache.manifest,
-        aux=field_info(new.aux),
-        last=field_info(new.last),
+    if not isinstance(new, Fields) and not calibrate and wanted.needs_calibration:
+        raise UsageError(f"codec {wanted.name} cannot do without calibration: leave --no-calibrate out")
+    blocks = _blocks(cache)
+    manifest = _planned(cache, new, blocks)
+    files = small_files(cache.path, cache.manifest)
+    if resume and Path(destination).exists():
+        writer = StoreWriter.resume(destination, manifest)
+        if not same_codes(writer.codec, new):
+            raise MismatchError(
+                f"{destination}: its codec has learnt from other states than those of {source}"
+            )
+        writer.restore_target(cache.target, files)
+    else:
+        writer = StoreWriter.create(
+            destination, manifest, cache.target, files, codec=new, overwrite=overwrite
+        )
+    left = [number for number in blocks if number not in writer.committed]
+    with writer:
+        _recode_parts(
+            cache, writer, {n: blocks[n] for n in left}, len(blocks), workers, torch.device(device), progress
+        )
+        measured = cache.manifest.quality
+        if not same_codes(cache.codec, new):
+            measured = quality(probe, new, "source store")
+        return writer.finish(quality=measured)
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """What a part of the new store is made of: samples of the old one (by index), and the block that they are of."""
+
+    samples: range
+    block: Block
+
+
+def _blocks(cache: Cache) -> dict[int, Source]:
+    """The parts of the new store, by number: those of the old one, or, of a store of version 1, its rows in blocks of about a part."""
+    if cache.manifest.format_version == 1:
+        return _blocks_of_version_1(cache)
+    first = cache.index["part_first_sample"].tolist()
+    out = {}
+    for part in range(cache.parts):
+        record = cache.record(part)
+        block = Block(**{f.name: getattr(record, f.name) for f in dataclasses.fields(Block)})
+        out[record.index] = Source(range(first[part], first[part + 1]), block)
+    return out
+
+
+def _blocks_of_version_1(cache: Cache) -> dict[int, Source]:
+    """Which rows were dropped was not recorded, only how many of a part: they are counted in the block in which that part begins."""
+    records = [cache.record(part) for part in range(cache.parts)]
+    counts = cache.manifest.counts
+    rows = max(counts.rows_read, records[-1].row_stop)
+    size = block_rows_of(cache)
+    number = -(-rows // size)
+    dropped = [Counter[str]() for _ in range(number)]
+    truncated = [0] * number
+    tail, left = Counter(counts.dropped), counts.truncated
+    for record in records:
+        dropped[record.row_start // size].update(record.dropped)
+        truncated[record.row_start // size] += record.truncated
+        tail.subtract(record.dropped)
+        left -= record.truncated
+    dropped[-1].update(tail)
+    truncated[-1] += left
+    at = np.searchsorted(cache.index["sample_row"], np.arange(number + 1) * size).tolist()
+    return {
+        k: Source(
+            range(at[k], at[k + 1]),
+            Block(
+                row_start=k * size,
+                row_stop=min((k + 1) * size, rows),
+                dropped={reason: n for reason, n in sorted(dropped[k].items()) if n},
+                truncated=truncated[k],
+                source_id=cache.manifest.source.id,
+                versions={"engine": cache.manifest.dump.engine_version},
+            ),
+        )
+        for k in range(number)
+    }
+
+
+def block_rows_of(cache: Cache) -> int:
+    """Rows per part: of a store of version 1 the power of two nearest to what its parts have."""
+    if cache.manifest.format_version > 1:
+        return cache.manifest.dump.block_rows
+    power = round(math.log2(max(cache.manifest.counts.rows_read / max(cache.parts, 1), 1)))
+    return 1 << max(power, 0)
+
+
+def _planned(cache: Cache, codec: Codec, blocks: Mapping[int, Source]) -> Manifest:
+    old = cache.manifest
+    return dataclasses.replace(
+        old,
+        format_version=FORMAT_VERSION,
+        fields=None,
+        codec=codec_info(codec),
+        dump=dataclasses.replace(old.dump, block_rows=block_rows_of(cache)),
         counts=Counts(),
         complete=False,
         quality={},
     )
-    files = small_files(cache.path, cache.manifest)
-    if resume and Path(destination).exists():
-        writer = StoreWriter.resume(destination, manifest)
-        writer.restore_target(cache.target, files)
-    else:
-        writer = StoreWriter.create(destination, manifest, cache.target, files, overwrite=overwrite)
-    dropped: Counter[str] = Counter(cache.manifest.counts.dropped)
-    truncated = cache.manifest.counts.truncated
-    for part in range(cache.parts):
-        record = read_record(cache.path / PARTS / part_name(part))
-        dropped.subtract(record.dropped)
-        truncated -= record.truncated
-    left = [part for part in range(cache.parts) if part not in writer.committed]
-    with writer:
-        _recode_parts(cache, writer, left, workers, torch.device(device), progress)
-        # What the source dropped after its last part belongs to no part.
-        tail = {reason: n for reason, n in dropped.items() if n}
-        measured = cache.manifest.quality
-        if not same_codes(cache.codec, new):
-            measured = quality(probe, new, "source store")
-        rows_read = cache.manifest.counts.rows_read
-        return writer.finish(rows_read=rows_read, dropped=tail, truncated=truncated, quality=measured)
 
 
 def _new_codec(old: Codec, wanted: Codec, probe: Probe | None) -> Codec:
@@ -117,38 +191,31 @@ def same_codes(a: Codec, b: Codec) -> bool:
 def _recode_parts(
     cache: Cache,
     writer: StoreWriter,
-    left: list[int],
+    left: Mapping[int, Source],
+    total: int,
     workers: int | None,
     device: torch.device,
     progress: Callable[[int, int], None],
 ) -> None:
     """Code and commit the parts ``left``, in any order."""
 
-    def one(part: int) -> None:
+    def one(number: int) -> None:
         torch.set_num_threads(1)  # of this thread: parts are what runs side by side
         own = Cache(cache.path, cache.manifest)  # files of its own; a Cache belongs to one thread
-        record = own.record(part)
-        first = own.index["part_first_sample"]
-        samples = [own.read(i) for i in range(int(first[part]), int(first[part + 1]))]
+        made = left[number]
+        samples = [own.read(i) for i in made.samples]
         coded = [out for batch in _batches(own, samples) for out in _coded(own, batch, writer.codec, device)]
-        writer.commit(
-            part,
-            coded,
-            row_start=record.row_start,
-            row_stop=record.row_stop,
-            dropped=record.dropped,
-            truncated=record.truncated,
-        )
+        writer.commit(number, coded, made.block)
 
-    done = cache.parts - len(left)
+    done = total - len(left)
     threads = torch.get_num_threads()
     with ThreadPoolExecutor(workers or min(8, os.cpu_count() or 1), thread_name_prefix="recode") as pool:
-        jobs = [pool.submit(one, part) for part in left]
+        jobs = [pool.submit(one, number) for number in left]
         try:
             for job in as_completed(jobs):
                 job.result()
                 done += 1
-                progress(done, cache.parts)
+                progress(done, total)
         finally:
             for job in jobs:
                 job.cancel()

@@ -10,12 +10,14 @@ from pathlib import Path
 import numpy as np
 import zarr
 
-from dspark.cache.codec.fields import from_fields
-from dspark.cache.errors import CacheError, DamagedCacheError
+from dspark.cache.errors import CacheError, DamagedCacheError, UsageError
 from dspark.cache.files.atomic import remove
-from dspark.cache.files.index import build_index
+from dspark.cache.files.calibration import stored_codec
+from dspark.cache.files.checksum import file_sums
+from dspark.cache.files.index import PART_ARRAYS, TURN, build_index
 from dspark.cache.files.layout import INDEX, PARTS, TARGET, PartLayout, StoredArray, part_name
-from dspark.cache.files.part import Array, PartRecord, missing_files, read_record, shard_file, size_crc
+from dspark.cache.files.part import Array, PartRecord, missing_files, part_specs, read_record, shard_file
+from dspark.cache.files.place import Folder
 from dspark.cache.files.shard import Shard
 from dspark.cache.manifest import Manifest
 from dspark.cache.reader import Cache, read_manifest
@@ -43,17 +45,21 @@ def verify(path: str | Path, progress: Callable[[int, int], None] = lambda done,
     path = Path(path)
     manifest = read_manifest(path)
     report = Report()
-    folders = sorted(p for p in (path / PARTS).glob("[0-9]*") if p.is_dir())
-    expected = manifest.counts.parts if manifest.complete else len(folders)
-    for i in range(max(expected, len(folders))):
-        if not (path / PARTS / part_name(i)).is_dir():
-            report.findings.append(f"{path / PARTS / part_name(i)}: the part is missing")
-            report.damaged.add(part_name(i))
+    folders = [path / PARTS / n for n in Folder(path).list(PARTS) if n.isdigit()]
+    for name in _missing_parts(path, manifest, [f.name for f in folders]):
+        report.findings.append(f"{path / PARTS / name}: the part is missing")
+        report.damaged.add(name)
+    try:
+        codec = stored_codec(path, manifest)
+    except DamagedCacheError as error:  # no part can be checked without it
+        report.findings.append(str(error))
+        return report
+    layout = PartLayout(codec, len(manifest.layers), manifest.target.hidden_size)
     small: list[dict[str, Array]] = []
     records: list[PartRecord] = []
     for done, folder in enumerate(folders):
         before = len(report.findings)
-        checked = _check_part(folder, manifest, report)
+        checked = _check_part(folder, manifest, layout, report)
         if checked is not None:
             records.append(checked[0])
             small.append(checked[1])
@@ -69,8 +75,22 @@ def verify(path: str | Path, progress: Callable[[int, int], None] = lambda done,
     return report
 
 
+def _missing_parts(path: Path, manifest: Manifest, found: list[str]) -> list[str]:
+    """Names of parts that ought to be there."""
+    if manifest.format_version == 1:
+        count = manifest.counts.parts if manifest.complete else len(found)
+        return [n for i in range(max(count, len(found))) if (n := part_name(i, 1)) not in found]
+    if not manifest.complete:
+        return []
+    try:
+        wanted = zarr.open_array(path / INDEX / "part_number", mode="r")
+        return [n for i in np.asarray(wanted[...]).tolist() if (n := part_name(i)) not in found]
+    except Exception:  # said where the index is looked at
+        return []
+
+
 def _check_part(
-    folder: Path, manifest: Manifest, report: Report
+    folder: Path, manifest: Manifest, layout: PartLayout, report: Report
 ) -> tuple[PartRecord, dict[str, Array]] | None:
     """Check one part; what is wrong goes into ``report``. Returns its record and its small arrays if they could be read."""
     try:
@@ -84,7 +104,7 @@ def _check_part(
         file = folder / name
         if not file.is_file() or file.stat().st_size != size:
             continue  # said above
-        found = size_crc(file)[1:]
+        found = file_sums(file)[1:]
         if found[: len(sums)] != tuple(sums):
             report.findings.append(f"{file}: the file's checksums are {list(found)}, the record says {sums}")
     for extra in sorted(
@@ -95,9 +115,12 @@ def _check_part(
         report.findings.append(f"{folder / extra}: a file that the part's record does not list")
     if absent:
         return None
-    codec = from_fields(manifest.aux, manifest.last, str(folder))
-    layout = PartLayout(codec, len(manifest.layers), manifest.target.hidden_size)
-    specs = layout.arrays(record.tokens, record.samples, record.last_rows)
+    if record.format_version != manifest.format_version or (
+        record.format_version > 1 and record.plan_sha256 != manifest.digest()
+    ):
+        report.findings.append(f"{folder}: a part of another plan than the store's")
+        return None
+    specs = part_specs(layout, record)
     small: dict[str, Array] = {}
     for spec in specs:
         try:
@@ -109,19 +132,27 @@ def _check_part(
         except Exception as error:
             report.findings.append(f"{folder / spec.name}: {error}")
             continue
-        pieces = list(_check_chunks(folder / spec.name, spec, report)) if spec.shape[0] else []
-        if spec.name not in layout.specs and pieces:
-            small[spec.name] = np.concatenate(pieces)
-    if len(small) == 6:
+        pieces = (
+            list(_check_chunks(folder / spec.name, spec, record.tag(spec.name), report))
+            if spec.shape[0]
+            else []
+        )
+        if spec.name in (*PART_ARRAYS, "input_ids", TURN):
+            small[spec.name] = np.concatenate([np.empty((0, *spec.shape[1:]), spec.dtype), *pieces])
+    if not any(str(folder) in finding for finding in report.findings):
         report.findings += [
             f"{folder}: {text}" for text in _check_counts(record, small, manifest.target.vocab_size)
         ]
     return record, small
 
 
-def _check_chunks(where: Path, spec: StoredArray, report: Report) -> Iterator[Array]:
+def _check_chunks(where: Path, spec: StoredArray, tag: bytes, report: Report) -> Iterator[Array]:
     """Read every inner chunk (the read checks its crc32c); yields what could be read."""
-    shard = Shard(where / shard_file(spec), spec)
+    try:
+        shard = Shard(where / shard_file(spec), spec, tag)
+    except DamagedCacheError as error:
+        report.findings.append(str(error))
+        return
     for start in range(0, spec.shape[0], shard.rows):
         try:
             data = shard.read(start, min(start + shard.rows, spec.shape[0]))
@@ -141,7 +172,7 @@ def _check_counts(record: PartRecord, small: dict[str, Array], vocab: int) -> It
         return
     if int(mask.sum()) != record.supervised_tokens:
         yield f"{int(mask.sum())} supervised tokens, the record says {record.supervised_tokens}"
-    if ids.min() < 0 or ids.max() >= vocab:
+    if ids.size and (ids.min() < 0 or ids.max() >= vocab):
         yield f"token ids reach from {ids.min()} to {ids.max()}, the vocabulary has {vocab}"
     stored = np.cumsum([0] + [int(last_rows(mask[a:b]).sum()) for a, b in itertools.pairwise(start)])
     if not np.array_equal(stored, last_start):
@@ -155,7 +186,11 @@ def _check_totals(
     path: Path, manifest: Manifest, records: list[PartRecord], small: list[dict[str, Array]]
 ) -> Iterator[str]:
     for a, b in itertools.pairwise(records):
-        if a.row_stop != b.row_start:
+        if (
+            a.source == b.source
+            and a.row_stop != b.row_start
+            and (manifest.complete or a.format_version == 1)
+        ):
             yield f"{path}: part {a.index} ends at source row {a.row_stop}, part {b.index} begins at {b.row_start}"
     if not manifest.complete:
         return
@@ -171,7 +206,7 @@ def _check_totals(
     except CacheError as error:
         yield str(error)
         return
-    for name, data in build_index(small).items():
+    for name, data in build_index(small, [r.index for r in records]).items():
         if not np.array_equal(index[name], data):
             yield f"{path / INDEX / name}: differs from what the parts hold"
 
@@ -179,6 +214,10 @@ def _check_totals(
 def drop_damaged(path: str | Path, report: Report) -> list[str]:
     """Delete what is damaged and mark the store incomplete; ``dspark-dump --resume`` then writes exactly that again. Returns its names."""
     path = Path(path)
+    if read_manifest(path).format_version == 1 and report.damaged:
+        raise UsageError(
+            f"{path}: a store of format version 1 is read, not repaired. Repair it with the release that wrote it, then convert it with dspark-tools recode."
+        )
     for name in sorted(report.damaged):
         remove(path / name if name.startswith(f"{TARGET}/") else path / PARTS / name)
     if report.findings:

@@ -1,13 +1,16 @@
 """Writing a store: create or resume, commit parts in any order, finish. Append-only; a committed part is never touched again.
 
 A store whose process died has the parts that were committed and nothing else that a reader would take for data. ``resume`` refuses a run
-that would not write the same store (another target, layers, bits, corpus, length), naming every difference.
+that would not write the same store (another target, layers, codec, rules), naming every difference. Several writers may work on one store at once: a part's bytes do
+not depend on who writes it, and the second of two writers of one part finds it there.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import os
+import secrets
 import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -18,23 +21,24 @@ import numpy as np
 import zarr
 
 from dspark.cache.codec.base import Codec
-from dspark.cache.codec.fields import from_fields
 from dspark.cache.errors import DamagedCacheError, ExistsError, MismatchError
 from dspark.cache.files.atomic import (
     STAGING,
     clear_staging,
-    commit_folder,
     fsync_path,
     fsync_tree,
+    remove,
+    staged,
     write_errors,
-    write_file,
 )
-from dspark.cache.files.index import PART_ARRAYS, build_index, index_specs
+from dspark.cache.files.calibration import codec_info, save_calibration, stored_codec
+from dspark.cache.files.index import PART_ARRAYS, TURN, build_index, index_specs, index_sums
 from dspark.cache.files.layout import (
     INDEX,
     INDEX_KEY,
     PARTS,
     ROOT_KEY,
+    SOURCE_STRIDE,
     TARGET,
     TARGET_WEIGHTS,
     PartLayout,
@@ -42,6 +46,7 @@ from dspark.cache.files.layout import (
 )
 from dspark.cache.files.part import (
     Array,
+    Block,
     PartJob,
     PartRecord,
     assemble,
@@ -52,7 +57,8 @@ from dspark.cache.files.part import (
     write_array,
     write_attributes,
 )
-from dspark.cache.manifest import Counts, Json, Manifest, sealed
+from dspark.cache.files.place import Folder
+from dspark.cache.manifest import Counts, Json, Manifest, SourceInfo, from_plan, sealed
 from dspark.cache.reader import read_manifest
 from dspark.cache.records import CodedSample, TokenSample
 from dspark.cache.target.files import damaged_files, write_target
@@ -62,14 +68,18 @@ SAME_TARGET = "Use the target's revision and the dtype that the store was starte
 
 
 class StoreWriter:
-    """One writer a store. ``committed``: part index -> record, of the parts that are on disk."""
+    """One of the writers of a store. ``committed``: part number -> record, of the parts that were on disk when it began and those that it wrote."""
 
     def __init__(self, path: Path, manifest: Manifest, committed: dict[int, PartRecord]) -> None:
+        self._lock = -1
         self.path = path
         self.manifest = manifest
         self.committed = committed
-        self.codec: Codec = from_fields(manifest.aux, manifest.last, str(path))
+        self.codec: Codec = stored_codec(path, manifest)
         self.layout = PartLayout(self.codec, len(manifest.layers), manifest.target.hidden_size)
+        self.place = Folder(path)
+        self._plan, self._digest = manifest.plan(), manifest.digest()
+        self._token = f".{secrets.token_hex(4)}"
 
     @classmethod
     def create(
@@ -79,11 +89,13 @@ class StoreWriter:
         target: FrozenTarget,
         files: Mapping[str, bytes],
         *,
+        codec: Codec | None = None,
         overwrite: bool = False,
     ) -> StoreWriter:
-        """Begin a new store. ``files``: small files kept under ``target/`` (tokenizer, chat template).
+        """Begin a new store. ``files``: small files kept under ``target/`` (tokenizer, chat template). ``codec``: the calibrated one, where the
+        manifest's has to learn.
 
-        Raises ExistsError when ``path`` exists, unless ``overwrite``.
+        Raises ExistsError when ``path`` exists, unless ``overwrite``; an old store is there until the new one takes its place.
         """
         path = Path(path)
         if path.exists():
@@ -95,20 +107,18 @@ class StoreWriter:
                 raise ExistsError(
                     f"{path} exists and is not a dspark store: it is not overwritten. Choose another --output."
                 )
-        staged = path.with_name(STAGING + path.name)
-        with write_errors(path):
-            if staged.exists():
-                shutil.rmtree(staged)
-            sha = write_target(staged / TARGET, target, manifest.target.config, files)
+        with staged(path, replace=overwrite) as new:
+            sha = write_target(new / TARGET, target, manifest.target.config, files)
             manifest = dataclasses.replace(
                 manifest, target=dataclasses.replace(manifest.target, weights_sha256=sha)
             )
-            zarr.create_group(staged / PARTS, zarr_format=3)
-            write_attributes(staged, ROOT_KEY, sealed(manifest.to_json()))
-            if path.exists():
-                shutil.rmtree(path)
-        commit_folder(staged, path)
-        return cls(path, manifest, {})
+            if codec is not None:
+                learnt = save_calibration(codec, new)
+                info = dataclasses.replace(codec_info(codec), calibration_sha256=learnt)
+                manifest = dataclasses.replace(manifest, codec=info)
+            zarr.create_group(new / PARTS, zarr_format=3)
+            write_attributes(new, ROOT_KEY, sealed(manifest.to_json()))
+        return cls(path, manifest, {})._joined()
 
     @classmethod
     def resume(cls, path: str | Path, manifest: Manifest) -> StoreWriter:
@@ -120,13 +130,34 @@ class StoreWriter:
         path = Path(path)
         found = read_manifest(path)
         found.same_plan(manifest, str(path))
-        clear_staging(path)
-        clear_staging(path / PARTS)
-        committed = scan_parts(path)
-        for index, record in committed.items():
+        writer = cls(path, found, {})._joined()
+        writer.committed = scan_parts(path)
+        for index, record in writer.committed.items():
+            if record.plan_sha256 != writer._digest:
+                raise MismatchError(
+                    f"{path / PARTS / part_name(index)}: a part of another plan than the store's"
+                )
             for finding in missing_files(path / PARTS / part_name(index), record):
                 raise DamagedCacheError(f"{finding}. Run: dspark-tools verify --drop-damaged {path}")
-        return cls(path, found, committed)
+        return writer
+
+    def __del__(self) -> None:
+        if hasattr(self, "_lock"):
+            self.close()
+
+    def _joined(self) -> StoreWriter:
+        """Hold the writers' lock together with the others; the first one deletes what an interrupted writer left."""
+        with write_errors(self.path):
+            self._lock = os.open(self.path / PARTS, os.O_RDONLY)  # a folder can be locked like a file
+            try:
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                pass
+            else:
+                for folder in (self.path, self.path / PARTS):
+                    clear_staging(folder)
+            fcntl.flock(self._lock, fcntl.LOCK_SH)
+        return self
 
     def restore_target(self, target: FrozenTarget, files: Mapping[str, bytes]) -> list[str]:
         """Write the files of ``target/`` that are missing or damaged again, atomically one by one; returns their names.
@@ -147,6 +178,7 @@ class StoreWriter:
                 )
             return []
         with write_errors(folder):
+            remove(staged)
             write_target(staged, target, self.manifest.target.config, files)
             if other := damaged_files(staged, self.manifest):
                 shutil.rmtree(staged)
@@ -163,102 +195,78 @@ class StoreWriter:
             shutil.rmtree(staged)
         return wrong
 
-    def commit(
-        self,
-        index: int,
-        samples: Sequence[CodedSample],
-        *,
-        row_start: int,
-        row_stop: int,
-        dropped: Mapping[str, int],
-        truncated: int,
-    ) -> PartRecord:
-        """Write part ``index`` (source rows ``[row_start, row_stop)``) durably; nothing of it counts when it raises.
+    def commit(self, index: int, samples: Sequence[CodedSample], block: Block) -> PartRecord:
+        """Write part ``index`` of ``block`` durably; nothing of it counts when it raises.
 
         Synchronous. Different parts may be committed from different threads at once.
         """
         arrays, states = assemble(samples, self.layout)
-        job = self._job(index, arrays, row_start, row_stop, dropped, truncated)
-        return self.add(job.write(states))
+        return self.add(self._job(index, arrays, block).write(states))
 
-    def job(
+    def block(
         self,
         index: int,
-        tokens: Sequence[TokenSample],
-        *,
         row_start: int,
         row_stop: int,
+        *,
         dropped: Mapping[str, int],
         truncated: int,
-    ) -> PartJob:
+        rows_sha256: str | None = None,
+        versions: Mapping[str, str] | None = None,
+    ) -> Block:
+        """What part ``index`` is of."""
+        source = index // SOURCE_STRIDE
+        return Block(
+            row_start=row_start,
+            row_stop=row_stop,
+            dropped=dict(sorted(dropped.items())),
+            truncated=truncated,
+            source=source,
+            source_id=self.manifest.sources[source].id,
+            rows_sha256=rows_sha256,
+            versions=dict(versions or {}),
+        )
+
+    def job(self, index: int, tokens: Sequence[TokenSample], block: Block) -> PartJob:
         """Part ``index`` ready to be written wherever its states are; its record then has to be given to ``add``."""
-        return self._job(index, join_tokens(tokens)[0], row_start, row_stop, dropped, truncated)
+        return self._job(index, join_tokens(tokens)[0], block)
 
     def add(self, record: PartRecord) -> PartRecord:
         """Count a part that a ``PartJob`` has written."""
         self.committed[record.index] = record
         return record
 
-    def _job(
-        self,
-        index: int,
-        arrays: dict[str, Array],
-        row_start: int,
-        row_stop: int,
-        dropped: Mapping[str, int],
-        truncated: int,
-    ) -> PartJob:
-        samples = arrays["sample_row"].shape[0]
-        assert samples, "a part holds at least one sample"
+    def _job(self, index: int, arrays: dict[str, Array], block: Block) -> PartJob:
         assert index not in self.committed
-        before, after = self.committed.get(index - 1), self.committed.get(index + 1)
-        if (before and before.row_stop != row_start) or (after and after.row_start != row_stop):
+        assert block.source == index // SOURCE_STRIDE
+        rows = self.manifest.dump.block_rows
+        first = index % SOURCE_STRIDE * rows
+        if block.row_start != first or not first < block.row_stop <= first + rows:
             raise MismatchError(
-                f"{self.path}: part {index} would cover source rows {row_start}-{row_stop}, but its neighbours end at "
-                f"{before and before.row_stop} and begin at {after and after.row_start}: "
-                "the corpus is not the one the store was begun with."
+                f"{self.path}: part {index} would cover source rows {block.row_start}-{block.row_stop}, expected rows from {first} on, {rows} at most"
             )
         tokens, stored = arrays["input_ids"].shape[0], int(arrays["sample_last_start"][-1])
+        samples = arrays["sample_row"].shape[0]
         return PartJob(
-            parts=self.path / PARTS,
+            place=self.place,
             index=index,
             arrays=arrays,
-            specs=self.layout.arrays(tokens, samples, stored),
-            row_start=row_start,
-            row_stop=row_stop,
-            dropped=dict(dropped),
-            truncated=truncated,
+            specs=self.layout.small(tokens, samples, 0) + self.layout.states(tokens, stored),
+            exact=self.layout.exact,
+            block=block,
+            plan=self._plan,
+            plan_sha256=self._digest,
+            token=self._token,
         )
 
-    def finish(
-        self,
-        *,
-        rows_read: int,
-        dropped: Mapping[str, int] | None = None,
-        truncated: int = 0,
-        quality: Json | None = None,
-    ) -> Manifest:
-        """Write the sample index and mark the store complete. ``dropped``/``truncated``: of the rows after the last part."""
+    def finish(self, *, quality: Json | None = None) -> Manifest:
+        """Write the sample index and mark the store complete."""
+        self.committed = scan_parts(self.path)  # of all writers
         records = [self.committed[i] for i in sorted(self.committed)]
-        assert [r.index for r in records] == list(range(len(records))), (
-            "finish() before all parts were committed"
-        )
-        total: Counter[str] = Counter(dropped or {})
-        for record in records:
-            total.update(record.dropped)
-        counts = Counts(
-            parts=len(records),
-            samples=sum(r.samples for r in records),
-            tokens=sum(r.tokens for r in records),
-            supervised_tokens=sum(r.supervised_tokens for r in records),
-            last_rows=sum(r.last_rows for r in records),
-            rows_read=rows_read,
-            truncated=truncated + sum(r.truncated for r in records),
-            dropped=dict(sorted(total.items())),
-        )
+        check_whole(records, self.manifest, self.path)
         write_index(self.path, records)
         self.manifest = dataclasses.replace(
-            self.manifest, counts=counts, complete=True, quality=quality or {}
+            self.manifest, counts=totals(records), complete=True, quality=quality or {}
         )
         self._write_manifest()
         return self.manifest
@@ -269,10 +277,13 @@ class StoreWriter:
         self._write_manifest()
 
     def _write_manifest(self) -> None:
-        write_file(self.path / "zarr.json", group_metadata(ROOT_KEY, sealed(self.manifest.to_json())))
+        self.place.write("zarr.json", group_metadata(ROOT_KEY, sealed(self.manifest.to_json())))
 
     def close(self) -> None:
-        """Nothing is held open between commits; here so that a writer can be used in a ``with``."""
+        """Leave the writers."""
+        if self._lock >= 0:
+            os.close(self._lock)
+        self._lock = -1
 
     def __enter__(self) -> StoreWriter:
         return self
@@ -283,32 +294,92 @@ class StoreWriter:
         self.close()
 
 
+def totals(records: Sequence[PartRecord]) -> Counts:
+    """Counts of all parts together."""
+    dropped: Counter[str] = Counter()
+    for record in records:
+        dropped.update(record.dropped)
+    return Counts(
+        parts=len(records),
+        samples=sum(r.samples for r in records),
+        tokens=sum(r.tokens for r in records),
+        supervised_tokens=sum(r.supervised_tokens for r in records),
+        last_rows=sum(r.last_rows for r in records),
+        rows_read=sum(r.row_stop - r.row_start for r in records),
+        truncated=sum(r.truncated for r in records),
+        dropped=dict(sorted(dropped.items())),
+    )
+
+
+def check_whole(records: Sequence[PartRecord], manifest: Manifest, path: Path) -> None:
+    """Raise MismatchError unless the parts are all blocks of every source, up to a last one that may be shorter."""
+    rows = manifest.dump.block_rows
+    for source in range(len(manifest.sources)):
+        own = [r for r in records if r.source == source]
+        for block, record in enumerate(own):
+            last = block + 1 == len(own)
+            if record.block != block or (record.row_stop != (block + 1) * rows and not last):
+                raise MismatchError(
+                    f"{path}: source {source} has no whole block {block} (rows {block * rows}-{(block + 1) * rows}), "
+                    f"found part {part_name(record.index)} with rows {record.row_start}-{record.row_stop}"
+                )
+
+
 def scan_parts(path: Path) -> dict[int, PartRecord]:
-    """The records of every committed part, by index."""
-    names = sorted(p.name for p in (path / PARTS).iterdir() if p.is_dir() and not p.name.startswith(STAGING))
+    """The records of every committed part, by number."""
     out = {}
-    for name in names:
-        record = read_record(path / PARTS / name)
-        out[record.index] = record
+    for name in Folder(path).list(PARTS):
+        if (path / PARTS / name).is_dir():
+            record = read_record(path / PARTS / name)
+            out[record.index] = record
     return out
 
 
 def write_index(path: Path, records: Sequence[PartRecord]) -> None:
-    """Write ``index/``, so that opening a large store reads a few files and not a folder a part."""
+    """Write ``index/``, so that opening a large store reads a few files and not a folder per part."""
 
     def arrays(record: PartRecord) -> dict[str, Array]:
         group = zarr.open_group(path / PARTS / part_name(record.index), mode="r")
-        return {name: np.asarray(group.get(name)) for name in PART_ARRAYS}
+        return {name: np.asarray(group.get(name)) for name in (*PART_ARRAYS, TURN)}
 
-    index = build_index(arrays(record) for record in records)
-    staged = path / (STAGING + INDEX)
-    clear_staging(path)
-    with write_errors(path / INDEX):
-        zarr.create_group(staged, zarr_format=3)
+    index = build_index((arrays(record) for record in records), [r.index for r in records])
+    with staged(path / INDEX, replace=True) as new:
+        zarr.create_group(new, zarr_format=3)
         for spec in index_specs(index):
-            write_array(staged, spec, index[spec.name])
-        body = {"part_crc32c": [sealed(r.to_json())["crc32c"] for r in records]}
-        write_attributes(staged, INDEX_KEY, sealed(body))
-        if (path / INDEX).exists():
-            shutil.rmtree(path / INDEX)
-    commit_folder(staged, path / INDEX)
+            write_array(new, spec, index[spec.name])
+        body = {
+            "part_crc32c": [sealed(r.to_json())["crc32c"] for r in records],
+            "array_crc32c": index_sums(index),
+        }
+        write_attributes(new, INDEX_KEY, sealed(body))
+
+
+def rebuild(path: str | Path) -> Manifest:
+    """Make index and manifest again from the parts, whatever has become of them; returns the manifest.
+
+    Complete if the old manifest, where it can be read, was; without one, if the parts are all there is in the folder. What only the manifest knew (a source's sha256,
+    the limit on rows, the measured quality) is lost with it.
+    """
+    path = Path(path)
+    records = list(scan_parts(path).values())
+    if not records:
+        raise DamagedCacheError(f"{path}: no part to make the manifest from")
+    if any(r.format_version == 1 or r.plan_sha256 != records[0].plan_sha256 for r in records):
+        raise MismatchError(f"{path}: its parts are of several plans, or of format version 1")
+    try:
+        old = read_manifest(path)
+    except DamagedCacheError:
+        names = {r.source: r.source_id for r in records}
+        sources = [SourceInfo(id=names.get(i, ""), sha256=None, limit=None) for i in range(max(names) + 1)]
+        version = next(iter(records[0].versions.values()), "")
+        old = from_plan(
+            records[0].plan, str(path), sources=sources, counts=Counts(), complete=True, quality={}, engine_version=version
+        )  # fmt: skip
+    if old.digest() != records[0].plan_sha256:
+        raise MismatchError(f"{path}: its parts are of another plan than its manifest")
+    manifest = dataclasses.replace(old, counts=totals(records) if old.complete else Counts())
+    if old.complete:
+        check_whole(records, old, path)
+        write_index(path, records)
+    Folder(path).write("zarr.json", group_metadata(ROOT_KEY, sealed(manifest.to_json())))
+    return manifest

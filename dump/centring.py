@@ -7,14 +7,12 @@ written: a resumed dump reads them there and codes exactly as the first run did.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
 
 from dspark.cache.codec.base import Codec
-from dspark.cache.codec.centre import CENTRE_KEYS, spread
-from dspark.cache.manifest import FieldInfo, Manifest
+from dspark.cache.codec.centre import spread
 from dspark.cache.quality import Probe, probe_of, share_of
 from dspark.cache.records import TokenSample
 from dspark.cache.sizing import RowBytes
@@ -56,15 +54,3 @@ def captured(engine: Engine, samples: Sequence[TokenSample], codec: Codec, budge
     found = {i: share_of(samples[i], s, len(samples), codec, budget) for i, s in engine.capture(samples)}
     shares = [found[i] for i in sorted(found)]
     return probe_of(shares, codec, engine.frozen) if shares else None
-
-
-def centred_as(manifest: Manifest, stored: Manifest) -> Manifest:
-    """``manifest`` with the means and deviations of ``stored``, the same plan's store that is being resumed."""
-
-    def field(mine: FieldInfo, theirs: FieldInfo) -> FieldInfo:
-        plain = {k: v for k, v in theirs.params.items() if k not in CENTRE_KEYS}
-        return theirs if dataclasses.replace(theirs, params=plain) == mine else mine
-
-    return dataclasses.replace(
-        manifest, aux=field(manifest.aux, stored.aux), last=field(manifest.last, stored.last)
-    )

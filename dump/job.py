@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dspark.cache.codec.fields import Fields, field_info
 from dspark.cache.errors import DataError, TargetError
+from dspark.cache.files.calibration import codec_info
 from dspark.cache.manifest import DumpInfo, Manifest, SourceInfo
 from dspark.cache.records import TokenSample
 from dspark.cache.target.shape import shape_for
@@ -31,6 +33,7 @@ from dspark.dump.engines import registry
 from dspark.dump.engines.answers import recommended
 from dspark.dump.engines.engine import EngineRun
 from dspark.dump.progress import Display
+from dspark.dump.regenerate import conversations
 from dspark.dump.regenerate.conversations import Prompts
 from dspark.dump.target import chain
 from dspark.dump.target.config import Target, load_target, target_info, tokenizer_info
@@ -119,9 +122,7 @@ def prepare(config: DumpConfig, day: str | None = None) -> Job:
         weight_bytes(config.model),
     )
     corpus = open_corpus(plan.data)
-    first = next(corpus.rows(), None)
-    if first is not None and isinstance(first.value, BadRow):
-        raise DataError(first.value.detail)
+    first = next((row for row in corpus.rows() if not isinstance(row.value, BadRow)), None)
     tokenised = first is not None and isinstance(first.value, TokenRow)
     maker: SampleMaker
     day = day or today()
@@ -146,15 +147,14 @@ def prepare(config: DumpConfig, day: str | None = None) -> Job:
     plan = planning.estimate(plan, corpus, maker, config.limit)
     if isinstance(maker, Prompts):
         plan = planning.with_answers(plan, maker.sampling.max_tokens)
-    codec = config.make_codec()
-    assert isinstance(codec, Fields)
+    plan = planning.blocks(plan, conversations.PART_ROWS if isinstance(maker, Prompts) else None)
+    assert plan.block_rows is not None
     manifest = Manifest(
         target=target_info(target, config.mask_token_id, preset),
         layers=list(plan.layers),
-        aux=field_info(codec.aux),
-        last=field_info(codec.last),
+        codec=codec_info(config.make_codec()),
         tokenizer=tokenizer_info(target, tokenised),
-        source=SourceInfo(id=corpus.id, sha256=corpus.sha256, limit=config.limit),
+        sources=[SourceInfo(id=corpus.id, sha256=corpus.sha256, limit=config.limit)],
         dump=DumpInfo(
             engine=plan.engine,
             engine_version=registry.engine_version(plan.engine),
@@ -163,7 +163,7 @@ def prepare(config: DumpConfig, day: str | None = None) -> Job:
             min_supervised=config.min_supervised,
             assistant_pattern=None if tokenised else plan.assistant_pattern,
             mask_rule=maker.mask_rule,
-            part_tokens=plan.part_tokens,
+            block_rows=plan.block_rows,
             turns=config.turns,
             template_kwargs=keywords,
             template_date=None if tokenised or not maker.template.dated else day,
@@ -189,13 +189,11 @@ def load_engine(plan: planning.Plan, batch_tokens: int | None) -> Engine:
     return registry.load_engine(plan.engine, run)
 
 
-def part_reader(
-    job: Job, part_tokens: int, note: Callable[[str], None], make: Making | None = None
-) -> PartReader:
+def part_reader(job: Job, note: Callable[[str], None], make: Making | None = None) -> PartReader:
     return PartReader(
         job.corpus,
         job.maker,
-        part_tokens=part_tokens,
+        block_rows=job.manifest.dump.block_rows,
         limit=job.config.limit,
         max_dropped=job.config.max_dropped,
         note=note,
@@ -205,14 +203,22 @@ def part_reader(
 
 def first_samples(job: Job) -> list[TokenSample]:
     """The first samples of the corpus: what the self-check and the measured quality are taken from, in every run of this store alike."""
-    reader = part_reader(job, PROBE_TOKENS, log.debug)
-    part = next(reader.parts({}))
-    if not part.samples:
-        reader.check_dropped(at_end=True)
-        raise DataError(
-            f"{job.corpus.id}: no row of {reader.rows_read:,} gave a sample: {dict(part.dropped)}."
-        )
-    return probe_samples(part.samples)
+    samples: list[TokenSample] = []
+    dropped: Counter[str] = Counter()
+    tokens = read = 0
+    for row in islice(job.corpus.rows(), job.config.limit):
+        made = job.maker.make(row)
+        read += 1
+        samples += made.samples
+        tokens += sum(len(s.input_ids) for s in made.samples)
+        if made.dropped:
+            dropped[made.dropped] += 1
+            log.debug("%s: dropped: %s (%s)", row.where, made.dropped, made.detail)
+        if tokens >= PROBE_TOKENS:
+            break
+    if not samples:
+        raise DataError(f"{job.corpus.id}: no row of {read:,} gave a sample: {dict(dropped)}.")
+    return probe_samples(samples)
 
 
 def tokenisers(job: Job) -> Tokenisers | None:

@@ -35,6 +35,7 @@ PART_BYTES = (
     512 << 20
 )  # of states in memory, of a part on a GPU: long enough to batch well, short enough to lose
 PART_TOKENS = (8192, 262144)
+BLOCK_ROWS = 1 << 16  # of a part, at most
 CPU_PART_TOKENS = 32768  # a CPU takes a minute or more for so many
 GPU_BYTES = 80e9  # of the GPUs that a plan counts in
 WEIGHTS_SHARE = 0.8  # of a GPU's memory
@@ -75,6 +76,7 @@ class Plan:
     looked_at: int = 0  # rows made into samples for the plan
     dropped: dict[str, int] = dataclasses.field(default_factory=dict)  # of them, by reason
     notes: dict[str, int] = dataclasses.field(default_factory=dict)  # what the samples of the others lack
+    block_rows: int | None = None  # source rows per part
 
     def make_codec(self) -> Codec:
         """The store's codec, not calibrated yet."""
@@ -249,6 +251,13 @@ def with_answers(plan: Plan, max_tokens: int) -> Plan:
     rate = disk_bytes(plan.shapes, plan.layers, plan.make_codec(), answers / tokens)
     size = round(tokens * rate) + weight_bytes(plan.shapes)
     return dataclasses.replace(plan, tokens=tokens, last_rows=answers, bytes=size)
+
+
+def blocks(plan: Plan, rows: int | None = None) -> Plan:
+    """``plan`` with the rows of a part: ``rows``, or as many as give about ``part_tokens`` tokens."""
+    if rows is None and plan.rows and plan.tokens:
+        rows = nearest_power(plan.part_tokens * plan.rows / plan.tokens, (1, BLOCK_ROWS))
+    return dataclasses.replace(plan, block_rows=rows or 1)
 
 
 def measured(plan: Plan, size: RowBytes) -> Plan:

@@ -16,7 +16,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dspark.cache.codec.fields import Fields, field_info
 from dspark.cache.errors import DataError, DsparkError, EngineError, ExistsError
 from dspark.cache.files.atomic import write_file
 from dspark.cache.manifest import Manifest
@@ -28,12 +27,12 @@ from dspark.cache.shared import config_file
 from dspark.cache.target.logits import PLAIN, Logits
 from dspark.cache.writer import StoreWriter, scan_parts
 from dspark.dump import plan as planning
-from dspark.dump.centring import Calibration, calibration_samples, captured, centred_as
+from dspark.dump.centring import Calibration, calibration_samples, captured
 from dspark.dump.checks.coded import check_coded
 from dspark.dump.checks.states import check
 from dspark.dump.config import DumpConfig
 from dspark.dump.corpus.ahead import ahead
-from dspark.dump.corpus.parts import PartReader, PartRows
+from dspark.dump.corpus.parts import PartReader
 from dspark.dump.corpus.tokenise import Tokenisers
 from dspark.dump.job import Job, first_samples, load_engine, part_reader, prepare, tokenisers
 from dspark.dump.progress import log_file
@@ -112,14 +111,10 @@ def dump(
 
 
 def continued(job: Job, stored: Manifest) -> Job:
-    """``job`` with what a store that is gone on with has settled: the codecs' centres, and the size of a part where no flag says it (its default
-    depends on the device)."""
-    manifest, plan = centred_as(job.manifest, stored), job.plan
-    if job.config.part_tokens is None:
-        tokens = stored.dump.part_tokens
-        manifest = dataclasses.replace(manifest, dump=dataclasses.replace(manifest.dump, part_tokens=tokens))
-        plan = dataclasses.replace(plan, part_tokens=tokens)
-    return dataclasses.replace(job, plan=plan, manifest=manifest)
+    """``job`` with what a store that is gone on with has settled: the rows of a part, which are estimated from a corpus that may have changed since."""
+    rows = stored.dump.block_rows
+    manifest = dataclasses.replace(job.manifest, dump=dataclasses.replace(job.manifest.dump, block_rows=rows))
+    return dataclasses.replace(job, plan=dataclasses.replace(job.plan, block_rows=rows), manifest=manifest)
 
 
 def run_engine(
@@ -150,14 +145,17 @@ def run_engine(
         found = calibration(job, engine, probe_states(engine, probe, raw, codec), codec, show)
         planning.check_disk(planning.measured(job.plan, found.size), 0)
         codec = found.codec
-        assert isinstance(codec, Fields)
-        manifest = dataclasses.replace(job.manifest, aux=field_info(codec.aux), last=field_info(codec.last))
         # While an older store that is to be replaced is still there.
         check_coded(engine, probe, raw, codec, job.plan.layers)
         answers = AnswerFiles(config.output)
         stale = config.overwrite and answers.go_with_the_store()
         writer = StoreWriter.create(
-            config.output, manifest, compact(frozen), job.target.files, overwrite=config.overwrite
+            config.output,
+            job.manifest,
+            compact(frozen),
+            job.target.files,
+            codec=codec,
+            overwrite=config.overwrite,
         )
         if stale:  # only now: an old store that could not be replaced keeps its answers
             answers.begin()
@@ -174,14 +172,14 @@ def run_engine(
             make.wait_until_started()
             if write is not None:
                 write.wait_until_started()
-        reader = part_reader(job, job.plan.part_tokens, log.info, make)
+        reader = part_reader(job, log.info, make)
         began = time.monotonic()
-        tail, written = write_parts(writer, reader, engine, job.plan, show, write)
+        written = write_parts(writer, reader, engine, job.plan, show, write)
         written.seconds = time.monotonic() - began
         reader.check_dropped(at_end=True)
         for note, n in reader.notes.items():
             show.say(f"  {note}: {n:,}")
-        return writer.finish(rows_read=reader.rows_read, dropped=tail.dropped, quality=measured), written
+        return finished(writer, job, measured), written
 
 
 def probe_states(
@@ -210,6 +208,12 @@ def calibration(job: Job, engine: Engine, probe: Probe, codec: Codec, show: Disp
     plan = planning.measured(job.plan, out.size)
     show.say(f"size     about {planning.human(plan.bytes or 0)}, measured on {probe.aux.shape[0]:,} tokens")
     return out
+
+
+def finished(writer: StoreWriter, job: Job, quality: dict[str, Any]) -> Manifest:
+    """End the store; its source is recorded as it is now."""
+    writer.manifest = dataclasses.replace(writer.manifest, sources=job.manifest.sources)
+    return writer.finish(quality=quality)
 
 
 @dataclass(slots=True)
@@ -244,11 +248,9 @@ def write_parts(
     plan: planning.Plan,
     show: Display,
     write: WorkerPool | None = None,
-) -> tuple[PartRows, Written]:
-    """Capture and commit every part that is missing; returns the tail of the corpus and what was written."""
+) -> Written:
+    """Capture and commit every part that is missing; returns what was written."""
     out = Written()
-    tail: list[PartRows] = []
-    part_bytes = round(plan.part_tokens * planning.memory_bytes(plan))
     with (
         show.progress(plan.rows) as bar,
         ahead(reader.parts(dict(writer.committed)), 1) as parts,
@@ -257,7 +259,6 @@ def write_parts(
             writer.codec,
             embedding=engine.frozen().embed_tokens if writer.codec.needs_tokens else None,
             pool=write,
-            part_bytes=part_bytes,
             bar=bar,
             groups=engine.groups_at_once,
         ) as pipeline,
@@ -267,20 +268,19 @@ def write_parts(
         def groups() -> Iterator[list[TokenSample]]:
             while True:
                 began = time.perf_counter()
-                part = next(parts)
+                part = next(parts, None)
                 pipeline.seconds["wait for rows"] += time.perf_counter() - began
-                if not part.samples:
-                    tail.append(part)
+                if part is None:
                     return
-                pipeline.begin(part)
-                out.tokens += part.tokens
-                yield part.samples
+                if pipeline.begin(part):
+                    out.tokens += part.tokens
+                    yield part.samples
 
         for captured in engine.stream(groups(), writer.codec):
             pipeline.put(captured)
         pipeline.finish()
         out.stages = dict(pipeline.seconds)
-    return tail[0], out
+    return out
 
 
 def regenerate_parts(
@@ -297,7 +297,7 @@ def regenerate_parts(
     answers = AnswerFiles(job.config.output)
     if not writer.committed:
         answers.begin()
-    reader = part_reader(job, job.plan.part_tokens, log.info)
+    reader = part_reader(job, log.info)
     maker = Regenerator(
         engine,
         prompts,
@@ -309,25 +309,25 @@ def regenerate_parts(
     )
     with (
         show.progress(job.plan.rows) as bar,
-        Pipeline(writer, writer.codec, pool=write, part_bytes=0, bar=bar) as pipeline,
+        Pipeline(writer, writer.codec, pool=write, bar=bar) as pipeline,
         stoppable(pipeline, show),
     ):
-        for group, (part, states) in enumerate(maker.parts(dict(writer.committed))):
-            if not part.samples:
-                break
-            pipeline.begin(part)
-            for captured in batches_of(group, part.samples, states):
-                pipeline.put(captured)
-            out.tokens += part.tokens
+        group = 0
+        for part, states in maker.parts(dict(writer.committed)):
+            if pipeline.begin(part):
+                for captured in batches_of(group, part.samples, states):
+                    pipeline.put(captured)
+                group += 1
+                out.tokens += part.tokens
         pipeline.finish()
         out.stages = dict(pipeline.seconds)
     out.seconds = time.monotonic() - began
-    if not writer.committed:
+    if not any(record.samples for record in writer.committed.values()):
         raise DataError(f"{job.corpus.id}: no row gave an answer: {dict(reader.dropped)}.")
     reader.check_dropped(at_end=True)
     # In this order: whatever stops us between two of them, --resume does the rest.
     answers.join(writer.committed)
-    manifest = writer.finish(rows_read=reader.rows_read, dropped=part.dropped, quality=quality)
+    manifest = finished(writer, job, quality)
     answers.clear()
     show.say(f"answers  {answers.joined}")
     return manifest, out

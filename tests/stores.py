@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,9 +10,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from dspark.cache.codec.base import to_numpy
-from dspark.cache.codec.fields import from_fields
-from dspark.cache.manifest import DumpInfo, FieldInfo, Manifest, SourceInfo, TargetInfo, TokenizerInfo
+from dspark.cache.codec import registry
+from dspark.cache.codec.base import Codec, to_numpy
+from dspark.cache.files.calibration import codec_info
+from dspark.cache.manifest import DumpInfo, Manifest, SourceInfo, TargetInfo, TokenizerInfo
 from dspark.cache.records import CodedSample, TokenSample, last_rows
 from dspark.cache.target.frozen import FrozenTarget
 from dspark.cache.writer import StoreWriter
@@ -47,10 +49,9 @@ def manifest(**changes: object) -> Manifest:
             weights_sha256="",
         ),
         "layers": list(LAYERS),
-        "aux": FieldInfo(codec="bf16", bits=16),
-        "last": FieldInfo(codec="bf16", bits=16),
+        "codec": codec_info(registry.make("lossless")),
         "tokenizer": TokenizerInfo(sha256=None, chat_template_sha256=None),
-        "source": SourceInfo(id="rows", sha256="0", limit=None),
+        "sources": [SourceInfo(id="rows", sha256="0", limit=None)],
         "dump": DumpInfo(
             engine="test",
             engine_version="0",
@@ -59,7 +60,7 @@ def manifest(**changes: object) -> Manifest:
             min_supervised=2,
             assistant_pattern=None,
             mask_rule="given",
-            part_tokens=200,
+            block_rows=3,
         ),
     }
     return Manifest(**{**base, **changes})  # type: ignore[arg-type]
@@ -93,36 +94,50 @@ def states(sample: TokenSample, seed: int = 0) -> tuple[torch.Tensor, torch.Tens
     return aux.bfloat16().float(), last.bfloat16().float()
 
 
-def coded(sample: TokenSample, m: Manifest, seed: int = 0) -> CodedSample:
+def codec_of(m: Manifest) -> Codec:
+    return registry.load(m.codec.name, m.codec.params, m.codec.pack, {}, "test")
+
+
+def coded(sample: TokenSample, m: Manifest, seed: int = 0, codec: Codec | None = None) -> CodedSample:
     aux, last = states(sample, seed)
-    return CodedSample(sample, to_numpy(from_fields(m.aux, m.last, "test").encode(aux, last)))
+    return CodedSample(sample, to_numpy((codec or codec_of(m)).encode(aux, last)))
 
 
-def parts_of(samples: Sequence[TokenSample], part_tokens: int) -> list[list[TokenSample]]:
-    out: list[list[TokenSample]] = [[]]
+def blocks_of(samples: Sequence[TokenSample], rows: int) -> list[list[TokenSample]]:
+    """Samples by blocks of ``rows`` source rows, up to the last one that has any."""
+    out: list[list[TokenSample]] = [[] for _ in range(samples[-1].row // rows + 1)]
     for sample in samples:
-        if sum(s.input_ids.shape[0] for s in out[-1]) >= part_tokens:
-            out.append([])
-        out[-1].append(sample)
+        out[sample.row // rows].append(sample)
     return out
 
 
 def write_store(
-    path: Path, lengths: Sequence[int], *, m: Manifest | None = None, finish: bool = True, seed: int = 0
+    path: Path,
+    lengths: Sequence[int],
+    *,
+    m: Manifest | None = None,
+    codec: Codec | None = None,
+    finish: bool = True,
+    seed: int = 0,
 ) -> list[TokenSample]:
-    """A whole store of random samples at ``path``; returns the samples."""
+    """A whole store of random samples at ``path``; returns the samples. ``codec``: a calibrated one."""
     m = m or manifest()
+    if codec is not None:
+        m = dataclasses.replace(m, codec=codec_info(codec))
     samples = token_samples(lengths, seed)
-    with StoreWriter.create(path, m, frozen(seed), {"config_note.txt": b"x"}) as writer:
-        for i, part in enumerate(parts_of(samples, m.dump.part_tokens)):
-            writer.commit(
-                i,
-                [coded(s, m, seed) for s in part],
-                row_start=part[0].row,
-                row_stop=part[-1].row + 1,
-                dropped={},
-                truncated=0,
-            )
+    with StoreWriter.create(path, m, frozen(seed), {"config_note.txt": b"x"}, codec=codec) as writer:
+        for i in range(len(blocks_of(samples, m.dump.block_rows))):
+            commit(writer, i, samples, seed)
         if finish:
-            writer.finish(rows_read=len(samples))
+            writer.finish()
     return samples
+
+
+def commit(writer: StoreWriter, block: int, samples: Sequence[TokenSample], seed: int = 0) -> None:
+    """Write part ``block`` of the store of ``samples``."""
+    m = writer.manifest
+    rows = m.dump.block_rows
+    own = blocks_of(samples, rows)[block]
+    stop = min((block + 1) * rows, samples[-1].row + 1)
+    about = writer.block(block, block * rows, stop, dropped={}, truncated=0)
+    writer.commit(block, [coded(s, m, seed, writer.codec) for s in own], about)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
 import re
@@ -34,16 +35,62 @@ def fsync_tree(root: Path) -> None:
         fsync_path(Path(folder))
 
 
+@contextmanager
+def staged(final: Path, *, replace: bool = False, keep: bool = False, token: str = "") -> Iterator[Path]:
+    """The one way to write something whole or not at all: a path beside ``final``, which is fsynced and takes its name when the block ends.
+
+    The block makes a file or a folder there. ``replace``: ``final`` may exist and is exchanged for it in one step; without it a folder that exists is an
+    error, or, with ``keep``, stays what it is. ``token``: sets it apart from what other writers make for the same name. After an error nothing of it is left. Raises StoreWriteError.
+    """
+    path = final.with_name(STAGING + final.name + token)
+    with write_errors(final, path):
+        remove(path)
+        try:
+            yield path
+            fsync_tree(path) if path.is_dir() else fsync_path(path)
+            if replace and final.is_dir():
+                _exchange(path, final)
+            else:
+                _rename(path, final, keep)
+            fsync_path(final.parent)
+        except BaseException:
+            with suppress(OSError):
+                remove(path)
+            raise
+
+
+def _rename(new: Path, final: Path, keep: bool) -> None:
+    """Give ``new`` the name ``final``; ``keep``: unless a folder has it, then ``new`` is deleted."""
+    try:
+        os.replace(new, final)
+    except OSError as error:
+        if not keep or error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
+        remove(new)
+
+
+def _exchange(new: Path, old: Path) -> None:
+    """Folder ``new`` takes the place of folder ``old``, which is deleted. One step where the kernel has one (Linux, most file systems)."""
+    if not _renameat2(new, old):
+        aside = old.with_name(STAGING + old.name + ".old")
+        remove(aside)
+        os.rename(old, aside)
+        os.rename(new, old)
+        remove(aside)
+    remove(new)
+
+
+def _renameat2(a: Path, b: Path) -> bool:
+    """Exchange two paths atomically; whether that was done."""
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    call = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    return call is not None and call(here, os.fsencode(a), here, os.fsencode(b), exchange) == 0
+
+
 def write_file(path: Path, data: bytes) -> None:
     """Replace ``path`` by ``data``, atomically."""
-    staged = path.with_name(STAGING + path.name)
-    with write_errors(path):
-        with open(staged, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(staged, path)
-        fsync_path(path.parent)
+    with staged(path, replace=True) as to:
+        to.write_bytes(data)
 
 
 def commit_folder(staged: Path, final: Path) -> None:
@@ -62,8 +109,8 @@ def clear_staging(folder: Path) -> None:
 
 
 @contextmanager
-def write_errors(path: Path) -> Iterator[None]:
-    """Turn the disk's errors into StoreWriteError with what to do, and delete what was being written beside ``path``: a full disk is not left full of it."""
+def write_errors(path: Path, beside: Path | None = None) -> Iterator[None]:
+    """Turn the disk's errors into StoreWriteError with what to do, and delete what was being written ``beside`` ``path``, so that a failed write frees its space."""
     try:
         yield
     except (OSError, SafetensorError) as error:
@@ -74,7 +121,7 @@ def write_errors(path: Path) -> Iterator[None]:
         what = "the disk is full" if number in (errno.ENOSPC, errno.EDQUOT) else str(error)
         # A disk that failed may fail again here; what is left then is staging, which no reader takes for data.
         with suppress(OSError):
-            remove(path.with_name(STAGING + path.name))
+            remove(beside or path.with_name(STAGING + path.name))
         raise StoreWriteError(
             f"{path} could not be written: {what} ({free / 1e9:.2f} GB free there). "
             "Everything committed before is intact. Free space (or fix access) and rerun the same command, with --resume if it has that flag."

@@ -1,23 +1,38 @@
-"""CRC-32C and CRC-32 of bytes in memory: ``fastcrc`` where there is a wheel of it, else what zarr brings and Python's own.
+"""CRC-32C and CRC-32 of bytes in memory, and the sha256 of a file.
 
 Measured on one core of an EPYC with AVX-512, blocks of 500 kB: crc32c 57 GB/s (google_crc32c 28), crc32 57 GB/s (zlib 2).
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
-crc32c: Callable[[Any], int]
-crc32: Callable[[Any, int], int]  # of the bytes, going on from an earlier result (0 to begin)
+import fastcrc.crc32
 
-try:
-    import fastcrc.crc32
+# Of the bytes, going on from an earlier result (0 to begin).
+crc32c: Callable[..., int] = fastcrc.crc32.iscsi
+crc32: Callable[..., int] = fastcrc.crc32.iso_hdlc
 
-    crc32c, crc32 = fastcrc.crc32.iscsi, fastcrc.crc32.iso_hdlc
-except ImportError:
-    import zlib
 
-    import google_crc32c
+def file_sha256(path: Path) -> str:
+    """Hex sha256 of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
-    crc32c, crc32 = google_crc32c.value, zlib.crc32
+
+def file_sums(path: Path) -> tuple[int, int, int]:
+    """Size in bytes, crc32c and crc32 of a file."""
+    size = crc = other = 0
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            size += len(block)
+            crc, other = crc32c(block, crc), crc32(block, other)
+    return size, crc, other
+
+
+def of_bytes(data: Any) -> int:
+    """crc32c of an array's bytes."""
+    return crc32c(memoryview(data).cast("B")) if len(data) else 0

@@ -1,30 +1,34 @@
-"""The sample index: where every sample of a store lies. Pure; both the writer (at finish) and the reader (while incomplete) build it here.
+"""The sample index: where every sample of a store lies. Derived from the parts and made again from them; both the writer (at finish) and the reader (while
+incomplete) build it here.
 
 ``sample_start`` int64[N+1] and ``sample_last_start`` int64[N+1]: first token / first stored last state of each sample, over the whole store.
-``sample_row`` int64[N], ``sample_key`` uint8[N,16]: source row and prompt hash. ``sample_supervised`` int32[N]: supervised tokens.
-``part_first_sample`` int64[P+1]: first sample of each part.
+``sample_row`` int64[N], ``sample_turn`` int32[N], ``sample_key`` uint8[N,16]: source row, first supervised turn and conversation key. ``sample_supervised``
+int32[N]: supervised tokens. ``part_first_sample`` int64[P+1]: first sample of each part. ``part_number`` int64[P].
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
+from dspark.cache.files.checksum import of_bytes
 from dspark.cache.files.layout import StoredArray
 from dspark.cache.files.part import Array
 
 # What of a part's arrays the index is made from.
 PART_ARRAYS = ("sample_start", "sample_last_start", "sample_row", "sample_key", "loss_mask")
+TURN = "sample_turn"  # not in version 1
 
 
-def build_index(parts: Iterable[Mapping[str, Array]]) -> dict[str, Array]:
-    """Index of a store from the ``PART_ARRAYS`` of its parts, in order."""
+def build_index(parts: Iterable[Mapping[str, Array]], numbers: Sequence[int]) -> dict[str, Array]:
+    """Index of a store from the ``PART_ARRAYS`` of its parts, in the order of their ``numbers``."""
     starts: list[Array] = [np.zeros(1, np.int64)]
     lasts: list[Array] = [np.zeros(1, np.int64)]
     rows: list[Array] = [np.zeros(0, np.int64)]
     keys: list[Array] = [np.zeros((0, 16), np.uint8)]
     supervised: list[Array] = [np.zeros(0, np.int32)]
+    turns: list[Array] = [np.zeros(0, np.int32)]
     first = [0]
     for part in parts:
         start = part["sample_start"]
@@ -32,15 +36,19 @@ def build_index(parts: Iterable[Mapping[str, Array]]) -> dict[str, Array]:
         lasts.append(part["sample_last_start"][1:] + lasts[-1][-1])
         rows.append(part["sample_row"])
         keys.append(part["sample_key"])
-        supervised.append(np.add.reduceat(part["loss_mask"].astype(np.int32), start[:-1]).astype(np.int32))
+        turns.append(part.get(TURN, np.zeros(part["sample_row"].shape[0], np.int32)))
+        labels = np.concatenate([[0], np.cumsum(part["loss_mask"], dtype=np.int64)])
+        supervised.append(np.diff(labels[start]).astype(np.int32))
         first.append(first[-1] + part["sample_row"].shape[0])
     return {
         "sample_start": np.concatenate(starts),
         "sample_last_start": np.concatenate(lasts),
         "sample_row": np.concatenate(rows),
+        TURN: np.concatenate(turns),
         "sample_key": np.concatenate(keys),
         "sample_supervised": np.concatenate(supervised),
         "part_first_sample": np.array(first, dtype=np.int64),
+        "part_number": np.array(numbers, dtype=np.int64),
     }
 
 
@@ -50,3 +58,8 @@ def index_specs(index: Mapping[str, Array]) -> list[StoredArray]:
         StoredArray(name, data.shape, str(data.dtype), 65536, 0 if data.itemsize == 1 else data.itemsize)
         for name, data in index.items()
     ]
+
+
+def index_sums(index: Mapping[str, Array]) -> dict[str, int]:
+    """crc32c of the little-endian bytes of each array of the index."""
+    return {n: of_bytes(np.ascontiguousarray(a, a.dtype.newbyteorder("<"))) for n, a in sorted(index.items())}

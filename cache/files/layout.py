@@ -3,7 +3,8 @@
     hs.zarr/
       zarr.json            Zarr v3 group; attributes.dspark = the manifest, sealed with a crc32c
       target/              model.safetensors (frozen weights), config.json, tokenizer files
-      parts/00000000/      Zarr v3 group; attributes.dspark_part = the part's record, sealed
+      calibration.safetensors   what the codec has learnt, if it has
+      parts/000000000000/  Zarr v3 group; attributes.dspark_part = the part's record, sealed
         input_ids ...      one array each, one shard file each
       index/               written when the dump finishes: where every sample lies
 
@@ -12,6 +13,7 @@ Legend: T tokens of a part, N samples of a part, M stored last states of a part,
 
 from __future__ import annotations
 
+import hashlib
 import math
 from dataclasses import dataclass
 
@@ -23,6 +25,15 @@ ROOT_KEY = "dspark"
 PART_KEY = "dspark_part"
 INDEX_KEY = "dspark_index"
 PARTS, INDEX, TARGET = "parts", "index", "target"
+CALIBRATION = "calibration.safetensors"
+SOURCE_STRIDE = 10**8  # blocks of a source, at most
+TAG_BYTES = 16
+# Arrays of a part that hold no states.
+PLAIN_ARRAYS = frozenset(
+    {"input_ids", "loss_mask", "sample_start", "sample_last_start", "sample_row", "sample_key", "sample_turn"}
+    | {"sample_exact_start", "exact_position", "exact_row"}
+)
+EXACT_START, EXACT_POSITION, EXACT_ROW = "sample_exact_start", "exact_position", "exact_row"
 TARGET_WEIGHTS, TARGET_CONFIG, TARGET_TOKENIZER = "model.safetensors", "config.json", "tokenizer.json"
 
 # Tokens to a chunk of a state array. A random sample of S tokens reads about S + STATE_CHUNK of them, and each chunk costs a fixed
@@ -36,7 +47,7 @@ TOKEN_CHUNK = 4096  # of input_ids and loss_mask: 16 kB before compression
 @dataclass(frozen=True, slots=True)
 class StoredArray:
     """One array of a part: ``shape``, ``dtype``, inner ``chunk`` along the first axis, byte-shuffle element size (0 = none),
-    zstd level (0 = kept as it is)."""
+    zstd level (0 = kept as it is). ``columns``: a chunk is transposed, so that what repeats along rows lies together."""
 
     name: str
     shape: tuple[int, ...]
@@ -44,10 +55,23 @@ class StoredArray:
     chunk: int
     shuffle: int
     level: int = 3
+    columns: bool = False  # inside a chunk, the first axis runs fastest
 
 
-def part_name(index: int) -> str:
-    return f"{index:08d}"
+def part_number(source: int, block: int) -> int:
+    """Number of the part that holds block ``block`` of source ``source``; parts are in the order of their numbers."""
+    assert 0 <= block < SOURCE_STRIDE, block
+    return source * SOURCE_STRIDE + block
+
+
+def part_name(number: int, version: int = 2) -> str:
+    """Folder of part ``number``: four digits of the source and eight of the block (version 1: eight of the part)."""
+    return f"{number:08d}" if version == 1 else f"{number:012d}"
+
+
+def shard_tag(digest: str, number: int, array: str) -> bytes:
+    """What the shard of ``array`` of part ``number`` begins with: it belongs to no other array, part or plan."""
+    return hashlib.sha256(f"{digest} {part_name(number)} {array}".encode()).digest()[:TAG_BYTES]
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,8 +82,8 @@ class PartLayout:
     layers: int
     hidden: int
 
-    def arrays(self, tokens: int, samples: int, last_rows: int) -> list[StoredArray]:
-        """Every array of a part with T tokens, N samples and M stored last states."""
+    def small(self, tokens: int, samples: int, exact: int, version: int = 2) -> list[StoredArray]:
+        """The arrays of a part with T tokens, N samples and X exactly stored tokens that are not states."""
         # Ids and mask are kept like the states: unpacking them would be a fifth of a read.
         plain = self.codec.pack == "none"
         out = [
@@ -67,13 +91,41 @@ class PartLayout:
             StoredArray("loss_mask", (tokens,), "bool", TOKEN_CHUNK, 0, 0 if plain else 3),
             StoredArray("sample_start", (samples + 1,), "int64", samples + 1, 8),
             StoredArray("sample_last_start", (samples + 1,), "int64", samples + 1, 8),
-            StoredArray("sample_row", (samples,), "int64", samples, 8),
-            StoredArray("sample_key", (samples, 16), "uint8", samples, 0),
+            StoredArray("sample_row", (samples,), "int64", max(samples, 1), 8),
+            StoredArray("sample_key", (samples, 16), "uint8", max(samples, 1), 0),
         ]
+        if version > 1:
+            out.append(StoredArray("sample_turn", (samples,), "int32", max(samples, 1), 4))
+        if self.exact:
+            out.append(StoredArray(EXACT_START, (samples + 1,), "int64", samples + 1, 8))
+            out.append(StoredArray(EXACT_POSITION, (exact,), "int32", TOKEN_CHUNK, 4))
+            out.append(StoredArray(EXACT_ROW, (exact,), "int32", TOKEN_CHUNK, 4))
+        return out
+
+    def states(self, tokens: int, last_rows: int) -> list[StoredArray]:
+        """The codec's arrays whose sizes the tokens tell."""
         rows = {"token": tokens, "last": last_rows}
-        return out + [
-            state_array(name, (rows[spec.axis], *spec.row_shape), spec) for name, spec in self.specs.items()
+        return [
+            state_array(n, (rows[s.axis], *s.row_shape), s)
+            for n, s in self.specs.items()
+            if s.axis != "exact"
         ]
+
+    def distinct(self, rows: int) -> list[StoredArray]:
+        """The codec's arrays of exactly stored tokens, of which a part has ``rows`` different ones."""
+        return [state_array(n, (rows, *s.row_shape), s) for n, s in self.exact.items()]
+
+    def arrays(
+        self, tokens: int, samples: int, last_rows: int, exact: tuple[int, int] = (0, 0), version: int = 2
+    ) -> list[StoredArray]:
+        """Every array of a part; ``exact``: tokens stored exactly, and different rows among them."""
+        small = self.small(tokens, samples, exact[0], version)
+        return small + self.states(tokens, last_rows) + self.distinct(exact[1])
+
+    @property
+    def exact(self) -> dict[str, ArraySpec]:
+        """The codec's arrays of exactly stored tokens."""
+        return {n: s for n, s in self.specs.items() if s.axis == "exact"}
 
     @property
     def specs(self) -> dict[str, ArraySpec]:
@@ -89,11 +141,17 @@ def state_array(name: str, shape: tuple[int, ...], spec: ArraySpec) -> StoredArr
     # Level 1 for codes: only their entropy can be taken out, no level finds repeats. Level 3 for 16-bit values: on SmolLM2 states one core
     # packs 360, 132, 43 MB/s at levels 1, 3, 5 for ratios 1.23, 1.29, 1.37 (docs/log/2026-11-22-where-the-time-went.md).
     if spec.pack == "none":
+        assert spec.order == "rows", name
         row = int(np.prod(shape[1:])) * np.dtype(spec.dtype).itemsize
-        rows = 2 ** round(math.log2(PLAIN_BYTES / row))
-        return StoredArray(name, shape, spec.dtype, min(max(rows, PLAIN_CHUNK[0]), PLAIN_CHUNK[1]), 0, 0)
-    wide = spec.dtype in ("uint16", "float16")
-    return StoredArray(name, shape, spec.dtype, STATE_CHUNK, 2 if wide else 0, 3 if wide else 1)
+        rows = spec.chunk or min(
+            max(2 ** round(math.log2(PLAIN_BYTES / row)), PLAIN_CHUNK[0]), PLAIN_CHUNK[1]
+        )
+        return StoredArray(name, shape, spec.dtype, rows, 0, 0)
+    wide = np.dtype(spec.dtype).itemsize
+    shuffle, level = (wide, 3) if wide > 1 else (0, 1)
+    return StoredArray(
+        name, shape, spec.dtype, spec.chunk or STATE_CHUNK, shuffle, level, spec.order == "columns"
+    )
 
 
 def raw_bytes_per_token(layers: int, hidden: int) -> int:

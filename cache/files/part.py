@@ -1,42 +1,70 @@
-"""One part on disk: a Zarr group with one shard file an array, and a sealed record of what it holds.
+"""One part on disk: a Zarr group with one shard file per array, and a sealed record of what it holds.
 
-A part is written into a staging folder, fsynced and renamed: it is there whole or not at all. Its record lists every file with size and
-crc32c, so that a missing shard (which Zarr would read as zeros) and a foreign file are found without decoding anything.
+A part is there whole or not at all. It holds the samples of a block of source rows, which any writer can make without the others. Its record carries the store's
+whole plan and lists every object with size, checksums and place, so that a missing shard (which Zarr would read as zeros) and a foreign file are found without
+decoding anything; each shard begins with a tag of plan, part and array, so that a swapped one is found when it is opened.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import zarr
 import zarr.abc.codec
-from zarr.codecs import BloscCodec, Crc32cCodec, ZstdCodec
+from zarr.codecs import BloscCodec, Crc32cCodec, TransposeCodec, ZstdCodec
 
-from dspark.cache.errors import DamagedCacheError
-from dspark.cache.files.atomic import STAGING, commit_folder, write_errors
-from dspark.cache.files.checksum import crc32
-from dspark.cache.files.layout import PART_KEY, PartLayout, StoredArray, part_name
+from dspark.cache.codec.base import EXACT_TOKEN, ArraySpec
+from dspark.cache.errors import DamagedCacheError, FormatVersionError
+from dspark.cache.files.checksum import file_sums
+from dspark.cache.files.layout import (
+    EXACT_POSITION,
+    EXACT_ROW,
+    EXACT_START,
+    PART_KEY,
+    PARTS,
+    SOURCE_STRIDE,
+    PartLayout,
+    StoredArray,
+    part_name,
+    shard_tag,
+    state_array,
+)
+from dspark.cache.files.place import Folder, Place
 from dspark.cache.files.shard import Pieces, chunk_rows, write_shard
-from dspark.cache.manifest import Json, build, crc32c, sealed, unseal
+from dspark.cache.manifest import FORMAT_VERSION, Json, build, plan_digest, sealed, unseal
 from dspark.cache.records import CodedSample, TokenSample, last_rows
 
 Array = np.ndarray[tuple[int, ...], np.dtype[Any]]
+FEATURES: frozenset[str] = frozenset()  # of format version 2 that this release knows beyond its beginning
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Block:
+    """What a part is of: rows ``[row_start, row_stop)`` of source number ``source``, ``rows_sha256`` of them (None: not known, as after ``recode`` of a version 1
+    store), and what became of them."""
+
+    row_start: int
+    row_stop: int
+    dropped: dict[str, int]
+    truncated: int
+    source: int = 0
+    source_id: str = ""
+    rows_sha256: str | None = None
+    versions: dict[str, str] = field(default_factory=dict)  # of what made it; may differ from part to part
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PartRecord:
-    """What a committed part holds: source rows ``[row_start, row_stop)``, counts, and its files as ``[bytes, crc32c, crc32]``.
+    """What a committed part holds. ``files``: its objects but its own metadata, as ``[bytes, crc32c, crc32]`` by their place within the part.
 
     Every chunk of a file ends with its own crc32c, so the file's crc32c depends on the chunks' lengths and not on what a sound chunk holds; the
-    crc32 (zlib's polynomial) does. Stores of older releases lack it.
+    crc32 (zlib's polynomial) does. ``plan`` and ``plan_sha256``: the store's, empty in version 1.
     """
 
     index: int
@@ -49,26 +77,91 @@ class PartRecord:
     truncated: int
     dropped: dict[str, int]
     files: dict[str, list[int]]
+    source: int = 0
+    source_id: str = ""
+    rows_sha256: str | None = None
+    exact: list[int] = field(default_factory=lambda: [0, 0])  # tokens stored exactly, different rows of them
+    features: list[str] = field(default_factory=list)
+    versions: dict[str, str] = field(default_factory=dict)
+    plan: Json = field(default_factory=dict)
+    plan_sha256: str = ""
+    format_version: int = FORMAT_VERSION
+
+    @property
+    def block(self) -> int:
+        """Number of the block within its source."""
+        return self.index % SOURCE_STRIDE
+
+    def tag(self, array: str) -> bytes:
+        """What the shard of ``array`` begins with."""
+        return shard_tag(self.plan_sha256, self.index, array) if self.format_version > 1 else b""
 
     def to_json(self) -> Json:
-        return dataclasses.asdict(self)
+        out = dataclasses.asdict(self)
+        if self.format_version == 1:
+            return {k: out[k] for k in VERSION_1_KEYS}
+        out["files"] = {
+            name: {"bytes": size, "crc32c": crc, "crc32": other, "place": name}
+            for name, (size, crc, other) in self.files.items()
+        }
+        return out
+
+
+VERSION_1_KEYS = ("index", "row_start", "row_stop", "samples", "tokens", "supervised_tokens", "last_rows", "truncated", "dropped", "files")  # fmt: skip
+
+
+def record_from(data: Any, where: str) -> PartRecord:
+    """A sealed record of either version."""
+    body = unseal(data, where)
+    if "format_version" not in body:
+        return build(PartRecord, {**body, "format_version": 1}, where)
+    if body["format_version"] != FORMAT_VERSION:
+        raise FormatVersionError(f"{where}: a part of format version {body['format_version']!r}")
+    unknown = sorted(set(body.get("features", ())) - FEATURES)
+    if unknown:
+        raise FormatVersionError(
+            f"{where}: the part uses {unknown}, which this release does not read. Use the dspark release that wrote the store."
+        )
+    files = body.get("files")
+    if not isinstance(files, dict):
+        raise DamagedCacheError(f"{where}: the record lists no files")
+    for name, entry in files.items():
+        if not isinstance(entry, dict) or set(entry) != {"bytes", "crc32c", "crc32", "place"}:
+            raise DamagedCacheError(f"{where}: object {name}: found {entry}")
+        if entry["place"] != name:
+            raise FormatVersionError(
+                f"{where}: object {name} is at {entry['place']!r}, which is no local store's"
+            )
+    plain = {n: [e["bytes"], e["crc32c"], e["crc32"]] for n, e in files.items()}
+    record = build(PartRecord, {**body, "files": plain}, where)
+    if plan_digest(record.plan) != record.plan_sha256:
+        raise DamagedCacheError(f"{where}: the plan is not the one that plan_sha256 is of")
+    return record
 
 
 def assemble(
     samples: Sequence[CodedSample], layout: PartLayout
-) -> tuple[dict[str, Array], dict[str, Pieces]]:
-    """The arrays of a part (see ``PartLayout.arrays``): the small ones joined along tokens, the states as pieces."""
+) -> tuple[dict[str, Array], dict[str, Array | Pieces]]:
+    """The arrays of a part: those that are not states joined along tokens, the states as pieces."""
     small, stored = join_tokens([s.tokens for s in samples])
-    for s, rows in zip(samples, stored, strict=True):
-        for name, own in layout.specs.items():
-            n = {"token": s.tokens.input_ids.shape[0], "last": rows}[own.axis]
-            assert s.states[name].shape[0] == n, (
-                f"row {s.tokens.row}: {name} has {s.states[name].shape[0]} rows, not {n}"
-            )
-    states = {name: Pieces([s.states[name] for s in samples]) for name in layout.specs}
-    for spec in layout.arrays(small["input_ids"].shape[0], len(samples), sum(stored)):
-        got = small[spec.name] if spec.name in small else states[spec.name]
+    states: dict[str, Array | Pieces] = {}
+    for spec in layout.states(small["input_ids"].shape[0], sum(stored)):
+        own, counts = layout.specs[spec.name], [len(s.tokens.input_ids) for s in samples]
+        for s, n in zip(samples, counts if own.axis == "token" else stored, strict=True):
+            found = s.states[spec.name]
+            assert found.shape[0] == n, f"row {s.tokens.row}: {spec.name} has {found.shape[0]} rows, not {n}"
+        pieces = [s.states[spec.name] for s in samples]
+        got: Array | Pieces = Pieces(pieces) if pieces else np.empty(spec.shape, spec.dtype)
         assert (got.shape, got.dtype) == (spec.shape, np.dtype(spec.dtype)), (spec, got.shape, got.dtype)
+        states[spec.name] = got
+    for name, own in layout.exact.items():
+        rows = [s.states[name] for s in samples]
+        states[name] = np.concatenate([np.empty((0, *own.row_shape), own.dtype), *rows])
+    if layout.exact:
+        at = zip(samples, small["sample_start"][:-1], strict=True)
+        states[EXACT_TOKEN] = np.concatenate(
+            [np.zeros(0, np.int64), *(s.states[EXACT_TOKEN] + n for s, n in at)]
+        )
     return small, states
 
 
@@ -76,90 +169,112 @@ def join_tokens(tokens: Sequence[TokenSample]) -> tuple[dict[str, Array], list[i
     """The arrays of a part that are not states, and the number of stored last states of each sample."""
     stored = [int(last_rows(s.loss_mask).sum()) for s in tokens]
     return {
-        "input_ids": np.concatenate([s.input_ids for s in tokens]),
-        "loss_mask": np.concatenate([s.loss_mask for s in tokens]),
+        "input_ids": np.concatenate([np.zeros(0, np.int32), *(s.input_ids for s in tokens)]),
+        "loss_mask": np.concatenate([np.zeros(0, np.bool_), *(s.loss_mask for s in tokens)]),
         "sample_start": np.cumsum([0, *(s.input_ids.shape[0] for s in tokens)], dtype=np.int64),
         "sample_last_start": np.cumsum([0, *stored], dtype=np.int64),
         "sample_row": np.array([s.row for s in tokens], dtype=np.int64),
         "sample_key": np.frombuffer(b"".join(s.key for s in tokens), dtype=np.uint8).reshape(-1, 16),
+        "sample_turn": np.array([s.turn for s in tokens], dtype=np.int32),
     }, stored
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PartJob:
-    """A part to be written below ``parts``, without its states. Can be sent to another process, where ``write`` finishes it."""
+    """Part ``index`` of the store at ``place``, without its states. Can be sent to another process, where ``write`` finishes it.
 
-    parts: Path
+    ``specs``: its arrays but those of exactly stored tokens, which ``exact`` describes. ``token``: tells the writer from others.
+    """
+
+    place: Place
     index: int
     arrays: dict[str, Array]
     specs: list[StoredArray]
-    row_start: int
-    row_stop: int
-    dropped: dict[str, int]
-    truncated: int
+    exact: dict[str, ArraySpec]
+    block: Block
+    plan: Json
+    plan_sha256: str
+    token: str = ""
 
     @property
     def state_specs(self) -> list[StoredArray]:
-        """The arrays that ``write`` needs."""
-        return [s for s in self.specs if s.name not in self.arrays]
+        """The arrays that ``write`` needs, beside those of exactly stored tokens."""
+        made = {*self.arrays, EXACT_START, EXACT_POSITION, EXACT_ROW}
+        return [s for s in self.specs if s.name not in made]
 
     def write(self, states: Mapping[str, Array | Pieces]) -> PartRecord:
-        """Write and commit the part; nothing of it counts when it raises."""
-        return write_part(
-            self.parts,
-            self.index,
-            self.arrays,
-            states,
-            self.specs,
-            row_start=self.row_start,
-            row_stop=self.row_stop,
-            dropped=self.dropped,
-            truncated=self.truncated,
-        )
+        """Write and commit the part; returns its record. Raises StoreWriteError, leaving nothing.
+
+        ``states`` also holds, where the codec stores tokens exactly, ``EXACT_TOKEN`` int64[X] counted from the part's first token, and their rows.
+        """
+        arrays: dict[str, Array | Pieces] = {**self.arrays, **states}
+        specs, exact = list(self.specs), [0, 0]
+        if self.exact:
+            made = store_once(
+                {n: np.asarray(states[n][:]) for n in (EXACT_TOKEN, *self.exact)}, self.arrays["sample_start"]
+            )
+            arrays |= made
+            distinct = made[next(iter(self.exact))].shape[0]
+            exact = [made[EXACT_ROW].shape[0], distinct]
+            specs = [_sized(s, made) for s in specs]
+            specs += [state_array(n, (distinct, *s.row_shape), s) for n, s in self.exact.items()]
+        name = f"{PARTS}/{part_name(self.index)}"
+        with self.place.commit(name, self.token) as folder:
+            zarr.create_group(folder, zarr_format=3)
+            for spec in specs:
+                write_array(
+                    folder, spec, arrays[spec.name], shard_tag(self.plan_sha256, self.index, spec.name)
+                )
+            record = PartRecord(
+                index=self.index,
+                **{f.name: getattr(self.block, f.name) for f in dataclasses.fields(Block)},
+                samples=self.arrays["sample_row"].shape[0],
+                tokens=self.arrays["input_ids"].shape[0],
+                supervised_tokens=int(self.arrays["loss_mask"].sum()),
+                last_rows=int(self.arrays["sample_last_start"][-1]),
+                files={n: list(file_sums(folder / n)) for n in sorted(_files(folder)) if n != "zarr.json"},
+                exact=exact,
+                plan=self.plan,
+                plan_sha256=self.plan_sha256,
+            )
+            write_attributes(folder, PART_KEY, sealed(record.to_json()))
+        return record
 
 
-def write_part(
-    parts: Path,
-    index: int,
-    arrays: Mapping[str, Array],
-    states: Mapping[str, Array | Pieces],
-    specs: Sequence[StoredArray],
-    *,
-    row_start: int,
-    row_stop: int,
-    dropped: Mapping[str, int],
-    truncated: int,
-) -> PartRecord:
-    """Write and commit part ``index`` below ``parts``; returns its record. Raises StoreWriteError, leaving nothing."""
-    final = parts / part_name(index)
-    staged = parts / (STAGING + part_name(index))
-    with write_errors(final):
-        if staged.exists():  # an earlier try of this very part; another part may be in the making beside it
-            shutil.rmtree(staged)
-        zarr.create_group(staged, zarr_format=3)
-        for spec in specs:
-            write_array(staged, spec, arrays[spec.name] if spec.name in arrays else states[spec.name])
-        record = PartRecord(
-            index=index,
-            row_start=row_start,
-            row_stop=row_stop,
-            samples=arrays["sample_row"].shape[0],
-            tokens=arrays["input_ids"].shape[0],
-            supervised_tokens=int(arrays["loss_mask"].sum()),
-            last_rows=int(arrays["sample_last_start"][-1]),
-            truncated=truncated,
-            dropped=dict(dropped),
-            files={
-                name: list(size_crc(staged / name)) for name in sorted(_files(staged)) if name != "zarr.json"
-            },
-        )
-        write_attributes(staged, PART_KEY, sealed(record.to_json()))
-    commit_folder(staged, final)
-    return record
+def _sized(spec: StoredArray, made: Mapping[str, Array]) -> StoredArray:
+    """``spec`` with the shape of what was made for it."""
+    return dataclasses.replace(spec, shape=made[spec.name].shape) if spec.name in made else spec
 
 
-def write_array(group: Path, spec: StoredArray, data: Array | Pieces) -> None:
-    """Create array ``spec`` in ``group`` and fill it. One shard file; every inner chunk is compressed (unless level 0) and carries a crc32c."""
+def store_once(states: Mapping[str, Array], sample_start: Array) -> dict[str, Array]:
+    """Exactly stored tokens as a part keeps them: equal rows once, in the order in which they first come.
+
+    ``states``: ``EXACT_TOKEN`` [X] rising, and arrays of X rows. Returns those with the different rows alone, and for each sample where its exact tokens begin, for
+    each of them its position within the sample and its row.
+    """
+    token = states[EXACT_TOKEN].astype(np.int64)
+    rows = {n: a for n, a in states.items() if n != EXACT_TOKEN}
+    number: dict[bytes, int] = {}
+    row = np.zeros(len(token), np.int32)
+    first: list[int] = []
+    for i in range(len(token)):
+        key = b"".join(np.ascontiguousarray(a[i]).tobytes() for a in rows.values())
+        if key not in number:
+            number[key] = len(first)
+            first.append(i)
+        row[i] = number[key]
+    start = np.searchsorted(token, sample_start).astype(np.int64)
+    sample = np.searchsorted(sample_start, token, side="right") - 1
+    position = (token - sample_start[sample]).astype(np.int32) if len(token) else row
+    return {n: a[first] for n, a in rows.items()} | {
+        EXACT_START: start,
+        EXACT_POSITION: position,
+        EXACT_ROW: row,
+    }
+
+
+def write_array(group: Path, spec: StoredArray, data: Array | Pieces, tag: bytes = b"") -> None:
+    """Create array ``spec`` in ``group`` and fill it. One shard file; every inner chunk is compressed (unless level 0) and carries a crc32c. ``tag``: what the file begins with."""
     chunk = chunk_rows(spec)
     shards = (-(-max(1, spec.shape[0]) // chunk) * chunk, *spec.shape[1:])
     packed: zarr.abc.codec.BytesBytesCodec = (
@@ -174,12 +289,13 @@ def write_array(group: Path, spec: StoredArray, data: Array | Pieces) -> None:
         dtype=spec.dtype,
         chunks=(chunk, *spec.shape[1:]),
         shards=shards,
+        filters=[TransposeCodec(order=(*range(1, len(spec.shape)), 0))] if spec.columns else None,
         compressors=[packed, Crc32cCodec()] if spec.level else [Crc32cCodec()],
         fill_value=0,
         zarr_format=3,
     )
     if spec.shape[0]:
-        write_shard(group / spec.name / shard_file(spec), spec, data)
+        write_shard(group / spec.name / shard_file(spec), spec, data, tag)
 
 
 def shard_file(spec: StoredArray) -> str:
@@ -187,20 +303,27 @@ def shard_file(spec: StoredArray) -> str:
     return "/".join(["c", *["0"] * len(spec.shape)])
 
 
+def part_specs(layout: PartLayout, record: PartRecord) -> list[StoredArray]:
+    """Every array of a committed part."""
+    exact = record.exact[0], record.exact[1]
+    return layout.arrays(record.tokens, record.samples, record.last_rows, exact, record.format_version)
+
+
 def read_record(part: Path) -> PartRecord:
     """The sealed record of a committed part."""
     where = str(part / "zarr.json")
-    record = build(PartRecord, unseal(read_attributes(part).get(PART_KEY), where), where)
-    if part_name(record.index) != part.name:
+    record = record_from(read_attributes(part).get(PART_KEY), where)
+    if part_name(record.index, record.format_version) != part.name:
         raise DamagedCacheError(f"{where}: the record is of part {record.index}, the folder is {part.name}")
     return record
 
 
 def missing_files(part: Path, record: PartRecord) -> Iterator[str]:
     """A finding for each file of the part that is missing or has another size. Reads no data."""
+    place = Folder(part)
     for name, (size, *_) in record.files.items():
         try:
-            found = os.stat(part / name).st_size
+            found = place.size(name)
         except OSError as error:
             yield f"{part / name}: {error.strerror}, expected {size} bytes"
             continue
@@ -231,18 +354,7 @@ def write_attributes(group: Path, key: str, value: Json) -> None:
 def group_metadata(key: str, value: Json) -> bytes:
     """The zarr.json of a Zarr v3 group with one attribute."""
     data = {"zarr_format": 3, "node_type": "group", "attributes": {key: value}}
-    return json.dumps(data, indent=1, ensure_ascii=False).encode()
-
-
-def size_crc(path: Path) -> tuple[int, int, int]:
-    """Size in bytes, crc32c and crc32 of a file."""
-    size = crc = other = 0
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            size += len(block)
-            crc = crc32c(block, crc)
-            other = crc32(block, other)
-    return size, crc, other
+    return json.dumps(data, separators=(",", ":"), ensure_ascii=False).encode()
 
 
 def _files(root: Path) -> list[str]:

@@ -14,10 +14,8 @@ place 2 (docs/log/2026-11-22-read-at-memory-speed.md). A committed part is never
 
 from __future__ import annotations
 
-import mmap
 import os
 import threading
-import weakref
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -31,6 +29,7 @@ from numcodecs import Blosc, Zstd
 from dspark.cache.errors import DamagedCacheError
 from dspark.cache.files.checksum import crc32c
 from dspark.cache.files.layout import StoredArray
+from dspark.cache.files.place import LocalFile
 
 Array = np.ndarray[tuple[int, ...], np.dtype[Any]]
 
@@ -81,8 +80,11 @@ class Pieces:
         return np.concatenate(out)
 
 
-def write_shard(path: Path, spec: StoredArray, data: Array | Pieces) -> None:
-    """Write ``data`` (all of the array) as the shard file ``path``. Compresses chunks in parallel; the bytes do not depend on that."""
+def write_shard(path: Path, spec: StoredArray, data: Array | Pieces, tag: bytes = b"") -> None:
+    """Write ``data`` (all of the array) as the shard file ``path``. Compresses chunks in parallel; the bytes do not depend on that.
+
+    ``tag``: bytes that the file begins with; the index counts from its start, so a reader of Zarr never looks at them.
+    """
     rows = chunk_rows(spec)
     codec = compressor(spec)
 
@@ -92,6 +94,8 @@ def write_shard(path: Path, spec: StoredArray, data: Array | Pieces) -> None:
             full = np.zeros((rows, *piece.shape[1:]), piece.dtype)
             full[: piece.shape[0]] = piece
             piece = full
+        if spec.columns:
+            piece = np.ascontiguousarray(np.moveaxis(piece, 0, -1))
         if codec is None:
             packed = piece.tobytes()
         else:
@@ -106,13 +110,16 @@ def write_shard(path: Path, spec: StoredArray, data: Array | Pieces) -> None:
     sizes: list[int] = []
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "wb") as file:
+        file.write(tag)
         # Written as they come, while the next ones are packed.
         for chunks in _pool().map(encode_run, range(0, data.shape[0], run)):
             for chunk in chunks:
                 file.writelines(chunk)
                 sizes.append(len(chunk[0]) + len(chunk[1]))
         lengths = np.array(sizes, np.uint64)
-        index = np.stack([np.cumsum(lengths) - lengths, lengths], 1).astype("<u8").tobytes()
+        index = (
+            np.stack([np.cumsum(lengths) - lengths + np.uint64(len(tag)), lengths], 1).astype("<u8").tobytes()
+        )
         file.write(index + crc32c(index).to_bytes(4, "little"))
 
 
@@ -123,7 +130,8 @@ def _row_bytes(spec: StoredArray) -> int:
 class Shard:
     """An open shard file for reading rows. Thread-safe: reads are positional, nothing is shared but the index."""
 
-    def __init__(self, path: Path, spec: StoredArray) -> None:
+    def __init__(self, path: Path, spec: StoredArray, tag: bytes = b"") -> None:
+        """``tag``: what the file must begin with."""
         self.path, self.spec = path, spec
         self.rows = chunk_rows(spec)
         self._dtype = np.dtype(spec.dtype)
@@ -131,15 +139,19 @@ class Shard:
         self._chunk_bytes = self.rows * self._row_bytes
         self._codec = compressor(spec)
         self._count = -(-spec.shape[0] // self.rows)
+        self._start = len(tag)
         self._index: Array | None = None
         self._table: Array | None = None
         self._lock = threading.Lock()
         try:
-            self._fd = os.open(path, os.O_RDONLY)
+            self._file = LocalFile(path)
+            found = self._file.read(0, len(tag)).tobytes() if tag else b""
         except OSError as error:
             raise DamagedCacheError(f"{path}: {error.strerror}") from error
-        # Closes when the last reference goes, and at interpreter exit while os.close still exists.
-        self._closer = weakref.finalize(self, os.close, self._fd)
+        if found != tag:
+            raise DamagedCacheError(
+                f"{path}: begins with {found.hex()}, expected {tag.hex()}: the file is of another array, part or store"
+            )
 
     @property
     def index(self) -> Array:
@@ -147,9 +159,9 @@ class Shard:
         with self._lock:
             if self._index is None:
                 size = 16 * self._count + 4
-                end = os.fstat(self._fd).st_size
-                raw = os.pread(self._fd, size, end - size) if end >= size else b""
-                checked = _check(np.frombuffer(raw, np.uint8), size, f"{self.path}: shard index")
+                end = self._file.size
+                raw = self._file.read(end - size, size) if end >= size else np.empty(0, np.uint8)
+                checked = _check(raw, size, f"{self.path}: shard index")
                 self._index = checked.view("<u8").reshape(-1, 2)
             return self._index
 
@@ -158,14 +170,14 @@ class Shard:
         """Chunks kept as they are, uint8[chunks, bytes and their crc32c], mapped; file and index must say that this is how they lie."""
         if self._table is None:
             length = self._chunk_bytes + 4
-            expected = [[i * length, length] for i in range(self._count)]
-            whole = os.fstat(self._fd).st_size == self._count * (length + 16) + 4
+            expected = [[self._start + i * length, length] for i in range(self._count)]
+            whole = self._file.size == self._start + self._count * (length + 16) + 4
             if not whole or self.index.tolist() != expected:
                 raise DamagedCacheError(
                     f"{self.path}: not {self._count} chunks of {length} bytes, one after the other"
                 )
-            mapped = mmap.mmap(self._fd, self._count * length, prot=mmap.PROT_READ)
-            self._table = np.frombuffer(mapped, np.uint8).reshape(self._count, length)
+            chunks = self._file.view()[self._start : self._start + self._count * length]
+            self._table = chunks.reshape(self._count, length)
         return self._table
 
     def _read_mapped(self, start: int, stop: int, out: Array) -> None:
@@ -206,17 +218,23 @@ class Shard:
         spans = self.index[first : last + 1]
         base = int(spans[0, 0])
         length = int(spans[-1].sum()) - base
-        raw = np.frombuffer(os.pread(self._fd, length, base), np.uint8)
+        raw = self._file.read(base, length)
         for i, (offset, size) in enumerate(spans.tolist(), first):
             at = offset - base
             where = self._where(i)
             packed = _check(raw[at : at + size], size, where)
             low, high = max(start, i * self.rows), min(stop, (i + 1) * self.rows)
             to = out[low - start : high - start]
-            if high - low == self.rows:  # the whole chunk is wanted: no memory but the result's is touched
+            if (
+                high - low == self.rows and not self.spec.columns
+            ):  # the whole chunk is wanted: no memory but the result's is touched
                 self._decode(packed, where, to.view(np.uint8).reshape(-1))
                 continue
-            values = np.frombuffer(self._decode(packed, where), dtype).reshape(self.rows, *shape[1:])
+            values = np.frombuffer(self._decode(packed, where), dtype)
+            if self.spec.columns:
+                values = np.moveaxis(values.reshape(*shape[1:], self.rows), -1, 0)
+            else:
+                values = values.reshape(self.rows, *shape[1:])
             to[...] = values[low - i * self.rows : high - i * self.rows]
         return out
 

@@ -11,9 +11,10 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from dspark.cache.errors import DamagedCacheError
+from dspark.cache.files.checksum import file_sha256
 from dspark.cache.files.layout import TARGET, TARGET_CONFIG, TARGET_TOKENIZER, TARGET_WEIGHTS
 from dspark.cache.manifest import Manifest
-from dspark.cache.target.frozen import FrozenTarget, file_sha256
+from dspark.cache.target.frozen import FrozenTarget
 
 
 def write_target(

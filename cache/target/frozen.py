@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dspark.cache.errors import DamagedCacheError
+from dspark.cache.files.checksum import file_sha256
 from dspark.cache.target.logits import PLAIN, Logits
 
 if TYPE_CHECKING:
@@ -91,9 +92,3 @@ class FrozenTarget:
             raise DamagedCacheError(f"{path}: found tensors {sorted(names)}, expected {sorted(expected)}")
         embed = tensors["embed_tokens.weight"]
         return cls(embed, tensors["norm.weight"], embed if tied else tensors["lm_head.weight"], tied)
-
-
-def file_sha256(path: Path) -> str:
-    """Hex sha256 of a file."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,21 +1,25 @@
-"""Rows -> parts: consecutive rows until ``part_tokens`` tokens are together. The part is what is written, resumed and repaired as one.
+"""Rows -> parts: fixed blocks of ``block_rows`` source rows. The part is what is written, resumed and repaired as one.
 
-Where a part ends depends only on the corpus and the plan, never on how far an earlier run came, so a resumed store is the one an unbroken run
-writes.
+Which rows a part is of depends on nothing but its number, so any writer can make any part, and a row that changes elsewhere changes nothing in it. Each part
+records a hash of exactly its rows; a resumed dump compares those of the parts that are there, and of no others.
 """
 
 from __future__ import annotations
 
-from collections import Counter
+import dataclasses
+import hashlib
+import itertools
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from itertools import count, islice
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from dspark.cache.errors import DataError
+from dspark.cache.errors import DataError, MismatchError
+from dspark.cache.files.layout import part_number
+from dspark.cache.manifest import canonical
 from dspark.cache.records import TokenSample
 from dspark.dump.corpus.masks import Made, SampleMaker
-from dspark.dump.corpus.rows import Corpus, Row
+from dspark.dump.corpus.rows import BadRow, Corpus, Row
 
 if TYPE_CHECKING:
     from dspark.cache.files.part import PartRecord
@@ -27,7 +31,7 @@ EARLY_ROWS = 1000  # from here on, too many dropped rows stop the dump before th
 
 @dataclass(slots=True)
 class PartRows:
-    """Samples of source rows ``[row_start, row_stop)``. Without samples it is the tail: rows after the last part, all dropped."""
+    """Samples of source rows ``[row_start, row_stop)`` of source number ``source``, which may be none; ``rows_sha256``: of exactly those rows."""
 
     index: int
     row_start: int
@@ -35,6 +39,7 @@ class PartRows:
     samples: list[TokenSample] = field(default_factory=list)
     dropped: Counter[str] = field(default_factory=Counter)
     truncated: int = 0
+    rows_sha256: str | None = None
 
     @property
     def tokens(self) -> int:
@@ -42,7 +47,7 @@ class PartRows:
 
 
 class PartReader:
-    """Reads a corpus part by part, past the parts that are committed. ``note`` is told of each dropped row.
+    """Reads a corpus block by block, past the parts that are committed. ``note`` is told of each dropped row.
 
     ``make``: rows -> samples in order, where ``maker`` alone is not fast enough (``tokenise.Tokenisers``).
     """
@@ -52,64 +57,116 @@ class PartReader:
         corpus: Corpus,
         maker: SampleMaker,
         *,
-        part_tokens: int,
+        block_rows: int,
         limit: int | None,
         max_dropped: float,
+        source: int = 0,
         note: Callable[[str], None] = lambda line: None,
         make: Making | None = None,
     ) -> None:
-        self.corpus = corpus
+        self.corpus, self.source = corpus, source
         self._make: Making = make or (lambda rows: ((row, maker.make(row)) for row in rows))
-        self.part_tokens, self.limit, self.max_dropped = part_tokens, limit, max_dropped
+        self.block_rows, self.limit, self.max_dropped = block_rows, limit, max_dropped
         self.note = note
         self.rows_read = 0
         self.dropped: Counter[str] = Counter()
         self.notes: Counter[str] = Counter()  # what is not in the samples of rows that were kept
 
     def parts(self, committed: Mapping[int, PartRecord]) -> Iterator[PartRows]:
-        """The parts still to be written, in order; the last one yielded is the tail (no samples), maybe empty."""
-        stream: Iterator[tuple[Row, Made]] | None = None
-        for index in count():
-            if index in committed:
-                self.rows_read = committed[index].row_stop
-                self.dropped.update(committed[index].dropped)
-                stream = None
-                continue
-            if stream is None:
-                left = None if self.limit is None else max(self.limit - self.rows_read, 0)
-                stream = self._make(islice(self.corpus.rows(self.rows_read), left))
-            part = self._collect(index, stream)
-            self.check_dropped()
-            yield part
-            if not part.samples:
-                return
+        """The parts still to be written, in order. Raises MismatchError where rows of a committed one are not those that it was made from."""
+        begun: deque[tuple[PartRows, int]] = deque()  # with the rows that are left
 
-    def _collect(self, index: int, stream: Iterator[tuple[Row, Made]]) -> PartRows:
-        part = PartRows(index, self.rows_read, self.rows_read)
-        tokens = 0
-        while tokens < self.part_tokens:
-            entry = next(stream, None)
-            if entry is None:
-                break
-            row, made = entry
-            self.notes.update(made.notes)
-            for note in made.notes:
-                self.note(f"{row.where}: {note}" + (f" ({made.detail})" if made.detail else ""))
-            self.rows_read = part.row_stop = row.number + 1
-            if made.samples:
-                part.samples += made.samples
-                part.truncated += made.truncated
-                tokens += sum(len(s.input_ids) for s in made.samples)
-            else:
-                assert made.dropped is not None
-                part.dropped[made.dropped] += 1
-                self.dropped[made.dropped] += 1
-                self.note(
-                    f"{row.where}: dropped: {made.dropped}" + (f" ({made.detail})" if made.detail else "")
-                )
-            if self.rows_read % EARLY_ROWS == 0:
+        def rows() -> Iterator[Row]:
+            for part, rows_of_it in self.blocks(committed):
+                begun.append((part, len(rows_of_it)))
+                yield from rows_of_it
+
+        left = None
+        for row, made in self._make(rows()):
+            while begun[0][1] == 0:  # no row of the block is in the corpus
+                yield begun.popleft()[0]
+            part, count = begun[0]
+            left = count if left is None else left
+            self._collect(part, row, made)
+            left -= 1
+            if not left:
+                left = None
                 self.check_dropped()
-        return part
+                yield begun.popleft()[0]
+        yield from (part for part, _ in begun)
+
+    def blocks(self, committed: Mapping[int, PartRecord]) -> Iterator[tuple[PartRows, list[Row]]]:
+        """Each part still to be written, empty, and its rows."""
+        following = 0
+        for block, own in self._by_block():
+            part = PartRows(
+                part_number(self.source, block), block * self.block_rows, (block + 1) * self.block_rows
+            )
+            if own:
+                part.rows_sha256 = rows_sha256(own)
+            following = part.index + 1
+            if self._last is not None and self._last < part.row_stop:
+                part.row_stop = self._last
+            if part.index in committed:
+                self._compare(part, committed[part.index])
+                self.dropped.update(committed[part.index].dropped)
+                self.rows_read = part.row_stop
+                continue
+            yield part, own
+        beyond = sorted(i for i, r in committed.items() if r.source == self.source and i >= following)
+        if beyond:
+            raise MismatchError(
+                f"{self.corpus.id}: part {beyond[0]} of the store holds rows from {committed[beyond[0]].row_start:,} on, "
+                "and the corpus ends before them. It is not the corpus that the store was begun with."
+            )
+
+    def _by_block(self) -> Iterator[tuple[int, list[Row]]]:
+        """Rows by block, none for a block of which the corpus has none; ``_last``: where the rows end, once that is known."""
+        self._last: int | None = None
+        stream = self.corpus.rows()
+        if self.limit is not None:
+            stream = itertools.takewhile(lambda row: row.number < (self.limit or 0), stream)
+        following = 0
+        held: tuple[int, list[Row]] | None = None
+        for block, rows in itertools.groupby(stream, lambda row: row.number // self.block_rows):
+            if held is not None:
+                yield held
+            yield from ((i, []) for i in range(following, block))
+            held, following = (block, list(rows)), block + 1
+        if held is not None:
+            self._last = held[1][-1].number + 1
+            yield held
+
+    def _compare(self, part: PartRows, record: PartRecord) -> None:
+        """The rows of a committed part must be those that it was made from."""
+        same = (record.row_start, record.row_stop) == (part.row_start, part.row_stop)
+        if same and record.rows_sha256 in (None, part.rows_sha256):
+            return
+        raise MismatchError(
+            f"{self.corpus.id}: rows {part.row_start:,}-{part.row_stop - 1:,} are not those that part {part.index} was made from "
+            f"(rows {record.row_start:,}-{record.row_stop - 1:,}, sha256 {record.rows_sha256}; found {part.rows_sha256}). "
+            f"Put the rows back as they were, or delete the part's folder in parts/ to have it made from the new ones."
+        )
+
+    def _collect(self, part: PartRows, row: Row, made: Made) -> None:
+        self.rows_read = row.number + 1
+        self.notes.update(made.notes)
+        for note in made.notes:
+            self.note(f"{row.where}: {note}" + (f" ({made.detail})" if made.detail else ""))
+        if made.samples:
+            part.samples += made.samples
+            part.truncated += made.truncated
+        else:
+            assert made.dropped is not None
+            self.drop(part, row, made.dropped, made.detail)
+        if self.rows_read % EARLY_ROWS == 0:
+            self.check_dropped()
+
+    def drop(self, part: PartRows, row: Row, reason: str, detail: str = "") -> None:
+        """Count ``row`` as one that gives no sample."""
+        part.dropped[reason] += 1
+        self.dropped[reason] += 1
+        self.note(f"{row.where}: dropped: {reason}" + (f" ({detail})" if detail else ""))
 
     def check_dropped(self, at_end: bool = False) -> None:
         """Raise DataError if more than the allowed share of the rows gave no sample."""
@@ -122,3 +179,15 @@ class PartReader:
                 f"{self.corpus.id}: {dropped:,} of the first {self.rows_read:,} rows gave no sample ({reasons}), more than the allowed share of "
                 f"{self.max_dropped:.0%}. Is it the right corpus, template and --assistant-pattern? --max-dropped raises the limit."
             )
+
+
+def rows_sha256(rows: list[Row]) -> str:
+    """sha256 over the rows' content as it is used, whatever file it came from."""
+    total = hashlib.sha256()
+    for row in rows:
+        value: dict[str, Any] = {"malformed": True}
+        if not isinstance(row.value, BadRow):
+            value = dataclasses.asdict(row.value)
+            value = {k: sorted(v) if isinstance(v, frozenset) else v for k, v in value.items()}
+        total.update(canonical({**value, "number": row.number}) + b"\n")
+    return total.hexdigest()

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Protocol, cast
 
 from dspark.cache.errors import DataError, UsageError
-from dspark.cache.target.frozen import file_sha256
+from dspark.cache.files.checksum import file_sha256
 from dspark.dump.corpus.shapes import ChatRow, TokenRow, parse_row
 
 ZSTD = b"\x28\xb5\x2f\xfd"

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from dspark.cache.errors import DataError, UsageError, first_line
-from dspark.cache.target.frozen import file_sha256
+from dspark.cache.files.checksum import file_sha256
 from dspark.dump.corpus.rows import Corpus, JoinedCorpus, JsonlCorpus, SharedCorpus, TableCorpus
 
 SHARE = re.compile(r"(?P<data>.+)=(?P<share>0?\.\d+|1(\.0*)?|0)")

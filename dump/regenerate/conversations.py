@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import count
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,6 +20,7 @@ from dspark.cache.codec.base import axis_of
 from dspark.cache.errors import UsageError
 from dspark.cache.records import TokenSample, last_rows
 from dspark.dump.corpus.masks import (
+    MALFORMED,
     NO_ANSWER,
     REFUSED,
     TOO_FEW,
@@ -31,7 +31,7 @@ from dspark.dump.corpus.masks import (
     unusable,
 )
 from dspark.dump.corpus.parts import PartReader, PartRows
-from dspark.dump.corpus.rows import Row
+from dspark.dump.corpus.rows import BadRow, Row
 from dspark.dump.corpus.shapes import ChatRow, Message
 from dspark.dump.corpus.template import Refused, Template
 from dspark.dump.engines.answers import MASK_RULE, Answered, Ask, Sampling, seed_of
@@ -92,6 +92,8 @@ class Prompts(SampleMaker):
         return out
 
     def make(self, row: Row) -> Made:
+        if isinstance(row.value, BadRow):
+            return Made([], MALFORMED, row.value.detail)
         if not isinstance(row.value, ChatRow):
             raise UsageError("--regenerate needs chats: this corpus holds tokens, whose prompts end nowhere.")
         if (why := unusable(row.value)) is not None:
@@ -173,32 +175,13 @@ class Regenerator:
         self.reader, self.answers, self.min_supervised = reader, answers, min_supervised
 
     def parts(self, committed: Mapping[int, PartRecord]) -> Iterator[tuple[PartRows, list[CodedStates]]]:
-        """Every part that is missing, with its states; the last one yielded has no samples."""
-        rows: Iterator[Row] | None = None
-        for index in count():
-            if index in committed:
-                self.reader.rows_read = committed[index].row_stop
-                self.reader.dropped.update(committed[index].dropped)
-                rows = None
-                continue
-            rows = rows or self.reader.corpus.rows(self.reader.rows_read)
-            part, states = self._part(index, rows)
-            yield part, states
-            if not part.samples:
-                return
-
-    def _part(self, index: int, rows: Iterator[Row]) -> tuple[PartRows, list[CodedStates]]:
-        part, limit = PartRows(index, self.reader.rows_read, self.reader.rows_read), self.reader.limit
-        while not part.samples:
+        """Every part that is missing, with its states."""
+        for part, rows in self.reader.blocks(committed):
             # Before more is asked, not behind an answered part: that one is to be kept.
             self.reader.check_dropped()
-            room = PART_ROWS if limit is None else min(PART_ROWS, limit - part.row_stop)
-            chunk = [row for _, row in zip(range(room), rows, strict=False)]
-            if not chunk:
-                return part, []
-            self.reader.rows_read = part.row_stop = chunk[-1].number + 1
-            states = self._answer(part, chunk)
-        return part, states
+            states = self._answer(part, rows)
+            self.reader.rows_read = part.row_stop
+            yield part, states
 
     def _answer(self, part: PartRows, rows: list[Row]) -> list[CodedStates]:
         """Fills ``part`` with the samples of ``rows``; returns their states."""
@@ -207,9 +190,7 @@ class Regenerator:
         kept: dict[int, tuple[TokenSample, CodedStates]] = {}
 
         def drop(row: Row, reason: str) -> None:
-            part.dropped[reason] += 1
-            self.reader.dropped[reason] += 1
-            self.reader.note(f"{row.where}: dropped: {reason}")
+            self.reader.drop(part, row, reason)
 
         def ask_next(key: int) -> None:
             ask = talks[key].ask(key, self.prompts)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dspark.cache.codec.base import axis_of
+from dspark.cache.codec.base import EXACT_TOKEN, axis_of
 from dspark.dump.engines.engine import send
 from dspark.dump.writing.blocks import Block, regions
 
@@ -38,6 +38,7 @@ class Filling:
         self._arrays = {name: block.array(region) for name, region in self.places.items()}
         self._starts = {"token": job.arrays["sample_start"], "last": job.arrays["sample_last_start"]}
         self._missing = set(range(len(part.samples)))
+        self._exact: list[dict[str, Any]] = []
         self._on_device: dict[str, torch.Tensor] = {}  # uint8 [T or M, bytes of a row]
 
     @property
@@ -53,6 +54,7 @@ class Filling:
         at = {axis: as_slice(self.rows(axis, members)) for axis in self._starts}
         for name in self._arrays:
             self._arrays[name][at[axis_of(name)]] = coded[name]
+        self._keep_exact(members, coded)
         self._missing -= set(members)
 
     def put_on_device(self, members: list[int], coded: Mapping[str, torch.Tensor]) -> None:
@@ -66,7 +68,23 @@ class Filling:
                 here = data.new_empty(self._arrays[key].shape[0], data.shape[1])
                 self._on_device[key] = here if data.is_cuda else self._on_host(key, here)
             self._on_device[key].index_copy_(0, rows, data)
+        if self.job.exact:
+            self._keep_exact(members, {n: coded[n].cpu().numpy() for n in (EXACT_TOKEN, *self.job.exact)})
         self._missing -= set(members)
+
+    def _keep_exact(self, members: list[int], coded: Coded) -> None:
+        """Hold the few tokens of a batch that are stored exactly, by their place in the part."""
+        if self.job.exact:
+            at = self.rows("token", members)[coded[EXACT_TOKEN]]
+            self._exact.append({n: coded[n] for n in self.job.exact} | {EXACT_TOKEN: at})
+
+    def exact(self) -> dict[str, Any]:
+        """All of the part's, in the order of their tokens; empty where the codec has none."""
+        if not self.job.exact:
+            return {}
+        joined = {n: np.concatenate([e[n] for e in self._exact]) for n in (EXACT_TOKEN, *self.job.exact)}
+        order = np.argsort(joined[EXACT_TOKEN])
+        return {n: a[order] for n, a in joined.items()}
 
     def rows(self, axis: str, members: list[int]) -> Rows:
         """Where the rows of samples ``members``, end to end, belong in the part's arrays of ``axis``: int64."""

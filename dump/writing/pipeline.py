@@ -20,18 +20,19 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from importlib import metadata
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dspark.cache.codec.base import tokens_of
+from dspark.cache.codec.base import EXACT_TOKEN, tokens_of
 from dspark.cache.errors import EngineError
 from dspark.cache.files.part import PartJob, PartRecord
 from dspark.cache.writer import StoreWriter
 from dspark.dump.engines.engine import Captured, CodedStates
 from dspark.dump.workers import WorkerPool
-from dspark.dump.writing.blocks import Block, Handle, Region, attach, can_share
+from dspark.dump.writing.blocks import Block, Handle, Region, attach, can_share, regions
 from dspark.dump.writing.filling import Filling
 
 if TYPE_CHECKING:
@@ -58,12 +59,6 @@ def _ready() -> None:
     """Runs in a worker: to find this function it has imported all that ``write_shared`` needs."""
 
 
-def blocks(workers: int, groups: int, part_bytes: int) -> int:
-    """Parts in memory: those that are unfinished, and as many more as are being written, within BLOCK_BYTES for every two groups."""
-    room = BLOCK_BYTES * groups // 2 // max(part_bytes, 1)
-    return max(groups, min(workers + groups, room))
-
-
 class Pipeline:
     """``pool``: processes that write parts, which end with this; None = threads. ``bar`` is told of every batch that is in place and every part
     that is whole. ``groups``: parts that the engine may leave unfinished at once.
@@ -79,18 +74,20 @@ class Pipeline:
         *,
         embedding: torch.Tensor | None = None,
         pool: WorkerPool | None,
-        part_bytes: int,
         bar: Bar,
         groups: int = 2,
     ) -> None:
         self.writer, self.codec, self._bar, self._embedding = writer, codec, bar, embedding
+        self.versions = versions()
         shared = pool is not None
         workers = pool.processes if pool is not None else THREADS
         self._pool: Executor = pool or ThreadPoolExecutor(workers, "commit")
         self._blocks: queue.Queue[Block] = queue.Queue()
-        self._all = [Block(shared) for _ in range(blocks(workers, groups, part_bytes))]
+        self._groups = groups
+        self._all = [Block(shared) for _ in range(workers + groups)]
         for block in self._all:
             self._blocks.put(block)
+        self._bytes: dict[int, int] = {}  # of the parts in memory, by block
         self._shared = shared
         self._filling: dict[int, Filling] = {}
         self._begun = 0
@@ -101,29 +98,48 @@ class Pipeline:
         self._encoder = threading.Thread(target=self._encode, name="encode", daemon=True)
         self._encoder.start()
 
-    def begin(self, part: PartRows) -> None:
-        """Make room for a part; waits while all blocks are taken."""
-        job = self.writer.job(
+    def begin(self, part: PartRows) -> bool:
+        """Make room for a part; waits while there is none. False for a part without samples, which is on disk then: the next ``begin`` has its number."""
+        block = self.writer.block(
             part.index,
-            part.samples,
-            row_start=part.row_start,
-            row_stop=part.row_stop,
+            part.row_start,
+            part.row_stop,
             dropped=part.dropped,
             truncated=part.truncated,
+            rows_sha256=part.rows_sha256,
+            versions=self.versions,
         )
+        job = self.writer.job(part.index, part.samples, block)
+        if not part.samples:
+            self.writer.add(job.write(nothing(job)))
+            self._bar.part(part.index, part.row_stop)
+            return False
+        size = regions(job.state_specs)[1]
         with self._timed("wait for a free block"):
-            block = self._patiently(self._free_block, queue.Empty)
-        self._filling[self._begun] = Filling(part, job, block)
+            memory = self._patiently(lambda: self._free_block(size), queue.Empty)
+        self._filling[self._begun] = Filling(part, job, memory)
         self._begun += 1
+        return True
 
-    def _free_block(self) -> Block:
+    def _free_block(self, size: int) -> Block:
+        # As many parts may always be in memory as the engine may leave unfinished; more only while all of them fit.
+        most = BLOCK_BYTES * self._groups // 2
+        if len(self._bytes) >= self._groups and sum(list(self._bytes.values())) + size > most:
+            time.sleep(0.01)
+            self._refuse_if_stuck()
+            raise queue.Empty
         try:
-            return self._blocks.get(timeout=0.1)
+            block = self._blocks.get(timeout=0.1)
         except queue.Empty:
-            # If every block belongs to a part that lacks states, and none are on their way, none will ever be free.
-            if not self._waiting.unfinished_tasks and len(self._filling) == len(self._all):
-                self._refuse_gaps()
+            self._refuse_if_stuck()
             raise
+        self._bytes[id(block)] = size
+        return block
+
+    def _refuse_if_stuck(self) -> None:
+        """If every part in memory lacks states, and none are on their way, there will never be room."""
+        if not self._waiting.unfinished_tasks and self._filling and len(self._filling) == len(self._bytes):
+            self._refuse_gaps()
 
     def _refuse_gaps(self) -> None:
         for filling in self._filling.values():
@@ -248,10 +264,12 @@ class Pipeline:
 
     def _commit(self, filling: Filling) -> None:
         if self._shared:
-            commit = self._pool.submit(write_shared, filling.job, filling.block.handle(), filling.places)
+            commit = self._pool.submit(
+                write_shared, filling.job, filling.block.handle(), filling.places, filling.exact()
+            )
         else:
             arrays = {name: filling.block.array(region) for name, region in filling.places.items()}
-            commit = self._pool.submit(write_timed, filling.job, arrays)
+            commit = self._pool.submit(write_timed, filling.job, arrays | filling.exact())
         commit.add_done_callback(lambda done: self._committed(done, filling.block))
 
     def _committed(self, commit: Future[tuple[PartRecord, float]], block: Block) -> None:
@@ -262,6 +280,7 @@ class Pipeline:
             self.seconds["compress and write"] += seconds
         elif self._failed is None:
             self._failed = error
+        self._bytes.pop(id(block), None)
         self._blocks.put(block)
 
     def __enter__(self) -> Pipeline:
@@ -280,9 +299,26 @@ class Pipeline:
                 block.close()
 
 
-def write_shared(job: PartJob, handle: Handle, places: dict[str, Region]) -> tuple[PartRecord, float]:
-    """In a worker process: ``write_timed`` of the states in its parent's block."""
-    return write_timed(job, attach(handle, places))
+def nothing(job: PartJob) -> dict[str, np.ndarray[tuple[int, ...], np.dtype[Any]]]:
+    """The states of a part without samples."""
+    out = {s.name: np.empty(s.shape, s.dtype) for s in job.state_specs}
+    exact = {n: np.empty((0, *s.row_shape), s.dtype) for n, s in job.exact.items()}
+    return out | exact | {EXACT_TOKEN: np.zeros(0, np.int64)}
+
+
+def versions() -> dict[str, str]:
+    """What makes parts here, for their records."""
+    return {name: metadata.version(name) for name in ("torch", "transformers", "zarr")}
+
+
+def write_shared(
+    job: PartJob,
+    handle: Handle,
+    places: dict[str, Region],
+    exact: dict[str, np.ndarray[tuple[int, ...], np.dtype[Any]]],
+) -> tuple[PartRecord, float]:
+    """In a worker process: ``write_timed`` of the states in its parent's block, and of those ``exact`` that are too few for it."""
+    return write_timed(job, attach(handle, places) | exact)
 
 
 def write_timed(

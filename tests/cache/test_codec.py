@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import dspark.cache
+from dspark.cache.codec import registry
 from dspark.cache.codec.bf16 import Bf16
 from dspark.cache.codec.fields import Fields, codec_for, field_codec, field_info
 from dspark.cache.codec.quant import distortion, entropy, gaussian_levels, scale_table
@@ -22,7 +23,7 @@ from dspark.cache.codec.rotation import energy, group_size, hadamard, rotate, si
 from dspark.cache.errors import EngineError, FormatVersionError, UsageError
 from dspark.cache.files.layout import disk_bytes_per_token, stored_bytes_per_token, token_bytes
 from dspark.cache.manifest import FieldInfo
-from stores import HIDDEN, manifest, states, write_store
+from stores import HIDDEN, states, write_store
 
 HIDDEN_SIZES = (576, 2560, 4096, 5120, 6144)
 BITS = sorted(SETTINGS)
@@ -204,17 +205,17 @@ def test_foreign_decoder_gives_the_same_bits(bits: int, hidden: int) -> None:
 @pytest.mark.parametrize("aux_bits", [8, 4, 3, 2])
 @pytest.mark.parametrize("last_bits", [8, 4])
 def test_round_trip_through_a_store(tmp_path: Path, aux_bits: int, last_bits: int) -> None:
-    m = manifest(aux=field_info(codec_for(aux_bits)), last=field_info(codec_for(last_bits)))
-    samples = write_store(tmp_path / "s", [40, 130, 7], m=m)
+    codec = registry.make(f"rotated-{aux_bits}-{last_bits}")
+    samples = write_store(tmp_path / "s", [40, 130, 7], codec=codec)
     cache = dspark.cache.open(tmp_path / "s")
     for i, sample in enumerate(samples):
         aux, last = states(sample)
         got = cache[i]
         assert snr(aux, torch.from_numpy(got.aux)) > {8: 38, 4: 17, 3: 13.5, 2: 8.5}[aux_bits]
         assert snr(last, torch.from_numpy(got.last[got.last_mask])) > {8: 38, 4: 17}[last_bits]
-    part = zarr.open_group(tmp_path / "s" / "parts" / "00000000", mode="r")
+    part = zarr.open_group(tmp_path / "s" / "parts" / "000000000000", mode="r")
     code, scale = np.asarray(part["aux_code"][...]), np.asarray(part["aux_scale"][...])  # type: ignore[index]
-    theirs = decode_by_document(code, scale, HIDDEN, m.aux.params)
+    theirs = decode_by_document(code, scale, HIDDEN, codec.params["aux"])
     np.testing.assert_allclose(cache[0].aux, theirs[:40], rtol=2.5e-7, atol=0)
 
 

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import base64
-import json
 import math
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import dspark.cache
 from dspark.cache.codec.centre import Centre
-from dspark.cache.codec.fields import codec_for, field_codec, field_info, of_field
+from dspark.cache.codec.fields import Fields, codec_for, field_codec, field_info, of_field
 from dspark.cache.codec.rotated import Rotated
 from dspark.cache.errors import DamagedCacheError, EngineError, FormatVersionError
 from dspark.cache.manifest import FieldInfo
-from stores import LAYERS, manifest, states, token_samples, write_store
+from stores import LAYERS, states, token_samples, write_store
 
 GOLDEN = ("AD9Av7BAAD+wQJpBaMEUQQ==", "pT/APwVApT8FQOlAz0BaQA==", "bcb47858", "76")
 
@@ -84,22 +83,21 @@ def test_a_constant_channel_is_kept() -> None:
     torch.testing.assert_close(y[1:, :, 7], x[1:, :, 7], rtol=0.01, atol=0)
 
 
-def test_it_lives_in_the_manifest_and_decodes_from_it_alone(tmp_path: Path) -> None:
+def test_it_lives_beside_the_parts_and_decodes_from_there_alone(tmp_path: Path) -> None:
     samples = token_samples([40, 130, 7])
     aux, last = (torch.cat(x) for x in zip(*(states(s) for s in samples), strict=True))
-    aux_codec, last_codec = calibrated(3, aux + 5.0), calibrated(4, last)
-    m = manifest(aux=field_info(aux_codec), last=field_info(last_codec))
-    assert json.loads(json.dumps(m.to_json()))["aux"]["params"] == aux_codec.params
-    write_store(tmp_path / "s", [40, 130, 7], m=m)
+    codec = Fields("rotated-3-4", calibrated(3, aux + 5.0), calibrated(4, last))
+    write_store(tmp_path / "s", [40, 130, 7], codec=codec)
     cache = dspark.cache.open(tmp_path / "s")
-    assert (cache.codec.aux, cache.codec.last) == (aux_codec, last_codec)
+    assert cache.codec == codec
     got = torch.cat([torch.from_numpy(cache[i].aux) for i in range(3)])
     assert float(((got - aux) ** 2).sum() / (aux**2).sum()) < 0.05
     # By the document: rotated values, times the deviation, plus the mean.
     coded = {n: torch.from_numpy(np.asarray(a)) for n, a in of_field("aux", cache.read(1).states).items()}
     plain = codec_for(3).decode(coded, 64).numpy()
+    learnt = load_file(tmp_path / "s" / "calibration.safetensors")
     raw = [
-        np.frombuffer(base64.b64decode(m.aux.params[n]), "<u2").astype("<u4") << 16
+        learnt[f"aux_{n}"].view(torch.int16).numpy().view("<u2").astype("<u4") << 16
         for n in ("mean", "deviation")
     ]
     mean, deviation = (r.view("<f4").reshape(len(LAYERS), 64) for r in raw)

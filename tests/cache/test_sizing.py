@@ -22,7 +22,7 @@ SETTINGS += [(16, 16, "none"), (8, 8, "none"), (4, 4, "none"), (16, 4, "none")]
 def test_size_is_known_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hidden: int) -> None:
     monkeypatch.setattr(stores, "HIDDEN", hidden)
     m = stores.manifest()
-    m = dataclasses.replace(m, dump=dataclasses.replace(m.dump, part_tokens=20000))
+    m = dataclasses.replace(m, dump=dataclasses.replace(m.dump, block_rows=128))
     stores.write_store(tmp_path / "hs.zarr", [180] * 90, m=m)
     store = dspark.cache.open(tmp_path / "hs.zarr")
     counts, (layers, width) = store.manifest.counts, (len(m.layers), hidden)

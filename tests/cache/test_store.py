@@ -12,9 +12,12 @@ import pytest
 import zarr
 
 import dspark.cache
+import dspark.cache.reader
 import stores
 from dspark.cache import errors
-from dspark.cache.manifest import FieldInfo, Manifest, sealed
+from dspark.cache.codec import registry
+from dspark.cache.files.calibration import codec_info
+from dspark.cache.manifest import Manifest, plan_digest, sealed
 from dspark.cache.records import last_rows
 from dspark.cache.settings import PACKINGS
 from dspark.cache.verify import drop_damaged, verify
@@ -26,8 +29,7 @@ LENGTHS = [50, 3, 120, 77, 260, 9, 150, 31]
 @pytest.fixture(params=PACKINGS)
 def plan(request: pytest.FixtureRequest) -> Manifest:
     """Every test of this file holds for either way of keeping codes."""
-    field = FieldInfo(codec="bf16", bits=16, pack=request.param)
-    return stores.manifest(aux=field, last=field)
+    return stores.manifest(codec=codec_info(registry.make("lossless", request.param)))
 
 
 @pytest.fixture
@@ -68,9 +70,10 @@ def test_a_foreign_zarr_reader_sees_the_documented_arrays(store: Path) -> None:
     """docs/format.md alone: plain zarr, the attributes, bf16 bits widened by hand."""
     root = zarr.open_group(store, mode="r")
     attributes = json.loads(json.dumps(root.attrs.asdict()))["dspark"]
-    assert attributes["format_version"] == 1
-    assert attributes["target_layer_ids"] == [i + 1 for i in attributes["layers"]]
-    part = zarr.open_group(store / "parts" / "00000001", mode="r")
+    assert attributes["format_version"] == 2
+    plan = attributes["plan"]
+    assert plan["target_layer_ids"] == [i + 1 for i in plan["layers"]]
+    part = zarr.open_group(store / "parts" / "000000000001", mode="r")
     start = np.asarray(part.get("sample_start"))
     bits = np.asarray(part.get("aux_code"))[start[0] : start[1]].astype(np.uint32) << 16
     first = zarr.open_group(store / "index", mode="r").get("part_first_sample")
@@ -99,26 +102,17 @@ def test_writing_twice_gives_the_same_bytes(store: Path, plan: Manifest, tmp_pat
 def test_resume_after_losing_any_part_gives_the_same_store(store: Path, plan: Manifest) -> None:
     before = {p.relative_to(store): p.read_bytes() for p in store.rglob("*") if p.is_file()}
     m = plan
-    parts = stores.parts_of(stores.token_samples(LENGTHS), m.dump.part_tokens)
     report = verify(store)
     assert report.ok
     report.findings.append("pretend")
-    report.damaged = {"00000001"}
-    assert drop_damaged(store, report) == ["00000001"]
+    report.damaged = {"000000000001"}
+    assert drop_damaged(store, report) == ["000000000001"]
     with pytest.raises(errors.IncompleteCacheError, match="--resume"):
         dspark.cache.open(store)
     with StoreWriter.resume(store, m) as writer:
         assert 1 not in writer.committed
-        part = parts[1]
-        writer.commit(
-            1,
-            [stores.coded(s, m) for s in part],
-            row_start=part[0].row,
-            row_stop=part[-1].row + 1,
-            dropped={},
-            truncated=0,
-        )
-        writer.finish(rows_read=len(LENGTHS))
+        stores.commit(writer, 1, stores.token_samples(LENGTHS))
+        writer.finish(quality=dspark.cache.open(store, allow_incomplete=True).manifest.quality)
     after = {p.relative_to(store): p.read_bytes() for p in store.rglob("*") if p.is_file()}
     assert after == before
 
@@ -130,11 +124,11 @@ def test_resume_refuses_another_plan_and_names_each_difference(store: Path, plan
     ):
         StoreWriter.resume(store, other)
     dump = dataclasses.replace(plan.dump, seq_length=99)
-    with pytest.raises(errors.MismatchError, match=r"dump.seq_length: store has 256, this run has 99"):
+    with pytest.raises(errors.MismatchError, match=r"run.seq_length: store has 256, this run has 99"):
         StoreWriter.resume(store, dataclasses.replace(plan, dump=dump))
-    (pack,) = set(PACKINGS) - {plan.aux.pack}
-    with pytest.raises(errors.MismatchError, match=rf"aux.pack: store has '{plan.aux.pack}'"):
-        StoreWriter.resume(store, dataclasses.replace(plan, aux=dataclasses.replace(plan.aux, pack=pack)))
+    (pack,) = set(PACKINGS) - {plan.codec.pack}
+    with pytest.raises(errors.MismatchError, match=rf"codec.pack: store has '{plan.codec.pack}'"):
+        StoreWriter.resume(store, dataclasses.replace(plan, codec=dataclasses.replace(plan.codec, pack=pack)))
 
 
 def test_refusals_by_name(tmp_path: Path, store: Path) -> None:
@@ -158,32 +152,42 @@ def test_refusals_by_name(tmp_path: Path, store: Path) -> None:
     np.testing.assert_array_equal(half[4].input_ids, stores.token_samples(LENGTHS)[4].input_ids)
 
 
-def edit_manifest(store: Path, seal: bool, **changes: object) -> None:
+def edit_manifest(store: Path, seal: bool, codec: dict[str, object] | None = None, **changes: object) -> None:
     path = store / "zarr.json"
     data = json.loads(path.read_text())
     body = {k: v for k, v in data["attributes"]["dspark"].items() if k != "crc32c"} | changes
+    if codec is not None:
+        body["plan"]["codec"] |= codec
+        body["plan_sha256"] = plan_digest(body["plan"])
     data["attributes"]["dspark"] = sealed(body) if seal else {**data["attributes"]["dspark"], **changes}
     path.write_text(json.dumps(data))
 
 
 def test_unknown_version_codec_and_key_are_refused(store: Path) -> None:
-    edit_manifest(store, True, format_version=2)
-    with pytest.raises(errors.FormatVersionError, match="version 2"):
+    edit_manifest(store, True, format_version=3)
+    with pytest.raises(errors.FormatVersionError, match="version 3"):
         dspark.cache.open(store)
-    edit_manifest(store, True, format_version=1, aux={"codec": "magic", "bits": 16, "params": {}})
+    edit_manifest(store, True, format_version=2, codec={"name": "magic"})
     with pytest.raises(errors.FormatVersionError, match="magic"):
         dspark.cache.open(store)
-    edit_manifest(store, True, aux={"codec": "bf16", "bits": 16, "params": {}, "pack": "lz4"})
-    with pytest.raises(errors.FormatVersionError, match="packed by 'lz4'"):
+    edit_manifest(store, True, codec={"name": "lossless", "pack": "lz4"})
+    with pytest.raises(errors.FormatVersionError, match="packing 'lz4'"):
         dspark.cache.open(store)
-    edit_manifest(store, True, aux={"codec": "bf16", "bits": 16, "params": {}}, surprise=1)
+    edit_manifest(store, True, codec={"pack": "zstd", "params": {"aux": 1}})
+    with pytest.raises(errors.FormatVersionError, match="parameters"):
+        dspark.cache.open(store)
+    edit_manifest(store, True, surprise=1)
     with pytest.raises(errors.DamagedCacheError, match="surprise"):
         dspark.cache.open(store)
 
 
 def test_an_edited_manifest_is_damage(store: Path) -> None:
-    edit_manifest(store, False, layers=[1, 2, 3])
+    edit_manifest(store, False, sources=[])
     with pytest.raises(errors.DamagedCacheError, match="crc32c"):
+        dspark.cache.open(store)
+    plan = dspark.cache.reader.read_attributes(store)["dspark"]["plan"]
+    edit_manifest(store, True, sources=[], plan=plan | {"layers": [1, 2, 3]})
+    with pytest.raises(errors.DamagedCacheError, match="plan_sha256"):
         dspark.cache.open(store)
 
 
@@ -201,7 +205,7 @@ def damage(path: Path, kind: str) -> None:
 @pytest.mark.parametrize("kind", ["flip", "cut", "gone"])
 def test_verify_names_every_damaged_file(store: Path, kind: str) -> None:
     """Each file of a part in turn, its own metadata included: verify finds it and names it, and no read returns data from a damaged chunk."""
-    part = store / "parts" / "00000002"
+    part = store / "parts" / "000000000002"
     total = verify(store)
     assert total.ok
     assert total.checked_chunks > 20
@@ -215,14 +219,14 @@ def test_verify_names_every_damaged_file(store: Path, kind: str) -> None:
             file,
             report.findings,
         )
-        assert report.damaged == {"00000002"}
+        assert report.damaged == {"000000000002"}
         file.write_bytes(whole)
     assert verify(store).ok
 
 
 @pytest.mark.parametrize("kind", ["flip", "cut", "gone"])
 def test_reading_damaged_states_raises(store: Path, kind: str) -> None:
-    damage(store / "parts" / "00000000" / "aux_code" / "c" / "0" / "0" / "0", kind)
+    damage(store / "parts" / "000000000000" / "aux_code" / "c" / "0" / "0" / "0", kind)
     with pytest.raises(errors.DamagedCacheError, match="aux_code"):
         for sample in dspark.cache.open(store):
             del sample
@@ -230,13 +234,13 @@ def test_reading_damaged_states_raises(store: Path, kind: str) -> None:
 
 def test_verify_finds_a_swapped_part_and_a_missing_one(store: Path, tmp_path: Path) -> None:
     stores.write_store(tmp_path / "other.zarr", LENGTHS, m=dspark.cache.open(store).manifest, seed=5)
-    mine, other = store / "parts" / "00000001", tmp_path / "other.zarr" / "parts" / "00000001"
+    mine, other = store / "parts" / "000000000001", tmp_path / "other.zarr" / "parts" / "000000000001"
     mine.rename(tmp_path / "kept")
     report = verify(store)
     assert any("missing" in f for f in report.findings)
     other.rename(mine)
     report = verify(store)
-    assert any("not the part that this store's index" in f for f in report.findings)
+    assert any("of another plan than the store's" in f for f in report.findings)
 
 
 def test_disk_full_is_one_sentence_and_leaves_the_committed_parts(
@@ -244,16 +248,8 @@ def test_disk_full_is_one_sentence_and_leaves_the_committed_parts(
 ) -> None:
     m = stores.manifest()
     samples = stores.token_samples(LENGTHS)
-    parts = stores.parts_of(samples, m.dump.part_tokens)
     writer = StoreWriter.create(tmp_path / "full.zarr", m, stores.frozen(), {})
-    writer.commit(
-        0,
-        [stores.coded(s, m) for s in parts[0]],
-        row_start=0,
-        row_stop=len(parts[0]),
-        dropped={},
-        truncated=0,
-    )
+    stores.commit(writer, 0, samples)
 
     import errno
 
@@ -262,14 +258,7 @@ def test_disk_full_is_one_sentence_and_leaves_the_committed_parts(
 
     monkeypatch.setattr("dspark.cache.files.atomic.os.fsync", full)
     with pytest.raises(errors.StoreWriteError, match="disk is full.*--resume"):
-        writer.commit(
-            1,
-            [stores.coded(s, m) for s in parts[1]],
-            row_start=parts[1][0].row,
-            row_stop=parts[1][-1].row + 1,
-            dropped={},
-            truncated=0,
-        )
+        stores.commit(writer, 1, samples)
     monkeypatch.undo()
     again = StoreWriter.resume(tmp_path / "full.zarr", m)
     assert set(again.committed) == {0}
@@ -346,21 +335,33 @@ def test_one_flipped_bit_of_an_unpacked_chunk_is_named(tmp_path: Path, byte: int
     np.testing.assert_array_equal(shard.read(256, 300), data[256:])
 
 
-def test_the_residue_is_that_of_every_sum_in_use() -> None:
-    """Bytes and their own crc32c behind them always sum to the same, whichever package sums."""
-    import google_crc32c
-
+def test_the_residue_is_that_of_every_sum() -> None:
+    """Bytes and their own crc32c behind them always sum to the same."""
     from dspark.cache.files import checksum, shard
 
-    for crc32c in (checksum.crc32c, google_crc32c.value):
-        for data in (b"", b"123456789", bytes(1000), bytes(range(256)) * 77):
-            whole = np.frombuffer(data + crc32c(data).to_bytes(4, "little"), np.uint8)
-            assert crc32c(whole) == shard.RESIDUE
+    for data in (b"", b"123456789", bytes(1000), bytes(range(256)) * 77):
+        whole = np.frombuffer(data + checksum.crc32c(data).to_bytes(4, "little"), np.uint8)
+        assert checksum.crc32c(whole) == shard.RESIDUE
 
 
-def test_a_sound_file_of_another_part_is_found(tmp_path: Path, store: Path, plan: Manifest) -> None:
-    """Equal lengths, every checksum in it right: the crc32c of such files is the same whatever they hold, their crc32 is not."""
+def test_a_sound_file_of_another_part_or_array_is_found(tmp_path: Path, store: Path, plan: Manifest) -> None:
+    """Equal sizes, every checksum in it right: the tag at its beginning is of another part (or store), so a reader refuses it when it opens it."""
     stores.write_store(tmp_path / "other.zarr", LENGTHS, m=plan, seed=5)
-    name = "parts/00000001/sample_key/c/0/0"
-    (store / name).write_bytes((tmp_path / "other.zarr" / name).read_bytes())
-    assert any("sample_key" in finding and "checksums" in finding for finding in verify(store).findings)
+    name = "parts/000000000001/sample_key/c/0/0"
+    whole = (store / name).read_bytes()
+    other = (tmp_path / "other.zarr" / name).read_bytes()
+    (store / name).write_bytes(other)  # same number, another store: only what it holds tells
+    assert any(
+        "sample_key" in finding and ("begins with" in finding or "checksums" in finding)
+        for finding in verify(store).findings
+    )
+    (store / name).write_bytes(whole)
+    for array in ("aux_code/c/0/0/0", "input_ids/c/0"):
+        a, b = (store / "parts" / part / array for part in ("000000000000", "000000000001"))
+        one, two = a.read_bytes(), b.read_bytes()
+        a.write_bytes(two[: len(one)].ljust(len(one), b"x"))
+        with pytest.raises(errors.DamagedCacheError, match=r"begins with \w{32}, expected \w{32}"):
+            dspark.cache.open(store).read(0)
+        assert not verify(store).ok
+        a.write_bytes(one)
+    assert verify(store).ok

@@ -12,9 +12,9 @@ from safetensors.torch import load_file, save_file
 import dspark.cache
 import stores
 from dspark.cache.errors import DamagedCacheError, MismatchError
-from dspark.cache.manifest import TokenizerInfo
+from dspark.cache.files.checksum import file_sha256
+from dspark.cache.manifest import CodecInfo, TokenizerInfo
 from dspark.cache.recode import recode
-from dspark.cache.target.frozen import file_sha256
 from dspark.cache.verify import drop_damaged, verify
 from dspark.cache.writer import StoreWriter
 
@@ -31,9 +31,9 @@ def store(tmp_path: Path) -> Path:
     path = tmp_path / "hs.zarr"
     samples = stores.token_samples(LENGTHS)
     with StoreWriter.create(path, PLAN, stores.frozen(), FILES) as writer:
-        coded = [stores.coded(s, PLAN) for s in samples]
-        writer.commit(0, coded, row_start=0, row_stop=len(samples), dropped={}, truncated=0)
-        writer.finish(rows_read=len(samples))
+        for block in range(2):
+            stores.commit(writer, block, samples)
+        writer.finish()
     return path
 
 
@@ -83,7 +83,7 @@ def test_verify_finds_what_is_not_the_manifests_and_a_resumed_run_writes_it_agai
     with StoreWriter.resume(store, PLAN) as writer:
         assert writer.restore_target(stores.frozen(), FILES) == [name]
         assert writer.restore_target(stores.frozen(), FILES) == []
-        writer.finish(rows_read=len(LENGTHS))
+        writer.finish()
     assert contents(store) == before
 
 
@@ -150,19 +150,21 @@ def test_a_recoded_store_gets_its_targets_files_again_from_the_source(store: Pat
 
 
 def test_a_missing_part_is_one_to_be_written_again(store: Path, tmp_path: Path) -> None:
-    (store / "parts" / "00000000").rename(tmp_path / "kept")
+    (store / "parts" / "000000000000").rename(tmp_path / "kept")
     report = verify(store)
-    assert report.damaged == {"00000000"}
-    assert drop_damaged(store, report) == ["00000000"]
+    assert report.damaged == {"000000000000"}
+    assert drop_damaged(store, report) == ["000000000000"]
 
 
 def test_a_difference_between_plans_is_short(store: Path) -> None:
-    """Means of a codec, base64 by the kilobyte, are no message; another codec's params are no difference of their own."""
-    aux = dataclasses.replace(PLAN.aux, codec="rotated", bits=4, params={"mean": "x" * 5000})
-    with pytest.raises(MismatchError, match="aux.bits: store has 16, this run has 4") as caught:
-        PLAN.same_plan(dataclasses.replace(PLAN, aux=aux), "hs.zarr")
+    """Parameters by the kilobyte are no message; another codec's parameters are no difference of their own."""
+    codec = CodecInfo(name="rotated-4-4", params={"levels": "x" * 5000})
+    with pytest.raises(
+        MismatchError, match="codec.name: store has 'lossless', this run has 'rotated-4-4'"
+    ) as caught:
+        PLAN.same_plan(dataclasses.replace(PLAN, codec=codec), "hs.zarr")
     assert "params" not in str(caught.value)
-    mine = dataclasses.replace(aux, params={"mean": "y" * 5000})
-    with pytest.raises(MismatchError, match=r"aux.params.mean: store has 'xxx") as caught:
-        dataclasses.replace(PLAN, aux=aux).same_plan(dataclasses.replace(PLAN, aux=mine), "hs.zarr")
+    mine = dataclasses.replace(codec, params={"levels": "y" * 5000})
+    with pytest.raises(MismatchError, match=r"codec.params.levels: store has 'xxx") as caught:
+        dataclasses.replace(PLAN, codec=codec).same_plan(dataclasses.replace(PLAN, codec=mine), "hs.zarr")
     assert len(str(caught.value)) < 500

@@ -142,12 +142,12 @@ def test_a_repaired_store_has_all_its_answers(config: DumpConfig) -> None:
     dump(config, Display())
     answers = AnswerFiles(config.output)
     before, store = answers.joined.read_bytes(), files(config.output)
-    shard = max((config.output / "parts" / "00000001").rglob("c/0*"), key=lambda p: p.stat().st_size)
+    shard = max((config.output / "parts" / "000000000001").rglob("c/0*"), key=lambda p: p.stat().st_size)
     shard = shard if shard.is_file() else next(p for p in shard.rglob("*") if p.is_file())
     data = bytearray(shard.read_bytes())
     data[:64] = bytes(64)
     shard.write_bytes(data)
-    assert drop_damaged(config.output, verify(config.output)) == ["00000001"]
+    assert drop_damaged(config.output, verify(config.output)) == ["000000000001"]
     moved = answers.joined.rename(answers.joined.with_suffix(".away"))
 
     def no_engine(*_: object) -> None:

@@ -11,11 +11,12 @@ import torch
 
 from dspark.cache.codec import registry
 from dspark.cache.files.layout import PartLayout
-from dspark.cache.files.part import PartJob, join_tokens
+from dspark.cache.files.part import Block, PartJob, join_tokens
+from dspark.cache.files.place import Folder
 from dspark.cache.records import TokenSample, last_rows
 from dspark.cache.settings import LOSSLESS, rotated_name
 from dspark.dump.corpus.parts import PartRows
-from dspark.dump.writing.blocks import Block
+from dspark.dump.writing.blocks import Block as Memory
 from dspark.dump.writing.filling import Filling, as_slice
 
 LAYERS, HIDDEN = 2, 64
@@ -36,9 +37,10 @@ def filling(made: list[TokenSample], bits: int) -> Filling:
     layout = PartLayout(registry.make(rotated_name(bits, bits)), LAYERS, HIDDEN)
     specs = layout.arrays(arrays["input_ids"].shape[0], len(made), sum(stored))
     job = PartJob(
-        parts=Path("nowhere"), index=0, arrays=arrays, specs=list(specs), row_start=0, row_stop=len(made), dropped={}, truncated=0
+        place=Folder(Path("nowhere")), index=0, arrays=arrays, specs=list(specs), exact={},
+        block=Block(row_start=0, row_stop=len(made), dropped={}, truncated=0), plan={}, plan_sha256="",
     )  # fmt: skip
-    return Filling(part, job, Block(False))
+    return Filling(part, job, Memory(False))
 
 
 @pytest.mark.parametrize("bits", [16, 8, 4])

@@ -101,11 +101,11 @@ def test_it_resumes_to_the_same_store_and_refuses_other_sampling(
         }
 
     before = files()
-    shutil.rmtree(config.output / "parts" / "00000001")
+    shutil.rmtree(config.output / "parts" / "000000000001")
     folder = Path(f"{config.output}.answers")
     folder.mkdir()
     lines = answers.decode().splitlines(keepends=True)
-    for part, rows in (("00000000", range(3)), ("00000002", range(6, 9))):
+    for part, rows in (("000000000000", range(3)), ("000000000002", range(6, 9))):
         kept = [line for line in lines if json.loads(line)["row"] in rows]
         (folder / f"{part}.jsonl").write_text("".join(kept))
     StoreWriter.resume(config.output, prepare(config).manifest).reopen()

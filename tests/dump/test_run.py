@@ -31,6 +31,7 @@ from dspark.cache.errors import (
     StoreWriteError,
     UsageError,
 )
+from dspark.cache.files.checksum import file_sha256
 from dspark.cache.files.part import PartJob
 from dspark.cache.records import TokenSample
 from dspark.cache.writer import StoreWriter
@@ -115,7 +116,7 @@ def test_a_compact_dump_is_centred_on_rows_from_all_over_the_corpus(
     assert sum(r < 200 for r in rows) == pytest.approx(len(rows) / 2, abs=1)
     dump(config, show)
     store = dspark.cache.open(config.output)
-    assert {"mean", "deviation"} <= store.manifest.aux.params.keys() & store.manifest.last.params.keys()
+    assert store.manifest.codec.calibration_sha256 == file_sha256(config.output / "calibration.safetensors")
     aux = np.concatenate([store[i].aux for i in range(0, 400, 13)])
     mean = store.codec.aux.centre.tensors(64, torch.device("cpu"))[0].numpy()  # type: ignore[union-attr]
     np.testing.assert_allclose(aux.mean(0), mean, atol=0.25 * float(aux.std(0).mean()))
@@ -178,7 +179,7 @@ def test_killed_and_resumed_is_byte_identical(
 def test_a_removed_part_is_written_again(config: DumpConfig, show: Display) -> None:
     dump(config, show)
     before = files(config.output)
-    shutil.rmtree(config.output / "parts" / "00000001")
+    shutil.rmtree(config.output / "parts" / "000000000001")
     StoreWriter.resume(config.output, prepare(config).manifest).reopen()
     out = dump(dataclasses.replace(config, resume=True), show)
     assert 0 < out["new_tokens"] < out["tokens"]
@@ -259,7 +260,7 @@ def test_an_empty_corpus(config: DumpConfig, show: Display, write_rows: Callable
         dump(dataclasses.replace(config, data=str(write_rows([]))), show)
 
 
-def test_rows_dropped_after_the_last_part_are_counted(
+def test_rows_that_are_dropped_have_parts_too(
     config: DumpConfig, show: Display, write_rows: Callable[..., Path]
 ) -> None:
     data = write_rows([*corpus(4), *[chat("u: hi there")] * 2])
@@ -267,7 +268,7 @@ def test_rows_dropped_after_the_last_part_are_counted(
     assert (out["rows_read"], out["samples"], out["parts"], out["dropped"]) == (
         6,
         4,
-        4,
+        6,
         {"no assistant turn": 2},
     )
 

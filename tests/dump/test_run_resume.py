@@ -46,8 +46,8 @@ def test_the_same_command_on_a_whole_store_reads_no_weights(
     ("change", "error", "words"),
     [
         ({"model": "nosuchmodel"}, TargetError, "--model nosuchmodel: no config could be read"),
-        ({"aux_bits": 4}, MismatchError, "aux.bits: store has 16, this run has 4"),
-        ({"seq_length": 99}, MismatchError, "dump.seq_length: store has .*, this run has 99"),
+        ({"aux_bits": 4}, MismatchError, "codec.name: store has 'lossless', this run has 'rotated-4-16'"),
+        ({"seq_length": 99}, MismatchError, "run.seq_length: store has .*, this run has 99"),
         ({"layers": (0, 2)}, MismatchError, r"layers: store has \[1, 2, 3\], this run has \[0, 2\]"),
         ({"limit": 10}, MismatchError, "source.limit: store has None, this run has 10"),
         ({"data": "other.jsonl"}, MismatchError, "source.id: store has 'rows.jsonl', this run has 'other.jsonl'"),
@@ -87,7 +87,7 @@ def test_damaged_weights_are_written_again(
     before = files(config.output)
     weights = config.output / "target" / "model.safetensors"
     if not dropped:
-        flip(config.output / "parts" / "00000000" / "input_ids" / "c" / "0")
+        flip(config.output / "parts" / "000000000000" / "input_ids" / "c" / "0")
         drop_damaged(config.output, verify(config.output))
     flip(weights)
     if dropped:
@@ -99,7 +99,7 @@ def test_damaged_weights_are_written_again(
     assert verify(config.output).ok
 
 
-@pytest.mark.parametrize("missing", ["target/model.safetensors", "parts/00000001"])
+@pytest.mark.parametrize("missing", ["target/model.safetensors", "parts/000000000001"])
 def test_weights_that_have_changed_since_do_not_go_on_with_a_store(
     config: DumpConfig, show: Display, tmp_path: Path, missing: str
 ) -> None:

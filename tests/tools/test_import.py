@@ -202,7 +202,7 @@ def test_compact_bits_are_calibrated_and_resumed_to_the_same_bytes(
             raise Stop
 
     whole = imported(peer, tmp_path / "whole.zarr", target, aux_bits=4, last_bits=4)
-    assert "mean" in whole.manifest.aux.params
+    assert whole.manifest.codec.calibration_sha256
     assert min(whole.manifest.quality["aux_snr_db"]) > 15
     with pytest.raises(Stop):
         import_store(
@@ -228,7 +228,7 @@ def test_resuming_a_whole_store_checks_that_it_is_the_same(
     )
     other = write_deepspec(tmp_path / "other", rows[:7])
     for source, flags, words in (
-        (peer, {"aux_bits": 8}, "aux.bits: store has 4, this run has 8"),
+        (peer, {"aux_bits": 8}, "codec.name: store has .rotated-4-16., this run has .rotated-8-16."),
         (peer, {"aux_bits": 4, "mask_token_id": 3}, "target.mask_token_id: store has .*, this run has 3"),
         (other, {"aux_bits": 4}, "source.id: store has 'peer', this run has 'other'"),
     ):

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from dspark.cache.errors import DamagedCacheError, FormatVersionError
-from dspark.cache.target.frozen import file_sha256
+from dspark.cache.files.checksum import file_sha256
 from dspark.tools.importers.source import Found, Given
 from dspark.tools.shapes import Optional, fault
 

@@ -7,6 +7,7 @@ is left out: last states that no anchor needs. Rows that hold no sample are coun
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -19,7 +20,6 @@ import torch
 from dspark.cache.codec import registry
 from dspark.cache.codec.base import Codec, to_numpy, tokens_of
 from dspark.cache.codec.centre import CALIBRATION, spread
-from dspark.cache.codec.fields import Fields, field_info
 from dspark.cache.errors import (
     DamagedCacheError,
     DataError,
@@ -28,6 +28,7 @@ from dspark.cache.errors import (
     NotACacheError,
     UsageError,
 )
+from dspark.cache.files.calibration import codec_info
 from dspark.cache.manifest import DumpInfo, Manifest, SourceInfo
 from dspark.cache.quality import Probe, budget_of, probe_of, quality, share_of
 from dspark.cache.reader import read_manifest
@@ -95,26 +96,24 @@ def import_store(
     cache and target do not belong together, DamagedCacheError where the cache is not whole. ``last_state``: "after-norm" or "before-norm", where
     the cache is not as its layout has it.
     """
-    from dspark.dump.centring import centred_as
     from dspark.dump.target.config import load_target, target_info, tokenizer_info
     from dspark.dump.target.presets import find
     from dspark.dump.target.weights import compact, read_frozen
 
     chosen_codec = registry.make(choose_codec(codec, aux_bits, last_bits), pack)
-    assert isinstance(chosen_codec, Fields)
     given = open_source(source)
     if len(given) == 0:
         raise DataError(f"{source}: no samples")
+    block_rows = 1 << max(round(math.log2(part_tokens / max(given.mean_tokens(), 1))), 0)
     target = load_target(model)
     chosen = check_belongs(given, source, layers, target.shapes.hidden_size, target.shapes.num_layers, model)
     frozen, norm = read_frozen(model, target.shapes)
     manifest = Manifest(
         target=target_info(target, mask_token_id, find(model)),
         layers=chosen,
-        aux=field_info(chosen_codec.aux),
-        last=field_info(chosen_codec.last),
+        codec=codec_info(chosen_codec),
         tokenizer=tokenizer_info(target, tokenised=True),
-        source=SourceInfo(id=Path(source).resolve().name, sha256=given.sha256, limit=None),
+        sources=[SourceInfo(id=Path(source).resolve().name, sha256=given.sha256, limit=None)],
         dump=DumpInfo(
             engine=f"import-{given.name}",
             engine_version=given.version,
@@ -123,7 +122,7 @@ def import_store(
             min_supervised=2,
             assistant_pattern=None,
             mask_rule="given",
-            part_tokens=part_tokens,
+            block_rows=block_rows,
         ),
     )
     after = given.last_after_norm if last_state is None else last_state == f"{AFTER}-norm"
@@ -131,7 +130,8 @@ def import_store(
     reader.text_check(frozen)
     if resume and Path(destination).exists():
         stored = read_manifest(destination)
-        manifest = centred_as(manifest, stored)
+        rows = stored.dump.block_rows
+        manifest = dataclasses.replace(manifest, dump=dataclasses.replace(manifest.dump, block_rows=rows))
         stored.same_plan(manifest, str(destination))
         if stored.complete:
             return stored
@@ -139,12 +139,12 @@ def import_store(
         writer.restore_target(compact(frozen), target.files)
     else:
         learnt = reader.calibrated(chosen_codec)
-        assert isinstance(learnt, Fields)
-        manifest = dataclasses.replace(manifest, aux=field_info(learnt.aux), last=field_info(learnt.last))
-        writer = StoreWriter.create(destination, manifest, compact(frozen), target.files, overwrite=overwrite)
+        writer = StoreWriter.create(
+            destination, manifest, compact(frozen), target.files, codec=learnt, overwrite=overwrite
+        )
     with writer:
-        tail = write_parts(writer, reader, part_tokens, max_dropped, torch.device(device), progress)
-        return writer.finish(rows_read=len(given), dropped=tail, quality=reader.quality(writer.codec))
+        write_parts(writer, reader, max_dropped, torch.device(device), progress)
+        return writer.finish(quality=reader.quality(writer.codec))
 
 
 def check_belongs(
@@ -267,44 +267,50 @@ class Reader:
 def write_parts(
     writer: StoreWriter,
     reader: Reader,
-    part_tokens: int,
     max_dropped: float,
     device: torch.device,
     progress: Callable[[int, int], None],
-) -> Counter[str]:
-    """Write every part that is missing; returns what was dropped after the last one."""
-    total = len(reader.given)
-    row, part = 0, 0
+) -> None:
+    """Write every part that is missing. Raises MismatchError where a part that is there was made from other rows."""
+    total, size = len(reader.given), writer.manifest.dump.block_rows
     dropped: Counter[str] = Counter()
-    while row < total:
-        if part in writer.committed:
-            row = writer.committed[part].row_stop
-            dropped.update(writer.committed[part].dropped)
-            part += 1
-            continue
-        start, tokens, here = row, 0, Counter[str]()
-        samples: list[CodedSample] = []
-        while row < total and tokens < part_tokens:
-            found = reader.sample(row)
-            if isinstance(found, str):
-                here[found] += 1
-            else:
-                samples.append(
-                    _coded(found, writer.codec, reader.embedding, device, f"{reader.where}: sample {row}")
+    for block, start in enumerate(range(0, total, size)):
+        stop = min(start + size, total)
+        found = [reader.sample(row) for row in range(start, stop)]
+        sha = found_sha256(found)
+        if block in writer.committed:
+            if writer.committed[block].rows_sha256 not in (None, sha):
+                raise MismatchError(
+                    f"{reader.where}: samples {start}-{stop - 1} are not those that part {block} was made from. Put them back, or delete the part's folder."
                 )
-                tokens += found.tokens.input_ids.size
-            row += 1
-            progress(row, total)
+            dropped.update(writer.committed[block].dropped)
+            continue
+        here = Counter(f for f in found if isinstance(f, str))
+        samples = [
+            _coded(f, writer.codec, reader.embedding, device, f"{reader.where}: sample {start + i}")
+            for i, f in enumerate(found)
+            if isinstance(f, Ready)
+        ]
         dropped.update(here)
         if sum(dropped.values()) > max_dropped * total:
             raise DataError(
                 f"{reader.where}: {sum(dropped.values()):,} of {total:,} rows gave no sample ({dict(dropped)}), more than the allowed {max_dropped:.0%}"
             )
-        if not samples:
-            return here
-        writer.commit(part, samples, row_start=start, row_stop=row, dropped=here, truncated=0)
-        part += 1
-    return Counter()
+        writer.commit(
+            block, samples, writer.block(block, start, stop, dropped=here, truncated=0, rows_sha256=sha)
+        )
+        progress(stop, total)
+
+
+def found_sha256(found: list[Ready | str]) -> str:
+    """Of the tokens and masks of a block's samples, and of the reasons why others gave none."""
+    total = hashlib.sha256()
+    for f in found:
+        ids = (
+            f.encode() if isinstance(f, str) else f.tokens.input_ids.tobytes() + f.tokens.loss_mask.tobytes()
+        )
+        total.update(hashlib.sha256(ids).digest())
+    return total.hexdigest()
 
 
 def _coded(

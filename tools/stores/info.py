@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from dspark.cache.settings import rotated_bits
 from dspark.cache.shared.command import command, emit, json_flag, table
+
+if TYPE_CHECKING:
+    from dspark.cache.manifest import Manifest
 
 
 def info(path: str | Path) -> dict[str, Any]:
     """The keys of INTERFACES ``info`` and a few more. Counts of an unfinished store are those of its committed parts."""
     from dspark.cache.files.layout import PARTS, raw_bytes_per_token
     from dspark.cache.reader import read_manifest
-    from dspark.cache.settings import rotated_name
 
     path = Path(path)
     manifest = read_manifest(path)
@@ -38,20 +41,40 @@ def info(path: str | Path) -> dict[str, Any]:
     target = manifest.target
     raw = raw_bytes_per_token(len(manifest.layers), target.hidden_size)
     stored = states / tokens if tokens else None
+    measured = measured_bits(path, manifest, tokens, last)
+    bits = rotated_bits(manifest.codec.name) or measured
     return {
         "path": str(path), "format_version": manifest.format_version, "complete": manifest.complete,
         "target": target.id, "revision": target.revision, "layers": manifest.layers, "layer_convention": manifest.layer_convention,
         "target_layer_ids": manifest.target_layer_ids, "num_layers": target.num_layers, "hidden_size": target.hidden_size,
         "vocab_size": target.vocab_size, "mask_token_id": target.mask_token_id, "samples": samples, "tokens": tokens,
-        "supervised_tokens": supervised, "last_rows": last, "parts": parts, "codec": rotated_name(manifest.aux.bits, manifest.last.bits),
-        "aux_bits": manifest.aux.bits, "last_bits": manifest.last.bits,
-        "aux_codec": manifest.aux.codec, "last_codec": manifest.last.codec, "pack": manifest.aux.pack, "last_after_final_norm": manifest.last_after_final_norm,
+        "supervised_tokens": supervised, "last_rows": last, "parts": parts, "codec": manifest.codec.name,
+        "aux_bits": bits[0], "last_bits": bits[1], "aux_bits_measured": measured[0], "last_bits_measured": measured[1],
+        "pack": manifest.codec.pack, "last_after_final_norm": manifest.last_after_final_norm,
         "bytes_on_disk": on_disk, "frozen_bytes": on_disk - states, "bytes_per_token": stored, "raw_bytes_per_token": raw,
         "ratio": raw / stored if stored else None, "engine": manifest.dump.engine, "engine_version": manifest.dump.engine_version,
         "dtype": manifest.dump.dtype, "seq_length": manifest.dump.seq_length, "mask_rule": manifest.dump.mask_rule,
         "source": manifest.source.id, "rows_read": counts.rows_read, "truncated": counts.truncated, "dropped": counts.dropped,
         "quality": manifest.quality,
     }  # fmt: skip
+
+
+def measured_bits(
+    path: Path, manifest: Manifest, tokens: int, last: int
+) -> tuple[float | None, float | None]:
+    """Bits per value of the aux layers and of the last state on disk, exactly stored tokens counted with the former; None where nothing is stored."""
+    from dspark.cache.files.layout import PARTS, PLAIN_ARRAYS
+
+    sizes = {True: 0, False: 0}
+    for part in (path / PARTS).iterdir():
+        for array in part.iterdir() if part.is_dir() else ():
+            if array.is_dir() and array.name not in PLAIN_ARRAYS:
+                shards = (f.stat().st_size for f in (array / "c").rglob("*") if f.is_file())
+                sizes[array.name.startswith("last_")] += sum(shards)
+    hidden = manifest.target.hidden_size
+    values = tokens * len(manifest.layers) * hidden, last * hidden
+    aux = round(sizes[False] * 8 / values[0], 3) if values[0] else None
+    return aux, round(sizes[True] * 8 / values[1], 3) if values[1] else None
 
 
 @command("info")
@@ -71,7 +94,7 @@ def info_command(cache: str, as_json: bool) -> None:
         ("aux layers", f"{data['layers']}  (output of layer i; vLLM's ids: {data['target_layer_ids']})"),
         ("samples", f"{data['samples']:,}  in {data['parts']:,} parts"),
         ("tokens", f"{data['tokens']:,}  supervised {data['supervised_tokens']:,}, last states {data['last_rows']:,}"),
-        ("codec", f"{data['codec']}: aux {data['aux_bits']:g} bits per value, last state (after the final norm) {data['last_bits']:g}, packed by {data['pack']}"),
+        ("codec", f"{data['codec']}, packed by {data['pack']}; measured bits per value: aux {data['aux_bits_measured']}, last state (after the final norm) {data['last_bits_measured']}"),
         ("bytes", f"{data['bytes_on_disk']:,} on disk, of which {data['frozen_bytes']:,} are the target's frozen weights and the index"),
         ("a token", f"{per_token} bytes; {ratio} the raw bf16 layout's {data['raw_bytes_per_token']}"),
         ("engine", f"{data['engine']} {data['engine_version']}, {data['dtype']}, sequences up to {data['seq_length']} tokens"),

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from dspark.cache.errors import DraftError, ExistsError, MismatchError, UsageError
 from dspark.cache.files.atomic import existing_parent, write_errors, write_file
+from dspark.cache.settings import rotated_bits
 from dspark.cache.shared import config_file
 from dspark.train.config import TrainConfig
 from dspark.train.recipes import NONE
@@ -72,8 +73,8 @@ def store_identity(run: Run) -> dict[str, Any]:
         "revision": m.target.revision,
         "weights_sha256": m.target.weights_sha256,
         "layers": m.layers,
-        "aux_bits": m.aux.bits,
-        "last_bits": m.last.bits,
+        "codec": m.codec.name,
+        **dict(zip(("aux_bits", "last_bits"), rotated_bits(m.codec.name) or (), strict=False)),
         "source": m.source.id,
         "source_sha256": m.source.sha256,
         "samples": m.counts.samples,
