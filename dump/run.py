@@ -84,8 +84,6 @@ def dump(
             )
             return report(config.output, stored, time.monotonic() - began, Written())
     with log_file(config.output.with_name(config.output.name + ".log")):
-        settings = config_file.resolved(dataclasses.asdict(config), "dspark-dump")
-        write_file(config.output.with_name(config.output.name + ".yaml"), settings)
         for line in job.plan.lines():
             show.say(line)
         writer = StoreWriter.resume(config.output, job.manifest) if stored else None
@@ -163,6 +161,9 @@ def run_engine(
         if restored := writer.restore_target(compact(frozen), job.target.files):
             show.say(f"written again in {config.output / 'target'}: {', '.join(restored)}")
         check_coded(engine, probe, raw, writer.codec, job.plan.layers)
+    # Only now: an old store that could not be replaced keeps what was asked of it.
+    settings = config_file.resolved(dataclasses.asdict(config), "dspark-dump")
+    write_file(config.output.with_name(config.output.name + ".yaml"), settings)
     measured = quality_of(probe_states(engine, probe, raw, writer.codec), writer.codec)
     if isinstance(job.maker, Prompts):
         with writer:

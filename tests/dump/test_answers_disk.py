@@ -255,7 +255,7 @@ def test_an_ordinary_store_that_replaces_it_takes_its_answers_away(
     assert beside() == before
     dump(ordinary, Display())
     assert {p.name for p in config.output.parent.iterdir()} == {
-        "hs.zarr", "hs.zarr.log", "ordinary.jsonl", "rows.jsonl",
+        "hs.zarr", "hs.zarr.log", "hs.zarr.yaml", "ordinary.jsonl", "rows.jsonl",
     }  # fmt: skip
     # Beside an ordinary store they are none of its own.
     answers.joined.write_text("mine")
