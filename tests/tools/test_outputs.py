@@ -11,6 +11,7 @@ from click.testing import CliRunner
 
 import dspark.tools.judge.calibrate
 import dspark.tools.judge.eval
+import dspark.tools.report.sources
 from dspark.cache.errors import DataError
 from dspark.tools.cli import main
 from dspark.tools.outputs import OutputFile, refuse_unwritable, save
@@ -19,8 +20,12 @@ from dspark.tools.outputs import OutputFile, refuse_unwritable, save
 NEEDED = {
     "eval": ["--model", "no-model", "--draft", "no-draft", "--data", "no.jsonl"],
     "calibrate": ["--cache", "no.zarr", "--draft", "no-draft"],
+    "report": ["."],
 }
-FLAGS = [("eval", "--output"), ("eval", "--markdown"), ("eval", "--answers"), ("calibrate", "--plot")]
+FLAGS = [
+    ("eval", "--output"), ("eval", "--markdown"), ("eval", "--answers"), ("calibrate", "--plot"),
+    ("report", "--output"),
+]  # fmt: skip
 # A folder that takes no files even from root stands for one without permission.
 UNWRITABLE = {
     "below a file": "notes/out.svg", "a folder": "folder.svg", "a device": "/dev/null",
@@ -78,6 +83,7 @@ def test_one_that_can_be_written_is_touched_only_at_the_end(
 
     monkeypatch.setattr(dspark.tools.judge.eval, "run", fails)
     monkeypatch.setattr(dspark.tools.judge.calibrate, "calibrate", fails)
+    monkeypatch.setattr(dspark.tools.report.sources, "read", fails)
     for command, flag in FLAGS:
         result = CliRunner().invoke(main, [command, *NEEDED[command], flag, path])
         assert (result.exit_code, "malformed" in result.stderr) == (1, True), result.output

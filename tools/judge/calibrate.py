@@ -195,7 +195,7 @@ def calibrate_command(as_json: bool, plot: Path | None, **flags: Any) -> None:
 
 def table(result: dict[str, Any]) -> str:
     """By position, before and after; then the sweep and the threshold it recommends. Markdown."""
-    from dspark.tools.judge.calibration import KEPT
+    from dspark.tools.judge.calibration import KEPT, recommended
 
     before, after = result["before"]["survival"], result["after"]["survival"]
     lines = [
@@ -217,7 +217,9 @@ def table(result: dict[str, Any]) -> str:
         f"| {r['threshold']:.2f} | {r['verified']:.2f} | {r['tokens']:.3f} | {r['accepted_share']:.3f} |"
         for r in result["sweep"]
     ]
-    best = result["recommended_threshold"]
+    if not result["sweep"]:
+        return "\n".join(lines)
+    best = recommended(result["sweep"])
     at = next(r for r in result["sweep"] if r["threshold"] == best)
     lines += [
         "",

@@ -20,7 +20,7 @@ Examples:
   dspark-tools report ./runs                                          a folder stands for what lies in it
 """,
 )
-@click.argument("paths", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.argument("paths", nargs=-1, required=True, type=click.Path(exists=True, path_type=Path))
 @click.option("--output", "-o", type=OUTPUT_FILE, default="report.html", help="The page.")
 @json_flag
 def report_command(paths: tuple[Path, ...], output: Path, as_json: bool) -> None:

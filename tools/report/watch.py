@@ -150,7 +150,7 @@ Examples:
   dspark-tools watch ./draft --once --json
 """,
 )
-@click.argument("path", type=click.Path(path_type=Path))
+@click.argument("path", type=click.Path(exists=True, path_type=Path))
 @click.option("--interval", type=Finite(0.2, 3600), default=2.0, help="Seconds between looks.")
 @click.option("--once", is_flag=True, help="Look once and stop; so does a call without a terminal.")
 @json_flag
