@@ -185,7 +185,7 @@ class Foreign:
         }
         self.layers, self.hidden, self.context = self.learnt["shape"].tolist()
         weights = safetensors(next((path / "target").glob("*.safetensors")))
-        self.embedding = weights["embed_tokens"].float().numpy()
+        self.embedding = weights["embed_tokens.weight"].float().numpy()
 
     def coefficients(self, field: str, code: np.ndarray) -> np.ndarray:
         step, offsets = self.learnt[f"{field}_numbers"][0], self.learnt[f"{field}_offsets"]
