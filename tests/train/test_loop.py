@@ -122,7 +122,7 @@ def test_wrong_runs_are_refused(config: TrainConfig, tmp_path: Path) -> None:
     with pytest.raises(errors.MismatchError, match="block_size: 3 there, 5 now"):
         train(dataclasses.replace(config, max_steps=2, block_size=5), resume=True)
     stores.write_store(tmp_path / "other.zarr", LENGTHS[:-1], seed=4)
-    with pytest.raises(errors.MismatchError, match="another store: .*samples: 12 there, 11 in"):
+    with pytest.raises(errors.MismatchError, match="different store: .*samples: 12 there, 11 in"):
         train(dataclasses.replace(config, max_steps=2, cache=str(tmp_path / "other.zarr")), resume=True)
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "mine.txt").write_text("x")
