@@ -67,20 +67,23 @@ def run(config: EvalConfig, note: Note = lambda line: None) -> tuple[dict[str, A
     from dspark.dump.target.config import load_target
     from dspark.tools.decode.prompts import read_prompts
     from dspark.train.draft.folder import load_config
+    from dspark.train.draft.types import drafter
 
     draft = load_config(config.draft)
     target = load_target(config.model)
     positions = target.shapes.max_positions
-    room = None if positions is None else positions - config.max_tokens - draft.block_size - 1
+    room = (
+        None
+        if positions is None
+        else positions - config.max_tokens - max(draft.block_size, len(draft.stage_ends)) - 1
+    )
     prompts = read_prompts(
         config.data, target.tokenizer, vocab_size=target.shapes.vocab_size, room=room, limit=config.limit
     )
     if config.engine == "vllm":
         if not draft.servable_by_vllm:
-            raise DraftError(
-                f"{config.draft}: its Markov head is {draft.markov_head_type}, and vLLM has only the vanilla one; "
-                "use --engine transformers"
-            )
+            why = drafter(draft.speculator_type).not_served(draft)
+            raise DraftError(f"{config.draft}: {why}; use --engine transformers")
         runs = _with_vllm(config, prompts, draft.block_size, target.eos_token_ids, note)
     else:
         runs = _with_transformers(config, prompts, target.eos_token_ids, note)
@@ -100,7 +103,7 @@ def _with_transformers(
 ) -> Runs:
     import torch
 
-    from dspark.tools.decode.decode import speculative_generate
+    from dspark.tools.decode.decode import outcome_of
     from dspark.tools.decode.target import Target, greedy_alone, load_model
     from dspark.train.draft.folder import load_config, load_draft
 
@@ -111,10 +114,10 @@ def _with_transformers(
         generator = torch.Generator(model.device).manual_seed(config.seed)
 
         def speculate(prompt: Prompt, limit: int) -> Outcome:
-            return speculative_generate(
+            return outcome_of(
                 target, draft, prompt.ids, max_tokens=limit, temperature=config.temperature, stop_ids=stop_ids,
                 generator=generator,
-            ).outcome(draft.config.block_size)  # fmt: skip
+            )  # fmt: skip
 
         def by_itself(prompt: Prompt, limit: int) -> Outcome:
             start = time.perf_counter()

@@ -83,9 +83,7 @@ def card(
         f"# {config.speculator_type} draft for {target}\n",
         f"A speculative-decoding draft: it proposes {config.block_size} tokens at a time and the target verifies them, so the output stays the "
         "target's own and only the speed changes.\n",
-        "## Serve\n"
-        + _code(serve_command(target, name, config.block_size))
-        + _servable(config, manifest["format"]),
+        "## Serve\n" + _serving(config, manifest, name),
         "## Draft\n" + _table(("", ""), _shape(config, manifest)),
     ]
     if run.store:
@@ -106,6 +104,17 @@ def card(
     if run.training:
         parts.append("## Reproduce\n" + _code(reproduce(run, target)))
     return "\n".join(parts)
+
+
+def _serving(config: Any, manifest: dict[str, Any], name: str) -> str:
+    from dspark.train.draft.types import drafter
+
+    kind = drafter(config.speculator_type)
+    if kind.method is None:
+        return f"Of a draft of type {kind.name}: {kind.servers}.\n"
+    return _code(serve_command(manifest["target"], name, config.block_size)) + _servable(
+        config, manifest["format"]
+    )
 
 
 def serve_command(target: str, draft: str, size: int) -> str:
