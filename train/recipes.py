@@ -114,7 +114,7 @@ def configure(given: Mapping[str, Any], recipe: str = AUTO) -> TrainConfig:
     kind = drafter(str(given.get("speculator_type", TrainConfig(cache="").speculator_type)))
     if chosen is None:
         return TrainConfig(**{**kind.defaults, **given})
-    own = dict(chosen.settings) | kind.defaults
+    own = {**chosen.settings, **kind.defaults}
     meant = own.get("optimizer", TrainConfig(cache="").optimizer)
     if given.get("optimizer", meant) != meant:
         for setting in ("lr", "betas"):  # found for the recipe's optimizer

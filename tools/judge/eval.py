@@ -42,6 +42,7 @@ class EvalConfig:
     max_tokens: int = 256
     temperature: float = 0.0
     limit: int | None = None
+    per_source: int | None = None
     alone: int | None = None
     seed: int = 0
     dtype: str = "auto"
@@ -78,8 +79,8 @@ def run(config: EvalConfig, note: Note = lambda line: None) -> tuple[dict[str, A
         else positions - config.max_tokens - max(draft.block_size, len(draft.stage_ends)) - 1
     )
     prompts = read_prompts(
-        config.data, target.tokenizer, vocab_size=target.shapes.vocab_size, room=room, limit=config.limit
-    )
+        config.data, target.tokenizer, vocab_size=target.shapes.vocab_size, room=room, limit=config.limit, per_source=config.per_source,
+    )  # fmt: skip
     if config.engine == "vllm":
         if not draft.servable_by_vllm:
             why = drafter(draft.speculator_type).not_served(draft)
@@ -140,8 +141,12 @@ def _with_vllm(
     import torch
 
     from dspark.tools.decode.vllm_serve import ServeRequest, run_vllm
+    from dspark.train.draft.folder import load_config
+    from dspark.train.draft.types import drafter
 
     dtype = "float32" if config.dtype == "auto" and not torch.accelerator.is_available() else config.dtype
+    own = load_config(config.draft)
+    speculation = drafter(own.speculator_type).serving(own)
     runs: list[list[Outcome]] = []
     for draft, asked in ((config.draft, prompts), (None, prompts[: config.alone])):
         if not asked:
@@ -151,7 +156,7 @@ def _with_vllm(
         request = ServeRequest(
             target=config.model, draft=draft, num_speculative_tokens=block_size, prompts=[p.ids for p in asked],
             max_tokens=config.max_tokens, temperature=config.temperature, seed=config.seed,
-            stop_token_ids=tuple(stop_ids), dtype=dtype,
+            stop_token_ids=tuple(stop_ids), dtype=dtype, speculation=speculation,
         )  # fmt: skip
         runs.append(run_vllm(request))
     return Runs(runs[0], runs[1], dtype)
@@ -187,6 +192,10 @@ Exit code 1 if a greedy answer in float32 is not the target's own.
     "--temperature", default=0.0, type=Temperature(min=0), help="0 = greedy; above: rejection sampling."
 )
 @click.option("--limit", type=COUNT, help="Only the first N rows.  [default: all]")
+@click.option(
+    "--per-source", type=COUNT,
+    help="Only the first N rows of each source (or category), such as 1 of each of SPEED-Bench's.  [default: all]",
+)  # fmt: skip
 @click.option(
     "--alone", type=click.IntRange(min=0),
     help="Also decode the first N prompts without the draft, for the speed-up and the lossless check.  [default: all]",

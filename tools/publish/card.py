@@ -112,14 +112,15 @@ def _serving(config: Any, manifest: dict[str, Any], name: str) -> str:
     kind = drafter(config.speculator_type)
     if kind.method is None:
         return f"Of a draft of type {kind.name}: {kind.servers}.\n"
-    return _code(serve_command(manifest["target"], name, config.block_size)) + _servable(
-        config, manifest["format"]
-    )
+    return _code(
+        serve_command(manifest["target"], name, config.block_size, kind.serving(config))
+    ) + _servable(config, manifest["format"])
 
 
-def serve_command(target: str, draft: str, size: int) -> str:
+def serve_command(target: str, draft: str, size: int, own: dict[str, Any] | None = None) -> str:
+    """``own``: what vLLM must know of the draft's type (``DrafterType.serving``); None for dspark."""
     settings = {
-        "method": "dspark",
+        **(own or {"method": "dspark"}),
         "model": draft,
         "num_speculative_tokens": size,
         "draft_sample_method": "probabilistic",
@@ -163,10 +164,18 @@ def reproduce(run: Run, target: str) -> str:
 
 
 def _servable(config: DraftConfig, form: str) -> str:
+    from dspark.train.draft.types import drafter
+
+    kind = drafter(config.speculator_type)
+    if config.servable_by_vllm and kind.method != "dspark":
+        return f"\n{kind.servers}: read in vLLM's loader, not run.\n"
     if config.servable_by_vllm:
         first, why = vllm_at_least(config, form)
         return f"\nvLLM {first} or later: {why}.\n"
-    return f"\nNot by vLLM: it has no {config.markov_head_type} Markov head. `dspark-tools eval --engine transformers` decodes with it.\n"
+    return (
+        f"\nNot by vLLM: it has no {config.markov_head_type} Markov head. SGLang takes it as it is (`--speculative-algorithm DSPARK`), "
+        "and `dspark-tools eval --engine transformers` decodes with it.\n"
+    )
 
 
 def _shape(config: DraftConfig, manifest: dict[str, Any]) -> list[tuple[str, Any]]:

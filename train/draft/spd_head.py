@@ -185,7 +185,7 @@ class SpdHead(DraftModel):
             q, keys, values = layer.self_attn.queries_keys_values(
                 normed, rows, plan.query_rope, plan.memory_rope
             )
-            out: Tensor = layer.self_attn.o_proj(_attended(q, keys, values, plan).flatten(1))
+            out: Tensor = layer.self_attn.o_proj(attended(q, keys, values, plan.far, plan.exists).flatten(1))
             return out
 
         return layer.around(x, attend)
@@ -202,27 +202,24 @@ class SpdHead(DraftModel):
         return F.linear(h.to(weight.dtype), weight).float()
 
 
-def _attended(q: Tensor, keys: Tensor, values: Tensor, plan: SpdPlan) -> Tensor:
-    """[A, Hq, D]: of queries [A, Hq, D] over keys and values [S + A (n-1) + A, Hkv, D]: the row's, each query's near ones, its own."""
-    anchors, length = plan.far.shape
+def attended(q: Tensor, keys: Tensor, values: Tensor, far: Tensor, exists: Tensor) -> Tensor:
+    """[A, Hq, D]: of queries [A, Hq, D] over keys and values [S + A m + A, Hkv, D]: the row's where ``far`` bool[A, S], each query's m own
+    where they exist, bool[A, m], and the query's own.
+    """
+    anchors, length = far.shape
     out = []
     for start in range(0, anchors, QUERIES_AT_ONCE):
         part = slice(start, min(start + QUERIES_AT_ONCE, anchors))
-        count, near = part.stop - part.start, plan.near.shape[1]
+        count, near = part.stop - part.start, exists.shape[1]
         own = torch.eye(count, dtype=torch.bool, device=q.device)
-        close = (own[:, :, None] & plan.exists[part]).flatten(1)
-        mask = torch.cat([plan.far[part], close, own], 1)
+        close = (own[:, :, None] & exists[part]).flatten(1)
+        mask = torch.cat([far[part], close, own], 1)
+        of_near = slice(length + part.start * near, length + part.stop * near)
         k, v = (
-            torch.cat(
-                [
-                    x[:length],
-                    x[length + part.start * near : length + part.stop * near],
-                    x[length + anchors * near :][part],
-                ]
-            )
-            for x in (keys, values)
+            torch.cat([x[:length], x[of_near], x[length + anchors * near :][part]]) for x in (keys, values)
         )
-        heads = (x.transpose(0, 1)[None] for x in (q[part], k, v))
-        seen = F.scaled_dot_product_attention(*heads, attn_mask=mask, enable_gqa=q.shape[1] != keys.shape[1])
+        query, k, v = (x.transpose(0, 1)[None] for x in (q[part], k, v))
+        gqa = q.shape[1] != keys.shape[1]
+        seen = F.scaled_dot_product_attention(query, k, v, attn_mask=mask, enable_gqa=gqa)
         out.append(seen[0].transpose(0, 1))
     return torch.cat(out) if out else q

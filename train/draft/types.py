@@ -32,6 +32,8 @@ TYPES = {
     "dspark": "dspark.train.draft.dspark:DSPARK",
     "dflash": "dspark.train.draft.dflash:DFLASH",
     "spd": "dspark.train.draft.spd:SPD",
+    "eagle3": "dspark.train.draft.eagle3:EAGLE3",
+    "peagle": "dspark.train.draft.eagle3:PEAGLE",
 }
 
 
@@ -80,6 +82,10 @@ class DrafterType(ABC):
     @abstractmethod
     def servable_by_vllm(self, config: DraftConfig) -> bool:
         """Whether vLLM serves it (written into config.json as ``vllm_servable``)."""
+
+    def serving(self, config: DraftConfig) -> dict[str, Any]:
+        """Keys of vLLM's ``speculative_config`` beside model, number of tokens and how drafts are drawn."""
+        return {"method": self.method}
 
     def not_served(self, config: DraftConfig) -> str:
         """Why ``servable_by_vllm`` is false, in words."""
