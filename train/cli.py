@@ -13,7 +13,7 @@ from dspark.cache.errors import UsageError
 from dspark.cache.shared.command import bar, command, emit, version_flag
 from dspark.train.config import LOGGERS, SCHEDULES, SELECT, STRATEGIES, TrainConfig
 from dspark.train.draft.shape_file import read_shape
-from dspark.train.draft.types import TYPES
+from dspark.train.draft.types import TYPES, drafter
 from dspark.train.recipes import AUTO, NONE, configure, recipes
 
 DEFAULTS = TrainConfig(cache="")
@@ -245,6 +245,7 @@ def closing(config: TrainConfig, result: dict[str, Any]) -> list[str]:
     judged = "held out" if result.get("validation") else "training rows"
     out = config.output
     return [
+        f"speculator type {config.speculator_type}: {drafter(config.speculator_type).servers}",
         f"done: {out}" + (f"  accepted length (tau) {tau:.3f} ({judged})" if tau else ""),
         f"log: {out}/train.log   metrics: {out}/metrics.jsonl   settings: {out}/train.yaml",
         "next:",

@@ -19,7 +19,6 @@ from dspark.train.draft.types import drafter
 from dspark.train.objective.metrics import Score, SlotMetrics
 from dspark.train.objective.objective import (
     Denominators,
-    ObjectiveConfig,
     ObjectiveOutput,
     SlotInputs,
     objective,
@@ -75,8 +74,9 @@ def judged(
 ) -> tuple[SlotStates, SlotInputs, ObjectiveOutput]:
     """Forward and the objective's numbers of one row."""
     states: SlotStates = model(batch, model.plan(batch, backend))
-    slots = drafter(model.config.speculator_type).slots(batch, states, decay)
-    return states, slots, objective(slots, model.frozen_head, ObjectiveConfig(decay=decay), UNIT)
+    kind = drafter(model.config.speculator_type)
+    slots = kind.slots(batch, states, decay)
+    return states, slots, objective(slots, model.frozen_head, kind.judging(decay), UNIT)
 
 
 @torch.no_grad()
@@ -116,6 +116,6 @@ def _alphas(
     head, dtype = model.frozen_head, model.frozen_head.lm_head.dtype
     kind = drafter(model.config.speculator_type)
     return alphas(
-        batch, states.h, slots, out, lambda last: head.target_logits(last.to(dtype)), partial(kind.drafted, model),
+        batch, kind.block_states(states), slots, out, lambda last: head.target_logits(last.to(dtype)), partial(kind.drafted, model),
         model.config.vocab_size,
     )  # fmt: skip

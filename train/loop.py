@@ -151,7 +151,7 @@ def _loop(
             milestone = number % schedule.every == 0 or number == schedule.total
             # A milestone is logged too: a non-finite loss stops there. What its own update did, _save looks at.
             wanted = number % config.log_every == 0 or number == 1 or milestone
-            metrics = SlotMetrics(config.block_size, device) if wanted else None
+            metrics = SlotMetrics(run.model.config.block_size, device) if wanted else None
             values, lr = step(run, feed, part, position.step, schedule.total, metrics)
             window.tokens += part.tokens
             window.steps += 1

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from dspark.cache.errors import MismatchError, UsageError
 from dspark.train.config import TrainConfig
+from dspark.train.draft.types import drafter
 
 if TYPE_CHECKING:
     from dspark.cache.manifest import TargetInfo
@@ -110,9 +111,10 @@ def configure(given: Mapping[str, Any], recipe: str = AUTO) -> TrainConfig:
             raise UsageError(f"--recipe {recipe}: expected {AUTO}, {NONE} or one of {', '.join(recipes())}")
         chosen = by_name[recipe.lower()]
         chosen.check_fits(read_manifest(given["cache"]).target, given["cache"])
+    kind = drafter(str(given.get("speculator_type", TrainConfig(cache="").speculator_type)))
     if chosen is None:
-        return TrainConfig(**given)
-    own = dict(chosen.settings)
+        return TrainConfig(**{**kind.defaults, **given})
+    own = {**chosen.settings, **kind.defaults}
     meant = own.get("optimizer", TrainConfig(cache="").optimizer)
     if given.get("optimizer", meant) != meant:
         for setting in ("lr", "betas"):  # found for the recipe's optimizer

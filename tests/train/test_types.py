@@ -85,7 +85,7 @@ def test_a_type_is_one_object_and_one_line(tmp_path: Path) -> None:
 
 
 def test_unknown_types_are_refused() -> None:
-    with pytest.raises(UsageError, match="expected one of dspark, dflash"):
+    with pytest.raises(UsageError, match="expected one of dspark, dflash, spd, eagle3, peagle"):
         types.drafter("eagle9")
     with pytest.raises(DraftError, match="eagle9"):
         DraftConfig.from_flat({"speculator_type": "eagle9"})

@@ -77,7 +77,7 @@ def probe(draft: DraftModel, answer: Answer, *, bonus_anchor: bool = False) -> P
     """
     config, ids = draft.config, answer.ids
     size, total = config.block_size, len(ids)
-    device = draft.fc.weight.device
+    device = draft.device
     every = np.arange(answer.start, total - size)
     if every.size == 0:
         return None

@@ -13,6 +13,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -74,7 +75,7 @@ def speculative_generate(
     assert target.layer_ids == draft.config.target_layer_ids, (
         "the target's taps are not the draft's aux layers"
     )
-    device = draft.fc.weight.device
+    device = draft.device
     start = time.perf_counter()
     target.start()
     decoder = drafter(draft.config.speculator_type).decoder(draft)
@@ -95,6 +96,15 @@ def speculative_generate(
         aux = aux[: accepted + 1]
         target.crop(anchor + accepted + 1)
     return Generation(_cut(out, max_tokens, stop_ids), blocks, time.perf_counter() - start)
+
+
+def outcome_of(target: Target, draft: DraftModel, prompt: Sequence[int], **how: Any) -> Outcome:
+    """One answer with a draft of any type, and its counts; ``how`` as for ``speculative_generate``."""
+    if drafter(draft.config.speculator_type).stages(draft.config):
+        from dspark.tools.decode.pipeline import pipelined_generate
+
+        return pipelined_generate(target, draft, prompt, **how).outcome()
+    return speculative_generate(target, draft, prompt, **how).outcome(draft.config.block_size)
 
 
 def _first(logits: Tensor, temperature: float, generator: torch.Generator | None) -> int:

@@ -20,7 +20,7 @@ class Outcome:
 
     ``drafts``: verified blocks. ``accepted_at[k]``: how many of them had more than ``k`` draft tokens
     accepted (empty without a draft). ``drafted``: (position of the anchor, drafted tokens) of each block,
-    where they were asked for; vLLM adds one that it never verified.
+    where they were asked for; vLLM adds one that it never verified. ``steps`` of a pipeline of ``stages``, 0 where there is none.
     """
 
     tokens: list[int]
@@ -28,6 +28,8 @@ class Outcome:
     drafts: int = 0
     accepted_at: tuple[int, ...] = ()
     drafted: tuple[tuple[int, tuple[int, ...]], ...] = ()
+    steps: int = 0
+    stages: int = 0
 
     @classmethod
     def from_json(cls, row: Mapping[str, Any]) -> Self:

@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import gzip
 import json
+import sys
 import zlib
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from dspark.cache.errors import DataError, UsageError
 from dspark.dump.corpus.shapes import ChatRow, TokenRow, parse_row
-from dspark.tools.decode.promptsets import NAMES, is_named, named_rows
+from dspark.tools.decode.promptsets import NAMES, RESOLVE, is_named, is_placeholder, named_rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,18 +31,37 @@ class Prompt:
     where: str
 
 
+def _say(text: str) -> None:
+    print(text, file=sys.stderr)
+
+
 def read_prompts(
-    data: Path | str, tokenizer: Any, *, vocab_size: int, room: int | None, limit: int | None = None
+    data: Path | str,
+    tokenizer: Any,
+    *,
+    vocab_size: int,
+    room: int | None,
+    limit: int | None = None,
+    per_source: int | None = None,
+    say: Callable[[str], None] = _say,
 ) -> list[Prompt]:
-    """The first ``limit`` prompts of a JSONL file (also .gz) or of a named set. ``room``: longest prompt the
-    target leaves space for.
+    """The first ``limit`` prompts of a JSONL file (also .gz) or of a named set, ``per_source`` of each source at most. ``room``: longest
+    prompt the target leaves space for. Rows that only say where a prompt is to be fetched are left out and counted; ``say`` gets the count.
     """
     out: list[Prompt] = []
+    taken, left_out = Counter[str](), Counter[str]()
     rows = named_rows(str(data)) if is_named(str(data)) else _lines(Path(data))
     for where, value in rows:
         if len(out) == limit:
             break
-        row = parse_row(value, where)
+        name = _source(value)
+        if is_placeholder(_first_words(value)):
+            left_out[name or "no source"] += 1
+            continue
+        if per_source is not None and taken[name or ""] >= per_source:
+            continue
+        taken[name or ""] += 1
+        row = parse_row(_first_turn(value), where)
         ids = _given(row, where) if isinstance(row, TokenRow) else _rendered(row, tokenizer, where)
         if not 0 <= min(ids) <= max(ids) < vocab_size:
             raise DataError(
@@ -50,11 +71,47 @@ def read_prompts(
             raise DataError(
                 f"{where}: a prompt of {len(ids)} tokens; the target has room for {room} before the answer"
             )
-        source = value.get("source") or value.get("category")
-        out.append(Prompt(ids, None if source is None else str(source), where))
+        out.append(Prompt(ids, name, where))
+    if left_out:
+        found = ", ".join(f"{name} {count}" for name, count in sorted(left_out.items()))
+        say(f"{data}: {left_out.total()} placeholder rows left out ({found}): {RESOLVE}")
+    if not out and left_out:
+        raise DataError(f"{data}: all {left_out.total()} rows are placeholders: {RESOLVE}")
     if not out:
         raise DataError(f"{data}: no rows")
     return out
+
+
+def _source(value: Any) -> str | None:
+    found = (value.get("source") or value.get("category")) if isinstance(value, Mapping) else None
+    return None if found is None else str(found)
+
+
+def _first_words(value: Any) -> str:
+    """The first turn of a row, in ``messages`` or ``turns``; empty where it has none."""
+    turns = (value.get("messages") or value.get("turns")) if isinstance(value, Mapping) else None
+    for turn in turns if isinstance(turns, list) else ():
+        text = turn.get("content") if isinstance(turn, Mapping) else turn
+        if not isinstance(turn, Mapping) or turn.get("role") == "user":
+            return text if isinstance(text, str) else ""
+    return ""
+
+
+def _first_turn(value: Any) -> Any:
+    """A row of SPEED-Bench with several questions and no answer between them (``messages`` of users alone) cut after the first, or its ``turns``
+    as messages: a later question needs the answer to the one before it.
+    """
+    if not isinstance(value, Mapping):
+        return value
+    messages, turns = value.get("messages"), value.get("turns")
+    if messages is None and isinstance(turns, list) and turns and isinstance(turns[0], str):
+        return {**value, "messages": [{"role": "user", "content": turns[0]}]}
+    if not isinstance(messages, list) or not all(isinstance(m, Mapping) for m in messages):
+        return value
+    roles = [m.get("role") for m in messages]
+    if "assistant" in roles or roles.count("user") < 2:
+        return value
+    return {**value, "messages": messages[: roles.index("user") + 1]}
 
 
 def _lines(path: Path) -> Iterator[tuple[str, Any]]:

@@ -24,12 +24,50 @@ class PromptSet:
     category: Callable[[Mapping[str, Any]], str]
 
 
+EVERY = "*"  # as a config: all of the set's, one after the other
+# What the public rows of SPEED-Bench say in the place of prompts that may not be passed on.
+PLACEHOLDER = "FULL BENCHMARK DATA SHOULD BE FETCHED FROM THE SOURCE USING SPECDEC_BENCH"
+RESOLVE = "they stand for prompts of other data sets, which NVIDIA's prepare.py of SPEED-Bench fetches; give the qualitative.jsonl that it writes as --data"
+
+
+def is_placeholder(text: str) -> bool:
+    """Whether a prompt is the notice that SPEED-Bench has in the place of one."""
+    return text.strip().upper().startswith(PLACEHOLDER)
+
+
+def _instruction(row: Mapping[str, Any]) -> str:
+    given = str(row.get("input") or "").strip()
+    return str(row["instruction"]) + (f"\n\n{given}" if given else "")
+
+
+def _choices(row: Mapping[str, Any]) -> str:
+    return "\n".join([str(row["question"]), *(f"{letter}. {row[letter]}" for letter in "ABCD")])
+
+
 PROMPT_SETS: dict[str, PromptSet] = {
     "gsm8k": PromptSet("openai/gsm8k", "main", "test", lambda r: str(r["question"]), lambda r: "gsm8k"),
     "humaneval": PromptSet(
         "openai/openai_humaneval", None, "test",
         lambda r: f"Complete the following Python function.\n\n```python\n{r['prompt']}```", lambda r: "humaneval",
     ),
+    "math500": PromptSet(
+        "HuggingFaceH4/MATH-500", None, "test", lambda r: str(r["problem"]), lambda r: "math500"
+    ),
+    "aime25": PromptSet("math-ai/aime25", None, "test", lambda r: str(r["problem"]), lambda r: "aime25"),
+    "mbpp": PromptSet(
+        "google-research-datasets/mbpp", "full", "test",
+        lambda r: "\n".join([str(r["text"]), "Your code should pass these tests:", *map(str, r["test_list"])]), lambda r: "mbpp",
+    ),
+    "livecodebench": PromptSet(
+        "livecodebench/code_generation", None, "test",
+        lambda r: "\n\n".join(filter(None, [str(r["question_content"]), str(r.get("starter_code") or "")])),
+        lambda r: f"livecodebench/{r['platform']}",
+    ),
+    "alpaca": PromptSet("tatsu-lab/alpaca", None, "train", _instruction, lambda r: "alpaca"),
+    "arena-hard": PromptSet(
+        "lmarena-ai/arena-hard-auto-v0.1", None, "train", lambda r: str(r["turns"][0]["content"]), lambda r: "arena-hard"
+    ),
+    "c-eval": PromptSet("ceval/ceval-exam", EVERY, "val", _choices, lambda r: f"c-eval/{r['config']}"),
     "mt-bench": PromptSet(
         "HuggingFaceH4/mt_bench_prompts", None, "train", lambda r: str(r["prompt"][0]), lambda r: f"mt-bench/{r['category']}"
     ),
@@ -67,6 +105,14 @@ def _load(name: str, chosen: PromptSet) -> Any:
             f"--data {name} needs the package datasets: pip install datasets, or give a JSONL file"
         ) from error
     try:
+        if chosen.config == EVERY:
+            from datasets import get_dataset_config_names
+
+            return [
+                {**row, "config": config}
+                for config in get_dataset_config_names(chosen.path)
+                for row in load_dataset(chosen.path, config, split=chosen.split)
+            ]
         return load_dataset(chosen.path, chosen.config, split=chosen.split)
     # Offline, gated, moved or changed: datasets has a family of errors of its own for each, and lets others through.
     except Exception as error:

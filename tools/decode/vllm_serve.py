@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import wraps
 from pathlib import Path
 from typing import Any
@@ -48,6 +48,8 @@ class ServeRequest:
     seed: int = 0
     stop_token_ids: tuple[int, ...] = ()
     dtype: str = "auto"
+    speculation: dict[str, Any] = field(default_factory=lambda: {"method": "dspark"})
+    """What vLLM must know of the draft's type (``DrafterType.serving``)."""
     trace: bool = False
     """Also report every block vLLM drafts (``Outcome.drafted``); the engine then runs in the child itself."""
 
@@ -67,7 +69,7 @@ class ServeRequest:
         }
         if self.draft is not None:
             args["speculative_config"] = {
-                "method": "dspark",
+                **self.speculation,
                 "model": self.draft,
                 "num_speculative_tokens": self.num_speculative_tokens,
                 "draft_sample_method": "probabilistic" if self.temperature > 0 else "greedy",

@@ -42,6 +42,7 @@ class EvalConfig:
     max_tokens: int = 256
     temperature: float = 0.0
     limit: int | None = None
+    per_source: int | None = None
     alone: int | None = None
     seed: int = 0
     dtype: str = "auto"
@@ -67,20 +68,23 @@ def run(config: EvalConfig, note: Note = lambda line: None) -> tuple[dict[str, A
     from dspark.dump.target.config import load_target
     from dspark.tools.decode.prompts import read_prompts
     from dspark.train.draft.folder import load_config
+    from dspark.train.draft.types import drafter
 
     draft = load_config(config.draft)
     target = load_target(config.model)
     positions = target.shapes.max_positions
-    room = None if positions is None else positions - config.max_tokens - draft.block_size - 1
-    prompts = read_prompts(
-        config.data, target.tokenizer, vocab_size=target.shapes.vocab_size, room=room, limit=config.limit
+    room = (
+        None
+        if positions is None
+        else positions - config.max_tokens - max(draft.block_size, len(draft.stage_ends)) - 1
     )
+    prompts = read_prompts(
+        config.data, target.tokenizer, vocab_size=target.shapes.vocab_size, room=room, limit=config.limit, per_source=config.per_source,
+    )  # fmt: skip
     if config.engine == "vllm":
         if not draft.servable_by_vllm:
-            raise DraftError(
-                f"{config.draft}: its Markov head is {draft.markov_head_type}, and vLLM has only the vanilla one; "
-                "use --engine transformers"
-            )
+            why = drafter(draft.speculator_type).not_served(draft)
+            raise DraftError(f"{config.draft}: {why}; use --engine transformers")
         runs = _with_vllm(config, prompts, draft.block_size, target.eos_token_ids, note)
     else:
         runs = _with_transformers(config, prompts, target.eos_token_ids, note)
@@ -100,7 +104,7 @@ def _with_transformers(
 ) -> Runs:
     import torch
 
-    from dspark.tools.decode.decode import speculative_generate
+    from dspark.tools.decode.decode import outcome_of
     from dspark.tools.decode.target import Target, greedy_alone, load_model
     from dspark.train.draft.folder import load_config, load_draft
 
@@ -111,10 +115,10 @@ def _with_transformers(
         generator = torch.Generator(model.device).manual_seed(config.seed)
 
         def speculate(prompt: Prompt, limit: int) -> Outcome:
-            return speculative_generate(
+            return outcome_of(
                 target, draft, prompt.ids, max_tokens=limit, temperature=config.temperature, stop_ids=stop_ids,
                 generator=generator,
-            ).outcome(draft.config.block_size)  # fmt: skip
+            )  # fmt: skip
 
         def by_itself(prompt: Prompt, limit: int) -> Outcome:
             start = time.perf_counter()
@@ -137,8 +141,12 @@ def _with_vllm(
     import torch
 
     from dspark.tools.decode.vllm_serve import ServeRequest, run_vllm
+    from dspark.train.draft.folder import load_config
+    from dspark.train.draft.types import drafter
 
     dtype = "float32" if config.dtype == "auto" and not torch.accelerator.is_available() else config.dtype
+    own = load_config(config.draft)
+    speculation = drafter(own.speculator_type).serving(own)
     runs: list[list[Outcome]] = []
     for draft, asked in ((config.draft, prompts), (None, prompts[: config.alone])):
         if not asked:
@@ -148,7 +156,7 @@ def _with_vllm(
         request = ServeRequest(
             target=config.model, draft=draft, num_speculative_tokens=block_size, prompts=[p.ids for p in asked],
             max_tokens=config.max_tokens, temperature=config.temperature, seed=config.seed,
-            stop_token_ids=tuple(stop_ids), dtype=dtype,
+            stop_token_ids=tuple(stop_ids), dtype=dtype, speculation=speculation,
         )  # fmt: skip
         runs.append(run_vllm(request))
     return Runs(runs[0], runs[1], dtype)
@@ -184,6 +192,10 @@ Exit code 1 if a greedy answer in float32 is not the target's own.
     "--temperature", default=0.0, type=Temperature(min=0), help="0 = greedy; above: rejection sampling."
 )
 @click.option("--limit", type=COUNT, help="Only the first N rows.  [default: all]")
+@click.option(
+    "--per-source", type=COUNT,
+    help="Only the first N rows of each source (or category), such as 1 of each of SPEED-Bench's.  [default: all]",
+)  # fmt: skip
 @click.option(
     "--alone", type=click.IntRange(min=0),
     help="Also decode the first N prompts without the draft, for the speed-up and the lossless check.  [default: all]",

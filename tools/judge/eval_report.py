@@ -3,7 +3,8 @@
 ``theoretical_gain`` is the speed-up that the accepted length would buy if a step cost what it reads: decoding one sequence is bound
 by reading weights, so a block costs ``1 + draft / target`` target steps and gives ``mean_accepted_length`` tokens. Weights of the draft
 that are read a block: everything trained but the rows of its Markov embedding, and its output matrix. Of the target: everything but
-an untied embedding. A mixture of experts reads fewer of its weights than are counted, so there the gain is an upper bound.
+an untied embedding. A mixture of experts reads fewer of its weights than are counted, so there the gain is an upper bound. Of a head that
+runs beside a pipeline it is what ``tools/decode/gain.py`` says, a share: 0.14 is 14 % more tokens per step.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from collections.abc import Sequence
 from math import prod
 from typing import Any
 
+from dspark.tools.decode.gain import pipeline_gains
 from dspark.tools.decode.outcome import Outcome, rate, summarise
 from dspark.tools.decode.prompts import Prompt
 
@@ -57,6 +59,7 @@ def _line(
         "tokens_per_second_target": alone,
         "speedup": rate([d for d, _ in both]) / alone if alone else None,
         "theoretical_gain": None if length is None or relative_cost is None else length / (1 + relative_cost),
+        **pipeline_gains([d for _, d, _ in rows]),
     }
 
 
@@ -121,12 +124,15 @@ def lines(result: dict[str, Any]) -> list[tuple[str, ...]]:
 
 def _cells(row: dict[str, Any]) -> tuple[str, ...]:
     error = row["mean_accepted_length_se"]
+    gain = row["theoretical_gain"]
+    if row.get("stages") and gain is not None:  # a share there, a factor here
+        gain += 1
     length = _number(row["mean_accepted_length"], 3) + ("" if error is None else f" ± {error:.3f}")
     rates = " ".join(f"{x:.2f}" for x in row["accept_rate"] or []) or "-"
     lossless = {True: "yes", False: "NO", None: "-"}[row["lossless"]]
     return (
         str(row["prompts"]), str(row["drafts"]), length, rates, _number(row["tokens_per_second"], 1),
-        _number(row["tokens_per_second_target"], 1), _number(row["speedup"], 2, "x"), _number(row["theoretical_gain"], 2, "x"), lossless,
+        _number(row["tokens_per_second_target"], 1), _number(row["speedup"], 2, "x"), _number(gain, 2, "x"), lossless,
     )  # fmt: skip
 
 
@@ -142,8 +148,26 @@ def markdown(result: dict[str, Any]) -> str:
 
 def how(result: dict[str, Any]) -> str:
     """One sentence: engine, dtype, temperature, limits; what the columns mean."""
+    if result.get("stages"):
+        return _how_piped(result)
     decoding = "greedy" if result["temperature"] == 0 else f"temperature {result['temperature']}"
     return (
         f"{result['engine']}, {result['dtype']}, {decoding}, one prompt at a time, at most {result['max_tokens']} new tokens, blocks of "
         f"{result['block_size']}; ± is the standard error over prompts; the target alone on the first {result['compared']} prompts."
+    )
+
+
+def _how_piped(result: dict[str, Any]) -> str:
+    """The same for a pipeline, with the figures that only it has."""
+
+    def said(name: str, digits: int = 4) -> str:
+        return _number(result[name], digits)
+
+    return (
+        f"{result['engine']}, {result['dtype']}, temperature {result['temperature']}, one prompt at a time beside an emulated pipeline of "
+        f"{result['stages']} stages: {result['tokens']} tokens in {result['steps']} steps; acceptance_rate (tokens per step) "
+        f"{said('acceptance_rate')}, equivalent accept length {said('equivalent_accept_length')} "
+        f"({said('equivalent_accept_length_drafted')} without the prefill's tokens); theoretical gain {said('theoretical_gain')} "
+        f"(pooled {said('theoretical_gain_pooled')}); drafts accepted {result['drafts_accepted']} of {result['drafts_judged']}. "
+        "Tokens per second are the emulation's, not a pipeline's."
     )

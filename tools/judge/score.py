@@ -71,6 +71,7 @@ def forced(
     from dspark.train.compute import choose_compute
     from dspark.train.data.stream import VALIDATION_EPOCH, Stream
     from dspark.train.draft.folder import load_draft
+    from dspark.train.draft.types import drafter
     from dspark.train.evaluate import evaluate
     from dspark.train.objective.walk import KEYS, Walk
     from dspark.train.run.setup import row_length
@@ -95,17 +96,36 @@ def forced(
     found = evaluate(
         model, cache, rows(), device=compute.device, dtype=compute.dtype, backend=compute.backend, observe=observe, walk=sums
     )  # fmt: skip
+    if walk and max_anchors == 0 and drafter(model.config.speculator_type).stages(model.config):
+        from dspark.tools.judge.pipeline_score import pipeline_score
+        from dspark.train.draft.spd_head import SpdHead
+
+        assert isinstance(model, SpdHead)
+        found |= pipeline_score(
+            model, cache, (row for step in stream.steps_from(VALIDATION_EPOCH) for row in step), device=compute.device,
+            dtype=compute.dtype, backend=compute.backend,
+        )  # fmt: skip
     return {**found, **(sums.result() if sums is not None else dict.fromkeys(KEYS) if walk else {})}
 
 
 def belongs(cache: Cache, config: Any, draft: str) -> None:
-    """Raise MismatchError unless the draft was made for this store's target and layers."""
+    """Raise MismatchError unless the draft was made for this store's target, and the store has the layers that it reads."""
+    from dspark.train.draft.types import drafter
+
     target = cache.manifest.target
+    if missing := [i for i in config.target_layer_ids if i not in cache.manifest.layers]:
+        raise MismatchError(
+            f"{draft}: its target_layer_ids (output of layer i) are {list(config.target_layer_ids)}, the store {cache.path} has "
+            f"{cache.manifest.layers}, without {missing}; score it on a store that has them"
+        )
     pairs = (
-        ("target_layer_ids (output of layer i)", list(config.target_layer_ids), cache.manifest.layers),
         ("hidden size", config.hidden_size, target.hidden_size),
         ("vocabulary", config.vocab_size, target.vocab_size),
-        ("mask token", config.mask_token_id, target.mask_token_id),
+        *(
+            [("mask token", config.mask_token_id, target.mask_token_id)]
+            if drafter(config.speculator_type).masks
+            else []
+        ),
     )
     for what, ours, theirs in pairs:
         if ours != theirs:

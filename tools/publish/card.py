@@ -89,11 +89,13 @@ def card(
         f"# {config.speculator_type} draft for {target}\n",
         f"A speculative-decoding draft: it proposes {config.block_size} tokens at a time and the target verifies them, so the output stays the "
         "target's own and only the speed changes.\n",
-        "## Serve\n"
-        + _code(serve_command(target, name, config.block_size))
-        + _servable(config, manifest["format"])
+        "## Serve
+"
+        + _serving(config, manifest, name)
         + (
-            f"\nServers for this target's family (docs/targets.md says what the words mean): {serving}.\n"
+            f"
+Servers for this target's family (docs/targets.md says what the words mean): {serving}.
+"
             if serving
             else ""
         ),
@@ -119,9 +121,21 @@ def card(
     return "\n".join(parts)
 
 
-def serve_command(target: str, draft: str, size: int) -> str:
+def _serving(config: Any, manifest: dict[str, Any], name: str) -> str:
+    from dspark.train.draft.types import drafter
+
+    kind = drafter(config.speculator_type)
+    if kind.method is None:
+        return f"Of a draft of type {kind.name}: {kind.servers}.\n"
+    return _code(
+        serve_command(manifest["target"], name, config.block_size, kind.serving(config))
+    ) + _servable(config, manifest["format"])
+
+
+def serve_command(target: str, draft: str, size: int, own: dict[str, Any] | None = None) -> str:
+    """``own``: what vLLM must know of the draft's type (``DrafterType.serving``); None for dspark."""
     settings = {
-        "method": "dspark",
+        **(own or {"method": "dspark"}),
         "model": draft,
         "num_speculative_tokens": size,
         "draft_sample_method": "probabilistic",
@@ -165,10 +179,18 @@ def reproduce(run: Run, target: str) -> str:
 
 
 def _servable(config: DraftConfig, form: str) -> str:
+    from dspark.train.draft.types import drafter
+
+    kind = drafter(config.speculator_type)
+    if config.servable_by_vllm and kind.method != "dspark":
+        return f"\n{kind.servers}: read in vLLM's loader, not run.\n"
     if config.servable_by_vllm:
         first, why = vllm_at_least(config, form)
         return f"\nvLLM {first} or later: {why}.\n"
-    return f"\nNot by vLLM: it has no {config.markov_head_type} Markov head. `dspark-tools eval --engine transformers` decodes with it.\n"
+    return (
+        f"\nNot by vLLM: it has no {config.markov_head_type} Markov head. SGLang takes it as it is (`--speculative-algorithm DSPARK`), "
+        "and `dspark-tools eval --engine transformers` decodes with it.\n"
+    )
 
 
 def _shape(config: DraftConfig, manifest: dict[str, Any]) -> list[tuple[str, Any]]:

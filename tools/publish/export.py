@@ -41,6 +41,7 @@ def export(
     from dspark.tools import records
     from dspark.tools.publish import card
     from dspark.train.draft import folder as files
+    from dspark.train.draft.types import drafter
     from dspark.train.run.folder import STORE, TRAINING
 
     final = Path(out)
@@ -58,16 +59,22 @@ def export(
     if overflown:
         raise DraftError(f"{draft}: {overflown[0]} does not fit {dtype}; export it as bf16")
     trained = files.trained_as(draft) or config
+    kind = drafter(config.speculator_type)
+    if layout == "speculators" and not kind.spelled_by_speculators:
+        raise UsageError(
+            f"{draft} is a draft of type {kind.name}, which the speculators format cannot say; use --format flat"
+        )
     verifier = (target, _architectures(target)) if layout == "speculators" else None
     serving = _serving(target)
     with _whole_or_not_at_all(final) as staged:
         files.write_tensors(staged, cast, trained)
         files.write_config(staged, config, wanted, verifier)
+        more = kind.packed(staged, config, cast, target)
         manifest = {
-            "format": layout, "target": target, "method": "dspark", "block_size": config.block_size, "dtype": DTYPES[dtype], "tensors": len(cast),
+            "format": layout, "target": target, "method": kind.method, "block_size": config.block_size, "dtype": DTYPES[dtype], "tensors": len(cast),
             "parameters": sum(t.numel() for n, t in cast.items() if t.is_floating_point()), "bytes": (staged / files.WEIGHTS).stat().st_size,
             "tensor_index": {n: {"dtype": str(t.dtype).removeprefix("torch."), "shape": list(t.shape)} for n, t in sorted(cast.items())},
-            "files": {n: {"bytes": (staged / n).stat().st_size, "sha256": sha256(staged / n)} for n in (files.CONFIG, files.WEIGHTS)},
+            "files": {n: {"bytes": (staged / n).stat().st_size, "sha256": sha256(staged / n)} for n in (files.CONFIG, files.WEIGHTS, *more)},
         }  # fmt: skip
         (staged / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
         images = card.pictures(run, staged, read) if pictures else {}

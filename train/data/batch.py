@@ -27,7 +27,8 @@ class Batch:
     ``last_index`` int64[S] (row of ``last`` or -1), ``anchors`` int64[A] sorted, padding 0 at the end,
     ``anchor_valid`` bool[A], ``label_index`` int64[A, B], ``counted`` bool[A, B], ``slots`` int64[N] = flat indices of
     ``counted`` in rising target row, ``target_rows`` int64[D] = those rows of ``last``, each once, ``target_at`` int64[N] = which of
-    the D each slot has. ``target_at_host`` is the same on the CPU, always: whoever cuts the slots into chunks must know on the host
+    the D each slot has, ``draw`` int64[1] a number of the row's own for what a type draws at each forward (0 in validation).
+    ``target_at_host`` is the same on the CPU, always: whoever cuts the slots into chunks must know on the host
     which rows a chunk needs.
     """
 
@@ -46,6 +47,7 @@ class Batch:
     target_rows: Tensor
     target_at: Tensor
     target_at_host: Tensor
+    draw: Tensor
 
     @classmethod
     def build(
@@ -59,6 +61,7 @@ class Batch:
         anchors: rules.Int64,
         block_size: int,
         pad_anchors_to: int = 0,
+        draw: int = 0,
     ) -> Batch:
         """A batch from a row's arrays. ``last`` holds the stored states of all documents end to end (one for each
         ``anchors.eligible`` position). ``pad_anchors_to`` pads A for a fixed shape; a padding anchor counts nowhere.
@@ -76,6 +79,7 @@ class Batch:
             aux=aux,
             last=last,
             last_index=torch.from_numpy(last_index),
+            draw=torch.tensor([draw]),
             **blocks,
         )
 

@@ -94,6 +94,7 @@ class Rows(Dataset[Row]):
             anchors=rules.choose(candidates, priority, stream.max_anchors),
             block_size=stream.block_size,
             pad_anchors_to=stream.max_anchors if stream.pad else 0,
+            draw=0 if epoch == VALIDATION_EPOCH else int(rng(stream.seed, 3, epoch, i).integers(1 << 31)),
         )
         return Row.build(batch, samples, used)
 

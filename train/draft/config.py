@@ -51,6 +51,8 @@ class DraftConfig:
     rms_norm_eps: float = 1e-6
     max_position_embeddings: int = 32768
     initializer_range: float = 0.02
+    stage_ends: tuple[int, ...] = ()
+    """For ``spd``: how many of the target's layers a token has passed at the end of each stage, rising."""
 
     def __post_init__(self) -> None:
         sizes = ("hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads", "head_dim",

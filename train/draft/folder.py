@@ -97,7 +97,7 @@ def served_tensors(
         assert isinstance(embed, Tensor)
         # safetensors refuses shared memory: a tied output matrix is written as a copy.
         out["embed_tokens.weight"] = embed.detach().to("cpu", dtype).clone()
-    if include_frozen or config.reduced_vocab:
+    if (include_frozen or config.reduced_vocab) and "lm_head.weight" not in out:  # a type may have its own
         out["lm_head.weight"] = head.draft_head.detach().to("cpu", dtype).clone()
     if head.draft_ids is not None:
         ids = head.draft_ids.cpu()
@@ -144,12 +144,8 @@ def trained_shapes(config: DraftConfig) -> dict[str, tuple[int, ...]]:
         model = kind.network(whole, FrozenTarget(matrix, torch.empty(config.hidden_size), matrix, True), None)
         served = kind.served(dict(model.trained()), config, torch.float32)
     shapes = {name: tuple(p.shape) for name, p in served.items()}
-    if config.reduced_vocab and "markov_head.markov_w2.weight" in shapes:
-        shapes["markov_head.markov_w2.weight"] = (
-            config.draft_vocab_size,
-            *shapes["markov_head.markov_w2.weight"][1:],
-        )
-    return shapes
+    by_id = ("markov_head.markov_w2.weight", "lm_head.weight")
+    return {n: (config.draft_vocab_size, *shape[1:]) if n in by_id else shape for n, shape in shapes.items()}
 
 
 def load_draft(

@@ -38,12 +38,14 @@ from dspark.train.ops.rope import Rope, rope_tables
 
 
 class TargetWeights(Protocol):
-    """What ``cache.target`` offers: ``embed_tokens`` [V, H], ``lm_head`` [V, H], tied ones sharing memory; ``logits``."""
+    """What ``cache.target`` offers: ``embed_tokens`` [V, H], ``lm_head`` [V, H], tied ones sharing memory; the final ``norm`` [H]; ``logits``."""
 
     @property
     def embed_tokens(self) -> Tensor: ...
     @property
     def lm_head(self) -> Tensor: ...
+    @property
+    def norm(self) -> Tensor: ...
     @property
     def logits(self) -> Logits: ...
 
@@ -177,7 +179,7 @@ class DraftModel(nn.Module):
     ) -> None:
         super().__init__()
         self.config = config
-        _check_target(config, target, draft_ids)
+        check_target(config, target, draft_ids)
         size, eps = config.hidden_size, config.rms_norm_eps
         self.fc = nn.Linear(len(config.target_layer_ids) * size, size, bias=False)
         self.hidden_norm = RMSNorm(size, eps)
@@ -277,6 +279,13 @@ class DraftModel(nn.Module):
         return self
 
     @property
+    def device(self) -> torch.device:
+        """Where the draft lies."""
+        weight = self.embed_tokens.weight
+        assert isinstance(weight, Tensor)
+        return weight.device
+
+    @property
     def frozen_head(self) -> FrozenHead:
         """The output matrices for the objective (they follow ``.to``)."""
         own = self.lm_head.weight
@@ -365,7 +374,8 @@ class DraftModel(nn.Module):
         return rows if ids is None else ids[rows]
 
 
-def _check_target(config: DraftConfig, target: TargetWeights, draft_ids: Tensor | None) -> None:
+def check_target(config: DraftConfig, target: TargetWeights, draft_ids: Tensor | None) -> None:
+    """Raise MismatchError unless ``config`` describes a draft of this target with these ids."""
     expected = (config.vocab_size, config.hidden_size)
     for name, tensor, shape in (
         ("embed_tokens", target.embed_tokens, expected),

@@ -31,6 +31,9 @@ if TYPE_CHECKING:
 TYPES = {
     "dspark": "dspark.train.draft.dspark:DSPARK",
     "dflash": "dspark.train.draft.dflash:DFLASH",
+    "spd": "dspark.train.draft.spd:SPD",
+    "eagle3": "dspark.train.draft.eagle3:EAGLE3",
+    "peagle": "dspark.train.draft.eagle3:PEAGLE",
 }
 
 
@@ -41,6 +44,22 @@ class DrafterType(ABC):
     """As in ``TYPES``, ``--speculator-type`` and config.json."""
     summary: str
     """What it is, for ``--help``: a few words."""
+
+    @property
+    def defaults(self) -> Mapping[str, Any]:
+        """Settings of a training (``TrainConfig``) that this type takes where neither the user nor a recipe says otherwise."""
+        return {}
+
+    servers: str = "vLLM (method dspark)"
+    """Which server takes it, in words, for the line that training prints at its end."""
+    method: str | None = "dspark"
+    """vLLM's name of the method that decodes with it; None where it has none."""
+    spelled_by_speculators: bool = True
+    """Whether the speculators format describes it."""
+    masks: bool = True
+    """Whether it embeds the target's mask token."""
+    sharded: bool = True
+    """Whether ``--strategy fsdp2`` can train it."""
 
     # Config
 
@@ -63,6 +82,14 @@ class DrafterType(ABC):
     @abstractmethod
     def servable_by_vllm(self, config: DraftConfig) -> bool:
         """Whether vLLM serves it (written into config.json as ``vllm_servable``)."""
+
+    def serving(self, config: DraftConfig) -> dict[str, Any]:
+        """Keys of vLLM's ``speculative_config`` beside model, number of tokens and how drafts are drawn."""
+        return {"method": self.method}
+
+    def not_served(self, config: DraftConfig) -> str:
+        """Why ``servable_by_vllm`` is false, in words."""
+        return f"its Markov head is {config.markov_head_type}, and vLLM has only the vanilla one"
 
     def sized(self, **fields: Any) -> DraftConfig:
         """The config with these ``fields``, which ``DraftConfig.sized_for`` worked out for a target. Drop or change what this type lacks."""
@@ -125,11 +152,21 @@ class DrafterType(ABC):
             settings.loss_fn, confidence=settings.confidence_head_alpha, decay=settings.decay
         )
 
+    def judging(self, decay: float) -> ObjectiveConfig:
+        """The terms whose means a judgement reports (validation, ``score``), whatever training weighs."""
+        from dspark.train.objective.objective import ObjectiveConfig
+
+        return ObjectiveConfig(decay=decay)
+
     def slots(self, batch: Batch, states: SlotStates, decay: float) -> SlotInputs:
         """The slots that the objective judges, with their weights and the target rows that they are held to."""
         from dspark.train.objective.objective import SlotInputs
 
         return SlotInputs.gather(batch, states, decay)
+
+    def block_states(self, states: SlotStates) -> Tensor:
+        """What ``drafted`` reads of a forward, [A, B, H]."""
+        return states.h
 
     def drafted(self, model: DraftModel, h: Tensor, anchor_ids: Tensor) -> Tensor:
         """The tokens int64[n, B] (target ids) that the draft puts greedily into blocks with states ``h`` [n, B, H], each on its own before."""
@@ -149,10 +186,20 @@ class DrafterType(ABC):
         """The inverse of ``served``: what a checkpoint at ``path`` holds of the trained tensors. Raises DraftError where it contradicts the type."""
         return stored
 
+    def packed(
+        self, folder: Path, config: DraftConfig, tensors: Mapping[str, Tensor], target: str
+    ) -> tuple[str, ...]:
+        """Write what this type's servers need beside config.json and model.safetensors into the export ``folder``; names of the files."""
+        return ()
+
     def written(self, folder: Path, model: DraftModel) -> None:  # noqa: B027 (nothing is right for most)
         """Called when config.json and model.safetensors are in ``folder``: write what readers of this type need beside them."""
 
     # Decoding
+
+    def stages(self, config: DraftConfig) -> int:
+        """Stages of the target's pipeline that the draft runs beside (``tools/decode/pipeline.py``); 0 for drafts of blocks."""
+        return 0
 
     def decoder(self, draft: DraftModel) -> Decoder:
         """A fresh decoder of one sequence."""

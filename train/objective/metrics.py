@@ -25,7 +25,7 @@ BINS = 100
 Score = dict[str, float | int | list[float] | None]
 
 _SCALARS = ("blocks", "slots", "full_blocks", "full_correct", "tau", "ce", "ce_weight", "l1", "weight",
-            "confidence", "confidence_weight", "confidence_abs_error", "confidence_bias")  # fmt: skip
+            "confidence", "confidence_weight", "confidence_abs_error", "confidence_bias", "kl", "kl_weight")  # fmt: skip
 
 
 class SlotMetrics:
@@ -71,6 +71,7 @@ class SlotMetrics:
             at = at.clamp(max=BINS - 1)
             values = torch.stack([torch.ones_like(guess), guess, accept])
             bins = bins.index_add(1, at, values)
+        scalars += [zero] * 2 if out.kl is None else [(weight * out.kl.to(wide)).sum(), weight.sum()]
         per_slot = [accepts.sum(0), hits.sum(0), batch.counted.sum(0).to(wide)]
         self.sums += torch.cat([torch.stack(scalars), *per_slot, bins.flatten()])
 
@@ -94,6 +95,7 @@ class SlotMetrics:
         return {
             "ce_loss": _ratio(s["ce"], s["ce_weight"]),
             "l1_loss": _ratio(s["l1"], s["weight"]),
+            **({"kl_loss": s["kl"] / s["kl_weight"]} if s["kl_weight"] else {}),
             "confidence_loss": _ratio(s["confidence"], s["confidence_weight"]),
             "accept_rate": [a / c if c else 0.0 for a, c in zip(accept, count, strict=True)],
             "mean_accepted_length": _ratio(s["tau"], s["full_blocks"]),

@@ -12,7 +12,8 @@ The denominators D are passed in, so that the rows of one optimizer step (on any
 With a reduced vocabulary p_t stays the softmax over all V and p_d is 0 outside Vd; CE skips labels outside Vd.
 
 ``l1`` weighs L1, ``tv`` weighs TV = L1/2: ``{"ce": 0.1, "l1": 0.9}`` (DeepSpec's objective, the default) equals
-``{"ce": 0.1, "tv": 1.8}``, and ``{"ce": 0.1, "tv": 0.9}`` weighs the distance half as much.
+``{"ce": 0.1, "tv": 1.8}``, and ``{"ce": 0.1, "tv": 0.9}`` weighs the distance half as much. ``kl`` weighs the divergence of
+``objective/kl.py``, over the denominator of L1.
 
 How: both softmaxes of a chunk are computed once, give losses, metrics and gradient together, and the gradient goes to
 h, z and W2 at once. d(L1)/d(logits) = p_d * (s - <s, p_d>) with s = sign(p_d - p_t). On CUDA a chunk is one Triton kernel
@@ -33,6 +34,7 @@ from torch import Tensor
 
 from dspark.cache.errors import UsageError
 from dspark.train.data.batch import Batch
+from dspark.train.objective.kl import kl_terms
 from dspark.train.objective.states import FrozenHead, SlotStates
 from dspark.train.ops.scaled import write_scaled
 
@@ -61,18 +63,19 @@ class ObjectiveConfig:
     l1: float = 0.9
     confidence: float = 1.0
     decay: float = 4.0
+    kl: float = 0.0
 
     def __post_init__(self) -> None:
-        for name in ("ce", "l1", "confidence", "decay"):
+        for name in ("ce", "l1", "confidence", "decay", "kl"):
             value = getattr(self, name)
             if not math.isfinite(value) or value < 0:
                 raise UsageError(f"objective: {name} is {value}; expected a finite number, 0 or more")
-        if self.ce + self.l1 == 0:
-            raise UsageError("objective: ce and l1 are both 0, so the draft would learn nothing")
+        if self.ce + self.l1 + self.kl == 0:
+            raise UsageError("objective: ce, l1 and kl are all 0, so the draft would learn nothing")
 
     @classmethod
     def from_json(cls, text: str, *, confidence: float = 1.0, decay: float = 4.0) -> Self:
-        """From ``--loss-fn``: a JSON object with keys ``ce`` and ``l1`` or ``tv``; a missing key weighs 0."""
+        """From ``--loss-fn``: a JSON object with keys ``ce``, ``l1`` or ``tv``, ``kl``; a missing key weighs 0."""
         try:
             given: Any = json.loads(text)
         except json.JSONDecodeError as wrong:
@@ -81,16 +84,20 @@ class ObjectiveConfig:
             ) from wrong
         if not isinstance(given, dict):
             raise UsageError(f'--loss-fn is {text}; expected a JSON object, e.g. {{"ce":0.1,"l1":0.9}}')
-        unknown = sorted(set(given) - {"ce", "l1", "tv"})
+        unknown = sorted(set(given) - {"ce", "l1", "tv", "kl"})
         if unknown:
-            raise UsageError(f"--loss-fn has unknown keys {', '.join(unknown)}; known: ce, l1, tv (= l1 / 2)")
+            raise UsageError(
+                f"--loss-fn has unknown keys {', '.join(unknown)}; known: ce, l1, tv (= l1 / 2), kl"
+            )
         if "l1" in given and "tv" in given:
             raise UsageError("--loss-fn has both l1 and tv; they are one term (l1 = 2 tv), give one")
         for key, value in given.items():
             if isinstance(value, bool) or not isinstance(value, int | float):
                 raise UsageError(f"--loss-fn: {key} is {value!r}; expected a number")
         distance = given.get("l1", given.get("tv", 0.0) / 2)
-        return cls(ce=float(given.get("ce", 0.0)), l1=float(distance), confidence=confidence, decay=decay)
+        return cls(
+            ce=float(given.get("ce", 0.0)), l1=float(distance), confidence=confidence, decay=decay, kl=float(given.get("kl", 0.0))
+        )  # fmt: skip
 
 
 def slot_weights(block_size: int, decay: float, device: torch.device | str = "cpu") -> Tensor:
@@ -185,7 +192,7 @@ class SlotInputs:
 @dataclass(frozen=True, slots=True)
 class ObjectiveOutput:
     """``loss`` carries gradients. The rest is detached, a value a slot [N]: ``ce`` (0 where the label is outside Vd),
-    ``l1``, ``confidence`` BCE and ``confidence_probability`` (None without the head), ``hit`` = draft's argmax is the
+    ``l1``, ``kl`` (None where it weighs nothing), ``confidence`` BCE and ``confidence_probability`` (None without the head), ``hit`` = draft's argmax is the
     target's, and ``ce_known`` = CE counts.
     """
 
@@ -196,6 +203,7 @@ class ObjectiveOutput:
     confidence_probability: Tensor | None
     hit: Tensor
     ce_known: Tensor
+    kl: Tensor | None = None
 
     @property
     def accept(self) -> Tensor:
@@ -228,8 +236,9 @@ def objective(
     token_weight = weight if weights is None else weights.to(wide)
     scale_ce = token_weight * known * (config.ce / max(denominators.ce, 1e-12))
     scale_l1 = token_weight * (config.l1 / max(denominators.l1, 1e-12))
+    scale_kl = token_weight * (config.kl / max(denominators.l1, 1e-12)) if config.kl else None
     x = slots.h.to(dtype)
-    loss, ce, l1, hit = _ChunkedTerms.apply(  # type: ignore[no-untyped-call]
+    loss, ce, l1, hit, kl = _ChunkedTerms.apply(  # type: ignore[no-untyped-call]
         x if slots.z is None else torch.cat([x, slots.z.to(dtype)], 1),
         None if slots.w2 is None else slots.w2.to(dtype),
         slots.target.to(dtype),
@@ -242,6 +251,7 @@ def objective(
         scale_l1,
         torch.is_grad_enabled(),
         terms or _terms_for(device, wide),
+        scale_kl,
     )
     bce = probability = None
     if slots.confidence is not None:
@@ -249,7 +259,7 @@ def objective(
         term = F.binary_cross_entropy_with_logits(slots.confidence.to(wide), accept, reduction="none")
         loss = loss + (config.confidence / max(denominators.confidence, 1e-12)) * (weight * term).sum()
         bce, probability = term.detach(), slots.confidence.detach().to(wide).sigmoid()
-    return ObjectiveOutput(loss, ce, l1, bce, probability, hit, known)
+    return ObjectiveOutput(loss, ce, l1, bce, probability, hit, known, kl if config.kl else None)
 
 
 def chunk_rows_for(count: int, vocab_size: int, device: str) -> int:
@@ -355,9 +365,11 @@ class _ChunkedTerms(torch.autograd.Function):
         scale_l1: Tensor,
         with_gradient: bool,
         terms: ChunkTerms,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        scale_kl: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         count, wide = x.shape[0], scale_ce.dtype
         ce, l1 = x.new_empty(count, dtype=wide), x.new_empty(count, dtype=wide)
+        kl = x.new_zeros(0 if scale_kl is None else count, dtype=wide)
         hit = torch.empty(count, dtype=torch.bool, device=x.device)
         matrix = head.draft_head if w2 is None else head.with_markov(w2)  # [Vd, K]
         hidden = head.draft_head.shape[1]
@@ -372,10 +384,18 @@ class _ChunkedTerms(torch.autograd.Function):
         for chunk in chunks:
             part = chunk.slots
             logits = torch.mm(x[part], matrix.T, out=draft_buffer[: part.stop - part.start])
+            theirs = head.target_logits(
+                target[chunk.rows], target_buffer[: chunk.rows.stop - chunk.rows.start]
+            )
+            at, towards = target_at[part] - chunk.rows.start, None
+            if scale_kl is not None:  # before the kernel writes over the logits
+                kl[part], towards = kl_terms(
+                    logits, theirs, at, head.draft_ids, scale_kl[part], with_gradient
+                )
             ce[part], l1[part], hit[part], gradient = terms(
                 logits,
-                head.target_logits(target[chunk.rows], target_buffer[: chunk.rows.stop - chunk.rows.start]),
-                target_at[part] - chunk.rows.start,
+                theirs,
+                at,
                 head.draft_ids,
                 labels[part],
                 scale_ce[part],
@@ -385,6 +405,8 @@ class _ChunkedTerms(torch.autograd.Function):
             if gradient is None:
                 continue
             assert d_x is not None
+            if towards is not None:
+                gradient = gradient + towards
             torch.mm(gradient, matrix, out=d_x[part])
             if w2 is not None:
                 d_w2 = plus_product(d_w2, gradient.T, x[part, hidden:], wide)
@@ -393,8 +415,9 @@ class _ChunkedTerms(torch.autograd.Function):
         if with_gradient:
             ctx.save_for_backward(d_x, d_w2)
         ctx.w2_dtype = None if w2 is None else w2.dtype
-        ctx.mark_non_differentiable(ce, l1, hit)
-        return (scale_ce * ce + scale_l1 * l1).sum(), ce, l1, hit
+        ctx.mark_non_differentiable(ce, l1, hit, kl)
+        loss = (scale_ce * ce + scale_l1 * l1).sum()
+        return loss if scale_kl is None else loss + (scale_kl * kl).sum(), ce, l1, hit, kl
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *unused: Tensor) -> tuple[Tensor | None, ...]:
@@ -402,7 +425,7 @@ class _ChunkedTerms(torch.autograd.Function):
         if d_w2 is not None:
             # Scaled and rounded in one pass: in fp32 this is the largest tensor here after the logits.
             d_w2 = write_scaled(torch.empty_like(d_w2, dtype=ctx.w2_dtype), d_w2, grad)
-        return d_x * grad.to(d_x.dtype), d_w2, *(None,) * 10
+        return d_x * grad.to(d_x.dtype), d_w2, *(None,) * 11
 
 
 def reference_loss(
@@ -427,6 +450,10 @@ def reference_loss(
     ce = torch.where(ce.isinf(), 0, ce)
     loss = config.ce * (slots.weight * ce).sum() / denominators.ce
     loss = loss + config.l1 * (slots.weight * l1).sum() / denominators.l1
+    if config.kl:
+        p_draft = logits.softmax(-1)
+        pairs = p_target * (p_target / torch.where(p_draft > 0, p_draft, 1)).log()
+        loss = loss + config.kl * (slots.weight * pairs.where(p_draft > 0, 0).sum(-1)).sum() / denominators.l1
     if slots.confidence is not None:
         goal = 1 - 0.5 * l1.detach()
         likelihood = goal * F.logsigmoid(slots.confidence) + (1 - goal) * F.logsigmoid(-slots.confidence)

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 def shard(model: DraftModel, world: World, dtype: torch.dtype) -> JointCopies:
     """Turn the trained parameters of ``model`` into float32 shards, in place; its forward computes in ``dtype``."""
-    mesh: DeviceMesh = init_device_mesh(model.fc.weight.device.type, (world.size,))
+    mesh: DeviceMesh = init_device_mesh(model.device.type, (world.size,))
     for _, p in model.trained():
         p.data = p.data.float()
     policy = MixedPrecisionPolicy(

@@ -79,6 +79,8 @@ def prepare(config: TrainConfig, world: World | None = None) -> Run:
     model = kind.network(draft_config, cache.target, draft_ids, frozen_dtype=compute.dtype)
     model.to(device=compute.device, dtype=compute.dtype)
     sharded = config.strategy == "fsdp2"
+    if sharded and not kind.sharded:
+        raise UsageError(f"--strategy fsdp2 does not train {kind.name} drafts; use zero or ddp")
     if compute.compiled:
         compile_draft(model, in_parts=sharded)
     if config.activation_checkpointing:
@@ -105,7 +107,7 @@ def prepare(config: TrainConfig, world: World | None = None) -> Run:
             seed=config.seed,
             total_seq_len=row_length(cache, config.total_seq_len),
             rows_per_step=config.rows_per_step,
-            block_size=config.block_size,
+            block_size=draft_config.block_size,
             max_anchors=config.max_anchors,
             pad=compute.compiled and config.max_anchors > 0,
             max_rows=max_rows,
@@ -121,7 +123,7 @@ def prepare(config: TrainConfig, world: World | None = None) -> Run:
     if sharded:
         fixed = (training.total_seq_len, training.max_anchors) if training.pad else (1, 1)
         layers, hidden = len(draft_config.target_layer_ids), cache.manifest.target.hidden_size
-        padding = blank(*fixed, config.block_size, layers, hidden, compute.device, compute.dtype)
+        padding = blank(*fixed, draft_config.block_size, layers, hidden, compute.device, compute.dtype)
     return Run(
         config, cache, compute, model, objective, optimizer, training, validation, coverage, workers, world,
         None if model.frozen_head.to_draft is None else model.frozen_head.to_draft.cpu(), padding,

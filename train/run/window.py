@@ -104,7 +104,15 @@ class Logged:
             "loss": loss,
             **{
                 k: values[k]
-                for k in ("ce_loss", "l1_loss", "confidence_loss", "accept_rate", "mean_accepted_length")
+                for k in (
+                    "ce_loss",
+                    "l1_loss",
+                    "kl_loss",
+                    "confidence_loss",
+                    "accept_rate",
+                    "mean_accepted_length",
+                )
+                if k in values
             },
             "lr": self.lr,
             "grad_norm": grad_norm,
