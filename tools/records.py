@@ -13,6 +13,7 @@ from typing import Any
 from dspark.cache.errors import DraftError
 from dspark.tools.shapes import Each, Maybe, Optional, require
 from dspark.train.run.folder import METRICS, STORE, TRAINING, read_record
+from dspark.train.run.history import HISTORY
 
 CALIBRATION = "calibration.json"
 
@@ -23,6 +24,19 @@ _STORE = {
     "source": Optional(str),
     "aux_bits": Optional(int),
     "last_bits": Optional(int),
+}
+_HISTORY = {
+    "start": Optional(
+        {
+            "folder": str,
+            "weights_sha256": str,
+            "taken": int,
+            "left": {},
+            "begun": {},
+            "changed": {},
+        }
+    ),
+    "sessions": [{"from_step": int, "to_step": int, "ended": str}],
 }
 _STEP = {"step": int, "mean_accepted_length": Optional(float), "accept_rate": Optional([float])}
 _SURVIVAL = {
@@ -75,6 +89,11 @@ def training(draft: Path, *, val_fraction: bool = False) -> dict[str, Any]:
 def store(draft: Path) -> dict[str, Any]:
     """store.json, {} if there is none."""
     return _of_the_run(draft / STORE, _STORE)
+
+
+def history(draft: Path) -> dict[str, Any]:
+    """history.json, {} if there is none."""
+    return _of_the_run(draft / HISTORY, _HISTORY)
 
 
 _RUN_REMEDY = "expected the object that dspark-train wrote: restore a complete copy of the file"

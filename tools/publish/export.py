@@ -42,6 +42,7 @@ def export(
     from dspark.tools.publish import card
     from dspark.train.draft import folder as files
     from dspark.train.run.folder import STORE, TRAINING
+    from dspark.train.run.history import HISTORY
 
     final = Path(out)
     _free(final, overwrite)
@@ -71,7 +72,7 @@ def export(
         (staged / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
         images = card.pictures(run, staged, read) if pictures else {}
         (staged / CARD).write_text(card.card(run, manifest, read, images, final.name))
-        for name in (records.CALIBRATION, TRAINING, STORE):
+        for name in (records.CALIBRATION, TRAINING, STORE, HISTORY):
             if (Path(draft) / name).exists():
                 shutil.copy(Path(draft) / name, staged / name)
     return manifest

@@ -168,7 +168,7 @@ def load_draft(
     config = load_config(folder)
     path = Path(folder) / WEIGHTS
     stored = read_tensors(folder)
-    draft_ids = _draft_ids(stored, config, path)
+    draft_ids = draft_ids_of(stored, config, path)
     kind = drafter(config.speculator_type)
     model = kind.network(config, target, draft_ids, frozen_dtype=frozen_dtype or dtype)
     stored = kind.learnt(stored, path)
@@ -188,7 +188,7 @@ def load_draft(
         with torch.no_grad():
             parameter.copy_(value)
     model.to(dtype=dtype) if frozen_dtype is None else _cast_trained(model, dtype)
-    _check_frozen(stored, model, target, path)
+    check_frozen(stored, target, model.frozen_head.draft_ids, path)
     return model
 
 
@@ -213,7 +213,7 @@ def _opened(path: Path) -> Iterator[Any]:
         raise DraftError(f"{path} cannot be read as safetensors: {wrong}") from wrong
 
 
-def _draft_ids(stored: dict[str, Tensor], config: DraftConfig, path: Path) -> Tensor | None:
+def draft_ids_of(stored: dict[str, Tensor], config: DraftConfig, path: Path) -> Tensor | None:
     """Target ids of the draft's rows, taken out of ``stored``; None for the full vocabulary."""
     wrong = faults(stored, config.draft_vocab_size, config.vocab_size) if config.reduced_vocab else []
     offsets = stored.pop("d2t", None)
@@ -223,9 +223,11 @@ def _draft_ids(stored: dict[str, Tensor], config: DraftConfig, path: Path) -> Te
     return ids_of(offsets) if config.reduced_vocab and offsets is not None else None
 
 
-def _check_frozen(stored: dict[str, Tensor], model: DraftModel, target: TargetWeights, path: Path) -> None:
-    """Matrices that came along must be the target's at the file's precision: otherwise the draft is another model's."""
-    ids = model.frozen_head.draft_ids
+def check_frozen(stored: Mapping[str, Tensor], target: TargetWeights, ids: Tensor | None, path: Path) -> None:
+    """Matrices that came along must be the target's at the file's precision: otherwise the draft is another model's.
+
+    ``ids`` int64[Vd]: the target ids of the rows of a reduced vocabulary.
+    """
     head = target.lm_head if ids is None else target.lm_head[ids.to(target.lm_head.device)]
     for name, own in (("embed_tokens.weight", target.embed_tokens), ("lm_head.weight", head)):
         value = stored.get(name)
