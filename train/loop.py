@@ -101,7 +101,7 @@ def _train(
     if world.first:
         loggers = Loggers(config.loggers, output, config.to_json(), position.step, say)
         report = Report(output, position.step, loggers)
-    text = "\n".join(filter(None, (memory.describe(run), run.start and run.start.words())))
+    text = memory.describe(run) + (f"\n{run.start.words()}" if run.start else "")
     say(text)
     try:
         if report:
