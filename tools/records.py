@@ -51,6 +51,7 @@ _CALIBRATION = {
     "temperature": [float],
     "before": {"survival": _SURVIVAL},
     "after": {"survival": _SURVIVAL},
+    "recommended_threshold": float,
     "sweep": [{"threshold": float, "verified": float, "tokens": float, "accepted_share": float}],
 }
 _LINE = {
@@ -136,6 +137,10 @@ def calibration(draft: Path) -> dict[str, Any]:
     remedy = "expected a report of dspark-tools calibrate --write: run that again, or remove the file"
     found = read_record(path, remedy)
     require(found, _CALIBRATION, path, remedy)
+    if found["recommended_threshold"] not in [point["threshold"] for point in found["sweep"]]:
+        raise DraftError(
+            f"{path}: recommended_threshold {found['recommended_threshold']} is none of the sweep's; {remedy}"
+        )
     slots = len(found["temperature"])
     for name in ("before", "after"):
         for key in _SURVIVAL:

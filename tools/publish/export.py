@@ -41,6 +41,7 @@ def export(
     from dspark.tools import records
     from dspark.tools.publish import card
     from dspark.train.draft import folder as files
+    from dspark.train.draft.types import drafter
     from dspark.train.run.folder import STORE, TRAINING
     from dspark.train.run.history import HISTORY
 
@@ -52,8 +53,11 @@ def export(
     target = target or run.store.get("target")
     if not target:
         raise UsageError(f"{draft} has no store.json that names the target; give --target ID")
-    stored = _whole(files.read_tensors(draft), config, draft)
     wanted = getattr(torch, DTYPES[dtype])
+    kind = drafter(config.speculator_type)
+    # Through what training owns: what a server needs besides (a zero Markov head) is added to drafts of other programs too.
+    learnt = kind.learnt(files.read_tensors(draft), Path(draft) / files.WEIGHTS)
+    stored = _whole(kind.served(learnt, config, wanted), config, draft)
     cast = {n: t.to(wanted).contiguous() if t.is_floating_point() else t for n, t in stored.items()}
     overflown = [n for n, t in cast.items() if t.is_floating_point() and not bool(torch.isfinite(t).all())]
     if overflown:

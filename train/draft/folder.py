@@ -33,7 +33,8 @@ from dspark.cache.shared.process import no_plan_a_shape
 from dspark.cache.target.frozen import FrozenTarget
 from dspark.train.draft.config import DraftConfig
 from dspark.train.draft.model import DraftModel, TargetWeights
-from dspark.train.draft.speculators import MARK, to_flat, to_speculators
+from dspark.train.draft.speculators import to_speculators
+from dspark.train.draft.spelling import flat_of
 from dspark.train.draft.types import drafter
 from dspark.train.draft.vocabulary import faults, ids_of, offsets_of
 
@@ -107,9 +108,8 @@ def served_tensors(
 
 
 def load_config(folder: Path | str) -> DraftConfig:
-    """The config of a draft folder, in either spelling."""
-    config = read_config(folder)
-    return DraftConfig.from_flat(to_flat(config) if MARK in config else config)
+    """The config of a draft folder, in any spelling that ``flat_of`` knows."""
+    return DraftConfig.from_flat(flat_of(read_config(folder)))
 
 
 def read_config(folder: Path | str) -> dict[str, Any]:
@@ -167,6 +167,12 @@ def load_draft(
     no_plan_a_shape()
     config = load_config(folder)
     path = Path(folder) / WEIGHTS
+    then = trained_as(folder)
+    if then is not None and then.bonus_anchor != config.bonus_anchor:
+        raise DraftError(
+            f"{folder}: {CONFIG} says sample_from_anchor = {not config.bonus_anchor}, the weights were trained with "
+            f"{not then.bonus_anchor}; correct it"
+        )
     stored = read_tensors(folder)
     draft_ids = draft_ids_of(stored, config, path)
     kind = drafter(config.speculator_type)

@@ -170,6 +170,7 @@ class Origin:
             "draft_vocab_size",
             "markov_head_type",
             "markov_rank",
+            "bonus_anchor",
         )
         both = ((f, getattr(self.config, f), getattr(config, f)) for f in fields)
         return {f: f"{then} there, {now} now" for f, then, now in both if then != now}
