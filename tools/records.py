@@ -13,6 +13,7 @@ from typing import Any
 from dspark.cache.errors import DraftError
 from dspark.tools.shapes import Each, Maybe, Optional, require
 from dspark.train.run.folder import METRICS, STORE, TRAINING, read_record
+from dspark.train.run.history import HISTORY
 
 CALIBRATION = "calibration.json"
 
@@ -23,6 +24,19 @@ _STORE = {
     "source": Optional(str),
     "aux_bits": Optional(int),
     "last_bits": Optional(int),
+}
+_HISTORY = {
+    "start": Optional(
+        {
+            "folder": str,
+            "weights_sha256": str,
+            "taken": int,
+            "left": {},
+            "begun": {},
+            "changed": {},
+        }
+    ),
+    "sessions": [{"from_step": int, "to_step": int, "ended": str}],
 }
 _STEP = {"step": int, "mean_accepted_length": Optional(float), "accept_rate": Optional([float])}
 _SURVIVAL = {
@@ -37,6 +51,7 @@ _CALIBRATION = {
     "temperature": [float],
     "before": {"survival": _SURVIVAL},
     "after": {"survival": _SURVIVAL},
+    "recommended_threshold": float,
     "sweep": [{"threshold": float, "verified": float, "tokens": float, "accepted_share": float}],
 }
 _LINE = {
@@ -75,6 +90,11 @@ def training(draft: Path, *, val_fraction: bool = False) -> dict[str, Any]:
 def store(draft: Path) -> dict[str, Any]:
     """store.json, {} if there is none."""
     return _of_the_run(draft / STORE, _STORE)
+
+
+def history(draft: Path) -> dict[str, Any]:
+    """history.json, {} if there is none."""
+    return _of_the_run(draft / HISTORY, _HISTORY)
 
 
 _RUN_REMEDY = "expected the object that dspark-train wrote: restore a complete copy of the file"
@@ -117,6 +137,10 @@ def calibration(draft: Path) -> dict[str, Any]:
     remedy = "expected a report of dspark-tools calibrate --write: run that again, or remove the file"
     found = read_record(path, remedy)
     require(found, _CALIBRATION, path, remedy)
+    if found["recommended_threshold"] not in [point["threshold"] for point in found["sweep"]]:
+        raise DraftError(
+            f"{path}: recommended_threshold {found['recommended_threshold']} is none of the sweep's; {remedy}"
+        )
     slots = len(found["temperature"])
     for name in ("before", "after"):
         for key in _SURVIVAL:

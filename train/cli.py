@@ -34,6 +34,7 @@ Examples:
   dspark-train --cache ./hs.zarr --resume                    after Ctrl-C or a crash
   dspark-train --cache ./hs.zarr --speculator-type dflash    the plain parallel draft
   dspark-train --cache ./hs.zarr --recipe Qwen3-4B --epochs 3
+  dspark-train --cache ./own.zarr --init-from ./draft --output ./tuned --lr 1e-4     fine-tune a draft
   torchrun --nproc-per-node 8 -m dspark.train --cache ./hs.zarr                      8 GPUs, the same training
 """,
 )
@@ -104,6 +105,10 @@ Examples:
     metavar="FILE.json",
     help="The draft's shape from a file (num_attention_heads, head_dim, ...); flags win over it.",
 )
+@click.option(
+    "--init-from", metavar="DRAFT",
+    help="Begin with the tensors of this draft (ours, DeepSpec's or speculators'). Its shape is the default of the flags for a shape.",
+)  # fmt: skip
 @click.option("--block-size", default=DEFAULTS.block_size, help="Tokens drafted per anchor (B).")
 @click.option("--markov-rank", default=DEFAULTS.markov_rank)
 @click.option(
@@ -230,6 +235,10 @@ def configured(context: click.Context) -> TrainConfig:
     given = {n: v for n, v in context.params.items() if context.get_parameter_source(n) is not default}
     named = {n.rstrip("_"): v for n, v in given.items() if n not in NOT_SETTINGS}  # compile_
     shape = read_shape(named.pop("draft_config")) if "draft_config" in named else {}
+    if named.get("init_from"):
+        from dspark.train.draft.warm import settings_of
+
+        shape = settings_of(named["init_from"]) | shape
     named = shape | named
     return configure(named, context.params["recipe"])
 

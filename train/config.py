@@ -173,6 +173,8 @@ class TrainConfig:
     strategy: str | None = None
     """Of several processes: ``zero`` (a rank holds the draft, and a share of masters and moments), ``ddp`` (all) or ``fsdp2`` (a share of
     all between steps, torch's). None: zero, the fastest and the smallest (docs/log/2026-11-22-two-gpus.md)."""
+    init_from: str | None = None
+    """Folder of a draft whose tensors this one begins with (``train/draft/warm.py``). None: random ones."""
     recipe: str | None = None
     """Name of the recipe that the settings came from; for the record, since the settings themselves are above."""
 

@@ -30,7 +30,7 @@ from dspark.train.distributed import World, lost_peers
 from dspark.train.draft.folder import save_draft
 from dspark.train.evaluate import ANCHORS_AT_ONCE, evaluate, walked
 from dspark.train.objective.metrics import Score, SlotMetrics
-from dspark.train.run import checkpoint, folder, memory
+from dspark.train.run import checkpoint, folder, history, memory
 from dspark.train.run.checkpoint import Position
 from dspark.train.run.loggers import Loggers
 from dspark.train.run.report import Report
@@ -101,19 +101,27 @@ def _train(
     if world.first:
         loggers = Loggers(config.loggers, output, config.to_json(), position.step, say)
         report = Report(output, position.step, loggers)
-    text = memory.describe(run)
+    text = memory.describe(run) + (f"\n{run.start.words()}" if run.start else "")
     say(text)
     try:
         if report:
             report.log.info("%s", text)
-        return _loop(run, position, output, report, progress)
+        if not world.first:
+            return _loop(run, position, output, report, progress)
+        with history.session(output, run, position.step, resumed=resume) as session:
+            return _loop(run, position, output, report, progress, session)
     finally:
         if report:
             report.close()
 
 
 def _loop(
-    run: Run, position: Position, output: Path, report: Report | None, progress: Progress
+    run: Run,
+    position: Position,
+    output: Path,
+    report: Report | None,
+    progress: Progress,
+    session: history.Session | None = None,
 ) -> dict[str, Any]:
     config, schedule, world = run.config, Schedule.of(run), run.world
     if report:
@@ -144,6 +152,8 @@ def _loop(
             if part.stop:
                 settle()
                 _save(run, position, output, export=False)
+                if session:
+                    session.reached = position.step
                 if report:
                     report.log.info("interrupted at step %d; saved", position.step)
                 raise KeyboardInterrupt
@@ -173,6 +183,9 @@ def _loop(
             progress(position.step, schedule.total, _line(result))
             if milestone:
                 result = _milestone(run, position, output, report) or result
+                if session:
+                    session.reached = position.step
+                    session.write(history.RUNNING)
                 window = Window(Moment(device), feed.waited)
     return result
 

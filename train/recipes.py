@@ -32,6 +32,7 @@ OF_A_RUN = {
     "compile",
     "strategy",
     "recipe",
+    "init_from",
     "tensorboard",
     "logger",
 }

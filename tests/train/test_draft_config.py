@@ -119,7 +119,7 @@ def test_transformers_reads_it() -> None:
 @pytest.mark.parametrize(
     "foreign",
     [
-        {"sample_from_anchor": False},
+        {"sample_from_anchor": False, "block_size": 1},
         {"attention_bias": True},
         {"layer_types": ["full_attention", "sliding_attention"]},
         {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}},

@@ -29,6 +29,7 @@ from dspark.tools.shapes import Optional, require
 from dspark.train.draft import folder as export
 from dspark.train.draft.config import DraftConfig
 from dspark.train.draft.speculators import MARK, to_flat
+from dspark.train.draft.spelling import flat_of
 from dspark.train.draft.vocabulary import faults, ids_of
 
 # What is known of servers, and from where. Checked here means: the served-parity test and bench/serve_parity.py ran on it.
@@ -102,6 +103,13 @@ class Files:
     training: dict[str, Any]
 
     @property
+    def layout(self) -> dict[str, bool]:
+        """``sample_from_anchor`` as the weights were trained: true for ours, whatever config.json says; what it says for others."""
+        return {
+            "sample_from_anchor": self.trained is not None or self.flat.get("sample_from_anchor") is not False
+        }
+
+    @property
     def speculators(self) -> bool:
         return MARK in self.raw
 
@@ -109,7 +117,7 @@ class Files:
         """The draft that config.json describes, whatever it says of the layout and to servers; None if it describes none."""
         own = {k: v for k, v in self.flat.items() if k not in OVERRIDES}
         try:
-            return DraftConfig.from_flat(own | {"sample_from_anchor": True})
+            return DraftConfig.from_flat(own | self.layout)
         except DraftError:
             return None
 
@@ -117,10 +125,13 @@ class Files:
     def read(cls, folder: str) -> Files:
         """Raises DraftError only where there is nothing to judge."""
         raw = export.read_config(folder)
+        trained = export.trained_as(folder)
         flat = to_flat(_readable(raw, folder)) if MARK in raw else dict(raw)
+        if trained is None:  # another program's: its spelling is no slip, what contradicts in it is
+            flat = flat_of(raw)
         _readable(flat, folder)
         return cls(
-            Path(folder), raw, flat, export.read_tensors(folder), export.trained_as(folder),
+            Path(folder), raw, flat, export.read_tensors(folder), trained,
             records.store(Path(folder)), records.training(Path(folder)),
         )  # fmt: skip
 
@@ -157,6 +168,11 @@ def layout(files: Files, target: Mapping[str, Any]) -> Iterator[Finding]:
             "error", "layout-flag", f"config.json has no sample_from_anchor; vLLM then takes {told}. "
             "Write true for a draft whose slot 0 predicts, as this package and DeepSpec train it",
         )  # fmt: skip
+    elif flag is False and files.trained is None:
+        yield Finding(
+            "note", "layout-flag", "config.json has sample_from_anchor = false: the anchor is a bonus token, slot 0 predicts nothing, and "
+            f"block_size {files.flat.get('block_size')} counts it: serve with one draft less",
+        )  # fmt: skip
     elif flag is not True:
         trained = "" if files.trained is None else "; the weights say that they were trained with true"
         yield Finding(
@@ -177,7 +193,7 @@ def config(files: Files, target: Mapping[str, Any]) -> Iterator[Finding]:
         if key not in files.flat:
             yield Finding("error", "config", f"config.json has no {key}; readers disagree on its default")
     try:
-        ours = DraftConfig.from_flat(files.flat | {"sample_from_anchor": True})
+        ours = DraftConfig.from_flat(files.flat | files.layout)
     except DraftError as wrong:
         yield Finding("error", "config", str(wrong))
         return
@@ -251,7 +267,9 @@ def against_target(files: Files, target: Mapping[str, Any]) -> Iterator[Finding]
                 "target",
                 f"{key} is {flat.get(key)}, the target's is {target[key]}: a draft of another model",
             )
-    if flat.get("num_target_layers") not in (None, layers) and not files.speculators:
+    nested = files.raw.get("dflash_config")
+    stated = "num_target_layers" in {**files.raw, **(nested if isinstance(nested, dict) else {})}
+    if stated and flat.get("num_target_layers") not in (None, layers) and not files.speculators:
         yield Finding(
             "error", "target", f"num_target_layers is {flat['num_target_layers']}, the target has {layers}"
         )
@@ -350,6 +368,8 @@ def vocabulary(files: Files, target: Mapping[str, Any]) -> Iterator[Finding]:
 
 def block_size(files: Files, drafts: int | None) -> list[Finding]:
     size = files.flat.get("block_size")
+    if isinstance(size, int) and not files.layout["sample_from_anchor"]:
+        size -= 1  # the anchor's own slot predicts nothing
     out = []
     methods = (files.raw.get("speculators_config") or {}).get("proposal_methods") or [{}]
     told = methods[0].get("speculative_tokens", size)

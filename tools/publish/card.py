@@ -1,6 +1,6 @@
 """The model card (README.md) of an exported draft, generated from what the run left in its folder. Missing files are left out, not guessed.
 
-Read: training.json (recipe), store.json (target and data), metrics.jsonl (validations), calibration.json, and reports of ``eval --output``.
+Read: training.json (recipe), history.json (what it began with, its sessions), store.json (target and data), metrics.jsonl (validations), calibration.json, and reports of ``eval --output``.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ class Run:
     store: dict[str, Any]
     metrics: list[dict[str, Any]]
     calibration: dict[str, Any]
+    history: dict[str, Any]
 
     @property
     def validations(self) -> list[dict[str, Any]]:
@@ -41,6 +42,7 @@ class Run:
             records.store(folder),
             records.metrics(folder),
             records.calibration(folder),
+            records.history(folder),
         )
 
 
@@ -89,13 +91,10 @@ def card(
         f"# {config.speculator_type} draft for {target}\n",
         f"A speculative-decoding draft: it proposes {config.block_size} tokens at a time and the target verifies them, so the output stays the "
         "target's own and only the speed changes.\n",
-        "## Serve
-"
+        "## Serve\n"
         + _serving(config, manifest, name)
         + (
-            f"
-Servers for this target's family (docs/targets.md says what the words mean): {serving}.
-"
+            f"\nServers for this target's family (docs/targets.md says what the words mean): {serving}.\n"
             if serving
             else ""
         ),
@@ -106,6 +105,10 @@ Servers for this target's family (docs/targets.md says what the words mean): {se
     if run.training:
         recipe = [(k, run.training[k]) for k in RECIPE if run.training.get(k) is not None]
         parts.append("## Recipe\n" + _table(("", ""), recipe))
+    if run.history:
+        from dspark.train.run.history import sentences
+
+        parts.append("## History\n" + "".join(f"- {s}\n" for s in sentences(run.history)))
     if run.validations:
         parts.append("## Held-out metrics\nTeacher-forced, on prompts kept out of training; accept rate is the probability that a position is accepted "
                      "if all before it were.\n\n" + _metrics(run.validations))  # fmt: skip

@@ -43,6 +43,7 @@ def export(
     from dspark.train.draft import folder as files
     from dspark.train.draft.types import drafter
     from dspark.train.run.folder import STORE, TRAINING
+    from dspark.train.run.history import HISTORY
 
     final = Path(out)
     _free(final, overwrite)
@@ -52,8 +53,11 @@ def export(
     target = target or run.store.get("target")
     if not target:
         raise UsageError(f"{draft} has no store.json that names the target; give --target ID")
-    stored = _whole(files.read_tensors(draft), config, draft)
     wanted = getattr(torch, DTYPES[dtype])
+    kind = drafter(config.speculator_type)
+    # Through what training owns: what a server needs besides (a zero Markov head) is added to drafts of other programs too.
+    learnt = kind.learnt(files.read_tensors(draft), Path(draft) / files.WEIGHTS)
+    stored = _whole(kind.served(learnt, config, wanted), config, draft)
     cast = {n: t.to(wanted).contiguous() if t.is_floating_point() else t for n, t in stored.items()}
     overflown = [n for n, t in cast.items() if t.is_floating_point() and not bool(torch.isfinite(t).all())]
     if overflown:
@@ -79,7 +83,7 @@ def export(
         (staged / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
         images = card.pictures(run, staged, read) if pictures else {}
         (staged / CARD).write_text(card.card(run, manifest, read, images, final.name, serving))
-        for name in (records.CALIBRATION, TRAINING, STORE):
+        for name in (records.CALIBRATION, TRAINING, STORE, HISTORY):
             if (Path(draft) / name).exists():
                 shutil.copy(Path(draft) / name, staged / name)
     return manifest

@@ -11,6 +11,7 @@ from dspark.tools.judge import eval_report
 from dspark.tools.report import charts
 from dspark.tools.report.charts import Line
 from dspark.tools.report.sources import EvalView, RunView, Sources, StoreView
+from dspark.train.run.history import sentences
 
 KINDS = ("aux", "last", "tokens", "exact")
 
@@ -138,9 +139,19 @@ def _runs(runs: Sequence[RunView]) -> str:
         )
         if any(run.series(key, held_out=False) for run in runs)
     ]
+    cards += [
+        card(f"History{'' if len(runs) == 1 else ': ' + run.name}", _history(run))
+        for run in runs
+        if run.history
+    ]
     rows = [_run_row(run) for run in runs]
     top = table(("run", "tau, held out", "tau, training", "walk", "steps", "settings"), rows)
     return f'<section id="runs"><h2>Training</h2>{_run_heads(runs)}<div class="card">{top}</div><br><div class="grid2">{"".join(cards)}</div></section>'
+
+
+def _history(run: RunView) -> str:
+    """What the draft began with and the sessions that trained it, in sentences."""
+    return "".join(f"<p>{html.escape(sentence)}</p>" for sentence in sentences(run.history))
 
 
 def _run_heads(runs: Sequence[RunView]) -> str:

@@ -43,6 +43,7 @@ class RunView:
     metrics: list[dict[str, Any]]
     settings: dict[str, Any]
     calibration: dict[str, Any]
+    history: dict[str, Any] = field(default_factory=dict)
 
     def rows(self, *, held_out: bool) -> list[dict[str, Any]]:
         return [r for r in self.metrics if bool(r.get("validation")) == held_out]
@@ -166,7 +167,9 @@ def _bytes_by_group(parts: Path) -> dict[str, int]:
 
 def _run(path: Path, name: str) -> RunView:
     settings = records.training(path)
-    return RunView(name, path, list(metrics(path)), settings, records.calibration(path))
+    return RunView(
+        name, path, list(metrics(path)), settings, records.calibration(path), records.history(path)
+    )
 
 
 def metrics(folder: Path) -> Iterator[dict[str, Any]]:

@@ -20,12 +20,30 @@ def choose_ids(cache: Cache, samples: Int64, size: int) -> tuple[Tensor, float]:
     vocab = cache.manifest.target.vocab_size
     if not 0 < size <= vocab:
         raise UsageError(f"--draft-vocab-size {size}: expected 1 to {vocab}, the target's vocabulary")
+    counts = _supervised(cache, samples)
+    order = np.lexsort((np.arange(vocab), -counts))
+    kept = np.sort(order[:size])
+    return torch.from_numpy(kept.astype(np.int64)), float(counts[kept].sum() / counts.sum())
+
+
+def covered(cache: Cache, samples: Int64, ids: Tensor) -> float:
+    """The share of supervised tokens that the target ids ``ids`` int64[Vd] cover. Raises TrainError if it is none."""
+    counts = _supervised(cache, samples)
+    share = float(counts[ids.numpy()].sum() / counts.sum())
+    if share == 0:
+        raise TrainError(
+            f"{cache.path}: none of its supervised tokens is in the draft's vocabulary of {len(ids)}; give another --draft-vocab-size"
+        )
+    return share
+
+
+def _supervised(cache: Cache, samples: Int64) -> Int64:
+    """How often each target id is supervised, int64[V]. Raises TrainError if none is."""
+    vocab = cache.manifest.target.vocab_size
     counts = np.zeros(vocab, np.int64)
     for i in samples:
         tokens = cache.tokens(int(i))
         counts += np.bincount(tokens.input_ids[tokens.loss_mask], minlength=vocab)
     if not counts.any():
         raise TrainError(f"{cache.path}: no supervised token in the training samples")
-    order = np.lexsort((np.arange(vocab), -counts))
-    kept = np.sort(order[:size])
-    return torch.from_numpy(kept.astype(np.int64)), float(counts[kept].sum() / counts.sum())
+    return counts

@@ -53,6 +53,8 @@ class DraftConfig:
     initializer_range: float = 0.02
     stage_ends: tuple[int, ...] = ()
     """For ``spd``: how many of the target's layers a token has passed at the end of each stage, rising."""
+    bonus_anchor: bool = False
+    """Slot 0 predicts nothing and slot k its own position, as others train (``sample_from_anchor`` false): a slot more than drafts."""
 
     def __post_init__(self) -> None:
         sizes = ("hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads", "head_dim",
@@ -92,6 +94,11 @@ class DraftConfig:
     def _require(holds: bool, message: str) -> None:
         if not holds:
             raise UsageError(message)
+
+    @property
+    def slots(self) -> int:
+        """Tokens of a block that run through the layers: a draft each, and the anchor's where it predicts nothing."""
+        return self.block_size + self.bonus_anchor
 
     @property
     def reduced_vocab(self) -> bool:
@@ -191,9 +198,9 @@ class DraftConfig:
             "vocab_size": self.vocab_size,
             "draft_vocab_size": self.draft_vocab_size,
             "layer_types": ["full_attention"] * self.num_layers,
-            "block_size": self.block_size,
+            "block_size": self.slots,
             "mask_token_id": self.mask_token_id,
-            "sample_from_anchor": True,
+            "sample_from_anchor": not self.bonus_anchor,
             "markov_rank": self.markov_rank,
             "markov_head_type": self.markov_head_type,
             "enable_confidence_head": self.enable_confidence_head,
@@ -232,6 +239,7 @@ class DraftConfig:
                 f"config.json has target_hidden_size {wide}, hidden_size {flat.get('hidden_size')}: not equal"
             )
         try:
+            bonus = flat.get("sample_from_anchor") is False
             return cls(
                 hidden_size=int(flat["hidden_size"]),
                 intermediate_size=int(flat["intermediate_size"]),
@@ -244,7 +252,8 @@ class DraftConfig:
                 mask_token_id=int(flat["mask_token_id"]),
                 target_layer_ids=tuple(int(i) for i in flat["target_layer_ids"]),
                 num_target_layers=int(flat["num_target_layers"]),
-                block_size=int(flat["block_size"]),
+                block_size=int(flat["block_size"]) - bonus,
+                bonus_anchor=bonus,
                 rope_theta=rope_base(flat, DEFAULT_ROPE_BASE),
                 rms_norm_eps=float(flat["rms_norm_eps"]),
                 max_position_embeddings=int(flat["max_position_embeddings"]),
@@ -262,9 +271,10 @@ _HONOURED: dict[str, tuple[Any, ...]] = {
     "architectures": (["Qwen3DSparkModel"],),
     "hidden_act": ("silu",),
     "attention_bias": (False,),
-    "sample_from_anchor": (True,),
+    "sample_from_anchor": (True, False),
     "is_causal": (False,),
     "is_neox_style": (True,),
+    "rope_is_neox_style": (True,),
     "logit_scale": (1.0,),
     "dflash_config": ({},),
 }

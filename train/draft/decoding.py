@@ -109,13 +109,13 @@ def slot_states(draft: DraftModel, context: DraftContext, anchor_id: int) -> Ten
     """h [B, H] after the final norm, with the context's cached keys and values."""
     config = draft.config
     device = draft.fc.weight.device
-    position = torch.arange(context.length, context.length + config.block_size, device=device)
+    position = torch.arange(context.length, context.length + config.slots, device=device)
     anchor, valid = torch.tensor([anchor_id], device=device), torch.tensor([True], device=device)
     x = draft.block_input(anchor, valid)[0].to(draft.fc.weight.dtype)
     tables = rope_tables(position, config.head_dim, config.rope_theta, x.dtype)
     for i, layer in enumerate(_layers(draft)):
         x = layer.around(x, partial(_attend, layer.self_attn, rope=tables, context=context.layer(i)))
-    out: Tensor = draft.norm(x)
+    out: Tensor = draft.norm(x)[config.slots - config.block_size :]
     return out
 
 
@@ -128,11 +128,12 @@ def recomputed_states(draft: DraftModel, aux: Tensor, anchor_id: int) -> Tensor:
     row = torch.cat([aux, torch.full_like(aux[:1], torch.nan)]).to(device)
     anchors, valid = torch.tensor([a], device=device), torch.tensor([True], device=device)
     doc = torch.zeros(a + 1, dtype=torch.int32, device=device)
-    attention = AttentionPlan.build(doc, anchors, valid, draft.config.block_size)
+    attention = AttentionPlan.build(doc, anchors, valid, draft.config.slots)
     ctx = draft.context(row)
     x = draft.block_input(torch.tensor([anchor_id], device=device), valid).to(ctx.dtype).flatten(0, 1)
-    position = torch.arange(a + draft.config.block_size, device=device)
-    return draft.backbone(x, ctx, draft.plan_of(attention, position[a:], position[: a + 1]))
+    position = torch.arange(a + draft.config.slots, device=device)
+    h = draft.backbone(x, ctx, draft.plan_of(attention, position[a:], position[: a + 1]))
+    return h[draft.config.bonus_anchor :]
 
 
 @torch.inference_mode()

@@ -45,6 +45,9 @@ class DSpark(DrafterType):
     def to_flat(self, config: DraftConfig) -> dict[str, Any]:
         return config.flat_fields()
 
+    def starts_from(self, other: DrafterType) -> bool:
+        return isinstance(other, DSpark)  # one backbone; the heads may be left out or begun anew
+
     def servable_by_vllm(self, config: DraftConfig) -> bool:
         return config.markov_head_type == "vanilla"  # vLLM has no other
 

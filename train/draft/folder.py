@@ -33,7 +33,8 @@ from dspark.cache.shared.process import no_plan_a_shape
 from dspark.cache.target.frozen import FrozenTarget
 from dspark.train.draft.config import DraftConfig
 from dspark.train.draft.model import DraftModel, TargetWeights
-from dspark.train.draft.speculators import MARK, to_flat, to_speculators
+from dspark.train.draft.speculators import to_speculators
+from dspark.train.draft.spelling import flat_of
 from dspark.train.draft.types import drafter
 from dspark.train.draft.vocabulary import faults, ids_of, offsets_of
 
@@ -107,9 +108,8 @@ def served_tensors(
 
 
 def load_config(folder: Path | str) -> DraftConfig:
-    """The config of a draft folder, in either spelling."""
-    config = read_config(folder)
-    return DraftConfig.from_flat(to_flat(config) if MARK in config else config)
+    """The config of a draft folder, in any spelling that ``flat_of`` knows."""
+    return DraftConfig.from_flat(flat_of(read_config(folder)))
 
 
 def read_config(folder: Path | str) -> dict[str, Any]:
@@ -163,8 +163,14 @@ def load_draft(
     no_plan_a_shape()
     config = load_config(folder)
     path = Path(folder) / WEIGHTS
+    then = trained_as(folder)
+    if then is not None and then.bonus_anchor != config.bonus_anchor:
+        raise DraftError(
+            f"{folder}: {CONFIG} says sample_from_anchor = {not config.bonus_anchor}, the weights were trained with "
+            f"{not then.bonus_anchor}; correct it"
+        )
     stored = read_tensors(folder)
-    draft_ids = _draft_ids(stored, config, path)
+    draft_ids = draft_ids_of(stored, config, path)
     kind = drafter(config.speculator_type)
     model = kind.network(config, target, draft_ids, frozen_dtype=frozen_dtype or dtype)
     stored = kind.learnt(stored, path)
@@ -184,7 +190,7 @@ def load_draft(
         with torch.no_grad():
             parameter.copy_(value)
     model.to(dtype=dtype) if frozen_dtype is None else _cast_trained(model, dtype)
-    _check_frozen(stored, model, target, path)
+    check_frozen(stored, target, model.frozen_head.draft_ids, path)
     return model
 
 
@@ -209,7 +215,7 @@ def _opened(path: Path) -> Iterator[Any]:
         raise DraftError(f"{path} cannot be read as safetensors: {wrong}") from wrong
 
 
-def _draft_ids(stored: dict[str, Tensor], config: DraftConfig, path: Path) -> Tensor | None:
+def draft_ids_of(stored: dict[str, Tensor], config: DraftConfig, path: Path) -> Tensor | None:
     """Target ids of the draft's rows, taken out of ``stored``; None for the full vocabulary."""
     wrong = faults(stored, config.draft_vocab_size, config.vocab_size) if config.reduced_vocab else []
     offsets = stored.pop("d2t", None)
@@ -219,9 +225,11 @@ def _draft_ids(stored: dict[str, Tensor], config: DraftConfig, path: Path) -> Te
     return ids_of(offsets) if config.reduced_vocab and offsets is not None else None
 
 
-def _check_frozen(stored: dict[str, Tensor], model: DraftModel, target: TargetWeights, path: Path) -> None:
-    """Matrices that came along must be the target's at the file's precision: otherwise the draft is another model's."""
-    ids = model.frozen_head.draft_ids
+def check_frozen(stored: Mapping[str, Tensor], target: TargetWeights, ids: Tensor | None, path: Path) -> None:
+    """Matrices that came along must be the target's at the file's precision: otherwise the draft is another model's.
+
+    ``ids`` int64[Vd]: the target ids of the rows of a reduced vocabulary.
+    """
     head = target.lm_head if ids is None else target.lm_head[ids.to(target.lm_head.device)]
     for name, own in (("embed_tokens.weight", target.embed_tokens), ("lm_head.weight", head)):
         value = stored.get(name)

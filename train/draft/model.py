@@ -312,9 +312,11 @@ class DraftModel(nn.Module):
 
     def plan(self, batch: Batch, backend: Backend = "sdpa") -> Plan:
         """The plan of a batch that lies where the draft does."""
-        size = self.config.block_size
+        size, position = self.config.slots, batch.block_position
+        if self.config.bonus_anchor:
+            position = torch.cat([position, position[:, -1:] + 1], 1)
         attention = AttentionPlan.build(batch.doc, batch.anchors, batch.anchor_valid, size, backend)
-        return self.plan_of(attention, batch.block_position.flatten(), batch.position)
+        return self.plan_of(attention, position.flatten(), batch.position)
 
     def plan_of(self, attention: AttentionPlan, block_position: Tensor, context_position: Tensor) -> Plan:
         """From positions int64[Q] of the blocks' tokens and int64[S] of the context's, each within its document."""
@@ -325,16 +327,16 @@ class DraftModel(nn.Module):
         return Plan(attention, block, context)
 
     def forward(self, batch: Batch, plan: Plan) -> SlotStates:
-        """Every slot of every block of one row."""
-        anchors, size = batch.anchors.shape[0], self.config.block_size
+        """Every slot of every block of one row; without the anchor's own where it predicts nothing."""
+        anchors, size = batch.anchors.shape[0], self.config.slots
         ctx = self.context(batch.aux)
         x = self.block_input(batch.input_ids[batch.anchors], batch.anchor_valid).to(ctx.dtype).flatten(0, 1)
         h = self.backbone(x, ctx, plan)
-        return self.heads(h.view(anchors, size, -1), batch.prev_ids)
+        return self.heads(h.view(anchors, size, -1)[:, size - self.config.block_size :], batch.prev_ids)
 
     def block_input(self, anchor_ids: Tensor, anchor_valid: Tensor) -> Tensor:
-        """[A, B, H]: slot 0 the anchor's embedding, the others the mask token's (a padding block only mask tokens)."""
-        ids = anchor_ids.new_full((anchor_ids.shape[0], self.config.block_size), self.config.mask_token_id)
+        """[A, slots, H]: slot 0 the anchor's embedding, the others the mask token's (a padding block only mask tokens)."""
+        ids = anchor_ids.new_full((anchor_ids.shape[0], self.config.slots), self.config.mask_token_id)
         ids[:, 0] = torch.where(anchor_valid, anchor_ids, self.config.mask_token_id)
         weight = self.embed_tokens.weight
         assert isinstance(weight, Tensor)

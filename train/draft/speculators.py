@@ -39,7 +39,12 @@ def to_speculators(
         "speculators_config": {
             "algorithm": "dspark",
             "default_proposal_method": "greedy",
-            "proposal_methods": [{"proposal_type": "greedy", "speculative_tokens": flat["block_size"]}],
+            "proposal_methods": [
+                {
+                    "proposal_type": "greedy",
+                    "speculative_tokens": flat["block_size"] - (not flat["sample_from_anchor"]),
+                }
+            ],
             "verifier": {"name_or_path": verifier, "architectures": verifier_architectures},
         },
     }

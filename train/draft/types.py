@@ -129,6 +129,10 @@ class DrafterType(ABC):
             draft_vocab_size=draft_vocab_size,
         )
 
+    def starts_from(self, other: DrafterType) -> bool:
+        """Whether a draft of this type can begin with the tensors of one of the ``other`` (``--init-from``)."""
+        return other.name == self.name
+
     # Network and objective
 
     def network(

@@ -47,6 +47,10 @@ def claim(output: Path, config: TrainConfig, *, resume: bool, overwrite: bool) -
     above = existing_parent(output)
     if not above.is_dir():
         raise UsageError(f"--output {output}: {above} is a file; expected a folder, or a name that is free")
+    if config.init_from and Path(config.init_from).resolve().is_relative_to(output.resolve()):
+        raise UsageError(
+            f"--init-from {config.init_from} lies in --output {output}, which the training writes; choose another --output"
+        )
     if not output.exists() or not any(output.iterdir()):
         return
     previous = output / TRAINING
@@ -115,7 +119,10 @@ def begin(output: Path, run: Run, *, resume: bool, overwrite: bool = False) -> N
     on ``overwrite``, delete the training that is there.
     """
     if resume:
+        from dspark.train.run.history import same_start
+
         same_store(output, run)
+        same_start(output, run)
     with write_errors(output):
         if overwrite and (output / TRAINING).is_file():
             _clear(output)

@@ -18,10 +18,11 @@ from dspark.train.data.anchors import Int64
 from dspark.train.data.batch import Batch
 from dspark.train.data.row import blank
 from dspark.train.data.stream import VALIDATION_EPOCH, Stream, split
-from dspark.train.data.vocab import choose_ids
+from dspark.train.data.vocab import choose_ids, covered
 from dspark.train.distributed import World
 from dspark.train.draft.model import DraftModel
 from dspark.train.draft.types import drafter
+from dspark.train.draft.warm import Origin, Start
 from dspark.train.objective.objective import ObjectiveConfig
 from dspark.train.optim.adamw import MasterAdamW
 from dspark.train.optim.base import AdamSettings, Optimizer
@@ -45,6 +46,8 @@ class Run:
     """int64[V] on the CPU, for the weights of a reduced vocabulary's CE; None for the whole."""
     blank: Batch | None
     """Padding for the ranks of a sharded model that have no row in a step; None where no rank needs any."""
+    start: Start | None = None
+    """What a warm start took; None for a draft that begins with random tensors."""
 
 
 def row_length(cache: Cache, requested: int | None) -> int:
@@ -67,16 +70,25 @@ def prepare(config: TrainConfig, world: World | None = None) -> Run:
         raise TrainError(
             f"{config.cache}: no two neighbouring supervised tokens in {len(cache)} samples, so there is no anchor to train on"
         )
+    target = cache.manifest.target
+    origin = None
+    if config.init_from:
+        origin = Origin.open(config.init_from, target, list(cache.manifest.layers), config)
     train, held_out = split(cache.index["sample_key"], config.val_fraction)
     draft_ids, coverage = None, 1.0
-    if config.draft_vocab_size is not None and config.draft_vocab_size != cache.manifest.target.vocab_size:
-        draft_ids, coverage = choose_ids(cache, train, config.draft_vocab_size)
-    target = cache.manifest.target
+    if config.draft_vocab_size is not None and config.draft_vocab_size != target.vocab_size:
+        if origin and origin.draft_ids is not None and len(origin.draft_ids) == config.draft_vocab_size:
+            draft_ids, coverage = origin.draft_ids, covered(cache, train, origin.draft_ids)
+        else:
+            draft_ids, coverage = choose_ids(cache, train, config.draft_vocab_size)
     draft_config = kind.configure(
         config, target.config, cache.manifest.layers, target.mask_token_id, None if draft_ids is None else len(draft_ids)
     )  # fmt: skip
+    if origin:
+        draft_config = origin.shaped(draft_config)
     torch.manual_seed(config.seed)  # initial weights; nothing else draws from torch's generator
     model = kind.network(draft_config, cache.target, draft_ids, frozen_dtype=compute.dtype)
+    start = origin.give(model, cache.target) if origin else None
     model.to(device=compute.device, dtype=compute.dtype)
     sharded = config.strategy == "fsdp2"
     if sharded and not kind.sharded:
@@ -126,7 +138,7 @@ def prepare(config: TrainConfig, world: World | None = None) -> Run:
         padding = blank(*fixed, draft_config.block_size, layers, hidden, compute.device, compute.dtype)
     return Run(
         config, cache, compute, model, objective, optimizer, training, validation, coverage, workers, world,
-        None if model.frozen_head.to_draft is None else model.frozen_head.to_draft.cpu(), padding,
+        None if model.frozen_head.to_draft is None else model.frozen_head.to_draft.cpu(), padding, start,
     )  # fmt: skip
 
 

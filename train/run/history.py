@@ -1,0 +1,85 @@
+"""``history.json`` beside a draft: what it began with, and every session that trained it. Tells interrupted, resumed and warm-started
+runs apart, for a person and for the model card.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dspark.cache.errors import MismatchError
+from dspark.cache.files.atomic import write_file
+from dspark.train.run.folder import read_record
+
+if TYPE_CHECKING:
+    from dspark.train.run.setup import Run
+
+HISTORY = "history.json"
+# How a session ended. One that was killed could not say so, and is left at the first.
+RUNNING, FINISHED, INTERRUPTED, FAILED = "running", "finished", "interrupted", "failed"
+
+
+def same_start(output: Path, run: Run) -> None:
+    """Raise MismatchError if the run in ``output`` began with other weights than ``--init-from`` holds now."""
+    path = output / HISTORY
+    if run.start is None or not path.is_file():
+        return
+    then = (read_record(path).get("start") or {}).get("weights_sha256")
+    if then != run.start.weights_sha256:
+        raise MismatchError(
+            f"{output} began with weights {str(then)[:12]}, {run.config.init_from} now holds {run.start.weights_sha256[:12]}: "
+            "the draft there was changed. Restore it, or use another --output."
+        )
+
+
+@contextmanager
+def session(output: Path, run: Run, step: int, *, resumed: bool) -> Iterator[Session]:
+    """Record a session from ``step`` on. KeyboardInterrupt and errors are recorded and pass on."""
+    path = output / HISTORY
+    earlier: Mapping[str, Any] = read_record(path) if resumed and path.is_file() else {}
+    start = None if run.start is None else run.start.to_json()
+    now = Session(path, start, [*earlier.get("sessions", [])], step)
+    now.write(RUNNING)
+    try:
+        yield now
+    except KeyboardInterrupt:
+        now.write(INTERRUPTED)
+        raise
+    except BaseException:
+        now.write(FAILED)
+        raise
+    now.write(FINISHED)
+
+
+class Session:
+    """The session that runs now; ``reached`` is the last step whose checkpoint is whole."""
+
+    def __init__(self, path: Path, start: dict[str, Any] | None, before: list[Any], step: int) -> None:
+        self.path, self.start, self.before = path, start, before
+        self.began = self.reached = step
+
+    def write(self, ended: str) -> None:
+        own = {"from_step": self.began, "to_step": self.reached, "ended": ended}
+        record = {"start": self.start, "sessions": [*self.before, own]}
+        write_file(self.path, (json.dumps(record, indent=1) + "\n").encode())
+
+
+def sentences(record: Mapping[str, Any]) -> list[str]:
+    """What a history says, a sentence each: how it began, and how it was trained."""
+    start, sessions = record.get("start"), record.get("sessions") or []
+    out = ["Began with random weights."]
+    if start:
+        out = [
+            f"Warm start: {start['taken']} tensors of {start['folder']} (weights sha256 {start['weights_sha256'][:12]})."
+        ]
+        out += [f"Changed: {name}, {how}." for name, how in start["changed"].items()]
+        out += [f"Not taken: {name} ({why})." for name, why in start["left"].items()]
+        out += [f"Begun anew: {name} ({how})." for name, how in start["begun"].items()]
+    for number, one in enumerate(sessions):
+        verb = "Trained" if number == 0 else "Resumed"
+        ended = "still running, or killed" if one["ended"] == RUNNING else one["ended"]
+        out.append(f"{verb} from step {one['from_step']} to step {one['to_step']}: {ended}.")
+    return out
