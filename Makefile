@@ -8,7 +8,7 @@ TARGET := .work/smollm2
 DEMO   := .work/demo
 SHELL  := /bin/bash
 
-.PHONY: demo test target lint types pytest site vllm-versions clean
+.PHONY: demo test campaign target lint types pytest site vllm-versions clean
 
 .venv/ready: pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -50,6 +50,10 @@ demo: target
 	@echo "  $(BIN)/dspark-tools export $(DEMO)/draft $(DEMO)/published --target HuggingFaceTB/SmolLM2-135M-Instruct"
 
 test: .venv/ready-test target lint types pytest
+
+# Dumps killed at 40 random moments, resumed and compared byte for byte; KILLS and SEED choose others.
+campaign: .venv/ready-test
+	$(BIN)/python tests/campaign/dumps.py $(or $(KILLS),40) $(or $(SEED),17)
 
 lint:
 	$(BIN)/ruff check .

@@ -6,6 +6,12 @@ Programmer mistakes stay ``assert``; nothing here is raised for those.
 
 from __future__ import annotations
 
+import errno
+from pathlib import Path
+
+# What says that a file is not there, or is of another kind; every other error of reading says nothing of its bytes.
+GONE = frozenset({errno.ENOENT, errno.ENOTDIR, errno.EISDIR})
+
 
 class DsparkError(Exception):
     """Base of every error that a command turns into one line on stderr and an exit code."""
@@ -41,6 +47,10 @@ class DamagedCacheError(CacheError):
     """Bytes on disk are not the bytes that were written. The message names file and chunk."""
 
 
+class UnreadableError(CacheError):
+    """Something of a store cannot be read right now: an I/O error, no permission, too few file handles. Nothing says that it is damaged."""
+
+
 class MismatchError(CacheError):
     """Two things that must belong together do not: cache and target, checkpoint and cache, resume and plan."""
 
@@ -73,6 +83,16 @@ class TrainError(DsparkError):
 
 class DraftError(DsparkError):
     """A draft folder is not one that can be scored or served."""
+
+
+def read_error(path: Path, error: OSError) -> DamagedCacheError | UnreadableError:
+    """Tell what ``error``, met in reading ``path``, says of the store: damaged where the file is gone, else unreadable."""
+    if error.errno in GONE:
+        return DamagedCacheError(f"{path}: {error.strerror}")
+    return UnreadableError(
+        f"{path}: cannot be read now: {error.strerror or error}. Nothing says that it is damaged: "
+        "see to the disk, the permission or the limit on open files (ulimit -n), and try again."
+    )
 
 
 def first_line(error: BaseException) -> str:

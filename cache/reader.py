@@ -7,6 +7,7 @@ lock with another. Every chunk's crc32c is checked as it is read; a missing or d
 from __future__ import annotations
 
 import dataclasses
+import resource
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
@@ -18,9 +19,9 @@ import numpy as np
 import zarr
 
 from dspark.cache.codec.base import EXACT_TOKEN, Codec, Tokens, tokens_of
-from dspark.cache.errors import DamagedCacheError, IncompleteCacheError, NotACacheError
+from dspark.cache.errors import DamagedCacheError, IncompleteCacheError, NotACacheError, read_error
 from dspark.cache.files.calibration import stored_codec
-from dspark.cache.files.index import PART_ARRAYS, TURN, build_index, index_sums
+from dspark.cache.files.index import PART_ARRAYS, TURN, build_index, index_specs, index_sums
 from dspark.cache.files.layout import (
     EXACT_POSITION,
     EXACT_ROW,
@@ -56,9 +57,12 @@ if TYPE_CHECKING:
 
     from dspark.cache.records import Coded
 
-OPEN_PARTS = (
-    48  # parts kept open, with a file descriptor per array: under the usual limit of 1,024 per process
-)
+OPEN_PARTS = 48  # parts kept open at most, with a file descriptor per array
+
+
+def open_parts(arrays: int) -> int:
+    """Parts of ``arrays`` arrays each to keep open: half of the process's limit on open files."""
+    return max(1, min(OPEN_PARTS, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2 // max(arrays, 1)))
 
 
 def read_manifest(path: str | Path) -> Manifest:
@@ -69,8 +73,15 @@ def read_manifest(path: str | Path) -> Manifest:
             f"{path}: no such folder. dspark-dump writes one: dspark-dump --model MODEL --data FILE --output {path}"
         )
     if not (path / "zarr.json").is_file():
-        raise NotACacheError(f"{path}: not a dspark store (no zarr.json in it)")
-    attributes = read_attributes(path)
+        more = f". {rebuild_hint(path)}" if (path / PARTS).is_dir() else ""
+        raise NotACacheError(f"{path}: not a dspark store (no zarr.json in it){more}")
+    for name in ("zarr.json", PARTS, INDEX, TARGET):
+        if (path / name).is_symlink():
+            raise DamagedCacheError(f"{path / name}: a link. Within a store there are none.")
+    try:
+        attributes = read_attributes(path)
+    except DamagedCacheError as error:
+        raise DamagedCacheError(f"{error}. {rebuild_hint(path)}") from error
     if ROOT_KEY not in attributes:
         raise NotACacheError(
             f"{path}: a Zarr folder, but not a dspark store (its attributes are {sorted(attributes)})"
@@ -81,7 +92,17 @@ def read_manifest(path: str | Path) -> Manifest:
         return Manifest.from_json(
             data, where
         )  # says which version it found before the checksum rule of ours is applied
-    return Manifest.from_json(unseal(data, where), where)
+    try:
+        return Manifest.from_json(unseal(data, where), where)
+    except DamagedCacheError as error:
+        raise DamagedCacheError(f"{error}. {rebuild_hint(path)}") from error
+
+
+def rebuild_hint(path: Path) -> str:
+    """The next step where index or manifest are not what was written."""
+    return (
+        f"Run dspark-tools verify --rebuild-index {path}: it makes index and manifest again from the parts."
+    )
 
 
 def open(path: str | Path, *, allow_incomplete: bool = False) -> Cache:
@@ -123,22 +144,12 @@ class Cache:
         """Return the arrays of ``dspark.cache.files.index``, from ``index/`` or, while incomplete, from the parts."""
         if not self.manifest.complete:
             return self._scan()
-        where = str(self.path / INDEX)
-        about = unseal(read_attributes(self.path / INDEX).get(INDEX_KEY), where)
-        self._part_crc = about["part_crc32c"]
         try:
-            group = zarr.open_group(self.path / INDEX, mode="r")
-            index = {name: np.asarray(group[name][...]) for name in group.array_keys()}  # type: ignore[index]
-        except Exception as error:
-            raise DamagedCacheError(f"{where}: the sample index cannot be read: {error}") from error
-        if self.manifest.format_version == 1:
-            index[TURN] = np.zeros(index["sample_row"].shape[0], np.int32)
-            index["part_number"] = np.arange(len(self._part_crc))
-        elif (found_sums := index_sums(index)) != about["array_crc32c"]:
+            index = self._stored_index()
+        except (DamagedCacheError, KeyError, IndexError) as error:
             raise DamagedCacheError(
-                f"{where}: the index's arrays have checksums {found_sums}, its attributes say {about['array_crc32c']}. "
-                f"Run dspark-tools verify --rebuild-index {self.path}"
-            )
+                f"{self.path / INDEX}: the sample index cannot be used: {error}. {self._rebuild()}"
+            ) from error
         counts = self.manifest.counts
         found = (
             int(index["sample_start"][-1]),
@@ -147,8 +158,37 @@ class Cache:
         )
         if found != (counts.tokens, counts.last_rows, counts.samples):
             raise DamagedCacheError(
-                f"{where}: holds (tokens, last rows, samples) = {found}, the manifest counts {(counts.tokens, counts.last_rows, counts.samples)}"
+                f"{self.path / INDEX}: holds (tokens, last rows, samples) = {found}, "
+                f"the manifest counts {(counts.tokens, counts.last_rows, counts.samples)}. {self._rebuild()}"
             )
+        return index
+
+    def _rebuild(self) -> str:
+        if self.manifest.format_version == 1:
+            return "Repair the store with the release that wrote it"
+        return rebuild_hint(self.path)
+
+    def _stored_index(self) -> dict[str, Array]:
+        """``index/`` as it lies there, its checksums compared."""
+        where = self.path / INDEX
+        about = unseal(read_attributes(where).get(INDEX_KEY), str(where))
+        self._part_crc = about["part_crc32c"]
+        try:
+            group = zarr.open_group(where, mode="r")
+            index: dict[str, Array] = {n: np.asarray(group[n][...]) for n in group.array_keys()}  # type: ignore[index]
+        except OSError as error:
+            raise read_error(where, error) from error
+        except Exception as error:
+            raise DamagedCacheError(str(error)) from error
+        if self.manifest.format_version == 1:
+            # No checksum of the arrays: what Zarr reads as zeros is a shard that is not there.
+            for spec in index_specs(index):
+                if spec.shape[0] and not (where / spec.name / shard_file(spec)).is_file():
+                    raise DamagedCacheError(f"{where / spec.name}: its shard is missing")
+            index[TURN] = np.zeros(index["sample_row"].shape[0], np.int32)
+            index["part_number"] = np.arange(len(self._part_crc))
+        elif (found := index_sums(index)) != about["array_crc32c"]:
+            raise DamagedCacheError(f"arrays have checksums {found}, expected {about['array_crc32c']}")
         return index
 
     def _scan(self) -> dict[str, Array]:
@@ -334,7 +374,7 @@ class Cache:
         self._open[part] = {
             s.name: Shard(folder / s.name / shard_file(s), s, record.tag(s.name)) for s in specs if s.shape[0]
         }
-        if len(self._open) > OPEN_PARTS:
+        if len(self._open) > open_parts(len(specs)):
             self._open.popitem(last=False)
         return self._open[part]
 

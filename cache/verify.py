@@ -10,14 +10,22 @@ from pathlib import Path
 import numpy as np
 import zarr
 
-from dspark.cache.errors import CacheError, DamagedCacheError, UsageError
+from dspark.cache.errors import (
+    GONE,
+    CacheError,
+    DamagedCacheError,
+    MismatchError,
+    UnreadableError,
+    UsageError,
+    read_error,
+)
 from dspark.cache.files.atomic import remove
 from dspark.cache.files.calibration import stored_codec
 from dspark.cache.files.checksum import file_sums
 from dspark.cache.files.index import PART_ARRAYS, TURN, build_index
 from dspark.cache.files.layout import INDEX, PARTS, TARGET, PartLayout, StoredArray, part_name
 from dspark.cache.files.part import Array, PartRecord, missing_files, part_specs, read_record, shard_file
-from dspark.cache.files.place import Folder
+from dspark.cache.files.place import Folder, refuse_links
 from dspark.cache.files.shard import Shard
 from dspark.cache.manifest import Manifest
 from dspark.cache.reader import Cache, read_manifest
@@ -28,51 +36,95 @@ from dspark.cache.writer import StoreWriter
 
 @dataclass(slots=True)
 class Report:
-    """``findings``: one sentence each, empty = sound. ``damaged``: what must be written again, parts by name and files as ``target/NAME``."""
+    """``findings``: one sentence each, empty = sound. ``damaged``: what must be written again, parts by name and files as ``target/NAME``.
+
+    ``unreadable``: what could not be read now (an I/O error, no permission, too few file handles), of which nothing proves damage.
+    """
 
     checked_chunks: int = 0
     checked_parts: int = 0
     findings: list[str] = field(default_factory=list)
     damaged: set[str] = field(default_factory=set)
+    unreadable: set[str] = field(default_factory=set)
 
     @property
     def ok(self) -> bool:
         return not self.findings
 
+    @property
+    def verdict(self) -> str:
+        """``sound``, ``UNREADABLE`` where that is all that was found, or ``DAMAGED``."""
+        if self.ok:
+            return "sound"
+        return "UNREADABLE" if self.unreadable and not self.damaged else "DAMAGED"
+
 
 def verify(path: str | Path, progress: Callable[[int, int], None] = lambda done, total: None) -> Report:
-    """Check the store at ``path``. ``progress(done, total)`` is called once per part. Raises only if it is not a store at all."""
+    """Check the store at ``path``. ``progress(done, total)`` is called once per part. Raises only if it is not a store at all, or its manifest is damaged or unreadable."""
     path = Path(path)
     manifest = read_manifest(path)
     report = Report()
+    try:
+        refuse_links(path)
+    except DamagedCacheError as error:
+        report.findings.append(str(error))
+        return report
     folders = [path / PARTS / n for n in Folder(path).list(PARTS) if n.isdigit()]
     for name in _missing_parts(path, manifest, [f.name for f in folders]):
         report.findings.append(f"{path / PARTS / name}: the part is missing")
         report.damaged.add(name)
     try:
         codec = stored_codec(path, manifest)
-    except DamagedCacheError as error:  # no part can be checked without it
+    except (DamagedCacheError, UnreadableError) as error:  # no part can be checked without it
         report.findings.append(str(error))
         return report
     layout = PartLayout(codec, len(manifest.layers), manifest.target.hidden_size)
     small: list[dict[str, Array]] = []
     records: list[PartRecord] = []
+    foreign: list[str] = []
     for done, folder in enumerate(folders):
         before = len(report.findings)
-        checked = _check_part(folder, manifest, layout, report)
+        try:
+            checked = _check_part(folder, manifest, layout, report)
+        except (UnreadableError, OSError) as error:
+            if isinstance(error, OSError):
+                error = UnreadableError(str(read_error(folder, error)))
+            if len(report.findings) == before:
+                report.unreadable.add(folder.name)
+            report.findings.append(str(error))
+            checked = None
+        except ForeignPart as error:
+            report.findings.append(str(error))
+            foreign.append(folder.name)
+            checked = None
         if checked is not None:
             records.append(checked[0])
             small.append(checked[1])
-        if len(report.findings) > before:
+        if len(report.findings) > before and folder.name not in (*report.unreadable, *foreign):
             report.damaged.add(folder.name)
         report.checked_parts += 1
         progress(done + 1, len(folders))
+    if foreign and len(foreign) == len(folders):  # then it is the manifest that is of another store
+        report.findings.append(
+            f"{path / 'zarr.json'}: no part is of the manifest's plan. Put the store's own zarr.json back, or run "
+            f"dspark-tools verify --rebuild-index {path}"
+        )
+    else:
+        report.damaged.update(foreign)
     if not report.findings:
         report.findings += _check_totals(path, manifest, records, small)
-    for name, finding in damaged_files(path / TARGET, manifest).items():
-        report.findings.append(f"{finding}. {what_to_do(path)}")
-        report.damaged.add(f"{TARGET}/{name}")
+    try:
+        for name, finding in damaged_files(path / TARGET, manifest).items():
+            report.findings.append(f"{finding}. {what_to_do(path)}")
+            report.damaged.add(f"{TARGET}/{name}")
+    except UnreadableError as error:
+        report.findings.append(str(error))
+        report.unreadable.add(TARGET)
     return report
+
+
+class ForeignPart(MismatchError):
+    """A part of another plan than the store's."""
 
 
 def _missing_parts(path: Path, manifest: Manifest, found: list[str]) -> list[str]:
@@ -95,6 +147,8 @@ def _check_part(
     """Check one part; what is wrong goes into ``report``. Returns its record and its small arrays if they could be read."""
     try:
         record = read_record(folder)
+    except UnreadableError:
+        raise
     except CacheError as error:
         report.findings.append(str(error))
         return None
@@ -118,8 +172,7 @@ def _check_part(
     if record.format_version != manifest.format_version or (
         record.format_version > 1 and record.plan_sha256 != manifest.digest()
     ):
-        report.findings.append(f"{folder}: a part of another plan than the store's")
-        return None
+        raise ForeignPart(f"{folder}: a part of another plan than the store's")
     specs = part_specs(layout, record)
     small: dict[str, Array] = {}
     for spec in specs:
@@ -129,6 +182,11 @@ def _check_part(
                 raise DamagedCacheError(
                     f"is {array.dtype}{array.shape}, the counts say {spec.dtype}{spec.shape}"
                 )
+        except OSError as error:
+            if error.errno not in GONE:
+                raise
+            report.findings.append(f"{folder / spec.name}: {error}")
+            continue
         except Exception as error:
             report.findings.append(f"{folder / spec.name}: {error}")
             continue
@@ -178,7 +236,7 @@ def _check_counts(record: PartRecord, small: dict[str, Array], vocab: int) -> It
     if not np.array_equal(stored, last_start):
         yield "sample_last_start does not follow from the loss mask"
     rows = small["sample_row"]
-    if (np.diff(rows) < 0).any() or rows[0] < record.row_start or rows[-1] >= record.row_stop:
+    if rows.size and ((np.diff(rows) < 0).any() or rows[0] < record.row_start or rows[-1] >= record.row_stop):
         yield f"source rows are not in order within {record.row_start}-{record.row_stop}"
 
 
@@ -212,14 +270,18 @@ def _check_totals(
 
 
 def drop_damaged(path: str | Path, report: Report) -> list[str]:
-    """Delete what is damaged and mark the store incomplete; ``dspark-dump --resume`` then writes exactly that again. Returns its names."""
+    """Delete what is damaged and mark the store incomplete; ``dspark-dump --resume`` then writes exactly that again. Returns its names.
+
+    What is unreadable is not touched. Raises DamagedCacheError, deleting nothing, where a link would be followed out of the store.
+    """
     path = Path(path)
+    refuse_links(path)
     if read_manifest(path).format_version == 1 and report.damaged:
         raise UsageError(
             f"{path}: a store of format version 1 is read, not repaired. Repair it with the release that wrote it, then convert it with dspark-tools recode."
         )
     for name in sorted(report.damaged):
         remove(path / name if name.startswith(f"{TARGET}/") else path / PARTS / name)
-    if report.findings:
+    if report.damaged:
         StoreWriter(path, read_manifest(path), {}).reopen()
     return sorted(report.damaged)

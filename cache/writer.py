@@ -21,7 +21,7 @@ import numpy as np
 import zarr
 
 from dspark.cache.codec.base import Codec
-from dspark.cache.errors import DamagedCacheError, ExistsError, MismatchError
+from dspark.cache.errors import DamagedCacheError, ExistsError, MismatchError, NotACacheError, UsageError
 from dspark.cache.files.atomic import (
     STAGING,
     clear_staging,
@@ -53,12 +53,13 @@ from dspark.cache.files.part import (
     group_metadata,
     join_tokens,
     missing_files,
+    read_attributes,
     read_record,
     write_array,
     write_attributes,
 )
 from dspark.cache.files.place import Folder
-from dspark.cache.manifest import Counts, Json, Manifest, SourceInfo, from_plan, sealed
+from dspark.cache.manifest import Counts, Json, Manifest, SourceInfo, from_plan, sealed, unseal
 from dspark.cache.reader import read_manifest
 from dspark.cache.records import CodedSample, TokenSample
 from dspark.cache.target.files import damaged_files, write_target
@@ -357,29 +358,57 @@ def write_index(path: Path, records: Sequence[PartRecord]) -> None:
 def rebuild(path: str | Path) -> Manifest:
     """Make index and manifest again from the parts, whatever has become of them; returns the manifest.
 
-    Complete if the old manifest, where it can be read, was; without one, if the parts are all there is in the folder. What only the manifest knew (a source's sha256,
-    the limit on rows, the measured quality) is lost with it.
+    A manifest that is gone, damaged or of another store than all parts is made from theirs; it is complete then if an index that is still sound lists exactly
+    these parts, else ``--resume`` completes it. What only the manifest knows (a source's sha256, the limit on rows, the measured quality) is lost with it.
     """
     path = Path(path)
-    records = list(scan_parts(path).values())
+    records = list(scan_parts(path).values()) if (path / PARTS).is_dir() else []
     if not records:
-        raise DamagedCacheError(f"{path}: no part to make the manifest from")
-    if any(r.format_version == 1 or r.plan_sha256 != records[0].plan_sha256 for r in records):
-        raise MismatchError(f"{path}: its parts are of several plans, or of format version 1")
+        raise DamagedCacheError(f"{path}: no part to make index and manifest from")
+    digest = records[0].plan_sha256
+    if any(r.format_version == 1 for r in records):
+        raise UsageError(
+            f"{path}: a store of format version 1 is read, not repaired. Repair it with the release that wrote it."
+        )
+    if other := [r for r in records if r.plan_sha256 != digest]:
+        raise MismatchError(
+            f"{path}: parts {part_name(records[0].index)} and {part_name(other[0].index)} are of different plans. "
+            f"dspark-tools verify {path} names those that are not the manifest's."
+        )
     try:
-        old = read_manifest(path)
-    except DamagedCacheError:
-        names = {r.source: r.source_id for r in records}
-        sources = [SourceInfo(id=names.get(i, ""), sha256=None, limit=None) for i in range(max(names) + 1)]
-        version = next(iter(records[0].versions.values()), "")
-        old = from_plan(
-            records[0].plan, str(path), sources=sources, counts=Counts(), complete=True, quality={}, engine_version=version
-        )  # fmt: skip
-    if old.digest() != records[0].plan_sha256:
-        raise MismatchError(f"{path}: its parts are of another plan than its manifest")
-    manifest = dataclasses.replace(old, counts=totals(records) if old.complete else Counts())
+        old: Manifest | None = read_manifest(path)
+    except (DamagedCacheError, NotACacheError):
+        old = None
+    if old is None or old.format_version == 1 or old.digest() != digest:
+        old = _lost(path, records)
+    elif old.complete and (found := totals(records)) != old.counts:
+        raise DamagedCacheError(
+            f"{path}: the parts count {found}, the manifest says {old.counts}: parts are missing. Nothing was changed. "
+            f"Run dspark-tools verify --drop-damaged {path}, then the command that wrote the store with --resume."
+        )
     if old.complete:
         check_whole(records, old, path)
         write_index(path, records)
+    counts = totals(records) if old.complete else Counts()
+    manifest = dataclasses.replace(old, counts=counts)
     Folder(path).write("zarr.json", group_metadata(ROOT_KEY, sealed(manifest.to_json())))
     return manifest
+
+
+def _lost(path: Path, records: Sequence[PartRecord]) -> Manifest:
+    """A manifest from nothing but parts."""
+    names = {r.source: r.source_id for r in records}
+    try:
+        about = unseal(read_attributes(path / INDEX).get(INDEX_KEY), str(path / INDEX))
+        whole = about.get("part_crc32c") == [sealed(r.to_json())["crc32c"] for r in records]
+    except DamagedCacheError:
+        whole = False
+    return from_plan(
+        records[0].plan,
+        str(path),
+        sources=[SourceInfo(id=names.get(i, ""), sha256=None, limit=None) for i in range(max(names) + 1)],
+        counts=Counts(),
+        complete=whole,
+        quality={},
+        engine_version=next(iter(records[0].versions.values()), ""),
+    )

@@ -16,16 +16,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dspark.cache.errors import DataError, DsparkError, EngineError, ExistsError
+from dspark.cache.errors import DamagedCacheError, DataError, DsparkError, EngineError, ExistsError
 from dspark.cache.files.atomic import write_file
 from dspark.cache.manifest import Manifest
 from dspark.cache.quality import Known, Probe, budget_of, probe_of
 from dspark.cache.quality import quality as quality_of
-from dspark.cache.reader import read_manifest
+from dspark.cache.reader import Cache, read_manifest
 from dspark.cache.records import TokenSample
 from dspark.cache.shared import config_file
 from dspark.cache.target.logits import PLAIN, Logits
-from dspark.cache.writer import StoreWriter, scan_parts
+from dspark.cache.writer import StoreWriter, rebuild, scan_parts
 from dspark.dump import plan as planning
 from dspark.dump.centring import Calibration, calibration_samples, captured
 from dspark.dump.checks.coded import check_coded
@@ -74,6 +74,8 @@ def dump(
         job = continued(job, stored)
         stored.same_plan(job.manifest, str(config.output))
         if stored.complete:
+            if mended(config.output):
+                show.say(f"{config.output / 'index'} was missing or damaged: made again from the parts")
             # Stopped between the end of the store and theirs.
             if config.regenerate and answers.folder.exists():
                 answers.join(scan_parts(config.output))
@@ -106,6 +108,16 @@ def dump(
         for line in summary(out):
             show.say(line)
         return out
+
+
+def mended(store: Path) -> bool:
+    """Make the index of a complete store again if it cannot be used; whether that was done."""
+    try:
+        _ = Cache(store, read_manifest(store)).index
+    except DamagedCacheError:
+        rebuild(store)
+        return True
+    return False
 
 
 def continued(job: Job, stored: Manifest) -> Job:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from dspark.cache.codec import registry
 from dspark.cache.codec.base import Codec
 from dspark.cache.codec.fields import from_fields
-from dspark.cache.errors import DamagedCacheError
+from dspark.cache.errors import DamagedCacheError, read_error
 from dspark.cache.files.checksum import file_sha256
 from dspark.cache.files.layout import CALIBRATION
 from dspark.cache.manifest import CodecInfo, Manifest
@@ -59,5 +59,7 @@ def read_calibration(path: Path, sha256: str | None) -> dict[str, torch.Tensor]:
         if sha256 is not None and (found := file_sha256(path)) != sha256:
             raise DamagedCacheError(f"{path}: sha256 is {found}, the plan says {sha256}")
         return dict(load_file(path))
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
+        raise read_error(path, error) from error
+    except SafetensorError as error:
         raise DamagedCacheError(f"{path}: the codec's calibration cannot be read: {error}") from error

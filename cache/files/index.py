@@ -30,10 +30,12 @@ def build_index(parts: Iterable[Mapping[str, Array]], numbers: Sequence[int]) ->
     supervised: list[Array] = [np.zeros(0, np.int32)]
     turns: list[Array] = [np.zeros(0, np.int32)]
     first = [0]
+    tokens = stored = 0
     for part in parts:
-        start = part["sample_start"]
-        starts.append(start[1:] + starts[-1][-1])
-        lasts.append(part["sample_last_start"][1:] + lasts[-1][-1])
+        start, last = part["sample_start"], part["sample_last_start"]
+        starts.append(start[1:] + tokens)
+        lasts.append(last[1:] + stored)
+        tokens, stored = tokens + int(start[-1]), stored + int(last[-1])
         rows.append(part["sample_row"])
         keys.append(part["sample_key"])
         turns.append(part.get(TURN, np.zeros(part["sample_row"].shape[0], np.int32)))

@@ -20,7 +20,7 @@ import zarr.abc.codec
 from zarr.codecs import BloscCodec, Crc32cCodec, TransposeCodec, ZstdCodec
 
 from dspark.cache.codec.base import EXACT_TOKEN, ArraySpec
-from dspark.cache.errors import DamagedCacheError, FormatVersionError
+from dspark.cache.errors import GONE, DamagedCacheError, FormatVersionError, read_error
 from dspark.cache.files.checksum import file_sums
 from dspark.cache.files.layout import (
     EXACT_POSITION,
@@ -312,6 +312,8 @@ def part_specs(layout: PartLayout, record: PartRecord) -> list[StoredArray]:
 def read_record(part: Path) -> PartRecord:
     """The sealed record of a committed part."""
     where = str(part / "zarr.json")
+    if part.is_symlink():
+        raise DamagedCacheError(f"{part}: a link. Within a store there are none.")
     record = record_from(read_attributes(part).get(PART_KEY), where)
     if part_name(record.index, record.format_version) != part.name:
         raise DamagedCacheError(f"{where}: the record is of part {record.index}, the folder is {part.name}")
@@ -319,12 +321,14 @@ def read_record(part: Path) -> PartRecord:
 
 
 def missing_files(part: Path, record: PartRecord) -> Iterator[str]:
-    """A finding for each file of the part that is missing or has another size. Reads no data."""
+    """A finding for each file of the part that is missing or has another size. Reads no data. Raises UnreadableError."""
     place = Folder(part)
     for name, (size, *_) in record.files.items():
         try:
             found = place.size(name)
         except OSError as error:
+            if error.errno not in GONE:
+                raise read_error(part / name, error) from error
             yield f"{part / name}: {error.strerror}, expected {size} bytes"
             continue
         if found != size:
@@ -337,8 +341,8 @@ def read_attributes(group: Path) -> dict[str, Any]:
     try:
         data = json.loads(path.read_bytes())
     except OSError as error:
-        raise DamagedCacheError(f"{path}: {error.strerror}") from error
-    except ValueError as error:
+        raise read_error(path, error) from error
+    except (ValueError, RecursionError) as error:
         raise DamagedCacheError(f"{path}: not JSON: {error}") from error
     attributes = data.get("attributes") if isinstance(data, dict) else None
     if not isinstance(attributes, dict):

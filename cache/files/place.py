@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from dspark.cache.errors import DamagedCacheError
 from dspark.cache.files.atomic import STAGING, staged, write_file
 
 Bytes = np.ndarray[tuple[int, ...], np.dtype[np.uint8]]
@@ -98,3 +99,13 @@ class Folder:
 
     def commit(self, name: str, token: str) -> AbstractContextManager[Path]:
         return staged(self.root / name, keep=True, token=token)
+
+
+def refuse_links(store: Path) -> None:
+    """Raise DamagedCacheError where something within ``store`` is a link: deleting or reading would follow it out of the store, whose own path may be one."""
+    for folder, folders, files in os.walk(store):
+        for name in (*folders, *files):
+            if os.path.islink(path := Path(folder) / name):
+                raise DamagedCacheError(
+                    f"{path}: a link to {os.readlink(path)}. Within a store there are none: put what it leads to in its place."
+                )

@@ -26,7 +26,7 @@ import numcodecs.blosc
 import numpy as np
 from numcodecs import Blosc, Zstd
 
-from dspark.cache.errors import DamagedCacheError
+from dspark.cache.errors import DamagedCacheError, read_error
 from dspark.cache.files.checksum import crc32c
 from dspark.cache.files.layout import StoredArray
 from dspark.cache.files.place import LocalFile
@@ -147,11 +147,23 @@ class Shard:
             self._file = LocalFile(path)
             found = self._file.read(0, len(tag)).tobytes() if tag else b""
         except OSError as error:
-            raise DamagedCacheError(f"{path}: {error.strerror}") from error
+            raise read_error(path, error) from error
         if found != tag:
             raise DamagedCacheError(
                 f"{path}: begins with {found.hex()}, expected {tag.hex()}: the file is of another array, part or store"
             )
+
+    def _size(self) -> int:
+        try:
+            return self._file.size
+        except OSError as error:
+            raise read_error(self.path, error) from error
+
+    def _bytes(self, start: int, length: int) -> Array:
+        try:
+            return self._file.read(start, length)
+        except OSError as error:
+            raise read_error(self.path, error) from error
 
     @property
     def index(self) -> Array:
@@ -159,8 +171,8 @@ class Shard:
         with self._lock:
             if self._index is None:
                 size = 16 * self._count + 4
-                end = self._file.size
-                raw = self._file.read(end - size, size) if end >= size else np.empty(0, np.uint8)
+                end = self._size()
+                raw = self._bytes(end - size, size) if end >= size else np.empty(0, np.uint8)
                 checked = _check(raw, size, f"{self.path}: shard index")
                 self._index = checked.view("<u8").reshape(-1, 2)
             return self._index
@@ -171,12 +183,16 @@ class Shard:
         if self._table is None:
             length = self._chunk_bytes + 4
             expected = [[self._start + i * length, length] for i in range(self._count)]
-            whole = self._file.size == self._start + self._count * (length + 16) + 4
+            whole = self._size() == self._start + self._count * (length + 16) + 4
             if not whole or self.index.tolist() != expected:
                 raise DamagedCacheError(
                     f"{self.path}: not {self._count} chunks of {length} bytes, one after the other"
                 )
-            chunks = self._file.view()[self._start : self._start + self._count * length]
+            try:
+                view = self._file.view()
+            except OSError as error:
+                raise read_error(self.path, error) from error
+            chunks = view[self._start : self._start + self._count * length]
             self._table = chunks.reshape(self._count, length)
         return self._table
 
@@ -217,8 +233,10 @@ class Shard:
         first, last = start // self.rows, (stop - 1) // self.rows
         spans = self.index[first : last + 1]
         base = int(spans[0, 0])
-        length = int(spans[-1].sum()) - base
-        raw = self._file.read(base, length)
+        length = int(spans[-1, 0]) + int(spans[-1, 1]) - base
+        if not 0 < length <= self._size() - base:
+            raise DamagedCacheError(f"{self._where(first)}: not within the file, the shard index says")
+        raw = self._bytes(base, length)
         for i, (offset, size) in enumerate(spans.tolist(), first):
             at = offset - base
             where = self._where(i)
@@ -240,15 +258,33 @@ class Shard:
 
     def _decode(self, packed: Array, where: str, out: Array | None = None) -> Any:
         """The chunk's bytes; into ``out`` if given, which has their number."""
+        # Before anything is allocated: a few bytes can be made to claim gigabytes.
+        claimed = blosc_size(packed) if self.spec.shuffle else zstd_size(packed)
+        if claimed != self._chunk_bytes:
+            raise DamagedCacheError(f"{where}: unpacks to {claimed} bytes, expected {self._chunk_bytes}")
         try:
             values = self._codec.decode(packed, out)
         except Exception as error:  # blosc and zstd raise RuntimeError for bytes that are not theirs
             raise DamagedCacheError(f"{where}: cannot be decompressed: {error}") from error
-        if len(memoryview(values).cast("B")) != self._chunk_bytes:
-            raise DamagedCacheError(
-                f"{where}: {len(memoryview(values).cast('B'))} bytes, expected {self._chunk_bytes}"
-            )
         return values
+
+
+def blosc_size(packed: Array) -> int | None:
+    """How many bytes a blosc chunk says it unpacks to."""
+    return int.from_bytes(packed[4:8].tobytes(), "little") if len(packed) >= 16 else None
+
+
+def zstd_size(packed: Array) -> int | None:
+    """How many bytes a zstd frame says it unpacks to (RFC 8878, 3.1.1.1); None: it is no frame that says so."""
+    head = packed[:18].tobytes()
+    if len(head) < 6 or head[:4] != b"\x28\xb5\x2f\xfd":
+        return None
+    kind, single = head[4] >> 6, head[4] >> 5 & 1
+    width = (1 if single else 0, 2, 4, 8)[kind]
+    at = 5 + (not single) + (0, 1, 2, 4)[head[4] & 3]
+    if not width or len(head) < at + width:
+        return None
+    return int.from_bytes(head[at : at + width], "little") + (256 if width == 2 else 0)
 
 
 def _check(raw: Array, size: int, where: str) -> Array:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -27,6 +28,8 @@ SETTINGS = {"help_option_names": ["-h", "--help"], "show_default": True, "max_co
 INTERRUPTED = "interrupted."
 RESUMABLE = " Finished parts are safe; rerun the same command with --resume."
 
+CONTROL = re.compile("[\\x00-\\x08\\x0b-\\x1f\\x7f-\\x9f\\u061c\\u200e\\u200f\\u2028-\\u202e\\u2066-\\u2069]")
+
 _emitted = False  # whether this call has put its object on stdout; an error after it adds none
 
 
@@ -34,6 +37,14 @@ class Progress(Protocol):
     """``progress(done, total, text)``."""
 
     def __call__(self, done: int, total: int, text: str = "") -> None: ...
+
+
+def printable(text: str) -> str:
+    """``text`` for a terminal: control characters but newline and tab, and what turns the reading direction, as ``\\x1b`` or ``\\u202e``.
+
+    Rows, ids and names come from files that others wrote; an escape sequence in them writes to the clipboard or hides text.
+    """
+    return CONTROL.sub(lambda found: ascii(found[0])[1:-1], text)
 
 
 class Failed(click.ClickException):
@@ -45,7 +56,7 @@ class Failed(click.ClickException):
         self.as_json = as_json
 
     def show(self, file: Any = None) -> None:
-        print(f"error: {self.message}", file=sys.stderr)
+        print(f"error: {printable(self.message)}", file=sys.stderr)
 
 
 def _main(run: Callable[..., Any], args: Sequence[str] | None, rest: dict[str, Any]) -> Any:

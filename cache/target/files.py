@@ -10,7 +10,7 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from dspark.cache.errors import DamagedCacheError
+from dspark.cache.errors import GONE, DamagedCacheError, read_error
 from dspark.cache.files.checksum import file_sha256
 from dspark.cache.files.layout import TARGET, TARGET_CONFIG, TARGET_TOKENIZER, TARGET_WEIGHTS
 from dspark.cache.manifest import Manifest
@@ -48,6 +48,8 @@ def damaged_small_files(folder: Path, manifest: Manifest) -> dict[str, str]:
         if json.loads(config.read_bytes()) != manifest.target.config:
             out[TARGET_CONFIG] = f"{config}: not the config that the manifest holds"
     except OSError as error:
+        if error.errno not in GONE:
+            raise read_error(config, error) from error
         out[TARGET_CONFIG] = f"{config}: {error.strerror}"
     except ValueError as error:
         out[TARGET_CONFIG] = f"{config}: not JSON: {error}"
@@ -78,5 +80,7 @@ def _wrong_hash(path: Path, expected: str) -> str | None:
     try:
         found = file_sha256(path)
     except OSError as error:
+        if error.errno not in GONE:
+            raise read_error(path, error) from error
         return f"{path}: {error.strerror}"
     return None if found == expected else f"{path}: sha256 is {found}, the manifest says {expected}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -26,10 +27,13 @@ import stores
 from dspark.cache import errors
 from dspark.cache.codec import registry
 from dspark.cache.codec.base import EXACT_TOKEN, ArraySpec, Tokens
+from dspark.cache.files.atomic import remove
 from dspark.cache.manifest import Json
+from dspark.cache.reader import read_manifest
 from dspark.cache.recode import recode
 from dspark.cache.verify import drop_damaged, verify
 from dspark.cache.writer import StoreWriter, rebuild
+from dspark.tools import cli as tools
 
 LENGTHS = [50, 3, 120, 77, 260, 9, 150, 31, 40, 22]
 BLOCKS = 4  # of 3 rows
@@ -111,25 +115,129 @@ def kill_campaign(tmp_path: Path, seed: int, kills: int) -> None:
     assert verify(tmp_path / "many").ok
 
 
-def test_index_and_manifest_are_made_again_from_the_parts(tmp_path: Path) -> None:
+def flip(path: Path, at: int = 9) -> None:
+    data = bytearray(path.read_bytes())
+    data[at] ^= 1
+    path.write_bytes(bytes(data))
+
+
+@pytest.mark.parametrize("gone", ["index", "index/sample_row", "index/sample_row/c", "index/sample_key/c", "index/zarr.json", "flip"])  # fmt: skip
+def test_an_index_that_is_not_whole_is_an_error_and_made_again(tmp_path: Path, gone: str) -> None:
     store = tmp_path / "s"
     stores.write_store(store, LENGTHS)
     before = contents(store)
-    number = store / "index" / "sample_row" / "c" / "0"
-    data = bytearray(number.read_bytes())
-    data[9] ^= 1
-    number.write_bytes(bytes(data))
-    with pytest.raises(errors.DamagedCacheError, match="index"):
+    if gone == "flip":
+        flip(store / "index" / "sample_row" / "c" / "0")
+    else:
+        remove(store / gone)
+    with pytest.raises(errors.DamagedCacheError, match="verify --rebuild-index"):
         len(dspark.cache.open(store))
-    rebuild(store)
+    assert not (report := verify(store)).ok
+    assert drop_damaged(store, report) == []  # nothing of the parts is
+    assert run("verify", "--rebuild-index", store) == 0
     assert contents(store) == before
-    shutil.rmtree(store / "index")
+
+
+def run(*args: object) -> int:
+    """Exit code of dspark-tools."""
+    with pytest.raises(SystemExit) as done:
+        tools.main([str(a) for a in args])
+    return int(done.value.code or 0)
+
+
+def test_a_manifest_is_made_again_from_the_parts(tmp_path: Path) -> None:
+    store = tmp_path / "s"
+    stores.write_store(store, LENGTHS)
+    digest = read_manifest(store).digest()
     (store / "zarr.json").write_text("{}")
-    made = rebuild(store)
-    assert made.complete
-    assert made.digest() == json.loads(before["zarr.json"])["attributes"]["dspark"]["plan_sha256"]
-    assert contents(store).keys() == before.keys()
+    with pytest.raises(errors.DamagedCacheError, match="--rebuild-index"):
+        verify(store)
+    assert run("verify", "--rebuild-index", store) == 0
+    made = read_manifest(store)
+    assert (made.complete, made.digest()) == (True, digest)
+    # Without an index nothing says that these parts are all: that is for a resumed dump to find out.
+    shutil.rmtree(store / "index")
+    (store / "zarr.json").unlink()
+    assert not rebuild(store).complete
+    writer = StoreWriter.resume(store, made)
+    assert sorted(writer.committed) == list(range(BLOCKS))
+    assert writer.finish().complete
     assert verify(store).ok
+    shutil.rmtree(store / "parts" / "000000000003")
+    with pytest.raises(errors.DamagedCacheError, match="parts are missing"):
+        rebuild(store)
+
+
+def test_a_foreign_manifest_costs_no_part(tmp_path: Path) -> None:
+    stores.write_store(tmp_path / "s", LENGTHS)
+    recode(tmp_path / "s", tmp_path / "4", codec="rotated-4-4")
+    before = contents(tmp_path / "s")
+    shutil.copy(tmp_path / "4" / "zarr.json", tmp_path / "s" / "zarr.json")
+    shutil.copy(tmp_path / "4" / "calibration.safetensors", tmp_path / "s" / "calibration.safetensors")
+    report = verify(tmp_path / "s")
+    assert "no part is of the manifest's plan" in "".join(report.findings)
+    assert drop_damaged(tmp_path / "s", report) == []
+    rebuild(tmp_path / "s")
+    assert verify(tmp_path / "s").ok
+    after = contents(tmp_path / "s")
+    assert [n for n in before if n.startswith("parts/") and after.get(n) != before[n]] == []
+    # One foreign part among others is damage.
+    shutil.rmtree(tmp_path / "s" / "parts" / "000000000001")
+    shutil.copytree(tmp_path / "4" / "parts" / "000000000001", tmp_path / "s" / "parts" / "000000000001")
+    assert verify(tmp_path / "s").damaged == {"000000000001"}
+
+
+def test_blocks_without_samples_are_parts_like_others(tmp_path: Path) -> None:
+    samples, m = stores.token_samples(LENGTHS), stores.manifest()
+    some = [s for s in samples if s.row not in (0, 1, 2, 6, 7, 8)]
+    with StoreWriter.create(tmp_path / "s", m, stores.frozen(), {}) as writer:
+        for i in range(BLOCKS):
+            stores.commit(writer, i, some)
+        writer.finish()
+    assert verify(tmp_path / "s").ok
+    assert [s.row for s in dspark.cache.open(tmp_path / "s")] == [3, 4, 5, 9]
+
+
+@pytest.mark.parametrize("code", [errno.EIO, errno.ESTALE, errno.EACCES, errno.EMFILE])
+@pytest.mark.parametrize("call", ["open", "stat", "pread", "fstat"])
+def test_what_cannot_be_read_now_is_not_deleted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str, code: int
+) -> None:
+    """One call on one part's files fails once."""
+    store = tmp_path / "s"
+    stores.write_store(store, LENGTHS)
+    before, real, failed = contents(store), getattr(os, call), []
+
+    def once(what: object, *args: object, **more: object) -> object:
+        name = os.readlink(f"/proc/self/fd/{what}") if isinstance(what, int) else str(what)
+        if "000000000002/" in name and not failed:
+            failed.append(name)
+            raise OSError(code, os.strerror(code), name)
+        return real(what, *args, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, call, once)
+        report = verify(store)
+    assert failed
+    assert (report.damaged, report.unreadable, report.verdict) == (set(), {"000000000002"}, "UNREADABLE")
+    assert "cannot be read now" in report.findings[0]
+    assert drop_damaged(store, report) == []
+    assert contents(store) == before
+    assert verify(store).ok
+
+
+@pytest.mark.parametrize("name", ["target", "parts", "parts/000000000001", "index", "zarr.json"])
+def test_links_within_a_store_are_refused(tmp_path: Path, name: str) -> None:
+    stores.write_store(tmp_path / "s", LENGTHS)
+    (tmp_path / "s" / name).rename(tmp_path / "elsewhere")
+    (tmp_path / "s" / name).symlink_to(tmp_path / "elsewhere")
+    before = contents(tmp_path)
+    with pytest.raises(errors.DamagedCacheError, match="a link"):
+        cache = dspark.cache.open(tmp_path / "s")
+        list(cache)
+    with pytest.raises(errors.DamagedCacheError, match="a link"):
+        drop_damaged(tmp_path / "s", verify(tmp_path / "s"))
+    assert contents(tmp_path) == before
 
 
 def test_an_incomplete_store_is_read_with_any_of_its_parts(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,13 @@ from dump_runs import corpus, files
 
 from dspark.cache.errors import DsparkError, MismatchError, TargetError
 from dspark.cache.files.atomic import remove
+from dspark.cache.reader import read_manifest
 from dspark.cache.verify import drop_damaged, verify
+from dspark.cache.writer import StoreWriter
 from dspark.dump import plan as planning
 from dspark.dump.config import DumpConfig
 from dspark.dump.engines.engine import Engine
+from dspark.dump.job import prepare
 from dspark.dump.progress import Display
 from dspark.dump.run import dump
 from dump_targets import save_target
@@ -123,4 +127,35 @@ def test_weights_that_have_changed_since_do_not_go_on_with_a_store(
         MismatchError, match="this run's target is not the one that the store was started with"
     ):
         dump(dataclasses.replace(config, resume=True), show)
+    assert files(config.output) == before
+
+
+def test_a_changed_row_matters_where_it_was_used(config: DumpConfig, show: Display) -> None:
+    """In a block that is still to be written the dump goes on; in one that is written it names the part."""
+    dump(config, show)
+    data, parts = Path(str(config.data)), sorted((config.output / "parts").glob("[0-9]*"))
+    rows = read_manifest(config.output).dump.block_rows
+
+    def change(row: int) -> None:
+        remove(parts[-1])
+        StoreWriter.resume(config.output, prepare(config).manifest).reopen()
+        lines = data.read_text().splitlines()
+        chat = json.loads(lines[row])
+        chat["messages"][0]["content"] += " mat"
+        data.write_text("\n".join([*lines[:row], json.dumps(chat), *lines[row + 1 :]]) + "\n")
+
+    change((len(parts) - 1) * rows)
+    again = dataclasses.replace(config, resume=True)
+    assert dump(again, show)["complete"]
+    assert verify(config.output).ok
+    change(rows)
+    with pytest.raises(MismatchError, match="are not those that part 1 was made from"):
+        dump(again, show)
+
+
+def test_an_index_that_is_gone_is_made_again(config: DumpConfig, show: Display) -> None:
+    dump(config, show)
+    before = files(config.output)
+    remove(config.output / "index" / "sample_row")
+    dump(dataclasses.replace(config, resume=True), show, no_engine)
     assert files(config.output) == before

@@ -10,7 +10,7 @@ import click
 import numpy as np
 
 from dspark.cache.errors import CacheError
-from dspark.cache.shared.command import command, emit, json_flag
+from dspark.cache.shared.command import command, emit, json_flag, printable
 
 if TYPE_CHECKING:
     from dspark.cache.reader import Cache
@@ -82,4 +82,5 @@ def show_command(cache: str, index: int, as_json: bool) -> None:
         f"sample {index}: source row {data['row']}, {data['tokens']} tokens, {data['supervised_tokens']} supervised",
         file=sys.stderr,
     )
-    print("".join(f"[[{r['text']}]]" if r["supervised"] else r["text"] for r in data["runs"]))
+    text = "".join(f"[[{r['text']}]]" if r["supervised"] else r["text"] for r in data["runs"])
+    print(printable(text))

@@ -6,7 +6,7 @@ import sys
 
 import click
 
-from dspark.cache.shared.command import bar, command, emit, json_flag
+from dspark.cache.shared.command import bar, command, emit, json_flag, printable
 
 
 @command("verify")
@@ -16,25 +16,39 @@ from dspark.cache.shared.command import bar, command, emit, json_flag
     is_flag=True,
     help="Delete the damaged parts; dspark-dump --resume then writes exactly those again.",
 )
+@click.option(
+    "--rebuild-index",
+    is_flag=True,
+    help="First make index and manifest again from the parts.",
+)
 @json_flag
-def verify_command(cache: str, drop_damaged: bool, as_json: bool) -> None:
+def verify_command(cache: str, drop_damaged: bool, rebuild_index: bool, as_json: bool) -> None:
     """Check every chunk's checksum and every count; name what is damaged, and exit with 1 if anything is."""
     from dspark.cache import verify
+    from dspark.cache.writer import rebuild
 
+    made = rebuild(cache) if rebuild_index else None
     with bar("verify") as progress:
         report = verify.verify(cache, progress)
     dropped = verify.drop_damaged(cache, report) if drop_damaged else []
     if as_json:
         emit({"ok": report.ok, "checked_chunks": report.checked_chunks, "checked_parts": report.checked_parts,
-              "findings": report.findings, "damaged_parts": sorted(report.damaged), "dropped_parts": dropped})  # fmt: skip
+              "findings": report.findings, "damaged_parts": sorted(report.damaged),
+              "unreadable_parts": sorted(report.unreadable), "dropped_parts": dropped,
+              "rebuilt": made is not None})  # fmt: skip
     else:
+        if made is not None:
+            more = "" if made.complete else "; the store is not complete: go on with dspark-dump --resume"
+            print(f"made again from the parts: manifest{' and index' if made.complete else ''}{more}")
         for finding in report.findings:
-            print(finding)
+            print(printable(finding))
         print(
-            f"{'sound' if report.ok else 'DAMAGED'}: {report.checked_parts} parts, {report.checked_chunks} chunks, {len(report.findings)} findings"
+            f"{report.verdict}: {report.checked_parts} parts, {report.checked_chunks} chunks, {len(report.findings)} findings"
         )
         if dropped:
             print(f"deleted, or gone already: {', '.join(dropped)}")
-        if drop_damaged and not report.ok:
+        if report.unreadable:
+            print(f"could not be read now, and was left as it is: {', '.join(sorted(report.unreadable))}")
+        if drop_damaged and report.damaged:
             print("run the same dspark-dump command with --resume to write again what is missing")
     sys.exit(0 if report.ok else 1)

@@ -83,7 +83,16 @@ def store_identity(run: Run) -> dict[str, Any]:
         "source_sha256": m.source.sha256,
         "samples": m.counts.samples,
         "tokens": m.counts.tokens,
+        "content": content(Path(run.config.cache)),
     }
+
+
+def content(store: Path) -> int:
+    """What tells the states and masks of ``store`` from any others: the checksum of its index, which lists the checksum of every part's record."""
+    from dspark.cache.files.layout import INDEX, INDEX_KEY
+    from dspark.cache.files.part import read_attributes
+
+    return int(read_attributes(store / INDEX)[INDEX_KEY]["crc32c"])
 
 
 def same_store(output: Path, run: Run) -> None:
@@ -93,7 +102,9 @@ def same_store(output: Path, run: Run) -> None:
         return  # nothing was trained there yet
     then, now = read_record(path), store_identity(run)
     diffs = [
-        f"{k}: {then.get(k)!r} there, {now[k]!r} in {run.config.cache}" for k in now if then.get(k) != now[k]
+        f"{k}: {then.get(k)!r} there, {now[k]!r} in {run.config.cache}"
+        for k in now
+        if then.get(k) != now[k] and (k in then or k != "content")
     ]
     if diffs:
         raise MismatchError(
