@@ -1,6 +1,6 @@
 """How fast is a dump against the target alone? Prefill without hooks, then stage by stage, then the whole dump, in one process on the same engine.
 
-    python bench/dump.py --target DIR --data FILE.jsonl [--bits 4/4,16/16] [--output FOLDER] [--rows N] [--parts 4]
+    python bench/dump.py --target DIR --data FILE.jsonl [--codecs rotated-4-4,lossless] [--output FOLDER] [--rows N] [--parts 4]
 
 Stages, over the first parts of the corpus: ``prefill`` (the decoder, nothing kept), ``gather`` (+ states of the wanted layers and rows), ``encode`` (+ codes),
 ``copy`` (+ codes on the host). The dump is ``dspark.dump.run.dump`` over all rows: tokenising, capture, encoding, compression, checksums, fsync.
@@ -21,8 +21,10 @@ from typing import Any
 
 import torch
 
+import dspark.cache
 from common import write
-from dspark.cache.codec.base import Codec
+from dspark.cache.codec.base import Codec, tokens_of
+from dspark.cache.codec.registry import make
 from dspark.cache.records import TokenSample
 from dspark.dump.config import DumpConfig
 from dspark.dump.engines.engine import States
@@ -51,14 +53,18 @@ def prefill(engine: TransformersEngine, parts: Parts) -> None:
             engine.forward([samples[i] for i in members])
 
 
-def capture(engine: TransformersEngine, parts: Parts, codec: Codec, encode: bool, copy: bool) -> None:
-    """All in one thread and stream: what each stage costs when nothing runs beside it."""
-    for captured in engine.stream(parts, codec):
+def capture(engine: TransformersEngine, parts: Parts, codec: Codec | None, copy: bool) -> None:
+    """Without a codec nothing is coded. All in one thread and stream: what each stage costs when nothing runs beside it."""
+    embedding = engine.frozen().embed_tokens
+    for captured in engine.stream(parts, codec or make("lossless")):
         assert isinstance(captured.states, States)
-        if not encode:
+        if codec is None:
             continue
+        known = None
+        if codec.needs_tokens:
+            known = tokens_of([parts[captured.group][i] for i in captured.members], embedding)
         with torch.inference_mode():
-            for tensor in codec.encode(*captured.states).values():
+            for tensor in codec.encode(*captured.states, known).values():
                 if copy:
                     tensor.to("cpu", non_blocking=True)
 
@@ -67,7 +73,7 @@ class Kept:
     """The engine, not closed between dumps."""
 
     def __init__(self, engine: TransformersEngine) -> None:
-        self.name, self.version = engine.name, engine.version
+        self.name, self.version, self.groups_at_once = engine.name, engine.version, engine.groups_at_once
         self.frozen, self.capture, self.stream, self.predict = (
             engine.frozen, engine.capture, engine.stream, engine.predict,
         )  # fmt: skip
@@ -82,11 +88,9 @@ def main() -> None:
     )
     parser.add_argument("--target", required=True)
     parser.add_argument("--data", required=True)
-    parser.add_argument("--bits", default="4/4,16/16", help="aux/last, commas between settings")
+    parser.add_argument("--codecs", default="rotated-4-4,lossless", help="names, commas between them")
     parser.add_argument("--output", type=Path, help="folder for the stores  [default: a temporary one]")
-    parser.add_argument(
-        "--keep", action="store_true", help="leave the stores in --output, AUX-LAST.zarr each"
-    )
+    parser.add_argument("--keep", action="store_true", help="leave the stores in --output, CODEC.zarr each")
     parser.add_argument("--rows", type=int, help="rows to a dump  [default: all]")
     parser.add_argument("--parts", type=int, default=4, help="parts that the stages are measured on")
     parser.add_argument("--batch-tokens", type=int)
@@ -110,21 +114,21 @@ def main() -> None:
 
 
 def measure(args: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
-    """One entry a setting of bits."""
+    """One entry per codec."""
     out = []
     engine: TransformersEngine | None = None
-    for setting in args.bits.split(","):
-        aux_bits, last_bits = map(int, setting.split("/"))
+    for name in args.codecs.split(","):
         config = DumpConfig(
-            model=args.target, data=args.data, output=folder / f"{aux_bits}-{last_bits}.zarr", engine="transformers",
-            aux_bits=aux_bits, last_bits=last_bits, limit=args.rows, workers=args.workers, batch_tokens=args.batch_tokens,
+            model=args.target, data=args.data, output=folder / f"{name}.zarr", engine="transformers",
+            codec=name, limit=args.rows, workers=args.workers, batch_tokens=args.batch_tokens,
         )  # fmt: skip
         if engine is None:
             loaded = load_engine(prepare(config).plan, args.batch_tokens)
             assert isinstance(loaded, TransformersEngine)
             engine = loaded
         out.append(measure_setting(config, engine, args.parts))
-        print(json.dumps(out[-1]), file=sys.stderr)
+        print(json.dumps(out[-1]), file=sys.stderr, flush=True)
+        write(args.name, {"target": Path(args.target).name, "rows": args.rows}, out)
         if not args.keep:
             shutil.rmtree(config.output)
     return out
@@ -136,21 +140,22 @@ def measure_setting(config: DumpConfig, engine: TransformersEngine, count: int) 
     reader = part_reader(job, lambda line: None)
     parts = [part.samples for _, part in zip(range(count), reader.parts({}), strict=False) if part.samples]
     tokens = sum(len(s.input_ids) for p in parts for s in p)
-    codec = config.make_codec()
-    capture(engine, parts[:1], codec, True, True)  # warm
+    capture(engine, parts[:1], None, False)  # warm
     seconds = {
         "prefill": timed(lambda: prefill(engine, parts)),
-        "gather": timed(lambda: capture(engine, parts, codec, False, False)),
-        "encode": timed(lambda: capture(engine, parts, codec, True, False)),
-        "copy": timed(lambda: capture(engine, parts, codec, True, True)),
+        "gather": timed(lambda: capture(engine, parts, None, False)),
     }
     report = dump(config, Display(), lambda plan, n: Kept(engine))
+    codec = dspark.cache.open(config.output).codec  # as it has learnt
+    capture(engine, parts[:1], codec, True)
+    seconds["encode"] = timed(lambda: capture(engine, parts, codec, False))
+    seconds["copy"] = timed(lambda: capture(engine, parts, codec, True))
     again = timed(lambda: prefill(engine, parts))
     rate = report["new_tokens"] / report["capture_seconds"]
     bare = tokens / min(seconds["prefill"], again)
     size = sum(p.stat().st_size for p in config.output.rglob("*") if p.is_file())
     return {
-        "engine": "transformers", "aux_bits": config.aux_bits, "last_bits": config.last_bits, "tokens_per_s": rate,
+        "engine": "transformers", "codec": codec.name, "tokens_per_s": rate,
         "prefill_tokens_per_s": bare, "ratio": rate / bare, "prefill_again_tokens_per_s": tokens / again,
         "tokens": report["new_tokens"], "seconds": report["capture_seconds"], "all_seconds": report["seconds"],
         "bytes_on_disk": size, "stage_tokens_per_s": {k: tokens / v for k, v in seconds.items()}, "stages_s": report["stages"],

@@ -21,6 +21,11 @@ if TYPE_CHECKING:
     from dspark.cache.reader import Cache
 
 
+CALIBRATION_BYTES = (
+    40e9  # of states on the host to learn from: 16 tokens per dimension at five layers of 6,144
+)
+
+
 def snr_db(x: torch.Tensor, y: torch.Tensor) -> float | None:
     """10 log10 (signal / error) of ``y`` against ``x``, any shape; None where they are equal."""
     signal = float(x.double().square().sum())
@@ -35,6 +40,23 @@ class Probe(NamedTuple):
     last: torch.Tensor
     tokens: Tokens | None = None
 
+    def beginning(self, most: int = CALIBRATION) -> Probe:
+        """Whole samples of about the first ``most`` tokens, on the device of the embedding, for coding; all of it where no tokens are known."""
+        if self.tokens is None:
+            return self
+        t = self.tokens
+        device = t.embedding.device
+        count = max(1, int((t.sample_start[1:] <= most).sum()))
+        end = int(t.sample_start[count])
+        rows = int((t.last_token < end).sum())
+        cut = replace(
+            t,
+            input_ids=t.input_ids[:end].to(device),
+            sample_start=t.sample_start[: count + 1].to(device),
+            last_token=t.last_token[:rows].to(device),
+        )
+        return Probe(self.aux[:end].to(device), self.last[:rows].to(device), cut)
+
 
 def quality(probe: Probe, codec: Codec, against: str | None = None) -> dict[str, Any]:
     """Measure what ``codec`` loses of the states of ``probe``: SNR in dB per layer and of the last state (None: nothing lost).
@@ -43,7 +65,7 @@ def quality(probe: Probe, codec: Codec, against: str | None = None) -> dict[str,
     """
     import torch
 
-    aux, last, tokens = probe
+    aux, last, tokens = probe.beginning()
     with torch.inference_mode():
         a, b = codec.decode(codec.encode(aux, last, tokens), aux.shape[-1], tokens)
         return {
@@ -71,12 +93,16 @@ def share_of(
 ) -> Known:
     """What ``codec`` learns from one of ``samples`` samples, so that all together give about ``budget`` rows: every n-th row of a long one, or its beginning
     where the codec looks at neighbouring tokens."""
+    import torch
+
     aux, last = states
     if codec is None or not codec.needs_tokens:
         return Known(sample, thin(aux, samples, budget), thin(last, samples, budget))
     most = max(2, budget // samples)
     cut = TokenSample(sample.row, sample.key, sample.input_ids[:most], sample.loss_mask[:most], sample.turn)
-    return Known(cut, aux[:most].clone(), last[: int(last_rows(cut.loss_mask).sum())].clone())
+    # On the host and in 16 bits: of a large target they are tens of gigabytes, and the GPU is the engine's.
+    kept = (aux[:most], last[: int(last_rows(cut.loss_mask).sum())])
+    return Known(cut, *(x.to("cpu", torch.bfloat16, copy=True) for x in kept))
 
 
 class Matrices(Protocol):
@@ -88,16 +114,25 @@ class Matrices(Protocol):
     def lm_head(self) -> torch.Tensor: ...
 
 
-def probe_of(shares: Sequence[Known], codec: Codec | None, target: Callable[[], Matrices]) -> Probe:
-    """The shares together, with what ``codec`` needs to know of their tokens; ``target`` is only called if it needs any."""
+def probe_of(
+    shares: Sequence[Known],
+    codec: Codec | None,
+    target: Callable[[], Matrices],
+    device: torch.device | str | None = None,
+) -> Probe:
+    """The shares together, with what ``codec`` needs to know of their tokens; ``target`` is only called if it needs any.
+
+    ``device``: of the target's matrices, which is where a codec learns (None: where the states are).
+    """
     import torch
 
     aux, last = torch.cat([s.aux for s in shares]), torch.cat([s.last for s in shares])
     if codec is None or not codec.needs_tokens:
         return Probe(aux, last)
     matrices = target()
-    tokens = tokens_of([s.tokens for s in shares], matrices.embed_tokens.to(aux.device))
-    return Probe(aux, last, replace(tokens, head=matrices.lm_head.to(aux.device)))
+    there = device or aux.device
+    tokens = tokens_of([s.tokens for s in shares], matrices.embed_tokens.to(there))
+    return Probe(aux, last, replace(tokens, head=matrices.lm_head.to(there)))
 
 
 def budget_of(codec: Codec | None, layers: int, hidden: int, tokens: int | None = None) -> int:
@@ -105,14 +140,25 @@ def budget_of(codec: Codec | None, layers: int, hidden: int, tokens: int | None 
     wanted = codec.calibration_tokens(layers, hidden) if codec is not None else 0
     if wanted > CALIBRATION and tokens is not None:
         wanted = min(wanted, tokens // 4)
-    return max(wanted, CALIBRATION)
+    most = int(CALIBRATION_BYTES // calibration_bytes(1, layers, hidden))
+    return max(min(wanted, most), CALIBRATION)
 
 
-def spread_states(cache: Cache, codec: Codec | None = None, budget: int = CALIBRATION) -> Probe:
-    """States of samples spread over the store, about ``budget`` tokens of them (or all there are), for ``codec``."""
+def calibration_bytes(tokens: int, layers: int, hidden: int) -> int:
+    """Bytes of host memory of the states, in 16 bits, that a codec learns from."""
+    return tokens * 2 * hidden * (layers + 1)
+
+
+def spread_states(
+    cache: Cache,
+    codec: Codec | None = None,
+    budget: int = CALIBRATION,
+    device: torch.device | str | None = None,
+) -> Probe:
+    """States of samples spread over the store, about ``budget`` tokens of them (or all there are), for ``codec``, which learns on ``device``."""
     m = cache.manifest
     budget = max(budget, budget_of(codec, len(m.layers), m.target.hidden_size, m.counts.tokens))
     chosen = spread(len(cache), float(cache.lengths.mean()), budget)
     coded = (cache.read(i) for i in chosen)
     shares = [share_of(c.tokens, cache.decoded(c), len(chosen), codec, budget) for c in coded]
-    return probe_of(shares, codec, lambda: cache.target)
+    return probe_of(shares, codec, lambda: cache.target, device)

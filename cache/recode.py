@@ -31,7 +31,7 @@ from dspark.cache.quality import Probe, quality, spread_states
 from dspark.cache.reader import Cache
 from dspark.cache.reader import open as open_store
 from dspark.cache.records import CodedSample
-from dspark.cache.settings import DEFAULT_PACKING, choose_codec
+from dspark.cache.settings import DEFAULT_PACKING, choose_codec, is_asked
 from dspark.cache.target.files import small_files
 from dspark.cache.writer import StoreWriter
 
@@ -52,6 +52,7 @@ def recode(
     workers: int | None = None,
     device: str = "cpu",
     progress: Callable[[int, int], None] = lambda done, total: None,
+    say: Callable[[str], None] = lambda line: None,
 ) -> Manifest:
     """Write ``source`` to ``destination`` with another codec or ``pack``; returns the finished manifest. ``progress(parts done, parts)``.
 
@@ -61,8 +62,16 @@ def recode(
     cache = open_store(source)
     if Path(source).resolve() == Path(destination).resolve():
         raise UsageError(f"{destination} is the source itself; give another folder")
-    wanted = registry.make(choose_codec(codec, aux_bits, last_bits), pack)
-    probe = spread_states(cache, wanted)
+    name = choose_codec(codec, aux_bits, last_bits, pack)
+    if name != cache.codec.name:
+        m = cache.manifest
+        asked = is_asked(codec, aux_bits, last_bits)
+        shape = len(m.layers), m.target.hidden_size
+        name, why = registry.suited(name, asked, m.counts.tokens, *shape)
+        if why:
+            say(f"codec {name}: {why}")
+    wanted = registry.make(name, pack)
+    probe = spread_states(cache, wanted, device=device)
     new = _new_codec(cache.codec, wanted, probe if calibrate else None)
     if not isinstance(new, Fields) and not calibrate and wanted.needs_calibration:
         raise UsageError(f"codec {wanted.name} cannot do without calibration: leave --no-calibrate out")
@@ -199,12 +208,20 @@ def _recode_parts(
 ) -> None:
     """Code and commit the parts ``left``, in any order."""
 
+    embedding = None
+    if cache.codec.needs_tokens or writer.codec.needs_tokens:
+        embedding = cache.embedding_on(device)
+
     def one(number: int) -> None:
         torch.set_num_threads(1)  # of this thread: parts are what runs side by side
         own = Cache(cache.path, cache.manifest)  # files of its own; a Cache belongs to one thread
         made = left[number]
         samples = [own.read(i) for i in made.samples]
-        coded = [out for batch in _batches(own, samples) for out in _coded(own, batch, writer.codec, device)]
+        coded = [
+            out
+            for batch in _batches(own, samples)
+            for out in _coded(own, batch, writer.codec, device, embedding)
+        ]
         writer.commit(number, coded, made.block)
 
     done = total - len(left)
@@ -237,15 +254,19 @@ def _batches(cache: Cache, samples: list[CodedSample]) -> Iterator[list[CodedSam
         yield batch
 
 
-def _coded(cache: Cache, samples: list[CodedSample], new: Codec, device: torch.device) -> list[CodedSample]:
+def _coded(
+    cache: Cache,
+    samples: list[CodedSample],
+    new: Codec,
+    device: torch.device,
+    embedding: torch.Tensor | None,
+) -> list[CodedSample]:
     """``samples`` in the new codes, coded as one tensor (samples are independent): a few calls instead of dozens per sample."""
     old, hidden = cache.codec, cache.manifest.target.hidden_size
     if same_codes(old, new):
         return samples
     tokens = [s.tokens for s in samples]
-    known = None
-    if old.needs_tokens or new.needs_tokens:
-        known = tokens_of(tokens, cache.target.embed_tokens.to(device))
+    known = None if embedding is None else tokens_of(tokens, embedding)
     joined = {n: torch.from_numpy(x).to(device) for n, x in join_states(samples).items()}
     kept = {}
     if isinstance(old, Fields) and isinstance(new, Fields):  # a field whose code stays is not coded again

@@ -52,12 +52,17 @@ def _bytes(name: str, data: Any, spec: ArraySpec) -> float:
     """Bytes of ``data`` on disk, were it the middle of a long array."""
     if not data.shape[0]:
         return 0.0
+    if spec.axis == "exact":  # a part keeps equal rows once
+        data = np.unique(data, axis=0)
     stored = state_array(name, data.shape, spec)
     packer, rows = compressor(stored), chunk_rows(stored)
     whole = data.shape[0] // rows * rows  # the last, shorter chunk would be filled up with zeros
     size = 0.0
     for start in range(0, whole, rows):
-        piece = np.ascontiguousarray(data[start : start + rows])
+        piece = data[start : start + rows]
+        if spec.order == "columns":
+            piece = piece.reshape(rows, -1).T
+        piece = np.ascontiguousarray(piece)
         packed = packer.encode(piece if stored.shuffle else piece.view(np.uint8)) if packer else piece.data
         size += memoryview(packed).nbytes + CHUNK_OVERHEAD
     rate: float = size / whole * data.shape[0]

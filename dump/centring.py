@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from dspark.dump.corpus.masks import SampleMaker
     from dspark.dump.corpus.rows import Corpus
     from dspark.dump.engines.engine import Engine
+    from dspark.dump.plan import Plan
+
+MATRICES = 8  # of float64, as wide as aux layers and features together, that learning a basis holds at most
 
 
 def calibration_samples(
@@ -46,11 +49,30 @@ class Calibration:
 
         with torch.inference_mode():
             learnt = codec.calibrated(*probe)
-            return cls(learnt, RowBytes.of(learnt, *probe))
+            return cls(learnt, RowBytes.of(learnt, *probe.beginning()))
 
 
-def captured(engine: Engine, samples: Sequence[TokenSample], codec: Codec, budget: int) -> Probe | None:
-    """States of ``samples`` for ``codec``, cut as they come so that all of them fit in memory, in order; None without samples."""
+def captured(
+    engine: Engine, samples: Sequence[TokenSample], codec: Codec, budget: int, device: str | None = None
+) -> Probe | None:
+    """States of ``samples`` for ``codec``, cut as they come so that all of them fit in memory, in order; None without samples.
+
+    ``device``: where the codec learns, None: where the states are.
+    """
     found = {i: share_of(samples[i], s, len(samples), codec, budget) for i, s in engine.capture(samples)}
     shares = [found[i] for i in sorted(found)]
-    return probe_of(shares, codec, engine.frozen) if shares else None
+    return probe_of(shares, codec, engine.frozen, device) if shares else None
+
+
+def learning_device(plan: Plan, engine: Engine, codec: Codec) -> str | None:
+    """Where a codec that predicts from tokens learns: on the plan's GPU if its matrices have room beside the engine, else on the CPU. None: no such codec."""
+    import torch
+
+    if not codec.needs_tokens:
+        return None
+    if plan.device != "cuda" or not torch.cuda.is_available():
+        return "cpu"
+    free, _ = torch.cuda.mem_get_info()
+    width = (len(plan.layers) + 2) * plan.shapes.hidden_size
+    frozen = 2 * plan.shapes.vocab_size * plan.shapes.hidden_size * 2
+    return "cuda" if free > frozen + MATRICES * 8 * width * width else "cpu"

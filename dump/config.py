@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dspark.cache.errors import UsageError
-from dspark.cache.settings import DEFAULT_PACKING, choose_codec
+from dspark.cache.settings import DEFAULT_PACKING, choose_codec, is_asked
 from dspark.dump.engines.answers import check_max_tokens, check_temperature, check_top_p
 from dspark.dump.engines.options import EngineOptions, parse_arguments
 from dspark.dump.target.layers import BOTH
@@ -112,11 +112,16 @@ class DumpConfig:
 
     @property
     def codec_name(self) -> str:
-        """Return the full name of the store's codec."""
-        return choose_codec(self.codec, self.aux_bits, self.last_bits)
+        """Return the full name of the codec asked for, or of the default; the plan may take another in the default's place."""
+        return choose_codec(self.codec, self.aux_bits, self.last_bits, self.pack)
+
+    @property
+    def codec_asked(self) -> bool:
+        """Tell whether the codec was asked for by name or by bits."""
+        return is_asked(self.codec, self.aux_bits, self.last_bits)
 
     def make_codec(self) -> Codec:
-        """Make the store's codec, not calibrated yet."""
+        """Make the codec ``codec_name``, not calibrated yet."""
         from dspark.cache.codec import registry
 
         return registry.make(self.codec_name, self.pack)

@@ -68,11 +68,9 @@ def plan_only(config: DumpConfig) -> planning.Plan:
         return prepare(config).plan
     plan = planning.resolve(config, preset, preset.shapes)
     plan = with_chain(plan, preset.config, [preset.config.get("model_type")], None, preset.weight_bytes)
-    return (
-        planning.estimate(plan, open_corpus(plan.data), None, config.limit)
-        if Path(plan.data).is_file()
-        else plan
-    )
+    if Path(plan.data).is_file():
+        plan = planning.estimate(plan, open_corpus(plan.data), None, config.limit)
+    return planning.settle_codec(plan, config)
 
 
 def with_chain(
@@ -147,12 +145,13 @@ def prepare(config: DumpConfig, day: str | None = None) -> Job:
     plan = planning.estimate(plan, corpus, maker, config.limit)
     if isinstance(maker, Prompts):
         plan = planning.with_answers(plan, maker.sampling.max_tokens)
+    plan = planning.settle_codec(plan, config)
     plan = planning.blocks(plan, conversations.PART_ROWS if isinstance(maker, Prompts) else None)
     assert plan.block_rows is not None
     manifest = Manifest(
         target=target_info(target, config.mask_token_id, preset),
         layers=list(plan.layers),
-        codec=codec_info(config.make_codec()),
+        codec=codec_info(plan.make_codec()),
         tokenizer=tokenizer_info(target, tokenised),
         sources=[SourceInfo(id=corpus.id, sha256=corpus.sha256, limit=config.limit)],
         dump=DumpInfo(

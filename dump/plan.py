@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from dspark.cache.errors import DataError, StoreWriteError, UsageError
 from dspark.cache.records import last_rows
+from dspark.cache.settings import FALLBACK
 from dspark.cache.shared.command import duration
 from dspark.dump.config import DEFAULT_SEQ_LENGTH, DumpConfig
 from dspark.dump.engines.options import NO_OPTIONS, EngineOptions
@@ -77,6 +78,9 @@ class Plan:
     dropped: dict[str, int] = dataclasses.field(default_factory=dict)  # of them, by reason
     notes: dict[str, int] = dataclasses.field(default_factory=dict)  # what the samples of the others lack
     block_rows: int | None = None  # source rows per part
+    codec_why: str | None = None  # this one, and not the default
+    calibration_tokens: int = 0  # whose states the codec learns from
+    calibration_bytes: int = 0  # of host memory that they take
 
     def make_codec(self) -> Codec:
         """The store's codec, not calibrated yet."""
@@ -122,12 +126,22 @@ class Plan:
             + (f" ({self.engine_why})" if self.engine_why else "")
             + self._gpus(),
             f"store    {self.output}: codec {self.codec}{', not packed' if self.pack == 'none' else ''}, "
-            f"about {self.bytes_per_token:,} bytes a token",
+            f"about {self.bytes_per_token:,} bytes a token"
+            + (f" ({self.codec_why})" if self.codec_why else ""),
+            *self._calibration(),
             f"size     {size}{took}; free {human(self.free_bytes)}",
             *(
                 f"  {what}: {n:,} of {self.looked_at:,} rows looked at"
                 for what, n in [*((f"dropped: {r}", n) for r, n in self.dropped.items()), *self.notes.items()]
             ),
+        ]
+
+    def _calibration(self) -> list[str]:
+        """What the codec learns from, where that is more than a few batches."""
+        if not self.calibration_bytes:
+            return []
+        return [
+            f"codec    learns from {self.calibration_tokens:,} tokens before the first part, their states in {human(self.calibration_bytes)} of host memory"
         ]
 
     def _gpus(self) -> str:
@@ -251,6 +265,50 @@ def with_answers(plan: Plan, max_tokens: int) -> Plan:
     rate = disk_bytes(plan.shapes, plan.layers, plan.make_codec(), answers / tokens)
     size = round(tokens * rate) + weight_bytes(plan.shapes)
     return dataclasses.replace(plan, tokens=tokens, last_rows=answers, bytes=size)
+
+
+def settle_codec(plan: Plan, config: DumpConfig) -> Plan:
+    """``plan`` with the codec that its corpus allows, and what that learns from.
+
+    Raises UsageError where a codec was asked for that cannot be calibrated on the corpus.
+    """
+    from dspark.cache.codec import registry
+    from dspark.cache.quality import budget_of, calibration_bytes
+
+    layers, hidden = len(plan.layers), plan.shapes.hidden_size
+    codec = plan.make_codec()
+    name, why = plan.codec, None
+    if config.regenerate and codec.least_tokens(layers, hidden):
+        why = f"{name} learns from answers, which --regenerate has none of yet"
+        if config.codec_asked:
+            raise UsageError(
+                f"--codec {why}. Choose --codec {FALLBACK}, or dump to lossless and use dspark-tools recode."
+            )
+        name = FALLBACK
+    elif plan.tokens is not None:
+        name, why = registry.suited(name, config.codec_asked, plan.tokens, layers, hidden)
+    if why is not None:
+        plan = with_codec(plan, name, why, config.part_tokens is None)
+        codec = plan.make_codec()
+    if not codec.least_tokens(layers, hidden):
+        return plan
+    tokens = budget_of(codec, layers, hidden, plan.tokens)
+    return dataclasses.replace(
+        plan, calibration_tokens=tokens, calibration_bytes=calibration_bytes(tokens, layers, hidden)
+    )
+
+
+def with_codec(plan: Plan, name: str, why: str | None, own_parts: bool) -> Plan:
+    """``plan`` with codec ``name`` and its sizes. ``own_parts``: tokens per part are the plan's to choose."""
+    plan = dataclasses.replace(plan, codec=name, codec_why=why)
+    codec = plan.make_codec()
+    changes: dict[str, Any] = {"bytes_per_token": round(disk_bytes(plan.shapes, plan.layers, codec))}
+    if plan.tokens is not None and plan.last_rows is not None:
+        rate = disk_bytes(plan.shapes, plan.layers, codec, plan.last_rows / max(plan.tokens, 1))
+        changes["bytes"] = round(plan.tokens * rate) + weight_bytes(plan.shapes)
+    if own_parts and plan.device == "cuda":
+        changes["part_tokens"] = nearest_power(PART_BYTES / memory_bytes(plan), PART_TOKENS)
+    return dataclasses.replace(plan, **changes)
 
 
 def blocks(plan: Plan, rows: int | None = None) -> Plan:

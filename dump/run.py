@@ -18,16 +18,18 @@ from typing import TYPE_CHECKING, Any
 
 from dspark.cache.errors import DataError, DsparkError, EngineError, ExistsError
 from dspark.cache.files.atomic import write_file
+from dspark.cache.files.calibration import codec_info
 from dspark.cache.manifest import Manifest
 from dspark.cache.quality import Known, Probe, budget_of, probe_of
 from dspark.cache.quality import quality as quality_of
 from dspark.cache.reader import read_manifest
 from dspark.cache.records import TokenSample
+from dspark.cache.settings import FALLBACK, NAMED
 from dspark.cache.shared import config_file
 from dspark.cache.target.logits import PLAIN, Logits
 from dspark.cache.writer import StoreWriter, scan_parts
 from dspark.dump import plan as planning
-from dspark.dump.centring import Calibration, calibration_samples, captured
+from dspark.dump.centring import Calibration, calibration_samples, captured, learning_device
 from dspark.dump.checks.coded import check_coded
 from dspark.dump.checks.states import check
 from dspark.dump.config import DumpConfig
@@ -103,6 +105,7 @@ def dump(
             stack.callback(engine.close)
             manifest, written = run_engine(job, engine, probe, writer, show, make, write)
         out = report(config.output, manifest, time.monotonic() - began, written)
+        out["codec_why"] = job.plan.codec_why
         for line in summary(out):
             show.say(line)
         return out
@@ -111,8 +114,16 @@ def dump(
 def continued(job: Job, stored: Manifest) -> Job:
     """``job`` with what a store that is gone on with has settled: the rows of a part, which are estimated from a corpus that may have changed since."""
     rows = stored.dump.block_rows
-    manifest = dataclasses.replace(job.manifest, dump=dataclasses.replace(job.manifest.dump, block_rows=rows))
-    return dataclasses.replace(job, plan=dataclasses.replace(job.plan, block_rows=rows), manifest=manifest)
+    plan = dataclasses.replace(job.plan, block_rows=rows)
+    name = stored.codec.name
+    if not job.config.codec_asked and name in (NAMED["default"], FALLBACK) and name != plan.codec:
+        plan = planning.with_codec(plan, name, "as the store was begun", own_parts=False)
+    manifest = dataclasses.replace(
+        job.manifest,
+        dump=dataclasses.replace(job.manifest.dump, block_rows=rows),
+        codec=codec_info(plan.make_codec()),
+    )
+    return dataclasses.replace(job, plan=plan, manifest=manifest)
 
 
 def run_engine(
@@ -139,7 +150,7 @@ def run_engine(
     )
     raw = [states[i] for i in sorted(states)]
     if writer is None:
-        codec = config.make_codec()
+        codec = job.plan.make_codec()
         found = calibration(job, engine, probe_states(engine, probe, raw, codec), codec, show)
         planning.check_disk(planning.measured(job.plan, found.size), 0)
         codec = found.codec
@@ -200,7 +211,8 @@ def calibration(job: Job, engine: Engine, probe: Probe, codec: Codec, show: Disp
         shapes = len(job.plan.layers), job.plan.shapes.hidden_size
         budget = budget_of(codec, *shapes, job.plan.tokens)
         samples = calibration_samples(job.corpus, job.maker, job.plan.rows, job.plan.tokens, budget)
-        probe = captured(engine, samples, codec, budget) or probe
+        device = learning_device(job.plan, engine, codec)
+        probe = captured(engine, samples, codec, budget, device) or probe
         show.say(
             f"calibrated on {len(samples):,} samples spread over the corpus, {sum(len(s.input_ids) for s in samples):,} tokens, "
             f"in {time.monotonic() - began:.1f} s"
@@ -340,6 +352,7 @@ def report(output: Path, manifest: Manifest, seconds: float, written: Written) -
         "output": str(output),
         "complete": manifest.complete,
         **dataclasses.asdict(manifest.counts),
+        "codec": manifest.codec.name,
         "layers": manifest.layers,
         "target_layer_ids": manifest.target_layer_ids,
         "engine": manifest.dump.engine,
@@ -362,4 +375,5 @@ def summary(out: dict[str, Any]) -> list[str]:
         f"{out['output']}: {out['samples']:,} samples, {out['tokens']:,} tokens ({out['supervised_tokens']:,} supervised{rate}) in "
         f"{out['parts']:,} parts; {out['truncated']:,} truncated, {sum(out['dropped'].values()):,} of {out['rows_read']:,} rows dropped",
         *(f"  dropped: {reason}: {n:,}" for reason, n in out["dropped"].items()),
+        f"codec    {out['codec']}" + (f" ({out['codec_why']})" if out.get("codec_why") else ""),
     ]

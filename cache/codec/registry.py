@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from dspark.cache.errors import FormatVersionError, UsageError
 from dspark.cache.manifest import Json
-from dspark.cache.settings import DEFAULT_PACKING, NAMED, PACKINGS
+from dspark.cache.settings import DEFAULT_PACKING, FALLBACK, NAMED, PACKINGS
 
 if TYPE_CHECKING:
     import torch
@@ -46,6 +46,22 @@ def make(name: str, pack: str = DEFAULT_PACKING) -> Codec:
     if found is None:
         raise UsageError(f"--codec {name}: no such codec; choose {', '.join([*NAMED, *names()])}")
     return found.make(full, pack)
+
+
+def suited(name: str, asked: bool, tokens: int, layers: int, hidden: int) -> tuple[str, str | None]:
+    """The full name of the codec for a corpus of ``tokens``: ``name``, or ``FALLBACK`` and why.
+
+    Raises UsageError where ``name`` was ``asked`` for and the corpus is too small to calibrate it on.
+    """
+    least = make(name).least_tokens(layers, hidden)
+    if tokens >= least:
+        return name, None
+    found = f"{name} is calibrated on the corpus and needs {least:,} tokens of it, about {tokens:,} are there"
+    if asked:
+        raise UsageError(
+            f"--codec {found}. Give more rows, or choose --codec {FALLBACK} (or leave --codec out)."
+        )
+    return FALLBACK, found
 
 
 def load(name: str, params: Json, pack: str, calibration: Mapping[str, torch.Tensor], where: str) -> Codec:

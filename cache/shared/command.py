@@ -19,7 +19,7 @@ import click
 
 from dspark import __version__
 from dspark.cache.errors import DsparkError
-from dspark.cache.settings import DEFAULT_PACKING, NAMED, NAMES, PACKINGS, choose_codec
+from dspark.cache.settings import DEFAULT_PACKING, FALLBACK, NAMED, NAMES, PACKINGS, choose_codec, is_asked
 from dspark.cache.shared import config_file, peers
 
 # Of a click command: -h too, defaults shown, lines as long as a terminal of 120 columns.
@@ -165,17 +165,20 @@ def _read_config(ctx: click.Context, param: click.Parameter, value: Path | None)
 
 
 def codec_options(callback: Callable[..., Any]) -> Callable[..., Any]:
-    """``--codec NAME``, ``--aux-bits N``, ``--last-bits N`` and ``--pack`` for a click callback, which gets ``codec`` (a full name) and ``pack``."""
+    """``--codec NAME``, ``--aux-bits N``, ``--last-bits N`` and ``--pack`` for a click callback, which gets ``codec`` (a full name, None where none was asked for) and ``pack``."""
 
     @functools.wraps(callback)
     def run(*args: Any, codec: str | None, aux_bits: int | None, last_bits: int | None, **kwargs: Any) -> Any:
-        return callback(*args, codec=choose_codec(codec, aux_bits, last_bits), **kwargs)
+        asked = is_asked(codec, aux_bits, last_bits)
+        full = choose_codec(codec, aux_bits, last_bits) if asked else None
+        return callback(*args, codec=full, **kwargs)
 
     named = click.option(
         "--codec",
         metavar="NAME",
         show_default="default",
-        help=f"How states are coded: {', '.join(NAMED)} ({NAMES}), or a full name.",
+        help=f"How states are coded: {', '.join(NAMED)} ({NAMES}), or a full name such as rotated-4-4, rotated-3-4 or "
+        f"rotated-2-4. A corpus too small to calibrate the default on takes {FALLBACK}.",
     )
     aux = click.option(
         "--aux-bits", type=int, help="Bits of the aux layers: 16, 8, 4, 3 or 2. Names a rotated codec."

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from dspark.cache.shared.command import bar, codec_options, command, emit, json_flag, table
+from dspark.cache.shared.command import bar, codec_options, command, emit, json_flag, table, warn
 from dspark.cache.shared.process import choose_device
 from dspark.tools.flags import COUNT, SHARE, TOKEN_ID
 
@@ -67,7 +67,7 @@ def import_command(
         ids = tuple(j - 1 for j in parse_ids(target_layer_ids, "--target-layer-ids"))
     flags["device"] = str(choose_device(flags["device"]))
     with bar("import") as progress:
-        import_store(source, destination, layers=ids, progress=progress, **flags)
+        import_store(source, destination, layers=ids, progress=progress, say=warn, **flags)
     data = info(destination)
     if as_json:
         emit(data)

@@ -33,7 +33,7 @@ from dspark.cache.manifest import DumpInfo, Manifest, SourceInfo
 from dspark.cache.quality import Probe, budget_of, probe_of, quality, share_of
 from dspark.cache.reader import read_manifest
 from dspark.cache.records import CodedSample, TokenSample, last_rows
-from dspark.cache.settings import DEFAULT_PACKING, LOSSLESS, choose_codec
+from dspark.cache.settings import DEFAULT_PACKING, LOSSLESS, choose_codec, is_asked
 from dspark.cache.writer import StoreWriter
 from dspark.tools.importers.deepspec import DeepSpecSource
 from dspark.tools.importers.source import Given, Source
@@ -89,6 +89,7 @@ def import_store(
     overwrite: bool = False,
     device: str = "cpu",
     progress: Callable[[int, int], None] = lambda done, total: None,
+    say: Callable[[str], None] = lambda line: None,
 ) -> Manifest:
     """Write ``source`` as a store at ``destination``; returns its manifest. ``progress(rows done, rows)``.
 
@@ -100,13 +101,23 @@ def import_store(
     from dspark.dump.target.presets import find
     from dspark.dump.target.weights import compact, read_frozen
 
-    chosen_codec = registry.make(choose_codec(codec, aux_bits, last_bits), pack)
+    name = choose_codec(codec, aux_bits, last_bits, pack)
     given = open_source(source)
     if len(given) == 0:
         raise DataError(f"{source}: no samples")
     block_rows = 1 << max(round(math.log2(part_tokens / max(given.mean_tokens(), 1))), 0)
     target = load_target(model)
     chosen = check_belongs(given, source, layers, target.shapes.hidden_size, target.shapes.num_layers, model)
+    name, why = registry.suited(
+        name,
+        is_asked(codec, aux_bits, last_bits),
+        round(len(given) * given.mean_tokens()),
+        len(chosen),
+        target.shapes.hidden_size,
+    )
+    if why:
+        say(f"codec {name}: {why}")
+    chosen_codec = registry.make(name, pack)
     frozen, norm = read_frozen(model, target.shapes)
     manifest = Manifest(
         target=target_info(target, mask_token_id, find(model)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -83,6 +84,7 @@ def estimate(
         assert samples is not None
         assert mean_tokens is not None
         tokens = round(samples * mean_tokens)
+        plan = planning.settle_codec(dataclasses.replace(plan, tokens=tokens), config)
         rate = planning.disk_bytes(shapes, plan.layers, plan.make_codec(), last_share)
     if plan.tokens is not None and plan.bytes is not None:
         samples, tokens, size = plan.rows, plan.tokens, plan.bytes
@@ -96,7 +98,8 @@ def estimate(
     bits = plan.make_codec().bits
     return {
         "model": model, "layers": list(plan.layers), "target_layer_ids": plan.target_layer_ids,
-        "codec": plan.codec, "aux_bits": bits[0], "last_bits": bits[1], "pack": pack,
+        "codec": plan.codec, "codec_why": plan.codec_why, "calibration_tokens": plan.calibration_tokens,
+        "calibration_host_bytes": plan.calibration_bytes, "aux_bits": bits[0], "last_bits": bits[1], "pack": pack,
         "samples": samples, "tokens": tokens, "bytes": size, "raw_bytes": raw, "ratio": raw / size, "files": FILES_A_STORE + FILES_A_PART * parts,
         "hours": tokens / tokens_per_second / 3600, "tokens_per_second": tokens_per_second, "free_bytes": plan.free_bytes,
         "measured_on": like,
@@ -106,6 +109,7 @@ def estimate(
 def row_bytes(like: str, plan: Plan) -> RowBytes:
     """Bytes of a row in the plan's codecs, measured on states of the store ``like``."""
     import dspark.cache
+    from dspark.cache.codec import registry
     from dspark.cache.quality import spread_states
     from dspark.cache.sizing import RowBytes
 
@@ -117,8 +121,9 @@ def row_bytes(like: str, plan: Plan) -> RowBytes:
             f"of layers {list(plan.layers)}. Dump a few hundred rows with the plan's flags and give that store."
         )
     codec = plan.make_codec()
+    registry.suited(codec.name, True, m.counts.tokens, len(m.layers), m.target.hidden_size)
     probe = spread_states(store, codec, MEASURED)
-    return RowBytes.of(codec.calibrated(*probe), *probe)
+    return RowBytes.of(codec.calibrated(*probe), *probe.beginning(MEASURED))
 
 
 @command(
@@ -159,10 +164,17 @@ def estimate_command(as_json: bool, **flags: Any) -> None:
     if as_json:
         emit(data)
         return
+    learns = ""
+    if data["calibration_host_bytes"]:
+        learns = (
+            f", learns from {data['calibration_tokens']:,} tokens, their states in "
+            f"{human(data['calibration_host_bytes'])} of host memory"
+        )
     table(
         [
             ("model", f"{data['model']}, layers {data['layers']} (vLLM's ids: {data['target_layer_ids']})"),
             ("tokens", f"{data['tokens']:,} in {data['samples']:,} samples"),
+            ("codec", data["codec"] + (f" ({data['codec_why']})" if data["codec_why"] else "") + learns),
             (
                 "bytes",
                 f"{human(data['bytes'])}, {data['ratio']:.2f} x smaller than {human(data['raw_bytes'])} of raw bf16 "

@@ -95,7 +95,7 @@ def info_command(cache: str, as_json: bool) -> None:
         ("samples", f"{data['samples']:,}  in {data['parts']:,} parts"),
         ("tokens", f"{data['tokens']:,}  supervised {data['supervised_tokens']:,}, last states {data['last_rows']:,}"),
         ("codec", f"{data['codec']}, packed by {data['pack']}; measured bits per value: aux {data['aux_bits_measured']}, last state (after the final norm) {data['last_bits_measured']}"),
-        ("bytes", f"{data['bytes_on_disk']:,} on disk, of which {data['frozen_bytes']:,} are the target's frozen weights and the index"),
+        ("bytes", f"{data['bytes_on_disk']:,} on disk, of which {data['frozen_bytes']:,} are the target's frozen weights, the codec's calibration and the index"),
         ("a token", f"{per_token} bytes; {ratio} the raw bf16 layout's {data['raw_bytes_per_token']}"),
         ("engine", f"{data['engine']} {data['engine_version']}, {data['dtype']}, sequences up to {data['seq_length']} tokens"),
         ("source", f"{data['source']}  {data['rows_read']:,} rows read, {data['truncated']:,} cut, dropped: {data['dropped'] or 'none'}"),

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from dspark.cache.shared.command import bar, codec_options, command, emit, json_flag, table
+from dspark.cache.shared.command import bar, codec_options, command, emit, json_flag, table, warn
 from dspark.cache.shared.process import choose_device
 from dspark.tools.flags import COUNT
 
@@ -34,7 +34,7 @@ def recode_command(source: str, destination: str, as_json: bool, **flags: Any) -
 
     flags["device"] = str(choose_device(flags["device"]))
     with bar("recode") as progress:
-        manifest = recode(source, destination, progress=progress, **flags)
+        manifest = recode(source, destination, progress=progress, say=warn, **flags)
     data = info(destination)
     if as_json:
         emit(data)

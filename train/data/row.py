@@ -20,10 +20,11 @@ from torch import Tensor
 from dspark.cache.codec.base import EXACT_TOKEN, Tokens, axis_of, from_first_token
 from dspark.cache.errors import MismatchError
 from dspark.cache.reader import Cache
-from dspark.cache.records import CodedSample
+from dspark.cache.records import CodedSample, last_rows
 from dspark.train.data.batch import ON_HOST, Batch
 
 CODES = "codes."  # what a codec's arrays are called in the buffer
+KNOWN = "known."  # and what it predicts from
 ALIGN = (
     64  # bytes; every field starts at a multiple, so that any dtype can view it and vector loads stay whole
 )
@@ -78,6 +79,9 @@ class Row:
             value: Tensor = getattr(batch, part.name)
             arrays.append((f"batch.{part.name}", value.shape[0], [value.numpy()]))
         of_axis = {"token": batch.aux.shape[0], "last": batch.last.shape[0]}
+        known = tokens_on_host(samples)
+        if EXACT_TOKEN in samples[0].states:  # only a codec that predicts from tokens stores some exactly
+            arrays += [(KNOWN + name, len(value), [value]) for name, value in known.items()]
         for name in samples[0].states:
             pieces: Sequence[Array] = [s.states[name] for s in samples]
             if name == EXACT_TOKEN:
@@ -116,17 +120,13 @@ class Row:
 
         codes = {n.removeprefix(CODES): t for n, t in views.items() if n.startswith(CODES)}
         batch = self._batch(views)
-        tokens = self._tokens(batch, cache, device) if cache.codec.needs_tokens else None
+        tokens = None
+        if cache.codec.needs_tokens:
+            start, stored = (views[KNOWN + name] for name in ("sample_start", "last_token"))
+            tokens = Tokens(batch.input_ids, start, stored, cache.embedding_on(device))
         aux, last = cache.codec.decode(codes, hidden, tokens, dtype)
         at = None if layers is None else columns(cache.manifest.layers, layers)
         return dataclasses.replace(batch, aux=aux if at is None else aux[:, at], last=last)
-
-    def _tokens(self, batch: Batch, cache: Cache, device: torch.device) -> Tokens:
-        """What a codec may predict from."""
-        first = batch.position[: self.tokens] == 0
-        start = torch.cat([first, first.new_ones(1)]).nonzero()[:, 0]
-        stored = (batch.last_index >= 0).nonzero()[:, 0]
-        return Tokens(batch.input_ids, start, stored, cache.embedding_on(device))
 
     def _views(self, data: Tensor) -> dict[str, Tensor]:
         return {field.name: field.of(data) for field in self.fields}
@@ -136,6 +136,13 @@ class Row:
         held = next(field for field in self.fields if field.name == "batch.target_at")
         # A copy: a view would hold on to the whole row's page-locked memory as long as the batch lives.
         return Batch(**moved, target_at_host=held.of(self.data).clone())
+
+
+def tokens_on_host(samples: Sequence[CodedSample]) -> dict[str, Array]:
+    """``sample_start`` int64 [N + 1] and ``last_token`` int64 [M] (``base.Tokens``): found here, because the device would be waited for."""
+    start = np.cumsum([0, *(len(s.tokens.input_ids) for s in samples)], dtype=np.int64)
+    stored = np.concatenate([last_rows(s.tokens.loss_mask) for s in samples])
+    return {"sample_start": start, "last_token": np.flatnonzero(stored).astype(np.int64)}
 
 
 def columns(stored: Sequence[int], wanted: Sequence[int]) -> list[int] | None:

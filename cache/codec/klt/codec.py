@@ -106,7 +106,7 @@ class Klt:
         """Raises UsageError for fewer than two samples."""
         from dspark.cache.codec.klt.fit import fit
 
-        assert tokens is not None
+        tokens = self._known(tokens)
         check_finite(aux)
         check_finite(last)
         tables = fit(aux, last, tokens, aux_bits=self.aux_bits, last_bits=self.last_bits)
@@ -126,12 +126,17 @@ class Klt:
             )
         return replace(self, pack=pack)
 
+    def _known(self, tokens: Tokens | None) -> Tokens:
+        if tokens is None:
+            raise UsageError(f"codec {self.name} predicts from tokens and got none: give Tokens (codec.base)")
+        return tokens
+
     # -- coding ------------------------------------------------------------------------------------------------------------
 
     def encode(self, aux: torch.Tensor, last: torch.Tensor, tokens: Tokens | None = None) -> Tensors:
         import torch
 
-        assert tokens is not None
+        tokens = self._known(tokens)
         check_finite(aux)
         check_finite(last)
         t, device = self.learnt, aux.device
@@ -165,7 +170,7 @@ class Klt:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         import torch
 
-        assert tokens is not None
+        tokens = self._known(tokens)
         t, code, last_code = self.learnt, coded["aux_code"], coded["last_code"]
         device, dtype = code.device, dtype or torch.float32
         a, b = half_on(t.aux, device), half_on(t.last, device)
@@ -209,8 +214,10 @@ class Known:
         import torch
 
         previous = torch.roll(tokens.input_ids, 1)
-        start = tokens.sample_start
-        previous[start[start < previous.shape[0]]] = -1
+        # The end of the last sample may be that of the batch: rows are marked, not chosen, so that no device is waited for.
+        begins = torch.zeros(previous.shape[0] + 1, dtype=torch.bool, device=previous.device)
+        begins.index_fill_(0, tokens.sample_start, True)
+        previous.masked_fill_(begins[:-1], -1)
         return cls(tokens, previous, dtype)
 
     def embedding(self, ids: torch.Tensor) -> torch.Tensor:
@@ -269,7 +276,7 @@ class KltFamily:
     """``klt-A-L`` for any positive A and L up to 8."""
 
     def names(self) -> list[str]:
-        return ["klt-1-1", "klt-0.7-1", "klt-0.5-1"]
+        return ["klt-1-1", "klt-0.8-1", "klt-0.7-1", "klt-0.5-1"]
 
     def make(self, name: str, pack: str) -> Klt:
         found = re.fullmatch(r"klt-(\d+(?:\.\d+)?)-(\d+(?:\.\d+)?)", name)

@@ -34,8 +34,10 @@ class Packing:
     columns: tuple[int, ...]
 
     def __post_init__(self) -> None:
-        assert len(self.columns) == len(CLASSES), self.columns
-        assert all(k % n == 0 for k, (_, n) in zip(self.columns, CLASSES, strict=True)), self.columns
+        if len(self.columns) != len(CLASSES) or any(
+            k < 0 or k % n for k, (_, n) in zip(self.columns, CLASSES, strict=True)
+        ):
+            raise ValueError(f"columns {self.columns}: expected multiples of {[n for _, n in CLASSES]}")
 
     @property
     def total(self) -> int:

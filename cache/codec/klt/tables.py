@@ -5,7 +5,7 @@ A transform predicts a row x from features f that the decoder has too, and quant
     encoder    y = ((x - mean) / deviation) @ forward - f @ predict @ forward,   q = y / step, rounded
     decoder    x = mean + deviation * (y' @ back + f @ predict),                 y' = mean of y in the cell q
 
-All of it is in the tensors of the store's calibration file; docs/format_codecs.md lists them.
+All of it is in the tensors of the store's calibration file; docs/format.md lists them.
 
 Legend: C channels of a row (L * H or H), K coefficients kept, F features.
 """
