@@ -22,9 +22,9 @@ from dspark.train.config import TrainConfig
 from dspark.train.data.batch import Batch
 from dspark.train.draft.config import DraftConfig
 from dspark.train.draft.folder import trained_shapes
-from dspark.train.draft.spd import SPD
-from dspark.train.draft.spd_files import HEAD, MANIFEST, faults, file_bytes, metadata
-from dspark.train.draft.spd_head import SpdHead
+from dspark.train.draft.spd.drafter import SPD
+from dspark.train.draft.spd.files import HEAD, MANIFEST, faults, file_bytes, metadata
+from dspark.train.draft.spd.head import SpdHead
 from dspark.train.loop import train
 
 GLM = {"hidden_size": 2048, "vocab_size": 154_880, "num_hidden_layers": 47, "num_attention_heads": 20, "kv_lora_rank": 512,

@@ -19,9 +19,9 @@ from dspark.tools.decode.decode import speculative_generate
 from dspark.tools.decode.target import Target, greedy_alone
 from dspark.train.data.batch import Batch
 from dspark.train.draft.config import DraftConfig
-from dspark.train.draft.eagle3 import EAGLE3
-from dspark.train.draft.eagle3_decoding import Eagle3Decoder
-from dspark.train.draft.eagle3_model import Eagle3Model
+from dspark.train.draft.eagle3.decoding import Eagle3Decoder
+from dspark.train.draft.eagle3.drafter import EAGLE3
+from dspark.train.draft.eagle3.model import Eagle3Model
 from dspark.train.draft.folder import load_draft, read_tensors, trained_shapes
 from dspark.train.draft.types import drafter
 from dspark.train.loop import train

@@ -380,7 +380,7 @@ def test_loss_fn_flag() -> None:
         ce=1.0, l1=0.0, confidence=0.0
     )
     for bad in (
-        '{"ce":0.1,"kl":1}',
+        '{"ce":0.1,"kld":1}',
         '{"l1":1,"tv":1}',
         "[1]",
         "{",

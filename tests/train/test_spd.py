@@ -19,9 +19,9 @@ from dspark.cache.target.frozen import FrozenTarget
 from dspark.train.data.batch import Batch
 from dspark.train.draft.config import DraftConfig
 from dspark.train.draft.folder import load_draft, trained_shapes
-from dspark.train.draft.spd import SPD, tap_rows
-from dspark.train.draft.spd_decoding import SpdDecoder
-from dspark.train.draft.spd_head import SpdHead
+from dspark.train.draft.spd.decoding import SpdDecoder
+from dspark.train.draft.spd.drafter import SPD, tap_rows
+from dspark.train.draft.spd.head import SpdHead
 from dspark.train.draft.types import drafter
 from dspark.train.loop import train
 from dspark.train.objective.kl import kl_terms

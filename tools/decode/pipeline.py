@@ -21,7 +21,7 @@ from dspark.tools.decode.rejection import sample, verify_greedy, verify_sampled
 from dspark.tools.decode.target import Target
 from dspark.train.draft.decoding import Drafted
 from dspark.train.draft.model import DraftModel
-from dspark.train.draft.spd_decoding import SpdDecoder
+from dspark.train.draft.spd.decoding import SpdDecoder
 from dspark.train.draft.types import drafter
 
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from dspark.cache.reader import Cache
     from dspark.train.data.row import Row
     from dspark.train.draft.attention import Backend
-    from dspark.train.draft.spd_head import SpdHead
+    from dspark.train.draft.spd.head import SpdHead
 
 Bools = npt.NDArray[np.bool_]
 

@@ -98,7 +98,7 @@ def forced(
     )  # fmt: skip
     if walk and max_anchors == 0 and drafter(model.config.speculator_type).stages(model.config):
         from dspark.tools.judge.pipeline_score import pipeline_score
-        from dspark.train.draft.spd_head import SpdHead
+        from dspark.train.draft.spd.head import SpdHead
 
         assert isinstance(model, SpdHead)
         found |= pipeline_score(

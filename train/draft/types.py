@@ -31,9 +31,9 @@ if TYPE_CHECKING:
 TYPES = {
     "dspark": "dspark.train.draft.dspark:DSPARK",
     "dflash": "dspark.train.draft.dflash:DFLASH",
-    "spd": "dspark.train.draft.spd:SPD",
-    "eagle3": "dspark.train.draft.eagle3:EAGLE3",
-    "peagle": "dspark.train.draft.eagle3:PEAGLE",
+    "spd": "dspark.train.draft.spd.drafter:SPD",
+    "eagle3": "dspark.train.draft.eagle3.drafter:EAGLE3",
+    "peagle": "dspark.train.draft.eagle3.drafter:PEAGLE",
 }
 
 

@@ -1,4 +1,4 @@
-"""The network of an SPD head (``spd.py``): one query per token, keys and values of tokens at the depths that the pipeline has brought them to.
+"""The network of an SPD head (``drafter.py``): one query per token, keys and values of tokens at the depths that the pipeline has brought them to.
 
 Legend: n stages, T taps, S tokens of the row, A anchors, H hidden size, Hq/Hkv heads, D head size, Vd draft vocabulary, k distance from the
 query's token, "depth" stages that a token has passed.
@@ -22,7 +22,7 @@ from dspark.train.data.batch import Batch
 from dspark.train.draft.attention import Backend
 from dspark.train.draft.config import DraftConfig
 from dspark.train.draft.model import DraftModel, Layer, RMSNorm, TargetWeights, check_target
-from dspark.train.draft.spd import taps_at
+from dspark.train.draft.spd.drafter import taps_at
 from dspark.train.objective.states import FrozenHead, SlotStates
 from dspark.train.ops.rope import Rope, rope_tables
 

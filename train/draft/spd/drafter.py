@@ -137,7 +137,7 @@ class Spd(DrafterType):
         *,
         frozen_dtype: torch.dtype | None = None,
     ) -> DraftModel:
-        from dspark.train.draft.spd_head import SpdHead
+        from dspark.train.draft.spd.head import SpdHead
 
         return SpdHead(config, target, draft_ids, frozen_dtype=frozen_dtype)
 
@@ -171,7 +171,7 @@ class Spd(DrafterType):
     def packed(
         self, folder: Path, config: DraftConfig, tensors: Mapping[str, Tensor], target: str
     ) -> tuple[str, ...]:
-        from dspark.train.draft.spd_files import write_skippy
+        from dspark.train.draft.spd.files import write_skippy
 
         return write_skippy(folder, config, tensors, target)
 
@@ -181,8 +181,8 @@ class Spd(DrafterType):
         return len(config.stage_ends)
 
     def decoder(self, draft: DraftModel) -> Decoder:
-        from dspark.train.draft.spd_decoding import SpdDecoder
-        from dspark.train.draft.spd_head import SpdHead
+        from dspark.train.draft.spd.decoding import SpdDecoder
+        from dspark.train.draft.spd.head import SpdHead
 
         assert isinstance(draft, SpdHead)
         return SpdDecoder(draft)

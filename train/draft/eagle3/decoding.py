@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dspark.train.draft.decoding import Drafted
-from dspark.train.draft.eagle3_model import Eagle3Model
+from dspark.train.draft.eagle3.model import Eagle3Model
 
 
 class Eagle3Decoder:

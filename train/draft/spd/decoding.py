@@ -17,7 +17,7 @@ from torch import Tensor
 
 from dspark.train.draft.decoding import Drafted
 from dspark.train.draft.model import Layer
-from dspark.train.draft.spd_head import SpdHead
+from dspark.train.draft.spd.head import SpdHead
 from dspark.train.ops.rope import rope_tables
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from dspark.cache.files.atomic import write_file
 from dspark.train.draft.config import DraftConfig
-from dspark.train.draft.spd import tap_rows
+from dspark.train.draft.spd.drafter import tap_rows
 from dspark.train.draft.vocabulary import ids_of
 
 HEAD, MANIFEST, CHECKPOINT = "spd-head.safetensors", "skippy-spd-head.json", "speculation_head_final.pt"

@@ -110,7 +110,7 @@ class Eagle3(DrafterType):
         *,
         frozen_dtype: torch.dtype | None = None,
     ) -> DraftModel:
-        from dspark.train.draft.eagle3_model import Eagle3Model
+        from dspark.train.draft.eagle3.model import Eagle3Model
 
         parallel = config.speculator_type == "peagle"
         return Eagle3Model(config, target, draft_ids, frozen_dtype=frozen_dtype, parallel=parallel)
@@ -130,8 +130,8 @@ class Eagle3(DrafterType):
         return ObjectiveConfig(decay=decay, kl=1.0)
 
     def decoder(self, draft: DraftModel) -> Decoder:
-        from dspark.train.draft.eagle3_decoding import Eagle3Decoder
-        from dspark.train.draft.eagle3_model import Eagle3Model
+        from dspark.train.draft.eagle3.decoding import Eagle3Decoder
+        from dspark.train.draft.eagle3.model import Eagle3Model
 
         assert isinstance(draft, Eagle3Model)
         return Eagle3Decoder(draft)

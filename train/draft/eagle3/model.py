@@ -1,4 +1,4 @@
-"""The network of EAGLE-3 and P-EAGLE (``eagle3.py``), unrolled from anchors.
+"""The network of EAGLE-3 and P-EAGLE (``drafter.py``), unrolled from anchors.
 
 Legend: S tokens of the row, A anchors, B steps, H hidden size, Hq/Hkv heads, D head size, V/Vd target and draft vocabulary.
 
@@ -21,7 +21,7 @@ from dspark.train.data.batch import Batch
 from dspark.train.draft.attention import Backend
 from dspark.train.draft.config import DraftConfig
 from dspark.train.draft.model import DraftModel, Mlp, RMSNorm, TargetWeights, check_target
-from dspark.train.draft.spd_head import attended
+from dspark.train.draft.spd.head import attended
 from dspark.train.objective.states import SlotStates
 from dspark.train.ops.joined import lay_side_by_side
 from dspark.train.ops.rope import Rope, rope_tables, rotate
