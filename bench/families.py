@@ -1,13 +1,15 @@
-"""Engine x family: states of real vLLM against transformers on tiny random checkpoints, and each engine against its own greedy tokens.
+"""Every family as a tiny random checkpoint: dump, two steps of training, export, check; and states of real vLLM against transformers.
 
-    python bench/families.py [--only llama,glm_moe_dsa]      # --only adds to the results that are there
+    python bench/families.py [--only llama,glm_moe_dsa] [--no-vllm]
 
-A family that vLLM cannot run here is listed with vLLM's own reason. Writes bench/results/families.json.
+Results are added to those that are there, so that one machine may do the one half and one the other. A family that a stage cannot
+run is listed with that stage's own reason. Writes bench/results/families.json; ``python docs/make/targets.py`` then writes the table.
 """
 
 from __future__ import annotations
 
 import argparse
+import datetime
 import json
 import os
 import re
@@ -24,9 +26,10 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 import families
 from engines import difference, random_samples
+from family_journey import LAYERS, journey
 
-from common import RESULTS, write
-from dspark.cache.errors import EngineError
+from common import RESULTS, hardware, versions, write
+from dspark.cache.errors import DsparkError, EngineError
 from dspark.cache.records import last_rows
 from dspark.cache.target.logits import Logits
 from dspark.dump.checks.states import HeadOf, check, compare
@@ -35,7 +38,20 @@ from dspark.dump.engines.hf import TransformersEngine
 from dspark.dump.engines.vllm.engine import VllmEngine
 from dspark.dump.target.config import load_target
 
-LAYERS = (0, 2, 3)
+
+def through(kind: str, folder: Path) -> dict[str, Any]:
+    """Dump, training, export and check, or where they stopped."""
+    folder.mkdir()
+    try:
+        return journey(kind, folder)
+    except DsparkError as error:
+        return {"stopped": f"{type(error).__name__}: {error}"[:600]}
+
+
+def stamp() -> dict[str, Any]:
+    """When and with what a result was seen: the file holds those of several days and machines."""
+    today = datetime.datetime.now(datetime.UTC).date().isoformat()
+    return {"date": today, "hardware": hardware(), "versions": versions()}
 
 
 def measure(kind: str, folder: Path) -> dict[str, Any]:
@@ -111,15 +127,20 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--only", help="families, commas between them  [default: all]")
+    parser.add_argument("--no-vllm", action="store_true", help="only dump, training, export and check")
     args = parser.parse_args()
-    kinds = args.only.split(",") if args.only else list(families.MAKERS)
+    kinds = args.only.split(",") if args.only else [*families.MAKERS, *families.REFUSED]
     before = RESULTS / "families.json"
-    results = json.loads(before.read_text())["results"] if args.only and before.exists() else {}
-    with tempfile.TemporaryDirectory() as scratch:
-        for kind in kinds:
-            results[kind] = measure(kind, Path(scratch) / kind)
-            print(kind, json.dumps(results[kind]), file=sys.stderr)
-    write("families", {"dtype": "float32", "layers": list(LAYERS), "layers_in_all": families.LAYERS}, results)
+    results = json.loads(before.read_text())["results"] if before.exists() else {}
+    for kind in kinds:
+        with tempfile.TemporaryDirectory() as scratch:
+            here = results.setdefault(kind, {})
+            here["journey"] = through(kind, Path(scratch) / "journey") | {"seen": stamp()}
+            if not args.no_vllm and kind in families.MAKERS:
+                here |= measure(kind, Path(scratch) / kind) | {"vllm_seen": stamp()}
+            print(kind, json.dumps(here), file=sys.stderr)
+    config = {"dtype": "float32", "layers": list(LAYERS), "layers_in_all": families.LAYERS}
+    write("families", config, results)
 
 
 if __name__ == "__main__":

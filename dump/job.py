@@ -62,16 +62,43 @@ class Job:
 
 
 def plan_only(config: DumpConfig) -> planning.Plan:
-    """The plan of ``--dry-run``: no weights; with a preset no network and no tokenizer either. Raises BrokenChain."""
+    """The plan of ``--dry-run``: no weights; with a preset no network and no tokenizer either. Raises BrokenChain.
+
+    A corpus is looked at where one is named and is here; without one, sizes are per million tokens.
+    """
+    preset = find(config.model)
+    named = config.data or (preset.data if preset else None)
+    if named is not None and (preset is None or Path(config.model).is_dir()):
+        return prepare(config).plan
+    plan = plan_target(config)
+    if named is not None and Path(named).is_file():
+        return planning.estimate(plan, open_corpus(named), None, config.limit)
+    return plan
+
+
+def plan_target(config: DumpConfig, *, whole: bool = True) -> planning.Plan:
+    """The plan as far as the target decides it, with its chain. Raises BrokenChain where a link is missing, if it must be ``whole``."""
     preset = find(config.model)
     if preset is None or Path(config.model).is_dir():
-        return prepare(config).plan
+        return _examined(config, checked_target(config), whole)
     plan = planning.resolve(config, preset, preset.shapes)
-    plan = with_chain(plan, preset.config, [preset.config.get("model_type")], None, preset.weight_bytes)
-    return (
-        planning.estimate(plan, open_corpus(plan.data), None, config.limit)
-        if Path(plan.data).is_file()
-        else plan
+    return with_chain(
+        plan, preset.config, [preset.config.get("model_type")], None, preset.weight_bytes, whole
+    )
+
+
+def _examined(config: DumpConfig, target: Target, whole: bool = True) -> planning.Plan:
+    preset = find(config.model)
+    if preset is not None:
+        check_shapes(preset, target.shapes)
+    plan = planning.resolve(config, preset, target.shapes, target.whole.architectures or ())
+    return with_chain(
+        plan,
+        target.config,
+        [getattr(target.whole, "model_type", None), target.config.get("model_type")],
+        lambda: str(find_frozen(config.model, target.shapes, target.whole)),
+        weight_bytes(config.model),
+        whole,
     )
 
 
@@ -81,8 +108,9 @@ def with_chain(
     model_types: Sequence[str | None],
     frozen: Callable[[], str] | None,
     weights: int | None,
+    whole: bool,
 ) -> planning.Plan:
-    """``plan`` with its chain, whose links are all there or unknown. Raises BrokenChain otherwise."""
+    """``plan`` with its chain. Raises BrokenChain where a link is missing, if it must be ``whole``."""
     links = chain.examine(
         config=config,
         model_types=model_types,
@@ -92,7 +120,8 @@ def with_chain(
         version=registry.engine_version(plan.engine),
         frozen=frozen,
     )
-    chain.require(links)
+    if whole:
+        chain.require(links)
     sized = any(link.name == "draft" and link.state == chain.FOUND for link in links)
     draft = dataclasses.asdict(shape_for(config)) if sized else None
     return dataclasses.replace(plan, chain=links, draft=draft, weights=weights)
@@ -111,17 +140,8 @@ def prepare(config: DumpConfig, day: str | None = None) -> Job:
     fixed for a template that writes one."""
     preset = find(config.model)
     target = checked_target(config)
-    if preset is not None:
-        check_shapes(preset, target.shapes)
-    plan = planning.resolve(config, preset, target.shapes, target.whole.architectures or ())
-    plan = with_chain(
-        plan,
-        target.config,
-        [getattr(target.whole, "model_type", None), target.config.get("model_type")],
-        lambda: str(find_frozen(config.model, target.shapes, target.whole)),
-        weight_bytes(config.model),
-    )
-    corpus = open_corpus(plan.data)
+    plan = _examined(config, target)
+    corpus = open_corpus(planning.data_of(plan))
     first = next((row for row in corpus.rows() if not isinstance(row.value, BadRow)), None)
     tokenised = first is not None and isinstance(first.value, TokenRow)
     maker: SampleMaker

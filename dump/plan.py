@@ -48,7 +48,7 @@ class Plan:
 
     model: str
     preset: str | None
-    data: str
+    data: str | None  # None: not named yet, which only a dry run may leave open
     output: str
     engine: str
     device: str
@@ -117,7 +117,7 @@ class Plan:
             + f": {self.shapes.num_layers} layers, hidden {self.shapes.hidden_size}, vocabulary {self.shapes.vocab_size}",
             f"layers   --layers {','.join(map(str, self.layers))} (output of layer i) "
             f"= --target-layer-ids {','.join(map(str, self.target_layer_ids))} (entering layer i+1), and the last state after the final norm",
-            f"data     {self.data}: rows {rows}, tokens {tokens}, at most {self.seq_length} a row",
+            f"data     {self.data or 'none named (--data)'}: rows {rows}, tokens {tokens}, at most {self.seq_length} a row",
             f"engine   {self.engine}, {self.dtype} on {self.device}"
             + (f" ({self.engine_why})" if self.engine_why else "")
             + self._gpus(),
@@ -145,10 +145,6 @@ def resolve(
     from dspark.cache.files.atomic import existing_parent
 
     data = config.data or (preset.data if preset else None)
-    if data is None:
-        raise UsageError(
-            f"--data is needed: no preset names a corpus for {config.model}. Give a JSONL file or a data set id."
-        )
     asked = config.asked_layers or (preset.layers if preset else default_layers(shapes.num_layers))
     layers = check_layers(asked, shapes.num_layers)
     engine, device, why = choose_engine(config.engine, config.device, architectures)
@@ -184,6 +180,15 @@ def resolve(
             plan, part_tokens=nearest_power(PART_BYTES / memory_bytes(plan), PART_TOKENS)
         )
     return plan
+
+
+def data_of(plan: Plan) -> str:
+    """The corpus that ``plan`` names. Raises UsageError where it names none."""
+    if plan.data is None:
+        raise UsageError(
+            f"--data is needed: no preset names a corpus for {plan.model}. Give a JSONL file or a data set id."
+        )
+    return plan.data
 
 
 def memory_bytes(plan: Plan) -> float:

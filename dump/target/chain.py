@@ -16,7 +16,6 @@ from dspark.dump.target.layers import Shapes
 from dspark.dump.target.support import Family, family_of
 
 FOUND, UNKNOWN, MISSING = "found", "unknown", "missing"
-SERVERS = ("vllm", "sglang")
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +76,7 @@ def examine(
         _frozen(frozen),
         _draft(config, partial=frozen is None),
         _extraction(config, family, str(kind), engine, version),
-        _serving(family, str(kind)),
+        serving(model_types),
     )
 
 
@@ -131,9 +130,12 @@ def _extraction(
     return Link(name, FOUND, f"{what}: {cell.state}{f' ({cell.note})' if cell.note else ''}")
 
 
-def _serving(family: Family | None, kind: str) -> Link:
+def serving(model_types: Sequence[str | None]) -> Link:
+    """Who can serve a draft of a target with these ``model_type``s (a wrapper's, its text model's)."""
+    family = family_of(model_types)
     cells = [c for c in (family.cells if family else ()) if c.use == "serve"]
     if not cells:
+        kind = next((t for t in model_types if t), "this target")
         return Link(
             "serving", UNKNOWN, f"of {kind} with a draft nothing is known; try dspark-tools check --serve"
         )

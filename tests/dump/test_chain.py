@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -147,3 +149,27 @@ def test_the_table_of_families() -> None:
             assert cell.state in STATES
             assert cell.source in sources()
             assert cell.note or cell.state != "not", f"{family.name}: a cell that says not says why"
+
+
+def test_a_dry_run_of_each_preset_needs_nothing_but_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No corpus, no network, no checkpoint, and neither torch nor zarr is imported for it."""
+    code = (
+        "import sys\n"
+        "from dspark.dump.cli import main\n"
+        "from dspark.dump.target.presets import presets\n"
+        "for name in presets():\n"
+        "    main(['--dry-run', '--model', name], standalone_mode=False)\n"
+        "assert not {'torch', 'zarr', 'transformers'} & set(sys.modules), sys.modules.keys()\n"
+    )
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("--target-layer-ids") == 2 * len(presets())
+    assert done.stderr.count("per million tokens") == len(presets())
+
+
+def test_a_dump_needs_a_corpus(tiny: Path, tmp_path: Path) -> None:
+    out = CliRunner().invoke(main, ["--model", str(tiny), "--output", str(tmp_path / "hs.zarr")])
+    assert out.exit_code == 2, out.output
+    assert "--data is needed" in out.output
+    assert dry("--model", str(tiny)).exit_code == 0

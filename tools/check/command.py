@@ -58,6 +58,7 @@ def check(config: CheckConfig, note: Callable[[str], None] = lambda line: None) 
     target = load_target(config.model)
     findings = files_only.judge(files, target.config, config.num_speculative_tokens)
     findings += mask_token(files, target)
+    findings.append(Finding("note", "servers", who_serves(target)))
     told = served_states(target.whole.architectures or () if target.whole else ())
     if told:
         findings.append(Finding("note", "served-states", told))
@@ -102,6 +103,13 @@ def check(config: CheckConfig, note: Callable[[str], None] = lambda line: None) 
         "served": served,
         "vllm": servers,
     }
+
+
+def who_serves(target: Any) -> str:
+    """What the table of families (docs/targets.md) says of servers for this target."""
+    from dspark.dump.target.chain import serving
+
+    return serving([getattr(target.whole, "model_type", None), target.config.get("model_type")]).text
 
 
 def served_states(architectures: Sequence[str]) -> str | None:
@@ -172,7 +180,7 @@ def _decode(
 
     layers = range(-1, target.shapes.num_layers)
     prompts = _prompts(config, target)
-    with Target(model, list(layers)) as tapped:
+    with Target(model, list(layers), decodes=False) as tapped:
         findings += files_only.frozen(files, tapped.frozen)
         draft = load_draft(config.draft, tapped.frozen, dtype=model.dtype).to(model.device).eval()
         answers = []

@@ -64,8 +64,7 @@ class Probed:
 def answer_of(target: Target, prompt: Sequence[int], tokens: Sequence[int]) -> Answer:
     """One forward over ``prompt`` and the ``tokens`` the target answered; ``target`` is entered and taps every layer wanted."""
     ids = [*prompt, *tokens]
-    target.start()
-    logits, aux = target.step(ids)
+    logits, aux = target.whole(ids)
     states = dict(zip(target.layer_ids, aux.unbind(1), strict=True))
     return Answer(torch.tensor(ids), len(prompt), states, logits)
 

@@ -28,14 +28,10 @@ class Target:
     when it ends.
     """
 
-    def __init__(self, model: Any, layer_ids: Sequence[int]) -> None:
-        config = model.config.get_text_config()
-        kinds = set(getattr(config, "layer_types", None) or [])
-        if kinds - {"full_attention", "sliding_attention"}:
-            raise EngineError(
-                f"the target has layers of type {sorted(kinds)}; rejected tokens can be rolled back only in attention "
-                "layers: use --engine vllm"
-            )
+    def __init__(self, model: Any, layer_ids: Sequence[int], *, decodes: bool = True) -> None:
+        """``decodes`` False: only ``whole`` is called, which any decoder can do. Raises EngineError for layers whose cache cannot be cropped."""
+        if decodes:
+            refuse_uncroppable(model.config.get_text_config())
         self.model = model
         self.layer_ids = tuple(layer_ids)
         self._parts = find_parts(model, shapes_of(text_json(model.config), type(model).__name__))
@@ -90,13 +86,17 @@ class Target:
     @torch.inference_mode()
     def step(self, ids: Sequence[int], *, last_only: bool = False) -> tuple[Tensor, Tensor]:
         """Run ``ids`` after the cached ones: logits fp32 [n, V] ([1, V] if ``last_only``), aux [n, L, H]."""
+        more = {"use_cache": True, self._cache_name: self._cache}
+        return self._run(ids, logits_to_keep=1 if last_only else 0, **more)
+
+    @torch.inference_mode()
+    def whole(self, ids: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Run the sequence ``ids`` at once, without a cache: logits fp32 [n, V], aux [n, L, H]."""
+        return self._run(ids, use_cache=False)
+
+    def _run(self, ids: Sequence[int], **settings: Any) -> tuple[Tensor, Tensor]:
         tokens = torch.tensor([list(ids)], device=self.model.get_input_embeddings().weight.device)
-        output = self.model(
-            input_ids=tokens,
-            use_cache=True,
-            logits_to_keep=1 if last_only else 0,
-            **{self._cache_name: self._cache},
-        )
+        output = self.model(input_ids=tokens, **settings)
         aux = [self._seen.pop(i)[0] for i in self.layer_ids]
         return output.logits[0].float(), torch.stack([a.to(aux[0].device) for a in aux], dim=1)
 
@@ -105,6 +105,24 @@ class Target:
         # Negative: how many to drop. Transformers deprecates the positive form, and 0 would drop everything.
         if length < self.length:
             self._cache.crop(length - self.length)
+
+
+# Layers that keep keys and values by position, or nothing; any other carries a state that cannot be taken back.
+CROPPABLE = {"full_attention", "sliding_attention", "attention", "mlp", "moe"}
+
+
+def refuse_uncroppable(config: Any) -> None:
+    """Raise EngineError for a text config with layers that cannot forget their last tokens."""
+    kinds = {
+        str(kind)
+        for name in ("layer_types", "layers_block_type")
+        for kind in getattr(config, name, None) or []
+    }
+    if kinds - CROPPABLE:
+        raise EngineError(
+            f"the target has layers of type {sorted(kinds)}; rejected tokens can be rolled back only in attention "
+            "layers: use --engine vllm"
+        )
 
 
 def cache_name(model: Any) -> str:

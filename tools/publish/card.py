@@ -70,9 +70,15 @@ def pictures(run: Run, folder: Path, reports: Sequence[dict[str, Any]]) -> dict[
 
 
 def card(
-    run: Run, manifest: dict[str, Any], reports: Sequence[dict[str, Any]], images: dict[str, str], name: str
+    run: Run,
+    manifest: dict[str, Any],
+    reports: Sequence[dict[str, Any]],
+    images: dict[str, str],
+    name: str,
+    serving: str | None = None,
 ) -> str:
-    """README.md. ``reports``: of ``dspark-tools eval --output``; ``name``: what the draft is called in commands."""
+    """README.md. ``reports``: of ``dspark-tools eval --output``; ``name``: what the draft is called in commands; ``serving``: what is known of servers
+    for the target's family."""
     from dspark.tools.judge.eval_report import markdown
 
     target, config = manifest["target"], run.config
@@ -85,7 +91,12 @@ def card(
         "target's own and only the speed changes.\n",
         "## Serve\n"
         + _code(serve_command(target, name, config.block_size))
-        + _servable(config, manifest["format"]),
+        + _servable(config, manifest["format"])
+        + (
+            f"\nServers for this target's family (docs/targets.md says what the words mean): {serving}.\n"
+            if serving
+            else ""
+        ),
         "## Draft\n" + _table(("", ""), _shape(config, manifest)),
     ]
     if run.store:

@@ -59,6 +59,7 @@ def export(
         raise DraftError(f"{draft}: {overflown[0]} does not fit {dtype}; export it as bf16")
     trained = files.trained_as(draft) or config
     verifier = (target, _architectures(target)) if layout == "speculators" else None
+    serving = _serving(target)
     with _whole_or_not_at_all(final) as staged:
         files.write_tensors(staged, cast, trained)
         files.write_config(staged, config, wanted, verifier)
@@ -70,7 +71,7 @@ def export(
         }  # fmt: skip
         (staged / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
         images = card.pictures(run, staged, read) if pictures else {}
-        (staged / CARD).write_text(card.card(run, manifest, read, images, final.name))
+        (staged / CARD).write_text(card.card(run, manifest, read, images, final.name, serving))
         for name in (records.CALIBRATION, TRAINING, STORE):
             if (Path(draft) / name).exists():
                 shutil.copy(Path(draft) / name, staged / name)
@@ -141,6 +142,19 @@ def _architectures(target: str) -> list[str]:
         return list(AutoConfig.from_pretrained(target, local_files_only=True).architectures or [])
     except (OSError, ValueError, KeyError):
         return []  # not on this machine; no server reads it
+
+
+def _serving(target: str) -> str | None:
+    """Who serves drafts of ``target``, by the table of families; None where its config is not on this machine."""
+    from transformers import AutoConfig
+
+    from dspark.dump.target.chain import serving
+
+    try:
+        config = AutoConfig.from_pretrained(target, local_files_only=True)
+    except (OSError, ValueError, KeyError):
+        return None
+    return serving([config.model_type, config.get_text_config().model_type]).text
 
 
 def sha256(path: Path) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,6 +40,7 @@ def estimate(
     tokens_per_second: float,
     pack: str = DEFAULT_PACKING,
     like: str | None = None,
+    trust_remote_code: bool = False,
 ) -> dict[str, Any]:
     """``samples`` x ``mean_tokens``, or the rows of ``data``. ``last_share``: stored last states / tokens where no corpus tells. ``pack``: exact if "none".
 
@@ -48,42 +50,29 @@ def estimate(
     from dspark.cache.files.layout import raw_bytes_per_token
     from dspark.dump import plan as planning
     from dspark.dump.config import DumpConfig
-    from dspark.dump.job import prepare
-    from dspark.dump.target.config import load_target
-    from dspark.dump.target.presets import find
+    from dspark.dump.job import plan_target, prepare
 
     counted = samples is not None and mean_tokens is not None
     if counted == (data is not None):
         raise UsageError("give --samples and --mean-tokens, or --data FILE")
+    config = DumpConfig(
+        model=model,
+        data=data,
+        output=Path("hs.zarr"),
+        codec=codec,
+        aux_bits=aux_bits,
+        last_bits=last_bits,
+        pack=pack,
+        trust_remote_code=trust_remote_code,
+    )
     if data is not None:
-        plan = prepare(
-            DumpConfig(
-                model=model,
-                data=data,
-                output=Path("hs.zarr"),
-                codec=codec,
-                aux_bits=aux_bits,
-                last_bits=last_bits,
-                pack=pack,
-            )
-        ).plan
+        plan = prepare(config).plan
     else:
-        preset = find(model)
-        shapes = preset.shapes if preset else load_target(model).shapes
-        config = DumpConfig(
-            model=model,
-            data="counted",
-            output=Path("hs.zarr"),
-            codec=codec,
-            aux_bits=aux_bits,
-            last_bits=last_bits,
-            pack=pack,
-        )
-        plan = planning.resolve(config, preset, shapes)
+        plan = plan_target(config, whole=False)  # sizes follow from a config alone
         assert samples is not None
         assert mean_tokens is not None
         tokens = round(samples * mean_tokens)
-        rate = planning.disk_bytes(shapes, plan.layers, plan.make_codec(), last_share)
+        rate = planning.disk_bytes(plan.shapes, plan.layers, plan.make_codec(), last_share)
     if plan.tokens is not None and plan.bytes is not None:
         samples, tokens, size = plan.rows, plan.tokens, plan.bytes
     else:
@@ -99,7 +88,7 @@ def estimate(
         "codec": plan.codec, "aux_bits": bits[0], "last_bits": bits[1], "pack": pack,
         "samples": samples, "tokens": tokens, "bytes": size, "raw_bytes": raw, "ratio": raw / size, "files": FILES_A_STORE + FILES_A_PART * parts,
         "hours": tokens / tokens_per_second / 3600, "tokens_per_second": tokens_per_second, "free_bytes": plan.free_bytes,
-        "measured_on": like,
+        "measured_on": like, "chain": [asdict(link) for link in plan.chain], "draft": plan.draft, "weights": plan.weights,
     }  # fmt: skip
 
 
@@ -145,6 +134,11 @@ Examples:
 @click.option(
     "--tokens-per-second", type=Finite(0.001, 10**12), default=20000.0, help="Prefill rate of your engine."
 )
+@click.option(
+    "--trust-remote-code",
+    is_flag=True,
+    help="Run Python code that the target's repository brings; read it first.",
+)
 @json_flag
 def estimate_command(as_json: bool, **flags: Any) -> None:
     """Estimate the bytes, files and hours of a dump before you run it."""
@@ -156,6 +150,9 @@ def estimate_command(as_json: bool, **flags: Any) -> None:
             f"{human(data['bytes'])} do not fit: {human(data['free_bytes'])} are free here. A dump would refuse; fewer bits "
             "(--codec), fewer --layers or fewer rows need less."
         )
+    for link in data["chain"]:
+        if link["state"] == "missing":
+            warn(f"a dump would refuse: {link['name']}: {link['text']}")
     if as_json:
         emit(data)
         return
@@ -174,5 +171,6 @@ def estimate_command(as_json: bool, **flags: Any) -> None:
                 "time",
                 f"{duration(3600 * data['hours'])} at {data['tokens_per_second']:,.0f} tokens per second (--tokens-per-second)",
             ),
+            *((link["name"], f"{link['state']}: {link['text']}") for link in data["chain"]),
         ]
     )
