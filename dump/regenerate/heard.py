@@ -17,6 +17,11 @@ from dspark.dump.corpus.template import ASKED, CALLED, MOCK_TOOLS, SAID, THOUGHT
 KEYS, VALUES = ("kestrun", "mabrole"), ("vintosa", "zurempi")
 HARMONY = re.compile(r"(?:<\|channel\|>analysis<\|message\|>(.*?)<\|end\|>)?.*<\|channel\|>final<\|message\|>(.*)", re.DOTALL)  # fmt: skip
 ANALYSIS = re.compile(r"<\|channel\|>analysis<\|message\|>(.*?)<\|end\|>", re.DOTALL)
+# Harmony's template writes a call's recipient in front of the channel, gpt-oss behind it.
+RECIPIENT = re.compile(
+    r"<\|channel\|>commentary to=(?:functions\.)?([\w.-]+)\s*(?:<\|constrain\|>)?(?:json)?\s*<\|message\|>(.*)",
+    re.DOTALL,
+)
 THINK = re.compile(r"\s*(?:<think>)?(.*?)</think>(.*)", re.DOTALL)
 
 
@@ -41,7 +46,6 @@ class Listener:
     def __init__(self, template: Template) -> None:
         self.template = template
         ask = template.form({"role": "user", "content": ASKED})
-        self._prompt = template.try_render([ask], prompt=True)
         said = self._written(ask, {"content": SAID, "reasoning_content": THOUGHT})
         self.thought: tuple[str, str] | None = None
         if THOUGHT in said and SAID in said[said.index(THOUGHT) :]:
@@ -53,8 +57,9 @@ class Listener:
     def _written(self, ask: Message, message: Message, tools: Any = None) -> str:
         form = self.template.form({"role": "assistant", **message})
         text = self.template.try_render([ask, form], tools)
-        base = self._prompt.removesuffix(self.template.rest) if tools is None else ""
-        return text.removeprefix(base) if base else text.partition(ASKED)[2]
+        prompt = self.template.try_render([ask], tools, prompt=True)
+        base = prompt.removesuffix(self.template.rest)
+        return text.removeprefix(base) if base and text.startswith(base) else text.partition(ASKED)[2]
 
     def _call_form(self, ask: Message) -> CallForm | None:
         arguments = dict(zip(KEYS, VALUES, strict=True))
@@ -126,6 +131,9 @@ class Listener:
 
     def _calls(self, text: str, number: int) -> tuple[list[dict[str, Any]], str]:
         """The calls in ``text``, and the text without them."""
+        if (harmony := RECIPIENT.search(text)) is not None and (call := _object(harmony[2])) is not None:
+            function = {"name": harmony[1], "arguments": call}
+            return [_numbered(function, number)], text[: harmony.start()]
         form = self.call
         if form is None or not form.before.strip():
             return [], text
@@ -135,7 +143,7 @@ class Listener:
         while start >= 0 and (read := self._one(form, text, at)) is not None:
             name, arguments, at = read
             function = {"name": name, "arguments": arguments}
-            calls.append({"id": f"call{number + len(calls):05}", "type": "function", "function": function})
+            calls.append(_numbered(function, number + len(calls)))
             if form.again is None or not text[at:].lstrip().startswith(form.again.strip() or "\0"):
                 break
             at = text.index(form.again.strip(), at) + len(form.again.strip())
@@ -169,3 +177,16 @@ class Listener:
         behind = text[stop:].lstrip()
         stop += len(text[stop:]) - len(behind)
         return name.strip(), arguments, stop + (len(after) if behind.startswith(after) else 0)
+
+
+def _numbered(function: dict[str, Any], number: int) -> dict[str, Any]:
+    return {"id": f"call{number:05}", "type": "function", "function": function}
+
+
+def _object(text: str) -> dict[str, Any] | None:
+    """The JSON object that ``text`` is, None where it is none."""
+    try:
+        found = json.loads(text)
+    except ValueError:
+        return None
+    return found if isinstance(found, dict) else None
