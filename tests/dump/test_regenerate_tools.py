@@ -81,7 +81,12 @@ def regenerated(name: str, script: Sequence[str], messages: list[dict[str, Any]]
     tok, asked, saved = tokenizer(name), [], []
     target = scripted(tok, script, asked)
     prompts = Prompts(tok, GREEDY, 4000, day="2026-01-01")
-    reader = SimpleNamespace(dropped=Counter(), notes=Counter(), note=lambda text: None)
+    reader = SimpleNamespace(
+        dropped=Counter(),
+        notes=Counter(),
+        note=lambda text: None,
+        drop=lambda part, row, reason: part.dropped.update([reason]),
+    )
     answers = SimpleNamespace(save=lambda index, rows: saved.extend(rows))
     stops = [tok.convert_tokens_to_ids(t) for t in ("<|im_end|>", "<|return|>", "<|call|>")]
     stops = [s for s in stops if s is not None]
