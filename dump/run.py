@@ -350,6 +350,8 @@ def regenerate_parts(
     if not any(record.samples for record in writer.committed.values()):
         raise DataError(f"{job.corpus.id}: no row gave an answer: {dict(reader.dropped)}.")
     reader.check_dropped(at_end=True)
+    for note, n in reader.notes.items():
+        show.say(f"  {note}: {n:,}")
     # In this order: whatever stops us between two of them, --resume does the rest.
     answers.join(writer.committed)
     manifest = finished(writer, job, quality)

@@ -35,6 +35,7 @@ PLAIN_ARRAYS = frozenset(
 )
 EXACT_START, EXACT_POSITION, EXACT_ROW = "sample_exact_start", "exact_position", "exact_row"
 TARGET_WEIGHTS, TARGET_CONFIG, TARGET_TOKENIZER = "model.safetensors", "config.json", "tokenizer.json"
+TARGET_TEMPLATE = "chat_template.jinja"
 
 # Tokens to a chunk of a state array. A random sample of S tokens reads about S + STATE_CHUNK of them, and each chunk costs a fixed
 # time to look up, check and decode; 128 keeps the over-read of a 1,000-token sample near 13 %.

@@ -1,18 +1,25 @@
 """``target/``: the files of the target beside the states, and which of them the manifest can tell from damaged ones.
 
-Those are ``model.safetensors`` and ``tokenizer.json``, by their sha256, and ``config.json``, which the manifest holds whole. The other tokenizer
-files are kept as they are; nothing is known of them.
+Those are ``model.safetensors``, ``tokenizer.json`` and ``chat_template.jinja`` (where chats were rendered), by their sha256, and ``config.json``, which
+the manifest holds whole. The other tokenizer files are kept as they are; nothing is known of them.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
 
 from dspark.cache.errors import GONE, DamagedCacheError, read_error
 from dspark.cache.files.checksum import file_sha256
-from dspark.cache.files.layout import TARGET, TARGET_CONFIG, TARGET_TOKENIZER, TARGET_WEIGHTS
+from dspark.cache.files.layout import (
+    TARGET,
+    TARGET_CONFIG,
+    TARGET_TEMPLATE,
+    TARGET_TOKENIZER,
+    TARGET_WEIGHTS,
+)
 from dspark.cache.manifest import Manifest
 from dspark.cache.target.frozen import FrozenTarget
 
@@ -43,6 +50,8 @@ def damaged_small_files(folder: Path, manifest: Manifest) -> dict[str, str]:
     sha = manifest.tokenizer.sha256
     if sha is not None and (finding := _wrong_hash(folder / TARGET_TOKENIZER, sha)):
         out[TARGET_TOKENIZER] = finding
+    if finding := _wrong_template(folder / TARGET_TEMPLATE, manifest.tokenizer.chat_template_sha256):
+        out[TARGET_TEMPLATE] = finding
     config = folder / TARGET_CONFIG
     try:
         if json.loads(config.read_bytes()) != manifest.target.config:
@@ -83,4 +92,17 @@ def _wrong_hash(path: Path, expected: str) -> str | None:
         if error.errno not in GONE:
             raise read_error(path, error) from error
         return f"{path}: {error.strerror}"
+    return None if found == expected else f"{path}: sha256 is {found}, the manifest says {expected}"
+
+
+def _wrong_template(path: Path, expected: str | None) -> str | None:
+    """None also where there is no such file: a target may keep its template in tokenizer_config.json."""
+    if expected is None or not path.exists():
+        return None
+    try:
+        found = hashlib.sha256(
+            path.read_text("utf-8").encode()
+        ).hexdigest()  # of the text, as it was rendered
+    except (OSError, UnicodeDecodeError) as error:
+        return f"{path}: {error}"
     return None if found == expected else f"{path}: sha256 is {found}, the manifest says {expected}"

@@ -101,6 +101,26 @@ class Template:
         except Refused:
             return ""
 
+    def split_specials(self, text: str) -> list[str]:
+        """The pieces of ``text`` between special tokens."""
+        return self._special.split(text) if self._special else [text]
+
+    def whole_specials(self, text: str, at: int) -> int:
+        """``at``, or the start of the special token of ``text`` that it would cut."""
+        for found in self._special.finditer(text) if self._special else ():
+            if found.start() < at < found.end():
+                return found.start()
+        return at
+
+    def keeps_history(self) -> bool:
+        """Whether a later prompt begins with an answer as it was served and written, its thought included."""
+        ask, say = self.form({"role": "user", "content": ASKED}), {"role": "assistant", "content": SAID}
+        said = self.form(say | ({"reasoning_content": THOUGHT} if self.thought else {}))
+        text, prompt = self.try_render([ask, said]), self.try_render([ask], prompt=True)
+        later = self.try_render([ask, said, ask], prompt=True)
+        own = text[: text.rfind(SAID) + len(SAID)] + self.end
+        return text.startswith(prompt) and later.startswith(own)
+
     def _learn(self) -> None:
         ask, say = {"role": "user", "content": ASKED}, {"role": "assistant", "content": SAID}
         for parts in (False, True):

@@ -120,7 +120,7 @@ class AnswerFiles:
             if self._of(index).exists():
                 where, found = self._of(index), list(answers_in(self._of(index)))
             own = [text for row_, text in found if record.row_start <= row_ < record.row_stop]
-            if len(own) != record.samples:
+            if sum(samples_of(line) for line in own) != record.samples:
                 raise DamagedCacheError(
                     f"{where}: found {len(own)} answers to the rows {record.row_start:,} to {record.row_stop - 1:,}, expected {record.samples}: "
                     f"those of part {index}. If {self.joined.name} was moved away or changed, put it back and run the same command with --resume. Otherwise have "
@@ -138,6 +138,12 @@ def answers_in(path: Path) -> Iterator[tuple[int, bytes]]:
                 yield row_of(line, f"{path}:{number}"), line
     except OSError as error:
         raise DamagedCacheError(f"{path}: could not be read: {error.strerror}.") from error
+
+
+def samples_of(line: bytes) -> int:
+    """How many samples a line's conversation gave: one in stores of releases that wrote no number."""
+    found = json.loads(line).get("samples", 1)
+    return found if isinstance(found, int) else 0
 
 
 def row_of(line: bytes, where: str) -> int:

@@ -37,6 +37,7 @@ from dspark.dump.corpus.template import Refused, Template
 from dspark.dump.engines.answers import MASK_RULE, Answered, Ask, Sampling, seed_of
 from dspark.dump.engines.engine import Captured, CodedStates
 from dspark.dump.regenerate.answer_files import AnswerFiles
+from dspark.dump.regenerate.heard import Listener
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -49,16 +50,20 @@ PART_ROWS = 256
 NO_PROMPT = "no user turn"
 TOO_LONG = "prompt leaves no room for an answer"
 EMPTY = "answer has fewer than two tokens"
+NO_CALL = "the target did not make the call whose result is recorded"
 
 
 def turns(row: Row) -> list[list[Message]]:
-    """The messages before each answer, the corpus's own answers left out: an answer is due before every user turn but the first, and at the end."""
+    """The messages before each answer, the corpus's own answers left out: an answer is due before every user turn but the first, before the results of
+    tools (which answer its calls), and at the end."""
     assert isinstance(row.value, ChatRow)
     out: list[list[Message]] = [[]]
     for message in row.value.messages:
         if message["role"] == "assistant":
             continue
-        if message["role"] == "user" and any(m["role"] == "user" for m in out[-1]):
+        asked = any(m["role"] in ("user", "tool") for m in out[-1])
+        result = message["role"] == "tool"
+        if asked and (message["role"] == "user" or (result and out[-1][-1]["role"] != "tool")):
             out.append([])
         out[-1].append(message)
     return out
@@ -80,6 +85,8 @@ class Prompts(SampleMaker):
         self.template = Template(tokenizer, {**(template_kwargs or {}), **thinking}, day)
         self.tokenizer, self.sampling, self.seq_length = tokenizer, sampling, seq_length
         self.mask_rule = f"{MASK_RULE} ({sampling})"
+        self.listener = Listener(self.template)
+        self.keeps_history = self.template.keeps_history()
         self.tokenised = False
 
     def ids(self, messages: list[Message], tools: list[Any] | None) -> list[int]:
@@ -110,22 +117,38 @@ class Prompts(SampleMaker):
         return Made([TokenSample(row.number, sample_key(first), ids, np.ones(len(ids), np.bool_))])
 
 
+Kept = tuple[TokenSample, CodedStates, bool]  # a sample, its states, whether its last answer came to its end
+
+
 @dataclass(slots=True)
 class Conversation:
-    """A row under way: turns still to come, and what has been said."""
+    """A row under way: turns still to come, what has been said, and the samples that are whole.
+
+    Answers are in one sample as long as each prompt begins, token by token, with what was there before; otherwise another sample
+    begins. Where the template is known to rewrite its history, the states of every answer are kept for that.
+    """
 
     row: Row
     coming: list[list[Message]]
     said: list[Message] = field(default_factory=list)
     ids: list[int] = field(default_factory=list)  # of the last turn's prompt and answer
     spans: list[tuple[int, int]] = field(default_factory=list)
+    states: CodedStates | None = None
     turn: int = 0
+    first: int = 0  # the first answer supervised in ``ids``
     finished: bool = True
+    done: list[Kept] = field(default_factory=list)
+    lost: int = 0  # answers of which no states are kept: retokenised, their tokens are others
+    prompts: Prompts | None = None
 
     def ask(self, key: int, prompts: Prompts) -> Ask | str:
         """The next turn's prompt, or why there is none."""
         assert isinstance(self.row.value, ChatRow)
-        self.said += self.coming.pop(0)
+        self.prompts = prompts
+        coming = self.coming.pop(0)
+        if not self._paired(coming):
+            return NO_CALL
+        self.said += coming
         try:
             prompt = prompts.ids(self.said, self.row.value.tools)
         except Dropped as drop:
@@ -134,27 +157,61 @@ class Conversation:
         if room < 2:
             return TOO_LONG
         if prompt[: len(self.ids)] != self.ids:
-            self.spans = [s for s in self.spans if prompt[: s[1]] == self.ids[: s[1]]]
+            self._end_sample(prompt)
         self.turn += 1
         seed = seed_of(self.row.number, self.turn)
-        return Ask(key, prompt, room, seed, not self.coming, tuple(self.spans))
+        keep = not self.coming or not prompts.keeps_history
+        return Ask(key, prompt, room, seed, keep, tuple(self.spans))
+
+    def _end_sample(self, prompt: list[int]) -> None:
+        """What follows does not begin with this: it is a sample, or was asked for without its states."""
+        if self.states is not None:
+            self.done.append(self.kept())
+            self.spans, self.first = [], self.turn
+        else:
+            before = len(self.spans)
+            self.spans = [s for s in self.spans if prompt[: s[1]] == self.ids[: s[1]]]
+            self.lost += before - len(self.spans)
+        self.states = None
+
+    def _paired(self, coming: list[Message]) -> bool:
+        """Give the k-th recorded result the id of the k-th call. False where there are not as many calls."""
+        results = [m for m in coming if m["role"] == "tool"]
+        if not results:
+            return True
+        calls = self.said[-1].get("tool_calls") or [] if self.said else []
+        if len(calls) < len(results):
+            return False
+        places = [i for i, m in enumerate(coming) if m["role"] == "tool"]
+        for at, call in zip(places, calls, strict=False):
+            coming[at] = coming[at] | {"tool_call_id": call["id"], "name": call["function"]["name"]}
+        return True
 
     def hear(self, answered: Answered, tokenizer: Any) -> None:
         start = len(answered.ask.prompt)
         self.ids = [*answered.ask.prompt, *answered.ids]
         self.spans = [*answered.ask.spans, (start, len(self.ids))]
-        text = tokenizer.decode(answered.ids, skip_special_tokens=True)
-        self.said.append({"role": "assistant", "content": text})
+        self.states = answered.states
         self.finished = answered.finished
+        assert self.prompts is not None
+        ids = list(answered.ids)
+        text = tokenizer.decode(ids[:-1] if answered.finished else ids, skip_special_tokens=False)
+        template = self.prompts.template
+        text = text.removesuffix(template.end) if template.end else text
+        opened = tokenizer.decode(answered.ask.prompt[-32:], skip_special_tokens=False)
+        self.said.append(self.prompts.listener.hear(text, opened, 10 * self.turn))
 
     def sample(self) -> TokenSample:
         mask = np.zeros(len(self.ids), np.bool_)
         for a, b in self.spans:
             mask[a:b] = True
         first = next(i for i, m in enumerate(self.said) if m["role"] == "assistant")
-        return TokenSample(
-            self.row.number, sample_key(self.said[:first]), np.asarray(self.ids, np.int32), mask
-        )
+        ids = np.asarray(self.ids, np.int32)
+        return TokenSample(self.row.number, sample_key(self.said[:first]), ids, mask, self.first)
+
+    def kept(self) -> Kept:
+        assert self.states is not None
+        return self.sample(), self.states, self.finished
 
 
 class Regenerator:
@@ -187,15 +244,31 @@ class Regenerator:
         """Fills ``part`` with the samples of ``rows``; returns their states."""
         talks: dict[int, Conversation] = {}
         asks: list[Ask] = []
-        kept: dict[int, tuple[TokenSample, CodedStates]] = {}
+        ended: list[Conversation] = []
 
         def drop(row: Row, reason: str) -> None:
             self.reader.drop(part, row, reason)
 
+        def end(talk: Conversation, reason: str | None = None) -> None:
+            """Keep what is whole of a conversation that goes on no further."""
+            if talk.states is not None:
+                talk.done.append(talk.kept())
+            enough = self.min_supervised
+            talk.done = [k for k in talk.done if int(k[0].loss_mask.sum()) >= enough]
+            if not talk.done or reason == NO_CALL:
+                drop(talk.row, reason or TOO_FEW)
+                return
+            if reason is not None:
+                self.reader.notes[f"answer left out: {reason}"] += 1
+            if talk.lost:
+                self.reader.notes["answer in a later prompt has other tokens, not supervised"] += talk.lost
+            ended.append(talk)
+
         def ask_next(key: int) -> None:
-            ask = talks[key].ask(key, self.prompts)
+            talk = talks[key]
+            ask = talk.ask(key, self.prompts)
             if isinstance(ask, str):
-                drop(talks[key].row, ask)
+                end(talk, ask)
             else:
                 asks.append(ask)
 
@@ -212,25 +285,25 @@ class Regenerator:
                 key = answered.ask.key
                 talk = talks[key]
                 if len(answered.ids) < 2:
-                    drop(talk.row, EMPTY)
+                    end(talk, EMPTY)
                     continue
                 talk.hear(answered, self.prompts.tokenizer)
-                if answered.states is None:
+                if talk.coming:
                     ask_next(key)
-                    continue
-                sample = talk.sample()
-                if int(sample.loss_mask.sum()) < self.min_supervised:
-                    drop(talk.row, TOO_FEW)
                 else:
-                    kept[key] = sample, answered.states
-        done = [talks[n] for n in sorted(kept)]
-        part.samples = [kept[t.row.number][0] for t in done]
-        part.truncated = sum(not t.finished for t in done)
+                    end(talk)
+        ended.sort(key=lambda talk: talk.row.number)
+        whole = [kept for talk in ended for kept in talk.done]
+        part.samples = [sample for sample, _, _ in whole]
+        part.truncated = sum(not finished for _, _, finished in whole)
         self.answers.save(
             part.index,
-            [{"row": t.row.number, "messages": t.said, "finished": t.finished} for t in done],
+            [
+                {"row": t.row.number, "messages": t.said, "finished": t.finished, "samples": len(t.done)}
+                for t in ended
+            ],
         )
-        return [kept[t.row.number][1] for t in done]
+        return [states for _, states, _ in whole]
 
 
 def batches_of(

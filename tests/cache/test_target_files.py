@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,8 @@ from dspark.cache.writer import StoreWriter
 LENGTHS = [50, 3, 120, 77]
 FILES = {"tokenizer.json": b'{"model": 1}', "chat_template.jinja": b"{{ messages }}"}
 TOKENIZER = TokenizerInfo(
-    sha256=hashlib.sha256(FILES["tokenizer.json"]).hexdigest(), chat_template_sha256=None
+    sha256=hashlib.sha256(FILES["tokenizer.json"]).hexdigest(),
+    chat_template_sha256=hashlib.sha256(FILES["chat_template.jinja"]).hexdigest(),
 )
 PLAN = stores.manifest(tokenizer=TOKENIZER)
 
@@ -61,8 +63,13 @@ def test_damaged_weights_are_not_handed_out(store: Path) -> None:
         _ = dspark.cache.open(store).target
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "config.json"])
-@pytest.mark.parametrize("gone", [False, True], ids=["flipped", "gone"])
+@pytest.mark.parametrize(
+    ("name", "gone"),
+    [
+        *itertools.product(["model.safetensors", "tokenizer.json", "config.json"], [False, True]),
+        ("chat_template.jinja", False),
+    ],
+)
 def test_verify_finds_what_is_not_the_manifests_and_a_resumed_run_writes_it_again(
     store: Path, name: str, gone: bool
 ) -> None:

@@ -265,6 +265,7 @@ def mask_candidates(target: Any) -> list[int]:
 def _prompts(config: CheckConfig, target: Any) -> list[list[int]]:
     import random
 
+    from dspark.dump.corpus.template import Template
     from dspark.tools.decode.prompts import read_prompts
 
     if config.data is not None:
@@ -277,17 +278,15 @@ def _prompts(config: CheckConfig, target: Any) -> list[list[int]]:
         return [
             [chance.randrange(target.shapes.vocab_size) for _ in range(8 + i)] for i in range(config.limit)
         ]
+    asked = QUESTIONS[: config.limit]
     chat = target.tokenizer.chat_template is not None
-    texts = [
-        target.tokenizer.apply_chat_template(
-            [{"role": "user", "content": q}], tokenize=False, add_generation_prompt=True
-        )
-        if chat
-        else q
-        for q in QUESTIONS[: config.limit]
-    ]
-    ids: Sequence[list[int]] = [target.tokenizer(t, add_special_tokens=not chat)["input_ids"] for t in texts]
-    return list(ids)
+    if chat:
+        template = Template(target.tokenizer)
+        asks = [template.form({"role": "user", "content": q}) for q in asked]
+        texts = [template.render([ask], prompt=True) for ask in asks]
+    else:
+        texts = list(asked)
+    return [target.tokenizer(t, add_special_tokens=not chat)["input_ids"] for t in texts]
 
 
 def _can_serve() -> bool:

@@ -19,6 +19,8 @@ from typing import Any
 
 from dspark.cache.errors import DataError, UsageError
 from dspark.dump.corpus.shapes import ChatRow, TokenRow, parse_row
+from dspark.dump.corpus.template import Template
+from dspark.dump.corpus.turns import Chat, Dropped
 from dspark.tools.decode.promptsets import NAMES, RESOLVE, is_named, is_placeholder, named_rows
 
 
@@ -50,6 +52,7 @@ def read_prompts(
     """
     out: list[Prompt] = []
     taken, left_out = Counter[str](), Counter[str]()
+    template: Template | None = None
     rows = named_rows(str(data)) if is_named(str(data)) else _lines(Path(data))
     for where, value in rows:
         if len(out) == limit:
@@ -62,7 +65,12 @@ def read_prompts(
             continue
         taken[name or ""] += 1
         row = parse_row(_first_turn(value), where)
-        ids = _given(row, where) if isinstance(row, TokenRow) else _rendered(row, tokenizer, where)
+        if isinstance(row, TokenRow):
+            ids = _given(row, where)
+        else:
+            if template is None and tokenizer is not None:
+                template = Template(tokenizer)
+            ids = tokenizer(_rendered(row, template, where), add_special_tokens=False)["input_ids"]
         if not 0 <= min(ids) <= max(ids) < vocab_size:
             raise DataError(
                 f"{where}: token ids {min(ids)}..{max(ids)}, the target's vocabulary has {vocab_size}"
@@ -143,21 +151,16 @@ def _given(row: TokenRow, where: str) -> list[int]:
     return row.input_ids[: row.loss_mask.index(True)]
 
 
-def _rendered(row: ChatRow, tokenizer: Any, where: str) -> list[int]:
-    if tokenizer is None:
+def _rendered(row: ChatRow, template: Template | None, where: str) -> str:
+    """The text that the target was served before the last answer."""
+    if template is None:
         raise DataError(
             f"{where}: a chat row, but the target has no tokenizer; give rows of input_ids and loss_mask"
         )
-    messages = row.messages[:-1] if row.messages[-1]["role"] == "assistant" else row.messages
-    if not messages:
+    count = len(row.messages) - (row.messages[-1]["role"] == "assistant")
+    if not count:
         raise DataError(f"{where}: nothing but an assistant turn; expected a question before it")
-    from jinja2 import TemplateError
-
     try:
-        text = tokenizer.apply_chat_template(
-            messages, tools=row.tools, tokenize=False, add_generation_prompt=True
-        )
-    except (TemplateError, TypeError, ValueError) as error:
-        raise DataError(f"{where}: the target's chat template refuses it: {error}") from error
-    ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
-    return ids
+        return Chat(template, row).prompt(count)
+    except Dropped as error:
+        raise DataError(f"{where}: the target's chat template refuses it: {error.detail}") from error
