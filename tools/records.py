@@ -51,7 +51,7 @@ _CALIBRATION = {
     "temperature": [float],
     "before": {"survival": _SURVIVAL},
     "after": {"survival": _SURVIVAL},
-    "recommended_threshold": float,
+    "recommended_threshold": Optional(float),
     "sweep": [{"threshold": float, "verified": float, "tokens": float, "accepted_share": float}],
 }
 _LINE = {
@@ -137,10 +137,9 @@ def calibration(draft: Path) -> dict[str, Any]:
     remedy = "expected a report of dspark-tools calibrate --write: run that again, or remove the file"
     found = read_record(path, remedy)
     require(found, _CALIBRATION, path, remedy)
-    if found["recommended_threshold"] not in [point["threshold"] for point in found["sweep"]]:
-        raise DraftError(
-            f"{path}: recommended_threshold {found['recommended_threshold']} is none of the sweep's; {remedy}"
-        )
+    best = found.get("recommended_threshold")  # absent from reports of before 0.2
+    if best is not None and best not in [point["threshold"] for point in found["sweep"]]:
+        raise DraftError(f"{path}: recommended_threshold {best} is none of the sweep's; {remedy}")
     slots = len(found["temperature"])
     for name in ("before", "after"):
         for key in _SURVIVAL:

@@ -170,7 +170,7 @@ def test_a_foreign_reader_decodes_by_the_document(stores: dict[str, Path]) -> No
         ours = store[i]
         np.testing.assert_array_equal(ours.input_ids, ids)
         np.testing.assert_allclose(ours.aux, aux, rtol=1e-3, atol=1e-3)
-        np.testing.assert_allclose(ours.last[ours.last_rows], last, rtol=1e-3, atol=1e-3)
+        np.testing.assert_allclose(ours.last[ours.last_mask], last, rtol=1e-3, atol=1e-3)
         exact += stored_exactly
     assert exact == np.asarray(part["exact_position"]).size
 

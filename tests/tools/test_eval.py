@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -204,11 +204,14 @@ def test_errors_are_one_message(folder: Path, change: dict[str, str], message: s
 
 
 class Template:
-    """The two calls of a tokenizer that prompts need."""
+    """What prompts need of a tokenizer."""
+
+    is_fast = True
+    chat_template = "contents with | between them"
+    added_tokens_decoder: ClassVar[dict[int, Any]] = {}
 
     def apply_chat_template(self, messages: Any, **options: Any) -> str:
-        assert options["add_generation_prompt"] is True
-        return "|".join(m["content"] for m in messages) + ">"
+        return "|".join(m["content"] for m in messages) + ">" * options["add_generation_prompt"]
 
     def __call__(self, text: str, **options: Any) -> dict[str, list[int]]:
         assert options == {"add_special_tokens": False}

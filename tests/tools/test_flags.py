@@ -50,6 +50,7 @@ RANGES: dict[tuple[str, str], tuple[tuple[str, ...], tuple[str, ...]]] = {
     ("eval", "--max-tokens"): (("0", "-1"), ("1",)),
     ("eval", "--temperature"): (("-0.1", "0.009", "1e-40", *NOT_FINITE), ("0", "0.01", "2")),
     ("eval", "--limit"): (("0", "-1"), ("1",)),
+    ("eval", "--per-source"): (("0", "-1"), ("1",)),
     ("eval", "--alone"): (("-1",), ("0",)),
     ("eval", "--seed"): (("-1", str(2**32)), ("0", str(2**32 - 1))),
     ("check", "--num-speculative-tokens"): (("0", "-1"), ("1",)),

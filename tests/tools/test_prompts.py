@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
@@ -15,6 +15,10 @@ from dspark.tools.decode.promptsets import PLACEHOLDER, PROMPT_SETS
 
 class Words:
     """A template and tokenizer that keep a conversation readable: an id per letter."""
+
+    is_fast = True
+    chat_template = "contents with | between them"
+    added_tokens_decoder: ClassVar[dict[int, Any]] = {}
 
     def apply_chat_template(self, messages: list[dict[str, Any]], **unused: Any) -> str:
         return "|".join(m["content"] for m in messages)

@@ -81,7 +81,7 @@ def test_overwrite_leaves_nothing_of_the_old_training(config: TrainConfig) -> No
     (output / "link").symlink_to(output.parent / "hs.zarr")
     train(dataclasses.replace(config, max_steps=1, seed=3), overwrite=True)
     assert sorted(p.name for p in output.iterdir()) == [
-        "checkpoints", "config.json", "metrics.jsonl", "model.safetensors", "store.json", "train.log", "train.yaml", "training.json",
+        "checkpoints", "config.json", "history.json", "metrics.jsonl", "model.safetensors", "store.json", "train.log", "train.yaml", "training.json",
     ]  # fmt: skip
     assert [p.name for p in (output / "checkpoints").iterdir()] == ["step_00000001"]
     assert read_record(output / "training.json")["seed"] == 3
