@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
+import textwrap
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -44,7 +45,12 @@ def table() -> str:
                 left_out = sum(n for note, n in made.notes.items() if note.startswith("answer left out"))
                 cells.append(f"{len(made.samples)}" + ("\\*" if left_out else ""))
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    notes = [f"{number}. {reason}" for reason, number in reasons.items()]
+    notes = [
+        textwrap.fill(
+            f"{number}. {reason}", 98, subsequent_indent="   ", break_long_words=False, break_on_hyphens=False
+        )
+        for reason, number in reasons.items()
+    ]
     return "\n".join([*lines, "", "\\* an answer is left out, others of the row are kept.", "", *notes])
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,14 @@ def known() -> list[str]:
         cells = [_cell(family, use, engine, notes) for use, engine in COLUMNS]
         types = ", ".join(f"`{t}`" for t in family.model_types)
         out.append(f"| {family.name} | {types} | {' | '.join(cells)} |")
-    out += ["", *(f"{i}. {note}" for i, note in enumerate(notes, 1)), "", "Where it is known from:", ""]
-    return [*out, *(f"- {name}: {what}" for name, what in sources().items())]
+    out += [
+        "",
+        *(wrapped(f"{i}. {note}") for i, note in enumerate(notes, 1)),
+        "",
+        "Where it is known from:",
+        "",
+    ]
+    return [*out, *(wrapped(f"- {name}: {what}") for name, what in sources().items())]
 
 
 def _cell(family: Family, use: str, engine: str, notes: list[str]) -> str:
@@ -73,6 +80,12 @@ def _seen(result: dict[str, Any]) -> list[str]:
         return [*cells, f"largest relative difference {worst:.1e}, top-1 {100 * top1:.0f} %"]
     vllm = result.get("vllm")
     return [*cells, vllm if isinstance(vllm, str) else "not run"]
+
+
+def wrapped(item: str) -> str:
+    """An item of a list in lines of at most 98 characters."""
+    indent = " " * (item.index(" ") + 1)
+    return textwrap.fill(item, 98, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
 
 
 def page(text: str) -> str:
