@@ -24,7 +24,7 @@ from dspark.dump.checks.states import PROBE_TOKENS, probe_samples
 from dspark.dump.config import DumpConfig, template_keywords
 from dspark.dump.corpus.masks import SampleMaker
 from dspark.dump.corpus.parts import Making, PartReader
-from dspark.dump.corpus.rows import BadRow, Corpus
+from dspark.dump.corpus.rows import BadRow, Corpus, Row
 from dspark.dump.corpus.shapes import TokenRow
 from dspark.dump.corpus.sources import open_corpus
 from dspark.dump.corpus.template import today
@@ -135,6 +135,18 @@ def checked_target(config: DumpConfig) -> Target:
         raise chain.BrokenChain([chain.Link("config", chain.MISSING, str(error))]) from error
 
 
+def first_good(corpus: Corpus) -> Row | None:
+    """The first row that is not malformed, None for an empty corpus. Raises DataError, of the first, where all are malformed."""
+    bad = None
+    for row in corpus.rows():
+        if not isinstance(row.value, BadRow):
+            return row
+        bad = bad or row.value
+    if bad is not None:
+        raise DataError(bad.detail)
+    return None
+
+
 def prepare(config: DumpConfig, day: str | None = None) -> Job:
     """Read config, tokenizer and corpus; check them against one another; estimate the size. ``day``: the date that a store which is gone on with has
     fixed for a template that writes one."""
@@ -142,7 +154,7 @@ def prepare(config: DumpConfig, day: str | None = None) -> Job:
     target = checked_target(config)
     plan = _examined(config, target)
     corpus = open_corpus(planning.data_of(plan))
-    first = next((row for row in corpus.rows() if not isinstance(row.value, BadRow)), None)
+    first = first_good(corpus)
     tokenised = first is not None and isinstance(first.value, TokenRow)
     maker: SampleMaker
     day = day or today()
