@@ -33,7 +33,7 @@ $(TARGET)/model.safetensors: .venv/ready
 demo: target
 	rm -rf $(DEMO) && mkdir -p $(DEMO)
 	@echo "1/4 dump: the target's hidden states over 240 conversations"
-	$(BIN)/dspark-dump --model $(TARGET) --data examples/code.jsonl --output $(DEMO)/hs.zarr
+	$(BIN)/dspark-dump --model $(TARGET) --data examples/code.jsonl --codec rotated-4-4 --output $(DEMO)/hs.zarr
 	$(BIN)/dspark-tools info $(DEMO)/hs.zarr
 	@echo "2/4 train: a draft of two layers, 160 steps"
 	$(BIN)/dspark-train --cache $(DEMO)/hs.zarr --output $(DEMO)/draft --num-layers 2 --block-size 4 --draft-vocab-size 2048 \
