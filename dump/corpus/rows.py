@@ -1,4 +1,4 @@
-"""A corpus: rows in order, from any row on. A row of no known shape is a ``BadRow``; what cannot be read at all is an error that names place and line.
+"""A corpus: rows in order, from any row on. A row that is not JSON or of no known shape is a ``BadRow``; a file that cannot be read is an error.
 
 Rows are numbered from 0 (in a file of lines over those that are not blank), so a resumed dump continues exactly
 where it stopped. ``open_corpus`` (``sources.py``) makes the corpus of a ``--data``.
@@ -22,6 +22,8 @@ from dspark.cache.errors import DataError, UsageError
 from dspark.cache.files.checksum import file_sha256
 from dspark.dump.corpus.shapes import ChatRow, TokenRow, parse_row
 
+LINE_BYTES = 1 << 24  # of a line that is read; longer ones are malformed
+DEPTH = 64  # of lists and objects in a row
 ZSTD = b"\x28\xb5\x2f\xfd"
 GZIP = b"\x1f\x8b"
 
@@ -72,12 +74,18 @@ class JsonlCorpus:
             return cast(BinaryIO, gzip.open(self.path))
         return open_zstd(self.path) if magic == ZSTD else open(self.path, "rb")
 
-    def _lines(self) -> Iterator[tuple[int, bytes]]:
-        """(line number from 1, line) of the non-blank lines."""
+    def _lines(self) -> Iterator[tuple[int, bytes | None]]:
+        """(line number from 1, line) of the non-blank lines; None for a line of more than ``LINE_BYTES``, which is not held."""
         number = 0
         try:
             with self.open() as file:
-                for number, line in enumerate(file, start=1):
+                while line := file.readline(LINE_BYTES + 1):
+                    number += 1
+                    if len(line) > LINE_BYTES:
+                        while line and not line.endswith(b"\n"):
+                            line = file.readline(LINE_BYTES)
+                        yield number, None
+                        continue
                     text = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
                     if text.strip():
                         yield number, text
@@ -92,23 +100,21 @@ class JsonlCorpus:
         return sum(1 for _ in self._lines())
 
     def weights(self) -> list[int]:
-        return [len(line) for _, line in self._lines()]
+        return [0 if line is None else len(line) for _, line in self._lines()]
+
+    def values(self, wanted: Callable[[int], bool] = lambda n: True) -> Iterator[tuple[int, str, Any]]:
+        """(row number, file:line, parsed) of the rows ``wanted``; a ``BadRow`` where the line is not JSON. The others are not parsed."""
+        for number, (line, text) in enumerate(self._lines()):
+            if wanted(number):
+                where = f"{self.path}:{line}"
+                yield number, where, parsed(text, where)
 
     def rows(self, start: int = 0) -> Iterator[Row]:
         return self.pick(lambda n: n >= start)
 
     def pick(self, wanted: Callable[[int], bool]) -> Iterator[Row]:
         """Only the rows whose number is ``wanted``; the others are not parsed."""
-        for number, (line, text) in enumerate(self._lines()):
-            if not wanted(number):
-                continue
-            where = f"{self.path}:{line}"
-            try:
-                value = json.loads(text)
-            except (ValueError, RecursionError) as error:
-                raise DataError(
-                    f"{where}: not JSON ({error}). Every line must be one JSON object{_hint(text)}."
-                ) from error
+        for number, where, value in self.values(wanted):
             yield row_of(number, where, value)
 
 
@@ -195,10 +201,35 @@ class SharedCorpus:
 
 def row_of(number: int, where: str, value: Any) -> Row:
     """Row ``number``, of whatever form."""
+    if isinstance(value, BadRow):
+        return Row(number, where, value)
     try:
-        return Row(number, where, parse_row(value, where))
+        row = parse_row(value, where)
+        if isinstance(row, ChatRow) and depth([row.messages, row.tools, dict(row.kwargs)]) > DEPTH:
+            raise DataError(f"{where}: lists and objects are nested more than {DEPTH} deep.")
+        return Row(number, where, row)
     except DataError as error:
         return Row(number, where, BadRow(str(error)))
+
+
+def parsed(text: bytes | None, where: str) -> Any:
+    """The JSON value of a line, or a ``BadRow``."""
+    if text is None:
+        return BadRow(f"{where}: a line of more than {LINE_BYTES >> 20} MiB.")
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        return BadRow(f"{where}: not JSON ({error}). Every line must be one JSON object{_hint(text)}.")
+
+
+def depth(value: Any) -> int:
+    """How many lists and objects of ``value`` lie one in another; counted no further than ``DEPTH + 1``."""
+    out, level = 0, [value]
+    while level and out <= DEPTH:
+        level = [v for v in level if isinstance(v, list | dict)]
+        out += bool(level)
+        level = [inner for v in level for inner in (v.values() if isinstance(v, dict) else v)]
+    return out
 
 
 def open_zstd(path: Path) -> BinaryIO:

@@ -105,7 +105,7 @@ def test_json_is_all_that_is_on_stdout(tiny: Path, tmp_path: Path, write_rows: C
         (["--data", "ROWS", "--mask-token-id", "99999"], 2, "outside the target's vocabulary"),
         (["--data", "ROWS", "--assistant-pattern", "x"], 2, "has no group"),
         ([], 2, "--data is needed"),
-        (["--data", "BAD"], 1, "bad.jsonl:2: not JSON"),
+        (["--data", "BAD"], 1, "bad.jsonl:1: not JSON"),
     ],
 )
 def test_errors_are_one_message_and_a_code(
@@ -113,7 +113,7 @@ def test_errors_are_one_message_and_a_code(
 ) -> None:
     rows = {
         "ROWS": write_rows([chat("u: hi", "a: yes it is")]),
-        "BAD": write_rows([chat("u: hi", "a: yes"), "{"], "bad.jsonl"),
+        "BAD": write_rows(["{"], "bad.jsonl"),
     }
     out = run("--model", str(tiny), "--output", str(tmp_path / "o"), *[str(rows.get(w, w)) for w in words])
     assert out.exit_code == code

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from dspark.cache.errors import DataError, UsageError
+from dspark.dump.corpus import rows
 from dspark.dump.corpus.rows import BadRow
 from dspark.dump.corpus.shapes import ChatRow, TokenRow, parse_row
 from dspark.dump.corpus.sources import open_corpus
@@ -25,10 +26,10 @@ def test_rows_are_numbered_over_non_blank_lines_and_restart_anywhere(tmp_path: P
         "\n".join([json.dumps(CHAT), "", json.dumps(CHAT | {"finished": False}), json.dumps(CHAT), ""])
     )
     corpus = open_corpus(str(path))
-    rows = list(corpus.rows())
-    assert [(r.number, r.where.rsplit(":", 1)[1]) for r in rows] == [(0, "1"), (1, "3"), (2, "4")]
-    assert [r.value.finished for r in rows if isinstance(r.value, ChatRow)] == [True, False, True]
-    assert list(corpus.rows(1)) == rows[1:]
+    found = list(corpus.rows())
+    assert [(r.number, r.where.rsplit(":", 1)[1]) for r in found] == [(0, "1"), (1, "3"), (2, "4")]
+    assert [r.value.finished for r in found if isinstance(r.value, ChatRow)] == [True, False, True]
+    assert list(corpus.rows(1)) == found[1:]
     assert corpus.count() == 3
     assert (corpus.id, corpus.sha256) == ("rows.jsonl", hashlib.sha256(path.read_bytes()).hexdigest())
 
@@ -78,11 +79,57 @@ def test_malformed_rows(row: Any, message: str) -> None:
         parse_row(row, "f:7")
 
 
-def test_not_json_names_file_and_line(tmp_path: Path) -> None:
+# Lines that are no row, and what is said of them.
+BAD_LINES = {
+    "invalid UTF-8": (b'{"messages": "\xff"}', "not JSON"),
+    "cut": (b'{"messages": [{"role": "us', "not JSON"),
+    "no JSON": (b"hello", "not JSON"),
+    "binary": (b"\x00\x01\x02{", "not JSON"),
+    "list": (b"[1]", "found a JSON list, expected an object"),
+    "number": (b"3", "found a JSON int, expected an object"),
+    "text": (b'"a"', "found a JSON str, expected an object"),
+    "null": (b"null", "expected an object"),
+    "endless number": (b'{"messages": ' + b"9" * 5000 + b"}", "not JSON"),
+    "very deep": (b'{"messages": ' + b"[" * 100_000, "not JSON"),
+    "deep": (json.dumps(CHAT).encode()[:-1] + b', "tools": [' + b'{"a": ' * 99 + b"1" + b"}" * 99 + b"]}", "nested more than 64 deep"),
+    "deep in text": (json.dumps({"messages": "[" * 100_000}).encode(), "text that is not JSON"),
+    "long": (json.dumps({"messages": "a" * 300_000}).encode(), "a line of more than"),
+    "long blank": (b" " * 300_000, "a line of more than"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["plain", "gzip"])
+def test_lines_that_are_no_row_are_bad_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, packed: bool
+) -> None:
+    """Each with its number, file, line and reason; those around them are read."""
+    monkeypatch.setattr(rows, "LINE_BYTES", 250_000)
+    lines = [json.dumps(CHAT).encode()]
+    for bad, _ in BAD_LINES.values():
+        lines += [bad, b"", json.dumps(CHAT).encode()]
     path = tmp_path / "rows.jsonl"
-    path.write_text(json.dumps(CHAT) + "\n\n{oops\n")
-    with pytest.raises(DataError, match=r"rows.jsonl:3: not JSON"):
-        list(open_corpus(str(path)).rows())
+    path.write_bytes(gzip.compress(b"\n".join(lines)) if packed else b"\n".join(lines))
+    corpus = open_corpus(str(path))
+    found = list(corpus.rows())
+    assert [r.number for r in found] == list(range(corpus.count()))
+    assert len(found) == len(corpus.weights()) == 1 + 2 * len(BAD_LINES)
+    for row in found[::2]:
+        assert isinstance(row.value, ChatRow)
+    for number, (row, (name, (_, said))) in enumerate(zip(found[1::2], BAD_LINES.items(), strict=True)):
+        assert isinstance(row.value, BadRow), name
+        assert f"rows.jsonl:{3 * number + 2}: " in row.value.detail, name
+        assert said in row.value.detail, (name, row.value.detail)
+    assert [corpus.weights()[1 + 2 * n] for n, name in enumerate(BAD_LINES) if "long" in name] == [0, 0]
+
+
+def test_lines_at_the_limit_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    line = json.dumps(CHAT).encode()
+    path = tmp_path / "rows.jsonl"
+    for ending, limit, taken in ((b"", len(line), True), (b"\n", len(line) + 1, True), (b"", len(line) - 1, False)):  # fmt: skip
+        monkeypatch.setattr(rows, "LINE_BYTES", limit)
+        path.write_bytes(line + ending)
+        (row,) = open_corpus(str(path)).rows()
+        assert isinstance(row.value, ChatRow) is taken
 
 
 def test_too_deeply_nested_names_the_file(tmp_path: Path) -> None:

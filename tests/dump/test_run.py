@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -38,6 +39,7 @@ from dspark.cache.writer import StoreWriter
 from dspark.dump import plan as planning
 from dspark.dump.centring import calibration_samples
 from dspark.dump.config import DumpConfig
+from dspark.dump.corpus.masks import MALFORMED
 from dspark.dump.engines.engine import Captured, Engine, States
 from dspark.dump.job import load_engine, prepare
 from dspark.dump.progress import Display
@@ -239,6 +241,30 @@ def test_too_many_dropped_rows(config: DumpConfig, show: Display, write_rows: Ca
         dump(dataclasses.replace(config, data=str(data)), show)
     out = dump(dataclasses.replace(config, data=str(data), max_dropped=0.7, resume=True), show)
     assert out["samples"] == 4
+
+
+def test_lines_that_are_no_row_are_dropped_and_counted(config: DumpConfig, show: Display) -> None:
+    """In the report, the parts and the log, under the limit; what they hold changes nothing in their parts."""
+    path, good = Path(str(config.data)), corpus(40)
+
+    def rows(bad: bytes) -> None:
+        lines = [json.dumps(row).encode() for row in good]
+        lines[0], lines[3], lines[39] = bad, bad, b"[" * 2_000
+        lines.insert(7, json.dumps({"messages": [{"role": "user", "content": "\ud800"}]}).encode())
+        path.write_bytes(b"\n".join(lines))
+
+    bad = b'{"messages": "\xff'
+    rows(bad)
+    with pytest.raises(DataError, match="41 rows gave no sample .*malformed row.*--max-dropped"):
+        dump(dataclasses.replace(config, max_dropped=0.01), show)
+    out = dump(dataclasses.replace(config, overwrite=True), show)
+    assert out["dropped"][MALFORMED] == 3
+    log = config.output.with_name(config.output.name + ".log").read_text()
+    assert re.search(r"rows.jsonl:4: dropped: malformed row.*not JSON", log)
+    first = config.output.rename(config.output.with_name("first.zarr"))
+    rows(b"null".ljust(len(bad)))
+    dump(config, show)
+    assert_same(config.output / "parts", first / "parts")
 
 
 @pytest.mark.parametrize("max_dropped", [0.5, 1.0])

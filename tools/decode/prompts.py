@@ -7,10 +7,7 @@ its first supervised token. ``source`` (or ``category``) of a row names its line
 
 from __future__ import annotations
 
-import gzip
-import json
 import sys
-import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -18,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from dspark.cache.errors import DataError, UsageError
+from dspark.dump.corpus.rows import BadRow, JsonlCorpus
 from dspark.dump.corpus.shapes import ChatRow, TokenRow, parse_row
 from dspark.dump.corpus.template import Template
 from dspark.dump.corpus.turns import Chat, Dropped
@@ -125,22 +123,15 @@ def _first_turn(value: Any) -> Any:
 def _lines(path: Path) -> Iterator[tuple[str, Any]]:
     """(file:line, parsed) of the lines that are not blank."""
     try:
-        with gzip.open(path, "rt") if path.suffix == ".gz" else path.open() as file:
-            for number, line in enumerate(file, start=1):
-                if line.strip():
-                    where = f"{path}:{number}"
-                    try:
-                        yield where, json.loads(line)
-                    except ValueError as error:
-                        raise DataError(
-                            f"{where}: not JSON ({error}); every line is one JSON object"
-                        ) from error
-    except (EOFError, gzip.BadGzipFile, zlib.error, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: not a complete text or gzip file: {error}") from error
+        lines = JsonlCorpus(path)
     except OSError as error:
         raise UsageError(
             f"--data {path}: {error.strerror or error}; expected a JSONL file or one of {NAMES}"
         ) from error
+    for _, where, value in lines.values():
+        if isinstance(value, BadRow):
+            raise DataError(value.detail)
+        yield where, value
 
 
 def _given(row: TokenRow, where: str) -> list[int]:

@@ -67,12 +67,13 @@ def data(
 ) -> dict[str, Any]:
     """The report as ``--json`` prints it: counts over all rows, texts of the first ``limit`` (0: all)."""
     from dspark.dump.corpus.masks import SampleMaker
+    from dspark.dump.corpus.rows import BadRow
     from dspark.dump.corpus.shapes import TokenRow
     from dspark.dump.corpus.sources import open_corpus
     from dspark.dump.corpus.template import today
 
     corpus = open_corpus(file)
-    first = next(corpus.rows(), None)
+    first = next((row for row in corpus.rows() if not isinstance(row.value, BadRow)), None)
     maker, day = None, today()
     if model is not None:
         from dspark.dump.target.config import load_target
