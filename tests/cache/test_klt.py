@@ -1,8 +1,9 @@
-"""The transform codec: against a decoder in numpy that follows docs/format_codecs.md, against the Gaussian bound, and at its edges."""
+"""The transform codec: against a decoder in numpy that follows docs/format.md, against the Gaussian bound, and at its edges."""
 
 from __future__ import annotations
 
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from dspark.cache.codec.klt.half import half_on
 from dspark.cache.codec.klt.symbols import BAND, CLASSES, Packing, entropy_columns, pack, quantise
 from dspark.cache.codec.klt.tables import Tables, Transform
 from dspark.cache.errors import DamagedCacheError, EngineError, FormatVersionError, UsageError
+from interpreted import interpreted
 
 LAYERS, HIDDEN, VOCAB = 3, 16, 40
 WIDTH = LAYERS * HIDDEN
@@ -53,7 +55,7 @@ def learnt(name: str = "klt-1.5-1.5") -> Klt:
 
 
 def decoded_by_numpy(codec: Klt, coded: dict[str, torch.Tensor], tokens: Tokens) -> tuple[Any, Any]:
-    """docs/format_codecs.md, step by step, in float64."""
+    """docs/format.md, step by step, in float64."""
     t = {n: x.double().numpy() for n, x in codec.calibration().items()}
 
     def coefficients(field: str, code: torch.Tensor) -> Any:
@@ -117,7 +119,7 @@ def test_rate_and_error_are_near_the_gaussian_bound(bits: float) -> None:
     ordinary = torch.ones(len(aux), dtype=torch.bool)
     ordinary[coded[EXACT_TOKEN]] = False
     half = half_on(table, torch.device("cpu"))
-    y = half.coefficients(aux.flatten(1), Known.of(tokens, torch.float32).around(slice(None)))[ordinary]
+    y = half.coefficients(aux.flatten(1), Known.of(tokens).around(slice(None)).plain())[ordinary]
     spent = float(entropy_columns(quantise(y, table.step)).sum())
     assert spent == pytest.approx(bits * WIDTH, rel=0.04)
     error = float((y - half.read(coded["aux_code"])[ordinary]).square().sum(1).mean())
@@ -311,3 +313,10 @@ GOLDEN = {
     "exact_last": "0000003f803f80bf00bf0000000000000000000000000000",
     "exact_token": "03000000000000000400000000000000",
 }
+
+
+def test_kernels_and_plain_torch_agree() -> None:
+    rows = interpreted(Path(__file__).with_name("klt_cases.py"))
+    assert len(rows) == 3 * 4 * 2
+    assert [row for row in rows if not (row["decoded"] and row["same"])] == []
+    assert max(row["bytes"] for row in rows) < 2e-3

@@ -13,11 +13,13 @@ Legend: T tokens, M stored last states, L aux layers, H hidden size, C = L * H, 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from dspark.cache.codec.base import EXACT_TOKEN, ArraySpec, Tokens, check_finite
+from dspark.cache.codec.klt import fast
+from dspark.cache.codec.klt.fast import Seen
 from dspark.cache.codec.klt.half import half_on
 from dspark.cache.codec.klt.symbols import BAND, CLASSES
 from dspark.cache.codec.klt.tables import Tables
@@ -28,10 +30,11 @@ if TYPE_CHECKING:
     import torch
 
     from dspark.cache.codec.base import Tensors
+    from dspark.cache.codec.klt.half import Half
     from dspark.cache.manifest import Json
 
 CHUNK = 512  # tokens: of 128, 256, 512 and 1,024 they take 11, 4, 0 and -2 % more bytes; a sample reads half a chunk too much at each end
-ROWS = {"cpu": 1024, "cuda": 8192}  # at once, so that what is made on the way stays small
+ROWS = {"cpu": 1024, "cuda": 8192}  # at once, in plain torch
 PARAMS: Json = {"classes": [list(c) for c in CLASSES], "band": BAND}
 # Of a store's size before calibration: what zstd takes above the entropy, and bytes per token of rows stored exactly.
 PACKED, EXACT_SHARE = 1.03, 1 / 300
@@ -141,11 +144,11 @@ class Klt:
         check_finite(last)
         t, device = self.learnt, aux.device
         a, b = half_on(t.aux, device), half_on(t.last, device)
-        known = Known.of(tokens, a.dtype)
-        pieces = [a.encode(aux[s].flatten(1), known.around(s)) for s in _runs(aux)]
-        code, outside = (torch.cat(x) for x in zip(*pieces, strict=True))
-        pieces = [b.encode(last[s], self._of_last(known, code, s)) for s in _runs(last)]
-        last_code, last_outside = (torch.cat(x) for x in zip(*pieces, strict=True))
+        known = Known.of(tokens)
+        code, outside = _encoded(a, aux.flatten(1), known.around)
+        last_code, last_outside = _encoded(
+            b, last, lambda s: known.near(tokens.last_token[s], a, code, t.context)
+        )
         outside[tokens.last_token[last_outside]] = True
         exact = outside.nonzero()[:, 0]
         place = torch.full((aux.shape[0],), -1, dtype=torch.int64, device=device)
@@ -174,13 +177,9 @@ class Klt:
         t, code, last_code = self.learnt, coded["aux_code"], coded["last_code"]
         device, dtype = code.device, dtype or torch.float32
         a, b = half_on(t.aux, device), half_on(t.last, device)
-        known = Known.of(tokens, a.dtype)
-        aux = torch.empty(code.shape[0], t.layers, hidden, dtype=dtype, device=device)
-        for s in _runs(code):
-            aux[s] = a.rows(a.read(code[s]), known.around(s)).view(-1, t.layers, hidden)
-        last = torch.empty(last_code.shape[0], hidden, dtype=dtype, device=device)
-        for s in _runs(last_code):
-            last[s] = b.rows(b.read(last_code[s]), self._of_last(known, code, s))
+        known = Known.of(tokens)
+        aux = _decoded(a, code, known.around, dtype).view(-1, t.layers, hidden)
+        last = _decoded(b, last_code, lambda s: known.near(tokens.last_token[s], a, code, t.context), dtype)
         exact = coded[EXACT_TOKEN].long()
         aux[exact] = _values(coded["exact_aux"]).to(dtype)
         place = torch.full((code.shape[0],), -1, dtype=torch.int64, device=device)
@@ -191,15 +190,6 @@ class Klt:
             last = torch.where((row >= 0)[:, None], found, last)
         return aux, last
 
-    def _of_last(self, known: Known, code: torch.Tensor, rows: slice) -> torch.Tensor:
-        """Features of last states [m, context + 3 H]: the first coefficients of the token's aux code, and three embeddings."""
-        import torch
-
-        t = self.learnt
-        at = known.tokens.last_token[rows]
-        y = half_on(t.aux, code.device).read(code.index_select(0, at))[:, : t.context]
-        return torch.cat([y, known.near(at)], 1)
-
 
 @dataclass(frozen=True, slots=True)
 class Known:
@@ -207,10 +197,9 @@ class Known:
 
     tokens: Tokens
     previous: torch.Tensor
-    dtype: torch.dtype
 
     @classmethod
-    def of(cls, tokens: Tokens, dtype: torch.dtype) -> Known:
+    def of(cls, tokens: Tokens) -> Known:
         import torch
 
         previous = torch.roll(tokens.input_ids, 1)
@@ -218,26 +207,63 @@ class Known:
         begins = torch.zeros(previous.shape[0] + 1, dtype=torch.bool, device=previous.device)
         begins.index_fill_(0, tokens.sample_start, True)
         previous.masked_fill_(begins[:-1], -1)
-        return cls(tokens, previous, dtype)
+        return cls(tokens, previous)
 
-    def embedding(self, ids: torch.Tensor) -> torch.Tensor:
-        """Rows of the embedding, zeros where an id is -1."""
-        found = self.tokens.embedding.index_select(0, ids.clamp(min=0)).to(self.dtype)
-        return found * (ids >= 0)[:, None]
-
-    def around(self, rows: slice) -> torch.Tensor:
-        """[t, 2 H]: the embeddings of each token and of the one before."""
+    def around(self, rows: slice) -> Seen:
+        """The embeddings of tokens ``rows`` and of those before: F = 2 H."""
         import torch
 
-        ids = (self.tokens.input_ids[rows], self.previous[rows])
-        return torch.cat([self.embedding(i) for i in ids], 1)
+        return Seen(torch.stack([self.tokens.input_ids[rows], self.previous[rows]]), self.tokens.embedding)
 
-    def near(self, at: torch.Tensor) -> torch.Tensor:
-        """[m, 3 H]: the embeddings before, at and after tokens ``at``."""
+    def near(self, at: torch.Tensor, half: Half, code: torch.Tensor, context: int) -> Seen:
+        """Of last states of tokens ``at`` [m]: the first ``context`` coefficients of the token's aux ``code``, and the embeddings before, at
+        and after it: F = context + 3 H.
+        """
         import torch
 
         ids = self.tokens.input_ids
-        return torch.cat([self.embedding(i) for i in (self.previous[at], ids[at], ids[at + 1])], 1)
+        return Seen(
+            torch.stack([self.previous[at], ids[at], ids[at + 1]]),
+            self.tokens.embedding,
+            half,
+            code,
+            at,
+            context,
+        )
+
+
+def _encoded(half: Half, x: torch.Tensor, seen: Callable[[slice], Seen]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Code of rows ``x`` and which of them the cells cannot hold, run by run."""
+    import torch
+
+    quick = fast.usable(half)
+    out = []
+    for s in _runs(half, x, quick):
+        out.append(fast.encode(half, x[s], seen(s)) if quick else half.encode(x[s], seen(s).plain()))
+    code, outside = (torch.cat(parts) for parts in zip(*out, strict=True))
+    return code, outside
+
+
+def _decoded(
+    half: Half, code: torch.Tensor, seen: Callable[[slice], Seen], dtype: torch.dtype
+) -> torch.Tensor:
+    """Rows [T, C] of ``code``, run by run."""
+    import torch
+
+    quick = fast.usable(half)
+    out = torch.empty(code.shape[0], half.table.channels, dtype=dtype, device=code.device)
+    for s in _runs(half, code, quick):
+        if quick:
+            fast.decode(half, code[s], seen(s), out[s])
+        else:
+            out[s] = half.rows(half.read(code[s]), seen(s).plain())
+    return out
+
+
+def _runs(half: Half, x: torch.Tensor, quick: bool) -> list[slice]:
+    """Slices of the rows of ``x``, so that what is made on the way stays small."""
+    size = fast.rows_at_once(half) if quick else ROWS.get(x.device.type, ROWS["cpu"])
+    return [slice(i, min(i + size, x.shape[0])) for i in range(0, x.shape[0], size)] or [slice(0, 0)]
 
 
 def _same_first(exact: torch.Tensor, tokens: Tokens) -> torch.Tensor:
@@ -265,11 +291,6 @@ def _values(x: torch.Tensor) -> torch.Tensor:
     import torch
 
     return x.view(torch.bfloat16)
-
-
-def _runs(x: torch.Tensor) -> list[slice]:
-    size = ROWS.get(x.device.type, ROWS["cpu"])
-    return [slice(i, min(i + size, x.shape[0])) for i in range(0, x.shape[0], size)] or [slice(0, 0)]
 
 
 class KltFamily:

@@ -198,9 +198,7 @@ class _Fit:
             for piece in self.moved(pieces):
                 at = piece.tokens.last_token
                 code = half.encode(piece.aux.flatten(1), _around(piece))[0]
-                y = half.read(code.index_select(0, at))[:, :count]
-                near = Known.of(piece.tokens, torch.float32).near(at)
-                yield piece.last.float(), torch.cat([y.float(), near], 1)
+                yield piece.last.float(), Known.of(piece.tokens).near(at, half, code, count).plain().float()
 
         moments = Moments.of_width(count + 4 * hidden, self.device)
         for states, features in rows(learn):
@@ -224,9 +222,8 @@ class _Fit:
 
 def _around(piece: Piece) -> torch.Tensor:
     """Features of the aux layers, float32 [T, 2 H]."""
-    import torch
 
-    return Known.of(piece.tokens, torch.float32).around(slice(None))
+    return Known.of(piece.tokens).around(slice(None)).plain()
 
 
 def _is_ordinary(aux: torch.Tensor, most: torch.Tensor) -> torch.Tensor:

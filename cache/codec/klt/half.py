@@ -21,22 +21,59 @@ if TYPE_CHECKING:
     from dspark.cache.codec.klt.tables import Transform
 
 
+ALIGN = 8  # values: matrix products on a GPU are fast where rows are whole numbers of 16 bytes
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Half:
-    """``forward`` [C, K], ``subtract`` = predict @ forward [F, K] and ``restore`` [K + F, C] (coefficients and features to a row's
-    deviation from ``mean``) in ``dtype``: float32, on CUDA bfloat16. ``mean``, ``inverse`` (of the deviation) float32 [C]. ``limits``
-    float32 [K]: the largest cell of each column. ``values``: what bytes decode to (``symbols.value_table``).
+    """``encoder`` [C + F, K]: forward, and minus predict @ forward. If ``split``, for rows in two parts, [2 C + F, K or a few more]: forward
+    twice, and columns of zeros. ``decoder`` [K + F + 2 or a few more, C]: coefficients and features to a row's deviation from the mean, then
+    the mean in two parts, and zeros. Both in ``dtype``: float32, on CUDA bfloat16. ``mean``, ``inverse`` (of the deviation) float32 [C].
+    ``limits`` float32 [K]: the largest cell of each column. ``values``: what bytes decode to (``symbols.value_table``).
     """
 
     table: Transform
     dtype: torch.dtype
-    forward: torch.Tensor
-    subtract: torch.Tensor
-    restore: torch.Tensor
+    split: bool
+    encoder: torch.Tensor
+    decoder: torch.Tensor
     mean: torch.Tensor
     inverse: torch.Tensor
     limits: torch.Tensor
     values: list[torch.Tensor]
+
+    @classmethod
+    def of(cls, table: Transform, device: torch.device, dtype: torch.dtype, split: bool) -> Half:
+        import torch
+
+        def there(x: torch.Tensor) -> torch.Tensor:
+            return x.to(device).float()
+
+        forward = there(table.back.t() if table.forward is None else table.forward).to(dtype)
+        subtract = (there(table.predict) @ forward.float()).to(dtype)
+        restore = (there(torch.cat([table.back, table.predict])) * there(table.deviation)).to(dtype)
+        mean = there(table.mean)
+        high = mean.to(dtype)
+        tail = torch.zeros(2 + -(len(restore) + 2) % ALIGN, table.channels, dtype=dtype, device=device)
+        tail[0], tail[1] = high, (mean - high.float()).to(dtype)
+        encoder = torch.cat([forward, *([forward] if split else []), -subtract])
+        if split:
+            encoder = torch.nn.functional.pad(encoder, (0, -table.kept % ALIGN))
+        return cls(
+            table=table,
+            dtype=dtype,
+            split=split,
+            encoder=encoder.contiguous(),
+            decoder=torch.cat([restore, tail]),
+            mean=mean,
+            inverse=1.0 / there(table.deviation),
+            limits=torch.tensor(table.packing.limits(), dtype=torch.float32, device=device),
+            values=[x.to(device, dtype) for x in value_table(table.packing, table.step, table.offsets)],
+        )
+
+    @property
+    def features(self) -> int:
+        return int(self.table.predict.shape[0])
 
     def product(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         """``a @ b`` in float32; ``a`` rounded to ``dtype``, which ``b`` has."""
@@ -49,13 +86,13 @@ class Half:
 
     def coefficients(self, x: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
         """``y`` float32 [T, K] of rows ``x`` [T, C] with ``features`` [T, F]."""
-        import torch
-
         z = (x.float() - self.mean) * self.inverse
-        y = self.product(z, self.forward)
-        if self.dtype != torch.float32:  # what the rounding of z left over
-            y += self.product(z - z.to(self.dtype).float(), self.forward)
-        return y - self.product(features, self.subtract)
+        encoder = self.encoder[:, : self.table.kept]
+        forward, less = encoder[: z.shape[1]], encoder[len(encoder) - self.features :]
+        y = self.product(z, forward)
+        if self.split:  # what the rounding of z left over
+            y += self.product(z - z.to(self.dtype).float(), forward)
+        return y + self.product(features, less)
 
     def encode(self, x: torch.Tensor, features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Code uint8 [T, W] of rows ``x`` [T, C], and bool [T]: which of them the cells cannot hold (their code is that of zeros)."""
@@ -77,7 +114,8 @@ class Half:
         """Rows float32 [T, C] from coefficients as ``read`` gives them."""
         import torch
 
-        return self.product(torch.cat([y, features.to(self.dtype)], 1), self.restore).add_(self.mean)
+        both = torch.cat([y, features.to(self.dtype)], 1)
+        return self.product(both, self.decoder[: both.shape[1]]).add_(self.mean)
 
 
 @lru_cache(maxsize=8)
@@ -85,21 +123,6 @@ def half_on(table: Transform, device: torch.device) -> Half:
     """``table`` on ``device``, made once."""
     import torch
 
+    cuda = device.type == "cuda"
     with torch.inference_mode(False), torch.no_grad():
-        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-
-        def there(x: torch.Tensor) -> torch.Tensor:
-            return x.to(device).float()
-
-        forward = there(table.back.t() if table.forward is None else table.forward).to(dtype).contiguous()
-        return Half(
-            table=table,
-            dtype=dtype,
-            forward=forward,
-            subtract=(there(table.predict) @ forward.float()).to(dtype),
-            restore=(there(torch.cat([table.back, table.predict])) * there(table.deviation)).to(dtype),
-            mean=there(table.mean),
-            inverse=1.0 / there(table.deviation),
-            limits=torch.tensor(table.packing.limits(), dtype=torch.float32, device=device),
-            values=[x.to(device, dtype) for x in value_table(table.packing, table.step, table.offsets)],
-        )
+        return Half.of(table, device, torch.bfloat16 if cuda else torch.float32, split=cuda)

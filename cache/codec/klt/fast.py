@@ -1,0 +1,163 @@
+"""One transform of the transform codec on a GPU: as ``half.py`` says it in plain torch, in a few passes over memory.
+
+A product's input is written once, by kernels, in the order of the product's rows: coefficients and embeddings for the decoder, rows in
+two parts and embeddings for the encoder. The products are the same but for the order of their sums, so a value at a cell's edge may fall
+to either side; ``agrees`` holds the two against each other once per transform and device.
+
+Legend: T rows, C channels of a row, K coefficients, F features, W bytes of a row's code, H hidden size.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+    from dspark.cache.codec.klt.half import Half
+
+log = logging.getLogger(__name__)
+BUFFER = 1 << 28  # bytes of a product's input
+ROWS = 8192  # at once, at most
+TRIED, VOCABULARY = 256, 64  # rows and ids of the trial
+# Shares in a trial: bytes that differ, and the difference of decoded rows. Real ones: 1e-4 and 4e-3 (the rounding of bfloat16).
+BYTES_APART, ROWS_APART = 5e-3, 2e-2
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """What rows are predicted from: ``ids`` int64 [E, T], each a row of ``embedding`` [V, H] (zeros for -1); before them the first ``context``
+    coefficients of rows ``at`` int64 [T] of ``code``, which ``half`` reads.
+    """
+
+    ids: torch.Tensor
+    embedding: torch.Tensor
+    half: Half | None = None
+    code: torch.Tensor | None = None
+    at: torch.Tensor | None = None
+    context: int = 0
+
+    def plain(self) -> torch.Tensor:
+        """The features [T, F] as one tensor: the reference."""
+        import torch
+
+        dtype = torch.float32 if self.half is None else self.half.dtype
+        found = [
+            self.embedding.index_select(0, i.clamp(min=0)).to(dtype) * (i >= 0)[:, None] for i in self.ids
+        ]
+        if self.half is not None and self.code is not None and self.at is not None:
+            read = self.half.read(self.code.index_select(0, self.at))
+            found.insert(0, read[:, : self.context])
+        return torch.cat(found, 1)
+
+    def write(self, out: torch.Tensor, column: int) -> None:
+        """Write the features to ``out`` [T, ...] from ``column`` on."""
+        from dspark.cache.codec.klt import kernels
+
+        if self.half is not None and self.code is not None:
+            kernels.unpack(
+                out[:, column:], self.code, self.half.table.packing, self.half.values, self.at, self.context
+            )
+        kernels.embeddings(out, self.embedding, self.ids, column + self.context)
+
+
+def rows_at_once(half: Half) -> int:
+    """Rows whose product's input takes ``BUFFER`` bytes."""
+    width = max(half.encoder.shape[0], half.decoder.shape[0])
+    return max(256, min(ROWS, BUFFER // (width * half.dtype.itemsize) // 256 * 256))
+
+
+def encode(half: Half, x: torch.Tensor, seen: Seen) -> tuple[torch.Tensor, torch.Tensor]:
+    """As ``Half.encode``."""
+    import torch
+
+    from dspark.cache.codec.klt import kernels
+
+    table = half.table
+    both = torch.empty(x.shape[0], half.encoder.shape[0], dtype=half.dtype, device=x.device)
+    kernels.standardised(both, x, half.mean, half.inverse)
+    seen.write(both, 2 * table.channels)
+    code, moved = kernels.pack(half.product(both, half.encoder), table.step, table.packing)
+    outside = moved > table.limit
+    return torch.where(outside[:, None], nothing(half), code), outside
+
+
+def decode(half: Half, code: torch.Tensor, seen: Seen, out: torch.Tensor) -> None:
+    """Write rows to ``out`` [T, C], as ``Half.rows(Half.read(code), seen.plain())``."""
+    import torch
+
+    from dspark.cache.codec.klt import kernels
+
+    kept = half.table.kept
+    both = torch.empty(code.shape[0], half.decoder.shape[0], dtype=half.dtype, device=code.device)
+    kernels.unpack(both, code, half.table.packing, half.values)
+    seen.write(both, kept)
+    both[:, kept + half.features :] = 1
+    if out.dtype == half.dtype:
+        with torch.autocast(code.device.type, enabled=False):
+            torch.mm(both, half.decoder, out=out)
+    else:
+        out.copy_(half.product(both, half.decoder))
+
+
+@lru_cache(maxsize=8)
+def nothing(half: Half) -> torch.Tensor:
+    """The code uint8 [W] of a row of zeros."""
+    import torch
+
+    from dspark.cache.codec.klt.symbols import pack
+
+    with torch.inference_mode(False):
+        return pack(torch.zeros(1, half.table.kept, device=half.mean.device), half.table.packing)[0]
+
+
+@lru_cache(maxsize=1)
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def usable(half: Half) -> bool:
+    """Whether this module may take ``half``'s place: on CUDA, where triton is installed and a trial agrees with plain torch."""
+    return half.mean.is_cuda and _has_triton() and _tried(half)
+
+
+@lru_cache(maxsize=16)
+def _tried(half: Half) -> bool:
+    import torch
+
+    with torch.inference_mode():
+        try:
+            apart = trial(half)
+        except Exception as error:  # a compiler of another version raises what it likes
+            log.warning("the transform codec's kernels do not run here; coding in plain torch: %s", error)
+            return False
+    if apart[0] > BYTES_APART or apart[1] > ROWS_APART:
+        log.warning(
+            "the transform codec's kernels disagree with plain torch here (%.1e of the bytes, %.1e of the rows); coding in plain torch",
+            *apart,
+        )
+        return False
+    return True
+
+
+def trial(half: Half) -> tuple[float, float]:
+    """On random rows and embeddings, against plain torch: the share of bytes that differ, and the relative difference of decoded rows."""
+    import torch
+
+    table, device = half.table, half.mean.device
+    g = torch.Generator().manual_seed(0)
+    ids = torch.randint(-1, VOCABULARY, (1, TRIED), generator=g).to(device)
+    seen = Seen(ids, (torch.randn(VOCABULARY, half.features, generator=g) * 0.02).to(device, half.dtype))
+    y = torch.randn(TRIED, table.kept, generator=g).to(device) * table.step
+    x = half.rows(y.to(half.dtype), seen.plain())
+    (code, _), (want, _) = encode(half, x, seen), half.encode(x, seen.plain())
+    found = torch.empty_like(x, dtype=half.dtype)
+    decode(half, want, seen, found)
+    reference = half.rows(half.read(want), seen.plain())
+    size = max(code.numel(), 1)
+    bytes_apart = float((code != want).sum()) / size
+    return bytes_apart, float((found.float() - reference).norm() / reference.norm().clamp(min=1e-9))
