@@ -61,6 +61,14 @@ class ExistsError(CacheError):
     exit_code = 2
 
 
+class LockedError(CacheError):
+    """Another process writes there. The message says which."""
+
+
+class LostLockError(CacheError):
+    """This process's lock was broken by a person who took it for dead."""
+
+
 class StoreWriteError(CacheError):
     """A part could not be written (disk full, no permission). Parts committed before it are intact."""
 

@@ -25,6 +25,7 @@ from dspark.cache.codec.base import Codec, join_states, split_states, to_numpy, 
 from dspark.cache.codec.fields import Fields
 from dspark.cache.errors import MismatchError, UsageError
 from dspark.cache.files.calibration import codec_info
+from dspark.cache.files.lock_files import owned
 from dspark.cache.files.part import Block
 from dspark.cache.manifest import FORMAT_VERSION, Counts, Manifest
 from dspark.cache.quality import Probe, quality, spread_states
@@ -49,6 +50,7 @@ def recode(
     calibrate: bool = True,
     resume: bool = False,
     overwrite: bool = False,
+    break_lock: bool = False,
     workers: int | None = None,
     device: str = "cpu",
     progress: Callable[[int, int], None] = lambda done, total: None,
@@ -71,33 +73,41 @@ def recode(
         if why:
             say(f"codec {name}: {why}")
     wanted = registry.make(name, pack)
-    probe = spread_states(cache, wanted, device=device)
-    new = _new_codec(cache.codec, wanted, probe if calibrate else None)
-    if not isinstance(new, Fields) and not calibrate and wanted.needs_calibration:
-        raise UsageError(f"codec {wanted.name} cannot do without calibration: leave --no-calibrate out")
-    blocks = _blocks(cache)
-    manifest = _planned(cache, new, blocks)
-    files = small_files(cache.path, cache.manifest)
-    if resume and Path(destination).exists():
-        writer = StoreWriter.resume(destination, manifest)
-        if not same_codes(writer.codec, new):
-            raise MismatchError(
-                f"{destination}: its codec has learnt from other states than those of {source}"
+    with owned(Path(destination), "dspark-tools recode", break_lock=break_lock) as lock:
+        probe = spread_states(cache, wanted, device=device)
+        new = _new_codec(cache.codec, wanted, probe if calibrate else None)
+        if not isinstance(new, Fields) and not calibrate and wanted.needs_calibration:
+            raise UsageError(f"codec {wanted.name} cannot do without calibration: leave --no-calibrate out")
+        blocks = _blocks(cache)
+        manifest = _planned(cache, new, blocks)
+        files = small_files(cache.path, cache.manifest)
+        if resume and Path(destination).exists():
+            writer = StoreWriter.resume(destination, manifest)
+            if not same_codes(writer.codec, new):
+                raise MismatchError(
+                    f"{destination}: its codec has learnt from other states than those of {source}"
+                )
+            writer.restore_target(cache.target, files)
+        else:
+            writer = StoreWriter.create(
+                destination, manifest, cache.target, files, codec=new, overwrite=overwrite
             )
-        writer.restore_target(cache.target, files)
-    else:
-        writer = StoreWriter.create(
-            destination, manifest, cache.target, files, codec=new, overwrite=overwrite
-        )
-    left = [number for number in blocks if number not in writer.committed]
-    with writer:
-        _recode_parts(
-            cache, writer, {n: blocks[n] for n in left}, len(blocks), workers, torch.device(device), progress
-        )
-        measured = cache.manifest.quality
-        if not same_codes(cache.codec, new):
-            measured = quality(probe, new, "source store")
-        return writer.finish(quality=measured)
+        writer.guard = lock.check
+        left = [number for number in blocks if number not in writer.committed]
+        with writer:
+            _recode_parts(
+                cache,
+                writer,
+                {n: blocks[n] for n in left},
+                len(blocks),
+                workers,
+                torch.device(device),
+                progress,
+            )
+            measured = cache.manifest.quality
+            if not same_codes(cache.codec, new):
+                measured = quality(probe, new, "source store")
+            return writer.finish(quality=measured)
 
 
 @dataclass(frozen=True, slots=True)

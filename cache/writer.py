@@ -13,7 +13,7 @@ import os
 import secrets
 import shutil
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 
@@ -69,10 +69,14 @@ SAME_TARGET = "Use the target's revision and the dtype that the store was starte
 
 
 class StoreWriter:
-    """One of the writers of a store. ``committed``: part number -> record, of the parts that were on disk when it began and those that it wrote."""
+    """One of the writers of a store. ``committed``: part number -> record, of the parts that were on disk when it began and those that it wrote.
+
+    ``guard`` is called before anything is written, and raises where the caller may not write any more (its lock was broken).
+    """
 
     def __init__(self, path: Path, manifest: Manifest, committed: dict[int, PartRecord]) -> None:
         self._lock = -1
+        self.guard: Callable[[], None] = lambda: None
         self.path = path
         self.manifest = manifest
         self.committed = committed
@@ -238,6 +242,7 @@ class StoreWriter:
         return record
 
     def _job(self, index: int, arrays: dict[str, Array], block: Block) -> PartJob:
+        self.guard()
         assert index not in self.committed
         assert block.source == index // SOURCE_STRIDE
         rows = self.manifest.dump.block_rows
@@ -262,6 +267,7 @@ class StoreWriter:
 
     def finish(self, *, quality: Json | None = None) -> Manifest:
         """Write the sample index and mark the store complete."""
+        self.guard()
         self.committed = scan_parts(self.path)  # of all writers
         records = [self.committed[i] for i in sorted(self.committed)]
         check_whole(records, self.manifest, self.path)

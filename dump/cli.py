@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from dspark.cache.errors import DsparkError
-from dspark.cache.shared.command import codec_options, command, emit, json_flag, version_flag
+from dspark.cache.shared.command import break_lock_flag, codec_options, command, emit, json_flag, version_flag
 from dspark.dump.config import (
     DEFAULT_SEQ_LENGTH,
     TURNS,
@@ -188,6 +188,7 @@ class LayerIds(click.ParamType):  # type: ignore[type-arg]  # no generic before 
     is_flag=True,
     help="Print the chain from target to served draft and the plan, and stop; no weights are read. Exit code 1 if a link is missing.",
 )
+@break_lock_flag
 @json_flag
 @version_flag
 def main(as_json: bool, **flags: Any) -> None:

@@ -40,6 +40,7 @@ class DumpConfig:
     limit: int | None = None  # rows of the corpus
     resume: bool = False
     overwrite: bool = False
+    break_lock: bool = False  # of another machine that shows no sign of life
     assistant_pattern: str | None = None
     turns: str = "auto"  # how answers become samples: auto, each, last or whole
     template_kwargs: str | None = None  # JSON object handed to the chat template

@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING, Any
 from dspark.cache.errors import DamagedCacheError, DataError, DsparkError, EngineError, ExistsError
 from dspark.cache.files.atomic import write_file
 from dspark.cache.files.calibration import codec_info
+from dspark.cache.files.lock import Lock
+from dspark.cache.files.lock_files import owned
 from dspark.cache.manifest import Manifest
 from dspark.cache.quality import Known, Probe, budget_of, probe_of
 from dspark.cache.quality import quality as quality_of
@@ -59,7 +61,17 @@ class Stopped(DsparkError):
 def dump(
     config: DumpConfig, show: Display, engine_for: Callable[[planning.Plan, int | None], Engine] = load_engine
 ) -> dict[str, Any]:
-    """Run the whole dump; returns the report that ``--json`` prints."""
+    """Run the whole dump; returns the report that ``--json`` prints. Raises LockedError where another process writes the store."""
+    with owned(config.output, "dspark-dump", break_lock=config.break_lock) as lock:
+        return _dump(config, show, engine_for, lock)
+
+
+def _dump(
+    config: DumpConfig,
+    show: Display,
+    engine_for: Callable[[planning.Plan, int | None], Engine],
+    lock: Lock,
+) -> dict[str, Any]:
     began = time.monotonic()
     resuming = config.resume and config.output.exists()
     if config.output.exists() and not (resuming or config.overwrite):
@@ -105,7 +117,7 @@ def dump(
                     stack.callback(processes.close)
             engine = engine_for(job.plan, config.batch_tokens)
             stack.callback(engine.close)
-            manifest, written = run_engine(job, engine, probe, writer, show, make, write)
+            manifest, written = run_engine(job, engine, probe, writer, show, make, write, lock.check)
         out = report(config.output, manifest, time.monotonic() - began, written)
         out["codec_why"] = job.plan.codec_why
         for line in summary(out):
@@ -146,8 +158,9 @@ def run_engine(
     show: Display,
     make: Tokenisers | None = None,
     write: WorkerPool | None = None,
+    guard: Callable[[], None] = lambda: None,
 ) -> tuple[Manifest, Written]:
-    """Check the engine, then capture what is missing; returns the finished manifest and what was written."""
+    """Check the engine, then capture what is missing; returns the finished manifest and what was written. ``guard``: see StoreWriter."""
     config = job.config
     frozen = engine.frozen()
     logits = Logits.of_config(job.target.config)
@@ -168,6 +181,7 @@ def run_engine(
         codec = found.codec
         # While an older store that is to be replaced is still there.
         check_coded(engine, probe, raw, codec, job.plan.layers)
+        guard()
         answers = AnswerFiles(config.output)
         stale = config.overwrite and answers.go_with_the_store()
         writer = StoreWriter.create(
@@ -184,6 +198,7 @@ def run_engine(
         if restored := writer.restore_target(compact(frozen), job.target.files):
             show.say(f"written again in {config.output / 'target'}: {', '.join(restored)}")
         check_coded(engine, probe, raw, writer.codec, job.plan.layers)
+    writer.guard = guard
     # Only now: an old store that could not be replaced keeps what was asked of it.
     settings = config_file.resolved(dataclasses.asdict(config), "dspark-dump")
     write_file(config.output.with_name(config.output.name + ".yaml"), settings)

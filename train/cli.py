@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from dspark.cache.errors import UsageError
-from dspark.cache.shared.command import bar, command, emit, version_flag
+from dspark.cache.shared.command import bar, break_lock_flag, command, emit, version_flag
 from dspark.train.config import LOGGERS, SCHEDULES, SELECT, STRATEGIES, TrainConfig
 from dspark.train.draft.shape_file import read_shape
 from dspark.train.draft.types import TYPES, drafter
@@ -21,6 +21,7 @@ NOT_SETTINGS = {
     "recipe",
     "resume",
     "overwrite",
+    "break_lock",
     "dry_run",
     "as_json",
 }  # flags that are not fields of TrainConfig
@@ -183,12 +184,13 @@ Examples:
 )
 @click.option("--resume", is_flag=True, help="Continue from the newest checkpoint in --output.")
 @click.option("--overwrite", is_flag=True, help="Replace the training in --output.")
+@break_lock_flag
 @click.option(
     "--dry-run", is_flag=True, help="Take a few steps, write nothing, and tell steps, hours and memory."
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the last metrics as one JSON object on stdout.")
 @version_flag
-def main(resume: bool, overwrite: bool, dry_run: bool, as_json: bool, **flags: Any) -> None:
+def main(resume: bool, overwrite: bool, break_lock: bool, dry_run: bool, as_json: bool, **flags: Any) -> None:
     """Train a DSpark draft from a store of hidden states. No target model, no server."""
     if resume and overwrite:
         raise UsageError("--resume and --overwrite exclude each other")
@@ -203,7 +205,12 @@ def main(resume: bool, overwrite: bool, dry_run: bool, as_json: bool, **flags: A
     try:
         with bar("train") if first else nullcontext(_quiet) as progress:
             result = train(
-                config, resume=resume, overwrite=overwrite, progress=progress, say=_say if first else _quiet
+                config,
+                resume=resume,
+                overwrite=overwrite,
+                break_lock=break_lock,
+                progress=progress,
+                say=_say if first else _quiet,
             )
     except (PeerError, KeyboardInterrupt) as error:
         if first:

@@ -14,12 +14,15 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from dspark.cache.errors import TrainError
+from dspark.cache.files.lock import Lock
+from dspark.cache.files.lock_files import owned
 from dspark.train import distributed
 from dspark.train.config import TrainConfig
 from dspark.train.data.batch import Batch
@@ -62,6 +65,7 @@ def train(
     *,
     resume: bool = False,
     overwrite: bool = False,
+    break_lock: bool = False,
     progress: Progress = lambda step, total, text: None,
     say: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
@@ -71,10 +75,17 @@ def train(
     checkpoint and is raised on. Under torchrun every process calls this; if one fails, all raise.
     """
     world = distributed.join(config.device, config.strategy)
-    with lost_peers():
-        result = _train(config, world, resume, overwrite, progress, say)
+    with ExitStack() as stack, lost_peers():
+        lock = world.agreed(lambda: stack.enter_context(locked(config, break_lock)) if world.first else None)
+        result = _train(config, world, resume, overwrite, progress, say, lock)
     world.leave()
     return result
+
+
+def locked(config: TrainConfig, break_lock: bool) -> AbstractContextManager[Lock]:
+    """The lock of the output folder, within it: the folder may be a mount of its own."""
+    folder.refuse_file(Path(config.output))
+    return owned(Path(config.output), "dspark-train", inside=True, break_lock=break_lock)
 
 
 def _train(
@@ -84,6 +95,7 @@ def _train(
     overwrite: bool,
     progress: Progress,
     say: Callable[[str], None],
+    lock: Lock | None,
 ) -> dict[str, Any]:
     output = Path(config.output)
 
@@ -92,6 +104,8 @@ def _train(
 
     first(lambda: folder.claim(output, config, resume=resume, overwrite=overwrite))
     run = world.agreed(lambda: prepare(config, world))
+    if lock:
+        run = dataclasses.replace(run, guard=lock.check)
     first(lambda: folder.begin(output, run, resume=resume, overwrite=overwrite))
     position = Position()
     whole = checkpoint.found(output / "checkpoints")
@@ -288,6 +302,7 @@ def _save(run: Run, position: Position, output: Path, *, export: bool) -> None:
             return
         if wrong := snapshot.non_finite():
             raise TrainError(f"after step {position.step} {wrong} has values that are not finite. {UNSAVED}")
+        run.guard()
         if export:
             save_draft(output, run.model, trained=snapshot.masters)
         checkpoint.save(output / "checkpoints", position, snapshot, run.config.keep_checkpoints)

@@ -162,6 +162,11 @@ def command(name: str | None = None, **attributes: Any) -> Callable[[Callable[..
 json_flag = click.option(
     "--json", "as_json", is_flag=True, help="Print one JSON object on stdout, everything else on stderr."
 )
+break_lock_flag = click.option(
+    "--break-lock",
+    is_flag=True,
+    help="Write although a process of another machine holds the lock: of one that shows no sign of life only.",
+)
 version_flag = click.version_option(__version__, prog_name="dspark")
 
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import click
 
 # They say how this one call runs, not what it makes: never saved.
-OF_THE_CALL = frozenset({"resume", "overwrite", "dry-run", "json", "config", "help", "version"})
+OF_THE_CALL = frozenset({"resume", "overwrite", "break-lock", "dry-run", "json", "config", "help", "version"})
 
 
 def read(path: Path, params: Sequence[click.Parameter], command: str) -> dict[str, Any]:

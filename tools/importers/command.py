@@ -6,7 +6,16 @@ from typing import Any
 
 import click
 
-from dspark.cache.shared.command import bar, codec_options, command, emit, json_flag, table, warn
+from dspark.cache.shared.command import (
+    bar,
+    break_lock_flag,
+    codec_options,
+    command,
+    emit,
+    json_flag,
+    table,
+    warn,
+)
 from dspark.cache.shared.process import choose_device
 from dspark.tools.flags import COUNT, SHARE, TOKEN_ID
 
@@ -45,6 +54,7 @@ Examples:
 )
 @click.option("--resume", is_flag=True, help="Continue DESTINATION.")
 @click.option("--overwrite", is_flag=True, help="Replace DESTINATION.")
+@break_lock_flag
 @json_flag
 def import_command(
     source: str,

@@ -29,6 +29,7 @@ from dspark.cache.errors import (
     UsageError,
 )
 from dspark.cache.files.calibration import codec_info
+from dspark.cache.files.lock_files import owned
 from dspark.cache.manifest import DumpInfo, Manifest, SourceInfo
 from dspark.cache.quality import Probe, budget_of, probe_of, quality, share_of
 from dspark.cache.reader import read_manifest
@@ -87,6 +88,7 @@ def import_store(
     max_dropped: float = 0.5,
     resume: bool = False,
     overwrite: bool = False,
+    break_lock: bool = False,
     device: str = "cpu",
     progress: Callable[[int, int], None] = lambda done, total: None,
     say: Callable[[str], None] = lambda line: None,
@@ -139,23 +141,25 @@ def import_store(
     after = given.last_after_norm if last_state is None else last_state == f"{AFTER}-norm"
     reader = Reader(given, Path(source), frozen, norm, after)
     reader.text_check(frozen)
-    if resume and Path(destination).exists():
-        stored = read_manifest(destination)
-        rows = stored.dump.block_rows
-        manifest = dataclasses.replace(manifest, dump=dataclasses.replace(manifest.dump, block_rows=rows))
-        stored.same_plan(manifest, str(destination))
-        if stored.complete:
-            return stored
-        writer = StoreWriter.resume(destination, manifest)
-        writer.restore_target(compact(frozen), target.files)
-    else:
-        learnt = reader.calibrated(chosen_codec)
-        writer = StoreWriter.create(
-            destination, manifest, compact(frozen), target.files, codec=learnt, overwrite=overwrite
-        )
-    with writer:
-        write_parts(writer, reader, max_dropped, torch.device(device), progress)
-        return writer.finish(quality=reader.quality(writer.codec))
+    with owned(Path(destination), "dspark-tools import", break_lock=break_lock) as lock:
+        if resume and Path(destination).exists():
+            stored = read_manifest(destination)
+            rows = stored.dump.block_rows
+            manifest = dataclasses.replace(manifest, dump=dataclasses.replace(manifest.dump, block_rows=rows))
+            stored.same_plan(manifest, str(destination))
+            if stored.complete:
+                return stored
+            writer = StoreWriter.resume(destination, manifest)
+            writer.restore_target(compact(frozen), target.files)
+        else:
+            learnt = reader.calibrated(chosen_codec)
+            writer = StoreWriter.create(
+                destination, manifest, compact(frozen), target.files, codec=learnt, overwrite=overwrite
+            )
+        writer.guard = lock.check
+        with writer:
+            write_parts(writer, reader, max_dropped, torch.device(device), progress)
+            return writer.finish(quality=reader.quality(writer.codec))
 
 
 def check_belongs(

@@ -6,7 +6,16 @@ from typing import Any
 
 import click
 
-from dspark.cache.shared.command import bar, codec_options, command, emit, json_flag, table, warn
+from dspark.cache.shared.command import (
+    bar,
+    break_lock_flag,
+    codec_options,
+    command,
+    emit,
+    json_flag,
+    table,
+    warn,
+)
 from dspark.cache.shared.process import choose_device
 from dspark.tools.flags import COUNT
 
@@ -26,6 +35,7 @@ from dspark.tools.flags import COUNT
 )
 @click.option("--resume", is_flag=True, help="Continue DESTINATION.")
 @click.option("--overwrite", is_flag=True, help="Replace DESTINATION.")
+@break_lock_flag
 @json_flag
 def recode_command(source: str, destination: str, as_json: bool, **flags: Any) -> None:
     """Write SOURCE again as DESTINATION with other bits, or packed in the other way."""

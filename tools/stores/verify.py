@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import sys
+from contextlib import nullcontext
+from pathlib import Path
 
 import click
 
-from dspark.cache.shared.command import bar, command, emit, json_flag, printable
+from dspark.cache.shared.command import bar, break_lock_flag, command, emit, json_flag, printable
 
 
 @command("verify")
@@ -21,16 +23,23 @@ from dspark.cache.shared.command import bar, command, emit, json_flag, printable
     is_flag=True,
     help="First make index and manifest again from the parts.",
 )
+@break_lock_flag
 @json_flag
-def verify_command(cache: str, drop_damaged: bool, rebuild_index: bool, as_json: bool) -> None:
+def verify_command(
+    cache: str, drop_damaged: bool, rebuild_index: bool, break_lock: bool, as_json: bool
+) -> None:
     """Check every chunk's checksum and every count; name what is damaged, and exit with 1 if anything is."""
     from dspark.cache import verify
+    from dspark.cache.files.lock_files import owned
     from dspark.cache.writer import rebuild
 
-    made = rebuild(cache) if rebuild_index else None
-    with bar("verify") as progress:
-        report = verify.verify(cache, progress)
-    dropped = verify.drop_damaged(cache, report) if drop_damaged else []
+    changes = drop_damaged or rebuild_index
+    lock = owned(Path(cache), "dspark-tools verify", break_lock=break_lock) if changes else nullcontext()
+    with lock:
+        made = rebuild(cache) if rebuild_index else None
+        with bar("verify") as progress:
+            report = verify.verify(cache, progress)
+        dropped = verify.drop_damaged(cache, report) if drop_damaged else []
     if as_json:
         emit({"ok": report.ok, "checked_chunks": report.checked_chunks, "checked_parts": report.checked_parts,
               "findings": report.findings, "damaged_parts": sorted(report.damaged),

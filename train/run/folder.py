@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dspark.cache.errors import DraftError, ExistsError, MismatchError, UsageError
-from dspark.cache.files.atomic import existing_parent, write_errors, write_file
+from dspark.cache.files.atomic import STAGING, existing_parent, write_errors, write_file
+from dspark.cache.files.lock_files import LOCK
 from dspark.cache.settings import rotated_bits
 from dspark.cache.shared import config_file
 from dspark.train.config import TrainConfig
@@ -42,16 +43,21 @@ def read_record(path: Path, remedy: str = WRITTEN) -> dict[str, Any]:
     return found
 
 
-def claim(output: Path, config: TrainConfig, *, resume: bool, overwrite: bool) -> None:
-    """Refuse to write into a folder that holds something else, or another run. Changes nothing: what ``overwrite`` allows is done by ``begin``."""
+def refuse_file(output: Path) -> None:
+    """Raise UsageError where ``output`` is, or lies below, a file."""
     above = existing_parent(output)
     if not above.is_dir():
         raise UsageError(f"--output {output}: {above} is a file; expected a folder, or a name that is free")
+
+
+def claim(output: Path, config: TrainConfig, *, resume: bool, overwrite: bool) -> None:
+    """Refuse to write into a folder that holds something else, or another run. Changes nothing: what ``overwrite`` allows is done by ``begin``."""
     if config.init_from and Path(config.init_from).resolve().is_relative_to(output.resolve()):
         raise UsageError(
             f"--init-from {config.init_from} lies in --output {output}, which the training writes; choose another --output"
         )
-    if not output.exists() or not any(output.iterdir()):
+    refuse_file(output)
+    if not output.exists() or all(e.name == LOCK or e.name.startswith(STAGING) for e in output.iterdir()):
         return
     previous = output / TRAINING
     if not previous.is_file():
@@ -137,7 +143,7 @@ def begin(output: Path, run: Run, *, resume: bool, overwrite: bool = False) -> N
 def _clear(output: Path) -> None:
     """Delete all but the record that says whose the folder is: if this is cut short, the folder is still one that may be replaced."""
     for entry in output.iterdir():
-        if entry.name == TRAINING:
+        if entry.name in (TRAINING, LOCK):
             continue
         if entry.is_dir() and not entry.is_symlink():
             shutil.rmtree(entry)

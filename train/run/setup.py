@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -48,6 +49,8 @@ class Run:
     """Padding for the ranks of a sharded model that have no row in a step; None where no rank needs any."""
     start: Start | None = None
     """What a warm start took; None for a draft that begins with random tensors."""
+    guard: Callable[[], None] = lambda: None
+    """Called before a checkpoint is written; raises where this process may not write any more."""
 
 
 def row_length(cache: Cache, requested: int | None) -> int:

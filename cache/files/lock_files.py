@@ -1,0 +1,160 @@
+"""Locks as files. A file is made whole by a hard link, which fails where there is one, on NFS too; a lock is replaced by a rename, by
+whoever has made the file that stands for replacing just this one.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from dspark.cache.errors import StoreWriteError
+from dspark.cache.files.atomic import STAGING
+from dspark.cache.files.lock import OLD, Found, Lock, Owner, hold
+
+LOCK = ".lock"  # the name of a lock, or what it ends with
+LIMIT = 1 << 16  # bytes of a lock that are looked at
+# What says that a file system has no hard links.
+NO_LINKS = frozenset({errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK})
+
+
+class FolderLocks:
+    """Locks in a folder, by their names within it. Ages are differences of the file system's own times, so no two clocks are compared."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def create(self, name: str, data: bytes) -> str | None:
+        path, beside = self.folder / name, self._beside(name, data)
+        try:
+            os.link(beside, path)
+        except FileExistsError:
+            # A server may have made the link and lost the answer.
+            return _version(data) if os.stat(beside).st_nlink == 2 else None
+        except OSError as error:
+            if error.errno not in NO_LINKS:
+                raise StoreWriteError(f"{path}: the lock could not be made: {error.strerror}") from error
+            return self._create_alone(path, data)
+        finally:
+            beside.unlink(missing_ok=True)
+        return _version(data)
+
+    def _create_alone(self, path: Path, data: bytes) -> str | None:
+        """Without links a file is there before its content is: one that dies in between leaves a lock of nobody."""
+        try:
+            file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+        except FileExistsError:
+            return None
+        with os.fdopen(file, "wb") as to:
+            to.write(data)
+        return _version(data)
+
+    def read(self, name: str) -> Found | None:
+        path = self.folder / name
+        try:
+            file = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise StoreWriteError(f"{path}: the lock could not be read: {error.strerror}") from error
+        with os.fdopen(file, "rb") as opened:
+            data, touched = opened.read(LIMIT), os.fstat(file).st_mtime
+        return Found(data, self._now() - touched, _version(data))
+
+    def swap(self, name: str, version: str, data: bytes) -> str | None:
+        claim = f"{name}.{version}"
+        if self.create(claim, data) is None:
+            left = self.read(claim)
+            owner = Owner.read(left.data) if left else None
+            # Its maker died between two calls.
+            if left and ((owner and owner.gone()) or left.age >= OLD):
+                (self.folder / claim).unlink(missing_ok=True)
+            return None
+        try:
+            # Whoever replaced it before us has deleted its claim only afterwards.
+            found = self.read(name)
+            if found is None or found.version != version:
+                return None
+            os.replace(self._beside(name, data), self.folder / name)
+            return _version(data)
+        finally:
+            (self.folder / claim).unlink(missing_ok=True)
+
+    def touch(self, name: str, version: str) -> str | None:
+        found = self.read(name)
+        if found is None or found.version != version:
+            return None
+        os.utime(self.folder / name)
+        return version
+
+    def remove(self, name: str, version: str) -> None:
+        found = self.read(name)
+        if found is not None and found.version == version:
+            (self.folder / name).unlink(missing_ok=True)
+
+    def _beside(self, name: str, data: bytes) -> Path:
+        path = self.folder / f"{STAGING}{name}.{secrets.token_hex(4)}"
+        try:
+            path.write_bytes(data)
+        except OSError as error:
+            with suppress(OSError):
+                path.unlink(missing_ok=True)
+            raise StoreWriteError(
+                f"{self.folder / name}: the lock could not be made: {error.strerror}"
+            ) from error
+        return path
+
+    def clear(self, name: str) -> None:
+        """Delete what processes left that died while they made the lock ``name``."""
+        now = self._now()
+        for path in self.folder.glob(f"{STAGING}{name}.*"):
+            with suppress(OSError):
+                if now - path.stat().st_mtime >= OLD:
+                    path.unlink()
+
+    def _now(self) -> float:
+        """The time that the file system gives a file now."""
+        path = self._beside("now", b"")
+        try:
+            return os.stat(path).st_mtime
+        finally:
+            path.unlink(missing_ok=True)
+
+
+def _version(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:16]
+
+
+@contextmanager
+def made_folders(folder: Path) -> Iterator[None]:
+    """Make ``folder`` and those above it; at the end delete those of them that were made and are empty."""
+    missing = [p for p in (folder, *folder.parents) if not p.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StoreWriteError(f"{folder} could not be made: {error.strerror}") from error
+    try:
+        yield
+    finally:
+        for path in missing:
+            with suppress(OSError):
+                path.rmdir()
+
+
+@contextmanager
+def owned(
+    output: Path, who: str, *, inside: bool = False, break_lock: bool = False, wait: float = 0.0
+) -> Iterator[Lock]:
+    """Hold the lock of the local ``output`` while the block runs: ``OUTPUT.lock`` beside it, since a store is made by a rename and is exchanged for another by one,
+    or ``.lock`` ``inside`` a folder that stays the same one (and may be a mount of its own). Folders that are made for it and stay empty are deleted again.
+    """
+    real = output.resolve()
+    folder, name = (real, LOCK) if inside else (real.parent, real.name + LOCK)
+    where = FolderLocks(folder)
+    with made_folders(folder), hold(where, name, who, of=str(output), break_lock=break_lock, wait=wait) as lock:  # fmt: skip
+        where.clear(name)
+        yield lock
