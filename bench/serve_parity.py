@@ -1,6 +1,8 @@
-"""Every block that real vLLM drafts against our decoder's: vocabulary, format, block size. Writes bench/results/serve_parity.json.
+"""Every block that real vLLM drafts against our decoder's: type, vocabulary, format, block size. Writes bench/results/serve_parity.json.
 
-python bench/serve_parity.py [--sizes 5,7,8]        two targets a size: whole vocabulary, reduced one; each in both formats
+python bench/serve_parity.py [--sizes 5,7,8] [--types dspark,eagle3,peagle] [--name serve_parity]
+
+Two targets per type and size: whole vocabulary, reduced one; each in every format that the type has.
 
 Tiny random targets, drafts that have learnt some of the answers (so that blocks of every length are accepted), greedy, float32. Without
 a GPU set DSPARK_TRITON_INTERPRETER to tests/vllm_cpu/triton_interpreter; each of the starts of vLLM then takes about 40 s.
@@ -12,6 +14,7 @@ import argparse
 import sys
 import tempfile
 import time
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +24,7 @@ from common import RESULTS, write
 from dspark.tools.check.parity import serve_and_compare
 from dspark.tools.decode.target import greedy_alone
 from dspark.train.draft.folder import save_draft, write_config
+from dspark.train.draft.types import drafter
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 import tiny_models as tiny
@@ -29,8 +33,8 @@ PROMPTS = [[50, 60, 70], [5, 6, 7, 8, 9], list(range(20, 60)), [3], [140, 2, 77,
 MAX_TOKENS = 48
 
 
-def case(folder: Path, kind: str, reduced: bool, size: int) -> list[dict[str, Any]]:
-    """One target and draft, served in both formats."""
+def case(folder: Path, name: str, kind: str, reduced: bool, size: int) -> list[dict[str, Any]]:
+    """One target and draft of the type ``name``, served in its formats."""
     model = tiny.target(kind)
     alone = [greedy_alone(model, p, max_tokens=MAX_TOKENS) for p in PROMPTS]
     ids = (
@@ -38,19 +42,20 @@ def case(folder: Path, kind: str, reduced: bool, size: int) -> list[dict[str, An
         if reduced
         else None
     )
-    draft = tiny.draft(model, draft_ids=ids, block_size=size)
+    own = {} if name == "dspark" else {"num_layers": 1, "target_layer_ids": (0, 1, 2)}
+    draft = tiny.draft(model, draft_ids=ids, block_size=size, speculator_type=name, **own)
     tiny.agree(model, draft, [p + a for p, a in zip(PROMPTS[:3], alone[:3], strict=True)], steps=100)
     target = str(folder / "target")
     model.save_pretrained(target)
     save_draft(folder / "draft", draft, dtype=torch.float32)
     out = []
-    for layout in ("flat", "speculators"):
+    for layout in ("flat", "speculators") if drafter(name).spelled_by_speculators else ("flat",):
         verifier = (target, model.config.architectures) if layout == "speculators" else None
         write_config(folder / "draft", draft.config, torch.float32, verifier)
         started = time.perf_counter()
         parity = serve_and_compare(model, target, str(folder / "draft"), PROMPTS, max_tokens=MAX_TOKENS)
         out.append({
-            "target": kind, "vocabulary": draft.config.draft_vocab_size, "of": tiny.VOCAB, "format": layout, "block_size": size,
+            "type": name, "target": kind, "vocabulary": draft.config.draft_vocab_size, "of": tiny.VOCAB, "format": layout, "block_size": size,
             **parity.to_json(), "seconds": time.perf_counter() - started,
         })  # fmt: skip
         print(out[-1], file=sys.stderr, flush=True)
@@ -62,18 +67,22 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--sizes", default="5,7,8")
+    parser.add_argument("--types", default="dspark")
+    parser.add_argument("--name", default="serve_parity", help="of the file in bench/results")
     parser.add_argument("--results", type=Path, default=RESULTS)
     args = parser.parse_args()
     rows: list[dict[str, Any]] = []
-    for size in map(int, args.sizes.split(",")):
-        for kind, reduced in (("qwen3", False), ("llama", True)):
-            with tempfile.TemporaryDirectory() as folder:
-                rows += case(Path(folder), kind, reduced, size)
+    targets = (("qwen3", False), ("llama", True))
+    for name, size, (kind, reduced) in product(
+        args.types.split(","), map(int, args.sizes.split(",")), targets
+    ):
+        with tempfile.TemporaryDirectory() as folder:
+            rows += case(Path(folder), name, kind, reduced, size)
     results = {
         "holds": all(r["holds"] for r in rows), "blocks_compared": sum(r["compared"] for r in rows),
         "blocks_equal": sum(r["equal"] for r in rows), "cases": rows,
     }  # fmt: skip
-    write("serve_parity", {"prompts": len(PROMPTS), "max_tokens": MAX_TOKENS, "dtype": "float32"}, results, args.results)  # fmt: skip
+    write(args.name, {"prompts": len(PROMPTS), "max_tokens": MAX_TOKENS, "dtype": "float32"}, results, args.results)  # fmt: skip
 
 
 if __name__ == "__main__":

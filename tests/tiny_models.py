@@ -10,6 +10,7 @@ from torch import Tensor
 from dspark.tools.decode.target import Target
 from dspark.train.draft.config import DraftConfig
 from dspark.train.draft.model import DraftModel
+from dspark.train.draft.types import drafter
 
 VOCAB, HIDDEN, LAYERS, MASK = 160, 32, (0, 2), 159
 
@@ -30,7 +31,7 @@ def target(kind: str = "qwen3", seed: int = 0, **changes: Any) -> Any:
 
 
 def draft(model: Any, seed: int = 1, draft_ids: Tensor | None = None, **changes: Any) -> DraftModel:
-    """A random draft of 2 layers for ``model``, block size 4, fp32."""
+    """A random draft for ``model``, 2 layers, block size 4, fp32, DSpark unless ``changes`` say otherwise."""
     settings: dict[str, Any] = {
         "target_layer_ids": LAYERS, "mask_token_id": MASK, "num_layers": 2, "block_size": 4, "markov_rank": 8,
     }  # fmt: skip
@@ -38,7 +39,8 @@ def draft(model: Any, seed: int = 1, draft_ids: Tensor | None = None, **changes:
         settings["draft_vocab_size"] = len(draft_ids)
     config = DraftConfig.sized_for(model.config.to_dict(), **(settings | changes))
     torch.manual_seed(seed)
-    out = DraftModel(config, Target(model, LAYERS).frozen, draft_ids)
+    kind = drafter(config.speculator_type)
+    out = kind.network(config, Target(model, config.target_layer_ids).frozen, draft_ids)
     with torch.no_grad():
         for _, parameter in out.trained():
             if parameter.ndim == 2:
@@ -46,11 +48,11 @@ def draft(model: Any, seed: int = 1, draft_ids: Tensor | None = None, **changes:
     return out.float().eval()
 
 
-def states(model: Any, ids: list[int]) -> Tensor:
+def states(model: Any, ids: list[int], layers: tuple[int, ...] = LAYERS) -> Tensor:
     """Aux states [S, L, H] of ``ids`` in one forward without a cache, from ``output_hidden_states``."""
     with torch.inference_mode():
         hidden = model(input_ids=torch.tensor([ids]), output_hidden_states=True).hidden_states
-    return torch.stack([hidden[i + 1][0] for i in LAYERS], dim=1)
+    return torch.stack([hidden[i + 1][0] for i in layers], dim=1)
 
 
 def agree(model: Any, draft_model: DraftModel, answers: list[list[int]], steps: int = 120) -> None:
@@ -71,7 +73,7 @@ def agree(model: Any, draft_model: DraftModel, answers: list[list[int]], steps: 
         batches.append(
             Batch.build(
                 input_ids=np.array(ids, dtype=np.int64), loss_mask=np.ones(count, dtype=bool), doc=np.zeros(count, dtype=np.int32),
-                aux=states(model, ids).clone(), last=torch.zeros(count - 1, HIDDEN), anchors=np.arange(1, count - 1), block_size=size,
+                aux=states(model, ids, draft_model.config.target_layer_ids).clone(), last=torch.zeros(count - 1, HIDDEN), anchors=np.arange(1, count - 1), block_size=size,
             )
         )  # fmt: skip
     parameters = [p for _, p in draft_model.trained()]

@@ -73,9 +73,11 @@ def serve_and_compare(
     from dspark.tools.decode.target import Target
     from dspark.tools.decode.vllm_serve import ServeRequest, run_vllm
     from dspark.train.draft.folder import load_config, load_draft
+    from dspark.train.draft.types import drafter
 
-    size = load_config(draft).block_size
-    with Target(model, load_config(draft).target_layer_ids) as tapped:
+    config = load_config(draft)
+    size = config.block_size
+    with Target(model, config.target_layer_ids) as tapped:
         ready = load_draft(draft, tapped.frozen, dtype=model.dtype).to(model.device).eval()
         ours = [
             speculative_generate(tapped, ready, list(p), max_tokens=max_tokens, stop_ids=stop_ids).outcome(
@@ -85,6 +87,6 @@ def serve_and_compare(
         ]
     request = ServeRequest(
         target=target, draft=draft, num_speculative_tokens=size, prompts=[list(p) for p in prompts], max_tokens=max_tokens,
-        stop_token_ids=tuple(stop_ids), dtype=dtype, trace=True,
+        stop_token_ids=tuple(stop_ids), dtype=dtype, speculation=drafter(config.speculator_type).serving(config), trace=True,
     )  # fmt: skip
     return compare(ours, run_vllm(request))

@@ -19,13 +19,13 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from functools import wraps
 from pathlib import Path
 from typing import Any
 
 from dspark.cache.errors import EngineError
 from dspark.dump.engines.registry import ENGINES
 from dspark.tools.decode.outcome import Outcome
+from dspark.tools.decode.vllm_trace import Blocks, watch
 
 INTERPRETER_ENV = "DSPARK_TRITON_INTERPRETER"
 _LOG_LINES = 25
@@ -54,8 +54,12 @@ class ServeRequest:
     """Also report every block vLLM drafts (``Outcome.drafted``); the engine then runs in the child itself."""
 
     def engine_args(self) -> dict[str, Any]:
-        """Keyword arguments of ``vllm.LLM``, with room for a block past the limit (it cuts drafts there)."""
-        longest = max(map(len, self.prompts)) + self.max_tokens + self.num_speculative_tokens + 2
+        """Keyword arguments of ``vllm.LLM``, with room for two blocks past the limit.
+
+        vLLM cuts drafts there, and its runner V1 stops drafting where a block that has not been judged yet
+        and the next one would reach it.
+        """
+        longest = max(map(len, self.prompts)) + self.max_tokens + 2 * (self.num_speculative_tokens + 2)
         args: dict[str, Any] = {
             "model": self.target,
             "dtype": self.dtype,
@@ -85,12 +89,19 @@ def run_vllm(
 
     ``program``: what the child's Python runs.
     """
+    return run_vllm_each([request], program=program)[0]
+
+
+def run_vllm_each(
+    requests: Sequence[ServeRequest], *, program: Sequence[str] = ("-m", "dspark.tools.decode.vllm_serve")
+) -> list[list[Outcome]]:
+    """The same for several requests, answered one after another in one process: vLLM is imported once."""
     env = _environment()
-    if request.trace:
+    if any(request.trace for request in requests):
         env["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     with tempfile.TemporaryDirectory(prefix="dspark-vllm-") as tmp:
         question, answer, log = (Path(tmp) / name for name in ("request.json", "result.json", "log.txt"))
-        question.write_text(json.dumps(asdict(request)))
+        question.write_text(json.dumps([asdict(request) for request in requests]))
         with log.open("w") as stream:
             child = subprocess.run(
                 [sys.executable, *program, str(question), str(answer)],
@@ -99,7 +110,7 @@ def run_vllm(
         if child.returncode != 0:
             tail = "\n".join(log.read_text(errors="replace").splitlines()[-_LOG_LINES:])
             raise EngineError(f"vLLM ended with exit code {child.returncode}. The end of its log:\n{tail}")
-        return [Outcome.from_json(row) for row in json.loads(answer.read_text())]
+        return [[Outcome.from_json(row) for row in rows] for rows in json.loads(answer.read_text())]
 
 
 def _environment() -> dict[str, str]:
@@ -127,16 +138,25 @@ def _environment() -> dict[str, str]:
     return env
 
 
-def serve(request: ServeRequest) -> list[Outcome]:
-    """The child's work: load vLLM, answer every prompt. Counts are differences of vLLM's own counters."""
-    from vllm import LLM, SamplingParams
+def serve(request: ServeRequest, trace: Blocks) -> list[Outcome]:
+    """The child's work: start an engine, answer every prompt, end it. Counts are differences of vLLM's own counters."""
+    from vllm import LLM
+    from vllm.distributed import cleanup_dist_env_and_memory
     from vllm.platforms import current_platform
 
-    trace = _trace() if request.trace else []
     args = request.engine_args()
     if current_platform.is_cpu():
         args |= {"enforce_eager": True, "distributed_executor_backend": "uni"}
     llm = LLM(**args)
+    try:
+        return _answers(llm, request, trace)
+    finally:
+        del llm
+        cleanup_dist_env_and_memory()
+
+
+def _answers(llm: Any, request: ServeRequest, trace: Blocks) -> list[Outcome]:
+    from vllm import SamplingParams
 
     def params(limit: int, number: int) -> SamplingParams:
         # vLLM keys its noise by seed and position: with one seed, all prompts would draw the same numbers.
@@ -169,29 +189,6 @@ def serve(request: ServeRequest) -> list[Outcome]:
     return outcomes
 
 
-def _trace() -> list[tuple[int, tuple[int, ...]]]:
-    """A list that fills with (position of the anchor, drafted tokens) of every block vLLM drafts from now on.
-
-    vLLM also drafts after the last verified block of a request; that one is never judged.
-    """
-    from vllm.v1.worker.gpu.spec_decode.dspark.speculator import DSparkSpeculator
-
-    blocks: list[tuple[int, tuple[int, ...]]] = []
-    original = DSparkSpeculator.propose
-
-    @wraps(original)
-    def propose(self: Any, input_batch: Any, *args: Any, dummy_run: bool = False, **kwargs: Any) -> Any:
-        drafted = original(self, input_batch, *args, dummy_run=dummy_run, **kwargs)
-        if not dummy_run:
-            for i in range(len(input_batch.req_ids)):
-                position = int(self.input_buffers.positions[i * self.num_query_per_req])
-                blocks.append((position, tuple(drafted[i].tolist())))
-        return drafted
-
-    DSparkSpeculator.propose = propose
-    return blocks
-
-
 def _counters(llm: Any) -> tuple[int, list[int]]:
     """vLLM's totals so far: blocks, and blocks that had slot k accepted. (0, []) without a draft."""
     drafts, accepted_at = 0, []
@@ -206,8 +203,9 @@ def _counters(llm: Any) -> tuple[int, list[int]]:
 def main(argv: list[str]) -> None:
     """``REQUEST.json RESULT.json``: the files of ``run_vllm``."""
     question, answer = map(Path, argv)
-    outcomes = serve(ServeRequest(**json.loads(question.read_text())))
-    answer.write_text(json.dumps([asdict(o) for o in outcomes]))
+    requests = [ServeRequest(**row) for row in json.loads(question.read_text())]
+    trace: Blocks = watch() if any(request.trace for request in requests) else []
+    answer.write_text(json.dumps([[asdict(o) for o in serve(request, trace)] for request in requests]))
 
 
 if __name__ == "__main__":
