@@ -207,7 +207,7 @@ class Manifest:
     def same_plan(self, other: Manifest, where: str) -> None:
         """Raise MismatchError, naming every differing field, unless ``other`` would write the same store.
 
-        ``other`` may come from a run that has read no weights and calibrated nothing, so their hashes are not compared.
+        ``other`` may come from a run that has read no weights and calibrated nothing, so hashes that it does not know are not compared.
         """
         if self.format_version != FORMAT_VERSION:
             raise MismatchError(
@@ -218,7 +218,7 @@ class Manifest:
         diffs = [
             f"{path}: store has {_short(a)}, this run has {_short(b)}"
             for path, a, b in _differences(mine, theirs)
-            if path not in ("target.weights_sha256", "codec.calibration_sha256")
+            if b or path not in ("target.weights_sha256", "codec.calibration_sha256")
         ]
         if diffs:
             raise MismatchError(

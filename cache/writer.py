@@ -96,11 +96,12 @@ class StoreWriter:
         *,
         codec: Codec | None = None,
         overwrite: bool = False,
+        weights_sha256: str | None = None,
     ) -> StoreWriter:
         """Begin a new store. ``files``: small files kept under ``target/`` (tokenizer, chat template). ``codec``: the calibrated one, where the
-        manifest's has to learn.
+        manifest's has to learn. ``weights_sha256``: of the target that its calibration was made for, where that was supplied.
 
-        Raises ExistsError when ``path`` exists, unless ``overwrite``; an old store is there until the new one takes its place.
+        Raises ExistsError when ``path`` exists, unless ``overwrite``, and MismatchError for another target's weights; an old store is there until the new one takes its place.
         """
         path = Path(path)
         if path.exists():
@@ -114,12 +115,18 @@ class StoreWriter:
                 )
         with staged(path, replace=overwrite) as new:
             sha = write_target(new / TARGET, target, manifest.target.config, files)
+            if weights_sha256 not in (None, sha):
+                raise MismatchError(
+                    f"{path}: this run's target is not the one of its calibration: sha256 of its embedding, final norm and head is {sha}, "
+                    f"the calibration is of {weights_sha256}. {SAME_TARGET}"
+                )
             manifest = dataclasses.replace(
                 manifest, target=dataclasses.replace(manifest.target, weights_sha256=sha)
             )
             if codec is not None:
-                learnt = save_calibration(codec, new)
-                info = dataclasses.replace(codec_info(codec), calibration_sha256=learnt)
+                manifest = dataclasses.replace(manifest, codec=codec_info(codec))
+                learnt = save_calibration(codec, new, manifest)
+                info = dataclasses.replace(manifest.codec, calibration_sha256=learnt)
                 manifest = dataclasses.replace(manifest, codec=info)
             zarr.create_group(new / PARTS, zarr_format=3)
             write_attributes(new, ROOT_KEY, sealed(manifest.to_json()))

@@ -43,12 +43,12 @@ class Calibration:
     size: RowBytes
 
     @classmethod
-    def of(cls, probe: Probe, codec: Codec) -> Self:
-        """``codec`` calibrated on the states of ``probe``, in the order of their samples."""
+    def of(cls, probe: Probe, codec: Codec, *, learns: bool = True) -> Self:
+        """``codec`` calibrated on the states of ``probe``, in the order of their samples; as it is where it ``learns`` nothing more."""
         import torch
 
         with torch.inference_mode():
-            learnt = codec.calibrated(*probe)
+            learnt = codec.calibrated(*probe) if learns else codec
             return cls(learnt, RowBytes.of(learnt, *probe.beginning()))
 
 

@@ -83,6 +83,12 @@ class LayerIds(click.ParamType):  # type: ignore[type-arg]  # no generic before 
     help=f"Cut rows to this many tokens.  [default: the preset's, or {DEFAULT_SEQ_LENGTH}]",
 )
 @codec_options
+@click.option(
+    "--calibration",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE",
+    help="What the codec has learnt: calibration.safetensors of another store of the same target, layers and codec.  [default: learnt from --data]",
+)
 @click.option("--limit", type=int, help="Only the first N rows.")
 @click.option("--resume", is_flag=True, help="Continue the store at --output.")
 @click.option(

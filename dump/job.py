@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dspark.cache.errors import DataError, TargetError
-from dspark.cache.files.calibration import codec_info
+from dspark.cache.files.calibration import Supplied, codec_info
 from dspark.cache.manifest import DumpInfo, Manifest, SourceInfo
 from dspark.cache.records import TokenSample
 from dspark.cache.target.shape import shape_for
@@ -59,6 +59,7 @@ class Job:
     corpus: Corpus
     maker: SampleMaker
     manifest: Manifest
+    supplied: Supplied | None = None  # the codec's calibration, made elsewhere
 
 
 def plan_only(config: DumpConfig) -> planning.Plan:
@@ -73,7 +74,12 @@ def plan_only(config: DumpConfig) -> planning.Plan:
     plan = plan_target(config)
     if named is not None and Path(named).is_file():
         plan = planning.estimate(plan, open_corpus(named), None, config.limit)
-    return planning.settle_codec(plan, config)
+    return planning.settle_codec(plan, config, supplied(config))
+
+
+def supplied(config: DumpConfig) -> Supplied | None:
+    """The calibration that ``--calibration`` names."""
+    return None if config.calibration is None else Supplied.read(config.calibration)
 
 
 def plan_target(config: DumpConfig, *, whole: bool = True) -> planning.Plan:
@@ -179,13 +185,16 @@ def prepare(config: DumpConfig, day: str | None = None) -> Job:
     plan = planning.estimate(plan, corpus, maker, config.limit)
     if isinstance(maker, Prompts):
         plan = planning.with_answers(plan, maker.sampling.max_tokens)
-    plan = planning.settle_codec(plan, config)
+    given = supplied(config)
+    plan = planning.settle_codec(plan, config, given, target.config)
     plan = planning.blocks(plan, conversations.PART_ROWS if isinstance(maker, Prompts) else None)
     assert plan.block_rows is not None
     manifest = Manifest(
         target=target_info(target, config.mask_token_id, preset),
         layers=list(plan.layers),
-        codec=codec_info(plan.make_codec()),
+        codec=dataclasses.replace(
+            codec_info(plan.make_codec()), calibration_sha256=given.sha256 if given else None
+        ),
         tokenizer=tokenizer_info(target, tokenised),
         sources=[SourceInfo(id=corpus.id, sha256=corpus.sha256, limit=config.limit)],
         dump=DumpInfo(
@@ -202,7 +211,7 @@ def prepare(config: DumpConfig, day: str | None = None) -> Job:
             template_date=None if tokenised or not maker.template.dated else day,
         ),
     )
-    return Job(config, plan, target, corpus, maker, manifest)
+    return Job(config, plan, target, corpus, maker, manifest, given)
 
 
 def load_engine(plan: planning.Plan, batch_tokens: int | None) -> Engine:

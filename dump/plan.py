@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from dspark.cache.errors import DataError, StoreWriteError, UsageError
 from dspark.cache.records import last_rows
-from dspark.cache.settings import FALLBACK
+from dspark.cache.settings import DEFAULT_PACKING, FALLBACK
 from dspark.cache.shared.command import duration
 from dspark.dump.config import DEFAULT_SEQ_LENGTH, DumpConfig
 from dspark.dump.engines.options import NO_OPTIONS, EngineOptions
@@ -26,6 +26,7 @@ from dspark.dump.workers import default_workers
 
 if TYPE_CHECKING:
     from dspark.cache.codec.base import Codec
+    from dspark.cache.files.calibration import Supplied
     from dspark.cache.sizing import RowBytes
     from dspark.dump.corpus.masks import SampleMaker
     from dspark.dump.corpus.rows import Corpus
@@ -81,6 +82,7 @@ class Plan:
     codec_why: str | None = None  # this one, and not the default
     calibration_tokens: int = 0  # whose states the codec learns from
     calibration_bytes: int = 0  # of host memory that they take
+    calibration: str | None = None  # the file that it has learnt from instead
 
     def make_codec(self) -> Codec:
         """The store's codec, not calibrated yet."""
@@ -138,6 +140,8 @@ class Plan:
 
     def _calibration(self) -> list[str]:
         """What the codec learns from, where that is more than a few batches."""
+        if self.calibration:
+            return [f"codec    calibrated by {self.calibration}"]
         if not self.calibration_bytes:
             return []
         return [
@@ -272,13 +276,23 @@ def with_answers(plan: Plan, max_tokens: int) -> Plan:
     return dataclasses.replace(plan, tokens=tokens, last_rows=answers, bytes=size)
 
 
-def settle_codec(plan: Plan, config: DumpConfig) -> Plan:
-    """``plan`` with the codec that its corpus allows, and what that learns from.
+def settle_codec(
+    plan: Plan, config: DumpConfig, supplied: Supplied | None = None, target: dict[str, Any] | None = None
+) -> Plan:
+    """``plan`` with the codec that its corpus allows, and what that learns from; with that of a ``supplied`` calibration where no codec was asked for.
 
-    Raises UsageError where a codec was asked for that cannot be calibrated on the corpus.
+    Raises UsageError where a codec was asked for that cannot be calibrated on the corpus, MismatchError where ``supplied`` is of another codec, other layers or another
+    ``target`` (its config, None: not known yet).
     """
     from dspark.cache.codec import registry
     from dspark.cache.quality import budget_of, calibration_bytes
+
+    if supplied is not None:
+        name = supplied.made_for.codec
+        if name != plan.codec and not config.codec_asked and config.pack == DEFAULT_PACKING:
+            plan = with_codec(plan, name, "that of --calibration", config.part_tokens is None)
+        supplied.check(plan.make_codec(), plan.layers, target)
+        return dataclasses.replace(plan, calibration=str(supplied.path))
 
     layers, hidden = len(plan.layers), plan.shapes.hidden_size
     codec = plan.make_codec()

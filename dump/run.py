@@ -140,12 +140,19 @@ def continued(job: Job, stored: Manifest) -> Job:
     rows = stored.dump.block_rows
     plan = dataclasses.replace(job.plan, block_rows=rows)
     name = stored.codec.name
-    if not job.config.codec_asked and name in (NAMED["default"], FALLBACK) and name != plan.codec:
+    if (
+        not job.config.codec_asked
+        and job.supplied is None
+        and name in (NAMED["default"], FALLBACK)
+        and name != plan.codec
+    ):
         plan = planning.with_codec(plan, name, "as the store was begun", own_parts=False)
     manifest = dataclasses.replace(
         job.manifest,
         dump=dataclasses.replace(job.manifest.dump, block_rows=rows),
-        codec=codec_info(plan.make_codec()),
+        codec=dataclasses.replace(
+            codec_info(plan.make_codec()), calibration_sha256=job.manifest.codec.calibration_sha256
+        ),
     )
     return dataclasses.replace(job, plan=plan, manifest=manifest)
 
@@ -176,6 +183,7 @@ def run_engine(
     raw = [states[i] for i in sorted(states)]
     if writer is None:
         codec = job.plan.make_codec()
+        codec = job.supplied.codec(codec) if job.supplied else codec
         found = calibration(job, engine, probe_states(engine, probe, raw, codec), codec, show)
         planning.check_disk(planning.measured(job.plan, found.size), 0)
         codec = found.codec
@@ -191,6 +199,7 @@ def run_engine(
             job.target.files,
             codec=codec,
             overwrite=config.overwrite,
+            weights_sha256=job.supplied.made_for.weights_sha256 if job.supplied else None,
         )
         if stale:  # only now: an old store that could not be replaced keeps its answers
             answers.begin()
@@ -230,10 +239,10 @@ def probe_states(
 
 
 def calibration(job: Job, engine: Engine, probe: Probe, codec: Codec, show: Display) -> Calibration:
-    """Codec and size of a new store from states from all over the corpus; from those of the self-check, ``probe``, where the codec learns nothing."""
+    """Codec and size of a new store from states from all over the corpus; from those of the self-check, ``probe``, where the codec learns nothing (more)."""
     assert job.plan.rows is not None
     assert job.plan.tokens is not None
-    if codec.needs_calibration:
+    if codec.needs_calibration and job.supplied is None:
         began = time.monotonic()
         shapes = len(job.plan.layers), job.plan.shapes.hidden_size
         budget = budget_of(codec, *shapes, job.plan.tokens)
@@ -244,7 +253,7 @@ def calibration(job: Job, engine: Engine, probe: Probe, codec: Codec, show: Disp
             f"calibrated on {len(samples):,} samples spread over the corpus, {sum(len(s.input_ids) for s in samples):,} tokens, "
             f"in {time.monotonic() - began:.1f} s"
         )
-    out = Calibration.of(probe, codec)
+    out = Calibration.of(probe, codec, learns=job.supplied is None)
     plan = planning.measured(job.plan, out.size)
     show.say(f"size     about {planning.human(plan.bytes or 0)}, measured on {probe.aux.shape[0]:,} tokens")
     return out

@@ -1,0 +1,160 @@
+"""``--calibration``: what a codec has learnt in one dump, taken to another; refused before weights are read where it is not for that."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from dump_runs import assert_same, corpus, files
+from safetensors.torch import load_file, save_file
+
+from dspark.cache.errors import DamagedCacheError, DsparkError, MismatchError, UsageError
+from dspark.cache.files.checksum import file_sha256
+from dspark.cache.files.layout import CALIBRATION
+from dspark.cache.reader import read_manifest
+from dspark.cache.writer import StoreWriter
+from dspark.dump import plan as planning
+from dspark.dump import run as running
+from dspark.dump.config import DumpConfig
+from dspark.dump.engines.engine import Engine
+from dspark.dump.job import plan_only
+from dspark.dump.progress import Display
+from dspark.dump.run import dump
+from dump_targets import save_target
+
+
+def no_engine(plan: planning.Plan, batch_tokens: int | None) -> Engine:
+    pytest.fail("weights were read")
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> DumpConfig:
+    """How a store was made whose codec learnt from its corpus."""
+    folder = tmp_path_factory.mktemp("made")
+    data = folder / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in corpus(45)))
+    out = DumpConfig(
+        model=str(save_target(folder / "target")),
+        data=str(data),
+        output=folder / "hs.zarr",
+        codec="klt-2-2",
+        layers=(0, 2),
+        part_tokens=300,
+        device="cpu",
+    )
+    dump(out, Display())
+    return out
+
+
+def test_it_gives_the_bytes_of_the_dump_that_made_it(
+    made: DumpConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also outside its store, where no codec is named, and without a pass over the corpus; a later run may leave the flag out."""
+    file = shutil.copy(made.output / CALIBRATION, tmp_path / "learnt.safetensors")
+    again = dataclasses.replace(made, output=tmp_path / "again.zarr", calibration=file, codec=None)
+    monkeypatch.setattr(running, "captured", lambda *a: pytest.fail("states were captured to learn from"))
+    out = dump(again, Display())
+    assert (out["codec"], out["codec_why"]) == ("klt-2-2", "that of --calibration")
+    assert_same(made.output, again.output)
+    remove_last_part(again.output)
+    dump(dataclasses.replace(made, output=again.output, resume=True), Display())
+    assert_same(made.output, again.output)
+
+
+def remove_last_part(store: Path) -> None:
+    shutil.rmtree(sorted((store / "parts").glob("[0-9]*"))[-1])
+    StoreWriter(store, read_manifest(store), {}).reopen()
+
+
+def test_a_corpus_that_is_too_short_to_learn_from_is_enough(made: DumpConfig, tmp_path: Path) -> None:
+    short = tmp_path / "short.jsonl"
+    short.write_text("".join(json.dumps(row) + "\n" for row in corpus(6, seed=1)))
+    config = dataclasses.replace(made, data=str(short), output=tmp_path / "short.zarr")
+    with pytest.raises(UsageError, match="is calibrated on the corpus and needs"):
+        dump(config, Display(), no_engine)
+    dump(dataclasses.replace(config, calibration=made.output / CALIBRATION), Display())
+    found = read_manifest(config.output).codec
+    assert found == read_manifest(made.output).codec
+    assert found.calibration_sha256 == file_sha256(config.output / CALIBRATION)
+
+
+def refusals(made: DumpConfig, tmp_path: Path) -> dict[str, tuple[dict[str, Any], type[DsparkError], str]]:
+    """What is asked for -> the flags that differ, the error and its words."""
+    file = made.output / CALIBRATION
+    tensors = load_file(file)
+    bare, cut, other = (tmp_path / f"{n}.safetensors" for n in ("bare", "cut", "other"))
+    save_file(tensors, bare)
+    cut.write_bytes(file.read_bytes()[:-9])
+    save_file(tensors, other, {"dspark": '{"codec": "klt-2-2"}'})
+    in_store = tmp_path / "store" / CALIBRATION
+    shutil.copytree(made.output, in_store.parent)
+    save_file({**tensors, "more": tensors["shape"] + 1}, in_store)
+    target = str(save_target(tmp_path / "wider", intermediate_size=160))
+    return {
+        "no file": ({"calibration": tmp_path / "none"}, UsageError, "none: No such file"),
+        "a folder": ({"calibration": made.output}, UsageError, "Is a directory"),
+        "no safetensors": ({"calibration": Path(str(made.data))}, UsageError, "not a calibration file"),
+        "cut": ({"calibration": cut}, UsageError, "not a calibration file"),
+        "says nothing": ({"calibration": bare}, UsageError, "does not say what it was made for"),
+        "says too little": ({"calibration": other}, DamagedCacheError, "missing keys"),
+        "not its store's": ({"calibration": in_store}, DamagedCacheError, "the store that it lies in says"),
+        "codec": ({"codec": "klt-3-2"}, MismatchError, "codec: it is of klt-2-2, this run has klt-3-2"),
+        "nothing to learn": ({"codec": "lossless"}, MismatchError, "codec: it is of klt-2-2, this run has lossless"),
+        "layers": ({"layers": (0, 3)}, MismatchError, r"layers: it is of \[0, 2\], this run has \[0, 3\]"),
+        "target": ({"model": target}, MismatchError, "target: it is of .*, whose config is another"),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("dry", [False, True], ids=["dump", "dry run"])
+def test_what_is_not_for_this_dump_is_refused_before_weights_are_read(
+    made: DumpConfig, tmp_path: Path, dry: bool
+) -> None:
+    for name, (flags, error, words) in refusals(made, tmp_path).items():
+        config = dataclasses.replace(
+            made, output=tmp_path / "out.zarr", **{"calibration": made.output / CALIBRATION, **flags}
+        )
+        with pytest.raises(error, match=words):
+            plan_only(config) if dry else dump(config, Display(), no_engine)
+            pytest.fail(f"{name} was taken")
+        assert not config.output.exists(), name
+
+
+def test_other_weights_of_the_same_shape_begin_no_store(made: DumpConfig, tmp_path: Path) -> None:
+    target = Path(shutil.copytree(made.model, tmp_path / "target"))
+    tensors = load_file(target / "model.safetensors")
+    save_file({n: t + 1 / 64 for n, t in tensors.items()}, target / "model.safetensors", {"format": "pt"})
+    config = dataclasses.replace(
+        made, model=str(target), output=tmp_path / "o.zarr", calibration=made.output / CALIBRATION
+    )
+    with pytest.raises(MismatchError, match="not the one of its calibration"):
+        dump(config, Display())
+    assert not config.output.exists()
+
+
+def test_another_calibration_does_not_go_on_with_a_store(made: DumpConfig, tmp_path: Path) -> None:
+    store, other = tmp_path / "hs.zarr", tmp_path / "other.safetensors"
+    shutil.copytree(made.output, store)
+    tensors = load_file(store / CALIBRATION)
+    from safetensors import safe_open
+
+    with safe_open(store / CALIBRATION, "pt") as file:
+        save_file({n: t + (n == "aux_mean") for n, t in tensors.items()}, other, file.metadata())
+    before = files(store)
+    with pytest.raises(MismatchError, match="codec.calibration_sha256: store has "):
+        dump(
+            dataclasses.replace(made, output=store, calibration=other, resume=True),
+            Display(),
+            no_engine,
+        )
+    assert files(store) == before
+
+
+def test_regenerated_answers_take_a_calibration_that_is_there(made: DumpConfig) -> None:
+    config = dataclasses.replace(made, regenerate=True, part_tokens=None, dry_run=True)
+    with pytest.raises(UsageError, match="learns from answers, which --regenerate has none of yet"):
+        plan_only(config)
+    assert plan_only(dataclasses.replace(config, calibration=made.output / CALIBRATION)).codec == "klt-2-2"
