@@ -15,12 +15,12 @@ from torch import Tensor
 
 from dspark.cache.records import TokenSample, last_rows
 from dspark.cache.target.frozen import FrozenTarget
+from dspark.cache.target.taps import default_layers
 from dspark.dump.corpus.masks import SampleMaker
 from dspark.dump.corpus.rows import ChatRow, Row
 from dspark.dump.engines.engine import States as Captured
 from dspark.dump.engines.hf import TransformersEngine
 from dspark.dump.target.config import choose_mask_token, load_target
-from dspark.dump.target.layers import default_layers
 from dspark.dump.target.weights import compact
 
 _maker: SampleMaker | None = None

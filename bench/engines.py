@@ -20,13 +20,13 @@ import torch
 
 from common import write
 from dspark.cache.records import KEY_BYTES, TokenSample, last_rows
+from dspark.cache.target.taps import default_layers
 from dspark.dump.checks.states import compare
 from dspark.dump.corpus.masks import SampleMaker
 from dspark.dump.corpus.sources import open_corpus
 from dspark.dump.engines.hf import TransformersEngine
 from dspark.dump.engines.vllm.engine import VllmEngine
 from dspark.dump.target.config import load_target
-from dspark.dump.target.layers import default_layers
 
 
 def tiny(folder: Path, kind: str) -> Path:

@@ -2,27 +2,29 @@
 
 from __future__ import annotations
 
+import re
 import signal
 from pathlib import Path
 from typing import Any
 
 import click
 
-from dspark.cache.errors import DsparkError
 from dspark.cache.shared.command import break_lock_flag, codec_options, command, emit, json_flag, version_flag
+from dspark.cache.shared.layer_ids import LayerIds
+from dspark.cache.target.taps import READERS
 from dspark.dump.config import (
     DEFAULT_SEQ_LENGTH,
     TURNS,
     DumpConfig,
 )
 from dspark.dump.engines.registry import ENGINES
-from dspark.dump.target.layers import parse_ids
 
 EPILOG = """\b
 Examples:
   dspark-dump --model zai-org/GLM-5.2-FP8
   dspark-dump --model ./smollm2 --data chats.jsonl.gz --output ./hs.zarr --limit 500
   dspark-dump --model Qwen/Qwen3-4B --data chats.jsonl --layers 1,9,17,25,33 --dry-run
+  dspark-dump --model Qwen/Qwen3-4B --data chats.jsonl --for eagle3,dspark
   dspark-dump --model ./smollm2 --data chats.jsonl.gz --resume
   dspark-dump --model Qwen/Qwen3-4B --data prompts.jsonl --regenerate --no-thinking --max-tokens 1024
 
@@ -31,21 +33,19 @@ A row of --data is {"messages": [...]} or {"input_ids": [...], "loss_mask": [...
 last answer that was cut short. Exit code: 0 done, 1 failed, 2 wrong usage."""
 
 
-class LayerIds(click.ParamType):  # type: ignore[type-arg]  # no generic before click 8.4
-    """Commas or one quoted list."""
+class DrafterTypes(click.ParamType):  # type: ignore[type-arg]  # no generic before click 8.4
+    """Names of drafter types, with commas."""
 
-    name = "IDS"
+    name = "TYPES"
 
     def convert(
         self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> tuple[int, ...]:
-        if isinstance(value, tuple):
-            return value
-        flag = param.opts[0] if param else "layers"
-        try:
-            return parse_ids(value, flag)
-        except DsparkError as error:
-            self.fail(str(error), param, ctx)
+    ) -> tuple[str, ...]:
+        kinds = value if isinstance(value, tuple) else tuple(w for w in re.split(r"[,\s]+", value) if w)
+        unknown = [kind for kind in kinds if kind not in READERS]
+        if unknown or not kinds:
+            self.fail(f"{', '.join(unknown) or 'empty'}: expected some of {', '.join(READERS)}", param, ctx)
+        return tuple(dict.fromkeys(kinds))
 
 
 @command(epilog=EPILOG)
@@ -76,6 +76,12 @@ class LayerIds(click.ParamType):  # type: ignore[type-arg]  # no generic before 
 )
 @click.option(
     "--target-layer-ids", type=LayerIds(), help='vLLM convention, state entering layer j = i + 1: "8 23 39".'
+)
+@click.option(
+    "--for",
+    "for_",
+    type=DrafterTypes(),
+    help=f"Drafter types that the store is to serve, such as eagle3,dspark: their layers, or a check of --layers. Of {', '.join(READERS)}.",
 )
 @click.option(
     "--seq-length",

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from dspark.cache.errors import UsageError
 from dspark.cache.settings import DEFAULT_PACKING, choose_codec, is_asked
+from dspark.cache.target.taps import BOTH
 from dspark.dump.engines.answers import check_max_tokens, check_temperature, check_top_p
 from dspark.dump.engines.options import EngineOptions, parse_arguments
-from dspark.dump.target.layers import BOTH
 
 if TYPE_CHECKING:
     from dspark.cache.codec.base import Codec
@@ -32,6 +32,7 @@ class DumpConfig:
     engine: str = "auto"
     layers: tuple[int, ...] | None = None  # output of decoder layer i
     target_layer_ids: tuple[int, ...] | None = None  # state entering layer j = i + 1
+    for_: tuple[str, ...] | None = None  # drafter types that the store is to serve
     seq_length: int | None = None
     codec: str | None = None  # a name; None: the default
     aux_bits: int | None = None  # these two name a rotated codec

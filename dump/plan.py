@@ -13,14 +13,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from dspark.cache.errors import DataError, StoreWriteError, UsageError
+from dspark.cache.errors import DataError, MismatchError, StoreWriteError, UsageError
 from dspark.cache.records import last_rows
 from dspark.cache.settings import DEFAULT_PACKING, FALLBACK
 from dspark.cache.shared.command import duration
+from dspark.cache.target import taps
 from dspark.dump.config import DEFAULT_SEQ_LENGTH, DumpConfig
 from dspark.dump.engines.options import NO_OPTIONS, EngineOptions
 from dspark.dump.engines.registry import choose_dtype, choose_engine, engine_kind
-from dspark.dump.target.layers import Shapes, check_layers, default_layers
+from dspark.dump.target.layers import Shapes, check_layers
 from dspark.dump.target.presets import Preset
 from dspark.dump.workers import default_workers
 
@@ -57,6 +58,7 @@ class Plan:
     dtype: str
     shapes: Shapes
     layers: tuple[int, ...]
+    drafts: dict[str, tuple[int, ...]]  # drafter type -> which of the layers it reads
     seq_length: int
     codec: str  # full name
     pack: str
@@ -123,6 +125,7 @@ class Plan:
             + f": {self.shapes.num_layers} layers, hidden {self.shapes.hidden_size}, vocabulary {self.shapes.vocab_size}",
             f"layers   --layers {','.join(map(str, self.layers))} (output of layer i) "
             f"= --target-layer-ids {','.join(map(str, self.target_layer_ids))} (entering layer i+1), and the last state after the final norm",
+            *self._drafts(),
             f"data     {self.data or 'none named (--data)'}: rows {rows}, tokens {tokens}, at most {self.seq_length} a row",
             f"engine   {self.engine}, {self.dtype} on {self.device}"
             + (f" ({self.engine_why})" if self.engine_why else "")
@@ -137,6 +140,16 @@ class Plan:
                 for what, n in [*((f"dropped: {r}", n) for r, n in self.dropped.items()), *self.notes.items()]
             ),
         ]
+
+    def _drafts(self) -> list[str]:
+        """Which layers each type reads; how to say so to the training where it would take others."""
+        groups: dict[str, list[str]] = {}
+        for kind, layers in self.drafts.items():
+            ids = ",".join(map(str, layers))
+            own = taps.chosen(kind, self.layers, self.shapes.num_layers) == layers
+            groups.setdefault(ids if own else f"{ids} (dspark-train --layers {ids})", []).append(kind)
+        lines = [f"{', '.join(kinds)}: {ids}" for ids, kinds in groups.items()]
+        return [f"drafts   {'; '.join(lines)}"] if lines else []
 
     def _calibration(self) -> list[str]:
         """What the codec learns from, where that is more than a few batches."""
@@ -163,8 +176,7 @@ def resolve(
     from dspark.cache.files.atomic import existing_parent
 
     data = config.data or (preset.data if preset else None)
-    asked = config.asked_layers or (preset.layers if preset else default_layers(shapes.num_layers))
-    layers = check_layers(asked, shapes.num_layers)
+    layers, drafts = choose_layers(config, preset, shapes)
     engine, device, why = choose_engine(config.engine, config.device, architectures)
     only = config.engine_options.only_vllm(engine)
     if only:
@@ -181,6 +193,7 @@ def resolve(
         dtype=choose_dtype(config.dtype, device),
         shapes=shapes,
         layers=layers,
+        drafts=drafts,
         seq_length=choose_length(config, preset, shapes, engine),
         codec=config.codec_name,
         pack=config.pack,
@@ -198,6 +211,31 @@ def resolve(
             plan, part_tokens=nearest_power(PART_BYTES / memory_bytes(plan), PART_TOKENS)
         )
     return plan
+
+
+def choose_layers(
+    config: DumpConfig, preset: Preset | None, shapes: Shapes
+) -> tuple[tuple[int, ...], dict[str, tuple[int, ...]]]:
+    """The layers of the store, and for each drafter type which of them it reads. Raises UsageError where a type that is asked for cannot
+    be trained on them.
+    """
+    count, kinds = shapes.num_layers, config.for_ or ()
+    blocks = preset.layers if preset else None
+    if kinds and config.asked_layers is None:
+        drafts = taps.serving(kinds, count, blocks)
+        layers = check_layers(sorted({i for read in drafts.values() for i in read}), count)
+    else:
+        layers = check_layers(config.asked_layers or blocks or taps.default_layers(count), count)
+        drafts = {}
+    for kind in kinds or taps.READERS:
+        try:
+            read = taps.chosen(kind, layers, count)
+        except MismatchError as error:
+            if kinds:
+                raise UsageError(f"--for {kind}: {error}") from error
+            continue
+        drafts.setdefault(kind, read)
+    return layers, drafts
 
 
 def data_of(plan: Plan) -> str:

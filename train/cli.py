@@ -11,6 +11,7 @@ import click
 
 from dspark.cache.errors import UsageError
 from dspark.cache.shared.command import bar, break_lock_flag, command, emit, version_flag
+from dspark.cache.shared.layer_ids import LayerIds
 from dspark.train.config import LOGGERS, SCHEDULES, SELECT, STRATEGIES, TrainConfig
 from dspark.train.draft.shape_file import read_shape
 from dspark.train.draft.types import TYPES, drafter
@@ -88,6 +89,11 @@ Examples:
     "--max-anchors", default=DEFAULTS.max_anchors, help="Anchors drawn per row; 0 = every eligible one."
 )
 @click.option("--speculator-type", default=DEFAULTS.speculator_type, type=click.Choice(list(TYPES)))
+@click.option(
+    "--layers",
+    type=LayerIds(),
+    help="Which of the store's layers the draft reads, as outputs of layer i.  [default: all; three for eagle3 and peagle]",
+)
 @click.option("--num-layers", default=DEFAULTS.num_layers, help="Layers of the draft.")
 @click.option("--num-heads", type=int, help="Query heads of a draft layer.  [default: by the target]")
 @click.option("--num-kv-heads", type=int, help="Key-value heads of a draft layer.  [default: by the target]")

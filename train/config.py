@@ -129,6 +129,8 @@ class TrainConfig:
     max_anchors: int = 512
     """Anchors drawn per row; 0 = every eligible one."""
     speculator_type: str = "dspark"
+    layers: tuple[int, ...] | None = None
+    """Which of the store's layers the draft reads, as outputs of decoder layer i. None: what its type reads (``cache.target.taps``)."""
     num_layers: int = 5
     num_heads: int | None = None
     """Of a draft layer, as the next three. None: derived from the target (``cache.target.shape``)."""
@@ -190,6 +192,10 @@ class TrainConfig:
             raise UsageError(f"betas are {self.betas}, expected two numbers in [0, 1)")
         if unknown := sorted(set(self.logger) - set(LOGGERS)):
             raise UsageError(f"--logger {unknown[0]}: expected {', '.join(LOGGERS)}")
+        if self.layers is not None and list(self.layers) != sorted(set(self.layers)):
+            raise UsageError(
+                f"--layers {','.join(map(str, self.layers))}: expected each once, in ascending order"
+            )
         if self.strategy not in (None, *STRATEGIES):
             raise UsageError(f"strategy is {self.strategy!r}, expected {', '.join(STRATEGIES)}")
         if self.lr_schedule not in SCHEDULES:
@@ -221,7 +227,9 @@ class TrainConfig:
         return tuple(dict.fromkeys((*(("tensorboard",) if self.tensorboard else ()), *self.logger)))
 
     def to_json(self) -> dict[str, Any]:
-        return dataclasses.asdict(self) | {"betas": list(self.betas), "logger": list(self.logger)}
+        return dataclasses.asdict(self) | {
+            "betas": list(self.betas), "logger": list(self.logger), "layers": None if self.layers is None else list(self.layers)
+        }  # fmt: skip
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any], where: str) -> TrainConfig:
@@ -231,7 +239,7 @@ class TrainConfig:
             raise UsageError(f"{where}: unknown keys {sorted(unknown)}")
         if "cache" not in data:
             raise UsageError(f"{where} names no cache; expected the settings of a training")
-        data |= {k: tuple(data[k]) for k in ("betas", "logger") if isinstance(data.get(k), list)}
+        data |= {k: tuple(data[k]) for k in ("betas", "logger", "layers") if isinstance(data.get(k), list)}
         try:
             return cls(**data)
         except UsageError as wrong:

@@ -90,7 +90,7 @@ def resolved(settings: Mapping[str, Any], made_by: str) -> bytes:
     """The settings of a run as a file for ``--config``; those that are None or only of the call are left out."""
     import yaml
 
-    names = {key.replace("_", "-"): value for key, value in settings.items()}
+    names = {key.rstrip("_").replace("_", "-"): value for key, value in settings.items()}
     kept = {k: _plain(v) for k, v in names.items() if v is not None and k not in OF_THE_CALL}
     head = f"# Made by {made_by}. To repeat it: {made_by} --config THIS_FILE\n"
     text: str = yaml.safe_dump(kept, sort_keys=False, default_flow_style=None)

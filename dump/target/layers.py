@@ -1,17 +1,12 @@
-"""Layer ids: two conventions, their checks and the default choice. Pure, imports nothing heavy.
-
-``--layers`` i = output of decoder layer i, 0-based. ``--target-layer-ids`` j = the state entering layer j (vLLM, speculators), j = i + 1.
-"""
+"""Layers of a target: its shapes, and whether ids fit them. Which layers a draft reads: ``cache/target/taps.py``."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dspark.cache.errors import UsageError
-
-BOTH = "--layers i means the output of decoder layer i (0-based); --target-layer-ids j means the state entering layer j, so j = i + 1"
+from dspark.cache.target.taps import BOTH
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -22,16 +17,6 @@ class Shapes:
     vocab_size: int
     num_layers: int
     max_positions: int | None
-
-
-def parse_ids(text: str, flag: str) -> tuple[int, ...]:
-    """``"7,22,38"`` or ``"8 23 39"`` -> ids, not yet checked against a target."""
-    words = [w for w in re.split(r"[,\s]+", text.strip()) if w]
-    if not words or not all(re.fullmatch(r"-?\d+", w) for w in words):
-        raise UsageError(
-            f'{flag}: found {text!r}, expected layer numbers such as 7,22,38 or "8 23 39". {BOTH}.'
-        )
-    return tuple(int(w) for w in words)
 
 
 def check_layers(layers: Sequence[int], num_layers: int) -> tuple[int, ...]:
@@ -48,14 +33,3 @@ def check_layers(layers: Sequence[int], num_layers: int) -> tuple[int, ...]:
         what = "duplicated" if len(set(layers)) < len(layers) else "unsorted"
         raise UsageError(f"{named}: the ids are {what}; give each once, in ascending order. {BOTH}.")
     return tuple(layers)
-
-
-def default_layers(num_layers: int) -> tuple[int, ...]:
-    """Five layers spread evenly from 1 to n-3 (36 layers: 1, 9, 17, 25, 33); fewer where the target has too few."""
-    if num_layers <= 2:
-        return (0,)
-    first, last = 1, max(num_layers - 3, 1)
-    count = min(5, last - first + 1)
-    if count == 1:
-        return (first,)
-    return tuple(round(first + k * (last - first) / (count - 1)) for k in range(count))

@@ -14,11 +14,11 @@ import pytest
 from click.testing import CliRunner
 
 from dspark.cache.errors import TargetError, UsageError
+from dspark.cache.target.taps import default_layers
 from dspark.dump.cli import main
 from dspark.dump.target import chain
 from dspark.dump.target.config import load_config, shapes_of
 from dspark.dump.target.identify import did_you_mean, identify
-from dspark.dump.target.layers import default_layers
 from dspark.dump.target.presets import presets
 from dspark.dump.target.support import STATES, USES, sources
 from dspark.dump.target.support import families as known

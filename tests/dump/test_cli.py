@@ -57,6 +57,19 @@ def test_the_plan_of_a_preset_needs_no_network(monkeypatch: pytest.MonkeyPatch) 
     assert "--target-layer-ids 8,23,39,55,70" in out.stderr
 
 
+def test_for_picks_layers_that_serve_all_named_types() -> None:
+    out = run("--model", "zai-org/GLM-5.2-FP8", "--dry-run", "--json", "--for", "spd,dspark,eagle3")
+    assert out.exit_code == 0, out.output
+    plan = json.loads(out.stdout)
+    assert plan["layers"] == [7, 22, 25, 38, 51, 54, 69, 77]
+    assert plan["drafts"] == {"spd": [25, 51, 77], "dspark": [7, 22, 38, 54, 69], "eagle3": [7, 38, 69]}
+    assert "dspark: 7,22,38,54,69 (dspark-train --layers 7,22,38,54,69)" in out.stderr
+    wrong = run("--model", "zai-org/GLM-5.2-FP8", "--dry-run", "--layers", "3,9", "--for", "dspark,peagle")
+    assert wrong.exit_code == 2
+    assert "lacks [1, 38, 74]" in wrong.stderr
+    assert "eagle4: expected some of" in run("--model", "m", "--for", "eagle4").stderr
+
+
 def test_dry_run_estimates_and_writes_nothing(
     tiny: Path, tmp_path: Path, write_rows: Callable[..., Path]
 ) -> None:

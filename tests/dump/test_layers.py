@@ -3,8 +3,9 @@
 import pytest
 
 from dspark.cache.errors import UsageError
+from dspark.cache.target.taps import default_layers, parse_ids
 from dspark.dump.config import DumpConfig
-from dspark.dump.target.layers import check_layers, default_layers, parse_ids
+from dspark.dump.target.layers import check_layers
 from dspark.dump.target.presets import find, presets
 
 

@@ -164,6 +164,10 @@ def test_it_trains_is_saved_under_vllms_names_and_loads(kind: str, tmp_path: Pat
 
 
 def test_layers_of_a_larger_store_serve_and_of_a_smaller_do_not() -> None:
-    assert EAGLE3.layers([1, 9, 17, 25, 33]) == (1, 17, 33)
-    with pytest.raises(MismatchError, match="reads 3 layers"):
-        EAGLE3.layers([-1, 4, 5])
+    target = {"num_hidden_layers": 36}
+    assert EAGLE3.layers([1, 9, 17, 25, 33], target) == (1, 17, 33)
+    assert EAGLE3.layers([1, 9, 17, 25, 33], target, [9, 17, 25]) == (9, 17, 25)
+    with pytest.raises(MismatchError, match=r"reads 3 layers.*lacks \[1, 17, 32\].*--for eagle3"):
+        EAGLE3.layers([-1, 4, 5], target)
+    with pytest.raises(MismatchError, match=r"--layers 9,17,18: the store has .* lacks \[18\]"):
+        EAGLE3.layers([1, 9, 17, 25, 33], target, [9, 17, 18])

@@ -66,7 +66,7 @@ def import_command(
 ) -> None:
     """Convert a DeepSpec target cache, or speculators' data and hidden states, to a store."""
     from dspark.cache.errors import UsageError
-    from dspark.dump.target.layers import parse_ids
+    from dspark.cache.target.taps import parse_ids
     from dspark.tools.importers.importer import import_store
     from dspark.tools.stores.info import info
 

@@ -13,7 +13,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dspark.cache.errors import UsageError
+from dspark.cache.errors import MismatchError, UsageError
 
 if TYPE_CHECKING:
     import torch
@@ -97,9 +97,22 @@ class DrafterType(ABC):
 
         return DraftConfig(**fields)
 
-    def layers(self, stored: Sequence[int]) -> tuple[int, ...]:
-        """Which of the store's layers (outputs, 0-based, rising) the draft reads: all. Raise MismatchError if the type needs others."""
-        return tuple(stored)
+    def layers(
+        self, stored: Sequence[int], target: Mapping[str, Any], asked: Sequence[int] | None = None
+    ) -> tuple[int, ...]:
+        """Which of the ``stored`` layers (outputs, 0-based, rising) the draft reads, of those ``asked`` for if there are any, on a target
+        with this HF config. Raises MismatchError, naming what the store lacks.
+        """
+        from dspark.cache.target import taps
+        from dspark.cache.target.shape import count, text_config
+
+        missing = [i for i in asked or () if i not in stored]
+        if missing:
+            raise MismatchError(
+                f"--layers {','.join(map(str, asked or ()))}: the store has {list(stored)} and lacks {missing}"
+            )
+        number = count(text_config(target), "num_hidden_layers") or max(stored, default=0) + 1
+        return taps.chosen(self.name, tuple(asked or stored), number)
 
     def configure(
         self,
@@ -114,7 +127,7 @@ class DrafterType(ABC):
 
         return DraftConfig.sized_for(
             target,
-            target_layer_ids=self.layers(stored),
+            target_layer_ids=self.layers(stored, target, settings.layers),
             mask_token_id=mask_token_id,
             speculator_type=self.name,
             num_layers=settings.num_layers,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from dspark.cache.target import taps
 from dspark.train.draft.config import DraftConfig
 from dspark.train.draft.model import Attention, Mlp
 from dspark.train.optim.muon import is_matrix
@@ -75,7 +76,7 @@ def estimate(run: Run) -> Memory:
 
 
 def describe(run: Run) -> str:
-    """Two lines for a person: what is trained on what, and the memory it will take."""
+    """Three lines for a person: what is trained on what, the layers it reads, and the memory it will take."""
     m, world, config = estimate(run), run.world, run.config
     count = sum(p.numel() for _, p in run.model.trained())
     rows = -(-config.rows_per_step // world.size)
@@ -86,8 +87,16 @@ def describe(run: Run) -> str:
         f"draft of {count / 1e6:.1f} M trained parameters, {str(run.compute.dtype).removeprefix('torch.')} on {where}: "
         f"{config.rows_per_step} rows of {run.stream.total_seq_len} tokens per step, {rows} per process, one after the other"
         + (f"; recipe {config.recipe}" if config.recipe else "")
+        + f"\n{_layers(run)}"
         + f"\nmemory per device, about: {_gb(m.trained)} weights, masters, gradients, moments + {_gb(m.frozen)} target's matrices "
         f"+ {_gb(m.row)} per row = {_gb(m.total)}, and the objective's chunks of logits"
+    )
+
+
+def _layers(run: Run) -> str:
+    manifest, config = run.cache.manifest, run.model.config
+    return taps.remark(
+        config.speculator_type, config.target_layer_ids, manifest.layers, config.num_target_layers
     )
 
 

@@ -77,6 +77,7 @@ def prepare(config: TrainConfig, world: World | None = None) -> Run:
     origin = None
     if config.init_from:
         origin = Origin.open(config.init_from, target, list(cache.manifest.layers), config)
+    kind.layers(cache.manifest.layers, target.config, config.layers)  # refuses before a sample is read
     train, held_out = split(cache.index["sample_key"], config.val_fraction)
     draft_ids, coverage = None, 1.0
     if config.draft_vocab_size is not None and config.draft_vocab_size != target.vocab_size:

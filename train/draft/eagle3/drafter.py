@@ -9,10 +9,11 @@ vLLM serves both with method ``eagle3``, the second with ``parallel_drafting``; 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from dspark.cache.errors import DraftError, MismatchError, UsageError
+from dspark.cache.errors import DraftError, UsageError
+from dspark.cache.target.taps import AUX
 from dspark.train.draft.config import DraftConfig
 from dspark.train.draft.types import DrafterType
 
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
 LOSS = '{"kl": 1.0}'
 DECAY = 4.48142  # exp(-1 / DECAY) = 0.8, what a step weighs less than the one before it
 ARCHITECTURE = "LlamaForCausalLMEagle3"
-AUX = 3
 _NOT_OURS = ("markov_rank", "markov_head_type", "enable_confidence_head", "confidence_head_with_markov", "sample_from_anchor",
              "layer_types")  # fmt: skip
 _NONE = {"markov_rank": 0, "enable_confidence_head": False, "confidence_head_with_markov": False}
@@ -89,15 +89,6 @@ class Eagle3(DrafterType):
 
     def servable_by_vllm(self, config: DraftConfig) -> bool:
         return True
-
-    def layers(self, stored: Sequence[int]) -> tuple[int, ...]:
-        own = [i for i in stored if i >= 0]
-        if len(own) < AUX:
-            raise MismatchError(
-                f"an {self.name} draft reads {AUX} layers, a low, a middle and a high one; the store has {list(stored)}. "
-                "dspark-dump --layers names them"
-            )
-        return own[0], own[len(own) // 2], own[-1]
 
     def sized(self, **fields: Any) -> DraftConfig:
         return super().sized(**fields | _NONE)

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dspark.cache.errors import DraftError, MismatchError, UsageError
+from dspark.cache.errors import DraftError, UsageError
 from dspark.cache.target.shape import count, text_config
 from dspark.train.draft.config import DraftConfig
 from dspark.train.draft.types import DrafterType
@@ -90,15 +90,6 @@ class Spd(DrafterType):
     def not_served(self, config: DraftConfig) -> str:
         return "it is an spd head, which no server takes"
 
-    def layers(self, stored: Sequence[int]) -> tuple[int, ...]:
-        taps = tuple(i for i in stored if i >= 0)
-        if len(taps) < 2:
-            raise MismatchError(
-                f"an spd head needs at least two layers, the ends of its stages; the store has {list(stored)}. "
-                "dspark-dump --layers with the last layer of each stage, the target's last one too"
-            )
-        return taps
-
     def sized(self, **fields: Any) -> DraftConfig:
         taps, layers = fields["target_layer_ids"], fields["num_target_layers"]
         ends = (*(i + 1 for i in taps[:-1]), layers)
@@ -122,7 +113,7 @@ class Spd(DrafterType):
             kv_heads = kv_heads or count(text, "num_key_value_heads") or heads
             width = width or count(text, "head_dim", "qk_rope_head_dim")
         return DraftConfig.sized_for(
-            target, target_layer_ids=self.layers(stored), mask_token_id=0, speculator_type=self.name, num_layers=settings.num_layers,
+            target, target_layer_ids=self.layers(stored, target, settings.layers), mask_token_id=0, speculator_type=self.name, num_layers=settings.num_layers,
             num_heads=heads, num_kv_heads=kv_heads, head_dim=width, intermediate_size=settings.intermediate_size,
             draft_vocab_size=draft_vocab_size,
         )  # fmt: skip
