@@ -47,7 +47,7 @@ def orthogonal(matrices: Tensor, steps: int = STEPS) -> Tensor:
 
 def is_matrix(name: str, p: nn.Parameter) -> bool:
     """Whether Muon has the parameter of this name."""
-    return p.ndim == 2 and name.startswith(("layers.", "fc."))
+    return p.ndim == 2 and name.startswith(("layers.", "midlayer.", "fc."))
 
 
 class Muon:
