@@ -28,6 +28,12 @@ NOT_SETTINGS = {
 }  # flags that are not fields of TrainConfig
 
 
+def _names(context: click.Context, parameter: click.Parameter, value: Any) -> tuple[str, ...]:
+    """The parts of a list with commas; a file's list is one already."""
+    parts = value.split(",") if isinstance(value, str) else value or ()
+    return tuple(str(part).strip() for part in parts)
+
+
 @command(
     epilog="""\b
 Examples:
@@ -107,6 +113,18 @@ Examples:
     type=int,
     help="Width of a draft layer's MLP.  [default: the target's, or three hidden sizes where it has only an expert's]",
 )
+@click.option(
+    "--sliding-window", type=int,
+    help="Let the layers see no more than the last N tokens, as vLLM serves it. 0 = all see everything.  [default: 0, or the draft's of --init-from]",
+)  # fmt: skip
+@click.option(
+    "--layer-types", callback=_names, metavar="KINDS",
+    help="sliding or full for each layer, with commas, where --sliding-window is not for all: sliding,sliding,full.",
+)  # fmt: skip
+@click.option(
+    "--rope-scaling", metavar="JSON",
+    help='Scale RoPE, for rows longer than the target was trained on: \'{"rope_type": "yarn", "factor": 4, "original_max_position_embeddings": 8192}\'; linear and llama3 too; none.',
+)  # fmt: skip
 @click.option(
     "--draft-config",
     metavar="FILE.json",

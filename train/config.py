@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dspark.cache.errors import MismatchError, UsageError
+from dspark.train.draft import scaling, sight
 
 # Fields that may differ between a run and its resumption: they say where and how, not what is computed.
 FREE_ON_RESUME = {
@@ -84,6 +85,7 @@ NUMBERS = {
     "num_kv_heads": COUNT,
     "head_dim": COUNT,
     "intermediate_size": COUNT,
+    "sliding_window": COUNT_OR_0,
     "block_size": COUNT,
     "markov_rank": COUNT_OR_0,
     "draft_vocab_size": COUNT,
@@ -137,6 +139,12 @@ class TrainConfig:
     num_kv_heads: int | None = None
     head_dim: int | None = None
     intermediate_size: int | None = None
+    sliding_window: int | None = None
+    """Tokens that a query of a sliding layer sees, itself among them. None or 0: all layers attend fully."""
+    layer_types: tuple[str, ...] = ()
+    """Per layer ``sliding_attention`` or ``full_attention``. (): with a window all sliding."""
+    rope_scaling: str | None = None
+    """JSON of what scales RoPE (``train/draft/scaling.py``). None or ``none``: nothing."""
     block_size: int = 7
     markov_rank: int = 256
     markov_head_type: str = "vanilla"
@@ -208,6 +216,7 @@ class TrainConfig:
             raise UsageError(
                 f"--select {self.select} needs validation: --val-fraction above 0, and --val-walk-rows for a walk"
             )
+        _ = self.attention  # refuses
         if self.optimizer not in ("adamw", "muon"):
             raise UsageError(f"optimizer is {self.optimizer!r}, expected adamw or muon")
         if self.optimizer == "muon" and self.strategy == "fsdp2":
@@ -215,6 +224,18 @@ class TrainConfig:
             raise UsageError(
                 f"--optimizer muon{whose} needs whole matrices and --strategy fsdp2 splits them; use zero or ddp, or --optimizer adamw"
             )
+
+    @property
+    def attention(self) -> dict[str, Any]:
+        """What a draft is sized with beside its layers' widths (``DraftConfig.sized_for``)."""
+        scaled = None if self.rope_scaling is None else scaling.parse(self.rope_scaling)
+        return {
+            "sliding_window": self.sliding_window or None,
+            "layer_types": sight.layer_kinds(self.layer_types, "--layer-types")
+            if self.sliding_window != 0
+            else (),
+            "rope_scaling": scaled,
+        }
 
     @property
     def of_several(self) -> str:
@@ -228,7 +249,8 @@ class TrainConfig:
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self) | {
-            "betas": list(self.betas), "logger": list(self.logger), "layers": None if self.layers is None else list(self.layers)
+            "betas": list(self.betas), "logger": list(self.logger), "layer_types": list(self.layer_types),
+            "layers": None if self.layers is None else list(self.layers),
         }  # fmt: skip
 
     @classmethod
@@ -239,7 +261,8 @@ class TrainConfig:
             raise UsageError(f"{where}: unknown keys {sorted(unknown)}")
         if "cache" not in data:
             raise UsageError(f"{where} names no cache; expected the settings of a training")
-        data |= {k: tuple(data[k]) for k in ("betas", "logger", "layers") if isinstance(data.get(k), list)}
+        lists = ("betas", "logger", "layers", "layer_types")
+        data |= {k: tuple(data[k]) for k in lists if isinstance(data.get(k), list)}
         try:
             return cls(**data)
         except UsageError as wrong:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dspark.train.ops import qk_norm_rope as plain
 from dspark.train.ops import qk_norm_rope_kernel as fused
-from dspark.train.ops.rope import rope_tables
+from dspark.train.ops.rope import Turning, rope_tables
 
 NAMES = ("q", "keys", "values", "d_context", "d_blocks", "d_weights")
 EPS = 1e-6
@@ -31,7 +31,7 @@ def case(s: int, q: int, heads: int, key_heads: int, dim: int, dtype: torch.dtyp
     context = torch.randn(s, 2 * key_heads * dim + 8).to(dtype)[:, :-8]
     blocks = (3 * torch.randn(q, wide + 8)).to(dtype)[:, :-8]
     weights = [(1 + torch.randn(dim) / 2).to(dtype) for _ in range(2)]
-    ropes = [rope_tables(torch.randint(0, 9000, (n,)), dim, 1e4, dtype) for n in (s, q)]
+    ropes = [rope_tables(torch.randint(0, 9000, (n,)), Turning(dim, 1e4), dtype) for n in (s, q)]
     shapes = [(q, heads, dim), (s + q, key_heads, dim), (s + q, key_heads, dim)]
     grads = tuple(laid(torch.randn(shape).to(dtype), kind) for shape in shapes)
     a, b, c = grads

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dspark.train.draft import attention
 from dspark.train.draft.attention import AttentionPlan, block_attention, context_interval, dense_mask
+from dspark.train.draft.sight import Sight
 
 DOC = torch.tensor([0, 0, 0, 1, 1, 1, 1, -1], dtype=torch.int32)
 ANCHORS = torch.tensor([0, 2, 5, 0])
@@ -79,13 +80,14 @@ def tiles_of(mask: Tensor, beyond: bool) -> Tensor:
 def test_tiles_cover_the_mask() -> None:
     """Against the dense matrix, on rows of any shape: no tile with something in it is left out, none is called whole wrongly."""
     skipped = whole = 0
-    for _ in range(80):
-        context, anchors, block, docs = (int(torch.randint(1, n, ())) for n in (900, 90, 9, 3))
+    for number in range(80):
+        context, anchors, block, docs, window = (int(torch.randint(1, n, ())) for n in (900, 90, 9, 3, 400))
+        sight = Sight(window if number % 2 else None, causal=bool(number % 3))
         doc = torch.randint(-1, docs, (context,)).sort().values.to(torch.int32).roll(-1)
         at = torch.randint(0, context, (anchors,)).sort().values
         start, limit = context_interval(doc, at, torch.rand(anchors) < 0.9)
-        mask = dense_mask(start, limit, context, block)
-        some, full = attention.tile_cover(start, limit, context, block)
+        mask = dense_mask(start, limit, context, block, sight)
+        some, full = attention.tile_cover(start, limit, context, block, sight)
         assert not bool((tiles_of(mask, False).any(-1) & ~some).any())
         assert torch.equal(full, tiles_of(mask, True).all(-1))
         skipped += int((~some).sum())
@@ -148,3 +150,105 @@ def test_a_row_without_anchors(backend: attention.Backend) -> None:
     none = torch.zeros(0, dtype=torch.int64)
     out = block_attention(*args, AttentionPlan.build(DOC, none, none.bool(), 2, backend))
     assert out.shape == (0, 4, 8)
+
+
+# Windows: block of 3 slots with anchor 5 in a document from 3, and one with anchor 7 whose context the window cuts.
+WINDOW_DOC = torch.tensor([0, 0, 0, 1, 1, 1, 1, 1, 1, 1], dtype=torch.int32)
+WINDOW_ANCHORS = torch.tensor([5, 8])
+BOTH = torch.tensor([True, True])
+IN_SIGHT = {
+    Sight(3, causal=True): [
+        "...xx..... x.....",  # at 5: 3, 4 and itself
+        "....x..... xx....",
+        ".......... xxx...",
+        "......xx.. ...x..",
+        ".......x.. ...xx.",
+        ".......... ...xxx",
+    ],
+    Sight(2, causal=False): [
+        "....x..... xx....",  # one back, one on
+        ".......... xxx...",
+        ".......... .xx...",
+        ".......x.. ...xx.",
+        ".......... ...xxx",
+        ".......... ....xx",
+    ],
+    Sight(None, causal=True): [
+        "...xx..... x.....",
+        "...xx..... xx....",
+        "...xx..... xxx...",
+        "...xxxxx.. ...x..",
+        "...xxxxx.. ...xx.",
+        "...xxxxx.. ...xxx",
+    ],
+    Sight(1, causal=True): ["." * 10 + "." * i + "x" + "." * (5 - i) for i in range(6)],
+}
+
+
+def in_sight(sight: Sight) -> Tensor:
+    return torch.tensor([[c == "x" for c in row.replace(" ", "")] for row in IN_SIGHT[sight]])
+
+
+@pytest.mark.parametrize("sight", IN_SIGHT)
+def test_windows_are_the_matrices_by_hand(sight: Sight) -> None:
+    start, limit = context_interval(WINDOW_DOC, WINDOW_ANCHORS, BOTH)
+    assert torch.equal(dense_mask(start, limit, 10, 3, sight), in_sight(sight))
+    plan = AttentionPlan.build(WINDOW_DOC, WINDOW_ANCHORS, BOTH, 3, "flex", sight)
+    assert plan.blocks is not None
+    q, kv = torch.meshgrid(torch.arange(6), torch.arange(16), indexing="ij")
+    zero = torch.zeros_like(q)
+    assert torch.equal(plan.blocks.mask_mod(zero, zero, q, kv), in_sight(sight))
+
+
+@pytest.mark.parametrize("group", [3, 256])
+@pytest.mark.parametrize("sight", IN_SIGHT)
+def test_windowed_sdpa_against_a_loop(sight: Sight, group: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "GROUP_TOKENS", group)
+    args = inputs(10, 6, dtype=torch.float64)
+    plan = AttentionPlan.build(WINDOW_DOC, WINDOW_ANCHORS, BOTH, 3, sight=sight)
+    out, want = block_attention(*args, plan), naive(*args, in_sight(sight))
+    torch.testing.assert_close(out, want, rtol=1e-12, atol=1e-12)
+    probe = torch.randn_like(out)
+    for ours, theirs in zip(
+        torch.autograd.grad((out * probe).sum(), args),
+        torch.autograd.grad((want * probe).sum(), args),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
+    small = [x[..., :2].detach().requires_grad_() for x in args]
+    assert torch.autograd.gradcheck(lambda *x: block_attention(*x, plan), small)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("sight", [Sight(5, causal=True), Sight(40, causal=True), Sight(6)])
+def test_windowed_flex_equals_sdpa(sight: Sight) -> None:
+    context, anchors, block = 400, 60, 4
+    g = torch.Generator().manual_seed(6)
+    doc = torch.arange(context, dtype=torch.int32) // 90
+    at = torch.randperm(context, generator=g)[:anchors].sort().values
+    valid = torch.arange(anchors) < anchors - 2
+    args = [x.detach() for x in inputs(context, anchors * block, dim=16)]
+    with torch.no_grad():
+        flex, sdpa = (
+            block_attention(*args, AttentionPlan.build(doc, at, valid, block, backend, sight))
+            for backend in ("flex", "sdpa")
+        )
+    torch.testing.assert_close(flex, sdpa, rtol=1e-5, atol=1e-5)
+
+
+def test_cost_follows_the_window() -> None:
+    """Of a row of 16,384 tokens: the keys that SDPA reads, and the tiles that the flex kernel visits."""
+    context, block = 16384, 7
+    doc, at = torch.zeros(context, dtype=torch.int32), torch.arange(16, context, 32)
+    valid = torch.ones_like(at, dtype=torch.bool)
+    start, limit = context_interval(doc, at, valid)
+    read, tiles = {}, {}
+    for window in (None, 2048, 512):
+        sight = Sight(window, causal=window is not None)
+        plan = AttentionPlan.build(doc, at, valid, block, sight=sight)
+        read[window] = sum(group.high - group.low for group in plan.groups)
+        tiles[window] = int(attention.tile_cover(start, limit, context, block, sight)[0].sum())
+        if window is not None:  # a group of anchors spans some context of its own
+            assert all(group.high - group.low < window + 40 * 32 for group in plan.groups)
+    assert read[512] < read[2048] / 1.5 < read[None] / 3
+    assert tiles[512] < tiles[2048] * 0.6 < tiles[None] * 0.25

@@ -13,7 +13,7 @@ from core_cases import BLOCK, HIDDEN, VOCAB, small_batch, small_config, small_dr
 from dspark.cache.errors import MismatchError
 from dspark.train.data.batch import Batch
 from dspark.train.draft.model import DraftModel, RMSNorm
-from dspark.train.ops.rope import rope_tables, rotate
+from dspark.train.ops.rope import Turning, rope_tables, rotate
 
 
 def test_names_are_the_served_checkpoints() -> None:
@@ -185,7 +185,7 @@ def test_norm_and_rope_by_formula() -> None:
     norm = RMSNorm(8, 1e-6)
     torch.testing.assert_close(norm(x), x / x.square().mean(-1, keepdim=True).add(1e-6).sqrt())
     position = torch.tensor([0, 1, 7, 100, 30000])
-    out = rotate(x, rope_tables(position, 8, 1e4, x.dtype))
+    out = rotate(x, rope_tables(position, Turning(8, 1e4), x.dtype))
     for t, p in enumerate(position.tolist()):
         for i in range(4):
             # Pairs (i, i + D/2) as complex numbers, turned by p * theta^(-2i/D).
@@ -199,10 +199,10 @@ def test_norm_and_rope_by_formula() -> None:
 def test_rope_survives_a_bf16_model() -> None:
     """Far positions: rounding the frequencies to bf16 would turn by whole radians."""
     position = torch.tensor([20000])
-    fine, _ = rope_tables(position, 64, 1e6, torch.float32)
+    fine, _ = rope_tables(position, Turning(64, 1e6), torch.float32)
     model = small_draft().to(torch.bfloat16)
     assert not [name for name, buffer in model.named_buffers() if buffer.is_floating_point()]
-    coarse, _ = rope_tables(position, 64, 1e6, torch.bfloat16)
+    coarse, _ = rope_tables(position, Turning(64, 1e6), torch.bfloat16)
     assert float((fine - coarse.float()).abs().max()) < 0.01
 
 

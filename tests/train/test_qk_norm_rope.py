@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dspark.train.draft.model import RMSNorm
 from dspark.train.ops.qk_norm_rope import Inputs, plain_gradient, qk_norm_rope
-from dspark.train.ops.rope import rope_tables
+from dspark.train.ops.rope import Turning, rope_tables
 from interpreted import interpreted
 
 EPS = 1e-3
@@ -27,7 +27,7 @@ def inputs(s: int, q: int, n: int, m: int, dim: int, dtype: torch.dtype = torch.
         torch.randn(dim),
         torch.randn(dim),
     ]
-    ropes = [rope_tables(torch.randint(0, 5000, (rows,)), dim, 1e4, dtype) for rows in (s, q)]
+    ropes = [rope_tables(torch.randint(0, 5000, (rows,)), Turning(dim, 1e4), dtype) for rows in (s, q)]
     return [*(t.to(dtype).requires_grad_() for t in tensors), EPS, *ropes]
 
 

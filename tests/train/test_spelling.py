@@ -26,7 +26,7 @@ BACKBONE: dict[str, Any] = {
     "rope_theta": 10000.0, "rope_scaling": None, "max_position_embeddings": 512, "vocab_size": VOCAB, "sliding_window": None,
     "use_sliding_window": False, "max_window_layers": 2, "use_cache": True, "tie_word_embeddings": False,
 }  # fmt: skip
-FULL = ["full_attention"] * 2
+FULL, SLIDING = ["full_attention"] * 2, ["sliding_attention"]
 HEADS = {"markov_rank": 6, "markov_head_type": "vanilla", "enable_confidence_head": True, "confidence_head_with_markov": True}  # fmt: skip
 
 SPECFORGE = BACKBONE | HEADS | {
@@ -45,7 +45,36 @@ SPECULATORS = HEADS | {
         "verifier": {"name_or_path": "random/tiny", "architectures": ["Qwen3ForCausalLM"]},
     },
 }  # fmt: skip
-FORMS = {"specforge": SPECFORGE, "z-lab": Z_LAB, "speculators": SPECULATORS}
+DEEPSPEC = BACKBONE | HEADS | {
+    "architectures": ["Qwen3DSparkModel"], "layer_types": FULL, "block_size": BLOCK, "mask_token_id": VOCAB - 1, "target_layer_ids": [0, 2],
+    "num_target_layers": 4, "target_hidden_size": HIDDEN, "draft_vocab_size": VOCAB, "sample_from_anchor": True, "num_anchors": 512,
+}  # fmt: skip
+# RedHatAI's GLM-5.2 draft: three layers, all sliding, five layers of the target by vLLM's ids, slots that no later one is shown to.
+GLM = SPECULATORS | {
+    "sliding_window_non_causal": False, "aux_hidden_state_layer_ids": [1, 3], "max_anchors": 1024, "target_hidden_size": None,
+    "transformer_layer_config": BACKBONE | {
+        "num_hidden_layers": 3, "layer_types": SLIDING * 3, "sliding_window": 6, "use_sliding_window": True, "max_window_layers": 0,
+        "rope_parameters": {"rope_theta": 10000.0, "rope_type": "default"},
+    },
+}  # fmt: skip
+BOTH_WAYS = SPECULATORS | {
+    "sliding_window_non_causal": True,
+    "transformer_layer_config": BACKBONE | {"layer_types": SLIDING + FULL[1:], "sliding_window": 3},
+}
+YARN = {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 64}
+SWA = Z_LAB | {
+    "dflash_config": Z_LAB["dflash_config"] | {"use_swa": True, "swa_window_size": 5, "causal": None},
+    "rope_scaling": YARN, "rope_parameters": YARN | {"rope_theta": 10000.0},
+}  # fmt: skip
+FORMS = {"specforge": SPECFORGE, "z-lab": Z_LAB, "speculators": SPECULATORS, "deepspec": DEEPSPEC, "glm": GLM, "both-ways": BOTH_WAYS, "swa": SWA}  # fmt: skip
+# What differs from two full layers whose anchor is a bonus token: sights of the layers, and what training would have made of them.
+SHAPES: dict[str, dict[str, Any]] = {
+    "glm": {"num_layers": 3, "layer_types": tuple(SLIDING * 3), "sliding_window": 6},
+    "both-ways": {"layer_types": tuple(SLIDING + FULL[1:]), "sliding_window": 3, "is_causal": False},
+    "swa": {"layer_types": tuple(SLIDING * 2), "sliding_window": 5, "is_causal": False, "rope_scaling": YARN},
+}
+PLAIN = {"speculator_type": "dflash", "markov_rank": 0, "enable_confidence_head": False}
+ANCHOR_FIRST = ("specforge", "deepspec")
 TARGET = {
     "hidden_size": HIDDEN,
     "vocab_size": VOCAB,
@@ -56,8 +85,9 @@ TARGET = {
 
 
 def weights(form: str) -> DraftModel:
-    plain = {"speculator_type": "dflash", "markov_rank": 0, "enable_confidence_head": False}
-    return small_draft(**(plain if form == "z-lab" else {}))
+    return small_draft(
+        **(PLAIN if "dflash" in FORMS[form]["architectures"][0].lower() else {}) | SHAPES.get(form, {})
+    )
 
 
 def published(folder: Path, form: str, **changes: Any) -> Path:
@@ -65,7 +95,7 @@ def published(folder: Path, form: str, **changes: Any) -> Path:
     save_draft(folder, weights(form), dtype=torch.float32)
     (folder / "config.json").write_text(json.dumps(FORMS[form] | changes))
     tensors = load_file(folder / "model.safetensors")
-    if form == "z-lab":
+    if "dflash" in FORMS[form]["architectures"][0].lower():
         tensors = {n: t for n, t in tensors.items() if not n.startswith("markov")}
     save_file(tensors, folder / "model.safetensors")
     return folder
@@ -76,7 +106,9 @@ def by_hand(model: DraftModel, aux: torch.Tensor, anchor: int) -> torch.Tensor:
     a, slots = aux.shape[0], BLOCK + 1
     row = torch.cat([aux, torch.zeros_like(aux[:1])])
     doc, one = torch.zeros(a + 1, dtype=torch.int32), torch.tensor([True])
-    plan = AttentionPlan.build(doc, torch.tensor([a]), one, slots)
+    plan = tuple(
+        AttentionPlan.build(doc, torch.tensor([a]), one, slots, sight=sight) for sight in model.sights
+    )
     ids = torch.tensor([anchor] + [VOCAB - 1] * BLOCK)
     x = model.embed_tokens.weight[ids]
     position = torch.arange(a + slots)
@@ -88,8 +120,10 @@ def by_hand(model: DraftModel, aux: torch.Tensor, anchor: int) -> torch.Tensor:
 def test_opened_decoded_judged_and_repacked(form: str, tmp_path: Path) -> None:
     folder = published(tmp_path / "theirs", form)
     model = load_draft(folder, small_target())
-    bonus = form != "specforge"
+    bonus = form not in ANCHOR_FIRST
     assert (model.config.bonus_anchor, model.config.block_size) == (bonus, BLOCK)
+    shape = SHAPES.get(form, {})
+    assert {name: getattr(model.config, name) for name in shape} == shape
     aux = torch.randn(9, 2, HIDDEN)
     decoder = BlockDecoder(model)
     decoder.extend(aux[:4], torch.zeros(4, dtype=torch.int64))
@@ -105,6 +139,7 @@ def test_opened_decoded_judged_and_repacked(form: str, tmp_path: Path) -> None:
         assert model(batch, model.plan(batch)).h.shape[1] == BLOCK
     found = judge(Files.read(str(folder)), TARGET, BLOCK)
     told = {(f.level, f.name) for f in found if f.level == "error"}
+    told -= {("error", "attention")} if form in ("both-ways", "swa") else set()
     assert told <= {("error", "layout-flag"), ("error", "config"), ("error", "tensors")}, found
     for layout in ("flat", "speculators"):
         out = tmp_path / layout
@@ -137,8 +172,14 @@ def test_training_forward_equals_decoding(form: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("form", "changes", "key"),
     [
-        ("z-lab", {"dflash_config": Z_LAB["dflash_config"] | {"use_swa": True}}, "dflash_config.use_swa"),
-        ("z-lab", {"dflash_config": Z_LAB["dflash_config"] | {"causal": True}}, "dflash_config.causal"),
+        ("z-lab", {"dflash_config": Z_LAB["dflash_config"] | {"use_swa": True}}, "sliding_window"),
+        ("z-lab", {"dflash_config": Z_LAB["dflash_config"] | {"causal": 3}}, "dflash_config.causal"),
+        (
+            "z-lab",
+            {"dflash_config": Z_LAB["dflash_config"] | {"attention_sink_bias": True}},
+            "dflash_config.attention_sink_bias",
+        ),
+        ("glm", {"speculators_model_type": "mtp"}, "speculators_model_type"),
         ("z-lab", {"dflash_config": Z_LAB["dflash_config"] | {"novel": 3}}, "dflash_config.novel"),
         ("specforge", {"mask_token_id": 3}, "dflash_config.mask_token_id"),
         ("specforge", {"architectures": ["Gemma4DSparkModel"]}, "architectures"),

@@ -27,8 +27,9 @@ from dspark.cache.target.shape import rope_base, text_config
 from dspark.tools import records
 from dspark.tools.shapes import Optional, require
 from dspark.train.draft import folder as export
+from dspark.train.draft import scaling
 from dspark.train.draft.config import DraftConfig
-from dspark.train.draft.speculators import MARK, to_flat
+from dspark.train.draft.speculators import MARK, NON_CAUSAL, to_flat
 from dspark.train.draft.spelling import flat_of
 from dspark.train.draft.vocabulary import faults, ids_of
 
@@ -61,7 +62,6 @@ OVERRIDES = (
     "dspark_target_layer_ids",
     "eagle_aux_hidden_state_layer_ids",
     "dflash_config",
-    "is_causal",
     "use_swa",
     "logit_scale",
 )
@@ -181,6 +181,30 @@ def layout(files: Files, target: Mapping[str, Any]) -> Iterator[Finding]:
         )  # fmt: skip
 
 
+def attention(files: Files, target: Mapping[str, Any]) -> Iterator[Finding]:
+    """What servers make of sliding layers."""
+    if (
+        files.speculators
+        and files.raw.get(NON_CAUSAL)
+        and "is_causal" not in files.raw["transformer_layer_config"]
+    ):
+        yield Finding(
+            "error", "attention", f"config.json has {NON_CAUSAL} = true, which vLLM 0.32 reads for dflash drafts only: it lets no slot of a "
+            "sliding layer see a later one, unlike training. dspark-tools export writes is_causal = false, which it obeys",
+        )  # fmt: skip
+    ours = files.described()
+    if (
+        ours
+        and ours.sliding_window
+        and files.flat.get("use_sliding_window") is not True
+        and not files.speculators
+    ):
+        yield Finding(
+            "error", "attention", "config.json has sliding layers and no use_sliding_window = true: transformers then drops the window, and vLLM "
+            "refuses the draft. Write true",
+        )  # fmt: skip
+
+
 def config(files: Files, target: Mapping[str, Any]) -> Iterator[Finding]:
     """Whether this package's own reader takes it, and keys that a server obeys and this package never trained."""
     for key in OVERRIDES:
@@ -210,6 +234,7 @@ _RECORDED = {
     "target_layer_ids": "layer-ids", "mask_token_id": "mask-token", "rope_theta": "rope", "block_size": "block-size",
     "rms_norm_eps": "norm", "num_heads": "config", "num_kv_heads": "config", "head_dim": "config", "num_layers": "config",
     "vocab_size": "vocabulary", "draft_vocab_size": "vocabulary", "markov_rank": "markov-head", "markov_head_type": "markov-head",
+    "rope_scaling": "rope", "sliding_window": "attention", "layer_types": "attention", "is_causal": "attention",
     "max_position_embeddings": "rope", "confidence_head_with_markov": "config",
 }  # fmt: skip
 
@@ -285,6 +310,13 @@ def against_target(files: Files, target: Mapping[str, Any]) -> Iterator[Finding]
         yield Finding(
             "error", "rope", f"max_position_embeddings is {flat['max_position_embeddings']}, the target takes {longest}: vLLM sizes the "
             "draft's RoPE table by it and fails (or drafts noise) beyond",
+        )  # fmt: skip
+    ours = files.described()
+    reach = longest if ours is None else scaling.reach(ours.rope_scaling, ours.max_position_embeddings)
+    if longest and ours and ours.rope_scaling and reach < longest:
+        yield Finding(
+            "error", "rope", f"the scaled RoPE reaches {reach} positions (factor times the original ones), the "
+            f"target takes {longest}: vLLM's table for the draft ends there",
         )  # fmt: skip
     own, theirs = rope_base(flat), rope_base(text_config(target))
     if own is None:
@@ -393,7 +425,7 @@ def block_size(files: Files, drafts: int | None) -> list[Finding]:
     return out
 
 
-RULES: tuple[Judge, ...] = (layout, config, record, against_target, tensors, vocabulary)
+RULES: tuple[Judge, ...] = (layout, attention, config, record, against_target, tensors, vocabulary)
 
 
 def frozen(files: Files, target: Any) -> list[Finding]:

@@ -4,7 +4,9 @@ Legend: S context tokens, A anchors, B slots of a block, Q = A*B block tokens, H
 
 A block sees context ``kv < a`` (strict: the anchor enters only as slot 0) of its own document, and its own block both
 ways; never another block; a padding block sees itself only, because a row that sees nothing is NaN. As documents are
-runs, a block's context is one interval [start, a), and that is all that either way of running needs to know.
+runs, a block's context is one interval [start, a), and that is all that either way of running needs to know. In a sliding
+layer (``sight.Sight``) slot k, at position a + k, sees the last W - 1 tokens before it and itself, so each slot has a start
+of its own and the block is seen causally; keys that no slot of a group or tile sees are not read.
 
 ``sdpa`` is the reference and the CPU's: a dense mask, a group of anchors at a time, so that neither [Q, S+Q] scores nor
 a copy of the context per anchor exist, and only the stretch of context that the group can see is read. ``flex`` is for
@@ -23,12 +25,15 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
+from dspark.train.draft.sight import Sight
+
 Backend = Literal["sdpa", "flex"]
 
 # Block tokens an SDPA call takes: keys are S + this many, of which B a row are used, so larger groups waste more.
 GROUP_TOKENS = 256
 # Rows and columns of a tile of the flex mask; the size its kernels are made for.
 TILE = 128
+WHOLE = Sight()
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +49,7 @@ class _Group:
 
 @dataclass(frozen=True, slots=True)
 class AttentionPlan:
-    """Who sees whom in one batch; built once and used by every layer. Exactly one of ``groups``, ``blocks`` is used."""
+    """Who sees whom in one batch; built once and used by every layer of that sight. Exactly one of ``groups``, ``blocks`` is used."""
 
     backend: Backend
     block_size: int
@@ -53,14 +58,20 @@ class AttentionPlan:
 
     @classmethod
     def build(
-        cls, doc: Tensor, anchors: Tensor, anchor_valid: Tensor, block_size: int, backend: Backend = "sdpa"
+        cls,
+        doc: Tensor,
+        anchors: Tensor,
+        anchor_valid: Tensor,
+        block_size: int,
+        backend: Backend = "sdpa",
+        sight: Sight = WHOLE,
     ) -> AttentionPlan:
         """From ``doc`` int[S], ``anchors`` int64[A] and ``anchor_valid`` bool[A], all on one device."""
         start, limit = context_interval(doc, anchors, anchor_valid)
         if backend == "flex":
-            blocks = _flex_mask(start, limit, doc.shape[0], block_size) if anchors.shape[0] else None
+            blocks = _flex_mask(start, limit, doc.shape[0], block_size, sight) if anchors.shape[0] else None
             return cls(backend, block_size, (), blocks)
-        return cls(backend, block_size, _sdpa_groups(start, limit, block_size), None)
+        return cls(backend, block_size, _sdpa_groups(start, limit, block_size, sight), None)
 
 
 def context_interval(doc: Tensor, anchors: Tensor, anchor_valid: Tensor) -> tuple[Tensor, Tensor]:
@@ -73,13 +84,34 @@ def context_interval(doc: Tensor, anchors: Tensor, anchor_valid: Tensor) -> tupl
     return torch.where(valid, run_start[anchors], 0), torch.where(valid, anchors, 0)
 
 
-def dense_mask(plan_start: Tensor, plan_limit: Tensor, context: int, block_size: int) -> Tensor:
+def slot_start(start: Tensor, limit: Tensor, block_size: int, sight: Sight) -> Tensor:
+    """First context token that each slot sees, int64[A*B], of blocks with context ``[start, limit)``, int64[A]; ``limit`` if none."""
+    out = start.repeat_interleave(block_size)
+    if sight.window is None:
+        return out
+    slot = torch.arange(block_size, device=start.device)
+    reach = (limit[:, None] + slot - sight.window + 1).flatten()
+    return torch.minimum(torch.maximum(out, reach), limit.repeat_interleave(block_size))
+
+
+def block_sight(block_size: int, sight: Sight, device: torch.device) -> Tensor:
+    """Which slots of its own block each slot sees, bool[B, B]."""
+    slot = torch.arange(block_size, device=device)
+    back = slot[:, None] - slot
+    near = back.abs() < (sight.window or block_size)
+    return near & (back >= 0) if sight.causal else near
+
+
+def dense_mask(
+    plan_start: Tensor, plan_limit: Tensor, context: int, block_size: int, sight: Sight = WHOLE
+) -> Tensor:
     """The rule as one matrix, bool[A*B, context + A*B]: for tests and for the groups of the SDPA path."""
     kv = torch.arange(context, device=plan_start.device)
-    sees = (kv >= plan_start[:, None]) & (kv < plan_limit[:, None])
-    own = torch.eye(plan_start.shape[0], dtype=torch.bool, device=plan_start.device)
-    both = torch.cat([sees, own.repeat_interleave(block_size, 1)], 1)
-    return both.repeat_interleave(block_size, 0)
+    first = slot_start(plan_start, plan_limit, block_size, sight)
+    sees = (kv >= first[:, None]) & (kv < plan_limit.repeat_interleave(block_size)[:, None])
+    blocks = torch.eye(plan_start.shape[0], dtype=torch.bool, device=plan_start.device)
+    own = torch.kron(blocks, block_sight(block_size, sight, plan_start.device))
+    return torch.cat([sees, own], 1)
 
 
 def block_attention(q: Tensor, keys: Tensor, values: Tensor, plan: AttentionPlan) -> Tensor:
@@ -113,29 +145,32 @@ def _heads_first(x: Tensor) -> Tensor:
     return x.transpose(0, 1)[None]
 
 
-def _sdpa_groups(start: Tensor, limit: Tensor, block_size: int) -> tuple[_Group, ...]:
+def _sdpa_groups(start: Tensor, limit: Tensor, block_size: int, sight: Sight) -> tuple[_Group, ...]:
     """Split the anchors into groups; each group's context is cut to what any of its blocks can see."""
     count = max(1, GROUP_TOKENS // block_size)
     out = []
     for first in range(0, start.shape[0], count):
         s, e = start[first : first + count], limit[first : first + count]
-        seen = e > s
-        low = int(s[seen].min()) if bool(seen.any()) else 0
+        # Of a block, slot 0 sees furthest back.
+        first_seen = slot_start(s, e, block_size, sight)[::block_size]
+        seen = e > first_seen
+        low = int(first_seen[seen].min()) if bool(seen.any()) else 0
         high = int(e[seen].max()) if bool(seen.any()) else 0
         # Blocks without context keep an empty interval after the shift; clamping keeps the others exact.
-        mask = dense_mask((s - low).clamp(min=0), (e - low).clamp(min=0), high - low, block_size)
+        mask = dense_mask((s - low).clamp(min=0), (e - low).clamp(min=0), high - low, block_size, sight)
         out.append(_Group(first, min(first + count, start.shape[0]), low, high, mask))
     return tuple(out)
 
 
-def _flex_mask(start: Tensor, limit: Tensor, context: int, block_size: int) -> BlockMask:
+def _flex_mask(start: Tensor, limit: Tensor, context: int, block_size: int, sight: Sight) -> BlockMask:
     """The rule for flex attention: exact per element in ``allowed``, and per tile in the tables of ``tile_cover``.
 
     torch's ``create_block_mask`` evaluates every one of Q x (S+Q) elements to find the tiles; intervals give them directly.
     """
     length = start.shape[0] * block_size
     # A value per query and no division in the kernel: a quarter less time than from the blocks' own (measured, docs/log/2026-11-22-trainer-first-gpu-run.md).
-    first, end = (x.repeat_interleave(block_size).to(torch.int32) for x in (start, limit))
+    first = slot_start(start, limit, block_size, sight).to(torch.int32)
+    end = limit.repeat_interleave(block_size).to(torch.int32)
     query = torch.arange(length, device=start.device, dtype=torch.int32)
     own = context + query // block_size * block_size
 
@@ -145,7 +180,16 @@ def _flex_mask(start: Tensor, limit: Tensor, context: int, block_size: int) -> B
         in_block = (kv_idx >= own[q_idx]) & (kv_idx < own[q_idx] + block_size)
         return in_context | in_block
 
-    some, full = tile_cover(start, limit, context, block_size)
+    near, later = sight.window or block_size, 1 if sight.causal else sight.window or block_size
+    own_first = torch.maximum(own, context + query - near + 1)
+    own_end = torch.minimum(own + block_size, context + query + later)
+
+    def allowed_in_sight(batch: Tensor, head: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        in_context = (kv_idx >= first[q_idx]) & (kv_idx < end[q_idx])
+        in_block = (kv_idx >= own_first[q_idx]) & (kv_idx < own_end[q_idx])
+        return in_context | in_block
+
+    some, full = tile_cover(start, limit, context, block_size, sight)
     (count, order), (count_full, order_full) = _ordered(some & ~full), _ordered(full)
     return BlockMask.from_kv_blocks(
         count,
@@ -153,12 +197,14 @@ def _flex_mask(start: Tensor, limit: Tensor, context: int, block_size: int) -> B
         count_full,
         order_full,
         BLOCK_SIZE=TILE,
-        mask_mod=allowed,
+        mask_mod=allowed if sight == WHOLE else allowed_in_sight,
         seq_lengths=(length, context + length),
     )
 
 
-def tile_cover(start: Tensor, limit: Tensor, context: int, block_size: int) -> tuple[Tensor, Tensor]:
+def tile_cover(
+    start: Tensor, limit: Tensor, context: int, block_size: int, sight: Sight = WHOLE
+) -> tuple[Tensor, Tensor]:
     """Which tiles of the mask hold anything (maybe none of it: a superset) and which are whole.
 
     ``start``, ``limit`` int64[A] as from ``context_interval``. Two bool[ceil(Q/TILE), ceil((context+Q)/TILE)].
@@ -168,17 +214,16 @@ def tile_cover(start: Tensor, limit: Tensor, context: int, block_size: int) -> t
     columns = -(-(context + queries) // TILE)
 
     def per_tile(values: Tensor, beyond: int) -> Tensor:
-        """int64[A] -> [rows, TILE], a value per query; queries past the end get ``beyond``."""
-        return F.pad(values.repeat_interleave(block_size), (0, rows * TILE - queries), value=beyond).view(
-            rows, TILE
-        )
+        """int64[Q] -> [rows, TILE]; queries past the end get ``beyond``."""
+        return F.pad(values, (0, rows * TILE - queries), value=beyond).view(rows, TILE)
 
-    sees = limit > start
-    low = per_tile(torch.where(sees, start, context), context).amin(1)[:, None]
-    high = per_tile(torch.where(sees, limit, 0), 0).amax(1)[:, None]
-    latest = per_tile(start, 0).amax(1)[:, None]
+    first_seen, end = slot_start(start, limit, block_size, sight), limit.repeat_interleave(block_size)
+    sees = end > first_seen
+    low = per_tile(torch.where(sees, first_seen, context), context).amin(1)[:, None]
+    high = per_tile(torch.where(sees, end, 0), 0).amax(1)[:, None]
+    latest = per_tile(first_seen, 0).amax(1)[:, None]
     # Rows past the end see nothing and nobody reads them, so they do not keep a tile from being whole.
-    earliest = per_tile(torch.where(sees, limit, 0), context).amin(1)[:, None]
+    earliest = per_tile(torch.where(sees, end, 0), context).amin(1)[:, None]
     left = torch.arange(columns, device=start.device) * TILE
     right = left + TILE
     some = (low < right) & (high > left)

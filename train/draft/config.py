@@ -11,12 +11,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Self
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Self
 
 from dspark.cache.errors import DraftError, UsageError
 from dspark.cache.target.shape import DEFAULT_ROPE_BASE, Asked, count, rope_base, shape_for, text_config
+from dspark.train.draft import scaling, sight
 from dspark.train.draft.types import drafter, type_of
+
+if TYPE_CHECKING:
+    from dspark.train.ops.rope import Turning
 
 MARKOV_TYPES = ("vanilla", "gated", "rnn")
 
@@ -27,7 +31,7 @@ class DraftConfig:
 
     ``hidden_size`` equals the target's, since embedding and lm_head are the target's own, frozen. ``draft_vocab_size``
     below ``vocab_size`` predicts only some tokens. ``block_size`` is the number of drafted tokens: slot 0 is the anchor and
-    already predicts (anchor-first layout). RoPE is plain, neox half-split, whatever the target's scaling.
+    already predicts (anchor-first layout). RoPE is neox half-split, and plain whatever the target's scaling unless ``rope_scaling`` says more.
     """
 
     hidden_size: int
@@ -53,6 +57,14 @@ class DraftConfig:
     initializer_range: float = 0.02
     stage_ends: tuple[int, ...] = ()
     """For ``spd``: how many of the target's layers a token has passed at the end of each stage, rising."""
+    rope_scaling: Mapping[str, Any] | None = field(default=None, hash=False)
+    """``rope_type`` and its numbers (``scaling.KINDS``), without the base; None: plain RoPE."""
+    layer_types: tuple[str, ...] = ()
+    """Per layer ``full_attention`` or ``sliding_attention``; () where all attend fully."""
+    sliding_window: int | None = None
+    """Tokens that a query of a sliding layer sees, itself among them; None if and only if there is no such layer."""
+    is_causal: bool | None = None
+    """Of all layers, whether a slot sees the later ones of its block. None: full layers do, sliding ones do not."""
     bonus_anchor: bool = False
     """Slot 0 predicts nothing and slot k its own position, as others train (``sample_from_anchor`` false): a slot more than drafts."""
 
@@ -88,7 +100,28 @@ class DraftConfig:
             all(-1 <= i < self.num_target_layers for i in ids) and list(ids) == sorted(set(ids)),
             f"target_layer_ids {list(ids)} must rise strictly within -1..{self.num_target_layers - 1}",
         )
+        self._check_attention()
         drafter(self.speculator_type).check(self)
+
+    def _check_attention(self) -> None:
+        kinds, window = self.layer_types, self.sliding_window
+        self._require(
+            not kinds or len(kinds) == self.num_layers,
+            f"layer_types names {len(kinds)} layers, num_layers is {self.num_layers}",
+        )
+        self._require(
+            kinds == sight.canonical(sight.layer_kinds(kinds, "layer_types")),
+            "layer_types names no sliding layer; expected () where all attend fully",
+        )
+        positive = isinstance(window, int) and not isinstance(window, bool) and window > 0
+        self._require(
+            positive if kinds else window is None,
+            f"sliding_window is {window!r} for layer_types {list(kinds)}; expected a number of tokens with sliding layers, and none without",
+        )
+        known = drafter(self.speculator_type)
+        plain = not kinds and self.is_causal is None
+        self._require(known.windows or plain, f"{known.name} drafts have no sliding or causal layers")
+        object.__setattr__(self, "rope_scaling", scaling.checked(self.rope_scaling))
 
     @staticmethod
     def _require(holds: bool, message: str) -> None:
@@ -99,6 +132,18 @@ class DraftConfig:
     def slots(self) -> int:
         """Tokens of a block that run through the layers: a draft each, and the anchor's where it predicts nothing."""
         return self.block_size + self.bonus_anchor
+
+    @property
+    def sights(self) -> tuple[sight.Sight, ...]:
+        """What the queries of each layer see."""
+        return sight.sights(self.num_layers, self.layer_types, self.sliding_window, self.is_causal)
+
+    @property
+    def turning(self) -> Turning:
+        """What RoPE's tables are made from."""
+        from dspark.train.ops.rope import Turning
+
+        return Turning(self.head_dim, self.rope_theta, tuple(sorted((self.rope_scaling or {}).items())))
 
     @property
     def reduced_vocab(self) -> bool:
@@ -128,6 +173,9 @@ class DraftConfig:
         num_kv_heads: int | None = None,
         head_dim: int | None = None,
         intermediate_size: int | None = None,
+        sliding_window: int | None = None,
+        layer_types: tuple[str, ...] = (),
+        rope_scaling: Mapping[str, Any] | None = None,
     ) -> DraftConfig:
         """A Qwen3-style draft for the target whose HF ``config.json`` is ``target``.
 
@@ -146,6 +194,12 @@ class DraftConfig:
             intermediate_size=intermediate_size,
         )
         shape = shape_for(target, asked)
+        scaled, longest = scaling.checked(rope_scaling), shape.max_position_embeddings
+        if scaling.reach(scaled, longest) < longest:
+            raise UsageError(
+                f"--rope-scaling reaches {scaling.reach(scaled, longest)} positions, factor times the original ones, and the target takes "
+                f"{longest}: vLLM's table for the draft would end before; raise factor"
+            )
         return drafter(speculator_type).sized(
             speculator_type=speculator_type,
             hidden_size=shape.hidden_size,
@@ -167,6 +221,9 @@ class DraftConfig:
             rope_theta=shape.rope_theta,
             rms_norm_eps=shape.rms_norm_eps,
             max_position_embeddings=shape.max_position_embeddings,
+            rope_scaling=scaled,
+            layer_types=sight.asked(num_layers, sliding_window, layer_types),
+            sliding_window=sliding_window,
         )
 
     def to_flat(self) -> dict[str, Any]:
@@ -191,13 +248,15 @@ class DraftConfig:
             "rms_norm_eps": self.rms_norm_eps,
             # Both spellings: transformers 4 reads the first, transformers 5 and vLLM the second.
             "rope_theta": self.rope_theta,
-            "rope_parameters": {"rope_type": "default", "rope_theta": self.rope_theta},
+            "rope_parameters": {"rope_type": "default"}
+            | dict(self.rope_scaling or {})
+            | {"rope_theta": self.rope_theta},
             "max_position_embeddings": self.max_position_embeddings,
             "initializer_range": self.initializer_range,
             "tie_word_embeddings": False,
             "vocab_size": self.vocab_size,
             "draft_vocab_size": self.draft_vocab_size,
-            "layer_types": ["full_attention"] * self.num_layers,
+            **sight.written(self.num_layers, self.layer_types, self.sliding_window, self.is_causal),
             "block_size": self.slots,
             "mask_token_id": self.mask_token_id,
             "sample_from_anchor": not self.bonus_anchor,
@@ -227,12 +286,7 @@ class DraftConfig:
                 raise DraftError(
                     f"config.json has {key} = {flat[key]!r}; this package computes only {allowed[0]!r}"
                 )
-        layer_types = flat.get("layer_types") or []
-        if not isinstance(layer_types, list) or any(kind != "full_attention" for kind in layer_types):
-            raise DraftError(f"config.json has layer_types {layer_types}; only full_attention is implemented")
-        rope = flat.get("rope_parameters") or flat.get("rope_scaling") or {}
-        if not isinstance(rope, dict) or rope.get("rope_type", "default") != "default":
-            raise DraftError(f"config.json has the RoPE {rope!r}; only the type 'default' is implemented")
+        shown, scaled = sight.read(flat), scaling.read(flat)
         wide = flat.get("target_hidden_size")
         if wide is not None and wide != flat.get("hidden_size"):
             raise DraftError(
@@ -258,6 +312,8 @@ class DraftConfig:
                 rms_norm_eps=float(flat["rms_norm_eps"]),
                 max_position_embeddings=int(flat["max_position_embeddings"]),
                 initializer_range=float(flat.get("initializer_range", 0.02)),
+                rope_scaling=scaled,
+                **shown,
                 **own,
             )
         except KeyError as missing:
@@ -272,7 +328,6 @@ _HONOURED: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu",),
     "attention_bias": (False,),
     "sample_from_anchor": (True, False),
-    "is_causal": (False,),
     "is_neox_style": (True,),
     "rope_is_neox_style": (True,),
     "logit_scale": (1.0,),

@@ -21,8 +21,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dspark.train.draft.attention import AttentionPlan
+from dspark.train.draft.attention import dense_mask
 from dspark.train.draft.model import Attention, DraftModel, Layer
+from dspark.train.draft.sight import Sight
 from dspark.train.ops.rope import Rope, rope_tables
 
 
@@ -52,7 +53,7 @@ class Decoder(Protocol):
 
 class DraftContext:
     """Keys and values of the context in every draft layer; grows as the target's states come, and only with
-    tokens that stay.
+    tokens that stay. Of a sliding layer those that a next block can see: W-1 at most.
     """
 
     def __init__(self, draft: DraftModel) -> None:
@@ -67,9 +68,9 @@ class DraftContext:
         draft = self.draft
         ctx = draft.context(aux.to(draft.fc.weight.device))
         position = torch.arange(self.length, self.length + aux.shape[0], device=ctx.device)
-        tables = rope_tables(position, draft.config.head_dim, draft.config.rope_theta, ctx.dtype)
+        tables = rope_tables(position, draft.config.turning, ctx.dtype)
         nothing = tables[0][:0], tables[1][:0]
-        for i, layer in enumerate(_layers(draft)):
+        for i, (layer, sight) in enumerate(zip(_layers(draft), draft.config.sights, strict=True)):
             _, keys, values = layer.self_attn.queries_keys_values(ctx[:0], ctx, nothing, tables)
             if self.length == 0:
                 self._keys.append(keys)
@@ -77,10 +78,13 @@ class DraftContext:
             else:
                 self._keys[i] = torch.cat([self._keys[i], keys])
                 self._values[i] = torch.cat([self._values[i], values])
+            if sight.window is not None:
+                unseen = max(0, self._keys[i].shape[0] - sight.window + 1)
+                self._keys[i], self._values[i] = self._keys[i][unseen:], self._values[i][unseen:]
         self.length += aux.shape[0]
 
     def layer(self, i: int) -> tuple[Tensor, Tensor]:
-        """Keys and values [a, Hkv, D] of draft layer ``i``."""
+        """Keys and values [n, Hkv, D] of draft layer ``i``, of the last n tokens of the context: all, or those in the layer's window."""
         return self._keys[i], self._values[i]
 
 
@@ -112,9 +116,10 @@ def slot_states(draft: DraftModel, context: DraftContext, anchor_id: int) -> Ten
     position = torch.arange(context.length, context.length + config.slots, device=device)
     anchor, valid = torch.tensor([anchor_id], device=device), torch.tensor([True], device=device)
     x = draft.block_input(anchor, valid)[0].to(draft.fc.weight.dtype)
-    tables = rope_tables(position, config.head_dim, config.rope_theta, x.dtype)
-    for i, layer in enumerate(_layers(draft)):
-        x = layer.around(x, partial(_attend, layer.self_attn, rope=tables, context=context.layer(i)))
+    tables = rope_tables(position, config.turning, x.dtype)
+    for i, (layer, sight) in enumerate(zip(_layers(draft), config.sights, strict=True)):
+        attend = partial(_attend, layer.self_attn, rope=tables, context=context.layer(i), sight=sight)
+        x = layer.around(x, attend)
     out: Tensor = draft.norm(x)[config.slots - config.block_size :]
     return out
 
@@ -128,7 +133,7 @@ def recomputed_states(draft: DraftModel, aux: Tensor, anchor_id: int) -> Tensor:
     row = torch.cat([aux, torch.full_like(aux[:1], torch.nan)]).to(device)
     anchors, valid = torch.tensor([a], device=device), torch.tensor([True], device=device)
     doc = torch.zeros(a + 1, dtype=torch.int32, device=device)
-    attention = AttentionPlan.build(doc, anchors, valid, draft.config.slots)
+    attention = draft.attention_plans(doc, anchors, valid)
     ctx = draft.context(row)
     x = draft.block_input(torch.tensor([anchor_id], device=device), valid).to(ctx.dtype).flatten(0, 1)
     position = torch.arange(a + draft.config.slots, device=device)
@@ -183,12 +188,20 @@ def _layers(draft: DraftModel) -> list[Layer]:
     return [layer for layer in draft.layers if isinstance(layer, Layer)]
 
 
-def _attend(attention: Attention, x: Tensor, *, context: tuple[Tensor, Tensor], rope: Rope) -> Tensor:
-    """Attention output [B, H] of a block ``x`` [B, H] over the whole context and, both ways, itself: nothing
-    to mask.
+def _attend(
+    attention: Attention, x: Tensor, *, context: tuple[Tensor, Tensor], rope: Rope, sight: Sight
+) -> Tensor:
+    """Attention output [B, H] of a block ``x`` [B, H] over the ``context`` and itself. The whole context and, both ways, itself are
+    nothing to mask.
     """
     q, *own = attention.queries_keys_values(x, x[:0], rope, (rope[0][:0], rope[1][:0]))
     k, v = (torch.cat(pair).transpose(0, 1)[None] for pair in zip(context, own, strict=True))
-    seen = F.scaled_dot_product_attention(q.transpose(0, 1)[None], k, v, enable_gqa=q.shape[1] != k.shape[1])
+    mask = None
+    if sight != Sight():
+        n = torch.tensor([context[0].shape[0]], device=x.device)
+        mask = dense_mask(torch.zeros_like(n), n, int(n), x.shape[0], sight)
+    seen = F.scaled_dot_product_attention(
+        q.transpose(0, 1)[None], k, v, attn_mask=mask, enable_gqa=q.shape[1] != k.shape[1]
+    )
     out: Tensor = attention.o_proj(seen[0].transpose(0, 1).reshape(x.shape[0], -1))
     return out

@@ -66,12 +66,12 @@ class RMSNorm(nn.Module):
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What a forward needs of a batch besides its data, none of it learnt: who sees whom, and cos and sin of the blocks'
-    and the context's positions (``rope_tables``). Made once per batch, outside what is compiled: a compiler would make the
+    """What a forward needs of a batch besides its data, none of it learnt: who sees whom, for each of ``DraftModel.sights``, and cos and
+    sin of the blocks' and the context's positions (``rope_tables``). Made once per batch, outside what is compiled: a compiler would make the
     tables again in every layer's kernels.
     """
 
-    attention: AttentionPlan
+    attention: tuple[AttentionPlan, ...]
     block_rope: Rope
     context_rope: Rope
 
@@ -111,9 +111,10 @@ class Attention(nn.Module):
         x: Tensor,
         ctx: Tensor,
         plan: Plan,
+        sight: int,
     ) -> Tensor:
         q, keys, values = self.queries_keys_values(x, ctx, plan.block_rope, plan.context_rope)
-        seen = block_attention(q, keys, values, plan.attention)
+        seen = block_attention(q, keys, values, plan.attention[sight])
         out: Tensor = self.o_proj(seen.reshape(x.shape[0], -1))
         return out
 
@@ -151,8 +152,10 @@ class Layer(nn.Module):
         x: Tensor,
         ctx: Tensor,
         plan: Plan,
+        sight: int = 0,
     ) -> Tensor:
-        return self.around(x, lambda normed: self.self_attn(normed, ctx, plan))
+        """``sight``: which of the plan's attentions is this layer's."""
+        return self.around(x, lambda normed: self.self_attn(normed, ctx, plan, sight))
 
     def around(self, x: Tensor, attend: Callable[[Tensor], Tensor]) -> Tensor:
         """The layer with ``attend`` in the place of its attention: normed [n, H] -> [n, H]."""
@@ -184,6 +187,8 @@ class DraftModel(nn.Module):
         self.fc = nn.Linear(len(config.target_layer_ids) * size, size, bias=False)
         self.hidden_norm = RMSNorm(size, eps)
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_layers))
+        self.sights = tuple(dict.fromkeys(config.sights))
+        self._sight_of = [self.sights.index(sight) for sight in config.sights]
         self.norm = RMSNorm(size, eps)
         self.markov_head: MarkovHead | None = None
         self.confidence_head: ConfidenceHead | None = None
@@ -312,18 +317,25 @@ class DraftModel(nn.Module):
 
     def plan(self, batch: Batch, backend: Backend = "sdpa") -> Plan:
         """The plan of a batch that lies where the draft does."""
-        size, position = self.config.slots, batch.block_position
+        position = batch.block_position
         if self.config.bonus_anchor:
             position = torch.cat([position, position[:, -1:] + 1], 1)
-        attention = AttentionPlan.build(batch.doc, batch.anchors, batch.anchor_valid, size, backend)
+        attention = self.attention_plans(batch.doc, batch.anchors, batch.anchor_valid, backend)
         return self.plan_of(attention, position.flatten(), batch.position)
 
-    def plan_of(self, attention: AttentionPlan, block_position: Tensor, context_position: Tensor) -> Plan:
+    def attention_plans(
+        self, doc: Tensor, anchors: Tensor, anchor_valid: Tensor, backend: Backend = "sdpa"
+    ) -> tuple[AttentionPlan, ...]:
+        """As ``AttentionPlan.build`` has it, for each of ``sights``."""
+        size = self.config.slots
+        return tuple(AttentionPlan.build(doc, anchors, anchor_valid, size, backend, s) for s in self.sights)
+
+    def plan_of(
+        self, attention: tuple[AttentionPlan, ...], block_position: Tensor, context_position: Tensor
+    ) -> Plan:
         """From positions int64[Q] of the blocks' tokens and int64[S] of the context's, each within its document."""
         c, dtype = self.config, self.fc.weight.dtype
-        block, context = (
-            rope_tables(p, c.head_dim, c.rope_theta, dtype) for p in (block_position, context_position)
-        )
+        block, context = (rope_tables(p, c.turning, dtype) for p in (block_position, context_position))
         return Plan(attention, block, context)
 
     def forward(self, batch: Batch, plan: Plan) -> SlotStates:
@@ -344,8 +356,8 @@ class DraftModel(nn.Module):
 
     def backbone(self, x: Tensor, ctx: Tensor, plan: Plan) -> Tensor:
         """``x`` [Q, H], ``ctx`` [S, H] -> h [Q, H] after the final norm."""
-        for layer in self.layers:
-            x = layer(x, ctx, plan)
+        for layer, sight in zip(self.layers, self._sight_of, strict=True):
+            x = layer(x, ctx, plan, sight)
         out: Tensor = self.norm(x)
         return out
 

@@ -20,6 +20,9 @@ NAMES = {
     "markov_head_type": "markov_head_type",
     "speculator_type": "speculator_type",
     "draft_vocab_size": "draft_vocab_size",
+    "sliding_window": "sliding_window",
+    "layer_types": "layer_types",
+    "rope_scaling": "rope_scaling",
 }
 
 
@@ -41,5 +44,12 @@ def read_shape(path: str) -> dict[str, Any]:
         setting: str = NAMES.get(str(key), str(key))
         if setting in out:
             raise UsageError(f"--draft-config {path}: {setting} is given twice.")
-        out[setting] = value
+        out[setting] = _as_setting(setting, value)
     return out
+
+
+def _as_setting(setting: str, value: Any) -> Any:
+    """``value`` of JSON as the flag of that name has it."""
+    if setting == "layer_types" and isinstance(value, list):
+        return tuple(value)
+    return json.dumps(value, sort_keys=True) if isinstance(value, dict) else value

@@ -4,6 +4,8 @@ Both describe the same tensors under the same names. What differs, and has bitte
 
 - layer ids: ``aux_hidden_state_layer_ids`` are states *entering* layer j, so j = i + 1 of the flat ``target_layer_ids``;
 - ``sample_from_anchor``: absent means false here (vLLM 0.32 ``update_dspark``), true in a flat config;
+- ``sliding_window_non_causal`` true lets the slots of a sliding layer see later ones: ``is_causal`` false of the flat layout. vLLM 0.32 reads
+  the former for dflash drafts only, the latter, in the backbone, for all;
 - ``block_size`` counts the anchor's slot too if ``sample_from_anchor`` is false; with true it is the number of drafts in both;
 - the backbone's keys sit in ``transformer_layer_config``, and the number of drafts to ask for in ``speculators_config``.
 """
@@ -16,6 +18,7 @@ from typing import Any
 from dspark.cache.errors import DraftError
 
 MARK = "speculators_model_type"
+NON_CAUSAL = "sliding_window_non_causal"
 # Keys of the flat layout that are the draft's own; everything else describes the backbone.
 _OWN = ("draft_vocab_size", "block_size", "mask_token_id", "sample_from_anchor", "markov_rank", "markov_head_type",
         "enable_confidence_head", "confidence_head_with_markov", "target_hidden_size", "num_target_layers",
@@ -67,6 +70,8 @@ def to_flat(config: Mapping[str, Any]) -> dict[str, Any]:
         "sample_from_anchor": config.get("sample_from_anchor", False),
         "dtype": config.get("dtype"),
     }
+    if flat.get("is_causal") is None and config.get(NON_CAUSAL):
+        flat["is_causal"] = False
     # Not part of the format; no server needs it. The fewest layers a target with these ids can have.
     flat.setdefault("num_target_layers", max(1, *aux))
     return flat

@@ -1,9 +1,10 @@
 """config.json as other projects spell it, brought to the flat one that ``DraftConfig.from_flat`` judges.
 
-Three things differ between them and are settled here; whatever else a config says stays, for ``from_flat`` to honour or to refuse by
+Four things differ between them and are settled here; whatever else a config says stays, for ``from_flat`` to honour or to refuse by
 its key:
 
 - the draft's own keys sit in a nested ``dflash_config`` (SpecForge, z-lab), which vLLM obeys before the top level;
+- its windows too: ``use_swa``, ``swa_window_size`` and ``causal`` there are ``layer_types``, ``sliding_window`` and ``is_causal`` here;
 - ``architectures`` names the trainer's class: vLLM to 0.31 takes ``DSparkDraftModel`` for a DeepSeek-V4 draft, in the target's files;
 - a plain DFlash draft leaves out ``sample_from_anchor``, and its anchor is a bonus token: slot 0 predicts nothing.
 """
@@ -15,6 +16,7 @@ from typing import Any
 
 from dspark.cache.errors import DraftError
 from dspark.train.draft import speculators
+from dspark.train.draft.sight import FULL, SLIDING
 
 NESTED = "dflash_config"
 SERVED = "Qwen3DSparkModel"
@@ -26,9 +28,8 @@ _LIFTED = ("mask_token_id", "target_layer_ids", "num_target_layers", "block_size
 _ALLOWED: dict[str, tuple[Any, ...]] = {
     "projector_type": ("dspark", "dflash"),
     "attention_mode": ("gqa",),
-    "use_swa": (False,),
-    "causal": (False,),
 }
+_WINDOWS = ("use_swa", "swa_window_size", "causal")
 
 
 def flat_of(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -53,7 +54,10 @@ def _lifted(config: Mapping[str, Any]) -> dict[str, Any]:
         return flat
     if not isinstance(nested, Mapping):
         raise DraftError(f"config.json has {NESTED} = {nested!r}; expected an object")
+    flat |= _windows(flat, nested)
     for key, value in nested.items():
+        if key in _WINDOWS:
+            continue
         if key in _LIFTED:
             if flat.get(key) not in (None, value):
                 raise DraftError(
@@ -65,6 +69,28 @@ def _lifted(config: Mapping[str, Any]) -> dict[str, Any]:
             raise DraftError(f"config.json has {NESTED}.{key} = {value!r}{known}")
     _filled(flat)
     return flat
+
+
+def _windows(flat: Mapping[str, Any], nested: Mapping[str, Any]) -> dict[str, Any]:
+    """What ``nested`` says of windows, as flat keys, with vLLM's precedence (0.32, ``_resolve_layer_attention``)."""
+    for key, kind in zip(_WINDOWS, (bool, int, bool), strict=True):
+        if not isinstance(nested.get(key), kind | None):
+            raise DraftError(f"config.json has {NESTED}.{key} = {nested[key]!r}; expected {kind.__name__}")
+    out: dict[str, Any] = {}
+    kinds = flat.get("layer_types") or []
+    if nested.get("use_swa") and SLIDING not in kinds:
+        # Whether a slot sees later ones goes by the types as they stand, not by the window that this forces.
+        count = flat.get("num_hidden_layers")
+        out |= {"layer_types": [SLIDING] * (len(kinds) or count or 0), "is_causal": False}
+    elif not kinds and "num_hidden_layers" in flat:
+        out["layer_types"] = [FULL] * flat["num_hidden_layers"]
+    if nested.get("swa_window_size") is not None:
+        out["sliding_window"] = nested["swa_window_size"]
+    if nested.get("causal") is not None:
+        out["is_causal"] = nested["causal"]
+    if flat.get("is_causal") is not None:
+        out["is_causal"] = flat["is_causal"]
+    return out
 
 
 def _filled(flat: dict[str, Any]) -> None:

@@ -56,6 +56,8 @@ class DrafterType(ABC):
     """vLLM's name of the method that decodes with it; None where it has none."""
     spelled_by_speculators: bool = True
     """Whether the speculators format describes it."""
+    windows: bool = True
+    """Whether its layers may be sliding or causal ones."""
     masks: bool = True
     """Whether it embeds the target's mask token."""
     sharded: bool = True
@@ -135,6 +137,7 @@ class DrafterType(ABC):
             num_kv_heads=settings.num_kv_heads,
             head_dim=settings.head_dim,
             intermediate_size=settings.intermediate_size,
+            **settings.attention,
             block_size=settings.block_size,
             markov_rank=settings.markov_rank,
             markov_head_type=settings.markov_head_type,

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -46,7 +47,7 @@ _WIDTHS = {
     "intermediate_size": "--intermediate-size",
 }
 # Taken from the earlier draft whatever the target says: its weights were trained with them.
-_KEPT = ("mask_token_id", "rms_norm_eps", "rope_theta", "confidence_head_with_markov")
+_KEPT = ("mask_token_id", "rms_norm_eps", "rope_theta", "confidence_head_with_markov", "is_causal")
 # Parts that may be left out or begun anew; any other tensor must fit.
 _HEADS = ("markov_head.", "confidence_head.")
 _W2 = "markov_head.markov_w2.weight"
@@ -171,6 +172,9 @@ class Origin:
             "markov_head_type",
             "markov_rank",
             "bonus_anchor",
+            "sliding_window",
+            "layer_types",
+            "rope_scaling",
         )
         both = ((f, getattr(self.config, f), getattr(config, f)) for f in fields)
         return {f: f"{then} there, {now} now" for f, then, now in both if then != now}
@@ -188,6 +192,11 @@ def settings_of(folder: str) -> dict[str, Any]:
         "intermediate_size": c.intermediate_size,
         "block_size": c.block_size,
     }
+    if c.sliding_window:
+        mixed = {"layer_types": c.layer_types} if len(set(c.layer_types)) > 1 else {}
+        out |= {"sliding_window": c.sliding_window, **mixed}
+    if c.rope_scaling:
+        out["rope_scaling"] = json.dumps(c.rope_scaling, sort_keys=True)
     if c.markov_rank:
         out |= {"markov_rank": c.markov_rank, "markov_head_type": c.markov_head_type}
     return out | ({"draft_vocab_size": c.draft_vocab_size} if c.reduced_vocab else {})

@@ -5,6 +5,10 @@ Legend: T positions, D head size.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -12,15 +16,45 @@ from torch import Tensor
 Rope = tuple[Tensor, Tensor]
 
 
-def rope_tables(position: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> Rope:
-    """cos and sin of int64[T] positions, each [T, 1, D/2].
+@dataclass(frozen=True, slots=True)
+class Turning:
+    """How fast the pairs of a head turn: its size, the base, and what scales it, as sorted items of ``rope_parameters``; () for nothing."""
+
+    head_dim: int
+    theta: float
+    scaling: tuple[tuple[str, Any], ...] = ()
+
+
+def rope_tables(position: Tensor, turning: Turning, dtype: torch.dtype) -> Rope:
+    """cos and sin of int64[T] positions, each [T, 1, D/2], times the scaling's attention factor.
 
     Frequencies are made here in fp32 at every call: kept in a buffer, ``model.to(bfloat16)`` would round them, and far
     positions would then turn by wrong angles.
     """
-    exponent = torch.arange(0, head_dim, 2, dtype=torch.float32, device=position.device) / head_dim
-    angle = position.to(torch.float32)[:, None] * (1.0 / theta**exponent)
+    if turning.scaling:
+        frequencies, factor = _scaled(turning, position.device)
+        angle = position.to(torch.float32)[:, None] * frequencies
+        cos, sin = angle.cos() * factor, angle.sin() * factor
+        return cos.to(dtype)[:, None], sin.to(dtype)[:, None]
+    exponent = torch.arange(0, turning.head_dim, 2, dtype=torch.float32, device=position.device)
+    angle = position.to(torch.float32)[:, None] * (1.0 / turning.theta ** (exponent / turning.head_dim))
     return angle.cos().to(dtype)[:, None], angle.sin().to(dtype)[:, None]
+
+
+@cache
+def _scaled(turning: Turning, device: torch.device) -> tuple[Tensor, float]:
+    """transformers' frequencies float32[D/2] and attention factor."""
+    from transformers import Qwen3Config
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    parameters = {**dict(turning.scaling), "rope_theta": turning.theta}
+    longest = int(parameters.get("original_max_position_embeddings", 1) * parameters["factor"])
+    config = Qwen3Config(
+        head_dim=turning.head_dim, max_position_embeddings=longest, rope_parameters=parameters
+    )
+    with torch.inference_mode(False):  # kept, so it must serve training too
+        frequencies, factor = ROPE_INIT_FUNCTIONS[parameters["rope_type"]](config, torch.device("cpu"))
+        return frequencies.to(device, torch.float32), float(factor)
 
 
 def rotate(x: Tensor, rope: Rope) -> Tensor:

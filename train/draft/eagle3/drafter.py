@@ -40,6 +40,7 @@ class Eagle3(DrafterType):
     servers = "vLLM and SGLang (method eagle3)"
     method = "eagle3"
     spelled_by_speculators = False
+    windows = False
     sharded = False
     masks = False
 

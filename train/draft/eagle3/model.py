@@ -121,7 +121,7 @@ class Eagle3Model(DraftModel):
         return out
 
     def ropes(self, position: Tensor) -> Rope:
-        return rope_tables(position, self.config.head_dim, self.config.rope_theta, self.fc.weight.dtype)
+        return rope_tables(position, self.config.turning, self.fc.weight.dtype)
 
     def plan(self, batch: Batch, backend: Backend = "sdpa") -> Eagle3Plan:  # type: ignore[override]
         a = batch.anchors

@@ -108,7 +108,7 @@ def _keys_values(head: SpdHead, layer: object, rows: Tensor, at: Tensor) -> tupl
     """Keys and values [m, Hkv, D] of memory rows [m, H] at positions int64[m]."""
     assert isinstance(layer, Layer)
     c = head.config
-    tables = rope_tables(at, c.head_dim, c.rope_theta, rows.dtype)
+    tables = rope_tables(at, c.turning, rows.dtype)
     nothing = tables[0][:0], tables[1][:0]
     normed = layer.input_layernorm(rows)
     _, keys, values = layer.self_attn.queries_keys_values(normed[:0], normed, nothing, tables)
@@ -126,8 +126,8 @@ def _layer(
 ) -> Tensor:
     """One layer for the query ``x`` [1, H] at ``position``, over cached keys and values, the near rows and itself."""
     c = head.config
-    memory_rope = rope_tables(at, c.head_dim, c.rope_theta, x.dtype)
-    query_rope = rope_tables(torch.tensor([position], device=x.device), c.head_dim, c.rope_theta, x.dtype)
+    memory_rope = rope_tables(at, c.turning, x.dtype)
+    query_rope = rope_tables(torch.tensor([position], device=x.device), c.turning, x.dtype)
 
     def attend(normed: Tensor) -> Tensor:
         q, keys, values = layer.self_attn.queries_keys_values(

@@ -42,6 +42,7 @@ class Spd(DrafterType):
     servers = "no server takes it; dspark-tools eval decodes with it"
     method = None
     spelled_by_speculators = False
+    windows = False
     masks = False
     sharded = False
 
@@ -115,7 +116,7 @@ class Spd(DrafterType):
         return DraftConfig.sized_for(
             target, target_layer_ids=self.layers(stored, target, settings.layers), mask_token_id=0, speculator_type=self.name, num_layers=settings.num_layers,
             num_heads=heads, num_kv_heads=kv_heads, head_dim=width, intermediate_size=settings.intermediate_size,
-            draft_vocab_size=draft_vocab_size,
+            draft_vocab_size=draft_vocab_size, **settings.attention,
         )  # fmt: skip
 
     # Network and objective

@@ -154,7 +154,7 @@ class SpdHead(DraftModel):
         # A token that does not exist is masked: its position only has to be a number.
         memory = torch.cat([batch.position, (where[:, None] - distance).clamp(min=0).flatten()])
         c, dtype = self.config, self.g0_proj.weight.dtype
-        query_rope, memory_rope = (rope_tables(p, c.head_dim, c.rope_theta, dtype) for p in (where, memory))
+        query_rope, memory_rope = (rope_tables(p, c.turning, dtype) for p in (where, memory))
         return SpdPlan(near, where[:, None] >= distance, distance >= drawn, far, query_rope, memory_rope)
 
     def forward(self, batch: Batch, plan: SpdPlan) -> SlotStates:  # type: ignore[override]
