@@ -221,6 +221,20 @@ class Cache:
         return int(self.index["sample_row"].shape[0])
 
     @property
+    def stores(self) -> tuple[Cache, ...]:
+        """This one: what reads several (``JoinedCache``) has more."""
+        return (self,)
+
+    def of(self, i: int) -> int:
+        """Which of ``stores`` sample ``i`` is in."""
+        return 0
+
+    @property
+    def starts(self) -> Array:
+        """First sample of each of ``stores``, and the number of samples, int64[2]."""
+        return np.array([0, len(self)], np.int64)
+
+    @property
     def lengths(self) -> Array:
         """Tokens of each sample, int64[N]."""
         return np.diff(self.index["sample_start"])

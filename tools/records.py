@@ -24,6 +24,7 @@ _STORE = {
     "source": Optional(str),
     "aux_bits": Optional(int),
     "last_bits": Optional(int),
+    "stores": Optional([{"source": Optional(str), "aux_bits": Optional(int), "last_bits": Optional(int)}]),
 }
 _HISTORY = {
     "start": Optional(

@@ -12,7 +12,7 @@ import click
 from dspark.cache.errors import UsageError
 from dspark.cache.shared.command import bar, break_lock_flag, command, emit, version_flag
 from dspark.cache.shared.layer_ids import LayerIds
-from dspark.train.config import LOGGERS, SCHEDULES, SELECT, STRATEGIES, TrainConfig
+from dspark.train.config import LOGGERS, SCHEDULES, SELECT, STRATEGIES, TrainConfig, with_passes
 from dspark.train.draft.shape_file import read_shape
 from dspark.train.draft.types import TYPES, drafter
 from dspark.train.recipes import AUTO, NONE, configure, recipes
@@ -43,10 +43,14 @@ Examples:
   dspark-train --cache ./hs.zarr --speculator-type dflash    the plain parallel draft
   dspark-train --cache ./hs.zarr --recipe Qwen3-4B --epochs 3
   dspark-train --cache ./own.zarr --init-from ./draft --output ./tuned --lr 1e-4     fine-tune a draft
+  dspark-train --cache ./own.zarr --cache ./general.zarr=0.05 --init-from ./draft    with a twentieth of general data per epoch
   torchrun --nproc-per-node 8 -m dspark.train --cache ./hs.zarr                      8 GPUs, the same training
 """,
 )
-@click.option("--cache", required=True, help="Store that dspark-dump wrote.")
+@click.option(
+    "--cache", required=True, multiple=True, metavar="STORE[=PASSES]",
+    help="Store that dspark-dump wrote. Repeatable, for one target: the stores are mixed, each with its passes per epoch (1 if none are said).",
+)  # fmt: skip
 @click.option(
     "--output",
     default=DEFAULTS.output,
@@ -270,8 +274,15 @@ def configured(context: click.Context) -> TrainConfig:
         from dspark.train.draft.warm import settings_of
 
         shape = settings_of(named["init_from"]) | shape
-    named = shape | named
+    named = shape | named | _stores(named["cache"])
     return configure(named, context.params["recipe"])
+
+
+def _stores(given: Sequence[str]) -> dict[str, Any]:
+    """The settings ``cache`` and ``caches`` that ``--cache`` asks for."""
+    first, passes = with_passes(given[0])
+    plain = len(given) == 1 and passes == 1
+    return {"cache": first, "caches": () if plain else tuple(given)}
 
 
 def config_of(words: Sequence[str]) -> TrainConfig:

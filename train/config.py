@@ -14,6 +14,7 @@ from dspark.train.draft import scaling, sight
 # Fields that may differ between a run and its resumption: they say where and how, not what is computed.
 FREE_ON_RESUME = {
     "cache",
+    "caches",
     "output",
     "device",
     "workers",
@@ -35,6 +36,7 @@ STRATEGIES = ("zero", "ddp", "fsdp2")
 SCHEDULES = ("cosine", "linear", "wsd", "constant")
 SELECT = ("last", "walk", "walk_greedy", "mean_accepted_length")
 
+MOST_PASSES = 1000
 LOGGERS = ("tensorboard", "wandb", "mlflow", "trackio")
 
 # Settings of earlier releases at the values that changed nothing: a run that was made with them goes on.
@@ -102,11 +104,30 @@ NUMBERS = {
 }
 
 
+def with_passes(given: str) -> tuple[str, float]:
+    """``PATH`` or ``PATH=PASSES`` of ``--cache``. Raises UsageError for passes that are no positive number."""
+    path, equals, number = given.rpartition("=")
+    try:
+        passes = float(number)
+    except ValueError:  # an = in a path
+        return given, 1.0
+    if not equals or not path:
+        return given, 1.0
+    if not (0 < passes <= MOST_PASSES):
+        raise UsageError(
+            f"--cache {given}: {number} passes per epoch; expected a number above 0, {MOST_PASSES} at most"
+        )
+    return path, passes
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainConfig:
     """Defaults are those of the published DSpark recipes where they agree (lr, warm-up, anchors, layers, rank)."""
 
     cache: str
+    """The store, or the first of several."""
+    caches: tuple[str, ...] = ()
+    """Every store, as ``--cache`` had it, where there are several or one has passes: ``PATH`` or ``PATH=PASSES`` per epoch."""
     output: str = "./draft"
     epochs: float = 3.0
     max_steps: int | None = None
@@ -216,7 +237,7 @@ class TrainConfig:
             raise UsageError(
                 f"--select {self.select} needs validation: --val-fraction above 0, and --val-walk-rows for a walk"
             )
-        _ = self.attention  # refuses
+        _ = self.attention, self.stores  # refuse
         if self.optimizer not in ("adamw", "muon"):
             raise UsageError(f"optimizer is {self.optimizer!r}, expected adamw or muon")
         if self.optimizer == "muon" and self.strategy == "fsdp2":
@@ -224,6 +245,11 @@ class TrainConfig:
             raise UsageError(
                 f"--optimizer muon{whose} needs whole matrices and --strategy fsdp2 splits them; use zero or ddp, or --optimizer adamw"
             )
+
+    @property
+    def stores(self) -> tuple[tuple[str, float], ...]:
+        """Path and passes per epoch of every store."""
+        return tuple(map(with_passes, self.caches)) or ((self.cache, 1.0),)
 
     @property
     def attention(self) -> dict[str, Any]:
@@ -250,6 +276,7 @@ class TrainConfig:
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self) | {
             "betas": list(self.betas), "logger": list(self.logger), "layer_types": list(self.layer_types),
+            "caches": list(self.caches),
             "layers": None if self.layers is None else list(self.layers),
         }  # fmt: skip
 
@@ -261,7 +288,7 @@ class TrainConfig:
             raise UsageError(f"{where}: unknown keys {sorted(unknown)}")
         if "cache" not in data:
             raise UsageError(f"{where} names no cache; expected the settings of a training")
-        lists = ("betas", "logger", "layers", "layer_types")
+        lists = ("betas", "caches", "logger", "layers", "layer_types")
         data |= {k: tuple(data[k]) for k in lists if isinstance(data.get(k), list)}
         try:
             return cls(**data)
@@ -271,6 +298,7 @@ class TrainConfig:
     def continues(self, earlier: TrainConfig, where: str) -> None:
         """Raise MismatchError, naming every difference, unless this run goes on with ``earlier``."""
         a, b = earlier.to_json(), self.to_json()
+        a["passes"], b["passes"] = ([n for _, n in config.stores] for config in (earlier, self))
         diffs = [f"{k}: {a[k]!r} there, {b[k]!r} now" for k in a if k not in FREE_ON_RESUME and a[k] != b[k]]
         if diffs:
             raise MismatchError(

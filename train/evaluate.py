@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dspark.cache.reader import Cache
+from dspark.cache.joined import Stores
 from dspark.train.data import anchors as rules
 from dspark.train.data.batch import Batch
 from dspark.train.data.row import Row
@@ -34,7 +34,7 @@ UNIT = Denominators(1.0, 1.0, 1.0)  # the losses come out of the metrics' own we
 @torch.no_grad()
 def evaluate(
     model: DraftModel,
-    cache: Cache,
+    cache: Stores,
     rows: Iterable[Row | Batch],
     *,
     device: torch.device,
@@ -82,7 +82,7 @@ def judged(
 @torch.no_grad()
 def walked(
     model: DraftModel,
-    cache: Cache,
+    cache: Stores,
     rows: Iterable[Row],
     *,
     device: torch.device,

@@ -25,6 +25,7 @@ AUTO, NONE = "auto", "none"
 # What a recipe may not say: these belong to a run and its machine.
 OF_A_RUN = {
     "cache",
+    "caches",
     "output",
     "device",
     "dtype",

@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+import published as forms
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
 from core_cases import BLOCK, HIDDEN, VOCAB, small_batch, small_draft, small_target
 from dspark.cache.errors import DraftError
@@ -20,61 +20,7 @@ from dspark.train.draft.decoding import BlockDecoder, chained, recomputed_states
 from dspark.train.draft.folder import load_draft, save_draft
 from dspark.train.draft.model import DraftModel
 
-BACKBONE: dict[str, Any] = {
-    "model_type": "qwen3", "hidden_size": HIDDEN, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "head_dim": 16, "hidden_act": "silu", "attention_bias": False, "rms_norm_eps": 1e-6,
-    "rope_theta": 10000.0, "rope_scaling": None, "max_position_embeddings": 512, "vocab_size": VOCAB, "sliding_window": None,
-    "use_sliding_window": False, "max_window_layers": 2, "use_cache": True, "tie_word_embeddings": False,
-}  # fmt: skip
-FULL, SLIDING = ["full_attention"] * 2, ["sliding_attention"]
-HEADS = {"markov_rank": 6, "markov_head_type": "vanilla", "enable_confidence_head": True, "confidence_head_with_markov": True}  # fmt: skip
-
-SPECFORGE = BACKBONE | HEADS | {
-    "architectures": ["DSparkDraftModel"], "layer_types": FULL, "block_size": BLOCK, "projector_type": "dspark", "attention_mode": "gqa",
-    "dflash_config": {"mask_token_id": VOCAB - 1, "target_layer_ids": [0, 2], "markov_rank": 6, "attention_mode": "gqa"},
-}  # fmt: skip
-Z_LAB = BACKBONE | {
-    "architectures": ["DFlashDraftModel"], "auto_map": {"AutoModel": "dflash.DFlashDraftModel"}, "layer_types": FULL,
-    "block_size": BLOCK + 1, "num_target_layers": 4, "dflash_config": {"mask_token_id": VOCAB - 1, "target_layer_ids": [0, 2]},
-}  # fmt: skip
-SPECULATORS = HEADS | {
-    "architectures": ["DSparkDraftModel"], "speculators_model_type": "dspark", "block_size": BLOCK + 1, "mask_token_id": VOCAB - 1,
-    "aux_hidden_state_layer_ids": [1, 3], "draft_vocab_size": VOCAB, "transformer_layer_config": BACKBONE | {"layer_types": FULL},
-    "speculators_config": {
-        "algorithm": "dspark", "proposal_methods": [{"proposal_type": "greedy", "speculative_tokens": BLOCK}],
-        "verifier": {"name_or_path": "random/tiny", "architectures": ["Qwen3ForCausalLM"]},
-    },
-}  # fmt: skip
-DEEPSPEC = BACKBONE | HEADS | {
-    "architectures": ["Qwen3DSparkModel"], "layer_types": FULL, "block_size": BLOCK, "mask_token_id": VOCAB - 1, "target_layer_ids": [0, 2],
-    "num_target_layers": 4, "target_hidden_size": HIDDEN, "draft_vocab_size": VOCAB, "sample_from_anchor": True, "num_anchors": 512,
-}  # fmt: skip
-# RedHatAI's GLM-5.2 draft: three layers, all sliding, five layers of the target by vLLM's ids, slots that no later one is shown to.
-GLM = SPECULATORS | {
-    "sliding_window_non_causal": False, "aux_hidden_state_layer_ids": [1, 3], "max_anchors": 1024, "target_hidden_size": None,
-    "transformer_layer_config": BACKBONE | {
-        "num_hidden_layers": 3, "layer_types": SLIDING * 3, "sliding_window": 6, "use_sliding_window": True, "max_window_layers": 0,
-        "rope_parameters": {"rope_theta": 10000.0, "rope_type": "default"},
-    },
-}  # fmt: skip
-BOTH_WAYS = SPECULATORS | {
-    "sliding_window_non_causal": True,
-    "transformer_layer_config": BACKBONE | {"layer_types": SLIDING + FULL[1:], "sliding_window": 3},
-}
-YARN = {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 64}
-SWA = Z_LAB | {
-    "dflash_config": Z_LAB["dflash_config"] | {"use_swa": True, "swa_window_size": 5, "causal": None},
-    "rope_scaling": YARN, "rope_parameters": YARN | {"rope_theta": 10000.0},
-}  # fmt: skip
-FORMS = {"specforge": SPECFORGE, "z-lab": Z_LAB, "speculators": SPECULATORS, "deepspec": DEEPSPEC, "glm": GLM, "both-ways": BOTH_WAYS, "swa": SWA}  # fmt: skip
-# What differs from two full layers whose anchor is a bonus token: sights of the layers, and what training would have made of them.
-SHAPES: dict[str, dict[str, Any]] = {
-    "glm": {"num_layers": 3, "layer_types": tuple(SLIDING * 3), "sliding_window": 6},
-    "both-ways": {"layer_types": tuple(SLIDING + FULL[1:]), "sliding_window": 3, "is_causal": False},
-    "swa": {"layer_types": tuple(SLIDING * 2), "sliding_window": 5, "is_causal": False, "rope_scaling": YARN},
-}
-PLAIN = {"speculator_type": "dflash", "markov_rank": 0, "enable_confidence_head": False}
-ANCHOR_FIRST = ("specforge", "deepspec")
+NESTED = {"mask_token_id": VOCAB - 1, "target_layer_ids": [0, 2]}
 TARGET = {
     "hidden_size": HIDDEN,
     "vocab_size": VOCAB,
@@ -84,21 +30,9 @@ TARGET = {
 }
 
 
-def weights(form: str) -> DraftModel:
-    return small_draft(
-        **(PLAIN if "dflash" in FORMS[form]["architectures"][0].lower() else {}) | SHAPES.get(form, {})
-    )
-
-
 def published(folder: Path, form: str, **changes: Any) -> Path:
-    """A folder as another program leaves it: its config, tensors without our record."""
-    save_draft(folder, weights(form), dtype=torch.float32)
-    (folder / "config.json").write_text(json.dumps(FORMS[form] | changes))
-    tensors = load_file(folder / "model.safetensors")
-    if "dflash" in FORMS[form]["architectures"][0].lower():
-        tensors = {n: t for n, t in tensors.items() if not n.startswith("markov")}
-    save_file(tensors, folder / "model.safetensors")
-    return folder
+    shape = forms.shape(form) | {"max_position_embeddings": 512}
+    return forms.write(folder, form, small_draft(**shape), **changes)
 
 
 def by_hand(model: DraftModel, aux: torch.Tensor, anchor: int) -> torch.Tensor:
@@ -116,13 +50,12 @@ def by_hand(model: DraftModel, aux: torch.Tensor, anchor: int) -> torch.Tensor:
     return chained(model, h, torch.tensor(anchor), lambda logits: logits.argmax(-1))
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", forms.FORMS)
 def test_opened_decoded_judged_and_repacked(form: str, tmp_path: Path) -> None:
     folder = published(tmp_path / "theirs", form)
     model = load_draft(folder, small_target())
-    bonus = form not in ANCHOR_FIRST
-    assert (model.config.bonus_anchor, model.config.block_size) == (bonus, BLOCK)
-    shape = SHAPES.get(form, {})
+    bonus = form not in forms.ANCHOR_FIRST
+    shape = forms.shape(form) | {"block_size": BLOCK}
     assert {name: getattr(model.config, name) for name in shape} == shape
     aux = torch.randn(9, 2, HIDDEN)
     decoder = BlockDecoder(model)
@@ -157,7 +90,7 @@ def test_opened_decoded_judged_and_repacked(form: str, tmp_path: Path) -> None:
             assert flat["speculators_config"]["proposal_methods"][0]["speculative_tokens"] == BLOCK
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", forms.FORMS)
 def test_training_forward_equals_decoding(form: str, tmp_path: Path) -> None:
     model = load_draft(published(tmp_path, form), small_target())
     batch = small_batch(lengths=(20,), padding=0)
@@ -172,15 +105,15 @@ def test_training_forward_equals_decoding(form: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("form", "changes", "key"),
     [
-        ("z-lab", {"dflash_config": Z_LAB["dflash_config"] | {"use_swa": True}}, "sliding_window"),
-        ("z-lab", {"dflash_config": Z_LAB["dflash_config"] | {"causal": 3}}, "dflash_config.causal"),
+        ("z-lab", {"dflash_config": NESTED | {"use_swa": True}}, "sliding_window"),
+        ("z-lab", {"dflash_config": NESTED | {"causal": 3}}, "dflash_config.causal"),
         (
             "z-lab",
-            {"dflash_config": Z_LAB["dflash_config"] | {"attention_sink_bias": True}},
+            {"dflash_config": NESTED | {"attention_sink_bias": True}},
             "dflash_config.attention_sink_bias",
         ),
         ("glm", {"speculators_model_type": "mtp"}, "speculators_model_type"),
-        ("z-lab", {"dflash_config": Z_LAB["dflash_config"] | {"novel": 3}}, "dflash_config.novel"),
+        ("z-lab", {"dflash_config": NESTED | {"novel": 3}}, "dflash_config.novel"),
         ("specforge", {"mask_token_id": 3}, "dflash_config.mask_token_id"),
         ("specforge", {"architectures": ["Gemma4DSparkModel"]}, "architectures"),
         ("specforge", {"rope_is_neox_style": False}, "rope_is_neox_style"),

@@ -197,6 +197,15 @@ def test_interrupted_and_resumed_runs_are_told_apart(earlier: Path, tmp_path: Pa
         (2, 4, "finished"),
     ]
     assert record["start"]["taken"] > 20
+    out = tmp_path / "out"
+    export(str(tmp_path / "draft"), str(out), pictures=False)
+    card = (out / "README.md").read_text()
+    for line in (
+        f"- Warm start: {record['start']['taken']} tensors of {earlier / 'draft'}",
+        "- Trained from step 0 to step 2: interrupted.",
+        "- Resumed from step 2 to step 4: finished.",
+    ):
+        assert line in card
     changed = json.loads(path.read_text())
     changed["start"]["weights_sha256"] = "1" * 64
     path.write_text(json.dumps(changed))

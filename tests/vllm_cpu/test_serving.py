@@ -2,13 +2,14 @@
 
 Starting vLLM costs 25-60 s on a CPU, most of it imports, so one process serves all cases, which differ in everything at once: for DSpark
 a Qwen3 target, the whole vocabulary, the flat format, 5 slots, and a Llama one with tied weights, a reduced vocabulary, the speculators
-format, 7 slots; EAGLE-3 and P-EAGLE on one of each. ``bench/serve_parity.py`` runs the whole matrix.
+format, 7 slots, a sliding and a full layer with YaRN; EAGLE-3 (with YaRN) and P-EAGLE on one of each. ``bench/serve_parity.py`` runs the whole matrix.
 """
 
 from __future__ import annotations
 
 import importlib.util
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -46,12 +47,13 @@ class Case:
     reduced: bool
     layout: str
     size: int
+    more: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def shape(self) -> dict[str, Any]:
         """Keyword arguments of ``tiny_models.draft``."""
         own = {} if self.type == "dspark" else {"num_layers": 1, "target_layer_ids": (0, 1, 2)}
-        return {"speculator_type": self.type, "block_size": self.size, **own}
+        return {"speculator_type": self.type, "block_size": self.size, **own, **self.more}
 
     def prepare(self, folder: Path) -> tuple[list[list[int]], list[Outcome], ServeRequest]:
         """The target's own answers, our outcomes, and what vLLM is asked."""
@@ -79,10 +81,12 @@ class Case:
         return alone, ours, request
 
 
+YARN = {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}}
+SLIDING = {"sliding_window": 6, "layer_types": ("sliding_attention", "full_attention")}
 CASES = (
     Case("dspark", "qwen3", False, "flat", 5),
-    Case("dspark", "llama", True, "speculators", 7),
-    Case("eagle3", "llama", True, "flat", 5),
+    Case("dspark", "llama", True, "speculators", 7, SLIDING | YARN),
+    Case("eagle3", "llama", True, "flat", 5, YARN),
     Case("peagle", "qwen3", False, "flat", 5),
 )
 

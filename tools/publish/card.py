@@ -101,7 +101,7 @@ def card(
         "## Draft\n" + _table(("", ""), _shape(config, manifest)),
     ]
     if run.store:
-        parts.append("## Data\n" + _table(("", ""), [(k, v) for k, v in run.store.items() if v is not None]))
+        parts.append("## Data\n" + _table(("", ""), _data(run.store)))
     if run.training:
         recipe = [(k, run.training[k]) for k in RECIPE if run.training.get(k) is not None]
         parts.append("## Recipe\n" + _table(("", ""), recipe))
@@ -122,6 +122,14 @@ def card(
     if run.training:
         parts.append("## Reproduce\n" + _code(reproduce(run, target)))
     return "\n".join(parts)
+
+
+def _data(store: dict[str, Any]) -> list[tuple[str, Any]]:
+    """Rows on the store; of several, what they have in common and then what each is."""
+    rows = [(k, v) for k, v in store.items() if v is not None and k != "stores"]
+    for number, one in enumerate(store.get("stores") or [], 1):
+        rows += [(f"{k} of store {number}", v) for k, v in one.items() if v is not None and store.get(k) != v]
+    return rows
 
 
 def _serving(config: Any, manifest: dict[str, Any], name: str) -> str:
@@ -148,11 +156,12 @@ def serve_command(target: str, draft: str, size: int, own: dict[str, Any] | None
 
 def reproduce(run: Run, target: str) -> str:
     """The three commands, with every setting of the run that is not the default."""
-    from dspark.train.config import TrainConfig
+    from dspark.train.config import TrainConfig, with_passes
 
     defaults = TrainConfig(cache="").to_json()
     where = (
         "cache",
+        "caches",
         "output",
         "device",
         "workers",
@@ -163,22 +172,39 @@ def reproduce(run: Run, target: str) -> str:
         "betas",
     )
     flags = [
-        f"--{k.replace('_', '-')} {json.dumps(v) if not isinstance(v, str) else chr(39) + v + chr(39)}"
+        f"--{k.replace('_', '-')} {_word(v)}"
         for k, v in run.training.items()
         if k in defaults and k not in where and v is not None and v != defaults[k]
     ]
     layers = run.store.get("layers") or list(run.config.target_layer_ids)
-    bits = (
-        f" --aux-bits {run.store['aux_bits']} --last-bits {run.store['last_bits']}"
-        if None not in (run.store.get("aux_bits"), run.store.get("last_bits"))
-        else ""
-    )
-    data = f" --data {run.store['source']}" if run.store.get("source") else ""
+    each = run.store.get("stores") or [run.store]
+    names = ["./hs.zarr", *(f"./hs{i}.zarr" for i in range(2, len(each) + 1))]
+    counts = [with_passes(given)[1] for given in run.training.get("caches") or []]
+    caches = [f"--cache {name}" for name in names]
+    if len(counts) == len(names):
+        caches = [f"{cache}={n:g}" if n != 1 else cache for cache, n in zip(caches, counts, strict=True)]
     return "\n".join((
-        f"dspark-dump --model {target}{data} --layers {','.join(map(str, layers))}{bits} --output ./hs.zarr",
-        f"dspark-train --cache ./hs.zarr {' '.join(flags)}".rstrip(),
+        *(_dumped(store, target, layers, name) for store, name in zip(each, names, strict=True)),
+        f"dspark-train {' '.join([*caches, *flags])}",
         "dspark-tools score --cache ./hs.zarr --draft ./draft --split validation",
     ))  # fmt: skip
+
+
+def _dumped(store: dict[str, Any], target: str, layers: list[int], name: str) -> str:
+    bits = (
+        f" --aux-bits {store['aux_bits']} --last-bits {store['last_bits']}"
+        if None not in (store.get("aux_bits"), store.get("last_bits"))
+        else ""
+    )
+    data = f" --data {store['source']}" if store.get("source") else ""
+    return f"dspark-dump --model {target}{data} --layers {','.join(map(str, layers))}{bits} --output {name}"
+
+
+def _word(value: Any) -> str:
+    """A setting as its flag takes it."""
+    if isinstance(value, list):
+        return ",".join(map(str, value))
+    return f"'{value}'" if isinstance(value, str) else json.dumps(value)
 
 
 def _servable(config: DraftConfig, form: str) -> str:
@@ -197,7 +223,15 @@ def _servable(config: DraftConfig, form: str) -> str:
 
 
 def _shape(config: DraftConfig, manifest: dict[str, Any]) -> list[tuple[str, Any]]:
+    window = f"{', '.join(config.layer_types)}; window of {config.sliding_window} tokens"
     return [
+        ("attention", window if config.sliding_window else "full"),
+        (
+            "RoPE",
+            json.dumps(
+                {"rope_type": "default"} | dict(config.rope_scaling or {}) | {"rope_theta": config.rope_theta}
+            ),
+        ),
         ("format", manifest["format"]),
         (
             "tensors",

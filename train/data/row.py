@@ -19,7 +19,7 @@ from torch import Tensor
 
 from dspark.cache.codec.base import EXACT_TOKEN, Tokens, axis_of, from_first_token
 from dspark.cache.errors import MismatchError
-from dspark.cache.reader import Cache
+from dspark.cache.joined import Stores
 from dspark.cache.records import CodedSample, last_rows
 from dspark.train.data.batch import ON_HOST, Batch
 
@@ -53,13 +53,14 @@ class Field:
 class Row:
     """All of a ``Batch`` but the decoded states, and the states' codes, in ``data`` uint8[bytes].
 
-    ``tokens``: tokens of documents, padding not counted; ``slots``: N.
+    ``tokens``: tokens of documents, padding not counted; ``slots``: N; ``store``: which of the stores its samples are of.
     """
 
     data: Tensor
     fields: tuple[Field, ...]
     tokens: int
     slots: int
+    store: int = 0
 
     @classmethod
     def build(
@@ -67,6 +68,7 @@ class Row:
         batch: Batch,
         samples: Sequence[CodedSample],
         tokens: int,
+        store: int = 0,
     ) -> Self:
         """From a batch whose ``aux`` [S, 0] and ``last`` [M, 0] are empty and its samples.
 
@@ -98,7 +100,7 @@ class Row:
             used = sum(len(part) for part in parts)
             np.concatenate(parts, out=out[:used])
             out[used:] = 0
-        return cls(data, tuple(fields), tokens, batch.slots.shape[0])
+        return cls(data, tuple(fields), tokens, batch.slots.shape[0], store)
 
     @property
     def batch(self) -> Batch:
@@ -110,7 +112,7 @@ class Row:
         return dataclasses.replace(self, data=self.data.pin_memory())
 
     def place(
-        self, cache: Cache, device: torch.device, dtype: torch.dtype, layers: Sequence[int] | None = None
+        self, cache: Stores, device: torch.device, dtype: torch.dtype, layers: Sequence[int] | None = None
     ) -> Batch:
         """The batch on ``device``: the buffer is moved, the codes are decoded there to ``dtype``. ``layers``: those of the store's that the
         draft reads (outputs of layers), in the order of the aux axis; None for all.
@@ -121,10 +123,11 @@ class Row:
         codes = {n.removeprefix(CODES): t for n, t in views.items() if n.startswith(CODES)}
         batch = self._batch(views)
         tokens = None
-        if cache.codec.needs_tokens:
+        codec = cache.stores[self.store].codec
+        if codec.needs_tokens:
             start, stored = (views[KNOWN + name] for name in ("sample_start", "last_token"))
             tokens = Tokens(batch.input_ids, start, stored, cache.embedding_on(device))
-        aux, last = cache.codec.decode(codes, hidden, tokens, dtype)
+        aux, last = codec.decode(codes, hidden, tokens, dtype)
         at = None if layers is None else columns(cache.manifest.layers, layers)
         return dataclasses.replace(batch, aux=aux if at is None else aux[:, at], last=last)
 

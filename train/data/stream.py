@@ -3,6 +3,9 @@
 Everything random is a pure function of (seed, epoch, sample): the order of samples, how they pack into rows, and which anchors are drawn.
 So the sequence is the same on any number of ranks and workers, and after any resume; a position in it is just (epoch, step).
 
+Of several stores each has its number of passes per epoch: with 0.3 an epoch takes three tenths of its samples, the next epoch others, until all
+have been taken. A row holds samples of one store, whose code may be another than the other stores'; the rows of all are then shuffled.
+
 Legend: S tokens of a row (``total_seq_len`` at most), A anchors, N samples.
 """
 
@@ -18,7 +21,7 @@ import torch
 from torch.utils.data import Dataset
 
 from dspark.cache.errors import TrainError, UsageError
-from dspark.cache.reader import Cache
+from dspark.cache.joined import Stores
 from dspark.train.data import anchors as rules
 from dspark.train.data.batch import Batch
 from dspark.train.data.readers import read_ahead
@@ -81,7 +84,10 @@ class Rows(Dataset[Row]):
         mask[:used] = np.concatenate([s.tokens.loss_mask for s in samples])
         doc[:used] = np.repeat(np.arange(len(samples), dtype=np.int32), sizes)
         # Priorities belong to the sample, not to the row: independent uniforms, so a row's highest A are a uniform draw.
-        draws = [rng(stream.seed, 2, epoch, s).random(n) for s, n in zip(members, sizes, strict=True)]
+        store = stream.cache.of(members[0])
+        # Where an epoch may take a sample twice, each time has its own.
+        again = () if stream.passes[store] == 1 else (i,)
+        draws = [rng(stream.seed, 2, epoch, s, *again).random(n) for s, n in zip(members, sizes, strict=True)]
         priority[:used] = np.concatenate(draws)
         candidates = rules.eligible(mask, doc)
         stored = int(candidates.sum())
@@ -96,7 +102,7 @@ class Rows(Dataset[Row]):
             pad_anchors_to=stream.max_anchors if stream.pad else 0,
             draw=0 if epoch == VALIDATION_EPOCH else int(rng(stream.seed, 3, epoch, i).integers(1 << 31)),
         )
-        return Row.build(batch, samples, used)
+        return Row.build(batch, samples, used, store)
 
 
 class Stream:
@@ -104,7 +110,7 @@ class Stream:
 
     def __init__(
         self,
-        cache: Cache,
+        cache: Stores,
         samples: rules.Int64,
         *,
         seed: int,
@@ -114,27 +120,54 @@ class Stream:
         max_anchors: int,
         pad: bool = False,
         max_rows: int | None = None,
+        passes: Sequence[float] = (1.0,),
     ) -> None:
-        """``pad`` gives every row ``total_seq_len`` tokens and ``max_anchors`` anchors; ``max_rows`` cuts each epoch short."""
+        """``passes``: of each store, per epoch. ``pad`` gives every row ``total_seq_len`` tokens and ``max_anchors`` anchors; ``max_rows`` cuts each epoch short."""
         if samples.size == 0:
             raise TrainError(
                 f"{cache.path}: no samples left to stream (of {len(cache)}); lower --val-fraction or dump more"
             )
         self.cache, self.samples, self.seed, self.total_seq_len = cache, samples, seed, total_seq_len
         self.rows_per_step, self.block_size, self.max_anchors = rows_per_step, block_size, max_anchors
-        self.pad, self.max_rows = pad, max_rows
+        self.pad, self.max_rows, self.passes = pad, max_rows, tuple(passes)
         self._planned: tuple[int, list[list[int]]] | None = None
 
     def plan(self, epoch: int) -> list[list[int]]:
         """The rows of ``epoch`` as sample indices. Validation keeps the stored order."""
         if self._planned and self._planned[0] == epoch:
             return self._planned[1]
-        order = self.samples
-        if epoch != VALIDATION_EPOCH:
-            order = rng(self.seed, 1, epoch).permutation(self.samples)
-        rows = pack(order, self.cache.lengths, self.total_seq_len)[: self.max_rows]
+        lengths, store_of = (
+            self.cache.lengths,
+            np.searchsorted(self.cache.starts, self.samples, side="right") - 1,
+        )
+        by_store = [
+            pack(self._order(epoch, s, self.samples[store_of == s]), lengths, self.total_seq_len)
+            for s in range(len(self.cache.stores))
+        ]
+        rows = by_store[0] if len(by_store) == 1 else self._mixed(epoch, by_store)
+        rows = rows[: self.max_rows]
         self._planned = (epoch, rows)
         return rows
+
+    def _order(self, epoch: int, store: int, samples: rules.Int64) -> rules.Int64:
+        """The samples of a store that an epoch takes: a stretch of its permutations, one after the other."""
+        if epoch == VALIDATION_EPOCH or not samples.size:
+            return samples
+        begin, end = (round(e * self.passes[store] * samples.size) for e in (epoch, epoch + 1))
+        which = (store,) if store else ()  # one store has the order that it always had
+        cycles = range(begin // samples.size, -(-end // samples.size))
+        orders = [rng(self.seed, 1, cycle, *which).permutation(samples) for cycle in cycles]
+        first = cycles.start * samples.size
+        whole: rules.Int64 = np.concatenate([samples[:0], *orders])
+        return whole[begin - first : end - first]
+
+    def _mixed(self, epoch: int, by_store: list[list[list[int]]]) -> list[list[int]]:
+        """The rows of all stores: shuffled; for validation each store's spread evenly, so that the first few are of all."""
+        rows = [row for rows in by_store for row in rows]
+        if epoch == VALIDATION_EPOCH:
+            place = np.concatenate([(np.arange(len(rows)) + 0.5) / max(len(rows), 1) for rows in by_store])
+            return [rows[i] for i in np.argsort(place, kind="stable")]
+        return [rows[i] for i in rng(self.seed, 4, epoch).permutation(len(rows))]
 
     def steps(self, epoch: int) -> int:
         return -(-len(self.plan(epoch)) // self.rows_per_step)

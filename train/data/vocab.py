@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 
 from dspark.cache.errors import TrainError, UsageError
-from dspark.cache.reader import Cache
+from dspark.cache.joined import Stores
 from dspark.train.data.anchors import Int64
 
 
-def choose_ids(cache: Cache, samples: Int64, size: int) -> tuple[Tensor, float]:
+def choose_ids(cache: Stores, samples: Int64, size: int) -> tuple[Tensor, float]:
     """``size`` rising target ids int64[Vd] and the share of supervised tokens they cover.
 
     Most frequent first, ties to the lower id; ids that never occur fill up from the lowest. Raises when none of the supervised tokens
@@ -26,7 +26,7 @@ def choose_ids(cache: Cache, samples: Int64, size: int) -> tuple[Tensor, float]:
     return torch.from_numpy(kept.astype(np.int64)), float(counts[kept].sum() / counts.sum())
 
 
-def covered(cache: Cache, samples: Int64, ids: Tensor) -> float:
+def covered(cache: Stores, samples: Int64, ids: Tensor) -> float:
     """The share of supervised tokens that the target ids ``ids`` int64[Vd] cover. Raises TrainError if it is none."""
     counts = _supervised(cache, samples)
     share = float(counts[ids.numpy()].sum() / counts.sum())
@@ -37,7 +37,7 @@ def covered(cache: Cache, samples: Int64, ids: Tensor) -> float:
     return share
 
 
-def _supervised(cache: Cache, samples: Int64) -> Int64:
+def _supervised(cache: Stores, samples: Int64) -> Int64:
     """How often each target id is supervised, int64[V]. Raises TrainError if none is."""
     vocab = cache.manifest.target.vocab_size
     counts = np.zeros(vocab, np.int64)

@@ -16,6 +16,7 @@ from dspark.train.config import TrainConfig
 from dspark.train.recipes import NONE
 
 if TYPE_CHECKING:  # a tool that reads a record needs nothing of a run
+    from dspark.cache.reader import Cache
     from dspark.train.run.setup import Run
 
 TRAINING = "training.json"  # the config of the run, beside the draft
@@ -63,10 +64,11 @@ def claim(output: Path, config: TrainConfig, *, resume: bool, overwrite: bool) -
     if not previous.is_file():
         raise ExistsError(f"{output} exists and is not a dspark training run. Choose another --output.")
     if overwrite:
-        if Path(config.cache).resolve().is_relative_to(output.resolve()):
-            raise UsageError(
-                f"--overwrite would delete {config.cache}, which lies in {output}. Move the store, or choose another --output."
-            )
+        for store, _ in config.stores:
+            if Path(store).resolve().is_relative_to(output.resolve()):
+                raise UsageError(
+                    f"--overwrite would delete {store}, which lies in {output}. Move the store, or choose another --output."
+                )
         return
     if not resume:
         raise ExistsError(
@@ -76,8 +78,17 @@ def claim(output: Path, config: TrainConfig, *, resume: bool, overwrite: bool) -
 
 
 def store_identity(run: Run) -> dict[str, Any]:
-    """What makes a store this store, for a person and for ``--resume``."""
-    m = run.cache.manifest
+    """What makes a store this store, for a person and for ``--resume``. Of several: what they have in common, sums, and each one."""
+    each = [_identity(store) for store in run.cache.stores]
+    if len(each) == 1:
+        return each[0]
+    common = {k: v for k, v in each[0].items() if all(one.get(k) == v for one in each)}
+    sums = {k: sum(one[k] for one in each) for k in ("samples", "tokens")}
+    return common | sums | {"stores": each}
+
+
+def _identity(store: Cache) -> dict[str, Any]:
+    m = store.manifest
     return {
         "target": m.target.id,
         "revision": m.target.revision,
@@ -89,7 +100,7 @@ def store_identity(run: Run) -> dict[str, Any]:
         "source_sha256": m.source.sha256,
         "samples": m.counts.samples,
         "tokens": m.counts.tokens,
-        "content": content(Path(run.config.cache)),
+        "content": content(store.path),
     }
 
 

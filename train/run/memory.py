@@ -87,7 +87,7 @@ def describe(run: Run) -> str:
         f"draft of {count / 1e6:.1f} M trained parameters, {str(run.compute.dtype).removeprefix('torch.')} on {where}: "
         f"{config.rows_per_step} rows of {run.stream.total_seq_len} tokens per step, {rows} per process, one after the other"
         + (f"; recipe {config.recipe}" if config.recipe else "")
-        + f"\n{_layers(run)}"
+        + f"\n{_layers(run)}{_mixture(run)}"
         + f"\nmemory per device, about: {_gb(m.trained)} weights, masters, gradients, moments + {_gb(m.frozen)} target's matrices "
         f"+ {_gb(m.row)} per row = {_gb(m.total)}, and the objective's chunks of logits"
     )
@@ -98,6 +98,21 @@ def _layers(run: Run) -> str:
     return taps.remark(
         config.speculator_type, config.target_layer_ids, manifest.layers, config.num_target_layers
     )
+
+
+def _mixture(run: Run) -> str:
+    """A line on the stores where there are several: what an epoch takes of each."""
+    if len(run.cache.stores) == 1:
+        return ""
+    taken = [0] * len(run.cache.stores)
+    lengths = run.cache.lengths
+    for row in run.stream.plan(0):
+        taken[run.cache.of(row[0])] += int(lengths[row].sum())
+    parts = [
+        f"{store.path} {passes:g} times {len(store)} samples ({100 * tokens / sum(taken):.0f} % of the tokens)"
+        for store, (_, passes), tokens in zip(run.cache.stores, run.config.stores, taken, strict=True)
+    ]
+    return "\nper epoch: " + ", ".join(parts)
 
 
 def _gb(size: int) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 import dspark.cache
 from dspark.cache.errors import TrainError, UsageError
-from dspark.cache.reader import Cache
+from dspark.cache.joined import JoinedCache, Stores
 from dspark.train.compute import Compute, choose_compute
 from dspark.train.config import TrainConfig
 from dspark.train.data.anchors import Int64
@@ -33,7 +33,7 @@ from dspark.train.optim.muon import MasterMuon
 @dataclass(frozen=True, slots=True)
 class Run:
     config: TrainConfig
-    cache: Cache
+    cache: Stores
     compute: Compute
     model: DraftModel
     objective: ObjectiveConfig
@@ -53,9 +53,20 @@ class Run:
     """Called before a checkpoint is written; raises where this process may not write any more."""
 
 
-def row_length(cache: Cache, requested: int | None) -> int:
-    """``--total-seq-len``, by default 4096 or the store's own sequence length if that is longer."""
-    return requested or max(4096, cache.manifest.dump.seq_length)
+def row_length(cache: Stores, requested: int | None) -> int:
+    """``--total-seq-len``, by default 4096 or the longest sequence length of the stores if that is longer."""
+    return requested or max(4096, *(store.manifest.dump.seq_length for store in cache.stores))
+
+
+def open_stores(paths: Sequence[str]) -> Stores:
+    """The store, or several as one. Raises, naming it, for one that has no anchor to train on, and as ``JoinedCache``."""
+    stores = [dspark.cache.open(path) for path in paths]
+    for store in stores:
+        if store.manifest.counts.last_rows == 0:
+            raise TrainError(
+                f"{store.path}: no two neighbouring supervised tokens in {len(store)} samples, so there is no anchor to train on"
+            )
+    return stores[0] if len(stores) == 1 else JoinedCache(stores)
 
 
 def prepare(config: TrainConfig, world: World | None = None) -> Run:
@@ -68,11 +79,7 @@ def prepare(config: TrainConfig, world: World | None = None) -> Run:
     kind = drafter(config.speculator_type)
     objective = kind.objective(config)
     compute = choose_compute(config.device, config.dtype, config.compile, world)
-    cache = dspark.cache.open(config.cache)
-    if cache.manifest.counts.last_rows == 0:
-        raise TrainError(
-            f"{config.cache}: no two neighbouring supervised tokens in {len(cache)} samples, so there is no anchor to train on"
-        )
+    cache = open_stores([path for path, _ in config.stores])
     target = cache.manifest.target
     origin = None
     if config.init_from:
@@ -127,6 +134,7 @@ def prepare(config: TrainConfig, world: World | None = None) -> Run:
             max_anchors=config.max_anchors,
             pad=compute.compiled and config.max_anchors > 0,
             max_rows=max_rows,
+            passes=[passes for _, passes in config.stores],
         )
 
     training = stream(train)
