@@ -58,8 +58,7 @@ def become(model: DraftModel, plain: DraftConfig, changes: dict[str, Any]) -> No
     """Let ``model`` have layers of another sight and other RoPE tables: no weight depends on either."""
     kinds = (SLIDING,) * plain.num_layers if "sliding_window" in changes else ()
     model.config = dataclasses.replace(plain, layer_types=kinds, **changes)
-    model.sights = tuple(dict.fromkeys(model.config.sights))
-    model._sight_of = [0] * plain.num_layers
+    model.look()
 
 
 def step_times(args: argparse.Namespace) -> None:

@@ -9,16 +9,24 @@ from typing import Any
 
 import pytest
 import torch
+from small_trainings import small_training
 
 from core_cases import HIDDEN, small_batch, small_draft, small_target
 from dspark.cache.errors import DraftError, UsageError
+from dspark.cache.reader import open as open_store
+from dspark.tools.check.files import Files, judge
+from dspark.tools.judge.score import score
+from dspark.tools.publish.export import export
+from dspark.train.cli import config_of
 from dspark.train.config import TrainConfig
 from dspark.train.draft import scaling
 from dspark.train.draft.config import DraftConfig
 from dspark.train.draft.decoding import DraftContext, recomputed_states, slot_states
-from dspark.train.draft.folder import load_draft, save_draft
+from dspark.train.draft.folder import load_config, load_draft, save_draft
 from dspark.train.draft.sight import FULL, SLIDING, Sight
+from dspark.train.loop import train
 from dspark.train.ops.rope import Turning, rope_tables
+from dspark.train.run.setup import prepare
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
 LLAMA = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}  # fmt: skip
@@ -191,6 +199,65 @@ def test_sized_for_a_target() -> None:
     ):
         with pytest.raises(UsageError, match=said):
             DraftConfig.sized_for(target | {"max_position_embeddings": 512}, **own, **TrainConfig(cache="", **wrong).attention)  # fmt: skip
+
+
+def test_trained_scored_resumed_and_begun_from(tmp_path: Path) -> None:
+    """The product's way: a windowed and scaled draft, its score, its two exports, the judge's verdict, and a training that goes on with it."""
+    scaled = {"rope_type": "yarn", "factor": 1024.0, "original_max_position_embeddings": 64}
+    shape = {
+        "num_layers": 2,
+        "sliding_window": 6,
+        "layer_types": ("sliding", "full"),
+        "rope_scaling": json.dumps(scaled),
+    }
+    config = small_training(tmp_path, [60, 70, 80, 50, 40], max_steps=3, **shape)
+    train(config)
+    draft = Path(config.output)
+    own = load_config(draft)
+    assert own.sights == (Sight(6, causal=True), Sight())
+    assert own.rope_scaling == scaled
+    store = open_store(config.cache)
+    found = score(store, str(draft))
+    row = json.loads((draft / "metrics.jsonl").read_text().splitlines()[-1])
+    assert found["blocks"] > 0
+    assert row["validation"]
+    target = store.manifest.target.config
+    for layout in ("flat", "speculators"):
+        out = tmp_path / layout
+        export(str(draft), str(out), layout=layout, pictures=False)
+        assert load_config(out) == own
+        assert [f for f in judge(Files.read(str(out)), target) if f.level == "error"] == []
+        raw = json.loads((out / "config.json").read_text())
+        backbone = raw if layout == "flat" else raw["transformer_layer_config"]
+        assert (backbone["sliding_window"], backbone["use_sliding_window"]) == (6, True)
+        (out / "config.json").write_text(json.dumps(raw | {"sliding_window": 9} if layout == "flat" else raw))
+    wrong = judge(Files.read(str(tmp_path / "flat")), target)
+    assert any(f.name == "attention" and "sliding_window = 9" in f.text for f in wrong)
+    words = [
+        "--recipe",
+        "none",
+        "--cache",
+        config.cache,
+        "--init-from",
+        str(draft),
+        "--output",
+        str(tmp_path / "next"),
+    ]
+    again = config_of(words)
+    assert (again.sliding_window, again.layer_types, json.loads(again.rope_scaling or "")) == (
+        6,
+        (SLIDING, FULL),
+        scaled,
+    )
+    wider = config_of([*words, "--sliding-window", "0", "--rope-scaling", "none"])
+    run = prepare(dataclasses.replace(wider, total_seq_len=256, tensorboard=False))
+    assert run.model.config.sights == (Sight(), Sight())
+    assert run.start is not None
+    assert set(run.start.changed) == {"sliding_window", "layer_types", "rope_scaling"}
+    assert config_of([*words[:-4], "--layer-types", "full,sliding", "--sliding-window", "8"]).layer_types == (
+        "full",
+        "sliding",
+    )
 
 
 def test_reach() -> None:

@@ -1,6 +1,6 @@
 """What only behaviour shows: the draft on its target's own answers, as configured and as it would be under each classic mistake.
 
-If reading the config another way (every layer id one lower, another mask token, another RoPE base, the other layout, the target's norm)
+If reading the config another way (every layer id one lower, another mask token, another RoPE base, no window, the other layout, the target's norm)
 would have had clearly more tokens accepted, that other way is probably how it was trained. It is evidence, not proof, and says so. Paired
 over the same anchors of the same answers, and by answer: a difference counts from three standard errors and a tenth of the length.
 """
@@ -53,6 +53,16 @@ def readings(
             )
     for theta in sorted({*ROPE_BASES, target_theta or config.rope_theta} - {config.rope_theta}):
         yield Reading("rope", f"rope_theta {theta:g}", _read_as(draft, rope_theta=theta))
+    if config.rope_scaling:
+        yield Reading("rope", "RoPE without its scaling", _read_as(draft, rope_scaling=None))
+    if config.layer_types:
+        causal = config.is_causal is not False
+        both = "see" if causal else "do not see"
+        yield Reading(
+            "attention", f"slots of sliding layers {both} later ones", _read_as(draft, is_causal=not causal)
+        )
+        full = _read_as(draft, layer_types=(), sliding_window=None, is_causal=None)
+        yield Reading("attention", "every layer sees the whole context", full)
     for mask in [m for m in dict.fromkeys(masks) if m != config.mask_token_id][:MANY_MASKS]:
         yield Reading("mask-token", f"mask token {mask}", _read_as(draft, mask_token_id=mask))
     if config.block_size > 1:
@@ -73,6 +83,7 @@ def _read_as(draft: DraftModel, **changes: Any) -> DraftModel:
     """The same parameters under another config."""
     other = copy.copy(draft)
     other.config = dataclasses.replace(draft.config, **changes)
+    other.look()
     return other
 
 

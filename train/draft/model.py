@@ -187,8 +187,7 @@ class DraftModel(nn.Module):
         self.fc = nn.Linear(len(config.target_layer_ids) * size, size, bias=False)
         self.hidden_norm = RMSNorm(size, eps)
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_layers))
-        self.sights = tuple(dict.fromkeys(config.sights))
-        self._sight_of = [self.sights.index(sight) for sight in config.sights]
+        self.look()
         self.norm = RMSNorm(size, eps)
         self.markov_head: MarkovHead | None = None
         self.confidence_head: ConfidenceHead | None = None
@@ -242,6 +241,11 @@ class DraftModel(nn.Module):
         self.register_buffer("draft_ids", draft_ids.to(torch.int64).clone(), persistent=False)
         self.register_buffer("to_draft", inverse, persistent=False)
         self.make_room()
+
+    def look(self) -> None:
+        """Note which layers see alike, by the config as it is now: no weight depends on it, so a config may be exchanged for another."""
+        self.sights = tuple(dict.fromkeys(self.config.sights))
+        self._sight_of = [self.sights.index(sight) for sight in self.config.sights]
 
     def join(self) -> None:
         """Lay the weights of each layer that share a product side by side (``joined_product``). They come last projection first: that is
