@@ -21,7 +21,7 @@ import sys
 import tempfile
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ from dspark.cache.records import TokenSample
 from dspark.dump.checks.coded import as_stored, by_state
 from dspark.dump.config import DumpConfig
 from dspark.dump.engines.engine import Captured, Engine, States
+from dspark.dump.engines.options import parse_arguments
 from dspark.dump.engines.vllm.engine import VllmEngine, raw_bytes, step_tokens
 from dspark.dump.engines.vllm.launch import ENVIRONMENT
 from dspark.dump.engines.vllm.requests import RequestLoop
@@ -54,6 +55,7 @@ def plain(
     seq_length: int,
     step: int | None,
     gpus: int | None = None,
+    more: Mapping[str, Any] | None = None,
 ) -> float:
     """Tokens a second of a vLLM that extracts nothing, on all GPUs or on ``gpus``; in this process."""
     from vllm import LLM, SamplingParams
@@ -62,6 +64,7 @@ def plain(
     options: dict[str, Any] = {"tensor_parallel_size": gpus} if gpus else {"enforce_eager": True}
     if step is not None:
         options["max_num_batched_tokens"] = step
+    options |= more or {}
     llm = LLM(
         model=target, dtype=dtype, max_model_len=seq_length + 1, skip_tokenizer_init=True, seed=0, **options
     )
@@ -185,13 +188,22 @@ def main() -> None:
     parser.add_argument("--seq-length", type=int, default=1024)
     parser.add_argument("--step", type=int, help="internal: tokens of a step")
     parser.add_argument("--gpus", type=int, help="internal: for plain vLLM")
+    parser.add_argument("--engine-arg", action="append", default=[])
     args = parser.parse_args()
     aux_bits, last_bits = map(int, args.bits.split("/"))
     if args.plain:
         given = json.loads(Path(args.plain).read_text())
         print(
             json.dumps(
-                plain(args.target, given["prompts"], given["dtype"], args.seq_length, args.step, args.gpus)
+                plain(
+                    args.target,
+                    given["prompts"],
+                    given["dtype"],
+                    args.seq_length,
+                    args.step,
+                    args.gpus,
+                    dict(parse_arguments(tuple(args.engine_arg))),
+                )
             )
         )
         return
@@ -200,6 +212,7 @@ def main() -> None:
         config = DumpConfig(
             model=args.target, data=data, output=Path(scratch) / "hs.zarr", engine="vllm", aux_bits=aux_bits,
             last_bits=last_bits, seq_length=args.seq_length, data_parallel_size=1,
+            engine_arg=tuple(args.engine_arg),
         )  # fmt: skip
         job = prepare(config)
         parts = part_reader(job, lambda line: None).parts({})
