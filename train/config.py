@@ -198,7 +198,7 @@ class TrainConfig:
     logger: tuple[str, ...] = ()
     """Loggers besides TensorBoard, of ``LOGGERS``."""
     compile: bool | None = None
-    """torch.compile the backbone. None: on cuda. Rows are then padded to one shape."""
+    """torch.compile the backbone. None: on cuda, for types that gain by it. Rows are then padded to one shape."""
     activation_checkpointing: bool = False
     """Keep only the input of each draft layer for the backward pass and compute the rest again: less memory per row, more time."""
     strategy: str | None = None

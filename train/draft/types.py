@@ -62,6 +62,8 @@ class DrafterType(ABC):
     """Whether it embeds the target's mask token."""
     sharded: bool = True
     """Whether ``--strategy fsdp2`` can train it."""
+    compiled: bool = True
+    """Whether ``torch.compile`` is the default on a GPU."""
 
     # Config
 

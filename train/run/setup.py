@@ -78,7 +78,8 @@ def prepare(config: TrainConfig, world: World | None = None) -> Run:
         )
     kind = drafter(config.speculator_type)
     objective = kind.objective(config)
-    compute = choose_compute(config.device, config.dtype, config.compile, world)
+    compiled = False if config.compile is None and not kind.compiled else config.compile
+    compute = choose_compute(config.device, config.dtype, compiled, world)
     cache = open_stores([path for path, _ in config.stores])
     target = cache.manifest.target
     origin = None

@@ -42,6 +42,7 @@ class Eagle3(DrafterType):
     spelled_by_speculators = False
     windows = False
     sharded = False
+    compiled = False  # unrolled steps in chunks of queries: a large graph, minutes to compile
     masks = False
 
     @property

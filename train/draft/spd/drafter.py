@@ -45,6 +45,7 @@ class Spd(DrafterType):
     windows = False
     masks = False
     sharded = False
+    compiled = False
 
     @property
     def defaults(self) -> Mapping[str, Any]:
