@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dspark.cache.errors import DraftError
+from dspark.cache.errors import DraftError, UsageError
 from dspark.cache.target.shape import rope_base, text_config
 from dspark.tools import records
 from dspark.tools.shapes import Optional, require
@@ -31,6 +31,7 @@ from dspark.train.draft import scaling
 from dspark.train.draft.config import DraftConfig
 from dspark.train.draft.speculators import MARK, NON_CAUSAL, to_flat
 from dspark.train.draft.spelling import flat_of
+from dspark.train.draft.types import TYPES, DrafterType, drafter, type_of
 from dspark.train.draft.vocabulary import faults, ids_of
 
 # What is known of servers, and from where. Checked here means: the served-parity test and bench/serve_parity.py ran on it.
@@ -113,9 +114,17 @@ class Files:
     def speculators(self) -> bool:
         return MARK in self.raw
 
+    @property
+    def kind(self) -> DrafterType:
+        """The drafter type that config.json describes; the first one where it describes none."""
+        try:
+            return type_of(self.flat)
+        except UsageError:
+            return drafter(next(iter(TYPES)))
+
     def described(self) -> DraftConfig | None:
         """The draft that config.json describes, whatever it says of the layout and to servers; None if it describes none."""
-        own = {k: v for k, v in self.flat.items() if k not in OVERRIDES}
+        own = {k: v for k, v in self.flat.items() if k not in OVERRIDES or k in self.kind.own_keys}
         try:
             return DraftConfig.from_flat(own | self.layout)
         except DraftError:
@@ -160,6 +169,8 @@ def judge(files: Files, target: Mapping[str, Any], drafts: int | None = None) ->
 
 def layout(files: Files, target: Mapping[str, Any]) -> Iterator[Finding]:
     flag = files.raw.get("sample_from_anchor")
+    if "sample_from_anchor" not in files.kind.stated:
+        return
     if flag is None:
         told = (
             "false (the anchor predicts nothing)" if files.speculators else "true, llama.cpp and others false"
@@ -207,25 +218,29 @@ def attention(files: Files, target: Mapping[str, Any]) -> Iterator[Finding]:
 
 def config(files: Files, target: Mapping[str, Any]) -> Iterator[Finding]:
     """Whether this package's own reader takes it, and keys that a server obeys and this package never trained."""
-    for key in OVERRIDES:
+    for key in (k for k in OVERRIDES if k not in files.kind.own_keys):
         if files.flat.get(key) not in (None, {}, False, 1.0):
             yield Finding(
                 "error", "override", f"config.json has {key} = {files.flat[key]!r}, which vLLM obeys before (or in addition to) the keys that "
                 "training wrote; remove it",
             )  # fmt: skip
-    for key in ("confidence_head_with_markov", "enable_confidence_head", "draft_vocab_size", "mask_token_id"):
-        if key not in files.flat:
+    for key in files.kind.stated:
+        if key not in files.flat and key != "sample_from_anchor":
             yield Finding("error", "config", f"config.json has no {key}; readers disagree on its default")
     try:
         ours = DraftConfig.from_flat(files.flat | files.layout)
     except DraftError as wrong:
         yield Finding("error", "config", str(wrong))
         return
-    if not ours.servable_by_vllm:
+    kind = files.kind
+    if not ours.servable_by_vllm and kind.method is None:
+        yield Finding("note", "server", f"{kind.name}: {kind.servers}")
+    elif not ours.servable_by_vllm:
+        why = kind.not_served(ours)
         yield Finding(
             "error",
             "markov-head",
-            f"the Markov head is {ours.markov_head_type}; vLLM has only the vanilla one and does not report the difference",
+            f"{why} and does not report the difference. SGLang's DSpark takes gated and rnn heads (read in its source, not run): --server sglang",
         )
 
 
@@ -254,7 +269,7 @@ def record(files: Files, target: Mapping[str, Any]) -> Iterator[Finding]:
                     f"config.json says {field} = {_plain(now)}, the weights were trained with {_plain(then)}{_shift(now, then)}",
                 )
     layers = files.store.get("layers")
-    if layers is not None and list(ours.target_layer_ids) != list(layers):
+    if layers is not None and not set(ours.target_layer_ids) <= set(layers):
         yield Finding(
             "error", "layer-ids", f"config.json says target_layer_ids = {list(ours.target_layer_ids)} (outputs of layers), the draft was "
             f"trained on a store of {layers}{_shift(ours.target_layer_ids, tuple(layers))}",

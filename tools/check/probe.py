@@ -19,6 +19,7 @@ from torch import Tensor
 from dspark.tools.decode.target import Target
 from dspark.train.data.batch import Batch
 from dspark.train.draft.model import DraftModel
+from dspark.train.draft.types import drafter
 
 ANCHORS_AT_ONCE = 64  # bounds the [anchors, B, V] logits
 
@@ -88,7 +89,7 @@ def probe(draft: DraftModel, answer: Answer, *, bonus_anchor: bool = False) -> P
             input_ids=ids.numpy(), loss_mask=np.ones(total, np.bool_), doc=np.zeros(total, np.int32), aux=aux,
             last=torch.zeros(total - 1, config.hidden_size), anchors=every[at : at + ANCHORS_AT_ONCE], block_size=size,
         ).to(device)  # fmt: skip
-        h = draft(batch, draft.plan(batch)).h
+        h = drafter(config.speculator_type).block_states(draft(batch, draft.plan(batch)))
         skip = 1 if bonus_anchor else 0
         # Slot k is judged at the position before the token it predicts; the Markov head sees the token there.
         judged = batch.slot_index[:, : size - skip]

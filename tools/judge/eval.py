@@ -22,6 +22,7 @@ from dspark.tools.decode.outcome import Outcome, summarise
 from dspark.tools.decode.prompts import Prompt
 from dspark.tools.decode.promptsets import NAMES
 from dspark.tools.flags import COUNT, COUNT_OR_ALL, DEVICE, SEED, Temperature
+from dspark.tools.judge import several
 from dspark.tools.judge.coloured import accepted, coloured, steps
 from dspark.tools.judge.eval_report import HEADER, TABLES, how, lines, markdown, relative_cost, report
 from dspark.tools.outputs import OUTPUT_FILE, save
@@ -65,43 +66,54 @@ def evaluate(config: EvalConfig, note: Note = lambda line: None) -> dict[str, An
 
 def run(config: EvalConfig, note: Note = lambda line: None) -> tuple[dict[str, Any], list[Prompt], Runs]:
     """The report, and the prompts and outcomes it was made of."""
+    ((result, runs),), prompts = run_each(config, [config.draft], note)
+    return result, prompts, runs
+
+
+def run_each(
+    config: EvalConfig, drafts: Sequence[str], note: Note = lambda line: None
+) -> tuple[list[tuple[dict[str, Any], Runs]], list[Prompt]]:
+    """For each of the ``drafts``, in the place of ``config.draft``, its report and outcomes on the same prompts. The target is loaded and
+    decodes by itself once.
+    """
     from dspark.dump.target.config import load_target
     from dspark.tools.decode.prompts import read_prompts
     from dspark.train.draft.folder import load_config
     from dspark.train.draft.types import drafter
 
-    draft = load_config(config.draft)
+    shapes = [load_config(draft) for draft in drafts]
+    if config.engine == "vllm":
+        for draft, shape in zip(drafts, shapes, strict=True):
+            if not shape.servable_by_vllm:
+                why = drafter(shape.speculator_type).not_served(shape)
+                raise DraftError(f"{draft}: {why}; use --engine transformers")
     target = load_target(config.model)
-    positions = target.shapes.max_positions
-    room = (
-        None
-        if positions is None
-        else positions - config.max_tokens - max(draft.block_size, len(draft.stage_ends)) - 1
-    )
+    longest, room = max(max(s.block_size, len(s.stage_ends)) for s in shapes), target.shapes.max_positions
+    room = None if room is None else room - config.max_tokens - longest - 1
     prompts = read_prompts(
         config.data, target.tokenizer, vocab_size=target.shapes.vocab_size, room=room, limit=config.limit, per_source=config.per_source,
     )  # fmt: skip
-    if config.engine == "vllm":
-        if not draft.servable_by_vllm:
-            why = drafter(draft.speculator_type).not_served(draft)
-            raise DraftError(f"{config.draft}: {why}; use --engine transformers")
-        runs = _with_vllm(config, prompts, draft.block_size, target.eos_token_ids, note)
-    else:
-        runs = _with_transformers(config, prompts, target.eos_token_ids, note)
-    measured = report(
-        prompts, runs.drafted, runs.alone, greedy=config.temperature == 0,
-        relative_cost=relative_cost(config.model, config.draft),
-    )  # fmt: skip
-    how_measured = {
-        "engine": config.engine, "dtype": runs.dtype, "temperature": config.temperature, "max_tokens": config.max_tokens,
-        "block_size": draft.block_size,
-    }  # fmt: skip
-    return how_measured | measured, prompts, runs
+    decode = _with_vllm if config.engine == "vllm" else _with_transformers
+    drafted, alone, dtype = decode(config, drafts, prompts, target.eos_token_ids, note)
+    out = []
+    for draft, shape, outcomes in zip(drafts, shapes, drafted, strict=True):
+        measured = report(
+            prompts, outcomes, alone, greedy=config.temperature == 0, relative_cost=relative_cost(config.model, draft)
+        )  # fmt: skip
+        how_measured = {
+            "engine": config.engine, "dtype": dtype, "temperature": config.temperature, "max_tokens": config.max_tokens,
+            "speculator_type": shape.speculator_type, "block_size": shape.block_size,
+        }  # fmt: skip
+        out.append((how_measured | measured, Runs(outcomes, alone, dtype)))
+    return out, prompts
+
+
+Decoded = tuple[list[list[Outcome]], list[Outcome], str]  # of each draft, of the target alone, the dtype
 
 
 def _with_transformers(
-    config: EvalConfig, prompts: Sequence[Prompt], stop_ids: Sequence[int], note: Note
-) -> Runs:
+    config: EvalConfig, drafts: Sequence[str], prompts: Sequence[Prompt], stop_ids: Sequence[int], note: Note
+) -> Decoded:
     import torch
 
     from dspark.tools.decode.decode import outcome_of
@@ -109,35 +121,47 @@ def _with_transformers(
     from dspark.train.draft.folder import load_config, load_draft
 
     model = load_model(config.model, config.device, config.dtype)
-    drafted, alone = [], []
-    with Target(model, load_config(config.draft).target_layer_ids) as target:
-        draft = load_draft(config.draft, target.frozen, dtype=model.dtype).to(model.device).eval()
-        generator = torch.Generator(model.device).manual_seed(config.seed)
+    drafted, alone = [list[Outcome]() for _ in drafts], list[Outcome]()
 
-        def speculate(prompt: Prompt, limit: int) -> Outcome:
-            return outcome_of(
-                target, draft, prompt.ids, max_tokens=limit, temperature=config.temperature, stop_ids=stop_ids,
-                generator=generator,
-            )  # fmt: skip
+    def by_itself(prompt: Prompt, limit: int) -> Outcome:
+        start = time.perf_counter()
+        tokens = greedy_alone(model, prompt.ids, max_tokens=limit, stop_ids=stop_ids)
+        return Outcome(tokens, time.perf_counter() - start)
 
-        def by_itself(prompt: Prompt, limit: int) -> Outcome:
-            start = time.perf_counter()
-            tokens = greedy_alone(model, prompt.ids, max_tokens=limit, stop_ids=stop_ids)
-            return Outcome(tokens, time.perf_counter() - start)
+    by_itself(prompts[0], 2)  # the first call is slow, and not timed
+    for folder, outcomes in zip(drafts, drafted, strict=True):
+        last = folder == drafts[-1] and outcomes is drafted[-1]
+        with Target(model, load_config(folder).target_layer_ids) as target:
+            draft = load_draft(folder, target.frozen, dtype=model.dtype).to(model.device).eval()
+            generator = torch.Generator(model.device).manual_seed(config.seed)
 
-        for first_call in (speculate, by_itself):  # slow, and not timed
-            first_call(prompts[0], 2)
-        for number, prompt in enumerate(prompts, start=1):
-            drafted.append(speculate(prompt, config.max_tokens))
-            if config.alone is None or number <= config.alone:
-                alone.append(by_itself(prompt, config.max_tokens))
-            note(f"{number}/{len(prompts)} prompts, mean accepted length so far {_length(drafted)}")
-    return Runs(drafted, alone, str(model.dtype).removeprefix("torch."))
+            def speculate(
+                prompt: Prompt,
+                limit: int,
+                target: Any = target,
+                draft: Any = draft,
+                generator: Any = generator,
+            ) -> Outcome:
+                return outcome_of(
+                    target, draft, prompt.ids, max_tokens=limit, temperature=config.temperature, stop_ids=stop_ids,
+                    generator=generator,
+                )  # fmt: skip
+
+            speculate(prompts[0], 2)
+            for number, prompt in enumerate(prompts, start=1):
+                outcomes.append(speculate(prompt, config.max_tokens))
+                if last and (config.alone is None or number <= config.alone):
+                    alone.append(by_itself(prompt, config.max_tokens))
+                named = f"{folder}: " if len(drafts) > 1 else ""
+                note(
+                    f"{named}{number}/{len(prompts)} prompts, mean accepted length so far {_length(outcomes)}"
+                )
+    return drafted, alone, str(model.dtype).removeprefix("torch.")
 
 
 def _with_vllm(
-    config: EvalConfig, prompts: Sequence[Prompt], block_size: int, stop_ids: Sequence[int], note: Note
-) -> Runs:
+    config: EvalConfig, drafts: Sequence[str], prompts: Sequence[Prompt], stop_ids: Sequence[int], note: Note
+) -> Decoded:
     import torch
 
     from dspark.tools.decode.vllm_serve import ServeRequest, run_vllm
@@ -145,21 +169,21 @@ def _with_vllm(
     from dspark.train.draft.types import drafter
 
     dtype = "float32" if config.dtype == "auto" and not torch.accelerator.is_available() else config.dtype
-    own = load_config(config.draft)
-    speculation = drafter(own.speculator_type).serving(own)
-    runs: list[list[Outcome]] = []
-    for draft, asked in ((config.draft, prompts), (None, prompts[: config.alone])):
-        if not asked:
-            runs.append([])
-            continue
-        note(f"starting vLLM {'with the draft' if draft else 'with the target alone'} ({len(asked)} prompts)")
-        request = ServeRequest(
-            target=config.model, draft=draft, num_speculative_tokens=block_size, prompts=[p.ids for p in asked],
-            max_tokens=config.max_tokens, temperature=config.temperature, seed=config.seed,
-            stop_token_ids=tuple(stop_ids), dtype=dtype, speculation=speculation,
-        )  # fmt: skip
-        runs.append(run_vllm(request))
-    return Runs(runs[0], runs[1], dtype)
+
+    def asked(draft: str | None) -> list[Outcome]:
+        chosen = prompts if draft is not None else prompts[: config.alone]
+        note(f"vLLM with {draft}" if draft is not None else f"vLLM alone, {len(chosen)} prompts")
+        if not chosen:
+            return []
+        shape = None if draft is None else load_config(draft)
+        own = {} if shape is None else {"speculation": drafter(shape.speculator_type).serving(shape)}
+        return run_vllm(ServeRequest(
+            target=config.model, draft=draft, num_speculative_tokens=1 if shape is None else shape.block_size,
+            prompts=[p.ids for p in chosen], max_tokens=config.max_tokens, temperature=config.temperature, seed=config.seed,
+            stop_token_ids=tuple(stop_ids), dtype=dtype, **own,
+        ))  # fmt: skip
+
+    return [asked(draft) for draft in drafts], asked(None), dtype
 
 
 def _length(outcomes: Sequence[Outcome]) -> str:
@@ -175,12 +199,15 @@ Examples:
   dspark-tools eval --model Qwen/Qwen3-4B --draft ./draft --data gsm8k --limit 100 --markdown eval.md
   dspark-tools eval --model Qwen/Qwen3-4B --draft ./draft --data prompts.jsonl --engine vllm --json
   dspark-tools eval --model ./target --draft ./draft --data prompts.jsonl --temperature 0.7
+  dspark-tools eval --model ./target --draft ./dspark --draft ./eagle3 --data gsm8k --limit 50     one table
 
 Exit code 1 if a greedy answer in float32 is not the target's own.
 """,
 )
 @click.option("--model", required=True, help="Target: a model id or a folder.")
-@click.option("--draft", required=True, help="Folder that dspark-train wrote.")
+@click.option(
+    "--draft", required=True, multiple=True, help="Folder that dspark-train wrote. Several: one table, on the same prompts.",
+)  # fmt: skip
 @click.option(
     "--data",
     required=True,
@@ -222,6 +249,7 @@ Exit code 1 if a greedy answer in float32 is not the target's own.
 )
 @json_flag
 def eval_command(
+    draft: tuple[str, ...],
     as_json: bool,
     output: Path | None,
     table_file: Path | None,
@@ -234,24 +262,43 @@ def eval_command(
 
     console = Console(stderr=True)
     with console.status("loading") as status:
-        result, prompts, runs = run(EvalConfig(**flags), note=status.update)
+        if len(draft) == 1:
+            result, prompts, runs = run(EvalConfig(draft=draft[0], **flags), note=status.update)
+            found = [(result, runs)]
+        else:
+            found, prompts = run_each(EvalConfig(draft=draft[0], **flags), draft, note=status.update)
+    told: dict[str, Any] = found[0][0]
+    if len(draft) > 1:
+        told = {
+            "drafts": [{"draft": folder} | result for folder, (result, _) in zip(draft, found, strict=True)]
+        }
+        side_by_side = several.cells(draft, [result for result, _ in found], several.EVAL), how(found[0][0])
     if as_json:  # first: a disk that has become full meanwhile does not take this with it
-        emit(result)
+        emit(told)
+    elif len(draft) > 1:
+        several.show(*side_by_side)
     else:
-        show(result)
-    if show_answers:
-        show_coloured(flags["model"], prompts, runs, show_answers, console)
+        show(told)
+    for folder, (_, runs) in zip(draft, found, strict=True):
+        if show_answers:
+            show_coloured(
+                flags["model"], prompts, runs, show_answers, console, folder if len(draft) > 1 else ""
+            )
+    lines_of = [
+        {"draft": d} | a for d, (_, r) in zip(draft, found, strict=True) for a in _answers(prompts, r)
+    ]
     for path, text in (
-        (output, json.dumps(result, indent=1) + "\n"),
-        (table_file, markdown(result)),
-        (answers, "".join(json.dumps(a) + "\n" for a in _answers(prompts, runs))),
+        (output, json.dumps(told, indent=1) + "\n"),
+        (table_file, several.markdown(*side_by_side) if len(draft) > 1 else markdown(told)),
+        (answers, "".join(json.dumps(line) + "\n" for line in lines_of)),
     ):
         if path is not None:
             save(path, text.encode())
-    if result["diverged"]:
-        _explain(console, result)
-        if result["dtype"] == "float32":
-            click.get_current_context().exit(1)
+    wrong = [(folder, result) for folder, (result, _) in zip(draft, found, strict=True) if result["diverged"]]
+    for folder, result in wrong:
+        _explain(console, result, f"{folder}: " if len(draft) > 1 else "")
+    if any(result["dtype"] == "float32" for _, result in wrong):
+        click.get_current_context().exit(1)
 
 
 def _answers(prompts: Sequence[Prompt], runs: Runs) -> Iterator[dict[str, Any]]:
@@ -263,7 +310,9 @@ def _answers(prompts: Sequence[Prompt], runs: Runs) -> Iterator[dict[str, Any]]:
         }  # fmt: skip
 
 
-def show_coloured(model: str, prompts: Sequence[Prompt], runs: Runs, count: int, console: Any) -> None:
+def show_coloured(
+    model: str, prompts: Sequence[Prompt], runs: Runs, count: int, console: Any, whose: str = ""
+) -> None:
     """The first ``count`` answers on stderr, what the draft guessed right in colour."""
     from rich.panel import Panel
 
@@ -277,7 +326,7 @@ def show_coloured(model: str, prompts: Sequence[Prompt], runs: Runs, count: int,
         marks = accepted(len(prompt.ids), outcome)
         text = coloured(tokenizer, outcome.tokens, marks)
         note = steps(outcome) if outcome.drafted else "which tokens were accepted is not known of this engine"
-        console.print(Panel(text, title=prompt.where, subtitle=note, title_align="left"))
+        console.print(Panel(text, title=f"{whose} {prompt.where}".strip(), subtitle=note, title_align="left"))
     console.print("Green: drafted and accepted. The rest are the target's own.", style="dim")
 
 
@@ -300,10 +349,10 @@ def show(result: dict[str, Any]) -> None:
         console.print("lossless: every answer is the target's own greedy answer")
 
 
-def _explain(console: Any, result: dict[str, Any]) -> None:
+def _explain(console: Any, result: dict[str, Any], whose: str = "") -> None:
     where = ", ".join(result["diverged"][:5])
     console.print(
-        f"{len(result['diverged'])} of {result['compared']} answers are not the target's own ({where}). "
+        f"{whose}{len(result['diverged'])} of {result['compared']} answers are not the target's own ({where}). "
         + (
             "In float32 that should not happen."
             if result["dtype"] == "float32"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,7 @@ from dspark.cache.errors import MismatchError, UsageError
 from dspark.cache.shared.command import bar, command, emit, json_flag, table
 from dspark.tools import records
 from dspark.tools.flags import COUNT, COUNT_OR_ALL, DEVICE
+from dspark.tools.judge import several
 
 if TYPE_CHECKING:
     from dspark.cache.reader import Cache
@@ -37,6 +38,8 @@ def score(
 
     ``all``; or ``validation`` / ``train``, the split that the draft was trained with (by prompt hash, from its training.json).
     """
+    from dspark.train.draft.folder import load_config
+
     samples = chosen(cache, draft, which)
     result = forced(
         cache, draft, samples, max_anchors=max_anchors, total_seq_len=total_seq_len, seed=seed, device=device, dtype=dtype,
@@ -46,6 +49,7 @@ def score(
         **result,
         "samples": int(samples.size),
         "which": which,
+        "speculator_type": load_config(draft).speculator_type,
         "draft": str(draft),
         "cache": str(cache.path),
     }
@@ -151,11 +155,23 @@ def chosen(cache: Cache, draft: str, which: str) -> np.ndarray[Any, np.dtype[np.
     return held_out if which == "validation" else training
 
 
+def same_samples(cache: Cache, drafts: Sequence[str], which: str) -> None:
+    """Raise UsageError unless ``which`` names the same samples for all ``drafts``: one table compares on one set."""
+    first = chosen(cache, drafts[0], which)
+    for other in drafts[1:]:
+        if not np.array_equal(first, chosen(cache, other, which)):
+            raise UsageError(
+                f"--split {which}: {drafts[0]} and {other} were trained with different splits, so it names other samples for each; --split all does not"
+            )
+
+
 @command(
     "score", epilog="\b\nExamples:\n  dspark-tools score --cache ./hs.zarr --draft ./draft --split validation"
 )
 @click.option("--cache", required=True, help="Store of the draft's target and layers.")
-@click.option("--draft", required=True, help="Draft folder: config.json and model.safetensors.")
+@click.option(
+    "--draft", required=True, multiple=True, help="Draft folder: config.json and model.safetensors. Several: one table, on the same samples.",
+)  # fmt: skip
 @click.option(
     "--max-anchors",
     default=0,
@@ -177,17 +193,28 @@ def chosen(cache: Cache, draft: str, which: str) -> np.ndarray[Any, np.dtype[np.
 @click.option("--device", default="auto", type=DEVICE, help="auto, cpu, cuda or cuda:N.")
 @click.option("--dtype", default="float32", type=click.Choice(["float32", "bfloat16"]))
 @json_flag
-def score_command(cache: str, draft: str, max_anchors: int, which: str, as_json: bool, **where: Any) -> None:
+def score_command(
+    cache: str, draft: tuple[str, ...], max_anchors: int, which: str, as_json: bool, **where: Any
+) -> None:
     """Compute teacher-forced metrics of a draft: losses, accept rate by slot, mean accepted length (tau), calibration."""
     import dspark.cache
 
-    with bar("score") as progress:
-        data = score(
-            dspark.cache.open(cache), draft, max_anchors=max_anchors, which=which, progress=progress, **where
-        )
+    store = dspark.cache.open(cache)
+    same_samples(store, draft, which)
+    found = []
+    for folder in draft:
+        with bar(f"score {folder}" if len(draft) > 1 else "score") as progress:
+            found.append(
+                score(store, folder, max_anchors=max_anchors, which=which, progress=progress, **where)
+            )
     if as_json:
-        emit(data)
+        emit(found[0] if len(draft) == 1 else {"drafts": found})
         return
+    if len(draft) > 1:
+        said = f"{found[0]['samples']} samples ({which}) of {cache}, at every anchor" if max_anchors == 0 else f"{found[0]['samples']} samples ({which}) of {cache}, {max_anchors} anchors per row"  # fmt: skip
+        several.show(several.cells(draft, found, several.SCORE), said)
+        return
+    data = found[0]
 
     def number(value: Any) -> str:
         if isinstance(value, list):

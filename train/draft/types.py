@@ -62,6 +62,16 @@ class DrafterType(ABC):
     """Whether it embeds the target's mask token."""
     sharded: bool = True
     """Whether ``--strategy fsdp2`` can train it."""
+    own_keys: tuple[str, ...] = ()
+    """Keys of config.json that it writes, and that a server would obey before the keys of another type."""
+    stated: tuple[str, ...] = (
+        "sample_from_anchor",
+        "confidence_head_with_markov",
+        "enable_confidence_head",
+        "draft_vocab_size",
+        "mask_token_id",
+    )
+    """Keys that its config.json must have, because readers differ on their default or cannot do without."""
     compiled: bool = True
     """Whether ``torch.compile`` is the default on a GPU."""
 

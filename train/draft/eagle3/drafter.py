@@ -42,6 +42,8 @@ class Eagle3(DrafterType):
     spelled_by_speculators = False
     windows = False
     sharded = False
+    own_keys = ("eagle_aux_hidden_state_layer_ids",)
+    stated = ("eagle_aux_hidden_state_layer_ids", "draft_vocab_size")
     compiled = False  # unrolled steps in chunks of queries: a large graph, minutes to compile
     masks = False
 
@@ -134,6 +136,7 @@ class Peagle(Eagle3):
     name = "peagle"
     summary = "eagle3 that drafts all its tokens at once"
     servers = "vLLM (method eagle3 with parallel_drafting)"
+    stated = (*Eagle3.stated, "mask_token_id")
     masks = True
 
     def recognises(self, flat: Mapping[str, Any]) -> bool:

@@ -45,6 +45,7 @@ class Spd(DrafterType):
     windows = False
     masks = False
     sharded = False
+    stated = ("stage_ends", "tap_norm", "draft_vocab_size")
     compiled = False
 
     @property
