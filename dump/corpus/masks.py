@@ -22,23 +22,29 @@ import numpy as np
 
 from dspark.cache.errors import DataError, UsageError
 from dspark.cache.records import KEY_BYTES, Bool, TokenSample, last_rows
+from dspark.dump.corpus.coded import Coded, encode, inside
 from dspark.dump.corpus.rows import BadRow, Row
+from dspark.dump.corpus.runs import Group, leading
 from dspark.dump.corpus.shapes import ChatRow, TokenRow
 from dspark.dump.corpus.template import Template, chat_template
-from dspark.dump.corpus.turns import REFUSED, REWRITES, Chat, Dropped, Turn, lost_fields
+from dspark.dump.corpus.turns import REFUSED, REWRITES, WAY_OUT, Chat, Dropped, Turn, lost_fields
 
 __all__ = ["REFUSED", "REWRITES", "Dropped", "Made", "SampleMaker", "chat_template", "sample_key"]
 
 NO_ANSWER = "no assistant turn"
+HOW_TO_ANSWER = (
+    "an answer beside the chat is read from `response`, `completion`, `answer`, `output` or `choices`; "
+    "--regenerate has the target answer"
+)
 TOO_FEW = "too few supervised tokens"
 NO_MATCH = "assistant pattern does not match"
+HALVES = re.compile("[\ud800-\udfff]")
 NOT_UNICODE = "not Unicode text"
 NOT_TEXT = "content is not text alone"
 MALFORMED = "malformed row (the log names place and key)"
 BEYOND = "answer lies beyond --seq-length"
+UNTAUGHT = "the row says that the answer is not to be learnt (weight 0, train false)"
 NOT_WHOLE = "turns do not make one sample (--turns auto gives several)"
-CHARS = 12  # characters that are tokenised for a token that may be kept, at first
-MARGIN = 64  # tokens in front of a cut that it may have changed
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +52,8 @@ class Made:
     """A row's samples in order of their turns, or the reason why there is none (``detail``: more about it).
 
     ``truncated``: how many of the samples were cut at seq_length. ``notes``: what of the row is not in its samples, counted:
-    answers that gave no label though others did, fields of answers that the template does not write.
+    answers that gave no label though others did, fields of answers that the template does not write. ``harmed``: an answer was left out
+    that the target would have been taught (not for its length, nor because the row says so).
     """
 
     samples: list[TokenSample]
@@ -54,24 +61,7 @@ class Made:
     detail: str = ""
     truncated: int = 0
     notes: Counter[str] = field(default_factory=Counter)
-
-
-@dataclass(slots=True)
-class Group:
-    """Answers of one sample, by number: the text through the last one, and the characters ``[start, stop)`` of each in it."""
-
-    numbers: list[int]
-    text: str
-    spans: list[tuple[int, int]]
-
-    def takes(self, turn: Turn) -> bool:
-        """Whether what is here so far is how the next context begins."""
-        return turn.context.startswith(self.text[: self.spans[-1][1]])
-
-    def add(self, turn: Turn) -> None:
-        self.text = turn.text
-        self.numbers.append(turn.number)
-        self.spans.append((len(turn.context), len(turn.upto)))
+    harmed: bool = False
 
 
 class SampleMaker:
@@ -143,10 +133,9 @@ class SampleMaker:
     def _chat(self, value: ChatRow, row: Row) -> Made:
         chat = Chat(self.template, value)
         if not chat.at:
-            raise Dropped(NO_ANSWER)
-        notes: Counter[str] = Counter()
-        if value.untaken:
-            notes["further answers of a log, not taken"] += value.untaken
+            roles = ", ".join(dict.fromkeys(m["role"] for m in value.messages))
+            raise Dropped(NO_ANSWER, f"its roles: {roles}; {HOW_TO_ANSWER}")
+        notes: Counter[str] = Counter(value.notes)
         why: list[Dropped] = []
         groups = self._groups(chat, why, notes)
         if not groups and why:
@@ -157,15 +146,18 @@ class SampleMaker:
             notes[f"answer left out: {left_out.reason}"] += 1
         key = conversation_key(value)
         samples = [s for g in groups for s in self._tokens(g, key, row)]
-        return self._kept(samples, notes, why[0].detail if why else "")
+        harmed = any(w.reason not in (BEYOND, UNTAUGHT) for w in why)
+        return self._kept(samples, notes, why[0].detail if why else "", harmed)
 
-    def _kept(self, samples: list[tuple[TokenSample, bool]], notes: Counter[str], detail: str) -> Made:
+    def _kept(
+        self, samples: list[tuple[TokenSample, bool]], notes: Counter[str], detail: str, harmed: bool = False
+    ) -> Made:
         kept = [(s, cut) for s, cut in samples if self._teaches(s.loss_mask)]
         if not kept:
             return Made([], TOO_FEW, detail, notes=notes)
         if len(kept) < len(samples):
             notes[f"answer left out: {TOO_FEW}"] += len(samples) - len(kept)
-        return Made([s for s, _ in kept], None, detail, sum(cut for _, cut in kept), notes)
+        return Made([s for s, _ in kept], None, detail, sum(cut for _, cut in kept), notes, harmed)
 
     def _teaches(self, mask: Bool) -> bool:
         return int(mask.sum()) >= self.min_supervised and bool(last_rows(mask).any())
@@ -175,70 +167,113 @@ class SampleMaker:
         numbers = range(len(chat.at))
         groups: list[Group] = []
         room = _Room(self)
+        if (
+            self.turns in ("auto", "whole")
+            and (run := leading(chat, self.seq_length, self._count)) is not None
+        ):
+            groups, numbers = [run], numbers[len(run.numbers) :]
+            if (over := self._beyond(run)) is not None:
+                notes[f"answer left out: {BEYOND}"] += over + len(numbers)
+                return groups
         for number in numbers[-1:] if self.turns == "last" else numbers:
             try:
-                turn = chat.turn(number)
+                turn = self._turn(chat, number, notes)
             except Dropped as dropped:
                 why.append(dropped)
                 continue
-            for name in lost_fields(self.template, chat.row.messages[chat.at[number]], turn.text):
-                notes[f"field `{name}` of an answer is not in the text"] += 1
             fits = room.for_answer(turn)
             together = self.turns != "each" and groups and groups[-1].takes(turn)
             if together:
                 groups[-1].add(turn)
             elif fits:
-                groups.append(Group([], "", []))
+                groups.append(Group())
                 groups[-1].add(turn)
             else:
                 why.append(Dropped(BEYOND))
             if not fits:  # nor does any that follows
-                left = len(numbers) - number - 1
+                left = len(chat.at) - number - 1
                 notes[f"answer left out: {BEYOND}"] += left
                 break
         return groups
 
+    def _turn(self, chat: Chat, number: int, notes: Counter[str]) -> Turn:
+        """Answer ``number``. Raises Dropped where it is no label."""
+        at = chat.at[number]
+        if at in chat.row.untaught:
+            raise Dropped(UNTAUGHT)
+        turn = chat.turn(number)
+        for name, written in lost_fields(chat.row.messages[at], turn.text):
+            if written:
+                raise Dropped(f"the answer's `{name}` is not in the text ({WAY_OUT})")
+            notes[f"field `{name}` of an answer is not in the text"] += 1
+        return turn
+
+    def _count(self, text: str) -> int:
+        return len(self.encode(text).ids)
+
+    def _beyond(self, run: Group) -> int | None:
+        """How many of a run's answers begin behind seq_length; None where it leaves room for more."""
+        coded = self.encode(run.text)
+        if len(coded.ids) < self.seq_length:
+            return None
+        return sum(e is not None and e >= self.seq_length for e in coded.edges([s for s, _ in run.spans]))
+
     def _tokens(self, group: Group, key: bytes, row: Row) -> Iterator[tuple[TokenSample, bool]]:
         """The group as one sample; as more where a token would lie across the edge of an answer that is not the last."""
-        ids, offsets = self.encode(group.text)
+        coded = self.encode(group.text)
+        edges = coded.edges([place for span in group.spans for place in span])
         first, last = 0, len(group.spans) - 1
-        for n, (start, stop) in enumerate(group.spans):
-            crossed = across(offsets, start) or across(offsets, stop)
+        for n, (_, stop) in enumerate(group.spans):
+            crossed = edges[2 * n] is None or edges[2 * n + 1] is None
             if not crossed and n < last:
                 continue
             text = group.text if n == last else group.text[:stop]
             part = Group(group.numbers[first : n + 1], text, group.spans[first : n + 1])
             if crossed:
                 yield self._by_pieces(part, key, row)
+            elif self.pattern is not None:
+                yield self._sample(
+                    row, key, part.numbers[0], coded.ids, self._mask(part, len(coded.ids), coded.offsets)
+                )
             else:
-                yield self._sample(row, key, part.numbers[0], ids, self._mask(part, ids, offsets))
+                mask = np.zeros(len(coded.ids), dtype=np.bool_)
+                for k in range(first, n + 1):
+                    mask[edges[2 * k] : edges[2 * k + 1]] = True
+                yield self._sample(row, key, part.numbers[0], coded.ids, mask)
             first = n + 1
 
     def _by_pieces(self, group: Group, key: bytes, row: Row) -> tuple[TokenSample, bool]:
         """Prompt and last answer tokenised by themselves."""
         start, stop = group.spans[-1]
-        ids: list[Any] = []
-        offsets: list[Any] = []
-        for a, b in ((0, start), (start, stop), (stop, len(group.text))):
-            if b > a:
-                some, where = self.encode(group.text[a:b])
-                ids.append(some)
-                offsets.append(where + a)
-        whole, places = np.concatenate(ids), np.concatenate(offsets)
-        return self._sample(row, key, group.numbers[0], whole, self._mask(group, whole, places))
+        pieces = [(a, b) for a, b in ((0, start), (start, stop), (stop, len(group.text))) if b > a]
+        coded = [(self.encode(group.text[a:b]), a) for a, b in pieces]
+        ids = np.concatenate([c.ids for c, _ in coded])
+        places = np.concatenate([c.offsets + a for c, a in coded])
+        return self._sample(row, key, group.numbers[0], ids, self._mask(group, len(ids), places))
 
-    def _mask(self, group: Group, ids: Any, offsets: Any) -> Bool:
-        spans = group.spans
-        if self.pattern is not None:
-            found = [m.span(1) for m in self.pattern.finditer(group.text)]
-            if not found:
-                raise Dropped(NO_MATCH)
-            spans = [(max(a, s), min(b, e)) for a, b in found for s, e in spans]
-        mask = np.zeros(len(ids), dtype=np.bool_)
+    def _mask(self, group: Group, count: int, offsets: Any) -> Bool:
+        """The reference: the mask by the places of all tokens."""
+        spans = group.spans if self.pattern is None else self._matched(group)
+        mask = np.zeros(count, dtype=np.bool_)
         for start, stop in spans:
-            if stop > start:
-                mask |= inside(offsets, start, stop)
+            mask |= inside(offsets, start, stop)
         return mask
+
+    def _matched(self, group: Group) -> list[tuple[int, int]]:
+        """What the pattern leaves of the answers."""
+        assert self.pattern is not None
+        found = [m.span(1) for m in self.pattern.finditer(group.text)]
+        if not found:
+            raise Dropped(NO_MATCH)
+        out, n = [], 0
+        for start, stop in group.spans:
+            while n < len(found) and found[n][1] <= start:
+                n += 1
+            k = n
+            while k < len(found) and found[k][0] < stop:
+                out.append((max(found[k][0], start), min(found[k][1], stop)))
+                k += 1
+        return [(a, b) for a, b in out if b > a]
 
     def _sample(self, row: Row, key: bytes, turn: int, ids: Any, mask: Bool) -> tuple[TokenSample, bool]:
         if not self.tokenised and ids.size and int(ids.max()) >= self.vocab_size:
@@ -250,18 +285,9 @@ class SampleMaker:
         n = self.seq_length
         return TokenSample(row.number, key, ids[:n], mask[:n], turn), len(ids) > n
 
-    def encode(self, text: str) -> tuple[Any, Any]:
-        """Ids int32[S] and their characters int64[S, 2]; at most one token more than is kept, and of a long text only what that needs."""
-        size = self.seq_length * CHARS
-        while True:
-            head = text[:size]
-            coded = self.tokenizer(head, add_special_tokens=False, return_offsets_mapping=True)
-            ids = np.asarray(coded["input_ids"], dtype=np.int32)
-            if len(head) == len(text) or len(ids) > self.seq_length + MARGIN:
-                break
-            size *= 4
-        offsets = np.asarray(coded["offset_mapping"], dtype=np.int64).reshape(-1, 2)
-        return ids[: self.seq_length + 1], offsets[: self.seq_length + 1]
+    def encode(self, text: str) -> Coded:
+        """``text`` as tokens, at most one more than is kept."""
+        return encode(self.tokenizer, text, self.seq_length + 1)
 
 
 class _Room:
@@ -275,7 +301,7 @@ class _Room:
         if len(turn.context) < self.ask_at:
             return True
         self.ask_at = len(turn.context) * 9 // 8
-        return len(self.maker.encode(turn.context)[0]) < self.maker.seq_length
+        return len(self.maker.encode(turn.context).ids) < self.maker.seq_length
 
 
 def conversation_key(value: ChatRow) -> bytes:
@@ -303,6 +329,10 @@ def unusable(value: ChatRow) -> Made | None:
     for i, message in enumerate(value.messages):
         if not isinstance(message["content"], str | None):
             return Made([], NOT_TEXT, f"messages[{i}] has parts other than text")
+    if value.tools is None and all(len(m) == 2 for m in value.messages):  # the same, sooner
+        text = "".join(m["role"] + (m["content"] or "") for m in value.messages)
+        if text.isascii() or not HALVES.search(text):
+            return None
     text = canonical([value.messages, value.tools])
     try:
         text.encode()
@@ -311,18 +341,6 @@ def unusable(value: ChatRow) -> Made | None:
         before, half = text[max(error.start - 20, 0) : error.start], text[error.start]
         return Made([], NOT_UNICODE, f"half a character, {half!a}, behind {before!a}")
     return None
-
-
-def across(offsets: Any, at: int) -> bool:
-    """Whether a token lies across character ``at``. ``offsets`` int[S, 2]."""
-    return bool(((offsets[:, 0] < at) & (offsets[:, 1] > at)).any())
-
-
-def inside(offsets: Any, start: int, stop: int) -> Bool:
-    """Which tokens lie wholly in characters ``[start, stop)``. ``offsets`` int[S, 2]. A whitespace token whose span the tokenizer
-    trimmed to nothing counts by its end."""
-    out: Bool = (offsets[:, 0] >= start) & (offsets[:, 1] > start) & (offsets[:, 1] <= stop)
-    return out
 
 
 def sample_key(prompt: Any) -> bytes:

@@ -71,6 +71,7 @@ class PartReader:
         self.rows_read = 0
         self.dropped: Counter[str] = Counter()
         self.notes: Counter[str] = Counter()  # what is not in the samples of rows that were kept
+        self.harmed = 0  # rows of which an answer was left out that is a label
 
     def parts(self, committed: Mapping[int, PartRecord]) -> Iterator[PartRows]:
         """The parts still to be written, in order. Raises MismatchError where rows of a committed one are not those that it was made from."""
@@ -156,6 +157,7 @@ class PartReader:
         if made.samples:
             part.samples += made.samples
             part.truncated += made.truncated
+            self.harmed += made.harmed
         else:
             assert made.dropped is not None
             self.drop(part, row, made.dropped, made.detail)
@@ -173,10 +175,13 @@ class PartReader:
         dropped = sum(self.dropped.values())
         if self.rows_read < EARLY_ROWS and not at_end:
             return
-        if self.rows_read and dropped > self.max_dropped * self.rows_read:
+        if self.rows_read and dropped + self.harmed > self.max_dropped * self.rows_read:
             reasons = "; ".join(f"{reason}: {n:,}" for reason, n in self.dropped.most_common())
+            reasons = f" ({reasons})" if reasons else ""
+            lost = "; ".join(f"{note}: {n:,}" for note, n in self.notes.most_common())
+            harmed = f", and {self.harmed:,} lost an answer ({lost})" if self.harmed else ""
             raise DataError(
-                f"{self.corpus.id}: {dropped:,} of the first {self.rows_read:,} rows gave no sample ({reasons}), more than the allowed share of "
+                f"{self.corpus.id}: {dropped:,} of the first {self.rows_read:,} rows gave no sample{reasons}{harmed}, more than the allowed share of "
                 f"{self.max_dropped:.0%}. Is it the right corpus, template and --assistant-pattern? --max-dropped raises the limit."
             )
 

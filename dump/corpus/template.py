@@ -16,7 +16,7 @@ from typing import Any
 from jinja2.exceptions import TemplateError
 
 from dspark.cache.errors import UsageError
-from dspark.dump.corpus.shapes import THOUGHTS, Message
+from dspark.dump.corpus.messages import THOUGHTS, Message
 
 ASKED, SAID, THOUGHT, CALLED, GIVEN = "quexaro", "zyntova", "mulbrek", "fethuro", "wadjino"
 FAULTS = (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError)

@@ -14,7 +14,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from dspark.dump.corpus.shapes import ChatRow, Message
+from dspark.dump.corpus.messages import Message
+from dspark.dump.corpus.shapes import ChatRow
 from dspark.dump.corpus.template import Refused, Template, common
 
 WAY_OUT = "take such rows out, or let the target answer itself: --regenerate"
@@ -26,6 +27,9 @@ NO_TEXT = f"the template leaves out the answer's text ({WAY_OUT})"
 
 OPENS = re.compile(r"think|thought|reason|analy|reflect", re.IGNORECASE)
 TAG = re.compile(r"<[^<>]+>|\[/?[A-Z_]+\]|◁[^◁▷]+▷")
+WRITTEN = re.compile(
+    r"(thoughts?|thinking|reason|analysis|chain_of_thought|cot|rationale|audio|refusal|channel|tool|function)(_\w+)?|reasoning\w*"
+)
 UNCLOSED = re.compile(r"\s*<(think|thinking|thought|reasoning)>(?!.*</\1>)(.*)", re.DOTALL)
 INLINE = re.compile(r"\s*(?:<(think|thinking|thought|reasoning)>)?(.*?)</(think|thinking|thought|reasoning)>", re.DOTALL)  # fmt: skip
 
@@ -70,6 +74,27 @@ class Chat:
         if i not in self._prompts:
             self._prompts = {i: self._render(self.forms[:i], prompt=True)}
         return self._prompts[i]
+
+    def prompt_with(self, i: int, contents: dict[int, str]) -> str:
+        """The prompt of message ``i``, were the contents of earlier ones these."""
+        messages = self.row.messages
+        changed = {
+            k: self.template.form(messages[k] | {"content": text}) for k, text in contents.items() if k < i
+        }
+        return self._render([changed.get(k, form) for k, form in enumerate(self.forms[:i])], prompt=True)
+
+    def simple(self, number: int) -> bool:
+        """Whether answer ``number`` is text and nothing else, to be learnt whole."""
+        i = self.at[number]
+        message = self.row.messages[i]
+        blank = not (message["content"] or "").strip()
+        return (
+            len(message) == 2
+            and not blank
+            and self._plain(message)
+            and not self._cut(i)
+            and i not in self.row.untaught
+        )
 
     def turn(self, number: int) -> Turn:
         """Answer ``number``. Raises Dropped where it is no label."""
@@ -249,14 +274,16 @@ def opens_thought(rest: str) -> bool:
     return bool(OPENS.search(rest)) and len(TAG.findall(rest)) % 2 == 1
 
 
-def lost_fields(template: Template, message: Message, text: str) -> Iterator[str]:
-    """Fields of an assistant's message, beside those that a turn is made of, whose text is not in ``text``."""
+def lost_fields(message: Message, text: str) -> Iterator[tuple[str, bool]]:
+    """Fields of an assistant's message, beside those that a turn is made of, whose text is not in ``text``, each with whether the target must
+    have written it (its name is that of a thought, a call or such, and it says more than a word)."""
     for name, value in message.items():
         if name in ("role", "content", "tool_calls", "reasoning_content") or not value:
             continue
         said = value if isinstance(value, str) else json.dumps(value, default=str)
         if said not in text:
-            yield name
+            more = isinstance(value, list | dict) or len(said.split()) > 1
+            yield name, more and bool(WRITTEN.fullmatch(name))
 
 
 def _called(call: dict[str, Any], text: str) -> bool:

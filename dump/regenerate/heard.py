@@ -11,7 +11,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from dspark.dump.corpus.shapes import Message
+from dspark.dump.corpus.messages import Message
 from dspark.dump.corpus.template import ASKED, CALLED, MOCK_TOOLS, SAID, THOUGHT, Template, common
 
 KEYS, VALUES = ("kestrun", "mabrole"), ("vintosa", "zurempi")
