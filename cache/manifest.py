@@ -214,7 +214,9 @@ class Manifest:
                 f"{where}: a store of format version {self.format_version}, which this release reads but does not go on with. "
                 f"Finish it with the release that began it, or convert it: dspark-tools recode {where} NEW"
             )
-        mine, theirs = self._compared(), other._compared()
+        # Further sources may follow those that the store has.
+        same = dataclasses.replace(other, sources=other.sources[: len(self.sources)])
+        mine, theirs = self._compared(), same._compared()
         diffs = [
             f"{path}: store has {_short(a)}, this run has {_short(b)}"
             for path, a, b in _differences(mine, theirs)

@@ -285,6 +285,14 @@ class StoreWriter:
         self._write_manifest()
         return self.manifest
 
+    def append(self, sources: Sequence[SourceInfo]) -> None:
+        """Take further sources into the store, which is incomplete until their parts are there. Those that it has keep their numbers and digests."""
+        known = self.manifest.sources
+        if len(sources) > len(known):
+            more = [*known, *sources[len(known) :]]
+            self.manifest = dataclasses.replace(self.manifest, sources=more, counts=Counts(), complete=False)
+            self._write_manifest()
+
     def reopen(self) -> None:
         """Mark the store incomplete again (a damaged part was removed and will be written anew)."""
         self.manifest = dataclasses.replace(self.manifest, complete=False)
@@ -323,6 +331,26 @@ def totals(records: Sequence[PartRecord]) -> Counts:
         truncated=sum(r.truncated for r in records),
         dropped=dict(sorted(dropped.items())),
     )
+
+
+def by_source(records: Sequence[PartRecord], manifest: Manifest) -> list[Json]:
+    """Counts of each source: ``{"number", "id", "parts", "rows", "samples", "tokens", "supervised_tokens", "dropped"}``."""
+    out = []
+    for number, source in enumerate(manifest.sources):
+        found = totals([r for r in records if r.source == number])
+        out.append(
+            {
+                "number": number,
+                "id": source.id,
+                "parts": found.parts,
+                "rows": found.rows_read,
+                "samples": found.samples,
+                "tokens": found.tokens,
+                "supervised_tokens": found.supervised_tokens,
+                "dropped": found.dropped,
+            }
+        )
+    return out
 
 
 def check_whole(records: Sequence[PartRecord], manifest: Manifest, path: Path) -> None:

@@ -25,7 +25,7 @@ Examples:
   dspark-dump --model ./smollm2 --data chats.jsonl.gz --output ./hs.zarr --limit 500
   dspark-dump --model Qwen/Qwen3-4B --data chats.jsonl --layers 1,9,17,25,33 --dry-run
   dspark-dump --model Qwen/Qwen3-4B --data chats.jsonl --for eagle3,dspark
-  dspark-dump --model ./smollm2 --data chats.jsonl.gz --resume
+  dspark-dump --model ./smollm2 --data chats.jsonl.gz --data more.parquet=0.3 --resume
   dspark-dump --model Qwen/Qwen3-4B --data prompts.jsonl --regenerate --no-thinking --max-tokens 1024
 
 \b
@@ -57,8 +57,10 @@ class DrafterTypes(click.ParamType):  # type: ignore[type-arg]  # no generic bef
 )
 @click.option(
     "--data",
+    multiple=True,
     metavar="FILE|DATASET",
-    help="JSONL (also .gz), or a data set id org/name[:split].  [default: the preset's]",
+    help="JSONL, JSON, parquet or arrow (also .gz, .zst), a folder or glob, a data set id org/name[/config][:split], - for stdin; "
+    "FILE=0.3 takes a share of its rows. May be repeated: each is a source of its own.  [default: the preset's]",
 )
 @click.option(
     "--output", type=click.Path(path_type=Path), default=Path("hs.zarr"), help="The store to write."
@@ -95,7 +97,7 @@ class DrafterTypes(click.ParamType):  # type: ignore[type-arg]  # no generic bef
     metavar="FILE",
     help="What the codec has learnt: calibration.safetensors of another store of the same target, layers and codec.  [default: learnt from --data]",
 )
-@click.option("--limit", type=int, help="Only the first N rows.")
+@click.option("--limit", type=int, help="Only the first N rows, of each --data.")
 @click.option("--resume", is_flag=True, help="Continue the store at --output.")
 @click.option(
     "--overwrite",

@@ -27,7 +27,7 @@ class DumpConfig:
     """One run of ``dspark-dump``. None = decided by preset, target or machine; see ``plan.py``."""
 
     model: str
-    data: str | None = None
+    data: tuple[str, ...] | str | None = None  # a source each
     output: Path = Path("hs.zarr")
     engine: str = "auto"
     layers: tuple[int, ...] | None = None  # output of decoder layer i
@@ -38,7 +38,7 @@ class DumpConfig:
     aux_bits: int | None = None  # these two name a rotated codec
     last_bits: int | None = None
     pack: str = DEFAULT_PACKING  # of the codes: cache/settings.py
-    limit: int | None = None  # rows of the corpus
+    limit: int | None = None  # rows of each source
     resume: bool = False
     overwrite: bool = False
     break_lock: bool = False  # of another machine that shows no sign of life
@@ -66,6 +66,10 @@ class DumpConfig:
     dry_run: bool = False
 
     def __post_init__(self) -> None:
+        if self.regenerate and len(self.sources) > 1:
+            raise UsageError(
+                "--regenerate takes one --data: give each source a store of its own, or one folder of files."
+            )
         options = self.engine_options
         only = [] if self.engine == "auto" else options.only_vllm(self.engine)
         if only:
@@ -112,6 +116,11 @@ class DumpConfig:
             raise UsageError(f"--workers: found {self.workers}, expected 0 to {MOST_WORKERS} processes.")
         if not 0 <= self.max_dropped <= 1:
             raise UsageError(f"--max-dropped: found {self.max_dropped}, expected a share from 0 to 1.")
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """Return what each ``--data`` names, none where the preset decides."""
+        return (self.data,) if isinstance(self.data, str) else tuple(self.data or ())
 
     @property
     def codec_name(self) -> str:

@@ -10,7 +10,6 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,10 +22,10 @@ from dspark.dump import plan as planning
 from dspark.dump.checks.states import PROBE_TOKENS, probe_samples
 from dspark.dump.config import DumpConfig, template_keywords
 from dspark.dump.corpus.masks import SampleMaker
-from dspark.dump.corpus.parts import Making, PartReader
+from dspark.dump.corpus.parts import Making, PartReader, SourcesReader
 from dspark.dump.corpus.rows import BadRow, Corpus, Row
 from dspark.dump.corpus.shapes import TokenRow
-from dspark.dump.corpus.sources import open_corpus
+from dspark.dump.corpus.sources import joined, open_corpus
 from dspark.dump.corpus.template import today
 from dspark.dump.corpus.tokenise import Tokenisers
 from dspark.dump.engines import registry
@@ -56,9 +55,10 @@ class Job:
     config: DumpConfig
     plan: planning.Plan
     target: Target
-    corpus: Corpus
+    corpus: Corpus  # all sources together
     maker: SampleMaker
     manifest: Manifest
+    sources: tuple[Corpus, ...]
     supplied: Supplied | None = None  # the codec's calibration, made elsewhere
 
 
@@ -68,12 +68,12 @@ def plan_only(config: DumpConfig) -> planning.Plan:
     A corpus is looked at where one is named and is here; without one, sizes are per million tokens.
     """
     preset = find(config.model)
-    named = config.data or (preset.data if preset else None)
-    if named is not None and (preset is None or Path(config.model).is_dir()):
+    named = config.sources or ((preset.data,) if preset and preset.data else ())
+    if named and (preset is None or Path(config.model).is_dir()):
         return prepare(config).plan
     plan = plan_target(config)
-    if named is not None and Path(named).is_file():
-        plan = planning.estimate(plan, open_corpus(named), None, config.limit)
+    if named and all(Path(name).is_file() for name in named):
+        plan = planning.estimate(plan, joined([open_corpus(n) for n in named], config.limit), None, None)
     return planning.settle_codec(plan, config, supplied(config))
 
 
@@ -159,7 +159,8 @@ def prepare(config: DumpConfig, day: str | None = None) -> Job:
     preset = find(config.model)
     target = checked_target(config)
     plan = _examined(config, target)
-    corpus = open_corpus(planning.data_of(plan))
+    corpora = [open_corpus(data) for data in planning.data_of(plan)]
+    corpus = joined(corpora, config.limit)
     first = first_good(corpus)
     tokenised = first is not None and isinstance(first.value, TokenRow)
     maker: SampleMaker
@@ -182,7 +183,10 @@ def prepare(config: DumpConfig, day: str | None = None) -> Job:
             template_kwargs=keywords,
             day=day,
         )
-    plan = planning.estimate(plan, corpus, maker, config.limit)
+    plan = planning.estimate(plan, corpus, maker, None)
+    if len(corpora) > 1:
+        counts = [min(c.count(), config.limit or c.count()) for c in corpora]
+        plan = dataclasses.replace(plan, sources=tuple(zip((c.id for c in corpora), counts, strict=True)))
     if isinstance(maker, Prompts):
         plan = planning.with_answers(plan, maker.sampling.max_tokens)
     given = supplied(config)
@@ -196,7 +200,7 @@ def prepare(config: DumpConfig, day: str | None = None) -> Job:
             codec_info(plan.make_codec()), calibration_sha256=given.sha256 if given else None
         ),
         tokenizer=tokenizer_info(target, tokenised),
-        sources=[SourceInfo(id=corpus.id, sha256=corpus.sha256, limit=config.limit)],
+        sources=[SourceInfo(id=c.id, sha256=c.sha256, limit=config.limit) for c in corpora],
         dump=DumpInfo(
             engine=plan.engine,
             engine_version=registry.engine_version(plan.engine),
@@ -211,7 +215,7 @@ def prepare(config: DumpConfig, day: str | None = None) -> Job:
             template_date=None if tokenised or not maker.template.dated else day,
         ),
     )
-    return Job(config, plan, target, corpus, maker, manifest, given)
+    return Job(config, plan, target, corpus, maker, manifest, tuple(corpora), given)
 
 
 def load_engine(plan: planning.Plan, batch_tokens: int | None) -> Engine:
@@ -231,16 +235,25 @@ def load_engine(plan: planning.Plan, batch_tokens: int | None) -> Engine:
     return registry.load_engine(plan.engine, run)
 
 
-def part_reader(job: Job, note: Callable[[str], None], make: Making | None = None) -> PartReader:
+def part_reader(
+    job: Job, note: Callable[[str], None], make: Making | None = None, source: int = 0
+) -> PartReader:
+    """What reads source number ``source``."""
     return PartReader(
-        job.corpus,
+        job.sources[source],
         job.maker,
         block_rows=job.manifest.dump.block_rows,
         limit=job.config.limit,
         max_dropped=job.config.max_dropped,
+        source=source,
         note=note,
         make=make,
     )
+
+
+def sources_reader(job: Job, note: Callable[[str], None], make: Making | None = None) -> SourcesReader:
+    """What reads all sources."""
+    return SourcesReader([part_reader(job, note, make, n) for n in range(len(job.sources))])
 
 
 def first_samples(job: Job) -> list[TokenSample]:
@@ -248,7 +261,7 @@ def first_samples(job: Job) -> list[TokenSample]:
     samples: list[TokenSample] = []
     dropped: Counter[str] = Counter()
     tokens = read = 0
-    for row in islice(job.corpus.rows(), job.config.limit):
+    for row in job.corpus.rows():
         made = job.maker.make(row)
         read += 1
         samples += made.samples

@@ -51,7 +51,7 @@ class Plan:
 
     model: str
     preset: str | None
-    data: str | None  # None: not named yet, which only a dry run may leave open
+    data: tuple[str, ...]  # a source each; none: not named yet, which only a dry run may leave open
     output: str
     engine: str
     device: str
@@ -81,6 +81,7 @@ class Plan:
     dropped: dict[str, int] = dataclasses.field(default_factory=dict)  # of them, by reason
     notes: dict[str, int] = dataclasses.field(default_factory=dict)  # what the samples of the others lack
     block_rows: int | None = None  # source rows per part
+    sources: tuple[tuple[str, int], ...] = ()  # name and rows of each, where there are several
     codec_why: str | None = None  # this one, and not the default
     calibration_tokens: int = 0  # whose states the codec learns from
     calibration_bytes: int = 0  # of host memory that they take
@@ -126,13 +127,14 @@ class Plan:
             f"layers   --layers {','.join(map(str, self.layers))} (output of layer i) "
             f"= --target-layer-ids {','.join(map(str, self.target_layer_ids))} (entering layer i+1), and the last state after the final norm",
             *self._drafts(),
-            f"data     {self.data or 'none named (--data)'}: rows {rows}, tokens {tokens}, at most {self.seq_length} a row",
+            f"data     {', '.join(self.data) or 'none named (--data)'}: rows {rows}, tokens {tokens}, at most {self.seq_length} a row",
             f"engine   {self.engine}, {self.dtype} on {self.device}"
             + (f" ({self.engine_why})" if self.engine_why else "")
             + self._gpus(),
             f"store    {self.output}: codec {self.codec}{', not packed' if self.pack == 'none' else ''}, "
             f"about {self.bytes_per_token:,} bytes a token"
             + (f" ({self.codec_why})" if self.codec_why else ""),
+            *(f"source   {n}: {name}: {rows:,} rows" for n, (name, rows) in enumerate(self.sources)),
             *self._calibration(),
             f"size     {size}{took}; free {human(self.free_bytes)}",
             *(
@@ -175,7 +177,7 @@ def resolve(
     """Settle every choice that does not need the corpus. ``architectures``: the target's, where its config was read."""
     from dspark.cache.files.atomic import existing_parent
 
-    data = config.data or (preset.data if preset else None)
+    data = config.sources or ((preset.data,) if preset and preset.data else ())
     layers, drafts = choose_layers(config, preset, shapes)
     engine, device, why = choose_engine(config.engine, config.device, architectures)
     only = config.engine_options.only_vllm(engine)
@@ -238,9 +240,9 @@ def choose_layers(
     return layers, drafts
 
 
-def data_of(plan: Plan) -> str:
-    """The corpus that ``plan`` names. Raises UsageError where it names none."""
-    if plan.data is None:
+def data_of(plan: Plan) -> tuple[str, ...]:
+    """The corpora that ``plan`` names. Raises UsageError where it names none."""
+    if not plan.data:
         raise UsageError(
             f"--data is needed: no preset names a corpus for {plan.model}. Give a JSONL file or a data set id."
         )
@@ -278,7 +280,7 @@ def estimate(plan: Plan, corpus: Corpus, maker: SampleMaker | None, limit: int |
     weights = corpus.weights()[:limit]
     rows = len(weights)
     if rows == 0:
-        raise DataError(f"--data {plan.data}: no rows.")
+        raise DataError(f"--data {', '.join(plan.data)}: no rows.")
     if maker is None:
         return dataclasses.replace(plan, rows=rows)
     step = max(rows // SPREAD_ROWS, 1)

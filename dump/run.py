@@ -29,16 +29,16 @@ from dspark.cache.records import TokenSample
 from dspark.cache.settings import FALLBACK, NAMED
 from dspark.cache.shared import config_file
 from dspark.cache.target.logits import PLAIN, Logits
-from dspark.cache.writer import StoreWriter, rebuild, scan_parts
+from dspark.cache.writer import StoreWriter, by_source, rebuild, scan_parts
 from dspark.dump import plan as planning
 from dspark.dump.centring import Calibration, calibration_samples, captured, learning_device
 from dspark.dump.checks.coded import check_coded
 from dspark.dump.checks.states import check
 from dspark.dump.config import DumpConfig
 from dspark.dump.corpus.ahead import ahead
-from dspark.dump.corpus.parts import PartReader
+from dspark.dump.corpus.parts import SourcesReader
 from dspark.dump.corpus.tokenise import Tokenisers
-from dspark.dump.job import Job, first_samples, load_engine, part_reader, prepare, tokenisers
+from dspark.dump.job import Job, first_samples, load_engine, part_reader, prepare, sources_reader, tokenisers
 from dspark.dump.progress import log_file
 from dspark.dump.regenerate.answer_files import AnswerFiles
 from dspark.dump.regenerate.conversations import Prompts, Regenerator, batches_of
@@ -81,13 +81,13 @@ def _dump(
     stored = read_manifest(config.output) if resuming else None
     answers = AnswerFiles(config.output)
     if not stored and (config.regenerate or answers.go_with_the_store()):
-        answers.refuse_other(config.data, config.overwrite)
+        answers.refuse_other(config.sources, config.overwrite)
     # Everything that can be refused without weights is refused before they are loaded.
     job = prepare(config, stored.dump.template_date if stored else None)
     if stored:
         job = continued(job, stored)
         stored.same_plan(job.manifest, str(config.output))
-        if stored.complete:
+        if stored.complete and len(stored.sources) == len(job.manifest.sources):
             if mended(config.output):
                 show.say(f"{config.output / 'index'} was missing or damaged: made again from the parts")
             # Stopped between the end of the store and theirs.
@@ -207,6 +207,7 @@ def run_engine(
         if restored := writer.restore_target(compact(frozen), job.target.files):
             show.say(f"written again in {config.output / 'target'}: {', '.join(restored)}")
         check_coded(engine, probe, raw, writer.codec, job.plan.layers)
+        writer.append(job.manifest.sources)
     writer.guard = guard
     # Only now: an old store that could not be replaced keeps what was asked of it.
     settings = config_file.resolved(dataclasses.asdict(config), "dspark-dump")
@@ -220,7 +221,7 @@ def run_engine(
             make.wait_until_started()
             if write is not None:
                 write.wait_until_started()
-        reader = part_reader(job, log.info, make)
+        reader = sources_reader(job, log.info, make)
         began = time.monotonic()
         written = write_parts(writer, reader, engine, job.plan, show, write)
         written.seconds = time.monotonic() - began
@@ -292,7 +293,7 @@ def stoppable(pipeline: Pipeline, show: Display) -> Iterator[None]:
 
 def write_parts(
     writer: StoreWriter,
-    reader: PartReader,
+    reader: SourcesReader,
     engine: Engine,
     plan: planning.Plan,
     show: Display,
@@ -395,11 +396,17 @@ def report(output: Path, manifest: Manifest, seconds: float, written: Written) -
         "target_layer_ids": manifest.target_layer_ids,
         "engine": manifest.dump.engine,
         "quality": manifest.quality,
+        "per_source": per_source(output, manifest),
         "seconds": round(seconds, 2),
         "new_tokens": written.tokens,
         "capture_seconds": round(written.seconds, 2),
         "stages": {name: round(seconds, 2) for name, seconds in written.stages.items()},
     }
+
+
+def per_source(output: Path, manifest: Manifest) -> list[dict[str, Any]]:
+    """Counts of each source, where there are several."""
+    return by_source(list(scan_parts(output).values()), manifest) if len(manifest.sources) > 1 else []
 
 
 def summary(out: dict[str, Any]) -> list[str]:
@@ -413,5 +420,9 @@ def summary(out: dict[str, Any]) -> list[str]:
         f"{out['output']}: {out['samples']:,} samples, {out['tokens']:,} tokens ({out['supervised_tokens']:,} supervised{rate}) in "
         f"{out['parts']:,} parts; {out['truncated']:,} truncated, {sum(out['dropped'].values()):,} of {out['rows_read']:,} rows dropped",
         *(f"  dropped: {reason}: {n:,}" for reason, n in out["dropped"].items()),
+        *(
+            f"  source {s['number']}: {s['id']}: {s['samples']:,} samples, {s['tokens']:,} tokens of {s['rows']:,} rows"
+            for s in out["per_source"]
+        ),
         f"codec    {out['codec']}" + (f" ({out['codec_why']})" if out.get("codec_why") else ""),
     ]

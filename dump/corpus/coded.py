@@ -39,7 +39,7 @@ class Coded:
         """As ``edges``; -1: not to be had from the encoding (a character that is in no token)."""
         if at >= self._length:
             return len(self.ids)
-        token = self._encoding.char_to_token(at)
+        token: int | None = self._encoding.char_to_token(at)
         if token is None:
             return -1
         if self._encoding.token_to_chars(token)[0] != at:

@@ -123,7 +123,7 @@ def _read(value: Any, here: str, where: str) -> list[Message]:
     content = _content(given, value, role, here)
     out.update(given)
     if speaker.lower().replace("-", "_") in CALLS and isinstance(content, str) and "tool_calls" not in out:
-        content, out["tool_calls"] = None, _calls_in_text(content, here)
+        out["tool_calls"], content = _calls_in_text(content, here), None
     out["content"] = content
     if role == "assistant":
         if out.get("type") == "message":  # of OpenAI's responses

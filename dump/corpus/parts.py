@@ -10,7 +10,7 @@ import dataclasses
 import hashlib
 import itertools
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -184,6 +184,28 @@ class PartReader:
                 f"{self.corpus.id}: {dropped:,} of the first {self.rows_read:,} rows gave no sample{reasons}{harmed}, more than the allowed share of "
                 f"{self.max_dropped:.0%}. Is it the right corpus, template and --assistant-pattern? --max-dropped raises the limit."
             )
+
+
+class SourcesReader:
+    """Reads several sources, one behind another, each by a ``PartReader`` of its own, which judges its own dropped rows: a source
+    that is not understood is not hidden by the others."""
+
+    def __init__(self, readers: Sequence[PartReader]) -> None:
+        self.readers = readers
+
+    @property
+    def notes(self) -> Counter[str]:
+        return sum((r.notes for r in self.readers), Counter())
+
+    def parts(self, committed: Mapping[int, PartRecord]) -> Iterator[PartRows]:
+        """Every part that is missing, of all sources."""
+        for reader in self.readers:
+            yield from reader.parts(committed)
+
+    def check_dropped(self, at_end: bool = False) -> None:
+        """Raise DataError, naming the source, if more than the allowed share of a source's rows gave no sample."""
+        for reader in self.readers:
+            reader.check_dropped(at_end)
 
 
 def rows_sha256(rows: list[Row]) -> str:

@@ -175,6 +175,26 @@ class JoinedCorpus:
                 yield Row(first + row.number, row.where, row.value)
 
 
+class FirstRows:
+    """The first ``limit`` rows of a corpus, a row's number counting also where it is left out."""
+
+    def __init__(self, whole: Corpus, limit: int) -> None:
+        self.whole, self.limit = whole, limit
+        self.id, self.sha256 = whole.id, whole.sha256
+
+    def count(self) -> int:
+        return min(self.whole.count(), self.limit)
+
+    def weights(self) -> list[int]:
+        return self.whole.weights()[: self.limit]
+
+    def rows(self, start: int = 0) -> Iterator[Row]:
+        return itertools.takewhile(lambda row: row.number < self.limit, self.whole.rows(start))
+
+    def pick(self, wanted: Callable[[int], bool]) -> Iterator[Row]:
+        return self.whole.pick(lambda n: n < self.limit and wanted(n))
+
+
 class SharedCorpus:
     """A share of a corpus's rows, chosen by a hash of their number, so that every run chooses the same ones. Numbers stay."""
 

@@ -9,13 +9,13 @@ import re
 import sys
 import tempfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from dspark.cache.errors import DataError, UsageError, first_line
 from dspark.cache.files.checksum import file_sha256
-from dspark.dump.corpus.rows import Corpus, JoinedCorpus, JsonlCorpus, SharedCorpus, TableCorpus
+from dspark.dump.corpus.rows import Corpus, FirstRows, JoinedCorpus, JsonlCorpus, SharedCorpus, TableCorpus
 
 SHARE = re.compile(r"(?P<data>.+)=(?P<share>0?\.\d+|1(\.0*)?|0)")
 DATASET_ID = re.compile(r"(?P<id>[\w.-]+/[\w.-]+)(/(?P<config>[\w.-]+))?(:(?P<split>[\w.\[\]%:+-]+))?")
@@ -60,13 +60,10 @@ def open_corpus(data: str) -> Corpus:
     return hub(match["id"], match["config"], match["split"] or "train")
 
 
-def open_corpora(data: list[str]) -> Corpus:
-    """One corpus of several ``--data``."""
-    return (
-        open_corpus(data[0])
-        if len(data) == 1
-        else JoinedCorpus([open_corpus(d) for d in data], ", ".join(data))
-    )
+def joined(corpora: Sequence[Corpus], limit: int | None) -> Corpus:
+    """One corpus of several sources, the first ``limit`` rows of each, for whoever looks at all of them at once."""
+    parts = [c if limit is None else FirstRows(c, limit) for c in corpora]
+    return parts[0] if len(parts) == 1 else JoinedCorpus(parts, ", ".join(c.id for c in corpora))
 
 
 def open_file(path: Path) -> Corpus:

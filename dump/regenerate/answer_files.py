@@ -48,11 +48,13 @@ class AnswerFiles:
         except CacheError:
             return False
 
-    def refuse_other(self, data: str | None, overwrite: bool) -> None:
+    def refuse_other(self, data: Sequence[str], overwrite: bool) -> None:
         """Before a new store: refuse to write over answers that nobody asked to replace, or over the corpus itself."""
-        if data and Path(data).exists() and self.joined.exists() and self.joined.samefile(data):
+        for name in data:
+            if not (Path(name).exists() and self.joined.exists() and self.joined.samefile(name)):
+                continue
             raise UsageError(
-                f"--data {data} is where the answers of {self.store} go: it would be replaced. Choose another --output."
+                f"--data {name} is where the answers of {self.store} go: it would be replaced. Choose another --output."
             )
         for path in (self.joined, self.folder):
             if path.exists() and not overwrite:

@@ -30,9 +30,10 @@ from dspark.dump.corpus.masks import (
     sample_key,
     unusable,
 )
+from dspark.dump.corpus.messages import Message
 from dspark.dump.corpus.parts import PartReader, PartRows
 from dspark.dump.corpus.rows import BadRow, Row
-from dspark.dump.corpus.shapes import ChatRow, Message
+from dspark.dump.corpus.shapes import ChatRow
 from dspark.dump.corpus.template import Refused, Template
 from dspark.dump.engines.answers import MASK_RULE, Answered, Ask, Sampling, seed_of
 from dspark.dump.engines.engine import Captured, CodedStates

@@ -55,8 +55,17 @@ def info(path: str | Path) -> dict[str, Any]:
         "ratio": raw / stored if stored else None, "engine": manifest.dump.engine, "engine_version": manifest.dump.engine_version,
         "dtype": manifest.dump.dtype, "seq_length": manifest.dump.seq_length, "mask_rule": manifest.dump.mask_rule,
         "source": manifest.source.id, "rows_read": counts.rows_read, "truncated": counts.truncated, "dropped": counts.dropped,
-        "quality": manifest.quality,
+        "quality": manifest.quality, "per_source": sources_of(path, manifest),
     }  # fmt: skip
+
+
+def sources_of(path: str | Path, manifest: Manifest) -> list[dict[str, Any]]:
+    """Counts of each source, where there are several; the parts' records have them."""
+    if len(manifest.sources) < 2:
+        return []
+    from dspark.cache.writer import by_source, scan_parts
+
+    return by_source(list(scan_parts(Path(path)).values()), manifest)
 
 
 def measured_bits(
@@ -99,4 +108,6 @@ def info_command(cache: str, as_json: bool) -> None:
         ("a token", f"{per_token} bytes; {ratio} the raw bf16 layout's {data['raw_bytes_per_token']}"),
         ("engine", f"{data['engine']} {data['engine_version']}, {data['dtype']}, sequences up to {data['seq_length']} tokens"),
         ("source", f"{data['source']}  {data['rows_read']:,} rows read, {data['truncated']:,} cut, dropped: {data['dropped'] or 'none'}"),
+        *((f"source {s['number']}", f"{s['id']}: {s['rows']:,} rows, {s['samples']:,} samples, {s['tokens']:,} tokens, dropped: {s['dropped'] or 'none'}")
+          for s in data["per_source"]),
     ])  # fmt: skip
