@@ -170,6 +170,12 @@ class DrafterTypes(click.ParamType):  # type: ignore[type-arg]  # no generic bef
 @click.option("--top-p", type=float, help="With --regenerate.  [default: the target's generation_config]")
 @click.option("--max-tokens", type=int, help="With --regenerate: most tokens per answer.  [default: 2048]")
 @click.option(
+    "--answers",
+    type=int,
+    metavar="N",
+    help="With --regenerate: answers per prompt, each going on with its own.  [default: 1]",
+)
+@click.option(
     "--thinking/--no-thinking",
     default=None,
     help="With --regenerate: enable_thinking of the chat template.  [default: the template's]",

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from dspark.cache.errors import UsageError
 from dspark.cache.settings import DEFAULT_PACKING, choose_codec, is_asked
 from dspark.cache.target.taps import BOTH
-from dspark.dump.engines.answers import check_max_tokens, check_temperature, check_top_p
+from dspark.dump.engines.answers import check_answers, check_max_tokens, check_temperature, check_top_p
 from dspark.dump.engines.options import EngineOptions, parse_arguments
 
 if TYPE_CHECKING:
@@ -59,6 +59,7 @@ class DumpConfig:
     top_p: float | None = None
     max_tokens: int | None = None
     thinking: bool | None = None
+    answers: int | None = None  # conversations per row
     tensor_parallel_size: int | None = None
     data_parallel_size: int | None = None
     engine_arg: tuple[str, ...] = ()  # KEY=VALUE
@@ -90,7 +91,9 @@ class DumpConfig:
             if value is not None and not 1 <= value <= LARGEST:
                 raise UsageError(f"{flag}: found {value}, expected a positive number, at most {LARGEST}.")
         asked = [
-            f for f in ("temperature", "top_p", "max_tokens", "thinking") if getattr(self, f) is not None
+            f
+            for f in ("temperature", "top_p", "max_tokens", "thinking", "answers")
+            if getattr(self, f) is not None
         ]
         if asked and not self.regenerate:
             raise UsageError(
@@ -112,6 +115,8 @@ class DumpConfig:
             check_top_p(self.top_p)
         if self.max_tokens is not None:
             check_max_tokens(self.max_tokens)
+        if self.answers is not None:
+            check_answers(self.answers)
         if self.workers is not None and not 0 <= self.workers <= MOST_WORKERS:
             raise UsageError(f"--workers: found {self.workers}, expected 0 to {MOST_WORKERS} processes.")
         if not 0 <= self.max_dropped <= 1:

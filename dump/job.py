@@ -168,7 +168,12 @@ def prepare(config: DumpConfig, day: str | None = None) -> Job:
     keywords = template_keywords(config.template_kwargs)
     if config.regenerate:
         sampling = recommended(
-            config.model, config.temperature, config.top_p, config.max_tokens, config.thinking
+            config.model,
+            config.temperature,
+            config.top_p,
+            config.max_tokens,
+            config.thinking,
+            config.answers or 1,
         )
         maker = Prompts(target.tokenizer, sampling, plan.seq_length, template_kwargs=keywords, day=day)
     else:
@@ -188,7 +193,7 @@ def prepare(config: DumpConfig, day: str | None = None) -> Job:
         counts = [min(c.count(), config.limit or c.count()) for c in corpora]
         plan = dataclasses.replace(plan, sources=tuple(zip((c.id for c in corpora), counts, strict=True)))
     if isinstance(maker, Prompts):
-        plan = planning.with_answers(plan, maker.sampling.max_tokens)
+        plan = planning.with_answers(plan, maker.sampling.max_tokens, maker.sampling.answers)
     given = supplied(config)
     plan = planning.settle_codec(plan, config, given, target.config)
     plan = planning.blocks(plan, conversations.PART_ROWS if isinstance(maker, Prompts) else None)

@@ -305,12 +305,12 @@ def estimate(plan: Plan, corpus: Corpus, maker: SampleMaker | None, limit: int |
     )
 
 
-def with_answers(plan: Plan, max_tokens: int) -> Plan:
-    """A plan whose tokens are prompts, with answers of half the longest length; all of an answer's last states are stored."""
+def with_answers(plan: Plan, max_tokens: int, count: int = 1) -> Plan:
+    """A plan whose tokens are prompts, with ``count`` answers to each of half the longest length; all of an answer's last states are stored."""
     if plan.rows is None or plan.tokens is None:
         return plan
-    answers = plan.rows * max_tokens // 2
-    tokens = plan.tokens + answers
+    answers = plan.rows * max_tokens // 2 * count
+    tokens = plan.tokens * count + answers
     rate = disk_bytes(plan.shapes, plan.layers, plan.make_codec(), answers / tokens)
     size = round(tokens * rate) + weight_bytes(plan.shapes)
     return dataclasses.replace(plan, tokens=tokens, last_rows=answers, bytes=size)

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 GREEDY = 1e-5  # temperatures below are greedy decoding
 DEFAULT_MAX_TOKENS = 2048
+MOST_ANSWERS = 256
 MASK_RULE = "regenerate"  # how the manifest's mask_rule begins, of a store whose target answered
 
 
@@ -40,17 +41,24 @@ def check_max_tokens(value: int) -> None:
         )
 
 
+def check_answers(value: int) -> None:
+    if not 1 <= value <= MOST_ANSWERS:
+        raise UsageError(f"--answers: found {value}, expected 1 to {MOST_ANSWERS} per prompt.")
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sampling:
-    """How the target answers. ``top_k`` 0: no limit. ``thinking``: handed to the chat template as ``enable_thinking``; None leaves it out."""
+    """How the target answers. ``answers``: conversations per row. ``top_k`` 0: no limit. ``thinking``: handed to the chat template as ``enable_thinking``; None leaves it out."""
 
     temperature: float
     top_p: float
     top_k: int
     max_tokens: int
     thinking: bool | None
+    answers: int = 1
 
     def __post_init__(self) -> None:
+        check_answers(self.answers)
         check_temperature(self.temperature)
         check_top_p(self.top_p)
         check_max_tokens(self.max_tokens)
@@ -59,18 +67,29 @@ class Sampling:
                 f"top_k: found {self.top_k} in the target's generation_config.json, expected 0 (no limit) or more."
             )
 
+        if self.answers > 1 and self.greedy:
+            raise UsageError(
+                f"--answers {self.answers}: at temperature {self.temperature:g} all of them would be the same. Give a --temperature."
+            )
+
     @property
     def greedy(self) -> bool:
         return self.temperature < GREEDY
 
     def __str__(self) -> str:
         """As the manifest names it: two runs that differ here do not write one store."""
+        several = "" if self.answers == 1 else f", {self.answers} answers"
         think = "" if self.thinking is None else f", thinking {'on' if self.thinking else 'off'}"
-        return f"temperature {self.temperature:g}, top_p {self.top_p:g}, top_k {self.top_k}, max_tokens {self.max_tokens}{think}"
+        return f"temperature {self.temperature:g}, top_p {self.top_p:g}, top_k {self.top_k}, max_tokens {self.max_tokens}{think}{several}"
 
 
 def recommended(
-    model: str, temperature: float | None, top_p: float | None, max_tokens: int | None, thinking: bool | None
+    model: str,
+    temperature: float | None,
+    top_p: float | None,
+    max_tokens: int | None,
+    thinking: bool | None,
+    answers: int = 1,
 ) -> Sampling:
     """What the target's generation_config.json recommends (plain sampling where it says nothing), except for what was asked for."""
     from transformers import GenerationConfig
@@ -88,6 +107,7 @@ def recommended(
         top_k=0 if own["top_k"] == -1 else own["top_k"],  # -1: how vLLM writes "no limit"
         max_tokens=DEFAULT_MAX_TOKENS if max_tokens is None else max_tokens,
         thinking=thinking,
+        answers=answers,
     )
 
 
@@ -122,9 +142,10 @@ def stored_runs(ask: Ask) -> list[list[int | None]]:
     return [*before, [len(ask.prompt), None]]
 
 
-def seed_of(row: int, turn: int) -> int:
-    """The same for a row and turn in every run."""
-    return int.from_bytes(hashlib.sha256(f"{row}:{turn}".encode()).digest()[:4], "little")
+def seed_of(row: int, turn: int, answer: int = 0) -> int:
+    """The same for a row's ``answer``-th conversation and its turn in every run."""
+    named = f"{row}:{turn}" + (f":{answer}" if answer else "")
+    return int.from_bytes(hashlib.sha256(named.encode()).digest()[:4], "little")
 
 
 def repeat_last(coded: dict[str, Any], specs: Mapping[str, ArraySpec]) -> dict[str, Any]:

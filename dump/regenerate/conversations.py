@@ -141,6 +141,7 @@ class Conversation:
     done: list[Kept] = field(default_factory=list)
     lost: int = 0  # answers of which no states are kept: retokenised, their tokens are others
     prompts: Prompts | None = None
+    answer: int = 0  # which of several conversations of the row
 
     def ask(self, key: int, prompts: Prompts) -> Ask | str:
         """The next turn's prompt, or why there is none."""
@@ -160,7 +161,7 @@ class Conversation:
         if prompt[: len(self.ids)] != self.ids:
             self._end_sample(prompt)
         self.turn += 1
-        seed = seed_of(self.row.number, self.turn)
+        seed = seed_of(self.row.number, self.turn, self.answer)
         keep = not self.coming or not prompts.keeps_history
         return Ask(key, prompt, room, seed, keep, tuple(self.spans))
 
@@ -246,9 +247,8 @@ class Regenerator:
         talks: dict[int, Conversation] = {}
         asks: list[Ask] = []
         ended: list[Conversation] = []
-
-        def drop(row: Row, reason: str) -> None:
-            self.reader.drop(part, row, reason)
+        failed: list[tuple[Row, str]] = []
+        count = self.prompts.sampling.answers
 
         def end(talk: Conversation, reason: str | None = None) -> None:
             """Keep what is whole of a conversation that goes on no further."""
@@ -257,7 +257,7 @@ class Regenerator:
             enough = self.min_supervised
             talk.done = [k for k in talk.done if int(k[0].loss_mask.sum()) >= enough]
             if not talk.done or reason == NO_CALL:
-                drop(talk.row, reason or TOO_FEW)
+                failed.append((talk.row, reason or TOO_FEW))
                 return
             if reason is not None:
                 self.reader.notes[f"answer left out: {reason}"] += 1
@@ -276,10 +276,12 @@ class Regenerator:
         for row in rows:
             made = self.prompts.make(row)
             if not made.samples:
-                drop(row, made.dropped or NO_ANSWER)
+                self.reader.drop(part, row, made.dropped or NO_ANSWER)
                 continue
-            talks[row.number] = Conversation(row, turns(row))
-            ask_next(row.number)
+            for answer in range(count):
+                key = row.number * count + answer
+                talks[key] = Conversation(row, turns(row), answer=answer)
+                ask_next(key)
         while asks:  # a round a turn; conversations end at different rounds
             round_, asks = asks, []
             for answered in self.engine.answer(round_, self.prompts.sampling, self.stops, self.codec):
@@ -293,18 +295,33 @@ class Regenerator:
                     ask_next(key)
                 else:
                     end(talk)
-        ended.sort(key=lambda talk: talk.row.number)
-        whole = [kept for talk in ended for kept in talk.done]
+        self._count_failed(part, failed, {talk.row.number for talk in ended})
+        ended.sort(key=lambda talk: (talk.row.number, talk.answer))
+        whole = sorted((kept for talk in ended for kept in talk.done), key=lambda k: (k[0].row, k[0].turn))
         part.samples = [sample for sample, _, _ in whole]
         part.truncated = sum(not finished for _, _, finished in whole)
-        self.answers.save(
-            part.index,
-            [
-                {"row": t.row.number, "messages": t.said, "finished": t.finished, "samples": len(t.done)}
-                for t in ended
-            ],
-        )
+        self.answers.save(part.index, [_line(talk, count) for talk in ended])
         return [states for _, states, _ in whole]
+
+    def _count_failed(self, part: PartRows, failed: list[tuple[Row, str]], kept: set[int]) -> None:
+        """A row of which no conversation is whole is dropped, once; one conversation of several that are is left out."""
+        for row, reason in failed:
+            if row.number in kept:
+                self.reader.notes[f"answer left out: {reason}"] += 1
+            else:
+                kept.add(row.number)
+                self.reader.drop(part, row, reason)
+
+
+def _line(talk: Conversation, count: int) -> dict[str, Any]:
+    """A conversation for the file of answers; ``answer``: which of several of its row."""
+    out = {
+        "row": talk.row.number,
+        "messages": talk.said,
+        "finished": talk.finished,
+        "samples": len(talk.done),
+    }
+    return out | {"answer": talk.answer} if count > 1 else out
 
 
 def batches_of(

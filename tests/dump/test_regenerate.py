@@ -285,3 +285,43 @@ def test_flags_that_are_refused_before_anything_is_read(
     assert out.exit_code == 2
     assert message in out.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_several_answers_per_prompt(config: DumpConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each conversation goes on with its own answers; all of a row lie on one side of the split; a resumed run gives the same."""
+    monkeypatch.setattr(regenerate, "PART_ROWS", 4)
+    out = dump(dataclasses.replace(config, answers=3), Display())
+    assert (out["rows_read"], out["samples"], out["dropped"]) == (9, 24, {"no user turn": 1})
+    store = dspark.cache.open(config.output)
+    assert store.manifest.dump.mask_rule.endswith("max_tokens 12, 3 answers)")
+    rows = [json.loads(line) for line in Path(f"{config.output}.answers.jsonl").read_text().splitlines()]
+    assert [(r["row"], r["answer"]) for r in rows] == [
+        (n, k) for n in (0, 1, 3, 4, 5, 6, 7, 8) for k in range(3)
+    ]
+    of_row = [[json.dumps(r["messages"]) for r in rows if r["row"] == n] for n in range(9)]
+    assert all(len(set(said)) > 1 for said in of_row if said)
+    index = store.index
+    for n in {r["row"] for r in rows}:
+        keys = {k.tobytes() for k in index["sample_key"][index["sample_row"] == n]}
+        assert len(keys) == 1
+    # The first answer is the one that a single one would have been.
+    one = dataclasses.replace(config, output=config.output.with_name("one.zarr"))
+    dump(one, Display())
+    single = [json.loads(line) for line in Path(f"{one.output}.answers.jsonl").read_text().splitlines()]
+    assert [r["messages"] for r in single] == [r["messages"] for r in rows if r["answer"] == 0]
+    shutil.rmtree(next(iter(sorted((config.output / "parts").iterdir()))))
+    StoreWriter.resume(config.output, read_manifest(config.output)).reopen()
+    before = rows
+    dump(dataclasses.replace(config, answers=3, resume=True), Display())
+    assert [
+        json.loads(line) for line in Path(f"{config.output}.answers.jsonl").read_text().splitlines()
+    ] == before
+    with pytest.raises(MismatchError, match="mask_rule"):
+        dump(dataclasses.replace(config, answers=2, resume=True), Display())
+
+
+def test_several_answers_need_a_temperature(config: DumpConfig) -> None:
+    with pytest.raises(UsageError, match="all of them would be the same"):
+        dump(dataclasses.replace(config, answers=2, temperature=0.0), Display())
+    with pytest.raises(UsageError, match="--answers: found 0, expected 1 to 256"):
+        dataclasses.replace(config, answers=0)

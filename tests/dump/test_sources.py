@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from click.testing import CliRunner
@@ -20,6 +21,7 @@ from dspark.dump.config import DumpConfig
 from dspark.dump.corpus.sources import open_corpus
 from dspark.dump.progress import Display
 from dspark.dump.run import dump
+from dspark.tools.report import page
 from dspark.tools.stores.info import info
 from dump_targets import chat
 
@@ -52,6 +54,8 @@ def test_parts_hold_rows_of_one_source(two: tuple[str, str], config: DumpConfig,
     assert [(s["id"], s["rows"], s["samples"]) for s in found] == [("a.jsonl", 20, 18), ("b.jsonl", 13, 12)]
     assert len(dspark.cache.open(config.output)) == 30
     assert verify(config.output).ok
+    view = SimpleNamespace(name="both", info=info(config.output))
+    assert all(said in page._sources([view]) for said in ("0: a.jsonl", "1: b.jsonl", "<td>13</td>"))  # type: ignore[list-item]
     # The same list goes on, byte for byte; another order does not.
     before = files(config.output)
     dump(dataclasses.replace(both, resume=True), show)

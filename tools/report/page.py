@@ -273,7 +273,23 @@ def _stores(stores: Sequence[StoreView]) -> str:
     ]  # fmt: skip
     lost = [(s.name, f"{k}: {v}") for s in stores for k, v in s.info["dropped"].items()]
     dropped = card("Rows that gave no sample", table(("store", "reason: rows"), lost)) if lost else ""
-    return f'<section id="stores"><h2>Stores</h2><div class="card">{table(head, rows)}</div><br><div class="grid2">{"".join(cards)}{dropped}</div></section>'
+    return f'<section id="stores"><h2>Stores</h2><div class="card">{table(head, rows)}</div><br><div class="grid2">{"".join(cards)}{dropped}{_sources(stores)}</div></section>'
+
+
+def _sources(stores: Sequence[StoreView]) -> str:
+    """What each source gave, of stores with several."""
+    rows = [
+        (
+            s.name,
+            f"{one['number']}: {one['id']}",
+            f"{one['rows']:,}",
+            f"{one['samples']:,}",
+            f"{one['tokens']:,}",
+        )
+        for s in stores
+        for one in s.info["per_source"]
+    ]
+    return card("Sources", table(("store", "source", "rows", "samples", "tokens"), rows)) if rows else ""
 
 
 def _store_row(s: StoreView) -> tuple[str, ...]:
