@@ -100,6 +100,7 @@ class Plan:
     def to_json(self) -> dict[str, Any]:
         out = dataclasses.asdict(self)
         out["target_layer_ids"] = self.target_layer_ids
+        out["data"] = ", ".join(self.data) or None
         out["aux_bits"], out["last_bits"] = self.make_codec().bits
         return out
 

@@ -236,5 +236,5 @@ def _list(value: Any, name: str, where: str) -> list[Any]:
     if value is None:
         return []
     if not isinstance(value, list):
-        raise DataError(f"{where}: `{name}` is a {type(value).__name__}, expected a list.")
+        raise DataError(f"{where}: `{name}` is of type {type(value).__name__}, expected a list.")
     return value

@@ -91,10 +91,12 @@ class JsonlCorpus:
                         yield number, text
         except (EOFError, gzip.BadGzipFile, zlib.error) as error:
             raise DataError(
-                f"{self.path}: not a whole gzip file, broken after line {number}: {error}"
+                f"{self.path}: not a whole gzip file, broken after line {number}: {error}. Copy it again, or pack it anew."
             ) from error
         except OSError as error:
-            raise DataError(f"{self.path}: cannot be read behind line {number}: {error}") from error
+            raise DataError(
+                f"{self.path}: cannot be read behind line {number}: {error}. Is it whole?"
+            ) from error
 
     def count(self) -> int:
         return sum(1 for _ in self._lines())
@@ -269,4 +271,12 @@ def _hint(text: bytes) -> str:
         return ", in UTF-8; this looks like UTF-16 or a binary file"
     if text.strip() in (b"{", b"["):
         return "; this looks like JSON over several lines: a JSON array is read whole where the file begins with ["
+    try:
+        start = text.decode().lstrip()[:1]
+    except UnicodeDecodeError:
+        return ", in UTF-8; this is text of another encoding: convert it with iconv"
+    if start not in ("{", "["):
+        return (
+            "; this is no JSON at all: turn CSV or plain text into rows with `prompt` and `completion` first"
+        )
     return ""

@@ -192,5 +192,5 @@ def _token_row(value: Mapping[str, Any], where: str) -> TokenRow:
 
 def _list(value: Any, name: str, where: str) -> list[Any]:
     if not isinstance(value, list):
-        raise DataError(f"{where}: `{name}` is a {type(value).__name__}, expected a list.")
+        raise DataError(f"{where}: `{name}` is of type {type(value).__name__}, expected a list.")
     return value

@@ -62,7 +62,7 @@ def test_forms() -> None:
         ([1], r"f:7: found a JSON list, expected an object"),
         ({"text": "a"}, r"f:7: found keys \['text'\], expected `messages`"),
         ({"messages": "a"}, r"f:7: `messages` is text that is not JSON"),
-        ({"messages": {}}, r"f:7: `messages` is a dict, expected a list"),
+        ({"messages": {}}, r"f:7: `messages` is of type dict, expected a list"),
         ({"messages": []}, r"f:7: `messages` is empty"),
         ({"messages": [{"content": "a"}]}, r"f:7: messages\[0\] is .*expected an object with `role`"),
         ({"messages": [{"role": "user", "content": 3}]}, r"f:7: messages\[0\].content is a int"),
