@@ -1,6 +1,6 @@
 """Every block that real vLLM drafts against our decoder's: type, vocabulary, format, block size. Writes bench/results/serve_parity.json.
 
-python bench/serve_parity.py [--sizes 5,7,8] [--types dspark,eagle3,peagle] [--name serve_parity]
+python bench/serve_parity.py [--sizes 5,7,8] [--types dspark,eagle3,peagle] [--shapes full,window,yarn] [--name serve_parity]
 
 Two targets per type and size: whole vocabulary, reduced one; each in every format that the type has.
 
@@ -31,10 +31,20 @@ import tiny_models as tiny
 
 PROMPTS = [[50, 60, 70], [5, 6, 7, 8, 9], list(range(20, 60)), [3], [140, 2, 77, 77, 31, 8]]
 MAX_TOKENS = 48
+_YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}
+# What a draft sees, and its RoPE. Windows only for dspark.
+SHAPES: dict[str, dict[str, Any]] = {
+    "full": {},
+    "window": {"sliding_window": 6},
+    "mixed": {"sliding_window": 6, "layer_types": ("sliding_attention", "full_attention")},
+    "yarn": {"rope_scaling": _YARN},
+    "window-yarn": {"sliding_window": 6, "rope_scaling": _YARN},
+    "linear": {"rope_scaling": {"rope_type": "linear", "factor": 2.0}},
+}
 
 
-def case(folder: Path, name: str, kind: str, reduced: bool, size: int) -> list[dict[str, Any]]:
-    """One target and draft of the type ``name``, served in its formats."""
+def case(folder: Path, name: str, kind: str, reduced: bool, size: int, shape: str) -> list[dict[str, Any]]:
+    """One target and draft of the type ``name`` and of a ``shape``, served in its formats."""
     model = tiny.target(kind)
     alone = [greedy_alone(model, p, max_tokens=MAX_TOKENS) for p in PROMPTS]
     ids = (
@@ -43,7 +53,7 @@ def case(folder: Path, name: str, kind: str, reduced: bool, size: int) -> list[d
         else None
     )
     own = {} if name == "dspark" else {"num_layers": 1, "target_layer_ids": (0, 1, 2)}
-    draft = tiny.draft(model, draft_ids=ids, block_size=size, speculator_type=name, **own)
+    draft = tiny.draft(model, draft_ids=ids, block_size=size, speculator_type=name, **own, **SHAPES[shape])
     tiny.agree(model, draft, [p + a for p, a in zip(PROMPTS[:3], alone[:3], strict=True)], steps=100)
     target = str(folder / "target")
     model.save_pretrained(target)
@@ -56,7 +66,7 @@ def case(folder: Path, name: str, kind: str, reduced: bool, size: int) -> list[d
         parity = serve_and_compare(model, target, str(folder / "draft"), PROMPTS, max_tokens=MAX_TOKENS)
         out.append({
             "type": name, "target": kind, "vocabulary": draft.config.draft_vocab_size, "of": tiny.VOCAB, "format": layout, "block_size": size,
-            **parity.to_json(), "seconds": time.perf_counter() - started,
+            "shape": shape, **parity.to_json(), "seconds": time.perf_counter() - started,
         })  # fmt: skip
         print(out[-1], file=sys.stderr, flush=True)
     return out
@@ -68,16 +78,17 @@ def main() -> None:
     )
     parser.add_argument("--sizes", default="5,7,8")
     parser.add_argument("--types", default="dspark")
+    parser.add_argument("--shapes", default="full", help=f"of {', '.join(SHAPES)}")
     parser.add_argument("--name", default="serve_parity", help="of the file in bench/results")
     parser.add_argument("--results", type=Path, default=RESULTS)
     args = parser.parse_args()
     rows: list[dict[str, Any]] = []
     targets = (("qwen3", False), ("llama", True))
-    for name, size, (kind, reduced) in product(
-        args.types.split(","), map(int, args.sizes.split(",")), targets
+    for name, size, (kind, reduced), shape in product(
+        args.types.split(","), map(int, args.sizes.split(",")), targets, args.shapes.split(",")
     ):
         with tempfile.TemporaryDirectory() as folder:
-            rows += case(Path(folder), name, kind, reduced, size)
+            rows += case(Path(folder), name, kind, reduced, size, shape)
     results = {
         "holds": all(r["holds"] for r in rows), "blocks_compared": sum(r["compared"] for r in rows),
         "blocks_equal": sum(r["equal"] for r in rows), "cases": rows,

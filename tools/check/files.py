@@ -45,6 +45,8 @@ VLLM = {
 
 def vllm_at_least(config: DraftConfig, form: str) -> tuple[str, str]:
     """The first vLLM that reads this draft rightly, and why not an earlier one."""
+    if config.layer_types or config.is_causal is not None:
+        return "0.32.0", "its windows were compared there block by block; earlier versions were not looked at"
     if form == "speculators":
         return "0.27.0", (
             "0.25.1 and 0.26.0 treat every speculators checkpoint as one whose anchor is a bonus token, whatever sample_from_anchor says: "
@@ -194,22 +196,18 @@ def layout(files: Files, target: Mapping[str, Any]) -> Iterator[Finding]:
 
 def attention(files: Files, target: Mapping[str, Any]) -> Iterator[Finding]:
     """What servers make of sliding layers."""
-    if (
-        files.speculators
-        and files.raw.get(NON_CAUSAL)
-        and "is_causal" not in files.raw["transformer_layer_config"]
-    ):
-        yield Finding(
-            "error", "attention", f"config.json has {NON_CAUSAL} = true, which vLLM 0.32 reads for dflash drafts only: it lets no slot of a "
-            "sliding layer see a later one, unlike training. dspark-tools export writes is_causal = false, which it obeys",
-        )  # fmt: skip
-    ours = files.described()
-    if (
-        ours
-        and ours.sliding_window
-        and files.flat.get("use_sliding_window") is not True
-        and not files.speculators
-    ):
+    ours, nested = files.described(), files.raw.get("dflash_config")
+    if ours is None or ours.sliding_window is None:
+        return
+    if files.speculators:
+        if files.raw.get(NON_CAUSAL) and "is_causal" not in files.raw["transformer_layer_config"]:
+            yield Finding(
+                "error", "attention", f"config.json has {NON_CAUSAL} = true, which vLLM 0.32 reads for dflash drafts only: it lets no slot of "
+                "a sliding layer see a later one, unlike training. dspark-tools export writes is_causal = false, which it obeys",
+            )  # fmt: skip
+        return
+    kept = isinstance(nested, dict) and nested.get("swa_window_size") is not None
+    if files.flat.get("use_sliding_window") is not True and not kept:
         yield Finding(
             "error", "attention", "config.json has sliding layers and no use_sliding_window = true: transformers then drops the window, and vLLM "
             "refuses the draft. Write true",
