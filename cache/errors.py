@@ -19,6 +19,10 @@ class DsparkError(Exception):
     exit_code = 1
 
 
+class Stopped(DsparkError):
+    """The work was stopped by a signal. The message says what is safe."""
+
+
 class UsageError(DsparkError):
     """The flags, or a file that the user wrote, are not what the command accepts."""
 

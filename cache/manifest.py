@@ -10,11 +10,13 @@ again from the parts.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from types import UnionType
+from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from dspark.cache.errors import DamagedCacheError, FormatVersionError, MismatchError
 from dspark.cache.files.checksum import crc32c
@@ -199,7 +201,7 @@ class Manifest:
         return from_plan(
             data["plan"],
             where,
-            sources=[build(SourceInfo, s, f"{where}: sources") for s in data["sources"]],
+            sources=[build(SourceInfo, s, f"{where}: sources") for s in _some(data["sources"], where)],
             counts=build(Counts, data["counts"], f"{where}: counts"),
             **data["state"],
         )
@@ -252,8 +254,15 @@ def from_plan(
     """A manifest from the plan that it or any part of the store holds."""
     known = {"target", "layers", "target_layer_ids", "layer_convention", "last_after_final_norm", "last_rows_rule", "tokenizer", "codec", "run"}  # fmt: skip
     _same_keys(plan, known, f"{where}: plan")
+    target = build(TargetInfo, plan["target"], f"{where}: target")
+    if not (isinstance(plan["layers"], list) and all(type(i) is int for i in plan["layers"])):
+        raise DamagedCacheError(f"{where}: layers are {_short(plan['layers'])}, expected a list of numbers")
+    if not (type(complete) is bool and isinstance(quality, dict) and isinstance(plan["run"], dict)):
+        raise DamagedCacheError(
+            f"{where}: complete, quality or run has a value of another type than it may have"
+        )
     out = Manifest(
-        target=build(TargetInfo, plan["target"], f"{where}: target"),
+        target=target,
         layers=plan["layers"],
         codec=build(CodecInfo, plan["codec"], f"{where}: codec"),
         tokenizer=build(TokenizerInfo, plan["tokenizer"], f"{where}: tokenizer"),
@@ -305,6 +314,12 @@ def _same_keys(data: Any, keys: set[str], where: str) -> None:
         )
 
 
+def _some(sources: Any, where: str) -> list[Any]:
+    if not isinstance(sources, list) or not sources:
+        raise DamagedCacheError(f"{where}: sources is {_short(sources)}, expected a list of some")
+    return sources
+
+
 def _short(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
@@ -323,7 +338,7 @@ def _differences(a: Any, b: Any, path: str = "") -> list[tuple[str, Any, Any]]:
 
 
 def build(kind: type[T], data: Any, where: str) -> T:
-    """Make dataclass ``kind`` from a JSON object; missing and unknown keys are damage, named."""
+    """Make dataclass ``kind`` from a JSON object; missing and unknown keys and values of another type are damage, named."""
     if not isinstance(data, Mapping):
         raise DamagedCacheError(f"{where}: found {type(data).__name__}, expected an object")
     known = {f.name: f for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
@@ -336,7 +351,30 @@ def build(kind: type[T], data: Any, where: str) -> T:
     missing = sorted(required - set(data))
     if unknown or missing:
         raise DamagedCacheError(f"{where}: unknown keys {unknown}, missing keys {missing}")
+    for name, hint in _hints(kind).items():
+        if name in data and not _fits(data[name], hint):
+            raise DamagedCacheError(f"{where}: {name} is {_short(data[name])}, expected {hint}")
     return kind(**dict(data))
+
+
+@functools.cache
+def _hints(kind: type) -> dict[str, Any]:
+    return get_type_hints(kind)
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether ``value``, as JSON gives it, is what a field of type ``hint`` holds. Whole numbers are below 2**53, as every reader of JSON takes them."""
+    kind, inner = get_origin(hint) or hint, get_args(hint)
+    if kind in (UnionType, Union):
+        return any(_fits(value, one) for one in inner)
+    if kind is list:
+        return isinstance(value, list) and all(_fits(v, inner[0]) for v in value)
+    if kind in (dict, Mapping):
+        return isinstance(value, dict) and all(_fits(v, inner[1]) for v in value.values())
+    if kind is int:
+        return type(value) is int and abs(value) < 2**53
+    kinds = {Any: object, float: int | float, tuple: list | tuple}
+    return isinstance(value, kinds.get(kind, kind)) and not (kind is float and isinstance(value, bool))
 
 
 def canonical(data: Mapping[str, Any]) -> bytes:

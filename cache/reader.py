@@ -19,7 +19,13 @@ import numpy as np
 import zarr
 
 from dspark.cache.codec.base import EXACT_TOKEN, Codec, Tokens, tokens_of
-from dspark.cache.errors import DamagedCacheError, IncompleteCacheError, NotACacheError, read_error
+from dspark.cache.errors import (
+    DamagedCacheError,
+    IncompleteCacheError,
+    NotACacheError,
+    UnreadableError,
+    read_error,
+)
 from dspark.cache.files.calibration import stored_codec
 from dspark.cache.files.index import PART_ARRAYS, TURN, build_index, index_specs, index_sums
 from dspark.cache.files.layout import (
@@ -45,7 +51,7 @@ from dspark.cache.files.part import (
     shard_file,
 )
 from dspark.cache.files.place import Folder
-from dspark.cache.files.shard import Shard
+from dspark.cache.files.shard import CLAIM_FLOOR, Shard, check_claim
 from dspark.cache.manifest import READ_VERSIONS, Manifest, sealed, unseal
 from dspark.cache.records import CodedSample, Sample, TokenSample, last_rows
 from dspark.cache.target.files import what_to_do
@@ -175,9 +181,16 @@ class Cache:
         self._part_crc = about["part_crc32c"]
         try:
             group = zarr.open_group(where, mode="r")
-            index: dict[str, Array] = {n: np.asarray(group[n][...]) for n in group.array_keys()}  # type: ignore[index]
+            index: dict[str, Array] = {}
+            for name in group.array_keys():
+                array: Any = group[name]
+                if array.nbytes > CLAIM_FLOOR:
+                    check_claim(where / name / "/".join(["c", *["0"] * array.ndim]), array.nbytes)
+                index[name] = np.asarray(array[...])
         except OSError as error:
             raise read_error(where, error) from error
+        except UnreadableError:
+            raise
         except Exception as error:
             raise DamagedCacheError(str(error)) from error
         if self.manifest.format_version == 1:
@@ -212,6 +225,12 @@ class Cache:
     def _numbers(self) -> list[int]:
         """Numbers of the parts, in order."""
         return self.index["part_number"].tolist()  # type: ignore[no-any-return]
+
+    @property
+    def part_crcs(self) -> list[int]:
+        """Checksum of each part's record, as the index of a complete store has them."""
+        _ = self.index
+        return self._part_crc
 
     def folder(self, part: int) -> Path:
         """Where part ``part`` (counted from 0) is."""

@@ -33,6 +33,7 @@ from dspark.cache.reader import Cache
 from dspark.cache.reader import open as open_store
 from dspark.cache.records import CodedSample
 from dspark.cache.settings import DEFAULT_PACKING, choose_codec, is_asked
+from dspark.cache.shared.stopping import parts_of, stoppable
 from dspark.cache.target.files import small_files
 from dspark.cache.writer import StoreWriter
 
@@ -73,7 +74,11 @@ def recode(
         if why:
             say(f"codec {name}: {why}")
     wanted = registry.make(name, pack)
-    with owned(Path(destination), "dspark-tools recode", break_lock=break_lock) as lock:
+    safe = parts_of(Path(destination), resume=resume)
+    with (
+        stoppable("finishing the parts that are in work", safe),
+        owned(Path(destination), "dspark-tools recode", break_lock=break_lock) as lock,
+    ):
         probe = spread_states(cache, wanted, device=device)
         new = _new_codec(cache.codec, wanted, probe if calibrate else None)
         if not isinstance(new, Fields) and not calibrate and wanted.needs_calibration:

@@ -24,7 +24,15 @@ from dspark.cache.files.calibration import stored_codec
 from dspark.cache.files.checksum import file_sums
 from dspark.cache.files.index import PART_ARRAYS, TURN, build_index
 from dspark.cache.files.layout import INDEX, PARTS, TARGET, PartLayout, StoredArray, part_name
-from dspark.cache.files.part import Array, PartRecord, missing_files, part_specs, read_record, shard_file
+from dspark.cache.files.part import (
+    Array,
+    PartRecord,
+    missing_files,
+    part_specs,
+    read_record,
+    shard_file,
+    tokens_sha256,
+)
 from dspark.cache.files.place import Folder, refuse_links
 from dspark.cache.files.shard import Shard
 from dspark.cache.manifest import Manifest
@@ -197,6 +205,8 @@ def _check_part(
         )
         if spec.name in (*PART_ARRAYS, "input_ids", TURN):
             small[spec.name] = np.concatenate([np.empty((0, *spec.shape[1:]), spec.dtype), *pieces])
+    if record.tokens_sha256 and tokens_sha256(small) != record.tokens_sha256:
+        report.findings.append(f"{folder}: tokens and masks are not those that tokens_sha256 is of")
     if not any(str(folder) in finding for finding in report.findings):
         report.findings += [
             f"{folder}: {text}" for text in _check_counts(record, small, manifest.target.vocab_size)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -237,5 +236,4 @@ def execute(config: DumpConfig) -> dict[str, Any]:
         return plan.to_json()
     from dspark.dump.run import dump
 
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's stop is handled like Ctrl-C
     return dump(config, show)

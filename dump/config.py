@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dspark.cache.errors import UsageError
 from dspark.cache.settings import DEFAULT_PACKING, choose_codec, is_asked
+from dspark.cache.shared import json_text
 from dspark.cache.target.taps import BOTH
 from dspark.dump.engines.answers import check_answers, check_max_tokens, check_temperature, check_top_p
 from dspark.dump.engines.options import EngineOptions, parse_arguments
@@ -166,7 +166,7 @@ def template_keywords(text: str | None) -> dict[str, Any]:
     if text is None:
         return {}
     try:
-        found = json.loads(text)
+        found = json_text.loads(text)
     except ValueError as error:
         raise UsageError(f"--template-kwargs {text}: not JSON ({error}).") from error
     if not isinstance(found, dict):

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from dspark.cache.files.atomic import write_errors
+from dspark.cache.shared.command import printable
 
 log = logging.getLogger("dspark.dump")
 QUIET_SECONDS = 30.0  # without a terminal, a line this often
@@ -69,6 +70,7 @@ class Display:
         self.console = console or Console(stderr=True, highlight=False, soft_wrap=True)
 
     def say(self, line: str) -> None:
+        line = printable(line)
         log.info(line)
         self.console.print(line, markup=False)
 
@@ -99,7 +101,7 @@ def log_file(path: Path) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        log.error("stopped by %s: %s", type(error).__name__, error)
+        log.error("stopped by %s: %s", type(error).__name__, printable(str(error)))
         raise
     finally:
         log.removeHandler(handler)

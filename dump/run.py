@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dspark.cache.errors import DamagedCacheError, DataError, DsparkError, EngineError, ExistsError
+from dspark.cache.errors import DamagedCacheError, DataError, EngineError, ExistsError
 from dspark.cache.files.atomic import write_file
 from dspark.cache.files.calibration import codec_info
 from dspark.cache.files.lock import Lock
@@ -28,6 +28,7 @@ from dspark.cache.reader import Cache, read_manifest
 from dspark.cache.records import TokenSample
 from dspark.cache.settings import FALLBACK, NAMED
 from dspark.cache.shared import config_file
+from dspark.cache.shared.stopping import parts_of, stoppable
 from dspark.cache.target.logits import PLAIN, Logits
 from dspark.cache.writer import StoreWriter, by_source, rebuild, scan_parts
 from dspark.dump import plan as planning
@@ -51,18 +52,17 @@ if TYPE_CHECKING:
     from dspark.dump.engines.engine import Engine, States
     from dspark.dump.progress import Display
 
+STOPPING = "discarding unfinished parts, committing finished ones"
+
 log = logging.getLogger("dspark.dump")
-
-
-class Stopped(DsparkError):
-    """The dump was interrupted; what is committed is whole."""
 
 
 def dump(
     config: DumpConfig, show: Display, engine_for: Callable[[planning.Plan, int | None], Engine] = load_engine
 ) -> dict[str, Any]:
     """Run the whole dump; returns the report that ``--json`` prints. Raises LockedError where another process writes the store."""
-    with owned(config.output, "dspark-dump", break_lock=config.break_lock) as lock:
+    safe = parts_of(config.output, resume=config.resume)
+    with stoppable(STOPPING, safe), owned(config.output, "dspark-dump", break_lock=config.break_lock) as lock:
         return _dump(config, show, engine_for, lock)
 
 
@@ -276,19 +276,15 @@ class Written:
 
 
 @contextmanager
-def stoppable(pipeline: Pipeline, show: Display) -> Iterator[None]:
-    """Ctrl-C inside commits the parts that are whole, and becomes Stopped."""
+def settled(pipeline: Pipeline) -> Iterator[None]:
+    """Ctrl-C inside commits the parts that are whole, and is raised on."""
     try:
         yield
-    except KeyboardInterrupt as error:
-        show.say("stopping: discarding unfinished parts, committing finished ones")
+    except KeyboardInterrupt:
         # Of states on their way, which an engine that was interrupted too need not send.
         with suppress(EngineError):
             pipeline.settle()
-        writer = pipeline.writer
-        raise Stopped(
-            f"stopped with {len(writer.committed)} finished parts in {writer.path}. Continue with the same command and --resume."
-        ) from error
+        raise
 
 
 def write_parts(
@@ -312,7 +308,7 @@ def write_parts(
             bar=bar,
             groups=engine.groups_at_once,
         ) as pipeline,
-        stoppable(pipeline, show),
+        settled(pipeline),
     ):
 
         def groups() -> Iterator[list[TokenSample]]:
@@ -360,7 +356,7 @@ def regenerate_parts(
     with (
         show.progress(job.plan.rows) as bar,
         Pipeline(writer, writer.codec, pool=write, bar=bar) as pipeline,
-        stoppable(pipeline, show),
+        settled(pipeline),
     ):
         group = 0
         for part, states in maker.parts(dict(writer.committed)):

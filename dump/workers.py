@@ -5,7 +5,6 @@ from __future__ import annotations
 import multiprocessing
 import os
 import pickle
-import signal
 import tempfile
 import threading
 from collections.abc import Callable
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
 from dspark.cache.errors import EngineError
+from dspark.cache.shared.stopping import leave_to_parent
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -97,7 +97,7 @@ class WorkerPool(ProcessPoolExecutor):
 
 
 def _begin(meet: Barrier, given: str) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    leave_to_parent()
     parent = multiprocessing.parent_process()
     assert parent is not None
 

@@ -119,15 +119,18 @@ def write_store(
     codec: Codec | None = None,
     finish: bool = True,
     seed: int = 0,
+    states_seed: int | None = None,
+    tokens_seed: int | None = None,
 ) -> list[TokenSample]:
-    """A whole store of random samples at ``path``; returns the samples. ``codec``: a calibrated one."""
+    """A whole store of random samples at ``path``; returns the samples. ``codec``: a calibrated one. ``states_seed``: other states for the same samples;
+    ``tokens_seed``: other samples of the same target."""
     m = m or manifest()
     if codec is not None:
         m = dataclasses.replace(m, codec=codec_info(codec))
-    samples = token_samples(lengths, seed)
+    samples = token_samples(lengths, seed if tokens_seed is None else tokens_seed)
     with StoreWriter.create(path, m, frozen(seed), {"config_note.txt": b"x"}, codec=codec) as writer:
         for i in range(len(blocks_of(samples, m.dump.block_rows))):
-            commit(writer, i, samples, seed)
+            commit(writer, i, samples, seed if states_seed is None else states_seed)
         if finish:
             writer.finish()
     return samples

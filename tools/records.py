@@ -5,12 +5,12 @@ What a command needs of a file is a shape (``dspark.tools.shapes``), checked as 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from dspark.cache.errors import DraftError
+from dspark.cache.shared import json_text
 from dspark.tools.shapes import Each, Maybe, Optional, require
 from dspark.train.run.folder import METRICS, STORE, TRAINING, read_record
 from dspark.train.run.history import HISTORY
@@ -120,7 +120,7 @@ def metrics(draft: Path) -> list[dict[str, Any]]:
             where = f"{path}:{number}"
             remedy = "every line is an object that dspark-train wrote; fix or remove the line"
             try:
-                row = json.loads(line)
+                row = json_text.loads(line)
             except ValueError as wrong:
                 raise DraftError(f"{where} is not JSON ({wrong}); {remedy}") from wrong
             judged = row if isinstance(row, dict) and row.get("validation") else {}

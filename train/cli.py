@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from dspark.cache.errors import UsageError
+from dspark.cache.errors import Stopped, UsageError
 from dspark.cache.shared.command import bar, break_lock_flag, command, emit, version_flag
 from dspark.cache.shared.layer_ids import LayerIds
 from dspark.train.config import LOGGERS, SCHEDULES, SELECT, STRATEGIES, TrainConfig, with_passes
@@ -240,7 +240,7 @@ def main(resume: bool, overwrite: bool, break_lock: bool, dry_run: bool, as_json
                 progress=progress,
                 say=_say if first else _quiet,
             )
-    except (PeerError, KeyboardInterrupt) as error:
+    except (PeerError, Stopped) as error:
         if first:
             raise
         sys.exit(getattr(error, "exit_code", 1))  # rank 0 has said it

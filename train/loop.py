@@ -8,23 +8,21 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import json
 import math
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
-from dspark.cache.errors import TrainError
+from dspark.cache.errors import Stopped, TrainError
 from dspark.cache.files.lock import Lock
 from dspark.cache.files.lock_files import owned
+from dspark.cache.shared.stopping import Stopping
 from dspark.train import distributed
-from dspark.train.config import TrainConfig
+from dspark.train.config import SELECT, TrainConfig
 from dspark.train.data.batch import Batch
 from dspark.train.data.feed import Feed
 from dspark.train.data.row import Row
@@ -38,6 +36,8 @@ from dspark.train.run.checkpoint import Position
 from dspark.train.run.loggers import Loggers
 from dspark.train.run.report import Report
 from dspark.train.run.setup import Run, prepare
+from dspark.train.run.sound import check_numbers, check_states
+from dspark.train.run.stops import interrupted, saved_in
 from dspark.train.run.window import Logged, Moment, Window
 from dspark.train.step import blanks, share, step
 
@@ -71,11 +71,15 @@ def train(
 ) -> dict[str, Any]:
     """Train a draft into ``config.output``; returns the last validation (or training) metrics.
 
-    ``progress(step, total, text)`` is called once per step, ``say`` once with what the run is. KeyboardInterrupt (and SIGTERM) saves a
-    checkpoint and is raised on. Under torchrun every process calls this; if one fails, all raise.
+    ``progress(step, total, text)`` is called once per step, ``say`` once with what the run is. SIGINT, SIGTERM and SIGHUP save a
+    checkpoint and raise Stopped. Under torchrun every process calls this; if one fails, all raise.
     """
     world = distributed.join(config.device, config.strategy)
-    with ExitStack() as stack, lost_peers():
+    safe = saved_in(Path(config.output), resume=resume)
+    outer = Stopping(
+        lambda: "stopping before the first step", safe, speaks=world.first, alone=world.size == 1
+    )
+    with ExitStack() as stack, lost_peers(), interrupted(safe), outer:
         lock = world.agreed(lambda: stack.enter_context(locked(config, break_lock)) if world.first else None)
         result = _train(config, world, resume, overwrite, progress, say, lock)
     world.leave()
@@ -110,7 +114,7 @@ def _train(
     position = Position()
     whole = checkpoint.found(output / "checkpoints")
     if resume and whole:
-        position = world.agreed(lambda: checkpoint.load(whole[-1], run.optimizer))
+        position = world.agreed(lambda: checkpoint.load(whole[-1], run.optimizer, folder.content(*run.cache.stores)))
     report = None
     if world.first:
         loggers = Loggers(config.loggers, output, config.to_json(), position.step, say)
@@ -149,14 +153,25 @@ def _loop(
         nonlocal result, logged
         if logged is None:
             return
-        row, at, logged = logged.row(), logged.position, None
-        world.agreed(lambda: _finite(at, row["loss"], row["grad_norm"]))
+        row, at, window_, logged = logged.row(), logged.position, logged.window, None
+
+        def look() -> None:
+            check_states(run, window_.done, window_.states)
+            check_numbers(run, at, row["loss"], row["grad_norm"])
+
+        world.agreed(look)
         result = row
         if report:
             report.row(row)
 
     clock, device = time.perf_counter() - position.seconds, run.compute.device
-    with Interrupt(alone=world.size == 1) as interrupt:
+    with Stopping(
+        lambda: f"finishing the step after {position.step}, then saving a checkpoint",
+        saved_in(output),
+        raises=False,
+        alone=world.size == 1,
+        speaks=world.first,
+    ) as interrupt:
         feed = Feed(rows_from(run, position), placer(run), device)
         window = Window(Moment(device))
         while position.step < schedule.total:
@@ -165,12 +180,15 @@ def _loop(
             part = share(run, feed.take, lambda: interrupt.asked, settle)
             if part.stop:
                 settle()
+                world.agreed(
+                    partial(check_states, run, window.done, window.states)
+                )  # since the last logged one
                 _save(run, position, output, export=False)
                 if session:
                     session.reached = position.step
                 if report:
                     report.log.info("interrupted at step %d; saved", position.step)
-                raise KeyboardInterrupt
+                raise Stopped(f"stopped. {saved_in(output)()}")
             number = position.step + 1
             milestone = number % schedule.every == 0 or number == schedule.total
             # A milestone is logged too: a non-finite loss stops there. What its own update did, _save looks at.
@@ -178,7 +196,6 @@ def _loop(
             metrics = SlotMetrics(run.model.config.block_size, device) if wanted else None
             values, lr = step(run, feed, part, position.step, schedule.total, metrics)
             window.tokens += part.tokens
-            window.steps += 1
             position = dataclasses.replace(
                 position,
                 step=number,
@@ -186,6 +203,8 @@ def _loop(
                 tokens=position.tokens + part.tokens,
                 seconds=time.perf_counter() - clock,
             )
+            window.done.append(position)
+            window.states.append(values[2])
             if number < schedule.total:
                 feed.fetch()  # before anything below waits for the device
             settle()  # of the step before
@@ -196,7 +215,8 @@ def _loop(
                 settle()
             progress(position.step, schedule.total, _line(result))
             if milestone:
-                result = _milestone(run, position, output, report) or result
+                row, position = _milestone(run, position, output, report)
+                result = row or result
                 if session:
                     session.reached = position.step
                     session.write(history.RUNNING)
@@ -223,42 +243,10 @@ def placer(run: Run) -> Callable[[Row], Batch]:
     return lambda row: row.place(run.cache, run.compute.device, run.compute.dtype, layers)
 
 
-class Interrupt:
-    """Ctrl-C and SIGTERM set a flag that the loop reads between steps, so that no step is cut in half.
-
-    A second Ctrl-C stops a process that is ``alone`` at once. Under torchrun each process gets the signal twice, from the terminal and
-    from the launcher, which itself kills what does not end in 30 s; there the flag is all.
-    """
-
-    def __init__(self, *, alone: bool) -> None:
-        self.asked, self.alone = False, alone
-
-    def __enter__(self) -> Interrupt:
-        self._old: dict[int, Any] = {}
-        if threading.current_thread() is threading.main_thread():
-            self._old = {n: signal.signal(n, self._ask) for n in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def _ask(self, number: int, frame: FrameType | None) -> None:
-        if self.asked and self.alone:
-            raise KeyboardInterrupt
-        self.asked = True
-
-    def __exit__(self, *unused: object) -> None:
-        for number, handler in self._old.items():
-            signal.signal(number, handler)
-
-
-def _finite(position: Position, loss: float, grad_norm: float) -> None:
-    if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-        raise TrainError(
-            f"step {position.step} (epoch {position.epoch}): loss {loss}, gradient norm {grad_norm}; expected finite numbers. "
-            "Lower --lr, or look at the store with dspark-tools stats."
-        )
-
-
-def _milestone(run: Run, position: Position, output: Path, report: Report | None) -> dict[str, Any] | None:
-    """Validate, export, checkpoint."""
+def _milestone(
+    run: Run, position: Position, output: Path, report: Report | None
+) -> tuple[dict[str, Any] | None, Position]:
+    """Validate, export, checkpoint; returns the validation's row, and the position with the best of all of them."""
     row = None
     if run.validation is not None:
         row = {"step": position.step, "epoch": position.epoch, "validation": True, **validate(run)}
@@ -266,22 +254,23 @@ def _milestone(run: Run, position: Position, output: Path, report: Report | None
         if report:
             report.row(row)
     # Last: a run killed before this resumes from the checkpoint before and makes the rows above again.
-    best = run.world.first and _best_so_far(run.config.select, output, row)
+    best = _best_so_far(run.config.select, position.best, row)
+    position = dataclasses.replace(position, best=_best(position.best, row))
     _save(run, position, output, export=best)
-    return row
+    return row, position
 
 
-def _best_so_far(select: str, output: Path, row: dict[str, Any] | None) -> bool:
-    """Whether no validation before this ``row`` gave more; metrics.jsonl holds them, of the steps before a resumption too."""
+def _best_so_far(select: str, best: Mapping[str, float], row: dict[str, Any] | None) -> bool:
+    """Whether no validation before this ``row`` gave more; ``best`` is the highest of each metric before it."""
     if select == "last" or row is None:
         return True
-    rows = [json.loads(line) for line in (output / folder.METRICS).read_text().splitlines()]
-    earlier = [
-        r[select]
-        for r in rows
-        if r.get("validation") and r["step"] < row["step"] and r.get(select) is not None
-    ]
-    return row[select] is not None and row[select] > max(earlier, default=-math.inf)
+    return row[select] is not None and row[select] > best.get(select, -math.inf)
+
+
+def _best(best: Mapping[str, float], row: dict[str, Any] | None) -> dict[str, float]:
+    """The highest of each metric that may select the draft, ``row`` included."""
+    here = {n: row[n] for n in SELECT if row and row.get(n) is not None}
+    return {n: max(best.get(n, -math.inf), here.get(n, -math.inf)) for n in {*best, *here}}
 
 
 def _finite_scores(row: dict[str, Any]) -> None:
@@ -305,7 +294,8 @@ def _save(run: Run, position: Position, output: Path, *, export: bool) -> None:
         run.guard()
         if export:
             save_draft(output, run.model, trained=snapshot.masters)
-        checkpoint.save(output / "checkpoints", position, snapshot, run.config.keep_checkpoints)
+        keep, digest = run.config.keep_checkpoints, folder.content(*run.cache.stores)
+        checkpoint.save(output / "checkpoints", position, snapshot, keep, digest)
 
     run.world.agreed(write)
 

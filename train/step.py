@@ -21,6 +21,7 @@ from dspark.train.objective.objective import Denominators, objective
 from dspark.train.objective.states import SlotStates
 from dspark.train.optim.base import learning_rate
 from dspark.train.run.setup import Run
+from dspark.train.run.sound import largest
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,23 +82,25 @@ def step(
 ) -> tuple[Tensor, float]:
     """Optimizer step ``number`` of ``total``; fills ``metrics`` if given.
 
-    Returns float32[2] on the device, the gradient's norm (of all ranks) and this rank's part of the loss, and the learning rate.
+    Returns float32[3] on the device (the gradient's norm of all ranks, this rank's part of the loss, the largest of its states), and the learning rate.
     """
     config, model = run.config, run.model
     loss = torch.zeros((), device=run.compute.device)
+    states = [loss]  # the largest state of each row
     used = [row for row in part.own if row.slots]  # no anchor, nothing to learn
     if not used:
         run.optimizer.last_row()
     for i, batch in enumerate(feed.batches(used)):
         if i == len(used) - 1:
             run.optimizer.last_row()
-        loss += learn(run, batch, part.denominators, metrics)
+        states.append(largest(batch))
+        loss = loss + learn(run, batch, part.denominators, metrics)
     for batch in blanks(run, len(used)):  # never behind a row, so it is the last pass
         nothing(model(batch, model.plan(batch, run.compute.backend))).backward()  # type: ignore[no-untyped-call]
     lr = learning_rate(number, total, config.lr, config.warmup_ratio, config.min_lr_ratio, config.lr_schedule)
     norm = run.optimizer.step(lr)
     feed.queued()
-    return torch.stack([norm.float(), loss.float()]), lr
+    return torch.stack([norm.float(), loss.float(), torch.stack(states).amax()]), lr
 
 
 def learn(run: Run, batch: Batch, denominators: Denominators, metrics: SlotMetrics | None) -> Tensor:

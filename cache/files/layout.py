@@ -70,9 +70,10 @@ def part_name(number: int, version: int = 2) -> str:
     return f"{number:08d}" if version == 1 else f"{number:012d}"
 
 
-def shard_tag(digest: str, number: int, array: str) -> bytes:
-    """What the shard of ``array`` of part ``number`` begins with: it belongs to no other array, part or plan."""
-    return hashlib.sha256(f"{digest} {part_name(number)} {array}".encode()).digest()[:TAG_BYTES]
+def shard_tag(digest: str, number: int, array: str, tokens_sha256: str = "") -> bytes:
+    """What the shard of ``array`` of part ``number`` begins with: it belongs to no other array, part, plan or, with ``tokens_sha256``, tokens."""
+    own = f"{digest} {part_name(number)} {array}" + (f" {tokens_sha256}" if tokens_sha256 else "")
+    return hashlib.sha256(own.encode()).digest()[:TAG_BYTES]
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,7 @@ decoding anything; each shard begins with a tag of plan, part and array, so that
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -39,9 +40,13 @@ from dspark.cache.files.place import Folder, Place
 from dspark.cache.files.shard import Pieces, chunk_rows, write_shard
 from dspark.cache.manifest import FORMAT_VERSION, Json, build, plan_digest, sealed, unseal
 from dspark.cache.records import CodedSample, TokenSample, last_rows
+from dspark.cache.shared import json_text
 
 Array = np.ndarray[tuple[int, ...], np.dtype[Any]]
-FEATURES: frozenset[str] = frozenset()  # of format version 2 that this release knows beyond its beginning
+TOKENS_IN_TAG = "tokens-in-tag"
+FEATURES: frozenset[str] = frozenset(
+    {TOKENS_IN_TAG}
+)  # of format version 2 that this release knows beyond its beginning
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -85,6 +90,7 @@ class PartRecord:
     versions: dict[str, str] = field(default_factory=dict)
     plan: Json = field(default_factory=dict)
     plan_sha256: str = ""
+    tokens_sha256: str = ""  # of what the states are states of: see ``tokens_sha256``
     format_version: int = FORMAT_VERSION
 
     @property
@@ -94,12 +100,16 @@ class PartRecord:
 
     def tag(self, array: str) -> bytes:
         """What the shard of ``array`` begins with."""
-        return shard_tag(self.plan_sha256, self.index, array) if self.format_version > 1 else b""
+        if self.format_version == 1:
+            return b""
+        return shard_tag(self.plan_sha256, self.index, array, self.tokens_sha256)
 
     def to_json(self) -> Json:
         out = dataclasses.asdict(self)
         if self.format_version == 1:
             return {k: out[k] for k in VERSION_1_KEYS}
+        if TOKENS_IN_TAG not in self.features:
+            del out["tokens_sha256"]
         out["files"] = {
             name: {"bytes": size, "crc32c": crc, "crc32": other, "place": name}
             for name, (size, crc, other) in self.files.items()
@@ -134,6 +144,11 @@ def record_from(data: Any, where: str) -> PartRecord:
             )
     plain = {n: [e["bytes"], e["crc32c"], e["crc32"]] for n, e in files.items()}
     record = build(PartRecord, {**body, "files": plain}, where)
+    counts = record.index, record.row_start, record.samples, record.tokens, record.last_rows, *record.exact
+    if min(counts) < 0 or len(record.exact) != 2 or record.last_rows > record.tokens:
+        raise DamagedCacheError(f"{where}: counts that no part has: {counts}")
+    if (TOKENS_IN_TAG in record.features) != bool(record.tokens_sha256):
+        raise DamagedCacheError(f"{where}: tokens_sha256 without its feature, or the feature without it")
     if plan_digest(record.plan) != record.plan_sha256:
         raise DamagedCacheError(f"{where}: the plan is not the one that plan_sha256 is of")
     return record
@@ -219,11 +234,15 @@ class PartJob:
             specs = [_sized(s, made) for s in specs]
             specs += [state_array(n, (distinct, *s.row_shape), s) for n, s in self.exact.items()]
         name = f"{PARTS}/{part_name(self.index)}"
+        tokens = tokens_sha256(self.arrays)
         with self.place.commit(name, self.token) as folder:
             zarr.create_group(folder, zarr_format=3)
             for spec in specs:
                 write_array(
-                    folder, spec, arrays[spec.name], shard_tag(self.plan_sha256, self.index, spec.name)
+                    folder,
+                    spec,
+                    arrays[spec.name],
+                    shard_tag(self.plan_sha256, self.index, spec.name, tokens),
                 )
             record = PartRecord(
                 index=self.index,
@@ -236,9 +255,19 @@ class PartJob:
                 exact=exact,
                 plan=self.plan,
                 plan_sha256=self.plan_sha256,
+                features=[TOKENS_IN_TAG],
+                tokens_sha256=tokens,
             )
             write_attributes(folder, PART_KEY, sealed(record.to_json()))
         return record
+
+
+def tokens_sha256(arrays: Mapping[str, Array]) -> str:
+    """sha256 over the arrays of a part that are no states, by name, each with its name: ids, masks, and where samples begin and come from."""
+    out = hashlib.sha256()
+    for name in sorted(arrays):
+        out.update(name.encode() + b"\0" + np.ascontiguousarray(arrays[name]).tobytes())
+    return out.hexdigest()
 
 
 def _sized(spec: StoredArray, made: Mapping[str, Array]) -> StoredArray:
@@ -339,7 +368,7 @@ def read_attributes(group: Path) -> dict[str, Any]:
     """The attributes of a Zarr group, read from its zarr.json."""
     path = group / "zarr.json"
     try:
-        data = json.loads(path.read_bytes())
+        data = json_text.read(path)
     except OSError as error:
         raise read_error(path, error) from error
     except (ValueError, RecursionError) as error:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import mmap
 import os
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Protocol
@@ -60,9 +61,11 @@ class LocalFile:
     def __init__(self, path: Path) -> None:
         self._file = os.open(path, os.O_RDONLY)
 
-    def __del__(self) -> None:
+    def __del__(
+        self, close: Callable[[int], None] = os.close
+    ) -> None:  # at the interpreter's end ``os`` may be gone
         if hasattr(self, "_file"):
-            os.close(self._file)
+            close(self._file)
 
     @property
     def size(self) -> int:

@@ -34,6 +34,7 @@ from dspark.cache.files.place import LocalFile
 Array = np.ndarray[tuple[int, ...], np.dtype[Any]]
 
 RUN_BYTES = 1 << 20  # of values that one thread packs before it takes more
+CLAIM, CLAIM_FLOOR = 1024, 64 << 20  # of values per byte of a file at most; bytes that any file may claim
 RESIDUE = 0x48674BC7  # the crc32c of any bytes followed by their own crc32c, little-endian, and of no others
 
 # Blosc's own threads may finish blocks in any order; one thread per chunk gives the same bytes every time.
@@ -127,6 +128,16 @@ def _row_bytes(spec: StoredArray) -> int:
     return int(np.prod(spec.shape[1:], dtype=np.int64)) * np.dtype(spec.dtype).itemsize
 
 
+def check_claim(path: Path, claimed: int) -> None:
+    """Raise DamagedCacheError where an array of ``claimed`` bytes is said to be in the file ``path``, which is far too small for it: before it is allocated."""
+    try:
+        size = os.stat(path).st_size
+    except OSError as error:
+        raise read_error(path, error) from error
+    if claimed > max(CLAIM_FLOOR, CLAIM * size):
+        raise DamagedCacheError(f"{path}: {size:,} bytes, said to unpack to {claimed:,}")
+
+
 class Shard:
     """An open shard file for reading rows. Thread-safe: reads are positional, nothing is shared but the index."""
 
@@ -140,6 +151,7 @@ class Shard:
         self._codec = compressor(spec)
         self._count = -(-spec.shape[0] // self.rows)
         self._start = len(tag)
+        self._believed = False
         self._index: Array | None = None
         self._table: Array | None = None
         self._lock = threading.Lock()
@@ -224,9 +236,12 @@ class Shard:
         """Rows ``[start, stop)``. The chunks they lie in are neighbours in the file, so this is one read."""
         shape, dtype = self.spec.shape, self._dtype
         assert 0 <= start <= stop <= shape[0], (start, stop, shape)
-        out = np.empty((stop - start, *shape[1:]), dtype)
         if start == stop:
-            return out
+            return np.empty((0, *shape[1:]), dtype)
+        if not self._believed:
+            check_claim(self.path, max(shape[0], self.rows) * self._row_bytes)
+            self._believed = True
+        out = np.empty((stop - start, *shape[1:]), dtype)
         if self._codec is None:
             self._read_mapped(start, stop, out)
             return out

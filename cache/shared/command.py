@@ -26,7 +26,6 @@ from dspark.cache.shared import config_file, peers
 # Of a click command: -h too, defaults shown, lines as long as a terminal of 120 columns.
 SETTINGS = {"help_option_names": ["-h", "--help"], "show_default": True, "max_content_width": 120}
 INTERRUPTED = "interrupted."
-RESUMABLE = " Finished parts are safe; rerun the same command with --resume."
 
 CONTROL = re.compile("[\\x00-\\x08\\x0b-\\x1f\\x7f-\\x9f\\u061c\\u200e\\u200f\\u2028-\\u202e\\u2066-\\u2069]")
 
@@ -117,8 +116,7 @@ class Command(peers.Command):
         except DsparkError as error:
             raise Failed(str(error), error.exit_code, as_json=as_json) from error
         except KeyboardInterrupt as error:
-            then = RESUMABLE if "resume" in ctx.params else ""
-            raise Failed(INTERRUPTED + then, 1, as_json=as_json) from error
+            raise Failed(INTERRUPTED, 1, as_json=as_json) from error
 
 
 class LazyGroup(click.Group):
@@ -285,20 +283,20 @@ def duration(seconds: float) -> str:
 
 def fail(message: str, code: int) -> NoReturn:
     """Print ``error: message`` to stderr and exit."""
-    print(f"error: {message}", file=sys.stderr)
+    print(f"error: {printable(message)}", file=sys.stderr)
     sys.exit(code)
 
 
 def warn(message: str) -> None:
     """Print ``warning: message`` to stderr."""
-    print(f"warning: {message}", file=sys.stderr)
+    print(f"warning: {printable(message)}", file=sys.stderr)
 
 
 def table(rows: Sequence[tuple[str, str]]) -> None:
     """Print two columns on stdout."""
     width = max(len(name) for name, _ in rows)
     for name, value in rows:
-        print(f"{name:<{width}}  {value}")
+        print(f"{name:<{width}}  {printable(value)}")
 
 
 def emit(data: Any) -> None:

@@ -21,6 +21,7 @@ from dspark.cache.files.layout import (
     TARGET_WEIGHTS,
 )
 from dspark.cache.manifest import Manifest
+from dspark.cache.shared import json_text
 from dspark.cache.target.frozen import FrozenTarget
 
 
@@ -54,7 +55,7 @@ def damaged_small_files(folder: Path, manifest: Manifest) -> dict[str, str]:
         out[TARGET_TEMPLATE] = finding
     config = folder / TARGET_CONFIG
     try:
-        if json.loads(config.read_bytes()) != manifest.target.config:
+        if json_text.read(config) != manifest.target.config:
             out[TARGET_CONFIG] = f"{config}: not the config that the manifest holds"
     except OSError as error:
         if error.errno not in GONE:

@@ -6,13 +6,13 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dspark.cache.errors import DamagedCacheError
 from dspark.cache.files.checksum import file_sha256
+from dspark.cache.shared import json_text
 from dspark.cache.target.logits import PLAIN, Logits
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ class FrozenTarget:
         with open(path, "rb") as file:
             length = file.read(8)
             header = file.read(int.from_bytes(length, "little"))
-        places = {n: v["data_offsets"] for n, v in json.loads(header).items() if n in tensors}
+        places = {n: v["data_offsets"] for n, v in json_text.loads(header).items() if n in tensors}
         out = hashlib.sha256(length + header)
         # Weights that are not in the file come last: a head that is no longer tied makes another hash, too.
         for name in sorted(tensors, key=lambda n: (n not in places, places.get(n, n))):

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from dspark.cache.errors import CacheError, DamagedCacheError, ExistsError, UsageError
 from dspark.cache.files.atomic import STAGING, fsync_path, write_errors, write_file
 from dspark.cache.files.layout import PARTS, part_name
+from dspark.cache.shared import json_text
 from dspark.dump.engines.answers import MASK_RULE
 
 if TYPE_CHECKING:
@@ -144,14 +145,14 @@ def answers_in(path: Path) -> Iterator[tuple[int, bytes]]:
 
 def samples_of(line: bytes) -> int:
     """How many samples a line's conversation gave: one in stores of releases that wrote no number."""
-    found = json.loads(line).get("samples", 1)
+    found = json_text.loads(line).get("samples", 1)
     return found if isinstance(found, int) else 0
 
 
 def row_of(line: bytes, where: str) -> int:
     """The row that a line answers."""
     try:
-        row = json.loads(line)["row"]
+        row = json_text.loads(line)["row"]
     except (ValueError, KeyError, TypeError):
         row = None
     if not isinstance(row, int) or not line.endswith(b"\n"):

@@ -7,13 +7,13 @@ the files that are large.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dspark.cache.errors import TargetError, first_line
+from dspark.cache.shared import json_text
 
 if TYPE_CHECKING:
     import torch
@@ -75,7 +75,7 @@ def open_checkpoint(model: str) -> Checkpoint:
 
 def _indexed(model: str, index: Path, single: str) -> Checkpoint:
     try:
-        content = json.loads(index.read_text())
+        content = json_text.read(index)
         names: dict[str, str] = {n: f for n, f in content["weight_map"].items() if outside_layers(n)}
         size = content.get("metadata", {}).get("total_size")
     except (OSError, ValueError, KeyError, AttributeError) as error:
@@ -117,7 +117,7 @@ def safetensors_header(path: Path) -> dict[str, Any]:
     try:
         with open(path, "rb") as file:
             size = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(size)) if 0 < size < HEADER_LIMIT else None
+            header = json_text.loads(file.read(size)) if 0 < size < HEADER_LIMIT else None
     except (OSError, ValueError):
         header = None
     if not isinstance(header, dict):

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import difflib
 import functools
-import json
 import os
 import socket
 import urllib.parse
@@ -16,8 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from dspark.cache.errors import TargetError, UsageError
+from dspark.cache.shared import json_text
 from dspark.dump.target.presets import presets
 
+# The largest number that is believed of a key with this in its name; real models are a factor of ten below.
+MOST = {"layers": 1 << 13, "n_layer": 1 << 13, "hidden_size": 1 << 18, "vocab_size": 1 << 25, "intermediate_size": 1 << 22, "head_dim": 1 << 16,
+        "_heads": 1 << 16, "experts": 1 << 16}  # fmt: skip
 CONFIG = "config.json"
 PROBE_SECONDS = 3.0
 DRAFTS = ("Qwen3DSparkModel", "Gemma4DSparkModel", "DSparkSpeculator", "DFlashDraftModel", "DSparkDraftModel")
@@ -134,7 +137,9 @@ def refuse_config(model: str, raw: Mapping[str, Any], trust_remote_code: bool) -
     """Raise TargetError for a ``config.json`` that is not a decoder language model's, or that needs code which may not run."""
     from transformers import CONFIG_MAPPING
 
-    kinds = [str(a) for a in raw.get("architectures") or []]
+    _refuse_sizes(model, raw)
+    named = raw.get("architectures")
+    kinds = [str(a) for a in named] if isinstance(named, list) else []
     if "speculators_model_type" in raw or any(k in DRAFTS or "Eagle3" in k for k in kinds):
         raise TargetError(
             f"--model {model}: this is a draft ({', '.join(kinds)}), not a target. Give the model that it drafts for."
@@ -147,6 +152,18 @@ def refuse_config(model: str, raw: Mapping[str, Any], trust_remote_code: bool) -
         )
     if model_type is None and not raw.get("auto_map"):
         raise TargetError(f"--model {model}: {CONFIG} has no model_type; expected a transformers checkpoint.")
+
+
+def _refuse_sizes(model: str, raw: Mapping[str, Any]) -> None:
+    """Raise TargetError for a size that no model has, before anything makes a list or a matrix of it. Configs of parts are looked at too."""
+    for name, value in raw.items():
+        if isinstance(value, dict):
+            _refuse_sizes(model, value)
+        most = next((most for word, most in MOST.items() if word in name), None)
+        if most and isinstance(value, int) and not isinstance(value, bool) and value > most:
+            raise TargetError(
+                f"--model {model}: {CONFIG} says {name} {value}, more than {most}; expected the config of a language model."
+            )
 
 
 def refuse_kind(model: str, config: Any) -> None:
@@ -213,7 +230,7 @@ def read_config(model: str) -> dict[str, Any]:
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        out = json.loads(path.read_text())
+        out = json_text.read(path)
     except (OSError, ValueError) as error:
         raise TargetError(f"{path}: not JSON: {error}. Download it again.") from error
     if not isinstance(out, dict):

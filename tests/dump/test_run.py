@@ -29,6 +29,7 @@ from dspark.cache.errors import (
     EngineError,
     ExistsError,
     MismatchError,
+    Stopped,
     StoreWriteError,
     UsageError,
 )
@@ -43,7 +44,7 @@ from dspark.dump.corpus.masks import MALFORMED
 from dspark.dump.engines.engine import Captured, Engine, States
 from dspark.dump.job import load_engine, prepare
 from dspark.dump.progress import Display
-from dspark.dump.run import Stopped, dump
+from dspark.dump.run import dump
 from dump_targets import chat
 
 

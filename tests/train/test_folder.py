@@ -3,18 +3,29 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
+import shutil
 import sys
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from small_trainings import small_training
 
+import stores
 from dspark.cache import errors
+from dspark.cache import open as open_store
+from dspark.cache.files import atomic
 from dspark.train.config import TrainConfig
 from dspark.train.loop import train
-from dspark.train.run import folder
+from dspark.train.optim.base import Snapshot
+from dspark.train.run import checkpoint, folder
 from dspark.train.run.folder import read_record
+
+LENGTHS = [60, 80, 90, 30, 20, 100]
 
 
 @pytest.mark.parametrize(
@@ -45,9 +56,8 @@ def files(root: Path) -> dict[str, bytes]:
 
 @pytest.fixture
 def config(tmp_path: Path) -> TrainConfig:
-    lengths = [60, 80, 90, 30, 20, 100]
     return small_training(
-        tmp_path, lengths, max_steps=2, checkpoint_freq=0.2, val_fraction=0.0, log_every=10, device="cpu"
+        tmp_path, LENGTHS, max_steps=2, checkpoint_freq=0.2, val_fraction=0.0, log_every=10, device="cpu"
     )
 
 
@@ -152,3 +162,107 @@ def test_without_tensorboard_training_says_so_and_goes_on(
     assert [line for line in said if "--logger tensorboard: not installed" in line]
     assert (tmp_path / "draft" / "model.safetensors").exists()
     assert not (tmp_path / "draft" / "tensorboard").exists()
+
+
+def flip(path: Path, at: int) -> None:
+    """Turn one bit of a file."""
+    data = bytearray(path.read_bytes())
+    data[at] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors"])
+def test_a_flipped_bit_in_a_checkpoint_is_not_resumed(config: TrainConfig, name: str) -> None:
+    train(dataclasses.replace(config, max_steps=2))
+    saved = Path(config.output) / "checkpoints" / "step_00000002"
+    flip(saved / name, -5)
+    with pytest.raises(errors.TrainError, match=f"{name}: bytes and crc32c are .* Remove that folder"):
+        train(dataclasses.replace(config, max_steps=2), resume=True)
+
+
+@pytest.mark.parametrize(
+    ("change", "found"),
+    [
+        (lambda s: s["position"].update(step=1), "stored crc32c"),
+        (lambda s: s.pop("crc32c"), "has no checksums, as those of earlier releases"),
+        (lambda s: s.update(store="0" * 64), "stored crc32c"),
+    ],
+)
+def test_an_edited_state_is_not_resumed(config: TrainConfig, change: Any, found: str) -> None:
+    train(dataclasses.replace(config, max_steps=2))
+    path = Path(config.output) / "checkpoints" / "step_00000002" / "state.json"
+    state = json.loads(path.read_text())
+    change(state)
+    path.write_text(json.dumps(state))
+    with pytest.raises(errors.TrainError, match=found):
+        train(dataclasses.replace(config, max_steps=2), resume=True)
+
+
+def test_a_checkpoint_under_another_name_is_not_resumed(config: TrainConfig) -> None:
+    train(dataclasses.replace(config, max_steps=2))
+    saved = Path(config.output) / "checkpoints"
+    (saved / "step_00000002").rename(saved / "step_00000009")
+    with pytest.raises(errors.TrainError, match="is of step 2, the folder is step_00000009"):
+        train(dataclasses.replace(config, max_steps=2), resume=True)
+
+
+@pytest.mark.parametrize("store_json", [True, False])
+def test_other_states_of_the_same_counts_are_another_store(config: TrainConfig, store_json: bool) -> None:
+    """Each sample has the tokens, the mask and the counts that it had, but other states."""
+    train(dataclasses.replace(config, max_steps=2))
+    store, output = Path(config.cache), Path(config.output)
+    manifest = open_store(store).manifest
+    shutil.rmtree(store)
+    stores.write_store(store, LENGTHS, states_seed=9)
+    assert open_store(store).manifest.counts == manifest.counts
+    if not store_json:
+        (output / "store.json").unlink()
+    with pytest.raises(errors.MismatchError, match="content: '" if store_json else "other states or masks"):
+        train(dataclasses.replace(config, max_steps=2), resume=True)
+
+
+def test_a_checkpoint_saved_again_never_leaves_none(
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """``--keep-checkpoints 1``: whatever call the second save dies in, one of the two is there."""
+    train(dataclasses.replace(config, max_steps=2, keep_checkpoints=1))
+    folder_ = Path(config.output) / "checkpoints"
+    position = checkpoint.read_state(folder_ / "step_00000002").position
+    snapshot = Snapshot({"a": torch.zeros(2)}, {"exp_avg": {"a": torch.zeros(2)}}, 2)
+    calls = ["_renameat2", "fsync_path", "fsync_tree", "remove"]
+    for step, call in itertools.product((2, 3), calls):
+        for at in range(4):
+            count = itertools.count()
+
+            real = getattr(atomic, call)
+
+            def die(*given: Any, real: Any = real, count: Any = count, at: int = at) -> Any:
+                if next(count) == at:
+                    raise KeyboardInterrupt
+                return real(*given)
+
+            with monkeypatch.context() as broken, suppress(KeyboardInterrupt):
+                broken.setattr(atomic, call, die)
+                checkpoint.save(folder_, dataclasses.replace(position, step=step), snapshot, 1, "")
+            assert checkpoint.found(folder_)
+            checkpoint.read_state(checkpoint.found(folder_)[-1])
+
+
+def test_overwrite_that_was_killed_is_finished_by_the_next(
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(dataclasses.replace(config, max_steps=2))
+    config = dataclasses.replace(config, max_steps=1)
+
+    def die(output: Path) -> None:
+        (output / "model.safetensors").unlink()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as broken, pytest.raises(errors.Stopped, match="partly deleted"):
+        broken.setattr(folder, "_clear", die)
+        train(config, overwrite=True)
+    with pytest.raises(errors.ExistsError, match="Give --overwrite again"):
+        train(dataclasses.replace(config, max_steps=2), resume=True)
+    train(config, overwrite=True)
+    assert [p.name for p in (Path(config.output) / "checkpoints").iterdir()] == ["step_00000001"]
+    train(config, resume=True)

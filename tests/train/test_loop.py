@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -106,7 +107,7 @@ def test_ctrl_c_saves_a_checkpoint_at_the_step_reached(config: TrainConfig) -> N
             os.kill(os.getpid(), signal.SIGINT)
 
     config = dataclasses.replace(config, checkpoint_freq=50.0, epochs=6)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(errors.Stopped):
         train(config, progress=interrupt)
     kept = sorted(p.name for p in (Path(config.output) / "checkpoints").iterdir())
     assert kept in (
@@ -188,8 +189,35 @@ def test_an_interrupt_saves_no_weights_that_are_not_finite(config: TrainConfig) 
             os.kill(os.getpid(), signal.SIGINT)
 
     config = dataclasses.replace(config, lr=1e38, warmup_ratio=0.0, checkpoint_freq=50.0, log_every=1000)
-    with pytest.raises((errors.TrainError, KeyboardInterrupt), match="not finite. These weights were not"):
+    with pytest.raises((errors.TrainError, errors.Stopped), match="not finite. These weights were not"):
         train(config, progress=interrupt)
+    assert not (Path(config.output) / "checkpoints").exists()
+
+
+@pytest.mark.parametrize(("value", "log_every"), [(1e38, 1), (1e38, 1000), (1e12, 1000)])
+def test_a_state_that_cannot_be_stops_the_run_and_names_the_sample(
+    config: TrainConfig, value: float, log_every: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A norm makes zeros of 1e38, so the loss does not tell."""
+    real, bad = stores.states, 4
+
+    def states(sample: Any, seed: int = 0) -> Any:
+        aux, last = real(sample, seed)
+        if sample.row == bad:
+            aux[3, 0, 1] = value
+        return aux, last
+
+    shutil.rmtree(config.cache)
+    with monkeypatch.context() as other:
+        other.setattr(stores, "states", states)
+        stores.write_store(Path(config.cache), LENGTHS)
+    key = open_store(config.cache).index["sample_key"][bad].tobytes().hex()
+    config = dataclasses.replace(config, val_fraction=0.0, log_every=log_every, checkpoint_freq=1.0)
+    with pytest.raises(
+        errors.TrainError,
+        match=rf"step \d+ .*a state of 1e\+{len(str(int(value))) - 1}; samples 4 \(key {key}\) of",
+    ):
+        train(config)
     assert not (Path(config.output) / "checkpoints").exists()
 
 

@@ -229,7 +229,7 @@ def test_sigterm_saves_and_a_killed_rank_takes_the_run_with_it(folder: Path) -> 
         os.kill(rank, signal.SIGTERM)
     _, said = process.communicate(timeout=60)
     assert process.returncode == 1
-    assert said.count("error: interrupted.") == 1  # the first rank speaks for both
+    assert said.count("error: stopped.") == 1  # the first rank speaks for both
     log = (Path(config.output) / "train.log").read_text()
     saved = checkpoints(config)[-1]
     assert f"interrupted at step {int(saved[5:])}; saved" in log

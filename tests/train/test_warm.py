@@ -15,7 +15,7 @@ from small_trainings import small_training
 import dspark.cache
 import stores
 from core_cases import small_batch, small_config, small_draft, small_target
-from dspark.cache.errors import DraftError, DsparkError, MismatchError, UsageError
+from dspark.cache.errors import DraftError, DsparkError, MismatchError, Stopped, UsageError
 from dspark.tools.publish.export import export
 from dspark.train.cli import config_of
 from dspark.train.config import TrainConfig
@@ -186,7 +186,7 @@ def test_interrupted_and_resumed_runs_are_told_apart(earlier: Path, tmp_path: Pa
 
             signal.raise_signal(signal.SIGINT)
 
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(Stopped):
         train(config, progress=stop)
     path = tmp_path / "draft" / "history.json"
     assert [s["ended"] for s in json.loads(path.read_text())["sessions"]] == ["interrupted"]

@@ -15,7 +15,7 @@ from typing import Any
 
 import click
 
-from dspark.cache.shared.command import command, emit
+from dspark.cache.shared.command import command, emit, printable
 from dspark.cache.target.shape import rope_base
 from dspark.dump.engines.registry import ENGINES
 from dspark.dump.engines.versions import vllm_version
@@ -356,7 +356,7 @@ def show(result: dict[str, Any]) -> None:
     for level in ("error", "suspicion", "note"):
         for finding in result["findings"]:
             if finding["level"] == level:
-                print(f"{level:<9}  {finding['name']:<12}  {finding['text']}")
+                print(f"{level:<9}  {finding['name']:<12}  {printable(finding['text'])}")
     vllm = result["vllm"]
     needed = f"needs {vllm['at_least']} or later ({vllm['because']}); " if "at_least" in vllm else ""
     compared, served = (", ".join(vllm[key]) for key in ("compared_token_for_token", "served_losslessly"))
@@ -367,4 +367,4 @@ def show(result: dict[str, Any]) -> None:
     verdict = "no problem found in the stages that ran" if result["ok"] else "DO NOT SERVE as it is"
     if result["ok"] and gain and gain["theoretical_gain"] <= 1:
         verdict += f", but it would not gain ({gain['theoretical_gain']:.2f}x at best)"
-    print(f"{verdict}: {result['draft']}")
+    print(f"{verdict}: {printable(result['draft'])}")

@@ -10,7 +10,6 @@ there and of the right size.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ import torch
 
 from dspark.cache.errors import DamagedCacheError, FormatVersionError
 from dspark.cache.files.checksum import file_sha256
+from dspark.cache.shared import json_text
 from dspark.tools.importers.source import Found, Given
 from dspark.tools.shapes import Optional, fault
 
@@ -57,7 +57,7 @@ class DeepSpecSource:
         self.path = path
         where = path / "manifest.json"
         try:
-            self.manifest: dict[str, Any] = json.loads(where.read_text())
+            self.manifest: dict[str, Any] = json_text.read(where)
         except (OSError, ValueError) as error:
             raise DamagedCacheError(f"{where}: cannot be read: {error}") from error
         wrong = fault(self.manifest, SHAPE)

@@ -35,6 +35,7 @@ from dspark.cache.quality import Probe, budget_of, probe_of, quality, share_of
 from dspark.cache.reader import read_manifest
 from dspark.cache.records import CodedSample, TokenSample, last_rows
 from dspark.cache.settings import DEFAULT_PACKING, LOSSLESS, choose_codec, is_asked
+from dspark.cache.shared.stopping import parts_of, stoppable
 from dspark.cache.writer import StoreWriter
 from dspark.tools.importers.deepspec import DeepSpecSource
 from dspark.tools.importers.source import Given, Source
@@ -141,7 +142,11 @@ def import_store(
     after = given.last_after_norm if last_state is None else last_state == f"{AFTER}-norm"
     reader = Reader(given, Path(source), frozen, norm, after)
     reader.text_check(frozen)
-    with owned(Path(destination), "dspark-tools import", break_lock=break_lock) as lock:
+    safe = parts_of(Path(destination), resume=resume)
+    with (
+        stoppable("discarding the part that is in work", safe),
+        owned(Path(destination), "dspark-tools import", break_lock=break_lock) as lock,
+    ):
         if resume and Path(destination).exists():
             stored = read_manifest(destination)
             rows = stored.dump.block_rows

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from dspark.cache.shared.command import printable
+
 if TYPE_CHECKING:
     from rich.text import Text
 
@@ -38,7 +40,7 @@ def coloured(tokenizer: Any, tokens: Sequence[int], marks: Sequence[bool]) -> Te
         text = tokenizer.decode(tokens[: i + 1], skip_special_tokens=False)
         if text.endswith("\ufffd") and i + 1 < len(marks):  # the first bytes of a character
             continue
-        out.append(text[len(shown) :], ACCEPTED if mark else "")
+        out.append(printable(text[len(shown) :]), ACCEPTED if mark else "")
         shown = text
     return out
 

@@ -17,7 +17,7 @@ from typing import Any
 import click
 
 from dspark.cache.errors import DraftError
-from dspark.cache.shared.command import command, emit, json_flag
+from dspark.cache.shared.command import command, emit, json_flag, printable
 from dspark.tools.decode.outcome import Outcome, summarise
 from dspark.tools.decode.prompts import Prompt
 from dspark.tools.decode.promptsets import NAMES
@@ -326,7 +326,7 @@ def show_coloured(
         marks = accepted(len(prompt.ids), outcome)
         text = coloured(tokenizer, outcome.tokens, marks)
         note = steps(outcome) if outcome.drafted else "which tokens were accepted is not known of this engine"
-        console.print(Panel(text, title=f"{whose} {prompt.where}".strip(), subtitle=note, title_align="left"))
+        console.print(Panel(text, title=printable(f"{whose} {prompt.where}".strip()), subtitle=note, title_align="left"))
     console.print("Green: drafted and accepted. The rest are the target's own.", style="dim")
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dspark.cache.errors import DraftError, UsageError
+from dspark.cache.shared import json_text
 from dspark.tools import records
 from dspark.train.run.folder import METRICS, TRAINING
 
@@ -182,7 +182,7 @@ def metrics(folder: Path) -> Iterator[dict[str, Any]]:
         lines.pop()
     for number, line in enumerate(lines, 1):
         try:
-            row = json.loads(line)
+            row = json_text.loads(line)
         except ValueError as error:
             raise DraftError(f"{path}:{number} is not JSON ({error}); repair or remove the line") from error
         if not isinstance(row, dict) or not isinstance(row.get("step"), int):

@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from dspark.cache.shared.command import command, emit, json_flag
+from dspark.cache.shared.command import command, emit, json_flag, printable
 from dspark.dump.config import DEFAULT_SEQ_LENGTH, TURNS
 from dspark.tools.flags import COUNT, COUNT_OR_ALL
 
@@ -161,19 +161,20 @@ def _print(report: dict[str, Any]) -> None:
     console = Console(soft_wrap=True, highlight=False)
     for row in report["per_row"]:
         for sample in row["samples"]:
-            console.rule(f"{row['where']}, answer {sample['turn']}, {sample['tokens']} tokens", align="left")
+            where = printable(row["where"])
+            console.rule(f"{where}, answer {sample['turn']}, {sample['tokens']} tokens", align="left")
             out, at = Text(), 0
             for start, stop in sample["spans"]:
-                out.append(sample["text"][at:start], style="dim")
-                marked = sample["text"][start:stop]
+                out.append(printable(sample["text"][at:start]), style="dim")
+                marked = printable(sample["text"][start:stop])
                 out.append(marked if console.is_terminal else f"[[{marked}]]", style="bold green")
                 at = stop
-            console.print(out.append(sample["text"][at:], style="dim"))
+            console.print(out.append(printable(sample["text"][at:]), style="dim"))
         if row["reason"]:
             more = f" ({row['detail']})" if row["detail"] else ""
-            console.print(Text(f"{row['where']}: no sample: {row['reason']}{more}", style="red"))
+            console.print(Text(printable(f"{row['where']}: no sample: {row['reason']}{more}"), style="red"))
     print(f"{report['rows']:,} rows, {report['samples']:,} samples", file=sys.stderr)
     for reason, n in report["dropped"].items():
-        print(f"  dropped: {reason}: {n:,}", file=sys.stderr)
+        print(f"  dropped: {printable(reason)}: {n:,}", file=sys.stderr)
     for note, n in report["notes"].items():
         print(f"  {note}: {n:,}", file=sys.stderr)

@@ -18,6 +18,7 @@ from multiprocessing.process import BaseProcess
 from torch.utils.data import DataLoader, Dataset
 
 from dspark.cache.errors import DsparkError, TrainError
+from dspark.cache.shared.stopping import leave_to_parent
 from dspark.train.data.row import Row
 
 AHEAD = 4  # rows that each reader has ready
@@ -76,7 +77,7 @@ class _Told(Dataset[Row | DsparkError]):
 
 def _leave_interrupts_to_the_loop(worker: int) -> None:
     """Ctrl-C in a terminal reaches every process; a reader that died of it would keep the loop from saving."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    leave_to_parent(signal.SIGINT, signal.SIGHUP)  # a loader ends its readers by SIGTERM
 
 
 @contextmanager

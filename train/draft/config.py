@@ -22,6 +22,9 @@ from dspark.train.draft.types import drafter, type_of
 if TYPE_CHECKING:
     from dspark.train.ops.rope import Turning
 
+# Far above any draft's, so that a damaged config.json is refused before anything is allocated for it.
+MOST = {"hidden_size": 1 << 18, "intermediate_size": 1 << 22, "num_layers": 256, "num_heads": 1 << 14, "num_kv_heads": 1 << 14, "head_dim": 1 << 14,
+        "vocab_size": 1 << 25, "num_target_layers": 1 << 13, "block_size": 1 << 12, "markov_rank": 1 << 18}  # fmt: skip
 MARKOV_TYPES = ("vanilla", "gated", "rnn")
 
 
@@ -75,6 +78,10 @@ class DraftConfig:
             value = getattr(self, name)
             self._require(
                 isinstance(value, int) and value > 0, f"{name} is {value!r}; expected a positive integer"
+            )
+        for name, most in MOST.items():
+            self._require(
+                getattr(self, name) <= most, f"{name} is {getattr(self, name)}; expected {most} at most"
             )
         for name in ("rope_theta", "rms_norm_eps", "initializer_range"):
             value = getattr(self, name)

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,6 +30,7 @@ from torch import Tensor
 
 from dspark.cache.errors import DraftError
 from dspark.cache.files.atomic import write_file
+from dspark.cache.shared import json_text
 from dspark.cache.shared.process import no_plan_a_shape
 from dspark.cache.target.frozen import FrozenTarget
 from dspark.train.draft.config import DraftConfig
@@ -116,7 +118,7 @@ def read_config(folder: Path | str) -> dict[str, Any]:
     """config.json as it stands."""
     path = Path(folder) / CONFIG
     try:
-        flat: Any = json.loads(path.read_text())
+        flat: Any = json_text.read(path)
     except OSError as wrong:
         raise DraftError(
             f"{path}: {wrong.strerror}; expected a draft folder with {CONFIG} and {WEIGHTS}"
@@ -132,7 +134,7 @@ def trained_as(folder: Path | str) -> DraftConfig | None:
     """The config in the weights' header; None for weights that another program wrote."""
     with _opened(Path(folder) / WEIGHTS) as file:
         text = (file.metadata() or {}).get(TRAINED_AS)
-    return None if text is None else DraftConfig.from_flat(json.loads(text))
+    return None if text is None else DraftConfig.from_flat(json_text.loads(text))
 
 
 def trained_shapes(config: DraftConfig) -> dict[str, tuple[int, ...]]:
@@ -170,6 +172,7 @@ def load_draft(
             f"{not then.bonus_anchor}; correct it"
         )
     stored = read_tensors(folder)
+    _refuse_missing(stored, config, path)
     draft_ids = draft_ids_of(stored, config, path)
     kind = drafter(config.speculator_type)
     model = kind.network(config, target, draft_ids, frozen_dtype=frozen_dtype or dtype)
@@ -192,6 +195,14 @@ def load_draft(
     model.to(dtype=dtype) if frozen_dtype is None else _cast_trained(model, dtype)
     check_frozen(stored, target, model.frozen_head.draft_ids, path)
     return model
+
+
+def _refuse_missing(stored: Mapping[str, Tensor], config: DraftConfig, path: Path) -> None:
+    """Raise DraftError where config.json describes far more than the file holds: before it is allocated."""
+    asked = sum(math.prod(shape) for shape in trained_shapes(config).values())
+    held = sum(t.numel() for t in stored.values())
+    if asked > 2 * held + (1 << 20):  # a type may make tensors of its own from what is stored
+        raise DraftError(f"{path} holds {held:,} values, {CONFIG} describes {asked:,}")
 
 
 def _cast_trained(model: DraftModel, dtype: torch.dtype) -> None:

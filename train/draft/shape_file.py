@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from dspark.cache.errors import UsageError
+from dspark.cache.shared import json_text
 
 # Name in a draft's config.json -> setting of a training.
 NAMES = {
@@ -29,7 +29,7 @@ NAMES = {
 def read_shape(path: str) -> dict[str, Any]:
     """The settings that the file fixes. Raises UsageError for a file that is not a JSON object, and for keys that fix nothing here."""
     try:
-        content = json.loads(Path(path).read_text())
+        content = json_text.loads(Path(path).read_text())
     except (OSError, ValueError) as error:
         raise UsageError(f"--draft-config {path}: {error}; expected a JSON object.") from error
     if not isinstance(content, dict):

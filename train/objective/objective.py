@@ -22,7 +22,6 @@ h, z and W2 at once. d(L1)/d(logits) = p_d * (s - <s, p_d>) with s = sign(p_d - 
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -33,6 +32,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dspark.cache.errors import UsageError
+from dspark.cache.shared import json_text
 from dspark.train.data.batch import Batch
 from dspark.train.objective.kl import kl_terms
 from dspark.train.objective.states import FrozenHead, SlotStates
@@ -77,8 +77,8 @@ class ObjectiveConfig:
     def from_json(cls, text: str, *, confidence: float = 1.0, decay: float = 4.0) -> Self:
         """From ``--loss-fn``: a JSON object with keys ``ce``, ``l1`` or ``tv``, ``kl``; a missing key weighs 0."""
         try:
-            given: Any = json.loads(text)
-        except json.JSONDecodeError as wrong:
+            given: Any = json_text.loads(text)
+        except ValueError as wrong:
             raise UsageError(
                 f'--loss-fn is not JSON ({wrong}); expected e.g. {{"ce":0.1,"l1":0.9}}'
             ) from wrong

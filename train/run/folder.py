@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dspark.cache.errors import DraftError, ExistsError, MismatchError, UsageError
-from dspark.cache.files.atomic import STAGING, existing_parent, write_errors, write_file
+from dspark.cache.files.atomic import STAGING, existing_parent, fsync_path, write_errors, write_file
 from dspark.cache.files.lock_files import LOCK
+from dspark.cache.manifest import canonical
 from dspark.cache.settings import rotated_bits
-from dspark.cache.shared import config_file
+from dspark.cache.shared import config_file, json_text
 from dspark.train.config import TrainConfig
 from dspark.train.recipes import NONE
 
@@ -21,6 +23,7 @@ if TYPE_CHECKING:  # a tool that reads a record needs nothing of a run
 
 TRAINING = "training.json"  # the config of the run, beside the draft
 METRICS = "metrics.jsonl"  # a row every --log-every steps, and the validations
+CLEARING = ".clearing"  # there while an --overwrite deletes
 RESOLVED = "train.yaml"  # the same settings as flags, for --config
 STORE = "store.json"  # which store it was trained on; the path may change between a run and its resumption, the store may not
 
@@ -34,7 +37,7 @@ def read_record(path: Path, remedy: str = WRITTEN) -> dict[str, Any]:
     ``remedy``: what was expected in it and what to do.
     """
     try:
-        found: Any = json.loads(path.read_text())
+        found: Any = json_text.read(path)
     except OSError as wrong:
         raise DraftError(f"{path} cannot be read: {wrong.strerror}") from wrong
     except ValueError as wrong:  # of JSON, or bytes that are no text
@@ -42,6 +45,14 @@ def read_record(path: Path, remedy: str = WRITTEN) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise DraftError(f"{path} holds a JSON {type(found).__name__}, not an object; {remedy}")
     return found
+
+
+def identity(output: Path) -> int | None:
+    """What differs between trainings that have stood in ``output``: the inode of the record that each begins with."""
+    try:
+        return (output / TRAINING).stat().st_ino
+    except OSError:
+        return None
 
 
 def refuse_file(output: Path) -> None:
@@ -70,6 +81,10 @@ def claim(output: Path, config: TrainConfig, *, resume: bool, overwrite: bool) -
                     f"--overwrite would delete {store}, which lies in {output}. Move the store, or choose another --output."
                 )
         return
+    if (output / CLEARING).exists():
+        raise ExistsError(
+            f"{output}: an --overwrite was stopped while it deleted the training there, and what is left is not whole. Give --overwrite again."
+        )
     if not resume:
         raise ExistsError(
             f"{output} holds a training run. Use --resume to continue it, --overwrite to replace it, or another --output."
@@ -100,16 +115,16 @@ def _identity(store: Cache) -> dict[str, Any]:
         "source_sha256": m.source.sha256,
         "samples": m.counts.samples,
         "tokens": m.counts.tokens,
-        "content": content(store.path),
+        "content": content(store),
     }
 
 
-def content(store: Path) -> int:
-    """What tells the states and masks of ``store`` from any others: the checksum of its index, which lists the checksum of every part's record."""
-    from dspark.cache.files.layout import INDEX, INDEX_KEY
-    from dspark.cache.files.part import read_attributes
-
-    return int(read_attributes(store / INDEX)[INDEX_KEY]["crc32c"])
+def content(*stores: Cache) -> str:
+    """What tells the states and masks of stores from any others: a sha256 over their plans and the checksums of every part's record, which lists those of its files."""
+    if len(stores) > 1:
+        return hashlib.sha256(" ".join(map(content, stores)).encode()).hexdigest()
+    (cache,) = stores
+    return hashlib.sha256(canonical({"plan": cache.manifest.digest(), "parts": cache.part_crcs})).hexdigest()
 
 
 def same_store(output: Path, run: Run) -> None:
@@ -119,9 +134,7 @@ def same_store(output: Path, run: Run) -> None:
         return  # nothing was trained there yet
     then, now = read_record(path), store_identity(run)
     diffs = [
-        f"{k}: {then.get(k)!r} there, {now[k]!r} in {run.config.cache}"
-        for k in now
-        if then.get(k) != now[k] and (k in then or k != "content")
+        f"{k}: {then.get(k)!r} there, {now[k]!r} in {run.config.cache}" for k in now if then.get(k) != now[k]
     ]
     if diffs:
         raise MismatchError(
@@ -141,20 +154,24 @@ def begin(output: Path, run: Run, *, resume: bool, overwrite: bool = False) -> N
         same_store(output, run)
         same_start(output, run)
     with write_errors(output):
-        if overwrite and (output / TRAINING).is_file():
-            _clear(output)
         output.mkdir(parents=True, exist_ok=True)
-    write_file(output / STORE, (json.dumps(store_identity(run), indent=1) + "\n").encode())
+        if overwrite and (output / TRAINING).is_file():
+            (output / CLEARING).touch()
+            fsync_path(output)
+            _clear(output)
+    # First what says whose the folder is: one that was begun and killed is then continued or replaced like any other.
     write_file(output / TRAINING, (json.dumps(run.config.to_json(), indent=1) + "\n").encode())
+    write_file(output / STORE, (json.dumps(store_identity(run), indent=1) + "\n").encode())
     write_file(
         output / RESOLVED, config_file.resolved(run.config.to_json() | {"recipe": NONE}, "dspark-train")
     )
+    (output / CLEARING).unlink(missing_ok=True)
 
 
 def _clear(output: Path) -> None:
     """Delete all but the record that says whose the folder is: if this is cut short, the folder is still one that may be replaced."""
     for entry in output.iterdir():
-        if entry.name in (TRAINING, LOCK):
+        if entry.name in (TRAINING, LOCK, CLEARING):
             continue
         if entry.is_dir() and not entry.is_symlink():
             shutil.rmtree(entry)

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dspark.cache.errors import MismatchError
+from dspark.cache.errors import MismatchError, Stopped
 from dspark.cache.files.atomic import write_file
 from dspark.train.run.folder import read_record
 
@@ -45,7 +45,7 @@ def session(output: Path, run: Run, step: int, *, resumed: bool) -> Iterator[Ses
     now.write(RUNNING)
     try:
         yield now
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, Stopped):
         now.write(INTERRUPTED)
         raise
     except BaseException:

@@ -9,6 +9,7 @@ from typing import Any
 
 from dspark.cache.errors import TrainError
 from dspark.cache.files.atomic import write_file
+from dspark.cache.shared import json_text
 from dspark.train.run.folder import METRICS
 from dspark.train.run.loggers import Loggers
 
@@ -29,16 +30,25 @@ class Report:
         self.log.addHandler(handler)
         kept = []
         if self.path.exists():
-            lines = self.path.read_text().splitlines()
+            try:
+                lines = self.path.read_text().splitlines()
+            except (OSError, UnicodeDecodeError) as error:
+                raise TrainError(
+                    f"{self.path} cannot be read: {error}. Restore it, or remove it and --resume."
+                ) from error
             for number, line in enumerate(lines, 1):
                 try:
-                    row = json.loads(line)
+                    row = json_text.loads(line)
                 except ValueError as error:
                     if number == len(lines):
                         break  # the line that a killed process was writing: its step comes again
                     raise TrainError(
                         f"{self.path}:{number}: not JSON: {error}. Fix or remove the line, then --resume."
                     ) from error
+                if not isinstance(row, dict) or type(row.get("step")) is not int:
+                    raise TrainError(
+                        f"{self.path}:{number}: found {line[:80]!r}, expected an object with its step. Fix or remove the line, then --resume."
+                    )
                 if row["step"] <= resume_step:
                     kept.append(line)
         write_file(self.path, "".join(f"{line}\n" for line in kept).encode())

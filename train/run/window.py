@@ -8,7 +8,7 @@ has queued the step that follows.
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -50,7 +50,8 @@ class Window:
     started: Moment
     waited: float = 0.0
     tokens: int = 0
-    steps: int = 0
+    done: list[Position] = field(default_factory=list)  # after each of its steps
+    states: list[Tensor] = field(default_factory=list)  # the largest of each
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,11 +79,11 @@ class Logged:
         window: Window,
         waited: float,
     ) -> Logged:
-        """For the step just queued, with ``metrics`` of this rank's rows and ``norm_and_loss`` as ``step`` gave it; ``waited`` is the feed's
+        """For the step just queued, with ``metrics`` of this rank's rows and ``norm_and_loss`` float32[3] as ``step`` gave it; ``waited`` is the feed's
         count now. Sums over ranks and copies to the host are queued; nothing here waits for the device. Changes its arguments' tensors.
         """
         world, device = run.world, run.compute.device
-        world.sum_(norm_and_loss[1:])
+        world.sum_(norm_and_loss[1:2])
         world.sum_(metrics.sums)
         longest, peak = world.max([waited - window.waited, _peak(device)])
         sums, values = metrics.to_host(), norm_and_loss.to("cpu", non_blocking=True)
@@ -95,7 +96,7 @@ class Logged:
     def row(self) -> dict[str, Any]:
         """The row of metrics.jsonl: losses of the step, speed of its window. Waits for the device to have done the step."""
         self.ended.wait()
-        grad_norm, loss = self.norm_and_loss.tolist()
+        grad_norm, loss, _ = self.norm_and_loss.tolist()
         seconds = self.ended.seconds_after(self.window.started)
         values = self.metrics.result()
         return {
@@ -118,7 +119,7 @@ class Logged:
             "grad_norm": grad_norm,
             "tokens": self.position.tokens,
             "tokens_per_second": self.window.tokens / seconds,
-            "step_ms": 1000.0 * seconds / max(1, self.window.steps),
+            "step_ms": 1000.0 * seconds / max(1, len(self.window.done)),
             # The host waits by its own clock, ahead of the device's by up to a step, which a window of one step may be shorter than.
             "data_wait_fraction": min(1.0, self.waited / seconds),
             **({"peak_gb": self.peak} if self.peak else {}),

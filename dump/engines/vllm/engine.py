@@ -158,7 +158,7 @@ class VllmEngine:
         frozen, norm = read_frozen(model, shapes, options.trust_remote_code)
         shutil.rmtree(spool, ignore_errors=True)
         with write_errors(spool):
-            spool.mkdir(parents=True)
+            spool.mkdir(mode=0o700, parents=True)
         if batch_tokens is None and gpus:
             batch_tokens = step_tokens(token_bytes)
         if batch_tokens is not None:

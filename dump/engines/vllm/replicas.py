@@ -11,7 +11,6 @@ import multiprocessing
 import os
 import queue
 import shutil
-import signal
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from multiprocessing import connection
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dspark.cache.errors import DsparkError, EngineError
+from dspark.cache.shared.stopping import leave_to_parent
 from dspark.dump.engines.engine import Captured, EngineRun, Prediction, States
 from dspark.dump.engines.registry import engine_version
 from dspark.dump.engines.vllm.engine import Member, VllmEngine
@@ -258,7 +258,7 @@ def same_on_replicas(first: torch.Tensor, other: torch.Tensor, number: int) -> N
 
 def serve(pipe: Any, run: EngineRun, split: Split, gpus: str | None) -> None:
     """An engine's process: start it, then do what comes through ``pipe``."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    leave_to_parent()
     _end_with_parent()
     if gpus is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = gpus

@@ -118,11 +118,16 @@ def read_coding(folder: str, device: torch.device) -> Coding:
 
     path = Path(folder) / CODING
     body: Mapping[str, Any] = json.loads(path.read_text())
-    # Our own file, written by the process that started this one.
-    norm, learnt, embedding = (
-        torch.load(Path(folder) / name, map_location=to, weights_only=False)
-        for name, to in ((NORM, device), (LEARNT, "cpu"), (EMBEDDING, device))
+    learnt, embedding = (
+        torch.load(Path(folder) / name, map_location=to, weights_only=True)
+        for name, to in ((LEARNT, "cpu"), (EMBEDDING, device))
     )
+    # The norm is an object of whatever class the target's code has, so it comes pickled: from a folder that only its owner may write to, and that the
+    # process that started this one made for it.
+    at = os.stat(folder)
+    if at.st_uid != os.getuid() or at.st_mode & 0o022:
+        raise SpoolError(f"{folder}: others may write here, so nothing that may run code is read from it")
+    norm = torch.load(Path(folder) / NORM, map_location=device, weights_only=False)
     codec = registry.load(body["codec"], body["params"], body["pack"], learnt, str(path))
     return Coding(codec, body["columns"], body["last_column"], norm, embedding)
 

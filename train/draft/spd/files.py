@@ -18,6 +18,7 @@ from typing import Any
 from torch import Tensor
 
 from dspark.cache.files.atomic import write_file
+from dspark.cache.shared import json_text
 from dspark.train.draft.config import DraftConfig
 from dspark.train.draft.spd.drafter import tap_rows
 from dspark.train.draft.vocabulary import ids_of
@@ -110,7 +111,7 @@ def faults(folder: Path | str) -> list[str]:
     """Why skippy would refuse the head in ``folder``, in words; empty if it would not. Nothing but the head's own file is opened."""
     folder = Path(folder)
     try:
-        said = json.loads((folder / MANIFEST).read_text())
+        said = json_text.read(folder / MANIFEST)
         assert isinstance(said, dict)
         return list(_faults(folder, said))
     except (OSError, ValueError, AssertionError) as wrong:
@@ -175,7 +176,7 @@ def _file_faults(path: Path, entry: Mapping[str, Any], topology: Mapping[str, An
     if not 0 < length <= len(data) - 8:
         yield f"{path.name}: a header of {length} bytes does not fit the file"
         return
-    header = json.loads(data[8 : 8 + length])
+    header = json_text.loads(data[8 : 8 + length])
     named = header.pop("__metadata__", {})
     if named.get("format", FORMAT) != FORMAT:
         yield f"{path.name}: its metadata says format {named['format']!r}"

@@ -1,0 +1,37 @@
+"""What is safe of a training that stops: said when a signal ends it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from dspark.cache.errors import Stopped
+from dspark.train.run import checkpoint, folder
+
+
+def saved_in(output: Path, *, resume: bool = True) -> Callable[[], str]:
+    """What is safe of a training in ``output``, in words. Without ``resume`` a training that is there when this is called is another one."""
+    before = folder.identity(output)
+
+    def safe() -> str:
+        if (output / folder.CLEARING).exists():
+            return f"The training that was there, {output}, is partly deleted. Give --overwrite again."
+        if not resume and before is not None and folder.identity(output) == before:
+            return f"The training that was there, {output}, is as it was."
+        whole = checkpoint.found(output / "checkpoints")
+        if not whole:
+            return "No step is saved."
+        step = int(whole[-1].name.removeprefix("step_"))
+        return f"Step {step} is saved in {whole[-1]}. Rerun the same command with --resume."
+
+    return safe
+
+
+@contextmanager
+def interrupted(safe: Callable[[], str]) -> Iterator[None]:
+    """Make a KeyboardInterrupt outside of the steps a Stopped."""
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        raise Stopped(f"stopped. {safe()}") from error
