@@ -16,7 +16,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import UnionType
-from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 from dspark.cache.errors import DamagedCacheError, FormatVersionError, MismatchError
 from dspark.cache.files.checksum import crc32c
@@ -351,14 +351,14 @@ def build(kind: type[T], data: Any, where: str) -> T:
     missing = sorted(required - set(data))
     if unknown or missing:
         raise DamagedCacheError(f"{where}: unknown keys {unknown}, missing keys {missing}")
-    for name, hint in _hints(kind).items():
+    for name, hint in _hints(cast(Any, kind)).items():
         if name in data and not _fits(data[name], hint):
             raise DamagedCacheError(f"{where}: {name} is {_short(data[name])}, expected {hint}")
     return kind(**dict(data))
 
 
 @functools.cache
-def _hints(kind: type) -> dict[str, Any]:
+def _hints(kind: Any) -> dict[str, Any]:
     return get_type_hints(kind)
 
 

@@ -8,10 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-import zarr
 
 from dspark.cache.errors import (
-    GONE,
     CacheError,
     DamagedCacheError,
     MismatchError,
@@ -30,6 +28,7 @@ from dspark.cache.files.part import (
     missing_files,
     part_specs,
     read_record,
+    read_shape,
     shard_file,
     tokens_sha256,
 )
@@ -143,9 +142,9 @@ def _missing_parts(path: Path, manifest: Manifest, found: list[str]) -> list[str
     if not manifest.complete:
         return []
     try:
-        wanted = zarr.open_array(path / INDEX / "part_number", mode="r")
-        return [n for i in np.asarray(wanted[...]).tolist() if (n := part_name(i)) not in found]
-    except Exception:  # said where the index is looked at
+        wanted = Cache(path, manifest).index["part_number"]
+        return [n for i in wanted.tolist() if (n := part_name(i)) not in found]
+    except CacheError:  # said where the index is looked at
         return []
 
 
@@ -185,18 +184,14 @@ def _check_part(
     small: dict[str, Array] = {}
     for spec in specs:
         try:
-            array = zarr.open_array(folder / spec.name, mode="r")
-            if (array.shape, array.dtype) != (spec.shape, np.dtype(spec.dtype)):
-                raise DamagedCacheError(
-                    f"is {array.dtype}{array.shape}, the counts say {spec.dtype}{spec.shape}"
-                )
-        except OSError as error:
-            if error.errno not in GONE:
-                raise
-            report.findings.append(f"{folder / spec.name}: {error}")
+            found_shape, found_kind = read_shape(folder / spec.name)
+        except DamagedCacheError as error:
+            report.findings.append(str(error))
             continue
-        except Exception as error:
-            report.findings.append(f"{folder / spec.name}: {error}")
+        if (found_shape, found_kind) != (spec.shape, spec.dtype):
+            report.findings.append(
+                f"{folder / spec.name}: is {found_kind}{found_shape}, the counts say {spec.dtype}{spec.shape}"
+            )
             continue
         pieces = (
             list(_check_chunks(folder / spec.name, spec, record.tag(spec.name), report))

@@ -43,6 +43,9 @@ from dspark.cache.records import CodedSample, TokenSample, last_rows
 from dspark.cache.shared import json_text
 
 Array = np.ndarray[tuple[int, ...], np.dtype[Any]]
+KINDS = frozenset(
+    {"bool", *(f"{u}int{n}" for u in ("", "u") for n in (8, 16, 32, 64)), "float16", "float32", "float64"}
+)  # dtypes of arrays
 TOKENS_IN_TAG = "tokens-in-tag"
 FEATURES: frozenset[str] = frozenset(
     {TOKENS_IN_TAG}
@@ -377,6 +380,21 @@ def read_attributes(group: Path) -> dict[str, Any]:
     if not isinstance(attributes, dict):
         raise DamagedCacheError(f"{path}: no Zarr v3 group metadata found")
     return attributes
+
+
+def read_shape(array: Path) -> tuple[tuple[int, ...], str]:
+    """Shape and dtype that the metadata of the Zarr array in folder ``array`` says it has. Raises DamagedCacheError or UnreadableError."""
+    path = array / "zarr.json"
+    try:
+        data = json_text.read(path)
+        shape, kind = data["shape"], data["data_type"]
+        if not shape or not all(type(n) is int and n >= 0 for n in shape) or kind not in KINDS:
+            raise ValueError(f"shape {shape}, data_type {kind}")
+    except OSError as error:
+        raise read_error(path, error) from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise DamagedCacheError(f"{path}: not the metadata of an array: {error}") from error
+    return tuple(shape), kind
 
 
 def write_attributes(group: Path, key: str, value: Json) -> None:
