@@ -7,6 +7,8 @@ Programmer mistakes stay ``assert``; nothing here is raised for those.
 from __future__ import annotations
 
 import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 # What says that a file is not there, or is of another kind; every other error of reading says nothing of its bytes.
@@ -105,6 +107,15 @@ def read_error(path: Path, error: OSError) -> DamagedCacheError | UnreadableErro
         f"{path}: cannot be read now: {error.strerror or error}. Nothing says that it is damaged: "
         "see to the disk, the permission or the limit on open files (ulimit -n), and try again."
     )
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Turn the errors of the system, met in reading ``path``, into ``read_error``'s."""
+    try:
+        yield
+    except OSError as error:
+        raise read_error(path, error) from error
 
 
 def first_line(error: BaseException) -> str:

@@ -22,7 +22,7 @@ from dspark.cache.errors import (
     DamagedCacheError,
     IncompleteCacheError,
     NotACacheError,
-    read_error,
+    reading,
 )
 from dspark.cache.files.calibration import stored_codec
 from dspark.cache.files.index import PART_ARRAYS, TURN, build_index, index_specs, index_sums
@@ -73,16 +73,8 @@ def open_parts(arrays: int) -> int:
 def read_manifest(path: str | Path) -> Manifest:
     """Read the manifest of the store at ``path``. Refuses, by name, a folder that is not a store and a version it does not know."""
     path = Path(path)
-    if not path.exists():
-        raise NotACacheError(
-            f"{path}: no such folder. dspark-dump writes one: dspark-dump --model MODEL --data FILE --output {path}"
-        )
-    if not (path / "zarr.json").is_file():
-        more = f". {rebuild_hint(path)}" if (path / PARTS).is_dir() else ""
-        raise NotACacheError(f"{path}: not a dspark store (no zarr.json in it){more}")
-    for name in ("zarr.json", PARTS, INDEX, TARGET):
-        if (path / name).is_symlink():
-            raise DamagedCacheError(f"{path / name}: a link. Within a store there are none.")
+    with reading(path):
+        _refuse_others(path)
     try:
         attributes = read_attributes(path)
     except DamagedCacheError as error:
@@ -103,6 +95,20 @@ def read_manifest(path: str | Path) -> Manifest:
         raise DamagedCacheError(f"{error}. {rebuild_hint(path)}") from error
 
 
+def _refuse_others(path: Path) -> None:
+    """Raise NotACacheError where ``path`` is no store, DamagedCacheError where a part of it is a link."""
+    if not path.exists():
+        raise NotACacheError(
+            f"{path}: no such folder. dspark-dump writes one: dspark-dump --model MODEL --data FILE --output {path}"
+        )
+    if not (path / "zarr.json").is_file():
+        more = f". {rebuild_hint(path)}" if (path / PARTS).is_dir() else ""
+        raise NotACacheError(f"{path}: not a dspark store (no zarr.json in it){more}")
+    for name in ("zarr.json", PARTS, INDEX, TARGET):
+        if (path / name).is_symlink():
+            raise DamagedCacheError(f"{path / name}: a link. Within a store there are none.")
+
+
 def rebuild_hint(path: Path) -> str:
     """The next step where index or manifest are not what was written."""
     return (
@@ -118,7 +124,8 @@ def open(path: str | Path, *, allow_incomplete: bool = False) -> Cache:
     path = Path(path)
     manifest = read_manifest(path)
     if not manifest.complete and not allow_incomplete:
-        parts = sum(1 for p in (path / PARTS).glob("[0-9]*"))
+        with reading(path / PARTS):
+            parts = sum(1 for p in (path / PARTS).glob("[0-9]*"))
         raise IncompleteCacheError(
             f"{path}: the dump has not finished ({parts} parts so far). Run the same dspark-dump command with --resume."
         )
@@ -179,10 +186,8 @@ class Cache:
         about = unseal(read_attributes(where).get(INDEX_KEY), str(where))
         self._part_crc = about["part_crc32c"]
         index: dict[str, Array] = {}
-        try:
+        with reading(where):
             names = Folder(where).list("")
-        except OSError as error:
-            raise read_error(where, error) from error
         for name in names:
             if name != "zarr.json":
                 shape, kind = read_shape(where / name)
@@ -203,7 +208,8 @@ class Cache:
 
     def _scan(self) -> dict[str, Array]:
         """The index of a store that is being written, from the parts that are there: in version 2 any, for each is a block of its own."""
-        names = [n for n in Folder(self.path).list(PARTS) if n.isdigit()]
+        with reading(self.path / PARTS):
+            names = [n for n in Folder(self.path).list(PARTS) if n.isdigit()]
         if self.manifest.format_version == 1:
             for i, name in enumerate(names):
                 if name != part_name(i, 1):
@@ -378,7 +384,9 @@ class Cache:
 
     def record(self, part: int) -> PartRecord:
         """The sealed record of part ``part``; checked against the index's checksum of it."""
-        record = read_record(self.folder(part))
+        folder = self.folder(part)
+        with reading(folder):
+            record = read_record(folder)
         if self.manifest.complete:
             _ = self.index
             if sealed(record.to_json())["crc32c"] != self._part_crc[part]:

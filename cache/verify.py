@@ -16,12 +16,13 @@ from dspark.cache.errors import (
     UnreadableError,
     UsageError,
     read_error,
+    reading,
 )
 from dspark.cache.files.atomic import remove
 from dspark.cache.files.calibration import stored_codec
 from dspark.cache.files.checksum import file_sums
 from dspark.cache.files.index import PART_ARRAYS, TURN, build_index
-from dspark.cache.files.layout import INDEX, PARTS, TARGET, PartLayout, StoredArray, part_name
+from dspark.cache.files.layout import CALIBRATION, INDEX, PARTS, TARGET, PartLayout, StoredArray, part_name
 from dspark.cache.files.part import (
     Array,
     PartRecord,
@@ -73,10 +74,12 @@ def verify(path: str | Path, progress: Callable[[int, int], None] = lambda done,
     report = Report()
     try:
         refuse_links(path)
-    except DamagedCacheError as error:
+        with reading(path / PARTS):
+            folders = [path / PARTS / n for n in Folder(path).list(PARTS) if n.isdigit()]
+    except (DamagedCacheError, UnreadableError) as error:
         report.findings.append(str(error))
+        report.unreadable.update([PARTS] if isinstance(error, UnreadableError) else [])
         return report
-    folders = [path / PARTS / n for n in Folder(path).list(PARTS) if n.isdigit()]
     for name in _missing_parts(path, manifest, [f.name for f in folders]):
         report.findings.append(f"{path / PARTS / name}: the part is missing")
         report.damaged.add(name)
@@ -84,6 +87,7 @@ def verify(path: str | Path, progress: Callable[[int, int], None] = lambda done,
         codec = stored_codec(path, manifest)
     except (DamagedCacheError, UnreadableError) as error:  # no part can be checked without it
         report.findings.append(str(error))
+        report.unreadable.update([CALIBRATION] if isinstance(error, UnreadableError) else [])
         return report
     layout = PartLayout(codec, len(manifest.layers), manifest.target.hidden_size)
     small: list[dict[str, Array]] = []

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from dspark.cache.errors import DamagedCacheError
+from dspark.cache.errors import DamagedCacheError, read_error
 from dspark.cache.files.atomic import STAGING, staged, write_file
 
 Bytes = np.ndarray[tuple[int, ...], np.dtype[np.uint8]]
@@ -106,7 +106,11 @@ class Folder:
 
 def refuse_links(store: Path) -> None:
     """Raise DamagedCacheError where something within ``store`` is a link: deleting or reading would follow it out of the store, whose own path may be one."""
-    for folder, folders, files in os.walk(store):
+
+    def fail(error: OSError) -> None:
+        raise read_error(Path(error.filename or store), error) from error
+
+    for folder, folders, files in os.walk(store, onerror=fail):
         for name in (*folders, *files):
             if os.path.islink(path := Path(folder) / name):
                 raise DamagedCacheError(

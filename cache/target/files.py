@@ -11,7 +11,7 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from dspark.cache.errors import GONE, DamagedCacheError, read_error
+from dspark.cache.errors import GONE, DamagedCacheError, read_error, reading
 from dspark.cache.files.checksum import file_sha256
 from dspark.cache.files.layout import (
     TARGET,
@@ -98,12 +98,15 @@ def _wrong_hash(path: Path, expected: str) -> str | None:
 
 def _wrong_template(path: Path, expected: str | None) -> str | None:
     """None also where there is no such file: a target may keep its template in tokenizer_config.json."""
-    if expected is None or not path.exists():
+    if expected is None:
         return None
     try:
-        found = hashlib.sha256(
-            path.read_text("utf-8").encode()
-        ).hexdigest()  # of the text, as it was rendered
-    except (OSError, UnicodeDecodeError) as error:
+        with reading(path):
+            if not path.exists():
+                return None
+            found = hashlib.sha256(
+                path.read_text("utf-8").encode()
+            ).hexdigest()  # of the text, as it was rendered
+    except UnicodeDecodeError as error:
         return f"{path}: {error}"
     return None if found == expected else f"{path}: sha256 is {found}, the manifest says {expected}"

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dspark.cache.errors import DamagedCacheError
+from dspark.cache.errors import DamagedCacheError, reading
 from dspark.cache.files.checksum import file_sha256
 from dspark.cache.shared import json_text
 from dspark.cache.target.logits import PLAIN, Logits
@@ -80,10 +80,11 @@ class FrozenTarget:
         from safetensors.torch import load_file
 
         try:
-            if (found := file_sha256(path)) != sha256:
-                raise DamagedCacheError(f"{path}: sha256 is {found}, the manifest says {sha256}")
-            tensors = load_file(path)
-        except (OSError, SafetensorError) as error:
+            with reading(path):
+                if (found := file_sha256(path)) != sha256:
+                    raise DamagedCacheError(f"{path}: sha256 is {found}, the manifest says {sha256}")
+                tensors = load_file(path)
+        except SafetensorError as error:
             raise DamagedCacheError(f"{path}: the target's frozen weights cannot be read: {error}") from error
         names = set(tensors)
         tied = "lm_head.weight" not in names

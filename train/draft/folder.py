@@ -30,6 +30,7 @@ from torch import Tensor
 
 from dspark.cache.errors import DraftError
 from dspark.cache.files.atomic import write_file
+from dspark.cache.files.checksum import crc32c
 from dspark.cache.shared import json_text
 from dspark.cache.shared.process import no_plan_a_shape
 from dspark.cache.target.frozen import FrozenTarget
@@ -41,7 +42,7 @@ from dspark.train.draft.types import drafter
 from dspark.train.draft.vocabulary import faults, ids_of, offsets_of
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
-TRAINED_AS = "dspark_trained_as"
+TRAINED_AS, CHECKSUM = "dspark_trained_as", "dspark_crc32c"
 FROZEN = ("embed_tokens.weight", "lm_head.weight")
 
 
@@ -66,9 +67,24 @@ def save_draft(
 
 
 def write_tensors(folder: Path, tensors: dict[str, Tensor], config: DraftConfig) -> None:
-    """model.safetensors, with the config it was trained with in its header."""
-    metadata = {"format": "pt", TRAINED_AS: json.dumps(config.to_flat(), sort_keys=True)}
+    """model.safetensors, with the config it was trained with and a checksum of all tensors in its header."""
+    metadata = {
+        "format": "pt",
+        TRAINED_AS: json.dumps(config.to_flat(), sort_keys=True),
+        CHECKSUM: str(checksum(tensors)),
+    }
     write_file(folder / WEIGHTS, save(tensors, metadata=metadata))
+
+
+def checksum(tensors: Mapping[str, Tensor]) -> int:
+    """crc32c over names, dtypes, shapes and values, in the order of the names."""
+    out = 0
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        out = crc32c(f"{name} {tensor.dtype} {list(tensor.shape)} ".encode(), out)
+        if tensor.numel():
+            out = crc32c(tensor.reshape(-1).view(torch.uint8).numpy().data, out)
+    return out
 
 
 def write_config(
@@ -212,9 +228,16 @@ def _cast_trained(model: DraftModel, dtype: torch.dtype) -> None:
 
 
 def read_tensors(folder: Path | str) -> dict[str, Tensor]:
-    """Every tensor of model.safetensors, as stored."""
+    """Every tensor of model.safetensors, as stored. Raises DraftError where they are not those that its checksum is of; other programs write none."""
     with _opened(Path(folder) / WEIGHTS) as file:
-        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        out = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        expected = (file.metadata() or {}).get(CHECKSUM)
+    if expected is not None and (found := str(checksum(out))) != expected:
+        raise DraftError(
+            f"{Path(folder) / WEIGHTS}: crc32c of its tensors is {found}, expected {expected}: the file was damaged or changed by a program that "
+            "does not know of it. Restore it, or resume the training, which writes it again."
+        )
+    return out
 
 
 @contextmanager
