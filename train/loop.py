@@ -114,7 +114,9 @@ def _train(
     position = Position()
     whole = checkpoint.found(output / "checkpoints")
     if resume and whole:
-        position = world.agreed(lambda: checkpoint.load(whole[-1], run.optimizer, folder.content(*run.cache.stores)))
+        position = world.agreed(
+            lambda: checkpoint.load(whole[-1], run.optimizer, folder.content(*run.cache.stores))
+        )
     report = None
     if world.first:
         loggers = Loggers(config.loggers, output, config.to_json(), position.step, say)

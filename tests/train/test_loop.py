@@ -213,10 +213,7 @@ def test_a_state_that_cannot_be_stops_the_run_and_names_the_sample(
         stores.write_store(Path(config.cache), LENGTHS)
     key = open_store(config.cache).index["sample_key"][bad].tobytes().hex()
     config = dataclasses.replace(config, val_fraction=0.0, log_every=log_every, checkpoint_freq=1.0)
-    with pytest.raises(
-        errors.TrainError,
-        match=rf"step \d+ .*a state of 1e\+{len(str(int(value))) - 1}; samples 4 \(key {key}\) of",
-    ):
+    with pytest.raises(errors.TrainError, match=rf"step \d+ .*a state of \S+; samples 4 \(key {key}\) of"):
         train(config)
     assert not (Path(config.output) / "checkpoints").exists()
 

@@ -62,7 +62,7 @@ def words(run: Run, position: Position) -> str:
     more = f" and {len(bad or samples) - NAMED} more" if len(bad or samples) > NAMED else ""
     if bad:
         return (
-            f"samples {shown}{more} of {run.config.cache} hold states that no target has (NaN, or above {STATE_LIMIT:.0e}). "
+            f"samples {shown}{more} of {run.cache.path} hold states that no target has (NaN, or above {STATE_LIMIT:.0e}). "
             "Dump these rows again, or leave them out; the weights since the last checkpoint were not saved."
         )
     return f"No sample of the step has states above {STATE_LIMIT:.0e} (it had {shown}{more}). Lower --lr, or look at the store with dspark-tools stats."
@@ -77,5 +77,9 @@ def _samples(run: Run, position: Position) -> Iterator[int]:
 
 
 def _sound(run: Run, sample: int) -> bool:
-    states = run.cache.decoded(run.cache.read(sample))
-    return all(float(t.abs().amax()) < STATE_LIMIT for t in states if t.numel())
+    for store in run.cache.stores:
+        if sample < len(store):
+            states = store.decoded(store.read(sample))
+            return all(float(t.abs().amax()) < STATE_LIMIT for t in states if t.numel())
+        sample -= len(store)
+    raise AssertionError(sample)

@@ -1,0 +1,245 @@
+"""Every file of a store and of a training folder is damaged, one at a time: verify finds it, or what is read and trained is as before.
+
+Kinds: a flipped bit, a cut, a deletion, a page of zeros, the place of another file, an older copy, the same file of a sibling store (same corpus, other bits) and of a
+twin (same plan, another corpus). ``silent`` counts cases in which something else is read without an error; it must stay 0.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import dataclasses
+import hashlib
+import random
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import faults
+
+PAGE = 4096
+
+
+def flip(path: Path, rng: random.Random) -> None:
+    data = bytearray(path.read_bytes())
+    data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+    path.write_bytes(data)
+
+
+def cut(path: Path, rng: random.Random) -> None:
+    data = path.read_bytes()
+    path.write_bytes(data[: rng.randrange(len(data))])
+
+
+def delete(path: Path, rng: random.Random) -> None:
+    path.unlink()
+
+
+def zero_page(path: Path, rng: random.Random) -> None:
+    data = bytearray(path.read_bytes())
+    at = rng.randrange(len(data)) // PAGE * PAGE
+    data[at : at + PAGE] = bytes(min(PAGE, len(data) - at))
+    path.write_bytes(data)
+
+
+def swap(path: Path, rng: random.Random, root: Path) -> None:
+    """With another file of the same name or size, where there is one."""
+    others = [p for p in root.rglob("*") if p.is_file() and p != path]
+    alike = [p for p in others if p.name == path.name or p.stat().st_size == path.stat().st_size]
+    other = rng.choice(alike or others)
+    aside = path.with_name(path.name + ".swap")
+    path.rename(aside)
+    other.rename(path)
+    aside.rename(other)
+
+
+def copy_of(path: Path, source: Path, root: Path) -> bool:
+    """The same file of another folder in its place; whether there is one with other bytes."""
+    other = source / path.relative_to(root)
+    if not other.is_file() or other.read_bytes() == path.read_bytes():
+        return False
+    shutil.copyfile(other, path)
+    return True
+
+
+def hit(kind: str, path: Path, rng: random.Random, root: Path, others: dict[str, Path]) -> bool:
+    """Damage ``path``; False where this kind changes nothing of it."""
+    before = path.read_bytes()
+    if kind in others:
+        return copy_of(path, others[kind], root)
+    if not before and kind != "delete":
+        return False
+    if kind == "swap":
+        swap(path, rng, root)
+    else:
+        {"flip": flip, "cut": cut, "delete": delete, "zero": zero_page}[kind](path, rng)
+    return not path.exists() or path.read_bytes() != before
+
+
+def values(store: Path) -> str:
+    """A hash of everything that can be read of a store: samples, target, index."""
+    import numpy as np
+
+    from dspark.cache import open as open_store
+
+    cache, out = open_store(store), hashlib.sha256()
+    for i in range(len(cache)):
+        sample = cache[i]
+        for part in (sample.row, sample.key, sample.input_ids, sample.loss_mask, sample.aux, sample.last):
+            out.update(part if isinstance(part, bytes) else np.ascontiguousarray(part).tobytes())
+    for tensor in (cache.target.embed_tokens, cache.target.norm, cache.target.lm_head):
+        out.update(tensor.numpy().tobytes())
+    return out.hexdigest()
+
+
+def cases(root: Path, kinds: list[str], count: int, rng: random.Random) -> Iterator[tuple[str, str]]:
+    """(file, kind): every file by every kind, again and again with other random places, until there are ``count``."""
+    names = sorted(p.relative_to(root).as_posix() for p in root.rglob("*") if p.is_file())
+    grid = [(name, kind) for name in names for kind in kinds]
+    while count > 0:
+        rng.shuffle(grid)
+        yield from grid[:count]
+        count -= len(grid)
+
+
+def judged(found: Callable[[], bool], use: Callable[[], str], expected: str) -> str:
+    """``found`` by verify, ``refused`` by whoever uses it, ``harmless`` (what is used is as before), or ``silent``."""
+    from dspark.cache.errors import DsparkError
+
+    try:
+        seen = found()
+    except DsparkError:
+        seen = True
+    try:
+        same = use() == expected
+    except DsparkError:
+        return "found" if seen else "refused"
+    if not same:
+        return "silent"
+    return "found" if seen else "harmless"
+
+
+def stores_campaign(folder: Path, count: int, seed: int, pack: str = "zstd") -> dict[str, Any]:
+    """``count`` cases on a store of two parts."""
+    import stores
+    from dspark.cache.codec import registry
+    from dspark.cache.files.calibration import codec_info
+    from dspark.cache.verify import verify
+
+    rng = random.Random(seed)
+    lengths = [40, 52, 61, 44, 30, 37]
+    m = dataclasses.replace(stores.manifest(), codec=codec_info(registry.make("rotated-4-4", pack)))
+    other = dataclasses.replace(m, codec=codec_info(registry.make("rotated-8-8", pack)))
+    whole, work = folder / "whole.zarr", folder / "work.zarr"
+    stores.write_store(whole, lengths, m=m)
+    stores.write_store(folder / "sibling.zarr", lengths, m=other)
+    stores.write_store(folder / "twin.zarr", lengths, m=m, seed=0, tokens_seed=7)
+    stores.write_store(folder / "older.zarr", lengths, m=m, finish=False)
+    others = {kind: folder / f"{kind}.zarr" for kind in ("sibling", "twin", "older")}
+    expected = values(whole)
+
+    def found() -> bool:
+        return not verify(work).ok
+
+    kinds = ["flip", "cut", "delete", "zero", "swap", *others]
+    return run(
+        cases(whole, kinds, count, rng),
+        whole,
+        work,
+        rng,
+        others,
+        lambda: judged(found, lambda: values(work), expected),
+    )
+
+
+def trainings_campaign(folder: Path, count: int, seed: int) -> dict[str, Any]:
+    """``count`` cases on the folder of a training that is then resumed for a step; "used" is the draft it ends with."""
+    from safetensors.torch import load_file
+    from small_trainings import small_training
+
+    from dspark.train.loop import train
+
+    rng = random.Random(seed)
+    settings = small_training(
+        folder, [40, 52, 61, 44, 70], max_steps=3, checkpoint_freq=0.3, device="cpu", keep_checkpoints=3
+    )
+    whole, work = folder / "whole", folder / "work"
+
+    def until(output: Path, step: int, **more: Any) -> None:
+        def stop(done: int, total: int, text: str) -> None:
+            if done == step:
+                raise Halt
+
+        with_output = dataclasses.replace(settings, output=str(output), **more)
+        with contextlib.suppress(Halt):
+            train(with_output, progress=stop if step < 3 else lambda *_: None, resume=output.exists())
+
+    until(whole, 2)
+    until(folder / "older", 1)
+    until(folder / "sibling", 2, seed=5)
+
+    def draft(output: Path) -> str:
+        tensors = load_file(output / "model.safetensors")
+        return hashlib.sha256(
+            b"".join(n.encode() + tensors[n].numpy().tobytes() for n in sorted(tensors))
+        ).hexdigest()
+
+    faults.copied(whole, folder / "end")
+    until(folder / "end", 3)
+    expected = draft(folder / "end")
+
+    def use() -> str:
+        until(work, 3)
+        return draft(work)
+
+    others = {"sibling": folder / "sibling", "older": folder / "older"}
+    kinds = ["flip", "cut", "delete", "zero", "swap", *others]
+    return run(
+        cases(whole, kinds, count, rng),
+        whole,
+        work,
+        rng,
+        others,
+        lambda: judged(lambda: False, use, expected),
+    )
+
+
+class Halt(Exception):
+    """Ends a training as a crash would."""
+
+
+def run(
+    chosen: Iterator[tuple[str, str]],
+    whole: Path,
+    work: Path,
+    rng: random.Random,
+    others: dict[str, Path],
+    judge: Callable[[], str],
+) -> dict[str, Any]:
+    """Judge each of the cases ``chosen`` on a fresh copy; silent ones are an error."""
+    out: collections.Counter[str] = collections.Counter()
+    harmless: collections.Counter[str] = collections.Counter()
+    silent, began = [], time.monotonic()
+    for name, kind in chosen:
+        faults.copied(whole, work)
+        if not hit(kind, work / name, rng, work, others):
+            out["no change"] += 1
+            continue
+        try:
+            verdict = judge()
+        except Exception as error:
+            raise AssertionError(f"{kind} of {name}: {type(error).__name__}: {error}") from error
+        out[verdict] += 1
+        if verdict == "silent":
+            silent.append(f"{kind} of {name}")
+        if verdict == "harmless":
+            harmless[f"{kind} of {name}"] += 1
+    assert not silent, silent
+    return {
+        "cases": sum(out.values()),
+        **out,
+        "what is harmless": dict(harmless),
+        "seconds": round(time.monotonic() - began),
+    }
