@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dspark.cache import json_text
 from dspark.cache.errors import UsageError
 from dspark.cache.settings import DEFAULT_PACKING, choose_codec, is_asked
-from dspark.cache.shared import json_text
 from dspark.cache.target.taps import BOTH
 from dspark.dump.engines.answers import check_answers, check_max_tokens, check_temperature, check_top_p
 from dspark.dump.engines.options import EngineOptions, parse_arguments

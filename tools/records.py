@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from dspark.cache import json_text
 from dspark.cache.errors import DraftError
-from dspark.cache.shared import json_text
 from dspark.tools.shapes import Each, Maybe, Optional, require
 from dspark.train.run.folder import METRICS, STORE, TRAINING, read_record
 from dspark.train.run.history import HISTORY

@@ -20,6 +20,7 @@ import zarr
 import zarr.abc.codec
 from zarr.codecs import BloscCodec, Crc32cCodec, TransposeCodec, ZstdCodec
 
+from dspark.cache import json_text
 from dspark.cache.codec.base import EXACT_TOKEN, ArraySpec
 from dspark.cache.errors import GONE, DamagedCacheError, FormatVersionError, read_error
 from dspark.cache.files.checksum import file_sums
@@ -40,7 +41,6 @@ from dspark.cache.files.place import Folder, Place
 from dspark.cache.files.shard import Pieces, chunk_rows, write_shard
 from dspark.cache.manifest import FORMAT_VERSION, Json, build, plan_digest, sealed, unseal
 from dspark.cache.records import CodedSample, TokenSample, last_rows
-from dspark.cache.shared import json_text
 
 Array = np.ndarray[tuple[int, ...], np.dtype[Any]]
 KINDS = frozenset(

@@ -11,6 +11,7 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
+from dspark.cache import json_text
 from dspark.cache.errors import GONE, DamagedCacheError, read_error, reading
 from dspark.cache.files.checksum import file_sha256
 from dspark.cache.files.layout import (
@@ -21,7 +22,6 @@ from dspark.cache.files.layout import (
     TARGET_WEIGHTS,
 )
 from dspark.cache.manifest import Manifest
-from dspark.cache.shared import json_text
 from dspark.cache.target.frozen import FrozenTarget
 
 

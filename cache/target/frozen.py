@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dspark.cache import json_text
 from dspark.cache.errors import DamagedCacheError, reading
 from dspark.cache.files.checksum import file_sha256
-from dspark.cache.shared import json_text
 from dspark.cache.target.logits import PLAIN, Logits
 
 if TYPE_CHECKING:

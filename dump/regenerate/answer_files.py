@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dspark.cache import json_text
 from dspark.cache.errors import CacheError, DamagedCacheError, ExistsError, UsageError
 from dspark.cache.files.atomic import STAGING, fsync_path, write_errors, write_file
 from dspark.cache.files.layout import PARTS, part_name
-from dspark.cache.shared import json_text
 from dspark.dump.engines.answers import MASK_RULE
 
 if TYPE_CHECKING:

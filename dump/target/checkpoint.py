@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dspark.cache import json_text
 from dspark.cache.errors import TargetError, first_line
-from dspark.cache.shared import json_text
 
 if TYPE_CHECKING:
     import torch

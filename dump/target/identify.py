@@ -14,8 +14,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from dspark.cache import json_text
 from dspark.cache.errors import TargetError, UsageError
-from dspark.cache.shared import json_text
 from dspark.dump.target.presets import presets
 
 # The largest number that is believed of a key with this in its name; real models are a factor of ten below.

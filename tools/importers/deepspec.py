@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from dspark.cache import json_text
 from dspark.cache.errors import DamagedCacheError, FormatVersionError
 from dspark.cache.files.checksum import file_sha256
-from dspark.cache.shared import json_text
 from dspark.tools.importers.source import Found, Given
 from dspark.tools.shapes import Optional, fault
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from dspark.cache import json_text
 from dspark.cache.errors import DraftError, UsageError
-from dspark.cache.shared import json_text
 from dspark.tools import records
 from dspark.train.run.folder import METRICS, TRAINING
 

@@ -28,10 +28,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from dspark.cache import json_text
 from dspark.cache.errors import DraftError
 from dspark.cache.files.atomic import write_file
 from dspark.cache.files.checksum import crc32c
-from dspark.cache.shared import json_text
 from dspark.cache.shared.process import no_plan_a_shape
 from dspark.cache.target.frozen import FrozenTarget
 from dspark.train.draft.config import DraftConfig

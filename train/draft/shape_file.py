@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from dspark.cache import json_text
 from dspark.cache.errors import UsageError
-from dspark.cache.shared import json_text
 
 # Name in a draft's config.json -> setting of a training.
 NAMES = {

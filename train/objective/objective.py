@@ -31,8 +31,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dspark.cache import json_text
 from dspark.cache.errors import UsageError
-from dspark.cache.shared import json_text
 from dspark.train.data.batch import Batch
 from dspark.train.objective.kl import kl_terms
 from dspark.train.objective.states import FrozenHead, SlotStates

@@ -15,11 +15,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dspark.cache import json_text
 from dspark.cache.errors import DamagedCacheError, MismatchError, TrainError
 from dspark.cache.files.atomic import STAGING, clear_staging, fsync_path, remove, staged, write_errors
 from dspark.cache.files.checksum import file_sums
 from dspark.cache.manifest import build, sealed, unseal
-from dspark.cache.shared import json_text
 
 if TYPE_CHECKING:
     from torch import Tensor

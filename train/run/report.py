@@ -7,9 +7,9 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from dspark.cache import json_text
 from dspark.cache.errors import TrainError
 from dspark.cache.files.atomic import write_file
-from dspark.cache.shared import json_text
 from dspark.train.run.folder import METRICS
 from dspark.train.run.loggers import Loggers
 

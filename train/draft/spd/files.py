@@ -17,8 +17,8 @@ from typing import Any
 
 from torch import Tensor
 
+from dspark.cache import json_text
 from dspark.cache.files.atomic import write_file
-from dspark.cache.shared import json_text
 from dspark.train.draft.config import DraftConfig
 from dspark.train.draft.spd.drafter import tap_rows
 from dspark.train.draft.vocabulary import ids_of
