@@ -176,7 +176,9 @@ def _with_vllm(
         if not chosen:
             return []
         shape = None if draft is None else load_config(draft)
-        own = {} if shape is None else {"speculation": drafter(shape.speculator_type).serving(shape)}
+        own: dict[str, Any] = (
+            {} if shape is None else {"speculation": drafter(shape.speculator_type).serving(shape)}
+        )
         return run_vllm(ServeRequest(
             target=config.model, draft=draft, num_speculative_tokens=1 if shape is None else shape.block_size,
             prompts=[p.ids for p in chosen], max_tokens=config.max_tokens, temperature=config.temperature, seed=config.seed,
@@ -326,7 +328,9 @@ def show_coloured(
         marks = accepted(len(prompt.ids), outcome)
         text = coloured(tokenizer, outcome.tokens, marks)
         note = steps(outcome) if outcome.drafted else "which tokens were accepted is not known of this engine"
-        console.print(Panel(text, title=printable(f"{whose} {prompt.where}".strip()), subtitle=note, title_align="left"))
+        console.print(
+            Panel(text, title=printable(f"{whose} {prompt.where}".strip()), subtitle=note, title_align="left")
+        )
     console.print("Green: drafted and accepted. The rest are the target's own.", style="dim")
 
 

@@ -43,7 +43,7 @@ class Eagle3(DrafterType):
     windows = False
     sharded = False
     own_keys = ("eagle_aux_hidden_state_layer_ids",)
-    stated = ("eagle_aux_hidden_state_layer_ids", "draft_vocab_size")
+    stated: tuple[str, ...] = ("eagle_aux_hidden_state_layer_ids", "draft_vocab_size")
     compiled = False  # unrolled steps in chunks of queries: a large graph, minutes to compile
     masks = False
 
