@@ -16,6 +16,7 @@ from dspark.train.run.folder import METRICS, STORE, TRAINING, read_record
 from dspark.train.run.history import HISTORY
 
 CALIBRATION = "calibration.json"
+TEMPERATURES = "temperatures.json"  # the same temperatures as SGLang reads them
 
 _TRAINING = {"block_size": Optional(int)}
 _STORE = {

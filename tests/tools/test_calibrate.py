@@ -80,6 +80,8 @@ def test_command_writes_beside_and_into_the_head(tmp_path: Path, monkeypatch: py
     assert result.exit_code == 0, result.output
     found = json.loads(result.stdout)
     assert json.loads((draft / "calibration.json").read_text()) == found
+    served = json.loads((draft / "temperatures.json").read_text())
+    assert served == {"temperatures": pytest.approx(found["temperature"])}
     assert len(found["temperature"]) == len(found["before"]["survival"]["ece"]) == 3
     assert min(found["blocks"].values()) > 10
     assert picture.read_text().count("<svg") == 1
@@ -88,6 +90,8 @@ def test_command_writes_beside_and_into_the_head(tmp_path: Path, monkeypatch: py
     assert CliRunner().invoke(calibrate_command, [*options, "--fold"]).exit_code == 0
     after = read_tensors(draft)
     temperature = found["shared"]["temperature"][0]
+    served = json.loads((draft / "temperatures.json").read_text())
+    assert served == {"temperatures": pytest.approx([t / temperature for t in found["temperature"]])}
     assert {k for k in after if not torch.equal(after[k], before[k])} <= {
         "confidence_head.proj.weight",
         "confidence_head.proj.bias",

@@ -114,6 +114,9 @@ def test_each_type_is_exported_whole_with_a_card(folder: Path, kind: str, tmp_pa
     written = json.loads((tmp_path / "out" / "config.json").read_text())
     assert manifest["method"] == drafter(kind).method
     assert written["vllm_servable"] is (kind != "spd")
+    # None: SGLang then takes the target's output matrix for EAGLE-3.
+    assert written["draft_vocab_size"] == (None if kind in ("eagle3", "peagle") else tiny.VOCAB)
+    assert written["sglang_servable"] is (kind in ("dspark", "dflash", "eagle3"))
     text = (tmp_path / "out" / "README.md").read_text()
     assert ("vllm serve" in text) == (kind != "spd")
     assert ('"method": "eagle3"' in text) == (kind in ("eagle3", "peagle"))

@@ -152,6 +152,9 @@ def test_it_trains_is_saved_under_vllms_names_and_loads(kind: str, tmp_path: Pat
     flat = json.loads((tmp_path / "draft" / "config.json").read_text())
     assert flat["architectures"] == ["LlamaForCausalLMEagle3"]
     assert flat["eagle_aux_hidden_state_layer_ids"] == [i + 1 for i in stores.LAYERS]
+    # SGLang adds one to its own.
+    assert flat["eagle_config"]["eagle_aux_hidden_state_layer_ids"] == list(stores.LAYERS)
+    assert (flat["draft_vocab_size"], flat["sglang_servable"]) == (40, kind == "eagle3")
     assert (flat["vllm_servable"], flat.get("parallel_drafting", False)) == (True, kind == "peagle")
     stored = read_tensors(tmp_path / "draft")
     own = {f"midlayer.{n}.weight" for n in ("input_layernorm", "hidden_norm", "post_attention_layernorm", *(f"self_attn.{p}_proj" for p in "qkvo"), *(f"mlp.{p}_proj" for p in ("gate", "up", "down")))}  # fmt: skip

@@ -234,11 +234,16 @@ def config(files: Files, target: Mapping[str, Any]) -> Iterator[Finding]:
     if not ours.servable_by_vllm and kind.method is None:
         yield Finding("note", "server", f"{kind.name}: {kind.servers}")
     elif not ours.servable_by_vllm:
-        why = kind.not_served(ours)
+        elsewhere = kind.servable_by_sglang(ours)
         yield Finding(
-            "error",
+            "note" if elsewhere else "error",
             "markov-head",
-            f"{why} and does not report the difference. SGLang's DSpark takes gated and rnn heads (read in its source, not run): --server sglang",
+            f"not for vLLM, which does not report the difference: {kind.not_served(ours)}. "
+            + (
+                "SGLang takes it as it is (--speculative-algorithm DSPARK; read in 0.5.23, not run)"
+                if elsewhere
+                else "No server takes it"
+            ),
         )
 
 

@@ -2,7 +2,7 @@
 
 The held-out samples are parted by prompt hash: temperatures are fitted on one half and judged on the other. vLLM 0.32 reads confidence
 only with ``enable_adaptive_verification``, from the head's own weights, one linear map for every slot: it has no place for a temperature a
-slot. So ``--write`` puts those beside, into calibration.json, and ``--fold`` scales the head's weights by the one temperature (and
+slot. So ``--write`` puts those beside, into calibration.json and, for SGLang, which has one, into temperatures.json; and ``--fold`` scales the head's weights by the one temperature (and
 shift) that suits all slots best, which any server that uses the head then sees.
 """
 
@@ -18,7 +18,7 @@ import click
 from dspark.cache.shared.command import bar, command, emit
 from dspark.tools.flags import COUNT_OR_ALL, DEVICE
 from dspark.tools.outputs import OUTPUT_FILE, refuse_unwritable
-from dspark.tools.records import CALIBRATION
+from dspark.tools.records import CALIBRATION, TEMPERATURES
 
 
 def calibrate(
@@ -100,6 +100,10 @@ def calibrate(
         from dspark.cache.files.atomic import write_file
 
         write_file(Path(draft) / CALIBRATION, (json.dumps(result, indent=1) + "\n").encode())
+        if not shift:  # SGLang divides by temperatures and shifts nothing
+            folded = float(shared.temperature[0]) if fold else 1.0
+            served = {"temperatures": [float(t) / folded for t in scaled.temperature]}
+            write_file(Path(draft) / TEMPERATURES, (json.dumps(served) + "\n").encode())
     return result
 
 
@@ -167,7 +171,11 @@ Examples:
     "--shift/--no-shift", default=False, help="Also fit a shift per slot, which the paper does not."
 )
 @click.option("--max-anchors", default=0, type=COUNT_OR_ALL, help="Anchors per row; 0 = every eligible one.")
-@click.option("--write", is_flag=True, help=f"Write the report and the temperatures to DRAFT/{CALIBRATION}.")
+@click.option(
+    "--write",
+    is_flag=True,
+    help=f"Write the report to DRAFT/{CALIBRATION} and the temperatures, as SGLang reads them, to DRAFT/{TEMPERATURES}.",
+)
 @click.option(
     "--fold",
     is_flag=True,

@@ -83,7 +83,7 @@ def export(
         (staged / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
         images = card.pictures(run, staged, read) if pictures else {}
         (staged / CARD).write_text(card.card(run, manifest, read, images, final.name, serving))
-        for name in (records.CALIBRATION, TRAINING, STORE, HISTORY):
+        for name in (records.CALIBRATION, records.TEMPERATURES, TRAINING, STORE, HISTORY):
             if (Path(draft) / name).exists():
                 shutil.copy(Path(draft) / name, staged / name)
     return manifest

@@ -10,7 +10,8 @@ own ``lm_head.weight`` [Vd, H]; for the full vocabulary vLLM takes embedding and
 unless asked for. Both files are written beside their place, synced and renamed, so a reader never sees half of one.
 
 vLLM serves the vanilla Markov head and, through a zero one that is written for it, none (dflash). Gated and rnn drafts are
-saved in full, with ``"vllm_servable": false`` in config.json: vLLM would refuse their extra tensors, other readers may not.
+saved in full, with ``"vllm_servable": false`` in config.json: vLLM would refuse their extra tensors. ``"sglang_servable"`` says what
+SGLang takes, gated and rnn heads among it.
 """
 
 from __future__ import annotations
@@ -94,6 +95,7 @@ def write_config(
     flat = config.to_flat()
     flat["dtype"] = str(dtype).removeprefix("torch.")
     flat["vllm_servable"] = config.servable_by_vllm
+    flat["sglang_servable"] = drafter(config.speculator_type).servable_by_sglang(config)
     spelled = flat if verifier is None else to_speculators(flat, *verifier)
     write_file(folder / CONFIG, (json.dumps(spelled, indent=2) + "\n").encode())
 

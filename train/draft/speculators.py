@@ -23,7 +23,7 @@ NON_CAUSAL = "sliding_window_non_causal"
 _OWN = ("draft_vocab_size", "block_size", "mask_token_id", "sample_from_anchor", "markov_rank", "markov_head_type",
         "enable_confidence_head", "confidence_head_with_markov", "target_hidden_size", "num_target_layers",
         "speculator_type", "vllm_servable")  # fmt: skip
-_REPLACED = ("architectures", "target_layer_ids", "dtype")
+_REPLACED = ("architectures", "target_layer_ids", "dtype", "sglang_servable")
 
 
 def to_speculators(

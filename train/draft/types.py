@@ -97,6 +97,13 @@ class DrafterType(ABC):
     def servable_by_vllm(self, config: DraftConfig) -> bool:
         """Whether vLLM serves it (written into config.json as ``vllm_servable``)."""
 
+    def servable_by_sglang(self, config: DraftConfig) -> bool:
+        """Whether SGLang serves it (``sglang_servable`` in config.json), as read in 0.5.23: Markov heads of every kind, no reduced vocabulary.
+        False also for what was not looked at there.
+        """
+        plain = not config.sliding_window and not config.rope_scaling
+        return self.method == "dspark" and plain and not config.reduced_vocab and not config.bonus_anchor
+
     def serving(self, config: DraftConfig) -> dict[str, Any]:
         """Keys of vLLM's ``speculative_config`` beside model, number of tokens and how drafts are drawn."""
         return {"method": self.method}

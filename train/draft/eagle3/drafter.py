@@ -86,13 +86,19 @@ class Eagle3(DrafterType):
     def to_flat(self, config: DraftConfig) -> dict[str, Any]:
         flat = {name: value for name, value in config.flat_fields().items() if name not in _NOT_OURS}
         ids = [i + 1 for i in config.target_layer_ids]  # vLLM's: the state entering a layer
+        # SGLang reads only the ids in eagle_config, as outputs of layers, and vLLM only how many there are. SGLang takes the target's output
+        # matrix only where no size of a vocabulary is given, which both understand as the whole one.
         return flat | {
             "architectures": [ARCHITECTURE], "model_type": "llama", "eagle_aux_hidden_state_layer_ids": ids,
-            "eagle_config": {"eagle_aux_hidden_state_layer_ids": ids, "use_aux_hidden_state": True}, "mlp_bias": False,
+            "eagle_config": {"eagle_aux_hidden_state_layer_ids": list(config.target_layer_ids), "use_aux_hidden_state": True}, "mlp_bias": False,
+            "draft_vocab_size": config.draft_vocab_size if config.reduced_vocab else None,
         }  # fmt: skip
 
     def servable_by_vllm(self, config: DraftConfig) -> bool:
         return True
+
+    def servable_by_sglang(self, config: DraftConfig) -> bool:
+        return True  # LlamaForCausalLMEagle3
 
     def sized(self, **fields: Any) -> DraftConfig:
         return super().sized(**fields | _NONE)
@@ -144,6 +150,9 @@ class Peagle(Eagle3):
 
     def to_flat(self, config: DraftConfig) -> dict[str, Any]:
         return super().to_flat(config) | {"parallel_drafting": True}
+
+    def servable_by_sglang(self, config: DraftConfig) -> bool:
+        return False  # no parallel drafting there
 
     def serving(self, config: DraftConfig) -> dict[str, Any]:
         return super().serving(config) | {"parallel_drafting": True}
