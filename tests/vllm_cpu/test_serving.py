@@ -91,6 +91,7 @@ CASES = (
 )
 
 
+@pytest.mark.timeout(1800)  # four engines; a busy machine takes its time
 def test_vllm_serves_what_we_decode(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     prepared = [case.prepare(tmp_path / str(number)) for number, case in enumerate(CASES)]
     monkeypatch.setenv(INTERPRETER_ENV, str(HERE / "triton_interpreter"))
