@@ -66,8 +66,9 @@ types:
 	set -o pipefail; MYPYPATH=.work/mypy $(BIN)/mypy -p dspark | tee .work/mypy.txt
 	grep -q "no issues found in $$(find __init__.py cache dump train tools -name '*.py' | wc -l) source files" .work/mypy.txt
 
+# JOBS processes of one thread each; a file's tests stay together.
 pytest:
-	DSPARK_SMOLLM2=$(CURDIR)/$(TARGET) $(BIN)/pytest
+	DSPARK_SMOLLM2=$(CURDIR)/$(TARGET) OMP_NUM_THREADS=1 $(BIN)/pytest -n $(or $(JOBS),2) --dist loadfile --no-loadscope-reorder --durations=25
 
 # The documentation as a site in build/site; warnings are errors.
 site: .venv/ready

@@ -21,7 +21,7 @@ import torch
 from common import write
 from dspark.cache.records import KEY_BYTES, TokenSample, last_rows
 from dspark.cache.target.taps import default_layers
-from dspark.dump.checks.states import compare
+from dspark.dump.checks.states import agreement
 from dspark.dump.corpus.masks import SampleMaker
 from dspark.dump.corpus.sources import open_corpus
 from dspark.dump.engines.hf import TransformersEngine
@@ -95,8 +95,10 @@ def measure(folder: Path, samples: list[TokenSample], seq_length: int, spool: Pa
         rate[engine.name] = round(tokens / (time.monotonic() - began), 1)
         states.append([found[i] for i in range(len(samples))])
         predictions.append(engine.predict(samples))
-        own.append(compare([s.last for s in states[-1]], where, predictions[-1], engine.frozen(), "float32"))
-    across = compare([s.last for s in states[1]], where, predictions[0], engines[0].frozen(), "float32")
+        own.append(
+            agreement([s.last for s in states[-1]], where, predictions[-1], engine.frozen(), "float32")
+        )
+    across = agreement([s.last for s in states[1]], where, predictions[0], engines[0].frozen(), "float32")
     engines[1].close()
     ours, theirs = (torch.cat([s.aux for s in each]) for each in states)
     differences = {str(i): difference(ours[:, k], theirs[:, k]) for k, i in enumerate(layers)}

@@ -32,7 +32,7 @@ from common import RESULTS, hardware, versions, write
 from dspark.cache.errors import DsparkError, EngineError
 from dspark.cache.records import last_rows
 from dspark.cache.target.logits import Logits
-from dspark.dump.checks.states import HeadOf, check, compare
+from dspark.dump.checks.states import HeadOf, agreement, check
 from dspark.dump.engines.engine import Engine, States
 from dspark.dump.engines.hf import TransformersEngine
 from dspark.dump.engines.vllm.engine import VllmEngine
@@ -85,7 +85,7 @@ def measure(kind: str, folder: Path) -> dict[str, Any]:
     out["difference"]["last"] = difference(*(torch.cat([s.last for s in each]) for each in (states, other)))
     where = [last_rows(s.loss_mask).nonzero()[0].tolist() for s in samples]
     head = HeadOf(ours.frozen(), logits)
-    found = compare([s.last for s in other], where, ours.predict(samples), head, "float32")
+    found = agreement([s.last for s in other], where, ours.predict(samples), head, "float32")
     out["top1_vllm_states_against_transformers"] = found.top1
     return out
 

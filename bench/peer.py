@@ -37,7 +37,7 @@ from dspark.train.draft.model import DraftModel
 from dspark.train.loop import Schedule
 from dspark.train.objective.objective import ObjectiveConfig
 from dspark.train.run import folder
-from dspark.train.run.report import Report
+from dspark.train.run.report import RunLog
 from dspark.train.run.setup import Run, prepare
 
 
@@ -146,7 +146,7 @@ def train(run: Run, checkout: Path, output: Path, eager: bool) -> dict[str, Any]
     forward = torch.compile(peer.net, dynamic=True) if run.compute.compiled and not eager else peer.net
     objective = ObjectiveConfig.from_json(settings.loss_fn)
     feed = Feed(rows_of(run), lambda row: row.place(run.cache, device, run.compute.dtype), device)
-    report = Report(output, 0, tensorboard=False)
+    report = RunLog(output, 0, tensorboard=False)
     out: dict[str, Any] = {}
     since, tokens = time.perf_counter(), 0
     for number in range(1, total + 1):

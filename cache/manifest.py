@@ -377,10 +377,14 @@ def _fits(value: Any, hint: Any) -> bool:
     return isinstance(value, kinds.get(kind, kind)) and not (kind is float and isinstance(value, bool))
 
 
-def canonical(data: Mapping[str, Any]) -> bytes:
-    """JSON with sorted keys and no spaces, UTF-8: what checksums and hashes are taken over."""
-    text = json.dumps(data, sort_keys=True, separators=(",", ":"), ensure_ascii=False, default=str)
-    return text.encode(errors="surrogatepass")
+def canonical_text(data: Any) -> str:
+    """JSON with sorted keys and no spaces. What a data set holds beside JSON's types (the date of a message) is written as text."""
+    return json.dumps(data, sort_keys=True, separators=(",", ":"), ensure_ascii=False, default=str)
+
+
+def canonical(data: Any) -> bytes:
+    """``canonical_text`` in UTF-8: what checksums and hashes are taken over."""
+    return canonical_text(data).encode(errors="surrogatepass")
 
 
 def sealed(data: Mapping[str, Any]) -> Json:

@@ -1,4 +1,4 @@
-"""Fixtures for all tests: one thread a test process, and the real small target."""
+"""For all tests: the real small target, and long files first."""
 
 from __future__ import annotations
 
@@ -6,6 +6,15 @@ import os
 from pathlib import Path
 
 import pytest
+
+# Files that take longest, each on one process: begun first, so that no process is left alone with one at the end.
+LONG = ("test_engine_vllm.py", "test_main_job.py", "test_ranks.py", "test_run.py", "test_pipeline.py", "test_format2.py", "test_loop.py", "test_serving.py")  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Move the tests of ``LONG`` to the front; the order within a file stays."""
+    rank = {name: i for i, name in enumerate(LONG)}
+    items.sort(key=lambda item: rank.get(item.path.name, len(rank)))
 
 
 @pytest.fixture(scope="session")

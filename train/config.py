@@ -10,6 +10,7 @@ from typing import Any
 
 from dspark.cache.errors import MismatchError, UsageError
 from dspark.train.draft import scaling, sight
+from dspark.train.draft.config import DraftConfig
 
 # Fields that may differ between a run and its resumption: they say where and how, not what is computed.
 FREE_ON_RESUME = {
@@ -103,6 +104,10 @@ NUMBERS = {
     "log_every": COUNT,
 }
 
+_DRAFT: dict[str, Any] = {
+    f.name: f.default for f in dataclasses.fields(DraftConfig)
+}  # a draft's defaults are stated there
+
 
 def with_passes(given: str) -> tuple[str, float]:
     """``PATH`` or ``PATH=PASSES`` of ``--cache``. Raises UsageError for passes that are no positive number."""
@@ -151,10 +156,10 @@ class TrainConfig:
     """Packed rows of an optimizer step, over all ranks: the same step on any number of them; rows beyond one per rank accumulate."""
     max_anchors: int = 512
     """Anchors drawn per row; 0 = every eligible one."""
-    speculator_type: str = "dspark"
+    speculator_type: str = _DRAFT["speculator_type"]
     layers: tuple[int, ...] | None = None
     """Which of the store's layers the draft reads, as outputs of decoder layer i. None: what its type reads (``cache.target.taps``)."""
-    num_layers: int = 5
+    num_layers: int = _DRAFT["num_layers"]
     num_heads: int | None = None
     """Of a draft layer, as the next three. None: derived from the target (``cache.target.shape``)."""
     num_kv_heads: int | None = None
@@ -166,9 +171,9 @@ class TrainConfig:
     """Per layer ``sliding_attention`` or ``full_attention``. (): with a window all sliding."""
     rope_scaling: str | None = None
     """JSON of what scales RoPE (``train/draft/scaling.py``). None or ``none``: nothing."""
-    block_size: int = 7
-    markov_rank: int = 256
-    markov_head_type: str = "vanilla"
+    block_size: int = _DRAFT["block_size"]
+    markov_rank: int = _DRAFT["markov_rank"]
+    markov_head_type: str = _DRAFT["markov_head_type"]
     draft_vocab_size: int | None = None
     loss_fn: str = '{"ce": 0.1, "l1": 0.9}'
     """JSON weights of ``ce`` and ``l1`` (= 2 TV) or ``tv`` (= l1 / 2); ``ObjectiveConfig.from_json`` reads it."""

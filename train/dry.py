@@ -55,7 +55,7 @@ def dry_run(config: TrainConfig, say: Callable[[str], None] = lambda text: None)
                 since = now()
         timed = count - min(WARM, count - 1)
         ms = 1e3 * (now() - since) / timed
-    estimate = memory.estimate(run)
+    estimate = memory.estimate_memory(run)
     world.leave()
     return {
         "steps": schedule.total, "steps_per_epoch": schedule.per_epoch, "tokens_per_step": tokens / count,

@@ -34,7 +34,7 @@ from dspark.train.objective.metrics import Score, SlotMetrics
 from dspark.train.run import checkpoint, folder, history, memory
 from dspark.train.run.checkpoint import Position
 from dspark.train.run.loggers import Loggers
-from dspark.train.run.report import Report
+from dspark.train.run.report import RunLog
 from dspark.train.run.setup import Run, prepare
 from dspark.train.run.sound import check_numbers, check_states
 from dspark.train.run.stops import interrupted, saved_in
@@ -120,7 +120,7 @@ def _train(
     report = None
     if world.first:
         loggers = Loggers(config.loggers, output, config.to_json(), position.step, say)
-        report = Report(output, position.step, loggers)
+        report = RunLog(output, position.step, loggers)
     text = memory.describe(run) + (f"\n{run.start.words()}" if run.start else "")
     say(text)
     try:
@@ -139,7 +139,7 @@ def _loop(
     run: Run,
     position: Position,
     output: Path,
-    report: Report | None,
+    report: RunLog | None,
     progress: Progress,
     session: history.Session | None = None,
 ) -> dict[str, Any]:
@@ -246,7 +246,7 @@ def placer(run: Run) -> Callable[[Row], Batch]:
 
 
 def _milestone(
-    run: Run, position: Position, output: Path, report: Report | None
+    run: Run, position: Position, output: Path, report: RunLog | None
 ) -> tuple[dict[str, Any] | None, Position]:
     """Validate, export, checkpoint; returns the validation's row, and the position with the best of all of them."""
     row = None

@@ -48,7 +48,7 @@ def staged(final: Path, *, replace: bool = False, keep: bool = False, token: str
         try:
             yield path
             fsync_tree(path) if path.is_dir() else fsync_path(path)
-            if replace and final.is_dir():
+            if replace and final.is_dir() and path.is_dir():
                 _exchange(path, final)
             else:
                 _rename(path, final, keep)
@@ -71,9 +71,9 @@ def _rename(new: Path, final: Path, keep: bool) -> None:
 
 def _exchange(new: Path, old: Path) -> None:
     """Folder ``new`` takes the place of folder ``old``, which is deleted. One step where the kernel has one (Linux, most file systems)."""
+    aside = old.with_name(STAGING + old.name + ".old")
+    remove(aside)  # of one that was killed here
     if not _renameat2(new, old):
-        aside = old.with_name(STAGING + old.name + ".old")
-        remove(aside)
         os.rename(old, aside)
         os.rename(new, old)
         remove(aside)
@@ -91,14 +91,6 @@ def write_file(path: Path, data: bytes) -> None:
     """Replace ``path`` by ``data``, atomically."""
     with staged(path, replace=True) as to:
         to.write_bytes(data)
-
-
-def commit_folder(staged: Path, final: Path) -> None:
-    """Make the finished folder ``staged`` appear as ``final``, durably. ``final`` must not exist."""
-    with write_errors(final):
-        fsync_tree(staged)
-        os.rename(staged, final)
-        fsync_path(final.parent)
 
 
 def clear_staging(folder: Path) -> None:

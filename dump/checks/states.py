@@ -83,7 +83,7 @@ def check(
     positions = [last_rows(s.loss_mask).nonzero()[0].tolist() for s in samples]
     lasts = [states[i].last for i in range(len(samples))]
     head = HeadOf(frozen, logits)
-    found = compare(lasts, positions, predictions, head, dtype)
+    found = agreement(lasts, positions, predictions, head, dtype)
     if found.agree < THRESHOLD:
         causes = _causes(lasts, positions, predictions, head, dtype)
         raise EngineError(_message(engine.name, found, causes))
@@ -97,7 +97,7 @@ def check(
     return found, states
 
 
-def compare(
+def agreement(
     lasts: Sequence[torch.Tensor],
     positions: Sequence[Sequence[int]],
     predictions: Sequence[Prediction],
@@ -156,7 +156,7 @@ def _causes(
             x.float() * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + 1e-6) * factor.to(x.device)
             for x in lasts
         ]
-        if compare(normed, positions, predictions, target, dtype).top1 >= THRESHOLD:
+        if agreement(normed, positions, predictions, target, dtype).top1 >= THRESHOLD:
             out.append("the final norm was forgotten: with it applied, the states agree")
             break
     for shift, what in ((1, "later"), (-1, "earlier")):
@@ -169,7 +169,7 @@ def _causes(
             x[torch.tensor(k, dtype=torch.long, device=x.device)] for x, k in zip(lasts, kept, strict=True)
         ]
         where = [[w[k] for k in ks] for w, ks in zip(moved, kept, strict=True)]
-        if any(where) and compare(rows, where, predictions, target, dtype).top1 >= THRESHOLD:
+        if any(where) and agreement(rows, where, predictions, target, dtype).top1 >= THRESHOLD:
             out.append(
                 f"the positions are shifted by one: the states belong to the position {what} than theirs"
             )

@@ -11,7 +11,6 @@ Tokens are those the server had: a prompt's, then the answer's. No token lies ac
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from dspark.cache.errors import DataError, UsageError
+from dspark.cache.manifest import canonical, canonical_text
 from dspark.cache.records import KEY_BYTES, Bool, TokenSample, last_rows
 from dspark.dump.corpus.coded import Coded, encode, inside
 from dspark.dump.corpus.rows import BadRow, Row
@@ -333,7 +333,7 @@ def unusable(value: ChatRow) -> Made | None:
         text = "".join(m["role"] + (m["content"] or "") for m in value.messages)
         if text.isascii() or not HALVES.search(text):
             return None
-    text = canonical([value.messages, value.tools])
+    text = canonical_text([value.messages, value.tools])
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -345,9 +345,4 @@ def unusable(value: ChatRow) -> Made | None:
 
 def sample_key(prompt: Any) -> bytes:
     """First KEY_BYTES bytes of sha256 over the canonical JSON of the prompt (messages, or ids), or of a conversation's id."""
-    return hashlib.sha256(canonical(prompt).encode("utf-8", "surrogatepass")).digest()[:KEY_BYTES]
-
-
-def canonical(value: Any) -> str:
-    """Canonical JSON. What a data set holds beside JSON's types (the date of a message) is written as text."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, default=str)
+    return hashlib.sha256(canonical(prompt)).digest()[:KEY_BYTES]

@@ -8,7 +8,6 @@ their lines are in the joined file, found by the rows of the part's record. Its 
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from dspark.cache import json_text
 from dspark.cache.errors import CacheError, DamagedCacheError, ExistsError, UsageError
-from dspark.cache.files.atomic import STAGING, fsync_path, write_errors, write_file
+from dspark.cache.files.atomic import fsync_path, staged, write_errors, write_file
 from dspark.cache.files.layout import PARTS, part_name
 from dspark.dump.engines.answers import MASK_RULE
 
@@ -86,18 +85,9 @@ class AnswerFiles:
 
     def join(self, records: Mapping[int, PartRecord]) -> None:
         """Replace the joined file by the answers of all parts, in order. Raises DamagedCacheError, leaving it as it is, if some are missing."""
-        staged = self.joined.with_name(STAGING + self.joined.name)
-        try:
-            with write_errors(self.joined):
-                with open(staged, "wb") as file:
-                    for lines in self._lines(records):
-                        file.writelines(lines)
-                    file.flush()
-                    os.fsync(file.fileno())
-                os.replace(staged, self.joined)
-                fsync_path(self.joined.parent)
-        finally:
-            staged.unlink(missing_ok=True)
+        with staged(self.joined, replace=True) as new, open(new, "wb") as file:
+            for lines in self._lines(records):
+                file.writelines(lines)
 
     def clear(self) -> None:
         """Delete the parts' files: what they hold is in the joined file, or of no use."""

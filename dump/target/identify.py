@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from dspark.cache import json_text
-from dspark.cache.errors import TargetError, UsageError
+from dspark.cache.errors import TargetError, UsageError, first_line
 from dspark.dump.target.presets import presets
 
 # The largest number that is believed of a key with this in its name; real models are a factor of ten below.
@@ -222,7 +222,7 @@ def read_config(model: str) -> dict[str, Any]:
         path = cached_file(model, CONFIG)
     except (OSError, ValueError) as error:
         raise TargetError(
-            f"--model {model}: no config could be read ({str(error).strip().splitlines()[0][:300]})."
+            f"--model {model}: no config could be read ({first_line(error)})."
             f"{did_you_mean(model, presets())} Expected a model id that can be reached, or a folder with {CONFIG}."
         ) from error
     return _json(Path(str(path)))

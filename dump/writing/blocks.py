@@ -54,11 +54,11 @@ def regions(specs: Iterable[StoredArray]) -> tuple[dict[str, Region], int]:
 
 
 def can_share() -> bool:
-    """Whether this system has what ``Block(shared=True)`` needs (Linux)."""
+    """Whether this system has what ``SharedBlock(shared=True)`` needs (Linux)."""
     return hasattr(os, "memfd_create")
 
 
-class Block:
+class SharedBlock:
     """At least as many bytes as were ever reserved. ``shared``: worker processes may map it."""
 
     def __init__(self, shared: bool) -> None:

@@ -16,7 +16,7 @@ import numpy as np
 
 from dspark.cache.codec.base import EXACT_TOKEN, axis_of
 from dspark.dump.engines.engine import send
-from dspark.dump.writing.blocks import Block, regions
+from dspark.dump.writing.blocks import SharedBlock, regions
 
 if TYPE_CHECKING:
     import torch
@@ -31,7 +31,7 @@ Rows = np.ndarray[tuple[int, ...], np.dtype[np.int64]]
 class Filling:
     """``part`` on its way into ``block``. Rows of ``last`` are the stored ones."""
 
-    def __init__(self, part: PartRows, job: PartJob, block: Block) -> None:
+    def __init__(self, part: PartRows, job: PartJob, block: SharedBlock) -> None:
         self.part, self.job, self.block = part, job, block
         self.places, size = regions(job.state_specs)
         block.reserve(size)

@@ -32,7 +32,7 @@ from dspark.cache.files.part import PartJob, PartRecord
 from dspark.cache.writer import StoreWriter
 from dspark.dump.engines.engine import Captured, CodedStates
 from dspark.dump.workers import WorkerPool
-from dspark.dump.writing.blocks import Block, Handle, Region, attach, can_share, regions
+from dspark.dump.writing.blocks import Handle, Region, SharedBlock, attach, can_share, regions
 from dspark.dump.writing.filling import Filling
 
 if TYPE_CHECKING:
@@ -82,9 +82,9 @@ class Pipeline:
         shared = pool is not None
         workers = pool.processes if pool is not None else THREADS
         self._pool: Executor = pool or ThreadPoolExecutor(workers, "commit")
-        self._blocks: queue.Queue[Block] = queue.Queue()
+        self._blocks: queue.Queue[SharedBlock] = queue.Queue()
         self._groups = groups
-        self._all = [Block(shared) for _ in range(workers + groups)]
+        self._all = [SharedBlock(shared) for _ in range(workers + groups)]
         for block in self._all:
             self._blocks.put(block)
         self._bytes: dict[int, int] = {}  # of the parts in memory, by block
@@ -121,7 +121,7 @@ class Pipeline:
         self._begun += 1
         return True
 
-    def _free_block(self, size: int) -> Block:
+    def _free_block(self, size: int) -> SharedBlock:
         # As many parts may always be in memory as the engine may leave unfinished; more only while all of them fit.
         most = BLOCK_BYTES * self._groups // 2
         if len(self._bytes) >= self._groups and sum(list(self._bytes.values())) + size > most:
@@ -272,7 +272,7 @@ class Pipeline:
             commit = self._pool.submit(write_timed, filling.job, arrays | filling.exact())
         commit.add_done_callback(lambda done: self._committed(done, filling.block))
 
-    def _committed(self, commit: Future[tuple[PartRecord, float]], block: Block) -> None:
+    def _committed(self, commit: Future[tuple[PartRecord, float]], block: SharedBlock) -> None:
         error = commit.exception()
         if error is None:
             record, seconds = commit.result()

@@ -16,7 +16,7 @@ from dspark.cache.files.place import Folder
 from dspark.cache.records import TokenSample, last_rows
 from dspark.cache.settings import LOSSLESS, rotated_name
 from dspark.dump.corpus.parts import PartRows
-from dspark.dump.writing.blocks import Block as Memory
+from dspark.dump.writing.blocks import SharedBlock
 from dspark.dump.writing.filling import Filling, as_slice
 
 LAYERS, HIDDEN = 2, 64
@@ -40,7 +40,7 @@ def filling(made: list[TokenSample], bits: int) -> Filling:
         place=Folder(Path("nowhere")), index=0, arrays=arrays, specs=list(specs), exact={},
         block=Block(row_start=0, row_stop=len(made), dropped={}, truncated=0), plan={}, plan_sha256="",
     )  # fmt: skip
-    return Filling(part, job, Memory(False))
+    return Filling(part, job, SharedBlock(False))
 
 
 @pytest.mark.parametrize("bits", [16, 8, 4])

@@ -284,10 +284,10 @@ def test_blocks_are_compared_with_the_server(made: Path, monkeypatch: pytest.Mon
 
     def keep(ours: list[Outcome], served: list[Outcome]) -> parity.Parity:
         answers["ours"] = ours
-        return compare(ours, served or ours)
+        return parity_of(ours, served or ours)
 
-    compare = parity.compare
-    monkeypatch.setattr(parity, "compare", keep)
+    parity_of = parity.parity_of
+    monkeypatch.setattr(parity, "parity_of", keep)
     monkeypatch.setattr(vllm_serve, "run_vllm", lambda request: [])
     sound = run(made, made / "draft", serve=True)
     assert (sound["ok"], sound["served"]["holds"]) == (True, True)

@@ -200,7 +200,7 @@ def test_nothing_is_left_behind_and_what_was_there_stays(
     def fail(*args: object, **options: object) -> None:
         raise error
 
-    names = {"card.card": "dspark.tools.publish.card.card", "publish.shutil.copy": "dspark.tools.publish.export.shutil.copy", "commit": "dspark.cache.files.atomic.commit_folder"}  # fmt: skip
+    names = {"card.card": "dspark.tools.publish.card.card", "publish.shutil.copy": "dspark.tools.publish.export.shutil.copy", "commit": "dspark.cache.files.atomic.fsync_tree"}  # fmt: skip
     monkeypatch.setattr(names[where], fail)
     with pytest.raises(StoreWriteError if isinstance(error, OSError) else type(error)):
         export(str(draft), str(out), pictures=False, overwrite=True, dtype="fp16")
@@ -210,7 +210,7 @@ def test_nothing_is_left_behind_and_what_was_there_stays(
 
 
 def test_what_a_killed_export_left_is_no_hindrance(draft: Path, tmp_path: Path) -> None:
-    for name in (".staging-out", ".staging-out.replaced"):
+    for name in (".staging-out", ".staging-out.old"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "half").write_text("x")
     export(str(draft), str(tmp_path / "out"), pictures=False)

@@ -167,7 +167,7 @@ def test_no_damage_is_a_trace(draft: Path, name: str, whole: dict[str, Any]) -> 
 
     def make() -> None:
         reports = [records.report(path)] if name == "report.json" else []
-        run = card.Run.read(draft, load_config(draft))
+        run = card.DraftRun.read(draft, load_config(draft))
         manifest = {"target": "a/b", "format": "flat", "tensors": 1, "parameters": 1, "dtype": "bfloat16", "bytes": 1}  # fmt: skip
         card.pictures(run, draft, reports)
         card.card(run, manifest, reports, {}, "draft")

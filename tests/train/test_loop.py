@@ -344,12 +344,16 @@ def test_the_memory_that_a_run_says_it_takes(config: TrainConfig) -> None:
 
     run = prepare(config)
     count = sum(p.numel() for _, p in run.model.trained())
-    found = memory.estimate(run)
+    found = memory.estimate_memory(run)
     assert found.trained == 16 * count
     assert found.frozen == 4 * stores.VOCAB * stores.HIDDEN  # tied: one matrix
     run.model.make_room()
-    assert memory.estimate(run).frozen == found.frozen + 4 * stores.VOCAB * run.model.config.markov_rank
-    lean = memory.estimate(prepare(dataclasses.replace(config, activation_checkpointing=True, num_layers=1)))
+    assert (
+        memory.estimate_memory(run).frozen == found.frozen + 4 * stores.VOCAB * run.model.config.markov_rank
+    )
+    lean = memory.estimate_memory(
+        prepare(dataclasses.replace(config, activation_checkpointing=True, num_layers=1))
+    )
     deep = memory.row_bytes(dataclasses.replace(run.model.config, num_layers=5), 256, 16, 4, recompute=False)
     assert (
         memory.row_bytes(dataclasses.replace(run.model.config, num_layers=5), 256, 16, 4, recompute=True)
@@ -365,4 +369,4 @@ def test_the_memory_that_a_run_says_it_takes(config: TrainConfig) -> None:
         of_four = dataclasses.replace(
             run, world=World(0, 4), config=dataclasses.replace(config, strategy=strategy)
         )
-        assert memory.estimate(of_four).trained == pytest.approx(expected * count, abs=1)
+        assert memory.estimate_memory(of_four).trained == pytest.approx(expected * count, abs=1)

@@ -151,7 +151,7 @@ def test_muon_is_refused_where_matrices_are_cut_up_and_keeps_one_moment(config: 
     snapshot = run.optimizer.snapshot()
     sizes = sum(t.numel() for tensors in snapshot.moments.values() for t in tensors.values())
     held = sum(t.numel() for t in snapshot.masters.values())
-    assert memory.estimate(run).trained == 4 * (2 * held + sizes)
+    assert memory.estimate_memory(run).trained == 4 * (2 * held + sizes)
     with pytest.raises(errors.TrainError, match="exp_avg are not"):
         prepare(config).optimizer.load(snapshot)
 

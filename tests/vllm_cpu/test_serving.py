@@ -17,7 +17,7 @@ import pytest
 import torch
 
 import tiny_models as tiny
-from dspark.tools.check.parity import compare
+from dspark.tools.check.parity import parity_of
 from dspark.tools.decode.decode import speculative_generate
 from dspark.tools.decode.outcome import Outcome
 from dspark.tools.decode.target import Target, greedy_alone
@@ -98,7 +98,7 @@ def test_vllm_serves_what_we_decode(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     answers = run_vllm_each([request for _, _, request in prepared])
     for case, (alone, ours, _), served in zip(CASES, prepared, answers, strict=True):
         assert [o.tokens for o in served] == alone == [o.tokens for o in ours], case
-        parity = compare(ours, served)
+        parity = parity_of(ours, served)
         assert parity.different == [], case
         assert parity.compared == parity.equal == sum(o.drafts for o in ours) > 20, case
         assert (parity.only_ours, parity.only_served) == (0, 0), case

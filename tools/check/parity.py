@@ -39,7 +39,7 @@ class Parity:
         return {"holds": self.holds, **asdict(self)}
 
 
-def compare(ours: Sequence[Outcome], served: Sequence[Outcome], show: int = 3) -> Parity:
+def parity_of(ours: Sequence[Outcome], served: Sequence[Outcome], show: int = 3) -> Parity:
     """One outcome per prompt from each side, ``drafted`` filled in."""
     compared = equal = only_ours = only_served = 0
     different: list[dict[str, Any]] = []
@@ -89,4 +89,4 @@ def serve_and_compare(
         target=target, draft=draft, num_speculative_tokens=size, prompts=[list(p) for p in prompts], max_tokens=max_tokens,
         stop_token_ids=tuple(stop_ids), dtype=dtype, speculation=drafter(config.speculator_type).serving(config), trace=True,
     )  # fmt: skip
-    return compare(ours, run_vllm(request))
+    return parity_of(ours, run_vllm(request))

@@ -27,7 +27,7 @@ from dspark.train.draft.types import drafter
 
 
 @dataclass(frozen=True, slots=True)
-class Block:
+class VerifiedBlock:
     """A verified block: position of its anchor, the token drafted in each slot, how many of them were
     kept.
     """
@@ -44,7 +44,7 @@ class Generation:
     """
 
     tokens: list[int]
-    blocks: list[Block]
+    blocks: list[VerifiedBlock]
     seconds: float
 
     def outcome(self, block_size: int) -> Outcome:
@@ -81,7 +81,7 @@ def speculative_generate(
     decoder = drafter(draft.config.speculator_type).decoder(draft)
     logits, aux = target.step(prompt, last_only=True)
     new = [_first(logits[-1].to(device), temperature, generator)]
-    out, blocks, seen = list(new), list[Block](), list(prompt)
+    out, blocks, seen = list(new), list[VerifiedBlock](), list(prompt)
     while len(out) < max_tokens and not set(stop_ids).intersection(new):
         decoder.extend(aux, torch.tensor(seen, device=device))
         anchor = decoder.length
@@ -89,7 +89,7 @@ def speculative_generate(
         tokens = [int(t) for t in drafted.tokens]
         logits, aux = target.step([out[-1], *tokens])
         accepted, following = _verify(drafted, logits.to(device), temperature, generator)
-        blocks.append(Block(anchor, tuple(tokens), accepted))
+        blocks.append(VerifiedBlock(anchor, tuple(tokens), accepted))
         seen = [out[-1], *tokens[:accepted]]  # what the next context adds: all but the token that follows
         new = [*tokens[:accepted], following]
         out += new

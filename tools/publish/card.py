@@ -20,7 +20,7 @@ RECIPE = ("num_layers", "block_size", "markov_rank", "markov_head_type", "draft_
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
+class DraftRun:
     """What a draft folder holds beside the weights; ``validations`` are the held-out rows of metrics.jsonl, in order."""
 
     config: DraftConfig
@@ -35,7 +35,7 @@ class Run:
         return [r for r in self.metrics if r.get("validation") and r.get("mean_accepted_length")]
 
     @classmethod
-    def read(cls, folder: Path, config: DraftConfig) -> Run:
+    def read(cls, folder: Path, config: DraftConfig) -> DraftRun:
         return cls(
             config,
             records.training(folder),
@@ -46,7 +46,7 @@ class Run:
         )
 
 
-def pictures(run: Run, folder: Path, reports: Sequence[dict[str, Any]]) -> dict[str, str]:
+def pictures(run: DraftRun, folder: Path, reports: Sequence[dict[str, Any]]) -> dict[str, str]:
     """Draw what there is; title -> file name beside the card."""
     from dspark.cache.shared.command import warn
     from dspark.tools.judge import plots
@@ -72,7 +72,7 @@ def pictures(run: Run, folder: Path, reports: Sequence[dict[str, Any]]) -> dict[
 
 
 def card(
-    run: Run,
+    run: DraftRun,
     manifest: dict[str, Any],
     reports: Sequence[dict[str, Any]],
     images: dict[str, str],
@@ -154,7 +154,7 @@ def serve_command(target: str, draft: str, size: int, own: dict[str, Any] | None
     return f"vllm serve {target} --speculative-config '{json.dumps(settings)}'"
 
 
-def reproduce(run: Run, target: str) -> str:
+def reproduce(run: DraftRun, target: str) -> str:
     """The three commands, with every setting of the run that is not the default."""
     from dspark.train.config import TrainConfig, with_passes
 

@@ -8,10 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +35,7 @@ def export(
     import torch
 
     from dspark.cache.errors import DraftError, UsageError
+    from dspark.cache.files.atomic import staged
     from dspark.tools import records
     from dspark.tools.publish import card
     from dspark.train.draft import folder as files
@@ -49,7 +47,7 @@ def export(
     _free(final, overwrite)
     read = [records.report(Path(r)) for r in reports]
     config = files.load_config(draft)
-    run = card.Run.read(Path(draft), config)
+    run = card.DraftRun.read(Path(draft), config)
     target = target or run.store.get("target")
     if not target:
         raise UsageError(f"{draft} has no store.json that names the target; give --target ID")
@@ -70,22 +68,24 @@ def export(
         )
     verifier = (target, _architectures(target)) if layout == "speculators" else None
     serving = _serving(target)
-    with _whole_or_not_at_all(final) as staged:
-        files.write_tensors(staged, cast, trained)
-        files.write_config(staged, config, wanted, verifier)
-        more = kind.packed(staged, config, cast, target)
+    # Behind a link: that is what is replaced, and the link stays.
+    with staged(final.resolve(), replace=True) as new:
+        new.mkdir(parents=True)
+        files.write_tensors(new, cast, trained)
+        files.write_config(new, config, wanted, verifier)
+        more = kind.packed(new, config, cast, target)
         manifest = {
             "format": layout, "target": target, "method": kind.method, "block_size": config.block_size, "dtype": DTYPES[dtype], "tensors": len(cast),
-            "parameters": sum(t.numel() for n, t in cast.items() if t.is_floating_point()), "bytes": (staged / files.WEIGHTS).stat().st_size,
+            "parameters": sum(t.numel() for n, t in cast.items() if t.is_floating_point()), "bytes": (new / files.WEIGHTS).stat().st_size,
             "tensor_index": {n: {"dtype": str(t.dtype).removeprefix("torch."), "shape": list(t.shape)} for n, t in sorted(cast.items())},
-            "files": {n: {"bytes": (staged / n).stat().st_size, "sha256": sha256(staged / n)} for n in (files.CONFIG, files.WEIGHTS, *more)},
+            "files": {n: {"bytes": (new / n).stat().st_size, "sha256": sha256(new / n)} for n in (files.CONFIG, files.WEIGHTS, *more)},
         }  # fmt: skip
-        (staged / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
-        images = card.pictures(run, staged, read) if pictures else {}
-        (staged / CARD).write_text(card.card(run, manifest, read, images, final.name, serving))
+        (new / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+        images = card.pictures(run, new, read) if pictures else {}
+        (new / CARD).write_text(card.card(run, manifest, read, images, final.name, serving))
         for name in (records.CALIBRATION, records.TEMPERATURES, TRAINING, STORE, HISTORY):
             if (Path(draft) / name).exists():
-                shutil.copy(Path(draft) / name, staged / name)
+                shutil.copy(Path(draft) / name, new / name)
     return manifest
 
 
@@ -105,29 +105,6 @@ def _free(final: Path, overwrite: bool) -> None:
         raise ExistsError(
             f"{final} exists and holds an earlier export; --overwrite replaces it, or choose another OUT"
         )
-
-
-@contextmanager
-def _whole_or_not_at_all(final: Path) -> Iterator[Path]:
-    """A folder to write in, which becomes ``final`` at the end. After an error, or Ctrl-C, it is gone and ``final`` is as it was."""
-    from dspark.cache.files.atomic import STAGING, commit_folder, write_errors
-
-    final = final.resolve()  # behind a link: that is what is replaced, and the link stays
-    staged, replaced = (final.with_name(STAGING + name) for name in (final.name, f"{final.name}.replaced"))
-    try:
-        with write_errors(final):
-            shutil.rmtree(staged, ignore_errors=True)  # of an export that was killed
-            staged.mkdir(parents=True)
-            yield staged
-            if final.exists():
-                shutil.rmtree(replaced, ignore_errors=True)
-                os.rename(final, replaced)
-            commit_folder(staged, final)
-    finally:
-        shutil.rmtree(staged, ignore_errors=True)
-        if replaced.exists() and not final.exists():
-            os.rename(replaced, final)
-        shutil.rmtree(replaced, ignore_errors=True)
 
 
 def _whole(stored: dict[str, Any], config: Any, draft: str) -> dict[str, Any]:
@@ -215,9 +192,10 @@ def push(folder: str, repo: str, *, private: bool = False) -> str:
 
 
 def _not_pushed(folder: str, repo: str, error: BaseException) -> str:
-    first = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+    from dspark.cache.errors import first_line
+
     return (
-        f"--push {repo}: the hub could not be reached or refused ({first}). {folder} is complete: rerun where there is a network and "
+        f"--push {repo}: the hub could not be reached or refused ({first_line(error)}). {folder} is complete: rerun where there is a network and "
         f"a login, or `hf upload {repo} {folder}`"
     )
 

@@ -12,6 +12,8 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
+from dspark.cache.records import last_rows
+
 Bool = npt.NDArray[np.bool_]
 Int32 = npt.NDArray[np.int32]
 Int64 = npt.NDArray[np.int64]
@@ -32,8 +34,8 @@ def eligible(loss_mask: Bool, doc: Int32) -> Bool:
     These are also the positions whose last state is stored (``cache.records.last_rows`` of each document), so that
     ``last_index`` needs nothing but this mask.
     """
-    out = np.zeros(loss_mask.shape, dtype=np.bool_)
-    out[:-1] = loss_mask[:-1] & loss_mask[1:] & (doc[:-1] == doc[1:]) & (doc[:-1] >= 0)
+    out = last_rows(loss_mask)
+    out[:-1] &= (doc[:-1] == doc[1:]) & (doc[:-1] >= 0)
     return out
 
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Self
 from dspark.cache.errors import DraftError, UsageError
 from dspark.cache.target.shape import DEFAULT_ROPE_BASE, Asked, count, rope_base, shape_for, text_config
 from dspark.train.draft import scaling, sight
-from dspark.train.draft.types import drafter, type_of
+from dspark.train.draft.types import DEFAULT_TYPE, drafter, type_of
 
 if TYPE_CHECKING:
     from dspark.train.ops.rope import Turning
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 # Far above any draft's, so that a damaged config.json is refused before anything is allocated for it.
 MOST = {"hidden_size": 1 << 18, "intermediate_size": 1 << 22, "num_layers": 256, "num_heads": 1 << 14, "num_kv_heads": 1 << 14, "head_dim": 1 << 14,
         "vocab_size": 1 << 25, "num_target_layers": 1 << 13, "block_size": 1 << 12, "markov_rank": 1 << 18}  # fmt: skip
+NUM_LAYERS = 5  # by default
 MARKOV_TYPES = ("vanilla", "gated", "rnn")
 
 
@@ -39,7 +40,6 @@ class DraftConfig:
 
     hidden_size: int
     intermediate_size: int
-    num_layers: int
     num_heads: int
     num_kv_heads: int
     head_dim: int
@@ -48,7 +48,8 @@ class DraftConfig:
     target_layer_ids: tuple[int, ...]
     num_target_layers: int
     draft_vocab_size: int
-    speculator_type: str = "dspark"
+    speculator_type: str = DEFAULT_TYPE
+    num_layers: int = NUM_LAYERS
     block_size: int = 7
     markov_rank: int = 256
     markov_head_type: str = "vanilla"
@@ -168,13 +169,8 @@ class DraftConfig:
         *,
         target_layer_ids: tuple[int, ...],
         mask_token_id: int,
-        speculator_type: str = "dspark",
-        num_layers: int = 5,
-        block_size: int = 7,
-        markov_rank: int = 256,
-        markov_head_type: str = "vanilla",
-        enable_confidence_head: bool = True,
-        confidence_head_with_markov: bool = True,
+        speculator_type: str = DEFAULT_TYPE,
+        num_layers: int = NUM_LAYERS,
         draft_vocab_size: int | None = None,
         num_heads: int | None = None,
         num_kv_heads: int | None = None,
@@ -183,8 +179,9 @@ class DraftConfig:
         sliding_window: int | None = None,
         layer_types: tuple[str, ...] = (),
         rope_scaling: Mapping[str, Any] | None = None,
+        **given: Any,
     ) -> DraftConfig:
-        """A Qwen3-style draft for the target whose HF ``config.json`` is ``target``.
+        """A Qwen3-style draft for the target whose HF ``config.json`` is ``target``. ``given``: other fields; those left out have their defaults.
 
         Layers are sized by ``cache.target.shape.shape_for``; sizes given here win. The type drops what it does not have.
         """
@@ -220,17 +217,13 @@ class DraftConfig:
             mask_token_id=mask_token_id,
             target_layer_ids=tuple(target_layer_ids),
             num_target_layers=int(text["num_hidden_layers"]),
-            block_size=block_size,
-            markov_rank=markov_rank,
-            markov_head_type=markov_head_type,
-            enable_confidence_head=enable_confidence_head,
-            confidence_head_with_markov=confidence_head_with_markov,
             rope_theta=shape.rope_theta,
             rms_norm_eps=shape.rms_norm_eps,
             max_position_embeddings=shape.max_position_embeddings,
             rope_scaling=scaled,
             layer_types=sight.asked(num_layers, sliding_window, layer_types),
             sliding_window=sliding_window,
+            **given,
         )
 
     def to_flat(self) -> dict[str, Any]:

@@ -65,7 +65,7 @@ class RMSNorm(nn.Module):
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class ForwardPlan:
     """What a forward needs of a batch besides its data, none of it learnt: who sees whom, for each of ``DraftModel.sights``, and cos and
     sin of the blocks' and the context's positions (``rope_tables``). Made once per batch, outside what is compiled: a compiler would make the
     tables again in every layer's kernels.
@@ -110,7 +110,7 @@ class Attention(nn.Module):
         self,
         x: Tensor,
         ctx: Tensor,
-        plan: Plan,
+        plan: ForwardPlan,
         sight: int,
     ) -> Tensor:
         q, keys, values = self.queries_keys_values(x, ctx, plan.block_rope, plan.context_rope)
@@ -151,7 +151,7 @@ class Layer(nn.Module):
         self,
         x: Tensor,
         ctx: Tensor,
-        plan: Plan,
+        plan: ForwardPlan,
         sight: int = 0,
     ) -> Tensor:
         """``sight``: which of the plan's attentions is this layer's."""
@@ -319,7 +319,7 @@ class DraftModel(nn.Module):
         out: Tensor = self.hidden_norm(self.fc(aux.flatten(1).to(self.fc.weight.dtype)))
         return out
 
-    def plan(self, batch: Batch, backend: Backend = "sdpa") -> Plan:
+    def plan(self, batch: Batch, backend: Backend = "sdpa") -> ForwardPlan:
         """The plan of a batch that lies where the draft does."""
         position = batch.block_position
         if self.config.bonus_anchor:
@@ -336,13 +336,13 @@ class DraftModel(nn.Module):
 
     def plan_of(
         self, attention: tuple[AttentionPlan, ...], block_position: Tensor, context_position: Tensor
-    ) -> Plan:
+    ) -> ForwardPlan:
         """From positions int64[Q] of the blocks' tokens and int64[S] of the context's, each within its document."""
         c, dtype = self.config, self.fc.weight.dtype
         block, context = (rope_tables(p, c.turning, dtype) for p in (block_position, context_position))
-        return Plan(attention, block, context)
+        return ForwardPlan(attention, block, context)
 
-    def forward(self, batch: Batch, plan: Plan) -> SlotStates:
+    def forward(self, batch: Batch, plan: ForwardPlan) -> SlotStates:
         """Every slot of every block of one row; without the anchor's own where it predicts nothing."""
         anchors, size = batch.anchors.shape[0], self.config.slots
         ctx = self.context(batch.aux)
@@ -358,7 +358,7 @@ class DraftModel(nn.Module):
         assert isinstance(weight, Tensor)
         return F.embedding(ids, weight)
 
-    def backbone(self, x: Tensor, ctx: Tensor, plan: Plan) -> Tensor:
+    def backbone(self, x: Tensor, ctx: Tensor, plan: ForwardPlan) -> Tensor:
         """``x`` [Q, H], ``ctx`` [S, H] -> h [Q, H] after the final norm."""
         for layer, sight in zip(self.layers, self._sight_of, strict=True):
             x = layer(x, ctx, plan, sight)

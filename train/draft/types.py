@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from dspark.train.objective.objective import ObjectiveConfig, SlotInputs
     from dspark.train.objective.states import SlotStates
 
+DEFAULT_TYPE = "dspark"
 # Name of a type -> where its object is.
 TYPES = {
     "dspark": "dspark.train.draft.dspark:DSPARK",

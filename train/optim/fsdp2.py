@@ -26,7 +26,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from dspark.train.data.batch import Batch
 from dspark.train.distributed import World
-from dspark.train.draft.model import Attention, DraftModel, Mlp, Plan
+from dspark.train.draft.model import Attention, DraftModel, ForwardPlan, Mlp
 from dspark.train.objective.states import SlotStates
 from dspark.train.optim.adamw import Adam
 from dspark.train.optim.base import MOMENTS, AdamSettings, Snapshot, squares
@@ -113,7 +113,7 @@ def _wrap_forward(model: DraftModel, dtype: torch.dtype) -> None:
     """
     inner = model.forward
 
-    def forward(batch: Batch, plan: Plan) -> SlotStates:
+    def forward(batch: Batch, plan: ForwardPlan) -> SlotStates:
         block, context = ((cos.to(dtype), sin.to(dtype)) for cos, sin in (plan.block_rope, plan.context_rope))
         states = inner(batch, replace(plan, block_rope=block, context_rope=context))
         return states if states.w2 is None else replace(states, w2=states.w2.clone())

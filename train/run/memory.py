@@ -45,7 +45,7 @@ def row_bytes(config: DraftConfig, tokens: int, anchors: int, width: int, *, rec
     return width * (states + context + layers + slots)
 
 
-def estimate(run: Run) -> Memory:
+def estimate_memory(run: Run) -> Memory:
     """Of this rank's device."""
     config, model = run.config, run.model
     width = run.compute.dtype.itemsize
@@ -77,7 +77,7 @@ def estimate(run: Run) -> Memory:
 
 def describe(run: Run) -> str:
     """Three lines for a person: what is trained on what, the layers it reads, and the memory it will take."""
-    m, world, config = estimate(run), run.world, run.config
+    m, world, config = estimate_memory(run), run.world, run.config
     count = sum(p.numel() for _, p in run.model.trained())
     rows = -(-config.rows_per_step // world.size)
     where = f"{world.size} x {run.compute.device.type}" + (

@@ -14,7 +14,7 @@ from dspark.train.run.folder import METRICS
 from dspark.train.run.loggers import Loggers
 
 
-class Report:
+class RunLog:
     """``row()`` appends to metrics.jsonl and tells the log and the loggers."""
 
     def __init__(self, folder: Path, resume_step: int, loggers: Loggers | None = None) -> None:

@@ -169,7 +169,7 @@ def report_failure(filename: str, error: BaseException, index: int | None = None
 
 
 @dataclass(slots=True)
-class Batch:
+class SpooledBatch:
     """``arrays``: rows of its requests end to end, T or M; ``ends``: by array, where each request's rows end, int64[k + 1] from 0. ``left``: not taken yet. ``times``:
     ``TIMES``, and when the file was written."""
 
@@ -207,7 +207,7 @@ class SpoolReader:
 
     def __init__(self, folder: Path) -> None:
         self._lock = folder / WORKER
-        self._batches: dict[str, Batch] = {}
+        self._batches: dict[str, SpooledBatch] = {}
         self._lost: dict[str, OSError] = {}  # whoever asks again must not wait
         self._seconds: defaultdict[str, float] = defaultdict(float)
 
@@ -237,7 +237,7 @@ class SpoolReader:
         self._seconds.clear()
         return out
 
-    def _read(self, name: str, rank: int) -> Batch:
+    def _read(self, name: str, rank: int) -> SpooledBatch:
         try:
             self._wait(name, rank)
             if os.path.exists(name + ERROR):
@@ -276,7 +276,7 @@ class SpoolReader:
         return False
 
 
-def read_batch(filename: str) -> Batch:
+def read_batch(filename: str) -> SpooledBatch:
     """What ``write_batch`` wrote; tensors in the mapped file, which lives as long as one of them, whether it has been deleted or not."""
     import torch
 
@@ -299,7 +299,7 @@ def read_batch(filename: str) -> Batch:
         ends[EXACTS] = first.astype(np.int64)
     of_axis = {"token": TOKENS, "last": LASTS, "exact": EXACTS}
     by_array = {n: ends[of_axis[axis_of(n)]] for n in arrays}
-    return Batch(arrays, by_array, len(counts[TOKENS]), times)
+    return SpooledBatch(arrays, by_array, len(counts[TOKENS]), times)
 
 
 def _round_up(size: int) -> int:
