@@ -8,7 +8,7 @@ TARGET := .work/smollm2
 DEMO   := .work/demo
 SHELL  := /bin/bash
 
-.PHONY: demo test campaign target lint types pytest site vllm-versions clean
+.PHONY: demo test campaign wheel target lint types pytest site vllm-versions clean
 
 .venv/ready: pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -54,6 +54,10 @@ test: .venv/ready-test target lint types pytest
 # Dumps killed at 40 random moments, resumed and compared byte for byte; KILLS and SEED choose others.
 campaign: .venv/ready-test
 	$(BIN)/python tests/campaign/dumps.py $(or $(KILLS),40) $(or $(SEED),17)
+
+# The wheel with what it depends on and nothing else, outside the checkout: from a tiny target to an exported draft.
+wheel:
+	$(PYTHON) tests/campaign/wheel.py .work/wheel "$(TORCH)"
 
 lint:
 	$(BIN)/ruff check .
