@@ -21,7 +21,7 @@ import torch
 
 from common import RESULTS, write
 from dspark.cache.errors import EngineError
-from dspark.tools.check.parity import compare
+from dspark.tools.check.parity import parity_of
 from dspark.tools.decode.decode import speculative_generate
 from dspark.tools.decode.target import Target, greedy_alone
 from dspark.tools.decode.vllm_serve import ServeRequest, run_vllm_each
@@ -90,7 +90,7 @@ class Form:
         return cls(name, size, alone, ours, asked)
 
     def row(self, way: str, outcomes: list[Any]) -> dict[str, Any]:
-        parity = compare(self.ours, outcomes)
+        parity = parity_of(self.ours, outcomes)
         lossless = [o.tokens for o in outcomes] == self.alone
         return self._about(way) | {"lossless": lossless, **parity.to_json()}
 
