@@ -80,7 +80,7 @@ def one(args: argparse.Namespace, case: str) -> None:
     engine = None
     try:
         engine = vllm_engine.VllmEngine.load(
-            args.target, target.shapes, of, dtype=args.dtype, seq_length=1024,
+            args.target, target.shapes, of, dtype=args.dtype, seq_length=max(LENGTHS) + 4,
             spool=Path(args.out).with_suffix(".spool"), batch_tokens=4096,
             options=EngineOptions(arguments=parse_arguments(tuple(args.engine_arg))),
             split=Split(1, ranks if torch.cuda.is_available() else 0, ranks), say=said.append,
