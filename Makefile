@@ -51,8 +51,9 @@ demo: target
 
 test: .venv/ready-test target lint types pytest
 
-# Dumps killed at 40 random moments, resumed and compared byte for byte; KILLS and SEED choose others.
+# Kills, damage, writers at once, errors of reading, hostile files: NAMES chooses some, SCALE how much, SEED which. Then dumps killed by the clock.
 campaign: .venv/ready-test
+	$(BIN)/python tests/campaign/run.py $(NAMES) --scale $(or $(SCALE),1) --seed $(or $(SEED),17)
 	$(BIN)/python tests/campaign/dumps.py $(or $(KILLS),40) $(or $(SEED),17)
 
 # The wheel with what it depends on and nothing else, outside the checkout: from a tiny target to an exported draft.

@@ -117,13 +117,13 @@ def store_case(work: Path, rng: random.Random) -> str:
 
 def bomb(shard: Path, rng: random.Random) -> None:
     """A shard of one chunk that claims, or is, far more than it may be; checksums right, the tag kept."""
-    import zstandard
+    from numcodecs import Zstd
 
     from dspark.cache.files.checksum import crc32c
 
     tag = shard.read_bytes()[:16]
     if rng.random() < 0.5:
-        packed = zstandard.compress(bytes(rng.choice([1 << 20, 1 << 28])))
+        packed = bytes(Zstd(level=1).encode(bytes(rng.choice([1 << 20, 1 << 28]))))
     else:
         packed = struct.pack(
             "<BBBBIII", 2, 1, 0x81, 4, rng.choice([2**31 - 1, 2**32 - 1]), 2**17, 64
