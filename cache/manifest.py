@@ -78,11 +78,21 @@ class TokenizerInfo:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SourceInfo:
-    """Where rows came from: file name or data set id, its sha256 (None: not one file), and the limit on rows. Only the limit is compared on resume."""
+    """Where rows came from: file name or data set id, its sha256 (None: not one file), and the limit on rows. Only the limit is compared on resume.
+
+    ``rows``: how many there are, in a store that one of several dumps has ended (None in a complete one, whose parts say it).
+    """
 
     id: str
     sha256: str | None
     limit: int | None
+    rows: int | None = None
+
+    def to_json(self) -> Json:
+        out = dataclasses.asdict(self)
+        if self.rows is None:
+            del out["rows"]
+        return out
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -174,7 +184,7 @@ class Manifest:
             "format_version": self.format_version,
             "plan": self.plan(),
             "plan_sha256": self.digest(),
-            "sources": [dataclasses.asdict(s) for s in self.sources],
+            "sources": [s.to_json() for s in self.sources],
             "counts": dataclasses.asdict(self.counts),
             "state": {
                 "complete": self.complete,
@@ -221,7 +231,7 @@ class Manifest:
         mine, theirs = self._compared(), same._compared()
         diffs = [
             f"{path}: store has {_short(a)}, this run has {_short(b)}"
-            for path, a, b in _differences(mine, theirs)
+            for path, a, b in differences(mine, theirs)
             if b or path not in ("target.weights_sha256", "codec.calibration_sha256")
         ]
         if diffs:
@@ -325,14 +335,15 @@ def _short(value: Any) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
-def _differences(a: Any, b: Any, path: str = "") -> list[tuple[str, Any, Any]]:
+def differences(a: Any, b: Any, path: str = "") -> list[tuple[str, Any, Any]]:
+    """Where two plans differ: dotted name, and what each has."""
     if isinstance(a, dict) and isinstance(b, dict):
         out: list[tuple[str, Any, Any]] = []
         keys = a.keys() | b.keys()
         if "params" in keys and a.get("name") != b.get("name"):
             keys -= {"params"}  # of another codec: nothing to compare
         for key in sorted(keys):
-            out += _differences(a.get(key), b.get(key), f"{path}.{key}" if path else key)
+            out += differences(a.get(key), b.get(key), f"{path}.{key}" if path else key)
         return out
     return [] if a == b else [(path, a, b)]
 

@@ -31,6 +31,7 @@ from dspark.cache.files.atomic import (
     staged,
     write_errors,
 )
+from dspark.cache.files.blocks import missing_rows
 from dspark.cache.files.calibration import codec_info, save_calibration, stored_codec
 from dspark.cache.files.index import PART_ARRAYS, TURN, build_index, index_specs, index_sums
 from dspark.cache.files.layout import (
@@ -84,7 +85,7 @@ class StoreWriter:
         self.layout = PartLayout(self.codec, len(manifest.layers), manifest.target.hidden_size)
         self.place = Folder(path)
         self._plan, self._digest = manifest.plan(), manifest.digest()
-        self._token = f".{secrets.token_hex(4)}"
+        self.token = f".{secrets.token_hex(4)}"
 
     @classmethod
     def create(
@@ -269,7 +270,7 @@ class StoreWriter:
             block=block,
             plan=self._plan,
             plan_sha256=self._digest,
-            token=self._token,
+            token=self.token,
         )
 
     def finish(self, *, quality: Json | None = None) -> Manifest:
@@ -292,6 +293,27 @@ class StoreWriter:
             more = [*known, *sources[len(known) :]]
             self.manifest = dataclasses.replace(self.manifest, sources=more, counts=Counts(), complete=False)
             self._write_manifest()
+
+    def finish_shard(
+        self, rows: Mapping[int, int], *, quality: Json, sources: Sequence[SourceInfo]
+    ) -> Manifest:
+        """End one of several dumps: finish the store if no part is missing, else note how many ``rows`` each source has. Returns the manifest as it is then.
+
+        The caller holds the store's lock, so that no two end at once.
+        """
+        self.guard()
+        found = read_manifest(self.path)
+        if found.complete:  # another one was the last
+            self.manifest = found
+            return found
+        self.committed = scan_parts(self.path)
+        if not missing_rows(self.committed, rows, self.manifest.dump.block_rows):
+            self.manifest = dataclasses.replace(self.manifest, sources=list(sources))
+            return self.finish(quality=quality)
+        known = [dataclasses.replace(s, rows=rows.get(i)) for i, s in enumerate(sources)]
+        self.manifest = dataclasses.replace(self.manifest, sources=known, quality=quality)
+        self._write_manifest()
+        return self.manifest
 
     def reopen(self) -> None:
         """Mark the store incomplete again (a damaged part was removed and will be written anew)."""

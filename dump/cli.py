@@ -25,6 +25,7 @@ Examples:
   dspark-dump --model Qwen/Qwen3-4B --data chats.jsonl --layers 1,9,17,25,33 --dry-run
   dspark-dump --model Qwen/Qwen3-4B --data chats.jsonl --for eagle3,dspark
   dspark-dump --model ./smollm2 --data chats.jsonl.gz --data more.parquet=0.3 --resume
+  dspark-dump --model ./smollm2 --data chats.jsonl.gz --shard $SLURM_ARRAY_TASK_ID/8
   dspark-dump --model Qwen/Qwen3-4B --data prompts.jsonl --regenerate --no-thinking --max-tokens 1024
 
 \b
@@ -98,6 +99,12 @@ class DrafterTypes(click.ParamType):  # type: ignore[type-arg]  # no generic bef
 )
 @click.option("--limit", type=int, help="Only the first N rows, of each --data.")
 @click.option("--resume", is_flag=True, help="Continue the store at --output.")
+@click.option(
+    "--shard",
+    metavar="I/N",
+    help="Make every N-th part only, I from 0 to N - 1: N such dumps make one store, all with one --output, or each with its own "
+    "and dspark-tools merge afterwards. Continues a store that is there.",
+)
 @click.option(
     "--overwrite",
     is_flag=True,

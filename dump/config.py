@@ -12,6 +12,7 @@ from dspark.cache.settings import DEFAULT_PACKING, choose_codec, is_asked
 from dspark.cache.target.taps import BOTH
 from dspark.dump.engines.answers import check_answers, check_max_tokens, check_temperature, check_top_p
 from dspark.dump.engines.options import EngineOptions, parse_arguments
+from dspark.dump.shard import Shard
 
 if TYPE_CHECKING:
     from dspark.cache.codec.base import Codec
@@ -65,6 +66,7 @@ class DumpConfig:
     engine_arg: tuple[str, ...] = ()  # KEY=VALUE
     trust_remote_code: bool = False
     dry_run: bool = False
+    shard: str | None = None  # I/N: every N-th part only
 
     def __post_init__(self) -> None:
         if self.regenerate and len(self.sources) > 1:
@@ -105,6 +107,16 @@ class DumpConfig:
             raise UsageError(
                 "--regenerate writes parts by rows, since answers' lengths are not known before: leave --part-tokens out."
             )
+        if self.shard is not None:
+            Shard.parse(self.shard)
+            if self.overwrite or self.regenerate:
+                flag = "--overwrite" if self.overwrite else "--regenerate"
+                why = (
+                    "the others may be writing that store"
+                    if self.overwrite
+                    else "answers belong to a whole store"
+                )
+                raise UsageError(f"give --shard or {flag}, not both: {why}.")
         if self.turns not in TURNS:
             raise UsageError(f"--turns {self.turns}: expected one of {', '.join(TURNS)}.")
         template_keywords(self.template_kwargs)
@@ -142,6 +154,16 @@ class DumpConfig:
         from dspark.cache.codec import registry
 
         return registry.make(self.codec_name, self.pack)
+
+    @property
+    def part_of(self) -> Shard | None:
+        """Return which of several dumps of one plan this is, None where it is the only one."""
+        return None if self.shard is None else Shard.parse(self.shard)
+
+    def beside(self, suffix: str) -> Path:
+        """Return the path of this dump's own file beside the store, such as ``hs.zarr.log``."""
+        shard = self.part_of
+        return self.output.with_name(self.output.name + (shard.suffix(suffix) if shard else suffix))
 
     @property
     def engine_options(self) -> EngineOptions:

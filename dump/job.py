@@ -232,7 +232,7 @@ def load_engine(plan: planning.Plan, batch_tokens: int | None) -> Engine:
         device=plan.device,
         dtype=plan.dtype,
         seq_length=plan.seq_length,
-        spool=Path(plan.output + ".spool"),
+        spool=Path(plan.spool),
         batch_tokens=batch_tokens,
         options=plan.engine_options,
         say=Display().say,
@@ -253,6 +253,7 @@ def part_reader(
         source=source,
         note=note,
         make=make,
+        **({"takes": job.config.part_of.takes} if job.config.part_of else {}),
     )
 
 

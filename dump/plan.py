@@ -21,6 +21,7 @@ from dspark.cache.target import taps
 from dspark.dump.config import DEFAULT_SEQ_LENGTH, DumpConfig
 from dspark.dump.engines.options import NO_OPTIONS, EngineOptions
 from dspark.dump.engines.registry import choose_dtype, choose_engine, engine_kind
+from dspark.dump.shard import Shard
 from dspark.dump.target.layers import Shapes, check_layers
 from dspark.dump.target.presets import Preset
 from dspark.dump.workers import default_workers
@@ -86,6 +87,12 @@ class Plan:
     calibration_tokens: int = 0  # whose states the codec learns from
     calibration_bytes: int = 0  # of host memory that they take
     calibration: str | None = None  # the file that it has learnt from instead
+    shard: str | None = None  # of several dumps, this one
+
+    @property
+    def spool(self) -> str:
+        """Folder of the files between a vLLM worker and this dump."""
+        return self.output + (Shard.parse(self.shard).suffix(".spool") if self.shard else ".spool")
 
     def make_codec(self) -> Codec:
         """The store's codec, not calibrated yet."""
@@ -137,7 +144,8 @@ class Plan:
             + (f" ({self.codec_why})" if self.codec_why else ""),
             *(f"source   {n}: {name}: {rows:,} rows" for n, (name, rows) in enumerate(self.sources)),
             *self._calibration(),
-            f"size     {size}{took}; free {human(self.free_bytes)}",
+            f"size     {size}{took}; free {human(self.free_bytes)}"
+            + (f"; of it shard {self.shard}" if self.shard else ""),
             *(
                 f"  {what}: {n:,} of {self.looked_at:,} rows looked at"
                 for what, n in [*((f"dropped: {r}", n) for r, n in self.dropped.items()), *self.notes.items()]
@@ -207,6 +215,7 @@ def resolve(
         workers=workers,
         engine_options=config.engine_options,
         engine_why=why,
+        shard=config.shard,
         confirmed=preset is None or preset.confirmed or shapes != preset.shapes,
     )
     if config.part_tokens is None and device == "cuda":
@@ -398,11 +407,12 @@ def weight_bytes(shapes: Shapes) -> int:
     return 2 * shapes.vocab_size * shapes.hidden_size
 
 
-def check_disk(plan: Plan, done_tokens: int) -> None:
-    """Refuse a dump that is not expected to fit, ``done_tokens`` of it being there."""
+def check_disk(plan: Plan, done_tokens: int, shard: Shard | None = None) -> None:
+    """Refuse a dump, or one ``shard`` of it, that is not expected to fit, ``done_tokens`` of it being there."""
     if plan.tokens is None or plan.bytes is None:
         return
-    left = max(1 - done_tokens / max(plan.tokens, 1), 0.0)
+    share = 1 / shard.count if shard else 1.0
+    left = max(share - done_tokens / max(plan.tokens, 1), 0.0)
     need = round(plan.bytes * left)
     if need > plan.free_bytes:
         raise StoreWriteError(

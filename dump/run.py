@@ -30,7 +30,7 @@ from dspark.cache.settings import FALLBACK, NAMED
 from dspark.cache.shared import config_file
 from dspark.cache.shared.stopping import parts_of, stoppable
 from dspark.cache.target.logits import PLAIN, Logits
-from dspark.cache.writer import StoreWriter, by_source, rebuild, scan_parts
+from dspark.cache.writer import StoreWriter, by_source, rebuild, scan_parts, totals
 from dspark.dump import plan as planning
 from dspark.dump.centring import Calibration, calibration_samples, captured, learning_device
 from dspark.dump.checks.coded import check_coded
@@ -49,6 +49,7 @@ from dspark.dump.writing.pipeline import Pipeline, writers
 
 if TYPE_CHECKING:
     from dspark.cache.codec.base import Codec
+    from dspark.cache.target.frozen import FrozenTarget
     from dspark.dump.engines.engine import Engine, States
     from dspark.dump.progress import Display
 
@@ -57,12 +58,17 @@ STOPPING = "discarding unfinished parts, committing finished ones"
 log = logging.getLogger("dspark.dump")
 
 
+TURN = 3600.0  # seconds that a shard waits for another one to make or end their store
+
+
 def dump(
     config: DumpConfig, show: Display, engine_for: Callable[[planning.Plan, int | None], Engine] = load_engine
 ) -> dict[str, Any]:
     """Run the whole dump; returns the report that ``--json`` prints. Raises LockedError where another process writes the store."""
     safe = parts_of(config.output, resume=config.resume)
-    with stoppable(STOPPING, safe), owned(config.output, "dspark-dump", break_lock=config.break_lock) as lock:
+    # A shard holds the store's own lock only while it makes or ends the store.
+    own = owned(config.beside(""), "dspark-dump", break_lock=config.break_lock)
+    with stoppable(STOPPING, safe), own as lock:
         return _dump(config, show, engine_for, lock)
 
 
@@ -73,7 +79,7 @@ def _dump(
     lock: Lock,
 ) -> dict[str, Any]:
     began = time.monotonic()
-    resuming = config.resume and config.output.exists()
+    resuming = (config.resume or config.shard is not None) and config.output.exists()
     if config.output.exists() and not (resuming or config.overwrite):
         raise ExistsError(
             f"{config.output} exists. Use --resume to continue it, --overwrite to replace it, or another --output."
@@ -99,16 +105,17 @@ def _dump(
                 f"{config.output} is complete ({stored.counts.samples:,} samples, {stored.counts.tokens:,} tokens): nothing to resume."
             )
             return report(config.output, stored, time.monotonic() - began, Written())
-    with log_file(config.output.with_name(config.output.name + ".log")):
+    with log_file(config.beside(".log")):
         for line in job.plan.lines():
             show.say(line)
         writer = StoreWriter.resume(config.output, job.manifest) if stored else None
-        done = sum(r.tokens for r in writer.committed.values()) if writer else 0
+        own = config.part_of.takes if config.part_of else lambda part: True
+        done = sum(r.tokens for i, r in writer.committed.items() if own(i)) if writer else 0
         if writer:
             show.say(f"resuming: {len(writer.committed)} parts with {done:,} tokens are already there")
             if config.regenerate:
                 answers.check(writer.committed)
-        planning.check_disk(job.plan, done)
+        planning.check_disk(job.plan, done, config.part_of)
         probe = first_samples(job)
         with ExitStack() as stack:
             make, write = tokenisers(job), writers(job.plan.workers)  # they start while the weights are read
@@ -185,22 +192,14 @@ def run_engine(
         codec = job.plan.make_codec()
         codec = job.supplied.codec(codec) if job.supplied else codec
         found = calibration(job, engine, probe_states(engine, probe, raw, codec), codec, show)
-        planning.check_disk(planning.measured(job.plan, found.size), 0)
+        planning.check_disk(planning.measured(job.plan, found.size), 0, config.part_of)
         codec = found.codec
         # While an older store that is to be replaced is still there.
         check_coded(engine, probe, raw, codec, job.plan.layers)
         guard()
         answers = AnswerFiles(config.output)
         stale = config.overwrite and answers.go_with_the_store()
-        writer = StoreWriter.create(
-            config.output,
-            job.manifest,
-            compact(frozen),
-            job.target.files,
-            codec=codec,
-            overwrite=config.overwrite,
-            weights_sha256=job.supplied.made_for.weights_sha256 if job.supplied else None,
-        )
+        writer = begun(job, frozen, codec)
         if stale:  # only now: an old store that could not be replaced keeps its answers
             answers.begin()
     else:
@@ -211,7 +210,7 @@ def run_engine(
     writer.guard = guard
     # Only now: an old store that could not be replaced keeps what was asked of it.
     settings = config_file.resolved(dataclasses.asdict(config), "dspark-dump")
-    write_file(config.output.with_name(config.output.name + ".yaml"), settings)
+    write_file(config.beside(".yaml"), settings)
     measured = quality_of(probe_states(engine, probe, raw, writer.codec), writer.codec)
     if isinstance(job.maker, Prompts):
         with writer:
@@ -228,7 +227,38 @@ def run_engine(
         reader.check_dropped(at_end=True)
         for note, n in reader.notes.items():
             show.say(f"  {note}: {n:,}")
+        if config.shard is not None:
+            with owned(config.output, "dspark-dump --shard", wait=TURN):
+                rows = {i: one.total for i, one in enumerate(reader.readers)}
+                manifest = writer.finish_shard(rows, quality=measured, sources=job.manifest.sources)
+            return manifest, written
         return finished(writer, job, measured), written
+
+
+def begun(job: Job, frozen: FrozenTarget, codec: Codec) -> StoreWriter:
+    """The new store; of several dumps into one the first makes it, and the others go on with it."""
+    config = job.config
+    target, files = compact(frozen), job.target.files
+
+    def create() -> StoreWriter:
+        return StoreWriter.create(
+            config.output,
+            job.manifest,
+            target,
+            files,
+            codec=codec,
+            overwrite=config.overwrite,
+            weights_sha256=job.supplied.made_for.weights_sha256 if job.supplied else None,
+        )
+
+    if config.shard is None:
+        return create()
+    with owned(config.output, "dspark-dump --shard", wait=TURN):
+        if not config.output.exists():
+            return create()
+    writer = StoreWriter.resume(config.output, job.manifest)
+    writer.restore_target(target, files)
+    return writer
 
 
 def probe_states(
@@ -383,10 +413,11 @@ def regenerate_parts(
 
 def report(output: Path, manifest: Manifest, seconds: float, written: Written) -> dict[str, Any]:
     """What the command says at the end."""
+    counts = manifest.counts if manifest.complete else totals(list(scan_parts(output).values()))
     return {
         "output": str(output),
         "complete": manifest.complete,
-        **dataclasses.asdict(manifest.counts),
+        **dataclasses.asdict(counts),
         "codec": manifest.codec.name,
         "layers": manifest.layers,
         "target_layer_ids": manifest.target_layer_ids,
@@ -412,9 +443,10 @@ def summary(out: dict[str, Any]) -> list[str]:
         if out["new_tokens"]
         else ""
     )
+    left = "" if out["complete"] else "; NOT COMPLETE: other shards have yet to write theirs"
     return [
         f"{out['output']}: {out['samples']:,} samples, {out['tokens']:,} tokens ({out['supervised_tokens']:,} supervised{rate}) in "
-        f"{out['parts']:,} parts; {out['truncated']:,} truncated, {sum(out['dropped'].values()):,} of {out['rows_read']:,} rows dropped",
+        f"{out['parts']:,} parts; {out['truncated']:,} truncated, {sum(out['dropped'].values()):,} of {out['rows_read']:,} rows dropped{left}",
         *(f"  dropped: {reason}: {n:,}" for reason, n in out["dropped"].items()),
         *(
             f"  source {s['number']}: {s['id']}: {s['samples']:,} samples, {s['tokens']:,} tokens of {s['rows']:,} rows"

@@ -16,6 +16,8 @@ VERBS = {
     "estimate": ("stores.estimate", "estimate_command", "Bytes, files and time of a dump before it is run."),
     "score": ("judge.score", "score_command", "Teacher-forced metrics of a draft on a store."),
     "recode": ("stores.recode", "recode_command", "Write a store again with another codec."),
+    "merge": ("stores.merge", "merge_command", "Join stores of one plan into a new one."),
+    "append": ("stores.merge", "append_command", "Add a second corpus to a store of the same plan."),
     "import": ("importers.command", "import_command", "Convert a DeepSpec or speculators cache to a store."),
     "compare": ("stores.compare", "compare_command", "What one store's code loses against another's."),
     "eval": ("judge.eval", "eval_command", "Decode prompts with a draft: lengths, speed, losslessness."),

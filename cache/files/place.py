@@ -6,8 +6,10 @@ folder; an object store writes the part's objects first and its record last. Rea
 
 from __future__ import annotations
 
+import errno
 import mmap
 import os
+import shutil
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -17,6 +19,9 @@ import numpy as np
 
 from dspark.cache.errors import DamagedCacheError, read_error
 from dspark.cache.files.atomic import STAGING, staged, write_file
+
+# A file of another file system, too many names, a file system without hard links, or a file of another user.
+NO_LINK = frozenset({errno.EXDEV, errno.EMLINK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EPERM})
 
 Bytes = np.ndarray[tuple[int, ...], np.dtype[np.uint8]]
 
@@ -47,6 +52,10 @@ class Place(Protocol):
 
     def write(self, name: str, data: bytes) -> None:
         """Replace a small object, whole or not at all."""
+        ...
+
+    def link(self, other: Place, source: str, name: str) -> None:
+        """Make ``name`` the object ``source`` of ``other``, without its bytes passing through here where that can be."""
         ...
 
     def commit(self, name: str, token: str) -> AbstractContextManager[Path]:
@@ -99,6 +108,17 @@ class Folder:
 
     def write(self, name: str, data: bytes) -> None:
         write_file(self.root / name, data)
+
+    def link(self, other: Place, source: str, name: str) -> None:
+        assert isinstance(other, Folder)
+        to = self.root / name
+        to.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            os.link(other.root / source, to)
+        except OSError as error:
+            if error.errno not in NO_LINK:
+                raise
+            shutil.copyfile(other.root / source, to)
 
     def commit(self, name: str, token: str) -> AbstractContextManager[Path]:
         return staged(self.root / name, keep=True, token=token)

@@ -49,7 +49,8 @@ class PartRows:
 class PartReader:
     """Reads a corpus block by block, past the parts that are committed. ``note`` is told of each dropped row.
 
-    ``make``: rows -> samples in order, where ``maker`` alone is not fast enough (``tokenise.Tokenisers``).
+    ``make``: rows -> samples in order, where ``maker`` alone is not fast enough (``tokenise.Tokenisers``). ``takes``: the numbers of the parts that are to be
+    made; what others make is not looked at.
     """
 
     def __init__(
@@ -63,11 +64,13 @@ class PartReader:
         source: int = 0,
         note: Callable[[str], None] = lambda line: None,
         make: Making | None = None,
+        takes: Callable[[int], bool] = lambda part: True,
     ) -> None:
         self.corpus, self.source = corpus, source
         self._make: Making = make or (lambda rows: ((row, maker.make(row)) for row in rows))
         self.block_rows, self.limit, self.max_dropped = block_rows, limit, max_dropped
-        self.note = note
+        self.note, self.takes = note, takes
+        self.total = 0  # rows of the corpus, once ``parts`` has come to their end
         self.rows_read = 0
         self.dropped: Counter[str] = Counter()
         self.notes: Counter[str] = Counter()  # what is not in the samples of rows that were kept
@@ -103,7 +106,7 @@ class PartReader:
             part = PartRows(
                 part_number(self.source, block), block * self.block_rows, (block + 1) * self.block_rows
             )
-            if own:
+            if own and (part.index in committed or self.takes(part.index)):
                 part.rows_sha256 = rows_sha256(own)
             following = part.index + 1
             if self._last is not None and self._last < part.row_stop:
@@ -111,9 +114,11 @@ class PartReader:
             if part.index in committed:
                 self._compare(part, committed[part.index])
                 self.dropped.update(committed[part.index].dropped)
-                self.rows_read = part.row_stop
+                self.rows_read += part.row_stop - part.row_start
                 continue
-            yield part, own
+            if self.takes(part.index):
+                yield part, own
+        self.total = self._last or 0
         beyond = sorted(i for i, r in committed.items() if r.source == self.source and i >= following)
         if beyond:
             raise MismatchError(
@@ -150,7 +155,7 @@ class PartReader:
         )
 
     def _collect(self, part: PartRows, row: Row, made: Made) -> None:
-        self.rows_read = row.number + 1
+        self.rows_read += 1
         self.notes.update(made.notes)
         for note in made.notes:
             self.note(f"{row.where}: {note}" + (f" ({made.detail})" if made.detail else ""))

@@ -239,7 +239,7 @@ class Regenerator:
             # Before more is asked, not behind an answered part: that one is to be kept.
             self.reader.check_dropped()
             states = self._answer(part, rows)
-            self.reader.rows_read = part.row_stop
+            self.reader.rows_read += part.row_stop - part.row_start
             yield part, states
 
     def _answer(self, part: PartRows, rows: list[Row]) -> list[CodedStates]:

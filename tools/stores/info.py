@@ -54,7 +54,7 @@ def info(path: str | Path) -> dict[str, Any]:
         "bytes_on_disk": on_disk, "frozen_bytes": on_disk - states, "bytes_per_token": stored, "raw_bytes_per_token": raw,
         "ratio": raw / stored if stored else None, "engine": manifest.dump.engine, "engine_version": manifest.dump.engine_version,
         "dtype": manifest.dump.dtype, "seq_length": manifest.dump.seq_length, "mask_rule": manifest.dump.mask_rule,
-        "source": manifest.source.id, "rows_read": counts.rows_read, "truncated": counts.truncated, "dropped": counts.dropped,
+        "source": manifest.source.id, "sources": [s.id for s in manifest.sources], "rows_read": counts.rows_read, "truncated": counts.truncated, "dropped": counts.dropped,
         "quality": manifest.quality, "per_source": sources_of(path, manifest),
     }  # fmt: skip
 

@@ -1,0 +1,256 @@
+"""Stores of one plan made into one: ``merge`` joins what several writers made, ``append`` adds a second corpus.
+
+Parts are blocks of source rows and depend on nothing else, so a part goes over as it is: its files get a second name (a hard link, a copy where that cannot be).
+A part of another source becomes a part of another number, which its shards' tags hold: its files are copied with new tags. The given stores stay as they are.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from dspark.cache.errors import ExistsError, MismatchError, UsageError
+from dspark.cache.files.atomic import staged
+from dspark.cache.files.blocks import missing_rows, rows_known, spans
+from dspark.cache.files.checksum import crc32, crc32c
+from dspark.cache.files.lock_files import owned
+from dspark.cache.files.layout import (
+    CALIBRATION,
+    PART_KEY,
+    PARTS,
+    ROOT_KEY,
+    SOURCE_STRIDE,
+    TARGET,
+    part_name,
+    part_number,
+    shard_tag,
+)
+from dspark.cache.files.part import PartRecord, group_metadata, write_attributes
+from dspark.cache.files.place import Folder, Object, Place, refuse_links
+from dspark.cache.manifest import Manifest, SourceInfo, differences, sealed
+from dspark.cache.reader import read_manifest
+from dspark.cache.writer import StoreWriter, check_whole, scan_parts, totals, write_index
+
+Progress = Callable[[int, int], None]
+COPY = 8 << 20  # bytes of a file that are copied at once
+
+
+@dataclass(frozen=True, slots=True)
+class Given:
+    """A store that is joined with others: its parts by number, and which number each of its sources has in the result."""
+
+    path: Path
+    place: Place
+    manifest: Manifest
+    records: Mapping[int, PartRecord]
+    sources: Mapping[int, int]
+
+
+def merge(
+    out: str | Path, stores: Sequence[str | Path], *, progress: Progress = lambda done, total: None
+) -> Manifest:
+    """Join ``stores`` into the new store ``out``; returns its manifest.
+
+    Raises ExistsError where ``out`` is there, and MismatchError where plans differ, where two stores hold different parts of the same rows, or, naming them, where
+    rows are missing.
+    """
+    out = Path(out)
+    if not stores:
+        raise UsageError("merge: give the stores to be joined behind the new one")
+    if out.exists():
+        raise ExistsError(f"{out} exists. Give the merged store another name.")
+    sources: list[SourceInfo] = []
+    given = [_given(Path(s), sources) for s in stores]
+    first = given[0].manifest
+    for other in given[1:]:
+        _same_plan(first, given[0].path, other.manifest, other.path)
+    chosen = _chosen(given)
+    _refuse_missing(given, chosen, sources, out)
+    complete = [g.manifest for g in given if g.manifest.quality]
+    manifest = dataclasses.replace(
+        first,
+        sources=[dataclasses.replace(s, rows=None) for s in sources],
+        quality=complete[0].quality if complete else {},
+    )
+    with owned(out, "dspark-tools merge"), staged(out) as new:
+        new.mkdir()
+        place = Folder(new)
+        for name in _common(given[0].place):
+            place.link(given[0].place, name, name)
+        records = []
+        for done, (number, (store, record)) in enumerate(sorted(chosen.items())):
+            records.append(_take(place, "", store, record, number))
+            progress(done + 1, len(chosen))
+        return _ended(new, manifest, records)
+
+
+def append(
+    store: str | Path, others: Sequence[str | Path], *, progress: Progress = lambda done, total: None
+) -> Manifest:
+    """Add the sources of ``others``, complete stores of the plan of ``store``, to it; returns its manifest. A call that was stopped is simply made again.
+
+    Raises MismatchError where plans differ, where one is not complete or where a source is there already.
+    """
+    store = Path(store)
+    manifest = read_manifest(store)
+    sources = [dataclasses.replace(s, rows=None) for s in manifest.sources]
+    own = len(sources)
+    given = [_given(Path(s), sources) for s in others]
+    for one in [(store, manifest), *((g.path, g.manifest) for g in given)]:
+        if not one[1].complete:
+            raise MismatchError(f"{one[0]}: not complete. Finish its dump with --resume, then append.")
+    for g in given:
+        _same_plan(manifest, store, g.manifest, g.path)
+        if twice := [sources[n].id for n in g.sources.values() if n < own]:
+            raise MismatchError(f"{g.path}: its source {twice[0]} is in {store} already")
+    chosen = _chosen(given)
+    with owned(store, "dspark-tools append"), StoreWriter(store, manifest, {})._joined() as writer:
+        there = scan_parts(store)
+        records = [r for n, r in there.items() if n // SOURCE_STRIDE < own]
+        for done, (number, (other, record)) in enumerate(sorted(chosen.items())):
+            if number in there:  # by a call that was stopped
+                records.append(there[number])
+            else:
+                records.append(_take(writer.place, writer.token, other, record, number))
+            progress(done + 1, len(chosen))
+        return _ended(store, dataclasses.replace(manifest, sources=sources), records)
+
+
+def _given(path: Path, sources: list[SourceInfo]) -> Given:
+    """The store at ``path``; sources that are not in ``sources`` yet are added there."""
+    manifest = read_manifest(path)
+    if manifest.format_version == 1:
+        raise UsageError(
+            f"{path}: a store of format version 1 is read, not joined. Convert it first: dspark-tools recode {path} NEW"
+        )
+    refuse_links(path)
+    numbers = {}
+    for own, source in enumerate(manifest.sources):
+        same = [
+            i
+            for i, s in enumerate(sources)
+            if (s.id, s.sha256, s.limit) == (source.id, source.sha256, source.limit)
+        ]
+        if same and sources[same[0]].rows is None:
+            sources[same[0]] = source
+        if not same:
+            sources.append(source)
+        numbers[own] = same[0] if same else len(sources) - 1
+    records = scan_parts(path)
+    for record in records.values():
+        if record.plan_sha256 != manifest.digest():
+            raise MismatchError(
+                f"{path / PARTS / part_name(record.index)}: a part of another plan than the store's. See dspark-tools verify {path}"
+            )
+    return Given(path, Folder(path), manifest, records, numbers)
+
+
+def _same_plan(a: Manifest, where: Path, b: Manifest, other: Path) -> None:
+    if a.digest() == b.digest():
+        return
+    found = "\n  ".join(
+        f"{name}: {x!r:.80} and {y!r:.80}" for name, x, y in differences(a.plan(), b.plan())[:8]
+    )
+    raise MismatchError(
+        f"{where} and {other} are of different plans, so their samples are not alike.\n  {found}\n"
+        "Dump both with the same flags, and the same --calibration where the codec learns."
+    )
+
+
+def _chosen(given: Sequence[Given]) -> dict[int, tuple[Given, PartRecord]]:
+    """The parts of the result by number, each with the first store that has it. Raises MismatchError where two differ."""
+    out: dict[int, tuple[Given, PartRecord]] = {}
+    for store in given:
+        for record in store.records.values():
+            number = part_number(store.sources[record.source], record.block)
+            if number not in out:
+                out[number] = store, record
+                continue
+            other, first = out[number]
+            if (first.files, first.rows_sha256) != (
+                record.files,
+                record.rows_sha256,
+            ) and first.index == record.index:
+                raise MismatchError(
+                    f"{other.path} and {store.path} have different parts of rows {record.row_start:,}-{record.row_stop - 1:,} "
+                    f"of {record.source_id}. Delete one of them: {store.path / PARTS / part_name(record.index)}"
+                )
+    return out
+
+
+def _refuse_missing(
+    given: Sequence[Given],
+    chosen: Mapping[int, tuple[Given, PartRecord]],
+    sources: Sequence[SourceInfo],
+    out: Path,
+) -> None:
+    rows: dict[int, int] = {}
+    size = given[0].manifest.dump.block_rows
+    for store in given:
+        known = rows_known(store.records.values(), size, store.manifest.sources)
+        if store.manifest.complete:
+            ends = {r.source: r.row_stop for r in store.records.values()}
+            known = {s: max(known.get(s, 0), stop) for s, stop in ends.items()}
+        rows.update({store.sources[s]: n for s, n in known.items()})
+    if missing := missing_rows(chosen, rows, size):
+        raise MismatchError(
+            f"{out}: not written, {spans(missing)} are missing. Run the shards that make them (dspark-dump --shard), "
+            f"then merge again. Sources: {', '.join(f'{i} = {s.id}' for i, s in enumerate(sources))}"
+        )
+    if unknown := [s.id for i, s in enumerate(sources) if i not in rows]:
+        raise MismatchError(
+            f"{out}: not written, no store says how many rows {unknown[0]} has: none of its dumps has ended. "
+            "Run one of them to its end with --resume."
+        )
+
+
+def _common(place: Place) -> Iterator[str]:
+    """Names of what is of a store and not of a part, but for manifest and index."""
+    yield from (f"{TARGET}/{name}" for name in place.list(TARGET))
+    yield f"{PARTS}/zarr.json"
+    if CALIBRATION in place.list(""):
+        yield CALIBRATION
+
+
+def _take(place: Place, token: str, store: Given, record: PartRecord, number: int) -> PartRecord:
+    """Part ``record`` of ``store`` as part ``number`` at ``place``; returns its record there."""
+    name, old = f"{PARTS}/{part_name(number)}", f"{PARTS}/{part_name(record.index)}"
+    if number == record.index:
+        for file in (*record.files, "zarr.json"):
+            place.link(store.place, f"{old}/{file}", f"{name}/{file}")
+        return record
+    files = {}
+    with place.commit(name, token) as folder:
+        for file in record.files:
+            array, _, chunk = file.partition("/")
+            to = folder / file
+            to.parent.mkdir(parents=True, exist_ok=True)
+            tag = shard_tag(record.plan_sha256, number, array) if chunk.startswith("c/") else b""
+            files[file] = list(_copy(store.place.open(f"{old}/{file}"), to, tag))
+        moved = dataclasses.replace(record, index=number, source=number // SOURCE_STRIDE, files=files)
+        write_attributes(folder, PART_KEY, sealed(moved.to_json()))
+    return moved
+
+
+def _copy(source: Object, to: Path, tag: bytes) -> tuple[int, int, int]:
+    """Copy ``source`` to the new file ``to``, its first bytes replaced by ``tag``; returns size, crc32c and crc32."""
+    size, crc, other = source.size, 0, 0
+    with open(to, "wb") as file:
+        for start in range(0, size, COPY):
+            data = source.read(start, COPY).tobytes()
+            if not start:
+                data = tag + data[len(tag) :]
+            file.write(data)
+            crc, other = crc32c(data, crc), crc32(data, other)
+    return size, crc, other
+
+
+def _ended(path: Path, manifest: Manifest, records: Sequence[PartRecord]) -> Manifest:
+    """Write index and manifest of the store at ``path``, which holds the parts of ``records``."""
+    check_whole(records, manifest, path)
+    write_index(path, records)
+    manifest = dataclasses.replace(manifest, counts=totals(records), complete=True)
+    Folder(path).write("zarr.json", group_metadata(ROOT_KEY, sealed(manifest.to_json())))
+    return manifest

@@ -1,0 +1,107 @@
+"""Several dumps of one plan: into one store and into stores of their own that are merged; the bytes are those of a single writer."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+from dump_runs import assert_same
+
+import dspark.cache
+from dspark.cache.errors import ExistsError, IncompleteCacheError, MismatchError, UsageError
+from dspark.cache.merge import append, merge
+from dspark.cache.verify import verify
+from dspark.dump.config import DumpConfig
+from dspark.dump.progress import Display
+from dspark.dump.run import dump
+from dspark.dump.shard import Shard
+
+
+@pytest.mark.parametrize("text", ["2/2", "-1/2", "1", "a/b", "0/0", "1/99999999"])
+def test_a_shard_that_cannot_be_is_a_usage_error(text: str) -> None:
+    with pytest.raises(UsageError, match="I from 0 to N - 1"):
+        Shard.parse(text)
+
+
+def test_every_part_belongs_to_one_shard() -> None:
+    parts = [source * 10**8 + block for source in range(3) for block in range(7)]
+    for count in (1, 2, 4):
+        shards = [Shard(i, count) for i in range(count)]
+        assert all(sum(s.takes(p) for s in shards) == 1 for p in parts)
+
+
+def shard(config: DumpConfig, text: str, output: Path) -> DumpConfig:
+    return dataclasses.replace(config, shard=text, output=output)
+
+
+def test_shards_give_the_bytes_of_one_writer(config: DumpConfig, show: Display, tmp_path: Path) -> None:
+    config = dataclasses.replace(config, aux_bits=4, last_bits=4)
+    dump(config, show)
+    parts = len(list((config.output / "parts").glob("0*")))
+    assert parts > 4
+    together = tmp_path / "together.zarr"
+    first = dump(shard(config, "0/2", together), show)
+    assert (first["complete"], 0 < first["parts"] < parts) == (False, True)
+    with pytest.raises(IncompleteCacheError):
+        dspark.cache.open(together)
+    assert verify(together).ok
+    assert dump(shard(config, "1/2", together), show)["complete"]
+    assert_same(config.output, together)
+    assert dump(shard(config, "1/2", together), show)["parts"] == parts  # nothing left to do
+    own = [tmp_path / f"{i}.zarr" for i in range(2)]
+    for i, output in enumerate(own):
+        assert not dump(shard(config, f"{i}/2", output), show)["complete"]
+    out = tmp_path / "merged.zarr"
+    with pytest.raises(MismatchError, match=r"rows \d+-\d+, .* are missing"):
+        merge(out, own[:1])
+    assert not out.exists()
+    merge(out, own)
+    assert_same(config.output, out)
+    assert verify(out).ok
+    assert all(verify(o).ok for o in own)
+    with pytest.raises(ExistsError):
+        merge(out, own)
+    # A part that is in both is taken once; one that differs is named.
+    again = tmp_path / "again.zarr"
+    merge(again, [*own, config.output])
+    assert_same(config.output, again)
+
+
+def test_what_cannot_be_merged_is_refused(config: DumpConfig, show: Display, tmp_path: Path) -> None:
+    dump(config, show)
+    other = dataclasses.replace(config, output=tmp_path / "other.zarr", seq_length=200)
+    dump(other, show)
+    with pytest.raises(MismatchError, match=r"run.seq_length"):
+        merge(tmp_path / "out.zarr", [config.output, other.output])
+    with pytest.raises(UsageError, match="--overwrite"):
+        dataclasses.replace(config, shard="0/2", overwrite=True)
+    assert [p.name for p in tmp_path.glob("*out*")] == []
+
+
+def test_a_second_corpus_is_appended(config: DumpConfig, show: Display, tmp_path: Path) -> None:
+    dump(config, show)
+    rows = Path(config.data or "").read_text().splitlines()
+    second = tmp_path / "second.jsonl"
+    second.write_text("\n".join(rows[5:25]) + "\n")
+    job = dataclasses.replace(config, data=str(second), output=tmp_path / "second.zarr")
+    dump(job, show)
+    if (plans := [dspark.cache.open(c.output).manifest.dump.block_rows for c in (config, job)])[0] != plans[
+        1
+    ]:
+        pytest.fail(f"blocks of {plans} rows")
+    before = [dspark.cache.open(c.output) for c in (config, job)]
+    expected = [c[i] for c in before for i in range(len(c))]
+    joined = tmp_path / "joined.zarr"
+    merge(joined, [config.output, job.output])
+    append(config.output, [job.output])
+    assert_same(joined, config.output)
+    assert verify(joined).ok, verify(joined).findings
+    store = dspark.cache.open(config.output)
+    assert [s.id for s in store.manifest.sources] == ["rows.jsonl", "second.jsonl"]
+    assert len(store) == len(expected)
+    for a, b in zip(store, expected, strict=True):
+        assert (a.row, a.key) == (b.row, b.key)
+        assert (a.aux == b.aux).all()
+    with pytest.raises(MismatchError, match="is in .* already"):
+        append(config.output, [job.output])

@@ -1,0 +1,51 @@
+"""``dspark-tools merge``, ``append`` and ``subset``: stores of one plan joined, and a part of a store taken out; the work is in ``dspark.cache``."""
+
+from __future__ import annotations
+
+import click
+
+from dspark.cache.shared.command import bar, command, emit, json_flag, table
+from dspark.tools.stores.info import info
+
+
+def _report(store: str, as_json: bool) -> None:
+    data = info(store)
+    if as_json:
+        emit(data)
+        return
+    table(
+        [
+            ("store", f"{store}: {data['samples']:,} samples in {data['parts']:,} parts"),
+            ("tokens", f"{data['tokens']:,}, supervised {data['supervised_tokens']:,}"),
+            ("sources", ", ".join(data["sources"])),
+        ]
+    )
+
+
+@command("merge", epilog="\b\nExamples:\n  dspark-tools merge hs.zarr shard-0.zarr shard-1.zarr shard-2.zarr")
+@click.argument("out")
+@click.argument("stores", nargs=-1, required=True, metavar="STORE...")
+@json_flag
+def merge_command(out: str, stores: tuple[str, ...], as_json: bool) -> None:
+    """Join stores of one plan, such as those of dspark-dump --shard, into the new store OUT. The given ones stay.
+
+    Refuses, naming them, if rows of a source are missing.
+    """
+    from dspark.cache.merge import merge
+
+    with bar("merge") as progress:
+        merge(out, stores, progress=progress)
+    _report(out, as_json)
+
+
+@command("append", epilog="\b\nExamples:\n  dspark-tools append hs.zarr second-corpus.zarr")
+@click.argument("store")
+@click.argument("others", nargs=-1, required=True, metavar="OTHER...")
+@json_flag
+def append_command(store: str, others: tuple[str, ...], as_json: bool) -> None:
+    """Add the corpora of complete stores of the same plan to STORE. Those stores stay."""
+    from dspark.cache.merge import append
+
+    with bar("append") as progress:
+        append(store, others, progress=progress)
+    _report(store, as_json)
