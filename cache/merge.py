@@ -15,7 +15,6 @@ from dspark.cache.errors import ExistsError, MismatchError, UsageError
 from dspark.cache.files.atomic import staged
 from dspark.cache.files.blocks import missing_rows, rows_known, spans
 from dspark.cache.files.checksum import crc32, crc32c
-from dspark.cache.files.lock_files import owned
 from dspark.cache.files.layout import (
     CALIBRATION,
     PART_KEY,
@@ -27,6 +26,7 @@ from dspark.cache.files.layout import (
     part_number,
     shard_tag,
 )
+from dspark.cache.files.lock_files import owned
 from dspark.cache.files.part import PartRecord, group_metadata, write_attributes
 from dspark.cache.files.place import Folder, Object, Place, refuse_links
 from dspark.cache.manifest import Manifest, SourceInfo, differences, sealed
