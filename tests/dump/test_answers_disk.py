@@ -109,16 +109,16 @@ def test_a_date_in_a_message_is_written_as_text(answers: AnswerFiles) -> None:
 
 def test_the_answers_of_another_store_are_neither_lost_nor_taken(answers: AnswerFiles) -> None:
     with pytest.raises(ExistsError, match="answers of an earlier store"):
-        answers.refuse_other(None, overwrite=False)
-    answers.refuse_other(None, overwrite=True)
+        answers.refuse_other((), overwrite=False)
+    answers.refuse_other((), overwrite=True)
     with pytest.raises(UsageError, match="Choose another --output"):
-        answers.refuse_other(str(answers.joined), overwrite=True)
+        answers.refuse_other((str(answers.joined),), overwrite=True)
     answers.begin()
     assert not answers.joined.exists()
-    answers.refuse_other("org/name", overwrite=False)
+    answers.refuse_other(("org/name",), overwrite=False)
     answers.save(0, [line(0)])
     with pytest.raises(ExistsError):
-        answers.refuse_other(None, overwrite=False)
+        answers.refuse_other((), overwrite=False)
 
 
 @pytest.fixture
