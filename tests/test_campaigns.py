@@ -13,7 +13,7 @@ HERE = Path(__file__).parent / "campaign"
 
 @pytest.mark.parametrize(
     ("name", "count"),
-    [("recode", 3), ("train", 2), ("stores", 12), ("transient", 40), ("writers", 2), ("hostile", 24)],
+    [("recode", 2), ("stores", 10), ("transient", 30)],
 )
 def test_short_form(name: str, count: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "path", [str(HERE), *sys.path])

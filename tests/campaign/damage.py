@@ -183,7 +183,7 @@ def trainings_campaign(folder: Path, count: int, seed: int) -> dict[str, Any]:
     def draft(output: Path) -> str:
         tensors = load_file(output / "model.safetensors")
         return hashlib.sha256(
-            b"".join(n.encode() + tensors[n].numpy().tobytes() for n in sorted(tensors))
+            b"".join(n.encode() + tensors[n].float().numpy().tobytes() for n in sorted(tensors))
         ).hexdigest()
 
     faults.copied(whole, folder / "end")

@@ -129,7 +129,17 @@ def served_tensors(
 
 def load_config(folder: Path | str) -> DraftConfig:
     """The config of a draft folder, in any spelling that ``flat_of`` knows."""
-    return DraftConfig.from_flat(flat_of(read_config(folder)))
+    try:
+        return DraftConfig.from_flat(flat_of(read_config(folder)))
+    except (
+        TypeError,
+        AttributeError,
+        KeyError,
+        OverflowError,
+    ) as wrong:  # a list where a name is meant, and the like
+        raise DraftError(
+            f"{Path(folder) / CONFIG}: a value of another type than it may have: {wrong}"
+        ) from wrong
 
 
 def read_config(folder: Path | str) -> dict[str, Any]:
