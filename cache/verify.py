@@ -123,7 +123,11 @@ def verify(path: str | Path, progress: Callable[[int, int], None] = lambda done,
     else:
         report.damaged.update(foreign)
     if not report.findings:
-        report.findings += _check_totals(path, manifest, records, small)
+        try:
+            report.findings += _check_totals(path, manifest, records, small)
+        except UnreadableError as error:
+            report.findings.append(str(error))
+            report.unreadable.add(INDEX)
     try:
         for name, finding in damaged_files(path / TARGET, manifest).items():
             report.findings.append(f"{finding}. {what_to_do(path)}")
@@ -270,6 +274,8 @@ def _check_totals(
         index = cache.index
         for i in range(cache.parts):
             cache.record(i)
+    except UnreadableError:
+        raise
     except CacheError as error:
         yield str(error)
         return
