@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Self
 
 from dspark.cache.errors import UsageError
-from dspark.cache.files.layout import SOURCE_STRIDE
 
 MOST = 1 << 16
 
@@ -31,6 +30,8 @@ class Shard:
 
     def takes(self, part: int) -> bool:
         """Tell whether part number ``part`` is made by this dump."""
+        from dspark.cache.files.layout import SOURCE_STRIDE  # numpy comes with it, and --help does without
+
         source, block = divmod(part, SOURCE_STRIDE)
         return (source + block) % self.count == self.index
 

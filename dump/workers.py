@@ -27,6 +27,17 @@ def default_workers(device: str) -> int:
     return max(1, min(8, (os.cpu_count() or 1) // 4)) if device == "cuda" else 0
 
 
+class _Process(multiprocessing.context.SpawnProcess):
+    """A process that leaves SIGTERM to its parent (``_begin``), so that the executor, which ends the others when one is killed, must be firmer."""
+
+    def terminate(self) -> None:
+        self.kill()
+
+
+class _Spawn(multiprocessing.context.SpawnContext):
+    Process = _Process  # type: ignore[assignment]
+
+
 class WorkerPool(ProcessPoolExecutor):
     """Fresh processes (CUDA does not survive a fork) that leave Ctrl-C to us and end when we do, however we end; all are started at once.
 
@@ -41,7 +52,7 @@ class WorkerPool(ProcessPoolExecutor):
         start: Callable[..., None] | None = None,
         arguments: tuple[Any, ...] = (),
     ) -> None:
-        context = multiprocessing.get_context("spawn")
+        context = _Spawn()
         self.processes, self.task = processes, task
         # By file: what goes along with a process is a pipe that the child reads once it has imported what is in it, and the
         # next child waits for that (with a tokenizer, seconds each).

@@ -285,6 +285,12 @@ class TrainConfig:
             "layers": None if self.layers is None else list(self.layers),
         }  # fmt: skip
 
+    def flags(self) -> dict[str, Any]:
+        """The settings under the names of their flags, as ``--config`` takes them back."""
+        out = self.to_json()
+        kinds = ",".join(self.layer_types) or None
+        return out | {"cache": out.pop("caches") or [self.cache], "layer_types": kinds}
+
     @classmethod
     def from_json(cls, data: Mapping[str, Any], where: str) -> TrainConfig:
         known = {f.name for f in dataclasses.fields(cls)}

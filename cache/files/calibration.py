@@ -18,7 +18,6 @@ from dspark.cache.codec.fields import from_fields
 from dspark.cache.errors import DamagedCacheError, DsparkError, MismatchError, UsageError, read_error
 from dspark.cache.files.checksum import file_sha256
 from dspark.cache.files.layout import CALIBRATION, ROOT_KEY
-from dspark.cache.files.part import read_attributes
 from dspark.cache.manifest import CodecInfo, Json, Manifest, build, canonical, unseal
 
 if TYPE_CHECKING:
@@ -124,6 +123,8 @@ def _metadata(path: Path, flag: str) -> MadeFor | None:
 def _manifest_beside(path: Path) -> Manifest | None:
     """The manifest of the store that ``path`` lies in, None where it is in none that can be read."""
     try:
+        from dspark.cache.files.part import read_attributes  # Zarr comes with it, and a dry run does without
+
         attributes = read_attributes(path.parent)
         return Manifest.from_json(unseal(attributes.get(ROOT_KEY), str(path.parent)), str(path.parent))
     except DsparkError:

@@ -112,7 +112,7 @@ def _fields(config: Any) -> dict[str, Any]:
 def test_what_a_training_saves_is_accepted_back(tmp_path: Path) -> None:
     words = ["--cache", "x.zarr", "--recipe", "none", "--betas", "0.8", "0.9", "--no-compile", "--lr", "1e-4"]
     config = config_of([*words, "--loss-fn", '{"ce":1}', "--max-steps", "7"])
-    (tmp_path / "t.yaml").write_bytes(config_file.resolved(config.to_json() | {"recipe": "none"}, "x"))
+    (tmp_path / "t.yaml").write_bytes(config_file.resolved(config.flags() | {"recipe": "none"}, "x"))
     assert config_of(["--config", str(tmp_path / "t.yaml")]) == config
 
 

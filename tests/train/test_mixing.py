@@ -16,7 +16,7 @@ from small_trainings import small_training
 
 import stores
 from dspark.cache.codec import registry
-from dspark.cache.errors import MismatchError, TrainError, UsageError
+from dspark.cache.errors import MismatchError, Stopped, TrainError, UsageError
 from dspark.cache.joined import JoinedCache
 from dspark.cache.reader import open as open_store
 from dspark.tools.publish.export import export
@@ -128,7 +128,7 @@ def test_a_mixed_training_is_resumed_exactly_and_recorded(tmp_path: Path) -> Non
 
             signal.raise_signal(signal.SIGINT)
 
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(Stopped):
         train(again, progress=stop)
     other = (whole.caches[0], whole.caches[1].replace("=0.5", "=0.75"))
     with pytest.raises(MismatchError, match="passes"):

@@ -31,7 +31,7 @@ class Toy(DSpark):
     name = "toy"
     summary = "for a test"
 
-    def layers(self, stored: Any) -> tuple[int, ...]:
+    def layers(self, stored: Any, target: Any, asked: Any = None) -> tuple[int, ...]:
         if not {1, 4} <= set(stored):
             raise MismatchError(f"toy needs layers 1 and 4, the store has {list(stored)}")
         return 1, 4

@@ -163,9 +163,7 @@ def begin(output: Path, run: Run, *, resume: bool, overwrite: bool = False) -> N
     # First what says whose the folder is: one that was begun and killed is then continued or replaced like any other.
     write_file(output / TRAINING, (json.dumps(run.config.to_json(), indent=1) + "\n").encode())
     write_file(output / STORE, (json.dumps(store_identity(run), indent=1) + "\n").encode())
-    write_file(
-        output / RESOLVED, config_file.resolved(run.config.to_json() | {"recipe": NONE}, "dspark-train")
-    )
+    write_file(output / RESOLVED, config_file.resolved(run.config.flags() | {"recipe": NONE}, "dspark-train"))
     (output / CLEARING).unlink(missing_ok=True)
 
 

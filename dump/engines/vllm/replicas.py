@@ -183,10 +183,7 @@ class Replicas:
         for replica in self._replicas:
             replica.process.join(STOP_SECONDS)
             if replica.process.is_alive():
-                replica.process.terminate()
-                replica.process.join(5)
-            if replica.process.is_alive():
-                replica.process.kill()
+                replica.process.kill()  # it leaves SIGTERM to us
             replica.pipe.close()
             shutil.rmtree(replica.reader._spool, ignore_errors=True)
 
