@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from dspark.cache.files.urls import STORE
 from dspark.cache.shared.command import break_lock_flag, codec_options, command, emit, json_flag, version_flag
 from dspark.cache.shared.layer_ids import LayerIds
 from dspark.cache.target.taps import READERS
@@ -63,7 +64,10 @@ class DrafterTypes(click.ParamType):  # type: ignore[type-arg]  # no generic bef
     "FILE=0.3 takes a share of its rows. May be repeated: each is a source of its own.  [default: the preset's]",
 )
 @click.option(
-    "--output", type=click.Path(path_type=Path), default=Path("hs.zarr"), help="The store to write."
+    "--output",
+    type=STORE,
+    default=Path("hs.zarr"),
+    help="The store to write: a folder, or s3://, gs:// or az:// and BUCKET/NAME.",
 )
 @click.option(
     "--engine",

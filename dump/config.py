@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from dspark.cache import json_text
 from dspark.cache.errors import UsageError
+from dspark.cache.files.urls import Url, Where, beside, where
 from dspark.cache.settings import DEFAULT_PACKING, choose_codec, is_asked
 from dspark.cache.target.taps import BOTH
 from dspark.dump.engines.answers import check_answers, check_max_tokens, check_temperature, check_top_p
@@ -29,7 +30,7 @@ class DumpConfig:
 
     model: str
     data: tuple[str, ...] | str | None = None  # a source each
-    output: Path = Path("hs.zarr")
+    output: Where = Path("hs.zarr")
     engine: str = "auto"
     layers: tuple[int, ...] | None = None  # output of decoder layer i
     target_layer_ids: tuple[int, ...] | None = None  # state entering layer j = i + 1
@@ -163,7 +164,16 @@ class DumpConfig:
     def beside(self, suffix: str) -> Path:
         """Return the path of this dump's own file beside the store, such as ``hs.zarr.log``."""
         shard = self.part_of
-        return self.output.with_name(self.output.name + (shard.suffix(suffix) if shard else suffix))
+        return beside(self.output, shard.suffix(suffix) if shard else suffix)
+
+    @property
+    def lock(self) -> Where:
+        """Return what this dump locks while it runs: its store, or its share of one."""
+        if self.part_of is None:
+            return self.output
+        if isinstance(self.output, Url):
+            return Url(f"{self.output}{self.part_of.suffix('')}")
+        return self.beside("")
 
     @property
     def engine_options(self) -> EngineOptions:

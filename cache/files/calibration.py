@@ -19,6 +19,7 @@ from dspark.cache.errors import DamagedCacheError, DsparkError, MismatchError, U
 from dspark.cache.files.checksum import file_sha256
 from dspark.cache.files.layout import CALIBRATION, ROOT_KEY
 from dspark.cache.files.part import read_attributes
+from dspark.cache.files.place import Place, place_of
 from dspark.cache.manifest import CodecInfo, Json, Manifest, build, canonical, unseal
 
 if TYPE_CHECKING:
@@ -124,7 +125,7 @@ def _metadata(path: Path, flag: str) -> MadeFor | None:
 def _manifest_beside(path: Path) -> Manifest | None:
     """The manifest of the store that ``path`` lies in, None where it is in none that can be read."""
     try:
-        attributes = read_attributes(path.parent)
+        attributes = read_attributes(place_of(path.parent))
         return Manifest.from_json(unseal(attributes.get(ROOT_KEY), str(path.parent)), str(path.parent))
     except DsparkError:
         return None
@@ -143,15 +144,23 @@ def save_calibration(codec: Codec, folder: Path, manifest: Manifest) -> str | No
     return file_sha256(path)
 
 
-def stored_codec(store: Path, manifest: Manifest) -> Codec:
-    """The codec of the store at ``store``. Raises DamagedCacheError unless the calibration file is the one that the plan has the hash of."""
+def stored_codec(store: Place, manifest: Manifest) -> Codec:
+    """The codec of a store. Raises DamagedCacheError unless the calibration file is the one that the plan has the hash of."""
     if manifest.fields is not None:
-        return from_fields(*manifest.fields, str(store))
+        return from_fields(*manifest.fields, str(store.where("")))
     info = manifest.codec
     learnt = {}
     if info.calibration_sha256 is not None:
-        learnt = read_calibration(store / CALIBRATION, info.calibration_sha256)
-    return registry.load(info.name, info.params, info.pack, learnt, str(store))
+        learnt = _stored(store, info.calibration_sha256)
+    return registry.load(info.name, info.params, info.pack, learnt, str(store.where("")))
+
+
+def _stored(store: Place, sha256: str) -> dict[str, torch.Tensor]:
+    try:
+        with store.local_file(CALIBRATION) as path:
+            return read_calibration(path, sha256)
+    except OSError as error:
+        raise read_error(store.where(CALIBRATION), error) from error
 
 
 def read_calibration(path: Path, sha256: str | None) -> dict[str, torch.Tensor]:
