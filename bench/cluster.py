@@ -97,7 +97,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--preset", default="zai-org/GLM-5.2-FP8")
-    parser.add_argument("--codecs", default="lossless,rotated-4-4,klt-2-4")
+    parser.add_argument("--codecs", default="lossless,rotated-4-4,klt-1-1")
     parser.add_argument("--nodes", type=int, default=8)
     parser.add_argument("--samples", type=int, default=500_000)
     parser.add_argument("--mean-tokens", type=float, default=2000)

@@ -110,6 +110,12 @@ class DrafterTypes(click.ParamType):  # type: ignore[type-arg]  # no generic bef
     "and dspark-tools merge afterwards. Continues a store that is there.",
 )
 @click.option(
+    "--ray",
+    type=int,
+    metavar="N",
+    help="Run N shards on the Ray cluster of RAY_ADDRESS, or on this machine; each gets the GPUs of --tensor-parallel-size, else one.",
+)
+@click.option(
     "--overwrite",
     is_flag=True,
     help="Replace the store at --output, and the answers of its target beside it.",
@@ -245,6 +251,9 @@ def execute(config: DumpConfig) -> dict[str, Any]:
         for line in [*table(plan.chain), "", *plan.lines()]:
             show.say(line)
         return plan.to_json()
-    from dspark.dump.run import dump
+    if config.ray is not None:
+        from dspark.dump.actors import dump
+    else:
+        from dspark.dump.run import dump
 
     return dump(config, show)

@@ -13,7 +13,7 @@ from dspark.cache.settings import DEFAULT_PACKING, choose_codec, is_asked
 from dspark.cache.target.taps import BOTH
 from dspark.dump.engines.answers import check_answers, check_max_tokens, check_temperature, check_top_p
 from dspark.dump.engines.options import EngineOptions, parse_arguments
-from dspark.dump.shard import Shard
+from dspark.dump.shard import MOST, Shard
 
 if TYPE_CHECKING:
     from dspark.cache.codec.base import Codec
@@ -68,6 +68,7 @@ class DumpConfig:
     trust_remote_code: bool = False
     dry_run: bool = False
     shard: str | None = None  # I/N: every N-th part only
+    ray: int | None = None  # shards that a Ray cluster runs
 
     def __post_init__(self) -> None:
         if self.regenerate and len(self.sources) > 1:
@@ -108,8 +109,13 @@ class DumpConfig:
             raise UsageError(
                 "--regenerate writes parts by rows, since answers' lengths are not known before: leave --part-tokens out."
             )
-        if self.shard is not None:
-            Shard.parse(self.shard)
+        if self.ray is not None and not 1 <= self.ray <= MOST:
+            raise UsageError(f"--ray: found {self.ray}, expected 1 to {MOST} dumps.")
+        if self.ray is not None and self.shard is not None:
+            raise UsageError("give --ray or --shard, not both: --ray makes the shards itself.")
+        if self.shard is not None or self.ray is not None:
+            if self.shard is not None:
+                Shard.parse(self.shard)
             if self.overwrite or self.regenerate:
                 flag = "--overwrite" if self.overwrite else "--regenerate"
                 why = (
@@ -117,7 +123,7 @@ class DumpConfig:
                     if self.overwrite
                     else "answers belong to a whole store"
                 )
-                raise UsageError(f"give --shard or {flag}, not both: {why}.")
+                raise UsageError(f"give --{'shard' if self.shard else 'ray'} or {flag}, not both: {why}.")
         if self.turns not in TURNS:
             raise UsageError(f"--turns {self.turns}: expected one of {', '.join(TURNS)}.")
         template_keywords(self.template_kwargs)

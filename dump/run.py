@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from dspark.cache.errors import DamagedCacheError, DataError, EngineError, ExistsError
 from dspark.cache.files.atomic import write_file
 from dspark.cache.files.calibration import codec_info
-from dspark.cache.files.lock import Lock
+from dspark.cache.files.lock import OLD, Lock
 from dspark.cache.files.lock_files import owned
 from dspark.cache.files.place import place_of
 from dspark.cache.files.urls import Where, beside
@@ -69,7 +69,9 @@ def dump(
     """Run the whole dump; returns the report that ``--json`` prints. Raises LockedError where another process writes the store."""
     safe = parts_of(config.output, resume=config.resume)
     # A shard holds the store's own lock only while it makes or ends the store.
-    own = owned(config.lock, "dspark-dump", break_lock=config.break_lock)
+    # The next try of one that was killed elsewhere waits until its lock shows no sign of life.
+    wait = OLD + 60 if config.shard and config.break_lock else 0.0
+    own = owned(config.lock, "dspark-dump", break_lock=config.break_lock, wait=wait)
     with stoppable(STOPPING, safe), own as lock:
         return _dump(config, show, engine_for, lock)
 

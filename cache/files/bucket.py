@@ -8,16 +8,19 @@ obstore retries what fails for a while (5xx, slow-downs, cut connections) with g
 from __future__ import annotations
 
 import errno
+import functools
 import os
+import random
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -35,8 +38,10 @@ from dspark.cache.files.lock import Found
 from dspark.cache.files.place import Bytes, Place, in_parallel, refuse_larger
 from dspark.cache.files.urls import Url
 
+T = TypeVar("T")
 RECORD = "zarr.json"
 RETRIES = 10
+PAUSES = (0.1, 0.3, 1.0, 3.0, 10.0)  # seconds, before an answer that broke off is asked for again
 PIECE = 32 << 20  # bytes of one request of a large upload
 PATIENCE = timedelta(seconds=180)  # in which a request is tried again
 EXTRA = "pip install 'dspark[remote]'"
@@ -98,6 +103,18 @@ class RemoteError(UnreadableError, OSError):
 
 class AbsentError(DamagedCacheError, FileNotFoundError):
     """There is no such object."""
+
+
+def _again(work: Callable[[], T]) -> T:
+    """``work``, tried again where an answer broke off: the library repeats requests that fail, and not all whose bodies do."""
+    from obstore.exceptions import GenericError
+
+    for pause in PAUSES:
+        try:
+            return work()
+        except (GenericError, ConnectionError):
+            time.sleep(pause * random.uniform(0.5, 1.5))
+    return work()
 
 
 @contextmanager
@@ -179,26 +196,30 @@ class Bucket:
         return RemoteFile(self, name, self.size(name) if size is None else size, version)
 
     def read(self, name: str, limit: int | None = None) -> bytes:
+        with _errors(self.where(name)):
+            return _again(lambda: self._whole(name, limit))
+
+    def _whole(self, name: str, limit: int | None) -> bytes:
         import obstore
 
-        with _errors(self.where(name)):
-            found = obstore.get(self._store, self._key(name))
-            if limit is not None:
-                refuse_larger(found.meta["size"], limit)
-            return bytes(found.bytes())
+        found = obstore.get(self._store, self._key(name))
+        if limit is not None:
+            refuse_larger(found.meta["size"], limit)
+        return bytes(found.bytes())
 
     def range(self, name: str, start: int, length: int) -> bytes:
         """Bytes ``[start, start + length)``, fewer where the object ends before."""
         import obstore
 
         with _errors(self.where(name)):
-            return bytes(obstore.get_range(self._store, self._key(name), start=start, length=length))
+            key = self._key(name)
+            return _again(lambda: bytes(obstore.get_range(self._store, key, start=start, length=length)))
 
     def size(self, name: str) -> int:
         import obstore
 
         with _errors(self.where(name)):
-            return int(obstore.head(self._store, self._key(name))["size"])
+            return int(_again(lambda: obstore.head(self._store, self._key(name)))["size"])
 
     def exists(self, name: str = "") -> bool:
         """Tell whether an object is there; without a name, whether anything of the store is."""
@@ -206,34 +227,38 @@ class Bucket:
             if name:
                 self.size(name)
                 return True
-            return next(self._pages("", 1), None) is not None
+            return bool(self._objects("", first=True))
         except FileNotFoundError:
             return False
+
+    def _objects(self, name: str, *, first: bool = False) -> list[Any]:
+        """What the service knows of every object below ``name``, or of one of them."""
+        import obstore
+
+        def pages() -> list[Any]:
+            found = obstore.list(self._store, self._key(name), chunk_size=1 if first else 1000)
+            return list(next(iter(found), [])) if first else [o for page in found for o in page]
+
+        with _errors(self.where(name)):
+            return _again(pages)
 
     def list(self, name: str) -> list[str]:
         import obstore
 
         with _errors(self.where(name)):
-            found = obstore.list_with_delimiter(self._store, self._key(name))
+            found = _again(lambda: obstore.list_with_delimiter(self._store, self._key(name)))
         paths = [*found["common_prefixes"], *(o["path"] for o in found["objects"])]
         return sorted(p.rstrip("/").rpartition("/")[2] for p in paths)
 
-    def _pages(self, name: str, size: int = 1000) -> Iterator[Any]:
-        """Everything below ``name``, in lists; none of them empty."""
-        import obstore
-
-        with _errors(self.where(name)):
-            yield from (page for page in obstore.list(self._store, self._key(name), chunk_size=size) if page)
-
     def sizes(self, name: str) -> dict[str, int]:
         base = self._key(name) + "/"
-        return {o["path"].removeprefix(base): int(o["size"]) for page in self._pages(name) for o in page}
+        return {o["path"].removeprefix(base): int(o["size"]) for o in self._objects(name)}
 
     def write(self, name: str, data: bytes) -> None:
         import obstore
 
         with _writing(self.where(name)), _errors(self.where(name)):
-            obstore.put(self._store, self._key(name), data)
+            _again(lambda: obstore.put(self._store, self._key(name), data))
 
     def remove(self, name: str) -> None:
         import obstore
@@ -244,7 +269,8 @@ class Bucket:
         names.sort(key=lambda n: (not n.endswith(RECORD), n.count("/"), n))
         with _writing(self.where(name)), _errors(self.where(name)):
             for start in range(0, len(names), 1000):
-                obstore.delete(self._store, [self._key(n) for n in names[start : start + 1000]])
+                some = [self._key(n) for n in names[start : start + 1000]]
+                _again(functools.partial(obstore.delete, self._store, some))
 
     def link(self, other: Place, source: str, name: str) -> None:
         import obstore
@@ -254,10 +280,10 @@ class Bucket:
                 self.url.scheme,
                 self.url.bucket,
             ):
-                obstore.copy(self._store, other._key(source), self._key(name))
+                _again(lambda: obstore.copy(self._store, other._key(source), self._key(name)))
                 return
             with other.local_file(source) as path:
-                obstore.put(self._store, self._key(name), path, chunk_size=PIECE)
+                _again(lambda: obstore.put(self._store, self._key(name), path, chunk_size=PIECE))
 
     @contextmanager
     def commit(self, name: str, token: str) -> Iterator[Path]:
@@ -285,21 +311,21 @@ class Bucket:
         def put(path: Path) -> None:
             to = f"{name}/{path.relative_to(folder).as_posix()}".lstrip("/")
             with _writing(self.where(to)), _errors(self.where(to)):
-                obstore.put(self._store, self._key(to), path, chunk_size=PIECE)
+                _again(lambda: obstore.put(self._store, self._key(to), path, chunk_size=PIECE))
 
         in_parallel(put, [p for p in files if p != last])
         to = f"{name}/{RECORD}".lstrip("/")
         data = last.read_bytes()
         with _writing(self.where(to)), _errors(self.where(to)):
             try:
-                obstore.put(self._store, self._key(to), data, mode="create")
+                _again(lambda: obstore.put(self._store, self._key(to), data, mode="create"))
             except AlreadyExistsError as error:
                 # A put whose answer was lost is made again, and finds its own.
                 if self.read(to) == data:
                     return
                 if new:
                     raise ExistsError(f"{self.where(to)} exists: another process has made it.") from error
-                obstore.put(self._store, self._key(to), data)
+                _again(lambda: obstore.put(self._store, self._key(to), data))
 
     @contextmanager
     def local_file(self, name: str) -> Iterator[Path]:
@@ -312,11 +338,15 @@ class Bucket:
         import obstore
 
         to.parent.mkdir(parents=True, exist_ok=True)
-        with _errors(self.where(name)):
+
+        def whole() -> None:
             found = obstore.get(self._store, self._key(name))
             with open(to, "wb") as file:
                 for piece in found.stream(min_chunk_size=8 << 20):
                     file.write(piece)
+
+        with _errors(self.where(name)):
+            _again(whole)
 
     @contextmanager
     def local(self, name: str) -> Iterator[Path]:
@@ -378,9 +408,8 @@ class BucketLocks:
         where = self._bucket.where(name)
         with _writing(where), _errors(where):
             try:
-                return str(
-                    obstore.put(self._bucket._store, self._bucket._key(name), data, mode=mode)["e_tag"]
-                )
+                store, key = self._bucket._store, self._bucket._key(name)
+                return str(_again(lambda: obstore.put(store, key, data, mode=mode))["e_tag"])
             except NotSupportedError as error:
                 raise StoreWriteError(
                     f"{where}: this service has no conditional put, so it cannot tell one writer from another. "
@@ -391,10 +420,14 @@ class BucketLocks:
         import obstore
 
         where = self._bucket.where(name)
+
+        def get() -> tuple[bytes, Any]:
+            found = obstore.get(self._bucket._store, self._bucket._key(name))
+            return bytes(found.bytes()), found.meta
+
         try:
             with _errors(where):
-                found = obstore.get(self._bucket._store, self._bucket._key(name))
-                data, about = bytes(found.bytes()), found.meta
+                data, about = _again(get)
         except FileNotFoundError:
             return None
         age = (datetime.now(UTC) - about["last_modified"]).total_seconds()
@@ -423,4 +456,4 @@ class BucketLocks:
         found = self.read(name)
         if found is not None and found.version == version:
             with _errors(self._bucket.where(name)):
-                obstore.delete(self._bucket._store, self._bucket._key(name))
+                _again(lambda: obstore.delete(self._bucket._store, self._bucket._key(name)))
