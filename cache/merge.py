@@ -79,9 +79,9 @@ def merge(
         sources=[dataclasses.replace(s, rows=None) for s in sources],
         quality=complete[0].quality if complete else {},
     )
-    with owned(out, "dspark-tools merge"), _new(out) as place:
+    with owned(out, "dspark-tools merge"), new_place(out) as place:
         in_parallel = each_in_parallel(place)
-        in_parallel(lambda name: place.link(given[0].place, name, name), list(_common(given[0].place)))
+        in_parallel(lambda name: place.link(given[0].place, name, name), list(common_objects(given[0].place)))
         records = []
 
         def take(one: tuple[int, tuple[Given, PartRecord]]) -> PartRecord:
@@ -96,7 +96,7 @@ def merge(
 
 
 @contextmanager
-def _new(out: Where) -> Iterator[Place]:
+def new_place(out: Where) -> Iterator[Place]:
     """Where the store ``out`` is put together; a local one has its name only when the block ends."""
     if isinstance(out, Path):
         with staged(out) as new:
@@ -227,7 +227,7 @@ def _refuse_missing(
         )
 
 
-def _common(place: Place) -> Iterator[str]:
+def common_objects(place: Place) -> Iterator[str]:
     """Names of what is of a store and not of a part, but for manifest and index."""
     yield from (f"{TARGET}/{name}" for name in place.list(TARGET))
     yield f"{PARTS}/zarr.json"

@@ -177,6 +177,11 @@ class Cache:
         self._open: OrderedDict[int, Mapping[str, Shard]] = OrderedDict()
         self._opening = threading.Lock()  # of parts, where several threads read
 
+    @property
+    def remote(self) -> bool:
+        """Tell whether reading takes requests."""
+        return self.place.remote
+
     def __getstate__(self) -> dict[str, Any]:
         return {"path": self.path, "manifest": self.manifest}
 

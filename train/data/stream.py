@@ -21,6 +21,7 @@ import torch
 from torch.utils.data import Dataset
 
 from dspark.cache.errors import TrainError, UsageError
+from dspark.cache.files.place import in_parallel
 from dspark.cache.joined import Stores
 from dspark.train.data import anchors as rules
 from dspark.train.data.batch import Batch
@@ -75,7 +76,8 @@ class Rows(Dataset[Row]):
         epoch, i = at
         stream = self.stream
         members = stream.plan(epoch)[i]
-        samples = [stream.cache.read(s) for s in members]
+        read = stream.cache.read
+        samples = in_parallel(read, members) if stream.cache.remote else [read(s) for s in members]
         sizes = [s.tokens.input_ids.shape[0] for s in samples]
         used = sum(sizes)
         size = stream.total_seq_len if stream.pad else used
