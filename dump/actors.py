@@ -70,14 +70,16 @@ def shards(config: DumpConfig) -> list[DumpConfig]:
         break_lock=True,
         output=output,
         model=_absolute(config.model),
-        data=None if config.data is None else _absolute(config.data),
+        data=tuple(map(_absolute, config.sources)) or None,
         calibration=None if config.calibration is None else config.calibration.absolute(),
     )
     return [dataclasses.replace(whole, shard=f"{i}/{config.ray}") for i in range(config.ray)]
 
 
 def _absolute(name: str) -> str:
-    return str(Path(name).absolute()) if Path(name).exists() else name
+    """``name`` as it is found from any folder; of ``FILE=SHARE`` the file."""
+    file, sign, share = (name, "", "") if Path(name).exists() else name.rpartition("=")
+    return f"{Path(file).absolute()}{sign}{share}" if file and Path(file).exists() else name
 
 
 def run_shard(config: DumpConfig) -> tuple[dict[str, Any] | None, str | None]:

@@ -71,6 +71,11 @@ class DumpConfig:
     ray: int | None = None  # shards that a Ray cluster runs
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "output", where(self.output))
+        if self.regenerate and isinstance(self.output, Url):
+            raise UsageError(
+                "--regenerate keeps answers beside a local store: give a local --output, then copy it with dspark-tools merge."
+            )
         if self.regenerate and len(self.sources) > 1:
             raise UsageError(
                 "--regenerate takes one --data: give each source a store of its own, or one folder of files."

@@ -441,7 +441,7 @@ def report(output: Where, manifest: Manifest, seconds: float, written: Written) 
     }
 
 
-def per_source(output: Path, manifest: Manifest) -> list[dict[str, Any]]:
+def per_source(output: Where, manifest: Manifest) -> list[dict[str, Any]]:
     """Counts of each source, where there are several."""
     return by_source(list(scan_parts(output).values()), manifest) if len(manifest.sources) > 1 else []
 

@@ -84,7 +84,7 @@ def test_what_cannot_be_merged_is_refused(config: DumpConfig, show: Display, tmp
 
 def test_a_second_corpus_is_appended(config: DumpConfig, show: Display, tmp_path: Path) -> None:
     dump(config, show)
-    rows = Path(config.data or "").read_text().splitlines()
+    rows = Path(config.sources[0]).read_text().splitlines()
     second = tmp_path / "second.jsonl"
     second.write_text("\n".join(rows[5:25]) + "\n")
     job = dataclasses.replace(config, data=str(second), output=tmp_path / "second.zarr")
@@ -138,7 +138,7 @@ def test_what_ray_is_given(config: DumpConfig, monkeypatch: pytest.MonkeyPatch) 
     asked = dataclasses.replace(config, ray=3, data="rows.jsonl", tensor_parallel_size=4, engine="vllm")
     made = actors.shards(asked)
     assert [c.shard for c in made] == ["0/3", "1/3", "2/3"]
-    assert all(c.ray is None and c.break_lock and Path(c.data or "").is_absolute() for c in made)
+    assert all(c.ray is None and c.break_lock and Path(c.sources[0]).is_absolute() for c in made)
     assert actors.gpus_of(asked, 8) == 4
     assert actors.gpus_of(asked, 0) == actors.gpus_of(dataclasses.replace(asked, device="cpu"), 8) == 0
     with pytest.raises(UsageError, match="--ray or --shard"):
