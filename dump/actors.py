@@ -84,11 +84,15 @@ def _absolute(name: str) -> str:
 
 def run_shard(config: DumpConfig) -> tuple[dict[str, Any] | None, str | None]:
     """In a process of the cluster: the report, or the message of an error that another try would meet again."""
-    from dspark.cache.errors import DsparkError
+    from dspark.cache.errors import DsparkError, Stopped
     from dspark.dump.progress import Display
     from dspark.dump.run import dump as run
 
     try:
         return run(config, Display()), None
+    except (
+        Stopped
+    ):  # by the cluster, as a node that is drained: Ray tries again what has no process, not what failed
+        os._exit(1)
     except DsparkError as error:
         return None, str(error)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 from dump_runs import assert_same, files
 
 import dspark.cache
-from dspark.cache.errors import ExistsError, IncompleteCacheError, MismatchError, UsageError
+from dspark.cache.errors import ExistsError, IncompleteCacheError, MismatchError, Stopped, UsageError
 from dspark.cache.files.place import place_of
 from dspark.cache.files.urls import where
 from dspark.cache.merge import append, merge
@@ -143,3 +145,23 @@ def test_what_ray_is_given(config: DumpConfig, monkeypatch: pytest.MonkeyPatch) 
     assert actors.gpus_of(asked, 0) == actors.gpus_of(dataclasses.replace(asked, device="cpu"), 8) == 0
     with pytest.raises(UsageError, match="--ray or --shard"):
         dataclasses.replace(config, ray=2, shard="0/2")
+
+
+def test_a_shard_that_a_cluster_stops_has_not_failed(
+    config: DumpConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray makes again what has no process; an error that is returned ends the dump."""
+
+    def ended(code: int) -> NoReturn:
+        raise SystemExit(code)
+
+    def stopped(config: DumpConfig, show: Display) -> NoReturn:
+        raise given
+
+    monkeypatch.setattr("dspark.dump.run.dump", stopped)
+    monkeypatch.setattr(os, "_exit", ended)
+    given: Exception = Stopped("stopped.")
+    with pytest.raises(SystemExit):
+        actors.run_shard(config)
+    given = UsageError("of another kind")
+    assert actors.run_shard(config) == (None, "of another kind")
