@@ -188,6 +188,19 @@ def test_damage_is_found_and_mended(tmp_path: Path) -> None:
     assert verify(remote).ok
 
 
+def test_metadata_is_read_within_bounds(s3: Faulty, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What no record of ours can be is not read whole, wherever it lies."""
+    for store in (tmp_path / "a.zarr", url(tmp_path, "a.zarr"), url(tmp_path, "a.zarr", "s3")):
+        write_store(store, LENGTHS[:2])
+        place_of(store).write("zarr.json", b"[" * 100_000)
+        with pytest.raises(DamagedCacheError, match="nested too deep"):
+            dspark.cache.open(store)
+        with monkeypatch.context() as small:
+            small.setattr("dspark.cache.json_text.LARGEST", 99_999)
+            with pytest.raises(DamagedCacheError, match="100,000 bytes, more than any"):
+                dspark.cache.open(store)
+
+
 def test_errors_name_the_store_and_no_secret(s3: Faulty, tmp_path: Path) -> None:
     with pytest.raises(NotACacheError):
         dspark.cache.open(url(tmp_path, "none.zarr", "s3"))
