@@ -27,7 +27,6 @@ from dspark.cache.files.layout import (
     PartLayout,
     part_name,
     part_number,
-    shard_tag,
 )
 from dspark.cache.files.lock_files import owned
 from dspark.cache.files.part import PartRecord, group_metadata, write_attributes
@@ -243,14 +242,15 @@ def _take(place: Place, token: str, store: Given, record: PartRecord, number: in
             place.link(store.place, f"{old}/{file}", f"{name}/{file}")
         return record
     files = {}
+    moved = dataclasses.replace(record, index=number, source=number // SOURCE_STRIDE)
     with place.commit(name, token) as folder:
         for file in record.files:
             array, _, chunk = file.partition("/")
             to = folder / file
             to.parent.mkdir(parents=True, exist_ok=True)
-            tag = shard_tag(record.plan_sha256, number, array) if chunk.startswith("c/") else b""
+            tag = moved.tag(array) if chunk.startswith("c/") else b""
             files[file] = list(_copy(store.place.open(f"{old}/{file}"), to, tag))
-        moved = dataclasses.replace(record, index=number, source=number // SOURCE_STRIDE, files=files)
+        moved = dataclasses.replace(moved, files=files)
         write_attributes(folder, PART_KEY, sealed(moved.to_json()))
     return moved
 
