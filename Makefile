@@ -55,6 +55,7 @@ test: .venv/ready-test target lint types pytest
 campaign: .venv/ready-test
 	$(BIN)/python tests/campaign/run.py $(NAMES) --scale $(or $(SCALE),1) --seed $(or $(SEED),17)
 	$(BIN)/python tests/campaign/dumps.py $(or $(KILLS),40) $(or $(SEED),17)
+	$(BIN)/python tests/campaign/shards.py $(or $(KILLS),20) $(or $(SEED),17)
 
 # The wheel with what it depends on and nothing else, outside the checkout: from a tiny target to an exported draft.
 wheel:

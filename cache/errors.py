@@ -9,7 +9,6 @@ from __future__ import annotations
 import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 # What says that a file is not there, or is of another kind; every other error of reading says nothing of its bytes.
 GONE = frozenset({errno.ENOENT, errno.ENOTDIR, errno.EISDIR})
@@ -99,7 +98,7 @@ class DraftError(DsparkError):
     """A draft folder is not one that can be scored or served."""
 
 
-def read_error(path: Path, error: OSError) -> DamagedCacheError | UnreadableError:
+def read_error(path: object, error: OSError) -> DamagedCacheError | UnreadableError:
     """Tell what ``error``, met in reading ``path``, says of the store: damaged where the file is gone, else unreadable."""
     if error.errno in GONE:
         return DamagedCacheError(f"{path}: {error.strerror}")
@@ -110,7 +109,7 @@ def read_error(path: Path, error: OSError) -> DamagedCacheError | UnreadableErro
 
 
 @contextmanager
-def reading(path: Path) -> Iterator[None]:
+def reading(path: object) -> Iterator[None]:
     """Turn the errors of the system, met in reading ``path``, into ``read_error``'s."""
     try:
         yield

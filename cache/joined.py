@@ -49,6 +49,11 @@ class JoinedCache:
         return str(self)
 
     @property
+    def remote(self) -> bool:
+        """Tell whether reading from any of them takes requests."""
+        return any(store.remote for store in self.stores)
+
+    @property
     def manifest(self) -> Manifest:
         """The first store's: for what they have in common."""
         return self.stores[0].manifest

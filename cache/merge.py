@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from dspark.cache.errors import ExistsError, MismatchError, UsageError
 from dspark.cache.files.atomic import staged
 from dspark.cache.files.blocks import missing_rows, rows_known, spans
+from dspark.cache.files.calibration import stored_codec
 from dspark.cache.files.checksum import crc32, crc32c
 from dspark.cache.files.layout import (
     CALIBRATION,
@@ -22,17 +24,20 @@ from dspark.cache.files.layout import (
     ROOT_KEY,
     SOURCE_STRIDE,
     TARGET,
+    PartLayout,
     part_name,
     part_number,
 )
 from dspark.cache.files.lock_files import owned
 from dspark.cache.files.part import PartRecord, group_metadata, write_attributes
-from dspark.cache.files.place import Folder, Object, Place, refuse_links
+from dspark.cache.files.place import Folder, Object, Place, each_in_parallel, place_of, refuse_links
+from dspark.cache.files.urls import Where, where
 from dspark.cache.manifest import Manifest, SourceInfo, differences, sealed
 from dspark.cache.reader import read_manifest
 from dspark.cache.writer import StoreWriter, check_whole, scan_parts, totals, write_index
 
 Progress = Callable[[int, int], None]
+STEP = 256  # parts between two reports of progress
 COPY = 8 << 20  # bytes of a file that are copied at once
 
 
@@ -40,7 +45,7 @@ COPY = 8 << 20  # bytes of a file that are copied at once
 class Given:
     """A store that is joined with others: its parts by number, and which number each of its sources has in the result."""
 
-    path: Path
+    path: Where
     place: Place
     manifest: Manifest
     records: Mapping[int, PartRecord]
@@ -48,20 +53,20 @@ class Given:
 
 
 def merge(
-    out: str | Path, stores: Sequence[str | Path], *, progress: Progress = lambda done, total: None
+    out: str | Where, stores: Sequence[str | Where], *, progress: Progress = lambda done, total: None
 ) -> Manifest:
     """Join ``stores`` into the new store ``out``; returns its manifest.
 
     Raises ExistsError where ``out`` is there, and MismatchError where plans differ, where two stores hold different parts of the same rows, or, naming them, where
     rows are missing.
     """
-    out = Path(out)
+    out = where(out)
     if not stores:
         raise UsageError("merge: give the stores to be joined behind the new one")
-    if out.exists():
+    if place_of(out).exists():
         raise ExistsError(f"{out} exists. Give the merged store another name.")
     sources: list[SourceInfo] = []
-    given = [_given(Path(s), sources) for s in stores]
+    given = [_given(where(s), sources) for s in stores]
     first = given[0].manifest
     for other in given[1:]:
         _same_plan(first, given[0].path, other.manifest, other.path)
@@ -73,30 +78,45 @@ def merge(
         sources=[dataclasses.replace(s, rows=None) for s in sources],
         quality=complete[0].quality if complete else {},
     )
-    with owned(out, "dspark-tools merge"), staged(out) as new:
-        new.mkdir()
-        place = Folder(new)
-        for name in _common(given[0].place):
-            place.link(given[0].place, name, name)
+    with owned(out, "dspark-tools merge"), new_place(out) as place:
+        in_parallel = each_in_parallel(place)
+        in_parallel(lambda name: place.link(given[0].place, name, name), list(common_objects(given[0].place)))
         records = []
-        for done, (number, (store, record)) in enumerate(sorted(chosen.items())):
-            records.append(_take(place, "", store, record, number))
-            progress(done + 1, len(chosen))
-        return _ended(new, manifest, records)
+
+        def take(one: tuple[int, tuple[Given, PartRecord]]) -> PartRecord:
+            number, (store, record) = one
+            return _take(place, "", store, record, number)
+
+        todo = sorted(chosen.items())
+        for start in range(0, len(todo), STEP):
+            records += in_parallel(take, todo[start : start + STEP])
+            progress(len(records), len(todo))
+        return _ended(place, manifest, records)
+
+
+@contextmanager
+def new_place(out: Where) -> Iterator[Place]:
+    """Where the store ``out`` is put together; a local one has its name only when the block ends."""
+    if isinstance(out, Path):
+        with staged(out) as new:
+            new.mkdir()
+            yield Folder(new)
+    else:
+        yield place_of(out)
 
 
 def append(
-    store: str | Path, others: Sequence[str | Path], *, progress: Progress = lambda done, total: None
+    store: str | Where, others: Sequence[str | Where], *, progress: Progress = lambda done, total: None
 ) -> Manifest:
     """Add the sources of ``others``, complete stores of the plan of ``store``, to it; returns its manifest. A call that was stopped is simply made again.
 
     Raises MismatchError where plans differ, where one is not complete or where a source is there already.
     """
-    store = Path(store)
+    store = where(store)
     manifest = read_manifest(store)
     sources = [dataclasses.replace(s, rows=None) for s in manifest.sources]
     own = len(sources)
-    given = [_given(Path(s), sources) for s in others]
+    given = [_given(where(s), sources) for s in others]
     for one in [(store, manifest), *((g.path, g.manifest) for g in given)]:
         if not one[1].complete:
             raise MismatchError(f"{one[0]}: not complete. Finish its dump with --resume, then append.")
@@ -114,17 +134,18 @@ def append(
             else:
                 records.append(_take(writer.place, writer.token, other, record, number))
             progress(done + 1, len(chosen))
-        return _ended(store, dataclasses.replace(manifest, sources=sources), records)
+        return _ended(writer.place, dataclasses.replace(manifest, sources=sources), records)
 
 
-def _given(path: Path, sources: list[SourceInfo]) -> Given:
+def _given(path: Where, sources: list[SourceInfo]) -> Given:
     """The store at ``path``; sources that are not in ``sources`` yet are added there."""
     manifest = read_manifest(path)
     if manifest.format_version == 1:
         raise UsageError(
             f"{path}: a store of format version 1 is read, not joined. Convert it first: dspark-tools recode {path} NEW"
         )
-    refuse_links(path)
+    if isinstance(path, Path):
+        refuse_links(path)
     numbers = {}
     for own, source in enumerate(manifest.sources):
         same = [
@@ -143,17 +164,17 @@ def _given(path: Path, sources: list[SourceInfo]) -> Given:
             raise MismatchError(
                 f"{path / PARTS / part_name(record.index)}: a part of another plan than the store's. See dspark-tools verify {path}"
             )
-    return Given(path, Folder(path), manifest, records, numbers)
+    return Given(path, place_of(path), manifest, records, numbers)
 
 
-def _same_plan(a: Manifest, where: Path, b: Manifest, other: Path) -> None:
+def _same_plan(a: Manifest, store: Where, b: Manifest, other: Where) -> None:
     if a.digest() == b.digest():
         return
     found = "\n  ".join(
         f"{name}: {x!r:.80} and {y!r:.80}" for name, x, y in differences(a.plan(), b.plan())[:8]
     )
     raise MismatchError(
-        f"{where} and {other} are of different plans, so their samples are not alike.\n  {found}\n"
+        f"{store} and {other} are of different plans, so their samples are not alike.\n  {found}\n"
         "Dump both with the same flags, and the same --calibration where the codec learns."
     )
 
@@ -183,7 +204,7 @@ def _refuse_missing(
     given: Sequence[Given],
     chosen: Mapping[int, tuple[Given, PartRecord]],
     sources: Sequence[SourceInfo],
-    out: Path,
+    out: Where,
 ) -> None:
     rows: dict[int, int] = {}
     size = given[0].manifest.dump.block_rows
@@ -205,7 +226,7 @@ def _refuse_missing(
         )
 
 
-def _common(place: Place) -> Iterator[str]:
+def common_objects(place: Place) -> Iterator[str]:
     """Names of what is of a store and not of a part, but for manifest and index."""
     yield from (f"{TARGET}/{name}" for name in place.list(TARGET))
     yield f"{PARTS}/zarr.json"
@@ -221,14 +242,15 @@ def _take(place: Place, token: str, store: Given, record: PartRecord, number: in
             place.link(store.place, f"{old}/{file}", f"{name}/{file}")
         return record
     files = {}
+    moved = dataclasses.replace(record, index=number, source=number // SOURCE_STRIDE)
     with place.commit(name, token) as folder:
         for file in record.files:
             array, _, chunk = file.partition("/")
             to = folder / file
             to.parent.mkdir(parents=True, exist_ok=True)
-            tag = dataclasses.replace(record, index=number).tag(array) if chunk.startswith("c/") else b""
+            tag = moved.tag(array) if chunk.startswith("c/") else b""
             files[file] = list(_copy(store.place.open(f"{old}/{file}"), to, tag))
-        moved = dataclasses.replace(record, index=number, source=number // SOURCE_STRIDE, files=files)
+        moved = dataclasses.replace(moved, files=files)
         write_attributes(folder, PART_KEY, sealed(moved.to_json()))
     return moved
 
@@ -246,10 +268,11 @@ def _copy(source: Object, to: Path, tag: bytes) -> tuple[int, int, int]:
     return size, crc, other
 
 
-def _ended(path: Path, manifest: Manifest, records: Sequence[PartRecord]) -> Manifest:
-    """Write index and manifest of the store at ``path``, which holds the parts of ``records``."""
-    check_whole(records, manifest, path)
-    write_index(path, records)
+def _ended(place: Place, manifest: Manifest, records: Sequence[PartRecord]) -> Manifest:
+    """Write index and manifest of the store at ``place``, which holds the parts of ``records``."""
+    check_whole(records, manifest, place.where(""))
+    layout = PartLayout(stored_codec(place, manifest), len(manifest.layers), manifest.target.hidden_size)
+    write_index(place, records, layout)
     manifest = dataclasses.replace(manifest, counts=totals(records), complete=True)
-    Folder(path).write("zarr.json", group_metadata(ROOT_KEY, sealed(manifest.to_json())))
+    place.write("zarr.json", group_metadata(ROOT_KEY, sealed(manifest.to_json())))
     return manifest

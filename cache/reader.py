@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 import resource
+import threading
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,7 +26,7 @@ from dspark.cache.errors import (
     reading,
 )
 from dspark.cache.files.calibration import stored_codec
-from dspark.cache.files.index import PART_ARRAYS, TURN, build_index, index_specs, index_sums
+from dspark.cache.files.index import PART_ARRAYS, TURN, build_index, index_shape, index_specs, index_sums
 from dspark.cache.files.layout import (
     EXACT_POSITION,
     EXACT_ROW,
@@ -37,20 +38,23 @@ from dspark.cache.files.layout import (
     TARGET,
     TARGET_WEIGHTS,
     PartLayout,
+    StoredArray,
     part_name,
 )
 from dspark.cache.files.part import (
     Array,
     PartRecord,
     missing_files,
+    open_shard,
     part_specs,
     read_attributes,
     read_record,
     read_shape,
     shard_file,
 )
-from dspark.cache.files.place import Folder
+from dspark.cache.files.place import Memory, Place, each_in_parallel, in_parallel, place_of
 from dspark.cache.files.shard import Shard
+from dspark.cache.files.urls import Where, where
 from dspark.cache.manifest import READ_VERSIONS, Manifest, sealed, unseal
 from dspark.cache.records import CodedSample, Sample, TokenSample, last_rows
 from dspark.cache.target.files import what_to_do
@@ -70,14 +74,18 @@ def open_parts(arrays: int) -> int:
     return max(1, min(OPEN_PARTS, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2 // max(arrays, 1)))
 
 
-def read_manifest(path: str | Path) -> Manifest:
-    """Read the manifest of the store at ``path``. Refuses, by name, a folder that is not a store and a version it does not know."""
-    path = Path(path)
-    with reading(path):
-        _refuse_others(path)
+def read_manifest(path: str | Where) -> Manifest:
+    """Read the manifest of the store at ``path``, a folder or a URL. Refuses, by name, what is not a store and a version it does not know."""
+    place = place_of(path)
+    path = place.where("")
+    if isinstance(path, Path):
+        with reading(path):
+            _check_folder(path)
     try:
-        attributes = read_attributes(path)
+        attributes = read_attributes(place)
     except DamagedCacheError as error:
+        if place.remote and not place.exists("zarr.json"):
+            _refuse_absent(path, any_of_it=place.exists(), parts=place.remote and bool(place.list(PARTS)))
         raise DamagedCacheError(f"{error}. {rebuild_hint(path)}") from error
     if ROOT_KEY not in attributes:
         raise NotACacheError(
@@ -95,53 +103,84 @@ def read_manifest(path: str | Path) -> Manifest:
         raise DamagedCacheError(f"{error}. {rebuild_hint(path)}") from error
 
 
-def _refuse_others(path: Path) -> None:
-    """Raise NotACacheError where ``path`` is no store, DamagedCacheError where a part of it is a link."""
-    if not path.exists():
-        raise NotACacheError(
-            f"{path}: no such folder. dspark-dump writes one: dspark-dump --model MODEL --data FILE --output {path}"
-        )
+def _check_folder(path: Path) -> None:
     if not (path / "zarr.json").is_file():
-        more = f". {rebuild_hint(path)}" if (path / PARTS).is_dir() else ""
-        raise NotACacheError(f"{path}: not a dspark store (no zarr.json in it){more}")
+        _refuse_absent(path, any_of_it=path.exists(), parts=(path / PARTS).is_dir())
     for name in ("zarr.json", PARTS, INDEX, TARGET):
         if (path / name).is_symlink():
             raise DamagedCacheError(f"{path / name}: a link. Within a store there are none.")
 
 
-def rebuild_hint(path: Path) -> str:
+def _refuse_absent(path: Where, *, any_of_it: bool, parts: bool) -> None:
+    """Say why there is no manifest at ``path``."""
+    if not any_of_it:
+        raise NotACacheError(
+            f"{path}: no such folder. dspark-dump writes one: dspark-dump --model MODEL --data FILE --output {path}"
+        )
+    more = f". {rebuild_hint(path)}" if parts else ""
+    raise NotACacheError(f"{path}: not a dspark store (no zarr.json in it){more}")
+
+
+def rebuild_hint(path: Where) -> str:
     """The next step where index or manifest are not what was written."""
     return (
         f"Run dspark-tools verify --rebuild-index {path}: it makes index and manifest again from the parts."
     )
 
 
-def open(path: str | Path, *, allow_incomplete: bool = False) -> Cache:
-    """Open the store at ``path`` for reading.
+def open(path: str | Where, *, allow_incomplete: bool = False) -> Cache:
+    """Open the store at ``path``, a folder or a URL (``s3://``, ``gs://``, ``az://``), for reading.
 
     Raises NotACacheError, FormatVersionError, DamagedCacheError, or IncompleteCacheError unless ``allow_incomplete``.
     """
-    path = Path(path)
+    path = where(path)
     manifest = read_manifest(path)
     if not manifest.complete and not allow_incomplete:
         with reading(path / PARTS):
-            parts = sum(1 for p in (path / PARTS).glob("[0-9]*"))
+            parts = sum(name.isdigit() for name in place_of(path).list(PARTS))
         raise IncompleteCacheError(
             f"{path}: the dump has not finished ({parts} parts so far). Run the same dspark-dump command with --resume."
         )
     return Cache(path, manifest)
 
 
+class Shards(Mapping[str, Shard]):
+    """The shards of a part of a remote store, each opened when it is first asked for. May be used by several threads."""
+
+    def __init__(self, place: Place, record: PartRecord, specs: Sequence[StoredArray]) -> None:
+        self._place, self._record = place, record
+        self._specs = {s.name: s for s in specs}
+        self._open: dict[str, Shard] = {}
+
+    def __getitem__(self, name: str) -> Shard:
+        if name not in self._open:
+            self._open[name] = open_shard(self._place, self._record, self._specs[name])
+        return self._open[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._specs)
+
+    def __len__(self) -> int:
+        return len(self._specs)
+
+
 class Cache:
     """A store opened for reading: ``len(cache)`` samples, ``cache[i]`` decoded, ``cache.read(i)`` as stored."""
 
-    def __init__(self, path: Path, manifest: Manifest) -> None:
+    def __init__(self, path: Where, manifest: Manifest) -> None:
         self.path = path
+        self.place = place_of(path)
         self.manifest = manifest
-        self.codec: Codec = stored_codec(path, manifest)
+        self.codec: Codec = stored_codec(self.place, manifest)
         self.layout = PartLayout(self.codec, len(manifest.layers), manifest.target.hidden_size)
         self._embedding: torch.Tensor | None = None
-        self._open: OrderedDict[int, dict[str, Shard]] = OrderedDict()
+        self._open: OrderedDict[int, Mapping[str, Shard]] = OrderedDict()
+        self._opening = threading.Lock()  # of parts, where several threads read
+
+    @property
+    def remote(self) -> bool:
+        """Tell whether reading takes requests."""
+        return self.place.remote
 
     def __getstate__(self) -> dict[str, Any]:
         return {"path": self.path, "manifest": self.manifest}
@@ -182,34 +221,48 @@ class Cache:
 
     def _stored_index(self) -> dict[str, Array]:
         """``index/`` as it lies there, its checksums compared."""
-        where = self.path / INDEX
-        about = unseal(read_attributes(where).get(INDEX_KEY), str(where))
+        about = unseal(read_attributes(self.place, INDEX).get(INDEX_KEY), str(self.path / INDEX))
         self._part_crc = about["part_crc32c"]
-        index: dict[str, Array] = {}
-        with reading(where):
-            names = Folder(where).list("")
-        for name in names:
-            if name != "zarr.json":
-                shape, kind = read_shape(where / name)
-                empty = np.broadcast_to(np.zeros((), kind), shape)  # takes no memory, whatever the shape
-                spec = index_specs({name: empty})[0]
-                file = where / name / shard_file(spec)
-                index[name] = Shard(file, spec).read(0, shape[0]) if shape[0] else np.array(empty)
+        specs = self._index_specs()
         if self.manifest.format_version == 1:
             # No checksum of the arrays: what Zarr reads as zeros is a shard that is not there.
-            for spec in index_specs(index):
-                if spec.shape[0] and not (where / spec.name / shard_file(spec)).is_file():
-                    raise DamagedCacheError(f"{where / spec.name}: its shard is missing")
+            for spec in specs:
+                file = f"{INDEX}/{spec.name}/{shard_file(spec)}"
+                if spec.shape[0] and not self.place.exists(file):
+                    raise DamagedCacheError(f"{self.path / INDEX / spec.name}: its shard is missing")
+        read = each_in_parallel(self.place)
+        index = dict(read(lambda s: (s.name, self._index_array(s)), specs))
+        if self.manifest.format_version == 1:
             index[TURN] = np.zeros(index["sample_row"].shape[0], np.int32)
             index["part_number"] = np.arange(len(self._part_crc))
         elif (found := index_sums(index)) != about["array_crc32c"]:
             raise DamagedCacheError(f"arrays have checksums {found}, expected {about['array_crc32c']}")
         return index
 
+    def _index_specs(self) -> list[StoredArray]:
+        """The arrays of ``index/``: as their metadata say; of a remote store as the counts do, for every look is a request."""
+        if self.place.remote and self.manifest.format_version > 1:
+            return index_shape(self.manifest.counts.samples, len(self._part_crc))
+        with reading(self.path / INDEX):
+            names = [n for n in self.place.list(INDEX) if n != "zarr.json"]
+        empty: dict[str, Array] = {}
+        for name in names:
+            shape, kind = read_shape(self.place, f"{INDEX}/{name}")
+            empty[name] = np.broadcast_to(np.zeros((), kind), shape)  # takes no memory, whatever the shape
+        return [index_specs({n: a})[0] for n, a in empty.items()]
+
+    def _index_array(self, spec: StoredArray) -> Array:
+        name = f"{INDEX}/{spec.name}/{shard_file(spec)}"
+        if not spec.shape[0]:
+            return np.empty(spec.shape, spec.dtype)
+        # In one piece where every read is a request.
+        file = (lambda: Memory(self.place.read(name))) if self.place.remote else None
+        return Shard(self.path / name, spec, file=file).read(0, spec.shape[0])
+
     def _scan(self) -> dict[str, Array]:
         """The index of a store that is being written, from the parts that are there: in version 2 any, for each is a block of its own."""
         with reading(self.path / PARTS):
-            names = [n for n in Folder(self.path).list(PARTS) if n.isdigit()]
+            names = [n for n in self.place.list(PARTS) if n.isdigit()]
         if self.manifest.format_version == 1:
             for i, name in enumerate(names):
                 if name != part_name(i, 1):
@@ -235,9 +288,12 @@ class Cache:
         _ = self.index
         return list(self._part_crc)
 
-    def folder(self, part: int) -> Path:
+    def folder(self, part: int) -> Where:
         """Where part ``part`` (counted from 0) is."""
-        return self.path / PARTS / part_name(self._numbers[part], self.manifest.format_version)
+        return self.path / PARTS / self._name(part)
+
+    def _name(self, part: int) -> str:
+        return part_name(self._numbers[part], self.manifest.format_version)
 
     def __len__(self) -> int:
         return int(self.index["sample_row"].shape[0])
@@ -306,7 +362,12 @@ class Cache:
         part, span, last = self._locate(i)
         tokens = self._tokens(i, part, span)
         rows = {"token": span, "last": last}
-        states: Coded = {n: self._read(part, n, rows[axis]) for n, axis in self._axes if axis != "exact"}
+        wanted = [(n, rows[axis]) for n, axis in self._axes if axis != "exact"]
+        if self.place.remote:
+            found = in_parallel(lambda one: self._read(part, *one), wanted)
+            states: Coded = dict(zip((n for n, _ in wanted), found, strict=True))
+        else:
+            states = {n: self._read(part, n, span) for n, span in wanted}
         if self.layout.exact:
             states |= self._exact(part, i - self._first[part])
         return CodedSample(tokens, states)
@@ -377,16 +438,15 @@ class Cache:
 
     @property
     def target_files(self) -> Path:
-        """Folder with the target's config and tokenizer files."""
-        return self.path / TARGET
+        """Local folder with the target's config and tokenizer files; of a remote store a copy that is made once."""
+        return self.place.kept(TARGET, self.manifest.target.weights_sha256)
 
     # -- arrays ----------------------------------------------------------------------------------------------------------
 
     def record(self, part: int) -> PartRecord:
         """The sealed record of part ``part``; checked against the index's checksum of it."""
-        folder = self.folder(part)
-        with reading(folder):
-            record = read_record(folder)
+        with reading(self.folder(part)):
+            record = read_record(self.place, self._name(part))
         if self.manifest.complete:
             _ = self.index
             if sealed(record.to_json())["crc32c"] != self._part_crc[part]:
@@ -401,26 +461,32 @@ class Cache:
     def _digest(self) -> str:
         return self.manifest.digest()
 
-    def _arrays(self, part: int) -> dict[str, Shard]:
+    def _arrays(self, part: int) -> Mapping[str, Shard]:
         if part in self._open:
             self._open.move_to_end(part)
             return self._open[part]
-        folder, record = self.folder(part), self.record(part)
-        for finding in missing_files(folder, record):
-            raise DamagedCacheError(f"{finding}. Run dspark-tools verify {self.path}")
-        specs = part_specs(self.layout, record)
-        self._open[part] = {
-            s.name: Shard(folder / s.name / shard_file(s), s, record.tag(s.name)) for s in specs if s.shape[0]
-        }
+        record = self.record(part)
+        specs = [s for s in part_specs(self.layout, record) if s.shape[0]]
+        if self.place.remote:  # opened one by one, when they are read: each takes requests
+            self._open[part] = Shards(self.place, record, specs)
+        else:
+            for finding in missing_files(self.place, record):
+                raise DamagedCacheError(f"{finding}. Run dspark-tools verify {self.path}")
+            self._open[part] = {s.name: open_shard(self.place, record, s) for s in specs}
         if len(self._open) > open_parts(len(specs)):
             self._open.popitem(last=False)
         return self._open[part]
 
     def _read(self, part: int, name: str, span: slice) -> Any:
-        shard = self._arrays(part).get(name)
-        if shard is None:  # an array of no rows has no shard: no last state is stored in this part
-            return self._empty(name)
+        if self.place.remote:
+            with self._opening:
+                arrays = self._arrays(part)
+        else:
+            arrays = self._arrays(part)
         try:
+            shard = arrays.get(name)
+            if shard is None:  # an array of no rows has no shard: no last state is stored in this part
+                return self._empty(name)
             return shard.read(span.start, shard.spec.shape[0] if span.stop is None else span.stop)
         except DamagedCacheError as error:
             raise DamagedCacheError(f"{error}. Run dspark-tools verify {self.path}") from error

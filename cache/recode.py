@@ -27,6 +27,8 @@ from dspark.cache.errors import MismatchError, UsageError
 from dspark.cache.files.calibration import codec_info
 from dspark.cache.files.lock_files import owned
 from dspark.cache.files.part import Block
+from dspark.cache.files.place import place_of
+from dspark.cache.files.urls import Where, where
 from dspark.cache.manifest import FORMAT_VERSION, Counts, Manifest
 from dspark.cache.quality import Probe, quality, spread_states
 from dspark.cache.reader import Cache
@@ -41,8 +43,8 @@ BATCH_VALUES = 1 << 24  # aux values coded at once: 64 MB in float32, a few time
 
 
 def recode(
-    source: str | Path,
-    destination: str | Path,
+    source: str | Where,
+    destination: str | Where,
     *,
     codec: str | None = None,
     aux_bits: int | None = None,
@@ -63,7 +65,11 @@ def recode(
     ``workers``: parts in work at once (None: a core each, eight at most; each holds a part's states). ``device``: where states are coded.
     """
     cache = open_store(source)
-    if Path(source).resolve() == Path(destination).resolve():
+    if where(source) == where(destination) or (
+        isinstance(a := where(source), Path)
+        and isinstance(b := where(destination), Path)
+        and a.resolve() == b.resolve()
+    ):
         raise UsageError(f"{destination} is the source itself; give another folder")
     name = choose_codec(codec, aux_bits, last_bits, pack)
     if name != cache.codec.name:
@@ -74,10 +80,10 @@ def recode(
         if why:
             say(f"codec {name}: {why}")
     wanted = registry.make(name, pack)
-    safe = parts_of(Path(destination), resume=resume)
+    safe = parts_of(where(destination), resume=resume)
     with (
         stoppable("finishing the parts that are in work", safe),
-        owned(Path(destination), "dspark-tools recode", break_lock=break_lock) as lock,
+        owned(where(destination), "dspark-tools recode", break_lock=break_lock) as lock,
     ):
         probe = spread_states(cache, wanted, device=device)
         new = _new_codec(cache.codec, wanted, probe if calibrate else None)
@@ -85,8 +91,8 @@ def recode(
             raise UsageError(f"codec {wanted.name} cannot do without calibration: leave --no-calibrate out")
         blocks = _blocks(cache)
         manifest = _planned(cache, new, blocks)
-        files = small_files(cache.path, cache.manifest)
-        if resume and Path(destination).exists():
+        files = small_files(cache.target_files, cache.manifest, cache.path)
+        if resume and place_of(destination).exists():
             writer = StoreWriter.resume(destination, manifest)
             if not same_codes(writer.codec, new):
                 raise MismatchError(

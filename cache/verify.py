@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,7 +20,6 @@ from dspark.cache.errors import (
     read_error,
     reading,
 )
-from dspark.cache.files.atomic import remove
 from dspark.cache.files.calibration import stored_codec
 from dspark.cache.files.checksum import file_sums
 from dspark.cache.files.index import PART_ARRAYS, TURN, build_index
@@ -33,8 +34,9 @@ from dspark.cache.files.part import (
     shard_file,
     tokens_sha256,
 )
-from dspark.cache.files.place import Folder, refuse_links
+from dspark.cache.files.place import Folder, Place, place_of, refuse_links
 from dspark.cache.files.shard import Shard
+from dspark.cache.files.urls import Where
 from dspark.cache.manifest import Manifest
 from dspark.cache.reader import Cache, read_manifest
 from dspark.cache.records import last_rows
@@ -67,24 +69,33 @@ class Report:
         return "UNREADABLE" if self.unreadable and not self.damaged else "DAMAGED"
 
 
-def verify(path: str | Path, progress: Callable[[int, int], None] = lambda done, total: None) -> Report:
-    """Check the store at ``path``. ``progress(done, total)`` is called once per part. Raises only if it is not a store at all, or its manifest is damaged or unreadable."""
-    path = Path(path)
+def verify(
+    path: str | Where,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+    workers: int | None = None,
+) -> Report:
+    """Check the store at ``path``. ``progress(done, total)`` is called once per part; ``workers`` parts are checked at once (None: one per core, eight at most).
+
+    Raises only if it is not a store at all, or its manifest is damaged or unreadable.
+    """
+    place = place_of(path)
+    path = place.where("")
     manifest = read_manifest(path)
     report = Report()
     try:
-        refuse_links(path)
+        if isinstance(path, Path):
+            refuse_links(path)
         with reading(path / PARTS):
-            folders = [path / PARTS / n for n in Folder(path).list(PARTS) if n.isdigit()]
+            names = [n for n in place.list(PARTS) if n.isdigit()]
     except (DamagedCacheError, UnreadableError) as error:
         report.findings.append(str(error))
         report.unreadable.update([PARTS] if isinstance(error, UnreadableError) else [])
         return report
-    for name in _missing_parts(path, manifest, [f.name for f in folders]):
+    for name in _missing_parts(place, manifest, names):
         report.findings.append(f"{path / PARTS / name}: the part is missing")
         report.damaged.add(name)
     try:
-        codec = stored_codec(path, manifest)
+        codec = stored_codec(place, manifest)
     except (DamagedCacheError, UnreadableError) as error:  # no part can be checked without it
         report.findings.append(str(error))
         report.unreadable.update([CALIBRATION] if isinstance(error, UnreadableError) else [])
@@ -93,29 +104,27 @@ def verify(path: str | Path, progress: Callable[[int, int], None] = lambda done,
     small: list[dict[str, Array]] = []
     records: list[PartRecord] = []
     foreign: list[str] = []
-    for done, folder in enumerate(folders):
-        before = len(report.findings)
-        try:
-            checked = _check_part(folder, manifest, layout, report)
-        except (UnreadableError, OSError) as error:
-            if isinstance(error, OSError):
-                error = UnreadableError(str(read_error(folder, error)))
-            if len(report.findings) == before:
-                report.unreadable.add(folder.name)
-            report.findings.append(str(error))
-            checked = None
-        except ForeignPart as error:
-            report.findings.append(str(error))
-            foreign.append(folder.name)
-            checked = None
-        if checked is not None:
-            records.append(checked[0])
-            small.append(checked[1])
-        if len(report.findings) > before and folder.name not in (*report.unreadable, *foreign):
-            report.damaged.add(folder.name)
-        report.checked_parts += 1
-        progress(done + 1, len(folders))
-    if foreign and len(foreign) == len(folders):  # then it is the manifest that is of another store
+    digest = manifest.digest()
+
+    def one(name: str) -> Checked:
+        return _check(place, name, manifest, digest, layout)
+
+    # Reading, sums and decompression leave Python's lock.
+    with ThreadPoolExecutor(workers or min(8, os.cpu_count() or 1), thread_name_prefix="verify") as pool:
+        for done, (name, own) in enumerate(zip(names, pool.map(one, names), strict=True)):
+            report.findings += own.report.findings
+            report.checked_chunks += own.report.checked_chunks
+            report.unreadable |= own.report.unreadable
+            if own.foreign:
+                foreign.append(name)
+            if own.record is not None:
+                records.append(own.record)
+                small.append(own.small)
+            if own.report.findings and name not in (*report.unreadable, *foreign):
+                report.damaged.add(name)
+            report.checked_parts += 1
+            progress(done + 1, len(names))
+    if foreign and len(foreign) == len(names):  # then it is the manifest that is of another store
         report.findings.append(
             f"{path / 'zarr.json'}: no part is of the manifest's plan. Put the store's own zarr.json back, or run "
             f"dspark-tools verify --rebuild-index {path}"
@@ -129,9 +138,14 @@ def verify(path: str | Path, progress: Callable[[int, int], None] = lambda done,
             report.findings.append(str(error))
             report.unreadable.add(INDEX)
     try:
-        for name, finding in damaged_files(path / TARGET, manifest).items():
-            report.findings.append(f"{finding}. {what_to_do(path)}")
-            report.damaged.add(f"{TARGET}/{name}")
+        with place.local(TARGET) as folder:
+            for name, finding in damaged_files(folder, manifest).items():
+                found = finding.replace(str(folder), str(path / TARGET))
+                report.findings.append(f"{found}. {what_to_do(path)}")
+                report.damaged.add(f"{TARGET}/{name}")
+    except OSError as error:
+        report.findings.append(str(read_error(path / TARGET, error)))
+        report.unreadable.add(TARGET)
     except UnreadableError as error:
         report.findings.append(str(error))
         report.unreadable.add(TARGET)
@@ -142,7 +156,42 @@ class ForeignPart(MismatchError):
     """A part of another plan than the store's."""
 
 
-def _missing_parts(path: Path, manifest: Manifest, found: list[str]) -> list[str]:
+@dataclass(slots=True)
+class Checked:
+    """What was found in one part: its record and small arrays, where they could be read."""
+
+    report: Report = field(default_factory=Report)
+    record: PartRecord | None = None
+    small: dict[str, Array] = field(default_factory=dict)
+    foreign: bool = False
+
+
+def _check(place: Place, name: str, manifest: Manifest, digest: str, layout: PartLayout) -> Checked:
+    """Check one part; of a remote store a copy that is made for it."""
+    out = Checked()
+    where = place.where(f"{PARTS}/{name}")
+    try:
+        with place.local(f"{PARTS}/{name}") as folder:
+            try:
+                checked = _check_part(folder, manifest, digest, layout, out.report)
+                if checked is not None:
+                    out.record, out.small = checked
+            finally:
+                said = [text.replace(str(folder), str(where)) for text in out.report.findings]
+                out.report.findings = said
+    except (UnreadableError, OSError) as error:
+        if isinstance(error, OSError):
+            error = UnreadableError(str(read_error(where, error)))
+        if not out.report.findings:
+            out.report.unreadable.add(name)
+        out.report.findings.append(str(error))
+    except ForeignPart as error:
+        out.report.findings.append(str(error).replace(str(folder), str(where)))
+        out.foreign = True
+    return out
+
+
+def _missing_parts(place: Place, manifest: Manifest, found: list[str]) -> list[str]:
     """Names of parts that ought to be there."""
     if manifest.format_version == 1:
         count = manifest.counts.parts if manifest.complete else len(found)
@@ -150,24 +199,26 @@ def _missing_parts(path: Path, manifest: Manifest, found: list[str]) -> list[str
     if not manifest.complete:
         return []
     try:
-        wanted = Cache(path, manifest).index["part_number"]
-        return [n for i in wanted.tolist() if (n := part_name(i)) not in found]
+        there = set(found)
+        wanted = Cache(place.where(""), manifest).index["part_number"]
+        return [n for i in wanted.tolist() if (n := part_name(i)) not in there]
     except CacheError:  # said where the index is looked at
         return []
 
 
 def _check_part(
-    folder: Path, manifest: Manifest, layout: PartLayout, report: Report
+    folder: Path, manifest: Manifest, digest: str, layout: PartLayout, report: Report
 ) -> tuple[PartRecord, dict[str, Array]] | None:
     """Check one part; what is wrong goes into ``report``. Returns its record and its small arrays if they could be read."""
+    place = Folder(folder.parent.parent)
     try:
-        record = read_record(folder)
+        record = read_record(place, folder.name)
     except UnreadableError:
         raise
     except CacheError as error:
         report.findings.append(str(error))
         return None
-    absent = list(missing_files(folder, record))
+    absent = list(missing_files(place, record))
     report.findings += absent
     for name, (size, *sums) in record.files.items():
         file = folder / name
@@ -185,14 +236,14 @@ def _check_part(
     if absent:
         return None
     if record.format_version != manifest.format_version or (
-        record.format_version > 1 and record.plan_sha256 != manifest.digest()
+        record.format_version > 1 and record.plan_sha256 != digest
     ):
         raise ForeignPart(f"{folder}: a part of another plan than the store's")
     specs = part_specs(layout, record)
     small: dict[str, Array] = {}
     for spec in specs:
         try:
-            found_shape, found_kind = read_shape(folder / spec.name)
+            found_shape, found_kind = read_shape(place, f"{PARTS}/{folder.name}/{spec.name}")
         except DamagedCacheError as error:
             report.findings.append(str(error))
             continue
@@ -254,7 +305,7 @@ def _check_counts(record: PartRecord, small: dict[str, Array], vocab: int) -> It
 
 
 def _check_totals(
-    path: Path, manifest: Manifest, records: list[PartRecord], small: list[dict[str, Array]]
+    path: Where, manifest: Manifest, records: list[PartRecord], small: list[dict[str, Array]]
 ) -> Iterator[str]:
     for a, b in itertools.pairwise(records):
         if (
@@ -284,19 +335,21 @@ def _check_totals(
             yield f"{path / INDEX / name}: differs from what the parts hold"
 
 
-def drop_damaged(path: str | Path, report: Report) -> list[str]:
+def drop_damaged(path: str | Where, report: Report) -> list[str]:
     """Delete what is damaged and mark the store incomplete; ``dspark-dump --resume`` then writes exactly that again. Returns its names.
 
     What is unreadable is not touched. Raises DamagedCacheError, deleting nothing, where a link would be followed out of the store.
     """
-    path = Path(path)
-    refuse_links(path)
+    place = place_of(path)
+    path = place.where("")
+    if isinstance(path, Path):
+        refuse_links(path)
     if read_manifest(path).format_version == 1 and report.damaged:
         raise UsageError(
             f"{path}: a store of format version 1 is read, not repaired. Repair it with the release that wrote it, then convert it with dspark-tools recode."
         )
     for name in sorted(report.damaged):
-        remove(path / name if name.startswith(f"{TARGET}/") else path / PARTS / name)
+        place.remove(name if name.startswith(f"{TARGET}/") else f"{PARTS}/{name}")
     if report.damaged:
         StoreWriter(path, read_manifest(path), {}).reopen()
     return sorted(report.damaged)

@@ -12,8 +12,10 @@ import fcntl
 import os
 import secrets
 import shutil
+import tempfile
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 
@@ -37,6 +39,7 @@ from dspark.cache.files.index import PART_ARRAYS, TURN, build_index, index_specs
 from dspark.cache.files.layout import (
     INDEX,
     INDEX_KEY,
+    PART_KEY,
     PARTS,
     ROOT_KEY,
     SOURCE_STRIDE,
@@ -54,12 +57,14 @@ from dspark.cache.files.part import (
     group_metadata,
     join_tokens,
     missing_files,
+    open_shard,
     read_attributes,
     read_record,
     write_array,
     write_attributes,
 )
-from dspark.cache.files.place import Folder
+from dspark.cache.files.place import Place, in_parallel, place_of
+from dspark.cache.files.urls import Where
 from dspark.cache.manifest import Counts, Json, Manifest, SourceInfo, from_plan, sealed, unseal
 from dspark.cache.reader import read_manifest
 from dspark.cache.records import CodedSample, TokenSample
@@ -75,22 +80,22 @@ class StoreWriter:
     ``guard`` is called before anything is written, and raises where the caller may not write any more (its lock was broken).
     """
 
-    def __init__(self, path: Path, manifest: Manifest, committed: dict[int, PartRecord]) -> None:
+    def __init__(self, path: str | Where, manifest: Manifest, committed: dict[int, PartRecord]) -> None:
         self._lock = -1
         self.guard: Callable[[], None] = lambda: None
-        self.path = path
+        self.place = place_of(path)
+        self.path = self.place.where("")
         self.manifest = manifest
         self.committed = committed
-        self.codec: Codec = stored_codec(path, manifest)
+        self.codec: Codec = stored_codec(self.place, manifest)
         self.layout = PartLayout(self.codec, len(manifest.layers), manifest.target.hidden_size)
-        self.place = Folder(path)
         self._plan, self._digest = manifest.plan(), manifest.digest()
         self.token = f".{secrets.token_hex(4)}"
 
     @classmethod
     def create(
         cls,
-        path: str | Path,
+        path: str | Where,
         manifest: Manifest,
         target: FrozenTarget,
         files: Mapping[str, bytes],
@@ -104,17 +109,18 @@ class StoreWriter:
 
         Raises ExistsError when ``path`` exists, unless ``overwrite``, and MismatchError for another target's weights; an old store is there until the new one takes its place.
         """
-        path = Path(path)
-        if path.exists():
+        place = place_of(path)
+        path = place.where("")
+        if place.exists():
             if not overwrite:
                 raise ExistsError(
                     f"{path} exists. Use --resume to continue it, --overwrite to replace it, or another --output."
                 )
-            if not (path / "zarr.json").is_file() or not (path / PARTS).is_dir():
+            if not (place.exists("zarr.json") and place.exists(f"{PARTS}/zarr.json")):
                 raise ExistsError(
                     f"{path} exists and is not a dspark store: it is not overwritten. Choose another --output."
                 )
-        with staged(path, replace=overwrite) as new:
+        with new_store(place, overwrite) as new:
             sha = write_target(new / TARGET, target, manifest.target.config, files)
             if weights_sha256 not in (None, sha):
                 raise MismatchError(
@@ -134,23 +140,23 @@ class StoreWriter:
         return cls(path, manifest, {})._joined()
 
     @classmethod
-    def resume(cls, path: str | Path, manifest: Manifest) -> StoreWriter:
+    def resume(cls, path: str | Where, manifest: Manifest) -> StoreWriter:
         """Go on with the store at ``path``. Raises MismatchError unless ``manifest`` plans the same store.
 
         A committed part whose files are missing or cut short raises DamagedCacheError: ``dspark-tools verify --drop-damaged`` removes
         such parts, and the next ``--resume`` writes them again. ``restore_target`` does the same for ``target/``, once the weights are read.
         """
-        path = Path(path)
         found = read_manifest(path)
         found.same_plan(manifest, str(path))
         writer = cls(path, found, {})._joined()
+        path = writer.path
         writer.committed = scan_parts(path)
         for index, record in writer.committed.items():
             if record.plan_sha256 != writer._digest:
                 raise MismatchError(
                     f"{path / PARTS / part_name(index)}: a part of another plan than the store's"
                 )
-            for finding in missing_files(path / PARTS / part_name(index), record):
+            for finding in missing_files(writer.place, record):
                 raise DamagedCacheError(f"{finding}. Run: dspark-tools verify --drop-damaged {path}")
         return writer
 
@@ -159,7 +165,9 @@ class StoreWriter:
             self.close()
 
     def _joined(self) -> StoreWriter:
-        """Hold the writers' lock together with the others; the first one deletes what an interrupted writer left."""
+        """Hold the writers' lock together with the others; the first one deletes what an interrupted writer left. In an object store nothing lies half-written."""
+        if not isinstance(self.path, Path):
+            return self
         with write_errors(self.path):
             self._lock = os.open(self.path / PARTS, os.O_RDONLY)  # a folder can be locked like a file
             try:
@@ -178,6 +186,8 @@ class StoreWriter:
         Raises MismatchError, changing nothing, where ``target`` and ``files`` are not what the manifest has the hashes of: the parts to come would
         hold states of another model than those that are there. Hashes the weights in the store and ``target`` once each; writes only if something is wrong.
         """
+        if not isinstance(self.path, Path):
+            return self._restore_remote(target, files)
         folder, staged = self.path / TARGET, self.path / (STAGING + TARGET)
         wrong = sorted(
             {*damaged_files(folder, self.manifest), *(n for n in files if not (folder / n).is_file())}
@@ -193,13 +203,11 @@ class StoreWriter:
         with write_errors(folder):
             remove(staged)
             write_target(staged, target, self.manifest.target.config, files)
-            if other := damaged_files(staged, self.manifest):
+            try:
+                self._refuse_other(staged, wrong)
+            except MismatchError:
                 shutil.rmtree(staged)
-                raise MismatchError(
-                    f"{folder}: {', '.join(wrong)} must be written again, but this run's target is not the one that the store was started with.\n  "
-                    + "\n  ".join(text.replace(str(staged), "this run") for text in other.values())
-                    + f"\n{SAME_TARGET}"
-                )
+                raise
             fsync_tree(staged)
             folder.mkdir(exist_ok=True)
             for name in wrong:
@@ -207,6 +215,29 @@ class StoreWriter:
             fsync_path(folder)
             shutil.rmtree(staged)
         return wrong
+
+    def _restore_remote(self, target: FrozenTarget, files: Mapping[str, bytes]) -> list[str]:
+        """``restore_target`` of an object store: this run's files are made here and compared, and those that are not there as they should be are written."""
+        with tempfile.TemporaryDirectory(prefix="dspark-target-") as made, self.place.local(TARGET) as there:
+            mine = Path(made) / TARGET
+            write_target(mine, target, self.manifest.target.config, files)
+            wrong = sorted(
+                {*damaged_files(there, self.manifest), *(n for n in files if not (there / n).is_file())}
+            )
+            self._refuse_other(mine, wrong)
+            for name in wrong:
+                self.place.write(f"{TARGET}/{name}", (mine / name).read_bytes())
+        return wrong
+
+    def _refuse_other(self, mine: Path, wrong: Sequence[str]) -> None:
+        """Raise MismatchError unless the files of the target in ``mine`` are those of the store."""
+        if other := damaged_files(mine, self.manifest):
+            what = f"{', '.join(wrong)} must be written again, but " if wrong else ""
+            raise MismatchError(
+                f"{self.path / TARGET}: {what}this run's target is not the one that the store was started with.\n  "
+                + "\n  ".join(text.replace(str(mine), "this run") for text in other.values())
+                + f"\n{SAME_TARGET}"
+            )
 
     def commit(self, index: int, samples: Sequence[CodedSample], block: Block) -> PartRecord:
         """Write part ``index`` of ``block`` durably; nothing of it counts when it raises.
@@ -279,7 +310,7 @@ class StoreWriter:
         self.committed = scan_parts(self.path)  # of all writers
         records = [self.committed[i] for i in sorted(self.committed)]
         check_whole(records, self.manifest, self.path)
-        write_index(self.path, records)
+        write_index(self.place, records, self.layout)
         self.manifest = dataclasses.replace(
             self.manifest, counts=totals(records), complete=True, quality=quality or {}
         )
@@ -375,7 +406,26 @@ def by_source(records: Sequence[PartRecord], manifest: Manifest) -> list[Json]:
     return out
 
 
-def check_whole(records: Sequence[PartRecord], manifest: Manifest, path: Path) -> None:
+@contextmanager
+def new_store(place: Place, overwrite: bool) -> Iterator[Path]:
+    """A local folder that becomes the store at ``place`` when the block ends; its manifest is what comes last."""
+    path = place.where("")
+    if isinstance(path, Path):
+        with staged(path, replace=overwrite) as new:
+            yield new
+        return
+    from dspark.cache.files.bucket import Bucket
+
+    assert isinstance(place, Bucket)
+    with tempfile.TemporaryDirectory(prefix="dspark-store-") as made:
+        new = Path(made) / "store"
+        yield new
+        if overwrite:
+            place.remove("")
+        place.upload(new, "", new=True)
+
+
+def check_whole(records: Sequence[PartRecord], manifest: Manifest, path: Where) -> None:
     """Raise MismatchError unless the parts are all blocks of every source, up to a last one that may be shorter."""
     rows = manifest.dump.block_rows
     for source in range(len(manifest.sources)):
@@ -389,43 +439,80 @@ def check_whole(records: Sequence[PartRecord], manifest: Manifest, path: Path) -
                 )
 
 
-def scan_parts(path: Path) -> dict[int, PartRecord]:
+def scan_parts(path: str | Where) -> dict[int, PartRecord]:
     """The records of every committed part, by number."""
-    out = {}
-    for name in Folder(path).list(PARTS):
-        if (path / PARTS / name).is_dir():
-            record = read_record(path / PARTS / name)
-            out[record.index] = record
-    return out
+    place = place_of(path)
+    names = place.list(PARTS)
+    if place.remote:
+        found = in_parallel(lambda name: _committed(place, name), [n for n in names if n.isdigit()])
+        return {record.index: record for record in found if record is not None}
+    root = place.where("")
+    assert isinstance(root, Path)
+    records = [read_record(place, name) for name in names if (root / PARTS / name).is_dir()]
+    return {record.index: record for record in records}
 
 
-def write_index(path: Path, records: Sequence[PartRecord]) -> None:
+def _committed(place: Place, name: str) -> PartRecord | None:
+    """The record of a part of an object store; None where its writer has not come to that."""
+    try:
+        return read_record(place, name)
+    except DamagedCacheError:
+        if place.exists(f"{PARTS}/{name}/zarr.json"):
+            raise
+        return None
+
+
+def write_index(place: Place, records: Sequence[PartRecord], layout: PartLayout) -> None:
     """Write ``index/``, so that opening a large store reads a few files and not a folder per part."""
 
     def arrays(record: PartRecord) -> dict[str, Array]:
-        group = zarr.open_group(path / PARTS / part_name(record.index), mode="r")
-        return {name: np.asarray(group.get(name)) for name in (*PART_ARRAYS, TURN)}
+        specs = layout.small(record.tokens, record.samples, record.exact[0])
+        return {
+            s.name: open_shard(place, record, s).read(0, s.shape[0])
+            if s.shape[0]
+            else np.empty(s.shape, s.dtype)
+            for s in specs
+            if s.name in (*PART_ARRAYS, TURN)
+        }
 
-    index = build_index((arrays(record) for record in records), [r.index for r in records])
-    with staged(path / INDEX, replace=True) as new:
+    if place.remote:
+        parts: Iterable[dict[str, Array]] = in_parallel(arrays, list(records))
+    else:
+        parts = (arrays(record) for record in records)
+    index = build_index(parts, [r.index for r in records])
+    with place.replace(INDEX) as new:
         zarr.create_group(new, zarr_format=3)
         for spec in index_specs(index):
             write_array(new, spec, index[spec.name])
         body = {
             "part_crc32c": [sealed(r.to_json())["crc32c"] for r in records],
             "array_crc32c": index_sums(index),
+            "bytes": bytes_of(records),
         }
         write_attributes(new, INDEX_KEY, sealed(body))
 
 
-def rebuild(path: str | Path) -> Manifest:
+def bytes_of(records: Iterable[PartRecord]) -> dict[str, int]:
+    """Bytes on disk of each array in all parts, and of all metadata under the name ``""``."""
+    out: Counter[str] = Counter()
+    for record in records:
+        for name, (size, *_) in record.files.items():
+            array, _, file = name.partition("/")
+            out[array if file.startswith("c/") else ""] += size
+        out[""] += len(group_metadata(PART_KEY, sealed(record.to_json())))
+    return dict(sorted(out.items()))
+
+
+def rebuild(path: str | Where) -> Manifest:
     """Make index and manifest again from the parts, whatever has become of them; returns the manifest.
 
     A manifest that is gone, damaged or of another store than all parts is made from theirs; it is complete then if an index that is still sound lists exactly
     these parts, else ``--resume`` completes it. What only the manifest knows (a source's sha256, the limit on rows, the measured quality) is lost with it.
     """
-    path = Path(path)
-    records = list(scan_parts(path).values()) if (path / PARTS).is_dir() else []
+    place = place_of(path)
+    path = place.where("")
+    there = place.remote or place.exists(PARTS)
+    records = list(scan_parts(path).values()) if there else []
     if not records:
         raise DamagedCacheError(f"{path}: no part to make index and manifest from")
     digest = records[0].plan_sha256
@@ -443,7 +530,7 @@ def rebuild(path: str | Path) -> Manifest:
     except (DamagedCacheError, NotACacheError):
         old = None
     if old is None or old.format_version == 1 or old.digest() != digest:
-        old = _lost(path, records)
+        old = _lost(place, records)
     elif old.complete and (found := totals(records)) != old.counts:
         raise DamagedCacheError(
             f"{path}: the parts count {found}, the manifest says {old.counts}: parts are missing. Nothing was changed. "
@@ -451,24 +538,25 @@ def rebuild(path: str | Path) -> Manifest:
         )
     if old.complete:
         check_whole(records, old, path)
-        write_index(path, records)
+        layout = PartLayout(stored_codec(place, old), len(old.layers), old.target.hidden_size)
+        write_index(place, records, layout)
     counts = totals(records) if old.complete else Counts()
     manifest = dataclasses.replace(old, counts=counts)
-    Folder(path).write("zarr.json", group_metadata(ROOT_KEY, sealed(manifest.to_json())))
+    place.write("zarr.json", group_metadata(ROOT_KEY, sealed(manifest.to_json())))
     return manifest
 
 
-def _lost(path: Path, records: Sequence[PartRecord]) -> Manifest:
+def _lost(place: Place, records: Sequence[PartRecord]) -> Manifest:
     """A manifest from nothing but parts."""
     names = {r.source: r.source_id for r in records}
     try:
-        about = unseal(read_attributes(path / INDEX).get(INDEX_KEY), str(path / INDEX))
+        about = unseal(read_attributes(place, INDEX).get(INDEX_KEY), str(place.where(INDEX)))
         whole = about.get("part_crc32c") == [sealed(r.to_json())["crc32c"] for r in records]
     except DamagedCacheError:
         whole = False
     return from_plan(
         records[0].plan,
-        str(path),
+        str(place.where("")),
         sources=[SourceInfo(id=names.get(i, ""), sha256=None, limit=None) for i in range(max(names) + 1)],
         counts=Counts(),
         complete=whole,

@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from dspark.cache.files.urls import STORE
 from dspark.cache.shared.command import break_lock_flag, codec_options, command, emit, json_flag, version_flag
 from dspark.cache.shared.layer_ids import LayerIds
 from dspark.cache.target.taps import READERS
@@ -63,7 +64,10 @@ class DrafterTypes(click.ParamType):  # type: ignore[type-arg]  # no generic bef
     "FILE=0.3 takes a share of its rows. May be repeated: each is a source of its own.  [default: the preset's]",
 )
 @click.option(
-    "--output", type=click.Path(path_type=Path), default=Path("hs.zarr"), help="The store to write."
+    "--output",
+    type=STORE,
+    default=Path("hs.zarr"),
+    help="The store to write: a folder, or s3://, gs:// or az:// and BUCKET/NAME.",
 )
 @click.option(
     "--engine",
@@ -104,6 +108,12 @@ class DrafterTypes(click.ParamType):  # type: ignore[type-arg]  # no generic bef
     metavar="I/N",
     help="Make every N-th part only, I from 0 to N - 1: N such dumps make one store, all with one --output, or each with its own "
     "and dspark-tools merge afterwards. Continues a store that is there.",
+)
+@click.option(
+    "--ray",
+    type=int,
+    metavar="N",
+    help="Run N shards on the Ray cluster of RAY_ADDRESS, or on this machine; each gets the GPUs of --tensor-parallel-size, else one.",
 )
 @click.option(
     "--overwrite",
@@ -241,6 +251,9 @@ def execute(config: DumpConfig) -> dict[str, Any]:
         for line in [*table(plan.chain), "", *plan.lines()]:
             show.say(line)
         return plan.to_json()
-    from dspark.dump.run import dump
+    if config.ray is not None:
+        from dspark.dump.actors import dump
+    else:
+        from dspark.dump.run import dump
 
     return dump(config, show)

@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 from dspark.cache import json_text
 from dspark.cache.errors import UsageError
+from dspark.cache.files.urls import Url, Where, beside, where
 from dspark.cache.settings import DEFAULT_PACKING, choose_codec, is_asked
 from dspark.cache.target.taps import BOTH
 from dspark.dump.engines.answers import check_answers, check_max_tokens, check_temperature, check_top_p
 from dspark.dump.engines.options import EngineOptions, parse_arguments
-from dspark.dump.shard import Shard
+from dspark.dump.shard import MOST, Shard
 
 if TYPE_CHECKING:
     from dspark.cache.codec.base import Codec
@@ -29,7 +30,7 @@ class DumpConfig:
 
     model: str
     data: tuple[str, ...] | str | None = None  # a source each
-    output: Path = Path("hs.zarr")
+    output: Where = Path("hs.zarr")
     engine: str = "auto"
     layers: tuple[int, ...] | None = None  # output of decoder layer i
     target_layer_ids: tuple[int, ...] | None = None  # state entering layer j = i + 1
@@ -67,8 +68,14 @@ class DumpConfig:
     trust_remote_code: bool = False
     dry_run: bool = False
     shard: str | None = None  # I/N: every N-th part only
+    ray: int | None = None  # shards that a Ray cluster runs
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "output", where(self.output))
+        if self.regenerate and isinstance(self.output, Url):
+            raise UsageError(
+                "--regenerate keeps answers beside a local store: give a local --output, then copy it with dspark-tools merge."
+            )
         if self.regenerate and len(self.sources) > 1:
             raise UsageError(
                 "--regenerate takes one --data: give each source a store of its own, or one folder of files."
@@ -107,8 +114,13 @@ class DumpConfig:
             raise UsageError(
                 "--regenerate writes parts by rows, since answers' lengths are not known before: leave --part-tokens out."
             )
-        if self.shard is not None:
-            Shard.parse(self.shard)
+        if self.ray is not None and not 1 <= self.ray <= MOST:
+            raise UsageError(f"--ray: found {self.ray}, expected 1 to {MOST} dumps.")
+        if self.ray is not None and self.shard is not None:
+            raise UsageError("give --ray or --shard, not both: --ray makes the shards itself.")
+        if self.shard is not None or self.ray is not None:
+            if self.shard is not None:
+                Shard.parse(self.shard)
             if self.overwrite or self.regenerate:
                 flag = "--overwrite" if self.overwrite else "--regenerate"
                 why = (
@@ -116,7 +128,7 @@ class DumpConfig:
                     if self.overwrite
                     else "answers belong to a whole store"
                 )
-                raise UsageError(f"give --shard or {flag}, not both: {why}.")
+                raise UsageError(f"give --{'shard' if self.shard else 'ray'} or {flag}, not both: {why}.")
         if self.turns not in TURNS:
             raise UsageError(f"--turns {self.turns}: expected one of {', '.join(TURNS)}.")
         template_keywords(self.template_kwargs)
@@ -163,7 +175,16 @@ class DumpConfig:
     def beside(self, suffix: str) -> Path:
         """Return the path of this dump's own file beside the store, such as ``hs.zarr.log``."""
         shard = self.part_of
-        return self.output.with_name(self.output.name + (shard.suffix(suffix) if shard else suffix))
+        return beside(self.output, shard.suffix(suffix) if shard else suffix)
+
+    @property
+    def lock(self) -> Where:
+        """Return what this dump locks while it runs: its store, or its share of one."""
+        if self.part_of is None:
+            return self.output
+        if isinstance(self.output, Url):
+            return Url(f"{self.output}{self.part_of.suffix('')}")
+        return self.beside("")
 
     @property
     def engine_options(self) -> EngineOptions:

@@ -240,6 +240,11 @@ def load_engine(plan: planning.Plan, batch_tokens: int | None) -> Engine:
     return registry.load_engine(plan.engine, run)
 
 
+def all_parts(part: int) -> bool:
+    """Tell that every part is to be made."""
+    return True
+
+
 def part_reader(
     job: Job, note: Callable[[str], None], make: Making | None = None, source: int = 0
 ) -> PartReader:
@@ -253,7 +258,7 @@ def part_reader(
         source=source,
         note=note,
         make=make,
-        **({"takes": job.config.part_of.takes} if job.config.part_of else {}),
+        takes=job.config.part_of.takes if job.config.part_of else all_parts,
     )
 
 

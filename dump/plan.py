@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import shutil
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from dspark.cache.errors import DataError, MismatchError, StoreWriteError, UsageError
+from dspark.cache.files.urls import beside, where
 from dspark.cache.records import last_rows
 from dspark.cache.settings import DEFAULT_PACKING, FALLBACK
 from dspark.cache.shared.command import duration
@@ -65,7 +65,7 @@ class Plan:
     pack: str
     assistant_pattern: str | None
     bytes_per_token: int
-    free_bytes: int
+    free_bytes: int | None  # None: an object store, of which nobody knows
     part_tokens: int
     workers: int
     engine_options: EngineOptions = NO_OPTIONS
@@ -92,7 +92,8 @@ class Plan:
     @property
     def spool(self) -> str:
         """Folder of the files between a vLLM worker and this dump."""
-        return self.output + (Shard.parse(self.shard).suffix(".spool") if self.shard else ".spool")
+        suffix = Shard.parse(self.shard).suffix(".spool") if self.shard else ".spool"
+        return str(beside(where(self.output), suffix))
 
     def make_codec(self) -> Codec:
         """The store's codec, not calibrated yet."""
@@ -144,8 +145,7 @@ class Plan:
             + (f" ({self.codec_why})" if self.codec_why else ""),
             *(f"source   {n}: {name}: {rows:,} rows" for n, (name, rows) in enumerate(self.sources)),
             *self._calibration(),
-            f"size     {size}{took}; free {human(self.free_bytes)}"
-            + (f"; of it shard {self.shard}" if self.shard else ""),
+            f"size     {size}{took}; {self._free()}" + (f"; of it shard {self.shard}" if self.shard else ""),
             *(
                 f"  {what}: {n:,} of {self.looked_at:,} rows looked at"
                 for what, n in [*((f"dropped: {r}", n) for r, n in self.dropped.items()), *self.notes.items()]
@@ -161,6 +161,9 @@ class Plan:
             groups.setdefault(ids if own else f"{ids} (dspark-train --layers {ids})", []).append(kind)
         lines = [f"{', '.join(kinds)}: {ids}" for ids, kinds in groups.items()]
         return [f"drafts   {'; '.join(lines)}"] if lines else []
+
+    def _free(self) -> str:
+        return "free space unknown" if self.free_bytes is None else f"free {human(self.free_bytes)}"
 
     def _calibration(self) -> list[str]:
         """What the codec learns from, where that is more than a few batches."""
@@ -184,7 +187,7 @@ def resolve(
     config: DumpConfig, preset: Preset | None, shapes: Shapes, architectures: Sequence[str] = ()
 ) -> Plan:
     """Settle every choice that does not need the corpus. ``architectures``: the target's, where its config was read."""
-    from dspark.cache.files.atomic import existing_parent
+    from dspark.cache.files.place import place_of
 
     data = config.sources or ((preset.data,) if preset and preset.data else ())
     layers, drafts = choose_layers(config, preset, shapes)
@@ -210,7 +213,7 @@ def resolve(
         pack=config.pack,
         assistant_pattern=config.assistant_pattern or (preset.assistant_pattern if preset else None),
         bytes_per_token=round(bytes_per_token),
-        free_bytes=shutil.disk_usage(existing_parent(config.output)).free,
+        free_bytes=place_of(config.output).free(),
         part_tokens=config.part_tokens or CPU_PART_TOKENS,
         workers=workers,
         engine_options=config.engine_options,
@@ -409,7 +412,7 @@ def weight_bytes(shapes: Shapes) -> int:
 
 def check_disk(plan: Plan, done_tokens: int, shard: Shard | None = None) -> None:
     """Refuse a dump, or one ``shard`` of it, that is not expected to fit, ``done_tokens`` of it being there."""
-    if plan.tokens is None or plan.bytes is None:
+    if plan.tokens is None or plan.bytes is None or plan.free_bytes is None:
         return
     share = 1 / shard.count if shard else 1.0
     left = max(share - done_tokens / max(plan.tokens, 1), 0.0)

@@ -19,8 +19,10 @@ from typing import TYPE_CHECKING, Any
 from dspark.cache.errors import DamagedCacheError, DataError, EngineError, ExistsError
 from dspark.cache.files.atomic import write_file
 from dspark.cache.files.calibration import codec_info
-from dspark.cache.files.lock import Lock
+from dspark.cache.files.lock import OLD, Lock
 from dspark.cache.files.lock_files import owned
+from dspark.cache.files.place import place_of
+from dspark.cache.files.urls import Where, beside
 from dspark.cache.manifest import Manifest
 from dspark.cache.quality import Known, Probe, budget_of, probe_of
 from dspark.cache.quality import quality as quality_of
@@ -67,7 +69,9 @@ def dump(
     """Run the whole dump; returns the report that ``--json`` prints. Raises LockedError where another process writes the store."""
     safe = parts_of(config.output, resume=config.resume)
     # A shard holds the store's own lock only while it makes or ends the store.
-    own = owned(config.beside(""), "dspark-dump", break_lock=config.break_lock)
+    # The next try of one that was killed elsewhere waits until its lock shows no sign of life.
+    wait = OLD + 60 if config.shard and config.break_lock else 0.0
+    own = owned(config.lock, "dspark-dump", break_lock=config.break_lock, wait=wait)
     with stoppable(STOPPING, safe), own as lock:
         return _dump(config, show, engine_for, lock)
 
@@ -79,14 +83,15 @@ def _dump(
     lock: Lock,
 ) -> dict[str, Any]:
     began = time.monotonic()
-    resuming = (config.resume or config.shard is not None) and config.output.exists()
-    if config.output.exists() and not (resuming or config.overwrite):
+    exists = place_of(config.output).exists()
+    resuming = (config.resume or config.shard is not None) and exists
+    if exists and not (resuming or config.overwrite):
         raise ExistsError(
             f"{config.output} exists. Use --resume to continue it, --overwrite to replace it, or another --output."
         )
     stored = read_manifest(config.output) if resuming else None
-    answers = AnswerFiles(config.output)
-    if not stored and (config.regenerate or answers.go_with_the_store()):
+    answers = AnswerFiles(local(config.output))
+    if not stored and (config.regenerate or (exists and answers.go_with_the_store())):
         answers.refuse_other(config.sources, config.overwrite)
     # Everything that can be refused without weights is refused before they are loaded.
     job = prepare(config, stored.dump.template_date if stored else None)
@@ -132,7 +137,12 @@ def _dump(
         return out
 
 
-def mended(store: Path) -> bool:
+def local(output: Where) -> Path:
+    """Where answers of a store go, which only a local one has."""
+    return beside(output, "")
+
+
+def mended(store: Where) -> bool:
     """Make the index of a complete store again if it cannot be used; whether that was done."""
     try:
         _ = Cache(store, read_manifest(store)).index
@@ -197,7 +207,7 @@ def run_engine(
         # While an older store that is to be replaced is still there.
         check_coded(engine, probe, raw, codec, job.plan.layers)
         guard()
-        answers = AnswerFiles(config.output)
+        answers = AnswerFiles(local(config.output))
         stale = config.overwrite and answers.go_with_the_store()
         writer = begun(job, frozen, codec)
         if stale:  # only now: an old store that could not be replaced keeps its answers
@@ -254,7 +264,7 @@ def begun(job: Job, frozen: FrozenTarget, codec: Codec) -> StoreWriter:
     if config.shard is None:
         return create()
     with owned(config.output, "dspark-dump --shard", wait=TURN):
-        if not config.output.exists():
+        if not place_of(config.output).exists():
             return create()
     writer = StoreWriter.resume(config.output, job.manifest)
     writer.restore_target(target, files)
@@ -370,7 +380,7 @@ def regenerate_parts(
 ) -> tuple[Manifest, Written]:
     """``write_parts`` and the end of the store where the target answers."""
     out, began = Written(), time.monotonic()
-    answers = AnswerFiles(job.config.output)
+    answers = AnswerFiles(local(job.config.output))
     if not writer.committed:
         answers.begin()
     reader = part_reader(job, log.info)
@@ -411,7 +421,7 @@ def regenerate_parts(
     return manifest, out
 
 
-def report(output: Path, manifest: Manifest, seconds: float, written: Written) -> dict[str, Any]:
+def report(output: Where, manifest: Manifest, seconds: float, written: Written) -> dict[str, Any]:
     """What the command says at the end."""
     counts = manifest.counts if manifest.complete else totals(list(scan_parts(output).values()))
     return {
@@ -431,7 +441,7 @@ def report(output: Path, manifest: Manifest, seconds: float, written: Written) -
     }
 
 
-def per_source(output: Path, manifest: Manifest) -> list[dict[str, Any]]:
+def per_source(output: Where, manifest: Manifest) -> list[dict[str, Any]]:
     """Counts of each source, where there are several."""
     return by_source(list(scan_parts(output).values()), manifest) if len(manifest.sources) > 1 else []
 

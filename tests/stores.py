@@ -112,7 +112,7 @@ def blocks_of(samples: Sequence[TokenSample], rows: int) -> list[list[TokenSampl
 
 
 def write_store(
-    path: Path,
+    path: Path | str,
     lengths: Sequence[int],
     *,
     m: Manifest | None = None,

@@ -31,7 +31,7 @@ WIDTH = 100
 README_WORDS = 700
 # Flags of programs that pages rightly name and that are not ours.
 FOREIGN = {
-    "--nproc-per-node", "--nnodes", "--speculative-config", "--strict", "--fix", "--no-deps", "--version",
+    "--nproc-per-node", "--nnodes", "--rdzv-backend", "--rdzv-endpoint", "--speculative-config", "--strict", "--fix", "--no-deps", "--version",
 }  # fmt: skip
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 

@@ -18,6 +18,7 @@ VERBS = {
     "recode": ("stores.recode", "recode_command", "Write a store again with another codec."),
     "merge": ("stores.merge", "merge_command", "Join stores of one plan into a new one."),
     "append": ("stores.merge", "append_command", "Add a second corpus to a store of the same plan."),
+    "subset": ("stores.merge", "subset_command", "Write the samples that conditions choose."),
     "import": ("importers.command", "import_command", "Convert a DeepSpec or speculators cache to a store."),
     "compare": ("stores.compare", "compare_command", "What one store's code loses against another's."),
     "eval": ("judge.eval", "eval_command", "Decode prompts with a draft: lengths, speed, losslessness."),

@@ -8,6 +8,7 @@ answers before any collective of the step begins, none of those ever waits for a
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -44,6 +45,7 @@ class World:
     rank: int = 0
     size: int = 1
     local_rank: int = 0
+    local_size: int = 1  # processes of this node
     control: Any = None  # the gloo group
     owned: bool = False  # whether the process group ends with the run
 
@@ -123,6 +125,25 @@ class World:
             raise error
         raise PeerError(f"rank {rank}: {message}", code)
 
+    def gather(self, value: T) -> list[T]:
+        """``value`` of every rank, by rank."""
+        if self.size == 1:
+            return [value]
+        told: list[Any] = [None] * self.size
+        with lost_peers():
+            dist.all_gather_object(told, value, group=self.control)
+        return told
+
+    def hosts(self) -> str:
+        """Which ranks are where, for the log: ``rank 0-7 on a, 8-15 on b``."""
+        runs: list[tuple[str, int, int]] = []
+        for rank, host in enumerate(self.gather(socket.gethostname())):
+            if runs and runs[-1][0] == host:
+                runs[-1] = (host, runs[-1][1], rank)
+            else:
+                runs.append((host, rank, rank))
+        return "rank " + ", ".join(f"{a}-{b} on {h}" if a < b else f"{a} on {h}" for h, a, b in runs)
+
     def leave(self) -> None:
         """The ordinary end of a run. A process group that was there before it stays."""
         if self.owned:
@@ -148,6 +169,7 @@ def join(device: str, strategy: str | None) -> World:
             )
         return World()
     rank, size, local = (int(os.environ[name]) for name in LAUNCHER[:3])
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", size))
     if size == 1 and strategy != "fsdp2":
         return World()
     cuda = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
@@ -165,10 +187,10 @@ def join(device: str, strategy: str | None) -> World:
         torch.cuda.set_device(local)
         if owned:
             dist.init_process_group("nccl", device_id=torch.device("cuda", local))
-        return World(rank, size, local, dist.new_group(backend="gloo", timeout=PATIENCE), owned)
+        return World(rank, size, local, here, dist.new_group(backend="gloo", timeout=PATIENCE), owned)
     if owned:
         dist.init_process_group("gloo", timeout=PATIENCE)
-    return World(rank, size, local, dist.group.WORLD, owned)
+    return World(rank, size, local, here, dist.group.WORLD, owned)
 
 
 SIGNS = ("closed by peer", "reset by peer", "Broken pipe", "Connection refused", "Timed out waiting")

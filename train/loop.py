@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+import socket
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack
@@ -112,10 +113,10 @@ def _train(
         run = dataclasses.replace(run, guard=lock.check)
     first(lambda: folder.begin(output, run, resume=resume, overwrite=overwrite))
     position = Position()
-    whole = checkpoint.found(output / "checkpoints")
-    if resume and whole:
+    hosts = world.hosts()
+    if resume and (newest := _newest(output, world)):
         position = world.agreed(
-            lambda: checkpoint.load(whole[-1], run.optimizer, folder.content(*run.cache.stores))
+            lambda: checkpoint.load(newest, run.optimizer, folder.content(*run.cache.stores))
         )
     report = None
     if world.first:
@@ -126,6 +127,7 @@ def _train(
     try:
         if report:
             report.log.info("%s", text)
+            report.log.info("%s", hosts)
         if not world.first:
             return _loop(run, position, output, report, progress)
         with history.session(output, run, position.step, resumed=resume) as session:
@@ -133,6 +135,25 @@ def _train(
     finally:
         if report:
             report.close()
+
+
+def _newest(output: Path, world: World) -> Path | None:
+    """The newest whole checkpoint of rank 0, which writes them; None where there is none. Raises TrainError on a node that does not see it."""
+    found = checkpoint.found(output / "checkpoints")
+    name = world.gather(found[-1].name if found else None)[0]
+    if name is None:
+        return None
+    path = output / "checkpoints" / name
+
+    def there() -> None:
+        if path.name not in [p.name for p in found]:
+            raise TrainError(
+                f"{path} is not on {socket.gethostname()}, and rank 0 continues from it. Checkpoints are written by rank 0: put --output on "
+                "a file system that all nodes share, or copy its folder `checkpoints` to the same path on every node."
+            )
+
+    world.agreed(there)
+    return path
 
 
 def _loop(

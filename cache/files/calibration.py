@@ -18,6 +18,7 @@ from dspark.cache.codec.fields import from_fields
 from dspark.cache.errors import DamagedCacheError, DsparkError, MismatchError, UsageError, read_error
 from dspark.cache.files.checksum import file_sha256
 from dspark.cache.files.layout import CALIBRATION, ROOT_KEY
+from dspark.cache.files.place import Place, place_of
 from dspark.cache.manifest import CodecInfo, Json, Manifest, build, canonical, unseal
 
 if TYPE_CHECKING:
@@ -125,7 +126,7 @@ def _manifest_beside(path: Path) -> Manifest | None:
     try:
         from dspark.cache.files.part import read_attributes  # Zarr comes with it, and a dry run does without
 
-        attributes = read_attributes(path.parent)
+        attributes = read_attributes(place_of(path.parent))
         return Manifest.from_json(unseal(attributes.get(ROOT_KEY), str(path.parent)), str(path.parent))
     except DsparkError:
         return None
@@ -144,15 +145,23 @@ def save_calibration(codec: Codec, folder: Path, manifest: Manifest) -> str | No
     return file_sha256(path)
 
 
-def stored_codec(store: Path, manifest: Manifest) -> Codec:
-    """The codec of the store at ``store``. Raises DamagedCacheError unless the calibration file is the one that the plan has the hash of."""
+def stored_codec(store: Place, manifest: Manifest) -> Codec:
+    """The codec of a store. Raises DamagedCacheError unless the calibration file is the one that the plan has the hash of."""
     if manifest.fields is not None:
-        return from_fields(*manifest.fields, str(store))
+        return from_fields(*manifest.fields, str(store.where("")))
     info = manifest.codec
     learnt = {}
     if info.calibration_sha256 is not None:
-        learnt = read_calibration(store / CALIBRATION, info.calibration_sha256)
-    return registry.load(info.name, info.params, info.pack, learnt, str(store))
+        learnt = _stored(store, info.calibration_sha256)
+    return registry.load(info.name, info.params, info.pack, learnt, str(store.where("")))
+
+
+def _stored(store: Place, sha256: str) -> dict[str, torch.Tensor]:
+    try:
+        with store.local_file(CALIBRATION) as path:
+            return read_calibration(path, sha256)
+    except OSError as error:
+        raise read_error(store.where(CALIBRATION), error) from error
 
 
 def read_calibration(path: Path, sha256: str | None) -> dict[str, torch.Tensor]:

@@ -62,6 +62,18 @@ def index_specs(index: Mapping[str, Array]) -> list[StoredArray]:
     ]
 
 
+def index_shape(samples: int, parts: int) -> list[StoredArray]:
+    """How the index of a store of so many samples and parts is stored; what ``index_specs`` says of it."""
+    empty = build_index([], [])
+    more = {"sample_start": 1, "sample_last_start": 1, "part_first_sample": 1}
+    counts = {"part": parts, "sample": samples}
+    shapes = {n: (counts[n.partition("_")[0]] + more.get(n, 0), *a.shape[1:]) for n, a in empty.items()}
+    return [
+        StoredArray(n, shapes[n], str(a.dtype), 65536, 0 if a.itemsize == 1 else a.itemsize)
+        for n, a in empty.items()
+    ]
+
+
 def index_sums(index: Mapping[str, Array]) -> dict[str, int]:
     """crc32c of the little-endian bytes of each array of the index."""
     return {n: of_bytes(np.ascontiguousarray(a, a.dtype.newbyteorder("<"))) for n, a in sorted(index.items())}

@@ -133,7 +133,7 @@ class Lock:
     def __init__(self, where: Locks, name: str, of: str, owner: Owner, version: str) -> None:
         self.owner, self._where, self._name, self._of = owner, where, name, of
         self._version: str | None = version
-        self._end = threading.Event()
+        self._end, self._touching = threading.Event(), threading.Lock()
         self._beat = threading.Thread(target=self._beats, name="dspark-lock", daemon=True)
         self._beat.start()
 
@@ -143,7 +143,10 @@ class Lock:
 
     def _touch(self) -> None:
         """Show that we live. What cannot be reached now may be later; a lock that is another's stays lost."""
-        if self._version is not None:
+        # One at a time: a touch may change the version that the next one goes by.
+        with self._touching:
+            if self._version is None:
+                return
             with suppress(OSError, StoreWriteError):
                 self._version = self._where.touch(self._name, self._version)
 

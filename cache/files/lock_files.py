@@ -15,6 +15,7 @@ from pathlib import Path
 from dspark.cache.errors import StoreWriteError
 from dspark.cache.files.atomic import STAGING
 from dspark.cache.files.lock import OLD, Found, Lock, Owner, hold
+from dspark.cache.files.urls import Url, Where
 
 LOCK = ".lock"  # the name of a lock, or what it ends with
 LIMIT = 1 << 16  # bytes of a lock that are looked at
@@ -147,11 +148,19 @@ def made_folders(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def owned(
-    output: Path, who: str, *, inside: bool = False, break_lock: bool = False, wait: float = 0.0
+    output: Where, who: str, *, inside: bool = False, break_lock: bool = False, wait: float = 0.0
 ) -> Iterator[Lock]:
     """Hold the lock of the local ``output`` while the block runs: ``OUTPUT.lock`` beside it, since a store is made by a rename and is exchanged for another by one,
     or ``.lock`` ``inside`` a folder that stays the same one (and may be a mount of its own). Folders that are made for it and stay empty are deleted again.
     """
+    if isinstance(output, Url):
+        from dspark.cache.files.bucket import Bucket, BucketLocks, parent
+
+        there, name = (Bucket(output), LOCK) if inside else parent(output)
+        name += "" if inside else LOCK
+        with hold(BucketLocks(there), name, who, of=str(output), break_lock=break_lock, wait=wait) as lock:
+            yield lock
+        return
     real = output.resolve()
     folder, name = (real, LOCK) if inside else (real.parent, real.name + LOCK)
     where = FolderLocks(folder)

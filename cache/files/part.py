@@ -37,8 +37,8 @@ from dspark.cache.files.layout import (
     shard_tag,
     state_array,
 )
-from dspark.cache.files.place import Folder, Place
-from dspark.cache.files.shard import Pieces, chunk_rows, write_shard
+from dspark.cache.files.place import Place
+from dspark.cache.files.shard import Pieces, Shard, chunk_rows, write_shard
 from dspark.cache.manifest import FORMAT_VERSION, Json, build, plan_digest, sealed, unseal
 from dspark.cache.records import CodedSample, TokenSample, last_rows
 
@@ -341,37 +341,54 @@ def part_specs(layout: PartLayout, record: PartRecord) -> list[StoredArray]:
     return layout.arrays(record.tokens, record.samples, record.last_rows, exact, record.format_version)
 
 
-def read_record(part: Path) -> PartRecord:
-    """The sealed record of a committed part."""
+def read_record(place: Place, name: str) -> PartRecord:
+    """The sealed record of the committed part whose folder is called ``name``."""
+    part = place.where(f"{PARTS}/{name}")
     where = str(part / "zarr.json")
-    if part.is_symlink():
+    if isinstance(part, Path) and part.is_symlink():
         raise DamagedCacheError(f"{part}: a link. Within a store there are none.")
-    record = record_from(read_attributes(part).get(PART_KEY), where)
-    if part_name(record.index, record.format_version) != part.name:
-        raise DamagedCacheError(f"{where}: the record is of part {record.index}, the folder is {part.name}")
+    record = record_from(read_attributes(place, f"{PARTS}/{name}").get(PART_KEY), where)
+    if part_name(record.index, record.format_version) != name:
+        raise DamagedCacheError(f"{where}: the record is of part {record.index}, the folder is {name}")
     return record
 
 
-def missing_files(part: Path, record: PartRecord) -> Iterator[str]:
+def missing_files(place: Place, record: PartRecord) -> Iterator[str]:
     """A finding for each file of the part that is missing or has another size. Reads no data. Raises UnreadableError."""
-    place = Folder(part)
+    part = f"{PARTS}/{part_name(record.index, record.format_version)}"
+    known = place.sizes(part) if place.remote else None  # one request instead of dozens
     for name, (size, *_) in record.files.items():
+        path = place.where(f"{part}/{name}")
         try:
-            found = place.size(name)
+            found = place.size(f"{part}/{name}") if known is None else known.get(name)
         except OSError as error:
             if error.errno not in GONE:
-                raise read_error(part / name, error) from error
-            yield f"{part / name}: {error.strerror}, expected {size} bytes"
+                raise read_error(path, error) from error
+            yield f"{path}: {error.strerror}, expected {size} bytes"
             continue
-        if found != size:
-            yield f"{part / name}: found {found} bytes, expected {size}"
+        if found is None:
+            yield f"{path}: no such object, expected {size} bytes"
+        elif found != size:
+            yield f"{path}: found {found} bytes, expected {size}"
 
 
-def read_attributes(group: Path) -> dict[str, Any]:
-    """The attributes of a Zarr group, read from its zarr.json."""
-    path = group / "zarr.json"
+def open_shard(place: Place, record: PartRecord, spec: StoredArray) -> Shard:
+    """The shard of array ``spec`` of a committed part, for reading."""
+    file = f"{spec.name}/{shard_file(spec)}"
+    name = f"{PARTS}/{part_name(record.index, record.format_version)}/{file}"
+    if file not in record.files:
+        raise DamagedCacheError(f"{place.where(name)}: the part's record does not list it")
+    size, *sums = record.files[file]
+    version = "-".join(map(str, (size, *sums)))
+    return Shard(place.where(name), spec, record.tag(spec.name), lambda: place.open(name, size, version))
+
+
+def read_attributes(place: Place, group: str = "") -> dict[str, Any]:
+    """The attributes of a Zarr group of a store, read from its zarr.json."""
+    name = f"{group}/zarr.json" if group else "zarr.json"
+    path = place.where(name)
     try:
-        data = json_text.read(path)
+        data = _json(place, name)
     except OSError as error:
         raise read_error(path, error) from error
     except (ValueError, RecursionError) as error:
@@ -382,11 +399,12 @@ def read_attributes(group: Path) -> dict[str, Any]:
     return attributes
 
 
-def read_shape(array: Path) -> tuple[tuple[int, ...], str]:
-    """Shape and dtype that the metadata of the Zarr array in folder ``array`` says it has. Raises DamagedCacheError or UnreadableError."""
-    path = array / "zarr.json"
+def read_shape(place: Place, array: str) -> tuple[tuple[int, ...], str]:
+    """Shape and dtype that the metadata of Zarr array ``array`` says it has. Raises DamagedCacheError or UnreadableError."""
+    name = f"{array}/zarr.json"
+    path = place.where(name)
     try:
-        data = json_text.read(path)
+        data = _json(place, name)
         shape, kind = data["shape"], data["data_type"]
         if not shape or not all(type(n) is int and n >= 0 for n in shape) or kind not in KINDS:
             raise ValueError(f"shape {shape}, data_type {kind}")
@@ -395,6 +413,11 @@ def read_shape(array: Path) -> tuple[tuple[int, ...], str]:
     except (ValueError, KeyError, TypeError) as error:
         raise DamagedCacheError(f"{path}: not the metadata of an array: {error}") from error
     return tuple(shape), kind
+
+
+def _json(place: Place, name: str) -> Any:
+    """What a JSON object of a store holds, read within the bounds of ``json_text``. Raises ValueError or OSError."""
+    return json_text.loads(place.read(name, json_text.LARGEST).decode())
 
 
 def write_attributes(group: Path, key: str, value: Json) -> None:

@@ -10,16 +10,21 @@ import errno
 import mmap
 import os
 import shutil
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
 from dspark.cache.errors import DamagedCacheError, read_error
-from dspark.cache.files.atomic import STAGING, staged, write_file
+from dspark.cache.files.atomic import STAGING, existing_parent, remove, staged, write_file
+from dspark.cache.files.urls import Url, Where, where
 
+S = TypeVar("S")
+T = TypeVar("T")
+AT_ONCE = 16  # requests of one process
 # A file of another file system, too many names, a file system without hard links, or a file of another user.
 NO_LINK = frozenset({errno.EXDEV, errno.EMLINK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EPERM})
 
@@ -41,11 +46,31 @@ class Object(Protocol):
 
 
 class Place(Protocol):
-    """A store's objects. Errors are OSError."""
+    """A store's objects. Errors are OSError. ``remote``: each call is a request that takes its time."""
 
-    def open(self, name: str) -> Object: ...
-    def read(self, name: str) -> bytes: ...
+    @property
+    def remote(self) -> bool: ...
+    def where(self, name: str) -> Where:
+        """What to call an object in a message; the store without a name."""
+        ...
+
+    def open(self, name: str, size: int | None = None, version: str = "") -> Object:
+        """``size``: its bytes, where they are known. ``version``: what tells its content from any other, so that pieces of it may be kept here."""
+        ...
+
+    def read(self, name: str, limit: int | None = None) -> bytes:
+        """All of an object. Raises ValueError, having read nothing, where it has more than ``limit`` bytes."""
+        ...
+
     def size(self, name: str) -> int: ...
+    def exists(self, name: str = "") -> bool:
+        """Tell whether an object is there; without a name, whether anything of the store is."""
+        ...
+
+    def sizes(self, name: str) -> dict[str, int]:
+        """Bytes of every object below ``name``, by its path from there."""
+        ...
+
     def list(self, name: str) -> list[str]:
         """Names directly below ``name``, sorted, without what was never committed."""
         ...
@@ -56,6 +81,30 @@ class Place(Protocol):
 
     def link(self, other: Place, source: str, name: str) -> None:
         """Make ``name`` the object ``source`` of ``other``, without its bytes passing through here where that can be."""
+        ...
+
+    def replace(self, name: str) -> AbstractContextManager[Path]:
+        """As ``commit``, of a group that may be there: the new one takes its place."""
+        ...
+
+    def remove(self, name: str) -> None:
+        """Delete every object below ``name``, or the object of that name, if it is there."""
+        ...
+
+    def local(self, name: str) -> AbstractContextManager[Path]:
+        """A local folder, called as the last part of ``name``, with the objects below it; not to be changed."""
+        ...
+
+    def local_file(self, name: str) -> AbstractContextManager[Path]:
+        """A local file with an object in it; not to be changed."""
+        ...
+
+    def kept(self, name: str, version: str) -> Path:
+        """As ``local``, for as long as the process runs. ``version``: tells one content from another."""
+        ...
+
+    def free(self) -> int | None:
+        """Bytes that there is room for; None where nobody knows."""
         ...
 
     def commit(self, name: str, token: str) -> AbstractContextManager[Path]:
@@ -70,9 +119,7 @@ class LocalFile:
     def __init__(self, path: Path) -> None:
         self._file = os.open(path, os.O_RDONLY)
 
-    def __del__(
-        self, close: Callable[[int], None] = os.close
-    ) -> None:  # at the interpreter's end ``os`` may be gone
+    def __del__(self, close: Callable[[int], None] = os.close) -> None:  # ``os`` may be gone when Python ends
         if hasattr(self, "_file"):
             close(self._file)
 
@@ -88,16 +135,91 @@ class LocalFile:
         return np.frombuffer(mapped, np.uint8)
 
 
+def in_parallel(work: Callable[[S], T], items: Sequence[S]) -> list[T]:
+    """``work`` of each, ``AT_ONCE`` at a time, in order."""
+    if len(items) < 2:
+        return [work(i) for i in items]
+    with ThreadPoolExecutor(min(AT_ONCE, len(items)), thread_name_prefix="dspark-remote") as pool:
+        return list(pool.map(work, items))
+
+
+def each_in_parallel(place: Place) -> Callable[[Callable[[S], T], Sequence[S]], list[T]]:
+    """``in_parallel`` where each piece of work is a request, else one after the other."""
+    return in_parallel if place.remote else lambda work, items: [work(i) for i in items]
+
+
+def refuse_larger(size: int, limit: int) -> None:
+    """Raise ValueError where an object of ``size`` bytes is to be read whole, and none such has more than ``limit``."""
+    if size > limit:
+        raise ValueError(f"{size:,} bytes, more than any such file has")
+
+
+class Memory:
+    """An object that has been read."""
+
+    def __init__(self, data: bytes) -> None:
+        self._data = np.frombuffer(data, np.uint8)
+        self.size = len(data)
+
+    def read(self, start: int, length: int) -> Bytes:
+        return self._data[start : start + length]
+
+    def view(self) -> Bytes:
+        return self._data
+
+
+def place_of(store: str | Where) -> Place:
+    """The objects of the store at a path or URL. Raises UsageError for a URL that is not known."""
+    found = where(store)
+    if isinstance(found, Url):
+        from dspark.cache.files.bucket import Bucket
+
+        return Bucket(found)
+    return Folder(found)
+
+
 class Folder:
     """A store in a local folder."""
+
+    remote = False
 
     def __init__(self, root: Path) -> None:
         self.root = root
 
-    def open(self, name: str) -> LocalFile:
+    def where(self, name: str) -> Path:
+        return self.root / name
+
+    def open(self, name: str, size: int | None = None, version: str = "") -> LocalFile:
         return LocalFile(self.root / name)
 
-    def read(self, name: str) -> bytes:
+    def exists(self, name: str = "") -> bool:
+        return (self.root / name).exists()
+
+    def sizes(self, name: str) -> dict[str, int]:
+        top = self.root / name
+        return {p.relative_to(top).as_posix(): p.stat().st_size for p in top.rglob("*") if p.is_file()}
+
+    def replace(self, name: str) -> AbstractContextManager[Path]:
+        return staged(self.root / name, replace=True)
+
+    def remove(self, name: str) -> None:
+        remove(self.root / name)
+
+    def local(self, name: str) -> AbstractContextManager[Path]:
+        return nullcontext(self.root / name)
+
+    def local_file(self, name: str) -> AbstractContextManager[Path]:
+        return nullcontext(self.root / name)
+
+    def kept(self, name: str, version: str) -> Path:
+        return self.root / name
+
+    def free(self) -> int | None:
+        return shutil.disk_usage(existing_parent(self.root)).free
+
+    def read(self, name: str, limit: int | None = None) -> bytes:
+        if limit is not None:
+            refuse_larger(self.size(name), limit)
         return (self.root / name).read_bytes()
 
     def size(self, name: str) -> int:
@@ -110,15 +232,18 @@ class Folder:
         write_file(self.root / name, data)
 
     def link(self, other: Place, source: str, name: str) -> None:
-        assert isinstance(other, Folder)
         to = self.root / name
         to.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            os.link(other.root / source, to)
-        except OSError as error:
-            if error.errno not in NO_LINK:
-                raise
-            shutil.copyfile(other.root / source, to)
+        with other.local_file(source) as path:
+            try:
+                if other.remote:  # a file that is deleted again
+                    shutil.copyfile(path, to)
+                else:
+                    os.link(path, to)
+            except OSError as error:
+                if error.errno not in NO_LINK:
+                    raise
+                shutil.copyfile(path, to)
 
     def commit(self, name: str, token: str) -> AbstractContextManager[Path]:
         return staged(self.root / name, keep=True, token=token)

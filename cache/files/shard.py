@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
@@ -29,7 +29,8 @@ from numcodecs import Blosc, Zstd
 from dspark.cache.errors import DamagedCacheError, read_error
 from dspark.cache.files.checksum import crc32c
 from dspark.cache.files.layout import StoredArray
-from dspark.cache.files.place import LocalFile
+from dspark.cache.files.place import LocalFile, Object
+from dspark.cache.files.urls import Where
 
 Array = np.ndarray[tuple[int, ...], np.dtype[Any]]
 
@@ -128,12 +129,8 @@ def _row_bytes(spec: StoredArray) -> int:
     return int(np.prod(spec.shape[1:], dtype=np.int64)) * np.dtype(spec.dtype).itemsize
 
 
-def check_claim(path: Path, claimed: int) -> None:
-    """Raise DamagedCacheError where an array of ``claimed`` bytes is said to be in the file ``path``, which is far too small for it: before it is allocated."""
-    try:
-        size = os.stat(path).st_size
-    except OSError as error:
-        raise read_error(path, error) from error
+def check_claim(path: Where, claimed: int, size: int) -> None:
+    """Raise DamagedCacheError where an array of ``claimed`` bytes is said to be in a file of ``size`` bytes, far too small for it: before it is allocated."""
     if claimed > max(CLAIM_FLOOR, CLAIM * size):
         raise DamagedCacheError(f"{path}: {size:,} bytes, said to unpack to {claimed:,}")
 
@@ -141,8 +138,10 @@ def check_claim(path: Path, claimed: int) -> None:
 class Shard:
     """An open shard file for reading rows. Thread-safe: reads are positional, nothing is shared but the index."""
 
-    def __init__(self, path: Path, spec: StoredArray, tag: bytes = b"") -> None:
-        """``tag``: what the file must begin with."""
+    def __init__(
+        self, path: Where, spec: StoredArray, tag: bytes = b"", file: Callable[[], Object] | None = None
+    ) -> None:
+        """``tag``: what the file must begin with. ``file`` opens it, where it is not the local file ``path``."""
         self.path, self.spec = path, spec
         self.rows = chunk_rows(spec)
         self._dtype = np.dtype(spec.dtype)
@@ -156,7 +155,7 @@ class Shard:
         self._table: Array | None = None
         self._lock = threading.Lock()
         try:
-            self._file = LocalFile(path)
+            self._file: Object = LocalFile(Path(str(path))) if file is None else file()
             found = self._file.read(0, len(tag)).tobytes() if tag else b""
         except OSError as error:
             raise read_error(path, error) from error
@@ -208,14 +207,27 @@ class Shard:
             self._table = chunks.reshape(self._count, length)
         return self._table
 
+    def _ranged(self, first: int, last: int) -> Array:
+        """Chunks ``first`` to ``last`` of those kept as they are, as in ``table``, of a file that cannot be mapped."""
+        length, count = self._chunk_bytes + 4, last - first + 1
+        raw = self._bytes(self._start + first * length, count * length)
+        if len(raw) != count * length or self._size() != self._start + self._count * (length + 16) + 4:
+            raise DamagedCacheError(
+                f"{self.path}: not {self._count} chunks of {length} bytes, one after the other"
+            )
+        return raw.reshape(count, length)
+
     def _read_mapped(self, start: int, stop: int, out: Array) -> None:
         """Rows ``[start, stop)``, at least one, of chunks kept as they are, into ``out``."""
-        rows, row, table = self.rows, self._row_bytes, self.table
+        rows, row = self.rows, self._row_bytes
         first, last = start // rows, (stop - 1) // rows
+        table, base = (
+            (self.table, 0) if isinstance(self._file, LocalFile) else (self._ranged(first, last), first)
+        )
         flat = out.view(np.uint8).reshape(-1)
         at = 0
         for i in range(first, last + 1):
-            chunk = table[i]
+            chunk = table[i - base]
             # One sum over a chunk and the crc32c behind it: looking the stored one up only to compare would cost as much as a small chunk's copy.
             if crc32c(chunk) != RESIDUE:
                 raise self._damaged(i, chunk)
@@ -239,7 +251,7 @@ class Shard:
         if start == stop:
             return np.empty((0, *shape[1:]), dtype)
         if not self._believed:
-            check_claim(self.path, max(shape[0], self.rows) * self._row_bytes)
+            check_claim(self.path, max(shape[0], self.rows) * self._row_bytes, self._size())
             self._believed = True
         out = np.empty((stop - start, *shape[1:]), dtype)
         if self._codec is None:

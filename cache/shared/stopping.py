@@ -18,6 +18,7 @@ from types import FrameType, TracebackType
 from typing import Any
 
 from dspark.cache.errors import Stopped
+from dspark.cache.files.urls import Url, Where
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 AGAIN = "A second signal stops at once."
@@ -157,8 +158,14 @@ def stoppable(doing: str, safe: Callable[[], str]) -> Iterator[Stopping]:
             raise Stopped(f"stopped. {safe()}") from error
 
 
-def parts_of(output: Path, *, resume: bool = True) -> Callable[[], str]:
-    """What is safe of the store that a command writes at ``output``. To be called before it begins, for an older store may be there that is none of its work."""
+def parts_of(output: Where, *, resume: bool = True) -> Callable[[], str]:
+    """What is safe of the store that a command writes at ``output``. To be called before it begins, for an older store may be there that is none of its work.
+
+    Of a store in an object store nothing is asked: a command that is stopped does not wait for a service.
+    """
+    if isinstance(output, Url):
+        said = f"Parts that were finished in {output} are safe. Rerun the same command with --resume."
+        return lambda: said
     before = _identity(output)
 
     def safe() -> str:

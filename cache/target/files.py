@@ -15,7 +15,6 @@ from dspark.cache import json_text
 from dspark.cache.errors import GONE, DamagedCacheError, read_error, reading
 from dspark.cache.files.checksum import file_sha256
 from dspark.cache.files.layout import (
-    TARGET,
     TARGET_CONFIG,
     TARGET_TEMPLATE,
     TARGET_TOKENIZER,
@@ -66,9 +65,8 @@ def damaged_small_files(folder: Path, manifest: Manifest) -> dict[str, str]:
     return out
 
 
-def small_files(store: Path, manifest: Manifest) -> dict[str, bytes]:
-    """The tokenizer's files of ``store``, for another store of the same target. Raises DamagedCacheError unless they are what the manifest says."""
-    folder = store / TARGET
+def small_files(folder: Path, manifest: Manifest, store: object) -> dict[str, bytes]:
+    """The tokenizer's files in ``folder``, those of ``store``, for another store of the same target. Raises DamagedCacheError unless they are what the manifest says."""
     for finding in damaged_small_files(folder, manifest).values():
         raise DamagedCacheError(f"{finding}. {what_to_do(store)}")
     return {
@@ -78,7 +76,7 @@ def small_files(store: Path, manifest: Manifest) -> dict[str, bytes]:
     }
 
 
-def what_to_do(store: Path) -> str:
+def what_to_do(store: object) -> str:
     """The next step after a finding in ``target/``."""
     return (
         f"Run dspark-tools verify --drop-damaged {store}, then the command that wrote the store with --resume: "

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from dspark.cache.files.urls import where
 from dspark.cache.shared.stopping import parts_of
 
 BEGIN = """
@@ -115,3 +116,7 @@ def test_what_is_safe_is_told_from_an_older_store(tmp_path: Path) -> None:
     assert parts_of(output)().startswith(f"1 finished parts in {output} are safe.")
     (output / "parts" / "000000000000").rmdir()
     assert parts_of(output)().startswith("No part was finished")
+
+
+def test_a_store_by_url_is_asked_nothing() -> None:
+    assert "s3://bucket/hs.zarr are safe" in parts_of(where("s3://bucket/hs.zarr"))()

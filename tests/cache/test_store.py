@@ -17,6 +17,7 @@ import stores
 from dspark.cache import errors
 from dspark.cache.codec import registry
 from dspark.cache.files.calibration import codec_info
+from dspark.cache.files.place import place_of
 from dspark.cache.manifest import Manifest, plan_digest, sealed
 from dspark.cache.records import last_rows
 from dspark.cache.settings import PACKINGS
@@ -185,7 +186,7 @@ def test_an_edited_manifest_is_damage(store: Path) -> None:
     edit_manifest(store, False, sources=[])
     with pytest.raises(errors.DamagedCacheError, match="crc32c"):
         dspark.cache.open(store)
-    plan = dspark.cache.reader.read_attributes(store)["dspark"]["plan"]
+    plan = dspark.cache.reader.read_attributes(place_of(store))["dspark"]["plan"]
     edit_manifest(store, True, sources=[], plan=plan | {"layers": [1, 2, 3]})
     with pytest.raises(errors.DamagedCacheError, match="plan_sha256"):
         dspark.cache.open(store)

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
-from dump_runs import assert_same
+from dump_runs import assert_same, files
 
 import dspark.cache
-from dspark.cache.errors import ExistsError, IncompleteCacheError, MismatchError, UsageError
+from dspark.cache.errors import ExistsError, IncompleteCacheError, MismatchError, Stopped, UsageError
+from dspark.cache.files.place import place_of
+from dspark.cache.files.urls import where
 from dspark.cache.merge import append, merge
 from dspark.cache.verify import verify
+from dspark.dump import actors
 from dspark.dump.config import DumpConfig
 from dspark.dump.progress import Display
 from dspark.dump.run import dump
@@ -81,7 +86,7 @@ def test_what_cannot_be_merged_is_refused(config: DumpConfig, show: Display, tmp
 
 def test_a_second_corpus_is_appended(config: DumpConfig, show: Display, tmp_path: Path) -> None:
     dump(config, show)
-    rows = Path(config.data or "").read_text().splitlines()
+    rows = Path(config.sources[0]).read_text().splitlines()
     second = tmp_path / "second.jsonl"
     second.write_text("\n".join(rows[5:25]) + "\n")
     job = dataclasses.replace(config, data=str(second), output=tmp_path / "second.zarr")
@@ -105,3 +110,58 @@ def test_a_second_corpus_is_appended(config: DumpConfig, show: Display, tmp_path
         assert (a.aux == b.aux).all()
     with pytest.raises(MismatchError, match="is in .* already"):
         append(config.output, [job.output])
+
+
+def test_an_object_store_holds_the_same(
+    config: DumpConfig, show: Display, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A dump there, in shards, one of them begun again; its log is here."""
+    pytest.importorskip("obstore")
+    monkeypatch.chdir(tmp_path)
+    dump(config, show)
+    there = f"memory://bucket/{tmp_path.name}/there.zarr"
+    for text in ("0/2", "0/2", "1/2"):
+        out = dump(dataclasses.replace(config, output=where(there), shard=text), show)
+    assert out["complete"]
+    place = place_of(there)
+    assert {n: place.read(n) for n in place.sizes("")} == files(config.output)
+    assert (tmp_path / "there.zarr.shard-1-of-2.log").is_file()
+    whole = dataclasses.replace(config, output=where(f"{there}2"))
+    assert dump(whole, show)["complete"]
+    with pytest.raises(ExistsError):
+        dump(whole, show)
+    assert dump(dataclasses.replace(whole, overwrite=True), show)["complete"]
+    assert verify(f"{there}2").ok
+
+
+def test_what_ray_is_given(config: DumpConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shards whose paths hold on any node, and GPUs only where there are some."""
+    monkeypatch.chdir(config.output.parent)
+    asked = dataclasses.replace(config, ray=3, data="rows.jsonl", tensor_parallel_size=4, engine="vllm")
+    made = actors.shards(asked)
+    assert [c.shard for c in made] == ["0/3", "1/3", "2/3"]
+    assert all(c.ray is None and c.break_lock and Path(c.sources[0]).is_absolute() for c in made)
+    assert actors.gpus_of(asked, 8) == 4
+    assert actors.gpus_of(asked, 0) == actors.gpus_of(dataclasses.replace(asked, device="cpu"), 8) == 0
+    with pytest.raises(UsageError, match="--ray or --shard"):
+        dataclasses.replace(config, ray=2, shard="0/2")
+
+
+def test_a_shard_that_a_cluster_stops_has_not_failed(
+    config: DumpConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray makes again what has no process; an error that is returned ends the dump."""
+
+    def ended(code: int) -> NoReturn:
+        raise SystemExit(code)
+
+    def stopped(config: DumpConfig, show: Display) -> NoReturn:
+        raise given
+
+    monkeypatch.setattr("dspark.dump.run.dump", stopped)
+    monkeypatch.setattr(os, "_exit", ended)
+    given: Exception = Stopped("stopped.")
+    with pytest.raises(SystemExit):
+        actors.run_shard(config)
+    given = UsageError("of another kind")
+    assert actors.run_shard(config) == (None, "of another kind")

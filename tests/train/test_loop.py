@@ -367,6 +367,6 @@ def test_the_memory_that_a_run_says_it_takes(config: TrainConfig) -> None:
     assert twice > 0.1
     for strategy, expected in (("ddp", 16), ("zero", 8 + 8 / 4), ("fsdp2", 8 + 16 / 4 + 4 * twice)):
         of_four = dataclasses.replace(
-            run, world=World(0, 4), config=dataclasses.replace(config, strategy=strategy)
+            run, world=World(0, 4, local_size=4), config=dataclasses.replace(config, strategy=strategy)
         )
         assert memory.estimate_memory(of_four).trained == pytest.approx(expected * count, abs=1)

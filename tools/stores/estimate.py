@@ -149,7 +149,7 @@ def estimate_command(as_json: bool, **flags: Any) -> None:
     from dspark.dump.plan import human
 
     data = estimate(**flags)
-    if data["bytes"] > data["free_bytes"]:
+    if data["free_bytes"] is not None and data["bytes"] > data["free_bytes"]:
         warn(
             f"{human(data['bytes'])} do not fit: {human(data['free_bytes'])} are free here. A dump would refuse; fewer bits "
             "(--codec), fewer --layers or fewer rows need less."
@@ -176,7 +176,7 @@ def estimate_command(as_json: bool, **flags: Any) -> None:
                 f"{human(data['bytes'])}, {data['ratio']:.2f} x smaller than {human(data['raw_bytes'])} of raw bf16 "
                 + (f"(measured on {data['measured_on']})" if data["measured_on"] else "(formula)"),
             ),
-            ("free here", human(data["free_bytes"])),
+            ("free here", human(data["free_bytes"]) if data["free_bytes"] is not None else "unknown"),
             ("files", f"{data['files']:,}"),
             (
                 "time",

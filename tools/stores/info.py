@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections import Counter
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -11,15 +12,18 @@ from dspark.cache.settings import rotated_bits
 from dspark.cache.shared.command import command, emit, json_flag, table
 
 if TYPE_CHECKING:
+    from dspark.cache.files.place import Place
+    from dspark.cache.files.urls import Where
     from dspark.cache.manifest import Manifest
 
 
-def info(path: str | Path) -> dict[str, Any]:
+def info(path: str | Where) -> dict[str, Any]:
     """The keys of INTERFACES ``info`` and a few more. Counts of an unfinished store are those of its committed parts."""
-    from dspark.cache.files.layout import PARTS, raw_bytes_per_token
+    from dspark.cache.files.layout import raw_bytes_per_token
+    from dspark.cache.files.place import place_of
     from dspark.cache.reader import read_manifest
 
-    path = Path(path)
+    place = place_of(path)
     manifest = read_manifest(path)
     counts = manifest.counts
     samples, tokens, supervised, last = (
@@ -30,21 +34,26 @@ def info(path: str | Path) -> dict[str, Any]:
     )
     parts = counts.parts
     if not manifest.complete:
-        from dspark.cache.writer import scan_parts
+        from dspark.cache.writer import bytes_of, scan_parts
 
         records = scan_parts(path).values()
+        sizes: dict[str, int] | None = bytes_of(records)
         samples, tokens = sum(r.samples for r in records), sum(r.tokens for r in records)
         supervised, last = sum(r.supervised_tokens for r in records), sum(r.last_rows for r in records)
         parts = len(records)
-    on_disk = sum(f.stat().st_size for f in path.rglob("*") if f.is_file())
-    states = sum(f.stat().st_size for f in (path / PARTS).rglob("*") if f.is_file())
+    else:
+        sizes = stored_sizes(place)
+    if sizes is None:
+        sizes = found_sizes(place)
+    states = sum(sizes.values())
+    on_disk = states + common_bytes(place)
     target = manifest.target
     raw = raw_bytes_per_token(len(manifest.layers), target.hidden_size)
     stored = states / tokens if tokens else None
-    measured = measured_bits(path, manifest, tokens, last)
+    measured = measured_bits(sizes, manifest, tokens, last)
     bits = rotated_bits(manifest.codec.name) or measured
     return {
-        "path": str(path), "format_version": manifest.format_version, "complete": manifest.complete,
+        "path": str(place.where("")), "format_version": manifest.format_version, "complete": manifest.complete,
         "target": target.id, "revision": target.revision, "layers": manifest.layers, "layer_convention": manifest.layer_convention,
         "target_layer_ids": manifest.target_layer_ids, "num_layers": target.num_layers, "hidden_size": target.hidden_size,
         "vocab_size": target.vocab_size, "mask_token_id": target.mask_token_id, "samples": samples, "tokens": tokens,
@@ -59,31 +68,65 @@ def info(path: str | Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def sources_of(path: str | Path, manifest: Manifest) -> list[dict[str, Any]]:
+def sources_of(path: str | Where, manifest: Manifest) -> list[dict[str, Any]]:
     """Counts of each source, where there are several; the parts' records have them."""
     if len(manifest.sources) < 2:
         return []
     from dspark.cache.writer import by_source, scan_parts
 
-    return by_source(list(scan_parts(Path(path)).values()), manifest)
+    return by_source(list(scan_parts(path).values()), manifest)
+
+
+def stored_sizes(place: Place) -> dict[str, int] | None:
+    """Bytes of each array in all parts as the index of a complete store has them; None in a store whose writer did not note them."""
+    from dspark.cache.errors import DamagedCacheError
+    from dspark.cache.files.layout import INDEX, INDEX_KEY
+    from dspark.cache.files.part import read_attributes
+    from dspark.cache.manifest import unseal
+
+    try:
+        about = unseal(read_attributes(place, INDEX).get(INDEX_KEY), str(place.where(INDEX)))
+    except DamagedCacheError:
+        return None
+    found: dict[str, int] | None = about.get("bytes")
+    return found
+
+
+def found_sizes(place: Place) -> dict[str, int]:
+    """The same from every object of the parts."""
+    from dspark.cache.files.layout import PARTS
+
+    out: Counter[str] = Counter()
+    for name, size in place.sizes(PARTS).items():
+        _, _, within = name.partition("/")
+        array, _, file = within.partition("/")
+        out[array if file.startswith("c/") else ""] += size
+    return out
+
+
+def common_bytes(place: Place) -> int:
+    """Bytes of what is of no part: manifest, calibration, the target's files and the index."""
+    from dspark.cache.files.layout import CALIBRATION, INDEX, PARTS, TARGET
+
+    single = [n for n in ("zarr.json", f"{PARTS}/zarr.json", CALIBRATION) if place.exists(n)]
+    groups = [sum(place.sizes(n).values()) for n in (TARGET, INDEX) if place.exists(n) or place.remote]
+    return sum(place.size(n) for n in single) + sum(groups)
 
 
 def measured_bits(
-    path: Path, manifest: Manifest, tokens: int, last: int
+    sizes: Mapping[str, int], manifest: Manifest, tokens: int, last: int
 ) -> tuple[float | None, float | None]:
     """Bits per value of the aux layers and of the last state on disk, exactly stored tokens counted with the former; None where nothing is stored."""
-    from dspark.cache.files.layout import PARTS, PLAIN_ARRAYS
+    from dspark.cache.files.layout import PLAIN_ARRAYS
 
-    sizes = {True: 0, False: 0}
-    for part in (path / PARTS).iterdir():
-        for array in part.iterdir() if part.is_dir() else ():
-            if array.is_dir() and array.name not in PLAIN_ARRAYS:
-                shards = (f.stat().st_size for f in (array / "c").rglob("*") if f.is_file())
-                sizes[array.name.startswith("last_")] += sum(shards)
+    both = {True: 0, False: 0}
+    for name, size in sizes.items():
+        if name and name not in PLAIN_ARRAYS:
+            both[name.startswith("last_")] += size
     hidden = manifest.target.hidden_size
     values = tokens * len(manifest.layers) * hidden, last * hidden
-    aux = round(sizes[False] * 8 / values[0], 3) if values[0] else None
-    return aux, round(sizes[True] * 8 / values[1], 3) if values[1] else None
+    aux = round(both[False] * 8 / values[0], 3) if values[0] else None
+    return aux, round(both[True] * 8 / values[1], 3) if values[1] else None
 
 
 @command("info")

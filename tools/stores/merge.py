@@ -49,3 +49,28 @@ def append_command(store: str, others: tuple[str, ...], as_json: bool) -> None:
     with bar("append") as progress:
         append(store, others, progress=progress)
     _report(store, as_json)
+
+
+@command(
+    "subset",
+    epilog="\b\nExamples:\n  dspark-tools subset hs.zarr small.zarr --where share=0.1 --where 'tokens<=2048'",
+)
+@click.argument("store")
+@click.argument("out")
+@click.option(
+    "--where",
+    "conditions",
+    multiple=True,
+    required=True,
+    metavar="CONDITION",
+    help="What a sample must be to stay; all that are given must hold: tokens<=N, tokens>=N, supervised<=N, supervised>=N, "
+    "source=NUMBER|ID, rows=A-B, conversation=HEX, share=F or share=F:SEED (of the conversations, at random).",
+)
+@json_flag
+def subset_command(store: str, out: str, conditions: tuple[str, ...], as_json: bool) -> None:
+    """Write the samples of STORE that all conditions choose to the new store OUT, with the codes that they have."""
+    from dspark.cache.subset import subset
+
+    with bar("subset") as progress:
+        subset(store, out, conditions, progress=progress)
+    _report(out, as_json)

@@ -21,6 +21,7 @@ import torch
 from torch.utils.data import Dataset
 
 from dspark.cache.errors import TrainError, UsageError
+from dspark.cache.files.place import in_parallel
 from dspark.cache.joined import Stores
 from dspark.train.data import anchors as rules
 from dspark.train.data.batch import Batch
@@ -46,19 +47,22 @@ def split(keys: np.ndarray[Any, np.dtype[np.uint8]], val_fraction: float) -> tup
 
 def pack(order: Sequence[int] | rules.Int64, lengths: rules.Int64, total_seq_len: int) -> list[list[int]]:
     """Samples in ``order`` -> rows of at most ``total_seq_len`` tokens. Next-fit, so a row holds neighbours in the order."""
+    samples = np.asarray(order, np.int64)
+    own = lengths[samples]
+    if (own > total_seq_len).any():
+        i = samples[int(np.argmax(own > total_seq_len))]
+        raise UsageError(
+            f"sample {i} has {lengths[i]} tokens, more than --total-seq-len {total_seq_len}; raise it to at least {lengths[i]}"
+        )
+    # For every sample: which one a row that begins with it has no room for. A million samples in half a second.
+    ends = np.cumsum(own)
+    after = np.searchsorted(ends, ends - own + total_seq_len, side="right").tolist()
+    given = samples.tolist()
     rows: list[list[int]] = []
-    room = 0
-    for i in order:
-        n = int(lengths[i])
-        if n > total_seq_len:
-            raise UsageError(
-                f"sample {i} has {n} tokens, more than --total-seq-len {total_seq_len}; raise it to at least {n}"
-            )
-        if n > room:
-            rows.append([])
-            room = total_seq_len
-        rows[-1].append(int(i))
-        room -= n
+    at = 0
+    while at < len(given):
+        rows.append(given[at : after[at]])
+        at = after[at]
     return rows
 
 
@@ -72,7 +76,8 @@ class Rows(Dataset[Row]):
         epoch, i = at
         stream = self.stream
         members = stream.plan(epoch)[i]
-        samples = [stream.cache.read(s) for s in members]
+        read = stream.cache.read
+        samples = in_parallel(read, members) if stream.cache.remote else [read(s) for s in members]
         sizes = [s.tokens.input_ids.shape[0] for s in samples]
         used = sum(sizes)
         size = stream.total_seq_len if stream.pad else used

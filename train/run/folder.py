@@ -12,6 +12,7 @@ from dspark.cache import json_text
 from dspark.cache.errors import DraftError, ExistsError, MismatchError, UsageError
 from dspark.cache.files.atomic import STAGING, existing_parent, fsync_path, write_errors, write_file
 from dspark.cache.files.lock_files import LOCK
+from dspark.cache.files.urls import where
 from dspark.cache.manifest import canonical
 from dspark.cache.settings import rotated_bits
 from dspark.cache.shared import config_file
@@ -77,7 +78,8 @@ def claim(output: Path, config: TrainConfig, *, resume: bool, overwrite: bool) -
         raise ExistsError(f"{output} exists and is not a dspark training run. Choose another --output.")
     if overwrite:
         for store, _ in config.stores:
-            if Path(store).resolve().is_relative_to(output.resolve()):
+            path = where(store)
+            if isinstance(path, Path) and path.resolve().is_relative_to(output.resolve()):
                 raise UsageError(
                     f"--overwrite would delete {store}, which lies in {output}. Move the store, or choose another --output."
                 )

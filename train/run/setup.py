@@ -29,6 +29,8 @@ from dspark.train.optim.adamw import MasterAdamW
 from dspark.train.optim.base import AdamSettings, Optimizer
 from dspark.train.optim.muon import MasterMuon
 
+REMOTE_WORKERS = 2  # of a store that is read by requests, at least
+
 
 @dataclass(frozen=True, slots=True)
 class Run:
@@ -122,7 +124,9 @@ def prepare(config: TrainConfig, world: World | None = None) -> Run:
     workers = config.workers
     if workers is None:
         # A row of 4,096 tokens in 16 bits is 25 (SmolLM2) to 250 MB (GLM-5.2) to read, check and decompress, on a process's share of the cores.
-        workers = min(8, max(2, (os.cpu_count() or 1) // world.size - 1)) if cuda else 0
+        workers = min(8, max(2, (os.cpu_count() or 1) // world.local_size - 1)) if cuda else 0
+        if cache.remote:  # its answers take their time on any device
+            workers = max(workers, REMOTE_WORKERS)
 
     def stream(samples: Int64, max_rows: int | None = None) -> Stream:
         return Stream(

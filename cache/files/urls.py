@@ -1,0 +1,104 @@
+"""Where a store is, as a user writes it: a local path or the URL of an object store. Nothing is loaded here."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import click
+
+from dspark.cache.errors import UsageError
+
+REMOTE = ("s3", "gs", "az", "memory")
+# ``Path("s3://b/x")`` is ``s3:/b/x``: still no local folder that anybody means.
+URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/(/?)(.*)", re.DOTALL)
+
+
+@dataclass(frozen=True, slots=True)
+class Url:
+    """A place in an object store, such as ``s3://bucket/hs.zarr``; no slash at its end. ``/``, ``name`` and ``str`` are as those of a Path."""
+
+    text: str
+
+    @property
+    def scheme(self) -> str:
+        return self.text.partition("://")[0]
+
+    @property
+    def bucket(self) -> str:
+        """What the service calls a bucket or a container."""
+        return self.text.partition("://")[2].partition("/")[0]
+
+    @property
+    def key(self) -> str:
+        """The path within the bucket."""
+        return self.text.partition("://")[2].partition("/")[2]
+
+    @property
+    def name(self) -> str:
+        return self.text.rpartition("/")[2]
+
+    def resolve(self) -> Url:
+        return self
+
+    def __truediv__(self, name: str) -> Url:
+        return Url(f"{self.text}/{name}")
+
+    def __str__(self) -> str:
+        return self.text
+
+
+Where = Path | Url
+
+
+def where(given: str | Path | Url) -> Where:
+    """Tell a path from a URL. Raises UsageError for a scheme that is not known, and for a URL that holds credentials."""
+    if isinstance(given, Url):
+        return given
+    found = URL.fullmatch(str(given))
+    if not found:
+        return Path(given)
+    scheme, rest = found[1].lower(), found[3].strip("/")
+    if scheme == "file":
+        return Path(f"/{rest}")
+    if scheme not in REMOTE:
+        raise UsageError(
+            f"{given}: stores are local folders or at {', '.join(f'{s}://' for s in REMOTE)}; {scheme}:// is not known."
+        )
+    parts = urlsplit(f"{scheme}://{rest}")
+    if "@" in parts.netloc or parts.query or parts.fragment:
+        raise UsageError(
+            f"{scheme}://...: a URL with credentials or parameters in it. Give {scheme}://BUCKET/NAME, and credentials as "
+            "the service's own tools take them (environment, profile or the machine's role)."
+        )
+    bucket, _, key = rest.partition("/")
+    if not bucket or not key:
+        raise UsageError(f"{given}: expected {scheme}://BUCKET/NAME, a store within a bucket.")
+    if any(p in ("", ".", "..") for p in key.split("/")):
+        raise UsageError(f"{given}: a name with an empty part, `.` or `..` in it.")
+    return Url(f"{scheme}://{rest}")
+
+
+def beside(output: Where, suffix: str) -> Path:
+    """The local file of a process that writes ``output``: beside a local one, in the working folder for a URL."""
+    if isinstance(output, Url):
+        return Path(output.name + suffix)
+    return output.with_name(output.name + suffix)
+
+
+class StoreType(click.ParamType):  # type: ignore[type-arg]  # no generic before click 8.4
+    """A path or a URL of a store; an unknown scheme is wrong usage."""
+
+    name = "PATH_OR_URL"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Where:
+        try:
+            return where(value)
+        except UsageError as error:
+            self.fail(str(error), param, ctx)
+
+
+STORE = StoreType()

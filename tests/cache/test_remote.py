@@ -1,0 +1,267 @@
+"""Stores in an object store: equal to local ones, whatever the service does; nothing half-written is taken for whole."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import dspark.cache
+from dspark.cache.errors import (
+    CacheError,
+    DamagedCacheError,
+    ExistsError,
+    IncompleteCacheError,
+    LockedError,
+    NotACacheError,
+    UsageError,
+)
+from dspark.cache.files import bucket
+from dspark.cache.files.block_cache import BLOCK, BlockCache
+from dspark.cache.files.lock_files import owned
+from dspark.cache.files.place import place_of
+from dspark.cache.files.urls import Url, where
+from dspark.cache.merge import append, merge
+from dspark.cache.recode import recode
+from dspark.cache.verify import drop_damaged, verify
+from dspark.cache.writer import StoreWriter, rebuild
+from dspark.tools.stores.info import info
+from s3_server import BUCKET, Faulty, s3_server
+from stores import commit, manifest, write_store
+
+LENGTHS = [30, 40, 50, 60, 20, 30, 44, 9, 80, 33]
+
+
+@pytest.fixture(scope="module")
+def s3() -> Iterator[Faulty]:
+    """A server costs a tenth of a second per store and test: it is asked where its answers matter, the rest is tested in memory."""
+    with s3_server() as proxy:
+        yield proxy
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DSPARK_CACHE_DIR", str(tmp_path / "objects"))
+    bucket._pieces.cache_clear()
+
+
+def url(tmp_path: Path, name: str, scheme: str = "memory") -> str:
+    return f"{scheme}://{BUCKET}/{tmp_path.name}/{name}"
+
+
+def assert_same(local: Path, remote: str) -> None:
+    place = place_of(remote)
+    here = {p.relative_to(local).as_posix(): p.read_bytes() for p in local.rglob("*") if p.is_file()}
+    assert {name: place.read(name) for name in place.sizes("")} == here
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "ftp://a/b",
+        "http://a/b",
+        "s3://key:secret@bucket/x",
+        "s3://bucket",
+        "az://c/x?sig=abc",
+        "s3://b/a/../c",
+    ],
+)
+def test_what_is_no_store_is_refused_before_anything_else(text: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        dspark.cache.open(text)
+    assert caught.value.exit_code == 2
+    assert "secret" not in str(caught.value)
+    assert "abc" not in str(caught.value)
+
+
+def test_urls_and_paths_are_told_apart(tmp_path: Path) -> None:
+    assert where("s3://b/x/") == Url("s3://b/x")
+    assert where(Path("s3://b/x")) == Url("s3://b/x")
+    assert where("file:///tmp/x") == Path("/tmp/x")
+    assert where("a:b") == Path("a:b")
+    assert (Url("s3://b/k/x").bucket, Url("s3://b/k/x").key, Url("s3://b/k/x").name) == ("b", "k/x", "x")
+
+
+@pytest.mark.parametrize("scheme", ["memory", "s3"])
+def test_a_store_there_is_the_store_here(request: pytest.FixtureRequest, tmp_path: Path, scheme: str) -> None:
+    """Written, verified, read, recoded and merged; over S3 through a service that fails now and then."""
+    s3 = request.getfixturevalue("s3") if scheme == "s3" else None
+    lengths = LENGTHS[:4] if s3 else LENGTHS
+    if s3:
+        s3.faults = 0.15
+        s3.count.clear()
+    local, remote = tmp_path / "a.zarr", url(tmp_path, "a.zarr", scheme)
+    write_store(local, lengths)
+    write_store(remote, lengths)
+    assert_same(local, remote)
+    assert verify(remote).ok
+    mine, theirs = info(local), info(remote)
+    assert {k for k in mine if mine[k] != theirs[k]} == {"path"}
+    there = dspark.cache.open(remote)
+    for a, b in zip(pickle.loads(pickle.dumps(there)), dspark.cache.open(local), strict=True):
+        np.testing.assert_array_equal(a.aux, b.aux)
+        np.testing.assert_array_equal(a.last, b.last)
+    for pack in ("zstd",) if s3 else ("zstd", "none"):
+        here, other = tmp_path / f"{pack}.zarr", url(tmp_path, f"{pack}.zarr", scheme)
+        recode(local, here, aux_bits=4, last_bits=4, pack=pack)
+        recode(remote, other, aux_bits=4, last_bits=4, pack=pack)
+        assert_same(here, other)
+        pair = zip(dspark.cache.open(other), dspark.cache.open(here), strict=True)
+        assert all((a.aux == b.aux).all() for a, b in pair)
+    merge(url(tmp_path, "merged.zarr", scheme), [remote])
+    assert_same(local, url(tmp_path, "merged.zarr", scheme))
+    if s3:
+        assert min(s3.count[kind] for kind in ("500", "503", "cut", "cut before the answer")) > 3, s3.count
+        s3.faults = 0.0
+        return
+    merge(url(tmp_path, "there.zarr"), [local])
+    merge(tmp_path / "here.zarr", [remote])
+    merge(url(tmp_path, "both.zarr"), [remote, url(tmp_path, "there.zarr")])
+    for name in ("there.zarr", "both.zarr"):
+        assert_same(local, url(tmp_path, name))
+    assert verify(tmp_path / "here.zarr").ok
+
+
+def test_reads_are_few(s3: Faulty, tmp_path: Path) -> None:
+    remote = url(tmp_path, "a.zarr", "s3")
+    write_store(remote, LENGTHS[:6])
+    s3.count.clear()
+    store = dspark.cache.open(remote)
+    assert len(store) == 6
+    assert s3.count.total() <= 10  # manifest, the index and its eight arrays
+    info(remote)
+    assert s3.count.total() <= 25
+    for i in range(len(store)):
+        store.read(i)
+    s3.count.clear()
+    for i in range(len(store)):
+        store.read(i)
+    assert s3.count.total() == 0  # from the pieces that are kept here
+
+
+def test_what_has_no_record_counts_for_nothing(tmp_path: Path) -> None:
+    local, remote = tmp_path / "a.zarr", url(tmp_path, "a.zarr")
+    samples = write_store(local, LENGTHS)
+    write_store(remote, LENGTHS, finish=False)
+    place = place_of(remote)
+    place.remove("parts/000000000002/zarr.json")  # as after a kill just before it was written
+    with pytest.raises(IncompleteCacheError):
+        dspark.cache.open(remote)
+    writer = StoreWriter.resume(remote, manifest())
+    assert sorted(writer.committed) == [0, 1, 3]
+    with pytest.raises(CacheError, match="block 2"):
+        writer.finish()
+    commit(writer, 2, samples)
+    writer.finish()
+    assert_same(local, remote)
+    with pytest.raises(ExistsError):
+        write_store(remote, LENGTHS)
+
+
+def test_damage_is_found_and_mended(tmp_path: Path) -> None:
+    local, remote = tmp_path / "a.zarr", url(tmp_path, "a.zarr")
+    samples = write_store(local, LENGTHS)
+    write_store(remote, LENGTHS)
+    place = place_of(remote)
+    name = "parts/000000000001/aux_code/c/0/0/0"
+    data = bytearray(place.read(name))
+    data[100] ^= 1
+    place.write(name, bytes(data))
+    report = verify(remote)
+    assert report.damaged == {"000000000001"}
+    assert all(f"{remote}/parts/000000000001/aux_code" in finding for finding in report.findings)
+    with pytest.raises(DamagedCacheError, match="aux_code"):
+        [dspark.cache.open(remote).read(i) for i in range(10)]
+    drop_damaged(remote, report)
+    writer = StoreWriter.resume(remote, manifest())
+    commit(writer, 1, samples)
+    writer.finish()
+    assert_same(local, remote)
+    place.remove("index")
+    with pytest.raises(DamagedCacheError, match="rebuild-index"):
+        len(dspark.cache.open(remote))
+    rebuild(remote)
+    assert verify(remote).ok
+
+
+def test_metadata_is_read_within_bounds(s3: Faulty, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What no record of ours can be is not read whole, wherever it lies."""
+    for store in (tmp_path / "a.zarr", url(tmp_path, "a.zarr"), url(tmp_path, "a.zarr", "s3")):
+        write_store(store, LENGTHS[:2])
+        place_of(store).write("zarr.json", b"[" * 100_000)
+        with pytest.raises(DamagedCacheError, match="nested too deep"):
+            dspark.cache.open(store)
+        with monkeypatch.context() as small:
+            small.setattr("dspark.cache.json_text.LARGEST", 99_999)
+            with pytest.raises(DamagedCacheError, match="100,000 bytes, more than any"):
+                dspark.cache.open(store)
+
+
+def test_errors_name_the_store_and_no_secret(s3: Faulty, tmp_path: Path) -> None:
+    with pytest.raises(NotACacheError):
+        dspark.cache.open(url(tmp_path, "none.zarr", "s3"))
+    with pytest.raises(CacheError) as caught:
+        dspark.cache.open("s3://no-such-bucket/x")
+    assert os.environ["AWS_SECRET_ACCESS_KEY"] not in str(caught.value)
+
+
+@pytest.mark.parametrize("scheme", ["memory", "s3"])
+def test_one_writer_at_a_time(s3: Faulty, tmp_path: Path, scheme: str) -> None:
+    store = where(url(tmp_path, "a.zarr", scheme))
+    with owned(store, "one") as lock:
+        lock.check()
+        with pytest.raises(LockedError, match="one"), owned(store, "two"):
+            pass
+    with owned(store, "two"):
+        pass
+
+
+def test_append_there(tmp_path: Path) -> None:
+    import dataclasses
+
+    from dspark.cache.manifest import SourceInfo
+
+    remote = url(tmp_path, "a.zarr")
+    write_store(remote, LENGTHS)
+    second = dataclasses.replace(manifest(), sources=[SourceInfo(id="more", sha256="1", limit=None)])
+    write_store(tmp_path / "b.zarr", LENGTHS[:4], m=second)
+    append(remote, [tmp_path / "b.zarr"])
+    assert verify(remote).ok
+    assert len(dspark.cache.open(remote)) == 14
+
+
+def test_kept_pieces_are_bounded_checked_and_shared(tmp_path: Path) -> None:
+    data = np.random.default_rng(0).integers(0, 256, 40 * BLOCK + 77, dtype=np.uint8).tobytes()
+    asked: list[tuple[int, int]] = []
+
+    def fetch(start: int, length: int) -> bytes:
+        asked.append((start, length))
+        return data[start : start + length]
+
+    kept = BlockCache(tmp_path / "o", 10 * BLOCK)
+    other = BlockCache(tmp_path / "o", 10 * BLOCK)  # as another process
+    for start, length in [
+        (5, 10),
+        (BLOCK - 3, 9),
+        (3 * BLOCK, 2 * BLOCK + 1),
+        (40 * BLOCK + 70, 100),
+        (0, 0),
+    ]:
+        assert kept.read("x", len(data), start, length, fetch).tobytes() == data[start : start + length]
+    assert asked == [(0, BLOCK), (BLOCK, BLOCK), (3 * BLOCK, 3 * BLOCK), (40 * BLOCK, 77)]
+    asked.clear()
+    assert other.read("x", len(data), 5, 10, fetch).tobytes() == data[5:15]
+    assert not asked
+    broken = next(p for p in (tmp_path / "o").rglob("*") if p.is_file() and p.stat().st_size > BLOCK)
+    broken.write_bytes(b"\0" * broken.stat().st_size)
+    assert kept.read("x", len(data), 0, 6 * BLOCK, fetch).tobytes() == data[: 6 * BLOCK]
+    for i in range(0, 40, 2):
+        kept.read("x", len(data), i * BLOCK, BLOCK, fetch)
+    assert sum(p.stat().st_size for p in (tmp_path / "o").rglob("*") if p.is_file()) <= 11 * BLOCK
+    nothing = BlockCache(tmp_path / "n", 0)
+    assert nothing.read("x", len(data), 5, 10, fetch).tobytes() == data[5:15]
+    assert not (tmp_path / "n").exists()

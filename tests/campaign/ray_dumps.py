@@ -1,0 +1,92 @@
+"""Dumps of a tiny target by ``--ray 2`` and ``--ray 3`` on this machine, whose processes are killed (kill -9) at random moments; the store must be that of one writer.
+
+    python tests/campaign/ray_dumps.py [KILLS] [SEED]
+
+Needs the package ray. Prints one JSON object.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import random
+import signal
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from dump_runs import corpus, files
+
+from dspark.dump import actors
+from dspark.dump.config import DumpConfig
+from dspark.dump.progress import Display
+from dspark.dump.run import dump
+from dump_targets import save_target
+
+TASK = "ray::run_shard"
+
+
+def working() -> list[int]:
+    """Processes of this user's Ray that run a shard now, below this one's."""
+    out = []
+    for entry in Path("/proc").iterdir():
+        try:
+            if entry.name.isdigit() and (entry / "cmdline").read_bytes().startswith(TASK.encode()):
+                out.append(int(entry.name))
+        except OSError:
+            continue
+    return out
+
+
+class Killer(threading.Thread):
+    """Kills a working process every now and then until ``left`` is 0."""
+
+    def __init__(self, left: int, seconds: float, rng: random.Random) -> None:
+        super().__init__(daemon=True)
+        self.left, self.seconds, self.rng, self.killed = left, seconds, rng, 0
+
+    def run(self) -> None:
+        while self.killed < self.left:
+            time.sleep(self.rng.uniform(0.2, 1.0) * self.seconds)
+            if found := working():
+                os.kill(self.rng.choice(found), signal.SIGKILL)
+                self.killed += 1
+
+
+def campaign(folder: Path, kills: int, seed: int) -> dict[str, object]:
+    rng = random.Random(seed)
+    data = folder / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in corpus(60)))
+    whole = DumpConfig(
+        model=str(save_target(folder / "target")),
+        data=str(data),
+        output=folder / "whole.zarr",
+        part_tokens=150,
+        aux_bits=4,
+        last_bits=4,
+    )
+    dump(whole, Display())
+    want = files(folder / "whole.zarr")
+    killed = []
+    for count in (2, 3):
+        output = folder / f"ray-{count}.zarr"
+        killer = Killer(kills // 2, 8.0, rng)
+        killer.start()
+        out = actors.dump(dataclasses.replace(whole, output=output, ray=count), Display())
+        killer.left = 0
+        assert out["complete"]
+        assert files(output) == want, count
+        killed.append(killer.killed)
+    return {"actors": [2, 3], "killed": killed, "identical": True}
+
+
+if __name__ == "__main__":
+    given = [int(v) for v in sys.argv[1:]]
+    kills, seed = (*given, *(10, 0)[len(given) :])
+    with tempfile.TemporaryDirectory() as made:
+        print(json.dumps(campaign(Path(made), kills, seed)))
