@@ -105,7 +105,8 @@ def drawn(data: dict[str, Any]) -> Group:
     facts = Table.grid(padding=(0, 2))
     for name, value in _facts(data):
         facts.add_row(Text(name, style="dim"), Text(value))
-    title = f"{data['kind']} {data['path']}" + ("  done" if data["complete"] else "")
+    state = "  done" if data["complete"] else ""  # before the path, which is cut on a narrow screen
+    title = f"{data['kind']}{state}  {data['path']}"
     parts: list[Any] = [Panel(facts, title=title, title_align="left")]
     if data.get("max_steps"):
         parts.append(ProgressBar(total=data["max_steps"], completed=data["step"], width=72))
