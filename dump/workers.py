@@ -35,7 +35,7 @@ class _Process(multiprocessing.context.SpawnProcess):
 
 
 class _Spawn(multiprocessing.context.SpawnContext):
-    Process = _Process  # type: ignore[assignment]
+    Process = _Process
 
 
 class WorkerPool(ProcessPoolExecutor):
