@@ -56,30 +56,15 @@ print(json.dumps({"dump": n / out["capture_seconds"], "dump_cpu": 1e6 * dump_cpu
 def prepare(folder: Path, rows: int) -> list[str]:
     """Target and corpus; returns the flags that name them."""
     sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+    from dump_runs import WORDS
+
     from dump_targets import save_target
 
     save_target(folder / "target", hidden_size=256, intermediate_size=512)
     rng = random.Random(1)
-    words = [
-        "the",
-        "cat",
-        "sat",
-        "on",
-        "the",
-        "mat",
-        "and",
-        "says",
-        "hello",
-        "one",
-        "two",
-        "three",
-        "to",
-        "a",
-        "user",
-    ]
     with open(folder / "rows.jsonl", "w") as file:
         for _ in range(rows):
-            said = [" ".join(rng.choices(words, k=rng.randint(10, 90))) for _ in range(2)]
+            said = [" ".join(rng.choices(WORDS, k=rng.randint(10, 90))) for _ in range(2)]
             chat = [{"role": r, "content": c} for r, c in zip(("user", "assistant"), said, strict=True)]
             file.write(json.dumps({"messages": chat}) + "\n")
     return [

@@ -47,12 +47,11 @@ def attempt(config: DumpConfig, seconds: float | None) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-def campaign(folder: Path, kills: int, seed: int) -> dict[str, object]:
-    """Kill dumps until ``kills`` of them have been; each store that is whole is compared, then the next one begun."""
-    rng = random.Random(seed)
+def whole_dump(folder: Path, rows: int) -> DumpConfig:
+    """Make a target and a corpus of ``rows`` chats in ``folder``; the dump of them that others are compared with."""
     data = folder / "rows.jsonl"
-    data.write_text("".join(json.dumps(row) + "\n" for row in corpus(60)))
-    whole = DumpConfig(
+    data.write_text("".join(json.dumps(row) + "\n" for row in corpus(rows)))
+    return DumpConfig(
         model=str(save_target(folder / "target")),
         data=str(data),
         output=folder / "whole.zarr",
@@ -60,6 +59,12 @@ def campaign(folder: Path, kills: int, seed: int) -> dict[str, object]:
         aux_bits=4,
         last_bits=4,
     )
+
+
+def campaign(folder: Path, kills: int, seed: int) -> dict[str, object]:
+    """Kill dumps until ``kills`` of them have been; each store that is whole is compared, then the next one begun."""
+    rng = random.Random(seed)
+    whole = whole_dump(folder, 60)
     began = time.monotonic()
     assert attempt(whole, None) == 0
     unbroken = time.monotonic() - began

@@ -20,13 +20,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from dump_runs import corpus, files
+from dump_runs import files
+from dumps import whole_dump
 
 from dspark.dump import actors
-from dspark.dump.config import DumpConfig
 from dspark.dump.progress import Display
 from dspark.dump.run import dump
-from dump_targets import save_target
 
 TASK = "ray::run_shard"
 
@@ -60,16 +59,7 @@ class Killer(threading.Thread):
 
 def campaign(folder: Path, kills: int, seed: int) -> dict[str, object]:
     rng = random.Random(seed)
-    data = folder / "rows.jsonl"
-    data.write_text("".join(json.dumps(row) + "\n" for row in corpus(60)))
-    whole = DumpConfig(
-        model=str(save_target(folder / "target")),
-        data=str(data),
-        output=folder / "whole.zarr",
-        part_tokens=150,
-        aux_bits=4,
-        last_bits=4,
-    )
+    whole = whole_dump(folder, 60)
     dump(whole, Display())
     want = files(folder / "whole.zarr")
     killed = []

@@ -18,29 +18,18 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from dump_runs import corpus, files
-from dumps import attempt
+from dump_runs import files
+from dumps import attempt, whole_dump
 
 from dspark.cache.errors import MismatchError
 from dspark.cache.merge import merge
 from dspark.cache.verify import verify
-from dspark.dump.config import DumpConfig
-from dump_targets import save_target
 
 
 def campaign(folder: Path, kills: int, seed: int) -> dict[str, object]:
     """Every count of shards both ways; the first shard of four is killed ``kills`` times."""
     rng = random.Random(seed)
-    data = folder / "rows.jsonl"
-    data.write_text("".join(json.dumps(row) + "\n" for row in corpus(80)))
-    whole = DumpConfig(
-        model=str(save_target(folder / "target")),
-        data=str(data),
-        output=folder / "whole.zarr",
-        part_tokens=150,
-        aux_bits=4,
-        last_bits=4,
-    )
+    whole = whole_dump(folder, 80)
     began = time.monotonic()
     assert attempt(whole, None) == 0
     unbroken = time.monotonic() - began
