@@ -12,6 +12,7 @@ after every run.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import subprocess
@@ -112,6 +113,14 @@ def ended(process: subprocess.Popen[str]) -> str:
     return printed
 
 
+def rate(printed: str) -> float:
+    """The last line that is a number: vLLM writes its farewell to stdout too."""
+    for line in reversed(printed.splitlines()):
+        with contextlib.suppress(ValueError):
+            return float(line)
+    raise SystemExit(f"plain prefill printed no rate:\n{printed[-2000:]}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -153,7 +162,7 @@ def main() -> None:
             write(args.name, about, results, show=False)
             if k == 1 and args.engine == "vllm":
                 plain = plain or start(plain_command(args, data, scratch))
-                results["prefill_tokens_per_s"] = float(ended(plain).strip().splitlines()[-1])
+                results["prefill_tokens_per_s"] = rate(ended(plain))
         for found in results["runs"]:
             if "prefill_tokens_per_s" in results:
                 found["ratio_to_prefill"] = found["tokens_per_s"] / results["prefill_tokens_per_s"]

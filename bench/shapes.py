@@ -36,7 +36,7 @@ def config_of(kind: str) -> Any:
         num_attention_heads=64, num_key_value_heads=64, n_routed_experts=8, num_experts_per_tok=2, n_shared_experts=1,
         first_k_dense_replace=1, kv_lora_rank=512, q_lora_rank=512, qk_nope_head_dim=192, qk_rope_head_dim=64,
         v_head_dim=256, index_topk=2048, index_n_heads=32, index_head_dim=128, max_position_embeddings=8192,
-        tie_word_embeddings=False, **ends,
+        tie_word_embeddings=False, topk_method="noaux_tc", scoring_func="sigmoid", **ends,
     )  # fmt: skip
 
 
