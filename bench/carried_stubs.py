@@ -1,6 +1,8 @@
-"""``sitecustomize`` of a carried vLLM (``carry_vllm.py``): modules that vLLM imports and a dump never uses.
+"""``sitecustomize`` of a carried vLLM (``carry_vllm.py``): modules that vLLM imports and a dump
+never uses.
 
-Real modules win: this finder comes last. A stub's attributes are classes, so that annotations and subclasses work.
+Real modules win: this finder comes last. A stub's attributes are classes, so that annotations and
+subclasses work.
 """
 
 from __future__ import annotations
@@ -44,7 +46,9 @@ class Stub(ModuleType):
 
 
 def asked_by_vllm() -> bool:
-    """Whether the import is written in vLLM: other packages ask whether there is a module, and do without."""
+    """Whether the import is written in vLLM: other packages ask whether there is a module, and do
+    without.
+    """
     frame = sys._getframe(2)
     while frame is not None and "importlib" in frame.f_code.co_filename:
         frame = frame.f_back

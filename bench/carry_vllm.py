@@ -1,11 +1,14 @@
-"""Make vLLM's CUDA wheel small enough to be carried to a machine that no package registry can be reached from.
+"""Make vLLM's CUDA wheel small enough to be carried to a machine that no package registry can be
+reached from.
 
-    python bench/carry_vllm.py --version 0.33.0 --out vllm.tar.xz [--python 3.12] [--sm 90] [--keep-heads 64,128]
+    python bench/carry_vllm.py --version 0.33.0 --out vllm.tar.xz [--python 3.12] [--sm 90]
+        [--keep-heads 64,128]
 
-The machine has torch and transformers; the archive holds a folder for PYTHONPATH with vLLM and what it imports. From its
-kernels only machine code for one GPU architecture is kept (300 MB become 30), and of FlashAttention 3 only bfloat16 of
-some head sizes. Left out: FlashAttention 2, kernels that exist as PTX alone (Marlin, GPTQ), video, grammars in Mistral's
-tokenizer. What is imported on the way but not used by a dump is a stub (``carried_stubs.py``).
+The machine has torch and transformers; the archive holds a folder for PYTHONPATH with vLLM and what
+it imports. From its kernels only machine code for one GPU architecture is kept (300 MB become 30),
+and of FlashAttention 3 only bfloat16 of some head sizes. Left out: FlashAttention 2, kernels that
+exist as PTX alone (Marlin, GPTQ), video, grammars in Mistral's tokenizer. What is imported on the
+way but not used by a dump is a stub (``carried_stubs.py``).
 
 vLLM's kernels use torch's stable interface: 0.33.0, built for torch 2.14, also links with 2.11.
 """
@@ -28,7 +31,9 @@ from typing import NamedTuple
 MAGIC = b"\x50\xed\x55\xba"  # of a container of machine code ("fatbin")
 PTX, ELF = 1, 2
 # Of the wheel: what a dump does not run.
-LEFT_OUT = re.compile(r"_fa2_C|qutlass|_rust_tool_parser|flashkda|vllm-rs|fmha_sm100|/cutlass_fp4|\.pyc$")
+LEFT_OUT = re.compile(
+    r"_fa2_C|qutlass|_rust_tool_parser|flashkda|vllm-rs|fmha_sm100|/cutlass_fp4|\.pyc$"
+)
 # vLLM's imports, and ours. Without: torch, transformers and what comes with them.
 PACKAGES = [
     "aiohttp",
@@ -156,14 +161,18 @@ def containers(data: bytes) -> Iterator[tuple[int, list[Entry]]]:
 
 
 def prune(path: Path, sm: int, heads: set[tuple[int, int]]) -> str:
-    """Keep machine code for ``sm`` in a library, and of FlashAttention 3 that of ``heads``. Empty pieces stay, as zeros."""
+    """Keep machine code for ``sm`` in a library, and of FlashAttention 3 that of ``heads``. Empty
+    pieces stay, as zeros.
+    """
     data = bytearray(path.read_bytes())
     source, kept, total = bytes(data), 0, 0
     for at, entries in containers(source):
         total += len(entries)
         keep = [e for e in entries if e.kind == ELF and e.sm == sm]
         if "fa3" in path.name:
-            keep = [e for e in keep if wanted(source[e.at + e.header : e.at + e.header + e.size], heads)]
+            keep = [
+                e for e in keep if wanted(source[e.at + e.header : e.at + e.header + e.size], heads)
+            ]
         kept += len(keep)
         size = sum(e.header + e.size for e in entries)
         if keep:
@@ -179,10 +188,16 @@ def prune(path: Path, sm: int, heads: set[tuple[int, int]]) -> str:
 
 
 def wanted(code: bytes, heads: set[tuple[int, int]]) -> bool:
-    """Whether a piece of FlashAttention 3 is bfloat16 for one of ``heads``, or no attention at all."""
+    """Whether a piece of FlashAttention 3 is bfloat16 for one of ``heads``, or no attention at
+    all.
+    """
     names = b"\n".join(re.findall(rb"\.text\.(_Z[A-Za-z0-9_]+)", code))
-    plain = subprocess.run(["c++filt"], input=names, stdout=subprocess.PIPE, check=True).stdout.decode()
-    found = re.findall(r"CollectiveMainloopFwdSm90<\d+.*?cute::C<(\d+)> ?>, (\d+), ([a-z_:0-9]+)", plain)
+    plain = subprocess.run(
+        ["c++filt"], input=names, stdout=subprocess.PIPE, check=True
+    ).stdout.decode()
+    found = re.findall(
+        r"CollectiveMainloopFwdSm90<\d+.*?cute::C<(\d+)> ?>, (\d+), ([a-z_:0-9]+)", plain
+    )
     return not found or any(
         (int(a), int(b)) in heads and kind == "cutlass::bfloat16_t" for a, b, kind in found
     )
@@ -192,11 +207,31 @@ def download(names: list[str], python: str, out: Path) -> list[Path]:
     """Wheels for Linux on x86-64, without what they need."""
     platforms = [f"--platform=manylinux_2_{n}_x86_64" for n in (39, 35, 34, 31, 28, 27, 24, 17)]
     subprocess.run(
-        [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--only-binary=:all:", "--python-version", python,
-         "--implementation", "cp", "--abi", "cp" + python.replace(".", ""), "--abi", "none", *platforms,
-         "--platform=manylinux2014_x86_64", "--platform=manylinux1_x86_64", "-d", str(out), *names],
+        [
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            "-q",
+            "--no-deps",
+            "--only-binary=:all:",
+            "--python-version",
+            python,
+            "--implementation",
+            "cp",
+            "--abi",
+            "cp" + python.replace(".", ""),
+            "--abi",
+            "none",
+            *platforms,
+            "--platform=manylinux2014_x86_64",
+            "--platform=manylinux1_x86_64",
+            "-d",
+            str(out),
+            *names,
+        ],
         check=True,
-    )  # fmt: skip
+    )
     return sorted(out.glob("*.whl"))
 
 
@@ -212,7 +247,9 @@ def main() -> None:
         "--keep-heads", default="64,128", help="head sizes; multi-head latent attention always"
     )
     parser.add_argument("--site", type=Path, help="leave the folder here too")
-    parser.add_argument("--alone", action="store_true", help="vLLM without the packages that it imports")
+    parser.add_argument(
+        "--alone", action="store_true", help="vLLM without the packages that it imports"
+    )
     args = parser.parse_args()
     heads = {(int(h), int(h)) for h in args.keep_heads.split(",")} | {(64, 512), (192, 128)}
     with tempfile.TemporaryDirectory() as scratch:
@@ -224,7 +261,10 @@ def main() -> None:
             with zipfile.ZipFile(wheel) as archive:
                 for name in archive.namelist():
                     ours = wheel.name.startswith("vllm-")
-                    if not (ours and (LEFT_OUT.search(name) or other.search(name))) and "/tests/" not in name:
+                    if (
+                        not (ours and (LEFT_OUT.search(name) or other.search(name)))
+                        and "/tests/" not in name
+                    ):
                         archive.extract(name, site)
         for library in sorted((site / "vllm").rglob("*.so")):
             print(prune(library, args.sm, heads), flush=True)

@@ -1,9 +1,13 @@
-"""Simulate a dump of many nodes into one bucket: hours, objects, requests per second and the cost of a lost node. Nothing is measured here but the sizes that the plan computes.
+"""Simulate a dump of many nodes into one bucket: hours, objects, requests per second and the cost
+of a lost node. Nothing is measured here but the sizes that the plan computes.
 
-    python bench/cluster.py [--preset glm-5.2] [--nodes 8] [--samples 500000] [--mean-tokens 2000] [--node-rate 20000] [--lost 0.5] [--out cluster]
+    python bench/cluster.py [--preset glm-5.2] [--nodes 8] [--samples 500000] [--mean-tokens 2000]
+        [--node-rate 20000] [--lost 0.5] [--out cluster]
 
-A node is one `dspark-dump --shard I/N` and makes its parts one after the other; a part's upload runs beside the next part's capture, up to two parts behind.
-A lost node loses the parts in its memory and comes back after `--restart` seconds with `--resume`'s work: what has no record is made again.
+A node is one `dspark-dump --shard I/N` and makes its parts one after the other; a part's upload
+runs beside the next part's capture, up to two parts behind.
+A lost node loses the parts in its memory and comes back after `--restart` seconds with `--resume`'s
+work: what has no record is made again.
 """
 
 from __future__ import annotations
@@ -37,7 +41,9 @@ class Job:
     requests: float
 
 
-def job_of(preset: str, codec_name: str, samples: int, mean_tokens: float, last_share: float) -> Job:
+def job_of(
+    preset: str, codec_name: str, samples: int, mean_tokens: float, last_share: float
+) -> Job:
     """From the same formulas as a dump's plan on a GPU."""
     found = find(preset)
     assert found is not None, preset
@@ -54,9 +60,17 @@ def job_of(preset: str, codec_name: str, samples: int, mean_tokens: float, last_
 
 
 def simulate(
-    job: Job, nodes: int, rate: float, gigabits: float, lost: float | None, restart: float, seed: int
+    job: Job,
+    nodes: int,
+    rate: float,
+    gigabits: float,
+    lost: float | None,
+    restart: float,
+    seed: int,
 ) -> dict[str, Any]:
-    """Seconds until all parts are there. ``lost``: the share of the time after which node 0 dies."""
+    """Seconds until all parts are there. ``lost``: the share of the time after which node 0
+    dies.
+    """
     rng = random.Random(seed)
     capture, upload = job.part_tokens / rate, job.part_bytes * 8 / (gigabits * 1e9)
     left = [len(range(i, job.parts, nodes)) for i in range(nodes)]
@@ -70,7 +84,9 @@ def simulate(
         now, link, node = heapq.heappop(queue)
         if not left[node]:
             continue
-        captured = max(now, link - IN_MEMORY * upload) + capture * rng.uniform(1 - JITTER, 1 + JITTER)
+        captured = max(now, link - IN_MEMORY * upload) + capture * rng.uniform(
+            1 - JITTER, 1 + JITTER
+        )
         there = max(captured, link) + upload
         if node == 0 and dies is not None and there > dies:
             redone += min(max(dies - now, 0.0), captured - now)

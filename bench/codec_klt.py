@@ -1,16 +1,24 @@
-"""Bytes against tau for codecs of a whole store, many paired trainings in one process and one compiled draft.
+"""Bytes against tau for codecs of a whole store, many paired trainings in one process and one
+compiled draft.
 
-    python bench/codec_klt.py --model DIR --data train.jsonl.gz --out DIR [--rows 9000] [--steps 1200] [--seeds 0,1,2,3,4]
-        [--codecs exact,rotated-4-4,rotated-2-4,klt-1-1,klt-0.7-1,klt-0.5-1] [--seconds 560] [--only REGEX] [--other REGEX] [--tiny]
+    python bench/codec_klt.py --model DIR --data train.jsonl.gz --out DIR [--rows 9000]
+        [--steps 1200] [--seeds 0,1,2,3,4]
+        [--codecs exact,rotated-4-4,rotated-2-4,klt-1-1,klt-0.7-1,klt-0.5-1] [--seconds 560] [--only
+        REGEX] [--other REGEX] [--tiny]
 
-The target's states are made once and kept in the GPU's memory. Every codec codes them as a dump would, what it stores is packed into
-chunks as a part would hold it (a run of ``--part-tokens`` tokens), and drafts train on what it decodes, in the product's order, with
-its objective and its Muon. Drafts of one seed have the same initial weights, batches and anchors. Tau is judged on the exact states of
-held-out prompts, at every anchor, and the change against ``exact`` is paired by seed.
+The target's states are made once and kept in the GPU's memory. Every codec codes them as a dump
+would, what it stores is packed into chunks as a part would hold it (a run of ``--part-tokens``
+tokens), and drafts train on what it decodes, in the product's order, with its objective and its
+Muon. Drafts of one seed have the same initial weights, batches and anchors. Tau is judged on the
+exact states of held-out prompts, at every anchor, and the change against ``exact`` is paired by
+seed.
 
-``klt-A-B``: A bits for a value of the aux layers, B for one of the last state. ``--only``: rows of the corpus whose line matches.
-A codec's name with ``@other`` behind it is calibrated on ``--other-rows`` rows whose line matches ``--other`` and that are not coded. Results are written to OUT/codec_klt.json after every
-training; trainings that are there already are not repeated, so a run that ``--seconds`` cut short goes on where it stopped.
+``klt-A-B``: A bits for a value of the aux layers, B for one of the last state. ``--only``: rows of
+the corpus whose line matches.
+A codec's name with ``@other`` behind it is calibrated on ``--other-rows`` rows whose line matches
+``--other`` and that are not coded. Results are written to OUT/codec_klt.json after every training;
+trainings that are there already are not repeated, so a run that ``--seconds`` cut short goes on
+where it stopped.
 """
 
 from __future__ import annotations
@@ -63,7 +71,9 @@ def say(*words: object) -> None:
 
 
 class States(NamedTuple):
-    """All of the corpus on the device: ``aux`` [T + 1, L, H] (the last row is padding), ``last`` [M, H], ``frozen`` weights."""
+    """All of the corpus on the device: ``aux`` [T + 1, L, H] (the last row is padding), ``last``
+    [M, H], ``frozen`` weights.
+    """
 
     aux: Tensor
     last: Tensor
@@ -71,9 +81,11 @@ class States(NamedTuple):
 
 
 def chunk_bytes(name: str, codes: np.ndarray[Any, Any], spec: ArraySpec) -> int:
-    """Bytes of an array of a part: its chunks as the store compresses them, each with its checksum and index entry.
+    """Bytes of an array of a part: its chunks as the store compresses them, each with its checksum
+    and index entry.
 
-    Rows that are stored exactly count once where they are equal."""
+    Rows that are stored exactly count once where they are equal.
+    """
     if spec.axis == "exact":
         codes = np.unique(codes.reshape(len(codes), -1), axis=0).reshape(-1, *codes.shape[1:])
     if not codes.shape[0]:
@@ -86,7 +98,11 @@ def chunk_bytes(name: str, codes: np.ndarray[Any, Any], spec: ArraySpec) -> int:
         if spec.order == "columns":
             piece = piece.reshape(len(piece), -1).T
         piece = np.ascontiguousarray(piece)
-        packed = packer.encode(piece if stored.shuffle else piece.view(np.uint8)) if packer else piece.data
+        packed = (
+            packer.encode(piece if stored.shuffle else piece.view(np.uint8))
+            if packer
+            else piece.data
+        )
         total += memoryview(packed).nbytes + 20
     return total
 
@@ -117,9 +133,13 @@ class Coder:
         return self.known[name]
 
     def calibrated(self, name: str) -> Any:
-        """Codec ``name``, after it has seen samples spread over the training rows (or the other rows)."""
+        """Codec ``name``, after it has seen samples spread over the training rows (or the other
+        rows).
+        """
         name, _, other = name.partition("@")
-        allowed = np.arange(self.corpus.main, len(self.corpus.samples)) if other else self.corpus.train
+        allowed = (
+            np.arange(self.corpus.main, len(self.corpus.samples)) if other else self.corpus.train
+        )
         mean = float(np.mean(self.corpus.lengths[allowed]))
         budget = self.args.calibrate if name.startswith("klt") else 16384
         count = min(len(allowed), math.ceil(budget / mean))
@@ -136,7 +156,12 @@ class Coder:
         if name.startswith("klt"):
             codec = KLT.make(name, "zstd")
             tables = fit(
-                aux, last_states, tokens, aux_bits=codec.aux_bits, last_bits=codec.last_bits, say=say
+                aux,
+                last_states,
+                tokens,
+                aux_bits=codec.aux_bits,
+                last_bits=codec.last_bits,
+                say=say,
             )
             return codec.with_tables(tables)
         return make(name).calibrated(aux, last_states, tokens)
@@ -167,10 +192,15 @@ class Coder:
                 rows, lasts = slice(start[first], start[end]), slice(last[first], last[end])
                 tokens = tokens_of(self.corpus.samples[first:end], self.states.frozen.embed_tokens)
                 coded = codec.encode(self.states.aux[rows], self.states.last[lasts], tokens)
-                self.aux[rows], self.last[lasts] = codec.decode(coded, hidden, tokens, self.aux.dtype)
+                self.aux[rows], self.last[lasts] = codec.decode(
+                    coded, hidden, tokens, self.aux.dtype
+                )
                 if counting:
                     exact += coded[EXACT_TOKEN].shape[0] if EXACT_TOKEN in coded else 0
-                    jobs += [pool.submit(chunk_bytes, n, coded[n].cpu().numpy(), s) for n, s in specs.items()]
+                    jobs += [
+                        pool.submit(chunk_bytes, n, coded[n].cpu().numpy(), s)
+                        for n, s in specs.items()
+                    ]
         found["code_seconds"] = time.monotonic() - began
         sizes = dict.fromkeys(specs, 0)
         for i, job in enumerate(jobs):
@@ -188,7 +218,9 @@ class Coder:
 
     @torch.no_grad()
     def errors(self) -> dict[str, Any]:
-        """SNR of each layer against its own variance, in dB, and total variation of the target's distribution."""
+        """SNR of each layer against its own variance, in dB, and total variation of the target's
+        distribution.
+        """
         some = torch.arange(
             0, self.corpus.tokens, max(1, self.corpus.tokens // 65536), device=self.aux.device
         )
@@ -209,9 +241,13 @@ class Coder:
 
 
 class Batches:
-    """The rows of one seed in the product's order, made by a thread and kept on the device for the next codec."""
+    """The rows of one seed in the product's order, made by a thread and kept on the device for the
+    next codec.
+    """
 
-    def __init__(self, args: argparse.Namespace, corpus: Corpus, device: torch.device, seed: int) -> None:
+    def __init__(
+        self, args: argparse.Namespace, corpus: Corpus, device: torch.device, seed: int
+    ) -> None:
         self.args, self.corpus, self.device, self.seed = args, corpus, device, seed
         self.made: list[tuple[Batch, Tensor, Tensor, Denominators]] = []
         self.coming: queue.Queue[tuple[Batch, Tensor, Tensor, Denominators]] = queue.Queue(24)
@@ -223,7 +259,12 @@ class Batches:
             batch, tokens, lasts = row
             weights = Denominators.of(batch, DECAY)
             with torch.cuda.stream(stream):
-                moved = (batch.to(self.device), tokens.to(self.device), lasts.to(self.device), weights)
+                moved = (
+                    batch.to(self.device),
+                    tokens.to(self.device),
+                    lasts.to(self.device),
+                    weights,
+                )
             if stream is not None:
                 stream.synchronize()
             self.coming.put(moved)
@@ -233,7 +274,9 @@ class Batches:
         while True:
             order = rng(self.seed, 1, epoch).permutation(self.corpus.train)
             for members in pack(order, self.corpus.lengths, self.args.seq):
-                draws = [rng(self.seed, 2, epoch, s).random(self.corpus.lengths[s]) for s in members]
+                draws = [
+                    rng(self.seed, 2, epoch, s).random(self.corpus.lengths[s]) for s in members
+                ]
                 yield built(self.args, self.corpus, members, np.concatenate(draws))
             epoch += 1
 
@@ -250,23 +293,35 @@ def built(
     priority: np.ndarray[Any, Any],
     chosen: rules.Int64 | None = None,
 ) -> tuple[Batch, Tensor, Tensor]:
-    """A batch without states, the token of each position (the padding row at the end) and the last states of all documents."""
+    """A batch without states, the token of each position (the padding row at the end) and the last
+    states of all documents.
+    """
     size, used = args.seq, int(corpus.lengths[members].sum())
     ids, mask, doc = np.zeros(size, np.int64), np.zeros(size, np.bool_), np.full(size, -1, np.int32)
     ids[:used] = np.concatenate([corpus.samples[i].input_ids for i in members])
     mask[:used] = np.concatenate([corpus.samples[i].loss_mask for i in members])
     doc[:used] = np.repeat(np.arange(len(members), dtype=np.int32), corpus.lengths[members])
     tokens = np.full(size, corpus.start[-1], np.int64)
-    tokens[:used] = np.concatenate([np.arange(corpus.start[i], corpus.start[i + 1]) for i in members])
-    lasts = np.concatenate([np.arange(corpus.last_start[i], corpus.last_start[i + 1]) for i in members])
+    tokens[:used] = np.concatenate(
+        [np.arange(corpus.start[i], corpus.start[i + 1]) for i in members]
+    )
+    lasts = np.concatenate(
+        [np.arange(corpus.last_start[i], corpus.last_start[i + 1]) for i in members]
+    )
     if chosen is None:
         whole = np.zeros(size)
         whole[:used] = priority
         chosen = rules.choose(rules.eligible(mask, doc), whole, args.anchors)
     batch = Batch.build(
-        input_ids=ids, loss_mask=mask, doc=doc, aux=torch.empty(size, 0), last=torch.empty(len(lasts), 0),
-        anchors=chosen, block_size=args.block, pad_anchors_to=args.anchors,
-    )  # fmt: skip
+        input_ids=ids,
+        loss_mask=mask,
+        doc=doc,
+        aux=torch.empty(size, 0),
+        last=torch.empty(len(lasts), 0),
+        anchors=chosen,
+        block_size=args.block,
+        pad_anchors_to=args.anchors,
+    )
     return batch, torch.from_numpy(tokens), torch.from_numpy(lasts)
 
 
@@ -277,7 +332,9 @@ def held_out(
     out = []
     for members in pack(corpus.held_out, corpus.lengths, args.seq):
         probe = built(args, corpus, members, np.zeros(0), np.zeros(0, np.int64))[0]
-        where = np.flatnonzero(rules.eligible(probe.loss_mask.numpy(), probe.doc.numpy())).astype(np.int64)
+        where = np.flatnonzero(rules.eligible(probe.loss_mask.numpy(), probe.doc.numpy())).astype(
+            np.int64
+        )
         parts = -(-len(where) // args.anchors)
         for k in range(parts):
             found = built(args, corpus, members, np.zeros(0), where[k::parts])
@@ -288,7 +345,9 @@ def held_out(
 class Trainer:
     """One compiled draft, begun again for every run."""
 
-    def __init__(self, args: argparse.Namespace, corpus: Corpus, exact: States, frozen: FrozenTarget) -> None:
+    def __init__(
+        self, args: argparse.Namespace, corpus: Corpus, exact: States, frozen: FrozenTarget
+    ) -> None:
         self.args, self.corpus, self.exact, self.frozen = args, corpus, exact, frozen
         self.device = exact.aux.device
         self.cuda = self.device.type == "cuda"
@@ -298,7 +357,10 @@ class Trainer:
             num_layers=args.draft_layers, block_size=args.block, markov_rank=args.rank,
         )  # fmt: skip
         self.host = dataclasses.replace(
-            frozen, embed_tokens=frozen.embed_tokens.cpu(), lm_head=frozen.lm_head.cpu(), logits=PLAIN
+            frozen,
+            embed_tokens=frozen.embed_tokens.cpu(),
+            lm_head=frozen.lm_head.cpu(),
+            logits=PLAIN,
         )
         if frozen.tied:
             self.host = dataclasses.replace(self.host, lm_head=self.host.embed_tokens)
@@ -317,10 +379,14 @@ class Trainer:
 
     def _placed(self, row: tuple[Batch, Tensor, Tensor], aux: Tensor, last: Tensor) -> Batch:
         batch, tokens, lasts = row
-        return dataclasses.replace(batch, aux=aux[tokens].to(self.dtype), last=last[lasts].to(self.dtype))
+        return dataclasses.replace(
+            batch, aux=aux[tokens].to(self.dtype), last=last[lasts].to(self.dtype)
+        )
 
     def run(self, seed: int, aux: Tensor, last: Tensor) -> dict[str, Any]:
-        """Train from seed ``seed`` on ``aux`` [T + 1, L, H] and ``last`` [M, H], score on the exact states."""
+        """Train from seed ``seed`` on ``aux`` [T + 1, L, H] and ``last`` [M, H], score on the exact
+        states.
+        """
         began = time.monotonic()
         if self.batches is None or self.batches.seed != seed:
             self.batches = None
@@ -332,7 +398,9 @@ class Trainer:
             batch, tokens, lasts, weights = self.batches[step]
             batch = self._placed((batch, tokens, lasts), aux, last)
             self.optimizer.last_row()
-            slots = SlotInputs.gather(batch, self.model(batch, self.model.plan(batch, backend)), DECAY)
+            slots = SlotInputs.gather(
+                batch, self.model(batch, self.model.plan(batch, backend)), DECAY
+            )
             out = objective(slots, self.model.frozen_head, ObjectiveConfig(), weights)
             out.loss.backward()  # type: ignore[no-untyped-call]
             self.optimizer.step(learning_rate(step, args.steps, args.lr, 0.04, 0.0))
@@ -340,9 +408,13 @@ class Trainer:
         final, train_seconds = float(loss), time.monotonic() - began
         score = self._score(backend)
         return {
-            "tau": score["mean_accepted_length"], "accept_rate": score["accept_rate"], "l1": score["l1_loss"],
-            "loss": final, "train_seconds": train_seconds, "seconds": time.monotonic() - began,
-        }  # fmt: skip
+            "tau": score["mean_accepted_length"],
+            "accept_rate": score["accept_rate"],
+            "l1": score["l1_loss"],
+            "loss": final,
+            "train_seconds": train_seconds,
+            "seconds": time.monotonic() - began,
+        }
 
     @torch.no_grad()
     def _score(self, backend: Any) -> Any:
@@ -350,25 +422,38 @@ class Trainer:
         one = Denominators(1.0, 1.0, 1.0)
         for row in self.val:
             batch = self._placed(row, self.exact.aux, self.exact.last)
-            slots = SlotInputs.gather(batch, self.model(batch, self.model.plan(batch, backend)), DECAY)
-            metrics.add(batch, slots, objective(slots, self.model.frozen_head, ObjectiveConfig(), one))
+            slots = SlotInputs.gather(
+                batch, self.model(batch, self.model.plan(batch, backend)), DECAY
+            )
+            metrics.add(
+                batch, slots, objective(slots, self.model.frozen_head, ObjectiveConfig(), one)
+            )
         return metrics.result()
 
 
 def table(runs: list[dict[str, Any]], raw: int) -> list[dict[str, Any]]:
-    """Of each codec: bytes, ratio to ``raw`` bytes per token, tau and its change against ``exact``, paired by seed."""
+    """Of each codec: bytes, ratio to ``raw`` bytes per token, tau and its change against ``exact``,
+    paired by seed.
+    """
     exact = {r["seed"]: r["tau"] for r in runs if r["codec"] == "exact"}
     out = []
     for name in dict.fromkeys(r["codec"] for r in runs):
         mine = [r for r in runs if r["codec"] == name]
         pairs = [r["tau"] / exact[r["seed"]] - 1 for r in mine if r["seed"] in exact]
         size = mine[-1]["bytes_per_token"] + mine[-1]["calibration_bytes"] / mine[-1]["tokens"]
-        out.append({
-            "codec": name, "tau": [round(r["tau"], 4) for r in mine], "seeds": [r["seed"] for r in mine],
-            "change": statistics.mean(pairs) if pairs else None,
-            "standard_error": statistics.stdev(pairs) / math.sqrt(len(pairs)) if len(pairs) > 1 else None,
-            "bytes_per_token_all": size, "ratio": raw / size if size > META else 1.0,
-        })  # fmt: skip
+        out.append(
+            {
+                "codec": name,
+                "tau": [round(r["tau"], 4) for r in mine],
+                "seeds": [r["seed"] for r in mine],
+                "change": statistics.mean(pairs) if pairs else None,
+                "standard_error": statistics.stdev(pairs) / math.sqrt(len(pairs))
+                if len(pairs) > 1
+                else None,
+                "bytes_per_token_all": size,
+                "ratio": raw / size if size > META else 1.0,
+            }
+        )
     return out
 
 
@@ -380,12 +465,16 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--data", required=True, type=Path)
     parser.add_argument("--out", required=True, type=Path)
     parser.add_argument(
-        "--before", type=Path, help="a codec_klt.json whose trainings are not repeated (default: OUT's)"
+        "--before",
+        type=Path,
+        help="a codec_klt.json whose trainings are not repeated (default: OUT's)",
     )
     parser.add_argument("--rows", type=int, default=9000)
     parser.add_argument("--steps", type=int, default=1200)
     parser.add_argument("--seeds", default="0,1,2,3,4")
-    parser.add_argument("--codecs", default="exact,klt-1-1,klt-0.7-1,rotated-4-4,klt-0.5-1,rotated-2-4")
+    parser.add_argument(
+        "--codecs", default="exact,klt-1-1,klt-0.7-1,rotated-4-4,klt-0.5-1,rotated-2-4"
+    )
     parser.add_argument("--seconds", type=float, default=560.0)
     parser.add_argument("--only", type=re.compile, default=None)
     parser.add_argument("--other", type=re.compile, default=None)
@@ -419,7 +508,13 @@ def arguments() -> argparse.Namespace:
             1,
             16,
         )
-        args.max_len, args.val, args.calibrate, args.seeds, args.part_tokens = 256, 0.2, 3000, "0,1", 4096
+        args.max_len, args.val, args.calibrate, args.seeds, args.part_tokens = (
+            256,
+            0.2,
+            3000,
+            "0,1",
+            4096,
+        )
     return args
 
 
@@ -427,16 +522,22 @@ def main() -> None:
     args = arguments()
     args.out.mkdir(parents=True, exist_ok=True)
     before = args.before or args.out / "codec_klt.json"
-    runs: list[dict[str, Any]] = json.loads(before.read_text())["results"]["runs"] if before.exists() else []
+    runs: list[dict[str, Any]] = (
+        json.loads(before.read_text())["results"]["runs"] if before.exists() else []
+    )
     corpus = read_corpus(args)
     train, val = split(corpus.keys[: corpus.main], args.val)
     corpus.train, corpus.held_out = train, val
     say(
-        f"{corpus.main} samples, {corpus.tokens} tokens, {len(val)} samples held out; {len(corpus.samples) - corpus.main} other samples"
+        f"{corpus.main} samples, {corpus.tokens} tokens, {len(val)} samples held out; "
+        f"{len(corpus.samples) - corpus.main} other samples"
     )
     aux, last, frozen = capture(args, corpus)
     states = States(aux, last, frozen)
-    say(f"states: {aux.nbytes / 1e9:.1f} GB of aux layers, {last.nbytes / 1e9:.1f} GB of last states")
+    say(
+        f"states: {aux.nbytes / 1e9:.1f} GB of aux layers, {last.nbytes / 1e9:.1f} GB of last "
+        "states"
+    )
     coder, trainer = Coder(args, corpus, states), Trainer(args, corpus, states, frozen)
     raw = 6 + 2 * last.shape[1] * (len(corpus.layers) + 1)
     config = {

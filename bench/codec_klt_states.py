@@ -1,4 +1,6 @@
-"""Samples and states of a corpus in memory, for ``codec_klt.py``: the product's tokenizer, masks and transformers engine, no store."""
+"""Samples and states of a corpus in memory, for ``codec_klt.py``: the product's tokenizer, masks
+and transformers engine, no store.
+"""
 
 from __future__ import annotations
 
@@ -28,9 +30,12 @@ _maker: SampleMaker | None = None
 
 @dataclass
 class Corpus:
-    """``start`` int64 [N + 1], ``last_start`` int64 [N + 1], ``last_at``: tokens of a sample whose last state is stored; ``keys`` uint8 [N, 16].
+    """``start`` int64 [N + 1], ``last_start`` int64 [N + 1], ``last_at``: tokens of a sample whose
+    last state is stored; ``keys`` uint8 [N, 16].
 
-    ``main``: how many samples, the first, are the corpus; the others only serve to calibrate on. ``train``, ``held_out``: samples."""
+    ``main``: how many samples, the first, are the corpus; the others only serve to calibrate on.
+    ``train``, ``held_out``: samples.
+    """
 
     samples: list[TokenSample]
     main: int
@@ -62,14 +67,20 @@ def _make(at: tuple[int, str]) -> list[TokenSample]:
 
 
 def read_corpus(args: argparse.Namespace) -> Corpus:
-    """The samples of ``args.rows`` lines of ``args.data``, drawn at random but always the same ones."""
+    """The samples of ``args.rows`` lines of ``args.data``, drawn at random but always the same
+    ones.
+    """
     global _maker
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     target = load_target(args.model)
     _maker = SampleMaker(
-        target.tokenizer, tokenised=False, vocab_size=target.shapes.vocab_size, seq_length=args.max_len,
-        min_supervised=2, eos_token_ids=target.eos_token_ids,
-    )  # fmt: skip
+        target.tokenizer,
+        tokenised=False,
+        vocab_size=target.shapes.vocab_size,
+        seq_length=args.max_len,
+        min_supervised=2,
+        eos_token_ids=target.eos_token_ids,
+    )
     with (gzip.open if args.data.suffix == ".gz" else open)(args.data, "rt") as file:
         every = list(enumerate(file))
     main = _drawn([x for x in every if args.only is None or args.only.search(x[1])], args.rows)
@@ -99,12 +110,18 @@ def _drawn(lines: list[tuple[int, str]], count: int) -> list[tuple[int, str]]:
 
 
 def capture(args: argparse.Namespace, corpus: Corpus) -> tuple[Tensor, Tensor, FrozenTarget]:
-    """``aux`` [T + 1, L, H] (a row of padding at the end) and ``last`` [M, H], bfloat16, and the target's frozen weights, all on the device."""
+    """``aux`` [T + 1, L, H] (a row of padding at the end) and ``last`` [M, H], bfloat16, and the
+    target's frozen weights, all on the device.
+    """
     target = load_target(args.model)
     engine = TransformersEngine.load(
-        args.model, target.shapes, corpus.layers, device=args.device,
-        dtype="bfloat16" if args.device == "cuda" else "float32", batch_tokens=65536 if args.device == "cuda" else 2048,
-    )  # fmt: skip
+        args.model,
+        target.shapes,
+        corpus.layers,
+        device=args.device,
+        dtype="bfloat16" if args.device == "cuda" else "float32",
+        batch_tokens=65536 if args.device == "cuda" else 2048,
+    )
     hidden, device = target.shapes.hidden_size, torch.device(args.device)
     aux = torch.zeros(
         int(corpus.start[-1]) + 1, len(corpus.layers), hidden, dtype=torch.bfloat16, device=device
@@ -112,7 +129,9 @@ def capture(args: argparse.Namespace, corpus: Corpus) -> tuple[Tensor, Tensor, F
     last = torch.zeros(int(corpus.last_start[-1]), hidden, dtype=torch.bfloat16, device=device)
     for batch in engine._run(0, corpus.samples):
         assert isinstance(batch.states, Captured)
-        tokens = np.concatenate([np.arange(corpus.start[i], corpus.start[i + 1]) for i in batch.members])
+        tokens = np.concatenate(
+            [np.arange(corpus.start[i], corpus.start[i + 1]) for i in batch.members]
+        )
         lasts = np.concatenate(
             [np.arange(corpus.last_start[i], corpus.last_start[i + 1]) for i in batch.members]
         )

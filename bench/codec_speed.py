@@ -1,9 +1,11 @@
 """Encode and decode of the compact codecs, GB/s: on one core, and on the GPU where there is one.
 
-    python bench/codec_speed.py [--hidden 576,2560,4096,6144] [--bits 4,3,2] [--tokens 8192] [--layers 5] [--no-sweep] [--results DIR]
+    python bench/codec_speed.py [--hidden 576,2560,4096,6144] [--bits 4,3,2] [--tokens 8192]
+        [--layers 5] [--no-sweep] [--results DIR]
 
-GB/s count the states: 2 bytes per value in bfloat16, read by the encoder, written by the decoder. On the GPU the kernel's bits are compared with plain
-torch's before anything is timed (a difference stops the script), and ``--sweep`` tries other launch shapes of the kernel. Writes
+GB/s count the states: 2 bytes per value in bfloat16, read by the encoder, written by the decoder.
+On the GPU the kernel's bits are compared with plain torch's before anything is timed (a difference
+stops the script), and ``--sweep`` tries other launch shapes of the kernel. Writes
 bench/results/codec_speed.json.
 """
 
@@ -21,7 +23,16 @@ from common import RESULTS, write
 from dspark.cache.codec.fields import codec_for
 from dspark.cache.codec.rotated import Rotated
 
-SWEEP = [(64, 4, 8), (64, 4, 4), (64, 1, 8), (64, 16, 8), (64, 1, 4), (128, 4, 8), (32, 4, 4), (32, 8, 4)]
+SWEEP = [
+    (64, 4, 8),
+    (64, 4, 4),
+    (64, 1, 8),
+    (64, 16, 8),
+    (64, 1, 4),
+    (128, 4, 8),
+    (32, 4, 4),
+    (32, 8, 4),
+]
 SECONDS = 1.0  # of repetitions, at least three
 
 
@@ -73,7 +84,9 @@ def measure(
     with torch.inference_mode():
         row["encode_gb_per_s"] = size / seconds(lambda: codec.encode(x), device)
         coded = codec.encode(x)
-        row["plain_gb_per_s"] = size / seconds(lambda: codec.decode_plain(coded, hidden).bfloat16(), device)
+        row["plain_gb_per_s"] = size / seconds(
+            lambda: codec.decode_plain(coded, hidden).bfloat16(), device
+        )
         if device.type == "cuda":
             row |= kernel(codec, coded, hidden, size, device, sweep)
         row["decode_gb_per_s"] = row.get("kernel_gb_per_s", row["plain_gb_per_s"])
@@ -91,22 +104,29 @@ def kernel(
     from dspark.cache.codec import rotated_decode_kernel as fused
 
     for dtype in (torch.float32, torch.bfloat16):
-        ours, plain = fused.decode(codec, coded, hidden, dtype), codec.decode_plain(coded, hidden).to(dtype)
+        ours, plain = (
+            fused.decode(codec, coded, hidden, dtype),
+            codec.decode_plain(coded, hidden).to(dtype),
+        )
         wrong = int((ours.view(torch.int16) != plain.view(torch.int16)).sum())
         if wrong:
             raise SystemExit(
-                f"hidden {hidden}, {codec.bits} bits, {dtype}: {wrong} 16-bit words differ from plain torch"
+                f"hidden {hidden}, {codec.bits} bits, {dtype}: {wrong} 16-bit words differ from "
+                "plain torch"
             )
     out: dict[str, Any] = {}
     tried = {}
     for shape in [fused.LAUNCH, *(fused.Launch(*s) for s in SWEEP if sweep)]:
-        took = seconds(lambda shape=shape: fused.decode(codec, coded, hidden, torch.bfloat16, shape), device)  # type: ignore[misc]
+        took = seconds(
+            lambda shape=shape: fused.decode(codec, coded, hidden, torch.bfloat16, shape), device
+        )  # type: ignore[misc]
         tried["/".join(map(str, shape))] = round(size / took, 1)
     out["kernel_gb_per_s"] = tried["/".join(map(str, fused.LAUNCH))]
     if sweep:
         out["launch_tile_loop_warps"] = dict(sorted(tried.items(), key=lambda pair: -pair[1]))
     copy = torch.empty(int(size * 1e9), dtype=torch.uint8, device=device)
-    out["fill_gb_per_s"] = size / seconds(copy.zero_, device)  # what merely writing so many bytes takes
+    # what merely writing so many bytes takes
+    out["fill_gb_per_s"] = size / seconds(copy.zero_, device)
     return out
 
 
@@ -116,7 +136,9 @@ def main() -> None:
     )
     parser.add_argument("--hidden", default="576,2560,4096,6144")
     parser.add_argument("--bits", default="4,3,2")
-    parser.add_argument("--tokens", type=int, default=8192, help="on the GPU; an eighth of it on the CPU")
+    parser.add_argument(
+        "--tokens", type=int, default=8192, help="on the GPU; an eighth of it on the CPU"
+    )
     parser.add_argument("--layers", type=int, default=5)
     parser.add_argument("--sweep", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--results", type=Path, default=RESULTS)

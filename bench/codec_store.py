@@ -1,16 +1,22 @@
-"""Stores of several codecs, made by the product: bytes, speed of dump and training, and tau of drafts trained on them.
+"""Stores of several codecs, made by the product: bytes, speed of dump and training, and tau of
+drafts trained on them.
 
-    python bench/codec_store.py --model DIR --data FILE.jsonl --out FOLDER [--rows 9000] [--steps 600] [--seconds 480] [--device cuda]
+    python bench/codec_store.py --model DIR --data FILE.jsonl --out FOLDER [--rows 9000]
+        [--steps 600] [--seconds 480] [--device cuda]
 
 Stages, each with the real commands, and FOLDER/codec_store.json is written after each:
 
-1. ``dump``: lossless, rotated-4-4 and default through bench/dump.py (``dspark.dump.run.dump`` on one engine), beside bare prefill.
+1. ``dump``: lossless, rotated-4-4 and default through bench/dump.py (``dspark.dump.run.dump`` on
+   one engine), beside bare prefill.
 2. ``info`` of each store.
-3. ``train`` from lossless and default, side by side if ``--together`` is 2, then ``score`` of both drafts on the lossless store.
-4. ``speed``: trainings of ``--speed-steps`` from rotated-4-4 and default, one at a time: tokens per second and share of waiting for data.
+3. ``train`` from lossless and default, side by side if ``--together`` is 2, then ``score`` of both
+   drafts on the lossless store.
+4. ``speed``: trainings of ``--speed-steps`` from rotated-4-4 and default, one at a time: tokens per
+   second and share of waiting for data.
 5. ``recode`` of the lossless store to small, its ``info``, training and score.
 
-A stage that does not fit into what is left of ``--seconds`` is cut or left out, and the file says so.
+A stage that does not fit into what is left of ``--seconds`` is cut or left out, and the file says
+so.
 """
 
 from __future__ import annotations
@@ -37,7 +43,11 @@ class Budget:
 
     def __init__(self, seconds: float, path: Path, config: dict[str, Any]) -> None:
         self.began, self.seconds, self.path = time.monotonic(), seconds, path
-        self.found: dict[str, Any] = {"config": config, "hardware": hardware(), "versions": versions()}
+        self.found: dict[str, Any] = {
+            "config": config,
+            "hardware": hardware(),
+            "versions": versions(),
+        }
 
     @property
     def left(self) -> float:
@@ -46,10 +56,14 @@ class Budget:
     def keep(self, stage: str, name: str, value: Any) -> None:
         self.found.setdefault(stage, {})[name] = value
         self.path.write_text(json.dumps(self.found, indent=1) + "\n")
-        print(f"[{self.seconds - self.left:6.1f} s] {stage} {name}: {json.dumps(value)}", flush=True)
+        print(
+            f"[{self.seconds - self.left:6.1f} s] {stage} {name}: {json.dumps(value)}", flush=True
+        )
 
     def run(self, stage: str, name: str, *call: object) -> tuple[str, float] | None:
-        """Output and seconds of a command; None, and why in the file, where it failed or had no time."""
+        """Output and seconds of a command; None, and why in the file, where it failed or had no
+        time.
+        """
         if self.left < 5:
             self.keep(stage, name, {"left_out": "no time"})
             return None
@@ -90,9 +104,25 @@ class Stages:
         a = self.args
         (RESULTS / f"{name}.json").unlink(missing_ok=True)
         done = self.budget.run(
-            "dump", "all", BENCH / "dump.py", "--target", a.model, "--data", a.data, "--codecs", ",".join(names),
-            "--output", self.stores, "--keep", "--rows", a.rows, "--parts", a.parts, "--name", name,
-        )  # fmt: skip
+            "dump",
+            "all",
+            BENCH / "dump.py",
+            "--target",
+            a.model,
+            "--data",
+            a.data,
+            "--codecs",
+            ",".join(names),
+            "--output",
+            self.stores,
+            "--keep",
+            "--rows",
+            a.rows,
+            "--parts",
+            a.parts,
+            "--name",
+            name,
+        )
         result = RESULTS / f"{name}.json"
         if result.exists():  # also of a dump that was cut
             self.budget.keep("dump", "stages", json.loads(result.read_text()))
@@ -103,7 +133,9 @@ class Stages:
     def info(self, name: str) -> None:
         if not self.store(name).exists():
             return
-        done = self.budget.run("info", name, "-m", "dspark.tools", "info", self.store(name), "--json")
+        done = self.budget.run(
+            "info", name, "-m", "dspark.tools", "info", self.store(name), "--json"
+        )
         if done:
             said = reported(done[0])
             if not said["complete"]:
@@ -111,8 +143,20 @@ class Stages:
                 return
             learnt = self.store(name) / "calibration.safetensors"
             size = learnt.stat().st_size if learnt.exists() else 0
-            kept = ("codec", "tokens", "last_rows", "samples", "parts", "bytes_per_token", "ratio", "bytes_on_disk",
-                    "frozen_bytes", "aux_bits_measured", "last_bits_measured", "quality")  # fmt: skip
+            kept = (
+                "codec",
+                "tokens",
+                "last_rows",
+                "samples",
+                "parts",
+                "bytes_per_token",
+                "ratio",
+                "bytes_on_disk",
+                "frozen_bytes",
+                "aux_bits_measured",
+                "last_bits_measured",
+                "quality",
+            )
             row = {k: said[k] for k in kept} | {"calibration_bytes": size}
             whole = said["bytes_per_token"] + size / said["tokens"]
             self.budget.keep(
@@ -121,41 +165,90 @@ class Stages:
 
     def recode(self, name: str) -> None:
         done = self.budget.run(
-            "recode", name, "-m", "dspark.tools", "recode", self.store("lossless"), self.store(name),
-            "--codec", name, "--device", self.args.device, "--json",
-        )  # fmt: skip
+            "recode",
+            name,
+            "-m",
+            "dspark.tools",
+            "recode",
+            self.store("lossless"),
+            self.store(name),
+            "--codec",
+            name,
+            "--device",
+            self.args.device,
+            "--json",
+        )
         if done:
             self.budget.keep("recode", name, {"seconds": done[1]})
 
     def train(self, name: str, steps: int, stage: str) -> None:
         draft = self.drafts / f"{stage}-{name}"
         done = self.budget.run(
-            stage, name, "-m", "dspark.train", "--cache", self.store(name), "--output", draft, "--max-steps", steps,
-            "--seed", self.args.seed, "--device", self.args.device, "--no-tensorboard", "--keep-checkpoints", 1,
-            "--log-every", max(1, steps // 30), "--overwrite", *self.args.train.split(),
-        )  # fmt: skip
+            stage,
+            name,
+            "-m",
+            "dspark.train",
+            "--cache",
+            self.store(name),
+            "--output",
+            draft,
+            "--max-steps",
+            steps,
+            "--seed",
+            self.args.seed,
+            "--device",
+            self.args.device,
+            "--no-tensorboard",
+            "--keep-checkpoints",
+            1,
+            "--log-every",
+            max(1, steps // 30),
+            "--overwrite",
+            *self.args.train.split(),
+        )
         if not done:
             return
         rows = [json.loads(line) for line in (draft / "metrics.jsonl").read_text().splitlines()]
         steady = [r for r in rows if "tokens_per_second" in r][2:] or [
             r for r in rows if "tokens_per_second" in r
         ]
-        self.budget.keep(stage, name, {
-            "seconds": done[1],
-            **{k: statistics.median(r[k] for r in steady) for k in ("tokens_per_second", "data_wait_fraction", "step_ms")},
-        })  # fmt: skip
+        self.budget.keep(
+            stage,
+            name,
+            {
+                "seconds": done[1],
+                **{
+                    k: statistics.median(r[k] for r in steady)
+                    for k in ("tokens_per_second", "data_wait_fraction", "step_ms")
+                },
+            },
+        )
 
     def score(self, name: str) -> None:
         draft = self.drafts / f"train-{name}"
         if not (draft / "model.safetensors").exists() and not draft.exists():
             return
         done = self.budget.run(
-            "score", name, "-m", "dspark.tools", "score", "--cache", self.store("lossless"), "--draft", draft,
-            "--split", "validation", "--device", self.args.device, "--json",
-        )  # fmt: skip
+            "score",
+            name,
+            "-m",
+            "dspark.tools",
+            "score",
+            "--cache",
+            self.store("lossless"),
+            "--draft",
+            draft,
+            "--split",
+            "validation",
+            "--device",
+            self.args.device,
+            "--json",
+        )
         if done:
             said = reported(done[0])
-            self.budget.keep("score", name, {k: said[k] for k in SCORED if k in said} | {"seconds": done[1]})
+            self.budget.keep(
+                "score", name, {k: said[k] for k in SCORED if k in said} | {"seconds": done[1]}
+            )
 
     def learn(self, names: list[str]) -> None:
         """Train and score, ``--together`` at once."""

@@ -1,6 +1,8 @@
-"""States of a real target, and every way of storing them that ``codec_frontier.py`` compares: codecs that ship and candidates that do not.
+"""States of a real target, and every way of storing them that ``codec_frontier.py`` compares:
+codecs that ship and candidates that do not.
 
-A variant is a ``Measured``: decoded states with bits per value. Legend: T tokens, L aux layers, H hidden size, C = L * H.
+A variant is a ``Measured``: decoded states with bits per value. Legend: T tokens, L aux layers, H
+hidden size, C = L * H.
 """
 
 from __future__ import annotations
@@ -28,12 +30,14 @@ CHUNK, LEVEL = 128, 1
 STEPS = (0.335, 0.4, 0.5, 0.6, 0.8, 1.0, 1.1, 1.4, 2.0)
 
 
-# -- states ----------------------------------------------------------------------------------------------------------------
+# -- states ----------------------------------------------------------------------------------------
 
 
 @dataclass
 class States:
-    """``ids`` [T], ``aux`` [T, L, H], ``last`` [T, H] (after the final norm), all of whole samples that begin at ``start``."""
+    """``ids`` [T], ``aux`` [T, L, H], ``last`` [T, H] (after the final norm), all of whole samples
+    that begin at ``start``.
+    """
 
     ids: torch.Tensor
     aux: torch.Tensor
@@ -48,7 +52,9 @@ class States:
 
 
 def capture(target: Path, corpus: Path, tokens: int) -> tuple[States, States]:
-    """Run the target in float32 over shuffled rows; states rounded to bfloat16. Returns (measured, calibration), disjoint in rows."""
+    """Run the target in float32 over shuffled rows; states rounded to bfloat16. Returns (measured,
+    calibration), disjoint in rows.
+    """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(target)
@@ -60,9 +66,9 @@ def capture(target: Path, corpus: Path, tokens: int) -> tuple[States, States]:
     for _ in range(2):
         ids, aux, last, start = [], [], [], [0]
         while start[-1] < tokens:
-            made = tokenizer.apply_chat_template(rows[next(order)], tokenize=True, return_dict=True)[
-                "input_ids"
-            ][:1024]
+            made = tokenizer.apply_chat_template(
+                rows[next(order)], tokenize=True, return_dict=True
+            )["input_ids"][:1024]
             with torch.inference_mode():
                 got = model.model(torch.tensor([made]), output_hidden_states=True)
             ids.append(torch.tensor(made))
@@ -85,7 +91,7 @@ def load(args: argparse.Namespace) -> tuple[States, States]:
     return a, b
 
 
-# -- figures ---------------------------------------------------------------------------------------------------------------
+# -- figures ---------------------------------------------------------------------------------------
 
 
 def db(ratio: float) -> float:
@@ -99,7 +105,9 @@ def snr(x: torch.Tensor, y: torch.Tensor) -> list[float]:
 
 
 def channel_snr(x: torch.Tensor, y: torch.Tensor, keep: torch.Tensor) -> list[float]:
-    """dB per layer: mean over channels of mean squared error / variance, over the ordinary tokens."""
+    """dB per layer: mean over channels of mean squared error / variance, over the ordinary
+    tokens.
+    """
     x, y = x[keep], y[keep]
     return [db(float(v)) for v in (((x - y) ** 2).mean(0) / x.var(0)).mean(1)]
 
@@ -115,7 +123,8 @@ def zstd_bits(array: np.ndarray[Any, Any]) -> int:
     """Bits of ``array`` [T, ...] in chunks of 128 tokens, each compressed as the store does it."""
     z = Zstd(level=LEVEL)
     return 8 * sum(
-        len(z.encode(np.ascontiguousarray(array[i : i + CHUNK]))) for i in range(0, len(array), CHUNK)
+        len(z.encode(np.ascontiguousarray(array[i : i + CHUNK])))
+        for i in range(0, len(array), CHUNK)
     )
 
 
@@ -148,17 +157,26 @@ class Bench:
         if reference:
             self.curve.append((mean, m.entropy))
             self.curve.sort()
-        at = float(np.interp(mean, *zip(*self.curve, strict=True))) if len(self.curve) > 1 else math.nan
+        at = (
+            float(np.interp(mean, *zip(*self.curve, strict=True)))
+            if len(self.curve) > 1
+            else math.nan
+        )
         self.rows.append(
             {
-                "variant": m.name, "disk_bits": None if m.disk is None else round(m.disk, 3), "entropy_bits": round(m.entropy, 3), "snr_db": values,
-                "mean_snr_db": round(mean, 2), "channel_db": channel_snr(self.s.aux, m.y, self.keep), "gain_bits": None if math.isnan(at) else round(at - m.entropy, 3),
+                "variant": m.name,
+                "disk_bits": None if m.disk is None else round(m.disk, 3),
+                "entropy_bits": round(m.entropy, 3),
+                "snr_db": values,
+                "mean_snr_db": round(mean, 2),
+                "channel_db": channel_snr(self.s.aux, m.y, self.keep),
+                "gain_bits": None if math.isnan(at) else round(at - m.entropy, 3),
             }
-        )  # fmt: skip
+        )
         print(self.rows[-1], file=sys.stderr, flush=True)
 
 
-# -- variants --------------------------------------------------------------------------------------------------------------
+# -- variants --------------------------------------------------------------------------------------
 
 
 def stepped(step: float, limit: int = 128) -> Rotated:
@@ -181,14 +199,20 @@ def grouped(x: torch.Tensor, g: int = 64) -> tuple[torch.Tensor, torch.Tensor]:
     return x.view(*x.shape[:-1], -1, g) @ m.T, m
 
 
-def fixed_rate(name: str, thresholds: list[float], levels: list[float], x: torch.Tensor) -> Measured:
-    """A fixed number of bits per value, packed; ``thresholds`` and ``levels`` in sigma of a bfloat16 scale per group of 64."""
+def fixed_rate(
+    name: str, thresholds: list[float], levels: list[float], x: torch.Tensor
+) -> Measured:
+    """A fixed number of bits per value, packed; ``thresholds`` and ``levels`` in sigma of a
+    bfloat16 scale per group of 64.
+    """
     z, m = grouped(x)
     scale = z.pow(2).mean(-1, keepdim=True).sqrt().bfloat16().float()
     code = torch.bucketize(z / scale.clamp(min=1e-30), torch.tensor(thresholds), right=True)
     y = (torch.tensor(levels)[code] * scale) @ m
     bits = round(math.log2(len(levels)))
-    planes = np.unpackbits(code.to(torch.uint8).numpy().reshape(len(x), -1, 1), axis=2)[:, :, -bits:]
+    planes = np.unpackbits(code.to(torch.uint8).numpy().reshape(len(x), -1, 1), axis=2)[
+        :, :, -bits:
+    ]
     packed = np.packbits(planes.reshape(len(x), -1), axis=1)
     scales = scale.bfloat16().view(torch.uint16).numpy().view(np.uint8).reshape(len(x), -1, 2)
     disk = zstd_bits(packed) + sum(zstd_bits(scales[..., i]) for i in range(2))
@@ -224,7 +248,9 @@ def exact_scale(step: float, g: int, x: torch.Tensor) -> Measured:
 
 
 def predicted(kind: str, step: float, s: States, c: States) -> Measured:
-    """Layer l from the decoded layer before it, residual coded as shipped. ``kind``: 'channel' (one factor each) or 'matrix' (ridge)."""
+    """Layer l from the decoded layer before it, residual coded as shipped. ``kind``: 'channel' (one
+    factor each) or 'matrix' (ridge).
+    """
     codec, layers = stepped(step), []
     keep, bits, disk = c.ordinary, 0.0, 0.0
     before = before_c = None
@@ -240,16 +266,24 @@ def predicted(kind: str, step: float, s: States, c: States) -> Measured:
             guess, guess_c = before @ w, before_c @ w
         m = shipped("", codec, (x - guess)[:, None])
         bits, disk = bits + m.entropy, disk + (m.disk or 0)
-        before, before_c = guess + m.y[:, 0], guess_c + shipped("", codec, (xc - guess_c)[:, None]).y[:, 0]
+        before, before_c = (
+            guess + m.y[:, 0],
+            guess_c + shipped("", codec, (xc - guess_c)[:, None]).y[:, 0],
+        )
         layers.append(before)
     n = len(layers)
     return Measured(
-        f"prediction from the layer before, {kind}, step {step}", torch.stack(layers, 1), disk / n, bits / n
+        f"prediction from the layer before, {kind}, step {step}",
+        torch.stack(layers, 1),
+        disk / n,
+        bits / n,
     )
 
 
 def ridge(x: torch.Tensor, y: torch.Tensor, strength: float) -> torch.Tensor:
-    """[F, O] least squares from ``x[T, F]`` to ``y[T, O]``, regularised by ``strength`` times the mean square of x."""
+    """[F, O] least squares from ``x[T, F]`` to ``y[T, O]``, regularised by ``strength`` times the
+    mean square of x.
+    """
     gram = x.T @ x
     gram.diagonal().add_(strength * float(gram.diagonal().mean()))
     return torch.linalg.solve(gram, x.T @ y)
@@ -257,7 +291,9 @@ def ridge(x: torch.Tensor, y: torch.Tensor, strength: float) -> torch.Tensor:
 
 @dataclass
 class Transform:
-    """Orthogonal ``basis`` [C, C], columns by falling variance, and ``mean`` [C], of states divided by a token's RMS in each layer."""
+    """Orthogonal ``basis`` [C, C], columns by falling variance, and ``mean`` [C], of states divided
+    by a token's RMS in each layer.
+    """
 
     mean: torch.Tensor
     basis: torch.Tensor
@@ -278,10 +314,12 @@ def karhunen(x: torch.Tensor) -> Transform:
 
 
 def transformed(name: str, step: float, x: torch.Tensor, transforms: list[Transform]) -> Measured:
-    """Uniform quantiser of transform coefficients with one step for all. ``x`` [T, L, H]; transforms: one for all layers or one per layer.
+    """Uniform quantiser of transform coefficients with one step for all. ``x`` [T, L, H];
+    transforms: one for all layers or one per layer.
 
-    Disk bytes: coefficients sorted by variance in bands of 64, each band its own array: a byte, a nibble, two bits or (variance below
-    a tenth of the cell's noise) nothing a value; values beyond a band's range are clamped.
+    Disk bytes: coefficients sorted by variance in bands of 64, each band its own array: a byte, a
+    nibble, two bits or (variance below a tenth of the cell's noise) nothing a value; values beyond
+    a band's range are clamped.
     """
     scale = token_scale(x)
     parts = [(x / scale).flatten(1)] if len(transforms) == 1 else list((x / scale).unbind(1))
@@ -298,7 +336,10 @@ def transformed(name: str, step: float, x: torch.Tensor, transforms: list[Transf
             code = (band + reach).to(torch.uint8).numpy()
             width = 8 // each
             disk += zstd_bits(
-                sum((code[:, i::each] << (width * i) for i in range(1, each)), start=code[:, 0::each])
+                sum(
+                    (code[:, i::each] << (width * i) for i in range(1, each)),
+                    start=code[:, 0::each],
+                )
             )
             bits += sum(entropy0(code[:, i]) for i in range(code.shape[1]))
         back.append((q * step) @ t.basis.T + t.mean)

@@ -1,4 +1,6 @@
-"""What every benchmark prints: hardware, versions, config, and one JSON line; written to bench/results/NAME.json by the script itself."""
+"""What every benchmark prints: hardware, versions, config, and one JSON line; written to
+bench/results/NAME.json by the script itself.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +44,9 @@ def hardware() -> str:
 
 
 def heat() -> list[str]:
-    """Temperature, clock, power and reasons for a lower clock of each GPU just now, as nvidia-smi says them: a hot one is no measure."""
+    """Temperature, clock, power and reasons for a lower clock of each GPU just now, as nvidia-smi
+    says them: a hot one is no measure.
+    """
     asked = "temperature.gpu,clocks.sm,power.draw,clocks_throttle_reasons.active"
     if shutil.which("nvidia-smi") is None:
         return []
@@ -66,9 +70,14 @@ def write(
 ) -> None:
     """Write ``NAME.json`` and print the same object as the last line (unless ``show`` is false)."""
     data = {
-        "name": name, "hardware": hardware(), "heat": heat(), "versions": versions(), "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "config": config, "results": results,
-    }  # fmt: skip
+        "name": name,
+        "hardware": hardware(),
+        "heat": heat(),
+        "versions": versions(),
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "config": config,
+        "results": results,
+    }
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{name}.json").write_text(json.dumps(data, indent=1) + "\n")
     if show:
@@ -78,12 +87,15 @@ def write(
 def command(
     tool: str, *args: object, log: Path | None = None, env: dict[str, str] | None = None
 ) -> dict[str, Any]:
-    """Run ``dspark-TOOL ... --json`` in a process of its own; its JSON object with ``wall_seconds`` added.
+    """Run ``dspark-TOOL ... --json`` in a process of its own; its JSON object with ``wall_seconds``
+    added.
 
     ``log``: file for its stderr. ``env``: variables besides this process's own.
     """
     return reported(
-        ["-c", f"from dspark.{tool}.cli import main; main()", *map(str, args), "--json"], log=log, env=env
+        ["-c", f"from dspark.{tool}.cli import main; main()", *map(str, args), "--json"],
+        log=log,
+        env=env,
     )
 
 
@@ -95,7 +107,12 @@ def reported(
     around = None if env is None else {**os.environ, **env}
     with open(log, "a") if log else nullcontext() as stderr:
         done = subprocess.run(
-            [sys.executable, *call], stdout=subprocess.PIPE, stderr=stderr, text=True, check=False, env=around
+            [sys.executable, *call],
+            stdout=subprocess.PIPE,
+            stderr=stderr,
+            text=True,
+            check=False,
+            env=around,
         )
     if done.returncode:
         said = f": {log.read_text()[-2000:]}" if log else ""
@@ -104,7 +121,12 @@ def reported(
 
 
 def trained(
-    store: Path, draft: Path, flags: Sequence[object], *, log: Path, env: dict[str, str] | None = None
+    store: Path,
+    draft: Path,
+    flags: Sequence[object],
+    *,
+    log: Path,
+    env: dict[str, str] | None = None,
 ) -> dict[str, Any]:
     """``dspark-train`` from the beginning, with seconds and speed as ``speed_of`` tells them."""
     shutil.rmtree(draft, ignore_errors=True)
@@ -117,16 +139,34 @@ def speed_of(draft: Path) -> dict[str, float | None]:
     rows = [json.loads(line) for line in (draft / "metrics.jsonl").read_text().splitlines()]
     rows = [row for row in rows if "step_ms" in row]
     names = {"tokens_per_s": "tokens_per_second", "step_ms": "step_ms"}
-    return {to: statistics.median(row[name] for row in rows) if rows else None for to, name in names.items()}
+    return {
+        to: statistics.median(row[name] for row in rows) if rows else None
+        for to, name in names.items()
+    }
 
 
 def scored(
-    store: Path, draft: Path, flags: Sequence[object] = (), *, log: Path, env: dict[str, str] | None = None
+    store: Path,
+    draft: Path,
+    flags: Sequence[object] = (),
+    *,
+    log: Path,
+    env: dict[str, str] | None = None,
 ) -> dict[str, Any]:
     """``dspark-tools score`` on the held-out prompts of ``store``."""
     found = command(
-        "tools", "score", "--cache", store, "--draft", draft, "--split", "validation", *flags, log=log, env=env
-    )  # fmt: skip
+        "tools",
+        "score",
+        "--cache",
+        store,
+        "--draft",
+        draft,
+        "--split",
+        "validation",
+        *flags,
+        log=log,
+        env=env,
+    )
     return {
         "tau": found["mean_accepted_length"],
         "walk": found["walk_greedy"],

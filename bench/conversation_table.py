@@ -1,7 +1,10 @@
-"""python bench/conversation_table.py: writes the table of docs/conversations.md, real templates x shapes of conversation.
+"""python bench/conversation_table.py: writes the table of docs/conversations.md, real templates x
+shapes of conversation.
 
-A cell is the number of samples that a row of this shape gives under the template; "-": none, with the reason below the table.
-What is supervised in each cell is held against a table made by hand in tests/dump/test_template_matrix.py.
+A cell is the number of samples that a row of this shape gives under the template; "-": none, with
+the reason below the table.
+What is supervised in each cell is held against a table made by hand in
+tests/dump/test_template_matrix.py.
 """
 
 from __future__ import annotations
@@ -42,16 +45,24 @@ def table() -> str:
                 number = reasons.setdefault(made.dropped, len(reasons) + 1)
                 cells.append(f"- ({number})")
             else:
-                left_out = sum(n for note, n in made.notes.items() if note.startswith("answer left out"))
+                left_out = sum(
+                    n for note, n in made.notes.items() if note.startswith("answer left out")
+                )
                 cells.append(f"{len(made.samples)}" + ("\\*" if left_out else ""))
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     notes = [
         textwrap.fill(
-            f"{number}. {reason}", 98, subsequent_indent="   ", break_long_words=False, break_on_hyphens=False
+            f"{number}. {reason}",
+            98,
+            subsequent_indent="   ",
+            break_long_words=False,
+            break_on_hyphens=False,
         )
         for reason, number in reasons.items()
     ]
-    return "\n".join([*lines, "", "\\* an answer is left out, others of the row are kept.", "", *notes])
+    return "\n".join(
+        [*lines, "", "\\* an answer is left out, others of the row are kept.", "", *notes]
+    )
 
 
 def main() -> None:

@@ -1,11 +1,14 @@
-"""A target spread by ``device_map`` over several places against the same target in one: are the states the same?
+"""A target spread by ``device_map`` over several places against the same target in one: are the
+states the same?
 
     python bench/device_map.py --target DIR [--over gpus|cpu|disk] [--dtype bfloat16]
 
-``gpus``: over all visible GPUs against the first alone. ``cpu``: half of the layers on the CPU, half on the first GPU.
-``disk``: half on the CPU, half read from disk at each use, against the CPU alone (no GPU needed). Sequences are random
-ids. Prints where the layers are, the largest difference relative to a token's state, and whether all are equal bit for
-bit; exit code 1 where a difference is more than rounding. Writes bench/results/NAME.json.
+``gpus``: over all visible GPUs against the first alone. ``cpu``: half of the layers on the CPU,
+half on the first GPU.
+``disk``: half on the CPU, half read from disk at each use, against the CPU alone (no GPU needed).
+Sequences are random ids. Prints where the layers are, the largest difference relative to a token's
+state, and whether all are equal bit for bit; exit code 1 where a difference is more than rounding.
+Writes bench/results/NAME.json.
 """
 
 from __future__ import annotations
@@ -34,7 +37,9 @@ LENGTHS = (17, 300, 64, 511, 128)
 def samples(vocab: int) -> list[TokenSample]:
     rng = np.random.default_rng(0)
     return [
-        TokenSample(i, bytes(KEY_BYTES), rng.integers(0, vocab, n, dtype=np.int32), np.arange(n) >= n // 3)
+        TokenSample(
+            i, bytes(KEY_BYTES), rng.integers(0, vocab, n, dtype=np.int32), np.arange(n) >= n // 3
+        )
         for i, n in enumerate(LENGTHS)
     ]
 
@@ -64,16 +69,27 @@ def halves(target: str, first: Any, second: Any) -> dict[str, Any]:
     return out | {name: first for name, _ in model.named_children() if not prefix.startswith(name)}
 
 
-def captured(target: Any, name: str, device: str, dtype: str, spread: Any, offload: Path | None) -> Any:
+def captured(
+    target: Any, name: str, device: str, dtype: str, spread: Any, offload: Path | None
+) -> Any:
     """States of every sample, how many modules are where, and seconds of loading and of the run."""
     began = time.monotonic()
     engine = TransformersEngine.load(
-        name, target.shapes, default_layers(target.shapes.num_layers), device=device, dtype=dtype, batch_tokens=2048,
-        device_map=spread, offload=offload,
-    )  # fmt: skip
+        name,
+        target.shapes,
+        default_layers(target.shapes.num_layers),
+        device=device,
+        dtype=dtype,
+        batch_tokens=2048,
+        device_map=spread,
+        offload=offload,
+    )
     loaded = time.monotonic()
     states = dict(engine.capture(samples(target.shapes.vocab_size)))
-    kept = [torch.cat([states[i].aux.flatten(0, 1), states[i].last]).float().cpu() for i in sorted(states)]
+    kept = [
+        torch.cat([states[i].aux.flatten(0, 1), states[i].last]).float().cpu()
+        for i in sorted(states)
+    ]
     places = Counter(str(p) for p in getattr(engine.model, "hf_device_map", {"": device}).values())
     return kept, dict(places), round(loaded - began, 2), round(time.monotonic() - loaded, 2)
 
@@ -96,9 +112,14 @@ def main() -> None:
             first, second = ("cpu", "disk") if args.over == "disk" else (0, "cpu")
             spread = halves(args.target, first, second)
         one, _, *alone = captured(target, args.target, device, args.dtype, {"": device}, None)
-        several, places, *spread_seconds = captured(target, args.target, device, args.dtype, spread, offload)
+        several, places, *spread_seconds = captured(
+            target, args.target, device, args.dtype, spread, offload
+        )
     gaps = torch.cat(
-        [(a - b).norm(dim=-1) / a.norm(dim=-1).clamp(min=1e-6) for a, b in zip(one, several, strict=True)]
+        [
+            (a - b).norm(dim=-1) / a.norm(dim=-1).clamp(min=1e-6)
+            for a, b in zip(one, several, strict=True)
+        ]
     )
     found = {
         "over": args.over, "places": places, "states": len(gaps), "largest": float(gaps.max()),

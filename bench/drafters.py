@@ -1,16 +1,22 @@
-"""Drafts of several types from one store, each trained for the same time, decoded on the same held-out prompts: one table.
+"""Drafts of several types from one store, each trained for the same time, decoded on the same
+held-out prompts: one table.
 
-    python bench/drafters.py --model DIR --data FILE.jsonl --out FOLDER [--rows 4000] [--seconds 40] [--prompts 16] [--types dspark,dflash,eagle3,peagle]
+    python bench/drafters.py --model DIR --data FILE.jsonl --out FOLDER [--rows 4000]
+        [--seconds 40] [--prompts 16] [--types dspark,dflash,eagle3,peagle]
 
-1. One dump of the first ``--rows`` rows, with the layers that all types need (``dspark-dump --for``). ``--store``: one that is there.
-2. A process per type compiles. Then each has the GPU to itself for a few steps, one after the other, which say how many steps fit
-   into ``--seconds``. Only then do all train, at once, each its own number of steps: what they learn is decided by the steps, so they may
-   share the GPU. Weights are those of before the trial.
-3. Each draft is judged: the walk on held-out rows of the store, and our decoder on the ``--prompts`` rows that follow the dumped ones, greedily
-   in float32, compared with the target alone on the first ``--alone``.
+1. One dump of the first ``--rows`` rows, with the layers that all types need (``dspark-dump
+   --for``). ``--store``: one that is there.
+2. A process per type compiles. Then each has the GPU to itself for a few steps, one after the
+   other, which say how many steps fit into ``--seconds``. Only then do all train, at once, each its
+   own number of steps: what they learn is decided by the steps, so they may share the GPU. Weights
+   are those of before the trial.
+3. Each draft is judged: the walk on held-out rows of the store, and our decoder on the
+   ``--prompts`` rows that follow the dumped ones, greedily in float32, compared with the target
+   alone on the first ``--alone``.
 
-OUT/drafters.json is written after every draft; a type that fails is a row with ``error``. Settings are the recipe of the target with the
-type's own defaults over it, as ``dspark-train --speculator-type`` takes them; ``--train`` adds flags, ``--train-TYPE`` flags of one type.
+OUT/drafters.json is written after every draft; a type that fails is a row with ``error``. Settings
+are the recipe of the target with the type's own defaults over it, as ``dspark-train
+--speculator-type`` takes them; ``--train`` adds flags, ``--train-TYPE`` flags of one type.
 """
 
 from __future__ import annotations
@@ -39,11 +45,21 @@ def dump_store(args: argparse.Namespace, store: Path) -> dict[str, Any]:
 
     began = time.perf_counter()
     config = DumpConfig(
-        model=args.model, data=args.data, output=store, limit=args.rows, for_=tuple(args.types.split(",")), codec=args.codec,
-        device=args.device, engine="transformers", overwrite=True,
-    )  # fmt: skip
+        model=args.model,
+        data=args.data,
+        output=store,
+        limit=args.rows,
+        for_=tuple(args.types.split(",")),
+        codec=args.codec,
+        device=args.device,
+        engine="transformers",
+        overwrite=True,
+    )
     out = dump(config, Display())
-    return {"seconds": time.perf_counter() - began, **{k: out[k] for k in ("samples", "tokens") if k in out}}
+    return {
+        "seconds": time.perf_counter() - began,
+        **{k: out[k] for k in ("samples", "tokens") if k in out},
+    }
 
 
 def held_out(args: argparse.Namespace) -> Path:
@@ -52,7 +68,9 @@ def held_out(args: argparse.Namespace) -> Path:
     with open(args.data) as file:
         path.write_text("".join(itertools.islice(file, args.rows, args.rows + args.prompts)))
     if not path.read_text().strip():
-        raise SystemExit(f"--data has no rows after the first {args.rows}: there is nothing to decode")
+        raise SystemExit(
+            f"--data has no rows after the first {args.rows}: there is nothing to decode"
+        )
     return path
 
 
@@ -64,7 +82,10 @@ class Training:
 
         from dspark.train.run.setup import prepare
 
-        flags = f"--speculator-type {kind} --no-tensorboard --seed {args.seed} --device {args.device} {args.train} {args.own[kind]}"
+        flags = (
+            f"--speculator-type {kind} --no-tensorboard --seed {args.seed} --device "
+            f"{args.device} {args.train} {args.own[kind]}"
+        )
         self.began = time.perf_counter()
         self.args, self.folder, self.prompts = args, args.out / kind, prompts
         self.run = prepare(config(store, flags))
@@ -74,7 +95,9 @@ class Training:
         self.row["start_seconds"] = time.perf_counter() - self.began
 
     def steps(self, count: int, total: int) -> float:
-        """``count`` steps of a schedule of ``total``, from the first row on; seconds of all but the reading of the first."""
+        """``count`` steps of a schedule of ``total``, from the first row on; seconds of all but the
+        reading of the first.
+        """
         import torch
         from feed import rows_of
 
@@ -126,28 +149,57 @@ class Training:
             return
         rows = (row for step in run.validation.steps_from(VALIDATION_EPOCH) for row in step)
         found = walked(
-            run.model, run.cache, itertools.islice(rows, self.args.walk_rows), device=run.compute.device, dtype=run.compute.dtype,
-            backend=run.compute.backend, anchors_at_once=run.config.max_anchors or 512, pad=run.stream.pad,
-        )  # fmt: skip
+            run.model,
+            run.cache,
+            itertools.islice(rows, self.args.walk_rows),
+            device=run.compute.device,
+            dtype=run.compute.dtype,
+            backend=run.compute.backend,
+            anchors_at_once=run.config.max_anchors or 512,
+            pad=run.stream.pad,
+        )
         self.row |= found.result()
 
     def decode(self) -> None:
         from dspark.tools.judge.eval import EvalConfig, evaluate
 
         began = time.perf_counter()
-        found = evaluate(EvalConfig(
-            model=self.args.model, draft=str(self.folder), data=str(self.prompts), max_tokens=self.args.max_tokens, alone=self.args.alone,
-            dtype="float32", device=self.args.device,
-        ))  # fmt: skip
-        kept = ("mean_accepted_length", "mean_accepted_length_se", "accept_rate", "drafts", "tokens", "lossless", "relative_cost",
-                "theoretical_gain")  # fmt: skip
+        found = evaluate(
+            EvalConfig(
+                model=self.args.model,
+                draft=str(self.folder),
+                data=str(self.prompts),
+                max_tokens=self.args.max_tokens,
+                alone=self.args.alone,
+                dtype="float32",
+                device=self.args.device,
+            )
+        )
+        kept = (
+            "mean_accepted_length",
+            "mean_accepted_length_se",
+            "accept_rate",
+            "drafts",
+            "tokens",
+            "lossless",
+            "relative_cost",
+            "theoretical_gain",
+        )
         self.row |= {k: found[k] for k in kept} | {"eval_seconds": time.perf_counter() - began}
 
 
 def work(
-    kind: str, args: argparse.Namespace, store: Path, prompts: Path, barrier: Any, gpu: Any, out: Any
+    kind: str,
+    args: argparse.Namespace,
+    store: Path,
+    prompts: Path,
+    barrier: Any,
+    gpu: Any,
+    out: Any,
 ) -> None:
-    """A type's process. One that fails goes through the barriers with the others and says why at the end."""
+    """A type's process. One that fails goes through the barriers with the others and says why at
+    the end.
+    """
     row: dict[str, Any] = {"type": kind}
     training: Training | None = None
 
@@ -180,7 +232,8 @@ def work(
 
 def table(rows: list[dict[str, Any]]) -> str:
     lines = [
-        "| type | layers read | trained, M | step ms | steps | accepted length | walk, greedy | walk, T = 1 | lossless |",
+        "| type | layers read | trained, M | step ms | steps | accepted length | walk, greedy | "
+        "walk, T = 1 | lossless |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
 
@@ -192,8 +245,10 @@ def table(rows: list[dict[str, Any]]) -> str:
             lines.append(f"| {row['type']} | failed: {row['error'].strip().splitlines()[-1]} |")
             continue
         lines.append(
-            f"| {row['type']} | {row['layers']} | {row['trained_parameters'] / 1e6:.1f} | {number(row, 'step_ms', 1)} | {row['steps']} | "
-            f"{number(row, 'mean_accepted_length')} ± {number(row, 'mean_accepted_length_se')} | {number(row, 'walk_greedy')} | "
+            f"| {row['type']} | {row['layers']} | {row['trained_parameters'] / 1e6:.1f} | "
+            f"{number(row, 'step_ms', 1)} | {row['steps']} | "
+            f"{number(row, 'mean_accepted_length')} ± {number(row, 'mean_accepted_length_se')} | "
+            f"{number(row, 'walk_greedy')} | "
             f"{number(row, 'walk')} | {row['lossless']} |"
         )
     return "\n".join(lines)
@@ -217,21 +272,26 @@ def main() -> None:
     parser.add_argument("--walk-rows", type=int, default=4)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda", choices=["cpu", "cuda"])
-    parser.add_argument("--train", default="--val-rows 4 --workers 3", help="more flags of dspark-train")
+    parser.add_argument(
+        "--train", default="--val-rows 4 --workers 3", help="more flags of dspark-train"
+    )
     for kind in TYPES:
         parser.add_argument(f"--train-{kind}", default="", help=f"more flags for {kind}")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     kinds = args.types.split(",")
     args.own = {kind: getattr(args, f"train_{kind}") for kind in TYPES}
-    config = {k: v for k, v in vars(args).items() if k not in ("model", "data", "out", "store", "own")}
+    config = {
+        k: v for k, v in vars(args).items() if k not in ("model", "data", "out", "store", "own")
+    }
     prompts, began = held_out(args), time.perf_counter()
     store = args.store or args.out / "hs.zarr"
     made = None if args.store else dump_store(args, store)
     context = mp.get_context("spawn")
     barrier, gpu, out = context.Barrier(len(kinds)), context.Lock(), context.Queue()
     workers = [
-        context.Process(target=work, args=(kind, args, store, prompts, barrier, gpu, out)) for kind in kinds
+        context.Process(target=work, args=(kind, args, store, prompts, barrier, gpu, out))
+        for kind in kinds
     ]
     for worker in workers:
         worker.start()

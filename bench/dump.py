@@ -1,9 +1,13 @@
-"""How fast is a dump against the target alone? Prefill without hooks, then stage by stage, then the whole dump, in one process on the same engine.
+"""How fast is a dump against the target alone? Prefill without hooks, then stage by stage, then the
+whole dump, in one process on the same engine.
 
-    python bench/dump.py --target DIR --data FILE.jsonl [--codecs rotated-4-4,lossless] [--output FOLDER] [--rows N] [--parts 4]
+    python bench/dump.py --target DIR --data FILE.jsonl [--codecs rotated-4-4,lossless]
+        [--output FOLDER] [--rows N] [--parts 4]
 
-Stages, over the first parts of the corpus: ``prefill`` (the decoder, nothing kept), ``gather`` (+ states of the wanted layers and rows), ``encode`` (+ codes),
-``copy`` (+ codes on the host). The dump is ``dspark.dump.run.dump`` over all rows: tokenising, capture, encoding, compression, checksums, fsync.
+Stages, over the first parts of the corpus: ``prefill`` (the decoder, nothing kept), ``gather`` (+
+states of the wanted layers and rows), ``encode`` (+ codes), ``copy`` (+ codes on the host). The
+dump is ``dspark.dump.run.dump`` over all rows: tokenising, capture, encoding, compression,
+checksums, fsync.
 Prefill is measured again after it. Writes bench/results/dump.json.
 """
 
@@ -54,7 +58,9 @@ def prefill(engine: TransformersEngine, parts: Parts) -> None:
 
 
 def capture(engine: TransformersEngine, parts: Parts, codec: Codec | None, copy: bool) -> None:
-    """Without a codec nothing is coded. All in one thread and stream: what each stage costs when nothing runs beside it."""
+    """Without a codec nothing is coded. All in one thread and stream: what each stage costs when
+    nothing runs beside it.
+    """
     embedding = engine.frozen().embed_tokens
     for captured in engine.stream(parts, codec or make("lossless")):
         assert isinstance(captured.states, States)
@@ -73,7 +79,11 @@ class Kept:
     """The engine, not closed between dumps."""
 
     def __init__(self, engine: TransformersEngine) -> None:
-        self.name, self.version, self.groups_at_once = engine.name, engine.version, engine.groups_at_once
+        self.name, self.version, self.groups_at_once = (
+            engine.name,
+            engine.version,
+            engine.groups_at_once,
+        )
         self.frozen, self.capture, self.stream, self.predict = (
             engine.frozen, engine.capture, engine.stream, engine.predict,
         )  # fmt: skip
@@ -88,11 +98,19 @@ def main() -> None:
     )
     parser.add_argument("--target", required=True)
     parser.add_argument("--data", required=True)
-    parser.add_argument("--codecs", default="rotated-4-4,lossless", help="names, commas between them")
-    parser.add_argument("--output", type=Path, help="folder for the stores  [default: a temporary one]")
-    parser.add_argument("--keep", action="store_true", help="leave the stores in --output, CODEC.zarr each")
+    parser.add_argument(
+        "--codecs", default="rotated-4-4,lossless", help="names, commas between them"
+    )
+    parser.add_argument(
+        "--output", type=Path, help="folder for the stores  [default: a temporary one]"
+    )
+    parser.add_argument(
+        "--keep", action="store_true", help="leave the stores in --output, CODEC.zarr each"
+    )
     parser.add_argument("--rows", type=int, help="rows to a dump  [default: all]")
-    parser.add_argument("--parts", type=int, default=4, help="parts that the stages are measured on")
+    parser.add_argument(
+        "--parts", type=int, default=4, help="parts that the stages are measured on"
+    )
     parser.add_argument("--batch-tokens", type=int)
     parser.add_argument("--workers", type=int)
     parser.add_argument("--name", default="dump", help="results file")
@@ -101,7 +119,9 @@ def main() -> None:
         args.output.mkdir(parents=True, exist_ok=True)
     if args.keep and not args.output:
         parser.error("--keep needs --output")
-    folder = args.output if args.keep else Path(tempfile.mkdtemp(dir=args.output, prefix="bench-dump-"))
+    folder = (
+        args.output if args.keep else Path(tempfile.mkdtemp(dir=args.output, prefix="bench-dump-"))
+    )
     try:
         results = measure(args, folder)
     finally:
@@ -119,9 +139,15 @@ def measure(args: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
     engine: TransformersEngine | None = None
     for name in args.codecs.split(","):
         config = DumpConfig(
-            model=args.target, data=args.data, output=folder / f"{name}.zarr", engine="transformers",
-            codec=name, limit=args.rows, workers=args.workers, batch_tokens=args.batch_tokens,
-        )  # fmt: skip
+            model=args.target,
+            data=args.data,
+            output=folder / f"{name}.zarr",
+            engine="transformers",
+            codec=name,
+            limit=args.rows,
+            workers=args.workers,
+            batch_tokens=args.batch_tokens,
+        )
         if engine is None:
             loaded = load_engine(prepare(config).plan, args.batch_tokens)
             assert isinstance(loaded, TransformersEngine)
@@ -135,10 +161,16 @@ def measure(args: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
 
 
 def measure_setting(config: DumpConfig, engine: TransformersEngine, count: int) -> dict[str, Any]:
-    """Stages over the first ``count`` parts, the dump of ``config`` over all rows, and prefill once more."""
+    """Stages over the first ``count`` parts, the dump of ``config`` over all rows, and prefill once
+    more.
+    """
     job = prepare(config)
     reader = part_reader(job, lambda line: None)
-    parts = [part.samples for _, part in zip(range(count), reader.parts({}), strict=False) if part.samples]
+    parts = [
+        part.samples
+        for _, part in zip(range(count), reader.parts({}), strict=False)
+        if part.samples
+    ]
     tokens = sum(len(s.input_ids) for p in parts for s in p)
     capture(engine, parts[:1], None, False)  # warm
     seconds = {
@@ -155,12 +187,23 @@ def measure_setting(config: DumpConfig, engine: TransformersEngine, count: int) 
     bare = tokens / min(seconds["prefill"], again)
     size = sum(p.stat().st_size for p in config.output.rglob("*") if p.is_file())
     return {
-        "engine": "transformers", "codec": codec.name, "tokens_per_s": rate,
-        "prefill_tokens_per_s": bare, "ratio": rate / bare, "prefill_again_tokens_per_s": tokens / again,
-        "tokens": report["new_tokens"], "seconds": report["capture_seconds"], "all_seconds": report["seconds"],
-        "bytes_on_disk": size, "stage_tokens_per_s": {k: tokens / v for k, v in seconds.items()}, "stages_s": report["stages"],
-        "batch_tokens": engine.batch_tokens, "part_tokens": job.plan.part_tokens, "workers": job.plan.workers, "dtype": job.plan.dtype,
-    }  # fmt: skip
+        "engine": "transformers",
+        "codec": codec.name,
+        "tokens_per_s": rate,
+        "prefill_tokens_per_s": bare,
+        "ratio": rate / bare,
+        "prefill_again_tokens_per_s": tokens / again,
+        "tokens": report["new_tokens"],
+        "seconds": report["capture_seconds"],
+        "all_seconds": report["seconds"],
+        "bytes_on_disk": size,
+        "stage_tokens_per_s": {k: tokens / v for k, v in seconds.items()},
+        "stages_s": report["stages"],
+        "batch_tokens": engine.batch_tokens,
+        "part_tokens": job.plan.part_tokens,
+        "workers": job.plan.workers,
+        "dtype": job.plan.dtype,
+    }
 
 
 if __name__ == "__main__":

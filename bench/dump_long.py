@@ -1,8 +1,10 @@
-"""Does a long dump stay flat? Memory over a corpus of 20,000 rows, the progress line, and tokens per second by batch size.
+"""Does a long dump stay flat? Memory over a corpus of 20,000 rows, the progress line, and tokens
+per second by batch size.
 
     python bench/dump_long.py [--rows 20000]
 
-A tiny random target on the CPU, so what is measured is the machinery around a target. Writes bench/results/dump_long.json.
+A tiny random target on the CPU, so what is measured is the machinery around a target. Writes
+bench/results/dump_long.json.
 """
 
 from __future__ import annotations
@@ -28,7 +30,22 @@ from dspark.dump.progress import Display
 from dspark.dump.run import dump
 from dump_targets import chat, save_target
 
-WORDS = ["the", "cat", "sat", "on", "mat", "and", "says", "hello", "one", "two", "three", "to", "a", "user"]
+WORDS = [
+    "the",
+    "cat",
+    "sat",
+    "on",
+    "mat",
+    "and",
+    "says",
+    "hello",
+    "one",
+    "two",
+    "three",
+    "to",
+    "a",
+    "user",
+]
 
 
 def corpus(path: Path, rows: int) -> Path:
@@ -87,21 +104,39 @@ def main() -> None:
         with Memory(1.0) as memory:
             report = dump(config, Display())
         quarter = max(len(memory.samples) // 4, 1)
-        quarters = [round(max(memory.samples[i * quarter : (i + 1) * quarter] or [0.0])) for i in range(4)]
+        quarters = [
+            round(max(memory.samples[i * quarter : (i + 1) * quarter] or [0.0])) for i in range(4)
+        ]
         log = (folder / "hs.zarr.log").read_text().splitlines()
         rates: dict[str, float] = {}
         for tokens in (256, 1024, 2048, 8192):
             other = dataclasses.replace(
-                config, output=folder / f"{tokens}.zarr", batch_tokens=tokens, limit=2000, part_tokens=32768
+                config,
+                output=folder / f"{tokens}.zarr",
+                batch_tokens=tokens,
+                limit=2000,
+                part_tokens=32768,
             )
             some = dump(other, Display())
             rates[str(tokens)] = some["new_tokens"] / max(some["capture_seconds"], 1e-3)
         results: dict[str, Any] = {
-            "rows": report["rows_read"], "tokens": report["tokens"], "parts": report["parts"], "seconds": round(time.monotonic() - began, 1),
-            "tokens_per_s": report["new_tokens"] / report["capture_seconds"], "stages_s": report["stages"], "peak_mb_by_quarter": quarters,
-            "progress_line": next(line for line in reversed(log) if " part " in line).split(" INFO ")[-1], "tokens_per_s_by_batch_tokens": rates,
-        }  # fmt: skip
-    write("dump_long", {"rows": args.rows, "target": "tiny random Qwen3, 4 layers, hidden 64"}, results)
+            "rows": report["rows_read"],
+            "tokens": report["tokens"],
+            "parts": report["parts"],
+            "seconds": round(time.monotonic() - began, 1),
+            "tokens_per_s": report["new_tokens"] / report["capture_seconds"],
+            "stages_s": report["stages"],
+            "peak_mb_by_quarter": quarters,
+            "progress_line": next(line for line in reversed(log) if " part " in line).split(
+                " INFO "
+            )[-1],
+            "tokens_per_s_by_batch_tokens": rates,
+        }
+    write(
+        "dump_long",
+        {"rows": args.rows, "target": "tiny random Qwen3, 4 layers, hidden 64"},
+        results,
+    )
 
 
 if __name__ == "__main__":

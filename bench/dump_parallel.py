@@ -1,10 +1,14 @@
-"""Several vLLM engines into one store against one engine, and against plain prefill: rate, and what differs.
+"""Several vLLM engines into one store against one engine, and against plain prefill: rate, and what
+differs.
 
-    python bench/dump_parallel.py --target DIR --data FILE.jsonl [--rows 1500] [--copies 4] [--sizes 1,2] [--codec NAME]
+    python bench/dump_parallel.py --target DIR --data FILE.jsonl [--rows 1500] [--copies 4]
+        [--sizes 1,2] [--codec NAME]
 
-On two GPUs, ``--sizes 1,2`` compares one engine on one GPU with two on two (issue: >= 1.9 times). On one GPU, size 2 runs
-two engines there, for targets so small that Python limits one. Each size is a whole ``dspark-dump`` of its own;
-size 1 runs twice, so that an engine's own run-to-run noise is known. Ids, masks and order must be equal in all stores;
+On two GPUs, ``--sizes 1,2`` compares one engine on one GPU with two on two (issue: >= 1.9 times).
+On one GPU, size 2 runs two engines there, for targets so small that Python limits one. Each size is
+a whole ``dspark-dump`` of its own;
+size 1 runs twice, so that an engine's own run-to-run noise is known. Ids, masks and order must be
+equal in all stores;
 ``difference`` is that of states, relative to a token's state. Writes bench/results/NAME.json
 after every run.
 """
@@ -36,14 +40,30 @@ from dspark.dump.job import part_reader, prepare
 def command(args: argparse.Namespace, data: str, output: Path, size: int) -> list[str]:
     """One dump with ``size`` engines of one GPU each."""
     parallel = (
-        [] if args.engine != "vllm" else ["--data-parallel-size", str(size), "--tensor-parallel-size", "1"]
+        []
+        if args.engine != "vllm"
+        else ["--data-parallel-size", str(size), "--tensor-parallel-size", "1"]
     )
     codec = ["--codec", args.codec] if args.codec else []
     return [
-        sys.executable, "-m", "dspark.dump", "--model", args.target, "--data", data, "--output", str(output),
-        "--engine", args.engine, "--seq-length", str(args.seq_length), "--json", *parallel, *codec,
+        sys.executable,
+        "-m",
+        "dspark.dump",
+        "--model",
+        args.target,
+        "--data",
+        data,
+        "--output",
+        str(output),
+        "--engine",
+        args.engine,
+        "--seq-length",
+        str(args.seq_length),
+        "--json",
+        *parallel,
+        *codec,
         *(f"--engine-arg={a}" for a in args.engine_arg),
-    ]  # fmt: skip
+    ]
 
 
 def figures(size: int, printed: str, wall: float) -> dict[str, Any]:
@@ -85,20 +105,36 @@ def plain_command(args: argparse.Namespace, data: str, scratch: Path) -> list[st
     """Plain prefill of the first copy's rows by a vLLM on one GPU that extracts nothing."""
     job = prepare(
         DumpConfig(
-            model=args.target, data=data, output=scratch / "p.zarr", engine="vllm", seq_length=args.seq_length,
-            data_parallel_size=1, tensor_parallel_size=1,
+            model=args.target,
+            data=data,
+            output=scratch / "p.zarr",
+            engine="vllm",
+            seq_length=args.seq_length,
+            data_parallel_size=1,
+            tensor_parallel_size=1,
         )
-    )  # fmt: skip
+    )
     parts = part_reader(job, lambda line: None).parts({})
     prompts = [s.input_ids.tolist() for p in parts for s in p.samples if s.row < args.rows]
     asked = scratch / "prompts.json"
     asked.write_text(json.dumps({"prompts": prompts, "dtype": job.plan.dtype}))
     step = steps_of(job.plan)
     return [
-        sys.executable, str(Path(__file__).with_name("dump_vllm.py")), "--target", args.target, "--data", args.data,
-        "--plain", str(asked), "--gpus", "1", "--seq-length", str(args.seq_length),
-        *([] if step is None else ["--step", str(step)]), *(f"--engine-arg={a}" for a in args.engine_arg),
-    ]  # fmt: skip
+        sys.executable,
+        str(Path(__file__).with_name("dump_vllm.py")),
+        "--target",
+        args.target,
+        "--data",
+        args.data,
+        "--plain",
+        str(asked),
+        "--gpus",
+        "1",
+        "--seq-length",
+        str(args.seq_length),
+        *([] if step is None else ["--step", str(step)]),
+        *(f"--engine-arg={a}" for a in args.engine_arg),
+    ]
 
 
 def start(call: list[str], gpu: int | None = None) -> subprocess.Popen[str]:
@@ -132,7 +168,9 @@ def main() -> None:
     parser.add_argument("--seq-length", type=int, default=1024)
     parser.add_argument("--sizes", default="1,2")
     parser.add_argument("--codec", help="a codec by name; left out: the dump's default")
-    parser.add_argument("--engine", default="vllm", help="transformers: a dry run without parallelism")
+    parser.add_argument(
+        "--engine", default="vllm", help="transformers: a dry run without parallelism"
+    )
     parser.add_argument("--engine-arg", action="append", default=[])
     parser.add_argument("--scratch", type=Path, help="where stores are written and deleted again")
     parser.add_argument("--name", default="dump_parallel")
@@ -151,14 +189,17 @@ def main() -> None:
         for k, size in enumerate([sizes[0], *sizes]):
             began = time.monotonic()
             running = start(command(args, data, scratch / f"{k}.zarr", size))
-            # The repeated run is measured for its states, not for its rate: the other GPU is free meanwhile.
+            # The repeated run is measured for its states, not for its rate: the other GPU is free
+            # meanwhile.
             if k == 1 and args.engine == "vllm" and gpus > 1:
                 plain = start(plain_command(args, data, scratch), gpus - 1)
             found = figures(size, ended(running), time.monotonic() - began)
             results["runs"].append(found)
             if k:
                 found["difference"] = difference(scratch / "0.zarr", scratch / f"{k}.zarr")
-                found["times_one_engine"] = found["tokens_per_s"] / results["runs"][0]["tokens_per_s"]
+                found["times_one_engine"] = (
+                    found["tokens_per_s"] / results["runs"][0]["tokens_per_s"]
+                )
             write(args.name, about, results, show=False)
             if k == 1 and args.engine == "vllm":
                 plain = plain or start(plain_command(args, data, scratch))

@@ -1,14 +1,20 @@
-"""The same ratio with real vLLM: its plain prefill (no extraction, no connector) against a whole dump through our connector.
+"""The same ratio with real vLLM: its plain prefill (no extraction, no connector) against a whole
+dump through our connector.
 
-    python bench/dump_vllm.py --target DIR --data FILE.jsonl [--rows 24] [--copies 1] [--bits 4/4] [--own-steps]
+    python bench/dump_vllm.py --target DIR --data FILE.jsonl [--rows 24] [--copies 1] [--bits 4/4]
+        [--own-steps]
 
-Plain vLLM runs in a process of its own first, with as many tokens per step as the dump takes (on an H100 with SmolLM2 800 k tokens/s,
-with vLLM's own number 390 to 503 k), the best of three passes, each on an empty prefix cache. Then, on the dump's own engine, the same requests
-with ``dspark_skip``: what vLLM's extraction costs when nobody takes the states. Then the dump, of ``--copies`` times the rows (each copy begins with a number of its
-own, so that the prefix cache does not know it). Prefix caching and chunked prefill are on in all. Writes bench/results/NAME.json.
+Plain vLLM runs in a process of its own first, with as many tokens per step as the dump takes (on an
+H100 with SmolLM2 800 k tokens/s, with vLLM's own number 390 to 503 k), the best of three passes,
+each on an empty prefix cache. Then, on the dump's own engine, the same requests with
+``dspark_skip``: what vLLM's extraction costs when nobody takes the states. Then the dump, of
+``--copies`` times the rows (each copy begins with a number of its own, so that the prefix cache
+does not know it). Prefix caching and chunked prefill are on in all. Writes bench/results/NAME.json.
 
-Last, on the same engine with nothing else to do, the raw states of some of the samples, coded here: ``stored_difference`` is how far what the dump stored
-at full speed is from them, relative to a token's states. Batches of other shapes round otherwise in 16 bits; another request's states would be 1.4.
+Last, on the same engine with nothing else to do, the raw states of some of the samples, coded here:
+``stored_difference`` is how far what the dump stored at full speed is from them, relative to a
+token's states. Batches of other shapes round otherwise in 16 bits; another request's states would
+be 1.4.
 """
 
 from __future__ import annotations
@@ -45,7 +51,9 @@ from dspark.dump.progress import Display
 from dspark.dump.run import dump
 
 PROBED = 48  # samples whose stored states are compared
-PASSES = 3  # of plain prefill; the best counts, since the dump's engine is warm from self-check and calibration too
+# of plain prefill; the best counts, since the dump's engine is warm from self-check and calibration
+# too
+PASSES = 3
 
 
 def plain(
@@ -57,7 +65,9 @@ def plain(
     gpus: int | None = None,
     more: Mapping[str, Any] | None = None,
 ) -> float:
-    """Tokens a second of a vLLM that extracts nothing, on all GPUs or on ``gpus``; in this process."""
+    """Tokens a second of a vLLM that extracts nothing, on all GPUs or on ``gpus``; in this
+    process.
+    """
     from vllm import LLM, SamplingParams
 
     gpus = min(torch.cuda.device_count(), gpus or 1024)
@@ -66,7 +76,12 @@ def plain(
         options["max_num_batched_tokens"] = step
     options |= more or {}
     llm = LLM(
-        model=target, dtype=dtype, max_model_len=seq_length + 1, skip_tokenizer_init=True, seed=0, **options
+        model=target,
+        dtype=dtype,
+        max_model_len=seq_length + 1,
+        skip_tokenizer_init=True,
+        seed=0,
+        **options,
     )
     params = SamplingParams(max_tokens=1, temperature=0.0, detokenize=False)
     best = 0.0
@@ -79,9 +94,11 @@ def plain(
 
 
 class Uncached:
-    """Loads the engine, its prefix cache emptied before the dump: self-check and calibration have run many of these few rows already.
+    """Loads the engine, its prefix cache emptied before the dump: self-check and calibration have
+    run many of these few rows already.
 
-    ``extraction``: tokens per second of the samples through that engine when their states are not taken.
+    ``extraction``: tokens per second of the samples through that engine when their states are not
+    taken.
     """
 
     def __init__(self, samples: list[TokenSample], codec: Codec) -> None:
@@ -114,7 +131,9 @@ class Uncached:
         return engine
 
     def difference(self, store: Path) -> dict[str, float]:
-        """Of the stored states of a token, aux and last, from those of ``raw`` as the store's codecs code them: the largest, and the mean."""
+        """Of the stored states of a token, aux and last, from those of ``raw`` as the store's
+        codecs code them: the largest, and the mean.
+        """
         cache = dspark.cache.open(store)
         embedding = cache.target.embed_tokens if cache.codec.needs_tokens else None
         found = []
@@ -126,7 +145,11 @@ class Uncached:
             for kept, want in zip(cache.decoded(stored), mine, strict=True):
                 found.append(by_state(kept, want).flatten())
         every = torch.cat(found)
-        return {"largest": float(every.max()), "mean": float(every.mean()), "samples": len(self.raw)}
+        return {
+            "largest": float(every.max()),
+            "mean": float(every.mean()),
+            "samples": len(self.raw),
+        }
 
     def skipped(self, engine: VllmEngine) -> float:
         from vllm import SamplingParams
@@ -138,8 +161,11 @@ class Uncached:
             while coming and loop.fits(len(coming[0][1])):
                 i, prompt = coming.popleft()
                 params = SamplingParams(
-                    max_tokens=1, temperature=0.0, detokenize=False, extra_args={"kv_transfer_params": {SKIP: True}}
-                )  # fmt: skip
+                    max_tokens=1,
+                    temperature=0.0,
+                    detokenize=False,
+                    extra_args={"kv_transfer_params": {SKIP: True}},
+                )
                 loop.add(i, prompt, len(prompt), params)
             loop.step()
         return sum(map(len, self.prompts)) / (time.perf_counter() - began)
@@ -158,7 +184,9 @@ def empty_cache(llm: Any) -> None:
 
 
 def copied(data: str, rows: int, copies: int, out: Path) -> str:
-    """The first ``rows`` rows of ``data``, ``copies`` times; the first message of each copy begins with its number."""
+    """The first ``rows`` rows of ``data``, ``copies`` times; the first message of each copy begins
+    with its number.
+    """
     lines = Path(data).read_text().splitlines()[:rows]
     with open(out, "w") as file:
         for copy in range(copies):
@@ -181,7 +209,9 @@ def main() -> None:
     parser.add_argument("--copies", type=int, default=1)
     parser.add_argument("--bits", default="4/4")
     parser.add_argument(
-        "--own-steps", action="store_true", help="plain vLLM with its own tokens per step, not the dump's"
+        "--own-steps",
+        action="store_true",
+        help="plain vLLM with its own tokens per step, not the dump's",
     )
     parser.add_argument("--name", default="dump_vllm")
     parser.add_argument("--plain", help="internal: file of prompts")
@@ -210,17 +240,32 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         data = copied(args.data, args.rows, args.copies, Path(scratch) / "rows.jsonl")
         config = DumpConfig(
-            model=args.target, data=data, output=Path(scratch) / "hs.zarr", engine="vllm", aux_bits=aux_bits,
-            last_bits=last_bits, seq_length=args.seq_length, data_parallel_size=1,
+            model=args.target,
+            data=data,
+            output=Path(scratch) / "hs.zarr",
+            engine="vllm",
+            aux_bits=aux_bits,
+            last_bits=last_bits,
+            seq_length=args.seq_length,
+            data_parallel_size=1,
             engine_arg=tuple(args.engine_arg),
-        )  # fmt: skip
+        )
         job = prepare(config)
         parts = part_reader(job, lambda line: None).parts({})
         samples = [s for p in parts for s in p.samples if s.row < args.rows]
         engine = Uncached(samples, config.make_codec())
         asked = Path(scratch) / "prompts.json"
         asked.write_text(json.dumps({"prompts": engine.prompts, "dtype": job.plan.dtype}))
-        call = [sys.executable, __file__, "--target", args.target, "--data", args.data, "--plain", str(asked)]
+        call = [
+            sys.executable,
+            __file__,
+            "--target",
+            args.target,
+            "--data",
+            args.data,
+            "--plain",
+            str(asked),
+        ]
         step = None if args.own_steps else steps_of(job.plan)
         done = subprocess.run(
             call + (["--step", str(step)] if step else []),
@@ -228,19 +273,30 @@ def main() -> None:
         )  # fmt: skip
         bare = float(done.stdout.strip().splitlines()[-1])
         about = {
-            "rows": args.rows, "copies": args.copies, "target": Path(args.target).name, "dtype": job.plan.dtype
-        }  # fmt: skip
+            "rows": args.rows,
+            "copies": args.copies,
+            "target": Path(args.target).name,
+            "dtype": job.plan.dtype,
+        }
         results = {
-            "engine": "vllm", "aux_bits": aux_bits, "last_bits": last_bits, "prefill_tokens_per_s": bare, "plain_step_tokens": step
-        }  # fmt: skip
+            "engine": "vllm",
+            "aux_bits": aux_bits,
+            "last_bits": last_bits,
+            "prefill_tokens_per_s": bare,
+            "plain_step_tokens": step,
+        }
         # After every stage, so that a run that is cut short leaves what it measured.
         write(args.name, about, results, show=False)
         report = dump(config, Display(), engine)
         rate = report["new_tokens"] / report["capture_seconds"]
         results |= {
-            "tokens_per_s": rate, "ratio": rate / bare, "extraction_tokens_per_s": engine.extraction,
-            "tokens": report["new_tokens"], "seconds": report["capture_seconds"], "stages_s": report["stages"],
-        }  # fmt: skip
+            "tokens_per_s": rate,
+            "ratio": rate / bare,
+            "extraction_tokens_per_s": engine.extraction,
+            "tokens": report["new_tokens"],
+            "seconds": report["capture_seconds"],
+            "stages_s": report["stages"],
+        }
         write(args.name, about, results, show=False)
         results["stored_difference"] = engine.difference(config.output)
         write(args.name, about, results)

@@ -1,14 +1,19 @@
-"""End to end on one machine: corpus and target to a draft, ours against DeepSpec's trainer. Seconds by stage and bytes, until its final tau.
+"""End to end on one machine: corpus and target to a draft, ours against DeepSpec's trainer. Seconds
+by stage and bytes, until its final tau.
 
-python bench/end_to_end.py --model MODEL --data chat.jsonl --work DIR [--peer DIR_OF_A_DEEPSPEC_CHECKOUT] [--dump "..."] [--train "..."] [--peer-train "..."]
+python bench/end_to_end.py --model MODEL --data chat.jsonl --work DIR [--peer
+DIR_OF_A_DEEPSPEC_CHECKOUT] [--dump "..."] [--train "..."] [--peer-train "..."]
 
-Ours: dspark-dump, dspark-train with a validation every ``--every`` of an epoch, dspark-tools score. The peer: bench/peer.py, which is its own network,
-loss and optimizer on the rows of our store, and score. Its cache writer is not run: its bytes are what its format takes for the same tokens
+Ours: dspark-dump, dspark-train with a validation every ``--every`` of an epoch, dspark-tools score.
+The peer: bench/peer.py, which is its own network, loss and optimizer on the rows of our store, and
+score. Its cache writer is not run: its bytes are what its format takes for the same tokens
 (``info``: raw_bytes_per_token), and its dump is given the seconds of ours, in its favour.
 
-A stage that is done (its folder and line in DIR/stages.json are there) is not done again, so a run may take several calls.
-Writes bench/results/NAME.json (default ``end_to_end``): for each side corpus_tokens, seconds_by_stage, bytes, tau; and for ours the seconds and
-steps at which validation first reached the peer's final tau (null: it did not, or there is no peer).
+A stage that is done (its folder and line in DIR/stages.json are there) is not done again, so a run
+may take several calls.
+Writes bench/results/NAME.json (default ``end_to_end``): for each side corpus_tokens,
+seconds_by_stage, bytes, tau; and for ours the seconds and steps at which validation first reached
+the peer's final tau (null: it did not, or there is no peer).
 """
 
 from __future__ import annotations
@@ -41,7 +46,9 @@ class Stages:
 
 
 def reached(draft: Path, tau: float | None, seconds: float) -> dict[str, float | None]:
-    """When validation first had ``tau``: step, and seconds of a training that took ``seconds`` in all, validations included."""
+    """When validation first had ``tau``: step, and seconds of a training that took ``seconds`` in
+    all, validations included.
+    """
     rows = [json.loads(line) for line in (draft / "metrics.jsonl").read_text().splitlines()]
     last = max(row["step"] for row in rows)
     good = [
@@ -63,8 +70,12 @@ def main() -> None:
     parser.add_argument("--peer", type=Path, help="checkout of DeepSpec")
     parser.add_argument("--dump", default="", help="more flags of dspark-dump")
     parser.add_argument("--train", default="", help="more flags of dspark-train")
-    parser.add_argument("--peer-train", default="", help="flags of the peer's training, as for dspark-train")
-    parser.add_argument("--every", type=float, default=0.1, help="epochs between validations of ours")
+    parser.add_argument(
+        "--peer-train", default="", help="flags of the peer's training, as for dspark-train"
+    )
+    parser.add_argument(
+        "--every", type=float, default=0.1, help="epochs between validations of ours"
+    )
     parser.add_argument("--name", default="end_to_end")
     parser.add_argument("--results", type=Path, default=RESULTS)
     args = parser.parse_args()
@@ -75,7 +86,9 @@ def main() -> None:
     def dump() -> dict[str, Any]:
         again = ["--resume"] if store.exists() else []
         flags = [*shlex.split(args.dump), *again]
-        return command("dump", "--model", args.model, "--data", args.data, "--output", store, *flags, log=log)
+        return command(
+            "dump", "--model", args.model, "--data", args.data, "--output", store, *flags, log=log
+        )
 
     def peer() -> dict[str, Any]:
         shutil.rmtree(theirs, ignore_errors=True)
@@ -98,21 +111,34 @@ def main() -> None:
     tokens = info["tokens"]
     results: dict[str, Any] = {
         "ours": {
-            "corpus_tokens": tokens, "bytes": info["bytes_on_disk"], "tau": judged["tau"],
-            "seconds_by_stage": {"dump": dumped["wall_seconds"], "train": ran["train_seconds"], "score": judged["score_seconds"]},
+            "corpus_tokens": tokens,
+            "bytes": info["bytes_on_disk"],
+            "tau": judged["tau"],
+            "seconds_by_stage": {
+                "dump": dumped["wall_seconds"],
+                "train": ran["train_seconds"],
+                "score": judged["score_seconds"],
+            },
         },
         "peer": None,
-    }  # fmt: skip
+    }
     final = None
     if args.peer:
         done = stage("peer", peer)
         found = stage("peer_score", lambda: scored(store, theirs, log=log))
         final = found["tau"]
         results["peer"] = {
-            "corpus_tokens": tokens, "bytes": round(tokens * info["raw_bytes_per_token"]), "bytes_are": "computed", "tau": final,
-            "seconds_by_stage": {"dump": dumped["wall_seconds"], "train": done["wall_seconds"], "score": found["score_seconds"]},
+            "corpus_tokens": tokens,
+            "bytes": round(tokens * info["raw_bytes_per_token"]),
+            "bytes_are": "computed",
+            "tau": final,
+            "seconds_by_stage": {
+                "dump": dumped["wall_seconds"],
+                "train": done["wall_seconds"],
+                "score": found["score_seconds"],
+            },
             "dump_is": "ours",
-        }  # fmt: skip
+        }
         results["bytes_ratio"] = results["peer"]["bytes"] / results["ours"]["bytes"]
     at = reached(ours, final, ran["train_seconds"])
     results["ours_at_peers_tau"] = at
@@ -122,7 +148,12 @@ def main() -> None:
             dumped["wall_seconds"] + at["train_seconds"]
         )
     hidden = ("work", "results", "model", "peer")
-    write(args.name, {k: str(v) for k, v in vars(args).items() if k not in hidden}, results, args.results)
+    write(
+        args.name,
+        {k: str(v) for k, v in vars(args).items() if k not in hidden},
+        results,
+        args.results,
+    )
 
 
 if __name__ == "__main__":

@@ -1,9 +1,11 @@
-"""Every family as a tiny random checkpoint: dump, two steps of training, export, check; and states of real vLLM against transformers.
+"""Every family as a tiny random checkpoint: dump, two steps of training, export, check; and states
+of real vLLM against transformers.
 
     python bench/families.py [--only llama,glm_moe_dsa] [--no-vllm]
 
-Results are added to those that are there, so that one machine may do the one half and one the other. A family that a stage cannot
-run is listed with that stage's own reason. Writes bench/results/families.json; ``python docs/make/targets.py`` then writes the table.
+Results are added to those that are there, so that one machine may do the one half and one the
+other. A family that a stage cannot run is listed with that stage's own reason. Writes
+bench/results/families.json; ``python docs/make/targets.py`` then writes the table.
 """
 
 from __future__ import annotations
@@ -70,8 +72,14 @@ def measure(kind: str, folder: Path) -> dict[str, Any]:
     try:
         with stderr_to(messages):
             theirs = VllmEngine.load(
-            str(folder), shapes, LAYERS, dtype="float32", seq_length=128, spool=folder.with_suffix(".spool"), batch_tokens=None
-        )  # fmt: skip
+                str(folder),
+                shapes,
+                LAYERS,
+                dtype="float32",
+                seq_length=128,
+                spool=folder.with_suffix(".spool"),
+                batch_tokens=None,
+            )
     except EngineError:
         return out | {"vllm": f"does not start: {own_reason(messages)}"}
     try:
@@ -82,7 +90,9 @@ def measure(kind: str, folder: Path) -> dict[str, Any]:
         theirs.close()
     aux, others = (torch.cat([s.aux for s in each]) for each in (states, other))
     out["difference"] = {str(i): difference(aux[:, k], others[:, k]) for k, i in enumerate(LAYERS)}
-    out["difference"]["last"] = difference(*(torch.cat([s.last for s in each]) for each in (states, other)))
+    out["difference"]["last"] = difference(
+        *(torch.cat([s.last for s in each]) for each in (states, other))
+    )
     where = [last_rows(s.loss_mask).nonzero()[0].tolist() for s in samples]
     head = HeadOf(ours.frozen(), logits)
     found = agreement([s.last for s in other], where, ours.predict(samples), head, "float32")
@@ -127,7 +137,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--only", help="families, commas between them  [default: all]")
-    parser.add_argument("--no-vllm", action="store_true", help="only dump, training, export and check")
+    parser.add_argument(
+        "--no-vllm", action="store_true", help="only dump, training, export and check"
+    )
     args = parser.parse_args()
     kinds = args.only.split(",") if args.only else [*families.MAKERS, *families.REFUSED]
     before = RESULTS / "families.json"

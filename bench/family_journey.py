@@ -1,4 +1,6 @@
-"""One tiny random target through everything: dump, two steps of training, export, check. Used by bench/families.py."""
+"""One tiny random target through everything: dump, two steps of training, export, check. Used by
+bench/families.py.
+"""
 
 from __future__ import annotations
 
@@ -53,7 +55,9 @@ def journey(kind: str, folder: Path) -> dict[str, Any]:
     config = train_two_steps(store, draft)
     exported = export(str(draft), str(out), dtype="fp32", pictures=False)
     report = check(
-        CheckConfig(draft=str(out), model=str(model), limit=2, max_tokens=12, serve=False, device="cpu")
+        CheckConfig(
+            draft=str(out), model=str(model), limit=2, max_tokens=12, serve=False, device="cpu"
+        )
     )
     levels = [f["level"] for f in report["findings"]]
     return {
@@ -62,7 +66,8 @@ def journey(kind: str, folder: Path) -> dict[str, Any]:
         "draft": config,
         "steps": 2,
         "exported_tensors": exported["tensors"],
-        # Two steps teach nothing, so behaviour may look like a mistake; errors contradict the files.
+        # Two steps teach nothing, so behaviour may look like a mistake; errors contradict the
+        # files.
         "check_errors": [f["text"] for f in report["findings"] if f["level"] == "error"],
         "check_suspicions": levels.count("suspicion"),
     }
@@ -93,5 +98,11 @@ def train_two_steps(store: Path, draft: Path) -> dict[str, Any]:
         )
     )
     config = json.loads((draft / "config.json").read_text())
-    names = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim")
+    names = (
+        "hidden_size",
+        "intermediate_size",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "head_dim",
+    )
     return {name: config[name] for name in names}

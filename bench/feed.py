@@ -1,8 +1,11 @@
-"""Does the GPU wait for data? The same optimizer steps streamed from a store, and on rows that lie in the device's memory already.
+"""Does the GPU wait for data? The same optimizer steps streamed from a store, and on rows that lie
+in the device's memory already.
 
-python bench/feed.py --store hs.zarr [--steps 100] [--train "--num-layers 3 --total-seq-len 16384 --rows-per-step 1"]
+python bench/feed.py --store hs.zarr [--steps 100] [--train "--num-layers 3 --total-seq-len 16384
+--rows-per-step 1"]
 
-Writes bench/results/feed.json: tokens/s of both, the share of the time in which the GPU had nothing to do because of the readers.
+Writes bench/results/feed.json: tokens/s of both, the share of the time in which the GPU had nothing
+to do because of the readers.
 """
 
 from __future__ import annotations
@@ -35,10 +38,14 @@ def config(store: Path, flags: str) -> TrainConfig:
 
 
 def rows_of(run: Run) -> Iterator[list[Row]]:
-    return run.stream.steps_from(0, workers=run.workers, pin=run.compute.device.type == "cuda", endless=True)
+    return run.stream.steps_from(
+        0, workers=run.workers, pin=run.compute.device.type == "cuda", endless=True
+    )
 
 
-def timed(run: Run, rows: Iterator[list[Row]], place: Callable[[Row], Batch], steps: int) -> dict[str, float]:
+def timed(
+    run: Run, rows: Iterator[list[Row]], place: Callable[[Row], Batch], steps: int
+) -> dict[str, float]:
     """``steps`` optimizer steps after a few that warm up."""
     feed = Feed(rows, place, run.compute.device)
     tokens, waited, started = 0, 0.0, 0.0
@@ -75,17 +82,25 @@ def main() -> None:
     args = parser.parse_args()
     run = prepare(config(args.store, args.train))
     streamed = timed(
-        run, rows_of(run), lambda r: r.place(run.cache, run.compute.device, run.compute.dtype), args.steps
+        run,
+        rows_of(run),
+        lambda r: r.place(run.cache, run.compute.device, run.compute.dtype),
+        args.steps,
     )
     held = list(itertools.islice(rows_of(run), args.held))
     placed = {
-        id(row): row.place(run.cache, run.compute.device, run.compute.dtype) for rows in held for row in rows
+        id(row): row.place(run.cache, run.compute.device, run.compute.dtype)
+        for rows in held
+        for row in rows
     }
     resident = timed(run, itertools.cycle(held), lambda r: placed[id(r)], args.steps)
     results: dict[str, Any] = {
-        "streamed": streamed, "resident": resident, "bits": list(run.cache.codec.bits),
-        "streamed_over_resident": streamed["tokens_per_s"] / resident["tokens_per_s"], "workers": run.workers,
-    }  # fmt: skip
+        "streamed": streamed,
+        "resident": resident,
+        "bits": list(run.cache.codec.bits),
+        "streamed_over_resident": streamed["tokens_per_s"] / resident["tokens_per_s"],
+        "workers": run.workers,
+    }
     write(args.name, {"steps": args.steps, "train": args.train}, results, args.results)
 
 

@@ -1,16 +1,21 @@
-"""Fine-tuning on one's own traffic: a draft trained on four of the corpus's sources goes on with the fifth; walk by source, forgetting included.
+"""Fine-tuning on one's own traffic: a draft trained on four of the corpus's sources goes on with
+the fifth; walk by source, forgetting included.
 
-    python bench/finetune.py --model DIR --data FILE.jsonl[.gz] --out FOLDER [--own bfcl-v4] [--sizes 200,1000,3000] [--seeds 0,1,2] [--budget 230]
+    python bench/finetune.py --model DIR --data FILE.jsonl[.gz] --out FOLDER [--own bfcl-v4]
+        [--sizes 200,1000,3000] [--seeds 0,1,2] [--budget 230]
 
 One dump, one process, one compilation; rows lie on the device as codes. Per seed:
 
 base             ``--steps`` on the four sources; judged as it is ("none": no tuning)
 tuned-N          base, then ``--passes`` passes over N conversations of the fifth at ``--lr``
-mixed-N          the same, with rows of the four sources mixed in until they are ``--general`` of the rows, new ones in each pass
-scratch-N        ``--scratch`` steps on the N conversations alone, at the recipe's rate, from random weights
+mixed-N the same, with rows of the four sources mixed in until they are ``--general`` of the rows,
+new ones in each pass scratch-N ``--scratch`` steps on the N conversations alone, at the recipe's
+rate, from random weights
 
-then, if there is time left, ``sweep``: passes and rates of tuned-1000 with the first seed. Each draft is judged at every anchor of held-out rows of
-each source: tau, greedy walk, walk at temperature 1. FOLDER/NAME.json is written after every draft; a later call goes on with what is missing.
+then, if there is time left, ``sweep``: passes and rates of tuned-1000 with the first seed. Each
+draft is judged at every anchor of held-out rows of each source: tau, greedy walk, walk at
+temperature 1. FOLDER/NAME.json is written after every draft; a later call goes on with what is
+missing.
 """
 
 from __future__ import annotations
@@ -73,7 +78,9 @@ def sources_of(data: str) -> list[str]:
 
 
 class Study(Lab):
-    """Rows by source on the device, and one compiled model that every draft of the study is trained in."""
+    """Rows by source on the device, and one compiled model that every draft of the study is trained
+    in.
+    """
 
     def __init__(self, run: Run, args: argparse.Namespace) -> None:
         self.run, self.args = run, args
@@ -83,7 +90,8 @@ class Study(Lab):
         own, general = train[names[train] == args.own], train[names[train] != args.own]
         if not (own.size and general.size):
             raise SystemExit(
-                f"--own {args.own}: no samples of it, or no others; sources are {sorted(set(names))}"
+                f"--own {args.own}: no samples of it, or no others; sources are "
+                f"{sorted(set(names))}"
             )
         self.general = list(self._rows(general, 0))
         first = np.random.default_rng(7).permutation(own)
@@ -96,22 +104,34 @@ class Study(Lab):
             if samples.size
         }
         blank = run.optimizer.snapshot()
-        self.moments = {k: {n: torch.zeros_like(t) for n, t in m.items()} for k, m in blank.moments.items()}
+        self.moments = {
+            k: {n: torch.zeros_like(t) for n, t in m.items()} for k, m in blank.moments.items()
+        }
 
     def _rows(self, samples: Int64, epoch: int, limit: int | None = None) -> Iterator[Held]:
         s = self.run.stream
         stream = Stream(
-            s.cache, samples, seed=s.seed, total_seq_len=s.total_seq_len, rows_per_step=1, block_size=s.block_size,
-            max_anchors=s.max_anchors, pad=s.pad, max_rows=limit,
-        )  # fmt: skip
+            s.cache,
+            samples,
+            seed=s.seed,
+            total_seq_len=s.total_seq_len,
+            rows_per_step=1,
+            block_size=s.block_size,
+            max_anchors=s.max_anchors,
+            pad=s.pad,
+            max_rows=limit,
+        )
         for step in stream.steps_from(epoch, workers=self.run.workers):
             yield from (Held.of(row, self.run) for row in step if row.slots)
 
     def order(self, n: int, passes: int, seed: int, share: float) -> list[Held]:
-        """``passes`` over the rows of ``n`` conversations, ``share`` of all rows drawn from the four sources."""
+        """``passes`` over the rows of ``n`` conversations, ``share`` of all rows drawn from the
+        four sources.
+        """
         draw, own, out = np.random.default_rng([seed, n]), self.own[n], list[Held]()
         others = iter(
-            draw.permutation(len(self.general)).tolist() * (1 + passes * len(own) // len(self.general))
+            draw.permutation(len(self.general)).tolist()
+            * (1 + passes * len(own) // len(self.general))
         )
         for _ in range(passes):
             more = round(len(own) * share / (1 - share))
@@ -135,7 +155,9 @@ class Study(Lab):
             batch = held.place(run)
             states = run.model(batch, run.model.plan(batch, run.compute.backend))
             slots = SlotInputs.gather(batch, states, run.config.decay)
-            objective(slots, run.model.frozen_head, run.objective, held.denominators).loss.backward()  # type: ignore[no-untyped-call]
+            objective(
+                slots, run.model.frozen_head, run.objective, held.denominators
+            ).loss.backward()  # type: ignore[no-untyped-call]
             run.optimizer.step(
                 learning_rate(i, steps, lr, run.config.warmup_ratio, 0.0, run.config.lr_schedule)
             )
@@ -179,15 +201,23 @@ class Results:
     def keep(self, began: float, **row: Any) -> None:
         own = row["by_source"].get(self.args.own, {})
         others = [v["walk"] for k, v in row["by_source"].items() if k != self.args.own]
-        row |= {"walk_own": own.get("walk"), "walk_others": float(np.mean(others)) if others else None}
+        row |= {
+            "walk_own": own.get("walk"),
+            "walk_others": float(np.mean(others)) if others else None,
+        }
         self.rows.append(row)
         self.longest = max(self.longest, time.perf_counter() - began)
-        settings = {k: str(v) for k, v in vars(self.args).items() if k not in ("model", "data", "out")}
+        settings = {
+            k: str(v) for k, v in vars(self.args).items() if k not in ("model", "data", "out")
+        }
         write(self.args.name, settings, self.rows, self.args.out, show=False)
         print(
-            f"[{time.perf_counter() - self.started:6.1f} s] {row['name']} seed {row['seed']}: own walk {row['walk_own']:.3f}, "
-            f"others {row['walk_others']:.3f}, {row['steps']} steps", file=sys.stderr, flush=True,
-        )  # fmt: skip
+            f"[{time.perf_counter() - self.started:6.1f} s] {row['name']} seed {row['seed']}: "
+            f"own walk {row['walk_own']:.3f}, "
+            f"others {row['walk_others']:.3f}, {row['steps']} steps",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 def one_seed(study: Study, results: Results, seed: int) -> dict[str, Tensor] | None:
@@ -195,7 +225,9 @@ def one_seed(study: Study, results: Results, seed: int) -> dict[str, Tensor] | N
     args, run = study.args, study.run
     began = time.perf_counter()
     study.reset(seed)
-    seconds = study.fit(study.passes_over(study.general, args.steps, seed), args.steps, run.config.lr)
+    seconds = study.fit(
+        study.passes_over(study.general, args.steps, seed), args.steps, run.config.lr
+    )
     base = {n: t.clone() for n, t in run.optimizer.snapshot().masters.items()}
     if not results.has("none", seed):
         results.keep(
@@ -215,9 +247,15 @@ def one_seed(study: Study, results: Results, seed: int) -> dict[str, Tensor] | N
             study.begin(base)
             seconds = study.fit(rows, len(rows), args.lr)
             results.keep(
-                began, name=name, seed=seed, steps=len(rows), lr=args.lr, seconds=seconds, conversations=study.conversations[n],
+                began,
+                name=name,
+                seed=seed,
+                steps=len(rows),
+                lr=args.lr,
+                seconds=seconds,
+                conversations=study.conversations[n],
                 by_source=study.verdict(),
-            )  # fmt: skip
+            )
         if not results.has(f"scratch-{n}", seed) and results.time_left:
             began = time.perf_counter()
             study.reset(seed)
@@ -225,9 +263,15 @@ def one_seed(study: Study, results: Results, seed: int) -> dict[str, Tensor] | N
                 study.passes_over(study.own[n], args.scratch, seed), args.scratch, run.config.lr
             )
             results.keep(
-                began, name=f"scratch-{n}", seed=seed, steps=args.scratch, lr=run.config.lr, seconds=seconds,
-                conversations=study.conversations[n], by_source=study.verdict(),
-            )  # fmt: skip
+                began,
+                name=f"scratch-{n}",
+                seed=seed,
+                steps=args.scratch,
+                lr=run.config.lr,
+                seconds=seconds,
+                conversations=study.conversations[n],
+                by_source=study.verdict(),
+            )
     return base
 
 
@@ -256,15 +300,20 @@ def table(rows: list[dict[str, Any]], own: str) -> str:
     """Means over seeds, and the paired change of the walk against no tuning."""
     none = {row["seed"]: row for row in rows if row["name"] == "none"}
     lines = [
-        f"{'draft':18} {'seeds':>5} {'steps':>6} {'walk ' + own:>16} {'others':>8}  change of both, paired"
+        f"{'draft':18} {'seeds':>5} {'steps':>6} {'walk ' + own:>16} {'others':>8}  change of "
+        "both, paired"
     ]
     for name in dict.fromkeys(row["name"] for row in rows):
         found = [row for row in rows if row["name"] == name]
         pairs = [(r, none[r["seed"]]) for r in found if r["seed"] in none]
-        change = [100 * (np.mean([r[k] / b[k] for r, b in pairs]) - 1) for k in ("walk_own", "walk_others")]
+        change = [
+            100 * (np.mean([r[k] / b[k] for r, b in pairs]) - 1)
+            for k in ("walk_own", "walk_others")
+        ]
         mean = {k: np.mean([r[k] for r in found]) for k in ("steps", "walk_own", "walk_others")}
         lines.append(
-            f"{name:18} {len(found):5} {mean['steps']:6.0f} {mean['walk_own']:16.3f} {mean['walk_others']:8.3f}  "
+            f"{name:18} {len(found):5} {mean['steps']:6.0f} {mean['walk_own']:16.3f} "
+            f"{mean['walk_others']:8.3f}  "
             f"{change[0]:+.1f} % {change[1]:+.1f} %"
         )
     return "\n".join(lines)
@@ -281,13 +330,19 @@ def main() -> None:
     parser.add_argument(
         "--sizes", default="200,1000,3000", type=lambda text: [int(n) for n in text.split(",")]
     )
-    parser.add_argument("--seeds", default="0,1,2", type=lambda text: [int(n) for n in text.split(",")])
+    parser.add_argument(
+        "--seeds", default="0,1,2", type=lambda text: [int(n) for n in text.split(",")]
+    )
     parser.add_argument("--steps", type=int, default=600, help="of the base")
     parser.add_argument("--scratch", type=int, default=250, help="steps from scratch")
     parser.add_argument("--passes", type=int, default=4)
     parser.add_argument("--lr", type=float, default=5e-4)
-    parser.add_argument("--general", type=float, default=0.3, help="share of general rows in mixed-N")
-    parser.add_argument("--val-rows", type=int, default=2, help="held-out rows of a source, at most")
+    parser.add_argument(
+        "--general", type=float, default=0.3, help="share of general rows in mixed-N"
+    )
+    parser.add_argument(
+        "--val-rows", type=int, default=2, help="held-out rows of a source, at most"
+    )
     parser.add_argument("--limit", type=int, help="rows of the corpus that are dumped  [all]")
     parser.add_argument(
         "--budget",
@@ -310,7 +365,8 @@ def main() -> None:
     study = Study(run, args)
     rows = {n: len(r) for n, r in study.own.items()}
     say(
-        f"{len(study.general)} general rows, own {rows}, judged { ({k: len(v) for k, v in study.judged.items()}) }"
+        f"{len(study.general)} general rows, own {rows}, judged "
+        f"{ ({k: len(v) for k, v in study.judged.items()}) }"
     )
     study.reset(0)
     study.fit(study.general[:3], 3, 1e-4)

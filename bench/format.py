@@ -1,11 +1,15 @@
-"""Stores of format versions 1 and 2 side by side: bytes on disk, and dump and read in turns, from one corpus and target.
+"""Stores of format versions 1 and 2 side by side: bytes on disk, and dump and read in turns, from
+one corpus and target.
 
     python bench/format.py OLD [--codecs 16/16,4/4] [--rows 300] [--rounds 3] [--work DIR]
 
-``OLD``: a folder with the last release of version 1 as ``dspark`` (``git archive c2a06e9 | tar x -C OLD/dspark``). The target is a random Qwen3 of hidden
-size 256, the corpus random words. Each process dumps and reads one store; releases and codecs take turns. ``dump`` and ``read`` are tokens per second,
-``dump_cpu`` and ``read_cpu`` microseconds of this process's CPU time per token, which other work on the machine hardly moves; medians over the rounds.
-``bytes`` are those of ``parts/`` and ``index/``, without the target. Writes bench/results/format.json.
+``OLD``: a folder with the last release of version 1 as ``dspark`` (``git archive c2a06e9 | tar x -C
+OLD/dspark``). The target is a random Qwen3 of hidden size 256, the corpus random words. Each
+process dumps and reads one store; releases and codecs take turns. ``dump`` and ``read`` are tokens
+per second, ``dump_cpu`` and ``read_cpu`` microseconds of this process's CPU time per token, which
+other work on the machine hardly moves; medians over the rounds.
+``bytes`` are those of ``parts/`` and ``index/``, without the target. Writes
+bench/results/format.json.
 """
 
 from __future__ import annotations
@@ -47,9 +51,13 @@ wall, cpu = time.monotonic(), time.process_time()
 for i in order:
     cache[i]
 wall, cpu = time.monotonic() - wall, time.process_time() - cpu
-size = sum(f.stat().st_size for d in ("parts", "index") for f in (store / d).rglob("*") if f.is_file())
+files = [f for d in ("parts", "index") for f in (store / d).rglob("*") if f.is_file()]
+size = sum(f.stat().st_size for f in files)
 n = out["tokens"]
-print(json.dumps({"dump": n / out["capture_seconds"], "dump_cpu": 1e6 * dump_cpu / n, "read": n / wall, "read_cpu": 1e6 * cpu / n, "bytes": size, "tokens": n}))
+print(json.dumps({
+    "dump": n / out["capture_seconds"], "dump_cpu": 1e6 * dump_cpu / n, "read": n / wall,
+    "read_cpu": 1e6 * cpu / n, "bytes": size, "tokens": n,
+}))
 """
 
 
@@ -65,7 +73,9 @@ def prepare(folder: Path, rows: int) -> list[str]:
     with open(folder / "rows.jsonl", "w") as file:
         for _ in range(rows):
             said = [" ".join(rng.choices(WORDS, k=rng.randint(10, 90))) for _ in range(2)]
-            chat = [{"role": r, "content": c} for r, c in zip(("user", "assistant"), said, strict=True)]
+            chat = [
+                {"role": r, "content": c} for r, c in zip(("user", "assistant"), said, strict=True)
+            ]
             file.write(json.dumps({"messages": chat}) + "\n")
     return [
         "--model",
@@ -115,9 +125,9 @@ def main() -> None:
         old, new = ({n: median(r[n] for r in found[codec, v]) for n in FIELDS} for v in ("1", "2"))
         assert old["tokens"] == new["tokens"]
         ratio = {n: round(new[n] / old[n], 4) for n in FIELDS if n != "tokens"}
-        rows[codec] = {v: {n: round(x, 2) for n, x in r.items()} for v, r in (("1", old), ("2", new))} | {
-            "2 / 1": ratio
-        }
+        rows[codec] = {
+            v: {n: round(x, 2) for n, x in r.items()} for v, r in (("1", old), ("2", new))
+        } | {"2 / 1": ratio}
     write("format", {"rows": args.rows, "rounds": args.rounds}, rows)
 
 

@@ -1,11 +1,15 @@
-"""What calibrating the transform codec takes at a large target's shapes: seconds and memory of each stage, on random states.
+"""What calibrating the transform codec takes at a large target's shapes: seconds and memory of each
+stage, on random states.
 
-    python bench/klt_scale.py [--hidden 6144] [--layers 5] [--tokens 131072] [--device cuda] [--out DIR] [--stages moments,solve,eig,range,code]
+    python bench/klt_scale.py [--hidden 6144] [--layers 5] [--tokens 131072] [--device cuda]
+        [--out DIR] [--stages moments,solve,eig,range,code]
 
-``moments``: products of rows [n, C + 2H] (C = L * H), summed. ``solve``: the ridge regression from 2H features and the residual's
-covariance. ``eig``: its eigendecomposition, whole. ``range``: instead of it the K = ``--keep`` * H leading components by block power
-iterations from a random start. ``code``: rows of K coefficients coded and decoded. Each stage is printed when it is done, so that a run
-cut short says what it found; memory is the peak that torch allocated on the device while the stage ran.
+``moments``: products of rows [n, C + 2H] (C = L * H), summed. ``solve``: the ridge regression from
+2H features and the residual's covariance. ``eig``: its eigendecomposition, whole. ``range``:
+instead of it the K = ``--keep`` * H leading components by block power iterations from a random
+start. ``code``: rows of K coefficients coded and decoded. Each stage is printed when it is done, so
+that a run cut short says what it found; memory is the peak that torch allocated on the device while
+the stage ran.
 """
 
 from __future__ import annotations
@@ -30,7 +34,8 @@ from dspark.cache.codec.klt.tables import Transform
 ROWS = 4096
 
 
-SHARES = 0.02, 0.13, 0.25  # of the columns in the first three classes of cells, about as SmolLM2's at one bit
+# of the columns in the first three classes of cells, about as SmolLM2's at one bit
+SHARES = 0.02, 0.13, 0.25
 
 
 class Bench:
@@ -44,7 +49,10 @@ class Bench:
         g = torch.Generator(self.device).manual_seed(0)
         self.random = g
         # Rows with a falling spectrum: a random mix of fewer sources, and noise.
-        self.mix = torch.randn(args.hidden, self.channels, generator=g, device=self.device) / args.hidden**0.5
+        self.mix = (
+            torch.randn(args.hidden, self.channels, generator=g, device=self.device)
+            / args.hidden**0.5
+        )
 
     def rows(self, count: int, width: int) -> Tensor:
         source = torch.randn(count, self.args.hidden, generator=self.random, device=self.device)
@@ -77,7 +85,9 @@ class Bench:
         return out
 
     def moments(self) -> Moments:
-        """Sums over ``--tokens`` rows; making the rows counts too, which stands for bringing them from the host."""
+        """Sums over ``--tokens`` rows; making the rows counts too, which stands for bringing them
+        from the host.
+        """
         total = Moments.of_width(self.channels + self.features, self.device)
         for _ in range(self.args.tokens // ROWS):
             total.add(self.rows(ROWS, self.channels + self.features))

@@ -1,15 +1,22 @@
-"""Bytes against tau from stores on disk, and the speed of training from each: what the product writes, reads and decodes.
+"""Bytes against tau from stores on disk, and the speed of training from each: what the product
+writes, reads and decodes.
 
-    python bench/klt_stores.py --model DIR --data train.jsonl.gz --out DIR --stores DIR [--seeds 0,1,2,3,4] [--seconds 560]
-        [--codecs exact,klt-1-1,klt-0.8-1,klt-0.7-1,rotated-4-4,rotated-2-4] [--steps 1200] [--speed-steps 0] [--tiny]
+    python bench/klt_stores.py --model DIR --data train.jsonl.gz --out DIR --stores DIR
+        [--seeds 0,1,2,3,4] [--seconds 560]
+        [--codecs exact,klt-1-1,klt-0.8-1,klt-0.7-1,rotated-4-4,rotated-2-4] [--steps 1200]
+        [--speed-steps 0] [--tiny]
 
-1. ``bench/dump.py`` dumps the same rows once per codec into STORES (``exact`` is the lossless store), beside bare prefill.
-2. Every store is read through ``dspark.cache`` and decoded on the device. Drafts of one seed have the same initial weights, batches and
-   anchors; tau is judged on the exact states of held-out prompts, paired by seed (``codec_klt.py``).
-3. ``--speed-steps``: the same steps from the device's memory and from each store through the product's stream and feed.
+1. ``bench/dump.py`` dumps the same rows once per codec into STORES (``exact`` is the lossless
+   store), beside bare prefill.
+2. Every store is read through ``dspark.cache`` and decoded on the device. Drafts of one seed have
+   the same initial weights, batches and anchors; tau is judged on the exact states of held-out
+   prompts, paired by seed (``codec_klt.py``).
+3. ``--speed-steps``: the same steps from the device's memory and from each store through the
+   product's stream and feed.
 
-Bytes per token are all files of a store but the target's weights; its calibration file counts. OUT/klt_stores.json is written after every
-step, and what is there already is not repeated, so a run that ``--seconds`` cut short goes on where it stopped.
+Bytes per token are all files of a store but the target's weights; its calibration file counts.
+OUT/klt_stores.json is written after every step, and what is there already is not repeated, so a run
+that ``--seconds`` cut short goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -56,16 +63,33 @@ def dumped(args: argparse.Namespace, names: list[str]) -> dict[str, Any]:
     data = args.stores / "rows.jsonl"
     if not data.exists():
         with (gzip.open if args.data.suffix == ".gz" else open)(args.data, "rt") as file:
-            lines = [line for line in enumerate(file) if args.only is None or args.only.search(line[1])]
+            lines = [
+                line for line in enumerate(file) if args.only is None or args.only.search(line[1])
+            ]
         data.write_text("".join(line for _, line in _drawn(lines, args.rows)))
     missing = [store(args, n).stem for n in names if not (store(args, n) / "zarr.json").exists()]
     if not missing:
         return {}
     subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("dump.py")), "--target", args.model, "--data", str(data), "--codecs",
-         ",".join(missing), "--output", str(args.stores), "--keep", "--name", "klt_stores_dump", "--parts", "2" if args.tiny else "6"],
+        [
+            sys.executable,
+            str(Path(__file__).with_name("dump.py")),
+            "--target",
+            args.model,
+            "--data",
+            str(data),
+            "--codecs",
+            ",".join(missing),
+            "--output",
+            str(args.stores),
+            "--keep",
+            "--name",
+            "klt_stores_dump",
+            "--parts",
+            "2" if args.tiny else "6",
+        ],
         check=True,
-    )  # fmt: skip
+    )
     path = RESULTS / "klt_stores_dump.json"
     found: dict[str, Any] = {r["codec"]: r for r in json.loads(path.read_text())["results"]}
     path.unlink()
@@ -75,7 +99,9 @@ def dumped(args: argparse.Namespace, names: list[str]) -> dict[str, Any]:
 def corpus_of(cache: Cache, model: str) -> Corpus:
     samples = [cache.tokens(i) for i in range(len(cache))]
     mask = cache.manifest.target.mask_token_id
-    return Corpus(samples, len(samples), load_target(model).config, tuple(cache.manifest.layers), mask)
+    return Corpus(
+        samples, len(samples), load_target(model).config, tuple(cache.manifest.layers), mask
+    )
 
 
 class Decoded:
@@ -115,7 +141,9 @@ class Decoded:
             assert np.array_equal(sample.tokens.input_ids, self.corpus.samples[i].input_ids)
         tokens = tokens_of([s.tokens for s in samples], cache.embedding_on(self.device))
         codes = {n: torch.from_numpy(x).to(self.device) for n, x in join_states(samples).items()}
-        aux, last = cache.codec.decode(codes, cache.manifest.target.hidden_size, tokens, self.aux.dtype)
+        aux, last = cache.codec.decode(
+            codes, cache.manifest.target.hidden_size, tokens, self.aux.dtype
+        )
         first, end = int(members[0]), int(members[-1]) + 1
         self.aux[self.corpus.start[first] : self.corpus.start[end]] = aux
         self.last[self.corpus.last_start[first] : self.corpus.last_start[end]] = last
@@ -131,13 +159,17 @@ def size_of(path: Path, tokens: int) -> dict[str, Any]:
 
 
 def speed(args: argparse.Namespace, trainer: Trainer, path: Path | None) -> dict[str, Any]:
-    """Milliseconds per step of the trainer's draft, from the store ``path`` through stream and feed; None: from the device's memory."""
+    """Milliseconds per step of the trainer's draft, from the store ``path`` through stream and
+    feed; None: from the device's memory.
+    """
     device, config = trainer.device, ObjectiveConfig()
     backend = "flex" if trainer.cuda else "sdpa"
 
     def train(batch: Any, weights: Denominators) -> None:
         trainer.optimizer.last_row()
-        slots = SlotInputs.gather(batch, trainer.model(batch, trainer.model.plan(batch, backend)), DECAY)
+        slots = SlotInputs.gather(
+            batch, trainer.model(batch, trainer.model.plan(batch, backend)), DECAY
+        )
         objective(slots, trainer.model.frozen_head, config, weights).loss.backward()  # type: ignore[no-untyped-call]
         trainer.optimizer.step(1e-4)
 
@@ -145,15 +177,26 @@ def speed(args: argparse.Namespace, trainer: Trainer, path: Path | None) -> dict
         assert trainer.batches is not None
         for i in range(len(trainer.batches.made)):
             batch, tokens, lasts, weights = trainer.batches[i]
-            train(trainer._placed((batch, tokens, lasts), trainer.exact.aux, trainer.exact.last), weights)
+            train(
+                trainer._placed((batch, tokens, lasts), trainer.exact.aux, trainer.exact.last),
+                weights,
+            )
             yield 0.0
 
     def streamed(cache: Cache) -> Iterator[float]:
         stream = Stream(
-            cache, trainer.corpus.train, seed=0, total_seq_len=args.seq, rows_per_step=1, block_size=args.block,
-            max_anchors=args.anchors, pad=True,
-        )  # fmt: skip
-        steps = stream.steps_from(0, workers=0 if args.tiny else THREADS, pin=trainer.cuda, endless=True)
+            cache,
+            trainer.corpus.train,
+            seed=0,
+            total_seq_len=args.seq,
+            rows_per_step=1,
+            block_size=args.block,
+            max_anchors=args.anchors,
+            pad=True,
+        )
+        steps = stream.steps_from(
+            0, workers=0 if args.tiny else THREADS, pin=trainer.cuda, endless=True
+        )
         feed = Feed(steps, lambda row: row.place(cache, device, trainer.dtype), device)
         while True:
             rows: list[Row] = feed.take()
@@ -192,7 +235,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--only", type=re.compile, default=None)
     parser.add_argument("--steps", type=int, default=1200)
     parser.add_argument("--seeds", default="0,1,2,3,4")
-    parser.add_argument("--codecs", default="exact,klt-1-1,klt-0.8-1,klt-0.7-1,rotated-4-4,rotated-2-4")
+    parser.add_argument(
+        "--codecs", default="exact,klt-1-1,klt-0.8-1,klt-0.7-1,rotated-4-4,rotated-2-4"
+    )
     parser.add_argument("--speed-steps", type=int, default=0)
     parser.add_argument("--seconds", type=float, default=560.0)
     parser.add_argument("--tiny", action="store_true", help="a dry run on a CPU")
@@ -229,7 +274,9 @@ def main() -> None:
     before = args.before or args.out / "klt_stores.json"
     found: dict[str, Any] = json.loads(before.read_text())["results"] if before.exists() else {}
     names = args.codecs.split(",")
-    found["dump"] = found.get("dump", {}) | dumped(args, ["exact", *(n for n in names if n != "exact")])
+    found["dump"] = found.get("dump", {}) | dumped(
+        args, ["exact", *(n for n in names if n != "exact")]
+    )
     say("dumped")
     cache = dspark.cache.open(store(args, "exact"))
     corpus = corpus_of(cache, args.model)
@@ -244,7 +291,8 @@ def main() -> None:
     sizes = {n: size_of(store(args, n), corpus.tokens) for n in names}
     sizes["exact"] = {"bytes_per_token": 0.0, "calibration_bytes": 0}
     config = {
-        k: getattr(v, "pattern", v if isinstance(v, int | float) else str(v)) for k, v in vars(args).items()
+        k: getattr(v, "pattern", v if isinstance(v, int | float) else str(v))
+        for k, v in vars(args).items()
     }
     for private in ("model", "data", "out", "stores", "before"):
         del config[private]
@@ -266,7 +314,14 @@ def main() -> None:
             states = exact if name == "exact" else decoded.use(name)
             run = {"codec": name, "seed": seed, "tokens": corpus.tokens, **sizes[name]}
             runs.append(run | trainer.run(seed, states.aux, states.last))
-            say(name, "seed", seed, "tau", round(runs[-1]["tau"], 4), f"{runs[-1]['train_seconds']:.1f} s")
+            say(
+                name,
+                "seed",
+                seed,
+                "tau",
+                round(runs[-1]["tau"], 4),
+                f"{runs[-1]['train_seconds']:.1f} s",
+            )
             longest = time.monotonic() - began if len(runs) > 1 else 0.0
             keep()
     if args.speed_steps:
@@ -276,7 +331,13 @@ def main() -> None:
         for name in ["memory", *names, *reversed(names), "memory"]:
             speeds = found.setdefault("speed", {}).setdefault(name, [])
             speeds.append(speed(args, trainer, None if name == "memory" else store(args, name)))
-            say("speed", name, json.dumps(speeds[-1]), "median ms", round(again(s["ms"] for s in speeds), 1))
+            say(
+                "speed",
+                name,
+                json.dumps(speeds[-1]),
+                "median ms",
+                round(again(s["ms"] for s in speeds), 1),
+            )
             keep()
     keep()
     for row in found["table"]:

@@ -1,8 +1,11 @@
-"""What a store of many parts costs before its first sample: ``open``, ``info`` and the plan of a training's first epoch, locally and from an S3 server on loopback.
+"""What a store of many parts costs before its first sample: ``open``, ``info`` and the plan of a
+training's first epoch, locally and from an S3 server on loopback.
 
-    python bench/large_store.py [--parts 10000] [--samples 1000000] [--out bench/results/large_store.json]
+    python bench/large_store.py [--parts 10000] [--samples 1000000]
+        [--out bench/results/large_store.json]
 
-Manifest, index and the target's files are real; the parts' folders are empty, for none of these commands looks into them.
+Manifest, index and the target's files are real; the parts' folders are empty, for none of these
+commands looks into them.
 """
 
 from __future__ import annotations
@@ -75,7 +78,11 @@ def make(path: Path, parts: int, samples: int) -> None:
     about = {
         "part_crc32c": rng.integers(0, 2**32, parts).tolist(),
         "array_crc32c": index_sums(index),
-        "bytes": {"aux_code": counts.tokens * 96, "last_code": counts.last_rows * 32, "": parts * 20000},
+        "bytes": {
+            "aux_code": counts.tokens * 96,
+            "last_code": counts.last_rows * 32,
+            "": parts * 20000,
+        },
     }
     write_attributes(path / INDEX, INDEX_KEY, sealed(about))
     write_attributes(path, ROOT_KEY, sealed(m.to_json()))

@@ -1,28 +1,38 @@
-"""What the draft should learn from: paired trainings in one process, with one compilation, as many as fit into a time.
+"""What the draft should learn from: paired trainings in one process, with one compilation, as many
+as fit into a time.
 
-    python bench/learn.py --store 4-4.zarr [--budget 560] [--steps 1200] [--seeds 0,1,2] [--variants base,visits,tau] [--also 'NAME=lr=3e-3 block=visits']
+    python bench/learn.py --store 4-4.zarr [--budget 560] [--steps 1200] [--seeds 0,1,2]
+        [--variants base,visits,tau] [--also 'NAME=lr=3e-3 block=visits']
         [--equal-time] [--keep DIR] [--train "..."]
 
-The rows of the first epoch are read once and lie in the device's memory as codes; a variant starts from the same weights as the others of its
-seed and takes the same rows with the same anchors in the same order. Each is judged at every anchor of the held-out rows: tau, and the walk
-(``train/objective/walk.py``), which is what decoding reaches. Results are written after every variant; a later call with the same ``--name`` goes
-on with those that are missing. A variant that would not end within ``--budget`` seconds is not begun.
+The rows of the first epoch are read once and lie in the device's memory as codes; a variant starts
+from the same weights as the others of its seed and takes the same rows with the same anchors in the
+same order. Each is judged at every anchor of the held-out rows: tau, and the walk
+(``train/objective/walk.py``), which is what decoding reaches. Results are written after every
+variant; a later call with the same ``--name`` goes on with those that are missing. A variant that
+would not end within ``--budget`` seconds is not begun.
 
-``--equal-time`` gives each variant the steps that it can take in the time of ``base``, by 20 steps of each measured before.
+``--equal-time`` gives each variant the steps that it can take in the time of ``base``, by 20 steps
+of each measured before.
 
 A variant is KEY=VALUE pairs:
 
 lr, schedule     of the optimizer
 ce, l1           weights of the terms
-block            weights of whole blocks, from the acceptance of the draft as it is now: visits (probability that decoding begins one there),
-                 failure (that the token before it was refused); from the target alone: surprise (of the anchor's token), entropy (of its place)
+block weights of whole blocks, from the acceptance of the draft as it is now: visits (probability
+that decoding begins one there),
+                 failure (that the token before it was refused); from the target alone: surprise (of
+                 the anchor's token), entropy (of its place)
 mix              share of these weights, the rest is uniform  [1]
-slot             weights of slots: decay (exp(-k/decay)), product (of the acceptances before it), tau (d tau / d alpha), inverse (decay / alpha: the
+slot weights of slots: decay (exp(-k/decay)), product (of the acceptances before it), tau (d tau / d
+alpha), inverse (decay / alpha: the
                  gradient of -log alpha)
-alpha            where acceptances come from: exact (the objective's values, computed once more) or confidence (the confidence head)  [exact]
-own              share of the steps in which the Markov head sees the draft's own argmax instead of the text
+alpha where acceptances come from: exact (the objective's values, computed once more) or confidence
+(the confidence head) [exact] own share of the steps in which the Markov head sees the draft's own
+argmax instead of the text
 
-Writes bench/results/NAME.json: rows with name, seed, tau, walk (greedy, free-running), walk_sampled, walk_forced, steps, step_ms, seconds.
+Writes bench/results/NAME.json: rows with name, seed, tau, walk (greedy, free-running),
+walk_sampled, walk_forced, steps, step_ms, seconds.
 """
 
 from __future__ import annotations
@@ -118,7 +128,9 @@ class Variant:
         for pair in text.split():
             key, _, value = pair.partition("=")
             if key not in kinds or key == "name":
-                raise SystemExit(f"{name}: {key} is not one of {', '.join(k for k in kinds if k != 'name')}")
+                raise SystemExit(
+                    f"{name}: {key} is not one of {', '.join(k for k in kinds if k != 'name')}"
+                )
             given[key] = float(value) if kinds[key] == "float" else value
         return cls(name, **given)
 
@@ -151,9 +163,11 @@ class Held:
 
 
 def visits_on(alpha: Tensor, batch: Batch) -> Tensor:
-    """s [A] of the anchors, from ``alpha`` [A, B], on the device. Eligible positions that are no anchors stop as the mean block does.
+    """s [A] of the anchors, from ``alpha`` [A, B], on the device. Eligible positions that are no
+    anchors stop as the mean block does.
 
-    ``walk.visits`` is the reference. As a triangular system over the M eligible positions: s = first + (transitions)^T s.
+    ``walk.visits`` is the reference. As a triangular system over the M eligible positions: s =
+    first + (transitions)^T s.
     """
     size, length, count = alpha.shape[1], batch.input_ids.shape[0], batch.last.shape[0]
     valid = batch.anchor_valid.to(alpha.dtype)[:, None]
@@ -171,18 +185,23 @@ def visits_on(alpha: Tensor, batch: Batch) -> Tensor:
         0, torch.where(can, row, count), torch.arange(length, device=row.device)
     )[:count]
     to = place[:, None] + torch.arange(size + 1, device=row.device) + 1
-    # The end of a run may be the beginning of another document's; and beyond the row there is nothing.
+    # The end of a run may be the beginning of another document's; and beyond the row there is
+    # nothing.
     to_row = torch.cat([row, row.new_full((size + 1,), -1)])[to]
     to_row = torch.where((to_row >= 0) & (run[to] == run[place][:, None]), to_row, count)
     system = torch.zeros(count + 1, count + 1, dtype=alpha.dtype, device=alpha.device)
     system[to_row, torch.arange(count, device=row.device)[:, None]] = -table
     begins = first[place].to(alpha.dtype)[:, None]
-    s = torch.linalg.solve_triangular(system[:count, :count], begins, upper=False, unitriangular=True)
+    s = torch.linalg.solve_triangular(
+        system[:count, :count], begins, upper=False, unitriangular=True
+    )
     return torch.cat([s[:, 0], s.new_zeros(1)])[at]
 
 
 def after_failure(alpha: Tensor, batch: Batch) -> Tensor:
-    """[A]: mean of 1 - alpha over the slots that predict the anchor's own token; the mean of all where none does."""
+    """[A]: mean of 1 - alpha over the slots that predict the anchor's own token; the mean of all
+    where none does.
+    """
     length = batch.input_ids.shape[0]
     counted = batch.counted.to(alpha.dtype).flatten()
     label = batch.label_index.flatten()
@@ -193,10 +212,16 @@ def after_failure(alpha: Tensor, batch: Batch) -> Tensor:
 
 
 def of_target(kind: str, batch: Batch, head: Any) -> Tensor:
-    """[A]: surprise of the anchor's token, or entropy of the target's distribution there; the mean where it is not stored."""
+    """[A]: surprise of the anchor's token, or entropy of the target's distribution there; the mean
+    where it is not stored.
+    """
     at = batch.last_index[(batch.anchors - 1).clamp(min=0)]
     known = (at >= 0) & (batch.anchors > 0) & batch.anchor_valid
-    logs = head.target_logits(batch.last[at.clamp(min=0)].to(head.lm_head.dtype)).float().log_softmax(-1)
+    logs = (
+        head.target_logits(batch.last[at.clamp(min=0)].to(head.lm_head.dtype))
+        .float()
+        .log_softmax(-1)
+    )
     if kind == "surprise":
         value = -logs.gather(1, batch.input_ids[batch.anchors][:, None])[:, 0]
     else:
@@ -237,7 +262,9 @@ def weights_of(
     elif v.slot != "decay" or v.block in ("visits", "failure"):
         values = objective(slots, head, run.objective, unit)
         alpha = batch.in_blocks(values.accept.float())
-    factors = slot_factors(v.slot, alpha, slot_weights(batch.block_size, run.config.decay, alpha.device))
+    factors = slot_factors(
+        v.slot, alpha, slot_weights(batch.block_size, run.config.decay, alpha.device)
+    )
     if v.block != "none":
         blocks = (
             visits_on(alpha, batch)
@@ -254,7 +281,9 @@ def weights_of(
 
 
 def on_own_tokens(run: Run, batch: Batch, states: SlotStates) -> SlotStates:
-    """The heads once more, on the draft's own argmax at the slot before instead of the text's token."""
+    """The heads once more, on the draft's own argmax at the slot before instead of the text's
+    token.
+    """
     model, h, z = run.model, states.h, states.z
     with torch.no_grad():
         picks = []
@@ -280,7 +309,9 @@ class Lab:
         limit = run.config.val_rows
         self.held_out = [Held.of(row, run) for row in self._read(VALIDATION_EPOCH, limit)]
         blank = run.optimizer.snapshot()
-        self.moments = {k: {n: torch.zeros_like(t) for n, t in m.items()} for k, m in blank.moments.items()}
+        self.moments = {
+            k: {n: torch.zeros_like(t) for n, t in m.items()} for k, m in blank.moments.items()
+        }
 
     def _read(self, epoch: int, count: int) -> Iterator[Row]:
         stream = self.run.stream if epoch >= 0 else self.run.validation
@@ -325,7 +356,9 @@ class Lab:
             held = self.rows[order[i % len(order)]]
             self.learn(v, held, objective_config, own=chance[i] < v.own)
             run.optimizer.step(
-                learning_rate(i, total, v.lr, run.config.warmup_ratio, run.config.min_lr_ratio, v.schedule)
+                learning_rate(
+                    i, total, v.lr, run.config.warmup_ratio, run.config.min_lr_ratio, v.schedule
+                )
             )
         self.sync()
         return time.perf_counter() - started
@@ -352,16 +385,22 @@ class Lab:
             every, some = np.flatnonzero(rules.eligible(mask, doc)), run.config.max_anchors or 512
             found = []
             for at in range(0, every.size, some):
-                part = batch.with_anchors(held.host, every[at : at + some], some if run.stream.pad else 0)
+                part = batch.with_anchors(
+                    held.host, every[at : at + some], some if run.stream.pad else 0
+                )
                 told = judged(run.model, part, run.config.decay, run.compute.backend)
                 metrics.add(part, *told[1:])
                 found.append(_alphas(run.model, part, *told))
             walk.add(torch.cat(found, 1), torch.from_numpy(every))
         score, walks = metrics.result(), walk.result()
         return {
-            "tau": score["mean_accepted_length"], "walk": walks["walk_greedy"], "walk_sampled": walks["walk"],
-            "walk_forced": walks["walk_greedy_forced"], "accept_rate": score["accept_rate"], "confidence_ece": score["confidence_ece"],
-        }  # fmt: skip
+            "tau": score["mean_accepted_length"],
+            "walk": walks["walk_greedy"],
+            "walk_sampled": walks["walk"],
+            "walk_forced": walks["walk_greedy_forced"],
+            "accept_rate": score["accept_rate"],
+            "confidence_ece": score["confidence_ece"],
+        }
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -369,7 +408,8 @@ def table(rows: list[dict[str, Any]]) -> str:
     names = list(dict.fromkeys(row["name"] for row in rows))
     base = {row["seed"]: row for row in rows if row["name"] == "base"}
     lines = [
-        f"{'variant':24} {'seeds':>5} {'tau':>6} {'walk':>6} {'T=1':>6} {'step ms':>8} {'steps':>6}  walk against base, by seed"
+        f"{'variant':24} {'seeds':>5} {'tau':>6} {'walk':>6} {'T=1':>6} {'step ms':>8} "
+        f"{'steps':>6}  walk against base, by seed"
     ]
     for name in sorted(names, key=lambda n: -np.mean([r["walk"] for r in rows if r["name"] == n])):
         own = [row for row in rows if row["name"] == name]
@@ -377,9 +417,14 @@ def table(rows: list[dict[str, Any]]) -> str:
             k: float(np.mean([r[k] for r in own]))
             for k in ("tau", "walk", "walk_sampled", "step_ms", "steps")
         }
-        paired = [f"{100 * (r['walk'] / base[r['seed']]['walk'] - 1):+.1f}" for r in own if r["seed"] in base]
+        paired = [
+            f"{100 * (r['walk'] / base[r['seed']]['walk'] - 1):+.1f}"
+            for r in own
+            if r["seed"] in base
+        ]
         lines.append(
-            f"{name:24} {len(own):5} {mean['tau']:6.3f} {mean['walk']:6.3f} {mean['walk_sampled']:6.3f} {mean['step_ms']:8.1f} "
+            f"{name:24} {len(own):5} {mean['tau']:6.3f} {mean['walk']:6.3f} "
+            f"{mean['walk_sampled']:6.3f} {mean['step_ms']:8.1f} "
             f"{mean['steps']:6.0f}  {' '.join(paired)} %"
         )
     return "\n".join(lines)
@@ -398,7 +443,10 @@ def experiment(args: argparse.Namespace, say: Callable[[str], None]) -> list[dic
     rows: list[dict[str, Any]] = json.loads(path.read_text())["results"] if path.exists() else []
     done = {(row["name"], row["seed"]) for row in rows}
     jobs = [
-        (v, int(seed)) for seed in args.seeds.split(",") for v in chosen if (v.name, int(seed)) not in done
+        (v, int(seed))
+        for seed in args.seeds.split(",")
+        for v in chosen
+        if (v.name, int(seed)) not in done
     ]
     if not jobs:
         return rows
@@ -420,7 +468,9 @@ def experiment(args: argparse.Namespace, say: Callable[[str], None]) -> list[dic
         if args.equal_time:
             lab.reset(seed)
             lab.train(v, seed, 3, args.steps)
-            steps = max(1, round(args.steps * usual / (lab.train(v, seed, PROBE, args.steps) / PROBE)))
+            steps = max(
+                1, round(args.steps * usual / (lab.train(v, seed, PROBE, args.steps) / PROBE))
+            )
         lab.reset(seed)
         seconds = lab.train(v, seed, steps, steps)
         row = {
@@ -438,7 +488,8 @@ def experiment(args: argparse.Namespace, say: Callable[[str], None]) -> list[dic
             (folder / TRAINING).write_text(json.dumps(run.config.to_json(), indent=1) + "\n")
         longest = max(longest, time.perf_counter() - begun)
         say(
-            f"{v.name} seed {seed}: tau {row['tau']:.3f} walk {row['walk']:.3f} T=1 {row['walk_sampled']:.3f} {seconds:.0f} s"
+            f"{v.name} seed {seed}: tau {row['tau']:.3f} walk {row['walk']:.3f} T=1 "
+            f"{row['walk_sampled']:.3f} {seconds:.0f} s"
         )
         write(
             args.name,
@@ -465,7 +516,9 @@ def main() -> None:
     parser.add_argument("--also", action="append", default=[], metavar="NAME=SETTINGS")
     parser.add_argument("--list", action="store_true", help="print the variants and stop")
     parser.add_argument("--equal-time", action="store_true")
-    parser.add_argument("--keep", type=Path, help="folder for the drafts, which score and eval read")
+    parser.add_argument(
+        "--keep", type=Path, help="folder for the drafts, which score and eval read"
+    )
     parser.add_argument("--train", default=FLAGS, help=f"flags of dspark-train [{FLAGS}]")
     parser.add_argument("--name", default="learn")
     parser.add_argument("--results", type=Path, default=RESULTS)

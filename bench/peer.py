@@ -1,16 +1,22 @@
-"""DeepSpec's own model, loss and optimizer, trained on the rows, anchors and schedule that ``dspark-train`` with the same flags would take.
+"""DeepSpec's own model, loss and optimizer, trained on the rows, anchors and schedule that
+``dspark-train`` with the same flags would take.
 
-python bench/peer.py --deepspec DIR_OF_A_CHECKOUT --store hs.zarr --output DRAFT [--train "--num-layers 3 --max-steps 1500"] [--eager]
+python bench/peer.py --deepspec DIR_OF_A_CHECKOUT --store hs.zarr --output DRAFT [--train
+"--num-layers 3 --max-steps 1500"] [--eager]
 
-Writes a draft folder that ``dspark-tools score`` reads, and prints one JSON object. Nothing of DeepSpec is needed otherwise.
+Writes a draft folder that ``dspark-tools score`` reads, and prints one JSON object. Nothing of
+DeepSpec is needed otherwise.
 
-Its own: the network and how it is initialised, the loss, AdamW on float32 masters with torch's betas (0.9, 0.999), the warm-up of
-``int(ratio * steps)``, the gradients' bfloat16, torch.compile with dynamic shapes. Ours: which samples share a row, which anchors are
-drawn, learning rate, steps, clipping norm, loss weights. Three things are done to it:
+Its own: the network and how it is initialised, the loss, AdamW on float32 masters with torch's
+betas (0.9, 0.999), the warm-up of ``int(ratio * steps)``, the gradients' bfloat16, torch.compile
+with dynamic shapes. Ours: which samples share a row, which anchors are drawn, learning rate, steps,
+clipping norm, loss weights. Three things are done to it:
 
-- It knows one document per sequence. Its mask is narrowed to the block's document, so that a packed row passes as one sequence; its
-  positions then count along the row, which RoPE does not see. The slots it counts are compared with ours at the first step.
-- ``model.to(bfloat16)`` rounds its RoPE frequencies, which servers and ``score`` keep exact. They are put back, in its favour.
+- It knows one document per sequence. Its mask is narrowed to the block's document, so that a packed
+  row passes as one sequence; its positions then count along the row, which RoPE does not see. The
+  slots it counts are compared with ours at the first step.
+- ``model.to(bfloat16)`` rounds its RoPE frequencies, which servers and ``score`` keep exact. They
+  are put back, in its favour.
 - Its running metrics, which only its logger reads, are left out.
 """
 
@@ -43,8 +49,10 @@ from dspark.train.run.setup import Run, prepare
 
 @dataclass(slots=True)
 class Given:
-    """What the peer is told of a row instead of drawing or assuming it: ``anchors`` [1, A], ``keep`` [1, A], and the first position of
-    each block's document, ``start`` [A]; None: the row is one document."""
+    """What the peer is told of a row instead of drawing or assuming it: ``anchors`` [1, A],
+    ``keep`` [1, A], and the first position of each block's document, ``start`` [A]; None: the row
+    is one document.
+    """
 
     anchors: Tensor
     keep: Tensor
@@ -61,7 +69,9 @@ class Peer:
 
     @classmethod
     def build(cls, checkout: Path, model: DraftModel, anchors: int, device: torch.device) -> Peer:
-        """Its network for the config of ``model``, initialised its own way, on the target's frozen matrices, in float32."""
+        """Its network for the config of ``model``, initialised its own way, on the target's frozen
+        matrices, in float32.
+        """
         sys.path.insert(0, str(checkout))
         import torch.distributed as dist
         from deepspec.modeling.dspark import common
@@ -104,7 +114,9 @@ def _dense(mask_mod: Any, B: int, H: Any, Q_LEN: int, KV_LEN: int, device: Any) 
 
 
 def quiet() -> None:
-    """Leave out the metrics that its logger would read: they pile up, and a compiler stops at each."""
+    """Leave out the metrics that its logger would read: they pile up, and a compiler stops at
+    each.
+    """
     from deepspec.modeling.dspark import loss
     from deepspec.modeling.dspark.qwen3 import modeling
 
@@ -119,7 +131,9 @@ def given_of(batch: Batch) -> Given:
 
 
 def inputs(batch: Batch) -> dict[str, Tensor]:
-    """What its forward takes, of one packed row. Its cache stores the last state of every token; ours those that count."""
+    """What its forward takes, of one packed row. Its cache stores the last state of every token;
+    ours those that count.
+    """
     return {
         "input_ids": batch.input_ids[None],
         "target_hidden_states": batch.aux.flatten(1)[None],
@@ -141,9 +155,15 @@ def train(run: Run, checkout: Path, output: Path, eager: bool) -> dict[str, Any]
 
     total = Schedule.of(run).total
     optimizer = BF16Optimizer(
-        peer.net, lr=settings.lr, total_steps=total, warmup_ratio=settings.warmup_ratio, weight_decay=settings.weight_decay
-    )  # fmt: skip
-    forward = torch.compile(peer.net, dynamic=True) if run.compute.compiled and not eager else peer.net
+        peer.net,
+        lr=settings.lr,
+        total_steps=total,
+        warmup_ratio=settings.warmup_ratio,
+        weight_decay=settings.weight_decay,
+    )
+    forward = (
+        torch.compile(peer.net, dynamic=True) if run.compute.compiled and not eager else peer.net
+    )
     objective = ObjectiveConfig.from_json(settings.loss_fn)
     feed = Feed(rows_of(run), lambda row: row.place(run.cache, device, run.compute.dtype), device)
     report = RunLog(output, 0, tensorboard=False)
@@ -156,11 +176,16 @@ def train(run: Run, checkout: Path, output: Path, eager: bool) -> dict[str, Any]
             peer.given = given_of(batch)
             outputs = forward(**inputs(batch))
             if number == 1 and not torch.equal(outputs.eval_mask[0], batch.counted):
-                raise SystemExit("the peer counts other slots of this row than we do: no fair comparison")
+                raise SystemExit(
+                    "the peer counts other slots of this row than we do: no fair comparison"
+                )
             part = peer.loss(
-                outputs=outputs, loss_decay_gamma=settings.decay, ce_loss_alpha=objective.ce, l1_loss_alpha=objective.l1,
+                outputs=outputs,
+                loss_decay_gamma=settings.decay,
+                ce_loss_alpha=objective.ce,
+                l1_loss_alpha=objective.l1,
                 confidence_head_alpha=settings.confidence_head_alpha,
-            ) / len(rows)  # fmt: skip
+            ) / len(rows)
             part.backward()
             loss += part.detach()
         norm = torch.nn.utils.clip_grad_norm_(peer.net.parameters(), settings.grad_clip)
@@ -173,9 +198,13 @@ def train(run: Run, checkout: Path, output: Path, eager: bool) -> dict[str, Any]
         if number % settings.log_every == 0 or number == total:
             seconds, steps = time.perf_counter() - since, (number - 1) % settings.log_every + 1
             out = {
-                "step": number, "loss": loss.item(), "grad_norm": norm.item(), "lr": lr, "tokens_per_second": tokens / seconds,
+                "step": number,
+                "loss": loss.item(),
+                "grad_norm": norm.item(),
+                "lr": lr,
+                "tokens_per_second": tokens / seconds,
                 "step_ms": 1e3 * seconds / steps,
-            }  # fmt: skip
+            }
             report.row(out)
             print(f"peer {number}/{total} loss {out['loss']:.3f}", file=sys.stderr)
             since, tokens = time.perf_counter(), 0

@@ -1,18 +1,22 @@
-"""EAGLE-3's loss and gradients, ours against DeepSpec's own, on the same weights, tokens and states.
+"""EAGLE-3's loss and gradients, ours against DeepSpec's own, on the same weights, tokens and
+states.
 
-python bench/peer_eagle3.py --deepspec DIR_OF_A_CHECKOUT [--lengths 40,23] [--steps 7] [--device cpu|cuda]
+python bench/peer_eagle3.py --deepspec DIR_OF_A_CHECKOUT [--lengths 40,23] [--steps 7] [--device
+cpu|cuda]
 
-Prints one JSON object; exit code 1 where a difference exceeds 1e-6. Its loss is a soft cross-entropy, ours a
-divergence: the two differ by the targets' entropy, which has no gradient and is added to ours here. Its sums
-are divided by the length of a document; that is undone. What is done to it:
+Prints one JSON object; exit code 1 where a difference exceeds 1e-6. Its loss is a soft
+cross-entropy, ours a divergence: the two differ by the targets' entropy, which has no gradient and
+is added to ours here. Its sums are divided by the length of a document; that is undone. What is
+done to it:
 
-- It norms queries and keys of a head (Qwen3); the drafts that vLLM serves as EAGLE-3 (Llama) do not. The two
-  norms are replaced by nothing.
-- It is told which positions count: ours need a next token to be held to, which its last one lacks. Its blocks
-  also begin before the supervised part and count where they reach it, ours do not: documents here are supervised
-  from their second token on, so that both count the same slots, which is checked.
-- On a CPU its attention and its fused loss have no backward pass or do not run; both are replaced by the plain
-  formulas that they state. With ``--device cuda`` they are its own.
+- It norms queries and keys of a head (Qwen3); the drafts that vLLM serves as EAGLE-3 (Llama) do
+  not. The two norms are replaced by nothing.
+- It is told which positions count: ours need a next token to be held to, which its last one lacks.
+  Its blocks also begin before the supervised part and count where they reach it, ours do not:
+  documents here are supervised from their second token on, so that both count the same slots, which
+  is checked.
+- On a CPU its attention and its fused loss have no backward pass or do not run; both are replaced
+  by the plain formulas that they state. With ``--device cuda`` they are its own.
 """
 
 from __future__ import annotations
@@ -46,14 +50,28 @@ def ours(steps: int, device: str) -> Eagle3Model:
     """A draft with random weights of a size at which every part matters."""
     torch.manual_seed(0)
     target = {
-        "hidden_size": WIDTH, "intermediate_size": 160, "num_hidden_layers": 8, "num_attention_heads": 4, "num_key_value_heads": 2,
-        "head_dim": 16, "vocab_size": VOCAB, "rms_norm_eps": 1e-6, "rope_theta": 1e4,
-    }  # fmt: skip
+        "hidden_size": WIDTH,
+        "intermediate_size": 160,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "vocab_size": VOCAB,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 1e4,
+    }
     config = DraftConfig.sized_for(
-        target, target_layer_ids=LAYERS, mask_token_id=0, speculator_type="eagle3", num_layers=1, block_size=steps
-    )  # fmt: skip
+        target,
+        target_layer_ids=LAYERS,
+        mask_token_id=0,
+        speculator_type="eagle3",
+        num_layers=1,
+        block_size=steps,
+    )
     embed, head = torch.randn(VOCAB, WIDTH), torch.randn(VOCAB, WIDTH) * 0.3
-    model = drafter("eagle3").network(config, FrozenTarget(embed, torch.ones(WIDTH), head, False), None)
+    model = drafter("eagle3").network(
+        config, FrozenTarget(embed, torch.ones(WIDTH), head, False), None
+    )
     assert isinstance(model, Eagle3Model)
     with torch.no_grad():
         for _, parameter in model.trained():
@@ -66,22 +84,30 @@ def ours(steps: int, device: str) -> Eagle3Model:
 
 
 def packed(lengths: list[int], steps: int) -> Batch:
-    """Documents of ``lengths`` tokens in one row, all but the first token of each supervised, every eligible anchor taken."""
+    """Documents of ``lengths`` tokens in one row, all but the first token of each supervised, every
+    eligible anchor taken.
+    """
     total = sum(lengths)
     doc = np.repeat(np.arange(len(lengths), dtype=np.int32), lengths)
     mask = np.concatenate([np.arange(n) > 0 for n in lengths])
     eligible = rules.eligible(mask, doc)
     g = torch.Generator().manual_seed(1)
     return Batch.build(
-        input_ids=torch.randint(0, VOCAB, (total,), generator=g).numpy(), loss_mask=mask, doc=doc,
-        aux=torch.randn(total, len(LAYERS), WIDTH, generator=g), last=torch.randn(int(eligible.sum()), WIDTH, generator=g),
-        anchors=np.flatnonzero(eligible), block_size=steps,
-    )  # fmt: skip
+        input_ids=torch.randint(0, VOCAB, (total,), generator=g).numpy(),
+        loss_mask=mask,
+        doc=doc,
+        aux=torch.randn(total, len(LAYERS), WIDTH, generator=g),
+        last=torch.randn(int(eligible.sum()), WIDTH, generator=g),
+        anchors=np.flatnonzero(eligible),
+        block_size=steps,
+    )
 
 
 def our_loss(model: Eagle3Model, batch: Batch) -> Tensor:
     """Sum over slots of 0.8^step times the soft cross-entropy."""
-    config = ObjectiveConfig(ce=0.0, l1=0.0, confidence=0.0, kl=1.0, decay=float(-1 / np.log(STEP_DECAY)))
+    config = ObjectiveConfig(
+        ce=0.0, l1=0.0, confidence=0.0, kl=1.0, decay=float(-1 / np.log(STEP_DECAY))
+    )
     slots = SlotInputs.gather(batch, model(batch, model.plan(batch)), config.decay)
     loss = objective(slots, model.frozen_head, config, Denominators(1.0, 1.0, 1.0)).loss
     assert slots.target_at is not None
@@ -133,8 +159,11 @@ def _dense(mask_mod: Any, B: int, H: Any, Q_LEN: int, KV_LEN: int, device: Any) 
     return seen
 
 
-def _attention(*, query: Tensor, key: Tensor, value: Tensor, block_mask: Tensor, enable_gqa: bool) -> Tensor:
-    seen = block_mask | ~block_mask.any(-1, keepdim=True)  # a query that sees nothing counts nowhere
+def _attention(
+    *, query: Tensor, key: Tensor, value: Tensor, block_mask: Tensor, enable_gqa: bool
+) -> Tensor:
+    # a query that sees nothing counts nowhere
+    seen = block_mask | ~block_mask.any(-1, keepdim=True)
     return F.scaled_dot_product_attention(query, key, value, seen, enable_gqa=enable_gqa)
 
 
@@ -156,19 +185,30 @@ def peer_loss(net: Any, loss: Callable[..., Tensor], batch: Batch, steps: int) -
         mask = slot0[at].float()
         count += sum(int(mask[k:].sum()) for k in range(steps))
         total = total + len(at) * loss(
-            model=net, ttt_length=steps, step_loss_decay=STEP_DECAY,
+            model=net,
+            ttt_length=steps,
+            step_loss_decay=STEP_DECAY,
             batch={
-                "input_ids": batch.input_ids[at][None], "attention_mask": torch.ones_like(at)[None], "loss_mask": mask[None],
-                "target_hidden_states": batch.aux[at].flatten(1)[None], "target_last_hidden_states": last[None],
+                "input_ids": batch.input_ids[at][None],
+                "attention_mask": torch.ones_like(at)[None],
+                "loss_mask": mask[None],
+                "target_hidden_states": batch.aux[at].flatten(1)[None],
+                "target_last_hidden_states": last[None],
             },
-        )  # fmt: skip
+        )
     if count != int(batch.counted.sum()):
-        raise SystemExit(f"the peer counts {count} slots, we {int(batch.counted.sum())}: no fair comparison")
+        raise SystemExit(
+            f"the peer counts {count} slots, we {int(batch.counted.sum())}: no fair comparison"
+        )
     return total
 
 
-def differences(model: Eagle3Model, net: Any, batch: Batch, loss: Callable[..., Tensor]) -> dict[str, Any]:
-    """Relative differences: of the loss, and of each gradient against its tensor's largest value."""
+def differences(
+    model: Eagle3Model, net: Any, batch: Batch, loss: Callable[..., Tensor]
+) -> dict[str, Any]:
+    """Relative differences: of the loss, and of each gradient against its tensor's largest
+    value.
+    """
     mine, theirs = our_loss(model, batch), peer_loss(net, loss, batch, model.config.block_size)
     mine.backward()
     theirs.backward()
@@ -200,7 +240,11 @@ def main() -> None:
     batch = packed(lengths, args.steps).to(args.device)
     found = differences(model, net, batch, loss)
     holds = max(found["loss_difference"], found["largest_gradient_difference"]) <= LIMIT
-    print(json.dumps({"holds": holds, "limit": LIMIT, "steps": args.steps, "lengths": lengths, **found}))
+    print(
+        json.dumps(
+            {"holds": holds, "limit": LIMIT, "steps": args.steps, "lengths": lengths, **found}
+        )
+    )
     raise SystemExit(not holds)
 
 

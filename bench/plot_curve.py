@@ -1,4 +1,6 @@
-"""Draw the learning curve of a run: ``python bench/plot_curve.py metrics.jsonl out.svg [title]``. Needs matplotlib (``dspark[plots]``)."""
+"""Draw the learning curve of a run: ``python bench/plot_curve.py metrics.jsonl out.svg [title]``.
+Needs matplotlib (``dspark[plots]``).
+"""
 
 from __future__ import annotations
 
@@ -16,9 +18,17 @@ def main(metrics: Path, out: Path, title: str) -> None:
     rows = [json.loads(line) for line in metrics.read_text().splitlines()]
     fig, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6))
     for held_out, style, label in ((False, "-", "training rows"), (True, "o-", "held-out prompts")):
-        some = [r for r in rows if bool(r.get("validation")) == held_out and r.get("mean_accepted_length")]
+        some = [
+            r
+            for r in rows
+            if bool(r.get("validation")) == held_out and r.get("mean_accepted_length")
+        ]
         left.plot(
-            [r["step"] for r in some], [r["mean_accepted_length"] for r in some], style, lw=1, label=label
+            [r["step"] for r in some],
+            [r["mean_accepted_length"] for r in some],
+            style,
+            lw=1,
+            label=label,
         )
     left.set(xlabel="optimizer step", ylabel="mean accepted length (tau)", title=title)
     left.grid(alpha=0.3)

@@ -1,17 +1,22 @@
-"""What raises a draft's tau: named variants of one training, and DeepSpec's own trainer on the same rows, several at a time.
+"""What raises a draft's tau: named variants of one training, and DeepSpec's own trainer on the same
+rows, several at a time.
 
-    python bench/quality.py --store 4-4.zarr --work DIR [--variants baseline,muon-2e-3,decay-7] [--seeds 0,1] [--gpus 4] [--per-gpu 2]
+    python bench/quality.py --store 4-4.zarr --work DIR [--variants baseline,muon-2e-3,decay-7]
+        [--seeds 0,1] [--gpus 4] [--per-gpu 2]
         [--train "..."] [--peer DIR_OF_A_DEEPSPEC_CHECKOUT] [--seconds 60] [--append]
 
-A variant is a set of flags of dspark-train on top of ``--train``; ``--list`` names them, ``--also 'NAME=FLAGS'`` adds one. Every variant of a
-seed sees the same order of samples and, with as many anchors, the same anchors; all are scored by ``dspark-tools score`` on all anchors
-of the held-out prompts. The variant ``peer`` (run if ``--peer`` is given) is bench/peer.py.
+A variant is a set of flags of dspark-train on top of ``--train``; ``--list`` names them, ``--also
+'NAME=FLAGS'`` adds one. Every variant of a seed sees the same order of samples and, with as many
+anchors, the same anchors; all are scored by ``dspark-tools score`` on all anchors of the held-out
+prompts. The variant ``peer`` (run if ``--peer`` is given) is bench/peer.py.
 
-Steps are equal by default. ``--seconds N`` makes time equal instead: each variant takes the steps that fit into N seconds at the step
-time that the results already there say it had, so run it with ``--append`` after a run of equal steps; those rows get the suffix ``@Ns``.
+Steps are equal by default. ``--seconds N`` makes time equal instead: each variant takes the steps
+that fit into N seconds at the step time that the results already there say it had, so run it with
+``--append`` after a run of equal steps; those rows get the suffix ``@Ns``.
 
-Writes bench/results/quality.json after every draft, so that a run cut short leaves what it measured; a variant that fails is a row with
-``error``. ``change``: mean tau against the baseline's over the seeds that both have. ``train_seconds`` holds the start and compilation.
+Writes bench/results/quality.json after every draft, so that a run cut short leaves what it
+measured; a variant that fails is a row with ``error``. ``change``: mean tau against the baseline's
+over the seeds that both have. ``train_seconds`` holds the start and compilation.
 """
 
 from __future__ import annotations
@@ -33,7 +38,8 @@ from common import RESULTS, reported, scored, speed_of, trained, write
 
 Row = dict[str, Any]
 FLAGS = (
-    "--recipe none --num-layers 3 --total-seq-len 16384 --rows-per-step 1 --max-anchors 2048 --lr 1e-3 --workers 6 --val-rows 12 --no-tensorboard "
+    "--recipe none --num-layers 3 --total-seq-len 16384 --rows-per-step 1 --max-anchors 2048 "
+    "--lr 1e-3 --workers 6 --val-rows 12 --no-tensorboard "
     "--checkpoint-freq 100 --keep-checkpoints 1 --max-steps 1500"
 )
 BASE, PEER = "baseline", "peer"
@@ -60,7 +66,18 @@ VARIANTS = {
     "warmup-0.15": "--warmup-ratio 0.15",
     "rows-2": "--rows-per-step 2",
 }
-PER_SEED = ("seeds", "tau", "walk", "walk_sampled", "accept_rate", "steps", "step_ms", "tokens_per_s", "train_seconds", "score_seconds")  # fmt: skip
+PER_SEED = (
+    "seeds",
+    "tau",
+    "walk",
+    "walk_sampled",
+    "accept_rate",
+    "steps",
+    "step_ms",
+    "tokens_per_s",
+    "train_seconds",
+    "score_seconds",
+)
 
 
 class Bench:
@@ -86,9 +103,13 @@ class Bench:
         known = self.rows.get(name, {}).get("step_ms")
         if not known:
             raise SystemExit(
-                f"--seconds: {self.args.name}.json has no step time of {name}; run it with equal steps first, and this with --append"
+                f"--seconds: {self.args.name}.json has no step time of {name}; run it with equal "
+                "steps first, and this with --append"
             )
-        return ["--max-steps", str(max(1, round(1e3 * self.args.seconds / statistics.median(known))))]
+        return [
+            "--max-steps",
+            str(max(1, round(1e3 * self.args.seconds / statistics.median(known)))),
+        ]
 
     def draft(self, name: str, seed: int, steps: list[str]) -> None:
         """Train and score one draft on a GPU that is free; adds it to the table."""
@@ -126,7 +147,8 @@ class Bench:
             for key in PER_SEED:
                 row[key][at : at + 1] = [done[key]]
             print(
-                f"{title} seed {seed}: tau {done['tau']:.3f}, {done['train_seconds']:.0f} s", file=sys.stderr
+                f"{title} seed {seed}: tau {done['tau']:.3f}, {done['train_seconds']:.0f} s",
+                file=sys.stderr,
             )
             self.write()
 
@@ -135,9 +157,13 @@ class Bench:
         for row in self.rows.values():
             base = self.rows.get(BASE + row["name"].removeprefix(row["name"].split("@")[0]))
             exact = dict(zip(base["seeds"], base["tau"], strict=True)) if base else {}
-            pairs = [(t, exact[s]) for s, t in zip(row["seeds"], row["tau"], strict=True) if s in exact]
+            pairs = [
+                (t, exact[s]) for s, t in zip(row["seeds"], row["tau"], strict=True) if s in exact
+            ]
             row["mean_tau"] = statistics.mean(row["tau"]) if row["tau"] else None
-            row["change"] = sum(t for t, _ in pairs) / sum(b for _, b in pairs) - 1 if pairs else None
+            row["change"] = (
+                sum(t for t, _ in pairs) / sum(b for _, b in pairs) - 1 if pairs else None
+            )
         config = {
             k: str(v)
             for k, v in vars(self.args).items()
@@ -149,7 +175,8 @@ class Bench:
     def run(self) -> None:
         names, seeds = list(self.variants), [int(s) for s in self.args.seeds.split(",")]
         steps = {name: self.steps_of(name) for name in names}
-        # Seeds outside, so that a run cut short has every variant once rather than one variant with every seed; the peer takes longest.
+        # Seeds outside, so that a run cut short has every variant once rather than one variant with
+        # every seed; the peer takes longest.
         jobs = [(name, seed, steps[name]) for seed in seeds for name in names]
         jobs.sort(key=lambda job: job[0] != PEER)
         at_once = max(1, self.args.gpus) * self.args.per_gpu
@@ -165,7 +192,9 @@ def fresh(name: str, flags: list[str]) -> Row:
 
 
 def last_step(draft: Path) -> int:
-    return max(int(json.loads(line)["step"]) for line in (draft / "metrics.jsonl").read_text().splitlines())
+    return max(
+        int(json.loads(line)["step"]) for line in (draft / "metrics.jsonl").read_text().splitlines()
+    )
 
 
 def peer(
@@ -173,15 +202,24 @@ def peer(
 ) -> dict[str, Any]:
     """One training by bench/peer.py."""
     shutil.rmtree(draft, ignore_errors=True)
-    flags = {"--deepspec": args.peer, "--store": args.store, "--output": draft, "--train": shlex.join(words)}
-    call = [str(Path(__file__).with_name("peer.py")), *(str(word) for pair in flags.items() for word in pair)]
+    flags = {
+        "--deepspec": args.peer,
+        "--store": args.store,
+        "--output": draft,
+        "--train": shlex.join(words),
+    }
+    call = [
+        str(Path(__file__).with_name("peer.py")),
+        *(str(word) for pair in flags.items() for word in pair),
+    ]
     done = reported([*call, *shlex.split(args.peer_flags)], log=log, env=env)
     return {"train_seconds": done["wall_seconds"], **speed_of(draft)}
 
 
 def table(rows: list[Row]) -> str:
     lines = [
-        f"{'variant':24} {'tau':>6} {'walk':>6} {'change':>7} {'step ms':>8} {'train s':>8}  tau by seed"
+        f"{'variant':24} {'tau':>6} {'walk':>6} {'change':>7} {'step ms':>8} {'train s':>8}  tau "
+        "by seed"
     ]
     for row in rows:
         if not row["tau"]:
@@ -191,9 +229,12 @@ def table(rows: list[Row]) -> str:
         means = [statistics.mean(row[key]) for key in ("step_ms", "train_seconds")]
         walks = [w for w in row.get("walk", []) if w is not None]
         walk = f"{statistics.mean(walks):6.3f}" if walks else f"{'':6}"
-        taus = " ".join(f"{s}:{t:.3f}" for s, t in sorted(zip(row["seeds"], row["tau"], strict=True)))
+        taus = " ".join(
+            f"{s}:{t:.3f}" for s, t in sorted(zip(row["seeds"], row["tau"], strict=True))
+        )
         lines.append(
-            f"{row['name']:24} {row['mean_tau']:6.3f} {walk} {change:>7} {means[0]:8.1f} {means[1]:8.0f}  {taus}"
+            f"{row['name']:24} {row['mean_tau']:6.3f} {walk} {change:>7} {means[0]:8.1f} "
+            f"{means[1]:8.0f}  {taus}"
         )
     return "\n".join(lines)
 

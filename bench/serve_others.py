@@ -1,10 +1,13 @@
-"""Drafts in the forms of other projects, served by real vLLM as they are and repacked by ``dspark-tools export``: our blocks against its.
+"""Drafts in the forms of other projects, served by real vLLM as they are and repacked by
+``dspark-tools export``: our blocks against its.
 
-    python bench/serve_others.py [--forms deepspec,specforge,speculators,glm,both-ways,z-lab,swa] [--name serve_others]
+    python bench/serve_others.py [--forms deepspec,specforge,speculators,glm,both-ways,z-lab,swa]
+        [--name serve_others]
 
-Tiny random targets and drafts (``tests/published.py``) that have learnt two of the answers, greedy, float32. What vLLM does not load is
-recorded with the end of its message. Without a GPU set DSPARK_TRITON_INTERPRETER to tests/vllm_cpu/triton_interpreter. Writes
-bench/results/NAME.json after either way.
+Tiny random targets and drafts (``tests/published.py``) that have learnt two of the answers, greedy,
+float32. What vLLM does not load is recorded with the end of its message. Without a GPU set
+DSPARK_TRITON_INTERPRETER to tests/vllm_cpu/triton_interpreter. Writes bench/results/NAME.json after
+either way.
 """
 
 from __future__ import annotations
@@ -52,7 +55,9 @@ def random_draft(model: Any, form: str) -> DraftModel:
 
 @dataclass
 class Form:
-    """One form: what our decoder makes of it, and the folders and methods that vLLM is asked to serve."""
+    """One form: what our decoder makes of it, and the folders and methods that vLLM is asked to
+    serve.
+    """
 
     name: str
     size: int
@@ -62,31 +67,50 @@ class Form:
 
     @classmethod
     def make(cls, folder: Path, name: str) -> Form:
-        """Random weights that have learnt two answers, written as that project does, opened and decoded by us, repacked."""
+        """Random weights that have learnt two answers, written as that project does, opened and
+        decoded by us, repacked.
+        """
         model = tiny.target("qwen3")
         alone = [greedy_alone(model, p, max_tokens=MAX_TOKENS) for p in PROMPTS]
         made = random_draft(model, name)
         size = made.config.block_size
-        tiny.agree(model, made, [p + a for p, a in zip(PROMPTS[:2], alone[:2], strict=True)], steps=80)
+        tiny.agree(
+            model, made, [p + a for p, a in zip(PROMPTS[:2], alone[:2], strict=True)], steps=80
+        )
         target = str(folder / "target")
         model.save_pretrained(target)
-        theirs, repacked = published.write(folder / "theirs", name, made, verifier=target), folder / "ours"
+        theirs, repacked = (
+            published.write(folder / "theirs", name, made, verifier=target),
+            folder / "ours",
+        )
         export(str(theirs), str(repacked), dtype="fp32", target=target, pictures=False)
         with Target(model, made.config.target_layer_ids) as tapped:
             opened = load_draft(theirs, tapped.frozen).eval()
             wanted = published.shape(name) | {"block_size": size}
-            assert {field: getattr(opened.config, field) for field in wanted} == wanted, opened.config
+            assert {field: getattr(opened.config, field) for field in wanted} == wanted, (
+                opened.config
+            )
             ours = [
-                speculative_generate(tapped, opened, p, max_tokens=MAX_TOKENS).outcome(size) for p in PROMPTS
+                speculative_generate(tapped, opened, p, max_tokens=MAX_TOKENS).outcome(size)
+                for p in PROMPTS
             ]
         as_it_is = "dflash" if name in published.PLAIN else "dspark"
         asked = {
             way: ServeRequest(
-                target=target, draft=str(draft), num_speculative_tokens=size, prompts=PROMPTS, max_tokens=MAX_TOKENS, dtype="float32",
-                speculation={"method": method}, trace=True,
+                target=target,
+                draft=str(draft),
+                num_speculative_tokens=size,
+                prompts=PROMPTS,
+                max_tokens=MAX_TOKENS,
+                dtype="float32",
+                speculation={"method": method},
+                trace=True,
             )
-            for way, draft, method in (("as_it_is", theirs, as_it_is), ("repacked", repacked, "dspark"))
-        }  # fmt: skip
+            for way, draft, method in (
+                ("as_it_is", theirs, as_it_is),
+                ("repacked", repacked, "dspark"),
+            )
+        }
         return cls(name, size, alone, ours, asked)
 
     def row(self, way: str, outcomes: list[Any]) -> dict[str, Any]:
@@ -107,7 +131,9 @@ def serve(jobs: list[tuple[Form, str]]) -> list[dict[str, Any]]:
     """All in one process of vLLM, which is imported once; one by one if that ends."""
     try:
         answers = run_vllm_each([form.asked[way] for form, way in jobs])
-        return [form.row(way, outcomes) for (form, way), outcomes in zip(jobs, answers, strict=True)]
+        return [
+            form.row(way, outcomes) for (form, way), outcomes in zip(jobs, answers, strict=True)
+        ]
     except EngineError as error:
         if len(jobs) == 1:
             return [jobs[0][0].refused(jobs[0][1], error)]

@@ -1,11 +1,15 @@
-"""Every block that real vLLM drafts against our decoder's: type, vocabulary, format, block size. Writes bench/results/serve_parity.json.
+"""Every block that real vLLM drafts against our decoder's: type, vocabulary, format, block size.
+Writes bench/results/serve_parity.json.
 
-python bench/serve_parity.py [--sizes 5,7,8] [--types dspark,eagle3,peagle] [--shapes full,window,yarn] [--name serve_parity]
+python bench/serve_parity.py [--sizes 5,7,8] [--types dspark,eagle3,peagle] [--shapes
+full,window,yarn] [--name serve_parity]
 
-Two targets per type and size: whole vocabulary, reduced one; each in every format that the type has.
+Two targets per type and size: whole vocabulary, reduced one; each in every format that the type
+has.
 
-Tiny random targets, drafts that have learnt some of the answers (so that blocks of every length are accepted), greedy, float32. Without
-a GPU set DSPARK_TRITON_INTERPRETER to tests/vllm_cpu/triton_interpreter; each of the starts of vLLM then takes about 40 s.
+Tiny random targets, drafts that have learnt some of the answers (so that blocks of every length are
+accepted), greedy, float32. Without a GPU set DSPARK_TRITON_INTERPRETER to
+tests/vllm_cpu/triton_interpreter; each of the starts of vLLM then takes about 40 s.
 """
 
 from __future__ import annotations
@@ -43,7 +47,9 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 
 
-def case(folder: Path, name: str, kind: str, reduced: bool, size: int, shape: str) -> list[dict[str, Any]]:
+def case(
+    folder: Path, name: str, kind: str, reduced: bool, size: int, shape: str
+) -> list[dict[str, Any]]:
     """One target and draft of the type ``name`` and of a ``shape``, served in its formats."""
     model = tiny.target(kind)
     alone = [greedy_alone(model, p, max_tokens=MAX_TOKENS) for p in PROMPTS]
@@ -53,8 +59,12 @@ def case(folder: Path, name: str, kind: str, reduced: bool, size: int, shape: st
         else None
     )
     own = {} if name == "dspark" else {"num_layers": 1, "target_layer_ids": (0, 1, 2)}
-    draft = tiny.draft(model, draft_ids=ids, block_size=size, speculator_type=name, **own, **SHAPES[shape])
-    tiny.agree(model, draft, [p + a for p, a in zip(PROMPTS[:3], alone[:3], strict=True)], steps=100)
+    draft = tiny.draft(
+        model, draft_ids=ids, block_size=size, speculator_type=name, **own, **SHAPES[shape]
+    )
+    tiny.agree(
+        model, draft, [p + a for p, a in zip(PROMPTS[:3], alone[:3], strict=True)], steps=100
+    )
     target = str(folder / "target")
     model.save_pretrained(target)
     save_draft(folder / "draft", draft, dtype=torch.float32)
@@ -63,11 +73,22 @@ def case(folder: Path, name: str, kind: str, reduced: bool, size: int, shape: st
         verifier = (target, model.config.architectures) if layout == "speculators" else None
         write_config(folder / "draft", draft.config, torch.float32, verifier)
         started = time.perf_counter()
-        parity = serve_and_compare(model, target, str(folder / "draft"), PROMPTS, max_tokens=MAX_TOKENS)
-        out.append({
-            "type": name, "target": kind, "vocabulary": draft.config.draft_vocab_size, "of": tiny.VOCAB, "format": layout, "block_size": size,
-            "shape": shape, **parity.to_json(), "seconds": time.perf_counter() - started,
-        })  # fmt: skip
+        parity = serve_and_compare(
+            model, target, str(folder / "draft"), PROMPTS, max_tokens=MAX_TOKENS
+        )
+        out.append(
+            {
+                "type": name,
+                "target": kind,
+                "vocabulary": draft.config.draft_vocab_size,
+                "of": tiny.VOCAB,
+                "format": layout,
+                "block_size": size,
+                "shape": shape,
+                **parity.to_json(),
+                "seconds": time.perf_counter() - started,
+            }
+        )
         print(out[-1], file=sys.stderr, flush=True)
     return out
 
@@ -93,7 +114,12 @@ def main() -> None:
         "holds": all(r["holds"] for r in rows), "blocks_compared": sum(r["compared"] for r in rows),
         "blocks_equal": sum(r["equal"] for r in rows), "cases": rows,
     }  # fmt: skip
-    write(args.name, {"prompts": len(PROMPTS), "max_tokens": MAX_TOKENS, "dtype": "float32"}, results, args.results)  # fmt: skip
+    write(
+        args.name,
+        {"prompts": len(PROMPTS), "max_tokens": MAX_TOKENS, "dtype": "float32"},
+        results,
+        args.results,
+    )
 
 
 if __name__ == "__main__":

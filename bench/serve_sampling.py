@@ -1,10 +1,14 @@
-"""Is a served draft lossless at temperature 1? First three tokens of many runs against the target's exact joint distribution.
+"""Is a served draft lossless at temperature 1? First three tokens of many runs against the target's
+exact joint distribution.
 
-python bench/serve_sampling.py [--trials 600] [--engines transformers,vllm]        writes bench/results/serve_sampling.json
+python bench/serve_sampling.py [--trials 600] [--engines transformers,vllm] writes
+bench/results/serve_sampling.json
 
-Eight tokens, so that all 512 answers of three tokens can be listed; a tiny random target and a random draft that is often refused. Pearson's
-statistic, cells of fewer than 5 expected pooled; of triples, pairs and
-first tokens; ``holds`` if all survival probabilities are above 0.001 / 3, so a sound engine fails at most one run in a thousand. Every run has a seed of its own. Without a GPU vLLM needs DSPARK_TRITON_INTERPRETER.
+Eight tokens, so that all 512 answers of three tokens can be listed; a tiny random target and a
+random draft that is often refused. Pearson's statistic, cells of fewer than 5 expected pooled; of
+triples, pairs and first tokens; ``holds`` if all survival probabilities are above 0.001 / 3, so a
+sound engine fails at most one run in a thousand. Every run has a seed of its own. Without a GPU
+vLLM needs DSPARK_TRITON_INTERPRETER.
 """
 
 from __future__ import annotations
@@ -61,16 +65,29 @@ def main() -> None:
         for engine in args.engines.split(","):
             outcomes: list[Outcome] = []
             if engine == "vllm":
-                outcomes = run_vllm(ServeRequest(
-                    target=target, draft=f"{folder}/draft", num_speculative_tokens=draft.config.block_size, prompts=[PROMPT] * args.trials,
-                    max_tokens=3, temperature=1.0, seed=args.seed, dtype="float32",
-                ))  # fmt: skip
+                outcomes = run_vllm(
+                    ServeRequest(
+                        target=target,
+                        draft=f"{folder}/draft",
+                        num_speculative_tokens=draft.config.block_size,
+                        prompts=[PROMPT] * args.trials,
+                        max_tokens=3,
+                        temperature=1.0,
+                        seed=args.seed,
+                        dtype="float32",
+                    )
+                )
             else:
                 generator = torch.Generator().manual_seed(args.seed)
                 with Target(model, tiny.LAYERS) as tapped:
                     for _ in range(args.trials):
                         out = speculative_generate(
-                            tapped, draft, PROMPT, max_tokens=3, temperature=1.0, generator=generator
+                            tapped,
+                            draft,
+                            PROMPT,
+                            max_tokens=3,
+                            temperature=1.0,
+                            generator=generator,
                         )
                         outcomes.append(out.outcome(draft.config.block_size))
             counts = torch.zeros(VOCAB, VOCAB, VOCAB)
@@ -82,10 +99,26 @@ def main() -> None:
             two = chi_square(counts.sum(2).flatten(), expected.sum(2).flatten() * args.trials)
             totals = summarise(outcomes)
             results[engine] = {
-                "p_value": p, "p_value_first": one, "p_value_pairs": two, "holds": min(p, one, two) > ERROR_RATE / 3, "drafts": totals["drafts"],
-                "mean_accepted_length": totals["mean_accepted_length"], "se": totals["mean_accepted_length_se"],
-            }  # fmt: skip
-    write("serve_sampling", {"trials": args.trials, "seed": args.seed, "vocabulary": VOCAB, "error_rate": ERROR_RATE, "temperature": 1.0}, results, args.results)  # fmt: skip
+                "p_value": p,
+                "p_value_first": one,
+                "p_value_pairs": two,
+                "holds": min(p, one, two) > ERROR_RATE / 3,
+                "drafts": totals["drafts"],
+                "mean_accepted_length": totals["mean_accepted_length"],
+                "se": totals["mean_accepted_length_se"],
+            }
+    write(
+        "serve_sampling",
+        {
+            "trials": args.trials,
+            "seed": args.seed,
+            "vocabulary": VOCAB,
+            "error_rate": ERROR_RATE,
+            "temperature": 1.0,
+        },
+        results,
+        args.results,
+    )
 
 
 if __name__ == "__main__":

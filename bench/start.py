@@ -1,8 +1,10 @@
-"""From the command to the first optimizer step: the draft compiled whole, in parts or not at all, with torch's cache empty and then filled.
+"""From the command to the first optimizer step: the draft compiled whole, in parts or not at all,
+with torch's cache empty and then filled.
 
 python bench/start.py --store hs.zarr [--train "..."]
 
-Each case is a process of its own (``dspark-train --dry-run``). Writes bench/results/start.json: seconds to the first step, and ms of a step after that.
+Each case is a process of its own (``dspark-train --dry-run``). Writes bench/results/start.json:
+seconds to the first step, and ms of a step after that.
 """
 
 from __future__ import annotations
@@ -41,9 +43,19 @@ def main() -> None:
     rows = []
     for case, flag in CASES.items():
         with tempfile.TemporaryDirectory() as cache:
-            env = {"TORCHINDUCTOR_CACHE_DIR": f"{cache}/inductor", "TRITON_CACHE_DIR": f"{cache}/triton"}
+            env = {
+                "TORCHINDUCTOR_CACHE_DIR": f"{cache}/inductor",
+                "TRITON_CACHE_DIR": f"{cache}/triton",
+            }
             more = [flag] if flag.startswith("--") else []
-            words = ["--cache", str(args.store), "--output", "unused", *shlex.split(args.train), *more]
+            words = [
+                "--cache",
+                str(args.store),
+                "--output",
+                "unused",
+                *shlex.split(args.train),
+                *more,
+            ]
             for state in ("empty", "filled"):
                 found = reported(["-c", CHILD, case, *words], env=env)
                 keys = ("first_step_seconds", "step_ms", "wall_seconds", "peak_gb")

@@ -1,9 +1,13 @@
-"""One training step on random states: time by phase, peak memory, fast path against slow, and DeepSpec beside it.
+"""One training step on random states: time by phase, peak memory, fast path against slow, and
+DeepSpec beside it.
 
-python bench/step.py [--shape qwen3-4b] [--peer DIR_OF_A_DEEPSPEC_CHECKOUT] [--scaling [tokens,block]] [--adam] [--name step]
+python bench/step.py [--shape qwen3-4b] [--peer DIR_OF_A_DEEPSPEC_CHECKOUT] [--scaling
+[tokens,block]] [--adam] [--name step]
 
-The peer runs in the same process on the same weights, tokens, states and anchors; nothing of it is needed otherwise.
-Forward, objective and backward are timed with device events, median of ``--repeat`` steps on rotating rows.
+The peer runs in the same process on the same weights, tokens, states and anchors; nothing of it is
+needed otherwise.
+Forward, objective and backward are timed with device events, median of ``--repeat`` steps on
+rotating rows.
 """
 
 from __future__ import annotations
@@ -66,15 +70,27 @@ SHAPES = {
 
 def draft_config(s: Shape) -> DraftConfig:
     return DraftConfig(
-        hidden_size=s.hidden, intermediate_size=s.intermediate, num_layers=s.layers, num_heads=s.heads, num_kv_heads=s.kv_heads,
-        head_dim=s.head_dim, vocab_size=s.vocab, draft_vocab_size=s.vocab, mask_token_id=s.vocab - 1,
-        target_layer_ids=tuple(range(0, 6 * s.aux, 6)), num_target_layers=6 * s.aux + 3, block_size=s.block, markov_rank=s.rank,
+        hidden_size=s.hidden,
+        intermediate_size=s.intermediate,
+        num_layers=s.layers,
+        num_heads=s.heads,
+        num_kv_heads=s.kv_heads,
+        head_dim=s.head_dim,
+        vocab_size=s.vocab,
+        draft_vocab_size=s.vocab,
+        mask_token_id=s.vocab - 1,
+        target_layer_ids=tuple(range(0, 6 * s.aux, 6)),
+        num_target_layers=6 * s.aux + 3,
+        block_size=s.block,
+        markov_rank=s.rank,
         rope_theta=1e6,
-    )  # fmt: skip
+    )
 
 
 def weights(s: Shape, device: torch.device, dtype: torch.dtype) -> Any:
-    """A tied target, as Qwen3-4B's: the head's rows give logits of a few units, so that both softmaxes have a shape."""
+    """A tied target, as Qwen3-4B's: the head's rows give logits of a few units, so that both
+    softmaxes have a shape.
+    """
     head = torch.randn(s.vocab, s.hidden, device=device, dtype=dtype) * (3 / s.hidden**0.5)
     return SimpleNamespace(embed_tokens=head, lm_head=head, logits=PLAIN)
 
@@ -82,7 +98,9 @@ def weights(s: Shape, device: torch.device, dtype: torch.dtype) -> Any:
 def row(
     s: Shape, seed: int, device: torch.device, dtype: torch.dtype, anchors: np.ndarray | None = None
 ) -> Batch:
-    """One document of ``s.tokens`` supervised tokens, random states, ``s.anchors`` random anchors."""
+    """One document of ``s.tokens`` supervised tokens, random states, ``s.anchors`` random
+    anchors.
+    """
     rng = np.random.default_rng(seed)
     mask, doc = np.ones(s.tokens, np.bool_), np.zeros(s.tokens, np.int32)
     can = rules.eligible(mask, doc)
@@ -123,7 +141,9 @@ class Timer:
 def measure(
     step: Callable[[int, Timer], None], phases: list[str], repeat: int, cuda: bool
 ) -> dict[str, float]:
-    """Median ms of each phase and of the whole, and the peak of memory over what was there before the first step."""
+    """Median ms of each phase and of the whole, and the peak of memory over what was there before
+    the first step.
+    """
     started = time.perf_counter()
     for i in range(3):
         step(i, Timer(cuda))
@@ -133,7 +153,8 @@ def measure(
     first = time.perf_counter() - started
     timers = [Timer(cuda) for _ in range(repeat)]
     for i, timer in enumerate(timers):
-        # No waiting between steps, as in training: the host prepares a step while the device is in the one before.
+        # No waiting between steps, as in training: the host prepares a step while the device is in
+        # the one before.
         timer.mark()
         step(i, timer)
     rows = [timer.spans() for timer in timers]
@@ -146,7 +167,9 @@ def measure(
 def ours(
     s: Shape, args: argparse.Namespace, model: DraftModel, rows: list[Batch], adam: bool = False
 ) -> dict[str, float]:
-    """Forward (with the attention plan), objective with gradients, backward, and metrics with the optimizer if asked."""
+    """Forward (with the attention plan), objective with gradients, backward, and metrics with the
+    optimizer if asked.
+    """
     cuda = args.device.type == "cuda"
     dens = [Denominators.of(r.to("cpu"), 4.0) for r in rows]
     settings = AdamSettings(betas=(0.9, 0.95), weight_decay=0.0, clip=1.0)
@@ -170,7 +193,9 @@ def ours(
         else:
             model.zero_grad(set_to_none=True)
 
-    phases = ["forward_ms", "objective_ms", "backward_ms"] + (["metrics_and_adam_ms"] if adam else [])
+    phases = ["forward_ms", "objective_ms", "backward_ms"] + (
+        ["metrics_and_adam_ms"] if adam else []
+    )
     return measure(step, phases, args.repeat, cuda)
 
 
@@ -182,7 +207,9 @@ def gradients(model: DraftModel) -> dict[str, Tensor]:
 
 @contextmanager
 def no_kernels() -> Iterator[None]:
-    """Inside, the draft's own operations are plain torch on a GPU too. (``terms`` selects the objective's path.)"""
+    """Inside, the draft's own operations are plain torch on a GPU too. (``terms`` selects the
+    objective's path.)
+    """
     with (
         patch.object(qk_norm_rope, "_by_kernel", lambda x: False),
         patch.object(gated, "gradient", gated.plain_gradient),
@@ -197,8 +224,9 @@ def furthest(found: dict[str, Tensor], reference: dict[str, Tensor]) -> tuple[fl
 
 
 def agreement(s: Shape, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
-    """Fast path (compiled, flex, Triton) against slow (eager, SDPA, plain torch) on the same row and weights; in bfloat16 both also against the
-    slow path in float32 on the same values."""
+    """Fast path (compiled, flex, Triton) against slow (eager, SDPA, plain torch) on the same row
+    and weights; in bfloat16 both also against the slow path in float32 on the same values.
+    """
     torch.manual_seed(0)
     model = DraftModel(draft_config(s), weights(s, device, dtype)).to(device=device, dtype=dtype)
     model.make_room()
@@ -222,9 +250,13 @@ def agreement(s: Shape, device: torch.device, dtype: torch.dtype) -> dict[str, A
         g.square().sum() for g in slow_g.values()
     )
     found = {
-        "dtype": str(dtype).removeprefix("torch."), "loss": slow, "loss_relative_difference": abs(quick - slow) / abs(slow),
-        "largest_relative_gradient_difference": worst[0], "in": worst[1], "gradient_relative_difference": float(whole**0.5),
-    }  # fmt: skip
+        "dtype": str(dtype).removeprefix("torch."),
+        "loss": slow,
+        "loss_relative_difference": abs(quick - slow) / abs(slow),
+        "largest_relative_gradient_difference": worst[0],
+        "in": worst[1],
+        "gradient_relative_difference": float(whole**0.5),
+    }
     if dtype == torch.bfloat16:
         model.to(torch.float32)
         exact, exact_g = run(replace(batch, aux=batch.aux.float(), last=batch.last.float()), False)
@@ -238,7 +270,9 @@ def agreement(s: Shape, device: torch.device, dtype: torch.dtype) -> dict[str, A
     return found
 
 
-def peer(s: Shape, args: argparse.Namespace, model: DraftModel, rows: list[Batch]) -> dict[str, Any]:
+def peer(
+    s: Shape, args: argparse.Namespace, model: DraftModel, rows: list[Batch]
+) -> dict[str, Any]:
     """DeepSpec's model and loss, compiled as its trainer does, on our weights, rows and anchors."""
     other = Peer.build(args.peer, model, s.anchors, args.device)
     net = other.net.to(torch.bfloat16)
@@ -262,7 +296,11 @@ def peer(s: Shape, args: argparse.Namespace, model: DraftModel, rows: list[Batch
         )
         timer.mark()
         loss = other.loss(
-            outputs=out, loss_decay_gamma=4.0, ce_loss_alpha=0.1, l1_loss_alpha=0.9, confidence_head_alpha=1.0
+            outputs=out,
+            loss_decay_gamma=4.0,
+            ce_loss_alpha=0.1,
+            l1_loss_alpha=0.9,
+            confidence_head_alpha=1.0,
         )
         timer.mark()
         loss.backward()
@@ -278,7 +316,9 @@ def one_model(
     s: Shape, args: argparse.Namespace, dtype: torch.dtype, compiled: bool = True
 ) -> tuple[DraftModel, list[Batch]]:
     torch.manual_seed(0)
-    model = DraftModel(draft_config(s), weights(s, args.device, dtype)).to(device=args.device, dtype=dtype)
+    model = DraftModel(draft_config(s), weights(s, args.device, dtype)).to(
+        device=args.device, dtype=dtype
+    )
     model.make_room()  # as in training, where the head comes from the host
     if compiled and args.device.type == "cuda":
         model.compile(dynamic=False)
@@ -300,14 +340,18 @@ SIZES = {
 
 
 def scaling(s: Shape, args: argparse.Namespace, dtype: torch.dtype) -> list[dict[str, Any]]:
-    """One size at a time; eager backbone (compiling each shape would take minutes), Triton objective and flex attention."""
+    """One size at a time; eager backbone (compiling each shape would take minutes), Triton
+    objective and flex attention.
+    """
     table = []
     for field in args.scaling.split(","):
         for value in SIZES[field]:
             torch._dynamo.reset()
             model, rows = one_model(replace(s, **{field: value}), args, dtype, compiled=False)
             found = ours(replace(s, **{field: value}), args, model, rows)
-            table.append({"size": field, "value": value, "ms": found["ms"], "peak_gb": found["peak_gb"]})
+            table.append(
+                {"size": field, "value": value, "ms": found["ms"], "peak_gb": found["peak_gb"]}
+            )
             print(table[-1], file=sys.stderr)
             del model, rows
             clear()
@@ -329,7 +373,9 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=20)
     parser.add_argument("--rows", type=int, default=3)
     parser.add_argument(
-        "--device", type=torch.device, default=torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        "--device",
+        type=torch.device,
+        default=torch.device("cuda" if torch.cuda.is_available() else "cpu"),
     )
     parser.add_argument("--name", default="step")
     parser.add_argument("--results", type=Path, default=RESULTS)
@@ -353,7 +399,8 @@ def main() -> None:
         clear()
         beside = torch.cuda.memory_allocated() / 1e9
         found = peer(s, args, model, rows)
-        # Our weights lie beside its own while it runs: they are not its memory. The rows are in both figures.
+        # Our weights lie beside its own while it runs: they are not its memory. The rows are in
+        # both figures.
         own = sum(p.numel() * p.element_size() for p in model.parameters()) / 1e9
         results |= {
             "peer_ms": found["ms"],
@@ -367,7 +414,8 @@ def main() -> None:
         results["scaling"] = scaling(s, args, dtype)
     write(
         args.name,
-        {k: str(v) for k, v in vars(args).items() if k not in ("results", "peer")} | {"sizes": vars(s)},
+        {k: str(v) for k, v in vars(args).items() if k not in ("results", "peer")}
+        | {"sizes": vars(s)},
         results,
         args.results,
     )

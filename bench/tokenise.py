@@ -1,9 +1,12 @@
-"""How fast do rows become samples? Tokens per second of one process on plain chats, and seconds for chats of very many turns.
+"""How fast do rows become samples? Tokens per second of one process on plain chats, and seconds for
+chats of very many turns.
 
-    python bench/tokenise.py --target DIR --data FILE.jsonl [--rows 2000] [--rounds 6] [--old FOLDER]
+    python bench/tokenise.py --target DIR --data FILE.jsonl [--rows 2000] [--rounds 6]
+        [--old FOLDER]
 
-``--old``: a folder whose ``dspark`` is an earlier checkout, measured by turns with this one. Of the rounds the fastest counts, by the process's own time: what
-else the machine does makes a round slower, never faster. Writes bench/results/tokenise.json.
+``--old``: a folder whose ``dspark`` is an earlier checkout, measured by turns with this one. Of the
+rounds the fastest counts, by the process's own time: what else the machine does makes a round
+slower, never faster. Writes bench/results/tokenise.json.
 """
 
 from __future__ import annotations
@@ -32,7 +35,11 @@ def maker(target: str, seq_length: int) -> Any:
         from dspark.dump.tokens import SampleMaker  # type: ignore[import-not-found, no-redef]
     tokenizer = AutoTokenizer.from_pretrained(target)
     return SampleMaker(
-        tokenizer, tokenised=False, vocab_size=len(tokenizer) + 1000, seq_length=seq_length, min_supervised=2
+        tokenizer,
+        tokenised=False,
+        vocab_size=len(tokenizer) + 1000,
+        seq_length=seq_length,
+        min_supervised=2,
     )
 
 
@@ -70,12 +77,19 @@ def long_chats(target: str) -> list[dict[str, float]]:
                 for n in range(turns)
                 for k in (0, 1)
             ]
-            row = row_of(0, "f:1", {"messages": [{"role": role, "content": text} for role, text in said]})
+            row = row_of(
+                0, "f:1", {"messages": [{"role": role, "content": text} for role, text in said]}
+            )
             began = time.process_time()
             tokens = tokens_of(make(row))
             seconds = time.process_time() - began
             out.append(
-                {"turns": turns, "seq_length": seq_length, "tokens": tokens, "seconds": round(seconds, 3)}
+                {
+                    "turns": turns,
+                    "seq_length": seq_length,
+                    "tokens": tokens,
+                    "seconds": round(seconds, 3),
+                }
             )
             print(out[-1], file=sys.stderr)
     return out
@@ -83,10 +97,19 @@ def long_chats(target: str) -> list[dict[str, float]]:
 
 def child(args: argparse.Namespace, folder: Path) -> dict[str, float]:
     """One round of ``chats`` in a process of its own, with the ``dspark`` in ``folder``."""
-    code = f"import sys; sys.path[:0] = [{str(folder)!r}, {str(Path(__file__).parent)!r}]; import json, tokenise; "
+    code = (
+        f"import sys; sys.path[:0] = [{str(folder)!r}, {str(Path(__file__).parent)!r}]; import "
+        "json, tokenise; "
+    )
     code += f"print(json.dumps(tokenise.chats({args.target!r}, {args.data!r}, {args.rows})))"
-    env = os.environ | {"PYTHONPATH": str(folder), "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
+    env = os.environ | {
+        "PYTHONPATH": str(folder),
+        "TOKENIZERS_PARALLELISM": "false",
+        "OMP_NUM_THREADS": "1",
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True
+    )
     out: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
     return out
 

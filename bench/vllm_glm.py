@@ -1,12 +1,16 @@
-"""A small GLM MoE DSA through real vLLM on one and two GPUs: its states beside transformers', and with our capture off.
+"""A small GLM MoE DSA through real vLLM on one and two GPUs: its states beside transformers', and
+with our capture off.
 
-    python bench/vllm_glm.py --target DIR [--cases tp1,tp2,tp2-plain,tp2-partial] [--engine-arg KEY=VALUE ...]
+    python bench/vllm_glm.py --target DIR [--cases tp1,tp2,tp2-plain,tp2-partial]
+        [--engine-arg KEY=VALUE ...]
 
-``--target`` is made by ``bench/shapes.py --kind glm-dsa``. Each case is an engine of its own, in a process of its own, all
-at the same time. Differences are relative to a token's state in transformers' float32 run of the same bfloat16 weights;
-``transformers`` is its bfloat16 run, the noise that any engine has. ``tp2-plain``: vLLM's own states, as they come without
-our capture; what it says when it fails is the result. ``tp2-partial``: so, but with the last layer's state from us, without
-which some versions do not start. Writes bench/results/NAME.json after every case.
+``--target`` is made by ``bench/shapes.py --kind glm-dsa``. Each case is an engine of its own, in a
+process of its own, all at the same time. Differences are relative to a token's state in
+transformers' float32 run of the same bfloat16 weights;
+``transformers`` is its bfloat16 run, the noise that any engine has. ``tp2-plain``: vLLM's own
+states, as they come without our capture; what it says when it fails is the result. ``tp2-partial``:
+so, but with the last layer's state from us, without which some versions do not start. Writes
+bench/results/NAME.json after every case.
 """
 
 from __future__ import annotations
@@ -40,26 +44,41 @@ LENGTHS = (37, 300, 64, 129, 500, 16, 257, 90)
 def samples(vocab: int) -> list[TokenSample]:
     rng = np.random.default_rng(0)
     return [
-        TokenSample(i, bytes(KEY_BYTES), rng.integers(0, vocab, n, dtype=np.int32), np.arange(n) >= n // 3)
+        TokenSample(
+            i, bytes(KEY_BYTES), rng.integers(0, vocab, n, dtype=np.int32), np.arange(n) >= n // 3
+        )
         for i, n in enumerate(LENGTHS)
     ]
 
 
 def stacked(engine: Any, asked: list[TokenSample]) -> list[torch.Tensor]:
-    """By sample: every layer's states at the stored positions, and the last, [rows, L + 1, H] float32."""
+    """By sample: every layer's states at the stored positions, and the last, [rows, L + 1, H]
+    float32.
+    """
     out: dict[int, torch.Tensor] = {}
     for i, states in engine.capture(asked):
         rows = torch.from_numpy(last_rows(asked[i].loss_mask)).nonzero()[:, 0].to(states.aux.device)
-        out[i] = torch.cat([states.aux.index_select(0, rows), states.last[:, None]], 1).float().cpu()
+        out[i] = (
+            torch.cat([states.aux.index_select(0, rows), states.last[:, None]], 1).float().cpu()
+        )
     return [out[i] for i in range(len(asked))]
 
 
 def gaps(got: list[torch.Tensor], want: list[torch.Tensor]) -> dict[str, list[float]]:
-    """By layer (the last one at the end): the median, the 99th percentile and the largest over tokens."""
+    """By layer (the last one at the end): the median, the 99th percentile and the largest over
+    tokens.
+    """
     each = torch.cat(
-        [(g - w).norm(dim=-1) / w.norm(dim=-1).clamp(min=1e-6) for g, w in zip(got, want, strict=True)]
+        [
+            (g - w).norm(dim=-1) / w.norm(dim=-1).clamp(min=1e-6)
+            for g, w in zip(got, want, strict=True)
+        ]
     )
-    named = {"median": each.median(0).values, "p99": each.quantile(0.99, dim=0), "largest": each.amax(0)}
+    named = {
+        "median": each.median(0).values,
+        "p99": each.quantile(0.99, dim=0),
+        "largest": each.amax(0),
+    }
     return {name: [round(float(x), 5) for x in values] for name, values in named.items()}
 
 
@@ -140,9 +159,18 @@ def main() -> None:
             out = Path(folder) / f"{case}.json"
             more = [f"--engine-arg={a}" for a in args.engine_arg]
             call = [
-                sys.executable, __file__, "--target", args.target, "--dtype", args.dtype, "--case", case,
-                "--out", str(out), *more,
-            ]  # fmt: skip
+                sys.executable,
+                __file__,
+                "--target",
+                args.target,
+                "--dtype",
+                args.dtype,
+                "--case",
+                case,
+                "--out",
+                str(out),
+                *more,
+            ]
             with open(out.with_suffix(".log"), "w") as log:
                 children[case] = (out, subprocess.Popen(call, stdout=log, stderr=log))
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -180,7 +208,9 @@ def main() -> None:
                 else {"error": f"no result; exit code {child.poll()}"}
             )
             if out.with_suffix(".pt").is_file():
-                results[case]["difference"] = gaps(torch.load(out.with_suffix(".pt")), runs["float32"])
+                results[case]["difference"] = gaps(
+                    torch.load(out.with_suffix(".pt")), runs["float32"]
+                )
             if "error" in results[case]:
                 results[case]["log"] = said[-3000:]
             write(args.name, about, results, show=False)

@@ -1,7 +1,9 @@
-"""vLLM's own states of a layer in between, and ours of the last alone: the fault that the self-check must name.
+"""vLLM's own states of a layer in between, and ours of the last alone: the fault that the
+self-check must name.
 
-Named in ``model_class_overrides`` by ``vllm_glm.py``. vLLM's class by itself leaves out the last layer's state, so its
-engine dies before any check; with that one mended, what is left is one rank's part.
+Named in ``model_class_overrides`` by ``vllm_glm.py``. vLLM's class by itself leaves out the last
+layer's state, so its engine dies before any check; with that one mended, what is left is one rank's
+part.
 """
 
 from __future__ import annotations

@@ -1,9 +1,11 @@
-"""Read the classes of every supported vLLM out of its wheel and check what this project relies on. Nothing of vLLM runs.
+"""Read the classes of every supported vLLM out of its wheel and check what this project relies on.
+Nothing of vLLM runs.
 
     python bench/vllm_versions.py [--versions 0.32.0,0.33.0] [--keep FOLDER] [--write]
 
-Wheels (300 to 500 MB each) are downloaded with pip one at a time; their Python files stay in FOLDER (default
-.work/vllm-versions), the wheels do not. ``--write`` puts the table into docs/vllm.md. Exit code 1 if anything is missing.
+Wheels (300 to 500 MB each) are downloaded with pip one at a time; their Python files stay in FOLDER
+(default .work/vllm-versions), the wheels do not. ``--write`` puts the table into docs/vllm.md. Exit
+code 1 if anything is missing.
 """
 
 from __future__ import annotations
@@ -32,7 +34,12 @@ VERSIONS = [
     "0.32.0",
     "0.33.0",
 ]
-PLATFORMS = ["manylinux_2_28_x86_64", "manylinux_2_31_x86_64", "manylinux2014_x86_64", "manylinux1_x86_64"]
+PLATFORMS = [
+    "manylinux_2_28_x86_64",
+    "manylinux_2_31_x86_64",
+    "manylinux2014_x86_64",
+    "manylinux1_x86_64",
+]
 CONNECTOR = "distributed/kv_transfer/kv_connector/v1/example_hidden_states_connector.py"
 BASE = "distributed/kv_transfer/kv_connector/v1/base.py"
 FUSED = [
@@ -68,10 +75,24 @@ def sources(version: str, keep: Path) -> Path:
         wheels = keep / f"{version}.wheel"
         options = [x for p in PLATFORMS for x in ("--platform", p)]
         subprocess.run(
-            [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--only-binary", ":all:", "--python-version", "3.11",
-             *options, "-d", str(wheels), f"vllm=={version}"],
+            [
+                sys.executable,
+                "-m",
+                "pip",
+                "download",
+                "-q",
+                "--no-deps",
+                "--only-binary",
+                ":all:",
+                "--python-version",
+                "3.11",
+                *options,
+                "-d",
+                str(wheels),
+                f"vllm=={version}",
+            ],
             check=True,
-        )  # fmt: skip
+        )
         (wheel,) = wheels.glob("*.whl")
         with zipfile.ZipFile(wheel) as archive:
             names = [n for n in archive.namelist() if n.endswith((".py", "METADATA"))]
@@ -122,7 +143,9 @@ def connector_state(root: Path) -> bool:
 
 
 def fused_signature(root: Path) -> bool:
-    """What is told of a fused all-reduce and norm: (hidden, residual, norm) -> (normed, residual)."""
+    """What is told of a fused all-reduce and norm: (hidden, residual, norm) -> (normed,
+    residual).
+    """
     found = [
         args
         for file in FUSED
@@ -136,11 +159,19 @@ def fused_signature(root: Path) -> bool:
 CHECKS: dict[str, Callable[[Path], bool]] = {
     "connector's methods": connector_methods,
     "connector's state": connector_state,
-    "connector by module path": lambda r: has(r / "config/kv_transfer.py", "kv_connector_module_path"),
-    "method extract_hidden_states": lambda r: has(r / "config/speculative.py", "extract_hidden_states"),
+    "connector by module path": lambda r: has(
+        r / "config/kv_transfer.py", "kv_connector_module_path"
+    ),
+    "method extract_hidden_states": lambda r: has(
+        r / "config/speculative.py", "extract_hidden_states"
+    ),
     "model_class_overrides": lambda r: (
         has(r / "config/model.py", "model_class_overrides")
-        and has(r / "model_executor/models/registry.py", r"_VLLM_MODELS = \{", r"def _resolve_module_name\(")
+        and has(
+            r / "model_executor/models/registry.py",
+            r"_VLLM_MODELS = \{",
+            r"def _resolve_module_name\(",
+        )
     ),
     "EAGLE3 interface": lambda r: has(
         r / "model_executor/models/interfaces.py",
@@ -149,21 +180,29 @@ CHECKS: dict[str, Callable[[Path], bool]] = {
         r"def get_eagle3_default_aux_hidden_state_layers\(",
     ),
     "fused norm's signature": fused_signature,
-    "requests": lambda r: has(r / "sampling_params.py", r"FINAL_ONLY", r"skip_clone", r"extra_args"),
+    "requests": lambda r: has(
+        r / "sampling_params.py", r"FINAL_ONLY", r"skip_clone", r"extra_args"
+    ),
 }
 
 
 def pins(folder: Path) -> tuple[str, str]:
     """Versions of torch and transformers that a wheel asks for."""
     (about,) = folder.glob("vllm-*.dist-info/METADATA")
-    found = re.findall(r"^Requires-Dist: (torch|transformers) ?([(=<>!][^;\n]*)", about.read_text(), re.M)
+    found = re.findall(
+        r"^Requires-Dist: (torch|transformers) ?([(=<>!][^;\n]*)", about.read_text(), re.M
+    )
     told = {name: pin.strip("() ") for name, pin in found}
     return told.get("torch", "any"), told.get("transformers", "any")
 
 
 def runner(root: Path) -> str:
     """The model runner that extraction takes on a GPU."""
-    return "V2" if has(root / "v1/worker/gpu/spec_decode/__init__.py", "extract_hidden_states") else "V1"
+    return (
+        "V2"
+        if has(root / "v1/worker/gpu/spec_decode/__init__.py", "extract_hidden_states")
+        else "V1"
+    )
 
 
 def capture(root: Path, architecture: str) -> str:
@@ -183,12 +222,17 @@ def tables(found: dict[str, Path]) -> tuple[list[str], list[str]]:
         for name, check in CHECKS.items()
         if not check(folder / "vllm")
     ]
-    lines = ["| vLLM | torch | transformers | model runner | what we rely on |", "|---|---|---|---|---|"]
+    lines = [
+        "| vLLM | torch | transformers | model runner | what we rely on |",
+        "|---|---|---|---|---|",
+    ]
     for version, folder in found.items():
         torch, transformers = pins(folder)
         gone = [m.split(": ")[1] for m in missing if m.startswith(f"{version}:")]
         state = f"**missing: {', '.join(gone)}**" if gone else f"all {len(CHECKS)} there"
-        lines.append(f"| {version} | {torch} | {transformers} | {runner(folder / 'vllm')} | {state} |")
+        lines.append(
+            f"| {version} | {torch} | {transformers} | {runner(folder / 'vllm')} | {state} |"
+        )
     lines += [
         "",
         f"| states taken by | {' | '.join(found)} |",
@@ -214,7 +258,9 @@ def main() -> int:
     if args.write:
         page = ROOT / "docs" / "vllm.md"
         before, rest = page.read_text().split(BEGIN)
-        page.write_text(f"{before}{BEGIN}\n\n" + "\n".join(lines) + f"\n\n{END}" + rest.split(END)[1])
+        page.write_text(
+            f"{before}{BEGIN}\n\n" + "\n".join(lines) + f"\n\n{END}" + rest.split(END)[1]
+        )
     for line in missing:
         print(f"missing in {line}", file=sys.stderr)
     return bool(missing)

@@ -1,12 +1,16 @@
-"""Sliding windows and YaRN at rows of 16,384 tokens: step time and memory, and the walk by position in the document.
+"""Sliding windows and YaRN at rows of 16,384 tokens: step time and memory, and the walk by position
+in the document.
 
     python bench/windows.py --step [--shape qwen3-4b] [--out FOLDER]
-    python bench/windows.py --walk --model DIR --data FILE.jsonl[.gz] --out FOLDER [--documents 128] [--steps 400] [--budget 180]
+    python bench/windows.py --walk --model DIR --data FILE.jsonl[.gz] --out FOLDER
+        [--documents 128] [--steps 400] [--budget 180]
 
-``--step``: random states, one document per row, 512 anchors; forward, objective and backward, compiled, as bench/step.py. One model takes every
-variant in turn; windows share a compilation. ``--walk``: the corpus' conversations strung to documents of 16,384 tokens, dumped by the product
-from the target with YaRN (factor 2, for SmolLM2 is made for 8,192 positions); per variant a training from the same weights on the same rows, then
-greedy walk and walk at temperature 1 at every anchor of held-out documents, by the anchor's position. Writes FOLDER/windows_step.json and
+``--step``: random states, one document per row, 512 anchors; forward, objective and backward,
+compiled, as bench/step.py. One model takes every variant in turn; windows share a compilation.
+``--walk``: the corpus' conversations strung to documents of 16,384 tokens, dumped by the product
+from the target with YaRN (factor 2, for SmolLM2 is made for 8,192 positions); per variant a
+training from the same weights on the same rows, then greedy walk and walk at temperature 1 at every
+anchor of held-out documents, by the anchor's position. Writes FOLDER/windows_step.json and
 FOLDER/windows_walk.json after every variant.
 """
 
@@ -44,7 +48,9 @@ TOKENS = 16_384
 
 
 def variants(yarn: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Name -> what of a DraftConfig it changes. Full attention last but for YaRN, which runs its compilation."""
+    """Name -> what of a DraftConfig it changes. Full attention last but for YaRN, which runs its
+    compilation.
+    """
     return {
         "full": {},
         "yarn": {"rope_scaling": yarn},
@@ -55,7 +61,9 @@ def variants(yarn: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def become(model: DraftModel, plain: DraftConfig, changes: dict[str, Any]) -> None:
-    """Let ``model`` have layers of another sight and other RoPE tables: no weight depends on either."""
+    """Let ``model`` have layers of another sight and other RoPE tables: no weight depends on
+    either.
+    """
     kinds = (SLIDING,) * plain.num_layers if "sliding_window" in changes else ()
     model.config = dataclasses.replace(plain, layer_types=kinds, **changes)
     model.look()
@@ -75,9 +83,18 @@ def step_times(args: argparse.Namespace) -> None:
         become(model, plain, changes)
         found.append({"name": name, **bench_step.ours(s, args, model, rows)})
         print(found[-1], file=sys.stderr, flush=True)
-        write("windows_step", {"sizes": vars(s), "repeat": args.repeat}, found, args.out, show=False)
+        write(
+            "windows_step", {"sizes": vars(s), "repeat": args.repeat}, found, args.out, show=False
+        )
     base = found[0]["ms"]
-    print("\n".join(f"{r['name']:18} {r['ms']:7.1f} ms ({r['ms'] / base:.2f}) forward {r['forward_ms']:.1f} backward {r['backward_ms']:.1f} peak {r['peak_gb']:.1f} GB" for r in found))  # fmt: skip
+    print(
+        "\n".join(
+            f"{r['name']:18} {r['ms']:7.1f} ms ({r['ms'] / base:.2f}) forward "
+            f"{r['forward_ms']:.1f} "
+            f"backward {r['backward_ms']:.1f} peak {r['peak_gb']:.1f} GB"
+            for r in found
+        )
+    )
 
 
 # The walk
@@ -96,15 +113,26 @@ def long_documents(args: argparse.Namespace) -> tuple[Path, Path]:
         own["max_position_embeddings"],
         own.get("rope_theta") or own["rope_parameters"]["rope_theta"],
     )
-    yarn = {"rope_type": "yarn", "factor": args.tokens / longest, "original_max_position_embeddings": longest}
-    own = {k: v for k, v in own.items() if k != "rope_scaling"} | {"max_position_embeddings": args.tokens}
-    (target / "config.json").write_text(json.dumps(own | {"rope_parameters": yarn | {"rope_theta": theta}}))
+    yarn = {
+        "rope_type": "yarn",
+        "factor": args.tokens / longest,
+        "original_max_position_embeddings": longest,
+    }
+    own = {k: v for k, v in own.items() if k != "rope_scaling"} | {
+        "max_position_embeddings": args.tokens
+    }
+    (target / "config.json").write_text(
+        json.dumps(own | {"rope_parameters": yarn | {"rope_theta": theta}})
+    )
     tokenizer = AutoTokenizer.from_pretrained(target)
     opener = gzip.open if str(args.data).endswith(".gz") else open
     with opener(args.data, "rt") as lines:
         chats = [json.loads(line)["messages"] for line in lines]
     draw = np.random.default_rng(0).permutation(len(chats))
-    counts = [len(ids) + 16 for ids in tokenizer([" ".join(m["content"] for m in chat) for chat in chats])["input_ids"]]  # fmt: skip
+    counts = [
+        len(ids) + 16
+        for ids in tokenizer([" ".join(m["content"] for m in chat) for chat in chats])["input_ids"]
+    ]
     documents, current, size = list[list[dict[str, str]]](), list[dict[str, str]](), 64
     for i in draw:
         turns = [m for m in chats[i] if m["role"] in ("user", "assistant")]
@@ -128,9 +156,13 @@ def walk_by_position(lab: Lab) -> dict[str, Any]:
         every = np.flatnonzero(rules.eligible(held.host.loss_mask.numpy(), held.host.doc.numpy()))
         some, parts = run.config.max_anchors, []
         for at in range(0, every.size, some):
-            part = batch.with_anchors(held.host, every[at : at + some], some if run.stream.pad else 0)
+            part = batch.with_anchors(
+                held.host, every[at : at + some], some if run.stream.pad else 0
+            )
             parts.append(
-                _alphas(run.model, part, *judged(run.model, part, run.config.decay, run.compute.backend))
+                _alphas(
+                    run.model, part, *judged(run.model, part, run.config.decay, run.compute.backend)
+                )
             )
         alpha = torch.cat(parts, 1).double().numpy()
         place = np.digitize(held.host.position.numpy()[every], EDGES[1:-1])
@@ -229,7 +261,11 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=TOKENS)
     parser.add_argument("--repeat", type=int, default=10)
     parser.add_argument("--rows", type=int, default=2)
-    parser.add_argument("--device", type=torch.device, default=torch.device("cuda" if torch.cuda.is_available() else "cpu"))  # fmt: skip
+    parser.add_argument(
+        "--device",
+        type=torch.device,
+        default=torch.device("cuda" if torch.cuda.is_available() else "cpu"),
+    )
     parser.add_argument("--model")
     parser.add_argument("--data")
     parser.add_argument("--out", type=Path, default=RESULTS)
@@ -237,7 +273,10 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
-        "--budget", type=float, default=180, help="seconds; no variant is begun that would not end within"
+        "--budget",
+        type=float,
+        default=180,
+        help="seconds; no variant is begun that would not end within",
     )
     parser.add_argument("--dump", default="", help="more flags of dspark-dump")
     parser.add_argument(

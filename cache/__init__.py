@@ -15,7 +15,9 @@ __all__ = ["open"]
 
 
 def open(path: str | Path, *, allow_incomplete: bool = False) -> Cache:
-    """Open the store at ``path`` for reading; see ``dspark.cache.reader.open`` for what it raises."""
+    """Open the store at ``path`` for reading; see ``dspark.cache.reader.open`` for what it
+    raises.
+    """
     from dspark.cache import reader
 
     return reader.open(path, allow_incomplete=allow_incomplete)

@@ -1,6 +1,8 @@
-"""Errors that a user, a disk or a foreign file causes. Each says what was found, what was expected, what to do next.
+"""Errors that a user, a disk or a foreign file causes. Each says what was found, what was expected,
+what to do next.
 
-``exit_code`` is what a command returns: 1 = the work failed or something was found wrong, 2 = wrong usage.
+``exit_code`` is what a command returns: 1 = the work failed or something was found wrong, 2 = wrong
+usage.
 Programmer mistakes stay ``assert``; nothing here is raised for those.
 """
 
@@ -10,7 +12,8 @@ import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-# What says that a file is not there, or is of another kind; every other error of reading says nothing of its bytes.
+# What says that a file is not there, or is of another kind; every other error of reading says
+# nothing of its bytes.
 GONE = frozenset({errno.ENOENT, errno.ENOTDIR, errno.EISDIR})
 
 
@@ -53,11 +56,15 @@ class DamagedCacheError(CacheError):
 
 
 class UnreadableError(CacheError):
-    """Something of a store cannot be read right now: an I/O error, no permission, too few file handles. Nothing says that it is damaged."""
+    """Something of a store cannot be read right now: an I/O error, no permission, too few file
+    handles. Nothing says that it is damaged.
+    """
 
 
 class MismatchError(CacheError):
-    """Two things that must belong together do not: cache and target, checkpoint and cache, resume and plan."""
+    """Two things that must belong together do not: cache and target, checkpoint and cache, resume
+    and plan.
+    """
 
 
 class ExistsError(CacheError):
@@ -75,7 +82,9 @@ class LostLockError(CacheError):
 
 
 class StoreWriteError(CacheError):
-    """A part could not be written (disk full, no permission). Parts committed before it are intact."""
+    """A part could not be written (disk full, no permission). Parts committed before it are
+    intact.
+    """
 
 
 class DataError(DsparkError):
@@ -83,7 +92,9 @@ class DataError(DsparkError):
 
 
 class TargetError(DsparkError):
-    """The target cannot be used: it is not a language model that can be read here, or a part of it is missing."""
+    """The target cannot be used: it is not a language model that can be read here, or a part of it
+    is missing.
+    """
 
 
 class EngineError(DsparkError):
@@ -99,7 +110,9 @@ class DraftError(DsparkError):
 
 
 def read_error(path: object, error: OSError) -> DamagedCacheError | UnreadableError:
-    """Tell what ``error``, met in reading ``path``, says of the store: damaged where the file is gone, else unreadable."""
+    """Tell what ``error``, met in reading ``path``, says of the store: damaged where the file is
+    gone, else unreadable.
+    """
     if error.errno in GONE:
         return DamagedCacheError(f"{path}: {error.strerror}")
     return UnreadableError(
@@ -118,5 +131,7 @@ def reading(path: object) -> Iterator[None]:
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of ``error``, at most 200 characters; its type where it says nothing."""
+    """Return the first line of ``error``, at most 200 characters; its type where it says
+    nothing.
+    """
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -1,7 +1,8 @@
 """Several stores read as one: their samples end to end, for a training on all of them.
 
-They must be of one target (same weights, vocabulary and mask token) and one set of layers; codecs may differ, since a row of a training holds
-samples of one store (``train/data/stream.py``). Each store stays as it is: nothing is copied.
+They must be of one target (same weights, vocabulary and mask token) and one set of layers; codecs
+may differ, since a row of a training holds samples of one store (``train/data/stream.py``). Each
+store stays as it is: nothing is copied.
 """
 
 from __future__ import annotations
@@ -28,15 +29,20 @@ class JoinedCache:
     """``stores`` as one: sample ``starts[s] + i`` is sample i of store s."""
 
     def __init__(self, stores: Sequence[Cache]) -> None:
-        """Raises MismatchError, naming store and difference, unless they are of one target and layers; UsageError for one store twice."""
+        """Raises MismatchError, naming store and difference, unless they are of one target and
+        layers; UsageError for one store twice.
+        """
         self.stores = tuple(stores)
         first = self.stores[0]
         if len({store.path.resolve() for store in self.stores}) < len(self.stores):
-            raise UsageError(f"a store is given twice: {self}. Give its passes instead: --cache STORE=2")
+            raise UsageError(
+                f"a store is given twice: {self}. Give its passes instead: --cache STORE=2"
+            )
         for other in self.stores[1:]:
             if differences := list(_differences(first, other)):
                 raise MismatchError(
-                    f"{other.path} cannot be trained on together with {first.path}: {'; '.join(differences)}. "
+                    f"{other.path} cannot be trained on together with {first.path}: "
+                    f"{'; '.join(differences)}. "
                     "Stores of one training need the same target and layers."
                 )
 

@@ -1,4 +1,6 @@
-"""JSON that others wrote, read within bounds: nesting that Python cannot follow and files no record of ours can have are ValueErrors like any other mistake."""
+"""JSON that others wrote, read within bounds: nesting that Python cannot follow and files no record
+of ours can have are ValueErrors like any other mistake.
+"""
 
 from __future__ import annotations
 

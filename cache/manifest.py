@@ -1,10 +1,12 @@
-"""The manifest: what a store is, as frozen dataclasses with an exact JSON form. Specified in docs/format.md.
+"""The manifest: what a store is, as frozen dataclasses with an exact JSON form. Specified in
+docs/format.md.
 
-It lives in the root group's ``zarr.json`` under ``attributes.dspark``, with a crc32c over its canonical JSON. Unknown keys and
-unknown versions are refused: a reader that guesses at a field it does not know is silently wrong.
+It lives in the root group's ``zarr.json`` under ``attributes.dspark``, with a crc32c over its
+canonical JSON. Unknown keys and unknown versions are refused: a reader that guesses at a field it
+does not know is silently wrong.
 
-The plan is the part of it that never changes: all that says what any sample's bytes are. Every part carries it whole, with its digest, so the manifest can be made
-again from the parts.
+The plan is the part of it that never changes: all that says what any sample's bytes are. Every part
+carries it whole, with its digest, so the manifest can be made again from the parts.
 """
 
 from __future__ import annotations
@@ -33,7 +35,9 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TargetInfo:
-    """The model whose states these are. ``config``: its ``config.json`` whole (text model's where it is wrapped)."""
+    """The model whose states these are. ``config``: its ``config.json`` whole (text model's where
+    it is wrapped).
+    """
 
     id: str
     revision: str | None
@@ -42,7 +46,9 @@ class TargetInfo:
     vocab_size: int
     num_layers: int
     mask_token_id: (
-        int  # the id a draft embeds in slots 1..B-1; chosen once so that every draft of this store agrees
+        # the id a draft embeds in slots 1..B-1; chosen once so that every draft of this store
+        # agrees
+        int
     )
     eos_token_ids: list[int]
     weights_sha256: str  # of target/model.safetensors
@@ -50,7 +56,9 @@ class TargetInfo:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FieldInfo:
-    """How one field of states is stored in a store of version 1. ``params``: what decoding needs beside name and bits; ``pack``: how its arrays are kept."""
+    """How one field of states is stored in a store of version 1. ``params``: what decoding needs
+    beside name and bits; ``pack``: how its arrays are kept.
+    """
 
     codec: str
     bits: int
@@ -60,7 +68,9 @@ class FieldInfo:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CodecInfo:
-    """How states are stored: a codec by its full name, what it needs beside it, and the sha256 of its calibration file (None: it has learnt nothing)."""
+    """How states are stored: a codec by its full name, what it needs beside it, and the sha256 of
+    its calibration file (None: it has learnt nothing).
+    """
 
     name: str
     params: Json = field(default_factory=dict)
@@ -78,9 +88,11 @@ class TokenizerInfo:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SourceInfo:
-    """Where rows came from: file name or data set id, its sha256 (None: not one file), and the limit on rows. Only the limit is compared on resume.
+    """Where rows came from: file name or data set id, its sha256 (None: not one file), and the
+    limit on rows. Only the limit is compared on resume.
 
-    ``rows``: how many there are, in a store that one of several dumps has ended (None in a complete one, whose parts say it).
+    ``rows``: how many there are, in a store that one of several dumps has ended (None in a complete
+    one, whose parts say it).
     """
 
     id: str
@@ -97,7 +109,8 @@ class SourceInfo:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DumpInfo:
-    """How rows became tokens and tokens became states. ``block_rows``: source rows per part, 0 in a store of version 1.
+    """How rows became tokens and tokens became states. ``block_rows``: source rows per part, 0 in a
+    store of version 1.
 
     All but ``engine_version`` belong to the plan.
     """
@@ -131,7 +144,9 @@ class Counts:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Manifest:
-    """Everything a reader needs to know before it opens a part. ``fields``: aux and last, of a store of version 1 only."""
+    """Everything a reader needs to know before it opens a part. ``fields``: aux and last, of a
+    store of version 1 only.
+    """
 
     target: TargetInfo
     layers: list[int]
@@ -145,7 +160,8 @@ class Manifest:
     format_version: int = FORMAT_VERSION
     counts: Counts = field(default_factory=Counts)
     complete: bool = False
-    quality: Json = field(default_factory=dict)  # SNR of the stored code by layer, measured at dump time
+    # SNR of the stored code by layer, measured at dump time
+    quality: Json = field(default_factory=dict)
     fields: tuple[FieldInfo, FieldInfo] | None = None
 
     @property
@@ -198,7 +214,8 @@ class Manifest:
         version = data.get("format_version")
         if version not in READ_VERSIONS:
             raise FormatVersionError(
-                f"{where}: found format version {version!r}, this release reads {' and '.join(map(str, READ_VERSIONS))}. "
+                f"{where}: found format version {version!r}, this release reads "
+                f"{' and '.join(map(str, READ_VERSIONS))}. "
                 "Use the dspark release that wrote it, or dump again."
             )
         if version == 1:
@@ -211,20 +228,26 @@ class Manifest:
         return from_plan(
             data["plan"],
             where,
-            sources=[build(SourceInfo, s, f"{where}: sources") for s in _some(data["sources"], where)],
+            sources=[
+                build(SourceInfo, s, f"{where}: sources") for s in _some(data["sources"], where)
+            ],
             counts=build(Counts, data["counts"], f"{where}: counts"),
             **data["state"],
         )
 
     def same_plan(self, other: Manifest, where: str) -> None:
-        """Raise MismatchError, naming every differing field, unless ``other`` would write the same store.
+        """Raise MismatchError, naming every differing field, unless ``other`` would write the same
+        store.
 
-        ``other`` may come from a run that has read no weights and calibrated nothing, so hashes that it does not know are not compared.
+        ``other`` may come from a run that has read no weights and calibrated nothing, so hashes
+        that it does not know are not compared.
         """
         if self.format_version != FORMAT_VERSION:
             raise MismatchError(
-                f"{where}: a store of format version {self.format_version}, which this release reads but does not go on with. "
-                f"Finish it with the release that began it, or convert it: dspark-tools recode {where} NEW"
+                f"{where}: a store of format version {self.format_version}, which this release "
+                "reads but does not go on with. "
+                "Finish it with the release that began it, or convert it: dspark-tools recode "
+                f"{where} NEW"
             )
         # Further sources may follow those that the store has.
         same = dataclasses.replace(other, sources=other.sources[: len(self.sources)])
@@ -237,7 +260,9 @@ class Manifest:
         if diffs:
             raise MismatchError(
                 f"{where}: this run would not continue the same store.\n  "
-                + "\n  ".join(diffs[:8] + ([f"and {len(diffs) - 8} more"] if len(diffs) > 8 else []))
+                + "\n  ".join(
+                    diffs[:8] + ([f"and {len(diffs) - 8} more"] if len(diffs) > 8 else [])
+                )
                 + "\nUse the flags the store was begun with, another --output, or --overwrite."
             )
 
@@ -262,11 +287,23 @@ def from_plan(
     engine_version: str,
 ) -> Manifest:
     """A manifest from the plan that it or any part of the store holds."""
-    known = {"target", "layers", "target_layer_ids", "layer_convention", "last_after_final_norm", "last_rows_rule", "tokenizer", "codec", "run"}  # fmt: skip
+    known = {
+        "target",
+        "layers",
+        "target_layer_ids",
+        "layer_convention",
+        "last_after_final_norm",
+        "last_rows_rule",
+        "tokenizer",
+        "codec",
+        "run",
+    }
     _same_keys(plan, known, f"{where}: plan")
     target = build(TargetInfo, plan["target"], f"{where}: target")
     if not (isinstance(plan["layers"], list) and all(type(i) is int for i in plan["layers"])):
-        raise DamagedCacheError(f"{where}: layers are {_short(plan['layers'])}, expected a list of numbers")
+        raise DamagedCacheError(
+            f"{where}: layers are {_short(plan['layers'])}, expected a list of numbers"
+        )
     if not (type(complete) is bool and isinstance(quality, dict) and isinstance(plan["run"], dict)):
         raise DamagedCacheError(
             f"{where}: complete, quality or run has a value of another type than it may have"
@@ -292,7 +329,14 @@ def from_plan(
 def _from_version_1(data: Mapping[str, Any], where: str) -> Manifest:
     fields = dict(data)
     both = fields.pop("target_layer_ids", None)
-    nested = {"target": TargetInfo, "aux": FieldInfo, "last": FieldInfo, "tokenizer": TokenizerInfo, "source": SourceInfo, "counts": Counts}  # fmt: skip
+    nested = {
+        "target": TargetInfo,
+        "aux": FieldInfo,
+        "last": FieldInfo,
+        "tokenizer": TokenizerInfo,
+        "source": SourceInfo,
+        "counts": Counts,
+    }
     for name, kind in nested.items():
         if name not in fields:
             raise DamagedCacheError(f"{where}: the manifest has no {name!r}")
@@ -313,7 +357,9 @@ def _from_version_1(data: Mapping[str, Any], where: str) -> Manifest:
 
 def _check_layer_ids(both: Any, manifest: Manifest, where: str) -> None:
     if both != manifest.target_layer_ids:
-        raise DamagedCacheError(f"{where}: target_layer_ids {both} are not layers {manifest.layers} plus one")
+        raise DamagedCacheError(
+            f"{where}: target_layer_ids {both} are not layers {manifest.layers} plus one"
+        )
 
 
 def _same_keys(data: Any, keys: set[str], where: str) -> None:
@@ -349,7 +395,9 @@ def differences(a: Any, b: Any, path: str = "") -> list[tuple[str, Any, Any]]:
 
 
 def build(kind: type[T], data: Any, where: str) -> T:
-    """Make dataclass ``kind`` from a JSON object; missing and unknown keys and values of another type are damage, named."""
+    """Make dataclass ``kind`` from a JSON object; missing and unknown keys and values of another
+    type are damage, named.
+    """
     if not isinstance(data, Mapping):
         raise DamagedCacheError(f"{where}: found {type(data).__name__}, expected an object")
     known = {f.name: f for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
@@ -374,7 +422,9 @@ def _hints(kind: Any) -> dict[str, Any]:
 
 
 def _fits(value: Any, hint: Any) -> bool:
-    """Whether ``value``, as JSON gives it, is what a field of type ``hint`` holds. Whole numbers are below 2**53, as every reader of JSON takes them."""
+    """Whether ``value``, as JSON gives it, is what a field of type ``hint`` holds. Whole numbers
+    are below 2**53, as every reader of JSON takes them.
+    """
     kind, inner = get_origin(hint) or hint, get_args(hint)
     if kind in (UnionType, Union):
         return any(_fits(value, one) for one in inner)
@@ -385,11 +435,15 @@ def _fits(value: Any, hint: Any) -> bool:
     if kind is int:
         return type(value) is int and abs(value) < 2**53
     kinds = {Any: object, float: int | float, tuple: list | tuple}
-    return isinstance(value, kinds.get(kind, kind)) and not (kind is float and isinstance(value, bool))
+    return isinstance(value, kinds.get(kind, kind)) and not (
+        kind is float and isinstance(value, bool)
+    )
 
 
 def canonical_text(data: Any) -> str:
-    """JSON with sorted keys and no spaces. What a data set holds beside JSON's types (the date of a message) is written as text."""
+    """JSON with sorted keys and no spaces. What a data set holds beside JSON's types (the date of a
+    message) is written as text.
+    """
     return json.dumps(data, sort_keys=True, separators=(",", ":"), ensure_ascii=False, default=str)
 
 

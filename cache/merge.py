@@ -1,7 +1,10 @@
-"""Stores of one plan made into one: ``merge`` joins what several writers made, ``append`` adds a second corpus.
+"""Stores of one plan made into one: ``merge`` joins what several writers made, ``append`` adds a
+second corpus.
 
-Parts are blocks of source rows and depend on nothing else, so a part goes over as it is: its files get a second name (a hard link, a copy where that cannot be).
-A part of another source becomes a part of another number, which its shards' tags hold: its files are copied with new tags. The given stores stay as they are.
+Parts are blocks of source rows and depend on nothing else, so a part goes over as it is: its files
+get a second name (a hard link, a copy where that cannot be).
+A part of another source becomes a part of another number, which its shards' tags hold: its files
+are copied with new tags. The given stores stay as they are.
 """
 
 from __future__ import annotations
@@ -43,7 +46,9 @@ COPY = 8 << 20  # bytes of a file that are copied at once
 
 @dataclass(frozen=True, slots=True)
 class Given:
-    """A store that is joined with others: its parts by number, and which number each of its sources has in the result."""
+    """A store that is joined with others: its parts by number, and which number each of its sources
+    has in the result.
+    """
 
     path: Where
     place: Place
@@ -53,12 +58,15 @@ class Given:
 
 
 def merge(
-    out: str | Where, stores: Sequence[str | Where], *, progress: Progress = lambda done, total: None
+    out: str | Where,
+    stores: Sequence[str | Where],
+    *,
+    progress: Progress = lambda done, total: None,
 ) -> Manifest:
     """Join ``stores`` into the new store ``out``; returns its manifest.
 
-    Raises ExistsError where ``out`` is there, and MismatchError where plans differ, where two stores hold different parts of the same rows, or, naming them, where
-    rows are missing.
+    Raises ExistsError where ``out`` is there, and MismatchError where plans differ, where two
+    stores hold different parts of the same rows, or, naming them, where rows are missing.
     """
     out = where(out)
     if not stores:
@@ -80,7 +88,10 @@ def merge(
     )
     with owned(out, "dspark-tools merge"), new_place(out) as place:
         in_parallel = each_in_parallel(place)
-        in_parallel(lambda name: place.link(given[0].place, name, name), list(common_objects(given[0].place)))
+        in_parallel(
+            lambda name: place.link(given[0].place, name, name),
+            list(common_objects(given[0].place)),
+        )
         records = []
 
         def take(one: tuple[int, tuple[Given, PartRecord]]) -> PartRecord:
@@ -96,7 +107,9 @@ def merge(
 
 @contextmanager
 def new_place(out: Where) -> Iterator[Place]:
-    """Where the store ``out`` is put together; a local one has its name only when the block ends."""
+    """Where the store ``out`` is put together; a local one has its name only when the block
+    ends.
+    """
     if isinstance(out, Path):
         with staged(out) as new:
             new.mkdir()
@@ -106,11 +119,16 @@ def new_place(out: Where) -> Iterator[Place]:
 
 
 def append(
-    store: str | Where, others: Sequence[str | Where], *, progress: Progress = lambda done, total: None
+    store: str | Where,
+    others: Sequence[str | Where],
+    *,
+    progress: Progress = lambda done, total: None,
 ) -> Manifest:
-    """Add the sources of ``others``, complete stores of the plan of ``store``, to it; returns its manifest. A call that was stopped is simply made again.
+    """Add the sources of ``others``, complete stores of the plan of ``store``, to it; returns its
+    manifest. A call that was stopped is simply made again.
 
-    Raises MismatchError where plans differ, where one is not complete or where a source is there already.
+    Raises MismatchError where plans differ, where one is not complete or where a source is there
+    already.
     """
     store = where(store)
     manifest = read_manifest(store)
@@ -119,7 +137,9 @@ def append(
     given = [_given(where(s), sources) for s in others]
     for one in [(store, manifest), *((g.path, g.manifest) for g in given)]:
         if not one[1].complete:
-            raise MismatchError(f"{one[0]}: not complete. Finish its dump with --resume, then append.")
+            raise MismatchError(
+                f"{one[0]}: not complete. Finish its dump with --resume, then append."
+            )
     for g in given:
         _same_plan(manifest, store, g.manifest, g.path)
         if twice := [sources[n].id for n in g.sources.values() if n < own]:
@@ -142,7 +162,8 @@ def _given(path: Where, sources: list[SourceInfo]) -> Given:
     manifest = read_manifest(path)
     if manifest.format_version == 1:
         raise UsageError(
-            f"{path}: a store of format version 1 is read, not joined. Convert it first: dspark-tools recode {path} NEW"
+            f"{path}: a store of format version 1 is read, not joined. Convert it first: "
+            f"dspark-tools recode {path} NEW"
         )
     if isinstance(path, Path):
         refuse_links(path)
@@ -162,7 +183,8 @@ def _given(path: Where, sources: list[SourceInfo]) -> Given:
     for record in records.values():
         if record.plan_sha256 != manifest.digest():
             raise MismatchError(
-                f"{path / PARTS / part_name(record.index)}: a part of another plan than the store's. See dspark-tools verify {path}"
+                f"{path / PARTS / part_name(record.index)}: a part of another plan than the "
+                f"store's. See dspark-tools verify {path}"
             )
     return Given(path, place_of(path), manifest, records, numbers)
 
@@ -180,7 +202,9 @@ def _same_plan(a: Manifest, store: Where, b: Manifest, other: Where) -> None:
 
 
 def _chosen(given: Sequence[Given]) -> dict[int, tuple[Given, PartRecord]]:
-    """The parts of the result by number, each with the first store that has it. Raises MismatchError where two differ."""
+    """The parts of the result by number, each with the first store that has it. Raises
+    MismatchError where two differ.
+    """
     out: dict[int, tuple[Given, PartRecord]] = {}
     for store in given:
         for record in store.records.values():
@@ -194,8 +218,10 @@ def _chosen(given: Sequence[Given]) -> dict[int, tuple[Given, PartRecord]]:
                 record.rows_sha256,
             ) and first.index == record.index:
                 raise MismatchError(
-                    f"{other.path} and {store.path} have different parts of rows {record.row_start:,}-{record.row_stop - 1:,} "
-                    f"of {record.source_id}. Delete one of them: {store.path / PARTS / part_name(record.index)}"
+                    f"{other.path} and {store.path} have different parts of rows "
+                    f"{record.row_start:,}-{record.row_stop - 1:,} "
+                    f"of {record.source_id}. Delete one of them: "
+                    f"{store.path / PARTS / part_name(record.index)}"
                 )
     return out
 
@@ -216,12 +242,15 @@ def _refuse_missing(
         rows.update({store.sources[s]: n for s, n in known.items()})
     if missing := missing_rows(chosen, rows, size):
         raise MismatchError(
-            f"{out}: not written, {spans(missing)} are missing. Run the shards that make them (dspark-dump --shard), "
-            f"then merge again. Sources: {', '.join(f'{i} = {s.id}' for i, s in enumerate(sources))}"
+            f"{out}: not written, {spans(missing)} are missing. Run the shards that make them "
+            "(dspark-dump --shard), "
+            "then merge again. Sources: "
+            f"{', '.join(f'{i} = {s.id}' for i, s in enumerate(sources))}"
         )
     if unknown := [s.id for i, s in enumerate(sources) if i not in rows]:
         raise MismatchError(
-            f"{out}: not written, no store says how many rows {unknown[0]} has: none of its dumps has ended. "
+            f"{out}: not written, no store says how many rows {unknown[0]} has: none of its "
+            "dumps has ended. "
             "Run one of them to its end with --resume."
         )
 
@@ -256,7 +285,9 @@ def _take(place: Place, token: str, store: Given, record: PartRecord, number: in
 
 
 def _copy(source: Object, to: Path, tag: bytes) -> tuple[int, int, int]:
-    """Copy ``source`` to the new file ``to``, its first bytes replaced by ``tag``; returns size, crc32c and crc32."""
+    """Copy ``source`` to the new file ``to``, its first bytes replaced by ``tag``; returns size,
+    crc32c and crc32.
+    """
     size, crc, other = source.size, 0, 0
     with open(to, "wb") as file:
         for start in range(0, size, COPY):
@@ -271,7 +302,9 @@ def _copy(source: Object, to: Path, tag: bytes) -> tuple[int, int, int]:
 def _ended(place: Place, manifest: Manifest, records: Sequence[PartRecord]) -> Manifest:
     """Write index and manifest of the store at ``place``, which holds the parts of ``records``."""
     check_whole(records, manifest, place.where(""))
-    layout = PartLayout(stored_codec(place, manifest), len(manifest.layers), manifest.target.hidden_size)
+    layout = PartLayout(
+        stored_codec(place, manifest), len(manifest.layers), manifest.target.hidden_size
+    )
     write_index(place, records, layout)
     manifest = dataclasses.replace(manifest, counts=totals(records), complete=True)
     place.write("zarr.json", group_metadata(ROOT_KEY, sealed(manifest.to_json())))

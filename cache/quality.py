@@ -1,4 +1,5 @@
-"""What a code loses: signal-to-noise ratios of decoded states, and the states that they are measured on.
+"""What a code loses: signal-to-noise ratios of decoded states, and the states that they are
+measured on.
 
 Legend: T tokens, M stored last states, L aux layers, H hidden size.
 """
@@ -34,14 +35,18 @@ def snr_db(x: torch.Tensor, y: torch.Tensor) -> float | None:
 
 
 class Probe(NamedTuple):
-    """States that a codec learns from and is measured on: ``aux`` [T, L, H], ``last`` [M, H]. ``tokens``: where a codec needs them, else None."""
+    """States that a codec learns from and is measured on: ``aux`` [T, L, H], ``last`` [M, H].
+    ``tokens``: where a codec needs them, else None.
+    """
 
     aux: torch.Tensor
     last: torch.Tensor
     tokens: Tokens | None = None
 
     def beginning(self, most: int = CALIBRATION) -> Probe:
-        """Whole samples of about the first ``most`` tokens, on the device of the embedding, for coding; all of it where no tokens are known."""
+        """Whole samples of about the first ``most`` tokens, on the device of the embedding, for
+        coding; all of it where no tokens are known.
+        """
         if self.tokens is None:
             return self
         t = self.tokens
@@ -59,7 +64,8 @@ class Probe(NamedTuple):
 
 
 def quality(probe: Probe, codec: Codec, against: str | None = None) -> dict[str, Any]:
-    """Measure what ``codec`` loses of the states of ``probe``: SNR in dB per layer and of the last state (None: nothing lost).
+    """Measure what ``codec`` loses of the states of ``probe``: SNR in dB per layer and of the last
+    state (None: nothing lost).
 
     ``against``: what the states are, if not the target's own.
     """
@@ -91,16 +97,21 @@ def share_of(
     codec: Codec | None,
     budget: int,
 ) -> Known:
-    """What ``codec`` learns from one of ``samples`` samples, so that all together give about ``budget`` rows: every n-th row of a long one, or its beginning
-    where the codec looks at neighbouring tokens."""
+    """What ``codec`` learns from one of ``samples`` samples, so that all together give about
+    ``budget`` rows: every n-th row of a long one, or its beginning where the codec looks at
+    neighbouring tokens.
+    """
     import torch
 
     aux, last = states
     if codec is None or not codec.needs_tokens:
         return Known(sample, thin(aux, samples, budget), thin(last, samples, budget))
     most = max(2, budget // samples)
-    cut = TokenSample(sample.row, sample.key, sample.input_ids[:most], sample.loss_mask[:most], sample.turn)
-    # On the host and in 16 bits: of a large target they are tens of gigabytes, and the GPU is the engine's.
+    cut = TokenSample(
+        sample.row, sample.key, sample.input_ids[:most], sample.loss_mask[:most], sample.turn
+    )
+    # On the host and in 16 bits: of a large target they are tens of gigabytes, and the GPU is the
+    # engine's.
     kept = (aux[:most], last[: int(last_rows(cut.loss_mask).sum())])
     return Known(cut, *(x.to("cpu", torch.bfloat16, copy=True) for x in kept))
 
@@ -120,9 +131,11 @@ def probe_of(
     target: Callable[[], Matrices],
     device: torch.device | str | None = None,
 ) -> Probe:
-    """The shares together, with what ``codec`` needs to know of their tokens; ``target`` is only called if it needs any.
+    """The shares together, with what ``codec`` needs to know of their tokens; ``target`` is only
+    called if it needs any.
 
-    ``device``: of the target's matrices, which is where a codec learns (None: where the states are).
+    ``device``: of the target's matrices, which is where a codec learns (None: where the states
+    are).
     """
     import torch
 
@@ -136,7 +149,9 @@ def probe_of(
 
 
 def budget_of(codec: Codec | None, layers: int, hidden: int, tokens: int | None = None) -> int:
-    """Tokens to calibrate ``codec`` on and to measure it with, of a corpus of ``tokens``: no more than a quarter where it asks for many."""
+    """Tokens to calibrate ``codec`` on and to measure it with, of a corpus of ``tokens``: no more
+    than a quarter where it asks for many.
+    """
     wanted = codec.calibration_tokens(layers, hidden) if codec is not None else 0
     if wanted > CALIBRATION and tokens is not None:
         wanted = min(wanted, tokens // 4)
@@ -155,7 +170,9 @@ def spread_states(
     budget: int = CALIBRATION,
     device: torch.device | str | None = None,
 ) -> Probe:
-    """States of samples spread over the store, about ``budget`` tokens of them (or all there are), for ``codec``, which learns on ``device``."""
+    """States of samples spread over the store, about ``budget`` tokens of them (or all there are),
+    for ``codec``, which learns on ``device``.
+    """
     m = cache.manifest
     budget = max(budget, budget_of(codec, len(m.layers), m.target.hidden_size, m.counts.tokens))
     chosen = spread(len(cache), float(cache.lengths.mean()), budget)

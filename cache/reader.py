@@ -1,7 +1,8 @@
 """Reading a store: ``open(path)`` -> ``Cache``, random access by sample index.
 
-Nothing is read before it is asked for; a ``Cache`` is cheap to pickle, so each loader worker opens its own files and shares no
-lock with another. Every chunk's crc32c is checked as it is read; a missing or damaged one raises DamagedCacheError naming part and array.
+Nothing is read before it is asked for; a ``Cache`` is cheap to pickle, so each loader worker opens
+its own files and shares no lock with another. Every chunk's crc32c is checked as it is read; a
+missing or damaged one raises DamagedCacheError naming part and array.
 """
 
 from __future__ import annotations
@@ -26,7 +27,14 @@ from dspark.cache.errors import (
     reading,
 )
 from dspark.cache.files.calibration import stored_codec
-from dspark.cache.files.index import PART_ARRAYS, TURN, build_index, index_shape, index_specs, index_sums
+from dspark.cache.files.index import (
+    PART_ARRAYS,
+    TURN,
+    build_index,
+    index_shape,
+    index_specs,
+    index_sums,
+)
 from dspark.cache.files.layout import (
     EXACT_POSITION,
     EXACT_ROW,
@@ -71,11 +79,15 @@ OPEN_PARTS = 48  # parts kept open at most, with a file descriptor per array
 
 def open_parts(arrays: int) -> int:
     """Parts of ``arrays`` arrays each to keep open: half of the process's limit on open files."""
-    return max(1, min(OPEN_PARTS, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2 // max(arrays, 1)))
+    return max(
+        1, min(OPEN_PARTS, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2 // max(arrays, 1))
+    )
 
 
 def read_manifest(path: str | Where) -> Manifest:
-    """Read the manifest of the store at ``path``, a folder or a URL. Refuses, by name, what is not a store and a version it does not know."""
+    """Read the manifest of the store at ``path``, a folder or a URL. Refuses, by name, what is not
+    a store and a version it does not know.
+    """
     place = place_of(path)
     path = place.where("")
     if isinstance(path, Path):
@@ -85,11 +97,14 @@ def read_manifest(path: str | Where) -> Manifest:
         attributes = read_attributes(place)
     except DamagedCacheError as error:
         if place.remote and not place.exists("zarr.json"):
-            _refuse_absent(path, any_of_it=place.exists(), parts=place.remote and bool(place.list(PARTS)))
+            _refuse_absent(
+                path, any_of_it=place.exists(), parts=place.remote and bool(place.list(PARTS))
+            )
         raise DamagedCacheError(f"{error}. {rebuild_hint(path)}") from error
     if ROOT_KEY not in attributes:
         raise NotACacheError(
-            f"{path}: a Zarr folder, but not a dspark store (its attributes are {sorted(attributes)})"
+            f"{path}: a Zarr folder, but not a dspark store (its attributes are "
+            f"{sorted(attributes)})"
         )
     where = str(path / "zarr.json")
     data = attributes[ROOT_KEY]
@@ -115,7 +130,8 @@ def _refuse_absent(path: Where, *, any_of_it: bool, parts: bool) -> None:
     """Say why there is no manifest at ``path``."""
     if not any_of_it:
         raise NotACacheError(
-            f"{path}: no such folder. dspark-dump writes one: dspark-dump --model MODEL --data FILE --output {path}"
+            f"{path}: no such folder. dspark-dump writes one: dspark-dump --model MODEL --data "
+            f"FILE --output {path}"
         )
     more = f". {rebuild_hint(path)}" if parts else ""
     raise NotACacheError(f"{path}: not a dspark store (no zarr.json in it){more}")
@@ -124,14 +140,16 @@ def _refuse_absent(path: Where, *, any_of_it: bool, parts: bool) -> None:
 def rebuild_hint(path: Where) -> str:
     """The next step where index or manifest are not what was written."""
     return (
-        f"Run dspark-tools verify --rebuild-index {path}: it makes index and manifest again from the parts."
+        f"Run dspark-tools verify --rebuild-index {path}: it makes index and manifest again from "
+        "the parts."
     )
 
 
 def open(path: str | Where, *, allow_incomplete: bool = False) -> Cache:
     """Open the store at ``path``, a folder or a URL (``s3://``, ``gs://``, ``az://``), for reading.
 
-    Raises NotACacheError, FormatVersionError, DamagedCacheError, or IncompleteCacheError unless ``allow_incomplete``.
+    Raises NotACacheError, FormatVersionError, DamagedCacheError, or IncompleteCacheError unless
+    ``allow_incomplete``.
     """
     path = where(path)
     manifest = read_manifest(path)
@@ -139,13 +157,16 @@ def open(path: str | Where, *, allow_incomplete: bool = False) -> Cache:
         with reading(path / PARTS):
             parts = sum(name.isdigit() for name in place_of(path).list(PARTS))
         raise IncompleteCacheError(
-            f"{path}: the dump has not finished ({parts} parts so far). Run the same dspark-dump command with --resume."
+            f"{path}: the dump has not finished ({parts} parts so far). Run the same dspark-dump "
+            "command with --resume."
         )
     return Cache(path, manifest)
 
 
 class Shards(Mapping[str, Shard]):
-    """The shards of a part of a remote store, each opened when it is first asked for. May be used by several threads."""
+    """The shards of a part of a remote store, each opened when it is first asked for. May be used
+    by several threads.
+    """
 
     def __init__(self, place: Place, record: PartRecord, specs: Sequence[StoredArray]) -> None:
         self._place, self._record = place, record
@@ -165,7 +186,9 @@ class Shards(Mapping[str, Shard]):
 
 
 class Cache:
-    """A store opened for reading: ``len(cache)`` samples, ``cache[i]`` decoded, ``cache.read(i)`` as stored."""
+    """A store opened for reading: ``len(cache)`` samples, ``cache[i]`` decoded, ``cache.read(i)``
+    as stored.
+    """
 
     def __init__(self, path: Where, manifest: Manifest) -> None:
         self.path = path
@@ -188,11 +211,13 @@ class Cache:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(state["path"], state["manifest"])  # type: ignore[misc]
 
-    # -- where everything is ---------------------------------------------------------------------------------------------
+    # -- where everything is -----------------------------------------------------------------------
 
     @cached_property
     def index(self) -> dict[str, Array]:
-        """Return the arrays of ``dspark.cache.files.index``, from ``index/`` or, while incomplete, from the parts."""
+        """Return the arrays of ``dspark.cache.files.index``, from ``index/`` or, while incomplete,
+        from the parts.
+        """
         if not self.manifest.complete:
             return self._scan()
         try:
@@ -210,7 +235,8 @@ class Cache:
         if found != (counts.tokens, counts.last_rows, counts.samples):
             raise DamagedCacheError(
                 f"{self.path / INDEX}: holds (tokens, last rows, samples) = {found}, "
-                f"the manifest counts {(counts.tokens, counts.last_rows, counts.samples)}. {self._rebuild()}"
+                f"the manifest counts {(counts.tokens, counts.last_rows, counts.samples)}. "
+                f"{self._rebuild()}"
             )
         return index
 
@@ -229,18 +255,24 @@ class Cache:
             for spec in specs:
                 file = f"{INDEX}/{spec.name}/{shard_file(spec)}"
                 if spec.shape[0] and not self.place.exists(file):
-                    raise DamagedCacheError(f"{self.path / INDEX / spec.name}: its shard is missing")
+                    raise DamagedCacheError(
+                        f"{self.path / INDEX / spec.name}: its shard is missing"
+                    )
         read = each_in_parallel(self.place)
         index = dict(read(lambda s: (s.name, self._index_array(s)), specs))
         if self.manifest.format_version == 1:
             index[TURN] = np.zeros(index["sample_row"].shape[0], np.int32)
             index["part_number"] = np.arange(len(self._part_crc))
         elif (found := index_sums(index)) != about["array_crc32c"]:
-            raise DamagedCacheError(f"arrays have checksums {found}, expected {about['array_crc32c']}")
+            raise DamagedCacheError(
+                f"arrays have checksums {found}, expected {about['array_crc32c']}"
+            )
         return index
 
     def _index_specs(self) -> list[StoredArray]:
-        """The arrays of ``index/``: as their metadata say; of a remote store as the counts do, for every look is a request."""
+        """The arrays of ``index/``: as their metadata say; of a remote store as the counts do, for
+        every look is a request.
+        """
         if self.place.remote and self.manifest.format_version > 1:
             return index_shape(self.manifest.counts.samples, len(self._part_crc))
         with reading(self.path / INDEX):
@@ -248,7 +280,8 @@ class Cache:
         empty: dict[str, Array] = {}
         for name in names:
             shape, kind = read_shape(self.place, f"{INDEX}/{name}")
-            empty[name] = np.broadcast_to(np.zeros((), kind), shape)  # takes no memory, whatever the shape
+            # takes no memory, whatever the shape
+            empty[name] = np.broadcast_to(np.zeros((), kind), shape)
         return [index_specs({n: a})[0] for n, a in empty.items()]
 
     def _index_array(self, spec: StoredArray) -> Array:
@@ -260,7 +293,9 @@ class Cache:
         return Shard(self.path / name, spec, file=file).read(0, spec.shape[0])
 
     def _scan(self) -> dict[str, Array]:
-        """The index of a store that is being written, from the parts that are there: in version 2 any, for each is a block of its own."""
+        """The index of a store that is being written, from the parts that are there: in version 2
+        any, for each is a block of its own.
+        """
         with reading(self.path / PARTS):
             names = [n for n in self.place.list(PARTS) if n.isdigit()]
         if self.manifest.format_version == 1:
@@ -321,11 +356,13 @@ class Cache:
     def parts(self) -> int:
         return int(self.index["part_first_sample"].shape[0]) - 1
 
-    # -- samples ---------------------------------------------------------------------------------------------------------
+    # -- samples -----------------------------------------------------------------------------------
 
     @cached_property
     def _first(self) -> list[int]:
-        """First sample of each part, and the number of samples; plain ints, for a search in them takes no numpy call."""
+        """First sample of each part, and the number of samples; plain ints, for a search in them
+        takes no numpy call.
+        """
         return self.index["part_first_sample"].tolist()  # type: ignore[no-any-return]
 
     def _locate(self, i: int) -> tuple[int, slice, slice]:
@@ -373,9 +410,13 @@ class Cache:
         return CodedSample(tokens, states)
 
     def _exact(self, part: int, i: int) -> Coded:
-        """The exactly stored tokens of the part's sample ``i``: their positions as ``EXACT_TOKEN``, and their rows."""
+        """The exactly stored tokens of the part's sample ``i``: their positions as ``EXACT_TOKEN``,
+        and their rows.
+        """
         start, stop = self._read(part, EXACT_START, slice(i, i + 2)).tolist()
-        out: Coded = {EXACT_TOKEN: self._read(part, EXACT_POSITION, slice(start, stop)).astype(np.int64)}
+        out: Coded = {
+            EXACT_TOKEN: self._read(part, EXACT_POSITION, slice(start, stop)).astype(np.int64)
+        }
         rows = self._read(part, EXACT_ROW, slice(start, stop)).tolist()
         for name, spec in self.layout.exact.items():
             own = [self._read(part, name, slice(row, row + 1)) for row in rows]
@@ -420,7 +461,8 @@ class Cache:
 
     @cached_property
     def target(self) -> FrozenTarget:
-        """Load the target's frozen weights: ``embed_tokens`` [V, H], ``norm`` [H], ``lm_head`` [V, H] (tied ones share memory), ``logits``.
+        """Load the target's frozen weights: ``embed_tokens`` [V, H], ``norm`` [H], ``lm_head`` [V,
+        H] (tied ones share memory), ``logits``.
 
         Raises DamagedCacheError unless the file is the one that the manifest has the hash of.
         """
@@ -432,16 +474,19 @@ class Cache:
         shape = (self.manifest.target.vocab_size, self.manifest.target.hidden_size)
         if tuple(weights.embed_tokens.shape) != shape:
             raise DamagedCacheError(
-                f"{path}: embed_tokens is {tuple(weights.embed_tokens.shape)}, the manifest says {shape}"
+                f"{path}: embed_tokens is {tuple(weights.embed_tokens.shape)}, the manifest says "
+                f"{shape}"
             )
         return dataclasses.replace(weights, logits=Logits.of_config(self.manifest.target.config))
 
     @property
     def target_files(self) -> Path:
-        """Local folder with the target's config and tokenizer files; of a remote store a copy that is made once."""
+        """Local folder with the target's config and tokenizer files; of a remote store a copy that
+        is made once.
+        """
         return self.place.kept(TARGET, self.manifest.target.weights_sha256)
 
-    # -- arrays ----------------------------------------------------------------------------------------------------------
+    # -- arrays ------------------------------------------------------------------------------------
 
     def record(self, part: int) -> PartRecord:
         """The sealed record of part ``part``; checked against the index's checksum of it."""
@@ -485,7 +530,8 @@ class Cache:
             arrays = self._arrays(part)
         try:
             shard = arrays.get(name)
-            if shard is None:  # an array of no rows has no shard: no last state is stored in this part
+            # an array of no rows has no shard: no last state is stored in this part
+            if shard is None:
                 return self._empty(name)
             return shard.read(span.start, shard.spec.shape[0] if span.stop is None else span.stop)
         except DamagedCacheError as error:

@@ -1,9 +1,12 @@
-"""``dspark-tools recode``: a store with another codec. Part by part, so it streams, can be stopped, and is resumed like a dump.
+"""``dspark-tools recode``: a store with another codec. Part by part, so it streams, can be stopped,
+and is resumed like a dump.
 
-Parts keep their blocks of rows and their counts; only the codec's arrays change, and where a field's bits stay, its codes do (``--pack`` alone
-loses nothing). A store of format version 1 becomes one of version 2. What a codec learns it learns from states spread over the
-source, a pure function of it, so a resumed run codes exactly as the first one did. Parts are independent: ``workers`` threads take one each
-(decompression, coding and compression all leave Python's lock), and the bytes do not depend on how many there are.
+Parts keep their blocks of rows and their counts; only the codec's arrays change, and where a
+field's bits stay, its codes do (``--pack`` alone loses nothing). A store of format version 1
+becomes one of version 2. What a codec learns it learns from states spread over the source, a pure
+function of it, so a resumed run codes exactly as the first one did. Parts are independent:
+``workers`` threads take one each (decompression, coding and compression all leave Python's lock),
+and the bytes do not depend on how many there are.
 """
 
 from __future__ import annotations
@@ -39,7 +42,8 @@ from dspark.cache.shared.stopping import parts_of, stoppable
 from dspark.cache.target.files import small_files
 from dspark.cache.writer import StoreWriter
 
-BATCH_VALUES = 1 << 24  # aux values coded at once: 64 MB in float32, a few times over while they are
+# aux values coded at once: 64 MB in float32, a few times over while they are
+BATCH_VALUES = 1 << 24
 
 
 def recode(
@@ -59,10 +63,12 @@ def recode(
     progress: Callable[[int, int], None] = lambda done, total: None,
     say: Callable[[str], None] = lambda line: None,
 ) -> Manifest:
-    """Write ``source`` to ``destination`` with another codec or ``pack``; returns the finished manifest. ``progress(parts done, parts)``.
+    """Write ``source`` to ``destination`` with another codec or ``pack``; returns the finished
+    manifest. ``progress(parts done, parts)``.
 
     ``codec``: a name, or ``aux_bits`` and ``last_bits`` name a rotated one.
-    ``workers``: parts in work at once (None: a core each, eight at most; each holds a part's states). ``device``: where states are coded.
+    ``workers``: parts in work at once (None: a core each, eight at most; each holds a part's
+    states). ``device``: where states are coded.
     """
     cache = open_store(source)
     if where(source) == where(destination) or (
@@ -88,7 +94,9 @@ def recode(
         probe = spread_states(cache, wanted, device=device)
         new = _new_codec(cache.codec, wanted, probe if calibrate else None)
         if not isinstance(new, Fields) and not calibrate and wanted.needs_calibration:
-            raise UsageError(f"codec {wanted.name} cannot do without calibration: leave --no-calibrate out")
+            raise UsageError(
+                f"codec {wanted.name} cannot do without calibration: leave --no-calibrate out"
+            )
         blocks = _blocks(cache)
         manifest = _planned(cache, new, blocks)
         files = small_files(cache.target_files, cache.manifest, cache.path)
@@ -123,14 +131,18 @@ def recode(
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """What a part of the new store is made of: samples of the old one (by index), and the block that they are of."""
+    """What a part of the new store is made of: samples of the old one (by index), and the block
+    that they are of.
+    """
 
     samples: range
     block: Block
 
 
 def _blocks(cache: Cache) -> dict[int, Source]:
-    """The parts of the new store, by number: those of the old one, or, of a store of version 1, its rows in blocks of about a part."""
+    """The parts of the new store, by number: those of the old one, or, of a store of version 1, its
+    rows in blocks of about a part.
+    """
     if cache.manifest.format_version == 1:
         return _blocks_of_version_1(cache)
     first = cache.index["part_first_sample"].tolist()
@@ -143,7 +155,9 @@ def _blocks(cache: Cache) -> dict[int, Source]:
 
 
 def _blocks_of_version_1(cache: Cache) -> dict[int, Source]:
-    """Which rows were dropped was not recorded, only how many of a part: they are counted in the block in which that part begins."""
+    """Which rows were dropped was not recorded, only how many of a part: they are counted in the
+    block in which that part begins.
+    """
     records = [cache.record(part) for part in range(cache.parts)]
     counts = cache.manifest.counts
     rows = max(counts.rows_read, records[-1].row_stop)
@@ -199,7 +213,9 @@ def _planned(cache: Cache, codec: Codec, blocks: Mapping[int, Source]) -> Manife
 
 
 def _new_codec(old: Codec, wanted: Codec, probe: Probe | None) -> Codec:
-    """``wanted``, with what ``old`` has learnt where they are the same codec, else with what ``probe`` teaches."""
+    """``wanted``, with what ``old`` has learnt where they are the same codec, else with what
+    ``probe`` teaches.
+    """
     if isinstance(old, Fields) and isinstance(wanted, Fields):  # by field: one may stay as it is
         each = zip((old.aux, old.last), (wanted.aux, wanted.last), strict=True)
         learnt = wanted if probe is None else wanted.calibrated(*probe)
@@ -247,7 +263,9 @@ def _recode_parts(
 
     done = total - len(left)
     threads = torch.get_num_threads()
-    with ThreadPoolExecutor(workers or min(8, os.cpu_count() or 1), thread_name_prefix="recode") as pool:
+    with ThreadPoolExecutor(
+        workers or min(8, os.cpu_count() or 1), thread_name_prefix="recode"
+    ) as pool:
         jobs = [pool.submit(one, number) for number in left]
         try:
             for job in as_completed(jobs):
@@ -282,7 +300,9 @@ def _coded(
     device: torch.device,
     embedding: torch.Tensor | None,
 ) -> list[CodedSample]:
-    """``samples`` in the new codes, coded as one tensor (samples are independent): a few calls instead of dozens per sample."""
+    """``samples`` in the new codes, coded as one tensor (samples are independent): a few calls
+    instead of dozens per sample.
+    """
     old, hidden = cache.codec, cache.manifest.target.hidden_size
     if same_codes(old, new):
         return samples
@@ -290,9 +310,13 @@ def _coded(
     known = None if embedding is None else tokens_of(tokens, embedding)
     joined = {n: torch.from_numpy(x).to(device) for n, x in join_states(samples).items()}
     kept = {}
-    if isinstance(old, Fields) and isinstance(new, Fields):  # a field whose code stays is not coded again
+    # a field whose code stays is not coded again
+    if isinstance(old, Fields) and isinstance(new, Fields):
         kept = {
-            n: x.cpu().numpy() for f in _same_fields(old, new) for n, x in joined.items() if n.startswith(f)
+            n: x.cpu().numpy()
+            for f in _same_fields(old, new)
+            for n, x in joined.items()
+            if n.startswith(f)
         }
     out = to_numpy(new.encode(*old.decode(joined, hidden, known), known)) | kept
     return split_states(tokens, out, new.arrays(len(cache.manifest.layers), hidden))

@@ -1,6 +1,7 @@
 """What flows between the stages: samples of token ids, a loss mask and hidden states. No I/O here.
 
-Legend: S tokens of one sample, L aux layers, H hidden size, M rows of the last state that are stored.
+Legend: S tokens of one sample, L aux layers, H hidden size, M rows of the last state that are
+stored.
 """
 
 from __future__ import annotations
@@ -20,10 +21,12 @@ Coded = dict[str, npt.NDArray[np.generic]]
 
 
 def last_rows(loss_mask: Bool) -> Bool:
-    """Which positions ``p`` of one sample have their last state stored: ``loss_mask[p] and loss_mask[p+1]``.
+    """Which positions ``p`` of one sample have their last state stored: ``loss_mask[p] and
+    loss_mask[p+1]``.
 
-    These are exactly the positions that can be an anchor or a slot's target distribution (slot ``k`` of anchor
-    ``a`` needs the state at ``a+k`` and is counted only while ``x[a+k+1]`` and all before it are supervised).
+    These are exactly the positions that can be an anchor or a slot's target distribution (slot
+    ``k`` of anchor ``a`` needs the state at ``a+k`` and is counted only while ``x[a+k+1]`` and all
+    before it are supervised).
     Returns bool[S]; the last position is never set.
     """
     out = np.zeros(loss_mask.shape, dtype=np.bool_)
@@ -35,10 +38,12 @@ def last_rows(loss_mask: Bool) -> Bool:
 class TokenSample:
     """Tokens of one row of the corpus, or of some turns of it; what an engine is given.
 
-    ``row``: number of the row in the source, 0-based; several samples may share it, in rising order of (row, turn). ``key``:
-    KEY_BYTES bytes, a hash of the conversation, by which validation is split: equal for all samples of a conversation, and for
-    conversations that begin with the same prompt. ``input_ids``: int32[S]. ``loss_mask``: bool[S], true where the token itself is
-    a label. ``turn``: number of the first assistant turn supervised in it, 0-based.
+    ``row``: number of the row in the source, 0-based; several samples may share it, in rising order
+    of (row, turn). ``key``:
+    KEY_BYTES bytes, a hash of the conversation, by which validation is split: equal for all samples
+    of a conversation, and for conversations that begin with the same prompt. ``input_ids``:
+    int32[S]. ``loss_mask``: bool[S], true where the token itself is a label. ``turn``: number of
+    the first assistant turn supervised in it, 0-based.
     """
 
     row: int
@@ -56,10 +61,12 @@ class TokenSample:
 
 @dataclass(frozen=True, slots=True)
 class CodedSample:
-    """A ``TokenSample`` with its states as the codec stores them; what the writer takes and the trainer reads.
+    """A ``TokenSample`` with its states as the codec stores them; what the writer takes and the
+    trainer reads.
 
-    ``states``: the codec's arrays by their full names (``codec/base.py``), S rows each where their axis is ``token``, M = ``last_rows(loss_mask).sum()`` where
-    it is ``last``, X where it is ``exact``; then ``EXACT_TOKEN`` int64[X] too.
+    ``states``: the codec's arrays by their full names (``codec/base.py``), S rows each where their
+    axis is ``token``, M = ``last_rows(loss_mask).sum()`` where it is ``last``, X where it is
+    ``exact``; then ``EXACT_TOKEN`` int64[X] too.
     """
 
     tokens: TokenSample
@@ -70,8 +77,8 @@ class CodedSample:
 class Sample:
     """One decoded sample, as ``Cache.__getitem__`` returns it.
 
-    ``input_ids`` int32[S], ``loss_mask`` bool[S], ``aux`` float32[S, L, H], ``last`` float32[S, H] after the final
-    norm (rows that are not stored are zero), ``last_mask`` bool[S].
+    ``input_ids`` int32[S], ``loss_mask`` bool[S], ``aux`` float32[S, L, H], ``last`` float32[S, H]
+    after the final norm (rows that are not stored are zero), ``last_mask`` bool[S].
     """
 
     row: int

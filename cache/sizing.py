@@ -1,9 +1,12 @@
-"""Bytes that states will take on disk, measured: a sample of them is coded and compressed as a part of a store would be.
+"""Bytes that states will take on disk, measured: a sample of them is coded and compressed as a part
+of a store would be.
 
 Without zstd (``--pack none``) the formula is exact and this agrees with it. With zstd, it
-(``layout.disk_bytes_per_token``) knows the entropy of Gaussian cells and nothing of the text. Where tokens repeat, early layers repeat
-with them, and zstd finds it: SmolLM2 stores come out 9 to 13 % below the formula at 4 to 2 bits. So a plan made without states uses the formula, which
-is a little too large, and whatever has seen states uses this: from 8,000 tokens within 5 %, from 15,000 within 2 % (docs/log/2026-11-22-compact-cache.md).
+(``layout.disk_bytes_per_token``) knows the entropy of Gaussian cells and nothing of the text. Where
+tokens repeat, early layers repeat with them, and zstd finds it: SmolLM2 stores come out 9 to 13 %
+below the formula at 4 to 2 bits. So a plan made without states uses the formula, which is a little
+too large, and whatever has seen states uses this: from 8,000 tokens within 5 %, from 15,000 within
+2 % (docs/log/2026-11-22-compact-cache.md).
 """
 
 from __future__ import annotations
@@ -25,14 +28,18 @@ CHUNK_OVERHEAD = 20  # bytes: crc32c of the chunk, its offset and length in the 
 
 @dataclass(frozen=True, slots=True)
 class RowBytes:
-    """Bytes of a row on disk: ``aux`` a token, ``last`` a stored last state, ``token`` a token without its states."""
+    """Bytes of a row on disk: ``aux`` a token, ``last`` a stored last state, ``token`` a token
+    without its states.
+    """
 
     aux: float
     last: float
     token: float
 
     @classmethod
-    def of(cls, codec: Codec, aux: torch.Tensor, last: torch.Tensor, tokens: Tokens | None = None) -> Self:
+    def of(
+        cls, codec: Codec, aux: torch.Tensor, last: torch.Tensor, tokens: Tokens | None = None
+    ) -> Self:
         """Measured on ``aux`` [T, L, H] and ``last`` [M, H], rows in the order of a store."""
         specs = codec.arrays(*aux.shape[1:])
         size = {"token": 0.0, "last": 0.0, "exact": 0.0}
@@ -63,7 +70,11 @@ def _bytes(name: str, data: Any, spec: ArraySpec) -> float:
         if spec.order == "columns":
             piece = piece.reshape(rows, -1).T
         piece = np.ascontiguousarray(piece)
-        packed = packer.encode(piece if stored.shuffle else piece.view(np.uint8)) if packer else piece.data
+        packed = (
+            packer.encode(piece if stored.shuffle else piece.view(np.uint8))
+            if packer
+            else piece.data
+        )
         size += memoryview(packed).nbytes + CHUNK_OVERHEAD
     rate: float = size / whole * data.shape[0]
     return rate

@@ -1,7 +1,9 @@
-"""``dspark-tools subset``: the samples of a store that conditions choose, as a store of their own, with the same codes under the same plan.
+"""``dspark-tools subset``: the samples of a store that conditions choose, as a store of their own,
+with the same codes under the same plan.
 
-Its sources are other ones than the store's (what is left of each, numbered anew without gaps, so that its parts are full), and their ids say what was chosen. A share is
-drawn by conversation, as a function of its key, so that a conversation is whole on one side and the draw can be made again.
+Its sources are other ones than the store's (what is left of each, numbered anew without gaps, so
+that its parts are full), and their ids say what was chosen. A share is drawn by conversation, as a
+function of its key, so that a conversation is whole on one side and the draw can be made again.
 """
 
 from __future__ import annotations
@@ -26,7 +28,10 @@ from dspark.cache.reader import open as open_store
 from dspark.cache.records import CodedSample
 from dspark.cache.writer import StoreWriter
 
-HELP = "tokens<=N, tokens>=N, supervised<=N, supervised>=N, source=NUMBER|ID, rows=A-B, conversation=HEX, share=F or share=F:SEED"
+HELP = (
+    "tokens<=N, tokens>=N, supervised<=N, supervised>=N, source=NUMBER|ID, rows=A-B, "
+    "conversation=HEX, share=F or share=F:SEED"
+)
 NUMBER = re.compile(r"(tokens|supervised)(<=|>=)(\d{1,15})")
 SHARE = re.compile(r"share=(0?\.\d+|0|1(?:\.0*)?)(?::(\d{1,15}))?")
 
@@ -103,9 +108,11 @@ def subset(
     *,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Manifest:
-    """Write the samples of ``source`` for which all ``conditions`` hold to the new store ``out``; returns its manifest.
+    """Write the samples of ``source`` for which all ``conditions`` hold to the new store ``out``;
+    returns its manifest.
 
-    Raises UsageError for a condition that is none, ExistsError where ``out`` is there, DataError where no sample is left.
+    Raises UsageError for a condition that is none, ExistsError where ``out`` is there, DataError
+    where no sample is left.
     """
     out = where(out)
     wanted = [condition(text) for text in conditions]
@@ -114,7 +121,8 @@ def subset(
     cache = open_store(source)
     if cache.manifest.format_version == 1:
         raise UsageError(
-            f"{source}: a store of format version 1. Convert it first: dspark-tools recode {source} NEW"
+            f"{source}: a store of format version 1. Convert it first: dspark-tools recode "
+            f"{source} NEW"
         )
     samples = Samples.of(cache)
     keep = np.ones(len(cache), np.bool_)
@@ -129,7 +137,10 @@ def subset(
     words = " and ".join(conditions)
     manifest = dataclasses.replace(
         cache.manifest,
-        sources=[SourceInfo(id=f"{samples.names[s]} where {words}", sha256=None, limit=None) for s in left],
+        sources=[
+            SourceInfo(id=f"{samples.names[s]} where {words}", sha256=None, limit=None)
+            for s in left
+        ],
         counts=Counts(),
         complete=False,
     )
@@ -140,7 +151,9 @@ def subset(
         with StoreWriter(place.where(""), manifest, {}) as writer:
             done = 0
             for number, old in enumerate(left):
-                for block, members in _blocks(samples, chosen[samples.source[chosen] == old], manifest):
+                for block, members in _blocks(
+                    samples, chosen[samples.source[chosen] == old], manifest
+                ):
                     _commit(writer, cache, part_number(number, block), members)
                     done += len(members)
                     progress(done, chosen.size)

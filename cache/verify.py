@@ -1,4 +1,6 @@
-"""``dspark-tools verify``: every checksum and every count of a store. Reads everything once, decodes every chunk, names what is damaged."""
+"""``dspark-tools verify``: every checksum and every count of a store. Reads everything once,
+decodes every chunk, names what is damaged.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,15 @@ from dspark.cache.errors import (
 from dspark.cache.files.calibration import stored_codec
 from dspark.cache.files.checksum import file_sums
 from dspark.cache.files.index import PART_ARRAYS, TURN, build_index
-from dspark.cache.files.layout import CALIBRATION, INDEX, PARTS, TARGET, PartLayout, StoredArray, part_name
+from dspark.cache.files.layout import (
+    CALIBRATION,
+    INDEX,
+    PARTS,
+    TARGET,
+    PartLayout,
+    StoredArray,
+    part_name,
+)
 from dspark.cache.files.part import (
     Array,
     PartRecord,
@@ -46,9 +56,11 @@ from dspark.cache.writer import StoreWriter
 
 @dataclass(slots=True)
 class Report:
-    """``findings``: one sentence each, empty = sound. ``damaged``: what must be written again, parts by name and files as ``target/NAME``.
+    """``findings``: one sentence each, empty = sound. ``damaged``: what must be written again,
+    parts by name and files as ``target/NAME``.
 
-    ``unreadable``: what could not be read now (an I/O error, no permission, too few file handles), of which nothing proves damage.
+    ``unreadable``: what could not be read now (an I/O error, no permission, too few file handles),
+    of which nothing proves damage.
     """
 
     checked_chunks: int = 0
@@ -74,7 +86,8 @@ def verify(
     progress: Callable[[int, int], None] = lambda done, total: None,
     workers: int | None = None,
 ) -> Report:
-    """Check the store at ``path``. ``progress(done, total)`` is called once per part; ``workers`` parts are checked at once (None: one per core, eight at most).
+    """Check the store at ``path``. ``progress(done, total)`` is called once per part; ``workers``
+    parts are checked at once (None: one per core, eight at most).
 
     Raises only if it is not a store at all, or its manifest is damaged or unreadable.
     """
@@ -110,7 +123,9 @@ def verify(
         return _check(place, name, manifest, digest, layout)
 
     # Reading, sums and decompression leave Python's lock.
-    with ThreadPoolExecutor(workers or min(8, os.cpu_count() or 1), thread_name_prefix="verify") as pool:
+    with ThreadPoolExecutor(
+        workers or min(8, os.cpu_count() or 1), thread_name_prefix="verify"
+    ) as pool:
         for done, (name, own) in enumerate(zip(names, pool.map(one, names), strict=True)):
             report.findings += own.report.findings
             report.checked_chunks += own.report.checked_chunks
@@ -126,7 +141,8 @@ def verify(
             progress(done + 1, len(names))
     if foreign and len(foreign) == len(names):  # then it is the manifest that is of another store
         report.findings.append(
-            f"{path / 'zarr.json'}: no part is of the manifest's plan. Put the store's own zarr.json back, or run "
+            f"{path / 'zarr.json'}: no part is of the manifest's plan. Put the store's own "
+            "zarr.json back, or run "
             f"dspark-tools verify --rebuild-index {path}"
         )
     else:
@@ -209,7 +225,9 @@ def _missing_parts(place: Place, manifest: Manifest, found: list[str]) -> list[s
 def _check_part(
     folder: Path, manifest: Manifest, digest: str, layout: PartLayout, report: Report
 ) -> tuple[PartRecord, dict[str, Array]] | None:
-    """Check one part; what is wrong goes into ``report``. Returns its record and its small arrays if they could be read."""
+    """Check one part; what is wrong goes into ``report``. Returns its record and its small arrays
+    if they could be read.
+    """
     place = Folder(folder.parent.parent)
     try:
         record = read_record(place, folder.name)
@@ -226,7 +244,9 @@ def _check_part(
             continue  # said above
         found = file_sums(file)[1:]
         if found[: len(sums)] != tuple(sums):
-            report.findings.append(f"{file}: the file's checksums are {list(found)}, the record says {sums}")
+            report.findings.append(
+                f"{file}: the file's checksums are {list(found)}, the record says {sums}"
+            )
     for extra in sorted(
         {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
         - set(record.files)
@@ -249,7 +269,8 @@ def _check_part(
             continue
         if (found_shape, found_kind) != (spec.shape, spec.dtype):
             report.findings.append(
-                f"{folder / spec.name}: is {found_kind}{found_shape}, the counts say {spec.dtype}{spec.shape}"
+                f"{folder / spec.name}: is {found_kind}{found_shape}, the counts say "
+                f"{spec.dtype}{spec.shape}"
             )
             continue
         pieces = (
@@ -296,11 +317,15 @@ def _check_counts(record: PartRecord, small: dict[str, Array], vocab: int) -> It
         yield f"{int(mask.sum())} supervised tokens, the record says {record.supervised_tokens}"
     if ids.size and (ids.min() < 0 or ids.max() >= vocab):
         yield f"token ids reach from {ids.min()} to {ids.max()}, the vocabulary has {vocab}"
-    stored = np.cumsum([0] + [int(last_rows(mask[a:b]).sum()) for a, b in itertools.pairwise(start)])
+    stored = np.cumsum(
+        [0] + [int(last_rows(mask[a:b]).sum()) for a, b in itertools.pairwise(start)]
+    )
     if not np.array_equal(stored, last_start):
         yield "sample_last_start does not follow from the loss mask"
     rows = small["sample_row"]
-    if rows.size and ((np.diff(rows) < 0).any() or rows[0] < record.row_start or rows[-1] >= record.row_stop):
+    if rows.size and (
+        (np.diff(rows) < 0).any() or rows[0] < record.row_start or rows[-1] >= record.row_stop
+    ):
         yield f"source rows are not in order within {record.row_start}-{record.row_stop}"
 
 
@@ -313,13 +338,18 @@ def _check_totals(
             and a.row_stop != b.row_start
             and (manifest.complete or a.format_version == 1)
         ):
-            yield f"{path}: part {a.index} ends at source row {a.row_stop}, part {b.index} begins at {b.row_start}"
+            yield (
+                f"{path}: part {a.index} ends at source row {a.row_stop}, part {b.index} begins "
+                f"at {b.row_start}"
+            )
     if not manifest.complete:
         return
     counts = manifest.counts
     for name in ("samples", "tokens", "supervised_tokens", "last_rows"):
         if (found := sum(getattr(r, name) for r in records)) != getattr(counts, name):
-            yield f"{path}: the parts hold {found} {name}, the manifest says {getattr(counts, name)}"
+            yield (
+                f"{path}: the parts hold {found} {name}, the manifest says {getattr(counts, name)}"
+            )
     cache = Cache(path, manifest)
     try:
         index = cache.index
@@ -336,9 +366,11 @@ def _check_totals(
 
 
 def drop_damaged(path: str | Where, report: Report) -> list[str]:
-    """Delete what is damaged and mark the store incomplete; ``dspark-dump --resume`` then writes exactly that again. Returns its names.
+    """Delete what is damaged and mark the store incomplete; ``dspark-dump --resume`` then writes
+    exactly that again. Returns its names.
 
-    What is unreadable is not touched. Raises DamagedCacheError, deleting nothing, where a link would be followed out of the store.
+    What is unreadable is not touched. Raises DamagedCacheError, deleting nothing, where a link
+    would be followed out of the store.
     """
     place = place_of(path)
     path = place.where("")
@@ -346,7 +378,8 @@ def drop_damaged(path: str | Where, report: Report) -> list[str]:
         refuse_links(path)
     if read_manifest(path).format_version == 1 and report.damaged:
         raise UsageError(
-            f"{path}: a store of format version 1 is read, not repaired. Repair it with the release that wrote it, then convert it with dspark-tools recode."
+            f"{path}: a store of format version 1 is read, not repaired. Repair it with the "
+            "release that wrote it, then convert it with dspark-tools recode."
         )
     for name in sorted(report.damaged):
         place.remove(name if name.startswith(f"{TARGET}/") else f"{PARTS}/{name}")

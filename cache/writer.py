@@ -1,8 +1,10 @@
-"""Writing a store: create or resume, commit parts in any order, finish. Append-only; a committed part is never touched again.
+"""Writing a store: create or resume, commit parts in any order, finish. Append-only; a committed
+part is never touched again.
 
-A store whose process died has the parts that were committed and nothing else that a reader would take for data. ``resume`` refuses a run
-that would not write the same store (another target, layers, codec, rules), naming every difference. Several writers may work on one store at once: a part's bytes do
-not depend on who writes it, and the second of two writers of one part finds it there.
+A store whose process died has the parts that were committed and nothing else that a reader would
+take for data. ``resume`` refuses a run that would not write the same store (another target, layers,
+codec, rules), naming every difference. Several writers may work on one store at once: a part's
+bytes do not depend on who writes it, and the second of two writers of one part finds it there.
 """
 
 from __future__ import annotations
@@ -23,7 +25,13 @@ import numpy as np
 import zarr
 
 from dspark.cache.codec.base import Codec
-from dspark.cache.errors import DamagedCacheError, ExistsError, MismatchError, NotACacheError, UsageError
+from dspark.cache.errors import (
+    DamagedCacheError,
+    ExistsError,
+    MismatchError,
+    NotACacheError,
+    UsageError,
+)
 from dspark.cache.files.atomic import (
     STAGING,
     clear_staging,
@@ -71,16 +79,22 @@ from dspark.cache.records import CodedSample, TokenSample
 from dspark.cache.target.files import damaged_files, write_target
 from dspark.cache.target.frozen import FrozenTarget
 
-SAME_TARGET = "Use the target's revision and the dtype that the store was started with, or --overwrite."
+SAME_TARGET = (
+    "Use the target's revision and the dtype that the store was started with, or --overwrite."
+)
 
 
 class StoreWriter:
-    """One of the writers of a store. ``committed``: part number -> record, of the parts that were on disk when it began and those that it wrote.
+    """One of the writers of a store. ``committed``: part number -> record, of the parts that were
+    on disk when it began and those that it wrote.
 
-    ``guard`` is called before anything is written, and raises where the caller may not write any more (its lock was broken).
+    ``guard`` is called before anything is written, and raises where the caller may not write any
+    more (its lock was broken).
     """
 
-    def __init__(self, path: str | Where, manifest: Manifest, committed: dict[int, PartRecord]) -> None:
+    def __init__(
+        self, path: str | Where, manifest: Manifest, committed: dict[int, PartRecord]
+    ) -> None:
         self._lock = -1
         self.guard: Callable[[], None] = lambda: None
         self.place = place_of(path)
@@ -104,27 +118,33 @@ class StoreWriter:
         overwrite: bool = False,
         weights_sha256: str | None = None,
     ) -> StoreWriter:
-        """Begin a new store. ``files``: small files kept under ``target/`` (tokenizer, chat template). ``codec``: the calibrated one, where the
-        manifest's has to learn. ``weights_sha256``: of the target that its calibration was made for, where that was supplied.
+        """Begin a new store. ``files``: small files kept under ``target/`` (tokenizer, chat
+        template). ``codec``: the calibrated one, where the manifest's has to learn.
+        ``weights_sha256``: of the target that its calibration was made for, where that was
+        supplied.
 
-        Raises ExistsError when ``path`` exists, unless ``overwrite``, and MismatchError for another target's weights; an old store is there until the new one takes its place.
+        Raises ExistsError when ``path`` exists, unless ``overwrite``, and MismatchError for another
+        target's weights; an old store is there until the new one takes its place.
         """
         place = place_of(path)
         path = place.where("")
         if place.exists():
             if not overwrite:
                 raise ExistsError(
-                    f"{path} exists. Use --resume to continue it, --overwrite to replace it, or another --output."
+                    f"{path} exists. Use --resume to continue it, --overwrite to replace it, or "
+                    "another --output."
                 )
             if not (place.exists("zarr.json") and place.exists(f"{PARTS}/zarr.json")):
                 raise ExistsError(
-                    f"{path} exists and is not a dspark store: it is not overwritten. Choose another --output."
+                    f"{path} exists and is not a dspark store: it is not overwritten. Choose "
+                    "another --output."
                 )
         with new_store(place, overwrite) as new:
             sha = write_target(new / TARGET, target, manifest.target.config, files)
             if weights_sha256 not in (None, sha):
                 raise MismatchError(
-                    f"{path}: this run's target is not the one of its calibration: sha256 of its embedding, final norm and head is {sha}, "
+                    f"{path}: this run's target is not the one of its calibration: sha256 of its "
+                    f"embedding, final norm and head is {sha}, "
                     f"the calibration is of {weights_sha256}. {SAME_TARGET}"
                 )
             manifest = dataclasses.replace(
@@ -141,10 +161,12 @@ class StoreWriter:
 
     @classmethod
     def resume(cls, path: str | Where, manifest: Manifest) -> StoreWriter:
-        """Go on with the store at ``path``. Raises MismatchError unless ``manifest`` plans the same store.
+        """Go on with the store at ``path``. Raises MismatchError unless ``manifest`` plans the same
+        store.
 
-        A committed part whose files are missing or cut short raises DamagedCacheError: ``dspark-tools verify --drop-damaged`` removes
-        such parts, and the next ``--resume`` writes them again. ``restore_target`` does the same for ``target/``, once the weights are read.
+        A committed part whose files are missing or cut short raises DamagedCacheError:
+        ``dspark-tools verify --drop-damaged`` removes such parts, and the next ``--resume`` writes
+        them again. ``restore_target`` does the same for ``target/``, once the weights are read.
         """
         found = read_manifest(path)
         found.same_plan(manifest, str(path))
@@ -157,7 +179,9 @@ class StoreWriter:
                     f"{path / PARTS / part_name(index)}: a part of another plan than the store's"
                 )
             for finding in missing_files(writer.place, record):
-                raise DamagedCacheError(f"{finding}. Run: dspark-tools verify --drop-damaged {path}")
+                raise DamagedCacheError(
+                    f"{finding}. Run: dspark-tools verify --drop-damaged {path}"
+                )
         return writer
 
     def __del__(self) -> None:
@@ -165,11 +189,14 @@ class StoreWriter:
             self.close()
 
     def _joined(self) -> StoreWriter:
-        """Hold the writers' lock together with the others; the first one deletes what an interrupted writer left. In an object store nothing lies half-written."""
+        """Hold the writers' lock together with the others; the first one deletes what an
+        interrupted writer left. In an object store nothing lies half-written.
+        """
         if not isinstance(self.path, Path):
             return self
         with write_errors(self.path):
-            self._lock = os.open(self.path / PARTS, os.O_RDONLY)  # a folder can be locked like a file
+            # a folder can be locked like a file
+            self._lock = os.open(self.path / PARTS, os.O_RDONLY)
             try:
                 fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -181,22 +208,32 @@ class StoreWriter:
         return self
 
     def restore_target(self, target: FrozenTarget, files: Mapping[str, bytes]) -> list[str]:
-        """Write the files of ``target/`` that are missing or damaged again, atomically one by one; returns their names.
+        """Write the files of ``target/`` that are missing or damaged again, atomically one by one;
+        returns their names.
 
-        Raises MismatchError, changing nothing, where ``target`` and ``files`` are not what the manifest has the hashes of: the parts to come would
-        hold states of another model than those that are there. Hashes the weights in the store and ``target`` once each; writes only if something is wrong.
+        Raises MismatchError, changing nothing, where ``target`` and ``files`` are not what the
+        manifest has the hashes of: the parts to come would hold states of another model than those
+        that are there. Hashes the weights in the store and ``target`` once each; writes only if
+        something is wrong.
         """
         if not isinstance(self.path, Path):
             return self._restore_remote(target, files)
         folder, staged = self.path / TARGET, self.path / (STAGING + TARGET)
         wrong = sorted(
-            {*damaged_files(folder, self.manifest), *(n for n in files if not (folder / n).is_file())}
+            {
+                *damaged_files(folder, self.manifest),
+                *(n for n in files if not (folder / n).is_file()),
+            }
         )
         if not wrong:
-            expected, found = self.manifest.target.weights_sha256, target.sha256_in(folder / TARGET_WEIGHTS)
+            expected, found = (
+                self.manifest.target.weights_sha256,
+                target.sha256_in(folder / TARGET_WEIGHTS),
+            )
             if found != expected:
                 raise MismatchError(
-                    f"{self.path}: this run's target is not the one that the store was started with: sha256 of its embedding, final norm and head is {found}, "
+                    f"{self.path}: this run's target is not the one that the store was started "
+                    f"with: sha256 of its embedding, final norm and head is {found}, "
                     f"the manifest says {expected}. {SAME_TARGET}"
                 )
             return []
@@ -217,12 +254,20 @@ class StoreWriter:
         return wrong
 
     def _restore_remote(self, target: FrozenTarget, files: Mapping[str, bytes]) -> list[str]:
-        """``restore_target`` of an object store: this run's files are made here and compared, and those that are not there as they should be are written."""
-        with tempfile.TemporaryDirectory(prefix="dspark-target-") as made, self.place.local(TARGET) as there:
+        """``restore_target`` of an object store: this run's files are made here and compared, and
+        those that are not there as they should be are written.
+        """
+        with (
+            tempfile.TemporaryDirectory(prefix="dspark-target-") as made,
+            self.place.local(TARGET) as there,
+        ):
             mine = Path(made) / TARGET
             write_target(mine, target, self.manifest.target.config, files)
             wrong = sorted(
-                {*damaged_files(there, self.manifest), *(n for n in files if not (there / n).is_file())}
+                {
+                    *damaged_files(there, self.manifest),
+                    *(n for n in files if not (there / n).is_file()),
+                }
             )
             self._refuse_other(mine, wrong)
             for name in wrong:
@@ -234,7 +279,8 @@ class StoreWriter:
         if other := damaged_files(mine, self.manifest):
             what = f"{', '.join(wrong)} must be written again, but " if wrong else ""
             raise MismatchError(
-                f"{self.path / TARGET}: {what}this run's target is not the one that the store was started with.\n  "
+                f"{self.path / TARGET}: {what}this run's target is not the one that the store "
+                "was started with.\n  "
                 + "\n  ".join(text.replace(str(mine), "this run") for text in other.values())
                 + f"\n{SAME_TARGET}"
             )
@@ -272,7 +318,9 @@ class StoreWriter:
         )
 
     def job(self, index: int, tokens: Sequence[TokenSample], block: Block) -> PartJob:
-        """Part ``index`` ready to be written wherever its states are; its record then has to be given to ``add``."""
+        """Part ``index`` ready to be written wherever its states are; its record then has to be
+        given to ``add``.
+        """
         return self._job(index, join_tokens(tokens)[0], block)
 
     def add(self, record: PartRecord) -> PartRecord:
@@ -288,7 +336,9 @@ class StoreWriter:
         first = index % SOURCE_STRIDE * rows
         if block.row_start != first or not first < block.row_stop <= first + rows:
             raise MismatchError(
-                f"{self.path}: part {index} would cover source rows {block.row_start}-{block.row_stop}, expected rows from {first} on, {rows} at most"
+                f"{self.path}: part {index} would cover source rows "
+                f"{block.row_start}-{block.row_stop}, expected rows from {first} on, {rows} at "
+                "most"
             )
         tokens, stored = arrays["input_ids"].shape[0], int(arrays["sample_last_start"][-1])
         samples = arrays["sample_row"].shape[0]
@@ -318,17 +368,22 @@ class StoreWriter:
         return self.manifest
 
     def append(self, sources: Sequence[SourceInfo]) -> None:
-        """Take further sources into the store, which is incomplete until their parts are there. Those that it has keep their numbers and digests."""
+        """Take further sources into the store, which is incomplete until their parts are there.
+        Those that it has keep their numbers and digests.
+        """
         known = self.manifest.sources
         if len(sources) > len(known):
             more = [*known, *sources[len(known) :]]
-            self.manifest = dataclasses.replace(self.manifest, sources=more, counts=Counts(), complete=False)
+            self.manifest = dataclasses.replace(
+                self.manifest, sources=more, counts=Counts(), complete=False
+            )
             self._write_manifest()
 
     def finish_shard(
         self, rows: Mapping[int, int], *, quality: Json, sources: Sequence[SourceInfo]
     ) -> Manifest:
-        """End one of several dumps: finish the store if no part is missing, else note how many ``rows`` each source has. Returns the manifest as it is then.
+        """End one of several dumps: finish the store if no part is missing, else note how many
+        ``rows`` each source has. Returns the manifest as it is then.
 
         The caller holds the store's lock, so that no two end at once.
         """
@@ -364,7 +419,10 @@ class StoreWriter:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         self.close()
 
@@ -387,7 +445,9 @@ def totals(records: Sequence[PartRecord]) -> Counts:
 
 
 def by_source(records: Sequence[PartRecord], manifest: Manifest) -> list[Json]:
-    """Counts of each source: ``{"number", "id", "parts", "rows", "samples", "tokens", "supervised_tokens", "dropped"}``."""
+    """Counts of each source: ``{"number", "id", "parts", "rows", "samples", "tokens",
+    "supervised_tokens", "dropped"}``.
+    """
     out = []
     for number, source in enumerate(manifest.sources):
         found = totals([r for r in records if r.source == number])
@@ -408,7 +468,9 @@ def by_source(records: Sequence[PartRecord], manifest: Manifest) -> list[Json]:
 
 @contextmanager
 def new_store(place: Place, overwrite: bool) -> Iterator[Path]:
-    """A local folder that becomes the store at ``place`` when the block ends; its manifest is what comes last."""
+    """A local folder that becomes the store at ``place`` when the block ends; its manifest is what
+    comes last.
+    """
     path = place.where("")
     if isinstance(path, Path):
         with staged(path, replace=overwrite) as new:
@@ -426,7 +488,9 @@ def new_store(place: Place, overwrite: bool) -> Iterator[Path]:
 
 
 def check_whole(records: Sequence[PartRecord], manifest: Manifest, path: Where) -> None:
-    """Raise MismatchError unless the parts are all blocks of every source, up to a last one that may be shorter."""
+    """Raise MismatchError unless the parts are all blocks of every source, up to a last one that
+    may be shorter.
+    """
     rows = manifest.dump.block_rows
     for source in range(len(manifest.sources)):
         own = [r for r in records if r.source == source]
@@ -434,8 +498,10 @@ def check_whole(records: Sequence[PartRecord], manifest: Manifest, path: Where) 
             last = block + 1 == len(own)
             if record.block != block or (record.row_stop != (block + 1) * rows and not last):
                 raise MismatchError(
-                    f"{path}: source {source} has no whole block {block} (rows {block * rows}-{(block + 1) * rows}), "
-                    f"found part {part_name(record.index)} with rows {record.row_start}-{record.row_stop}"
+                    f"{path}: source {source} has no whole block {block} (rows "
+                    f"{block * rows}-{(block + 1) * rows}), "
+                    f"found part {part_name(record.index)} with rows "
+                    f"{record.row_start}-{record.row_stop}"
                 )
 
 
@@ -463,7 +529,9 @@ def _committed(place: Place, name: str) -> PartRecord | None:
 
 
 def write_index(place: Place, records: Sequence[PartRecord], layout: PartLayout) -> None:
-    """Write ``index/``, so that opening a large store reads a few files and not a folder per part."""
+    """Write ``index/``, so that opening a large store reads a few files and not a folder per
+    part.
+    """
 
     def arrays(record: PartRecord) -> dict[str, Array]:
         specs = layout.small(record.tokens, record.samples, record.exact[0])
@@ -504,10 +572,13 @@ def bytes_of(records: Iterable[PartRecord]) -> dict[str, int]:
 
 
 def rebuild(path: str | Where) -> Manifest:
-    """Make index and manifest again from the parts, whatever has become of them; returns the manifest.
+    """Make index and manifest again from the parts, whatever has become of them; returns the
+    manifest.
 
-    A manifest that is gone, damaged or of another store than all parts is made from theirs; it is complete then if an index that is still sound lists exactly
-    these parts, else ``--resume`` completes it. What only the manifest knows (a source's sha256, the limit on rows, the measured quality) is lost with it.
+    A manifest that is gone, damaged or of another store than all parts is made from theirs; it is
+    complete then if an index that is still sound lists exactly these parts, else ``--resume``
+    completes it. What only the manifest knows (a source's sha256, the limit on rows, the measured
+    quality) is lost with it.
     """
     place = place_of(path)
     path = place.where("")
@@ -518,11 +589,13 @@ def rebuild(path: str | Where) -> Manifest:
     digest = records[0].plan_sha256
     if any(r.format_version == 1 for r in records):
         raise UsageError(
-            f"{path}: a store of format version 1 is read, not repaired. Repair it with the release that wrote it."
+            f"{path}: a store of format version 1 is read, not repaired. Repair it with the "
+            "release that wrote it."
         )
     if other := [r for r in records if r.plan_sha256 != digest]:
         raise MismatchError(
-            f"{path}: parts {part_name(records[0].index)} and {part_name(other[0].index)} are of different plans. "
+            f"{path}: parts {part_name(records[0].index)} and {part_name(other[0].index)} are of "
+            "different plans. "
             f"dspark-tools verify {path} names those that are not the manifest's."
         )
     try:
@@ -533,8 +606,10 @@ def rebuild(path: str | Where) -> Manifest:
         old = _lost(place, records)
     elif old.complete and (found := totals(records)) != old.counts:
         raise DamagedCacheError(
-            f"{path}: the parts count {found}, the manifest says {old.counts}: parts are missing. Nothing was changed. "
-            f"Run dspark-tools verify --drop-damaged {path}, then the command that wrote the store with --resume."
+            f"{path}: the parts count {found}, the manifest says {old.counts}: parts are "
+            "missing. Nothing was changed. "
+            f"Run dspark-tools verify --drop-damaged {path}, then the command that wrote the "
+            "store with --resume."
         )
     if old.complete:
         check_whole(records, old, path)
@@ -557,7 +632,9 @@ def _lost(place: Place, records: Sequence[PartRecord]) -> Manifest:
     return from_plan(
         records[0].plan,
         str(place.where("")),
-        sources=[SourceInfo(id=names.get(i, ""), sha256=None, limit=None) for i in range(max(names) + 1)],
+        sources=[
+            SourceInfo(id=names.get(i, ""), sha256=None, limit=None) for i in range(max(names) + 1)
+        ],
         counts=Counts(),
         complete=whole,
         quality={},

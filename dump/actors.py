@@ -1,7 +1,10 @@
-"""``--ray N``: the shards of a dump as tasks of a Ray cluster, which places them, gives them GPUs and starts them again where they are killed.
+"""``--ray N``: the shards of a dump as tasks of a Ray cluster, which places them, gives them GPUs
+and starts them again where they are killed.
 
-Each is one ``--shard I/N`` into the same store, so whatever Ray does with them no row is there twice: a part is committed once, and one that was in work when its
-process was killed has no record and is made again by the next try, alone. The store, the corpus and the target must be reachable from every node.
+Each is one ``--shard I/N`` into the same store, so whatever Ray does with them no row is there
+twice: a part is committed once, and one that was in work when its process was killed has no record
+and is made again by the next try, alone. The store, the corpus and the target must be reachable
+from every node.
 """
 
 from __future__ import annotations
@@ -23,7 +26,9 @@ ADDRESS = "RAY_ADDRESS"
 
 
 def dump(config: DumpConfig, show: Display) -> dict[str, Any]:
-    """Run ``config.ray`` shards to their end; returns the report of the one that finished the store."""
+    """Run ``config.ray`` shards to their end; returns the report of the one that finished the
+    store.
+    """
     try:
         import ray
     except ImportError as error:
@@ -32,7 +37,9 @@ def dump(config: DumpConfig, show: Display) -> dict[str, Any]:
     own = not ray.is_initialized()
     if own:
         local = None if ADDRESS in os.environ else "local"
-        ray.init(address=local, log_to_driver=False, include_dashboard=False, logging_level=logging.ERROR)
+        ray.init(
+            address=local, log_to_driver=False, include_dashboard=False, logging_level=logging.ERROR
+        )
     try:
         gpus = gpus_of(config, ray.cluster_resources().get("GPU", 0))
         show.say(f"ray      {config.ray} dumps, {gpus} GPUs each, on {len(ray.nodes())} nodes")
@@ -54,14 +61,18 @@ def dump(config: DumpConfig, show: Display) -> dict[str, Any]:
 
 
 def gpus_of(config: DumpConfig, there: float) -> int:
-    """GPUs of one shard: what its engine is asked to use, else one; none on ``--device cpu`` or in a cluster without any."""
+    """GPUs of one shard: what its engine is asked to use, else one; none on ``--device cpu`` or in
+    a cluster without any.
+    """
     if config.device == "cpu" or (config.device == "auto" and not there):
         return 0
     return (config.tensor_parallel_size or 1) * (config.data_parallel_size or 1)
 
 
 def shards(config: DumpConfig) -> list[DumpConfig]:
-    """The dump of each task. Its paths are absolute, and a lock whose holder shows no sign of life is broken: Ray says that it is dead."""
+    """The dump of each task. Its paths are absolute, and a lock whose holder shows no sign of life
+    is broken: Ray says that it is dead.
+    """
     assert config.ray is not None
     output = config.output.absolute() if isinstance(config.output, Path) else config.output
     whole = dataclasses.replace(
@@ -83,16 +94,18 @@ def _absolute(name: str) -> str:
 
 
 def run_shard(config: DumpConfig) -> tuple[dict[str, Any] | None, str | None]:
-    """In a process of the cluster: the report, or the message of an error that another try would meet again."""
+    """In a process of the cluster: the report, or the message of an error that another try would
+    meet again.
+    """
     from dspark.cache.errors import DsparkError, Stopped
     from dspark.dump.progress import Display
     from dspark.dump.run import dump as run
 
     try:
         return run(config, Display()), None
-    except (
-        Stopped
-    ):  # by the cluster, as a node that is drained: Ray tries again what has no process, not what failed
+    except Stopped:
+        # By the cluster, as when a node is drained. Ray tries again what has no process, not what
+        # failed.
         os._exit(1)
     except DsparkError as error:
         return None, str(error)

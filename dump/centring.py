@@ -1,8 +1,10 @@
-"""Before a compact store is begun: the channel means and deviations that its codes are centred on (``cache/codec/centre.py``).
+"""Before a compact store is begun: the channel means and deviations that its codes are centred on
+(``cache/codec/centre.py``).
 
-They are taken from rows spread over the whole corpus, which is often sorted by topic, and are fixed in the manifest before the first part is
-written: a resumed dump reads them there and codes exactly as the first run did. The price is one more pass of the target over about
-``CALIBRATION`` tokens (at least ``LEAST_SAMPLES`` rows); 16-bit stores do not pay it.
+They are taken from rows spread over the whole corpus, which is often sorted by topic, and are fixed
+in the manifest before the first part is written: a resumed dump reads them there and codes exactly
+as the first run did. The price is one more pass of the target over about ``CALIBRATION`` tokens (at
+least ``LEAST_SAMPLES`` rows); 16-bit stores do not pay it.
 """
 
 from __future__ import annotations
@@ -23,13 +25,16 @@ if TYPE_CHECKING:
     from dspark.dump.engines.engine import Engine
     from dspark.dump.plan import Plan
 
-MATRICES = 8  # of float64, as wide as aux layers and features together, that learning a basis holds at most
+# of float64, as wide as aux layers and features together, that learning a basis holds at most
+MATRICES = 8
 
 
 def calibration_samples(
     corpus: Corpus, maker: SampleMaker, rows: int, tokens: int, budget: int
 ) -> list[TokenSample]:
-    """Samples of rows spread over the first ``rows`` of ``corpus``, which hold about ``tokens`` tokens: about ``budget`` of them; dropped rows are left out."""
+    """Samples of rows spread over the first ``rows`` of ``corpus``, which hold about ``tokens``
+    tokens: about ``budget`` of them; dropped rows are left out.
+    """
     chosen = set(spread(rows, tokens / rows, budget))
     made = (maker.make(row) for row in corpus.pick(chosen.__contains__))
     return [s for m in made for s in m.samples]
@@ -37,14 +42,18 @@ def calibration_samples(
 
 @dataclass(frozen=True, slots=True)
 class Calibration:
-    """What a few thousand tokens say of all: the store's codec, calibrated, and the bytes that a row will take."""
+    """What a few thousand tokens say of all: the store's codec, calibrated, and the bytes that a
+    row will take.
+    """
 
     codec: Codec
     size: RowBytes
 
     @classmethod
     def of(cls, probe: Probe, codec: Codec, *, learns: bool = True) -> Self:
-        """``codec`` calibrated on the states of ``probe``, in the order of their samples; as it is where it ``learns`` nothing more."""
+        """``codec`` calibrated on the states of ``probe``, in the order of their samples; as it is
+        where it ``learns`` nothing more.
+        """
         import torch
 
         with torch.inference_mode():
@@ -53,19 +62,28 @@ class Calibration:
 
 
 def captured(
-    engine: Engine, samples: Sequence[TokenSample], codec: Codec, budget: int, device: str | None = None
+    engine: Engine,
+    samples: Sequence[TokenSample],
+    codec: Codec,
+    budget: int,
+    device: str | None = None,
 ) -> Probe | None:
-    """States of ``samples`` for ``codec``, cut as they come so that all of them fit in memory, in order; None without samples.
+    """States of ``samples`` for ``codec``, cut as they come so that all of them fit in memory, in
+    order; None without samples.
 
     ``device``: where the codec learns, None: where the states are.
     """
-    found = {i: share_of(samples[i], s, len(samples), codec, budget) for i, s in engine.capture(samples)}
+    found = {
+        i: share_of(samples[i], s, len(samples), codec, budget) for i, s in engine.capture(samples)
+    }
     shares = [found[i] for i in sorted(found)]
     return probe_of(shares, codec, engine.frozen, device) if shares else None
 
 
 def learning_device(plan: Plan, engine: Engine, codec: Codec) -> str | None:
-    """Where a codec that predicts from tokens learns: on the plan's GPU if its matrices have room beside the engine, else on the CPU. None: no such codec."""
+    """Where a codec that predicts from tokens learns: on the plan's GPU if its matrices have room
+    beside the engine, else on the CPU. None: no such codec.
+    """
     import torch
 
     if not codec.needs_tokens:

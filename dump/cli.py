@@ -1,4 +1,6 @@
-"""``dspark-dump``: flags in, one dump out. Nothing heavy is imported before a flag has been understood."""
+"""``dspark-dump``: flags in, one dump out. Nothing heavy is imported before a flag has been
+understood.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,14 @@ from typing import Any
 import click
 
 from dspark.cache.files.urls import STORE
-from dspark.cache.shared.command import break_lock_flag, codec_options, command, emit, json_flag, version_flag
+from dspark.cache.shared.command import (
+    break_lock_flag,
+    codec_options,
+    command,
+    emit,
+    json_flag,
+    version_flag,
+)
 from dspark.cache.shared.layer_ids import LayerIds
 from dspark.cache.target.taps import READERS
 from dspark.dump.config import (
@@ -27,11 +36,12 @@ Examples:
   dspark-dump --model Qwen/Qwen3-4B --data chats.jsonl --for eagle3,dspark
   dspark-dump --model ./smollm2 --data chats.jsonl.gz --data more.parquet=0.3 --resume
   dspark-dump --model ./smollm2 --data chats.jsonl.gz --shard $SLURM_ARRAY_TASK_ID/8
-  dspark-dump --model Qwen/Qwen3-4B --data prompts.jsonl --regenerate --no-thinking --max-tokens 1024
+  dspark-dump --model Qwen/Qwen3-4B --data prompts.jsonl --regenerate --no-thinking
 
 \b
-A row of --data is {"messages": [...]} or {"input_ids": [...], "loss_mask": [...]}; {"finished": false} marks a
-last answer that was cut short. Exit code: 0 done, 1 failed, 2 wrong usage."""
+A row of --data is {"messages": [...]} or {"input_ids": [...], "loss_mask": [...]};
+{"finished": false} marks a last answer that was cut short. Exit code: 0 done, 1 failed, 2 wrong
+usage."""
 
 
 class DrafterTypes(click.ParamType):  # type: ignore[type-arg]  # no generic before click 8.4
@@ -42,10 +52,16 @@ class DrafterTypes(click.ParamType):  # type: ignore[type-arg]  # no generic bef
     def convert(
         self, value: Any, param: click.Parameter | None, ctx: click.Context | None
     ) -> tuple[str, ...]:
-        kinds = value if isinstance(value, tuple) else tuple(w for w in re.split(r"[,\s]+", value) if w)
+        kinds = (
+            value if isinstance(value, tuple) else tuple(w for w in re.split(r"[,\s]+", value) if w)
+        )
         unknown = [kind for kind in kinds if kind not in READERS]
         if unknown or not kinds:
-            self.fail(f"{', '.join(unknown) or 'empty'}: expected some of {', '.join(READERS)}", param, ctx)
+            self.fail(
+                f"{', '.join(unknown) or 'empty'}: expected some of {', '.join(READERS)}",
+                param,
+                ctx,
+            )
         return tuple(dict.fromkeys(kinds))
 
 
@@ -60,8 +76,10 @@ class DrafterTypes(click.ParamType):  # type: ignore[type-arg]  # no generic bef
     "--data",
     multiple=True,
     metavar="FILE|DATASET",
-    help="JSONL, JSON, parquet or arrow (also .gz, .zst), a folder or glob, a data set id org/name[/config][:split], - for stdin; "
-    "FILE=0.3 takes a share of its rows. May be repeated: each is a source of its own.  [default: the preset's]",
+    help="JSONL, JSON, parquet or arrow (also .gz, .zst), a folder or glob, a data set id "
+    "org/name[/config][:split], - for stdin; "
+    "FILE=0.3 takes a share of its rows. May be repeated: each is a source of its own.  "
+    "[default: the preset's]",
 )
 @click.option(
     "--output",
@@ -78,16 +96,20 @@ class DrafterTypes(click.ParamType):  # type: ignore[type-arg]  # no generic bef
 @click.option(
     "--layers",
     type=LayerIds(),
-    help="Output of decoder layer i, 0-based: 7,22,38.  [default: the preset's, or five spread evenly]",
+    help="Output of decoder layer i, 0-based: 7,22,38.  [default: the preset's, or five spread "
+    "evenly]",
 )
 @click.option(
-    "--target-layer-ids", type=LayerIds(), help='vLLM convention, state entering layer j = i + 1: "8 23 39".'
+    "--target-layer-ids",
+    type=LayerIds(),
+    help='vLLM convention, state entering layer j = i + 1: "8 23 39".',
 )
 @click.option(
     "--for",
     "for_",
     type=DrafterTypes(),
-    help=f"Drafter types that the store is to serve, such as eagle3,dspark: their layers, or a check of --layers. Of {', '.join(READERS)}.",
+    help="Drafter types that the store is to serve, such as eagle3,dspark: their layers, or a "
+    f"check of --layers. Of {', '.join(READERS)}.",
 )
 @click.option(
     "--seq-length",
@@ -99,21 +121,24 @@ class DrafterTypes(click.ParamType):  # type: ignore[type-arg]  # no generic bef
     "--calibration",
     type=click.Path(path_type=Path, dir_okay=False),
     metavar="FILE",
-    help="What the codec has learnt: calibration.safetensors of another store of the same target, layers and codec.  [default: learnt from --data]",
+    help="What the codec has learnt: calibration.safetensors of another store of the same target, "
+    "layers and codec.  [default: learnt from --data]",
 )
 @click.option("--limit", type=int, help="Only the first N rows, of each --data.")
 @click.option("--resume", is_flag=True, help="Continue the store at --output.")
 @click.option(
     "--shard",
     metavar="I/N",
-    help="Make every N-th part only, I from 0 to N - 1: N such dumps make one store, all with one --output, or each with its own "
+    help="Make every N-th part only, I from 0 to N - 1: N such dumps make one store, all with one "
+    "--output, or each with its own "
     "and dspark-tools merge afterwards. Continues a store that is there.",
 )
 @click.option(
     "--ray",
     type=int,
     metavar="N",
-    help="Run N shards on the Ray cluster of RAY_ADDRESS, or on this machine; each gets the GPUs of --tensor-parallel-size, else one.",
+    help="Run N shards on the Ray cluster of RAY_ADDRESS, or on this machine; each gets the GPUs "
+    "of --tensor-parallel-size, else one.",
 )
 @click.option(
     "--overwrite",
@@ -123,13 +148,15 @@ class DrafterTypes(click.ParamType):  # type: ignore[type-arg]  # no generic bef
 @click.option(
     "--assistant-pattern",
     metavar="REGEX",
-    help="Regular expression over the rendered chat; its group 1 is supervised.  [default: the preset's, or the template]",
+    help="Regular expression over the rendered chat; its group 1 is supervised.  [default: the "
+    "preset's, or the template]",
 )
 @click.option(
     "--turns",
     type=click.Choice(TURNS),
     default="auto",
-    help="How a chat becomes samples. auto: turns share a sample as long as later turns only append to the rendered text; "
+    help="How a chat becomes samples. auto: turns share a sample as long as later turns only "
+    "append to the rendered text; "
     "each: one per answer; last: the last answer's only; whole: one, or the row is dropped.",
 )
 @click.option(
@@ -138,15 +165,22 @@ class DrafterTypes(click.ParamType):  # type: ignore[type-arg]  # no generic bef
     help="Passed to the chat template, such as '{\"enable_thinking\": false}'.",
 )
 @click.option(
-    "--min-supervised", type=int, default=2, help="Rows with fewer supervised tokens are dropped and counted."
+    "--min-supervised",
+    type=int,
+    default=2,
+    help="Rows with fewer supervised tokens are dropped and counted.",
 )
 @click.option(
-    "--max-dropped", type=float, default=0.5, help="Fail when more than this share of the rows is dropped."
+    "--max-dropped",
+    type=float,
+    default=0.5,
+    help="Fail when more than this share of the rows is dropped.",
 )
 @click.option(
     "--mask-token-id",
     type=int,
-    help="Mask-token id: what the draft embeds at the positions it predicts.  [default: the preset's, or an unused id]",
+    help="Mask-token id: what the draft embeds at the positions it predicts.  [default: the "
+    "preset's, or an unused id]",
 )
 @click.option(
     "--device",
@@ -163,28 +197,38 @@ class DrafterTypes(click.ParamType):  # type: ignore[type-arg]  # no generic bef
 @click.option(
     "--batch-tokens",
     type=int,
-    help="Tokens per forward pass.  [default: 16384 to 65536 on cuda by hidden size, 2048 on cpu; with vllm its own, on cuda up to 65536 for small targets]",
+    help="Tokens per forward pass.  [default: 16384 to 65536 on cuda by hidden size, 2048 on cpu; "
+    "with vllm its own, on cuda up to 65536 for small targets]",
 )
 @click.option(
     "--part-tokens",
     type=int,
-    help="Tokens per part, the unit of writing and resuming.  [default: 32768 on cpu, 512 MB of states on cuda]",
+    help="Tokens per part, the unit of writing and resuming.  [default: 32768 on cpu, 512 MB of "
+    "states on cuda]",
 )
 @click.option(
     "--workers",
     type=int,
-    help="Processes that tokenise; as many again write.  [default: a quarter of the cores on cuda, 0 on cpu]",
+    help="Processes that tokenise; as many again write.  [default: a quarter of the cores on "
+    "cuda, 0 on cpu]",
 )
 @click.option(
     "--regenerate",
     is_flag=True,
-    help="Take only the prompts: the target answers them, turn by turn, and the states of that run are kept.",
+    help="Take only the prompts: the target answers them, turn by turn, and the states of that "
+    "run are kept.",
 )
 @click.option(
-    "--temperature", type=float, help="With --regenerate.  [default: the target's generation_config]"
+    "--temperature",
+    type=float,
+    help="With --regenerate.  [default: the target's generation_config]",
 )
-@click.option("--top-p", type=float, help="With --regenerate.  [default: the target's generation_config]")
-@click.option("--max-tokens", type=int, help="With --regenerate: most tokens per answer.  [default: 2048]")
+@click.option(
+    "--top-p", type=float, help="With --regenerate.  [default: the target's generation_config]"
+)
+@click.option(
+    "--max-tokens", type=int, help="With --regenerate: most tokens per answer.  [default: 2048]"
+)
 @click.option(
     "--answers",
     type=int,
@@ -206,13 +250,15 @@ class DrafterTypes(click.ParamType):  # type: ignore[type-arg]  # no generic bef
     "--data-parallel-size",
     type=int,
     metavar="N",
-    help="With vllm: engines that share the rows, each on GPUs of its own.  [default: as many as there is room for]",
+    help="With vllm: engines that share the rows, each on GPUs of its own.  [default: as many as "
+    "there is room for]",
 )
 @click.option(
     "--engine-arg",
     multiple=True,
     metavar="KEY=VALUE",
-    help="With vllm: an argument of vllm.LLM, such as pipeline_parallel_size=2 or enable_expert_parallel=true. May be repeated.",
+    help="With vllm: an argument of vllm.LLM, such as pipeline_parallel_size=2 or "
+    "enable_expert_parallel=true. May be repeated.",
 )
 @click.option(
     "--trust-remote-code",
@@ -222,13 +268,16 @@ class DrafterTypes(click.ParamType):  # type: ignore[type-arg]  # no generic bef
 @click.option(
     "--dry-run",
     is_flag=True,
-    help="Print the chain from target to served draft and the plan, and stop; no weights are read. Exit code 1 if a link is missing.",
+    help="Print the chain from target to served draft and the plan, and stop; no weights are "
+    "read. Exit code 1 if a link is missing.",
 )
 @break_lock_flag
 @json_flag
 @version_flag
 def main(as_json: bool, **flags: Any) -> None:
-    """Run a target over a corpus and keep its hidden states in a store that drafts are trained from."""
+    """Run a target over a corpus and keep its hidden states in a store that drafts are trained
+    from.
+    """
     out = execute(DumpConfig(**flags))
     if as_json:
         emit(out)

@@ -11,7 +11,12 @@ from dspark.cache.errors import UsageError
 from dspark.cache.files.urls import Url, Where, beside, where
 from dspark.cache.settings import DEFAULT_PACKING, choose_codec, is_asked
 from dspark.cache.target.taps import BOTH
-from dspark.dump.engines.answers import check_answers, check_max_tokens, check_temperature, check_top_p
+from dspark.dump.engines.answers import (
+    check_answers,
+    check_max_tokens,
+    check_temperature,
+    check_top_p,
+)
 from dspark.dump.engines.options import EngineOptions, parse_arguments
 from dspark.dump.shard import MOST, Shard
 
@@ -74,21 +79,26 @@ class DumpConfig:
         object.__setattr__(self, "output", where(self.output))
         if self.regenerate and isinstance(self.output, Url):
             raise UsageError(
-                "--regenerate keeps answers beside a local store: give a local --output, then copy it with dspark-tools merge."
+                "--regenerate keeps answers beside a local store: give a local --output, then "
+                "copy it with dspark-tools merge."
             )
         if self.regenerate and len(self.sources) > 1:
             raise UsageError(
-                "--regenerate takes one --data: give each source a store of its own, or one folder of files."
+                "--regenerate takes one --data: give each source a store of its own, or one "
+                "folder of files."
             )
         options = self.engine_options
         only = [] if self.engine == "auto" else options.only_vllm(self.engine)
         if only:
-            raise UsageError(f"{only[0]}: the {self.engine} engine does not know it. Use --engine vllm.")
+            raise UsageError(
+                f"{only[0]}: the {self.engine} engine does not know it. Use --engine vllm."
+            )
         if self.layers is not None and self.target_layer_ids is not None:
             raise UsageError(f"give --layers or --target-layer-ids, not both. {BOTH}.")
         if self.resume and self.overwrite:
             raise UsageError(
-                "give --resume or --overwrite, not both: one continues the store, the other replaces it."
+                "give --resume or --overwrite, not both: one continues the store, the other "
+                "replaces it."
             )
         for flag, value in (
             ("--seq-length", self.seq_length),
@@ -98,7 +108,9 @@ class DumpConfig:
             ("--min-supervised", self.min_supervised),
         ):
             if value is not None and not 1 <= value <= LARGEST:
-                raise UsageError(f"{flag}: found {value}, expected a positive number, at most {LARGEST}.")
+                raise UsageError(
+                    f"{flag}: found {value}, expected a positive number, at most {LARGEST}."
+                )
         asked = [
             f
             for f in ("temperature", "top_p", "max_tokens", "thinking", "answers")
@@ -106,13 +118,17 @@ class DumpConfig:
         ]
         if asked and not self.regenerate:
             raise UsageError(
-                f"--{asked[0].replace('_', '-')} says how the target answers: give --regenerate with it."
+                f"--{asked[0].replace('_', '-')} says how the target answers: give --regenerate "
+                "with it."
             )
         if self.regenerate and self.assistant_pattern is not None:
-            raise UsageError("--regenerate knows the target's answers itself: leave --assistant-pattern out.")
+            raise UsageError(
+                "--regenerate knows the target's answers itself: leave --assistant-pattern out."
+            )
         if self.regenerate and self.part_tokens is not None:
             raise UsageError(
-                "--regenerate writes parts by rows, since answers' lengths are not known before: leave --part-tokens out."
+                "--regenerate writes parts by rows, since answers' lengths are not known before: "
+                "leave --part-tokens out."
             )
         if self.ray is not None and not 1 <= self.ray <= MOST:
             raise UsageError(f"--ray: found {self.ray}, expected 1 to {MOST} dumps.")
@@ -128,7 +144,9 @@ class DumpConfig:
                     if self.overwrite
                     else "answers belong to a whole store"
                 )
-                raise UsageError(f"give --{'shard' if self.shard else 'ray'} or {flag}, not both: {why}.")
+                raise UsageError(
+                    f"give --{'shard' if self.shard else 'ray'} or {flag}, not both: {why}."
+                )
         if self.turns not in TURNS:
             raise UsageError(f"--turns {self.turns}: expected one of {', '.join(TURNS)}.")
         template_keywords(self.template_kwargs)
@@ -142,9 +160,13 @@ class DumpConfig:
         if self.answers is not None:
             check_answers(self.answers)
         if self.workers is not None and not 0 <= self.workers <= MOST_WORKERS:
-            raise UsageError(f"--workers: found {self.workers}, expected 0 to {MOST_WORKERS} processes.")
+            raise UsageError(
+                f"--workers: found {self.workers}, expected 0 to {MOST_WORKERS} processes."
+            )
         if not 0 <= self.max_dropped <= 1:
-            raise UsageError(f"--max-dropped: found {self.max_dropped}, expected a share from 0 to 1.")
+            raise UsageError(
+                f"--max-dropped: found {self.max_dropped}, expected a share from 0 to 1."
+            )
 
     @property
     def sources(self) -> tuple[str, ...]:
@@ -153,7 +175,9 @@ class DumpConfig:
 
     @property
     def codec_name(self) -> str:
-        """Return the full name of the codec asked for, or of the default; the plan may take another in the default's place."""
+        """Return the full name of the codec asked for, or of the default; the plan may take another
+        in the default's place.
+        """
         return choose_codec(self.codec, self.aux_bits, self.last_bits, self.pack)
 
     @property
@@ -214,6 +238,7 @@ def template_keywords(text: str | None) -> dict[str, Any]:
         raise UsageError(f"--template-kwargs {text}: not JSON ({error}).") from error
     if not isinstance(found, dict):
         raise UsageError(
-            f"--template-kwargs {text}: expected a JSON object, such as '{{\"enable_thinking\": false}}'."
+            f'--template-kwargs {text}: expected a JSON object, such as \'{{"enable_thinking": '
+            f"false}}'."
         )
     return found

@@ -1,4 +1,5 @@
-"""A dump before its engine runs: what is settled by config, tokenizer and corpus, and how its rows are read.
+"""A dump before its engine runs: what is settled by config, tokenizer and corpus, and how its rows
+are read.
 
 No weights are read here but by ``load_engine``.
 """
@@ -45,7 +46,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("dspark.dump")
 
-PROCESS_ROWS = 2000  # a corpus shorter than this is tokenised before processes for it would have started
+# a corpus shorter than this is tokenised before processes for it would have started
+PROCESS_ROWS = 2000
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +65,8 @@ class Job:
 
 
 def plan_only(config: DumpConfig) -> planning.Plan:
-    """The plan of ``--dry-run``: no weights; with a preset no network and no tokenizer either. Raises BrokenChain.
+    """The plan of ``--dry-run``: no weights; with a preset no network and no tokenizer either.
+    Raises BrokenChain.
 
     A corpus is looked at where one is named and is here; without one, sizes are per million tokens.
     """
@@ -73,7 +76,9 @@ def plan_only(config: DumpConfig) -> planning.Plan:
         return prepare(config).plan
     plan = plan_target(config)
     if named and all(Path(name).is_file() for name in named):
-        plan = planning.estimate(plan, joined([open_corpus(n) for n in named], config.limit), None, None)
+        plan = planning.estimate(
+            plan, joined([open_corpus(n) for n in named], config.limit), None, None
+        )
     return planning.settle_codec(plan, config, supplied(config))
 
 
@@ -83,7 +88,9 @@ def supplied(config: DumpConfig) -> Supplied | None:
 
 
 def plan_target(config: DumpConfig, *, whole: bool = True) -> planning.Plan:
-    """The plan as far as the target decides it, with its chain. Raises BrokenChain where a link is missing, if it must be ``whole``."""
+    """The plan as far as the target decides it, with its chain. Raises BrokenChain where a link is
+    missing, if it must be ``whole``.
+    """
     preset = find(config.model)
     if preset is None or Path(config.model).is_dir():
         return _examined(config, checked_target(config), whole)
@@ -116,7 +123,9 @@ def with_chain(
     weights: int | None,
     whole: bool,
 ) -> planning.Plan:
-    """``plan`` with its chain. Raises BrokenChain where a link is missing, if it must be ``whole``."""
+    """``plan`` with its chain. Raises BrokenChain where a link is missing, if it must be
+    ``whole``.
+    """
     links = chain.examine(
         config=config,
         model_types=model_types,
@@ -134,7 +143,9 @@ def with_chain(
 
 
 def checked_target(config: DumpConfig) -> Target:
-    """The target's config and tokenizer. Raises BrokenChain where they are not a language model's."""
+    """The target's config and tokenizer. Raises BrokenChain where they are not a language
+    model's.
+    """
     try:
         return load_target(config.model, config.trust_remote_code)
     except TargetError as error:
@@ -142,7 +153,9 @@ def checked_target(config: DumpConfig) -> Target:
 
 
 def first_good(corpus: Corpus) -> Row | None:
-    """The first row that is not malformed, None for an empty corpus. Raises DataError, of the first, where all are malformed."""
+    """The first row that is not malformed, None for an empty corpus. Raises DataError, of the
+    first, where all are malformed.
+    """
     bad = None
     for row in corpus.rows():
         if not isinstance(row.value, BadRow):
@@ -154,8 +167,9 @@ def first_good(corpus: Corpus) -> Row | None:
 
 
 def prepare(config: DumpConfig, day: str | None = None) -> Job:
-    """Read config, tokenizer and corpus; check them against one another; estimate the size. ``day``: the date that a store which is gone on with has
-    fixed for a template that writes one."""
+    """Read config, tokenizer and corpus; check them against one another; estimate the size.
+    ``day``: the date that a store which is gone on with has fixed for a template that writes one.
+    """
     preset = find(config.model)
     target = checked_target(config)
     plan = _examined(config, target)
@@ -175,7 +189,9 @@ def prepare(config: DumpConfig, day: str | None = None) -> Job:
             config.thinking,
             config.answers or 1,
         )
-        maker = Prompts(target.tokenizer, sampling, plan.seq_length, template_kwargs=keywords, day=day)
+        maker = Prompts(
+            target.tokenizer, sampling, plan.seq_length, template_kwargs=keywords, day=day
+        )
     else:
         maker = SampleMaker(
             target.tokenizer,
@@ -191,7 +207,9 @@ def prepare(config: DumpConfig, day: str | None = None) -> Job:
     plan = planning.estimate(plan, corpus, maker, None)
     if len(corpora) > 1:
         counts = [min(c.count(), config.limit or c.count()) for c in corpora]
-        plan = dataclasses.replace(plan, sources=tuple(zip((c.id for c in corpora), counts, strict=True)))
+        plan = dataclasses.replace(
+            plan, sources=tuple(zip((c.id for c in corpora), counts, strict=True))
+        )
     if isinstance(maker, Prompts):
         plan = planning.with_answers(plan, maker.sampling.max_tokens, maker.sampling.answers)
     given = supplied(config)
@@ -262,13 +280,17 @@ def part_reader(
     )
 
 
-def sources_reader(job: Job, note: Callable[[str], None], make: Making | None = None) -> SourcesReader:
+def sources_reader(
+    job: Job, note: Callable[[str], None], make: Making | None = None
+) -> SourcesReader:
     """What reads all sources."""
     return SourcesReader([part_reader(job, note, make, n) for n in range(len(job.sources))])
 
 
 def first_samples(job: Job) -> list[TokenSample]:
-    """The first samples of the corpus: what the self-check and the measured quality are taken from, in every run of this store alike."""
+    """The first samples of the corpus: what the self-check and the measured quality are taken from,
+    in every run of this store alike.
+    """
     samples: list[TokenSample] = []
     dropped: Counter[str] = Counter()
     tokens = read = 0

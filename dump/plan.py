@@ -1,6 +1,8 @@
-"""The plan: everything a dump decides before it starts, shown before it starts, and checked against the disk.
+"""The plan: everything a dump decides before it starts, shown before it starts, and checked against
+the disk.
 
-With a preset, a plan needs neither network nor weights. Estimates come from the corpus itself: rows are counted, a spread of them is tokenised.
+With a preset, a plan needs neither network nor weights. Estimates come from the corpus itself: rows
+are counted, a spread of them is tokenised.
 """
 
 from __future__ import annotations
@@ -34,7 +36,9 @@ if TYPE_CHECKING:
     from dspark.dump.corpus.rows import Corpus
     from dspark.dump.target.chain import Link
 
-SPREAD_ROWS = 512  # rows tokenised for the estimate: half a second; 128 of them, scaled by rows, were 10 % off on 18,438 chats
+# rows tokenised for the estimate: half a second; 128 of them, scaled by rows, were 10 % off on
+# 18,438 chats
+SPREAD_ROWS = 512
 PART_BYTES = (
     512 << 20
 )  # of states in memory, of a part on a GPU: long enough to batch well, short enough to lose
@@ -43,12 +47,16 @@ BLOCK_ROWS = 1 << 16  # of a part, at most
 CPU_PART_TOKENS = 32768  # a CPU takes a minute or more for so many
 GPU_BYTES = 80e9  # of the GPUs that a plan counts in
 WEIGHTS_SHARE = 0.8  # of a GPU's memory
-PLAN_RATE = 20000  # tokens a second, for the hours of a plan: a large MoE target on a node of 8 GPUs (assumed, not measured)
+# tokens a second, for the hours of a plan: a large MoE target on a node of 8 GPUs (assumed, not
+# measured)
+PLAN_RATE = 20000
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Plan:
-    """What will be done. ``bytes_per_token``: expected on disk, were the last state stored at every token; ``bytes``: with the share that is."""
+    """What will be done. ``bytes_per_token``: expected on disk, were the last state stored at every
+    token; ``bytes``: with the share that is.
+    """
 
     model: str
     preset: str | None
@@ -80,7 +88,8 @@ class Plan:
     weights: int | None = None  # bytes of the target's weights
     looked_at: int = 0  # rows made into samples for the plan
     dropped: dict[str, int] = dataclasses.field(default_factory=dict)  # of them, by reason
-    notes: dict[str, int] = dataclasses.field(default_factory=dict)  # what the samples of the others lack
+    # what the samples of the others lack
+    notes: dict[str, int] = dataclasses.field(default_factory=dict)
     block_rows: int | None = None  # source rows per part
     sources: tuple[tuple[str, int], ...] = ()  # name and rows of each, where there are several
     codec_why: str | None = None  # this one, and not the default
@@ -132,33 +141,48 @@ class Plan:
                 if self.preset
                 else ""
             )
-            + f": {self.shapes.num_layers} layers, hidden {self.shapes.hidden_size}, vocabulary {self.shapes.vocab_size}",
+            + f": {self.shapes.num_layers} layers, hidden {self.shapes.hidden_size}, "
+            f"vocabulary {self.shapes.vocab_size}",
             f"layers   --layers {','.join(map(str, self.layers))} (output of layer i) "
-            f"= --target-layer-ids {','.join(map(str, self.target_layer_ids))} (entering layer i+1), and the last state after the final norm",
+            f"= --target-layer-ids {','.join(map(str, self.target_layer_ids))} (entering layer "
+            "i+1), and the last state after the final norm",
             *self._drafts(),
-            f"data     {', '.join(self.data) or 'none named (--data)'}: rows {rows}, tokens {tokens}, at most {self.seq_length} a row",
+            f"data     {', '.join(self.data) or 'none named (--data)'}: rows {rows}, tokens "
+            f"{tokens}, at most {self.seq_length} a row",
             f"engine   {self.engine}, {self.dtype} on {self.device}"
             + (f" ({self.engine_why})" if self.engine_why else "")
             + self._gpus(),
-            f"store    {self.output}: codec {self.codec}{', not packed' if self.pack == 'none' else ''}, "
+            f"store    {self.output}: codec "
+            f"{self.codec}{', not packed' if self.pack == 'none' else ''}, "
             f"about {self.bytes_per_token:,} bytes a token"
             + (f" ({self.codec_why})" if self.codec_why else ""),
-            *(f"source   {n}: {name}: {rows:,} rows" for n, (name, rows) in enumerate(self.sources)),
+            *(
+                f"source   {n}: {name}: {rows:,} rows"
+                for n, (name, rows) in enumerate(self.sources)
+            ),
             *self._calibration(),
-            f"size     {size}{took}; {self._free()}" + (f"; of it shard {self.shard}" if self.shard else ""),
+            f"size     {size}{took}; {self._free()}"
+            + (f"; of it shard {self.shard}" if self.shard else ""),
             *(
                 f"  {what}: {n:,} of {self.looked_at:,} rows looked at"
-                for what, n in [*((f"dropped: {r}", n) for r, n in self.dropped.items()), *self.notes.items()]
+                for what, n in [
+                    *((f"dropped: {r}", n) for r, n in self.dropped.items()),
+                    *self.notes.items(),
+                ]
             ),
         ]
 
     def _drafts(self) -> list[str]:
-        """Which layers each type reads; how to say so to the training where it would take others."""
+        """Which layers each type reads; how to say so to the training where it would take
+        others.
+        """
         groups: dict[str, list[str]] = {}
         for kind, layers in self.drafts.items():
             ids = ",".join(map(str, layers))
             own = taps.chosen(kind, self.layers, self.shapes.num_layers) == layers
-            groups.setdefault(ids if own else f"{ids} (dspark-train --layers {ids})", []).append(kind)
+            groups.setdefault(ids if own else f"{ids} (dspark-train --layers {ids})", []).append(
+                kind
+            )
         lines = [f"{', '.join(kinds)}: {ids}" for ids, kinds in groups.items()]
         return [f"drafts   {'; '.join(lines)}"] if lines else []
 
@@ -172,7 +196,8 @@ class Plan:
         if not self.calibration_bytes:
             return []
         return [
-            f"codec    learns from {self.calibration_tokens:,} tokens before the first part, their states in {human(self.calibration_bytes)} of host memory"
+            f"codec    learns from {self.calibration_tokens:,} tokens before the first part, "
+            f"their states in {human(self.calibration_bytes)} of host memory"
         ]
 
     def _gpus(self) -> str:
@@ -180,13 +205,18 @@ class Plan:
         if self.weights is None:
             return ""
         count = math.ceil(self.weights / (WEIGHTS_SHARE * GPU_BYTES))
-        return f"; weights about {human(self.weights)}: {count} GPU{'s' if count > 1 else ''} of {human(GPU_BYTES)}"
+        return (
+            f"; weights about {human(self.weights)}: {count} GPU{'s' if count > 1 else ''} of "
+            f"{human(GPU_BYTES)}"
+        )
 
 
 def resolve(
     config: DumpConfig, preset: Preset | None, shapes: Shapes, architectures: Sequence[str] = ()
 ) -> Plan:
-    """Settle every choice that does not need the corpus. ``architectures``: the target's, where its config was read."""
+    """Settle every choice that does not need the corpus. ``architectures``: the target's, where its
+    config was read.
+    """
     from dspark.cache.files.place import place_of
 
     data = config.sources or ((preset.data,) if preset and preset.data else ())
@@ -194,7 +224,9 @@ def resolve(
     engine, device, why = choose_engine(config.engine, config.device, architectures)
     only = config.engine_options.only_vllm(engine)
     if only:
-        raise UsageError(f"{only[0]}: {why or f'the {engine} engine does not know it'}. Leave it out.")
+        raise UsageError(
+            f"{only[0]}: {why or f'the {engine} engine does not know it'}. Leave it out."
+        )
     bytes_per_token = disk_bytes(shapes, layers, config.make_codec())
     workers = default_workers(device) if config.workers is None else config.workers
     plan = Plan(
@@ -211,7 +243,8 @@ def resolve(
         seq_length=choose_length(config, preset, shapes, engine),
         codec=config.codec_name,
         pack=config.pack,
-        assistant_pattern=config.assistant_pattern or (preset.assistant_pattern if preset else None),
+        assistant_pattern=config.assistant_pattern
+        or (preset.assistant_pattern if preset else None),
         bytes_per_token=round(bytes_per_token),
         free_bytes=place_of(config.output).free(),
         part_tokens=config.part_tokens or CPU_PART_TOKENS,
@@ -231,8 +264,8 @@ def resolve(
 def choose_layers(
     config: DumpConfig, preset: Preset | None, shapes: Shapes
 ) -> tuple[tuple[int, ...], dict[str, tuple[int, ...]]]:
-    """The layers of the store, and for each drafter type which of them it reads. Raises UsageError where a type that is asked for cannot
-    be trained on them.
+    """The layers of the store, and for each drafter type which of them it reads. Raises UsageError
+    where a type that is asked for cannot be trained on them.
     """
     count, kinds = shapes.num_layers, config.for_ or ()
     blocks = preset.layers if preset else None
@@ -257,7 +290,8 @@ def data_of(plan: Plan) -> tuple[str, ...]:
     """The corpora that ``plan`` names. Raises UsageError where it names none."""
     if not plan.data:
         raise UsageError(
-            f"--data is needed: no preset names a corpus for {plan.model}. Give a JSONL file or a data set id."
+            f"--data is needed: no preset names a corpus for {plan.model}. Give a JSONL file or "
+            "a data set id."
         )
     return plan.data
 
@@ -281,7 +315,8 @@ def choose_length(config: DumpConfig, preset: Preset | None, shapes: Shapes, eng
     if config.seq_length is not None:
         if room is not None and config.seq_length > room:
             raise UsageError(
-                f"--seq-length {config.seq_length}: the target takes {room} tokens at most with the {engine} engine."
+                f"--seq-length {config.seq_length}: the target takes {room} tokens at most with "
+                f"the {engine} engine."
             )
         return config.seq_length
     default = preset.seq_length if preset else DEFAULT_SEQ_LENGTH
@@ -289,7 +324,9 @@ def choose_length(config: DumpConfig, preset: Preset | None, shapes: Shapes, eng
 
 
 def estimate(plan: Plan, corpus: Corpus, maker: SampleMaker | None, limit: int | None) -> Plan:
-    """Count the rows, tokenise a spread of them, and scale up by the bytes of their lines. Without a tokenizer only the rows are known."""
+    """Count the rows, tokenise a spread of them, and scale up by the bytes of their lines. Without
+    a tokenizer only the rows are known.
+    """
     weights = corpus.weights()[:limit]
     rows = len(weights)
     if rows == 0:
@@ -319,7 +356,9 @@ def estimate(plan: Plan, corpus: Corpus, maker: SampleMaker | None, limit: int |
 
 
 def with_answers(plan: Plan, max_tokens: int, count: int = 1) -> Plan:
-    """A plan whose tokens are prompts, with ``count`` answers to each of half the longest length; all of an answer's last states are stored."""
+    """A plan whose tokens are prompts, with ``count`` answers to each of half the longest length;
+    all of an answer's last states are stored.
+    """
     if plan.rows is None or plan.tokens is None:
         return plan
     answers = plan.rows * max_tokens // 2 * count
@@ -330,12 +369,17 @@ def with_answers(plan: Plan, max_tokens: int, count: int = 1) -> Plan:
 
 
 def settle_codec(
-    plan: Plan, config: DumpConfig, supplied: Supplied | None = None, target: dict[str, Any] | None = None
+    plan: Plan,
+    config: DumpConfig,
+    supplied: Supplied | None = None,
+    target: dict[str, Any] | None = None,
 ) -> Plan:
-    """``plan`` with the codec that its corpus allows, and what that learns from; with that of a ``supplied`` calibration where no codec was asked for.
+    """``plan`` with the codec that its corpus allows, and what that learns from; with that of a
+    ``supplied`` calibration where no codec was asked for.
 
-    Raises UsageError where a codec was asked for that cannot be calibrated on the corpus, MismatchError where ``supplied`` is of another codec, other layers or another
-    ``target`` (its config, None: not known yet).
+    Raises UsageError where a codec was asked for that cannot be calibrated on the corpus,
+    MismatchError where ``supplied`` is of another codec, other layers or another ``target`` (its
+    config, None: not known yet).
     """
     from dspark.cache.codec import registry
     from dspark.cache.quality import budget_of, calibration_bytes
@@ -354,7 +398,8 @@ def settle_codec(
         why = f"{name} learns from answers, which --regenerate has none of yet"
         if config.codec_asked:
             raise UsageError(
-                f"--codec {why}. Choose --codec {FALLBACK}, or dump to lossless and use dspark-tools recode."
+                f"--codec {why}. Choose --codec {FALLBACK}, or dump to lossless and use "
+                "dspark-tools recode."
             )
         name = FALLBACK
     elif plan.tokens is not None:
@@ -371,10 +416,14 @@ def settle_codec(
 
 
 def with_codec(plan: Plan, name: str, why: str | None, own_parts: bool) -> Plan:
-    """``plan`` with codec ``name`` and its sizes. ``own_parts``: tokens per part are the plan's to choose."""
+    """``plan`` with codec ``name`` and its sizes. ``own_parts``: tokens per part are the plan's to
+    choose.
+    """
     plan = dataclasses.replace(plan, codec=name, codec_why=why)
     codec = plan.make_codec()
-    changes: dict[str, Any] = {"bytes_per_token": round(disk_bytes(plan.shapes, plan.layers, codec))}
+    changes: dict[str, Any] = {
+        "bytes_per_token": round(disk_bytes(plan.shapes, plan.layers, codec))
+    }
     if plan.tokens is not None and plan.last_rows is not None:
         rate = disk_bytes(plan.shapes, plan.layers, codec, plan.last_rows / max(plan.tokens, 1))
         changes["bytes"] = round(plan.tokens * rate) + weight_bytes(plan.shapes)
@@ -384,21 +433,27 @@ def with_codec(plan: Plan, name: str, why: str | None, own_parts: bool) -> Plan:
 
 
 def blocks(plan: Plan, rows: int | None = None) -> Plan:
-    """``plan`` with the rows of a part: ``rows``, or as many as give about ``part_tokens`` tokens."""
+    """``plan`` with the rows of a part: ``rows``, or as many as give about ``part_tokens``
+    tokens.
+    """
     if rows is None and plan.rows and plan.tokens:
         rows = nearest_power(plan.part_tokens * plan.rows / plan.tokens, (1, BLOCK_ROWS))
     return dataclasses.replace(plan, block_rows=rows or 1)
 
 
 def measured(plan: Plan, size: RowBytes) -> Plan:
-    """``plan`` with the size that its first states have shown, which knows the text where the formula does not."""
+    """``plan`` with the size that its first states have shown, which knows the text where the
+    formula does not.
+    """
     if plan.tokens is None or plan.last_rows is None:
         return plan
     parts = size.store(plan.tokens, plan.last_rows)
     return dataclasses.replace(plan, bytes=parts + weight_bytes(plan.shapes))
 
 
-def disk_bytes(shapes: Shapes, layers: tuple[int, ...], codec: Codec, last_share: float = 1.0) -> float:
+def disk_bytes(
+    shapes: Shapes, layers: tuple[int, ...], codec: Codec, last_share: float = 1.0
+) -> float:
     """Expected bytes of a token on disk; ``last_share`` = stored last states / tokens."""
     from dspark.cache.files.layout import disk_bytes_per_token
 
@@ -411,7 +466,9 @@ def weight_bytes(shapes: Shapes) -> int:
 
 
 def check_disk(plan: Plan, done_tokens: int, shard: Shard | None = None) -> None:
-    """Refuse a dump, or one ``shard`` of it, that is not expected to fit, ``done_tokens`` of it being there."""
+    """Refuse a dump, or one ``shard`` of it, that is not expected to fit, ``done_tokens`` of it
+    being there.
+    """
     if plan.tokens is None or plan.bytes is None or plan.free_bytes is None:
         return
     share = 1 / shard.count if shard else 1.0
@@ -419,8 +476,10 @@ def check_disk(plan: Plan, done_tokens: int, shard: Shard | None = None) -> None
     need = round(plan.bytes * left)
     if need > plan.free_bytes:
         raise StoreWriteError(
-            f"{plan.output}: about {round(plan.tokens * left):,} tokens need about {human(need)}, and {human(plan.free_bytes)} are free. "
-            "Free space, choose another --output, or dump less: fewer bits (--aux-bits, --last-bits), fewer --layers, a --limit on rows."
+            f"{plan.output}: about {round(plan.tokens * left):,} tokens need about "
+            f"{human(need)}, and {human(plan.free_bytes)} are free. "
+            "Free space, choose another --output, or dump less: fewer bits (--aux-bits, "
+            "--last-bits), fewer --layers, a --limit on rows."
         )
 
 

@@ -1,4 +1,6 @@
-"""What a dump says while it runs: lines and a progress bar on stderr, the same lines in a log file beside the store."""
+"""What a dump says while it runs: lines and a progress bar on stderr, the same lines in a log file
+beside the store.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,14 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
 
 from dspark.cache.files.atomic import write_errors
 from dspark.cache.shared.command import printable
@@ -42,7 +51,8 @@ class Bar:
         """How long the rows behind ``row_stop`` will take at the speed so far."""
         if self._first is None:
             self._first = (
-                row_stop  # a resumed dump begins in the middle; the first part of a run is not counted
+                # a resumed dump begins in the middle; the first part of a run is not counted
+                row_stop
             )
             self._first_at = time.monotonic()
             return ""
@@ -55,7 +65,10 @@ class Bar:
     def part(self, index: int, row_stop: int) -> None:
         """Part ``index``, up to row ``row_stop``, is with the writer."""
         self._bar.update(self._task, completed=row_stop)
-        line = f"part {index}: up to row {row_stop:,}; {self._tokens:,} tokens, {self.rate:,.0f} per second{self._left(row_stop)}"
+        line = (
+            f"part {index}: up to row {row_stop:,}; {self._tokens:,} tokens, {self.rate:,.0f} "
+            f"per second{self._left(row_stop)}"
+        )
         log.info(line)
         now = time.monotonic()
         if not self._display.console.is_terminal and now - self._said > QUIET_SECONDS:

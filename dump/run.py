@@ -1,8 +1,9 @@
 """The dump, start to end: plan -> samples -> states -> codes -> parts on disk.
 
-Rows are read and tokenised ahead (``ahead.py``, ``tokenise.py``), the engine runs in this thread, and what it captures is coded and written behind it
-(``pipeline.py``). A part is on disk whole or not at all, so whatever stops a dump (Ctrl-C, a full disk, kill -9) loses only what was not committed
-yet (the few parts in memory), and ``--resume`` writes the same store as an unbroken run.
+Rows are read and tokenised ahead (``ahead.py``, ``tokenise.py``), the engine runs in this thread,
+and what it captures is coded and written behind it (``pipeline.py``). A part is on disk whole or
+not at all, so whatever stops a dump (Ctrl-C, a full disk, kill -9) loses only what was not
+committed yet (the few parts in memory), and ``--resume`` writes the same store as an unbroken run.
 """
 
 from __future__ import annotations
@@ -41,7 +42,15 @@ from dspark.dump.config import DumpConfig
 from dspark.dump.corpus.ahead import ahead
 from dspark.dump.corpus.parts import SourcesReader
 from dspark.dump.corpus.tokenise import Tokenisers
-from dspark.dump.job import Job, first_samples, load_engine, part_reader, prepare, sources_reader, tokenisers
+from dspark.dump.job import (
+    Job,
+    first_samples,
+    load_engine,
+    part_reader,
+    prepare,
+    sources_reader,
+    tokenisers,
+)
 from dspark.dump.progress import log_file
 from dspark.dump.regenerate.answer_files import AnswerFiles
 from dspark.dump.regenerate.conversations import Prompts, Regenerator, batches_of
@@ -64,9 +73,13 @@ TURN = 3600.0  # seconds that a shard waits for another one to make or end their
 
 
 def dump(
-    config: DumpConfig, show: Display, engine_for: Callable[[planning.Plan, int | None], Engine] = load_engine
+    config: DumpConfig,
+    show: Display,
+    engine_for: Callable[[planning.Plan, int | None], Engine] = load_engine,
 ) -> dict[str, Any]:
-    """Run the whole dump; returns the report that ``--json`` prints. Raises LockedError where another process writes the store."""
+    """Run the whole dump; returns the report that ``--json`` prints. Raises LockedError where
+    another process writes the store.
+    """
     safe = parts_of(config.output, resume=config.resume)
     # A shard holds the store's own lock only while it makes or ends the store.
     # The next try of one that was killed elsewhere waits until its lock shows no sign of life.
@@ -87,7 +100,8 @@ def _dump(
     resuming = (config.resume or config.shard is not None) and exists
     if exists and not (resuming or config.overwrite):
         raise ExistsError(
-            f"{config.output} exists. Use --resume to continue it, --overwrite to replace it, or another --output."
+            f"{config.output} exists. Use --resume to continue it, --overwrite to replace it, or "
+            "another --output."
         )
     stored = read_manifest(config.output) if resuming else None
     answers = AnswerFiles(local(config.output))
@@ -100,14 +114,17 @@ def _dump(
         stored.same_plan(job.manifest, str(config.output))
         if stored.complete and len(stored.sources) == len(job.manifest.sources):
             if mended(config.output):
-                show.say(f"{config.output / 'index'} was missing or damaged: made again from the parts")
+                show.say(
+                    f"{config.output / 'index'} was missing or damaged: made again from the parts"
+                )
             # Stopped between the end of the store and theirs.
             if config.regenerate and answers.folder.exists():
                 answers.join(scan_parts(config.output))
                 answers.clear()
                 show.say(f"answers  {answers.joined}")
             show.say(
-                f"{config.output} is complete ({stored.counts.samples:,} samples, {stored.counts.tokens:,} tokens): nothing to resume."
+                f"{config.output} is complete ({stored.counts.samples:,} samples, "
+                f"{stored.counts.tokens:,} tokens): nothing to resume."
             )
             return report(config.output, stored, time.monotonic() - began, Written())
     with log_file(config.beside(".log")):
@@ -117,19 +134,24 @@ def _dump(
         own = config.part_of.takes if config.part_of else lambda part: True
         done = sum(r.tokens for i, r in writer.committed.items() if own(i)) if writer else 0
         if writer:
-            show.say(f"resuming: {len(writer.committed)} parts with {done:,} tokens are already there")
+            show.say(
+                f"resuming: {len(writer.committed)} parts with {done:,} tokens are already there"
+            )
             if config.regenerate:
                 answers.check(writer.committed)
         planning.check_disk(job.plan, done, config.part_of)
         probe = first_samples(job)
         with ExitStack() as stack:
-            make, write = tokenisers(job), writers(job.plan.workers)  # they start while the weights are read
+            # they start while the weights are read
+            make, write = tokenisers(job), writers(job.plan.workers)
             for processes in (make, write):
                 if processes is not None:
                     stack.callback(processes.close)
             engine = engine_for(job.plan, config.batch_tokens)
             stack.callback(engine.close)
-            manifest, written = run_engine(job, engine, probe, writer, show, make, write, lock.check)
+            manifest, written = run_engine(
+                job, engine, probe, writer, show, make, write, lock.check
+            )
         out = report(config.output, manifest, time.monotonic() - began, written)
         out["codec_why"] = job.plan.codec_why
         for line in summary(out):
@@ -153,7 +175,9 @@ def mended(store: Where) -> bool:
 
 
 def continued(job: Job, stored: Manifest) -> Job:
-    """``job`` with what a store that is gone on with has settled: the rows of a part, which are estimated from a corpus that may have changed since."""
+    """``job`` with what a store that is gone on with has settled: the rows of a part, which are
+    estimated from a corpus that may have changed since.
+    """
     rows = stored.dump.block_rows
     plan = dataclasses.replace(job.plan, block_rows=rows)
     name = stored.codec.name
@@ -184,17 +208,21 @@ def run_engine(
     write: WorkerPool | None = None,
     guard: Callable[[], None] = lambda: None,
 ) -> tuple[Manifest, Written]:
-    """Check the engine, then capture what is missing; returns the finished manifest and what was written. ``guard``: see StoreWriter."""
+    """Check the engine, then capture what is missing; returns the finished manifest and what was
+    written. ``guard``: see StoreWriter.
+    """
     config = job.config
     frozen = engine.frozen()
     logits = Logits.of_config(job.target.config)
     agreement, states = check(engine, probe, frozen, job.plan.dtype, job.plan.layers, logits)
     if logits != PLAIN:
         show.say(
-            f"note: the target {logits}; the store keeps last states from before that, and its config.json says so"
+            f"note: the target {logits}; the store keeps last states from before that, and its "
+            "config.json says so"
         )
     show.say(
-        f"self-check passed: states and engine agree at {agreement.agree:.1%} of {agreement.positions} positions "
+        f"self-check passed: states and engine agree at {agreement.agree:.1%} of "
+        f"{agreement.positions} positions "
         f"(largest log-probability difference {agreement.worst:.2g})"
     )
     raw = [states[i] for i in sorted(states)]
@@ -280,7 +308,9 @@ def probe_states(
 
 
 def calibration(job: Job, engine: Engine, probe: Probe, codec: Codec, show: Display) -> Calibration:
-    """Codec and size of a new store from states from all over the corpus; from those of the self-check, ``probe``, where the codec learns nothing (more)."""
+    """Codec and size of a new store from states from all over the corpus; from those of the
+    self-check, ``probe``, where the codec learns nothing (more).
+    """
     assert job.plan.rows is not None
     assert job.plan.tokens is not None
     if codec.needs_calibration and job.supplied is None:
@@ -291,12 +321,16 @@ def calibration(job: Job, engine: Engine, probe: Probe, codec: Codec, show: Disp
         device = learning_device(job.plan, engine, codec)
         probe = captured(engine, samples, codec, budget, device) or probe
         show.say(
-            f"calibrated on {len(samples):,} samples spread over the corpus, {sum(len(s.input_ids) for s in samples):,} tokens, "
+            f"calibrated on {len(samples):,} samples spread over the corpus, "
+            f"{sum(len(s.input_ids) for s in samples):,} tokens, "
             f"in {time.monotonic() - began:.1f} s"
         )
     out = Calibration.of(probe, codec, learns=job.supplied is None)
     plan = planning.measured(job.plan, out.size)
-    show.say(f"size     about {planning.human(plan.bytes or 0)}, measured on {probe.aux.shape[0]:,} tokens")
+    show.say(
+        f"size     about {planning.human(plan.bytes or 0)}, measured on {probe.aux.shape[0]:,} "
+        "tokens"
+    )
     return out
 
 
@@ -308,7 +342,9 @@ def finished(writer: StoreWriter, job: Job, quality: dict[str, Any]) -> Manifest
 
 @dataclass(slots=True)
 class Written:
-    """What a run added: tokens, the seconds from the first row to the last part on disk, and where they went (stages overlap)."""
+    """What a run added: tokens, the seconds from the first row to the last part on disk, and where
+    they went (stages overlap).
+    """
 
     tokens: int = 0
     seconds: float = 0.0
@@ -443,7 +479,9 @@ def report(output: Where, manifest: Manifest, seconds: float, written: Written) 
 
 def per_source(output: Where, manifest: Manifest) -> list[dict[str, Any]]:
     """Counts of each source, where there are several."""
-    return by_source(list(scan_parts(output).values()), manifest) if len(manifest.sources) > 1 else []
+    return (
+        by_source(list(scan_parts(output).values()), manifest) if len(manifest.sources) > 1 else []
+    )
 
 
 def summary(out: dict[str, Any]) -> list[str]:
@@ -455,11 +493,14 @@ def summary(out: dict[str, Any]) -> list[str]:
     )
     left = "" if out["complete"] else "; NOT COMPLETE: other shards have yet to write theirs"
     return [
-        f"{out['output']}: {out['samples']:,} samples, {out['tokens']:,} tokens ({out['supervised_tokens']:,} supervised{rate}) in "
-        f"{out['parts']:,} parts; {out['truncated']:,} truncated, {sum(out['dropped'].values()):,} of {out['rows_read']:,} rows dropped{left}",
+        f"{out['output']}: {out['samples']:,} samples, {out['tokens']:,} tokens "
+        f"({out['supervised_tokens']:,} supervised{rate}) in "
+        f"{out['parts']:,} parts; {out['truncated']:,} truncated, "
+        f"{sum(out['dropped'].values()):,} of {out['rows_read']:,} rows dropped{left}",
         *(f"  dropped: {reason}: {n:,}" for reason, n in out["dropped"].items()),
         *(
-            f"  source {s['number']}: {s['id']}: {s['samples']:,} samples, {s['tokens']:,} tokens of {s['rows']:,} rows"
+            f"  source {s['number']}: {s['id']}: {s['samples']:,} samples, {s['tokens']:,} "
+            f"tokens of {s['rows']:,} rows"
             for s in out["per_source"]
         ),
         f"codec    {out['codec']}" + (f" ({out['codec_why']})" if out.get("codec_why") else ""),

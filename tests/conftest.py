@@ -7,8 +7,18 @@ from pathlib import Path
 
 import pytest
 
-# Files that take longest, each on one process: begun first, so that no process is left alone with one at the end.
-LONG = ("test_engine_vllm.py", "test_main_job.py", "test_ranks.py", "test_run.py", "test_pipeline.py", "test_format2.py", "test_loop.py", "test_serving.py")  # fmt: skip
+# Files that take longest, each on one process: begun first, so that no process is left alone with
+# one at the end.
+LONG = (
+    "test_engine_vllm.py",
+    "test_main_job.py",
+    "test_ranks.py",
+    "test_run.py",
+    "test_pipeline.py",
+    "test_format2.py",
+    "test_loop.py",
+    "test_serving.py",
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

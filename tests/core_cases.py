@@ -1,4 +1,6 @@
-"""Small rows, targets and drafts that the tests of the maths core share. All on the CPU, all tiny."""
+"""Small rows, targets and drafts that the tests of the maths core share. All on the CPU, all
+tiny.
+"""
 
 from __future__ import annotations
 
@@ -55,7 +57,9 @@ def small_config(**changes: Any) -> DraftConfig:
 def small_draft(
     seed: int = 1, draft_ids: Tensor | None = None, *, tied: bool = False, **changes: Any
 ) -> DraftModel:
-    """A draft none of whose parameters is at its initial value (a zero bias would hide a missing term)."""
+    """A draft none of whose parameters is at its initial value (a zero bias would hide a missing
+    term).
+    """
     torch.manual_seed(seed)
     if draft_ids is not None:
         changes["draft_vocab_size"] = draft_ids.numel()
@@ -69,7 +73,9 @@ def small_draft(
 def small_batch(
     seed: int = 2, lengths: tuple[int, ...] = (13, 11), padding: int = 3, max_anchors: int = 0
 ) -> Batch:
-    """Documents of ``lengths``, then padding; about one token in ten unsupervised; two padding anchors."""
+    """Documents of ``lengths``, then padding; about one token in ten unsupervised; two padding
+    anchors.
+    """
     rng = np.random.default_rng(seed)
     doc = np.repeat(np.array([*range(len(lengths)), -1], dtype=np.int32), [*lengths, padding])
     mask = (rng.random(doc.size) < 0.9) & (doc >= 0)

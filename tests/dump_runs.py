@@ -1,4 +1,6 @@
-"""What tests of whole dumps share: a corpus, files compared, a real engine with something in its way."""
+"""What tests of whole dumps share: a corpus, files compared, a real engine with something in its
+way.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +48,9 @@ def corpus(rows: int, seed: int = 0) -> list[dict[str, Any]]:
 
 
 def files(store: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(store)): p.read_bytes() for p in sorted(store.rglob("*")) if p.is_file()}
+    return {
+        str(p.relative_to(store)): p.read_bytes() for p in sorted(store.rglob("*")) if p.is_file()
+    }
 
 
 def assert_same(a: Path, b: Path) -> None:
@@ -61,7 +65,11 @@ class Wrapped:
     def __init__(self, inner: Engine, before: Callable[[], None]) -> None:
         self.inner, self.before = inner, before
         self.checked = False
-        self.name, self.version, self.groups_at_once = inner.name, inner.version, inner.groups_at_once
+        self.name, self.version, self.groups_at_once = (
+            inner.name,
+            inner.version,
+            inner.groups_at_once,
+        )
         self.frozen, self.capture, self.predict, self.close = (
             inner.frozen,
             inner.capture,

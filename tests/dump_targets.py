@@ -1,4 +1,6 @@
-"""Tiny targets made on the spot: a byte-level BPE tokenizer with a ChatML template, random Qwen3 and Llama. No hub."""
+"""Tiny targets made on the spot: a byte-level BPE tokenizer with a ChatML template, random Qwen3
+and Llama. No hub.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,8 @@ CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-ENGINE_LAYERS = (0, 2, 5)  # 5 is the last layer: its output is before the final norm, unlike the last state
+# 5 is the last layer: its output is before the final norm, unlike the last state
+ENGINE_LAYERS = (0, 2, 5)
 ENGINE_VOCAB = 120
 SPECIAL = ["<|pad|>", "<|im_start|>", "<|im_end|>", "<|spare|>"]
 WORDS = [
@@ -50,18 +53,34 @@ def build_tokenizer(template: str | None = CHATML) -> Any:
     return out
 
 
-def build_model(kind: str, vocab: int, layers: int = 6, tied: bool | None = None, **changes: Any) -> Any:
-    """A random causal LM in fp32 whose norms have random weights, so that a forgotten norm shows."""
+def build_model(
+    kind: str, vocab: int, layers: int = 6, tied: bool | None = None, **changes: Any
+) -> Any:
+    """A random causal LM in fp32 whose norms have random weights, so that a forgotten norm
+    shows.
+    """
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
-    config, model = {"qwen3": (Qwen3Config, Qwen3ForCausalLM), "llama": (LlamaConfig, LlamaForCausalLM)}[kind]
+    config, model = {
+        "qwen3": (Qwen3Config, Qwen3ForCausalLM),
+        "llama": (LlamaConfig, LlamaForCausalLM),
+    }[kind]
     sizes: dict[str, Any] = {
-        "vocab_size": vocab, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": layers,
-        "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32, "max_position_embeddings": 512,
-        "initializer_range": 0.2, "bos_token_id": None, "eos_token_id": 2, "pad_token_id": 0,
+        "vocab_size": vocab,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 32,
+        "max_position_embeddings": 512,
+        "initializer_range": 0.2,
+        "bos_token_id": None,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
         "tie_word_embeddings": kind == "llama" if tied is None else tied,
-    }  # fmt: skip
+    }
     torch.manual_seed(0)
     out = model(config(**(sizes | changes))).float().eval()
     with torch.no_grad():
@@ -71,7 +90,9 @@ def build_model(kind: str, vocab: int, layers: int = 6, tied: bool | None = None
     return out
 
 
-def save_target(folder: Path, kind: str = "qwen3", template: str | None = CHATML, **changes: Any) -> Path:
+def save_target(
+    folder: Path, kind: str = "qwen3", template: str | None = CHATML, **changes: Any
+) -> Path:
     tokenizer = build_tokenizer(template)
     model = build_model(kind, changes.pop("vocab", len(tokenizer) + 4), **changes)
     model.save_pretrained(folder)
@@ -88,20 +109,28 @@ def chat(*turns: str, **more: Any) -> dict[str, Any]:
 def shapes(model: Any) -> Shapes:
     c = model.config.get_text_config()
     return Shapes(
-        hidden_size=c.hidden_size, vocab_size=c.vocab_size, num_layers=c.num_hidden_layers, max_positions=512
+        hidden_size=c.hidden_size,
+        vocab_size=c.vocab_size,
+        num_layers=c.num_hidden_layers,
+        max_positions=512,
     )
 
 
 def engine(kind: str, batch_tokens: int = 64, **changes: Any) -> TransformersEngine:
     model = build_model(kind, ENGINE_VOCAB, **changes)
-    return TransformersEngine(model, shapes(model), ENGINE_LAYERS, device="cpu", batch_tokens=batch_tokens)
+    return TransformersEngine(
+        model, shapes(model), ENGINE_LAYERS, device="cpu", batch_tokens=batch_tokens
+    )
 
 
 def samples(lengths: list[int], seed: int = 0) -> list[TokenSample]:
     rng = np.random.default_rng(seed)
     return [
         TokenSample(
-            i, bytes(KEY_BYTES), rng.integers(0, ENGINE_VOCAB, n, dtype=np.int32), np.arange(n) >= n // 3
+            i,
+            bytes(KEY_BYTES),
+            rng.integers(0, ENGINE_VOCAB, n, dtype=np.int32),
+            np.arange(n) >= n // 3,
         )
         for i, n in enumerate(lengths)
     ]

@@ -1,4 +1,5 @@
-"""Tiny random checkpoints of the families people serve, made on the spot: same code paths as the real ones, a few thousand weights.
+"""Tiny random checkpoints of the families people serve, made on the spot: same code paths as the
+real ones, a few thousand weights.
 
 Weights are large and norms random, so that a wrong layer, norm, factor or cap shows.
 """
@@ -12,16 +13,34 @@ from typing import Any
 VOCAB = 256
 LAYERS = 6
 BASE: dict[str, Any] = {
-    "vocab_size": VOCAB, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": LAYERS, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "head_dim": 32, "max_position_embeddings": 512, "initializer_range": 0.2,
-    "bos_token_id": None, "eos_token_id": None, "pad_token_id": None,
-}  # fmt: skip
+    "vocab_size": VOCAB,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "max_position_embeddings": 512,
+    "initializer_range": 0.2,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": None,
+}
 MOE: dict[str, Any] = {
-    "moe_intermediate_size": 32, "num_experts_per_tok": 2, "first_k_dense_replace": 1, "n_routed_experts": 4, "n_shared_experts": 1,
-}  # fmt: skip
+    "moe_intermediate_size": 32,
+    "num_experts_per_tok": 2,
+    "first_k_dense_replace": 1,
+    "n_routed_experts": 4,
+    "n_shared_experts": 1,
+}
 MLA: dict[str, Any] = {
-    "num_key_value_heads": 4, "kv_lora_rank": 32, "q_lora_rank": 48, "qk_rope_head_dim": 16, "qk_nope_head_dim": 16, "v_head_dim": 32,
-}  # fmt: skip
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 32,
+    "q_lora_rank": 48,
+    "qk_rope_head_dim": 16,
+    "qk_nope_head_dim": 16,
+    "v_head_dim": 32,
+}
 
 
 def _llama() -> Any:
@@ -39,7 +58,12 @@ def _qwen3() -> Any:
 def _qwen3_moe() -> Any:
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-    more = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "norm_topk_prob": True}
+    more = {
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        "norm_topk_prob": True,
+    }
     return Qwen3MoeForCausalLM(Qwen3MoeConfig(**BASE, **more, tie_word_embeddings=False))
 
 
@@ -61,8 +85,13 @@ def _gemma3_wrapped() -> Any:
 
     text = Gemma3TextConfig(**BASE, sliding_window=16, query_pre_attn_scalar=32)
     vision = SiglipVisionConfig(
-        hidden_size=64, intermediate_size=64, num_hidden_layers=LAYERS, num_attention_heads=2, image_size=28, patch_size=14
-    )  # fmt: skip
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=2,
+        image_size=28,
+        patch_size=14,
+    )
     more = {
         "mm_tokens_per_image": 1,
         "boi_token_index": 250,
@@ -78,16 +107,23 @@ def _gemma4() -> Any:
     from transformers import Gemma4ForCausalLM, Gemma4TextConfig
 
     more = {
-        "sliding_window": 16, "final_logit_softcapping": 8.0, "hidden_size_per_layer_input": 0, "global_head_dim": 32,
-        "vocab_size_per_layer_input": VOCAB, "tie_word_embeddings": True, "layer_types": (["sliding_attention"] * 2 + ["full_attention"]) * 2,
-    }  # fmt: skip
+        "sliding_window": 16,
+        "final_logit_softcapping": 8.0,
+        "hidden_size_per_layer_input": 0,
+        "global_head_dim": 32,
+        "vocab_size_per_layer_input": VOCAB,
+        "tie_word_embeddings": True,
+        "layer_types": (["sliding_attention"] * 2 + ["full_attention"]) * 2,
+    }
     return Gemma4ForCausalLM(Gemma4TextConfig(**BASE, **more))
 
 
 def _glm4_moe() -> Any:
     from transformers import Glm4MoeConfig, Glm4MoeForCausalLM
 
-    return Glm4MoeForCausalLM(Glm4MoeConfig(**BASE, **MOE, use_qk_norm=True, tie_word_embeddings=False))
+    return Glm4MoeForCausalLM(
+        Glm4MoeConfig(**BASE, **MOE, use_qk_norm=True, tie_word_embeddings=False)
+    )
 
 
 def _glm4_moe_lite() -> Any:
@@ -98,7 +134,9 @@ def _glm4_moe_lite() -> Any:
 
 
 def _glm_moe_dsa() -> Any:
-    """Sixteen index heads: with two, a quarter of all scores are exactly 0 behind their ReLU, and which of equals the top-k takes depends on padding."""
+    """Sixteen index heads: with two, a quarter of all scores are exactly 0 behind their ReLU, and
+    which of equals the top-k takes depends on padding.
+    """
     from transformers import GlmMoeDsaConfig, GlmMoeDsaForCausalLM
 
     sizes = {k: v for k, v in (BASE | MOE | MLA).items() if k != "head_dim"}
@@ -125,22 +163,35 @@ def _llama4() -> Any:
 
 
 LINEAR: dict[str, Any] = {
-    "linear_key_head_dim": 16, "linear_value_head_dim": 16, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
     "layer_types": (["linear_attention"] * 2 + ["full_attention"]) * 2,
-}  # fmt: skip
+}
 EXPERTS: dict[str, Any] = {
-    "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32,
-}  # fmt: skip
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "shared_expert_intermediate_size": 32,
+}
 QWEN_VISION: dict[str, Any] = {
-    "depth": 2, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": 64, "num_position_embeddings": 16,
+    "depth": 2,
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_heads": 2,
+    "out_hidden_size": 64,
+    "num_position_embeddings": 16,
     "deepstack_visual_indexes": [0],
-}  # fmt: skip
+}
 
 
 def _qwen3_next() -> Any:
     from transformers import Qwen3NextConfig, Qwen3NextForCausalLM
 
-    return Qwen3NextForCausalLM(Qwen3NextConfig(**BASE, **LINEAR, **EXPERTS, tie_word_embeddings=False))
+    return Qwen3NextForCausalLM(
+        Qwen3NextConfig(**BASE, **LINEAR, **EXPERTS, tie_word_embeddings=False)
+    )
 
 
 def _qwen3_5() -> Any:
@@ -197,7 +248,9 @@ def _deepseek_v32() -> Any:
         "n_group": 1,
         "topk_group": 1,
     }
-    return DeepseekV32ForCausalLM(DeepseekV32Config(**(BASE | MOE | MLA | more), tie_word_embeddings=False))
+    return DeepseekV32ForCausalLM(
+        DeepseekV32Config(**(BASE | MOE | MLA | more), tie_word_embeddings=False)
+    )
 
 
 def _minimax_m2() -> Any:
@@ -217,8 +270,13 @@ def _mistral3() -> Any:
     )
 
     vision = PixtralVisionConfig(
-        hidden_size=64, intermediate_size=64, num_hidden_layers=LAYERS, num_attention_heads=2, image_size=28, patch_size=14
-    )  # fmt: skip
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=2,
+        image_size=28,
+        patch_size=14,
+    )
     return Mistral3ForConditionalGeneration(
         Mistral3Config(
             text_config=MistralConfig(**BASE).to_dict(),
@@ -234,8 +292,13 @@ def _kimi_k25() -> Any:
     sizes = {k: v for k, v in (BASE | MOE | MLA).items() if k != "head_dim"}
     text = DeepseekV3Config(**sizes, n_group=1, topk_group=1)
     vision = {
-        "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "num_heads": 2, "depth": 2,
-    }  # fmt: skip
+        "hidden_size": 32,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_heads": 2,
+        "depth": 2,
+    }
     return Kimi_K25ForConditionalGeneration(
         Kimi_K25Config(
             text_config=text.to_dict(),
@@ -249,7 +312,9 @@ def _kimi_k25() -> Any:
 def _qwen3_vl() -> Any:
     from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
-    text = BASE | {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [8, 4, 4]}}
+    text = BASE | {
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [8, 4, 4]}
+    }
     return Qwen3VLForConditionalGeneration(
         Qwen3VLConfig(text_config=text, vision_config=QWEN_VISION, tie_word_embeddings=False)
     )
@@ -261,9 +326,15 @@ def _nemotron_h() -> Any:
 
     sizes = {k: v for k, v in BASE.items() if k != "num_hidden_layers"}
     more = {
-        "layers_block_type": ["mamba", "mlp", "attention"] * 2, "mamba_num_heads": 4, "mamba_head_dim": 16, "ssm_state_size": 16,
-        "n_groups": 2, "chunk_size": 16, "use_mamba_kernels": False, "tie_word_embeddings": False,
-    }  # fmt: skip
+        "layers_block_type": ["mamba", "mlp", "attention"] * 2,
+        "mamba_num_heads": 4,
+        "mamba_head_dim": 16,
+        "ssm_state_size": 16,
+        "n_groups": 2,
+        "chunk_size": 16,
+        "use_mamba_kernels": False,
+        "tie_word_embeddings": False,
+    }
     return NemotronHForCausalLM(NemotronHConfig(**sizes, **more))
 
 
@@ -274,9 +345,15 @@ def _longcat_flash() -> Any:
     drop = ("head_dim", "num_hidden_layers", "intermediate_size")
     sizes = {k: v for k, v in (BASE | MLA).items() if k not in drop}
     more = {
-        "num_layers": LAYERS, "ffn_hidden_size": 96, "expert_ffn_hidden_size": 32, "moe_topk": 2, "n_routed_experts": 4,
-        "zero_expert_num": 2, "head_dim": 16, "tie_word_embeddings": False,
-    }  # fmt: skip
+        "num_layers": LAYERS,
+        "ffn_hidden_size": 96,
+        "expert_ffn_hidden_size": 32,
+        "moe_topk": 2,
+        "n_routed_experts": 4,
+        "zero_expert_num": 2,
+        "head_dim": 16,
+        "tie_word_embeddings": False,
+    }
     return LongcatFlashForCausalLM(LongcatFlashConfig(**sizes, **more))
 
 
@@ -286,21 +363,48 @@ def _deepseek_v4() -> Any:
 
     sizes = {k: v for k, v in BASE.items() if k not in ("intermediate_size", "num_key_value_heads")}
     more = {
-        "moe_intermediate_size": 32, "n_routed_experts": 4, "num_experts_per_tok": 2, "q_lora_rank": 32, "o_lora_rank": 16, "o_groups": 2,
-        "hc_mult": 2, "index_n_heads": 4, "index_head_dim": 32, "index_topk": 16, "num_key_value_heads": 1,
-    }  # fmt: skip
+        "moe_intermediate_size": 32,
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "q_lora_rank": 32,
+        "o_lora_rank": 16,
+        "o_groups": 2,
+        "hc_mult": 2,
+        "index_n_heads": 4,
+        "index_head_dim": 32,
+        "index_topk": 16,
+        "num_key_value_heads": 1,
+    }
     return DeepseekV4ForCausalLM(DeepseekV4Config(**sizes, **more))
 
 
 MAKERS: dict[str, Callable[[], Any]] = {
-    "llama": _llama, "llama4": _llama4, "qwen3": _qwen3, "qwen3_moe": _qwen3_moe, "qwen3_next": _qwen3_next, "qwen3_5": _qwen3_5,
-    "qwen3_5_moe": _qwen3_5_moe, "qwen3_vl": _qwen3_vl, "gemma3": _gemma3, "gemma3_wrapped": _gemma3_wrapped, "gemma4": _gemma4,
-    "gpt_oss": _gpt_oss, "deepseek_v3": _deepseek_v3, "deepseek_v32": _deepseek_v32, "kimi_k25": _kimi_k25, "glm4_moe": _glm4_moe,
-    "glm4_moe_lite": _glm4_moe_lite, "glm_moe_dsa": _glm_moe_dsa, "minimax_m2": _minimax_m2, "mistral3": _mistral3,
-    "nemotron_h": _nemotron_h, "longcat_flash": _longcat_flash,
-}  # fmt: skip
+    "llama": _llama,
+    "llama4": _llama4,
+    "qwen3": _qwen3,
+    "qwen3_moe": _qwen3_moe,
+    "qwen3_next": _qwen3_next,
+    "qwen3_5": _qwen3_5,
+    "qwen3_5_moe": _qwen3_5_moe,
+    "qwen3_vl": _qwen3_vl,
+    "gemma3": _gemma3,
+    "gemma3_wrapped": _gemma3_wrapped,
+    "gemma4": _gemma4,
+    "gpt_oss": _gpt_oss,
+    "deepseek_v3": _deepseek_v3,
+    "deepseek_v32": _deepseek_v32,
+    "kimi_k25": _kimi_k25,
+    "glm4_moe": _glm4_moe,
+    "glm4_moe_lite": _glm4_moe_lite,
+    "glm_moe_dsa": _glm_moe_dsa,
+    "minimax_m2": _minimax_m2,
+    "mistral3": _mistral3,
+    "nemotron_h": _nemotron_h,
+    "longcat_flash": _longcat_flash,
+}
 REFUSED: dict[str, Callable[[], Any]] = {"deepseek_v4": _deepseek_v4}
-# Published checkpoints of these carry a predictor of their own, with an embedding's and norm's names.
+# Published checkpoints of these carry a predictor of their own, with an embedding's and norm's
+# names.
 WITH_MTP = ("qwen3_5", "qwen3_5_moe", "deepseek_v3")
 
 
@@ -323,7 +427,11 @@ def save(folder: Path, kind: str) -> Path:
     if kind in WITH_MTP:
         add_tensors(
             folder,
-            {"mtp.norm.weight": (64,), "mtp.embed_tokens.weight": (VOCAB, 64), "mtp.fc.weight": (64, 128)},
+            {
+                "mtp.norm.weight": (64,),
+                "mtp.embed_tokens.weight": (VOCAB, 64),
+                "mtp.fc.weight": (64, 128),
+            },
         )
     return folder
 
@@ -335,5 +443,7 @@ def add_tensors(folder: Path, shapes: dict[str, tuple[int, ...]]) -> None:
 
     path = folder / "model.safetensors"
     save_file(
-        load_file(path) | {n: torch.zeros(s) for n, s in shapes.items()}, path, metadata={"format": "pt"}
+        load_file(path) | {n: torch.zeros(s) for n, s in shapes.items()},
+        path,
+        metadata={"format": "pt"},
     )

@@ -13,7 +13,8 @@ import pytest
 
 
 def interpreted(script: Path) -> list[dict[str, Any]]:
-    """Run ``script`` with TRITON_INTERPRET=1 and read the JSON lines it prints; skips where triton is not installed.
+    """Run ``script`` with TRITON_INTERPRET=1 and read the JSON lines it prints; skips where triton
+    is not installed.
 
     In a process of its own, because triton reads the variable once, when it is imported.
     """

@@ -1,4 +1,6 @@
-"""Rows for reading processes, which import this: they are started afresh and know nothing of a test's own module."""
+"""Rows for reading processes, which import this: they are started afresh and know nothing of a
+test's own module.
+"""
 
 from __future__ import annotations
 

@@ -19,11 +19,15 @@ SETTINGS = {
     "AWS_SECRET_ACCESS_KEY": "very-secret",
     "AWS_DEFAULT_REGION": "us-east-1",
 }
-SLOW_DOWN = b"<Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>"
+SLOW_DOWN = (
+    b"<Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>"
+)
 
 
 class Faulty(ThreadingHTTPServer):
-    """Hands requests on to the server at ``port``; a share ``faults`` of them gets a 500, a 503 slow-down, or an answer that breaks off."""
+    """Hands requests on to the server at ``port``; a share ``faults`` of them gets a 500, a 503
+    slow-down, or an answer that breaks off.
+    """
 
     daemon_threads = True
 
@@ -102,7 +106,9 @@ class _Handler(BaseHTTPRequestHandler):
 
 @contextmanager
 def s3_server() -> Iterator[Faulty]:
-    """An S3 server with the bucket ``BUCKET``; yields the proxy before it. The environment then names it."""
+    """An S3 server with the bucket ``BUCKET``; yields the proxy before it. The environment then
+    names it.
+    """
     from moto.server import ThreadedMotoServer
 
     logging.getLogger("werkzeug").setLevel(logging.ERROR)

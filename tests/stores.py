@@ -1,4 +1,6 @@
-"""Small stores with random states, for tests of everything that reads one. Shapes are those of a model nobody has."""
+"""Small stores with random states, for tests of everything that reads one. Shapes are those of a
+model nobody has.
+"""
 
 from __future__ import annotations
 
@@ -85,7 +87,9 @@ def token_samples(lengths: Sequence[int], seed: int = 0) -> list[TokenSample]:
 
 
 def states(sample: TokenSample, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    """Random ``aux`` [S, L, H] and ``last`` [M, H] of a sample, bfloat16-exact float32, a function of row and seed only."""
+    """Random ``aux`` [S, L, H] and ``last`` [M, H] of a sample, bfloat16-exact float32, a function
+    of row and seed only.
+    """
     g = torch.Generator().manual_seed(seed * 100003 + sample.row)
     s = sample.input_ids.shape[0]
     aux = torch.randn(s, len(LAYERS), HIDDEN, generator=g)
@@ -98,7 +102,9 @@ def codec_of(m: Manifest) -> Codec:
     return registry.load(m.codec.name, m.codec.params, m.codec.pack, {}, "test")
 
 
-def coded(sample: TokenSample, m: Manifest, seed: int = 0, codec: Codec | None = None) -> CodedSample:
+def coded(
+    sample: TokenSample, m: Manifest, seed: int = 0, codec: Codec | None = None
+) -> CodedSample:
     aux, last = states(sample, seed)
     return CodedSample(sample, to_numpy((codec or codec_of(m)).encode(aux, last)))
 
@@ -122,13 +128,17 @@ def write_store(
     states_seed: int | None = None,
     tokens_seed: int | None = None,
 ) -> list[TokenSample]:
-    """A whole store of random samples at ``path``; returns the samples. ``codec``: a calibrated one. ``states_seed``: other states for the same samples;
-    ``tokens_seed``: other samples of the same target."""
+    """A whole store of random samples at ``path``; returns the samples. ``codec``: a calibrated
+    one. ``states_seed``: other states for the same samples;
+    ``tokens_seed``: other samples of the same target.
+    """
     m = m or manifest()
     if codec is not None:
         m = dataclasses.replace(m, codec=codec_info(codec))
     samples = token_samples(lengths, seed if tokens_seed is None else tokens_seed)
-    with StoreWriter.create(path, m, frozen(seed), {"config_note.txt": b"x"}, codec=codec) as writer:
+    with StoreWriter.create(
+        path, m, frozen(seed), {"config_note.txt": b"x"}, codec=codec
+    ) as writer:
         for i in range(len(blocks_of(samples, m.dump.block_rows))):
             commit(writer, i, samples, seed if states_seed is None else states_seed)
         if finish:

@@ -1,4 +1,6 @@
-"""What the pages say: commands and flags exist, links lead somewhere, tables made by scripts are those of today."""
+"""What the pages say: commands and flags exist, links lead somewhere, tables made by scripts are
+those of today.
+"""
 
 from __future__ import annotations
 
@@ -20,19 +22,33 @@ from stores import HIDDEN, write_store
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 PAGES = [
-    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "examples/README.md")),
+    *(
+        ROOT / name
+        for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "examples/README.md")
+    ),
     *sorted(DOCS.rglob("*.md")),
 ]
-# Pages that say how to use what is there; entries of the log say how it was, and migrate.md has others' flags.
+# Pages that say how to use what is there; entries of the log say how it was, and migrate.md has
+# others' flags.
 USERS = [
-    page for page in PAGES if page.parent.name != "log" and page.name not in ("CHANGELOG.md", "migrate.md")
+    page
+    for page in PAGES
+    if page.parent.name != "log" and page.name not in ("CHANGELOG.md", "migrate.md")
 ]
 WIDTH = 100
 README_WORDS = 700
 # Flags of programs that pages rightly name and that are not ours.
 FOREIGN = {
-    "--nproc-per-node", "--nnodes", "--rdzv-backend", "--rdzv-endpoint", "--speculative-config", "--strict", "--fix", "--no-deps", "--version",
-}  # fmt: skip
+    "--nproc-per-node",
+    "--nnodes",
+    "--rdzv-backend",
+    "--rdzv-endpoint",
+    "--speculative-config",
+    "--strict",
+    "--fix",
+    "--no-deps",
+    "--version",
+}
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 
 
@@ -41,7 +57,9 @@ def name(page: Path) -> str:
 
 
 def prose(text: str) -> Iterator[tuple[int, str]]:
-    """Lines that are prose, numbered: no code blocks, tables, headings, pictures or HTML comments."""
+    """Lines that are prose, numbered: no code blocks, tables, headings, pictures or HTML
+    comments.
+    """
     fenced, item = False, False
     for number, line in enumerate(text.splitlines(), 1):
         if line.lstrip().startswith("```"):
@@ -56,7 +74,9 @@ def prose(text: str) -> Iterator[tuple[int, str]]:
 
 
 def blocks(text: str) -> Iterator[str]:
-    """Commands of the code blocks, indented or fenced as bash: continued lines joined, comments cut off."""
+    """Commands of the code blocks, indented or fenced as bash: continued lines joined, comments cut
+    off.
+    """
     lines, fenced, item = [], "", False
     for line in text.splitlines():
         if line.lstrip().startswith("```"):
@@ -64,7 +84,9 @@ def blocks(text: str) -> Iterator[str]:
             continue
         if line.strip():
             item = bool(re.match(r" *([-*] |\d+\. )", line)) or (item and line.startswith(" "))
-        if fenced in ("bash", "sh", "console") or (not fenced and line.startswith("    ") and not item):
+        if fenced in ("bash", "sh", "console") or (
+            not fenced and line.startswith("    ") and not item
+        ):
             lines.append(line.strip())
         else:
             lines.append("")
@@ -97,7 +119,11 @@ def test_commands_parse(page: Path) -> None:
     for line in blocks(text):
         if line.startswith("Error:"):
             continue
-        words = shlex.split(line, comments=True) if re.match(r"dspark-|torchrun|vllm|make ", line) else []
+        words = (
+            shlex.split(line, comments=True)
+            if re.match(r"dspark-|torchrun|vllm|make ", line)
+            else []
+        )
         if not words:
             continue
         if words[0] == "make":
@@ -125,7 +151,8 @@ def test_flags_exist(page: Path) -> None:
             assert flag in ours or flag in theirs, f"`{code}`: {flag} is not a flag"
         words = code.split()
         if words[0] in ("dspark-dump", "dspark-train", "dspark-tools") and len(words) > 1:
-            with contextlib.suppress(click.MissingParameter):  # prose may name a command with one flag
+            # prose may name a command with one flag
+            with contextlib.suppress(click.MissingParameter):
                 parse(shlex.split(code))
 
 
@@ -158,7 +185,9 @@ def test_links_lead_somewhere(page: Path) -> None:
         at = (page.parent / path).resolve() if path else page
         assert at.exists(), f"{name(page)}: {target} is not there"
         if DOCS in page.parents:
-            assert DOCS in at.parents, f"{name(page)}: {target} leaves docs/, so the site cannot show it"
+            assert DOCS in at.parents, (
+                f"{name(page)}: {target} leaves docs/, so the site cannot show it"
+            )
         if anchor:
             assert anchor in anchors(at), f"{name(page)}: {at.name} has no heading #{anchor}"
 

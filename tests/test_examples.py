@@ -1,4 +1,6 @@
-"""The shipped conversations of ``make demo``: no judged prompt has a near-duplicate among the training ones."""
+"""The shipped conversations of ``make demo``: no judged prompt has a near-duplicate among the
+training ones.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +40,8 @@ def test_no_judged_prompt_is_near_a_training_prompt(choosing: ModuleType) -> Non
     worst = max(choosing.similarity(a, b) for a in judged for b in known)
     assert worst < choosing.NEAR
 
-    # The same by another measure: pairs of neighbouring words of the task itself, shared over the union.
+    # The same by another measure: pairs of neighbouring words of the task itself, shared over the
+    # union.
     def pairs(row: dict[str, Any]) -> set[tuple[str, str]]:
         words = re.findall(r"\w+", choosing.prompt_of(row).split("Input:")[0].lower())
         return set(itertools.pairwise(words))

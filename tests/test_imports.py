@@ -1,4 +1,6 @@
-"""The layout: who may import whom, how large a folder may be, and that pyproject.toml lists every folder."""
+"""The layout: who may import whom, how large a folder may be, and that pyproject.toml lists every
+folder.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,9 @@ def modules(package: str) -> list[Path]:
 
 
 def imported(path: Path) -> set[str]:
-    """Dotted names that ``path`` imports at any level, functions and TYPE_CHECKING blocks included."""
+    """Dotted names that ``path`` imports at any level, functions and TYPE_CHECKING blocks
+    included.
+    """
     names = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -37,7 +41,9 @@ def imported(path: Path) -> set[str]:
 
 
 def folder_of(name: str) -> str | None:
-    """``dspark.cache.codec.base.Codec`` -> ``cache/codec``: the folder that holds the module; None for names of others."""
+    """``dspark.cache.codec.base.Codec`` -> ``cache/codec``: the folder that holds the module; None
+    for names of others.
+    """
     if not name.startswith("dspark."):
         return None
     parts = name.split(".")[1:]
@@ -55,13 +61,19 @@ def test_who_imports_whom(package: str) -> None:
     files = modules(package)
     assert len(files) > 25
     for path in files:
-        ours = {n.split(".")[1] for n in imported(path) if n.startswith("dspark.")} - {"__version__"}
-        assert ours <= ALLOWED[package], f"{path.relative_to(ROOT)} imports {ours - ALLOWED[package]}"
+        ours = {n.split(".")[1] for n in imported(path) if n.startswith("dspark.")} - {
+            "__version__"
+        }
+        assert ours <= ALLOWED[package], (
+            f"{path.relative_to(ROOT)} imports {ours - ALLOWED[package]}"
+        )
 
 
 @pytest.mark.parametrize("package", PACKAGES)
 def test_no_two_folders_import_each_other(package: str) -> None:
-    """The modules that lie directly in a package bind its folders together, so they are not counted."""
+    """The modules that lie directly in a package bind its folders together, so they are not
+    counted.
+    """
     edges: dict[tuple[str, str], set[str]] = {}
     for path in modules(package):
         here = str(path.parent.relative_to(ROOT))

@@ -1,4 +1,6 @@
-"""The command lines of docs/migrate.md for speculators' recipes, run on tiny targets: only names and sizes are replaced."""
+"""The command lines of docs/migrate.md for speculators' recipes, run on tiny targets: only names
+and sizes are replaced.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,8 @@ from test_docs import DOCS, blocks
 from commands import commands
 from dump_targets import chat, save_target
 
-# Sizes that a tiny target or a test of seconds cannot have; every other argument stays as the page has it.
+# Sizes that a tiny target or a test of seconds cannot have; every other argument stays as the page
+# has it.
 SMALLER = {
     "--total-seq-len": "128",
     "--markov-rank": "8",
@@ -34,7 +37,10 @@ def lines(heading: str) -> list[list[str]]:
         for line in blocks(section)
         if line.startswith(("dspark-dump", "torchrun", "dspark-train"))
     ]
-    return [["dspark-train", *w[w.index("dspark.train") + 1 :]] if w[0] == "torchrun" else w for w in found]
+    return [
+        ["dspark-train", *w[w.index("dspark.train") + 1 :]] if w[0] == "torchrun" else w
+        for w in found
+    ]
 
 
 def run(words: list[str], **changes: str) -> None:
@@ -64,14 +70,22 @@ def test_glm_recipe(tmp_path: Path) -> None:
     target = families.save(tmp_path / "glm", "glm_moe_dsa")
     rng = np.random.default_rng(0)
     rows = [
-        {"input_ids": rng.integers(4, 90, 60).tolist(), "loss_mask": [0] * 20 + [1] * 40} for _ in range(20)
+        {"input_ids": rng.integers(4, 90, 60).tolist(), "loss_mask": [0] * 20 + [1] * 40}
+        for _ in range(20)
     ]
     data = tmp_path / "rows.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     dump, train = lines("speculators, GLM-5.2")
     store, draft = str(tmp_path / "glm.zarr"), tmp_path / "draft"
     dump += ["--mask-token-id", "250"]  # the real target has a tokenizer to choose it from
-    run(dump, model=str(target), data=str(data), seq_length="128", target_layer_ids="1 2 3", output=store)
+    run(
+        dump,
+        model=str(target),
+        data=str(data),
+        seq_length="128",
+        target_layer_ids="1 2 3",
+        output=store,
+    )
     run([*train, "--max-steps", "2", "--no-tensorboard"], cache=store, output=str(draft))
     check(store, draft, [1, 2, 3])
 
@@ -83,6 +97,13 @@ def test_qwen3_recipe(tmp_path: Path) -> None:
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     dump, train = lines("speculators, Qwen3")
     store, draft = str(tmp_path / "hs.zarr"), tmp_path / "draft"
-    run(dump, model=str(target), data=str(data), seq_length="128", target_layer_ids="2 4 5", output=store)
+    run(
+        dump,
+        model=str(target),
+        data=str(data),
+        seq_length="128",
+        target_layer_ids="2 4 5",
+        output=store,
+    )
     run([*train, "--max-steps", "2", "--no-tensorboard"], cache=store, output=str(draft))
     check(store, draft, [2, 4, 5])

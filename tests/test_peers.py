@@ -12,11 +12,15 @@ from dspark.cache.shared import peers
 
 # The options of speculators' published GLM-5.2 recipe, program by program.
 GLM = {
-    "dspark-dump": "--model --data --output --seq-length --assistant-pattern --target-layer-ids --hidden-states-path",
+    "dspark-dump": "--model --data --output --seq-length --assistant-pattern --target-layer-ids "
+    "--hidden-states-path",
     "dspark-train": (
-        "--verifier-name-or-path --data-path --vllm-endpoint --save-path --epochs --lr --scheduler-type --total-seq-len "
-        "--speculator-type --block-size --max-anchors --num-layers --target-layer-ids --markov-rank --markov-head-type "
-        "--enable-confidence-head --confidence-head-with-markov --loss-fn --confidence-head-alpha --fsdp-shard --logger "
+        "--verifier-name-or-path --data-path --vllm-endpoint --save-path --epochs --lr "
+        "--scheduler-type --total-seq-len "
+        "--speculator-type --block-size --max-anchors --num-layers --target-layer-ids "
+        "--markov-rank --markov-head-type "
+        "--enable-confidence-head --confidence-head-with-markov --loss-fn "
+        "--confidence-head-alpha --fsdp-shard --logger "
         "--log-dir --on-missing --on-generate --checkpoint-freq --request-timeout --max-retries"
     ),
 }

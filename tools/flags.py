@@ -1,4 +1,6 @@
-"""Types of flags: a value that a command cannot work with is refused by name, exit code 2, before anything is opened or loaded."""
+"""Types of flags: a value that a command cannot work with is refused by name, exit code 2, before
+anything is opened or loaded.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +13,13 @@ from dspark.cache.shared import process
 
 
 class Finite(click.FloatRange):
-    """A range of numbers without nan and inf, which compare with no bound or pass for one that is not there."""
+    """A range of numbers without nan and inf, which compare with no bound or pass for one that is
+    not there.
+    """
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> float:
         number = float(super().convert(value, param, ctx))
         if not math.isfinite(number):
             self.fail(f"{value} is not a finite number.", param, ctx)
@@ -21,12 +27,15 @@ class Finite(click.FloatRange):
 
 
 class Temperature(Finite):
-    """0 (greedy), or a temperature that both engines sample at. vLLM raises anything smaller to 0.01 and goes on; float32 logits divided by
-    much less overflow."""
+    """0 (greedy), or a temperature that both engines sample at. vLLM raises anything smaller to
+    0.01 and goes on; float32 logits divided by much less overflow.
+    """
 
     LEAST = 0.01
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> float:
         number = super().convert(value, param, ctx)
         if 0 < number < self.LEAST:
             self.fail(f"{value} is neither 0 (greedy) nor {self.LEAST} or more.", param, ctx)

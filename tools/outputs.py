@@ -1,4 +1,6 @@
-"""Files that a command writes beside what it prints. One that cannot be written is refused before the work, which would be lost on it."""
+"""Files that a command writes beside what it prints. One that cannot be written is refused before
+the work, which would be lost on it.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,9 @@ from dspark.cache.files.atomic import STAGING, existing_parent, write_errors, wr
 
 
 class OutputFile(click.ParamType):  # type: ignore[type-arg]  # no generic before click 8.4
-    """A file to write at the end, as a Path. Refused by the name of its flag, exit code 2, before anything is opened or loaded."""
+    """A file to write at the end, as a Path. Refused by the name of its flag, exit code 2, before
+    anything is opened or loaded.
+    """
 
     name = "FILE"
 
@@ -31,23 +35,31 @@ OUTPUT_FILE = OutputFile()
 
 
 def refuse_unwritable(path: Path) -> None:
-    """Raise UsageError unless ``save`` can put a file at ``path``, as far as can be known without saving. Leaves nothing behind, in the folder or of an older file."""
+    """Raise UsageError unless ``save`` can put a file at ``path``, as far as can be known without
+    saving. Leaves nothing behind, in the folder or of an older file.
+    """
     try:
         if path.exists() and not path.is_file():
-            raise UsageError(f"{path} exists and is not a file: it is not replaced. Choose another path.")
-        with suppress(FileNotFoundError):  # what else it says is wrong with the name: too long, below a file
+            raise UsageError(
+                f"{path} exists and is not a file: it is not replaced. Choose another path."
+            )
+        # what else it says is wrong with the name: too long, below a file
+        with suppress(FileNotFoundError):
             os.lstat(path.with_name(STAGING + path.name))
         # Without a name where the system can, else deleted at once.
         with tempfile.TemporaryFile(dir=existing_parent(path.parent)):
             pass
     except OSError as error:
         raise UsageError(
-            f"{path} cannot be written: {error.strerror}. Choose another path, or get access to its folder."
+            f"{path} cannot be written: {error.strerror}. Choose another path, or get access to "
+            "its folder."
         ) from error
 
 
 def save(path: Path, data: bytes) -> None:
-    """Put ``data`` at ``path``, whole or not at all, in folders that are made where they are missing."""
+    """Put ``data`` at ``path``, whole or not at all, in folders that are made where they are
+    missing.
+    """
     with write_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
     write_file(path, data)

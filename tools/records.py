@@ -1,4 +1,5 @@
-"""The JSON files beside a draft and the reports on it, read with care: a person may have cut, edited or mixed them up.
+"""The JSON files beside a draft and the reports on it, read with care: a person may have cut,
+edited or mixed them up.
 
 What a command needs of a file is a shape (``dspark.tools.shapes``), checked as soon as it is read.
 """
@@ -25,7 +26,9 @@ _STORE = {
     "source": Optional(str),
     "aux_bits": Optional(int),
     "last_bits": Optional(int),
-    "stores": Optional([{"source": Optional(str), "aux_bits": Optional(int), "last_bits": Optional(int)}]),
+    "stores": Optional(
+        [{"source": Optional(str), "aux_bits": Optional(int), "last_bits": Optional(int)}]
+    ),
 }
 _HISTORY = {
     "start": Optional(
@@ -80,11 +83,16 @@ _REPORT = _LINE | {
 
 
 def training(draft: Path, *, val_fraction: bool = False) -> dict[str, Any]:
-    """training.json, {} if there is none. ``val_fraction``: it must say how the run split its store."""
-    found = _of_the_run(draft / TRAINING, _TRAINING | ({"val_fraction": float} if val_fraction else {}))
+    """training.json, {} if there is none. ``val_fraction``: it must say how the run split its
+    store.
+    """
+    found = _of_the_run(
+        draft / TRAINING, _TRAINING | ({"val_fraction": float} if val_fraction else {})
+    )
     if val_fraction and found and not 0 <= found["val_fraction"] <= 1:
         raise DraftError(
-            f"{draft / TRAINING}: val_fraction is {found['val_fraction']}, not a share from 0 to 1; {_RUN_REMEDY}"
+            f"{draft / TRAINING}: val_fraction is {found['val_fraction']}, not a share from 0 to "
+            f"1; {_RUN_REMEDY}"
         )
     return found
 
@@ -111,7 +119,9 @@ def _of_the_run(path: Path, shape: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def metrics(draft: Path) -> list[dict[str, Any]]:
-    """The rows of metrics.jsonl, none if there is no such file; held-out ones that have a length also have accept rates."""
+    """The rows of metrics.jsonl, none if there is no such file; held-out ones that have a length
+    also have accept rates.
+    """
     path = draft / METRICS
     if not path.exists():
         return []
@@ -136,7 +146,9 @@ def calibration(draft: Path) -> dict[str, Any]:
     path = draft / CALIBRATION
     if not path.exists():
         return {}
-    remedy = "expected a report of dspark-tools calibrate --write: run that again, or remove the file"
+    remedy = (
+        "expected a report of dspark-tools calibrate --write: run that again, or remove the file"
+    )
     found = read_record(path, remedy)
     require(found, _CALIBRATION, path, remedy)
     best = found.get("recommended_threshold")  # absent from reports of before 0.2
@@ -147,7 +159,8 @@ def calibration(draft: Path) -> dict[str, Any]:
         for key in _SURVIVAL:
             if len(found[name]["survival"][key]) != slots:
                 raise DraftError(
-                    f"{path}: {name}.survival.{key} has {len(found[name]['survival'][key])} positions, temperature {slots}; {remedy}"
+                    f"{path}: {name}.survival.{key} has {len(found[name]['survival'][key])} "
+                    f"positions, temperature {slots}; {remedy}"
                 )
     return found
 
@@ -174,4 +187,6 @@ def _text(path: Path) -> str:
     except OSError as wrong:
         raise DraftError(f"{path} cannot be read: {wrong.strerror}") from wrong
     except UnicodeDecodeError as wrong:
-        raise DraftError(f"{path} is not text ({wrong}); restore a complete copy of the file") from wrong
+        raise DraftError(
+            f"{path} is not text ({wrong}); restore a complete copy of the file"
+        ) from wrong

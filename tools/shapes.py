@@ -1,9 +1,11 @@
-"""The shape of a JSON value, checked as soon as it is read: a missing key is a sentence before any work, not a KeyError in
-the middle of a model card. A shape is
+"""The shape of a JSON value, checked as soon as it is read: a missing key is a sentence before any
+work, not a KeyError in the middle of a model card. A shape is
 
 - ``str``, ``bool``, ``int`` (a whole number) or ``float`` (a number);
-- ``[shape]``: a list; ``{key: shape}``: an object with these keys (others are left alone, a later release may add some);
-- ``Each(shape)``: an object with at least one key, whatever it is called; ``Maybe(shape)``: null will do; ``Optional(shape)``: so will no key.
+- ``[shape]``: a list; ``{key: shape}``: an object with these keys (others are left alone, a later
+  release may add some);
+- ``Each(shape)``: an object with at least one key, whatever it is called; ``Maybe(shape)``: null
+  will do; ``Optional(shape)``: so will no key.
 """
 
 from __future__ import annotations
@@ -62,7 +64,9 @@ def _faults(value: Any, shape: Any, name: str) -> Iterator[str]:
         for key, item in value.items():
             yield from _faults(item, shape.shape, f"{name}.{key}".removeprefix("."))
     else:
-        missing = [k for k, part in shape.items() if k not in value and not isinstance(part, Optional)]
+        missing = [
+            k for k, part in shape.items() if k not in value and not isinstance(part, Optional)
+        ]
         if missing:
             yield f"{called} has no {', '.join(missing)}"
         for key in (k for k in shape if k in value):
@@ -81,7 +85,9 @@ def _short(value: Any) -> str:
 
 
 def require(found: Any, shape: Any, where: Path | str, remedy: str) -> None:
-    """Raise DraftError unless ``found``, read from ``where``, is of ``shape``. ``remedy``: what was expected and what to do."""
+    """Raise DraftError unless ``found``, read from ``where``, is of ``shape``. ``remedy``: what was
+    expected and what to do.
+    """
     wrong = fault(found, shape)
     if wrong is not None:
         raise DraftError(f"{where}: {wrong}; {remedy}")

@@ -42,15 +42,19 @@ Examples:
   dspark-train --cache ./hs.zarr --resume                    after Ctrl-C or a crash
   dspark-train --cache ./hs.zarr --speculator-type dflash    the plain parallel draft
   dspark-train --cache ./hs.zarr --recipe Qwen3-4B --epochs 3
-  dspark-train --cache ./own.zarr --init-from ./draft --output ./tuned --lr 1e-4     fine-tune a draft
-  dspark-train --cache ./own.zarr --cache ./general.zarr=0.05 --init-from ./draft    with a twentieth of general data per epoch
-  torchrun --nproc-per-node 8 -m dspark.train --cache ./hs.zarr                      8 GPUs, the same training
+  dspark-train --cache ./own.zarr --init-from ./draft --lr 1e-4    fine-tune a draft
+  dspark-train --cache ./own.zarr --cache ./general.zarr=0.05 --init-from ./draft
+  torchrun --nproc-per-node 8 -m dspark.train --cache ./hs.zarr    8 GPUs
 """,
 )
 @click.option(
-    "--cache", required=True, multiple=True, metavar="STORE[=PASSES]",
-    help="Store that dspark-dump wrote. Repeatable, for one target: the stores are mixed, each with its passes per epoch (1 if none are said).",
-)  # fmt: skip
+    "--cache",
+    required=True,
+    multiple=True,
+    metavar="STORE[=PASSES]",
+    help="Store that dspark-dump wrote. Repeatable, for one target: the stores are mixed, each "
+    "with its passes per epoch (1 if none are said).",
+)
 @click.option(
     "--output",
     default=DEFAULTS.output,
@@ -60,15 +64,21 @@ Examples:
     "--recipe",
     default=AUTO,
     metavar="NAME",
-    help=f"Defaults for what is not given here: {', '.join(recipes())}; {AUTO} = that of the store's target if there is one; {NONE}.",
+    help=f"Defaults for what is not given here: {', '.join(recipes())}; {AUTO} = that of the "
+    f"store's target if there is one; {NONE}.",
 )
-@click.option("--epochs", default=DEFAULTS.epochs, type=float, help="Passes over the training samples.")
+@click.option(
+    "--epochs", default=DEFAULTS.epochs, type=float, help="Passes over the training samples."
+)
 @click.option("--max-steps", type=int, help="Total optimizer steps, instead of --epochs.")
 @click.option("--lr", default=DEFAULTS.lr, help="Peak learning rate.")
 @click.option(
-    "--optimizer", default=DEFAULTS.optimizer, type=click.Choice(["adamw", "muon"]),
-    help="muon: orthogonal steps for the layers' matrices, AdamW for the rest. On SmolLM2, at equal steps: tau 3.3 at --lr 2e-3, against 2.5 with AdamW at 1e-3.",
-)  # fmt: skip
+    "--optimizer",
+    default=DEFAULTS.optimizer,
+    type=click.Choice(["adamw", "muon"]),
+    help="muon: orthogonal steps for the layers' matrices, AdamW for the rest. On SmolLM2, at "
+    "equal steps: tau 3.3 at --lr 2e-3, against 2.5 with AdamW at 1e-3.",
+)
 @click.option(
     "--min-lr-ratio",
     default=DEFAULTS.min_lr_ratio,
@@ -78,7 +88,9 @@ Examples:
     "--lr-schedule", default=DEFAULTS.lr_schedule, type=click.Choice(SCHEDULES),
     help="How the rate falls after the warm-up; wsd: constant, then linearly over the last fifth.",
 )  # fmt: skip
-@click.option("--warmup-ratio", default=DEFAULTS.warmup_ratio, help="Share of the steps that warm up.")
+@click.option(
+    "--warmup-ratio", default=DEFAULTS.warmup_ratio, help="Share of the steps that warm up."
+)
 @click.option("--weight-decay", default=DEFAULTS.weight_decay)
 @click.option(
     "--betas", nargs=2, type=float, default=DEFAULTS.betas,
@@ -96,17 +108,24 @@ Examples:
     help="Packed rows per optimizer step, over all processes.",
 )
 @click.option(
-    "--max-anchors", default=DEFAULTS.max_anchors, help="Anchors drawn per row; 0 = every eligible one."
+    "--max-anchors",
+    default=DEFAULTS.max_anchors,
+    help="Anchors drawn per row; 0 = every eligible one.",
 )
 @click.option("--speculator-type", default=DEFAULTS.speculator_type, type=click.Choice(list(TYPES)))
 @click.option(
     "--layers",
     type=LayerIds(),
-    help="Which of the store's layers the draft reads, as outputs of layer i.  [default: all; three for eagle3 and peagle]",
+    help="Which of the store's layers the draft reads, as outputs of layer i.  [default: all; "
+    "three for eagle3 and peagle]",
 )
 @click.option("--num-layers", default=DEFAULTS.num_layers, help="Layers of the draft.")
-@click.option("--num-heads", type=int, help="Query heads of a draft layer.  [default: by the target]")
-@click.option("--num-kv-heads", type=int, help="Key-value heads of a draft layer.  [default: by the target]")
+@click.option(
+    "--num-heads", type=int, help="Query heads of a draft layer.  [default: by the target]"
+)
+@click.option(
+    "--num-kv-heads", type=int, help="Key-value heads of a draft layer.  [default: by the target]"
+)
 @click.option(
     "--head-dim",
     type=int,
@@ -115,42 +134,57 @@ Examples:
 @click.option(
     "--intermediate-size",
     type=int,
-    help="Width of a draft layer's MLP.  [default: the target's, or three hidden sizes where it has only an expert's]",
+    help="Width of a draft layer's MLP.  [default: the target's, or three hidden sizes where it "
+    "has only an expert's]",
 )
 @click.option(
-    "--sliding-window", type=int,
-    help="Let the layers see no more than the last N tokens, as vLLM serves it. 0 = all see everything.  [default: 0, or the draft's of --init-from]",
-)  # fmt: skip
+    "--sliding-window",
+    type=int,
+    help="Let the layers see no more than the last N tokens, as vLLM serves it. 0 = all see "
+    "everything.  [default: 0, or the draft's of --init-from]",
+)
 @click.option(
-    "--layer-types", callback=_names, metavar="KINDS",
-    help="sliding or full for each layer, with commas, where --sliding-window is not for all: sliding,sliding,full.",
-)  # fmt: skip
+    "--layer-types",
+    callback=_names,
+    metavar="KINDS",
+    help="sliding or full for each layer, with commas, where --sliding-window is not for all: "
+    "sliding,sliding,full.",
+)
 @click.option(
-    "--rope-scaling", metavar="JSON",
-    help='Scale RoPE, for rows longer than the target was trained on: \'{"rope_type": "yarn", "factor": 4, "original_max_position_embeddings": 8192}\'; linear and llama3 too; none.',
-)  # fmt: skip
+    "--rope-scaling",
+    metavar="JSON",
+    help='Scale RoPE, for rows longer than the target was trained on: \'{"rope_type": "yarn", '
+    '"factor": 4, "original_max_position_embeddings": 8192}\'; linear and llama3 too; none.',
+)
 @click.option(
     "--draft-config",
     metavar="FILE.json",
     help="The draft's shape from a file (num_attention_heads, head_dim, ...); flags win over it.",
 )
 @click.option(
-    "--init-from", metavar="DRAFT",
-    help="Begin with the tensors of this draft (ours, DeepSpec's or speculators'). Its shape is the default of the flags for a shape.",
-)  # fmt: skip
+    "--init-from",
+    metavar="DRAFT",
+    help="Begin with the tensors of this draft (ours, DeepSpec's or speculators'). Its shape is "
+    "the default of the flags for a shape.",
+)
 @click.option("--block-size", default=DEFAULTS.block_size, help="Tokens drafted per anchor (B).")
 @click.option("--markov-rank", default=DEFAULTS.markov_rank)
 @click.option(
-    "--markov-head-type", default=DEFAULTS.markov_head_type, type=click.Choice(["vanilla", "gated", "rnn"]),
+    "--markov-head-type",
+    default=DEFAULTS.markov_head_type,
+    type=click.Choice(["vanilla", "gated", "rnn"]),
     help="vLLM serves vanilla only.",
-)  # fmt: skip
+)
 @click.option(
     "--draft-vocab-size",
     type=int,
-    help="Let the draft propose only the N most frequent supervised ids.  [default: the whole vocabulary]",
+    help="Let the draft propose only the N most frequent supervised ids.  [default: the whole "
+    "vocabulary]",
 )
 @click.option(
-    "--loss-fn", default=DEFAULTS.loss_fn, help="JSON weights of ce and l1 (= 2 TV), or tv (= l1 / 2)."
+    "--loss-fn",
+    default=DEFAULTS.loss_fn,
+    help="JSON weights of ce and l1 (= 2 TV), or tv (= l1 / 2).",
 )
 @click.option(
     "--confidence-head-alpha",
@@ -158,12 +192,18 @@ Examples:
     help="Weight of the confidence loss; 0 = no confidence head.",
 )
 @click.option("--decay", default=DEFAULTS.decay, help="Slot k weighs exp(-k/decay).")
-@click.option("--val-fraction", default=DEFAULTS.val_fraction, help="Share of prompts (by hash) held out.")
-@click.option("--val-rows", default=DEFAULTS.val_rows, help="Most packed rows that one validation reads.")
 @click.option(
-    "--val-walk-rows", default=DEFAULTS.val_walk_rows,
-    help="How many of these rows also get the walk: the accepted length at the positions where decoding starts its blocks. 0 = none.",
-)  # fmt: skip
+    "--val-fraction", default=DEFAULTS.val_fraction, help="Share of prompts (by hash) held out."
+)
+@click.option(
+    "--val-rows", default=DEFAULTS.val_rows, help="Most packed rows that one validation reads."
+)
+@click.option(
+    "--val-walk-rows",
+    default=DEFAULTS.val_walk_rows,
+    help="How many of these rows also get the walk: the accepted length at the positions where "
+    "decoding starts its blocks. 0 = none.",
+)
 @click.option(
     "--select", default=DEFAULTS.select, type=click.Choice(SELECT),
     help="Which draft is exported: the last one, or the best one in validation.",
@@ -185,10 +225,14 @@ Examples:
 @click.option(
     "--workers",
     type=int,
-    help="Processes that read the store, per GPU.  [default: 2 to 8 by its share of the cores; 0 on cpu]",
+    help="Processes that read the store, per GPU.  [default: 2 to 8 by its share of the cores; 0 "
+    "on cpu]",
 )
 @click.option(
-    "--compile/--no-compile", "compile_", default=None, help="torch.compile the step.  [default: on cuda]"
+    "--compile/--no-compile",
+    "compile_",
+    default=None,
+    help="torch.compile the step.  [default: on cuda]",
 )
 @click.option(
     "--activation-checkpointing",
@@ -198,9 +242,12 @@ Examples:
 @click.option(
     "--strategy",
     type=click.Choice(STRATEGIES),
-    help="How processes under torchrun share the work: zero splits masters and moments, ddp keeps all of it on each, fsdp2 is torch's FSDP2.  [default: zero]",
+    help="How processes under torchrun share the work: zero splits masters and moments, ddp keeps "
+    "all of it on each, fsdp2 is torch's FSDP2.  [default: zero]",
 )
-@click.option("--log-every", default=DEFAULTS.log_every, help="Steps between rows of metrics.jsonl.")
+@click.option(
+    "--log-every", default=DEFAULTS.log_every, help="Steps between rows of metrics.jsonl."
+)
 @click.option(
     "--logger",
     multiple=True,
@@ -208,17 +255,25 @@ Examples:
     help="Also log there; repeatable. A logger that is not installed only gives a warning.",
 )
 @click.option(
-    "--tensorboard/--no-tensorboard", default=DEFAULTS.tensorboard, help="Event files in OUTPUT/tensorboard."
+    "--tensorboard/--no-tensorboard",
+    default=DEFAULTS.tensorboard,
+    help="Event files in OUTPUT/tensorboard.",
 )
 @click.option("--resume", is_flag=True, help="Continue from the newest checkpoint in --output.")
 @click.option("--overwrite", is_flag=True, help="Replace the training in --output.")
 @break_lock_flag
 @click.option(
-    "--dry-run", is_flag=True, help="Take a few steps, write nothing, and tell steps, hours and memory."
+    "--dry-run",
+    is_flag=True,
+    help="Take a few steps, write nothing, and tell steps, hours and memory.",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print the last metrics as one JSON object on stdout.")
+@click.option(
+    "--json", "as_json", is_flag=True, help="Print the last metrics as one JSON object on stdout."
+)
 @version_flag
-def main(resume: bool, overwrite: bool, break_lock: bool, dry_run: bool, as_json: bool, **flags: Any) -> None:
+def main(
+    resume: bool, overwrite: bool, break_lock: bool, dry_run: bool, as_json: bool, **flags: Any
+) -> None:
     """Train a DSpark draft from a store of hidden states. No target model, no server."""
     if resume and overwrite:
         raise UsageError("--resume and --overwrite exclude each other")
@@ -265,9 +320,13 @@ def _tell(config: TrainConfig, first: bool, as_json: bool) -> None:
 
 
 def configured(context: click.Context) -> TrainConfig:
-    """The settings that a command line asks for: its flags, and a recipe's or the general defaults for what it leaves out."""
+    """The settings that a command line asks for: its flags, and a recipe's or the general defaults
+    for what it leaves out.
+    """
     default = click.core.ParameterSource.DEFAULT
-    given = {n: v for n, v in context.params.items() if context.get_parameter_source(n) is not default}
+    given = {
+        n: v for n, v in context.params.items() if context.get_parameter_source(n) is not default
+    }
     named = {n.rstrip("_"): v for n, v in given.items() if n not in NOT_SETTINGS}  # compile_
     shape = read_shape(named.pop("draft_config")) if "draft_config" in named else {}
     if named.get("init_from"):
@@ -286,7 +345,9 @@ def _stores(given: Sequence[str]) -> dict[str, Any]:
 
 
 def config_of(words: Sequence[str]) -> TrainConfig:
-    """As ``dspark-train`` with the command line ``words``, recipes included. Reads the store's manifest and writes nothing."""
+    """As ``dspark-train`` with the command line ``words``, recipes included. Reads the store's
+    manifest and writes nothing.
+    """
     return configured(main.make_context("dspark-train", list(words)))
 
 

@@ -22,9 +22,12 @@ class Compute:
     compiled: bool
 
 
-def choose_compute(device: str, dtype: str, compiled: bool | None, world: World | None = None) -> Compute:
-    """``auto`` takes cuda with bfloat16 if there is one, else cpu with float32 (bfloat16 is emulated and slow on most CPUs). A GPU
-    by number becomes the process's current one."""
+def choose_compute(
+    device: str, dtype: str, compiled: bool | None, world: World | None = None
+) -> Compute:
+    """``auto`` takes cuda with bfloat16 if there is one, else cpu with float32 (bfloat16 is
+    emulated and slow on most CPUs). A GPU by number becomes the process's current one.
+    """
     chosen = choose_device(device)
     cuda = chosen.type == "cuda"
     if cuda and world is not None and world.size > 1:
@@ -37,4 +40,6 @@ def choose_compute(device: str, dtype: str, compiled: bool | None, world: World 
     if dtype not in names:
         raise UsageError(f"--dtype {dtype}: expected auto, bfloat16 or float32")
     make_current(chosen)
-    return Compute(chosen, names[dtype], "flex" if cuda else "sdpa", cuda if compiled is None else compiled)
+    return Compute(
+        chosen, names[dtype], "flex" if cuda else "sdpa", cuda if compiled is None else compiled
+    )

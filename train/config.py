@@ -1,4 +1,6 @@
-"""What a training run is: one frozen dataclass, validated where it is made, saved beside the draft and compared on resume."""
+"""What a training run is: one frozen dataclass, validated where it is made, saved beside the draft
+and compared on resume.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,8 @@ from dspark.cache.errors import MismatchError, UsageError
 from dspark.train.draft import scaling, sight
 from dspark.train.draft.config import DraftConfig
 
-# Fields that may differ between a run and its resumption: they say where and how, not what is computed.
+# Fields that may differ between a run and its resumption: they say where and how, not what is
+# computed.
 FREE_ON_RESUME = {
     "cache",
     "caches",
@@ -40,13 +43,16 @@ SELECT = ("last", "walk", "walk_greedy", "mean_accepted_length")
 MOST_PASSES = 1000
 LOGGERS = ("tensorboard", "wandb", "mlflow", "trackio")
 
-# Settings of earlier releases at the values that changed nothing: a run that was made with them goes on.
+# Settings of earlier releases at the values that changed nothing: a run that was made with them
+# goes on.
 WITHDRAWN = (("ema", 0.0), ("slot_weights", "decay"), ("noise_std", 0.0))
 
 
 @dataclass(frozen=True, slots=True)
 class Number:
-    """What a numeric setting may be, in words and as a test. NaN is not a number, and an infinity only where it means something."""
+    """What a numeric setting may be, in words and as a test. NaN is not a number, and an infinity
+    only where it means something.
+    """
 
     words: str
     holds: Callable[[float], bool]
@@ -57,16 +63,20 @@ class Number:
         kinds = int if self.whole else int | float
         if isinstance(value, bool) or not isinstance(value, kinds):
             return False
-        return (isinstance(value, int) or self.endless or math.isfinite(value)) and self.holds(value)
+        return (isinstance(value, int) or self.endless or math.isfinite(value)) and self.holds(
+            value
+        )
 
 
 COUNT = Number("a positive whole number", lambda n: n > 0, whole=True)
 COUNT_OR_0 = Number("a whole number, 0 or more", lambda n: n >= 0, whole=True)
 POSITIVE = Number("a positive number", lambda x: x > 0)
-POSITIVE_OR_INF = Number("a positive number or inf", lambda x: x > 0, endless=True)  # no clipping, no decay
+# no clipping, no decay
+POSITIVE_OR_INF = Number("a positive number or inf", lambda x: x > 0, endless=True)
 NOT_NEGATIVE = Number("a number, 0 or more", lambda x: x >= 0)
 SHARE = Number("a share in [0, 1)", lambda x: 0 <= x < 1)
-EPOCHS = Number("a positive number, 1e9 at most", lambda x: 0 < x <= 1e9)  # times steps it is still a number
+# times steps it is still a number
+EPOCHS = Number("a positive number, 1e9 at most", lambda x: 0 < x <= 1e9)
 SEED = Number(
     "a whole number of 32 bits", lambda n: abs(n) < 1 << 32, whole=True
 )  # the generators take no more
@@ -110,7 +120,9 @@ _DRAFT: dict[str, Any] = {
 
 
 def with_passes(given: str) -> tuple[str, float]:
-    """``PATH`` or ``PATH=PASSES`` of ``--cache``. Raises UsageError for passes that are no positive number."""
+    """``PATH`` or ``PATH=PASSES`` of ``--cache``. Raises UsageError for passes that are no positive
+    number.
+    """
     path, equals, number = given.rpartition("=")
     try:
         passes = float(number)
@@ -120,19 +132,24 @@ def with_passes(given: str) -> tuple[str, float]:
         return given, 1.0
     if not (0 < passes <= MOST_PASSES):
         raise UsageError(
-            f"--cache {given}: {number} passes per epoch; expected a number above 0, {MOST_PASSES} at most"
+            f"--cache {given}: {number} passes per epoch; expected a number above 0, "
+            f"{MOST_PASSES} at most"
         )
     return path, passes
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainConfig:
-    """Defaults are those of the published DSpark recipes where they agree (lr, warm-up, anchors, layers, rank)."""
+    """Defaults are those of the published DSpark recipes where they agree (lr, warm-up, anchors,
+    layers, rank).
+    """
 
     cache: str
     """The store, or the first of several."""
     caches: tuple[str, ...] = ()
-    """Every store, as ``--cache`` had it, where there are several or one has passes: ``PATH`` or ``PATH=PASSES`` per epoch."""
+    """Every store, as ``--cache`` had it, where there are several or one has passes: ``PATH`` or
+    ``PATH=PASSES`` per epoch.
+    """
     output: str = "./draft"
     epochs: float = 3.0
     max_steps: int | None = None
@@ -141,32 +158,45 @@ class TrainConfig:
     min_lr_ratio: float = 0.0
     """Learning rate at the end of the schedule, as a share of ``lr``."""
     lr_schedule: str = "wsd"
-    """How the rate falls after the warm-up: ``cosine``, ``linear``, ``wsd`` (over the last fifth) or ``constant`` (not at all).
-    ``wsd`` gave 7.6 % more walk than cosine at equal steps, three paired seeds (docs/log/2026-11-26-wsd.md)."""
+    """How the rate falls after the warm-up: ``cosine``, ``linear``, ``wsd`` (over the last fifth)
+    or ``constant`` (not at all).
+    ``wsd`` gave 7.6 % more walk than cosine at equal steps, three paired seeds
+    (docs/log/2026-11-26-wsd.md).
+    """
     warmup_ratio: float = 0.04
     optimizer: str = "adamw"
-    """``adamw``, or ``muon``: orthogonal steps for the matrices of the layers and ``fc``, AdamW for the rest. Measured on SmolLM2 only, 1,200
-    steps of each: tau 3.3 with muon at ``lr`` 2e-3, 2.1 with adamw at 1e-3 (docs/log/2026-11-22-muon.md)."""
+    """``adamw``, or ``muon``: orthogonal steps for the matrices of the layers and ``fc``, AdamW for
+    the rest. Measured on SmolLM2 only, 1,200 steps of each: tau 3.3 with muon at ``lr`` 2e-3, 2.1
+    with adamw at 1e-3 (docs/log/2026-11-22-muon.md).
+    """
     weight_decay: float = 0.0
     betas: tuple[float, float] = (0.9, 0.95)
     grad_clip: float = 1.0
     total_seq_len: int | None = None
     """Tokens of a packed row. None: 4096, or the store's sequence length if that is longer."""
     rows_per_step: int = 8
-    """Packed rows of an optimizer step, over all ranks: the same step on any number of them; rows beyond one per rank accumulate."""
+    """Packed rows of an optimizer step, over all ranks: the same step on any number of them; rows
+    beyond one per rank accumulate.
+    """
     max_anchors: int = 512
     """Anchors drawn per row; 0 = every eligible one."""
     speculator_type: str = _DRAFT["speculator_type"]
     layers: tuple[int, ...] | None = None
-    """Which of the store's layers the draft reads, as outputs of decoder layer i. None: what its type reads (``cache.target.taps``)."""
+    """Which of the store's layers the draft reads, as outputs of decoder layer i. None: what its
+    type reads (``cache.target.taps``).
+    """
     num_layers: int = _DRAFT["num_layers"]
     num_heads: int | None = None
-    """Of a draft layer, as the next three. None: derived from the target (``cache.target.shape``)."""
+    """Of a draft layer, as the next three. None: derived from the target
+    (``cache.target.shape``).
+    """
     num_kv_heads: int | None = None
     head_dim: int | None = None
     intermediate_size: int | None = None
     sliding_window: int | None = None
-    """Tokens that a query of a sliding layer sees, itself among them. None or 0: all layers attend fully."""
+    """Tokens that a query of a sliding layer sees, itself among them. None or 0: all layers attend
+    fully.
+    """
     layer_types: tuple[str, ...] = ()
     """Per layer ``sliding_attention`` or ``full_attention``. (): with a window all sliding."""
     rope_scaling: str | None = None
@@ -176,43 +206,64 @@ class TrainConfig:
     markov_head_type: str = _DRAFT["markov_head_type"]
     draft_vocab_size: int | None = None
     loss_fn: str = '{"ce": 0.1, "l1": 0.9}'
-    """JSON weights of ``ce`` and ``l1`` (= 2 TV) or ``tv`` (= l1 / 2); ``ObjectiveConfig.from_json`` reads it."""
+    """JSON weights of ``ce`` and ``l1`` (= 2 TV) or ``tv`` (= l1 / 2);
+    ``ObjectiveConfig.from_json`` reads it.
+    """
     confidence_head_alpha: float = 1.0
     decay: float = 4.0
     """Slot k weighs exp(-k / decay)."""
     val_fraction: float = 0.05
     """Share of prompts (by hash) held out."""
     val_rows: int = 64
-    """Packed rows of the held-out samples that a validation reads, at most; ``dspark-tools score`` reads them all."""
+    """Packed rows of the held-out samples that a validation reads, at most; ``dspark-tools score``
+    reads them all.
+    """
     val_walk_rows: int = 8
-    """Of these rows, how many the walk is computed on (``objective/walk.py``): at every anchor, so a multiple of their cost. 0: none."""
+    """Of these rows, how many the walk is computed on (``objective/walk.py``): at every anchor, so
+    a multiple of their cost. 0: none.
+    """
     select: str = "last"
-    """Which draft is exported: that of the ``last`` milestone, or of the one with the highest ``walk``, ``walk_greedy`` or
-    ``mean_accepted_length`` in validation."""
+    """Which draft is exported: that of the ``last`` milestone, or of the one with the highest
+    ``walk``, ``walk_greedy`` or ``mean_accepted_length`` in validation.
+    """
     checkpoint_freq: float = 1.0
     """Epochs between checkpoints and validations; 0.25 = four per epoch."""
     keep_checkpoints: int = 2
     seed: int = 0
     device: str = "auto"
     dtype: str = "auto"
-    """Of the forward and backward pass: bfloat16 on cuda, float32 on cpu. Master weights are always float32."""
+    """Of the forward and backward pass: bfloat16 on cuda, float32 on cpu. Master weights are always
+    float32.
+    """
     workers: int | None = None
-    """Processes that read the store, for each rank. None: 0 on cpu; on cuda a rank's share of the cores less one, 8 at most."""
+    """Processes that read the store, for each rank. None: 0 on cpu; on cuda a rank's share of the
+    cores less one, 8 at most.
+    """
     log_every: int = 10
     tensorboard: bool = True
     logger: tuple[str, ...] = ()
     """Loggers besides TensorBoard, of ``LOGGERS``."""
     compile: bool | None = None
-    """torch.compile the backbone. None: on cuda, for types that gain by it. Rows are then padded to one shape."""
+    """torch.compile the backbone. None: on cuda, for types that gain by it. Rows are then padded to
+    one shape.
+    """
     activation_checkpointing: bool = False
-    """Keep only the input of each draft layer for the backward pass and compute the rest again: less memory per row, more time."""
+    """Keep only the input of each draft layer for the backward pass and compute the rest again:
+    less memory per row, more time.
+    """
     strategy: str | None = None
-    """Of several processes: ``zero`` (a rank holds the draft, and a share of masters and moments), ``ddp`` (all) or ``fsdp2`` (a share of
-    all between steps, torch's). None: zero, the fastest and the smallest (docs/log/2026-11-22-two-gpus.md)."""
+    """Of several processes: ``zero`` (a rank holds the draft, and a share of masters and moments),
+    ``ddp`` (all) or ``fsdp2`` (a share of all between steps, torch's). None: zero, the fastest and
+    the smallest (docs/log/2026-11-22-two-gpus.md).
+    """
     init_from: str | None = None
-    """Folder of a draft whose tensors this one begins with (``train/draft/warm.py``). None: random ones."""
+    """Folder of a draft whose tensors this one begins with (``train/draft/warm.py``). None: random
+    ones.
+    """
     recipe: str | None = None
-    """Name of the recipe that the settings came from; for the record, since the settings themselves are above."""
+    """Name of the recipe that the settings came from; for the record, since the settings themselves
+    are above.
+    """
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -228,19 +279,23 @@ class TrainConfig:
             raise UsageError(f"--logger {unknown[0]}: expected {', '.join(LOGGERS)}")
         if self.layers is not None and list(self.layers) != sorted(set(self.layers)):
             raise UsageError(
-                f"--layers {','.join(map(str, self.layers))}: expected each once, in ascending order"
+                f"--layers {','.join(map(str, self.layers))}: expected each once, in ascending "
+                "order"
             )
         if self.strategy not in (None, *STRATEGIES):
             raise UsageError(f"strategy is {self.strategy!r}, expected {', '.join(STRATEGIES)}")
         if self.lr_schedule not in SCHEDULES:
-            raise UsageError(f"lr_schedule is {self.lr_schedule!r}, expected {', '.join(SCHEDULES)}")
+            raise UsageError(
+                f"lr_schedule is {self.lr_schedule!r}, expected {', '.join(SCHEDULES)}"
+            )
         if self.select not in SELECT:
             raise UsageError(f"select is {self.select!r}, expected {', '.join(SELECT)}")
         if self.select != "last" and not (
             self.val_fraction and (self.val_walk_rows or "walk" not in self.select)
         ):
             raise UsageError(
-                f"--select {self.select} needs validation: --val-fraction above 0, and --val-walk-rows for a walk"
+                f"--select {self.select} needs validation: --val-fraction above 0, and "
+                "--val-walk-rows for a walk"
             )
         _ = self.attention, self.stores  # refuse
         if self.optimizer not in ("adamw", "muon"):
@@ -248,7 +303,8 @@ class TrainConfig:
         if self.optimizer == "muon" and self.strategy == "fsdp2":
             whose = f" (recipe {self.recipe})" if self.recipe else ""
             raise UsageError(
-                f"--optimizer muon{whose} needs whole matrices and --strategy fsdp2 splits them; use zero or ddp, or --optimizer adamw"
+                f"--optimizer muon{whose} needs whole matrices and --strategy fsdp2 splits them; "
+                "use zero or ddp, or --optimizer adamw"
             )
 
     @property
@@ -280,10 +336,12 @@ class TrainConfig:
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self) | {
-            "betas": list(self.betas), "logger": list(self.logger), "layer_types": list(self.layer_types),
+            "betas": list(self.betas),
+            "logger": list(self.logger),
+            "layer_types": list(self.layer_types),
             "caches": list(self.caches),
             "layers": None if self.layers is None else list(self.layers),
-        }  # fmt: skip
+        }
 
     def flags(self) -> dict[str, Any]:
         """The settings under the names of their flags, as ``--config`` takes them back."""
@@ -307,10 +365,16 @@ class TrainConfig:
             raise UsageError(f"{where}: {wrong}") from wrong
 
     def continues(self, earlier: TrainConfig, where: str) -> None:
-        """Raise MismatchError, naming every difference, unless this run goes on with ``earlier``."""
+        """Raise MismatchError, naming every difference, unless this run goes on with
+        ``earlier``.
+        """
         a, b = earlier.to_json(), self.to_json()
         a["passes"], b["passes"] = ([n for _, n in config.stores] for config in (earlier, self))
-        diffs = [f"{k}: {a[k]!r} there, {b[k]!r} now" for k in a if k not in FREE_ON_RESUME and a[k] != b[k]]
+        diffs = [
+            f"{k}: {a[k]!r} there, {b[k]!r} now"
+            for k in a
+            if k not in FREE_ON_RESUME and a[k] != b[k]
+        ]
         if diffs:
             raise MismatchError(
                 f"{where} was trained with other settings: "

@@ -1,8 +1,10 @@
-"""Several processes of one training run, started by torchrun: who is who, sums over them, and how one's failure stops all.
+"""Several processes of one training run, started by torchrun: who is who, sums over them, and how
+one's failure stops all.
 
-Two channels. Tensors on the device are summed through the backend of the device (NCCL, or gloo on a CPU). A few numbers per step (weights
-of the loss, whether anybody was interrupted) go through gloo on the host, so that asking never waits for a GPU; and since every rank
-answers before any collective of the step begins, none of those ever waits for a rank that has stopped.
+Two channels. Tensors on the device are summed through the backend of the device (NCCL, or gloo on a
+CPU). A few numbers per step (weights of the loss, whether anybody was interrupted) go through gloo
+on the host, so that asking never waits for a GPU; and since every rank answers before any
+collective of the step begins, none of those ever waits for a rank that has stopped.
 """
 
 from __future__ import annotations
@@ -26,7 +28,8 @@ LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  #
 # torch 2.13 renamed them and warns of the old names.
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-# Validation and a checkpoint of one rank fit into this; a rank that dies is noticed at once, by its closed connection.
+# Validation and a checkpoint of one rank fit into this; a rank that dies is noticed at once, by its
+# closed connection.
 PATIENCE = timedelta(hours=2)
 
 
@@ -40,7 +43,9 @@ class PeerError(TrainError):
 
 @dataclass(frozen=True, slots=True)
 class World:
-    """The processes of a run; ``World()`` is one process alone, for which everything here does nothing."""
+    """The processes of a run; ``World()`` is one process alone, for which everything here does
+    nothing.
+    """
 
     rank: int = 0
     size: int = 1
@@ -78,11 +83,15 @@ class World:
         return tensor
 
     def start_sum(self, tensor: Tensor) -> Any:
-        """Begin the sum of ``tensor`` in place; ``.wait()`` on what is returned before reading it."""
+        """Begin the sum of ``tensor`` in place; ``.wait()`` on what is returned before reading
+        it.
+        """
         return dist.all_reduce(tensor, async_op=True)
 
     def start_sum_of_part(self, tensor: Tensor) -> Any:
-        """As ``start_sum``, but only this rank's part (``part``) of ``tensor`` becomes the sum; the others' hold anything afterwards."""
+        """As ``start_sum``, but only this rank's part (``part``) of ``tensor`` becomes the sum; the
+        others' hold anything afterwards.
+        """
         return _reduce_scatter(self.part(tensor), tensor, async_op=True)
 
     def part(self, tensor: Tensor) -> Tensor:
@@ -102,7 +111,8 @@ class World:
         return tensor
 
     def agreed(self, work: Callable[[], T]) -> T:
-        """``work()`` on every rank; where it fails on any, all raise: the ranks that failed their own error, the others PeerError.
+        """``work()`` on every rank; where it fails on any, all raise: the ranks that failed their
+        own error, the others PeerError.
 
         If several fail alike (a wrong flag fails everywhere) rank 0's error speaks for all.
         """
@@ -142,7 +152,9 @@ class World:
                 runs[-1] = (host, runs[-1][1], rank)
             else:
                 runs.append((host, rank, rank))
-        return "rank " + ", ".join(f"{a}-{b} on {h}" if a < b else f"{a} on {h}" for h, a, b in runs)
+        return "rank " + ", ".join(
+            f"{a}-{b} on {h}" if a < b else f"{a} on {h}" for h, a, b in runs
+        )
 
     def leave(self) -> None:
         """The ordinary end of a run. A process group that was there before it stays."""
@@ -161,11 +173,14 @@ def rank_here() -> int:
 
 
 def join(device: str, strategy: str | None) -> World:
-    """The world that torchrun describes, joined; ``device`` as ``--device``. One process alone joins only for ``fsdp2``."""
+    """The world that torchrun describes, joined; ``device`` as ``--device``. One process alone
+    joins only for ``fsdp2``.
+    """
     if not launched():
         if strategy is not None:
             raise UsageError(
-                f"--strategy {strategy} is for several processes: torchrun --nproc-per-node N $(which dspark-train) ..."
+                f"--strategy {strategy} is for several processes: torchrun --nproc-per-node N "
+                "$(which dspark-train) ..."
             )
         return World()
     rank, size, local = (int(os.environ[name]) for name in LAUNCHER[:3])
@@ -177,23 +192,33 @@ def join(device: str, strategy: str | None) -> World:
     if cuda:
         if ":" in device:
             raise UsageError(
-                f"--device {device}: under torchrun each process takes its own GPU; use --device cuda"
+                f"--device {device}: under torchrun each process takes its own GPU; use --device "
+                "cuda"
             )
         if torch.cuda.device_count() <= local:
             raise UsageError(
-                f"torchrun starts process {local} on this machine, torch sees {torch.cuda.device_count()} GPUs; "
+                f"torchrun starts process {local} on this machine, torch sees "
+                f"{torch.cuda.device_count()} GPUs; "
                 "lower --nproc-per-node or use --device cpu"
             )
         torch.cuda.set_device(local)
         if owned:
             dist.init_process_group("nccl", device_id=torch.device("cuda", local))
-        return World(rank, size, local, here, dist.new_group(backend="gloo", timeout=PATIENCE), owned)
+        return World(
+            rank, size, local, here, dist.new_group(backend="gloo", timeout=PATIENCE), owned
+        )
     if owned:
         dist.init_process_group("gloo", timeout=PATIENCE)
     return World(rank, size, local, here, dist.group.WORLD, owned)
 
 
-SIGNS = ("closed by peer", "reset by peer", "Broken pipe", "Connection refused", "Timed out waiting")
+SIGNS = (
+    "closed by peer",
+    "reset by peer",
+    "Broken pipe",
+    "Connection refused",
+    "Timed out waiting",
+)
 
 
 @contextmanager
@@ -205,6 +230,7 @@ def lost_peers() -> Iterator[None]:
         if not any(sign in str(error) for sign in SIGNS):
             raise
         raise PeerError(
-            "another process of this run is gone (killed, or out of memory); its own output says more. "
+            "another process of this run is gone (killed, or out of memory); its own output says "
+            "more. "
             "Rerun the same command with --resume to continue from the last checkpoint."
         ) from error

@@ -1,4 +1,6 @@
-"""``dspark-train --dry-run``: what a training would take, from a few of its real steps. Nothing is written."""
+"""``dspark-train --dry-run``: what a training would take, from a few of its real steps. Nothing is
+written.
+"""
 
 from __future__ import annotations
 
@@ -22,10 +24,13 @@ WARM, TIMED = 3, 5  # steps: compilation and the allocator's growth, then those 
 
 
 def dry_run(config: TrainConfig, say: Callable[[str], None] = lambda text: None) -> dict[str, Any]:
-    """Take ``WARM + TIMED`` steps (or all, if there are fewer) and tell steps, hours and memory of the whole run.
+    """Take ``WARM + TIMED`` steps (or all, if there are fewer) and tell steps, hours and memory of
+    the whole run.
 
-    Keys: steps, steps_per_epoch, tokens_per_step, first_step_seconds (from the call, compilation included), step_ms, hours (of the steps;
-    validations and checkpoints come on top), memory_gb (estimated, by part and in all), peak_gb (measured on a GPU, else None).
+    Keys: steps, steps_per_epoch, tokens_per_step, first_step_seconds (from the call, compilation
+    included), step_ms, hours (of the steps;
+    validations and checkpoints come on top), memory_gb (estimated, by part and in all), peak_gb
+    (measured on a GPU, else None).
     """
     started = time.perf_counter()
     world = distributed.join(config.device, config.strategy)
@@ -58,20 +63,29 @@ def dry_run(config: TrainConfig, say: Callable[[str], None] = lambda text: None)
     estimate = memory.estimate_memory(run)
     world.leave()
     return {
-        "steps": schedule.total, "steps_per_epoch": schedule.per_epoch, "tokens_per_step": tokens / count,
-        "first_step_seconds": first, "step_ms": ms, "hours": schedule.total * ms / 3.6e6,
+        "steps": schedule.total,
+        "steps_per_epoch": schedule.per_epoch,
+        "tokens_per_step": tokens / count,
+        "first_step_seconds": first,
+        "step_ms": ms,
+        "hours": schedule.total * ms / 3.6e6,
         "memory_gb": {
-            "trained": estimate.trained / 1e9, "frozen": estimate.frozen / 1e9, "row": estimate.row / 1e9, "total": estimate.total / 1e9,
+            "trained": estimate.trained / 1e9,
+            "frozen": estimate.frozen / 1e9,
+            "row": estimate.row / 1e9,
+            "total": estimate.total / 1e9,
         },
         "peak_gb": torch.cuda.max_memory_allocated(device) / 1e9 if cuda else None,
-    }  # fmt: skip
+    }
 
 
 def words(found: dict[str, Any]) -> str:
     """The result for a person."""
     peak = f", {found['peak_gb']:.2f} GB measured" if found["peak_gb"] else ""
     return (
-        f"{found['steps']} steps ({found['steps_per_epoch']} per epoch) of {found['step_ms']:.1f} ms: {found['hours']:.2f} hours, validation and "
-        f"checkpoints not counted; first step after {found['first_step_seconds']:.1f} s; memory per device about "
+        f"{found['steps']} steps ({found['steps_per_epoch']} per epoch) of "
+        f"{found['step_ms']:.1f} ms: {found['hours']:.2f} hours, validation and "
+        f"checkpoints not counted; first step after {found['first_step_seconds']:.1f} s; memory "
+        "per device about "
         f"{found['memory_gb']['total']:.2f} GB{peak}"
     )

@@ -1,4 +1,6 @@
-"""Teacher-forced metrics of a draft over rows of a store, and its walk: validation while training, and ``dspark-tools score``."""
+"""Teacher-forced metrics of a draft over rows of a store, and its walk: validation while training,
+and ``dspark-tools score``.
+"""
 
 from __future__ import annotations
 
@@ -45,10 +47,12 @@ def evaluate(
     observe: Observe | None = None,
     walk: Walk | None = None,
 ) -> Score:
-    """The keys of ``dspark-tools score`` over every counted slot of ``rows``. States are decoded to ``dtype`` on ``device``.
+    """The keys of ``dspark-tools score`` over every counted slot of ``rows``. States are decoded to
+    ``dtype`` on ``device``.
 
-    ``rows`` that are batches already (of padding, for a sharded model) pass through the model and count nowhere. ``reduce`` adds up
-    the sums of several ranks, in place. ``observe`` sees the slots of every row. ``walk`` is filled, from rows that have every eligible anchor.
+    ``rows`` that are batches already (of padding, for a sharded model) pass through the model and
+    count nowhere. ``reduce`` adds up the sums of several ranks, in place. ``observe`` sees the
+    slots of every row. ``walk`` is filled, from rows that have every eligible anchor.
     """
     metrics = SlotMetrics(model.config.block_size, device)
     for row in rows:
@@ -91,8 +95,8 @@ def walked(
     anchors_at_once: int,
     pad: bool,
 ) -> Walk:
-    """The walk over ``rows``, at every eligible anchor whichever were drawn: so many at a time, with ``pad`` always as many, so that what was
-    compiled for training serves.
+    """The walk over ``rows``, at every eligible anchor whichever were drawn: so many at a time,
+    with ``pad`` always as many, so that what was compiled for training serves.
     """
     walk = Walk(device)
     for row in rows:
@@ -116,6 +120,11 @@ def _alphas(
     head, dtype = model.frozen_head, model.frozen_head.lm_head.dtype
     kind = drafter(model.config.speculator_type)
     return alphas(
-        batch, kind.block_states(states), slots, out, lambda last: head.target_logits(last.to(dtype)), partial(kind.drafted, model),
+        batch,
+        kind.block_states(states),
+        slots,
+        out,
+        lambda last: head.target_logits(last.to(dtype)),
+        partial(kind.drafted, model),
         model.config.vocab_size,
-    )  # fmt: skip
+    )

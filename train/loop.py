@@ -1,7 +1,9 @@
-"""The training loop: stream -> draft -> objective -> optimizer, with checkpoints, validation and numbers on the way.
+"""The training loop: stream -> draft -> objective -> optimizer, with checkpoints, validation and
+numbers on the way.
 
-One process, or several that torchrun started: each runs this loop over its rows of every step; rank 0 alone writes. The device is asked
-for a value only at logged steps, and then when the next step is queued already.
+One process, or several that torchrun started: each runs this loop over its rows of every step; rank
+0 alone writes. The device is asked for a value only at logged steps, and then when the next step is
+queued already.
 """
 
 from __future__ import annotations
@@ -72,8 +74,9 @@ def train(
 ) -> dict[str, Any]:
     """Train a draft into ``config.output``; returns the last validation (or training) metrics.
 
-    ``progress(step, total, text)`` is called once per step, ``say`` once with what the run is. SIGINT, SIGTERM and SIGHUP save a
-    checkpoint and raise Stopped. Under torchrun every process calls this; if one fails, all raise.
+    ``progress(step, total, text)`` is called once per step, ``say`` once with what the run is.
+    SIGINT, SIGTERM and SIGHUP save a checkpoint and raise Stopped. Under torchrun every process
+    calls this; if one fails, all raise.
     """
     world = distributed.join(config.device, config.strategy)
     safe = saved_in(Path(config.output), resume=resume)
@@ -81,7 +84,9 @@ def train(
         lambda: "stopping before the first step", safe, speaks=world.first, alone=world.size == 1
     )
     with ExitStack() as stack, lost_peers(), interrupted(safe), outer:
-        lock = world.agreed(lambda: stack.enter_context(locked(config, break_lock)) if world.first else None)
+        lock = world.agreed(
+            lambda: stack.enter_context(locked(config, break_lock)) if world.first else None
+        )
         result = _train(config, world, resume, overwrite, progress, say, lock)
     world.leave()
     return result
@@ -138,7 +143,9 @@ def _train(
 
 
 def _newest(output: Path, world: World) -> Path | None:
-    """The newest whole checkpoint of rank 0, which writes them; None where there is none. Raises TrainError on a node that does not see it."""
+    """The newest whole checkpoint of rank 0, which writes them; None where there is none. Raises
+    TrainError on a node that does not see it.
+    """
     found = checkpoint.found(output / "checkpoints")
     name = world.gather(found[-1].name if found else None)[0]
     if name is None:
@@ -148,8 +155,10 @@ def _newest(output: Path, world: World) -> Path | None:
     def there() -> None:
         if path.name not in [p.name for p in found]:
             raise TrainError(
-                f"{path} is not on {socket.gethostname()}, and rank 0 continues from it. Checkpoints are written by rank 0: put --output on "
-                "a file system that all nodes share, or copy its folder `checkpoints` to the same path on every node."
+                f"{path} is not on {socket.gethostname()}, and rank 0 continues from it. "
+                "Checkpoints are written by rank 0: put --output on "
+                "a file system that all nodes share, or copy its folder `checkpoints` to the "
+                "same path on every node."
             )
 
     world.agreed(there)
@@ -167,7 +176,10 @@ def _loop(
     config, schedule, world = run.config, Schedule.of(run), run.world
     if report:
         report.log.info(
-            "steps=%d steps_per_epoch=%d draft=%s", schedule.total, schedule.per_epoch, run.model.config
+            "steps=%d steps_per_epoch=%d draft=%s",
+            schedule.total,
+            schedule.per_epoch,
+            run.model.config,
         )
     result = dict[str, Any]()
     logged: Logged | None = None  # a step whose numbers are still to be read
@@ -214,7 +226,8 @@ def _loop(
                 raise Stopped(f"stopped. {saved_in(output)()}")
             number = position.step + 1
             milestone = number % schedule.every == 0 or number == schedule.total
-            # A milestone is logged too: a non-finite loss stops there. What its own update did, _save looks at.
+            # A milestone is logged too: a non-finite loss stops there. What its own update did,
+            # _save looks at.
             wanted = number % config.log_every == 0 or number == 1 or milestone
             metrics = SlotMetrics(run.model.config.block_size, device) if wanted else None
             values, lr = step(run, feed, part, position.step, schedule.total, metrics)
@@ -269,14 +282,17 @@ def placer(run: Run) -> Callable[[Row], Batch]:
 def _milestone(
     run: Run, position: Position, output: Path, report: RunLog | None
 ) -> tuple[dict[str, Any] | None, Position]:
-    """Validate, export, checkpoint; returns the validation's row, and the position with the best of all of them."""
+    """Validate, export, checkpoint; returns the validation's row, and the position with the best of
+    all of them.
+    """
     row = None
     if run.validation is not None:
         row = {"step": position.step, "epoch": position.epoch, "validation": True, **validate(run)}
         run.world.agreed(lambda: _finite_scores(row))
         if report:
             report.row(row)
-    # Last: a run killed before this resumes from the checkpoint before and makes the rows above again.
+    # Last: a run killed before this resumes from the checkpoint before and makes the rows above
+    # again.
     best = _best_so_far(run.config.select, position.best, row)
     position = dataclasses.replace(position, best=_best(position.best, row))
     _save(run, position, output, export=best)
@@ -284,7 +300,9 @@ def _milestone(
 
 
 def _best_so_far(select: str, best: Mapping[str, float], row: dict[str, Any] | None) -> bool:
-    """Whether no validation before this ``row`` gave more; ``best`` is the highest of each metric before it."""
+    """Whether no validation before this ``row`` gave more; ``best`` is the highest of each metric
+    before it.
+    """
     if select == "last" or row is None:
         return True
     return row[select] is not None and row[select] > best.get(select, -math.inf)
@@ -297,23 +315,31 @@ def _best(best: Mapping[str, float], row: dict[str, Any] | None) -> dict[str, fl
 
 
 def _finite_scores(row: dict[str, Any]) -> None:
-    """The losses of the logged step were of the weights before its update; these are of those that would be saved."""
+    """The losses of the logged step were of the weights before its update; these are of those that
+    would be saved.
+    """
     wrong = {k: v for k, v in row.items() if isinstance(v, float) and not math.isfinite(v)}
     if wrong:
         raise TrainError(
-            f"validation after step {row['step']}: {', '.join(f'{k} {v}' for k, v in wrong.items())}; expected finite numbers. {UNSAVED}"
+            f"validation after step {row['step']}: "
+            f"{', '.join(f'{k} {v}' for k, v in wrong.items())}; expected finite numbers. "
+            f"{UNSAVED}"
         )
 
 
 def _save(run: Run, position: Position, output: Path, *, export: bool) -> None:
-    """A checkpoint and, if asked, the draft itself: gathered by all ranks, written by the first. Nothing is written that is not finite."""
+    """A checkpoint and, if asked, the draft itself: gathered by all ranks, written by the first.
+    Nothing is written that is not finite.
+    """
     snapshot = run.optimizer.snapshot()
 
     def write() -> None:
         if not run.world.first:
             return
         if wrong := snapshot.non_finite():
-            raise TrainError(f"after step {position.step} {wrong} has values that are not finite. {UNSAVED}")
+            raise TrainError(
+                f"after step {position.step} {wrong} has values that are not finite. {UNSAVED}"
+            )
         run.guard()
         if export:
             save_draft(output, run.model, trained=snapshot.masters)
@@ -327,24 +353,38 @@ def validate(run: Run) -> Score:
     """Metrics on the held-out prompts; the same anchors every time. Each rank scores its rows."""
     compute, config = run.compute, run.config
     score = evaluate(
-        run.model, run.cache, _held_out(run), device=compute.device, dtype=compute.dtype, decay=config.decay, backend=compute.backend,
+        run.model,
+        run.cache,
+        _held_out(run),
+        device=compute.device,
+        dtype=compute.dtype,
+        decay=config.decay,
+        backend=compute.backend,
         reduce=run.world.sum_,
-    )  # fmt: skip
+    )
     if not config.val_walk_rows:
         return score
-    # Of a sharded model the weights are gathered by now, so ranks may differ in the number of passes.
+    # Of a sharded model the weights are gathered by now, so ranks may differ in the number of
+    # passes.
     walk = walked(
-        run.model, run.cache, itertools.islice(_rows_of_this_rank(run), -(-config.val_walk_rows // run.world.size)), device=compute.device,
-        dtype=compute.dtype, backend=compute.backend, anchors_at_once=config.max_anchors or ANCHORS_AT_ONCE,
+        run.model,
+        run.cache,
+        itertools.islice(_rows_of_this_rank(run), -(-config.val_walk_rows // run.world.size)),
+        device=compute.device,
+        dtype=compute.dtype,
+        backend=compute.backend,
+        anchors_at_once=config.max_anchors or ANCHORS_AT_ONCE,
         pad=run.stream.pad,
-    )  # fmt: skip
+    )
     run.world.sum_(walk.sums)
     return {**score, **walk.result()}
 
 
 def _rows_of_this_rank(run: Run) -> Iterator[Row]:
     assert run.validation is not None
-    for rows in run.validation.steps_from(VALIDATION_EPOCH, rank=run.world.rank, world=run.world.size):
+    for rows in run.validation.steps_from(
+        VALIDATION_EPOCH, rank=run.world.rank, world=run.world.size
+    ):
         yield from rows
 
 
@@ -360,7 +400,13 @@ def _line(row: dict[str, Any]) -> str:
     if not row:
         return ""
     tau = row.get("mean_accepted_length")
-    parts = [f"loss {row['loss']:.3f}" if "loss" in row else "held out", f"tau {tau:.2f}" if tau else ""]
+    parts = [
+        f"loss {row['loss']:.3f}" if "loss" in row else "held out",
+        f"tau {tau:.2f}" if tau else "",
+    ]
     if "tokens_per_second" in row:
-        parts += [f"{row['tokens_per_second']:.0f} tok/s", f"wait {100 * row['data_wait_fraction']:.0f} %"]
+        parts += [
+            f"{row['tokens_per_second']:.0f} tok/s",
+            f"wait {100 * row['data_wait_fraction']:.0f} %",
+        ]
     return "  ".join(p for p in parts if p)

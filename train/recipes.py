@@ -1,7 +1,9 @@
-"""Recipes: what is known to train a good draft of a target, as data (``recipes.json``), so that ``--cache`` alone is enough.
+"""Recipes: what is known to train a good draft of a target, as data (``recipes.json``), so that
+``--cache`` alone is enough.
 
-A recipe sets defaults and nothing else: a flag given on the command line wins. Settings are ``TrainConfig`` fields, ``targets`` the
-model ids that it is chosen for, ``shapes`` their hidden sizes and numbers of layers, ``source`` where its numbers are from.
+A recipe sets defaults and nothing else: a flag given on the command line wins. Settings are
+``TrainConfig`` fields, ``targets`` the model ids that it is chosen for, ``shapes`` their hidden
+sizes and numbers of layers, ``source`` where its numbers are from.
 """
 
 from __future__ import annotations
@@ -48,19 +50,25 @@ class Recipe:
     settings: Mapping[str, Any]
 
     def fits(self, target: str) -> bool:
-        """Whether ``target`` is one of its ids, or a path or id that ends as one does (``/models/Qwen3-4B``)."""
+        """Whether ``target`` is one of its ids, or a path or id that ends as one does
+        (``/models/Qwen3-4B``).
+        """
         own = {t.lower() for t in self.targets} | {t.split("/")[-1].lower() for t in self.targets}
         return target.lower() in own or target.rstrip("/").split("/")[-1].lower() in own
 
     def check_fits(self, target: TargetInfo, where: str) -> None:
-        """Raise MismatchError for a target that is neither one of the recipe's nor as large: a fine-tuned one has another name, and fits."""
+        """Raise MismatchError for a target that is neither one of the recipe's nor as large: a
+        fine-tuned one has another name, and fits.
+        """
         if self.fits(target.id) or (target.hidden_size, target.num_layers) in self.shapes:
             return
         own = next((r.name for r in recipes().values() if r.fits(target.id)), None)
         do = f"Its own recipe is {own}" if own else "No recipe is known for it: leave --recipe out"
         raise MismatchError(
-            f"--recipe {self.name} is for {', '.join(self.targets)}; the target of {where} is {target.id} (hidden size {target.hidden_size}, "
-            f"{target.num_layers} layers). {do}; its settings can be given as flags with any target."
+            f"--recipe {self.name} is for {', '.join(self.targets)}; the target of {where} is "
+            f"{target.id} (hidden size {target.hidden_size}, "
+            f"{target.num_layers} layers). {do}; its settings can be given as flags with any "
+            "target."
         )
 
 
@@ -71,7 +79,8 @@ def parse(text: str, where: str) -> dict[str, Recipe]:
     for name, entry in json.loads(text).items():
         if set(entry) != {"targets", "shapes", "source", "settings"}:
             raise UsageError(
-                f"{where}: {name} has {sorted(entry)}; expected targets, shapes, source and settings"
+                f"{where}: {name} has {sorted(entry)}; expected targets, shapes, source and "
+                "settings"
             )
         if unknown := sorted(set(entry["settings"]) - allowed):
             raise UsageError(f"{where}: {name} sets {', '.join(unknown)}, which no recipe can")
@@ -97,9 +106,11 @@ def recipes() -> dict[str, Recipe]:
 
 
 def configure(given: Mapping[str, Any], recipe: str = AUTO) -> TrainConfig:
-    """The config of a run from the settings that were ``given`` (``cache`` among them) and a recipe's for the others.
+    """The config of a run from the settings that were ``given`` (``cache`` among them) and a
+    recipe's for the others.
 
-    ``auto`` takes the recipe of the store's target if there is one, else the general defaults; ``none`` always those.
+    ``auto`` takes the recipe of the store's target if there is one, else the general defaults;
+    ``none`` always those.
     """
     from dspark.cache.reader import read_manifest
 
@@ -110,7 +121,9 @@ def configure(given: Mapping[str, Any], recipe: str = AUTO) -> TrainConfig:
     elif recipe != NONE:
         by_name = {name.lower(): r for name, r in recipes().items()}
         if recipe.lower() not in by_name:
-            raise UsageError(f"--recipe {recipe}: expected {AUTO}, {NONE} or one of {', '.join(recipes())}")
+            raise UsageError(
+                f"--recipe {recipe}: expected {AUTO}, {NONE} or one of {', '.join(recipes())}"
+            )
         chosen = by_name[recipe.lower()]
         chosen.check_fits(read_manifest(given["cache"]).target, given["cache"])
     kind = drafter(str(given.get("speculator_type", TrainConfig(cache="").speculator_type)))

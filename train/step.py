@@ -1,6 +1,8 @@
-"""One optimizer step: this rank's rows one after the other, their gradients summed with the other ranks', one update.
+"""One optimizer step: this rank's rows one after the other, their gradients summed with the other
+ranks', one update.
 
-Nothing in it waits for the GPU. What all ranks must know before they can weigh a slot (the sums of weights over every row of the step)
+Nothing in it waits for the GPU. What all ranks must know before they can weigh a slot (the sums of
+weights over every row of the step)
 is a few numbers of the rows' masks, exchanged on the host.
 """
 
@@ -26,7 +28,9 @@ from dspark.train.run.sound import largest
 
 @dataclass(frozen=True, slots=True)
 class Share:
-    """What this rank does of a step, and what all do: ``denominators``, ``rows`` and ``tokens`` are of all ranks."""
+    """What this rank does of a step, and what all do: ``denominators``, ``rows`` and ``tokens`` are
+    of all ranks.
+    """
 
     own: list[Row]
     denominators: Denominators
@@ -43,8 +47,8 @@ def share(
 ) -> Share:
     """Take the next step's rows and exchange what their ranks must know of each other.
 
-    Errors of any rank's reading raise on all, after ``before_failing()``, which may talk to the other ranks: all are there. It is not
-    called when a rank has gone.
+    Errors of any rank's reading raise on all, after ``before_failing()``, which may talk to the
+    other ranks: all are there. It is not called when a rank has gone.
     """
     own: list[Row] = []
     failed: Exception | None = None
@@ -82,7 +86,8 @@ def step(
 ) -> tuple[Tensor, float]:
     """Optimizer step ``number`` of ``total``; fills ``metrics`` if given.
 
-    Returns float32[3] on the device (the gradient's norm of all ranks, this rank's part of the loss, the largest of its states), and the learning rate.
+    Returns float32[3] on the device (the gradient's norm of all ranks, this rank's part of the
+    loss, the largest of its states), and the learning rate.
     """
     config, model = run.config, run.model
     loss = torch.zeros((), device=run.compute.device)
@@ -97,13 +102,17 @@ def step(
         loss = loss + learn(run, batch, part.denominators, metrics)
     for batch in blanks(run, len(used)):  # never behind a row, so it is the last pass
         nothing(model(batch, model.plan(batch, run.compute.backend))).backward()  # type: ignore[no-untyped-call]
-    lr = learning_rate(number, total, config.lr, config.warmup_ratio, config.min_lr_ratio, config.lr_schedule)
+    lr = learning_rate(
+        number, total, config.lr, config.warmup_ratio, config.min_lr_ratio, config.lr_schedule
+    )
     norm = run.optimizer.step(lr)
     feed.queued()
     return torch.stack([norm.float(), loss.float(), torch.stack(states).amax()]), lr
 
 
-def learn(run: Run, batch: Batch, denominators: Denominators, metrics: SlotMetrics | None) -> Tensor:
+def learn(
+    run: Run, batch: Batch, denominators: Denominators, metrics: SlotMetrics | None
+) -> Tensor:
     """Forward, objective and backward of one row; its part of the step's loss, detached."""
     states: SlotStates = run.model(batch, run.model.plan(batch, run.compute.backend))
     slots = drafter(run.config.speculator_type).slots(batch, states, run.config.decay)
@@ -116,14 +125,17 @@ def learn(run: Run, batch: Batch, denominators: Denominators, metrics: SlotMetri
 
 
 def blanks(run: Run, passed: int) -> Iterator[Batch]:
-    """A batch of padding for a rank of a sharded model that has ``passed`` no row of a step, which always has some: its first pass gathers
-    weights and its last sums gradients, with the other ranks.
+    """A batch of padding for a rank of a sharded model that has ``passed`` no row of a step, which
+    always has some: its first pass gathers weights and its last sums gradients, with the other
+    ranks.
     """
     if run.blank is not None and not passed:
         yield run.blank
 
 
 def nothing(states: SlotStates) -> Tensor:
-    """A loss of 0 that depends on everything a forward gives, so that its backward visits every parameter."""
+    """A loss of 0 that depends on everything a forward gives, so that its backward visits every
+    parameter.
+    """
     parts = [states.h, states.z, states.w2, states.confidence]
     return torch.stack([part[:0].sum().float() for part in parts if part is not None]).sum()

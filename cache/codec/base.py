@@ -1,26 +1,35 @@
 """The seam that every codec plugs into: hidden states -> the arrays that are stored, and back.
 
-A codec belongs to a whole store: it codes the aux layers and the last state together, so that one may be predicted from the other. It is chosen and
-recorded by name (``registry.py``), is a frozen object, and works on whatever device the states are on: a dump encodes where the states are and only codes
-leave the device; a trainer moves codes and decodes on the GPU.
+A codec belongs to a whole store: it codes the aux layers and the last state together, so that one
+may be predicted from the other. It is chosen and recorded by name (``registry.py``), is a frozen
+object, and works on whatever device the states are on: a dump encodes where the states are and only
+codes leave the device; a trainer moves codes and decodes on the GPU.
 
-To add one, write a module with a ``Family`` and name it in ``registry.FAMILIES``. The family makes a codec by name (``make``) and from what a store
-recorded (``load``). The codec:
+To add one, write a module with a ``Family`` and name it in ``registry.FAMILIES``. The family makes
+a codec by name (``make``) and from what a store recorded (``load``). The codec:
 
-- declares its arrays under the names that they have on disk, each an ``ArraySpec``. The axis says what a row is, and the name's first word says the axis:
-  ``last_...`` has a row per stored last state, ``exact_...`` a row per token that is stored exactly, and any other (``aux_code``) a row per
-  token. An array of axis ``exact`` has as many rows as the codec likes; the codec then also returns ``EXACT_TOKEN`` int64[X], rising: the token (counted from the batch's first) of each row. The store
-  keeps the position within the sample, and equal rows once per part;
-- may ask for chunks in column-major order (``order="columns"``, Zarr's ``transpose`` codec), so that what repeats along tokens lies together for zstd;
-- may predict from the tokens (``needs_tokens``): ``encode`` and ``decode`` then get ``Tokens``: ids, sample starts, the token of each last state, and
-  the target's frozen embedding. Others get None and their callers build nothing;
-- may learn from a sample of states (``calibrated``). What it learnt are tensors (``calibration``), which a store keeps in a file of their own, hashed into its
-  plan; everything else that decoding needs is in ``params`` (JSON).
+- declares its arrays under the names that they have on disk, each an ``ArraySpec``. The axis says
+  what a row is, and the name's first word says the axis:
+  ``last_...`` has a row per stored last state, ``exact_...`` a row per token that is stored
+  exactly, and any other (``aux_code``) a row per token. An array of axis ``exact`` has as many rows
+  as the codec likes; the codec then also returns ``EXACT_TOKEN`` int64[X], rising: the token
+  (counted from the batch's first) of each row. The store keeps the position within the sample, and
+  equal rows once per part;
+- may ask for chunks in column-major order (``order="columns"``, Zarr's ``transpose`` codec), so
+  that what repeats along tokens lies together for zstd;
+- may predict from the tokens (``needs_tokens``): ``encode`` and ``decode`` then get ``Tokens``:
+  ids, sample starts, the token of each last state, and the target's frozen embedding. Others get
+  None and their callers build nothing;
+- may learn from a sample of states (``calibrated``). What it learnt are tensors (``calibration``),
+  which a store keeps in a file of their own, hashed into its plan; everything else that decoding
+  needs is in ``params`` (JSON).
 
-Decoding a sample must not depend on the other samples of its batch: any sample can be read alone. Within a sample a codec may look at earlier tokens' ids,
-never at their codes. Equal samples get equal codes.
+Decoding a sample must not depend on the other samples of its batch: any sample can be read alone.
+Within a sample a codec may look at earlier tokens' ids, never at their codes. Equal samples get
+equal codes.
 
-Legend: T tokens of a batch (padding may follow the last sample when decoding), M stored last states, N samples, L aux layers, H hidden size, V vocabulary.
+Legend: T tokens of a batch (padding may follow the last sample when decoding), M stored last
+states, N samples, L aux layers, H hidden size, V vocabulary.
 """
 
 from __future__ import annotations
@@ -55,10 +64,11 @@ def axis_of(name: str) -> Axis:
 
 @dataclass(frozen=True, slots=True)
 class ArraySpec:
-    """One stored array of a codec: rows of shape ``[layers, width]``, or ``[width]`` where ``layers`` is 0.
+    """One stored array of a codec: rows of shape ``[layers, width]``, or ``[width]`` where
+    ``layers`` is 0.
 
-    ``pack``: how it is kept (``settings.PACKINGS``). ``axis``: what a row is. ``order``: of the values inside a chunk. ``chunk``: rows per chunk, None: the
-    store's own choice.
+    ``pack``: how it is kept (``settings.PACKINGS``). ``axis``: what a row is. ``order``: of the
+    values inside a chunk. ``chunk``: rows per chunk, None: the store's own choice.
     """
 
     dtype: str
@@ -82,8 +92,10 @@ class ArraySpec:
 class Tokens:
     """What a codec may predict from, on the device of the states or codes.
 
-    ``input_ids`` int64[T]. ``sample_start`` int64[N + 1]: first token of each sample, then the end of the last one (T, or less where padding follows).
-    ``last_token`` int64[M]: the token of each stored last state. ``embedding`` [V, H]: the target's frozen input embedding.
+    ``input_ids`` int64[T]. ``sample_start`` int64[N + 1]: first token of each sample, then the end
+    of the last one (T, or less where padding follows).
+    ``last_token`` int64[M]: the token of each stored last state. ``embedding`` [V, H]: the target's
+    frozen input embedding.
     ``head`` [V, H]: its output matrix, where a codec is to learn (None: the embedding).
     """
 
@@ -95,7 +107,9 @@ class Tokens:
 
 
 class Codec(Protocol):
-    """How the states of a store are coded; see the module's text. ``pack``: how most of its arrays are kept."""
+    """How the states of a store are coded; see the module's text. ``pack``: how most of its arrays
+    are kept.
+    """
 
     @property
     def name(self) -> str:
@@ -108,7 +122,9 @@ class Codec(Protocol):
     def pack(self) -> str: ...
     @property
     def bits(self) -> tuple[int | None, int | None]:
-        """Nominal bits per value of the aux layers and of the last state; None where only a store's size tells."""
+        """Nominal bits per value of the aux layers and of the last state; None where only a store's
+        size tells.
+        """
         ...
 
     @property
@@ -123,16 +139,24 @@ class Codec(Protocol):
         ...
 
     def least_tokens(self, layers: int, hidden: int) -> int:
-        """Tokens of a corpus that is worth calibrating on; with fewer another codec is smaller or better. 0: any."""
+        """Tokens of a corpus that is worth calibrating on; with fewer another codec is smaller or
+        better. 0: any.
+        """
         ...
 
     def arrays(self, layers: int, hidden: int) -> dict[str, ArraySpec]: ...
     def disk_bytes(self, layers: int, hidden: int, last_share: float = 1.0) -> float:
-        """Expected bytes of states per token on disk, exact where nothing is compressed; ``last_share`` = stored last states / tokens."""
+        """Expected bytes of states per token on disk, exact where nothing is compressed;
+        ``last_share`` = stored last states / tokens.
+        """
         ...
 
-    def encode(self, aux: torch.Tensor, last: torch.Tensor, tokens: Tokens | None = None) -> Tensors:
-        """Codes of ``aux`` [T, L, H] and ``last`` [M, H], any float dtype, on their device. Raises EngineError for states that cannot be coded."""
+    def encode(
+        self, aux: torch.Tensor, last: torch.Tensor, tokens: Tokens | None = None
+    ) -> Tensors:
+        """Codes of ``aux`` [T, L, H] and ``last`` [M, H], any float dtype, on their device. Raises
+        EngineError for states that cannot be coded.
+        """
         ...
 
     def decode(
@@ -142,10 +166,14 @@ class Codec(Protocol):
         tokens: Tokens | None = None,
         dtype: torch.dtype | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """``aux`` [T, L, H] and ``last`` [M, H] in ``dtype``, or without one in the narrowest that holds what was stored."""
+        """``aux`` [T, L, H] and ``last`` [M, H] in ``dtype``, or without one in the narrowest that
+        holds what was stored.
+        """
         ...
 
-    def calibrated(self, aux: torch.Tensor, last: torch.Tensor, tokens: Tokens | None = None) -> Codec:
+    def calibrated(
+        self, aux: torch.Tensor, last: torch.Tensor, tokens: Tokens | None = None
+    ) -> Codec:
         """This codec after it has learnt from a sample of what it will code."""
         ...
 
@@ -167,7 +195,12 @@ class Family(Protocol):
         ...
 
     def load(
-        self, name: str, params: Json, pack: str, calibration: Mapping[str, torch.Tensor], where: str
+        self,
+        name: str,
+        params: Json,
+        pack: str,
+        calibration: Mapping[str, torch.Tensor],
+        where: str,
     ) -> Codec:
         """As a store recorded it. Raises FormatVersionError for what this release does not know."""
         ...
@@ -187,7 +220,9 @@ def tokens_of(samples: Sequence[TokenSample], embedding: torch.Tensor) -> Tokens
 
 def join_states(samples: Sequence[CodedSample]) -> Coded:
     """Join the coded states of ``samples`` end to end."""
-    out: Coded = {name: np.concatenate([s.states[name] for s in samples]) for name in samples[0].states}
+    out: Coded = {
+        name: np.concatenate([s.states[name] for s in samples]) for name in samples[0].states
+    }
     if EXACT_TOKEN in out:
         out[EXACT_TOKEN] = np.concatenate(from_first_token(samples))
     return out
@@ -196,7 +231,9 @@ def join_states(samples: Sequence[CodedSample]) -> Coded:
 def from_first_token(samples: Sequence[CodedSample]) -> list[npt.NDArray[np.int64]]:
     """``EXACT_TOKEN`` of each of ``samples``, counted from the first token of the first."""
     start = np.cumsum([0, *(len(s.tokens.input_ids) for s in samples[:-1])])
-    return [s.states[EXACT_TOKEN].astype(np.int64) + at for s, at in zip(samples, start, strict=True)]
+    return [
+        s.states[EXACT_TOKEN].astype(np.int64) + at for s, at in zip(samples, start, strict=True)
+    ]
 
 
 def split_states(
@@ -214,8 +251,12 @@ def split_states(
     pieces = {name: np.split(coded[name], cut[spec.axis]) for name, spec in specs.items()}
     if exact is not None:
         start = [0, *ends[:-1]]
-        pieces[EXACT_TOKEN] = [x - at for x, at in zip(np.split(exact, cut["exact"]), start, strict=True)]
-    return [CodedSample(t, {name: p[i] for name, p in pieces.items()}) for i, t in enumerate(tokens)]
+        pieces[EXACT_TOKEN] = [
+            x - at for x, at in zip(np.split(exact, cut["exact"]), start, strict=True)
+        ]
+    return [
+        CodedSample(t, {name: p[i] for name, p in pieces.items()}) for i, t in enumerate(tokens)
+    ]
 
 
 def check_finite(x: torch.Tensor) -> None:
@@ -226,7 +267,8 @@ def check_finite(x: torch.Tensor) -> None:
         return
     first = (~torch.isfinite(x)).nonzero()[0].tolist()
     raise EngineError(
-        f"hidden state is not finite at {where_of(first)}: found {float(x[tuple(first)])}, expected a finite value. "
+        f"hidden state is not finite at {where_of(first)}: found {float(x[tuple(first)])}, "
+        "expected a finite value. "
         "Run the target in bfloat16 or float32 (float16 overflows on massive activations)."
     )
 

@@ -20,7 +20,9 @@ LOSSLESS_BITS = 12.4  # measured: bfloat16 states of SmolLM2-135M, byte shuffle 
 
 @dataclass(frozen=True, slots=True)
 class Bf16:
-    """The bfloat16 bits of each value. Lossless for a bfloat16 target; a float32 state is rounded to nearest even."""
+    """The bfloat16 bits of each value. Lossless for a bfloat16 target; a float32 state is rounded
+    to nearest even.
+    """
 
     name: str = "bf16"
     bits: int = 16

@@ -1,8 +1,11 @@
-"""Mean and deviation of each channel, from the first states of a dump: what is the same at every token is not coded again.
+"""Mean and deviation of each channel, from the first states of a dump: what is the same at every
+token is not coded again.
 
-About half the energy of a real state is its mean over tokens, and channels differ in deviation by a factor of 10. On SmolLM2-135M (five
-layers, held-out text, 2.0 bits per value) taking both out raises the SNR from 10.2 to 13.4 dB, and the SNR of the average channel against
-its own variance from 4.5 to 10.3 dB; ``bench/codec_frontier.py`` measures it. The decoder pays one multiply-add per value.
+About half the energy of a real state is its mean over tokens, and channels differ in deviation by a
+factor of 10. On SmolLM2-135M (five layers, held-out text, 2.0 bits per value) taking both out
+raises the SNR from 10.2 to 13.4 dB, and the SNR of the average channel against its own variance
+from 4.5 to 10.3 dB; ``bench/codec_frontier.py`` measures it. The decoder pays one multiply-add per
+value.
 
 Legend: T tokens, L aux layers, H hidden size. The vectors are bfloat16, in the manifest, in base64.
 """
@@ -24,39 +27,52 @@ if TYPE_CHECKING:
     from dspark.cache.manifest import Json
 
 CENTRE_KEYS = frozenset({"mean", "deviation"})
-MASSIVE = 10.0  # a row whose norm is this many times its layer's median is left out: first tokens carry massive activations
-LEAST_DEVIATION = 1e-3  # of the layer's median deviation, so that a constant channel does not divide by zero
-# Tokens. For the means 4,000 are enough (250 lose 1.7 dB, 1,000 lose 0.5); the size of the store is measured on them too, and is within 2 % from
-# 15,000 (docs/log/2026-11-22-compact-cache.md).
+# a row whose norm is this many times its layer's median is left out: first tokens carry massive
+# activations
+MASSIVE = 10.0
+# of the layer's median deviation, so that a constant channel does not divide by zero
+LEAST_DEVIATION = 1e-3
+# Tokens. For the means 4,000 are enough (250 lose 1.7 dB, 1,000 lose 0.5); the size of the store is
+# measured on them too, and is within 2 % from 15,000 (docs/log/2026-11-22-compact-cache.md).
 CALIBRATION = 16384
 LEAST_SAMPLES = (
-    32  # samples they are taken from: a corpus is often sorted by topic, and one long sample is one topic
+    # samples they are taken from: a corpus is often sorted by topic, and one long sample is one
+    # topic
+    32
 )
 
 
 def spread(total: int, tokens_a_sample: float, budget: int = CALIBRATION) -> list[int]:
-    """Choose which of ``total`` samples to calibrate on: evenly spread, about ``budget`` tokens in all, and ``LEAST_SAMPLES`` at least."""
+    """Choose which of ``total`` samples to calibrate on: evenly spread, about ``budget`` tokens in
+    all, and ``LEAST_SAMPLES`` at least.
+    """
     wanted = math.ceil(budget / max(tokens_a_sample, 1.0))
     count = min(total, max(LEAST_SAMPLES, wanted))
     return [(2 * i + 1) * total // (2 * count) for i in range(count)]
 
 
 def thin(states: torch.Tensor, samples: int, budget: int = CALIBRATION) -> torch.Tensor:
-    """Every n-th row of one sample's ``states`` [S, ...], so that ``samples`` long ones stay within about ``budget`` rows in all."""
+    """Every n-th row of one sample's ``states`` [S, ...], so that ``samples`` long ones stay within
+    about ``budget`` rows in all.
+    """
     step = states.shape[0] * samples // budget
     return states[::step].clone() if step > 1 else states
 
 
 @dataclass(frozen=True, slots=True)
 class Centre:
-    """``mean`` and ``deviation``: little-endian bfloat16 of [L, H] (or [H]), as bytes so that a codec stays hashable."""
+    """``mean`` and ``deviation``: little-endian bfloat16 of [L, H] (or [H]), as bytes so that a
+    codec stays hashable.
+    """
 
     mean: bytes
     deviation: bytes
 
     @classmethod
     def of(cls, states: torch.Tensor) -> Centre:
-        """From ``states[T, L, H]`` or ``[M, H]``; needs at least two ordinary rows, else nothing is changed (0 and 1)."""
+        """From ``states[T, L, H]`` or ``[M, H]``; needs at least two ordinary rows, else nothing is
+        changed (0 and 1).
+        """
         import torch
 
         x = states.detach()
@@ -78,7 +94,9 @@ class Centre:
             )
         return cls(_pack(torch.stack(means)), _pack(torch.stack(deviations)))
 
-    def tensors(self, hidden: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def tensors(
+        self, hidden: int, device: torch.device
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Mean, deviation and 1 / deviation, float32 [L, H] (or [H]) on ``device``."""
         return _tensors(self, hidden, device)
 
@@ -103,21 +121,25 @@ class Centre:
         """What ``stored`` gave."""
         if set(tensors) != CENTRE_KEYS or tensors["mean"].shape != tensors["deviation"].shape:
             raise DamagedCacheError(
-                f"{where}: the calibration holds {sorted(tensors)} of a field, expected {sorted(CENTRE_KEYS)} of one size"
+                f"{where}: the calibration holds {sorted(tensors)} of a field, expected "
+                f"{sorted(CENTRE_KEYS)} of one size"
             )
         return cls(_pack(tensors["mean"]), _pack(tensors["deviation"]))
 
     @classmethod
     def from_json(cls, params: Mapping[str, Any], where: str) -> Centre:
         try:
-            out = cls(*(base64.b64decode(params[name], validate=True) for name in ("mean", "deviation")))
+            out = cls(
+                *(base64.b64decode(params[name], validate=True) for name in ("mean", "deviation"))
+            )
         except (TypeError, ValueError) as error:
             raise DamagedCacheError(
                 f"{where}: channel means or deviations are not base64: {error}"
             ) from error
         if not out.mean or len(out.mean) != len(out.deviation) or len(out.mean) % 2:
             raise DamagedCacheError(
-                f"{where}: found {len(out.mean)} bytes of channel means and {len(out.deviation)} of deviations, expected two of each per channel"
+                f"{where}: found {len(out.mean)} bytes of channel means and {len(out.deviation)} "
+                "of deviations, expected two of each per channel"
             )
         return out
 

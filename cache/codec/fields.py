@@ -1,6 +1,8 @@
-"""Codecs that code the aux layers and the last state apart: ``lossless`` and ``rotated-A-L`` (A and L bits per value).
+"""Codecs that code the aux layers and the last state apart: ``lossless`` and ``rotated-A-L`` (A and
+L bits per value).
 
-Each field has a codec of its own, which knows arrays ``code`` and ``scale``; a store has them as ``aux_code``, ``last_code`` and so on.
+Each field has a codec of its own, which knows arrays ``code`` and ``scale``; a store has them as
+``aux_code``, ``last_code`` and so on.
 """
 
 from __future__ import annotations
@@ -27,7 +29,9 @@ FIELDS = ("aux", "last")
 
 
 class FieldCodec(Protocol):
-    """How one field is coded. ``arrays``, ``encode``: names without the field's. ``params``: whatever else decoding needs, what was learnt included."""
+    """How one field is coded. ``arrays``, ``encode``: names without the field's. ``params``:
+    whatever else decoding needs, what was learnt included.
+    """
 
     @property
     def name(self) -> str: ...
@@ -62,7 +66,9 @@ class Fields:
 
     @property
     def params(self) -> Json:
-        """By field: its codec, bits and parameters, without the means and deviations that are in the calibration file."""
+        """By field: its codec, bits and parameters, without the means and deviations that are in
+        the calibration file.
+        """
         return {
             field: {"codec": c.name, "bits": c.bits}
             | {k: v for k, v in c.params.items() if k not in CENTRE_KEYS}
@@ -92,14 +98,22 @@ class Fields:
         return 0
 
     def arrays(self, layers: int, hidden: int) -> dict[str, ArraySpec]:
-        aux = {f"aux_{name}": replace(spec, layers=layers) for name, spec in self.aux.arrays(hidden).items()}
-        last = {f"last_{name}": replace(spec, axis="last") for name, spec in self.last.arrays(hidden).items()}
+        aux = {
+            f"aux_{name}": replace(spec, layers=layers)
+            for name, spec in self.aux.arrays(hidden).items()
+        }
+        last = {
+            f"last_{name}": replace(spec, axis="last")
+            for name, spec in self.last.arrays(hidden).items()
+        }
         return aux | last
 
     def disk_bytes(self, layers: int, hidden: int, last_share: float = 1.0) -> float:
         return layers * self.aux.disk_bytes(hidden) + last_share * self.last.disk_bytes(hidden)
 
-    def encode(self, aux: torch.Tensor, last: torch.Tensor, tokens: Tokens | None = None) -> Tensors:
+    def encode(
+        self, aux: torch.Tensor, last: torch.Tensor, tokens: Tokens | None = None
+    ) -> Tensors:
         out = {f"aux_{name}": t for name, t in self.aux.encode(aux).items()}
         return out | {f"last_{name}": t for name, t in self.last.encode(last).items()}
 
@@ -113,7 +127,9 @@ class Fields:
         aux = self.aux.decode(of_field("aux", coded), hidden, dtype)
         return aux, self.last.decode(of_field("last", coded), hidden, dtype)
 
-    def calibrated(self, aux: torch.Tensor, last: torch.Tensor, tokens: Tokens | None = None) -> Fields:
+    def calibrated(
+        self, aux: torch.Tensor, last: torch.Tensor, tokens: Tokens | None = None
+    ) -> Fields:
         return replace(self, aux=calibrated(self.aux, aux), last=calibrated(self.last, last))
 
     def calibration(self) -> Tensors:
@@ -130,7 +146,11 @@ class Fields:
 
 def of_field(field: str, coded: Mapping[str, Any]) -> dict[str, Any]:
     """The arrays of ``field`` under the names that its codec knows."""
-    return {name.removeprefix(f"{field}_"): x for name, x in coded.items() if name.startswith(f"{field}_")}
+    return {
+        name.removeprefix(f"{field}_"): x
+        for name, x in coded.items()
+        if name.startswith(f"{field}_")
+    }
 
 
 def _with_centre(codec: FieldCodec, like: FieldCodec) -> FieldCodec:
@@ -140,7 +160,9 @@ def _with_centre(codec: FieldCodec, like: FieldCodec) -> FieldCodec:
 
 
 def calibrated(codec: FieldCodec, states: torch.Tensor) -> FieldCodec:
-    """``codec`` centred on ``states`` [T, L, H] or [M, H], if it is one that can be and there are any."""
+    """``codec`` centred on ``states`` [T, L, H] or [M, H], if it is one that can be and there are
+    any.
+    """
     return codec.calibrated(states) if isinstance(codec, Rotated) and states.shape[0] else codec
 
 
@@ -160,19 +182,24 @@ def codec_for(bits: int, pack: str = DEFAULT_PACKING) -> FieldCodec:
     return Rotated(bits, step, levels, pack=pack)
 
 
-# -- what a store records --------------------------------------------------------------------------------------------------
+# -- what a store records --------------------------------------------------------------------------
 
 
 def from_fields(aux: FieldInfo, last: FieldInfo, where: str) -> Fields:
     """The codec of a store of format version 1, whose manifest describes the fields apart."""
-    return Fields(rotated_name(aux.bits, last.bits), field_codec(aux, where), field_codec(last, where))
+    return Fields(
+        rotated_name(aux.bits, last.bits), field_codec(aux, where), field_codec(last, where)
+    )
 
 
 def field_codec(info: FieldInfo, where: str) -> FieldCodec:
-    """The codec of a field as a manifest of version 1 describes it; one that this release would not have written is refused."""
+    """The codec of a field as a manifest of version 1 describes it; one that this release would not
+    have written is refused.
+    """
     if info.pack not in PACKINGS or (info.pack == "none" and info.bits in NEED_ZSTD):
         raise FormatVersionError(
-            f"{where}: {info.bits}-bit states are packed by {info.pack!r}, this release knows {' and '.join(PACKINGS)} (3 and 2 bits: zstd). "
+            f"{where}: {info.bits}-bit states are packed by {info.pack!r}, this release knows "
+            f"{' and '.join(PACKINGS)} (3 and 2 bits: zstd). "
             "Use the dspark release that wrote the store."
         )
     known = codec_for(info.bits, info.pack) if info.bits == 16 or info.bits in SETTINGS else None
@@ -181,7 +208,8 @@ def field_codec(info: FieldInfo, where: str) -> FieldCodec:
     if known is None or (known.name, known.params) != (info.codec, dict(info.params)):
         mine = f"{known.name!r} {known.params}" if known else f"only {sorted([16, *SETTINGS])} bits"
         raise FormatVersionError(
-            f"{where}: states are coded as {info.codec!r} {info.params}, this release knows {mine} for {info.bits} bits. "
+            f"{where}: states are coded as {info.codec!r} {info.params}, this release knows "
+            f"{mine} for {info.bits} bits. "
             "Use the dspark release that wrote the store."
         )
     return known
@@ -202,16 +230,24 @@ class FieldsFamily:
     def make(self, name: str, pack: str) -> Fields:
         bits = rotated_bits(name)
         if bits is None:
-            raise UsageError(f"--codec {name}: expected {LOSSLESS} or rotated-A-L, such as rotated-4-4")
+            raise UsageError(
+                f"--codec {name}: expected {LOSSLESS} or rotated-A-L, such as rotated-4-4"
+            )
         return Fields(name, *(codec_for(b, pack) for b in bits))
 
     def load(
-        self, name: str, params: Json, pack: str, calibration: Mapping[str, torch.Tensor], where: str
+        self,
+        name: str,
+        params: Json,
+        pack: str,
+        calibration: Mapping[str, torch.Tensor],
+        where: str,
     ) -> Fields:
         known = self.make(name, pack)
         if known.params != params:
             raise FormatVersionError(
-                f"{where}: codec {name} has parameters {params}, this release knows {known.params}. Use the dspark release that wrote the store."
+                f"{where}: codec {name} has parameters {params}, this release knows "
+                f"{known.params}. Use the dspark release that wrote the store."
             )
         centres = {
             field: Centre.from_tensors(of_field(field, calibration), where)

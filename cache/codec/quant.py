@@ -1,11 +1,14 @@
-"""Numbers of the quantiser: reconstruction levels, the logarithmic scale, and the bits an entropy coder needs. No I/O, no torch.
+"""Numbers of the quantiser: reconstruction levels, the logarithmic scale, and the bits an entropy
+coder needs. No I/O, no torch.
 
-Levels are integers in units of 1/64 sigma that bfloat16 holds exactly. A group's decoded values before its scale are therefore sums of small
-integers, exact in float32 in any order: a matrix product on any device gives the same bits as the specification.
+Levels are integers in units of 1/64 sigma that bfloat16 holds exactly. A group's decoded values
+before its scale are therefore sums of small integers, exact in float32 in any order: a matrix
+product on any device gives the same bits as the specification.
 
-Each level is the mean of a unit Gaussian over its cell. Then ``E[state | code]`` is the decoded value, so a linear layer trained on decoded states
-is unbiased on exact ones (with cell midpoints it would learn a shrunken weight), and the distance to the Gaussian rate-distortion bound is
-1.53 dB at every step from 0.4 to 2 sigma; midpoints lose a further 0.1 dB at 0.6 and 0.8 dB at 1.4.
+Each level is the mean of a unit Gaussian over its cell. Then ``E[state | code]`` is the decoded
+value, so a linear layer trained on decoded states is unbiased on exact ones (with cell midpoints it
+would learn a shrunken weight), and the distance to the Gaussian rate-distortion bound is 1.53 dB at
+every step from 0.4 to 2 sigma; midpoints lose a further 0.1 dB at 0.6 and 0.8 dB at 1.4.
 """
 
 from __future__ import annotations
@@ -29,7 +32,9 @@ def scale_table() -> np.ndarray[tuple[int, ...], np.dtype[np.float32]]:
 
 
 def gaussian_levels(step: float, count: int) -> list[int]:
-    """The positive half of ``count`` levels for cells ``[k step, (k + 1) step)``, the last one open: cell means in 1/64 sigma."""
+    """The positive half of ``count`` levels for cells ``[k step, (k + 1) step)``, the last one
+    open: cell means in 1/64 sigma.
+    """
     half = count // 2
     edges = [k * step for k in range(half)] + [math.inf]
     out = []
@@ -41,7 +46,9 @@ def gaussian_levels(step: float, count: int) -> list[int]:
 
 
 def entropy(step: float, count: int) -> float:
-    """Bits a value that an ideal entropy coder spends on a unit Gaussian in ``count`` cells of width ``step``, the outer ones open."""
+    """Bits a value that an ideal entropy coder spends on a unit Gaussian in ``count`` cells of
+    width ``step``, the outer ones open.
+    """
     half = count // 2
     edges = [k * step for k in range(half)] + [math.inf]
     shares = [_tail(a) - _tail(b) for a, b in pairwise(edges)]
@@ -50,7 +57,9 @@ def entropy(step: float, count: int) -> float:
 
 @lru_cache(maxsize=32)
 def distortion(step: float, levels: tuple[int, ...]) -> float:
-    """Mean squared error, in sigma^2, of a unit Gaussian in cells of width ``step`` decoded to ``levels`` (1/64 sigma)."""
+    """Mean squared error, in sigma^2, of a unit Gaussian in cells of width ``step`` decoded to
+    ``levels`` (1/64 sigma).
+    """
     out = 1.0
     for k, level in enumerate(levels):
         a, b = k * step, (k + 1) * step if k + 1 < len(levels) else math.inf
@@ -60,7 +69,9 @@ def distortion(step: float, levels: tuple[int, ...]) -> float:
 
 
 def level_table(levels: Sequence[int]) -> np.ndarray[tuple[int, ...], np.dtype[np.float32]]:
-    """Level of each code, float32[2 * len(levels)], in 1/64 sigma: the negatives, then ``levels``."""
+    """Level of each code, float32[2 * len(levels)], in 1/64 sigma: the negatives, then
+    ``levels``.
+    """
     return np.array([-v for v in reversed(levels)] + list(levels), dtype=np.float32)
 
 

@@ -40,7 +40,9 @@ def names() -> list[str]:
 
 
 def make(name: str, pack: str = DEFAULT_PACKING) -> Codec:
-    """Make the codec that ``--codec`` and ``--pack`` name (a short name such as ``default``, or a full one), not calibrated yet."""
+    """Make the codec that ``--codec`` and ``--pack`` name (a short name such as ``default``, or a
+    full one), not calibrated yet.
+    """
     full = NAMED.get(name, name)
     found = family(full)
     if found is None:
@@ -51,12 +53,16 @@ def make(name: str, pack: str = DEFAULT_PACKING) -> Codec:
 def suited(name: str, asked: bool, tokens: int, layers: int, hidden: int) -> tuple[str, str | None]:
     """The full name of the codec for a corpus of ``tokens``: ``name``, or ``FALLBACK`` and why.
 
-    Raises UsageError where ``name`` was ``asked`` for and the corpus is too small to calibrate it on.
+    Raises UsageError where ``name`` was ``asked`` for and the corpus is too small to calibrate it
+    on.
     """
     least = make(name).least_tokens(layers, hidden)
     if tokens >= least:
         return name, None
-    found = f"{name} is calibrated on the corpus and needs {least:,} tokens of it, about {tokens:,} are there"
+    found = (
+        f"{name} is calibrated on the corpus and needs {least:,} tokens of it, about {tokens:,} "
+        "are there"
+    )
     if asked:
         raise UsageError(
             f"--codec {found}. Give more rows, or choose --codec {FALLBACK} (or leave --codec out)."
@@ -64,16 +70,23 @@ def suited(name: str, asked: bool, tokens: int, layers: int, hidden: int) -> tup
     return FALLBACK, found
 
 
-def load(name: str, params: Json, pack: str, calibration: Mapping[str, torch.Tensor], where: str) -> Codec:
-    """Load the codec that a store recorded. Raises FormatVersionError for one that this release does not know."""
+def load(
+    name: str, params: Json, pack: str, calibration: Mapping[str, torch.Tensor], where: str
+) -> Codec:
+    """Load the codec that a store recorded. Raises FormatVersionError for one that this release
+    does not know.
+    """
     found = family(name)
     if found is None or pack not in PACKINGS:
         what = f"codec {name!r}" if found is None else f"packing {pack!r}"
         raise FormatVersionError(
-            f"{where}: {what} is not known to this release (codecs {', '.join(names())}; packings {', '.join(PACKINGS)}). "
+            f"{where}: {what} is not known to this release (codecs {', '.join(names())}; "
+            f"packings {', '.join(PACKINGS)}). "
             "Use the dspark release that wrote the store."
         )
     try:
         return found.load(name, params, pack, calibration, where)
     except UsageError as error:
-        raise FormatVersionError(f"{where}: {error}. Use the dspark release that wrote the store.") from error
+        raise FormatVersionError(
+            f"{where}: {error}. Use the dspark release that wrote the store."
+        ) from error

@@ -1,7 +1,7 @@
 """Rotated groups in a few cells per value: 8, 4, 3 or 2 bits.
 
-Pure arithmetic on one token row, with no state from one token to another, so any row can be read alone. docs/format.md specifies the arrays, and golden-byte
-tests hold them.
+Pure arithmetic on one token row, with no state from one token to another, so any row can be read
+alone. docs/format.md specifies the arrays, and golden-byte tests hold them.
 """
 
 from __future__ import annotations
@@ -37,21 +37,26 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("dspark.cache")
 SCALE_BITS = 3.1  # measured on SmolLM2-135M's states: zstd of the scale codes, 8 bits each before
-HUFFMAN_EXCESS = 0.03  # measured: bits per value that zstd level 1 needs above the entropy of the cells
+# measured: bits per value that zstd level 1 needs above the entropy of the cells
+HUFFMAN_EXCESS = 0.03
 TRIED = 192  # rows on which a machine's encoding kernel is tried
 
 
 @dataclass(frozen=True, slots=True)
 class Rotated:
-    """Groups of g channels are rotated (``rotation.py``), divided by one scale and put into 16 or 256 cells per value.
+    """Groups of g channels are rotated (``rotation.py``), divided by one scale and put into 16 or
+    256 cells per value.
 
-    ``bits`` is what a value takes on disk, nearly: nibbles are stored and zstd's Huffman stage takes out what the cells' unequal
-    shares leave over. So a coarser ``step`` is a smaller store with the same arrays and the same decoder, at 1.5 dB from the Gaussian bound,
-    where packing a fixed 3 or 2 bits is 2.5 dB from it.
+    ``bits`` is what a value takes on disk, nearly: nibbles are stored and zstd's Huffman stage
+    takes out what the cells' unequal shares leave over. So a coarser ``step`` is a smaller store
+    with the same arrays and the same decoder, at 1.5 dB from the Gaussian bound, where packing a
+    fixed 3 or 2 bits is 2.5 dB from it.
 
     ``centre``: channel means and deviations taken out before and put back after; see ``centre.py``.
-    ``step``: cell width in sigma (encoder only). ``levels``: integers in 1/64 sigma, positive half (decoder only).
-    Stored: ``code`` uint8 (two values per byte, the even channel low; or one), ``scale`` uint8 per group, 2^((k - 128) / 4).
+    ``step``: cell width in sigma (encoder only). ``levels``: integers in 1/64 sigma, positive half
+    (decoder only).
+    Stored: ``code`` uint8 (two values per byte, the even channel low; or one), ``scale`` uint8 per
+    group, 2^((k - 128) / 4).
     """
 
     bits: int
@@ -68,7 +73,9 @@ class Rotated:
         return {**base, **(self.centre.to_json() if self.centre else {})}
 
     def calibrated(self, states: torch.Tensor) -> Rotated:
-        """This codec with the channel means and deviations of ``states[T, L, H]`` or ``[M, H]``, a sample of what it will code."""
+        """This codec with the channel means and deviations of ``states[T, L, H]`` or ``[M, H]``, a
+        sample of what it will code.
+        """
         return replace(self, centre=Centre.of(states))
 
     @property
@@ -79,7 +86,8 @@ class Rotated:
         g = group_size(hidden, self.group_limit)
         if g < GROUP_LEAST:
             raise UsageError(
-                f"hidden size {hidden} is not a multiple of {GROUP_LEAST}, which {self.bits} bits need; choose 16 bits"
+                f"hidden size {hidden} is not a multiple of {GROUP_LEAST}, which {self.bits} "
+                "bits need; choose 16 bits"
             )
         return g
 
@@ -101,7 +109,9 @@ class Rotated:
             from dspark.cache.codec import rotated_encode_kernel as fused_encode
 
             hidden = x.shape[-1]
-            if self.group(hidden) >= fused_encode.LEAST_GROUP and trusted(self, hidden, x.device, x.dtype):
+            if self.group(hidden) >= fused_encode.LEAST_GROUP and trusted(
+                self, hidden, x.device, x.dtype
+            ):
                 return fused_encode.encode(self, x)
         return self.encode_plain(x)
 
@@ -116,7 +126,8 @@ class Rotated:
             mean, _, inverse = self.centre.tensors(hidden, x.device)
             z = (z.float() - mean) * inverse
         groups = z.reshape(-1, g)
-        # A block of groups goes through all passes while it is in the processor's cache; a GPU only needs its memory bounded.
+        # A block of groups goes through all passes while it is in the processor's cache; a GPU only
+        # needs its memory bounded.
         size = (1 << 18 if x.device.type == "cpu" else 1 << 26) // g
         empty = torch.empty(0, dtype=torch.uint8, device=x.device)
         codes, scales = [empty], [empty]
@@ -130,8 +141,12 @@ class Rotated:
             "scale": torch.cat(scales).view(*lead, hidden // g),
         }
 
-    def _encode_block(self, groups: torch.Tensor, whole: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return code uint8[N, bytes per group] and scale uint8[N] of centred float32 ``groups[N, g]``; ``whole``: the states they are of, for messages."""
+    def _encode_block(
+        self, groups: torch.Tensor, whole: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return code uint8[N, bytes per group] and scale uint8[N] of centred float32 ``groups[N,
+        g]``; ``whole``: the states they are of, for messages.
+        """
         import torch
 
         g = groups.shape[1]
@@ -150,11 +165,15 @@ class Rotated:
         check_finite(x)
         _refuse_huge(x)
 
-    def _quantise(self, y: torch.Tensor, squares: torch.Tensor, g: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cells (float32[g, N], counted from 0) and scale codes (int32[N]) of rotated groups ``y[g, N]``.
+    def _quantise(
+        self, y: torch.Tensor, squares: torch.Tensor, g: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cells (float32[g, N], counted from 0) and scale codes (int32[N]) of rotated groups ``y[g,
+        N]``.
 
-        The scale is the group's RMS. A group that is far from Gaussian (one massive channel rotates into coefficients that are all
-        plus or minus sigma, in the middle of a wide cell; a row of the transform itself into one spike) is tried at other scales.
+        The scale is the group's RMS. A group that is far from Gaussian (one massive channel rotates
+        into coefficients that are all plus or minus sigma, in the middle of a wide cell; a row of
+        the transform itself into one spike) is tried at other scales.
         """
         import torch
 
@@ -176,7 +195,9 @@ class Rotated:
         return cells, k
 
     def _cells(self, y: torch.Tensor, k: torch.Tensor, g: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return cells of ``y[g, N]`` at scale codes ``k[N]``, and the mean squared error of a group over g^2, float32[N]."""
+        """Return cells of ``y[g, N]`` at scale codes ``k[N]``, and the mean squared error of a
+        group over g^2, float32[N].
+        """
         import torch
 
         half = len(self.levels)
@@ -190,7 +211,9 @@ class Rotated:
     def decode(
         self, coded: Mapping[str, torch.Tensor], hidden: int, dtype: torch.dtype | None = None
     ) -> torch.Tensor:
-        """``dtype``: float32 if not given. On CUDA one kernel (``fused.py``), with the same bits as ``decode_plain``."""
+        """``dtype``: float32 if not given. On CUDA one kernel (``fused.py``), with the same bits as
+        ``decode_plain``.
+        """
         import torch
 
         dtype = dtype or torch.float32
@@ -214,7 +237,8 @@ class Rotated:
         out = torch.empty(scale.numel(), g, dtype=torch.float32, device=device)
         flat, k = code.reshape(-1, g // self.per_byte), scale.reshape(-1).to(torch.int32)
         size = (1 << 18 if device.type == "cpu" else 1 << 26) // g
-        # Autocast would round the product to 16 bits. Its terms are small integers: exact in float32 (and TF32) in any order.
+        # Autocast would round the product to 16 bits. Its terms are small integers: exact in
+        # float32 (and TF32) in any order.
         with torch.autocast(device.type, enabled=False):
             for block, to, s in zip(
                 torch.split(flat, size), torch.split(out, size), torch.split(k, size), strict=True
@@ -237,13 +261,16 @@ def _has_triton() -> bool:
 def _refuse_huge(x: torch.Tensor) -> None:
     first = (x.abs() == x.abs().max()).nonzero()[0].tolist()
     raise EngineError(
-        f"hidden state is too large for this codec at {where_of(first)}: found {float(x[tuple(first)])}, expected below 1e9. "
+        f"hidden state is too large for this codec at {where_of(first)}: found "
+        f"{float(x[tuple(first)])}, expected below 1e9. "
         "Real states stay below 1e6: check the target, or store 16 bits."
     )
 
 
 def _scale_code(squares: torch.Tensor) -> torch.Tensor:
-    """Scale code int32[N], 0-255, of each group from ``(rms / sqrt(g))^2``: nearest quarter octave, from exponent and mantissa alone."""
+    """Scale code int32[N], 0-255, of each group from ``(rms / sqrt(g))^2``: nearest quarter octave,
+    from exponent and mantissa alone.
+    """
     import torch
 
     m, e = torch.frexp(squares)
@@ -254,7 +281,9 @@ def _scale_code(squares: torch.Tensor) -> torch.Tensor:
 
 @lru_cache(maxsize=64)
 def _constant(device: torch.device, make: Callable[..., Table], *args: Hashable) -> torch.Tensor:
-    """``make(*args)`` on ``device``, made once; usable outside inference mode regardless of the first caller."""
+    """``make(*args)`` on ``device``, made once; usable outside inference mode regardless of the
+    first caller.
+    """
     import torch
 
     with torch.inference_mode(False):
@@ -263,7 +292,9 @@ def _constant(device: torch.device, make: Callable[..., Table], *args: Hashable)
 
 @lru_cache(maxsize=16)
 def trusted(codec: Rotated, hidden: int, device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether kernel and plain torch give the same bytes here, tried on rows of all magnitudes with a massive channel."""
+    """Whether kernel and plain torch give the same bytes here, tried on rows of all magnitudes with
+    a massive channel.
+    """
     import torch
 
     from dspark.cache.codec import rotated_encode_kernel as kernel
@@ -271,7 +302,10 @@ def trusted(codec: Rotated, hidden: int, device: torch.device, dtype: torch.dtyp
     with torch.inference_mode():
         made = torch.Generator().manual_seed(0)
         rows = len(codec.centre.mean) // 2 // hidden if codec.centre else 1
-        x = torch.randn(TRIED, rows, hidden, generator=made) * torch.logspace(-3, 3, TRIED)[:, None, None]
+        x = (
+            torch.randn(TRIED, rows, hidden, generator=made)
+            * torch.logspace(-3, 3, TRIED)[:, None, None]
+        )
         x[::7, :, 3] = 2e4
         x[0] = 0.0
         x = x.to(dtype).to(device)

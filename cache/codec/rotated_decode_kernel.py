@@ -1,14 +1,17 @@
-"""Decoding of ``rotated`` codes as one Triton kernel: bytes in, states out, nothing in between in memory.
+"""Decoding of ``rotated`` codes as one Triton kernel: bytes in, states out, nothing in between in
+memory.
 
 Legend: T rows (tokens), C groups of a row (L * H / g), g channels of a group.
 
-A program takes one group of channels and runs down the tokens, so the rotation stays in shared memory and the group's means and
-deviations in the nearest cache (in registers they would cost a third of the occupancy). Cells
-become levels by a table of 16 (or 256) entries, and the rotation is a matrix product on the tensor cores: levels and signs are integers that
-float16 holds, their sums are below 2^17, so the product is exact and every later step is one rounding, as ``Rotated.decode_plain`` does it
-(``enable_fp_fusion`` off: a fused multiply-add would round once where that rounds twice). The two agree to the last bit; tests and
-``bench/codec_speed.py`` hold them to it. The low nibbles of a byte are its even channels, so no lane has to be interleaved: even and odd rows
-of the rotation are multiplied apart.
+A program takes one group of channels and runs down the tokens, so the rotation stays in shared
+memory and the group's means and deviations in the nearest cache (in registers they would cost a
+third of the occupancy). Cells become levels by a table of 16 (or 256) entries, and the rotation is
+a matrix product on the tensor cores: levels and signs are integers that float16 holds, their sums
+are below 2^17, so the product is exact and every later step is one rounding, as
+``Rotated.decode_plain`` does it (``enable_fp_fusion`` off: a fused multiply-add would round once
+where that rounds twice). The two agree to the last bit; tests and ``bench/codec_speed.py`` hold
+them to it. The low nibbles of a byte are its even channels, so no lane has to be interleaved: even
+and odd rows of the rotation are multiplied apart.
 
 Import only where triton is there; ``codec`` does so for tensors on CUDA.
 """
@@ -87,7 +90,9 @@ def decode_groups(  # type: ignore[no-untyped-def]
         if CENTRED:
             d = tl.load(deviation + column * G + i)[None, :]
             y = y * d + tl.load(mean + column * G + i)[None, :]
-        tl.store(out + group[:, None] * G + i[None, :], y.to(out.dtype.element_ty), mask=real[:, None])
+        tl.store(
+            out + group[:, None] * G + i[None, :], y.to(out.dtype.element_ty), mask=real[:, None]
+        )
 
 
 def decode(
@@ -98,7 +103,9 @@ def decode(
     launch: Launch = LAUNCH,
     kernel: Any = decode_groups,
 ) -> torch.Tensor:
-    """As ``Rotated.decode_plain`` and then ``.to(dtype)``, bit for bit; groups of ``LEAST_GROUP`` and more."""
+    """As ``Rotated.decode_plain`` and then ``.to(dtype)``, bit for bit; groups of ``LEAST_GROUP``
+    and more.
+    """
     code, scale = coded["code"].contiguous(), coded["scale"].contiguous()
     g = codec.group(hidden)
     assert g >= LEAST_GROUP

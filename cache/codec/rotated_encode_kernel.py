@@ -1,12 +1,15 @@
-"""Encoding of ``rotated`` codes as two Triton kernels: states in, bytes out, once through memory where plain torch goes some thirty times.
+"""Encoding of ``rotated`` codes as two Triton kernels: states in, bytes out, once through memory
+where plain torch goes some thirty times.
 
 Legend: N groups of all rows, C groups of a row (L * H / g), g channels of a group.
 
-Every step is the one rounding that ``Rotated.encode_plain`` makes, in the same order (butterflies and energies halve in registers, ``enable_fp_fusion`` off), so
-the bytes are the same. Groups that are far from Gaussian are listed and tried at other scales by a second kernel: coded by plain torch, those few groups took
-some 150 launches per call and two waits for the device, ten times the kernel's own time; and tried where they are found, one of them makes
-the whole tile do thirteen times the work. Whether this machine's compiler keeps to all that is
-tried once per process on a few rows (``rotated.trusted``); where it does not, plain torch codes everything.
+Every step is the one rounding that ``Rotated.encode_plain`` makes, in the same order (butterflies
+and energies halve in registers, ``enable_fp_fusion`` off), so the bytes are the same. Groups that
+are far from Gaussian are listed and tried at other scales by a second kernel: coded by plain torch,
+those few groups took some 150 launches per call and two waits for the device, ten times the
+kernel's own time; and tried where they are found, one of them makes the whole tile do thirteen
+times the work. Whether this machine's compiler keeps to all that is tried once per process on a few
+rows (``rotated.trusted``); where it does not, plain torch codes everything.
 
 Import only where triton is there.
 """
@@ -52,7 +55,9 @@ def cells_at(  # type: ignore[no-untyped-def]
     G: tl.constexpr,
     LOG: tl.constexpr,
 ):
-    """Cells of ``y[TILE, G]`` at scale codes ``k[TILE]``, and the mean squared error of a group over g^2."""
+    """Cells of ``y[TILE, G]`` at scale codes ``k[TILE]``, and the mean squared error of a group
+    over g^2.
+    """
     t = y * tl.load(per_unit + k)[:, None]
     cell = (tl.minimum(tl.maximum(tl.floor(t), -HALF), HALF - 1) + HALF).to(tl.int32)
     error = energies(t - tl.load(levels + cell), TILE, G, LOG)
@@ -74,7 +79,9 @@ def rotated(  # type: ignore[no-untyped-def]
     CENTRED: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """Groups ``row[TILE]`` centred and rotated, [TILE, G], and their mean squares over g; zeros where not ``real``."""
+    """Groups ``row[TILE]`` centred and rotated, [TILE, G], and their mean squares over g; zeros
+    where not ``real``.
+    """
     i = tl.arange(0, G)
     y = tl.load(x + row[:, None] * G + i[None, :], mask=real[:, None], other=0.0).to(tl.float32)
     if CENTRED:
@@ -92,7 +99,8 @@ def rotated(  # type: ignore[no-untyped-def]
 def scale_code(squares):  # type: ignore[no-untyped-def]
     """Scale code of each group: the nearest quarter octave, from exponent and mantissa alone."""
     bits = squares.to(tl.int32, bitcast=True)
-    m = ((bits & 0x7FFFFF) | (126 << 23)).to(tl.float32, bitcast=True)  # squares = m 2^e, m from 0.5 to 1
+    # squares = m 2^e, m from 0.5 to 1
+    m = ((bits & 0x7FFFFF) | (126 << 23)).to(tl.float32, bitcast=True)
     k = 2 * ((bits >> 23) - 126) + 126
     k += (m >= 0.5946035575013605).to(tl.int32) + (m >= 0.8408964152537145).to(tl.int32)
     k = tl.where((squares > 0) & (k > 0), k, 0)
@@ -107,7 +115,9 @@ def store(  # type: ignore[no-untyped-def]
         low, high = tl.split(tl.reshape(cell, (TILE, G // 2, 2)))
         j = tl.arange(0, G // 2)
         tl.store(
-            code + row[:, None] * (G // 2) + j[None, :], (low | (high << 4)).to(tl.uint8), mask=real[:, None]
+            code + row[:, None] * (G // 2) + j[None, :],
+            (low | (high << 4)).to(tl.uint8),
+            mask=real[:, None],
         )
     else:
         i = tl.arange(0, G)
@@ -180,7 +190,9 @@ def encode_again(  # type: ignore[no-untyped-def]
     CENTRED: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """The groups of ``again`` at twelve other scales; each keeps the best. Programs share them out, as many as there are, so nobody waits for their number."""
+    """The groups of ``again`` at twelve other scales; each keeps the best. Programs share them out,
+    as many as there are, so nobody waits for their number.
+    """
     count = tl.load(told)
     for at in range(tl.program_id(0) * TILE, count, tl.num_programs(0) * TILE):
         lane = at + tl.arange(0, TILE)
@@ -216,9 +228,15 @@ def encode(codec: Cells, x: torch.Tensor) -> dict[str, torch.Tensor]:
     tile = max(1, 4096 // g)
     if groups:
         shape: dict[str, Any] = {
-            "HALF": len(codec.levels), "G": g, "LOG": g.bit_length() - 1, "PACKED": codec.per_byte == 2, "CENTRED": codec.centre is not None,
-            "TILE": tile, "num_warps": 8, "enable_fp_fusion": False,
-        }  # fmt: skip
+            "HALF": len(codec.levels),
+            "G": g,
+            "LOG": g.bit_length() - 1,
+            "PACKED": codec.per_byte == 2,
+            "CENTRED": codec.centre is not None,
+            "TILE": tile,
+            "num_warps": 8,
+            "enable_fp_fusion": False,
+        }
         tiles = triton.cdiv(groups, tile)
         given = (x, *tables, code, scale, again, told)
         far = 2.0 * distortion(codec.step, codec.levels)

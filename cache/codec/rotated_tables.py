@@ -1,4 +1,5 @@
-"""What ``rotated`` codes are looked up in: cell widths, levels, scales. Shared by the codec and its kernels; no torch.
+"""What ``rotated`` codes are looked up in: cell widths, levels, scales. Shared by the codec and its
+kernels; no torch.
 
 Legend: g channels of a group.
 """
@@ -20,7 +21,8 @@ Table = np.ndarray[tuple[int, ...], np.dtype[np.float32]]
 GROUP_LIMIT = 128
 SQUARE_LIMIT = 2.0**63  # (rms / sqrt(g))^2 of a group at the largest scale code
 
-# By bits: cell width in sigma and levels in 1/64 sigma (``gaussian_levels(step, 16)``, written out because they are the format).
+# By bits: cell width in sigma and levels in 1/64 sigma (``gaussian_levels(step, 16)``, written out
+# because they are the format).
 SETTINGS: dict[int, tuple[float, tuple[int, ...]]] = {
     8: (0.03125, tuple(range(1, 256, 2))),
     4: (0.4, (13, 38, 63, 88, 114, 139, 164, 198)),
@@ -47,7 +49,9 @@ class Cells(Protocol):
 
 
 def cells_per_unit(step: float, g: int) -> Table:
-    """1 / (g scale step) of each scale code, float32[256]: turns an unnormalised rotation into cells; 0 for code 0."""
+    """1 / (g scale step) of each scale code, float32[256]: turns an unnormalised rotation into
+    cells; 0 for code 0.
+    """
     scale = scale_table().astype(np.float64)
     return np.divide(1.0, scale * (g * step), out=np.zeros(256), where=scale > 0).astype(np.float32)
 

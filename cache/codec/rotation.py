@@ -1,8 +1,10 @@
-"""The fixed rotation of a group of channels: signs, then a Walsh-Hadamard transform. Pure arithmetic, no randomness.
+"""The fixed rotation of a group of channels: signs, then a Walsh-Hadamard transform. Pure
+arithmetic, no randomness.
 
-A hidden state has a few channels thousands of times larger than the rest. Quantised as it is, the large ones set the step and the
-small ones are lost; after the rotation every coefficient of a group is a sum of all its channels, so the group is close to Gaussian
-and one scale serves it. The signs keep a constant vector (or any other row of the Hadamard matrix) from becoming a single spike.
+A hidden state has a few channels thousands of times larger than the rest. Quantised as it is, the
+large ones set the step and the small ones are lost; after the rotation every coefficient of a group
+is a sum of all its channels, so the group is close to Gaussian and one scale serves it. The signs
+keep a constant vector (or any other row of the Hadamard matrix) from becoming a single spike.
 
 Legend: g channels of a group, N groups. docs/format.md defines the same with formulas.
 """
@@ -25,7 +27,9 @@ def group_size(hidden: int, limit: int) -> int:
 
 
 def fmix32(i: int) -> int:
-    """MurmurHash3's 32-bit finaliser: an integer hash that needs no generator to be reproduced in any language."""
+    """MurmurHash3's 32-bit finaliser: an integer hash that needs no generator to be reproduced in
+    any language.
+    """
     i ^= i >> 16
     i = i * 0x85EBCA6B & 0xFFFFFFFF
     i ^= i >> 13
@@ -34,12 +38,16 @@ def fmix32(i: int) -> int:
 
 
 def signs(g: int) -> np.ndarray[tuple[int, ...], np.dtype[np.float32]]:
-    """Sign of each channel of a group, float32[g]: -1 where ``fmix32(i + 1)`` is odd. The same in every group of a row."""
+    """Sign of each channel of a group, float32[g]: -1 where ``fmix32(i + 1)`` is odd. The same in
+    every group of a row.
+    """
     return np.array([1.0 - 2.0 * (fmix32(i + 1) & 1) for i in range(g)], dtype=np.float32)
 
 
 def hadamard(g: int) -> np.ndarray[tuple[int, ...], np.dtype[np.float32]]:
-    """Walsh-Hadamard matrix in natural order, float32[g, g]: entry ``(i, j)`` is -1 to the number of ones in ``i & j``."""
+    """Walsh-Hadamard matrix in natural order, float32[g, g]: entry ``(i, j)`` is -1 to the number
+    of ones in ``i & j``.
+    """
     out = np.ones((1, 1), dtype=np.float32)
     while out.shape[0] < g:
         out = np.block([[out, out], [out, -out]])
@@ -47,15 +55,20 @@ def hadamard(g: int) -> np.ndarray[tuple[int, ...], np.dtype[np.float32]]:
 
 
 def unrotation(g: int) -> np.ndarray[tuple[int, ...], np.dtype[np.float32]]:
-    """float32[g, g] such that ``rotated[N, g] @ unrotation`` is g times the groups: the matrix, its columns with their signs."""
+    """float32[g, g] such that ``rotated[N, g] @ unrotation`` is g times the groups: the matrix, its
+    columns with their signs.
+    """
     return hadamard(g) * signs(g)
 
 
 def rotate(x: torch.Tensor, flip: torch.Tensor) -> torch.Tensor:
-    """Signs ``flip[g]``, then the transform, not normalised (a factor sqrt(g)), of groups that are columns: float32[g, N] -> [g, N].
+    """Signs ``flip[g]``, then the transform, not normalised (a factor sqrt(g)), of groups that are
+    columns: float32[g, N] -> [g, N].
 
-    Butterflies in a fixed order, each an addition of two float32 numbers, so the result is the same to the last bit on every device;
-    a matrix product would sum in an order of its own. Groups are columns so that every pass runs over contiguous memory.
+    Butterflies in a fixed order, each an addition of two float32 numbers, so the result is the same
+    to the last bit on every device;
+    a matrix product would sum in an order of its own. Groups are columns so that every pass runs
+    over contiguous memory.
     """
     import torch
 
@@ -74,7 +87,9 @@ def rotate(x: torch.Tensor, flip: torch.Tensor) -> torch.Tensor:
 
 
 def energy(x: torch.Tensor) -> torch.Tensor:
-    """Sum of squares of each column, float32[g, N] -> float32[N], halving: entry i plus entry i + g/2, then again."""
+    """Sum of squares of each column, float32[g, N] -> float32[N], halving: entry i plus entry i +
+    g/2, then again.
+    """
     e = x * x
     while e.shape[0] > 1:
         a, b = e.chunk(2)

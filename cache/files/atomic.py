@@ -1,4 +1,6 @@
-"""Writing so that a crash leaves the old state or the new one: write beside, fsync, rename, fsync the folder."""
+"""Writing so that a crash leaves the old state or the new one: write beside, fsync, rename, fsync
+the folder.
+"""
 
 from __future__ import annotations
 
@@ -36,11 +38,16 @@ def fsync_tree(root: Path) -> None:
 
 
 @contextmanager
-def staged(final: Path, *, replace: bool = False, keep: bool = False, token: str = "") -> Iterator[Path]:
-    """The one way to write something whole or not at all: a path beside ``final``, which is fsynced and takes its name when the block ends.
+def staged(
+    final: Path, *, replace: bool = False, keep: bool = False, token: str = ""
+) -> Iterator[Path]:
+    """The one way to write something whole or not at all: a path beside ``final``, which is fsynced
+    and takes its name when the block ends.
 
-    The block makes a file or a folder there. ``replace``: ``final`` may exist and is exchanged for it in one step; without it a folder that exists is an
-    error, or, with ``keep``, stays what it is. ``token``: sets it apart from what other writers make for the same name. After an error nothing of it is left. Raises StoreWriteError.
+    The block makes a file or a folder there. ``replace``: ``final`` may exist and is exchanged for
+    it in one step; without it a folder that exists is an error, or, with ``keep``, stays what it
+    is. ``token``: sets it apart from what other writers make for the same name. After an error
+    nothing of it is left. Raises StoreWriteError.
     """
     path = final.with_name(STAGING + final.name + token)
     with write_errors(final, path):
@@ -60,7 +67,9 @@ def staged(final: Path, *, replace: bool = False, keep: bool = False, token: str
 
 
 def _rename(new: Path, final: Path, keep: bool) -> None:
-    """Give ``new`` the name ``final``; ``keep``: unless a folder has it, then ``new`` is deleted."""
+    """Give ``new`` the name ``final``; ``keep``: unless a folder has it, then ``new`` is
+    deleted.
+    """
     try:
         os.replace(new, final)
     except OSError as error:
@@ -70,7 +79,9 @@ def _rename(new: Path, final: Path, keep: bool) -> None:
 
 
 def _exchange(new: Path, old: Path) -> None:
-    """Folder ``new`` takes the place of folder ``old``, which is deleted. One step where the kernel has one (Linux, most file systems)."""
+    """Folder ``new`` takes the place of folder ``old``, which is deleted. One step where the kernel
+    has one (Linux, most file systems).
+    """
     aside = old.with_name(STAGING + old.name + ".old")
     remove(aside)  # of one that was killed here
     if not _renameat2(new, old):
@@ -102,7 +113,9 @@ def clear_staging(folder: Path) -> None:
 
 @contextmanager
 def write_errors(path: Path, beside: Path | None = None) -> Iterator[None]:
-    """Turn the disk's errors into StoreWriteError with what to do, and delete what was being written ``beside`` ``path``, so that a failed write frees its space."""
+    """Turn the disk's errors into StoreWriteError with what to do, and delete what was being
+    written ``beside`` ``path``, so that a failed write frees its space.
+    """
     try:
         yield
     except (OSError, SafetensorError) as error:
@@ -111,12 +124,14 @@ def write_errors(path: Path, beside: Path | None = None) -> Iterator[None]:
             raise  # tensors that cannot be stored are a mistake of ours, not the disk's
         free = shutil.disk_usage(existing_parent(path)).free
         what = "the disk is full" if number in (errno.ENOSPC, errno.EDQUOT) else str(error)
-        # A disk that failed may fail again here; what is left then is staging, which no reader takes for data.
+        # A disk that failed may fail again here; what is left then is staging, which no reader
+        # takes for data.
         with suppress(OSError):
             remove(beside or path.with_name(STAGING + path.name))
         raise StoreWriteError(
             f"{path} could not be written: {what} ({free / 1e9:.2f} GB free there). "
-            "Everything committed before is intact. Free space (or fix access) and rerun the same command, with --resume if it has that flag."
+            "Everything committed before is intact. Free space (or fix access) and rerun the "
+            "same command, with --resume if it has that flag."
         ) from error
 
 

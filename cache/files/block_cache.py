@@ -1,7 +1,9 @@
 """A bounded folder of pieces of remote objects, shared by all processes of a node.
 
-A piece is ``BLOCK`` bytes of an object, a file of its own with a crc32c behind it: written beside and renamed, so a reader finds it whole or not at all, and
-needs no lock. Whoever has written much looks at the whole folder and deletes what was used longest ago. What cannot be kept (a full disk) is only read again.
+A piece is ``BLOCK`` bytes of an object, a file of its own with a crc32c behind it: written beside
+and renamed, so a reader finds it whole or not at all, and needs no lock. Whoever has written much
+looks at the whole folder and deletes what was used longest ago. What cannot be kept (a full disk)
+is only read again.
 """
 
 from __future__ import annotations
@@ -54,13 +56,17 @@ class BlockCache:
         except ValueError:
             limit = -1.0
         if limit is not None and not 0 <= limit < 1e18:
-            raise UsageError(f"{LIMIT}={asked}: expected gigabytes for pieces of remote stores, 0 for none.")
+            raise UsageError(
+                f"{LIMIT}={asked}: expected gigabytes for pieces of remote stores, 0 for none."
+            )
         if limit is None:
             limit = min(LARGEST, shutil.disk_usage(existing_parent(folder)).free / 2)
         return cls(folder, int(limit))
 
     def read(self, key: str, size: int, start: int, length: int, fetch: Fetch) -> Bytes:
-        """Bytes ``[start, start + length)`` of the object ``key`` of ``size`` bytes; neighbouring pieces that are not here come in one ``fetch``."""
+        """Bytes ``[start, start + length)`` of the object ``key`` of ``size`` bytes; neighbouring
+        pieces that are not here come in one ``fetch``.
+        """
         stop = min(start + length, size)
         if start >= stop:
             return np.empty(0, np.uint8)
@@ -109,7 +115,9 @@ class BlockCache:
             with suppress(OSError):
                 beside.unlink(missing_ok=True)
             if not self._broken:
-                log.warning("%s: pieces of remote stores cannot be kept there: %s", self.folder, error)
+                log.warning(
+                    "%s: pieces of remote stores cannot be kept there: %s", self.folder, error
+                )
             self._broken = True
             return
         self._written += len(data)
@@ -118,7 +126,9 @@ class BlockCache:
             self.evict()
 
     def evict(self) -> None:
-        """Delete what was used longest ago until a tenth of the limit is free; nothing where another process is at it."""
+        """Delete what was used longest ago until a tenth of the limit is free; nothing where
+        another process is at it.
+        """
         with suppress(OSError), open(self.folder / ".evict", "w") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -17,7 +17,9 @@ Span = tuple[int, int, int]  # source, first row, row behind the last
 def rows_known(
     records: Iterable[PartRecord], block_rows: int, sources: Sequence[SourceInfo]
 ) -> dict[int, int]:
-    """Rows of each source, where they are known: the source says it, or a part that ends within its block does."""
+    """Rows of each source, where they are known: the source says it, or a part that ends within its
+    block does.
+    """
     known = {i: s.rows for i, s in enumerate(sources) if s.rows is not None}
     for record in records:
         if record.row_stop % block_rows:
@@ -26,7 +28,9 @@ def rows_known(
 
 
 def missing_rows(parts: Collection[int], rows: Mapping[int, int], block_rows: int) -> list[Span]:
-    """The rows of sources that have ``rows`` rows each that no part of ``parts`` holds; neighbours are one span."""
+    """The rows of sources that have ``rows`` rows each that no part of ``parts`` holds; neighbours
+    are one span.
+    """
     out: list[Span] = []
     for source, count in sorted(rows.items()):
         for block in range(-(-count // block_rows)):
@@ -42,12 +46,18 @@ def missing_rows(parts: Collection[int], rows: Mapping[int, int], block_rows: in
 
 def beyond(parts: Iterable[int], rows: Mapping[int, int], block_rows: int) -> list[int]:
     """Numbers of parts that begin behind the last row of their source."""
-    return [n for n in parts if n % SOURCE_STRIDE * block_rows >= max(rows.get(n // SOURCE_STRIDE, 0), 1)]
+    return [
+        n
+        for n in parts
+        if n % SOURCE_STRIDE * block_rows >= max(rows.get(n // SOURCE_STRIDE, 0), 1)
+    ]
 
 
 def spans(missing: Sequence[Span], most: int = 8) -> str:
     """``missing`` in words: ``rows 0-255 and 1,024-1,279 of source 0``."""
     several = len({source for source, _, _ in missing}) > 1
-    words = [f"{a:,}-{b - 1:,}" + (f" of source {s}" if several else "") for s, a, b in missing[:most]]
+    words = [
+        f"{a:,}-{b - 1:,}" + (f" of source {s}" if several else "") for s, a, b in missing[:most]
+    ]
     more = f" and {len(missing) - most:,} more spans" if len(missing) > most else ""
     return "rows " + ", ".join(words) + more

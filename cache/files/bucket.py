@@ -1,8 +1,11 @@
 """A store in an object store, through obstore: the second implementation of ``Place``.
 
-Nothing is renamed there. A part's objects are written first and its record last, so what a writer that died has left has no record and counts for nothing.
-Where two writers have made one part, the later one to have written all its objects writes the record too: it then fits what lies there, whoever wrote it.
-obstore retries what fails for a while (5xx, slow-downs, cut connections) with growing pauses. Credentials are the library's business and are in no message of ours.
+Nothing is renamed there. A part's objects are written first and its record last, so what a writer
+that died has left has no record and counts for nothing.
+Where two writers have made one part, the later one to have written all its objects writes the
+record too: it then fits what lies there, whoever wrote it.
+obstore retries what fails for a while (5xx, slow-downs, cut connections) with growing pauses.
+Credentials are the library's business and are in no message of ours.
 """
 
 from __future__ import annotations
@@ -61,19 +64,26 @@ def _connected(scheme: str, bucket: str, pid: int) -> Any:
     try:
         from obstore.store import from_url
     except ImportError as error:
-        raise UsageError(f"{scheme}://{bucket}: stores by URL need the package obstore: {EXTRA}") from error
+        raise UsageError(
+            f"{scheme}://{bucket}: stores by URL need the package obstore: {EXTRA}"
+        ) from error
     if scheme == "memory":
         return _memory(bucket)
     options: dict[str, Any] = {
         "retry_config": {
             "max_retries": RETRIES,
             "retry_timeout": PATIENCE,
-            "backoff": {"init_backoff": timedelta(milliseconds=100), "max_backoff": timedelta(seconds=15), "base": 2},
+            "backoff": {
+                "init_backoff": timedelta(milliseconds=100),
+                "max_backoff": timedelta(seconds=15),
+                "base": 2,
+            },
         },
         "client_options": {"timeout": "120s", "connect_timeout": "10s"},
-    }  # fmt: skip
+    }
     endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or ""
-    if scheme == "s3" and endpoint.startswith("http://"):  # somebody's own server, named so on purpose
+    # somebody's own server, named so on purpose
+    if scheme == "s3" and endpoint.startswith("http://"):
         options["client_options"]["allow_http"] = True
     if scheme == "s3" and "AWS_ACCESS_KEY_ID" not in os.environ and "AWS_PROFILE" in os.environ:
         options["credential_provider"] = _profile(bucket)
@@ -88,7 +98,9 @@ def _profile(bucket: str) -> Any:
     try:
         from obstore.auth.boto3 import Boto3CredentialProvider
     except ImportError as error:
-        raise UsageError(f"s3://{bucket}: AWS_PROFILE is read by boto3: pip install boto3") from error
+        raise UsageError(
+            f"s3://{bucket}: AWS_PROFILE is read by boto3: pip install boto3"
+        ) from error
     return Boto3CredentialProvider()
 
 
@@ -106,7 +118,9 @@ class AbsentError(DamagedCacheError, FileNotFoundError):
 
 
 def _again(work: Callable[[], T]) -> T:
-    """``work``, tried again where an answer broke off: the library repeats requests that fail, and not all whose bodies do."""
+    """``work``, tried again where an answer broke off: the library repeats requests that fail, and
+    not all whose bodies do.
+    """
     from obstore.exceptions import GenericError
 
     for pause in PAUSES:
@@ -142,12 +156,15 @@ def _writing(what: Url) -> Iterator[None]:
         yield
     except OSError as error:
         raise StoreWriteError(
-            f"{what} could not be written: {error.strerror}. Everything committed before is intact. Rerun the same command, with --resume if it has that flag."
+            f"{what} could not be written: {error.strerror}. Everything committed before is "
+            "intact. Rerun the same command, with --resume if it has that flag."
         ) from error
 
 
 class RemoteFile:
-    """An object of known ``size``; ``version`` tells its content, so that pieces of it may be kept on this machine."""
+    """An object of known ``size``; ``version`` tells its content, so that pieces of it may be kept
+    on this machine.
+    """
 
     def __init__(self, bucket: Bucket, name: str, size: int, version: str) -> None:
         self._bucket, self._name, self.size, self._version = bucket, name, size, version
@@ -213,7 +230,9 @@ class Bucket:
 
         with _errors(self.where(name)):
             key = self._key(name)
-            return _again(lambda: bytes(obstore.get_range(self._store, key, start=start, length=length)))
+            return _again(
+                lambda: bytes(obstore.get_range(self._store, key, start=start, length=length))
+            )
 
     def size(self, name: str) -> int:
         import obstore
@@ -301,7 +320,9 @@ class Bucket:
             self.upload(folder, name)
 
     def upload(self, folder: Path, name: str, *, new: bool = False) -> None:
-        """Write the files of ``folder`` below ``name``, its own ``zarr.json`` last. ``new``: raises ExistsError where there is one already."""
+        """Write the files of ``folder`` below ``name``, its own ``zarr.json`` last. ``new``: raises
+        ExistsError where there is one already.
+        """
         import obstore
         from obstore.exceptions import AlreadyExistsError
 
@@ -324,7 +345,9 @@ class Bucket:
                 if self.read(to) == data:
                     return
                 if new:
-                    raise ExistsError(f"{self.where(to)} exists: another process has made it.") from error
+                    raise ExistsError(
+                        f"{self.where(to)} exists: another process has made it."
+                    ) from error
                 _again(lambda: obstore.put(self._store, self._key(to), data))
 
     @contextmanager
@@ -357,7 +380,9 @@ class Bucket:
             yield folder
 
     def kept(self, name: str, version: str) -> Path:
-        """A copy of the objects below ``name`` on this machine, made once; ``version``: tells one content from another."""
+        """A copy of the objects below ``name`` on this machine, made once; ``version``: tells one
+        content from another.
+        """
         final = self.pieces.folder.with_name("whole") / f"{self.url.name}-{name}-{version[:24]}"
         sizes = self.sizes(name)
         if {n: (final / n).stat().st_size for n in sizes if (final / n).is_file()} == sizes:
@@ -387,7 +412,9 @@ def parent(url: Url) -> tuple[Bucket, str]:
 
 
 class BucketLocks:
-    """Locks as objects, by conditional puts; an object's version is its ETag. Ages are by the clock of the service's answers."""
+    """Locks as objects, by conditional puts; an object's version is its ETag. Ages are by the clock
+    of the service's answers.
+    """
 
     def __init__(self, bucket: Bucket) -> None:
         self._bucket = bucket
@@ -412,7 +439,8 @@ class BucketLocks:
                 return str(_again(lambda: obstore.put(store, key, data, mode=mode))["e_tag"])
             except NotSupportedError as error:
                 raise StoreWriteError(
-                    f"{where}: this service has no conditional put, so it cannot tell one writer from another. "
+                    f"{where}: this service has no conditional put, so it cannot tell one writer "
+                    "from another. "
                     "Write to a local folder and copy it there."
                 ) from error
 
@@ -439,7 +467,9 @@ class BucketLocks:
         try:
             return self._put(name, data, {"e_tag": version})
         except (PreconditionError, FileNotFoundError, StoreWriteError) as error:
-            if isinstance(error, StoreWriteError) and not isinstance(error.__cause__, FileNotFoundError):
+            if isinstance(error, StoreWriteError) and not isinstance(
+                error.__cause__, FileNotFoundError
+            ):
                 raise
             found = self.read(name)
             return found.version if found and found.data == data else None

@@ -1,6 +1,8 @@
-"""What a codec has learnt, beside the states: one file per store, hashed into the plan, made by the first writer and read by all others.
+"""What a codec has learnt, beside the states: one file per store, hashed into the plan, made by the
+first writer and read by all others.
 
-The file says in its metadata what it was made for, so that it can be taken to another store of the same plan (``--calibration``).
+The file says in its metadata what it was made for, so that it can be taken to another store of the
+same plan (``--calibration``).
 """
 
 from __future__ import annotations
@@ -15,7 +17,13 @@ from typing import TYPE_CHECKING, Any, Self
 from dspark.cache.codec import registry
 from dspark.cache.codec.base import Codec
 from dspark.cache.codec.fields import from_fields
-from dspark.cache.errors import DamagedCacheError, DsparkError, MismatchError, UsageError, read_error
+from dspark.cache.errors import (
+    DamagedCacheError,
+    DsparkError,
+    MismatchError,
+    UsageError,
+    read_error,
+)
 from dspark.cache.files.checksum import file_sha256
 from dspark.cache.files.layout import CALIBRATION, ROOT_KEY
 from dspark.cache.files.place import Place, place_of
@@ -32,7 +40,9 @@ def codec_info(codec: Codec) -> CodecInfo:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MadeFor:
-    """What a calibration is of. ``config_sha256``: of the target's config, as canonical JSON; ``weights_sha256``: of its frozen weights."""
+    """What a calibration is of. ``config_sha256``: of the target's config, as canonical JSON;
+    ``weights_sha256``: of its frozen weights.
+    """
 
     codec: str
     layers: list[int]
@@ -67,7 +77,9 @@ class Supplied:
 
     @classmethod
     def read(cls, path: Path) -> Self:
-        """Without its tensors. Raises UsageError for what is no calibration, DamagedCacheError for one that its store has another hash of."""
+        """Without its tensors. Raises UsageError for what is no calibration, DamagedCacheError for
+        one that its store has another hash of.
+        """
         flag = f"--calibration {path}"
         try:
             sha256 = file_sha256(path)
@@ -77,25 +89,31 @@ class Supplied:
         manifest = _manifest_beside(path)
         if manifest is not None and manifest.codec.calibration_sha256 not in (None, sha256):
             raise DamagedCacheError(
-                f"{flag}: its sha256 is {sha256}, the store that it lies in says {manifest.codec.calibration_sha256}."
+                f"{flag}: its sha256 is {sha256}, the store that it lies in says "
+                f"{manifest.codec.calibration_sha256}."
             )
         if made is None and manifest is not None:
             made = MadeFor.of(manifest)
         if made is None:
             raise UsageError(
-                f"{flag}: does not say what it was made for, as those of releases before do not. Give it where it lies in its store."
+                f"{flag}: does not say what it was made for, as those of releases before do not. "
+                "Give it where it lies in its store."
             )
         return cls(path, sha256, made)
 
     def check(self, codec: Codec, layers: Sequence[int], config: Json | None) -> None:
-        """Raise MismatchError unless a store of ``codec``, ``layers`` and a target with this ``config`` (None: not known yet) takes it."""
+        """Raise MismatchError unless a store of ``codec``, ``layers`` and a target with this
+        ``config`` (None: not known yet) takes it.
+        """
         made, wrong = self.made_for, []
         if made.codec != codec.name:
             wrong.append(f"codec: it is of {made.codec}, this run has {codec.name}")
         if made.layers != list(layers):
             wrong.append(f"layers: it is of {made.layers}, this run has {list(layers)}")
         if config is not None and made.config_sha256 != config_sha256(config):
-            wrong.append(f"target: it is of {made.target}, whose config is another than this target's")
+            wrong.append(
+                f"target: it is of {made.target}, whose config is another than this target's"
+            )
         if wrong:
             raise MismatchError(
                 f"--calibration {self.path}: not a calibration for this store.\n  "
@@ -122,18 +140,25 @@ def _metadata(path: Path, flag: str) -> MadeFor | None:
 
 
 def _manifest_beside(path: Path) -> Manifest | None:
-    """The manifest of the store that ``path`` lies in, None where it is in none that can be read."""
+    """The manifest of the store that ``path`` lies in, None where it is in none that can be
+    read.
+    """
     try:
-        from dspark.cache.files.part import read_attributes  # Zarr comes with it, and a dry run does without
+        # Zarr comes with it, and a dry run does without
+        from dspark.cache.files.part import read_attributes
 
         attributes = read_attributes(place_of(path.parent))
-        return Manifest.from_json(unseal(attributes.get(ROOT_KEY), str(path.parent)), str(path.parent))
+        return Manifest.from_json(
+            unseal(attributes.get(ROOT_KEY), str(path.parent)), str(path.parent)
+        )
     except DsparkError:
         return None
 
 
 def save_calibration(codec: Codec, folder: Path, manifest: Manifest) -> str | None:
-    """Write what ``codec`` has learnt into ``folder`` of the store of ``manifest``; returns the file's sha256, None if it has learnt nothing."""
+    """Write what ``codec`` has learnt into ``folder`` of the store of ``manifest``; returns the
+    file's sha256, None if it has learnt nothing.
+    """
     from safetensors.torch import save_file
 
     learnt = codec.calibration()
@@ -146,7 +171,9 @@ def save_calibration(codec: Codec, folder: Path, manifest: Manifest) -> str | No
 
 
 def stored_codec(store: Place, manifest: Manifest) -> Codec:
-    """The codec of a store. Raises DamagedCacheError unless the calibration file is the one that the plan has the hash of."""
+    """The codec of a store. Raises DamagedCacheError unless the calibration file is the one that
+    the plan has the hash of.
+    """
     if manifest.fields is not None:
         return from_fields(*manifest.fields, str(store.where("")))
     info = manifest.codec
@@ -176,4 +203,6 @@ def read_calibration(path: Path, sha256: str | None) -> dict[str, torch.Tensor]:
     except OSError as error:
         raise read_error(path, error) from error
     except SafetensorError as error:
-        raise DamagedCacheError(f"{path}: the codec's calibration cannot be read: {error}") from error
+        raise DamagedCacheError(
+            f"{path}: the codec's calibration cannot be read: {error}"
+        ) from error

@@ -1,9 +1,11 @@
-"""The sample index: where every sample of a store lies. Derived from the parts and made again from them; both the writer (at finish) and the reader (while
-incomplete) build it here.
+"""The sample index: where every sample of a store lies. Derived from the parts and made again from
+them; both the writer (at finish) and the reader (while incomplete) build it here.
 
-``sample_start`` int64[N+1] and ``sample_last_start`` int64[N+1]: first token / first stored last state of each sample, over the whole store.
-``sample_row`` int64[N], ``sample_turn`` int32[N], ``sample_key`` uint8[N,16]: source row, first supervised turn and conversation key. ``sample_supervised``
-int32[N]: supervised tokens. ``part_first_sample`` int64[P+1]: first sample of each part. ``part_number`` int64[P].
+``sample_start`` int64[N+1] and ``sample_last_start`` int64[N+1]: first token / first stored last
+state of each sample, over the whole store.
+``sample_row`` int64[N], ``sample_turn`` int32[N], ``sample_key`` uint8[N,16]: source row, first
+supervised turn and conversation key. ``sample_supervised`` int32[N]: supervised tokens.
+``part_first_sample`` int64[P+1]: first sample of each part. ``part_number`` int64[P].
 """
 
 from __future__ import annotations
@@ -57,17 +59,23 @@ def build_index(parts: Iterable[Mapping[str, Array]], numbers: Sequence[int]) ->
 def index_specs(index: Mapping[str, Array]) -> list[StoredArray]:
     """How the index is stored: chunks of 65,536 samples."""
     return [
-        StoredArray(name, data.shape, str(data.dtype), 65536, 0 if data.itemsize == 1 else data.itemsize)
+        StoredArray(
+            name, data.shape, str(data.dtype), 65536, 0 if data.itemsize == 1 else data.itemsize
+        )
         for name, data in index.items()
     ]
 
 
 def index_shape(samples: int, parts: int) -> list[StoredArray]:
-    """How the index of a store of so many samples and parts is stored; what ``index_specs`` says of it."""
+    """How the index of a store of so many samples and parts is stored; what ``index_specs`` says of
+    it.
+    """
     empty = build_index([], [])
     more = {"sample_start": 1, "sample_last_start": 1, "part_first_sample": 1}
     counts = {"part": parts, "sample": samples}
-    shapes = {n: (counts[n.partition("_")[0]] + more.get(n, 0), *a.shape[1:]) for n, a in empty.items()}
+    shapes = {
+        n: (counts[n.partition("_")[0]] + more.get(n, 0), *a.shape[1:]) for n, a in empty.items()
+    }
     return [
         StoredArray(n, shapes[n], str(a.dtype), 65536, 0 if a.itemsize == 1 else a.itemsize)
         for n, a in empty.items()
@@ -76,4 +84,7 @@ def index_shape(samples: int, parts: int) -> list[StoredArray]:
 
 def index_sums(index: Mapping[str, Array]) -> dict[str, int]:
     """crc32c of the little-endian bytes of each array of the index."""
-    return {n: of_bytes(np.ascontiguousarray(a, a.dtype.newbyteorder("<"))) for n, a in sorted(index.items())}
+    return {
+        n: of_bytes(np.ascontiguousarray(a, a.dtype.newbyteorder("<")))
+        for n, a in sorted(index.items())
+    }

@@ -1,4 +1,5 @@
-"""Where everything lies in a store, and how many bytes it takes: pure functions, no I/O. docs/format.md says the same in prose.
+"""Where everything lies in a store, and how many bytes it takes: pure functions, no I/O.
+docs/format.md says the same in prose.
 
     hs.zarr/
       zarr.json            Zarr v3 group; attributes.dspark = the manifest, sealed with a crc32c
@@ -8,7 +9,8 @@
         input_ids ...      one array each, one shard file each
       index/               written when the dump finishes: where every sample lies
 
-Legend: T tokens of a part, N samples of a part, M stored last states of a part, L aux layers, H hidden size.
+Legend: T tokens of a part, N samples of a part, M stored last states of a part, L aux layers, H
+hidden size.
 """
 
 from __future__ import annotations
@@ -30,25 +32,41 @@ SOURCE_STRIDE = 10**8  # blocks of a source, at most
 TAG_BYTES = 16
 # Arrays of a part that hold no states.
 PLAIN_ARRAYS = frozenset(
-    {"input_ids", "loss_mask", "sample_start", "sample_last_start", "sample_row", "sample_key", "sample_turn"}
+    {
+        "input_ids",
+        "loss_mask",
+        "sample_start",
+        "sample_last_start",
+        "sample_row",
+        "sample_key",
+        "sample_turn",
+    }
     | {"sample_exact_start", "exact_position", "exact_row"}
 )
 EXACT_START, EXACT_POSITION, EXACT_ROW = "sample_exact_start", "exact_position", "exact_row"
-TARGET_WEIGHTS, TARGET_CONFIG, TARGET_TOKENIZER = "model.safetensors", "config.json", "tokenizer.json"
+TARGET_WEIGHTS, TARGET_CONFIG, TARGET_TOKENIZER = (
+    "model.safetensors",
+    "config.json",
+    "tokenizer.json",
+)
 TARGET_TEMPLATE = "chat_template.jinja"
 
-# Tokens to a chunk of a state array. A random sample of S tokens reads about S + STATE_CHUNK of them, and each chunk costs a fixed
-# time to look up, check and decode; 128 keeps the over-read of a 1,000-token sample near 13 %.
+# Tokens to a chunk of a state array. A random sample of S tokens reads about S + STATE_CHUNK of
+# them, and each chunk costs a fixed time to look up, check and decode; 128 keeps the over-read of a
+# 1,000-token sample near 13 %.
 STATE_CHUNK = 128
-# Where states are kept as they are, a chunk is copied and summed while it is in the processor's second cache; the rows are a power of two.
+# Where states are kept as they are, a chunk is copied and summed while it is in the processor's
+# second cache; the rows are a power of two.
 PLAIN_BYTES, PLAIN_CHUNK = 256 << 10, (32, 256)
 TOKEN_CHUNK = 4096  # of input_ids and loss_mask: 16 kB before compression
 
 
 @dataclass(frozen=True, slots=True)
 class StoredArray:
-    """One array of a part: ``shape``, ``dtype``, inner ``chunk`` along the first axis, byte-shuffle element size (0 = none),
-    zstd level (0 = kept as it is). ``columns``: a chunk is transposed, so that what repeats along rows lies together."""
+    """One array of a part: ``shape``, ``dtype``, inner ``chunk`` along the first axis, byte-shuffle
+    element size (0 = none), zstd level (0 = kept as it is). ``columns``: a chunk is transposed, so
+    that what repeats along rows lies together.
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -60,36 +78,48 @@ class StoredArray:
 
 
 def part_number(source: int, block: int) -> int:
-    """Number of the part that holds block ``block`` of source ``source``; parts are in the order of their numbers."""
+    """Number of the part that holds block ``block`` of source ``source``; parts are in the order of
+    their numbers.
+    """
     assert 0 <= block < SOURCE_STRIDE, block
     return source * SOURCE_STRIDE + block
 
 
 def part_name(number: int, version: int = 2) -> str:
-    """Folder of part ``number``: four digits of the source and eight of the block (version 1: eight of the part)."""
+    """Folder of part ``number``: four digits of the source and eight of the block (version 1: eight
+    of the part).
+    """
     return f"{number:08d}" if version == 1 else f"{number:012d}"
 
 
 def shard_tag(digest: str, number: int, array: str, tokens_sha256: str = "") -> bytes:
-    """What the shard of ``array`` of part ``number`` begins with: it belongs to no other array, part, plan or, with ``tokens_sha256``, tokens."""
+    """What the shard of ``array`` of part ``number`` begins with: it belongs to no other array,
+    part, plan or, with ``tokens_sha256``, tokens.
+    """
     own = f"{digest} {part_name(number)} {array}" + (f" {tokens_sha256}" if tokens_sha256 else "")
     return hashlib.sha256(own.encode()).digest()[:TAG_BYTES]
 
 
 @dataclass(frozen=True, slots=True)
 class PartLayout:
-    """What arrays the parts of a store have: its codec's, of ``layers`` aux layers of ``hidden`` channels, and those of tokens and samples."""
+    """What arrays the parts of a store have: its codec's, of ``layers`` aux layers of ``hidden``
+    channels, and those of tokens and samples.
+    """
 
     codec: Codec
     layers: int
     hidden: int
 
     def small(self, tokens: int, samples: int, exact: int, version: int = 2) -> list[StoredArray]:
-        """The arrays of a part with T tokens, N samples and X exactly stored tokens that are not states."""
+        """The arrays of a part with T tokens, N samples and X exactly stored tokens that are not
+        states.
+        """
         # Ids and mask are kept like the states: unpacking them would be a fifth of a read.
         plain = self.codec.pack == "none"
         out = [
-            StoredArray("input_ids", (tokens,), "int32", TOKEN_CHUNK, 0 if plain else 4, 0 if plain else 3),
+            StoredArray(
+                "input_ids", (tokens,), "int32", TOKEN_CHUNK, 0 if plain else 4, 0 if plain else 3
+            ),
             StoredArray("loss_mask", (tokens,), "bool", TOKEN_CHUNK, 0, 0 if plain else 3),
             StoredArray("sample_start", (samples + 1,), "int64", samples + 1, 8),
             StoredArray("sample_last_start", (samples + 1,), "int64", samples + 1, 8),
@@ -114,13 +144,22 @@ class PartLayout:
         ]
 
     def distinct(self, rows: int) -> list[StoredArray]:
-        """The codec's arrays of exactly stored tokens, of which a part has ``rows`` different ones."""
+        """The codec's arrays of exactly stored tokens, of which a part has ``rows`` different
+        ones.
+        """
         return [state_array(n, (rows, *s.row_shape), s) for n, s in self.exact.items()]
 
     def arrays(
-        self, tokens: int, samples: int, last_rows: int, exact: tuple[int, int] = (0, 0), version: int = 2
+        self,
+        tokens: int,
+        samples: int,
+        last_rows: int,
+        exact: tuple[int, int] = (0, 0),
+        version: int = 2,
     ) -> list[StoredArray]:
-        """Every array of a part; ``exact``: tokens stored exactly, and different rows among them."""
+        """Every array of a part; ``exact``: tokens stored exactly, and different rows among
+        them.
+        """
         small = self.small(tokens, samples, exact[0], version)
         return small + self.states(tokens, last_rows) + self.distinct(exact[1])
 
@@ -139,9 +178,11 @@ class PartLayout:
 
 def state_array(name: str, shape: tuple[int, ...], spec: ArraySpec) -> StoredArray:
     """How array ``spec`` of a codec is stored."""
-    # Packed codes have no byte structure to shuffle; 16-bit values do (exponent bytes repeat, mantissa bytes do not).
-    # Level 1 for codes: only their entropy can be taken out, no level finds repeats. Level 3 for 16-bit values: on SmolLM2 states one core
-    # packs 360, 132, 43 MB/s at levels 1, 3, 5 for ratios 1.23, 1.29, 1.37 (docs/log/2026-11-22-where-the-time-went.md).
+    # Packed codes have no byte structure to shuffle; 16-bit values do (exponent bytes repeat,
+    # mantissa bytes do not).
+    # Level 1 for codes: only their entropy can be taken out, no level finds repeats. Level 3 for
+    # 16-bit values: on SmolLM2 states one core packs 360, 132, 43 MB/s at levels 1, 3, 5 for ratios
+    # 1.23, 1.29, 1.37 (docs/log/2026-11-22-where-the-time-went.md).
     if spec.pack == "none":
         assert spec.order == "rows", name
         row = int(np.prod(shape[1:])) * np.dtype(spec.dtype).itemsize
@@ -157,12 +198,17 @@ def state_array(name: str, shape: tuple[int, ...], spec: ArraySpec) -> StoredArr
 
 
 def raw_bytes_per_token(layers: int, hidden: int) -> int:
-    """The uncompressed bf16 layout that others use: ids 4 + two mask bytes, L aux layers and the last state at every token."""
+    """The uncompressed bf16 layout that others use: ids 4 + two mask bytes, L aux layers and the
+    last state at every token.
+    """
     return 6 + 2 * hidden * (layers + 1)
 
 
-def stored_bytes_per_token(layers: int, hidden: int, codec: Codec, last_share: float = 1.0) -> float:
-    """Bytes of states per token before lossless compression, which no store exceeds; ``last_share`` = stored last states / tokens.
+def stored_bytes_per_token(
+    layers: int, hidden: int, codec: Codec, last_share: float = 1.0
+) -> float:
+    """Bytes of states per token before lossless compression, which no store exceeds; ``last_share``
+    = stored last states / tokens.
 
     Tokens that are stored exactly are not counted: they are few.
     """
@@ -173,14 +219,15 @@ def stored_bytes_per_token(layers: int, hidden: int, codec: Codec, last_share: f
 def disk_bytes_per_token(layers: int, hidden: int, codec: Codec, last_share: float = 1.0) -> float:
     """Expected bytes per token on disk: states, ids and mask, and a share of a part's metadata.
 
-    Without zstd exact. With it, below 16 bits, from the entropy of Gaussian cells: right within 2 % where nothing repeats, more than it takes
-    otherwise (``sizing.py``).
+    Without zstd exact. With it, below 16 bits, from the entropy of Gaussian cells: right within 2 %
+    where nothing repeats, more than it takes otherwise (``sizing.py``).
     """
     return token_bytes(codec) + codec.disk_bytes(layers, hidden, last_share)
 
 
 def token_bytes(codec: Codec) -> float:
-    """Expected bytes of ids, mask and metadata per token, on disk: 4 and 1 as they are, 1.1 together after zstd; a part has 19 kB of metadata, 0.6 per token of 32,768.
+    """Expected bytes of ids, mask and metadata per token, on disk: 4 and 1 as they are, 1.1
+    together after zstd; a part has 19 kB of metadata, 0.6 per token of 32,768.
 
     Measured on SmolLM2 stores.
     """

@@ -1,8 +1,12 @@
-"""The owner lock: one process at a time writes an output, and whoever comes second learns who that is.
+"""The owner lock: one process at a time writes an output, and whoever comes second learns who that
+is.
 
-A lock is one small object that says who holds it (host, process, since when). Its holder touches it every ``BEAT`` seconds. A holder that is gone from this machine loses
-it to the next writer. Of a holder on another machine nothing is known but the age of its last touch: young, it is alive; old, a person may break the lock.
-``Locks`` is what a lock needs of the place where it lies: files here (``lock_files.py``), conditional puts in an object store.
+A lock is one small object that says who holds it (host, process, since when). Its holder touches it
+every ``BEAT`` seconds. A holder that is gone from this machine loses it to the next writer. Of a
+holder on another machine nothing is known but the age of its last touch: young, it is alive; old, a
+person may break the lock.
+``Locks`` is what a lock needs of the place where it lies: files here (``lock_files.py``),
+conditional puts in an object store.
 """
 
 from __future__ import annotations
@@ -24,13 +28,17 @@ from typing import Protocol
 from dspark.cache.errors import LockedError, LostLockError, StoreWriteError
 
 BEAT = 15.0  # seconds between two touches
-OLD = 120.0  # seconds without a touch after which a holder elsewhere may be taken for dead: NFS shows a file's times up to 60 s late
+# seconds without a touch after which a holder elsewhere may be taken for dead: NFS shows a file's
+# times up to 60 s late
+OLD = 120.0
 BREAK = "--break-lock"
 
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """A lock as it was found: its bytes, seconds since its last touch by the clock of the place, and what ``swap`` compares."""
+    """A lock as it was found: its bytes, seconds since its last touch by the clock of the place,
+    and what ``swap`` compares.
+    """
 
     data: bytes
     age: float
@@ -38,7 +46,9 @@ class Found:
 
 
 class Locks(Protocol):
-    """Small objects that are made and replaced conditionally. Errors of the place itself are OSError or StoreWriteError."""
+    """Small objects that are made and replaced conditionally. Errors of the place itself are
+    OSError or StoreWriteError.
+    """
 
     def create(self, name: str, data: bytes) -> str | None:
         """Make ``name``, whole at once; returns its version, None where there is one already."""
@@ -46,11 +56,15 @@ class Locks(Protocol):
 
     def read(self, name: str) -> Found | None: ...
     def swap(self, name: str, version: str, data: bytes) -> str | None:
-        """Replace ``name`` if it is still of ``version``; returns the new version, None where it is another by now."""
+        """Replace ``name`` if it is still of ``version``; returns the new version, None where it is
+        another by now.
+        """
         ...
 
     def touch(self, name: str, version: str) -> str | None:
-        """Make its age 0 if it is still of ``version``; returns the version then, None where it is another by now."""
+        """Make its age 0 if it is still of ``version``; returns the version then, None where it is
+        another by now.
+        """
         ...
 
     def remove(self, name: str, version: str) -> None:
@@ -60,7 +74,9 @@ class Locks(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Owner:
-    """Who holds a lock. ``machine``: which kernel and process ids ``pid`` is of; ``started``: when the process began, since ids are used again."""
+    """Who holds a lock. ``machine``: which kernel and process ids ``pid`` is of; ``started``: when
+    the process began, since ids are used again.
+    """
 
     who: str
     host: str
@@ -75,8 +91,14 @@ class Owner:
         """This process, as ``who`` (the name of the command)."""
         since = datetime.now(UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
         return cls(
-            who, socket.gethostname(), machine(), os.getpid(), started(os.getpid()) or "", since, secrets.token_hex(8)
-        )  # fmt: skip
+            who,
+            socket.gethostname(),
+            machine(),
+            os.getpid(),
+            started(os.getpid()) or "",
+            since,
+            secrets.token_hex(8),
+        )
 
     @classmethod
     def read(cls, data: bytes) -> Owner | None:
@@ -84,7 +106,9 @@ class Owner:
         try:
             found = json.loads(data)
             kinds = {f.name: int if f.name == "pid" else str for f in fields(cls)}
-            if isinstance(found, dict) and all(type(found.get(n)) is kind for n, kind in kinds.items()):
+            if isinstance(found, dict) and all(
+                type(found.get(n)) is kind for n, kind in kinds.items()
+            ):
                 return cls(**{name: found[name] for name in kinds})
         except (ValueError, RecursionError):
             pass
@@ -101,7 +125,9 @@ class Owner:
 
 @cache
 def machine() -> str:
-    """What tells process ids of this machine from those of any other: host, boot and pid namespace."""
+    """What tells process ids of this machine from those of any other: host, boot and pid
+    namespace.
+    """
     parts = [socket.gethostname()]
     with suppress(OSError):
         parts.append(Path("/proc/sys/kernel/random/boot_id").read_text().strip())
@@ -111,7 +137,9 @@ def machine() -> str:
 
 
 def started(pid: int) -> str | None:
-    """When process ``pid`` began, in the kernel's ticks since boot; None: there is none, or one that has ended and waits for its parent."""
+    """When process ``pid`` began, in the kernel's ticks since boot; None: there is none, or one
+    that has ended and waits for its parent.
+    """
     try:
         state, *rest = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         return None if state in "ZX" else rest[18]
@@ -128,7 +156,9 @@ def started(pid: int) -> str | None:
 
 
 class Lock:
-    """A held lock; ends with ``release`` or as a context. ``check`` raises LostLockError once somebody else has it."""
+    """A held lock; ends with ``release`` or as a context. ``check`` raises LostLockError once
+    somebody else has it.
+    """
 
     def __init__(self, where: Locks, name: str, of: str, owner: Owner, version: str) -> None:
         self.owner, self._where, self._name, self._of = owner, where, name, of
@@ -142,7 +172,9 @@ class Lock:
             self._touch()
 
     def _touch(self) -> None:
-        """Show that we live. What cannot be reached now may be later; a lock that is another's stays lost."""
+        """Show that we live. What cannot be reached now may be later; a lock that is another's
+        stays lost.
+        """
         # One at a time: a touch may change the version that the next one goes by.
         with self._touching:
             if self._version is None:
@@ -155,7 +187,8 @@ class Lock:
         self._touch()
         if self._version is None:
             raise LostLockError(
-                f"{self._of}: the lock of this process was broken, and another writer may work there. Nothing more is written by this one."
+                f"{self._of}: the lock of this process was broken, and another writer may work "
+                "there. Nothing more is written by this one."
             )
 
     def release(self) -> None:
@@ -172,12 +205,17 @@ class Lock:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         self.release()
 
 
-def take(where: Locks, name: str, owner: Owner, *, of: str, break_lock: bool = False) -> Lock | Refused:
+def take(
+    where: Locks, name: str, owner: Owner, *, of: str, break_lock: bool = False
+) -> Lock | Refused:
     """The lock ``name`` for ``owner``, or who has it. ``of``: what it guards, for messages."""
     data = json.dumps(asdict(owner)).encode()
     for _ in range(20):  # each time another writer was quicker
@@ -200,7 +238,9 @@ def take(where: Locks, name: str, owner: Owner, *, of: str, break_lock: bool = F
 
 @dataclass(frozen=True, slots=True)
 class Refused:
-    """Why a lock could not be had. ``holder`` is None where it does not say; ``age`` in seconds; ``breakable``: a person may break it."""
+    """Why a lock could not be had. ``holder`` is None where it does not say; ``age`` in seconds;
+    ``breakable``: a person may break it.
+    """
 
     of: str
     holder: Owner | None
@@ -212,15 +252,20 @@ class Refused:
         who = self.holder.words() if self.holder else "another process"
         if self.breakable:
             return LockedError(
-                f"{self.of} is locked by {who}, whose last sign of life is {self.age:.0f} s old; if that process is dead, give {BREAK}."
+                f"{self.of} is locked by {who}, whose last sign of life is {self.age:.0f} s old; "
+                f"if that process is dead, give {BREAK}."
             )
         return LockedError(
             f"{self.of} is being written by {who}; wait until it ends, or choose another output."
         )
 
 
-def hold(where: Locks, name: str, who: str, *, of: str, break_lock: bool = False, wait: float = 0.0) -> Lock:
-    """Take the lock ``name`` as ``who``, waiting up to ``wait`` seconds for it. Raises LockedError, saying who has it."""
+def hold(
+    where: Locks, name: str, who: str, *, of: str, break_lock: bool = False, wait: float = 0.0
+) -> Lock:
+    """Take the lock ``name`` as ``who``, waiting up to ``wait`` seconds for it. Raises LockedError,
+    saying who has it.
+    """
     owner, until = Owner.here(who), time.monotonic() + wait
     while True:
         got = take(where, name, owner, of=of, break_lock=break_lock)

@@ -1,5 +1,6 @@
-"""Locks as files. A file is made whole by a hard link, which fails where there is one, on NFS too; a lock is replaced by a rename, by
-whoever has made the file that stands for replacing just this one.
+"""Locks as files. A file is made whole by a hard link, which fails where there is one, on NFS too;
+a lock is replaced by a rename, by whoever has made the file that stands for replacing just this
+one.
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ NO_LINKS = frozenset({errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS
 
 
 class FolderLocks:
-    """Locks in a folder, by their names within it. Ages are differences of the file system's own times, so no two clocks are compared."""
+    """Locks in a folder, by their names within it. Ages are differences of the file system's own
+    times, so no two clocks are compared.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -38,14 +41,18 @@ class FolderLocks:
             return _version(data) if os.stat(beside).st_nlink == 2 else None
         except OSError as error:
             if error.errno not in NO_LINKS:
-                raise StoreWriteError(f"{path}: the lock could not be made: {error.strerror}") from error
+                raise StoreWriteError(
+                    f"{path}: the lock could not be made: {error.strerror}"
+                ) from error
             return self._create_alone(path, data)
         finally:
             beside.unlink(missing_ok=True)
         return _version(data)
 
     def _create_alone(self, path: Path, data: bytes) -> str | None:
-        """Without links a file is there before its content is: one that dies in between leaves a lock of nobody."""
+        """Without links a file is there before its content is: one that dies in between leaves a
+        lock of nobody.
+        """
         try:
             file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
         except FileExistsError:
@@ -61,7 +68,9 @@ class FolderLocks:
         except FileNotFoundError:
             return None
         except OSError as error:
-            raise StoreWriteError(f"{path}: the lock could not be read: {error.strerror}") from error
+            raise StoreWriteError(
+                f"{path}: the lock could not be read: {error.strerror}"
+            ) from error
         with os.fdopen(file, "rb") as opened:
             data, touched = opened.read(LIMIT), os.fstat(file).st_mtime
         return Found(data, self._now() - touched, _version(data))
@@ -132,7 +141,9 @@ def _version(data: bytes) -> str:
 
 @contextmanager
 def made_folders(folder: Path) -> Iterator[None]:
-    """Make ``folder`` and those above it; at the end delete those of them that were made and are empty."""
+    """Make ``folder`` and those above it; at the end delete those of them that were made and are
+    empty.
+    """
     missing = [p for p in (folder, *folder.parents) if not p.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -150,20 +161,27 @@ def made_folders(folder: Path) -> Iterator[None]:
 def owned(
     output: Where, who: str, *, inside: bool = False, break_lock: bool = False, wait: float = 0.0
 ) -> Iterator[Lock]:
-    """Hold the lock of the local ``output`` while the block runs: ``OUTPUT.lock`` beside it, since a store is made by a rename and is exchanged for another by one,
-    or ``.lock`` ``inside`` a folder that stays the same one (and may be a mount of its own). Folders that are made for it and stay empty are deleted again.
+    """Hold the lock of the local ``output`` while the block runs: ``OUTPUT.lock`` beside it, since
+    a store is made by a rename and is exchanged for another by one, or ``.lock`` ``inside`` a
+    folder that stays the same one (and may be a mount of its own). Folders that are made for it and
+    stay empty are deleted again.
     """
     if isinstance(output, Url):
         from dspark.cache.files.bucket import Bucket, BucketLocks, parent
 
         there, name = (Bucket(output), LOCK) if inside else parent(output)
         name += "" if inside else LOCK
-        with hold(BucketLocks(there), name, who, of=str(output), break_lock=break_lock, wait=wait) as lock:
+        with hold(
+            BucketLocks(there), name, who, of=str(output), break_lock=break_lock, wait=wait
+        ) as lock:
             yield lock
         return
     real = output.resolve()
     folder, name = (real, LOCK) if inside else (real.parent, real.name + LOCK)
     where = FolderLocks(folder)
-    with made_folders(folder), hold(where, name, who, of=str(output), break_lock=break_lock, wait=wait) as lock:  # fmt: skip
+    with (
+        made_folders(folder),
+        hold(where, name, who, of=str(output), break_lock=break_lock, wait=wait) as lock,
+    ):
         where.clear(name)
         yield lock

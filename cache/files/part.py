@@ -1,8 +1,11 @@
-"""One part on disk: a Zarr group with one shard file per array, and a sealed record of what it holds.
+"""One part on disk: a Zarr group with one shard file per array, and a sealed record of what it
+holds.
 
-A part is there whole or not at all. It holds the samples of a block of source rows, which any writer can make without the others. Its record carries the store's
-whole plan and lists every object with size, checksums and place, so that a missing shard (which Zarr would read as zeros) and a foreign file are found without
-decoding anything; each shard begins with a tag of plan, part and array, so that a swapped one is found when it is opened.
+A part is there whole or not at all. It holds the samples of a block of source rows, which any
+writer can make without the others. Its record carries the store's whole plan and lists every object
+with size, checksums and place, so that a missing shard (which Zarr would read as zeros) and a
+foreign file are found without decoding anything; each shard begins with a tag of plan, part and
+array, so that a swapped one is found when it is opened.
 """
 
 from __future__ import annotations
@@ -44,7 +47,13 @@ from dspark.cache.records import CodedSample, TokenSample, last_rows
 
 Array = np.ndarray[tuple[int, ...], np.dtype[Any]]
 KINDS = frozenset(
-    {"bool", *(f"{u}int{n}" for u in ("", "u") for n in (8, 16, 32, 64)), "float16", "float32", "float64"}
+    {
+        "bool",
+        *(f"{u}int{n}" for u in ("", "u") for n in (8, 16, 32, 64)),
+        "float16",
+        "float32",
+        "float64",
+    }
 )  # dtypes of arrays
 TOKENS_IN_TAG = "tokens-in-tag"
 FEATURES: frozenset[str] = frozenset(
@@ -54,8 +63,10 @@ FEATURES: frozenset[str] = frozenset(
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Block:
-    """What a part is of: rows ``[row_start, row_stop)`` of source number ``source``, ``rows_sha256`` of them (None: not known, as after ``recode`` of a version 1
-    store), and what became of them."""
+    """What a part is of: rows ``[row_start, row_stop)`` of source number ``source``,
+    ``rows_sha256`` of them (None: not known, as after ``recode`` of a version 1 store), and what
+    became of them.
+    """
 
     row_start: int
     row_stop: int
@@ -64,15 +75,18 @@ class Block:
     source: int = 0
     source_id: str = ""
     rows_sha256: str | None = None
-    versions: dict[str, str] = field(default_factory=dict)  # of what made it; may differ from part to part
+    # of what made it; may differ from part to part
+    versions: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PartRecord:
-    """What a committed part holds. ``files``: its objects but its own metadata, as ``[bytes, crc32c, crc32]`` by their place within the part.
+    """What a committed part holds. ``files``: its objects but its own metadata, as ``[bytes,
+    crc32c, crc32]`` by their place within the part.
 
-    Every chunk of a file ends with its own crc32c, so the file's crc32c depends on the chunks' lengths and not on what a sound chunk holds; the
-    crc32 (zlib's polynomial) does. ``plan`` and ``plan_sha256``: the store's, empty in version 1.
+    Every chunk of a file ends with its own crc32c, so the file's crc32c depends on the chunks'
+    lengths and not on what a sound chunk holds; the crc32 (zlib's polynomial) does. ``plan`` and
+    ``plan_sha256``: the store's, empty in version 1.
     """
 
     index: int
@@ -88,7 +102,8 @@ class PartRecord:
     source: int = 0
     source_id: str = ""
     rows_sha256: str | None = None
-    exact: list[int] = field(default_factory=lambda: [0, 0])  # tokens stored exactly, different rows of them
+    # tokens stored exactly, different rows of them
+    exact: list[int] = field(default_factory=lambda: [0, 0])
     features: list[str] = field(default_factory=list)
     versions: dict[str, str] = field(default_factory=dict)
     plan: Json = field(default_factory=dict)
@@ -120,7 +135,18 @@ class PartRecord:
         return out
 
 
-VERSION_1_KEYS = ("index", "row_start", "row_stop", "samples", "tokens", "supervised_tokens", "last_rows", "truncated", "dropped", "files")  # fmt: skip
+VERSION_1_KEYS = (
+    "index",
+    "row_start",
+    "row_stop",
+    "samples",
+    "tokens",
+    "supervised_tokens",
+    "last_rows",
+    "truncated",
+    "dropped",
+    "files",
+)
 
 
 def record_from(data: Any, where: str) -> PartRecord:
@@ -133,7 +159,8 @@ def record_from(data: Any, where: str) -> PartRecord:
     unknown = sorted(set(body.get("features", ())) - FEATURES)
     if unknown:
         raise FormatVersionError(
-            f"{where}: the part uses {unknown}, which this release does not read. Use the dspark release that wrote the store."
+            f"{where}: the part uses {unknown}, which this release does not read. Use the dspark "
+            "release that wrote the store."
         )
     files = body.get("files")
     if not isinstance(files, dict):
@@ -147,11 +174,20 @@ def record_from(data: Any, where: str) -> PartRecord:
             )
     plain = {n: [e["bytes"], e["crc32c"], e["crc32"]] for n, e in files.items()}
     record = build(PartRecord, {**body, "files": plain}, where)
-    counts = record.index, record.row_start, record.samples, record.tokens, record.last_rows, *record.exact
+    counts = (
+        record.index,
+        record.row_start,
+        record.samples,
+        record.tokens,
+        record.last_rows,
+        *record.exact,
+    )
     if min(counts) < 0 or len(record.exact) != 2 or record.last_rows > record.tokens:
         raise DamagedCacheError(f"{where}: counts that no part has: {counts}")
     if (TOKENS_IN_TAG in record.features) != bool(record.tokens_sha256):
-        raise DamagedCacheError(f"{where}: tokens_sha256 without its feature, or the feature without it")
+        raise DamagedCacheError(
+            f"{where}: tokens_sha256 without its feature, or the feature without it"
+        )
     if plan_digest(record.plan) != record.plan_sha256:
         raise DamagedCacheError(f"{where}: the plan is not the one that plan_sha256 is of")
     return record
@@ -167,10 +203,16 @@ def assemble(
         own, counts = layout.specs[spec.name], [len(s.tokens.input_ids) for s in samples]
         for s, n in zip(samples, counts if own.axis == "token" else stored, strict=True):
             found = s.states[spec.name]
-            assert found.shape[0] == n, f"row {s.tokens.row}: {spec.name} has {found.shape[0]} rows, not {n}"
+            assert found.shape[0] == n, (
+                f"row {s.tokens.row}: {spec.name} has {found.shape[0]} rows, not {n}"
+            )
         pieces = [s.states[spec.name] for s in samples]
         got: Array | Pieces = Pieces(pieces) if pieces else np.empty(spec.shape, spec.dtype)
-        assert (got.shape, got.dtype) == (spec.shape, np.dtype(spec.dtype)), (spec, got.shape, got.dtype)
+        assert (got.shape, got.dtype) == (spec.shape, np.dtype(spec.dtype)), (
+            spec,
+            got.shape,
+            got.dtype,
+        )
         states[spec.name] = got
     for name, own in layout.exact.items():
         rows = [s.states[name] for s in samples]
@@ -184,7 +226,9 @@ def assemble(
 
 
 def join_tokens(tokens: Sequence[TokenSample]) -> tuple[dict[str, Array], list[int]]:
-    """The arrays of a part that are not states, and the number of stored last states of each sample."""
+    """The arrays of a part that are not states, and the number of stored last states of each
+    sample.
+    """
     stored = [int(last_rows(s.loss_mask).sum()) for s in tokens]
     return {
         "input_ids": np.concatenate([np.zeros(0, np.int32), *(s.input_ids for s in tokens)]),
@@ -192,16 +236,20 @@ def join_tokens(tokens: Sequence[TokenSample]) -> tuple[dict[str, Array], list[i
         "sample_start": np.cumsum([0, *(s.input_ids.shape[0] for s in tokens)], dtype=np.int64),
         "sample_last_start": np.cumsum([0, *stored], dtype=np.int64),
         "sample_row": np.array([s.row for s in tokens], dtype=np.int64),
-        "sample_key": np.frombuffer(b"".join(s.key for s in tokens), dtype=np.uint8).reshape(-1, 16),
+        "sample_key": np.frombuffer(b"".join(s.key for s in tokens), dtype=np.uint8).reshape(
+            -1, 16
+        ),
         "sample_turn": np.array([s.turn for s in tokens], dtype=np.int32),
     }, stored
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PartJob:
-    """Part ``index`` of the store at ``place``, without its states. Can be sent to another process, where ``write`` finishes it.
+    """Part ``index`` of the store at ``place``, without its states. Can be sent to another process,
+    where ``write`` finishes it.
 
-    ``specs``: its arrays but those of exactly stored tokens, which ``exact`` describes. ``token``: tells the writer from others.
+    ``specs``: its arrays but those of exactly stored tokens, which ``exact`` describes. ``token``:
+    tells the writer from others.
     """
 
     place: Place
@@ -223,13 +271,15 @@ class PartJob:
     def write(self, states: Mapping[str, Array | Pieces]) -> PartRecord:
         """Write and commit the part; returns its record. Raises StoreWriteError, leaving nothing.
 
-        ``states`` also holds, where the codec stores tokens exactly, ``EXACT_TOKEN`` int64[X] counted from the part's first token, and their rows.
+        ``states`` also holds, where the codec stores tokens exactly, ``EXACT_TOKEN`` int64[X]
+        counted from the part's first token, and their rows.
         """
         arrays: dict[str, Array | Pieces] = {**self.arrays, **states}
         specs, exact = list(self.specs), [0, 0]
         if self.exact:
             made = store_once(
-                {n: np.asarray(states[n][:]) for n in (EXACT_TOKEN, *self.exact)}, self.arrays["sample_start"]
+                {n: np.asarray(states[n][:]) for n in (EXACT_TOKEN, *self.exact)},
+                self.arrays["sample_start"],
             )
             arrays |= made
             distinct = made[next(iter(self.exact))].shape[0]
@@ -254,7 +304,11 @@ class PartJob:
                 tokens=self.arrays["input_ids"].shape[0],
                 supervised_tokens=int(self.arrays["loss_mask"].sum()),
                 last_rows=int(self.arrays["sample_last_start"][-1]),
-                files={n: list(file_sums(folder / n)) for n in sorted(_files(folder)) if n != "zarr.json"},
+                files={
+                    n: list(file_sums(folder / n))
+                    for n in sorted(_files(folder))
+                    if n != "zarr.json"
+                },
                 exact=exact,
                 plan=self.plan,
                 plan_sha256=self.plan_sha256,
@@ -266,7 +320,9 @@ class PartJob:
 
 
 def tokens_sha256(arrays: Mapping[str, Array]) -> str:
-    """sha256 over the arrays of a part that are no states, by name, each with its name: ids, masks, and where samples begin and come from."""
+    """sha256 over the arrays of a part that are no states, by name, each with its name: ids, masks,
+    and where samples begin and come from.
+    """
     out = hashlib.sha256()
     for name in sorted(arrays):
         out.update(name.encode() + b"\0" + np.ascontiguousarray(arrays[name]).tobytes())
@@ -279,10 +335,12 @@ def _sized(spec: StoredArray, made: Mapping[str, Array]) -> StoredArray:
 
 
 def store_once(states: Mapping[str, Array], sample_start: Array) -> dict[str, Array]:
-    """Exactly stored tokens as a part keeps them: equal rows once, in the order in which they first come.
+    """Exactly stored tokens as a part keeps them: equal rows once, in the order in which they first
+    come.
 
-    ``states``: ``EXACT_TOKEN`` [X] rising, and arrays of X rows. Returns those with the different rows alone, and for each sample where its exact tokens begin, for
-    each of them its position within the sample and its row.
+    ``states``: ``EXACT_TOKEN`` [X] rising, and arrays of X rows. Returns those with the different
+    rows alone, and for each sample where its exact tokens begin, for each of them its position
+    within the sample and its row.
     """
     token = states[EXACT_TOKEN].astype(np.int64)
     rows = {n: a for n, a in states.items() if n != EXACT_TOKEN}
@@ -306,7 +364,9 @@ def store_once(states: Mapping[str, Array], sample_start: Array) -> dict[str, Ar
 
 
 def write_array(group: Path, spec: StoredArray, data: Array | Pieces, tag: bytes = b"") -> None:
-    """Create array ``spec`` in ``group`` and fill it. One shard file; every inner chunk is compressed (unless level 0) and carries a crc32c. ``tag``: what the file begins with."""
+    """Create array ``spec`` in ``group`` and fill it. One shard file; every inner chunk is
+    compressed (unless level 0) and carries a crc32c. ``tag``: what the file begins with.
+    """
     chunk = chunk_rows(spec)
     shards = (-(-max(1, spec.shape[0]) // chunk) * chunk, *spec.shape[1:])
     packed: zarr.abc.codec.BytesBytesCodec = (
@@ -338,7 +398,9 @@ def shard_file(spec: StoredArray) -> str:
 def part_specs(layout: PartLayout, record: PartRecord) -> list[StoredArray]:
     """Every array of a committed part."""
     exact = record.exact[0], record.exact[1]
-    return layout.arrays(record.tokens, record.samples, record.last_rows, exact, record.format_version)
+    return layout.arrays(
+        record.tokens, record.samples, record.last_rows, exact, record.format_version
+    )
 
 
 def read_record(place: Place, name: str) -> PartRecord:
@@ -349,12 +411,16 @@ def read_record(place: Place, name: str) -> PartRecord:
         raise DamagedCacheError(f"{part}: a link. Within a store there are none.")
     record = record_from(read_attributes(place, f"{PARTS}/{name}").get(PART_KEY), where)
     if part_name(record.index, record.format_version) != name:
-        raise DamagedCacheError(f"{where}: the record is of part {record.index}, the folder is {name}")
+        raise DamagedCacheError(
+            f"{where}: the record is of part {record.index}, the folder is {name}"
+        )
     return record
 
 
 def missing_files(place: Place, record: PartRecord) -> Iterator[str]:
-    """A finding for each file of the part that is missing or has another size. Reads no data. Raises UnreadableError."""
+    """A finding for each file of the part that is missing or has another size. Reads no data.
+    Raises UnreadableError.
+    """
     part = f"{PARTS}/{part_name(record.index, record.format_version)}"
     known = place.sizes(part) if place.remote else None  # one request instead of dozens
     for name, (size, *_) in record.files.items():
@@ -380,7 +446,9 @@ def open_shard(place: Place, record: PartRecord, spec: StoredArray) -> Shard:
         raise DamagedCacheError(f"{place.where(name)}: the part's record does not list it")
     size, *sums = record.files[file]
     version = "-".join(map(str, (size, *sums)))
-    return Shard(place.where(name), spec, record.tag(spec.name), lambda: place.open(name, size, version))
+    return Shard(
+        place.where(name), spec, record.tag(spec.name), lambda: place.open(name, size, version)
+    )
 
 
 def read_attributes(place: Place, group: str = "") -> dict[str, Any]:
@@ -400,7 +468,9 @@ def read_attributes(place: Place, group: str = "") -> dict[str, Any]:
 
 
 def read_shape(place: Place, array: str) -> tuple[tuple[int, ...], str]:
-    """Shape and dtype that the metadata of Zarr array ``array`` says it has. Raises DamagedCacheError or UnreadableError."""
+    """Shape and dtype that the metadata of Zarr array ``array`` says it has. Raises
+    DamagedCacheError or UnreadableError.
+    """
     name = f"{array}/zarr.json"
     path = place.where(name)
     try:
@@ -416,7 +486,9 @@ def read_shape(place: Place, array: str) -> tuple[tuple[int, ...], str]:
 
 
 def _json(place: Place, name: str) -> Any:
-    """What a JSON object of a store holds, read within the bounds of ``json_text``. Raises ValueError or OSError."""
+    """What a JSON object of a store holds, read within the bounds of ``json_text``. Raises
+    ValueError or OSError.
+    """
     return json_text.loads(place.read(name, json_text.LARGEST).decode())
 
 

@@ -1,7 +1,10 @@
-"""Where a store's objects are: one small interface, so that an object store is a second implementation.
+"""Where a store's objects are: one small interface, so that an object store is a second
+implementation.
 
-An object is named by its path within the store, with slashes (``parts/000000000001/aux_code/c/0/0/0``). A local folder commits a part by renaming a finished
-folder; an object store writes the part's objects first and its record last. Readers need not know which: a part whose record is there is whole.
+An object is named by its path within the store, with slashes
+(``parts/000000000001/aux_code/c/0/0/0``). A local folder commits a part by renaming a finished
+folder; an object store writes the part's objects first and its record last. Readers need not know
+which: a part whose record is there is whole.
 """
 
 from __future__ import annotations
@@ -25,14 +28,17 @@ from dspark.cache.files.urls import Url, Where, where
 S = TypeVar("S")
 T = TypeVar("T")
 AT_ONCE = 16  # requests of one process
-# A file of another file system, too many names, a file system without hard links, or a file of another user.
+# A file of another file system, too many names, a file system without hard links, or a file of
+# another user.
 NO_LINK = frozenset({errno.EXDEV, errno.EMLINK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EPERM})
 
 Bytes = np.ndarray[tuple[int, ...], np.dtype[np.uint8]]
 
 
 class Object(Protocol):
-    """An object opened for reading. ``size`` in bytes; ``read`` may be called from several threads."""
+    """An object opened for reading. ``size`` in bytes; ``read`` may be called from several
+    threads.
+    """
 
     @property
     def size(self) -> int: ...
@@ -46,7 +52,9 @@ class Object(Protocol):
 
 
 class Place(Protocol):
-    """A store's objects. Errors are OSError. ``remote``: each call is a request that takes its time."""
+    """A store's objects. Errors are OSError. ``remote``: each call is a request that takes its
+    time.
+    """
 
     @property
     def remote(self) -> bool: ...
@@ -55,11 +63,15 @@ class Place(Protocol):
         ...
 
     def open(self, name: str, size: int | None = None, version: str = "") -> Object:
-        """``size``: its bytes, where they are known. ``version``: what tells its content from any other, so that pieces of it may be kept here."""
+        """``size``: its bytes, where they are known. ``version``: what tells its content from any
+        other, so that pieces of it may be kept here.
+        """
         ...
 
     def read(self, name: str, limit: int | None = None) -> bytes:
-        """All of an object. Raises ValueError, having read nothing, where it has more than ``limit`` bytes."""
+        """All of an object. Raises ValueError, having read nothing, where it has more than
+        ``limit`` bytes.
+        """
         ...
 
     def size(self, name: str) -> int: ...
@@ -80,7 +92,9 @@ class Place(Protocol):
         ...
 
     def link(self, other: Place, source: str, name: str) -> None:
-        """Make ``name`` the object ``source`` of ``other``, without its bytes passing through here where that can be."""
+        """Make ``name`` the object ``source`` of ``other``, without its bytes passing through here
+        where that can be.
+        """
         ...
 
     def replace(self, name: str) -> AbstractContextManager[Path]:
@@ -92,7 +106,9 @@ class Place(Protocol):
         ...
 
     def local(self, name: str) -> AbstractContextManager[Path]:
-        """A local folder, called as the last part of ``name``, with the objects below it; not to be changed."""
+        """A local folder, called as the last part of ``name``, with the objects below it; not to be
+        changed.
+        """
         ...
 
     def local_file(self, name: str) -> AbstractContextManager[Path]:
@@ -100,7 +116,9 @@ class Place(Protocol):
         ...
 
     def kept(self, name: str, version: str) -> Path:
-        """As ``local``, for as long as the process runs. ``version``: tells one content from another."""
+        """As ``local``, for as long as the process runs. ``version``: tells one content from
+        another.
+        """
         ...
 
     def free(self) -> int | None:
@@ -108,8 +126,9 @@ class Place(Protocol):
         ...
 
     def commit(self, name: str, token: str) -> AbstractContextManager[Path]:
-        """A local folder whose files become the objects below ``name`` when the block ends, all or none; none where
-        another writer has made them. ``token`` tells writers apart."""
+        """A local folder whose files become the objects below ``name`` when the block ends, all or
+        none; none where another writer has made them. ``token`` tells writers apart.
+        """
         ...
 
 
@@ -119,7 +138,8 @@ class LocalFile:
     def __init__(self, path: Path) -> None:
         self._file = os.open(path, os.O_RDONLY)
 
-    def __del__(self, close: Callable[[int], None] = os.close) -> None:  # ``os`` may be gone when Python ends
+    # ``os`` may be gone when Python ends
+    def __del__(self, close: Callable[[int], None] = os.close) -> None:
         if hasattr(self, "_file"):
             close(self._file)
 
@@ -149,7 +169,9 @@ def each_in_parallel(place: Place) -> Callable[[Callable[[S], T], Sequence[S]], 
 
 
 def refuse_larger(size: int, limit: int) -> None:
-    """Raise ValueError where an object of ``size`` bytes is to be read whole, and none such has more than ``limit``."""
+    """Raise ValueError where an object of ``size`` bytes is to be read whole, and none such has
+    more than ``limit``.
+    """
     if size > limit:
         raise ValueError(f"{size:,} bytes, more than any such file has")
 
@@ -197,7 +219,9 @@ class Folder:
 
     def sizes(self, name: str) -> dict[str, int]:
         top = self.root / name
-        return {p.relative_to(top).as_posix(): p.stat().st_size for p in top.rglob("*") if p.is_file()}
+        return {
+            p.relative_to(top).as_posix(): p.stat().st_size for p in top.rglob("*") if p.is_file()
+        }
 
     def replace(self, name: str) -> AbstractContextManager[Path]:
         return staged(self.root / name, replace=True)
@@ -226,7 +250,9 @@ class Folder:
         return os.stat(self.root / name).st_size
 
     def list(self, name: str) -> list[str]:
-        return sorted(p.name for p in (self.root / name).iterdir() if not p.name.startswith(STAGING))
+        return sorted(
+            p.name for p in (self.root / name).iterdir() if not p.name.startswith(STAGING)
+        )
 
     def write(self, name: str, data: bytes) -> None:
         write_file(self.root / name, data)
@@ -250,7 +276,9 @@ class Folder:
 
 
 def refuse_links(store: Path) -> None:
-    """Raise DamagedCacheError where something within ``store`` is a link: deleting or reading would follow it out of the store, whose own path may be one."""
+    """Raise DamagedCacheError where something within ``store`` is a link: deleting or reading would
+    follow it out of the store, whose own path may be one.
+    """
 
     def fail(error: OSError) -> None:
         raise read_error(Path(error.filename or store), error) from error
@@ -259,5 +287,6 @@ def refuse_links(store: Path) -> None:
         for name in (*folders, *files):
             if os.path.islink(path := Path(folder) / name):
                 raise DamagedCacheError(
-                    f"{path}: a link to {os.readlink(path)}. Within a store there are none: put what it leads to in its place."
+                    f"{path}: a link to {os.readlink(path)}. Within a store there are none: put "
+                    "what it leads to in its place."
                 )

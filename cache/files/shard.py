@@ -1,15 +1,20 @@
 """Writing and reading one array as a Zarr v3 shard file, chunk by chunk on a pool of threads.
 
-Zarr's own writer spends most of its time in Python between chunks; a dump would wait for it. Only the two hot operations are ours: making
-the shard file of a whole array, and reading some of its rows. Metadata is zarr-python's, and tests hold the bytes and values against it.
+Zarr's own writer spends most of its time in Python between chunks; a dump would wait for it. Only
+the two hot operations are ours: making the shard file of a whole array, and reading some of its
+rows. Metadata is zarr-python's, and tests hold the bytes and values against it.
 
-Layout (Zarr v3 ``sharding_indexed``): the inner chunks end to end, each ``compress(values) + crc32c``; then for every chunk offset and
-length as two little-endian uint64; then the crc32c of that index. Every array here has one shard and is cut along its first axis only.
+Layout (Zarr v3 ``sharding_indexed``): the inner chunks end to end, each ``compress(values) +
+crc32c``; then for every chunk offset and length as two little-endian uint64; then the crc32c of
+that index. Every array here has one shard and is cut along its first axis only.
 
-Chunks of level 0 are kept as they are: all of one length, so the file is a table of them. They are read through a memory map, each summed where it
-lies and then copied into the result. In this order the sum is what fetches the chunk from memory, for it only reads (25 GB/s on one core of an EPYC),
-and the copy finds it in the processor's cache: 1.2 to 1.3 times a plain copy; copying first and summing the copy takes 1.3 to 1.4, ``pread`` into the same
-place 2 (docs/log/2026-11-22-read-at-memory-speed.md). A committed part is never changed or cut short, so what was summed is what is copied.
+Chunks of level 0 are kept as they are: all of one length, so the file is a table of them. They are
+read through a memory map, each summed where it lies and then copied into the result. In this order
+the sum is what fetches the chunk from memory, for it only reads (25 GB/s on one core of an EPYC),
+and the copy finds it in the processor's cache: 1.2 to 1.3 times a plain copy; copying first and
+summing the copy takes 1.3 to 1.4, ``pread`` into the same place 2
+(docs/log/2026-11-22-read-at-memory-speed.md). A committed part is never changed or cut short, so
+what was summed is what is copied.
 """
 
 from __future__ import annotations
@@ -35,15 +40,20 @@ from dspark.cache.files.urls import Where
 Array = np.ndarray[tuple[int, ...], np.dtype[Any]]
 
 RUN_BYTES = 1 << 20  # of values that one thread packs before it takes more
-CLAIM, CLAIM_FLOOR = 1024, 64 << 20  # of values per byte of a file at most; bytes that any file may claim
-RESIDUE = 0x48674BC7  # the crc32c of any bytes followed by their own crc32c, little-endian, and of no others
+# of values per byte of a file at most; bytes that any file may claim
+CLAIM, CLAIM_FLOOR = 1024, 64 << 20
+# the crc32c of any bytes followed by their own crc32c, little-endian, and of no others
+RESIDUE = 0x48674BC7
 
-# Blosc's own threads may finish blocks in any order; one thread per chunk gives the same bytes every time.
+# Blosc's own threads may finish blocks in any order; one thread per chunk gives the same bytes
+# every time.
 numcodecs.blosc.use_threads = False
 
 
 def compressor(spec: StoredArray) -> Any:
-    """zstd behind a byte shuffle for multi-byte values, plain zstd for bytes, None at level 0; what ``part.write_array`` writes into the metadata."""
+    """zstd behind a byte shuffle for multi-byte values, plain zstd for bytes, None at level 0; what
+    ``part.write_array`` writes into the metadata.
+    """
     if not spec.level:
         return None
     if spec.shuffle:
@@ -61,7 +71,8 @@ def _pool() -> ThreadPoolExecutor:
 
 
 class Pieces:
-    """Arrays end to end along their first axis, never joined as a whole: a slice joins only what it covers.
+    """Arrays end to end along their first axis, never joined as a whole: a slice joins only what it
+    covers.
 
     So a part that is being committed is in memory once, not twice.
     """
@@ -83,9 +94,11 @@ class Pieces:
 
 
 def write_shard(path: Path, spec: StoredArray, data: Array | Pieces, tag: bytes = b"") -> None:
-    """Write ``data`` (all of the array) as the shard file ``path``. Compresses chunks in parallel; the bytes do not depend on that.
+    """Write ``data`` (all of the array) as the shard file ``path``. Compresses chunks in parallel;
+    the bytes do not depend on that.
 
-    ``tag``: bytes that the file begins with; the index counts from its start, so a reader of Zarr never looks at them.
+    ``tag``: bytes that the file begins with; the index counts from its start, so a reader of Zarr
+    never looks at them.
     """
     rows = chunk_rows(spec)
     codec = compressor(spec)
@@ -107,7 +120,8 @@ def write_shard(path: Path, spec: StoredArray, data: Array | Pieces, tag: bytes 
     def encode_run(start: int) -> list[tuple[bytes, bytes]]:
         return [encode(i) for i in range(start, min(start + run, data.shape[0]), rows)]
 
-    # Handing a thread one chunk of some 60 KB takes Python as long as packing it, so they come by the megabyte.
+    # Handing a thread one chunk of some 60 KB takes Python as long as packing it, so they come by
+    # the megabyte.
     run = rows * max(1, RUN_BYTES // max(1, rows * _row_bytes(spec)))
     sizes: list[int] = []
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -120,7 +134,9 @@ def write_shard(path: Path, spec: StoredArray, data: Array | Pieces, tag: bytes 
                 sizes.append(len(chunk[0]) + len(chunk[1]))
         lengths = np.array(sizes, np.uint64)
         index = (
-            np.stack([np.cumsum(lengths) - lengths + np.uint64(len(tag)), lengths], 1).astype("<u8").tobytes()
+            np.stack([np.cumsum(lengths) - lengths + np.uint64(len(tag)), lengths], 1)
+            .astype("<u8")
+            .tobytes()
         )
         file.write(index + crc32c(index).to_bytes(4, "little"))
 
@@ -130,18 +146,28 @@ def _row_bytes(spec: StoredArray) -> int:
 
 
 def check_claim(path: Where, claimed: int, size: int) -> None:
-    """Raise DamagedCacheError where an array of ``claimed`` bytes is said to be in a file of ``size`` bytes, far too small for it: before it is allocated."""
+    """Raise DamagedCacheError where an array of ``claimed`` bytes is said to be in a file of
+    ``size`` bytes, far too small for it: before it is allocated.
+    """
     if claimed > max(CLAIM_FLOOR, CLAIM * size):
         raise DamagedCacheError(f"{path}: {size:,} bytes, said to unpack to {claimed:,}")
 
 
 class Shard:
-    """An open shard file for reading rows. Thread-safe: reads are positional, nothing is shared but the index."""
+    """An open shard file for reading rows. Thread-safe: reads are positional, nothing is shared but
+    the index.
+    """
 
     def __init__(
-        self, path: Where, spec: StoredArray, tag: bytes = b"", file: Callable[[], Object] | None = None
+        self,
+        path: Where,
+        spec: StoredArray,
+        tag: bytes = b"",
+        file: Callable[[], Object] | None = None,
     ) -> None:
-        """``tag``: what the file must begin with. ``file`` opens it, where it is not the local file ``path``."""
+        """``tag``: what the file must begin with. ``file`` opens it, where it is not the local file
+        ``path``.
+        """
         self.path, self.spec = path, spec
         self.rows = chunk_rows(spec)
         self._dtype = np.dtype(spec.dtype)
@@ -161,7 +187,8 @@ class Shard:
             raise read_error(path, error) from error
         if found != tag:
             raise DamagedCacheError(
-                f"{path}: begins with {found.hex()}, expected {tag.hex()}: the file is of another array, part or store"
+                f"{path}: begins with {found.hex()}, expected {tag.hex()}: the file is of "
+                "another array, part or store"
             )
 
     def _size(self) -> int:
@@ -190,7 +217,9 @@ class Shard:
 
     @property
     def table(self) -> Array:
-        """Chunks kept as they are, uint8[chunks, bytes and their crc32c], mapped; file and index must say that this is how they lie."""
+        """Chunks kept as they are, uint8[chunks, bytes and their crc32c], mapped; file and index
+        must say that this is how they lie.
+        """
         if self._table is None:
             length = self._chunk_bytes + 4
             expected = [[self._start + i * length, length] for i in range(self._count)]
@@ -208,10 +237,15 @@ class Shard:
         return self._table
 
     def _ranged(self, first: int, last: int) -> Array:
-        """Chunks ``first`` to ``last`` of those kept as they are, as in ``table``, of a file that cannot be mapped."""
+        """Chunks ``first`` to ``last`` of those kept as they are, as in ``table``, of a file that
+        cannot be mapped.
+        """
         length, count = self._chunk_bytes + 4, last - first + 1
         raw = self._bytes(self._start + first * length, count * length)
-        if len(raw) != count * length or self._size() != self._start + self._count * (length + 16) + 4:
+        if (
+            len(raw) != count * length
+            or self._size() != self._start + self._count * (length + 16) + 4
+        ):
             raise DamagedCacheError(
                 f"{self.path}: not {self._count} chunks of {length} bytes, one after the other"
             )
@@ -222,13 +256,16 @@ class Shard:
         rows, row = self.rows, self._row_bytes
         first, last = start // rows, (stop - 1) // rows
         table, base = (
-            (self.table, 0) if isinstance(self._file, LocalFile) else (self._ranged(first, last), first)
+            (self.table, 0)
+            if isinstance(self._file, LocalFile)
+            else (self._ranged(first, last), first)
         )
         flat = out.view(np.uint8).reshape(-1)
         at = 0
         for i in range(first, last + 1):
             chunk = table[i - base]
-            # One sum over a chunk and the crc32c behind it: looking the stored one up only to compare would cost as much as a small chunk's copy.
+            # One sum over a chunk and the crc32c behind it: looking the stored one up only to
+            # compare would cost as much as a small chunk's copy.
             if crc32c(chunk) != RESIDUE:
                 raise self._damaged(i, chunk)
             low = (start - i * rows) * row if i == first else 0
@@ -242,10 +279,15 @@ class Shard:
 
     def _where(self, chunk: int) -> str:
         start = chunk * self.rows
-        return f"{self.path}: chunk {chunk} (rows {start}-{min(start + self.rows, self.spec.shape[0])})"
+        return (
+            f"{self.path}: chunk {chunk} (rows "
+            f"{start}-{min(start + self.rows, self.spec.shape[0])})"
+        )
 
     def read(self, start: int, stop: int) -> Array:
-        """Rows ``[start, stop)``. The chunks they lie in are neighbours in the file, so this is one read."""
+        """Rows ``[start, stop)``. The chunks they lie in are neighbours in the file, so this is one
+        read.
+        """
         shape, dtype = self.spec.shape, self._dtype
         assert 0 <= start <= stop <= shape[0], (start, stop, shape)
         if start == stop:
@@ -262,7 +304,9 @@ class Shard:
         base = int(spans[0, 0])
         length = int(spans[-1, 0]) + int(spans[-1, 1]) - base
         if not 0 < length <= self._size() - base:
-            raise DamagedCacheError(f"{self._where(first)}: not within the file, the shard index says")
+            raise DamagedCacheError(
+                f"{self._where(first)}: not within the file, the shard index says"
+            )
         raw = self._bytes(base, length)
         for i, (offset, size) in enumerate(spans.tolist(), first):
             at = offset - base
@@ -288,10 +332,14 @@ class Shard:
         # Before anything is allocated: a few bytes can be made to claim gigabytes.
         claimed = blosc_size(packed) if self.spec.shuffle else zstd_size(packed)
         if claimed != self._chunk_bytes:
-            raise DamagedCacheError(f"{where}: unpacks to {claimed} bytes, expected {self._chunk_bytes}")
+            raise DamagedCacheError(
+                f"{where}: unpacks to {claimed} bytes, expected {self._chunk_bytes}"
+            )
         try:
             values = self._codec.decode(packed, out)
-        except Exception as error:  # blosc and zstd raise RuntimeError for bytes that are not theirs
+        except (
+            Exception
+        ) as error:  # blosc and zstd raise RuntimeError for bytes that are not theirs
             raise DamagedCacheError(f"{where}: cannot be decompressed: {error}") from error
         return values
 
@@ -302,7 +350,9 @@ def blosc_size(packed: Array) -> int | None:
 
 
 def zstd_size(packed: Array) -> int | None:
-    """How many bytes a zstd frame says it unpacks to (RFC 8878, 3.1.1.1); None: it is no frame that says so."""
+    """How many bytes a zstd frame says it unpacks to (RFC 8878, 3.1.1.1); None: it is no frame that
+    says so.
+    """
     head = packed[:18].tobytes()
     if len(head) < 6 or head[:4] != b"\x28\xb5\x2f\xfd":
         return None

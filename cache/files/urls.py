@@ -1,4 +1,6 @@
-"""Where a store is, as a user writes it: a local path or the URL of an object store. Nothing is loaded here."""
+"""Where a store is, as a user writes it: a local path or the URL of an object store. Nothing is
+loaded here.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,9 @@ URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/(/?)(.*)", re.DOTALL)
 
 @dataclass(frozen=True, slots=True)
 class Url:
-    """A place in an object store, such as ``s3://bucket/hs.zarr``; no slash at its end. ``/``, ``name`` and ``str`` are as those of a Path."""
+    """A place in an object store, such as ``s3://bucket/hs.zarr``; no slash at its end. ``/``,
+    ``name`` and ``str`` are as those of a Path.
+    """
 
     text: str
 
@@ -55,7 +59,9 @@ Where = Path | Url
 
 
 def where(given: str | Path | Url) -> Where:
-    """Tell a path from a URL. Raises UsageError for a scheme that is not known, and for a URL that holds credentials."""
+    """Tell a path from a URL. Raises UsageError for a scheme that is not known, and for a URL that
+    holds credentials.
+    """
     if isinstance(given, Url):
         return given
     found = URL.fullmatch(str(given))
@@ -66,12 +72,14 @@ def where(given: str | Path | Url) -> Where:
         return Path(f"/{rest}")
     if scheme not in REMOTE:
         raise UsageError(
-            f"{given}: stores are local folders or at {', '.join(f'{s}://' for s in REMOTE)}; {scheme}:// is not known."
+            f"{given}: stores are local folders or at {', '.join(f'{s}://' for s in REMOTE)}; "
+            f"{scheme}:// is not known."
         )
     parts = urlsplit(f"{scheme}://{rest}")
     if "@" in parts.netloc or parts.query or parts.fragment:
         raise UsageError(
-            f"{scheme}://...: a URL with credentials or parameters in it. Give {scheme}://BUCKET/NAME, and credentials as "
+            f"{scheme}://...: a URL with credentials or parameters in it. Give "
+            f"{scheme}://BUCKET/NAME, and credentials as "
             "the service's own tools take them (environment, profile or the machine's role)."
         )
     bucket, _, key = rest.partition("/")
@@ -83,7 +91,9 @@ def where(given: str | Path | Url) -> Where:
 
 
 def beside(output: Where, suffix: str) -> Path:
-    """The local file of a process that writes ``output``: beside a local one, in the working folder for a URL."""
+    """The local file of a process that writes ``output``: beside a local one, in the working folder
+    for a URL.
+    """
     if isinstance(output, Url):
         return Path(output.name + suffix)
     return output.with_name(output.name + suffix)
@@ -94,7 +104,9 @@ class StoreType(click.ParamType):  # type: ignore[type-arg]  # no generic before
 
     name = "PATH_OR_URL"
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Where:
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> Where:
         try:
             return where(value)
         except UsageError as error:

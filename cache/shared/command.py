@@ -1,4 +1,5 @@
-"""What every command does alike: flags, config files, errors as one message and an exit code, one JSON object with ``--json``.
+"""What every command does alike: flags, config files, errors as one message and an exit code, one
+JSON object with ``--json``.
 
 Nothing heavy is imported here: ``--help`` pays for it.
 """
@@ -20,14 +21,24 @@ import click
 
 from dspark import __version__
 from dspark.cache.errors import DsparkError
-from dspark.cache.settings import DEFAULT_PACKING, FALLBACK, NAMED, NAMES, PACKINGS, choose_codec, is_asked
+from dspark.cache.settings import (
+    DEFAULT_PACKING,
+    FALLBACK,
+    NAMED,
+    NAMES,
+    PACKINGS,
+    choose_codec,
+    is_asked,
+)
 from dspark.cache.shared import config_file, peers
 
 # Of a click command: -h too, defaults shown, lines as long as a terminal of 120 columns.
 SETTINGS = {"help_option_names": ["-h", "--help"], "show_default": True, "max_content_width": 120}
 INTERRUPTED = "interrupted."
 
-CONTROL = re.compile("[\\x00-\\x08\\x0b-\\x1f\\x7f-\\x9f\\u061c\\u200e\\u200f\\u2028-\\u202e\\u2066-\\u2069]")
+CONTROL = re.compile(
+    "[\\x00-\\x08\\x0b-\\x1f\\x7f-\\x9f\\u061c\\u200e\\u200f\\u2028-\\u202e\\u2066-\\u2069]"
+)
 
 _emitted = False  # whether this call has put its object on stdout; an error after it adds none
 
@@ -39,15 +50,19 @@ class Progress(Protocol):
 
 
 def printable(text: str) -> str:
-    """``text`` for a terminal: control characters but newline and tab, and what turns the reading direction, as ``\\x1b`` or ``\\u202e``.
+    """``text`` for a terminal: control characters but newline and tab, and what turns the reading
+    direction, as ``\\x1b`` or ``\\u202e``.
 
-    Rows, ids and names come from files that others wrote; an escape sequence in them writes to the clipboard or hides text.
+    Rows, ids and names come from files that others wrote; an escape sequence in them writes to the
+    clipboard or hides text.
     """
     return CONTROL.sub(lambda found: ascii(found[0])[1:-1], text)
 
 
 class Failed(click.ClickException):
-    """A command that ended with a message for the user: ``error: message`` on stderr, then ``exit_code``."""
+    """A command that ended with a message for the user: ``error: message`` on stderr, then
+    ``exit_code``.
+    """
 
     def __init__(self, message: str, code: int, *, as_json: bool = False) -> None:
         super().__init__(message)
@@ -61,8 +76,8 @@ class Failed(click.ClickException):
 def _main(run: Callable[..., Any], args: Sequence[str] | None, rest: dict[str, Any]) -> Any:
     """Run click's ``main`` and end the process as every command of ours does.
 
-    An error is a message on stderr and an exit code; with ``--json`` also ``{"error", "exit_code"}`` on
-    stdout, so that a program that reads it always finds one object.
+    An error is a message on stderr and an exit code; with ``--json`` also ``{"error",
+    "exit_code"}`` on stdout, so that a program that reads it always finds one object.
     """
     global _emitted
     _emitted = False
@@ -86,10 +101,11 @@ def _main(run: Callable[..., Any], args: Sequence[str] | None, rest: dict[str, A
 
 
 class Command(peers.Command):
-    """A click command with ``-h``, ``--config FILE.yaml``, answers to other projects' flags, and errors as in ``_main``.
+    """A click command with ``-h``, ``--config FILE.yaml``, answers to other projects' flags, and
+    errors as in ``_main``.
 
-    A DsparkError becomes its message and exit code, Ctrl-C exit code 1. Other exceptions are bugs and keep
-    their trace.
+    A DsparkError becomes its message and exit code, Ctrl-C exit code 1. Other exceptions are bugs
+    and keep their trace.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -120,7 +136,9 @@ class Command(peers.Command):
 
 
 class LazyGroup(click.Group):
-    """A group whose commands are imported when they are run: ``table`` has name -> (module, callback, summary)."""
+    """A group whose commands are imported when they are run: ``table`` has name -> (module,
+    callback, summary).
+    """
 
     def __init__(self, *args: Any, table: dict[str, tuple[str, str, str]], **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -158,18 +176,24 @@ def command(name: str | None = None, **attributes: Any) -> Callable[[Callable[..
 
 
 json_flag = click.option(
-    "--json", "as_json", is_flag=True, help="Print one JSON object on stdout, everything else on stderr."
+    "--json",
+    "as_json",
+    is_flag=True,
+    help="Print one JSON object on stdout, everything else on stderr.",
 )
 break_lock_flag = click.option(
     "--break-lock",
     is_flag=True,
-    help="Write although a process of another machine holds the lock: of one that shows no sign of life only.",
+    help="Write although a process of another machine holds the lock: of one that shows no sign "
+    "of life only.",
 )
 version_flag = click.version_option(__version__, prog_name="dspark")
 
 
 def _read_config(ctx: click.Context, param: click.Parameter, value: Path | None) -> None:
-    """Callback of ``--config``: the file's values become the command's defaults, above recipe and preset."""
+    """Callback of ``--config``: the file's values become the command's defaults, above recipe and
+    preset.
+    """
     if value is None:
         return
     try:
@@ -179,10 +203,14 @@ def _read_config(ctx: click.Context, param: click.Parameter, value: Path | None)
 
 
 def codec_options(callback: Callable[..., Any]) -> Callable[..., Any]:
-    """``--codec NAME``, ``--aux-bits N``, ``--last-bits N`` and ``--pack`` for a click callback, which gets ``codec`` (a full name, None where none was asked for) and ``pack``."""
+    """``--codec NAME``, ``--aux-bits N``, ``--last-bits N`` and ``--pack`` for a click callback,
+    which gets ``codec`` (a full name, None where none was asked for) and ``pack``.
+    """
 
     @functools.wraps(callback)
-    def run(*args: Any, codec: str | None, aux_bits: int | None, last_bits: int | None, **kwargs: Any) -> Any:
+    def run(
+        *args: Any, codec: str | None, aux_bits: int | None, last_bits: int | None, **kwargs: Any
+    ) -> Any:
         asked = is_asked(codec, aux_bits, last_bits)
         full = choose_codec(codec, aux_bits, last_bits) if asked else None
         return callback(*args, codec=full, **kwargs)
@@ -191,11 +219,14 @@ def codec_options(callback: Callable[..., Any]) -> Callable[..., Any]:
         "--codec",
         metavar="NAME",
         show_default="default",
-        help=f"How states are coded: {', '.join(NAMED)} ({NAMES}), or a full name such as rotated-4-4, rotated-3-4 or "
+        help=f"How states are coded: {', '.join(NAMED)} ({NAMES}), or a full name such as "
+        "rotated-4-4, rotated-3-4 or "
         f"rotated-2-4. A corpus too small to calibrate the default on takes {FALLBACK}.",
     )
     aux = click.option(
-        "--aux-bits", type=int, help="Bits of the aux layers: 16, 8, 4, 3 or 2. Names a rotated codec."
+        "--aux-bits",
+        type=int,
+        help="Bits of the aux layers: 16, 8, 4, 3 or 2. Names a rotated codec.",
     )
     last = click.option(
         "--last-bits", type=int, help="Bits of the last state: 16, 8 or 4. Names a rotated codec."
@@ -204,7 +235,8 @@ def codec_options(callback: Callable[..., Any]) -> Callable[..., Any]:
         "--pack",
         type=click.Choice(PACKINGS),
         default=DEFAULT_PACKING,
-        help="zstd compresses codes; none keeps them as they are: a quarter larger at 4 bits, read ten times as fast, 16, 8 and 4 bits only.",
+        help="zstd compresses codes; none keeps them as they are: a quarter larger at 4 bits, "
+        "read ten times as fast, 16, 8 and 4 bits only.",
     )
     out: Callable[..., Any] = named(aux(last(pack(run))))
     return out
@@ -217,7 +249,8 @@ QUIET_SECONDS = 30.0  # without a terminal: a line this often, and whenever the 
 def bar(label: str) -> Iterator[Progress]:
     """A progress bar on stderr; yields ``progress(done, total, text)``.
 
-    The bar opens at the first call of ``progress``, so that a refusal is not printed below an empty bar.
+    The bar opens at the first call of ``progress``, so that a refusal is not printed below an empty
+    bar.
     Without a terminal it is a line now and then.
     """
     from rich.console import Console

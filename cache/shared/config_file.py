@@ -1,7 +1,8 @@
-"""``--config FILE.yaml``: the flags of a command in a file, and the file that a command saves with its output.
+"""``--config FILE.yaml``: the flags of a command in a file, and the file that a command saves with
+its output.
 
-A key is the name of a flag or argument (``seq-length``; ``seq_length`` will do). A value is typed as the flag
-is: what click would refuse on the command line is refused here, by the same words.
+A key is the name of a flag or argument (``seq-length``; ``seq_length`` will do). A value is typed
+as the flag is: what click would refuse on the command line is refused here, by the same words.
 """
 
 from __future__ import annotations
@@ -19,11 +20,15 @@ if TYPE_CHECKING:
     import click
 
 # They say how this one call runs, not what it makes: never saved.
-OF_THE_CALL = frozenset({"resume", "overwrite", "break-lock", "dry-run", "json", "config", "help", "version"})
+OF_THE_CALL = frozenset(
+    {"resume", "overwrite", "break-lock", "dry-run", "json", "config", "help", "version"}
+)
 
 
 def read(path: Path, params: Sequence[click.Parameter], command: str) -> dict[str, Any]:
-    """Read ``path`` as click's ``default_map`` for ``command`` (``dspark-train``) with ``params``. Raises UsageError."""
+    """Read ``path`` as click's ``default_map`` for ``command`` (``dspark-train``) with ``params``.
+    Raises UsageError.
+    """
     import yaml
 
     try:
@@ -34,7 +39,9 @@ def read(path: Path, params: Sequence[click.Parameter], command: str) -> dict[st
         raise UsageError(f"--config {path}: {error.strerror or error}") from error
     found = {} if found is None else found
     if not isinstance(found, dict):
-        raise UsageError(f"--config {path}: expected flag names with their values, found {_kind(found)}")
+        raise UsageError(
+            f"--config {path}: expected flag names with their values, found {_kind(found)}"
+        )
     known = {flag_name(p): p for p in params if flag_name(p) not in ("config", "help", "version")}
     out = {}
     for key, value in found.items():
@@ -59,7 +66,9 @@ def flag_name(param: click.Parameter) -> str:
 
 
 def _as_given(value: Any, param: click.Parameter, where: str) -> Any:
-    """``value`` as the command line would have it: texts, lists of texts, and booleans for switches."""
+    """``value`` as the command line would have it: texts, lists of texts, and booleans for
+    switches.
+    """
     if getattr(param, "is_flag", False):
         if not isinstance(value, bool):
             raise UsageError(f"{where} is a switch: expected true or false, found {value!r}")
@@ -87,7 +96,9 @@ def _kind(value: Any) -> str:
 
 
 def resolved(settings: Mapping[str, Any], made_by: str) -> bytes:
-    """The settings of a run as a file for ``--config``; those that are None or only of the call are left out."""
+    """The settings of a run as a file for ``--config``; those that are None or only of the call are
+    left out.
+    """
     import yaml
 
     names = {key.rstrip("_").replace("_", "-"): value for key, value in settings.items()}

@@ -1,8 +1,9 @@
 """Answer a flag or a configuration key of another project with the one that does the same here.
 
-``peer_flags.json`` beside this file is the table: for each program of speculators, SpecForge, DeepSpec, AutoModel
-and TorchSpec, what its flags are called here. docs/migrate.md is made from the same table. A command takes part by
-its class ``Command``, and the table is read only when an option is unknown.
+``peer_flags.json`` beside this file is the table: for each program of speculators, SpecForge,
+DeepSpec, AutoModel and TorchSpec, what its flags are called here. docs/migrate.md is made from the
+same table. A command takes part by its class ``Command``, and the table is read only when an option
+is unknown.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ SHOWN = 2  # programs named in one answer
 
 
 def table() -> dict[str, Any]:
-    """``{program: {"command": ours, "flags": {theirs: [ours, note]}}}``; ours is "" where there is none."""
+    """``{program: {"command": ours, "flags": {theirs: [ours, note]}}}``; ours is "" where there is
+    none.
+    """
     loaded: dict[str, Any] = json.loads(TABLE.read_text())
     return loaded
 
@@ -37,7 +40,8 @@ def sentence(ours: str, note: str) -> str:
 def answer(name: str, command: str) -> str | None:
     """Say what ``name``, a flag or a configuration key of another project, is called here.
 
-    ``command`` is ours that it was given to, such as ``dspark-train``: programs that do the same job come first.
+    ``command`` is ours that it was given to, such as ``dspark-train``: programs that do the same
+    job come first.
     None if no project in the table knows the name.
     """
     wanted = as_flag(name)

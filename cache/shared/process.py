@@ -1,4 +1,5 @@
-"""The device of a process: which one it may use, which GPU is its current one, which attention kernels suit it.
+"""The device of a process: which one it may use, which GPU is its current one, which attention
+kernels suit it.
 
 torch is imported where it is needed, so that flags can be checked without it.
 """
@@ -23,7 +24,9 @@ GPU_FILES = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")
 
 
 def device_type(device: str, flag: str = "--device") -> str:
-    """Return ``cpu`` or ``cuda``, as ``choose_device`` would; torch, which takes seconds to import, is asked only where there may be a GPU."""
+    """Return ``cpu`` or ``cuda``, as ``choose_device`` would; torch, which takes seconds to import,
+    is asked only where there may be a GPU.
+    """
     if device == "cpu" or (device == "auto" and "torch" not in sys.modules and not _may_have_gpu()):
         return "cpu"
     return choose_device(device, flag).type
@@ -38,7 +41,8 @@ def _may_have_gpu() -> bool:
 
 
 def choose_device(device: str, flag: str = "--device") -> torch.device:
-    """Return the device that ``auto``, ``cpu``, ``cuda`` or ``cuda:N`` means here; ``auto``: cuda if there is a GPU.
+    """Return the device that ``auto``, ``cpu``, ``cuda`` or ``cuda:N`` means here; ``auto``: cuda
+    if there is a GPU.
 
     Raises UsageError for any other word, and for a GPU that torch does not see.
     """
@@ -52,11 +56,13 @@ def choose_device(device: str, flag: str = "--device") -> torch.device:
     if chosen.type == "cuda":
         if not torch.cuda.is_available():
             raise UsageError(
-                f"{flag} {device}: torch sees no CUDA device (torch {torch.__version__}); use {flag} cpu"
+                f"{flag} {device}: torch sees no CUDA device (torch {torch.__version__}); use "
+                f"{flag} cpu"
             )
         if chosen.index is not None and chosen.index >= torch.cuda.device_count():
             raise UsageError(
-                f"{flag} {device}: torch sees {torch.cuda.device_count()} CUDA devices, counted from 0"
+                f"{flag} {device}: torch sees {torch.cuda.device_count()} CUDA devices, counted "
+                "from 0"
             )
     return chosen
 
@@ -64,8 +70,10 @@ def choose_device(device: str, flag: str = "--device") -> torch.device:
 def make_current(device: torch.device | str) -> None:
     """Make ``device`` the process's current one, if it is a GPU by number.
 
-    torch's own operations follow their tensors. Triton's kernels and ``torch.cuda.current_stream()`` follow the current device, which
-    is GPU 0 until somebody says otherwise: a kernel would be started there on another GPU's memory, and a stream wait for nothing.
+    torch's own operations follow their tensors. Triton's kernels and
+    ``torch.cuda.current_stream()`` follow the current device, which is GPU 0 until somebody says
+    otherwise: a kernel would be started there on another GPU's memory, and a stream wait for
+    nothing.
     """
     import torch
 
@@ -77,9 +85,11 @@ def make_current(device: torch.device | str) -> None:
 def no_plan_a_shape() -> None:
     """Keep cuDNN out of ``scaled_dot_product_attention`` in this process.
 
-    torch prefers it on Hopper. cuDNN builds a plan for every new shape, which costs the launching thread tens of milliseconds, and a dump's
-    batches, a score's groups of anchors and a decoder's steps have a new shape nearly every time: a dump was launch-bound at 240 k tokens/s on an
-    H100 whose warm shapes ran at 540 k (docs/log/2026-11-22-speed-before-kernels.md). The flash kernel needs no plan.
+    torch prefers it on Hopper. cuDNN builds a plan for every new shape, which costs the launching
+    thread tens of milliseconds, and a dump's batches, a score's groups of anchors and a decoder's
+    steps have a new shape nearly every time: a dump was launch-bound at 240 k tokens/s on an H100
+    whose warm shapes ran at 540 k (docs/log/2026-11-22-speed-before-kernels.md). The flash kernel
+    needs no plan.
     """
     import torch
 

@@ -1,7 +1,9 @@
 """How a command stops when it is asked to: SIGTERM, SIGINT (Ctrl-C) or SIGHUP (a closed ssh).
 
-The first signal is answered by one line at once, that says what happens now, and the work ends at its next safe point. A second one ends the process on the spot.
-The line is written by a thread of its own: the main thread may be inside a call that takes minutes, and Python runs handlers only between two of its steps.
+The first signal is answered by one line at once, that says what happens now, and the work ends at
+its next safe point. A second one ends the process on the spot.
+The line is written by a thread of its own: the main thread may be inside a call that takes minutes,
+and Python runs handlers only between two of its steps.
 """
 
 from __future__ import annotations
@@ -28,7 +30,9 @@ _entered: list[Stopping] = []
 
 
 def _forget() -> None:
-    """In a forked child: signals to a whole group must not count twice in the parent, through a pipe that both have."""
+    """In a forked child: signals to a whole group must not count twice in the parent, through a
+    pipe that both have.
+    """
     if _entered:
         signal.set_wakeup_fd(-1)
         for number, handler in _entered[0]._old.items():
@@ -40,16 +44,21 @@ os.register_at_fork(after_in_child=_forget)
 
 
 def leave_to_parent(*numbers: signal.Signals) -> None:
-    """Ignore signals that reach the whole group in a process that ends when its parent does; without ``numbers`` all that stop a command."""
+    """Ignore signals that reach the whole group in a process that ends when its parent does;
+    without ``numbers`` all that stop a command.
+    """
     for number in numbers or SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 
 class Stopping:
-    """While it is entered, signals set ``asked``; with ``raises`` the first one also raises KeyboardInterrupt in the main thread.
+    """While it is entered, signals set ``asked``; with ``raises`` the first one also raises
+    KeyboardInterrupt in the main thread.
 
-    ``doing``: what happens after the first, in words. ``safe``: says what is on disk, for the second. ``alone``: a second one ends the process
-    (under torchrun each process gets a signal twice, from the terminal and from the launcher, which kills what does not end in 30 s). ``speaks``: whether this process prints.
+    ``doing``: what happens after the first, in words. ``safe``: says what is on disk, for the
+    second. ``alone``: a second one ends the process (under torchrun each process gets a signal
+    twice, from the terminal and from the launcher, which kills what does not end in 30 s).
+    ``speaks``: whether this process prints.
     A signal that was ignored before (nohup) stays ignored.
     """
 
@@ -82,7 +91,10 @@ class Stopping:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         if self not in _entered:
             return
@@ -132,7 +144,9 @@ def _tell(text: str) -> None:
 
 
 def _leave_terminal() -> None:
-    """Let nothing that is still printed fail because the terminal, or what read our pipe, is gone."""
+    """Let nothing that is still printed fail because the terminal, or what read our pipe, is
+    gone.
+    """
     for number in (1, 2):
         try:
             poll = select.poll()
@@ -150,7 +164,9 @@ def _leave_terminal() -> None:
 
 @contextmanager
 def stoppable(doing: str, safe: Callable[[], str]) -> Iterator[Stopping]:
-    """Run a block that a signal interrupts; it then ends with Stopped, whose message says what is ``safe``."""
+    """Run a block that a signal interrupts; it then ends with Stopped, whose message says what is
+    ``safe``.
+    """
     with Stopping(lambda: doing, safe) as stop:
         try:
             yield stop
@@ -159,12 +175,16 @@ def stoppable(doing: str, safe: Callable[[], str]) -> Iterator[Stopping]:
 
 
 def parts_of(output: Where, *, resume: bool = True) -> Callable[[], str]:
-    """What is safe of the store that a command writes at ``output``. To be called before it begins, for an older store may be there that is none of its work.
+    """What is safe of the store that a command writes at ``output``. To be called before it begins,
+    for an older store may be there that is none of its work.
 
-    Of a store in an object store nothing is asked: a command that is stopped does not wait for a service.
+    Of a store in an object store nothing is asked: a command that is stopped does not wait for a
+    service.
     """
     if isinstance(output, Url):
-        said = f"Parts that were finished in {output} are safe. Rerun the same command with --resume."
+        said = (
+            f"Parts that were finished in {output} are safe. Rerun the same command with --resume."
+        )
         return lambda: said
     before = _identity(output)
 
@@ -174,9 +194,14 @@ def parts_of(output: Where, *, resume: bool = True) -> Callable[[], str]:
             return "Nothing was written."
         if now == before and not resume:
             return f"The store that was there, {output}, is as it was."
-        done = sum(1 for p in (output / "parts").glob("[0-9]*")) if (output / "parts").is_dir() else 0
+        done = (
+            sum(1 for p in (output / "parts").glob("[0-9]*")) if (output / "parts").is_dir() else 0
+        )
         if not done:
-            return f"No part was finished; rerun the same command with --resume to go on with {output}."
+            return (
+                "No part was finished; rerun the same command with --resume to go on with "
+                f"{output}."
+            )
         return f"{done} finished parts in {output} are safe. Rerun the same command with --resume."
 
     return safe

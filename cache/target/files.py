@@ -1,7 +1,9 @@
-"""``target/``: the files of the target beside the states, and which of them the manifest can tell from damaged ones.
+"""``target/``: the files of the target beside the states, and which of them the manifest can tell
+from damaged ones.
 
-Those are ``model.safetensors``, ``tokenizer.json`` and ``chat_template.jinja`` (where chats were rendered), by their sha256, and ``config.json``, which
-the manifest holds whole. The other tokenizer files are kept as they are; nothing is known of them.
+Those are ``model.safetensors``, ``tokenizer.json`` and ``chat_template.jinja`` (where chats were
+rendered), by their sha256, and ``config.json``, which the manifest holds whole. The other tokenizer
+files are kept as they are; nothing is known of them.
 """
 
 from __future__ import annotations
@@ -37,7 +39,9 @@ def write_target(
 
 
 def damaged_files(folder: Path, manifest: Manifest) -> dict[str, str]:
-    """Name -> finding of every file of ``folder`` that is not what the manifest says. Reads the weights once, as fast as sha256 goes."""
+    """Name -> finding of every file of ``folder`` that is not what the manifest says. Reads the
+    weights once, as fast as sha256 goes.
+    """
     out = damaged_small_files(folder, manifest)
     if finding := _wrong_hash(folder / TARGET_WEIGHTS, manifest.target.weights_sha256):
         out[TARGET_WEIGHTS] = finding
@@ -50,7 +54,9 @@ def damaged_small_files(folder: Path, manifest: Manifest) -> dict[str, str]:
     sha = manifest.tokenizer.sha256
     if sha is not None and (finding := _wrong_hash(folder / TARGET_TOKENIZER, sha)):
         out[TARGET_TOKENIZER] = finding
-    if finding := _wrong_template(folder / TARGET_TEMPLATE, manifest.tokenizer.chat_template_sha256):
+    if finding := _wrong_template(
+        folder / TARGET_TEMPLATE, manifest.tokenizer.chat_template_sha256
+    ):
         out[TARGET_TEMPLATE] = finding
     config = folder / TARGET_CONFIG
     try:
@@ -66,7 +72,9 @@ def damaged_small_files(folder: Path, manifest: Manifest) -> dict[str, str]:
 
 
 def small_files(folder: Path, manifest: Manifest, store: object) -> dict[str, bytes]:
-    """The tokenizer's files in ``folder``, those of ``store``, for another store of the same target. Raises DamagedCacheError unless they are what the manifest says."""
+    """The tokenizer's files in ``folder``, those of ``store``, for another store of the same
+    target. Raises DamagedCacheError unless they are what the manifest says.
+    """
     for finding in damaged_small_files(folder, manifest).values():
         raise DamagedCacheError(f"{finding}. {what_to_do(store)}")
     return {
@@ -79,7 +87,8 @@ def small_files(folder: Path, manifest: Manifest, store: object) -> dict[str, by
 def what_to_do(store: object) -> str:
     """The next step after a finding in ``target/``."""
     return (
-        f"Run dspark-tools verify --drop-damaged {store}, then the command that wrote the store with --resume: "
+        f"Run dspark-tools verify --drop-damaged {store}, then the command that wrote the store "
+        "with --resume: "
         "it writes again what is missing."
     )
 
@@ -95,7 +104,9 @@ def _wrong_hash(path: Path, expected: str) -> str | None:
 
 
 def _wrong_template(path: Path, expected: str | None) -> str | None:
-    """None also where there is no such file: a target may keep its template in tokenizer_config.json."""
+    """None also where there is no such file: a target may keep its template in
+    tokenizer_config.json.
+    """
     if expected is None:
         return None
     try:

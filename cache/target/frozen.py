@@ -1,6 +1,7 @@
 """The target's frozen weights, kept beside the states so that no trainer ever loads the target.
 
-``target/model.safetensors`` holds ``embed_tokens.weight`` [V, H], ``norm.weight`` [H] and, unless tied, ``lm_head.weight`` [V, H].
+``target/model.safetensors`` holds ``embed_tokens.weight`` [V, H], ``norm.weight`` [H] and, unless
+tied, ``lm_head.weight`` [V, H].
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class FrozenTarget:
-    """Embedding ``embed_tokens`` [V, H], final norm weight ``norm`` [H], output head ``lm_head`` [V, H]; ``tied``: the head is the embedding;
+    """Embedding ``embed_tokens`` [V, H], final norm weight ``norm`` [H], output head ``lm_head``
+    [V, H]; ``tied``: the head is the embedding;
     ``logits``: what the target does to the head's output.
     """
 
@@ -46,9 +48,11 @@ class FrozenTarget:
         return file_sha256(path)
 
     def sha256_in(self, path: Path) -> str:
-        """The sha256 of the file at ``path``, which ``save`` wrote, were these weights in it; nothing is written.
+        """The sha256 of the file at ``path``, which ``save`` wrote, were these weights in it;
+        nothing is written.
 
-        With that file's own header, which another release of safetensors may write in another way. As fast as ``file_sha256``.
+        With that file's own header, which another release of safetensors may write in another way.
+        As fast as ``file_sha256``.
         """
         import torch
 
@@ -58,7 +62,8 @@ class FrozenTarget:
             header = file.read(int.from_bytes(length, "little"))
         places = {n: v["data_offsets"] for n, v in json_text.loads(header).items() if n in tensors}
         out = hashlib.sha256(length + header)
-        # Weights that are not in the file come last: a head that is no longer tied makes another hash, too.
+        # Weights that are not in the file come last: a head that is no longer tied makes another
+        # hash, too.
         for name in sorted(tensors, key=lambda n: (n not in places, places.get(n, n))):
             data = tensors[name].detach().cpu().contiguous().flatten().view(torch.uint8)
             out.update(data.numpy().data)
@@ -71,9 +76,11 @@ class FrozenTarget:
 
     @classmethod
     def load(cls, path: Path, sha256: str) -> FrozenTarget:
-        """Read what ``save`` wrote, whose hash is ``sha256``; tied weights share memory. ``logits`` comes from the config (``Cache.target``).
+        """Read what ``save`` wrote, whose hash is ``sha256``; tied weights share memory. ``logits``
+        comes from the config (``Cache.target``).
 
-        The file is read once more for its hash, at 0.7 GB/s on a core without instructions for it (4 GB: 6 s) and once a run:
+        The file is read once more for its hash, at 0.7 GB/s on a core without instructions for it
+        (4 GB: 6 s) and once a run:
         weights with a flipped bit train to nothing, and nothing else would say so.
         """
         from safetensors import SafetensorError
@@ -82,14 +89,22 @@ class FrozenTarget:
         try:
             with reading(path):
                 if (found := file_sha256(path)) != sha256:
-                    raise DamagedCacheError(f"{path}: sha256 is {found}, the manifest says {sha256}")
+                    raise DamagedCacheError(
+                        f"{path}: sha256 is {found}, the manifest says {sha256}"
+                    )
                 tensors = load_file(path)
         except SafetensorError as error:
-            raise DamagedCacheError(f"{path}: the target's frozen weights cannot be read: {error}") from error
+            raise DamagedCacheError(
+                f"{path}: the target's frozen weights cannot be read: {error}"
+            ) from error
         names = set(tensors)
         tied = "lm_head.weight" not in names
         expected = {"embed_tokens.weight", "norm.weight"} | (set() if tied else {"lm_head.weight"})
         if names != expected:
-            raise DamagedCacheError(f"{path}: found tensors {sorted(names)}, expected {sorted(expected)}")
+            raise DamagedCacheError(
+                f"{path}: found tensors {sorted(names)}, expected {sorted(expected)}"
+            )
         embed = tensors["embed_tokens.weight"]
-        return cls(embed, tensors["norm.weight"], embed if tied else tensors["lm_head.weight"], tied)
+        return cls(
+            embed, tensors["norm.weight"], embed if tied else tensors["lm_head.weight"], tied
+        )

@@ -1,4 +1,6 @@
-"""What a target does to its head's output before the softmax: a factor, a soft cap. From its config; the self-check notices what is missing here."""
+"""What a target does to its head's output before the softmax: a factor, a soft cap. From its
+config; the self-check notices what is missing here.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""The shape of a draft's layers, from its target's config: what dump shows before a store is begun and train builds.
+"""The shape of a draft's layers, from its target's config: what dump shows before a store is begun
+and train builds.
 
 Legend: H hidden size. "Text config": the part of a config.json that describes the language model.
 """
@@ -15,16 +16,18 @@ from dspark.cache.errors import UsageError
 HEAD_DIM = 128
 # FlashAttention, which serves drafts, takes heads of at most this width.
 WIDEST_HEAD = 256
-# MLP width in hidden sizes where the target has none that fits: Qwen3-8B's, and that of published drafts of MoE targets
-# (SpecForge's configs/qwen3.5-35b-a3b-dflash.json: 6,144 for a hidden size of 2,048).
+# MLP width in hidden sizes where the target has none that fits: Qwen3-8B's, and that of published
+# drafts of MoE targets (SpecForge's configs/qwen3.5-35b-a3b-dflash.json: 6,144 for a hidden size of
+# 2,048).
 MLP_RATIO = 3
 DEFAULT_ROPE_BASE = 1_000_000.0
 DEFAULT_MAX_POSITIONS = 32768
 
 EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 EXPERT_WIDTHS = ("moe_intermediate_size", "expert_ffn_hidden_size", "moe_ffn_hidden_size")
-# Targets whose attention vLLM runs only in the target: their drafts take 128-wide heads of the same total width, as the published
-# Qwen3.5 DSpark drafts do (SpecForge's configs/qwen3.5-4b-dspark.json: 32 heads of 128 for 16 of 256).
+# Targets whose attention vLLM runs only in the target: their drafts take 128-wide heads of the same
+# total width, as the published Qwen3.5 DSpark drafts do (SpecForge's
+# configs/qwen3.5-4b-dspark.json: 32 heads of 128 for 16 of 256).
 RESHAPED_HEADS = ("qwen3_5", "qwen3_5_text", "qwen3_5_moe", "qwen3_5_moe_text", "qwen3_next")
 
 
@@ -54,12 +57,15 @@ class DraftShape:
 
     def __str__(self) -> str:
         return (
-            f"hidden {self.hidden_size}, {self.num_heads} heads of {self.head_dim}, {self.num_kv_heads} key-value heads, "
+            f"hidden {self.hidden_size}, {self.num_heads} heads of {self.head_dim}, "
+            f"{self.num_kv_heads} key-value heads, "
             f"MLP {self.intermediate_size}"
         )
 
     def parameters(self, num_layers: int, aux_layers: int) -> int:
-        """Weights of the layers and of ``fc``, which are all trained; embedding, head and Markov factors are not counted."""
+        """Weights of the layers and of ``fc``, which are all trained; embedding, head and Markov
+        factors are not counted.
+        """
         h, inner = self.hidden_size, self.head_dim * (self.num_heads + self.num_kv_heads)
         return num_layers * (2 * h * inner + 3 * h * self.intermediate_size) + aux_layers * h * h
 
@@ -75,10 +81,11 @@ def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
 def shape_for(config: Mapping[str, Any], asked: Asked | None = None) -> DraftShape:
     """The shape of a draft for the target with this ``config.json``; what is ``asked`` wins.
 
-    Sizes are the target's where it has them, so that a draft layer has the arithmetic of a target's. Exceptions, each in ``notes``:
-    latent attention (heads of 128, as many key as query heads), heads that serving does not take (128 wide, same total width), an MLP
-    that only an expert has or that is narrower than H (3 H). Raises UsageError where the config has no hidden size, and for shapes
-    that no attention has.
+    Sizes are the target's where it has them, so that a draft layer has the arithmetic of a
+    target's. Exceptions, each in ``notes``:
+    latent attention (heads of 128, as many key as query heads), heads that serving does not take
+    (128 wide, same total width), an MLP that only an expert has or that is narrower than H (3 H).
+    Raises UsageError where the config has no hidden size, and for shapes that no attention has.
     """
     text, asked = text_config(config), asked or Asked()
     hidden = count(text, "hidden_size")
@@ -91,12 +98,15 @@ def shape_for(config: Mapping[str, Any], asked: Asked | None = None) -> DraftSha
         heads, kv_heads = (max(n * head_dim // asked.head_dim, 1) for n in (heads, kv_heads))
     head_dim = asked.head_dim or head_dim
     if asked.num_heads is not None:
-        kv_heads = asked.num_heads if kv_heads == heads else largest_divisor(asked.num_heads, kv_heads)
+        kv_heads = (
+            asked.num_heads if kv_heads == heads else largest_divisor(asked.num_heads, kv_heads)
+        )
         heads = asked.num_heads
     kv_heads = asked.num_kv_heads or kv_heads
     if heads % kv_heads:
         raise UsageError(
-            f"the draft would have {heads} heads and {kv_heads} key-value heads; expected a multiple. Give --num-heads and --num-kv-heads."
+            f"the draft would have {heads} heads and {kv_heads} key-value heads; expected a "
+            "multiple. Give --num-heads and --num-kv-heads."
         )
     return DraftShape(
         hidden_size=hidden,
@@ -119,13 +129,16 @@ def _heads(text: Mapping[str, Any], hidden: int, notes: list[str]) -> tuple[int,
         notes.append(f"the target's config has no number of heads: {heads} of {HEAD_DIM}")
         return heads, heads, HEAD_DIM
     if count(text, "kv_lora_rank") is not None:
-        notes.append(f"the target has latent attention: heads of {HEAD_DIM}, a key-value head per query head")
+        notes.append(
+            f"the target has latent attention: heads of {HEAD_DIM}, a key-value head per query head"
+        )
         return heads, heads, HEAD_DIM
     kv_heads = min(count(text, "num_key_value_heads") or heads, heads)
     if heads % kv_heads:
         kv_heads = largest_divisor(heads, kv_heads)
         notes.append(
-            f"the target's key-value heads do not divide its {heads} heads: {kv_heads} key-value heads"
+            f"the target's key-value heads do not divide its {heads} heads: {kv_heads} key-value "
+            "heads"
         )
     width = count(text, "head_dim") or max(hidden // heads, 2)
     reshaped = str(text.get("model_type")) in RESHAPED_HEADS and width > HEAD_DIM
@@ -175,7 +188,8 @@ def rope_base(config: Mapping[str, Any], default: None = None) -> float | None: 
 def rope_base(config: Mapping[str, Any], default: float | None = None) -> float | None:
     """RoPE base of a config, of a target or of a draft; ``default`` where it has none.
 
-    It may be nested under ``rope_parameters`` (transformers 5) or flat (transformers 4), and nested once more by layer type (Gemma):
+    It may be nested under ``rope_parameters`` (transformers 5) or flat (transformers 4), and nested
+    once more by layer type (Gemma):
     a draft attends fully, so full attention's base is its own.
     """
     for name in ("rope_parameters", "rope_scaling"):
@@ -190,7 +204,9 @@ def rope_base(config: Mapping[str, Any], default: float | None = None) -> float 
 
 
 def count(config: Mapping[str, Any], *names: str) -> int | None:
-    """The first of ``names`` that is a positive whole number in ``config``; of a list by layer, its largest."""
+    """The first of ``names`` that is a positive whole number in ``config``; of a list by layer, its
+    largest.
+    """
     for name in names:
         value = config.get(name)
         if isinstance(value, list) and value and all(isinstance(x, int) for x in value):

@@ -1,8 +1,10 @@
-"""Which of a target's layers the drafter types read: what a store must hold, before a dump, and what it lacks, before a training.
+"""Which of a target's layers the drafter types read: what a store must hold, before a dump, and
+what it lacks, before a training.
 
-Two conventions name a layer: ``--layers`` i = output of decoder layer i, 0-based; ``--target-layer-ids`` j = the state entering layer j
-(vLLM, speculators), j = i + 1. Here all are outputs. Types whose drafts run over blocks take whatever layers they are given; EAGLE-3 and
-P-EAGLE take three; an SPD head takes the ends of its pipeline's stages.
+Two conventions name a layer: ``--layers`` i = output of decoder layer i, 0-based;
+``--target-layer-ids`` j = the state entering layer j (vLLM, speculators), j = i + 1. Here all are
+outputs. Types whose drafts run over blocks take whatever layers they are given; EAGLE-3 and P-EAGLE
+take three; an SPD head takes the ends of its pipeline's stages.
 """
 
 from __future__ import annotations
@@ -12,7 +14,10 @@ from collections.abc import Sequence
 
 from dspark.cache.errors import MismatchError, UsageError
 
-BOTH = "--layers i means the output of decoder layer i (0-based); --target-layer-ids j means the state entering layer j, so j = i + 1"
+BOTH = (
+    "--layers i means the output of decoder layer i (0-based); --target-layer-ids j means the "
+    "state entering layer j, so j = i + 1"
+)
 
 BLOCKS = ("dspark", "dflash")
 THREE = ("eagle3", "peagle")
@@ -32,7 +37,9 @@ def parse_ids(text: str, flag: str) -> tuple[int, ...]:
 
 
 def default_layers(num_layers: int) -> tuple[int, ...]:
-    """Five layers spread evenly from 1 to n-3 (36 layers: 1, 9, 17, 25, 33); fewer where the target has too few."""
+    """Five layers spread evenly from 1 to n-3 (36 layers: 1, 9, 17, 25, 33); fewer where the target
+    has too few.
+    """
     if num_layers <= 2:
         return (0,)
     first, last = 1, max(num_layers - 3, 1)
@@ -43,7 +50,9 @@ def default_layers(num_layers: int) -> tuple[int, ...]:
 
 
 def low_middle_high(num_layers: int) -> tuple[int, ...]:
-    """EAGLE-3's three layers (36 layers: 1, 17, 32). Targets of fewer than six layers give other three; those of fewer than three give none."""
+    """EAGLE-3's three layers (36 layers: 1, 17, 32). Targets of fewer than six layers give other
+    three; those of fewer than three give none.
+    """
     if num_layers >= 6:
         return 1, num_layers // 2 - 1, num_layers - 4
     return tuple(range(num_layers))[-AUX:] if num_layers >= AUX else ()
@@ -64,12 +73,15 @@ def wanted(kind: str, num_layers: int) -> tuple[int, ...]:
 def serving(
     kinds: Sequence[str], num_layers: int, blocks: tuple[int, ...] | None = None
 ) -> dict[str, tuple[int, ...]]:
-    """Type -> the layers it reads, so that one store serves all ``kinds`` with few layers. ``blocks``: what block drafts of this target
-    read, if a recipe says so.
+    """Type -> the layers it reads, so that one store serves all ``kinds`` with few layers.
+    ``blocks``: what block drafts of this target read, if a recipe says so.
 
-    EAGLE-3 and P-EAGLE choose their three among the block drafts' where there are any: a layer more would cost a sixth of the store.
+    EAGLE-3 and P-EAGLE choose their three among the block drafts' where there are any: a layer more
+    would cost a sixth of the store.
     """
-    own = {kind: blocks if kind in BLOCKS and blocks else wanted(kind, num_layers) for kind in kinds}
+    own = {
+        kind: blocks if kind in BLOCKS and blocks else wanted(kind, num_layers) for kind in kinds
+    }
     shared = next((own[kind] for kind in BLOCKS if kind in own), None)
     if shared is not None and len(shared) >= AUX:
         own |= {kind: nearest(shared, low_middle_high(num_layers)) for kind in THREE if kind in own}
@@ -77,18 +89,26 @@ def serving(
 
 
 def chosen(kind: str, stored: Sequence[int], num_layers: int) -> tuple[int, ...]:
-    """Which of the ``stored`` layers a draft of this type reads. Raises MismatchError, naming the layers to dump, if they do not do."""
+    """Which of the ``stored`` layers a draft of this type reads. Raises MismatchError, naming the
+    layers to dump, if they do not do.
+    """
     usable = tuple(i for i in stored if i >= 0)
     if kind in THREE:
         if len(usable) < AUX:
             raise lacking(
-                kind, f"reads {AUX} layers, a low, a middle and a high one", stored, wanted(kind, num_layers)
+                kind,
+                f"reads {AUX} layers, a low, a middle and a high one",
+                stored,
+                wanted(kind, num_layers),
             )
         return nearest(usable, low_middle_high(num_layers))
     if kind == "spd":
         if len(usable) < 2:
             raise lacking(
-                kind, "needs the last layer of each of two stages or more", stored, wanted(kind, num_layers)
+                kind,
+                "needs the last layer of each of two stages or more",
+                stored,
+                wanted(kind, num_layers),
             )
         return usable
     return tuple(stored)
@@ -98,8 +118,10 @@ def lacking(kind: str, needs: str, stored: Sequence[int], layers: Sequence[int])
     """The error of a store whose layers do not do for a type."""
     missing = [i for i in layers if i not in stored]
     return MismatchError(
-        f"a draft of type {kind} {needs}; the store has {list(stored)} and lacks {missing} of {list(layers)}. "
-        f"dspark-dump --for {kind}, or --layers {','.join(map(str, sorted({*layers, *stored} - {-1})))} for both"
+        f"a draft of type {kind} {needs}; the store has {list(stored)} and lacks {missing} of "
+        f"{list(layers)}. "
+        f"dspark-dump --for {kind}, or --layers "
+        f"{','.join(map(str, sorted({*layers, *stored} - {-1})))} for both"
     )
 
 
@@ -113,7 +135,9 @@ def remark(kind: str, read: Sequence[int], stored: Sequence[int], num_layers: in
 
 
 def nearest(stored: Sequence[int], wished: Sequence[int]) -> tuple[int, ...]:
-    """As many of ``stored`` (rising) as are ``wished``, rising, each as near to its wish as those before and after it allow."""
+    """As many of ``stored`` (rising) as are ``wished``, rising, each as near to its wish as those
+    before and after it allow.
+    """
     out: list[int] = []
     for k, wish in enumerate(wished):
         first = stored.index(out[-1]) + 1 if out else 0

@@ -1,4 +1,6 @@
-"""Write the flag tables of docs/migrate.md from cache/shared/peer_flags.json: ``python docs/make/migrate.py``."""
+"""Write the flag tables of docs/migrate.md from cache/shared/peer_flags.json: ``python
+docs/make/migrate.py``.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,9 @@ def tables() -> str:
         out.append(f"### {program}\n\n| theirs | ours | note |\n|---|---|---|")
         for theirs, (ours, note) in entry["flags"].items():
             same = ours == f"{entry['command']} {theirs}"
-            out.append(f"| `{theirs}` | {'same' if same else f'`{ours}`' if ours else '-'} | {note} |")
+            out.append(
+                f"| `{theirs}` | {'same' if same else f'`{ours}`' if ours else '-'} | {note} |"
+            )
         out.append("")
     return "\n".join(out)
 

@@ -1,4 +1,6 @@
-"""List the modules that docs/architecture.md does not name: ``python docs/make/modules.py``. Exit 1 if there are any."""
+"""List the modules that docs/architecture.md does not name: ``python docs/make/modules.py``. Exit 1
+if there are any.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,9 @@ PACKAGES = ("cache", "dump", "train", "tools")
 
 
 def modules() -> set[str]:
-    """Every module of the four packages as a path from the root; ``__init__.py`` only where it has code of its own."""
+    """Every module of the four packages as a path from the root; ``__init__.py`` only where it has
+    code of its own.
+    """
     found = set()
     for package in PACKAGES:
         for path in (ROOT / package).rglob("*.py"):

@@ -1,4 +1,6 @@
-"""Write the tables of docs/sizing.md with ``dspark-tools estimate``: ``python docs/make/sizing.py``."""
+"""Write the tables of docs/sizing.md with ``dspark-tools estimate``: ``python
+docs/make/sizing.py``.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,9 @@ MEAN_TOKENS = 1000
 
 def estimate(model: str, samples: int, codec: str) -> dict[str, float]:
     """What ``dspark-tools estimate --json`` says; no network, no weights."""
-    arguments = f"--model {model} --samples {samples} --mean-tokens {MEAN_TOKENS} --codec {codec} --json"
+    arguments = (
+        f"--model {model} --samples {samples} --mean-tokens {MEAN_TOKENS} --codec {codec} --json"
+    )
     result = CliRunner().invoke(main, ["estimate", *arguments.split()])
     assert result.exit_code == 0, result.output
     found: dict[str, float] = json.loads(result.stdout)
@@ -44,10 +48,15 @@ def tables() -> str:
         cells = [f"{each['bytes'] / each['tokens']:,.0f}" for each in found]
         out.append(f"| {model} | {raw:,.0f} | {' | '.join(cells)} |")
     out = ["Bytes per token:", "", *out, "", f"A corpus of {MEAN_TOKENS:,} tokens per sample:", ""]
-    out += ["| target | samples | raw bf16 | default | smallest | files |", "|---|---|---|---|---|---|"]
+    out += [
+        "| target | samples | raw bf16 | default | smallest | files |",
+        "|---|---|---|---|---|---|",
+    ]
     for model in MODELS:
         for samples in SAMPLES:
-            default, smallest = (estimate(model, samples, codec) for codec in ("default", "smallest"))
+            default, smallest = (
+                estimate(model, samples, codec) for codec in ("default", "smallest")
+            )
             sizes = (default["raw_bytes"], default["bytes"], smallest["bytes"])
             cells = " | ".join(human(int(size)) for size in sizes)
             out.append(f"| {model} | {samples:,} | {cells} | {int(default['files']):,} |")

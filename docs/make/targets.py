@@ -1,4 +1,6 @@
-"""Write the tables of docs/targets.md from dump/target/support.json and bench/results/families.json: ``python docs/make/targets.py``."""
+"""Write the tables of docs/targets.md from dump/target/support.json and
+bench/results/families.json: ``python docs/make/targets.py``.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,11 @@ COLUMNS = (("dump", "transformers"), ("dump", "vllm"), ("serve", "vllm"), ("serv
 def known() -> list[str]:
     """Families by what is known of engines and servers, then notes and sources."""
     notes: list[str] = []
-    out = ["| family | `model_type` | " + " | ".join(f"{use}, {engine}" for use, engine in COLUMNS) + " |"]
+    out = [
+        "| family | `model_type` | "
+        + " | ".join(f"{use}, {engine}" for use, engine in COLUMNS)
+        + " |"
+    ]
     out.append("|---|---|" + "---|" * len(COLUMNS))
     for family in families():
         cells = [_cell(family, use, engine, notes) for use, engine in COLUMNS]
@@ -85,14 +91,24 @@ def _seen(result: dict[str, Any]) -> list[str]:
 def wrapped(item: str) -> str:
     """An item of a list in lines of at most 98 characters."""
     indent = " " * (item.index(" ") + 1)
-    return textwrap.fill(item, 98, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
+    return textwrap.fill(
+        item, 98, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
+    )
 
 
 def page(text: str) -> str:
     """Return ``text`` with what stands between the marks replaced by the tables of today."""
     before, rest = text.split(BEGIN)
     tables = "\n".join(
-        ["## Engines and servers", "", *known(), "", "## Tiny checkpoints, end to end", "", *shown()]
+        [
+            "## Engines and servers",
+            "",
+            *known(),
+            "",
+            "## Tiny checkpoints, end to end",
+            "",
+            *shown(),
+        ]
     )
     return f"{before}{BEGIN}\n{tables}\n\n{END}{rest.split(END)[1]}"
 

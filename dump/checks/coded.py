@@ -1,10 +1,14 @@
-"""Before anything is written: does the way that the dump takes give the states that the self-check saw?
+"""Before anything is written: does the way that the dump takes give the states that the self-check
+saw?
 
-``selfcheck.py`` looks at states that an engine hands out one sample at a time. A dump takes another way: whole batches, which a vLLM worker gathers and codes by
-itself. So the same samples go that way once, with the store's own codecs; a wrong column or row would be seen nowhere else. What compiles at an engine's first
-coded batch (8 s for vLLM's worker on an H100) has been compiled when the dump begins.
+``selfcheck.py`` looks at states that an engine hands out one sample at a time. A dump takes another
+way: whole batches, which a vLLM worker gathers and codes by itself. So the same samples go that way
+once, with the store's own codecs; a wrong column or row would be seen nowhere else. What compiles
+at an engine's first coded batch (8 s for vLLM's worker on an H100) has been compiled when the dump
+begins.
 
-With ``--regenerate`` states come from the run that answers (``Engine.answer``): the same gathering and coding, another choice of rows, which is not checked here.
+With ``--regenerate`` states come from the run that answers (``Engine.answer``): the same gathering
+and coding, another choice of rows, which is not checked here.
 """
 
 from __future__ import annotations
@@ -24,8 +28,10 @@ if TYPE_CHECKING:
     from dspark.cache.records import TokenSample
     from dspark.dump.engines.engine import Captured, Engine
 
-# Median over a sample's tokens, of the difference over the size of a token's state in one layer. Batches of other shapes round otherwise, a percent or two, of which
-# coarse cells make up to a quarter; another layer's or token's states are 1 and more. Not a norm over the sample: one massive token would hide all others.
+# Median over a sample's tokens, of the difference over the size of a token's state in one layer.
+# Batches of other shapes round otherwise, a percent or two, of which coarse cells make up to a
+# quarter; another layer's or token's states are 1 and more. Not a norm over the sample: one massive
+# token would hide all others.
 TOLERANCE = 0.5
 
 
@@ -36,7 +42,8 @@ def check_coded(
     codec: Codec,
     layers: Sequence[int],
 ) -> None:
-    """What ``engine.stream`` gives for ``samples`` must be their ``states``, coded; raises EngineError with the sample and the layer.
+    """What ``engine.stream`` gives for ``samples`` must be their ``states``, coded; raises
+    EngineError with the sample and the layer.
 
     Compared are decoded states, token by token, for each of ``layers`` and for the last state.
     """
@@ -58,11 +65,15 @@ def check_coded(
                 missing.remove(i)
                 want = as_stored(codec, states[i], known([i], states[i].aux.device))
                 off = [_off(streamed.aux[:, k], want.aux[:, k]) for k in range(len(layers))]
-                for layer, by in zip([*layers, "last"], [*off, _off(streamed.last, want.last)], strict=True):
+                for layer, by in zip(
+                    [*layers, "last"], [*off, _off(streamed.last, want.last)], strict=True
+                ):
                     if not by <= TOLERANCE:
                         raise _failed(
                             engine,
-                            f"the coded states of sample {i}, layer {layer}, differ from its states by {by:.2f} (relative, median over tokens), expected at most {TOLERANCE}",
+                            f"the coded states of sample {i}, layer {layer}, differ from its "
+                            f"states by {by:.2f} (relative, median over tokens), expected at "
+                            f"most {TOLERANCE}",
                         )
     if missing:
         raise _failed(engine, f"its stream gave no states of samples {sorted(missing)}")
@@ -91,7 +102,8 @@ def _by_sample(
         sizes = {"aux": len(given.aux), "last_": len(given.last)}
     if any(n != counts[axis_of(name)] for name, n in sizes.items()):
         raise EngineError(
-            f"self-check failed: the engine's stream gave {sizes} rows for samples {members}, expected {counts}. {NOTHING_WRITTEN}"
+            f"self-check failed: the engine's stream gave {sizes} rows for samples {members}, "
+            f"expected {counts}. {NOTHING_WRITTEN}"
         )
     if isinstance(given, CodedStates):
         coded = {n: torch.from_numpy(a) for n, a in given.arrays.items()}

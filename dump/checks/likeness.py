@@ -1,9 +1,12 @@
-"""Are the captured layers in the order, and at the positions, that they claim? Told from the states alone.
+"""Are the captured layers in the order, and at the positions, that they claim? Told from the states
+alone.
 
-A residual stream changes little by little: of any three layers, neighbours are the most alike, and a state is more like the last state of its own position than
-of the next one. With channels brought to mean 0 and deviation 1 over the tokens (so that massive channels do not decide), the correlation on SmolLM2-135M is
-0.78 to 0.93 between one layer and the next, 0.42 to 0.46 between the five layers of a dump, falling with every layer further apart, and with the last state of the same
-position 0.07 (layer 0) to 0.98 against 0.01 to 0.32 one position off.
+A residual stream changes little by little: of any three layers, neighbours are the most alike, and
+a state is more like the last state of its own position than of the next one. With channels brought
+to mean 0 and deviation 1 over the tokens (so that massive channels do not decide), the correlation
+on SmolLM2-135M is 0.78 to 0.93 between one layer and the next, 0.42 to 0.46 between the five layers
+of a dump, falling with every layer further apart, and with the last state of the same position 0.07
+(layer 0) to 0.98 against 0.01 to 0.32 one position off.
 
 Legend: N tokens, L aux layers, H hidden size.
 """
@@ -23,8 +26,12 @@ LEAST_TOKENS = 32  # fewer say nothing
 MARGIN = 0.03  # of correlation; what two orders may differ by without a finding
 
 
-def findings(states: Sequence[States], stored: Sequence[Sequence[int]], layers: Sequence[int]) -> list[str]:
-    """What is wrong with the aux layers of the samples ``states``; ``stored[i]``: positions of the rows of ``states[i].last``."""
+def findings(
+    states: Sequence[States], stored: Sequence[Sequence[int]], layers: Sequence[int]
+) -> list[str]:
+    """What is wrong with the aux layers of the samples ``states``; ``stored[i]``: positions of the
+    rows of ``states[i].last``.
+    """
     import torch
 
     aux = torch.cat(
@@ -35,7 +42,8 @@ def findings(states: Sequence[States], stored: Sequence[Sequence[int]], layers: 
         return []
     streams = [whitened(x) for x in [*aux.float().unbind(1), last.float()]]
     out = _order(
-        torch.stack([torch.stack([(a * b).mean() for b in streams]) for a in streams]).tolist(), layers
+        torch.stack([torch.stack([(a * b).mean() for b in streams]) for a in streams]).tolist(),
+        layers,
     )
     return out or _shift(streams, layers)
 
@@ -47,7 +55,9 @@ def whitened(x: torch.Tensor) -> torch.Tensor:
 
 
 def _order(alike: list[list[float]], layers: Sequence[int]) -> list[str]:
-    """``alike``: correlations of the aux layers and, behind them, the last state. The right order has the most alike neighbours."""
+    """``alike``: correlations of the aux layers and, behind them, the last state. The right order
+    has the most alike neighbours.
+    """
 
     def along(order: list[int]) -> float:
         path = [*order, len(layers)]
@@ -68,7 +78,8 @@ def _order(alike: list[list[float]], layers: Sequence[int]) -> list[str]:
         return []
     names = ",".join(str(layers[i]) for i in best)
     return [
-        f"the layers are not in the order of --layers {','.join(map(str, layers))}: judging by their similarity, the states are those of layers {names}"
+        f"the layers are not in the order of --layers {','.join(map(str, layers))}: judging by "
+        f"their similarity, the states are those of layers {names}"
     ]
 
 
@@ -80,6 +91,7 @@ def _shift(streams: Sequence[torch.Tensor], layers: Sequence[int]) -> list[str]:
         for what, a, b in (("later", x[:-1], last[1:]), ("earlier", x[1:], last[:-1])):
             if float((a * b).mean()) > here + MARGIN:
                 out.append(
-                    f"the positions of layer {layer} are shifted by one: its states belong to the position {what} than theirs"
+                    f"the positions of layer {layer} are shifted by one: its states belong to "
+                    f"the position {what} than theirs"
                 )
     return out

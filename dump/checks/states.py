@@ -1,13 +1,16 @@
 """Before anything is written: do the states say what the target says?
 
-On a few samples, ``lm_head(last[p])`` is compared with the engine's own prediction after position p: the greedy token, and its log-probability (a
-forgotten norm can keep the order of the logits and still change every probability). Below ``THRESHOLD`` the dump stops, and the message says which
+On a few samples, ``lm_head(last[p])`` is compared with the engine's own prediction after position
+p: the greedy token, and its log-probability (a forgotten norm can keep the order of the logits and
+still change every probability). Below ``THRESHOLD`` the dump stops, and the message says which
 known fault, undone, would explain it.
 
-The other layers are compared with one another (``likeness.py``): another order, another position. What neither sees, a rank's partial sum in a layer in
-between, the vLLM engine compares between its ranks (``spool.py``).
+The other layers are compared with one another (``likeness.py``): another order, another position.
+What neither sees, a rank's partial sum in a layer in between, the vLLM engine compares between its
+ranks (``spool.py``).
 
-Near ties: where the engine's token is not ours but our logits of the two differ by less than the dtype can tell apart, they agree.
+Near ties: where the engine's token is not ours but our logits of the two differ by less than the
+dtype can tell apart, they agree.
 """
 
 from __future__ import annotations
@@ -30,9 +33,12 @@ if TYPE_CHECKING:
 THRESHOLD = 0.99
 PROBE_SAMPLES = 4
 PROBE_TOKENS = 4096
-# Largest difference in log-probability that rounding explains: logits of magnitude 30 step by 1/8 in bfloat16, twice rounded.
+# Largest difference in log-probability that rounding explains: logits of magnitude 30 step by 1/8
+# in bfloat16, twice rounded.
 TOLERANCE = {"float32": 0.02, "bfloat16": 0.5, "float16": 0.1}
-NOTHING_WRITTEN = "Nothing was written. Try --engine transformers, or another version of the engine."
+NOTHING_WRITTEN = (
+    "Nothing was written. Try --engine transformers, or another version of the engine."
+)
 ROWS = 256  # positions to a chunk: [ROWS, V] float32 is what is live
 
 
@@ -46,7 +52,9 @@ class HeadOf:
 
 @dataclass(frozen=True, slots=True)
 class Agreement:
-    """Over ``positions``: share where token and value agree, share of equal tokens (near ties included), largest and mean difference of log-probabilities."""
+    """Over ``positions``: share where token and value agree, share of equal tokens (near ties
+    included), largest and mean difference of log-probabilities.
+    """
 
     positions: int
     agree: float
@@ -57,7 +65,9 @@ class Agreement:
 
 
 def probe_samples(samples: Sequence[TokenSample]) -> list[TokenSample]:
-    """The first samples, cut so that the check stays cheap: at most PROBE_SAMPLES, PROBE_TOKENS in all (the first is taken whole)."""
+    """The first samples, cut so that the check stays cheap: at most PROBE_SAMPLES, PROBE_TOKENS in
+    all (the first is taken whole).
+    """
     out: list[TokenSample] = []
     for sample in samples[:PROBE_SAMPLES]:
         if out and sum(len(s.input_ids) for s in [*out, sample]) > PROBE_TOKENS:
@@ -74,9 +84,11 @@ def check(
     layers: Sequence[int] = (),
     logits: Logits = PLAIN,
 ) -> tuple[Agreement, dict[int, States]]:
-    """Run the check; raises EngineError below THRESHOLD. Also returns the states, so that they need not be computed twice.
+    """Run the check; raises EngineError below THRESHOLD. Also returns the states, so that they need
+    not be computed twice.
 
-    ``layers``: ids of the aux layers, for messages. ``logits``: what the target does to its head's output.
+    ``layers``: ids of the aux layers, for messages. ``logits``: what the target does to its head's
+    output.
     """
     states = dict(engine.capture(samples))
     predictions = engine.predict(samples)
@@ -91,7 +103,8 @@ def check(
     if wrong:
         raise EngineError(
             "\n".join(
-                [f"self-check of the {engine.name} engine failed: {w}." for w in wrong] + [NOTHING_WRITTEN]
+                [f"self-check of the {engine.name} engine failed: {w}." for w in wrong]
+                + [NOTHING_WRITTEN]
             )
         )
     return found, states
@@ -129,14 +142,19 @@ def agreement(
             diffs += diff.tolist()
             for row in (~ok).nonzero()[:, 0].tolist()[: 3 - len(examples)]:
                 examples.append(
-                    f"sample {i} position {rows[row]}: states say token {int(best.indices[row])}, the engine says {int(theirs[row])} "
-                    f"with log-probability {float(value[row]):.3f} (from the states {float(ours[row]):.3f})"
+                    f"sample {i} position {rows[row]}: states say token "
+                    f"{int(best.indices[row])}, the engine says {int(theirs[row])} "
+                    f"with log-probability {float(value[row]):.3f} (from the states "
+                    f"{float(ours[row]):.3f})"
                 )
     if total == 0:
         raise EngineError(
-            "self-check: no stored position in the first samples; each needs two consecutive supervised tokens."
+            "self-check: no stored position in the first samples; each needs two consecutive "
+            "supervised tokens."
         )
-    return Agreement(total, good / total, same / total, max(diffs), sum(diffs) / total, tuple(examples))
+    return Agreement(
+        total, good / total, same / total, max(diffs), sum(diffs) / total, tuple(examples)
+    )
 
 
 def _causes(
@@ -153,7 +171,9 @@ def _causes(
     weight = target.frozen.norm.float()
     for factor in (weight, 1 + weight):  # Gemma's norms multiply by one more than their weight
         normed = [
-            x.float() * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + 1e-6) * factor.to(x.device)
+            x.float()
+            * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + 1e-6)
+            * factor.to(x.device)
             for x in lasts
         ]
         if agreement(normed, positions, predictions, target, dtype).top1 >= THRESHOLD:
@@ -166,24 +186,29 @@ def _causes(
             for where, prediction in zip(moved, predictions, strict=True)
         ]
         rows = [
-            x[torch.tensor(k, dtype=torch.long, device=x.device)] for x, k in zip(lasts, kept, strict=True)
+            x[torch.tensor(k, dtype=torch.long, device=x.device)]
+            for x, k in zip(lasts, kept, strict=True)
         ]
         where = [[w[k] for k in ks] for w, ks in zip(moved, kept, strict=True)]
         if any(where) and agreement(rows, where, predictions, target, dtype).top1 >= THRESHOLD:
             out.append(
-                f"the positions are shifted by one: the states belong to the position {what} than theirs"
+                f"the positions are shifted by one: the states belong to the position {what} "
+                "than theirs"
             )
     return out
 
 
 def _message(engine: str, found: Agreement, causes: Sequence[str]) -> str:
     likely = causes or [
-        "no single known fault explains it: another layer than the last was captured, the states are one tensor-parallel rank's partial sum, the "
+        "no single known fault explains it: another layer than the last was captured, the states "
+        "are one tensor-parallel rank's partial sum, the "
         "weights differ, or the target changes its logits in a way that its config does not state"
     ]
     lines = [
-        f"self-check of the {engine} engine failed: states and engine agree at {found.agree:.1%} of {found.positions} positions "
-        f"(greedy token {found.top1:.1%}, mean log-probability difference {found.mean:.3g}, largest {found.worst:.3g}), expected at least {THRESHOLD:.0%}.",
+        f"self-check of the {engine} engine failed: states and engine agree at {found.agree:.1%} "
+        f"of {found.positions} positions "
+        f"(greedy token {found.top1:.1%}, mean log-probability difference {found.mean:.3g}, "
+        f"largest {found.worst:.3g}), expected at least {THRESHOLD:.0%}.",
         *(f"  {example}" for example in found.examples),
         *(f"Likely cause: {cause}." for cause in likely),
         NOTHING_WRITTEN,

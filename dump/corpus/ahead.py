@@ -1,4 +1,6 @@
-"""An iterator that a thread runs ahead of its consumer, so that reading rows and running the target overlap."""
+"""An iterator that a thread runs ahead of its consumer, so that reading rows and running the target
+overlap.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,9 @@ T = TypeVar("T")
 
 @contextmanager
 def ahead(items: Iterator[T], count: int) -> Iterator[Iterator[T]]:
-    """``items``, up to ``count`` of them made before they are asked for. An error of theirs is raised at its place."""
+    """``items``, up to ``count`` of them made before they are asked for. An error of theirs is
+    raised at its place.
+    """
     made: queue.Queue[T | None] = queue.Queue(count)
     stop = threading.Event()
     failed: list[BaseException] = []

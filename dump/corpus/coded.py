@@ -16,7 +16,9 @@ MARGIN = 64  # tokens in front of a cut that it may have changed
 
 
 class Coded:
-    """``ids`` int32[S] of a text, at most ``most`` of them; ``start``: the text's place in a longer one."""
+    """``ids`` int32[S] of a text, at most ``most`` of them; ``start``: the text's place in a longer
+    one.
+    """
 
     def __init__(self, encoding: Any, length: int, most: int, start: int = 0) -> None:
         self._encoding, self._length, self._start = encoding, length, start
@@ -29,7 +31,9 @@ class Coded:
         return np.asarray(own, dtype=np.int64).reshape(-1, 2) + self._start
 
     def edges(self, places: Sequence[int]) -> list[int | None]:
-        """For each character its first token, the number of tokens where it lies behind all of them, None where a token lies across it."""
+        """For each character its first token, the number of tokens where it lies behind all of
+        them, None where a token lies across it.
+        """
         if len(places) > FEW:
             return self._edges(places)
         found = [self._edge(at - self._start) for at in places]
@@ -85,7 +89,8 @@ def backend(tokenizer: Any) -> Any:
 
 
 def inside(offsets: Any, start: int, stop: int) -> Bool:
-    """Which tokens lie wholly in characters ``[start, stop)``. ``offsets`` int[S, 2]. A whitespace token whose span the tokenizer
-    trimmed to nothing counts by its end."""
+    """Which tokens lie wholly in characters ``[start, stop)``. ``offsets`` int[S, 2]. A whitespace
+    token whose span the tokenizer trimmed to nothing counts by its end.
+    """
     out: Bool = (offsets[:, 0] >= start) & (offsets[:, 1] > start) & (offsets[:, 1] <= stop)
     return out

@@ -1,7 +1,9 @@
-"""Logs of gateways and of OpenAI's batches as rows of one chat: what was asked with what was answered as its last message.
+"""Logs of gateways and of OpenAI's batches as rows of one chat: what was asked with what was
+answered as its last message.
 
-``request`` and ``response`` (also as ``*_body`` or JSON text), ``body``, a chat with its answer beside it (``response``,
-``completion``, ``choices`` ...), and OpenAI's responses (``input``, ``instructions``, ``output``). Of several answers the first is taken.
+``request`` and ``response`` (also as ``*_body`` or JSON text), ``body``, a chat with its answer
+beside it (``response``, ``completion``, ``choices`` ...), and OpenAI's responses (``input``,
+``instructions``, ``output``). Of several answers the first is taken.
 """
 
 from __future__ import annotations
@@ -20,7 +22,17 @@ ANSWERS = ("response", "completion", "answer", "output", "choices")
 FURTHER = "further answers of a log, not taken"
 BESIDE = "an answer beside a chat that ends with another, not taken"
 STREAM = "; a stream of chunks has to be joined to one message first"
-NOT_SEARCHED = (*CHATS, "content", "tools", "input", "prompt", "text", "value", "request", "arguments")
+NOT_SEARCHED = (
+    *CHATS,
+    "content",
+    "tools",
+    "input",
+    "prompt",
+    "text",
+    "value",
+    "request",
+    "arguments",
+)
 
 
 def unwrapped(value: Row, where: str) -> tuple[Row, list[str]]:
@@ -28,7 +40,8 @@ def unwrapped(value: Row, where: str) -> tuple[Row, list[str]]:
     row = _with_request(value, where)
     if "custom_id" in row and not any(row.get(n) for n in (*CHATS, "prompt", "input")):
         raise DataError(
-            f"{where}: a batch's answer without its request. Join output and input file by `custom_id`: a row with `body` and `response`."
+            f"{where}: a batch's answer without its request. Join output and input file by "
+            "`custom_id`: a row with `body` and `response`."
         )
     name = next((n for n in CHATS if row.get(n) not in (None, "", [])), None)
     if name is None and row.get("prompt") is None and row.get("instruction") is None:
@@ -53,15 +66,22 @@ def unwrapped(value: Row, where: str) -> tuple[Row, list[str]]:
 
 
 def thought_beside(row: Row) -> str | None:
-    """The thought that stands beside an answer. A single word (as ``"reasoning": "on"``) is a setting."""
+    """The thought that stands beside an answer. A single word (as ``"reasoning": "on"``) is a
+    setting.
+    """
     found = [row[n] for n in THOUGHTS if isinstance(row.get(n), str) and len(row[n].split()) > 1]
     return found[0] if found else None
 
 
 def was_cut(value: Any, depth: int = 4) -> bool:
-    """Whether a finish reason of a row says that something else than the target ended the answer, wherever in the row's objects it stands (not in
-    its messages, which have their own)."""
-    if isinstance(value, str) and value[:1] == "{" and any(r in value for r in (*REASONS, "incomplete")):
+    """Whether a finish reason of a row says that something else than the target ended the answer,
+    wherever in the row's objects it stands (not in its messages, which have their own).
+    """
+    if (
+        isinstance(value, str)
+        and value[:1] == "{"
+        and any(r in value for r in (*REASONS, "incomplete"))
+    ):
         try:
             value = json.loads(value)
         except ValueError:
@@ -74,7 +94,9 @@ def was_cut(value: Any, depth: int = 4) -> bool:
         return True
     if value.get("incomplete_details") and isinstance(value["incomplete_details"], Mapping):
         return True
-    return depth > 0 and any(was_cut(v, depth - 1) for k, v in value.items() if k not in NOT_SEARCHED)
+    return depth > 0 and any(
+        was_cut(v, depth - 1) for k, v in value.items() if k not in NOT_SEARCHED
+    )
 
 
 def _with_request(value: Row, where: str) -> Row:
@@ -97,7 +119,8 @@ def _with_request(value: Row, where: str) -> Row:
             else ""
         )
         raise DataError(
-            f"{where}: a request without `messages` (its keys: {sorted(map(str, request))[:12]}); expected a chat{hint}."
+            f"{where}: a request without `messages` (its keys: "
+            f"{sorted(map(str, request))[:12]}); expected a chat{hint}."
         )
     row = {k: v for k, v in value.items() if k not in (name, "response_body")}
     if value.get("response") is None and value.get("response_body") is not None:
@@ -106,7 +129,9 @@ def _with_request(value: Row, where: str) -> Row:
 
 
 def _responses(row: Row, where: str) -> tuple[Row, str | None]:
-    """A row of OpenAI's responses (``input`` items or text, ``instructions``, ``output``) as one with ``messages``."""
+    """A row of OpenAI's responses (``input`` items or text, ``instructions``, ``output``) as one
+    with ``messages``.
+    """
     asked = row.get("input")
     if not isinstance(asked, str | list) or not asked:
         return row, None
@@ -120,7 +145,9 @@ def _responses(row: Row, where: str) -> tuple[Row, str | None]:
 
 
 def _runs(items: list[Any], where: str) -> list[Any]:
-    """Items of a conversation with those of one answer (its thought, its text, its calls) joined."""
+    """Items of a conversation with those of one answer (its thought, its text, its calls)
+    joined.
+    """
     out: list[Any] = []
     for own, run in groupby(items, _of_an_answer):
         given = list(run)
@@ -159,7 +186,9 @@ def _answer(response: Any, name: str, where: str) -> tuple[list[Any], int]:
     if isinstance(response, Mapping) and isinstance(response.get("body"), Mapping | str):
         response = from_text(response["body"], "body", where)
     if not isinstance(response, Mapping):
-        raise DataError(f"{where}: `{name}` is a {type(response).__name__}, expected an object or text.")
+        raise DataError(
+            f"{where}: `{name}` is a {type(response).__name__}, expected an object or text."
+        )
     if response.get("error") and not response.get("choices"):
         raise DataError(
             f"{where}: `{name}` is an error ({str(response['error'])[:80]}): nothing was answered."
@@ -174,7 +203,10 @@ def _logged(read: Row) -> bool:
     )
     inner = isinstance(read.get("message") or read.get("body"), Mapping)
     return (
-        whole or inner or (read.get("role") == "assistant" and "content" in read) or bool(read.get("error"))
+        whole
+        or inner
+        or (read.get("role") == "assistant" and "content" in read)
+        or bool(read.get("error"))
     )
 
 
@@ -194,10 +226,13 @@ def _message_in(response: Row, name: str, where: str) -> tuple[list[Any], int]:
     if not isinstance(message, Mapping):
         streamed = STREAM if _streamed(response) else ""
         raise DataError(
-            f"{where}: `{name}` has keys {sorted(map(str, response))[:12]}, expected `choices` with a `message`{streamed}."
+            f"{where}: `{name}` has keys {sorted(map(str, response))[:12]}, expected `choices` "
+            f"with a `message`{streamed}."
         )
     reasons = {r: outer[r] for r in REASONS if outer.get(r) is not None}
-    return [{"role": "assistant", **{k: v for k, v in message.items() if v is not None}, **reasons}], further
+    return [
+        {"role": "assistant", **{k: v for k, v in message.items() if v is not None}, **reasons}
+    ], further
 
 
 def _streamed(response: Row) -> bool:
@@ -205,7 +240,9 @@ def _streamed(response: Row) -> bool:
 
 
 def _items(items: list[Any], here: str) -> list[Any]:
-    """Items of one answer: a message as it is, or what OpenAI's responses call output, joined to the one message that they are."""
+    """Items of one answer: a message as it is, or what OpenAI's responses call output, joined to
+    the one message that they are.
+    """
     if len(items) == 1 and isinstance(items[0], Mapping) and {"role", "content"} <= set(items[0]):
         return items
     out: dict[str, Any] = {"role": "assistant", "content": "", "tool_calls": []}
@@ -227,7 +264,8 @@ def _items(items: list[Any], here: str) -> list[Any]:
         else:
             streamed = STREAM if "delta" in str(item)[:200] else ""
             raise DataError(
-                f"{here} has an item {str(item)[:80]!r}; expected reasoning, message and function_call, in this order{streamed}."
+                f"{here} has an item {str(item)[:80]!r}; expected reasoning, message and "
+                f"function_call, in this order{streamed}."
             )
     return [{k: v for k, v in out.items() if v != []}]
 

@@ -1,9 +1,11 @@
 """Rows -> samples of tokens with a loss mask: which tokens the target's own answers are made of.
 
-A sample is one generation of the target in the context in which it was served, or several where the template writes each of them,
-and all before it, as the beginning of what follows (``--turns auto``). Every answer is supervised exactly once. Where an
-answer begins and ends is found in ``turns.py`` ("render-difference"); an ``--assistant-pattern`` can only narrow it. An answer
-that was cut short ends with its own text: it must not teach an end. Rows that come as tokens pass through ("given").
+A sample is one generation of the target in the context in which it was served, or several where the
+template writes each of them, and all before it, as the beginning of what follows (``--turns
+auto``). Every answer is supervised exactly once. Where an answer begins and ends is found in
+``turns.py`` ("render-difference"); an ``--assistant-pattern`` can only narrow it. An answer that
+was cut short ends with its own text: it must not teach an end. Rows that come as tokens pass
+through ("given").
 
 Tokens are those the server had: a prompt's, then the answer's. No token lies across the two.
 """
@@ -33,7 +35,8 @@ __all__ = ["REFUSED", "REWRITES", "Dropped", "Made", "SampleMaker", "chat_templa
 
 NO_ANSWER = "no assistant turn"
 HOW_TO_ANSWER = (
-    "an answer beside the chat is read from `response`, `completion`, `answer`, `output` or `choices`; "
+    "an answer beside the chat is read from `response`, `completion`, `answer`, `output` or "
+    "`choices`; "
     "--regenerate has the target answer"
 )
 TOO_FEW = "too few supervised tokens"
@@ -49,11 +52,14 @@ NOT_WHOLE = "turns do not make one sample (--turns auto gives several)"
 
 @dataclass(frozen=True, slots=True)
 class Made:
-    """A row's samples in order of their turns, or the reason why there is none (``detail``: more about it).
+    """A row's samples in order of their turns, or the reason why there is none (``detail``: more
+    about it).
 
-    ``truncated``: how many of the samples were cut at seq_length. ``notes``: what of the row is not in its samples, counted:
-    answers that gave no label though others did, fields of answers that the template does not write. ``harmed``: an answer was left out
-    that the target would have been taught (not for its length, nor because the row says so).
+    ``truncated``: how many of the samples were cut at seq_length. ``notes``: what of the row is not
+    in its samples, counted:
+    answers that gave no label though others did, fields of answers that the template does not
+    write. ``harmed``: an answer was left out that the target would have been taught (not for its
+    length, nor because the row says so).
     """
 
     samples: list[TokenSample]
@@ -65,7 +71,9 @@ class Made:
 
 
 class SampleMaker:
-    """Turns rows into samples with one target's tokenizer and template. ``mask_rule`` names the rule for the manifest."""
+    """Turns rows into samples with one target's tokenizer and template. ``mask_rule`` names the
+    rule for the manifest.
+    """
 
     def __init__(
         self,
@@ -105,12 +113,15 @@ class SampleMaker:
         if isinstance(value, TokenRow) != self.tokenised:
             kinds = ("chat rows", "tokenised rows")
             raise DataError(
-                f"{row.where}: found one of {kinds[not self.tokenised]} in a corpus that began with {kinds[self.tokenised]}. Split the file."
+                f"{row.where}: found one of {kinds[not self.tokenised]} in a corpus that began "
+                f"with {kinds[self.tokenised]}. Split the file."
             )
         if isinstance(value, ChatRow) and (why_not := unusable(value)) is not None:
             return why_not
         try:
-            return self._given(value, row) if isinstance(value, TokenRow) else self._chat(value, row)
+            return (
+                self._given(value, row) if isinstance(value, TokenRow) else self._chat(value, row)
+            )
         except Dropped as why:
             return Made([], why.reason, why.detail)
 
@@ -119,7 +130,8 @@ class SampleMaker:
         if min(value.input_ids) < 0 or max(value.input_ids) >= self.vocab_size:
             bad = next(i for i in value.input_ids if not 0 <= i < self.vocab_size)
             raise DataError(
-                f"{row.where}: token id {bad} is outside the target's vocabulary of {self.vocab_size}. Was it another tokenizer?"
+                f"{row.where}: token id {bad} is outside the target's vocabulary of "
+                f"{self.vocab_size}. Was it another tokenizer?"
             )
         mask = np.asarray(value.loss_mask, dtype=np.bool_)
         if not mask.any():
@@ -150,7 +162,11 @@ class SampleMaker:
         return self._kept(samples, notes, why[0].detail if why else "", harmed)
 
     def _kept(
-        self, samples: list[tuple[TokenSample, bool]], notes: Counter[str], detail: str, harmed: bool = False
+        self,
+        samples: list[tuple[TokenSample, bool]],
+        notes: Counter[str],
+        detail: str,
+        harmed: bool = False,
     ) -> Made:
         kept = [(s, cut) for s, cut in samples if self._teaches(s.loss_mask)]
         if not kept:
@@ -163,7 +179,9 @@ class SampleMaker:
         return int(mask.sum()) >= self.min_supervised and bool(last_rows(mask).any())
 
     def _groups(self, chat: Chat, why: list[Dropped], notes: Counter[str]) -> list[Group]:
-        """The row's answers, those of one sample together. ``why`` takes the answers that are no label."""
+        """The row's answers, those of one sample together. ``why`` takes the answers that are no
+        label.
+        """
         numbers = range(len(chat.at))
         groups: list[Group] = []
         room = _Room(self)
@@ -212,14 +230,20 @@ class SampleMaker:
         return len(self.encode(text).ids)
 
     def _beyond(self, run: Group) -> int | None:
-        """How many of a run's answers begin behind seq_length; None where it leaves room for more."""
+        """How many of a run's answers begin behind seq_length; None where it leaves room for
+        more.
+        """
         coded = self.encode(run.text)
         if len(coded.ids) < self.seq_length:
             return None
-        return sum(e is not None and e >= self.seq_length for e in coded.edges([s for s, _ in run.spans]))
+        return sum(
+            e is not None and e >= self.seq_length for e in coded.edges([s for s, _ in run.spans])
+        )
 
     def _tokens(self, group: Group, key: bytes, row: Row) -> Iterator[tuple[TokenSample, bool]]:
-        """The group as one sample; as more where a token would lie across the edge of an answer that is not the last."""
+        """The group as one sample; as more where a token would lie across the edge of an answer
+        that is not the last.
+        """
         coded = self.encode(group.text)
         edges = coded.edges([place for span in group.spans for place in span])
         first, last = 0, len(group.spans) - 1
@@ -233,7 +257,11 @@ class SampleMaker:
                 yield self._by_pieces(part, key, row)
             elif self.pattern is not None:
                 yield self._sample(
-                    row, key, part.numbers[0], coded.ids, self._mask(part, len(coded.ids), coded.offsets)
+                    row,
+                    key,
+                    part.numbers[0],
+                    coded.ids,
+                    self._mask(part, len(coded.ids), coded.offsets),
                 )
             else:
                 mask = np.zeros(len(coded.ids), dtype=np.bool_)
@@ -275,12 +303,16 @@ class SampleMaker:
                 k += 1
         return [(a, b) for a, b in out if b > a]
 
-    def _sample(self, row: Row, key: bytes, turn: int, ids: Any, mask: Bool) -> tuple[TokenSample, bool]:
+    def _sample(
+        self, row: Row, key: bytes, turn: int, ids: Any, mask: Bool
+    ) -> tuple[TokenSample, bool]:
         if not self.tokenised and ids.size and int(ids.max()) >= self.vocab_size:
             bad = int(ids[ids >= self.vocab_size][0])
             raise DataError(
-                f"{row.where}: token id {bad} ({self.tokenizer.convert_ids_to_tokens(bad)!r}) is outside the target's vocabulary of {self.vocab_size}: "
-                "its tokenizer has tokens that its embedding has no row for. Use the tokenizer of these weights."
+                f"{row.where}: token id {bad} ({self.tokenizer.convert_ids_to_tokens(bad)!r}) is "
+                f"outside the target's vocabulary of {self.vocab_size}: "
+                "its tokenizer has tokens that its embedding has no row for. Use the tokenizer "
+                "of these weights."
             )
         n = self.seq_length
         return TokenSample(row.number, key, ids[:n], mask[:n], turn), len(ids) > n
@@ -297,7 +329,9 @@ class _Room:
         self.maker, self.ask_at = maker, maker.seq_length
 
     def for_answer(self, turn: Turn) -> bool:
-        """Whether ``turn``'s answer begins before seq_length. A token may be missed that an eighth more of text would have shown."""
+        """Whether ``turn``'s answer begins before seq_length. A token may be missed that an eighth
+        more of text would have shown.
+        """
         if len(turn.context) < self.ask_at:
             return True
         self.ask_at = len(turn.context) * 9 // 8
@@ -305,10 +339,18 @@ class _Room:
 
 
 def conversation_key(value: ChatRow) -> bytes:
-    """Of what stands before the first answer to something asked; of all of it where nothing was asked."""
-    asked = next((i for i, m in enumerate(value.messages) if m["role"] not in ("assistant", "system")), None)
-    answers = [i for i, m in enumerate(value.messages) if m["role"] == "assistant" and i > (asked or 0)]
-    return sample_key(value.messages[: answers[0]] if asked is not None and answers else value.messages)
+    """Of what stands before the first answer to something asked; of all of it where nothing was
+    asked.
+    """
+    asked = next(
+        (i for i, m in enumerate(value.messages) if m["role"] not in ("assistant", "system")), None
+    )
+    answers = [
+        i for i, m in enumerate(value.messages) if m["role"] == "assistant" and i > (asked or 0)
+    ]
+    return sample_key(
+        value.messages[: answers[0]] if asked is not None and answers else value.messages
+    )
 
 
 def compile_pattern(pattern: str) -> re.Pattern[str]:
@@ -316,16 +358,21 @@ def compile_pattern(pattern: str) -> re.Pattern[str]:
     try:
         compiled = re.compile(pattern, re.DOTALL)
     except re.error as error:
-        raise UsageError(f"--assistant-pattern {pattern!r} is not a regular expression: {error}.") from error
+        raise UsageError(
+            f"--assistant-pattern {pattern!r} is not a regular expression: {error}."
+        ) from error
     if compiled.groups < 1:
         raise UsageError(
-            f"--assistant-pattern {pattern!r} has no group; put the supervised part in parentheses, as in 'ASSISTANT: (.*?)USER:'."
+            f"--assistant-pattern {pattern!r} has no group; put the supervised part in "
+            "parentheses, as in 'ASSISTANT: (.*?)USER:'."
         )
     return compiled
 
 
 def unusable(value: ChatRow) -> Made | None:
-    """The row dropped, if no tokenizer can be given what it says, wherever in its messages and tools that is. To be asked before it is rendered."""
+    """The row dropped, if no tokenizer can be given what it says, wherever in its messages and
+    tools that is. To be asked before it is rendered.
+    """
     for i, message in enumerate(value.messages):
         if not isinstance(message["content"], str | None):
             return Made([], NOT_TEXT, f"messages[{i}] has parts other than text")
@@ -337,12 +384,15 @@ def unusable(value: ChatRow) -> Made | None:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        # Half of an emoji, as a cut of UTF-16 text leaves it: JSON can write it, UTF-8 cannot. Escaped here, for the log is UTF-8 too.
+        # Half of an emoji, as a cut of UTF-16 text leaves it: JSON can write it, UTF-8 cannot.
+        # Escaped here, for the log is UTF-8 too.
         before, half = text[max(error.start - 20, 0) : error.start], text[error.start]
         return Made([], NOT_UNICODE, f"half a character, {half!a}, behind {before!a}")
     return None
 
 
 def sample_key(prompt: Any) -> bytes:
-    """First KEY_BYTES bytes of sha256 over the canonical JSON of the prompt (messages, or ids), or of a conversation's id."""
+    """First KEY_BYTES bytes of sha256 over the canonical JSON of the prompt (messages, or ids), or
+    of a conversation's id.
+    """
     return hashlib.sha256(canonical(prompt)).digest()[:KEY_BYTES]

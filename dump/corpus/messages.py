@@ -1,7 +1,9 @@
-"""One message of any dialect -> messages of ours: text or null, one ``reasoning_content``, calls with their arguments as objects.
+"""One message of any dialect -> messages of ours: text or null, one ``reasoning_content``, calls
+with their arguments as objects.
 
-Dialects: OpenAI's chats and responses, ShareGPT, Anthropic's blocks (a tool's result in a user's message becomes a message of its own),
-Gemini's parts. What a data frame pads with null is taken for absent. What cannot be told is a DataError that names row and key.
+Dialects: OpenAI's chats and responses, ShareGPT, Anthropic's blocks (a tool's result in a user's
+message becomes a message of its own), Gemini's parts. What a data frame pads with null is taken for
+absent. What cannot be told is a DataError that names row and key.
 """
 
 from __future__ import annotations
@@ -47,16 +49,36 @@ SPEAKERS = {
 CALLS = ("function_call", "tool_call")  # speakers whose text is a call
 THOUGHTS = ("reasoning_content", "reasoning", "thinking", "thought", "thoughts", "reasoning_text")
 TEXTS = (None, "text", "input_text", "output_text", "refusal", "summary_text", "reasoning_text")
-CUT_BY_LIMIT = {"length", "max_tokens", "max_length", "model_length", "max_output_tokens", "max_new_tokens"}
-CUT_SHORT = {"content_filter", "safety", "recitation", "error", "abort", "aborted", "cancelled", "incomplete"}
+CUT_BY_LIMIT = {
+    "length",
+    "max_tokens",
+    "max_length",
+    "model_length",
+    "max_output_tokens",
+    "max_new_tokens",
+}
+CUT_SHORT = {
+    "content_filter",
+    "safety",
+    "recitation",
+    "error",
+    "abort",
+    "aborted",
+    "cancelled",
+    "incomplete",
+}
 CUT = CUT_BY_LIMIT | CUT_SHORT
 REASONS = ("finish_reason", "stop_reason", "finishReason", "done_reason")
 CUT_MARK, UNTAUGHT, LOST_NULL = "\0cut", "\0untaught", "\0null"  # keys that never leave parse_row
-CALL_TAG = re.compile(r"\s*<(tool_call|functioncall|function_call)>\s*(.*?)\s*(?:</\1>)?\s*", re.DOTALL)
+CALL_TAG = re.compile(
+    r"\s*<(tool_call|functioncall|function_call)>\s*(.*?)\s*(?:</\1>)?\s*", re.DOTALL
+)
 
 
 def read_messages(values: list[Any], where: str) -> list[Message]:
-    """The messages that ``values`` are, in order; a message of Anthropic's with results of tools in it gives one for each."""
+    """The messages that ``values`` are, in order; a message of Anthropic's with results of tools in
+    it gives one for each.
+    """
     out: list[Message] = []
     for number, value in enumerate(values):
         out += _read(value, f"{where}: messages[{number}]", where)
@@ -65,7 +87,9 @@ def read_messages(values: list[Any], where: str) -> list[Message]:
 
 def speaker_of(name: str) -> str | None:
     """The role of a speaker, None where the name is not known."""
-    return SPEAKERS.get(name) or SPEAKERS.get(name.strip().lower().replace("-", "_").replace(" ", "_"))
+    return SPEAKERS.get(name) or SPEAKERS.get(
+        name.strip().lower().replace("-", "_").replace(" ", "_")
+    )
 
 
 def cut_by(reason: Any) -> bool:
@@ -81,7 +105,8 @@ def from_text(value: Any, name: str, where: str) -> Any:
         return json.loads(value)
     except (ValueError, RecursionError) as error:
         raise DataError(
-            f"{where}: `{name}` is text that is not JSON ({error}). Write it with json.dumps, or give it as it is."
+            f"{where}: `{name}` is text that is not JSON ({error}). Write it with json.dumps, or "
+            "give it as it is."
         ) from error
 
 
@@ -104,25 +129,36 @@ def text_of(value: Any) -> str | None:
 
 def _read(value: Any, here: str, where: str) -> list[Message]:
     if not isinstance(value, Mapping):
-        raise DataError(f"{here} is {str(value)[:80]!r}, expected an object with `role` and `content`.")
-    # Data sets give every message every key: absent ones as null, which templates would take for present.
+        raise DataError(
+            f"{here} is {str(value)[:80]!r}, expected an object with `role` and `content`."
+        )
+    # Data sets give every message every key: absent ones as null, which templates would take for
+    # present.
     given = {k: v for k, v in value.items() if v is not None}
     if "role" not in given and "from" not in given:
         value = given = _item(given)
     speaker = given.pop("role", None) or given.pop("from", None)
     if not isinstance(speaker, str):
-        raise DataError(f"{here} is {str(value)[:80]!r}, expected an object with `role` and `content`.")
+        raise DataError(
+            f"{here} is {str(value)[:80]!r}, expected an object with `role` and `content`."
+        )
     given.pop("from", None)
     role = speaker_of(speaker) or (speaker if "role" in value else None)
     if role is None:
-        raise DataError(f"{where}: unknown speaker {speaker!r}, expected one of {sorted(SPEAKERS)}.")
+        raise DataError(
+            f"{where}: unknown speaker {speaker!r}, expected one of {sorted(SPEAKERS)}."
+        )
     results = _tool_results(given) if role == "user" else []
     if results and not given["content"]:
         return results
     out: Message = {"role": role}
     content = _content(given, value, role, here)
     out.update(given)
-    if speaker.lower().replace("-", "_") in CALLS and isinstance(content, str) and "tool_calls" not in out:
+    if (
+        speaker.lower().replace("-", "_") in CALLS
+        and isinstance(content, str)
+        and "tool_calls" not in out
+    ):
         out["tool_calls"], content = _calls_in_text(content, here), None
     out["content"] = content
     if role == "assistant":
@@ -137,7 +173,11 @@ def _read(value: Any, here: str, where: str) -> list[Message]:
 def _item(given: dict[str, Any]) -> dict[str, Any]:
     """An item of OpenAI's responses that is no message of a role."""
     if given.get("type") == "function_call_output":
-        return {"role": "tool", "tool_call_id": given.get("call_id"), "content": given.get("output", "")}
+        return {
+            "role": "tool",
+            "tool_call_id": given.get("call_id"),
+            "content": given.get("output", ""),
+        }
     return given
 
 
@@ -168,9 +208,14 @@ def _content(given: dict[str, Any], value: Mapping[str, Any], role: str, here: s
     more = ("tool_calls", "function_call", "refusal", *THOUGHTS)
     if named is None and not any(given.get(k) for k in more):
         raise DataError(
-            f"{here} has no `content` (its keys: {sorted(map(str, value))}); expected an object with `role` and `content`."
+            f"{here} has no `content` (its keys: {sorted(map(str, value))}); expected an object "
+            "with `role` and `content`."
         )
-    if role in ("tool", "ipython") and isinstance(content, Mapping | list) and text_of(content) is None:
+    if (
+        role in ("tool", "ipython")
+        and isinstance(content, Mapping | list)
+        and text_of(content) is None
+    ):
         content = json.dumps(content, ensure_ascii=False, default=str)
     if isinstance(content, Mapping):
         content = content["parts"] if isinstance(content.get("parts"), list) else [content]
@@ -185,8 +230,10 @@ def _content(given: dict[str, Any], value: Mapping[str, Any], role: str, here: s
 
 
 def _joined(content: list[Any], given: dict[str, Any]) -> str | list[Any] | None:
-    """A list of text parts as the text that they make. A part that is a thought goes to the message's thought, one that is a call to its calls.
-    A list with something else in it, or with text behind a call, stays: that row is dropped."""
+    """A list of text parts as the text that they make. A part that is a thought goes to the
+    message's thought, one that is a call to its calls.
+    A list with something else in it, or with text behind a call, stays: that row is dropped.
+    """
     texts: list[str] = []
     thoughts: list[str] = []
     calls: list[Any] = []
@@ -219,12 +266,15 @@ def _thought_part(part: Mapping[str, Any]) -> Any:
 
 
 def _take_thought(message: Message, here: str) -> None:
-    """Whatever name the thought goes by, it is `reasoning_content`; the template's own name is its matter."""
+    """Whatever name the thought goes by, it is `reasoning_content`; the template's own name is its
+    matter.
+    """
     found = {name: message.pop(name) for name in THOUGHTS if isinstance(message.get(name), str)}
     said = {name: text for name, text in found.items() if text.strip()}
     if len({text.strip() for text in said.values()}) > 1:
         raise DataError(
-            f"{here} has two thoughts that differ ({', '.join(said)}). Keep the one that the target wrote."
+            f"{here} has two thoughts that differ ({', '.join(said)}). Keep the one that the "
+            "target wrote."
         )
     details = message.get("reasoning_details")
     if isinstance(details, list) and (said or all(isinstance(d, Mapping) for d in details)):
@@ -249,7 +299,9 @@ def _take_marks(message: Message) -> None:
 
 
 def _take_calls(message: Message, here: str) -> None:
-    """`tool_calls` as a list of functions whose arguments are objects where they are JSON objects; absent where there are none."""
+    """`tool_calls` as a list of functions whose arguments are objects where they are JSON objects;
+    absent where there are none.
+    """
     calls = message.pop("tool_calls", None)
     old = message.pop("function_call", None)
     calls = from_text(calls, "tool_calls", here) if isinstance(calls, str) else calls
@@ -262,7 +314,9 @@ def _take_calls(message: Message, here: str) -> None:
         return
     if not isinstance(calls, list):
         raise DataError(f"{here}.tool_calls is a {type(calls).__name__}, expected a list.")
-    read = [_call(c, f"{here}.tool_calls[{i}]", message) for i, c in enumerate(calls) if c is not None]
+    read = [
+        _call(c, f"{here}.tool_calls[{i}]", message) for i, c in enumerate(calls) if c is not None
+    ]
     if read:
         message["tool_calls"] = read
 
@@ -280,7 +334,9 @@ def _call(value: Any, here: str, message: Message) -> dict[str, Any]:
         name = call.pop("name")
         function = {"name": name, "arguments": call.pop("arguments", call.pop("parameters", {}))}
     if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
-        raise DataError(f"{here} is {str(value)[:80]!r}, expected an object with `function` and its `name`.")
+        raise DataError(
+            f"{here} is {str(value)[:80]!r}, expected an object with `function` and its `name`."
+        )
     function = {k: v for k, v in function.items() if v is not None}
     arguments = function.get("arguments", {})
     if isinstance(arguments, str):  # as the target wrote them, nulls included
@@ -305,7 +361,9 @@ def without_nulls(value: Any) -> Any:
 
 
 def _calls_in_text(text: str, here: str) -> list[Any]:
-    """The calls that a ShareGPT speaker's text is: JSON of one or several, with or without a tag around it."""
+    """The calls that a ShareGPT speaker's text is: JSON of one or several, with or without a tag
+    around it.
+    """
     tagged = CALL_TAG.fullmatch(text)
     try:
         found = json.loads(tagged[2] if tagged else text)
@@ -318,6 +376,7 @@ def _calls_in_text(text: str, here: str) -> list[Any]:
     )
     if not calls or not named:
         raise DataError(
-            f'{here} is a call whose text is not JSON of one ({text[:80]!r}), expected {{"name": ..., "arguments": {{...}}}}.'
+            f'{here} is a call whose text is not JSON of one ({text[:80]!r}), expected {{"name": '
+            f'..., "arguments": {{...}}}}.'
         )
     return calls

@@ -1,7 +1,9 @@
-"""Rows -> parts: fixed blocks of ``block_rows`` source rows. The part is what is written, resumed and repaired as one.
+"""Rows -> parts: fixed blocks of ``block_rows`` source rows. The part is what is written, resumed
+and repaired as one.
 
-Which rows a part is of depends on nothing but its number, so any writer can make any part, and a row that changes elsewhere changes nothing in it. Each part
-records a hash of exactly its rows; a resumed dump compares those of the parts that are there, and of no others.
+Which rows a part is of depends on nothing but its number, so any writer can make any part, and a
+row that changes elsewhere changes nothing in it. Each part records a hash of exactly its rows; a
+resumed dump compares those of the parts that are there, and of no others.
 """
 
 from __future__ import annotations
@@ -26,12 +28,15 @@ if TYPE_CHECKING:
 
 Making = Callable[[Iterator[Row]], Iterator[tuple[Row, Made]]]
 
-EARLY_ROWS = 1000  # from here on, too many dropped rows stop the dump before the corpus has been read
+# from here on, too many dropped rows stop the dump before the corpus has been read
+EARLY_ROWS = 1000
 
 
 @dataclass(slots=True)
 class PartRows:
-    """Samples of source rows ``[row_start, row_stop)`` of source number ``source``, which may be none; ``rows_sha256``: of exactly those rows."""
+    """Samples of source rows ``[row_start, row_stop)`` of source number ``source``, which may be
+    none; ``rows_sha256``: of exactly those rows.
+    """
 
     index: int
     row_start: int
@@ -47,10 +52,12 @@ class PartRows:
 
 
 class PartReader:
-    """Reads a corpus block by block, past the parts that are committed. ``note`` is told of each dropped row.
+    """Reads a corpus block by block, past the parts that are committed. ``note`` is told of each
+    dropped row.
 
-    ``make``: rows -> samples in order, where ``maker`` alone is not fast enough (``tokenise.Tokenisers``). ``takes``: the numbers of the parts that are to be
-    made; what others make is not looked at.
+    ``make``: rows -> samples in order, where ``maker`` alone is not fast enough
+    (``tokenise.Tokenisers``). ``takes``: the numbers of the parts that are to be made; what others
+    make is not looked at.
     """
 
     def __init__(
@@ -77,7 +84,9 @@ class PartReader:
         self.harmed = 0  # rows of which an answer was left out that is a label
 
     def parts(self, committed: Mapping[int, PartRecord]) -> Iterator[PartRows]:
-        """The parts still to be written, in order. Raises MismatchError where rows of a committed one are not those that it was made from."""
+        """The parts still to be written, in order. Raises MismatchError where rows of a committed
+        one are not those that it was made from.
+        """
         begun: deque[tuple[PartRows, int]] = deque()  # with the rows that are left
 
         def rows() -> Iterator[Row]:
@@ -104,7 +113,9 @@ class PartReader:
         following = 0
         for block, own in self._by_block():
             part = PartRows(
-                part_number(self.source, block), block * self.block_rows, (block + 1) * self.block_rows
+                part_number(self.source, block),
+                block * self.block_rows,
+                (block + 1) * self.block_rows,
             )
             if own and (part.index in committed or self.takes(part.index)):
                 part.rows_sha256 = rows_sha256(own)
@@ -119,15 +130,21 @@ class PartReader:
             if self.takes(part.index):
                 yield part, own
         self.total = self._last or 0
-        beyond = sorted(i for i, r in committed.items() if r.source == self.source and i >= following)
+        beyond = sorted(
+            i for i, r in committed.items() if r.source == self.source and i >= following
+        )
         if beyond:
             raise MismatchError(
-                f"{self.corpus.id}: part {beyond[0]} of the store holds rows from {committed[beyond[0]].row_start:,} on, "
-                "and the corpus ends before them. It is not the corpus that the store was begun with."
+                f"{self.corpus.id}: part {beyond[0]} of the store holds rows from "
+                f"{committed[beyond[0]].row_start:,} on, "
+                "and the corpus ends before them. It is not the corpus that the store was begun "
+                "with."
             )
 
     def _by_block(self) -> Iterator[tuple[int, list[Row]]]:
-        """Rows by block, none for a block of which the corpus has none; ``_last``: where the rows end, once that is known."""
+        """Rows by block, none for a block of which the corpus has none; ``_last``: where the rows
+        end, once that is known.
+        """
         self._last: int | None = None
         stream = self.corpus.rows()
         if self.limit is not None:
@@ -149,9 +166,12 @@ class PartReader:
         if same and record.rows_sha256 in (None, part.rows_sha256):
             return
         raise MismatchError(
-            f"{self.corpus.id}: rows {part.row_start:,}-{part.row_stop - 1:,} are not those that part {part.index} was made from "
-            f"(rows {record.row_start:,}-{record.row_stop - 1:,}, sha256 {record.rows_sha256}; found {part.rows_sha256}). "
-            f"Put the rows back as they were, or delete the part's folder in parts/ to have it made from the new ones."
+            f"{self.corpus.id}: rows {part.row_start:,}-{part.row_stop - 1:,} are not those that "
+            f"part {part.index} was made from "
+            f"(rows {record.row_start:,}-{record.row_stop - 1:,}, sha256 {record.rows_sha256}; "
+            f"found {part.rows_sha256}). "
+            "Put the rows back as they were, or delete the part's folder in parts/ to have it "
+            "made from the new ones."
         )
 
     def _collect(self, part: PartRows, row: Row, made: Made) -> None:
@@ -186,14 +206,17 @@ class PartReader:
             lost = "; ".join(f"{note}: {n:,}" for note, n in self.notes.most_common())
             harmed = f", and {self.harmed:,} lost an answer ({lost})" if self.harmed else ""
             raise DataError(
-                f"{self.corpus.id}: {dropped:,} of the first {self.rows_read:,} rows gave no sample{reasons}{harmed}, more than the allowed share of "
-                f"{self.max_dropped:.0%}. Is it the right corpus, template and --assistant-pattern? --max-dropped raises the limit."
+                f"{self.corpus.id}: {dropped:,} of the first {self.rows_read:,} rows gave no "
+                f"sample{reasons}{harmed}, more than the allowed share of "
+                f"{self.max_dropped:.0%}. Is it the right corpus, template and "
+                "--assistant-pattern? --max-dropped raises the limit."
             )
 
 
 class SourcesReader:
-    """Reads several sources, one behind another, each by a ``PartReader`` of its own, which judges its own dropped rows: a source
-    that is not understood is not hidden by the others."""
+    """Reads several sources, one behind another, each by a ``PartReader`` of its own, which judges
+    its own dropped rows: a source that is not understood is not hidden by the others.
+    """
 
     def __init__(self, readers: Sequence[PartReader]) -> None:
         self.readers = readers
@@ -208,7 +231,9 @@ class SourcesReader:
             yield from reader.parts(committed)
 
     def check_dropped(self, at_end: bool = False) -> None:
-        """Raise DataError, naming the source, if more than the allowed share of a source's rows gave no sample."""
+        """Raise DataError, naming the source, if more than the allowed share of a source's rows
+        gave no sample.
+        """
         for reader in self.readers:
             reader.check_dropped(at_end)
 

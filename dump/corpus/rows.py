@@ -1,7 +1,9 @@
-"""A corpus: rows in order, from any row on. A row that is not JSON or of no known shape is a ``BadRow``; a file that cannot be read is an error.
+"""A corpus: rows in order, from any row on. A row that is not JSON or of no known shape is a
+``BadRow``; a file that cannot be read is an error.
 
-Rows are numbered from 0 (in a file of lines over those that are not blank), so a resumed dump continues exactly
-where it stopped. ``open_corpus`` (``sources.py``) makes the corpus of a ``--data``.
+Rows are numbered from 0 (in a file of lines over those that are not blank), so a resumed dump
+continues exactly where it stopped. ``open_corpus`` (``sources.py``) makes the corpus of a
+``--data``.
 """
 
 from __future__ import annotations
@@ -30,7 +32,9 @@ GZIP = b"\x1f\x8b"
 
 @dataclass(frozen=True, slots=True)
 class BadRow:
-    """A row that is none of the shapes that are taken; ``detail`` names place and key. It is dropped and counted."""
+    """A row that is none of the shapes that are taken; ``detail`` names place and key. It is
+    dropped and counted.
+    """
 
     detail: str
 
@@ -55,7 +59,9 @@ class Corpus(Protocol):
     def pick(self, wanted: Callable[[int], bool]) -> Iterator[Row]: ...
     def count(self) -> int: ...
     def weights(self) -> list[int]:
-        """What is known of each row's length without parsing it: the bytes of its line, or 1 each; 0 of a row that is left out."""
+        """What is known of each row's length without parsing it: the bytes of its line, or 1 each;
+        0 of a row that is left out.
+        """
         ...
 
 
@@ -75,7 +81,9 @@ class JsonlCorpus:
         return open_zstd(self.path) if magic == ZSTD else open(self.path, "rb")
 
     def _lines(self) -> Iterator[tuple[int, bytes | None]]:
-        """(line number from 1, line) of the non-blank lines; None for a line of more than ``LINE_BYTES``, which is not held."""
+        """(line number from 1, line) of the non-blank lines; None for a line of more than
+        ``LINE_BYTES``, which is not held.
+        """
         number = 0
         try:
             with self.open() as file:
@@ -91,7 +99,8 @@ class JsonlCorpus:
                         yield number, text
         except (EOFError, gzip.BadGzipFile, zlib.error) as error:
             raise DataError(
-                f"{self.path}: not a whole gzip file, broken after line {number}: {error}. Copy it again, or pack it anew."
+                f"{self.path}: not a whole gzip file, broken after line {number}: {error}. Copy "
+                "it again, or pack it anew."
             ) from error
         except OSError as error:
             raise DataError(
@@ -104,8 +113,12 @@ class JsonlCorpus:
     def weights(self) -> list[int]:
         return [0 if line is None else len(line) for _, line in self._lines()]
 
-    def values(self, wanted: Callable[[int], bool] = lambda n: True) -> Iterator[tuple[int, str, Any]]:
-        """(row number, file:line, parsed) of the rows ``wanted``; a ``BadRow`` where the line is not JSON. The others are not parsed."""
+    def values(
+        self, wanted: Callable[[int], bool] = lambda n: True
+    ) -> Iterator[tuple[int, str, Any]]:
+        """(row number, file:line, parsed) of the rows ``wanted``; a ``BadRow`` where the line is
+        not JSON. The others are not parsed.
+        """
         for number, (line, text) in enumerate(self._lines()):
             if wanted(number):
                 where = f"{self.path}:{line}"
@@ -121,7 +134,9 @@ class JsonlCorpus:
 
 
 class TableCorpus:
-    """Rows that are looked up by number: a JSON array, or a data set of the package ``datasets``."""
+    """Rows that are looked up by number: a JSON array, or a data set of the package
+    ``datasets``.
+    """
 
     def __init__(self, table: Sequence[Any], name: str, sha256: str | None) -> None:
         self.id, self.sha256, self._rows = name, sha256, table
@@ -198,7 +213,9 @@ class FirstRows:
 
 
 class SharedCorpus:
-    """A share of a corpus's rows, chosen by a hash of their number, so that every run chooses the same ones. Numbers stay."""
+    """A share of a corpus's rows, chosen by a hash of their number, so that every run chooses the
+    same ones. Numbers stay.
+    """
 
     def __init__(self, whole: Corpus, share: float) -> None:
         self.whole, self.share = whole, share
@@ -241,11 +258,15 @@ def parsed(text: bytes | None, where: str) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
-        return BadRow(f"{where}: not JSON ({error}). Every line must be one JSON object{_hint(text)}.")
+        return BadRow(
+            f"{where}: not JSON ({error}). Every line must be one JSON object{_hint(text)}."
+        )
 
 
 def depth(value: Any) -> int:
-    """How many lists and objects of ``value`` lie one in another; counted no further than ``DEPTH + 1``."""
+    """How many lists and objects of ``value`` lie one in another; counted no further than ``DEPTH +
+    1``.
+    """
     out, level = 0, [value]
     while level and out <= DEPTH:
         level = [v for v in level if isinstance(v, list | dict)]
@@ -270,13 +291,17 @@ def _hint(text: bytes) -> str:
     if text[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) or b"\0" in text[:64]:
         return ", in UTF-8; this looks like UTF-16 or a binary file"
     if text.strip() in (b"{", b"["):
-        return "; this looks like JSON over several lines: a JSON array is read whole where the file begins with ["
+        return (
+            "; this looks like JSON over several lines: a JSON array is read whole where the "
+            "file begins with ["
+        )
     try:
         start = text.decode().lstrip()[:1]
     except UnicodeDecodeError:
         return ", in UTF-8; this is text of another encoding: convert it with iconv"
     if start not in ("{", "["):
         return (
-            "; this is no JSON at all: turn CSV or plain text into rows with `prompt` and `completion` first"
+            "; this is no JSON at all: turn CSV or plain text into rows with `prompt` and "
+            "`completion` first"
         )
     return ""

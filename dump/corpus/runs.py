@@ -1,8 +1,10 @@
 """Many plain answers of one chat at once: one rendering in place of one per answer.
 
-Where a template puts nothing around an answer's text but its end, the prompt of a later answer holds all earlier ones. Where they stand
-in it is read off a second rendering, with a word in place of each: what is between the words must be between the answers too.
-Anything else (a thought, a call, a template that writes its history otherwise) is left to ``Chat.turn``, which is the reference.
+Where a template puts nothing around an answer's text but its end, the prompt of a later answer
+holds all earlier ones. Where they stand in it is read off a second rendering, with a word in place
+of each: what is between the words must be between the answers too.
+Anything else (a thought, a call, a template that writes its history otherwise) is left to
+``Chat.turn``, which is the reference.
 """
 
 from __future__ import annotations
@@ -21,7 +23,9 @@ PER_MESSAGE = 4  # tokens that a template writes for one, likewise
 
 @dataclass(slots=True)
 class Group:
-    """Answers of one sample, by number: the text through the last one, and the characters ``[start, stop)`` of each in it."""
+    """Answers of one sample, by number: the text through the last one, and the characters ``[start,
+    stop)`` of each in it.
+    """
 
     numbers: list[int] = field(default_factory=list)
     text: str = ""
@@ -38,15 +42,19 @@ class Group:
 
 
 def leading(chat: Chat, seq_length: int, count: Callable[[str], int]) -> Group | None:
-    """The chat's first answers, those that are plain and behind a prompt, up to about ``seq_length`` tokens (``count`` of a text, which may
-    stop there); None where they are few or not as described above. The last answer of a chat is never among them."""
+    """The chat's first answers, those that are plain and behind a prompt, up to about
+    ``seq_length`` tokens (``count`` of a text, which may stop there); None where they are few or
+    not as described above. The last answer of a chat is never among them.
+    """
     if not chat.at or chat.at[0] == 0:
         return None
     stop = next((n for n in range(len(chat.at) - 1) if not chat.simple(n)), len(chat.at) - 1)
     if stop < LEAST:
         return None
     tokens = list(
-        accumulate(len(m["content"] or "") // CHARS_PER_TOKEN + PER_MESSAGE for m in chat.row.messages)
+        accumulate(
+            len(m["content"] or "") // CHARS_PER_TOKEN + PER_MESSAGE for m in chat.row.messages
+        )
     )
     room = seq_length
     while True:
@@ -72,17 +80,28 @@ def _rendered(chat: Chat, count: int) -> Group | None:
         found = with_words.find(word, place)
         between = with_words[place:found]
         content = chat.row.messages[chat.at[n]]["content"]
-        if found < 0 or not text.startswith(between, at) or not between.endswith(chat.template.opening):
+        if (
+            found < 0
+            or not text.startswith(between, at)
+            or not between.endswith(chat.template.opening)
+        ):
             return None
         start = at + len(between)
         own = next(
-            (t for t in (content, content.strip()) if text.startswith(t + chat.template.end, start)), None
+            (
+                t
+                for t in (content, content.strip())
+                if text.startswith(t + chat.template.end, start)
+            ),
+            None,
         )
         if own is None or not with_words.startswith(chat.template.end, found + len(word)):
             return None
         out.spans.append((start, start + len(own) + len(chat.template.end)))
         at, place = start + len(own), found + len(word)
     whole = text[at:] == with_words[place:]
-    asked = all(chat.prompt(chat.at[n]) == text[: out.spans[n][0]] for n in {0, count // 2, count - 1})
+    asked = all(
+        chat.prompt(chat.at[n]) == text[: out.spans[n][0]] for n in {0, count // 2, count - 1}
+    )
     out.text = text[: out.spans[-1][1]]
     return out if whole and asked else None

@@ -1,8 +1,10 @@
-"""The shapes that rows come in, made into one: a chat of OpenAI-like messages, or tokens with their loss mask.
+"""The shapes that rows come in, made into one: a chat of OpenAI-like messages, or tokens with their
+loss mask.
 
-Taken: ``messages`` or ``conversations`` (any dialect of ``messages.py``, also as JSON text), ``prompt`` with ``completion``, a chat with its answer
-beside it and logs (``logs.py``), and ``input_ids`` with ``loss_mask``. What a data frame pads with
-null is taken for absent. A row that is none of these is a DataError that names row and key.
+Taken: ``messages`` or ``conversations`` (any dialect of ``messages.py``, also as JSON text),
+``prompt`` with ``completion``, a chat with its answer beside it and logs (``logs.py``), and
+``input_ids`` with ``loss_mask``. What a data frame pads with null is taken for absent. A row that
+is none of these is a DataError that names row and key.
 """
 
 from __future__ import annotations
@@ -25,19 +27,32 @@ from dspark.dump.corpus.messages import (
     without_nulls,
 )
 
-CONVERSATION_IDS = ("primary_id", "conversation_id", "conv_id", "dialog_id", "session_id", "id", "uuid")
+CONVERSATION_IDS = (
+    "primary_id",
+    "conversation_id",
+    "conv_id",
+    "dialog_id",
+    "session_id",
+    "id",
+    "uuid",
+)
 PROMPTS = ("prompt", "instruction", "question", "query")
 MASKS = ("loss_mask", "assistant_masks", "completion_mask")
 NULLS = "null in a call's arguments, taken for a data frame's padding"
-EXPECTED = "expected `messages` (a chat), `prompt` and `completion`, or `input_ids` and `loss_mask` (tokens); rename the column that holds it"
+EXPECTED = (
+    "expected `messages` (a chat), `prompt` and `completion`, or `input_ids` and `loss_mask` "
+    "(tokens); rename the column that holds it"
+)
 
 
 @dataclass(frozen=True, slots=True)
 class ChatRow:
-    """A conversation. ``finished`` False: its last answer was cut short, so its end must not be taught.
+    """A conversation. ``finished`` False: its last answer was cut short, so its end must not be
+    taught.
 
-    ``cut``: messages, by index, of which the same is said; ``untaught``: those that the row says are not to be learnt. ``kwargs``: what the row itself
-    hands to the template. ``notes``: what of the row is not in its messages.
+    ``cut``: messages, by index, of which the same is said; ``untaught``: those that the row says
+    are not to be learnt. ``kwargs``: what the row itself hands to the template. ``notes``: what of
+    the row is not in its messages.
     """
 
     messages: list[Message]
@@ -51,7 +66,9 @@ class ChatRow:
 
 @dataclass(frozen=True, slots=True)
 class TokenRow:
-    """Tokens with their loss mask, as given. ``conversation``: the id of the one they are of, None where no key says it."""
+    """Tokens with their loss mask, as given. ``conversation``: the id of the one they are of, None
+    where no key says it.
+    """
 
     input_ids: list[int]
     loss_mask: list[bool]
@@ -59,10 +76,13 @@ class TokenRow:
 
 
 def parse_row(value: Any, where: str) -> ChatRow | TokenRow:
-    """Check one row's form and bring it into ours. Raises DataError that names ``where`` and the key."""
+    """Check one row's form and bring it into ours. Raises DataError that names ``where`` and the
+    key.
+    """
     if not isinstance(value, Mapping):
         raise DataError(
-            f"{where}: found a JSON {type(value).__name__}, expected an object with `messages` or `input_ids`."
+            f"{where}: found a JSON {type(value).__name__}, expected an object with `messages` "
+            "or `input_ids`."
         )
     if value.get("input_ids") is not None:
         return _token_row(value, where)
@@ -73,11 +93,15 @@ def parse_row(value: Any, where: str) -> ChatRow | TokenRow:
     out = _with_system(row, out, where)
     if any(m.pop(LOST_NULL, False) for m in out):
         notes = [*notes, NULLS]
-    cut = frozenset(i for i, m in enumerate(out) if m.pop(CUT_MARK, False)) | _cut_by_list(value, out)
+    cut = frozenset(i for i, m in enumerate(out) if m.pop(CUT_MARK, False)) | _cut_by_list(
+        value, out
+    )
     untaught = frozenset(i for i, m in enumerate(out) if m.pop(UNTAUGHT, False))
     kwargs = from_text(row.get("chat_template_kwargs"), "chat_template_kwargs", where) or {}
     if not isinstance(kwargs, Mapping):
-        raise DataError(f"{where}: `chat_template_kwargs` is a {type(kwargs).__name__}, expected an object.")
+        raise DataError(
+            f"{where}: `chat_template_kwargs` is a {type(kwargs).__name__}, expected an object."
+        )
     finished = row.get("finished") is not False and not was_cut(value)
     return ChatRow(out, _tools(row, where), finished, cut, dict(kwargs), untaught, tuple(notes))
 
@@ -103,12 +127,19 @@ def _conversation(row: Mapping[str, Any], where: str) -> list[Any]:
 
 
 def _history(row: Mapping[str, Any], where: str) -> list[Any]:
-    """What was said before a prompt: pairs of question and answer, as Alpaca's dialects have them."""
+    """What was said before a prompt: pairs of question and answer, as Alpaca's dialects have
+    them.
+    """
     out: list[Any] = []
     for pair in row.get("history") or []:
-        if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(t, str) for t in pair):
+        if (
+            not isinstance(pair, list)
+            or len(pair) != 2
+            or not all(isinstance(t, str) for t in pair)
+        ):
             raise DataError(
-                f"{where}: `history` holds {str(pair)[:80]!r}, expected pairs of question and answer."
+                f"{where}: `history` holds {str(pair)[:80]!r}, expected pairs of question and "
+                "answer."
             )
         out += [*_said(pair[0], "user"), *_said(pair[1], "assistant")]
     return out
@@ -140,7 +171,9 @@ def _cut_by_list(row: Mapping[str, Any], messages: list[Message]) -> frozenset[i
     answers = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
     if not isinstance(reasons, list) or not answers:
         return frozenset()
-    reasons = reasons if len(reasons) == len(answers) else [None] * (len(answers) - 1) + reasons[-1:]
+    reasons = (
+        reasons if len(reasons) == len(answers) else [None] * (len(answers) - 1) + reasons[-1:]
+    )
     return frozenset(i for i, reason in zip(answers, reasons, strict=False) if cut_by(reason))
 
 
@@ -178,7 +211,8 @@ def _token_row(value: Mapping[str, Any], where: str) -> TokenRow:
         mask = _list(value[named], named, where)
     if len(ids) != len(mask):
         raise DataError(
-            f"{where}: {len(ids)} input_ids but {len(mask)} values of loss_mask; expected equally many."
+            f"{where}: {len(ids)} input_ids but {len(mask)} values of loss_mask; expected "
+            "equally many."
         )
     if not ids:
         raise DataError(f"{where}: `input_ids` is empty.")

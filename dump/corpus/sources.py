@@ -1,4 +1,6 @@
-"""What ``--data`` names -> a corpus: a file of any kind, a folder or glob of files, a saved data set, stdin, a data set of the hub."""
+"""What ``--data`` names -> a corpus: a file of any kind, a folder or glob of files, a saved data
+set, stdin, a data set of the hub.
+"""
 
 from __future__ import annotations
 
@@ -15,13 +17,23 @@ from typing import Any
 
 from dspark.cache.errors import DataError, UsageError, first_line
 from dspark.cache.files.checksum import file_sha256
-from dspark.dump.corpus.rows import Corpus, FirstRows, JoinedCorpus, JsonlCorpus, SharedCorpus, TableCorpus
+from dspark.dump.corpus.rows import (
+    Corpus,
+    FirstRows,
+    JoinedCorpus,
+    JsonlCorpus,
+    SharedCorpus,
+    TableCorpus,
+)
 
 SHARE = re.compile(r"(?P<data>.+)=(?P<share>0?\.\d+|1(\.0*)?|0)")
-DATASET_ID = re.compile(r"(?P<id>[\w.-]+/[\w.-]+)(/(?P<config>[\w.-]+))?(:(?P<split>[\w.\[\]%:+-]+))?")
+DATASET_ID = re.compile(
+    r"(?P<id>[\w.-]+/[\w.-]+)(/(?P<config>[\w.-]+))?(:(?P<split>[\w.\[\]%:+-]+))?"
+)
 FILES = (".jsonl", ".json", ".gz", ".zst", ".txt", ".parquet", ".arrow", ".ndjson")
 TAKEN = (
-    "a file (.jsonl, .json, .parquet, .arrow, also .gz or .zst), a folder or glob of these, a saved data set, - for stdin, "
+    "a file (.jsonl, .json, .parquet, .arrow, also .gz or .zst), a folder or glob of these, a "
+    "saved data set, - for stdin, "
     "a data set id such as org/name, or a name"
 )
 # The field's public corpora.
@@ -41,7 +53,9 @@ def open_corpus(data: str) -> Corpus:
     if shared and not Path(data).exists():
         share = float(shared["share"])
         if not 0 < share <= 1:
-            raise UsageError(f"--data {data}: a share of {share:g}; expected more than 0 and at most 1.")
+            raise UsageError(
+                f"--data {data}: a share of {share:g}; expected more than 0 and at most 1."
+            )
         return SharedCorpus(open_corpus(shared["data"]), share)
     if data == "-":
         return _stdin()
@@ -61,7 +75,9 @@ def open_corpus(data: str) -> Corpus:
 
 
 def joined(corpora: Sequence[Corpus], limit: int | None) -> Corpus:
-    """One corpus of several sources, the first ``limit`` rows of each, for whoever looks at all of them at once."""
+    """One corpus of several sources, the first ``limit`` rows of each, for whoever looks at all of
+    them at once.
+    """
     parts = [c if limit is None else FirstRows(c, limit) for c in corpora]
     return parts[0] if len(parts) == 1 else JoinedCorpus(parts, ", ".join(c.id for c in corpora))
 
@@ -103,8 +119,10 @@ def hub(name: str, config: str | None, split: str) -> Corpus:
         Exception
     ) as error:  # datasets raises a dozen unrelated kinds: offline, not found, gated, no such split
         raise DataError(
-            f"--data {full}: not a file here, and the data set (split {split!r}) could not be loaded: "
-            f"{type(error).__name__}: {first_line(error)}. Check the name, the split (org/name:split) and the network, or give a JSONL file."
+            f"--data {full}: not a file here, and the data set (split {split!r}) could not be "
+            "loaded: "
+            f"{type(error).__name__}: {first_line(error)}. Check the name, the split "
+            "(org/name:split) and the network, or give a JSONL file."
         ) from error
     return TableCorpus(table, f"{full}:{split}", None)
 
@@ -114,7 +132,8 @@ def _datasets(what: str) -> Any:
         import datasets
     except ImportError as error:
         raise UsageError(
-            f"{what}, and the package `datasets` is not installed: pip install datasets, or give a JSONL file."
+            f"{what}, and the package `datasets` is not installed: pip install datasets, or give "
+            "a JSONL file."
         ) from error
     return datasets
 
@@ -125,7 +144,8 @@ def _table(path: Path, read: Callable[[Any], Any]) -> Corpus:
         table = read(datasets)
     except Exception as error:  # arrow's errors have no common base
         raise DataError(
-            f"--data {path}: cannot be read: {type(error).__name__}: {first_line(error)}. Is it whole?"
+            f"--data {path}: cannot be read: {type(error).__name__}: {first_line(error)}. Is it "
+            "whole?"
         ) from error
     return TableCorpus(table, path.name, file_sha256(path) if path.is_file() else _folder_sha(path))
 
@@ -145,7 +165,8 @@ def _array(lines: JsonlCorpus) -> list[Any]:
             rows: list[Any] = json.loads(file.read().decode("utf-8-sig"))
     except (ValueError, RecursionError, EOFError, OSError, zlib.error) as error:
         raise DataError(
-            f"{lines.path}: begins as a JSON array and is none ({error}). Every line must be one JSON object, or the whole file one array."
+            f"{lines.path}: begins as a JSON array and is none ({error}). Every line must be one "
+            "JSON object, or the whole file one array."
         ) from error
     return rows
 
@@ -155,13 +176,16 @@ def _folder(path: Path) -> Corpus:
         splits = json.loads((path / "dataset_dict.json").read_text()).get("splits") or []
         if "train" not in splits and len(splits) != 1:
             raise UsageError(
-                f"--data {path}: a saved data set with the splits {splits}; give the folder of one: {path}/{(splits or ['SPLIT'])[0]}."
+                f"--data {path}: a saved data set with the splits {splits}; give the folder of "
+                f"one: {path}/{(splits or ['SPLIT'])[0]}."
             )
         return _folder(path / ("train" if "train" in splits else splits[0]))
     if (path / "dataset_info.json").is_file() and (path / "state.json").is_file():
         return _table(path, lambda d: d.load_from_disk(str(path)))
     found = sorted(p for p in path.rglob("*") if p.is_file() and p.suffix in FILES)
-    return _joined(found, str(path), f"--data {path}: a folder without a file of rows. Expected {TAKEN}.")
+    return _joined(
+        found, str(path), f"--data {path}: a folder without a file of rows. Expected {TAKEN}."
+    )
 
 
 def _joined(files: list[Path], name: str, nothing: str) -> Corpus:

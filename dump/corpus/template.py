@@ -1,8 +1,10 @@
-"""A target's chat template: what it writes, and how it writes an answer, found by trying it once on words that stand nowhere else.
+"""A target's chat template: what it writes, and how it writes an answer, found by trying it once on
+words that stand nowhere else.
 
-Nothing here goes by a family's name. What is learned: whether contents are text or lists of parts, the name of the field whose
-thought reaches the text, whether a call wants its arguments as an object or as JSON text and its missing content as null, what a
-prompt ends with, and how an answer ends.
+Nothing here goes by a family's name. What is learned: whether contents are text or lists of parts,
+the name of the field whose thought reaches the text, whether a call wants its arguments as an
+object or as JSON text and its missing content as null, what a prompt ends with, and how an answer
+ends.
 """
 
 from __future__ import annotations
@@ -23,7 +25,11 @@ FAULTS = (TemplateError, TypeError, ValueError, LookupError, AttributeError, Ari
 MOCK_TOOLS = [
     {
         "type": "function",
-        "function": {"name": CALLED, "description": "d", "parameters": {"type": "object", "properties": {}}},
+        "function": {
+            "name": CALLED,
+            "description": "d",
+            "parameters": {"type": "object", "properties": {}},
+        },
     }
 ]
 
@@ -33,7 +39,9 @@ class Refused(Exception):
 
 
 class Template:
-    """``kwargs``: handed to the template with every chat. ``day``: the ISO date that it takes for today's, None for the real one."""
+    """``kwargs``: handed to the template with every chat. ``day``: the ISO date that it takes for
+    today's, None for the real one.
+    """
 
     def __init__(
         self, tokenizer: Any, kwargs: Mapping[str, Any] | None = None, day: str | None = None
@@ -41,9 +49,12 @@ class Template:
         self.text = chat_template(tokenizer)
         self.tokenizer, self.kwargs, self.day = tokenizer, dict(kwargs or {}), day
         self.specials = sorted(
-            (t.content for t in tokenizer.added_tokens_decoder.values() if t.content.strip()), key=len
+            (t.content for t in tokenizer.added_tokens_decoder.values() if t.content.strip()),
+            key=len,
         )[::-1]
-        self._special = re.compile("|".join(map(re.escape, self.specials))) if self.specials else None
+        self._special = (
+            re.compile("|".join(map(re.escape, self.specials))) if self.specials else None
+        )
         self.parts = False  # contents are lists of parts
         self.thought: str | None = None  # the field whose thought reaches the text
         self.empty_call: str | None = None  # the content of a call without text
@@ -113,8 +124,13 @@ class Template:
         return at
 
     def keeps_history(self) -> bool:
-        """Whether a later prompt begins with an answer as it was served and written, its thought included."""
-        ask, say = self.form({"role": "user", "content": ASKED}), {"role": "assistant", "content": SAID}
+        """Whether a later prompt begins with an answer as it was served and written, its thought
+        included.
+        """
+        ask, say = (
+            self.form({"role": "user", "content": ASKED}),
+            {"role": "assistant", "content": SAID},
+        )
         said = self.form(say | ({"reasoning_content": THOUGHT} if self.thought else {}))
         text, prompt = self.try_render([ask, said]), self.try_render([ask], prompt=True)
         later = self.try_render([ask, said, ask], prompt=True)
@@ -135,20 +151,27 @@ class Template:
         at = text.index(SAID)
         asked, prompt = self.try_render([ask]), self.try_render([ask], prompt=True)
         shared = common(prompt, text[:at])
-        self.opening, self.rest = prompt[min(common(asked, prompt), shared) : shared], prompt[shared:]
+        self.opening, self.rest = (
+            prompt[min(common(asked, prompt), shared) : shared],
+            prompt[shared:],
+        )
         self.between = text[shared:at]
         self.tail = text[at + len(SAID) :]
         self.end = self._own_end(self.tail)
         self.thought = self._learn_thought(ask, say)
         self._learn_calls(ask)
-        told = self.try_render([{**ask, "role": "developer"}, {**ask, "content": self._as(GIVEN)}, say])
+        told = self.try_render(
+            [{**ask, "role": "developer"}, {**ask, "content": self._as(GIVEN)}, say]
+        )
         self.developer = ASKED in told
 
     def _as(self, text: str) -> Any:
         return [{"type": "text", "text": text}] if self.parts else text
 
     def _own_end(self, tail: str) -> str:
-        """How much of ``tail`` the target writes: to the end of the first special tokens in a row, or all of it but white space where none is there."""
+        """How much of ``tail`` the target writes: to the end of the first special tokens in a row,
+        or all of it but white space where none is there.
+        """
         first = self._special.search(tail) if self._special else None
         if first is None or self._special is None:
             return tail.rstrip()
@@ -164,13 +187,20 @@ class Template:
         call = _mock_call({})
         for name in THOUGHTS:  # some write the thoughts of calls alone
             for content in (None, ""):
-                message = {"role": "assistant", "content": content, name: THOUGHT, "tool_calls": [call]}
+                message = {
+                    "role": "assistant",
+                    "content": content,
+                    name: THOUGHT,
+                    "tool_calls": [call],
+                }
                 if THOUGHT in self.try_render([ask, message], MOCK_TOOLS):
                     return name
         return None
 
     def _learn_calls(self, ask: Message) -> None:
-        """Arguments as an object and null where they do: both are what was given. Else the first that does."""
+        """Arguments as an object and null where they do: both are what was given. Else the first
+        that does.
+        """
         for content in (None, ""):
             for as_text in (False, True):
                 call = _mock_call({GIVEN: 1})
@@ -215,25 +245,32 @@ def chat_template(tokenizer: Any) -> str:
     """The template's text, or a clear refusal."""
     if tokenizer is None:
         raise UsageError(
-            "the target has no tokenizer, so chat rows cannot be tokenised. Give rows with `input_ids` and `loss_mask`."
+            "the target has no tokenizer, so chat rows cannot be tokenised. Give rows with "
+            "`input_ids` and `loss_mask`."
         )
     if not tokenizer.is_fast:
         raise UsageError(
-            "the target's tokenizer gives no character offsets (it is not a fast one). Give rows with `input_ids` and `loss_mask`."
+            "the target's tokenizer gives no character offsets (it is not a fast one). Give rows "
+            "with `input_ids` and `loss_mask`."
         )
     template = tokenizer.chat_template
     if isinstance(template, dict):
         template = template.get("default")
     if not template:
         raise UsageError(
-            "the target's tokenizer has no chat template, so chat rows cannot be rendered. Use an instruction-tuned target, put a chat_template.jinja "
+            "the target's tokenizer has no chat template, so chat rows cannot be rendered. Use "
+            "an instruction-tuned target, put a chat_template.jinja "
             "into its folder, or give rows with `input_ids` and `loss_mask`."
         )
     return str(template)
 
 
 def _mock_call(arguments: Any) -> dict[str, Any]:
-    return {"type": "function", "id": "call00001", "function": {"name": CALLED, "arguments": arguments}}
+    return {
+        "type": "function",
+        "id": "call00001",
+        "function": {"name": CALLED, "arguments": arguments},
+    }
 
 
 def _with_text(call: dict[str, Any]) -> dict[str, Any]:

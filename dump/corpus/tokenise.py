@@ -1,7 +1,9 @@
 """Rows -> samples in processes of their own, in the order of the rows.
 
-Rendering and tokenising a chat takes about 0.9 ms (SmolLM2's tokenizer, 270 tokens per row), most of it under Python's lock, so one process gives
-at most 290,000 tokens per second and takes that time from the thread that launches the target's kernels. A small target on a large GPU is faster than that.
+Rendering and tokenising a chat takes about 0.9 ms (SmolLM2's tokenizer, 270 tokens per row), most
+of it under Python's lock, so one process gives at most 290,000 tokens per second and takes that
+time from the thread that launches the target's kernels. A small target on a large GPU is faster
+than that.
 """
 
 from __future__ import annotations
@@ -31,7 +33,9 @@ class Tokenisers:
         self._pool = WorkerPool(processes, "tokenises rows", _hold, (maker,))
 
     def __call__(self, rows: Iterator[Row]) -> Iterator[tuple[Row, Made]]:
-        """Each row with what ``SampleMaker.make`` gives for it. An error, also one of ``rows`` itself, comes at its row's turn."""
+        """Each row with what ``SampleMaker.make`` gives for it. An error, also one of ``rows``
+        itself, comes at its row's turn.
+        """
         waiting: deque[tuple[list[Row], Future[list[Made | DsparkError]]]] = deque()
         failed: DsparkError | None = None
         ended = False

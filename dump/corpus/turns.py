@@ -1,9 +1,11 @@
 """A chat -> its answers, each as the text the target was served and the text it wrote.
 
-An answer is what its turn adds to the prompt before it: the history is rendered with the generation prompt, then through the turn, and
-the difference is what the target wrote, up to the turn's end. Where the template writes the turn otherwise than the prompt
-promised (a prompt that opens or closes a thought which the turn has not), the context is the one that this answer was served in.
-An answer that does not reach the text whole (its thought, its calls) is no label: it is left out, with the reason.
+An answer is what its turn adds to the prompt before it: the history is rendered with the generation
+prompt, then through the turn, and the difference is what the target wrote, up to the turn's end.
+Where the template writes the turn otherwise than the prompt promised (a prompt that opens or closes
+a thought which the turn has not), the context is the one that this answer was served in.
+An answer that does not reach the text whole (its thought, its calls) is no label: it is left out,
+with the reason.
 """
 
 from __future__ import annotations
@@ -31,11 +33,16 @@ WRITTEN = re.compile(
     r"(thoughts?|thinking|reason|analysis|chain_of_thought|cot|rationale|audio|refusal|channel|tool|function)(_\w+)?|reasoning\w*"
 )
 UNCLOSED = re.compile(r"\s*<(think|thinking|thought|reasoning)>(?!.*</\1>)(.*)", re.DOTALL)
-INLINE = re.compile(r"\s*(?:<(think|thinking|thought|reasoning)>)?(.*?)</(think|thinking|thought|reasoning)>", re.DOTALL)  # fmt: skip
+INLINE = re.compile(
+    r"\s*(?:<(think|thinking|thought|reasoning)>)?(.*?)</(think|thinking|thought|reasoning)>",
+    re.DOTALL,
+)
 
 
 class Dropped(Exception):
-    """A row or an answer gives no label: ``reason`` is what is counted, ``detail`` is about this one."""
+    """A row or an answer gives no label: ``reason`` is what is counted, ``detail`` is about this
+    one.
+    """
 
     def __init__(self, reason: str, detail: str = "") -> None:
         super().__init__(reason)
@@ -44,7 +51,9 @@ class Dropped(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """Answer ``number`` (0-based): it was served ``context`` and is ``own``; ``after``: what the template adds."""
+    """Answer ``number`` (0-based): it was served ``context`` and is ``own``; ``after``: what the
+    template adds.
+    """
 
     number: int
     context: str
@@ -79,9 +88,13 @@ class Chat:
         """The prompt of message ``i``, were the contents of earlier ones these."""
         messages = self.row.messages
         changed = {
-            k: self.template.form(messages[k] | {"content": text}) for k, text in contents.items() if k < i
+            k: self.template.form(messages[k] | {"content": text})
+            for k, text in contents.items()
+            if k < i
         }
-        return self._render([changed.get(k, form) for k, form in enumerate(self.forms[:i])], prompt=True)
+        return self._render(
+            [changed.get(k, form) for k, form in enumerate(self.forms[:i])], prompt=True
+        )
 
     def simple(self, number: int) -> bool:
         """Whether answer ``number`` is text and nothing else, to be learnt whole."""
@@ -118,13 +131,22 @@ class Chat:
     def _plain(self, message: Message) -> bool:
         t = self.template
         simple = (
-            bool(message["content"]) and not message.get("tool_calls") and "reasoning_content" not in message
+            bool(message["content"])
+            and not message.get("tool_calls")
+            and "reasoning_content" not in message
         )
-        return simple and not (t.between or t.rest) and bool(t.end) and not INLINE.match(message["content"])
+        return (
+            simple
+            and not (t.between or t.rest)
+            and bool(t.end)
+            and not INLINE.match(message["content"])
+        )
 
     def _in_next(self, number: int, i: int, message: Message) -> Turn | None:
-        """The answer as it stands in the prompt of the next one, where the template puts nothing around an answer's text but its
-        end; the same as ``_apart`` gives, without rendering it once more."""
+        """The answer as it stands in the prompt of the next one, where the template puts nothing
+        around an answer's text but its end; the same as ``_apart`` gives, without rendering it once
+        more.
+        """
         if self._cut(i) or number + 1 == len(self.at):
             return None
         served = self.prompt(i)
@@ -157,8 +179,9 @@ class Chat:
             return None
 
     def _variants(self, i: int, message: Message) -> list[Message]:
-        """The forms to try: the message as it is given; with a thought that stands in its text moved to its field; with the empty
-        content of a call written the other way."""
+        """The forms to try: the message as it is given; with a thought that stands in its text
+        moved to its field; with the empty content of a call written the other way.
+        """
         out = [self.forms[i]]
         begun = UNCLOSED.fullmatch(message["content"] or "") if self.template.thought else None
         if begun is not None and "reasoning_content" not in message:  # cut within its thought
@@ -180,8 +203,13 @@ class Chat:
             return self._first(through)
         served = self.prompt(i)
         if through.startswith(served):
-            # A header that the prompt leaves to the turn (none behind a tool's result) is no answer's.
-            opening = self.template.opening if through.startswith(self.template.opening, len(served)) else ""
+            # A header that the prompt leaves to the turn (none behind a tool's result) is no
+            # answer's.
+            opening = (
+                self.template.opening
+                if through.startswith(self.template.opening, len(served))
+                else ""
+            )
             return served + opening, through[len(served + opening) :]
         if "enable_thinking" in self.template.text:
             for thinking in (False, True):
@@ -196,9 +224,13 @@ class Chat:
         raise Dropped(REWRITES)
 
     def _first(self, through: str) -> tuple[str, str]:
-        """Of an answer that nothing was asked before: what stands in front of a word in its place, up to the end of the prompt's own ending."""
+        """Of an answer that nothing was asked before: what stands in front of a word in its place,
+        up to the end of the prompt's own ending.
+        """
         word = "zyntova"
-        header = self._render([self.template.form({"role": "assistant", "content": word})]).partition(word)[0]
+        header = self._render(
+            [self.template.form({"role": "assistant", "content": word})]
+        ).partition(word)[0]
         opening = self.template.opening
         asked = opening and opening in header and not self.template.rest
         at = header.rfind(opening) + len(opening) if asked else len(header)
@@ -208,8 +240,12 @@ class Chat:
             start = found + len(opening.rstrip()) if found >= 0 else start
         return through[:start], through[start:]
 
-    def _whole(self, context: str, wrote: str, message: Message, served: str | None) -> tuple[str, str]:
-        """``context`` and ``wrote``, once all of the message is in them. Raises Dropped where it is not, or stands in there twice."""
+    def _whole(
+        self, context: str, wrote: str, message: Message, served: str | None
+    ) -> tuple[str, str]:
+        """``context`` and ``wrote``, once all of the message is in them. Raises Dropped where it is
+        not, or stands in there twice.
+        """
         content = message["content"] if isinstance(message["content"], str) else ""
         inline = INLINE.match(content)
         thought = str(message.get("reasoning_content") or (inline[2] if inline else "")).strip()
@@ -235,8 +271,9 @@ class Chat:
     def _with_lost_thought(
         self, context: str, wrote: str, message: Message, served: str | None, text: str, behind: str
     ) -> tuple[str, str]:
-        """An answer whose thought the template strips, put behind its prompt as the target wrote it: possible where the thought stands in the text, or
-        where the prompt opens it."""
+        """An answer whose thought the template strips, put behind its prompt as the target wrote
+        it: possible where the thought stands in the text, or where the prompt opens it.
+        """
         content = message["content"] if isinstance(message["content"], str) else ""
         visible = wrote[: len(wrote) - len(behind)] if text else ""
         if served is None or visible.strip() != text:
@@ -275,8 +312,10 @@ def opens_thought(rest: str) -> bool:
 
 
 def lost_fields(message: Message, text: str) -> Iterator[tuple[str, bool]]:
-    """Fields of an assistant's message, beside those that a turn is made of, whose text is not in ``text``, each with whether the target must
-    have written it (its name is that of a thought, a call or such, and it says more than a word)."""
+    """Fields of an assistant's message, beside those that a turn is made of, whose text is not in
+    ``text``, each with whether the target must have written it (its name is that of a thought, a
+    call or such, and it says more than a word).
+    """
     for name, value in message.items():
         if name in ("role", "content", "tool_calls", "reasoning_content") or not value:
             continue

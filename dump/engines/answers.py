@@ -1,4 +1,5 @@
-"""The target's own answers: what is asked, how it is sampled, and what an engine hands back. Pure data, no engine here.
+"""The target's own answers: what is asked, how it is sampled, and what an engine hands back. Pure
+data, no engine here.
 
 Legend: P tokens of a prompt, A of its answer, S = P + A, L aux layers, H hidden size.
 """
@@ -23,7 +24,8 @@ MOST_ANSWERS = 256
 MASK_RULE = "regenerate"  # how the manifest's mask_rule begins, of a store whose target answered
 
 
-# One rule a setting, for the flag (before the target is looked at) and for what its generation_config.json says.
+# One rule a setting, for the flag (before the target is looked at) and for what its
+# generation_config.json says.
 def check_temperature(value: float) -> None:
     if not (math.isfinite(value) and value >= 0):
         raise UsageError(f"--temperature: found {value}, expected a finite number, 0 or more.")
@@ -48,7 +50,9 @@ def check_answers(value: int) -> None:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sampling:
-    """How the target answers. ``answers``: conversations per row. ``top_k`` 0: no limit. ``thinking``: handed to the chat template as ``enable_thinking``; None leaves it out."""
+    """How the target answers. ``answers``: conversations per row. ``top_k`` 0: no limit.
+    ``thinking``: handed to the chat template as ``enable_thinking``; None leaves it out.
+    """
 
     temperature: float
     top_p: float
@@ -64,12 +68,14 @@ class Sampling:
         check_max_tokens(self.max_tokens)
         if self.top_k < 0:
             raise UsageError(
-                f"top_k: found {self.top_k} in the target's generation_config.json, expected 0 (no limit) or more."
+                f"top_k: found {self.top_k} in the target's generation_config.json, expected 0 "
+                "(no limit) or more."
             )
 
         if self.answers > 1 and self.greedy:
             raise UsageError(
-                f"--answers {self.answers}: at temperature {self.temperature:g} all of them would be the same. Give a --temperature."
+                f"--answers {self.answers}: at temperature {self.temperature:g} all of them "
+                "would be the same. Give a --temperature."
             )
 
     @property
@@ -80,7 +86,10 @@ class Sampling:
         """As the manifest names it: two runs that differ here do not write one store."""
         several = "" if self.answers == 1 else f", {self.answers} answers"
         think = "" if self.thinking is None else f", thinking {'on' if self.thinking else 'off'}"
-        return f"temperature {self.temperature:g}, top_p {self.top_p:g}, top_k {self.top_k}, max_tokens {self.max_tokens}{think}{several}"
+        return (
+            f"temperature {self.temperature:g}, top_p {self.top_p:g}, top_k {self.top_k}, "
+            f"max_tokens {self.max_tokens}{think}{several}"
+        )
 
 
 def recommended(
@@ -91,7 +100,9 @@ def recommended(
     thinking: bool | None,
     answers: int = 1,
 ) -> Sampling:
-    """What the target's generation_config.json recommends (plain sampling where it says nothing), except for what was asked for."""
+    """What the target's generation_config.json recommends (plain sampling where it says nothing),
+    except for what was asked for.
+    """
     from transformers import GenerationConfig
 
     try:
@@ -113,7 +124,9 @@ def recommended(
 
 @dataclass(frozen=True, slots=True)
 class Ask:
-    """One turn. ``key`` comes back with its answer. ``keep``: states are wanted; ``spans``: earlier answers ``[start, stop)`` inside ``prompt``."""
+    """One turn. ``key`` comes back with its answer. ``keep``: states are wanted; ``spans``: earlier
+    answers ``[start, stop)`` inside ``prompt``.
+    """
 
     key: int
     prompt: list[int]
@@ -124,9 +137,11 @@ class Ask:
 
 
 class Answered(NamedTuple):
-    """``ids``: the answer's tokens [A], its end included where it came to one. ``states``: of prompt and answer, coded, aux [S, ...], if asked for.
+    """``ids``: the answer's tokens [A], its end included where it came to one. ``states``: of
+    prompt and answer, coded, aux [S, ...], if asked for.
 
-    The last token is never fed to the target, so it has no state: the one before stands in its row. No anchor follows it, so nothing attends to it.
+    The last token is never fed to the target, so it has no state: the one before stands in its row.
+    No anchor follows it, so nothing attends to it.
     """
 
     ask: Ask
@@ -136,8 +151,9 @@ class Answered(NamedTuple):
 
 
 def stored_runs(ask: Ask) -> list[list[int | None]]:
-    """Positions ``[start, stop)`` whose last state is stored: within an earlier answer all but its last token; of the new answer all that have a
-    state (None: to the end)."""
+    """Positions ``[start, stop)`` whose last state is stored: within an earlier answer all but its
+    last token; of the new answer all that have a state (None: to the end).
+    """
     before: list[list[int | None]] = [[a, b - 1] for a, b in ask.spans if b - a > 1]
     return [*before, [len(ask.prompt), None]]
 

@@ -29,14 +29,18 @@ log = logging.getLogger("dspark.dump")
 
 
 class States(NamedTuple):
-    """States of one sample, on the engine's device: ``aux`` [S, L, H] in the order of the plan's layers, ``last`` [M, H] after the final norm."""
+    """States of one sample, on the engine's device: ``aux`` [S, L, H] in the order of the plan's
+    layers, ``last`` [M, H] after the final norm.
+    """
 
     aux: torch.Tensor
     last: torch.Tensor
 
 
 class CodedStates(NamedTuple):
-    """The same as a codec stores them, on the host, by the names of its arrays. ``seconds``: by stage, what another process spent on them."""
+    """The same as a codec stores them, on the host, by the names of its arrays. ``seconds``: by
+    stage, what another process spent on them.
+    """
 
     arrays: Coded
     seconds: Mapping[str, float] = MappingProxyType({})
@@ -46,9 +50,11 @@ Fetch = Callable[[], CodedStates]  # waits for states that are still on their wa
 
 
 class Captured(NamedTuple):
-    """Samples ``members`` of group ``group``, their states end to end in this order. ``ready``: a CUDA event behind them, if they are on a GPU.
+    """Samples ``members`` of group ``group``, their states end to end in this order. ``ready``: a
+    CUDA event behind them, if they are on a GPU.
 
-    States that an engine would have to wait for come as a call, made once and in another thread, so that the engine's own goes on.
+    States that an engine would have to wait for come as a call, made once and in another thread, so
+    that the engine's own goes on.
     """
 
     group: int
@@ -59,7 +65,9 @@ class Captured(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """The engine's own greedy prediction, by its own output head: for p < S-1, token ``ids[p]`` after x[0..p] and its log-probability ``logprobs[p]``."""
+    """The engine's own greedy prediction, by its own output head: for p < S-1, token ``ids[p]``
+    after x[0..p] and its log-probability ``logprobs[p]``.
+    """
 
     ids: list[int]
     logprobs: list[float]
@@ -67,8 +75,11 @@ class Prediction:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EngineRun:
-    """What an engine is started with. ``layers``: output of decoder layer i. ``spool``: a folder it may make beside the store.
-    ``batch_tokens``: tokens to a forward pass, None: its own number. ``options``: what a user hands on to it. ``say``: takes a line for the user."""
+    """What an engine is started with. ``layers``: output of decoder layer i. ``spool``: a folder it
+    may make beside the store.
+    ``batch_tokens``: tokens to a forward pass, None: its own number. ``options``: what a user hands
+    on to it. ``say``: takes a line for the user.
+    """
 
     model: str
     shapes: Shapes
@@ -83,10 +94,12 @@ class EngineRun:
 
 
 class Engine(Protocol):
-    """Runs the target. ``capture`` yields (index into ``samples``, states) in any order, each sample once.
+    """Runs the target. ``capture`` yields (index into ``samples``, states) in any order, each
+    sample once.
 
-    ``stream`` does the same for a whole dump and is what has to be fast: ``groups`` are pulled as there is room for them, what comes out may
-    already be coded with ``codec``, and no more than ``groups_at_once`` groups are ever unfinished.
+    ``stream`` does the same for a whole dump and is what has to be fast: ``groups`` are pulled as
+    there is room for them, what comes out may already be coded with ``codec``, and no more than
+    ``groups_at_once`` groups are ever unfinished.
 
     ``answer`` yields sampled answers in any order; ``asks`` are pulled as there is room.
     """
@@ -99,7 +112,9 @@ class Engine(Protocol):
     def groups_at_once(self) -> int: ...
     def frozen(self) -> FrozenTarget: ...
     def capture(self, samples: Sequence[TokenSample]) -> Iterator[tuple[int, States]]: ...
-    def stream(self, groups: Iterable[Sequence[TokenSample]], codec: Codec) -> Iterator[Captured]: ...
+    def stream(
+        self, groups: Iterable[Sequence[TokenSample]], codec: Codec
+    ) -> Iterator[Captured]: ...
     def predict(self, samples: Sequence[TokenSample]) -> list[Prediction]: ...
     def answer(
         self, asks: Iterable[Ask], sampling: Sampling, stops: Sequence[int], codec: Codec
@@ -107,7 +122,9 @@ class Engine(Protocol):
     def close(self) -> None: ...
 
 
-def send(array: np.ndarray[tuple[int, ...], np.dtype[np.int64]], device: torch.device) -> torch.Tensor:
+def send(
+    array: np.ndarray[tuple[int, ...], np.dtype[np.int64]], device: torch.device
+) -> torch.Tensor:
     """A numpy array on ``device``, without waiting for what the device is doing."""
     import torch
 

@@ -1,9 +1,12 @@
-"""The target in transformers: length-sorted batches, forward hooks on the layers that are wanted, no output head.
+"""The target in transformers: length-sorted batches, forward hooks on the layers that are wanted,
+no output head.
 
-Padding is on the right, behind every real token of a causal model, so no real token ever attends to it and no mask is needed: attention takes the
-kernel for plain causal attention, which is several times faster than one with a mask. A state does not depend on what it was batched with
-(tests/dump/test_engine_transformers.py). Hooks keep only the wanted rows of the wanted layers; the head, which costs as much as several layers at a
-large vocabulary, never runs except in the self-check. Nothing here waits for the GPU.
+Padding is on the right, behind every real token of a causal model, so no real token ever attends to
+it and no mask is needed: attention takes the kernel for plain causal attention, which is several
+times faster than one with a mask. A state does not depend on what it was batched with
+(tests/dump/test_engine_transformers.py). Hooks keep only the wanted rows of the wanted layers; the
+head, which costs as much as several layers at a large vocabulary, never runs except in the
+self-check. Nothing here waits for the GPU.
 """
 
 from __future__ import annotations
@@ -40,9 +43,11 @@ CPU_BATCH_TOKENS = 2048
 
 
 class TransformersEngine:
-    """``layers``: ids of decoder layers whose output is captured. ``batch_tokens``: padded tokens of a forward pass at most.
+    """``layers``: ids of decoder layers whose output is captured. ``batch_tokens``: padded tokens
+    of a forward pass at most.
 
-    A model that is spread over devices (``hf_device_map``) stays where it is; its states come together on the embedding's device.
+    A model that is spread over devices (``hf_device_map``) stays where it is; its states come
+    together on the embedding's device.
     ``source``: the checkpoint, whose frozen weights are read where the loaded ones are quantised.
     """
 
@@ -82,12 +87,19 @@ class TransformersEngine:
         device_map: Any = None,
         offload: Path | None = None,
     ) -> TransformersEngine:
-        """Read the weights of a model id or folder. ``device_map``, ``offload``: as ``load_model`` takes them."""
+        """Read the weights of a model id or folder. ``device_map``, ``offload``: as ``load_model``
+        takes them.
+        """
         no_plan_a_shape()
         quiet_transformers()
         loaded = load_model(
-            model, device=device, dtype=dtype, trust_remote_code=trust_remote_code, device_map=device_map, offload=offload
-        )  # fmt: skip
+            model,
+            device=device,
+            dtype=dtype,
+            trust_remote_code=trust_remote_code,
+            device_map=device_map,
+            offload=offload,
+        )
         return cls(loaded, shapes, layers, device=device, batch_tokens=batch_tokens, source=model)
 
     def frozen(self) -> FrozenTarget:
@@ -105,7 +117,9 @@ class TransformersEngine:
             yield from ((i, States(a, b)) for i, a, b in zip(batch.members, aux, last, strict=True))
 
     def stream(self, groups: Iterable[Sequence[TokenSample]], codec: Codec) -> Iterator[Captured]:
-        """Batches within a group only, so that what a group gives does not depend on the groups before it."""
+        """Batches within a group only, so that what a group gives does not depend on the groups
+        before it.
+        """
         for group, samples in enumerate(groups):
             yield from self._run(group, samples)
 
@@ -134,12 +148,18 @@ class TransformersEngine:
 
         def keep(at: int) -> Any:
             def hook(module: Any, args: Any, output: Any) -> None:
-                x = (output[0] if isinstance(output, tuple) else output).flatten(0, 1).to(self.device)
+                x = (
+                    (output[0] if isinstance(output, tuple) else output)
+                    .flatten(0, 1)
+                    .to(self.device)
+                )
                 aux[at] = x if rows is None else x.index_select(0, rows)
 
             return hook
 
-        handles = [self.parts.layers[i].register_forward_hook(keep(k)) for k, i in enumerate(self.layers)]
+        handles = [
+            self.parts.layers[i].register_forward_hook(keep(k)) for k, i in enumerate(self.layers)
+        ]
         try:
             with self._enough_memory(len(batch), width, "--seq-length"):
                 last = self.forward(batch).flatten(0, 1).index_select(0, wanted)
@@ -150,7 +170,9 @@ class TransformersEngine:
 
     @torch.inference_mode()
     def forward(self, batch: Sequence[TokenSample]) -> torch.Tensor:
-        """The decoder over a right-padded batch -> its output after the final norm [b, S_max, H]."""
+        """The decoder over a right-padded batch -> its output after the final norm [b, S_max,
+        H].
+        """
         width = max(len(s.input_ids) for s in batch)
         ids = np.zeros((len(batch), width), dtype=np.int64)
         for row, sample in enumerate(batch):
@@ -162,12 +184,15 @@ class TransformersEngine:
 
     @contextmanager
     def _enough_memory(self, rows: int, width: int, length: str) -> Iterator[None]:
-        """Running out of memory inside is an EngineError; ``length`` is the flag that bounds ``width``."""
+        """Running out of memory inside is an EngineError; ``length`` is the flag that bounds
+        ``width``.
+        """
         try:
             yield
         except torch.OutOfMemoryError as error:
             raise EngineError(
-                f"out of memory at a batch of {rows} x {width} tokens. Use a smaller --batch-tokens (now {self.batch_tokens}; --resume "
+                f"out of memory at a batch of {rows} x {width} tokens. Use a smaller "
+                f"--batch-tokens (now {self.batch_tokens}; --resume "
                 f"takes another one), or a smaller {length}, which needs a new store."
             ) from error
 
@@ -175,7 +200,9 @@ class TransformersEngine:
     def answer(
         self, asks: Iterable[Ask], sampling: Sampling, stops: Sequence[int], codec: Codec
     ) -> Iterator[Answered]:
-        """Sampled answers, batch by batch, with the states of the run that made them where ``keep`` is set."""
+        """Sampled answers, batch by batch, with the states of the run that made them where ``keep``
+        is set.
+        """
         todo = list(asks)
         for members in batches([len(a.prompt) + a.max_tokens for a in todo], self.batch_tokens):
             yield from self._answer([todo[i] for i in members], sampling, stops, codec)
@@ -183,7 +210,9 @@ class TransformersEngine:
     def _answer(
         self, asks: Sequence[Ask], sampling: Sampling, stops: Sequence[int], codec: Codec
     ) -> Iterator[Answered]:
-        """One batch, padded on the left. Hooks see the prompts once and then one token a step: every token but an answer's last."""
+        """One batch, padded on the left. Hooks see the prompts once and then one token a step:
+        every token but an answer's last.
+        """
         width = max(len(a.prompt) for a in asks)
         ids = np.zeros((len(asks), width), dtype=np.int64)
         real = np.zeros_like(ids)
@@ -194,13 +223,19 @@ class TransformersEngine:
 
         def keep(at: int) -> Any:
             def hook(module: Any, args: Any, output: Any) -> None:
-                seen[at].append((output[0] if isinstance(output, tuple) else output).to(self.device))
+                seen[at].append(
+                    (output[0] if isinstance(output, tuple) else output).to(self.device)
+                )
 
             return hook
 
         watched = [*(self.parts.layers[i] for i in self.layers), self.parts.norm]
         handles = [module.register_forward_hook(keep(k)) for k, module in enumerate(watched)]
-        chances = {} if sampling.greedy else {"temperature": sampling.temperature, "top_p": sampling.top_p}
+        chances = (
+            {}
+            if sampling.greedy
+            else {"temperature": sampling.temperature, "top_p": sampling.top_p}
+        )
         longest = max(a.max_tokens for a in asks)
         settings = transformers.GenerationConfig(
             do_sample=not sampling.greedy,
@@ -235,7 +270,9 @@ class TransformersEngine:
     def _coded(
         self, aux: torch.Tensor, last: torch.Tensor, ask: Ask, answer: list[int], codec: Codec
     ) -> CodedStates:
-        """``aux[S - 1, L, H]`` and ``last[S - 1, H]`` of one answer, as the codec stores them, on the host."""
+        """``aux[S - 1, L, H]`` and ``last[S - 1, H]`` of one answer, as the codec stores them, on
+        the host.
+        """
         runs = stored_runs(ask)
         rows = torch.cat([last[a:b] for a, b in runs])
         tokens = None
@@ -252,7 +289,9 @@ class TransformersEngine:
 
     @torch.inference_mode()
     def predict(self, samples: Sequence[TokenSample]) -> list[Prediction]:
-        """Greedy tokens of the whole model, one sample at a time: no hooks, no padding, its own head."""
+        """Greedy tokens of the whole model, one sample at a time: no hooks, no padding, its own
+        head.
+        """
         out = []
         for sample in samples:
             ids = torch.from_numpy(sample.input_ids).long()[None].to(self.device)
@@ -288,7 +327,9 @@ def default_batch_tokens(device: str, hidden_size: int) -> int:
 
 @contextmanager
 def never_packed() -> Iterator[None]:
-    """Answer transformers' question whether a row holds several sequences, which it asks the device in every forward and waits for: no row of ours does."""
+    """Answer transformers' question whether a row holds several sequences, which it asks the device
+    in every forward and waits for: no row of ours does.
+    """
     ask = getattr(masking_utils, "find_packed_sequence_indices", None)
     if ask is None:  # a release that does not ask
         yield
@@ -301,7 +342,9 @@ def never_packed() -> Iterator[None]:
 
 
 def batches(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
-    """Indices in groups of near-equal length, each at most ``budget`` padded tokens (a longer sample goes alone). Ties keep their order."""
+    """Indices in groups of near-equal length, each at most ``budget`` padded tokens (a longer
+    sample goes alone). Ties keep their order.
+    """
     group: list[int] = []
     for i in sorted(range(len(lengths)), key=lambda i: lengths[i]):
         if group and lengths[i] * (len(group) + 1) > budget:

@@ -11,8 +11,11 @@ from dspark.cache.errors import UsageError
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EngineOptions:
-    """``tensor_parallel``, ``data_parallel``: GPUs to an engine, and engines; None: by the target's size.
-    ``arguments``: what the engine is started with besides, by name. ``trust_remote_code``: run the target's own code."""
+    """``tensor_parallel``, ``data_parallel``: GPUs to an engine, and engines; None: by the target's
+    size.
+    ``arguments``: what the engine is started with besides, by name. ``trust_remote_code``: run the
+    target's own code.
+    """
 
     tensor_parallel: int | None = None
     data_parallel: int | None = None
@@ -41,14 +44,17 @@ NO_OPTIONS = EngineOptions()
 
 
 def parse_arguments(given: tuple[str, ...]) -> tuple[tuple[str, Any], ...]:
-    """``("max_num_seqs=64", "quantization=fp8")`` -> names as vLLM's Python has them, values read as JSON where they are."""
+    """``("max_num_seqs=64", "quantization=fp8")`` -> names as vLLM's Python has them, values read
+    as JSON where they are.
+    """
     out: dict[str, Any] = {}
     for text in given:
         name, equals, value = text.partition("=")
         name = name.strip().lstrip("-").replace("-", "_")
         if not equals or not name.isidentifier():
             raise UsageError(
-                f"--engine-arg {text}: expected KEY=VALUE, KEY an argument of vllm.LLM: max_num_seqs=64."
+                f"--engine-arg {text}: expected KEY=VALUE, KEY an argument of vllm.LLM: "
+                "max_num_seqs=64."
             )
         if name in out:
             raise UsageError(f"--engine-arg {name}: given twice.")

@@ -20,9 +20,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class EngineKind:
-    """``start``: ``module:function`` that takes an ``EngineRun``; ``package``: what it imports; ``builds``: the
-    distributions that provide it. ``lookahead``: positions that it needs behind the longest sample. ``refuses``:
-    ``module:function`` of a target's architectures and the device, that says why not before weights are read."""
+    """``start``: ``module:function`` that takes an ``EngineRun``; ``package``: what it imports;
+    ``builds``: the distributions that provide it. ``lookahead``: positions that it needs behind the
+    longest sample. ``refuses``:
+    ``module:function`` of a target's architectures and the device, that says why not before weights
+    are read.
+    """
 
     start: str
     package: str
@@ -36,7 +39,9 @@ class EngineKind:
         return importlib.util.find_spec(self.package) is not None
 
     def why_not(self, architectures: Sequence[str], device: str) -> str | None:
-        """Why it cannot run a target of these architectures; None if it can, or if they are not known."""
+        """Why it cannot run a target of these architectures; None if it can, or if they are not
+        known.
+        """
         if not (self.refuses and architectures):
             return None
         answer: Callable[[Sequence[str], str], str | None] = _resolve(self.refuses)
@@ -72,10 +77,13 @@ def engine_version(name: str) -> str:
     return found
 
 
-def choose_engine(name: str, device: str, architectures: Sequence[str] = ()) -> tuple[str, str, str | None]:
+def choose_engine(
+    name: str, device: str, architectures: Sequence[str] = ()
+) -> tuple[str, str, str | None]:
     """Engine, device, and why not the one that ``auto`` prefers.
 
-    ``auto``: vLLM where there is a GPU, vLLM is installed and gives the states of ``architectures``; else transformers.
+    ``auto``: vLLM where there is a GPU, vLLM is installed and gives the states of
+    ``architectures``; else transformers.
     """
     from dspark.cache.shared.process import device_type
 
@@ -88,7 +96,9 @@ def choose_engine(name: str, device: str, architectures: Sequence[str] = ()) -> 
     kind = engine_kind(name)
     if not kind.available:
         how = f"{kind.install}, or use" if kind.install else "install it, or use"
-        raise UsageError(f"--engine {name}: {kind.package} is not installed here: {how} --engine {DEFAULT}.")
+        raise UsageError(
+            f"--engine {name}: {kind.package} is not installed here: {how} --engine {DEFAULT}."
+        )
     why = kind.why_not(architectures, device)
     if why:
         raise UsageError(f"--engine {name}: {why}. Use --engine {DEFAULT}.")

@@ -1,4 +1,6 @@
-"""Versions of the packages that run a target, as the installed metadata names them. Nothing of them is imported."""
+"""Versions of the packages that run a target, as the installed metadata names them. Nothing of them
+is imported.
+"""
 
 from __future__ import annotations
 

@@ -1,8 +1,11 @@
-"""Answers on disk, beside the store: ``<store>.answers/``, a file per part, while it is made; ``<store>.answers.jsonl`` when it is whole.
+"""Answers on disk, beside the store: ``<store>.answers/``, a file per part, while it is made;
+``<store>.answers.jsonl`` when it is whole.
 
-Nothing here is lost on the way from one to the other, however a dump ends: a part's file is on disk before the part; the joined file is replaced
-before the store is marked complete; the parts' files go after that. When a complete store is repaired, the parts that are left have no file any more:
-their lines are in the joined file, found by the rows of the part's record. Its lines ascend by row, so one pass over it is enough.
+Nothing here is lost on the way from one to the other, however a dump ends: a part's file is on disk
+before the part; the joined file is replaced before the store is marked complete; the parts' files
+go after that. When a complete store is repaired, the parts that are left have no file any more:
+their lines are in the joined file, found by the rows of the part's record. Its lines ascend by row,
+so one pass over it is enough.
 """
 
 from __future__ import annotations
@@ -39,8 +42,9 @@ class AnswerFiles:
         return self.store.with_name(self.store.name + ".answers.jsonl")
 
     def go_with_the_store(self) -> bool:
-        """Whether the store that is there was answered by its target, so that these answers go when it goes. Not so of one that cannot be read: beside it
-        anything may lie."""
+        """Whether the store that is there was answered by its target, so that these answers go when
+        it goes. Not so of one that cannot be read: beside it anything may lie.
+        """
         from dspark.cache.reader import read_manifest  # imports zarr, which a plan does without
 
         try:
@@ -49,21 +53,27 @@ class AnswerFiles:
             return False
 
     def refuse_other(self, data: Sequence[str], overwrite: bool) -> None:
-        """Before a new store: refuse to write over answers that nobody asked to replace, or over the corpus itself."""
+        """Before a new store: refuse to write over answers that nobody asked to replace, or over
+        the corpus itself.
+        """
         for name in data:
             if not (Path(name).exists() and self.joined.exists() and self.joined.samefile(name)):
                 continue
             raise UsageError(
-                f"--data {name} is where the answers of {self.store} go: it would be replaced. Choose another --output."
+                f"--data {name} is where the answers of {self.store} go: it would be replaced. "
+                "Choose another --output."
             )
         for path in (self.joined, self.folder):
             if path.exists() and not overwrite:
                 raise ExistsError(
-                    f"{path} exists: answers of an earlier store. Move it away, use --overwrite to replace it, or another --output."
+                    f"{path} exists: answers of an earlier store. Move it away, use --overwrite "
+                    "to replace it, or another --output."
                 )
 
     def begin(self) -> None:
-        """No part is there, so these answers are of none: a later join must not take them for this store's."""
+        """No part is there, so these answers are of none: a later join must not take them for this
+        store's.
+        """
         with write_errors(self.joined):
             self.joined.unlink(missing_ok=True)
         self.clear()
@@ -84,7 +94,9 @@ class AnswerFiles:
             pass
 
     def join(self, records: Mapping[int, PartRecord]) -> None:
-        """Replace the joined file by the answers of all parts, in order. Raises DamagedCacheError, leaving it as it is, if some are missing."""
+        """Replace the joined file by the answers of all parts, in order. Raises DamagedCacheError,
+        leaving it as it is, if some are missing.
+        """
         with staged(self.joined, replace=True) as new, open(new, "wb") as file:
             for lines in self._lines(records):
                 file.writelines(lines)
@@ -115,9 +127,12 @@ class AnswerFiles:
             own = [text for row_, text in found if record.row_start <= row_ < record.row_stop]
             if sum(samples_of(line) for line in own) != record.samples:
                 raise DamagedCacheError(
-                    f"{where}: found {len(own)} answers to the rows {record.row_start:,} to {record.row_stop - 1:,}, expected {record.samples}: "
-                    f"those of part {index}. If {self.joined.name} was moved away or changed, put it back and run the same command with --resume. Otherwise have "
-                    f"these rows answered again: delete {self.store / PARTS / part_name(index)}, run dspark-tools verify --drop-damaged {self.store}, "
+                    f"{where}: found {len(own)} answers to the rows {record.row_start:,} to "
+                    f"{record.row_stop - 1:,}, expected {record.samples}: "
+                    f"those of part {index}. If {self.joined.name} was moved away or changed, "
+                    "put it back and run the same command with --resume. Otherwise have "
+                    f"these rows answered again: delete {self.store / PARTS / part_name(index)}, "
+                    f"run dspark-tools verify --drop-damaged {self.store}, "
                     "and the same command with --resume."
                 )
             yield own
@@ -134,7 +149,9 @@ def answers_in(path: Path) -> Iterator[tuple[int, bytes]]:
 
 
 def samples_of(line: bytes) -> int:
-    """How many samples a line's conversation gave: one in stores of releases that wrote no number."""
+    """How many samples a line's conversation gave: one in stores of releases that wrote no
+    number.
+    """
     found = json_text.loads(line).get("samples", 1)
     return found if isinstance(found, int) else 0
 
@@ -147,7 +164,8 @@ def row_of(line: bytes, where: str) -> int:
         row = None
     if not isinstance(row, int) or not line.endswith(b"\n"):
         raise DamagedCacheError(
-            f"{where}: found {line[:80]!r}, expected a line that --regenerate wrote, with its `row`. Put the file back as it was, "
+            f"{where}: found {line[:80]!r}, expected a line that --regenerate wrote, with its "
+            "`row`. Put the file back as it was, "
             "and run the same command with --resume."
         )
     return row

@@ -1,11 +1,14 @@
-"""``--regenerate``: the corpus gives the prompts, the target its own answers, and the states of both are kept from the run that made them.
+"""``--regenerate``: the corpus gives the prompts, the target its own answers, and the states of
+both are kept from the run that made them.
 
-Rows go turn by turn: each prompt is rendered from the turns before with the target's own answers in them. Only the last turn's states are kept; they cover the whole
-conversation, and earlier answers in it are supervised where the last prompt still begins with them token by token (templates that strip
-thinking from history rewrite them; then they are context only).
+Rows go turn by turn: each prompt is rendered from the turns before with the target's own answers in
+them. Only the last turn's states are kept; they cover the whole conversation, and earlier answers
+in it are supervised where the last prompt still begins with them token by token (templates that
+strip thinking from history rewrite them; then they are context only).
 
-A part is ``PART_ROWS`` rows here, because lengths are not known before. Its answers are on disk before it is, and are joined into
-``<store>.answers.jsonl`` at the end: chats that ``--data`` takes (``answers_disk.py``).
+A part is ``PART_ROWS`` rows here, because lengths are not known before. Its answers are on disk
+before it is, and are joined into ``<store>.answers.jsonl`` at the end: chats that ``--data`` takes
+(``answers_disk.py``).
 """
 
 from __future__ import annotations
@@ -55,8 +58,10 @@ NO_CALL = "the target did not make the call whose result is recorded"
 
 
 def turns(row: Row) -> list[list[Message]]:
-    """The messages before each answer, the corpus's own answers left out: an answer is due before every user turn but the first, before the results of
-    tools (which answer its calls), and at the end."""
+    """The messages before each answer, the corpus's own answers left out: an answer is due before
+    every user turn but the first, before the results of tools (which answer its calls), and at the
+    end.
+    """
     assert isinstance(row.value, ChatRow)
     out: list[list[Message]] = [[]]
     for message in row.value.messages:
@@ -71,7 +76,9 @@ def turns(row: Row) -> list[list[Message]]:
 
 
 class Prompts(SampleMaker):
-    """Renders turns. Stands for a ``SampleMaker`` before the answers are there (plan, self-check, calibration): a sample is the first prompt, all of it supervised."""
+    """Renders turns. Stands for a ``SampleMaker`` before the answers are there (plan, self-check,
+    calibration): a sample is the first prompt, all of it supervised.
+    """
 
     def __init__(
         self,
@@ -91,9 +98,13 @@ class Prompts(SampleMaker):
         self.tokenised = False
 
     def ids(self, messages: list[Message], tools: list[Any] | None) -> list[int]:
-        """The prompt that asks for the answer to ``messages``. Raises Dropped where the template refuses them."""
+        """The prompt that asks for the answer to ``messages``. Raises Dropped where the template
+        refuses them.
+        """
         try:
-            text = self.template.render([self.template.form(m) for m in messages], tools, prompt=True)
+            text = self.template.render(
+                [self.template.form(m) for m in messages], tools, prompt=True
+            )
         except Refused as error:
             raise Dropped(REFUSED, str(error)) from error
         out: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -103,7 +114,9 @@ class Prompts(SampleMaker):
         if isinstance(row.value, BadRow):
             return Made([], MALFORMED, row.value.detail)
         if not isinstance(row.value, ChatRow):
-            raise UsageError("--regenerate needs chats: this corpus holds tokens, whose prompts end nowhere.")
+            raise UsageError(
+                "--regenerate needs chats: this corpus holds tokens, whose prompts end nowhere."
+            )
         if (why := unusable(row.value)) is not None:
             return why
         first = turns(row)[0]
@@ -118,15 +131,17 @@ class Prompts(SampleMaker):
         return Made([TokenSample(row.number, sample_key(first), ids, np.ones(len(ids), np.bool_))])
 
 
-Kept = tuple[TokenSample, CodedStates, bool]  # a sample, its states, whether its last answer came to its end
+# a sample, its states, whether its last answer came to its end
+Kept = tuple[TokenSample, CodedStates, bool]
 
 
 @dataclass(slots=True)
 class Conversation:
     """A row under way: turns still to come, what has been said, and the samples that are whole.
 
-    Answers are in one sample as long as each prompt begins, token by token, with what was there before; otherwise another sample
-    begins. Where the template is known to rewrite its history, the states of every answer are kept for that.
+    Answers are in one sample as long as each prompt begins, token by token, with what was there
+    before; otherwise another sample begins. Where the template is known to rewrite its history, the
+    states of every answer are kept for that.
     """
 
     row: Row
@@ -166,7 +181,9 @@ class Conversation:
         return Ask(key, prompt, room, seed, keep, tuple(self.spans))
 
     def _end_sample(self, prompt: list[int]) -> None:
-        """What follows does not begin with this: it is a sample, or was asked for without its states."""
+        """What follows does not begin with this: it is a sample, or was asked for without its
+        states.
+        """
         if self.states is not None:
             self.done.append(self.kept())
             self.spans, self.first = [], self.turn
@@ -177,7 +194,9 @@ class Conversation:
         self.states = None
 
     def _paired(self, coming: list[Message]) -> bool:
-        """Give the k-th recorded result the id of the k-th call. False where there are not as many calls."""
+        """Give the k-th recorded result the id of the k-th call. False where there are not as many
+        calls.
+        """
         results = [m for m in coming if m["role"] == "tool"]
         if not results:
             return True
@@ -217,7 +236,9 @@ class Conversation:
 
 
 class Regenerator:
-    """Makes parts out of prompts. ``reader`` has the corpus, counts its rows and judges how many of them may be dropped; its own parts are not asked for."""
+    """Makes parts out of prompts. ``reader`` has the corpus, counts its rows and judges how many of
+    them may be dropped; its own parts are not asked for.
+    """
 
     def __init__(
         self,
@@ -233,7 +254,9 @@ class Regenerator:
         self.prompts, self.stops, self.codec = prompts, stops, codec
         self.reader, self.answers, self.min_supervised = reader, answers, min_supervised
 
-    def parts(self, committed: Mapping[int, PartRecord]) -> Iterator[tuple[PartRows, list[CodedStates]]]:
+    def parts(
+        self, committed: Mapping[int, PartRecord]
+    ) -> Iterator[tuple[PartRows, list[CodedStates]]]:
         """Every part that is missing, with its states."""
         for part, rows in self.reader.blocks(committed):
             # Before more is asked, not behind an answered part: that one is to be kept.
@@ -262,7 +285,9 @@ class Regenerator:
             if reason is not None:
                 self.reader.notes[f"answer left out: {reason}"] += 1
             if talk.lost:
-                self.reader.notes["answer in a later prompt has other tokens, not supervised"] += talk.lost
+                self.reader.notes["answer in a later prompt has other tokens, not supervised"] += (
+                    talk.lost
+                )
             ended.append(talk)
 
         def ask_next(key: int) -> None:
@@ -284,7 +309,9 @@ class Regenerator:
                 ask_next(key)
         while asks:  # a round a turn; conversations end at different rounds
             round_, asks = asks, []
-            for answered in self.engine.answer(round_, self.prompts.sampling, self.stops, self.codec):
+            for answered in self.engine.answer(
+                round_, self.prompts.sampling, self.stops, self.codec
+            ):
                 key = answered.ask.key
                 talk = talks[key]
                 if len(answered.ids) < 2:
@@ -297,14 +324,18 @@ class Regenerator:
                     end(talk)
         self._count_failed(part, failed, {talk.row.number for talk in ended})
         ended.sort(key=lambda talk: (talk.row.number, talk.answer))
-        whole = sorted((kept for talk in ended for kept in talk.done), key=lambda k: (k[0].row, k[0].turn))
+        whole = sorted(
+            (kept for talk in ended for kept in talk.done), key=lambda k: (k[0].row, k[0].turn)
+        )
         part.samples = [sample for sample, _, _ in whole]
         part.truncated = sum(not finished for _, _, finished in whole)
         self.answers.save(part.index, [_line(talk, count) for talk in ended])
         return [states for _, states, _ in whole]
 
     def _count_failed(self, part: PartRows, failed: list[tuple[Row, str]], kept: set[int]) -> None:
-        """A row of which no conversation is whole is dropped, once; one conversation of several that are is left out."""
+        """A row of which no conversation is whole is dropped, once; one conversation of several
+        that are is left out.
+        """
         for row, reason in failed:
             if row.number in kept:
                 self.reader.notes[f"answer left out: {reason}"] += 1

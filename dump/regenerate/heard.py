@@ -1,7 +1,9 @@
-"""An answer's text -> the message that it is: its thought, its text and its calls, told apart by how the template writes them.
+"""An answer's text -> the message that it is: its thought, its text and its calls, told apart by
+how the template writes them.
 
-What the template puts around a thought and a call is learned by having it write some (as in ``corpus/template.py``). An answer that
-is not written so (a template that knows no thoughts, a target that does otherwise) is read by the marks that are common.
+What the template puts around a thought and a call is learned by having it write some (as in
+``corpus/template.py``). An answer that is not written so (a template that knows no thoughts, a
+target that does otherwise) is read by the marks that are common.
 """
 
 from __future__ import annotations
@@ -15,11 +17,15 @@ from dspark.dump.corpus.messages import Message
 from dspark.dump.corpus.template import ASKED, CALLED, MOCK_TOOLS, SAID, THOUGHT, Template, common
 
 KEYS, VALUES = ("kestrun", "mabrole"), ("vintosa", "zurempi")
-HARMONY = re.compile(r"(?:<\|channel\|>analysis<\|message\|>(.*?)<\|end\|>)?.*<\|channel\|>final<\|message\|>(.*)", re.DOTALL)  # fmt: skip
+HARMONY = re.compile(
+    r"(?:<\|channel\|>analysis<\|message\|>(.*?)<\|end\|>)?.*<\|channel\|>final<\|message\|>(.*)",
+    re.DOTALL,
+)
 ANALYSIS = re.compile(r"<\|channel\|>analysis<\|message\|>(.*?)<\|end\|>", re.DOTALL)
 # Harmony's template writes a call's recipient in front of the channel, gpt-oss behind it.
 RECIPIENT = re.compile(
-    r"<\|channel\|>commentary to=(?:functions\.)?([\w.-]+)\s*(?:<\|constrain\|>)?(?:json)?\s*<\|message\|>(.*)",
+    r"<\|channel\|>commentary "
+    r"to=(?:functions\.)?([\w.-]+)\s*(?:<\|constrain\|>)?(?:json)?\s*<\|message\|>(.*)",
     re.DOTALL,
 )
 THINK = re.compile(r"\s*(?:<think>)?(.*?)</think>(.*)", re.DOTALL)
@@ -27,8 +33,10 @@ THINK = re.compile(r"\s*(?:<think>)?(.*?)</think>(.*)", re.DOTALL)
 
 @dataclass(frozen=True, slots=True)
 class CallForm:
-    """What stands around the parts of a call. ``as_json``: its arguments are one JSON object. ``again``: between a call's ``after`` and the name of the
-    next, None where a turn has one call at most."""
+    """What stands around the parts of a call. ``as_json``: its arguments are one JSON object.
+    ``again``: between a call's ``after`` and the name of the next, None where a turn has one call
+    at most.
+    """
 
     before: str
     named: str  # between name and arguments
@@ -59,11 +67,17 @@ class Listener:
         text = self.template.try_render([ask, form], tools)
         prompt = self.template.try_render([ask], tools, prompt=True)
         base = prompt.removesuffix(self.template.rest)
-        return text.removeprefix(base) if base and text.startswith(base) else text.partition(ASKED)[2]
+        return (
+            text.removeprefix(base) if base and text.startswith(base) else text.partition(ASKED)[2]
+        )
 
     def _call_form(self, ask: Message) -> CallForm | None:
         arguments = dict(zip(KEYS, VALUES, strict=True))
-        call = {"type": "function", "id": "call00000", "function": {"name": CALLED, "arguments": arguments}}
+        call = {
+            "type": "function",
+            "id": "call00000",
+            "function": {"name": CALLED, "arguments": arguments},
+        }
         text = self._written(ask, {"content": None, "tool_calls": [call]}, MOCK_TOOLS)
         places = [text.find(w) for w in (CALLED, KEYS[0], VALUES[0], KEYS[1], VALUES[1])]
         if -1 in places or places != sorted(places):
@@ -73,23 +87,35 @@ class Listener:
         before = text[:name].rpartition(opening)[2] if opening else text[:name]
         before = before.removeprefix(self.template.rest).removeprefix(self.plain)
         written = next(
-            (w for w in (json.dumps(arguments), json.dumps(arguments, separators=(",", ":"))) if w in text),
+            (
+                w
+                for w in (json.dumps(arguments), json.dumps(arguments, separators=(",", ":")))
+                if w in text
+            ),
             None,
         )
         own = text.removesuffix(self.template.tail)
         if written is not None:
             start = text.index(written)
-            after, again, closing = self._end_of_call(ask, call, written, own[start + len(written) :])
+            after, again, closing = self._end_of_call(
+                ask, call, written, own[start + len(written) :]
+            )
             return CallForm(before, text[name + len(CALLED) : start], after, True, again, closing)
-        after, again, closing = self._end_of_call(ask, call, VALUES[1], own[value2 + len(VALUES[1]) :])
+        after, again, closing = self._end_of_call(
+            ask, call, VALUES[1], own[value2 + len(VALUES[1]) :]
+        )
         return CallForm(
             before, text[name + len(CALLED) : key], after, False, again, closing,
             text[key + len(KEYS[0]) : value], text[value + len(VALUES[0]) : key2],
         )  # fmt: skip
 
-    def _end_of_call(self, ask: Message, call: Any, last: str, tail: str) -> tuple[str, str | None, str]:
-        """What closes a call, and what stands between that and the next one's name; ``last``: what a call's text ends with, ``tail``:
-        what stands behind that in a turn of one call."""
+    def _end_of_call(
+        self, ask: Message, call: Any, last: str, tail: str
+    ) -> tuple[str, str | None, str]:
+        """What closes a call, and what stands between that and the next one's name; ``last``: what
+        a call's text ends with, ``tail``:
+        what stands behind that in a turn of one call.
+        """
         two = self._written(ask, {"content": None, "tool_calls": [call, call]}, MOCK_TOOLS)
         start = two.find(last) + len(last)
         stop = two.find(CALLED, start)
@@ -99,8 +125,10 @@ class Listener:
         return tail[:shared], two[start + shared : stop], tail[shared:]
 
     def hear(self, text: str, opened: str, number: int) -> Message:
-        """The message that ``text`` is, special tokens in it as text, its end not; ``opened``: the end of the prompt before it.
-        Calls are numbered from ``number``."""
+        """The message that ``text`` is, special tokens in it as text, its end not; ``opened``: the
+        end of the prompt before it.
+        Calls are numbered from ``number``.
+        """
         out: Message = {"role": "assistant"}
         rest = text
         if self.thought is not None:
@@ -123,7 +151,8 @@ class Listener:
             out["tool_calls"] = calls
         else:
             rest = rest.removeprefix(self.plain) if self.plain else rest
-        rest = "".join(self.template.split_specials(rest))  # marks of a form that is not known are no text
+        # marks of a form that is not known are no text
+        rest = "".join(self.template.split_specials(rest))
         if not out.get("reasoning_content", "x").strip():
             del out["reasoning_content"]
         out["content"] = None if calls and not rest.strip() else rest
@@ -131,7 +160,9 @@ class Listener:
 
     def _calls(self, text: str, number: int) -> tuple[list[dict[str, Any]], str]:
         """The calls in ``text``, and the text without them."""
-        if (harmony := RECIPIENT.search(text)) is not None and (call := _object(harmony[2])) is not None:
+        if (harmony := RECIPIENT.search(text)) is not None and (
+            call := _object(harmony[2])
+        ) is not None:
             function = {"name": harmony[1], "arguments": call}
             return [_numbered(function, number)], text[: harmony.start()]
         form = self.call

@@ -1,7 +1,7 @@
 """The chain from a target to a served draft, checked link by link before the first weight is read.
 
-config -> layers -> frozen weights -> draft -> extraction -> serving. A link is found, unknown (nothing here can tell) or missing; what is
-missing stops a dump before it starts, with what to do.
+config -> layers -> frozen weights -> draft -> extraction -> serving. A link is found, unknown
+(nothing here can tell) or missing; what is missing stops a dump before it starts, with what to do.
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ FOUND, UNKNOWN, MISSING = "found", "unknown", "missing"
 
 @dataclass(frozen=True, slots=True)
 class Link:
-    """``state``: found, unknown or missing. ``text``: what was found, or why not, and what to do."""
+    """``state``: found, unknown or missing. ``text``: what was found, or why not, and what to
+    do.
+    """
 
     name: str
     state: str
@@ -60,8 +62,9 @@ def examine(
 ) -> tuple[Link, ...]:
     """Every link of a target whose text config is ``config``.
 
-    ``layers``: outputs of decoder layers, already checked. ``frozen`` looks for the frozen weights and says where they are, or raises
-    TargetError; None: the checkpoint is not here. ``version``: of the engine that would run the target.
+    ``layers``: outputs of decoder layers, already checked. ``frozen`` looks for the frozen weights
+    and says where they are, or raises TargetError; None: the checkpoint is not here. ``version``:
+    of the engine that would run the target.
     """
     kind = next((t for t in model_types if t), "not known")
     family = family_of(model_types)
@@ -70,9 +73,12 @@ def examine(
         Link(
             "config",
             FOUND,
-            f"{kind}: {shapes.num_layers} layers, hidden {shapes.hidden_size}, vocabulary {shapes.vocab_size}",
+            f"{kind}: {shapes.num_layers} layers, hidden {shapes.hidden_size}, vocabulary "
+            f"{shapes.vocab_size}",
         ),
-        Link("layers", FOUND, f'--layers {",".join(map(str, layers))} = --target-layer-ids "{ids}"'),
+        Link(
+            "layers", FOUND, f'--layers {",".join(map(str, layers))} = --target-layer-ids "{ids}"'
+        ),
         _frozen(frozen),
         _draft(config, partial=frozen is None),
         _extraction(config, family, str(kind), engine, version),
@@ -83,7 +89,11 @@ def examine(
 def _frozen(look: Callable[[], str] | None) -> Link:
     name = "frozen weights"
     if look is None:
-        return Link(name, UNKNOWN, "the checkpoint is not on this machine; looked for before a dump reads it")
+        return Link(
+            name,
+            UNKNOWN,
+            "the checkpoint is not on this machine; looked for before a dump reads it",
+        )
     try:
         return Link(name, FOUND, look())
     except DsparkError as error:
@@ -91,8 +101,11 @@ def _frozen(look: Callable[[], str] | None) -> Link:
 
 
 def _draft(config: Mapping[str, Any], partial: bool) -> Link:
-    if partial and "num_attention_heads" not in config:  # a preset's, which never saw the target's own config
-        return Link("draft", UNKNOWN, "sized by the target's config.json, which is not on this machine")
+    # a preset's, which never saw the target's own config
+    if partial and "num_attention_heads" not in config:
+        return Link(
+            "draft", UNKNOWN, "sized by the target's config.json, which is not on this machine"
+        )
     try:
         shape = shape_for(config)
     except DsparkError as error:
@@ -107,7 +120,9 @@ def _extraction(
     name, what = "extraction", f"{engine} {version or ''}".strip()
     cell = family.cell("dump", engine, version) if family else None
     if cell is not None and cell.state == "not":
-        others = [f"{c.engine} {c.versions}".strip() for c in (family.working("dump") if family else [])]
+        others = [
+            f"{c.engine} {c.versions}".strip() for c in (family.working("dump") if family else [])
+        ]
         do = (
             f"Use --engine {', or '.join(others)}."
             if others
@@ -119,28 +134,36 @@ def _extraction(
         return Link(
             name,
             MISSING,
-            f"its layers hand on {streams} parallel streams (mHC), not one hidden state; no draft can be trained on it.",
+            f"its layers hand on {streams} parallel streams (mHC), not one hidden state; no "
+            "draft can be trained on it.",
         )
     if cell is None:
         return Link(
             name,
             UNKNOWN,
-            f"{what}: {kind} is not in the table of families; the self-check decides before anything is written",
+            f"{what}: {kind} is not in the table of families; the self-check decides before "
+            "anything is written",
         )
     return Link(name, FOUND, f"{what}: {cell.state}{f' ({cell.note})' if cell.note else ''}")
 
 
 def serving(model_types: Sequence[str | None]) -> Link:
-    """Who can serve a draft of a target with these ``model_type``s (a wrapper's, its text model's)."""
+    """Who can serve a draft of a target with these ``model_type``s (a wrapper's, its text
+    model's).
+    """
     family = family_of(model_types)
     cells = [c for c in (family.cells if family else ()) if c.use == "serve"]
     if not cells:
         kind = next((t for t in model_types if t), "this target")
         return Link(
-            "serving", UNKNOWN, f"of {kind} with a draft nothing is known; try dspark-tools check --serve"
+            "serving",
+            UNKNOWN,
+            f"of {kind} with a draft nothing is known; try dspark-tools check --serve",
         )
     words = [
         f"{c.engine} {c.versions}".strip() + f": {c.state}" + (f" ({c.note})" if c.note else "")
         for c in cells
     ]
-    return Link("serving", FOUND if family and family.working("serve") else UNKNOWN, "; ".join(words))
+    return Link(
+        "serving", FOUND if family and family.working("serve") else UNKNOWN, "; ".join(words)
+    )

@@ -1,8 +1,9 @@
-"""The tensors of a checkpoint by name, from its index and headers; a tensor's data is read only when it is asked for.
+"""The tensors of a checkpoint by name, from its index and headers; a tensor's data is read only
+when it is asked for.
 
-A checkpoint is a folder or a model id; its files are safetensors, else PyTorch ``.bin`` files, which are read with
-``weights_only`` and so run no code. Tensors of decoder layers are left out: nobody here asks for them, and they lie in
-the files that are large.
+A checkpoint is a folder or a model id; its files are safetensors, else PyTorch ``.bin`` files,
+which are read with ``weights_only`` and so run no code. Tensors of decoder layers are left out:
+nobody here asks for them, and they lie in the files that are large.
 """
 
 from __future__ import annotations
@@ -28,7 +29,9 @@ HEADER_LIMIT = 100_000_000  # bytes; safetensors' own limit
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """A tensor in a file. ``dtype`` in safetensors' spelling (``BF16``, ``F8_E4M3``); both None where only the name is known."""
+    """A tensor in a file. ``dtype`` in safetensors' spelling (``BF16``, ``F8_E4M3``); both None
+    where only the name is known.
+    """
 
     file: str
     dtype: str | None
@@ -37,14 +40,18 @@ class Stored:
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """``tensors``: those outside decoder layers, by name. ``total_bytes``: of all files, None where no index says it."""
+    """``tensors``: those outside decoder layers, by name. ``total_bytes``: of all files, None where
+    no index says it.
+    """
 
     model: str
     tensors: dict[str, Stored]
     total_bytes: int | None
 
     def read(self, name: str) -> torch.Tensor:
-        """The data of tensor ``name``, on the CPU; its file is downloaded if the model id's is not here yet."""
+        """The data of tensor ``name``, on the CPU; its file is downloaded if the model id's is not
+        here yet.
+        """
         from safetensors import SafetensorError, safe_open
 
         path = _local(self.model, self.tensors[name].file)
@@ -59,7 +66,9 @@ class Checkpoint:
 
 
 def open_checkpoint(model: str) -> Checkpoint:
-    """Index and headers of ``model``. Raises TargetError where there are none, or one is damaged."""
+    """Index and headers of ``model``. Raises TargetError where there are none, or one is
+    damaged.
+    """
     for index, single in FORMATS:
         found = _small_file(model, index)
         if found is not None:
@@ -68,7 +77,8 @@ def open_checkpoint(model: str) -> Checkpoint:
             tensors = {n: s for n, s in _headers(model, single).items() if outside_layers(n)}
             return Checkpoint(model, tensors, None)
     raise TargetError(
-        f"{model}: no weights found; looked for {', '.join(name for pair in FORMATS for name in pair)}. {what_lies_in(model)}"
+        f"{model}: no weights found; looked for "
+        f"{', '.join(name for pair in FORMATS for name in pair)}. {what_lies_in(model)}"
         "Expected a checkpoint as transformers writes it (save_pretrained)."
     )
 
@@ -76,10 +86,14 @@ def open_checkpoint(model: str) -> Checkpoint:
 def _indexed(model: str, index: Path, single: str) -> Checkpoint:
     try:
         content = json_text.read(index)
-        names: dict[str, str] = {n: f for n, f in content["weight_map"].items() if outside_layers(n)}
+        names: dict[str, str] = {
+            n: f for n, f in content["weight_map"].items() if outside_layers(n)
+        }
         size = content.get("metadata", {}).get("total_size")
     except (OSError, ValueError, KeyError, AttributeError) as error:
-        raise TargetError(f"{index}: expected a weight_map in JSON: {error!r}. Download it again.") from error
+        raise TargetError(
+            f"{index}: expected a weight_map in JSON: {error!r}. Download it again."
+        ) from error
     tensors: dict[str, Stored] = {}
     for file in sorted(set(names.values())):
         if single.endswith(".bin") and not (Path(model) / file).is_file():
@@ -105,15 +119,20 @@ def _headers(model: str, file: str) -> dict[str, Stored]:
         path = cached
     if not path.is_file():
         raise TargetError(
-            f"{path}: the index names it and it is not there. Download the checkpoint again; it is incomplete."
+            f"{path}: the index names it and it is not there. Download the checkpoint again; it "
+            "is incomplete."
         )
     if path.suffix == ".bin":
         return {n: Stored(file, _code(t), tuple(t.shape)) for n, t in _unpickled(path).items()}
-    return {n: Stored(file, v["dtype"], tuple(v["shape"])) for n, v in safetensors_header(path).items()}
+    return {
+        n: Stored(file, v["dtype"], tuple(v["shape"])) for n, v in safetensors_header(path).items()
+    }
 
 
 def safetensors_header(path: Path) -> dict[str, Any]:
-    """Name -> dtype, shape, data_offsets. Raises TargetError for a file that is not one, or is cut short."""
+    """Name -> dtype, shape, data_offsets. Raises TargetError for a file that is not one, or is cut
+    short.
+    """
     try:
         with open(path, "rb") as file:
             size = int.from_bytes(file.read(8), "little")
@@ -127,7 +146,8 @@ def safetensors_header(path: Path) -> dict[str, Any]:
     end = max((int(v["data_offsets"][1]) for v in header.values()), default=0)
     if path.stat().st_size < 8 + size + end:
         raise TargetError(
-            f"{path}: {path.stat().st_size:,} bytes, its header says {8 + size + end:,}. Download it again."
+            f"{path}: {path.stat().st_size:,} bytes, its header says {8 + size + end:,}. "
+            "Download it again."
         )
     return header
 
@@ -138,14 +158,17 @@ def _is_pointer(path: Path) -> bool:
 
 
 def _remote_headers(model: str, file: str) -> dict[str, Stored]:
-    """Headers of a file on the hub, by range requests: a few kilobytes instead of the whole file."""
+    """Headers of a file on the hub, by range requests: a few kilobytes instead of the whole
+    file.
+    """
     import huggingface_hub
 
     try:
         found = huggingface_hub.HfApi().parse_safetensors_file_metadata(model, file)
     except Exception as error:  # the client raises errors of several packages
         raise TargetError(
-            f"{model}: the header of {file} could not be read from the hub ({first_line(error)}). Download the checkpoint first: hf download {model}"
+            f"{model}: the header of {file} could not be read from the hub "
+            f"({first_line(error)}). Download the checkpoint first: hf download {model}"
         ) from error
     return {n: Stored(file, str(t.dtype), tuple(t.shape)) for n, t in found.tensors.items()}
 
@@ -160,8 +183,10 @@ def _unpickled(path: Path) -> dict[str, torch.Tensor]:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (pickle.UnpicklingError, RuntimeError, OSError, ValueError) as error:
         raise TargetError(
-            f"{path}: refused: {first_line(error)}. A .bin file is a pickle and may run code when it is read, so only plain tensors in "
-            "the zip format are taken. Convert it to safetensors, or use a checkpoint that has them."
+            f"{path}: refused: {first_line(error)}. A .bin file is a pickle and may run code "
+            "when it is read, so only plain tensors in "
+            "the zip format are taken. Convert it to safetensors, or use a checkpoint that has "
+            "them."
         ) from error
     return {n: t for n, t in content.items() if isinstance(t, torch.Tensor)}
 
@@ -173,7 +198,9 @@ def _code(tensor: torch.Tensor) -> str:
 
 
 def _small_file(model: str, name: str) -> Path | None:
-    """A file of a few kilobytes, downloaded if need be; None where ``model`` has none of that name."""
+    """A file of a few kilobytes, downloaded if need be; None where ``model`` has none of that
+    name.
+    """
     from transformers.utils import cached_file
 
     if Path(model).is_dir():
@@ -182,7 +209,8 @@ def _small_file(model: str, name: str) -> Path | None:
         found = cached_file(model, name, _raise_exceptions_for_missing_entries=False)
     except (OSError, ValueError) as error:
         raise TargetError(
-            f"{model}: {name} could not be fetched ({first_line(error)}). Download the checkpoint first: hf download {model}"
+            f"{model}: {name} could not be fetched ({first_line(error)}). Download the "
+            f"checkpoint first: hf download {model}"
         ) from error
     return None if found is None else Path(found)
 
@@ -213,7 +241,8 @@ def _there(model: str, name: str) -> bool:
         return huggingface_hub.file_exists(model, name)
     except Exception as error:  # offline, in one of several ways
         raise TargetError(
-            f"{model}: its files are not here and the hub cannot be reached ({first_line(error)}). Download it first: hf download {model}"
+            f"{model}: its files are not here and the hub cannot be reached "
+            f"({first_line(error)}). Download it first: hf download {model}"
         ) from error
 
 

@@ -30,7 +30,13 @@ TOKENIZER_MARKS = (
     "tokenizer.model",
 )  # a folder with one of them has a tokenizer
 # Sizes that a config class may compute instead of storing them.
-SIZES = ("hidden_size", "vocab_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+SIZES = (
+    "hidden_size",
+    "vocab_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "intermediate_size",
+)
 VOLATILE_CONFIG = (
     "_name_or_path",
     "transformers_version",
@@ -39,8 +45,9 @@ VOLATILE_CONFIG = (
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """What is known of a target before its weights are read. ``config``: of its text model; ``whole``: transformers' config object of
-    the checkpoint. ``tokenizer`` None: it has none."""
+    """What is known of a target before its weights are read. ``config``: of its text model;
+    ``whole``: transformers' config object of the checkpoint. ``tokenizer`` None: it has none.
+    """
 
     id: str
     revision: str | None
@@ -53,16 +60,21 @@ class Target:
 
 
 def load_config(model: str, trust_remote_code: bool = False) -> tuple[Any, Json]:
-    """The transformers config of a model id or folder, and its text model's as JSON. Raises TargetError for anything but a decoder LM."""
+    """The transformers config of a model id or folder, and its text model's as JSON. Raises
+    TargetError for anything but a decoder LM.
+    """
     from transformers import AutoConfig
 
     identify(model)
     refuse_config(model, read_config(model), trust_remote_code)
     try:
         whole = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
-    except Exception as error:  # a config is checked by its class, which raises errors of many types
+    except (
+        Exception
+    ) as error:  # a config is checked by its class, which raises errors of many types
         raise TargetError(
-            f"--model {model}: no config could be read ({type(error).__name__}: {first_line(error)}). Its architecture may be newer than "
+            f"--model {model}: no config could be read ({type(error).__name__}: "
+            f"{first_line(error)}). Its architecture may be newer than "
             "this transformers release, or its config.json damaged."
         ) from error
     refuse_kind(model, whole)
@@ -70,10 +82,14 @@ def load_config(model: str, trust_remote_code: bool = False) -> tuple[Any, Json]
 
 
 def text_json(whole: Any) -> Json:
-    """The text model's config as JSON. Sizes that are properties of the class, and so not in the JSON, are put in."""
+    """The text model's config as JSON. Sizes that are properties of the class, and so not in the
+    JSON, are put in.
+    """
     text = whole.get_text_config()
     out = {
-        k: v for k, v in json.loads(text.to_json_string(use_diff=False)).items() if k not in VOLATILE_CONFIG
+        k: v
+        for k, v in json.loads(text.to_json_string(use_diff=False)).items()
+        if k not in VOLATILE_CONFIG
     }
     for name in SIZES:
         value = getattr(text, name, None)
@@ -100,7 +116,8 @@ def load_target(model: str, trust_remote_code: bool = False) -> Target:
 
 def shapes_of(config: Mapping[str, Any], model: str) -> Shapes:
     """H, V and number of decoder layers. Raises TargetError where the config lacks one."""
-    # Where a config counts something else (cache layers) as num_hidden_layers, it says num_layers too.
+    # Where a config counts something else (cache layers) as num_hidden_layers, it says num_layers
+    # too.
     layers = (
         config.get("num_layers")
         if isinstance(config.get("num_layers"), int)
@@ -114,7 +131,8 @@ def shapes_of(config: Mapping[str, Any], model: str) -> Shapes:
     missing = [k for k, v in found.items() if not isinstance(v, int) or v < 1]
     if missing:
         raise TargetError(
-            f"--model {model}: its text config lacks {', '.join(missing)}; expected a decoder-only language model."
+            f"--model {model}: its text config lacks {', '.join(missing)}; expected a "
+            "decoder-only language model."
         )
     longest = config.get("max_position_embeddings")
     return Shapes(
@@ -126,7 +144,9 @@ def shapes_of(config: Mapping[str, Any], model: str) -> Shapes:
 
 
 def load_tokenizer(model: str, trust_remote_code: bool = False) -> Any:
-    """The tokenizer of a folder or model id, or None where a folder has none (rows must then be tokens)."""
+    """The tokenizer of a folder or model id, or None where a folder has none (rows must then be
+    tokens).
+    """
     from transformers import AutoTokenizer
 
     folder = Path(model)
@@ -154,7 +174,9 @@ def _eos_ids(model: str, config: Mapping[str, Any], tokenizer: Any) -> list[int]
 
 
 def _tokenizer_files(model: str, tokenizer: Any) -> dict[str, bytes]:
-    """The tokenizer's files as they are; as transformers would save them where the target has none of the fast format."""
+    """The tokenizer's files as they are; as transformers would save them where the target has none
+    of the fast format.
+    """
     from transformers.utils import cached_file
 
     if tokenizer is None:
@@ -180,12 +202,15 @@ def tokenizer_info(target: Target, tokenised: bool) -> TokenizerInfo:
     from dspark.dump.corpus.masks import chat_template
 
     return TokenizerInfo(
-        sha256=sha, chat_template_sha256=hashlib.sha256(chat_template(target.tokenizer).encode()).hexdigest()
+        sha256=sha,
+        chat_template_sha256=hashlib.sha256(chat_template(target.tokenizer).encode()).hexdigest(),
     )
 
 
 def target_info(target: Target, asked_mask_token: int | None, preset: Preset | None) -> TargetInfo:
-    """What a manifest says of ``target``; the checksum of its weights is the writer's to fill in."""
+    """What a manifest says of ``target``; the checksum of its weights is the writer's to fill
+    in.
+    """
     return TargetInfo(
         id=target.id,
         revision=target.revision,
@@ -193,7 +218,9 @@ def target_info(target: Target, asked_mask_token: int | None, preset: Preset | N
         hidden_size=target.shapes.hidden_size,
         vocab_size=target.shapes.vocab_size,
         num_layers=target.shapes.num_layers,
-        mask_token_id=choose_mask_token(target, asked_mask_token, preset.mask_token_id if preset else None),
+        mask_token_id=choose_mask_token(
+            target, asked_mask_token, preset.mask_token_id if preset else None
+        ),
         eos_token_ids=target.eos_token_ids,
         weights_sha256="",
     )
@@ -202,8 +229,9 @@ def target_info(target: Target, asked_mask_token: int | None, preset: Preset | N
 def choose_mask_token(target: Target, asked: int | None, preset: int | None) -> int:
     """The id that a draft embeds where it must guess.
 
-    Asked for, else the preset's, else the first embedding row that no token uses (vocabulary larger than the tokenizer), else the
-    special token of the highest id that is neither eos, bos, pad, unk nor named in the chat template.
+    Asked for, else the preset's, else the first embedding row that no token uses (vocabulary larger
+    than the tokenizer), else the special token of the highest id that is neither eos, bos, pad, unk
+    nor named in the chat template.
     """
     vocab = target.shapes.vocab_size
     for flag, value in (("--mask-token-id", asked), ("the preset's mask token", preset)):
@@ -214,13 +242,19 @@ def choose_mask_token(target: Target, asked: int | None, preset: int | None) -> 
     tokenizer = target.tokenizer
     if tokenizer is None:
         raise UsageError(
-            "the target has no tokenizer to choose a mask token from. Pass --mask-token-id (an id that no row uses)."
+            "the target has no tokenizer to choose a mask token from. Pass --mask-token-id (an "
+            "id that no row uses)."
         )
     used = len(tokenizer)
     if vocab > used:
         return used
     template = tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else ""
-    taken = {tokenizer.bos_token_id, tokenizer.pad_token_id, tokenizer.unk_token_id, *target.eos_token_ids}
+    taken = {
+        tokenizer.bos_token_id,
+        tokenizer.pad_token_id,
+        tokenizer.unk_token_id,
+        *target.eos_token_ids,
+    }
     free: list[int] = [
         i
         for i, token in tokenizer.added_tokens_decoder.items()
@@ -228,6 +262,7 @@ def choose_mask_token(target: Target, asked: int | None, preset: int | None) -> 
     ]
     if not free:
         raise UsageError(
-            "no unused embedding row and no spare special token to serve as mask token. Pass --mask-token-id (an id that no row uses)."
+            "no unused embedding row and no spare special token to serve as mask token. Pass "
+            "--mask-token-id (an id that no row uses)."
         )
     return max(free)

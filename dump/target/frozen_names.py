@@ -1,6 +1,8 @@
-"""Where embedding, final norm and output head lie in a checkpoint: exact names first, then by structure.
+"""Where embedding, final norm and output head lie in a checkpoint: exact names first, then by
+structure.
 
-Names and shapes alone decide, so that a missing head is known from the headers, before any weight is read.
+Names and shapes alone decide, so that a missing head is known from the headers, before any weight
+is read.
 """
 
 from __future__ import annotations
@@ -12,11 +14,20 @@ from dspark.cache.errors import TargetError
 from dspark.dump.target.checkpoint import Checkpoint, Stored
 from dspark.dump.target.layers import Shapes
 
-# Modules of known checkpoints: embedding, final norm, and where the head may be. In order: what a wrapper calls its text model
-# comes before the bare names, which may belong to another of its parts.
+# Modules of known checkpoints: embedding, final norm, and where the head may be. In order: what a
+# wrapper calls its text model comes before the bare names, which may belong to another of its
+# parts.
 KNOWN: tuple[tuple[str, str, tuple[str, ...]], ...] = (
-    ("model.language_model.embed_tokens", "model.language_model.norm", ("lm_head", "model.language_model.lm_head")),
-    ("language_model.model.embed_tokens", "language_model.model.norm", ("language_model.lm_head", "lm_head")),
+    (
+        "model.language_model.embed_tokens",
+        "model.language_model.norm",
+        ("lm_head", "model.language_model.lm_head"),
+    ),
+    (
+        "language_model.model.embed_tokens",
+        "language_model.model.norm",
+        ("language_model.lm_head", "lm_head"),
+    ),
     ("thinker.model.embed_tokens", "thinker.model.norm", ("thinker.lm_head",)),
     ("model.text_model.embed_tokens", "model.text_model.norm", ("lm_head",)),
     ("model.llm.embed", "model.llm.norm", ("model.llm.unembed",)),
@@ -24,14 +35,20 @@ KNOWN: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("backbone.embeddings", "backbone.norm_f", ("lm_head",)),
     ("model.embeddings", "model.norm_f", ("lm_head",)),
     ("transformer.wte", "transformer.ln_f", ("lm_head",)),
-    ("transformer.embedding.word_embeddings", "transformer.encoder.final_layernorm", ("transformer.output_layer",)),
+    (
+        "transformer.embedding.word_embeddings",
+        "transformer.encoder.final_layernorm",
+        ("transformer.output_layer",),
+    ),
     ("gpt_neox.embed_in", "gpt_neox.final_layer_norm", ("embed_out",)),
     ("tok_embeddings", "norm", ("output",)),
     ("embed", "norm", ("head",)),
     ("embed_tokens", "norm", ("lm_head",)),
-)  # fmt: skip
+)
 # Parts beside the language model that carry embeddings and norms of their own.
-BESIDE = re.compile(r"(^|\.)(mtp|nextn|eagle|draft|medusa|vision\w*|visual|vit|audio\w*|image\w*|talker|code2wav|sound\w*)(\.|$)")  # fmt: skip
+BESIDE = re.compile(
+    r"(^|\.)(mtp|nextn|eagle|draft|medusa|vision\w*|visual|vit|audio\w*|image\w*|talker|code2wav|sound\w*)(\.|$)"
+)
 # How the matrix of a module may be stored; the scales of the packed forms lie beside it.
 FORMS = ("weight", "weight_packed", "qweight")
 
@@ -49,7 +66,8 @@ class FrozenNames:
 
 
 def locate(checkpoint: Checkpoint, shapes: Shapes, tied: bool) -> FrozenNames:
-    """The modules whose weights training needs. ``tied``: the config says that the head is the embedding.
+    """The modules whose weights training needs. ``tied``: the config says that the head is the
+    embedding.
 
     Raises TargetError that names what is missing and what was found instead.
     """
@@ -64,7 +82,11 @@ def locate(checkpoint: Checkpoint, shapes: Shapes, tied: bool) -> FrozenNames:
     candidates = {n: s for n, s in modules.items() if not BESIDE.search(n)}
     matrices = [n for n, s in candidates.items() if _is_matrix(s, shapes)]
     embed = _only(
-        "input embedding", [n for n in matrices if re.search(r"emb|wte", n)], matrices, checkpoint, shapes
+        "input embedding",
+        [n for n in matrices if re.search(r"emb|wte", n)],
+        matrices,
+        checkpoint,
+        shapes,
     )
     others = [n for n in matrices if n != embed]
     head = None if tied else _only("output head", others, others, checkpoint, shapes)
@@ -102,12 +124,20 @@ def _is_norm(found: tuple[str, Stored] | None, shapes: Shapes) -> bool:
     return found is not None and (found[1].shape is None or found[1].shape == (shapes.hidden_size,))
 
 
-def _only(what: str, found: list[str], near: list[str], checkpoint: Checkpoint, shapes: Shapes) -> str:
+def _only(
+    what: str, found: list[str], near: list[str], checkpoint: Checkpoint, shapes: Shapes
+) -> str:
     if len(found) == 1:
         return found[0]
-    shape = f"[{shapes.hidden_size}]" if "norm" in what else f"[{shapes.vocab_size}, {shapes.hidden_size}]"
+    shape = (
+        f"[{shapes.hidden_size}]"
+        if "norm" in what
+        else f"[{shapes.vocab_size}, {shapes.hidden_size}]"
+    )
     seen = ", ".join(sorted(found or near)[:6]) or "none"
     raise TargetError(
-        f"{checkpoint.model}: looked for one {what} of shape {shape} outside the decoder layers, found {len(found)} "
-        f"(tensors of such a shape: {seen}). Use a complete checkpoint of the target; if this one is complete, its names are not known yet."
+        f"{checkpoint.model}: looked for one {what} of shape {shape} outside the decoder layers, "
+        f"found {len(found)} "
+        f"(tensors of such a shape: {seen}). Use a complete checkpoint of the target; if this "
+        "one is complete, its names are not known yet."
     )

@@ -1,4 +1,5 @@
-"""What ``--model`` names, before transformers is asked: a target's folder or id, or something else, called by its name.
+"""What ``--model`` names, before transformers is asked: a target's folder or id, or something else,
+called by its name.
 
 Everything here is decided from names and small files, offline in seconds.
 """
@@ -18,12 +19,27 @@ from dspark.cache import json_text
 from dspark.cache.errors import TargetError, UsageError, first_line
 from dspark.dump.target.presets import presets
 
-# The largest number that is believed of a key with this in its name; real models are a factor of ten below.
-MOST = {"layers": 1 << 13, "n_layer": 1 << 13, "hidden_size": 1 << 18, "vocab_size": 1 << 25, "intermediate_size": 1 << 22, "head_dim": 1 << 16,
-        "_heads": 1 << 16, "experts": 1 << 16}  # fmt: skip
+# The largest number that is believed of a key with this in its name; real models are a factor of
+# ten below.
+MOST = {
+    "layers": 1 << 13,
+    "n_layer": 1 << 13,
+    "hidden_size": 1 << 18,
+    "vocab_size": 1 << 25,
+    "intermediate_size": 1 << 22,
+    "head_dim": 1 << 16,
+    "_heads": 1 << 16,
+    "experts": 1 << 16,
+}
 CONFIG = "config.json"
 PROBE_SECONDS = 3.0
-DRAFTS = ("Qwen3DSparkModel", "Gemma4DSparkModel", "DSparkSpeculator", "DFlashDraftModel", "DSparkDraftModel")
+DRAFTS = (
+    "Qwen3DSparkModel",
+    "Gemma4DSparkModel",
+    "DSparkSpeculator",
+    "DFlashDraftModel",
+    "DSparkDraftModel",
+)
 
 
 def identify(model: str) -> None:
@@ -33,8 +49,13 @@ def identify(model: str) -> None:
     if path.is_file():
         what = "a GGUF file of llama.cpp" if path.suffix == ".gguf" else "a file"
         raise UsageError(
-            f"--model {model}: this is {what}. Expected a folder with {CONFIG} and safetensors, or a model id"
-            + (": give the checkpoint that the GGUF was made from." if path.suffix == ".gguf" else ".")
+            f"--model {model}: this is {what}. Expected a folder with {CONFIG} and safetensors, "
+            "or a model id"
+            + (
+                ": give the checkpoint that the GGUF was made from."
+                if path.suffix == ".gguf"
+                else "."
+            )
         )
     if path.is_dir():
         _identify_folder(model, path)
@@ -63,9 +84,15 @@ def _identify_folder(model: str, path: Path) -> None:
         found = "the folder is empty"
     elif "adapter_config.json" in names:
         base = _json(path / "adapter_config.json").get("base_model_name_or_path")
-        found = f"this is a LoRA adapter of {base or 'another model'}: merge it into its base model (peft's merge_and_unload) and give that"
+        found = (
+            f"this is a LoRA adapter of {base or 'another model'}: merge it into its base model "
+            "(peft's merge_and_unload) and give that"
+        )
     elif any(n.endswith(".gguf") for n in names):
-        found = "this is a folder of GGUF files (llama.cpp): give the checkpoint that they were made from"
+        found = (
+            "this is a folder of GGUF files (llama.cpp): give the checkpoint that they were made "
+            "from"
+        )
     elif "zarr.json" in names:
         found = "this is a store of hidden states, not the target that it was made with"
     elif "model_index.json" in names:
@@ -76,13 +103,16 @@ def _identify_folder(model: str, path: Path) -> None:
     if below and not found:
         found = f"no {CONFIG} here; did you mean {path / below[0]}?"
     raise UsageError(
-        f"--model {model}: no config could be read: {found or f'no {CONFIG}; found ' + ', '.join(names[:6])}. "
+        f"--model {model}: no config could be read: "
+        f"{found or f'no {CONFIG}; found ' + ', '.join(names[:6])}. "
         f"Expected a folder with {CONFIG}, or a model id."
     )
 
 
 def _identify_id(model: str) -> None:
-    """A model id whose config is neither here nor on a hub that answers is refused at once; the client itself would try for minutes."""
+    """A model id whose config is neither here nor on a hub that answers is refused at once; the
+    client itself would try for minutes.
+    """
     from huggingface_hub import try_to_load_from_cache
 
     if isinstance(try_to_load_from_cache(model, CONFIG) if model.count("/") <= 1 else None, str):
@@ -92,14 +122,18 @@ def _identify_id(model: str) -> None:
     if hub_answers():
         return
     raise TargetError(
-        f"--model {model}: no config could be read: it is not a folder, no copy of it is in the cache, and the hub cannot be reached from "
-        f"here.{did_you_mean(model, presets())} On a machine with a network: hf download {model} --local-dir DIR; then --model DIR."
+        f"--model {model}: no config could be read: it is not a folder, no copy of it is in the "
+        "cache, and the hub cannot be reached from "
+        f"here.{did_you_mean(model, presets())} On a machine with a network: hf download {model} "
+        "--local-dir DIR; then --model DIR."
     )
 
 
 @functools.cache
 def hub_answers() -> bool:
-    """Whether the hub's host takes a connection within seconds; asked once per process. A proxy is trusted to work."""
+    """Whether the hub's host takes a connection within seconds; asked once per process. A proxy is
+    trusted to work.
+    """
     from huggingface_hub import constants
 
     if constants.HF_HUB_OFFLINE:
@@ -116,7 +150,9 @@ def hub_answers() -> bool:
 
 
 def go_offline() -> None:
-    """Let the hub's client use its cache without asking the hub first, which takes it half a minute where there is no network."""
+    """Let the hub's client use its cache without asking the hub first, which takes it half a minute
+    where there is no network.
+    """
     from huggingface_hub import constants
 
     constants.HF_HUB_OFFLINE = True
@@ -134,7 +170,9 @@ def did_you_mean(model: str, known: Iterable[str]) -> str:
 
 
 def refuse_config(model: str, raw: Mapping[str, Any], trust_remote_code: bool) -> None:
-    """Raise TargetError for a ``config.json`` that is not a decoder language model's, or that needs code which may not run."""
+    """Raise TargetError for a ``config.json`` that is not a decoder language model's, or that needs
+    code which may not run.
+    """
     from transformers import CONFIG_MAPPING
 
     _refuse_sizes(model, raw)
@@ -142,34 +180,42 @@ def refuse_config(model: str, raw: Mapping[str, Any], trust_remote_code: bool) -
     kinds = [str(a) for a in named] if isinstance(named, list) else []
     if "speculators_model_type" in raw or any(k in DRAFTS or "Eagle3" in k for k in kinds):
         raise TargetError(
-            f"--model {model}: this is a draft ({', '.join(kinds)}), not a target. Give the model that it drafts for."
+            f"--model {model}: this is a draft ({', '.join(kinds)}), not a target. Give the "
+            "model that it drafts for."
         )
     model_type = raw.get("model_type")
     if raw.get("auto_map") and model_type not in CONFIG_MAPPING and not trust_remote_code:
         raise TargetError(
-            f"--model {model}: its architecture {', '.join(kinds) or model_type} is not in transformers, and its repository brings its own "
+            f"--model {model}: its architecture {', '.join(kinds) or model_type} is not in "
+            "transformers, and its repository brings its own "
             "Python code. Read that code; if you trust it, pass --trust-remote-code."
         )
     if model_type is None and not raw.get("auto_map"):
-        raise TargetError(f"--model {model}: {CONFIG} has no model_type; expected a transformers checkpoint.")
+        raise TargetError(
+            f"--model {model}: {CONFIG} has no model_type; expected a transformers checkpoint."
+        )
 
 
 def _refuse_sizes(model: str, raw: Mapping[str, Any]) -> None:
-    """Raise TargetError for a size that no model has, before anything makes a list or a matrix of it. Configs of parts are looked at too."""
+    """Raise TargetError for a size that no model has, before anything makes a list or a matrix of
+    it. Configs of parts are looked at too.
+    """
     for name, value in raw.items():
         if isinstance(value, dict):
             _refuse_sizes(model, value)
         most = next((most for word, most in MOST.items() if word in name), None)
         if most and isinstance(value, int) and not isinstance(value, bool) and value > most:
             raise TargetError(
-                f"--model {model}: {CONFIG} says {name} {value}, more than {most}; expected the config of a language model."
+                f"--model {model}: {CONFIG} says {name} {value}, more than {most}; expected the "
+                "config of a language model."
             )
 
 
 def refuse_kind(model: str, config: Any) -> None:
     """Raise TargetError for a loaded config that is an encoder's or has no language model.
 
-    Whether transformers has a class for it is its mappings' word; a config of remote code has none there and is taken.
+    Whether transformers has a class for it is its mappings' word; a config of remote code has none
+    there and is taken.
     """
     from transformers.models.auto import modeling_auto as autos
 
@@ -177,45 +223,71 @@ def refuse_kind(model: str, config: Any) -> None:
     text = config.get_text_config()
     if getattr(config, "is_encoder_decoder", False) and not getattr(text, "is_decoder", False):
         raise TargetError(
-            f"--model {model}: {kinds} is an encoder-decoder; expected a decoder-only language model."
+            f"--model {model}: {kinds} is an encoder-decoder; expected a decoder-only language "
+            "model."
         )
     causal = type(config) in autos.MODEL_FOR_CAUSAL_LM_MAPPING
     masked = type(config) in autos.MODEL_FOR_MASKED_LM_MAPPING
-    only_masked = all(k.endswith(("ForMaskedLM", "ForPreTraining", "Model")) for k in kinds.split(", "))
+    only_masked = all(
+        k.endswith(("ForMaskedLM", "ForPreTraining", "Model")) for k in kinds.split(", ")
+    )
     if (
         masked
         and not getattr(text, "is_decoder", False)
         and (not causal or only_masked or text.model_type in ENCODERS)
     ):
         raise TargetError(
-            f"--model {model}: {kinds} is an encoder that fills in masked tokens (like BERT); expected a decoder-only language model."
+            f"--model {model}: {kinds} is an encoder that fills in masked tokens (like BERT); "
+            "expected a decoder-only language model."
         )
     if language_model_class(config) is None and not getattr(config, "auto_map", None):
         raise TargetError(
-            f"--model {model}: transformers knows no language model of {kinds} ({type(config).__name__}); expected a decoder-only language model."
+            f"--model {model}: transformers knows no language model of {kinds} "
+            f"({type(config).__name__}); expected a decoder-only language model."
         )
 
 
 def language_model_class(config: Any) -> Any:
-    """The transformers class that holds this config's language model: a causal LM, or the wrapper of one (images, audio); None: there is none."""
+    """The transformers class that holds this config's language model: a causal LM, or the wrapper
+    of one (images, audio); None: there is none.
+    """
     import transformers
     from transformers.models.auto import modeling_auto as autos
 
     kinds = (
         (transformers.AutoModelForCausalLM, autos.MODEL_FOR_CAUSAL_LM_MAPPING),
         (transformers.AutoModelForImageTextToText, autos.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING),
-        (getattr(transformers, "AutoModelForMultimodalLM", None), getattr(autos, "MODEL_FOR_MULTIMODAL_LM_MAPPING", {})),
-    )  # fmt: skip
+        (
+            getattr(transformers, "AutoModelForMultimodalLM", None),
+            getattr(autos, "MODEL_FOR_MULTIMODAL_LM_MAPPING", {}),
+        ),
+    )
     return next((cls for cls, known in kinds if cls is not None and type(config) in known), None)
 
 
 # Encoders that transformers can also build as decoders, which their checkpoints are not.
-ENCODERS = ("bert", "roberta", "xlm-roberta", "camembert", "electra", "xlm-roberta-xl", "megatron-bert", "roberta-prelayernorm",
-            "ernie", "rembert", "roformer", "data2vec-text", "big_bird", "xmod")  # fmt: skip
+ENCODERS = (
+    "bert",
+    "roberta",
+    "xlm-roberta",
+    "camembert",
+    "electra",
+    "xlm-roberta-xl",
+    "megatron-bert",
+    "roberta-prelayernorm",
+    "ernie",
+    "rembert",
+    "roformer",
+    "data2vec-text",
+    "big_bird",
+    "xmod",
+)
 
 
 def read_config(model: str) -> dict[str, Any]:
-    """The JSON of ``config.json`` as it lies there. Raises TargetError where it is not an object."""
+    """The JSON of ``config.json`` as it lies there. Raises TargetError where it is not an
+    object.
+    """
     from transformers.utils import cached_file
 
     try:
@@ -223,7 +295,8 @@ def read_config(model: str) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise TargetError(
             f"--model {model}: no config could be read ({first_line(error)})."
-            f"{did_you_mean(model, presets())} Expected a model id that can be reached, or a folder with {CONFIG}."
+            f"{did_you_mean(model, presets())} Expected a model id that can be reached, or a "
+            f"folder with {CONFIG}."
         ) from error
     return _json(Path(str(path)))
 

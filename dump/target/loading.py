@@ -1,4 +1,6 @@
-"""A target loaded in transformers: on one device, or with its layers spread over several (accelerate's ``device_map``)."""
+"""A target loaded in transformers: on one device, or with its layers spread over several
+(accelerate's ``device_map``).
+"""
 
 from __future__ import annotations
 
@@ -25,10 +27,13 @@ def load_model(
     device_map: Any = None,
     offload: Path | None = None,
 ) -> Any:
-    """A model id or folder as a transformers model in eval mode. ``dtype``: a torch dtype's name, or ``auto`` for the checkpoint's.
+    """A model id or folder as a transformers model in eval mode. ``dtype``: a torch dtype's name,
+    or ``auto`` for the checkpoint's.
 
-    ``device_map``: as accelerate takes it; None: ``device`` alone, or all GPUs where it is ``cuda`` and the weights are too large for one.
-    ``offload``: folder for what a map puts on disk. A quantised checkpoint is loaded as it is, where transformers can. Raises EngineError.
+    ``device_map``: as accelerate takes it; None: ``device`` alone, or all GPUs where it is ``cuda``
+    and the weights are too large for one.
+    ``offload``: folder for what a map puts on disk. A quantised checkpoint is loaded as it is,
+    where transformers can. Raises EngineError.
     """
     import torch
     from transformers import AutoConfig
@@ -49,12 +54,15 @@ def load_model(
         raise
     except Exception as error:  # transformers, accelerate and quantisers raise what they like
         raise EngineError(
-            f"transformers could not load {model} ({dtype}, {device}): {type(error).__name__}: {error}"
+            f"transformers could not load {model} ({dtype}, {device}): {type(error).__name__}: "
+            f"{error}"
         ) from error
 
 
 def choose_map(model: str, device: str) -> str | None:
-    """``auto`` where the weights take more than one GPU has free and there are others; None for one device."""
+    """``auto`` where the weights take more than one GPU has free and there are others; None for one
+    device.
+    """
     import torch
 
     if not device.startswith("cuda") or torch.cuda.device_count() < 2:

@@ -1,6 +1,8 @@
-"""Presets: what a dump of a known target needs to know, as data (``presets.json``), so that ``--model`` alone is enough.
+"""Presets: what a dump of a known target needs to know, as data (``presets.json``), so that
+``--model`` alone is enough.
 
-A preset holds the target's sizes, so that a plan of it needs no network, and the recipe (layers, length, corpus), each with its source.
+A preset holds the target's sizes, so that a plan of it needs no network, and the recipe (layers,
+length, corpus), each with its source.
 It is checked against the target's own config before weights are loaded.
 """
 
@@ -19,10 +21,12 @@ from dspark.dump.target.layers import Shapes
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Preset:
-    """Recipe of one target. ``layers``: output of decoder layer i. None = the general default applies.
+    """Recipe of one target. ``layers``: output of decoder layer i. None = the general default
+    applies.
 
-    ``config``: what its text config says, as far as a plan needs it. ``confirmed``: read in the target's own config or its class's
-    defaults; where not, the target's config wins. ``weight_bytes``: of the checkpoint. ``sources``: where each of these is from.
+    ``config``: what its text config says, as far as a plan needs it. ``confirmed``: read in the
+    target's own config or its class's defaults; where not, the target's config wins.
+    ``weight_bytes``: of the checkpoint. ``sources``: where each of these is from.
     """
 
     name: str
@@ -49,7 +53,9 @@ class Preset:
 
 @cache
 def presets() -> dict[str, Preset]:
-    """Every preset by model id. A number without a source is a mistake of this release (KeyError)."""
+    """Every preset by model id. A number without a source is a mistake of this release
+    (KeyError).
+    """
     raw = json.loads((Path(__file__).parent / "presets.json").read_text())
     out = {}
     for name, entry in raw.items():
@@ -62,7 +68,9 @@ def presets() -> dict[str, Preset]:
 
 
 def find(model: str) -> Preset | None:
-    """The preset of a model id, or of a local folder that carries the last part of one (``/models/GLM-5.2-FP8``)."""
+    """The preset of a model id, or of a local folder that carries the last part of one
+    (``/models/GLM-5.2-FP8``).
+    """
     if model in presets():
         return presets()[model]
     folder = Path(model)
@@ -84,6 +92,8 @@ def check_shapes(preset: Preset, found: Shapes) -> None:
     ):
         raise UsageError(
             f"the preset {preset.name} has hidden size, vocabulary and layers "
-            f"{preset.shapes.hidden_size}, {preset.shapes.vocab_size}, {preset.shapes.num_layers}; this target's config has "
-            f"{found.hidden_size}, {found.vocab_size}, {found.num_layers}. Rename the folder, or pass the right --model."
+            f"{preset.shapes.hidden_size}, {preset.shapes.vocab_size}, "
+            f"{preset.shapes.num_layers}; this target's config has "
+            f"{found.hidden_size}, {found.vocab_size}, {found.num_layers}. Rename the folder, or "
+            "pass the right --model."
         )

@@ -1,6 +1,8 @@
-"""A matrix of a checkpoint as numbers, whatever form it is stored in: 16 or 32 bits, fp8, packed int, NVFP4, GPTQ.
+"""A matrix of a checkpoint as numbers, whatever form it is stored in: 16 or 32 bits, fp8, packed
+int, NVFP4, GPTQ.
 
-Legend: V rows, H columns, G groups of a row. Quantised forms come back in bfloat16, the precision they are served in.
+Legend: V rows, H columns, G groups of a row. Quantised forms come back in bfloat16, the precision
+they are served in.
 """
 
 from __future__ import annotations
@@ -20,14 +22,17 @@ BLOCK = (128, 128)  # DeepSeek's fp8 blocks, where the config does not say
 
 
 def form_of(checkpoint: Checkpoint, module: str) -> str:
-    """The form of a module's matrix in words, from the headers alone. Raises TargetError for one that is not read here."""
+    """The form of a module's matrix in words, from the headers alone. Raises TargetError for one
+    that is not read here.
+    """
     names = checkpoint.tensors
     weight = names.get(f"{module}.weight")
     if weight is not None and (weight.dtype is None or weight.dtype in PLAIN):
         return weight.dtype or "not known before it is read"
     if weight is not None and weight.dtype in FP8:
         scale = next(
-            (s for s in ("weight_scale_inv", "weight_scale", "scale") if f"{module}.{s}" in names), None
+            (s for s in ("weight_scale_inv", "weight_scale", "scale") if f"{module}.{s}" in names),
+            None,
         )
         if scale is not None:
             return f"fp8 with {scale}"
@@ -44,7 +49,8 @@ def form_of(checkpoint: Checkpoint, module: str) -> str:
         return "GPTQ" if f"{module}.g_idx" in names else "AWQ"
     stored = {n: names[n].dtype for n in sorted(names) if n.rpartition(".")[0] == module}
     raise TargetError(
-        f"{checkpoint.model}: {module} is stored as {stored}, which is not supported here. Use a checkpoint of the same model whose embedding and "
+        f"{checkpoint.model}: {module} is stored as {stored}, which is not supported here. Use a "
+        "checkpoint of the same model whose embedding and "
         "head have 16 bits."
     )
 
@@ -52,16 +58,21 @@ def form_of(checkpoint: Checkpoint, module: str) -> str:
 def read_matrix(
     checkpoint: Checkpoint, module: str, rows: int, columns: int, quantization: Mapping[str, Any]
 ) -> torch.Tensor:
-    """The matrix [V, H] of ``module``; padded rows beyond V are left out. ``quantization``: the config's ``quantization_config``."""
+    """The matrix [V, H] of ``module``; padded rows beyond V are left out. ``quantization``: the
+    config's ``quantization_config``.
+    """
     import torch
 
     form = form_of(checkpoint, module)
     if form == "AWQ":
         raise TargetError(
-            f"{checkpoint.model}: {module} is packed in the AWQ format, which is not supported here. Use a checkpoint with a 16-bit head."
+            f"{checkpoint.model}: {module} is packed in the AWQ format, which is not supported "
+            "here. Use a checkpoint with a 16-bit head."
         )
     parts = {
-        n.rpartition(".")[2]: checkpoint.read(n) for n in checkpoint.tensors if n.rpartition(".")[0] == module
+        n.rpartition(".")[2]: checkpoint.read(n)
+        for n in checkpoint.tensors
+        if n.rpartition(".")[0] == module
     }
     try:
         if form.startswith("fp8"):
@@ -81,7 +92,8 @@ def read_matrix(
         ) from error
     if tensor.ndim != 2 or tensor.shape[0] < rows or tensor.shape[1] != columns:
         raise TargetError(
-            f"{checkpoint.model}: {module} has shape {list(tensor.shape)}, expected [{rows}, {columns}] (more rows are padding)."
+            f"{checkpoint.model}: {module} has shape {list(tensor.shape)}, expected [{rows}, "
+            f"{columns}] (more rows are padding)."
         )
     if tensor.dtype == torch.float64:
         tensor = tensor.float()
@@ -89,11 +101,15 @@ def read_matrix(
 
 
 def _fp8(parts: Mapping[str, torch.Tensor], quantization: Mapping[str, Any]) -> torch.Tensor:
-    """One scale, one per row, or one per block (``weight_scale_inv`` too is a factor of the stored value)."""
+    """One scale, one per row, or one per block (``weight_scale_inv`` too is a factor of the stored
+    value).
+    """
     import torch
 
     weight = parts["weight"].float()
-    scale = next(parts[n] for n in ("weight_scale_inv", "weight_scale", "scale") if n in parts).float()
+    scale = next(
+        parts[n] for n in ("weight_scale_inv", "weight_scale", "scale") if n in parts
+    ).float()
     if scale.ndim == 1 and scale.numel() == weight.shape[0]:
         scale = scale[:, None]
     if scale.ndim == 2 and scale.shape[1] > 1:
@@ -124,7 +140,9 @@ def _packed_int(parts: Mapping[str, torch.Tensor], columns: int) -> torch.Tensor
 
 
 def _nvfp4(parts: Mapping[str, torch.Tensor], columns: int) -> torch.Tensor:
-    """Two fp4 values per byte, an fp8 scale per 16 of them, and one scale of all: a divisor in compressed-tensors, a factor in ModelOpt."""
+    """Two fp4 values per byte, an fp8 scale per 16 of them, and one scale of all: a divisor in
+    compressed-tensors, a factor in ModelOpt.
+    """
     import torch
 
     unpack = _library("nvfp4").unpack_fp4_from_uint8
@@ -140,7 +158,9 @@ def _nvfp4(parts: Mapping[str, torch.Tensor], columns: int) -> torch.Tensor:
 
 
 def _gptq(parts: Mapping[str, torch.Tensor], quantization: Mapping[str, Any]) -> torch.Tensor:
-    """``qweight`` packed along the input, scales and zeros [G, V], ``g_idx`` [H]: the group of an input channel."""
+    """``qweight`` packed along the input, scales and zeros [G, V], ``g_idx`` [H]: the group of an
+    input channel.
+    """
     import torch
 
     qweight, scales, group = parts["qweight"], parts["scales"].float(), parts["g_idx"].long()
@@ -170,5 +190,6 @@ def _library(name: str) -> Any:
         return importlib.import_module(f"compressed_tensors.compressors.{name}")
     except ImportError as error:
         raise TargetError(
-            "the output head or embedding is packed by compressed-tensors, which is not installed: pip install compressed-tensors"
+            "the output head or embedding is packed by compressed-tensors, which is not "
+            "installed: pip install compressed-tensors"
         ) from error

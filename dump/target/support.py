@@ -1,6 +1,8 @@
-"""What is known of families, engines and servers, as data (``support.json``): one table for dump, check, card and docs.
+"""What is known of families, engines and servers, as data (``support.json``): one table for dump,
+check, card and docs.
 
-A cell is *run* (done here), *read* (follows from a release's source) or *not* (does not work), for a range of versions.
+A cell is *run* (done here), *read* (follows from a release's source) or *not* (does not work), for
+a range of versions.
 """
 
 from __future__ import annotations
@@ -18,7 +20,9 @@ STATES = ("run", "read", "not")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Cell:
-    """``use``: dump or serve. ``since``, ``until``: versions, both inclusive; None: open. ``source``: where it is known from."""
+    """``use``: dump or serve. ``since``, ``until``: versions, both inclusive; None: open.
+    ``source``: where it is known from.
+    """
 
     use: str
     engine: str
@@ -74,12 +78,16 @@ def families() -> tuple[Family, ...]:
 @cache
 def sources() -> dict[str, str]:
     """Short name of a source -> what it is."""
-    out: dict[str, str] = json.loads((Path(__file__).parent / "support.json").read_text())["sources"]
+    out: dict[str, str] = json.loads((Path(__file__).parent / "support.json").read_text())[
+        "sources"
+    ]
     return out
 
 
 def family_of(model_types: Iterable[str | None]) -> Family | None:
-    """The family of a target by the ``model_type`` of its config (a wrapper's first, then its text model's); None: not in the table."""
+    """The family of a target by the ``model_type`` of its config (a wrapper's first, then its text
+    model's); None: not in the table.
+    """
     for model_type in model_types:
         for family in families():
             if model_type in family.model_types:

@@ -1,8 +1,10 @@
-"""The target's frozen weights: of a loaded model, its parts by structure; of a checkpoint, its tensors by name.
+"""The target's frozen weights: of a loaded model, its parts by structure; of a checkpoint, its
+tensors by name.
 
-A model's decoder is the module that holds as many layers as the config says, the final norm is the one norm beside them, embedding and
-head are what the model itself says they are. A checkpoint is read without its layers: the module tree is built without memory (meta
-device) for the final norm's arithmetic, and three tensors are read.
+A model's decoder is the module that holds as many layers as the config says, the final norm is the
+one norm beside them, embedding and head are what the model itself says they are. A checkpoint is
+read without its layers: the module tree is built without memory (meta device) for the final norm's
+arithmetic, and three tensors are read.
 """
 
 from __future__ import annotations
@@ -27,7 +29,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """A loaded model's parts. ``decoder``: whose output is after ``norm``; ``layers``: its decoder layers, in order."""
+    """A loaded model's parts. ``decoder``: whose output is after ``norm``; ``layers``: its decoder
+    layers, in order.
+    """
 
     decoder: nn.Module
     layers: nn.ModuleList
@@ -45,9 +49,12 @@ def find_parts(model: Any, shapes: Shapes) -> Parts:
         (name, parent, child)
         for name, parent in model.named_modules()
         for child in parent.children()
-        if isinstance(child, nn.ModuleList) and len(child) == shapes.num_layers and not _in_list(name)
+        if isinstance(child, nn.ModuleList)
+        and len(child) == shapes.num_layers
+        and not _in_list(name)
     ]
-    # A wrapper may hold other stacks of the same depth (a vision tower): only a text decoder has a norm of its hidden size beside it.
+    # A wrapper may hold other stacks of the same depth (a vision tower): only a text decoder has a
+    # norm of its hidden size beside it.
     found = [
         (parent, layers, norms)
         for _, parent, layers in stacks
@@ -55,17 +62,22 @@ def find_parts(model: Any, shapes: Shapes) -> Parts:
     ]
     if len(found) != 1:
         raise EngineError(
-            f"{type(model).__name__}: looked for one stack of {shapes.num_layers} layers with one norm of width {shapes.hidden_size} beside it, "
-            f"found {len(found)} (stacks of that depth: {[name for name, _, _ in stacks]}). This structure is not known."
+            f"{type(model).__name__}: looked for one stack of {shapes.num_layers} layers with "
+            f"one norm of width {shapes.hidden_size} beside it, "
+            f"found {len(found)} (stacks of that depth: {[name for name, _, _ in stacks]}). This "
+            "structure is not known."
         )
     decoder, layers, norms = found[0]
     embed, head = model.get_input_embeddings(), model.get_output_embeddings()
     for what, module in (("embedding", embed), ("output head", head)):
         if module is None:
-            raise EngineError(f"{type(model).__name__}: it has no {what}; expected a causal language model.")
+            raise EngineError(
+                f"{type(model).__name__}: it has no {what}; expected a causal language model."
+            )
     if getattr(head, "bias", None) is not None:
         raise EngineError(
-            f"{type(model).__name__}: its output head has a bias, which a draft's frozen head does not carry."
+            f"{type(model).__name__}: its output head has a bias, which a draft's frozen head "
+            "does not carry."
         )
     return Parts(decoder, layers, norms[0], embed, head, shapes.vocab_size)
 
@@ -85,7 +97,9 @@ def _norms(parent: nn.Module, layers: nn.ModuleList, hidden: int) -> list[nn.Mod
 
 
 def are_plain(parts: Parts) -> bool:
-    """Whether embedding, head and norm are here in 16 or 32 bits: not packed, and not left on disk by a device map."""
+    """Whether embedding, head and norm are here in 16 or 32 bits: not packed, and not left on disk
+    by a device map.
+    """
     for module in (parts.embed, parts.head):
         weight: Any = getattr(module, "weight", None)
         if weight is None or weight.ndim != 2 or weight.device.type == "meta":
@@ -97,9 +111,11 @@ def are_plain(parts: Parts) -> bool:
 
 
 def frozen_target(parts: Parts) -> FrozenTarget:
-    """The weights that training needs, as they are in the model (no copy; rows that pad the vocabulary are left out).
+    """The weights that training needs, as they are in the model (no copy; rows that pad the
+    vocabulary are left out).
 
-    Raises EngineError where a matrix is smaller than the vocabulary, or quantised (``read_frozen`` reads those).
+    Raises EngineError where a matrix is smaller than the vocabulary, or quantised (``read_frozen``
+    reads those).
     """
     embed: Any = parts.embed.weight if are_plain(parts) else None
     head: Any = parts.head.weight if are_plain(parts) else None
@@ -111,14 +127,18 @@ def frozen_target(parts: Parts) -> FrozenTarget:
     shape = (parts.vocab_size, norm.shape[0])
     for what, weight in (("embedding", embed), ("output head", head)):
         if weight.shape[0] < shape[0] or weight.shape[1] != shape[1]:
-            raise EngineError(f"looked for an {what} of shape {shape}, found {tuple(weight.shape)}.")
+            raise EngineError(
+                f"looked for an {what} of shape {shape}, found {tuple(weight.shape)}."
+            )
     tied = head.data_ptr() == embed.data_ptr()
     rows = embed.detach()[: shape[0]]
     return FrozenTarget(rows, norm.detach(), rows if tied else head.detach()[: shape[0]], tied)
 
 
 def compact(frozen: FrozenTarget) -> FrozenTarget:
-    """The same weights in bfloat16 where that loses nothing (a bfloat16 checkpoint that ran in float32), so that engines agree on the bytes."""
+    """The same weights in bfloat16 where that loses nothing (a bfloat16 checkpoint that ran in
+    float32), so that engines agree on the bytes.
+    """
     import torch
 
     tensors = (frozen.embed_tokens, frozen.norm, frozen.lm_head)
@@ -142,7 +162,9 @@ class Found:
 
 
 def find_frozen(model: str, shapes: Shapes, config: Any) -> Found:
-    """Look for the frozen weights in the headers of ``model``; no weight is read. ``config``: the whole transformers config."""
+    """Look for the frozen weights in the headers of ``model``; no weight is read. ``config``: the
+    whole transformers config.
+    """
     checkpoint = open_checkpoint(model)
     names = locate(checkpoint, shapes, is_tied(config))
     matrices = [names.embed] if names.head is None else [names.embed, names.head]
@@ -150,7 +172,9 @@ def find_frozen(model: str, shapes: Shapes, config: Any) -> Found:
 
 
 def is_tied(config: Any) -> bool:
-    """Whether the config makes the embedding the output head; a wrapper's own word comes before its text config's."""
+    """Whether the config makes the embedding the output head; a wrapper's own word comes before its
+    text config's.
+    """
     for part in (config, config.get_text_config()):
         said = getattr(part, "tie_word_embeddings", None)
         if said is not None:
@@ -167,7 +191,8 @@ def quantization_of(config: Any) -> Mapping[str, Any]:
 def read_frozen(
     model: str, shapes: Shapes, trust_remote_code: bool = False
 ) -> tuple[FrozenTarget, nn.Module]:
-    """Frozen weights as the checkpoint has them, and the final norm as a module that runs on the CPU.
+    """Frozen weights as the checkpoint has them, and the final norm as a module that runs on the
+    CPU.
 
     Raises TargetError where a part is missing or is stored in a form that is not read.
     """
@@ -178,10 +203,14 @@ def read_frozen(
     names, checkpoint = found.names, found.checkpoint
     weight = checkpoint.read(f"{names.norm}.weight")
     if not weight.is_floating_point() or weight.element_size() < 2:
-        raise TargetError(f"{model}: {names.norm} is stored as {weight.dtype}; expected 16 or 32 bits.")
+        raise TargetError(
+            f"{model}: {names.norm} is stored as {weight.dtype}; expected 16 or 32 bits."
+        )
 
     def read(module: str) -> torch.Tensor:
-        return read_matrix(checkpoint, module, shapes.vocab_size, shapes.hidden_size, quantization_of(config))
+        return read_matrix(
+            checkpoint, module, shapes.vocab_size, shapes.hidden_size, quantization_of(config)
+        )
 
     embed = read(names.embed)
     head = embed if names.head is None else read(names.head)
@@ -206,7 +235,9 @@ def empty_model(config: Any, trust_remote_code: bool = False) -> Any:
 
 
 def model_class(config: Any) -> Any:
-    """The transformers class that holds this config's language model: a causal LM, or the wrapper of one (images, audio)."""
+    """The transformers class that holds this config's language model: a causal LM, or the wrapper
+    of one (images, audio).
+    """
     import transformers
 
     # AutoModelForCausalLM says what it does not know, and takes remote code

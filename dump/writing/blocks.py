@@ -1,8 +1,11 @@
-"""Memory that outlives one part and that a worker process can map: states are put together here and compressed from here.
+"""Memory that outlives one part and that a worker process can map: states are put together here and
+compressed from here.
 
-A fresh allocation per part would be faulted in page by page every time, which cost as much as compressing it (docs/log/2026-11-22-where-the-time-went.md); a block is used
-again. Where worker processes write, it is a file in memory (``memfd``), so that nothing is copied or pickled between processes, ``/dev/shm`` with its
-small limit in containers is not needed, and the kernel frees it whoever is killed.
+A fresh allocation per part would be faulted in page by page every time, which cost as much as
+compressing it (docs/log/2026-11-22-where-the-time-went.md); a block is used again. Where worker
+processes write, it is a file in memory (``memfd``), so that nothing is copied or pickled between
+processes, ``/dev/shm`` with its small limit in containers is not needed, and the kernel frees it
+whoever is killed.
 """
 
 from __future__ import annotations
@@ -70,7 +73,8 @@ class SharedBlock:
         """Make room for ``size`` bytes; what was there may be gone."""
         if size <= self._memory.shape[0]:
             return
-        size += size // 8  # parts differ a little, and each time pages would be mapped and locked anew
+        # parts differ a little, and each time pages would be mapped and locked anew
+        size += size // 8
         self._unpin()
         if self._fd < 0:
             self._memory = np.empty(size, np.uint8)
@@ -83,7 +87,9 @@ class SharedBlock:
         return _view(self._memory, region)
 
     def pin(self) -> None:
-        """Lock the pages for CUDA, once: a copy from the GPU then takes the bus's speed instead of the driver's own small buffers, and the pages are there."""
+        """Lock the pages for CUDA, once: a copy from the GPU then takes the bus's speed instead of
+        the driver's own small buffers, and the pages are there.
+        """
         if self._tried or not self._memory.shape[0]:
             return
         self._tried = True
@@ -92,7 +98,8 @@ class SharedBlock:
         if not self._pinned:
             _forget_error()
             log.warning(
-                "%d bytes could not be page-locked (CUDA error %d; ulimit -l?): copies from the GPU will be slower",
+                "%d bytes could not be page-locked (CUDA error %d; ulimit -l?): copies from the "
+                "GPU will be slower",
                 self._memory.shape[0],
                 code,
             )
@@ -108,7 +115,8 @@ class SharedBlock:
     def close(self) -> None:
         """Give the memory back, once no view of it is left."""
         self._unpin()
-        # The mapping keeps the file open beside _fd, and whoever holds the error of a failed dump holds this object by its traceback.
+        # The mapping keeps the file open beside _fd, and whoever holds the error of a failed dump
+        # holds this object by its traceback.
         self._memory = np.empty(0, np.uint8)
         if self._fd >= 0:
             os.close(self._fd)
@@ -133,7 +141,9 @@ def _cuda() -> Any:
 
 
 def _forget_error() -> None:
-    """CUDA keeps the code of a failed call until the next check, which would be that of a kernel that is sound."""
+    """CUDA keeps the code of a failed call until the next check, which would be that of a kernel
+    that is sound.
+    """
     import torch
 
     with contextlib.suppress(RuntimeError):

@@ -1,8 +1,11 @@
-"""A part whose states arrive batch by batch, in any order, and end in the block that a worker writes.
+"""A part whose states arrive batch by batch, in any order, and end in the block that a worker
+writes.
 
-Codes that come on the host are copied to their rows. Codes that come on a device are put into arrays of the whole part there, a
-batch with one indexed copy, and cross to the host once, as they will be written: 200 samples of a batch would take a thousand small steps of
-Python, each with the lock that launching the target's kernels needs, which made a dump a third slower than its parts (docs/log/2026-11-22-speed-before-kernels.md).
+Codes that come on the host are copied to their rows. Codes that come on a device are put into
+arrays of the whole part there, a batch with one indexed copy, and cross to the host once, as they
+will be written: 200 samples of a batch would take a thousand small steps of Python, each with the
+lock that launching the target's kernels needs, which made a dump a third slower than its parts
+(docs/log/2026-11-22-speed-before-kernels.md).
 
 Legend: T tokens of the part, M stored rows of the last state.
 """
@@ -36,7 +39,10 @@ class Filling:
         self.places, size = regions(job.state_specs)
         block.reserve(size)
         self._arrays = {name: block.array(region) for name, region in self.places.items()}
-        self._starts = {"token": job.arrays["sample_start"], "last": job.arrays["sample_last_start"]}
+        self._starts = {
+            "token": job.arrays["sample_start"],
+            "last": job.arrays["sample_last_start"],
+        }
         self._missing = set(range(len(part.samples)))
         self._exact: list[dict[str, Any]] = []
         self._on_device: dict[str, torch.Tensor] = {}  # uint8 [T or M, bytes of a row]
@@ -58,7 +64,9 @@ class Filling:
         self._missing -= set(members)
 
     def put_on_device(self, members: list[int], coded: Mapping[str, torch.Tensor]) -> None:
-        """The same with tensors, which stay where they are until ``to_host``. All of a part on one device; launches on its current stream."""
+        """The same with tensors, which stay where they are until ``to_host``. All of a part on one
+        device; launches on its current stream.
+        """
         device = next(iter(coded.values())).device
         at = {axis: send(self.rows(axis, members), device) for axis in self._starts}
         for key in self._arrays:
@@ -69,7 +77,9 @@ class Filling:
                 self._on_device[key] = here if data.is_cuda else self._on_host(key, here)
             self._on_device[key].index_copy_(0, rows, data)
         if self.job.exact:
-            self._keep_exact(members, {n: coded[n].cpu().numpy() for n in (EXACT_TOKEN, *self.job.exact)})
+            self._keep_exact(
+                members, {n: coded[n].cpu().numpy() for n in (EXACT_TOKEN, *self.job.exact)}
+            )
         self._missing -= set(members)
 
     def _keep_exact(self, members: list[int], coded: Coded) -> None:
@@ -82,17 +92,23 @@ class Filling:
         """All of the part's, in the order of their tokens; empty where the codec has none."""
         if not self.job.exact:
             return {}
-        joined = {n: np.concatenate([e[n] for e in self._exact]) for n in (EXACT_TOKEN, *self.job.exact)}
+        joined = {
+            n: np.concatenate([e[n] for e in self._exact]) for n in (EXACT_TOKEN, *self.job.exact)
+        }
         order = np.argsort(joined[EXACT_TOKEN])
         return {n: a[order] for n, a in joined.items()}
 
     def rows(self, axis: str, members: list[int]) -> Rows:
-        """Where the rows of samples ``members``, end to end, belong in the part's arrays of ``axis``: int64."""
+        """Where the rows of samples ``members``, end to end, belong in the part's arrays of
+        ``axis``: int64.
+        """
         starts: Rows = self._starts[axis]
         at = np.asarray(members, dtype=np.int64)
         counts = starts[at + 1] - starts[at]
         ends = counts.cumsum()
-        out: Rows = np.arange(ends[-1], dtype=np.int64) + np.repeat(starts[at] - (ends - counts), counts)
+        out: Rows = np.arange(ends[-1], dtype=np.int64) + np.repeat(
+            starts[at] - (ends - counts), counts
+        )
         return out
 
     def to_host(self) -> None:
@@ -104,7 +120,9 @@ class Filling:
         self.release()
 
     def release(self) -> None:
-        """Hold no view of the block any more, so that closing it gives its memory back. Nothing can be put after this."""
+        """Hold no view of the block any more, so that closing it gives its memory back. Nothing can
+        be put after this.
+        """
         self._arrays.clear()
         self._on_device.clear()
 
@@ -117,7 +135,9 @@ class Filling:
 
 
 def as_slice(rows: Rows) -> Rows | slice:
-    """``rows``, which rise by sample: as a slice where they follow each other, as most engines' do, for one copy instead of one per row."""
+    """``rows``, which rise by sample: as a slice where they follow each other, as most engines' do,
+    for one copy instead of one per row.
+    """
     if rows.size and rows[-1] - rows[0] + 1 == rows.size and (np.diff(rows) == 1).all():
         return slice(int(rows[0]), int(rows[-1]) + 1)
     return rows

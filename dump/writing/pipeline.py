@@ -1,12 +1,16 @@
 """From states on the engine's device to parts on disk: three stages that run at once.
 
-    engine (caller's thread) -> encode, put in place, copy (one thread, a CUDA stream of its own) -> compress and write (workers)
+    engine (caller's thread) -> encode, put in place, copy (one thread, a CUDA stream of its own) ->
+    compress and write (workers)
 
-The engine only launches work. A batch of states is coded where it is and its codes put into their part there (``filling.py``); a part that is whole is copied
-to a block on the host and compressed by a worker process from that same block. States that are still on their way to the host (from a vLLM worker, by file) are
-waited for here too, so that the engine's thread, which feeds it requests, never waits for one. Every hand-over is bounded: so many batches wait for the encoder,
-and there are only so many blocks (parts in memory) in all, so a slow disk slows the engine down and nothing grows. The encoder's thread does little Python: what it
-does, it does with the lock that the thread which launches the target's kernels needs for each of them.
+The engine only launches work. A batch of states is coded where it is and its codes put into their
+part there (``filling.py``); a part that is whole is copied to a block on the host and compressed by
+a worker process from that same block. States that are still on their way to the host (from a vLLM
+worker, by file) are waited for here too, so that the engine's thread, which feeds it requests,
+never waits for one. Every hand-over is bounded: so many batches wait for the encoder, and there are
+only so many blocks (parts in memory) in all, so a slow disk slows the engine down and nothing
+grows. The encoder's thread does little Python: what it does, it does with the lock that the thread
+which launches the target's kernels needs for each of them.
 
 On a CPU, where compression would only take cores from the target, the workers are threads.
 """
@@ -46,7 +50,9 @@ WAITING = 2  # batches of states between engine and encoder
 COMING = 8  # batches whose states are on their way, in files beside the store at most
 BLOCK_BYTES = 4 << 30  # of parts in memory, where the number of workers does not need less
 THREADS = (
-    2  # commits at once without worker processes: one alone leaves cores idle while it waits for the disk
+    # commits at once without worker processes: one alone leaves cores idle while it waits for the
+    # disk
+    2
 )
 
 
@@ -60,11 +66,12 @@ def _ready() -> None:
 
 
 class Pipeline:
-    """``pool``: processes that write parts, which end with this; None = threads. ``bar`` is told of every batch that is in place and every part
-    that is whole. ``groups``: parts that the engine may leave unfinished at once.
+    """``pool``: processes that write parts, which end with this; None = threads. ``bar`` is told of
+    every batch that is in place and every part that is whole. ``groups``: parts that the engine may
+    leave unfinished at once.
 
-    ``seconds``: where the time went, by stage; the stages overlap. Use as a context: leaving it, also by an error, waits until every whole part is
-    on disk and gives up the others.
+    ``seconds``: where the time went, by stage; the stages overlap. Use as a context: leaving it,
+    also by an error, waits until every whole part is on disk and gives up the others.
     """
 
     def __init__(
@@ -99,7 +106,9 @@ class Pipeline:
         self._encoder.start()
 
     def begin(self, part: PartRows) -> bool:
-        """Make room for a part; waits while there is none. False for a part without samples, which is on disk then: the next ``begin`` has its number."""
+        """Make room for a part; waits while there is none. False for a part without samples, which
+        is on disk then: the next ``begin`` has its number.
+        """
         block = self.writer.block(
             part.index,
             part.row_start,
@@ -122,7 +131,8 @@ class Pipeline:
         return True
 
     def _free_block(self, size: int) -> SharedBlock:
-        # As many parts may always be in memory as the engine may leave unfinished; more only while all of them fit.
+        # As many parts may always be in memory as the engine may leave unfinished; more only while
+        # all of them fit.
         most = BLOCK_BYTES * self._groups // 2
         if len(self._bytes) >= self._groups and sum(list(self._bytes.values())) + size > most:
             time.sleep(0.01)
@@ -137,19 +147,28 @@ class Pipeline:
         return block
 
     def _refuse_if_stuck(self) -> None:
-        """If every part in memory lacks states, and none are on their way, there will never be room."""
-        if not self._waiting.unfinished_tasks and self._filling and len(self._filling) == len(self._bytes):
+        """If every part in memory lacks states, and none are on their way, there will never be
+        room.
+        """
+        if (
+            not self._waiting.unfinished_tasks
+            and self._filling
+            and len(self._filling) == len(self._bytes)
+        ):
             self._refuse_gaps()
 
     def _refuse_gaps(self) -> None:
         for filling in self._filling.values():
             n = len(filling.part.samples)
             raise EngineError(
-                f"the engine gave states for {n - filling.missing} of {n} samples of part {filling.part.index}."
+                f"the engine gave states for {n - filling.missing} of {n} samples of part "
+                f"{filling.part.index}."
             )
 
     def put(self, captured: Captured) -> None:
-        """Hand over a batch; its group is the number of the part by the order of ``begin``. Waits while the encoder is behind."""
+        """Hand over a batch; its group is the number of the part by the order of ``begin``. Waits
+        while the encoder is behind.
+        """
         with self._timed("wait for the encoder"):
             self._patiently(lambda: self._enter(captured), queue.Full)
         self._waiting.put(captured)
@@ -162,12 +181,16 @@ class Pipeline:
         return self._room[callable(captured.states)]
 
     def finish(self) -> None:
-        """Wait for everything; raises what went wrong in any stage, or EngineError if a part is not whole."""
+        """Wait for everything; raises what went wrong in any stage, or EngineError if a part is not
+        whole.
+        """
         self.settle()
         self._refuse_gaps()
 
     def settle(self) -> None:
-        """Wait for what was handed over, and for every whole part to be on disk; raises the first error."""
+        """Wait for what was handed over, and for every whole part to be on disk; raises the first
+        error.
+        """
         with self._timed("wait for the encoder"):
             self._drain()
         with self._timed("wait for the writers"):
@@ -221,16 +244,20 @@ class Pipeline:
                         stream.synchronize()
                     self._waiting.task_done()
         except torch.OutOfMemoryError as error:
-            # Not in --regenerate, whose states come coded and on the host: it refuses --part-tokens.
+            # Not in --regenerate, whose states come coded and on the host: it refuses
+            # --part-tokens.
             self._failed = EngineError(
-                f"out of memory while a part's codes were put together on the GPU: {error}. Use a smaller --batch-tokens "
+                f"out of memory while a part's codes were put together on the GPU: {error}. Use "
+                "a smaller --batch-tokens "
                 "(--resume takes another one), or a smaller --part-tokens, which needs a new store."
             )
         except BaseException as error:  # re-raised in the caller's thread
             self._failed = error
 
     def _place(self, captured: Captured) -> None:
-        """Code a batch and put it into its part; if that is whole then, hand the part to the writers."""
+        """Code a batch and put it into its part; if that is whole then, hand the part to the
+        writers.
+        """
         filling, states = self._filling[captured.group], captured.states
         members = list(captured.members)
         if callable(states):
@@ -287,7 +314,10 @@ class Pipeline:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         try:
             self._drain()
@@ -317,7 +347,9 @@ def write_shared(
     places: dict[str, Region],
     exact: dict[str, np.ndarray[tuple[int, ...], np.dtype[Any]]],
 ) -> tuple[PartRecord, float]:
-    """In a worker process: ``write_timed`` of the states in its parent's block, and of those ``exact`` that are too few for it."""
+    """In a worker process: ``write_timed`` of the states in its parent's block, and of those
+    ``exact`` that are too few for it.
+    """
     return write_timed(job, attach(handle, places) | exact)
 
 

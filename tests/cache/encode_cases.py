@@ -1,4 +1,6 @@
-"""Run by test_fused_encode.py with TRITON_INTERPRET=1: one JSON line a case, whether kernel and plain torch give the same bytes."""
+"""Run by test_fused_encode.py with TRITON_INTERPRET=1: one JSON line a case, whether kernel and
+plain torch give the same bytes.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,8 @@ from dspark.cache.codec.fields import codec_for
 from dspark.cache.codec.rotated import Rotated, trusted
 from dspark.cache.errors import EngineError
 
-# Hidden sizes with groups of 16 to 128; aux [T, L, H] and last [M, H]; no row, one row, and more than a tile takes.
+# Hidden sizes with groups of 16 to 128; aux [T, L, H] and last [M, H]; no row, one row, and more
+# than a tile takes.
 SHAPES = [(3, 2, 48), (1, 3, 32), (70, 2, 192), (150, 1, 256), (130, 576), (0, 2, 64), (0, 64)]
 
 torch.manual_seed(0)
@@ -38,12 +41,21 @@ for shape in SHAPES:
                 )
                 print(
                     json.dumps(
-                        {"shape": shape, "bits": bits, "centred": centred, "dtype": str(dtype), "same": same}
+                        {
+                            "shape": shape,
+                            "bits": bits,
+                            "centred": centred,
+                            "dtype": str(dtype),
+                            "same": same,
+                        }
                     )
                 )
 codec = codec_for(4)
 assert isinstance(codec, Rotated)
-for bad, message in ((float("nan"), "not finite at token 5"), (3e30, "too large for this codec at token 5")):
+for bad, message in (
+    (float("nan"), "not finite at token 5"),
+    (3e30, "too large for this codec at token 5"),
+):
     x = torch.randn(9, 2, 64)
     x[5, 1, 7] = bad
     try:

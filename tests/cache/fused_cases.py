@@ -1,4 +1,6 @@
-"""Run by test_fused_decode.py with TRITON_INTERPRET=1: one JSON line a case, whether kernel and plain torch give the same bits."""
+"""Run by test_fused_decode.py with TRITON_INTERPRET=1: one JSON line a case, whether kernel and
+plain torch give the same bits.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,8 @@ from dspark.cache.codec import rotated_decode_kernel as fused
 from dspark.cache.codec.fields import codec_for
 from dspark.cache.codec.rotated import Rotated
 
-# Hidden sizes with groups of 32, 64 and 128; aux [T, L, H] and last [M, H]; no row, one row, and more than a tile and a program take.
+# Hidden sizes with groups of 32, 64 and 128; aux [T, L, H] and last [M, H]; no row, one row, and
+# more than a tile and a program take.
 SHAPES = [(1, 3, 32), (70, 2, 192), (300, 1, 256), (130, 576), (0, 2, 64), (0, 64)]
 
 for shape in SHAPES:
@@ -34,5 +37,11 @@ for shape in SHAPES:
                 same = got.shape == want.shape and torch.equal(
                     got.view(torch.int16), want.to(dtype).view(torch.int16)
                 )
-                case = {"shape": shape, "bits": bits, "centred": centred, "dtype": str(dtype), "same": same}
+                case = {
+                    "shape": shape,
+                    "bits": bits,
+                    "centred": centred,
+                    "dtype": str(dtype),
+                    "same": same,
+                }
                 print(json.dumps(case))

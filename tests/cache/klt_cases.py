@@ -1,4 +1,6 @@
-"""Run by test_klt.py with TRITON_INTERPRET=1: a JSON line per case, the kernels of the transform codec against plain torch."""
+"""Run by test_klt.py with TRITON_INTERPRET=1: a JSON line per case, the kernels of the transform
+codec against plain torch.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Codecs: golden bytes, error bounds, every hidden size, what is refused, and a decoder written from the document alone."""
+"""Codecs: golden bytes, error bounds, every hidden size, what is refused, and a decoder written
+from the document alone.
+"""
 
 from __future__ import annotations
 
@@ -72,7 +74,8 @@ def decode_by_document(code: np.ndarray, scale: np.ndarray, hidden: int, params:
     return (out * s[..., None]).reshape(*code.shape[:-1], hidden).astype(np.float32)
 
 
-# A row of 16 channels with two sizes, a negative zero and a denormal; the bytes below are the format.
+# A row of 16 channels with two sizes, a negative zero and a denormal; the bytes below are the
+# format.
 ROW = torch.tensor(
     [[0.5, -1.25, 3.0, -0.0, 1e-40, 2.0, -7.5, 0.125, 1.0, 1.0, -2.0, 0.75, 4.0, -0.5, 0.25, -1.0]]
 )
@@ -87,7 +90,10 @@ GOLDEN = {
 @pytest.mark.parametrize("bits", BITS)
 def test_golden_bytes(bits: int) -> None:
     coded = codec_for(bits).encode(ROW)
-    assert (coded["code"].numpy().tobytes().hex(), coded["scale"].numpy().tobytes().hex()) == GOLDEN[bits]
+    assert (
+        coded["code"].numpy().tobytes().hex(),
+        coded["scale"].numpy().tobytes().hex(),
+    ) == GOLDEN[bits]
 
 
 def test_golden_bytes_of_16_bits() -> None:
@@ -114,14 +120,17 @@ def test_snr_on_gaussian_is_what_the_step_promises(bits: int, hidden: int) -> No
     x = gaussian(64, 2, hidden)
     promised = -10 * math.log10(distortion(codec.step, codec.levels))
     assert promised == pytest.approx({8: 40.6, 4: 18.7, 3: 15.3, 2: 10.4}[bits], abs=0.1)
-    # At 8 bits the cells end at 4 sigma; a group that reaches further takes a larger scale, which gives a little more.
+    # At 8 bits the cells end at 4 sigma; a group that reaches further takes a larger scale, which
+    # gives a little more.
     assert promised - 0.1 < snr(x, codec.decode(codec.encode(x), hidden)) < promised + 0.4
 
 
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("kind", ["student", "massive", "constant", "spike"])
 def test_heavy_tails_lose_nothing(kind: str, bits: int) -> None:
-    """Data far from Gaussian keeps the SNR of Gaussian data, less 1 dB; a spike, which no cell is made for, stays recognisable."""
+    """Data far from Gaussian keeps the SNR of Gaussian data, less 1 dB; a spike, which no cell is
+    made for, stays recognisable.
+    """
     codec = rotated(bits)
     x = gaussian(256, 576)
     if kind == "student":
@@ -144,7 +153,10 @@ def test_a_massive_channel_harms_only_its_own_group(bits: int) -> None:
     x[:, 77] = 25000.0
     y = codec.decode(codec.encode(x), 576)
     others = [c for c in range(576) if not 64 <= c < 128]
-    assert snr(x[:, others], y[:, others]) > -10 * math.log10(distortion(codec.step, codec.levels)) - 0.3
+    assert (
+        snr(x[:, others], y[:, others])
+        > -10 * math.log10(distortion(codec.step, codec.levels)) - 0.3
+    )
 
 
 @pytest.mark.parametrize("bits", BITS)
@@ -170,7 +182,9 @@ def test_zeros_negative_zeros_and_denormals_decode_to_zero(bits: int) -> None:
 def test_any_shape_and_size(
     bits: int, hidden: int, lead: list[int], exponent: float, dtype: torch.dtype, seed: int
 ) -> None:
-    """Shapes and dtypes as announced, an error in proportion to each group, and rows that do not depend on their neighbours."""
+    """Shapes and dtypes as announced, an error in proportion to each group, and rows that do not
+    depend on their neighbours.
+    """
     codec = rotated(bits)
     x = (gaussian(*lead, hidden, seed=seed) * 2.0**exponent).to(dtype)
     coded = codec.encode(x)
@@ -264,7 +278,9 @@ def test_rotation_is_the_matrix_and_energy_is_the_norm() -> None:
         matrix = torch.from_numpy(hadamard(g) * signs(g))
         torch.testing.assert_close(rotate(x, torch.from_numpy(signs(g))), matrix @ x)
         torch.testing.assert_close(energy(x), (x * x).sum(0))
-        assert torch.equal(torch.from_numpy(hadamard(g)) @ torch.from_numpy(hadamard(g)), g * torch.eye(g))
+        assert torch.equal(
+            torch.from_numpy(hadamard(g)) @ torch.from_numpy(hadamard(g)), g * torch.eye(g)
+        )
 
 
 def test_group_size_divides_the_hidden_size() -> None:
@@ -298,9 +314,9 @@ def test_size_by_formula_is_the_size_on_disk(tmp_path: Path, bits: int) -> None:
 
 def test_sizes_of_a_token_add_up() -> None:
     aux, last = rotated(4), rotated(8)
-    assert stored_bytes_per_token(5, 576, Fields("rotated-4-8", aux, last), 0.5) == 5 * (288 + 9) + 0.5 * (
-        576 + 9
-    )
+    assert stored_bytes_per_token(5, 576, Fields("rotated-4-8", aux, last), 0.5) == 5 * (
+        288 + 9
+    ) + 0.5 * (576 + 9)
     expected = token_bytes(aux) + 5 * aux.disk_bytes(576) + 0.5 * last.disk_bytes(576)
     assert disk_bytes_per_token(5, 576, Fields("rotated-4-8", aux, last), 0.5) == expected
     assert expected < stored_bytes_per_token(5, 576, Fields("rotated-4-8", aux, last), 0.5)

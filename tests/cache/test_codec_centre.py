@@ -1,4 +1,6 @@
-"""Channel means and deviations: what they are taken from, what they gain, how the manifest carries them, what is refused."""
+"""Channel means and deviations: what they are taken from, what they gain, how the manifest carries
+them, what is refused.
+"""
 
 from __future__ import annotations
 
@@ -22,11 +24,15 @@ GOLDEN = ("AD9Av7BAAD+wQJpBaMEUQQ==", "pT/APwVApT8FQOlAz0BaQA==", "bcb47858", "7
 
 
 def real_like(tokens: int, layers: int = 3, hidden: int = 192, seed: int = 0) -> torch.Tensor:
-    """Half the energy in the channel means, deviations over two decades, a massive first token; the same channels at any seed."""
+    """Half the energy in the channel means, deviations over two decades, a massive first token; the
+    same channels at any seed.
+    """
     fixed = torch.Generator().manual_seed(99)
     deviation = 10 ** (torch.rand(layers, hidden, generator=fixed) * 2 - 1)
     mean = torch.randn(layers, hidden, generator=fixed) * deviation * 1.5
-    x = mean + deviation * torch.randn(tokens, layers, hidden, generator=torch.Generator().manual_seed(seed))
+    x = mean + deviation * torch.randn(
+        tokens, layers, hidden, generator=torch.Generator().manual_seed(seed)
+    )
     x[0, :, 5] = 25000.0
     return x.bfloat16().float()
 
@@ -93,7 +99,9 @@ def test_it_lives_beside_the_parts_and_decodes_from_there_alone(tmp_path: Path) 
     got = torch.cat([torch.from_numpy(cache[i].aux) for i in range(3)])
     assert float(((got - aux) ** 2).sum() / (aux**2).sum()) < 0.05
     # By the document: rotated values, times the deviation, plus the mean.
-    coded = {n: torch.from_numpy(np.asarray(a)) for n, a in of_field("aux", cache.read(1).states).items()}
+    coded = {
+        n: torch.from_numpy(np.asarray(a)) for n, a in of_field("aux", cache.read(1).states).items()
+    }
     plain = codec_for(3).decode(coded, 64).numpy()
     learnt = load_file(tmp_path / "s" / "calibration.safetensors")
     raw = [
@@ -110,7 +118,9 @@ def test_non_finite_states_are_still_named() -> None:
     for bad, words in ((math.nan, "not finite"), (math.inf, "not finite"), (3e38, "too large")):
         y = x.clone()
         y[5, 2, 11] = bad
-        with pytest.raises(EngineError, match=f"{words}.* at token 5, aux layer number 2, channel 11"):
+        with pytest.raises(
+            EngineError, match=f"{words}.* at token 5, aux layer number 2, channel 11"
+        ):
             codec.encode(y)
 
 

@@ -1,4 +1,6 @@
-"""What every command does alike, seen from outside: config files, JSON errors, interrupts, versions, progress without a terminal."""
+"""What every command does alike, seen from outside: config files, JSON errors, interrupts,
+versions, progress without a terminal.
+"""
 
 from __future__ import annotations
 
@@ -48,10 +50,19 @@ def called(tmp_path: Path, text: str, *args: str) -> Any:
 
 
 def test_a_config_file_is_typed_like_flags_and_the_command_line_wins(tmp_path: Path) -> None:
-    text = "name: a\ncount: 3\nids: [7, 22]\nspec: {ce: 0.1}\npair: [0.9, 0.95]\ndata: [x, y]\nthink: false\n"
+    text = (
+        "name: a\ncount: 3\nids: [7, 22]\nspec: {ce: 0.1}\npair: [0.9, 0.95]\ndata: [x, "
+        "y]\nthink: false\n"
+    )
     expected = {
-        "name": "a", "count": 3, "ids": "7,22", "spec": '{"ce": 0.1}', "pair": [0.9, 0.95], "data": ["x", "y"], "think": False,
-    }  # fmt: skip
+        "name": "a",
+        "count": 3,
+        "ids": "7,22",
+        "spec": '{"ce": 0.1}',
+        "pair": [0.9, 0.95],
+        "data": ["x", "y"],
+        "think": False,
+    }
     assert json.loads(called(tmp_path, text).stdout) == expected
     over = json.loads(called(tmp_path, text, "b", "--count", "4", "--data", "z", "--think").stdout)
     assert over == expected | {"name": "b", "count": 4, "data": ["z"], "think": True}
@@ -93,7 +104,9 @@ def test_a_key_of_another_project_is_answered(tmp_path: Path) -> None:
 def test_what_a_dump_saves_is_accepted_back(tmp_path: Path) -> None:
     from dspark.dump.config import DumpConfig
 
-    config = DumpConfig(model="m", output=tmp_path / "x.zarr", layers=(1, 4), limit=3, overwrite=True)
+    config = DumpConfig(
+        model="m", output=tmp_path / "x.zarr", layers=(1, 4), limit=3, overwrite=True
+    )
     (tmp_path / "d.yaml").write_bytes(config_file.resolved(_fields(config), "dspark-dump"))
     context = dump.make_context("dspark-dump", ["--config", str(tmp_path / "d.yaml")])
     for name in ("model", "layers", "output", "limit", "aux_bits", "seq_length", "max_dropped"):
@@ -110,9 +123,22 @@ def _fields(config: Any) -> dict[str, Any]:
 
 
 def test_what_a_training_saves_is_accepted_back(tmp_path: Path) -> None:
-    words = ["--cache", "x.zarr", "--recipe", "none", "--betas", "0.8", "0.9", "--no-compile", "--lr", "1e-4"]
+    words = [
+        "--cache",
+        "x.zarr",
+        "--recipe",
+        "none",
+        "--betas",
+        "0.8",
+        "0.9",
+        "--no-compile",
+        "--lr",
+        "1e-4",
+    ]
     config = config_of([*words, "--loss-fn", '{"ce":1}', "--max-steps", "7"])
-    (tmp_path / "t.yaml").write_bytes(config_file.resolved(config.flags() | {"recipe": "none"}, "x"))
+    (tmp_path / "t.yaml").write_bytes(
+        config_file.resolved(config.flags() | {"recipe": "none"}, "x")
+    )
     assert config_of(["--config", str(tmp_path / "t.yaml")]) == config
 
 
@@ -166,11 +192,14 @@ def test_version_and_short_help(name: click.Command) -> None:
 def test_every_verb_explains_itself_without_torch() -> None:
     """In one process of its own: what a verb's help imports, every later one has too."""
     code = (
-        "import sys; from click.testing import CliRunner; from dspark.tools.cli import main, VERBS\n"
+        "import sys; from click.testing import CliRunner; from dspark.tools.cli import main, "
+        "VERBS\n"
         "for verb in VERBS:\n"
         "    out = CliRunner().invoke(main, [verb, '-h'])\n"
-        "    heavy = [m for m in ('torch', 'zarr', 'transformers', 'matplotlib') if m in sys.modules]\n"
-        "    assert out.exit_code == 0 and '--config' in out.stdout and not heavy, (verb, heavy, out.output)\n"
+        "    heavy = [m for m in ('torch', 'zarr', 'transformers', 'matplotlib') if m in "
+        "sys.modules]\n"
+        "    assert out.exit_code == 0 and '--config' in out.stdout and not heavy, (verb, heavy, "
+        "out.output)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -1,4 +1,6 @@
-"""A disk that refuses: the same error whichever library wrote, and nothing half-written left beside."""
+"""A disk that refuses: the same error whichever library wrote, and nothing half-written left
+beside.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,9 @@ def files_of_at_most(size: int) -> Iterator[None]:
 def test_weights_that_do_not_fit_are_one_sentence_and_leave_nothing(tmp_path: Path) -> None:
     with (
         files_of_at_most(2000),
-        pytest.raises(StoreWriteError, match=r"hs.zarr could not be written: .*File too large.*--resume"),
+        pytest.raises(
+            StoreWriteError, match=r"hs.zarr could not be written: .*File too large.*--resume"
+        ),
     ):
         StoreWriter.create(tmp_path / "hs.zarr", stores.manifest(), stores.frozen(), {})
     assert list(tmp_path.iterdir()) == []
@@ -42,7 +46,11 @@ def test_a_staged_folder_of_tensors_is_deleted(tmp_path: Path) -> None:
     """As a checkpoint is written: staged beside, by safetensors."""
     final = tmp_path / "step_00000001"
     staged = tmp_path / (STAGING + final.name)
-    with files_of_at_most(2000), pytest.raises(StoreWriteError, match="File too large"), write_errors(final):
+    with (
+        files_of_at_most(2000),
+        pytest.raises(StoreWriteError, match="File too large"),
+        write_errors(final),
+    ):
         staged.mkdir()
         save_file({"small": torch.zeros(10)}, staged / "optimizer.safetensors")
         save_file({"large": torch.zeros(1000)}, staged / "model.safetensors")
@@ -61,10 +69,13 @@ def test_a_file_that_does_not_fit_leaves_the_older_one(tmp_path: Path) -> None:
     "text",
     [
         "Error while serializing: I/O error: No space left on device (os error 28)",
-        'Error while serializing: IoError(Os { code: 28, kind: StorageFull, message: "No space left on device" })',
+        'Error while serializing: IoError(Os { code: 28, kind: StorageFull, message: "No space '
+        'left on device" })',
     ],
 )
-def test_a_full_disk_is_known_in_the_words_of_old_and_new_safetensors(tmp_path: Path, text: str) -> None:
+def test_a_full_disk_is_known_in_the_words_of_old_and_new_safetensors(
+    tmp_path: Path, text: str
+) -> None:
     with pytest.raises(StoreWriteError, match="the disk is full"), write_errors(tmp_path / "x"):
         raise SafetensorError(text)
 

@@ -1,4 +1,6 @@
-"""Format version 2: many writers, killed writers, rebuilt index and manifest, exactly stored tokens, columns, version 1 stores."""
+"""Format version 2: many writers, killed writers, rebuilt index and manifest, exactly stored
+tokens, columns, version 1 stores.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +43,9 @@ V1 = Path(__file__).parent / "data" / "v1_stores.tar.xz"
 
 
 def contents(store: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(store)): p.read_bytes() for p in sorted(store.rglob("*")) if p.is_file()}
+    return {
+        str(p.relative_to(store)): p.read_bytes() for p in sorted(store.rglob("*")) if p.is_file()
+    }
 
 
 @pytest.mark.parametrize("writers", [1, 2, 3, 5])
@@ -100,7 +104,14 @@ def kill_campaign(tmp_path: Path, seed: int, kills: int) -> None:
     """``kills`` writers of one store are killed at random moments; one more finishes it."""
     stores.write_store(tmp_path / "one", LENGTHS)
     rng = random.Random(seed)
-    command = [sys.executable, "-c", SCRIPT, str(tmp_path / "many"), str(Path(stores.__file__).parent), ",".join(map(str, LENGTHS))]  # fmt: skip
+    command = [
+        sys.executable,
+        "-c",
+        SCRIPT,
+        str(tmp_path / "many"),
+        str(Path(stores.__file__).parent),
+        ",".join(map(str, LENGTHS)),
+    ]
     for _ in range(kills):
         with subprocess.Popen(command, stdout=subprocess.PIPE) as run:
             assert run.stdout is not None
@@ -121,7 +132,17 @@ def flip(path: Path, at: int = 9) -> None:
     path.write_bytes(bytes(data))
 
 
-@pytest.mark.parametrize("gone", ["index", "index/sample_row", "index/sample_row/c", "index/sample_key/c", "index/zarr.json", "flip"])  # fmt: skip
+@pytest.mark.parametrize(
+    "gone",
+    [
+        "index",
+        "index/sample_row",
+        "index/sample_row/c",
+        "index/sample_key/c",
+        "index/zarr.json",
+        "flip",
+    ],
+)
 def test_an_index_that_is_not_whole_is_an_error_and_made_again(tmp_path: Path, gone: str) -> None:
     store = tmp_path / "s"
     stores.write_store(store, LENGTHS)
@@ -155,7 +176,8 @@ def test_a_manifest_is_made_again_from_the_parts(tmp_path: Path) -> None:
     assert run("verify", "--rebuild-index", store) == 0
     made = read_manifest(store)
     assert (made.complete, made.digest()) == (True, digest)
-    # Without an index nothing says that these parts are all: that is for a resumed dump to find out.
+    # Without an index nothing says that these parts are all: that is for a resumed dump to find
+    # out.
     shutil.rmtree(store / "index")
     (store / "zarr.json").unlink()
     assert not rebuild(store).complete
@@ -173,7 +195,9 @@ def test_a_foreign_manifest_costs_no_part(tmp_path: Path) -> None:
     recode(tmp_path / "s", tmp_path / "4", codec="rotated-4-4")
     before = contents(tmp_path / "s")
     shutil.copy(tmp_path / "4" / "zarr.json", tmp_path / "s" / "zarr.json")
-    shutil.copy(tmp_path / "4" / "calibration.safetensors", tmp_path / "s" / "calibration.safetensors")
+    shutil.copy(
+        tmp_path / "4" / "calibration.safetensors", tmp_path / "s" / "calibration.safetensors"
+    )
     report = verify(tmp_path / "s")
     assert "no part is of the manifest's plan" in "".join(report.findings)
     assert drop_damaged(tmp_path / "s", report) == []
@@ -183,7 +207,9 @@ def test_a_foreign_manifest_costs_no_part(tmp_path: Path) -> None:
     assert [n for n in before if n.startswith("parts/") and after.get(n) != before[n]] == []
     # One foreign part among others is damage.
     shutil.rmtree(tmp_path / "s" / "parts" / "000000000001")
-    shutil.copytree(tmp_path / "4" / "parts" / "000000000001", tmp_path / "s" / "parts" / "000000000001")
+    shutil.copytree(
+        tmp_path / "4" / "parts" / "000000000001", tmp_path / "s" / "parts" / "000000000001"
+    )
     assert verify(tmp_path / "s").damaged == {"000000000001"}
 
 
@@ -219,7 +245,11 @@ def test_what_cannot_be_read_now_is_not_deleted(
         patch.setattr(os, call, once)
         report = verify(store)
     assert failed
-    assert (report.damaged, report.unreadable, report.verdict) == (set(), {"000000000002"}, "UNREADABLE")
+    assert (report.damaged, report.unreadable, report.verdict) == (
+        set(),
+        {"000000000002"},
+        "UNREADABLE",
+    )
     assert "cannot be read now" in report.findings[0]
     assert drop_damaged(store, report) == []
     assert contents(store) == before
@@ -264,12 +294,14 @@ def test_rows_out_of_their_block_are_refused(tmp_path: Path) -> None:
         writer.finish()
 
 
-# -- a codec of another kind ------------------------------------------------------------------------------------------------
+# -- a codec of another kind -----------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Toy:
-    """Half of the difference to the token's embedding in int8, columns; massive tokens exactly. No codec for use."""
+    """Half of the difference to the token's embedding in int8, columns; massive tokens exactly. No
+    codec for use.
+    """
 
     name: str = "toy"
     pack: str = "zstd"
@@ -324,10 +356,15 @@ class Toy:
         assert tokens is not None
         aux = coded["aux_q"].float() * self.step + tokens.embedding[tokens.input_ids][:, None]
         aux[coded[EXACT_TOKEN].long()] = coded["exact_aux"]
-        last = coded["last_q"].float() * 0.001 + tokens.embedding[tokens.input_ids[tokens.last_token + 1]]
+        last = (
+            coded["last_q"].float() * 0.001
+            + tokens.embedding[tokens.input_ids[tokens.last_token + 1]]
+        )
         return aux.to(dtype or torch.float32), last.to(dtype or torch.float32)
 
-    def calibrated(self, aux: torch.Tensor, last: torch.Tensor, tokens: Tokens | None = None) -> Toy:
+    def calibrated(
+        self, aux: torch.Tensor, last: torch.Tensor, tokens: Tokens | None = None
+    ) -> Toy:
         assert tokens is not None
         return replace(self, step=float(aux[1:].abs().median()) / 16)
 
@@ -346,7 +383,12 @@ class ToyFamily:
         return Toy(pack=pack)
 
     def load(
-        self, name: str, params: Json, pack: str, calibration: Mapping[str, torch.Tensor], where: str
+        self,
+        name: str,
+        params: Json,
+        pack: str,
+        calibration: Mapping[str, torch.Tensor],
+        where: str,
     ) -> Toy:
         made = Toy(pack=pack)
         return replace(made, step=float(calibration["step"])) if calibration else made
@@ -363,7 +405,9 @@ def toy(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("toy")
 def test_a_new_codec_is_a_module_and_a_line(tmp_path: Path) -> None:
-    """Predicted from tokens, columns, exact tokens stored once, calibrated: through recode, verify, reading and back."""
+    """Predicted from tokens, columns, exact tokens stored once, calibrated: through recode, verify,
+    reading and back.
+    """
     source, made = tmp_path / "s", tmp_path / "toy"
     stores.write_store(source, LENGTHS)
     recode(source, made, codec="toy")
@@ -384,7 +428,9 @@ def test_a_new_codec_is_a_module_and_a_line(tmp_path: Path) -> None:
     learnt = dspark.cache.open(made).codec.step  # type: ignore[attr-defined]
     ids, q = np.asarray(part["input_ids"]), np.asarray(part["aux_q"])
     theirs = q * np.float32(learnt) + stores.frozen().embed_tokens.numpy()[ids][:, None]
-    at, row, start = (np.asarray(part[n]) for n in ("exact_position", "exact_row", "sample_exact_start"))
+    at, row, start = (
+        np.asarray(part[n]) for n in ("exact_position", "exact_row", "sample_exact_start")
+    )
     first = np.asarray(part["sample_start"])
     for i in range(3):
         for p, r in zip(at[start[i] : start[i + 1]], row[start[i] : start[i + 1]], strict=True):
@@ -395,19 +441,30 @@ def test_a_new_codec_is_a_module_and_a_line(tmp_path: Path) -> None:
     assert len(dspark.cache.open(again)) == len(LENGTHS)
 
 
-# -- version 1 ----------------------------------------------------------------------------------------------------------------
+# -- version 1 -------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def version_1(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A store of every codec, written by the last release of version 1, and sha256s of what that release read from them."""
+    """A store of every codec, written by the last release of version 1, and sha256s of what that
+    release read from them.
+    """
     folder = tmp_path_factory.mktemp("v1")
     with tarfile.open(V1) as archive:
         archive.extractall(folder, filter="data")
     return folder
 
 
-NAMES = ["16-16-zstd", "16-16-none", "8-8-zstd", "4-4-zstd", "4-4-plain-none", "3-4-zstd", "2-4-zstd", "4-8-none"]  # fmt: skip
+NAMES = [
+    "16-16-zstd",
+    "16-16-none",
+    "8-8-zstd",
+    "4-4-zstd",
+    "4-4-plain-none",
+    "3-4-zstd",
+    "2-4-zstd",
+    "4-8-none",
+]
 
 
 def hashes(store: Path) -> list[dict[str, object]]:
@@ -425,7 +482,10 @@ def hashes(store: Path) -> list[dict[str, object]]:
 def test_a_version_1_store_is_read_as_before_and_recoded_to_version_2(
     version_1: Path, tmp_path: Path, name: str
 ) -> None:
-    store, want = version_1 / name, json.loads((version_1 / "expected.json").read_text())[name]["samples"]
+    store, want = (
+        version_1 / name,
+        json.loads((version_1 / "expected.json").read_text())[name]["samples"],
+    )
     assert hashes(store) == want
     assert verify(store).ok
     old = dspark.cache.open(store)
@@ -441,7 +501,8 @@ def test_a_version_1_store_is_read_as_before_and_recoded_to_version_2(
         assert a.keys() == b.keys()
         assert all(np.array_equal(a[n], b[n]) for n in a)
     assert verify(tmp_path / "two").ok
-    if codec not in ("rotated-3-4", "rotated-2-4"):  # packed in the other way, and back: every code as it was
+    # packed in the other way, and back: every code as it was
+    if codec not in ("rotated-3-4", "rotated-2-4"):
         other = "none" if pack == "zstd" else "zstd"
         recode(tmp_path / "two", tmp_path / "other", codec=codec, pack=other)
         recode(tmp_path / "other", tmp_path / "back", codec=codec, pack=pack)

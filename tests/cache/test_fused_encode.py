@@ -1,4 +1,6 @@
-"""The encoding kernel in Triton's interpreter, against plain torch: the same bytes, the same refusals."""
+"""The encoding kernel in Triton's interpreter, against plain torch: the same bytes, the same
+refusals.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""The transform codec: against a decoder in numpy that follows docs/format.md, against the Gaussian bound, and at its edges."""
+"""The transform codec: against a decoder in numpy that follows docs/format.md, against the Gaussian
+bound, and at its edges.
+"""
 
 from __future__ import annotations
 
@@ -36,9 +38,13 @@ def some_tokens(lengths: list[int], seed: int = 0) -> Tokens:
 
 
 def some_states(tokens: Tokens, seed: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gaussian rows with a spectrum over four decades, partly said by the embeddings; a massive first token in every sample."""
+    """Gaussian rows with a spectrum over four decades, partly said by the embeddings; a massive
+    first token in every sample.
+    """
     fixed, g = torch.Generator().manual_seed(3), torch.Generator().manual_seed(seed)
-    mix = torch.linalg.qr(torch.randn(WIDTH, WIDTH, generator=fixed))[0] * torch.logspace(0.5, -1.5, WIDTH)
+    mix = torch.linalg.qr(torch.randn(WIDTH, WIDTH, generator=fixed))[0] * torch.logspace(
+        0.5, -1.5, WIDTH
+    )
     said = torch.randn(HIDDEN, WIDTH, generator=fixed) * 0.5
     noise = torch.randn(len(tokens.input_ids), WIDTH, generator=g) @ mix.T
     aux = noise + tokens.embedding.float()[tokens.input_ids] @ said + torch.linspace(-3, 3, WIDTH)
@@ -65,13 +71,17 @@ def decoded_by_numpy(codec: Klt, coded: dict[str, torch.Tensor], tokens: Tokens)
             for j in range(columns):
                 byte = code[:, at + j // n].numpy().astype(int)
                 q = byte // cells ** (j % n) % cells - cells // 2
-                offset = np.where(abs(q) == 1, bands[0, band + j // BAND], bands[1, band + j // BAND])
+                offset = np.where(
+                    abs(q) == 1, bands[0, band + j // BAND], bands[1, band + j // BAND]
+                )
                 out.append(np.where(q == 0, 0, np.sign(q) * (abs(q) + offset)) * step)
             at, band = at + columns // n, band + -(-columns // BAND)
         return np.stack(out, 1)
 
     def rows(field: str, y: Any, f: Any) -> Any:
-        made = np.concatenate([y, f], 1) @ np.concatenate([t[f"{field}_back"], t[f"{field}_predict"]])
+        made = np.concatenate([y, f], 1) @ np.concatenate(
+            [t[f"{field}_back"], t[f"{field}_predict"]]
+        )
         return t[f"{field}_mean"] + t[f"{field}_deviation"] * made
 
     ids, e = tokens.input_ids.numpy(), tokens.embedding.double().numpy()
@@ -100,7 +110,9 @@ def test_decoder_is_the_documented_one() -> None:
 
 
 def bound_db(variances: Any, bits: float) -> float:
-    """SNR of reverse water-filling: the least error that any code of ``bits`` in all can have of independent Gaussians."""
+    """SNR of reverse water-filling: the least error that any code of ``bits`` in all can have of
+    independent Gaussians.
+    """
     low, high = 0.0, float(variances.max())
     for _ in range(80):
         level = (low + high) / 2
@@ -165,10 +177,14 @@ def test_samples_are_coded_alone() -> None:
         a, b = tokens.sample_start[i : i + 2].tolist()
         rows = slice(int(at[i]), int(at[i + 1]))
         own = Tokens(
-            tokens.input_ids[a:b], torch.tensor([0, b - a]), tokens.last_token[rows] - a, tokens.embedding
+            tokens.input_ids[a:b],
+            torch.tensor([0, b - a]),
+            tokens.last_token[rows] - a,
+            tokens.embedding,
         )
         got = codec.decode(codec.encode(aux[a:b], last[rows], own), HIDDEN, own)
-        # A value at a cell's edge may fall to either side, since sums of another shape round in another way.
+        # A value at a cell's edge may fall to either side, since sums of another shape round in
+        # another way.
         assert (got[0] - whole[0][a:b]).abs().gt(1e-3).float().mean() < 1e-3
         assert (got[1] - whole[1][rows]).abs().gt(1e-3).float().mean() < 1e-3
 
@@ -196,7 +212,8 @@ def test_any_states_come_back(lengths: list[int], massive: float, scale: float, 
     kept[coded[EXACT_TOKEN]] = False
     table = codec.learnt.aux
     error = ((got_aux - aux.float()).flatten(1) / table.deviation)[kept].square().sum(1)
-    # Inside the cells: half a step per kept coefficient; beyond them ``limit``; and what the left-out coefficients held.
+    # Inside the cells: half a step per kept coefficient; beyond them ``limit``; and what the
+    # left-out coefficients held.
     assert bool((error < 0.3 * table.kept * table.step**2 + 4 * table.limit + 0.5 * WIDTH).all())
 
 
@@ -219,7 +236,9 @@ def test_what_is_not_finite_is_refused_by_place(field: str) -> None:
     else:
         last[12, 3] = float("inf")
     place = (
-        "token 12, aux layer number 2, channel 3" if field == "aux" else r"token 12 \(last state\), channel 3"
+        "token 12, aux layer number 2, channel 3"
+        if field == "aux"
+        else r"token 12 \(last state\), channel 3"
     )
     with pytest.raises(EngineError, match=place):
         learnt().encode(aux, last, tokens)
@@ -238,12 +257,16 @@ def test_calibration_is_all_that_a_reader_needs() -> None:
     again = FAMILY.load(codec.name, codec.params, "zstd", codec.calibration(), "here")
     assert again == codec
     coded = codec.encode(*some_states(tokens), tokens)
-    for a, b in zip(codec.decode(coded, HIDDEN, tokens), again.decode(coded, HIDDEN, tokens), strict=True):
+    for a, b in zip(
+        codec.decode(coded, HIDDEN, tokens), again.decode(coded, HIDDEN, tokens), strict=True
+    ):
         assert torch.equal(a, b)
     other = codec.calibration() | {"aux_mean": codec.calibration()["aux_mean"] + 1}
     assert FAMILY.load(codec.name, codec.params, "zstd", other, "here") != codec
     with pytest.raises(DamagedCacheError, match=r"here: aux_offsets is \(2, 1\)"):
-        FAMILY.load(codec.name, codec.params, "zstd", other | {"aux_offsets": torch.zeros(2, 1)}, "here")
+        FAMILY.load(
+            codec.name, codec.params, "zstd", other | {"aux_offsets": torch.zeros(2, 1)}, "here"
+        )
     with pytest.raises(FormatVersionError, match="parameters"):
         FAMILY.load(codec.name, {**codec.params, "band": 64}, "zstd", other, "here")
 
@@ -261,7 +284,9 @@ def test_pack_none_is_refused() -> None:
 
 @settings(max_examples=40, deadline=None)
 @given(
-    bytes_of=st.tuples(*(st.integers(0, 4) for _ in CLASSES)), rows=st.integers(0, 5), seed=st.integers(0, 9)
+    bytes_of=st.tuples(*(st.integers(0, 4) for _ in CLASSES)),
+    rows=st.integers(0, 5),
+    seed=st.integers(0, 9),
 )
 def test_cells_survive_their_bytes(bytes_of: tuple[int, ...], rows: int, seed: int) -> None:
     packing = Packing(tuple(b * n for b, (_, n) in zip(bytes_of, CLASSES, strict=True)))
@@ -287,9 +312,18 @@ def by_hand() -> Klt:
         predict = torch.arange(features * channels).remainder(5).view(features, channels) / 64
         packing = Packing((1, 2, 0, 5))
         return Transform(
-            torch.linspace(-1, 1, channels), torch.linspace(0.5, 2, channels), back, None, predict.bfloat16(),
-            torch.tensor([[0.0, -0.1, 0.05], [0.0, -0.02, 0.03]]), 0.5, packing, 3.0, 1.0, 9.0,
-        )  # fmt: skip
+            torch.linspace(-1, 1, channels),
+            torch.linspace(0.5, 2, channels),
+            back,
+            None,
+            predict.bfloat16(),
+            torch.tensor([[0.0, -0.1, 0.05], [0.0, -0.02, 0.03]]),
+            0.5,
+            packing,
+            3.0,
+            1.0,
+            9.0,
+        )
 
     return Klt(1, 1).with_tables(Tables(transform(12, 12), transform(6, 22), 2, 6, 4))
 
@@ -309,7 +343,8 @@ def test_golden_bytes() -> None:
 GOLDEN = {
     "aux_code": "794ee47b5ff17d6ff27f70797f7079",
     "last_code": "7f807481906e83916c",
-    "exact_aux": "80bf00bf0000003f803fc03f7a45204020c000c0c0bf80bf00bf0000003f803fc03f0040204020c000c0c0bf80bf00bf",
+    "exact_aux": "80bf00bf0000003f803fc03f7a45204020c000c0c0bf80bf"
+    "00bf0000003f803fc03f0040204020c000c0c0bf80bf00bf",
     "exact_last": "0000003f803f80bf00bf0000000000000000000000000000",
     "exact_token": "03000000000000000400000000000000",
 }

@@ -1,4 +1,6 @@
-"""The owner lock: one writer, the second learns who; a dead owner's lock is taken over; one elsewhere is judged by its age."""
+"""The owner lock: one writer, the second learns who; a dead owner's lock is taken over; one
+elsewhere is judged by its age.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,10 @@ with owned(Path(sys.argv[1]), "dspark-dump"):
 def holder(output: Path) -> subprocess.Popen[str]:
     """Another process that holds the lock of ``output``."""
     found = subprocess.Popen(
-        [sys.executable, "-c", HOLDER, str(output)], stdout=subprocess.PIPE, text=True, start_new_session=True
+        [sys.executable, "-c", HOLDER, str(output)],
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
     )
     assert found.stdout is not None
     assert found.stdout.readline() == "held\n"
@@ -42,7 +47,9 @@ def holder(output: Path) -> subprocess.Popen[str]:
 
 def elsewhere(folder: Path, seconds: float, **changes: object) -> None:
     """A lock of a process on another machine, touched ``seconds`` ago."""
-    owner = dataclasses.replace(Owner.here("dspark-dump"), host="node7", machine="node7 boot", **changes)
+    owner = dataclasses.replace(
+        Owner.here("dspark-dump"), host="node7", machine="node7 boot", **changes
+    )
     path = folder / "hs.zarr.lock"
     path.write_text(json.dumps(dataclasses.asdict(owner)))
     os.utime(path, (time.time() - seconds,) * 2)
@@ -70,7 +77,9 @@ def test_a_process_id_that_is_used_again_is_not_the_owner(tmp_path: Path) -> Non
     mine = Owner.here("dspark-dump")
     (tmp_path / "x").write_text(json.dumps(dataclasses.asdict(mine)))
     assert not isinstance(take(FolderLocks(tmp_path), "x", mine, of="x"), Lock)
-    (tmp_path / "x").write_text(json.dumps(dataclasses.asdict(dataclasses.replace(mine, started="1"))))
+    (tmp_path / "x").write_text(
+        json.dumps(dataclasses.asdict(dataclasses.replace(mine, started="1")))
+    )
     got = take(FolderLocks(tmp_path), "x", mine, of="x")
     assert isinstance(got, Lock)
     got.release()
@@ -89,7 +98,9 @@ def test_a_lock_that_names_nobody_counts_by_its_age(tmp_path: Path, token: str) 
         pass
 
 
-def test_another_machine_is_refused_while_young_and_broken_on_demand_when_old(tmp_path: Path) -> None:
+def test_another_machine_is_refused_while_young_and_broken_on_demand_when_old(
+    tmp_path: Path,
+) -> None:
     output = tmp_path / "hs.zarr"
     elsewhere(tmp_path, 0)
     for flag in (False, True):
@@ -142,13 +153,19 @@ def test_without_hard_links_a_lock_is_made_all_the_same(
         raise OSError(next(iter(lock_files.NO_LINKS)), "no links here")
 
     monkeypatch.setattr(os, "link", refuse)
-    with owned(tmp_path / "hs.zarr", "x"), pytest.raises(LockedError), owned(tmp_path / "hs.zarr", "y"):
+    with (
+        owned(tmp_path / "hs.zarr", "x"),
+        pytest.raises(LockedError),
+        owned(tmp_path / "hs.zarr", "y"),
+    ):
         pass
     assert not list(tmp_path.iterdir())
 
 
 def test_of_many_that_take_over_at_once_one_wins(tmp_path: Path) -> None:
-    """Threads stand for processes: each with an owner of its own, and delays at random between the calls."""
+    """Threads stand for processes: each with an owner of its own, and delays at random between the
+    calls.
+    """
     where = FolderLocks(tmp_path)
     dead = dataclasses.replace(Owner.here("x"), started="1")
     for _ in range(20):

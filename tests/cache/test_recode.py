@@ -1,4 +1,6 @@
-"""Recoding a store: the same samples in other bits; stopped and resumed the same; compare says what it cost."""
+"""Recoding a store: the same samples in other bits; stopped and resumed the same; compare says what
+it cost.
+"""
 
 from __future__ import annotations
 
@@ -25,8 +27,12 @@ def store(tmp_path: Path) -> Path:
     return tmp_path / "hs.zarr"
 
 
-@pytest.mark.parametrize(("bits", "least"), [((8, 8), 35.0), ((4, 4), 16.0), ((3, 4), 13.0), ((2, 4), 8.0)])
-def test_other_bits_same_samples(store: Path, tmp_path: Path, bits: tuple[int, int], least: float) -> None:
+@pytest.mark.parametrize(
+    ("bits", "least"), [((8, 8), 35.0), ((4, 4), 16.0), ((3, 4), 13.0), ((2, 4), 8.0)]
+)
+def test_other_bits_same_samples(
+    store: Path, tmp_path: Path, bits: tuple[int, int], least: float
+) -> None:
     out = recode(store, tmp_path / "small.zarr", aux_bits=bits[0], last_bits=bits[1])
     assert verify(tmp_path / "small.zarr").ok
     a, b = dspark.cache.open(store), dspark.cache.open(tmp_path / "small.zarr")
@@ -42,7 +48,9 @@ def test_other_bits_same_samples(store: Path, tmp_path: Path, bits: tuple[int, i
 
 
 def test_packing_alone_keeps_every_code(store: Path, tmp_path: Path) -> None:
-    """zstd to none and back: the same codes, centres and quality, and the first store's bytes; a foreign reader sees the codes in either."""
+    """zstd to none and back: the same codes, centres and quality, and the first store's bytes; a
+    foreign reader sees the codes in either.
+    """
     made = [tmp_path / name for name in ("packed", "plain", "again")]
     recode(store, made[0], aux_bits=4, last_bits=8)
     for source, to, pack in ((made[0], made[1], "none"), (made[1], made[2], "zstd")):
@@ -77,7 +85,9 @@ def test_three_and_two_bits_need_zstd(store: Path, tmp_path: Path) -> None:
             recode(store, tmp_path / "small.zarr", aux_bits=bits, last_bits=4, pack="none")
     recode(store, tmp_path / "small.zarr", aux_bits=2, last_bits=4)
     with pytest.raises(errors.UsageError, match="2-bit codes"):
-        recode(tmp_path / "small.zarr", tmp_path / "plain.zarr", aux_bits=2, last_bits=4, pack="none")
+        recode(
+            tmp_path / "small.zarr", tmp_path / "plain.zarr", aux_bits=2, last_bits=4, pack="none"
+        )
     assert not (tmp_path / "plain.zarr").exists()
 
 
@@ -86,7 +96,10 @@ def test_back_to_16_bits_is_the_same_store(store: Path, tmp_path: Path) -> None:
     recode(store, tmp_path / "again.zarr", aux_bits=16, last_bits=16)
     for file in sorted((store / "parts").rglob("*")):
         if file.is_file():
-            assert file.read_bytes() == (tmp_path / "again.zarr" / file.relative_to(store)).read_bytes(), file
+            assert (
+                file.read_bytes()
+                == (tmp_path / "again.zarr" / file.relative_to(store)).read_bytes()
+            ), file
 
 
 @pytest.mark.parametrize("pack", PACKINGS)
@@ -104,7 +117,8 @@ def test_stopped_and_resumed_is_the_same(store: Path, tmp_path: Path, pack: str)
     with pytest.raises(errors.ExistsError):
         recode(store, tmp_path / "half.zarr", aux_bits=4, last_bits=4)
     with pytest.raises(
-        errors.MismatchError, match=r"codec\.name: store has 'rotated-4-4', this run has 'rotated-8-4'"
+        errors.MismatchError,
+        match=r"codec\.name: store has 'rotated-4-4', this run has 'rotated-8-4'",
     ):
         recode(store, tmp_path / "half.zarr", aux_bits=8, last_bits=4, pack=pack, resume=True)
     recode(store, tmp_path / "half.zarr", aux_bits=4, last_bits=4, pack=pack, resume=True)

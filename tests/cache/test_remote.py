@@ -1,4 +1,6 @@
-"""Stores in an object store: equal to local ones, whatever the service does; nothing half-written is taken for whole."""
+"""Stores in an object store: equal to local ones, whatever the service does; nothing half-written
+is taken for whole.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +40,9 @@ LENGTHS = [30, 40, 50, 60, 20, 30, 44, 9, 80, 33]
 
 @pytest.fixture(scope="module")
 def s3() -> Iterator[Faulty]:
-    """A server costs a tenth of a second per store and test: it is asked where its answers matter, the rest is tested in memory."""
+    """A server costs a tenth of a second per store and test: it is asked where its answers matter,
+    the rest is tested in memory.
+    """
     with s3_server() as proxy:
         yield proxy
 
@@ -55,7 +59,9 @@ def url(tmp_path: Path, name: str, scheme: str = "memory") -> str:
 
 def assert_same(local: Path, remote: str) -> None:
     place = place_of(remote)
-    here = {p.relative_to(local).as_posix(): p.read_bytes() for p in local.rglob("*") if p.is_file()}
+    here = {
+        p.relative_to(local).as_posix(): p.read_bytes() for p in local.rglob("*") if p.is_file()
+    }
     assert {name: place.read(name) for name in place.sizes("")} == here
 
 
@@ -83,12 +89,20 @@ def test_urls_and_paths_are_told_apart(tmp_path: Path) -> None:
     assert where(Path("s3://b/x")) == Url("s3://b/x")
     assert where("file:///tmp/x") == Path("/tmp/x")
     assert where("a:b") == Path("a:b")
-    assert (Url("s3://b/k/x").bucket, Url("s3://b/k/x").key, Url("s3://b/k/x").name) == ("b", "k/x", "x")
+    assert (Url("s3://b/k/x").bucket, Url("s3://b/k/x").key, Url("s3://b/k/x").name) == (
+        "b",
+        "k/x",
+        "x",
+    )
 
 
 @pytest.mark.parametrize("scheme", ["memory", "s3"])
-def test_a_store_there_is_the_store_here(request: pytest.FixtureRequest, tmp_path: Path, scheme: str) -> None:
-    """Written, verified, read, recoded and merged; over S3 through a service that fails now and then."""
+def test_a_store_there_is_the_store_here(
+    request: pytest.FixtureRequest, tmp_path: Path, scheme: str
+) -> None:
+    """Written, verified, read, recoded and merged; over S3 through a service that fails now and
+    then.
+    """
     s3 = request.getfixturevalue("s3") if scheme == "s3" else None
     lengths = LENGTHS[:4] if s3 else LENGTHS
     if s3:
@@ -115,7 +129,9 @@ def test_a_store_there_is_the_store_here(request: pytest.FixtureRequest, tmp_pat
     merge(url(tmp_path, "merged.zarr", scheme), [remote])
     assert_same(local, url(tmp_path, "merged.zarr", scheme))
     if s3:
-        assert min(s3.count[kind] for kind in ("500", "503", "cut", "cut before the answer")) > 3, s3.count
+        assert min(s3.count[kind] for kind in ("500", "503", "cut", "cut before the answer")) > 3, (
+            s3.count
+        )
         s3.faults = 0.0
         return
     merge(url(tmp_path, "there.zarr"), [local])
@@ -188,7 +204,9 @@ def test_damage_is_found_and_mended(tmp_path: Path) -> None:
     assert verify(remote).ok
 
 
-def test_metadata_is_read_within_bounds(s3: Faulty, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_metadata_is_read_within_bounds(
+    s3: Faulty, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What no record of ours can be is not read whole, wherever it lies."""
     for store in (tmp_path / "a.zarr", url(tmp_path, "a.zarr"), url(tmp_path, "a.zarr", "s3")):
         write_store(store, LENGTHS[:2])
@@ -227,7 +245,9 @@ def test_append_there(tmp_path: Path) -> None:
 
     remote = url(tmp_path, "a.zarr")
     write_store(remote, LENGTHS)
-    second = dataclasses.replace(manifest(), sources=[SourceInfo(id="more", sha256="1", limit=None)])
+    second = dataclasses.replace(
+        manifest(), sources=[SourceInfo(id="more", sha256="1", limit=None)]
+    )
     write_store(tmp_path / "b.zarr", LENGTHS[:4], m=second)
     append(remote, [tmp_path / "b.zarr"])
     assert verify(remote).ok
@@ -251,12 +271,17 @@ def test_kept_pieces_are_bounded_checked_and_shared(tmp_path: Path) -> None:
         (40 * BLOCK + 70, 100),
         (0, 0),
     ]:
-        assert kept.read("x", len(data), start, length, fetch).tobytes() == data[start : start + length]
+        assert (
+            kept.read("x", len(data), start, length, fetch).tobytes()
+            == data[start : start + length]
+        )
     assert asked == [(0, BLOCK), (BLOCK, BLOCK), (3 * BLOCK, 3 * BLOCK), (40 * BLOCK, 77)]
     asked.clear()
     assert other.read("x", len(data), 5, 10, fetch).tobytes() == data[5:15]
     assert not asked
-    broken = next(p for p in (tmp_path / "o").rglob("*") if p.is_file() and p.stat().st_size > BLOCK)
+    broken = next(
+        p for p in (tmp_path / "o").rglob("*") if p.is_file() and p.stat().st_size > BLOCK
+    )
     broken.write_bytes(b"\0" * broken.stat().st_size)
     assert kept.read("x", len(data), 0, 6 * BLOCK, fetch).tobytes() == data[: 6 * BLOCK]
     for i in range(0, 40, 2):

@@ -1,4 +1,6 @@
-"""Sizes before a store is written against bytes on disk after: within 2 %, every setting of bits, two shapes."""
+"""Sizes before a store is written against bytes on disk after: within 2 %, every setting of bits,
+two shapes.
+"""
 
 from __future__ import annotations
 
@@ -34,8 +36,8 @@ def test_size_is_known_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, h
         on_disk = sum(f.stat().st_size for f in (out / "parts").rglob("*") if f.is_file())
         measured = RowBytes.of(there.codec, *states)
         assert measured.store(counts.tokens, counts.last_rows) == pytest.approx(on_disk, rel=0.02)
-        # The formula: always without zstd. With it, not for bfloat16, where noise has another entropy than states; nor where a chunk is so small
-        # that Huffman tables count.
+        # The formula: always without zstd. With it, not for bfloat16, where noise has another
+        # entropy than states; nor where a chunk is so small that Huffman tables count.
         if pack == "none" or (aux_bits < 16 and hidden > 64):
             share = counts.last_rows / counts.tokens
             formula = disk_bytes_per_token(layers, width, there.codec, share)

@@ -1,4 +1,6 @@
-"""SIGINT, SIGTERM, SIGHUP: a line at once, even inside one long call; a stop at a safe point; a second signal ends the process."""
+"""SIGINT, SIGTERM, SIGHUP: a line at once, even inside one long call; a stop at a safe point; a
+second signal ends the process.
+"""
 
 from __future__ import annotations
 
@@ -47,8 +49,12 @@ FRESH = "import signal; signal.signal(signal.SIGHUP, signal.SIG_DFL)\n"
 
 def start(code: str, **more: Any) -> subprocess.Popen[str]:
     process = subprocess.Popen(
-        [sys.executable, "-u", "-c", ("" if "preexec_fn" in more else FRESH) + BEGIN + code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **more
-    )  # fmt: skip
+        [sys.executable, "-u", "-c", ("" if "preexec_fn" in more else FRESH) + BEGIN + code],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        **more,
+    )
     assert process.stdout is not None
     assert process.stdout.readline() == "ready\n"
     return process
@@ -89,7 +95,8 @@ def test_a_second_signal_ends_the_process_and_says_what_is_safe() -> None:
 
 def test_what_nohup_ignores_stays_ignored() -> None:
     process = start(
-        RAISES.replace("busy(30)", "busy(1)"), preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        RAISES.replace("busy(30)", "busy(1)"),
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN),
     )
     process.send_signal(signal.SIGHUP)
     _, said = process.communicate(timeout=20)
@@ -99,7 +106,8 @@ def test_what_nohup_ignores_stays_ignored() -> None:
 def test_a_forked_child_does_not_count_for_its_parent() -> None:
     """A scheduler's SIGTERM reaches the whole group."""
     process = start(
-        "child = 0\n" + RAISES.replace("busy(30)", "child = os.fork(); busy(30)"), start_new_session=True
+        "child = 0\n" + RAISES.replace("busy(30)", "child = os.fork(); busy(30)"),
+        start_new_session=True,
     )
     time.sleep(0.2)
     os.killpg(process.pid, signal.SIGTERM)

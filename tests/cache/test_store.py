@@ -85,7 +85,9 @@ def test_a_foreign_zarr_reader_sees_the_documented_arrays(store: Path) -> None:
 def test_a_cache_pickles_and_target_is_tied(store: Path) -> None:
     cache = pickle.loads(pickle.dumps(dspark.cache.open(store)))
     assert cache.target.lm_head.data_ptr() == cache.target.embed_tokens.data_ptr()
-    np.testing.assert_array_equal(cache.target.embed_tokens.numpy(), stores.frozen().embed_tokens.numpy())
+    np.testing.assert_array_equal(
+        cache.target.embed_tokens.numpy(), stores.frozen().embed_tokens.numpy()
+    )
     with pytest.raises(IndexError):
         cache[len(LENGTHS)]
 
@@ -125,11 +127,15 @@ def test_resume_refuses_another_plan_and_names_each_difference(store: Path, plan
     ):
         StoreWriter.resume(store, other)
     dump = dataclasses.replace(plan.dump, seq_length=99)
-    with pytest.raises(errors.MismatchError, match=r"run.seq_length: store has 256, this run has 99"):
+    with pytest.raises(
+        errors.MismatchError, match=r"run.seq_length: store has 256, this run has 99"
+    ):
         StoreWriter.resume(store, dataclasses.replace(plan, dump=dump))
     (pack,) = set(PACKINGS) - {plan.codec.pack}
     with pytest.raises(errors.MismatchError, match=rf"codec.pack: store has '{plan.codec.pack}'"):
-        StoreWriter.resume(store, dataclasses.replace(plan, codec=dataclasses.replace(plan.codec, pack=pack)))
+        StoreWriter.resume(
+            store, dataclasses.replace(plan, codec=dataclasses.replace(plan.codec, pack=pack))
+        )
 
 
 def test_refusals_by_name(tmp_path: Path, store: Path) -> None:
@@ -144,7 +150,9 @@ def test_refusals_by_name(tmp_path: Path, store: Path) -> None:
     with pytest.raises(errors.ExistsError, match="--resume"):
         StoreWriter.create(store, stores.manifest(), stores.frozen(), {})
     with pytest.raises(errors.ExistsError, match="not overwritten"):
-        StoreWriter.create(tmp_path / "folder", stores.manifest(), stores.frozen(), {}, overwrite=True)
+        StoreWriter.create(
+            tmp_path / "folder", stores.manifest(), stores.frozen(), {}, overwrite=True
+        )
     stores.write_store(tmp_path / "half.zarr", LENGTHS, finish=False)
     with pytest.raises(errors.IncompleteCacheError, match="has not finished"):
         dspark.cache.open(tmp_path / "half.zarr")
@@ -153,14 +161,18 @@ def test_refusals_by_name(tmp_path: Path, store: Path) -> None:
     np.testing.assert_array_equal(half[4].input_ids, stores.token_samples(LENGTHS)[4].input_ids)
 
 
-def edit_manifest(store: Path, seal: bool, codec: dict[str, object] | None = None, **changes: object) -> None:
+def edit_manifest(
+    store: Path, seal: bool, codec: dict[str, object] | None = None, **changes: object
+) -> None:
     path = store / "zarr.json"
     data = json.loads(path.read_text())
     body = {k: v for k, v in data["attributes"]["dspark"].items() if k != "crc32c"} | changes
     if codec is not None:
         body["plan"]["codec"] |= codec
         body["plan_sha256"] = plan_digest(body["plan"])
-    data["attributes"]["dspark"] = sealed(body) if seal else {**data["attributes"]["dspark"], **changes}
+    data["attributes"]["dspark"] = (
+        sealed(body) if seal else {**data["attributes"]["dspark"], **changes}
+    )
     path.write_text(json.dumps(data))
 
 
@@ -205,7 +217,9 @@ def damage(path: Path, kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["flip", "cut", "gone"])
 def test_verify_names_every_damaged_file(store: Path, kind: str) -> None:
-    """Each file of a part in turn, its own metadata included: verify finds it and names it, and no read returns data from a damaged chunk."""
+    """Each file of a part in turn, its own metadata included: verify finds it and names it, and no
+    read returns data from a damaged chunk.
+    """
     part = store / "parts" / "000000000002"
     total = verify(store)
     assert total.ok
@@ -234,8 +248,13 @@ def test_reading_damaged_states_raises(store: Path, kind: str) -> None:
 
 
 def test_verify_finds_a_swapped_part_and_a_missing_one(store: Path, tmp_path: Path) -> None:
-    stores.write_store(tmp_path / "other.zarr", LENGTHS, m=dspark.cache.open(store).manifest, seed=5)
-    mine, other = store / "parts" / "000000000001", tmp_path / "other.zarr" / "parts" / "000000000001"
+    stores.write_store(
+        tmp_path / "other.zarr", LENGTHS, m=dspark.cache.open(store).manifest, seed=5
+    )
+    mine, other = (
+        store / "parts" / "000000000001",
+        tmp_path / "other.zarr" / "parts" / "000000000001",
+    )
     mine.rename(tmp_path / "kept")
     report = verify(store)
     assert any("missing" in f for f in report.findings)
@@ -267,13 +286,16 @@ def test_disk_full_is_one_sentence_and_leaves_the_committed_parts(
 
 
 @pytest.mark.parametrize(
-    ("dtype", "level"), [("uint16", 5), ("uint8", 1), ("int32", 5), ("bool", 1), ("uint16", 0), ("uint8", 0)]
+    ("dtype", "level"),
+    [("uint16", 5), ("uint8", 1), ("int32", 5), ("bool", 1), ("uint16", 0), ("uint8", 0)],
 )
 @pytest.mark.parametrize("rows", [1, 127, 128, 129, 700])
 def test_our_shards_are_zarrs_bytes_and_ours_reads_zarrs(
     tmp_path: Path, dtype: str, level: int, rows: int
 ) -> None:
-    """The fast writer and reader against zarr-python, both ways: the same file, the same values for any range of rows."""
+    """The fast writer and reader against zarr-python, both ways: the same file, the same values for
+    any range of rows.
+    """
     from dspark.cache.files.layout import StoredArray
     from dspark.cache.files.part import shard_file, write_array
     from dspark.cache.files.shard import Shard
@@ -297,7 +319,9 @@ def test_our_shards_are_zarrs_bytes_and_ours_reads_zarrs(
 
 
 def test_unpacked_chunks_whose_index_is_not_theirs_are_damage(tmp_path: Path) -> None:
-    """A sound index (its crc32c right) of other lengths, and a file that is longer than its chunks."""
+    """A sound index (its crc32c right) of other lengths, and a file that is longer than its
+    chunks.
+    """
     from dspark.cache.files.layout import StoredArray
     from dspark.cache.files.shard import Shard, write_shard
 
@@ -313,9 +337,13 @@ def test_unpacked_chunks_whose_index_is_not_theirs_are_damage(tmp_path: Path) ->
             Shard(tmp_path / name, spec).read(0, 10)
 
 
-@pytest.mark.parametrize("byte", [0, 511, 512, 515], ids=["first", "last", "sum's first", "sum's last"])
+@pytest.mark.parametrize(
+    "byte", [0, 511, 512, 515], ids=["first", "last", "sum's first", "sum's last"]
+)
 def test_one_flipped_bit_of_an_unpacked_chunk_is_named(tmp_path: Path, byte: int) -> None:
-    """In the values or in the sum behind them, wherever in the chunk the wanted rows lie; rows of other chunks are still read."""
+    """In the values or in the sum behind them, wherever in the chunk the wanted rows lie; rows of
+    other chunks are still read.
+    """
     from dspark.cache.files.checksum import crc32c
     from dspark.cache.files.layout import StoredArray
     from dspark.cache.files.shard import Shard, write_shard
@@ -345,8 +373,12 @@ def test_the_residue_is_that_of_every_sum() -> None:
         assert checksum.crc32c(whole) == shard.RESIDUE
 
 
-def test_a_sound_file_of_another_part_or_array_is_found(tmp_path: Path, store: Path, plan: Manifest) -> None:
-    """Equal sizes, every checksum in it right: the tag at its beginning is of another part (or store), so a reader refuses it when it opens it."""
+def test_a_sound_file_of_another_part_or_array_is_found(
+    tmp_path: Path, store: Path, plan: Manifest
+) -> None:
+    """Equal sizes, every checksum in it right: the tag at its beginning is of another part (or
+    store), so a reader refuses it when it opens it.
+    """
     stores.write_store(tmp_path / "other.zarr", LENGTHS, m=plan, seed=5)
     name = "parts/000000000001/sample_key/c/0/0"
     whole = (store / name).read_bytes()

@@ -47,7 +47,9 @@ def test_a_share_is_of_conversations_and_the_same_every_time(tmp_path: Path) -> 
     halves = []
     for name, text in (("b", "share=0.5"), ("c", "share=0.5"), ("d", "share=.5:7")):
         subset(tmp_path / "a.zarr", tmp_path / name, [text])
-        halves.append({key.tobytes() for key in dspark.cache.open(tmp_path / name).index["sample_key"]})
+        halves.append(
+            {key.tobytes() for key in dspark.cache.open(tmp_path / name).index["sample_key"]}
+        )
     assert halves[0] == halves[1] != halves[2]
     assert 15 < len(halves[0]) < 45
 

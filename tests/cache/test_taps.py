@@ -1,4 +1,6 @@
-"""Layers by drafter type: what a store of its own would hold, one store for several, what is missing."""
+"""Layers by drafter type: what a store of its own would hold, one store for several, what is
+missing.
+"""
 
 from __future__ import annotations
 
@@ -16,16 +18,25 @@ def test_every_type_is_known_here() -> None:
 @pytest.mark.parametrize(
     ("kind", "layers", "expected"),
     [
-        ("dspark", 36, (1, 9, 17, 25, 33)), ("eagle3", 36, (1, 17, 32)), ("peagle", 30, (1, 14, 26)), ("spd", 47, (14, 30, 46)),
-        ("eagle3", 4, (1, 2, 3)), ("eagle3", 2, ()), ("spd", 2, (0, 1)), ("spd", 4, (0, 1, 3)),
+        ("dspark", 36, (1, 9, 17, 25, 33)),
+        ("eagle3", 36, (1, 17, 32)),
+        ("peagle", 30, (1, 14, 26)),
+        ("spd", 47, (14, 30, 46)),
+        ("eagle3", 4, (1, 2, 3)),
+        ("eagle3", 2, ()),
+        ("spd", 2, (0, 1)),
+        ("spd", 4, (0, 1, 3)),
     ],
-)  # fmt: skip
+)
 def test_a_store_of_its_own(kind: str, layers: int, expected: tuple[int, ...]) -> None:
     assert taps.wanted(kind, layers) == expected
 
 
 def test_eagle3_and_dspark_share_five_layers() -> None:
-    assert taps.serving(["eagle3", "dspark"], 36) == {"eagle3": (1, 17, 33), "dspark": (1, 9, 17, 25, 33)}
+    assert taps.serving(["eagle3", "dspark"], 36) == {
+        "eagle3": (1, 17, 33),
+        "dspark": (1, 9, 17, 25, 33),
+    }
     glm = (7, 22, 38, 54, 69)
     assert taps.serving(["peagle", "dspark"], 78, glm) == {"peagle": (7, 38, 69), "dspark": glm}
     assert taps.serving(["eagle3"], 36) == {"eagle3": (1, 17, 32)}

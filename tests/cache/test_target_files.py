@@ -1,4 +1,6 @@
-"""The target's files beside the states: damage is refused, named, and repaired by the run that can write them again."""
+"""The target's files beside the states: damage is refused, named, and repaired by the run that can
+write them again.
+"""
 
 from __future__ import annotations
 
@@ -55,7 +57,8 @@ def test_damaged_weights_are_not_handed_out(store: Path) -> None:
     flip(store / "target" / "model.safetensors")
     with pytest.raises(
         DamagedCacheError,
-        match=r"model.safetensors: sha256 is \w{64}, the manifest says \w{64}. Run .*verify --drop-damaged .*--resume",
+        match=r"model.safetensors: sha256 is \w{64}, the manifest says \w{64}. Run .*verify "
+        r"--drop-damaged .*--resume",
     ):
         _ = dspark.cache.open(store).target
     (store / "target" / "model.safetensors").unlink()
@@ -96,7 +99,9 @@ def test_verify_finds_what_is_not_the_manifests_and_a_resumed_run_writes_it_agai
 
 def test_a_file_that_only_the_run_knows_is_written_again(store: Path) -> None:
     (store / "target" / "chat_template.jinja").unlink()
-    assert StoreWriter.resume(store, PLAN).restore_target(stores.frozen(), FILES) == ["chat_template.jinja"]
+    assert StoreWriter.resume(store, PLAN).restore_target(stores.frozen(), FILES) == [
+        "chat_template.jinja"
+    ]
     assert (store / "target" / "chat_template.jinja").read_bytes() == FILES["chat_template.jinja"]
 
 
@@ -125,10 +130,14 @@ def test_a_sound_store_is_not_gone_on_with_by_another_target(store: Path) -> Non
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_the_hash_of_weights_is_that_of_the_file_they_would_make(tmp_path: Path, tied: bool) -> None:
+def test_the_hash_of_weights_is_that_of_the_file_they_would_make(
+    tmp_path: Path, tied: bool
+) -> None:
     """Whichever release of safetensors wrote its header."""
     one, path = stores.frozen(), tmp_path / "model.safetensors"
-    frozen = dataclasses.replace(one, tied=tied, lm_head=one.lm_head.clone(), norm=one.norm.bfloat16())
+    frozen = dataclasses.replace(
+        one, tied=tied, lm_head=one.lm_head.clone(), norm=one.norm.bfloat16()
+    )
     written = frozen.save(path)
     assert frozen.sha256_in(path) == written
     save_file(load_file(path), path, {"format": "pt", "by": "another release"})
@@ -146,7 +155,9 @@ def test_a_damaged_source_is_not_recoded(store: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "small.zarr").exists()
 
 
-def test_a_recoded_store_gets_its_targets_files_again_from_the_source(store: Path, tmp_path: Path) -> None:
+def test_a_recoded_store_gets_its_targets_files_again_from_the_source(
+    store: Path, tmp_path: Path
+) -> None:
     small = tmp_path / "small.zarr"
     recode(store, small, aux_bits=4, last_bits=4)
     before = contents(small)
@@ -164,7 +175,9 @@ def test_a_missing_part_is_one_to_be_written_again(store: Path, tmp_path: Path) 
 
 
 def test_a_difference_between_plans_is_short(store: Path) -> None:
-    """Parameters by the kilobyte are no message; another codec's parameters are no difference of their own."""
+    """Parameters by the kilobyte are no message; another codec's parameters are no difference of
+    their own.
+    """
     codec = CodecInfo(name="rotated-4-4", params={"levels": "x" * 5000})
     with pytest.raises(
         MismatchError, match="codec.name: store has 'lossless', this run has 'rotated-4-4'"
@@ -173,5 +186,7 @@ def test_a_difference_between_plans_is_short(store: Path) -> None:
     assert "params" not in str(caught.value)
     mine = dataclasses.replace(codec, params={"levels": "y" * 5000})
     with pytest.raises(MismatchError, match=r"codec.params.levels: store has 'xxx") as caught:
-        dataclasses.replace(PLAN, codec=codec).same_plan(dataclasses.replace(PLAN, codec=mine), "hs.zarr")
+        dataclasses.replace(PLAN, codec=codec).same_plan(
+            dataclasses.replace(PLAN, codec=mine), "hs.zarr"
+        )
     assert len(str(caught.value)) < 500

@@ -1,7 +1,9 @@
-"""Every file of a store and of a training folder is damaged, one at a time: verify finds it, or what is read and trained is as before.
+"""Every file of a store and of a training folder is damaged, one at a time: verify finds it, or
+what is read and trained is as before.
 
-Kinds: a flipped bit, a cut, a deletion, a page of zeros, the place of another file, an older copy, the same file of a sibling store (same corpus, other bits) and of a
-twin (same plan, another corpus). ``silent`` counts cases in which something else is read without an error; it must stay 0.
+Kinds: a flipped bit, a cut, a deletion, a page of zeros, the place of another file, an older copy,
+the same file of a sibling store (same corpus, other bits) and of a twin (same plan, another
+corpus). ``silent`` counts cases in which something else is read without an error; it must stay 0.
 """
 
 from __future__ import annotations
@@ -87,15 +89,26 @@ def values(store: Path) -> str:
     cache, out = open_store(store), hashlib.sha256()
     for i in range(len(cache)):
         sample = cache[i]
-        for part in (sample.row, sample.key, sample.input_ids, sample.loss_mask, sample.aux, sample.last):
+        for part in (
+            sample.row,
+            sample.key,
+            sample.input_ids,
+            sample.loss_mask,
+            sample.aux,
+            sample.last,
+        ):
             out.update(part if isinstance(part, bytes) else np.ascontiguousarray(part).tobytes())
     for tensor in (cache.target.embed_tokens, cache.target.norm, cache.target.lm_head):
         out.update(tensor.numpy().tobytes())
     return out.hexdigest()
 
 
-def cases(root: Path, kinds: list[str], count: int, rng: random.Random) -> Iterator[tuple[str, str]]:
-    """(file, kind): every file by every kind, again and again with other random places, until there are ``count``."""
+def cases(
+    root: Path, kinds: list[str], count: int, rng: random.Random
+) -> Iterator[tuple[str, str]]:
+    """(file, kind): every file by every kind, again and again with other random places, until there
+    are ``count``.
+    """
     names = sorted(p.relative_to(root).as_posix() for p in root.rglob("*") if p.is_file())
     grid = [(name, kind) for name in names for kind in kinds]
     while count > 0:
@@ -105,7 +118,9 @@ def cases(root: Path, kinds: list[str], count: int, rng: random.Random) -> Itera
 
 
 def judged(found: Callable[[], bool], use: Callable[[], str], expected: str) -> str:
-    """``found`` by verify, ``refused`` by whoever uses it, ``harmless`` (what is used is as before), or ``silent``."""
+    """``found`` by verify, ``refused`` by whoever uses it, ``harmless`` (what is used is as
+    before), or ``silent``.
+    """
     from dspark.cache.errors import DsparkError
 
     try:
@@ -155,7 +170,9 @@ def stores_campaign(folder: Path, count: int, seed: int, pack: str = "zstd") -> 
 
 
 def trainings_campaign(folder: Path, count: int, seed: int) -> dict[str, Any]:
-    """``count`` cases on the folder of a training that is then resumed for a step; "used" is the draft it ends with."""
+    """``count`` cases on the folder of a training that is then resumed for a step; "used" is the
+    draft it ends with.
+    """
     from safetensors.torch import load_file
     from small_trainings import small_training
 
@@ -163,7 +180,12 @@ def trainings_campaign(folder: Path, count: int, seed: int) -> dict[str, Any]:
 
     rng = random.Random(seed)
     settings = small_training(
-        folder, [40, 52, 61, 44, 70], max_steps=3, checkpoint_freq=0.3, device="cpu", keep_checkpoints=3
+        folder,
+        [40, 52, 61, 44, 70],
+        max_steps=3,
+        checkpoint_freq=0.3,
+        device="cpu",
+        keep_checkpoints=3,
     )
     whole, work = folder / "whole", folder / "work"
 
@@ -174,7 +196,9 @@ def trainings_campaign(folder: Path, count: int, seed: int) -> dict[str, Any]:
 
         with_output = dataclasses.replace(settings, output=str(output), **more)
         with contextlib.suppress(Halt):
-            train(with_output, progress=stop if step < 3 else lambda *_: None, resume=output.exists())
+            train(
+                with_output, progress=stop if step < 3 else lambda *_: None, resume=output.exists()
+            )
 
     until(whole, 2)
     until(folder / "older", 1)

@@ -1,8 +1,10 @@
-"""``make campaign``: dumps of a tiny target are killed (kill -9) at random moments and resumed; the store must be that of an unbroken run, byte for byte.
+"""``make campaign``: dumps of a tiny target are killed (kill -9) at random moments and resumed; the
+store must be that of an unbroken run, byte for byte.
 
     python tests/campaign/dumps.py [KILLS] [SEED]
 
-Every try is a fork of this process, so that it costs a dump and not the import of torch. Prints one JSON object.
+Every try is a fork of this process, so that it costs a dump and not the import of torch. Prints one
+JSON object.
 """
 
 from __future__ import annotations
@@ -30,7 +32,9 @@ from dump_targets import save_target
 
 
 def attempt(config: DumpConfig, seconds: float | None) -> int:
-    """Dump in a process of its own, killed after ``seconds``; its exit code, -9 where it was killed."""
+    """Dump in a process of its own, killed after ``seconds``; its exit code, -9 where it was
+    killed.
+    """
     child = os.fork()
     if not child:
         quiet = os.open(os.devnull, os.O_WRONLY)
@@ -48,7 +52,9 @@ def attempt(config: DumpConfig, seconds: float | None) -> int:
 
 
 def whole_dump(folder: Path, rows: int) -> DumpConfig:
-    """Make a target and a corpus of ``rows`` chats in ``folder``; the dump of them that others are compared with."""
+    """Make a target and a corpus of ``rows`` chats in ``folder``; the dump of them that others are
+    compared with.
+    """
     data = folder / "rows.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in corpus(rows)))
     return DumpConfig(
@@ -62,7 +68,9 @@ def whole_dump(folder: Path, rows: int) -> DumpConfig:
 
 
 def campaign(folder: Path, kills: int, seed: int) -> dict[str, object]:
-    """Kill dumps until ``kills`` of them have been; each store that is whole is compared, then the next one begun."""
+    """Kill dumps until ``kills`` of them have been; each store that is whole is compared, then the
+    next one begun.
+    """
     rng = random.Random(seed)
     whole = whole_dump(folder, 60)
     began = time.monotonic()
@@ -87,9 +95,15 @@ def campaign(folder: Path, kills: int, seed: int) -> dict[str, object]:
         assert not differ, differ
         assert verify(config.output).ok
     return {
-        "seed": seed, "kills": killed, "stores": stores, "parts": len(scan_parts(whole.output)), "seconds_unbroken": round(unbroken, 2),
-        "kills_before_the_store": parts.count(-1), "kills_between_parts": sum(p >= 0 for p in parts), "byte_equal": stores,
-    }  # fmt: skip
+        "seed": seed,
+        "kills": killed,
+        "stores": stores,
+        "parts": len(scan_parts(whole.output)),
+        "seconds_unbroken": round(unbroken, 2),
+        "kills_before_the_store": parts.count(-1),
+        "kills_between_parts": sum(p >= 0 for p in parts),
+        "byte_equal": stores,
+    }
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Faults at a chosen call of the system: a process that dies there, or an error that comes once.
 
-Patched in the process itself, so a case costs what the work costs, and every rename, fsync and deletion is met, not only those that a clock happens to hit.
+Patched in the process itself, so a case costs what the work costs, and every rename, fsync and
+deletion is met, not only those that a clock happens to hit.
 """
 
 from __future__ import annotations
@@ -17,11 +18,22 @@ from typing import Any
 from dspark.cache.files import atomic, shard
 
 # What changes the disk: each is a moment before and a moment after.
-WRITES = [(os, "replace"), (os, "rename"), (os, "fsync"), (os, "link"), (os, "unlink"), (os, "rmdir"), (os, "mkdir"), (atomic, "_renameat2")]  # fmt: skip
+WRITES = [
+    (os, "replace"),
+    (os, "rename"),
+    (os, "fsync"),
+    (os, "link"),
+    (os, "unlink"),
+    (os, "rmdir"),
+    (os, "mkdir"),
+    (atomic, "_renameat2"),
+]
 
 
 class Deaths:
-    """Counts moments around the calls in ``WRITES``; at moment ``at`` the process is killed as by kill -9."""
+    """Counts moments around the calls in ``WRITES``; at moment ``at`` the process is killed as by
+    kill -9.
+    """
 
     def __init__(self, at: int | None) -> None:
         self.at, self.moments = at, 0
@@ -46,7 +58,9 @@ class Deaths:
 
 
 def attempt(work: Callable[[], Any], at: int | None, said: Path) -> int:
-    """Do ``work`` in a fork of this process that dies at moment ``at``; its exit code (-9: killed, 1: ``said`` has the error, 0: ``said`` has the moments)."""
+    """Do ``work`` in a fork of this process that dies at moment ``at``; its exit code (-9: killed,
+    1: ``said`` has the error, 0: ``said`` has the moments).
+    """
     child = os.fork()
     if not child:
         quiet = os.open(os.devnull, os.O_WRONLY)
@@ -67,7 +81,11 @@ def attempt(work: Callable[[], Any], at: int | None, said: Path) -> int:
 
 def tree(root: Path) -> dict[str, bytes]:
     """Every file below ``root`` by its path."""
-    return {p.relative_to(root).as_posix(): p.read_bytes() for p in sorted(root.rglob("*")) if p.is_file()}
+    return {
+        p.relative_to(root).as_posix(): p.read_bytes()
+        for p in sorted(root.rglob("*"))
+        if p.is_file()
+    }
 
 
 def copied(source: Path, to: Path) -> Path:

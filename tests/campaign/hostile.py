@@ -1,5 +1,6 @@
-"""Stores, drafts, checkpoints, targets and corpora that somebody made to do harm, their checksums right where they have any: each ends in a typed error, or is read as what it
-says, within 10 s and 1 GB, and no file outside is touched.
+"""Stores, drafts, checkpoints, targets and corpora that somebody made to do harm, their checksums
+right where they have any: each ends in a typed error, or is read as what it says, within 10 s and 1
+GB, and no file outside is touched.
 """
 
 from __future__ import annotations
@@ -23,9 +24,44 @@ import faults
 SECONDS, GIGABYTES = 10, 1.0
 DEEP = "[" * 3000 + "]" * 3000
 VALUES: list[Any] = [
-    -1, 0, 1, 2**31, 2**40, 2**63, 10**30, -(2**63), 1e308, -1e308, 1e-320, float("nan"), float("inf"), True, False, None, "", "x" * 5000, "\x1b]52;c;YQ==\x07",
-    "../../etc/passwd", "/etc/passwd", "..", ".", "\x00", "\ud800", [], {}, [[]], [None], [2**40] * 3, {"a": {}}, ["x"] * 100, "1e9", 0.5, "NaN", [-1], {"../x": [1, 2, 3]},
-]  # fmt: skip
+    -1,
+    0,
+    1,
+    2**31,
+    2**40,
+    2**63,
+    10**30,
+    -(2**63),
+    1e308,
+    -1e308,
+    1e-320,
+    float("nan"),
+    float("inf"),
+    True,
+    False,
+    None,
+    "",
+    "x" * 5000,
+    "\x1b]52;c;YQ==\x07",
+    "../../etc/passwd",
+    "/etc/passwd",
+    "..",
+    ".",
+    "\x00",
+    "\ud800",
+    [],
+    {},
+    [[]],
+    [None],
+    [2**40] * 3,
+    {"a": {}},
+    ["x"] * 100,
+    "1e9",
+    0.5,
+    "NaN",
+    [-1],
+    {"../x": [1, 2, 3]},
+]
 
 
 class TooLong(BaseException):
@@ -49,7 +85,13 @@ def limited() -> Iterator[None]:
 
 def places(value: Any, at: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
     """Paths of everything within a JSON value."""
-    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    inner = (
+        value.items()
+        if isinstance(value, dict)
+        else enumerate(value)
+        if isinstance(value, list)
+        else ()
+    )
     return ([at] if at else []) + [p for key, v in inner for p in places(v, (*at, key))]
 
 
@@ -70,7 +112,9 @@ def mutated(value: Any, rng: random.Random) -> Any:
         elif how < 0.25 and isinstance(parent, dict):
             parent[rng.choice(["x", "../x", "codec", "plan", ""])] = rng.choice(VALUES)
         elif how < 0.35 and type(parent[key]) is int:
-            parent[key] = parent[key] * rng.choice([-1, 2, 1000, 10**6, 10**9]) + rng.choice([0, 1, -1])
+            parent[key] = parent[key] * rng.choice([-1, 2, 1000, 10**6, 10**9]) + rng.choice(
+                [0, 1, -1]
+            )
         else:
             parent[key] = rng.choice(VALUES)
     return out
@@ -89,7 +133,9 @@ def written(path: Path, value: Any, rng: random.Random) -> None:
 
 
 def store_case(work: Path, rng: random.Random) -> str:
-    """A changed JSON of a store, sealed anew, or a file of bytes that claim to be more than they are."""
+    """A changed JSON of a store, sealed anew, or a file of bytes that claim to be more than they
+    are.
+    """
     from dspark.cache.manifest import plan_digest, sealed
 
     files = [*sorted(work.rglob("zarr.json")), work / "target" / "config.json"]
@@ -116,7 +162,9 @@ def store_case(work: Path, rng: random.Random) -> str:
 
 
 def bomb(shard: Path, rng: random.Random) -> None:
-    """A shard of one chunk that claims, or is, far more than it may be; checksums right, the tag kept."""
+    """A shard of one chunk that claims, or is, far more than it may be; checksums right, the tag
+    kept.
+    """
     from numcodecs import Zstd
 
     from dspark.cache.files.checksum import crc32c
@@ -129,7 +177,9 @@ def bomb(shard: Path, rng: random.Random) -> None:
             "<BBBBIII", 2, 1, 0x81, 4, rng.choice([2**31 - 1, 2**32 - 1]), 2**17, 64
         ) + bytes(48)
     packed += crc32c(packed).to_bytes(4, "little")
-    index = struct.pack("<QQ", rng.choice([16, 0, 2**40]), rng.choice([len(packed), 20 * 10**9, 2**63]))
+    index = struct.pack(
+        "<QQ", rng.choice([16, 0, 2**40]), rng.choice([len(packed), 20 * 10**9, 2**63])
+    )
     shard.write_bytes(tag + packed + index + crc32c(index).to_bytes(4, "little"))
 
 
@@ -163,7 +213,9 @@ def draft_case(work: Path, rng: random.Random) -> str:
     size = int.from_bytes(data[:8], "little")
     how = rng.random()
     if how < 0.4:
-        header = json.dumps(mutated(json.loads(data[8 : 8 + size]), rng)).encode("utf-8", "surrogatepass")
+        header = json.dumps(mutated(json.loads(data[8 : 8 + size]), rng)).encode(
+            "utf-8", "surrogatepass"
+        )
         weights.write_bytes(len(header).to_bytes(8, "little") + header + data[8 + size :])
     elif how < 0.6:
         weights.write_bytes(rng.choice([2**63, 2**40, size + 1]).to_bytes(8, "little") + data[8:])
@@ -196,7 +248,20 @@ def training_case(work: Path, rng: random.Random) -> str:
     path = work / name
     if name.endswith("jsonl"):
         lines = path.read_text().splitlines()
-        lines[rng.randrange(len(lines))] = rng.choice(["3", "[]", "null", '"x"', DEEP, '{"step": "x"}', '{"step": null}', "{", '{"step": 1e400}', "\x00"])  # fmt: skip
+        lines[rng.randrange(len(lines))] = rng.choice(
+            [
+                "3",
+                "[]",
+                "null",
+                '"x"',
+                DEEP,
+                '{"step": "x"}',
+                '{"step": null}',
+                "{",
+                '{"step": 1e400}',
+                "\x00",
+            ]
+        )
         path.write_text("\n".join(lines) + "\n")
         return name
     value = json.loads(path.read_bytes())
@@ -248,7 +313,9 @@ def corpus_case(work: Path, rng: random.Random) -> str:
 
     lines = []
     for _ in range(rng.randint(1, 6)):
-        row: Any = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]}
+        row: Any = {
+            "messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]
+        }
         how = rng.random()
         if how < 0.6:
             lines.append(json.dumps(mutated(row, rng)).encode("utf-8", "surrogatepass"))
@@ -288,7 +355,9 @@ def use_corpus(work: Path) -> None:
 
 
 def campaign(folder: Path, tries: int, seed: int) -> dict[str, Any]:
-    """``tries`` cases, shared among stores (half of them), drafts, trainings, targets and corpora."""
+    """``tries`` cases, shared among stores (half of them), drafts, trainings, targets and
+    corpora.
+    """
     from small_trainings import small_training
 
     import stores
@@ -313,9 +382,12 @@ def campaign(folder: Path, tries: int, seed: int) -> dict[str, Any]:
         train(dataclasses.replace(settings, output=str(work)), resume=True)
 
     table: dict[str, tuple[Callable[[Path, random.Random], str], Callable[[Path], None]]] = {
-        "store": (store_case, use_store), "draft": (draft_case, use_draft), "training": (training_case, resume), "target": (target_case, use_target),
+        "store": (store_case, use_store),
+        "draft": (draft_case, use_draft),
+        "training": (training_case, resume),
+        "target": (target_case, use_target),
         "corpus": (corpus_case, use_corpus),
-    }  # fmt: skip
+    }
     canary = folder / "outside"
     canary.mkdir()
     (canary / "file").write_text("untouched")
@@ -339,7 +411,8 @@ def campaign(folder: Path, tries: int, seed: int) -> dict[str, Any]:
             keep = folder.parent / f"hostile-{kind}-{number}"
             faults.copied(work, keep)
             raise AssertionError(
-                f"try {number} of seed {seed}, {kind}, {what} (kept: {keep}): {type(error).__name__}: {error}"
+                f"try {number} of seed {seed}, {kind}, {what} (kept: {keep}): "
+                f"{type(error).__name__}: {error}"
             ) from error
         slowest = max(slowest, time.monotonic() - start)
         counts[kind] += 1

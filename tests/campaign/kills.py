@@ -1,7 +1,9 @@
-"""Processes that write are killed at a moment before or after a rename, fsync, link, deletion or new folder, and run again until they end: the result must be that
-of an unbroken run. Dumps, recodings, imports, dumps that regenerate, exports, trainings.
+"""Processes that write are killed at a moment before or after a rename, fsync, link, deletion or
+new folder, and run again until they end: the result must be that of an unbroken run. Dumps,
+recodings, imports, dumps that regenerate, exports, trainings.
 
-A case is a chain: killed at a random moment, run again with ``--resume`` (or, every fourth time, ``--overwrite``), killed again or not, until it ends.
+A case is a chain: killed at a random moment, run again with ``--resume`` (or, every fourth time,
+``--overwrite``), killed again or not, until it ends.
 """
 
 from __future__ import annotations
@@ -42,9 +44,19 @@ def same_draft(a: Path, b: Path) -> list[str]:
     from safetensors.torch import load_file
 
     left, right = (load_file(p / "model.safetensors") for p in (a, b))
-    out = [n for n in left | right if n not in left or n not in right or not torch.equal(left[n], right[n])]
+    out = [
+        n
+        for n in left | right
+        if n not in left or n not in right or not torch.equal(left[n], right[n])
+    ]
     speed = ("tokens_per_second", "step_ms", "data_wait_fraction")
-    rows = [[{k: v for k, v in json.loads(line).items() if k not in speed} for line in (p / "metrics.jsonl").read_text().splitlines()] for p in (a, b)]  # fmt: skip
+    rows = [
+        [
+            {k: v for k, v in json.loads(line).items() if k not in speed}
+            for line in (p / "metrics.jsonl").read_text().splitlines()
+        ]
+        for p in (a, b)
+    ]
     return out + ([] if rows[0] == rows[1] else ["metrics.jsonl"])
 
 
@@ -54,7 +66,9 @@ def same_export(a: Path, b: Path) -> list[str]:
 
     left, right = (load_file(p / "model.safetensors") for p in (a, b))
     names = sorted(p.name for p in a.iterdir()) == sorted(p.name for p in b.iterdir())
-    return [n for n in left | right if not torch.equal(left[n], right[n])] + ([] if names else ["names"])
+    return [n for n in left | right if not torch.equal(left[n], right[n])] + (
+        [] if names else ["names"]
+    )
 
 
 def campaign(folder: Path, kind: Kind, kills: int, seed: int) -> dict[str, Any]:
@@ -75,7 +89,9 @@ def campaign(folder: Path, kind: Kind, kills: int, seed: int) -> dict[str, Any]:
         code = -9
         while code == -9:
             at = rng.randrange(moments) if killed < kills else None
-            code = faults.attempt(lambda output=output, mode=mode: kind.work(output, mode), at, said)  # type: ignore[misc]
+            code = faults.attempt(
+                lambda output=output, mode=mode: kind.work(output, mode), at, said
+            )  # type: ignore[misc]
             if code == -9:
                 killed += 1
                 mode = "overwrite" if rng.random() < 0.25 or not kind.resumes else "resume"
@@ -91,7 +107,14 @@ def campaign(folder: Path, kind: Kind, kills: int, seed: int) -> dict[str, Any]:
         ]
         assert not left, left
         chains += 1
-    return {"kind": kind.name, "moments": moments, "kills": killed, "outputs": chains, "equal": chains, "seconds": round(time.monotonic() - began)}  # fmt: skip
+    return {
+        "kind": kind.name,
+        "moments": moments,
+        "kills": killed,
+        "outputs": chains,
+        "equal": chains,
+        "seconds": round(time.monotonic() - began),
+    }
 
 
 def flags(mode: str) -> dict[str, bool]:
@@ -111,7 +134,9 @@ def dumping(folder: Path, *, regenerate: bool = False) -> Kind:
     data = folder / "rows.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     target = str(save_target(folder / "target"))
-    config = DumpConfig(model=target, data=str(data), part_tokens=150, aux_bits=4, last_bits=4, workers=0)
+    config = DumpConfig(
+        model=target, data=str(data), part_tokens=150, aux_bits=4, last_bits=4, workers=0
+    )
     if regenerate:
         config = dataclasses.replace(
             config, regenerate=True, part_tokens=None, max_tokens=6, temperature=0.0, seq_length=120
@@ -175,7 +200,12 @@ def training(folder: Path) -> Kind:
     from dspark.train.loop import train
 
     settings = small_training(
-        folder, [40, 52, 61, 44, 70], epochs=2, checkpoint_freq=0.5, device="cpu", keep_checkpoints=1
+        folder,
+        [40, 52, 61, 44, 70],
+        epochs=2,
+        checkpoint_freq=0.5,
+        device="cpu",
+        keep_checkpoints=1,
     )
 
     def work(output: Path, mode: str) -> None:
@@ -185,9 +215,13 @@ def training(folder: Path) -> Kind:
 
 
 MAKE: dict[str, Callable[[Path], Kind]] = {
-    "dump": dumping, "regenerate": lambda folder: dumping(folder, regenerate=True), "recode": recoding, "import": importing, "export": exporting,
+    "dump": dumping,
+    "regenerate": lambda folder: dumping(folder, regenerate=True),
+    "recode": recoding,
+    "import": importing,
+    "export": exporting,
     "train": training,
-}  # fmt: skip
+}
 
 
 def foreign_rows(target: Path) -> list[Any]:

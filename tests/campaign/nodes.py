@@ -1,4 +1,5 @@
-"""A training as two nodes of torchrun on loopback (gloo, float32): its loss curve is one process's; a node is killed and the run is resumed with another count.
+"""A training as two nodes of torchrun on loopback (gloo, float32): its loss curve is one process's;
+a node is killed and the run is resumed with another count.
 
     python tests/campaign/nodes.py
 
@@ -27,11 +28,44 @@ STEPS = 24
 
 def flags(store: Path, output: Path) -> list[str]:
     return [
-        *("-m", "dspark.train", "--cache", str(store), "--output", str(output), "--device", "cpu", "--dtype", "float32"),
-        *("--num-layers", "1", "--block-size", "3", "--markov-rank", "4", "--max-anchors", "16", "--total-seq-len", "256"),
-        *("--rows-per-step", "2", "--max-steps", str(STEPS), "--log-every", "1", "--val-fraction", "0", "--epochs", "50"),
+        *(
+            "-m",
+            "dspark.train",
+            "--cache",
+            str(store),
+            "--output",
+            str(output),
+            "--device",
+            "cpu",
+            "--dtype",
+            "float32",
+        ),
+        *(
+            "--num-layers",
+            "1",
+            "--block-size",
+            "3",
+            "--markov-rank",
+            "4",
+            "--max-anchors",
+            "16",
+            "--total-seq-len",
+            "256",
+        ),
+        *(
+            "--rows-per-step",
+            "2",
+            "--max-steps",
+            str(STEPS),
+            "--log-every",
+            "1",
+            "--val-fraction",
+            "0",
+            "--epochs",
+            "50",
+        ),
         *("--checkpoint-freq", "0.5", "--workers", "0"),
-    ]  # fmt: skip
+    ]
 
 
 def free_port() -> int:
@@ -40,7 +74,9 @@ def free_port() -> int:
         return int(found.getsockname()[1])
 
 
-def nodes(count: int, per_node: int, args: list[str], folder: Path) -> list[subprocess.Popen[bytes]]:
+def nodes(
+    count: int, per_node: int, args: list[str], folder: Path
+) -> list[subprocess.Popen[bytes]]:
     """Start the nodes; each has its own torchrun."""
     port = free_port()
     out = []
@@ -63,7 +99,9 @@ def nodes(count: int, per_node: int, args: list[str], folder: Path) -> list[subp
             str(port),
         ]
         log = open(folder / f"node-{rank}.log", "ab")  # noqa: SIM115  # the child's
-        out.append(subprocess.Popen([*launcher, *args], stdout=log, stderr=log, start_new_session=True))
+        out.append(
+            subprocess.Popen([*launcher, *args], stdout=log, stderr=log, start_new_session=True)
+        )
     return out
 
 
@@ -78,11 +116,15 @@ def worst(a: dict[int, float], b: dict[int, float]) -> float:
 
 
 def killed(running: list[subprocess.Popen[bytes]], output: Path) -> int:
-    """Kill all of the second node once a checkpoint is there; returns the first node's exit code."""
+    """Kill all of the second node once a checkpoint is there; returns the first node's exit
+    code.
+    """
     while not list((output / "checkpoints").glob("[!.]*")):
         assert all(node.poll() is None for node in running), "ended before its first checkpoint"
         time.sleep(0.05)
-    own = subprocess.run(["pgrep", "-P", str(running[1].pid)], capture_output=True, text=True, check=False)
+    own = subprocess.run(
+        ["pgrep", "-P", str(running[1].pid)], capture_output=True, text=True, check=False
+    )
     for pid in (running[1].pid, *map(int, own.stdout.split())):
         os.kill(pid, signal.SIGKILL)
     running[1].wait()
@@ -100,7 +142,9 @@ def main() -> dict[str, Any]:
         two = folder / "two"
         for node in nodes(2, 1, flags(store, two), folder):
             assert node.wait(300) == 0, (folder / "node-0.log").read_text()[-2000:]
-        out["two nodes against one process, worst relative difference"] = worst(losses(one), losses(two))
+        out["two nodes against one process, worst relative difference"] = worst(
+            losses(one), losses(two)
+        )
         log = next(two.glob("*.log")).read_text()
         out["log"] = next(line for line in log.splitlines() if "rank 0" in line)[-80:]
         cut = folder / "cut"
@@ -108,7 +152,9 @@ def main() -> dict[str, Any]:
             nodes(2, 1, flags(store, cut), folder), cut
         )
         out["steps before"] = len(losses(cut))
-        subprocess.run([sys.executable, *flags(store, cut), "--resume"], check=True, capture_output=True)
+        subprocess.run(
+            [sys.executable, *flags(store, cut), "--resume"], check=True, capture_output=True
+        )
         out["resumed on one process, worst relative difference"] = worst(losses(one), losses(cut))
         return out
 

@@ -1,4 +1,5 @@
-"""Dumps of a tiny target by ``--ray 2`` and ``--ray 3`` on this machine, whose processes are killed (kill -9) at random moments; the store must be that of one writer.
+"""Dumps of a tiny target by ``--ray 2`` and ``--ray 3`` on this machine, whose processes are killed
+(kill -9) at random moments; the store must be that of one writer.
 
     python tests/campaign/ray_dumps.py [KILLS] [SEED]
 

@@ -1,9 +1,12 @@
-"""A dump, its verification, a recode, a merge and a training against an S3 server on loopback that fails now and then, and the same on the local disk.
+"""A dump, its verification, a recode, a merge and a training against an S3 server on loopback that
+fails now and then, and the same on the local disk.
 
     python tests/campaign/remote.py [SEED]
 
-The dump is killed (kill -9) three times and resumed. All results must be equal to the local ones. Prints one JSON object with MB/s of both and reads per sample.
-Server, proxy and we share this machine's cores, so the rate is of them together, a lower bound of what a service gives.
+The dump is killed (kill -9) three times and resumed. All results must be equal to the local ones.
+Prints one JSON object with MB/s of both and reads per sample.
+Server, proxy and we share this machine's cores, so the rate is of them together, a lower bound of
+what a service gives.
 """
 
 from __future__ import annotations
@@ -47,7 +50,9 @@ def timed(work: Callable[[], Any]) -> float:
 
 
 def killed_dump(config: DumpConfig, parts: int) -> int:
-    """The command in a process of its own, killed once ``parts`` parts are there; returns how many were."""
+    """The command in a process of its own, killed once ``parts`` parts are there; returns how many
+    were.
+    """
     flags = [
         "--model",
         config.model,
@@ -105,7 +110,16 @@ def train(cache: str, output: Path) -> list[float]:
         "--workers",
         "2",
     ]
-    command = [sys.executable, "-m", "dspark.train", "--cache", cache, "--output", str(output), *flags]
+    command = [
+        sys.executable,
+        "-m",
+        "dspark.train",
+        "--cache",
+        cache,
+        "--output",
+        str(output),
+        *flags,
+    ]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     return [row["loss"] for row in rows if "loss" in row]
@@ -159,7 +173,10 @@ def campaign(folder: Path, seed: int) -> dict[str, Any]:
         merge(f"{base}/m.zarr", [f"{base}/remote.zarr"])
         assert same(folder / "local.zarr", f"{base}/m.zarr")
         out["equal"].append("merge")
-        losses = train(str(local.output), folder / "d1"), train(f"{base}/remote.zarr", folder / "d2")
+        losses = (
+            train(str(local.output), folder / "d1"),
+            train(f"{base}/remote.zarr", folder / "d2"),
+        )
         assert losses[0] == losses[1], losses
         out["equal"].append("train")
         out["faults"] = {k: proxy.count[k] for k in ("500", "503", "cut", "cut before the answer")}

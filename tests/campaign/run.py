@@ -1,8 +1,10 @@
-"""``make campaign``: what is done to stores and trainings so that they can be trusted, with a seed. Prints a JSON object per campaign.
+"""``make campaign``: what is done to stores and trainings so that they can be trusted, with a seed.
+Prints a JSON object per campaign.
 
     python tests/campaign/run.py [NAME ...] [--scale S] [--seed N]
 
-Names: dump, regenerate, recode, import, export, train (kills); stores, plain, trainings (damage); writers; transient; hostile. ``--scale 1`` are the figures in docs/trust.md.
+Names: dump, regenerate, recode, import, export, train (kills); stores, plain, trainings (damage);
+writers; transient; hostile. ``--scale 1`` are the figures in docs/trust.md.
 """
 
 from __future__ import annotations
@@ -17,7 +19,14 @@ HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 
 KILLS = {"dump": 200, "regenerate": 40, "recode": 60, "import": 40, "export": 40, "train": 60}
-OTHERS = {"stores": 1100, "plain": 300, "trainings": 400, "writers": 40, "transient": 0, "hostile": 2000}
+OTHERS = {
+    "stores": 1100,
+    "plain": 300,
+    "trainings": 400,
+    "writers": 40,
+    "transient": 0,
+    "hostile": 2000,
+}
 
 
 def run(name: str, count: int, seed: int, folder: Path) -> dict[str, object]:

@@ -1,8 +1,10 @@
-"""``make campaign``: 1, 2 and 4 shards of a tiny target's dump, into one store and into stores of their own, one of them killed (kill -9) at random moments.
+"""``make campaign``: 1, 2 and 4 shards of a tiny target's dump, into one store and into stores of
+their own, one of them killed (kill -9) at random moments.
 
     python tests/campaign/shards.py [KILLS] [SEED]
 
-Each result must be that of a single writer, byte for byte; a merge that lacks a shard must name its rows. Prints one JSON object.
+Each result must be that of a single writer, byte for byte; a merge that lacks a shard must name its
+rows. Prints one JSON object.
 """
 
 from __future__ import annotations
@@ -57,9 +59,9 @@ def campaign(folder: Path, kills: int, seed: int) -> dict[str, object]:
             except MismatchError as error:
                 refused = str(error)
             rows = [int(n) for n in re.findall(r"(\d+)-\d+", refused)]
-            block = json.loads((own[0] / "zarr.json").read_text())["attributes"]["dspark"]["plan"]["run"][
-                "block_rows"
-            ]
+            block = json.loads((own[0] / "zarr.json").read_text())["attributes"]["dspark"]["plan"][
+                "run"
+            ]["block_rows"]
             assert rows, refused
             assert all(row // block % 4 == 1 for row in rows), refused
             assert not (folder / "lacking.zarr").exists()

@@ -1,4 +1,6 @@
-"""Every call with which verify and a reader touch a store fails once with EIO, ESTALE, EACCES or EMFILE: nothing is called damaged, nothing is deleted."""
+"""Every call with which verify and a reader touch a store fails once with EIO, ESTALE, EACCES or
+EMFILE: nothing is called damaged, nothing is deleted.
+"""
 
 from __future__ import annotations
 
@@ -18,13 +20,25 @@ from typing import Any
 import damage
 import faults
 
-CALLS = [(builtins, "open"), (io, "open"), (os, "open"), (os, "stat"), (os, "lstat"), (os, "fstat"), (os, "scandir"), (os, "listdir"), (os, "pread")]  # fmt: skip
+CALLS = [
+    (builtins, "open"),
+    (io, "open"),
+    (os, "open"),
+    (os, "stat"),
+    (os, "lstat"),
+    (os, "fstat"),
+    (os, "scandir"),
+    (os, "listdir"),
+    (os, "pread"),
+]
 ERRORS = [errno.EIO, errno.ESTALE, errno.EACCES, errno.EMFILE]
 
 
 @contextmanager
 def failing(root: Path, at: int | None, number: int) -> Iterator[list[str]]:
-    """Call ``at`` (counted from 0) of those that concern ``root``, or a file that was opened, raises ``number``; yields the names of the calls."""
+    """Call ``at`` (counted from 0) of those that concern ``root``, or a file that was opened,
+    raises ``number``; yields the names of the calls.
+    """
     seen: list[str] = []
     busy = False
 
@@ -64,7 +78,9 @@ def failing(root: Path, at: int | None, number: int) -> Iterator[list[str]]:
 
 
 def campaign(folder: Path, count: int, seed: int) -> dict[str, Any]:
-    """``count`` cases over the calls of verify and of reading everything, spread evenly (0: every call by every error)."""
+    """``count`` cases over the calls of verify and of reading everything, spread evenly (0: every
+    call by every error).
+    """
     import stores
     from dspark.cache.codec import registry
     from dspark.cache.errors import DsparkError, UnreadableError
@@ -97,11 +113,13 @@ def campaign(folder: Path, count: int, seed: int) -> dict[str, Any]:
             out["unreadable"] += 1
         except DsparkError as error:
             raise AssertionError(
-                f"{name}, call {at} ({seen[at]}), {errno.errorcode[number]}: {type(error).__name__}: {error}"
+                f"{name}, call {at} ({seen[at]}), {errno.errorcode[number]}: "
+                f"{type(error).__name__}: {error}"
             ) from error
         except Exception as error:
             raise AssertionError(
-                f"{name}, call {at} ({seen[at]}), {errno.errorcode[number]}: {type(error).__name__}: {error}"
+                f"{name}, call {at} ({seen[at]}), {errno.errorcode[number]}: "
+                f"{type(error).__name__}: {error}"
             ) from error
         else:
             if name == "read":
@@ -109,7 +127,11 @@ def campaign(folder: Path, count: int, seed: int) -> dict[str, Any]:
                 out["as before"] += 1
             else:
                 assert not result.damaged, (where, errno.errorcode[number], result)
-                assert result.ok or result.verdict == "UNREADABLE", (where, errno.errorcode[number], result)
+                assert result.ok or result.verdict == "UNREADABLE", (
+                    where,
+                    errno.errorcode[number],
+                    result,
+                )
                 out["as before" if result.ok else "unreadable"] += 1
                 drop_damaged(store, result)
         assert faults.tree(store) == before, where

@@ -1,8 +1,10 @@
-"""``make wheel``: builds the wheel, installs it with what it depends on and nothing else, and goes from a tiny target to an exported draft outside the checkout.
+"""``make wheel``: builds the wheel, installs it with what it depends on and nothing else, and goes
+from a tiny target to an exported draft outside the checkout.
 
     python tests/campaign/wheel.py [FOLDER] [REQUIREMENT ...]
 
-``REQUIREMENT``: installed with the wheel, such as torch==2.13.0. Needs a package index. Prints a line per command and what was installed.
+``REQUIREMENT``: installed with the wheel, such as torch==2.13.0. Needs a package index. Prints a
+line per command and what was installed.
 """
 
 from __future__ import annotations
@@ -51,7 +53,14 @@ def chats() -> str:
     out = []
     for i in range(ROWS):
         said = " ".join(words[(i * 3 + j * (i % 4 + 1)) % len(words)] for j in range(24))
-        out.append({"messages": [{"role": "user", "content": f"say {words[i % 15]}"}, {"role": "assistant", "content": said}]})  # fmt: skip
+        out.append(
+            {
+                "messages": [
+                    {"role": "user", "content": f"say {words[i % 15]}"},
+                    {"role": "assistant", "content": said},
+                ]
+            }
+        )
     return "".join(json.dumps(row) + "\n" for row in out)
 
 
@@ -59,19 +68,66 @@ def steps(bin_: Path) -> list[list[str]]:
     """The commands of a first day."""
     dump, train, tools = (str(bin_ / f"dspark-{name}") for name in ("dump", "train", "tools"))
     out = [[c, flag] for c in (dump, train, tools) for flag in ("--version", "--help", "-h")]
-    out += [[str(bin_ / "python"), "-m", f"dspark.{name}", "--version"] for name in ("dump", "train", "tools")]  # fmt: skip
+    out += [
+        [str(bin_ / "python"), "-m", f"dspark.{name}", "--version"]
+        for name in ("dump", "train", "tools")
+    ]
     return [
         *out,
-        [dump, "--model", "target", "--data", "rows.jsonl", "--output", "hs.zarr", "--codec", "rotated-4-4"],
+        [
+            dump,
+            "--model",
+            "target",
+            "--data",
+            "rows.jsonl",
+            "--output",
+            "hs.zarr",
+            "--codec",
+            "rotated-4-4",
+        ],
         [tools, "info", "hs.zarr"],
         [tools, "verify", "hs.zarr"],
-        [train, "--cache", "hs.zarr", "--output", "draft", "--num-layers", "1", "--block-size", "3", "--markov-rank", "4",
-         "--total-seq-len", "256", "--max-anchors", "32", "--rows-per-step", "1", "--max-steps", "6", "--device", "cpu"],
+        [
+            train,
+            "--cache",
+            "hs.zarr",
+            "--output",
+            "draft",
+            "--num-layers",
+            "1",
+            "--block-size",
+            "3",
+            "--markov-rank",
+            "4",
+            "--total-seq-len",
+            "256",
+            "--max-anchors",
+            "32",
+            "--rows-per-step",
+            "1",
+            "--max-steps",
+            "6",
+            "--device",
+            "cpu",
+        ],
         [tools, "score", "--draft", "draft", "--cache", "hs.zarr"],
-        [tools, "eval", "--model", "target", "--draft", "draft", "--data", "rows.jsonl", "--limit", "2", "--max-tokens", "8"],
+        [
+            tools,
+            "eval",
+            "--model",
+            "target",
+            "--draft",
+            "draft",
+            "--data",
+            "rows.jsonl",
+            "--limit",
+            "2",
+            "--max-tokens",
+            "8",
+        ],
         [tools, "export", "draft", "published", "--target", "org/target"],
         [tools, "report", ".", "-o", "report.html"],
-    ]  # fmt: skip
+    ]
 
 
 def main(folder: Path, requirements: list[str]) -> None:
@@ -90,7 +146,12 @@ def main(folder: Path, requirements: list[str]) -> None:
             done.check_returncode()
         ours = "dspark" in words[0]
         said = [line for line in done.stderr.splitlines() if ours and "warning" in line.lower()]
-        print(f"{time.monotonic() - began:6.1f} s  {' '.join(words).replace(str(folder), '')[:110]}", *said, sep="\n         ", flush=True)  # fmt: skip
+        print(
+            f"{time.monotonic() - began:6.1f} s  {' '.join(words).replace(str(folder), '')[:110]}",
+            *said,
+            sep="\n         ",
+            flush=True,
+        )
         return done.stdout
 
     if not bin_.exists():
@@ -110,7 +171,12 @@ def main(folder: Path, requirements: list[str]) -> None:
     run(str(bin_ / "python"), "-c", TARGET, str(CHECKOUT / "tests"), str(CHECKOUT))
     for step in steps(bin_):
         run(*step)
-    for name in ("published/model.safetensors", "published/README.md", "report.html", "draft/metrics.jsonl"):
+    for name in (
+        "published/model.safetensors",
+        "published/README.md",
+        "report.html",
+        "draft/metrics.jsonl",
+    ):
         assert (work / name).stat().st_size > 0, name
     print(run(str(bin_ / "pip"), "list", "--format=freeze"))
 

@@ -1,4 +1,6 @@
-"""Two to four processes write one output at once, with delays at random before and after every rename and fsync: one wins, the others say who holds it, the output is sound."""
+"""Two to four processes write one output at once, with delays at random before and after every
+rename and fsync: one wins, the others say who holds it, the output is sound.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,9 @@ def delayed(rng: random.Random) -> None:
 
 
 def start(work: Callable[[], None], go: Path, said: Path, seed: int) -> int:
-    """A fork that waits for the file ``go``, works, and leaves ``done`` or its error in ``said``."""
+    """A fork that waits for the file ``go``, works, and leaves ``done`` or its error in
+    ``said``.
+    """
     child = os.fork()
     if child:
         return child
@@ -58,7 +62,9 @@ def start(work: Callable[[], None], go: Path, said: Path, seed: int) -> int:
 
 
 def campaign(folder: Path, tries: int, seed: int) -> dict[str, Any]:
-    """Of each try: recodings or trainings, all new, all resuming what a killed one left, or one that replaces while others resume."""
+    """Of each try: recodings or trainings, all new, all resuming what a killed one left, or one
+    that replaces while others resume.
+    """
     import kills
     from small_trainings import small_training
 
@@ -69,7 +75,9 @@ def campaign(folder: Path, tries: int, seed: int) -> dict[str, Any]:
     rng = random.Random(seed)
     source = folder / "source.zarr"
     stores.write_store(source, [40, 52, 61, 44, 70, 33, 51])
-    settings = small_training(folder, [40, 52, 61, 44], max_steps=4, checkpoint_freq=0.5, device="cpu")
+    settings = small_training(
+        folder, [40, 52, 61, 44], max_steps=4, checkpoint_freq=0.5, device="cpu"
+    )
     import dataclasses
 
     def recoded(output: Path, mode: str) -> None:
@@ -92,7 +100,10 @@ def campaign(folder: Path, tries: int, seed: int) -> dict[str, Any]:
 
     counts: collections.Counter[str] = collections.Counter()
     began = time.monotonic()
-    for kind, work, equal in (("recode", recoded, kills.same_store), ("train", trained, kills.same_draft)):
+    for kind, work, equal in (
+        ("recode", recoded, kills.same_store),
+        ("train", trained, kills.same_draft),
+    ):
         whole = folder / f"{kind}-whole"
         said = folder / "said"
         assert faults.attempt(lambda work=work, whole=whole: work(whole, "new"), None, said) == 0, (
@@ -105,9 +116,13 @@ def campaign(folder: Path, tries: int, seed: int) -> dict[str, Any]:
             if begun:  # what a killed writer left
                 moments = 60
                 while not output.exists():
-                    faults.attempt(lambda work=work, output=output: work(output, "new"), moments, said)  # type: ignore[misc]
+                    faults.attempt(
+                        lambda work=work, output=output: work(output, "new"), moments, said
+                    )  # type: ignore[misc]
                     moments += 40
-            modes = [rng.choice(["resume", "overwrite"]) if begun else "new" for _ in range(writers)]
+            modes = [
+                rng.choice(["resume", "overwrite"]) if begun else "new" for _ in range(writers)
+            ]
             says = [folder / f"said-{i}" for i in range(writers)]
             children = [
                 start(
@@ -126,14 +141,17 @@ def campaign(folder: Path, tries: int, seed: int) -> dict[str, Any]:
             assert won >= 1, (output, modes, texts)
             for text in texts:
                 named = SAID.match(text)
-                late = text.startswith("ExistsError") and not begun  # begun after the winner had ended
+                # begun after the winner had ended
+                late = text.startswith("ExistsError") and not begun
                 assert text == "done" or named or late, (output, modes, text)
                 assert not named or int(named[1]) in children, text
                 counts["done" if text == "done" else "locked" if named else "exists"] += 1
             differ = equal(whole, output)
             assert not differ, (output, modes, texts, differ)
             left = [
-                p.name for p in folder.iterdir() if p.name.endswith(".lock") or p.name.startswith(".staging")
+                p.name
+                for p in folder.iterdir()
+                if p.name.endswith(".lock") or p.name.startswith(".staging")
             ]
             assert not left, left
             assert not (output / ".lock").exists()

@@ -1,4 +1,6 @@
-"""Answers beside a store: joined in order, from wherever a part's are; none lost by what stops a dump, none taken from another store."""
+"""Answers beside a store: joined in order, from wherever a part's are; none lost by what stops a
+dump, none taken from another store.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,13 @@ from pathlib import Path
 import pytest
 from dump_runs import files
 
-from dspark.cache.errors import DamagedCacheError, EngineError, ExistsError, StoreWriteError, UsageError
+from dspark.cache.errors import (
+    DamagedCacheError,
+    EngineError,
+    ExistsError,
+    StoreWriteError,
+    UsageError,
+)
 from dspark.cache.files.part import PartRecord
 from dspark.cache.reader import read_manifest
 from dspark.cache.verify import drop_damaged, verify
@@ -32,9 +40,17 @@ def line(row: int, said: str = "x") -> dict[str, object]:
 
 def record(index: int, rows: range, samples: int) -> PartRecord:
     return PartRecord(
-        index=index, row_start=rows.start, row_stop=rows.stop, samples=samples, tokens=9, supervised_tokens=9,
-        last_rows=8, truncated=0, dropped={}, files={},
-    )  # fmt: skip
+        index=index,
+        row_start=rows.start,
+        row_stop=rows.stop,
+        samples=samples,
+        tokens=9,
+        supervised_tokens=9,
+        last_rows=8,
+        truncated=0,
+        dropped={},
+        files={},
+    )
 
 
 RECORDS = {0: record(0, range(3), 2), 1: record(1, range(3, 5), 2), 2: record(2, range(5, 9), 1)}
@@ -52,10 +68,14 @@ def answers(tmp_path: Path) -> AnswerFiles:
 
 
 def said(answers: AnswerFiles) -> list[tuple[int, str]]:
-    return [(a["row"], a["messages"]) for a in map(json.loads, answers.joined.read_text().splitlines())]
+    return [
+        (a["row"], a["messages"]) for a in map(json.loads, answers.joined.read_text().splitlines())
+    ]
 
 
-def test_a_part_that_was_answered_again_takes_the_place_of_its_old_answers(answers: AnswerFiles) -> None:
+def test_a_part_that_was_answered_again_takes_the_place_of_its_old_answers(
+    answers: AnswerFiles,
+) -> None:
     answers.save(1, [line(3, "new"), line(4, "new")])
     answers.check(RECORDS)
     answers.join(RECORDS)
@@ -68,7 +88,9 @@ def test_answers_that_are_nowhere_are_named_and_what_is_there_is_kept(answers: A
     before = answers.joined.read_bytes().splitlines(keepends=True)
     answers.joined.write_bytes(b"".join(before[:3]))
     answers.save(2, [line(5)])
-    with pytest.raises(DamagedCacheError, match=r"found 1 answers to the rows 3 to 4, expected 2: .*part 1"):
+    with pytest.raises(
+        DamagedCacheError, match=r"found 1 answers to the rows 3 to 4, expected 2: .*part 1"
+    ):
         answers.join(RECORDS)
     assert answers.joined.read_bytes() == b"".join(before[:3])
     answers.joined.unlink()
@@ -97,12 +119,17 @@ def test_a_join_that_fails_leaves_nothing_behind(answers: AnswerFiles) -> None:
     with pytest.raises(DamagedCacheError, match="found 1 answers"):
         answers.join(RECORDS)
     assert said(answers) == before
-    assert {p.name for p in answers.joined.parent.iterdir()} == {answers.joined.name, answers.folder.name}
+    assert {p.name for p in answers.joined.parent.iterdir()} == {
+        answers.joined.name,
+        answers.folder.name,
+    }
 
 
 def test_a_date_in_a_message_is_written_as_text(answers: AnswerFiles) -> None:
     """Data sets with a time in each message give dates, which JSON has not."""
-    answers.save(0, [line(0), {"row": 2, "messages": [{"content": "x", "at": datetime.date(2026, 1, 2)}]}])
+    answers.save(
+        0, [line(0), {"row": 2, "messages": [{"content": "x", "at": datetime.date(2026, 1, 2)}]}]
+    )
     answers.join(RECORDS)
     assert '"at": "2026-01-02"' in answers.joined.read_text()
 
@@ -128,10 +155,16 @@ def config(
     """Three parts of three rows."""
     monkeypatch.setattr(regenerate, "PART_ROWS", 3)
     return DumpConfig(
-        model=str(tiny), data=str(write_rows([chat(f"u: {'one two ' * i}") for i in range(1, 10)])),
-        output=tmp_path / "hs.zarr", regenerate=True, max_tokens=4, temperature=0.0, aux_bits=16, last_bits=16,
+        model=str(tiny),
+        data=str(write_rows([chat(f"u: {'one two ' * i}") for i in range(1, 10)])),
+        output=tmp_path / "hs.zarr",
+        regenerate=True,
+        max_tokens=4,
+        temperature=0.0,
+        aux_bits=16,
+        last_bits=16,
         seq_length=200,
-    )  # fmt: skip
+    )
 
 
 def again(config: DumpConfig) -> DumpConfig:
@@ -142,7 +175,9 @@ def test_a_repaired_store_has_all_its_answers(config: DumpConfig) -> None:
     dump(config, Display())
     answers = AnswerFiles(config.output)
     before, store = answers.joined.read_bytes(), files(config.output)
-    shard = max((config.output / "parts" / "000000000001").rglob("c/0*"), key=lambda p: p.stat().st_size)
+    shard = max(
+        (config.output / "parts" / "000000000001").rglob("c/0*"), key=lambda p: p.stat().st_size
+    )
     shard = shard if shard.is_file() else next(p for p in shard.rglob("*") if p.is_file())
     data = bytearray(shard.read_bytes())
     data[:64] = bytes(64)
@@ -174,7 +209,9 @@ def test_a_disk_error_while_joining_leaves_a_store_that_is_gone_on_with(
 
     with monkeypatch.context() as patch:
         patch.setattr(AnswerFiles, "begin", and_a_folder_in_the_way)
-        with pytest.raises(StoreWriteError, match=r"answers.jsonl could not be written: .*--resume"):
+        with pytest.raises(
+            StoreWriteError, match=r"answers.jsonl could not be written: .*--resume"
+        ):
             dump(config, Display())
     assert not read_manifest(config.output).complete
     answers.joined.rmdir()
@@ -213,7 +250,9 @@ def test_stopped_at_the_end_it_does_the_rest(
 
 
 def test_a_complete_store_of_an_older_release_is_joined(config: DumpConfig) -> None:
-    """It finished the store first: a repaired part's answers lay in the folder and the joined file was the old one."""
+    """It finished the store first: a repaired part's answers lay in the folder and the joined file
+    was the old one.
+    """
     dump(config, Display())
     answers = AnswerFiles(config.output)
     before = answers.joined.read_bytes()
@@ -238,7 +277,9 @@ def test_an_ordinary_store_that_replaces_it_takes_its_answers_away(
     if not whole:
         answers.save(0, [line(0)])
     rows = write_rows([chat("u: one two", "a: three one two") for _ in range(9)], "ordinary.jsonl")
-    ordinary = dataclasses.replace(config, data=str(rows), regenerate=False, max_tokens=None, temperature=None, overwrite=True)  # fmt: skip
+    ordinary = dataclasses.replace(
+        config, data=str(rows), regenerate=False, max_tokens=None, temperature=None, overwrite=True
+    )
 
     def beside() -> dict[str, bytes]:
         """But for the log, which says why a dump stopped."""

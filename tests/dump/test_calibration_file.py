@@ -1,4 +1,6 @@
-"""``--calibration``: what a codec has learnt in one dump, taken to another; refused before weights are read where it is not for that."""
+"""``--calibration``: what a codec has learnt in one dump, taken to another; refused before weights
+are read where it is not for that.
+"""
 
 from __future__ import annotations
 
@@ -53,10 +55,14 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> DumpConfig:
 def test_it_gives_the_bytes_of_the_dump_that_made_it(
     made: DumpConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also outside its store, where no codec is named, and without a pass over the corpus; a later run may leave the flag out."""
+    """Also outside its store, where no codec is named, and without a pass over the corpus; a later
+    run may leave the flag out.
+    """
     file = shutil.copy(made.output / CALIBRATION, tmp_path / "learnt.safetensors")
     again = dataclasses.replace(made, output=tmp_path / "again.zarr", calibration=file, codec=None)
-    monkeypatch.setattr(running, "captured", lambda *a: pytest.fail("states were captured to learn from"))
+    monkeypatch.setattr(
+        running, "captured", lambda *a: pytest.fail("states were captured to learn from")
+    )
     out = dump(again, Display())
     assert (out["codec"], out["codec_why"]) == ("klt-2-2", "that of --calibration")
     assert_same(made.output, again.output)
@@ -70,7 +76,9 @@ def remove_last_part(store: Path) -> None:
     StoreWriter(store, read_manifest(store), {}).reopen()
 
 
-def test_a_corpus_that_is_too_short_to_learn_from_is_enough(made: DumpConfig, tmp_path: Path) -> None:
+def test_a_corpus_that_is_too_short_to_learn_from_is_enough(
+    made: DumpConfig, tmp_path: Path
+) -> None:
     short = tmp_path / "short.jsonl"
     short.write_text("".join(json.dumps(row) + "\n" for row in corpus(6, seed=1)))
     config = dataclasses.replace(made, data=str(short), output=tmp_path / "short.zarr")
@@ -82,7 +90,9 @@ def test_a_corpus_that_is_too_short_to_learn_from_is_enough(made: DumpConfig, tm
     assert found.calibration_sha256 == file_sha256(config.output / CALIBRATION)
 
 
-def refusals(made: DumpConfig, tmp_path: Path) -> dict[str, tuple[dict[str, Any], type[DsparkError], str]]:
+def refusals(
+    made: DumpConfig, tmp_path: Path
+) -> dict[str, tuple[dict[str, Any], type[DsparkError], str]]:
     """What is asked for -> the flags that differ, the error and its words."""
     file = made.output / CALIBRATION
     tensors = load_file(file)
@@ -97,16 +107,40 @@ def refusals(made: DumpConfig, tmp_path: Path) -> dict[str, tuple[dict[str, Any]
     return {
         "no file": ({"calibration": tmp_path / "none"}, UsageError, "none: No such file"),
         "a folder": ({"calibration": made.output}, UsageError, "Is a directory"),
-        "no safetensors": ({"calibration": Path(str(made.data))}, UsageError, "not a calibration file"),
+        "no safetensors": (
+            {"calibration": Path(str(made.data))},
+            UsageError,
+            "not a calibration file",
+        ),
         "cut": ({"calibration": cut}, UsageError, "not a calibration file"),
         "says nothing": ({"calibration": bare}, UsageError, "does not say what it was made for"),
         "says too little": ({"calibration": other}, DamagedCacheError, "missing keys"),
-        "not its store's": ({"calibration": in_store}, DamagedCacheError, "the store that it lies in says"),
-        "codec": ({"codec": "klt-3-2"}, MismatchError, "codec: it is of klt-2-2, this run has klt-3-2"),
-        "nothing to learn": ({"codec": "lossless"}, MismatchError, "codec: it is of klt-2-2, this run has lossless"),
-        "layers": ({"layers": (0, 3)}, MismatchError, r"layers: it is of \[0, 2\], this run has \[0, 3\]"),
-        "target": ({"model": target}, MismatchError, "target: it is of .*, whose config is another"),
-    }  # fmt: skip
+        "not its store's": (
+            {"calibration": in_store},
+            DamagedCacheError,
+            "the store that it lies in says",
+        ),
+        "codec": (
+            {"codec": "klt-3-2"},
+            MismatchError,
+            "codec: it is of klt-2-2, this run has klt-3-2",
+        ),
+        "nothing to learn": (
+            {"codec": "lossless"},
+            MismatchError,
+            "codec: it is of klt-2-2, this run has lossless",
+        ),
+        "layers": (
+            {"layers": (0, 3)},
+            MismatchError,
+            r"layers: it is of \[0, 2\], this run has \[0, 3\]",
+        ),
+        "target": (
+            {"model": target},
+            MismatchError,
+            "target: it is of .*, whose config is another",
+        ),
+    }
 
 
 @pytest.mark.parametrize("dry", [False, True], ids=["dump", "dry run"])
@@ -115,7 +149,9 @@ def test_what_is_not_for_this_dump_is_refused_before_weights_are_read(
 ) -> None:
     for name, (flags, error, words) in refusals(made, tmp_path).items():
         config = dataclasses.replace(
-            made, output=tmp_path / "out.zarr", **{"calibration": made.output / CALIBRATION, **flags}
+            made,
+            output=tmp_path / "out.zarr",
+            **{"calibration": made.output / CALIBRATION, **flags},
         )
         with pytest.raises(error, match=words):
             plan_only(config) if dry else dump(config, Display(), no_engine)
@@ -126,7 +162,9 @@ def test_what_is_not_for_this_dump_is_refused_before_weights_are_read(
 def test_other_weights_of_the_same_shape_begin_no_store(made: DumpConfig, tmp_path: Path) -> None:
     target = Path(shutil.copytree(made.model, tmp_path / "target"))
     tensors = load_file(target / "model.safetensors")
-    save_file({n: t + 1 / 64 for n, t in tensors.items()}, target / "model.safetensors", {"format": "pt"})
+    save_file(
+        {n: t + 1 / 64 for n, t in tensors.items()}, target / "model.safetensors", {"format": "pt"}
+    )
     config = dataclasses.replace(
         made, model=str(target), output=tmp_path / "o.zarr", calibration=made.output / CALIBRATION
     )
@@ -157,4 +195,7 @@ def test_regenerated_answers_take_a_calibration_that_is_there(made: DumpConfig) 
     config = dataclasses.replace(made, regenerate=True, part_tokens=None, dry_run=True)
     with pytest.raises(UsageError, match="learns from answers, which --regenerate has none of yet"):
         plan_only(config)
-    assert plan_only(dataclasses.replace(config, calibration=made.output / CALIBRATION)).codec == "klt-2-2"
+    assert (
+        plan_only(dataclasses.replace(config, calibration=made.output / CALIBRATION)).codec
+        == "klt-2-2"
+    )

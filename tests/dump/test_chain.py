@@ -1,4 +1,6 @@
-"""The chain from a target to a served draft: what is refused, before weights, and with what to do."""
+"""The chain from a target to a served draft: what is refused, before weights, and with what to
+do.
+"""
 
 from __future__ import annotations
 
@@ -23,21 +25,69 @@ from dspark.dump.target.presets import presets
 from dspark.dump.target.support import STATES, USES, sources
 from dspark.dump.target.support import families as known
 
-# A mixture of what people have on disk: decoders, wrappers, encoders, encoder-decoders, state-space models.
+# A mixture of what people have on disk: decoders, wrappers, encoders, encoder-decoders, state-space
+# models.
 KINDS = (
-    "llama", "llama4", "llama4_text", "mistral", "mistral3", "mistral4", "ministral3", "mixtral", "qwen2", "qwen2_moe", "qwen2_vl", "qwen3",
-    "qwen3_moe", "qwen3_next", "qwen3_5", "qwen3_5_moe", "qwen3_vl", "qwen3_vl_moe", "gemma", "gemma2", "gemma3", "gemma3n", "gemma4",
-    "gpt_oss", "deepseek_v2", "deepseek_v3", "deepseek_v32", "deepseek_v4", "glm4", "glm4_moe", "glm4_moe_lite", "glm_moe_dsa", "minimax_m2",
-    "kimi_k25", "nemotron_h", "longcat_flash", "smollm3", "phi3", "granite", "cohere2", "olmo2", "gpt2", "gpt_neox", "falcon_mamba", "mamba2",
-    "bert", "roberta", "t5", "bart", "clip",
-)  # fmt: skip
+    "llama",
+    "llama4",
+    "llama4_text",
+    "mistral",
+    "mistral3",
+    "mistral4",
+    "ministral3",
+    "mixtral",
+    "qwen2",
+    "qwen2_moe",
+    "qwen2_vl",
+    "qwen3",
+    "qwen3_moe",
+    "qwen3_next",
+    "qwen3_5",
+    "qwen3_5_moe",
+    "qwen3_vl",
+    "qwen3_vl_moe",
+    "gemma",
+    "gemma2",
+    "gemma3",
+    "gemma3n",
+    "gemma4",
+    "gpt_oss",
+    "deepseek_v2",
+    "deepseek_v3",
+    "deepseek_v32",
+    "deepseek_v4",
+    "glm4",
+    "glm4_moe",
+    "glm4_moe_lite",
+    "glm_moe_dsa",
+    "minimax_m2",
+    "kimi_k25",
+    "nemotron_h",
+    "longcat_flash",
+    "smollm3",
+    "phi3",
+    "granite",
+    "cohere2",
+    "olmo2",
+    "gpt2",
+    "gpt_neox",
+    "falcon_mamba",
+    "mamba2",
+    "bert",
+    "roberta",
+    "t5",
+    "bart",
+    "clip",
+)
 REFUSED = {"bert", "roberta", "t5", "bart", "clip"}
 
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("kind", KINDS)
 def test_any_config_resolves_or_is_refused_in_words(kind: str, tmp_path: Path) -> None:
-    """The default config of each class, with no weights beside it: a chain, or one of our errors."""
+    """The default config of each class, with no weights beside it: a chain, or one of our
+    errors.
+    """
     from transformers import CONFIG_MAPPING
 
     assert kind in CONFIG_MAPPING
@@ -49,9 +99,14 @@ def test_any_config_resolves_or_is_refused_in_words(kind: str, tmp_path: Path) -
     whole, config = load_config(str(tmp_path))
     shapes = shapes_of(config, str(tmp_path))
     links = chain.examine(
-        config=config, model_types=[whole.model_type, config.get("model_type")], shapes=shapes, layers=default_layers(shapes.num_layers),
-        engine="transformers", version="5.19.0", frozen=None,
-    )  # fmt: skip
+        config=config,
+        model_types=[whole.model_type, config.get("model_type")],
+        shapes=shapes,
+        layers=default_layers(shapes.num_layers),
+        engine="transformers",
+        version="5.19.0",
+        frozen=None,
+    )
     assert [link.name for link in links] == [
         "config",
         "layers",
@@ -105,7 +160,9 @@ def test_what_is_no_target_is_named(tmp_path: Path, tiny: Path) -> None:
         str(tmp_path / "model.gguf"): "GGUF file of llama.cpp",
         folder("ggufs", q4__gguf="GGUF"): "folder of GGUF files",
         folder("empty"): "the folder is empty",
-        folder("lora", adapter_config__json='{"base_model_name_or_path": "a/b"}'): "LoRA adapter of a/b",
+        folder(
+            "lora", adapter_config__json='{"base_model_name_or_path": "a/b"}'
+        ): "LoRA adapter of a/b",
         folder("store", zarr__json="{}"): "a store of hidden states",
         str(tiny.parent / (tiny.name + "x")): "no such folder. Did you mean",
     }
@@ -114,13 +171,18 @@ def test_what_is_no_target_is_named(tmp_path: Path, tiny: Path) -> None:
             identify(model)
     with pytest.raises(TargetError, match="pass --trust-remote-code"):
         load_config(
-            folder("code", config__json=json.dumps({"model_type": "mine", "auto_map": {"AutoConfig": "c.C"}}))
+            folder(
+                "code",
+                config__json=json.dumps({"model_type": "mine", "auto_map": {"AutoConfig": "c.C"}}),
+            )
         )
     with pytest.raises(TargetError, match="this is a draft"):
         load_config(
             folder(
                 "draft",
-                config__json=json.dumps({"model_type": "qwen3", "architectures": ["Qwen3DSparkModel"]}),
+                config__json=json.dumps(
+                    {"model_type": "qwen3", "architectures": ["Qwen3DSparkModel"]}
+                ),
             )
         )
 
@@ -135,9 +197,14 @@ def test_every_preset_has_a_chain_and_a_source_for_each_number() -> None:
     for name, preset in presets().items():
         assert all(preset.sources.values()), name
         links = chain.examine(
-            config=preset.config, model_types=[preset.config["model_type"]], shapes=preset.shapes, layers=preset.layers,
-            engine="transformers", version=None, frozen=None,
-        )  # fmt: skip
+            config=preset.config,
+            model_types=[preset.config["model_type"]],
+            shapes=preset.shapes,
+            layers=preset.layers,
+            engine="transformers",
+            version=None,
+            frozen=None,
+        )
         chain.require(links)
 
 

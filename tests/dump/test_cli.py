@@ -25,9 +25,12 @@ def test_help_imports_nothing_heavy() -> None:
     code = (
         "import sys\nfrom dspark.dump.cli import main\n"
         "try: main(['--help'])\nexcept SystemExit: pass\n"
-        "print('HEAVY', sorted({'torch', 'numpy', 'zarr', 'transformers', 'vllm', 'rich'} & set(sys.modules)))"
+        "print('HEAVY', sorted({'torch', 'numpy', 'zarr', 'transformers', 'vllm', 'rich'} & "
+        "set(sys.modules)))"
     )
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    out = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout
     assert "HEAVY []" in out
     for flag in (
         "--model",
@@ -62,9 +65,15 @@ def test_for_picks_layers_that_serve_all_named_types() -> None:
     assert out.exit_code == 0, out.output
     plan = json.loads(out.stdout)
     assert plan["layers"] == [7, 22, 25, 38, 51, 54, 69, 77]
-    assert plan["drafts"] == {"spd": [25, 51, 77], "dspark": [7, 22, 38, 54, 69], "eagle3": [7, 38, 69]}
+    assert plan["drafts"] == {
+        "spd": [25, 51, 77],
+        "dspark": [7, 22, 38, 54, 69],
+        "eagle3": [7, 38, 69],
+    }
     assert "dspark: 7,22,38,54,69 (dspark-train --layers 7,22,38,54,69)" in out.stderr
-    wrong = run("--model", "zai-org/GLM-5.2-FP8", "--dry-run", "--layers", "3,9", "--for", "dspark,peagle")
+    wrong = run(
+        "--model", "zai-org/GLM-5.2-FP8", "--dry-run", "--layers", "3,9", "--for", "dspark,peagle"
+    )
     assert wrong.exit_code == 2
     assert "lacks [1, 38, 74]" in wrong.stderr
     assert "eagle4: expected some of" in run("--model", "m", "--for", "eagle4").stderr
@@ -93,13 +102,22 @@ def test_dry_run_estimates_and_writes_nothing(
     assert sorted(p.name for p in tmp_path.iterdir()) == ["rows.jsonl"]
 
 
-def test_json_is_all_that_is_on_stdout(tiny: Path, tmp_path: Path, write_rows: Callable[..., Path]) -> None:
+def test_json_is_all_that_is_on_stdout(
+    tiny: Path, tmp_path: Path, write_rows: Callable[..., Path]
+) -> None:
     data = write_rows([chat("u: hi", "a: yes it is")] * 3)
     out = run("--model", str(tiny), "--data", str(data), "--output", str(tmp_path / "o"), "--json")
     assert out.exit_code == 0, out.output
     assert json.loads(out.stdout)["samples"] == 3
     again = run(
-        "--model", str(tiny), "--data", str(data), "--output", str(tmp_path / "o"), "--json", "--resume"
+        "--model",
+        str(tiny),
+        "--data",
+        str(data),
+        "--output",
+        str(tmp_path / "o"),
+        "--json",
+        "--resume",
     )
     assert again.exit_code == 0
     assert json.loads(again.stdout)["new_tokens"] == 0
@@ -122,13 +140,20 @@ def test_json_is_all_that_is_on_stdout(tiny: Path, tmp_path: Path, write_rows: C
     ],
 )
 def test_errors_are_one_message_and_a_code(
-    words: list[str], code: int, message: str, tiny: Path, tmp_path: Path, write_rows: Callable[..., Path]
+    words: list[str],
+    code: int,
+    message: str,
+    tiny: Path,
+    tmp_path: Path,
+    write_rows: Callable[..., Path],
 ) -> None:
     rows = {
         "ROWS": write_rows([chat("u: hi", "a: yes it is")]),
         "BAD": write_rows(["{"], "bad.jsonl"),
     }
-    out = run("--model", str(tiny), "--output", str(tmp_path / "o"), *[str(rows.get(w, w)) for w in words])
+    out = run(
+        "--model", str(tiny), "--output", str(tmp_path / "o"), *[str(rows.get(w, w)) for w in words]
+    )
     assert out.exit_code == code
     assert message in out.stderr.replace("\n", " ")
     assert "Traceback" not in out.output

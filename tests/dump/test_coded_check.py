@@ -1,4 +1,6 @@
-"""The dump's own way against the self-check's states: every fault is named, and the engine as it is passes."""
+"""The dump's own way against the self-check's states: every fault is named, and the engine as it is
+passes.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,10 @@ def codec_of(bits: int, states: list[States]) -> Codec:
 
 
 def engine(
-    states: list[States], spoil: Callable[[States], States], way: str, given: Sequence[int] = (0, 1, 2)
+    states: list[States],
+    spoil: Callable[[States], States],
+    way: str,
+    given: Sequence[int] = (0, 1, 2),
 ) -> Any:
     """Hands out ``states`` in two batches; ``way``: raw, coded, or coded and fetched later."""
 
@@ -51,7 +56,9 @@ def engine(
 @pytest.mark.parametrize("way", ["raw", "coded", "fetched"])
 @pytest.mark.parametrize("bits", [16, 4])
 def test_states_as_they_are_pass(states: list[States], bits: int, way: str) -> None:
-    check_coded(engine(states, lambda s: s, way), [None] * 3, states, codec_of(bits, states), LAYERS)  # type: ignore[list-item]
+    check_coded(
+        engine(states, lambda s: s, way), [None] * 3, states, codec_of(bits, states), LAYERS
+    )  # type: ignore[list-item]
 
 
 @pytest.mark.parametrize("way", ["raw", "coded"])
@@ -62,7 +69,10 @@ def test_states_as_they_are_pass(states: list[States], bits: int, way: str) -> N
         (lambda s: States(s.aux.roll(1, 0), s.last), "sample 0, layer 1, differ"),
         (lambda s: States(s.aux, s.last.flip(0)), "sample 0, layer last, differ"),
         (lambda s: States(s.aux, s.aux[: len(s.last), 2]), "sample 0, layer last, differ"),
-        (lambda s: States(s.aux, 2 * s.last), r"sample 0, layer last, differ from its states by (1\.0|0\.9)"),
+        (
+            lambda s: States(s.aux, 2 * s.last),
+            r"sample 0, layer last, differ from its states by (1\.0|0\.9)",
+        ),
         (lambda s: States(s.aux[1:], s.last), r"gave .*: 8, .* rows .* expected .*: 9, "),
     ],
 )
@@ -85,7 +95,9 @@ def test_a_sample_that_does_not_come_is_named(states: list[States]) -> None:
 
 
 @pytest.mark.parametrize("sink", [3e3, 2e4])
-@pytest.mark.parametrize("spoil", [lambda x: x[:, [0, 2, 1]], lambda x: torch.cat([x[:1], x[1:].roll(1, 0)])])
+@pytest.mark.parametrize(
+    "spoil", [lambda x: x[:, [0, 2, 1]], lambda x: torch.cat([x[:1], x[1:].roll(1, 0)])]
+)
 def test_a_massive_first_token_hides_nothing(
     sink: float, spoil: Callable[[torch.Tensor], torch.Tensor]
 ) -> None:
@@ -121,4 +133,6 @@ def test_two_percent_of_rounding_pass(states: list[States], bits: int) -> None:
     def rounded(s: States) -> States:
         return States(s.aux * (1 + 0.02 * torch.randn_like(s.aux)), s.last)
 
-    check_coded(engine(states, rounded, "coded"), [None] * 3, states, codec_of(bits, states), LAYERS)  # type: ignore[list-item]
+    check_coded(
+        engine(states, rounded, "coded"), [None] * 3, states, codec_of(bits, states), LAYERS
+    )  # type: ignore[list-item]

@@ -1,4 +1,6 @@
-"""Kinds of conversation that went wrong, each with a template of its kind: what is supervised stands between « and »."""
+"""Kinds of conversation that went wrong, each with a template of its kind: what is supervised
+stands between « and ».
+"""
 
 from __future__ import annotations
 
@@ -23,17 +25,30 @@ CALLS = "{% for c in m.tool_calls or [] %}<call>{{ c.function | tojson }}</call>
 WITH_CALLS = f"{HEAD}{{{{ m.content }}}}{CALLS}{END}\n{{% endfor %}}{GO}"
 NO_END = f"{HEAD}{{{{ m.content }}}}{CALLS}{{% endfor %}}{GO}"
 THINKS = (
-    f"{HEAD}{{% if m.role == 'assistant' and m.reasoning_content %}}<think>{{{{ m.reasoning_content }}}}</think>"
-    f"{{% elif m.role == 'assistant' and loop.last %}}<think></think>{{% endif %}}{{{{ m.content }}}}{CALLS}{END}\n{{% endfor %}}{GO}"
+    f"{HEAD}{{% if m.role == 'assistant' and m.reasoning_content %}}<think>{{{{ "
+    f"m.reasoning_content }}}}</think>"
+    f"{{% elif m.role == 'assistant' and loop.last %}}<think></think>{{% endif %}}{{{{ m.content "
+    f"}}}}{CALLS}{END}\n{{% endfor %}}{GO}"
 )
 STRIPS = f"{HEAD}{{{{ m.content.split('</think>')[-1] }}}}{END}\n{{% endfor %}}{GO}"
-NULL_ONLY = f"{HEAD}{{% if m.content is none %}}{CALLS}{{% else %}}{{{{ m.content }}}}{{% endif %}}{END}\n{{% endfor %}}{GO}"
-OPENS = f"{HEAD}{{{{ m.content }}}}{END}\n{{% endfor %}}{GO.replace('{% endif %}', '<think>{% endif %}')}"
-OTHER_END = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}:{{ m.content }}{% if m.role == 'assistant' and loop.last %}<|spare|>"
-    f"{{% else %}}{END}{{% endif %}}{{% endfor %}}{{% if add_generation_prompt %}}<|im_start|>assistant{{% endif %}}"
+NULL_ONLY = (
+    f"{HEAD}{{% if m.content is none %}}{CALLS}{{% else %}}{{{{ m.content }}}}{{% endif "
+    f"%}}{END}\n{{% endfor %}}{GO}"
 )
-SYSTEM = f"{{% if messages[0].role != 'system' %}}<|im_start|>system\nno fuss{END}\n{{% endif %}}{CHATML}"
+OPENS = (
+    f"{HEAD}{{{{ m.content }}}}{END}\n{{% endfor "
+    f"%}}{GO.replace('{% endif %}', '<think>{% endif %}')}"
+)
+OTHER_END = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}:{{ m.content }}{% if m.role == 'assistant' "
+    "and loop.last %}<|spare|>"
+    f"{{% else %}}{END}{{% endif %}}{{% endfor %}}{{% if add_generation_prompt "
+    f"%}}<|im_start|>assistant{{% endif %}}"
+)
+SYSTEM = (
+    f"{{% if messages[0].role != 'system' %}}<|im_start|>system\nno fuss{END}\n{{% endif "
+    f"%}}{CHATML}"
+)
 
 ASK = {"role": "user", "content": "any news?"}
 SAY = {"role": "assistant", "content": "none yet"}
@@ -81,20 +96,53 @@ CALL = '<call>{"name": "look", "arguments": {"at": "sea"}}</call>'
     [
         (NO_END, [ASK, call({"at": "sea"}, "wait"), RESULT, SAY], [[f"wait{CALL}", "none yet"]]),
         (WITH_CALLS, [ASK, call('{"at": "sea"}'), RESULT, SAY], [[CALL + END, "none yet" + END]]),
-        (NULL_ONLY, [ASK, call({"at": "sea"}, None), RESULT, SAY], [[CALL + END, "none yet" + END]]),
-        (THINKS, [ASK, call({"at": "sea"}), RESULT, SAY], [[f"<think></think>{CALL}{END}"], [f"<think></think>none yet{END}"]]),
+        (
+            NULL_ONLY,
+            [ASK, call({"at": "sea"}, None), RESULT, SAY],
+            [[CALL + END, "none yet" + END]],
+        ),
+        (
+            THINKS,
+            [ASK, call({"at": "sea"}), RESULT, SAY],
+            [[f"<think></think>{CALL}{END}"], [f"<think></think>none yet{END}"]],
+        ),
         (THINKS, [ASK, SAY | {"reasoning": "hm"}], [[f"<think>hm</think>none yet{END}"]]),
-        (STRIPS, [ASK, {"role": "assistant", "content": "<think>hm</think>none yet"}], [[f"<think>hm</think>none yet{END}"]]),
+        (
+            STRIPS,
+            [ASK, {"role": "assistant", "content": "<think>hm</think>none yet"}],
+            [[f"<think>hm</think>none yet{END}"]],
+        ),
         (OPENS, [ASK, SAY, ASK, SAY], [["none yet" + END] * 2]),
-        (OPENS, [ASK, {"role": "assistant", "content": "hm</think>none yet"}], [[f"hm</think>none yet{END}"]]),
+        (
+            OPENS,
+            [ASK, {"role": "assistant", "content": "hm</think>none yet"}],
+            [[f"hm</think>none yet{END}"]],
+        ),
         (OTHER_END, [ASK, SAY, ASK, SAY], [[":none yet<|spare|>"]] * 2),
-        (SYSTEM, [{"role": "assistant", "content": "no fuss"}, ASK, SAY], [["no fuss" + END, "none yet" + END]]),
+        (
+            SYSTEM,
+            [{"role": "assistant", "content": "no fuss"}, ASK, SAY],
+            [["no fuss" + END, "none yet" + END]],
+        ),
         (SYSTEM, [{"role": "assistant", "content": ""}, ASK, SAY], [[END, "none yet" + END]]),
     ],
-    ids=["text and call, no end", "arguments as text", "null content", "call without text", "reasoning", "stripped thought", "opened thought",
-         "opened thought, closed in the text", "another end", "repeats the system prompt", "empty first"],
-)  # fmt: skip
-def test_what_the_target_wrote(template: str, messages: list[Any], expected: list[list[str]]) -> None:
+    ids=[
+        "text and call, no end",
+        "arguments as text",
+        "null content",
+        "call without text",
+        "reasoning",
+        "stripped thought",
+        "opened thought",
+        "opened thought, closed in the text",
+        "another end",
+        "repeats the system prompt",
+        "empty first",
+    ],
+)
+def test_what_the_target_wrote(
+    template: str, messages: list[Any], expected: list[list[str]]
+) -> None:
     made = make({"messages": messages}, template)
     assert supervised(made) == expected
     assert not any("rain" in t or "news" in t for texts in supervised(made) for t in texts)
@@ -106,10 +154,18 @@ def test_what_the_target_wrote(template: str, messages: list[Any], expected: lis
         {"messages": [ASK, SAY], "meta": {"usage": {"finish_reason": "length"}}},
         {"messages": [ASK, SAY], "finished": False},
         {"messages": [ASK, SAY | {"finish_reason": "length"}]},
-        {"request": {"messages": [ASK]}, "response": {"choices": [{"message": SAY, "finish_reason": "length"}]}},
-        {"request": json.dumps({"messages": [ASK]}), "response": json.dumps({"body": {"choices": [{"message": SAY, "finish_reason": "length"}]}})},
+        {
+            "request": {"messages": [ASK]},
+            "response": {"choices": [{"message": SAY, "finish_reason": "length"}]},
+        },
+        {
+            "request": json.dumps({"messages": [ASK]}),
+            "response": json.dumps(
+                {"body": {"choices": [{"message": SAY, "finish_reason": "length"}]}}
+            ),
+        },
     ],
-)  # fmt: skip
+)
 def test_a_cut_answer_has_no_end_wherever_that_is_said(row: dict[str, Any]) -> None:
     assert supervised(make(row)) == [["none yet"]]
 
@@ -141,7 +197,12 @@ def test_a_cut_answer_has_no_end_wherever_that_is_said(row: dict[str, Any]) -> N
                 SAY | {"tool_calls": None, "reasoning_content": None},
             ]
         },
-        {"messages": [ASK, {"role": "assistant", "content": [{"type": "text", "text": "none yet"}]}]},
+        {
+            "messages": [
+                ASK,
+                {"role": "assistant", "content": [{"type": "text", "text": "none yet"}]},
+            ]
+        },
     ],
 )
 def test_shapes_of_rows(row: dict[str, Any]) -> None:
@@ -153,7 +214,10 @@ def test_a_system_prompt_beside_the_chat_comes_first() -> None:
         made = make(
             {
                 name: "no fuss",
-                "conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "none yet"}],
+                "conversations": [
+                    {"from": "human", "value": "a"},
+                    {"from": "gpt", "value": "none yet"},
+                ],
             }
         )
         text = build_tokenizer().decode(made.samples[0].input_ids)
@@ -201,7 +265,12 @@ def test_turns() -> None:
 def test_answers_of_one_conversation_that_come_as_tokens_have_one_key() -> None:
     maker = SampleMaker(None, tokenised=True, vocab_size=9, seq_length=9, min_supervised=1)
     rows = [
-        {"input_ids": [1] * n, "loss_mask": [0] * (n - 2) + [1, 1], "id": f"c_{n}", "primary_id": "c"}
+        {
+            "input_ids": [1] * n,
+            "loss_mask": [0] * (n - 2) + [1, 1],
+            "id": f"c_{n}",
+            "primary_id": "c",
+        }
         for n in (3, 5)
     ]
     keys = {maker.make(row_of(0, "f", r)).samples[0].key for r in rows}
@@ -251,7 +320,10 @@ def test_files_of_every_kind_give_the_same_rows(tmp_path: Path) -> None:
     with pa.CompressedOutputStream(str(tmp_path / "f.zst"), "zstd") as file:
         file.write(lines)
     pq.write_table(table, tmp_path / "g.parquet")
-    with pa.OSFile(str(tmp_path / "h.arrow"), "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
+    with (
+        pa.OSFile(str(tmp_path / "h.arrow"), "wb") as file,
+        pa.ipc.new_file(file, table.schema) as writer,
+    ):
         writer.write_table(table)
     datasets.disable_progress_bars()
     datasets.Dataset.from_list(rows).save_to_disk(str(tmp_path / "saved"))

@@ -23,7 +23,9 @@ CHAT = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "c
 def test_rows_are_numbered_over_non_blank_lines_and_restart_anywhere(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text(
-        "\n".join([json.dumps(CHAT), "", json.dumps(CHAT | {"finished": False}), json.dumps(CHAT), ""])
+        "\n".join(
+            [json.dumps(CHAT), "", json.dumps(CHAT | {"finished": False}), json.dumps(CHAT), ""]
+        )
     )
     corpus = open_corpus(str(path))
     found = list(corpus.rows())
@@ -31,7 +33,10 @@ def test_rows_are_numbered_over_non_blank_lines_and_restart_anywhere(tmp_path: P
     assert [r.value.finished for r in found if isinstance(r.value, ChatRow)] == [True, False, True]
     assert list(corpus.rows(1)) == found[1:]
     assert corpus.count() == 3
-    assert (corpus.id, corpus.sha256) == ("rows.jsonl", hashlib.sha256(path.read_bytes()).hexdigest())
+    assert (corpus.id, corpus.sha256) == (
+        "rows.jsonl",
+        hashlib.sha256(path.read_bytes()).hexdigest(),
+    )
 
 
 def test_gzip_reads_the_same(tmp_path: Path) -> None:
@@ -44,7 +49,9 @@ def test_gzip_reads_the_same(tmp_path: Path) -> None:
 
 
 def test_forms() -> None:
-    sharegpt = {"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "yes"}]}
+    sharegpt = {
+        "conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "yes"}]
+    }
     assert (
         parse_row(sharegpt, "f:1")
         == parse_row(CHAT, "f:1")
@@ -53,7 +60,9 @@ def test_forms() -> None:
     cut = parse_row(CHAT | {"finish_reason": "length"}, "f:1")
     assert isinstance(cut, ChatRow)
     assert not cut.finished
-    assert parse_row({"input_ids": [1, 2], "loss_mask": [0, 1]}, "f:1") == TokenRow([1, 2], [False, True])
+    assert parse_row({"input_ids": [1, 2], "loss_mask": [0, 1]}, "f:1") == TokenRow(
+        [1, 2], [False, True]
+    )
 
 
 @pytest.mark.parametrize(
@@ -64,13 +73,22 @@ def test_forms() -> None:
         ({"messages": "a"}, r"f:7: `messages` is text that is not JSON"),
         ({"messages": {}}, r"f:7: `messages` is of type dict, expected a list"),
         ({"messages": []}, r"f:7: `messages` is empty"),
-        ({"messages": [{"content": "a"}]}, r"f:7: messages\[0\] is .*expected an object with `role`"),
+        (
+            {"messages": [{"content": "a"}]},
+            r"f:7: messages\[0\] is .*expected an object with `role`",
+        ),
         ({"messages": [{"role": "user", "content": 3}]}, r"f:7: messages\[0\].content is a int"),
-        ({"conversations": [{"from": "narrator", "value": ""}]}, r"f:7: unknown speaker 'narrator'"),
+        (
+            {"conversations": [{"from": "narrator", "value": ""}]},
+            r"f:7: unknown speaker 'narrator'",
+        ),
         ({"input_ids": [1]}, r"f:7: `input_ids` without `loss_mask`"),
         ({"input_ids": [1, 2], "loss_mask": [1]}, r"f:7: 2 input_ids but 1 values of loss_mask"),
         ({"input_ids": [], "loss_mask": []}, r"f:7: `input_ids` is empty"),
-        ({"input_ids": ["a"], "loss_mask": [1]}, r"f:7: `input_ids` holds something that is not an integer"),
+        (
+            {"input_ids": ["a"], "loss_mask": [1]},
+            r"f:7: `input_ids` holds something that is not an integer",
+        ),
         ({"input_ids": [1], "loss_mask": [2]}, r"f:7: `loss_mask` holds something other than"),
     ],
 )
@@ -91,11 +109,19 @@ BAD_LINES = {
     "null": (b"null", "expected an object"),
     "endless number": (b'{"messages": ' + b"9" * 5000 + b"}", "not JSON"),
     "very deep": (b'{"messages": ' + b"[" * 100_000, "not JSON"),
-    "deep": (json.dumps(CHAT).encode()[:-1] + b', "tools": [' + b'{"a": ' * 99 + b"1" + b"}" * 99 + b"]}", "nested more than 64 deep"),
+    "deep": (
+        json.dumps(CHAT).encode()[:-1]
+        + b', "tools": ['
+        + b'{"a": ' * 99
+        + b"1"
+        + b"}" * 99
+        + b"]}",
+        "nested more than 64 deep",
+    ),
     "deep in text": (json.dumps({"messages": "[" * 100_000}).encode(), "text that is not JSON"),
     "long": (json.dumps({"messages": "a" * 300_000}).encode(), "a line of more than"),
     "long blank": (b" " * 300_000, "a line of more than"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["plain", "gzip"])
@@ -115,17 +141,26 @@ def test_lines_that_are_no_row_are_bad_rows(
     assert len(found) == len(corpus.weights()) == 1 + 2 * len(BAD_LINES)
     for row in found[::2]:
         assert isinstance(row.value, ChatRow)
-    for number, (row, (name, (_, said))) in enumerate(zip(found[1::2], BAD_LINES.items(), strict=True)):
+    for number, (row, (name, (_, said))) in enumerate(
+        zip(found[1::2], BAD_LINES.items(), strict=True)
+    ):
         assert isinstance(row.value, BadRow), name
         assert f"rows.jsonl:{3 * number + 2}: " in row.value.detail, name
         assert said in row.value.detail, (name, row.value.detail)
-    assert [corpus.weights()[1 + 2 * n] for n, name in enumerate(BAD_LINES) if "long" in name] == [0, 0]
+    assert [corpus.weights()[1 + 2 * n] for n, name in enumerate(BAD_LINES) if "long" in name] == [
+        0,
+        0,
+    ]
 
 
 def test_lines_at_the_limit_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     line = json.dumps(CHAT).encode()
     path = tmp_path / "rows.jsonl"
-    for ending, limit, taken in ((b"", len(line), True), (b"\n", len(line) + 1, True), (b"", len(line) - 1, False)):  # fmt: skip
+    for ending, limit, taken in (
+        (b"", len(line), True),
+        (b"\n", len(line) + 1, True),
+        (b"", len(line) - 1, False),
+    ):
         monkeypatch.setattr(rows, "LINE_BYTES", limit)
         path.write_bytes(line + ending)
         (row,) = open_corpus(str(path)).rows()
@@ -186,7 +221,8 @@ def test_a_data_set_that_cannot_be_reached(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setitem(sys.modules, "datasets", FakeDatasets(ConnectionError("offline\nmore")))  # type: ignore[arg-type]
     with pytest.raises(
         DataError,
-        match=r"org/name: not a file here, and the data set \(split 'train'\) could not be loaded: ConnectionError: offline",
+        match=r"org/name: not a file here, and the data set \(split 'train'\) could not be loaded: "
+        r"ConnectionError: offline",
     ):
         open_corpus("org/name")
 

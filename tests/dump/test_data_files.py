@@ -1,4 +1,6 @@
-"""Files as they come: ten shapes through ``dspark-tools data`` and ``dspark-dump``, and twenty broken ones, each with an error that says what to do."""
+"""Files as they come: ten shapes through ``dspark-tools data`` and ``dspark-dump``, and twenty
+broken ones, each with an error that says what to do.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,10 @@ from dspark.dump.cli import main as dump
 from dspark.tools.cli import main as tools
 
 END = "<|im_end|>"
-ASK, SAY = {"role": "user", "content": "say hello"}, {"role": "assistant", "content": "hello to you"}
+ASK, SAY = (
+    {"role": "user", "content": "say hello"},
+    {"role": "assistant", "content": "hello to you"},
+)
 CHAT = {"messages": [ASK, SAY]}
 LINE = json.dumps(CHAT) + "\n"
 SHAREGPT = [{"from": "human", "value": "say hello"}, {"from": "gpt", "value": "hello to you"}]
@@ -64,7 +69,9 @@ def test_ten_shapes_of_file_are_shown_and_dumped(tiny: Path, tmp_path: Path) -> 
     folder.mkdir()
     for name, row in SHAPES.items():
         write(folder / name, row)
-        out = CliRunner().invoke(tools, ["data", str(folder / name), "--model", str(tiny), "--json"])
+        out = CliRunner().invoke(
+            tools, ["data", str(folder / name), "--model", str(tiny), "--json"]
+        )
         assert out.exit_code == 0, (name, out.output)
         found = json.loads(out.stdout)
         assert (found["rows"], found["samples"], found["dropped"]) == (1, 1, {}), name
@@ -77,7 +84,9 @@ def test_ten_shapes_of_file_are_shown_and_dumped(tiny: Path, tmp_path: Path) -> 
     assert out.exit_code == 0, out.output
     cache = dspark.cache.open(store)
     assert len(cache) == len(SHAPES) == 10
-    assert len({(cache[i].input_ids.tobytes(), cache[i].loss_mask.tobytes()) for i in range(10)}) == 1
+    assert (
+        len({(cache[i].input_ids.tobytes(), cache[i].loss_mask.tobytes()) for i in range(10)}) == 1
+    )
 
 
 def broken() -> dict[str, tuple[str, bytes, str]]:
@@ -96,20 +105,48 @@ def broken() -> dict[str, tuple[str, bytes, str]]:
         "array cut": ("a.json", b"[" + good[:-1] + b",", r"begins as a JSON array and is none"),
         "pretty json": ("a.json", json.dumps(CHAT, indent=1).encode(), r":1: not JSON"),
         "utf-16": ("a.jsonl", LINE.encode("utf-16"), r":1: not JSON|not UTF-8"),
-        "latin-1": ("a.jsonl", LINE.replace("hello", "hall\xf6").encode("latin-1"), r":1: not JSON .*convert it with iconv"),
+        "latin-1": (
+            "a.jsonl",
+            LINE.replace("hello", "hall\xf6").encode("latin-1"),
+            r":1: not JSON .*convert it with iconv",
+        ),
         "gzip cut": ("a.gz", gzip.compress(good * 99)[:-9], r"not a whole gzip file"),
         "gzip of nothing known": ("a.gz", gzip.compress(b"\x00\x01"), r":1: not JSON"),
         "zstd cut": ("a.zst", b"\x28\xb5\x2f\xfd\x00", r"cannot be read|not a whole"),
         "parquet cut": ("a.parquet", b"PAR1abc", r"cannot be read: .*Is it whole\?"),
         "arrow cut": ("a.arrow", b"ARROW1\x00\x00", r"cannot be read: .*Is it whole\?"),
-        "csv": ("a.csv", b"prompt,answer\na,b\n", r":1: not JSON .*turn CSV or plain text into rows"),
-        "other keys": ("a.jsonl", row({"text": "a"}), r"found keys \['text'\], expected `messages`"),
-        "no answer field": ("a.jsonl", row({"messages": 3}), r"`messages` is of type int, expected a list"),
-        "no role": ("a.jsonl", row({"messages": [{"content": "a"}]}), r"expected an object with `role`"),
+        "csv": (
+            "a.csv",
+            b"prompt,answer\na,b\n",
+            r":1: not JSON .*turn CSV or plain text into rows",
+        ),
+        "other keys": (
+            "a.jsonl",
+            row({"text": "a"}),
+            r"found keys \['text'\], expected `messages`",
+        ),
+        "no answer field": (
+            "a.jsonl",
+            row({"messages": 3}),
+            r"`messages` is of type int, expected a list",
+        ),
+        "no role": (
+            "a.jsonl",
+            row({"messages": [{"content": "a"}]}),
+            r"expected an object with `role`",
+        ),
         "no mask": ("a.jsonl", row({"input_ids": [1, 2]}), r"give one 0 or 1 per token"),
-        "beyond": ("a.jsonl", row({"input_ids": [1, 9999], "loss_mask": [0, 1]}), r"9999.*vocabulary"),
-        "speaker": ("a.jsonl", row({"conversations": [{"from": "x", "value": ""}]}), r"unknown speaker 'x', expected one of"),
-    }  # fmt: skip
+        "beyond": (
+            "a.jsonl",
+            row({"input_ids": [1, 9999], "loss_mask": [0, 1]}),
+            r"9999.*vocabulary",
+        ),
+        "speaker": (
+            "a.jsonl",
+            row({"conversations": [{"from": "x", "value": ""}]}),
+            r"unknown speaker 'x', expected one of",
+        ),
+    }
 
 
 @pytest.mark.parametrize("kind", sorted(broken()))
@@ -117,7 +154,15 @@ def test_a_broken_file_is_a_sentence_that_names_it(kind: str, tiny: Path, tmp_pa
     name, data, said = broken()[kind]
     path = tmp_path / name
     path.write_bytes(data)
-    words = ["--model", str(tiny), "--data", str(path), "--output", str(tmp_path / "o"), "--dry-run"]
+    words = [
+        "--model",
+        str(tiny),
+        "--data",
+        str(path),
+        "--output",
+        str(tmp_path / "o"),
+        "--dry-run",
+    ]
     out = CliRunner().invoke(dump, words)
     assert out.exit_code in (1, 2), out.output
     assert isinstance(out.exception, SystemExit)

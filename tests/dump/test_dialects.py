@@ -1,4 +1,6 @@
-"""Rows of every dialect: what is supervised stands between « and », and a row that gives no label says what to do."""
+"""Rows of every dialect: what is supervised stands between « and », and a row that gives no label
+says what to do.
+"""
 
 from __future__ import annotations
 
@@ -17,9 +19,12 @@ from dump_targets import build_tokenizer
 
 # Writes tools, thoughts and calls, and marks every message's role.
 TEMPLATE = (
-    "{% if tools %}T{{ tools | tojson }}\n{% endif %}{% for m in messages %}<|im_start|>{{ m.role }}\n"
-    "{% if m.reasoning_content %}<think>{{ m.reasoning_content }}</think>{% endif %}{{ m.content or '' }}"
-    "{% for c in m.tool_calls or [] %}<call>{{ c.function | tojson }}</call>{% endfor %}<|im_end|>\n{% endfor %}"
+    "{% if tools %}T{{ tools | tojson }}\n{% endif %}{% for m in messages %}<|im_start|>{{ "
+    "m.role }}\n"
+    "{% if m.reasoning_content %}<think>{{ m.reasoning_content }}</think>{% endif %}{{ m.content "
+    "or '' }}"
+    "{% for c in m.tool_calls or [] %}<call>{{ c.function | tojson }}</call>{% endfor "
+    "%}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 TOKENIZER = build_tokenizer(TEMPLATE)
@@ -58,7 +63,9 @@ def marked(made: Made) -> str:
         for role, short in (("user", "U"), ("assistant", "A"), ("system", "S"), ("tool", "T")):
             text = text.replace(f"<|im_start|>{role}\n", f"{short}:")
         text = (
-            text.replace("<|im_end|>»\n", ".» ").replace("»<|im_end|>\n", "». ").replace("<|im_end|>\n", " ")
+            text.replace("<|im_end|>»\n", ".» ")
+            .replace("»<|im_end|>\n", "». ")
+            .replace("<|im_end|>\n", " ")
         )
         out.append(text.strip())
     return " | ".join(out)
@@ -77,118 +84,361 @@ ROWS: dict[str, tuple[Any, str]] = {
     "messages, response": ({"messages": [ASK], "response": "none yet"}, ONE),
     "messages, completion": ({"messages": [ASK], "completion": [SAY]}, ONE),
     "messages, response of a server": ({"messages": [ASK], "response": CUT}, SHORT),
-    "messages, response as text of JSON": ({"messages": [ASK], "response": json.dumps(CHOICES)}, ONE),
+    "messages, response as text of JSON": (
+        {"messages": [ASK], "response": json.dumps(CHOICES)},
+        ONE,
+    ),
     "messages, choices": ({"messages": json.dumps([ASK]), "choices": CHOICES["choices"]}, ONE),
-    "conversations, response": ({"conversations": [{"from": "human", "value": "any news?"}], "response": SAY}, ONE),
+    "conversations, response": (
+        {"conversations": [{"from": "human", "value": "any news?"}], "response": SAY},
+        ONE,
+    ),
     "prompt of messages": ({"prompt": [ASK], "completion": [SAY]}, ONE),
-    "an answer that is JSON": ({"prompt": "any news?", "completion": '{"a": 1}'}, 'U:any news? A:«{"a": 1}.»'),
+    "an answer that is JSON": (
+        {"prompt": "any news?", "completion": '{"a": 1}'},
+        'U:any news? A:«{"a": 1}.»',
+    ),
     "an answer that is there already": ({"messages": [ASK, SAY], "response": "none yet"}, ONE),
     "question and answer": ({"question": "any news?", "answer": "none yet"}, ONE),
     "history": (
         {"instruction": "any news?", "output": "none yet", "history": [["so?", "no"]]},
         f"U:so? A:«no.» {ONE}",
     ),
-    "thought beside the answer": ({"prompt": "any news?", "reasoning": "hm well", "response": "none yet"}, THOUGHT),
-    "a setting that is no thought": ({"prompt": "any news?", "reasoning": "on", "response": "none yet"}, ONE),
+    "thought beside the answer": (
+        {"prompt": "any news?", "reasoning": "hm well", "response": "none yet"},
+        THOUGHT,
+    ),
+    "a setting that is no thought": (
+        {"prompt": "any news?", "reasoning": "on", "response": "none yet"},
+        ONE,
+    ),
     # Logs.
     "gateway": ({"request": {"messages": [ASK]}, "response": CHOICES}, ONE),
-    "gateway of text": ({"request": json.dumps({"messages": [ASK]}), "response": json.dumps(CUT)}, SHORT),
+    "gateway of text": (
+        {"request": json.dumps({"messages": [ASK]}), "response": json.dumps(CUT)},
+        SHORT,
+    ),
     "gateway with bodies": ({"request_body": {"messages": [ASK]}, "response_body": CHOICES}, ONE),
     "trace": ({"input": {"messages": [ASK]}, "output": CHOICES}, ONE),
     "trace of messages": ({"input": [ASK], "output": SAY}, ONE),
     "filtered answer": (
-        {"request": {"messages": [ASK]}, "response": {"choices": [{"message": SAY, "finish_reason": "content_filter"}]}},
+        {
+            "request": {"messages": [ASK]},
+            "response": {"choices": [{"message": SAY, "finish_reason": "content_filter"}]},
+        },
         SHORT,
     ),
-    "local server": ({"request": {"messages": [ASK]}, "response": {"message": SAY, "done_reason": "length"}}, SHORT),
-    "batch": ({"custom_id": "1", "body": {"messages": [ASK]}, "response": {"status_code": 200, "body": CHOICES}}, ONE),
-    "batch of one file": ({"custom_id": "1", "method": "POST", "body": {"messages": [ASK, SAY]}}, ONE),
+    "local server": (
+        {"request": {"messages": [ASK]}, "response": {"message": SAY, "done_reason": "length"}},
+        SHORT,
+    ),
+    "batch": (
+        {
+            "custom_id": "1",
+            "body": {"messages": [ASK]},
+            "response": {"status_code": 200, "body": CHOICES},
+        },
+        ONE,
+    ),
+    "batch of one file": (
+        {"custom_id": "1", "method": "POST", "body": {"messages": [ASK, SAY]}},
+        ONE,
+    ),
     "several answers": (
-        {"request": {"messages": [ASK]}, "response": {"choices": [*CHOICES["choices"], *CUT["choices"]]}},
+        {
+            "request": {"messages": [ASK]},
+            "response": {"choices": [*CHOICES["choices"], *CUT["choices"]]},
+        },
         ONE,
     ),
     "responses": (
-        {"request": {"instructions": "no fuss", "input": "any news?"},
-         "response": {"output": [{"type": "message", "role": "assistant", "content": [text("output_text", "none yet")]}]}},
+        {
+            "request": {"instructions": "no fuss", "input": "any news?"},
+            "response": {
+                "output": [
+                    {
+                        "type": "message",
+                        "role": "assistant",
+                        "content": [text("output_text", "none yet")],
+                    }
+                ]
+            },
+        },
         SYSTEM,
     ),
     "responses with a thought": (
-        {"input": [ASK], "output": [{"type": "reasoning", "summary": [text("summary_text", "hm well")]},
-                                    {"type": "message", "role": "assistant", "content": [text("output_text", "none yet")]}]},
+        {
+            "input": [ASK],
+            "output": [
+                {"type": "reasoning", "summary": [text("summary_text", "hm well")]},
+                {
+                    "type": "message",
+                    "role": "assistant",
+                    "content": [text("output_text", "none yet")],
+                },
+            ],
+        },
         THOUGHT,
     ),
     "responses with calls": (
-        {"request": {"input": [ASK, {"type": "function_call", "call_id": "c", **FUNCTION},
-                               {"type": "function_call_output", "call_id": "c", "output": "rain"}]},
-         "response": {"incomplete_details": {"reason": "max_output_tokens"}, "output": [SAY | {"type": "message"}]}},
+        {
+            "request": {
+                "input": [
+                    ASK,
+                    {"type": "function_call", "call_id": "c", **FUNCTION},
+                    {"type": "function_call_output", "call_id": "c", "output": "rain"},
+                ]
+            },
+            "response": {
+                "incomplete_details": {"reason": "max_output_tokens"},
+                "output": [SAY | {"type": "message"}],
+            },
+        },
         TOOL_CHAT.replace("yet.»", "yet»."),
     ),
     # Blocks and parts.
     "blocks": (
-        {"system": [text("text", "no fuss")],
-         "messages": [ASK | {"content": [text("text", "any news?")]},
-                      {"role": "assistant", "content": blocks({"type": "thinking", "thinking": "hm well"}, text("text", "none yet"))}]},
+        {
+            "system": [text("text", "no fuss")],
+            "messages": [
+                ASK | {"content": [text("text", "any news?")]},
+                {
+                    "role": "assistant",
+                    "content": blocks(
+                        {"type": "thinking", "thinking": "hm well"}, text("text", "none yet")
+                    ),
+                },
+            ],
+        },
         f"S:no fuss {THOUGHT}",
     ),
     "blocks with calls": (
-        {"messages": [ASK, {"role": "assistant", "content": blocks({"type": "tool_use", "id": "t", "name": "look", "input": {"at": "sea"}})},
-                      {"role": "user", "content": blocks({"type": "tool_result", "tool_use_id": "t", "content": [text("text", "rain")]})}, SAY]},
+        {
+            "messages": [
+                ASK,
+                {
+                    "role": "assistant",
+                    "content": blocks(
+                        {"type": "tool_use", "id": "t", "name": "look", "input": {"at": "sea"}}
+                    ),
+                },
+                {
+                    "role": "user",
+                    "content": blocks(
+                        {
+                            "type": "tool_result",
+                            "tool_use_id": "t",
+                            "content": [text("text", "rain")],
+                        }
+                    ),
+                },
+                SAY,
+            ]
+        },
         TOOL_CHAT,
     ),
     "result and question in one message": (
-        {"messages": [ASK, {"role": "assistant", "content": blocks({"type": "tool_use", "id": "t", "name": "look", "input": {"at": "sea"}})},
-                      {"role": "user", "content": blocks({"type": "tool_result", "content": "rain"}, text("text", "so?"))}, SAY]},
+        {
+            "messages": [
+                ASK,
+                {
+                    "role": "assistant",
+                    "content": blocks(
+                        {"type": "tool_use", "id": "t", "name": "look", "input": {"at": "sea"}}
+                    ),
+                },
+                {
+                    "role": "user",
+                    "content": blocks(
+                        {"type": "tool_result", "content": "rain"}, text("text", "so?")
+                    ),
+                },
+                SAY,
+            ]
+        },
         TOOL_CHAT.replace("rain", "rain U:so?"),
     ),
-    "parts of a request": ({"messages": [ASK | {"content": [text("input_text", "any "), text("input_text", "news?")]}, SAY]}, ONE),
-    "one part": ({"messages": [ASK | {"content": text("text", "any news?")}, SAY]}, ONE),
-    "contents": (
-        {"contents": [{"role": "user", "parts": [{"text": "any news?"}]}, {"role": "model", "parts": [{"text": "none yet"}]}]},
+    "parts of a request": (
+        {
+            "messages": [
+                ASK | {"content": [text("input_text", "any "), text("input_text", "news?")]},
+                SAY,
+            ]
+        },
         ONE,
     ),
-    "refusal": ({"messages": [ASK, {"role": "assistant", "content": None, "refusal": "none yet"}]}, ONE),
-    "result that is an object": ({"messages": [ASK, SAY | {"tool_calls": [CALL], "content": None}, RAIN | {"content": {"a": 1}}, SAY]},
-                                 TOOL_CHAT.replace("rain", '{"a": 1}')),
+    "one part": ({"messages": [ASK | {"content": text("text", "any news?")}, SAY]}, ONE),
+    "contents": (
+        {
+            "contents": [
+                {"role": "user", "parts": [{"text": "any news?"}]},
+                {"role": "model", "parts": [{"text": "none yet"}]},
+            ]
+        },
+        ONE,
+    ),
+    "refusal": (
+        {"messages": [ASK, {"role": "assistant", "content": None, "refusal": "none yet"}]},
+        ONE,
+    ),
+    "result that is an object": (
+        {
+            "messages": [
+                ASK,
+                SAY | {"tool_calls": [CALL], "content": None},
+                RAIN | {"content": {"a": 1}},
+                SAY,
+            ]
+        },
+        TOOL_CHAT.replace("rain", '{"a": 1}'),
+    ),
     # Calls.
-    "calls as text": ({"messages": [ASK, {"role": "assistant", "content": None, "tool_calls": json.dumps([CALL])}, RAIN, SAY]}, TOOL_CHAT),
-    "a list of calls as text": ({"messages": [ASK, {"role": "assistant", "tool_calls": [json.dumps(CALL)]}, RAIN, SAY]}, TOOL_CHAT),
-    "one call": ({"messages": [ASK, {"role": "assistant", "tool_calls": CALL}, RAIN, SAY]}, TOOL_CHAT),
-    "function call": ({"messages": [ASK, {"role": "assistant", "content": None, "function_call": FUNCTION}, RAIN | {"role": "function"}, SAY]}, TOOL_CHAT),
-    "function call as text": ({"messages": [ASK, {"role": "assistant", "function_call": json.dumps(FUNCTION)}, RAIN, SAY]}, TOOL_CHAT),
+    "calls as text": (
+        {
+            "messages": [
+                ASK,
+                {"role": "assistant", "content": None, "tool_calls": json.dumps([CALL])},
+                RAIN,
+                SAY,
+            ]
+        },
+        TOOL_CHAT,
+    ),
+    "a list of calls as text": (
+        {"messages": [ASK, {"role": "assistant", "tool_calls": [json.dumps(CALL)]}, RAIN, SAY]},
+        TOOL_CHAT,
+    ),
+    "one call": (
+        {"messages": [ASK, {"role": "assistant", "tool_calls": CALL}, RAIN, SAY]},
+        TOOL_CHAT,
+    ),
+    "function call": (
+        {
+            "messages": [
+                ASK,
+                {"role": "assistant", "content": None, "function_call": FUNCTION},
+                RAIN | {"role": "function"},
+                SAY,
+            ]
+        },
+        TOOL_CHAT,
+    ),
+    "function call as text": (
+        {
+            "messages": [
+                ASK,
+                {"role": "assistant", "function_call": json.dumps(FUNCTION)},
+                RAIN,
+                SAY,
+            ]
+        },
+        TOOL_CHAT,
+    ),
     "a speaker who calls": (
-        {"conversations": [{"from": "human", "value": "any news?"}, {"from": "function_call", "value": json.dumps(FUNCTION)},
-                           {"from": "observation", "value": "rain"}, {"from": "gpt", "value": "none yet"}]},
+        {
+            "conversations": [
+                {"from": "human", "value": "any news?"},
+                {"from": "function_call", "value": json.dumps(FUNCTION)},
+                {"from": "observation", "value": "rain"},
+                {"from": "gpt", "value": "none yet"},
+            ]
+        },
         TOOL_CHAT,
     ),
     "a call in its tag": (
-        {"conversations": [{"from": "human", "value": "any news?"}, {"from": "tool_call", "value": f"<tool_call>\n{json.dumps(FUNCTION)}\n</tool_call>"},
-                           {"from": "tool", "value": "rain"}, {"from": "gpt", "value": "none yet"}]},
+        {
+            "conversations": [
+                {"from": "human", "value": "any news?"},
+                {
+                    "from": "tool_call",
+                    "value": f"<tool_call>\n{json.dumps(FUNCTION)}\n</tool_call>",
+                },
+                {"from": "tool", "value": "rain"},
+                {"from": "gpt", "value": "none yet"},
+            ]
+        },
         TOOL_CHAT,
     ),
     "a null that was written": (
-        {"messages": [ASK, SAY | {"tool_calls": [{"function": {"name": "look", "arguments": '{"at": null}'}}]}]},
+        {
+            "messages": [
+                ASK,
+                SAY | {"tool_calls": [{"function": {"name": "look", "arguments": '{"at": null}'}}]},
+            ]
+        },
         'U:any news? A:«none yet<call>{"name": "look", "arguments": {"at": null}}</call>.»',
     ),
-    "tools with another name": ({"functions": [{"name": "look"}], "messages": [ASK, SAY]},
-                                f'T[{{"type": "function", "function": {{"name": "look"}}}}]\n{ONE}'),
-    "tools as text, one by one": ({"tools": [json.dumps({"name": "look", "input_schema": {}})], "messages": [ASK, SAY]},
-                                  f'T[{{"type": "function", "function": {{"name": "look", "parameters": {{}}}}}}]\n{ONE}'),
+    "tools with another name": (
+        {"functions": [{"name": "look"}], "messages": [ASK, SAY]},
+        f'T[{{"type": "function", "function": {{"name": "look"}}}}]\n{ONE}',
+    ),
+    "tools as text, one by one": (
+        {"tools": [json.dumps({"name": "look", "input_schema": {}})], "messages": [ASK, SAY]},
+        f'T[{{"type": "function", "function": {{"name": "look", "parameters": {{}}}}}}]\n{ONE}',
+    ),
     # Speakers.
-    **{f"speakers {a}, {b}": ({"messages": [{"role": a, "content": "any news?"}, {"role": b, "content": "none yet"}]}, ONE)
-       for a, b in (("human", "ai"), ("user", "model"), ("USER", "ASSISTANT"), ("prompter", "bot"), ("Human", "ChatGPT"))},
-    "an observation": ({"messages": [ASK, SAY | {"content": "", "tool_calls": [CALL]}, RAIN | {"role": "observation"}, SAY]}, TOOL_CHAT),
+    **{
+        f"speakers {a}, {b}": (
+            {"messages": [{"role": a, "content": "any news?"}, {"role": b, "content": "none yet"}]},
+            ONE,
+        )
+        for a, b in (
+            ("human", "ai"),
+            ("user", "model"),
+            ("USER", "ASSISTANT"),
+            ("prompter", "bot"),
+            ("Human", "ChatGPT"),
+        )
+    },
+    "an observation": (
+        {
+            "messages": [
+                ASK,
+                SAY | {"content": "", "tool_calls": [CALL]},
+                RAIN | {"role": "observation"},
+                SAY,
+            ]
+        },
+        TOOL_CHAT,
+    ),
     # Thoughts, ends, nulls, weights.
-    "reasoning": ({"messages": [ASK, SAY | {"reasoning": "hm well", "reasoning_content": "hm well"}]}, THOUGHT),
-    "reasoning in details": ({"messages": [ASK, SAY | {"reasoning_details": [{"type": "reasoning.text", "text": "hm well"}]}]}, THOUGHT),
-    "a list of reasons": ({"messages": [ASK, SAY, ASK, SAY], "finish_reasons": ["length", "stop"]}, f"{SHORT} {ONE}"),
+    "reasoning": (
+        {"messages": [ASK, SAY | {"reasoning": "hm well", "reasoning_content": "hm well"}]},
+        THOUGHT,
+    ),
+    "reasoning in details": (
+        {
+            "messages": [
+                ASK,
+                SAY | {"reasoning_details": [{"type": "reasoning.text", "text": "hm well"}]},
+            ]
+        },
+        THOUGHT,
+    ),
+    "a list of reasons": (
+        {"messages": [ASK, SAY, ASK, SAY], "finish_reasons": ["length", "stop"]},
+        f"{SHORT} {ONE}",
+    ),
     "truncated": ({"messages": [ASK, SAY], "meta": {"truncated": True}}, SHORT),
     "padded with null": (
-        {"messages": [ASK | {"tool_calls": None, "name": None}, SAY | {"refusal": None, "audio": None, "function_call": None, "tool_calls": []}],
-         "tools": None, "system": None, "response": None, "input_ids": None, "conversations": []},
+        {
+            "messages": [
+                ASK | {"tool_calls": None, "name": None},
+                SAY | {"refusal": None, "audio": None, "function_call": None, "tool_calls": []},
+            ],
+            "tools": None,
+            "system": None,
+            "response": None,
+            "input_ids": None,
+            "conversations": [],
+        },
         ONE,
     ),
-    "weight": ({"messages": [ASK, SAY | {"weight": 0}, ASK, SAY | {"weight": 1}]}, f"U:any news? A:none yet {ONE}"),
-}  # fmt: skip
+    "weight": (
+        {"messages": [ASK, SAY | {"weight": 0}, ASK, SAY | {"weight": 1}]},
+        f"U:any news? A:none yet {ONE}",
+    ),
+}
 
 
 @pytest.mark.parametrize("name", ROWS)
@@ -199,28 +449,83 @@ def test_a_row_of_a_dialect(name: str) -> None:
 
 
 DROPS: dict[str, tuple[Any, str, str]] = {
-    "preferences": ({"prompt": "any news?", "chosen": "none yet", "rejected": "no"}, NO_ANSWER, "is read from `response`"),
-    "lists of preferences": ({"chosen": [ASK, SAY], "rejected": [ASK]}, MALFORMED, "rename the column"),
-    "an error": ({"request": {"messages": [ASK]}, "response": {"error": {"message": "late"}}}, MALFORMED, "nothing was answered"),
-    "half a batch": ({"custom_id": "1", "response": {"body": CHOICES}}, MALFORMED, "Join output and input file"),
-    "raw completions": ({"request": {"prompt": "any news?"}, "response": CHOICES}, MALFORMED, "give tokens"),
-    "a stream": ({"request": {"messages": [ASK]}, "response": {"chunks": []}}, MALFORMED, "joined to one message"),
-    "two thoughts": ({"messages": [ASK, SAY | {"reasoning": "a b", "thinking": "c d"}]}, MALFORMED, "two thoughts that differ"),
+    "preferences": (
+        {"prompt": "any news?", "chosen": "none yet", "rejected": "no"},
+        NO_ANSWER,
+        "is read from `response`",
+    ),
+    "lists of preferences": (
+        {"chosen": [ASK, SAY], "rejected": [ASK]},
+        MALFORMED,
+        "rename the column",
+    ),
+    "an error": (
+        {"request": {"messages": [ASK]}, "response": {"error": {"message": "late"}}},
+        MALFORMED,
+        "nothing was answered",
+    ),
+    "half a batch": (
+        {"custom_id": "1", "response": {"body": CHOICES}},
+        MALFORMED,
+        "Join output and input file",
+    ),
+    "raw completions": (
+        {"request": {"prompt": "any news?"}, "response": CHOICES},
+        MALFORMED,
+        "give tokens",
+    ),
+    "a stream": (
+        {"request": {"messages": [ASK]}, "response": {"chunks": []}},
+        MALFORMED,
+        "joined to one message",
+    ),
+    "two thoughts": (
+        {"messages": [ASK, SAY | {"reasoning": "a b", "thinking": "c d"}]},
+        MALFORMED,
+        "two thoughts that differ",
+    ),
     "a call that is none": (
-        {"conversations": [{"from": "human", "value": "any news?"}, {"from": "function_call", "value": "look(sea)"}]},
-        MALFORMED, "not JSON of one",
+        {
+            "conversations": [
+                {"from": "human", "value": "any news?"},
+                {"from": "function_call", "value": "look(sea)"},
+            ]
+        },
+        MALFORMED,
+        "not JSON of one",
     ),
     "text behind a call": (
-        {"messages": [ASK, SAY | {"content": blocks({"type": "tool_use", "name": "look", "input": {}}, text("text", "so"))}]},
-        NOT_TEXT, "messages[1]",
+        {
+            "messages": [
+                ASK,
+                SAY
+                | {
+                    "content": blocks(
+                        {"type": "tool_use", "name": "look", "input": {}}, text("text", "so")
+                    )
+                },
+            ]
+        },
+        NOT_TEXT,
+        "messages[1]",
     ),
     "a thought that is not shown": (
-        {"messages": [ASK, SAY | {"reasoning_details": [{"type": "reasoning.encrypted", "data": "x"}]}]},
-        f"the answer's `reasoning_details` is not in the text ({WAY_OUT})", "",
+        {
+            "messages": [
+                ASK,
+                SAY | {"reasoning_details": [{"type": "reasoning.encrypted", "data": "x"}]},
+            ]
+        },
+        f"the answer's `reasoning_details` is not in the text ({WAY_OUT})",
+        "",
     ),
-    "sound": ({"messages": [ASK, SAY | {"audio": {"id": "a"}}]}, f"the answer's `audio` is not in the text ({WAY_OUT})", ""),
+    "sound": (
+        {"messages": [ASK, SAY | {"audio": {"id": "a"}}]},
+        f"the answer's `audio` is not in the text ({WAY_OUT})",
+        "",
+    ),
     "nothing to learn": ({"messages": [ASK, SAY | {"train": False}]}, UNTAUGHT, ""),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", DROPS)
@@ -243,11 +548,16 @@ def test_what_is_not_in_the_samples_is_counted() -> None:
         {f"field `{n}` of an answer is not in the text": 1 for n in ("name", "score")}
     )
     padded = {
-        "function": {"name": "look", "arguments": {"at": "sea", "deg": None, "of": {"x": None, "y": 1}}}
+        "function": {
+            "name": "look",
+            "arguments": {"at": "sea", "deg": None, "of": {"x": None, "y": 1}},
+        }
     }
     made = make({"messages": [ASK, SAY | {"tool_calls": [padded]}]})
     assert '{"at": "sea", "of": {"y": 1}}' in marked(made)
-    assert made.notes == Counter({"null in a call's arguments, taken for a data frame's padding": 1})
+    assert made.notes == Counter(
+        {"null in a call's arguments, taken for a data frame's padding": 1}
+    )
 
 
 def test_a_lost_answer_counts_towards_the_limit_on_dropped_rows() -> None:
@@ -272,13 +582,18 @@ def test_a_lost_answer_counts_towards_the_limit_on_dropped_rows() -> None:
     assert len(part.samples) == 5
     with pytest.raises(
         DataError,
-        match=r"0 of the first 5 rows gave no sample, and 3 lost an answer \(answer left out: the answer's",
+        match=r"0 of the first 5 rows gave no sample, and 3 lost an answer \(answer left out: the "
+        r"answer's",
     ):
         read(0.5)
 
 
 def test_labels_are_a_mask_where_that_is_what_a_row_has() -> None:
     tokens = SampleMaker(None, tokenised=True, vocab_size=9, seq_length=9, min_supervised=1)
-    for named in ({"labels": [-100, 2, 3]}, {"assistant_masks": [0, 1, 1]}, {"loss_mask": [0.0, 1.0, 1.0]}):
+    for named in (
+        {"labels": [-100, 2, 3]},
+        {"assistant_masks": [0, 1, 1]},
+        {"loss_mask": [0.0, 1.0, 1.0]},
+    ):
         (sample,) = tokens.make(row_of(0, "f", {"input_ids": [1, 2, 3], **named})).samples
         assert sample.loss_mask.tolist() == [False, True, True]

@@ -1,4 +1,6 @@
-"""States against transformers' own ``output_hidden_states``, and against themselves in another batch."""
+"""States against transformers' own ``output_hidden_states``, and against themselves in another
+batch.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,9 @@ from dump_targets import build_model, engine, samples, save_target, shapes
 
 
 def close(found: torch.Tensor, expected: torch.Tensor) -> None:
-    """Within 1e-5 of the largest value: fp32 sums in another order, in random networks that amplify it."""
+    """Within 1e-5 of the largest value: fp32 sums in another order, in random networks that amplify
+    it.
+    """
     assert found.shape == expected.shape
     assert float((found - expected).abs().max()) <= 1e-5 * max(1.0, float(expected.abs().max()))
 
@@ -33,13 +37,18 @@ def test_states_are_the_outputs_of_the_layers_and_the_normed_last(kind: str) -> 
     data = samples([17, 5, 30, 9])
     states = dict(target.capture(data))
     assert sorted(states) == [0, 1, 2, 3]
-    # transformers replaces the last entry of hidden_states by the normed one; hooks on the layer itself do not.
+    # transformers replaces the last entry of hidden_states by the normed one; hooks on the layer
+    # itself do not.
     unnormed: list[torch.Tensor] = []
-    handle = target.model.model.layers[5].register_forward_hook(lambda m, a, out: unnormed.append(out))
+    handle = target.model.model.layers[5].register_forward_hook(
+        lambda m, a, out: unnormed.append(out)
+    )
     for i, sample in enumerate(data):
         unnormed.clear()
         with torch.inference_mode():
-            out = target.model(torch.from_numpy(sample.input_ids).long()[None], output_hidden_states=True)
+            out = target.model(
+                torch.from_numpy(sample.input_ids).long()[None], output_hidden_states=True
+            )
         aux = torch.stack([out.hidden_states[1][0], out.hidden_states[3][0], unnormed[0][0]], dim=1)
         close(states[i].aux, aux)
         last = out.hidden_states[-1][0][torch.from_numpy(last_rows(sample.loss_mask))]
@@ -62,7 +71,10 @@ def test_out_of_memory_names_flags_that_the_command_takes(regenerate: bool) -> N
     target = engine("qwen3")
     # As on a GPU that the first layer's output does not fit.
     target.parts.layers[0].register_forward_hook(refuse_memory)
-    words = r"a batch of 2 x \d+ tokens. Use a smaller --batch-tokens \(now 64; --resume .*, or a smaller "
+    words = (
+        r"a batch of 2 x \d+ tokens. Use a smaller --batch-tokens \(now 64; --resume .*, or a "
+        r"smaller "
+    )
     if regenerate:
         greedy = Sampling(temperature=0.0, top_p=1.0, top_k=0, max_tokens=4, thinking=None)
         asks = [Ask(key, [5, 6, 7], 4, 0, True) for key in range(2)]
@@ -115,7 +127,8 @@ def test_an_unknown_structure_says_what_was_looked_for() -> None:
     model = build_model("qwen3", VOCAB)
     wrong = Shapes(hidden_size=64, vocab_size=VOCAB, num_layers=7, max_positions=None)
     with pytest.raises(
-        EngineError, match="looked for one stack of 7 layers with one norm of width 64 beside it, found 0"
+        EngineError,
+        match="looked for one stack of 7 layers with one norm of width 64 beside it, found 0",
     ):
         TransformersEngine(model, wrong, LAYERS, device="cpu", batch_tokens=8)
 
@@ -144,7 +157,9 @@ def test_no_kernel_that_plans_every_shape(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["qwen3", "llama"])
 def test_a_forward_asks_the_device_nothing(kind: str) -> None:
-    """Anything that reads a value (``.item()``, ``if tensor``) cannot be answered on the meta device, and on CUDA would wait."""
+    """Anything that reads a value (``.item()``, ``if tensor``) cannot be answered on the meta
+    device, and on CUDA would wait.
+    """
     target = engine(kind)
     model = target.model.to("meta")
     ids = torch.zeros(3, 17, dtype=torch.long, device="meta")

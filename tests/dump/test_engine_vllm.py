@@ -1,4 +1,6 @@
-"""Real vLLM against transformers: same ids, same states. One start for the engine, one for the command."""
+"""Real vLLM against transformers: same ids, same states. One start for the engine, one for the
+command.
+"""
 
 from __future__ import annotations
 
@@ -66,7 +68,9 @@ def shapes(tiny: Path) -> Shapes:
 
 
 @pytest.fixture(scope="module")
-def running(tiny: Path, shapes: Shapes, tmp_path_factory: pytest.TempPathFactory) -> Iterator[VllmEngine]:
+def running(
+    tiny: Path, shapes: Shapes, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[VllmEngine]:
     pytest.importorskip("vllm")
     spool = tmp_path_factory.mktemp("spool") / "s"
     engine = VllmEngine.load(
@@ -119,7 +123,9 @@ def test_workers_code_what_the_codec_codes(running: VllmEngine, bits: int) -> No
     for captured in running.stream(iter(groups), codec):
         assert callable(captured.states)
         coded = captured.states()
-        states = [{n: a for n, a in coded.arrays.items() if n.startswith(f)} for f in ("aux_", "last_")]
+        states = [
+            {n: a for n, a in coded.arrays.items() if n.startswith(f)} for f in ("aux_", "last_")
+        ]
         stages.update(coded.seconds)
         at = [0, 0]
         for i in captured.members:
@@ -145,7 +151,9 @@ def test_workers_code_what_the_codec_codes(running: VllmEngine, bits: int) -> No
                     ).mean() < 1e-3  # batches of other shapes differ in a last bit
     left = {p.name for p in running._spool.iterdir()}
     told = {"coding.json", "norm.pt", "embedding.pt", "calibration.pt", "worker.lock"}
-    assert {"coding.json", "norm.pt", "worker.lock"} <= left <= told, "batches are deleted as they are read"
+    assert {"coding.json", "norm.pt", "worker.lock"} <= left <= told, (
+        "batches are deleted as they are read"
+    )
 
 
 def test_steps_are_large_where_states_are_small() -> None:
@@ -165,7 +173,9 @@ def test_the_row_whose_states_are_lost_or_another_s_is_named(tmp_path: Path) -> 
     counts = {"tokens": torch.tensor([2, 1, 2]), "lasts": torch.zeros(3, dtype=torch.long)}
     told = counts | {"times": torch.zeros(4, dtype=torch.float64)}
     write_batch(f"{tmp_path}/2", {IDS: torch.tensor([0, 7, 1, 2, 7], dtype=torch.int32), **told})
-    with pytest.raises(EngineError, match="other tokens .* for row 41, expected exactly its 2 tokens"):
+    with pytest.raises(
+        EngineError, match="other tokens .* for row 41, expected exactly its 2 tokens"
+    ):
         engine._spooled(f"{tmp_path}/2", members)
     with pytest.raises(EngineError, match="row 5: its connector was not called"):
         engine._place(5, SimpleNamespace(kv_transfer_params=None))
@@ -177,7 +187,8 @@ def test_a_rank_s_partial_sum_is_named() -> None:
     partial = whole.clone()
     partial[:, 1] *= 0.8
     with pytest.raises(
-        EngineError, match="entering layers 9 are a tensor-parallel rank's partial sum: ranks 0 and 1 differ"
+        EngineError,
+        match="entering layers 9 are a tensor-parallel rank's partial sum: ranks 0 and 1 differ",
     ):
         same_on_ranks(whole, partial, 1, [2, 9, 28])
 
@@ -205,7 +216,13 @@ def test_on_a_gpu_the_engine_is_not_forked(
     monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(LLM=start))  # type: ignore[arg-type]
     with pytest.raises(EngineError, match="RuntimeError: spawn"):
         VllmEngine.load(
-            str(tiny), shapes, LAYERS, dtype="bfloat16", seq_length=8, spool=tmp_path / "s", batch_tokens=None
+            str(tiny),
+            shapes,
+            LAYERS,
+            dtype="bfloat16",
+            seq_length=8,
+            spool=tmp_path / "s",
+            batch_tokens=None,
         )
 
 
@@ -223,18 +240,42 @@ def test_the_command_writes_the_same_store_with_either_engine(
     pytest.importorskip("vllm")
     target = families.save(tmp_path / "gemma3", "gemma3")
     made = samples([40, 33, 17, 60, 9])
-    rows = [{"input_ids": s.input_ids.tolist(), "loss_mask": s.loss_mask.astype(int).tolist()} for s in made]
+    rows = [
+        {"input_ids": s.input_ids.tolist(), "loss_mask": s.loss_mask.astype(int).tolist()}
+        for s in made
+    ]
     data = write_rows(rows)
     stores = []
     for engine in ("transformers", "vllm"):
         output = tmp_path / engine
         code = "from dspark.dump.cli import main; main()"
         done = subprocess.run(
-            [sys.executable, "-c", code, "--model", str(target), "--data", str(data), "--output", str(output),
-             "--engine", engine, "--seq-length", "200", "--mask-token-id", "250",
-             "--aux-bits", "16", "--last-bits", "16", "--json"],
-            capture_output=True, text=True, check=False,
-        )  # fmt: skip
+            [
+                sys.executable,
+                "-c",
+                code,
+                "--model",
+                str(target),
+                "--data",
+                str(data),
+                "--output",
+                str(output),
+                "--engine",
+                engine,
+                "--seq-length",
+                "200",
+                "--mask-token-id",
+                "250",
+                "--aux-bits",
+                "16",
+                "--last-bits",
+                "16",
+                "--json",
+            ],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
         assert done.returncode == 0, done.stderr
         assert json.loads(done.stdout)["samples"] == 5
         stores.append(dspark.cache.open(output))
@@ -252,7 +293,9 @@ def test_the_command_writes_the_same_store_with_either_engine(
 @pytest.mark.vllm
 @pytest.mark.filterwarnings("ignore")
 def test_regenerated_states_are_those_of_a_second_pass(running: VllmEngine) -> None:
-    """Two turns; the second prompt holds the first answer, whose states come out of vLLM's prefix cache."""
+    """Two turns; the second prompt holds the first answer, whose states come out of vLLM's prefix
+    cache.
+    """
     codec = registry.make(LOSSLESS)
     sampling = Sampling(temperature=0.8, top_p=0.9, top_k=0, max_tokens=20, thinking=None)
     rng = np.random.default_rng(0)

@@ -1,4 +1,6 @@
-"""Every family through the transformers engine: parts found by structure, states of the right layers, self-check, frozen weights from the checkpoint."""
+"""Every family through the transformers engine: parts found by structure, states of the right
+layers, self-check, frozen weights from the checkpoint.
+"""
 
 from __future__ import annotations
 
@@ -63,7 +65,9 @@ def test_a_family_is_dumped_right(kind: str, tmp_path: Path) -> None:
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("kind", ["qwen3", "gemma3"])
 def test_a_model_spread_over_devices_gives_the_same_states(kind: str, tmp_path: Path) -> None:
-    """Layers on two devices, here memory and disk: accelerate loads the second as they run. Frozen weights come from the checkpoint."""
+    """Layers on two devices, here memory and disk: accelerate loads the second as they run. Frozen
+    weights come from the checkpoint.
+    """
     folder = str(families.save(tmp_path / kind, kind))
     shapes = load_target(folder).shapes
     spread: dict[str, str] = {
@@ -82,5 +86,7 @@ def test_a_model_spread_over_devices_gives_the_same_states(kind: str, tmp_path: 
     for (_, a), (_, b) in zip(one.capture(data), two.capture(data), strict=True):
         assert torch.equal(a.aux, b.aux)
         assert torch.equal(a.last, b.last)
-    for x, y in zip(one.frozen()._tensors().values(), two.frozen()._tensors().values(), strict=True):
+    for x, y in zip(
+        one.frozen()._tensors().values(), two.frozen()._tensors().values(), strict=True
+    ):
         assert torch.equal(x, y)

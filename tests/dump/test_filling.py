@@ -1,4 +1,6 @@
-"""A part filled in any order: by rows from the host, and by indexed copies where the codes are, the same bytes."""
+"""A part filled in any order: by rows from the host, and by indexed copies where the codes are, the
+same bytes.
+"""
 
 from __future__ import annotations
 
@@ -37,9 +39,15 @@ def filling(made: list[TokenSample], bits: int) -> Filling:
     layout = PartLayout(registry.make(rotated_name(bits, bits)), LAYERS, HIDDEN)
     specs = layout.arrays(arrays["input_ids"].shape[0], len(made), sum(stored))
     job = PartJob(
-        place=Folder(Path("nowhere")), index=0, arrays=arrays, specs=list(specs), exact={},
-        block=Block(row_start=0, row_stop=len(made), dropped={}, truncated=0), plan={}, plan_sha256="",
-    )  # fmt: skip
+        place=Folder(Path("nowhere")),
+        index=0,
+        arrays=arrays,
+        specs=list(specs),
+        exact={},
+        block=Block(row_start=0, row_stop=len(made), dropped={}, truncated=0),
+        plan={},
+        plan_sha256="",
+    )
     return Filling(part, job, SharedBlock(False))
 
 
@@ -75,7 +83,22 @@ def test_host_and_device_put_the_same_bytes_at_the_same_rows(bits: int) -> None:
 
 def test_rows_of_a_batch() -> None:
     filled = filling(samples([5, 3, 9, 4]), 16)
-    assert filled.rows("token", [2, 0]).tolist() == [8, 9, 10, 11, 12, 13, 14, 15, 16, 0, 1, 2, 3, 4]
+    assert filled.rows("token", [2, 0]).tolist() == [
+        8,
+        9,
+        10,
+        11,
+        12,
+        13,
+        14,
+        15,
+        16,
+        0,
+        1,
+        2,
+        3,
+        4,
+    ]
     assert filled.rows("token", [1]).tolist() == [5, 6, 7]
 
 
@@ -89,4 +112,6 @@ def test_neighbouring_rows_are_a_slice_and_others_are_not() -> None:
 def test_a_batch_of_the_wrong_size_is_refused() -> None:
     filled, codec = filling(samples([5, 3]), 16), registry.make(LOSSLESS)
     with pytest.raises(AssertionError, match="aux"):
-        filled.put_on_device([0], codec.encode(torch.zeros(4, LAYERS, HIDDEN), torch.zeros(3, HIDDEN)))
+        filled.put_on_device(
+            [0], codec.encode(torch.zeros(4, LAYERS, HIDDEN), torch.zeros(3, HIDDEN))
+        )

@@ -43,17 +43,24 @@ def read(folder: Path) -> Any:
 
 
 def renamed(old: str, new: str) -> Callable[[Tensors], Tensors]:
-    return lambda tensors: {(new + n[len(old) :] if n.startswith(old) else n): t for n, t in tensors.items()}
+    return lambda tensors: {
+        (new + n[len(old) :] if n.startswith(old) else n): t for n, t in tensors.items()
+    }
 
 
 @pytest.mark.parametrize(
     ("embed", "norm", "head"),
     [
         ("model.language_model.embed_tokens", "model.language_model.norm", "lm_head"),
-        ("language_model.model.embed_tokens", "language_model.model.norm", "language_model.lm_head"),
+        (
+            "language_model.model.embed_tokens",
+            "language_model.model.norm",
+            "language_model.lm_head",
+        ),
         ("backbone.embeddings", "backbone.norm_f", "lm_head"),
         ("embed", "norm", "head"),
-        ("decoder.word_embeddings", "decoder.last_norm", "decoder.to_logits"),  # of nobody: by structure
+        # of nobody: by structure
+        ("decoder.word_embeddings", "decoder.last_norm", "decoder.to_logits"),
     ],
 )
 def test_names_of_known_and_unknown_checkpoints(
@@ -61,9 +68,11 @@ def test_names_of_known_and_unknown_checkpoints(
 ) -> None:
     """Beside a predictor and a vision tower, whose embedding and norms have the same shapes."""
     more = {
-        "mtp.norm.weight": torch.zeros(64), "mtp.embed_tokens.weight": torch.zeros(304, 64),
-        "visual.merger.norm.weight": torch.zeros(64), "model.layers.6.shared_head.norm.weight": torch.zeros(64),
-    }  # fmt: skip
+        "mtp.norm.weight": torch.zeros(64),
+        "mtp.embed_tokens.weight": torch.zeros(304, 64),
+        "visual.merger.norm.weight": torch.zeros(64),
+        "model.layers.6.shared_head.norm.weight": torch.zeros(64),
+    }
 
     def change(tensors: Tensors) -> Tensors:
         names = {"model.embed_tokens": embed, "model.norm": norm, "lm_head": head}
@@ -77,7 +86,9 @@ def test_names_of_known_and_unknown_checkpoints(
     for name in ("embed_tokens", "norm", "lm_head"):
         assert torch.equal(getattr(found, name), getattr(plain, name))
     whole = load_target(str(folder))
-    assert str(find_frozen(str(folder), whole.shapes, whole.whole)) == f"{embed}, {norm}, {head} (F32)"
+    assert (
+        str(find_frozen(str(folder), whole.shapes, whole.whole)) == f"{embed}, {norm}, {head} (F32)"
+    )
 
 
 def test_padded_rows_are_left_out(changed: Callable[..., Path], tiny: Path) -> None:
@@ -93,15 +104,22 @@ def test_padded_rows_are_left_out(changed: Callable[..., Path], tiny: Path) -> N
     assert torch.equal(found.lm_head, plain.lm_head)
 
 
-def fp8_head(tensors: Tensors, scale_of: Callable[[torch.Tensor], torch.Tensor], name: str) -> Tensors:
+def fp8_head(
+    tensors: Tensors, scale_of: Callable[[torch.Tensor], torch.Tensor], name: str
+) -> Tensors:
     head = tensors["lm_head.weight"]
     scale = scale_of(head.abs()) / FP8_MAX
     wide = scale
     if scale.ndim == 2 and scale.shape[1] > 1:
-        wide = scale.repeat_interleave(32, 0)[: head.shape[0]].repeat_interleave(32, 1)[:, : head.shape[1]]
+        wide = scale.repeat_interleave(32, 0)[: head.shape[0]].repeat_interleave(32, 1)[
+            :, : head.shape[1]
+        ]
     elif scale.ndim == 1 and scale.numel() > 1:
         wide = scale[:, None]
-    return tensors | {"lm_head.weight": (head / wide).to(torch.float8_e4m3fn), f"lm_head.{name}": scale}
+    return tensors | {
+        "lm_head.weight": (head / wide).to(torch.float8_e4m3fn),
+        f"lm_head.{name}": scale,
+    }
 
 
 def blocks(x: torch.Tensor) -> torch.Tensor:
@@ -118,15 +136,23 @@ def blocks(x: torch.Tensor) -> torch.Tensor:
     ],
 )  # fmt: skip
 def test_an_fp8_head(
-    changed: Callable[..., Path], tiny: Path, scale_of: Callable[[torch.Tensor], torch.Tensor], name: str
+    changed: Callable[..., Path],
+    tiny: Path,
+    scale_of: Callable[[torch.Tensor], torch.Tensor],
+    name: str,
 ) -> None:
     quantization = {"quantization_config": {"quant_method": "fp8", "weight_block_size": [32, 32]}}
     folder = changed(lambda t: fp8_head(t, scale_of, name), quantization)
     found, plain = read(folder), read(tiny)
     assert found.lm_head.dtype == torch.bfloat16
     error = (found.lm_head.float() - plain.lm_head).abs()
-    # e4m3 has three bits behind the point: 1/16 of the value, or half of the smallest step of its scale.
-    assert bool((error <= plain.lm_head.abs() * (1 / 16 + 1 / 256) + plain.lm_head.abs().amax() * 2e-5).all())
+    # e4m3 has three bits behind the point: 1/16 of the value, or half of the smallest step of its
+    # scale.
+    assert bool(
+        (
+            error <= plain.lm_head.abs() * (1 / 16 + 1 / 256) + plain.lm_head.abs().amax() * 2e-5
+        ).all()
+    )
 
 
 def test_an_fp8_head_without_its_scale_is_refused(changed: Callable[..., Path]) -> None:
@@ -145,8 +171,10 @@ def test_a_head_packed_in_four_bits(changed: Callable[..., Path]) -> None:
         del tensors["lm_head.weight"]
         packed = packing.pack_to_int32(values, 4)
         return tensors | {
-            "lm_head.weight_packed": packed, "lm_head.weight_scale": scale, "lm_head.weight_shape": torch.tensor([304, 64]),
-        }  # fmt: skip
+            "lm_head.weight_packed": packed,
+            "lm_head.weight_scale": scale,
+            "lm_head.weight_shape": torch.tensor([304, 64]),
+        }
 
     expected = values.float() * scale.repeat_interleave(32, 1)
     assert torch.equal(read(changed(change)).lm_head, expected.bfloat16())
@@ -156,7 +184,9 @@ def test_a_head_packed_in_four_bits(changed: Callable[..., Path]) -> None:
 def test_a_head_in_nvfp4(changed: Callable[..., Path], modelopt: bool) -> None:
     packing = pytest.importorskip("compressed_tensors.compressors.nvfp4")
     grid = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
-    values = grid[torch.randint(0, 8, (304, 64))] * torch.where(torch.rand(304, 64) < 0.5, -1.0, 1.0)
+    values = grid[torch.randint(0, 8, (304, 64))] * torch.where(
+        torch.rand(304, 64) < 0.5, -1.0, 1.0
+    )
     scale = torch.randint(1, 9, (304, 4)).to(torch.float8_e4m3fn)
 
     def change(tensors: Tensors) -> Tensors:
@@ -187,14 +217,20 @@ def test_a_head_packed_by_gptq(changed: Callable[..., Path]) -> None:
 
     def packed(x: torch.Tensor, axis: int) -> torch.Tensor:
         shifts = torch.arange(8) * 4
-        out = (x.unflatten(axis, (-1, 8)) << (shifts[None, :, None] if axis == 0 else shifts)).sum(axis + 1)
-        return (out - ((out >> 31) << 32)).to(torch.int32)  # the upper half are negative numbers of 32 bits
+        out = (x.unflatten(axis, (-1, 8)) << (shifts[None, :, None] if axis == 0 else shifts)).sum(
+            axis + 1
+        )
+        # the upper half are negative numbers of 32 bits
+        return (out - ((out >> 31) << 32)).to(torch.int32)
 
     def change(tensors: Tensors) -> Tensors:
         del tensors["lm_head.weight"]
         return tensors | {
-            "lm_head.qweight": packed(values, 0), "lm_head.qzeros": packed(zeros - 1, 1), "lm_head.scales": scales, "lm_head.g_idx": group.int(),
-        }  # fmt: skip
+            "lm_head.qweight": packed(values, 0),
+            "lm_head.qzeros": packed(zeros - 1, 1),
+            "lm_head.scales": scales,
+            "lm_head.g_idx": group.int(),
+        }
 
     expected = ((values - zeros[group]).float() * scales[group]).T
     assert torch.equal(read(changed(change)).lm_head, expected.bfloat16())
@@ -207,9 +243,18 @@ def test_a_missing_head_is_known_from_the_headers(changed: Callable[..., Path]) 
 
     folder = changed(change)
     target = load_target(str(folder))
-    with pytest.raises(TargetError, match=r"looked for one output head of shape \[304, 64\] .* found 0"):
+    with pytest.raises(
+        TargetError, match=r"looked for one output head of shape \[304, 64\] .* found 0"
+    ):
         find_frozen(str(folder), target.shapes, target.whole)
-    assert find_frozen(str(changed_config(folder, tie_word_embeddings=True)), target.shapes, load_target(str(folder)).whole).names.head is None  # fmt: skip
+    assert (
+        find_frozen(
+            str(changed_config(folder, tie_word_embeddings=True)),
+            target.shapes,
+            load_target(str(folder)).whole,
+        ).names.head
+        is None
+    )
 
 
 def changed_config(folder: Path, **more: Any) -> Path:
@@ -242,7 +287,9 @@ def test_damaged_checkpoints_are_named(tiny: Path, tmp_path: Path) -> None:
     path = folder / "model.safetensors"
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(TargetError, match=r"model.safetensors: [\d,]+ bytes, its header says [\d,]+"):
+    with pytest.raises(
+        TargetError, match=r"model.safetensors: [\d,]+ bytes, its header says [\d,]+"
+    ):
         open_checkpoint(str(folder))
     path.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
     with pytest.raises(TargetError, match="a Git LFS pointer"):

@@ -1,4 +1,6 @@
-"""Stores in the transform codec, whole: dumped, read back, recoded, verified, trained from; and corpora too small for it."""
+"""Stores in the transform codec, whole: dumped, read back, recoded, verified, trained from; and
+corpora too small for it.
+"""
 
 from __future__ import annotations
 
@@ -48,9 +50,18 @@ def stores(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def config(stores: dict[str, Path], data: str = "data", **changes: Any) -> DumpConfig:
-    settings: dict[str, Any] = {"part_tokens": 1024, "batch_tokens": 512, "layers": (0, 2), **changes}
+    settings: dict[str, Any] = {
+        "part_tokens": 1024,
+        "batch_tokens": 512,
+        "layers": (0, 2),
+        **changes,
+    }
     return DumpConfig(
-        model=str(stores["model"]), data=str(stores[data]), engine="transformers", device="cpu", **settings
+        model=str(stores["model"]),
+        data=str(stores[data]),
+        engine="transformers",
+        device="cpu",
+        **settings,
     )
 
 
@@ -92,13 +103,17 @@ def test_a_calibration_that_the_plan_has_no_hash_of_is_refused(
 
 
 def test_what_is_measured_foretells_the_store(stores: dict[str, Path]) -> None:
-    """The bits that calibration aimed at, on samples that it held out, are those of the disk but for zstd's and short parts' excess."""
+    """The bits that calibration aimed at, on samples that it held out, are those of the disk but
+    for zstd's and short parts' excess.
+    """
     found = info(stores[CODEC])
     assert 2.0 < found["aux_bits_measured"] < 3.5
 
 
 def test_a_row_is_decoded_as_its_samples_are(stores: dict[str, Path]) -> None:
-    """Training from coded states is training from the decoded ones: a packed row with padding gives the states that the reader gives."""
+    """Training from coded states is training from the decoded ones: a packed row with padding gives
+    the states that the reader gives.
+    """
     cache = dspark.cache.open(stores[CODEC])
     read = [cache.read(i) for i in (3, 0, 7)]
     sizes = [len(s.tokens.input_ids) for s in read]
@@ -119,7 +134,9 @@ def test_a_row_is_decoded_as_its_samples_are(stores: dict[str, Path]) -> None:
     torch.testing.assert_close(placed.last, torch.cat([last for _, last in states]))
 
 
-def test_a_small_corpus_takes_the_rotated_code_and_says_so(stores: dict[str, Path], tmp_path: Path) -> None:
+def test_a_small_corpus_takes_the_rotated_code_and_says_so(
+    stores: dict[str, Path], tmp_path: Path
+) -> None:
     plan = prepare(config(stores, "short", output=tmp_path / "a.zarr")).plan
     assert plan.codec == "rotated-4-4"
     assert any("klt-1-1 is calibrated on the corpus and needs" in line for line in plan.lines())
@@ -151,7 +168,9 @@ def test_the_default_is_the_transform_codec_where_it_can_be_calibrated(
     assert prepare(plain).plan.codec == "rotated-4-4"
 
 
-def test_answers_of_the_target_are_not_calibrated_on(stores: dict[str, Path], tmp_path: Path) -> None:
+def test_answers_of_the_target_are_not_calibrated_on(
+    stores: dict[str, Path], tmp_path: Path
+) -> None:
     settings = config(stores, output=tmp_path / "a.zarr", part_tokens=None, regenerate=True)
     assert prepare(settings).plan.codec == "rotated-4-4"
     with pytest.raises(UsageError, match="--regenerate"):
@@ -159,7 +178,9 @@ def test_answers_of_the_target_are_not_calibrated_on(stores: dict[str, Path], tm
 
 
 def test_a_foreign_reader_decodes_by_the_document(stores: dict[str, Path]) -> None:
-    """docs/format.md in plain zarr, safetensors and numpy; shares nothing with the package but what it is held against."""
+    """docs/format.md in plain zarr, safetensors and numpy; shares nothing with the package but what
+    it is held against.
+    """
     store = dspark.cache.open(stores[CODEC])
     read = Foreign(stores[CODEC])
     part = zarr.open_group(sorted((stores[CODEC] / "parts").iterdir())[0], mode="r")
@@ -191,7 +212,9 @@ class Foreign:
         step, offsets = self.learnt[f"{field}_numbers"][0], self.learnt[f"{field}_offsets"]
         out, at, band = [], 0, 0
         for count, (cells, n) in zip(
-            self.learnt[f"{field}_columns"].tolist(), [(255, 1), (15, 2), (5, 3), (3, 5)], strict=True
+            self.learnt[f"{field}_columns"].tolist(),
+            [(255, 1), (15, 2), (5, 3), (3, 5)],
+            strict=True,
         ):
             data = code[:, at : at + count // n].astype(np.int64)
             at += count // n
@@ -212,7 +235,9 @@ class Foreign:
         return mean + deviation * (y @ back + features @ predict)
 
     def samples(self, part: Any) -> Any:
-        """Of each sample: ids, ``aux`` [S, L, H], stored last states [m, H], tokens stored exactly."""
+        """Of each sample: ids, ``aux`` [S, L, H], stored last states [m, H], tokens stored
+        exactly.
+        """
         a = {n: np.asarray(part[n]) for n in part.array_keys()}
         values = lambda x: (x.astype(np.uint32) << 16).view(np.float32)  # noqa: E731
         for i in range(len(a["sample_row"])):
@@ -222,7 +247,9 @@ class Foreign:
             e = self.embedding[ids]
             before = np.concatenate([np.zeros_like(e[:1]), e[:-1]])
             y = self.coefficients("aux", a["aux_code"][begin:end])
-            aux = self.rows("aux", y, np.concatenate([e, before], 1)).reshape(-1, self.layers, self.hidden)
+            aux = self.rows("aux", y, np.concatenate([e, before], 1)).reshape(
+                -1, self.layers, self.hidden
+            )
             at = np.flatnonzero(mask[:-1] & mask[1:])
             near = np.concatenate([y[at, : self.context], before[at], e[at], e[at + 1]], 1)
             last = self.rows("last", self.coefficients("last", a["last_code"][first:past]), near)

@@ -12,10 +12,18 @@ from dspark.dump.target.presets import find, presets
 @pytest.mark.parametrize(
     ("layers", "expected"),
     [
-        (36, (1, 9, 17, 25, 33)), (28, (1, 7, 13, 19, 25)), (30, (1, 8, 14, 20, 27)), (8, (1, 2, 3, 4, 5)),
-        (7, (1, 2, 3, 4)), (5, (1, 2)), (4, (1,)), (3, (1,)), (2, (0,)), (1, (0,)),
+        (36, (1, 9, 17, 25, 33)),
+        (28, (1, 7, 13, 19, 25)),
+        (30, (1, 8, 14, 20, 27)),
+        (8, (1, 2, 3, 4, 5)),
+        (7, (1, 2, 3, 4)),
+        (5, (1, 2)),
+        (4, (1,)),
+        (3, (1,)),
+        (2, (0,)),
+        (1, (0,)),
     ],
-)  # fmt: skip
+)
 def test_default_layers_spread_from_1_to_n_minus_3(layers: int, expected: tuple[int, ...]) -> None:
     assert default_layers(layers) == expected
     check_layers(expected, layers)

@@ -1,4 +1,6 @@
-"""Layers in another order and at other positions are found in the states, and stop the dump; right ones pass."""
+"""Layers in another order and at other positions are found in the states, and stop the dump; right
+ones pass.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,9 @@ LAYERS = (0, 1, 3, 4)
 class Aux:
     """An engine whose aux states went through ``fault``."""
 
-    def __init__(self, inner: TransformersEngine, fault: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    def __init__(
+        self, inner: TransformersEngine, fault: Callable[[torch.Tensor], torch.Tensor]
+    ) -> None:
         self.inner, self.fault = inner, fault
         self.name, self.version = "faulty", "0"
         self.frozen, self.predict, self.close, self.stream = (
@@ -42,11 +46,21 @@ def target(request: pytest.FixtureRequest) -> TransformersEngine:
     ("fault", "message"),
     [
         (lambda x: x.flip(1), "the states are those of layers 4,3,1,0"),
-        (lambda x: x[:, [0, 3, 2, 1]], "not in the order of --layers 0,1,3,4: judging by their similarity.* of layers 0,4,3,1"),
-        (lambda x: x.roll(-1, 0), "the positions of layer 4 are shifted by one: its states belong to the position later"),
-        (lambda x: x.roll(1, 0), "the positions of layer 4 are shifted by one: its states belong to the position earlier"),
+        (
+            lambda x: x[:, [0, 3, 2, 1]],
+            "not in the order of --layers 0,1,3,4: judging by their similarity.* of layers 0,4,3,1",
+        ),
+        (
+            lambda x: x.roll(-1, 0),
+            "the positions of layer 4 are shifted by one: its states belong to the position later",
+        ),
+        (
+            lambda x: x.roll(1, 0),
+            "the positions of layer 4 are shifted by one: its states belong to the position "
+            "earlier",
+        ),
     ],
-)  # fmt: skip
+)
 def test_faults_in_the_layers_stop_the_dump(
     target: TransformersEngine, fault: Callable[[torch.Tensor], torch.Tensor], message: str
 ) -> None:

@@ -31,7 +31,9 @@ from dspark.dump.writing.blocks import can_share
 
 def test_an_engine_that_loses_a_sample_is_caught(config: DumpConfig, show: Display) -> None:
     class Losing(Wrapped):
-        def dumped(self, groups: Iterable[Sequence[TokenSample]], codec: Codec) -> Iterator[Captured]:
+        def dumped(
+            self, groups: Iterable[Sequence[TokenSample]], codec: Codec
+        ) -> Iterator[Captured]:
             captured = self.inner.stream(groups, codec)
             next(captured)
             yield from captured
@@ -41,7 +43,9 @@ def test_an_engine_that_loses_a_sample_is_caught(config: DumpConfig, show: Displ
 
 
 class Coming(Wrapped):
-    """States on the host that arrive only once ``ahead`` batches have been handed over; ``fail``: the first one never does."""
+    """States on the host that arrive only once ``ahead`` batches have been handed over; ``fail``:
+    the first one never does.
+    """
 
     def __init__(self, inner: Engine, ahead: int, fail: bool = False) -> None:
         super().__init__(inner, lambda: None)
@@ -79,7 +83,9 @@ def test_states_that_never_come_stop_the_dump(config: DumpConfig, show: Display)
         dump(config, show, lambda plan, n: Coming(load_engine(plan, n), 5, fail=True))
 
 
-def test_out_of_memory_names_flags_that_the_command_takes(config: DumpConfig, show: Display) -> None:
+def test_out_of_memory_names_flags_that_the_command_takes(
+    config: DumpConfig, show: Display
+) -> None:
     """A store that is gone on with keeps its size of a part: that flag is for a new one."""
 
     class Full(Coming):
@@ -90,7 +96,8 @@ def test_out_of_memory_names_flags_that_the_command_takes(config: DumpConfig, sh
 
     config = dataclasses.replace(config, batch_tokens=64)
     with pytest.raises(
-        EngineError, match=r"2 GiB.*--batch-tokens .--resume.*--part-tokens, which needs a new store"
+        EngineError,
+        match=r"2 GiB.*--batch-tokens .--resume.*--part-tokens, which needs a new store",
     ):
         dump(config, show, lambda plan, n: Full(load_engine(plan, n), 0))
     assert dump(dataclasses.replace(config, resume=True, batch_tokens=32), show)["complete"]
@@ -107,8 +114,12 @@ def blocks_of_ours() -> int:
 
 @pytest.mark.skipif(not can_share(), reason="parts are written by threads here")
 @pytest.mark.parametrize("stage", ["engine", "encoder"])
-def test_a_dump_that_fails_gives_its_blocks_back(config: DumpConfig, show: Display, stage: str) -> None:
-    """While the error is held, whose traceback leads to them: a program that tries again must not run out of memory."""
+def test_a_dump_that_fails_gives_its_blocks_back(
+    config: DumpConfig, show: Display, stage: str
+) -> None:
+    """While the error is held, whose traceback leads to them: a program that tries again must not
+    run out of memory.
+    """
     count = itertools.count()
 
     def fail() -> None:
@@ -154,9 +165,12 @@ def test_a_killed_worker_process_is_named_and_resume_goes_on(
     victim: int,
     task: str,
 ) -> None:
-    """As the kernel does it when memory runs out: what was whole stays, nothing is left behind, and the store becomes that of an unbroken run."""
+    """As the kernel does it when memory runs out: what was whole stays, nothing is left behind, and
+    the store becomes that of an unbroken run.
+    """
     monkeypatch.setattr("dspark.dump.job.PROCESS_ROWS", 1)
-    monkeypatch.setattr("dspark.dump.corpus.tokenise.CHUNK", 4)  # so that rows are left when one is killed
+    # so that rows are left when one is killed
+    monkeypatch.setattr("dspark.dump.corpus.tokenise.CHUNK", 4)
     rows = write_rows(corpus(200), "long.jsonl")
     config = dataclasses.replace(config, data=str(rows), workers=1)
     whole = dataclasses.replace(config, output=tmp_path / "whole.zarr", workers=0)
@@ -176,7 +190,9 @@ def test_a_killed_worker_process_is_named_and_resume_goes_on(
             assert len(processes) == 2
             os.kill(processes[victim].pid or 0, signal.SIGKILL)
 
-    with pytest.raises(EngineError, match=f"a process that {task} .*memory.*--resume.*fewer --workers"):
+    with pytest.raises(
+        EngineError, match=f"a process that {task} .*memory.*--resume.*fewer --workers"
+    ):
         dump(config, show, lambda plan, n: Wrapped(load_engine(plan, n), kill))
     assert 0 < written() < len(list((whole.output / "parts").glob("0*")))
     deadline = time.monotonic() + 60  # the pool that was not hit is told to end and not waited for

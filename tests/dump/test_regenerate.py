@@ -1,4 +1,6 @@
-"""The target answers: its own tokens, the states of the run that made them, turn by turn; stopped and resumed to the same store."""
+"""The target answers: its own tokens, the states of the run that made them, turn by turn; stopped
+and resumed to the same store.
+"""
 
 from __future__ import annotations
 
@@ -47,9 +49,16 @@ ROWS = [
 @pytest.fixture
 def config(tiny: Path, tmp_path: Path, write_rows: Callable[..., Path]) -> DumpConfig:
     return DumpConfig(
-        model=str(tiny), data=str(write_rows(ROWS)), output=tmp_path / "hs.zarr", regenerate=True, max_tokens=12,
-        temperature=0.7, aux_bits=16, last_bits=16, seq_length=200,
-    )  # fmt: skip
+        model=str(tiny),
+        data=str(write_rows(ROWS)),
+        output=tmp_path / "hs.zarr",
+        regenerate=True,
+        max_tokens=12,
+        temperature=0.7,
+        aux_bits=16,
+        last_bits=16,
+        seq_length=200,
+    )
 
 
 def test_answers_are_the_target_s_and_states_those_of_a_second_pass(
@@ -60,8 +69,13 @@ def test_answers_are_the_target_s_and_states_those_of_a_second_pass(
     out = dump(greedy, Display())
     assert (out["rows_read"], out["samples"], out["dropped"]) == (9, 8, {"no user turn": 1})
     store = dspark.cache.open(config.output)
-    assert store.manifest.dump.mask_rule == "regenerate (temperature 0, top_p 1, top_k 0, max_tokens 12)"
-    rows = [json.loads(line) for line in Path(f"{config.output}.answers.jsonl").read_text().splitlines()]
+    assert (
+        store.manifest.dump.mask_rule
+        == "regenerate (temperature 0, top_p 1, top_k 0, max_tokens 12)"
+    )
+    rows = [
+        json.loads(line) for line in Path(f"{config.output}.answers.jsonl").read_text().splitlines()
+    ]
     assert [r["row"] for r in rows] == [0, 1, 3, 4, 5, 6, 7, 8]
     assert [m["role"] for m in rows[1]["messages"]] == ["system", *["user", "assistant"] * 3]
     assert not Path(f"{config.output}.answers").exists()
@@ -71,20 +85,30 @@ def test_answers_are_the_target_s_and_states_those_of_a_second_pass(
     model = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)
     for i in range(len(store)):
         sample = store[i]
-        spans = np.flatnonzero(np.diff(sample.loss_mask.astype(int), prepend=0, append=0)).reshape(-1, 2)
+        spans = np.flatnonzero(np.diff(sample.loss_mask.astype(int), prepend=0, append=0)).reshape(
+            -1, 2
+        )
         assert spans[-1, 1] == len(sample.input_ids)
         with torch.inference_mode():
-            found = model(torch.from_numpy(sample.input_ids).long()[None], output_hidden_states=True)
+            found = model(
+                torch.from_numpy(sample.input_ids).long()[None], output_hidden_states=True
+            )
         for a, b in spans.tolist():
-            assert found.logits[0, a - 1 : b - 1].argmax(-1).tolist() == sample.input_ids[a:b].tolist()
-        expected = torch.stack([found.hidden_states[j + 1][0] for j in store.manifest.layers], dim=1).numpy()
+            assert (
+                found.logits[0, a - 1 : b - 1].argmax(-1).tolist() == sample.input_ids[a:b].tolist()
+            )
+        expected = torch.stack(
+            [found.hidden_states[j + 1][0] for j in store.manifest.layers], dim=1
+        ).numpy()
         np.testing.assert_allclose(sample.aux[:-1], expected[:-1], rtol=2**-7, atol=2e-3)
         np.testing.assert_array_equal(sample.aux[-1], sample.aux[-2])
         last = found.hidden_states[-1][0].numpy()
         np.testing.assert_allclose(
             sample.last[sample.last_mask], last[sample.last_mask], rtol=2**-7, atol=2e-3
         )
-        answer = job.target.tokenizer.decode(sample.input_ids[spans[-1, 0] :], skip_special_tokens=True)
+        answer = job.target.tokenizer.decode(
+            sample.input_ids[spans[-1, 0] :], skip_special_tokens=True
+        )
         assert rows[i]["messages"][-1]["content"] == answer
 
 
@@ -97,7 +121,9 @@ def test_it_resumes_to_the_same_store_and_refuses_other_sampling(
 
     def files() -> dict[str, bytes]:
         return {
-            str(p.relative_to(config.output)): p.read_bytes() for p in config.output.rglob("*") if p.is_file()
+            str(p.relative_to(config.output)): p.read_bytes()
+            for p in config.output.rglob("*")
+            if p.is_file()
         }
 
     before = files()
@@ -123,7 +149,10 @@ def test_too_many_dropped_rows_stop_it_as_without(
 ) -> None:
     rows = [chat("u: the cat"), *[chat("a: nobody asked")] * 3, chat("u: the mat")]
     config = dataclasses.replace(config, data=str(write_rows(rows)), max_dropped=0.5)
-    said = r"3 of the first 5 rows gave no sample \(no user turn: 3\), more than the allowed share of 50%"
+    said = (
+        r"3 of the first 5 rows gave no sample \(no user turn: 3\), more than the allowed share "
+        r"of 50%"
+    )
     with pytest.raises(DataError, match=said):
         dump(config, Display())
     assert not read_manifest(config.output).complete
@@ -137,7 +166,8 @@ def test_too_many_dropped_rows_stop_it_early(
     """Behind the first parts of a thousand rows, and what was answered until then is kept."""
     monkeypatch.setattr(regenerate, "PART_ROWS", 3)
     monkeypatch.setattr(parts, "EARLY_ROWS", 9)
-    monkeypatch.setattr(job_module, "PROBE_TOKENS", 20)  # else the self-check reads as far and stops it
+    # else the self-check reads as far and stops it
+    monkeypatch.setattr(job_module, "PROBE_TOKENS", 20)
     rows = [*[chat("u: one two")] * 9, *[chat("a: nobody asked")] * 15, *[chat("u: the mat")] * 30]
     config = dataclasses.replace(config, data=str(write_rows(rows)), max_tokens=4, temperature=0.0)
     with pytest.raises(DataError, match="12 of the first 21 rows gave no sample"):
@@ -156,7 +186,9 @@ def test_rows_that_are_no_text_are_dropped_and_counted(
 def test_a_turn_that_the_template_refuses_drops_its_row(
     tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    refusing = "{% if messages[-1]['content'] == 'no' %}{{ raise_exception('not this') }}{% endif %}"
+    refusing = (
+        "{% if messages[-1]['content'] == 'no' %}{{ raise_exception('not this') }}{% endif %}"
+    )
     monkeypatch.setattr(tokenizer, "chat_template", refusing + tokenizer.chat_template)
     prompts = regenerate.Prompts(tokenizer, GREEDY, 200)
     first, second = (
@@ -181,7 +213,10 @@ def test_answers_with_too_few_tokens_are_dropped(config: DumpConfig) -> None:
     assert min(given) < max(given), given
     out = dump(dataclasses.replace(config, min_supervised=max(given), overwrite=True), Display())
     kept = given.count(max(given))
-    assert (out["samples"], out["dropped"]["too few supervised tokens"]) == (kept, len(given) - kept)
+    assert (out["samples"], out["dropped"]["too few supervised tokens"]) == (
+        kept,
+        len(given) - kept,
+    )
     assert len(Path(f"{config.output}.answers.jsonl").read_text().splitlines()) == kept
 
 
@@ -211,7 +246,9 @@ def test_batched_answers_do_not_depend_on_the_batch() -> None:
         for i, n in enumerate((7, 30, 12))
     ]
     codec = registry.make(LOSSLESS)
-    together = {a.ask.key: a for a in engine("qwen3", batch_tokens=500).answer(asks, GREEDY, [3], codec)}
+    together = {
+        a.ask.key: a for a in engine("qwen3", batch_tokens=500).answer(asks, GREEDY, [3], codec)
+    }
     alone = {a.ask.key: a for a in engine("qwen3", batch_tokens=1).answer(asks, GREEDY, [3], codec)}
     assert together[1].states is None
     for key, found in alone.items():
@@ -244,7 +281,9 @@ def test_recommended_sampling(tiny: Path, tmp_path: Path) -> None:
     ("own", "message"),
     [({"top_k": -2}, "top_k: found -2"), ({"temperature": math.inf}, "--temperature: found inf")],
 )
-def test_what_the_target_recommends_is_checked_too(own: dict[str, Any], message: str, tmp_path: Path) -> None:
+def test_what_the_target_recommends_is_checked_too(
+    own: dict[str, Any], message: str, tmp_path: Path
+) -> None:
     (tmp_path / "generation_config.json").write_text(json.dumps({"do_sample": True, **own}))
     with pytest.raises(UsageError, match=message):
         recommended(str(tmp_path), None, None, None, None)
@@ -288,13 +327,17 @@ def test_flags_that_are_refused_before_anything_is_read(
 
 
 def test_several_answers_per_prompt(config: DumpConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each conversation goes on with its own answers; all of a row lie on one side of the split; a resumed run gives the same."""
+    """Each conversation goes on with its own answers; all of a row lie on one side of the split; a
+    resumed run gives the same.
+    """
     monkeypatch.setattr(regenerate, "PART_ROWS", 4)
     out = dump(dataclasses.replace(config, answers=3), Display())
     assert (out["rows_read"], out["samples"], out["dropped"]) == (9, 24, {"no user turn": 1})
     store = dspark.cache.open(config.output)
     assert store.manifest.dump.mask_rule.endswith("max_tokens 12, 3 answers)")
-    rows = [json.loads(line) for line in Path(f"{config.output}.answers.jsonl").read_text().splitlines()]
+    rows = [
+        json.loads(line) for line in Path(f"{config.output}.answers.jsonl").read_text().splitlines()
+    ]
     assert [(r["row"], r["answer"]) for r in rows] == [
         (n, k) for n in (0, 1, 3, 4, 5, 6, 7, 8) for k in range(3)
     ]

@@ -1,5 +1,7 @@
-"""``--regenerate`` of tool chats under real templates: the call is asked for first, its recorded result goes with it, every answer is kept, and the
-states are those of a second pass over the ids that were recorded."""
+"""``--regenerate`` of tool chats under real templates: the call is asked for first, its recorded
+result goes with it, every answer is kept, and the states are those of a second pass over the ids
+that were recorded.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,8 @@ CHAT = [
 ]
 # What the target is made to write, turn by turn: thought, call or text.
 QWEN3 = [
-    '<think>\nask it\n</think>\n\n<tool_call>\n{"name": "weather", "arguments": {"city": "Oslo"}}\n</tool_call><|im_end|>',
+    '<think>\nask it\n</think>\n\n<tool_call>\n{"name": "weather", "arguments": {"city": '
+    '"Oslo"}}\n</tool_call><|im_end|>',
     "<think>\nread it\n</think>\n\nit is cold<|im_end|>",
     "<think>\nthe cat\n</think>\n\nthe mat is warm<|im_end|>",
     "<think>\nbe nice\n</think>\n\nhello<|im_end|>",
@@ -57,7 +60,9 @@ TEXTS = [None, "it is cold", "the mat is warm", "hello"]
 
 
 def scripted(tok: Any, script: Sequence[str], asked: list[str]) -> TransformersEngine:
-    """A tiny random target that writes ``script``: its forward passes are real, its choice of tokens is not."""
+    """A tiny random target that writes ``script``: its forward passes are real, its choice of
+    tokens is not.
+    """
     model = build_model("qwen3", len(tok) + 4, layers=2, max_position_embeddings=4096)
     generate, coming = model.generate, iter(script)
 
@@ -77,7 +82,9 @@ def scripted(tok: Any, script: Sequence[str], asked: list[str]) -> TransformersE
 
 
 def regenerated(name: str, script: Sequence[str], messages: list[dict[str, Any]] = CHAT) -> Any:
-    """What becomes of one row: the part, its states, the answers on disk, what was asked, and the target."""
+    """What becomes of one row: the part, its states, the answers on disk, what was asked, and the
+    target.
+    """
     tok, asked, saved = tokenizer(name), [], []
     target = scripted(tok, script, asked)
     prompts = Prompts(tok, GREEDY, 4000, day="2026-01-01")
@@ -102,7 +109,9 @@ def regenerated(name: str, script: Sequence[str], messages: list[dict[str, Any]]
 def taught(found: Any) -> list[str]:
     out = []
     for sample in found.part.samples:
-        edges = np.flatnonzero(np.diff(sample.loss_mask.astype(int), prepend=0, append=0)).reshape(-1, 2)
+        edges = np.flatnonzero(np.diff(sample.loss_mask.astype(int), prepend=0, append=0)).reshape(
+            -1, 2
+        )
         out += [found.tok.decode(sample.input_ids[a:b].tolist()) for a, b in edges.tolist()]
     return out
 
@@ -113,7 +122,8 @@ def test_a_tool_chat_of_three_turns(name: str, script: list[str]) -> None:
     assert not found.part.dropped
     # Every answer is taught exactly once, as it was written.
     assert taught(found) == script
-    # The call was asked for before its result was shown, and the result is asked about behind the target's own call.
+    # The call was asked for before its result was shown, and the result is asked about behind the
+    # target's own call.
     assert "3 degrees" not in found.asked[0]
     assert found.asked[1].index("Oslo", len(found.asked[0])) < found.asked[1].index("3 degrees")
     (line,) = found.saved
@@ -145,7 +155,9 @@ def test_a_tool_chat_of_three_turns(name: str, script: list[str]) -> None:
 def test_a_result_without_its_call_drops_the_row() -> None:
     found = regenerated("qwen3", ["it is cold<|im_end|>"])
     assert found.part.samples == found.states == found.saved == []
-    assert dict(found.part.dropped) == {"the target did not make the call whose result is recorded": 1}
+    assert dict(found.part.dropped) == {
+        "the target did not make the call whose result is recorded": 1
+    }
     assert len(found.asked) == 1
 
 
@@ -160,10 +172,15 @@ def test_results_go_with_calls_in_order() -> None:
     assert len({c["id"] for c in said[1]["tool_calls"]}) == 2
 
 
-@pytest.mark.parametrize("end", ["commentary to=functions.weather <|constrain|>json", "commentary to=functions.weather"])  # fmt: skip
+@pytest.mark.parametrize(
+    "end", ["commentary to=functions.weather <|constrain|>json", "commentary to=functions.weather"]
+)
 def test_a_call_as_gpt_oss_writes_it_is_one(end: str) -> None:
     """The template writes the recipient in front of the channel, the target behind it."""
-    call = f'<|channel|>analysis<|message|>ask it<|end|><|start|>assistant<|channel|>{end}<|message|>{{"city": "Oslo"}}<|call|>'
+    call = (
+        "<|channel|>analysis<|message|>ask "
+        f'it<|end|><|start|>assistant<|channel|>{end}<|message|>{{"city": "Oslo"}}<|call|>'
+    )
     found = regenerated("gptoss", [call, HARMONY[1]], CHAT[:3])
     assert taught(found) == [call, HARMONY[1]]
     first = found.saved[0]["messages"][1]
@@ -181,13 +198,18 @@ def test_an_answer_is_due_before_results_of_tools() -> None:
     ]
 
 
-@pytest.mark.parametrize("name", ["qwen2_5", "qwen3_5_think", "glm4moe", "deepseekv3", "mistral", "gemma4_v5"])  # fmt: skip
+@pytest.mark.parametrize(
+    "name", ["qwen2_5", "qwen3_5_think", "glm4moe", "deepseekv3", "mistral", "gemma4_v5"]
+)
 def test_what_a_template_writes_is_heard_as_it_was(name: str) -> None:
     """Call and text, read back from what the template itself writes of them."""
     prompts = Prompts(tokenizer(name), GREEDY, 4000, day="2026-01-01")
     template, listener = prompts.template, Listener(prompts.template)
     ask = template.form(CHAT[0])
-    for message in ({"content": None, "tool_calls": [CALL | {"id": "call00010"}]}, {"content": "it is cold"}):
+    for message in (
+        {"content": None, "tool_calls": [CALL | {"id": "call00010"}]},
+        {"content": "it is cold"},
+    ):
         form = template.form({"role": "assistant", **message})
         prompt = template.render([ask], TOOLS, prompt=True)
         text = template.render([ask, form], TOOLS)

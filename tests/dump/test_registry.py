@@ -51,8 +51,12 @@ def test_a_toy_engine_writes_a_store(
 def test_names_and_packages_that_are_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UsageError, match="no such engine. There are: auto, transformers, vllm"):
         choose_engine("sglang", "cpu")
-    monkeypatch.setitem(ENGINES, "vllm", EngineKind("x:y", "no_such_package", (), 1, "pip install it"))
-    with pytest.raises(UsageError, match="not installed here: pip install it, or use --engine transformers"):
+    monkeypatch.setitem(
+        ENGINES, "vllm", EngineKind("x:y", "no_such_package", (), 1, "pip install it")
+    )
+    with pytest.raises(
+        UsageError, match="not installed here: pip install it, or use --engine transformers"
+    ):
         choose_engine("vllm", "cpu")
     with pytest.raises(UsageError, match="the package is not installed"):
         engine_version("vllm")

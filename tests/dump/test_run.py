@@ -48,7 +48,9 @@ from dspark.dump.run import dump
 from dump_targets import chat
 
 
-def stops_after(n: int, error: type[BaseException]) -> Callable[[planning.Plan, int | None], Engine]:
+def stops_after(
+    n: int, error: type[BaseException]
+) -> Callable[[planning.Plan, int | None], Engine]:
     """An engine that raises ``error`` at its ``n``-th sample."""
     count = Counter[str]()
 
@@ -84,7 +86,9 @@ def test_the_store_holds_what_the_target_says(config: DumpConfig, show: Display)
         expected = torch.stack([hidden[j + 1][0] for j in (1, 2, 3)], dim=1).numpy()
         np.testing.assert_allclose(sample.aux, expected, rtol=2**-8, atol=1e-3)
         rows = sample.last_mask
-        np.testing.assert_allclose(sample.last[rows], hidden[-1][0].numpy()[rows], rtol=2**-8, atol=1e-3)
+        np.testing.assert_allclose(
+            sample.last[rows], hidden[-1][0].numpy()[rows], rtol=2**-8, atol=1e-3
+        )
         assert rows.sum() == (sample.loss_mask[:-1] & sample.loss_mask[1:]).sum()
     assert torch.equal(store.target.norm, model.model.norm.weight.detach())
     assert {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"} <= {
@@ -95,7 +99,9 @@ def test_the_store_holds_what_the_target_says(config: DumpConfig, show: Display)
     assert "rows.jsonl:7: dropped: no assistant turn" in log
 
 
-def test_the_same_dump_twice_is_the_same_store(config: DumpConfig, show: Display, tmp_path: Path) -> None:
+def test_the_same_dump_twice_is_the_same_store(
+    config: DumpConfig, show: Display, tmp_path: Path
+) -> None:
     dump(config, show)
     other = dataclasses.replace(config, output=tmp_path / "again.zarr")
     dump(other, show)
@@ -119,7 +125,9 @@ def test_a_compact_dump_is_centred_on_rows_from_all_over_the_corpus(
     assert sum(r < 200 for r in rows) == pytest.approx(len(rows) / 2, abs=1)
     dump(config, show)
     store = dspark.cache.open(config.output)
-    assert store.manifest.codec.calibration_sha256 == file_sha256(config.output / "calibration.safetensors")
+    assert store.manifest.codec.calibration_sha256 == file_sha256(
+        config.output / "calibration.safetensors"
+    )
     aux = np.concatenate([store[i].aux for i in range(0, 400, 13)])
     mean = store.codec.aux.centre.tensors(64, torch.device("cpu"))[0].numpy()  # type: ignore[union-attr]
     np.testing.assert_allclose(aux.mean(0), mean, atol=0.25 * float(aux.std(0).mean()))
@@ -127,10 +135,15 @@ def test_a_compact_dump_is_centred_on_rows_from_all_over_the_corpus(
 
 
 @pytest.mark.parametrize(
-    ("stop", "bits"), [(KeyboardInterrupt, (16, 16)), (RuntimeError, (16, 16)), (RuntimeError, (3, 4))]
+    ("stop", "bits"),
+    [(KeyboardInterrupt, (16, 16)), (RuntimeError, (16, 16)), (RuntimeError, (3, 4))],
 )
 def test_a_stopped_dump_resumes_to_the_same_store(
-    config: DumpConfig, show: Display, tmp_path: Path, stop: type[BaseException], bits: tuple[int, int]
+    config: DumpConfig,
+    show: Display,
+    tmp_path: Path,
+    stop: type[BaseException],
+    bits: tuple[int, int],
 ) -> None:
     config = dataclasses.replace(config, aux_bits=bits[0], last_bits=bits[1])
     whole = dataclasses.replace(config, output=tmp_path / "whole.zarr")
@@ -138,7 +151,9 @@ def test_a_stopped_dump_resumes_to_the_same_store(
     with pytest.raises(Stopped if stop is KeyboardInterrupt else stop):
         dump(config, show, stops_after(20, stop))
     assert (
-        0 < len(list((config.output / "parts").glob("0*"))) < len(list((whole.output / "parts").glob("0*")))
+        0
+        < len(list((config.output / "parts").glob("0*")))
+        < len(list((whole.output / "parts").glob("0*")))
     )
     with pytest.raises(dspark.cache.errors.IncompleteCacheError):
         dspark.cache.open(config.output)
@@ -153,13 +168,34 @@ def test_killed_and_resumed_is_byte_identical(
 
     def command(output: Path, *more: str) -> list[str]:
         code = "from dspark.dump.cli import main; main()"
-        return [sys.executable, "-c", code, "--model", str(tiny), "--data", str(data), "--output", str(output),
-                "--part-tokens", "300", "--engine", "transformers", "--device", "cpu",
-                "--aux-bits", "3", "--last-bits", "4", *more]  # fmt: skip
+        return [
+            sys.executable,
+            "-c",
+            code,
+            "--model",
+            str(tiny),
+            "--data",
+            str(data),
+            "--output",
+            str(output),
+            "--part-tokens",
+            "300",
+            "--engine",
+            "transformers",
+            "--device",
+            "cpu",
+            "--aux-bits",
+            "3",
+            "--last-bits",
+            "4",
+            *more,
+        ]
 
     whole, killed = tmp_path / "whole.zarr", tmp_path / "killed.zarr"
     subprocess.run(command(whole), check=True, capture_output=True)
-    process = subprocess.Popen(command(killed), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        command(killed), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     deadline = time.monotonic() + 120
     while len(list((killed / "parts").glob("0*"))) < 4:  # two are written at once, in any order
         assert process.poll() is None, "it finished before it could be killed"
@@ -196,10 +232,14 @@ def test_existing_output_and_other_plans_are_refused(
         dump(config, show, stops_after(20, KeyboardInterrupt))
     with pytest.raises(ExistsError, match="--resume to continue it"):
         dump(config, show)
-    with pytest.raises(MismatchError, match=r"layers: store has \[1, 2, 3\], this run has \[0, 2\]"):
+    with pytest.raises(
+        MismatchError, match=r"layers: store has \[1, 2, 3\], this run has \[0, 2\]"
+    ):
         dump(dataclasses.replace(config, resume=True, layers=(0, 2)), show)
     other = write_rows(corpus(40, seed=1), "other.jsonl")
-    with pytest.raises(MismatchError, match=r"source.id: store has 'rows.jsonl', this run has 'other.jsonl'"):
+    with pytest.raises(
+        MismatchError, match=r"source.id: store has 'rows.jsonl', this run has 'other.jsonl'"
+    ):
         dump(dataclasses.replace(config, resume=True, data=str(other)), show)
     dump(dataclasses.replace(config, overwrite=True), show)
     assert len(dspark.cache.open(config.output)) == 35
@@ -234,10 +274,13 @@ def test_a_dump_that_cannot_fit_is_refused_before_weights_are_read(
         dump(config, show, lambda plan, batch_tokens: pytest.fail("the engine was started"))
 
 
-def test_too_many_dropped_rows(config: DumpConfig, show: Display, write_rows: Callable[..., Path]) -> None:
+def test_too_many_dropped_rows(
+    config: DumpConfig, show: Display, write_rows: Callable[..., Path]
+) -> None:
     data = write_rows([chat("u: hi there")] * 6 + corpus(4))
     with pytest.raises(
-        DataError, match=r"rows.jsonl: 6 of the first 10 rows gave no sample \(no assistant turn: 6\)"
+        DataError,
+        match=r"rows.jsonl: 6 of the first 10 rows gave no sample \(no assistant turn: 6\)",
     ):
         dump(dataclasses.replace(config, data=str(data)), show)
     out = dump(dataclasses.replace(config, data=str(data), max_dropped=0.7, resume=True), show)
@@ -245,7 +288,9 @@ def test_too_many_dropped_rows(config: DumpConfig, show: Display, write_rows: Ca
 
 
 def test_lines_that_are_no_row_are_dropped_and_counted(config: DumpConfig, show: Display) -> None:
-    """In the report, the parts and the log, under the limit; what they hold changes nothing in their parts."""
+    """In the report, the parts and the log, under the limit; what they hold changes nothing in
+    their parts.
+    """
     path, good = Path(str(config.data)), corpus(40)
 
     def rows(bad: bytes) -> None:
@@ -282,7 +327,9 @@ def test_a_corpus_without_answers(
     assert not config.output.exists()
 
 
-def test_an_empty_corpus(config: DumpConfig, show: Display, write_rows: Callable[..., Path]) -> None:
+def test_an_empty_corpus(
+    config: DumpConfig, show: Display, write_rows: Callable[..., Path]
+) -> None:
     with pytest.raises(DataError, match="no rows"):
         dump(dataclasses.replace(config, data=str(write_rows([]))), show)
 
@@ -315,7 +362,9 @@ def test_tokenised_rows_need_no_tokenizer(
     bare.mkdir()
     for name in ("config.json", "model.safetensors"):
         shutil.copy(tiny / name, bare / name)
-    data = write_rows([{"input_ids": [5, 6, 7, 8, 9 + i], "loss_mask": [0, 0, 1, 1, 1]} for i in range(4)])
+    data = write_rows(
+        [{"input_ids": [5, 6, 7, 8, 9 + i], "loss_mask": [0, 0, 1, 1, 1]} for i in range(4)]
+    )
     plain = dataclasses.replace(config, model=str(bare), data=str(data))
     with pytest.raises(UsageError, match="--mask-token-id"):
         dump(plain, show)
@@ -327,18 +376,26 @@ def test_tokenised_rows_need_no_tokenizer(
 def test_an_engine_whose_dump_differs_from_its_check_replaces_nothing(
     config: DumpConfig, show: Display
 ) -> None:
-    """The self-check's own states are right, what the dump would store is not: the older store is still there, whole."""
+    """The self-check's own states are right, what the dump would store is not: the older store is
+    still there, whole.
+    """
 
     class Shifted(Wrapped):
-        def stream(self, groups: Iterable[Sequence[TokenSample]], codec: Codec) -> Iterator[Captured]:
+        def stream(
+            self, groups: Iterable[Sequence[TokenSample]], codec: Codec
+        ) -> Iterator[Captured]:
             for captured in self.inner.stream(groups, codec):
                 assert isinstance(captured.states, States)
-                yield captured._replace(states=States(captured.states.aux.roll(1, 0), captured.states.last))
+                yield captured._replace(
+                    states=States(captured.states.aux.roll(1, 0), captured.states.last)
+                )
 
     dump(config, show)
     before = files(config.output)
     for change in ({"overwrite": True}, {"output": config.output.with_name("new.zarr")}):
-        with pytest.raises(EngineError, match=r"coded states of sample \d, layer 1, differ from its states"):
+        with pytest.raises(
+            EngineError, match=r"coded states of sample \d, layer 1, differ from its states"
+        ):
             dump(
                 dataclasses.replace(config, **change),
                 show,

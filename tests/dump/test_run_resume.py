@@ -1,4 +1,6 @@
-"""``--resume`` of a store that is whole, or whose target is damaged: checked first, repaired where it can be."""
+"""``--resume`` of a store that is whole, or whose target is damaged: checked first, repaired where
+it can be.
+"""
 
 from __future__ import annotations
 
@@ -50,14 +52,26 @@ def test_the_same_command_on_a_whole_store_reads_no_weights(
     ("change", "error", "words"),
     [
         ({"model": "nosuchmodel"}, TargetError, "--model nosuchmodel: no config could be read"),
-        ({"aux_bits": 4}, MismatchError, "codec.name: store has 'lossless', this run has 'rotated-4-16'"),
+        (
+            {"aux_bits": 4},
+            MismatchError,
+            "codec.name: store has 'lossless', this run has 'rotated-4-16'",
+        ),
         ({"seq_length": 99}, MismatchError, "run.seq_length: store has .*, this run has 99"),
-        ({"layers": (0, 2)}, MismatchError, r"layers: store has \[1, 2, 3\], this run has \[0, 2\]"),
+        (
+            {"layers": (0, 2)},
+            MismatchError,
+            r"layers: store has \[1, 2, 3\], this run has \[0, 2\]",
+        ),
         ({"limit": 10}, MismatchError, "source.limit: store has None, this run has 10"),
-        ({"data": "other.jsonl"}, MismatchError, "source.id: store has 'rows.jsonl', this run has 'other.jsonl'"),
+        (
+            {"data": "other.jsonl"},
+            MismatchError,
+            "source.id: store has 'rows.jsonl', this run has 'other.jsonl'",
+        ),
         ({"data": "nowhere.jsonl"}, DsparkError, "nowhere.jsonl"),
     ],
-)  # fmt: skip
+)
 def test_another_command_on_a_whole_store_is_refused(
     config: DumpConfig,
     show: Display,
@@ -107,7 +121,9 @@ def test_damaged_weights_are_written_again(
 def test_weights_that_have_changed_since_do_not_go_on_with_a_store(
     config: DumpConfig, show: Display, tmp_path: Path, missing: str
 ) -> None:
-    """The same folder, config and tokenizer, other weights: neither the old ones nor states are theirs to write."""
+    """The same folder, config and tokenizer, other weights: neither the old ones nor states are
+    theirs to write.
+    """
     target = save_target(tmp_path / "target")
     config = dataclasses.replace(config, model=str(target))
     dump(config, show)
@@ -131,7 +147,9 @@ def test_weights_that_have_changed_since_do_not_go_on_with_a_store(
 
 
 def test_a_changed_row_matters_where_it_was_used(config: DumpConfig, show: Display) -> None:
-    """In a block that is still to be written the dump goes on; in one that is written it names the part."""
+    """In a block that is still to be written the dump goes on; in one that is written it names the
+    part.
+    """
     dump(config, show)
     data, parts = Path(str(config.data)), sorted((config.output / "parts").glob("[0-9]*"))
     rows = read_manifest(config.output).dump.block_rows

@@ -1,4 +1,6 @@
-"""Fast ways of rendering and finding tokens, each held against the slow one; and what they cost in a long chat."""
+"""Fast ways of rendering and finding tokens, each held against the slow one; and what they cost in
+a long chat.
+"""
 
 from __future__ import annotations
 
@@ -24,17 +26,27 @@ def words(rng: random.Random, most: int = 9) -> str:
 
 
 def chat(rng: random.Random, turns: int, odd: int | None = None) -> dict[str, Any]:
-    """A chat of random words, with or without a system prompt; answer ``odd`` begins with a thought."""
+    """A chat of random words, with or without a system prompt; answer ``odd`` begins with a
+    thought.
+    """
     out = [{"role": "system", "content": words(rng)}] if rng.random() < 0.3 else []
     for n in range(turns):
         said = f"<think>{words(rng)}</think>" if n == odd else ""
-        out += [{"role": "user", "content": words(rng)}, {"role": "assistant", "content": said + words(rng)}]
+        out += [
+            {"role": "user", "content": words(rng)},
+            {"role": "assistant", "content": said + words(rng)},
+        ]
     return {"messages": out + ([{"role": "user", "content": "x"}] if rng.random() < 0.2 else [])}
 
 
 def made(tok: Any, row: dict[str, Any], seq_length: int) -> list[tuple[Any, ...]]:
     maker = SampleMaker(
-        tok, tokenised=False, vocab_size=10**6, seq_length=seq_length, min_supervised=1, day="2026-01-01"
+        tok,
+        tokenised=False,
+        vocab_size=10**6,
+        seq_length=seq_length,
+        min_supervised=1,
+        day="2026-01-01",
     )
     found = maker.make(row_of(0, "f:1", row))
     return [(s.turn, s.key, s.input_ids.tolist(), s.loss_mask.tolist()) for s in found.samples]
@@ -43,7 +55,9 @@ def made(tok: Any, row: dict[str, Any], seq_length: int) -> list[tuple[Any, ...]
 @pytest.mark.parametrize(
     "name", ["chatml", "qwen2_5", "llama3_1", "gemma", "phi3", "mistral", "qwen3", "gptoss"]
 )
-def test_one_rendering_gives_what_one_per_answer_gives(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_rendering_gives_what_one_per_answer_gives(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     tok = build_tokenizer(CHATML) if name == "chatml" else tokenizer(name)
     rng, used = random.Random(name), []
     leading = masks.leading
@@ -101,10 +115,14 @@ def test_a_long_chat_is_rendered_a_fixed_number_of_times(monkeypatch: pytest.Mon
     def cost(turns: int, seq_length: int) -> tuple[int, int]:
         row = {
             "messages": [
-                {"role": r, "content": f"say {n}"} for n in range(turns) for r in ("user", "assistant")
+                {"role": r, "content": f"say {n}"}
+                for n in range(turns)
+                for r in ("user", "assistant")
             ]
         }
-        maker = SampleMaker(tok, tokenised=False, vocab_size=400, seq_length=seq_length, min_supervised=1)
+        maker = SampleMaker(
+            tok, tokenised=False, vocab_size=400, seq_length=seq_length, min_supervised=1
+        )
         rendered.clear()
         (sample,) = maker.make(row_of(0, "f:1", row)).samples
         return sum(rendered), len(sample.input_ids)

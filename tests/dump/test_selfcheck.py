@@ -84,7 +84,10 @@ def test_right_states_pass(kind: str) -> None:
     [
         (norm_forgotten, "the final norm was forgotten"),
         (layer_shifted, "another layer than the last was captured"),
-        (position_shifted, "the positions are shifted by one: the states belong to the position later"),
+        (
+            position_shifted,
+            "the positions are shifted by one: the states belong to the position later",
+        ),
         (half_sum, "partial sum"),
     ],
 )
@@ -100,7 +103,9 @@ def test_faults_stop_the_dump(kind: str, fault: Fault, cause: str) -> None:
 
 
 def test_a_norm_without_weights_is_missed_by_no_value() -> None:
-    """With unit norm weights a forgotten norm keeps every argmax; the probabilities give it away."""
+    """With unit norm weights a forgotten norm keeps every argmax; the probabilities give it
+    away.
+    """
     target = engine("qwen3")
     with torch.no_grad():
         target.parts.norm.weight.fill_(1.0)

@@ -1,4 +1,6 @@
-"""Several dumps of one plan: into one store and into stores of their own that are merged; the bytes are those of a single writer."""
+"""Several dumps of one plan: into one store and into stores of their own that are merged; the bytes
+are those of a single writer.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,13 @@ import pytest
 from dump_runs import assert_same, files
 
 import dspark.cache
-from dspark.cache.errors import ExistsError, IncompleteCacheError, MismatchError, Stopped, UsageError
+from dspark.cache.errors import (
+    ExistsError,
+    IncompleteCacheError,
+    MismatchError,
+    Stopped,
+    UsageError,
+)
 from dspark.cache.files.place import place_of
 from dspark.cache.files.urls import where
 from dspark.cache.merge import append, merge
@@ -40,7 +48,9 @@ def shard(config: DumpConfig, text: str, output: Path) -> DumpConfig:
     return dataclasses.replace(config, shard=text, output=output)
 
 
-def test_shards_give_the_bytes_of_one_writer(config: DumpConfig, show: Display, tmp_path: Path) -> None:
+def test_shards_give_the_bytes_of_one_writer(
+    config: DumpConfig, show: Display, tmp_path: Path
+) -> None:
     config = dataclasses.replace(config, aux_bits=4, last_bits=4)
     dump(config, show)
     parts = len(list((config.output / "parts").glob("0*")))
@@ -73,7 +83,9 @@ def test_shards_give_the_bytes_of_one_writer(config: DumpConfig, show: Display, 
     assert_same(config.output, again)
 
 
-def test_what_cannot_be_merged_is_refused(config: DumpConfig, show: Display, tmp_path: Path) -> None:
+def test_what_cannot_be_merged_is_refused(
+    config: DumpConfig, show: Display, tmp_path: Path
+) -> None:
     dump(config, show)
     other = dataclasses.replace(config, output=tmp_path / "other.zarr", seq_length=200)
     dump(other, show)
@@ -91,9 +103,9 @@ def test_a_second_corpus_is_appended(config: DumpConfig, show: Display, tmp_path
     second.write_text("\n".join(rows[5:25]) + "\n")
     job = dataclasses.replace(config, data=str(second), output=tmp_path / "second.zarr")
     dump(job, show)
-    if (plans := [dspark.cache.open(c.output).manifest.dump.block_rows for c in (config, job)])[0] != plans[
-        1
-    ]:
+    if (plans := [dspark.cache.open(c.output).manifest.dump.block_rows for c in (config, job)])[
+        0
+    ] != plans[1]:
         pytest.fail(f"blocks of {plans} rows")
     before = [dspark.cache.open(c.output) for c in (config, job)]
     expected = [c[i] for c in before for i in range(len(c))]
@@ -137,12 +149,16 @@ def test_an_object_store_holds_the_same(
 def test_what_ray_is_given(config: DumpConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     """Shards whose paths hold on any node, and GPUs only where there are some."""
     monkeypatch.chdir(config.output.parent)
-    asked = dataclasses.replace(config, ray=3, data="rows.jsonl", tensor_parallel_size=4, engine="vllm")
+    asked = dataclasses.replace(
+        config, ray=3, data="rows.jsonl", tensor_parallel_size=4, engine="vllm"
+    )
     made = actors.shards(asked)
     assert [c.shard for c in made] == ["0/3", "1/3", "2/3"]
     assert all(c.ray is None and c.break_lock and Path(c.sources[0]).is_absolute() for c in made)
     assert actors.gpus_of(asked, 8) == 4
-    assert actors.gpus_of(asked, 0) == actors.gpus_of(dataclasses.replace(asked, device="cpu"), 8) == 0
+    assert (
+        actors.gpus_of(asked, 0) == actors.gpus_of(dataclasses.replace(asked, device="cpu"), 8) == 0
+    )
     with pytest.raises(UsageError, match="--ray or --shard"):
         dataclasses.replace(config, ray=2, shard="0/2")
 

@@ -1,4 +1,6 @@
-"""Several ``--data``: numbered sources, parts of one source each, shares, and sources that are appended later."""
+"""Several ``--data``: numbered sources, parts of one source each, shares, and sources that are
+appended later.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,9 @@ def two(tmp_path: Path) -> tuple[str, str]:
     return out[0], out[1]
 
 
-def test_parts_hold_rows_of_one_source(two: tuple[str, str], config: DumpConfig, show: Display) -> None:
+def test_parts_hold_rows_of_one_source(
+    two: tuple[str, str], config: DumpConfig, show: Display
+) -> None:
     both = dataclasses.replace(config, data=two)
     out = dump(both, show)
     manifest = read_manifest(config.output)
@@ -47,11 +51,15 @@ def test_parts_hold_rows_of_one_source(two: tuple[str, str], config: DumpConfig,
         assert number == record.source * 10**8 + record.row_start // rows
         assert record.source_id == manifest.sources[record.source].id
     assert {
-        r.source: max(x.row_stop for x in records.values() if x.source == r.source) for r in records.values()
+        r.source: max(x.row_stop for x in records.values() if x.source == r.source)
+        for r in records.values()
     } == {0: 20, 1: 13}
     found = info(config.output)["per_source"]
     assert out["per_source"] == found
-    assert [(s["id"], s["rows"], s["samples"]) for s in found] == [("a.jsonl", 20, 18), ("b.jsonl", 13, 12)]
+    assert [(s["id"], s["rows"], s["samples"]) for s in found] == [
+        ("a.jsonl", 20, 18),
+        ("b.jsonl", 13, 12),
+    ]
     assert len(dspark.cache.open(config.output)) == 30
     assert verify(config.output).ok
     view = SimpleNamespace(name="both", info=info(config.output))
@@ -90,7 +98,9 @@ def test_a_source_that_is_not_understood_is_not_hidden_by_the_others(
         dump(dataclasses.replace(config, data=(*two, str(bad))), show)
 
 
-def test_a_share_and_a_limit_of_each_source(two: tuple[str, str], config: DumpConfig, show: Display) -> None:
+def test_a_share_and_a_limit_of_each_source(
+    two: tuple[str, str], config: DumpConfig, show: Display
+) -> None:
     out = dump(dataclasses.replace(config, data=(f"{two[0]}=0.5", two[1]), limit=10), show)
     taken = [row.number for row in open_corpus(f"{two[0]}=0.5").rows() if row.number < 10]
     cache = dspark.cache.open(config.output)

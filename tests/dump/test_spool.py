@@ -10,7 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from dspark.dump.engines.vllm.spool import SpoolError, SpoolReader, hold, report_failure, write_batch
+from dspark.dump.engines.vllm.spool import (
+    SpoolError,
+    SpoolReader,
+    hold,
+    report_failure,
+    write_batch,
+)
 
 
 def write(path: Path) -> dict[str, torch.Tensor]:
@@ -85,7 +91,9 @@ def test_a_failed_write_tells_why(tmp_path: Path) -> None:
     assert report_failure(str(path), OSError(28, "No space left on device"), 2)
     reader = SpoolReader(tmp_path)
     for _ in range(2):  # nobody waits for what is known to be lost
-        with pytest.raises(SpoolError, match="the worker could not write .*No space left on device") as found:
+        with pytest.raises(
+            SpoolError, match="the worker could not write .*No space left on device"
+        ) as found:
             reader.take(str(path), [0])
         assert found.value.index == 2
     assert not list(tmp_path.iterdir())
@@ -105,6 +113,8 @@ def test_a_worker_that_hangs_is_not_waited_for_without_end(
 ) -> None:
     monkeypatch.setattr("dspark.dump.engines.vllm.spool.WAIT_SECONDS", 0.1)
     lock = hold(str(tmp_path))
-    with pytest.raises(SpoolError, match=r"the worker is alive but has written no .*1\.batch for 0\.1 s"):
+    with pytest.raises(
+        SpoolError, match=r"the worker is alive but has written no .*1\.batch for 0\.1 s"
+    ):
         SpoolReader(tmp_path).take(str(tmp_path / "1.batch"), [0])
     os.close(lock)

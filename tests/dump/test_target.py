@@ -18,7 +18,11 @@ from dump_targets import CHATML, save_target
 
 def test_load_target(tiny: Path) -> None:
     target = load_target(str(tiny))
-    assert (target.shapes.hidden_size, target.shapes.num_layers, target.shapes.max_positions) == (64, 6, 512)
+    assert (target.shapes.hidden_size, target.shapes.num_layers, target.shapes.max_positions) == (
+        64,
+        6,
+        512,
+    )
     assert target.shapes.vocab_size == len(target.tokenizer) + 4
     assert target.eos_token_ids == [2]
     assert target.config["model_type"] == "qwen3"
@@ -50,13 +54,16 @@ def test_a_preset_s_shapes_are_checked(tiny: Path) -> None:
     preset = find("Qwen/Qwen3-4B")
     assert preset is not None
     with pytest.raises(
-        UsageError, match=r"the preset Qwen/Qwen3-4B has .* 2560, 151936, 36; this target's config has 64"
+        UsageError,
+        match=r"the preset Qwen/Qwen3-4B has .* 2560, 151936, 36; this target's config has 64",
     ):
         check_shapes(preset, load_target(str(tiny)).shapes)
 
 
 @pytest.mark.parametrize("kind", ["qwen3", "llama"])
-def test_frozen_weights_straight_from_the_checkpoint(kind: str, tiny: Path, tiny_llama: Path) -> None:
+def test_frozen_weights_straight_from_the_checkpoint(
+    kind: str, tiny: Path, tiny_llama: Path
+) -> None:
     from transformers import AutoModelForCausalLM
 
     folder = tiny if kind == "qwen3" else tiny_llama
@@ -79,7 +86,8 @@ def test_a_checkpoint_without_its_weights(tiny: Path, tmp_path: Path) -> None:
     shapes = load_target(str(tiny)).shapes
     with pytest.raises(
         TargetError,
-        match=r"no weights found; looked for model.safetensors.index.json, .* The folder holds config.json",
+        match=r"no weights found; looked for model.safetensors.index.json, .* The folder holds "
+        r"config.json",
     ):
         read_frozen(str(bare), shapes)
     tensors = load_file(tiny / "model.safetensors")
@@ -101,7 +109,9 @@ def test_another_prefix_in_the_checkpoint_is_found(tiny: Path, tmp_path: Path) -
         other / "model.safetensors",
     )
     shapes = load_target(str(tiny)).shapes
-    assert torch.equal(read_frozen(str(other), shapes)[0].norm, read_frozen(str(tiny), shapes)[0].norm)
+    assert torch.equal(
+        read_frozen(str(other), shapes)[0].norm, read_frozen(str(tiny), shapes)[0].norm
+    )
 
 
 def test_compact_only_where_nothing_is_lost() -> None:

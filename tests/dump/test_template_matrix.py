@@ -1,4 +1,6 @@
-"""Real templates x shapes of conversation: what is supervised, against a table made by hand from reading the templates."""
+"""Real templates x shapes of conversation: what is supervised, against a table made by hand from
+reading the templates.
+"""
 
 # ruff: noqa: RUF001  # DeepSeek's tokens are written with these characters
 
@@ -22,8 +24,10 @@ DROPPED = None
 
 @dataclass(frozen=True)
 class How:
-    """How a template writes an answer. ``plain``: in front of a text without a thought. ``thought``: a thought in its own field, None: it is left out.
-    ``inline``: the row whose thought stands in its text. Calls: None where it writes none."""
+    """How a template writes an answer. ``plain``: in front of a text without a thought.
+    ``thought``: a thought in its own field, None: it is left out.
+    ``inline``: the row whose thought stands in its text. Calls: None where it writes none.
+    """
 
     end: str
     plain: str = ""
@@ -32,7 +36,8 @@ class How:
     call: str | None = None
     with_text: str | None = None
     parallel: str | None = None
-    first: tuple[str, ...] | None = (DAY, COLD)  # whose answers are supervised where the assistant begins
+    # whose answers are supervised where the assistant begins
+    first: tuple[str, ...] | None = (DAY, COLD)
     system: bool = True
     results: bool = True  # takes messages of the role tool
     first_plain: str | None = None
@@ -45,7 +50,11 @@ class How:
         one, two = self.text(COLD), self.text(NORTH)
         field = [self.text(COLD, ASKED)] if self.thought is not None else DROPPED
         first_lead = self.plain if self.first_plain is None else self.first_plain
-        calls = {"call": self.call, "call with text": self.with_text, "parallel calls": self.parallel}
+        calls = {
+            "call": self.call,
+            "call with text": self.with_text,
+            "parallel calls": self.parallel,
+        }
         answered = ([self.call] if self.call else []) + [one]
         return {
             "one turn": [one],
@@ -73,9 +82,8 @@ def qwen_json(city: str) -> str:
 
 
 def qwen_xml(city: str) -> str:
-    return (
-        f"<tool_call>\n<function=weather>\n<parameter=city>\n{city}\n</parameter>\n</function>\n</tool_call>"
-    )
+    parameter = f"<parameter=city>\n{city}\n</parameter>"
+    return f"<tool_call>\n<function=weather>\n{parameter}\n</function>\n</tool_call>"
 
 
 def gemma_call(city: str) -> str:
@@ -83,15 +91,23 @@ def gemma_call(city: str) -> str:
 
 
 def glm_call(city: str) -> str:
-    return f"<tool_call>weather\n<arg_key>city</arg_key>\n<arg_value>{city}</arg_value>\n</tool_call>"
+    return (
+        f"<tool_call>weather\n<arg_key>city</arg_key>\n<arg_value>{city}</arg_value>\n</tool_call>"
+    )
 
 
 def deepseek_call(city: str) -> str:
-    return f'<｜tool▁call▁begin｜>function<｜tool▁sep｜>weather\n```json\n{{"city": "{city}"}}\n```<｜tool▁call▁end｜>'
+    return (
+        f'<｜tool▁call▁begin｜>function<｜tool▁sep｜>weather\n```json\n{{"city": '
+        f'"{city}"}}\n```<｜tool▁call▁end｜>'
+    )
 
 
 def muse_call(city: str) -> str:
-    return f'<atem:function_calls>\n<atem:invoke name="weather">\n<atem:parameter name="city">{city}</atem:parameter>\n</atem:invoke>\n</atem:function_calls>'
+    return (
+        '<atem:function_calls>\n<atem:invoke name="weather">\n<atem:parameter '
+        f'name="city">{city}</atem:parameter>\n</atem:invoke>\n</atem:function_calls>'
+    )
 
 
 def mistral_call(city: str, number: int = 0) -> str:
@@ -118,11 +134,16 @@ QWEN3 = How(
     first_plain="",
     **calls(qwen_json, "<|im_end|>", lead=EMPTY),
 )
-# The prompt opens the thought; a row that begins with the assistant has no user to answer, which the template refuses.
+# The prompt opens the thought; a row that begins with the assistant has no user to answer, which
+# the template refuses.
 QWEN35 = How(
-    "<|im_end|>", "\n</think>\n\n", "{t}\n</think>\n\n", f"{ASKED}\n</think>\n\n{COLD}", first=(COLD,),
+    "<|im_end|>",
+    "\n</think>\n\n",
+    "{t}\n</think>\n\n",
+    f"{ASKED}\n</think>\n\n{COLD}",
+    first=(COLD,),
     **calls(qwen_xml, "<|im_end|>", lead="\n</think>\n\n", text="let me look\n\n"),
-)  # fmt: skip
+)
 NOTHINK = replace(QWEN35, plain="", **calls(qwen_xml, "<|im_end|>", text="let me look\n\n"))
 NEMOTRON = How(
     "<|im_end|>", "", "{t}\n</think>\n", f"{ASKED}\n</think>\n\n{COLD}",
@@ -148,12 +169,17 @@ GEMMA4_V2 = replace(
 GEMMA4_V5 = replace(GEMMA4, thought="<|channel>thought\n{t}\n<channel|>")
 DEEPSEEK_END = "<｜end▁of▁sentence｜>"
 DEEPSEEK = How(
-    DEEPSEEK_END, "", "{t}\n</think>\n\n", f"{ASKED}\n</think>\n\n{COLD}",
+    DEEPSEEK_END,
+    "",
+    "{t}\n</think>\n\n",
+    f"{ASKED}\n</think>\n\n{COLD}",
     **{
         k: v.replace("<｜tool▁call▁begin｜>", "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>", 1)
-        for k, v in calls(deepseek_call, f"<｜tool▁calls▁end｜>{DEEPSEEK_END}", text="let me look").items()
+        for k, v in calls(
+            deepseek_call, f"<｜tool▁calls▁end｜>{DEEPSEEK_END}", text="let me look"
+        ).items()
     },
-)  # fmt: skip
+)
 GLM = How(
     "", "\n<think></think>\n", "\n<think>{t}</think>\n", f"\n<think>{ASKED}</think>\n{COLD}",
     **calls(glm_call, "", lead="\n<think></think>\n"),
@@ -161,16 +187,23 @@ GLM = How(
 HARMONY_CALL = ' to=functions.weather<|channel|>commentary json<|message|>{"city": "Oslo"}<|call|>'
 FINAL = "<|channel|>final<|message|>"
 HARMONY = How(
-    "<|return|>", FINAL, f"<|channel|>analysis<|message|>{{t}}<|end|><|start|>assistant{FINAL}", FINAL + INLINE,
+    "<|return|>",
+    FINAL,
+    f"<|channel|>analysis<|message|>{{t}}<|end|><|start|>assistant{FINAL}",
+    FINAL + INLINE,
     call=HARMONY_CALL,
     with_text=f"<|channel|>analysis<|message|>let me look<|end|><|start|>assistant{HARMONY_CALL}",
-)  # fmt: skip
+)
 TO_USER = " to=user<|message|>"
 MUSE = How(
-    "<|eot|>", TO_USER, f" to=self<|message|>{{t}}<|eom|><|start|>assistant{TO_USER}", TO_USER + INLINE,
+    "<|eot|>",
+    TO_USER,
+    f" to=self<|message|>{{t}}<|eom|><|start|>assistant{TO_USER}",
+    TO_USER + INLINE,
     call=" to=weather<|message|>" + muse_call("Oslo") + "<|eot|>",
-    parallel=f" to=weather<|message|>{muse_call('Oslo')}<|eom|><|start|>assistant to=weather<|message|>{muse_call('Rome')}<|eot|>",
-)  # fmt: skip
+    parallel=f" to=weather<|message|>{muse_call('Oslo')}<|eom|><|start|>assistant "
+    f"to=weather<|message|>{muse_call('Rome')}<|eot|>",
+)
 LFM_CALL = "<|tool_call_start|>[weather(city='Oslo')]<|tool_call_end|><|im_end|>"
 LFM_CALLS = How(
     "<|im_end|>",

@@ -1,4 +1,6 @@
-"""Random conversations through every real template: what is supervised of a turn is what the template writes for that turn alone."""
+"""Random conversations through every real template: what is supervised of a turn is what the
+template writes for that turn alone.
+"""
 
 from __future__ import annotations
 

@@ -34,18 +34,23 @@ from dump_targets import CHATML, build_tokenizer, chat
 
 TAGGED = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}"
-    "{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}{% else %}{{ m.content }}<|im_end|>{% endif %}{{ '\n' }}{% endfor %}"
+    "{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}{% else %}{{ m.content "
+    "}}<|im_end|>{% endif %}{{ '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 # As Qwen3: the last answer gets an empty thought in front, earlier ones lose theirs.
 THINKING = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n"
     "{% if m.role == 'assistant' and loop.last %}<think></think>{{ m.content }}"
-    "{% elif m.role == 'assistant' %}{{ m.content.split('</think>')[-1] }}{% else %}{{ m.content }}{% endif %}"
+    "{% elif m.role == 'assistant' %}{{ m.content.split('</think>')[-1] }}{% else %}{{ m.content "
+    "}}{% endif %}"
     "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 # As GLM: no end-of-turn token, the next turn begins at once.
-ENDLESS = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+ENDLESS = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}{% endfor %}{% if "
+    "add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
 PATTERN = r"<\|im_start\|>assistant\n((?:(?!<\|im_start\|>).)*)"
 
 
@@ -81,18 +86,34 @@ U, A = "<|im_start|>user\n", "<|im_start|>assistant\n"
     ("row", "expected"),
     [
         (ONE, f"{U}hi<|im_end|>\n{A}«yes.<|im_end|>»\n"),
-        (TWO, f"<|im_start|>system\nbe brief<|im_end|>\n{U}hi<|im_end|>\n{A}«yes<|im_end|>»\n{U}why<|im_end|>\n{A}«no<|im_end|>»\n"),
+        (
+            TWO,
+            "<|im_start|>system\nbe "
+            f"brief<|im_end|>\n{U}hi<|im_end|>\n{A}«yes<|im_end|>»\n{U}why<|im_end|>\n{A}«no<|im_end|>»\n",
+        ),
         (ONE | {"finished": False}, f"{U}hi<|im_end|>\n{A}«yes.»<|im_end|>\n"),
-        (TWO | {"finish_reason": "length"},
-         f"<|im_start|>system\nbe brief<|im_end|>\n{U}hi<|im_end|>\n{A}«yes<|im_end|>»\n{U}why<|im_end|>\n{A}«no»<|im_end|>\n"),
+        (
+            TWO | {"finish_reason": "length"},
+            "<|im_start|>system\nbe "
+            f"brief<|im_end|>\n{U}hi<|im_end|>\n{A}«yes<|im_end|>»\n{U}why<|im_end|>\n{A}«no»<|im_end|>\n",
+        ),
         (chat("u: hi", "a: yes", "u: more"), f"{U}hi<|im_end|>\n{A}«yes<|im_end|>»\n"),
         (chat("a: hello you"), f"{A}«hello you<|im_end|>»\n"),
         # The answer repeats its own end as text inside: only the real end ends it.
         (chat("u: hi", "a: no\nno"), f"{U}hi<|im_end|>\n{A}«no\nno<|im_end|>»\n"),
         (chat("u: hi", "a: \n one \n"), f"{U}hi<|im_end|>\n{A}«\n one \n<|im_end|>»\n"),
     ],
-    ids=["single", "multi", "cut", "multi cut", "user last", "answer first", "repeats", "whitespace"],
-)  # fmt: skip
+    ids=[
+        "single",
+        "multi",
+        "cut",
+        "multi cut",
+        "user last",
+        "answer first",
+        "repeats",
+        "whitespace",
+    ],
+)
 @pytest.mark.parametrize("template", [CHATML, TAGGED], ids=["difference", "tag"])
 def test_masks(row: dict[str, Any], expected: str, template: str) -> None:
     assert marked(make(row, template)) == expected
@@ -102,12 +123,16 @@ def test_pattern() -> None:
     text = marked(make(TWO, assistant_pattern=PATTERN))
     # It narrows what the target wrote, which ends with its end token.
     assert text.endswith(f"{A}«yes<|im_end|>»\n{U}why<|im_end|>\n{A}«no<|im_end|>»\n")
-    assert marked(make(TWO | {"finished": False}, assistant_pattern=PATTERN)).endswith(f"{A}«no»<|im_end|>\n")
+    assert marked(make(TWO | {"finished": False}, assistant_pattern=PATTERN)).endswith(
+        f"{A}«no»<|im_end|>\n"
+    )
 
 
 def test_pattern_of_the_glm_kind_spans_lines() -> None:
     row = chat("u: hi", "a: one\ntwo", "u: why", "a: no")
-    assert marked(make(row, ENDLESS, assistant_pattern=PATTERN)) == f"{U}hi{A}«one\ntwo»{U}why{A}«no»"
+    assert (
+        marked(make(row, ENDLESS, assistant_pattern=PATTERN)) == f"{U}hi{A}«one\ntwo»{U}why{A}«no»"
+    )
     assert marked(make(row, ENDLESS)) == f"{U}hi{A}«one\ntwo»{U}why{A}«no»"
 
 
@@ -141,16 +166,42 @@ CALL = {"type": "function", "function": {"name": "f", "arguments": {"q": HALF}}}
     [
         chat(f"u: {HALF}", "a: yes it is"),
         chat("u: hi", f"a: {HALF}"),
-        {"messages": [{"role": "user", "content": [{"type": "text", "text": HALF}]}, *chat("a: yes")["messages"]]},
-        {"conversations": [{"from": "human", "value": HALF}, {"from": "gpt", "value": "yes it is"}]},
-        {"messages": [*chat("u: hi")["messages"], {"role": "assistant", "content": "yes", "tool_calls": [CALL]}]},
-        {"messages": [*chat("u: hi")["messages"], {"role": "assistant", "content": "yes", "reasoning_content": HALF}]},
-        chat("u: hi", "a: yes it is", tools=[{"type": "function", "function": {"name": "f", "description": HALF}}]),
+        {
+            "messages": [
+                {"role": "user", "content": [{"type": "text", "text": HALF}]},
+                *chat("a: yes")["messages"],
+            ]
+        },
+        {
+            "conversations": [
+                {"from": "human", "value": HALF},
+                {"from": "gpt", "value": "yes it is"},
+            ]
+        },
+        {
+            "messages": [
+                *chat("u: hi")["messages"],
+                {"role": "assistant", "content": "yes", "tool_calls": [CALL]},
+            ]
+        },
+        {
+            "messages": [
+                *chat("u: hi")["messages"],
+                {"role": "assistant", "content": "yes", "reasoning_content": HALF},
+            ]
+        },
+        chat(
+            "u: hi",
+            "a: yes it is",
+            tools=[{"type": "function", "function": {"name": "f", "description": HALF}}],
+        ),
         chat("u: hi", "a: yes it is", tools=[{"type": "function", "function": {HALF: 1}}]),
     ],
     ids=["prompt", "answer", "part", "sharegpt", "tool call", "reasoning", "tools", "key"],
-)  # fmt: skip
-@pytest.mark.parametrize("rule", [{}, {"assistant_pattern": PATTERN}], ids=["difference", "pattern"])
+)
+@pytest.mark.parametrize(
+    "rule", [{}, {"assistant_pattern": PATTERN}], ids=["difference", "pattern"]
+)
 def test_half_a_character_drops_the_row(row: dict[str, Any], rule: dict[str, Any]) -> None:
     """Tokenizers refuse it with an error that names no row."""
     made = make(row, **rule)
@@ -170,7 +221,9 @@ def test_half_a_character_in_the_middle_of_a_dump_is_counted(
     log = config.output.with_name("hs.zarr.log").read_text()
     assert rf"rows.jsonl:10: dropped: {NOT_UNICODE} (half a character, '\ud83d', behind" in log
     many = write_rows(rows[:2] + [rows[9]] * 3, "many.jsonl")
-    with pytest.raises(DataError, match=rf"3 of the first 5 rows gave no sample \({NOT_UNICODE}: 3\)"):
+    with pytest.raises(
+        DataError, match=rf"3 of the first 5 rows gave no sample \({NOT_UNICODE}: 3\)"
+    ):
         dump(dataclasses.replace(config, data=str(many), overwrite=True), show)
 
 
@@ -181,10 +234,17 @@ def test_both_halves_are_a_character() -> None:
 
 
 def test_a_content_in_parts() -> None:
-    """Text parts are their text, whatever the template does with lists; a part that is no text drops the row."""
+    """Text parts are their text, whatever the template does with lists; a part that is no text
+    drops the row.
+    """
     parts = [{"type": "text", "text": "yes"}, {"type": "text", "text": "."}]
     for template in (CHATML, TAGGED):
-        row = {"messages": [{"role": "user", "content": ["hi"]}, {"role": "assistant", "content": parts}]}
+        row = {
+            "messages": [
+                {"role": "user", "content": ["hi"]},
+                {"role": "assistant", "content": parts},
+            ]
+        }
         assert marked(make(row, template)) == marked(make(ONE, template))
         row["messages"][0]["content"] = [*parts, {"type": "image", "url": "a.png"}]
         made = make(row, template)
@@ -205,9 +265,8 @@ def test_a_template_that_rewrites_its_history_gives_a_sample_per_answer() -> Non
     made = make(chat("u: hi", "a: <think>a</think>yes", "u: why", "a: no"), THINKING)
     first, second = (marked(dataclasses.replace(made, samples=[s])) for s in made.samples)
     assert first == f"{U}hi<|im_end|>\n{A}«<think></think><think>a</think>yes<|im_end|>»\n"
-    assert (
-        second == f"{U}hi<|im_end|>\n{A}yes<|im_end|>\n{U}why<|im_end|>\n{A}«<think></think>no<|im_end|>»\n"
-    )
+    history = f"{U}hi<|im_end|>\n{A}yes<|im_end|>\n{U}why<|im_end|>\n"
+    assert second == f"{history}{A}«<think></think>no<|im_end|>»\n"
     assert [s.turn for s in made.samples] == [0, 1]
     assert made.samples[0].key == made.samples[1].key
 
@@ -229,7 +288,9 @@ def test_keys_are_the_prompt_s() -> None:
 def test_tokenised_rows_pass_through() -> None:
     maker = SampleMaker(None, tokenised=True, vocab_size=10, seq_length=4, min_supervised=2)
     made = maker.make(
-        Row(0, "f:1", parse_row({"input_ids": [1, 2, 3, 4, 5], "loss_mask": [0, 0, 1, 1, 1]}, "f:1"))
+        Row(
+            0, "f:1", parse_row({"input_ids": [1, 2, 3, 4, 5], "loss_mask": [0, 0, 1, 1, 1]}, "f:1")
+        )
     )
     assert made.truncated
     np.testing.assert_array_equal(made.samples[0].input_ids, [1, 2, 3, 4])
@@ -241,7 +302,9 @@ def test_tokenised_rows_pass_through() -> None:
 @pytest.mark.parametrize("bad", [-1, 10, 10**30])
 def test_ids_outside_the_vocabulary(bad: int) -> None:
     maker = SampleMaker(None, tokenised=True, vocab_size=10, seq_length=4, min_supervised=2)
-    with pytest.raises(DataError, match=f"f:1: token id {bad} is outside the target's vocabulary of 10"):
+    with pytest.raises(
+        DataError, match=f"f:1: token id {bad} is outside the target's vocabulary of 10"
+    ):
         maker.make(Row(0, "f:1", parse_row({"input_ids": [1, bad], "loss_mask": [1, 1]}, "f:1")))
 
 

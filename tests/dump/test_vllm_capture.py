@@ -1,4 +1,6 @@
-"""States taken at the norms: right where vLLM's own are one rank's part, and chosen where vLLM's source says so."""
+"""States taken at the norms: right where vLLM's own are one rank's part, and chosen where vLLM's
+source says so.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,9 @@ from dspark.dump.engines.vllm.source import ModelSource, model_source, vllm_root
 
 @pytest.mark.vllm
 def test_on_two_ranks_ours_are_whole_and_vllm_s_are_not(tmp_path: Path) -> None:
-    """vLLM's own GLM-5.2 class for CUDA, driven over gloo: once the norm is called, once a kernel stands for it."""
+    """vLLM's own GLM-5.2 class for CUDA, driven over gloo: once the norm is called, once a kernel
+    stands for it.
+    """
     pytest.importorskip("vllm")
     script, out = Path(__file__).with_name("vllm_ranks_script.py"), tmp_path / "out.json"
     done = subprocess.run(
@@ -53,7 +57,9 @@ class Layer(torch.nn.Module):
         super().__init__()
         self.input_layernorm, self.post = Norm(), Norm()
 
-    def forward(self, x: torch.Tensor, residual: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(
+        self, x: torch.Tensor, residual: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         if residual is None:
             residual = x.clone()
             x = self.input_layernorm(x)
@@ -92,7 +98,9 @@ class Ours(StatesAtNorms, Model):
 def test_states_are_kept_before_the_next_norm_changes_them() -> None:
     ours = Ours()
     x = torch.randn(5, 4)
-    assert torch.equal(ours(x.clone()), Model()(x.clone())), "without layers asked for, nothing changes"
+    assert torch.equal(ours(x.clone()), Model()(x.clone())), (
+        "without layers asked for, nothing changes"
+    )
     ours.set_aux_hidden_state_layers((0, 1, 2))
     out, states = ours(x.clone())
     assert torch.equal(out, Model()(x.clone()))
@@ -136,24 +144,34 @@ def write(root: Path, files: dict[str, str]) -> Path:
 
 
 NORMS = "class XLayer:\n    def __init__(self): self.input_layernorm = self.norm = 1\n"
-TAKES = "class XModel:\n    def forward(self):\n        if idx in self.aux_hidden_state_layers: pass\n"
+TAKES = (
+    "class XModel:\n    def forward(self):\n        if idx in self.aux_hidden_state_layers: pass\n"
+)
 SOURCES = {
     "model_executor/models/registry.py": """
 _TEXT = {"AForCausalLM": ("a", "AForCausalLM"), "BForCausalLM": ("b", "BForCausalLM"),
   "CForCausalLM": ("vllm.models.c", "CForCausalLM"), "DForCausalLM": ("d", "DForCausalLM")}
 """,
     "model_executor/models/interfaces.py": "class SupportsEagle3: pass\n",
-    # A: all is there.  B: extends A.  C: by platform; on CUDA fused and without the last.  D: no interface.
-    "model_executor/models/a.py": "from .interfaces import SupportsEagle3\n" + NORMS + TAKES
-    + "        if self.end_layer in self.aux_hidden_state_layers: pass\nclass AForCausalLM(SupportsEagle3): pass\n",
+    # A: all is there. B: extends A. C: by platform; on CUDA fused and without the last. D: no
+    # interface.
+    "model_executor/models/a.py": "from .interfaces import SupportsEagle3\n"
+    + NORMS
+    + TAKES
+    + "        if self.end_layer in self.aux_hidden_state_layers: pass\nclass "
+    "AForCausalLM(SupportsEagle3): pass\n",
     "model_executor/models/b.py": "from vllm.model_executor.models.a import AForCausalLM, XModel\n"
     "class BModel(XModel): pass\nclass BForCausalLM(AForCausalLM): pass\n",
     "models/c/__init__.py": "if cuda:\n    from .nvidia.model import C1 as CForCausalLM\n"
     "else:\n    from vllm.model_executor.models.a import AForCausalLM as CForCausalLM\n",
     "models/c/nvidia/model.py": "from vllm.model_executor.models.a import AForCausalLM\n"
-    "from vllm.x import fused_allreduce_rms_norm\n" + NORMS + TAKES + "class C1(AForCausalLM): pass\n",
-    "model_executor/models/d.py": "@support_torch_compile\nclass DModel: pass\nclass DForCausalLM: pass\n",
-}  # fmt: skip
+    "from vllm.x import fused_allreduce_rms_norm\n"
+    + NORMS
+    + TAKES
+    + "class C1(AForCausalLM): pass\n",
+    "model_executor/models/d.py": "@support_torch_compile\nclass DModel: pass\n"
+    "class DForCausalLM: pass\n",
+}
 
 
 def test_vllm_s_source_says_who_takes_the_states(tmp_path: Path) -> None:
@@ -185,8 +203,15 @@ def test_vllm_s_source_says_who_takes_the_states(tmp_path: Path) -> None:
         SOURCES["model_executor/models/d.py"].replace("D", "E") + NORMS
     )
     registry = root / "model_executor/models/registry.py"
-    other = write(tmp_path / "other" / "vllm", {"model_executor/models/registry.py": registry.read_text().replace(
-        '"D', '"E').replace('"d"', '"e"'), "model_executor/models/e.py": (root / "model_executor/models/e.py").read_text()})  # fmt: skip
+    other = write(
+        tmp_path / "other" / "vllm",
+        {
+            "model_executor/models/registry.py": registry.read_text()
+            .replace('"D', '"E')
+            .replace('"d"', '"e"'),
+            "model_executor/models/e.py": (root / "model_executor/models/e.py").read_text(),
+        },
+    )
     e = model_source(other, ["EForCausalLM"], cuda=True)
     assert e is not None
     assert capture_arguments(e)["enforce_eager"] is True
@@ -204,7 +229,12 @@ def test_the_installed_version_s_families() -> None:
         assert found is not None
         return found.capture
 
-    for name in ("LlamaForCausalLM", "Qwen3ForCausalLM", "Qwen3MoeForCausalLM", "GptOssForCausalLM"):
+    for name in (
+        "LlamaForCausalLM",
+        "Qwen3ForCausalLM",
+        "Qwen3MoeForCausalLM",
+        "GptOssForCausalLM",
+    ):
         assert capture(name) == "vllm"
     for name in ("GlmMoeDsaForCausalLM", "DeepseekV32ForCausalLM", "MiniMaxM3SparseForCausalLM"):
         assert capture(name) == "norms"
@@ -213,18 +243,24 @@ def test_the_installed_version_s_families() -> None:
         assert capture(name) == "norms"
 
 
-def test_auto_takes_transformers_and_says_why(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_auto_takes_transformers_and_says_why(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     root = write(tmp_path / "vllm", SOURCES)
     monkeypatch.setattr("dspark.dump.engines.vllm.source.vllm_root", lambda: root)
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     kind = ENGINES["vllm"]
-    monkeypatch.setitem(ENGINES, "vllm", EngineKind(kind.start, "numpy", ("numpy",), refuses=kind.refuses))
+    monkeypatch.setitem(
+        ENGINES, "vllm", EngineKind(kind.start, "numpy", ("numpy",), refuses=kind.refuses)
+    )
     engine, _, why = choose_engine("auto", "auto", ["DForCausalLM"])
     assert engine == "transformers"
     assert "gives no hidden states of DForCausalLM: its class there has no interface" in str(why)
     assert choose_engine("auto", "auto", ["CForCausalLM"]) == ("vllm", "cuda", None)
     assert choose_engine("auto", "auto", ["Unknown"]) == ("vllm", "cuda", None)
-    with pytest.raises(UsageError, match="--engine vllm: vllm .* gives no hidden states of DForCausalLM"):
+    with pytest.raises(
+        UsageError, match="--engine vllm: vllm .* gives no hidden states of DForCausalLM"
+    ):
         choose_engine("vllm", "cuda", ["DForCausalLM"])
 
 
@@ -241,10 +277,8 @@ def test_check_says_what_to_serve_with(monkeypatch: pytest.MonkeyPatch, tmp_path
     monkeypatch.setattr("dspark.dump.engines.vllm.source.vllm_root", lambda: root)
     told = str(served_states(["CForCausalLM"]))
     assert "feeds a draft of CForCausalLM one rank's part" in told
-    assert (
-        """--model-class-overrides '{"CForCausalLM": "dspark.dump.engines.vllm.capture:CForCausalLM"}'"""
-        in told
-    )
+    ours = '{"CForCausalLM": "dspark.dump.engines.vllm.capture:CForCausalLM"}'
+    assert f"--model-class-overrides '{ours}'" in told
     assert served_states(["AForCausalLM"]) is None
     assert served_states(["DForCausalLM"]) is None
     assert served_states([]) is None

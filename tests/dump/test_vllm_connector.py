@@ -1,4 +1,6 @@
-"""Our connector inside vLLM, its scheduler's and its worker's side, without the engine around it."""
+"""Our connector inside vLLM, its scheduler's and its worker's side, without the engine around
+it.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +45,9 @@ def connector(spool: Path, cache: torch.Tensor) -> SpoolConnector:
     return out
 
 
-def save(spool: Path, ids: list[int], blocks: list[int], stored: list[list[int | None]] | None) -> Save:
+def save(
+    spool: Path, ids: list[int], blocks: list[int], stored: list[list[int | None]] | None
+) -> Save:
     from dspark.dump.engines.vllm.connector import Save
 
     return Save(str(ids), f"{spool}/1.batch", np.array(ids, np.int32), blocks, stored, False, 0)
@@ -53,8 +57,11 @@ def save(spool: Path, ids: list[int], blocks: list[int], stored: list[list[int |
 def test_a_batch_holds_what_each_request_alone_would(tmp_path: Path) -> None:
     cache = torch.randn(9, 3, 4, 64)  # blocks, layers, slots of a block, H
     worker = connector(tmp_path, cache)
-    saves = [save(tmp_path, [1, 2, 3, 4, 5], [7, 2], [[1, 3], [4, None]]), save(tmp_path, [6], [3], []),
-             save(tmp_path, [7, 8, 9, 10, 11, 12, 13, 14], [0, 8], [[0, 8]])]  # fmt: skip
+    saves = [
+        save(tmp_path, [1, 2, 3, 4, 5], [7, 2], [[1, 3], [4, None]]),
+        save(tmp_path, [6], [3], []),
+        save(tmp_path, [7, 8, 9, 10, 11, 12, 13, 14], [0, 8], [[0, 8]]),
+    ]
     coding = Coding(registry.make("rotated-4-16"), [0, 1], 2, torch.nn.Identity())
     write_coding(tmp_path, coding)
     worker._write(worker._gather(saves, None, time.time()), saves[0].filename)
@@ -122,7 +129,8 @@ def test_another_rank_writes_beside_the_first_and_only_where_asked(tmp_path: Pat
 def test_rows_of_runs() -> None:
     from dspark.dump.engines.vllm.connector import stored_rows
 
-    # Requests of 5, 3 and 4 tokens: rows 0-4, 5-7, 8-11. The second has none; a run may reach beyond a request that was given up.
+    # Requests of 5, 3 and 4 tokens: rows 0-4, 5-7, 8-11. The second has none; a run may reach
+    # beyond a request that was given up.
     rows, counts = stored_rows([[[1, 3], [4, None]], [], [[0, 2], [3, 9]]], np.array([5, 3, 4]))
     assert (rows.tolist(), counts.tolist()) == ([1, 2, 4, 8, 9, 11], [3, 0, 3])
     rows, counts = stored_rows([[[4, 6]], []], np.array([2, 3]))
@@ -133,11 +141,16 @@ def test_rows_of_runs() -> None:
 
 @pytest.mark.vllm
 def test_blocks_are_kept_until_their_batch_is_gathered(tmp_path: Path) -> None:
-    """One report a request, by rank 0, once its copy is made; a worker that writes too slowly is waited for."""
+    """One report a request, by rank 0, once its copy is made; a worker that writes too slowly is
+    waited for.
+    """
     worker = connector(tmp_path, torch.randn(9, 3, 4, 64))
     worker._held, worker._writers = deque(), ThreadPoolExecutor(1)
     worker._most = None
-    saves = [replace(save(tmp_path, [i], [i], None), filename=f"{tmp_path}/{i // 2}.batch") for i in range(9)]
+    saves = [
+        replace(save(tmp_path, [i], [i], None), filename=f"{tmp_path}/{i // 2}.batch")
+        for i in range(9)
+    ]
     worker._connector_metadata = SimpleNamespace(pending_saves=saves)
     made = [SimpleNamespace(query=lambda i=i: i not in late, synchronize=int) for i in range(5)]
     gather, late = worker._gather, {1}
@@ -198,7 +211,9 @@ def test_no_memory_for_a_batch_is_told_and_frees_its_blocks(tmp_path: Path) -> N
 
 
 @pytest.mark.vllm
-def test_where_not_even_the_reason_fits_nobody_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_not_even_the_reason_fits_nobody_waits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     worker = connector(tmp_path, torch.randn(9, 3, 4, 64))
     saves = [save(tmp_path, [1, 2, 3], [1], None)]
     for name in (".part", ".error.part"):
@@ -212,7 +227,9 @@ def test_where_not_even_the_reason_fits_nobody_waits(tmp_path: Path, monkeypatch
 
 @pytest.mark.vllm
 def test_the_scheduler_names_the_batch_before_the_worker_begins(tmp_path: Path) -> None:
-    """What finishes between two steps is one batch of one kind and at most ``batch_tokens`` tokens; states that nobody wants are not waited for."""
+    """What finishes between two steps is one batch of one kind and at most ``batch_tokens`` tokens;
+    states that nobody wants are not waited for.
+    """
     pytest.importorskip("vllm")
     from dspark.dump.engines.vllm.connector import SpoolConnector
 
@@ -230,7 +247,9 @@ def test_the_scheduler_names_the_batch_before_the_worker_begins(tmp_path: Path) 
         return scheduler.request_finished(request, [0])
 
     def step(*computed: str) -> object:
-        return SimpleNamespace(scheduled_new_reqs=[], num_scheduled_tokens=dict.fromkeys(computed, 1))
+        return SimpleNamespace(
+            scheduled_new_reqs=[], num_scheduled_tokens=dict.fromkeys(computed, 1)
+        )
 
     def at(batch: int, index: int) -> object:
         return True, {"dspark_batch": f"/s/{batch}.batch", "dspark_index": index}

@@ -68,8 +68,12 @@ def test_arguments_are_read_and_those_of_the_dump_refused(tmp_path: Path) -> Non
         ("max-num-seqs=64", "enable_expert_parallel=true", "quantization=fp8", "a=b=c", "x=None")
     )
     assert dict(found) == {
-        "max_num_seqs": 64, "enable_expert_parallel": True, "quantization": "fp8", "a": "b=c", "x": None,
-    }  # fmt: skip
+        "max_num_seqs": 64,
+        "enable_expert_parallel": True,
+        "quantization": "fp8",
+        "a": "b=c",
+        "x": None,
+    }
     for wrong in ("64", "=3", "a b=3"):
         with pytest.raises(UsageError, match="expected KEY=VALUE"):
             parse_arguments((wrong,))
@@ -79,7 +83,13 @@ def test_arguments_are_read_and_those_of_the_dump_refused(tmp_path: Path) -> Non
     def made(*given: str) -> dict[str, Any]:
         options = EngineOptions(arguments=parse_arguments(given))
         return llm_arguments(
-            "m", [1, 3], dtype="float32", seq_length=8, spool=tmp_path, batch_tokens=9, options=options
+            "m",
+            [1, 3],
+            dtype="float32",
+            seq_length=8,
+            spool=tmp_path,
+            batch_tokens=9,
+            options=options,
         )
 
     assert made("max_num_seqs=64")["max_num_seqs"] == 64
@@ -89,14 +99,20 @@ def test_arguments_are_read_and_those_of_the_dump_refused(tmp_path: Path) -> Non
 
 
 def test_flags_of_vllm_are_refused_with_another_engine() -> None:
-    with pytest.raises(UsageError, match="--tensor-parallel-size: the transformers engine does not know it"):
+    with pytest.raises(
+        UsageError, match="--tensor-parallel-size: the transformers engine does not know it"
+    ):
         DumpConfig(model="m", engine="transformers", tensor_parallel_size=2)
     with pytest.raises(UsageError, match="--data-parallel-size: found 0"):
         DumpConfig(model="m", data_parallel_size=0)
-    assert DumpConfig(model="m", engine="vllm", engine_arg=("a=1",)).engine_options.arguments == (("a", 1),)
+    assert DumpConfig(model="m", engine="vllm", engine_arg=("a=1",)).engine_options.arguments == (
+        ("a", 1),
+    )
 
 
-def test_a_failed_start_offers_only_what_can_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_start_offers_only_what_can_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     told = {"model": str(tmp_path)}
     with open(tmp_path / "model.safetensors", "wb") as file:
         file.truncate(100 * GB)  # a hole
@@ -120,13 +136,17 @@ def test_gpus_of_an_engine(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_an_engine_that_hangs_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dspark.dump.engines.vllm.requests.STEP_SECONDS", 0.2)
     kinds = SimpleNamespace(RequestOutputKind=SimpleNamespace(FINAL_ONLY=1))
-    monkeypatch.setattr("dspark.dump.engines.vllm.requests.importlib.import_module", lambda name: kinds)
+    monkeypatch.setattr(
+        "dspark.dump.engines.vllm.requests.importlib.import_module", lambda name: kinds
+    )
     gate = threading.Event()
     core = SimpleNamespace(add_request=lambda *a: None, step=lambda: gate.wait(10) and [])
     loop: RequestLoop[int] = RequestLoop(SimpleNamespace(llm_engine=core), 100)
     loop.add(0, [1, 2], 2, SimpleNamespace())
     began = time.monotonic()
-    with pytest.raises(EngineError, match="vllm hangs with 1 requests in flight: no answer for 0.2 s"):
+    with pytest.raises(
+        EngineError, match="vllm hangs with 1 requests in flight: no answer for 0.2 s"
+    ):
         loop.step()
     assert time.monotonic() - began < 5
     gate.set()

@@ -1,4 +1,6 @@
-"""Several engines behind the protocol of one: who gets what, in which order it comes out, and how failures are told."""
+"""Several engines behind the protocol of one: who gets what, in which order it comes out, and how
+failures are told.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,9 @@ class Fake:
 
     def capture(self, data: Sequence[TokenSample]) -> Iterator[tuple[int, States]]:
         for i, sample in reversed(list(enumerate(data))):
-            aux = torch.from_numpy(sample.input_ids).float()[:, None, None].repeat(1, 2, 3) + self.off
+            aux = (
+                torch.from_numpy(sample.input_ids).float()[:, None, None].repeat(1, 2, 3) + self.off
+            )
             yield i, States(aux.bfloat16(), aux[:1, 0])
 
     def predict(self, data: Sequence[TokenSample]) -> list[Prediction]:
@@ -81,7 +85,11 @@ def started(*engines: Fake) -> Replicas:
         thread = threading.Thread(target=serve, daemon=True)
         thread.start()
         process = SimpleNamespace(
-            join=thread.join, is_alive=thread.is_alive, exitcode=-9, terminate=lambda: None, kill=lambda: None
+            join=thread.join,
+            is_alive=thread.is_alive,
+            exitcode=-9,
+            terminate=lambda: None,
+            kill=lambda: None,
         )
         reader: Any = SimpleNamespace(coded=lambda *a: a, _spool=Path("/nowhere"))
         made.append(Replica(engine.number, process, ours, reader))
@@ -142,7 +150,8 @@ def test_self_check_sees_every_engine() -> None:
     fleet.close()
     fleet = started(Fake(0), Fake(1, off=200.0))
     with pytest.raises(
-        EngineError, match="engines 0 and 1 give states that differ by .* Use --data-parallel-size 1"
+        EngineError,
+        match="engines 0 and 1 give states that differ by .* Use --data-parallel-size 1",
     ):
         fleet.predict(data)
     fleet.close()
@@ -161,9 +170,13 @@ def test_answers_of_all_and_an_engine_s_own_error() -> None:
 def test_an_engine_that_dies_or_hangs_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     fleet = started(Fake(0))
     monkeypatch.setattr("dspark.dump.engines.vllm.replicas.SILENT_SECONDS", 0.2)
-    with pytest.raises(EngineError, match="vLLM engine 0 of 1 has not answered for 0.2 s: it hangs"):
+    with pytest.raises(
+        EngineError, match="vLLM engine 0 of 1 has not answered for 0.2 s: it hangs"
+    ):
         fleet._answer_of(fleet._replicas[0], 0.2)
-    with pytest.raises(EngineError, match="none of 1 vLLM engines has answered for 0.2 s: they hang"):
+    with pytest.raises(
+        EngineError, match="none of 1 vLLM engines has answered for 0.2 s: they hang"
+    ):
         fleet._next()
     fleet._replicas[0].pipe.send(("close",))
     with pytest.raises(EngineError, match="vLLM engine 0 of 1 ended with code -9: it was killed"):

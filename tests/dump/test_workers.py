@@ -1,4 +1,6 @@
-"""Worker processes: all there before one works, what they start with reaches each of them, and nothing stays behind."""
+"""Worker processes: all there before one works, what they start with reaches each of them, and
+nothing stays behind.
+"""
 
 from __future__ import annotations
 
@@ -29,12 +31,16 @@ def test_all_start_with_what_they_are_given(folder: Path) -> None:
         assert list(folder.iterdir()) == []
         # Nobody was idle before both were there, so both were started.
         assert len(multiprocessing.active_children()) >= 2
-        assert {f.result() for f in [pool.submit(sys.getrecursionlimit) for _ in range(8)]} == {4321}
+        assert {f.result() for f in [pool.submit(sys.getrecursionlimit) for _ in range(8)]} == {
+            4321
+        }
 
 
 def test_one_that_dies_at_the_start_is_an_error(folder: Path) -> None:
     pool = WorkerPool(2, "tests", os._exit, (3,))
-    with pytest.raises(EngineError, match=r"a process that tests ended before its work was done \(one of 2,"):
+    with pytest.raises(
+        EngineError, match=r"a process that tests ended before its work was done \(one of 2,"
+    ):
         pool.wait_until_started()
     pool.close()
     assert list(folder.iterdir()) == []

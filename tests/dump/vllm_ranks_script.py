@@ -1,9 +1,11 @@
-"""Two gloo ranks run vLLM's own DeepSeek V3.2 / GLM-5.2 class for CUDA, its all-reduce fused into the next norm.
+"""Two gloo ranks run vLLM's own DeepSeek V3.2 / GLM-5.2 class for CUDA, its all-reduce fused into
+the next norm.
 
     python vllm_ranks_script.py OUT.json
 
-Attention and MLP are small row-parallel layers, each rank holding half; everything else is vLLM's code. Written is, by
-way of capture and of fusion, how many states came back and how far each is from a model on one rank.
+Attention and MLP are small row-parallel layers, each rank holding half; everything else is vLLM's
+code. Written is, by way of capture and of fusion, how many states came back and how far each is
+from a model on one rank.
 """
 
 from __future__ import annotations
@@ -34,7 +36,9 @@ IDS = (1, 3, LAYERS)
 
 
 class Half(torch.nn.Module):
-    """``tanh(x A) B`` with this rank's columns of A and rows of B: summed over the ranks, the whole layer."""
+    """``tanh(x A) B`` with this rank's columns of A and rows of B: summed over the ranks, the whole
+    layer.
+    """
 
     def __init__(self, seed: int, shard: slice) -> None:
         super().__init__()
@@ -89,8 +93,12 @@ def whole(ids: torch.Tensor) -> list[torch.Tensor]:
     return [out[i] for i in IDS]
 
 
-def like_flashinfer(allreduce_in: Any, residual: Any, rms_gamma: Any, norm_out: Any, **_: Any) -> None:
-    """The fused kernel's contract: the residual goes into the buffer of what was reduced, the norm is not called."""
+def like_flashinfer(
+    allreduce_in: Any, residual: Any, rms_gamma: Any, norm_out: Any, **_: Any
+) -> None:
+    """The fused kernel's contract: the residual goes into the buffer of what was reduced, the norm
+    is not called.
+    """
     summed = tensor_model_parallel_all_reduce(allreduce_in) + residual
     allreduce_in.copy_(summed)
     norm_out.copy_(summed * torch.rsqrt(summed.pow(2).mean(-1, keepdim=True) + 1e-6) * rms_gamma)

@@ -1,4 +1,6 @@
-"""Calibration: measures by hand, sequential temperature scaling on a head that is wrong on purpose, the command on a real store."""
+"""Calibration: measures by hand, sequential temperature scaling on a head that is wrong on purpose,
+the command on a real store.
+"""
 
 from __future__ import annotations
 
@@ -18,15 +20,22 @@ from dspark.train.draft.folder import read_tensors
 from dspark.train.loop import train
 
 
-def records(count: int, size: int, temperature: float, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Acceptances, and logits that would be right if divided by ``temperature``, with noise as a real head has."""
+def records(
+    count: int, size: int, temperature: float, seed: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Acceptances, and logits that would be right if divided by ``temperature``, with noise as a
+    real head has.
+    """
     g = torch.Generator().manual_seed(seed)
     true = torch.randn(count, size, generator=g) * 1.5 + 0.5
     return true * temperature, torch.sigmoid(true + 0.3 * torch.randn(count, size, generator=g))
 
 
 def test_measures_by_hand() -> None:
-    guess, truth = torch.tensor([0.2, 0.2, 0.9, 0.9], dtype=torch.float64), torch.tensor([0.0, 0.2, 1.0, 0.6])
+    guess, truth = (
+        torch.tensor([0.2, 0.2, 0.9, 0.9], dtype=torch.float64),
+        torch.tensor([0.0, 0.2, 1.0, 0.6]),
+    )
     # Two bins of two blocks: |0.2 - 0.1| and |0.9 - 0.8|, each half of the blocks.
     assert cal.ece(guess, truth) == pytest.approx(0.1)
     assert cal.brier(torch.tensor([0.5]), torch.tensor([0.3])) == pytest.approx(0.25)
@@ -35,7 +44,9 @@ def test_measures_by_hand() -> None:
 
 @pytest.mark.parametrize("wrong", [0.4, 2.5])
 def test_scaling_lowers_the_error_of_unseen_blocks_at_every_position(wrong: float) -> None:
-    """A head over- or underconfident by a factor: found again, on other blocks than those judged."""
+    """A head over- or underconfident by a factor: found again, on other blocks than those
+    judged.
+    """
     fitted, judged = records(4000, 5, wrong, 0), records(4000, 5, wrong, 1)
     scaling = cal.fit(*fitted)
     assert scaling.temperature.tolist() == pytest.approx([wrong] * 5, rel=0.2)
@@ -51,7 +62,9 @@ def test_scaling_lowers_the_error_of_unseen_blocks_at_every_position(wrong: floa
 def test_a_shift_mends_what_no_temperature_can() -> None:
     accept = torch.full((500, 2), 0.3)
     logit = torch.zeros(500, 2)  # says one half, whatever it is divided by
-    assert cal.measure(cal.fit(logit, accept), logit, accept)["survival"]["ece"][0] == pytest.approx(0.2)
+    assert cal.measure(cal.fit(logit, accept), logit, accept)["survival"]["ece"][
+        0
+    ] == pytest.approx(0.2)
     shifted = cal.fit(logit, accept, shift=True)
     assert max(cal.measure(shifted, logit, accept)["survival"]["ece"]) < 0.02
 
@@ -66,13 +79,27 @@ def test_sweep() -> None:
     assert (rows[0.9]["verified"], rows[0.9]["tokens"], rows[0.9]["accepted_share"]) == (0, 1, 0)
 
 
-def test_command_writes_beside_and_into_the_head(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_command_writes_beside_and_into_the_head(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     store, draft = tmp_path / "hs.zarr", tmp_path / "draft"
     stores.write_store(store, np.random.default_rng(3).integers(16, 40, 40).tolist())
-    train(TrainConfig(
-        cache=str(store), output=str(draft), max_steps=6, num_layers=1, block_size=3, markov_rank=8, lr=1e-3, val_fraction=0.4,
-        total_seq_len=256, rows_per_step=2, device="cpu", tensorboard=False,
-    ))  # fmt: skip
+    train(
+        TrainConfig(
+            cache=str(store),
+            output=str(draft),
+            max_steps=6,
+            num_layers=1,
+            block_size=3,
+            markov_rank=8,
+            lr=1e-3,
+            val_fraction=0.4,
+            total_seq_len=256,
+            rows_per_step=2,
+            device="cpu",
+            tensorboard=False,
+        )
+    )
     before = read_tensors(draft)
     picture = tmp_path / "reliability.svg"
     options = ["--cache", str(store), "--draft", str(draft), "--device", "cpu", "--json"]
@@ -91,7 +118,9 @@ def test_command_writes_beside_and_into_the_head(tmp_path: Path, monkeypatch: py
     after = read_tensors(draft)
     temperature = found["shared"]["temperature"][0]
     served = json.loads((draft / "temperatures.json").read_text())
-    assert served == {"temperatures": pytest.approx([t / temperature for t in found["temperature"]])}
+    assert served == {
+        "temperatures": pytest.approx([t / temperature for t in found["temperature"]])
+    }
     assert {k for k in after if not torch.equal(after[k], before[k])} <= {
         "confidence_head.proj.weight",
         "confidence_head.proj.bias",
@@ -115,10 +144,19 @@ def test_command_writes_beside_and_into_the_head(tmp_path: Path, monkeypatch: py
 def test_without_a_confidence_head(tmp_path: Path) -> None:
     store, draft = tmp_path / "hs.zarr", tmp_path / "draft"
     stores.write_store(store, [30] * 12)
-    train(TrainConfig(
-        cache=str(store), output=str(draft), max_steps=1, num_layers=1, block_size=3, markov_rank=8, confidence_head_alpha=0,
-        device="cpu", tensorboard=False,
-    ))  # fmt: skip
+    train(
+        TrainConfig(
+            cache=str(store),
+            output=str(draft),
+            max_steps=1,
+            num_layers=1,
+            block_size=3,
+            markov_rank=8,
+            confidence_head_alpha=0,
+            device="cpu",
+            tensorboard=False,
+        )
+    )
     result = CliRunner().invoke(calibrate_command, ["--cache", str(store), "--draft", str(draft)])
     assert result.exit_code == 1
     assert "no confidence head" in result.stderr

@@ -1,7 +1,7 @@
 """``dspark-tools check``: each classic mistake made on purpose, and named; a sound draft passes.
 
-Twice where it can be hidden: with the record of training in the weights (certain), and without it, as in a draft of another program
-(a suspicion, from the target's own answers).
+Twice where it can be hidden: with the record of training in the weights (certain), and without it,
+as in a draft of another program (a suspicion, from the target's own answers).
 """
 
 from __future__ import annotations
@@ -36,7 +36,9 @@ Config, Tensors = dict[str, Any], dict[str, Tensor]
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A target, a draft that has learnt it (layers 0 and 2, RoPE 10,000), one with a reduced vocabulary, prompts."""
+    """A target, a draft that has learnt it (layers 0 and 2, RoPE 10,000), one with a reduced
+    vocabulary, prompts.
+    """
     root = tmp_path_factory.mktemp("check")
     model = tiny.target()
     with torch.no_grad():
@@ -57,10 +59,17 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def broken(
-    made: Path, tmp_path: Path, *, config: Callable[[Config], None] | None = None, tensors: Callable[[Tensors], None] | None = None,
-    name: str = "draft", record: bool = True,
-) -> Path:  # fmt: skip
-    """A copy of a draft with its config or tensors changed; ``record`` False drops what the weights say of their training."""
+    made: Path,
+    tmp_path: Path,
+    *,
+    config: Callable[[Config], None] | None = None,
+    tensors: Callable[[Tensors], None] | None = None,
+    name: str = "draft",
+    record: bool = True,
+) -> Path:
+    """A copy of a draft with its config or tensors changed; ``record`` False drops what the weights
+    say of their training.
+    """
     folder = tmp_path / "broken"
     shutil.copytree(made / name, folder)
     if config is not None:
@@ -71,7 +80,8 @@ def broken(
         weights = folder / "model.safetensors"
         with safe_open(weights, "pt") as file:
             header = dict(file.metadata())
-        header.pop(CHECKSUM)  # by hand, as another program would: a changed file is refused where it has one
+        # by hand, as another program would: a changed file is refused where it has one
+        header.pop(CHECKSUM)
         values = load_file(weights)
         if tensors is not None:
             tensors(values)
@@ -145,7 +155,11 @@ def _rope(config: Config) -> None:
     [
         (_flag_false, "layout-flag", "every token by one|shifts every token"),
         (_flag_absent, "layout-flag", "no sample_from_anchor"),
-        (_layers, "layer-ids", r"\[1, 3\], the weights were trained with \[0, 2\]: off by one, vLLM's ids"),
+        (
+            _layers,
+            "layer-ids",
+            r"\[1, 3\], the weights were trained with \[0, 2\]: off by one, vLLM's ids",
+        ),
         (_mask, "mask-token", "mask_token_id = 7, the weights were trained with 159"),
         (_rope, "rope", "1000000.0, the weights were trained with 10000.0"),
     ],
@@ -172,7 +186,9 @@ def test_the_same_without_a_record_shows_in_behaviour(
     made: Path, tmp_path: Path, change: Callable[[Config], None], name: str, text: str
 ) -> None:
     result = run(made, broken(made, tmp_path, config=change, record=False))
-    found = [f["text"] for f in result["findings"] if f["level"] == "suspicion" and f["name"] == name]
+    found = [
+        f["text"] for f in result["findings"] if f["level"] == "suspicion" and f["name"] == name
+    ]
     assert result["ok"] is False
     assert any(text in t and "probably it was trained that way" in t for t in found)
     assert named(result, "error") == {}
@@ -195,8 +211,13 @@ def _no_hidden_norm(tensors: Tensors) -> None:
 @pytest.mark.parametrize(
     ("change", "missing"), [(_no_norm, "norm.weight"), (_no_hidden_norm, "hidden_norm.weight")]
 )
-def test_a_missing_norm(made: Path, tmp_path: Path, change: Callable[[Tensors], None], missing: str) -> None:
-    assert f"lacks {missing}" in named(run(made, broken(made, tmp_path, tensors=change)), "error")["norm"]
+def test_a_missing_norm(
+    made: Path, tmp_path: Path, change: Callable[[Tensors], None], missing: str
+) -> None:
+    assert (
+        f"lacks {missing}"
+        in named(run(made, broken(made, tmp_path, tensors=change)), "error")["norm"]
+    )
 
 
 def test_a_norm_of_ones(made: Path, tmp_path: Path) -> None:
@@ -220,7 +241,8 @@ def test_states_without_the_final_norm_show_against_the_record_of_training(
     )
     assert f"{rates[0]:.2f} on held-out data" in named(run(made, folder), "note")["acceptance"]
 
-    # As when the states were stored without the final norm: training's own metrics promised what the target does not grant.
+    # As when the states were stored without the final norm: training's own metrics promised what
+    # the target does not grant.
     (folder / "metrics.jsonl").write_text(
         json.dumps({"step": 1, "validation": True, "accept_rate": [2.5 * rates[0]]}) + "\n"
     )
@@ -246,7 +268,8 @@ def _no_d2t(tensors: Tensors) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "text"), [(_ids, "reads like token ids"), (_swapped, "d2t is wrong"), (_no_d2t, "needs d2t")]
+    ("change", "text"),
+    [(_ids, "reads like token ids"), (_swapped, "d2t is wrong"), (_no_d2t, "needs d2t")],
 )
 def test_a_wrong_vocabulary_map(
     made: Path, tmp_path: Path, change: Callable[[Tensors], None], text: str
@@ -272,15 +295,20 @@ def test_other_mistakes_by_name(made: Path, tmp_path: Path) -> None:
         if f["level"] == "error"
     ]
     for name, text in (
-        ("rope", "max_position_embeddings is 64, the target takes 512"), ("override", "dflash_config"),
-        ("tensors", "begin with model."), ("tensors", "every name that contains lm_head"), ("head", "lm_head.weight is not the target's"),
+        ("rope", "max_position_embeddings is 64, the target takes 512"),
+        ("override", "dflash_config"),
+        ("tensors", "begin with model."),
+        ("tensors", "every name that contains lm_head"),
+        ("head", "lm_head.weight is not the target's"),
         ("block-size", "num_speculative_tokens is 3, block_size 4: a shorter block"),
-    ):  # fmt: skip
+    ):
         assert any(n == name and text in t for n, t in errors), (name, errors)
 
 
 def test_blocks_are_compared_with_the_server(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """vLLM's side is faked by ours, once true and once with a token changed (tests/vllm_cpu runs the real one)."""
+    """vLLM's side is faked by ours, once true and once with a token changed (tests/vllm_cpu runs
+    the real one).
+    """
     answers: dict[str, list[Outcome]] = {}
 
     def keep(ours: list[Outcome], served: list[Outcome]) -> parity.Parity:
@@ -321,7 +349,12 @@ def test_command(made: Path) -> None:
 
 @pytest.mark.parametrize(
     ("layers", "form", "wanted"),
-    [(2, "flat", "0.25.1"), (1, "flat", "0.27.0"), (3, "flat", "0.27.0"), (2, "speculators", "0.27.0")],
+    [
+        (2, "flat", "0.25.1"),
+        (1, "flat", "0.27.0"),
+        (3, "flat", "0.27.0"),
+        (2, "speculators", "0.27.0"),
+    ],
 )
 def test_the_first_vllm_that_reads_a_draft(made: Path, layers: int, form: str, wanted: str) -> None:
     config = dataclasses.replace(load_config(made / "draft"), num_layers=layers)
@@ -348,5 +381,7 @@ def test_a_server_that_is_too_old_is_named(
     monkeypatch.setattr(check_run, "vllm_version", lambda: installed)
     found = run(made, made / "draft", decode=False)
     assert found["ok"] is ok
-    assert [f["name"] for f in found["findings"] if f["level"] == "error"] == ([] if ok else ["server"])
+    assert [f["name"] for f in found["findings"] if f["level"] == "error"] == (
+        [] if ok else ["server"]
+    )
     assert found["vllm"]["at_least"] == "0.25.1"

@@ -1,4 +1,6 @@
-"""The reference decoder: lossless with any draft, blocks as the trainer's forward, samples as the target's."""
+"""The reference decoder: lossless with any draft, blocks as the trainer's forward, samples as the
+target's.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,13 @@ from dspark.tools.check.probe import answer_of, probe
 from dspark.tools.decode.decode import Generation, speculative_generate
 from dspark.tools.decode.rejection import verify_greedy, verify_sampled
 from dspark.tools.decode.target import Target, greedy_alone
-from dspark.train.draft.decoding import BlockDecoder, DraftContext, chain, recomputed_states, slot_states
+from dspark.train.draft.decoding import (
+    BlockDecoder,
+    DraftContext,
+    chain,
+    recomputed_states,
+    slot_states,
+)
 from dspark.train.draft.model import DraftModel
 
 PROMPTS = [[5, 6, 7, 8, 9], [50, 60, 70], [3]]
@@ -41,7 +49,9 @@ def test_greedy_is_the_targets_own(kind: str, markov: str) -> None:
 
 
 def test_drafted_blocks_are_the_trainers_forward() -> None:
-    """Cached keys and values with rejections in between, against all states at once in the training forward."""
+    """Cached keys and values with rejections in between, against all states at once in the training
+    forward.
+    """
     model = tiny.target()
     draft = tiny.draft(model)
     for prompt in PROMPTS:
@@ -64,7 +74,8 @@ def test_slot_states_equal_recomputed() -> None:
     for length, step in ((7, 7), (8, 1), (13, 5)):
         context.extend(aux[length - step : length])
         torch.testing.assert_close(
-            slot_states(draft, context, ids[length]), recomputed_states(draft, aux[:length], ids[length])
+            slot_states(draft, context, ids[length]),
+            recomputed_states(draft, aux[:length], ids[length]),
         )
 
 
@@ -107,7 +118,9 @@ def test_verify_greedy() -> None:
 
 
 def test_rejection_sampling_is_exact() -> None:
-    """Pairs of tokens with the first one drafted, poorly: their joint distribution is the target's."""
+    """Pairs of tokens with the first one drafted, poorly: their joint distribution is the
+    target's.
+    """
     generator = torch.Generator().manual_seed(7)
     vocab, trials = 5, 20000
     first = torch.softmax(torch.randn(vocab, generator=generator) * 1.5, -1)
@@ -124,14 +137,18 @@ def test_rejection_sampling_is_exact() -> None:
             counts[drafted[0], following] += 1
         else:
             # The next block would draw the second token; the target's own draw stands for it.
-            counts[following, int(torch.multinomial(second[following], 1, generator=generator))] += 1
+            counts[
+                following, int(torch.multinomial(second[following], 1, generator=generator))
+            ] += 1
     assert chi_square(counts.flatten(), (first[:, None] * second).flatten() * trials) > 1e-3
     overlap = torch.minimum(first, p_draft[0]).sum()
     assert accepted_total / trials == pytest.approx(float(overlap), abs=0.015)
 
 
 def test_sampled_generation_is_distributed_as_the_target() -> None:
-    """First three tokens of whole runs, 6-token vocabulary, against the target's exact joint distribution."""
+    """First three tokens of whole runs, 6-token vocabulary, against the target's exact joint
+    distribution.
+    """
     model = tiny.target(vocab_size=6, initializer_range=0.15)
     draft = tiny.draft(model, mask_token_id=5)
     prompt, temperature, trials = [1, 2], 1.5, 800
@@ -139,7 +156,9 @@ def test_sampled_generation_is_distributed_as_the_target() -> None:
     with torch.inference_mode():
         for a in range(6):
             for b in range(6):
-                logits = model(input_ids=torch.tensor([[*prompt, a, b]])).logits[0].float() / temperature
+                logits = (
+                    model(input_ids=torch.tensor([[*prompt, a, b]])).logits[0].float() / temperature
+                )
                 p = torch.softmax(logits, -1)
                 expected[a, b] = p[1, a] * p[2, b] * p[3]
     generator = torch.Generator().manual_seed(11)
@@ -157,7 +176,9 @@ def test_sampled_generation_is_distributed_as_the_target() -> None:
 
 
 def test_a_probe_walks_as_decoding_does() -> None:
-    """Teacher-forced over the target's answer, the anchors that decoding visits give decoding's accepted lengths."""
+    """Teacher-forced over the target's answer, the anchors that decoding visits give decoding's
+    accepted lengths.
+    """
     model = tiny.target()
     draft = tiny.draft(model)
     alone = [greedy_alone(model, p, max_tokens=40) for p in PROMPTS]

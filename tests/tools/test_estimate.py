@@ -11,7 +11,9 @@ SETTING = {"aux_bits": 16, "last_bits": 16, "last_share": 0.5, "tokens_per_secon
 
 
 def test_glm_by_hand() -> None:
-    """No network: the preset holds the shapes. 5 layers of 6,144 channels; the raw layout is 6 + 2 * 6144 * 6 bytes per token."""
+    """No network: the preset holds the shapes. 5 layers of 6,144 channels; the raw layout is 6 + 2
+    * 6144 * 6 bytes per token.
+    """
     out = estimate("zai-org/GLM-5.2-FP8", data=None, samples=1000, mean_tokens=36.0, **SETTING)
     assert out["target_layer_ids"] == [8, 23, 39, 55, 70]
     assert out["tokens"] == 36_000
@@ -21,7 +23,11 @@ def test_glm_by_hand() -> None:
     lossless = (out["bytes"] - weights) / 36_000 / (2 * 6144 * 5.5)
     assert 0.7 < lossless <= 1.01  # between what zstd makes of bf16 and the codes as they are
     half = estimate(
-        "zai-org/GLM-5.2-FP8", data=None, samples=1000, mean_tokens=36.0, **{**SETTING, "last_share": 0.0}
+        "zai-org/GLM-5.2-FP8",
+        data=None,
+        samples=1000,
+        mean_tokens=36.0,
+        **{**SETTING, "last_share": 0.0},
     )
     assert half["bytes"] < out["bytes"]
 

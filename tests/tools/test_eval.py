@@ -35,7 +35,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = tiny.target()
     draft = tiny.draft(model)
     tiny.agree(
-        model, draft, [PROMPTS["code"] + greedy_alone(model, PROMPTS["code"], max_tokens=16)], steps=60
+        model,
+        draft,
+        [PROMPTS["code"] + greedy_alone(model, PROMPTS["code"], max_tokens=16)],
+        steps=60,
     )
     model.save_pretrained(path / "target")
     save_draft(path / "draft", draft, dtype=torch.float32)
@@ -49,9 +52,18 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def flags(folder: Path, *more: str) -> list[str]:
     return [
-        "--model", str(folder / "target"), "--draft", str(folder / "draft"), "--data", str(folder / "rows.jsonl"),
-        "--max-tokens", "16", "--device", "cpu", *more,
-    ]  # fmt: skip
+        "--model",
+        str(folder / "target"),
+        "--draft",
+        str(folder / "draft"),
+        "--data",
+        str(folder / "rows.jsonl"),
+        "--max-tokens",
+        "16",
+        "--device",
+        "cpu",
+        *more,
+    ]
 
 
 def test_report(folder: Path) -> None:
@@ -87,10 +99,18 @@ def test_files_beside_the_report(folder: Path, tmp_path: Path) -> None:
     result = CliRunner().invoke(
         eval_command,
         flags(
-            folder, "--json", "--alone", "1", "--output", str(paths["report.json"]), "--markdown", str(paths["table.md"]),
-            "--answers", str(paths["answers.jsonl"]),
+            folder,
+            "--json",
+            "--alone",
+            "1",
+            "--output",
+            str(paths["report.json"]),
+            "--markdown",
+            str(paths["table.md"]),
+            "--answers",
+            str(paths["answers.jsonl"]),
         ),
-    )  # fmt: skip
+    )
     assert result.exit_code == 0, result.output
     found = json.loads(result.stdout)
     assert json.loads(paths["report.json"].read_text()) == found
@@ -118,7 +138,8 @@ def test_a_disk_that_is_full_at_the_end_does_not_take_the_report_with_it(
 
     monkeypatch.setattr("dspark.tools.judge.eval.save", full)
     result = CliRunner().invoke(
-        eval_command, flags(folder, "--json", "--limit", "1", "--output", str(tmp_path / "report.json"))
+        eval_command,
+        flags(folder, "--json", "--limit", "1", "--output", str(tmp_path / "report.json")),
     )
     assert (result.exit_code, "the disk is full" in result.stderr) == (1, True)
     assert json.loads(result.stdout)["prompts"] == 1
@@ -126,18 +147,24 @@ def test_a_disk_that_is_full_at_the_end_does_not_take_the_report_with_it(
 
 def test_theoretical_gain_counts_what_is_read(folder: Path) -> None:
     """Draft of 2 layers beside a target of 4: its weights by hand, against the report's ratio."""
-    found = json.loads(CliRunner().invoke(eval_command, flags(folder, "--json", "--alone", "0")).stdout)
+    found = json.loads(
+        CliRunner().invoke(eval_command, flags(folder, "--json", "--alone", "0")).stdout
+    )
     h, vocab, inner, heads, kv = tiny.HIDDEN, tiny.VOCAB, 64, 2 * 32, 1 * 32
     layer = h * heads + 2 * h * kv + heads * h + 3 * h * inner + 2 * h + 2 * 32
     target = 4 * layer + h + vocab * h
     draft = 2 * layer + (2 * h) * h + 2 * h + vocab * 8 + (h + 8) + 1 + vocab * h
     assert found["relative_cost"] == pytest.approx(draft / target)
-    assert found["theoretical_gain"] == pytest.approx(found["mean_accepted_length"] / (1 + draft / target))
+    assert found["theoretical_gain"] == pytest.approx(
+        found["mean_accepted_length"] / (1 + draft / target)
+    )
     assert found["lossless"] is None
 
 
 def test_temperature_is_not_called_lossless(folder: Path) -> None:
-    result = CliRunner().invoke(eval_command, flags(folder, "--json", "--limit", "1", "--temperature", "1"))
+    result = CliRunner().invoke(
+        eval_command, flags(folder, "--json", "--limit", "1", "--temperature", "1")
+    )
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout)["lossless"] is None
 
@@ -165,7 +192,9 @@ def test_a_wrong_answer_in_float32_fails(folder: Path, monkeypatch: pytest.Monke
 
 
 def test_vllm_engine_says_what_it_needs(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    request = ServeRequest(target="t", draft=None, num_speculative_tokens=1, prompts=[[1]], max_tokens=1)
+    request = ServeRequest(
+        target="t", draft=None, num_speculative_tokens=1, prompts=[[1]], max_tokens=1
+    )
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(EngineError, match="pip install vllm"):
         vllm_serve.run_vllm(request)
@@ -176,11 +205,15 @@ def test_vllm_engine_says_what_it_needs(folder: Path, monkeypatch: pytest.Monkey
         vllm_serve.run_vllm(request)
 
 
-def test_what_the_child_prints_last_reaches_the_user(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_what_the_child_prints_last_reaches_the_user(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     program = tmp_path / "fails.py"
     program.write_text("raise SystemExit('no such layer')")
     monkeypatch.setattr(vllm_serve, "_environment", dict)
-    request = ServeRequest(target="t", draft=None, num_speculative_tokens=1, prompts=[[1]], max_tokens=1)
+    request = ServeRequest(
+        target="t", draft=None, num_speculative_tokens=1, prompts=[[1]], max_tokens=1
+    )
     with pytest.raises(EngineError, match="(?s)exit code 1.*no such layer"):
         vllm_serve.run_vllm(request, program=[str(program)])
 
@@ -258,7 +291,10 @@ def test_named_sets(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", datasets)
     got = read_prompts("speed-bench:coding", Template(), vocab_size=256, room=None, limit=None)
     assert asked == [("nvidia/SPEED-Bench", "qualitative", "test")]
-    assert [(p.where, p.source) for p in got] == [("speed-bench:0", "speed-bench/coding"), ("speed-bench:2", "speed-bench/coding")]  # fmt: skip
+    assert [(p.where, p.source) for p in got] == [
+        ("speed-bench:0", "speed-bench/coding"),
+        ("speed-bench:2", "speed-bench/coding"),
+    ]
     assert got[0].ids == [ord(c) for c in "coding>"]
     with pytest.raises(UsageError, match="speed-bench has coding, math"):
         read_prompts("speed-bench:poetry", Template(), vocab_size=256, room=None)
@@ -275,7 +311,9 @@ def test_named_sets(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_error_of_the_mean_length_is_by_prompt() -> None:
-    """Copies of a prompt's blocks inside one prompt do not make the mean any surer; more prompts do."""
+    """Copies of a prompt's blocks inside one prompt do not make the mean any surer; more prompts
+    do.
+    """
     few = [Outcome([1], 1.0, 2, (2, 0)), Outcome([1], 1.0, 2, (0, 0))]
     many = [Outcome([1], 1.0, 20, (20, 0)), Outcome([1], 1.0, 20, (0, 0))]
     error = summarise(few)["mean_accepted_length_se"]
@@ -286,7 +324,9 @@ def test_error_of_the_mean_length_is_by_prompt() -> None:
 
 
 def test_counts_add_up() -> None:
-    total = summarise([Outcome([1] * 6, 2.0, 2, (2, 1)), Outcome([1] * 2, 2.0, 1, (0, 0)), Outcome([1], 1.0)])
+    total = summarise(
+        [Outcome([1] * 6, 2.0, 2, (2, 1)), Outcome([1] * 2, 2.0, 1, (0, 0)), Outcome([1], 1.0)]
+    )
     assert total["accept_rate"] == [2 / 3, 1 / 3]
     assert total["mean_accepted_length"] == 2.0
     assert total["tokens_per_second"] == 9 / 5
@@ -295,8 +335,12 @@ def test_counts_add_up() -> None:
 
 def test_answers_of_one_token_have_no_rates(folder: Path) -> None:
     config = EvalConfig(
-        model=str(folder / "target"), draft=str(folder / "draft"), data=str(folder / "rows.jsonl"), max_tokens=1, device="cpu"
-    )  # fmt: skip
+        model=str(folder / "target"),
+        draft=str(folder / "draft"),
+        data=str(folder / "rows.jsonl"),
+        max_tokens=1,
+        device="cpu",
+    )
     found = evaluate(config)
     assert found["drafts"] == 0
     assert found["mean_accepted_length"] is None
@@ -306,7 +350,8 @@ def test_answers_of_one_token_have_no_rates(folder: Path) -> None:
 def test_accepted_tokens_are_those_drafted_up_to_the_first_difference() -> None:
     from dspark.tools.judge.coloured import ACCEPTED, accepted, coloured, steps
 
-    # Prompt of 5 tokens; the answer's first token (position 5) is the target's and the first anchor.
+    # Prompt of 5 tokens; the answer's first token (position 5) is the target's and the first
+    # anchor.
     tokens = [10, 11, 12, 13, 14, 15]
     blocks = ((5, (11, 12, 99)), (8, (14, 77, 78)), (10, (1, 2, 3)))
     outcome = Outcome(tokens, 1.0, drafts=3, accepted_at=(2, 1, 0), drafted=blocks)
@@ -321,5 +366,9 @@ def test_accepted_tokens_are_those_drafted_up_to_the_first_difference() -> None:
 
     text = coloured(Letters(), tokens, marks)
     assert text.plain == "abcdef"
-    assert [text.plain[s.start : s.end] for s in text.spans if s.style == ACCEPTED] == ["b", "c", "e"]
+    assert [text.plain[s.start : s.end] for s in text.spans if s.style == ACCEPTED] == [
+        "b",
+        "c",
+        "e",
+    ]
     assert accepted(5, Outcome(tokens, 1.0)) == [False] * 6

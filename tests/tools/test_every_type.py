@@ -24,7 +24,10 @@ from dspark.train.draft.types import TYPES, drafter
 OWN: dict[str, dict[str, Any]] = {
     "dspark": {},
     "dflash": {"markov_rank": 0, "enable_confidence_head": False},
-    **{kind: {"num_layers": 1, "target_layer_ids": (0, 1, 3)} for kind in ("eagle3", "peagle", "spd")},
+    **{
+        kind: {"num_layers": 1, "target_layer_ids": (0, 1, 3)}
+        for kind in ("eagle3", "peagle", "spd")
+    },
 }
 
 
@@ -49,15 +52,33 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_several_drafts_are_one_table(folder: Path, tmp_path: Path) -> None:
     drafts = [word for kind in TYPES for word in ("--draft", str(folder / kind))]
     table, answers = tmp_path / "table.md", tmp_path / "answers.jsonl"
-    result = CliRunner().invoke(eval_command, [
-        "--model", str(folder / "target"), *drafts, "--data", str(folder / "rows.jsonl"), "--max-tokens", "8", "--device", "cpu",
-        "--json", "--markdown", str(table), "--answers", str(answers),
-    ])  # fmt: skip
+    result = CliRunner().invoke(
+        eval_command,
+        [
+            "--model",
+            str(folder / "target"),
+            *drafts,
+            "--data",
+            str(folder / "rows.jsonl"),
+            "--max-tokens",
+            "8",
+            "--device",
+            "cpu",
+            "--json",
+            "--markdown",
+            str(table),
+            "--answers",
+            str(answers),
+        ],
+    )
     assert result.exit_code == 0, result.output
     found = json.loads(result.stdout)["drafts"]
-    assert [(row["speculator_type"], Path(row["draft"]).name) for row in found] == [(k, k) for k in TYPES]
+    assert [(row["speculator_type"], Path(row["draft"]).name) for row in found] == [
+        (k, k) for k in TYPES
+    ]
     assert all(row["lossless"] is True and row["compared"] == 2 for row in found)
-    assert len({row["tokens_per_second_target"] for row in found}) == 1  # the target decodes by itself once
+    # the target decodes by itself once
+    assert len({row["tokens_per_second_target"] for row in found}) == 1
     lines = table.read_text().splitlines()
     assert [line.split(" | ")[0] for line in lines[2:7]] == [f"| {kind}" for kind in TYPES]
     told = [json.loads(line) for line in answers.read_text().splitlines()]
@@ -66,7 +87,15 @@ def test_several_drafts_are_one_table(folder: Path, tmp_path: Path) -> None:
 
 
 def test_a_table_leaves_out_what_no_draft_has_and_tells_twins_apart() -> None:
-    rows = [{"speculator_type": "spd", "walk_greedy": None, "walk": 2.0, "mean_accepted_length": 1.5, "accept_rate": [0.5]}] * 2  # fmt: skip
+    rows = [
+        {
+            "speculator_type": "spd",
+            "walk_greedy": None,
+            "walk": 2.0,
+            "mean_accepted_length": 1.5,
+            "accept_rate": [0.5],
+        }
+    ] * 2
     cells = several.cells(["a/draft", "b/draft"], rows, several.SCORE)
     assert cells[0] == ("draft", "type", "walk, T = 1", "tau", "accept rate by slot")
     assert [row[0] for row in cells[1:]] == ["a/draft", "b/draft"]
@@ -110,7 +139,13 @@ def test_each_type_says_who_serves_it() -> None:
 
 @pytest.mark.parametrize("kind", TYPES)
 def test_each_type_is_exported_whole_with_a_card(folder: Path, kind: str, tmp_path: Path) -> None:
-    manifest = export(str(folder / kind), str(tmp_path / "out"), target=str(folder / "target"), dtype="fp32", pictures=False)  # fmt: skip
+    manifest = export(
+        str(folder / kind),
+        str(tmp_path / "out"),
+        target=str(folder / "target"),
+        dtype="fp32",
+        pictures=False,
+    )
     written = json.loads((tmp_path / "out" / "config.json").read_text())
     assert manifest["method"] == drafter(kind).method
     assert written["vllm_servable"] is (kind != "spd")

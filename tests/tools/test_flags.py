@@ -1,4 +1,6 @@
-"""Every numeric flag of every ``dspark-tools`` command: what is out of range is one sentence that names the flag, exit code 2."""
+"""Every numeric flag of every ``dspark-tools`` command: what is out of range is one sentence that
+names the flag, exit code 2.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,8 @@ from dspark.cache.shared.process import choose_device
 from dspark.tools.cli import main
 from dspark.tools.flags import Finite
 
-# Command -> arguments it cannot do without; none of the files is there, so a value that passed would be a sentence on them, not on the flag.
+# Command -> arguments it cannot do without; none of the files is there, so a value that passed
+# would be a sentence on them, not on the flag.
 NEEDED = {
     "stats": ["no.zarr"],
     "show": ["no.zarr"],
@@ -63,7 +66,12 @@ RANGES: dict[tuple[str, str], tuple[tuple[str, ...], tuple[str, ...]]] = {
     ("data", "--seq-length"): (("0",), ("1",)),
     ("data", "--min-supervised"): (("0",), ("1",)),
 }
-DEVICES = [("score", "--device"), ("eval", "--device"), ("check", "--device"), ("calibrate", "--device")]
+DEVICES = [
+    ("score", "--device"),
+    ("eval", "--device"),
+    ("check", "--device"),
+    ("calibrate", "--device"),
+]
 ELSEWHERE = {
     "--aux-bits",
     "--last-bits",
@@ -78,9 +86,15 @@ def said(command: str, flag: str, value: str) -> click.testing.Result:
 @pytest.mark.parametrize(
     ("command", "flag", "value"),
     [(*at, value) for at, (refused, _) in RANGES.items() for value in refused]
-    + [(*at, value) for at in DEVICES for value in ("foo", "cuda:", "cuda:x", "CPU", "", "cuda:-1", "cpu:0")],
+    + [
+        (*at, value)
+        for at in DEVICES
+        for value in ("foo", "cuda:", "cuda:x", "CPU", "", "cuda:-1", "cpu:0")
+    ],
 )
-def test_a_bad_value_is_refused_by_the_name_of_its_flag(command: str, flag: str, value: str) -> None:
+def test_a_bad_value_is_refused_by_the_name_of_its_flag(
+    command: str, flag: str, value: str
+) -> None:
     result = said(command, flag, value)
     assert (result.exit_code, result.stdout) == (2, "")
     assert f"Invalid value for '{flag}'" in result.stderr
@@ -115,7 +129,9 @@ def test_no_numeric_flag_and_no_device_is_without_a_range() -> None:
         for p in verb(command).params:
             name = p.opts[0] if isinstance(p, click.Option) else p.name.upper()
             if isinstance(p.type, click.types.IntParamType | click.types.FloatParamType):
-                assert name in ELSEWHERE or isinstance(p.type, click.IntRange | Finite), f"{command} {name}"
+                assert name in ELSEWHERE or isinstance(p.type, click.IntRange | Finite), (
+                    f"{command} {name}"
+                )
                 numeric.add((command, name))
             if name == "--device" and not isinstance(p.type, click.Choice):
                 devices.add((command, name))

@@ -1,4 +1,6 @@
-"""Other projects' caches become stores: the same samples, states and score; what does not fit is refused by name."""
+"""Other projects' caches become stores: the same samples, states and score; what does not fit is
+refused by name.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,9 @@ LAYERS = (1, 2, 4)
 
 @dataclass(frozen=True)
 class Row:
-    """A sample with every state that a peer may keep, bfloat16: aux [S, L, H], last before and after the final norm [S, H]."""
+    """A sample with every state that a peer may keep, bfloat16: aux [S, L, H], last before and
+    after the final norm [S, H].
+    """
 
     ids: list[int]
     mask: list[int]
@@ -59,7 +63,9 @@ def rows(target: Path) -> list[Row]:
         ids = rng.integers(4, 200, n).tolist()
         mask = [int(i != 3 and p >= n // 3) for p in range(n)]
         before: list[torch.Tensor] = []
-        hook = model.model.norm.register_forward_pre_hook(lambda _, args, to=before: to.append(args[0][0]))
+        hook = model.model.norm.register_forward_pre_hook(
+            lambda _, args, to=before: to.append(args[0][0])
+        )
         with torch.inference_mode():
             hidden = model.model(torch.tensor([ids]), output_hidden_states=True)
         hook.remove()
@@ -69,7 +75,9 @@ def rows(target: Path) -> list[Row]:
     return out
 
 
-def write_deepspec(folder: Path, rows: Sequence[Row], shard_samples: int = 5, **changes: Any) -> Path:
+def write_deepspec(
+    folder: Path, rows: Sequence[Row], shard_samples: int = 5, **changes: Any
+) -> Path:
     """The documented layout, version 2, several shards."""
     folder.mkdir()
     shards: list[bytearray] = []
@@ -93,10 +101,18 @@ def write_deepspec(folder: Path, rows: Sequence[Row], shard_samples: int = 5, **
         (folder / name).write_bytes(data)
     (folder / "samples.idx").write_bytes(index)
     manifest = {
-        "version": 2, "num_samples": len(rows), "num_shards": len(shards), "target_layer_ids": list(LAYERS), "hidden_size": 64,
-        "hidden_dtype": "bfloat16", "token_dtype": "int32", "mask_dtype": "uint8", "index_record_size": 56, "max_length": 64,
+        "version": 2,
+        "num_samples": len(rows),
+        "num_shards": len(shards),
+        "target_layer_ids": list(LAYERS),
+        "hidden_size": 64,
+        "hidden_dtype": "bfloat16",
+        "token_dtype": "int32",
+        "mask_dtype": "uint8",
+        "index_record_size": 56,
+        "max_length": 64,
         "shards": [{"shard_id": i, "file_name": n} for i, n in enumerate(names)],
-    }  # fmt: skip
+    }
     (folder / "manifest.json").write_text(json.dumps(manifest | changes))
     return folder
 
@@ -113,8 +129,9 @@ def write_speculators(folder: Path, rows: Sequence[Row]) -> Path:
     for i, row in enumerate(rows):
         states = torch.cat([row.aux, row.before[:, None]], dim=1).contiguous()
         save_file(
-            {"hidden_states": states, "token_ids": torch.tensor(row.ids)}, folder / "hidden_states" / f"hs_{i}.safetensors"
-        )  # fmt: skip
+            {"hidden_states": states, "token_ids": torch.tensor(row.ids)},
+            folder / "hidden_states" / f"hs_{i}.safetensors",
+        )
     return folder
 
 
@@ -128,10 +145,18 @@ def test_a_deepspec_cache_scores_as_the_original_states(
     target: Path, rows: list[Row], tmp_path: Path
 ) -> None:
     data = tmp_path / "rows.jsonl"
-    data.write_text("".join(json.dumps({"input_ids": r.ids, "loss_mask": r.mask}) + "\n" for r in rows))
+    data.write_text(
+        "".join(json.dumps({"input_ids": r.ids, "loss_mask": r.mask}) + "\n" for r in rows)
+    )
     config = DumpConfig(
-        model=str(target), data=str(data), output=tmp_path / "dump.zarr", layers=LAYERS, aux_bits=16, last_bits=16, device="cpu"
-    )  # fmt: skip
+        model=str(target),
+        data=str(data),
+        output=tmp_path / "dump.zarr",
+        layers=LAYERS,
+        aux_bits=16,
+        last_bits=16,
+        device="cpu",
+    )
     dump(config, Display())
     ours = dspark.cache.open(tmp_path / "dump.zarr")
     theirs = imported(write_deepspec(tmp_path / "peer", rows), tmp_path / "in.zarr", target)
@@ -148,9 +173,13 @@ def test_a_deepspec_cache_scores_as_the_original_states(
         )
     assert torch.equal(theirs.target.norm, ours.target.norm)
     draft = DraftConfig.sized_for(
-        ours.manifest.target.config, target_layer_ids=LAYERS, mask_token_id=ours.manifest.target.mask_token_id, num_layers=1, block_size=4,
+        ours.manifest.target.config,
+        target_layer_ids=LAYERS,
+        mask_token_id=ours.manifest.target.mask_token_id,
+        num_layers=1,
+        block_size=4,
         markov_rank=8,
-    )  # fmt: skip
+    )
     save_draft(tmp_path / "draft", DraftModel(draft, ours.target), dtype=torch.float32)
     a, b = (score(cache, str(tmp_path / "draft"), device="cpu") for cache in (ours, theirs))
     for key in (
@@ -165,7 +194,9 @@ def test_a_deepspec_cache_scores_as_the_original_states(
         assert b[key] == pytest.approx(a[key], rel=2e-3), key
 
 
-def test_speculators_files_give_the_same_samples(target: Path, rows: list[Row], tmp_path: Path) -> None:
+def test_speculators_files_give_the_same_samples(
+    target: Path, rows: list[Row], tmp_path: Path
+) -> None:
     peer = write_speculators(tmp_path / "peer", rows)
     (peer / "hidden_states" / "hs_5.safetensors").unlink()
     wrong = load_file(peer / "hidden_states" / "hs_6.safetensors")
@@ -173,19 +204,26 @@ def test_speculators_files_give_the_same_samples(target: Path, rows: list[Row], 
     save_file(wrong, peer / "hidden_states" / "hs_6.safetensors")
     with pytest.raises(errors.UsageError, match="give --target-layer-ids"):
         import_store(peer, tmp_path / "x", model=str(target))
-    with pytest.raises(errors.MismatchError, match="hold 3 layers beside the last state, the flags name 2"):
+    with pytest.raises(
+        errors.MismatchError, match="hold 3 layers beside the last state, the flags name 2"
+    ):
         import_store(peer, tmp_path / "x", model=str(target), layers=[1, 2])
     store = imported(peer, tmp_path / "in.zarr", target, layers=LAYERS)
     assert store.manifest.counts.dropped == {
-        "its token ids are not the data set's": 1, "no file of hidden states": 1, "no two consecutive supervised tokens": 1
-    }  # fmt: skip
+        "its token ids are not the data set's": 1,
+        "no file of hidden states": 1,
+        "no two consecutive supervised tokens": 1,
+    }
     assert len(store) == 9
     for i in range(9):
         sample = store[i]
         row = rows[sample.row]
         np.testing.assert_array_equal(sample.aux, row.aux.float().numpy())
         np.testing.assert_allclose(
-            sample.last[sample.last_mask], row.after.float().numpy()[sample.last_mask], rtol=2**-6, atol=0.02
+            sample.last[sample.last_mask],
+            row.after.float().numpy()[sample.last_mask],
+            rtol=2**-6,
+            atol=0.02,
         )
 
 
@@ -206,8 +244,14 @@ def test_compact_bits_are_calibrated_and_resumed_to_the_same_bytes(
     assert min(whole.manifest.quality["aux_snr_db"]) > 15
     with pytest.raises(Stop):
         import_store(
-            peer, tmp_path / "half.zarr", model=str(target), aux_bits=4, last_bits=4, part_tokens=150, progress=stop
-        )  # fmt: skip
+            peer,
+            tmp_path / "half.zarr",
+            model=str(target),
+            aux_bits=4,
+            last_bits=4,
+            part_tokens=150,
+            progress=stop,
+        )
     imported(peer, tmp_path / "half.zarr", target, aux_bits=4, last_bits=4, resume=True)
     for file in sorted((tmp_path / "whole.zarr").rglob("*")):
         if file.is_file():
@@ -224,12 +268,21 @@ def test_resuming_a_whole_store_checks_that_it_is_the_same(
     out = tmp_path / "in.zarr"
     whole = imported(peer, out, target, aux_bits=4)
     assert (
-        import_store(peer, out, model=str(target), aux_bits=4, part_tokens=150, resume=True) == whole.manifest
+        import_store(peer, out, model=str(target), aux_bits=4, part_tokens=150, resume=True)
+        == whole.manifest
     )
     other = write_deepspec(tmp_path / "other", rows[:7])
     for source, flags, words in (
-        (peer, {"aux_bits": 8}, "codec.name: store has .rotated-4-16., this run has .rotated-8-16."),
-        (peer, {"aux_bits": 4, "mask_token_id": 3}, "target.mask_token_id: store has .*, this run has 3"),
+        (
+            peer,
+            {"aux_bits": 8},
+            "codec.name: store has .rotated-4-16., this run has .rotated-8-16.",
+        ),
+        (
+            peer,
+            {"aux_bits": 4, "mask_token_id": 3},
+            "target.mask_token_id: store has .*, this run has 3",
+        ),
         (other, {"aux_bits": 4}, "source.id: store has 'peer', this run has 'other'"),
     ):
         with pytest.raises(errors.MismatchError, match=words):
@@ -243,7 +296,9 @@ def test_damaged_weights_are_written_again(target: Path, rows: list[Row], tmp_pa
     weights = tmp_path / "in.zarr" / "target" / "model.safetensors"
     before = weights.read_bytes()
     weights.write_bytes(before[:-1] + b"x")
-    assert drop_damaged(tmp_path / "in.zarr", verify(tmp_path / "in.zarr")) == ["target/model.safetensors"]
+    assert drop_damaged(tmp_path / "in.zarr", verify(tmp_path / "in.zarr")) == [
+        "target/model.safetensors"
+    ]
     imported(peer, tmp_path / "in.zarr", target, resume=True)
     assert weights.read_bytes() == before
 
@@ -253,14 +308,31 @@ def test_damaged_weights_are_written_again(target: Path, rows: list[Row], tmp_pa
     [
         ({"version": 3}, errors.FormatVersionError, "found .*'version': 3"),
         ({"hidden_dtype": "float8"}, errors.FormatVersionError, "float8"),
-        ({"num_samples": 13}, errors.DamagedCacheError, r"samples.idx: 672 bytes, expected 728 \(13 samples"),
+        (
+            {"num_samples": 13},
+            errors.DamagedCacheError,
+            r"samples.idx: 672 bytes, expected 728 \(13 samples",
+        ),
         ({"hidden_size": 32}, errors.MismatchError, "have 32 channels, .* has 64"),
-        ({"target_layer_ids": [1, 2, 9]}, errors.UsageError, "9 is out of range: the target has 6 layers"),
-        ({"shards": [{"shard_id": 0, "file_name": "gone.bin"}]}, errors.DamagedCacheError, "gone.bin: cannot be read"),
+        (
+            {"target_layer_ids": [1, 2, 9]},
+            errors.UsageError,
+            "9 is out of range: the target has 6 layers",
+        ),
+        (
+            {"shards": [{"shard_id": 0, "file_name": "gone.bin"}]},
+            errors.DamagedCacheError,
+            "gone.bin: cannot be read",
+        ),
     ],
-)  # fmt: skip
+)
 def test_what_does_not_fit_is_refused(
-    target: Path, rows: list[Row], tmp_path: Path, change: dict[str, Any], error: type[Exception], words: str
+    target: Path,
+    rows: list[Row],
+    tmp_path: Path,
+    change: dict[str, Any],
+    error: type[Exception],
+    words: str,
 ) -> None:
     peer = write_deepspec(tmp_path / "peer", rows, **change)
     with pytest.raises(error, match=words):
@@ -286,8 +358,12 @@ def test_damage_inside_is_named(target: Path, rows: list[Row], tmp_path: Path) -
         import_store(write_deepspec(tmp_path / "nan", bad), tmp_path / "y", model=str(target))
 
 
-def test_a_last_state_from_before_the_norm_is_noticed(target: Path, rows: list[Row], tmp_path: Path) -> None:
-    """Text that the target itself wrote: read rightly the states predict it, read wrongly they do not."""
+def test_a_last_state_from_before_the_norm_is_noticed(
+    target: Path, rows: list[Row], tmp_path: Path
+) -> None:
+    """Text that the target itself wrote: read rightly the states predict it, read wrongly they do
+    not.
+    """
     weights = load_file(target / "model.safetensors")
     head = weights.get("lm_head.weight", weights["model.embed_tokens.weight"]).float()
 

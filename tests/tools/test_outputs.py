@@ -1,4 +1,6 @@
-"""Files beside a report: refused before the work where they cannot be written, and nothing is left by the asking."""
+"""Files beside a report: refused before the work where they cannot be written, and nothing is left
+by the asking.
+"""
 
 from __future__ import annotations
 
@@ -28,9 +30,13 @@ FLAGS = [
 ]  # fmt: skip
 # A folder that takes no files even from root stands for one without permission.
 UNWRITABLE = {
-    "below a file": "notes/out.svg", "a folder": "folder.svg", "a device": "/dev/null",
-    "no permission": "/proc/out.svg", "in a new folder there": "/proc/new/out.svg", "too long": f"{'x' * 250}.svg",
-}  # fmt: skip
+    "below a file": "notes/out.svg",
+    "a folder": "folder.svg",
+    "a device": "/dev/null",
+    "no permission": "/proc/out.svg",
+    "in a new folder there": "/proc/new/out.svg",
+    "too long": f"{'x' * 250}.svg",
+}
 
 
 @pytest.fixture
@@ -42,7 +48,10 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def left(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else b"" for p in folder.rglob("*")}
+    return {
+        str(p.relative_to(folder)): p.read_bytes() if p.is_file() else b""
+        for p in folder.rglob("*")
+    }
 
 
 @pytest.mark.parametrize(("command", "flag"), FLAGS)
@@ -60,9 +69,11 @@ def test_a_file_that_cannot_be_written_is_refused_before_the_work(
 
 def test_every_flag_that_names_a_file_to_write_is_one_of_these() -> None:
     found = {
-        (command, p.opts[0]) for command in main.table for p in main.get_command(click.Context(main), command).params
+        (command, p.opts[0])
+        for command in main.table
+        for p in main.get_command(click.Context(main), command).params
         if isinstance(p.type, OutputFile) or (isinstance(p.type, click.Path) and not p.type.exists)
-    }  # fmt: skip
+    }
     assert found == set(FLAGS)
     for command, flag in FLAGS:
         assert any(
@@ -90,7 +101,9 @@ def test_one_that_can_be_written_is_touched_only_at_the_end(
     assert left(here) == before
     refuse_unwritable(Path(path))
     save(Path(path), b"new")
-    assert left(here) == before | {str(p): b"" for p in list(Path(path).parents)[:-1]} | {path: b"new"}
+    assert left(here) == before | {str(p): b"" for p in list(Path(path).parents)[:-1]} | {
+        path: b"new"
+    }
 
 
 def test_a_picture_that_cannot_be_drawn_is_refused_before_the_work(

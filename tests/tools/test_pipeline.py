@@ -27,8 +27,15 @@ from dspark.train.draft.spd.files import HEAD, MANIFEST, faults, file_bytes, met
 from dspark.train.draft.spd.head import SpdHead
 from dspark.train.loop import train
 
-GLM = {"hidden_size": 2048, "vocab_size": 154_880, "num_hidden_layers": 47, "num_attention_heads": 20, "kv_lora_rank": 512,
-       "qk_rope_head_dim": 64, "intermediate_size": 10_240}  # fmt: skip
+GLM = {
+    "hidden_size": 2048,
+    "vocab_size": 154_880,
+    "num_hidden_layers": 47,
+    "num_attention_heads": 20,
+    "kv_lora_rank": 512,
+    "qk_rope_head_dim": 64,
+    "intermediate_size": 10_240,
+}
 
 
 @pytest.mark.parametrize(
@@ -43,15 +50,21 @@ def test_published_figures_follow_from_published_steps(
     accepted = (3 * prompts * (tokens - 1) - steps) // 2
     assert accepted == {12: 96, 11: 47}[prompts]
     each = [
-        (tokens, steps_of(3, tokens, accepted // prompts + (i < accepted % prompts))) for i in range(prompts)
+        (tokens, steps_of(3, tokens, accepted // prompts + (i < accepted % prompts)))
+        for i in range(prompts)
     ]
     found = gains(3, each, 1, 0)
-    assert (found["steps"], found["equivalent_accept_length"]) == (steps, pytest.approx(length, abs=5e-6))
+    assert (found["steps"], found["equivalent_accept_length"]) == (
+        steps,
+        pytest.approx(length, abs=5e-6),
+    )
     assert found["theoretical_gain"] >= found["theoretical_gain_pooled"] - 1e-12  # a mean of ratios
 
 
 def simulated(stages: int, right: list[bool]) -> int:
-    """Steps of the schedule itself: ages in flight, one step at a time, over an answer of len(right) + 1 tokens."""
+    """Steps of the schedule itself: ages in flight, one step at a time, over an answer of
+    len(right) + 1 tokens.
+    """
     flight, done, steps = [0], 1, 0
     while done <= len(right):
         flight = flight or [0]
@@ -106,7 +119,9 @@ def test_score_replays_and_reports_both_definitions(trained: TrainConfig) -> Non
     assert found["draft_acceptance"] == found["drafts_accepted"] / found["drafts_judged"]
 
 
-def test_an_export_passes_the_rules_and_damage_does_not(trained: TrainConfig, tmp_path: Path) -> None:
+def test_an_export_passes_the_rules_and_damage_does_not(
+    trained: TrainConfig, tmp_path: Path
+) -> None:
     out = tmp_path / "out"
     manifest = export(trained.output, str(out), target="random/tiny", dtype="fp16", pictures=False)
     assert manifest["method"] is None
@@ -158,14 +173,20 @@ def manifest_shapes(out: Path) -> dict[str, list[int]]:
 
 
 def test_the_published_head_has_its_published_size() -> None:
-    config = SPD.configure(TrainConfig(cache="", speculator_type="spd", num_layers=1), GLM, [14, 30, 46], 0, 16_000)  # fmt: skip
+    config = SPD.configure(
+        TrainConfig(cache="", speculator_type="spd", num_layers=1), GLM, [14, 30, 46], 0, 16_000
+    )
     said = metadata(19, "F16", "zai-org/GLM-4.7-Flash", "0" * 64)
     assert file_bytes(trained_shapes(config), "F16", said) == 321_399_280
 
 
 def piped_head(model: torch.nn.Module, taps: tuple[int, ...]) -> SpdHead:
     config = DraftConfig.sized_for(
-        model.config.to_dict(), target_layer_ids=taps, mask_token_id=0, speculator_type="spd", num_layers=1
+        model.config.to_dict(),
+        target_layer_ids=taps,
+        mask_token_id=0,
+        speculator_type="spd",
+        num_layers=1,
     )
     torch.manual_seed(3)
     head = SpdHead(config, Target(model, taps).frozen).float()
@@ -182,9 +203,14 @@ def batch_over(model: torch.nn.Module, taps: tuple[int, ...], ids: list[int]) ->
         aux = target.step(ids)[1].clone()
     total = len(ids)
     return Batch.build(
-        input_ids=np.array(ids), loss_mask=np.ones(total, np.bool_), doc=np.zeros(total, np.int32), aux=aux,
-        last=torch.zeros(total - 1, aux.shape[-1]), anchors=np.arange(total - 1), block_size=1,
-    )  # fmt: skip
+        input_ids=np.array(ids),
+        loss_mask=np.ones(total, np.bool_),
+        doc=np.zeros(total, np.int32),
+        aux=aux,
+        last=torch.zeros(total - 1, aux.shape[-1]),
+        anchors=np.arange(total - 1),
+        block_size=1,
+    )
 
 
 def test_decoding_is_lossless_and_drafts_are_the_training_forwards() -> None:
@@ -200,13 +226,22 @@ def test_decoding_is_lossless_and_drafts_are_the_training_forwards() -> None:
         loss.backward()
         optimizer.step()
     with torch.no_grad():
-        hits = torch.stack([
-            (head(batch, head.plan(batch, fill=fill)).z[:, 0] @ head.head.weight.T).argmax(-1) == batch.input_ids[1:] for fill in (1, 2, 3)
-        ])  # fmt: skip
+        hits = torch.stack(
+            [
+                (head(batch, head.plan(batch, fill=fill)).z[:, 0] @ head.head.weight.T).argmax(-1)
+                == batch.input_ids[1:]
+                for fill in (1, 2, 3)
+            ]
+        )
     with Target(model, taps) as target:
         answer = pipelined_generate(target, head, prompt, max_tokens=40)
         sampled = pipelined_generate(
-            target, head, prompt, max_tokens=30, temperature=1.0, generator=torch.Generator().manual_seed(0)
+            target,
+            head,
+            prompt,
+            max_tokens=30,
+            temperature=1.0,
+            generator=torch.Generator().manual_seed(0),
         )
         stop = pipelined_generate(target, head, prompt, max_tokens=40, stop_ids=[alone[7]])
     assert answer.tokens == alone

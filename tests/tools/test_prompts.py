@@ -1,4 +1,6 @@
-"""Prompts of named sets and of SPEED-Bench's files: placeholders are never decoded, and --per-source takes some of each."""
+"""Prompts of named sets and of SPEED-Bench's files: placeholders are never decoded, and
+--per-source takes some of each.
+"""
 
 from __future__ import annotations
 
@@ -54,7 +56,12 @@ def test_a_prepared_file_gives_first_turns_and_so_many_of_each_category(tmp_path
 
 def test_placeholders_are_left_out_counted_and_the_way_out_is_named(tmp_path: Path) -> None:
     notice = f"{PLACEHOLDER} and so on"
-    rows = [prepared(notice, "math"), prepared("a2", "math"), {"category": "qa", "turns": [notice]}, {"category": "qa", "turns": ["b2", "x"]}]  # fmt: skip
+    rows = [
+        prepared(notice, "math"),
+        prepared("a2", "math"),
+        {"category": "qa", "turns": [notice]},
+        {"category": "qa", "turns": ["b2", "x"]},
+    ]
     found, (said,) = texts(tmp_path / "q.jsonl", rows, per_source=1)
     assert found == ["a2", "b2"]
     assert "2 placeholder rows left out (math 1, qa 1)" in said
@@ -65,16 +72,25 @@ def test_placeholders_are_left_out_counted_and_the_way_out_is_named(tmp_path: Pa
 
 
 def test_the_papers_sets_have_names_and_take_their_rows() -> None:
-    names = "gsm8k math500 aime25 mbpp humaneval livecodebench mt-bench alpaca arena-hard c-eval speed-bench"
+    names = (
+        "gsm8k math500 aime25 mbpp humaneval livecodebench mt-bench alpaca arena-hard c-eval "
+        "speed-bench"
+    )
     assert set(names.split()) == set(PROMPT_SETS)
     taken = {
-        "mbpp": ({"text": "do", "test_list": ["assert f()"]}, "do\nYour code should pass these tests:\nassert f()"),
+        "mbpp": (
+            {"text": "do", "test_list": ["assert f()"]},
+            "do\nYour code should pass these tests:\nassert f()",
+        ),
         "alpaca": ({"instruction": "do", "input": "it"}, "do\n\nit"),
         "arena-hard": ({"turns": [{"content": "q"}]}, "q"),
-        "c-eval": ({"question": "q", "A": "1", "B": "2", "C": "3", "D": "4"}, "q\nA. 1\nB. 2\nC. 3\nD. 4"),
+        "c-eval": (
+            {"question": "q", "A": "1", "B": "2", "C": "3", "D": "4"},
+            "q\nA. 1\nB. 2\nC. 3\nD. 4",
+        ),
         "livecodebench": ({"question_content": "q", "starter_code": "s"}, "q\n\ns"),
         "math500": ({"problem": "p"}, "p"),
         "aime25": ({"problem": "p"}, "p"),
-    }  # fmt: skip
+    }
     for name, (row, text) in taken.items():
         assert PROMPT_SETS[name].prompt(row) == text

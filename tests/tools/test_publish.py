@@ -1,4 +1,6 @@
-"""``dspark-tools export``: both formats and dtypes load again and mean the same, the manifest is true, the card holds the run's numbers."""
+"""``dspark-tools export``: both formats and dtypes load again and mean the same, the manifest is
+true, the card holds the run's numbers.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,13 @@ def draft(tmp_path: Path) -> Path:
     save_draft(folder, small_draft(draft_ids=IDS), dtype=torch.float32)
     (folder / "training.json").write_text(
         json.dumps(
-            {"cache": "/secret/hs.zarr", "lr": 0.002, "num_layers": 2, "seed": 0, "loss_fn": '{"tv": 1}'}
+            {
+                "cache": "/secret/hs.zarr",
+                "lr": 0.002,
+                "num_layers": 2,
+                "seed": 0,
+                "loss_fn": '{"tv": 1}',
+            }
         )
     )
     (folder / "store.json").write_text(
@@ -66,7 +74,9 @@ def test_both_formats_load_again(
     before, after = read_tensors(draft), read_tensors(out)
     assert set(before) == set(after)
     for name, value in before.items():
-        assert torch.equal(after[name], value.to(dtype) if value.is_floating_point() else value), name
+        assert torch.equal(after[name], value.to(dtype) if value.is_floating_point() else value), (
+            name
+        )
     target = small_target()
     again = load_draft(out, target)
     assert torch.equal(again.frozen_head.draft_ids, IDS)
@@ -86,8 +96,13 @@ def test_both_formats_load_again(
         "bytes": len(weights),
         "sha256": hashlib.sha256(weights).hexdigest(),
     }
-    assert (manifest["tensors"], manifest["dtype"]) == (len(before), str(dtype).removeprefix("torch."))
-    assert manifest["parameters"] == sum(t.numel() for t in before.values() if t.is_floating_point())
+    assert (manifest["tensors"], manifest["dtype"]) == (
+        len(before),
+        str(dtype).removeprefix("torch."),
+    )
+    assert manifest["parameters"] == sum(
+        t.numel() for t in before.values() if t.is_floating_point()
+    )
 
 
 def test_the_card_is_made_of_the_run(draft: Path, tmp_path: Path) -> None:
@@ -97,7 +112,10 @@ def test_the_card_is_made_of_the_run(draft: Path, tmp_path: Path) -> None:
     assert '"num_speculative_tokens": 4' in text
     assert "vllm serve maker/model" in text
     assert "| 2 | 20 | 1.625 | 0.625 |" in text
-    assert "dspark-dump --model maker/model --data chat.jsonl --layers 0,2 --aux-bits 4 --last-bits 4" in text
+    assert (
+        "dspark-dump --model maker/model --data chat.jsonl --layers 0,2 --aux-bits 4 --last-bits 4"
+        in text
+    )
     assert re.search(
         r"dspark-train --cache ./hs.zarr --lr 0.002 --num-layers 2 --loss-fn '\{\"tv\": 1\}'", text
     )
@@ -116,7 +134,8 @@ def test_nothing_is_overwritten_and_nothing_half_is_published(draft: Path, tmp_p
     assert "exists" in again.stderr
     assert (
         run.invoke(
-            export_command, [str(draft), str(out), "--no-pictures", "--overwrite", "--format", "speculators"]
+            export_command,
+            [str(draft), str(out), "--no-pictures", "--overwrite", "--format", "speculators"],
         ).exit_code
         == 0
     )
@@ -144,7 +163,9 @@ def test_push_fails_clearly(draft: Path, tmp_path: Path, monkeypatch: pytest.Mon
 
     monkeypatch.setattr(HfApi, "create_repo", offline)
     out = tmp_path / "out"
-    result = CliRunner().invoke(export_command, [str(draft), str(out), "--no-pictures", "--push", "me/draft"])
+    result = CliRunner().invoke(
+        export_command, [str(draft), str(out), "--no-pictures", "--push", "me/draft"]
+    )
     assert result.exit_code == 1
     assert "could not be reached or refused (offline mode is enabled)" in result.stderr
     assert "is complete" in result.stderr
@@ -154,7 +175,9 @@ def test_push_fails_clearly(draft: Path, tmp_path: Path, monkeypatch: pytest.Mon
         push(str(out), "me/draft")
 
 
-def test_push_uploads_the_folder(draft: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_push_uploads_the_folder(
+    draft: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from huggingface_hub import HfApi
 
     calls = []
@@ -168,7 +191,8 @@ def test_push_uploads_the_folder(draft: Path, tmp_path: Path, monkeypatch: pytes
     )
     out = tmp_path / "out"
     result = CliRunner().invoke(
-        export_command, [str(draft), str(out), "--no-pictures", "--push", "me/draft", "--private", "--json"]
+        export_command,
+        [str(draft), str(out), "--no-pictures", "--push", "me/draft", "--private", "--json"],
     )
     assert json.loads(result.stdout)["pushed"] == "https://hub/me/draft"
     assert calls == [("me/draft", True), ("me/draft", str(out))]
@@ -200,7 +224,11 @@ def test_nothing_is_left_behind_and_what_was_there_stays(
     def fail(*args: object, **options: object) -> None:
         raise error
 
-    names = {"card.card": "dspark.tools.publish.card.card", "publish.shutil.copy": "dspark.tools.publish.export.shutil.copy", "commit": "dspark.cache.files.atomic.fsync_tree"}  # fmt: skip
+    names = {
+        "card.card": "dspark.tools.publish.card.card",
+        "publish.shutil.copy": "dspark.tools.publish.export.shutil.copy",
+        "commit": "dspark.cache.files.atomic.fsync_tree",
+    }
     monkeypatch.setattr(names[where], fail)
     with pytest.raises(StoreWriteError if isinstance(error, OSError) else type(error)):
         export(str(draft), str(out), pictures=False, overwrite=True, dtype="fp16")
@@ -231,10 +259,14 @@ def test_a_link_as_out_stays_and_what_it_leads_to_is_replaced(draft: Path, tmp_p
 
 
 @pytest.mark.parametrize("content", ["{}", '{"engine":', "[]"])
-def test_a_report_is_read_before_anything_is_written(draft: Path, tmp_path: Path, content: str) -> None:
+def test_a_report_is_read_before_anything_is_written(
+    draft: Path, tmp_path: Path, content: str
+) -> None:
     report = tmp_path / "o.json"
     report.write_text(content)
-    result = CliRunner().invoke(export_command, [str(draft), str(tmp_path / "out"), "--report", str(report)])
+    result = CliRunner().invoke(
+        export_command, [str(draft), str(tmp_path / "out"), "--report", str(report)]
+    )
     assert (result.exit_code, type(result.exception)) == (1, SystemExit)
     assert "o.json" in result.stderr
     assert "dspark-tools eval --output" in result.stderr
@@ -246,7 +278,9 @@ def test_out_is_a_file_or_another_folder(draft: Path, tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "mine").write_text("mine")
     for name, said in (("file", "is a file"), ("folder", "holds no export")):
-        result = CliRunner().invoke(export_command, [str(draft), str(tmp_path / name), "--overwrite"])
+        result = CliRunner().invoke(
+            export_command, [str(draft), str(tmp_path / name), "--overwrite"]
+        )
         assert (result.exit_code, said in result.stderr) == (2, True), result.stderr
     assert (tmp_path / "file").read_text() == (tmp_path / "folder" / "mine").read_text() == "mine"
 

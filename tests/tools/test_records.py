@@ -1,4 +1,6 @@
-"""JSON beside a draft that a person has cut, edited or mixed up: a sentence that names file and key, from every command that reads it."""
+"""JSON beside a draft that a person has cut, edited or mixed up: a sentence that names file and
+key, from every command that reads it.
+"""
 
 from __future__ import annotations
 
@@ -45,13 +47,17 @@ from dspark.train.loop import train
         ({"a": 1, "later": 2}, {"a": int}, None),
         ([], {"a": int}, "it is [], not an object"),
         ({}, {"a": int, "b": Maybe(int), "c": Optional(int)}, "it has no a, b"),
-        ({"a": 1, "b": None, "c": "x"}, {"a": int, "b": Maybe(int), "c": Optional(int)}, 'c is "x", not a whole number'),
+        (
+            {"a": 1, "b": None, "c": "x"},
+            {"a": int, "b": Maybe(int), "c": Optional(int)},
+            'c is "x", not a whole number',
+        ),
         ({"a": {"b": [{}]}}, {"a": {"b": [{"c": int}]}}, "a.b[0] has no c"),
         ({}, Each(int), "it is empty"),
         ({"x": {"y": "z"}}, Each({"y": int}), 'x.y is "z", not a whole number'),
         ("long" * 20, int, 'it is "longlonglonglonglonglonglonglonglong..., not a whole number'),
     ],
-)  # fmt: skip
+)
 def test_what_is_wrong_is_said(value: Any, shape: Any, wrong: str | None) -> None:
     assert fault(value, shape) == wrong
 
@@ -61,10 +67,21 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a store ``hs.zarr`` and what a run on it left in ``draft``."""
     root = tmp_path_factory.mktemp("records")
     stores.write_store(root / "hs.zarr", np.random.default_rng(3).integers(16, 40, 40).tolist())
-    train(TrainConfig(
-        cache=str(root / "hs.zarr"), output=str(root / "draft"), max_steps=1, num_layers=1, block_size=3, markov_rank=8, val_fraction=0.4,
-        total_seq_len=256, rows_per_step=2, device="cpu", tensorboard=False,
-    ))  # fmt: skip
+    train(
+        TrainConfig(
+            cache=str(root / "hs.zarr"),
+            output=str(root / "draft"),
+            max_steps=1,
+            num_layers=1,
+            block_size=3,
+            markov_rank=8,
+            val_fraction=0.4,
+            total_seq_len=256,
+            rows_per_step=2,
+            device="cpu",
+            tensorboard=False,
+        )
+    )
     return root
 
 
@@ -80,7 +97,9 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ('{"val_fraction": NaN}', "val_fraction is nan, not a share"),
     ],
 )
-def test_a_split_needs_a_whole_training_json(trained: Path, command: str, content: str, said: str) -> None:
+def test_a_split_needs_a_whole_training_json(
+    trained: Path, command: str, content: str, said: str
+) -> None:
     record = trained / "draft" / "training.json"
     whole = record.read_text()
     try:
@@ -99,8 +118,16 @@ def test_a_split_needs_a_whole_training_json(trained: Path, command: str, conten
 
 def survival() -> dict[str, Any]:
     one = [{"share": 1.0, "confidence": 0.5, "accepted": 0.5}]
-    return {"survival": {"ece": [0.1, 0.2], "brier": [0.1, 0.2], "auroc": [0.5, None], "confidence": [0.5, 0.5],
-                         "accepted": [0.5, 0.5], "diagram": [one, one]}}  # fmt: skip
+    return {
+        "survival": {
+            "ece": [0.1, 0.2],
+            "brier": [0.1, 0.2],
+            "auroc": [0.5, None],
+            "confidence": [0.5, 0.5],
+            "accepted": [0.5, 0.5],
+            "diagram": [one, one],
+        }
+    }
 
 
 CALIBRATION = {
@@ -110,12 +137,26 @@ CALIBRATION = {
     "sweep": [{"threshold": 0.0, "verified": 2.0, "tokens": 1.5, "accepted_share": 0.3}],
 }
 LINE = {
-    "prompts": 2, "drafts": 9, "mean_accepted_length": 2.5, "mean_accepted_length_se": None, "accept_rate": [0.9, 0.6], "lossless": None,
-    "tokens_per_second": 10.0, "tokens_per_second_target": None, "speedup": None, "theoretical_gain": 1.5,
-}  # fmt: skip
+    "prompts": 2,
+    "drafts": 9,
+    "mean_accepted_length": 2.5,
+    "mean_accepted_length_se": None,
+    "accept_rate": [0.9, 0.6],
+    "lossless": None,
+    "tokens_per_second": 10.0,
+    "tokens_per_second_target": None,
+    "speedup": None,
+    "theoretical_gain": 1.5,
+}
 REPORT = LINE | {
-    "engine": "vllm", "dtype": "bfloat16", "temperature": 0, "max_tokens": 16, "block_size": 2, "compared": 0, "per_source": {"all": LINE},
-}  # fmt: skip
+    "engine": "vllm",
+    "dtype": "bfloat16",
+    "temperature": 0,
+    "max_tokens": 16,
+    "block_size": 2,
+    "compared": 0,
+    "per_source": {"all": LINE},
+}
 VALIDATION = {"step": 1, "validation": True, "mean_accepted_length": 1.5, "accept_rate": [0.5, 0.2]}
 
 
@@ -136,7 +177,11 @@ def damaged(whole: dict[str, Any]) -> list[Any]:
                     inner[at[-1]] = "x" if change == "text" else [{}]
                 out.append(other)
         for key, part in (
-            value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+            value.items()
+            if isinstance(value, dict)
+            else enumerate(value)
+            if isinstance(value, list)
+            else ()
         ):
             walk((*at, key), part)
 
@@ -156,19 +201,31 @@ def draft(tmp_path: Path) -> Path:
     [
         ("calibration.json", CALIBRATION),
         ("metrics.jsonl", VALIDATION),
-        ("store.json", {"target": "a/b", "layers": [0, 2], "aux_bits": 4, "last_bits": 4, "source": "x"}),
+        (
+            "store.json",
+            {"target": "a/b", "layers": [0, 2], "aux_bits": 4, "last_bits": 4, "source": "x"},
+        ),
         ("training.json", {"block_size": 4, "lr": 0.1, "loss_fn": "{}"}),
         ("report.json", REPORT),
     ],
 )
 def test_no_damage_is_a_trace(draft: Path, name: str, whole: dict[str, Any]) -> None:
-    """Whatever one value of a file has become: either the card can still be made, or the file is named. Both must happen."""
+    """Whatever one value of a file has become: either the card can still be made, or the file is
+    named. Both must happen.
+    """
     path = draft / name
 
     def make() -> None:
         reports = [records.report(path)] if name == "report.json" else []
         run = card.DraftRun.read(draft, load_config(draft))
-        manifest = {"target": "a/b", "format": "flat", "tensors": 1, "parameters": 1, "dtype": "bfloat16", "bytes": 1}  # fmt: skip
+        manifest = {
+            "target": "a/b",
+            "format": "flat",
+            "tensors": 1,
+            "parameters": 1,
+            "dtype": "bfloat16",
+            "bytes": 1,
+        }
         card.pictures(run, draft, reports)
         card.card(run, manifest, reports, {}, "draft")
         against_record(draft, {"accept_rate": [0.5]})
@@ -192,13 +249,22 @@ def test_no_damage_is_a_trace(draft: Path, name: str, whole: dict[str, Any]) -> 
 @pytest.mark.parametrize("content", [b'{"a":', b"[1]", b"\xff\xfe{", b"null"])
 def test_what_is_no_json_object_is_named(draft: Path, name: str, content: bytes) -> None:
     (draft / name).write_bytes(content)
-    readers = {"metrics.jsonl": records.metrics, "calibration.json": records.calibration, "store.json": records.store, "training.json": records.training}  # fmt: skip
+    readers = {
+        "metrics.jsonl": records.metrics,
+        "calibration.json": records.calibration,
+        "store.json": records.store,
+        "training.json": records.training,
+    }
     with pytest.raises(DraftError, match=name.replace(".", r"\.")):
         readers[name](draft) if name in readers else records.report(draft / name)
 
 
 def test_what_is_not_there_is_left_out(draft: Path) -> None:
-    assert (records.training(draft), records.store(draft), records.calibration(draft)) == ({}, {}, {})
+    assert (records.training(draft), records.store(draft), records.calibration(draft)) == (
+        {},
+        {},
+        {},
+    )
     assert records.metrics(draft) == []
 
 
@@ -215,13 +281,19 @@ def test_positions_of_a_calibration_that_do_not_match(draft: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["store.json", "training.json", "metrics.jsonl"])
-def test_check_does_not_pass_over_a_record_that_is_no_object(trained: Path, draft: Path, name: str) -> None:
-    """A list was taken for an empty record before, so its layers were not compared and nothing said so."""
+def test_check_does_not_pass_over_a_record_that_is_no_object(
+    trained: Path, draft: Path, name: str
+) -> None:
+    """A list was taken for an empty record before, so its layers were not compared and nothing said
+    so.
+    """
     from dspark.tools.check.files import Files
 
     (draft / name).write_text("[]\n")
     with pytest.raises(DraftError, match=name.replace(".", r"\.")):
-        against_record(draft, {"accept_rate": [0.5]}) if name == "metrics.jsonl" else Files.read(str(draft))
+        against_record(draft, {"accept_rate": [0.5]}) if name == "metrics.jsonl" else Files.read(
+            str(draft)
+        )
 
 
 @pytest.mark.parametrize(
@@ -264,7 +336,14 @@ def test_a_damaged_tokenizer_of_a_store(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("layout", ["flat", "speculators"])
 @pytest.mark.parametrize(
-    "key", ["target_layer_ids", "block_size", "max_position_embeddings", "rope_theta", "speculators_config"]
+    "key",
+    [
+        "target_layer_ids",
+        "block_size",
+        "max_position_embeddings",
+        "rope_theta",
+        "speculators_config",
+    ],
 )
 @pytest.mark.parametrize("value", ["x", [None], 1.5])
 def test_check_names_what_is_no_config(draft: Path, layout: str, key: str, value: Any) -> None:

@@ -1,4 +1,6 @@
-"""The page of ``report`` and the view of ``watch``: what they read, that the page needs nothing but itself, that nothing is written."""
+"""The page of ``report`` and the view of ``watch``: what they read, that the page needs nothing but
+itself, that nothing is written.
+"""
 
 from __future__ import annotations
 
@@ -22,27 +24,52 @@ from dspark.tools.report.watch import look, sparkline
 from dspark.train.loop import train
 
 LINE = {
-    "prompts": 3, "drafts": 9, "mean_accepted_length": 1.75, "mean_accepted_length_se": 0.125, "accept_rate": [0.5, 0.25], "lossless": True,
-    "tokens_per_second": 10.0, "tokens_per_second_target": 8.0, "speedup": 1.25, "theoretical_gain": 1.5,
-}  # fmt: skip
+    "prompts": 3,
+    "drafts": 9,
+    "mean_accepted_length": 1.75,
+    "mean_accepted_length_se": 0.125,
+    "accept_rate": [0.5, 0.25],
+    "lossless": True,
+    "tokens_per_second": 10.0,
+    "tokens_per_second_target": 8.0,
+    "speedup": 1.25,
+    "theoretical_gain": 1.5,
+}
 REPORT = LINE | {
-    "engine": "transformers", "dtype": "float32", "temperature": 0.0, "max_tokens": 8, "block_size": 2, "compared": 3,
+    "engine": "transformers",
+    "dtype": "float32",
+    "temperature": 0.0,
+    "max_tokens": 8,
+    "block_size": 2,
+    "compared": 3,
     "per_source": {"code <b>": LINE, "chat": LINE | {"mean_accepted_length": 1.5}},
-}  # fmt: skip
+}
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A store, a training with held-out rows and a calibration, and an evaluation, in one folder."""
+    """A store, a training with held-out rows and a calibration, and an evaluation, in one
+    folder.
+    """
     folder = tmp_path_factory.mktemp("made")
-    train(small_training(folder, [60, 71, 52, 64, 48, 66], max_steps=6, checkpoint_freq=1, device="cpu"))
+    train(
+        small_training(
+            folder, [60, 71, 52, 64, 48, 66], max_steps=6, checkpoint_freq=1, device="cpu"
+        )
+    )
     (folder / "eval.json").write_text(json.dumps(REPORT))
     (folder / "notes.json").write_text("{}")
-    side = {
-        k: [0.1, 0.2] for k in ("ece", "brier", "auroc", "confidence", "accepted")
-    } | {"diagram": [[{"confidence": 0.2, "accepted": 0.1}, {"confidence": 0.8, "accepted": 0.9}]] * 2}  # fmt: skip
+    side = {k: [0.1, 0.2] for k in ("ece", "brier", "auroc", "confidence", "accepted")} | {
+        "diagram": [[{"confidence": 0.2, "accepted": 0.1}, {"confidence": 0.8, "accepted": 0.9}]]
+        * 2
+    }
     point = {"threshold": 0.1, "verified": 1.0, "tokens": 1.5, "accepted_share": 0.5}
-    calibration = {"temperature": [1.0, 1.0], "before": {"survival": side}, "after": {"survival": side}, "sweep": [point]}  # fmt: skip
+    calibration = {
+        "temperature": [1.0, 1.0],
+        "before": {"survival": side},
+        "after": {"survival": side},
+        "sweep": [point],
+    }
     (folder / "draft" / "calibration.json").write_text(json.dumps(calibration))
     return folder
 
@@ -59,14 +86,18 @@ class Page(HTMLParser):
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append(tag)
-        self.addresses += [str(v) for k, v in attrs if k in ("src", "href", "srcset", "action", "data")]
+        self.addresses += [
+            str(v) for k, v in attrs if k in ("src", "href", "srcset", "action", "data")
+        ]
 
     def handle_data(self, data: str) -> None:
         self.words += data + "\n"
 
 
 def drawn(*paths: Path, to: Path) -> tuple[str, Page]:
-    result = CliRunner().invoke(main, ["report", *map(str, paths), "-o", str(to / "r.html"), "--json"])
+    result = CliRunner().invoke(
+        main, ["report", *map(str, paths), "-o", str(to / "r.html"), "--json"]
+    )
     assert result.exit_code == 0, result.output
     text = (to / "r.html").read_text()
     assert json.loads(result.stdout)["bytes"] == len(text.encode())
@@ -98,7 +129,14 @@ def test_every_logged_value_is_a_mark_of_its_chart(made: Path, tmp_path: Path) -
     assert chart is not None
     found = re.findall(r"<title>(.*?): (\S+) at (\S+)</title>", chart[1])
     rows = [json.loads(x) for x in (made / "draft" / "metrics.jsonl").read_text().splitlines()]
-    expected = [("draft" + (", held out" if r.get("validation") else ""), number(r["ce_loss"]), number(r["step"])) for r in rows]  # fmt: skip
+    expected = [
+        (
+            "draft" + (", held out" if r.get("validation") else ""),
+            number(r["ce_loss"]),
+            number(r["step"]),
+        )
+        for r in rows
+    ]
     assert sorted(found) == sorted(expected)
 
 
@@ -114,7 +152,11 @@ def test_several_runs_are_drawn_over_one_another(made: Path, tmp_path: Path) -> 
 
 
 def test_what_a_path_is(made: Path, tmp_path: Path) -> None:
-    assert [kind_of(made / n) for n in ("hs.zarr", "draft", "eval.json")] == ["store", "run", "eval"]
+    assert [kind_of(made / n) for n in ("hs.zarr", "draft", "eval.json")] == [
+        "store",
+        "run",
+        "eval",
+    ]
     found = read([made])  # notes.json is no report and was not named
     assert [len(x) for x in (found.stores, found.runs, found.evals)] == [1, 1, 1]
     assert found.stores[0].stored.keys() >= {"aux", "last", "tokens"}
@@ -164,8 +206,19 @@ def test_charts_place_what_they_are_given() -> None:
 def test_a_browser_draws_it_at_phone_width(made: Path, tmp_path: Path) -> None:
     """Chromium lays the page out without a console message, and every card fits a narrow window."""
     drawn(made, to=tmp_path)
-    flags = ["--headless=new", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}", "--window-size=390,900"]  # fmt: skip
-    call = ["chromium", *flags, f"--screenshot={tmp_path / 'r.png'}", f"file://{tmp_path / 'r.html'}"]
+    flags = [
+        "--headless=new",
+        "--no-sandbox",
+        "--disable-gpu",
+        f"--user-data-dir={tmp_path / 'profile'}",
+        "--window-size=390,900",
+    ]
+    call = [
+        "chromium",
+        *flags,
+        f"--screenshot={tmp_path / 'r.png'}",
+        f"file://{tmp_path / 'r.html'}",
+    ]
     done = subprocess.run(call, capture_output=True, text=True, check=True, timeout=60)
     assert "CONSOLE" not in done.stderr
     assert (tmp_path / "r.png").stat().st_size > 5000

@@ -1,4 +1,6 @@
-"""Run by test_fused.py with TRITON_INTERPRET=1: one JSON line a case, the largest difference from float64."""
+"""Run by test_fused.py with TRITON_INTERPRET=1: one JSON line a case, the largest difference from
+float64.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +11,16 @@ import torch
 from dspark.train.objective import chunk_kernel as fused
 from dspark.train.objective import objective
 
-# Slots, V, Vd: within a tile, over several, a reduced vocabulary of one and of two tiles, and of a single token.
-SHAPES = [(5, 23, 23), (4, fused.TILE, fused.TILE), (3, 9001, 9001), (6, 9001, 5000), (5, 40, 13), (2, 40, 1)]
+# Slots, V, Vd: within a tile, over several, a reduced vocabulary of one and of two tiles, and of a
+# single token.
+SHAPES = [
+    (5, 23, 23),
+    (4, fused.TILE, fused.TILE),
+    (3, 9001, 9001),
+    (6, 9001, 5000),
+    (5, 40, 13),
+    (2, 40, 1),
+]
 
 for slots, size, draft_size in SHAPES:
     draft, target = 3 * torch.randn(slots, draft_size), 3 * torch.randn(slots, size)

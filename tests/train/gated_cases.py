@@ -1,4 +1,6 @@
-"""Run by test_gated.py with TRITON_INTERPRET=1: one JSON line a case, the largest difference from float64, relative to a value of 0.1 or more."""
+"""Run by test_gated.py with TRITON_INTERPRET=1: one JSON line a case, the largest difference from
+float64, relative to a value of 0.1 or more.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,11 @@ for rows, size in [(3, 5), (2, fused_gated.TILE), (3, 2 * fused_gated.TILE + 24)
         joint[:, size] = 300.0
         joint[:, size + 1] = -300.0
         want = gated.plain_gradient(grad.double(), joint.double())
-        kinds = {"rows": grad, "columns": grad.T.contiguous().T, "expanded": grad[:1].expand(rows, size)}
+        kinds = {
+            "rows": grad,
+            "columns": grad.T.contiguous().T,
+            "expanded": grad[:1].expand(rows, size),
+        }
         for kind, given in kinds.items():
             if kind == "expanded":
                 want = gated.plain_gradient(given.double(), joint.double())
@@ -27,4 +33,6 @@ for rows, size in [(3, 5), (2, fused_gated.TILE), (3, 2 * fused_gated.TILE + 24)
             assert got.is_contiguous()
             off = (got.double() - want).abs() / want.abs().clamp(min=0.1)
             worst = off.max().item() if rows else 0.0
-            print(json.dumps({"shape": [rows, size], "dtype": str(dtype), "kind": kind, "off": worst}))
+            print(
+                json.dumps({"shape": [rows, size], "dtype": str(dtype), "kind": kind, "off": worst})
+            )

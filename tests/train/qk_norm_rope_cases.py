@@ -1,4 +1,6 @@
-"""Run by test_qk_norm_rope.py with TRITON_INTERPRET=1: one JSON line a result of a case, the largest difference from float64, relative to a value of 0.1 or more."""
+"""Run by test_qk_norm_rope.py with TRITON_INTERPRET=1: one JSON line a result of a case, the
+largest difference from float64, relative to a value of 0.1 or more.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,9 @@ def laid(x: Tensor, kind: str) -> Tensor:
     return x[:, :, :1].expand(x.shape) if kind == "expanded" else x
 
 
-def case(s: int, q: int, heads: int, key_heads: int, dim: int, dtype: torch.dtype, kind: str) -> None:
+def case(
+    s: int, q: int, heads: int, key_heads: int, dim: int, dtype: torch.dtype, kind: str
+) -> None:
     wide = (2 * key_heads + heads) * dim
     # Rows of a wider tensor.
     context = torch.randn(s, 2 * key_heads * dim + 8).to(dtype)[:, :-8]
@@ -52,11 +56,16 @@ def case(s: int, q: int, heads: int, key_heads: int, dim: int, dtype: torch.dtyp
         assert x.is_contiguous()
         assert x.dtype == (torch.float32 if name == "d_weights" else dtype)
         off = ((x.double() - y).abs() / y.abs().clamp(min=0.1)).max().item() if y.numel() else 0.0
-        print(json.dumps({"case": [s, q, heads, key_heads, dim, str(dtype), kind], "name": name, "off": off}))
+        print(
+            json.dumps(
+                {"case": [s, q, heads, key_heads, dim, str(dtype), kind], "name": name, "off": off}
+            )
+        )
 
 
 for dtype in (torch.float32, torch.bfloat16):
-    # A part of a tile of heads, whole tiles, more than one and a part; a half that is no power of two; no context; no blocks; neither.
+    # A part of a tile of heads, whole tiles, more than one and a part; a half that is no power of
+    # two; no context; no blocks; neither.
     case(5, 7, 5, 3, 6, dtype, "heads first")
     case(3, 2, 9, 3, 64, dtype, "rows")
     case(2, 4, 20, 8, 128, dtype, "heads first")

@@ -1,7 +1,9 @@
-"""What tests/train/test_ranks.py starts under torchrun: several trainings after each other on the same processes.
+"""What tests/train/test_ranks.py starts under torchrun: several trainings after each other on the
+same processes.
 
-torchrun ... ranks_script.py JOBS.json: a list of {"config", "resume", "stop", "break_rank", "break_load", "kill_reader", "break_take"}; what each rank's train() raised goes to
-JOBS.json.RANK as a list of [type, message, exit code] or null.
+torchrun ... ranks_script.py JOBS.json: a list of {"config", "resume", "stop", "break_rank",
+"break_load", "kill_reader", "break_take"}; what each rank's train() raised goes to JOBS.json.RANK
+as a list of [type, message, exit code] or null.
 """
 
 from __future__ import annotations
@@ -63,7 +65,11 @@ def run(job: dict[str, Any]) -> list[Any] | None:
     if job.get("break_load") == rank_here():
         safetensors.torch.load_file = unreadable  # type: ignore[assignment]
     try:
-        train(TrainConfig.from_json(job["config"], "job"), resume=job.get("resume", False), progress=progress)
+        train(
+            TrainConfig.from_json(job["config"], "job"),
+            resume=job.get("resume", False),
+            progress=progress,
+        )
     except Exception as error:
         return [type(error).__name__, str(error), getattr(error, "exit_code", None)]
     finally:
@@ -80,6 +86,7 @@ if __name__ == "__main__":
     Path(f"{jobs}.{rank_here()}").write_text(json.dumps(found))
     dist.barrier()
     dist.destroy_process_group()
-    # Not through the interpreter's own end: with the groups of five trainings in one process, gloo's threads now and then abort there
-    # ("terminate called without an active exception"), long after everything asked for was done and written.
+    # Not through the interpreter's own end: with the groups of five trainings in one process,
+    # gloo's threads now and then abort there ("terminate called without an active exception"), long
+    # after everything asked for was done and written.
     os._exit(0)

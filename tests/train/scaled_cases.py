@@ -1,4 +1,6 @@
-"""Run by test_scaled.py with TRITON_INTERPRET=1: one JSON line a case, how many values are wrong, inside and around."""
+"""Run by test_scaled.py with TRITON_INTERPRET=1: one JSON line a case, how many values are wrong,
+inside and around.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,8 @@ import torch
 from dspark.train.ops import scaled
 from dspark.train.ops import scaled_kernel as fused_scaled
 
-# A rank of Qwen3's drafts with a part of the last tile of rows, odd ones, more columns than a tile has; nothing.
+# A rank of Qwen3's drafts with a part of the last tile of rows, odd ones, more columns than a tile
+# has; nothing.
 SHAPES = [(19, 256), (19, 77), (2100, 1), (2, fused_scaled.TILE + 5), (0, 7), (3, 0)]
 
 for (rows, columns), before, after, with_scale, around in itertools.product(

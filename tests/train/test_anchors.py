@@ -21,7 +21,8 @@ def docs(text: str) -> npt.NDArray[np.int32]:
 @pytest.mark.parametrize(
     ("mask", "doc", "expected"),
     [
-        ("0111011", "0000000", "0110010"),  # the last of a run is no anchor: its first label is unsupervised
+        # the last of a run is no anchor: its first label is unsupervised
+        ("0111011", "0000000", "0110010"),
         ("1111111", "0001111", "1101110"),  # p+1 in the next document
         ("11111", "000..", "11000"),  # padding is no label
         ("11111", "00...", "10000"),  # two padding tokens are not a document
@@ -78,7 +79,8 @@ def test_choose_is_uniform_when_priorities_are() -> None:
         ("1111111", "0000000", 1, [2, 3, 4], "111"),
         ("1111111", "0000000", 5, [6, 6, 6], "100"),  # end of the row: shortened, index clamped
         ("1111111", "0000111", 2, [3, 4, 5], "100"),  # end of the document
-        ("1111011", "0000000", 2, [3, 4, 5], "100"),  # a gap stops the block though label 5 is supervised
+        # a gap stops the block though label 5 is supervised
+        ("1111011", "0000000", 2, [3, 4, 5], "100"),
         ("11111..", "00000..", 3, [4, 5, 6], "100"),  # padding behind
         ("0000000", "0000000", 3, [4, 5, 6], "000"),
     ],

@@ -1,4 +1,6 @@
-"""Who sees whom, against matrices written by hand; then SDPA against a loop, and flex against SDPA."""
+"""Who sees whom, against matrices written by hand; then SDPA against a loop, and flex against
+SDPA.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,12 @@ import torch
 from torch import Tensor
 
 from dspark.train.draft import attention
-from dspark.train.draft.attention import AttentionPlan, block_attention, context_interval, dense_mask
+from dspark.train.draft.attention import (
+    AttentionPlan,
+    block_attention,
+    context_interval,
+    dense_mask,
+)
 from dspark.train.draft.sight import Sight
 
 DOC = torch.tensor([0, 0, 0, 1, 1, 1, 1, -1], dtype=torch.int32)
@@ -67,7 +74,9 @@ def test_flex_mask_is_the_matrix_by_hand() -> None:
 
 
 def tiles_of(mask: Tensor, beyond: bool) -> Tensor:
-    """bool[Q, K] -> [tile rows, tile columns, TILE * TILE]; rows past the end read as ``beyond``, columns as False."""
+    """bool[Q, K] -> [tile rows, tile columns, TILE * TILE]; rows past the end read as ``beyond``,
+    columns as False.
+    """
     rows, columns = (-(-n // attention.TILE) for n in mask.shape)
     whole = torch.zeros(rows * attention.TILE, columns * attention.TILE, dtype=torch.bool)
     whole[mask.shape[0] :] = beyond
@@ -78,10 +87,14 @@ def tiles_of(mask: Tensor, beyond: bool) -> Tensor:
 
 
 def test_tiles_cover_the_mask() -> None:
-    """Against the dense matrix, on rows of any shape: no tile with something in it is left out, none is called whole wrongly."""
+    """Against the dense matrix, on rows of any shape: no tile with something in it is left out,
+    none is called whole wrongly.
+    """
     skipped = whole = 0
     for number in range(80):
-        context, anchors, block, docs, window = (int(torch.randint(1, n, ())) for n in (900, 90, 9, 3, 400))
+        context, anchors, block, docs, window = (
+            int(torch.randint(1, n, ())) for n in (900, 90, 9, 3, 400)
+        )
         sight = Sight(window if number % 2 else None, causal=bool(number % 3))
         doc = torch.randint(-1, docs, (context,)).sort().values.to(torch.int32).roll(-1)
         at = torch.randint(0, context, (anchors,)).sort().values
@@ -99,7 +112,9 @@ def test_tiles_cover_the_mask() -> None:
 @pytest.mark.parametrize("group", [2, 4, 256])
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
 def test_sdpa_against_a_loop(group: int, kv_heads: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Groups of one, two and all anchors: the cut of the context must not change what is seen. Gradients too."""
+    """Groups of one, two and all anchors: the cut of the context must not change what is seen.
+    Gradients too.
+    """
     monkeypatch.setattr(attention, "GROUP_TOKENS", group)
     args = inputs(8, 8, kv_heads=kv_heads, dtype=torch.float64)
     out = block_attention(*args, AttentionPlan.build(DOC, ANCHORS, VALID, 2))
@@ -152,7 +167,8 @@ def test_a_row_without_anchors(backend: attention.Backend) -> None:
     assert out.shape == (0, 4, 8)
 
 
-# Windows: block of 3 slots with anchor 5 in a document from 3, and one with anchor 7 whose context the window cuts.
+# Windows: block of 3 slots with anchor 5 in a document from 3, and one with anchor 7 whose context
+# the window cuts.
 WINDOW_DOC = torch.tensor([0, 0, 0, 1, 1, 1, 1, 1, 1, 1], dtype=torch.int32)
 WINDOW_ANCHORS = torch.tensor([5, 8])
 BOTH = torch.tensor([True, True])
@@ -202,7 +218,9 @@ def test_windows_are_the_matrices_by_hand(sight: Sight) -> None:
 
 @pytest.mark.parametrize("group", [3, 256])
 @pytest.mark.parametrize("sight", IN_SIGHT)
-def test_windowed_sdpa_against_a_loop(sight: Sight, group: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_windowed_sdpa_against_a_loop(
+    sight: Sight, group: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(attention, "GROUP_TOKENS", group)
     args = inputs(10, 6, dtype=torch.float64)
     plan = AttentionPlan.build(WINDOW_DOC, WINDOW_ANCHORS, BOTH, 3, sight=sight)
@@ -237,7 +255,9 @@ def test_windowed_flex_equals_sdpa(sight: Sight) -> None:
 
 
 def test_cost_follows_the_window() -> None:
-    """Of a row of 16,384 tokens: the keys that SDPA reads, and the tiles that the flex kernel visits."""
+    """Of a row of 16,384 tokens: the keys that SDPA reads, and the tiles that the flex kernel
+    visits.
+    """
     context, block = 16384, 7
     doc, at = torch.zeros(context, dtype=torch.int32), torch.arange(16, context, 32)
     valid = torch.ones_like(at, dtype=torch.bool)

@@ -11,7 +11,9 @@ from dspark.train.data.batch import Batch
 
 
 def by_hand() -> Batch:
-    """Document 0 = tokens 10..14, all supervised but the first; document 1 = tokens 20..22; one padding token."""
+    """Document 0 = tokens 10..14, all supervised but the first; document 1 = tokens 20..22; one
+    padding token.
+    """
     return Batch.build(
         input_ids=np.array([10, 11, 12, 13, 14, 20, 21, 22, 0]),
         loss_mask=np.array([0, 1, 1, 1, 1, 1, 1, 1, 0], dtype=np.bool_),
@@ -37,7 +39,9 @@ def test_labels_previous_tokens_and_target_rows() -> None:
 
 
 def test_slots_are_in_the_order_of_their_target_rows() -> None:
-    """Anchors 1, 2 and 5 of a text of 9 supervised tokens, blocks of 4; slot k of anchor a is held to the state of a+k."""
+    """Anchors 1, 2 and 5 of a text of 9 supervised tokens, blocks of 4; slot k of anchor a is held
+    to the state of a+k.
+    """
     b = Batch.build(
         input_ids=np.arange(9),
         loss_mask=np.ones(9, dtype=np.bool_),

@@ -76,7 +76,9 @@ def test_betas(betas: Any) -> None:
 
 @pytest.mark.parametrize("device", ["foo", "cudax", "cuda:", "cuda:-1", "meta", "", "cpu:0"])
 def test_an_unknown_device_is_refused_in_a_sentence(device: str) -> None:
-    with pytest.raises(errors.UsageError, match=f"^--device {device}: expected auto, cpu, cuda or cuda:N$"):
+    with pytest.raises(
+        errors.UsageError, match=f"^--device {device}: expected auto, cpu, cuda or cuda:N$"
+    ):
         choose_compute(device, "auto", None)
 
 

@@ -1,4 +1,6 @@
-"""The draft model: names, frozen tensors, and properties of a forward that a wrong mask, position or norm would break."""
+"""The draft model: names, frozen tensors, and properties of a forward that a wrong mask, position
+or norm would break.
+"""
 
 from __future__ import annotations
 
@@ -18,9 +20,18 @@ from dspark.train.ops.rope import Turning, rope_tables, rotate
 
 def test_names_are_the_served_checkpoints() -> None:
     layer = [
-        "input_layernorm", "post_attention_layernorm", "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj",
-        "self_attn.o_proj", "self_attn.q_norm", "self_attn.k_norm", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj",
-    ]  # fmt: skip
+        "input_layernorm",
+        "post_attention_layernorm",
+        "self_attn.q_proj",
+        "self_attn.k_proj",
+        "self_attn.v_proj",
+        "self_attn.o_proj",
+        "self_attn.q_norm",
+        "self_attn.k_norm",
+        "mlp.gate_proj",
+        "mlp.up_proj",
+        "mlp.down_proj",
+    ]
     want = {f"layers.{i}.{name}.weight" for i in range(2) for name in layer}
     want |= {
         "fc.weight",
@@ -51,8 +62,12 @@ def test_target_weights_are_shared_and_frozen(tied: bool, reduced: bool) -> None
     moved = model.to(torch.float64)
     same = moved.frozen_head.lm_head.data_ptr() == moved.embed_tokens.weight.data_ptr()
     assert same == tied
-    assert not any(p.requires_grad for n, p in model.named_parameters() if n not in dict(model.trained()))
-    assert bool((model.norm.weight == 1).all()), "the draft's norm is its own, whatever the target's is"
+    assert not any(
+        p.requires_grad for n, p in model.named_parameters() if n not in dict(model.trained())
+    )
+    assert bool((model.norm.weight == 1).all()), (
+        "the draft's norm is its own, whatever the target's is"
+    )
     if reduced:
         assert torch.equal(head.draft_head.float(), target.lm_head[[3, 7, 20]])
         assert head.to_draft is not None
@@ -65,7 +80,9 @@ def test_a_copied_output_matrix_has_room_for_w2(tied: bool, reduced: bool) -> No
     ids = torch.tensor([3, 7, 20]) if reduced else None
     target = small_target(tied=tied)
     model = DraftModel(small_config(draft_vocab_size=3 if reduced else VOCAB), target, ids)
-    assert (model.frozen_head.wide is None) == (not reduced), "the target's own memory is left as it is"
+    assert (model.frozen_head.wide is None) == (not reduced), (
+        "the target's own memory is left as it is"
+    )
     names, rows = set(model.state_dict()), target.lm_head if ids is None else target.lm_head[ids]
     for _ in range(2):  # the second time nothing moves
         model.to(torch.float64)
@@ -94,7 +111,9 @@ def test_a_copied_output_matrix_has_room_for_w2(tied: bool, reduced: bool) -> No
 
 
 def test_no_room_without_a_markov_head() -> None:
-    model = small_draft(speculator_type="dflash", markov_rank=0, enable_confidence_head=False).double()
+    model = small_draft(
+        speculator_type="dflash", markov_rank=0, enable_confidence_head=False
+    ).double()
     model.make_room()
     assert model.frozen_head.wide is None
     assert model.lm_head.weight.is_contiguous()
@@ -110,7 +129,9 @@ def test_wrong_targets_are_refused() -> None:
 
 
 def test_packing_changes_nothing() -> None:
-    """A document's slots are the same alone and behind another document: mask and positions restart."""
+    """A document's slots are the same alone and behind another document: mask and positions
+    restart.
+    """
     model = small_draft()
     packed = small_batch(lengths=(13, 11), padding=2)
     cut = slice(13, 24)
@@ -131,11 +152,15 @@ def test_packing_changes_nothing() -> None:
         b = model(alone, model.plan(alone))
     counted = packed.counted[keep]
     torch.testing.assert_close(a.h[keep][counted], b.h[counted], rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(a.confidence[keep][counted], b.confidence[counted], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        a.confidence[keep][counted], b.confidence[counted], rtol=1e-5, atol=1e-5
+    )
 
 
 def test_what_a_block_may_depend_on() -> None:
-    """States before the anchor matter; the anchor's own, later ones and other tokens of the block do not."""
+    """States before the anchor matter; the anchor's own, later ones and other tokens of the block
+    do not.
+    """
     model = small_draft()
     batch = small_batch(lengths=(20,), padding=0, max_anchors=1)
     a = int(batch.anchors[0])
@@ -160,12 +185,15 @@ def test_what_a_block_may_depend_on() -> None:
 
 
 def test_context_keys_skip_the_layer_norm() -> None:
-    """Served drafts project ctx without input_layernorm: scaling that norm away leaves the context's keys as they were."""
+    """Served drafts project ctx without input_layernorm: scaling that norm away leaves the
+    context's keys as they were.
+    """
     model = small_draft(num_layers=1)
     batch = small_batch()
     layer = model.layers[0]
     with torch.no_grad():
-        layer.input_layernorm.weight.zero_()  # block: q = k = v = 0, so scores are 0 and only v_ctx is averaged
+        # block: q = k = v = 0, so scores are 0 and only v_ctx is averaged
+        layer.input_layernorm.weight.zero_()
         h = model.block_input(batch.input_ids[batch.anchors], batch.anchor_valid)[0, :1]
         a, start = int(batch.anchors[0]), 0
         if a == 0:
@@ -218,7 +246,9 @@ def test_every_parameter_learns(kind: str) -> None:
 
 
 def test_forward_by_formula() -> None:
-    """One block written out slot by slot in float64: both layers, own norms, GQA, positions, SwiGLU, heads."""
+    """One block written out slot by slot in float64: both layers, own norms, GQA, positions,
+    SwiGLU, heads.
+    """
     model = small_draft(markov_head_type="gated").double()
     batch = small_batch(lengths=(7, 12), padding=0).to("cpu", torch.float64)
     index = int((batch.anchors[batch.anchor_valid] >= 10).nonzero()[0])
@@ -229,7 +259,9 @@ def test_forward_by_formula() -> None:
 
     def turn(x: torch.Tensor, position: int) -> torch.Tensor:
         angle = position * 10000.0 ** (-torch.arange(0, 16, 2, dtype=torch.float32) / 16)
-        z = torch.complex(x[:8], x[8:]) * torch.polar(torch.ones(8, dtype=torch.float64), angle.double())
+        z = torch.complex(x[:8], x[8:]) * torch.polar(
+            torch.ones(8, dtype=torch.float64), angle.double()
+        )
         return torch.cat([z.real, z.imag])
 
     ctx = rms(batch.aux[7:a].flatten(1) @ p["fc.weight"].T, "hidden_norm")
@@ -257,7 +289,10 @@ def test_forward_by_formula() -> None:
     h = rms(x, "norm")
     e = p["markov_head.markov_w1.weight"][batch.prev_ids[index]]
     both = torch.cat([h, e], 1)
-    z = torch.sigmoid(both @ p["markov_head.gate_proj.weight"].T + p["markov_head.gate_proj.bias"]) * e
+    z = (
+        torch.sigmoid(both @ p["markov_head.gate_proj.weight"].T + p["markov_head.gate_proj.bias"])
+        * e
+    )
     confidence = both @ p["confidence_head.proj.weight"][0] + p["confidence_head.proj.bias"]
     got = model(batch, model.plan(batch))
     # 1e-6: angles are made in fp32, here and there.

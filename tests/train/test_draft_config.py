@@ -48,19 +48,25 @@ def test_sizes_follow_the_target() -> None:
 
 def test_latent_attention_gives_the_published_draft_shape() -> None:
     """GLM-5.2's published draft: 64 heads of 128, 64 key heads, intermediate 12,288."""
-    c = DraftConfig.sized_for(GLM_LIKE, target_layer_ids=(7, 22, 38, 54, 69), mask_token_id=0, block_size=8)
+    c = DraftConfig.sized_for(
+        GLM_LIKE, target_layer_ids=(7, 22, 38, 54, 69), mask_token_id=0, block_size=8
+    )
     assert (c.num_heads, c.num_kv_heads, c.head_dim, c.intermediate_size) == (64, 64, 128, 12288)
 
 
 def test_dflash_has_neither_head() -> None:
-    c = DraftConfig.sized_for(QWEN3_4B, target_layer_ids=(1,), mask_token_id=3, speculator_type="dflash")
+    c = DraftConfig.sized_for(
+        QWEN3_4B, target_layer_ids=(1,), mask_token_id=3, speculator_type="dflash"
+    )
     assert c.markov_rank == 0
     assert not c.enable_confidence_head
 
 
 def test_a_target_without_sizes_is_named() -> None:
     with pytest.raises(UsageError, match="vocab_size"):
-        DraftConfig.sized_for({**QWEN3_4B, "vocab_size": None}, target_layer_ids=(1,), mask_token_id=3)
+        DraftConfig.sized_for(
+            {**QWEN3_4B, "vocab_size": None}, target_layer_ids=(1,), mask_token_id=3
+        )
 
 
 @pytest.mark.parametrize(
@@ -151,24 +157,95 @@ def test_missing_key_is_named() -> None:
 
 # hidden size, what the config has, and the draft's heads, key-value heads, head size, MLP
 SHAPES = {
-    "qwen3_5_moe": (2048, {"model_type": "qwen3_5_moe_text", "num_attention_heads": 16, "num_key_value_heads": 2, "head_dim": 256,
-                           "num_experts": 256, "moe_intermediate_size": 512}, (32, 4, 128, 6144)),
-    "qwen3_5_dense": (2560, {"model_type": "qwen3_5_text", "num_attention_heads": 16, "num_key_value_heads": 4, "head_dim": 256,
-                             "intermediate_size": 9216}, (32, 8, 128, 9216)),
-    "minimax_m2": (3072, {"num_attention_heads": 48, "num_key_value_heads": 8, "head_dim": 128, "num_local_experts": 256,
-                          "intermediate_size": 1536}, (48, 8, 128, 9216)),
-    "gemma4_moe": (2816, {"num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 256, "num_experts": 128,
-                          "moe_intermediate_size": 704, "intermediate_size": 2112}, (16, 8, 256, 8448)),
-    "gpt_oss": (2880, {"num_attention_heads": 64, "num_key_value_heads": 8, "head_dim": 64, "num_local_experts": 128,
-                       "intermediate_size": 2880}, (64, 8, 64, 8640)),
-    "mixtral": (4096, {"num_attention_heads": 32, "num_key_value_heads": 8, "num_local_experts": 8, "intermediate_size": 14336},
-                (32, 8, 128, 14336)),
-    "wide_heads": (4096, {"num_attention_heads": 64, "num_key_value_heads": 1, "head_dim": 512, "moe_intermediate_size": 2048,
-                          "n_routed_experts": 256}, (256, 4, 128, 12288)),
-    "by_layer": (4096, {"num_attention_heads": [32, 16], "num_key_value_heads": [8, 4], "intermediate_size": [8192, 4096]},
-                 (32, 8, 128, 8192)),
+    "qwen3_5_moe": (
+        2048,
+        {
+            "model_type": "qwen3_5_moe_text",
+            "num_attention_heads": 16,
+            "num_key_value_heads": 2,
+            "head_dim": 256,
+            "num_experts": 256,
+            "moe_intermediate_size": 512,
+        },
+        (32, 4, 128, 6144),
+    ),
+    "qwen3_5_dense": (
+        2560,
+        {
+            "model_type": "qwen3_5_text",
+            "num_attention_heads": 16,
+            "num_key_value_heads": 4,
+            "head_dim": 256,
+            "intermediate_size": 9216,
+        },
+        (32, 8, 128, 9216),
+    ),
+    "minimax_m2": (
+        3072,
+        {
+            "num_attention_heads": 48,
+            "num_key_value_heads": 8,
+            "head_dim": 128,
+            "num_local_experts": 256,
+            "intermediate_size": 1536,
+        },
+        (48, 8, 128, 9216),
+    ),
+    "gemma4_moe": (
+        2816,
+        {
+            "num_attention_heads": 16,
+            "num_key_value_heads": 8,
+            "head_dim": 256,
+            "num_experts": 128,
+            "moe_intermediate_size": 704,
+            "intermediate_size": 2112,
+        },
+        (16, 8, 256, 8448),
+    ),
+    "gpt_oss": (
+        2880,
+        {
+            "num_attention_heads": 64,
+            "num_key_value_heads": 8,
+            "head_dim": 64,
+            "num_local_experts": 128,
+            "intermediate_size": 2880,
+        },
+        (64, 8, 64, 8640),
+    ),
+    "mixtral": (
+        4096,
+        {
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+            "num_local_experts": 8,
+            "intermediate_size": 14336,
+        },
+        (32, 8, 128, 14336),
+    ),
+    "wide_heads": (
+        4096,
+        {
+            "num_attention_heads": 64,
+            "num_key_value_heads": 1,
+            "head_dim": 512,
+            "moe_intermediate_size": 2048,
+            "n_routed_experts": 256,
+        },
+        (256, 4, 128, 12288),
+    ),
+    "by_layer": (
+        4096,
+        {
+            "num_attention_heads": [32, 16],
+            "num_key_value_heads": [8, 4],
+            "intermediate_size": [8192, 4096],
+        },
+        (32, 8, 128, 8192),
+    ),
     "nothing": (1024, {}, (8, 8, 128, 3072)),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", SHAPES)
@@ -186,7 +263,8 @@ def test_sizes_that_are_asked_for_win() -> None:
         return c.num_heads, c.num_kv_heads, c.head_dim, c.intermediate_size
 
     assert sized() == (32, 8, 128, 9728)
-    assert sized(intermediate_size=512) == (32, 8, 128, 512)  # narrower than the hidden size: asked for
+    # narrower than the hidden size: asked for
+    assert sized(intermediate_size=512) == (32, 8, 128, 512)
     assert sized(head_dim=64) == (64, 16, 64, 9728)
     assert sized(num_heads=12) == (12, 6, 128, 9728)
     assert sized(num_heads=12, num_kv_heads=4, head_dim=64) == (12, 4, 64, 9728)

@@ -14,7 +14,10 @@ from dspark.train.cli import main
 
 def test_dry_run_tells_steps_hours_and_memory_and_writes_nothing(tmp_path: Path) -> None:
     stores.write_store(tmp_path / "hs.zarr", [40, 52, 61, 44, 58, 47, 66, 49])
-    flags = "--recipe none --num-layers 1 --markov-rank 4 --total-seq-len 128 --rows-per-step 1 --max-anchors 16 --epochs 50 --device cpu"
+    flags = (
+        "--recipe none --num-layers 1 --markov-rank 4 --total-seq-len 128 --rows-per-step 1 "
+        "--max-anchors 16 --epochs 50 --device cpu"
+    )
     words = [
         "--cache",
         str(tmp_path / "hs.zarr"),

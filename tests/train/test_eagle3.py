@@ -1,4 +1,6 @@
-"""EAGLE-3 and P-EAGLE: decoding is the training's forward, both against a layer written out; training, files, vLLM's names."""
+"""EAGLE-3 and P-EAGLE: decoding is the training's forward, both against a layer written out;
+training, files, vLLM's names.
+"""
 
 from __future__ import annotations
 
@@ -31,9 +33,14 @@ TAPS, MODEL = (0, 1, 3), tiny_models.target()
 
 def model_of(kind: str, ids: Tensor | None = None) -> Eagle3Model:
     config = DraftConfig.sized_for(
-        MODEL.config.to_dict(), target_layer_ids=TAPS, mask_token_id=159, speculator_type=kind, num_layers=1, block_size=4,
+        MODEL.config.to_dict(),
+        target_layer_ids=TAPS,
+        mask_token_id=159,
+        speculator_type=kind,
+        num_layers=1,
+        block_size=4,
         draft_vocab_size=None if ids is None else len(ids),
-    )  # fmt: skip
+    )
     torch.manual_seed(2)
     model = drafter(kind).network(config, Target(MODEL, TAPS).frozen, ids)
     assert isinstance(model, Eagle3Model)
@@ -49,13 +56,20 @@ def row_of(lengths: tuple[int, ...], size: int) -> Batch:
     starts = np.cumsum([0, *lengths[:-1]])
     anchors = np.setdiff1d(np.arange(total), np.concatenate([starts, np.cumsum(lengths) - 1]))
     return Batch.build(
-        input_ids=torch.randint(0, 150, (total,), generator=g).numpy(), loss_mask=np.ones(total, np.bool_), doc=doc,
-        aux=torch.randn(total, 3, 32, generator=g).double(), last=torch.zeros(total - len(lengths), 32), anchors=anchors, block_size=size,
-    )  # fmt: skip
+        input_ids=torch.randint(0, 150, (total,), generator=g).numpy(),
+        loss_mask=np.ones(total, np.bool_),
+        doc=doc,
+        aux=torch.randn(total, 3, 32, generator=g).double(),
+        last=torch.zeros(total - len(lengths), 32),
+        anchors=anchors,
+        block_size=size,
+    )
 
 
 def oracle(model: Eagle3Model, ids: Tensor, aux: Tensor, anchor: int, parallel: bool) -> Tensor:
-    """h [B, H] of one anchor of one document, a whole causal sequence at a time: rows 0..a-1 of the target's states, then the steps'."""
+    """h [B, H] of one anchor of one document, a whole causal sequence at a time: rows 0..a-1 of the
+    target's states, then the steps'.
+    """
     w, c = {n: p.detach() for n, p in model.named_parameters()}, model.config
 
     def rms(x: Tensor, name: str) -> Tensor:
@@ -63,7 +77,9 @@ def oracle(model: Eagle3Model, ids: Tensor, aux: Tensor, anchor: int, parallel: 
 
     def turned(x: Tensor, at: Tensor) -> Tensor:
         half = c.head_dim // 2
-        angle = at[:, None, None].float() * (1.0 / c.rope_theta ** (torch.arange(half).float() / half))
+        angle = at[:, None, None].float() * (
+            1.0 / c.rope_theta ** (torch.arange(half).float() / half)
+        )
         cos, sin = angle.cos().double(), angle.sin().double()
         a, b = x[..., :half], x[..., half:]
         return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
@@ -75,11 +91,16 @@ def oracle(model: Eagle3Model, ids: Tensor, aux: Tensor, anchor: int, parallel: 
         embedded = w["embed_tokens.weight"][tokens]
         x = torch.cat([rms(embedded, m + "input_layernorm"), rms(hidden, m + "hidden_norm")], -1)
         at = torch.arange(len(x))
-        q, k, v = ((x @ w[f"{m}self_attn.{n}_proj.weight"].T).view(len(x), -1, c.head_dim) for n in "qkv")
+        q, k, v = (
+            (x @ w[f"{m}self_attn.{n}_proj.weight"].T).view(len(x), -1, c.head_dim) for n in "qkv"
+        )
         q, k = turned(q, at), turned(k, at)
         k, v = (y.repeat_interleave(c.num_heads // c.num_kv_heads, 1) for y in (k, v))
         weights = torch.einsum("hd,shd->hs", q[-1], k).div(c.head_dim**0.5).softmax(-1)
-        y = hidden[-1] + w[m + "self_attn.o_proj.weight"] @ torch.einsum("hs,shd->hd", weights, v).flatten()
+        y = (
+            hidden[-1]
+            + w[m + "self_attn.o_proj.weight"] @ torch.einsum("hs,shd->hd", weights, v).flatten()
+        )
         z = rms(y, m + "post_attention_layernorm")
         gate, up = (w[f"{m}mlp.{n}_proj.weight"] @ z for n in ("gate", "up"))
         y = y + w[m + "mlp.down_proj.weight"] @ (torch.nn.functional.silu(gate) * up)
@@ -127,7 +148,12 @@ def test_decoding_is_lossless(kind: str) -> None:
     with Target(MODEL, TAPS) as target:
         out = speculative_generate(target, model, prompt, max_tokens=16)
         drawn = speculative_generate(
-            target, model, prompt, max_tokens=8, temperature=1.0, generator=torch.Generator().manual_seed(0)
+            target,
+            model,
+            prompt,
+            max_tokens=8,
+            temperature=1.0,
+            generator=torch.Generator().manual_seed(0),
         )
     assert out.tokens == greedy_alone(MODEL, prompt, max_tokens=16)
     assert len(drawn.tokens) == 8
@@ -146,7 +172,9 @@ def test_it_trains_is_saved_under_vllms_names_and_loads(kind: str, tmp_path: Pat
         draft_vocab_size=40,
     )
     train(config)
-    rows = [json.loads(line) for line in (tmp_path / "draft" / "metrics.jsonl").read_text().splitlines()]
+    rows = [
+        json.loads(line) for line in (tmp_path / "draft" / "metrics.jsonl").read_text().splitlines()
+    ]
     losses = [row["loss"] for row in rows if "loss" in row]
     assert sum(losses[-3:]) < sum(losses[:3])
     flat = json.loads((tmp_path / "draft" / "config.json").read_text())
@@ -157,13 +185,25 @@ def test_it_trains_is_saved_under_vllms_names_and_loads(kind: str, tmp_path: Pat
     assert (flat["draft_vocab_size"], flat["sglang_servable"]) == (40, kind == "eagle3")
     assert (flat["vllm_servable"], flat.get("parallel_drafting", False)) == (True, kind == "peagle")
     stored = read_tensors(tmp_path / "draft")
-    own = {f"midlayer.{n}.weight" for n in ("input_layernorm", "hidden_norm", "post_attention_layernorm", *(f"self_attn.{p}_proj" for p in "qkvo"), *(f"mlp.{p}_proj" for p in ("gate", "up", "down")))}  # fmt: skip
+    own = {
+        f"midlayer.{n}.weight"
+        for n in (
+            "input_layernorm",
+            "hidden_norm",
+            "post_attention_layernorm",
+            *(f"self_attn.{p}_proj" for p in "qkvo"),
+            *(f"mlp.{p}_proj" for p in ("gate", "up", "down")),
+        )
+    }
     own |= {"fc.weight", "norm.weight", "d2t", "t2d", "lm_head.weight"} | (
         {"mask_hidden"} if kind == "peagle" else set()
     )
     assert set(stored) == own
     draft = load_draft(tmp_path / "draft", dspark.cache.open(config.cache).target)
-    assert trained_shapes(draft.config)["midlayer.self_attn.q_proj.weight"] == (64, 2 * stores.HIDDEN)
+    assert trained_shapes(draft.config)["midlayer.self_attn.q_proj.weight"] == (
+        64,
+        2 * stores.HIDDEN,
+    )
 
 
 def test_layers_of_a_larger_store_serve_and_of_a_smaller_do_not() -> None:

@@ -63,7 +63,11 @@ def test_what_is_in_the_file(tmp_path: Path) -> None:
     assert tensors["markov_head.markov_w1.weight"].shape == (VOCAB, 6)
     assert all(v.dtype == torch.bfloat16 for k, v in tensors.items() if k not in ("d2t", "t2d"))
     config = json.loads((tmp_path / "config.json").read_text())
-    assert (config["dtype"], config["vllm_servable"], config["draft_vocab_size"]) == ("bfloat16", True, 7)
+    assert (config["dtype"], config["vllm_servable"], config["draft_vocab_size"]) == (
+        "bfloat16",
+        True,
+        7,
+    )
 
 
 def test_full_vocabulary_borrows_the_targets_matrices(tmp_path: Path) -> None:

@@ -1,4 +1,6 @@
-"""A row's buffer gives back what was put in; the feed hands rows over in order and keeps an error until it is asked."""
+"""A row's buffer gives back what was put in; the feed hands rows over in order and keeps an error
+until it is asked.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,14 @@ def stream(folder: Path, *, pad: bool = False) -> Stream:
         stores.write_store(folder / "hs.zarr", LENGTHS)
     cache = open_store(folder / "hs.zarr")
     return Stream(
-        cache, np.arange(4), seed=0, total_seq_len=100, rows_per_step=2, block_size=3, max_anchors=8, pad=pad
+        cache,
+        np.arange(4),
+        seed=0,
+        total_seq_len=100,
+        rows_per_step=2,
+        block_size=3,
+        max_anchors=8,
+        pad=pad,
     )
 
 
@@ -44,12 +53,18 @@ def test_a_placed_row_holds_the_store_s_states(tmp_path: Path, pad: bool) -> Non
         assert row.tokens == used
         assert row.slots == int(batch.counted.sum()) == batch.slots.numel()
         assert batch.input_ids.shape[0] == (100 if pad else used)
-        np.testing.assert_array_equal(batch.input_ids[:used], np.concatenate([s.input_ids for s in samples]))
+        np.testing.assert_array_equal(
+            batch.input_ids[:used], np.concatenate([s.input_ids for s in samples])
+        )
         np.testing.assert_array_equal(batch.aux[:used], np.concatenate([s.aux for s in samples]))
-        np.testing.assert_array_equal(batch.last, np.concatenate([s.last[s.last_mask] for s in samples]))
+        np.testing.assert_array_equal(
+            batch.last, np.concatenate([s.last[s.last_mask] for s in samples])
+        )
         assert not batch.aux[used:].any()
         assert torch.equal(batch.target_at_host, batch.target_at)
-        assert torch.equal(batch.target_rows[batch.target_at], batch.target_row.flatten()[batch.slots])
+        assert torch.equal(
+            batch.target_rows[batch.target_at], batch.target_row.flatten()[batch.slots]
+        )
 
 
 def test_the_feed_keeps_order_and_errors(tmp_path: Path) -> None:
@@ -74,7 +89,9 @@ def test_the_feed_keeps_order_and_errors(tmp_path: Path) -> None:
             torch.testing.assert_close(batch.input_ids, row.batch.input_ids)
         feed.queued()
         feed.fetch()
-    assert [id(r) for r in placed] == [id(r) for step in steps for r in step if r.slots], "each row once"
+    assert [id(r) for r in placed] == [id(r) for step in steps for r in step if r.slots], (
+        "each row once"
+    )
     assert feed.waited > 0
     with pytest.raises(DamagedCacheError, match="part 3"):
         feed.take()

@@ -1,4 +1,6 @@
-"""The folder of a run: what lies there is read with care and replaced only when the new run is ready."""
+"""The folder of a run: what lies there is read with care and replaced only when the new run is
+ready.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,9 @@ LENGTHS = [60, 80, 90, 30, 20, 100]
         (None, "No such file"),
     ],
 )
-def test_a_record_that_is_no_record_is_named(tmp_path: Path, content: bytes | None, found: str) -> None:
+def test_a_record_that_is_no_record_is_named(
+    tmp_path: Path, content: bytes | None, found: str
+) -> None:
     path = tmp_path / "training.json"
     if content is not None:
         path.write_bytes(content)
@@ -57,7 +61,13 @@ def files(root: Path) -> dict[str, bytes]:
 @pytest.fixture
 def config(tmp_path: Path) -> TrainConfig:
     return small_training(
-        tmp_path, LENGTHS, max_steps=2, checkpoint_freq=0.2, val_fraction=0.0, log_every=10, device="cpu"
+        tmp_path,
+        LENGTHS,
+        max_steps=2,
+        checkpoint_freq=0.2,
+        val_fraction=0.0,
+        log_every=10,
+        device="cpu",
     )
 
 
@@ -91,11 +101,20 @@ def test_overwrite_leaves_nothing_of_the_old_training(config: TrainConfig) -> No
     (output / "link").symlink_to(output.parent / "hs.zarr")
     train(dataclasses.replace(config, max_steps=1, seed=3), overwrite=True)
     assert sorted(p.name for p in output.iterdir()) == [
-        "checkpoints", "config.json", "history.json", "metrics.jsonl", "model.safetensors", "store.json", "train.log", "train.yaml", "training.json",
-    ]  # fmt: skip
+        "checkpoints",
+        "config.json",
+        "history.json",
+        "metrics.jsonl",
+        "model.safetensors",
+        "store.json",
+        "train.log",
+        "train.yaml",
+        "training.json",
+    ]
     assert [p.name for p in (output / "checkpoints").iterdir()] == ["step_00000001"]
     assert read_record(output / "training.json")["seed"] == 3
-    assert (output.parent / "hs.zarr" / "zarr.json").is_file()  # what a link leads to is not the training's
+    # what a link leads to is not the training's
+    assert (output.parent / "hs.zarr" / "zarr.json").is_file()
 
 
 def test_a_deletion_that_was_cut_short_can_be_done_again(
@@ -124,7 +143,9 @@ def test_a_store_inside_the_training_is_not_deleted_with_it(config: TrainConfig)
 
 
 @pytest.mark.parametrize("below", [False, True])
-def test_an_output_that_is_a_file_is_named(config: TrainConfig, tmp_path: Path, below: bool) -> None:
+def test_an_output_that_is_a_file_is_named(
+    config: TrainConfig, tmp_path: Path, below: bool
+) -> None:
     (tmp_path / "notes").write_text("mine")
     output = tmp_path / "notes" / "draft" if below else tmp_path / "notes"
     for overwrite in (False, True):
@@ -158,7 +179,9 @@ def test_without_tensorboard_training_says_so_and_goes_on(
 ) -> None:
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     said = list[str]()
-    train(small_training(tmp_path, [40, 52, 61, 44], max_steps=2, tensorboard=True), say=said.append)
+    train(
+        small_training(tmp_path, [40, 52, 61, 44], max_steps=2, tensorboard=True), say=said.append
+    )
     assert [line for line in said if "--logger tensorboard: not installed" in line]
     assert (tmp_path / "draft" / "model.safetensors").exists()
     assert not (tmp_path / "draft" / "tensorboard").exists()
@@ -176,7 +199,9 @@ def test_a_flipped_bit_in_a_checkpoint_is_not_resumed(config: TrainConfig, name:
     train(dataclasses.replace(config, max_steps=2))
     saved = Path(config.output) / "checkpoints" / "step_00000002"
     flip(saved / name, -5)
-    with pytest.raises(errors.TrainError, match=f"{name}: bytes and crc32c are .* Remove that folder"):
+    with pytest.raises(
+        errors.TrainError, match=f"{name}: bytes and crc32c are .* Remove that folder"
+    ):
         train(dataclasses.replace(config, max_steps=2), resume=True)
 
 
@@ -207,7 +232,9 @@ def test_a_checkpoint_under_another_name_is_not_resumed(config: TrainConfig) -> 
 
 
 @pytest.mark.parametrize("store_json", [True, False])
-def test_other_states_of_the_same_counts_are_another_store(config: TrainConfig, store_json: bool) -> None:
+def test_other_states_of_the_same_counts_are_another_store(
+    config: TrainConfig, store_json: bool
+) -> None:
     """Each sample has the tokens, the mask and the counts that it had, but other states."""
     train(dataclasses.replace(config, max_steps=2))
     store, output = Path(config.cache), Path(config.output)
@@ -217,7 +244,9 @@ def test_other_states_of_the_same_counts_are_another_store(config: TrainConfig, 
     assert open_store(store).manifest.counts == manifest.counts
     if not store_json:
         (output / "store.json").unlink()
-    with pytest.raises(errors.MismatchError, match="content: '" if store_json else "other states or masks"):
+    with pytest.raises(
+        errors.MismatchError, match="content: '" if store_json else "other states or masks"
+    ):
         train(dataclasses.replace(config, max_steps=2), resume=True)
 
 

@@ -1,4 +1,6 @@
-"""The gate of a layer: value and gradient against autograd of the formula, and the kernel in Triton's interpreter."""
+"""The gate of a layer: value and gradient against autograd of the formula, and the kernel in
+Triton's interpreter.
+"""
 
 from __future__ import annotations
 

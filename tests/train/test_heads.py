@@ -1,4 +1,6 @@
-"""Markov and confidence heads: the formulas slot by slot against the vectorised form, and ``step`` against ``latent``."""
+"""Markov and confidence heads: the formulas slot by slot against the vectorised form, and ``step``
+against ``latent``.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,9 @@ H, R, V, VD = 5, 3, 11, 7
 
 def make(kind: str) -> MarkovHead:
     torch.manual_seed(1)
-    return build_markov_head(kind, vocab_size=V, draft_vocab_size=VD, rank=R, hidden_size=H).double()
+    return build_markov_head(
+        kind, vocab_size=V, draft_vocab_size=VD, rank=R, hidden_size=H
+    ).double()
 
 
 def expected_bias(head: MarkovHead, h: Tensor, prev: Tensor) -> Tensor:
@@ -72,7 +76,9 @@ def test_rnn_carries_history() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(50,), (4, 6), (0, 3)])
-def test_gradient_of_the_embedding_is_the_plain_ones(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+def test_gradient_of_the_embedding_is_the_plain_ones(
+    shape: tuple[int, ...], dtype: torch.dtype
+) -> None:
     """Rows that are taken often, once and never."""
     head = make("vanilla").to(dtype)
     prev = torch.randint(0, V - 1, shape)
@@ -80,7 +86,9 @@ def test_gradient_of_the_embedding_is_the_plain_ones(shape: tuple[int, ...], dty
     assert torch.equal(e, plain)
     grad = torch.randn(e.shape, dtype=dtype)
     (got,) = torch.autograd.grad(e, head.markov_w1.weight, grad)
-    want = torch.zeros(V, R, dtype=torch.float64).index_add_(0, prev.flatten(), grad.flatten(0, -2).double())
+    want = torch.zeros(V, R, dtype=torch.float64).index_add_(
+        0, prev.flatten(), grad.flatten(0, -2).double()
+    )
     assert got.dtype == dtype
     torch.testing.assert_close(
         got, want.to(dtype), rtol=1e-12 if dtype == torch.float64 else 2**-8, atol=1e-6
@@ -95,7 +103,9 @@ def test_gradients_of_confidence_are_those_of_a_product() -> None:
     grad = torch.randn(4, 6, dtype=torch.float64)
     plain = head.proj(torch.cat([h, e], -1)).squeeze(-1)
     for a, b in zip(
-        torch.autograd.grad(head(h, e), leaves, grad), torch.autograd.grad(plain, leaves, grad), strict=True
+        torch.autograd.grad(head(h, e), leaves, grad),
+        torch.autograd.grad(plain, leaves, grad),
+        strict=True,
     ):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 

@@ -1,4 +1,6 @@
-"""Products of joined weights: values and gradients against a product each, and that a draft's weights lie so that one product serves."""
+"""Products of joined weights: values and gradients against a product each, and that a draft's
+weights lie so that one product serves.
+"""
 
 from __future__ import annotations
 
@@ -36,13 +38,17 @@ def case(
     return x, weights
 
 
-def products(x: Tensor, weights: list[nn.Parameter], joint: Tensor | None = None) -> tuple[Tensor, ...]:
+def products(
+    x: Tensor, weights: list[nn.Parameter], joint: Tensor | None = None
+) -> tuple[Tensor, ...]:
     return joined_product(x, weights, joint).split_with_sizes([w.shape[0] for w in weights], 1)
 
 
 def gradients(outs: tuple[Tensor, ...], inputs: list[Any]) -> tuple[Tensor | None, ...]:
     g = torch.Generator().manual_seed(0)
-    loss = torch.stack([(o * torch.randn(o.shape, generator=g).to(o.dtype)).sum() for o in outs]).sum()
+    loss = torch.stack(
+        [(o * torch.randn(o.shape, generator=g).to(o.dtype)).sum() for o in outs]
+    ).sum()
     return torch.autograd.grad(loss, inputs, allow_unused=True)
 
 
@@ -59,7 +65,11 @@ def test_values_and_gradients_are_those_of_a_product_each(
 ) -> None:
     """``more``: rows of a joint copy behind those of the weights."""
     x, weights = case(n, k, rows, adjacent)
-    joint = None if more is None else torch.cat([*[w.detach() for w in weights], torch.full((more, k), 9.0)])
+    joint = (
+        None
+        if more is None
+        else torch.cat([*[w.detach() for w in weights], torch.full((more, k), 9.0)])
+    )
     ours, plain = products(x, weights, joint), tuple(F.linear(x, w) for w in weights)
     both = [gradients(outs, [x, *weights]) for outs in (ours, plain)]
     for a, b in zip([*ours, *both[0]], [*plain, *both[1]], strict=True):
@@ -108,9 +118,14 @@ def test_a_view_only_of_what_lies_side_by_side() -> None:
     assert torch.equal(view, memory[:30].view(10, 3))
     assert side_by_side([b, c]) is not None
     apart: list[list[Tensor]] = [
-        [b, a], [a, c], [a, b.clone()], [a, b.view(3, 2)], [a, memory[12:18].view(3, 2).T], [a, memory.double()[12:18].view(2, 3)],
+        [b, a],
+        [a, c],
+        [a, b.clone()],
+        [a, b.view(3, 2)],
+        [a, memory[12:18].view(3, 2).T],
+        [a, memory.double()[12:18].view(2, 3)],
         [a, memory.view(torch.int32)[12:18].view(2, 3)],
-    ]  # fmt: skip
+    ]
     for weights in apart:
         assert side_by_side(weights) is None
 
@@ -120,7 +135,9 @@ def sets(model: DraftModel) -> list[tuple[Tensor, ...]]:
 
 
 def is_joined(model: DraftModel) -> bool:
-    return len(sets(model)) == 4 and all(side_by_side(weights) is not None for weights in sets(model))
+    return len(sets(model)) == 4 and all(
+        side_by_side(weights) is not None for weights in sets(model)
+    )
 
 
 def test_a_draft_is_joined_however_it_was_made(tmp_path: Path) -> None:
@@ -155,7 +172,8 @@ def test_a_draft_stays_joined_in_the_optimizers_buckets(
     sizes = [sum(optimizer.parameters[n].numel() for n in b.at) for b in optimizer._buckets]
     most = max(sum(w.numel() for w in weights) for weights in sets(model))
     assert max(sizes) <= max(bucket, most, *(p.numel() for p in plain.values()))
-    again = kind(model.trained(), ADAM)  # a second one must not take the first one's buckets for one piece
+    # a second one must not take the first one's buckets for one piece
+    again = kind(model.trained(), ADAM)
     assert [set(b.at) for b in again._buckets] == [set(b.at) for b in optimizer._buckets]
 
 
@@ -178,12 +196,16 @@ def test_a_step_is_the_same_joined_or_apart(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_compiled_equals_eager() -> None:
-    """As one graph with its backward, cut as for generated code; that code itself is slow to make on a CPU."""
+    """As one graph with its backward, cut as for generated code; that code itself is slow to make
+    on a CPU.
+    """
     batch, found = small_batch(), []
     for compiled in (False, True):
         model = small_draft()
         run: Any = (
-            torch.compile(model, backend="aot_eager", dynamic=False, fullgraph=True) if compiled else model
+            torch.compile(model, backend="aot_eager", dynamic=False, fullgraph=True)
+            if compiled
+            else model
         )
         states = run(batch, model.plan(batch))
         (states.h.square().sum() + states.z.square().sum() + states.confidence.sum()).backward()

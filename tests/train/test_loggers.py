@@ -1,4 +1,6 @@
-"""Loggers beside metrics.jsonl: what they are told, and that one which is absent or fails ends nothing."""
+"""Loggers beside metrics.jsonl: what they are told, and that one which is absent or fails ends
+nothing.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,14 @@ from dspark.cache.errors import UsageError
 from dspark.train.config import LOGGERS, TrainConfig
 from dspark.train.run.loggers import STARTED, Loggers
 
-ROW = {"step": 3, "loss": 1.5, "accept_rate": [0.5, 0.25], "epoch": 0, "note": "x", "validation": True}
+ROW = {
+    "step": 3,
+    "loss": 1.5,
+    "accept_rate": [0.5, 0.25],
+    "epoch": 0,
+    "note": "x",
+    "validation": True,
+}
 
 
 def test_every_name_starts_something_and_another_is_refused() -> None:
@@ -41,7 +50,11 @@ class Spy:
 
 @pytest.mark.parametrize(
     ("name", "logs", "ends"),
-    [("wandb", "log", "finish"), ("trackio", "log", "finish"), ("mlflow", "log_metrics", "end_run")],
+    [
+        ("wandb", "log", "finish"),
+        ("trackio", "log", "finish"),
+        ("mlflow", "log_metrics", "end_run"),
+    ],
 )
 def test_a_logger_gets_numbers_with_their_step(
     name: str, logs: str, ends: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -58,7 +71,9 @@ def test_a_logger_gets_numbers_with_their_step(
     assert spy.calls[-1][0] == ends
 
 
-def test_an_absent_or_failing_logger_is_one_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_absent_or_failing_logger_is_one_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     said: list[str] = []
     monkeypatch.setitem(sys.modules, "mlflow", None)
 
@@ -66,7 +81,9 @@ def test_an_absent_or_failing_logger_is_one_warning(tmp_path: Path, monkeypatch:
         raise RuntimeError("no network\nand more")
 
     monkeypatch.setitem(
-        sys.modules, "wandb", SimpleNamespace(init=lambda **k: SimpleNamespace(log=broken, finish=broken))
+        sys.modules,
+        "wandb",
+        SimpleNamespace(init=lambda **k: SimpleNamespace(log=broken, finish=broken)),
     )
     loggers = Loggers(("mlflow", "wandb"), tmp_path, {}, 0, said.append)
     for _ in range(3):

@@ -67,15 +67,21 @@ def test_resume_goes_on_exactly(config: TrainConfig, tmp_path: Path) -> None:
 
 def test_kill_9_then_resume(config: TrainConfig, tmp_path: Path) -> None:
     """A killed process: what it leaves is resumed to the same curve."""
-    whole = dataclasses.replace(config, output=str(tmp_path / "whole"), epochs=12, checkpoint_freq=1.0)
+    whole = dataclasses.replace(
+        config, output=str(tmp_path / "whole"), epochs=12, checkpoint_freq=1.0
+    )
     config = dataclasses.replace(config, epochs=12, checkpoint_freq=1.0)
     train(whole)
-    code = f"import torch; torch.set_num_threads({torch.get_num_threads()})\nfrom dspark.train.config import TrainConfig\nfrom dspark.train.loop import train\n"
+    code = (
+        f"import torch; torch.set_num_threads({torch.get_num_threads()})\nfrom "
+        "dspark.train.config import TrainConfig\nfrom dspark.train.loop import train\n"
+    )
     code += f"train(TrainConfig.from_json({config.to_json()!r}, 'x'))"
     process = subprocess.Popen([sys.executable, "-c", code])
     deadline = time.monotonic() + 120
     while (
-        len(list((Path(config.output) / "checkpoints").glob("step_0*"))) < 2 and time.monotonic() < deadline
+        len(list((Path(config.output) / "checkpoints").glob("step_0*"))) < 2
+        and time.monotonic() < deadline
     ):
         time.sleep(0.01)
         assert process.poll() is None, "finished before it could be killed"
@@ -90,7 +96,9 @@ def rows_whole(output: str) -> int:
     return (Path(output) / "metrics.jsonl").read_text().count("\n")
 
 
-def test_the_same_seed_gives_the_same_draft_and_another_does_not(config: TrainConfig, tmp_path: Path) -> None:
+def test_the_same_seed_gives_the_same_draft_and_another_does_not(
+    config: TrainConfig, tmp_path: Path
+) -> None:
     outputs = []
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         outputs.append(tmp_path / name)
@@ -124,13 +132,20 @@ def test_wrong_runs_are_refused(config: TrainConfig, tmp_path: Path) -> None:
         train(dataclasses.replace(config, max_steps=2, block_size=5), resume=True)
     stores.write_store(tmp_path / "other.zarr", LENGTHS[:-1], seed=4)
     with pytest.raises(errors.MismatchError, match="a different store: .*samples: 12 there, 11 in"):
-        train(dataclasses.replace(config, max_steps=2, cache=str(tmp_path / "other.zarr")), resume=True)
+        train(
+            dataclasses.replace(config, max_steps=2, cache=str(tmp_path / "other.zarr")),
+            resume=True,
+        )
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "mine.txt").write_text("x")
     with pytest.raises(errors.ExistsError, match="not a dspark training run"):
         train(dataclasses.replace(config, output=str(tmp_path / "notes")), overwrite=True)
     with pytest.raises(errors.UsageError, match="sample . has .* tokens, more than"):
-        train(dataclasses.replace(config, output=str(tmp_path / "short"), total_seq_len=64, val_fraction=0.0))
+        train(
+            dataclasses.replace(
+                config, output=str(tmp_path / "short"), total_seq_len=64, val_fraction=0.0
+            )
+        )
     with pytest.raises(errors.TrainError, match="no samples left"):
         train(dataclasses.replace(config, output=str(tmp_path / "val"), val_fraction=0.9999))
     with pytest.raises(errors.UsageError, match="draft-vocab-size"):
@@ -166,7 +181,8 @@ def test_a_non_finite_loss_stops_and_says_where(config: TrainConfig) -> None:
             "after step 1 weight .* not finite",
         ),  # the first update has lr / (1 - 0.9), more than float32 holds
         (1e38, 0.2, "validation after step 1: ce_loss nan"),
-        (1e30, 0.2, "validation after step 1: ce_loss nan"),  # finite weights whose products are not
+        # finite weights whose products are not
+        (1e30, 0.2, "validation after step 1: ce_loss nan"),
     ],
 )
 def test_what_the_last_update_made_is_looked_at_before_it_is_saved(
@@ -174,7 +190,11 @@ def test_what_the_last_update_made_is_looked_at_before_it_is_saved(
 ) -> None:
     """The loss of the only step is finite: it is of the weights before the update."""
     with pytest.raises(errors.TrainError, match=found):
-        train(dataclasses.replace(config, lr=lr, warmup_ratio=0.0, max_steps=1, val_fraction=val_fraction))
+        train(
+            dataclasses.replace(
+                config, lr=lr, warmup_ratio=0.0, max_steps=1, val_fraction=val_fraction
+            )
+        )
     assert [row["step"] for row in rows(config.output)] == [1]
     assert np.isfinite(rows(config.output)[0]["loss"])
     assert not (Path(config.output) / "model.safetensors").exists()
@@ -188,8 +208,12 @@ def test_an_interrupt_saves_no_weights_that_are_not_finite(config: TrainConfig) 
         if step == 2:
             os.kill(os.getpid(), signal.SIGINT)
 
-    config = dataclasses.replace(config, lr=1e38, warmup_ratio=0.0, checkpoint_freq=50.0, log_every=1000)
-    with pytest.raises((errors.TrainError, errors.Stopped), match="not finite. These weights were not"):
+    config = dataclasses.replace(
+        config, lr=1e38, warmup_ratio=0.0, checkpoint_freq=50.0, log_every=1000
+    )
+    with pytest.raises(
+        (errors.TrainError, errors.Stopped), match="not finite. These weights were not"
+    ):
         train(config, progress=interrupt)
     assert not (Path(config.output) / "checkpoints").exists()
 
@@ -213,7 +237,9 @@ def test_a_state_that_cannot_be_stops_the_run_and_names_the_sample(
         stores.write_store(Path(config.cache), LENGTHS)
     key = open_store(config.cache).index["sample_key"][bad].tobytes().hex()
     config = dataclasses.replace(config, val_fraction=0.0, log_every=log_every, checkpoint_freq=1.0)
-    with pytest.raises(errors.TrainError, match=rf"step \d+ .*a state of \S+; samples 4 \(key {key}\) of"):
+    with pytest.raises(
+        errors.TrainError, match=rf"step \d+ .*a state of \S+; samples 4 \(key {key}\) of"
+    ):
         train(config)
     assert not (Path(config.output) / "checkpoints").exists()
 
@@ -245,7 +271,10 @@ def test_rows_are_the_same_for_any_number_of_ranks_and_workers(config: TrainConf
             cache, samples, seed=3, total_seq_len=256, rows_per_step=3, block_size=3, max_anchors=16
         )
         steps = stream.steps_from(1, workers=workers, rank=rank, world=world)
-        return [[[*r.batch.anchors.tolist(), *r.batch.input_ids.tolist()] for r in step] for step in steps]
+        return [
+            [[*r.batch.anchors.tolist(), *r.batch.input_ids.tolist()] for r in step]
+            for step in steps
+        ]
 
     whole = anchors(0, 1)
     halves = [anchors(0, 2), anchors(1, 2)]
@@ -258,7 +287,9 @@ def test_rows_are_the_same_for_any_number_of_ranks_and_workers(config: TrainConf
 
 
 def test_anchors_do_not_depend_on_the_row_a_sample_lands_in(config: TrainConfig) -> None:
-    """With room for all eligible anchors of a sample, packing changes nothing about it; the draw is keyed by sample."""
+    """With room for all eligible anchors of a sample, packing changes nothing about it; the draw is
+    keyed by sample.
+    """
     assert (rng(1, 2, 0, 5).random(4) == rng(1, 2, 0, 5).random(4)).all()
     assert (rng(1, 2, 0, 5).random(4) != rng(1, 2, 0, 6).random(4)).all()
     assert (rng(1, 2, -1, 5).random(4) != rng(1, 2, 1, 5).random(4)).all()
@@ -301,12 +332,16 @@ def test_bf16_model_with_fp32_masters_follows_the_fp32_optimizer() -> None:
 
 
 def test_buckets_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Many small buckets, one large one, and torch's own AdamW with its own clipping on separate tensors."""
+    """Many small buckets, one large one, and torch's own AdamW with its own clipping on separate
+    tensors.
+    """
     shapes = [(7, 5), (3,), (40, 3), (1,)]
 
     def trained(bucket: int | None) -> list[torch.Tensor]:
         g = torch.Generator().manual_seed(0)
-        named = [(str(i), torch.nn.Parameter(torch.randn(s, generator=g))) for i, s in enumerate(shapes)]
+        named = [
+            (str(i), torch.nn.Parameter(torch.randn(s, generator=g))) for i, s in enumerate(shapes)
+        ]
         tensors = [p for _, p in named]
         if bucket is None:
             theirs = torch.optim.AdamW(tensors, lr=0.01, betas=(0.9, 0.95), weight_decay=0.1)
@@ -331,13 +366,17 @@ def test_buckets_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_checkpoint_of_another_draft_is_refused(config: TrainConfig) -> None:
     settings = AdamSettings(betas=(0.9, 0.95), weight_decay=0.0, clip=1.0)
-    optimizer, other = (MasterAdamW([("w", torch.nn.Parameter(torch.ones(n)))], settings) for n in (3, 4))
+    optimizer, other = (
+        MasterAdamW([("w", torch.nn.Parameter(torch.ones(n)))], settings) for n in (3, 4)
+    )
     with pytest.raises(errors.TrainError, match=r"w \[3\] there, \[4\] here"):
         other.load(optimizer.snapshot())
 
 
 def test_the_memory_that_a_run_says_it_takes(config: TrainConfig) -> None:
-    """Weights, masters, gradients and moments are counted to the byte; recomputing makes a row cheaper."""
+    """Weights, masters, gradients and moments are counted to the byte; recomputing makes a row
+    cheaper.
+    """
     from dspark.train.distributed import World
     from dspark.train.run import memory
     from dspark.train.run.setup import prepare
@@ -349,24 +388,31 @@ def test_the_memory_that_a_run_says_it_takes(config: TrainConfig) -> None:
     assert found.frozen == 4 * stores.VOCAB * stores.HIDDEN  # tied: one matrix
     run.model.make_room()
     assert (
-        memory.estimate_memory(run).frozen == found.frozen + 4 * stores.VOCAB * run.model.config.markov_rank
+        memory.estimate_memory(run).frozen
+        == found.frozen + 4 * stores.VOCAB * run.model.config.markov_rank
     )
     lean = memory.estimate_memory(
         prepare(dataclasses.replace(config, activation_checkpointing=True, num_layers=1))
     )
-    deep = memory.row_bytes(dataclasses.replace(run.model.config, num_layers=5), 256, 16, 4, recompute=False)
+    deep = memory.row_bytes(
+        dataclasses.replace(run.model.config, num_layers=5), 256, 16, 4, recompute=False
+    )
     assert (
-        memory.row_bytes(dataclasses.replace(run.model.config, num_layers=5), 256, 16, 4, recompute=True)
+        memory.row_bytes(
+            dataclasses.replace(run.model.config, num_layers=5), 256, 16, 4, recompute=True
+        )
         < deep / 2
     )
     assert lean.trained == found.trained
     assert f"{count / 1e6:.1f} M" in memory.describe(run)
-    # Of four ranks, float32: weight and gradient whole, two moments shared out; FSDP2 also shards the master and the summed gradient, and
-    # holds twice what shares a product.
+    # Of four ranks, float32: weight and gradient whole, two moments shared out; FSDP2 also shards
+    # the master and the summed gradient, and holds twice what shares a product.
     twice = sum(p.numel() for n, p in run.model.trained() if n.split(".")[-2] in SHARING) / count
     assert twice > 0.1
     for strategy, expected in (("ddp", 16), ("zero", 8 + 8 / 4), ("fsdp2", 8 + 16 / 4 + 4 * twice)):
         of_four = dataclasses.replace(
-            run, world=World(0, 4, local_size=4), config=dataclasses.replace(config, strategy=strategy)
+            run,
+            world=World(0, 4, local_size=4),
+            config=dataclasses.replace(config, strategy=strategy),
         )
         assert memory.estimate_memory(of_four).trained == pytest.approx(expected * count, abs=1)

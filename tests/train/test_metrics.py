@@ -27,7 +27,9 @@ def scored(batch: Batch) -> tuple[SlotInputs, ObjectiveOutput]:
 
 
 def by_hand() -> SlotMetrics:
-    """Two blocks of two slots; the second block is cut after one. Vocabulary of two, draft always (1/2, 1/2)."""
+    """Two blocks of two slots; the second block is cut after one. Vocabulary of two, draft always
+    (1/2, 1/2).
+    """
     import numpy as np
 
     batch = Batch.build(

@@ -1,4 +1,6 @@
-"""A training on several stores: which samples an epoch takes, that it is resumed exactly, and what is refused."""
+"""A training on several stores: which samples an epoch takes, that it is resumed exactly, and what
+is refused.
+"""
 
 from __future__ import annotations
 
@@ -94,7 +96,9 @@ def test_rows_are_decoded_by_their_own_store(tmp_path: Path) -> None:
             seen.add(row.store)
             store = cache.stores[row.store]
             ids = batch.input_ids[batch.doc == 0].numpy()
-            own = next(i for i in range(len(store)) if np.array_equal(store.tokens(i).input_ids, ids))
+            own = next(
+                i for i in range(len(store)) if np.array_equal(store.tokens(i).input_ids, ids)
+            )
             assert np.array_equal(batch.aux[: len(ids)].numpy(), store[own].aux)
     assert seen == {0, 1}
     for i in (0, 4, 5, 12):
@@ -119,7 +123,11 @@ def test_a_mixed_training_is_resumed_exactly_and_recorded(tmp_path: Path) -> Non
     said: list[str] = []
     train(whole, say=said.append)
     assert "0.5 times 8 samples" in "".join(said)
-    again = mixed_training(tmp_path / "again", "draft") if (tmp_path / "again").mkdir() is None else whole
+    again = (
+        mixed_training(tmp_path / "again", "draft")
+        if (tmp_path / "again").mkdir() is None
+        else whole
+    )
     again = dataclasses.replace(again, cache=whole.cache, caches=whole.caches)
 
     def stop(step: int, total: int, text: str) -> None:

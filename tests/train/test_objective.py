@@ -1,4 +1,6 @@
-"""The chunked objective against plain autograd in float64: values and every gradient, on fresh random inputs."""
+"""The chunked objective against plain autograd in float64: values and every gradient, on fresh
+random inputs.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +40,8 @@ def case(
     room: bool = False,
     dtype: torch.dtype = torch.float64,
 ) -> tuple[SlotInputs, FrozenHead]:
-    """Fresh at every call: an error that needs particular inputs gets its chance, run after run. ``shared``: target rows of several slots.
+    """Fresh at every call: an error that needs particular inputs gets its chance, run after run.
+    ``shared``: target rows of several slots.
     ``room``: the head is a part of a matrix with columns for W2, full of what was there before.
     """
     full = torch.randn(V, H, dtype=dtype)
@@ -47,7 +50,9 @@ def case(
     inverse[ids] = torch.arange(VD)
     head = FrozenHead(full, full[ids], ids, inverse) if reduced else FrozenHead(full, full)
     if room:
-        wide = torch.cat([head.draft_head, torch.randn(head.draft_head.shape[0], R, dtype=dtype)], 1)
+        wide = torch.cat(
+            [head.draft_head, torch.randn(head.draft_head.shape[0], R, dtype=dtype)], 1
+        )
         own = wide[:, :H]
         head = replace(head, lm_head=full if reduced else own, draft_head=own, wide=wide)
 
@@ -79,7 +84,9 @@ def gradients(loss: Tensor, slots: SlotInputs) -> list[Tensor]:
 @pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("room", [False, True])
 @pytest.mark.parametrize("chunk", [1, 5, 13, 1000])
-def test_equals_the_reference(reduced: bool, markov: bool, shared: bool, room: bool, chunk: int) -> None:
+def test_equals_the_reference(
+    reduced: bool, markov: bool, shared: bool, room: bool, chunk: int
+) -> None:
     slots, head = case(reduced=reduced, markov=markov, shared=shared, room=room)
     config = ObjectiveConfig(ce=0.3, l1=0.7, confidence=0.5)
     dens = Denominators(2.5, 4.0, 1.5)
@@ -89,12 +96,16 @@ def test_equals_the_reference(reduced: bool, markov: bool, shared: bool, room: b
     torch.testing.assert_close(out.ce, ce.detach())
     torch.testing.assert_close(out.l1, l1.detach())
     # A factor on the loss (gradient accumulation, loss scaling) must reach every gradient.
-    for ours, theirs in zip(gradients(3 * out.loss, slots), gradients(3 * loss, slots), strict=True):
+    for ours, theirs in zip(
+        gradients(3 * out.loss, slots), gradients(3 * loss, slots), strict=True
+    ):
         torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-12)
 
 
 def test_w2_of_the_last_call_leaves_nothing_behind() -> None:
-    """Columns for W2 are written anew at every call, and a backward that comes after another forward is its own."""
+    """Columns for W2 are written anew at every call, and a backward that comes after another
+    forward is its own.
+    """
     slots, head = case(reduced=False, room=True)
     assert slots.w2 is not None
     other = replace(slots, w2=torch.randn_like(slots.w2).requires_grad_())
@@ -154,7 +165,9 @@ def test_a_target_row_is_multiplied_once_a_chunk() -> None:
 
 
 def test_slots_in_another_order_give_the_same() -> None:
-    """What a batch hands over, in rising target row and sharing rows, against the reference in the order of the blocks, a row a slot."""
+    """What a batch hands over, in rising target row and sharing rows, against the reference in the
+    order of the blocks, a row a slot.
+    """
     model, batch = small_draft().double(), small_batch().to("cpu", torch.float64)
     config, dens = ObjectiveConfig(), Denominators(3.0, 2.0, 5.0)
     trained = [p for _, p in model.trained()]
@@ -186,7 +199,9 @@ def test_terms_alone(terms: tuple[float, float]) -> None:
     config = ObjectiveConfig(ce=terms[0], l1=terms[1], confidence=0.0)
     dens = Denominators(1.0, 1.0, 1.0)
     ours = gradients(objective(slots, head, config, dens, chunk_rows=4).loss, slots)
-    for a, b in zip(ours, gradients(reference_loss(slots, head, config, dens)[0], slots), strict=True):
+    for a, b in zip(
+        ours, gradients(reference_loss(slots, head, config, dens)[0], slots), strict=True
+    ):
         torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-12)
 
 
@@ -225,7 +240,9 @@ def test_meaning_on_distributions_by_hand() -> None:
 
 
 def test_soft_cap_and_factor_shape_the_target_only() -> None:
-    """Target logits 2 and 0 become 3 tanh(2 * 0.5 / 3) and 0; the draft's logits stay as they are."""
+    """Target logits 2 and 0 become 3 tanh(2 * 0.5 / 3) and 0; the draft's logits stay as they
+    are.
+    """
     eye = torch.eye(2)
     slots = SlotInputs(
         h=torch.tensor([[2.0, 0.0]]),
@@ -237,7 +254,10 @@ def test_soft_cap_and_factor_shape_the_target_only() -> None:
         weight=torch.ones(1),
     )
     out = objective(
-        slots, FrozenHead(eye, eye, logits=Logits(0.5, 3.0)), ObjectiveConfig(), Denominators(1, 1, 1)
+        slots,
+        FrozenHead(eye, eye, logits=Logits(0.5, 3.0)),
+        ObjectiveConfig(),
+        Denominators(1, 1, 1),
     )
     p_draft, p_target = 1 / (1 + math.exp(-2)), 1 / (1 + math.exp(-3 * math.tanh(1 / 3)))
     assert out.l1.item() == pytest.approx(2 * abs(p_draft - p_target), abs=1e-6)
@@ -245,7 +265,9 @@ def test_soft_cap_and_factor_shape_the_target_only() -> None:
 
 
 def test_reduced_vocabulary_by_hand() -> None:
-    """Draft can say token 1 only: p_d = (0, 1, 0); p_t = (1/4, 1/4, 1/2): L1 = 1/4 + 3/4 + 1/2; label 2 has no CE."""
+    """Draft can say token 1 only: p_d = (0, 1, 0); p_t = (1/4, 1/4, 1/2): L1 = 1/4 + 3/4 + 1/2;
+    label 2 has no CE.
+    """
     eye = torch.eye(3)
     head = FrozenHead(eye, eye[1:2], torch.tensor([1]), torch.tensor([-1, 0, -1]))
     slots = SlotInputs(
@@ -275,7 +297,9 @@ def test_confidence_goal_is_detached() -> None:
 
 
 def test_bf16_states_with_wide_sums() -> None:
-    """bf16 inputs: the loss stays within their rounding of float64 on the same rounded values, and is fp32."""
+    """bf16 inputs: the loss stays within their rounding of float64 on the same rounded values, and
+    is fp32.
+    """
     slots, head = case(reduced=False, shared=True, dtype=torch.bfloat16)
     slots = replace(slots, weight=slots.weight.float())
     config, dens = ObjectiveConfig(), Denominators(6.0, 6.0, 6.0)
@@ -300,7 +324,9 @@ def test_bf16_states_with_wide_sums() -> None:
     torch.testing.assert_close(out.loss.double(), loss, rtol=2e-2, atol=2e-2)
     for ours, theirs in zip(gradients(out.loss, slots), gradients(loss, exact), strict=True):
         assert ours.dtype == torch.bfloat16
-        cosine = torch.nn.functional.cosine_similarity(ours.double().flatten(), theirs.flatten(), dim=0)
+        cosine = torch.nn.functional.cosine_similarity(
+            ours.double().flatten(), theirs.flatten(), dim=0
+        )
         assert float(cosine) > 0.99
 
 
@@ -324,7 +350,9 @@ def test_no_slots_gives_zero_and_keeps_the_graph(shared: bool) -> None:
 
 
 def test_rows_add_up_to_one_mean() -> None:
-    """Two rows with common denominators give the loss and gradient of their union: ragged rows must not weigh alike."""
+    """Two rows with common denominators give the loss and gradient of their union: ragged rows must
+    not weigh alike.
+    """
     model = small_draft().double()
     config = ObjectiveConfig()
     rows = [small_batch(s, max_anchors=n).to("cpu", torch.float64) for s, n in ((3, 2), (4, 0))]
@@ -334,7 +362,9 @@ def test_rows_add_up_to_one_mean() -> None:
     assert parts[0].h.shape[0] != parts[1].h.shape[0]
     summed = objective(parts[0], model.frozen_head, config, total).loss
     summed = summed + objective(parts[1], model.frozen_head, config, total).loss
-    parts = [replace(p, target=p.target[p.target_at], target_at=None, target_at_host=None) for p in parts]
+    parts = [
+        replace(p, target=p.target[p.target_at], target_at=None, target_at_host=None) for p in parts
+    ]
     both = [
         None if getattr(parts[0], name) is None else torch.cat([getattr(p, name) for p in parts])
         for name in ("h", "z", "confidence", "target", "labels", "weight")
@@ -402,7 +432,9 @@ DEVICES = [
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
 def test_products_add_up_in_the_wide_type(dtype: torch.dtype, device: str) -> None:
-    """Of a transposed matrix and of columns of a wider one, as the objective has them; many small ones do not get lost."""
+    """Of a transposed matrix and of columns of a wider one, as the objective has them; many small
+    ones do not get lost.
+    """
     wide = torch.promote_types(dtype, torch.float32)
     gradient, x = (torch.randn(6, n, device=device).to(dtype) for n in (V, H + R))
     total = plus_product(None, gradient.T, x[:, H:], wide)

@@ -1,4 +1,6 @@
-"""Optimizers beside AdamW: Muon's factors against an SVD, its steps against plain matrices, and resuming a run that uses them."""
+"""Optimizers beside AdamW: Muon's factors against an SVD, its steps against plain matrices, and
+resuming a run that uses them.
+"""
 
 from __future__ import annotations
 
@@ -24,8 +26,13 @@ from dspark.train.run import checkpoint, memory
 from dspark.train.run.setup import prepare
 
 ADAM = AdamSettings(betas=(0.9, 0.95), weight_decay=0.1, clip=1.0)
-SHAPES = {"fc.weight": (6, 20), "layers.0.q.weight": (9, 5), "layers.0.k.weight": (5, 9), "layers.0.norm.weight": (9,),
-          "markov_head.markov_w1.weight": (30, 4)}  # fmt: skip
+SHAPES = {
+    "fc.weight": (6, 20),
+    "layers.0.q.weight": (9, 5),
+    "layers.0.k.weight": (5, 9),
+    "layers.0.norm.weight": (9,),
+    "markov_head.markov_w1.weight": (30, 4),
+}
 
 
 class Stop(Exception):
@@ -34,7 +41,9 @@ class Stop(Exception):
 
 @pytest.fixture
 def config(tmp_path: Path) -> TrainConfig:
-    return small_training(tmp_path, [60, 80, 90, 30, 20, 100, 50, 64], max_steps=6, checkpoint_freq=1.0)
+    return small_training(
+        tmp_path, [60, 80, 90, 30, 20, 100, 50, 64], max_steps=6, checkpoint_freq=1.0
+    )
 
 
 def named(seed: int) -> list[tuple[str, torch.nn.Parameter]]:
@@ -47,8 +56,10 @@ def backward(parameters: list[tuple[str, torch.nn.Parameter]], g: torch.Generato
     loss.backward()
 
 
-def test_newton_schulz_turns_a_matrix_into_its_orthogonal_factor_but_for_known_singular_values() -> None:
-    """It keeps the singular vectors and sends each singular value through the polynomial, all but tiny ones to about 1."""
+def test_newton_schulz_gives_the_orthogonal_factor_but_for_known_singular_values() -> None:
+    """It keeps the singular vectors and sends each singular value through the polynomial, all but
+    tiny ones to about 1.
+    """
     g = torch.Generator().manual_seed(0)
     for rows, columns in ((16, 16), (8, 40)):
         matrices = torch.randn(3, rows, columns, generator=g, dtype=torch.float64)
@@ -107,7 +118,9 @@ def test_many_matrices_are_orthogonalised_a_few_at_a_time(monkeypatch: pytest.Mo
 
 
 def test_a_step_of_muon_is_as_large_as_one_of_adamw() -> None:
-    """Root mean square of the first steps, lr 1: AdamW's is 1 per step at first and 0.2 to 0.4 later, Muon's about 0.2 from the start."""
+    """Root mean square of the first steps, lr 1: AdamW's is 1 per step at first and 0.2 to 0.4
+    later, Muon's about 0.2 from the start.
+    """
     g = torch.Generator().manual_seed(0)
     p = torch.nn.Parameter(torch.zeros(64, 256))
     plain = AdamSettings(betas=(0.9, 0.95), weight_decay=0.0, clip=1e9)
@@ -140,7 +153,9 @@ def test_resuming_equals_not_stopping(config: TrainConfig, tmp_path: Path) -> No
         train(dataclasses.replace(plain, output=config.output), resume=True)
 
 
-def test_muon_is_refused_where_matrices_are_cut_up_and_keeps_one_moment(config: TrainConfig) -> None:
+def test_muon_is_refused_where_matrices_are_cut_up_and_keeps_one_moment(
+    config: TrainConfig,
+) -> None:
     with pytest.raises(errors.UsageError, match="whole matrices"):
         dataclasses.replace(config, optimizer="muon", strategy="fsdp2")
     with pytest.raises(errors.UsageError, match="expected adamw or muon"):
@@ -156,7 +171,9 @@ def test_muon_is_refused_where_matrices_are_cut_up_and_keeps_one_moment(config: 
         prepare(config).optimizer.load(snapshot)
 
 
-def test_a_run_of_an_earlier_release_goes_on_if_what_it_set_changed_nothing(config: TrainConfig) -> None:
+def test_a_run_of_an_earlier_release_goes_on_if_what_it_set_changed_nothing(
+    config: TrainConfig,
+) -> None:
     written = config.to_json()
     withdrawn = {"ema": 0.0, "slot_weights": "decay", "noise_std": 0.0}
     assert TrainConfig.from_json(written | withdrawn, "here") == config
@@ -167,11 +184,15 @@ def test_a_run_of_an_earlier_release_goes_on_if_what_it_set_changed_nothing(conf
 
 @pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch 2.9 and later")
 def test_muon_steps_as_torchs() -> None:
-    """The same formulas: torch's orthogonalises in bfloat16, here in float32, and nothing else differs."""
+    """The same formulas: torch's orthogonalises in bfloat16, here in float32, and nothing else
+    differs.
+    """
     torch.manual_seed(0)
     first = torch.randn(24, 40)
     ours, theirs = nn.Parameter(first.clone()), nn.Parameter(first.clone())
-    flat = MasterMuon([("fc.weight", ours)], AdamSettings(betas=(0.9, 0.95), weight_decay=0.0, clip=math.inf))
+    flat = MasterMuon(
+        [("fc.weight", ours)], AdamSettings(betas=(0.9, 0.95), weight_decay=0.0, clip=math.inf)
+    )
     reference = torch.optim.Muon(
         [theirs], lr=0.02, weight_decay=0.0, momentum=0.95, adjust_lr_fn="match_rms_adamw"
     )
@@ -190,9 +211,12 @@ def test_muon_steps_as_torchs() -> None:
 def test_schedules(schedule: str) -> None:
     rates = [learning_rate(i, 100, 2.0, 0.1, 0.1, schedule) for i in range(101)]
     assert rates[:10] == pytest.approx([0.2 * (i + 1) for i in range(10)])
-    middle, end = {"cosine": (1.1, 0.2), "linear": (1.1, 0.2), "wsd": (2.0, 0.2), "constant": (2.0, 2.0)}[
-        schedule
-    ]
+    middle, end = {
+        "cosine": (1.1, 0.2),
+        "linear": (1.1, 0.2),
+        "wsd": (2.0, 0.2),
+        "constant": (2.0, 2.0),
+    }[schedule]
     assert rates[55] == pytest.approx(middle)
     assert rates[100] == pytest.approx(end)
     assert all(a >= b for a, b in itertools.pairwise(rates[10:]))

@@ -1,4 +1,6 @@
-"""Norms, RoPE and joining in one operation: value and gradient against autograd of the formula, and the kernels in Triton's interpreter."""
+"""Norms, RoPE and joining in one operation: value and gradient against autograd of the formula, and
+the kernels in Triton's interpreter.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,9 @@ from interpreted import interpreted
 EPS = 1e-3
 
 
-def inputs(s: int, q: int, n: int, m: int, dim: int, dtype: torch.dtype = torch.float64) -> list[Any]:
+def inputs(
+    s: int, q: int, n: int, m: int, dim: int, dtype: torch.dtype = torch.float64
+) -> list[Any]:
     """Arguments of ``qk_norm_rope`` for ``s`` and ``q`` rows of ``n`` query and ``m`` key heads."""
     tensors = [
         torch.randn(s, 2 * m * dim),
@@ -27,14 +31,18 @@ def inputs(s: int, q: int, n: int, m: int, dim: int, dtype: torch.dtype = torch.
         torch.randn(dim),
         torch.randn(dim),
     ]
-    ropes = [rope_tables(torch.randint(0, 5000, (rows,)), Turning(dim, 1e4), dtype) for rows in (s, q)]
+    ropes = [
+        rope_tables(torch.randint(0, 5000, (rows,)), Turning(dim, 1e4), dtype) for rows in (s, q)
+    ]
     return [*(t.to(dtype).requires_grad_() for t in tensors), EPS, *ropes]
 
 
 def formula(
     context: Tensor, blocks: Tensor, q_weight: Tensor, k_weight: Tensor, eps: float, *ropes: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Pairs (i, i + D/2) of what the norm gives as complex numbers, turned by the angle of cos and sin."""
+    """Pairs (i, i + D/2) of what the norm gives as complex numbers, turned by the angle of cos and
+    sin.
+    """
 
     def turned(x: Tensor, weight: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
         normed = weight * (x / (x.square().sum(-1, keepdim=True) / x.shape[-1] + eps).sqrt())
@@ -44,16 +52,24 @@ def formula(
     dim, m = q_weight.shape[0], context.shape[1] // q_weight.shape[0] // 2
     two = context.unflatten(1, (-1, dim))
     three = blocks.unflatten(1, (-1, dim))
-    keys = [turned(x[:, m : 2 * m], k_weight, rope) for x, rope in zip((two, three), ropes, strict=True)]
+    keys = [
+        turned(x[:, m : 2 * m], k_weight, rope) for x, rope in zip((two, three), ropes, strict=True)
+    ]
     q = turned(three[:, 2 * m :], q_weight, ropes[1])
     return q, torch.cat(keys), torch.cat([two[:, :m], three[:, :m]])
 
 
 @settings(max_examples=40, deadline=None)
 @given(
-    s=st.integers(0, 5), q=st.integers(0, 5), n=st.integers(1, 5), m=st.integers(1, 4), half=st.integers(1, 5)
+    s=st.integers(0, 5),
+    q=st.integers(0, 5),
+    n=st.integers(1, 5),
+    m=st.integers(1, 4),
+    half=st.integers(1, 5),
 )
-def test_value_and_gradient_are_those_of_the_formula(s: int, q: int, n: int, m: int, half: int) -> None:
+def test_value_and_gradient_are_those_of_the_formula(
+    s: int, q: int, n: int, m: int, half: int
+) -> None:
     args = inputs(s, q, n, m, 2 * half)
     ours, want = qk_norm_rope(Inputs(*args)), formula(*args)
     assert [x.shape for x in ours] == [(q, n, 2 * half), (s + q, m, 2 * half), (s + q, m, 2 * half)]
@@ -64,7 +80,9 @@ def test_value_and_gradient_are_those_of_the_formula(s: int, q: int, n: int, m: 
 
 
 def test_a_head_by_hand() -> None:
-    """q = (3, 4) with unit weights and no eps: rms^2 = 12.5; a quarter turn takes (a, b) to (-b, a). v is as it was."""
+    """q = (3, 4) with unit weights and no eps: rms^2 = 12.5; a quarter turn takes (a, b) to (-b,
+    a). v is as it was.
+    """
     one, quarter = torch.ones(2), (torch.zeros(1, 1, 1), torch.ones(1, 1, 1))
     blocks = torch.tensor([[7.0, 8.0, 0.0, 2.0, 3.0, 4.0]])
     none = torch.zeros(0, 1, 1)
@@ -84,7 +102,9 @@ def test_step_by_step_is_the_same() -> None:
         memory = torch.randn(6, 2 * 2 * 16 + 5)
         k = norm(memory[:, 32:64].unflatten(1, (2, 16)))
         cos, sin = args[5]
-        want = torch.cat([k[..., :8] * cos - k[..., 8:] * sin, k[..., 8:] * cos + k[..., :8] * sin], -1)
+        want = torch.cat(
+            [k[..., :8] * cos - k[..., 8:] * sin, k[..., 8:] * cos + k[..., :8] * sin], -1
+        )
         got = qk_norm_rope(Inputs(memory[:, :64], *args[1:]))[1]
     torch.testing.assert_close(got[:6], want)
 
@@ -107,11 +127,16 @@ def test_bfloat16_is_rounded_once() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("rows", [(3, 4), (0, 4), (3, 0)])
-def test_operations_are_registered_as_torch_wants_them(dtype: torch.dtype, rows: tuple[int, int]) -> None:
+def test_operations_are_registered_as_torch_wants_them(
+    dtype: torch.dtype, rows: tuple[int, int]
+) -> None:
     *args, context_rope, block_rope = inputs(*rows, 4, 2, 8, dtype)
     given_ = [*args, *context_rope, *block_rope]
     torch.library.opcheck(torch.ops.dspark.qk_norm_rope.default, tuple(given_))
-    grads = [torch.randn(x.shape).to(dtype) for x in qk_norm_rope(Inputs(*args, context_rope, block_rope))]
+    grads = [
+        torch.randn(x.shape).to(dtype)
+        for x in qk_norm_rope(Inputs(*args, context_rope, block_rope))
+    ]
     plain = [x.detach() if isinstance(x, Tensor) else x for x in given_]
     torch.library.opcheck(torch.ops.dspark.qk_norm_rope_gradient.default, (*grads, *plain))
 
@@ -121,7 +146,10 @@ def test_gradients_are_dense_and_only_the_products_are_kept() -> None:
     kept: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(t), t)[1], lambda t: t):
         outs = qk_norm_rope(Inputs(*args))
-    assert {t.data_ptr() for t in kept if t.numel() > 8 * 6} == {args[0].data_ptr(), args[1].data_ptr()}
+    assert {t.data_ptr() for t in kept if t.numel() > 8 * 6} == {
+        args[0].data_ptr(),
+        args[1].data_ptr(),
+    }
     for d, x in zip(
         torch.autograd.grad(outs, args[:2], [torch.ones_like(x) for x in outs]), args, strict=False
     ):
@@ -149,7 +177,8 @@ def test_kernels_equal_plain() -> None:
     rows = interpreted(Path(__file__).with_name("qk_norm_rope_cases.py"))
     assert len(rows) == 2 * 7 * 6
     for row in rows:
-        # The interpreter cuts bfloat16 off where the GPU rounds; the weights' gradients are float32 in both.
+        # The interpreter cuts bfloat16 off where the GPU rounds; the weights' gradients are float32
+        # in both.
         rounded = "torch.bfloat16" in row["case"] and row["name"] != "d_weights"
         assert row["off"] < (2**-7 if rounded else 1e-4), row
 
@@ -163,13 +192,19 @@ def test_kernels_equal_plain() -> None:
 def test_kernels_on_a_gpu(
     s: int, q: int, n: int, m: int, dim: int, dtype: torch.dtype, within: float
 ) -> None:
-    """Norm of the difference from float64 over its own, for each output and gradient that has any value."""
+    """Norm of the difference from float64 over its own, for each output and gradient that has any
+    value.
+    """
     given = inputs(s, q, n, m, dim, dtype)
 
     def moved(x: Any, kind: torch.dtype) -> Any:
         if isinstance(x, tuple):
             return tuple(moved(t, kind) for t in x)
-        return x.detach().to("cuda", kind).requires_grad_(x.requires_grad) if isinstance(x, Tensor) else x
+        return (
+            x.detach().to("cuda", kind).requires_grad_(x.requires_grad)
+            if isinstance(x, Tensor)
+            else x
+        )
 
     probes: list[Tensor] = []
     found = []

@@ -1,4 +1,5 @@
-"""Two processes train what one does, with DDP, with shared masters and with FSDP2, and go on from each other's checkpoints; one that fails stops both.
+"""Two processes train what one does, with DDP, with shared masters and with FSDP2, and go on from
+each other's checkpoints; one that fails stops both.
 
 On a CPU with gloo; NCCL takes the same calls. bench/scaling.py compares the curves on two GPUs.
 """
@@ -25,7 +26,8 @@ from dspark.train.config import TrainConfig
 from dspark.train.distributed import World
 from dspark.train.loop import train
 
-# Rows of 100 tokens: an epoch's last step has fewer rows than there are ranks, and some rows hold no anchor (one supervised token).
+# Rows of 100 tokens: an epoch's last step has fewer rows than there are ranks, and some rows hold
+# no anchor (one supervised token).
 LENGTHS = [60, 80, 90, 3, 20, 100, 50, 64, 90, 77, 33, 40, 98, 3]
 SPEED = {"tokens_per_second", "step_ms", "data_wait_fraction"}
 
@@ -36,10 +38,20 @@ class Stop(Exception):
 
 def settings(folder: Path, **changes: Any) -> TrainConfig:
     base: dict[str, Any] = {
-        "epochs": 2, "num_layers": 1, "block_size": 3, "markov_rank": 4, "total_seq_len": 100, "rows_per_step": 3, "max_anchors": 16,
-        "checkpoint_freq": 0.5, "log_every": 1, "val_fraction": 0.2, "lr": 1e-2, "tensorboard": False,
+        "epochs": 2,
+        "num_layers": 1,
+        "block_size": 3,
+        "markov_rank": 4,
+        "total_seq_len": 100,
+        "rows_per_step": 3,
+        "max_anchors": 16,
+        "checkpoint_freq": 0.5,
+        "log_every": 1,
+        "val_fraction": 0.2,
+        "lr": 1e-2,
+        "tensorboard": False,
         "device": "cpu",
-    }  # fmt: skip
+    }
     return TrainConfig(cache=str(folder / "hs.zarr"), **{**base, **changes})
 
 
@@ -49,7 +61,15 @@ def rows(config: TrainConfig) -> list[dict[str, Any]]:
 
 
 def torchrun(*args: str, processes: int = 2) -> list[str]:
-    return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), *args]  # fmt: skip
+    return [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        str(processes),
+        *args,
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -61,8 +81,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def runs(folder: Path) -> dict[str, Any]:
-    """The same training by one process, by two, stopped by one kind and resumed by the other; all jobs of two in one launch."""
-    names = "one ddp fsdp2 two_one one_two broken muon_one muon zero zero_one one_zero muon_zero half half_zero half_fsdp2 unread killed files"
+    """The same training by one process, by two, stopped by one kind and resumed by the other; all
+    jobs of two in one launch.
+    """
+    names = (
+        "one ddp fsdp2 two_one one_two broken muon_one muon zero zero_one one_zero muon_zero "
+        "half half_zero half_fsdp2 unread killed files"
+    )
     at = {n: settings(folder, output=str(folder / n)) for n in names.split()}
     for name in ("muon_one", "muon", "muon_zero"):
         at[name] = dataclasses.replace(at[name], optimizer="muon", lr=2e-2)
@@ -89,18 +114,28 @@ def runs(folder: Path) -> dict[str, Any]:
         {"config": dataclasses.replace(at["two_one"], strategy="ddp").to_json(), "stop": 5},
         {"config": resumed.to_json(), "resume": True},
         {"config": at["broken"].to_json(), "break_rank": 1},
-        {"config": dataclasses.replace(at["broken"], rows_per_step=1, output=str(folder / "few")).to_json()},
+        {
+            "config": dataclasses.replace(
+                at["broken"], rows_per_step=1, output=str(folder / "few")
+            ).to_json()
+        },
         {"config": at["muon"].to_json()},
         {"config": at["zero"].to_json()},
         {"config": at["zero_one"].to_json(), "stop": 5},
         {"config": at["one_zero"].to_json(), "resume": True},
-        *({"config": at[name].to_json()} for name in ("muon_zero", "half", "half_zero", "half_fsdp2")),
+        *(
+            {"config": at[name].to_json()}
+            for name in ("muon_zero", "half", "half_zero", "half_fsdp2")
+        ),
         {
             "config": at["unread"].to_json(),
             "resume": True,
             "break_load": 1,
         },
-        {"config": dataclasses.replace(at["killed"], workers=1, epochs=200).to_json(), "kill_reader": 1},
+        {
+            "config": dataclasses.replace(at["killed"], workers=1, epochs=200).to_json(),
+            "kill_reader": 1,
+        },
         {"config": at["files"].to_json(), "break_take": 1},
     ]
     file = folder / "jobs.json"
@@ -126,20 +161,27 @@ def alike(config: TrainConfig, like: TrainConfig, rel: float) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["ddp", "fsdp2", "two_one", "one_two", "muon", "zero", "zero_one", "one_zero", "muon_zero"]
+    "name",
+    ["ddp", "fsdp2", "two_one", "one_two", "muon", "zero", "zero_one", "one_zero", "muon_zero"],
 )
-def test_any_number_of_ranks_and_any_strategy_train_the_same(runs: dict[str, Any], name: str) -> None:
+def test_any_number_of_ranks_and_any_strategy_train_the_same(
+    runs: dict[str, Any], name: str
+) -> None:
     """``muon``: each rank orthogonalises a share of the matrices."""
     one, other = runs["at"]["muon_one" if name.startswith("muon") else "one"], runs["at"][name]
     assert [raised[:4] for raised in runs["raised"]] == [[None, None, ["Stop", "", None], None]] * 2
-    assert [raised[6:14] for raised in runs["raised"]] == [[None, None, ["Stop", "", None], *[None] * 5]] * 2
+    assert [raised[6:14] for raised in runs["raised"]] == [
+        [None, None, ["Stop", "", None], *[None] * 5]
+    ] * 2
     assert sum("validation" in r for r in rows(one)) >= 4
     alike(other, one, rel=1e-4)
     assert min(r["loss"] for r in rows(one) if "loss" in r) < 0.9 * rows(one)[0]["loss"]
     ours, theirs = (load_file(Path(c.output) / "model.safetensors") for c in (other, one))
     assert ours.keys() == theirs.keys()
     for tensor in ours:
-        torch.testing.assert_close(ours[tensor].float(), theirs[tensor].float(), rtol=1e-2, atol=1e-3)
+        torch.testing.assert_close(
+            ours[tensor].float(), theirs[tensor].float(), rtol=1e-2, atol=1e-3
+        )
 
 
 @pytest.mark.parametrize("name", ["half_zero", "half_fsdp2"])
@@ -156,8 +198,12 @@ def test_what_fails_on_one_rank_stops_all_with_its_words(runs: dict[str, Any]) -
     assert first[2] == 1
 
 
-def test_a_checkpoint_that_one_rank_cannot_read_stops_all_with_its_words(runs: dict[str, Any]) -> None:
-    """Nobody may be left waiting in a collective: shared masters are read by each rank for itself."""
+def test_a_checkpoint_that_one_rank_cannot_read_stops_all_with_its_words(
+    runs: dict[str, Any],
+) -> None:
+    """Nobody may be left waiting in a collective: shared masters are read by each rank for
+    itself.
+    """
     first, second = (raised[14] for raised in runs["raised"])
     assert "cannot be read" in second[1]
     assert first == ["PeerError", f"rank 1: {second[1]}", 1]
@@ -170,8 +216,12 @@ def test_a_reader_that_is_killed_stops_all_with_its_words(runs: dict[str, Any]) 
     assert first == ["PeerError", f"rank 1: {second[1]}", 1]
 
 
-def test_an_error_of_one_rank_of_any_kind_loses_no_row_of_the_steps_before(runs: dict[str, Any]) -> None:
-    """Rank 1 fails to take step 6; the ranks read step 5's numbers, which no checkpoint asked for, together first."""
+def test_an_error_of_one_rank_of_any_kind_loses_no_row_of_the_steps_before(
+    runs: dict[str, Any],
+) -> None:
+    """Rank 1 fails to take step 6; the ranks read step 5's numbers, which no checkpoint asked for,
+    together first.
+    """
     first, second = (raised[16] for raised in runs["raised"])
     assert second[:2] == ["OSError", "too many open files"]
     assert first == ["PeerError", "rank 1: too many open files", 1]
@@ -186,9 +236,15 @@ def test_fewer_rows_than_processes_are_refused(runs: dict[str, Any]) -> None:
 
 
 def test_rows_that_accumulate_equal_one_row_that_holds_them_all(folder: Path) -> None:
-    """Four documents in one row of 400 tokens, or one or two in each of several rows: one loss, one gradient."""
-    wide = settings(folder, output=str(folder / "wide"), total_seq_len=1000, max_anchors=0, rows_per_step=1)
-    narrow = dataclasses.replace(wide, output=str(folder / "narrow"), total_seq_len=100, rows_per_step=100)
+    """Four documents in one row of 400 tokens, or one or two in each of several rows: one loss, one
+    gradient.
+    """
+    wide = settings(
+        folder, output=str(folder / "wide"), total_seq_len=1000, max_anchors=0, rows_per_step=1
+    )
+    narrow = dataclasses.replace(
+        wide, output=str(folder / "narrow"), total_seq_len=100, rows_per_step=100
+    )
     train(wide)
     train(narrow)
     alike(narrow, wide, rel=1e-4)
@@ -222,9 +278,13 @@ def ranks_of(process: subprocess.Popen[str]) -> list[int]:
 
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="finds the ranks through /proc")
 def test_sigterm_saves_and_a_killed_rank_takes_the_run_with_it(folder: Path) -> None:
-    config = settings(folder, output=str(folder / "long"), epochs=2000, checkpoint_freq=1.0, log_every=5)
+    config = settings(
+        folder, output=str(folder / "long"), epochs=2000, checkpoint_freq=1.0, log_every=5
+    )
     process = start(config)
-    wait_for(lambda: (Path(config.output) / "metrics.jsonl").is_file() and len(rows(config)) > 1, process)
+    wait_for(
+        lambda: (Path(config.output) / "metrics.jsonl").is_file() and len(rows(config)) > 1, process
+    )
     for rank in ranks_of(process):
         os.kill(rank, signal.SIGTERM)
     _, said = process.communicate(timeout=60)

@@ -1,4 +1,6 @@
-"""Reading processes: their errors keep their words, and one that is gone is reported where the next row is asked for."""
+"""Reading processes: their errors keep their words, and one that is gone is reported where the next
+row is asked for.
+"""
 
 from __future__ import annotations
 

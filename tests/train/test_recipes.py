@@ -24,7 +24,9 @@ def store_of(folder: Path, target: str) -> str:
     m = stores.manifest()
     fields = {name: getattr(m.target, name) for name in TargetInfo.__dataclass_fields__}
     stores.write_store(
-        folder / "hs.zarr", [60, 80], m=stores.manifest(target=TargetInfo(**{**fields, "id": target}))
+        folder / "hs.zarr",
+        [60, 80],
+        m=stores.manifest(target=TargetInfo(**{**fields, "id": target})),
     )
     return str(folder / "hs.zarr")
 
@@ -39,8 +41,16 @@ def test_the_published_settings() -> None:
         6e-4,
         3,
     )
-    assert (qwen["block_size"], qwen["max_anchors"], qwen["markov_rank"], qwen["epochs"]) == (7, 512, 256, 10)
-    assert all(recipes()[name].settings["betas"] == (0.9, 0.999) for name in ("Qwen3-4B", "Qwen3-14B", "Gemma-4-12B"))  # fmt: skip
+    assert (qwen["block_size"], qwen["max_anchors"], qwen["markov_rank"], qwen["epochs"]) == (
+        7,
+        512,
+        256,
+        10,
+    )
+    assert all(
+        recipes()[name].settings["betas"] == (0.9, 0.999)
+        for name in ("Qwen3-4B", "Qwen3-14B", "Gemma-4-12B")
+    )
     assert eight["lr"] * eight["min_lr_ratio"] == pytest.approx(6e-5)
     assert {"Qwen3-14B", "SmolLM2-135M"} < set(recipes())
 
@@ -52,8 +62,13 @@ def test_every_target_with_a_dump_preset_has_a_recipe() -> None:
 
 @pytest.mark.parametrize(
     ("target", "name"),
-    [("zai-org/GLM-5.2-FP8", "GLM-5.2"), ("/models/qwen3-4b/", "Qwen3-4B"), ("Qwen/Qwen3-4B-Base", None), ("random/tiny", None)],
-)  # fmt: skip
+    [
+        ("zai-org/GLM-5.2-FP8", "GLM-5.2"),
+        ("/models/qwen3-4b/", "Qwen3-4B"),
+        ("Qwen/Qwen3-4B-Base", None),
+        ("random/tiny", None),
+    ],
+)
 def test_the_target_of_the_store_chooses(tmp_path: Path, target: str, name: str | None) -> None:
     cache = store_of(tmp_path, target)
     config = configure({"cache": cache, "lr": 1e-5})
@@ -66,16 +81,23 @@ def test_the_target_of_the_store_chooses(tmp_path: Path, target: str, name: str 
 
 
 def test_a_name_is_taken_in_any_case_and_wrong_ones_are_refused(tmp_path: Path) -> None:
-    assert configure({"cache": store_of(tmp_path, "zai-org/GLM-5.2-FP8")}, "glm-5.2").block_size == 8
+    assert (
+        configure({"cache": store_of(tmp_path, "zai-org/GLM-5.2-FP8")}, "glm-5.2").block_size == 8
+    )
     with pytest.raises(errors.UsageError, match="expected auto, none or one of GLM-5.2"):
         configure({"cache": "x"}, "GLM-6")
     with pytest.raises(errors.UsageError, match="sets output, which no recipe can"):
         parse(
-            json.dumps({"a": {"targets": [], "shapes": [], "source": "", "settings": {"output": "y"}}}), "f"
+            json.dumps(
+                {"a": {"targets": [], "shapes": [], "source": "", "settings": {"output": "y"}}}
+            ),
+            "f",
         )
     with pytest.raises(errors.UsageError, match="block_size is -1"):
         parse(
-            json.dumps({"a": {"targets": [], "shapes": [], "source": "", "settings": {"block_size": -1}}}),
+            json.dumps(
+                {"a": {"targets": [], "shapes": [], "source": "", "settings": {"block_size": -1}}}
+            ),
             "f",
         )
     with pytest.raises(errors.UsageError, match="f: a has"):
@@ -83,9 +105,14 @@ def test_a_name_is_taken_in_any_case_and_wrong_ones_are_refused(tmp_path: Path) 
 
 
 def test_flags_win_over_the_recipe_on_the_command_line(tmp_path: Path) -> None:
-    """A real run by the command: the recipe's one row a step and seven epochs, its three layers replaced, and the choice recorded."""
+    """A real run by the command: the recipe's one row a step and seven epochs, its three layers
+    replaced, and the choice recorded.
+    """
     cache, output = store_of(tmp_path, "HuggingFaceTB/SmolLM2-135M-Instruct"), tmp_path / "draft"
-    flags = "--num-layers 1 --markov-rank 4 --max-steps 1 --val-fraction 0 --device cpu --no-tensorboard"
+    flags = (
+        "--num-layers 1 --markov-rank 4 --max-steps 1 --val-fraction 0 --device cpu "
+        "--no-tensorboard"
+    )
     done = CliRunner().invoke(main, ["--cache", cache, "--output", str(output), *flags.split()])
     assert done.exit_code == 0, done.output
     assert "recipe SmolLM2-135M" in done.output
@@ -109,7 +136,9 @@ def test_another_optimizer_than_the_recipes_does_not_take_its_rate(tmp_path: Pat
     adamw = configure({"cache": cache, "optimizer": "adamw"})
     assert (adamw.lr, adamw.rows_per_step) == (TrainConfig(cache="").lr, own.rows_per_step)
     assert configure({"cache": cache, "optimizer": "adamw", "lr": 3e-3}).lr == 3e-3
-    with pytest.raises(errors.UsageError, match=r"muon \(recipe SmolLM2-135M\) needs whole matrices"):
+    with pytest.raises(
+        errors.UsageError, match=r"muon \(recipe SmolLM2-135M\) needs whole matrices"
+    ):
         configure({"cache": cache, "strategy": "fsdp2"})
     qwen = store_of(tmp_path / "qwen", "Qwen/Qwen3-4B")
     assert configure({"cache": qwen, "optimizer": "adamw"}).betas == (0.9, 0.999)
@@ -136,7 +165,9 @@ def test_a_recipe_of_another_target_is_refused(tmp_path: Path) -> None:
 def test_the_shape_of_the_draft_from_flags_and_a_file(tmp_path: Path) -> None:
     cache, file = store_of(tmp_path, "me/tuned"), tmp_path / "shape.json"
     file.write_text(
-        json.dumps({"num_attention_heads": 6, "head_dim": 16, "intermediate_size": 48, "num_layers": 1})
+        json.dumps(
+            {"num_attention_heads": 6, "head_dim": 16, "intermediate_size": 48, "num_layers": 1}
+        )
     )
     words = [
         "--cache",

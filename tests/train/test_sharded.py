@@ -1,4 +1,5 @@
-"""FSDP2 over one process: the rows of a step add up as they do unsharded, in float32, and weights are gathered and summed once per step.
+"""FSDP2 over one process: the rows of a step add up as they do unsharded, in float32, and weights
+are gathered and summed once per step.
 
 What several ranks make of it is test_ranks.py's.
 """
@@ -28,7 +29,9 @@ BATCHES = [small_batch(seed) for seed in range(6)]
 
 @pytest.fixture(autouse=True)
 def alone(tmp_path: Path) -> Iterator[None]:
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1
+    )
     yield
     dist.destroy_process_group()
 
@@ -41,13 +44,18 @@ def draft(dtype: torch.dtype) -> DraftModel:
 def learn(model: DraftModel, batch: Batch) -> None:
     states = model(batch, model.plan(batch))
     out = objective(
-        SlotInputs.gather(batch, states, 4.0), model.frozen_head, ObjectiveConfig(), Denominators(9, 9, 9)
+        SlotInputs.gather(batch, states, 4.0),
+        model.frozen_head,
+        ObjectiveConfig(),
+        Denominators(9, 9, 9),
     )
     out.loss.backward()  # type: ignore[no-untyped-call]
 
 
 def gradients(optimizer: Optimizer) -> dict[str, torch.Tensor]:
-    """Of the update just made with a first beta of 0 and no clipping: the first moments are the gradients."""
+    """Of the update just made with a first beta of 0 and no clipping: the first moments are the
+    gradients.
+    """
     return dict(optimizer.snapshot().moments["exp_avg"])
 
 
@@ -104,7 +112,8 @@ def test_weights_are_whole_from_the_first_row_to_the_last_and_sums_made_once() -
         learn(model, BATCHES[2])
         assert all(cut())
         assert all(
-            p.grad is not None and p.grad.dtype == torch.float32 for p in optimizer.parameters.values()
+            p.grad is not None and p.grad.dtype == torch.float32
+            for p in optimizer.parameters.values()
         )
         before = optimizer.snapshot().masters["fc.weight"]
         optimizer.step(1e-2)

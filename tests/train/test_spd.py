@@ -1,4 +1,6 @@
-"""SPD heads: the network against an oracle written from its description, the published sizes, training, and decoding beside it."""
+"""SPD heads: the network against an oracle written from its description, the published sizes,
+training, and decoding beside it.
+"""
 
 from __future__ import annotations
 
@@ -32,21 +34,48 @@ from dspark.train.objective.objective import (
     objective,
 )
 
-GLM = {"hidden_size": 2048, "vocab_size": 154_880, "num_hidden_layers": 47, "num_attention_heads": 20, "num_key_value_heads": 20,
-       "kv_lora_rank": 512, "qk_rope_head_dim": 64, "intermediate_size": 10_240, "moe_intermediate_size": 1536, "n_routed_experts": 64,
-       "rms_norm_eps": 1e-5, "rope_theta": 1e6}  # fmt: skip
+GLM = {
+    "hidden_size": 2048,
+    "vocab_size": 154_880,
+    "num_hidden_layers": 47,
+    "num_attention_heads": 20,
+    "num_key_value_heads": 20,
+    "kv_lora_rank": 512,
+    "qk_rope_head_dim": 64,
+    "intermediate_size": 10_240,
+    "moe_intermediate_size": 1536,
+    "n_routed_experts": 64,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 1e6,
+}
 
 
-def tiny(layers: int = 1, taps: tuple[int, ...] = (1, 3, 5), vocab: int = 50, kept: int = 50) -> SpdHead:
+def tiny(
+    layers: int = 1, taps: tuple[int, ...] = (1, 3, 5), vocab: int = 50, kept: int = 50
+) -> SpdHead:
     """A head of random weights, none of them at a value that hides a mistake."""
     torch.manual_seed(7)
     config = DraftConfig.sized_for(
-        {"hidden_size": 16, "vocab_size": vocab, "num_hidden_layers": 6, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
-         "intermediate_size": 24, "rope_theta": 100.0},
-        target_layer_ids=taps, mask_token_id=0, speculator_type="spd", num_layers=layers, draft_vocab_size=kept,
-    )  # fmt: skip
+        {
+            "hidden_size": 16,
+            "vocab_size": vocab,
+            "num_hidden_layers": 6,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 8,
+            "intermediate_size": 24,
+            "rope_theta": 100.0,
+        },
+        target_layer_ids=taps,
+        mask_token_id=0,
+        speculator_type="spd",
+        num_layers=layers,
+        draft_vocab_size=kept,
+    )
     ids = None if kept == vocab else torch.arange(0, vocab, vocab // kept)[:kept]
-    target = FrozenTarget(torch.randn(vocab, 16), torch.rand(16) + 0.5, torch.randn(vocab, 16), False)
+    target = FrozenTarget(
+        torch.randn(vocab, 16), torch.rand(16) + 0.5, torch.randn(vocab, 16), False
+    )
     head = SpdHead(config, target, ids)
     for _, parameter in head.trained():
         torch.nn.init.normal_(parameter, std=0.3)
@@ -62,13 +91,19 @@ def batch_of(head: SpdHead, lengths: tuple[int, ...] = (9, 6)) -> Batch:
     ends = np.cumsum(lengths) - 1
     return Batch.build(
         input_ids=torch.randint(0, head.config.vocab_size, (total,), generator=g).numpy(),
-        loss_mask=mask, doc=doc, aux=torch.randn(total, len(head.config.target_layer_ids), 16, generator=g).double(),
-        last=torch.randn(total - len(lengths), 16, generator=g).double(), anchors=np.setdiff1d(np.arange(total), ends), block_size=1,
-    )  # fmt: skip
+        loss_mask=mask,
+        doc=doc,
+        aux=torch.randn(total, len(head.config.target_layer_ids), 16, generator=g).double(),
+        last=torch.randn(total - len(lengths), 16, generator=g).double(),
+        anchors=np.setdiff1d(np.arange(total), ends),
+        block_size=1,
+    )
 
 
 def oracle(head: SpdHead, ids: Tensor, aux: Tensor, fill: int) -> Tensor:
-    """Logits [S, Vd] of the token after each of one document, position by position, from SPD's description and the weights by name."""
+    """Logits [S, Vd] of the token after each of one document, position by position, from SPD's
+    description and the weights by name.
+    """
     w = SPD.served(dict(head.trained()), head.config, torch.float64)
     c, n = head.config, len(head.config.stage_ends)
     states = torch.cat([head.embed_tokens.weight[ids][:, None], aux], 1)  # hs[0], then the taps
@@ -99,9 +134,9 @@ def oracle(head: SpdHead, ids: Tensor, aux: Tensor, fill: int) -> Tensor:
                 d: row @ w[f"fixed_stage_per_layer_projs.{layer}.{n - min(d, n)}.weight"].T
                 for d, row in memory.items()
             }
-            q = (rms(x, w[at + "input_layernorm.weight"]) @ w[at + "self_attn.q_proj.weight"].T).view(
-                -1, c.head_dim
-            )
+            q = (
+                rms(x, w[at + "input_layernorm.weight"]) @ w[at + "self_attn.q_proj.weight"].T
+            ).view(-1, c.head_dim)
             q = turned(rms(q, w[at + "self_attn.q_norm.weight"]), t)
             rows = {0: x, **memory}
             heads = []
@@ -112,9 +147,13 @@ def oracle(head: SpdHead, ids: Tensor, aux: Tensor, fill: int) -> Tensor:
                     normed = rms(row, w[at + "input_layernorm.weight"])
                     k = (w[at + "self_attn.k_proj.weight"] @ normed).view(-1, c.head_dim)[kv]
                     scores.append(
-                        q[h] @ turned(rms(k, w[at + "self_attn.k_norm.weight"]), t - d) * c.head_dim**-0.5
+                        q[h]
+                        @ turned(rms(k, w[at + "self_attn.k_norm.weight"]), t - d)
+                        * c.head_dim**-0.5
                     )
-                    values.append((w[at + "self_attn.v_proj.weight"] @ normed).view(-1, c.head_dim)[kv])
+                    values.append(
+                        (w[at + "self_attn.v_proj.weight"] @ normed).view(-1, c.head_dim)[kv]
+                    )
                 heads.append(torch.stack(scores).softmax(0) @ torch.stack(values))
             x = x + w[at + "self_attn.o_proj.weight"] @ torch.cat(heads)
             y = rms(x, w[at + "post_attention_layernorm.weight"])
@@ -139,7 +178,10 @@ def test_the_forward_is_the_oracles_at_every_fill(layers: int, taps: tuple[int, 
         for fill in range(1, len(taps) + 1):
             ours = logits_of(head, batch, fill)
             theirs = torch.cat(
-                [oracle(head, batch.input_ids[a:b], batch.aux[a:b], fill)[:-1] for a, b in ((0, 9), (9, 15))]
+                [
+                    oracle(head, batch.input_ids[a:b], batch.aux[a:b], fill)[:-1]
+                    for a, b in ((0, 9), (9, 15))
+                ]
             )
             torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)  # angles are float32
 
@@ -151,7 +193,8 @@ def test_decoding_is_the_training_forward_at_every_position_and_fill() -> None:
         want = {fill: logits_of(head, batch, fill) for fill in (1, 2, 3)}
         decoder = SpdDecoder(head)
         decoder.extend(batch.aux[:2], batch.input_ids[:2])
-        for complete in range(2, 9):  # one token completes at a time; a rejection begins again at fill 1
+        # one token completes at a time; a rejection begins again at fill 1
+        for complete in range(2, 9):
             for fill in (1, 2, 3):
                 at = slice(complete, complete + fill)
                 # What a token has not reached yet is not there: NaN shows it if it is read.
@@ -159,8 +202,12 @@ def test_decoding_is_the_training_forward_at_every_position_and_fill() -> None:
                 for i in range(fill):
                     aux[i, fill - 1 - i :] = torch.nan
                 got = decoder.logits(batch.input_ids[at].tolist(), aux)
-                torch.testing.assert_close(got.double(), want[fill][complete + fill - 1], rtol=0, atol=1e-5)
-            decoder.extend(batch.aux[complete : complete + 1], batch.input_ids[complete : complete + 1])
+                torch.testing.assert_close(
+                    got.double(), want[fill][complete + fill - 1], rtol=0, atol=1e-5
+                )
+            decoder.extend(
+                batch.aux[complete : complete + 1], batch.input_ids[complete : complete + 1]
+            )
 
 
 def test_published_sizes_from_shapes_alone() -> None:
@@ -204,7 +251,9 @@ def test_kl_and_its_gradients_are_the_formulas(kept: int) -> None:
 
 def test_kl_survives_a_target_that_is_certain() -> None:
     draft, target = torch.randn(2, 5), torch.tensor([[0.0, -2e3, -2e3, -2e3, -2e3]])
-    kl, gradient = kl_terms(draft, target, torch.zeros(2, dtype=torch.int64), None, torch.ones(2), True)
+    kl, gradient = kl_terms(
+        draft, target, torch.zeros(2, dtype=torch.int64), None, torch.ones(2), True
+    )
     torch.testing.assert_close(kl, -draft.log_softmax(-1)[:, 0])
     assert gradient is not None
     assert bool(gradient.isfinite().all())
@@ -221,13 +270,19 @@ def test_a_head_trains_is_saved_and_loads(tmp_path: Path) -> None:
         draft_vocab_size=40,
     )
     result = train(config)
-    rows = [json.loads(line) for line in (tmp_path / "draft" / "metrics.jsonl").read_text().splitlines()]
+    rows = [
+        json.loads(line) for line in (tmp_path / "draft" / "metrics.jsonl").read_text().splitlines()
+    ]
     losses = [row["kl_loss"] for row in rows if "loss" in row]
     assert rows[0]["loss"] == pytest.approx(rows[0]["kl_loss"], rel=1e-5)
     assert sum(losses[-5:]) < sum(losses[:5])
     assert result["kl_loss"] > 0
     flat = json.loads((tmp_path / "draft" / "config.json").read_text())
-    assert (flat["speculator_type"], flat["stage_ends"], flat["vllm_servable"]) == ("spd", [2, 3, 6], False)
+    assert (flat["speculator_type"], flat["stage_ends"], flat["vllm_servable"]) == (
+        "spd",
+        [2, 3, 6],
+        False,
+    )
     cache = dspark.cache.open(config.cache)
     draft = load_draft(tmp_path / "draft", cache.target)
     assert isinstance(draft, SpdHead)

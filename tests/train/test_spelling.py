@@ -1,4 +1,6 @@
-"""Drafts of other projects in the forms they document, with random weights: opened, decoded, judged, repacked, or refused by key."""
+"""Drafts of other projects in the forms they document, with random weights: opened, decoded,
+judged, repacked, or refused by key.
+"""
 
 from __future__ import annotations
 
@@ -36,17 +38,22 @@ def published(folder: Path, form: str, **changes: Any) -> Path:
 
 
 def by_hand(model: DraftModel, aux: torch.Tensor, anchor: int) -> torch.Tensor:
-    """The block of a draft whose anchor predicts nothing: anchor and B masks through the layers, then the masks' states alone."""
+    """The block of a draft whose anchor predicts nothing: anchor and B masks through the layers,
+    then the masks' states alone.
+    """
     a, slots = aux.shape[0], BLOCK + 1
     row = torch.cat([aux, torch.zeros_like(aux[:1])])
     doc, one = torch.zeros(a + 1, dtype=torch.int32), torch.tensor([True])
     plan = tuple(
-        AttentionPlan.build(doc, torch.tensor([a]), one, slots, sight=sight) for sight in model.sights
+        AttentionPlan.build(doc, torch.tensor([a]), one, slots, sight=sight)
+        for sight in model.sights
     )
     ids = torch.tensor([anchor] + [VOCAB - 1] * BLOCK)
     x = model.embed_tokens.weight[ids]
     position = torch.arange(a + slots)
-    h = model.backbone(x, model.context(row), model.plan_of(plan, position[a:], position[: a + 1]))[1:]
+    h = model.backbone(x, model.context(row), model.plan_of(plan, position[a:], position[: a + 1]))[
+        1:
+    ]
     return chained(model, h, torch.tensor(anchor), lambda logits: logits.argmax(-1))
 
 
@@ -64,9 +71,16 @@ def test_opened_decoded_judged_and_repacked(form: str, tmp_path: Path) -> None:
     with torch.no_grad():
         drafted = decoder.draft(7).tokens
         assert drafted.shape == (BLOCK,)
-        want = by_hand(model, aux, 7) if bonus else chained(
-            model, recomputed_states(model, aux, 7), torch.tensor(7), lambda logits: logits.argmax(-1)
-        )  # fmt: skip
+        want = (
+            by_hand(model, aux, 7)
+            if bonus
+            else chained(
+                model,
+                recomputed_states(model, aux, 7),
+                torch.tensor(7),
+                lambda logits: logits.argmax(-1),
+            )
+        )
         assert torch.equal(drafted, want)
         batch: Batch = small_batch()
         assert model(batch, model.plan(batch)).h.shape[1] == BLOCK
@@ -79,14 +93,18 @@ def test_opened_decoded_judged_and_repacked(form: str, tmp_path: Path) -> None:
     assert told <= {("error", "layout-flag"), ("error", "config"), ("error", "tensors")}, found
     for layout in ("flat", "speculators"):
         out = tmp_path / layout
-        export(str(folder), str(out), layout=layout, dtype="fp32", target="random/tiny", pictures=False)
+        export(
+            str(folder), str(out), layout=layout, dtype="fp32", target="random/tiny", pictures=False
+        )
         again = load_draft(out, small_target())
         assert again.config == model.config
         flat = json.loads((out / "config.json").read_text())
         assert "dflash_config" not in flat
         assert flat["sample_from_anchor"] is not bonus
         assert flat["block_size"] == BLOCK + bonus
-        assert flat["architectures"] == (["Qwen3DSparkModel"] if layout == "flat" else ["DSparkSpeculator"])
+        assert flat["architectures"] == (
+            ["Qwen3DSparkModel"] if layout == "flat" else ["DSparkSpeculator"]
+        )
         with torch.no_grad():
             assert torch.equal(again(batch, again.plan(batch)).h, model(batch, model.plan(batch)).h)
         if layout == "speculators":

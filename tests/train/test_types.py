@@ -26,7 +26,9 @@ from dspark.train.objective.objective import ObjectiveConfig
 
 
 class Toy(DSpark):
-    """Reads two of the store's layers, is trained by cross-entropy alone, and keeps one tensor under another name."""
+    """Reads two of the store's layers, is trained by cross-entropy alone, and keeps one tensor
+    under another name.
+    """
 
     name = "toy"
     summary = "for a test"

@@ -1,4 +1,6 @@
-"""The walk: its recursion against one written backwards, and against blocks of real greedy decoding."""
+"""The walk: its recursion against one written backwards, and against blocks of real greedy
+decoding.
+"""
 
 from __future__ import annotations
 
@@ -67,21 +69,32 @@ def test_all_or_nothing_and_nothing_at_all() -> None:
 
 
 def row_of(model: Any, prompt: list[int], answer: list[int]) -> Batch:
-    """A row of the target's own answer: supervised from its first token on, every eligible position an anchor."""
+    """A row of the target's own answer: supervised from its first token on, every eligible position
+    an anchor.
+    """
     ids = prompt + answer
     with torch.inference_mode():
         hidden = model(input_ids=torch.tensor([ids]), output_hidden_states=True).hidden_states
     mask, doc = np.arange(len(ids)) >= len(prompt), np.zeros(len(ids), np.int32)
     can = rules.eligible(mask, doc)
     return Batch.build(
-        input_ids=np.array(ids), loss_mask=mask, doc=doc, aux=tiny.states(model, ids).clone(), last=hidden[-1][0][torch.from_numpy(can)].clone(),
-        anchors=np.flatnonzero(can), block_size=SIZE,
-    )  # fmt: skip
+        input_ids=np.array(ids),
+        loss_mask=mask,
+        doc=doc,
+        aux=tiny.states(model, ids).clone(),
+        last=hidden[-1][0][torch.from_numpy(can)].clone(),
+        anchors=np.flatnonzero(can),
+        block_size=SIZE,
+    )
 
 
-@pytest.mark.parametrize(("markov", "reduced"), [("vanilla", False), ("rnn", False), ("vanilla", True)])
+@pytest.mark.parametrize(
+    ("markov", "reduced"), [("vanilla", False), ("rnn", False), ("vanilla", True)]
+)
 def test_greedy_walk_is_greedy_decoding(markov: str, reduced: bool) -> None:
-    """On the target's own answers the expected number of blocks is the number of blocks, prompt by prompt."""
+    """On the target's own answers the expected number of blocks is the number of blocks, prompt by
+    prompt.
+    """
     model = tiny.target()
     prompts = [[5, 6, 7, 8, 9], [50, 60, 70], [3], [90, 4]]
     answers = [greedy_alone(model, p, max_tokens=30) for p in prompts]
@@ -110,12 +123,22 @@ def test_greedy_walk_is_greedy_decoding(markov: str, reduced: bool) -> None:
 
 
 def test_validation_and_score_tell_the_walk(tmp_path: Path) -> None:
-    """In groups of a few anchors, padded or not, as at all anchors at once; and the best draft can be kept."""
+    """In groups of a few anchors, padded or not, as at all anchors at once; and the best draft can
+    be kept.
+    """
     config = small_training(
-        tmp_path, [40, 52, 61, 44, 58, 47, 66, 49], max_steps=6, val_fraction=0.4, max_anchors=5, checkpoint_freq=0.2, select="walk"
-    )  # fmt: skip
+        tmp_path,
+        [40, 52, 61, 44, 58, 47, 66, 49],
+        max_steps=6,
+        val_fraction=0.4,
+        max_anchors=5,
+        checkpoint_freq=0.2,
+        select="walk",
+    )
     train(config)
-    rows = [json.loads(line) for line in (tmp_path / "draft" / "metrics.jsonl").read_text().splitlines()]
+    rows = [
+        json.loads(line) for line in (tmp_path / "draft" / "metrics.jsonl").read_text().splitlines()
+    ]
     rows = [row for row in rows if row.get("validation")]
     assert len(rows) > 2
     found = score(dspark.cache.open(config.cache), str(tmp_path / "draft"), which="validation")

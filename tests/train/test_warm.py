@@ -1,4 +1,6 @@
-"""A training that begins with an earlier draft's tensors: what it takes, what it names, what it refuses, what it records."""
+"""A training that begins with an earlier draft's tensors: what it takes, what it names, what it
+refuses, what it records.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,9 @@ IDS, OTHER = torch.tensor([2, 3, 5, 8, 13]), torch.tensor([3, 5, 6, 7, 8, 40])
 def origin(folder: Path, model: DraftModel) -> Origin:
     save_draft(folder, model, dtype=torch.float32)
     ids = model.frozen_head.draft_ids
-    tensors = {n: t for n, t in load_file(folder / "model.safetensors").items() if n not in ("d2t", "t2d")}
+    tensors = {
+        n: t for n, t in load_file(folder / "model.safetensors").items() if n not in ("d2t", "t2d")
+    }
     return Origin(str(folder), model.config, tensors, ids, "0" * 64)
 
 
@@ -73,7 +77,10 @@ def test_a_flatter_draft_names_what_it_leaves(tmp_path: Path) -> None:
     old, new = small_draft(), fresh(num_layers=1, enable_confidence_head=False, markov_rank=3)
     start = origin(tmp_path, old).give(new, small_target())
     left = {n for n, _ in old.trained()} - {n for n, _ in new.trained()}
-    assert set(start.left) == left | {"markov_head.markov_w1.weight", "markov_head.markov_w2.weight"}
+    assert set(start.left) == left | {
+        "markov_head.markov_w1.weight",
+        "markov_head.markov_w2.weight",
+    }
     assert set(start.begun) == {"markov_head.markov_w1.weight", "markov_head.markov_w2.weight"}
     for name in (*start.left, *start.begun):
         assert name in start.words()
@@ -106,7 +113,10 @@ def test_dspark_begins_with_dflash(tmp_path: Path) -> None:
         opened(tmp_path, store)
     start = origin(tmp_path, old)
     start = replace(start, tensors={n: t for n, t in start.tensors.items() if "markov" not in n})
-    assert {n.split(".")[0] for n in start.give(fresh(), small_target()).begun} == {"markov_head", "confidence_head"}  # fmt: skip
+    assert {n.split(".")[0] for n in start.give(fresh(), small_target()).begun} == {
+        "markov_head",
+        "confidence_head",
+    }
 
 
 def test_another_models_draft_is_refused(tmp_path: Path) -> None:
@@ -146,7 +156,12 @@ def earlier(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def tuned(earlier: Path, folder: Path, **changes: Any) -> TrainConfig:
-    given = {"init_from": str(earlier / "draft"), "num_layers": 2, "max_steps": 2, "lr": 1e-3} | changes
+    given = {
+        "init_from": str(earlier / "draft"),
+        "num_layers": 2,
+        "max_steps": 2,
+        "lr": 1e-3,
+    } | changes
     return small_training(folder, [64, 72, 33, 81], **given)
 
 
@@ -166,7 +181,10 @@ def test_a_second_training_goes_on_with_the_first(earlier: Path, tmp_path: Path)
         assert "layers.2.self_attn.q_proj.weight" in text
     record = json.loads((tmp_path / "draft" / "history.json").read_text())
     assert record["start"]["folder"] == str(earlier / "draft")
-    assert record["start"]["changed"] == {"num_layers": "2 there, 3 now", "block_size": "3 there, 4 now"}
+    assert record["start"]["changed"] == {
+        "num_layers": "2 there, 3 now",
+        "block_size": "3 there, 4 now",
+    }
     assert record["sessions"] == [{"from_step": 0, "to_step": 2, "ended": "finished"}]
     out = tmp_path / "out"
     export(str(tmp_path / "draft"), str(out), pictures=False)
@@ -174,7 +192,10 @@ def test_a_second_training_goes_on_with_the_first(earlier: Path, tmp_path: Path)
     assert "Warm start" in card
     assert "Begun anew: layers.2.self_attn.q_proj.weight" in card
     first = json.loads((earlier / "draft" / "history.json").read_text())
-    assert sentences(first) == ["Began with random weights.", "Trained from step 0 to step 2: finished."]
+    assert sentences(first) == [
+        "Began with random weights.",
+        "Trained from step 0 to step 2: finished.",
+    ]
 
 
 def test_interrupted_and_resumed_runs_are_told_apart(earlier: Path, tmp_path: Path) -> None:
@@ -214,9 +235,21 @@ def test_interrupted_and_resumed_runs_are_told_apart(earlier: Path, tmp_path: Pa
 
 
 def test_the_earlier_shape_is_the_default(earlier: Path) -> None:
-    words = ["--cache", str(earlier / "hs.zarr"), "--init-from", str(earlier / "draft"), "--recipe", "none"]
+    words = [
+        "--cache",
+        str(earlier / "hs.zarr"),
+        "--init-from",
+        str(earlier / "draft"),
+        "--recipe",
+        "none",
+    ]
     config = config_of(words)
-    assert (config.num_layers, config.block_size, config.markov_rank, config.num_heads) == (2, 3, 4, 4)
+    assert (config.num_layers, config.block_size, config.markov_rank, config.num_heads) == (
+        2,
+        3,
+        4,
+        4,
+    )
     assert config_of([*words, "--num-layers", "1"]).num_layers == 1
 
 

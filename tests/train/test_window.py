@@ -25,7 +25,13 @@ from dspark.train.run.window import Logged
 def config(tmp_path: Path) -> TrainConfig:
     lengths = [60, 80, 90, 30, 20, 100, 50, 64]
     return small_training(
-        tmp_path, lengths, max_steps=7, total_seq_len=128, checkpoint_freq=100, log_every=2, val_fraction=0
+        tmp_path,
+        lengths,
+        max_steps=7,
+        total_seq_len=128,
+        checkpoint_freq=100,
+        log_every=2,
+        val_fraction=0,
     )
 
 
@@ -57,8 +63,20 @@ def test_a_logged_step_is_read_when_the_next_is_queued(
     monkeypatch.setattr(Logged, "row", read)
     train(config)
     assert seen == [
-        "step 1", "step 2", "read 1", "step 3", "read 2", "step 4", "step 5", "read 4", "step 6", "step 7", "read 6", "read 7", "save 7",
-    ]  # fmt: skip
+        "step 1",
+        "step 2",
+        "read 1",
+        "step 3",
+        "read 2",
+        "step 4",
+        "step 5",
+        "read 4",
+        "step 6",
+        "step 7",
+        "read 6",
+        "read 7",
+        "save 7",
+    ]
 
 
 def test_windows_hold_every_step_once(config: TrainConfig) -> None:
@@ -69,7 +87,9 @@ def test_windows_hold_every_step_once(config: TrainConfig) -> None:
     for r in rows:
         window = r["step"] - steps
         # speed x time is what the window trained on, so no step is in two windows or in none
-        assert r["tokens_per_second"] * window * r["step_ms"] / 1000 == pytest.approx(r["tokens"] - tokens)
+        assert r["tokens_per_second"] * window * r["step_ms"] / 1000 == pytest.approx(
+            r["tokens"] - tokens
+        )
         steps, tokens = r["step"], r["tokens"]
 
 

@@ -1,4 +1,6 @@
-"""Drafts with windows and scaled RoPE: trained and decoded alike, saved and read again, begun from others, refused where they contradict."""
+"""Drafts with windows and scaled RoPE: trained and decoded alike, saved and read again, begun from
+others, refused where they contradict.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,13 @@ from dspark.train.ops.rope import Turning, rope_tables
 from dspark.train.run.setup import prepare
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
-LLAMA = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}  # fmt: skip
+LLAMA = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
 SHAPES: dict[str, dict[str, Any]] = {
     "window": {"layer_types": (SLIDING,) * 2, "sliding_window": 5},
     "mixed": {"layer_types": (SLIDING, FULL), "sliding_window": 3, "rope_scaling": YARN},
@@ -43,7 +51,9 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_decoding_is_the_training_forward(name: str, tmp_path: Path) -> None:
-    """From a cache that grew in steps and was cut to the window, and from a packed row: the states of the plain forward. Saved, they stay."""
+    """From a cache that grew in steps and was cut to the window, and from a packed row: the states
+    of the plain forward. Saved, they stay.
+    """
     model = small_draft(**SHAPES[name])
     batch = small_batch(lengths=(20, 16), padding=3)
     plan = model.plan(batch)
@@ -73,7 +83,9 @@ def test_decoding_is_the_training_forward(name: str, tmp_path: Path) -> None:
 
 
 def test_a_window_hides_what_is_before_it() -> None:
-    """Two sliding layers read the context only, never each other's: far states change nothing, the nearest hidden one included."""
+    """Two sliding layers read the context only, never each other's: far states change nothing, the
+    nearest hidden one included.
+    """
     model = small_draft(**SHAPES["window"])
     aux = torch.randn(30, 2, HIDDEN)
     before = recomputed_states(model, aux, 3)
@@ -85,7 +97,15 @@ def test_a_window_hides_what_is_before_it() -> None:
     assert not torch.equal(changed[0], before[0])
 
 
-@pytest.mark.parametrize("scaled", [YARN, YARN | {"attention_factor": 0.7, "truncate": False}, LLAMA, {"rope_type": "linear", "factor": 2.5}])  # fmt: skip
+@pytest.mark.parametrize(
+    "scaled",
+    [
+        YARN,
+        YARN | {"attention_factor": 0.7, "truncate": False},
+        LLAMA,
+        {"rope_type": "linear", "factor": 2.5},
+    ],
+)
 def test_tables_are_those_of_transformers(scaled: dict[str, Any]) -> None:
     from transformers import Qwen3Config
     from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
@@ -112,7 +132,11 @@ def test_gradients_of_a_windowed_and_scaled_draft() -> None:
     def value() -> torch.Tensor:
         nonlocal probe
         h = model(batch, model.plan(batch)).h
-        probe = torch.randn(h.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1)) if probe is None else probe  # fmt: skip
+        probe = (
+            torch.randn(h.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+            if probe is None
+            else probe
+        )
         return (h * probe).sum()
 
     model.zero_grad()
@@ -129,7 +153,9 @@ def test_gradients_of_a_windowed_and_scaled_draft() -> None:
             parameter[at] = kept - step
             down = value()
             parameter[at] = kept
-        torch.testing.assert_close(parameter.grad[at], (up - down) / (2 * step), rtol=1e-6, atol=1e-8)
+        torch.testing.assert_close(
+            parameter.grad[at], (up - down) / (2 * step), rtol=1e-6, atol=1e-8
+        )
         checked += 1
     assert checked >= 2 * 9
 
@@ -148,12 +174,17 @@ def flat_of(**changes: Any) -> dict[str, Any]:
         ({"layer_types": [3, 4]}, "layer_types"),
         ({"is_causal": "no"}, "is_causal"),
         ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "rope_type"),
-        ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "original_max_position_embeddings"),
+        (
+            {"rope_parameters": {"rope_type": "yarn", "factor": 2.0}},
+            "original_max_position_embeddings",
+        ),
         ({"rope_parameters": YARN | {"mrope_section": [1, 2]}}, "mrope_section"),
         ({"rope_parameters": YARN | {"factor": "4"}}, "factor"),
     ],
 )
-def test_a_config_that_cannot_be_computed_is_refused_by_key(changes: dict[str, Any], key: str) -> None:
+def test_a_config_that_cannot_be_computed_is_refused_by_key(
+    changes: dict[str, Any], key: str
+) -> None:
     with pytest.raises(DraftError, match=key):
         DraftConfig.from_flat(flat_of(**changes))
 
@@ -186,11 +217,20 @@ def test_settings_are_refused_before_anything_is_read(settings: dict[str, Any], 
 def test_sized_for_a_target() -> None:
     target = small_draft().config.to_flat() | {"num_hidden_layers": 4}
     own = {"target_layer_ids": (0, 2), "mask_token_id": 1, "num_layers": 3, "markov_rank": 4}
-    all_sliding = DraftConfig.sized_for(target, **own, **TrainConfig(cache="", sliding_window=8).attention)
+    all_sliding = DraftConfig.sized_for(
+        target, **own, **TrainConfig(cache="", sliding_window=8).attention
+    )
     assert all_sliding.sights == (Sight(8, causal=True),) * 3
-    mixed = TrainConfig(cache="", sliding_window=8, layer_types=("sliding", "sliding", "full")).attention
+    mixed = TrainConfig(
+        cache="", sliding_window=8, layer_types=("sliding", "sliding", "full")
+    ).attention
     assert DraftConfig.sized_for(target, **own, **mixed).sights[2] == Sight()
-    assert DraftConfig.sized_for(target, **own, **TrainConfig(cache="", sliding_window=0).attention).layer_types == ()  # fmt: skip
+    assert (
+        DraftConfig.sized_for(
+            target, **own, **TrainConfig(cache="", sliding_window=0).attention
+        ).layer_types
+        == ()
+    )
     for wrong, said in (
         ({"layer_types": ("sliding",) * 3}, "sliding-window"),
         ({"layer_types": ("full",) * 3, "sliding_window": 4}, "no sliding layer"),
@@ -198,11 +238,17 @@ def test_sized_for_a_target() -> None:
         ({"rope_scaling": json.dumps(YARN | {"factor": 1.5})}, "positions"),
     ):
         with pytest.raises(UsageError, match=said):
-            DraftConfig.sized_for(target | {"max_position_embeddings": 512}, **own, **TrainConfig(cache="", **wrong).attention)  # fmt: skip
+            DraftConfig.sized_for(
+                target | {"max_position_embeddings": 512},
+                **own,
+                **TrainConfig(cache="", **wrong).attention,
+            )
 
 
 def test_trained_scored_resumed_and_begun_from(tmp_path: Path) -> None:
-    """The product's way: a windowed and scaled draft, its score, its two exports, the judge's verdict, and a training that goes on with it."""
+    """The product's way: a windowed and scaled draft, its score, its two exports, the judge's
+    verdict, and a training that goes on with it.
+    """
     scaled = {"rope_type": "yarn", "factor": 1024.0, "original_max_position_embeddings": 64}
     shape = {
         "num_layers": 2,
@@ -230,7 +276,9 @@ def test_trained_scored_resumed_and_begun_from(tmp_path: Path) -> None:
         raw = json.loads((out / "config.json").read_text())
         backbone = raw if layout == "flat" else raw["transformer_layer_config"]
         assert (backbone["sliding_window"], backbone["use_sliding_window"]) == (6, True)
-        (out / "config.json").write_text(json.dumps(raw | {"sliding_window": 9} if layout == "flat" else raw))
+        (out / "config.json").write_text(
+            json.dumps(raw | {"sliding_window": 9} if layout == "flat" else raw)
+        )
     wrong = judge(Files.read(str(tmp_path / "flat")), target)
     assert any(f.name == "attention" and "sliding_window = 9" in f.text for f in wrong)
     words = [
@@ -254,7 +302,9 @@ def test_trained_scored_resumed_and_begun_from(tmp_path: Path) -> None:
     assert run.model.config.sights == (Sight(), Sight())
     assert run.start is not None
     assert set(run.start.changed) == {"sliding_window", "layer_types", "rope_scaling"}
-    assert config_of([*words[:-4], "--layer-types", "full,sliding", "--sliding-window", "8"]).layer_types == (
+    assert config_of(
+        [*words[:-4], "--layer-types", "full,sliding", "--sliding-window", "8"]
+    ).layer_types == (
         "full",
         "sliding",
     )
@@ -270,6 +320,13 @@ def test_other_types_refuse_windows() -> None:
     config = small_draft().config
     with pytest.raises(UsageError, match="sliding"):
         dataclasses.replace(
-            config, speculator_type="spd", markov_rank=0, enable_confidence_head=False, block_size=1, num_target_layers=4,
-            stage_ends=(1, 4), layer_types=(SLIDING,) * 2, sliding_window=4,
-        )  # fmt: skip
+            config,
+            speculator_type="spd",
+            markov_rank=0,
+            enable_confidence_head=False,
+            block_size=1,
+            num_target_layers=4,
+            stage_ends=(1, 4),
+            layer_types=(SLIDING,) * 2,
+            sliding_window=4,
+        )

@@ -1,8 +1,11 @@
-"""Real vLLM serves a saved draft of every type: its blocks, its counts and its output are those of the reference decoder.
+"""Real vLLM serves a saved draft of every type: its blocks, its counts and its output are those of
+the reference decoder.
 
-Starting vLLM costs 25-60 s on a CPU, most of it imports, so one process serves all cases, which differ in everything at once: for DSpark
-a Qwen3 target, the whole vocabulary, the flat format, 5 slots, and a Llama one with tied weights, a reduced vocabulary, the speculators
-format, 7 slots, a sliding and a full layer with YaRN; EAGLE-3 (with YaRN) and P-EAGLE on one of each. ``bench/serve_parity.py`` runs the whole matrix.
+Starting vLLM costs 25-60 s on a CPU, most of it imports, so one process serves all cases, which
+differ in everything at once: for DSpark a Qwen3 target, the whole vocabulary, the flat format, 5
+slots, and a Llama one with tied weights, a reduced vocabulary, the speculators format, 7 slots, a
+sliding and a full layer with YaRN; EAGLE-3 (with YaRN) and P-EAGLE on one of each.
+``bench/serve_parity.py`` runs the whole matrix.
 """
 
 from __future__ import annotations
@@ -59,10 +62,16 @@ class Case:
         """The target's own answers, our outcomes, and what vLLM is asked."""
         model = tiny.target(self.kind)
         alone = [greedy_alone(model, p, max_tokens=MAX_TOKENS) for p in PROMPTS]
-        ids = torch.tensor(sorted({*range(0, tiny.VOCAB, 3), *alone[0], *alone[1]})) if self.reduced else None
+        ids = (
+            torch.tensor(sorted({*range(0, tiny.VOCAB, 3), *alone[0], *alone[1]}))
+            if self.reduced
+            else None
+        )
         draft = tiny.draft(model, draft_ids=ids, **self.shape)
         # Two answers are learnt, the third is not: accepted and rejected blocks both occur.
-        tiny.agree(model, draft, [p + a for p, a in zip(PROMPTS[:2], alone[:2], strict=True)], steps=100)
+        tiny.agree(
+            model, draft, [p + a for p, a in zip(PROMPTS[:2], alone[:2], strict=True)], steps=100
+        )
         target = str(folder / "target")
         model.save_pretrained(target)
         save_draft(folder / "draft", draft, dtype=torch.float32)
@@ -75,13 +84,21 @@ class Case:
                 for p in PROMPTS
             ]
         request = ServeRequest(
-            target=target, draft=str(folder / "draft"), num_speculative_tokens=self.size, prompts=PROMPTS, max_tokens=MAX_TOKENS,
-            dtype="float32", speculation=drafter(self.type).serving(draft.config), trace=True,
-        )  # fmt: skip
+            target=target,
+            draft=str(folder / "draft"),
+            num_speculative_tokens=self.size,
+            prompts=PROMPTS,
+            max_tokens=MAX_TOKENS,
+            dtype="float32",
+            speculation=drafter(self.type).serving(draft.config),
+            trace=True,
+        )
         return alone, ours, request
 
 
-YARN = {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}}
+YARN = {
+    "rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}
+}
 SLIDING = {"sliding_window": 6, "layer_types": ("sliding_attention", "full_attention")}
 CASES = (
     Case("dspark", "qwen3", False, "flat", 5),
@@ -102,6 +119,8 @@ def test_vllm_serves_what_we_decode(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         assert parity.different == [], case
         assert parity.compared == parity.equal == sum(o.drafts for o in ours) > 20, case
         assert (parity.only_ours, parity.only_served) == (0, 0), case
-        assert [(o.drafts, o.accepted_at) for o in served] == [(o.drafts, o.accepted_at) for o in ours], case
+        assert [(o.drafts, o.accepted_at) for o in served] == [
+            (o.drafts, o.accepted_at) for o in ours
+        ], case
         lengths = [1 + sum(o.accepted_at) / o.drafts for o in served]
         assert max(lengths) > 2.5 > min(lengths), (case, lengths)

@@ -1,7 +1,9 @@
-"""``dspark-tools check DRAFT --model TARGET``: the files, then the target's own answers, then the real server.
+"""``dspark-tools check DRAFT --model TARGET``: the files, then the target's own answers, then the
+real server.
 
-Each stage needs more than the one before it: config.json and tensors (``check``), the target's weights (``symptoms``), an installed vLLM
-(``parity``). A stage that did not run is named, so that silence is never taken for a pass.
+Each stage needs more than the one before it: config.json and tensors (``check``), the target's
+weights (``symptoms``), an installed vLLM (``parity``). A stage that did not run is named, so that
+silence is never taken for a pass.
 """
 
 from __future__ import annotations
@@ -33,7 +35,9 @@ QUESTIONS = (
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CheckConfig:
-    """``serve`` None: if vLLM is there. ``data`` None: a few questions of its own (random ids for a target without a tokenizer)."""
+    """``serve`` None: if vLLM is there. ``data`` None: a few questions of its own (random ids for a
+    target without a tokenizer).
+    """
 
     draft: str
     model: str
@@ -76,7 +80,9 @@ def check(config: CheckConfig, note: Callable[[str], None] = lambda line: None) 
                 findings.append(Finding("error", "config", str(wrong)))
             findings.append(
                 Finding(
-                    "note", "behaviour", "not judged: the draft cannot be loaded as its config describes it"
+                    "note",
+                    "behaviour",
+                    "not judged: the draft cannot be loaded as its config describes it",
                 )
             )
     else:
@@ -84,7 +90,9 @@ def check(config: CheckConfig, note: Callable[[str], None] = lambda line: None) 
     if served is None:
         findings.append(
             Finding(
-                "note", "served", f"blocks were NOT compared with a real server: {_why_not_served(config)}"
+                "note",
+                "served",
+                f"blocks were NOT compared with a real server: {_why_not_served(config)}",
             )
         )
     gain = gained(config, behaviour)
@@ -109,12 +117,15 @@ def who_serves(target: Any) -> str:
     """What the table of families (docs/targets.md) says of servers for this target."""
     from dspark.dump.target.chain import serving
 
-    return serving([getattr(target.whole, "model_type", None), target.config.get("model_type")]).text
+    return serving(
+        [getattr(target.whole, "model_type", None), target.config.get("model_type")]
+    ).text
 
 
 def served_states(architectures: Sequence[str]) -> str | None:
-    """What to start the installed vLLM with, where it hands a draft one tensor-parallel rank's part of the target's states; None where it does not,
-    or where there is none."""
+    """What to start the installed vLLM with, where it hands a draft one tensor-parallel rank's part
+    of the target's states; None where it does not, or where there is none.
+    """
     from dspark.dump.engines.vllm.launch import CAPTURE_MODULE, found_source
 
     found = found_source(architectures, cuda=True)
@@ -124,19 +135,23 @@ def served_states(architectures: Sequence[str]) -> str | None:
     what = (
         f"vLLM {vllm_version()} cannot serve a draft of {name}: {found.why}"
         if not found.gives_states
-        else f"with tensor parallelism vLLM {vllm_version()} feeds a draft of {name} one rank's part of the target's states: output stays "
+        else f"with tensor parallelism vLLM {vllm_version()} feeds a draft of {name} one rank's "
+        "part of the target's states: output stays "
         "lossless, fewer tokens are accepted"
     )
     return (
-        f'{what}. Not run on a GPU yet: vllm serve --model-class-overrides \'{{"{name}": "{CAPTURE_MODULE}:{name}"}}\''
+        f'{what}. Not run on a GPU yet: vllm serve --model-class-overrides \'{{"{name}": '
+        f'"{CAPTURE_MODULE}:{name}"}}\''
         f"{' --enforce-eager' if found.compiled else ''} takes whole ones (docs/vllm.md)"
     )
 
 
 def gained(config: CheckConfig, behaviour: dict[str, Any]) -> dict[str, Any] | None:
-    """Whether serving the draft should pay: accepted length against what a step costs. None where behaviour was not judged.
+    """Whether serving the draft should pay: accepted length against what a step costs. None where
+    behaviour was not judged.
 
-    A step with the draft reads the draft's weights beside the target's; decoding one sequence is bound by reading.
+    A step with the draft reads the draft's weights beside the target's; decoding one sequence is
+    bound by reading.
     """
     from dspark.tools.judge.eval_report import relative_cost
 
@@ -146,12 +161,22 @@ def gained(config: CheckConfig, behaviour: dict[str, Any]) -> dict[str, Any] | N
         return None
     speed = length / (1 + cost)
     verdict = "it should gain" if speed > 1 else "IT WOULD BE SLOWER than the target alone"
-    text = f"accepted length {length:.2f}, a step with the draft costs {1 + cost:.2f} of the target's: at best {speed:.2f}x; {verdict}"
-    return {"accepted_length": length, "relative_cost": cost, "theoretical_gain": speed, "text": text}
+    text = (
+        f"accepted length {length:.2f}, a step with the draft costs {1 + cost:.2f} of the "
+        f"target's: at best {speed:.2f}x; {verdict}"
+    )
+    return {
+        "accepted_length": length,
+        "relative_cost": cost,
+        "theoretical_gain": speed,
+        "text": text,
+    }
 
 
 def _servers(described: Any, form: str, findings: list[Any]) -> dict[str, Any]:
-    """What is known of vLLM versions for this draft; adds a finding if the one that is installed would read it wrongly."""
+    """What is known of vLLM versions for this draft; adds a finding if the one that is installed
+    would read it wrongly.
+    """
     from dspark.tools.check.files import VLLM, Finding, vllm_at_least
 
     installed = vllm_version()
@@ -168,9 +193,16 @@ def _servers(described: Any, form: str, findings: list[Any]) -> dict[str, Any]:
 
 
 def _decode(
-    config: CheckConfig, files: Any, target: Any, model: Any, findings: list[Any], note: Callable[[str], None]
+    config: CheckConfig,
+    files: Any,
+    target: Any,
+    model: Any,
+    findings: list[Any],
+    note: Callable[[str], None],
 ) -> tuple[dict[str, Any], dict[str, Any] | None]:
-    """Adds what the stages that run the target find to ``findings``; returns behaviour, and parity with the server or None."""
+    """Adds what the stages that run the target find to ``findings``; returns behaviour, and parity
+    with the server or None.
+    """
     from dspark.tools.check import files as files_only
     from dspark.tools.check.files import Finding
     from dspark.tools.check.probe import answer_of
@@ -186,7 +218,9 @@ def _decode(
         answers = []
         for number, prompt in enumerate(prompts, 1):
             note(f"the target answers prompt {number} of {len(prompts)}")
-            tokens = greedy_alone(model, prompt, max_tokens=config.max_tokens, stop_ids=target.eos_token_ids)
+            tokens = greedy_alone(
+                model, prompt, max_tokens=config.max_tokens, stop_ids=target.eos_token_ids
+            )
             answers.append(answer_of(tapped, prompt, tokens))
         others = readings(
             draft,
@@ -204,28 +238,42 @@ def _decode(
         note("starting vLLM")
         dtype = str(model.dtype).removeprefix("torch.")
         parity = serve_and_compare(
-            model, config.model, config.draft, prompts[:2], max_tokens=min(config.max_tokens, 32), stop_ids=target.eos_token_ids,
+            model,
+            config.model,
+            config.draft,
+            prompts[:2],
+            max_tokens=min(config.max_tokens, 32),
+            stop_ids=target.eos_token_ids,
             dtype=dtype,
-        )  # fmt: skip
+        )
         served = parity.to_json() | {"dtype": dtype}
-        equal = f"{parity.equal} of {parity.compared} blocks that our decoder and vLLM drafted are equal, token for token"
+        equal = (
+            f"{parity.equal} of {parity.compared} blocks that our decoder and vLLM drafted are "
+            "equal, token for token"
+        )
         if parity.holds:
             findings.append(Finding("note", "served", f"{equal}; same output"))
         else:
-            # Below float32 near-ties fall either way, block by block; a wrong draft or kernel differs almost everywhere.
-            level = "error" if dtype == "float32" or parity.equal < 0.8 * parity.compared else "note"
+            # Below float32 near-ties fall either way, block by block; a wrong draft or kernel
+            # differs almost everywhere.
+            level = (
+                "error" if dtype == "float32" or parity.equal < 0.8 * parity.compared else "note"
+            )
             findings.append(
                 Finding(
                     level,
                     "served",
-                    f"only {equal} ({dtype}); same output: {parity.same_output}. First: {parity.different[:1]}",
+                    f"only {equal} ({dtype}); same output: {parity.same_output}. First: "
+                    f"{parity.different[:1]}",
                 )
             )
     return behaviour, served
 
 
 def mask_token(files: Any, target: Any) -> list[Any]:
-    """A mask token that text uses is one the draft cannot tell from text; certain only where training left no record."""
+    """A mask token that text uses is one the draft cannot tell from text; certain only where
+    training left no record.
+    """
     from dspark.tools.check.files import Finding
 
     mask, tokenizer = files.flat.get("mask_token_id"), target.tokenizer
@@ -236,7 +284,8 @@ def mask_token(files: Any, target: Any) -> list[Any]:
             Finding(
                 "error",
                 "mask-token",
-                f"mask_token_id {mask} is outside the target's vocabulary of {target.shapes.vocab_size}",
+                f"mask_token_id {mask} is outside the target's vocabulary of "
+                f"{target.shapes.vocab_size}",
             )
         ]
     if (
@@ -256,7 +305,9 @@ def mask_token(files: Any, target: Any) -> list[Any]:
 
 
 def mask_candidates(target: Any) -> list[int]:
-    """Ids that drafts of this target may have been trained with as mask token: unused rows, special tokens, the ends of the vocabulary."""
+    """Ids that drafts of this target may have been trained with as mask token: unused rows, special
+    tokens, the ends of the vocabulary.
+    """
     vocab, tokenizer = target.shapes.vocab_size, target.tokenizer
     special = [] if tokenizer is None else [len(tokenizer), *sorted(tokenizer.added_tokens_decoder)]
     return [i for i in [*special, *target.eos_token_ids, vocab - 1, 0] if 0 <= i < vocab]
@@ -270,13 +321,18 @@ def _prompts(config: CheckConfig, target: Any) -> list[list[int]]:
 
     if config.data is not None:
         found = read_prompts(
-            config.data, target.tokenizer, vocab_size=target.shapes.vocab_size, room=None, limit=config.limit
+            config.data,
+            target.tokenizer,
+            vocab_size=target.shapes.vocab_size,
+            room=None,
+            limit=config.limit,
         )
         return [p.ids for p in found]
     if target.tokenizer is None:
         chance = random.Random(0)
         return [
-            [chance.randrange(target.shapes.vocab_size) for _ in range(8 + i)] for i in range(config.limit)
+            [chance.randrange(target.shapes.vocab_size) for _ in range(8 + i)]
+            for i in range(config.limit)
         ]
     asked = QUESTIONS[: config.limit]
     chat = target.tokenizer.chat_template is not None
@@ -303,7 +359,10 @@ def _why_not_served(config: CheckConfig) -> str:
         return "it was not asked for"
     if not ENGINES["vllm"].available:
         return "vLLM is not installed here"
-    return "there is no GPU, or the draft could not be loaded (without a GPU vLLM needs DSPARK_TRITON_INTERPRETER, see docs/serving.md)"
+    return (
+        "there is no GPU, or the draft could not be loaded (without a GPU vLLM needs "
+        "DSPARK_TRITON_INTERPRETER, see docs/serving.md)"
+    )
 
 
 @command(
@@ -311,8 +370,8 @@ def _why_not_served(config: CheckConfig) -> str:
     epilog="""\b
 Examples:
   dspark-tools check ./draft --model Qwen/Qwen3-4B
-  dspark-tools check ./draft --model ./target --no-decode             files only, no weights of the target
-  dspark-tools check ./draft --model ./target --serve --json          and block by block against real vLLM
+  dspark-tools check ./draft --model ./target --no-decode       files only, no weights of the target
+  dspark-tools check ./draft --model ./target --serve --json    and block by block against real vLLM
 
 Exit code 1 if anything is wrong or looks like a known mistake.
 """,
@@ -333,13 +392,19 @@ Exit code 1 if anything is wrong or looks like a known mistake.
     help="Judge behaviour on the target's own answers (loads the target).",
 )
 @click.option(
-    "--serve/--no-serve", default=None, help="Compare blocks with real vLLM.  [default: if it can run here]"
+    "--serve/--no-serve",
+    default=None,
+    help="Compare blocks with real vLLM.  [default: if it can run here]",
 )
 @click.option("--device", default="auto", type=DEVICE, help="auto, cpu, cuda or cuda:N.")
-@click.option("--dtype", default="auto", type=click.Choice(["auto", "float32", "bfloat16", "float16"]))
+@click.option(
+    "--dtype", default="auto", type=click.Choice(["auto", "float32", "bfloat16", "float16"])
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
 def check_command(as_json: bool, **flags: Any) -> None:
-    """Find what can be wrong with DRAFT before it is served: files, layouts, ids, norms, vocabulary, behaviour, real blocks."""
+    """Find what can be wrong with DRAFT before it is served: files, layouts, ids, norms,
+    vocabulary, behaviour, real blocks.
+    """
     from rich.console import Console
 
     with Console(stderr=True).status("reading") as status:
@@ -358,10 +423,15 @@ def show(result: dict[str, Any]) -> None:
             if finding["level"] == level:
                 print(f"{level:<9}  {finding['name']:<12}  {printable(finding['text'])}")
     vllm = result["vllm"]
-    needed = f"needs {vllm['at_least']} or later ({vllm['because']}); " if "at_least" in vllm else ""
-    compared, served = (", ".join(vllm[key]) for key in ("compared_token_for_token", "served_losslessly"))
+    needed = (
+        f"needs {vllm['at_least']} or later ({vllm['because']}); " if "at_least" in vllm else ""
+    )
+    compared, served = (
+        ", ".join(vllm[key]) for key in ("compared_token_for_token", "served_losslessly")
+    )
     print(
-        f"vLLM: {needed}compared token for token on {compared}, served losslessly by {served}; installed here: {vllm['installed'] or 'none'}"
+        f"vLLM: {needed}compared token for token on {compared}, served losslessly by {served}; "
+        f"installed here: {vllm['installed'] or 'none'}"
     )
     gain = result["gain"]
     verdict = "no problem found in the stages that ran" if result["ok"] else "DO NOT SERVE as it is"

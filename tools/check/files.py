@@ -1,14 +1,18 @@
-"""``dspark-tools check``: what can be wrong with a draft before it is served, from its files and its target's config.
+"""``dspark-tools check``: what can be wrong with a draft before it is served, from its files and
+its target's config.
 
-A draft that is served wrongly does not fail: it is accepted less. Others shipped drafts that served at 1 % because of a flag (vLLM
-#47093, #48639, #56792), so every finding says whether it is certain:
+A draft that is served wrongly does not fail: it is accepted less. Others shipped drafts that served
+at 1 % because of a flag (vLLM #47093, #48639, #56792), so every finding says whether it is certain:
 
-- ``error``: two pieces of evidence contradict each other, or a reader cannot take the file. The record of training is in the header of
-  the weights (``export.trained_as``) and, beside the draft, in store.json and training.json.
-- ``suspicion``: it runs, but something looks like a known mistake. ``dspark.tools.check.symptoms`` adds those that only decoding shows.
+- ``error``: two pieces of evidence contradict each other, or a reader cannot take the file. The
+  record of training is in the header of the weights (``export.trained_as``) and, beside the draft,
+  in store.json and training.json.
+- ``suspicion``: it runs, but something looks like a known mistake. ``dspark.tools.check.symptoms``
+  adds those that only decoding shows.
 - ``note``: nothing wrong; what could not be judged, or what a server will do.
 
-Here nothing is loaded but the draft's own tensors; ``check`` in ``dspark.tools.check.command`` adds the target and the real server.
+Here nothing is loaded but the draft's own tensors; ``check`` in ``dspark.tools.check.command`` adds
+the target and the real server.
 """
 
 from __future__ import annotations
@@ -34,33 +38,46 @@ from dspark.train.draft.spelling import flat_of
 from dspark.train.draft.types import TYPES, DrafterType, drafter, type_of
 from dspark.train.draft.vocabulary import faults, ids_of
 
-# What is known of servers, and from where. Checked here means: the served-parity test and bench/serve_parity.py ran on it.
+# What is known of servers, and from where. Checked here means: the served-parity test and
+# bench/serve_parity.py ran on it.
 VLLM = {
     "compared_token_for_token": ["0.32.0"],
-    "served_losslessly": ["0.26.0", "0.32.0"],  # 100 prompts each, on an H100 and on a CPU (docs/log/2026-11-22-served-h100.md)
-    "sources": ["vllm #46995 (method dspark)", "vllm #47093 (speculators format)", "vllm #48524 (fc's width)", "the source of 0.25.1, 0.26.0, 0.27.0"],
+    # 100 prompts each, on an H100 and on a CPU (docs/log/2026-11-22-served-h100.md)
+    "served_losslessly": ["0.26.0", "0.32.0"],
+    "sources": [
+        "vllm #46995 (method dspark)",
+        "vllm #47093 (speculators format)",
+        "vllm #48524 (fc's width)",
+        "the source of 0.25.1, 0.26.0, 0.27.0",
+    ],
     "needs": "the V2 model runner; vLLM has the vanilla Markov head only",
-}  # fmt: skip
+}
 
 
 def vllm_at_least(config: DraftConfig, form: str) -> tuple[str, str]:
     """The first vLLM that reads this draft rightly, and why not an earlier one."""
     if config.layer_types or config.is_causal is not None:
-        return "0.32.0", "its windows were compared there block by block; earlier versions were not looked at"
+        return (
+            "0.32.0",
+            "its windows were compared there block by block; earlier versions were not looked at",
+        )
     if form == "speculators":
         return "0.27.0", (
-            "0.25.1 and 0.26.0 treat every speculators checkpoint as one whose anchor is a bonus token, whatever sample_from_anchor says: "
+            "0.25.1 and 0.26.0 treat every speculators checkpoint as one whose anchor is a bonus "
+            "token, whatever sample_from_anchor says: "
             "they draft from the wrong slots without an error. They read the flat format correctly"
         )
     if len(config.target_layer_ids) != config.num_layers:
         return "0.27.0", (
-            f"0.25.1 and 0.26.0 size fc by the draft's own {config.num_layers} layers, not by the {len(config.target_layer_ids)} of the target "
+            f"0.25.1 and 0.26.0 size fc by the draft's own {config.num_layers} layers, not by "
+            f"the {len(config.target_layer_ids)} of the target "
             "that it reads, and fail to load it"
         )
     return "0.25.1", "method dspark came with it"
 
 
-# Keys that vLLM prefers to target_layer_ids in a flat config, and keys that change the attention or the mask token.
+# Keys that vLLM prefers to target_layer_ids in a flat config, and keys that change the attention or
+# the mask token.
 OVERRIDES = (
     "dspark_target_layer_ids",
     "eagle_aux_hidden_state_layer_ids",
@@ -71,7 +88,8 @@ OVERRIDES = (
 NORMS = ("norm.weight", "hidden_norm.weight")
 
 
-# What the judges below compute with; a value of another kind, as a slip of an editor leaves it, cannot be judged at all.
+# What the judges below compute with; a value of another kind, as a slip of an editor leaves it,
+# cannot be judged at all.
 _ROPE = {"rope_theta": Optional(float)}
 _READ = _ROPE | {
     "target_layer_ids": Optional([int]),
@@ -79,14 +97,18 @@ _READ = _ROPE | {
     "block_size": Optional(int),
     "max_position_embeddings": Optional(int),
     "rope_parameters": Optional(_ROPE | {"full_attention": Optional(_ROPE)}),
-    "speculators_config": Optional({"proposal_methods": Optional([{"speculative_tokens": Optional(int)}])}),
+    "speculators_config": Optional(
+        {"proposal_methods": Optional([{"speculative_tokens": Optional(int)}])}
+    ),
 }
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """``level`` error, suspicion or note; ``name`` says which mistake (layout-flag, layer-ids, norm, mask-token, vocabulary, rope,
-    tensors, head, block-size, config, ...); ``text`` what was found, what was expected, what to do."""
+    """``level`` error, suspicion or note; ``name`` says which mistake (layout-flag, layer-ids,
+    norm, mask-token, vocabulary, rope, tensors, head, block-size, config, ...); ``text`` what was
+    found, what was expected, what to do.
+    """
 
     level: str
     name: str
@@ -95,7 +117,9 @@ class Finding:
 
 @dataclass(frozen=True, slots=True)
 class Files:
-    """A draft folder as read: config.json as written, its flat spelling, the tensors, and what training left beside them."""
+    """A draft folder as read: config.json as written, its flat spelling, the tensors, and what
+    training left beside them.
+    """
 
     folder: Path
     raw: dict[str, Any]
@@ -107,9 +131,12 @@ class Files:
 
     @property
     def layout(self) -> dict[str, bool]:
-        """``sample_from_anchor`` as the weights were trained: true for ours, whatever config.json says; what it says for others."""
+        """``sample_from_anchor`` as the weights were trained: true for ours, whatever config.json
+        says; what it says for others.
+        """
         return {
-            "sample_from_anchor": self.trained is not None or self.flat.get("sample_from_anchor") is not False
+            "sample_from_anchor": self.trained is not None
+            or self.flat.get("sample_from_anchor") is not False
         }
 
     @property
@@ -125,7 +152,9 @@ class Files:
             return drafter(next(iter(TYPES)))
 
     def described(self) -> DraftConfig | None:
-        """The draft that config.json describes, whatever it says of the layout and to servers; None if it describes none."""
+        """The draft that config.json describes, whatever it says of the layout and to servers; None
+        if it describes none.
+        """
         own = {k: v for k, v in self.flat.items() if k not in OVERRIDES or k in self.kind.own_keys}
         try:
             return DraftConfig.from_flat(own | self.layout)
@@ -149,7 +178,9 @@ class Files:
 
 def _readable(config: dict[str, Any], folder: str) -> dict[str, Any]:
     """``config`` if every key that is computed with is of its kind. Raises DraftError."""
-    remedy = "expected the config of a draft; correct that key, nothing else can be judged without it"
+    remedy = (
+        "expected the config of a draft; correct that key, nothing else can be judged without it"
+    )
     require(config, _READ, Path(folder) / export.CONFIG, remedy)
     return config
 
@@ -158,14 +189,21 @@ Judge = Callable[[Files, Mapping[str, Any]], Iterator[Finding]]
 
 
 def judge(files: Files, target: Mapping[str, Any], drafts: int | None = None) -> list[Finding]:
-    """Findings from the files alone. ``target``: the target's text config; ``drafts``: num_speculative_tokens that is planned."""
+    """Findings from the files alone. ``target``: the target's text config; ``drafts``:
+    num_speculative_tokens that is planned.
+    """
     found = [f for rule in RULES for f in rule(files, target)]
     found += block_size(files, drafts)
     if files.trained is None:
-        found.append(Finding(
-            "note", "record", "the weights carry no record of their training (another program wrote them): layer ids, mask token, "
-            "RoPE and layout are judged only by how the draft behaves",
-        ))  # fmt: skip
+        found.append(
+            Finding(
+                "note",
+                "record",
+                "the weights carry no record of their training (another program wrote them): "
+                "layer ids, mask token, "
+                "RoPE and layout are judged only by how the draft behaves",
+            )
+        )
     return found
 
 
@@ -175,23 +213,35 @@ def layout(files: Files, target: Mapping[str, Any]) -> Iterator[Finding]:
         return
     if flag is None:
         told = (
-            "false (the anchor predicts nothing)" if files.speculators else "true, llama.cpp and others false"
+            "false (the anchor predicts nothing)"
+            if files.speculators
+            else "true, llama.cpp and others false"
         )
         yield Finding(
-            "error", "layout-flag", f"config.json has no sample_from_anchor; vLLM then takes {told}. "
+            "error",
+            "layout-flag",
+            f"config.json has no sample_from_anchor; vLLM then takes {told}. "
             "Write true for a draft whose slot 0 predicts, as this package and DeepSpec train it",
-        )  # fmt: skip
+        )
     elif flag is False and files.trained is None:
         yield Finding(
-            "note", "layout-flag", "config.json has sample_from_anchor = false: the anchor is a bonus token, slot 0 predicts nothing, and "
+            "note",
+            "layout-flag",
+            "config.json has sample_from_anchor = false: the anchor is a bonus token, slot 0 "
+            "predicts nothing, and "
             f"block_size {files.flat.get('block_size')} counts it: serve with one draft less",
-        )  # fmt: skip
+        )
     elif flag is not True:
-        trained = "" if files.trained is None else "; the weights say that they were trained with true"
+        trained = (
+            "" if files.trained is None else "; the weights say that they were trained with true"
+        )
         yield Finding(
-            "error", "layout-flag", f"config.json has sample_from_anchor = {flag!r}{trained}. Every slot of these drafts predicts, slot 0 "
+            "error",
+            "layout-flag",
+            f"config.json has sample_from_anchor = {flag!r}{trained}. Every slot of these "
+            "drafts predicts, slot 0 "
             "too: with false a server shifts every token by one and accepts almost nothing",
-        )  # fmt: skip
+        )
 
 
 def attention(files: Files, target: Mapping[str, Any]) -> Iterator[Finding]:
@@ -202,29 +252,43 @@ def attention(files: Files, target: Mapping[str, Any]) -> Iterator[Finding]:
     if files.speculators:
         if files.raw.get(NON_CAUSAL) and "is_causal" not in files.raw["transformer_layer_config"]:
             yield Finding(
-                "error", "attention", f"config.json has {NON_CAUSAL} = true, which vLLM 0.32 reads for dflash drafts only: it lets no slot of "
-                "a sliding layer see a later one, unlike training. dspark-tools export writes is_causal = false, which it obeys",
-            )  # fmt: skip
+                "error",
+                "attention",
+                f"config.json has {NON_CAUSAL} = true, which vLLM 0.32 reads for dflash "
+                "drafts only: it lets no slot of "
+                "a sliding layer see a later one, unlike training. dspark-tools export writes "
+                "is_causal = false, which it obeys",
+            )
         return
     kept = isinstance(nested, dict) and nested.get("swa_window_size") is not None
     if files.flat.get("use_sliding_window") is not True and not kept:
         yield Finding(
-            "error", "attention", "config.json has sliding layers and no use_sliding_window = true: transformers then drops the window, and vLLM "
+            "error",
+            "attention",
+            "config.json has sliding layers and no use_sliding_window = true: transformers "
+            "then drops the window, and vLLM "
             "refuses the draft. Write true",
-        )  # fmt: skip
+        )
 
 
 def config(files: Files, target: Mapping[str, Any]) -> Iterator[Finding]:
-    """Whether this package's own reader takes it, and keys that a server obeys and this package never trained."""
+    """Whether this package's own reader takes it, and keys that a server obeys and this package
+    never trained.
+    """
     for key in (k for k in OVERRIDES if k not in files.kind.own_keys):
         if files.flat.get(key) not in (None, {}, False, 1.0):
             yield Finding(
-                "error", "override", f"config.json has {key} = {files.flat[key]!r}, which vLLM obeys before (or in addition to) the keys that "
+                "error",
+                "override",
+                f"config.json has {key} = {files.flat[key]!r}, which vLLM obeys before (or "
+                "in addition to) the keys that "
                 "training wrote; remove it",
-            )  # fmt: skip
+            )
     for key in files.kind.stated:
         if key not in files.flat and key != "sample_from_anchor":
-            yield Finding("error", "config", f"config.json has no {key}; readers disagree on its default")
+            yield Finding(
+                "error", "config", f"config.json has no {key}; readers disagree on its default"
+            )
     try:
         ours = DraftConfig.from_flat(files.flat | files.layout)
     except DraftError as wrong:
@@ -249,12 +313,26 @@ def config(files: Files, target: Mapping[str, Any]) -> Iterator[Finding]:
 
 # Field of DraftConfig -> the name of the mistake it would be.
 _RECORDED = {
-    "target_layer_ids": "layer-ids", "mask_token_id": "mask-token", "rope_theta": "rope", "block_size": "block-size",
-    "rms_norm_eps": "norm", "num_heads": "config", "num_kv_heads": "config", "head_dim": "config", "num_layers": "config",
-    "vocab_size": "vocabulary", "draft_vocab_size": "vocabulary", "markov_rank": "markov-head", "markov_head_type": "markov-head",
-    "rope_scaling": "rope", "sliding_window": "attention", "layer_types": "attention", "is_causal": "attention",
-    "max_position_embeddings": "rope", "confidence_head_with_markov": "config",
-}  # fmt: skip
+    "target_layer_ids": "layer-ids",
+    "mask_token_id": "mask-token",
+    "rope_theta": "rope",
+    "block_size": "block-size",
+    "rms_norm_eps": "norm",
+    "num_heads": "config",
+    "num_kv_heads": "config",
+    "head_dim": "config",
+    "num_layers": "config",
+    "vocab_size": "vocabulary",
+    "draft_vocab_size": "vocabulary",
+    "markov_rank": "markov-head",
+    "markov_head_type": "markov-head",
+    "rope_scaling": "rope",
+    "sliding_window": "attention",
+    "layer_types": "attention",
+    "is_causal": "attention",
+    "max_position_embeddings": "rope",
+    "confidence_head_with_markov": "config",
+}
 
 
 def record(files: Files, target: Mapping[str, Any]) -> Iterator[Finding]:
@@ -269,18 +347,24 @@ def record(files: Files, target: Mapping[str, Any]) -> Iterator[Finding]:
                 yield Finding(
                     "error",
                     name,
-                    f"config.json says {field} = {_plain(now)}, the weights were trained with {_plain(then)}{_shift(now, then)}",
+                    f"config.json says {field} = {_plain(now)}, the weights were trained with "
+                    f"{_plain(then)}{_shift(now, then)}",
                 )
     layers = files.store.get("layers")
     if layers is not None and not set(ours.target_layer_ids) <= set(layers):
         yield Finding(
-            "error", "layer-ids", f"config.json says target_layer_ids = {list(ours.target_layer_ids)} (outputs of layers), the draft was "
+            "error",
+            "layer-ids",
+            f"config.json says target_layer_ids = {list(ours.target_layer_ids)} (outputs of "
+            "layers), the draft was "
             f"trained on a store of {layers}{_shift(ours.target_layer_ids, tuple(layers))}",
-        )  # fmt: skip
+        )
     size = files.training.get("block_size")
     if size is not None and size != ours.block_size:
         yield Finding(
-            "error", "block-size", f"config.json says block_size = {ours.block_size}, training.json {size}"
+            "error",
+            "block-size",
+            f"config.json says block_size = {ours.block_size}, training.json {size}",
         )
 
 
@@ -308,13 +392,16 @@ def against_target(files: Files, target: Mapping[str, Any]) -> Iterator[Finding]
             yield Finding(
                 "error",
                 "target",
-                f"{key} is {flat.get(key)}, the target's is {target[key]}: a draft of another model",
+                f"{key} is {flat.get(key)}, the target's is {target[key]}: a draft of another "
+                "model",
             )
     nested = files.raw.get("dflash_config")
     stated = "num_target_layers" in {**files.raw, **(nested if isinstance(nested, dict) else {})}
     if stated and flat.get("num_target_layers") not in (None, layers) and not files.speculators:
         yield Finding(
-            "error", "target", f"num_target_layers is {flat['num_target_layers']}, the target has {layers}"
+            "error",
+            "target",
+            f"num_target_layers is {flat['num_target_layers']}, the target has {layers}",
         )
     ids = flat.get("target_layer_ids") or []
     if any(not -1 <= i < layers for i in ids):
@@ -326,16 +413,24 @@ def against_target(files: Files, target: Mapping[str, Any]) -> Iterator[Finding]
     longest = target.get("max_position_embeddings")
     if longest and (flat.get("max_position_embeddings") or longest) < longest:
         yield Finding(
-            "error", "rope", f"max_position_embeddings is {flat['max_position_embeddings']}, the target takes {longest}: vLLM sizes the "
+            "error",
+            "rope",
+            f"max_position_embeddings is {flat['max_position_embeddings']}, the target takes "
+            f"{longest}: vLLM sizes the "
             "draft's RoPE table by it and fails (or drafts noise) beyond",
-        )  # fmt: skip
+        )
     ours = files.described()
-    reach = longest if ours is None else scaling.reach(ours.rope_scaling, ours.max_position_embeddings)
+    reach = (
+        longest if ours is None else scaling.reach(ours.rope_scaling, ours.max_position_embeddings)
+    )
     if longest and ours and ours.rope_scaling and reach < longest:
         yield Finding(
-            "error", "rope", f"the scaled RoPE reaches {reach} positions (factor times the original ones), the "
+            "error",
+            "rope",
+            f"the scaled RoPE reaches {reach} positions (factor times the original ones), "
+            "the "
             f"target takes {longest}: vLLM's table for the draft ends there",
-        )  # fmt: skip
+        )
     own, theirs = rope_base(flat), rope_base(text_config(target))
     if own is None:
         yield Finding(
@@ -347,7 +442,8 @@ def against_target(files: Files, target: Mapping[str, Any]) -> Iterator[Finding]
         yield Finding(
             "suspicion",
             "rope",
-            f"rope_theta is {own:g}, the target's is {theirs:g}; drafts are usually trained with the target's",
+            f"rope_theta is {own:g}, the target's is {theirs:g}; drafts are usually trained with "
+            "the target's",
         )
 
 
@@ -371,7 +467,8 @@ def tensors(files: Files, target: Mapping[str, Any]) -> Iterator[Finding]:
         yield Finding(
             "error",
             kind,
-            f"model.safetensors lacks {name}; a server would run with whatever it was initialised to, or refuse it",
+            f"model.safetensors lacks {name}; a server would run with whatever it was "
+            "initialised to, or refuse it",
         )
     known = {*wanted, *export.FROZEN, "d2t", "t2d"}
     for name in sorted(set(stored) - known):
@@ -381,7 +478,9 @@ def tensors(files: Files, target: Mapping[str, Any]) -> Iterator[Finding]:
             else ""
         )
         yield Finding(
-            "error", "tensors", f"model.safetensors has {name}, which the config does not describe{hint}"
+            "error",
+            "tensors",
+            f"model.safetensors has {name}, which the config does not describe{hint}",
         )
     for name, shape in wanted.items():
         if name in stored and tuple(stored[name].shape) != shape:
@@ -392,7 +491,9 @@ def tensors(files: Files, target: Mapping[str, Any]) -> Iterator[Finding]:
             )
     dtypes = {str(t.dtype).removeprefix("torch.") for n, t in stored.items() if n in wanted}
     if len(dtypes) > 1:
-        yield Finding("suspicion", "tensors", f"trained tensors of several dtypes: {sorted(dtypes)}")
+        yield Finding(
+            "suspicion", "tensors", f"trained tensors of several dtypes: {sorted(dtypes)}"
+        )
     for name, value in stored.items():
         if value.is_floating_point() and not bool(torch.isfinite(value).all()):
             yield Finding("error", "tensors", f"{name} has values that are not finite")
@@ -437,7 +538,8 @@ def block_size(files: Files, drafts: int | None) -> list[Finding]:
                 Finding(
                     "error",
                     "block-size",
-                    f"{name} is {value}, block_size {size}: {more} (slots attend to each other in both directions)",
+                    f"{name} is {value}, block_size {size}: {more} (slots attend to each other "
+                    "in both directions)",
                 )
             )
     return out
@@ -447,7 +549,9 @@ RULES: tuple[Judge, ...] = (layout, attention, config, record, against_target, t
 
 
 def frozen(files: Files, target: Any) -> list[Finding]:
-    """Matrices that came along against the target's: ``target`` has ``embed_tokens`` and ``lm_head`` [V, H]."""
+    """Matrices that came along against the target's: ``target`` has ``embed_tokens`` and
+    ``lm_head`` [V, H].
+    """
     out = []
     size, offsets = files.flat.get("draft_vocab_size"), files.tensors.get("d2t")
     embed, head = files.tensors.get("embed_tokens.weight"), files.tensors.get("lm_head.weight")
@@ -473,7 +577,9 @@ def frozen(files: Files, target: Any) -> list[Finding]:
 
 
 def _wrong_head(head: Tensor, rows: Tensor, whole: Tensor, reduced: bool) -> Finding:
-    """Whether the rows are the target's under other ids (d2t is wrong), or another model's (or an untied copy)."""
+    """Whether the rows are the target's under other ids (d2t is wrong), or another model's (or an
+    untied copy).
+    """
     if reduced and head.shape == rows.shape:
         narrow, wide = head.to(torch.bfloat16), whole.detach().cpu().to(torch.bfloat16)
         bad = int((narrow != rows.detach().cpu().to(torch.bfloat16)).any(1).nonzero()[0, 0])
@@ -482,12 +588,14 @@ def _wrong_head(head: Tensor, rows: Tensor, whole: Tensor, reduced: bool) -> Fin
             return Finding(
                 "error",
                 "vocabulary",
-                f"row {bad} of lm_head is the target's row {int(at[0])}; d2t sends it to another token: d2t is wrong",
+                f"row {bad} of lm_head is the target's row {int(at[0])}; d2t sends it to another "
+                "token: d2t is wrong",
             )
     return Finding(
         "error",
         "head",
-        "lm_head.weight is not the target's (embedding and head are frozen): a head that was trained, untied or taken from another model",
+        "lm_head.weight is not the target's (embedding and head are frozen): a head that was "
+        "trained, untied or taken from another model",
     )
 
 

@@ -1,7 +1,9 @@
-"""Our decoder and real vLLM on the same prompts, greedily: is every block that both drafted the same, token for token?
+"""Our decoder and real vLLM on the same prompts, greedily: is every block that both drafted the
+same, token for token?
 
-Blocks are matched by the position of their anchor. Both outputs must be the target's own, so the text before a position is the
-same in both, and what either drafted there can be compared even where the two walked in different steps.
+Blocks are matched by the position of their anchor. Both outputs must be the target's own, so the
+text before a position is the same in both, and what either drafted there can be compared even where
+the two walked in different steps.
 """
 
 from __future__ import annotations
@@ -15,8 +17,10 @@ from dspark.tools.decode.outcome import Outcome
 
 @dataclass(frozen=True, slots=True)
 class Parity:
-    """Counts over all prompts. ``only_ours`` / ``only_served``: blocks that one side drafted at a position where the other did not.
-    ``different``: the first few blocks that are not equal."""
+    """Counts over all prompts. ``only_ours`` / ``only_served``: blocks that one side drafted at a
+    position where the other did not.
+    ``different``: the first few blocks that are not equal.
+    """
 
     compared: int
     equal: int
@@ -53,7 +57,14 @@ def parity_of(ours: Sequence[Outcome], served: Sequence[Outcome], show: int = 3)
             if mine[position] == theirs[position]:
                 equal += 1
             elif len(different) < show:
-                different.append({"prompt": number, "anchor": position, "ours": list(mine[position]), "served": list(theirs[position])})  # fmt: skip
+                different.append(
+                    {
+                        "prompt": number,
+                        "anchor": position,
+                        "ours": list(mine[position]),
+                        "served": list(theirs[position]),
+                    }
+                )
     same = all(a.tokens == b.tokens for a, b in zip(ours, served, strict=True))
     return Parity(compared, equal, only_ours, only_served, same, different)
 
@@ -68,7 +79,9 @@ def serve_and_compare(
     stop_ids: Sequence[int] = (),
     dtype: str = "float32",
 ) -> Parity:
-    """Decode ``prompts`` with our decoder on the loaded ``model`` and with a vLLM started on the folders ``target`` and ``draft``."""
+    """Decode ``prompts`` with our decoder on the loaded ``model`` and with a vLLM started on the
+    folders ``target`` and ``draft``.
+    """
     from dspark.tools.decode.decode import speculative_generate
     from dspark.tools.decode.target import Target
     from dspark.tools.decode.vllm_serve import ServeRequest, run_vllm
@@ -80,13 +93,20 @@ def serve_and_compare(
     with Target(model, config.target_layer_ids) as tapped:
         ready = load_draft(draft, tapped.frozen, dtype=model.dtype).to(model.device).eval()
         ours = [
-            speculative_generate(tapped, ready, list(p), max_tokens=max_tokens, stop_ids=stop_ids).outcome(
-                size
-            )
+            speculative_generate(
+                tapped, ready, list(p), max_tokens=max_tokens, stop_ids=stop_ids
+            ).outcome(size)
             for p in prompts
         ]
     request = ServeRequest(
-        target=target, draft=draft, num_speculative_tokens=size, prompts=[list(p) for p in prompts], max_tokens=max_tokens,
-        stop_token_ids=tuple(stop_ids), dtype=dtype, speculation=drafter(config.speculator_type).serving(config), trace=True,
-    )  # fmt: skip
+        target=target,
+        draft=draft,
+        num_speculative_tokens=size,
+        prompts=[list(p) for p in prompts],
+        max_tokens=max_tokens,
+        stop_token_ids=tuple(stop_ids),
+        dtype=dtype,
+        speculation=drafter(config.speculator_type).serving(config),
+        trace=True,
+    )
     return parity_of(ours, run_vllm(request))

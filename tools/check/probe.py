@@ -1,10 +1,13 @@
-"""A draft on answers of its own target, every anchor at once: what it would have had accepted, under this config or another.
+"""A draft on answers of its own target, every anchor at once: what it would have had accepted,
+under this config or another.
 
-Teacher-forced along a text the target wrote itself, so it needs one target forward per prompt and says, position by position, what
-decoding meets there. Greedily it is exact: the walk over the anchors that decoding visits gives decoding's own accepted lengths. With
-the distributions it gives the expected acceptance of sampling at temperature 1.
+Teacher-forced along a text the target wrote itself, so it needs one target forward per prompt and
+says, position by position, what decoding meets there. Greedily it is exact: the walk over the
+anchors that decoding visits gives decoding's own accepted lengths. With the distributions it gives
+the expected acceptance of sampling at temperature 1.
 
-Legend: P prompt tokens, S tokens of prompt and answer, A anchors P..S-B-1 (all their slots inside the answer), B slots, V vocabulary.
+Legend: P prompt tokens, S tokens of prompt and answer, A anchors P..S-B-1 (all their slots inside
+the answer), B slots, V vocabulary.
 """
 
 from __future__ import annotations
@@ -26,7 +29,9 @@ ANCHORS_AT_ONCE = 64  # bounds the [anchors, B, V] logits
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """``ids`` int64[S] of prompt and answer, ``start`` = P, the states [S, H] of each tapped layer, logits fp32 [S, V] of the target."""
+    """``ids`` int64[S] of prompt and answer, ``start`` = P, the states [S, H] of each tapped layer,
+    logits fp32 [S, V] of the target.
+    """
 
     ids: Tensor
     start: int
@@ -40,13 +45,17 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class Probed:
-    """``hit`` bool[A, B]: the draft's argmax is the text's token; ``accept`` fp32[A, B]: ``1 - TV`` of draft and target there."""
+    """``hit`` bool[A, B]: the draft's argmax is the text's token; ``accept`` fp32[A, B]: ``1 - TV``
+    of draft and target there.
+    """
 
     hit: Tensor
     accept: Tensor
 
     def lengths(self) -> Tensor:
-        """Accepted length a greedy block has at every anchor, fp32 [A], the target's own token included."""
+        """Accepted length a greedy block has at every anchor, fp32 [A], the target's own token
+        included.
+        """
         return 1 + self.hit.float().cumprod(1).sum(1)
 
     def expected_lengths(self) -> Tensor:
@@ -63,7 +72,9 @@ class Probed:
 
 
 def answer_of(target: Target, prompt: Sequence[int], tokens: Sequence[int]) -> Answer:
-    """One forward over ``prompt`` and the ``tokens`` the target answered; ``target`` is entered and taps every layer wanted."""
+    """One forward over ``prompt`` and the ``tokens`` the target answered; ``target`` is entered and
+    taps every layer wanted.
+    """
     ids = [*prompt, *tokens]
     logits, aux = target.whole(ids)
     states = dict(zip(target.layer_ids, aux.unbind(1), strict=True))
@@ -74,7 +85,8 @@ def answer_of(target: Target, prompt: Sequence[int], tokens: Sequence[int]) -> A
 def probe(draft: DraftModel, answer: Answer, *, bonus_anchor: bool = False) -> Probed | None:
     """The draft at every anchor of ``answer``; None where the answer is shorter than a block.
 
-    ``bonus_anchor`` reads the slots in the other layout: slot k predicts its own position, x[a+k], and slot 0 nothing, so B - 1 columns.
+    ``bonus_anchor`` reads the slots in the other layout: slot k predicts its own position, x[a+k],
+    and slot 0 nothing, so B - 1 columns.
     """
     config, ids = draft.config, answer.ids
     size, total = config.block_size, len(ids)
@@ -86,14 +98,22 @@ def probe(draft: DraftModel, answer: Answer, *, bonus_anchor: bool = False) -> P
     hits, accepts = [], []
     for at in range(0, every.size, ANCHORS_AT_ONCE):
         batch = Batch.build(
-            input_ids=ids.numpy(), loss_mask=np.ones(total, np.bool_), doc=np.zeros(total, np.int32), aux=aux,
-            last=torch.zeros(total - 1, config.hidden_size), anchors=every[at : at + ANCHORS_AT_ONCE], block_size=size,
-        ).to(device)  # fmt: skip
+            input_ids=ids.numpy(),
+            loss_mask=np.ones(total, np.bool_),
+            doc=np.zeros(total, np.int32),
+            aux=aux,
+            last=torch.zeros(total - 1, config.hidden_size),
+            anchors=every[at : at + ANCHORS_AT_ONCE],
+            block_size=size,
+        ).to(device)
         h = drafter(config.speculator_type).block_states(draft(batch, draft.plan(batch)))
         skip = 1 if bonus_anchor else 0
-        # Slot k is judged at the position before the token it predicts; the Markov head sees the token there.
+        # Slot k is judged at the position before the token it predicts; the Markov head sees the
+        # token there.
         judged = batch.slot_index[:, : size - skip]
-        hit, accept = _against(draft, h[:, skip:], batch.input_ids, judged, answer.logits.to(device))
+        hit, accept = _against(
+            draft, h[:, skip:], batch.input_ids, judged, answer.logits.to(device)
+        )
         hits.append(hit.cpu())
         accepts.append(accept.cpu())
     return Probed(torch.cat(hits), torch.cat(accepts))
@@ -102,7 +122,9 @@ def probe(draft: DraftModel, answer: Answer, *, bonus_anchor: bool = False) -> P
 def _against(
     draft: DraftModel, h: Tensor, ids: Tensor, judged: Tensor, logits: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """``h`` [A, K, H] predicting the token after position ``judged`` int64[A, K]: (argmax is that token, 1 - TV), both [A, K]."""
+    """``h`` [A, K, H] predicting the token after position ``judged`` int64[A, K]: (argmax is that
+    token, 1 - TV), both [A, K].
+    """
     head = draft.frozen_head
     own = draft.slot_logits(h)
     if draft.markov_head is not None:

@@ -1,8 +1,11 @@
-"""What only behaviour shows: the draft on its target's own answers, as configured and as it would be under each classic mistake.
+"""What only behaviour shows: the draft on its target's own answers, as configured and as it would
+be under each classic mistake.
 
-If reading the config another way (every layer id one lower, another mask token, another RoPE base, no window, the other layout, the target's norm)
-would have had clearly more tokens accepted, that other way is probably how it was trained. It is evidence, not proof, and says so. Paired
-over the same anchors of the same answers, and by answer: a difference counts from three standard errors and a tenth of the length.
+If reading the config another way (every layer id one lower, another mask token, another RoPE base,
+no window, the other layout, the target's norm)
+would have had clearly more tokens accepted, that other way is probably how it was trained. It is
+evidence, not proof, and says so. Paired over the same anchors of the same answers, and by answer: a
+difference counts from three standard errors and a tenth of the length.
 """
 
 from __future__ import annotations
@@ -38,9 +41,15 @@ class Reading:
 
 
 def readings(
-    draft: DraftModel, num_layers: int, target_theta: float | None, masks: Sequence[int], norm: torch.Tensor
+    draft: DraftModel,
+    num_layers: int,
+    target_theta: float | None,
+    masks: Sequence[int],
+    norm: torch.Tensor,
 ) -> Iterator[Reading]:
-    """Other readings of ``draft``; the weights are shared. ``masks``: ids that may have been the mask token."""
+    """Other readings of ``draft``; the weights are shared. ``masks``: ids that may have been the
+    mask token.
+    """
     config = draft.config
     for by, what in (
         (-1, "as if config.json held vLLM's ids, the state entering layer j"),
@@ -49,7 +58,9 @@ def readings(
         ids = tuple(i + by for i in config.target_layer_ids)
         if ids[0] >= -1 and ids[-1] < num_layers:
             yield Reading(
-                "layer-ids", f"outputs of layers {list(ids)} ({what})", _read_as(draft, target_layer_ids=ids)
+                "layer-ids",
+                f"outputs of layers {list(ids)} ({what})",
+                _read_as(draft, target_layer_ids=ids),
             )
     for theta in sorted({*ROPE_BASES, target_theta or config.rope_theta} - {config.rope_theta}):
         yield Reading("rope", f"rope_theta {theta:g}", _read_as(draft, rope_theta=theta))
@@ -59,7 +70,9 @@ def readings(
         causal = config.is_causal is not False
         both = "see" if causal else "do not see"
         yield Reading(
-            "attention", f"slots of sliding layers {both} later ones", _read_as(draft, is_causal=not causal)
+            "attention",
+            f"slots of sliding layers {both} later ones",
+            _read_as(draft, is_causal=not causal),
         )
         full = _read_as(draft, layer_types=(), sliding_window=None, is_causal=None)
         yield Reading("attention", "every layer sees the whole context", full)
@@ -93,7 +106,9 @@ def symptoms(
     others: Iterator[Reading],
     note: Callable[[str], None] = lambda line: None,
 ) -> tuple[list[Finding], dict[str, Any]]:
-    """Findings, and the measured lengths: as configured and under each reading (greedy, mean over anchors)."""
+    """Findings, and the measured lengths: as configured and under each reading (greedy, mean over
+    anchors).
+    """
     base = [probe(draft, a) for a in answers]
     own = _lengths(base, draft.config.block_size)
     if own is None:
@@ -117,17 +132,32 @@ def symptoms(
         assert theirs is not None
         gain = _mean(theirs) - _mean(own)
         error = (
-            ratio_error([t - o for (t, _), (o, _) in zip(theirs, own, strict=True)], [n for _, n in own])
+            ratio_error(
+                [t - o for (t, _), (o, _) in zip(theirs, own, strict=True)], [n for _, n in own]
+            )
             or math.inf
         )
-        tried.append({"name": other.name, "reading": other.text, "mean_accepted_length": _mean(theirs)})
+        tried.append(
+            {"name": other.name, "reading": other.text, "mean_accepted_length": _mean(theirs)}
+        )
         if gain > 3 * error and gain > 0.1 * _mean(own):
-            found.append((gain, Finding(
-                "suspicion", other.name, f"read with {other.text}, the draft would have {_mean(theirs):.2f} tokens accepted per block, as configured "
-                f"{_mean(own):.2f} (greedy, {sum(n for _, n in own)} anchors): probably it was trained that way",
-            )))  # fmt: skip
+            found.append(
+                (
+                    gain,
+                    Finding(
+                        "suspicion",
+                        other.name,
+                        f"read with {other.text}, the draft would have {_mean(theirs):.2f} tokens "
+                        "accepted per block, as configured "
+                        f"{_mean(own):.2f} (greedy, {sum(n for _, n in own)} anchors): probably "
+                        "it was "
+                        "trained that way",
+                    ),
+                )
+            )
     measured["readings"] = tried
-    # A wrong config makes several other readings look a little better; the best one is the finding, the rest are in the table.
+    # A wrong config makes several other readings look a little better; the best one is the finding,
+    # the rest are in the table.
     best = max(found, key=lambda f: f[0], default=None)
     return ([] if best is None else [best[1]]), measured
 
@@ -148,18 +178,24 @@ def _accept(probed: Sequence[Probed | None]) -> list[float]:
 
 
 def against_record(folder: Path, measured: dict[str, Any]) -> list[Finding]:
-    """Acceptance at slot 0 on the target's answers against that on held-out data in training: far less means that something between
-    training and here differs (a norm left out when states were stored, another target, other layers).
+    """Acceptance at slot 0 on the target's answers against that on held-out data in training: far
+    less means that something between training and here differs (a norm left out when states were
+    stored, another target, other layers).
     """
     rows = _validations(folder)
     if not rows or "accept_rate" not in measured:
         return [
             Finding(
-                "note", "acceptance", "no held-out accept rate in metrics.jsonl to compare the behaviour with"
+                "note",
+                "acceptance",
+                "no held-out accept rate in metrics.jsonl to compare the behaviour with",
             )
         ]
     then, now = rows[-1]["accept_rate"][0], measured["accept_rate"][0]
-    text = f"accept rate at slot 0 is {now:.2f} on the target's own answers, {then:.2f} on held-out data when it was trained"
+    text = (
+        f"accept rate at slot 0 is {now:.2f} on the target's own answers, {then:.2f} on held-out "
+        "data when it was trained"
+    )
     if now < 0.5 * then:
         return [
             Finding(

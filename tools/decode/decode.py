@@ -1,9 +1,11 @@
-"""Speculative decoding on transformers: what serving is compared with, and the default engine of ``eval``.
+"""Speculative decoding on transformers: what serving is compared with, and the default engine of
+``eval``.
 
-One sequence at a time, plain Python around two forwards a block, so its speed says little about a server's;
-its accepted lengths are a server's. Lossless: greedily the output is the target's own greedy output (up to
-rounding: a block of B+1 rows and a single row are different matrix products, and in bf16 near-ties can fall
-differently), with a temperature it is distributed as the target's samples.
+One sequence at a time, plain Python around two forwards a block, so its speed says little about a
+server's;
+its accepted lengths are a server's. Lossless: greedily the output is the target's own greedy output
+(up to rounding: a block of B+1 rows and a single row are different matrix products, and in bf16
+near-ties can fall differently), with a temperature it is distributed as the target's samples.
 
 Legend: P prompt tokens, B draft tokens of a block, V vocabulary, a position of a block's anchor.
 """
@@ -28,8 +30,8 @@ from dspark.train.draft.types import drafter
 
 @dataclass(frozen=True, slots=True)
 class VerifiedBlock:
-    """A verified block: position of its anchor, the token drafted in each slot, how many of them were
-    kept.
+    """A verified block: position of its anchor, the token drafted in each slot, how many of them
+    were kept.
     """
 
     anchor: int
@@ -39,8 +41,8 @@ class VerifiedBlock:
 
 @dataclass(frozen=True, slots=True)
 class Generation:
-    """``tokens``: the new ones, cut at the limit and after a stop token. ``blocks`` count whole, as in
-    vLLM.
+    """``tokens``: the new ones, cut at the limit and after a stop token. ``blocks`` count whole, as
+    in vLLM.
     """
 
     tokens: list[int]
@@ -66,11 +68,11 @@ def speculative_generate(
     stop_ids: Sequence[int] = (),
     generator: torch.Generator | None = None,
 ) -> Generation:
-    """Continue ``prompt`` (P >= 1 ids) by at most ``max_tokens``. ``target`` is entered and taps the draft's
-    layers.
+    """Continue ``prompt`` (P >= 1 ids) by at most ``max_tokens``. ``target`` is entered and taps
+    the draft's layers.
 
-    ``generator`` lives on the draft's device (the target's logits are moved there); it is used only if
-    ``temperature`` > 0.
+    ``generator`` lives on the draft's device (the target's logits are moved there); it is used only
+    if ``temperature`` > 0.
     """
     assert target.layer_ids == draft.config.target_layer_ids, (
         "the target's taps are not the draft's aux layers"
@@ -90,7 +92,8 @@ def speculative_generate(
         logits, aux = target.step([out[-1], *tokens])
         accepted, following = _verify(drafted, logits.to(device), temperature, generator)
         blocks.append(VerifiedBlock(anchor, tuple(tokens), accepted))
-        seen = [out[-1], *tokens[:accepted]]  # what the next context adds: all but the token that follows
+        # what the next context adds: all but the token that follows
+        seen = [out[-1], *tokens[:accepted]]
         new = [*tokens[:accepted], following]
         out += new
         aux = aux[: accepted + 1]
@@ -99,7 +102,9 @@ def speculative_generate(
 
 
 def outcome_of(target: Target, draft: DraftModel, prompt: Sequence[int], **how: Any) -> Outcome:
-    """One answer with a draft of any type, and its counts; ``how`` as for ``speculative_generate``."""
+    """One answer with a draft of any type, and its counts; ``how`` as for
+    ``speculative_generate``.
+    """
     if drafter(draft.config.speculator_type).stages(draft.config):
         from dspark.tools.decode.pipeline import pipelined_generate
 

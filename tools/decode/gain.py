@@ -1,9 +1,12 @@
-"""What drafts beside a pipeline of n stages buy, from tokens and steps: one home for the figures of ``eval`` and ``score``.
+"""What drafts beside a pipeline of n stages buy, from tokens and steps: one home for the figures of
+``eval`` and ``score``.
 
-A step is one stage's time, 1/n of a pass. A token after a fresh one (the prefill's or a correction) takes n steps, one after an accepted draft a
-single step. So of N tokens with A accepted drafts among tokens 1..N-2, ``steps = n (N - 1) - (n - 1) A``; a pipeline without drafts takes n for
-each token. Two definitions of acceptance are in use and both are reported: ``acceptance_rate`` is tokens per step, the prefill's own token
-counted; ``draft_acceptance`` is the share of judged drafts that stood.
+A step is one stage's time, 1/n of a pass. A token after a fresh one (the prefill's or a correction)
+takes n steps, one after an accepted draft a single step. So of N tokens with A accepted drafts
+among tokens 1..N-2, ``steps = n (N - 1) - (n - 1) A``; a pipeline without drafts takes n for each
+token. Two definitions of acceptance are in use and both are reported: ``acceptance_rate`` is tokens
+per step, the prefill's own token counted; ``draft_acceptance`` is the share of judged drafts that
+stood.
 """
 
 from __future__ import annotations
@@ -19,11 +22,15 @@ def steps_of(stages: int, tokens: int, accepted: int) -> int:
     return stages * (tokens - 1) - (stages - 1) * accepted
 
 
-def gains(stages: int, answers: Sequence[tuple[int, int]], judged: int, accepted: int) -> dict[str, Any]:
-    """Figures of ``answers`` (tokens, steps), and of all drafts that were ``judged`` in them and ``accepted``.
+def gains(
+    stages: int, answers: Sequence[tuple[int, int]], judged: int, accepted: int
+) -> dict[str, Any]:
+    """Figures of ``answers`` (tokens, steps), and of all drafts that were ``judged`` in them and
+    ``accepted``.
 
-    ``theoretical_gain`` is the mean over answers, weighed by their tokens, of ``n tokens / steps - 1``; the pooled one and the accepted length
-    without the prefill's tokens stand beside it. None where no step was taken.
+    ``theoretical_gain`` is the mean over answers, weighed by their tokens, of ``n tokens / steps -
+    1``; the pooled one and the accepted length without the prefill's tokens stand beside it. None
+    where no step was taken.
     """
     moving = [(tokens, steps) for tokens, steps in answers if steps]
     tokens, steps = sum(t for t, _ in answers), sum(s for _, s in answers)
@@ -35,8 +42,12 @@ def gains(stages: int, answers: Sequence[tuple[int, int]], judged: int, accepted
         "steps": steps,
         "acceptance_rate": rate,
         "equivalent_accept_length": None if rate is None else stages * rate,
-        "equivalent_accept_length_drafted": stages * (tokens - len(answers)) / steps if steps else None,
-        "equivalent_accept_length_se": ratio_error([stages * t for t, _ in answers], [s for _, s in answers]),
+        "equivalent_accept_length_drafted": stages * (tokens - len(answers)) / steps
+        if steps
+        else None,
+        "equivalent_accept_length_se": ratio_error(
+            [stages * t for t, _ in answers], [s for _, s in answers]
+        ),
         "theoretical_gain": mean,
         "theoretical_gain_pooled": None if rate is None else stages * rate - 1,
         "draft_acceptance": accepted / judged if judged else None,
@@ -51,4 +62,9 @@ def pipeline_gains(outcomes: Sequence[Outcome]) -> dict[str, Any]:
     if not stages:
         return {}
     accepted = sum(sum(o.accepted_at) for o in outcomes)
-    return gains(stages, [(len(o.tokens), o.steps) for o in outcomes], sum(o.drafts for o in outcomes), accepted)  # fmt: skip
+    return gains(
+        stages,
+        [(len(o.tokens), o.steps) for o in outcomes],
+        sum(o.drafts for o in outcomes),
+        accepted,
+    )

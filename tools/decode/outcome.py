@@ -1,9 +1,10 @@
-"""What an engine reports for one prompt, and totals of many: the same numbers from transformers and vLLM.
+"""What an engine reports for one prompt, and totals of many: the same numbers from transformers and
+vLLM.
 
-Counting follows vLLM (`vllm:spec_decode_*`), so that figures compare: a *draft* is one verified block; the
-first token of an answer comes from the prefill and belongs to no block; the last block counts whole, also
-where the answer stops inside it. `accept_rate[k]` = blocks with more than k tokens accepted / blocks, so it
-falls with k; `mean_accepted_length` = 1 + accepted / blocks.
+Counting follows vLLM (`vllm:spec_decode_*`), so that figures compare: a *draft* is one verified
+block; the first token of an answer comes from the prefill and belongs to no block; the last block
+counts whole, also where the answer stops inside it. `accept_rate[k]` = blocks with more than k
+tokens accepted / blocks, so it falls with k; `mean_accepted_length` = 1 + accepted / blocks.
 """
 
 from __future__ import annotations
@@ -15,12 +16,13 @@ from typing import Any, Self
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """One answer. ``tokens``: new token ids, at most the limit, the stop token included. ``seconds``: prefill
-    and decoding.
+    """One answer. ``tokens``: new token ids, at most the limit, the stop token included.
+    ``seconds``: prefill and decoding.
 
-    ``drafts``: verified blocks. ``accepted_at[k]``: how many of them had more than ``k`` draft tokens
-    accepted (empty without a draft). ``drafted``: (position of the anchor, drafted tokens) of each block,
-    where they were asked for; vLLM adds one that it never verified. ``steps`` of a pipeline of ``stages``, 0 where there is none.
+    ``drafts``: verified blocks. ``accepted_at[k]``: how many of them had more than ``k`` draft
+    tokens accepted (empty without a draft). ``drafted``: (position of the anchor, drafted tokens)
+    of each block, where they were asked for; vLLM adds one that it never verified. ``steps`` of a
+    pipeline of ``stages``, 0 where there is none.
     """
 
     tokens: list[int]
@@ -39,15 +41,17 @@ class Outcome:
 
 
 def summarise(outcomes: Sequence[Outcome]) -> dict[str, Any]:
-    """Totals of ``outcomes``: prompts, tokens, drafts, mean_accepted_length and its standard error, accept_rate,
-    tokens_per_second.
+    """Totals of ``outcomes``: prompts, tokens, drafts, mean_accepted_length and its standard error,
+    accept_rate, tokens_per_second.
 
-    The rates are null where nothing was drafted (every answer ended with its first token), the error where fewer
-    than two prompts drafted anything.
+    The rates are null where nothing was drafted (every answer ended with its first token), the
+    error where fewer than two prompts drafted anything.
     """
     drafts = sum(o.drafts for o in outcomes)
     slots = max((len(o.accepted_at) for o in outcomes), default=0)
-    accepted_at = [sum(o.accepted_at[k] for o in outcomes if k < len(o.accepted_at)) for k in range(slots)]
+    accepted_at = [
+        sum(o.accepted_at[k] for o in outcomes if k < len(o.accepted_at)) for k in range(slots)
+    ]
     tokens = sum(len(o.tokens) for o in outcomes)
     return {
         "prompts": len(outcomes),
@@ -63,9 +67,11 @@ def summarise(outcomes: Sequence[Outcome]) -> dict[str, Any]:
 
 
 def ratio_error(tops: Sequence[float], bottoms: Sequence[float]) -> float | None:
-    """Standard error of ``sum(tops) / sum(bottoms)`` over prompts as clusters (linearised ratio estimator).
+    """Standard error of ``sum(tops) / sum(bottoms)`` over prompts as clusters (linearised ratio
+    estimator).
 
-    Blocks of one answer resemble each other, so blocks counted as independent would claim too small an error.
+    Blocks of one answer resemble each other, so blocks counted as independent would claim too small
+    an error.
     """
     used = [(t, b) for t, b in zip(tops, bottoms, strict=True) if b]
     if len(used) < 2:

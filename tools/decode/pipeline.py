@@ -1,7 +1,9 @@
-"""Decoding beside a pipeline that is not there: a target of n stages with up to n tokens of one sequence in flight, emulated step by step.
+"""Decoding beside a pipeline that is not there: a target of n stages with up to n tokens of one
+sequence in flight, emulated step by step.
 
-What a stage gives depends on the token and those before it, not on when it runs. So each token gets one whole pass when it enters, and its
-states and logits are kept back until its age, in steps, lets them be seen. Drafts behind a wrong token are thrown away, as they would be.
+What a stage gives depends on the token and those before it, not on when it runs. So each token gets
+one whole pass when it enters, and its states and logits are kept back until its age, in steps, lets
+them be seen. Drafts behind a wrong token are thrown away, as they would be.
 Lossless as ``decode.py`` is: what stands was judged by the target's own logits.
 
 Legend: n stages, T taps, H hidden size, V vocabulary.
@@ -27,7 +29,9 @@ from dspark.train.draft.types import drafter
 
 @dataclass(slots=True)
 class Flying:
-    """A token in flight: its states [T, H] and logits [V] are there from the start and may be read once it is old enough."""
+    """A token in flight: its states [T, H] and logits [V] are there from the start and may be read
+    once it is old enough.
+    """
 
     token: int
     drafted: Drafted | None
@@ -38,7 +42,9 @@ class Flying:
 
 @dataclass(slots=True)
 class Piped:
-    """An answer: new ``tokens``, ``steps`` of the pipeline, for each judged draft whether it stood."""
+    """An answer: new ``tokens``, ``steps`` of the pipeline, for each judged draft whether it
+    stood.
+    """
 
     tokens: list[int]
     stages: int
@@ -50,9 +56,14 @@ class Piped:
     def outcome(self) -> Outcome:
         """The counts, as every engine reports them; a judged draft is a block of one token."""
         return Outcome(
-            tokens=self.tokens, seconds=self.seconds, drafts=len(self.judged), accepted_at=(sum(self.judged),), drafted=tuple(self.drafted),
-            steps=self.steps, stages=self.stages,
-        )  # fmt: skip
+            tokens=self.tokens,
+            seconds=self.seconds,
+            drafts=len(self.judged),
+            accepted_at=(sum(self.judged),),
+            drafted=tuple(self.drafted),
+            steps=self.steps,
+            stages=self.stages,
+        )
 
 
 def pipelined_generate(
@@ -89,8 +100,11 @@ def pipelined_generate(
         flight = flight or [enter(out.tokens[-1], None)]
         out.steps += 1
         drafted = decoder.behind(
-            [f.token for f in flight], torch.stack([f.aux for f in flight]), temperature=temperature, generator=generator
-        )  # fmt: skip
+            [f.token for f in flight],
+            torch.stack([f.aux for f in flight]),
+            temperature=temperature,
+            generator=generator,
+        )
         for f in flight:
             f.age += 1
         oldest = flight[0]
@@ -115,7 +129,9 @@ def pipelined_generate(
 def _judge(
     drafted: Drafted, logits: Tensor, temperature: float, generator: torch.Generator | None
 ) -> tuple[bool, int]:
-    """Whether the drafted token stands before the target's ``logits`` [V], and the token that comes there."""
+    """Whether the drafted token stands before the target's ``logits`` [V], and the token that comes
+    there.
+    """
     both = logits[None].expand(2, -1)  # the row after an accepted one belongs to a later step
     if drafted.probs is None:
         accepted, following = verify_greedy(drafted.tokens, both)

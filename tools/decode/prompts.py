@@ -1,8 +1,9 @@
-"""Prompts for decoding, from the same rows a dump takes: everything before the answer, as the target's
-template writes it.
+"""Prompts for decoding, from the same rows a dump takes: everything before the answer, as the
+target's template writes it.
 
-A chat row's trailing assistant turn is dropped and the generation prompt added; a tokenised row is cut before
-its first supervised token. ``source`` (or ``category``) of a row names its line in the report.
+A chat row's trailing assistant turn is dropped and the generation prompt added; a tokenised row is
+cut before its first supervised token. ``source`` (or ``category``) of a row names its line in the
+report.
 """
 
 from __future__ import annotations
@@ -45,8 +46,9 @@ def read_prompts(
     per_source: int | None = None,
     say: Callable[[str], None] = _say,
 ) -> list[Prompt]:
-    """The first ``limit`` prompts of a JSONL file (also .gz) or of a named set, ``per_source`` of each source at most. ``room``: longest
-    prompt the target leaves space for. Rows that only say where a prompt is to be fetched are left out and counted; ``say`` gets the count.
+    """The first ``limit`` prompts of a JSONL file (also .gz) or of a named set, ``per_source`` of
+    each source at most. ``room``: longest prompt the target leaves space for. Rows that only say
+    where a prompt is to be fetched are left out and counted; ``say`` gets the count.
     """
     out: list[Prompt] = []
     taken, left_out = Counter[str](), Counter[str]()
@@ -71,11 +73,13 @@ def read_prompts(
             ids = tokenizer(_rendered(row, template, where), add_special_tokens=False)["input_ids"]
         if not 0 <= min(ids) <= max(ids) < vocab_size:
             raise DataError(
-                f"{where}: token ids {min(ids)}..{max(ids)}, the target's vocabulary has {vocab_size}"
+                f"{where}: token ids {min(ids)}..{max(ids)}, the target's vocabulary has "
+                f"{vocab_size}"
             )
         if room is not None and len(ids) > room:
             raise DataError(
-                f"{where}: a prompt of {len(ids)} tokens; the target has room for {room} before the answer"
+                f"{where}: a prompt of {len(ids)} tokens; the target has room for {room} before "
+                "the answer"
             )
         out.append(Prompt(ids, name, where))
     if left_out:
@@ -104,8 +108,9 @@ def _first_words(value: Any) -> str:
 
 
 def _first_turn(value: Any) -> Any:
-    """A row of SPEED-Bench with several questions and no answer between them (``messages`` of users alone) cut after the first, or its ``turns``
-    as messages: a later question needs the answer to the one before it.
+    """A row of SPEED-Bench with several questions and no answer between them (``messages`` of users
+    alone) cut after the first, or its ``turns`` as messages: a later question needs the answer to
+    the one before it.
     """
     if not isinstance(value, Mapping):
         return value
@@ -137,7 +142,8 @@ def _lines(path: Path) -> Iterator[tuple[str, Any]]:
 def _given(row: TokenRow, where: str) -> list[int]:
     if True not in row.loss_mask or row.loss_mask[0]:
         raise DataError(
-            f"{where}: expected a loss_mask that starts with 0 and has a 1: the prompt is what comes before"
+            f"{where}: expected a loss_mask that starts with 0 and has a 1: the prompt is what "
+            "comes before"
         )
     return row.input_ids[: row.loss_mask.index(True)]
 
@@ -146,7 +152,8 @@ def _rendered(row: ChatRow, template: Template | None, where: str) -> str:
     """The text that the target was served before the last answer."""
     if template is None:
         raise DataError(
-            f"{where}: a chat row, but the target has no tokenizer; give rows of input_ids and loss_mask"
+            f"{where}: a chat row, but the target has no tokenizer; give rows of input_ids and "
+            "loss_mask"
         )
     count = len(row.messages) - (row.messages[-1]["role"] == "assistant")
     if not count:
@@ -154,4 +161,6 @@ def _rendered(row: ChatRow, template: Template | None, where: str) -> str:
     try:
         return Chat(template, row).prompt(count)
     except Dropped as error:
-        raise DataError(f"{where}: the target's chat template refuses it: {error.detail}") from error
+        raise DataError(
+            f"{where}: the target's chat template refuses it: {error.detail}"
+        ) from error

@@ -1,12 +1,14 @@
-"""Verification of one drafted block: which draft tokens stand, and the token after them. Pure functions.
+"""Verification of one drafted block: which draft tokens stand, and the token after them. Pure
+functions.
 
-Speculative sampling (Leviathan et al. 2023, Chen et al. 2023): a draft token drawn from p_d is kept with
-probability min(1, p_t/p_d); the first one refused is replaced by a draw from max(0, p_t - p_d), normalised;
-if all stand, one more comes from p_t. The tokens are then distributed as the target's own. With temperature 0
-this is "keep while it is the target's argmax".
+Speculative sampling (Leviathan et al. 2023, Chen et al. 2023): a draft token drawn from p_d is kept
+with probability min(1, p_t/p_d); the first one refused is replaced by a draw from max(0, p_t -
+p_d), normalised;
+if all stand, one more comes from p_t. The tokens are then distributed as the target's own. With
+temperature 0 this is "keep while it is the target's argmax".
 
-Legend: B draft tokens of a block, V target vocabulary. Row k of the target's logits is the one that judges
-draft token k; row B is the bonus.
+Legend: B draft tokens of a block, V target vocabulary. Row k of the target's logits is the one that
+judges draft token k; row B is the bonus.
 """
 
 from __future__ import annotations
@@ -23,14 +25,18 @@ def verify_greedy(drafted: Tensor, logits: Tensor) -> tuple[int, int]:
 
 
 def verify_sampled(
-    drafted: Tensor, draft_probs: Tensor, target_probs: Tensor, generator: torch.Generator | None = None
+    drafted: Tensor,
+    draft_probs: Tensor,
+    target_probs: Tensor,
+    generator: torch.Generator | None = None,
 ) -> tuple[int, int]:
-    """``drafted[B]`` drawn from ``draft_probs[B, V]``, against ``target_probs[B+1, V]``: (number accepted,
-    next token).
+    """``drafted[B]`` drawn from ``draft_probs[B, V]``, against ``target_probs[B+1, V]``: (number
+    accepted, next token).
     """
     slots = torch.arange(drafted.numel(), device=drafted.device)
     p_draft, p_target = draft_probs[slots, drafted], target_probs[slots, drafted]
-    # u < p_t/p_d, without the division: p_d > 0 because the token was drawn from it, but it may be tiny.
+    # u < p_t/p_d, without the division: p_d > 0 because the token was drawn from it, but it may be
+    # tiny.
     uniform = torch.rand(drafted.shape, generator=generator, device=drafted.device)
     accepted = _leading(uniform * p_draft < p_target)
     left = target_probs[accepted]

@@ -1,8 +1,9 @@
-"""The target while decoding: steps that give logits and aux states, and a way back over rejected tokens.
+"""The target while decoding: steps that give logits and aux states, and a way back over rejected
+tokens.
 
-Legend: n new tokens, V vocabulary, L aux layers, H hidden size. Layer id ``i`` is the output of decoder layer
-i (0-based), -1 what enters layer 0. States are taken by hooks, not from ``output_hidden_states``: that tuple
-keeps every layer, and its last entry is normed.
+Legend: n new tokens, V vocabulary, L aux layers, H hidden size. Layer id ``i`` is the output of
+decoder layer i (0-based), -1 what enters layer 0. States are taken by hooks, not from
+``output_hidden_states``: that tuple keeps every layer, and its last entry is normed.
 """
 
 from __future__ import annotations
@@ -16,7 +17,12 @@ import torch
 from torch import Tensor
 
 from dspark.cache.errors import EngineError
-from dspark.cache.shared.process import choose_device, make_current, no_plan_a_shape, quiet_transformers
+from dspark.cache.shared.process import (
+    choose_device,
+    make_current,
+    no_plan_a_shape,
+    quiet_transformers,
+)
 from dspark.cache.target.frozen import FrozenTarget
 from dspark.dump.target import loading
 from dspark.dump.target.config import shapes_of, text_json
@@ -24,12 +30,14 @@ from dspark.dump.target.weights import find_parts, frozen_target
 
 
 class Target:
-    """A transformers causal LM with its KV cache, for one sequence at a time. A context manager: hooks go
-    when it ends.
+    """A transformers causal LM with its KV cache, for one sequence at a time. A context manager:
+    hooks go when it ends.
     """
 
     def __init__(self, model: Any, layer_ids: Sequence[int], *, decodes: bool = True) -> None:
-        """``decodes`` False: only ``whole`` is called, which any decoder can do. Raises EngineError for layers whose cache cannot be cropped."""
+        """``decodes`` False: only ``whole`` is called, which any decoder can do. Raises EngineError
+        for layers whose cache cannot be cropped.
+        """
         if decodes:
             refuse_uncroppable(model.config.get_text_config())
         self.model = model
@@ -44,13 +52,18 @@ class Target:
         layers = self._parts.layers
         for i in self.layer_ids:
             if i < 0:
-                self._hooks.append(layers[0].register_forward_pre_hook(self._entering, with_kwargs=True))
+                self._hooks.append(
+                    layers[0].register_forward_pre_hook(self._entering, with_kwargs=True)
+                )
             else:
                 self._hooks.append(layers[i].register_forward_hook(self._leaving(i)))
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         for hook in self._hooks:
             hook.remove()
@@ -74,8 +87,8 @@ class Target:
         """Forget the sequence."""
         from transformers import DynamicCache
 
-        # Without a config every layer keeps all keys, also a sliding one (the mask still slides): only such a
-        # layer can be cropped.
+        # Without a config every layer keeps all keys, also a sliding one (the mask still slides):
+        # only such a layer can be cropped.
         self._cache = DynamicCache()
 
     @property
@@ -85,7 +98,9 @@ class Target:
 
     @torch.inference_mode()
     def step(self, ids: Sequence[int], *, last_only: bool = False) -> tuple[Tensor, Tensor]:
-        """Run ``ids`` after the cached ones: logits fp32 [n, V] ([1, V] if ``last_only``), aux [n, L, H]."""
+        """Run ``ids`` after the cached ones: logits fp32 [n, V] ([1, V] if ``last_only``), aux [n,
+        L, H].
+        """
         more = {"use_cache": True, self._cache_name: self._cache}
         return self._run(ids, logits_to_keep=1 if last_only else 0, **more)
 
@@ -102,12 +117,14 @@ class Target:
 
     def crop(self, length: int) -> None:
         """Keep the first ``length`` tokens."""
-        # Negative: how many to drop. Transformers deprecates the positive form, and 0 would drop everything.
+        # Negative: how many to drop. Transformers deprecates the positive form, and 0 would drop
+        # everything.
         if length < self.length:
             self._cache.crop(length - self.length)
 
 
-# Layers that keep keys and values by position, or nothing; any other carries a state that cannot be taken back.
+# Layers that keep keys and values by position, or nothing; any other carries a state that cannot be
+# taken back.
 CROPPABLE = {"full_attention", "sliding_attention", "attention", "mlp", "moe"}
 
 
@@ -120,19 +137,24 @@ def refuse_uncroppable(config: Any) -> None:
     }
     if kinds - CROPPABLE:
         raise EngineError(
-            f"the target has layers of type {sorted(kinds)}; rejected tokens can be rolled back only in attention "
+            f"the target has layers of type {sorted(kinds)}; rejected tokens can be rolled back "
+            "only in attention "
             "layers: use --engine vllm"
         )
 
 
 def cache_name(model: Any) -> str:
-    """Return what ``model`` calls the argument for its KV cache: ``cache``, or ``past_key_values`` before transformers 5.24."""
+    """Return what ``model`` calls the argument for its KV cache: ``cache``, or ``past_key_values``
+    before transformers 5.24.
+    """
     named = inspect.signature(model.forward).parameters
     return "cache" if "cache" in named else "past_key_values"
 
 
 def load_model(model: str, device: str = "auto", dtype: str = "auto") -> Any:
-    """The target in transformers; ``auto``: a GPU if there is one, and float32 on a CPU, else the checkpoint's dtype."""
+    """The target in transformers; ``auto``: a GPU if there is one, and float32 on a CPU, else the
+    checkpoint's dtype.
+    """
     chosen = choose_device(device)
     no_plan_a_shape()
     quiet_transformers()
@@ -144,8 +166,8 @@ def load_model(model: str, device: str = "auto", dtype: str = "auto") -> Any:
 def greedy_alone(
     model: Any, prompt: Sequence[int], *, max_tokens: int, stop_ids: Sequence[int] = ()
 ) -> list[int]:
-    """What the target says without a draft: transformers' own greedy search, new tokens only, stop token
-    included.
+    """What the target says without a draft: transformers' own greedy search, new tokens only, stop
+    token included.
 
     Every setting that a model's generation_config may carry and that is not plain greedy (sampling,
     penalties) is overridden.
@@ -156,9 +178,18 @@ def greedy_alone(
     ids = torch.tensor([list(prompt)], device=device)
     pad = stop_ids[0] if stop_ids else 0
     config = GenerationConfig(
-        do_sample=False, num_beams=1, temperature=1.0, top_k=50, top_p=1.0, repetition_penalty=1.0, no_repeat_ngram_size=0,
-        max_new_tokens=max_tokens, eos_token_id=list(stop_ids) or None, pad_token_id=pad, use_cache=True,
-    )  # fmt: skip
+        do_sample=False,
+        num_beams=1,
+        temperature=1.0,
+        top_k=50,
+        top_p=1.0,
+        repetition_penalty=1.0,
+        no_repeat_ngram_size=0,
+        max_new_tokens=max_tokens,
+        eos_token_id=list(stop_ids) or None,
+        pad_token_id=pad,
+        use_cache=True,
+    )
     saved, model.generation_config = model.generation_config, config
     try:
         out = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config)

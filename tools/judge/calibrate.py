@@ -1,9 +1,12 @@
-"""``dspark-tools calibrate``: how far the confidence head can be trusted on held-out data, and scaled so that it can.
+"""``dspark-tools calibrate``: how far the confidence head can be trusted on held-out data, and
+scaled so that it can.
 
-The held-out samples are parted by prompt hash: temperatures are fitted on one half and judged on the other. vLLM 0.32 reads confidence
-only with ``enable_adaptive_verification``, from the head's own weights, one linear map for every slot: it has no place for a temperature a
-slot. So ``--write`` puts those beside, into calibration.json and, for SGLang, which has one, into temperatures.json; and ``--fold`` scales the head's weights by the one temperature (and
-shift) that suits all slots best, which any server that uses the head then sees.
+The held-out samples are parted by prompt hash: temperatures are fitted on one half and judged on
+the other. vLLM 0.32 reads confidence only with ``enable_adaptive_verification``, from the head's
+own weights, one linear map for every slot: it has no place for a temperature a slot. So ``--write``
+puts those beside, into calibration.json and, for SGLang, which has one, into temperatures.json; and
+``--fold`` scales the head's weights by the one temperature (and shift) that suits all slots best,
+which any server that uses the head then sees.
 """
 
 from __future__ import annotations
@@ -37,7 +40,15 @@ def calibrate(
     """The report as ``--json`` prints it; ``write`` and ``fold`` change the draft folder."""
     import dspark.cache
     from dspark.cache.errors import DraftError, TrainError
-    from dspark.tools.judge.calibration import Scaling, fit, fit_shared, identity, measure, recommended, sweep
+    from dspark.tools.judge.calibration import (
+        Scaling,
+        fit,
+        fit_shared,
+        identity,
+        measure,
+        recommended,
+        sweep,
+    )
     from dspark.tools.judge.score import chosen
     from dspark.train.draft.folder import load_config
 
@@ -52,7 +63,8 @@ def calibrate(
     halves = [samples[~odd], samples[odd]]
     if not (halves[0].size and halves[1].size):
         raise TrainError(
-            f"{cache_path}: {samples.size} samples ({which}) are too few to fit on one half and judge on the other; --split all, or hold out more"
+            f"{cache_path}: {samples.size} samples ({which}) are too few to fit on one half and "
+            "judge on the other; --split all, or hold out more"
         )
     total, done = [0, 0], [0, 0]
 
@@ -64,7 +76,15 @@ def calibrate(
         return report
 
     records = [
-        collect(cache, draft, part, max_anchors=max_anchors, device=device, dtype=dtype, progress=step(i))
+        collect(
+            cache,
+            draft,
+            part,
+            max_anchors=max_anchors,
+            device=device,
+            dtype=dtype,
+            progress=step(i),
+        )
         for i, part in enumerate(halves)
     ]
     (logit, accept), (judged_logit, judged_accept) = records
@@ -73,8 +93,13 @@ def calibrate(
         fit(logit, accept, shift=shift),
         fit_shared(logit, accept, shift=shift),
     )
-    everywhere = Scaling(shared.temperature.expand(config.block_size), shared.shift.expand(config.block_size))
-    before, after = measure(raw, judged_logit, judged_accept), measure(scaled, judged_logit, judged_accept)
+    everywhere = Scaling(
+        shared.temperature.expand(config.block_size), shared.shift.expand(config.block_size)
+    )
+    before, after = (
+        measure(raw, judged_logit, judged_accept),
+        measure(scaled, judged_logit, judged_accept),
+    )
     points = sweep(scaled, judged_logit, judged_accept)
     result = {
         "draft": draft,
@@ -132,15 +157,28 @@ def collect(
             kept.append(batch.in_blocks(values.detach().float())[full].cpu())
 
     forced(
-        cache, draft, samples, max_anchors=max_anchors, total_seq_len=None, seed=0, device=device, dtype=dtype, progress=progress, observe=observe
-    )  # fmt: skip
+        cache,
+        draft,
+        samples,
+        max_anchors=max_anchors,
+        total_seq_len=None,
+        seed=0,
+        device=device,
+        dtype=dtype,
+        progress=progress,
+        observe=observe,
+    )
     if not logits or not sum(rows.shape[0] for rows in logits):
-        raise TrainError(f"{cache.path}: no full block in {samples.size} samples; nothing to calibrate on")
+        raise TrainError(
+            f"{cache.path}: no full block in {samples.size} samples; nothing to calibrate on"
+        )
     return torch.cat(logits), torch.cat(accepts)
 
 
 def fold_into_head(draft: str, shared: Any) -> None:
-    """Rewrite the confidence head of model.safetensors as ``w / T``, ``b / T + shift``. Training's checkpoints are not touched."""
+    """Rewrite the confidence head of model.safetensors as ``w / T``, ``b / T + shift``. Training's
+    checkpoints are not touched.
+    """
     from dspark.train.draft.folder import load_config, read_tensors, trained_as, write_tensors
 
     stored = read_tensors(draft)
@@ -158,7 +196,9 @@ Examples:
   dspark-tools calibrate --cache ./hs.zarr --draft ./draft --write --plot reliability.svg
 """,
 )
-@click.option("--cache", "cache_path", required=True, help="Store of the draft's target and layers.")
+@click.option(
+    "--cache", "cache_path", required=True, help="Store of the draft's target and layers."
+)
 @click.option("--draft", required=True, help="Draft folder.")
 @click.option(
     "--split",
@@ -170,23 +210,29 @@ Examples:
 @click.option(
     "--shift/--no-shift", default=False, help="Also fit a shift per slot, which the paper does not."
 )
-@click.option("--max-anchors", default=0, type=COUNT_OR_ALL, help="Anchors per row; 0 = every eligible one.")
+@click.option(
+    "--max-anchors", default=0, type=COUNT_OR_ALL, help="Anchors per row; 0 = every eligible one."
+)
 @click.option(
     "--write",
     is_flag=True,
-    help=f"Write the report to DRAFT/{CALIBRATION} and the temperatures, as SGLang reads them, to DRAFT/{TEMPERATURES}.",
+    help=f"Write the report to DRAFT/{CALIBRATION} and the temperatures, as SGLang reads them, to "
+    f"DRAFT/{TEMPERATURES}.",
 )
 @click.option(
     "--fold",
     is_flag=True,
-    help="Scale the head's own weights by the one temperature that suits all slots (vLLM reads those).",
+    help="Scale the head's own weights by the one temperature that suits all slots (vLLM reads "
+    "those).",
 )
 @click.option("--plot", type=OUTPUT_FILE, help="Reliability diagrams, .png or .svg.")
 @click.option("--device", default="auto", type=DEVICE, help="auto, cpu, cuda or cuda:N.")
 @click.option("--dtype", default="float32", type=click.Choice(["float32", "bfloat16"]))
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
 def calibrate_command(as_json: bool, plot: Path | None, **flags: Any) -> None:
-    """Compare confidence with acceptance on held-out data: ECE, AUROC, Brier by position; sequential temperature scaling; threshold sweep."""
+    """Compare confidence with acceptance on held-out data: ECE, AUROC, Brier by position;
+    sequential temperature scaling; threshold sweep.
+    """
     from dspark.tools.judge import plots
 
     if plot is not None:
@@ -213,8 +259,10 @@ def table(result: dict[str, Any]) -> str:
     for k, t in enumerate(result["temperature"]):
         roc = before["auroc"][k]
         lines.append(
-            f"| {k + 1} | {t:.2f} | {before['ece'][k]:.4f} | {after['ece'][k]:.4f} | {before['brier'][k]:.4f} | {after['brier'][k]:.4f} | "
-            f"{'-' if roc is None else f'{roc:.3f}'} | {before['confidence'][k]:.3f} | {before['accepted'][k]:.3f} |"
+            f"| {k + 1} | {t:.2f} | {before['ece'][k]:.4f} | {after['ece'][k]:.4f} | "
+            f"{before['brier'][k]:.4f} | {after['brier'][k]:.4f} | "
+            f"{'-' if roc is None else f'{roc:.3f}'} | {before['confidence'][k]:.3f} | "
+            f"{before['accepted'][k]:.3f} |"
         )
     lines += [
         "",
@@ -222,7 +270,8 @@ def table(result: dict[str, Any]) -> str:
         "|" + " --- |" * 4,
     ]
     lines += [
-        f"| {r['threshold']:.2f} | {r['verified']:.2f} | {r['tokens']:.3f} | {r['accepted_share']:.3f} |"
+        f"| {r['threshold']:.2f} | {r['verified']:.2f} | {r['tokens']:.3f} | "
+        f"{r['accepted_share']:.3f} |"
         for r in result["sweep"]
     ]
     if not result["sweep"]:
@@ -231,7 +280,8 @@ def table(result: dict[str, Any]) -> str:
     at = next(r for r in result["sweep"] if r["threshold"] == best)
     lines += [
         "",
-        f"Recommended threshold {best:.2f}: {at['tokens']:.3f} tokens per step with {at['verified']:.2f} drafts verified, "
+        f"Recommended threshold {best:.2f}: {at['tokens']:.3f} tokens per step with "
+        f"{at['verified']:.2f} drafts verified, "
         f"the fewest that keep {KEPT:.0%} of the tokens gained.",
     ]
     return "\n".join(lines)

@@ -1,14 +1,19 @@
-"""Calibration of the confidence head: pure functions on recorded blocks. Sequential temperature scaling (DSpark paper, section 3.2.1).
+"""Calibration of the confidence head: pure functions on recorded blocks. Sequential temperature
+scaling (DSpark paper, section 3.2.1).
 
-Legend: N blocks with all their slots, B slots. ``logit[N, B]`` the head's, ``accept[N, B]`` what it estimates: the probability ``1 - TV``
-that slot k is accepted if all before it are. ``survival`` of k is the product up to k: that the block is accepted beyond slot k. That
-product is what a scheduler cuts a block by, so it is what gets calibrated: left to right, T_k is the grid's value that makes the ECE of
+Legend: N blocks with all their slots, B slots. ``logit[N, B]`` the head's, ``accept[N, B]`` what it
+estimates: the probability ``1 - TV`` that slot k is accepted if all before it are. ``survival`` of
+k is the product up to k: that the block is accepted beyond slot k. That product is what a scheduler
+cuts a block by, so it is what gets calibrated: left to right, T_k is the grid's value that makes
+the ECE of
 
     s_k = prod_{j<=k} sigmoid(logit_j / T_j + b_j)
 
-smallest with the T_j before it fixed. The paper has b = 0; ``shift`` also searches b, for a head that is wrong on average where its logit
-is near 0, which no temperature can fix. Labels are probabilities, not draws: a block counts as s parts accepted and 1 - s rejected,
-which measures the same thing as sampled outcomes with less noise (ECE and AUROC as in ``dspark.train.objective.metrics``).
+smallest with the T_j before it fixed. The paper has b = 0; ``shift`` also searches b, for a head
+that is wrong on average where its logit is near 0, which no temperature can fix. Labels are
+probabilities, not draws: a block counts as s parts accepted and 1 - s rejected, which measures the
+same thing as sampled outcomes with less noise (ECE and AUROC as in
+``dspark.train.objective.metrics``).
 """
 
 from __future__ import annotations
@@ -25,13 +30,16 @@ from dspark.train.objective.metrics import auroc, expected_calibration_error
 TEMPERATURES = torch.logspace(-1, 1, 81, base=4.0, dtype=torch.float64)  # 0.25 to 4
 SHIFTS = torch.linspace(-2, 2, 41, dtype=torch.float64)
 THRESHOLDS = (0.0, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
-# Few: a few thousand blocks in 100 bins measure their own noise (0.046 where 10 bins say 0.025), and temperatures are fitted to it.
+# Few: a few thousand blocks in 100 bins measure their own noise (0.046 where 10 bins say 0.025),
+# and temperatures are fitted to it.
 BINS = 10
 
 
 @dataclass(frozen=True, slots=True)
 class Scaling:
-    """``sigmoid(logit / temperature + shift)``, both fp64 [B]. Of length 1 it is one for all slots."""
+    """``sigmoid(logit / temperature + shift)``, both fp64 [B]. Of length 1 it is one for all
+    slots.
+    """
 
     temperature: Tensor
     shift: Tensor
@@ -49,7 +57,9 @@ def identity(size: int) -> Scaling:
 
 
 def binned(guess: Tensor, truth: Tensor, count: int = BINS) -> Tensor:
-    """Histogram [3, count] of ``guess[N]``: number, sum of guesses, sum of ``truth[N]`` in each equal bin."""
+    """Histogram [3, count] of ``guess[N]``: number, sum of guesses, sum of ``truth[N]`` in each
+    equal bin.
+    """
     at = (guess * count).long().clamp(max=count - 1)
     values = torch.stack([torch.ones_like(guess), guess, truth.double()])
     return torch.zeros(3, count, dtype=torch.float64).index_add(1, at, values)
@@ -80,9 +90,10 @@ def fit(logit: Tensor, accept: Tensor, *, shift: bool = False) -> Scaling:
 
 
 def fit_shared(logit: Tensor, accept: Tensor, *, shift: bool = False) -> Scaling:
-    """One temperature (and shift) for all slots: what can be folded into the one linear map that servers read. Smallest mean ECE of the
-    slots' own confidences, which unlike survival do not depend on one another.
-    """  # fmt: skip
+    """One temperature (and shift) for all slots: what can be folded into the one linear map that
+    servers read. Smallest mean ECE of the slots' own confidences, which unlike survival do not
+    depend on one another.
+    """
     columns = range(logit.shape[1])
     ones = torch.ones(logit.shape[0], dtype=torch.float64)
     best = _best(
@@ -97,7 +108,9 @@ def fit_shared(logit: Tensor, accept: Tensor, *, shift: bool = False) -> Scaling
 def _best(
     logits: list[Tensor], before: list[Tensor], truth: list[Tensor], shift: bool
 ) -> tuple[float, float]:
-    """(T, b) of the grid with the smallest sum of ECEs; of equals the one nearest to doing nothing."""
+    """(T, b) of the grid with the smallest sum of ECEs; of equals the one nearest to doing
+    nothing.
+    """
     shifts = SHIFTS.tolist() if shift else [0.0]
     grid = sorted(
         ((t, b) for t in TEMPERATURES.tolist() for b in shifts),
@@ -105,12 +118,15 @@ def _best(
     )
     pairs = list(zip(logits, before, truth, strict=True))
     return min(
-        grid, key=lambda p: sum(ece(b * torch.sigmoid(x.double() / p[0] + p[1]), y) for x, b, y in pairs)
+        grid,
+        key=lambda p: sum(ece(b * torch.sigmoid(x.double() / p[0] + p[1]), y) for x, b, y in pairs),
     )
 
 
 def measure(scaling: Scaling, logit: Tensor, accept: Tensor) -> dict[str, Any]:
-    """By slot: of the survival (what is scheduled by) and of the slot's own confidence: ece, brier, auroc, means, reliability diagram."""
+    """By slot: of the survival (what is scheduled by) and of the slot's own confidence: ece, brier,
+    auroc, means, reliability diagram.
+    """
     own = scaling(logit)
     return {
         "survival": _by_slot(own.cumprod(1), accept.double().cumprod(1)),
@@ -134,7 +150,9 @@ def _diagram(bins: Tensor) -> list[dict[str, float]]:
     """The bins that hold anything: share of blocks, mean confidence, mean acceptance."""
     total = float(bins[0].sum())
     return [
-        {"share": n / total, "confidence": g / n, "accepted": t / n} for n, g, t in bins.T.tolist() if n > 0
+        {"share": n / total, "confidence": g / n, "accepted": t / n}
+        for n, g, t in bins.T.tolist()
+        if n > 0
     ]
 
 
@@ -142,21 +160,29 @@ KEPT = 0.95  # of the tokens that a draft gains, at the recommended threshold
 
 
 def recommended(points: list[dict[str, float]]) -> float:
-    """The largest threshold of a ``sweep`` that keeps ``KEPT`` of the tokens gained: it verifies the fewest drafts for them."""
+    """The largest threshold of a ``sweep`` that keeps ``KEPT`` of the tokens gained: it verifies
+    the fewest drafts for them.
+    """
     most = max(p["tokens"] - 1 for p in points)
     return max(p["threshold"] for p in points if p["tokens"] - 1 >= KEPT * most)
 
 
 def sweep(scaling: Scaling, logit: Tensor, accept: Tensor) -> list[dict[str, float]]:
-    """Cutting a block before the first slot whose survival falls below a threshold: drafts verified a step, tokens gained a step (the
-    target's own included), and the share of the verified drafts that are accepted.
-    """  # fmt: skip
+    """Cutting a block before the first slot whose survival falls below a threshold: drafts verified
+    a step, tokens gained a step (the target's own included), and the share of the verified drafts
+    that are accepted.
+    """
     survival, truth = scaling(logit).cumprod(1), accept.double().cumprod(1)
     out = []
     for threshold in THRESHOLDS:
         kept = survival >= threshold  # survival falls along a block, so this is a prefix
         verified, gained = float(kept.sum(1).double().mean()), float((truth * kept).sum(1).mean())
-        out.append({
-            "threshold": threshold, "verified": verified, "tokens": 1 + gained, "accepted_share": gained / verified if verified else 0.0,
-        })  # fmt: skip
+        out.append(
+            {
+                "threshold": threshold,
+                "verified": verified,
+                "tokens": 1 + gained,
+                "accepted_share": gained / verified if verified else 0.0,
+            }
+        )
     return out

@@ -1,4 +1,6 @@
-"""An answer as text with the tokens that the draft guessed right coloured, and how many target steps that saved."""
+"""An answer as text with the tokens that the draft guessed right coloured, and how many target
+steps that saved.
+"""
 
 from __future__ import annotations
 
@@ -16,10 +18,11 @@ ACCEPTED = "bold green"
 
 
 def accepted(prompt_tokens: int, outcome: Outcome) -> list[bool]:
-    """For each token of the answer, whether it was drafted and accepted. All False where the blocks were not recorded.
+    """For each token of the answer, whether it was drafted and accepted. All False where the blocks
+    were not recorded.
 
-    The draft of the anchor at position ``a`` begins with the token at ``a + 1``; its tokens up to the first that
-    differs from the answer were accepted.
+    The draft of the anchor at position ``a`` begins with the token at ``a + 1``; its tokens up to
+    the first that differs from the answer were accepted.
     """
     out = [False] * len(outcome.tokens)
     for anchor, drafted in outcome.drafted:
@@ -32,7 +35,9 @@ def accepted(prompt_tokens: int, outcome: Outcome) -> list[bool]:
 
 
 def coloured(tokenizer: Any, tokens: Sequence[int], marks: Sequence[bool]) -> Text:
-    """The text of ``tokens``, those marked in colour. A character made of several tokens has the last one's colour."""
+    """The text of ``tokens``, those marked in colour. A character made of several tokens has the
+    last one's colour.
+    """
     from rich.text import Text
 
     out, shown = Text(), ""
@@ -48,4 +53,7 @@ def coloured(tokenizer: Any, tokens: Sequence[int], marks: Sequence[bool]) -> Te
 def steps(outcome: Outcome) -> str:
     """``64 tokens in 40 target steps, 1.60 tokens per step``; the prefill counts as a step."""
     count = outcome.drafts + 1
-    return f"{len(outcome.tokens)} tokens in {count} target steps: {len(outcome.tokens) / count:.2f} tokens per step (1.00 without the draft)"
+    return (
+        f"{len(outcome.tokens)} tokens in {count} target steps: "
+        f"{len(outcome.tokens) / count:.2f} tokens per step (1.00 without the draft)"
+    )

@@ -1,8 +1,9 @@
 """``dspark-tools eval``: real speculative decoding of real prompts, and the target alone beside it.
 
-Both engines run one prompt at a time and count as vLLM does (``dspark.tools.decode.outcome``). ``lossless`` compares
-with the target decoding alone in the same engine: transformers' own ``generate``, or a second vLLM without
-the draft (``--alone N``: on the first N prompts only, as it takes the longest). What is reported is in ``dspark.tools.judge.eval_report``.
+Both engines run one prompt at a time and count as vLLM does (``dspark.tools.decode.outcome``).
+``lossless`` compares with the target decoding alone in the same engine: transformers' own
+``generate``, or a second vLLM without the draft (``--alone N``: on the first N prompts only, as it
+takes the longest). What is reported is in ``dspark.tools.judge.eval_report``.
 """
 
 from __future__ import annotations
@@ -24,7 +25,15 @@ from dspark.tools.decode.promptsets import NAMES
 from dspark.tools.flags import COUNT, COUNT_OR_ALL, DEVICE, SEED, Temperature
 from dspark.tools.judge import several
 from dspark.tools.judge.coloured import accepted, coloured, steps
-from dspark.tools.judge.eval_report import HEADER, TABLES, how, lines, markdown, relative_cost, report
+from dspark.tools.judge.eval_report import (
+    HEADER,
+    TABLES,
+    how,
+    lines,
+    markdown,
+    relative_cost,
+    report,
+)
 from dspark.tools.outputs import OUTPUT_FILE, save
 
 Note = Callable[[str], None]
@@ -32,7 +41,8 @@ Note = Callable[[str], None]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EvalConfig:
-    """``limit`` None: every row. ``alone``: prompts that the target also decodes by itself (None: all). ``dtype`` auto: the checkpoint's on a GPU, float32 on a CPU. ``device``:
+    """``limit`` None: every row. ``alone``: prompts that the target also decodes by itself (None:
+    all). ``dtype`` auto: the checkpoint's on a GPU, float32 on a CPU. ``device``:
     transformers only.
     """
 
@@ -52,7 +62,9 @@ class EvalConfig:
 
 @dataclass(frozen=True, slots=True)
 class Runs:
-    """One outcome per prompt with the draft, one of the target alone for the first of them; ``dtype`` they were computed in."""
+    """One outcome per prompt with the draft, one of the target alone for the first of them;
+    ``dtype`` they were computed in.
+    """
 
     drafted: list[Outcome]
     alone: list[Outcome]
@@ -64,7 +76,9 @@ def evaluate(config: EvalConfig, note: Note = lambda line: None) -> dict[str, An
     return run(config, note)[0]
 
 
-def run(config: EvalConfig, note: Note = lambda line: None) -> tuple[dict[str, Any], list[Prompt], Runs]:
+def run(
+    config: EvalConfig, note: Note = lambda line: None
+) -> tuple[dict[str, Any], list[Prompt], Runs]:
     """The report, and the prompts and outcomes it was made of."""
     ((result, runs),), prompts = run_each(config, [config.draft], note)
     return result, prompts, runs
@@ -73,8 +87,8 @@ def run(config: EvalConfig, note: Note = lambda line: None) -> tuple[dict[str, A
 def run_each(
     config: EvalConfig, drafts: Sequence[str], note: Note = lambda line: None
 ) -> tuple[list[tuple[dict[str, Any], Runs]], list[Prompt]]:
-    """For each of the ``drafts``, in the place of ``config.draft``, its report and outcomes on the same prompts. The target is loaded and
-    decodes by itself once.
+    """For each of the ``drafts``, in the place of ``config.draft``, its report and outcomes on the
+    same prompts. The target is loaded and decodes by itself once.
     """
     from dspark.dump.target.config import load_target
     from dspark.tools.decode.prompts import read_prompts
@@ -88,31 +102,52 @@ def run_each(
                 why = drafter(shape.speculator_type).not_served(shape)
                 raise DraftError(f"{draft}: {why}; use --engine transformers")
     target = load_target(config.model)
-    longest, room = max(max(s.block_size, len(s.stage_ends)) for s in shapes), target.shapes.max_positions
+    longest, room = (
+        max(max(s.block_size, len(s.stage_ends)) for s in shapes),
+        target.shapes.max_positions,
+    )
     room = None if room is None else room - config.max_tokens - longest - 1
     prompts = read_prompts(
-        config.data, target.tokenizer, vocab_size=target.shapes.vocab_size, room=room, limit=config.limit, per_source=config.per_source,
-    )  # fmt: skip
+        config.data,
+        target.tokenizer,
+        vocab_size=target.shapes.vocab_size,
+        room=room,
+        limit=config.limit,
+        per_source=config.per_source,
+    )
     decode = _with_vllm if config.engine == "vllm" else _with_transformers
     drafted, alone, dtype = decode(config, drafts, prompts, target.eos_token_ids, note)
     out = []
     for draft, shape, outcomes in zip(drafts, shapes, drafted, strict=True):
         measured = report(
-            prompts, outcomes, alone, greedy=config.temperature == 0, relative_cost=relative_cost(config.model, draft)
-        )  # fmt: skip
+            prompts,
+            outcomes,
+            alone,
+            greedy=config.temperature == 0,
+            relative_cost=relative_cost(config.model, draft),
+        )
         how_measured = {
-            "engine": config.engine, "dtype": dtype, "temperature": config.temperature, "max_tokens": config.max_tokens,
-            "speculator_type": shape.speculator_type, "block_size": shape.block_size,
-        }  # fmt: skip
+            "engine": config.engine,
+            "dtype": dtype,
+            "temperature": config.temperature,
+            "max_tokens": config.max_tokens,
+            "speculator_type": shape.speculator_type,
+            "block_size": shape.block_size,
+        }
         out.append((how_measured | measured, Runs(outcomes, alone, dtype)))
     return out, prompts
 
 
-Decoded = tuple[list[list[Outcome]], list[Outcome], str]  # of each draft, of the target alone, the dtype
+# of each draft, of the target alone, the dtype
+Decoded = tuple[list[list[Outcome]], list[Outcome], str]
 
 
 def _with_transformers(
-    config: EvalConfig, drafts: Sequence[str], prompts: Sequence[Prompt], stop_ids: Sequence[int], note: Note
+    config: EvalConfig,
+    drafts: Sequence[str],
+    prompts: Sequence[Prompt],
+    stop_ids: Sequence[int],
+    note: Note,
 ) -> Decoded:
     import torch
 
@@ -143,9 +178,14 @@ def _with_transformers(
                 generator: Any = generator,
             ) -> Outcome:
                 return outcome_of(
-                    target, draft, prompt.ids, max_tokens=limit, temperature=config.temperature, stop_ids=stop_ids,
+                    target,
+                    draft,
+                    prompt.ids,
+                    max_tokens=limit,
+                    temperature=config.temperature,
+                    stop_ids=stop_ids,
                     generator=generator,
-                )  # fmt: skip
+                )
 
             speculate(prompts[0], 2)
             for number, prompt in enumerate(prompts, start=1):
@@ -154,13 +194,18 @@ def _with_transformers(
                     alone.append(by_itself(prompt, config.max_tokens))
                 named = f"{folder}: " if len(drafts) > 1 else ""
                 note(
-                    f"{named}{number}/{len(prompts)} prompts, mean accepted length so far {_length(outcomes)}"
+                    f"{named}{number}/{len(prompts)} prompts, mean accepted length so far "
+                    f"{_length(outcomes)}"
                 )
     return drafted, alone, str(model.dtype).removeprefix("torch.")
 
 
 def _with_vllm(
-    config: EvalConfig, drafts: Sequence[str], prompts: Sequence[Prompt], stop_ids: Sequence[int], note: Note
+    config: EvalConfig,
+    drafts: Sequence[str],
+    prompts: Sequence[Prompt],
+    stop_ids: Sequence[int],
+    note: Note,
 ) -> Decoded:
     import torch
 
@@ -168,7 +213,11 @@ def _with_vllm(
     from dspark.train.draft.folder import load_config
     from dspark.train.draft.types import drafter
 
-    dtype = "float32" if config.dtype == "auto" and not torch.accelerator.is_available() else config.dtype
+    dtype = (
+        "float32"
+        if config.dtype == "auto" and not torch.accelerator.is_available()
+        else config.dtype
+    )
 
     def asked(draft: str | None) -> list[Outcome]:
         chosen = prompts if draft is not None else prompts[: config.alone]
@@ -179,11 +228,20 @@ def _with_vllm(
         own: dict[str, Any] = (
             {} if shape is None else {"speculation": drafter(shape.speculator_type).serving(shape)}
         )
-        return run_vllm(ServeRequest(
-            target=config.model, draft=draft, num_speculative_tokens=1 if shape is None else shape.block_size,
-            prompts=[p.ids for p in chosen], max_tokens=config.max_tokens, temperature=config.temperature, seed=config.seed,
-            stop_token_ids=tuple(stop_ids), dtype=dtype, **own,
-        ))  # fmt: skip
+        return run_vllm(
+            ServeRequest(
+                target=config.model,
+                draft=draft,
+                num_speculative_tokens=1 if shape is None else shape.block_size,
+                prompts=[p.ids for p in chosen],
+                max_tokens=config.max_tokens,
+                temperature=config.temperature,
+                seed=config.seed,
+                stop_token_ids=tuple(stop_ids),
+                dtype=dtype,
+                **own,
+            )
+        )
 
     return [asked(draft) for draft in drafts], asked(None), dtype
 
@@ -198,49 +256,67 @@ def _length(outcomes: Sequence[Outcome]) -> str:
     epilog="""\b
 Examples:
   dspark-tools eval --model Qwen/Qwen3-4B --draft ./draft --data prompts.jsonl --limit 50
-  dspark-tools eval --model Qwen/Qwen3-4B --draft ./draft --data gsm8k --limit 100 --markdown eval.md
+  dspark-tools eval --model Qwen/Qwen3-4B --draft ./draft --data gsm8k --markdown eval.md
   dspark-tools eval --model Qwen/Qwen3-4B --draft ./draft --data prompts.jsonl --engine vllm --json
   dspark-tools eval --model ./target --draft ./draft --data prompts.jsonl --temperature 0.7
-  dspark-tools eval --model ./target --draft ./dspark --draft ./eagle3 --data gsm8k --limit 50     one table
+  dspark-tools eval --model ./target --draft ./dspark --draft ./eagle3 --data gsm8k    one table
 
 Exit code 1 if a greedy answer in float32 is not the target's own.
 """,
 )
 @click.option("--model", required=True, help="Target: a model id or a folder.")
 @click.option(
-    "--draft", required=True, multiple=True, help="Folder that dspark-train wrote. Several: one table, on the same prompts.",
-)  # fmt: skip
+    "--draft",
+    required=True,
+    multiple=True,
+    help="Folder that dspark-train wrote. Several: one table, on the same prompts.",
+)
 @click.option(
     "--data",
     required=True,
-    help=f"JSONL of chats ({{'messages': ...}}, the last answer is dropped) or token rows; or {NAMES} (speed-bench:coding: one category).",
+    help=f"JSONL of chats ({{'messages': ...}}, the last answer is dropped) or token rows; or "
+    f"{NAMES} (speed-bench:coding: one category).",
 )
 @click.option("--engine", default="transformers", type=click.Choice(["transformers", "vllm"]))
 @click.option("--max-tokens", default=256, type=COUNT, help="Most new tokens per answer.")
 @click.option(
-    "--temperature", default=0.0, type=Temperature(min=0), help="0 = greedy; above: rejection sampling."
+    "--temperature",
+    default=0.0,
+    type=Temperature(min=0),
+    help="0 = greedy; above: rejection sampling.",
 )
 @click.option("--limit", type=COUNT, help="Only the first N rows.  [default: all]")
 @click.option(
-    "--per-source", type=COUNT,
-    help="Only the first N rows of each source (or category), such as 1 of each of SPEED-Bench's.  [default: all]",
-)  # fmt: skip
+    "--per-source",
+    type=COUNT,
+    help="Only the first N rows of each source (or category), such as 1 of each of SPEED-Bench's. "
+    " [default: all]",
+)
 @click.option(
-    "--alone", type=click.IntRange(min=0),
-    help="Also decode the first N prompts without the draft, for the speed-up and the lossless check.  [default: all]",
-)  # fmt: skip
+    "--alone",
+    type=click.IntRange(min=0),
+    help="Also decode the first N prompts without the draft, for the speed-up and the lossless "
+    "check.  [default: all]",
+)
 @click.option("--seed", default=0, type=SEED, help="Of sampling.")
 @click.option(
     "--dtype", default="auto", type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
     help="auto: the checkpoint's on a GPU, float32 on a CPU.",
 )  # fmt: skip
 @click.option(
-    "--device", default="auto", type=DEVICE, help="auto, cpu, cuda or cuda:N; --engine transformers only."
+    "--device",
+    default="auto",
+    type=DEVICE,
+    help="auto, cpu, cuda or cuda:N; --engine transformers only.",
 )
 @click.option("--output", type=OUTPUT_FILE, help="Also write the report as JSON to this file.")
-@click.option("--markdown", "table_file", type=OUTPUT_FILE, help="Also write the table as Markdown.")
 @click.option(
-    "--answers", type=OUTPUT_FILE, help="Also write every answer and its counts, one JSON object per line."
+    "--markdown", "table_file", type=OUTPUT_FILE, help="Also write the table as Markdown."
+)
+@click.option(
+    "--answers",
+    type=OUTPUT_FILE,
+    help="Also write every answer and its counts, one JSON object per line.",
 )
 @click.option(
     "--show",
@@ -259,7 +335,9 @@ def eval_command(
     show_answers: int,
     **flags: Any,
 ) -> None:
-    """Decode prompts with a draft: accepted lengths, speed, and whether the output is the target's own."""
+    """Decode prompts with a draft: accepted lengths, speed, and whether the output is the target's
+    own.
+    """
     from rich.console import Console
 
     console = Console(stderr=True)
@@ -268,13 +346,20 @@ def eval_command(
             result, prompts, runs = run(EvalConfig(draft=draft[0], **flags), note=status.update)
             found = [(result, runs)]
         else:
-            found, prompts = run_each(EvalConfig(draft=draft[0], **flags), draft, note=status.update)
+            found, prompts = run_each(
+                EvalConfig(draft=draft[0], **flags), draft, note=status.update
+            )
     told: dict[str, Any] = found[0][0]
     if len(draft) > 1:
         told = {
-            "drafts": [{"draft": folder} | result for folder, (result, _) in zip(draft, found, strict=True)]
+            "drafts": [
+                {"draft": folder} | result for folder, (result, _) in zip(draft, found, strict=True)
+            ]
         }
-        side_by_side = several.cells(draft, [result for result, _ in found], several.EVAL), how(found[0][0])
+        side_by_side = (
+            several.cells(draft, [result for result, _ in found], several.EVAL),
+            how(found[0][0]),
+        )
     if as_json:  # first: a disk that has become full meanwhile does not take this with it
         emit(told)
     elif len(draft) > 1:
@@ -284,10 +369,17 @@ def eval_command(
     for folder, (_, runs) in zip(draft, found, strict=True):
         if show_answers:
             show_coloured(
-                flags["model"], prompts, runs, show_answers, console, folder if len(draft) > 1 else ""
+                flags["model"],
+                prompts,
+                runs,
+                show_answers,
+                console,
+                folder if len(draft) > 1 else "",
             )
     lines_of = [
-        {"draft": d} | a for d, (_, r) in zip(draft, found, strict=True) for a in _answers(prompts, r)
+        {"draft": d} | a
+        for d, (_, r) in zip(draft, found, strict=True)
+        for a in _answers(prompts, r)
     ]
     for path, text in (
         (output, json.dumps(told, indent=1) + "\n"),
@@ -296,7 +388,11 @@ def eval_command(
     ):
         if path is not None:
             save(path, text.encode())
-    wrong = [(folder, result) for folder, (result, _) in zip(draft, found, strict=True) if result["diverged"]]
+    wrong = [
+        (folder, result)
+        for folder, (result, _) in zip(draft, found, strict=True)
+        if result["diverged"]
+    ]
     for folder, result in wrong:
         _explain(console, result, f"{folder}: " if len(draft) > 1 else "")
     if any(result["dtype"] == "float32" for _, result in wrong):
@@ -306,10 +402,15 @@ def eval_command(
 def _answers(prompts: Sequence[Prompt], runs: Runs) -> Iterator[dict[str, Any]]:
     for prompt, outcome in zip(prompts, runs.drafted, strict=True):
         yield {
-            "where": prompt.where, "source": prompt.source, "input_ids": prompt.ids, "tokens": outcome.tokens,
-            "seconds": outcome.seconds, "drafts": outcome.drafts, "accepted_at": list(outcome.accepted_at),
+            "where": prompt.where,
+            "source": prompt.source,
+            "input_ids": prompt.ids,
+            "tokens": outcome.tokens,
+            "seconds": outcome.seconds,
+            "drafts": outcome.drafts,
+            "accepted_at": list(outcome.accepted_at),
             "accepted": accepted(len(prompt.ids), outcome) if outcome.drafted else None,
-        }  # fmt: skip
+        }
 
 
 def show_coloured(
@@ -327,9 +428,18 @@ def show_coloured(
     for prompt, outcome in list(zip(prompts, runs.drafted, strict=True))[:count]:
         marks = accepted(len(prompt.ids), outcome)
         text = coloured(tokenizer, outcome.tokens, marks)
-        note = steps(outcome) if outcome.drafted else "which tokens were accepted is not known of this engine"
+        note = (
+            steps(outcome)
+            if outcome.drafted
+            else "which tokens were accepted is not known of this engine"
+        )
         console.print(
-            Panel(text, title=printable(f"{whose} {prompt.where}".strip()), subtitle=note, title_align="left")
+            Panel(
+                text,
+                title=printable(f"{whose} {prompt.where}".strip()),
+                subtitle=note,
+                title_align="left",
+            )
         )
     console.print("Green: drafted and accepted. The rest are the target's own.", style="dim")
 
@@ -356,11 +466,13 @@ def show(result: dict[str, Any]) -> None:
 def _explain(console: Any, result: dict[str, Any], whose: str = "") -> None:
     where = ", ".join(result["diverged"][:5])
     console.print(
-        f"{whose}{len(result['diverged'])} of {result['compared']} answers are not the target's own ({where}). "
+        f"{whose}{len(result['diverged'])} of {result['compared']} answers are not the target's "
+        f"own ({where}). "
         + (
             "In float32 that should not happen."
             if result["dtype"] == "float32"
-            else "Below float32 a near-tie can fall either way, as with any change of batch; rerun with --dtype float32 to be sure."
+            else "Below float32 a near-tie can fall either way, as with any change of batch; "
+            "rerun with --dtype float32 to be sure."
         ),
         highlight=False,
     )

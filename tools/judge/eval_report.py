@@ -1,10 +1,13 @@
-"""What ``dspark-tools eval`` says: totals, one line per source as public cards have them, as JSON, as a table, as Markdown.
+"""What ``dspark-tools eval`` says: totals, one line per source as public cards have them, as JSON,
+as a table, as Markdown.
 
-``theoretical_gain`` is the speed-up that the accepted length would buy if a step cost what it reads: decoding one sequence is bound
-by reading weights, so a block costs ``1 + draft / target`` target steps and gives ``mean_accepted_length`` tokens. Weights of the draft
-that are read a block: everything trained but the rows of its Markov embedding, and its output matrix. Of the target: everything but
-an untied embedding. A mixture of experts reads fewer of its weights than are counted, so there the gain is an upper bound. Of a head that
-runs beside a pipeline it is what ``tools/decode/gain.py`` says, a share: 0.14 is 14 % more tokens per step.
+``theoretical_gain`` is the speed-up that the accepted length would buy if a step cost what it
+reads: decoding one sequence is bound by reading weights, so a block costs ``1 + draft / target``
+target steps and gives ``mean_accepted_length`` tokens. Weights of the draft that are read a block:
+everything trained but the rows of its Markov embedding, and its output matrix. Of the target:
+everything but an untied embedding. A mixture of experts reads fewer of its weights than are
+counted, so there the gain is an upper bound. Of a head that runs beside a pipeline it is what
+``tools/decode/gain.py`` says, a share: 0.14 is 14 % more tokens per step.
 """
 
 from __future__ import annotations
@@ -28,12 +31,16 @@ def report(
     greedy: bool,
     relative_cost: float | None,
 ) -> dict[str, Any]:
-    """Totals and totals of each source. ``alone``: the target by itself on the first ``len(alone)`` prompts.
+    """Totals and totals of each source. ``alone``: the target by itself on the first ``len(alone)``
+    prompts.
 
-    ``lossless`` and the speeds compare those prompts only; null where there are none, and ``lossless`` with a temperature, where only
-    distributions could be compared.
-    """  # fmt: skip
-    rows = [(p, d, alone[i] if i < len(alone) else None) for i, (p, d) in enumerate(zip(prompts, drafted, strict=True))]  # fmt: skip
+    ``lossless`` and the speeds compare those prompts only; null where there are none, and
+    ``lossless`` with a temperature, where only distributions could be compared.
+    """
+    rows = [
+        (p, d, alone[i] if i < len(alone) else None)
+        for i, (p, d) in enumerate(zip(prompts, drafted, strict=True))
+    ]
     sources: dict[str, list[tuple[Prompt, Outcome, Outcome | None]]] = {}
     for row in rows:
         sources.setdefault(row[0].source or UNNAMED, []).append(row)
@@ -41,12 +48,16 @@ def report(
         **_line(rows, greedy, relative_cost),
         "relative_cost": relative_cost,
         "diverged": _diverged(rows) if greedy else [],
-        "per_source": {name: _line(found, greedy, relative_cost) for name, found in sorted(sources.items())},
+        "per_source": {
+            name: _line(found, greedy, relative_cost) for name, found in sorted(sources.items())
+        },
     }
 
 
 def _line(
-    rows: Sequence[tuple[Prompt, Outcome, Outcome | None]], greedy: bool, relative_cost: float | None
+    rows: Sequence[tuple[Prompt, Outcome, Outcome | None]],
+    greedy: bool,
+    relative_cost: float | None,
 ) -> dict[str, Any]:
     out = summarise([d for _, d, _ in rows])
     both = [(d, a) for _, d, a in rows if a is not None]
@@ -58,7 +69,9 @@ def _line(
         "lossless": not _diverged(rows) if both and greedy else None,
         "tokens_per_second_target": alone,
         "speedup": rate([d for d, _ in both]) / alone if alone else None,
-        "theoretical_gain": None if length is None or relative_cost is None else length / (1 + relative_cost),
+        "theoretical_gain": None
+        if length is None or relative_cost is None
+        else length / (1 + relative_cost),
         **pipeline_gains([d for _, d, _ in rows]),
     }
 
@@ -68,9 +81,9 @@ def _diverged(rows: Sequence[tuple[Prompt, Outcome, Outcome | None]]) -> list[st
 
 
 def relative_cost(model: str, draft: str) -> float | None:
-    """Weights a drafted block reads, as a share of those a target step reads; None for a target whose shapes transformers cannot
-    build without its code.
-    """  # fmt: skip
+    """Weights a drafted block reads, as a share of those a target step reads; None for a target
+    whose shapes transformers cannot build without its code.
+    """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -131,9 +144,16 @@ def _cells(row: dict[str, Any]) -> tuple[str, ...]:
     rates = " ".join(f"{x:.2f}" for x in row["accept_rate"] or []) or "-"
     lossless = {True: "yes", False: "NO", None: "-"}[row["lossless"]]
     return (
-        str(row["prompts"]), str(row["drafts"]), length, rates, _number(row["tokens_per_second"], 1),
-        _number(row["tokens_per_second_target"], 1), _number(row["speedup"], 2, "x"), _number(gain, 2, "x"), lossless,
-    )  # fmt: skip
+        str(row["prompts"]),
+        str(row["drafts"]),
+        length,
+        rates,
+        _number(row["tokens_per_second"], 1),
+        _number(row["tokens_per_second_target"], 1),
+        _number(row["speedup"], 2, "x"),
+        _number(gain, 2, "x"),
+        lossless,
+    )
 
 
 def _number(value: float | None, digits: int, unit: str = "") -> str:
@@ -152,8 +172,10 @@ def how(result: dict[str, Any]) -> str:
         return _how_piped(result)
     decoding = "greedy" if result["temperature"] == 0 else f"temperature {result['temperature']}"
     return (
-        f"{result['engine']}, {result['dtype']}, {decoding}, one prompt at a time, at most {result['max_tokens']} new tokens, blocks of "
-        f"{result['block_size']}; ± is the standard error over prompts; the target alone on the first {result['compared']} prompts."
+        f"{result['engine']}, {result['dtype']}, {decoding}, one prompt at a time, at most "
+        f"{result['max_tokens']} new tokens, blocks of "
+        f"{result['block_size']}; ± is the standard error over prompts; the target alone on the "
+        f"first {result['compared']} prompts."
     )
 
 
@@ -164,10 +186,14 @@ def _how_piped(result: dict[str, Any]) -> str:
         return _number(result[name], digits)
 
     return (
-        f"{result['engine']}, {result['dtype']}, temperature {result['temperature']}, one prompt at a time beside an emulated pipeline of "
-        f"{result['stages']} stages: {result['tokens']} tokens in {result['steps']} steps; acceptance_rate (tokens per step) "
+        f"{result['engine']}, {result['dtype']}, temperature {result['temperature']}, one prompt "
+        "at a time beside an emulated pipeline of "
+        f"{result['stages']} stages: {result['tokens']} tokens in {result['steps']} steps; "
+        "acceptance_rate (tokens per step) "
         f"{said('acceptance_rate')}, equivalent accept length {said('equivalent_accept_length')} "
-        f"({said('equivalent_accept_length_drafted')} without the prefill's tokens); theoretical gain {said('theoretical_gain')} "
-        f"(pooled {said('theoretical_gain_pooled')}); drafts accepted {result['drafts_accepted']} of {result['drafts_judged']}. "
+        f"({said('equivalent_accept_length_drafted')} without the prefill's tokens); theoretical "
+        f"gain {said('theoretical_gain')} "
+        f"(pooled {said('theoretical_gain_pooled')}); drafts accepted "
+        f"{result['drafts_accepted']} of {result['drafts_judged']}. "
         "Tokens per second are the emulation's, not a pipeline's."
     )

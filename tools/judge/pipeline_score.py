@@ -1,8 +1,10 @@
-"""What a head beside a pipeline would gain on a store's answers, with no target: decoding replayed over the text that stands.
+"""What a head beside a pipeline would gain on a store's answers, with no target: decoding replayed
+over the text that stands.
 
-Where the store holds the target's greedy answers this *is* greedy decoding: what a token's states are does not depend on the schedule, and
-drafts behind a wrong one are thrown away. On other text a draft counts as accepted where it is the target's own best token there, and
-decoding goes on with the text's.
+Where the store holds the target's greedy answers this *is* greedy decoding: what a token's states
+are does not depend on the schedule, and drafts behind a wrong one are thrown away. On other text a
+draft counts as accepted where it is the target's own best token there, and decoding goes on with
+the text's.
 
 Legend: n stages, A anchors of a row, each a token whose successor is supervised.
 """
@@ -30,8 +32,9 @@ Bools = npt.NDArray[np.bool_]
 
 
 def replay(hits: Bools) -> list[bool]:
-    """Whether each draft stood that an answer's decoding judged, in order, from ``hits`` bool[n, M]: row ``f - 1`` says at which tokens the
-    draft made with f tokens in flight is right. Token 0 is fresh; one after a rejection too.
+    """Whether each draft stood that an answer's decoding judged, in order, from ``hits`` bool[n,
+    M]: row ``f - 1`` says at which tokens the draft made with f tokens in flight is right. Token 0
+    is fresh; one after a rejection too.
     """
     stages, stood, fill = hits.shape[0], [], 1
     for at in range(hits.shape[1]):
@@ -57,7 +60,9 @@ def pipeline_score(
     dtype: torch.dtype,
     backend: Backend,
 ) -> dict[str, Any]:
-    """``gains`` over every answer of ``rows``, which have every eligible anchor. One forward per number of tokens in flight."""
+    """``gains`` over every answer of ``rows``, which have every eligible anchor. One forward per
+    number of tokens in flight.
+    """
     import torch
 
     from dspark.train.draft.types import drafter
@@ -74,7 +79,12 @@ def pipeline_score(
             found = []
             for fill in range(1, model.stages + 1):
                 states = model(batch, model.plan(batch, backend, fill=fill))
-                out = objective(kind.slots(batch, states, 0.0), model.frozen_head, ObjectiveConfig(decay=0.0), UNIT)  # fmt: skip
+                out = objective(
+                    kind.slots(batch, states, 0.0),
+                    model.frozen_head,
+                    ObjectiveConfig(decay=0.0),
+                    UNIT,
+                )
                 found.append(batch.in_blocks(out.hit)[:, 0])
             hits = torch.stack(found).cpu().numpy()
             for part in runs(batch.anchors.cpu().numpy()):

@@ -1,4 +1,6 @@
-"""Pictures for the card: acceptance by position, reliability diagrams, the curve of training. PNG or SVG by the file's name."""
+"""Pictures for the card: acceptance by position, reliability diagrams, the curve of training. PNG
+or SVG by the file's name.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,9 @@ def can_draw() -> bool:
 
 
 def refuse_undrawable(path: Path) -> None:
-    """Raise UsageError unless a picture of this name can be drawn here; before the work whose result it shows."""
+    """Raise UsageError unless a picture of this name can be drawn here; before the work whose
+    result it shows.
+    """
     if path.suffix not in (".png", ".svg"):
         raise UsageError(f"{path}: expected a name that ends with .png or .svg")
     if not can_draw():
@@ -33,11 +37,15 @@ def refuse_undrawable(path: Path) -> None:
 
 @contextmanager
 def figure(path: Path, columns: int = 1, rows: int = 1) -> Iterator[Any]:
-    """Axes (an array of them, flat, if more than one) of a figure that is saved to ``path`` at the end."""
+    """Axes (an array of them, flat, if more than one) of a figure that is saved to ``path`` at the
+    end.
+    """
     refuse_undrawable(path)
     from matplotlib.figure import Figure
 
-    drawn = Figure(figsize=(3.2 * columns + 1.6 * (columns == 1), 3.0 * rows), layout="constrained", dpi=120)
+    drawn = Figure(
+        figsize=(3.2 * columns + 1.6 * (columns == 1), 3.0 * rows), layout="constrained", dpi=120
+    )
     axes = drawn.subplots(rows, columns, squeeze=False).flatten()
     yield axes if len(axes) > 1 else axes[0]
     # No date and fixed ids: the same run gives the same bytes.
@@ -60,7 +68,9 @@ def accept_rates(curves: dict[str, Sequence[float]], path: Path) -> None:
 
 
 def reliability(report: dict[str, Any], path: Path) -> None:
-    """Survival by position: mean confidence against mean acceptance, as the head says it and calibrated. ``report``: of ``calibrate``."""
+    """Survival by position: mean confidence against mean acceptance, as the head says it and
+    calibrated. ``report``: of ``calibrate``.
+    """
     before, after = report["before"]["survival"], report["after"]["survival"]
     size = len(before["ece"])
     columns = min(size, 4)
@@ -99,7 +109,10 @@ def training(rows: Sequence[dict[str, Any]], path: Path) -> None:
                 if bool(r.get("validation")) == held_out and r.get("mean_accepted_length")
             ]
             axes.plot(
-                [s for s, _ in points], [v for _, v in points], marker="o" if held_out else None, label=name
+                [s for s, _ in points],
+                [v for _, v in points],
+                marker="o" if held_out else None,
+                label=name,
             )
         axes.set(xlabel="step", ylabel="mean accepted length")
         axes.grid(alpha=0.3)

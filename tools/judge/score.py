@@ -1,4 +1,6 @@
-"""``dspark-tools score``: teacher-forced metrics of a draft on a store. With ``max_anchors`` 0 nothing in it is random."""
+"""``dspark-tools score``: teacher-forced metrics of a draft on a store. With ``max_anchors`` 0
+nothing in it is random.
+"""
 
 from __future__ import annotations
 
@@ -36,15 +38,24 @@ def score(
 ) -> dict[str, Any]:
     """Metrics (INTERFACES ``score``) over the samples that ``which`` names.
 
-    ``all``; or ``validation`` / ``train``, the split that the draft was trained with (by prompt hash, from its training.json).
+    ``all``; or ``validation`` / ``train``, the split that the draft was trained with (by prompt
+    hash, from its training.json).
     """
     from dspark.train.draft.folder import load_config
 
     samples = chosen(cache, draft, which)
     result = forced(
-        cache, draft, samples, max_anchors=max_anchors, total_seq_len=total_seq_len, seed=seed, device=device, dtype=dtype,
-        progress=progress, walk=True,
-    )  # fmt: skip
+        cache,
+        draft,
+        samples,
+        max_anchors=max_anchors,
+        total_seq_len=total_seq_len,
+        seed=seed,
+        device=device,
+        dtype=dtype,
+        progress=progress,
+        walk=True,
+    )
     return {
         **result,
         "samples": int(samples.size),
@@ -69,8 +80,9 @@ def forced(
     observe: Callable[[Batch, SlotInputs, ObjectiveOutput], None] | None = None,
     walk: bool = False,
 ) -> dict[str, Any]:
-    """The draft's teacher-forced metrics over ``samples``; ``observe`` sees the slots of every row. ``walk`` adds the accepted lengths where
-    decoding begins its blocks (``train/objective/walk.py``), null unless every anchor is scored.
+    """The draft's teacher-forced metrics over ``samples``; ``observe`` sees the slots of every row.
+    ``walk`` adds the accepted lengths where decoding begins its blocks
+    (``train/objective/walk.py``), null unless every anchor is scored.
     """
     from dspark.train.compute import choose_compute
     from dspark.train.data.stream import VALIDATION_EPOCH, Stream
@@ -98,28 +110,42 @@ def forced(
 
     sums = Walk() if walk and max_anchors == 0 else None
     found = evaluate(
-        model, cache, rows(), device=compute.device, dtype=compute.dtype, backend=compute.backend, observe=observe, walk=sums
-    )  # fmt: skip
+        model,
+        cache,
+        rows(),
+        device=compute.device,
+        dtype=compute.dtype,
+        backend=compute.backend,
+        observe=observe,
+        walk=sums,
+    )
     if walk and max_anchors == 0 and drafter(model.config.speculator_type).stages(model.config):
         from dspark.tools.judge.pipeline_score import pipeline_score
         from dspark.train.draft.spd.head import SpdHead
 
         assert isinstance(model, SpdHead)
         found |= pipeline_score(
-            model, cache, (row for step in stream.steps_from(VALIDATION_EPOCH) for row in step), device=compute.device,
-            dtype=compute.dtype, backend=compute.backend,
-        )  # fmt: skip
+            model,
+            cache,
+            (row for step in stream.steps_from(VALIDATION_EPOCH) for row in step),
+            device=compute.device,
+            dtype=compute.dtype,
+            backend=compute.backend,
+        )
     return {**found, **(sums.result() if sums is not None else dict.fromkeys(KEYS) if walk else {})}
 
 
 def belongs(cache: Cache, config: Any, draft: str) -> None:
-    """Raise MismatchError unless the draft was made for this store's target, and the store has the layers that it reads."""
+    """Raise MismatchError unless the draft was made for this store's target, and the store has the
+    layers that it reads.
+    """
     from dspark.train.draft.types import drafter
 
     target = cache.manifest.target
     if missing := [i for i in config.target_layer_ids if i not in cache.manifest.layers]:
         raise MismatchError(
-            f"{draft}: its target_layer_ids (output of layer i) are {list(config.target_layer_ids)}, the store {cache.path} has "
+            f"{draft}: its target_layer_ids (output of layer i) are "
+            f"{list(config.target_layer_ids)}, the store {cache.path} has "
             f"{cache.manifest.layers}, without {missing}; score it on a store that has them"
         )
     pairs = (
@@ -134,7 +160,8 @@ def belongs(cache: Cache, config: Any, draft: str) -> None:
     for what, ours, theirs in pairs:
         if ours != theirs:
             raise MismatchError(
-                f"{draft}: its {what} is {ours}, the store {cache.path} has {theirs}; score it on a store of its own target"
+                f"{draft}: its {what} is {ours}, the store {cache.path} has {theirs}; score it "
+                "on a store of its own target"
             )
 
 
@@ -148,7 +175,8 @@ def chosen(cache: Cache, draft: str, which: str) -> np.ndarray[Any, np.dtype[np.
     path = Path(draft) / TRAINING
     if not path.exists():
         raise UsageError(
-            f"--split {which} needs {path}, which says how the draft's training split the store; --split all does not"
+            f"--split {which} needs {path}, which says how the draft's training split the store; "
+            "--split all does not"
         )
     record = records.training(Path(draft), val_fraction=True)
     training, held_out = split(cache.index["sample_key"], float(record["val_fraction"]))
@@ -156,22 +184,31 @@ def chosen(cache: Cache, draft: str, which: str) -> np.ndarray[Any, np.dtype[np.
 
 
 def same_samples(cache: Cache, drafts: Sequence[str], which: str) -> None:
-    """Raise UsageError unless ``which`` names the same samples for all ``drafts``: one table compares on one set."""
+    """Raise UsageError unless ``which`` names the same samples for all ``drafts``: one table
+    compares on one set.
+    """
     first = chosen(cache, drafts[0], which)
     for other in drafts[1:]:
         if not np.array_equal(first, chosen(cache, other, which)):
             raise UsageError(
-                f"--split {which}: {drafts[0]} and {other} were trained with different splits, so it names other samples for each; --split all does not"
+                f"--split {which}: {drafts[0]} and {other} were trained with different splits, "
+                "so it names other samples for each; --split all does not"
             )
 
 
 @command(
-    "score", epilog="\b\nExamples:\n  dspark-tools score --cache ./hs.zarr --draft ./draft --split validation"
+    "score",
+    epilog="\b\nExamples:\n"
+    "  dspark-tools score --cache ./hs.zarr --draft ./draft --split validation",
 )
 @click.option("--cache", required=True, help="Store of the draft's target and layers.")
 @click.option(
-    "--draft", required=True, multiple=True, help="Draft folder: config.json and model.safetensors. Several: one table, on the same samples.",
-)  # fmt: skip
+    "--draft",
+    required=True,
+    multiple=True,
+    help="Draft folder: config.json and model.safetensors. Several: one table, on the same "
+    "samples.",
+)
 @click.option(
     "--max-anchors",
     default=0,
@@ -196,7 +233,9 @@ def same_samples(cache: Cache, drafts: Sequence[str], which: str) -> None:
 def score_command(
     cache: str, draft: tuple[str, ...], max_anchors: int, which: str, as_json: bool, **where: Any
 ) -> None:
-    """Compute teacher-forced metrics of a draft: losses, accept rate by slot, mean accepted length (tau), calibration."""
+    """Compute teacher-forced metrics of a draft: losses, accept rate by slot, mean accepted length
+    (tau), calibration.
+    """
     import dspark.cache
 
     store = dspark.cache.open(cache)
@@ -205,13 +244,20 @@ def score_command(
     for folder in draft:
         with bar(f"score {folder}" if len(draft) > 1 else "score") as progress:
             found.append(
-                score(store, folder, max_anchors=max_anchors, which=which, progress=progress, **where)
+                score(
+                    store, folder, max_anchors=max_anchors, which=which, progress=progress, **where
+                )
             )
     if as_json:
         emit(found[0] if len(draft) == 1 else {"drafts": found})
         return
     if len(draft) > 1:
-        said = f"{found[0]['samples']} samples ({which}) of {cache}, at every anchor" if max_anchors == 0 else f"{found[0]['samples']} samples ({which}) of {cache}, {max_anchors} anchors per row"  # fmt: skip
+        said = (
+            f"{found[0]['samples']} samples ({which}) of {cache}, at every anchor"
+            if max_anchors == 0
+            else f"{found[0]['samples']} samples ({which}) of {cache}, {max_anchors} anchors per "
+            "row"
+        )
         several.show(several.cells(draft, found, several.SCORE), said)
         return
     data = found[0]
@@ -222,7 +268,8 @@ def score_command(
         return f"{value:.4f}" if isinstance(value, float) else str(value)
 
     units = {
-        "mean_accepted_length": "tau: tokens per target step at an anchor drawn anywhere, temperature 1",
+        "mean_accepted_length": "tau: tokens per target step at an anchor drawn anywhere, "
+        "temperature 1",
         "walk": "tokens per target step where decoding begins its blocks, temperature 1",
         "walk_greedy": "the same, greedy",
         "accept_rate": "by slot, given that all before it were accepted",

@@ -1,4 +1,6 @@
-"""Several drafts side by side: one table of what ``eval`` or ``score`` found for each on the same prompts or samples."""
+"""Several drafts side by side: one table of what ``eval`` or ``score`` found for each on the same
+prompts or samples.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,9 @@ Columns = Mapping[str, Callable[[Result], str]]
 
 
 def names(drafts: Sequence[str]) -> list[str]:
-    """Short names of folders that are told apart by them: the last part of each, or the whole path where two are the same."""
+    """Short names of folders that are told apart by them: the last part of each, or the whole path
+    where two are the same.
+    """
     short = [Path(draft).name or draft for draft in drafts]
     return [s if short.count(s) == 1 else draft for s, draft in zip(short, drafts, strict=True)]
 
@@ -38,14 +42,25 @@ def _type(result: Result) -> str:
 
 
 EVAL: Columns = {
-    "type": _type, "block": lambda r: str(r["block_size"]), "accepted length": _with_error, "accept rate by position": _rates,
-    "tokens/s": _number("tokens_per_second", 1), "speed-up": _number("speedup", 2, "x"),
-    "theoretical": lambda r: _number("theoretical_gain", 2, "x")(r) if not r.get("stages") else _piped(r), "lossless": _lossless,
-}  # fmt: skip
+    "type": _type,
+    "block": lambda r: str(r["block_size"]),
+    "accepted length": _with_error,
+    "accept rate by position": _rates,
+    "tokens/s": _number("tokens_per_second", 1),
+    "speed-up": _number("speedup", 2, "x"),
+    "theoretical": lambda r: (
+        _number("theoretical_gain", 2, "x")(r) if not r.get("stages") else _piped(r)
+    ),
+    "lossless": _lossless,
+}
 SCORE: Columns = {
-    "type": _type, "walk, greedy": _number("walk_greedy"), "walk, T = 1": _number("walk"), "tau": _number("mean_accepted_length"),
-    "accept rate by slot": _rates, "tokens per step x stages": _number("equivalent_accept_length"),
-}  # fmt: skip
+    "type": _type,
+    "walk, greedy": _number("walk_greedy"),
+    "walk, T = 1": _number("walk"),
+    "tau": _number("mean_accepted_length"),
+    "accept rate by slot": _rates,
+    "tokens per step x stages": _number("equivalent_accept_length"),
+}
 
 
 def _piped(result: Result) -> str:
@@ -53,9 +68,14 @@ def _piped(result: Result) -> str:
     return "-" if gain is None else f"{1 + gain:.2f}x of {result['stages']} stages"
 
 
-def cells(drafts: Sequence[str], results: Sequence[Result], columns: Columns) -> list[tuple[str, ...]]:
+def cells(
+    drafts: Sequence[str], results: Sequence[Result], columns: Columns
+) -> list[tuple[str, ...]]:
     """The head and a line per draft; columns in which no draft has a value are left out."""
-    body = [[name, *(cell(r) for cell in columns.values())] for name, r in zip(names(drafts), results, strict=True)]  # fmt: skip
+    body = [
+        [name, *(cell(r) for cell in columns.values())]
+        for name, r in zip(names(drafts), results, strict=True)
+    ]
     head = ["draft", *columns]
     used = [i for i in range(len(head)) if any(row[i] != "-" for row in body)]
     return [tuple(row[i] for i in used) for row in (head, *body)]

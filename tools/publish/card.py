@@ -1,6 +1,8 @@
-"""The model card (README.md) of an exported draft, generated from what the run left in its folder. Missing files are left out, not guessed.
+"""The model card (README.md) of an exported draft, generated from what the run left in its folder.
+Missing files are left out, not guessed.
 
-Read: training.json (recipe), history.json (what it began with, its sessions), store.json (target and data), metrics.jsonl (validations), calibration.json, and reports of ``eval --output``.
+Read: training.json (recipe), history.json (what it began with, its sessions), store.json (target
+and data), metrics.jsonl (validations), calibration.json, and reports of ``eval --output``.
 """
 
 from __future__ import annotations
@@ -15,13 +17,31 @@ from dspark.tools import records
 from dspark.tools.check.files import vllm_at_least
 from dspark.train.draft.config import DraftConfig
 
-RECIPE = ("num_layers", "block_size", "markov_rank", "markov_head_type", "draft_vocab_size", "loss_fn", "confidence_head_alpha",
-          "optimizer", "lr", "epochs", "max_steps", "rows_per_step", "total_seq_len", "max_anchors", "val_fraction", "seed")  # fmt: skip
+RECIPE = (
+    "num_layers",
+    "block_size",
+    "markov_rank",
+    "markov_head_type",
+    "draft_vocab_size",
+    "loss_fn",
+    "confidence_head_alpha",
+    "optimizer",
+    "lr",
+    "epochs",
+    "max_steps",
+    "rows_per_step",
+    "total_seq_len",
+    "max_anchors",
+    "val_fraction",
+    "seed",
+)
 
 
 @dataclass(frozen=True, slots=True)
 class DraftRun:
-    """What a draft folder holds beside the weights; ``validations`` are the held-out rows of metrics.jsonl, in order."""
+    """What a draft folder holds beside the weights; ``validations`` are the held-out rows of
+    metrics.jsonl, in order.
+    """
 
     config: DraftConfig
     training: dict[str, Any]
@@ -57,7 +77,9 @@ def pictures(run: DraftRun, folder: Path, reports: Sequence[dict[str, Any]]) -> 
     out = {}
     curves = {"held out, expected": run.validations[-1]["accept_rate"]} if run.validations else {}
     curves |= {
-        f"{r['engine']}, accepted up to here": r["accept_rate"] for r in reports if r.get("accept_rate")
+        f"{r['engine']}, accepted up to here": r["accept_rate"]
+        for r in reports
+        if r.get("accept_rate")
     }
     if curves:
         plots.accept_rates(curves, folder / "accept_rate.svg")
@@ -79,8 +101,9 @@ def card(
     name: str,
     serving: str | None = None,
 ) -> str:
-    """README.md. ``reports``: of ``dspark-tools eval --output``; ``name``: what the draft is called in commands; ``serving``: what is known of servers
-    for the target's family."""
+    """README.md. ``reports``: of ``dspark-tools eval --output``; ``name``: what the draft is called
+    in commands; ``serving``: what is known of servers for the target's family.
+    """
     from dspark.tools.judge.eval_report import markdown
 
     target, config = manifest["target"], run.config
@@ -89,12 +112,14 @@ def card(
         + f"base_model: {json.dumps(target)}\n"
         + "library_name: vllm\ntags: [speculative-decoding, dspark]\n---\n",
         f"# {config.speculator_type} draft for {target}\n",
-        f"A speculative-decoding draft: it proposes {config.block_size} tokens at a time and the target verifies them, so the output stays the "
+        f"A speculative-decoding draft: it proposes {config.block_size} tokens at a time and the "
+        "target verifies them, so the output stays the "
         "target's own and only the speed changes.\n",
         "## Serve\n"
         + _serving(config, manifest, name)
         + (
-            f"\nServers for this target's family (docs/targets.md says what the words mean): {serving}.\n"
+            "\nServers for this target's family (docs/targets.md says what the words mean): "
+            f"{serving}.\n"
             if serving
             else ""
         ),
@@ -110,14 +135,20 @@ def card(
 
         parts.append("## History\n" + "".join(f"- {s}\n" for s in sentences(run.history)))
     if run.validations:
-        parts.append("## Held-out metrics\nTeacher-forced, on prompts kept out of training; accept rate is the probability that a position is accepted "
-                     "if all before it were.\n\n" + _metrics(run.validations))  # fmt: skip
+        parts.append(
+            "## Held-out metrics\nTeacher-forced, on prompts kept out of training; accept rate "
+            "is the probability that a position is accepted "
+            "if all before it were.\n\n" + _metrics(run.validations)
+        )
     for report in reports:
         parts.append(f"## Decoding ({report['engine']})\n" + markdown(report))
     if run.calibration:
         from dspark.tools.judge.calibrate import table
 
-        parts.append("## Confidence\nSurvival by position on held-out data; temperatures fitted on other samples.\n\n" + table(run.calibration) + "\n")  # fmt: skip
+        parts.append(
+            "## Confidence\nSurvival by position on held-out data; temperatures fitted on other "
+            "samples.\n\n" + table(run.calibration) + "\n"
+        )
     parts += [f"![{title}]({file})\n" for title, file in images.items()]
     if run.training:
         parts.append("## Reproduce\n" + _code(reproduce(run, target)))
@@ -128,7 +159,11 @@ def _data(store: dict[str, Any]) -> list[tuple[str, Any]]:
     """Rows on the store; of several, what they have in common and then what each is."""
     rows = [(k, v) for k, v in store.items() if v is not None and k != "stores"]
     for number, one in enumerate(store.get("stores") or [], 1):
-        rows += [(f"{k} of store {number}", v) for k, v in one.items() if v is not None and store.get(k) != v]
+        rows += [
+            (f"{k} of store {number}", v)
+            for k, v in one.items()
+            if v is not None and store.get(k) != v
+        ]
     return rows
 
 
@@ -144,7 +179,9 @@ def _serving(config: Any, manifest: dict[str, Any], name: str) -> str:
 
 
 def serve_command(target: str, draft: str, size: int, own: dict[str, Any] | None = None) -> str:
-    """``own``: what vLLM must know of the draft's type (``DrafterType.serving``); None for dspark."""
+    """``own``: what vLLM must know of the draft's type (``DrafterType.serving``); None for
+    dspark.
+    """
     settings = {
         **(own or {"method": "dspark"}),
         "model": draft,
@@ -182,7 +219,9 @@ def reproduce(run: DraftRun, target: str) -> str:
     counts = [with_passes(given)[1] for given in run.training.get("caches") or []]
     caches = [f"--cache {name}" for name in names]
     if len(counts) == len(names):
-        caches = [f"{cache}={n:g}" if n != 1 else cache for cache, n in zip(caches, counts, strict=True)]
+        caches = [
+            f"{cache}={n:g}" if n != 1 else cache for cache, n in zip(caches, counts, strict=True)
+        ]
     return "\n".join((
         *(_dumped(store, target, layers, name) for store, name in zip(each, names, strict=True)),
         f"dspark-train {' '.join([*caches, *flags])}",
@@ -197,7 +236,10 @@ def _dumped(store: dict[str, Any], target: str, layers: list[int], name: str) ->
         else ""
     )
     data = f" --data {store['source']}" if store.get("source") else ""
-    return f"dspark-dump --model {target}{data} --layers {','.join(map(str, layers))}{bits} --output {name}"
+    return (
+        f"dspark-dump --model {target}{data} --layers {','.join(map(str, layers))}{bits} "
+        f"--output {name}"
+    )
 
 
 def _word(value: Any) -> str:
@@ -217,7 +259,8 @@ def _servable(config: DraftConfig, form: str) -> str:
         first, why = vllm_at_least(config, form)
         return f"\nvLLM {first} or later: {why}.\n"
     return (
-        f"\nNot by vLLM: it has no {config.markov_head_type} Markov head. SGLang takes it as it is (`--speculative-algorithm DSPARK`), "
+        f"\nNot by vLLM: it has no {config.markov_head_type} Markov head. SGLang takes it as it "
+        "is (`--speculative-algorithm DSPARK`), "
         "and `dspark-tools eval --engine transformers` decodes with it.\n"
     )
 
@@ -229,27 +272,34 @@ def _shape(config: DraftConfig, manifest: dict[str, Any]) -> list[tuple[str, Any
         (
             "RoPE",
             json.dumps(
-                {"rope_type": "default"} | dict(config.rope_scaling or {}) | {"rope_theta": config.rope_theta}
+                {"rope_type": "default"}
+                | dict(config.rope_scaling or {})
+                | {"rope_theta": config.rope_theta}
             ),
         ),
         ("format", manifest["format"]),
         (
             "tensors",
-            f"{manifest['tensors']}, {manifest['parameters']:,} parameters, {manifest['dtype']}, {manifest['bytes']:,} bytes",
+            f"{manifest['tensors']}, {manifest['parameters']:,} parameters, {manifest['dtype']}, "
+            f"{manifest['bytes']:,} bytes",
         ),
         (
             "layers",
-            f"{config.num_layers}, hidden {config.hidden_size}, {config.num_heads} heads of {config.head_dim}, {config.num_kv_heads} for keys",
+            f"{config.num_layers}, hidden {config.hidden_size}, {config.num_heads} heads of "
+            f"{config.head_dim}, {config.num_kv_heads} for keys",
         ),
         (
             "target layers",
-            f"{list(config.target_layer_ids)} (outputs, 0-based; entering layers {[i + 1 for i in config.target_layer_ids]})",
+            f"{list(config.target_layer_ids)} (outputs, 0-based; entering layers "
+            f"{[i + 1 for i in config.target_layer_ids]})",
         ),
         ("vocabulary", f"{config.draft_vocab_size:,} of {config.vocab_size:,}"),
         ("mask token", config.mask_token_id),
         (
             "Markov head",
-            f"{config.markov_head_type}, rank {config.markov_rank}" if config.markov_rank else "none",
+            f"{config.markov_head_type}, rank {config.markov_rank}"
+            if config.markov_rank
+            else "none",
         ),
     ]
 
@@ -275,7 +325,9 @@ def _short(value: Any) -> str:
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     lines = [head, ["---"] * len(head), *rows]
-    return "".join("| " + " | ".join(str(c).replace("|", "\\|") for c in cells) + " |\n" for cells in lines)
+    return "".join(
+        "| " + " | ".join(str(c).replace("|", "\\|") for c in cells) + " |\n" for cells in lines
+    )
 
 
 def _code(text: str) -> str:

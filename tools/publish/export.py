@@ -1,7 +1,9 @@
-"""``dspark-tools export``: a draft folder in the format and dtype that is published, with manifest and card; ``--push`` to the hub.
+"""``dspark-tools export``: a draft folder in the format and dtype that is published, with manifest
+and card; ``--push`` to the hub.
 
-OUT holds config.json, model.safetensors, manifest.json (count, dtype, size and sha256 of what was written), README.md and pictures, and
-is made whole or not at all. The target is not needed: what a draft borrows of it is not in the file, or (reduced vocabulary) is copied.
+OUT holds config.json, model.safetensors, manifest.json (count, dtype, size and sha256 of what was
+written), README.md and pictures, and is made whole or not at all. The target is not needed: what a
+draft borrows of it is not in the file, or (reduced vocabulary) is copied.
 """
 
 from __future__ import annotations
@@ -31,7 +33,9 @@ def export(
     pictures: bool = True,
     overwrite: bool = False,
 ) -> dict[str, Any]:
-    """Write OUT; returns its manifest. ``target`` None: the id in store.json. ``reports``: files of ``eval --output``."""
+    """Write OUT; returns its manifest. ``target`` None: the id in store.json. ``reports``: files of
+    ``eval --output``.
+    """
     import torch
 
     from dspark.cache.errors import DraftError, UsageError
@@ -53,18 +57,22 @@ def export(
         raise UsageError(f"{draft} has no store.json that names the target; give --target ID")
     wanted = getattr(torch, DTYPES[dtype])
     kind = drafter(config.speculator_type)
-    # Through what training owns: what a server needs besides (a zero Markov head) is added to drafts of other programs too.
+    # Through what training owns: what a server needs besides (a zero Markov head) is added to
+    # drafts of other programs too.
     learnt = kind.learnt(files.read_tensors(draft), Path(draft) / files.WEIGHTS)
     stored = _whole(kind.served(learnt, config, wanted), config, draft)
     cast = {n: t.to(wanted).contiguous() if t.is_floating_point() else t for n, t in stored.items()}
-    overflown = [n for n, t in cast.items() if t.is_floating_point() and not bool(torch.isfinite(t).all())]
+    overflown = [
+        n for n, t in cast.items() if t.is_floating_point() and not bool(torch.isfinite(t).all())
+    ]
     if overflown:
         raise DraftError(f"{draft}: {overflown[0]} does not fit {dtype}; export it as bf16")
     trained = files.trained_as(draft) or config
     kind = drafter(config.speculator_type)
     if layout == "speculators" and not kind.spelled_by_speculators:
         raise UsageError(
-            f"{draft} is a draft of type {kind.name}, which the speculators format cannot say; use --format flat"
+            f"{draft} is a draft of type {kind.name}, which the speculators format cannot say; "
+            "use --format flat"
         )
     verifier = (target, _architectures(target)) if layout == "speculators" else None
     serving = _serving(target)
@@ -75,11 +83,23 @@ def export(
         files.write_config(new, config, wanted, verifier)
         more = kind.packed(new, config, cast, target)
         manifest = {
-            "format": layout, "target": target, "method": kind.method, "block_size": config.block_size, "dtype": DTYPES[dtype], "tensors": len(cast),
-            "parameters": sum(t.numel() for n, t in cast.items() if t.is_floating_point()), "bytes": (new / files.WEIGHTS).stat().st_size,
-            "tensor_index": {n: {"dtype": str(t.dtype).removeprefix("torch."), "shape": list(t.shape)} for n, t in sorted(cast.items())},
-            "files": {n: {"bytes": (new / n).stat().st_size, "sha256": sha256(new / n)} for n in (files.CONFIG, files.WEIGHTS, *more)},
-        }  # fmt: skip
+            "format": layout,
+            "target": target,
+            "method": kind.method,
+            "block_size": config.block_size,
+            "dtype": DTYPES[dtype],
+            "tensors": len(cast),
+            "parameters": sum(t.numel() for n, t in cast.items() if t.is_floating_point()),
+            "bytes": (new / files.WEIGHTS).stat().st_size,
+            "tensor_index": {
+                n: {"dtype": str(t.dtype).removeprefix("torch."), "shape": list(t.shape)}
+                for n, t in sorted(cast.items())
+            },
+            "files": {
+                n: {"bytes": (new / n).stat().st_size, "sha256": sha256(new / n)}
+                for n in (files.CONFIG, files.WEIGHTS, *more)
+            },
+        }
         (new / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
         images = card.pictures(run, new, read) if pictures else {}
         (new / CARD).write_text(card.card(run, manifest, read, images, final.name, serving))
@@ -90,7 +110,9 @@ def export(
 
 
 def _free(final: Path, overwrite: bool) -> None:
-    """Refuse an OUT that holds anything but an earlier export, and that one too unless told to replace it."""
+    """Refuse an OUT that holds anything but an earlier export, and that one too unless told to
+    replace it.
+    """
     from dspark.cache.errors import ExistsError
 
     if not final.exists():
@@ -103,7 +125,8 @@ def _free(final: Path, overwrite: bool) -> None:
         raise ExistsError(f"{final} exists and holds no export (no {MANIFEST}); choose another OUT")
     if not overwrite:
         raise ExistsError(
-            f"{final} exists and holds an earlier export; --overwrite replaces it, or choose another OUT"
+            f"{final} exists and holds an earlier export; --overwrite replaces it, or choose "
+            "another OUT"
         )
 
 
@@ -118,7 +141,8 @@ def _whole(stored: dict[str, Any], config: Any, draft: str) -> dict[str, Any]:
     wrong += [n for n in stored if n not in {*wanted, *FROZEN, "d2t", "t2d"}]
     if wrong:
         raise DraftError(
-            f"{draft}: {wrong[0]} is missing, unexpected or of the wrong shape ({len(wrong)} in all); dspark-tools check says more"
+            f"{draft}: {wrong[0]} is missing, unexpected or of the wrong shape ({len(wrong)} in "
+            "all); dspark-tools check says more"
         )
     return stored
 
@@ -133,7 +157,9 @@ def _architectures(target: str) -> list[str]:
 
 
 def _serving(target: str) -> str | None:
-    """Who serves drafts of ``target``, by the table of families; None where its config is not on this machine."""
+    """Who serves drafts of ``target``, by the table of families; None where its config is not on
+    this machine.
+    """
     from transformers import AutoConfig
 
     from dspark.dump.target.chain import serving
@@ -152,7 +178,9 @@ def sha256(path: Path) -> str:
 
 
 def push(folder: str, repo: str, *, private: bool = False) -> str:
-    """Upload OUT to the hub as ``repo``; returns its address. The manifest is checked first, so what is uploaded is what was exported."""
+    """Upload OUT to the hub as ``repo``; returns its address. The manifest is checked first, so
+    what is uploaded is what was exported.
+    """
     from dspark.cache.errors import DraftError, UsageError
     from dspark.tools import records
 
@@ -161,11 +189,13 @@ def push(folder: str, repo: str, *, private: bool = False) -> str:
             found = sha256(Path(folder) / name)
         except OSError as wrong:
             raise DraftError(
-                f"{folder}/{name}, which the manifest names, cannot be read: {wrong.strerror}; export again"
+                f"{folder}/{name}, which the manifest names, cannot be read: {wrong.strerror}; "
+                "export again"
             ) from wrong
         if found != entry["sha256"]:
             raise DraftError(
-                f"{folder}/{name} is not what was exported: sha256 {found}, manifest {entry['sha256']}"
+                f"{folder}/{name} is not what was exported: sha256 {found}, manifest "
+                f"{entry['sha256']}"
             )
     from huggingface_hub import HfApi
     from huggingface_hub.errors import (
@@ -181,8 +211,15 @@ def push(folder: str, repo: str, *, private: bool = False) -> str:
         api.upload_folder(repo_id=repo, folder_path=folder, commit_message="dspark draft")
     except HFValidationError as error:
         raise UsageError(f"--push {repo}: {error}") from error
-    # The hub's client lets the errors of its HTTP library through: OSErrors in some versions, exceptions of their own in others.
-    except (OfflineModeIsEnabled, LocalTokenNotFoundError, HfHubHTTPError, OSError, RuntimeError) as error:
+    # The hub's client lets the errors of its HTTP library through: OSErrors in some versions,
+    # exceptions of their own in others.
+    except (
+        OfflineModeIsEnabled,
+        LocalTokenNotFoundError,
+        HfHubHTTPError,
+        OSError,
+        RuntimeError,
+    ) as error:
         raise DraftError(_not_pushed(folder, repo, error)) from error
     except Exception as error:
         if type(error).__module__.partition(".")[0] not in ("httpx", "httpcore", "requests"):
@@ -195,7 +232,8 @@ def _not_pushed(folder: str, repo: str, error: BaseException) -> str:
     from dspark.cache.errors import first_line
 
     return (
-        f"--push {repo}: the hub could not be reached or refused ({first_line(error)}). {folder} is complete: rerun where there is a network and "
+        f"--push {repo}: the hub could not be reached or refused ({first_line(error)}). {folder} "
+        "is complete: rerun where there is a network and "
         f"a login, or `hf upload {repo} {folder}`"
     )
 
@@ -220,7 +258,8 @@ Examples:
 )
 @click.option("--dtype", default="bf16", type=click.Choice(list(DTYPES)))
 @click.option(
-    "--target", help="Id of the target, for card and commands.  [default: the one in DRAFT/store.json]"
+    "--target",
+    help="Id of the target, for card and commands.  [default: the one in DRAFT/store.json]",
 )
 @click.option(
     "--report",
@@ -229,7 +268,9 @@ Examples:
     type=click.Path(exists=True, dir_okay=False),
     help="A file of eval --output for the card; repeatable.",
 )
-@click.option("--pictures/--no-pictures", default=True, help="Draw them for the card (needs matplotlib).")
+@click.option(
+    "--pictures/--no-pictures", default=True, help="Draw them for the card (needs matplotlib)."
+)
 @click.option("--overwrite", is_flag=True, help="Replace an earlier export in OUT.")
 @click.option("--push", "repo", help="Then upload OUT to this repository of the Hugging Face hub.")
 @click.option("--private", is_flag=True, help="Make that repository private.")
@@ -237,13 +278,15 @@ Examples:
 def export_command(
     draft: str, out: str, repo: str | None, private: bool, as_json: bool, **flags: Any
 ) -> None:
-    """Write DRAFT to OUT as it is published: config, weights, manifest with checksums, model card, pictures."""
+    """Write DRAFT to OUT as it is published: config, weights, manifest with checksums, model card,
+    pictures.
+    """
     manifest = export(draft, out, **flags)
     address = push(out, repo, private=private) if repo else None
     if as_json:
         emit(manifest | {"pushed": address})
         return
     print(
-        f"{out}: {manifest['format']}, {manifest['tensors']} tensors, {manifest['dtype']}, {manifest['bytes']:,} bytes"
-        + (f"; {address}" if address else "")
+        f"{out}: {manifest['format']}, {manifest['tensors']} tensors, {manifest['dtype']}, "
+        f"{manifest['bytes']:,} bytes" + (f"; {address}" if address else "")
     )

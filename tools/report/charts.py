@@ -1,5 +1,6 @@
-"""Charts as inline SVG: lines, bars, a stacked bar. Colours are classes (``c0`` to ``c7``) that the page's style sheet defines, so that one
-drawing serves light and dark. Every mark has a ``<title>``, which browsers show on hover and screen readers read.
+"""Charts as inline SVG: lines, bars, a stacked bar. Colours are classes (``c0`` to ``c7``) that the
+page's style sheet defines, so that one drawing serves light and dark. Every mark has a ``<title>``,
+which browsers show on hover and screen readers read.
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ COLOURS = 8
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """A series. ``colour``: its number; ``dashed``: held-out data; ``errors``: one standard error for each point."""
+    """A series. ``colour``: its number; ``dashed``: held-out data; ``errors``: one standard error
+    for each point.
+    """
 
     name: str
     points: Sequence[tuple[float, float]]
@@ -59,7 +62,9 @@ def lines(
     high: float | None = None,
     diagonal: bool = False,
 ) -> str:
-    """A chart of ``series`` with its legend; a sentence where there is no point. ``low``, ``high``: ends of the y axis."""
+    """A chart of ``series`` with its legend; a sentence where there is no point. ``low``, ``high``:
+    ends of the y axis.
+    """
     drawn = [s for s in series if s.points]
     if not drawn:
         return '<p class="none">no data yet</p>'
@@ -84,7 +89,10 @@ def lines(
     out = [_frame(bottom, top, x, y)]
     for value in ticks(left, right):
         place = at((value, bottom))[0]
-        out.append(f'<text class="tick" x="{place:.1f}" y="{HEIGHT - BOTTOM + 15}" text-anchor="middle">{number(value)}</text>')  # fmt: skip
+        out.append(
+            f'<text class="tick" x="{place:.1f}" y="{HEIGHT - BOTTOM + 15}" '
+            f'text-anchor="middle">{number(value)}</text>'
+        )
     if diagonal:
         (x1, y1), (x2, y2) = at((left, left)), at((right, right))
         out.append(f'<line class="grid" x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}"/>')
@@ -106,12 +114,18 @@ def _line(series: Line, places: Sequence[tuple[float, float]]) -> str:
     radius = 2.5 if len(places) <= 40 else 1.2
     for (x, y), (px, py) in zip(places, series.points, strict=True):
         text = html.escape(f"{series.name}: {number(py)} at {number(px)}")
-        out += f'<circle class="dot {colour}" cx="{x:.1f}" cy="{y:.1f}" r="{radius}"><title>{text}</title></circle>'  # fmt: skip
+        out += (
+            f'<circle class="dot {colour}" cx="{x:.1f}" cy="{y:.1f}" '
+            f'r="{radius}"><title>{text}</title></circle>'
+        )
     return out
 
 
 def _error(low: tuple[float, float], high: tuple[float, float], colour: int) -> str:
-    return f'<line class="error c{colour % COLOURS}" x1="{low[0]:.1f}" y1="{low[1]:.1f}" x2="{high[0]:.1f}" y2="{high[1]:.1f}"/>'
+    return (
+        f'<line class="error c{colour % COLOURS}" x1="{low[0]:.1f}" y1="{low[1]:.1f}" '
+        f'x2="{high[0]:.1f}" y2="{high[1]:.1f}"/>'
+    )
 
 
 def _frame(bottom: float, top: float, x: str, y: str) -> str:
@@ -119,15 +133,29 @@ def _frame(bottom: float, top: float, x: str, y: str) -> str:
     out = ""
     for value in ticks(bottom, top):
         place = HEIGHT - BOTTOM - (value - bottom) / (top - bottom) * (HEIGHT - TOP - BOTTOM)
-        out += f'<line class="grid" x1="{LEFT}" y1="{place:.1f}" x2="{WIDTH - RIGHT}" y2="{place:.1f}"/>'
-        out += f'<text class="tick" x="{LEFT - 5}" y="{place + 4:.1f}" text-anchor="end">{number(value)}</text>'  # fmt: skip
+        out += (
+            f'<line class="grid" x1="{LEFT}" y1="{place:.1f}" x2="{WIDTH - RIGHT}" '
+            f'y2="{place:.1f}"/>'
+        )
+        out += (
+            f'<text class="tick" x="{LEFT - 5}" y="{place + 4:.1f}" '
+            f'text-anchor="end">{number(value)}</text>'
+        )
     middle = TOP + (HEIGHT - TOP - BOTTOM) / 2
-    out += f'<text class="label" x="{LEFT + (WIDTH - LEFT - RIGHT) / 2}" y="{HEIGHT - 5}" text-anchor="middle">{html.escape(x)}</text>'
-    out += f'<text class="label" transform="translate(12,{middle}) rotate(-90)" text-anchor="middle">{html.escape(y)}</text>'
+    out += (
+        f'<text class="label" x="{LEFT + (WIDTH - LEFT - RIGHT) / 2}" y="{HEIGHT - 5}" '
+        f'text-anchor="middle">{html.escape(x)}</text>'
+    )
+    out += (
+        f'<text class="label" transform="translate(12,{middle}) rotate(-90)" '
+        f'text-anchor="middle">{html.escape(y)}</text>'
+    )
     return out
 
 
-def bars(groups: Sequence[str], series: Sequence[tuple[str, Sequence[float]]], *, x: str, y: str) -> str:
+def bars(
+    groups: Sequence[str], series: Sequence[tuple[str, Sequence[float]]], *, x: str, y: str
+) -> str:
     """Bars side by side: ``series`` (name, one value for each of ``groups``)."""
     top = max((v for _, values in series for v in values), default=0)
     if not groups or top <= 0:
@@ -139,12 +167,22 @@ def bars(groups: Sequence[str], series: Sequence[tuple[str, Sequence[float]]], *
     every = max(1, math.ceil(len(groups) / 8))
     for i, group in enumerate(groups):
         if i % every == 0:
-            out.append(f'<text class="tick" x="{LEFT + (i + 0.5) * room:.1f}" y="{HEIGHT - BOTTOM + 15}" text-anchor="middle">{html.escape(group)}</text>')  # fmt: skip
+            out.append(
+                f'<text class="tick" x="{LEFT + (i + 0.5) * room:.1f}" '
+                f'y="{HEIGHT - BOTTOM + 15}" text-anchor="middle">{html.escape(group)}</text>'
+            )
         for j, (name, values) in enumerate(series):
             tall = values[i] / top * (HEIGHT - TOP - BOTTOM)
             text = html.escape(f"{name}, {group}: {number(values[i])}")
-            out.append(f'<rect class="bar c{j % COLOURS}" x="{LEFT + i * room + 0.1 * room + j * wide:.1f}" y="{HEIGHT - BOTTOM - tall:.1f}" width="{wide:.1f}" height="{tall:.1f}"><title>{text}</title></rect>')  # fmt: skip
-    return _svg(out, f"{y} by {x}") + legend([Line(name, [], j) for j, (name, _) in enumerate(series)])
+            out.append(
+                f'<rect class="bar c{j % COLOURS}" '
+                f'x="{LEFT + i * room + 0.1 * room + j * wide:.1f}" '
+                f'y="{HEIGHT - BOTTOM - tall:.1f}" width="{wide:.1f}" '
+                f'height="{tall:.1f}"><title>{text}</title></rect>'
+            )
+    return _svg(out, f"{y} by {x}") + legend(
+        [Line(name, [], j) for j, (name, _) in enumerate(series)]
+    )
 
 
 def stacked(rows: Sequence[tuple[str, dict[str, int]]], kinds: Sequence[str]) -> str:
@@ -156,16 +194,24 @@ def stacked(rows: Sequence[tuple[str, dict[str, int]]], kinds: Sequence[str]) ->
     out = []
     for i, (name, parts) in enumerate(rows):
         y = i * (tall + gap) + 16
-        out.append(f'<text class="label" x="0" y="{y - 4}">{html.escape(name)}: {size(sum(parts.values()))}</text>')  # fmt: skip
+        out.append(
+            f'<text class="label" x="0" y="{y - 4}">{html.escape(name)}: '
+            f"{size(sum(parts.values()))}</text>"
+        )
         at = 0.0
         for j, kind in enumerate(kinds):
             wide = parts.get(kind, 0) / most * WIDTH
             if wide:
                 text = html.escape(f"{name}, {kind}: {size(parts[kind])}")
-                out.append(f'<rect class="bar c{j}" x="{at:.1f}" y="{y}" width="{wide:.1f}" height="{tall}"><title>{text}</title></rect>')  # fmt: skip
+                out.append(
+                    f'<rect class="bar c{j}" x="{at:.1f}" y="{y}" width="{wide:.1f}" '
+                    f'height="{tall}"><title>{text}</title></rect>'
+                )
             at += wide
     height = len(rows) * (tall + gap) + 4
-    return _svg(out, "bytes by kind", height) + legend([Line(kind, [], j) for j, kind in enumerate(kinds)])
+    return _svg(out, "bytes by kind", height) + legend(
+        [Line(kind, [], j) for j, kind in enumerate(kinds)]
+    )
 
 
 def size(value: float) -> str:
@@ -182,11 +228,15 @@ def legend(series: Sequence[Line]) -> str:
     if not named:
         return ""
     items = "".join(
-        f'<li><span class="key c{s.colour % COLOURS}{" dashed" if s.dashed else ""}"></span>{html.escape(s.name)}</li>'
+        '<li><span class="key '
+        f'c{s.colour % COLOURS}{" dashed" if s.dashed else ""}"></span>{html.escape(s.name)}</li>'
         for s in named
     )
     return f'<ul class="legend">{items}</ul>'
 
 
 def _svg(parts: Sequence[str], title: str, height: int = HEIGHT) -> str:
-    return f'<svg viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{html.escape(title)}">{"".join(parts)}</svg>'
+    return (
+        f'<svg viewBox="0 0 {WIDTH} {height}" role="img" '
+        f'aria-label="{html.escape(title)}">{"".join(parts)}</svg>'
+    )

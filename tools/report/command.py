@@ -16,15 +16,16 @@ from dspark.tools.outputs import OUTPUT_FILE, save
     epilog="""\b
 Examples:
   dspark-tools report ./hs.zarr ./draft eval.json -o report.html
-  dspark-tools report ./draft-adamw ./draft-muon -o compare.html      several of a kind are drawn together
-  dspark-tools report ./runs                                          a folder stands for what lies in it
+  dspark-tools report ./draft-adamw ./draft-muon -o compare.html    several of a kind together
+  dspark-tools report ./runs                                        a folder: what lies in it
 """,
 )
 @click.argument("paths", nargs=-1, required=True, type=click.Path(exists=True, path_type=Path))
 @click.option("--output", "-o", type=OUTPUT_FILE, default="report.html", help="The page.")
 @json_flag
 def report_command(paths: tuple[Path, ...], output: Path, as_json: bool) -> None:
-    """Draw stores, training runs and evaluations on one page that needs no network: open it in a browser.
+    """Draw stores, training runs and evaluations on one page that needs no network: open it in a
+    browser.
 
     A PATH is a store, a draft folder, a file of `eval --output`, or a folder with any of these.
     """
@@ -35,8 +36,15 @@ def report_command(paths: tuple[Path, ...], output: Path, as_json: bool) -> None
     made = datetime.datetime.now().strftime("made on %d %B %Y at %H:%M")
     data = page(sources, made).encode()
     save(output, data)
-    found = {"stores": len(sources.stores), "runs": len(sources.runs), "evaluations": len(sources.evals)}
+    found = {
+        "stores": len(sources.stores),
+        "runs": len(sources.runs),
+        "evaluations": len(sources.evals),
+    }
     if as_json:
         emit({"output": str(output), "bytes": len(data), **found})
         return
-    print(f"{output}: {', '.join(f'{n} {name}' for name, n in found.items() if n)}, {len(data):,} bytes")
+    print(
+        f"{output}: {', '.join(f'{n} {name}' for name, n in found.items() if n)}, {len(data):,} "
+        "bytes"
+    )

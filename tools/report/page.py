@@ -1,4 +1,6 @@
-"""The page: facts and charts of every store, run and evaluation, side by side. One file of HTML, CSS and SVG; no script, no network."""
+"""The page: facts and charts of every store, run and evaluation, side by side. One file of HTML,
+CSS and SVG; no script, no network.
+"""
 
 from __future__ import annotations
 
@@ -18,29 +20,38 @@ KINDS = ("aux", "last", "tokens", "exact")
 STYLE = """
 :root{color-scheme:light dark;--bg:#fff;--card:#f6f7f9;--ink:#1b1f24;--soft:#5b6570;--grid:#d8dde3;
 --c0:#2563eb;--c1:#d97706;--c2:#059669;--c3:#db2777;--c4:#7c3aed;--c5:#0891b2;--c6:#65a30d;--c7:#b91c1c}
-@media(prefers-color-scheme:dark){:root{--bg:#14171b;--card:#1d2229;--ink:#e8ebee;--soft:#a3adb8;--grid:#39414b;
+@media(prefers-color-scheme:dark){:root{--bg:#14171b;--card:#1d2229;--ink:#e8ebee;--soft:#a3adb8;
+--grid:#39414b;
 --c0:#7aa7ff;--c1:#fbbf5c;--c2:#4ade9f;--c3:#f77fb8;--c4:#b79bff;--c5:#5ad1e6;--c6:#b5dd5a;--c7:#ff8a80}}
 *{box-sizing:border-box}
 body{margin:0 auto;max-width:76rem;padding:1.2rem;background:var(--bg);color:var(--ink);
 font:15px/1.5 system-ui,-apple-system,"Segoe UI",sans-serif}
-h1{font-size:1.5rem;margin:0}h2{font-size:1.2rem;margin:2rem 0 .6rem}h3{font-size:.95rem;margin:0 0 .4rem}
+h1{font-size:1.5rem;margin:0}h2{font-size:1.2rem;margin:2rem 0 .6rem}h3{font-size:.95rem;
+margin:0 0 .4rem}
 p{margin:.3rem 0}.soft,.none{color:var(--soft)}.none{font-style:italic}
 .grid2{display:grid;gap:1rem;grid-template-columns:repeat(auto-fit,minmax(min(100%,26rem),1fr))}
 .card{background:var(--card);border-radius:.6rem;padding:.8rem;min-width:0}
 .scroll{overflow-x:auto}table{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums}
-th,td{text-align:left;padding:.25rem .6rem .25rem 0;border-bottom:1px solid var(--grid);vertical-align:top}
+th,td{text-align:left;padding:.25rem .6rem .25rem 0;border-bottom:1px solid var(--grid);
+vertical-align:top}
 th{font-weight:600;color:var(--soft)}td.num{white-space:nowrap}
 .heads{display:flex;flex-wrap:wrap;gap:.6rem 1.6rem;margin:.6rem 0}
-.head b{display:block;font-size:1.5rem;line-height:1.2}.head span{color:var(--soft);font-size:.85rem}
-svg{width:100%;height:auto;display:block}svg text{fill:var(--ink);font-size:12px;font-family:inherit}
+.head b{display:block;font-size:1.5rem;line-height:1.2}.head span{color:var(--soft);
+font-size:.85rem}
+svg{width:100%;height:auto;display:block}svg text{fill:var(--ink);font-size:12px;
+font-family:inherit}
 svg .tick{fill:var(--soft);font-size:11px}.gridline,svg .grid{stroke:var(--grid);stroke-width:1}
-svg .line{fill:none;stroke-width:2}svg .dashed{stroke-dasharray:6 4}svg .error{stroke-width:1.5;opacity:.7}
-.legend{list-style:none;margin:.3rem 0 0;padding:0;display:flex;flex-wrap:wrap;gap:.1rem 1rem;font-size:.85rem}
-.key{display:inline-block;width:1.1rem;height:.6rem;margin-right:.35rem;border-radius:2px;background:currentColor}
+svg .line{fill:none;stroke-width:2}svg .dashed{stroke-dasharray:6 4}svg .error{stroke-width:1.5;
+opacity:.7}
+.legend{list-style:none;margin:.3rem 0 0;padding:0;display:flex;flex-wrap:wrap;gap:.1rem 1rem;
+font-size:.85rem}
+.key{display:inline-block;width:1.1rem;height:.6rem;margin-right:.35rem;border-radius:2px;
+background:currentColor}
 .key.dashed{background:repeating-linear-gradient(90deg,currentColor 0 5px,transparent 5px 8px)}
 footer{margin-top:2rem;color:var(--soft);font-size:.85rem}
 """ + "".join(
-    f"svg .c{i}{{stroke:var(--c{i})}}svg .dot.c{i},svg .bar.c{i}{{fill:var(--c{i});stroke:none}}.key.c{i}{{color:var(--c{i})}}"
+    f"svg .c{i}{{stroke:var(--c{i})}}svg .dot.c{i},svg "
+    f".bar.c{i}{{fill:var(--c{i});stroke:none}}.key.c{i}{{color:var(--c{i})}}"
     for i in range(charts.COLOURS)
 )
 
@@ -59,12 +70,15 @@ def page(sources: Sources, made: str) -> str:
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width,initial-scale=1">'
-        "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">"
+        '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; style-src '
+        "'unsafe-inline'\">"
         f"<title>dspark report</title><style>{STYLE}</style></head><body>"
         f'<h1>dspark report</h1><p class="soft">{html.escape(made)}</p>'
         + "".join(sections)
-        + f"<footer>dspark {__version__}. Accepted length (tau): tokens per target step, the target's own token "
-        "included. Dashed lines are held-out data. Hover over a mark for its number.</footer></body></html>\n"
+        + f"<footer>dspark {__version__}. Accepted length (tau): tokens per target step, the "
+        "target's own token "
+        "included. Dashed lines are held-out data. Hover over a mark for its "
+        "number.</footer></body></html>\n"
     )
 
 
@@ -74,16 +88,23 @@ def card(title: str, body: str) -> str:
 
 def heads(pairs: Sequence[tuple[str, str]]) -> str:
     """Large numbers with what they are below."""
-    cells = "".join(f'<div class="head"><b>{html.escape(v)}</b><span>{html.escape(k)}</span></div>' for k, v in pairs)  # fmt: skip
+    cells = "".join(
+        f'<div class="head"><b>{html.escape(v)}</b><span>{html.escape(k)}</span></div>'
+        for k, v in pairs
+    )
     return f'<div class="heads">{cells}</div>'
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     top = "".join(f"<th>{html.escape(h)}</th>" for h in head)
     body = "".join(
-        "<tr>" + "".join(f'<td class="num">{html.escape(c)}</td>' for c in r) + "</tr>" for r in rows
+        "<tr>" + "".join(f'<td class="num">{html.escape(c)}</td>' for c in r) + "</tr>"
+        for r in rows
     )
-    return f'<div class="scroll"><table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'
+    return (
+        "<div "
+        f'class="scroll"><table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'
+    )
 
 
 def _number(value: Any, digits: int = 3) -> str:
@@ -96,11 +117,14 @@ def _runs(runs: Sequence[RunView]) -> str:
     def over(key: str, label: str, *, low: float | None = None, held: bool = True) -> str:
         made = [
             Line(
-                f"{run.name}{', held out' if out else ''}", run.series(key, held_out=out), i, dashed=out
+                f"{run.name}{', held out' if out else ''}",
+                run.series(key, held_out=out),
+                i,
+                dashed=out,
             )
             for run, i, out in both
             if held or not out
-        ]  # fmt: skip
+        ]
         return charts.lines(made, x="step", y=label, low=low)
 
     cards = [
@@ -116,7 +140,8 @@ def _runs(runs: Sequence[RunView]) -> str:
         cards.append(card("Walk: accepted length where decoding begins its blocks",
                           charts.lines(walks, x="step", y="tokens per target step")))  # fmt: skip
     cards += [
-        card(f"Accept rate by slot{'' if len(runs) == 1 else ': ' + run.name}", _slots(run)) for run in runs
+        card(f"Accept rate by slot{'' if len(runs) == 1 else ': ' + run.name}", _slots(run))
+        for run in runs
     ]
     if len(runs) > 1:
         cards.append(card("Last accept rates by slot", _last_rates(runs)))
@@ -146,7 +171,10 @@ def _runs(runs: Sequence[RunView]) -> str:
     ]
     rows = [_run_row(run) for run in runs]
     top = table(("run", "tau, held out", "tau, training", "walk", "steps", "settings"), rows)
-    return f'<section id="runs"><h2>Training</h2>{_run_heads(runs)}<div class="card">{top}</div><br><div class="grid2">{"".join(cards)}</div></section>'
+    return (
+        f'<section id="runs"><h2>Training</h2>{_run_heads(runs)}<div '
+        f'class="card">{top}</div><br><div class="grid2">{"".join(cards)}</div></section>'
+    )
 
 
 def _history(run: RunView) -> str:
@@ -182,16 +210,28 @@ def _run_row(run: RunView) -> tuple[str, ...]:
     )
     steps = f"{run.metrics[-1]['step']:,}" if run.metrics else "-"
     return (
-        run.name, final("mean_accepted_length", True), final("mean_accepted_length", False), final("walk", True), steps, told or "-",
-    )  # fmt: skip
+        run.name,
+        final("mean_accepted_length", True),
+        final("mean_accepted_length", False),
+        final("walk", True),
+        steps,
+        told or "-",
+    )
 
 
 def _slots(run: RunView) -> str:
     held = run.rows(held_out=True)
-    rows = [r for r in (held if len(held) > 1 else run.rows(held_out=False)) if r.get("accept_rate")]
+    rows = [
+        r for r in (held if len(held) > 1 else run.rows(held_out=False)) if r.get("accept_rate")
+    ]
     slots = len(rows[-1]["accept_rate"]) if rows else 0
     made = [
-        Line(f"slot {k + 1}", [(r["step"], r["accept_rate"][k]) for r in rows], k, dashed=len(held) > 1)
+        Line(
+            f"slot {k + 1}",
+            [(r["step"], r["accept_rate"][k]) for r in rows],
+            k,
+            dashed=len(held) > 1,
+        )
         for k in range(slots)
     ]
     return charts.lines(made, x="step", y="accept rate", low=0.0)
@@ -200,7 +240,9 @@ def _slots(run: RunView) -> str:
 def _last_rates(runs: Sequence[RunView]) -> str:
     made = []
     for i, run in enumerate(runs):
-        rows = [r for r in run.rows(held_out=True) or run.rows(held_out=False) if r.get("accept_rate")]
+        rows = [
+            r for r in run.rows(held_out=True) or run.rows(held_out=False) if r.get("accept_rate")
+        ]
         if rows:
             made.append(Line(run.name, list(enumerate(rows[-1]["accept_rate"], 1)), i))
     return charts.lines(made, x="slot", y="accept rate", low=0.0, high=1.0)
@@ -210,7 +252,11 @@ def _evals(evals: Sequence[EvalView]) -> str:
     names = list(dict.fromkeys(s for e in evals for s in e.report["per_source"]))
     lengths, rates = [], []
     for i, e in enumerate(evals):
-        found = [(n, e.report["per_source"][s]) for n, s in enumerate(names) if s in e.report["per_source"]]
+        found = [
+            (n, e.report["per_source"][s])
+            for n, s in enumerate(names)
+            if s in e.report["per_source"]
+        ]
         known = [(n, r) for n, r in found if r["mean_accepted_length"] is not None]
         lengths.append(Line(
             e.name, [(n + 1.0, r["mean_accepted_length"]) for n, r in known], i,
@@ -219,28 +265,42 @@ def _evals(evals: Sequence[EvalView]) -> str:
         if e.report["accept_rate"]:
             rates.append(Line(e.name, list(enumerate(e.report["accept_rate"], 1)), i))
     cards = [
-        card("Accept rate by position", charts.lines(rates, x="position", y="accept rate", low=0.0, high=1.0)),
-    ]  # fmt: skip
+        card(
+            "Accept rate by position",
+            charts.lines(rates, x="position", y="accept rate", low=0.0, high=1.0),
+        ),
+    ]
     if len(names) > 1:
         key = ", ".join(f"{n} {name}" for n, name in enumerate(names, 1))
         body = charts.lines(lengths, x="source", y="accepted length ± standard error")
-        cards.append(card("Accepted length by source", body + f'<p class="soft">{html.escape(key)}</p>'))
+        cards.append(
+            card("Accepted length by source", body + f'<p class="soft">{html.escape(key)}</p>')
+        )
     tables = "".join(
-        card(f"{e.name}", table(eval_report.HEADER, eval_report.lines(e.report)) + f'<p class="soft">{html.escape(eval_report.how(e.report))}</p>')
+        card(
+            f"{e.name}",
+            table(eval_report.HEADER, eval_report.lines(e.report))
+            + f'<p class="soft">{html.escape(eval_report.how(e.report))}</p>',
+        )
         for e in evals
-    )  # fmt: skip
+    )
     top = ""
     if len(evals) == 1:
         r = evals[0].report
         error = r["mean_accepted_length_se"]
-        length = _number(r["mean_accepted_length"], 2) + ("" if error is None else f" ± {error:.2f}")
+        length = _number(r["mean_accepted_length"], 2) + (
+            "" if error is None else f" ± {error:.2f}"
+        )
         pairs = [("accepted length, decoded", length), ("prompts", str(r["prompts"]))]
         if r["speedup"] is not None:
             pairs.append(("speed-up here", f"{r['speedup']:.2f}x"))
         if r["lossless"] is not None:
             pairs.append(("lossless", "yes" if r["lossless"] else "NO"))
         top = heads(pairs)
-    return f'<section id="evals"><h2>Decoding</h2>{top}<div class="grid2">{"".join(cards)}</div><br>{tables}</section>'
+    return (
+        f'<section id="evals"><h2>Decoding</h2>{top}<div '
+        f'class="grid2">{"".join(cards)}</div><br>{tables}</section>'
+    )
 
 
 def _reliability(runs: Sequence[RunView]) -> str:
@@ -249,18 +309,47 @@ def _reliability(runs: Sequence[RunView]) -> str:
         before, after = (run.calibration[k]["survival"] for k in ("before", "after"))
         for k in range(len(before["ece"])):
             made = [
-                Line(f"{name}, ECE {side['ece'][k]:.3f}", [(b["confidence"], b["accepted"]) for b in side["diagram"][k]], j)
-                for j, (name, side) in enumerate((("as the head says", before), ("calibrated", after)))
-            ]  # fmt: skip
+                Line(
+                    f"{name}, ECE {side['ece'][k]:.3f}",
+                    [(b["confidence"], b["accepted"]) for b in side["diagram"][k]],
+                    j,
+                )
+                for j, (name, side) in enumerate(
+                    (("as the head says", before), ("calibrated", after))
+                )
+            ]
             title = f"Position {k + 1}" if len(runs) == 1 else f"{run.name}, position {k + 1}"
-            cards.append(card(title, charts.lines(
-                [Line("", [(0, 0), (1, 1)], 6, dashed=True), *made], x="survival predicted", y="accepted", low=0.0, high=1.0,
-            )))  # fmt: skip
-    return f'<section id="reliability"><h2>Confidence</h2><div class="grid2">{"".join(cards)}</div></section>'
+            cards.append(
+                card(
+                    title,
+                    charts.lines(
+                        [Line("", [(0, 0), (1, 1)], 6, dashed=True), *made],
+                        x="survival predicted",
+                        y="accepted",
+                        low=0.0,
+                        high=1.0,
+                    ),
+                )
+            )
+    return (
+        '<section id="reliability"><h2>Confidence</h2><div '
+        f'class="grid2">{"".join(cards)}</div></section>'
+    )
 
 
 def _stores(stores: Sequence[StoreView]) -> str:
-    head = ("store", "target", "codec", "samples", "tokens", "supervised", "bytes per token", "smaller than raw", "source", "state")  # fmt: skip
+    head = (
+        "store",
+        "target",
+        "codec",
+        "samples",
+        "tokens",
+        "supervised",
+        "bytes per token",
+        "smaller than raw",
+        "source",
+        "state",
+    )
     rows = [_store_row(s) for s in stores]
     bytes_rows = [(s.name, s.stored) for s in stores]
     bytes_rows += [(f"{s.name} as raw bf16", s.raw) for s in stores]
@@ -268,12 +357,21 @@ def _stores(stores: Sequence[StoreView]) -> str:
         card("Bytes by array", charts.stacked(bytes_rows, KINDS)),
         card("Lengths of samples", _lengths(stores)),
         card("What the code keeps: signal to noise", _quality(stores)),
-        card("Massive values: largest over rms, by layer", _by_layer(stores, lambda r: r["absmax"] / r["rms"], "largest / rms")),
+        card(
+            "Massive values: largest over rms, by layer",
+            _by_layer(stores, lambda r: r["absmax"] / r["rms"], "largest / rms"),
+        ),
         card("Rms of the states, by layer", _by_layer(stores, lambda r: r["rms"], "rms")),
-    ]  # fmt: skip
+    ]
     lost = [(s.name, f"{k}: {v}") for s in stores for k, v in s.info["dropped"].items()]
-    dropped = card("Rows that gave no sample", table(("store", "reason: rows"), lost)) if lost else ""
-    return f'<section id="stores"><h2>Stores</h2><div class="card">{table(head, rows)}</div><br><div class="grid2">{"".join(cards)}{dropped}{_sources(stores)}</div></section>'
+    dropped = (
+        card("Rows that gave no sample", table(("store", "reason: rows"), lost)) if lost else ""
+    )
+    return (
+        '<section id="stores"><h2>Stores</h2><div '
+        f'class="card">{table(head, rows)}</div><br><div '
+        f'class="grid2">{"".join(cards)}{dropped}{_sources(stores)}</div></section>'
+    )
 
 
 def _sources(stores: Sequence[StoreView]) -> str:
@@ -289,17 +387,27 @@ def _sources(stores: Sequence[StoreView]) -> str:
         for s in stores
         for one in s.info["per_source"]
     ]
-    return card("Sources", table(("store", "source", "rows", "samples", "tokens"), rows)) if rows else ""
+    return (
+        card("Sources", table(("store", "source", "rows", "samples", "tokens"), rows))
+        if rows
+        else ""
+    )
 
 
 def _store_row(s: StoreView) -> tuple[str, ...]:
     i = s.info
     return (
-        s.name, str(i["target"]), str(i["codec"]), f"{i['samples']:,}", f"{i['tokens']:,}",
+        s.name,
+        str(i["target"]),
+        str(i["codec"]),
+        f"{i['samples']:,}",
+        f"{i['tokens']:,}",
         f"{i['supervised_tokens'] / i['tokens']:.0%}" if i["tokens"] else "-",
-        f"{i['bytes_per_token']:,.0f}" if i["bytes_per_token"] else "-", f"{i['ratio']:.2f} x" if i["ratio"] else "-",
-        str(i["source"]), "complete" if i["complete"] else "not complete",
-    )  # fmt: skip
+        f"{i['bytes_per_token']:,.0f}" if i["bytes_per_token"] else "-",
+        f"{i['ratio']:.2f} x" if i["ratio"] else "-",
+        str(i["source"]),
+        "complete" if i["complete"] else "not complete",
+    )
 
 
 def _lengths(stores: Sequence[StoreView]) -> str:

@@ -1,4 +1,6 @@
-"""What a path holds, read for drawing: a store, a run (draft folder), or an evaluation. Nothing is loaded but records and a few samples."""
+"""What a path holds, read for drawing: a store, a run (draft folder), or an evaluation. Nothing is
+loaded but records and a few samples.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,9 @@ GROUPS = (
 
 @dataclass(frozen=True, slots=True)
 class StoreView:
-    """A store: ``info``; ``stats`` ({} where nothing is committed); bytes by group of arrays, stored and raw."""
+    """A store: ``info``; ``stats`` ({} where nothing is committed); bytes by group of arrays,
+    stored and raw.
+    """
 
     name: str
     path: Path
@@ -36,7 +40,9 @@ class StoreView:
 
 @dataclass(frozen=True, slots=True)
 class RunView:
-    """A training run or a finished draft: its metrics, settings and calibration, {} or [] where there are none."""
+    """A training run or a finished draft: its metrics, settings and calibration, {} or [] where
+    there are none.
+    """
 
     name: str
     path: Path
@@ -82,7 +88,9 @@ def kind_of(path: Path) -> str | None:
 
 
 def read(paths: Sequence[Path]) -> Sources:
-    """Read ``paths``; a folder that is none of the three stands for what lies in it. Raises UsageError where there is nothing."""
+    """Read ``paths``; a folder that is none of the three stands for what lies in it. Raises
+    UsageError where there is nothing.
+    """
     out = Sources()
     taken = [(path, kind) for given in paths for path, kind in _expanded(given)]
     names = _names([path for path, _ in taken])
@@ -107,13 +115,16 @@ def _expanded(path: Path) -> list[tuple[Path, str]]:
     found = [(p, k) for p in inside if (k := kind_of(p)) and (k != "eval" or _is_report(p))]
     if not found:
         raise UsageError(
-            f"{path}: not a store, a draft folder or a report of `dspark-tools eval --output`, nor a folder with any of these"
+            f"{path}: not a store, a draft folder or a report of `dspark-tools eval --output`, "
+            "nor a folder with any of these"
         )
     return found
 
 
 def _is_report(path: Path) -> bool:
-    """Whether a JSON file that nobody named is an evaluation, not something else that lies there."""
+    """Whether a JSON file that nobody named is an evaluation, not something else that lies
+    there.
+    """
     try:
         records.report(path)
     except DraftError:
@@ -173,7 +184,9 @@ def _run(path: Path, name: str) -> RunView:
 
 
 def metrics(folder: Path) -> Iterator[dict[str, Any]]:
-    """The rows of metrics.jsonl. A last line without an end is one that is being written: it is left out."""
+    """The rows of metrics.jsonl. A last line without an end is one that is being written: it is
+    left out.
+    """
     path = folder / METRICS
     if not path.exists():
         return
@@ -184,7 +197,9 @@ def metrics(folder: Path) -> Iterator[dict[str, Any]]:
         try:
             row = json_text.loads(line)
         except ValueError as error:
-            raise DraftError(f"{path}:{number} is not JSON ({error}); repair or remove the line") from error
+            raise DraftError(
+                f"{path}:{number} is not JSON ({error}); repair or remove the line"
+            ) from error
         if not isinstance(row, dict) or not isinstance(row.get("step"), int):
             raise DraftError(f"{path}:{number} has no step; repair or remove the line")
         yield row

@@ -1,4 +1,6 @@
-"""``dspark-tools watch``: a dump or a training as it goes, from its files alone. It opens nothing for writing and loads no states."""
+"""``dspark-tools watch``: a dump or a training as it goes, from its files alone. It opens nothing
+for writing and loads no states.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,9 @@ LOG_LINES = 5
 
 
 def look(path: Path) -> dict[str, Any]:
-    """Read how far the dump or training at ``path`` is. Raises UsageError where there is neither."""
+    """Read how far the dump or training at ``path`` is. Raises UsageError where there is
+    neither.
+    """
     from dspark.tools.report.sources import kind_of
 
     kind = kind_of(path)
@@ -30,7 +34,8 @@ def look(path: Path) -> dict[str, Any]:
     if kind == "run":
         return _training(path)
     raise UsageError(
-        f"{path}: neither a store nor a draft folder. Give what dspark-dump or dspark-train was told as --output."
+        f"{path}: neither a store nor a draft folder. Give what dspark-dump or dspark-train was "
+        "told as --output."
     )
 
 
@@ -40,13 +45,22 @@ def _dump(path: Path) -> dict[str, Any]:
     facts = info(path)
     times = sorted(p.stat().st_mtime for p in (path / "parts").iterdir() if p.is_dir())
     spent = times[-1] - times[0] if len(times) > 1 else 0.0
-    share = (len(times) - 1) / len(times) if times else 0.0  # the first part's own time is not known
+    # the first part's own time is not known
+    share = (len(times) - 1) / len(times) if times else 0.0
     return {
-        "kind": "dump", "path": str(path), "complete": facts["complete"], "target": facts["target"], "codec": facts["codec"],
-        "parts": facts["parts"], "samples": facts["samples"], "tokens": facts["tokens"], "bytes": facts["bytes_on_disk"],
+        "kind": "dump",
+        "path": str(path),
+        "complete": facts["complete"],
+        "target": facts["target"],
+        "codec": facts["codec"],
+        "parts": facts["parts"],
+        "samples": facts["samples"],
+        "tokens": facts["tokens"],
+        "bytes": facts["bytes_on_disk"],
         "tokens_per_second": facts["tokens"] * share / spent if spent else None,
-        "seconds_since_last_part": time.time() - times[-1] if times else None, "log": _tail(path.with_name(path.name + ".log")),
-    }  # fmt: skip
+        "seconds_since_last_part": time.time() - times[-1] if times else None,
+        "log": _tail(path.with_name(path.name + ".log")),
+    }
 
 
 def _training(path: Path) -> dict[str, Any]:
@@ -63,14 +77,24 @@ def _training(path: Path) -> dict[str, Any]:
     if total and last.get("step_ms"):
         left = (total - step) * last["step_ms"] / 1000
     return {
-        "kind": "training", "path": str(path), "complete": bool(total) and step >= total, "step": step, "max_steps": total,
-        "epoch": last.get("epoch"), "seconds_left": left,
-        "loss": last.get("loss"), "tau": last.get("mean_accepted_length"), "accept_rate": last.get("accept_rate"),
-        "tau_held_out": judged.get("mean_accepted_length"), "walk": judged.get("walk"),
-        "tokens_per_second": last.get("tokens_per_second"), "data_wait_fraction": last.get("data_wait_fraction"),
-        "losses": [r["loss"] for r in steps if "loss" in r], "taus": [r["mean_accepted_length"] for r in steps if r.get("mean_accepted_length")],
+        "kind": "training",
+        "path": str(path),
+        "complete": bool(total) and step >= total,
+        "step": step,
+        "max_steps": total,
+        "epoch": last.get("epoch"),
+        "seconds_left": left,
+        "loss": last.get("loss"),
+        "tau": last.get("mean_accepted_length"),
+        "accept_rate": last.get("accept_rate"),
+        "tau_held_out": judged.get("mean_accepted_length"),
+        "walk": judged.get("walk"),
+        "tokens_per_second": last.get("tokens_per_second"),
+        "data_wait_fraction": last.get("data_wait_fraction"),
+        "losses": [r["loss"] for r in steps if "loss" in r],
+        "taus": [r["mean_accepted_length"] for r in steps if r.get("mean_accepted_length")],
         "log": _tail(path / "train.log"),
-    }  # fmt: skip
+    }
 
 
 def _tail(path: Path) -> list[str]:
@@ -83,7 +107,9 @@ def _tail(path: Path) -> list[str]:
 
 
 def sparkline(values: Sequence[float], width: int = 60) -> str:
-    """``values`` as blocks of eight heights, the newest at the right; means where there are more than ``width``."""
+    """``values`` as blocks of eight heights, the newest at the right; means where there are more
+    than ``width``.
+    """
     if not values:
         return ""
     size = -(-len(values) // width)
@@ -119,7 +145,10 @@ def _facts(data: dict[str, Any]) -> list[tuple[str, str]]:
         since = data["seconds_since_last_part"]
         return [
             ("target", f"{data['target']}, codec {data['codec']}"),
-            ("written", f"{data['parts']:,} parts, {data['samples']:,} samples, {data['tokens']:,} tokens"),
+            (
+                "written",
+                f"{data['parts']:,} parts, {data['samples']:,} samples, {data['tokens']:,} tokens",
+            ),
             ("bytes", f"{data['bytes'] / 1e9:.3f} GB"),
             ("rate", _known(data["tokens_per_second"], "{:,.0f} tokens per second")),
             ("last part", "-" if since is None else f"{duration(since)} ago"),
@@ -133,8 +162,14 @@ def _facts(data: dict[str, Any]) -> list[tuple[str, str]]:
         ("tau", f"{_known(data['tau'], '{:.2f}')}   {sparkline(data['taus'])}"),
         ("loss", f"{_known(data['loss'], '{:.3f}')}   {sparkline(data['losses'])}"),
         ("accept rate", rates or "-"),
-        ("held out", f"tau {_known(data['tau_held_out'], '{:.2f}')}, walk {_known(data['walk'], '{:.2f}')}"),
-        ("rate", _known(data["tokens_per_second"], "{:,.0f} tokens per second") + wait.replace("-", "")),
+        (
+            "held out",
+            f"tau {_known(data['tau_held_out'], '{:.2f}')}, walk {_known(data['walk'], '{:.2f}')}",
+        ),
+        (
+            "rate",
+            _known(data["tokens_per_second"], "{:,.0f} tokens per second") + wait.replace("-", ""),
+        ),
     ]
 
 
@@ -156,7 +191,9 @@ Examples:
 @click.option("--once", is_flag=True, help="Look once and stop; so does a call without a terminal.")
 @json_flag
 def watch_command(path: Path, interval: float, once: bool, as_json: bool) -> None:
-    """Watch a running dump or training from its files; nothing of it is changed. Ends with it, or with Ctrl-C."""
+    """Watch a running dump or training from its files; nothing of it is changed. Ends with it, or
+    with Ctrl-C.
+    """
     from rich.console import Console
     from rich.live import Live
 

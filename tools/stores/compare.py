@@ -1,4 +1,6 @@
-"""``dspark-tools compare``: two stores of the same samples: error by layer, and what it does to the target's distribution."""
+"""``dspark-tools compare``: two stores of the same samples: error by layer, and what it does to the
+target's distribution.
+"""
 
 from __future__ import annotations
 
@@ -37,9 +39,14 @@ class SignalToNoise:
 
 
 def compare(
-    a: Cache, b: Cache, limit: int = 50, progress: Callable[[int, int], None] = lambda done, total: None
+    a: Cache,
+    b: Cache,
+    limit: int = 50,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, Any]:
-    """``b`` against ``a`` over ``limit`` samples spread evenly (0 = all). TV and top-1 are those of the target's softmax over lm_head(last)."""
+    """``b`` against ``a`` over ``limit`` samples spread evenly (0 = all). TV and top-1 are those of
+    the target's softmax over lm_head(last).
+    """
     import numpy as np
 
     same = (a.manifest.layers, a.manifest.target.hidden_size, len(a)) == (
@@ -49,12 +56,15 @@ def compare(
     )
     if not same or not np.array_equal(a.index["sample_key"], b.index["sample_key"]):
         raise MismatchError(
-            f"{a.path} and {b.path} do not hold the same samples and layers; compare a store with its own recoding"
+            f"{a.path} and {b.path} do not hold the same samples and layers; compare a store "
+            "with its own recoding"
         )
     head, logits = a.target.lm_head.float(), a.target.logits
     layers, last = [SignalToNoise() for _ in a.manifest.layers], SignalToNoise()
     distance, agree, rows = 0.0, 0, 0
-    chosen = np.unique(np.linspace(0, len(a) - 1, min(len(a), limit) if limit else len(a)).astype(int))
+    chosen = np.unique(
+        np.linspace(0, len(a) - 1, min(len(a), limit) if limit else len(a)).astype(int)
+    )
     for done, i in enumerate(chosen):
         (x, u), (y, v) = a.decoded(a.read(int(i))), b.decoded(b.read(int(i)))
         for j, layer in enumerate(layers):
@@ -67,19 +77,29 @@ def compare(
             rows += p.shape[0]
         progress(done + 1, len(chosen))
     return {
-        "a": str(a.path), "b": str(b.path), "samples_read": len(chosen), "layers": a.manifest.layers,
-        "aux_snr_db": [e.snr_db for e in layers], "last_snr_db": last.snr_db, "last_tv": distance / rows if rows else None,
-        "last_top1_agreement": agree / rows if rows else None, "last_rows": rows,
-    }  # fmt: skip
+        "a": str(a.path),
+        "b": str(b.path),
+        "samples_read": len(chosen),
+        "layers": a.manifest.layers,
+        "aux_snr_db": [e.snr_db for e in layers],
+        "last_snr_db": last.snr_db,
+        "last_tv": distance / rows if rows else None,
+        "last_top1_agreement": agree / rows if rows else None,
+        "last_rows": rows,
+    }
 
 
 @command("compare")
 @click.argument("a")
 @click.argument("b")
-@click.option("--limit", default=50, type=COUNT_OR_ALL, help="Samples to read, spread evenly; 0 = all.")
+@click.option(
+    "--limit", default=50, type=COUNT_OR_ALL, help="Samples to read, spread evenly; 0 = all."
+)
 @json_flag
 def compare_command(a: str, b: str, limit: int, as_json: bool) -> None:
-    """Compare two stores of the same samples: SNR per layer, and the target's distribution by B's last states against A's."""
+    """Compare two stores of the same samples: SNR per layer, and the target's distribution by B's
+    last states against A's.
+    """
     import dspark.cache
 
     with bar("compare") as progress:
@@ -87,9 +107,12 @@ def compare_command(a: str, b: str, limit: int, as_json: bool) -> None:
     if as_json:
         emit(data)
         return
-    for layer, db in zip([*data["layers"], "last"], [*data["aux_snr_db"], data["last_snr_db"]], strict=True):
+    for layer, db in zip(
+        [*data["layers"], "last"], [*data["aux_snr_db"], data["last_snr_db"]], strict=True
+    ):
         print(f"layer {layer!s:>4}  {'equal' if db is None else f'{db:.2f} dB'}")
     if data["last_rows"]:
         print(
-            f"target distribution: TV {data['last_tv']:.4f}, top-1 agreement {data['last_top1_agreement']:.2%} of {data['last_rows']:,}"
+            f"target distribution: TV {data['last_tv']:.4f}, top-1 agreement "
+            f"{data['last_top1_agreement']:.2%} of {data['last_rows']:,}"
         )

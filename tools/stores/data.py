@@ -1,4 +1,6 @@
-"""``dspark-tools data``: what of a file of conversations would be supervised, before anything is run."""
+"""``dspark-tools data``: what of a file of conversations would be supervised, before anything is
+run.
+"""
 
 from __future__ import annotations
 
@@ -17,8 +19,10 @@ SHOWN = 5
 
 
 def judged(corpus: Any, maker: Any, limit: int) -> Iterator[dict[str, Any]]:
-    """Each row: ``{"row", "where", "samples": [{"turn", "tokens", "text", "spans"}], "reason", "detail", "notes", "count"}``; ``spans``: characters
-    ``[start, stop)`` of ``text`` that are supervised. Texts are there for the first ``limit`` rows (0: all)."""
+    """Each row: ``{"row", "where", "samples": [{"turn", "tokens", "text", "spans"}], "reason",
+    "detail", "notes", "count"}``; ``spans``: characters ``[start, stop)`` of ``text`` that are
+    supervised. Texts are there for the first ``limit`` rows (0: all).
+    """
     from dspark.dump.corpus.rows import BadRow
 
     for n, row in enumerate(corpus.rows()):
@@ -65,7 +69,9 @@ def data(
     pattern: str | None,
     kwargs: dict[str, Any],
 ) -> dict[str, Any]:
-    """The report as ``--json`` prints it: counts over all rows, texts of the first ``limit`` (0: all)."""
+    """The report as ``--json`` prints it: counts over all rows, texts of the first ``limit`` (0:
+    all).
+    """
     from dspark.dump.corpus.masks import SampleMaker
     from dspark.dump.corpus.rows import BadRow
     from dspark.dump.corpus.shapes import TokenRow
@@ -122,8 +128,12 @@ Examples:
 """,
 )
 @click.argument("file")
-@click.option("--model", help="Whose tokenizer and template: id or folder. Without it rows are only read.")
-@click.option("--limit", type=COUNT_OR_ALL, default=SHOWN, help="Rows shown; 0 = all. All rows are counted.")
+@click.option(
+    "--model", help="Whose tokenizer and template: id or folder. Without it rows are only read."
+)
+@click.option(
+    "--limit", type=COUNT_OR_ALL, default=SHOWN, help="Rows shown; 0 = all. All rows are counted."
+)
 @click.option("--turns", type=click.Choice(TURNS), default="auto", help="As for dspark-dump.")
 @click.option("--template-kwargs", metavar="JSON", help="As for dspark-dump.")
 @click.option("--assistant-pattern", metavar="REGEX", help="As for dspark-dump.")
@@ -162,7 +172,9 @@ def _print(report: dict[str, Any]) -> None:
     for row in report["per_row"]:
         for sample in row["samples"]:
             where = printable(row["where"])
-            console.rule(f"{where}, answer {sample['turn']}, {sample['tokens']} tokens", align="left")
+            console.rule(
+                f"{where}, answer {sample['turn']}, {sample['tokens']} tokens", align="left"
+            )
             out, at = Text(), 0
             for start, stop in sample["spans"]:
                 out.append(printable(sample["text"][at:start]), style="dim")
@@ -172,7 +184,9 @@ def _print(report: dict[str, Any]) -> None:
             console.print(out.append(printable(sample["text"][at:]), style="dim"))
         if row["reason"]:
             more = f" ({row['detail']})" if row["detail"] else ""
-            console.print(Text(printable(f"{row['where']}: no sample: {row['reason']}{more}"), style="red"))
+            console.print(
+                Text(printable(f"{row['where']}: no sample: {row['reason']}{more}"), style="red")
+            )
     print(f"{report['rows']:,} rows, {report['samples']:,} samples", file=sys.stderr)
     for reason, n in report["dropped"].items():
         print(f"  dropped: {printable(reason)}: {n:,}", file=sys.stderr)

@@ -1,4 +1,6 @@
-"""``dspark-tools estimate``: bytes, files and hours of a dump before it is run. Reads a config and, if given, the corpus; no weights."""
+"""``dspark-tools estimate``: bytes, files and hours of a dump before it is run. Reads a config and,
+if given, the corpus; no weights.
+"""
 
 from __future__ import annotations
 
@@ -10,20 +12,29 @@ import click
 
 from dspark.cache.errors import MismatchError, UsageError
 from dspark.cache.settings import DEFAULT_PACKING
-from dspark.cache.shared.command import codec_options, command, duration, emit, json_flag, table, warn
+from dspark.cache.shared.command import (
+    codec_options,
+    command,
+    duration,
+    emit,
+    json_flag,
+    table,
+    warn,
+)
 from dspark.tools.flags import SHARE, Finite
 
 if TYPE_CHECKING:
     from dspark.cache.sizing import RowBytes
     from dspark.dump.plan import Plan
 
-FILES_A_PART = (
-    2 * 8 + 1
-)  # metadata and a shard for each array of a part (compact codecs: one array more a field), the part's own metadata
+# Metadata and a shard for each array of a part (compact codecs: one array more per field), and the
+# part's own metadata.
+FILES_A_PART = 2 * 8 + 1
 FILES_A_STORE = 20  # root, target, index
 
 MEASURED = (
-    32768  # tokens of --like; two halves of a SmolLM2 store, 15,000 tokens each, differ by 1.2 to 1.7 %
+    # tokens of --like; two halves of a SmolLM2 store, 15,000 tokens each, differ by 1.2 to 1.7 %
+    32768
 )
 
 
@@ -42,10 +53,12 @@ def estimate(
     like: str | None = None,
     trust_remote_code: bool = False,
 ) -> dict[str, Any]:
-    """``samples`` x ``mean_tokens``, or the rows of ``data``. ``last_share``: stored last states / tokens where no corpus tells. ``pack``: exact if "none".
+    """``samples`` x ``mean_tokens``, or the rows of ``data``. ``last_share``: stored last states /
+    tokens where no corpus tells. ``pack``: exact if "none".
 
-    ``like``: a store of the same target and layers (of a few hundred rows, at any bits) whose states are coded and compressed to measure what a
-    row takes; without it the formula is used, which knows no text.
+    ``like``: a store of the same target and layers (of a few hundred rows, at any bits) whose
+    states are coded and compressed to measure what a row takes; without it the formula is used,
+    which knows no text.
     """
     from dspark.cache.files.layout import raw_bytes_per_token
     from dspark.dump import plan as planning
@@ -85,13 +98,30 @@ def estimate(
     parts = -(-tokens // plan.part_tokens)
     bits = plan.make_codec().bits
     return {
-        "model": model, "layers": list(plan.layers), "target_layer_ids": plan.target_layer_ids,
-        "codec": plan.codec, "codec_why": plan.codec_why, "calibration_tokens": plan.calibration_tokens,
-        "calibration_host_bytes": plan.calibration_bytes, "aux_bits": bits[0], "last_bits": bits[1], "pack": pack,
-        "samples": samples, "tokens": tokens, "bytes": size, "raw_bytes": raw, "ratio": raw / size, "files": FILES_A_STORE + FILES_A_PART * parts,
-        "hours": tokens / tokens_per_second / 3600, "tokens_per_second": tokens_per_second, "free_bytes": plan.free_bytes,
-        "measured_on": like, "chain": [dataclasses.asdict(link) for link in plan.chain], "draft": plan.draft, "weights": plan.weights,
-    }  # fmt: skip
+        "model": model,
+        "layers": list(plan.layers),
+        "target_layer_ids": plan.target_layer_ids,
+        "codec": plan.codec,
+        "codec_why": plan.codec_why,
+        "calibration_tokens": plan.calibration_tokens,
+        "calibration_host_bytes": plan.calibration_bytes,
+        "aux_bits": bits[0],
+        "last_bits": bits[1],
+        "pack": pack,
+        "samples": samples,
+        "tokens": tokens,
+        "bytes": size,
+        "raw_bytes": raw,
+        "ratio": raw / size,
+        "files": FILES_A_STORE + FILES_A_PART * parts,
+        "hours": tokens / tokens_per_second / 3600,
+        "tokens_per_second": tokens_per_second,
+        "free_bytes": plan.free_bytes,
+        "measured_on": like,
+        "chain": [dataclasses.asdict(link) for link in plan.chain],
+        "draft": plan.draft,
+        "weights": plan.weights,
+    }
 
 
 def row_bytes(like: str, plan: Plan) -> RowBytes:
@@ -105,8 +135,10 @@ def row_bytes(like: str, plan: Plan) -> RowBytes:
     m = store.manifest
     if (m.target.hidden_size, m.layers) != (plan.shapes.hidden_size, list(plan.layers)):
         raise MismatchError(
-            f"--like {like}: its states are {m.target.hidden_size} wide, of layers {m.layers}; the plan's are {plan.shapes.hidden_size} wide, "
-            f"of layers {list(plan.layers)}. Dump a few hundred rows with the plan's flags and give that store."
+            f"--like {like}: its states are {m.target.hidden_size} wide, of layers {m.layers}; "
+            f"the plan's are {plan.shapes.hidden_size} wide, "
+            f"of layers {list(plan.layers)}. Dump a few hundred rows with the plan's flags and "
+            "give that store."
         )
     codec = plan.make_codec()
     registry.suited(codec.name, True, m.counts.tokens, len(m.layers), m.target.hidden_size)
@@ -118,25 +150,38 @@ def row_bytes(like: str, plan: Plan) -> RowBytes:
     "estimate",
     epilog="""\b
 Examples:
-  dspark-tools estimate --model zai-org/GLM-5.2-FP8 --samples 500000 --mean-tokens 2000 --codec small
+  dspark-tools estimate --model zai-org/GLM-5.2-FP8 --samples 500000 --mean-tokens 2000
   dspark-tools estimate --model ./model --data chat.jsonl
 """,
 )
 @click.option("--model", required=True, help="Model id or folder. A known model needs no network.")
-@click.option("--data", help="Corpus: its rows are counted, and a sample spread over it is tokenised.")
-@click.option("--samples", type=click.IntRange(1, 10**12), help="Rows of the corpus, without --data.")
 @click.option(
-    "--mean-tokens", type=Finite(1, 10**9), help="Mean tokens per sample, prompt and answer together."
+    "--data", help="Corpus: its rows are counted, and a sample spread over it is tokenised."
+)
+@click.option(
+    "--samples", type=click.IntRange(1, 10**12), help="Rows of the corpus, without --data."
+)
+@click.option(
+    "--mean-tokens",
+    type=Finite(1, 10**9),
+    help="Mean tokens per sample, prompt and answer together.",
 )
 @codec_options
 @click.option(
-    "--last-share", type=SHARE, default=0.6, help="Share of tokens that are supervised, without --data."
+    "--last-share",
+    type=SHARE,
+    default=0.6,
+    help="Share of tokens that are supervised, without --data.",
 )
 @click.option(
-    "--like", help="Store of a few hundred rows of this target and layers: sizes are measured on it."
+    "--like",
+    help="Store of a few hundred rows of this target and layers: sizes are measured on it.",
 )
 @click.option(
-    "--tokens-per-second", type=Finite(0.001, 10**12), default=20000.0, help="Prefill rate of your engine."
+    "--tokens-per-second",
+    type=Finite(0.001, 10**12),
+    default=20000.0,
+    help="Prefill rate of your engine.",
 )
 @click.option(
     "--trust-remote-code",
@@ -151,7 +196,8 @@ def estimate_command(as_json: bool, **flags: Any) -> None:
     data = estimate(**flags)
     if data["free_bytes"] is not None and data["bytes"] > data["free_bytes"]:
         warn(
-            f"{human(data['bytes'])} do not fit: {human(data['free_bytes'])} are free here. A dump would refuse; fewer bits "
+            f"{human(data['bytes'])} do not fit: {human(data['free_bytes'])} are free here. A "
+            "dump would refuse; fewer bits "
             "(--codec), fewer --layers or fewer rows need less."
         )
     for link in data["chain"]:
@@ -168,19 +214,31 @@ def estimate_command(as_json: bool, **flags: Any) -> None:
         )
     table(
         [
-            ("model", f"{data['model']}, layers {data['layers']} (vLLM's ids: {data['target_layer_ids']})"),
+            (
+                "model",
+                f"{data['model']}, layers {data['layers']} (vLLM's ids: "
+                f"{data['target_layer_ids']})",
+            ),
             ("tokens", f"{data['tokens']:,} in {data['samples']:,} samples"),
-            ("codec", data["codec"] + (f" ({data['codec_why']})" if data["codec_why"] else "") + learns),
+            (
+                "codec",
+                data["codec"] + (f" ({data['codec_why']})" if data["codec_why"] else "") + learns,
+            ),
             (
                 "bytes",
-                f"{human(data['bytes'])}, {data['ratio']:.2f} x smaller than {human(data['raw_bytes'])} of raw bf16 "
+                f"{human(data['bytes'])}, {data['ratio']:.2f} x smaller than "
+                f"{human(data['raw_bytes'])} of raw bf16 "
                 + (f"(measured on {data['measured_on']})" if data["measured_on"] else "(formula)"),
             ),
-            ("free here", human(data["free_bytes"]) if data["free_bytes"] is not None else "unknown"),
+            (
+                "free here",
+                human(data["free_bytes"]) if data["free_bytes"] is not None else "unknown",
+            ),
             ("files", f"{data['files']:,}"),
             (
                 "time",
-                f"{duration(3600 * data['hours'])} at {data['tokens_per_second']:,.0f} tokens per second (--tokens-per-second)",
+                f"{duration(3600 * data['hours'])} at {data['tokens_per_second']:,.0f} tokens "
+                "per second (--tokens-per-second)",
             ),
             *((link["name"], f"{link['state']}: {link['text']}") for link in data["chain"]),
         ]

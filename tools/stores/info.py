@@ -1,4 +1,6 @@
-"""``dspark-tools info``: what a store is, from its manifest and file sizes alone. Imports no torch."""
+"""``dspark-tools info``: what a store is, from its manifest and file sizes alone. Imports no
+torch.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,9 @@ if TYPE_CHECKING:
 
 
 def info(path: str | Where) -> dict[str, Any]:
-    """The keys of INTERFACES ``info`` and a few more. Counts of an unfinished store are those of its committed parts."""
+    """The keys of INTERFACES ``info`` and a few more. Counts of an unfinished store are those of
+    its committed parts.
+    """
     from dspark.cache.files.layout import raw_bytes_per_token
     from dspark.cache.files.place import place_of
     from dspark.cache.reader import read_manifest
@@ -39,7 +43,10 @@ def info(path: str | Where) -> dict[str, Any]:
         records = scan_parts(path).values()
         sizes: dict[str, int] | None = bytes_of(records)
         samples, tokens = sum(r.samples for r in records), sum(r.tokens for r in records)
-        supervised, last = sum(r.supervised_tokens for r in records), sum(r.last_rows for r in records)
+        supervised, last = (
+            sum(r.supervised_tokens for r in records),
+            sum(r.last_rows for r in records),
+        )
         parts = len(records)
     else:
         sizes = stored_sizes(place)
@@ -53,19 +60,48 @@ def info(path: str | Where) -> dict[str, Any]:
     measured = measured_bits(sizes, manifest, tokens, last)
     bits = rotated_bits(manifest.codec.name) or measured
     return {
-        "path": str(place.where("")), "format_version": manifest.format_version, "complete": manifest.complete,
-        "target": target.id, "revision": target.revision, "layers": manifest.layers, "layer_convention": manifest.layer_convention,
-        "target_layer_ids": manifest.target_layer_ids, "num_layers": target.num_layers, "hidden_size": target.hidden_size,
-        "vocab_size": target.vocab_size, "mask_token_id": target.mask_token_id, "samples": samples, "tokens": tokens,
-        "supervised_tokens": supervised, "last_rows": last, "parts": parts, "codec": manifest.codec.name,
-        "aux_bits": bits[0], "last_bits": bits[1], "aux_bits_measured": measured[0], "last_bits_measured": measured[1],
-        "pack": manifest.codec.pack, "last_after_final_norm": manifest.last_after_final_norm,
-        "bytes_on_disk": on_disk, "frozen_bytes": on_disk - states, "bytes_per_token": stored, "raw_bytes_per_token": raw,
-        "ratio": raw / stored if stored else None, "engine": manifest.dump.engine, "engine_version": manifest.dump.engine_version,
-        "dtype": manifest.dump.dtype, "seq_length": manifest.dump.seq_length, "mask_rule": manifest.dump.mask_rule,
-        "source": manifest.source.id, "sources": [s.id for s in manifest.sources], "rows_read": counts.rows_read, "truncated": counts.truncated, "dropped": counts.dropped,
-        "quality": manifest.quality, "per_source": sources_of(path, manifest),
-    }  # fmt: skip
+        "path": str(place.where("")),
+        "format_version": manifest.format_version,
+        "complete": manifest.complete,
+        "target": target.id,
+        "revision": target.revision,
+        "layers": manifest.layers,
+        "layer_convention": manifest.layer_convention,
+        "target_layer_ids": manifest.target_layer_ids,
+        "num_layers": target.num_layers,
+        "hidden_size": target.hidden_size,
+        "vocab_size": target.vocab_size,
+        "mask_token_id": target.mask_token_id,
+        "samples": samples,
+        "tokens": tokens,
+        "supervised_tokens": supervised,
+        "last_rows": last,
+        "parts": parts,
+        "codec": manifest.codec.name,
+        "aux_bits": bits[0],
+        "last_bits": bits[1],
+        "aux_bits_measured": measured[0],
+        "last_bits_measured": measured[1],
+        "pack": manifest.codec.pack,
+        "last_after_final_norm": manifest.last_after_final_norm,
+        "bytes_on_disk": on_disk,
+        "frozen_bytes": on_disk - states,
+        "bytes_per_token": stored,
+        "raw_bytes_per_token": raw,
+        "ratio": raw / stored if stored else None,
+        "engine": manifest.dump.engine,
+        "engine_version": manifest.dump.engine_version,
+        "dtype": manifest.dump.dtype,
+        "seq_length": manifest.dump.seq_length,
+        "mask_rule": manifest.dump.mask_rule,
+        "source": manifest.source.id,
+        "sources": [s.id for s in manifest.sources],
+        "rows_read": counts.rows_read,
+        "truncated": counts.truncated,
+        "dropped": counts.dropped,
+        "quality": manifest.quality,
+        "per_source": sources_of(path, manifest),
+    }
 
 
 def sources_of(path: str | Where, manifest: Manifest) -> list[dict[str, Any]]:
@@ -78,7 +114,9 @@ def sources_of(path: str | Where, manifest: Manifest) -> list[dict[str, Any]]:
 
 
 def stored_sizes(place: Place) -> dict[str, int] | None:
-    """Bytes of each array in all parts as the index of a complete store has them; None in a store whose writer did not note them."""
+    """Bytes of each array in all parts as the index of a complete store has them; None in a store
+    whose writer did not note them.
+    """
     from dspark.cache.errors import DamagedCacheError
     from dspark.cache.files.layout import INDEX, INDEX_KEY
     from dspark.cache.files.part import read_attributes
@@ -109,14 +147,18 @@ def common_bytes(place: Place) -> int:
     from dspark.cache.files.layout import CALIBRATION, INDEX, PARTS, TARGET
 
     single = [n for n in ("zarr.json", f"{PARTS}/zarr.json", CALIBRATION) if place.exists(n)]
-    groups = [sum(place.sizes(n).values()) for n in (TARGET, INDEX) if place.exists(n) or place.remote]
+    groups = [
+        sum(place.sizes(n).values()) for n in (TARGET, INDEX) if place.exists(n) or place.remote
+    ]
     return sum(place.size(n) for n in single) + sum(groups)
 
 
 def measured_bits(
     sizes: Mapping[str, int], manifest: Manifest, tokens: int, last: int
 ) -> tuple[float | None, float | None]:
-    """Bits per value of the aux layers and of the last state on disk, exactly stored tokens counted with the former; None where nothing is stored."""
+    """Bits per value of the aux layers and of the last state on disk, exactly stored tokens counted
+    with the former; None where nothing is stored.
+    """
     from dspark.cache.files.layout import PLAIN_ARRAYS
 
     both = {True: 0, False: 0}
@@ -138,19 +180,69 @@ def info_command(cache: str, as_json: bool) -> None:
     if as_json:
         emit(data)
         return
-    ratio = f"{data['ratio']:.2f} x smaller than" if data["ratio"] else "nothing stored yet, against"
+    ratio = (
+        f"{data['ratio']:.2f} x smaller than" if data["ratio"] else "nothing stored yet, against"
+    )
     per_token = f"{data['bytes_per_token']:.0f}" if data["bytes_per_token"] else "-"
-    table([
-        ("store", f"{data['path']}  (format {data['format_version']}, {'complete' if data['complete'] else 'NOT COMPLETE: finish it with dspark-dump --resume'})"),
-        ("target", f"{data['target']}  {data['num_layers']} layers, hidden {data['hidden_size']}, vocabulary {data['vocab_size']}"),
-        ("aux layers", f"{data['layers']}  (output of layer i; vLLM's ids: {data['target_layer_ids']})"),
-        ("samples", f"{data['samples']:,}  in {data['parts']:,} parts"),
-        ("tokens", f"{data['tokens']:,}  supervised {data['supervised_tokens']:,}, last states {data['last_rows']:,}"),
-        ("codec", f"{data['codec']}, packed by {data['pack']}; measured bits per value: aux {data['aux_bits_measured']}, last state (after the final norm) {data['last_bits_measured']}"),
-        ("bytes", f"{data['bytes_on_disk']:,} on disk, of which {data['frozen_bytes']:,} are the target's frozen weights, the codec's calibration and the index"),
-        ("a token", f"{per_token} bytes; {ratio} the raw bf16 layout's {data['raw_bytes_per_token']}"),
-        ("engine", f"{data['engine']} {data['engine_version']}, {data['dtype']}, sequences up to {data['seq_length']} tokens"),
-        ("source", f"{data['source']}  {data['rows_read']:,} rows read, {data['truncated']:,} cut, dropped: {data['dropped'] or 'none'}"),
-        *((f"source {s['number']}", f"{s['id']}: {s['rows']:,} rows, {s['samples']:,} samples, {s['tokens']:,} tokens, dropped: {s['dropped'] or 'none'}")
-          for s in data["per_source"]),
-    ])  # fmt: skip
+    table(
+        [
+            (
+                "store",
+                f"{data['path']}  (format {data['format_version']}, "
+                + (
+                    "complete)"
+                    if data["complete"]
+                    else "NOT COMPLETE: finish it with dspark-dump --resume)"
+                ),
+            ),
+            (
+                "target",
+                f"{data['target']}  {data['num_layers']} layers, hidden {data['hidden_size']}, "
+                f"vocabulary {data['vocab_size']}",
+            ),
+            (
+                "aux layers",
+                f"{data['layers']}  (output of layer i; vLLM's ids: {data['target_layer_ids']})",
+            ),
+            ("samples", f"{data['samples']:,}  in {data['parts']:,} parts"),
+            (
+                "tokens",
+                f"{data['tokens']:,}  supervised {data['supervised_tokens']:,}, last states "
+                f"{data['last_rows']:,}",
+            ),
+            (
+                "codec",
+                f"{data['codec']}, packed by {data['pack']}; measured bits per value: aux "
+                f"{data['aux_bits_measured']}, last state (after the final norm) "
+                f"{data['last_bits_measured']}",
+            ),
+            (
+                "bytes",
+                f"{data['bytes_on_disk']:,} on disk, of which {data['frozen_bytes']:,} are the "
+                "target's frozen weights, the codec's calibration and the index",
+            ),
+            (
+                "a token",
+                f"{per_token} bytes; {ratio} the raw bf16 layout's {data['raw_bytes_per_token']}",
+            ),
+            (
+                "engine",
+                f"{data['engine']} {data['engine_version']}, {data['dtype']}, sequences up to "
+                f"{data['seq_length']} tokens",
+            ),
+            (
+                "source",
+                f"{data['source']}  {data['rows_read']:,} rows read, {data['truncated']:,} cut, "
+                f"dropped: {data['dropped'] or 'none'}",
+            ),
+            *(
+                (
+                    f"source {s['number']}",
+                    f"{s['id']}: {s['rows']:,} rows, {s['samples']:,} samples, {s['tokens']:,} "
+                    "tokens, "
+                    f"dropped: {s['dropped'] or 'none'}",
+                )
+                for s in data["per_source"]
+            ),
+        ]
+    )

@@ -1,4 +1,6 @@
-"""``dspark-tools merge``, ``append`` and ``subset``: stores of one plan joined, and a part of a store taken out; the work is in ``dspark.cache``."""
+"""``dspark-tools merge``, ``append`` and ``subset``: stores of one plan joined, and a part of a
+store taken out; the work is in ``dspark.cache``.
+"""
 
 from __future__ import annotations
 
@@ -22,12 +24,16 @@ def _report(store: str, as_json: bool) -> None:
     )
 
 
-@command("merge", epilog="\b\nExamples:\n  dspark-tools merge hs.zarr shard-0.zarr shard-1.zarr shard-2.zarr")
+@command(
+    "merge",
+    epilog="\b\nExamples:\n  dspark-tools merge hs.zarr shard-0.zarr shard-1.zarr shard-2.zarr",
+)
 @click.argument("out")
 @click.argument("stores", nargs=-1, required=True, metavar="STORE...")
 @json_flag
 def merge_command(out: str, stores: tuple[str, ...], as_json: bool) -> None:
-    """Join stores of one plan, such as those of dspark-dump --shard, into the new store OUT. The given ones stay.
+    """Join stores of one plan, such as those of dspark-dump --shard, into the new store OUT. The
+    given ones stay.
 
     Refuses, naming them, if rows of a source are missing.
     """
@@ -53,7 +59,8 @@ def append_command(store: str, others: tuple[str, ...], as_json: bool) -> None:
 
 @command(
     "subset",
-    epilog="\b\nExamples:\n  dspark-tools subset hs.zarr small.zarr --where share=0.1 --where 'tokens<=2048'",
+    epilog="\b\nExamples:\n  dspark-tools subset hs.zarr small.zarr --where share=0.1 --where "
+    "'tokens<=2048'",
 )
 @click.argument("store")
 @click.argument("out")
@@ -63,12 +70,16 @@ def append_command(store: str, others: tuple[str, ...], as_json: bool) -> None:
     multiple=True,
     required=True,
     metavar="CONDITION",
-    help="What a sample must be to stay; all that are given must hold: tokens<=N, tokens>=N, supervised<=N, supervised>=N, "
-    "source=NUMBER|ID, rows=A-B, conversation=HEX, share=F or share=F:SEED (of the conversations, at random).",
+    help="What a sample must be to stay; all that are given must hold: tokens<=N, tokens>=N, "
+    "supervised<=N, supervised>=N, "
+    "source=NUMBER|ID, rows=A-B, conversation=HEX, share=F or share=F:SEED (of the "
+    "conversations, at random).",
 )
 @json_flag
 def subset_command(store: str, out: str, conditions: tuple[str, ...], as_json: bool) -> None:
-    """Write the samples of STORE that all conditions choose to the new store OUT, with the codes that they have."""
+    """Write the samples of STORE that all conditions choose to the new store OUT, with the codes
+    that they have.
+    """
     from dspark.cache.subset import subset
 
     with bar("subset") as progress:

@@ -1,4 +1,6 @@
-"""``dspark-tools recode``: a store written again with another codec; the work is in ``dspark.cache.recode``."""
+"""``dspark-tools recode``: a store written again with another codec; the work is in
+``dspark.cache.recode``.
+"""
 
 from __future__ import annotations
 
@@ -29,9 +31,14 @@ from dspark.tools.flags import COUNT
     default=True,
     help="Centre the code on states spread over the source (about 3 dB).",
 )
-@click.option("--workers", type=COUNT, help="Parts processed at once.  [default: one per core, at most 8]")
 @click.option(
-    "--device", default="cpu", type=click.Choice(["cpu", "cuda"]), help="Device that encodes the states."
+    "--workers", type=COUNT, help="Parts processed at once.  [default: one per core, at most 8]"
+)
+@click.option(
+    "--device",
+    default="cpu",
+    type=click.Choice(["cpu", "cuda"]),
+    help="Device that encodes the states.",
 )
 @click.option("--resume", is_flag=True, help="Continue DESTINATION.")
 @click.option("--overwrite", is_flag=True, help="Replace DESTINATION.")
@@ -52,7 +59,14 @@ def recode_command(source: str, destination: str, as_json: bool, **flags: Any) -
     table(
         [
             ("store", f"{destination}: codec {data['codec']}"),
-            ("a token", f"{data['bytes_per_token']:.0f} bytes, {data['ratio']:.2f} x smaller than raw bf16"),
-            ("SNR", f"aux {manifest.quality['aux_snr_db']} dB, last {manifest.quality['last_snr_db']} dB"),
+            (
+                "a token",
+                f"{data['bytes_per_token']:.0f} bytes, {data['ratio']:.2f} x smaller than raw bf16",
+            ),
+            (
+                "SNR",
+                f"aux {manifest.quality['aux_snr_db']} dB, last "
+                f"{manifest.quality['last_snr_db']} dB",
+            ),
         ]
     )

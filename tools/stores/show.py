@@ -1,4 +1,6 @@
-"""``dspark-tools show``: one sample as text, with the supervised part marked, from the tokenizer that the store keeps."""
+"""``dspark-tools show``: one sample as text, with the supervised part marked, from the tokenizer
+that the store keeps.
+"""
 
 from __future__ import annotations
 
@@ -18,13 +20,19 @@ from dspark.cache.records import TokenSample
 
 
 def runs(cache: Cache, index: int) -> dict[str, Any]:
-    """Sample ``index`` as runs of equal loss mask: ``{"supervised": bool, "text": str, "tokens": n}``, in order."""
+    """Sample ``index`` as runs of equal loss mask: ``{"supervised": bool, "text": str, "tokens":
+    n}``, in order.
+    """
     tokens = cache.tokens(index)
     mask = tokens.loss_mask
     return {
-        "index": index, "row": tokens.row, "key": tokens.key.hex(), "tokens": int(mask.shape[0]), "supervised_tokens": int(mask.sum()),
+        "index": index,
+        "row": tokens.row,
+        "key": tokens.key.hex(),
+        "tokens": int(mask.shape[0]),
+        "supervised_tokens": int(mask.sum()),
         "runs": mask_runs(load_tokenizer(cache), tokens),
-    }  # fmt: skip
+    }
 
 
 def mask_runs(tokenizer: Any, tokens: TokenSample) -> list[dict[str, Any]]:
@@ -44,11 +52,14 @@ def mask_runs(tokenizer: Any, tokens: TokenSample) -> list[dict[str, Any]]:
 
 
 def load_tokenizer(cache: Cache) -> Any:
-    """The target's tokenizer as kept in the store; None if its rows came tokenised and none was kept."""
+    """The target's tokenizer as kept in the store; None if its rows came tokenised and none was
+    kept.
+    """
     if not (cache.target_files / "tokenizer.json").is_file():
         if cache.manifest.tokenizer.sha256 is not None:
             raise CacheError(
-                f"{cache.target_files / 'tokenizer.json'} is missing, though the manifest has its hash"
+                f"{cache.target_files / 'tokenizer.json'} is missing, though the manifest has "
+                "its hash"
             )
         return None
     from transformers import PreTrainedTokenizerFast
@@ -58,7 +69,8 @@ def load_tokenizer(cache: Cache) -> Any:
         return PreTrainedTokenizerFast(tokenizer_file=str(path))
     except Exception as wrong:  # the tokenizers library raises bare Exception
         raise CacheError(
-            f"{path} is not a tokenizer ({wrong}): restore the target's own, or copy the store again"
+            f"{path} is not a tokenizer ({wrong}): restore the target's own, or copy the store "
+            "again"
         ) from wrong
 
 
@@ -79,7 +91,8 @@ def show_command(cache: str, index: int, as_json: bool) -> None:
         emit(data)
         return
     print(
-        f"sample {index}: source row {data['row']}, {data['tokens']} tokens, {data['supervised_tokens']} supervised",
+        f"sample {index}: source row {data['row']}, {data['tokens']} tokens, "
+        f"{data['supervised_tokens']} supervised",
         file=sys.stderr,
     )
     text = "".join(f"[[{r['text']}]]" if r["supervised"] else r["text"] for r in data["runs"])

@@ -1,4 +1,6 @@
-"""``dspark-tools stats``: what the states look like, layer by layer, and how long the samples are."""
+"""``dspark-tools stats``: what the states look like, layer by layer, and how long the samples
+are.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,9 @@ OUTLIER = 20.0  # a value beyond this many times its layer's rms
 
 
 class Moments:
-    """Running sums of one field: ``rms``, ``absmax`` and the share of values beyond ``OUTLIER`` rms of their own sample."""
+    """Running sums of one field: ``rms``, ``absmax`` and the share of values beyond ``OUTLIER`` rms
+    of their own sample.
+    """
 
     def __init__(self) -> None:
         self.squares = self.outliers = 0.0
@@ -39,14 +43,18 @@ class Moments:
         if not self.values:
             return {"rms": None, "absmax": None, "outlier_share": None}
         return {
-            "rms": float(np.sqrt(self.squares / self.values)), "absmax": self.absmax, "outlier_share": self.outliers / self.values,
-        }  # fmt: skip
+            "rms": float(np.sqrt(self.squares / self.values)),
+            "absmax": self.absmax,
+            "outlier_share": self.outliers / self.values,
+        }
 
 
 def stats(
     cache: Cache, limit: int = 200, progress: Callable[[int, int], None] = lambda done, total: None
 ) -> dict[str, Any]:
-    """Statistics over ``limit`` samples spread evenly through the store (0 = all); lengths are of all samples."""
+    """Statistics over ``limit`` samples spread evenly through the store (0 = all); lengths are of
+    all samples.
+    """
     n = len(cache)
     chosen = np.unique(np.linspace(0, n - 1, min(n, limit) if limit else n).astype(int))
     layers = [Moments() for _ in cache.manifest.layers]
@@ -62,23 +70,38 @@ def stats(
     histogram = np.histogram(lengths, bins=edges)[0]
     snr = cache.manifest.quality
     return {
-        "samples_read": len(chosen), "samples": n,
-        "layers": [{"layer": i, **m.result()} for i, m in zip(cache.manifest.layers, layers, strict=True)],
-        "last": last.result(), "quality": snr,
+        "samples_read": len(chosen),
+        "samples": n,
+        "layers": [
+            {"layer": i, **m.result()} for i, m in zip(cache.manifest.layers, layers, strict=True)
+        ],
+        "last": last.result(),
+        "quality": snr,
         "length": {
-            "min": int(lengths.min()), "median": float(np.median(lengths)), "mean": float(lengths.mean()), "max": int(lengths.max()),
-            "histogram": {f"{a}-{b - 1}": int(c) for a, b, c in zip(edges[:-1], edges[1:], histogram, strict=True) if c},
+            "min": int(lengths.min()),
+            "median": float(np.median(lengths)),
+            "mean": float(lengths.mean()),
+            "max": int(lengths.max()),
+            "histogram": {
+                f"{a}-{b - 1}": int(c)
+                for a, b, c in zip(edges[:-1], edges[1:], histogram, strict=True)
+                if c
+            },
         },
         "supervised_share": float(cache.index["sample_supervised"].sum() / lengths.sum()),
-    }  # fmt: skip
+    }
 
 
 @command("stats")
 @click.argument("cache")
-@click.option("--limit", default=200, type=COUNT_OR_ALL, help="Samples to read, spread evenly; 0 = all.")
+@click.option(
+    "--limit", default=200, type=COUNT_OR_ALL, help="Samples to read, spread evenly; 0 = all."
+)
 @json_flag
 def stats_command(cache: str, limit: int, as_json: bool) -> None:
-    """Print rms, absmax, outlier share and SNR of the stored code per layer; histogram of lengths."""
+    """Print rms, absmax, outlier share and SNR of the stored code per layer; histogram of
+    lengths.
+    """
     import dspark.cache
 
     with bar("stats") as progress:
@@ -95,11 +118,16 @@ def stats_command(cache: str, limit: int, as_json: bool) -> None:
     ):
         if row["rms"] is not None:
             print(
-                f"{row['layer']:>6} {row['rms']:>10.4g} {row['absmax']:>10.4g} {row['outlier_share']:>10.2e} {'-' if db is None else f'{db:.1f}':>7}"
+                f"{row['layer']:>6} {row['rms']:>10.4g} {row['absmax']:>10.4g} "
+                f"{row['outlier_share']:>10.2e} {'-' if db is None else f'{db:.1f}':>7}"
             )
     length = data["length"]
     print(
-        f"length  min {length['min']}  median {length['median']:.0f}  mean {length['mean']:.0f}  max {length['max']}"
+        f"length  min {length['min']}  median {length['median']:.0f}  mean {length['mean']:.0f}  "
+        f"max {length['max']}"
     )
     for span, count in length["histogram"].items():
-        print(f"{span:>14} {count:>9} {'#' * max(1, round(50 * count / max(length['histogram'].values())))}")
+        print(
+            f"{span:>14} {count:>9} "
+            f"{'#' * max(1, round(50 * count / max(length['histogram'].values())))}"
+        )

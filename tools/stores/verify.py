@@ -1,4 +1,6 @@
-"""``dspark-tools verify``: every checksum and every count of a store; the work is in ``dspark.cache.verify``."""
+"""``dspark-tools verify``: every checksum and every count of a store; the work is in
+``dspark.cache.verify``.
+"""
 
 from __future__ import annotations
 
@@ -28,36 +30,60 @@ from dspark.cache.shared.command import bar, break_lock_flag, command, emit, jso
 def verify_command(
     cache: str, drop_damaged: bool, rebuild_index: bool, break_lock: bool, as_json: bool
 ) -> None:
-    """Check every chunk's checksum and every count; name what is damaged, and exit with 1 if anything is."""
+    """Check every chunk's checksum and every count; name what is damaged, and exit with 1 if
+    anything is.
+    """
     from dspark.cache import verify
     from dspark.cache.files.lock_files import owned
     from dspark.cache.writer import rebuild
 
     changes = drop_damaged or rebuild_index
-    lock = owned(Path(cache), "dspark-tools verify", break_lock=break_lock) if changes else nullcontext()
+    lock = (
+        owned(Path(cache), "dspark-tools verify", break_lock=break_lock)
+        if changes
+        else nullcontext()
+    )
     with lock:
         made = rebuild(cache) if rebuild_index else None
         with bar("verify") as progress:
             report = verify.verify(cache, progress)
         dropped = verify.drop_damaged(cache, report) if drop_damaged else []
     if as_json:
-        emit({"ok": report.ok, "checked_chunks": report.checked_chunks, "checked_parts": report.checked_parts,
-              "findings": report.findings, "damaged_parts": sorted(report.damaged),
-              "unreadable_parts": sorted(report.unreadable), "dropped_parts": dropped,
-              "rebuilt": made is not None})  # fmt: skip
+        emit(
+            {
+                "ok": report.ok,
+                "checked_chunks": report.checked_chunks,
+                "checked_parts": report.checked_parts,
+                "findings": report.findings,
+                "damaged_parts": sorted(report.damaged),
+                "unreadable_parts": sorted(report.unreadable),
+                "dropped_parts": dropped,
+                "rebuilt": made is not None,
+            }
+        )
     else:
         if made is not None:
-            more = "" if made.complete else "; the store is not complete: go on with dspark-dump --resume"
-            print(f"made again from the parts: manifest{' and index' if made.complete else ''}{more}")
+            more = (
+                ""
+                if made.complete
+                else "; the store is not complete: go on with dspark-dump --resume"
+            )
+            print(
+                f"made again from the parts: manifest{' and index' if made.complete else ''}{more}"
+            )
         for finding in report.findings:
             print(printable(finding))
         print(
-            f"{report.verdict}: {report.checked_parts} parts, {report.checked_chunks} chunks, {len(report.findings)} findings"
+            f"{report.verdict}: {report.checked_parts} parts, {report.checked_chunks} chunks, "
+            f"{len(report.findings)} findings"
         )
         if dropped:
             print(f"deleted, or gone already: {', '.join(dropped)}")
         if report.unreadable:
-            print(f"could not be read now, and was left as it is: {', '.join(sorted(report.unreadable))}")
+            print(
+                "could not be read now, and was left as it is: "
+                f"{', '.join(sorted(report.unreadable))}"
+            )
         if drop_damaged and report.damaged:
             print("run the same dspark-dump command with --resume to write again what is missing")
     sys.exit(0 if report.ok else 1)

@@ -1,10 +1,12 @@
 """One packed training row as torch tensors: what the stream hands to the model.
 
-Legend: S tokens of the row, L aux layers, Ht hidden size of the target, M stored last states, A anchors, B slots of a
-block, N counted slots, D distinct target rows of them. There is no batch axis: documents share a row, and an optimizer step takes several rows.
+Legend: S tokens of the row, L aux layers, Ht hidden size of the target, M stored last states, A
+anchors, B slots of a block, N counted slots, D distinct target rows of them. There is no batch
+axis: documents share a row, and an optimizer step takes several rows.
 
-Which slots count, and which of them are held to the same target distribution, is known before anything is computed, so both are
-worked out here on the CPU; a ``nonzero`` on the device would stall it once per step.
+Which slots count, and which of them are held to the same target distribution, is known before
+anything is computed, so both are worked out here on the CPU; a ``nonzero`` on the device would
+stall it once per step.
 """
 
 from __future__ import annotations
@@ -22,14 +24,16 @@ ON_HOST = frozenset({"target_at_host"})  # fields that stay on the CPU wherever 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """``input_ids`` int64[S], ``loss_mask`` bool[S], ``doc`` int32[S] (-1 padding), ``position`` int64[S] (restarts in
-    each document), ``aux`` float[S, L, Ht] decoded, ``last`` float[M, Ht] after the target's final norm,
-    ``last_index`` int64[S] (row of ``last`` or -1), ``anchors`` int64[A] sorted, padding 0 at the end,
-    ``anchor_valid`` bool[A], ``label_index`` int64[A, B], ``counted`` bool[A, B], ``slots`` int64[N] = flat indices of
-    ``counted`` in rising target row, ``target_rows`` int64[D] = those rows of ``last``, each once, ``target_at`` int64[N] = which of
-    the D each slot has, ``draw`` int64[1] a number of the row's own for what a type draws at each forward (0 in validation).
-    ``target_at_host`` is the same on the CPU, always: whoever cuts the slots into chunks must know on the host
-    which rows a chunk needs.
+    """``input_ids`` int64[S], ``loss_mask`` bool[S], ``doc`` int32[S] (-1 padding), ``position``
+    int64[S] (restarts in each document), ``aux`` float[S, L, Ht] decoded, ``last`` float[M, Ht]
+    after the target's final norm, ``last_index`` int64[S] (row of ``last`` or -1), ``anchors``
+    int64[A] sorted, padding 0 at the end, ``anchor_valid`` bool[A], ``label_index`` int64[A, B],
+    ``counted`` bool[A, B], ``slots`` int64[N] = flat indices of ``counted`` in rising target row,
+    ``target_rows`` int64[D] = those rows of ``last``, each once, ``target_at`` int64[N] = which of
+    the D each slot has, ``draw`` int64[1] a number of the row's own for what a type draws at each
+    forward (0 in validation).
+    ``target_at_host`` is the same on the CPU, always: whoever cuts the slots into chunks must know
+    on the host which rows a chunk needs.
     """
 
     input_ids: Tensor
@@ -63,11 +67,14 @@ class Batch:
         pad_anchors_to: int = 0,
         draw: int = 0,
     ) -> Batch:
-        """A batch from a row's arrays. ``last`` holds the stored states of all documents end to end (one for each
-        ``anchors.eligible`` position). ``pad_anchors_to`` pads A for a fixed shape; a padding anchor counts nowhere.
+        """A batch from a row's arrays. ``last`` holds the stored states of all documents end to end
+        (one for each ``anchors.eligible`` position). ``pad_anchors_to`` pads A for a fixed shape; a
+        padding anchor counts nowhere.
         """
         stored = int(rules.eligible(loss_mask, doc).sum())
-        assert last.shape[0] == stored, f"{last.shape[0]} last states for {stored} positions that store one"
+        assert last.shape[0] == stored, (
+            f"{last.shape[0]} last states for {stored} positions that store one"
+        )
         assert aux.shape[0] == input_ids.size == loss_mask.size == doc.size
         last_index = rules.last_index(loss_mask, doc)
         blocks = _blocks(anchors, loss_mask, doc, last_index, block_size, pad_anchors_to)
@@ -84,7 +91,9 @@ class Batch:
         )
 
     def with_anchors(self, host: Batch, anchors: rules.Int64, pad_anchors_to: int = 0) -> Batch:
-        """This row with other ``anchors``, where it lies. ``host``: the same row on the CPU (its states are not looked at)."""
+        """This row with other ``anchors``, where it lies. ``host``: the same row on the CPU (its
+        states are not looked at).
+        """
         mask, doc, last_index = (x.numpy() for x in (host.loss_mask, host.doc, host.last_index))
         blocks = _blocks(anchors, mask, doc, last_index, self.block_size, pad_anchors_to)
         device = self.anchors.device
@@ -96,7 +105,9 @@ class Batch:
 
     @property
     def label_ids(self) -> Tensor:
-        """The data's next tokens, int64[A, B]: ``x[a+k+1]`` (any id where the slot does not count)."""
+        """The data's next tokens, int64[A, B]: ``x[a+k+1]`` (any id where the slot does not
+        count).
+        """
         return self.input_ids[self.label_index]
 
     @property
@@ -107,18 +118,24 @@ class Batch:
 
     @property
     def prev_ids(self) -> Tensor:
-        """The token before each label, int64[A, B]: ``x[a+k]``, which teacher-forces the Markov head."""
+        """The token before each label, int64[A, B]: ``x[a+k]``, which teacher-forces the Markov
+        head.
+        """
         return self.input_ids[self.slot_index]
 
     @property
     def block_position(self) -> Tensor:
-        """Position ids of the slots within their document, int64[A, B]: ``position[a] + k``, past its end too."""
+        """Position ids of the slots within their document, int64[A, B]: ``position[a] + k``, past
+        its end too.
+        """
         offset = torch.arange(self.block_size, device=self.anchors.device)
         return self.position[self.anchors][:, None] + offset
 
     @property
     def target_row(self) -> Tensor:
-        """Row of ``last`` whose distribution slot k is held to, int64[A, B]: ``last_index[a+k]``; valid if counted."""
+        """Row of ``last`` whose distribution slot k is held to, int64[A, B]: ``last_index[a+k]``;
+        valid if counted.
+        """
         return self.last_index[self.slot_index]
 
     def in_blocks(self, values: Tensor) -> Tensor:
@@ -127,7 +144,9 @@ class Batch:
         return flat.index_copy(0, self.slots, values).view_as(self.counted)
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Batch:
-        """The same batch on ``device``; ``dtype`` also casts the states (before the copy, so that fewer bytes move)."""
+        """The same batch on ``device``; ``dtype`` also casts the states (before the copy, so that
+        fewer bytes move).
+        """
         moved = {}
         for field in fields(self):
             if field.name in ON_HOST:

@@ -1,7 +1,9 @@
-"""Rows on their way to the device: the next one is copied and decoded on a stream of its own while the model works on this one.
+"""Rows on their way to the device: the next one is copied and decoded on a stream of its own while
+the model works on this one.
 
-The loop runs ahead of the GPU, by two steps at most, so the time it spends in ``next`` of the readers says nothing by itself: only a wait
-that began or ended with nothing left for the GPU to do counts (``waited``). No call here waits for the device otherwise.
+The loop runs ahead of the GPU, by two steps at most, so the time it spends in ``next`` of the
+readers says nothing by itself: only a wait that began or ended with nothing left for the GPU to do
+counts (``waited``). No call here waits for the device otherwise.
 Costs the memory of one more row.
 """
 
@@ -36,7 +38,8 @@ class Feed:
         self.waited = 0.0
 
     def fetch(self) -> None:
-        """Get the next step from the readers and start its first row on its way. Call it once a step's work is queued.
+        """Get the next step from the readers and start its first row on its way. Call it once a
+        step's work is queued.
 
         An error of the readers is kept for ``take``, where all ranks can hear of it together.
         """
@@ -75,7 +78,9 @@ class Feed:
             yield batch
 
     def queued(self) -> None:
-        """All work of a step has been handed to the device; waits for the step before the last one to be done there."""
+        """All work of a step has been handed to the device; waits for the step before the last one
+        to be done there.
+        """
         if self._side is None:
             return
         self._steps.append(torch.cuda.current_stream().record_event())

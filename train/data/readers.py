@@ -1,8 +1,10 @@
 """The processes that read rows ahead of the loop, and what is said when one of them fails or dies.
 
-torch's loader raises as soon as a reader is gone, in whatever line the loop is: in a backward pass whose sums the other ranks wait for, or
-while a checkpoint is written. Here a loss is raised only where the next row is asked for, since there all ranks hear of it together
-(``step.share``). That costs a few seconds: rows read before are still trained on, and torch looks for dead readers every 5 s of waiting.
+torch's loader raises as soon as a reader is gone, in whatever line the loop is: in a backward pass
+whose sums the other ranks wait for, or while a checkpoint is written. Here a loss is raised only
+where the next row is asked for, since there all ranks hear of it together (``step.share``). That
+costs a few seconds: rows read before are still trained on, and torch looks for dead readers every 5
+s of waiting.
 """
 
 from __future__ import annotations
@@ -29,7 +31,8 @@ LIKELY = {"SIGKILL": " (out of memory?)", "SIGBUS": " (is /dev/shm full?)"}
 def read_ahead(
     rows: Dataset[Row], order: Iterable[tuple[int, int]], *, workers: int, pin: bool
 ) -> Iterator[Row]:
-    """``rows[at]`` for each ``at`` of ``order``, read by ``workers`` processes (0: by this one) that live as long as the iterator.
+    """``rows[at]`` for each ``at`` of ``order``, read by ``workers`` processes (0: by this one)
+    that live as long as the iterator.
 
     Raises what reading raised, and TrainError if a reader is gone.
     """
@@ -63,7 +66,9 @@ def read_ahead(
 
 
 class _Told(Dataset[Row | DsparkError]):
-    """Rows, or the error of reading one as it is: what a process raises the loader gives back with its trace in the message."""
+    """Rows, or the error of reading one as it is: what a process raises the loader gives back with
+    its trace in the message.
+    """
 
     def __init__(self, rows: Dataset[Row]) -> None:
         self.rows = rows
@@ -76,13 +81,17 @@ class _Told(Dataset[Row | DsparkError]):
 
 
 def _leave_interrupts_to_the_loop(worker: int) -> None:
-    """Ctrl-C in a terminal reaches every process; a reader that died of it would keep the loop from saving."""
+    """Ctrl-C in a terminal reaches every process; a reader that died of it would keep the loop from
+    saving.
+    """
     leave_to_parent(signal.SIGINT, signal.SIGHUP)  # a loader ends its readers by SIGTERM
 
 
 @contextmanager
 def _no_alarm() -> Iterator[None]:
-    """Takes back the handler of SIGCHLD that a loader installs, which is what raises anywhere. Only the main thread has handlers."""
+    """Takes back the handler of SIGCHLD that a loader installs, which is what raises anywhere. Only
+    the main thread has handlers.
+    """
     main = threading.current_thread() is threading.main_thread()
     before = signal.getsignal(signal.SIGCHLD)
     yield
@@ -91,8 +100,9 @@ def _no_alarm() -> Iterator[None]:
 
 
 def _settle(readers: list[BaseProcess]) -> None:
-    """Behind a broken connection: wait until who broke it is known to be gone. A reader that dies closes its connections first, then the pipe
-    that is its sentinel, and has an exit code a moment after that.
+    """Behind a broken connection: wait until who broke it is known to be gone. A reader that dies
+    closes its connections first, then the pipe that is its sentinel, and has an exit code a moment
+    after that.
     """
     gone = wait([reader.sentinel for reader in readers], GRACE)
     for reader in readers:
@@ -112,6 +122,8 @@ def _all_there(readers: list[BaseProcess]) -> None:
         else:
             how = f"ended with exit code {code}"
         raise TrainError(
-            f"a process that reads the store (pid {reader.pid}, of {len(readers)}) {how}; expected it to run as long as the training. "
-            "Use fewer --workers (0 for none), and rerun the same command with --resume to continue from the last checkpoint."
+            f"a process that reads the store (pid {reader.pid}, of {len(readers)}) {how}; "
+            "expected it to run as long as the training. "
+            "Use fewer --workers (0 for none), and rerun the same command with --resume to "
+            "continue from the last checkpoint."
         )

@@ -1,9 +1,12 @@
-"""One packed row as a single buffer: a worker hands over one tensor, one page-locked copy is made, one move brings it to the device.
+"""One packed row as a single buffer: a worker hands over one tensor, one page-locked copy is made,
+one move brings it to the device.
 
-A row is some fifteen arrays. Sent one by one each cost a file descriptor, a page-locked allocation and a launch, 3.8 ms per row on an
-H100 whatever their size; here they lie end to end and are cut out again as views.
+A row is some fifteen arrays. Sent one by one each cost a file descriptor, a page-locked allocation
+and a launch, 3.8 ms per row on an H100 whatever their size; here they lie end to end and are cut
+out again as views.
 
-Legend: S tokens of the row, L aux layers, Ht hidden size of the target, M stored last states, N counted slots.
+Legend: S tokens of the row, L aux layers, Ht hidden size of the target, M stored last states, N
+counted slots.
 """
 
 from __future__ import annotations
@@ -26,7 +29,9 @@ from dspark.train.data.batch import ON_HOST, Batch
 CODES = "codes."  # what a codec's arrays are called in the buffer
 KNOWN = "known."  # and what it predicts from
 ALIGN = (
-    64  # bytes; every field starts at a multiple, so that any dtype can view it and vector loads stay whole
+    # bytes; every field starts at a multiple, so that any dtype can view it and vector loads stay
+    # whole
+    64
 )
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -53,7 +58,8 @@ class Field:
 class Row:
     """All of a ``Batch`` but the decoded states, and the states' codes, in ``data`` uint8[bytes].
 
-    ``tokens``: tokens of documents, padding not counted; ``slots``: N; ``store``: which of the stores its samples are of.
+    ``tokens``: tokens of documents, padding not counted; ``slots``: N; ``store``: which of the
+    stores its samples are of.
     """
 
     data: Tensor
@@ -82,7 +88,8 @@ class Row:
             arrays.append((f"batch.{part.name}", value.shape[0], [value.numpy()]))
         of_axis = {"token": batch.aux.shape[0], "last": batch.last.shape[0]}
         known = tokens_on_host(samples)
-        if EXACT_TOKEN in samples[0].states:  # only a codec that predicts from tokens stores some exactly
+        # only a codec that predicts from tokens stores some exactly
+        if EXACT_TOKEN in samples[0].states:
             arrays += [(KNOWN + name, len(value), [value]) for name, value in known.items()]
         for name in samples[0].states:
             pieces: Sequence[Array] = [s.states[name] for s in samples]
@@ -108,14 +115,21 @@ class Row:
         return self._batch(self._views(self.data))
 
     def pin_memory(self) -> Self:
-        """Called by the loader: a page-locked copy, so that the move to the GPU runs beside the compute."""
+        """Called by the loader: a page-locked copy, so that the move to the GPU runs beside the
+        compute.
+        """
         return dataclasses.replace(self, data=self.data.pin_memory())
 
     def place(
-        self, cache: Stores, device: torch.device, dtype: torch.dtype, layers: Sequence[int] | None = None
+        self,
+        cache: Stores,
+        device: torch.device,
+        dtype: torch.dtype,
+        layers: Sequence[int] | None = None,
     ) -> Batch:
-        """The batch on ``device``: the buffer is moved, the codes are decoded there to ``dtype``. ``layers``: those of the store's that the
-        draft reads (outputs of layers), in the order of the aux axis; None for all.
+        """The batch on ``device``: the buffer is moved, the codes are decoded there to ``dtype``.
+        ``layers``: those of the store's that the draft reads (outputs of layers), in the order of
+        the aux axis; None for all.
         """
         views = self._views(self.data.to(device, non_blocking=True))
         hidden = cache.manifest.target.hidden_size
@@ -135,21 +149,30 @@ class Row:
         return {field.name: field.of(data) for field in self.fields}
 
     def _batch(self, views: Mapping[str, Tensor]) -> Batch:
-        moved = {f.name: views[f"batch.{f.name}"] for f in dataclasses.fields(Batch) if f.name not in ON_HOST}
+        moved = {
+            f.name: views[f"batch.{f.name}"]
+            for f in dataclasses.fields(Batch)
+            if f.name not in ON_HOST
+        }
         held = next(field for field in self.fields if field.name == "batch.target_at")
-        # A copy: a view would hold on to the whole row's page-locked memory as long as the batch lives.
+        # A copy: a view would hold on to the whole row's page-locked memory as long as the batch
+        # lives.
         return Batch(**moved, target_at_host=held.of(self.data).clone())
 
 
 def tokens_on_host(samples: Sequence[CodedSample]) -> dict[str, Array]:
-    """``sample_start`` int64 [N + 1] and ``last_token`` int64 [M] (``base.Tokens``): found here, because the device would be waited for."""
+    """``sample_start`` int64 [N + 1] and ``last_token`` int64 [M] (``base.Tokens``): found here,
+    because the device would be waited for.
+    """
     start = np.cumsum([0, *(len(s.tokens.input_ids) for s in samples)], dtype=np.int64)
     stored = np.concatenate([last_rows(s.tokens.loss_mask) for s in samples])
     return {"sample_start": start, "last_token": np.flatnonzero(stored).astype(np.int64)}
 
 
 def columns(stored: Sequence[int], wanted: Sequence[int]) -> list[int] | None:
-    """Where in the aux axis of a store with layers ``stored`` the ``wanted`` ones are; None if they are all of them, in this order."""
+    """Where in the aux axis of a store with layers ``stored`` the ``wanted`` ones are; None if they
+    are all of them, in this order.
+    """
     if list(stored) == list(wanted):
         return None
     if missing := [i for i in wanted if i not in stored]:
@@ -168,7 +191,9 @@ def blank(
     device: torch.device,
     dtype: torch.dtype,
 ) -> Batch:
-    """A batch of padding alone, in which no slot counts: what a rank without a row of its own sends through a sharded model."""
+    """A batch of padding alone, in which no slot counts: what a rank without a row of its own sends
+    through a sharded model.
+    """
     empty = Batch.build(
         input_ids=np.zeros(tokens, np.int64),
         loss_mask=np.zeros(tokens, np.bool_),

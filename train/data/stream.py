@@ -1,10 +1,13 @@
 """The stream: a store -> a fixed sequence of packed rows for every epoch, read by worker processes.
 
-Everything random is a pure function of (seed, epoch, sample): the order of samples, how they pack into rows, and which anchors are drawn.
-So the sequence is the same on any number of ranks and workers, and after any resume; a position in it is just (epoch, step).
+Everything random is a pure function of (seed, epoch, sample): the order of samples, how they pack
+into rows, and which anchors are drawn.
+So the sequence is the same on any number of ranks and workers, and after any resume; a position in
+it is just (epoch, step).
 
-Of several stores each has its number of passes per epoch: with 0.3 an epoch takes three tenths of its samples, the next epoch others, until all
-have been taken. A row holds samples of one store, whose code may be another than the other stores'; the rows of all are then shuffled.
+Of several stores each has its number of passes per epoch: with 0.3 an epoch takes three tenths of
+its samples, the next epoch others, until all have been taken. A row holds samples of one store,
+whose code may be another than the other stores'; the rows of all are then shuffled.
 
 Legend: S tokens of a row (``total_seq_len`` at most), A anchors, N samples.
 """
@@ -28,33 +31,46 @@ from dspark.train.data.batch import Batch
 from dspark.train.data.readers import read_ahead
 from dspark.train.data.row import Row
 
-VALIDATION_EPOCH = -1  # the "epoch" whose anchors are drawn for validation: the same ones every time
+# the "epoch" whose anchors are drawn for validation: the same ones every time
+VALIDATION_EPOCH = -1
 
 
 def rng(seed: int, *stream: int) -> np.random.Generator:
     """An independent generator for each (seed, stream ...); negative numbers allowed."""
     return np.random.Generator(
-        np.random.Philox(np.random.SeedSequence([seed & 0xFFFFFFFF, *(s & 0xFFFFFFFF for s in stream)]))
+        np.random.Philox(
+            np.random.SeedSequence([seed & 0xFFFFFFFF, *(s & 0xFFFFFFFF for s in stream)])
+        )
     )
 
 
-def split(keys: np.ndarray[Any, np.dtype[np.uint8]], val_fraction: float) -> tuple[rules.Int64, rules.Int64]:
-    """(train, validation) sample indices by prompt hash ``keys`` uint8[N, 16]; equal prompts fall on one side."""
+def split(
+    keys: np.ndarray[Any, np.dtype[np.uint8]], val_fraction: float
+) -> tuple[rules.Int64, rules.Int64]:
+    """(train, validation) sample indices by prompt hash ``keys`` uint8[N, 16]; equal prompts fall
+    on one side.
+    """
     share = np.ascontiguousarray(keys[:, :8]).view(">u8")[:, 0].astype(np.float64) / 2.0**64
     held_out = share < val_fraction
     return np.flatnonzero(~held_out), np.flatnonzero(held_out)
 
 
-def pack(order: Sequence[int] | rules.Int64, lengths: rules.Int64, total_seq_len: int) -> list[list[int]]:
-    """Samples in ``order`` -> rows of at most ``total_seq_len`` tokens. Next-fit, so a row holds neighbours in the order."""
+def pack(
+    order: Sequence[int] | rules.Int64, lengths: rules.Int64, total_seq_len: int
+) -> list[list[int]]:
+    """Samples in ``order`` -> rows of at most ``total_seq_len`` tokens. Next-fit, so a row holds
+    neighbours in the order.
+    """
     samples = np.asarray(order, np.int64)
     own = lengths[samples]
     if (own > total_seq_len).any():
         i = samples[int(np.argmax(own > total_seq_len))]
         raise UsageError(
-            f"sample {i} has {lengths[i]} tokens, more than --total-seq-len {total_seq_len}; raise it to at least {lengths[i]}"
+            f"sample {i} has {lengths[i]} tokens, more than --total-seq-len {total_seq_len}; "
+            f"raise it to at least {lengths[i]}"
         )
-    # For every sample: which one a row that begins with it has no room for. A million samples in half a second.
+    # For every sample: which one a row that begins with it has no room for. A million samples in
+    # half a second.
     ends = np.cumsum(own)
     after = np.searchsorted(ends, ends - own + total_seq_len, side="right").tolist()
     given = samples.tolist()
@@ -67,7 +83,9 @@ def pack(order: Sequence[int] | rules.Int64, lengths: rules.Int64, total_seq_len
 
 
 class Rows(Dataset[Row]):
-    """``rows[epoch, i]`` reads, checks and assembles row i of an epoch. Runs in worker processes, which plan for themselves."""
+    """``rows[epoch, i]`` reads, checks and assembles row i of an epoch. Runs in worker processes,
+    which plan for themselves.
+    """
 
     def __init__(self, stream: Stream) -> None:
         self.stream = stream
@@ -88,11 +106,15 @@ class Rows(Dataset[Row]):
         ids[:used] = np.concatenate([s.tokens.input_ids for s in samples])
         mask[:used] = np.concatenate([s.tokens.loss_mask for s in samples])
         doc[:used] = np.repeat(np.arange(len(samples), dtype=np.int32), sizes)
-        # Priorities belong to the sample, not to the row: independent uniforms, so a row's highest A are a uniform draw.
+        # Priorities belong to the sample, not to the row: independent uniforms, so a row's highest
+        # A are a uniform draw.
         store = stream.cache.of(members[0])
         # Where an epoch may take a sample twice, each time has its own.
         again = () if stream.passes[store] == 1 else (i,)
-        draws = [rng(stream.seed, 2, epoch, s, *again).random(n) for s, n in zip(members, sizes, strict=True)]
+        draws = [
+            rng(stream.seed, 2, epoch, s, *again).random(n)
+            for s, n in zip(members, sizes, strict=True)
+        ]
         priority[:used] = np.concatenate(draws)
         candidates = rules.eligible(mask, doc)
         stored = int(candidates.sum())
@@ -105,13 +127,17 @@ class Rows(Dataset[Row]):
             anchors=rules.choose(candidates, priority, stream.max_anchors),
             block_size=stream.block_size,
             pad_anchors_to=stream.max_anchors if stream.pad else 0,
-            draw=0 if epoch == VALIDATION_EPOCH else int(rng(stream.seed, 3, epoch, i).integers(1 << 31)),
+            draw=0
+            if epoch == VALIDATION_EPOCH
+            else int(rng(stream.seed, 3, epoch, i).integers(1 << 31)),
         )
         return Row.build(batch, samples, used, store)
 
 
 class Stream:
-    """Rows of a set of samples, epoch after epoch, cut into optimizer steps of ``rows_per_step`` rows over all ranks."""
+    """Rows of a set of samples, epoch after epoch, cut into optimizer steps of ``rows_per_step``
+    rows over all ranks.
+    """
 
     def __init__(
         self,
@@ -127,13 +153,25 @@ class Stream:
         max_rows: int | None = None,
         passes: Sequence[float] = (1.0,),
     ) -> None:
-        """``passes``: of each store, per epoch. ``pad`` gives every row ``total_seq_len`` tokens and ``max_anchors`` anchors; ``max_rows`` cuts each epoch short."""
+        """``passes``: of each store, per epoch. ``pad`` gives every row ``total_seq_len`` tokens
+        and ``max_anchors`` anchors; ``max_rows`` cuts each epoch short.
+        """
         if samples.size == 0:
             raise TrainError(
-                f"{cache.path}: no samples left to stream (of {len(cache)}); lower --val-fraction or dump more"
+                f"{cache.path}: no samples left to stream (of {len(cache)}); lower "
+                "--val-fraction or dump more"
             )
-        self.cache, self.samples, self.seed, self.total_seq_len = cache, samples, seed, total_seq_len
-        self.rows_per_step, self.block_size, self.max_anchors = rows_per_step, block_size, max_anchors
+        self.cache, self.samples, self.seed, self.total_seq_len = (
+            cache,
+            samples,
+            seed,
+            total_seq_len,
+        )
+        self.rows_per_step, self.block_size, self.max_anchors = (
+            rows_per_step,
+            block_size,
+            max_anchors,
+        )
         self.pad, self.max_rows, self.passes = pad, max_rows, tuple(passes)
         self._planned: tuple[int, list[list[int]]] | None = None
 
@@ -155,7 +193,9 @@ class Stream:
         return rows
 
     def _order(self, epoch: int, store: int, samples: rules.Int64) -> rules.Int64:
-        """The samples of a store that an epoch takes: a stretch of its permutations, one after the other."""
+        """The samples of a store that an epoch takes: a stretch of its permutations, one after the
+        other.
+        """
         if epoch == VALIDATION_EPOCH or not samples.size:
             return samples
         begin, end = (round(e * self.passes[store] * samples.size) for e in (epoch, epoch + 1))
@@ -167,10 +207,14 @@ class Stream:
         return whole[begin - first : end - first]
 
     def _mixed(self, epoch: int, by_store: list[list[list[int]]]) -> list[list[int]]:
-        """The rows of all stores: shuffled; for validation each store's spread evenly, so that the first few are of all."""
+        """The rows of all stores: shuffled; for validation each store's spread evenly, so that the
+        first few are of all.
+        """
         rows = [row for rows in by_store for row in rows]
         if epoch == VALIDATION_EPOCH:
-            place = np.concatenate([(np.arange(len(rows)) + 0.5) / max(len(rows), 1) for rows in by_store])
+            place = np.concatenate(
+                [(np.arange(len(rows)) + 0.5) / max(len(rows), 1) for rows in by_store]
+            )
             return [rows[i] for i in np.argsort(place, kind="stable")]
         return [rows[i] for i in rng(self.seed, 4, epoch).permutation(len(rows))]
 
@@ -180,7 +224,9 @@ class Stream:
     def schedule(
         self, epoch: int, first_step: int, rank: int, world: int, endless: bool
     ) -> Iterator[list[tuple[int, int]]]:
-        """For each step from (epoch, first_step) on: the (epoch, row) that are this rank's, maybe none in an epoch's last step."""
+        """For each step from (epoch, first_step) on: the (epoch, row) that are this rank's, maybe
+        none in an epoch's last step.
+        """
         while True:
             rows = len(self.plan(epoch))
             for at in range(first_step * self.rows_per_step, rows, self.rows_per_step):
@@ -201,7 +247,9 @@ class Stream:
         world: int = 1,
         endless: bool = False,
     ) -> Iterator[list[Row]]:
-        """The rows of each step, read ahead by ``workers`` processes that live as long as the iterator (across epochs)."""
+        """The rows of each step, read ahead by ``workers`` processes that live as long as the
+        iterator (across epochs).
+        """
         shape = (epoch, first_step, rank, world, endless)
         rows = read_ahead(Rows(self), _Flat(self, shape), workers=workers, pin=pin)
         planned = Stream.schedule(_copy_of(self), *shape)
@@ -221,5 +269,7 @@ class _Flat:
 
 
 def _copy_of(stream: Stream) -> Stream:
-    """A stream with its own plan memory: readers run ahead into the next epoch while the loop is still in this one."""
+    """A stream with its own plan memory: readers run ahead into the next epoch while the loop is
+    still in this one.
+    """
     return copy.copy(stream)

@@ -1,4 +1,6 @@
-"""``--draft-vocab-size``: which target ids a draft can draft. The most frequent supervised ids of the store."""
+"""``--draft-vocab-size``: which target ids a draft can draft. The most frequent supervised ids of
+the store.
+"""
 
 from __future__ import annotations
 
@@ -14,12 +16,14 @@ from dspark.train.data.anchors import Int64
 def choose_ids(cache: Stores, samples: Int64, size: int) -> tuple[Tensor, float]:
     """``size`` rising target ids int64[Vd] and the share of supervised tokens they cover.
 
-    Most frequent first, ties to the lower id; ids that never occur fill up from the lowest. Raises when none of the supervised tokens
-    would be covered: training would then see no label at all.
+    Most frequent first, ties to the lower id; ids that never occur fill up from the lowest. Raises
+    when none of the supervised tokens would be covered: training would then see no label at all.
     """
     vocab = cache.manifest.target.vocab_size
     if not 0 < size <= vocab:
-        raise UsageError(f"--draft-vocab-size {size}: expected 1 to {vocab}, the target's vocabulary")
+        raise UsageError(
+            f"--draft-vocab-size {size}: expected 1 to {vocab}, the target's vocabulary"
+        )
     counts = _supervised(cache, samples)
     order = np.lexsort((np.arange(vocab), -counts))
     kept = np.sort(order[:size])
@@ -27,12 +31,15 @@ def choose_ids(cache: Stores, samples: Int64, size: int) -> tuple[Tensor, float]
 
 
 def covered(cache: Stores, samples: Int64, ids: Tensor) -> float:
-    """The share of supervised tokens that the target ids ``ids`` int64[Vd] cover. Raises TrainError if it is none."""
+    """The share of supervised tokens that the target ids ``ids`` int64[Vd] cover. Raises TrainError
+    if it is none.
+    """
     counts = _supervised(cache, samples)
     share = float(counts[ids.numpy()].sum() / counts.sum())
     if share == 0:
         raise TrainError(
-            f"{cache.path}: none of its supervised tokens is in the draft's vocabulary of {len(ids)}; give another --draft-vocab-size"
+            f"{cache.path}: none of its supervised tokens is in the draft's vocabulary of "
+            f"{len(ids)}; give another --draft-vocab-size"
         )
     return share
 

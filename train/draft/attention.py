@@ -1,16 +1,20 @@
-"""Attention of a draft's blocks over their context and themselves. One function, two ways of running it.
+"""Attention of a draft's blocks over their context and themselves. One function, two ways of
+running it.
 
-Legend: S context tokens, A anchors, B slots of a block, Q = A*B block tokens, Hq query heads, Hkv key heads, D head size.
+Legend: S context tokens, A anchors, B slots of a block, Q = A*B block tokens, Hq query heads, Hkv
+key heads, D head size.
 
-A block sees context ``kv < a`` (strict: the anchor enters only as slot 0) of its own document, and its own block both
-ways; never another block; a padding block sees itself only, because a row that sees nothing is NaN. As documents are
-runs, a block's context is one interval [start, a), and that is all that either way of running needs to know. In a sliding
-layer (``sight.Sight``) slot k, at position a + k, sees the last W - 1 tokens before it and itself, so each slot has a start
-of its own and the block is seen causally; keys that no slot of a group or tile sees are not read.
+A block sees context ``kv < a`` (strict: the anchor enters only as slot 0) of its own document, and
+its own block both ways; never another block; a padding block sees itself only, because a row that
+sees nothing is NaN. As documents are runs, a block's context is one interval [start, a), and that
+is all that either way of running needs to know. In a sliding layer (``sight.Sight``) slot k, at
+position a + k, sees the last W - 1 tokens before it and itself, so each slot has a start of its own
+and the block is seen causally; keys that no slot of a group or tile sees are not read.
 
-``sdpa`` is the reference and the CPU's: a dense mask, a group of anchors at a time, so that neither [Q, S+Q] scores nor
-a copy of the context per anchor exist, and only the stretch of context that the group can see is read. ``flex`` is for
-CUDA: a block-sparse mask built once per batch and shared by all layers.
+``sdpa`` is the reference and the CPU's: a dense mask, a group of anchors at a time, so that neither
+[Q, S+Q] scores nor a copy of the context per anchor exist, and only the stretch of context that the
+group can see is read. ``flex`` is for CUDA: a block-sparse mask built once per batch and shared by
+all layers.
 """
 
 from __future__ import annotations
@@ -29,7 +33,8 @@ from dspark.train.draft.sight import Sight
 
 Backend = Literal["sdpa", "flex"]
 
-# Block tokens an SDPA call takes: keys are S + this many, of which B a row are used, so larger groups waste more.
+# Block tokens an SDPA call takes: keys are S + this many, of which B a row are used, so larger
+# groups waste more.
 GROUP_TOKENS = 256
 # Rows and columns of a tile of the flex mask; the size its kernels are made for.
 TILE = 128
@@ -49,7 +54,9 @@ class _Group:
 
 @dataclass(frozen=True, slots=True)
 class AttentionPlan:
-    """Who sees whom in one batch; built once and used by every layer of that sight. Exactly one of ``groups``, ``blocks`` is used."""
+    """Who sees whom in one batch; built once and used by every layer of that sight. Exactly one of
+    ``groups``, ``blocks`` is used.
+    """
 
     backend: Backend
     block_size: int
@@ -66,16 +73,24 @@ class AttentionPlan:
         backend: Backend = "sdpa",
         sight: Sight = WHOLE,
     ) -> AttentionPlan:
-        """From ``doc`` int[S], ``anchors`` int64[A] and ``anchor_valid`` bool[A], all on one device."""
+        """From ``doc`` int[S], ``anchors`` int64[A] and ``anchor_valid`` bool[A], all on one
+        device.
+        """
         start, limit = context_interval(doc, anchors, anchor_valid)
         if backend == "flex":
-            blocks = _flex_mask(start, limit, doc.shape[0], block_size, sight) if anchors.shape[0] else None
+            blocks = (
+                _flex_mask(start, limit, doc.shape[0], block_size, sight)
+                if anchors.shape[0]
+                else None
+            )
             return cls(backend, block_size, (), blocks)
         return cls(backend, block_size, _sdpa_groups(start, limit, block_size, sight), None)
 
 
 def context_interval(doc: Tensor, anchors: Tensor, anchor_valid: Tensor) -> tuple[Tensor, Tensor]:
-    """Context ``[start, limit)`` that each block sees, two int64[A]: its document up to its anchor; empty if padding."""
+    """Context ``[start, limit)`` that each block sees, two int64[A]: its document up to its anchor;
+    empty if padding.
+    """
     index = torch.arange(doc.shape[0], device=doc.device)
     new = torch.ones_like(doc, dtype=torch.bool)
     new[1:] = doc[1:] != doc[:-1]
@@ -85,7 +100,9 @@ def context_interval(doc: Tensor, anchors: Tensor, anchor_valid: Tensor) -> tupl
 
 
 def slot_start(start: Tensor, limit: Tensor, block_size: int, sight: Sight) -> Tensor:
-    """First context token that each slot sees, int64[A*B], of blocks with context ``[start, limit)``, int64[A]; ``limit`` if none."""
+    """First context token that each slot sees, int64[A*B], of blocks with context ``[start,
+    limit)``, int64[A]; ``limit`` if none.
+    """
     out = start.repeat_interleave(block_size)
     if sight.window is None:
         return out
@@ -105,7 +122,9 @@ def block_sight(block_size: int, sight: Sight, device: torch.device) -> Tensor:
 def dense_mask(
     plan_start: Tensor, plan_limit: Tensor, context: int, block_size: int, sight: Sight = WHOLE
 ) -> Tensor:
-    """The rule as one matrix, bool[A*B, context + A*B]: for tests and for the groups of the SDPA path."""
+    """The rule as one matrix, bool[A*B, context + A*B]: for tests and for the groups of the SDPA
+    path.
+    """
     kv = torch.arange(context, device=plan_start.device)
     first = slot_start(plan_start, plan_limit, block_size, sight)
     sees = (kv >= first[:, None]) & (kv < plan_limit.repeat_interleave(block_size)[:, None])
@@ -117,8 +136,10 @@ def dense_mask(
 def block_attention(q: Tensor, keys: Tensor, values: Tensor, plan: AttentionPlan) -> Tensor:
     """softmax(q k^T / sqrt(D)) v over what ``plan`` allows.
 
-    ``q`` [Q, Hq, D], ``keys``/``values`` [S+Q, Hkv, D], the context's first, Q = A*B in anchor order.
-    Returns [Q, Hq, D] in the dtype of ``q``. Heads are grouped: head i uses key head ``i // (Hq // Hkv)``.
+    ``q`` [Q, Hq, D], ``keys``/``values`` [S+Q, Hkv, D], the context's first, Q = A*B in anchor
+    order.
+    Returns [Q, Hq, D] in the dtype of ``q``. Heads are grouped: head i uses key head ``i // (Hq //
+    Hkv)``.
     """
     if q.shape[0] == 0:
         return torch.zeros_like(q)
@@ -146,7 +167,9 @@ def _heads_first(x: Tensor) -> Tensor:
 
 
 def _sdpa_groups(start: Tensor, limit: Tensor, block_size: int, sight: Sight) -> tuple[_Group, ...]:
-    """Split the anchors into groups; each group's context is cut to what any of its blocks can see."""
+    """Split the anchors into groups; each group's context is cut to what any of its blocks can
+    see.
+    """
     count = max(1, GROUP_TOKENS // block_size)
     out = []
     for first in range(0, start.shape[0], count):
@@ -156,19 +179,27 @@ def _sdpa_groups(start: Tensor, limit: Tensor, block_size: int, sight: Sight) ->
         seen = e > first_seen
         low = int(first_seen[seen].min()) if bool(seen.any()) else 0
         high = int(e[seen].max()) if bool(seen.any()) else 0
-        # Blocks without context keep an empty interval after the shift; clamping keeps the others exact.
-        mask = dense_mask((s - low).clamp(min=0), (e - low).clamp(min=0), high - low, block_size, sight)
+        # Blocks without context keep an empty interval after the shift; clamping keeps the others
+        # exact.
+        mask = dense_mask(
+            (s - low).clamp(min=0), (e - low).clamp(min=0), high - low, block_size, sight
+        )
         out.append(_Group(first, min(first + count, start.shape[0]), low, high, mask))
     return tuple(out)
 
 
-def _flex_mask(start: Tensor, limit: Tensor, context: int, block_size: int, sight: Sight) -> BlockMask:
-    """The rule for flex attention: exact per element in ``allowed``, and per tile in the tables of ``tile_cover``.
+def _flex_mask(
+    start: Tensor, limit: Tensor, context: int, block_size: int, sight: Sight
+) -> BlockMask:
+    """The rule for flex attention: exact per element in ``allowed``, and per tile in the tables of
+    ``tile_cover``.
 
-    torch's ``create_block_mask`` evaluates every one of Q x (S+Q) elements to find the tiles; intervals give them directly.
+    torch's ``create_block_mask`` evaluates every one of Q x (S+Q) elements to find the tiles;
+    intervals give them directly.
     """
     length = start.shape[0] * block_size
-    # A value per query and no division in the kernel: a quarter less time than from the blocks' own (measured, docs/log/2026-11-22-trainer-first-gpu-run.md).
+    # A value per query and no division in the kernel: a quarter less time than from the blocks' own
+    # (measured, docs/log/2026-11-22-trainer-first-gpu-run.md).
     first = slot_start(start, limit, block_size, sight).to(torch.int32)
     end = limit.repeat_interleave(block_size).to(torch.int32)
     query = torch.arange(length, device=start.device, dtype=torch.int32)
@@ -207,7 +238,8 @@ def tile_cover(
 ) -> tuple[Tensor, Tensor]:
     """Which tiles of the mask hold anything (maybe none of it: a superset) and which are whole.
 
-    ``start``, ``limit`` int64[A] as from ``context_interval``. Two bool[ceil(Q/TILE), ceil((context+Q)/TILE)].
+    ``start``, ``limit`` int64[A] as from ``context_interval``. Two bool[ceil(Q/TILE),
+    ceil((context+Q)/TILE)].
     """
     queries = start.shape[0] * block_size
     rows = -(-queries // TILE)
@@ -217,12 +249,16 @@ def tile_cover(
         """int64[Q] -> [rows, TILE]; queries past the end get ``beyond``."""
         return F.pad(values, (0, rows * TILE - queries), value=beyond).view(rows, TILE)
 
-    first_seen, end = slot_start(start, limit, block_size, sight), limit.repeat_interleave(block_size)
+    first_seen, end = (
+        slot_start(start, limit, block_size, sight),
+        limit.repeat_interleave(block_size),
+    )
     sees = end > first_seen
     low = per_tile(torch.where(sees, first_seen, context), context).amin(1)[:, None]
     high = per_tile(torch.where(sees, end, 0), 0).amax(1)[:, None]
     latest = per_tile(first_seen, 0).amax(1)[:, None]
-    # Rows past the end see nothing and nobody reads them, so they do not keep a tile from being whole.
+    # Rows past the end see nothing and nobody reads them, so they do not keep a tile from being
+    # whole.
     earliest = per_tile(torch.where(sees, end, 0), context).amin(1)[:, None]
     left = torch.arange(columns, device=start.device) * TILE
     right = left + TILE
@@ -235,21 +271,26 @@ def tile_cover(
 
 
 def _ordered(tiles: Tensor) -> tuple[Tensor, Tensor]:
-    """bool[rows, columns] -> how many columns of each row are set, int32[1, 1, rows], and which come first, int32[1, 1, rows, columns]."""
+    """bool[rows, columns] -> how many columns of each row are set, int32[1, 1, rows], and which
+    come first, int32[1, 1, rows, columns].
+    """
     order = tiles.to(torch.int8).argsort(dim=-1, descending=True, stable=True)
     return tiles.sum(-1, dtype=torch.int32)[None, None], order.to(torch.int32)[None, None]
 
 
 @cache
 def _compiled_flex() -> Callable[..., Any]:
-    # Uncompiled flex attention materialises every score; on CUDA only the generated kernel makes sense.
+    # Uncompiled flex attention materialises every score; on CUDA only the generated kernel makes
+    # sense.
     compiled: Callable[..., Any] = torch.compile(flex_attention)
     return compiled
 
 
 def _flex(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> Tensor:
     # On the CPU flex has no backward: there it serves to check the mask against SDPA's.
-    run: Any = _compiled_flex() if q.is_cuda and not torch.compiler.is_compiling() else flex_attention
+    run: Any = (
+        _compiled_flex() if q.is_cuda and not torch.compiler.is_compiling() else flex_attention
+    )
     out: Tensor = run(
         _heads_first(q),
         _heads_first(k),

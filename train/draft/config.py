@@ -1,10 +1,13 @@
-"""The shape of a draft, validated where it is made, and its two spellings: from a target's config, to config.json.
+"""The shape of a draft, validated where it is made, and its two spellings: from a target's config,
+to config.json.
 
-Legend: H hidden size, L aux layers, V target vocabulary, Vd draft vocabulary, B block size, r Markov rank.
+Legend: H hidden size, L aux layers, V target vocabulary, Vd draft vocabulary, B block size, r
+Markov rank.
 
-config.json is the flat layout that DeepSpec writes and vLLM's ``Qwen3DSparkModel`` reads (method ``dspark``): Qwen3 keys
-at top level plus the draft's own. What decides serving is always written even where a reader has a default, because the
-readers' defaults differ (``sample_from_anchor``: true in vLLM for this layout, false in others).
+config.json is the flat layout that DeepSpec writes and vLLM's ``Qwen3DSparkModel`` reads (method
+``dspark``): Qwen3 keys at top level plus the draft's own. What decides serving is always written
+even where a reader has a default, because the readers' defaults differ (``sample_from_anchor``:
+true in vLLM for this layout, false in others).
 """
 
 from __future__ import annotations
@@ -15,27 +18,47 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Self
 
 from dspark.cache.errors import DraftError, UsageError
-from dspark.cache.target.shape import DEFAULT_ROPE_BASE, Asked, count, rope_base, shape_for, text_config
+from dspark.cache.target.shape import (
+    DEFAULT_ROPE_BASE,
+    Asked,
+    count,
+    rope_base,
+    shape_for,
+    text_config,
+)
 from dspark.train.draft import scaling, sight
 from dspark.train.draft.types import DEFAULT_TYPE, drafter, type_of
 
 if TYPE_CHECKING:
     from dspark.train.ops.rope import Turning
 
-# Far above any draft's, so that a damaged config.json is refused before anything is allocated for it.
-MOST = {"hidden_size": 1 << 18, "intermediate_size": 1 << 22, "num_layers": 256, "num_heads": 1 << 14, "num_kv_heads": 1 << 14, "head_dim": 1 << 14,
-        "vocab_size": 1 << 25, "num_target_layers": 1 << 13, "block_size": 1 << 12, "markov_rank": 1 << 18}  # fmt: skip
+# Far above any draft's, so that a damaged config.json is refused before anything is allocated for
+# it.
+MOST = {
+    "hidden_size": 1 << 18,
+    "intermediate_size": 1 << 22,
+    "num_layers": 256,
+    "num_heads": 1 << 14,
+    "num_kv_heads": 1 << 14,
+    "head_dim": 1 << 14,
+    "vocab_size": 1 << 25,
+    "num_target_layers": 1 << 13,
+    "block_size": 1 << 12,
+    "markov_rank": 1 << 18,
+}
 NUM_LAYERS = 5  # by default
 MARKOV_TYPES = ("vanilla", "gated", "rnn")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DraftConfig:
-    """``target_layer_ids`` are outputs of decoder layers, 0-based (-1: embeddings), in the order of the aux axis.
+    """``target_layer_ids`` are outputs of decoder layers, 0-based (-1: embeddings), in the order of
+    the aux axis.
 
-    ``hidden_size`` equals the target's, since embedding and lm_head are the target's own, frozen. ``draft_vocab_size``
-    below ``vocab_size`` predicts only some tokens. ``block_size`` is the number of drafted tokens: slot 0 is the anchor and
-    already predicts (anchor-first layout). RoPE is neox half-split, and plain whatever the target's scaling unless ``rope_scaling`` says more.
+    ``hidden_size`` equals the target's, since embedding and lm_head are the target's own, frozen.
+    ``draft_vocab_size`` below ``vocab_size`` predicts only some tokens. ``block_size`` is the
+    number of drafted tokens: slot 0 is the anchor and already predicts (anchor-first layout). RoPE
+    is neox half-split, and plain whatever the target's scaling unless ``rope_scaling`` says more.
     """
 
     hidden_size: int
@@ -60,43 +83,68 @@ class DraftConfig:
     max_position_embeddings: int = 32768
     initializer_range: float = 0.02
     stage_ends: tuple[int, ...] = ()
-    """For ``spd``: how many of the target's layers a token has passed at the end of each stage, rising."""
+    """For ``spd``: how many of the target's layers a token has passed at the end of each stage,
+    rising.
+    """
     rope_scaling: Mapping[str, Any] | None = field(default=None, hash=False)
     """``rope_type`` and its numbers (``scaling.KINDS``), without the base; None: plain RoPE."""
     layer_types: tuple[str, ...] = ()
     """Per layer ``full_attention`` or ``sliding_attention``; () where all attend fully."""
     sliding_window: int | None = None
-    """Tokens that a query of a sliding layer sees, itself among them; None if and only if there is no such layer."""
+    """Tokens that a query of a sliding layer sees, itself among them; None if and only if there is
+    no such layer.
+    """
     is_causal: bool | None = None
-    """Of all layers, whether a slot sees the later ones of its block. None: full layers do, sliding ones do not."""
+    """Of all layers, whether a slot sees the later ones of its block. None: full layers do, sliding
+    ones do not.
+    """
     bonus_anchor: bool = False
-    """Slot 0 predicts nothing and slot k its own position, as others train (``sample_from_anchor`` false): a slot more than drafts."""
+    """Slot 0 predicts nothing and slot k its own position, as others train (``sample_from_anchor``
+    false): a slot more than drafts.
+    """
 
     def __post_init__(self) -> None:
-        sizes = ("hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads", "head_dim",
-                 "vocab_size", "num_target_layers", "draft_vocab_size", "block_size", "max_position_embeddings")  # fmt: skip
+        sizes = (
+            "hidden_size",
+            "intermediate_size",
+            "num_layers",
+            "num_heads",
+            "num_kv_heads",
+            "head_dim",
+            "vocab_size",
+            "num_target_layers",
+            "draft_vocab_size",
+            "block_size",
+            "max_position_embeddings",
+        )
         for name in sizes:
             value = getattr(self, name)
             self._require(
-                isinstance(value, int) and value > 0, f"{name} is {value!r}; expected a positive integer"
+                isinstance(value, int) and value > 0,
+                f"{name} is {value!r}; expected a positive integer",
             )
         for name, most in MOST.items():
             self._require(
-                getattr(self, name) <= most, f"{name} is {getattr(self, name)}; expected {most} at most"
+                getattr(self, name) <= most,
+                f"{name} is {getattr(self, name)}; expected {most} at most",
             )
         for name in ("rope_theta", "rms_norm_eps", "initializer_range"):
             value = getattr(self, name)
             self._require(
-                math.isfinite(value) and value > 0, f"{name} is {value!r}; expected a finite number above 0"
+                math.isfinite(value) and value > 0,
+                f"{name} is {value!r}; expected a finite number above 0",
             )
-        self._require(self.head_dim % 2 == 0, f"head_dim is {self.head_dim}; RoPE needs an even one")
+        self._require(
+            self.head_dim % 2 == 0, f"head_dim is {self.head_dim}; RoPE needs an even one"
+        )
         self._require(
             self.num_heads % self.num_kv_heads == 0,
             f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}",
         )
         self._require(
             self.draft_vocab_size <= self.vocab_size,
-            f"draft_vocab_size {self.draft_vocab_size} is larger than the target's vocabulary {self.vocab_size}",
+            f"draft_vocab_size {self.draft_vocab_size} is larger than the target's vocabulary "
+            f"{self.vocab_size}",
         )
         self._require(
             0 <= self.mask_token_id < self.vocab_size,
@@ -106,7 +154,8 @@ class DraftConfig:
         self._require(len(ids) > 0, "target_layer_ids is empty; expected at least one layer")
         self._require(
             all(-1 <= i < self.num_target_layers for i in ids) and list(ids) == sorted(set(ids)),
-            f"target_layer_ids {list(ids)} must rise strictly within -1..{self.num_target_layers - 1}",
+            f"target_layer_ids {list(ids)} must rise strictly within "
+            f"-1..{self.num_target_layers - 1}",
         )
         self._check_attention()
         drafter(self.speculator_type).check(self)
@@ -124,11 +173,14 @@ class DraftConfig:
         positive = isinstance(window, int) and not isinstance(window, bool) and window > 0
         self._require(
             positive if kinds else window is None,
-            f"sliding_window is {window!r} for layer_types {list(kinds)}; expected a number of tokens with sliding layers, and none without",
+            f"sliding_window is {window!r} for layer_types {list(kinds)}; expected a number of "
+            "tokens with sliding layers, and none without",
         )
         known = drafter(self.speculator_type)
         plain = not kinds and self.is_causal is None
-        self._require(known.windows or plain, f"{known.name} drafts have no sliding or causal layers")
+        self._require(
+            known.windows or plain, f"{known.name} drafts have no sliding or causal layers"
+        )
         object.__setattr__(self, "rope_scaling", scaling.checked(self.rope_scaling))
 
     @staticmethod
@@ -138,7 +190,9 @@ class DraftConfig:
 
     @property
     def slots(self) -> int:
-        """Tokens of a block that run through the layers: a draft each, and the anchor's where it predicts nothing."""
+        """Tokens of a block that run through the layers: a draft each, and the anchor's where it
+        predicts nothing.
+        """
         return self.block_size + self.bonus_anchor
 
     @property
@@ -151,7 +205,9 @@ class DraftConfig:
         """What RoPE's tables are made from."""
         from dspark.train.ops.rope import Turning
 
-        return Turning(self.head_dim, self.rope_theta, tuple(sorted((self.rope_scaling or {}).items())))
+        return Turning(
+            self.head_dim, self.rope_theta, tuple(sorted((self.rope_scaling or {}).items()))
+        )
 
     @property
     def reduced_vocab(self) -> bool:
@@ -181,9 +237,11 @@ class DraftConfig:
         rope_scaling: Mapping[str, Any] | None = None,
         **given: Any,
     ) -> DraftConfig:
-        """A Qwen3-style draft for the target whose HF ``config.json`` is ``target``. ``given``: other fields; those left out have their defaults.
+        """A Qwen3-style draft for the target whose HF ``config.json`` is ``target``. ``given``:
+        other fields; those left out have their defaults.
 
-        Layers are sized by ``cache.target.shape.shape_for``; sizes given here win. The type drops what it does not have.
+        Layers are sized by ``cache.target.shape.shape_for``; sizes given here win. The type drops
+        what it does not have.
         """
         text = text_config(target)
         missing = [key for key in ("num_hidden_layers", "vocab_size") if count(text, key) is None]
@@ -201,7 +259,8 @@ class DraftConfig:
         scaled, longest = scaling.checked(rope_scaling), shape.max_position_embeddings
         if scaling.reach(scaled, longest) < longest:
             raise UsageError(
-                f"--rope-scaling reaches {scaling.reach(scaled, longest)} positions, factor times the original ones, and the target takes "
+                f"--rope-scaling reaches {scaling.reach(scaled, longest)} positions, factor "
+                "times the original ones, and the target takes "
                 f"{longest}: vLLM's table for the draft would end before; raise factor"
             )
         return drafter(speculator_type).sized(
@@ -231,7 +290,9 @@ class DraftConfig:
         return drafter(self.speculator_type).to_flat(self)
 
     def flat_fields(self) -> dict[str, Any]:
-        """Every field under its name in config.json; a type replaces what its readers need otherwise."""
+        """Every field under its name in config.json; a type replaces what its readers need
+        otherwise.
+        """
         return {
             "architectures": ["Qwen3DSparkModel"],
             "model_type": "qwen3",
@@ -272,7 +333,9 @@ class DraftConfig:
 
     @classmethod
     def from_flat(cls, flat: Mapping[str, Any]) -> DraftConfig:
-        """From config.json, ours or DeepSpec's. Refuses with ``DraftError`` what this package would compute wrongly."""
+        """From config.json, ours or DeepSpec's. Refuses with ``DraftError`` what this package would
+        compute wrongly.
+        """
         try:
             return type_of(flat).from_flat(flat)
         except UsageError as wrong:
@@ -280,17 +343,21 @@ class DraftConfig:
 
     @classmethod
     def of_backbone(cls, flat: Mapping[str, Any], own: Mapping[str, Any]) -> Self:
-        """The Qwen3 backbone that a flat config describes, with a type's ``own`` fields. Errors as ``from_flat``."""
+        """The Qwen3 backbone that a flat config describes, with a type's ``own`` fields. Errors as
+        ``from_flat``.
+        """
         for key, allowed in _HONOURED.items():
             if flat.get(key) not in (None, *allowed):
                 raise DraftError(
-                    f"config.json has {key} = {flat[key]!r}; this package computes only {allowed[0]!r}"
+                    f"config.json has {key} = {flat[key]!r}; this package computes only "
+                    f"{allowed[0]!r}"
                 )
         shown, scaled = sight.read(flat), scaling.read(flat)
         wide = flat.get("target_hidden_size")
         if wide is not None and wide != flat.get("hidden_size"):
             raise DraftError(
-                f"config.json has target_hidden_size {wide}, hidden_size {flat.get('hidden_size')}: not equal"
+                f"config.json has target_hidden_size {wide}, hidden_size "
+                f"{flat.get('hidden_size')}: not equal"
             )
         try:
             bonus = flat.get("sample_from_anchor") is False
@@ -317,7 +384,9 @@ class DraftConfig:
                 **own,
             )
         except KeyError as missing:
-            raise DraftError(f"config.json has no {missing.args[0]!r}; is this a DSpark draft?") from missing
+            raise DraftError(
+                f"config.json has no {missing.args[0]!r}; is this a DSpark draft?"
+            ) from missing
         except (UsageError, TypeError, ValueError) as wrong:
             raise DraftError(f"config.json describes no usable draft: {wrong}") from wrong
 

@@ -1,13 +1,17 @@
-"""One block from the draft: cached keys and values of the context, the backbone's slots, the Markov chain.
+"""One block from the draft: cached keys and values of the context, the backbone's slots, the Markov
+chain.
 
-Legend: n new context tokens, a context length = position of the anchor, L aux layers, H hidden size, B slots,
-Hq/Hkv heads, D head size, V/Vd target and draft vocabulary.
+Legend: n new context tokens, a context length = position of the anchor, L aux layers, H hidden
+size, B slots, Hq/Hkv heads, D head size, V/Vd target and draft vocabulary.
 
-When the anchor x[a] is known, the target has run on tokens 0..a-1 only, so exactly their states are context;
-slot 0 embeds the anchor itself and predicts x[a+1]. Slot k's Markov token is the one drafted at k-1, slot 0's
-the anchor. vLLM serves ``method: dspark`` the same way (``DSparkSpeculator``); tests hold the two together.
+When the anchor x[a] is known, the target has run on tokens 0..a-1 only, so exactly their states are
+context;
+slot 0 embeds the anchor itself and predicts x[a+1]. Slot k's Markov token is the one drafted at
+k-1, slot 0's the anchor. vLLM serves ``method: dspark`` the same way (``DSparkSpeculator``); tests
+hold the two together.
 
-``recomputed_states`` is the training forward over the whole context and the reference for ``slot_states``.
+``recomputed_states`` is the training forward over the whole context and the reference for
+``slot_states``.
 """
 
 from __future__ import annotations
@@ -29,7 +33,9 @@ from dspark.train.ops.rope import Rope, rope_tables
 
 @dataclass(frozen=True, slots=True)
 class Drafted:
-    """A block: target ids int64[B] and, if sampled, the distributions they were drawn from, fp32 [B, V]."""
+    """A block: target ids int64[B] and, if sampled, the distributions they were drawn from, fp32
+    [B, V].
+    """
 
     tokens: Tensor
     probs: Tensor | None
@@ -43,7 +49,9 @@ class Decoder(Protocol):
         """Tokens of the context, which is the position of the next anchor."""
 
     def extend(self, aux: Tensor, ids: Tensor) -> None:
-        """Add the next n tokens ``ids`` int64[n], which stay, with the target's states ``aux`` [n, L, H] of them."""
+        """Add the next n tokens ``ids`` int64[n], which stay, with the target's states ``aux`` [n,
+        L, H] of them.
+        """
 
     def draft(
         self, anchor_id: int, *, temperature: float = 0.0, generator: torch.Generator | None = None
@@ -52,8 +60,8 @@ class Decoder(Protocol):
 
 
 class DraftContext:
-    """Keys and values of the context in every draft layer; grows as the target's states come, and only with
-    tokens that stay. Of a sliding layer those that a next block can see: W-1 at most.
+    """Keys and values of the context in every draft layer; grows as the target's states come, and
+    only with tokens that stay. Of a sliding layer those that a next block can see: W-1 at most.
     """
 
     def __init__(self, draft: DraftModel) -> None:
@@ -84,12 +92,16 @@ class DraftContext:
         self.length += aux.shape[0]
 
     def layer(self, i: int) -> tuple[Tensor, Tensor]:
-        """Keys and values [n, Hkv, D] of draft layer ``i``, of the last n tokens of the context: all, or those in the layer's window."""
+        """Keys and values [n, Hkv, D] of draft layer ``i``, of the last n tokens of the context:
+        all, or those in the layer's window.
+        """
         return self._keys[i], self._values[i]
 
 
 class BlockDecoder:
-    """The decoder of block drafts: the backbone over the cached context, then the Markov chain. It needs no ids of the context."""
+    """The decoder of block drafts: the backbone over the cached context, then the Markov chain. It
+    needs no ids of the context.
+    """
 
     def __init__(self, draft: DraftModel) -> None:
         self.model, self.context = draft, DraftContext(draft)
@@ -118,7 +130,9 @@ def slot_states(draft: DraftModel, context: DraftContext, anchor_id: int) -> Ten
     x = draft.block_input(anchor, valid)[0].to(draft.fc.weight.dtype)
     tables = rope_tables(position, config.turning, x.dtype)
     for i, (layer, sight) in enumerate(zip(_layers(draft), config.sights, strict=True)):
-        attend = partial(_attend, layer.self_attn, rope=tables, context=context.layer(i), sight=sight)
+        attend = partial(
+            _attend, layer.self_attn, rope=tables, context=context.layer(i), sight=sight
+        )
         x = layer.around(x, attend)
     out: Tensor = draft.norm(x)[config.slots - config.block_size :]
     return out
@@ -126,16 +140,23 @@ def slot_states(draft: DraftModel, context: DraftContext, anchor_id: int) -> Ten
 
 @torch.inference_mode()
 def recomputed_states(draft: DraftModel, aux: Tensor, anchor_id: int) -> Tensor:
-    """The same h [B, H] from all the context's states ``aux`` [a, L, H] through the trainer's forward."""
+    """The same h [B, H] from all the context's states ``aux`` [a, L, H] through the trainer's
+    forward.
+    """
     device = draft.fc.weight.device
     a = aux.shape[0]
-    # The anchor's own row must exist for the trainer's indexing and must not be seen: NaN shows it if it is.
+    # The anchor's own row must exist for the trainer's indexing and must not be seen: NaN shows it
+    # if it is.
     row = torch.cat([aux, torch.full_like(aux[:1], torch.nan)]).to(device)
     anchors, valid = torch.tensor([a], device=device), torch.tensor([True], device=device)
     doc = torch.zeros(a + 1, dtype=torch.int32, device=device)
     attention = draft.attention_plans(doc, anchors, valid)
     ctx = draft.context(row)
-    x = draft.block_input(torch.tensor([anchor_id], device=device), valid).to(ctx.dtype).flatten(0, 1)
+    x = (
+        draft.block_input(torch.tensor([anchor_id], device=device), valid)
+        .to(ctx.dtype)
+        .flatten(0, 1)
+    )
     position = torch.arange(a + draft.config.slots, device=device)
     h = draft.backbone(x, ctx, draft.plan_of(attention, position[a:], position[: a + 1]))
     return h[draft.config.bonus_anchor :]
@@ -150,7 +171,9 @@ def chain(
     temperature: float = 0.0,
     generator: torch.Generator | None = None,
 ) -> Drafted:
-    """Left to right through ``h`` [B, H]: each slot's logits, the Markov bias of the token before it, one token."""
+    """Left to right through ``h`` [B, H]: each slot's logits, the Markov bias of the token before
+    it, one token.
+    """
     head, probs = draft.frozen_head, list[Tensor]()
 
     def pick(logits: Tensor) -> Tensor:
@@ -159,15 +182,20 @@ def chain(
         p = torch.softmax(logits / temperature, dim=-1)
         row = torch.multinomial(p, 1, generator=generator)[0]
         whole = draft.config.vocab_size
-        probs.append(p if head.draft_ids is None else p.new_zeros(whole).scatter(0, head.draft_ids, p))
+        probs.append(
+            p if head.draft_ids is None else p.new_zeros(whole).scatter(0, head.draft_ids, p)
+        )
         return row
 
     tokens = chained(draft, h, torch.tensor(anchor_id, device=h.device), pick)
     return Drafted(tokens, torch.stack(probs) if probs else None)
 
 
-def chained(draft: DraftModel, h: Tensor, anchor_ids: Tensor, pick: Callable[[Tensor], Tensor]) -> Tensor:
-    """Blocks drafted on their own tokens: target ids int64[..., B] from ``h`` [..., B, H] and ``anchor_ids`` int64[...].
+def chained(
+    draft: DraftModel, h: Tensor, anchor_ids: Tensor, pick: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """Blocks drafted on their own tokens: target ids int64[..., B] from ``h`` [..., B, H] and
+    ``anchor_ids`` int64[...].
 
     ``pick`` chooses a row of the draft's vocabulary int64[...] by the logits [..., Vd] of a slot.
     """
@@ -191,8 +219,8 @@ def _layers(draft: DraftModel) -> list[Layer]:
 def _attend(
     attention: Attention, x: Tensor, *, context: tuple[Tensor, Tensor], rope: Rope, sight: Sight
 ) -> Tensor:
-    """Attention output [B, H] of a block ``x`` [B, H] over the ``context`` and itself. The whole context and, both ways, itself are
-    nothing to mask.
+    """Attention output [B, H] of a block ``x`` [B, H] over the ``context`` and itself. The whole
+    context and, both ways, itself are nothing to mask.
     """
     q, *own = attention.queries_keys_values(x, x[:0], rope, (rope[0][:0], rope[1][:0]))
     k, v = (torch.cat(pair).transpose(0, 1)[None] for pair in zip(context, own, strict=True))

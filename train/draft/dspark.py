@@ -1,4 +1,6 @@
-"""DSpark: blocks with a Markov head, which makes a slot depend on the token before it, and a confidence head."""
+"""DSpark: blocks with a Markov head, which makes a slot depend on the token before it, and a
+confidence head.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,8 @@ class DSpark(DrafterType):
             raise UsageError(f"markov_rank is {config.markov_rank}; expected a positive rank")
         if config.markov_head_type not in MARKOV_TYPES:
             raise UsageError(
-                f"markov_head_type is {config.markov_head_type!r}; expected one of {', '.join(MARKOV_TYPES)}"
+                f"markov_head_type is {config.markov_head_type!r}; expected one of "
+                f"{', '.join(MARKOV_TYPES)}"
             )
 
     def recognises(self, flat: Mapping[str, Any]) -> bool:

@@ -1,17 +1,21 @@
-"""A draft folder: ``config.json`` and ``model.safetensors`` in the layouts that vLLM serves with method ``dspark``.
+"""A draft folder: ``config.json`` and ``model.safetensors`` in the layouts that vLLM serves with
+method ``dspark``.
 
-config.json is flat (DeepSpec's spelling, what training writes) or in the speculators format; the tensors are the same. The weights'
-own header repeats, under ``TRAINED_AS``, the config they were trained with: an edited or converted config.json can be told from it.
+config.json is flat (DeepSpec's spelling, what training writes) or in the speculators format; the
+tensors are the same. The weights' own header repeats, under ``TRAINED_AS``, the config they were
+trained with: an edited or converted config.json can be told from it.
 
 Legend: V/Vd target and draft vocabulary, H hidden size, r Markov rank.
 
-Beside the trained tensors a reduced vocabulary needs ``d2t`` int64[Vd] (offsets: target id = i + d2t[i]), ``t2d`` bool[V] and its
-own ``lm_head.weight`` [Vd, H]; for the full vocabulary vLLM takes embedding and output matrix from the target, so they are left out
-unless asked for. Both files are written beside their place, synced and renamed, so a reader never sees half of one.
+Beside the trained tensors a reduced vocabulary needs ``d2t`` int64[Vd] (offsets: target id = i +
+d2t[i]), ``t2d`` bool[V] and its own ``lm_head.weight`` [Vd, H]; for the full vocabulary vLLM takes
+embedding and output matrix from the target, so they are left out unless asked for. Both files are
+written beside their place, synced and renamed, so a reader never sees half of one.
 
-vLLM serves the vanilla Markov head and, through a zero one that is written for it, none (dflash). Gated and rnn drafts are
-saved in full, with ``"vllm_servable": false`` in config.json: vLLM would refuse their extra tensors. ``"sglang_servable"`` says what
-SGLang takes, gated and rnn heads among it.
+vLLM serves the vanilla Markov head and, through a zero one that is written for it, none (dflash).
+Gated and rnn drafts are saved in full, with ``"vllm_servable": false`` in config.json: vLLM would
+refuse their extra tensors. ``"sglang_servable"`` says what SGLang takes, gated and rnn heads among
+it.
 """
 
 from __future__ import annotations
@@ -55,9 +59,11 @@ def save_draft(
     include_frozen: bool = False,
     trained: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """Write the draft; ``include_frozen`` adds embed_tokens and lm_head for readers that do not borrow the target's.
+    """Write the draft; ``include_frozen`` adds embed_tokens and lm_head for readers that do not
+    borrow the target's.
 
-    ``trained`` replaces the model's own trained tensors, which are no whole ones where it is sharded.
+    ``trained`` replaces the model's own trained tensors, which are no whole ones where it is
+    sharded.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -68,7 +74,9 @@ def save_draft(
 
 
 def write_tensors(folder: Path, tensors: dict[str, Tensor], config: DraftConfig) -> None:
-    """model.safetensors, with the config it was trained with and a checksum of all tensors in its header."""
+    """model.safetensors, with the config it was trained with and a checksum of all tensors in its
+    header.
+    """
     metadata = {
         "format": "pt",
         TRAINED_AS: json.dumps(config.to_flat(), sort_keys=True),
@@ -89,9 +97,14 @@ def checksum(tensors: Mapping[str, Tensor]) -> int:
 
 
 def write_config(
-    folder: Path, config: DraftConfig, dtype: torch.dtype, verifier: tuple[str, list[str]] | None = None
+    folder: Path,
+    config: DraftConfig,
+    dtype: torch.dtype,
+    verifier: tuple[str, list[str]] | None = None,
 ) -> None:
-    """config.json: flat, or in the speculators format if its ``verifier`` (target id, architectures) is given."""
+    """config.json: flat, or in the speculators format if its ``verifier`` (target id,
+    architectures) is given.
+    """
     flat = config.to_flat()
     flat["dtype"] = str(dtype).removeprefix("torch.")
     flat["vllm_servable"] = config.servable_by_vllm
@@ -118,7 +131,8 @@ def served_tensors(
         assert isinstance(embed, Tensor)
         # safetensors refuses shared memory: a tied output matrix is written as a copy.
         out["embed_tokens.weight"] = embed.detach().to("cpu", dtype).clone()
-    if (include_frozen or config.reduced_vocab) and "lm_head.weight" not in out:  # a type may have its own
+    # a type may have its own
+    if (include_frozen or config.reduced_vocab) and "lm_head.weight" not in out:
         out["lm_head.weight"] = head.draft_head.detach().to("cpu", dtype).clone()
     if head.draft_ids is not None:
         ids = head.draft_ids.cpu()
@@ -166,16 +180,23 @@ def trained_as(folder: Path | str) -> DraftConfig | None:
 
 
 def trained_shapes(config: DraftConfig) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of every tensor that training owns, as ``config`` describes them. Allocates nothing."""
+    """Name -> shape of every tensor that training owns, as ``config`` describes them. Allocates
+    nothing.
+    """
     whole = dataclasses.replace(config, draft_vocab_size=config.vocab_size)
     kind = drafter(config.speculator_type)
     with torch.device("meta"):
         matrix = torch.empty(config.vocab_size, config.hidden_size)
-        model = kind.network(whole, FrozenTarget(matrix, torch.empty(config.hidden_size), matrix, True), None)
+        model = kind.network(
+            whole, FrozenTarget(matrix, torch.empty(config.hidden_size), matrix, True), None
+        )
         served = kind.served(dict(model.trained()), config, torch.float32)
     shapes = {name: tuple(p.shape) for name, p in served.items()}
     by_id = ("markov_head.markov_w2.weight", "lm_head.weight")
-    return {n: (config.draft_vocab_size, *shape[1:]) if n in by_id else shape for n, shape in shapes.items()}
+    return {
+        n: (config.draft_vocab_size, *shape[1:]) if n in by_id else shape
+        for n, shape in shapes.items()
+    }
 
 
 def load_draft(
@@ -185,10 +206,12 @@ def load_draft(
     dtype: torch.dtype = torch.float32,
     frozen_dtype: torch.dtype | None = None,
 ) -> DraftModel:
-    """The draft in ``folder`` on ``target``'s embedding and output matrix; its config is ``.config``.
+    """The draft in ``folder`` on ``target``'s embedding and output matrix; its config is
+    ``.config``.
 
-    Every tensor must be there, known and of its shape: a draft that lacks one would run and be served at a fraction of its
-    worth. ``frozen_dtype`` None casts the target's matrices to ``dtype`` too.
+    Every tensor must be there, known and of its shape: a draft that lacks one would run and be
+    served at a fraction of its worth. ``frozen_dtype`` None casts the target's matrices to
+    ``dtype`` too.
     """
     no_plan_a_shape()
     config = load_config(folder)
@@ -196,7 +219,8 @@ def load_draft(
     then = trained_as(folder)
     if then is not None and then.bonus_anchor != config.bonus_anchor:
         raise DraftError(
-            f"{folder}: {CONFIG} says sample_from_anchor = {not config.bonus_anchor}, the weights were trained with "
+            f"{folder}: {CONFIG} says sample_from_anchor = {not config.bonus_anchor}, the "
+            "weights were trained with "
             f"{not then.bonus_anchor}; correct it"
         )
     stored = read_tensors(folder)
@@ -212,12 +236,15 @@ def load_draft(
     )
     if missing or unexpected:
         raise DraftError(
-            f"{path} does not hold what {CONFIG} describes: missing {_some(missing)}, unexpected {_some(unexpected)}"
+            f"{path} does not hold what {CONFIG} describes: missing {_some(missing)}, unexpected "
+            f"{_some(unexpected)}"
         )
     for name, parameter in wanted.items():
         value = stored[name]
         if value.shape != parameter.shape:
-            raise DraftError(f"{path}: {name} is {list(value.shape)}, expected {list(parameter.shape)}")
+            raise DraftError(
+                f"{path}: {name} is {list(value.shape)}, expected {list(parameter.shape)}"
+            )
         with torch.no_grad():
             parameter.copy_(value)
     model.to(dtype=dtype) if frozen_dtype is None else _cast_trained(model, dtype)
@@ -226,7 +253,9 @@ def load_draft(
 
 
 def _refuse_missing(stored: Mapping[str, Tensor], config: DraftConfig, path: Path) -> None:
-    """Raise DraftError where config.json describes far more than the file holds: before it is allocated."""
+    """Raise DraftError where config.json describes far more than the file holds: before it is
+    allocated.
+    """
     asked = sum(math.prod(shape) for shape in trained_shapes(config).values())
     held = sum(t.numel() for t in stored.values())
     if asked > 2 * held + (1 << 20):  # a type may make tensors of its own from what is stored
@@ -240,13 +269,16 @@ def _cast_trained(model: DraftModel, dtype: torch.dtype) -> None:
 
 
 def read_tensors(folder: Path | str) -> dict[str, Tensor]:
-    """Every tensor of model.safetensors, as stored. Raises DraftError where they are not those that its checksum is of; other programs write none."""
+    """Every tensor of model.safetensors, as stored. Raises DraftError where they are not those that
+    its checksum is of; other programs write none.
+    """
     with _opened(Path(folder) / WEIGHTS) as file:
         out = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
         expected = (file.metadata() or {}).get(CHECKSUM)
     if expected is not None and (found := str(checksum(out))) != expected:
         raise DraftError(
-            f"{Path(folder) / WEIGHTS}: crc32c of its tensors is {found}, expected {expected}: the file was damaged or changed by a program that "
+            f"{Path(folder) / WEIGHTS}: crc32c of its tensors is {found}, expected {expected}: "
+            "the file was damaged or changed by a program that "
             "does not know of it. Restore it, or resume the training, which writes it again."
         )
     return out
@@ -263,7 +295,9 @@ def _opened(path: Path) -> Iterator[Any]:
 
 def draft_ids_of(stored: dict[str, Tensor], config: DraftConfig, path: Path) -> Tensor | None:
     """Target ids of the draft's rows, taken out of ``stored``; None for the full vocabulary."""
-    wrong = faults(stored, config.draft_vocab_size, config.vocab_size) if config.reduced_vocab else []
+    wrong = (
+        faults(stored, config.draft_vocab_size, config.vocab_size) if config.reduced_vocab else []
+    )
     offsets = stored.pop("d2t", None)
     stored.pop("t2d", None)
     if wrong:
@@ -271,8 +305,11 @@ def draft_ids_of(stored: dict[str, Tensor], config: DraftConfig, path: Path) -> 
     return ids_of(offsets) if config.reduced_vocab and offsets is not None else None
 
 
-def check_frozen(stored: Mapping[str, Tensor], target: TargetWeights, ids: Tensor | None, path: Path) -> None:
-    """Matrices that came along must be the target's at the file's precision: otherwise the draft is another model's.
+def check_frozen(
+    stored: Mapping[str, Tensor], target: TargetWeights, ids: Tensor | None, path: Path
+) -> None:
+    """Matrices that came along must be the target's at the file's precision: otherwise the draft is
+    another model's.
 
     ``ids`` int64[Vd]: the target ids of the rows of a reduced vocabulary.
     """
@@ -282,13 +319,19 @@ def check_frozen(stored: Mapping[str, Tensor], target: TargetWeights, ids: Tenso
         if value is None:
             continue
         if value.shape != own.shape:
-            raise DraftError(f"{path}: {name} is {list(value.shape)}, the target's is {list(own.shape)}")
+            raise DraftError(
+                f"{path}: {name} is {list(value.shape)}, the target's is {list(own.shape)}"
+            )
         if not same_matrix(value, own):
-            raise DraftError(f"{path}: {name} is not the target's; this draft was trained for another model")
+            raise DraftError(
+                f"{path}: {name} is not the target's; this draft was trained for another model"
+            )
 
 
 def same_matrix(stored: Tensor, own: Tensor) -> bool:
-    """Whether ``stored`` is the target's ``own``, rounded once or twice: trained in bfloat16 or not, then exported in any dtype."""
+    """Whether ``stored`` is the target's ``own``, rounded once or twice: trained in bfloat16 or
+    not, then exported in any dtype.
+    """
     if stored.shape != own.shape:
         return False
     own = own.detach().cpu()

@@ -1,10 +1,14 @@
-"""The sequential part of a DSpark draft: Markov heads, which make a slot depend on the token before it, and confidence.
+"""The sequential part of a DSpark draft: Markov heads, which make a slot depend on the token before
+it, and confidence.
 
-Legend: A anchors, B slots, H hidden size, V target vocabulary, Vd draft vocabulary, r Markov rank, e = W1[previous token].
+Legend: A anchors, B slots, H hidden size, V target vocabulary, Vd draft vocabulary, r Markov rank,
+e = W1[previous token].
 
-Every head turns (h_k, e) into a latent ``z[..., r]`` with logit bias ``z W2^T``; the objective sees only z and W2 and
-multiplies them chunk by chunk, so no bias of the size of the vocabulary is kept. Formulas: DSpark paper and DeepSpec.
-``latent`` is the teacher-forced form over whole blocks, ``step`` the same for one slot while decoding.
+Every head turns (h_k, e) into a latent ``z[..., r]`` with logit bias ``z W2^T``; the objective sees
+only z and W2 and multiplies them chunk by chunk, so no bias of the size of the vocabulary is kept.
+Formulas: DSpark paper and DeepSpec.
+``latent`` is the teacher-forced form over whole blocks, ``step`` the same for one slot while
+decoding.
 Only the vanilla head is implemented by vLLM.
 """
 
@@ -19,8 +23,9 @@ from torch import Tensor, nn
 class _Rows(torch.autograd.Function):
     """``weight[ids]``: [V, r] and int64[...] -> [..., r].
 
-    Its gradient adds up in fp32 (at least) as a plain embedding's does on CUDA, but only of the rows that were taken: a compiler makes the
-    plain one's whole [V, r] in fp32 and rounds all of it, 0.4 GB of traffic for a few thousand rows of Qwen3's vocabulary.
+    Its gradient adds up in fp32 (at least) as a plain embedding's does on CUDA, but only of the
+    rows that were taken: a compiler makes the plain one's whole [V, r] in fp32 and rounds all of
+    it, 0.4 GB of traffic for a few thousand rows of Qwen3's vocabulary.
     """
 
     @staticmethod
@@ -34,15 +39,20 @@ class _Rows(torch.autograd.Function):
         ids = ctx.saved_tensors[0].flatten()
         grad = grad.reshape(ids.shape[0], grad.shape[-1])
         wide = torch.promote_types(grad.dtype, torch.float32)
-        # One of those that took the same row, whichever it is: the sum is made in its place, and all of them write it.
+        # One of those that took the same row, whichever it is: the sum is made in its place, and
+        # all of them write it.
         order = torch.arange(ids.shape[0], device=ids.device)
         place = ids.new_empty(ctx.count).index_put((ids,), order)[ids]
         sums = torch.zeros_like(grad, dtype=wide).index_add(0, place, grad.to(wide))
-        return grad.new_zeros(ctx.count, grad.shape[1]).index_put((ids,), sums[place].to(grad.dtype)), None
+        return grad.new_zeros(ctx.count, grad.shape[1]).index_put(
+            (ids,), sums[place].to(grad.dtype)
+        ), None
 
 
 class MarkovHead(nn.Module):
-    """Vanilla: ``z = e``, so the bias is ``W2 W1[t]``. Base of the others, which compute another z."""
+    """Vanilla: ``z = e``, so the bias is ``W2 W1[t]``. Base of the others, which compute
+    another z.
+    """
 
     def __init__(self, vocab_size: int, draft_vocab_size: int, rank: int) -> None:
         super().__init__()
@@ -60,7 +70,9 @@ class MarkovHead(nn.Module):
         return e
 
     def initial_state(self, h: Tensor) -> Tensor | None:
-        """What ``step`` carries from slot to slot, for blocks whose first state is ``h`` [..., H]."""
+        """What ``step`` carries from slot to slot, for blocks whose first state is ``h`` [...,
+        H].
+        """
         return None
 
     def step(self, h: Tensor, e: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -69,7 +81,9 @@ class MarkovHead(nn.Module):
 
 
 class GatedMarkovHead(MarkovHead):
-    """``z = sigmoid(Linear([h_k; e])) * e``: the backbone says how much of each transition direction applies."""
+    """``z = sigmoid(Linear([h_k; e])) * e``: the backbone says how much of each transition
+    direction applies.
+    """
 
     def __init__(self, vocab_size: int, draft_vocab_size: int, rank: int, hidden_size: int) -> None:
         super().__init__(vocab_size, draft_vocab_size, rank)
@@ -81,7 +95,9 @@ class GatedMarkovHead(MarkovHead):
 
 
 class RnnMarkovHead(MarkovHead):
-    """``(g, c, o) = Linear([s; e; h_k])``, ``s' = sig(g) s + (1 - sig(g)) tanh(c)``, ``z = tanh(o)``, ``s_0 = 0``."""
+    """``(g, c, o) = Linear([s; e; h_k])``, ``s' = sig(g) s + (1 - sig(g)) tanh(c)``, ``z =
+    tanh(o)``, ``s_0 = 0``.
+    """
 
     def __init__(self, vocab_size: int, draft_vocab_size: int, rank: int, hidden_size: int) -> None:
         super().__init__(vocab_size, draft_vocab_size, rank)
@@ -119,7 +135,9 @@ def build_markov_head(
 
 
 class ConfidenceHead(nn.Module):
-    """Logit of the probability that a slot's token is accepted: ``Linear([h_k; e] or h_k -> 1)``, in fp32 as vLLM does."""
+    """Logit of the probability that a slot's token is accepted: ``Linear([h_k; e] or h_k -> 1)``,
+    in fp32 as vLLM does.
+    """
 
     def __init__(self, hidden_size: int, rank: int) -> None:
         """``rank`` 0 leaves the previous token's embedding out."""
@@ -131,8 +149,8 @@ class ConfidenceHead(nn.Module):
         """``h`` [..., H] (and ``e`` [..., r]) -> logits [...], fp32 (fp64 if the weights are)."""
         wide = torch.promote_types(self.proj.weight.dtype, torch.float32)
         weight, bias = self.proj.weight[0].to(wide), self.proj.bias.to(wide)
-        # Sums, not a product with one column: a compiler makes them of h and e as they are, where a product needs [h; e] in fp32, and its
-        # gradient too.
+        # Sums, not a product with one column: a compiler makes them of h and e as they are, where a
+        # product needs [h; e] in fp32, and its gradient too.
         logits = (h.to(wide) * weight[: h.shape[-1]]).sum(-1)
         if self.with_markov:
             assert e is not None

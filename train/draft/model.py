@@ -1,17 +1,20 @@
-"""The draft: a few Qwen3 layers whose blocks read the target's hidden states as extra keys and values.
+"""The draft: a few Qwen3 layers whose blocks read the target's hidden states as extra keys and
+values.
 
-Legend: S tokens of the row, L aux layers, Ht = H hidden size, A anchors, B slots, Q = A*B, Hq/Hkv heads, D head size,
-V/Vd target and draft vocabulary, r Markov rank.
+Legend: S tokens of the row, L aux layers, Ht = H hidden size, A anchors, B slots, Q = A*B, Hq/Hkv
+heads, D head size, V/Vd target and draft vocabulary, r Markov rank.
 
-``ctx = hidden_norm(fc(concat_L(aux)))`` is computed once; every layer applies its own k_proj, v_proj and k_norm to it, but
-not its input_layernorm, and never updates it (as vLLM's ``Qwen3DSparkModel`` serves it). Parameter names are the names of
-the served checkpoint; q, k and v are one product all the same, and so are gate and up (``joined.py``), and the norms of queries
-and keys are part of one operation (``qk_norm_rope.py``). embed_tokens and
-lm_head are the target's and frozen; where the target ties them, one tensor serves.
+``ctx = hidden_norm(fc(concat_L(aux)))`` is computed once; every layer applies its own k_proj,
+v_proj and k_norm to it, but not its input_layernorm, and never updates it (as vLLM's
+``Qwen3DSparkModel`` serves it). Parameter names are the names of the served checkpoint; q, k and v
+are one product all the same, and so are gate and up (``joined.py``), and the norms of queries and
+keys are part of one operation (``qk_norm_rope.py``). embed_tokens and lm_head are the target's and
+frozen; where the target ties them, one tensor serves.
 
-The final ``norm`` starts at ones, as every norm of the draft, and is trained with the rest: the checkpoint carries the draft's own
-``norm.weight`` and vLLM serves that one. A copy of the target's, whose scale fits the target's states and not a random layer's, costs
-AdamW a tenth of tau after 1,200 steps (docs/log/2026-11-22-final-norm.md).
+The final ``norm`` starts at ones, as every norm of the draft, and is trained with the rest: the
+checkpoint carries the draft's own ``norm.weight`` and vLLM serves that one. A copy of the target's,
+whose scale fits the target's states and not a random layer's, costs AdamW a tenth of tau after
+1,200 steps (docs/log/2026-11-22-final-norm.md).
 """
 
 from __future__ import annotations
@@ -38,7 +41,9 @@ from dspark.train.ops.rope import Rope, rope_tables
 
 
 class TargetWeights(Protocol):
-    """What ``cache.target`` offers: ``embed_tokens`` [V, H], ``lm_head`` [V, H], tied ones sharing memory; the final ``norm`` [H]; ``logits``."""
+    """What ``cache.target`` offers: ``embed_tokens`` [V, H], ``lm_head`` [V, H], tied ones sharing
+    memory; the final ``norm`` [H]; ``logits``.
+    """
 
     @property
     def embed_tokens(self) -> Tensor: ...
@@ -66,8 +71,9 @@ class RMSNorm(nn.Module):
 
 @dataclass(frozen=True, slots=True)
 class ForwardPlan:
-    """What a forward needs of a batch besides its data, none of it learnt: who sees whom, for each of ``DraftModel.sights``, and cos and
-    sin of the blocks' and the context's positions (``rope_tables``). Made once per batch, outside what is compiled: a compiler would make the
+    """What a forward needs of a batch besides its data, none of it learnt: who sees whom, for each
+    of ``DraftModel.sights``, and cos and sin of the blocks' and the context's positions
+    (``rope_tables``). Made once per batch, outside what is compiled: a compiler would make the
     tables again in every layer's kernels.
     """
 
@@ -91,20 +97,23 @@ class Attention(nn.Module):
 
     @property
     def joined(self) -> tuple[Tensor, ...]:
-        """The weights of one product with the blocks' tokens, all but the last of the context's. ``joint``: a copy of them side by side,
-        where they cannot lie so themselves."""
+        """The weights of one product with the blocks' tokens, all but the last of the context's.
+        ``joint``: a copy of them side by side, where they cannot lie so themselves.
+        """
         return self.v_proj.weight, self.k_proj.weight, self.q_proj.weight
 
     def queries_keys_values(
         self, x: Tensor, ctx: Tensor, block_rope: Rope, context_rope: Rope
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries [Q, Hq, D] of ``x`` [Q, H], keys and values [S+Q, Hkv, D] of ``ctx`` [S, H] and ``x``; queries and keys normed and
-        rotated. S or Q may be 0.
+        """Queries [Q, Hq, D] of ``x`` [Q, H], keys and values [S+Q, Hkv, D] of ``ctx`` [S, H] and
+        ``x``; queries and keys normed and rotated. S or Q may be 0.
         """
         context = joined_product(ctx, self.joined[:2], self.joint)
         blocks = joined_product(x, self.joined, self.joint)
         q_weight, k_weight, eps = self.q_norm.weight, self.k_norm.weight, self.k_norm.eps
-        return qk_norm_rope(Inputs(context, blocks, q_weight, k_weight, eps, context_rope, block_rope))
+        return qk_norm_rope(
+            Inputs(context, blocks, q_weight, k_weight, eps, context_rope, block_rope)
+        )
 
     def forward(
         self,
@@ -165,11 +174,13 @@ class Layer(nn.Module):
 
 
 class DraftModel(nn.Module):
-    """A draft for ``target``. ``draft_ids`` int64[Vd], rising, are the target ids it can draft; given if and only if Vd < V.
+    """A draft for ``target``. ``draft_ids`` int64[Vd], rising, are the target ids it can draft;
+    given if and only if Vd < V.
 
-    The target's tensors are taken as they are (no copy, their dtype kept), so ``frozen_dtype`` decides the dtype in which
-    logits are multiplied, without touching the trained parameters. Where the output matrix is copied after all (another dtype or
-    device, rows of a reduced vocabulary), the copy has room for W2 beside it (``make_room``).
+    The target's tensors are taken as they are (no copy, their dtype kept), so ``frozen_dtype``
+    decides the dtype in which logits are multiplied, without touching the trained parameters. Where
+    the output matrix is copied after all (another dtype or device, rows of a reduced vocabulary),
+    the copy has room for W2 beside it (``make_room``).
     """
 
     def __init__(
@@ -214,8 +225,12 @@ class DraftModel(nn.Module):
             if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
 
-    def _adopt(self, target: TargetWeights, draft_ids: Tensor | None, dtype: torch.dtype | None) -> None:
-        """Take the target's tensors; one ``Parameter`` object where they are tied, so that ``.to`` keeps them so."""
+    def _adopt(
+        self, target: TargetWeights, draft_ids: Tensor | None, dtype: torch.dtype | None
+    ) -> None:
+        """Take the target's tensors; one ``Parameter`` object where they are tied, so that ``.to``
+        keeps them so.
+        """
         self._wide: Tensor | None = None
         embed, head = target.embed_tokens.detach(), target.lm_head.detach()
         self.target_logits = target.logits
@@ -234,7 +249,8 @@ class DraftModel(nn.Module):
         inverse = torch.full((self.config.vocab_size,), -1, dtype=torch.int64)
         inverse[draft_ids] = torch.arange(draft_ids.shape[0])
         self.lm_head.weight = nn.Parameter(head[draft_ids].clone(), requires_grad=False)
-        # Named so that no checkpoint name but lm_head.weight itself contains "lm_head" (vLLM matches substrings).
+        # Named so that no checkpoint name but lm_head.weight itself contains "lm_head" (vLLM
+        # matches substrings).
         full = self.embed_tokens.weight if tied else nn.Parameter(head, requires_grad=False)
         self.target_output = nn.Module()
         self.target_output.weight = full
@@ -243,21 +259,25 @@ class DraftModel(nn.Module):
         self.make_room()
 
     def look(self) -> None:
-        """Note which layers see alike, by the config as it is now: no weight depends on it, so a config may be exchanged for another."""
+        """Note which layers see alike, by the config as it is now: no weight depends on it, so a
+        config may be exchanged for another.
+        """
         self.sights = tuple(dict.fromkeys(self.config.sights))
         self._sight_of = [self.sights.index(sight) for sight in self.config.sights]
 
     def join(self) -> None:
-        """Lay the weights of each layer that share a product side by side (``joined_product``). They come last projection first: that is
-        the order in which the optimizer's buckets hold them.
+        """Lay the weights of each layer that share a product side by side (``joined_product``).
+        They come last projection first: that is the order in which the optimizer's buckets hold
+        them.
         """
         for module in self.layers.modules():
             if isinstance(module, Attention | Mlp):
                 lay_side_by_side(module.joined)
 
     def make_room(self) -> None:
-        """Copy the output matrix (and the embedding tied to it) to the first H columns of [Vd, H + r], whose others take W2 in the
-        objective: ``FrozenHead.wide``. Only for a model with a Markov head; before ``compile``, which remembers strides.
+        """Copy the output matrix (and the embedding tied to it) to the first H columns of [Vd, H +
+        r], whose others take W2 in the objective: ``FrozenHead.wide``. Only for a model with a
+        Markov head; before ``compile``, which remembers strides.
         """
         weight = self.lm_head.weight
         assert isinstance(weight, nn.Parameter)
@@ -270,13 +290,19 @@ class DraftModel(nn.Module):
         weight.data = self._wide[:, :size]
 
     def _has_room(self, weight: Tensor) -> bool:
-        """Whether ``weight`` still is a part of the wide matrix: moving or copying the module parts them."""
+        """Whether ``weight`` still is a part of the wide matrix: moving or copying the module parts
+        them.
+        """
         wide = self._wide
-        return wide is not None and wide.data_ptr() == weight.data_ptr() and wide.stride() == weight.stride()
+        return (
+            wide is not None
+            and wide.data_ptr() == weight.data_ptr()
+            and wide.stride() == weight.stride()
+        )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """What ``.to`` and its like do. They copy tensor by tensor: an output matrix that moved is given new room, and weights that
-        share a product lie side by side again.
+        """What ``.to`` and its like do. They copy tensor by tensor: an output matrix that moved is
+        given new room, and weights that share a product lie side by side again.
         """
         weight = self.lm_head.weight
         assert isinstance(weight, Tensor)
@@ -332,27 +358,45 @@ class DraftModel(nn.Module):
     ) -> tuple[AttentionPlan, ...]:
         """As ``AttentionPlan.build`` has it, for each of ``sights``."""
         size = self.config.slots
-        return tuple(AttentionPlan.build(doc, anchors, anchor_valid, size, backend, s) for s in self.sights)
+        return tuple(
+            AttentionPlan.build(doc, anchors, anchor_valid, size, backend, s) for s in self.sights
+        )
 
     def plan_of(
         self, attention: tuple[AttentionPlan, ...], block_position: Tensor, context_position: Tensor
     ) -> ForwardPlan:
-        """From positions int64[Q] of the blocks' tokens and int64[S] of the context's, each within its document."""
+        """From positions int64[Q] of the blocks' tokens and int64[S] of the context's, each within
+        its document.
+        """
         c, dtype = self.config, self.fc.weight.dtype
-        block, context = (rope_tables(p, c.turning, dtype) for p in (block_position, context_position))
+        block, context = (
+            rope_tables(p, c.turning, dtype) for p in (block_position, context_position)
+        )
         return ForwardPlan(attention, block, context)
 
     def forward(self, batch: Batch, plan: ForwardPlan) -> SlotStates:
-        """Every slot of every block of one row; without the anchor's own where it predicts nothing."""
+        """Every slot of every block of one row; without the anchor's own where it predicts
+        nothing.
+        """
         anchors, size = batch.anchors.shape[0], self.config.slots
         ctx = self.context(batch.aux)
-        x = self.block_input(batch.input_ids[batch.anchors], batch.anchor_valid).to(ctx.dtype).flatten(0, 1)
+        x = (
+            self.block_input(batch.input_ids[batch.anchors], batch.anchor_valid)
+            .to(ctx.dtype)
+            .flatten(0, 1)
+        )
         h = self.backbone(x, ctx, plan)
-        return self.heads(h.view(anchors, size, -1)[:, size - self.config.block_size :], batch.prev_ids)
+        return self.heads(
+            h.view(anchors, size, -1)[:, size - self.config.block_size :], batch.prev_ids
+        )
 
     def block_input(self, anchor_ids: Tensor, anchor_valid: Tensor) -> Tensor:
-        """[A, slots, H]: slot 0 the anchor's embedding, the others the mask token's (a padding block only mask tokens)."""
-        ids = anchor_ids.new_full((anchor_ids.shape[0], self.config.slots), self.config.mask_token_id)
+        """[A, slots, H]: slot 0 the anchor's embedding, the others the mask token's (a padding
+        block only mask tokens).
+        """
+        ids = anchor_ids.new_full(
+            (anchor_ids.shape[0], self.config.slots), self.config.mask_token_id
+        )
         ids[:, 0] = torch.where(anchor_valid, anchor_ids, self.config.mask_token_id)
         weight = self.embed_tokens.weight
         assert isinstance(weight, Tensor)
@@ -366,7 +410,9 @@ class DraftModel(nn.Module):
         return out
 
     def heads(self, h: Tensor, prev_ids: Tensor) -> SlotStates:
-        """Teacher-forced Markov latent and confidence of ``h`` [A, B, H] with previous tokens int64[A, B]."""
+        """Teacher-forced Markov latent and confidence of ``h`` [A, B, H] with previous tokens
+        int64[A, B].
+        """
         z = w2 = confidence = embedded = None
         if self.markov_head is not None:
             embedded = self.markov_head.embed(prev_ids)
@@ -401,7 +447,9 @@ def check_target(config: DraftConfig, target: TargetWeights, draft_ids: Tensor |
     ):
         if tuple(tensor.shape) != shape:
             found = list(tensor.shape)
-            raise MismatchError(f"the target's {name} is {found}, the draft's config expects {list(shape)}")
+            raise MismatchError(
+                f"the target's {name} is {found}, the draft's config expects {list(shape)}"
+            )
     if (draft_ids is not None) != config.reduced_vocab:
         raise MismatchError(
             f"draft_vocab_size {config.draft_vocab_size} of {config.vocab_size}: "
@@ -410,9 +458,14 @@ def check_target(config: DraftConfig, target: TargetWeights, draft_ids: Tensor |
     if draft_ids is None:
         return
     rises = bool((draft_ids[1:] > draft_ids[:-1]).all())
-    inside = bool(draft_ids.numel()) and int(draft_ids[0]) >= 0 and int(draft_ids[-1]) < config.vocab_size
+    inside = (
+        bool(draft_ids.numel())
+        and int(draft_ids[0]) >= 0
+        and int(draft_ids[-1]) < config.vocab_size
+    )
     if draft_ids.shape != (config.draft_vocab_size,) or not rises or not inside:
         raise MismatchError(
-            f"draft token ids must be {config.draft_vocab_size} rising ids below {config.vocab_size}; "
+            f"draft token ids must be {config.draft_vocab_size} rising ids below "
+            f"{config.vocab_size}; "
             f"got {list(draft_ids.shape)}"
         )

@@ -1,7 +1,10 @@
-"""RoPE scaling of a draft: which kinds there are, what each is made of, and how config.json says it.
+"""RoPE scaling of a draft: which kinds there are, what each is made of, and how config.json says
+it.
 
-Only kinds whose angles do not depend on the length of the sequence: keys are cached, so an angle that changes later would be wrong.
-The frequencies are transformers' (``train/ops/rope.py``); vLLM computes the same from the same keys.
+Only kinds whose angles do not depend on the length of the sequence: keys are cached, so an angle
+that changes later would be wrong.
+The frequencies are transformers' (``train/ops/rope.py``); vLLM computes the same from the same
+keys.
 """
 
 from __future__ import annotations
@@ -19,15 +22,21 @@ KINDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("factor", "original_max_position_embeddings"),
         ("beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim", "truncate"),
     ),
-    "llama3": (("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"), ()),
+    "llama3": (
+        ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+        (),
+    ),
 }
 PLAIN = "default"
-# Said beside a scaling in config.json; the base has a home of its own (``cache.target.shape.rope_base``).
+# Said beside a scaling in config.json; the base has a home of its own
+# (``cache.target.shape.rope_base``).
 _BESIDE = ("rope_theta", "type", "rope_type")
 
 
 def checked(scaling: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """``scaling`` as ``DraftConfig`` keeps it: ``rope_type`` and its numbers; None for plain RoPE. Raises UsageError, naming the key."""
+    """``scaling`` as ``DraftConfig`` keeps it: ``rope_type`` and its numbers; None for plain RoPE.
+    Raises UsageError, naming the key.
+    """
     if not scaling:
         return None
     kind = scaling.get("rope_type", scaling.get("type", PLAIN))
@@ -41,7 +50,8 @@ def checked(scaling: Mapping[str, Any] | None) -> dict[str, Any] | None:
         raise UsageError(f"rope_type {kind} needs {', '.join(missing)}")
     if unknown := sorted(set(own) - set(needed) - set(allowed)):
         raise UsageError(
-            f"rope_type {kind} has no {', '.join(unknown)}; expected {', '.join((*needed, *allowed))}"
+            f"rope_type {kind} has no {', '.join(unknown)}; expected "
+            f"{', '.join((*needed, *allowed))}"
         )
     for key, value in own.items():
         if key == "truncate":
@@ -61,11 +71,15 @@ def parse(text: str) -> dict[str, Any] | None:
     try:
         value = json.loads(text)
     except ValueError as wrong:
-        raise UsageError(f"--rope-scaling is not JSON: {wrong}; expected none or an object such as "
-                         '{"rope_type": "yarn", "factor": 4, "original_max_position_embeddings": 8192}') from wrong  # fmt: skip
+        raise UsageError(
+            f"--rope-scaling is not JSON: {wrong}; expected none or an object such as "
+            '{"rope_type": "yarn", "factor": 4, "original_max_position_embeddings": '
+            "8192}"
+        ) from wrong
     if not isinstance(value, dict) or "rope_type" not in value:
         raise UsageError(
-            f"--rope-scaling is {text}; expected an object with rope_type, one of {', '.join(KINDS)}"
+            f"--rope-scaling is {text}; expected an object with rope_type, one of "
+            f"{', '.join(KINDS)}"
         )
     if "rope_theta" in value:
         raise UsageError("--rope-scaling has rope_theta; a draft's RoPE base is its target's")
@@ -84,7 +98,9 @@ def read(flat: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def reach(scaling: Mapping[str, Any] | None, positions: int) -> int:
-    """Positions that vLLM's table of a draft with ``max_position_embeddings`` = ``positions`` holds."""
+    """Positions that vLLM's table of a draft with ``max_position_embeddings`` = ``positions``
+    holds.
+    """
     if scaling is None or scaling["rope_type"] == "llama3":
         return positions
     base = scaling.get("original_max_position_embeddings", positions)

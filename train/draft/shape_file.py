@@ -1,4 +1,6 @@
-"""``--draft-config FILE.json``: the shape of a draft, by a draft's own config.json names or by those of the flags."""
+"""``--draft-config FILE.json``: the shape of a draft, by a draft's own config.json names or by
+those of the flags.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,9 @@ NAMES = {
 
 
 def read_shape(path: str) -> dict[str, Any]:
-    """The settings that the file fixes. Raises UsageError for a file that is not a JSON object, and for keys that fix nothing here."""
+    """The settings that the file fixes. Raises UsageError for a file that is not a JSON object, and
+    for keys that fix nothing here.
+    """
     try:
         content = json_text.loads(Path(path).read_text())
     except (OSError, ValueError) as error:
@@ -37,8 +41,10 @@ def read_shape(path: str) -> dict[str, Any]:
         raise UsageError(f"--draft-config {path}: expected a JSON object.")
     if unknown := sorted(set(content) - set(NAMES) - set(NAMES.values())):
         raise UsageError(
-            f"--draft-config {path}: {', '.join(unknown)} cannot be set there: the target fixes it, or no draft has it. "
-            f"Keep only {', '.join(NAMES)} (or the flags' names: {', '.join(sorted(set(NAMES.values()) - set(NAMES)))})."
+            f"--draft-config {path}: {', '.join(unknown)} cannot be set there: the target fixes "
+            "it, or no draft has it. "
+            f"Keep only {', '.join(NAMES)} (or the flags' names: "
+            f"{', '.join(sorted(set(NAMES.values()) - set(NAMES)))})."
         )
     out: dict[str, Any] = {}
     for key, value in content.items():

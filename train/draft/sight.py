@@ -1,8 +1,11 @@
-"""What a draft layer lets its queries see, and how config.json says it (``layer_types``, ``sliding_window``, ``is_causal``).
+"""What a draft layer lets its queries see, and how config.json says it (``layer_types``,
+``sliding_window``, ``is_causal``).
 
-A layer attends fully, or through a sliding window of W tokens: a query at position p sees the keys at p-W+1..p, of the context and of its
-own block, as vLLM serves it. Sliding layers are causal within the block, full ones see it both ways, unless ``is_causal`` says
-one thing of all (vLLM 0.32, ``_dflash_layer_causal``). A window that is not causal reaches W-1 tokens both ways (``_maybe_symmetrize_window``).
+A layer attends fully, or through a sliding window of W tokens: a query at position p sees the keys
+at p-W+1..p, of the context and of its own block, as vLLM serves it. Sliding layers are causal
+within the block, full ones see it both ways, unless ``is_causal`` says one thing of all (vLLM 0.32,
+``_dflash_layer_causal``). A window that is not causal reaches W-1 tokens both ways
+(``_maybe_symmetrize_window``).
 """
 
 from __future__ import annotations
@@ -20,14 +23,18 @@ SHORT = {"full": FULL, "sliding": SLIDING}
 
 @dataclass(frozen=True, slots=True)
 class Sight:
-    """``window`` W: a query sees itself and the W-1 tokens before it; None: all of its context. ``causal``: no later slot of its block."""
+    """``window`` W: a query sees itself and the W-1 tokens before it; None: all of its context.
+    ``causal``: no later slot of its block.
+    """
 
     window: int | None = None
     causal: bool = False
 
 
 def layer_kinds(names: Sequence[str], where: str) -> tuple[str, ...]:
-    """``names``, short or as in config.json, as config.json has them. Raises UsageError for another one."""
+    """``names``, short or as in config.json, as config.json has them. Raises UsageError for another
+    one.
+    """
     kinds = tuple(SHORT.get(name, name) for name in names)
     if unknown := [kind for kind in kinds if kind not in (FULL, SLIDING)]:
         raise UsageError(f"{where}: {unknown[0]!r}; only {FULL} and {SLIDING} are implemented")
@@ -40,7 +47,9 @@ def canonical(kinds: Sequence[str]) -> tuple[str, ...]:
 
 
 def asked(num_layers: int, window: int | None, kinds: Sequence[str]) -> tuple[str, ...]:
-    """``layer_types`` of a draft for ``--sliding-window`` and ``--layer-types``: the window alone is that of all layers. Raises UsageError."""
+    """``layer_types`` of a draft for ``--sliding-window`` and ``--layer-types``: the window alone
+    is that of all layers. Raises UsageError.
+    """
     if window is None and SLIDING in kinds:
         raise UsageError("--layer-types names sliding layers; give their --sliding-window")
     if window is not None and kinds and SLIDING not in kinds:
@@ -51,7 +60,9 @@ def asked(num_layers: int, window: int | None, kinds: Sequence[str]) -> tuple[st
 def sights(
     num_layers: int, kinds: Sequence[str], window: int | None, causal: bool | None
 ) -> tuple[Sight, ...]:
-    """One per layer. ``kinds`` as ``canonical`` gives them, ``causal`` as ``is_causal`` in config.json."""
+    """One per layer. ``kinds`` as ``canonical`` gives them, ``causal`` as ``is_causal`` in
+    config.json.
+    """
 
     def of(kind: str) -> Sight:
         sliding = kind == SLIDING
@@ -61,7 +72,9 @@ def sights(
 
 
 def read(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of ``DraftConfig`` that a flat config.json says about attention. Raises DraftError, naming the key."""
+    """The fields of ``DraftConfig`` that a flat config.json says about attention. Raises
+    DraftError, naming the key.
+    """
     names = flat.get("layer_types") or []
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise DraftError(f"config.json has layer_types {names!r}; expected a list of names")
@@ -75,13 +88,20 @@ def read(flat: Mapping[str, Any]) -> dict[str, Any]:
     window = flat.get("sliding_window") if kinds else None
     if kinds and (isinstance(window, bool) or not isinstance(window, int) or window < 1):
         raise DraftError(
-            f"config.json has sliding layers and sliding_window = {window!r}; expected a number of tokens"
+            f"config.json has sliding layers and sliding_window = {window!r}; expected a number "
+            "of tokens"
         )
     # False says what layers that attend fully do anyhow.
-    return {"layer_types": kinds, "sliding_window": window, "is_causal": causal if kinds or causal else None}
+    return {
+        "layer_types": kinds,
+        "sliding_window": window,
+        "is_causal": causal if kinds or causal else None,
+    }
 
 
-def written(num_layers: int, kinds: Sequence[str], window: int | None, causal: bool | None) -> dict[str, Any]:
+def written(
+    num_layers: int, kinds: Sequence[str], window: int | None, causal: bool | None
+) -> dict[str, Any]:
     """The keys of config.json that ``read`` understands."""
     out: dict[str, Any] = {"layer_types": list(kinds or [FULL] * num_layers)}
     if kinds:

@@ -1,13 +1,19 @@
-"""The other spelling of a draft's config.json: the speculators format (vllm-project/speculators), to and from the flat one.
+"""The other spelling of a draft's config.json: the speculators format (vllm-project/speculators),
+to and from the flat one.
 
 Both describe the same tensors under the same names. What differs, and has bitten others:
 
-- layer ids: ``aux_hidden_state_layer_ids`` are states *entering* layer j, so j = i + 1 of the flat ``target_layer_ids``;
-- ``sample_from_anchor``: absent means false here (vLLM 0.32 ``update_dspark``), true in a flat config;
-- ``sliding_window_non_causal`` true lets the slots of a sliding layer see later ones: ``is_causal`` false of the flat layout. vLLM 0.32 reads
-  the former for dflash drafts only, the latter, in the backbone, for all;
-- ``block_size`` counts the anchor's slot too if ``sample_from_anchor`` is false; with true it is the number of drafts in both;
-- the backbone's keys sit in ``transformer_layer_config``, and the number of drafts to ask for in ``speculators_config``.
+- layer ids: ``aux_hidden_state_layer_ids`` are states *entering* layer j, so j = i + 1 of the flat
+  ``target_layer_ids``;
+- ``sample_from_anchor``: absent means false here (vLLM 0.32 ``update_dspark``), true in a flat
+  config;
+- ``sliding_window_non_causal`` true lets the slots of a sliding layer see later ones: ``is_causal``
+  false of the flat layout. vLLM 0.32 reads the former for dflash drafts only, the latter, in the
+  backbone, for all;
+- ``block_size`` counts the anchor's slot too if ``sample_from_anchor`` is false; with true it is
+  the number of drafts in both;
+- the backbone's keys sit in ``transformer_layer_config``, and the number of drafts to ask for in
+  ``speculators_config``.
 """
 
 from __future__ import annotations
@@ -20,16 +26,29 @@ from dspark.cache.errors import DraftError
 MARK = "speculators_model_type"
 NON_CAUSAL = "sliding_window_non_causal"
 # Keys of the flat layout that are the draft's own; everything else describes the backbone.
-_OWN = ("draft_vocab_size", "block_size", "mask_token_id", "sample_from_anchor", "markov_rank", "markov_head_type",
-        "enable_confidence_head", "confidence_head_with_markov", "target_hidden_size", "num_target_layers",
-        "speculator_type", "vllm_servable")  # fmt: skip
+_OWN = (
+    "draft_vocab_size",
+    "block_size",
+    "mask_token_id",
+    "sample_from_anchor",
+    "markov_rank",
+    "markov_head_type",
+    "enable_confidence_head",
+    "confidence_head_with_markov",
+    "target_hidden_size",
+    "num_target_layers",
+    "speculator_type",
+    "vllm_servable",
+)
 _REPLACED = ("architectures", "target_layer_ids", "dtype", "sglang_servable")
 
 
 def to_speculators(
     flat: Mapping[str, Any], verifier: str, verifier_architectures: list[str]
 ) -> dict[str, Any]:
-    """config.json in the speculators format. ``verifier``: id or folder of the target, as a server will be given it."""
+    """config.json in the speculators format. ``verifier``: id or folder of the target, as a server
+    will be given it.
+    """
     backbone = {k: v for k, v in flat.items() if k not in (*_OWN, *_REPLACED)}
     return {
         "architectures": ["DSparkSpeculator"],
@@ -72,6 +91,7 @@ def to_flat(config: Mapping[str, Any]) -> dict[str, Any]:
     }
     if flat.get("is_causal") is None and config.get(NON_CAUSAL):
         flat["is_causal"] = False
-    # Not part of the format; no server needs it. The fewest layers a target with these ids can have.
+    # Not part of the format; no server needs it. The fewest layers a target with these ids can
+    # have.
     flat.setdefault("num_target_layers", max(1, *aux))
     return flat

@@ -1,12 +1,17 @@
-"""config.json as other projects spell it, brought to the flat one that ``DraftConfig.from_flat`` judges.
+"""config.json as other projects spell it, brought to the flat one that ``DraftConfig.from_flat``
+judges.
 
-Four things differ between them and are settled here; whatever else a config says stays, for ``from_flat`` to honour or to refuse by
-its key:
+Four things differ between them and are settled here; whatever else a config says stays, for
+``from_flat`` to honour or to refuse by its key:
 
-- the draft's own keys sit in a nested ``dflash_config`` (SpecForge, z-lab), which vLLM obeys before the top level;
-- its windows too: ``use_swa``, ``swa_window_size`` and ``causal`` there are ``layer_types``, ``sliding_window`` and ``is_causal`` here;
-- ``architectures`` names the trainer's class: vLLM to 0.31 takes ``DSparkDraftModel`` for a DeepSeek-V4 draft, in the target's files;
-- a plain DFlash draft leaves out ``sample_from_anchor``, and its anchor is a bonus token: slot 0 predicts nothing.
+- the draft's own keys sit in a nested ``dflash_config`` (SpecForge, z-lab), which vLLM obeys before
+  the top level;
+- its windows too: ``use_swa``, ``swa_window_size`` and ``causal`` there are ``layer_types``,
+  ``sliding_window`` and ``is_causal`` here;
+- ``architectures`` names the trainer's class: vLLM to 0.31 takes ``DSparkDraftModel`` for a
+  DeepSeek-V4 draft, in the target's files;
+- a plain DFlash draft leaves out ``sample_from_anchor``, and its anchor is a bonus token: slot 0
+  predicts nothing.
 """
 
 from __future__ import annotations
@@ -23,8 +28,18 @@ SERVED = "Qwen3DSparkModel"
 # Classes with our tensors under our names -> what an absent sample_from_anchor means.
 _CLASSES = {SERVED: True, "DSparkDraftModel": True, "DFlashDraftModel": False}
 # Keys of dflash_config that have a flat name, and what the others may say.
-_LIFTED = ("mask_token_id", "target_layer_ids", "num_target_layers", "block_size", "draft_vocab_size", "markov_rank",
-           "markov_head_type", "enable_confidence_head", "confidence_head_with_markov", "sample_from_anchor")  # fmt: skip
+_LIFTED = (
+    "mask_token_id",
+    "target_layer_ids",
+    "num_target_layers",
+    "block_size",
+    "draft_vocab_size",
+    "markov_rank",
+    "markov_head_type",
+    "enable_confidence_head",
+    "confidence_head_with_markov",
+    "sample_from_anchor",
+)
 _ALLOWED: dict[str, tuple[Any, ...]] = {
     "projector_type": ("dspark", "dflash"),
     "attention_mode": ("gqa",),
@@ -33,12 +48,19 @@ _WINDOWS = ("use_swa", "swa_window_size", "causal")
 
 
 def flat_of(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The flat spelling of a config.json in any of those that are known. Raises DraftError, naming the key, for what contradicts."""
+    """The flat spelling of a config.json in any of those that are known. Raises DraftError, naming
+    the key, for what contradicts.
+    """
     if speculators.MARK in config:
         return speculators.to_flat(config)
     flat = _lifted(config)
     names = flat.get("architectures")
-    if names and flat.get("model_type", "qwen3") == "qwen3" and len(names) == 1 and names[0] in _CLASSES:
+    if (
+        names
+        and flat.get("model_type", "qwen3") == "qwen3"
+        and len(names) == 1
+        and names[0] in _CLASSES
+    ):
         if flat.get("sample_from_anchor") is None and not _CLASSES[names[0]]:
             flat["sample_from_anchor"] = False
         if names != [SERVED]:
@@ -61,25 +83,35 @@ def _lifted(config: Mapping[str, Any]) -> dict[str, Any]:
         if key in _LIFTED:
             if flat.get(key) not in (None, value):
                 raise DraftError(
-                    f"config.json has {key} = {flat[key]!r} and {NESTED}.{key} = {value!r}; vLLM obeys the second. Keep one"
+                    f"config.json has {key} = {flat[key]!r} and {NESTED}.{key} = {value!r}; vLLM "
+                    "obeys the second. Keep one"
                 )
             flat[key] = value
         elif value is not None and value not in _ALLOWED.get(key, ()):
-            known = f"; this package computes only {_ALLOWED[key][0]!r}" if key in _ALLOWED else ", which is not known here"  # fmt: skip
+            known = (
+                f"; this package computes only {_ALLOWED[key][0]!r}"
+                if key in _ALLOWED
+                else ", which is not known here"
+            )
             raise DraftError(f"config.json has {NESTED}.{key} = {value!r}{known}")
     _filled(flat)
     return flat
 
 
 def _windows(flat: Mapping[str, Any], nested: Mapping[str, Any]) -> dict[str, Any]:
-    """What ``nested`` says of windows, as flat keys, with vLLM's precedence (0.32, ``_resolve_layer_attention``)."""
+    """What ``nested`` says of windows, as flat keys, with vLLM's precedence (0.32,
+    ``_resolve_layer_attention``).
+    """
     for key, kind in zip(_WINDOWS, (bool, int, bool), strict=True):
         if not isinstance(nested.get(key), kind | None):
-            raise DraftError(f"config.json has {NESTED}.{key} = {nested[key]!r}; expected {kind.__name__}")
+            raise DraftError(
+                f"config.json has {NESTED}.{key} = {nested[key]!r}; expected {kind.__name__}"
+            )
     out: dict[str, Any] = {}
     kinds = flat.get("layer_types") or []
     if nested.get("use_swa") and SLIDING not in kinds:
-        # Whether a slot sees later ones goes by the types as they stand, not by the window that this forces.
+        # Whether a slot sees later ones goes by the types as they stand, not by the window that
+        # this forces.
         count = flat.get("num_hidden_layers")
         out |= {"layer_types": [SLIDING] * (len(kinds) or count or 0), "is_causal": False}
     elif not kinds and "num_hidden_layers" in flat:
@@ -94,7 +126,9 @@ def _windows(flat: Mapping[str, Any], nested: Mapping[str, Any]) -> dict[str, An
 
 
 def _filled(flat: dict[str, Any]) -> None:
-    """What these projects leave out because it can be told: the fewest layers that a target with these ids can have."""
+    """What these projects leave out because it can be told: the fewest layers that a target with
+    these ids can have.
+    """
     ids = flat.get("target_layer_ids")
     if isinstance(ids, list) and ids and flat.get("num_target_layers") is None:
         flat["num_target_layers"] = max(1, *(i + 1 for i in ids))

@@ -1,7 +1,9 @@
-"""Drafter types: one object per type owns everything in which it differs, and one table names the objects.
+"""Drafter types: one object per type owns everything in which it differs, and one table names the
+objects.
 
-A new type is a module with an object that derives from ``DrafterType`` (or from another type's class) and a line in ``TYPES``. Nothing
-else asks which type a draft is of. The objects are imported when they are needed, so that naming the types costs no torch.
+A new type is a module with an object that derives from ``DrafterType`` (or from another type's
+class) and a line in ``TYPES``. Nothing else asks which type a draft is of. The objects are imported
+when they are needed, so that naming the types costs no torch.
 """
 
 from __future__ import annotations
@@ -39,7 +41,9 @@ TYPES = {
 
 
 class DrafterType(ABC):
-    """What one type of draft decides. A method with a body is right for drafts that predict blocks with the target's output matrix."""
+    """What one type of draft decides. A method with a body is right for drafts that predict blocks
+    with the target's output matrix.
+    """
 
     name: str
     """As in ``TYPES``, ``--speculator-type`` and config.json."""
@@ -48,7 +52,9 @@ class DrafterType(ABC):
 
     @property
     def defaults(self) -> Mapping[str, Any]:
-        """Settings of a training (``TrainConfig``) that this type takes where neither the user nor a recipe says otherwise."""
+        """Settings of a training (``TrainConfig``) that this type takes where neither the user nor
+        a recipe says otherwise.
+        """
         return {}
 
     servers: str = "vLLM (method dspark)"
@@ -64,7 +70,9 @@ class DrafterType(ABC):
     sharded: bool = True
     """Whether ``--strategy fsdp2`` can train it."""
     own_keys: tuple[str, ...] = ()
-    """Keys of config.json that it writes, and that a server would obey before the keys of another type."""
+    """Keys of config.json that it writes, and that a server would obey before the keys of another
+    type.
+    """
     stated: tuple[str, ...] = (
         "sample_from_anchor",
         "confidence_head_with_markov",
@@ -72,7 +80,9 @@ class DrafterType(ABC):
         "draft_vocab_size",
         "mask_token_id",
     )
-    """Keys that its config.json must have, because readers differ on their default or cannot do without."""
+    """Keys that its config.json must have, because readers differ on their default or cannot do
+    without.
+    """
     compiled: bool = True
     """Whether ``torch.compile`` is the default on a GPU."""
 
@@ -80,7 +90,9 @@ class DrafterType(ABC):
 
     @abstractmethod
     def check(self, config: DraftConfig) -> None:
-        """Raise UsageError unless ``config`` is one of this type. Sizes that all types share have been checked."""
+        """Raise UsageError unless ``config`` is one of this type. Sizes that all types share have
+        been checked.
+        """
 
     @abstractmethod
     def recognises(self, flat: Mapping[str, Any]) -> bool:
@@ -88,7 +100,9 @@ class DrafterType(ABC):
 
     @abstractmethod
     def from_flat(self, flat: Mapping[str, Any]) -> DraftConfig:
-        """The config that a config.json describes. Raises DraftError for what would be computed wrongly."""
+        """The config that a config.json describes. Raises DraftError for what would be computed
+        wrongly.
+        """
 
     @abstractmethod
     def to_flat(self, config: DraftConfig) -> dict[str, Any]:
@@ -99,14 +113,22 @@ class DrafterType(ABC):
         """Whether vLLM serves it (written into config.json as ``vllm_servable``)."""
 
     def servable_by_sglang(self, config: DraftConfig) -> bool:
-        """Whether SGLang serves it (``sglang_servable`` in config.json), as read in 0.5.23: Markov heads of every kind, no reduced vocabulary.
+        """Whether SGLang serves it (``sglang_servable`` in config.json), as read in 0.5.23: Markov
+        heads of every kind, no reduced vocabulary.
         False also for what was not looked at there.
         """
         plain = not config.sliding_window and not config.rope_scaling
-        return self.method == "dspark" and plain and not config.reduced_vocab and not config.bonus_anchor
+        return (
+            self.method == "dspark"
+            and plain
+            and not config.reduced_vocab
+            and not config.bonus_anchor
+        )
 
     def serving(self, config: DraftConfig) -> dict[str, Any]:
-        """Keys of vLLM's ``speculative_config`` beside model, number of tokens and how drafts are drawn."""
+        """Keys of vLLM's ``speculative_config`` beside model, number of tokens and how drafts are
+        drawn.
+        """
         return {"method": self.method}
 
     def not_served(self, config: DraftConfig) -> str:
@@ -114,7 +136,9 @@ class DrafterType(ABC):
         return f"its Markov head is {config.markov_head_type}, and vLLM has only the vanilla one"
 
     def sized(self, **fields: Any) -> DraftConfig:
-        """The config with these ``fields``, which ``DraftConfig.sized_for`` worked out for a target. Drop or change what this type lacks."""
+        """The config with these ``fields``, which ``DraftConfig.sized_for`` worked out for a
+        target. Drop or change what this type lacks.
+        """
         from dspark.train.draft.config import DraftConfig
 
         return DraftConfig(**fields)
@@ -122,8 +146,9 @@ class DrafterType(ABC):
     def layers(
         self, stored: Sequence[int], target: Mapping[str, Any], asked: Sequence[int] | None = None
     ) -> tuple[int, ...]:
-        """Which of the ``stored`` layers (outputs, 0-based, rising) the draft reads, of those ``asked`` for if there are any, on a target
-        with this HF config. Raises MismatchError, naming what the store lacks.
+        """Which of the ``stored`` layers (outputs, 0-based, rising) the draft reads, of those
+        ``asked`` for if there are any, on a target with this HF config. Raises MismatchError,
+        naming what the store lacks.
         """
         from dspark.cache.target import taps
         from dspark.cache.target.shape import count, text_config
@@ -131,7 +156,8 @@ class DrafterType(ABC):
         missing = [i for i in asked or () if i not in stored]
         if missing:
             raise MismatchError(
-                f"--layers {','.join(map(str, asked or ()))}: the store has {list(stored)} and lacks {missing}"
+                f"--layers {','.join(map(str, asked or ()))}: the store has {list(stored)} and "
+                f"lacks {missing}"
             )
         number = count(text_config(target), "num_hidden_layers") or max(stored, default=0) + 1
         return taps.chosen(self.name, tuple(asked or stored), number)
@@ -144,7 +170,9 @@ class DrafterType(ABC):
         mask_token_id: int,
         draft_vocab_size: int | None,
     ) -> DraftConfig:
-        """The draft that ``settings`` ask for, on a store with the target's HF config and the ``stored`` layers."""  # fmt: skip
+        """The draft that ``settings`` ask for, on a store with the target's HF config and the
+        ``stored`` layers.
+        """
         from dspark.train.draft.config import DraftConfig
 
         return DraftConfig.sized_for(
@@ -166,7 +194,9 @@ class DrafterType(ABC):
         )
 
     def starts_from(self, other: DrafterType) -> bool:
-        """Whether a draft of this type can begin with the tensors of one of the ``other`` (``--init-from``)."""
+        """Whether a draft of this type can begin with the tensors of one of the ``other``
+        (``--init-from``).
+        """
         return other.name == self.name
 
     # Network and objective
@@ -179,7 +209,9 @@ class DrafterType(ABC):
         *,
         frozen_dtype: torch.dtype | None = None,
     ) -> DraftModel:
-        """The untrained draft: ``forward(batch, plan) -> SlotStates``, ``trained()``, ``frozen_head``, as ``DraftModel`` has them."""
+        """The untrained draft: ``forward(batch, plan) -> SlotStates``, ``trained()``,
+        ``frozen_head``, as ``DraftModel`` has them.
+        """
         from dspark.train.draft.model import DraftModel
 
         return DraftModel(config, target, draft_ids, frozen_dtype=frozen_dtype)
@@ -193,13 +225,17 @@ class DrafterType(ABC):
         )
 
     def judging(self, decay: float) -> ObjectiveConfig:
-        """The terms whose means a judgement reports (validation, ``score``), whatever training weighs."""
+        """The terms whose means a judgement reports (validation, ``score``), whatever training
+        weighs.
+        """
         from dspark.train.objective.objective import ObjectiveConfig
 
         return ObjectiveConfig(decay=decay)
 
     def slots(self, batch: Batch, states: SlotStates, decay: float) -> SlotInputs:
-        """The slots that the objective judges, with their weights and the target rows that they are held to."""
+        """The slots that the objective judges, with their weights and the target rows that they are
+        held to.
+        """
         from dspark.train.objective.objective import SlotInputs
 
         return SlotInputs.gather(batch, states, decay)
@@ -209,7 +245,9 @@ class DrafterType(ABC):
         return states.h
 
     def drafted(self, model: DraftModel, h: Tensor, anchor_ids: Tensor) -> Tensor:
-        """The tokens int64[n, B] (target ids) that the draft puts greedily into blocks with states ``h`` [n, B, H], each on its own before."""
+        """The tokens int64[n, B] (target ids) that the draft puts greedily into blocks with states
+        ``h`` [n, B, H], each on its own before.
+        """
         from dspark.train.draft.decoding import chained
 
         return chained(model, h, anchor_ids, lambda logits: logits.argmax(-1))
@@ -219,26 +257,36 @@ class DrafterType(ABC):
     def served(
         self, tensors: dict[str, Tensor], config: DraftConfig, dtype: torch.dtype
     ) -> dict[str, Tensor]:
-        """Name -> tensor of model.safetensors, from the trained tensors in ``dtype``. On the meta device too, for shapes."""
+        """Name -> tensor of model.safetensors, from the trained tensors in ``dtype``. On the meta
+        device too, for shapes.
+        """
         return tensors
 
     def learnt(self, stored: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
-        """The inverse of ``served``: what a checkpoint at ``path`` holds of the trained tensors. Raises DraftError where it contradicts the type."""
+        """The inverse of ``served``: what a checkpoint at ``path`` holds of the trained tensors.
+        Raises DraftError where it contradicts the type.
+        """
         return stored
 
     def packed(
         self, folder: Path, config: DraftConfig, tensors: Mapping[str, Tensor], target: str
     ) -> tuple[str, ...]:
-        """Write what this type's servers need beside config.json and model.safetensors into the export ``folder``; names of the files."""
+        """Write what this type's servers need beside config.json and model.safetensors into the
+        export ``folder``; names of the files.
+        """
         return ()
 
     def written(self, folder: Path, model: DraftModel) -> None:  # noqa: B027 (nothing is right for most)
-        """Called when config.json and model.safetensors are in ``folder``: write what readers of this type need beside them."""
+        """Called when config.json and model.safetensors are in ``folder``: write what readers of
+        this type need beside them.
+        """
 
     # Decoding
 
     def stages(self, config: DraftConfig) -> int:
-        """Stages of the target's pipeline that the draft runs beside (``tools/decode/pipeline.py``); 0 for drafts of blocks."""
+        """Stages of the target's pipeline that the draft runs beside
+        (``tools/decode/pipeline.py``); 0 for drafts of blocks.
+        """
         return 0
 
     def decoder(self, draft: DraftModel) -> Decoder:
@@ -259,7 +307,9 @@ def drafter(name: str) -> DrafterType:
 
 
 def type_of(flat: Mapping[str, Any]) -> DrafterType:
-    """The type of the draft that a config.json describes: the one it names, or the first that recognises it."""
+    """The type of the draft that a config.json describes: the one it names, or the first that
+    recognises it.
+    """
     named = flat.get("speculator_type")
     if named:
         return drafter(str(named))

@@ -1,4 +1,6 @@
-"""The reduced vocabulary in a checkpoint: ``d2t`` int64[Vd] holds offsets (target id = row + d2t[row]), ``t2d`` bool[V] marks the ids."""
+"""The reduced vocabulary in a checkpoint: ``d2t`` int64[Vd] holds offsets (target id = row +
+d2t[row]), ``t2d`` bool[V] marks the ids.
+"""
 
 from __future__ import annotations
 
@@ -19,12 +21,17 @@ def offsets_of(ids: Tensor) -> Tensor:
 
 
 def faults(tensors: Mapping[str, Tensor], size: int, whole: int) -> list[str]:
-    """What is wrong with ``d2t``, ``t2d`` and the output matrix of a checkpoint of ``size`` rows of ``whole`` ids, in words."""
+    """What is wrong with ``d2t``, ``t2d`` and the output matrix of a checkpoint of ``size`` rows of
+    ``whole`` ids, in words.
+    """
     offsets, present = tensors.get("d2t"), tensors.get("t2d")
     if size >= whole:
         if offsets is None:
             return []
-        return [f"d2t beside a whole vocabulary (draft_vocab_size {size} of {whole}): the two contradict"]
+        return [
+            f"d2t beside a whole vocabulary (draft_vocab_size {size} of {whole}): the two "
+            "contradict"
+        ]
     missing = [
         f"draft_vocab_size {size} of {whole} needs {name}, which model.safetensors lacks"
         for name in ("d2t", "lm_head.weight")
@@ -46,7 +53,9 @@ def _wrong_ids(offsets: Tensor, present: Tensor | None, whole: int) -> list[str]
     hint = "d2t holds offsets: id = row + d2t[row]"
     if _fits(offsets.long(), whole):
         hint = "it reads like token ids; d2t holds offsets: id - row"
-    return [f"d2t gives {f'ids outside 0..{whole - 1}' if outside else 'ids that do not rise'}; {hint}"]
+    return [
+        f"d2t gives {f'ids outside 0..{whole - 1}' if outside else 'ids that do not rise'}; {hint}"
+    ]
 
 
 def _fits(ids: Tensor, whole: int) -> bool:

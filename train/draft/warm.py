@@ -1,12 +1,14 @@
-"""``--init-from``: a new training that begins with the tensors of a draft that exists, ours or another program's.
+"""``--init-from``: a new training that begins with the tensors of a draft that exists, ours or
+another program's.
 
-What may differ is what one part of a draft decides alone: the number of layers, the block size, the draft's vocabulary, the Markov
-and confidence heads. What every tensor depends on (the target's sizes, the layers of it that are read, the width of a layer) must
-be equal. Nothing is left out silently: ``Start`` names every tensor of the earlier draft that was not taken, and every one of the
+What may differ is what one part of a draft decides alone: the number of layers, the block size, the
+draft's vocabulary, the Markov and confidence heads. What every tensor depends on (the target's
+sizes, the layers of it that are read, the width of a layer) must be equal. Nothing is left out
+silently: ``Start`` names every tensor of the earlier draft that was not taken, and every one of the
 new draft that begins as in any training.
 
-A layer that the earlier draft does not have begins as the identity (its two output projections are zero), so that a deeper draft
-starts with the blocks that the earlier one drafts.
+A layer that the earlier draft does not have begins as the identity (its two output projections are
+zero), so that a deeper draft starts with the blocks that the earlier one drafts.
 """
 
 from __future__ import annotations
@@ -56,7 +58,9 @@ _OUTPUTS = ("self_attn.o_proj.weight", "mlp.down_proj.weight")
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """What a warm start took. ``left``, ``begun``: name of a tensor -> why it was not taken, or what it begins as instead."""
+    """What a warm start took. ``left``, ``begun``: name of a tensor -> why it was not taken, or
+    what it begins as instead.
+    """
 
     folder: str
     weights_sha256: str
@@ -71,7 +75,8 @@ class Start:
     def words(self) -> str:
         """Lines for a person, each tensor by name."""
         head = (
-            f"warm start from {self.folder} (weights {self.weights_sha256[:12]}): {self.taken} tensors taken"
+            f"warm start from {self.folder} (weights {self.weights_sha256[:12]}): {self.taken} "
+            "tensors taken"
         )
         lines = [f"  {k}: {v}" for k, v in self.changed.items()]
         lines += [f"  not taken: {name} ({why})" for name, why in self.left.items()]
@@ -81,7 +86,9 @@ class Start:
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """The earlier draft, read: its config, and once ``opened``, its tensors and the target ids int64[Vd] of a reduced vocabulary."""
+    """The earlier draft, read: its config, and once ``opened``, its tensors and the target ids
+    int64[Vd] of a reduced vocabulary.
+    """
 
     folder: str
     config: DraftConfig
@@ -91,15 +98,18 @@ class Origin:
 
     @classmethod
     def open(cls, folder: str, target: TargetInfo, stored: list[int], settings: Any) -> Origin:
-        """Read the draft in ``folder``. Raises MismatchError, before its weights are read, unless it fits the store and ``settings``.
+        """Read the draft in ``folder``. Raises MismatchError, before its weights are read, unless
+        it fits the store and ``settings``.
 
-        ``target``, ``stored``: the store's target and the layers that it holds; ``settings``: a ``TrainConfig``.
+        ``target``, ``stored``: the store's target and the layers that it holds; ``settings``: a
+        ``TrainConfig``.
         """
         config = load_config(folder)
         kind, wanted = drafter(config.speculator_type), drafter(settings.speculator_type)
         if not wanted.starts_from(kind):
             raise MismatchError(
-                f"--init-from {folder}: a {wanted.name} draft cannot begin with a {kind.name} draft's tensors; "
+                f"--init-from {folder}: a {wanted.name} draft cannot begin with a {kind.name} "
+                "draft's tensors; "
                 f"use --speculator-type {kind.name}, or leave --init-from out"
             )
         _fits(folder, config, target, stored)
@@ -111,19 +121,24 @@ class Origin:
         return cls(folder, config, kind.learnt(tensors, path), ids, digest)
 
     def shaped(self, config: DraftConfig) -> DraftConfig:
-        """``config``, which the settings ask for, with what the tensors were trained with. Raises MismatchError for another width."""
+        """``config``, which the settings ask for, with what the tensors were trained with. Raises
+        MismatchError for another width.
+        """
         for field, flag in _WIDTHS.items():
             now, then = getattr(config, field), getattr(self.config, field)
             if now != then:
                 raise MismatchError(
-                    f"--init-from {self.folder}: its layers have {field} {then}, this training {now}; "
+                    f"--init-from {self.folder}: its layers have {field} {then}, this training "
+                    f"{now}; "
                     f"use {flag} {then}, or leave --init-from out"
                 )
         kept: dict[str, Any] = {name: getattr(self.config, name) for name in _KEPT}
         return dataclasses.replace(config, target_layer_ids=self.config.target_layer_ids, **kept)
 
     def give(self, model: DraftModel, target: TargetWeights) -> Start:
-        """Copy what fits into ``model``, untrained, on the CPU or not. Raises DraftError for another model's draft."""
+        """Copy what fits into ``model``, untrained, on the CPU or not. Raises DraftError for
+        another model's draft.
+        """
         with_ids = model.frozen_head.draft_ids
         same_ids = _same(self.draft_ids, with_ids)
         check_frozen(self.tensors, target, self.draft_ids, Path(self.folder) / WEIGHTS)
@@ -131,7 +146,12 @@ class Origin:
         begun, taken = dict[str, str](), set[str]()
         for name, parameter in model.trained():
             value = stored.get(name)
-            if value is not None and name == _W2 and not same_ids and value.shape[1] == parameter.shape[1]:
+            if (
+                value is not None
+                and name == _W2
+                and not same_ids
+                and value.shape[1] == parameter.shape[1]
+            ):
                 begun |= self._rows(parameter, value, with_ids)
                 taken.add(name)
             elif value is not None and value.shape == parameter.shape:
@@ -139,15 +159,25 @@ class Origin:
                 taken.add(name)
             elif value is not None and not name.startswith(_HEADS):
                 found, expected = list(value.shape), list(parameter.shape)
-                raise MismatchError(f"--init-from {self.folder}: {name} is {found}, this draft's {expected}")
+                raise MismatchError(
+                    f"--init-from {self.folder}: {name} is {found}, this draft's {expected}"
+                )
             else:
                 begun[name] = _began(parameter, name, value)
         model.join()
-        left = {n: _why(n, t, dict(model.trained())) for n, t in sorted(stored.items()) if n not in taken}
-        return Start(self.folder, self.weights_sha256, len(taken), left, begun, self._changed(model.config))
+        left = {
+            n: _why(n, t, dict(model.trained()))
+            for n, t in sorted(stored.items())
+            if n not in taken
+        }
+        return Start(
+            self.folder, self.weights_sha256, len(taken), left, begun, self._changed(model.config)
+        )
 
     def _rows(self, parameter: Tensor, value: Tensor, ids: Tensor | None) -> dict[str, str]:
-        """Copy the rows of W2 whose token both vocabularies have; the others stay as in any training."""
+        """Copy the rows of W2 whose token both vocabularies have; the others stay as in any
+        training.
+        """
         whole = self.config.vocab_size
         own = torch.arange(whole) if self.draft_ids is None else self.draft_ids
         wanted = torch.arange(whole) if ids is None else ids.cpu()
@@ -161,7 +191,10 @@ class Origin:
         dropped = own.shape[0] - at.shape[0]
         if not fresh and not dropped:
             return {}
-        return {_W2: f"{fresh} of {wanted.shape[0]} rows, of tokens that the earlier vocabulary lacks; {dropped} of its rows not taken"}  # fmt: skip
+        return {
+            _W2: f"{fresh} of {wanted.shape[0]} rows, of tokens that the earlier vocabulary lacks; "
+            f"{dropped} of its rows not taken"
+        }
 
     def _changed(self, config: DraftConfig) -> dict[str, str]:
         fields = (
@@ -181,7 +214,9 @@ class Origin:
 
 
 def settings_of(folder: str) -> dict[str, Any]:
-    """The settings of a training that make a draft of the shape of the one in ``folder``; flags that are given win over them."""
+    """The settings of a training that make a draft of the shape of the one in ``folder``; flags
+    that are given win over them.
+    """
     c = load_config(folder)
     out: dict[str, Any] = {
         "speculator_type": c.speculator_type,
@@ -209,13 +244,15 @@ def _fits(folder: str, config: DraftConfig, target: TargetInfo, stored: list[int
     ):
         if own != theirs:
             raise MismatchError(
-                f"--init-from {folder}: the draft's {name} is {own}, that of the store's target {target.id} is {theirs}: "
+                f"--init-from {folder}: the draft's {name} is {own}, that of the store's target "
+                f"{target.id} is {theirs}: "
                 "a draft of another model"
             )
     if missing := sorted(set(config.target_layer_ids) - set(stored)):
         layers = ",".join(map(str, config.target_layer_ids))
         raise MismatchError(
-            f"--init-from {folder}: the draft reads the outputs of layers {layers}, the store holds {stored}, not {missing}. "
+            f"--init-from {folder}: the draft reads the outputs of layers {layers}, the store "
+            f"holds {stored}, not {missing}. "
             f"Dump one with --layers {layers}, or leave --init-from out"
         )
 

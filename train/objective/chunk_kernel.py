@@ -1,15 +1,20 @@
-"""The chunk of the objective as one Triton kernel: what ``objective.chunk_terms`` computes, without a tensor in between.
+"""The chunk of the objective as one Triton kernel: what ``objective.chunk_terms`` computes, without
+a tensor in between.
 
-Legend: n slots of a chunk, d <= n rows of target logits that they share, V target vocabulary, Vd draft vocabulary.
+Legend: n slots of a chunk, d <= n rows of target logits that they share, V target vocabulary, Vd
+draft vocabulary.
 
-One program per slot reads the slot's two rows of logits three times: for both log-sum-exps and argmaxes; backwards, for L1 and
-``<s, p_d>``; and to write the gradient over the draft's logits. Slots side by side share a target row, which the cache serves to all
-but the first. So a chunk costs 3 reads and 1 write of n rows and 3 reads of d rows of logits in their own dtype, less what the cache
-keeps between two passes, and no fp32 tensor of the vocabulary's size exists. Kernels of other projects (liger-kernel, cut-cross-entropy) fuse the head's product with a
-cross-entropy against labels or one divergence between two heads' outputs; none gives CE, L1, the accept rate and the gradient of
-all of them at once.
+One program per slot reads the slot's two rows of logits three times: for both log-sum-exps and
+argmaxes; backwards, for L1 and ``<s, p_d>``; and to write the gradient over the draft's logits.
+Slots side by side share a target row, which the cache serves to all but the first. So a chunk costs
+3 reads and 1 write of n rows and 3 reads of d rows of logits in their own dtype, less what the
+cache keeps between two passes, and no fp32 tensor of the vocabulary's size exists. Kernels of other
+projects (liger-kernel, cut-cross-entropy) fuse the head's product with a cross-entropy against
+labels or one divergence between two heads' outputs; none gives CE, L1, the accept rate and the
+gradient of all of them at once.
 
-Import only where triton is there (CUDA builds of torch bring it); ``objective`` does so when its tensors are on CUDA.
+Import only where triton is there (CUDA builds of torch bring it); ``objective`` does so when its
+tensors are on CUDA.
 """
 
 from __future__ import annotations
@@ -21,16 +26,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# One program fills a multiprocessor, so that few rows are on their way at once and the cache still holds the end of a slot's rows when
-# the next pass begins there (measured, docs/log/2026-11-22-step-44ms.md: 1.21 ms per chunk of 1,792 slots, 1.38 with 8 warps).
+# One program fills a multiprocessor, so that few rows are on their way at once and the cache still
+# holds the end of a slot's rows when the next pass begins there (measured,
+# docs/log/2026-11-22-step-44ms.md: 1.21 ms per chunk of 1,792 slots, 1.38 with 8 warps).
 TILE = 4096
 WARPS = 32
 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def log_sum_exp(logits, size, lane, TILE: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Of ``size`` logits, and where the largest is: one pass. Each lane keeps its own largest and sum, so that lanes wait for each other
-    once, at the end, and not at every tile.
+    """Of ``size`` logits, and where the largest is: one pass. Each lane keeps its own largest and
+    sum, so that lanes wait for each other once, at the end, and not at every tile.
     """
     # Finite: the difference of two -inf, as lanes past the end would form it, is NaN.
     top = tl.full([TILE], -3e38, tl.float32)
@@ -38,7 +44,9 @@ def log_sum_exp(logits, size, lane, TILE: tl.constexpr):  # type: ignore[no-unty
     best = tl.zeros([TILE], tl.int32)
     for at in range(0, size, TILE):
         column = at + lane
-        x = tl.load(logits + column, mask=column < size, other=-float("inf"), eviction_policy="evict_last")
+        x = tl.load(
+            logits + column, mask=column < size, other=-float("inf"), eviction_policy="evict_last"
+        )
         x = x.to(tl.float32)
         higher = x > top
         # One of the two terms of the sum is always exp(0).
@@ -53,9 +61,19 @@ def log_sum_exp(logits, size, lane, TILE: tl.constexpr):  # type: ignore[no-unty
 
 @triton.jit  # type: ignore[untyped-decorator]
 def probabilities(  # type: ignore[no-untyped-def]
-    draft, target, draft_ids, column, draft_size, log_d, log_t, REDUCED: tl.constexpr, KEEP: tl.constexpr
+    draft,
+    target,
+    draft_ids,
+    column,
+    draft_size,
+    log_d,
+    log_t,
+    REDUCED: tl.constexpr,
+    KEEP: tl.constexpr,
 ):
-    """Of the draft's tokens ``column``: the draft's and the target's; 0 past the end. ``KEEP``: what the cache shall do with them."""
+    """Of the draft's tokens ``column``: the draft's and the target's; 0 past the end. ``KEEP``:
+    what the cache shall do with them.
+    """
     real = column < draft_size
     x = tl.load(draft + column, mask=real, other=-float("inf"), eviction_policy=KEEP).to(tl.float32)
     if REDUCED:
@@ -110,7 +128,8 @@ def slot_terms(  # type: ignore[no-untyped-def]
         inside += q
     total = tl.sum(distance, 0)
     if REDUCED:
-        # What the target gives to tokens that the draft cannot produce is lost whatever the draft does.
+        # What the target gives to tokens that the draft cannot produce is lost whatever the draft
+        # does.
         total += tl.maximum(1.0 - tl.sum(inside, 0), 0.0)
         best_d = tl.load(draft_ids + best_d)
     mean_sign = tl.sum(signed, 0)
@@ -127,7 +146,9 @@ def slot_terms(  # type: ignore[no-untyped-def]
         tl.debug_barrier()
         for at in range(0, draft_size, TILE):
             column = at + lane
-            p, q = probabilities(draft, target, draft_ids, column, draft_size, log_d, log_t, REDUCED, "")
+            p, q = probabilities(
+                draft, target, draft_ids, column, draft_size, log_d, log_t, REDUCED, ""
+            )
             difference = p - q
             sign = tl.where(difference > 0, 1.0, tl.where(difference < 0, -1.0, 0.0))
             slope = p * (weight_l1 * (sign - mean_sign) + weight_ce)
@@ -146,7 +167,9 @@ def chunk_terms(
     with_gradient: bool,
     kernel: Any = slot_terms,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """As ``objective.chunk_terms``; ``draft`` is overwritten with the gradient, which is returned. fp32 inside, no fp64."""
+    """As ``objective.chunk_terms``; ``draft`` is overwritten with the gradient, which is returned.
+    fp32 inside, no fp64.
+    """
     slots, draft_size = draft.shape
     assert draft.stride(1) == target.stride(1) == 1
     ce, l1 = (torch.empty(slots, dtype=torch.float32, device=draft.device) for _ in range(2))

@@ -2,15 +2,17 @@
 
 Legend: B slots of a block, A anchors, N counted slots.
 
-accept_rate at k: mean of ``1 - L1/2`` over the counted slots k. mean_accepted_length (tau): mean over *full* blocks (all
-B slots counted) of ``1 + sum_k prod_{j<=k} accept_j``; a block cut short by the end of its text could never reach B, so
-it says nothing about the draft (DeepSpec averages over every block that counts a slot, with 0 for the others, and so
-reports a lower number on the same states). position_accuracy at k: share of counted slots whose draft argmax is the *target's*
-argmax (not the data's token), with the Markov bias of the data's previous token; full_accuracy: share of full blocks with
-all B right. Losses are the weighted means of the objective.
+accept_rate at k: mean of ``1 - L1/2`` over the counted slots k. mean_accepted_length (tau): mean
+over *full* blocks (all B slots counted) of ``1 + sum_k prod_{j<=k} accept_j``; a block cut short by
+the end of its text could never reach B, so it says nothing about the draft (DeepSpec averages over
+every block that counts a slot, with 0 for the others, and so reports a lower number on the same
+states). position_accuracy at k: share of counted slots whose draft argmax is the *target's* argmax
+(not the data's token), with the Markov bias of the data's previous token; full_accuracy: share of
+full blocks with all B right. Losses are the weighted means of the objective.
 
-Calibration: a slot of confidence c and acceptance a counts as a parts accepted and 1-a parts rejected, in BINS equal bins
-of c. ECE = sum over bins of share * |mean c - mean a|; AUROC from the same bins, ties within a bin counted half.
+Calibration: a slot of confidence c and acceptance a counts as a parts accepted and 1-a parts
+rejected, in BINS equal bins of c. ECE = sum over bins of share * |mean c - mean a|; AUROC from the
+same bins, ties within a bin counted half.
 """
 
 from __future__ import annotations
@@ -24,16 +26,35 @@ from dspark.train.objective.objective import ObjectiveOutput, SlotInputs
 BINS = 100
 Score = dict[str, float | int | list[float] | None]
 
-_SCALARS = ("blocks", "slots", "full_blocks", "full_correct", "tau", "ce", "ce_weight", "l1", "weight",
-            "confidence", "confidence_weight", "confidence_abs_error", "confidence_bias", "kl", "kl_weight")  # fmt: skip
+_SCALARS = (
+    "blocks",
+    "slots",
+    "full_blocks",
+    "full_correct",
+    "tau",
+    "ce",
+    "ce_weight",
+    "l1",
+    "weight",
+    "confidence",
+    "confidence_weight",
+    "confidence_abs_error",
+    "confidence_bias",
+    "kl",
+    "kl_weight",
+)
 
 
 class SlotMetrics:
-    """Sums over any number of rows. ``sums`` is one float64 vector, so that ranks need one all-reduce."""
+    """Sums over any number of rows. ``sums`` is one float64 vector, so that ranks need one
+    all-reduce.
+    """
 
     def __init__(self, block_size: int, device: torch.device | str = "cpu") -> None:
         self.block_size = block_size
-        self.sums = torch.zeros(len(_SCALARS) + 3 * block_size + 3 * BINS, dtype=torch.float64, device=device)
+        self.sums = torch.zeros(
+            len(_SCALARS) + 3 * block_size + 3 * BINS, dtype=torch.float64, device=device
+        )
 
     def add(self, batch: Batch, slots: SlotInputs, out: ObjectiveOutput) -> None:
         """One row. No value leaves the device."""
@@ -71,12 +92,16 @@ class SlotMetrics:
             at = at.clamp(max=BINS - 1)
             values = torch.stack([torch.ones_like(guess), guess, accept])
             bins = bins.index_add(1, at, values)
-        scalars += [zero] * 2 if out.kl is None else [(weight * out.kl.to(wide)).sum(), weight.sum()]
+        scalars += (
+            [zero] * 2 if out.kl is None else [(weight * out.kl.to(wide)).sum(), weight.sum()]
+        )
         per_slot = [accepts.sum(0), hits.sum(0), batch.counted.sum(0).to(wide)]
         self.sums += torch.cat([torch.stack(scalars), *per_slot, bins.flatten()])
 
     def to_host(self) -> SlotMetrics:
-        """The same sums on the CPU. From a GPU their copy is only queued: wait for what is queued before reading it."""
+        """The same sums on the CPU. From a GPU their copy is only queued: wait for what is queued
+        before reading it.
+        """
         copy = SlotMetrics(self.block_size)
         copy.sums = self.sums.to("cpu", non_blocking=True)
         return copy
@@ -123,7 +148,9 @@ def expected_calibration_error(bins: Tensor) -> float | None:
 
 
 def auroc(bins: Tensor) -> float | None:
-    """Probability that an accepted token had more confidence than a rejected one, from the bins; None if all are one kind."""
+    """Probability that an accepted token had more confidence than a rejected one, from the bins;
+    None if all are one kind.
+    """
     count, _, accepted = bins
     rejected = count - accepted
     below = rejected.cumsum(0) - rejected

@@ -1,23 +1,29 @@
-"""The training objective of every draft, and its gradients, without a tensor of slots x vocabulary outliving a chunk.
+"""The training objective of every draft, and its gradients, without a tensor of slots x vocabulary
+outliving a chunk.
 
-Legend: N counted slots, H hidden size, V target vocabulary, Vd draft vocabulary, r Markov rank, A anchors, B slots of a block.
+Legend: N counted slots, H hidden size, V target vocabulary, Vd draft vocabulary, r Markov rank, A
+anchors, B slots of a block.
 
-For a slot with draft distribution p_d and target distribution p_t (both softmax, fp32), data token y and weight
-``w = exp(-k / decay)``::
+For a slot with draft distribution p_d and target distribution p_t (both softmax, fp32), data token
+y and weight ``w = exp(-k / decay)``::
 
-    CE = -log p_d(y)      L1 = sum_v |p_d(v) - p_t(v)| = 2 TV      BCE = bce(confidence, 1 - L1/2 detached)
+    CE = -log p_d(y)      L1 = sum_v |p_d(v) - p_t(v)| = 2 TV BCE = bce(confidence, 1 - L1/2
+                          detached)
     loss = ce * sum(w CE)/D_ce + l1 * sum(w L1)/D_l1 + confidence * sum(w BCE)/D_confidence
 
-The denominators D are passed in, so that the rows of one optimizer step (on any number of ranks) share one mean.
-With a reduced vocabulary p_t stays the softmax over all V and p_d is 0 outside Vd; CE skips labels outside Vd.
+The denominators D are passed in, so that the rows of one optimizer step (on any number of ranks)
+share one mean.
+With a reduced vocabulary p_t stays the softmax over all V and p_d is 0 outside Vd; CE skips labels
+outside Vd.
 
-``l1`` weighs L1, ``tv`` weighs TV = L1/2: ``{"ce": 0.1, "l1": 0.9}`` (DeepSpec's objective, the default) equals
-``{"ce": 0.1, "tv": 1.8}``, and ``{"ce": 0.1, "tv": 0.9}`` weighs the distance half as much. ``kl`` weighs the divergence of
-``objective/kl.py``, over the denominator of L1.
+``l1`` weighs L1, ``tv`` weighs TV = L1/2: ``{"ce": 0.1, "l1": 0.9}`` (DeepSpec's objective, the
+default) equals ``{"ce": 0.1, "tv": 1.8}``, and ``{"ce": 0.1, "tv": 0.9}`` weighs the distance half
+as much. ``kl`` weighs the divergence of ``objective/kl.py``, over the denominator of L1.
 
-How: both softmaxes of a chunk are computed once, give losses, metrics and gradient together, and the gradient goes to
-h, z and W2 at once. d(L1)/d(logits) = p_d * (s - <s, p_d>) with s = sign(p_d - p_t). On CUDA a chunk is one Triton kernel
-(``fused.chunk_terms``), elsewhere plain torch (``chunk_terms``). ``reference_loss`` is the same in plain autograd, for tests.
+How: both softmaxes of a chunk are computed once, give losses, metrics and gradient together, and
+the gradient goes to h, z and W2 at once. d(L1)/d(logits) = p_d * (s - <s, p_d>) with s = sign(p_d -
+p_t). On CUDA a chunk is one Triton kernel (``fused.chunk_terms``), elsewhere plain torch
+(``chunk_terms``). ``reference_loss`` is the same in plain autograd, for tests.
 """
 
 from __future__ import annotations
@@ -38,17 +44,21 @@ from dspark.train.objective.kl import kl_terms
 from dspark.train.objective.states import FrozenHead, SlotStates
 from dspark.train.ops.scaled import write_scaled
 
-# Logits of a chunk. On CUDA two [chunk, V] tensors live at a time, 1.1 GB in bfloat16 (up to a tile of rows more): 1,792 slots of Qwen3's
-# 151,936 tokens, half of 512 blocks of 7. On a CPU a few in fp32, and its caches like small ones.
+# Logits of a chunk. On CUDA two [chunk, V] tensors live at a time, 1.1 GB in bfloat16 (up to a tile
+# of rows more): 1,792 slots of Qwen3's 151,936 tokens, half of 512 blocks of 7. On a CPU a few in
+# fp32, and its caches like small ones.
 CHUNK_LOGITS = {"cuda": 274_000_000, "cpu": 1 << 23}
-# Rows of a tile of the GPU's matrix products: a chunk of whole tiles leaves none partly idle, and rows that count a few slots more or
-# less need buffers of the same size, which the allocator gives again.
+# Rows of a tile of the GPU's matrix products: a chunk of whole tiles leaves none partly idle, and
+# rows that count a few slots more or less need buffers of the same size, which the allocator gives
+# again.
 TILE_ROWS = {"cuda": 128}
 
-# Whether torch adds a product of bfloat16 matrices to a float32 one on CUDA: seen in 2.11; 2.9 wants a sum of the matrices' dtype.
+# Whether torch adds a product of bfloat16 matrices to a float32 one on CUDA: seen in 2.11; 2.9
+# wants a sum of the matrices' dtype.
 ADDS_WIDE = torch.__version__ >= "2.11"
 
-# Logits of draft and target, the target's row of each slot, draft ids, labels, the two scales, whether gradients are wanted -> CE, L1, hit, gradient.
+# Logits of draft and target, the target's row of each slot, draft ids, labels, the two scales,
+# whether gradients are wanted -> CE, L1, hit, gradient.
 ChunkTerms = Callable[
     [Tensor, Tensor, Tensor, Tensor | None, Tensor, Tensor, Tensor, bool],
     tuple[Tensor, Tensor, Tensor, Tensor | None],
@@ -57,7 +67,9 @@ ChunkTerms = Callable[
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ObjectiveConfig:
-    """Weights of the three terms (``l1`` on L1 = 2 TV) and the decay of slot weights (0: all slots weigh 1)."""
+    """Weights of the three terms (``l1`` on L1 = 2 TV) and the decay of slot weights (0: all slots
+    weigh 1).
+    """
 
     ce: float = 0.1
     l1: float = 0.9
@@ -69,13 +81,17 @@ class ObjectiveConfig:
         for name in ("ce", "l1", "confidence", "decay", "kl"):
             value = getattr(self, name)
             if not math.isfinite(value) or value < 0:
-                raise UsageError(f"objective: {name} is {value}; expected a finite number, 0 or more")
+                raise UsageError(
+                    f"objective: {name} is {value}; expected a finite number, 0 or more"
+                )
         if self.ce + self.l1 + self.kl == 0:
             raise UsageError("objective: ce, l1 and kl are all 0, so the draft would learn nothing")
 
     @classmethod
     def from_json(cls, text: str, *, confidence: float = 1.0, decay: float = 4.0) -> Self:
-        """From ``--loss-fn``: a JSON object with keys ``ce``, ``l1`` or ``tv``, ``kl``; a missing key weighs 0."""
+        """From ``--loss-fn``: a JSON object with keys ``ce``, ``l1`` or ``tv``, ``kl``; a missing
+        key weighs 0.
+        """
         try:
             given: Any = json_text.loads(text)
         except ValueError as wrong:
@@ -83,25 +99,35 @@ class ObjectiveConfig:
                 f'--loss-fn is not JSON ({wrong}); expected e.g. {{"ce":0.1,"l1":0.9}}'
             ) from wrong
         if not isinstance(given, dict):
-            raise UsageError(f'--loss-fn is {text}; expected a JSON object, e.g. {{"ce":0.1,"l1":0.9}}')
+            raise UsageError(
+                f'--loss-fn is {text}; expected a JSON object, e.g. {{"ce":0.1,"l1":0.9}}'
+            )
         unknown = sorted(set(given) - {"ce", "l1", "tv", "kl"})
         if unknown:
             raise UsageError(
                 f"--loss-fn has unknown keys {', '.join(unknown)}; known: ce, l1, tv (= l1 / 2), kl"
             )
         if "l1" in given and "tv" in given:
-            raise UsageError("--loss-fn has both l1 and tv; they are one term (l1 = 2 tv), give one")
+            raise UsageError(
+                "--loss-fn has both l1 and tv; they are one term (l1 = 2 tv), give one"
+            )
         for key, value in given.items():
             if isinstance(value, bool) or not isinstance(value, int | float):
                 raise UsageError(f"--loss-fn: {key} is {value!r}; expected a number")
         distance = given.get("l1", given.get("tv", 0.0) / 2)
         return cls(
-            ce=float(given.get("ce", 0.0)), l1=float(distance), confidence=confidence, decay=decay, kl=float(given.get("kl", 0.0))
-        )  # fmt: skip
+            ce=float(given.get("ce", 0.0)),
+            l1=float(distance),
+            confidence=confidence,
+            decay=decay,
+            kl=float(given.get("kl", 0.0)),
+        )
 
 
 def slot_weights(block_size: int, decay: float, device: torch.device | str = "cpu") -> Tensor:
-    """``exp(-k / decay)`` of every slot, float32[B]; ones if ``decay`` is 0. Made on ``device``: a copy to it would wait for it."""
+    """``exp(-k / decay)`` of every slot, float32[B]; ones if ``decay`` is 0. Made on ``device``: a
+    copy to it would wait for it.
+    """
     if decay == 0:
         return torch.ones(block_size, device=device)
     return torch.exp(-torch.arange(block_size, dtype=torch.float32, device=device) / decay)
@@ -109,18 +135,24 @@ def slot_weights(block_size: int, decay: float, device: torch.device | str = "cp
 
 @dataclass(frozen=True, slots=True)
 class Denominators:
-    """Sums of weights that each term is divided by; add up those of all rows (and ranks) of a step."""
+    """Sums of weights that each term is divided by; add up those of all rows (and ranks) of a
+    step.
+    """
 
     ce: float
     l1: float
     confidence: float
 
     def __add__(self, other: Denominators) -> Denominators:
-        return Denominators(self.ce + other.ce, self.l1 + other.l1, self.confidence + other.confidence)
+        return Denominators(
+            self.ce + other.ce, self.l1 + other.l1, self.confidence + other.confidence
+        )
 
     @classmethod
     def of(cls, batch: Batch, decay: float, to_draft: Tensor | None = None) -> Denominators:
-        """Of one row; cheap and needs no model. Call it on the CPU batch, before the row is moved."""
+        """Of one row; cheap and needs no model. Call it on the CPU batch, before the row is
+        moved.
+        """
         weight = slot_weights(batch.block_size, decay, batch.counted.device) * batch.counted
         total = float(weight.sum(dtype=torch.float64))
         if to_draft is None:
@@ -131,7 +163,9 @@ class Denominators:
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """A run of ``slots`` and the run of ``rows`` of ``SlotInputs.target`` that they are held to; never more rows than slots."""
+    """A run of ``slots`` and the run of ``rows`` of ``SlotInputs.target`` that they are held to;
+    never more rows than slots.
+    """
 
     slots: slice
     rows: slice
@@ -139,11 +173,13 @@ class Chunk:
 
 @dataclass(frozen=True, slots=True)
 class SlotInputs:
-    """The counted slots of a row: ``h`` [N, H], ``z`` [N, r] and ``w2`` [Vd, r] or None, ``confidence`` logits [N] or None,
-    ``target`` [D, H] last states after the target's final norm, ``labels`` int64[N] target ids, ``weight`` [N].
+    """The counted slots of a row: ``h`` [N, H], ``z`` [N, r] and ``w2`` [Vd, r] or None,
+    ``confidence`` logits [N] or None, ``target`` [D, H] last states after the target's final norm,
+    ``labels`` int64[N] target ids, ``weight`` [N].
 
-    Slot i is held to row ``target_at[i]`` of ``target``, int64[N], rising by 0 or 1; ``target_at_host`` is the same on the CPU (it may
-    be left out where ``target_at`` is there already). Without ``target_at`` each slot has a row of its own, D = N.
+    Slot i is held to row ``target_at[i]`` of ``target``, int64[N], rising by 0 or 1;
+    ``target_at_host`` is the same on the CPU (it may be left out where ``target_at`` is there
+    already). Without ``target_at`` each slot has a row of its own, D = N.
     """
 
     h: Tensor
@@ -159,14 +195,17 @@ class SlotInputs:
     @classmethod
     def gather(cls, batch: Batch, states: SlotStates, decay: float) -> SlotInputs:
         """The slots that count, so that no logit is computed for the others."""
-        # index_select, not [at]: no slot comes twice, and the backward pass of [at] sorts the indices to add up those that do.
+        # index_select, not [at]: no slot comes twice, and the backward pass of [at] sorts the
+        # indices to add up those that do.
         at = batch.slots
         weight = slot_weights(batch.block_size, decay, at.device)
         return cls(
             h=states.h.flatten(0, 1).index_select(0, at),
             z=None if states.z is None else states.z.flatten(0, 1).index_select(0, at),
             w2=states.w2,
-            confidence=None if states.confidence is None else states.confidence.flatten().index_select(0, at),
+            confidence=None
+            if states.confidence is None
+            else states.confidence.flatten().index_select(0, at),
             target=batch.last[batch.target_rows],
             labels=batch.label_ids.flatten()[at],
             weight=weight[at % batch.block_size],
@@ -179,7 +218,9 @@ class SlotInputs:
         count = self.labels.shape[0]
         at = self.target_at if self.target_at_host is None else self.target_at_host
         at = torch.arange(count) if at is None else at
-        assert at.device.type == "cpu", "reading target_at would wait for the device: give target_at_host"
+        assert at.device.type == "cpu", (
+            "reading target_at would wait for the device: give target_at_host"
+        )
         starts = list(range(0, count, rows))
         ends = [min(start + rows, count) for start in starts]
         firsts, lasts = at[starts].tolist(), at[[end - 1 for end in ends]].tolist()
@@ -191,9 +232,10 @@ class SlotInputs:
 
 @dataclass(frozen=True, slots=True)
 class ObjectiveOutput:
-    """``loss`` carries gradients. The rest is detached, a value a slot [N]: ``ce`` (0 where the label is outside Vd),
-    ``l1``, ``kl`` (None where it weighs nothing), ``confidence`` BCE and ``confidence_probability`` (None without the head), ``hit`` = draft's argmax is the
-    target's, and ``ce_known`` = CE counts.
+    """``loss`` carries gradients. The rest is detached, a value a slot [N]: ``ce`` (0 where the
+    label is outside Vd), ``l1``, ``kl`` (None where it weighs nothing), ``confidence`` BCE and
+    ``confidence_probability`` (None without the head), ``hit`` = draft's argmax is the target's,
+    and ``ce_known`` = CE counts.
     """
 
     loss: Tensor
@@ -221,15 +263,21 @@ def objective(
     terms: ChunkTerms | None = None,
     weights: Tensor | None = None,
 ) -> ObjectiveOutput:
-    """The loss of one row's share of a step. Products run in the dtype of ``head.lm_head``, softmax and sums in fp32.
+    """The loss of one row's share of a step. Products run in the dtype of ``head.lm_head``, softmax
+    and sums in fp32.
 
-    ``chunk_rows`` slots at a time, by default ``chunk_rows_for`` them, in chunks of nearly equal size.
-    ``terms`` replaces the work on a chunk (default: Triton on CUDA, plain torch elsewhere). ``weights`` [N] are CE's and L1's in the place
-    of ``slots.weight``, which the confidence keeps.
+    ``chunk_rows`` slots at a time, by default ``chunk_rows_for`` them, in chunks of nearly equal
+    size.
+    ``terms`` replaces the work on a chunk (default: Triton on CUDA, plain torch elsewhere).
+    ``weights`` [N] are CE's and L1's in the place of ``slots.weight``, which the confidence keeps.
     """
     dtype, wide = head.lm_head.dtype, _wide(slots.h.dtype)
     device, count = slots.h.device.type, slots.h.shape[0]
-    rows = _even(count, chunk_rows) if chunk_rows else chunk_rows_for(count, head.lm_head.shape[0], device)
+    rows = (
+        _even(count, chunk_rows)
+        if chunk_rows
+        else chunk_rows_for(count, head.lm_head.shape[0], device)
+    )
     labels = slots.labels if head.to_draft is None else head.to_draft[slots.labels]
     weight = slots.weight.to(wide)
     known = labels >= 0
@@ -256,21 +304,29 @@ def objective(
     bce = probability = None
     if slots.confidence is not None:
         accept = (1 - 0.5 * l1).clamp(0, 1)
-        term = F.binary_cross_entropy_with_logits(slots.confidence.to(wide), accept, reduction="none")
-        loss = loss + (config.confidence / max(denominators.confidence, 1e-12)) * (weight * term).sum()
+        term = F.binary_cross_entropy_with_logits(
+            slots.confidence.to(wide), accept, reduction="none"
+        )
+        loss = (
+            loss + (config.confidence / max(denominators.confidence, 1e-12)) * (weight * term).sum()
+        )
         bce, probability = term.detach(), slots.confidence.detach().to(wide).sigmoid()
     return ObjectiveOutput(loss, ce, l1, bce, probability, hit, known, kl if config.kl else None)
 
 
 def chunk_rows_for(count: int, vocab_size: int, device: str) -> int:
-    """Slots of a chunk: as few chunks of ``count`` slots as ``CHUNK_LOGITS`` allows, of equal size, in whole tiles of the device."""
+    """Slots of a chunk: as few chunks of ``count`` slots as ``CHUNK_LOGITS`` allows, of equal size,
+    in whole tiles of the device.
+    """
     rows = _even(count, max(1, CHUNK_LOGITS.get(device, CHUNK_LOGITS["cpu"]) // vocab_size))
     tile = TILE_ROWS.get(device, 1)
     return -(-rows // tile) * tile
 
 
 def _even(count: int, most: int) -> int:
-    """Size of the chunks, all but the last, when ``count`` is cut into as few as ``most`` allows."""
+    """Size of the chunks, all but the last, when ``count`` is cut into as few as ``most``
+    allows.
+    """
     return max(1, -(-count // max(1, -(-count // most))))
 
 
@@ -288,10 +344,11 @@ def _terms_for(device: str, wide: torch.dtype) -> ChunkTerms:
 
 
 def plus_product(total: Tensor | None, a: Tensor, b: Tensor, wide: torch.dtype) -> Tensor:
-    """``total`` [m, n] in ``wide``, changed in place, plus ``a @ b`` of [m, k] and [k, n]; without it the product alone.
+    """``total`` [m, n] in ``wide``, changed in place, plus ``a @ b`` of [m, k] and [k, n]; without
+    it the product alone.
 
-    On CUDA the product adds up in ``wide`` and is not rounded before: of a vocabulary's size, a product of its own would be written in
-    ``a``'s dtype, read again and added in another pass.
+    On CUDA the product adds up in ``wide`` and is not rounded before: of a vocabulary's size, a
+    product of its own would be written in ``a``'s dtype, read again and added in another pass.
     """
     if a.is_cuda and a.dtype != wide and ADDS_WIDE:
         if total is None:
@@ -311,9 +368,10 @@ def chunk_terms(
     scale_l1: Tensor,
     with_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """From logits ``draft`` [n, Vd] and ``target`` [d, V] of a chunk, slot i held to row ``target_at[i]`` int64[n]: CE [n], L1 [n],
-    hit [n] and, unless only values are wanted, d(loss)/d(draft logits) [n, Vd]. ``labels`` int64[n] are rows of the draft's
-    vocabulary, -1 outside it.
+    """From logits ``draft`` [n, Vd] and ``target`` [d, V] of a chunk, slot i held to row
+    ``target_at[i]`` int64[n]: CE [n], L1 [n], hit [n] and, unless only values are wanted,
+    d(loss)/d(draft logits) [n, Vd]. ``labels`` int64[n] are rows of the draft's vocabulary, -1
+    outside it.
     """
     target = target[target_at]
     wide = _wide(draft.dtype)
@@ -326,7 +384,8 @@ def chunk_terms(
         difference = p - q
         l1 = difference.abs().sum(-1)
     else:
-        # What the target gives to tokens that the draft cannot produce is lost whatever the draft does.
+        # What the target gives to tokens that the draft cannot produce is lost whatever the draft
+        # does.
         inside = q[:, draft_ids]
         difference = p - inside
         l1 = difference.abs().sum(-1) + (1 - inside.sum(-1)).clamp(min=0)
@@ -344,10 +403,12 @@ def chunk_terms(
 
 
 class _ChunkedTerms(torch.autograd.Function):
-    """``sum(scale_ce * CE + scale_l1 * L1)``; gradients are made in the forward, the backward only scales them.
+    """``sum(scale_ce * CE + scale_l1 * L1)``; gradients are made in the forward, the backward only
+    scales them.
 
-    ``x`` [N, K] is [h | z], K = H + r, with a Markov head and h alone without (``w2`` None): the draft's logits are one product with
-    [head | W2], and d_x one product with their gradient. A product of its own would read and write (or read) all [n, Vd] once more.
+    ``x`` [N, K] is [h | z], K = H + r, with a Markov head and h alone without (``w2`` None): the
+    draft's logits are one product with [head | W2], and d_x one product with their gradient. A
+    product of its own would read and write (or read) all [n, Vd] once more.
     """
 
     @staticmethod
@@ -378,7 +439,8 @@ class _ChunkedTerms(torch.autograd.Function):
         d_w2 = None
         if target_at is None:
             target_at = torch.arange(count, device=x.device)
-        # Made once and used by every chunk: what the last chunk left would otherwise live beside the next one's.
+        # Made once and used by every chunk: what the last chunk left would otherwise live beside
+        # the next one's.
         draft_buffer = x.new_empty(rows, matrix.shape[0])
         target_buffer = x.new_empty(rows, head.lm_head.shape[0])
         for chunk in chunks:
@@ -423,7 +485,8 @@ class _ChunkedTerms(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor, *unused: Tensor) -> tuple[Tensor | None, ...]:
         d_x, d_w2 = ctx.saved_tensors
         if d_w2 is not None:
-            # Scaled and rounded in one pass: in fp32 this is the largest tensor here after the logits.
+            # Scaled and rounded in one pass: in fp32 this is the largest tensor here after the
+            # logits.
             d_w2 = write_scaled(torch.empty_like(d_w2, dtype=ctx.w2_dtype), d_w2, grad)
         return d_x * grad.to(d_x.dtype), d_w2, *(None,) * 11
 
@@ -431,10 +494,11 @@ class _ChunkedTerms(torch.autograd.Function):
 def reference_loss(
     slots: SlotInputs, head: FrozenHead, config: ObjectiveConfig, denominators: Denominators
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The same loss in plain autograd, all slots at once, in the dtype of the inputs: ``(loss, CE [N], L1 [N])``.
+    """The same loss in plain autograd, all slots at once, in the dtype of the inputs: ``(loss, CE
+    [N], L1 [N])``.
 
-    Written from the formulas above, with the draft's distribution spread over all V; it shares no code with
-    ``objective``. For tests: it keeps several [N, V] tensors.
+    Written from the formulas above, with the draft's distribution spread over all V; it shares no
+    code with ``objective``. For tests: it keeps several [N, V] tensors.
     """
     logits = slots.h @ head.draft_head.T
     if slots.z is not None:
@@ -453,9 +517,18 @@ def reference_loss(
     if config.kl:
         p_draft = logits.softmax(-1)
         pairs = p_target * (p_target / torch.where(p_draft > 0, p_draft, 1)).log()
-        loss = loss + config.kl * (slots.weight * pairs.where(p_draft > 0, 0).sum(-1)).sum() / denominators.l1
+        loss = (
+            loss
+            + config.kl
+            * (slots.weight * pairs.where(p_draft > 0, 0).sum(-1)).sum()
+            / denominators.l1
+        )
     if slots.confidence is not None:
         goal = 1 - 0.5 * l1.detach()
-        likelihood = goal * F.logsigmoid(slots.confidence) + (1 - goal) * F.logsigmoid(-slots.confidence)
-        loss = loss - config.confidence * (slots.weight * likelihood).sum() / denominators.confidence
+        likelihood = goal * F.logsigmoid(slots.confidence) + (1 - goal) * F.logsigmoid(
+            -slots.confidence
+        )
+        loss = (
+            loss - config.confidence * (slots.weight * likelihood).sum() / denominators.confidence
+        )
     return loss, ce, l1

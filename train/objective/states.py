@@ -1,6 +1,8 @@
-"""What a draft's forward hands to the objective: the states of its slots, and the frozen matrices that make logits of them.
+"""What a draft's forward hands to the objective: the states of its slots, and the frozen matrices
+that make logits of them.
 
-Legend: H hidden size, V/Vd target and draft vocabulary, r Markov rank, A anchors, B slots of a block.
+Legend: H hidden size, V/Vd target and draft vocabulary, r Markov rank, A anchors, B slots of a
+block.
 """
 
 from __future__ import annotations
@@ -18,10 +20,11 @@ from dspark.train.ops.scaled import write_scaled
 class FrozenHead:
     """The target's output matrix and the draft's rows of it.
 
-    ``lm_head`` [V, H], ``draft_head`` [Vd, H] (the same tensor if Vd = V), ``draft_ids`` int64[Vd] target id of a draft row and
-    ``to_draft`` int64[V] its inverse with -1 outside; both None if Vd = V. ``logits``: factor and soft cap of the *target's* logits; the
-    draft's are the head's output as it is, as vLLM serves them. ``wide`` [Vd, H + r] is the memory of which ``draft_head`` is the first
-    H columns, if there is any: the rest is the objective's, for W2.
+    ``lm_head`` [V, H], ``draft_head`` [Vd, H] (the same tensor if Vd = V), ``draft_ids`` int64[Vd]
+    target id of a draft row and ``to_draft`` int64[V] its inverse with -1 outside; both None if Vd
+    = V. ``logits``: factor and soft cap of the *target's* logits; the draft's are the head's output
+    as it is, as vLLM serves them. ``wide`` [Vd, H + r] is the memory of which ``draft_head`` is the
+    first H columns, if there is any: the rest is the objective's, for W2.
     """
 
     lm_head: Tensor
@@ -32,8 +35,9 @@ class FrozenHead:
     wide: Tensor | None = None
 
     def with_markov(self, w2: Tensor) -> Tensor:
-        """``[draft_head | w2]`` [Vd, H + r] for ``w2`` [Vd, r], so that logits and their gradients are one product each. Written into
-        ``wide``, where it stays until the next call; without it, a copy of the head.
+        """``[draft_head | w2]`` [Vd, H + r] for ``w2`` [Vd, r], so that logits and their gradients
+        are one product each. Written into ``wide``, where it stays until the next call; without it,
+        a copy of the head.
         """
         if self.wide is None:
             return torch.cat([self.draft_head, w2], 1)
@@ -41,16 +45,19 @@ class FrozenHead:
         return self.wide
 
     def target_logits(self, last: Tensor, out: Tensor | None = None) -> Tensor:
-        """``last`` [n, H] after the final norm -> [n, V]; the product is made in ``out`` [n, V] if given."""
+        """``last`` [n, H] after the final norm -> [n, V]; the product is made in ``out`` [n, V] if
+        given.
+        """
         return self.logits.of(torch.mm(last, self.lm_head.T, out=out))
 
 
 @dataclass(frozen=True, slots=True)
 class SlotStates:
-    """What a forward gives: ``h`` [A, B, H] after the final norm, Markov latent ``z`` [A, B, r] and ``w2`` [Vd, r], confidence
-    logits [A, B] fp32; None where the draft has no such head.
+    """What a forward gives: ``h`` [A, B, H] after the final norm, Markov latent ``z`` [A, B, r] and
+    ``w2`` [Vd, r], confidence logits [A, B] fp32; None where the draft has no such head.
 
-    ``w2`` comes out of the forward, not off the module, so that sharded training sees it while it is gathered.
+    ``w2`` comes out of the forward, not off the module, so that sharded training sees it while it
+    is gathered.
     """
 
     h: Tensor

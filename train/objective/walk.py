@@ -1,15 +1,20 @@
-"""The walk: how long accepted blocks are at the places where decoding begins them, from a store alone.
+"""The walk: how long accepted blocks are at the places where decoding begins them, from a store
+alone.
 
-tau is a mean over anchors drawn anywhere. Decoding begins each block where the last one failed, in hard places. The walk follows it: of a
-supervised run of tokens the first begins a block, ``s(first) = 1``; a block that begins at a accepts exactly n tokens with probability
-``prod_{j<n} alpha_j(a) (1 - alpha_n(a))``, and the next one begins at ``a + n + 1``, on the data's token there. walk = tokens / sum of s: the
-tokens of all runs but each one's first, which decoding has from the prompt, over the expected number of blocks. The recursion is exact.
+tau is a mean over anchors drawn anywhere. Decoding begins each block where the last one failed, in
+hard places. The walk follows it: of a supervised run of tokens the first begins a block, ``s(first)
+= 1``; a block that begins at a accepts exactly n tokens with probability ``prod_{j<n} alpha_j(a) (1
+- alpha_n(a))``, and the next one begins at ``a + n + 1``, on the data's token there. walk = tokens
+/ sum of s: the tokens of all runs but each one's first, which decoding has from the prompt, over
+the expected number of blocks. The recursion is exact.
 
-alpha = 1 - TV gives the walk at temperature 1. Greedily alpha is 1 where the draft's argmax is the target's, else 0: on the data's previous
-tokens (``forced``), or, as decoding does it, on the draft's own (``walk_greedy``). Where the data are the target's own answers the greedy walk
-*is* decoding's mean accepted length, and the other one its expectation.
+alpha = 1 - TV gives the walk at temperature 1. Greedily alpha is 1 where the draft's argmax is the
+target's, else 0: on the data's previous tokens (``forced``), or, as decoding does it, on the
+draft's own (``walk_greedy``). Where the data are the target's own answers the greedy walk *is*
+decoding's mean accepted length, and the other one its expectation.
 
-Legend: M anchors of a row, all that are eligible, in rising order; B slots; K kinds of alpha; H hidden size; Vd draft vocabulary.
+Legend: M anchors of a row, all that are eligible, in rising order; B slots; K kinds of alpha; H
+hidden size; Vd draft vocabulary.
 """
 
 from __future__ import annotations
@@ -35,14 +40,20 @@ KEYS = {"walk": "sampled", "walk_greedy": "greedy", "walk_greedy_forced": "force
 
 
 class Walk:
-    """Sums over rows; ``sums`` float64 [1 + K] = tokens and expected blocks of each kind, so that ranks need one all-reduce."""
+    """Sums over rows; ``sums`` float64 [1 + K] = tokens and expected blocks of each kind, so that
+    ranks need one all-reduce.
+    """
 
     def __init__(self, device: torch.device | str = "cpu") -> None:
         self.sums = torch.zeros(1 + len(KINDS), dtype=torch.float64, device=device)
 
     def add(self, alpha: Tensor, anchors: Tensor) -> None:
-        """A row: ``alpha`` [K, M, B] in [0, 1], 0 where a slot does not count; ``anchors`` int64[M], every eligible position."""
-        blocks = [visits(a, anchors.cpu().numpy()).sum() for a in alpha.to("cpu", torch.float64).numpy()]
+        """A row: ``alpha`` [K, M, B] in [0, 1], 0 where a slot does not count; ``anchors``
+        int64[M], every eligible position.
+        """
+        blocks = [
+            visits(a, anchors.cpu().numpy()).sum() for a in alpha.to("cpu", torch.float64).numpy()
+        ]
         self.sums += self.sums.new_tensor([anchors.shape[0], *blocks])
 
     def result(self) -> dict[str, float | None]:
@@ -61,7 +72,9 @@ def stops(alpha: Float64) -> Float64:
 
 
 def visits(alpha: Float64, anchors: npt.NDArray[np.int64]) -> Float64:
-    """s [M]: probability that a block begins at each anchor. All runs of neighbouring anchors at once, from left to right."""
+    """s [M]: probability that a block begins at each anchor. All runs of neighbouring anchors at
+    once, from left to right.
+    """
     count, size = alpha.shape
     out = np.zeros(count)
     if count == 0:
@@ -93,8 +106,10 @@ def alphas(
 ) -> Tensor:
     """alpha of every kind, [K, M, B] on the CPU, of the anchors of ``batch`` that are no padding.
 
-    ``h`` [A, B, H] of its blocks, ``slots`` and ``out`` as the objective had and gave them. ``target_logits``: last states [n, H] -> [n, V];
-    ``drafted``: [n, B, H] and anchor ids int64[n] -> the tokens int64[n, B] that the draft puts there greedily, on its own tokens.
+    ``h`` [A, B, H] of its blocks, ``slots`` and ``out`` as the objective had and gave them.
+    ``target_logits``: last states [n, H] -> [n, V];
+    ``drafted``: [n, B, H] and anchor ids int64[n] -> the tokens int64[n, B] that the draft puts
+    there greedily, on its own tokens.
     """
     real = int(batch.anchor_valid.sum())
     size, most = batch.block_size, CHUNK_LOGITS.get(h.device.type, CHUNK_LOGITS["cpu"])
@@ -108,7 +123,11 @@ def alphas(
         [drafted(*pair) for pair in zip(_parts(h[:real], some), _parts(ids, some), strict=True)]
         or [ids.new_empty(0, size)]
     )
-    at = torch.arange(best.shape[0], device=best.device) if slots.target_at is None else slots.target_at
+    at = (
+        torch.arange(best.shape[0], device=best.device)
+        if slots.target_at is None
+        else slots.target_at
+    )
     own = tokens.new_full((batch.anchors.shape[0], size), -1)
     own[:real] = tokens
     greedy = own.flatten()[batch.slots] == best[at]

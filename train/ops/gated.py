@@ -1,9 +1,11 @@
 """``silu(gate) * up`` of one tensor ``[up | gate]``, whose gradient is one tensor too.
 
-A compiler that is left to differentiate it joins the two halves' gradients with what makes them, one thread per value of the joint result:
-it reads two of its three inputs twice and works out both halves everywhere (torch 2.11's code for an H100, 5 layers of Qwen3-4B's shapes:
-0.24 ms per step more than the gradients alone). So on CUDA one Triton kernel writes both halves (``fused_gated.py``). The forward pass is
-plain: a compiler makes one kernel of it as it is.
+A compiler that is left to differentiate it joins the two halves' gradients with what makes them,
+one thread per value of the joint result:
+it reads two of its three inputs twice and works out both halves everywhere (torch 2.11's code for
+an H100, 5 layers of Qwen3-4B's shapes:
+0.24 ms per step more than the gradients alone). So on CUDA one Triton kernel writes both halves
+(``fused_gated.py``). The forward pass is plain: a compiler makes one kernel of it as it is.
 
 Legend: n rows, I intermediate size.
 """

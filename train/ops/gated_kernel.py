@@ -1,8 +1,10 @@
-"""The gradient of ``gated.gated`` as one Triton kernel: each input read once, both halves written where the product behind reads them.
+"""The gradient of ``gated.gated`` as one Triton kernel: each input read once, both halves written
+where the product behind reads them.
 
 Legend: n rows, I intermediate size.
 
-2 + 2 + 2 bytes read and 4 written a value of n x I in bfloat16: 0.35 GB, about 0.12 ms, at 3,584 x 9,728.
+2 + 2 + 2 bytes read and 4 written a value of n x I in bfloat16: 0.35 GB, about 0.12 ms, at 3,584 x
+9,728.
 
 Import only where triton is there; ``gated`` does so when its tensors are on CUDA.
 """

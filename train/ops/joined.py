@@ -1,16 +1,21 @@
-"""Several linear maps of one input as one product: ``joined_product(x, (W1, W2, ...)) = [x W1^T | x W2^T | ...]``.
+"""Several linear maps of one input as one product: ``joined_product(x, (W1, W2, ...)) = [x W1^T | x
+W2^T | ...]``.
 
-A few large products keep a GPU busier than many small ones: at Qwen3-4B's shapes on an H100 gate and up together take 0.06 ms less
-forward and 0.1 ms less backward, a layer. Copying the weights together in every forward (100 MB per layer) would cost that gain, so the
-joint matrix is a *view*: it needs weights that lie side by side in memory, each beginning where the one before ends. ``lay_side_by_side``
-moves them so; they stay parameters of their own. A compiler cannot see where a tensor will lie, so the product is an opaque operation
-that looks when it runs. Whose weights cannot lie so (FSDP2 gathers each into memory of its own) gives a copy of them that does, made once
-for as long as they do not change; without it weights that lie apart are copied for the one product.
+A few large products keep a GPU busier than many small ones: at Qwen3-4B's shapes on an H100 gate
+and up together take 0.06 ms less forward and 0.1 ms less backward, a layer. Copying the weights
+together in every forward (100 MB per layer) would cost that gain, so the joint matrix is a *view*:
+it needs weights that lie side by side in memory, each beginning where the one before ends.
+``lay_side_by_side`` moves them so; they stay parameters of their own. A compiler cannot see where a
+tensor will lie, so the product is an opaque operation that looks when it runs. Whose weights cannot
+lie so (FSDP2 gathers each into memory of its own) gives a copy of them that does, made once for as
+long as they do not change; without it weights that lie apart are copied for the one product.
 
 The gradient of all weights is one product too, and each weight's is a view of its rows.
 
-A compiled backward hands those views on without a copy. Who splits the result by its columns makes autograd join their gradients again:
-so what follows is an operation on the joint result whose gradient is one tensor (``gated.py``, ``qk_norm_rope.py``).
+A compiled backward hands those views on without a copy. Who splits the result by its columns makes
+autograd join their gradients again:
+so what follows is an operation on the joint result whose gradient is one tensor (``gated.py``,
+``qk_norm_rope.py``).
 
 Legend: n rows of input, K its size, m_i rows of weight i, M their sum.
 """
@@ -25,7 +30,9 @@ from torch import Tensor
 
 
 def side_by_side(weights: Sequence[Tensor]) -> Tensor | None:
-    """``weights`` [m_i, K] as one view [M, K] of their memory, in their order; None if they do not lie so."""
+    """``weights`` [m_i, K] as one view [M, K] of their memory, in their order; None if they do not
+    lie so.
+    """
     first = weights[0]
     storage, end, rows = first.untyped_storage().data_ptr(), first.storage_offset(), 0
     for w in weights:
@@ -43,7 +50,9 @@ def side_by_side(weights: Sequence[Tensor]) -> Tensor | None:
 
 @torch.no_grad()
 def lay_side_by_side(weights: Sequence[Tensor]) -> None:
-    """Move ``weights`` [m_i, K] into one piece of memory, in their order, unless they lie so already."""
+    """Move ``weights`` [m_i, K] into one piece of memory, in their order, unless they lie so
+    already.
+    """
     if side_by_side(weights) is None:
         joint = torch.cat([w.detach() for w in weights])
         for w, rows in zip(weights, joint.split_with_sizes(_sizes(weights)), strict=True):
@@ -51,8 +60,9 @@ def lay_side_by_side(weights: Sequence[Tensor]) -> None:
 
 
 def joined_product(x: Tensor, weights: Sequence[Tensor], joint: Tensor | None = None) -> Tensor:
-    """``x`` [n, K] times the transpose of each of ``weights`` [m_i, K], side by side: [n, M]. ``joint`` [M or more, K]: their values,
-    side by side from its first row on; the gradients are theirs all the same.
+    """``x`` [n, K] times the transpose of each of ``weights`` [m_i, K], side by side: [n, M].
+    ``joint`` [M or more, K]: their values, side by side from its first row on; the gradients are
+    theirs all the same.
     """
     out: Tensor = _product(x, list(weights), joint)
     return out
@@ -66,7 +76,9 @@ def _joint(weights: list[Tensor], joint: Tensor | None) -> Tensor:
 
 
 @torch.library.custom_op(
-    "dspark::joined_linear", mutates_args=(), schema="(Tensor x, Tensor[] weights, Tensor? joint) -> Tensor"
+    "dspark::joined_linear",
+    mutates_args=(),
+    schema="(Tensor x, Tensor[] weights, Tensor? joint) -> Tensor",
 )
 def _product(x: Tensor, weights: list[Tensor], joint: Tensor | None) -> Tensor:
     return x @ _joint(weights, joint).T
@@ -103,9 +115,14 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, list[Tensor | None
     d_x = _input_gradient(grad, weights, joint) if needs_x else None
     if not any(needs_weights):
         return d_x, [None] * len(weights), None
-    # No weight is read, so this one is plain: the compiler may see it. Rows of it need no copy to become gradients.
+    # No weight is read, so this one is plain: the compiler may see it. Rows of it need no copy to
+    # become gradients.
     d_weights = (grad.T @ x).split_with_sizes(_sizes(weights))
-    return d_x, [d if needed else None for d, needed in zip(d_weights, needs_weights, strict=True)], None
+    return (
+        d_x,
+        [d if needed else None for d, needed in zip(d_weights, needs_weights, strict=True)],
+        None,
+    )
 
 
 _product.register_autograd(_backward, setup_context=_keep)

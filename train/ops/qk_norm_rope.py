@@ -1,9 +1,12 @@
-"""What lies between the joint products of q, k, v and attention: q_norm, k_norm, RoPE, and context and blocks as one tensor of keys, one of values.
+"""What lies between the joint products of q, k, v and attention: q_norm, k_norm, RoPE, and context
+and blocks as one tensor of keys, one of values.
 
-Step by step these are a dozen small kernels per layer that read most values twice, and the backward pass has to join the gradients of v, k and
-q for the product behind (``joined.py``). Here a pass is one operation: every value is read once, the joint gradients are written as they are
-needed. On CUDA by Triton kernels (``fused_qk_norm_rope.py``), elsewhere by ``plain`` and ``plain_gradient``, which are the reference too. Both
-compute in float32 at least and round once, where a model in bfloat16 step by step rounds after the norm, its weight and each product of RoPE.
+Step by step these are a dozen small kernels per layer that read most values twice, and the backward
+pass has to join the gradients of v, k and q for the product behind (``joined.py``). Here a pass is
+one operation: every value is read once, the joint gradients are written as they are needed. On CUDA
+by Triton kernels (``fused_qk_norm_rope.py``), elsewhere by ``plain`` and ``plain_gradient``, which
+are the reference too. Both compute in float32 at least and round once, where a model in bfloat16
+step by step rounds after the norm, its weight and each product of RoPE.
 
 Legend: S context tokens, Q block tokens, T either, Hq/Hkv query and key heads, D head size.
 """
@@ -19,8 +22,8 @@ from dspark.train.ops.rope import Rope, rotate
 
 
 class Inputs(NamedTuple):
-    """``context`` [S, 2 Hkv D] = [v | k], ``blocks`` [Q, (2 Hkv + Hq) D] = [v | k | q], rows dense; S or Q may be 0. ``q_weight``,
-    ``k_weight`` [D] are the weights of the RMS norms of a head.
+    """``context`` [S, 2 Hkv D] = [v | k], ``blocks`` [Q, (2 Hkv + Hq) D] = [v | k | q], rows dense;
+    S or Q may be 0. ``q_weight``, ``k_weight`` [D] are the weights of the RMS norms of a head.
     """
 
     context: Tensor
@@ -40,17 +43,23 @@ class Inputs(NamedTuple):
 
     @property
     def heads(self) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-        """The parts of the products as views [T, heads, D]: (v, k) of the context, (v, k, q) of the blocks."""
+        """The parts of the products as views [T, heads, D]: (v, k) of the context, (v, k, q) of the
+        blocks.
+        """
         context, blocks, dim = self.context, self.blocks, self.q_weight.shape[0]
         key_heads = context.shape[1] // (2 * dim)
         query_heads = blocks.shape[1] // dim - 2 * key_heads
-        two = context.view(context.shape[0], 2 * key_heads, dim).split_with_sizes([key_heads] * 2, 1)
+        two = context.view(context.shape[0], 2 * key_heads, dim).split_with_sizes(
+            [key_heads] * 2, 1
+        )
         three = blocks.view(blocks.shape[0], 2 * key_heads + query_heads, dim)
         return two, three.split_with_sizes([key_heads, key_heads, query_heads], 1)
 
 
 def qk_norm_rope(given: Inputs) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries [Q, Hq, D], keys and values [S+Q, Hkv, D], the context's first: queries and keys normed and turned, values as they are."""
+    """Queries [Q, Hq, D], keys and values [S+Q, Hkv, D], the context's first: queries and keys
+    normed and turned, values as they are.
+    """
     context, blocks, q_weight, k_weight, eps, context_rope, block_rope = given
     q, keys, values = _forward(context, blocks, q_weight, k_weight, eps, *context_rope, *block_rope)
     return q, keys, values
@@ -64,8 +73,11 @@ def plain(given: Inputs) -> tuple[Tensor, Tensor, Tensor]:
     return _turned(q, q_weight, eps, block_rope), torch.cat(keys), torch.cat([v_ctx, v_blk])
 
 
-def plain_gradient(grads: tuple[Tensor, Tensor, Tensor], given: Inputs) -> tuple[Tensor, Tensor, Tensor]:
-    """d ``context``, d ``blocks`` and, as ``[d q_weight, d k_weight]`` [2, D] in float32 at least, those of the weights.
+def plain_gradient(
+    grads: tuple[Tensor, Tensor, Tensor], given: Inputs
+) -> tuple[Tensor, Tensor, Tensor]:
+    """d ``context``, d ``blocks`` and, as ``[d q_weight, d k_weight]`` [2, D] in float32 at least,
+    those of the weights.
 
     ``grads``: of queries, keys and values.
     """
@@ -137,14 +149,17 @@ def _(*flat: Any) -> tuple[Tensor, Tensor, Tensor]:
     return given.blocks.new_empty(q.shape), keys, values
 
 
-# The kernels take gradients however their tokens and heads lie (flex attention gives [heads, T, D]): no copy to make them look as traced.
+# The kernels take gradients however their tokens and heads lie (flex attention gives [heads, T,
+# D]): no copy to make them look as traced.
 @torch.library.custom_op(
     "dspark::qk_norm_rope_gradient",
     mutates_args=(),
     schema=f"(Tensor dq, Tensor dkeys, Tensor dvalues, {_GIVEN}) -> (Tensor, Tensor, Tensor)",
     tags=(torch.Tag.flexible_layout,),
 )
-def _gradient(dq: Tensor, dkeys: Tensor, dvalues: Tensor, *flat: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _gradient(
+    dq: Tensor, dkeys: Tensor, dvalues: Tensor, *flat: Any
+) -> tuple[Tensor, Tensor, Tensor]:
     """As ``plain_gradient``, by the kernels where there are some."""
     given = Inputs.of(*flat)
     if not _by_kernel(given.blocks):
@@ -163,15 +178,20 @@ def _(dq: Tensor, dkeys: Tensor, dvalues: Tensor, *flat: Any) -> tuple[Tensor, T
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    # Of what is as large as a row only the joint products: the norms are made again in the backward pass.
+    # Of what is as large as a row only the joint products: the norms are made again in the backward
+    # pass.
     context, blocks, q_weight, k_weight, ctx.eps, *tables = inputs
     ctx.save_for_backward(context, blocks, q_weight, k_weight, *tables)
 
 
 def _backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
     context, blocks, q_weight, k_weight, *tables = ctx.saved_tensors
-    d_context, d_blocks, d_weights = _gradient(*grads, context, blocks, q_weight, k_weight, ctx.eps, *tables)
-    d_q, d_k = (d.to(w.dtype) for d, w in zip(d_weights.unbind(), (q_weight, k_weight), strict=True))
+    d_context, d_blocks, d_weights = _gradient(
+        *grads, context, blocks, q_weight, k_weight, ctx.eps, *tables
+    )
+    d_q, d_k = (
+        d.to(w.dtype) for d, w in zip(d_weights.unbind(), (q_weight, k_weight), strict=True)
+    )
     return d_context, d_blocks, d_q, d_k, None, None, None, None, None
 
 

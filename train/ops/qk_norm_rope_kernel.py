@@ -1,11 +1,15 @@
-"""``qk_norm_rope`` and its gradient as Triton kernels: each value read once, each result written once, in float32 in between.
+"""``qk_norm_rope`` and its gradient as Triton kernels: each value read once, each result written
+once, in float32 in between.
 
-Legend: T rows of a joint product (the context's or the blocks'), Hq/Hkv query and key heads of a row (Hq = 0: context), D head size.
+Legend: T rows of a joint product (the context's or the blocks'), Hq/Hkv query and key heads of a
+row (Hq = 0: context), D head size.
 
-The same kernels serve context and blocks, a launch each. At 4,096 context and 3,584 block tokens, 32 and 8 heads of 128 in bfloat16, the
-forward pass moves 61 + 61 MB and the backward 45 + 61 + 61 MB: 36 and 50 us at 3.35 TB/s, an H100's at most.
+The same kernels serve context and blocks, a launch each. At 4,096 context and 3,584 block tokens,
+32 and 8 heads of 128 in bfloat16, the forward pass moves 61 + 61 MB and the backward 45 + 61 + 61
+MB: 36 and 50 us at 3.35 TB/s, an H100's at most.
 
-A tile is some heads of a row, its two halves apart: what RoPE pairs then lies in one thread, and a head's sums in one warp.
+A tile is some heads of a row, its two halves apart: what RoPE pairs then lies in one thread, and a
+head's sums in one warp.
 
 Import only where triton is there; ``qk_norm_rope`` does so when its tensors are on CUDA.
 """
@@ -21,18 +25,21 @@ from torch import Tensor
 
 from dspark.train.ops.qk_norm_rope import Inputs
 
-# Values of half a tile, 8 a thread: 16 bytes of bfloat16, as much as one load takes. Eight heads of 128.
+# Values of half a tile, 8 a thread: 16 bytes of bfloat16, as much as one load takes. Eight heads of
+# 128.
 TILE = 512
 WARPS = 2
-# Programs of the backward pass at most: 8 for each of an H100's 132 multiprocessors, as many as their registers hold at once (128 a thread,
-# as compiled for Qwen3-4B's heads). Each adds up its rows' gradients of the norms' weights.
+# Programs of the backward pass at most: 8 for each of an H100's 132 multiprocessors, as many as
+# their registers hold at once (128 a thread, as compiled for Qwen3-4B's heads). Each adds up its
+# rows' gradients of the norms' weights.
 PROGRAMS = 1056
 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _half(at, ROWS: tl.constexpr, COLUMNS: tl.constexpr, size: tl.constexpr):  # type: ignore[no-untyped-def]
-    """fp32 [ROWS, COLUMNS]: ``size`` values from ``at`` on, in every row. Loaded by each thread where it needs them, in 16 bytes too: of
-    one row the compiler would load a value per thread and pass them on through shared memory.
+    """fp32 [ROWS, COLUMNS]: ``size`` values from ``at`` on, in every row. Loaded by each thread
+    where it needs them, in 16 bytes too: of one row the compiler would load a value per thread and
+    pass them on through shared memory.
     """
     column = tl.broadcast_to(tl.arange(0, COLUMNS)[None, :], (ROWS, COLUMNS))
     return tl.load(at + column, mask=column < size, other=0.0).to(tl.float32)
@@ -119,7 +126,18 @@ def forward_rows(  # type: ignore[no-untyped-def]
     size: tl.constexpr = KEY_HEADS * D
     v = joint + row * joint_stride
     _turned(v + size, k_weight, c, s, keys + row * size, eps, KEY_HEADS, D, ROWS, COLUMNS)
-    _turned(v + 2 * size, q_weight, c, s, q + row * (QUERY_HEADS * D), eps, QUERY_HEADS, D, ROWS, COLUMNS)
+    _turned(
+        v + 2 * size,
+        q_weight,
+        c,
+        s,
+        q + row * (QUERY_HEADS * D),
+        eps,
+        QUERY_HEADS,
+        D,
+        ROWS,
+        COLUMNS,
+    )
     _copied(v, D, values + row * size, KEY_HEADS, D, ROWS, COLUMNS)
 
 
@@ -214,14 +232,40 @@ def gradient_rows(  # type: ignore[no-untyped-def]
         v = joint + row * joint_stride
         to = out + row * width
         k1, k2 = _turned_gradient(
-            dkeys + row * dkeys_stride, dkeys_head_stride, v + size, k_weight, c, s, to + size, k1, k2, eps,
-            KEY_HEADS, D, ROWS, COLUMNS,
-        )  # fmt: skip
+            dkeys + row * dkeys_stride,
+            dkeys_head_stride,
+            v + size,
+            k_weight,
+            c,
+            s,
+            to + size,
+            k1,
+            k2,
+            eps,
+            KEY_HEADS,
+            D,
+            ROWS,
+            COLUMNS,
+        )
         q1, q2 = _turned_gradient(
-            dq + row * dq_stride, dq_head_stride, v + 2 * size, q_weight, c, s, to + 2 * size, q1, q2, eps,
-            QUERY_HEADS, D, ROWS, COLUMNS,
-        )  # fmt: skip
-        _copied(dvalues + row * dvalues_stride, dvalues_head_stride, to, KEY_HEADS, D, ROWS, COLUMNS)
+            dq + row * dq_stride,
+            dq_head_stride,
+            v + 2 * size,
+            q_weight,
+            c,
+            s,
+            to + 2 * size,
+            q1,
+            q2,
+            eps,
+            QUERY_HEADS,
+            D,
+            ROWS,
+            COLUMNS,
+        )
+        _copied(
+            dvalues + row * dvalues_stride, dvalues_head_stride, to, KEY_HEADS, D, ROWS, COLUMNS
+        )
     sums += tl.program_id(0) * (2 * D) + column
     tl.store(sums, tl.sum(q1, 0), mask=inside)
     tl.store(sums + half, tl.sum(q2, 0), mask=inside)
@@ -247,9 +291,24 @@ def forward(given: Inputs, kernel: Any = forward_rows) -> tuple[Tensor, Tensor, 
         if joint.shape[0]:
             assert joint.stride(1) == cos.stride(2) == sin.stride(2) == 1
             kernel[(joint.shape[0],)](
-                joint, joint.stride(0), q_weight, k_weight, cos, sin, cos.stride(0), sin.stride(0), q, k, v, eps,
-                QUERY_HEADS=query_heads, KEY_HEADS=k.shape[1], D=k.shape[2], num_warps=WARPS, **_tile(query_heads, *k.shape[1:]),
-            )  # fmt: skip
+                joint,
+                joint.stride(0),
+                q_weight,
+                k_weight,
+                cos,
+                sin,
+                cos.stride(0),
+                sin.stride(0),
+                q,
+                k,
+                v,
+                eps,
+                QUERY_HEADS=query_heads,
+                KEY_HEADS=k.shape[1],
+                D=k.shape[2],
+                num_warps=WARPS,
+                **_tile(query_heads, *k.shape[1:]),
+            )
     return q, keys, values
 
 
@@ -260,7 +319,9 @@ def gradient(
     context, blocks, q_weight, k_weight, eps, context_rope, block_rope = given
     assert eps > 0  # heads past the last one are zeros, which must not become NaN in the sums
     dq, dkeys, dvalues = (g if g.stride(2) == 1 else g.contiguous() for g in grads)
-    d_context, d_blocks = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (context, blocks))
+    d_context, d_blocks = (
+        torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (context, blocks)
+    )
     parts = [context.shape[0], blocks.shape[0]]
     programs = [_programs(rows) for rows in parts]
     sums = blocks.new_empty(sum(programs), 2, q_weight.shape[0], dtype=torch.float32)
@@ -277,10 +338,30 @@ def gradient(
         if joint.shape[0]:
             assert joint.stride(1) == cos.stride(2) == sin.stride(2) == 1
             kernel[(own.shape[0],)](
-                dq, dk, dv, *dq.stride()[:2], *dk.stride()[:2], *dv.stride()[:2], joint, joint.stride(0), q_weight, k_weight,
-                cos, sin, cos.stride(0), sin.stride(0), out, own, eps, joint.shape[0],
-                QUERY_HEADS=query_heads, KEY_HEADS=dk.shape[1], D=dk.shape[2], num_warps=WARPS, **_tile(query_heads, *dk.shape[1:]),
-            )  # fmt: skip
+                dq,
+                dk,
+                dv,
+                *dq.stride()[:2],
+                *dk.stride()[:2],
+                *dv.stride()[:2],
+                joint,
+                joint.stride(0),
+                q_weight,
+                k_weight,
+                cos,
+                sin,
+                cos.stride(0),
+                sin.stride(0),
+                out,
+                own,
+                eps,
+                joint.shape[0],
+                QUERY_HEADS=query_heads,
+                KEY_HEADS=dk.shape[1],
+                D=dk.shape[2],
+                num_warps=WARPS,
+                **_tile(query_heads, *dk.shape[1:]),
+            )
     return d_context, d_blocks, sums.sum(0)
 
 

@@ -18,7 +18,9 @@ Rope = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True, slots=True)
 class Turning:
-    """How fast the pairs of a head turn: its size, the base, and what scales it, as sorted items of ``rope_parameters``; () for nothing."""
+    """How fast the pairs of a head turn: its size, the base, and what scales it, as sorted items of
+    ``rope_parameters``; () for nothing.
+    """
 
     head_dim: int
     theta: float
@@ -28,8 +30,8 @@ class Turning:
 def rope_tables(position: Tensor, turning: Turning, dtype: torch.dtype) -> Rope:
     """cos and sin of int64[T] positions, each [T, 1, D/2], times the scaling's attention factor.
 
-    Frequencies are made here in fp32 at every call: kept in a buffer, ``model.to(bfloat16)`` would round them, and far
-    positions would then turn by wrong angles.
+    Frequencies are made here in fp32 at every call: kept in a buffer, ``model.to(bfloat16)`` would
+    round them, and far positions would then turn by wrong angles.
     """
     if turning.scaling:
         frequencies, factor = _scaled(turning, position.device)
@@ -37,7 +39,9 @@ def rope_tables(position: Tensor, turning: Turning, dtype: torch.dtype) -> Rope:
         cos, sin = angle.cos() * factor, angle.sin() * factor
         return cos.to(dtype)[:, None], sin.to(dtype)[:, None]
     exponent = torch.arange(0, turning.head_dim, 2, dtype=torch.float32, device=position.device)
-    angle = position.to(torch.float32)[:, None] * (1.0 / turning.theta ** (exponent / turning.head_dim))
+    angle = position.to(torch.float32)[:, None] * (
+        1.0 / turning.theta ** (exponent / turning.head_dim)
+    )
     return angle.cos().to(dtype)[:, None], angle.sin().to(dtype)[:, None]
 
 
@@ -53,7 +57,9 @@ def _scaled(turning: Turning, device: torch.device) -> tuple[Tensor, float]:
         head_dim=turning.head_dim, max_position_embeddings=longest, rope_parameters=parameters
     )
     with torch.inference_mode(False):  # kept, so it must serve training too
-        frequencies, factor = ROPE_INIT_FUNCTIONS[parameters["rope_type"]](config, torch.device("cpu"))
+        frequencies, factor = ROPE_INIT_FUNCTIONS[parameters["rope_type"]](
+            config, torch.device("cpu")
+        )
         return frequencies.to(device, torch.float32), float(factor)
 
 

@@ -1,7 +1,9 @@
-"""A matrix times one number, or as it is, written into another matrix: of any row stride, rounded once where the dtypes differ.
+"""A matrix times one number, or as it is, written into another matrix: of any row stride, rounded
+once where the dtypes differ.
 
-On CUDA torch takes one value a thread at a time where dtypes differ, and where rows lie in wider ones: about twice the time that the
-bytes need. So there it is one Triton kernel (``fused_scaled.py``).
+On CUDA torch takes one value a thread at a time where dtypes differ, and where rows lie in wider
+ones: about twice the time that the bytes need. So there it is one Triton kernel
+(``fused_scaled.py``).
 """
 
 from __future__ import annotations
@@ -14,11 +16,13 @@ KINDS = (torch.float32, torch.bfloat16)
 
 
 def write_scaled(out: Tensor, source: Tensor, scale: Tensor | None = None) -> Tensor:
-    """``source`` [n, k] times ``scale`` (a tensor of no dimension, where ``source`` is) into ``out`` [n, k], which is returned. No
-    gradient flows through it.
+    """``source`` [n, k] times ``scale`` (a tensor of no dimension, where ``source`` is) into
+    ``out`` [n, k], which is returned. No gradient flows through it.
     """
     dense = source.stride(1) == out.stride(1) == 1
-    if not (dense and source.is_cuda and out.is_cuda and source.dtype in KINDS and out.dtype in KINDS):
+    if not (
+        dense and source.is_cuda and out.is_cuda and source.dtype in KINDS and out.dtype in KINDS
+    ):
         return plain(out, source, scale)
     from dspark.train.ops import scaled_kernel as fused_scaled
 

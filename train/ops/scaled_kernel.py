@@ -1,4 +1,5 @@
-"""``scaled.write_scaled`` as one Triton kernel, with loads and stores of 16 bytes where both matrices' rows begin at a multiple of 16.
+"""``scaled.write_scaled`` as one Triton kernel, with loads and stores of 16 bytes where both
+matrices' rows begin at a multiple of 16.
 
 Legend: n rows, k columns.
 
@@ -39,7 +40,9 @@ def scaled_rows(  # type: ignore[no-untyped-def]
     tl.store(out + row * out_stride + column, x.to(out.dtype.element_ty), mask=real)
 
 
-def write_scaled(out: Tensor, source: Tensor, scale: Tensor | None, kernel: Any = scaled_rows) -> Tensor:
+def write_scaled(
+    out: Tensor, source: Tensor, scale: Tensor | None, kernel: Any = scaled_rows
+) -> Tensor:
     """As ``scaled.write_scaled``; fp32 inside, no fp64."""
     assert out.shape == source.shape
     assert out.stride(1) == source.stride(1) == 1

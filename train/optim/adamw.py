@@ -19,7 +19,8 @@ class Adam:
 
     def __init__(self, masters: list[nn.Parameter], settings: AdamSettings) -> None:
         self.clip, self.masters = settings.clip, masters
-        # One multi-tensor kernel, on CPU and CUDA; eager AdamW is a dozen passes over the same memory.
+        # One multi-tensor kernel, on CPU and CUDA; eager AdamW is a dozen passes over the same
+        # memory.
         self._adam = torch.optim.AdamW(
             masters, lr=0.0, betas=settings.betas, weight_decay=settings.weight_decay, fused=True
         )
@@ -28,7 +29,9 @@ class Adam:
             self._adam.state[p] = {"step": torch.zeros((), device=p.device), **moments}
 
     def update(self, lr: float, norm: Tensor) -> None:
-        """One step with gradients of global norm ``norm``. The kernel itself divides by the clipping factor, so nothing is read back."""
+        """One step with gradients of global norm ``norm``. The kernel itself divides by the
+        clipping factor, so nothing is read back.
+        """
         for group in self._adam.param_groups:
             group["lr"] = lr
         self._adam.grad_scale = excess(norm, self.clip)  # type: ignore[attr-defined]

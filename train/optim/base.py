@@ -1,4 +1,6 @@
-"""What every optimizer shares: the learning rate, the snapshot of a checkpoint, and what the loop and the rules ask for."""
+"""What every optimizer shares: the learning rate, the snapshot of a checkpoint, and what the loop
+and the rules ask for.
+"""
 
 from __future__ import annotations
 
@@ -19,12 +21,18 @@ WSD_DECAY = 0.2  # share of the steps in which ``wsd`` falls
 
 
 def learning_rate(
-    step: int, total: int, peak: float, warmup_ratio: float, min_ratio: float, schedule: str = "cosine"
+    step: int,
+    total: int,
+    peak: float,
+    warmup_ratio: float,
+    min_ratio: float,
+    schedule: str = "cosine",
 ) -> float:
-    """Rate of optimizer step ``step`` (0-based) of ``total``: linear warm-up to ``peak``, then what ``schedule`` says.
+    """Rate of optimizer step ``step`` (0-based) of ``total``: linear warm-up to ``peak``, then what
+    ``schedule`` says.
 
-    ``cosine`` and ``linear`` fall to ``min_ratio * peak`` from there, ``wsd`` linearly over the last ``WSD_DECAY`` of the steps, and
-    ``constant`` stays.
+    ``cosine`` and ``linear`` fall to ``min_ratio * peak`` from there, ``wsd`` linearly over the
+    last ``WSD_DECAY`` of the steps, and ``constant`` stays.
     """
     warm = max(1, round(total * warmup_ratio)) if warmup_ratio else 0
     if step < warm:
@@ -41,7 +49,8 @@ def learning_rate(
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """Masters and moments, name -> whole float32 tensor, the same for any strategy and number of ranks; ``updates``: steps taken.
+    """Masters and moments, name -> whole float32 tensor, the same for any strategy and number of
+    ranks; ``updates``: steps taken.
 
     An optimizer has each kind of moment for some of its parameters or for all.
     """
@@ -51,24 +60,33 @@ class Snapshot:
     updates: int
 
     def non_finite(self) -> str | None:
-        """Which of the tensors has a NaN or an infinity, in words; None if none has. One pass over each."""
+        """Which of the tensors has a NaN or an infinity, in words; None if none has. One pass over
+        each.
+        """
         for what, tensors in {"weight": self.masters, **self.moments}.items():
             for name, tensor in tensors.items():
                 if tensor.numel() and not torch.stack(tensor.aminmax()).isfinite().all():
                     return f"{what} {name}"
         return None
 
-    def check(self, parameters: Mapping[str, Tensor], moments: Mapping[str, Collection[str]]) -> None:
-        """Raise TrainError unless these are tensors for exactly ``parameters``, and moments for those that ``moments`` names."""
+    def check(
+        self, parameters: Mapping[str, Tensor], moments: Mapping[str, Collection[str]]
+    ) -> None:
+        """Raise TrainError unless these are tensors for exactly ``parameters``, and moments for
+        those that ``moments`` names.
+        """
         for what in sorted({"masters", *self.moments, *moments}):
             tensors = self.masters if what == "masters" else self.moments.get(what, {})
             names = parameters if what == "masters" else moments.get(what, ())
             there = {n: list(t.shape) for n, t in tensors.items()}
             here = {n: list(parameters[n].shape) for n in names}
             if there != here:
-                differ = sorted(n for n in there.keys() | here.keys() if there.get(n) != here.get(n))
+                differ = sorted(
+                    n for n in there.keys() | here.keys() if there.get(n) != here.get(n)
+                )
+                shown = (f"{n} {there.get(n)} there, {here.get(n)} here" for n in differ[:3])
                 raise TrainError(
-                    f"the checkpoint's {what} are not this draft's: {', '.join(f'{n} {there.get(n)} there, {here.get(n)} here' for n in differ[:3])}"
+                    f"the checkpoint's {what} are not this draft's: {', '.join(shown)}"
                 )
 
 
@@ -76,27 +94,37 @@ class Optimizer(Protocol):
     """What the loop asks of an optimizer, sharded or not."""
 
     def last_row(self) -> None:
-        """The next backward is this rank's last of the step: gradients may be summed over ranks as they appear."""
+        """The next backward is this rank's last of the step: gradients may be summed over ranks as
+        they appear.
+        """
 
     def step(self, lr: float) -> Tensor:
-        """One update at rate ``lr`` from the sum of all ranks' gradients; returns its norm before clipping (0-dim, on the device)."""
+        """One update at rate ``lr`` from the sum of all ranks' gradients; returns its norm before
+        clipping (0-dim, on the device).
+        """
 
     def snapshot(self) -> Snapshot:
-        """Copies on the CPU for a checkpoint, whole on rank 0 (a collective call; empty elsewhere)."""
+        """Copies on the CPU for a checkpoint, whole on rank 0 (a collective call; empty
+        elsewhere).
+        """
 
     def load(self, snapshot: Snapshot) -> None:
         """Restore what ``snapshot`` gave, and the model's parameters with it."""
 
 
 class Rule(Protocol):
-    """How some ``masters`` change in a step. ``moments`` names the tensors that it keeps, of each master's shape."""
+    """How some ``masters`` change in a step. ``moments`` names the tensors that it keeps, of each
+    master's shape.
+    """
 
     masters: list[nn.Parameter]
     moments: tuple[str, ...]
     updates: int
 
     def update(self, lr: float, norm: Tensor) -> None:
-        """One step with the gradients in ``.grad``, which have global norm ``norm`` over all rules' masters; it may overwrite them."""
+        """One step with the gradients in ``.grad``, which have global norm ``norm`` over all rules'
+        masters; it may overwrite them.
+        """
 
     def moment(self, name: str, master: nn.Parameter) -> Tensor:
         """The tensor itself, not a copy."""
@@ -104,7 +132,9 @@ class Rule(Protocol):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AdamSettings:
-    """What stays the same over a run; ``clip``: the global norm that gradients are clipped to. Muon has its decay and clipping from here too."""
+    """What stays the same over a run; ``clip``: the global norm that gradients are clipped to. Muon
+    has its decay and clipping from here too.
+    """
 
     betas: tuple[float, float]
     weight_decay: float
@@ -117,6 +147,8 @@ def excess(norm: Tensor, clip: float) -> Tensor:
 
 
 def squares(tensors: list[Tensor]) -> Tensor:
-    """Sum of all squares, float64 0-dim. Rows first and then in float64: a CPU adds up a long float32 vector to five digits only."""
+    """Sum of all squares, float64 0-dim. Rows first and then in float64: a CPU adds up a long
+    float32 vector to five digits only.
+    """
     rows = torch.cat([torch.linalg.vector_norm(t, dim=-1).flatten() for t in tensors])
     return rows.double().square().sum()

@@ -1,17 +1,22 @@
-"""Float32 master weights, whatever dtype the model computes in, laid flat for the rules that update them: AdamW in adamw.py, Muon in muon.py.
+"""Float32 master weights, whatever dtype the model computes in, laid flat for the rules that update
+them: AdamW in adamw.py, Muon in muon.py.
 
-Everything lies flat: the parameters of the model are views into a few buckets, and masters, gradients and moments have the buckets'
-shape. So a step is a handful of kernels however many tensors the draft has, nothing of it waits for the GPU, and the gradients of
-several ranks are summed a bucket at a time, as the backward pass of the step's last row hands them over (compiled whole, it does so at
-its end).
+Everything lies flat: the parameters of the model are views into a few buckets, and masters,
+gradients and moments have the buckets' shape. So a step is a handful of kernels however many
+tensors the draft has, nothing of it waits for the GPU, and the gradients of several ranks are
+summed a bucket at a time, as the backward pass of the step's last row hands them over (compiled
+whole, it does so at its end).
 
-Where the model is float32 its parameters are the masters. Where it is bfloat16 each gradient is added to the float32 buffer as soon as
-backward has made it: rows of a step accumulate in float32 and the bfloat16 gradient is freed at once.
-Bytes a trained parameter, bfloat16: 2 + 4 (master) + 4 (gradient) + 8 (moments); float32: 4 + 4 + 8.
+Where the model is float32 its parameters are the masters. Where it is bfloat16 each gradient is
+added to the float32 buffer as soon as backward has made it: rows of a step accumulate in float32
+and the bfloat16 gradient is freed at once.
+Bytes a trained parameter, bfloat16: 2 + 4 (master) + 4 (gradient) + 8 (moments); float32: 4 + 4 +
+8.
 
-``shared``: each of several ranks has the master and the moments of its part of every bucket alone (ZeRO's scheme). The sums it needs are
-scattered rather than given to all, it updates its part, and the new values are gathered: less to send than whole sums, a part of the
-update's time, 2 + 4 + 12 / ranks bytes. Forward and backward are those of one process.
+``shared``: each of several ranks has the master and the moments of its part of every bucket alone
+(ZeRO's scheme). The sums it needs are scattered rather than given to all, it updates its part, and
+the new values are gathered: less to send than whole sums, a part of the update's time, 2 + 4 + 12 /
+ranks bytes. Forward and backward are those of one process.
 """
 
 from __future__ import annotations
@@ -27,17 +32,23 @@ from dspark.train.distributed import World
 from dspark.train.ops.joined import side_by_side
 from dspark.train.optim.base import Rule, Snapshot, squares
 
-BUCKET = 1 << 26  # elements of a bucket, at least one parameter: 256 MB of gradients in one all-reduce
+# elements of a bucket, at least one parameter: 256 MB of gradients in one all-reduce
+BUCKET = 1 << 26
 ALIGN = (
-    64  # elements; every parameter starts at a multiple, as the GPU's matrix units and vector loads like it
+    # elements; every parameter starts at a multiple, as the GPU's matrix units and vector loads
+    # like it
+    64
 )
-LINE = 4096  # elements; a rank's part of a bucket is whole lines, whose norms are taken first: a GPU reads them at its memory's speed
+# elements; a rank's part of a bucket is whole lines, whose norms are taken first: a GPU reads them
+# at its memory's speed
+LINE = 4096
 
 
 @dataclass(slots=True, eq=False)
 class _Bucket:
-    """``values``: what the model computes with, flat [n]; ``gradients`` float32[n]. ``master`` is float32, all of the bucket or this rank's
-    part, its ``grad`` a view of ``gradients``; where the model is float32 it lies in ``values`` itself.
+    """``values``: what the model computes with, flat [n]; ``gradients`` float32[n]. ``master`` is
+    float32, all of the bucket or this rank's part, its ``grad`` a view of ``gradients``; where the
+    model is float32 it lies in ``values`` itself.
     """
 
     master: nn.Parameter
@@ -49,10 +60,11 @@ class _Bucket:
 
 
 class FlatOptimizer:
-    """Masters of ``named`` parameters, whole on every rank of ``world`` or ``shared`` out; their storage moves into flat buckets, which rules
-    update.
+    """Masters of ``named`` parameters, whole on every rank of ``world`` or ``shared`` out; their
+    storage moves into flat buckets, which rules update.
 
-    ``apart`` says of a parameter whether it lies in buckets of its own kind, for a rule of its own; a subclass sets ``_rules``.
+    ``apart`` says of a parameter whether it lies in buckets of its own kind, for a rule of its own;
+    a subclass sets ``_rules``.
     """
 
     _rules: Sequence[Rule]
@@ -68,8 +80,9 @@ class FlatOptimizer:
         self.parameters = {n: p for n, p in named if p.requires_grad}
         self.world = world or World()
         self._holders = self.world if shared else World()  # of a master's parts
-        # In the order in which backward makes gradients, last layer first, so that the first bucket is complete early. Parameters apart come
-        # behind the others, and buckets are sent in this order, so theirs wait for the others' last gradient.
+        # In the order in which backward makes gradients, last layer first, so that the first bucket
+        # is complete early. Parameters apart come behind the others, and buckets are sent in this
+        # order, so theirs wait for the others' last gradient.
         backward = list(self.parameters.items())[::-1]
         kinds = [[(n, p) for n, p in backward if apart(n, p) is kind] for kind in (False, True)]
         self._buckets = [_adopt(group, self._holders) for kind in kinds for group in _groups(kind)]
@@ -105,7 +118,9 @@ class FlatOptimizer:
         return arrived
 
     def _send(self) -> None:
-        """Start the sum of the next bucket. Always in one order, whichever gradients a rank has: collectives must match."""
+        """Start the sum of the next bucket. Always in one order, whichever gradients a rank has:
+        collectives must match.
+        """
         bucket = self._buckets[self._sent]
         start = self.world.start_sum_of_part if self._holders.size > 1 else self.world.start_sum
         bucket.sum = start(bucket.gradients)
@@ -143,7 +158,9 @@ class FlatOptimizer:
             self._holders.gather_(bucket.values)
 
     def _whole(self, part: Tensor) -> Tensor:
-        """On the CPU of the first rank, of the ``part`` of a bucket that each holder has (a collective call); elsewhere empty."""
+        """On the CPU of the first rank, of the ``part`` of a bucket that each holder has (a
+        collective call); elsewhere empty.
+        """
         if self._holders.size == 1:
             return part.detach().cpu()
         whole = part.new_empty(self._holders.size * part.numel(), requires_grad=False)
@@ -170,15 +187,21 @@ class FlatOptimizer:
     def _moments(self) -> dict[str, dict[int, Tensor]]:
         """Kind of moment -> id of a bucket's master -> its tensor."""
         return {
-            m: {id(p): rule.moment(m, p) for p in rule.masters} for rule in self._rules for m in rule.moments
+            m: {id(p): rule.moment(m, p) for p in rule.masters}
+            for rule in self._rules
+            for m in rule.moments
         }
 
     @torch.no_grad()
     def load(self, snapshot: Snapshot) -> None:
         moments = self._moments()
-        holds = {m: [n for n, b in self._of.items() if id(b.master) in flat] for m, flat in moments.items()}
+        holds = {
+            m: [n for n, b in self._of.items() if id(b.master) in flat]
+            for m, flat in moments.items()
+        }
         snapshot.check(self.parameters, holds)
-        # Nothing is gathered, so a rank that cannot read the checkpoint leaves no other waiting for it.
+        # Nothing is gathered, so a rank that cannot read the checkpoint leaves no other waiting for
+        # it.
         for bucket in self._buckets:
             masters = self._flat(bucket, snapshot.masters)
             bucket.master.copy_(self._holders.part(masters))
@@ -199,7 +222,9 @@ class FlatOptimizer:
 
 
 def _groups(named: list[tuple[str, nn.Parameter]]) -> list[list[tuple[str, nn.Parameter]]]:
-    """Neighbours of one dtype and device, ``BUCKET`` elements at most unless what must not be parted has more."""
+    """Neighbours of one dtype and device, ``BUCKET`` elements at most unless what must not be
+    parted has more.
+    """
     out: list[list[tuple[str, nn.Parameter]]] = []
     size = 0
     for chain in _chains(named):
@@ -214,8 +239,8 @@ def _groups(named: list[tuple[str, nn.Parameter]]) -> list[list[tuple[str, nn.Pa
 
 
 def _chains(named: list[tuple[str, nn.Parameter]]) -> list[list[tuple[str, nn.Parameter]]]:
-    """Cut into matrices that lie side by side, for a product that they share: they go on doing so if no bucket ends between them and
-    they need no padding (``ALIGN``). Others are alone.
+    """Cut into matrices that lie side by side, for a product that they share: they go on doing so
+    if no bucket ends between them and they need no padding (``ALIGN``). Others are alone.
     """
     out: list[list[tuple[str, nn.Parameter]]] = []
     for name, p in named:
@@ -228,7 +253,9 @@ def _chains(named: list[tuple[str, nn.Parameter]]) -> list[list[tuple[str, nn.Pa
 
 @torch.no_grad()
 def _adopt(named: list[tuple[str, nn.Parameter]], holders: World) -> _Bucket:
-    """A bucket that holds the values of ``named``; the parameters become views of it. Its master is the part of this of its ``holders``."""
+    """A bucket that holds the values of ``named``; the parameters become views of it. Its master is
+    the part of this of its ``holders``.
+    """
     at, end = {}, 0
     for name, p in named:
         at[name] = end

@@ -1,14 +1,17 @@
-"""FSDP2: each rank keeps its share of the float32 masters, moments and summed gradients. Weights are gathered once per step, in the forward of
-its first row, and gradients summed once, in the backward of its last, however many rows per step has.
+"""FSDP2: each rank keeps its share of the float32 masters, moments and summed gradients. Weights
+are gathered once per step, in the forward of its first row, and gradients summed once, in the
+backward of its last, however many rows per step has.
 
-The sharded parameters are the masters; layers compute in the dtype of the run (``param_dtype``). In between a rank has all weights in that
-dtype and the sum of its rows' gradients, which FSDP2 keeps in float32 (``reduce_dtype``), as the plain optimizer does. So a trained
-parameter costs 16 bytes / ranks, and 2 + 4 more during a step of several rows; a layer's weights that share a product cost 2 more, for the
-copy in which they lie side by side. The target's frozen matrices are kept whole on every rank: the objective multiplies by them chunk by
-chunk.
+The sharded parameters are the masters; layers compute in the dtype of the run (``param_dtype``). In
+between a rank has all weights in that dtype and the sum of its rows' gradients, which FSDP2 keeps
+in float32 (``reduce_dtype``), as the plain optimizer does. So a trained parameter costs 16 bytes /
+ranks, and 2 + 4 more during a step of several rows; a layer's weights that share a product cost 2
+more, for the copy in which they lie side by side. The target's frozen matrices are kept whole on
+every rank: the objective multiplies by them chunk by chunk.
 
-Gathering is the work of a rank's first pass and summing that of its last, and all ranks must do both: a rank without a row passes padding
-once (``train/step.py`` sees to it). Otherwise they may differ in the number of passes.
+Gathering is the work of a rank's first pass and summing that of its last, and all ranks must do
+both: a rank without a row passes padding once (``train/step.py`` sees to it). Otherwise they may
+differ in the number of passes.
 """
 
 from __future__ import annotations
@@ -36,7 +39,9 @@ if TYPE_CHECKING:
 
 
 def shard(model: DraftModel, world: World, dtype: torch.dtype) -> JointCopies:
-    """Turn the trained parameters of ``model`` into float32 shards, in place; its forward computes in ``dtype``."""
+    """Turn the trained parameters of ``model`` into float32 shards, in place; its forward computes
+    in ``dtype``.
+    """
     mesh: DeviceMesh = init_device_mesh(model.device.type, (world.size,))
     for _, p in model.trained():
         p.data = p.data.float()
@@ -46,14 +51,18 @@ def shard(model: DraftModel, world: World, dtype: torch.dtype) -> JointCopies:
     frozen = {p for p in model.parameters() if not p.requires_grad}
     _wrap_forward(model, dtype)
     copies = JointCopies(model, dtype)
-    # A group a layer: its weights are gathered while the layer before computes, its gradients summed while the layer before has its backward.
+    # A group a layer: its weights are gathered while the layer before computes, its gradients
+    # summed while the layer before has its backward.
     for layer in model.layers:
         fully_shard(layer, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
-    fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False, ignored_params=frozen)
+    fully_shard(
+        model, mesh=mesh, mp_policy=policy, reshard_after_forward=False, ignored_params=frozen
+    )
     # It says so of every slot state: a view, which nobody writes to.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     for module in _groups(model):
-        # Sums, not means: the loss of a step is already divided by the weights of all ranks. (Plain sums, which gloo has too.)
+        # Sums, not means: the loss of a step is already divided by the weights of all ranks. (Plain
+        # sums, which gloo has too.)
         module.set_force_sum_reduction_for_comms(True)
         module.set_gradient_divide_factor(1.0)
     _sum_in_next_backward(model, False)
@@ -62,13 +71,15 @@ def shard(model: DraftModel, world: World, dtype: torch.dtype) -> JointCopies:
 
 
 class JointCopies:
-    """Of a layer's weights that share a product (``joined.py``) a copy in which they lie side by side, since FSDP2 gathers each into memory
-    of its own. Made in the first forward after they changed, so once per step, for all its rows; made and followed around ``fully_shard``.
+    """Of a layer's weights that share a product (``joined.py``) a copy in which they lie side by
+    side, since FSDP2 gathers each into memory of its own. Made in the first forward after they
+    changed, so once per step, for all its rows; made and followed around ``fully_shard``.
     """
 
     def __init__(self, model: DraftModel, dtype: torch.dtype) -> None:
         self._parts = {
-            layer: [m for m in layer.modules() if isinstance(m, Attention | Mlp)] for layer in model.layers
+            layer: [m for m in layer.modules() if isinstance(m, Attention | Mlp)]
+            for layer in model.layers
         }
         for module in (module for parts in self._parts.values() for module in parts):
             rows, columns = sum(w.shape[0] for w in module.joined), module.joined[0].shape[1]
@@ -99,7 +110,9 @@ def _groups(model: DraftModel) -> Iterator[FSDPModule]:
 
 
 def _sum_in_next_backward(model: DraftModel, last: bool) -> None:
-    """Whether the backward to come sums gradients over ranks and lets go of the whole weights, or adds them up here."""
+    """Whether the backward to come sums gradients over ranks and lets go of the whole weights, or
+    adds them up here.
+    """
     for module in _groups(model):
         module.set_requires_gradient_sync(last, recurse=False)
         module.set_reshard_after_backward(last, recurse=False)
@@ -108,13 +121,16 @@ def _sum_in_next_backward(model: DraftModel, last: bool) -> None:
 def _wrap_forward(model: DraftModel, dtype: torch.dtype) -> None:
     """Two things that hold only of a sharded model, around its own forward.
 
-    Its parameters are float32 until they are gathered, so the plan's tables are too and are cast here. And FSDP2 hangs a hook on every
-    tensor that a forward returns: on W2 itself, a parameter, they would pile up from pass to pass, so a copy goes out.
+    Its parameters are float32 until they are gathered, so the plan's tables are too and are cast
+    here. And FSDP2 hangs a hook on every tensor that a forward returns: on W2 itself, a parameter,
+    they would pile up from pass to pass, so a copy goes out.
     """
     inner = model.forward
 
     def forward(batch: Batch, plan: ForwardPlan) -> SlotStates:
-        block, context = ((cos.to(dtype), sin.to(dtype)) for cos, sin in (plan.block_rope, plan.context_rope))
+        block, context = (
+            (cos.to(dtype), sin.to(dtype)) for cos, sin in (plan.block_rope, plan.context_rope)
+        )
         states = inner(batch, replace(plan, block_rope=block, context_rope=context))
         return states if states.w2 is None else replace(states, w2=states.w2.clone())
 
@@ -122,9 +138,13 @@ def _wrap_forward(model: DraftModel, dtype: torch.dtype) -> None:
 
 
 class ShardedAdamW:
-    """AdamW over the shards into which it cuts the trained parameters of ``model``, whose forward computes in ``dtype`` from then on."""
+    """AdamW over the shards into which it cuts the trained parameters of ``model``, whose forward
+    computes in ``dtype`` from then on.
+    """
 
-    def __init__(self, model: DraftModel, settings: AdamSettings, world: World, dtype: torch.dtype) -> None:
+    def __init__(
+        self, model: DraftModel, settings: AdamSettings, world: World, dtype: torch.dtype
+    ) -> None:
         self._copies = shard(model, world, dtype)
         self.parameters: dict[str, DTensor] = {}
         for name, p in model.trained():
@@ -139,7 +159,9 @@ class ShardedAdamW:
         self._adam = Adam(held, settings)
 
     def last_row(self) -> None:
-        """As ``Optimizer.last_row``; the next backward must come, of a row or of padding, before ``step``."""
+        """As ``Optimizer.last_row``; the next backward must come, of a row or of padding, before
+        ``step``.
+        """
         _sum_in_next_backward(self.model, True)
 
     @torch.no_grad()
@@ -162,7 +184,8 @@ class ShardedAdamW:
     def snapshot(self) -> Snapshot:
         masters = {n: self._whole(p, _local(p)) for n, p in self.parameters.items()}
         moments = {
-            m: {n: self._whole(p, self._moment(m, n)) for n, p in self.parameters.items()} for m in MOMENTS
+            m: {n: self._whole(p, self._moment(m, n)) for n, p in self.parameters.items()}
+            for m in MOMENTS
         }
         if self.world.rank:
             return Snapshot({}, {}, 0)
@@ -173,23 +196,33 @@ class ShardedAdamW:
         return self._adam.moment(moment, own) if own.numel() else own.detach()
 
     def _whole(self, like: DTensor, local: Tensor) -> Tensor:
-        """All shards joined, on the CPU of rank 0 (elsewhere an empty tensor): one tensor at a time is whole on a GPU."""
+        """All shards joined, on the CPU of rank 0 (elsewhere an empty tensor): one tensor at a time
+        is whole on a GPU.
+        """
         shards = DTensor.from_local(
-            local, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
+            local,
+            like.device_mesh,
+            like.placements,
+            run_check=False,
+            shape=like.shape,
+            stride=like.stride(),
         )
         full = shards.full_tensor()
         return full.detach().to("cpu", copy=True) if self.world.first else local.new_empty(0)
 
     @torch.no_grad()
     def load(self, snapshot: Snapshot) -> None:
-        """Every rank reads the whole and keeps its share, so a checkpoint serves any number of ranks."""
+        """Every rank reads the whole and keeps its share, so a checkpoint serves any number of
+        ranks.
+        """
         snapshot.check(self.parameters, dict.fromkeys(MOMENTS, self.parameters))
         for name, p in self.parameters.items():
             _local(p).copy_(_share(p, snapshot.masters[name]))
             for moment in MOMENTS:
                 self._moment(moment, name).copy_(_share(p, snapshot.moments[moment][name]))
         self._adam.updates = snapshot.updates
-        for module in _groups(self.model):  # what a validation may have gathered before is of other masters
+        # what a validation may have gathered before is of other masters
+        for module in _groups(self.model):
             module.reshard()
         self._copies.outdated()
 

@@ -1,17 +1,23 @@
-"""Muon: the matrices of the draft's layers and ``fc`` take steps of equal size in every direction; AdamW has the rest.
+"""Muon: the matrices of the draft's layers and ``fc`` take steps of equal size in every direction;
+AdamW has the rest.
 
-A matrix's momentum is replaced by the nearest matrix with orthonormal rows (or columns): its singular vectors with all singular values
-near 1. Five Newton-Schulz steps in bfloat16 do that with products alone. The step is scaled by ``0.2 sqrt(larger side)``, so that its
-elements are as large as AdamW's usually are and one learning rate serves both (Moonlight, arXiv 2502.16982). Norms, biases, the
-confidence head and the Markov factors, whose rows are embeddings of tokens, stay with AdamW.
+A matrix's momentum is replaced by the nearest matrix with orthonormal rows (or columns): its
+singular vectors with all singular values near 1. Five Newton-Schulz steps in bfloat16 do that with
+products alone. The step is scaled by ``0.2 sqrt(larger side)``, so that its elements are as large
+as AdamW's usually are and one learning rate serves both (Moonlight, arXiv 2502.16982). Norms,
+biases, the confidence head and the Markov factors, whose rows are embeddings of tokens, stay with
+AdamW.
 
-Costs half of AdamW's moments for these matrices, and 15 products per matrix and step, which the ranks share: in all the arithmetic of
-two rows of 4,096 tokens at the shapes of GLM-5.2, of one and a half at Qwen3-4B's.
+Costs half of AdamW's moments for these matrices, and 15 products per matrix and step, which the
+ranks share: in all the arithmetic of two rows of 4,096 tokens at the shapes of GLM-5.2, of one and
+a half at Qwen3-4B's.
 
-Why this is not ``torch.optim.Muon`` (2.9 and later), whose formulas it shares (``adjust_lr_fn="match_rms_adamw"``; a test compares them):
-torch's wants every matrix as a parameter of its own with a gradient of its own, and steps through them one by one. Here masters,
-gradients and momentum lie in flat buckets, so that clipping, ZeRO's shares and the sums over ranks are a few large operations; matrices
-of one shape are orthogonalised in one batch; and the ranks divide the matrices among them instead of each repeating all products.
+Why this is not ``torch.optim.Muon`` (2.9 and later), whose formulas it shares
+(``adjust_lr_fn="match_rms_adamw"``; a test compares them):
+torch's wants every matrix as a parameter of its own with a gradient of its own, and steps through
+them one by one. Here masters, gradients and momentum lie in flat buckets, so that clipping, ZeRO's
+shares and the sums over ranks are a few large operations; matrices of one shape are orthogonalised
+in one batch; and the ranks divide the matrices among them instead of each repeating all products.
 """
 
 from __future__ import annotations
@@ -28,15 +34,17 @@ from dspark.train.optim.flat import FlatOptimizer
 
 MOMENTUM = 0.95
 STEPS = 5
-TOGETHER = (
-    1 << 28
-)  # elements orthogonalised at once: half a GB in bfloat16, and as much again twice for the products
-# Of x (a + b x^2 + c x^4), which takes singular values in (0, 1] to about 1 +- 0.3 in five steps; Keller Jordan's choice, steep at 0.
+# Elements orthogonalised at once: half a GB in bfloat16, and as much again twice for the products.
+TOGETHER = 1 << 28
+# Of x (a + b x^2 + c x^4), which takes singular values in (0, 1] to about 1 +- 0.3 in five steps;
+# Keller Jordan's choice, steep at 0.
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 
 
 def orthogonal(matrices: Tensor, steps: int = STEPS) -> Tensor:
-    """The orthogonal factors, roughly, of ``matrices`` [n, rows, columns] with rows <= columns, in their dtype."""
+    """The orthogonal factors, roughly, of ``matrices`` [n, rows, columns] with rows <= columns, in
+    their dtype.
+    """
     a, b, c = COEFFICIENTS
     x: Tensor = matrices / (torch.linalg.matrix_norm(matrices, keepdim=True) + 1e-7)
     for _ in range(steps):
@@ -51,11 +59,12 @@ def is_matrix(name: str, p: nn.Parameter) -> bool:
 
 
 class Muon:
-    """The rule. Of each flat float32 master, by its ``id``: ``gradients``, the whole buffer of which its ``grad`` is all or a part, and
-    ``shapes``, where matrices lie in that buffer, as (start, shape). ``holders`` have a part of each master.
+    """The rule. Of each flat float32 master, by its ``id``: ``gradients``, the whole buffer of
+    which its ``grad`` is all or a part, and ``shapes``, where matrices lie in that buffer, as
+    (start, shape). ``holders`` have a part of each master.
 
-    Of several ranks, each orthogonalises its share of the matrices and sends the factors to the others: the products cost a rank what they
-    cost one process, divided by the number of ranks.
+    Of several ranks, each orthogonalises its share of the matrices and sends the factors to the
+    others: the products cost a rank what they cost one process, divided by the number of ranks.
     """
 
     moments: tuple[str, ...] = ("momentum",)
@@ -81,7 +90,9 @@ class Muon:
 
     @torch.no_grad()
     def update(self, lr: float, norm: Tensor) -> None:
-        """As ``Rule.update``. The gradients are used up: what is orthogonalised, and then its factors, are made in their place."""
+        """As ``Rule.update``. The gradients are used up: what is orthogonalised, and then its
+        factors, are made in their place.
+        """
         self.updates += 1
         over = excess(norm, self.clip)
         matrices: list[Tensor] = []
@@ -93,7 +104,8 @@ class Muon:
             whole = self.holders.gather_(self.gradients[id(p)])
             for at, shape in self.shapes[id(p)]:
                 matrix = whole[at : at + shape.numel()].view(shape)
-                matrices.append(matrix.mT if shape[0] > shape[1] else matrix)  # rows <= columns from here on
+                # rows <= columns from here on
+                matrices.append(matrix.mT if shape[0] > shape[1] else matrix)
         factors = self._factors(matrices)
         if self.world.size > 1:
             factors = self._sent(matrices, dict(factors))
@@ -104,7 +116,9 @@ class Muon:
             p.mul_(1.0 - lr * self.weight_decay).add_(p.grad, alpha=-lr)
 
     def _sent(self, matrices: list[Tensor], own: dict[int, Tensor]) -> Iterator[tuple[int, Tensor]]:
-        """Index and factor of all ``matrices``, each from its owner; ``own`` are this rank's and are used up."""
+        """Index and factor of all ``matrices``, each from its owner; ``own`` are this rank's and
+        are used up.
+        """
         for i, matrix in enumerate(matrices):
             factor = own.pop(i, None)
             if factor is None:
@@ -112,7 +126,9 @@ class Muon:
             yield i, self.world.send_(factor, self._owner[i])
 
     def _factors(self, matrices: list[Tensor]) -> Iterator[tuple[int, Tensor]]:
-        """Index and orthogonal factor of this rank's share of ``matrices``. Those of one shape go together."""
+        """Index and orthogonal factor of this rank's share of ``matrices``. Those of one shape go
+        together.
+        """
         alike: dict[torch.Size, list[int]] = {}
         for i, matrix in enumerate(matrices):
             if self._owner[i] == self.world.rank:
@@ -130,7 +146,9 @@ def _precision(matrix: Tensor) -> torch.dtype:
 
 
 def owners(shapes: list[torch.Size], ranks: int) -> list[int]:
-    """Which rank orthogonalises each matrix: the costliest first, each to the rank with least to do. The same on every rank."""
+    """Which rank orthogonalises each matrix: the costliest first, each to the rank with least to
+    do. The same on every rank.
+    """
     cost = [min(shape) ** 2 * max(shape) for shape in shapes]
     out, load = [0] * len(shapes), [0] * ranks
     for i in sorted(range(len(shapes)), key=lambda i: (-cost[i], i)):
@@ -154,7 +172,11 @@ class MasterMuon(FlatOptimizer):
         kinds: tuple[list[nn.Parameter], list[nn.Parameter]] = ([], [])
         shapes: dict[int, list[tuple[int, torch.Size]]] = {}
         for bucket in self._buckets:
-            matrices = [(at, self.parameters[n].shape) for n, at in bucket.at.items() if is_matrix(n, self.parameters[n])]  # fmt: skip
+            matrices = [
+                (at, self.parameters[n].shape)
+                for n, at in bucket.at.items()
+                if is_matrix(n, self.parameters[n])
+            ]
             kinds[bool(matrices)].append(bucket.master)
             shapes[id(bucket.master)] = matrices
         gradients = {id(bucket.master): bucket.gradients for bucket in self._buckets}

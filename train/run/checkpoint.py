@@ -1,9 +1,12 @@
-"""Checkpoints: master weights, moments and the position in the stream, committed by rename; the newest one is resumed.
+"""Checkpoints: master weights, moments and the position in the stream, committed by rename; the
+newest one is resumed.
 
-checkpoints/step_00001200/  model.safetensors (float32 masters)  optimizer.safetensors (moments)  state.json
+checkpoints/step_00001200/ model.safetensors (float32 masters) optimizer.safetensors (moments)
+state.json
 
-They hold whole tensors under their names, so a run goes on with any strategy on any number of ranks. ``state.json`` is sealed, and has the
-checksums of the other files and the digest of the store: what differs from what was written, or belongs to other states, is not resumed.
+They hold whole tensors under their names, so a run goes on with any strategy on any number of
+ranks. ``state.json`` is sealed, and has the checksums of the other files and the digest of the
+store: what differs from what was written, or belongs to other states, is not resumed.
 """
 
 from __future__ import annotations
@@ -17,7 +20,14 @@ from typing import TYPE_CHECKING
 
 from dspark.cache import json_text
 from dspark.cache.errors import DamagedCacheError, MismatchError, TrainError
-from dspark.cache.files.atomic import STAGING, clear_staging, fsync_path, remove, staged, write_errors
+from dspark.cache.files.atomic import (
+    STAGING,
+    clear_staging,
+    fsync_path,
+    remove,
+    staged,
+    write_errors,
+)
 from dspark.cache.files.checksum import file_sums
 from dspark.cache.manifest import build, sealed, unseal
 
@@ -32,7 +42,8 @@ BEFORE = "Remove that folder to resume from the one before it."
 
 @dataclass(frozen=True, slots=True)
 class Position:
-    """Where in the run: optimizer steps done in all, and the next step of the stream as (epoch, step within it).
+    """Where in the run: optimizer steps done in all, and the next step of the stream as (epoch,
+    step within it).
 
     ``best``: the highest validation so far by each metric that may select the draft.
     """
@@ -47,7 +58,9 @@ class Position:
 
 @dataclass(frozen=True, slots=True)
 class State:
-    """What ``state.json`` holds. ``files``: bytes and crc32c of the others by name; ``store``: the digest of the store."""
+    """What ``state.json`` holds. ``files``: bytes and crc32c of the others by name; ``store``: the
+    digest of the store.
+    """
 
     position: Position
     files: Mapping[str, tuple[int, int]]
@@ -55,7 +68,9 @@ class State:
 
 
 def save(folder: Path, position: Position, snapshot: Snapshot, keep: int, store: str = "") -> Path:
-    """Write ``folder/step_N`` whole or not at all, in the place of one that is there; then delete all but the newest ``keep``."""
+    """Write ``folder/step_N`` whole or not at all, in the place of one that is there; then delete
+    all but the newest ``keep``.
+    """
     from safetensors.torch import save_file
 
     with write_errors(folder):
@@ -88,14 +103,17 @@ def _discard(old: Path) -> None:
 
 
 def found(folder: Path) -> list[Path]:
-    """Checkpoints, oldest first. They are committed by rename, so one that lacks a file is damaged."""
+    """Checkpoints, oldest first. They are committed by rename, so one that lacks a file is
+    damaged.
+    """
     return sorted(p for p in folder.glob("step_*") if p.is_dir())
 
 
 def load(path: Path, optimizer: Optimizer, store: str = "") -> Position:
     """Restore ``optimizer`` (and through it the model) from the checkpoint at ``path``.
 
-    Raises TrainError where it is not what was written, MismatchError where it was trained on another store than that of digest ``store``.
+    Raises TrainError where it is not what was written, MismatchError where it was trained on
+    another store than that of digest ``store``.
     """
     from safetensors import safe_open
     from safetensors.torch import load_file
@@ -111,7 +129,8 @@ def load(path: Path, optimizer: Optimizer, store: str = "") -> Position:
         raise TrainError(f"{path}: the checkpoint cannot be resumed: {error}. {BEFORE}") from error
     if state.store != store:
         raise MismatchError(
-            f"{path} was trained on a store of digest {state.store[:12]}, the store now has {store[:12]}: other states or masks. "
+            f"{path} was trained on a store of digest {state.store[:12]}, the store now has "
+            f"{store[:12]}: other states or masks. "
             "Use the store that the training was begun on, or another --output."
         )
     moments: dict[str, dict[str, Tensor]] = {}
@@ -123,19 +142,26 @@ def load(path: Path, optimizer: Optimizer, store: str = "") -> Position:
 
 
 def read_state(path: Path) -> State:
-    """The state of the checkpoint at ``path``, the checksums of its files compared. Raises DamagedCacheError or OSError."""
+    """The state of the checkpoint at ``path``, the checksums of its files compared. Raises
+    DamagedCacheError or OSError.
+    """
     where = str(path / STATE)
     data = json_text.read(path / STATE)
     if isinstance(data, dict) and "crc32c" not in data:
         raise DamagedCacheError(
-            f"{where} has no checksums, as those of earlier releases: end that run with the release that began it"
+            f"{where} has no checksums, as those of earlier releases: end that run with the "
+            "release that began it"
         )
     body = unseal(data, where)
     state = build(State, {**body, "position": build(Position, body.get("position"), where)}, where)
     if name_of(state.position.step) != path.name:
-        raise DamagedCacheError(f"{where} is of step {state.position.step}, the folder is {path.name}")
+        raise DamagedCacheError(
+            f"{where} is of step {state.position.step}, the folder is {path.name}"
+        )
     for name in (WEIGHTS, MOMENTS):
         expected, sums = tuple(state.files[name]), file_sums(path / name)[:2]
         if sums != expected:
-            raise DamagedCacheError(f"{path / name}: bytes and crc32c are {sums}, expected {expected}")
+            raise DamagedCacheError(
+                f"{path / name}: bytes and crc32c are {sums}, expected {expected}"
+            )
     return state

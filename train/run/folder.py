@@ -27,14 +27,20 @@ TRAINING = "training.json"  # the config of the run, beside the draft
 METRICS = "metrics.jsonl"  # a row every --log-every steps, and the validations
 CLEARING = ".clearing"  # there while an --overwrite deletes
 RESOLVED = "train.yaml"  # the same settings as flags, for --config
-STORE = "store.json"  # which store it was trained on; the path may change between a run and its resumption, the store may not
+# which store it was trained on; the path may change between a run and its resumption, the store may
+# not
+STORE = "store.json"
 
 
-WRITTEN = "expected the object that dspark-train wrote. Restore a complete copy of the file, or train into another --output."
+WRITTEN = (
+    "expected the object that dspark-train wrote. Restore a complete copy of the file, or train "
+    "into another --output."
+)
 
 
 def read_record(path: Path, remedy: str = WRITTEN) -> dict[str, Any]:
-    """The JSON object in ``path``, a file beside a draft. Raises DraftError, naming the file, if it is missing, no JSON or no object.
+    """The JSON object in ``path``, a file beside a draft. Raises DraftError, naming the file, if it
+    is missing, no JSON or no object.
 
     ``remedy``: what was expected in it and what to do.
     """
@@ -50,7 +56,9 @@ def read_record(path: Path, remedy: str = WRITTEN) -> dict[str, Any]:
 
 
 def identity(output: Path) -> int | None:
-    """What differs between trainings that have stood in ``output``: the inode of the record that each begins with."""
+    """What differs between trainings that have stood in ``output``: the inode of the record that
+    each begins with.
+    """
     try:
         return (output / TRAINING).stat().st_ino
     except OSError:
@@ -61,42 +69,56 @@ def refuse_file(output: Path) -> None:
     """Raise UsageError where ``output`` is, or lies below, a file."""
     above = existing_parent(output)
     if not above.is_dir():
-        raise UsageError(f"--output {output}: {above} is a file; expected a folder, or a name that is free")
+        raise UsageError(
+            f"--output {output}: {above} is a file; expected a folder, or a name that is free"
+        )
 
 
 def claim(output: Path, config: TrainConfig, *, resume: bool, overwrite: bool) -> None:
-    """Refuse to write into a folder that holds something else, or another run. Changes nothing: what ``overwrite`` allows is done by ``begin``."""
+    """Refuse to write into a folder that holds something else, or another run. Changes nothing:
+    what ``overwrite`` allows is done by ``begin``.
+    """
     if config.init_from and Path(config.init_from).resolve().is_relative_to(output.resolve()):
         raise UsageError(
-            f"--init-from {config.init_from} lies in --output {output}, which the training writes; choose another --output"
+            f"--init-from {config.init_from} lies in --output {output}, which the training "
+            "writes; choose another --output"
         )
     refuse_file(output)
-    if not output.exists() or all(e.name == LOCK or e.name.startswith(STAGING) for e in output.iterdir()):
+    if not output.exists() or all(
+        e.name == LOCK or e.name.startswith(STAGING) for e in output.iterdir()
+    ):
         return
     previous = output / TRAINING
     if not previous.is_file():
-        raise ExistsError(f"{output} exists and is not a dspark training run. Choose another --output.")
+        raise ExistsError(
+            f"{output} exists and is not a dspark training run. Choose another --output."
+        )
     if overwrite:
         for store, _ in config.stores:
             path = where(store)
             if isinstance(path, Path) and path.resolve().is_relative_to(output.resolve()):
                 raise UsageError(
-                    f"--overwrite would delete {store}, which lies in {output}. Move the store, or choose another --output."
+                    f"--overwrite would delete {store}, which lies in {output}. Move the store, "
+                    "or choose another --output."
                 )
         return
     if (output / CLEARING).exists():
         raise ExistsError(
-            f"{output}: an --overwrite was stopped while it deleted the training there, and what is left is not whole. Give --overwrite again."
+            f"{output}: an --overwrite was stopped while it deleted the training there, and what "
+            "is left is not whole. Give --overwrite again."
         )
     if not resume:
         raise ExistsError(
-            f"{output} holds a training run. Use --resume to continue it, --overwrite to replace it, or another --output."
+            f"{output} holds a training run. Use --resume to continue it, --overwrite to replace "
+            "it, or another --output."
         )
     config.continues(TrainConfig.from_json(read_record(previous), str(previous)), str(output))
 
 
 def store_identity(run: Run) -> dict[str, Any]:
-    """What makes a store this store, for a person and for ``--resume``. Of several: what they have in common, sums, and each one."""
+    """What makes a store this store, for a person and for ``--resume``. Of several: what they have
+    in common, sums, and each one.
+    """
     each = [_identity(store) for store in run.cache.stores]
     if len(each) == 1:
         return each[0]
@@ -123,21 +145,29 @@ def _identity(store: Cache) -> dict[str, Any]:
 
 
 def content(*stores: Cache) -> str:
-    """What tells the states and masks of stores from any others: a sha256 over their plans and the checksums of every part's record, which lists those of its files."""
+    """What tells the states and masks of stores from any others: a sha256 over their plans and the
+    checksums of every part's record, which lists those of its files.
+    """
     if len(stores) > 1:
         return hashlib.sha256(" ".join(map(content, stores)).encode()).hexdigest()
     (cache,) = stores
-    return hashlib.sha256(canonical({"plan": cache.manifest.digest(), "parts": cache.part_crcs})).hexdigest()
+    return hashlib.sha256(
+        canonical({"plan": cache.manifest.digest(), "parts": cache.part_crcs})
+    ).hexdigest()
 
 
 def same_store(output: Path, run: Run) -> None:
-    """Raise MismatchError, naming every difference, if the run in ``output`` was begun on another store."""
+    """Raise MismatchError, naming every difference, if the run in ``output`` was begun on another
+    store.
+    """
     path = output / STORE
     if not path.is_file():
         return  # nothing was trained there yet
     then, now = read_record(path), store_identity(run)
     diffs = [
-        f"{k}: {then.get(k)!r} there, {now[k]!r} in {run.config.cache}" for k in now if then.get(k) != now[k]
+        f"{k}: {then.get(k)!r} there, {now[k]!r} in {run.config.cache}"
+        for k in now
+        if then.get(k) != now[k]
     ]
     if diffs:
         raise MismatchError(
@@ -148,7 +178,8 @@ def same_store(output: Path, run: Run) -> None:
 
 
 def begin(output: Path, run: Run, *, resume: bool, overwrite: bool = False) -> None:
-    """Make the folder and write what it belongs to, once ``claim`` and ``prepare`` have refused nothing. On ``resume``, refuse another store;
+    """Make the folder and write what it belongs to, once ``claim`` and ``prepare`` have refused
+    nothing. On ``resume``, refuse another store;
     on ``overwrite``, delete the training that is there.
     """
     if resume:
@@ -162,15 +193,21 @@ def begin(output: Path, run: Run, *, resume: bool, overwrite: bool = False) -> N
             (output / CLEARING).touch()
             fsync_path(output)
             _clear(output)
-    # First what says whose the folder is: one that was begun and killed is then continued or replaced like any other.
+    # First what says whose the folder is: one that was begun and killed is then continued or
+    # replaced like any other.
     write_file(output / TRAINING, (json.dumps(run.config.to_json(), indent=1) + "\n").encode())
     write_file(output / STORE, (json.dumps(store_identity(run), indent=1) + "\n").encode())
-    write_file(output / RESOLVED, config_file.resolved(run.config.flags() | {"recipe": NONE}, "dspark-train"))
+    write_file(
+        output / RESOLVED,
+        config_file.resolved(run.config.flags() | {"recipe": NONE}, "dspark-train"),
+    )
     (output / CLEARING).unlink(missing_ok=True)
 
 
 def _clear(output: Path) -> None:
-    """Delete all but the record that says whose the folder is: if this is cut short, the folder is still one that may be replaced."""
+    """Delete all but the record that says whose the folder is: if this is cut short, the folder is
+    still one that may be replaced.
+    """
     for entry in output.iterdir():
         if entry.name in (TRAINING, LOCK, CLEARING):
             continue

@@ -1,5 +1,5 @@
-"""``history.json`` beside a draft: what it began with, and every session that trained it. Tells interrupted, resumed and warm-started
-runs apart, for a person and for the model card.
+"""``history.json`` beside a draft: what it began with, and every session that trained it. Tells
+interrupted, resumed and warm-started runs apart, for a person and for the model card.
 """
 
 from __future__ import annotations
@@ -23,14 +23,17 @@ RUNNING, FINISHED, INTERRUPTED, FAILED = "running", "finished", "interrupted", "
 
 
 def same_start(output: Path, run: Run) -> None:
-    """Raise MismatchError if the run in ``output`` began with other weights than ``--init-from`` holds now."""
+    """Raise MismatchError if the run in ``output`` began with other weights than ``--init-from``
+    holds now.
+    """
     path = output / HISTORY
     if run.start is None or not path.is_file():
         return
     then = (read_record(path).get("start") or {}).get("weights_sha256")
     if then != run.start.weights_sha256:
         raise MismatchError(
-            f"{output} began with weights {str(then)[:12]}, {run.config.init_from} now holds {run.start.weights_sha256[:12]}: "
+            f"{output} began with weights {str(then)[:12]}, {run.config.init_from} now holds "
+            f"{run.start.weights_sha256[:12]}: "
             "the draft there was changed. Restore it, or use another --output."
         )
 
@@ -57,7 +60,9 @@ def session(output: Path, run: Run, step: int, *, resumed: bool) -> Iterator[Ses
 class Session:
     """The session that runs now; ``reached`` is the last step whose checkpoint is whole."""
 
-    def __init__(self, path: Path, start: dict[str, Any] | None, before: list[Any], step: int) -> None:
+    def __init__(
+        self, path: Path, start: dict[str, Any] | None, before: list[Any], step: int
+    ) -> None:
         self.path, self.start, self.before = path, start, before
         self.began = self.reached = step
 
@@ -73,7 +78,8 @@ def sentences(record: Mapping[str, Any]) -> list[str]:
     out = ["Began with random weights."]
     if start:
         out = [
-            f"Warm start: {start['taken']} tensors of {start['folder']} (weights sha256 {start['weights_sha256'][:12]})."
+            f"Warm start: {start['taken']} tensors of {start['folder']} (weights sha256 "
+            f"{start['weights_sha256'][:12]})."
         ]
         out += [f"Changed: {name}, {how}." for name, how in start["changed"].items()]
         out += [f"Not taken: {name} ({why})." for name, why in start["left"].items()]

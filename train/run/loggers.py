@@ -1,7 +1,8 @@
-"""Loggers beside metrics.jsonl: TensorBoard, Weights & Biases, MLflow, Trackio. One that is not installed is a warning.
+"""Loggers beside metrics.jsonl: TensorBoard, Weights & Biases, MLflow, Trackio. One that is not
+installed is a warning.
 
-A logger takes ``row(name -> number, step)`` and ``close()``. What it cannot do (no network, not logged in) is said once
-and ends that logger, not the training: metrics.jsonl has the numbers.
+A logger takes ``row(name -> number, step)`` and ``close()``. What it cannot do (no network, not
+logged in) is said once and ends that logger, not the training: metrics.jsonl has the numbers.
 """
 
 from __future__ import annotations
@@ -38,10 +39,16 @@ class TensorBoard:
 
 
 class RunOf:
-    """Weights & Biases, or Trackio, which has the same calls: a run named as the folder in the project ``dspark``."""
+    """Weights & Biases, or Trackio, which has the same calls: a run named as the folder in the
+    project ``dspark``.
+    """
 
-    def __init__(self, module: Any, folder: Path, settings: Mapping[str, Any], **extra: Any) -> None:
-        self._run = module.init(project="dspark", name=folder.resolve().name, config=dict(settings), **extra)
+    def __init__(
+        self, module: Any, folder: Path, settings: Mapping[str, Any], **extra: Any
+    ) -> None:
+        self._run = module.init(
+            project="dspark", name=folder.resolve().name, config=dict(settings), **extra
+        )
         self._log: Callable[..., Any] = getattr(self._run, "log", None) or module.log
         self._finish: Callable[[], Any] = getattr(self._run, "finish", None) or module.finish
 
@@ -53,7 +60,9 @@ class RunOf:
 
 
 class MLflow:
-    """A run named as the folder in the experiment ``dspark``, at the tracking address that the environment names."""
+    """A run named as the folder in the experiment ``dspark``, at the tracking address that the
+    environment names.
+    """
 
     def __init__(self, folder: Path, settings: Mapping[str, Any], resume_step: int) -> None:
         self._mlflow: Any = importlib.import_module("mlflow")
@@ -101,7 +110,9 @@ class Loggers:
         for name in names:
             self._try(name, lambda name=name: self._begin(name, folder, settings, resume_step))  # type: ignore[misc]
 
-    def _begin(self, name: str, folder: Path, settings: Mapping[str, Any], resume_step: int) -> None:
+    def _begin(
+        self, name: str, folder: Path, settings: Mapping[str, Any], resume_step: int
+    ) -> None:
         self._open[name] = STARTED[name](folder, settings, resume_step)
 
     def row(self, data: Mapping[str, Any]) -> None:
@@ -110,7 +121,9 @@ class Loggers:
         values = {}
         for key, value in data.items():
             parts = (
-                {f"{key}/{i}": v for i, v in enumerate(value)} if isinstance(value, list) else {key: value}
+                {f"{key}/{i}": v for i, v in enumerate(value)}
+                if isinstance(value, list)
+                else {key: value}
             )
             for name, number in parts.items():
                 if isinstance(number, int | float) and not isinstance(number, bool):
@@ -127,11 +140,14 @@ class Loggers:
             work()
         except ImportError:
             self._warn(
-                f"--logger {name}: not installed (pip install {name}); the numbers are in metrics.jsonl"
+                f"--logger {name}: not installed (pip install {name}); the numbers are in "
+                "metrics.jsonl"
             )
-        # Each of these packages has a family of errors of its own, and none of them may end a training.
+        # Each of these packages has a family of errors of its own, and none of them may end a
+        # training.
         except Exception as error:
             self._open.pop(name, None)
             self._warn(
-                f"--logger {name}: {first_line(error)}; logging there stops; the numbers are in metrics.jsonl"
+                f"--logger {name}: {first_line(error)}; logging there stops; the numbers are in "
+                "metrics.jsonl"
             )

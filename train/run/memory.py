@@ -1,6 +1,8 @@
-"""What a run will take of a device's memory, estimated before it starts: parameters exactly, the rest by the largest tensors.
+"""What a run will take of a device's memory, estimated before it starts: parameters exactly, the
+rest by the largest tensors.
 
-Legend: S tokens of a row, L aux layers, H hidden size, A anchors, B slots, Q = A*B, D head size, I intermediate size.
+Legend: S tokens of a row, L aux layers, H hidden size, A anchors, B slots, Q = A*B, D head size, I
+intermediate size.
 """
 
 from __future__ import annotations
@@ -16,8 +18,9 @@ from dspark.train.run.setup import Run
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """Bytes on one device: ``frozen`` target matrices (and W2's copy beside one), ``trained`` weights with masters, gradients and
-    moments, and of a ``row`` the states (this row's and the next one's) and what backward keeps.
+    """Bytes on one device: ``frozen`` target matrices (and W2's copy beside one), ``trained``
+    weights with masters, gradients and moments, and of a ``row`` the states (this row's and the
+    next one's) and what backward keeps.
     """
 
     frozen: int
@@ -29,8 +32,11 @@ class Memory:
         return self.frozen + self.trained + self.row
 
 
-def row_bytes(config: DraftConfig, tokens: int, anchors: int, width: int, *, recompute: bool) -> int:
-    """Bytes of a row's states and of the activations that backward keeps, ``width`` bytes an element.
+def row_bytes(
+    config: DraftConfig, tokens: int, anchors: int, width: int, *, recompute: bool
+) -> int:
+    """Bytes of a row's states and of the activations that backward keeps, ``width`` bytes an
+    element.
 
     ``recompute``: only the layers' inputs are kept, and one layer's inside at a time.
     """
@@ -38,7 +44,8 @@ def row_bytes(config: DraftConfig, tokens: int, anchors: int, width: int, *, rec
     heads, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     states = 2 * tokens * len(config.target_layer_ids) * h + q * h
     context = 3 * tokens * h  # fc's output, its norm, its gradient
-    # Inputs of the two norms and of the projections, q/k before and after norm and rotation, attention's output, the MLP's two halves.
+    # Inputs of the two norms and of the projections, q/k before and after norm and rotation,
+    # attention's output, the MLP's two halves.
     inside = q * (4 * h + 4 * heads + 4 * keys + 3 * config.intermediate_size) + tokens * 4 * keys
     layers = config.num_layers * q * h + inside if recompute else config.num_layers * inside
     slots = q * (3 * h + 2 * config.markov_rank)  # gathered states, targets and their gradients
@@ -56,13 +63,16 @@ def estimate_memory(run: Run) -> Memory:
     if head.wide is not None:
         frozen += (head.wide.numel() - head.draft_head.numel()) * head.wide.element_size()
     if config.strategy == "fsdp2":
-        # Shards of master, summed gradient and moments; during a step whole weights, copies of those that share a product and a float32
-        # sum of the rows' gradients.
-        copies = sum(w.numel() for m in model.modules() if isinstance(m, Attention | Mlp) for w in m.joined)
+        # Shards of master, summed gradient and moments; during a step whole weights, copies of
+        # those that share a product and a float32 sum of the rows' gradients.
+        copies = sum(
+            w.numel() for m in model.modules() if isinstance(m, Attention | Mlp) for w in m.joined
+        )
         trained = 16 * count // run.world.size + (width + 4) * count + width * copies
     else:
         holders = run.world.size if config.of_several == "zero" else 1
-        # Weights and gradients whole; moments, and a master beside the weights unless they are float32 themselves.
+        # Weights and gradients whole; moments, and a master beside the weights unless they are
+        # float32 themselves.
         trained = count * (width + 4) + count * (8 if width == 4 else 12) // holders
         if config.optimizer == "muon":  # one moment where AdamW has two
             matrices = sum(p.numel() for n, p in model.trained() if is_matrix(n, p))
@@ -76,7 +86,9 @@ def estimate_memory(run: Run) -> Memory:
 
 
 def describe(run: Run) -> str:
-    """Three lines for a person: what is trained on what, the layers it reads, and the memory it will take."""
+    """Three lines for a person: what is trained on what, the layers it reads, and the memory it
+    will take.
+    """
     m, world, config = estimate_memory(run), run.world, run.config
     count = sum(p.numel() for _, p in run.model.trained())
     rows = -(-config.rows_per_step // world.size)
@@ -84,11 +96,14 @@ def describe(run: Run) -> str:
         f" ({config.of_several})" if world.size > 1 else ""
     )
     return (
-        f"draft of {count / 1e6:.1f} M trained parameters, {str(run.compute.dtype).removeprefix('torch.')} on {where}: "
-        f"{config.rows_per_step} rows of {run.stream.total_seq_len} tokens per step, {rows} per process, one after the other"
+        f"draft of {count / 1e6:.1f} M trained parameters, "
+        f"{str(run.compute.dtype).removeprefix('torch.')} on {where}: "
+        f"{config.rows_per_step} rows of {run.stream.total_seq_len} tokens per step, {rows} per "
+        "process, one after the other"
         + (f"; recipe {config.recipe}" if config.recipe else "")
         + f"\n{_layers(run)}{_mixture(run)}"
-        + f"\nmemory per device, about: {_gb(m.trained)} weights, masters, gradients, moments + {_gb(m.frozen)} target's matrices "
+        + f"\nmemory per device, about: {_gb(m.trained)} weights, masters, gradients, moments "
+        f"+ {_gb(m.frozen)} target's matrices "
         f"+ {_gb(m.row)} per row = {_gb(m.total)}, and the objective's chunks of logits"
     )
 
@@ -109,8 +124,11 @@ def _mixture(run: Run) -> str:
     for row in run.stream.plan(0):
         taken[run.cache.of(row[0])] += int(lengths[row].sum())
     parts = [
-        f"{store.path} {passes:g} times {len(store)} samples ({100 * tokens / sum(taken):.0f} % of the tokens)"
-        for store, (_, passes), tokens in zip(run.cache.stores, run.config.stores, taken, strict=True)
+        f"{store.path} {passes:g} times {len(store)} samples ({100 * tokens / sum(taken):.0f} % "
+        "of the tokens)"
+        for store, (_, passes), tokens in zip(
+            run.cache.stores, run.config.stores, taken, strict=True
+        )
     ]
     return "\nper epoch: " + ", ".join(parts)
 

@@ -1,4 +1,6 @@
-"""Where a run's numbers go: ``metrics.jsonl`` (one object per line), a log file, loggers. Resuming drops what came after the checkpoint."""
+"""Where a run's numbers go: ``metrics.jsonl`` (one object per line), a log file, loggers. Resuming
+drops what came after the checkpoint.
+"""
 
 from __future__ import annotations
 
@@ -43,11 +45,13 @@ class RunLog:
                     if number == len(lines):
                         break  # the line that a killed process was writing: its step comes again
                     raise TrainError(
-                        f"{self.path}:{number}: not JSON: {error}. Fix or remove the line, then --resume."
+                        f"{self.path}:{number}: not JSON: {error}. Fix or remove the line, then "
+                        "--resume."
                     ) from error
                 if not isinstance(row, dict) or type(row.get("step")) is not int:
                     raise TrainError(
-                        f"{self.path}:{number}: found {line[:80]!r}, expected an object with its step. Fix or remove the line, then --resume."
+                        f"{self.path}:{number}: found {line[:80]!r}, expected an object with its "
+                        "step. Fix or remove the line, then --resume."
                     )
                 if row["step"] <= resume_step:
                     kept.append(line)

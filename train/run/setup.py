@@ -1,4 +1,6 @@
-"""Everything a run needs, made from its config: device, store, split, draft, stream, optimizer. No training here."""
+"""Everything a run needs, made from its config: device, store, split, draft, stream, optimizer. No
+training here.
+"""
 
 from __future__ import annotations
 
@@ -48,7 +50,9 @@ class Run:
     to_draft: Tensor | None
     """int64[V] on the CPU, for the weights of a reduced vocabulary's CE; None for the whole."""
     blank: Batch | None
-    """Padding for the ranks of a sharded model that have no row in a step; None where no rank needs any."""
+    """Padding for the ranks of a sharded model that have no row in a step; None where no rank needs
+    any.
+    """
     start: Start | None = None
     """What a warm start took; None for a draft that begins with random tensors."""
     guard: Callable[[], None] = lambda: None
@@ -56,27 +60,35 @@ class Run:
 
 
 def row_length(cache: Stores, requested: int | None) -> int:
-    """``--total-seq-len``, by default 4096 or the longest sequence length of the stores if that is longer."""
+    """``--total-seq-len``, by default 4096 or the longest sequence length of the stores if that is
+    longer.
+    """
     return requested or max(4096, *(store.manifest.dump.seq_length for store in cache.stores))
 
 
 def open_stores(paths: Sequence[str]) -> Stores:
-    """The store, or several as one. Raises, naming it, for one that has no anchor to train on, and as ``JoinedCache``."""
+    """The store, or several as one. Raises, naming it, for one that has no anchor to train on, and
+    as ``JoinedCache``.
+    """
     stores = [dspark.cache.open(path) for path in paths]
     for store in stores:
         if store.manifest.counts.last_rows == 0:
             raise TrainError(
-                f"{store.path}: no two neighbouring supervised tokens in {len(store)} samples, so there is no anchor to train on"
+                f"{store.path}: no two neighbouring supervised tokens in {len(store)} samples, "
+                "so there is no anchor to train on"
             )
     return stores[0] if len(stores) == 1 else JoinedCache(stores)
 
 
 def prepare(config: TrainConfig, world: World | None = None) -> Run:
-    """Open the store and build the run, this rank's part of it. Raises before anything is written."""
+    """Open the store and build the run, this rank's part of it. Raises before anything is
+    written.
+    """
     world = world or World()
     if config.rows_per_step < world.size:
         raise UsageError(
-            f"--rows-per-step {config.rows_per_step} for {world.size} processes: each needs a row; raise it to a multiple of {world.size}"
+            f"--rows-per-step {config.rows_per_step} for {world.size} processes: each needs a "
+            f"row; raise it to a multiple of {world.size}"
         )
     kind = drafter(config.speculator_type)
     objective = kind.objective(config)
@@ -87,17 +99,26 @@ def prepare(config: TrainConfig, world: World | None = None) -> Run:
     origin = None
     if config.init_from:
         origin = Origin.open(config.init_from, target, list(cache.manifest.layers), config)
-    kind.layers(cache.manifest.layers, target.config, config.layers)  # refuses before a sample is read
+    # refuses before a sample is read
+    kind.layers(cache.manifest.layers, target.config, config.layers)
     train, held_out = split(cache.index["sample_key"], config.val_fraction)
     draft_ids, coverage = None, 1.0
     if config.draft_vocab_size is not None and config.draft_vocab_size != target.vocab_size:
-        if origin and origin.draft_ids is not None and len(origin.draft_ids) == config.draft_vocab_size:
+        if (
+            origin
+            and origin.draft_ids is not None
+            and len(origin.draft_ids) == config.draft_vocab_size
+        ):
             draft_ids, coverage = origin.draft_ids, covered(cache, train, origin.draft_ids)
         else:
             draft_ids, coverage = choose_ids(cache, train, config.draft_vocab_size)
     draft_config = kind.configure(
-        config, target.config, cache.manifest.layers, target.mask_token_id, None if draft_ids is None else len(draft_ids)
-    )  # fmt: skip
+        config,
+        target.config,
+        cache.manifest.layers,
+        target.mask_token_id,
+        None if draft_ids is None else len(draft_ids),
+    )
     if origin:
         draft_config = origin.shaped(draft_config)
     torch.manual_seed(config.seed)  # initial weights; nothing else draws from torch's generator
@@ -112,7 +133,9 @@ def prepare(config: TrainConfig, world: World | None = None) -> Run:
     if config.activation_checkpointing:
         checkpoint_activations(model)
     optimizer: Optimizer
-    settings = AdamSettings(betas=config.betas, weight_decay=config.weight_decay, clip=config.grad_clip)
+    settings = AdamSettings(
+        betas=config.betas, weight_decay=config.weight_decay, clip=config.grad_clip
+    )
     if sharded:
         from dspark.train.optim.fsdp2 import ShardedAdamW
 
@@ -123,7 +146,8 @@ def prepare(config: TrainConfig, world: World | None = None) -> Run:
     cuda = compute.device.type == "cuda"
     workers = config.workers
     if workers is None:
-        # A row of 4,096 tokens in 16 bits is 25 (SmolLM2) to 250 MB (GLM-5.2) to read, check and decompress, on a process's share of the cores.
+        # A row of 4,096 tokens in 16 bits is 25 (SmolLM2) to 250 MB (GLM-5.2) to read, check and
+        # decompress, on a process's share of the cores.
         workers = min(8, max(2, (os.cpu_count() or 1) // world.local_size - 1)) if cuda else 0
         if cache.remote:  # its answers take their time on any device
             workers = max(workers, REMOTE_WORKERS)
@@ -152,17 +176,33 @@ def prepare(config: TrainConfig, world: World | None = None) -> Run:
     if sharded:
         fixed = (training.total_seq_len, training.max_anchors) if training.pad else (1, 1)
         layers, hidden = len(draft_config.target_layer_ids), cache.manifest.target.hidden_size
-        padding = blank(*fixed, draft_config.block_size, layers, hidden, compute.device, compute.dtype)
+        padding = blank(
+            *fixed, draft_config.block_size, layers, hidden, compute.device, compute.dtype
+        )
     return Run(
-        config, cache, compute, model, objective, optimizer, training, validation, coverage, workers, world,
-        None if model.frozen_head.to_draft is None else model.frozen_head.to_draft.cpu(), padding, start,
-    )  # fmt: skip
+        config,
+        cache,
+        compute,
+        model,
+        objective,
+        optimizer,
+        training,
+        validation,
+        coverage,
+        workers,
+        world,
+        None if model.frozen_head.to_draft is None else model.frozen_head.to_draft.cpu(),
+        padding,
+        start,
+    )
 
 
 def compile_draft(model: DraftModel, *, in_parts: bool) -> None:
-    """torch.compile. Rows are padded to one shape, so one compilation serves the run (and one without gradients, validation).
+    """torch.compile. Rows are padded to one shape, so one compilation serves the run (and one
+    without gradients, validation).
 
-    ``in_parts``: layer by layer, what comes before them and what after, between FSDP2's hooks, which are no work for a compiler.
+    ``in_parts``: layer by layer, what comes before them and what after, between FSDP2's hooks,
+    which are no work for a compiler.
     """
     if not in_parts:
         model.compile(dynamic=False)
@@ -174,8 +214,12 @@ def compile_draft(model: DraftModel, *, in_parts: bool) -> None:
 
 
 def checkpoint_activations(model: DraftModel) -> None:
-    """Keep only the input of each layer for backward. Set on the instances: a wrapping module would rename the parameters."""
+    """Keep only the input of each layer for backward. Set on the instances: a wrapping module would
+    rename the parameters.
+    """
     from torch.utils.checkpoint import checkpoint
 
     for layer in model.layers:
-        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
+        layer.forward = partial(
+            checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False
+        )

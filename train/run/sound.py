@@ -1,4 +1,6 @@
-"""Whether a step's numbers and states are ones that can be: what is not stops the run, before any weights are saved, and the samples are named."""
+"""Whether a step's numbers and states are ones that can be: what is not stops the run, before any
+weights are saved, and the samples are named.
+"""
 
 from __future__ import annotations
 
@@ -16,19 +18,27 @@ if TYPE_CHECKING:
     from dspark.train.data.batch import Batch
     from dspark.train.run.setup import Run
 
-STATE_LIMIT = 1e9  # real targets reach 1e5 or so at a document's first token; a norm in float32 overflows silently at 1e19
+# real targets reach 1e5 or so at a document's first token; a norm in float32 overflows silently at
+# 1e19
+STATE_LIMIT = 1e9
 LOSS_LIMIT = 1e6  # nats, times the weights of the loss
 NAMED = 4  # samples, at most, in a message
 
 
 def largest(batch: Batch) -> Tensor:
-    """The largest absolute value of the batch's states, float32 [] on its device; NaN where one is. Waits for nothing."""
+    """The largest absolute value of the batch's states, float32 [] on its device; NaN where one is.
+    Waits for nothing.
+    """
     ends = [end for t in (batch.aux, batch.last) if t.numel() for end in torch.aminmax(t)]
-    return torch.stack(ends).abs().amax().float() if ends else torch.zeros((), device=batch.aux.device)
+    return (
+        torch.stack(ends).abs().amax().float() if ends else torch.zeros((), device=batch.aux.device)
+    )
 
 
 def check_states(run: Run, steps: list[Position], values: list[Tensor]) -> None:
-    """Raise TrainError, naming step and samples, if the largest state of one of ``steps`` is none that can be. Waits for the device."""
+    """Raise TrainError, naming step and samples, if the largest state of one of ``steps`` is none
+    that can be. Waits for the device.
+    """
     if not steps:
         return
     for position, value in zip(steps, torch.stack(values).tolist(), strict=True):
@@ -37,7 +47,9 @@ def check_states(run: Run, steps: list[Position], values: list[Tensor]) -> None:
 
 
 def check_numbers(run: Run, position: Position, loss: float, grad_norm: float) -> None:
-    """Raise TrainError, naming the samples of the step, if loss or gradient are none that can be."""
+    """Raise TrainError, naming the samples of the step, if loss or gradient are none that can
+    be.
+    """
     if not (math.isfinite(loss) and math.isfinite(grad_norm)):
         wanted = "expected finite numbers"
     elif abs(loss) > LOSS_LIMIT:
@@ -45,7 +57,8 @@ def check_numbers(run: Run, position: Position, loss: float, grad_norm: float) -
     else:
         return
     raise TrainError(
-        f"{_where(position)}: loss {loss}, gradient norm {grad_norm}; {wanted}. {words(run, position)}"
+        f"{_where(position)}: loss {loss}, gradient norm {grad_norm}; {wanted}. "
+        f"{words(run, position)}"
     )
 
 
@@ -54,7 +67,9 @@ def _where(position: Position) -> str:
 
 
 def words(run: Run, position: Position) -> str:
-    """What there is to do, and which samples of the step just done have states that cannot be, by index and key; or that none has."""
+    """What there is to do, and which samples of the step just done have states that cannot be, by
+    index and key; or that none has.
+    """
     samples = list(_samples(run, position))
     bad = [i for i in samples if not _sound(run, i)]
     keys = run.cache.index["sample_key"]
@@ -62,10 +77,15 @@ def words(run: Run, position: Position) -> str:
     more = f" and {len(bad or samples) - NAMED} more" if len(bad or samples) > NAMED else ""
     if bad:
         return (
-            f"samples {shown}{more} of {run.cache.path} hold states that no target has (NaN, or above {STATE_LIMIT:.0e}). "
-            "Dump these rows again, or leave them out; the weights since the last checkpoint were not saved."
+            f"samples {shown}{more} of {run.cache.path} hold states that no target has (NaN, or "
+            f"above {STATE_LIMIT:.0e}). "
+            "Dump these rows again, or leave them out; the weights since the last checkpoint "
+            "were not saved."
         )
-    return f"No sample of the step has states above {STATE_LIMIT:.0e} (it had {shown}{more}). Lower --lr, or look at the store with dspark-tools stats."
+    return (
+        f"No sample of the step has states above {STATE_LIMIT:.0e} (it had {shown}{more}). Lower "
+        "--lr, or look at the store with dspark-tools stats."
+    )
 
 
 def _samples(run: Run, position: Position) -> Iterator[int]:

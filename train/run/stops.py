@@ -11,12 +11,16 @@ from dspark.train.run import checkpoint, folder
 
 
 def saved_in(output: Path, *, resume: bool = True) -> Callable[[], str]:
-    """What is safe of a training in ``output``, in words. Without ``resume`` a training that is there when this is called is another one."""
+    """What is safe of a training in ``output``, in words. Without ``resume`` a training that is
+    there when this is called is another one.
+    """
     before = folder.identity(output)
 
     def safe() -> str:
         if (output / folder.CLEARING).exists():
-            return f"The training that was there, {output}, is partly deleted. Give --overwrite again."
+            return (
+                f"The training that was there, {output}, is partly deleted. Give --overwrite again."
+            )
         if not resume and before is not None and folder.identity(output) == before:
             return f"The training that was there, {output}, is as it was."
         whole = checkpoint.found(output / "checkpoints")

@@ -1,8 +1,9 @@
 """The numbers of a logged step, read once the device has them.
 
-Reading a value waits for the device, and a device that has nothing queued meanwhile idles until the next step's first kernels arrive,
-the longer the slower its host. So a logged step only starts the copies (``Logged.begin``), and the loop reads them (``Logged.row``) when it
-has queued the step that follows.
+Reading a value waits for the device, and a device that has nothing queued meanwhile idles until the
+next step's first kernels arrive, the longer the slower its host. So a logged step only starts the
+copies (``Logged.begin``), and the loop reads them (``Logged.row``) when it has queued the step that
+follows.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ from dspark.train.run.setup import Run
 
 
 class Moment:
-    """The end of what is queued on ``device`` now, on the device's own clock; on a CPU simply now."""
+    """The end of what is queued on ``device`` now, on the device's own clock; on a CPU simply
+    now.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._event: Any = None
@@ -43,8 +46,8 @@ class Moment:
 
 @dataclass(slots=True)
 class Window:
-    """The steps between two logged rows: when they began, how many there were, tokens of all ranks; ``waited`` is the feed's count at its
-    start, in seconds.
+    """The steps between two logged rows: when they began, how many there were, tokens of all ranks;
+    ``waited`` is the feed's count at its start, in seconds.
     """
 
     started: Moment
@@ -79,8 +82,10 @@ class Logged:
         window: Window,
         waited: float,
     ) -> Logged:
-        """For the step just queued, with ``metrics`` of this rank's rows and ``norm_and_loss`` float32[3] as ``step`` gave it; ``waited`` is the feed's
-        count now. Sums over ranks and copies to the host are queued; nothing here waits for the device. Changes its arguments' tensors.
+        """For the step just queued, with ``metrics`` of this rank's rows and ``norm_and_loss``
+        float32[3] as ``step`` gave it; ``waited`` is the feed's count now. Sums over ranks and
+        copies to the host are queued; nothing here waits for the device. Changes its arguments'
+        tensors.
         """
         world, device = run.world, run.compute.device
         world.sum_(norm_and_loss[1:2])
@@ -89,12 +94,21 @@ class Logged:
         sums, values = metrics.to_host(), norm_and_loss.to("cpu", non_blocking=True)
         epoch = position.epoch + position.epoch_step / max(1, run.stream.steps(position.epoch))
         return cls(
-            window=window, position=position, epoch=round(epoch, 4), lr=lr, waited=longest, peak=peak, metrics=sums, norm_and_loss=values,
+            window=window,
+            position=position,
+            epoch=round(epoch, 4),
+            lr=lr,
+            waited=longest,
+            peak=peak,
+            metrics=sums,
+            norm_and_loss=values,
             ended=Moment(device),  # behind the copies
-        )  # fmt: skip
+        )
 
     def row(self) -> dict[str, Any]:
-        """The row of metrics.jsonl: losses of the step, speed of its window. Waits for the device to have done the step."""
+        """The row of metrics.jsonl: losses of the step, speed of its window. Waits for the device
+        to have done the step.
+        """
         self.ended.wait()
         grad_norm, loss, _ = self.norm_and_loss.tolist()
         seconds = self.ended.seconds_after(self.window.started)
@@ -120,7 +134,8 @@ class Logged:
             "tokens": self.position.tokens,
             "tokens_per_second": self.window.tokens / seconds,
             "step_ms": 1000.0 * seconds / max(1, len(self.window.done)),
-            # The host waits by its own clock, ahead of the device's by up to a step, which a window of one step may be shorter than.
+            # The host waits by its own clock, ahead of the device's by up to a step, which a window
+            # of one step may be shorter than.
             "data_wait_fraction": min(1.0, self.waited / seconds),
             **({"peak_gb": self.peak} if self.peak else {}),
         }

@@ -1,13 +1,16 @@
-"""The transform codec ``klt-A-L``: A bits for a value of the aux layers and L for one of the last state, by entropy.
+"""The transform codec ``klt-A-L``: A bits for a value of the aux layers and L for one of the last
+state, by entropy.
 
-What is predicted from the ids that the store holds anyway is not coded; the rest of all aux layers is coded together, in the basis in
-which its coefficients are uncorrelated, with one step for all (``tables.py``). The last state is predicted from the decoded aux
-coefficients of its token and from the embeddings around it, and coded in a metric in which an error costs what it costs the target's
+What is predicted from the ids that the store holds anyway is not coded; the rest of all aux layers
+is coded together, in the basis in which its coefficients are uncorrelated, with one step for all
+(``tables.py``). The last state is predicted from the decoded aux coefficients of its token and from
+the embeddings around it, and coded in a metric in which an error costs what it costs the target's
 distribution. ``fit.py`` finds the tables; without them nothing can be coded.
 
 A row that the cells cannot hold (the massive activations of first tokens) is stored as it is.
 
-Legend: T tokens, M stored last states, L aux layers, H hidden size, C = L * H, X tokens stored exactly.
+Legend: T tokens, M stored last states, L aux layers, H hidden size, C = L * H, X tokens stored
+exactly.
 """
 
 from __future__ import annotations
@@ -33,18 +36,25 @@ if TYPE_CHECKING:
     from dspark.cache.codec.klt.half import Half
     from dspark.cache.manifest import Json
 
-CHUNK = 512  # tokens: of 128, 256, 512 and 1,024 they take 11, 4, 0 and -2 % more bytes; a sample reads half a chunk too much at each end
+# tokens: of 128, 256, 512 and 1,024 they take 11, 4, 0 and -2 % more bytes; a sample reads half a
+# chunk too much at each end
+CHUNK = 512
 ROWS = {"cpu": 1024, "cuda": 8192}  # at once, in plain torch
 PARAMS: Json = {"classes": [list(c) for c in CLASSES], "band": BAND}
-# Of a store's size before calibration: what zstd takes above the entropy, and bytes per token of rows stored exactly.
+# Of a store's size before calibration: what zstd takes above the entropy, and bytes per token of
+# rows stored exactly.
 PACKED, EXACT_SHARE = 1.03, 1 / 300
 PER_DIMENSION = 16  # tokens that calibration asks for, per dimension of a row of all aux layers
-LEAST_PER_DIMENSION = 16  # of a corpus, a quarter of which is calibrated on: with fewer the basis fits the sample and not the corpus
+# of a corpus, a quarter of which is calibrated on: with fewer the basis fits the sample and not the
+# corpus
+LEAST_PER_DIMENSION = 16
 
 
 @dataclass(frozen=True, slots=True)
 class Klt:
-    """``tables``: what was learnt; None before. Two are equal where they store the same codes in the same way."""
+    """``tables``: what was learnt; None before. Two are equal where they store the same codes in
+    the same way.
+    """
 
     aux_bits: float
     last_bits: float
@@ -87,7 +97,9 @@ class Klt:
         return LEAST_PER_DIMENSION * layers * hidden
 
     def arrays(self, layers: int, hidden: int) -> dict[str, ArraySpec]:
-        """Widths are the calibration's; before it, what SmolLM2's were at one bit (for plans of memory)."""
+        """Widths are the calibration's; before it, what SmolLM2's were at one bit (for plans of
+        memory).
+        """
         if self.tables is None:
             aux, last = round(0.42 * layers * hidden), round(0.35 * hidden)
         else:
@@ -105,7 +117,9 @@ class Klt:
         coded = self.aux_bits * layers + last_share * self.last_bits
         return hidden * coded / 8 * PACKED + EXACT_SHARE * 0.1 * 2 * hidden * (layers + 1)
 
-    def calibrated(self, aux: torch.Tensor, last: torch.Tensor, tokens: Tokens | None = None) -> Klt:
+    def calibrated(
+        self, aux: torch.Tensor, last: torch.Tensor, tokens: Tokens | None = None
+    ) -> Klt:
         """Raises UsageError for fewer than two samples."""
         from dspark.cache.codec.klt.fit import fit
 
@@ -124,19 +138,24 @@ class Klt:
     def repacked(self, pack: str) -> Klt:
         if pack != "zstd":
             raise UsageError(
-                f"--pack {pack}: codec {self.name} has cells of unequal shares, and only zstd makes them smaller. "
+                f"--pack {pack}: codec {self.name} has cells of unequal shares, and only zstd "
+                "makes them smaller. "
                 "Leave --pack at zstd, or choose a rotated codec."
             )
         return replace(self, pack=pack)
 
     def _known(self, tokens: Tokens | None) -> Tokens:
         if tokens is None:
-            raise UsageError(f"codec {self.name} predicts from tokens and got none: give Tokens (codec.base)")
+            raise UsageError(
+                f"codec {self.name} predicts from tokens and got none: give Tokens (codec.base)"
+            )
         return tokens
 
-    # -- coding ------------------------------------------------------------------------------------------------------------
+    # -- coding ------------------------------------------------------------------------------------
 
-    def encode(self, aux: torch.Tensor, last: torch.Tensor, tokens: Tokens | None = None) -> Tensors:
+    def encode(
+        self, aux: torch.Tensor, last: torch.Tensor, tokens: Tokens | None = None
+    ) -> Tensors:
         import torch
 
         tokens = self._known(tokens)
@@ -154,7 +173,9 @@ class Klt:
         place = torch.full((aux.shape[0],), -1, dtype=torch.int64, device=device)
         place[tokens.last_token] = torch.arange(last.shape[0], device=device)
         row = place[exact]
-        exact_last = last[row.clamp(min=0)] if last.shape[0] else last.new_zeros(row.shape[0], t.hidden)
+        exact_last = (
+            last[row.clamp(min=0)] if last.shape[0] else last.new_zeros(row.shape[0], t.hidden)
+        )
         exact_last = torch.where((row >= 0)[:, None], exact_last, torch.zeros_like(exact_last))
         return {
             "aux_code": code,
@@ -179,7 +200,9 @@ class Klt:
         a, b = half_on(t.aux, device), half_on(t.last, device)
         known = Known.of(tokens)
         aux = _decoded(a, code, known.around, dtype).view(-1, t.layers, hidden)
-        last = _decoded(b, last_code, lambda s: known.near(tokens.last_token[s], a, code, t.context), dtype)
+        last = _decoded(
+            b, last_code, lambda s: known.near(tokens.last_token[s], a, code, t.context), dtype
+        )
         exact = coded[EXACT_TOKEN].long()
         aux[exact] = _values(coded["exact_aux"]).to(dtype)
         place = torch.full((code.shape[0],), -1, dtype=torch.int64, device=device)
@@ -193,7 +216,9 @@ class Klt:
 
 @dataclass(frozen=True, slots=True)
 class Known:
-    """What the decoder knows of tokens beside their codes. ``previous`` int64 [T]: the id before, -1 where a sample begins."""
+    """What the decoder knows of tokens beside their codes. ``previous`` int64 [T]: the id before,
+    -1 where a sample begins.
+    """
 
     tokens: Tokens
     previous: torch.Tensor
@@ -203,7 +228,8 @@ class Known:
         import torch
 
         previous = torch.roll(tokens.input_ids, 1)
-        # The end of the last sample may be that of the batch: rows are marked, not chosen, so that no device is waited for.
+        # The end of the last sample may be that of the batch: rows are marked, not chosen, so that
+        # no device is waited for.
         begins = torch.zeros(previous.shape[0] + 1, dtype=torch.bool, device=previous.device)
         begins.index_fill_(0, tokens.sample_start, True)
         previous.masked_fill_(begins[:-1], -1)
@@ -213,11 +239,13 @@ class Known:
         """The embeddings of tokens ``rows`` and of those before: F = 2 H."""
         import torch
 
-        return Seen(torch.stack([self.tokens.input_ids[rows], self.previous[rows]]), self.tokens.embedding)
+        return Seen(
+            torch.stack([self.tokens.input_ids[rows], self.previous[rows]]), self.tokens.embedding
+        )
 
     def near(self, at: torch.Tensor, half: Half, code: torch.Tensor, context: int) -> Seen:
-        """Of last states of tokens ``at`` [m]: the first ``context`` coefficients of the token's aux ``code``, and the embeddings before, at
-        and after it: F = context + 3 H.
+        """Of last states of tokens ``at`` [m]: the first ``context`` coefficients of the token's
+        aux ``code``, and the embeddings before, at and after it: F = context + 3 H.
         """
         import torch
 
@@ -232,14 +260,18 @@ class Known:
         )
 
 
-def _encoded(half: Half, x: torch.Tensor, seen: Callable[[slice], Seen]) -> tuple[torch.Tensor, torch.Tensor]:
+def _encoded(
+    half: Half, x: torch.Tensor, seen: Callable[[slice], Seen]
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Code of rows ``x`` and which of them the cells cannot hold, run by run."""
     import torch
 
     quick = fast.usable(half)
     out = []
     for s in _runs(half, x, quick):
-        out.append(fast.encode(half, x[s], seen(s)) if quick else half.encode(x[s], seen(s).plain()))
+        out.append(
+            fast.encode(half, x[s], seen(s)) if quick else half.encode(x[s], seen(s).plain())
+        )
     code, outside = (torch.cat(parts) for parts in zip(*out, strict=True))
     return code, outside
 
@@ -263,11 +295,15 @@ def _decoded(
 def _runs(half: Half, x: torch.Tensor, quick: bool) -> list[slice]:
     """Slices of the rows of ``x``, so that what is made on the way stays small."""
     size = fast.rows_at_once(half) if quick else ROWS.get(x.device.type, ROWS["cpu"])
-    return [slice(i, min(i + size, x.shape[0])) for i in range(0, x.shape[0], size)] or [slice(0, 0)]
+    return [slice(i, min(i + size, x.shape[0])) for i in range(0, x.shape[0], size)] or [
+        slice(0, 0)
+    ]
 
 
 def _same_first(exact: torch.Tensor, tokens: Tokens) -> torch.Tensor:
-    """The tokens whose states are stored for ``exact``: a sample's first token depends on its id alone, so all take the first one's."""
+    """The tokens whose states are stored for ``exact``: a sample's first token depends on its id
+    alone, so all take the first one's.
+    """
     import torch
 
     first = torch.isin(exact, tokens.sample_start)
@@ -304,17 +340,24 @@ class KltFamily:
         bits = [float(x) for x in found.groups()] if found else []
         if not bits or not all(0.05 <= b <= 8 for b in bits):
             raise UsageError(
-                f"--codec {name}: expected klt-A-L, bits per value of the aux layers and of the last state from 0.05 to 8, such as klt-1-1"
+                f"--codec {name}: expected klt-A-L, bits per value of the aux layers and of the "
+                "last state from 0.05 to 8, such as klt-1-1"
             )
         return Klt(bits[0], bits[1]).repacked(pack)
 
     def load(
-        self, name: str, params: Json, pack: str, calibration: Mapping[str, torch.Tensor], where: str
+        self,
+        name: str,
+        params: Json,
+        pack: str,
+        calibration: Mapping[str, torch.Tensor],
+        where: str,
     ) -> Klt:
         known = self.make(name, pack)
         if params != known.params:
             raise FormatVersionError(
-                f"{where}: codec {name} has parameters {params}, this release knows {known.params}. "
+                f"{where}: codec {name} has parameters {params}, this release knows "
+                f"{known.params}. "
                 "Use the dspark release that wrote the store."
             )
         return known.with_tables(Tables.of(calibration, where)) if calibration else known

@@ -1,10 +1,13 @@
-"""One transform of the transform codec on a GPU: as ``half.py`` says it in plain torch, in a few passes over memory.
+"""One transform of the transform codec on a GPU: as ``half.py`` says it in plain torch, in a few
+passes over memory.
 
-A product's input is written once, by kernels, in the order of the product's rows: coefficients and embeddings for the decoder, rows in
-two parts and embeddings for the encoder. The products are the same but for the order of their sums, so a value at a cell's edge may fall
-to either side; ``agrees`` holds the two against each other once per transform and device.
+A product's input is written once, by kernels, in the order of the product's rows: coefficients and
+embeddings for the decoder, rows in two parts and embeddings for the encoder. The products are the
+same but for the order of their sums, so a value at a cell's edge may fall to either side;
+``agrees`` holds the two against each other once per transform and device.
 
-Legend: T rows, C channels of a row, K coefficients, F features, W bytes of a row's code, H hidden size.
+Legend: T rows, C channels of a row, K coefficients, F features, W bytes of a row's code, H hidden
+size.
 """
 
 from __future__ import annotations
@@ -24,14 +27,16 @@ log = logging.getLogger(__name__)
 BUFFER = 1 << 28  # bytes of a product's input
 ROWS = 8192  # at once, at most
 TRIED, VOCABULARY = 256, 64  # rows and ids of the trial
-# Shares in a trial: bytes that differ, and the difference of decoded rows. Real ones: 1e-4 and 4e-3 (the rounding of bfloat16).
+# Shares in a trial: bytes that differ, and the difference of decoded rows. Real ones: 1e-4 and 4e-3
+# (the rounding of bfloat16).
 BYTES_APART, ROWS_APART = 5e-3, 2e-2
 
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """What rows are predicted from: ``ids`` int64 [E, T], each a row of ``embedding`` [V, H] (zeros for -1); before them the first ``context``
-    coefficients of rows ``at`` int64 [T] of ``code``, which ``half`` reads.
+    """What rows are predicted from: ``ids`` int64 [E, T], each a row of ``embedding`` [V, H] (zeros
+    for -1); before them the first ``context`` coefficients of rows ``at`` int64 [T] of ``code``,
+    which ``half`` reads.
     """
 
     ids: torch.Tensor
@@ -47,7 +52,8 @@ class Seen:
 
         dtype = torch.float32 if self.half is None else self.half.dtype
         found = [
-            self.embedding.index_select(0, i.clamp(min=0)).to(dtype) * (i >= 0)[:, None] for i in self.ids
+            self.embedding.index_select(0, i.clamp(min=0)).to(dtype) * (i >= 0)[:, None]
+            for i in self.ids
         ]
         if self.half is not None and self.code is not None and self.at is not None:
             read = self.half.read(self.code.index_select(0, self.at))
@@ -60,7 +66,12 @@ class Seen:
 
         if self.half is not None and self.code is not None:
             kernels.unpack(
-                out[:, column:], self.code, self.half.table.packing, self.half.values, self.at, self.context
+                out[:, column:],
+                self.code,
+                self.half.table.packing,
+                self.half.values,
+                self.at,
+                self.context,
             )
         kernels.embeddings(out, self.embedding, self.ids, column + self.context)
 
@@ -121,7 +132,9 @@ def _has_triton() -> bool:
 
 
 def usable(half: Half) -> bool:
-    """Whether this module may take ``half``'s place: on CUDA, where triton is installed and a trial agrees with plain torch."""
+    """Whether this module may take ``half``'s place: on CUDA, where triton is installed and a trial
+    agrees with plain torch.
+    """
     return half.mean.is_cuda and _has_triton() and _tried(half)
 
 
@@ -133,11 +146,14 @@ def _tried(half: Half) -> bool:
         try:
             apart = trial(half)
         except Exception as error:  # a compiler of another version raises what it likes
-            log.warning("the transform codec's kernels do not run here; coding in plain torch: %s", error)
+            log.warning(
+                "the transform codec's kernels do not run here; coding in plain torch: %s", error
+            )
             return False
     if apart[0] > BYTES_APART or apart[1] > ROWS_APART:
         log.warning(
-            "the transform codec's kernels disagree with plain torch here (%.1e of the bytes, %.1e of the rows); coding in plain torch",
+            "the transform codec's kernels disagree with plain torch here (%.1e of the bytes, "
+            "%.1e of the rows); coding in plain torch",
             *apart,
         )
         return False
@@ -145,13 +161,17 @@ def _tried(half: Half) -> bool:
 
 
 def trial(half: Half) -> tuple[float, float]:
-    """On random rows and embeddings, against plain torch: the share of bytes that differ, and the relative difference of decoded rows."""
+    """On random rows and embeddings, against plain torch: the share of bytes that differ, and the
+    relative difference of decoded rows.
+    """
     import torch
 
     table, device = half.table, half.mean.device
     g = torch.Generator().manual_seed(0)
     ids = torch.randint(-1, VOCABULARY, (1, TRIED), generator=g).to(device)
-    seen = Seen(ids, (torch.randn(VOCABULARY, half.features, generator=g) * 0.02).to(device, half.dtype))
+    seen = Seen(
+        ids, (torch.randn(VOCABULARY, half.features, generator=g) * 0.02).to(device, half.dtype)
+    )
     y = torch.randn(TRIED, table.kept, generator=g).to(device) * table.step
     x = half.rows(y.to(half.dtype), seen.plain())
     (code, _), (want, _) = encode(half, x, seen), half.encode(x, seen.plain())

@@ -1,8 +1,9 @@
 """Finding the tables of the transform codec from states of samples from all over a corpus.
 
-Passes over states that may lie on the host: norms (which rows are massive), moments, and cells of samples that were held out of the
-moments, which set the step so that the rate is one that new text has. Then the last state, from decoded aux coefficients. All work is
-done on the device of the embedding.
+Passes over states that may lie on the host: norms (which rows are massive), moments, and cells of
+samples that were held out of the moments, which set the step so that the rate is one that new text
+has. Then the last state, from decoded aux coefficients. All work is done on the device of the
+embedding.
 
 Legend: T tokens, M stored last states, L aux layers, H hidden size, C = L * H, F features.
 """
@@ -28,14 +29,16 @@ if TYPE_CHECKING:
 Say = Callable[[str], None]
 
 MASSIVE = 10.0  # a row of this many times a layer's median norm is left out of the moments
-LEAST_DEVIATION = 1e-3  # of the median deviation, so that a constant channel does not divide by zero
+# of the median deviation, so that a constant channel does not divide by zero
+LEAST_DEVIATION = 1e-3
 RIDGE_AUX, RIDGE_LAST = 1e-2, 5e-2  # of the features' mean variance
 PIECE = 4096  # tokens, in whole samples, that are on the device at once
 LEAST_PIECES = 8
 HELD_OUT = 8  # every so many-th piece is kept for the step
 RATE_ROWS = 16384  # held-out rows at most that the step is set on
 LEAST_BITS = 0.02  # a column of less entropy is not kept
-EXACT_NOISE = 2.0  # a row is exact where its classes would add this many times an ordinary row's error
+# a row is exact where its classes would add this many times an ordinary row's error
+EXACT_NOISE = 2.0
 
 
 class Piece(NamedTuple):
@@ -47,7 +50,9 @@ class Piece(NamedTuple):
 
 
 def pieces_of(aux: torch.Tensor, last: torch.Tensor, tokens: Tokens) -> list[Piece]:
-    """Runs of whole samples of about ``PIECE`` tokens, at least ``LEAST_PIECES`` of them where there are as many samples."""
+    """Runs of whole samples of about ``PIECE`` tokens, at least ``LEAST_PIECES`` of them where
+    there are as many samples.
+    """
     import numpy as np
 
     starts = tokens.sample_start.cpu().numpy()
@@ -81,9 +86,11 @@ def fit(
     context: int | None = None,
     say: Say = lambda text: None,
 ) -> Tables:
-    """Tables for ``aux_bits`` per value of the aux layers and ``last_bits`` per value of the last state, by entropy on held-out samples.
+    """Tables for ``aux_bits`` per value of the aux layers and ``last_bits`` per value of the last
+    state, by entropy on held-out samples.
 
-    ``context``: see ``Tables`` (None: two hidden sizes). Raises UsageError for fewer than two samples or without a stored last state.
+    ``context``: see ``Tables`` (None: two hidden sizes). Raises UsageError for fewer than two
+    samples or without a stored last state.
     """
     pieces = pieces_of(aux, last, tokens)
     held = {i for i in range(len(pieces)) if i % HELD_OUT == HELD_OUT // 2} or {len(pieces) - 1}
@@ -92,8 +99,10 @@ def fit(
     stored = [sum(p.last.shape[0] for p in some) for some in (learn, keep)]
     if not learn or not all(stored):
         raise UsageError(
-            f"found {len(pieces)} runs of samples to calibrate on, with {stored[0]} stored last states to learn from and {stored[1]} to "
-            "measure on; expected some of each. Choose a rotated codec (--codec rotated-4-4) or dump more rows."
+            f"found {len(pieces)} runs of samples to calibrate on, with {stored[0]} stored last "
+            f"states to learn from and {stored[1]} to "
+            "measure on; expected some of each. Choose a rotated codec (--codec rotated-4-4) or "
+            "dump more rows."
         )
     layers, hidden = aux.shape[1:]
     work = _Fit(tokens, layers, hidden, say)
@@ -132,7 +141,9 @@ class _Fit:
         norms = [p.aux.to(self.device).float().norm(dim=2) for p in pieces]
         return MASSIVE * torch.cat(norms).median(0).values
 
-    def centre(self, pieces: Sequence[Piece], most: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def centre(
+        self, pieces: Sequence[Piece], most: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean and deviation of ordinary rows, float32 [C]."""
         import torch
 
@@ -168,8 +179,10 @@ class _Fit:
         weights, residual = regression(covariance, channels, RIDGE_AUX)
         energy = float(covariance[:channels, :channels].diagonal().sum())
         self.say(
-            f"aux layers: {moments.rows:,} tokens, {moments.rows / channels:.1f} for each of {channels:,} dimensions; "
-            f"embeddings explain {1 - float(residual.diagonal().sum()) / max(energy, 1e-12):.1%} of the energy"
+            f"aux layers: {moments.rows:,} tokens, {moments.rows / channels:.1f} for each of "
+            f"{channels:,} dimensions; "
+            f"embeddings explain {1 - float(residual.diagonal().sum()) / max(energy, 1e-12):.1%} "
+            "of the energy"
         )
         shifted = mean + deviation * (centre[:channels] - centre[channels:] @ weights).float()
         _, basis = eigen(residual)
@@ -187,7 +200,9 @@ class _Fit:
     def last(
         self, learn: Sequence[Piece], keep: Sequence[Piece], aux: Transform, count: int, bits: float
     ) -> Tables:
-        """Both transforms, the last state's for ``bits`` per value, predicted from ``count`` coefficients of ``aux``."""
+        """Both transforms, the last state's for ``bits`` per value, predicted from ``count``
+        coefficients of ``aux``.
+        """
         import torch
 
         hidden = self.hidden
@@ -198,7 +213,10 @@ class _Fit:
             for piece in self.moved(pieces):
                 at = piece.tokens.last_token
                 code = half.encode(piece.aux.flatten(1), _around(piece))[0]
-                yield piece.last.float(), Known.of(piece.tokens).near(at, half, code, count).plain().float()
+                yield (
+                    piece.last.float(),
+                    Known.of(piece.tokens).near(at, half, code, count).plain().float(),
+                )
 
         moments = Moments.of_width(count + 4 * hidden, self.device)
         for states, features in rows(learn):
@@ -209,7 +227,8 @@ class _Fit:
         metric, inverse = root(fisher((p.last for p in learn), head.to(self.device)))
         spread, left = (metric @ x @ metric for x in (covariance[:hidden, :hidden], residual))
         self.say(
-            f"last state: {moments.rows:,} rows; prediction leaves {float(left.trace() / spread.trace()):.1%} of its energy "
+            f"last state: {moments.rows:,} rows; prediction leaves "
+            f"{float(left.trace() / spread.trace()):.1%} of its energy "
             "in the metric of the target's distribution"
         )
         _, basis = eigen(left)
@@ -248,9 +267,18 @@ def _transform(
     empty = torch.zeros(2, 0)
     nothing = Packing((0, 0, 0, 0))
     return Transform(
-        mean.float(), deviation.float(), half(back), None if forward is None else half(forward), half(predict),
-        empty, 1.0, nothing, 0.0, 0.0, 0.0,
-    )  # fmt: skip
+        mean.float(),
+        deviation.float(),
+        half(back),
+        None if forward is None else half(forward),
+        half(predict),
+        empty,
+        1.0,
+        nothing,
+        0.0,
+        0.0,
+        0.0,
+    )
 
 
 def _some(blocks: Iterable[torch.Tensor]) -> torch.Tensor:
@@ -266,7 +294,9 @@ def _some(blocks: Iterable[torch.Tensor]) -> torch.Tensor:
 
 
 def _quantised(whole: Transform, y: torch.Tensor, bits: float) -> Transform:
-    """``whole`` with the step at which held-out coefficients ``y`` take ``bits`` a row, and the columns that are worth keeping."""
+    """``whole`` with the step at which held-out coefficients ``y`` take ``bits`` a row, and the
+    columns that are worth keeping.
+    """
     import torch
 
     step = step_for(y, bits)

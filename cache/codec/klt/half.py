@@ -1,8 +1,9 @@
 """One transform of the transform codec on one device: rows to cells and back, in plain torch.
 
-Cells are decided in float32 (on CUDA with the states in two bfloat16 parts), so where a coefficient lies within rounding of a cell's
-edge, another device may choose the neighbour, at the same error. Products of a decoder are of bfloat16 on CUDA: 45 dB below the states,
-where the cells' own error is 10 to 15 dB below.
+Cells are decided in float32 (on CUDA with the states in two bfloat16 parts), so where a coefficient
+lies within rounding of a cell's edge, another device may choose the neighbour, at the same error.
+Products of a decoder are of bfloat16 on CUDA: 45 dB below the states, where the cells' own error is
+10 to 15 dB below.
 
 Legend: T rows, C channels of a row, K coefficients, F features, W bytes of a row's code.
 """
@@ -26,10 +27,13 @@ ALIGN = 8  # values: matrix products on a GPU are fast where rows are whole numb
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Half:
-    """``encoder`` [C + F, K]: forward, and minus predict @ forward. If ``split``, for rows in two parts, [2 C + F, K or a few more]: forward
-    twice, and columns of zeros. ``decoder`` [K + F + 2 or a few more, C]: coefficients and features to a row's deviation from the mean, then
-    the mean in two parts, and zeros. Both in ``dtype``: float32, on CUDA bfloat16. ``mean``, ``inverse`` (of the deviation) float32 [C].
-    ``limits`` float32 [K]: the largest cell of each column. ``values``: what bytes decode to (``symbols.value_table``).
+    """``encoder`` [C + F, K]: forward, and minus predict @ forward. If ``split``, for rows in two
+    parts, [2 C + F, K or a few more]: forward twice, and columns of zeros. ``decoder`` [K + F + 2
+    or a few more, C]: coefficients and features to a row's deviation from the mean, then the mean
+    in two parts, and zeros. Both in ``dtype``: float32, on CUDA bfloat16. ``mean``, ``inverse`` (of
+    the deviation) float32 [C].
+    ``limits`` float32 [K]: the largest cell of each column. ``values``: what bytes decode to
+    (``symbols.value_table``).
     """
 
     table: Transform
@@ -54,7 +58,9 @@ class Half:
         restore = (there(torch.cat([table.back, table.predict])) * there(table.deviation)).to(dtype)
         mean = there(table.mean)
         high = mean.to(dtype)
-        tail = torch.zeros(2 + -(len(restore) + 2) % ALIGN, table.channels, dtype=dtype, device=device)
+        tail = torch.zeros(
+            2 + -(len(restore) + 2) % ALIGN, table.channels, dtype=dtype, device=device
+        )
         tail[0], tail[1] = high, (mean - high.float()).to(dtype)
         encoder = torch.cat([forward, *([forward] if split else []), -subtract])
         if split:
@@ -68,7 +74,9 @@ class Half:
             mean=mean,
             inverse=1.0 / there(table.deviation),
             limits=torch.tensor(table.packing.limits(), dtype=torch.float32, device=device),
-            values=[x.to(device, dtype) for x in value_table(table.packing, table.step, table.offsets)],
+            values=[
+                x.to(device, dtype) for x in value_table(table.packing, table.step, table.offsets)
+            ],
         )
 
     @property
@@ -95,7 +103,9 @@ class Half:
         return y + self.product(features, less)
 
     def encode(self, x: torch.Tensor, features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Code uint8 [T, W] of rows ``x`` [T, C], and bool [T]: which of them the cells cannot hold (their code is that of zeros)."""
+        """Code uint8 [T, W] of rows ``x`` [T, C], and bool [T]: which of them the cells cannot hold
+        (their code is that of zeros).
+        """
         import torch
 
         y = self.coefficients(x, features)

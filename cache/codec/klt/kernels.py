@@ -1,8 +1,9 @@
 """The transform codec's steps around its products as Triton kernels: one pass over memory each.
 
-In plain torch (``half.py``) a byte's cells are looked up by a gather of one to five values, and rows are joined, converted and shifted in
-passes of their own; on a GPU that takes ten times the products' time. Here every step writes where the next product reads: cells and
-embeddings side by side into its input, with two columns of ones for the mean.
+In plain torch (``half.py``) a byte's cells are looked up by a gather of one to five values, and
+rows are joined, converted and shifted in passes of their own; on a GPU that takes ten times the
+products' time. Here every step writes where the next product reads: cells and embeddings side by
+side into its input, with two columns of ones for the mean.
 
 Import only where triton is there; ``half.py`` does so for tensors on CUDA.
 
@@ -57,7 +58,9 @@ def unpack_span(  # type: ignore[no-untyped-def]
     for n in tl.static_range(N):
         column = (j * N + n)[None, :]
         wanted = inside & (column < limit)
-        tl.store(out + to + column, tl.load(values + entry * N + n, mask=wanted, other=0.0), mask=wanted)
+        tl.store(
+            out + to + column, tl.load(values + entry * N + n, mask=wanted, other=0.0), mask=wanted
+        )
 
 
 @triton.jit(do_not_specialize=["rows"])  # type: ignore[untyped-decorator]
@@ -134,7 +137,9 @@ def pack_span(  # type: ignore[no-untyped-def]
     lost = tl.zeros((TILE, BLOCK), tl.float32)
     weight = 1
     for n in tl.static_range(N):
-        v = tl.load(y + wide * y_stride + first_column + (j * N + n)[None, :], mask=inside, other=0.0)
+        v = tl.load(
+            y + wide * y_stride + first_column + (j * N + n)[None, :], mask=inside, other=0.0
+        )
         q = tl.floor(tl.math.div_rn(tl.abs(v), step) + 0.5)
         fits = tl.minimum(q, half)
         rest = (q - fits) * step
@@ -154,8 +159,9 @@ def unpack(
     chosen: torch.Tensor | None = None,
     columns: int | None = None,
 ) -> None:
-    """Write the first ``columns`` coefficients (None: all) of ``code`` [T', W], of its rows ``chosen`` int64 [T] (None: all), to the first
-    columns of ``out`` [T, ...]. As ``symbols.unpack``, bit for bit.
+    """Write the first ``columns`` coefficients (None: all) of ``code`` [T', W], of its rows
+    ``chosen`` int64 [T] (None: all), to the first columns of ``out`` [T, ...]. As
+    ``symbols.unpack``, bit for bit.
     """
     rows, limit = out.shape[0], packing.total if columns is None else columns
     code = code if code.stride(1) == 1 else code.contiguous()
@@ -164,14 +170,30 @@ def unpack(
         size = (b - a) // n
         if rows and a < limit:
             unpack_span[(triton.cdiv(rows, TILE), triton.cdiv(size, BLOCK))](
-                code, code if chosen is None else chosen, table, out, rows, code.stride(0), out.stride(0), first, size, a, limit - a,
-                BAND_BYTES=BAND // n, N=n, CHOSEN=chosen is not None, TILE=TILE, BLOCK=BLOCK,
-            )  # fmt: skip
+                code,
+                code if chosen is None else chosen,
+                table,
+                out,
+                rows,
+                code.stride(0),
+                out.stride(0),
+                first,
+                size,
+                a,
+                limit - a,
+                BAND_BYTES=BAND // n,
+                N=n,
+                CHOSEN=chosen is not None,
+                TILE=TILE,
+                BLOCK=BLOCK,
+            )
         first += size
 
 
 def embeddings(out: torch.Tensor, table: torch.Tensor, ids: torch.Tensor, at: int) -> None:
-    """Write rows ``ids`` int64 [E, T] of ``table`` [V, H], zeros for -1, to columns ``at`` to ``at + E * H`` of ``out`` [T, ...]."""
+    """Write rows ``ids`` int64 [E, T] of ``table`` [V, H], zeros for -1, to columns ``at`` to ``at
+    + E * H`` of ``out`` [T, ...].
+    """
     count, rows = ids.shape
     hidden = table.shape[1]
     if rows:
@@ -180,18 +202,31 @@ def embeddings(out: torch.Tensor, table: torch.Tensor, ids: torch.Tensor, at: in
         )
 
 
-def standardised(out: torch.Tensor, x: torch.Tensor, mean: torch.Tensor, inverse: torch.Tensor) -> None:
-    """Write ``z = (x - mean) * inverse`` of rows ``x`` [T, C], and what is left of it beyond the dtype of ``out``, to its first 2 C columns."""
+def standardised(
+    out: torch.Tensor, x: torch.Tensor, mean: torch.Tensor, inverse: torch.Tensor
+) -> None:
+    """Write ``z = (x - mean) * inverse`` of rows ``x`` [T, C], and what is left of it beyond the
+    dtype of ``out``, to its first 2 C columns.
+    """
     rows, channels = x.shape
     if rows:
         standardise[(triton.cdiv(rows, TILE), triton.cdiv(channels, BLOCK))](
-            x.contiguous(), mean, inverse, out, rows, channels, out.stride(0), TILE=TILE, BLOCK=BLOCK
+            x.contiguous(),
+            mean,
+            inverse,
+            out,
+            rows,
+            channels,
+            out.stride(0),
+            TILE=TILE,
+            BLOCK=BLOCK,
         )
 
 
 def pack(y: torch.Tensor, step: float, packing: Packing) -> tuple[torch.Tensor, torch.Tensor]:
-    """Code uint8 [T, W] of coefficients ``y`` float32 [T, K], each moved to the outermost cell where its class has too few; and float32 [T],
-    the squares of those moves, in sum. As ``symbols.quantise`` and ``symbols.pack``.
+    """Code uint8 [T, W] of coefficients ``y`` float32 [T, K], each moved to the outermost cell
+    where its class has too few; and float32 [T], the squares of those moves, in sum. As
+    ``symbols.quantise`` and ``symbols.pack``.
     """
     rows = y.shape[0]
     code = torch.empty(rows, packing.width, dtype=torch.uint8, device=y.device)
@@ -203,9 +238,23 @@ def pack(y: torch.Tensor, step: float, packing: Packing) -> tuple[torch.Tensor, 
         size = (b - a) // n
         if rows:
             pack_span[(triton.cdiv(rows, TILE), count)](
-                y, code, moved, rows, y.stride(0), code.stride(0), moved.stride(0), first, size, a, part, step,
-                CELLS=cells, N=n, TILE=TILE, BLOCK=BLOCK,
-            )  # fmt: skip
+                y,
+                code,
+                moved,
+                rows,
+                y.stride(0),
+                code.stride(0),
+                moved.stride(0),
+                first,
+                size,
+                a,
+                part,
+                step,
+                CELLS=cells,
+                N=n,
+                TILE=TILE,
+                BLOCK=BLOCK,
+            )
         first, part = first + size, part + count
     return code, moved.sum(1)
 

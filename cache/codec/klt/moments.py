@@ -1,4 +1,5 @@
-"""Moments of rows, and what follows from them: regressions, bases, and the metric of a target's distribution. Pure functions on tensors.
+"""Moments of rows, and what follows from them: regressions, bases, and the metric of a target's
+distribution. Pure functions on tensors.
 
 Legend: D width of a row, F features, V vocabulary, H hidden size, M last states.
 """
@@ -52,9 +53,11 @@ class Moments:
 def regression(
     covariance: torch.Tensor, targets: int, ridge: float, apart: int = 0
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ridge from the later columns of ``covariance`` to the first ``targets``: weights [F, targets] and the residual's covariance.
+    """Ridge from the later columns of ``covariance`` to the first ``targets``: weights [F, targets]
+    and the residual's covariance.
 
-    ``ridge`` is of the features' mean variance; the first ``apart`` of them have another scale than the others and a mean of their own.
+    ``ridge`` is of the features' mean variance; the first ``apart`` of them have another scale than
+    the others and a mean of their own.
     """
     import torch
 
@@ -73,17 +76,23 @@ def regression(
 
 
 def eigen(covariance: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Eigenvalues, falling, and eigenvectors as columns; each vector's largest entry positive, so that equal input gives equal signs."""
+    """Eigenvalues, falling, and eigenvectors as columns; each vector's largest entry positive, so
+    that equal input gives equal signs.
+    """
     import torch
 
     values, vectors = torch.linalg.eigh((covariance + covariance.T) / 2)
     values, vectors = values.flip(0).clamp(min=0), vectors.flip(1)
     largest = vectors.abs().argmax(0)
-    return values, vectors * vectors[largest, torch.arange(vectors.shape[1], device=vectors.device)].sign()
+    return values, vectors * vectors[
+        largest, torch.arange(vectors.shape[1], device=vectors.device)
+    ].sign()
 
 
 def fisher(states: Iterable[torch.Tensor], head: torch.Tensor) -> torch.Tensor:
-    """Mean over last states [M, H] of the Fisher information of the distribution ``softmax(head @ state)``: float64 [H, H]."""
+    """Mean over last states [M, H] of the Fisher information of the distribution ``softmax(head @
+    state)``: float64 [H, H].
+    """
     import torch
 
     head = head.float()
@@ -104,7 +113,9 @@ def fisher(states: Iterable[torch.Tensor], head: torch.Tensor) -> torch.Tensor:
 
 
 def root(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The symmetric square root of ``matrix`` with ``FISHER_FLOOR`` added to its eigenvalues, and its inverse."""
+    """The symmetric square root of ``matrix`` with ``FISHER_FLOOR`` added to its eigenvalues, and
+    its inverse.
+    """
     import torch
 
     values, vectors = torch.linalg.eigh((matrix + matrix.T) / 2)

@@ -1,8 +1,10 @@
-"""Cells of transform coefficients as bytes: several small cells to a byte, and what they decode to. No I/O.
+"""Cells of transform coefficients as bytes: several small cells to a byte, and what they decode to.
+No I/O.
 
-A coefficient's cell is a signed integer ``q``, 0 at the middle. Columns are sorted by variance, so the first need a byte each and the last
-hardly more than a zero. ``CLASSES`` says how many cells a column may have and how many such columns share a byte; bytes, and not bit
-fields, so that an entropy coder sees the joint value of its columns and can spend less than a bit on each.
+A coefficient's cell is a signed integer ``q``, 0 at the middle. Columns are sorted by variance, so
+the first need a byte each and the last hardly more than a zero. ``CLASSES`` says how many cells a
+column may have and how many such columns share a byte; bytes, and not bit fields, so that an
+entropy coder sees the joint value of its columns and can spend less than a bit on each.
 
 Legend: T tokens, K columns, n columns to a byte, W bytes of a row.
 """
@@ -29,7 +31,9 @@ OUTSIDE = 3e-4
 
 @dataclass(frozen=True, slots=True)
 class Packing:
-    """How many columns, from the first on, each class of ``CLASSES`` holds; each a multiple of its n."""
+    """How many columns, from the first on, each class of ``CLASSES`` holds; each a multiple of its
+    n.
+    """
 
     columns: tuple[int, ...]
 
@@ -37,14 +41,18 @@ class Packing:
         if len(self.columns) != len(CLASSES) or any(
             k < 0 or k % n for k, (_, n) in zip(self.columns, CLASSES, strict=True)
         ):
-            raise ValueError(f"columns {self.columns}: expected multiples of {[n for _, n in CLASSES]}")
+            raise ValueError(
+                f"columns {self.columns}: expected multiples of {[n for _, n in CLASSES]}"
+            )
 
     @property
     def total(self) -> int:
         return sum(self.columns)
 
     def spans(self) -> list[tuple[int, int, int, int]]:
-        """Of each class that has columns: its first column, one past its last, cells, columns to a byte."""
+        """Of each class that has columns: its first column, one past its last, cells, columns to a
+        byte.
+        """
         ends = np.cumsum([0, *self.columns]).tolist()
         found = zip(itertools.pairwise(ends), CLASSES, strict=True)
         return [(a, b, cells, n) for (a, b), (cells, n) in found if b > a]
@@ -60,9 +68,11 @@ class Packing:
 
     @classmethod
     def fitting(cls, q: torch.Tensor) -> Packing:
-        """For columns in falling order of variance, from cells ``q`` [T, K] (any dtype) of a sample.
+        """For columns in falling order of variance, from cells ``q`` [T, K] (any dtype) of a
+        sample.
 
-        A class begins where, in every run of ``BAND`` columns from there on, no more than ``OUTSIDE`` of the values lie outside it.
+        A class begins where, in every run of ``BAND`` columns from there on, no more than
+        ``OUTSIDE`` of the values lie outside it.
         At most 4 columns, the last ones, are left out so that bytes come out even.
         """
         size = q.shape[1]
@@ -87,12 +97,16 @@ class Packing:
 
 
 def quantise(y: torch.Tensor, step: float) -> torch.Tensor:
-    """Cells of ``y``: the nearest multiple of ``step``, halves away from zero; the dtype of ``y``."""
+    """Cells of ``y``: the nearest multiple of ``step``, halves away from zero; the dtype of
+    ``y``.
+    """
     return (y.abs() / step + 0.5).floor() * y.sign()
 
 
 def pack(q: torch.Tensor, packing: Packing) -> torch.Tensor:
-    """Cells ``q`` [T, K], inside their classes, to uint8 [T, W]: column j of a byte counts ``cells^j``."""
+    """Cells ``q`` [T, K], inside their classes, to uint8 [T, W]: column j of a byte counts
+    ``cells^j``.
+    """
     import torch
 
     out = []
@@ -100,7 +114,9 @@ def pack(q: torch.Tensor, packing: Packing) -> torch.Tensor:
         digits = (q[:, a:b] + cells // 2).to(torch.int32).view(q.shape[0], (b - a) // n, n)
         weights = torch.tensor([cells**j for j in range(n)], dtype=torch.int32, device=q.device)
         out.append((digits * weights).sum(2).to(torch.uint8))
-    return torch.cat(out, 1) if out else torch.empty(q.shape[0], 0, dtype=torch.uint8, device=q.device)
+    return (
+        torch.cat(out, 1) if out else torch.empty(q.shape[0], 0, dtype=torch.uint8, device=q.device)
+    )
 
 
 @lru_cache(maxsize=8)
@@ -115,7 +131,8 @@ def digits(cells: int, n: int) -> np.ndarray[tuple[int, ...], np.dtype[np.int64]
 def value_table(packing: Packing, step: float, offsets: torch.Tensor) -> list[torch.Tensor]:
     """Of each class with columns: what its bytes decode to, float32 [bands * 256, n].
 
-    ``offsets`` [2, bands of all classes, in order]: mean of ``|y| / step - |q|`` in cells 1, and in all beyond.
+    ``offsets`` [2, bands of all classes, in order]: mean of ``|y| / step - |q|`` in cells 1, and in
+    all beyond.
     """
     import torch
 
@@ -131,7 +148,9 @@ def value_table(packing: Packing, step: float, offsets: torch.Tensor) -> list[to
 
 
 def unpack(code: torch.Tensor, packing: Packing, tables: list[torch.Tensor]) -> torch.Tensor:
-    """Coefficients [T, K] of ``code`` uint8 [T, W], in the dtype and on the device of ``tables``."""
+    """Coefficients [T, K] of ``code`` uint8 [T, W], in the dtype and on the device of
+    ``tables``.
+    """
     import torch
     from torch.nn.functional import embedding
 
@@ -152,7 +171,9 @@ def band_count(packing: Packing) -> int:
 
 
 def offsets_of(y: torch.Tensor, step: float, packing: Packing) -> torch.Tensor:
-    """``offsets`` (see ``value_table``) that make every band's cells decode to their mean; float32 [2, bands]."""
+    """``offsets`` (see ``value_table``) that make every band's cells decode to their mean; float32
+    [2, bands].
+    """
     import torch
 
     size = y.abs() / step
@@ -173,7 +194,9 @@ def offsets_of(y: torch.Tensor, step: float, packing: Packing) -> torch.Tensor:
 
 
 def entropy_columns(q: torch.Tensor) -> torch.Tensor:
-    """Bits of an ideal coder for each integer column of ``q`` [T, K], from the counts of its values; float32 [K]."""
+    """Bits of an ideal coder for each integer column of ``q`` [T, K], from the counts of its
+    values; float32 [K].
+    """
     import torch
 
     out = []
@@ -189,7 +212,9 @@ def entropy_columns(q: torch.Tensor) -> torch.Tensor:
 
 
 def step_for(y: torch.Tensor, bits: float) -> float:
-    """The step at which the cells of ``y`` [T, K] take ``bits`` in all a row by their columns' entropy."""
+    """The step at which the cells of ``y`` [T, K] take ``bits`` in all a row by their columns'
+    entropy.
+    """
     low, high = 1e-4, float(y.abs().amax()) * 2 + 1e-3
     step = high
     for _ in range(20):

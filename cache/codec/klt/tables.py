@@ -1,9 +1,11 @@
-"""What the transform codec knows of a target and its corpus: one ``Transform`` for the aux layers and one for the last state.
+"""What the transform codec knows of a target and its corpus: one ``Transform`` for the aux layers
+and one for the last state.
 
-A transform predicts a row x from features f that the decoder has too, and quantises what is left in a basis with one step:
+A transform predicts a row x from features f that the decoder has too, and quantises what is left in
+a basis with one step:
 
-    encoder    y = ((x - mean) / deviation) @ forward - f @ predict @ forward,   q = y / step, rounded
-    decoder    x = mean + deviation * (y' @ back + f @ predict),                 y' = mean of y in the cell q
+    encoder    y = ((x - mean) / deviation) @ forward - f @ predict @ forward, q = y / step, rounded
+    decoder    x = mean + deviation * (y' @ back + f @ predict), y' = mean of y in the cell q
 
 All of it is in the tensors of the store's calibration file; docs/format.md lists them.
 
@@ -31,11 +33,14 @@ NUMBERS = ("step", "limit", "noise", "bits")
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Transform:
-    """``mean``, ``deviation`` float32 [C]; ``back`` bfloat16 [K, C]; ``forward`` bfloat16 [C, K], None where it is ``back`` transposed;
+    """``mean``, ``deviation`` float32 [C]; ``back`` bfloat16 [K, C]; ``forward`` bfloat16 [C, K],
+    None where it is ``back`` transposed;
     ``predict`` bfloat16 [F, C]; ``offsets`` float32 [2, bands] (``symbols.value_table``).
 
-    ``limit``: a row whose cells would have to be moved by more than this (squared, in sum) to fit their classes is stored exactly.
-    ``noise``: squared error of an ordinary row's coefficients, in sum. ``bits``: of a row, by entropy, on samples that were held out.
+    ``limit``: a row whose cells would have to be moved by more than this (squared, in sum) to fit
+    their classes is stored exactly.
+    ``noise``: squared error of an ordinary row's coefficients, in sum. ``bits``: of a row, by
+    entropy, on samples that were held out.
     """
 
     mean: torch.Tensor
@@ -71,7 +76,8 @@ class Transform:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Tables:
-    """Both transforms. ``context``: how many of the first aux coefficients the last state is predicted from.
+    """Both transforms. ``context``: how many of the first aux coefficients the last state is
+    predicted from.
 
     ``digest``: sha256 of all tensors, so that equal tables compare equal.
     """
@@ -101,12 +107,16 @@ class Tables:
 
     @classmethod
     def of(cls, tensors: Mapping[str, torch.Tensor], where: str) -> Tables:
-        """From the contents of a calibration file. Raises DamagedCacheError for one that does not hold together."""
+        """From the contents of a calibration file. Raises DamagedCacheError for one that does not
+        hold together.
+        """
         try:
             layers, hidden, context = tensors["shape"].tolist()
             aux, last = (_transform(tensors, field, where) for field in ("aux", "last"))
         except (KeyError, ValueError, TypeError) as error:
-            raise DamagedCacheError(f"{where}: not a calibration of this codec: {error!r}") from error
+            raise DamagedCacheError(
+                f"{where}: not a calibration of this codec: {error!r}"
+            ) from error
         expected = {
             "aux channels": (aux.channels, layers * hidden),
             "last channels": (last.channels, hidden),
@@ -132,5 +142,7 @@ def _transform(tensors: Mapping[str, torch.Tensor], field: str, where: str) -> T
     for name, shape in expected.items():
         found = getattr(out, name)
         if found is not None and tuple(found.shape) != shape:
-            raise DamagedCacheError(f"{where}: {field}_{name} is {tuple(found.shape)}, expected {shape}")
+            raise DamagedCacheError(
+                f"{where}: {field}_{name} is {tuple(found.shape)}, expected {shape}"
+            )
     return out

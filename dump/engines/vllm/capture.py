@@ -1,13 +1,14 @@
 """Take a target's states at its norms, inside vLLM, where its own class cannot give them.
 
-vLLM adds a layer's output to the residual in the *next* layer's input norm, and where it fuses the all-reduce into that
-norm, what stands between two layers is one tensor-parallel rank's part. Behind the norm the residual is whole, whatever
-was fused. So the state entering layer j is the residual that layer j's ``input_layernorm`` returns, and that behind the
-last layer is the one that the final ``norm`` returns. No layer's output is looked at.
+vLLM adds a layer's output to the residual in the *next* layer's input norm, and where it fuses the
+all-reduce into that norm, what stands between two layers is one tensor-parallel rank's part. Behind
+the norm the residual is whole, whatever was fused. So the state entering layer j is the residual
+that layer j's ``input_layernorm`` returns, and that behind the last layer is the one that the final
+``norm`` returns. No layer's output is looked at.
 
-Named in ``model_class_overrides`` as ``dspark.dump.engines.vllm.capture:ARCHITECTURE``: vLLM then builds its own class
-for that architecture, extended by ``StatesAtNorms``. Runs in vLLM's workers, and once in a process that asks what the
-class can do.
+Named in ``model_class_overrides`` as ``dspark.dump.engines.vllm.capture:ARCHITECTURE``: vLLM then
+builds its own class for that architecture, extended by ``StatesAtNorms``. Runs in vLLM's workers,
+and once in a process that asks what the class can do.
 """
 
 from __future__ import annotations
@@ -27,10 +28,11 @@ TOLD = "_dspark_state"  # attribute of a norm: what keeps the residual after it
 
 
 class Watch:
-    """The states entering layers ``ids`` of ``decoder`` (its number of layers: behind the last), kept from one run.
+    """The states entering layers ``ids`` of ``decoder`` (its number of layers: behind the last),
+    kept from one run.
 
-    ``decoder`` has ``layers``, each with an ``input_layernorm``, and a ``norm``; ids of layers that another pipeline rank
-    holds are refused.
+    ``decoder`` has ``layers``, each with an ``input_layernorm``, and a ``norm``; ids of layers that
+    another pipeline rank holds are refused.
     """
 
     def __init__(self, decoder: Any, ids: Sequence[int]) -> None:
@@ -56,7 +58,8 @@ class Watch:
         missing = [i for i in self.ids if i not in self._seen]
         if missing:
             raise EngineError(
-                f"the target ran without the norms before layers {missing}, so their states are not known. "
+                f"the target ran without the norms before layers {missing}, so their states are "
+                "not known. "
                 "Use --engine transformers."
             )
         states = [self._seen.pop(i) for i in self.ids]
@@ -80,12 +83,16 @@ def _norm_before(decoder: Any, i: int) -> Any:
 def _behind_norm(
     note: Callable[[torch.Tensor], None], norm: Any, args: Any, options: dict[str, Any], output: Any
 ) -> None:
-    """``norm(x)`` leaves the state as it came; ``norm(x, residual)`` returns it behind what it normed."""
+    """``norm(x)`` leaves the state as it came; ``norm(x, residual)`` returns it behind what it
+    normed.
+    """
     note(output[1] if isinstance(output, tuple) else args[0] if args else options["x"])
 
 
 def _tell_of_fused(module: Any) -> None:
-    """Fused all-reduce and norm do not call the norm everywhere: what they return is told as if they did."""
+    """Fused all-reduce and norm do not call the norm everywhere: what they return is told as if
+    they did.
+    """
     for name, fused in list(vars(module).items()):
         wanted = name.startswith("fused_allreduce") and name.endswith("norm") and callable(fused)
         if not wanted or hasattr(fused, TOLD):
@@ -95,7 +102,9 @@ def _tell_of_fused(module: Any) -> None:
 
 def _telling(fused: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(fused)
-    def call(hidden: torch.Tensor, residual: torch.Tensor, norm: Any, *args: Any, **options: Any) -> Any:
+    def call(
+        hidden: torch.Tensor, residual: torch.Tensor, norm: Any, *args: Any, **options: Any
+    ) -> Any:
         out = fused(hidden, residual, norm, *args, **options)
         note = getattr(norm, TOLD, None)
         if note is not None:
@@ -107,7 +116,9 @@ def _telling(fused: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class StatesAtNorms:
-    """Before a vLLM class for a target: its forward also returns states, as vLLM asks of a class that supports EAGLE3."""
+    """Before a vLLM class for a target: its forward also returns states, as vLLM asks of a class
+    that supports EAGLE3.
+    """
 
     supports_eagle3 = True
     _watch: Watch | None = None
@@ -116,7 +127,8 @@ class StatesAtNorms:
         decoder = decoder_of(self)
         if not getattr(decoder, "do_not_compile", True):
             raise EngineError(
-                f"{type(self).__name__} is compiled, and its states are taken where it is not: vLLM must run eagerly."
+                f"{type(self).__name__} is compiled, and its states are taken where it is not: "
+                "vLLM must run eagerly."
             )
         self._watch = Watch(decoder, layers)
 

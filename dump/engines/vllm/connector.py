@@ -1,19 +1,27 @@
-"""Our side inside a vLLM worker: the states of finished requests are coded on the worker's device, copied to the host and spooled.
+"""Our side inside a vLLM worker: the states of finished requests are coded on the worker's device,
+copied to the host and spooled.
 
-Four kinds of request, told apart by ``kv_transfer_params``: with ``STORED`` (first and one-past-last position of every run of stored last states) the layers that the
-store wants and the normed last state are coded as ``spool.write_coding`` says; without, raw states are spooled (calibration, self-check); with ``COMPARE``
-every tensor-parallel rank spools its raw states, so that one that holds a partial sum is found; with ``SKIP`` no states are wanted, and nothing is done.
+Four kinds of request, told apart by ``kv_transfer_params``: with ``STORED`` (first and
+one-past-last position of every run of stored last states) the layers that the store wants and the
+normed last state are coded as ``spool.write_coding`` says; without, raw states are spooled
+(calibration, self-check); with ``COMPARE`` every tensor-parallel rank spools its raw states, so
+that one that holds a partial sum is found; with ``SKIP`` no states are wanted, and nothing is done.
 
-What finishes in one step of the engine is one batch: one gather from the cache, one call of each codec, one file (``spool.py``). vLLM's stock connector, extended
-here, does all that once per request, fails on a CPU (pinned memory) and only logs write errors; of it we keep how it finds its cache and its paths. The
-scheduler decides what is in which batch, so a request's path is known before the worker has begun. The cache blocks are free again once the states have been
-gathered; coding, copy and writing happen in writer threads, at most ``WRITING`` batches at a time.
+What finishes in one step of the engine is one batch: one gather from the cache, one call of each
+codec, one file (``spool.py``). vLLM's stock connector, extended here, does all that once per
+request, fails on a CPU (pinned memory) and only logs write errors; of it we keep how it finds its
+cache and its paths. The scheduler decides what is in which batch, so a request's path is known
+before the worker has begun. The cache blocks are free again once the states have been gathered;
+coding, copy and writing happen in writer threads, at most ``WRITING`` batches at a time.
 
-On a GPU each batch on its way has a stream of its own, and waits there for the step in which the last of its requests finished and not for those that have been
-launched since (vLLM launches a step before the one before is done, and 16,384 tokens of a 4B target take an H100 0.2 s). The streams have a higher priority than the
-target's, whose kernels would otherwise fill the GPU before each of the few small ones here.
+On a GPU each batch on its way has a stream of its own, and waits there for the step in which the
+last of its requests finished and not for those that have been launched since (vLLM launches a step
+before the one before is done, and 16,384 tokens of a 4B target take an H100 0.2 s). The streams
+have a higher priority than the target's, whose kernels would otherwise fill the GPU before each of
+the few small ones here.
 
-Raw: ``hidden_states`` [T, n, H] in ascending order of the asked ids. Coded: the codecs' arrays. Both: ``token_ids`` int32[T], and the rows of each request.
+Raw: ``hidden_states`` [T, n, H] in ascending order of the asked ids. Coded: the codecs' arrays.
+Both: ``token_ids`` int32[T], and the rows of each request.
 """
 
 from __future__ import annotations
@@ -59,14 +67,17 @@ from dspark.dump.engines.vllm.spool import (
 )
 
 Ints = np.ndarray[tuple[int, ...], np.dtype[np.int64]]
-# Batches whose states may be on the device at once, where there is room: a slow disk slows the engine down.
+# Batches whose states may be on the device at once, where there is room: a slow disk slows the
+# engine down.
 WRITING = 8
 REMEMBERED = 16  # steps: vLLM names a request at most a few after its last one
 
 
 @dataclass
 class Save:
-    """A finished request. ``ids`` int32[T]. ``stored``: runs of positions whose last state is stored, None for raw states. ``compare``: every rank writes."""
+    """A finished request. ``ids`` int32[T]. ``stored``: runs of positions whose last state is
+    stored, None for raw states. ``compare``: every rank writes.
+    """
 
     request: str
     filename: str  # of its batch
@@ -89,7 +100,8 @@ class _Copied:
 
 @dataclass
 class Gathered:
-    """States [T, n, H] of ``saves`` on the device, and the event behind them. ``rows`` int64[M]: whose last state is stored; counts int64[k] by request. ``stream``:
+    """States [T, n, H] of ``saves`` on the device, and the event behind them. ``rows`` int64[M]:
+    whose last state is stored; counts int64[k] by request. ``stream``:
     its own, None on a CPU. ``times``: of the clock, when the batch came and when it was begun.
     """
 
@@ -113,22 +125,28 @@ class Gathered:
 
 
 class SpoolConnector(ExampleHiddenStatesConnector):  # type: ignore[misc]
-    """Named in ``kv_connector`` with ``kv_connector_module_path`` = this module. ``batch_tokens`` in its extra config bounds a batch."""
+    """Named in ``kv_connector`` with ``kv_connector_module_path`` = this module. ``batch_tokens``
+    in its extra config bounds a batch.
+    """
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
-        self._batch_tokens = int(self._kv_transfer_config.get_from_extra_config("batch_tokens", 1 << 13))
+        self._batch_tokens = int(
+            self._kv_transfer_config.get_from_extra_config("batch_tokens", 1 << 13)
+        )
         self._batches = 0  # the scheduler's: named so far
         self._members = self._tokens = 0  # of the last one named
         self._kind: Any = None  # of its requests; None: it takes no more
         self._coding: tuple[int, Coding] | None = None  # the worker's, and when it was written
-        self._held: deque[tuple[Any, list[str]]] = deque()  # requests whose blocks are kept until an event
+        # requests whose blocks are kept until an event
+        self._held: deque[tuple[Any, list[str]]] = deque()
         # The batches on their way, and their streams.
         self._writing: deque[tuple[Future[None], Any]] = deque()
         self._most: int | None = None  # of them at once
         # The scheduler's: steps so far, and the last one of each request.
         self._steps, self._step_of = 0, dict[str, int]()
-        # The worker's: steps of late, and events at their beginning, behind all that was launched before.
+        # The worker's: steps of late, and events at their beginning, behind all that was launched
+        # before.
         self._begun: deque[tuple[int, Any]] = deque(maxlen=REMEMBERED)
         self._writers = ThreadPoolExecutor(WRITING, "dspark-spool")
         self._lock = -1
@@ -136,7 +154,9 @@ class SpoolConnector(ExampleHiddenStatesConnector):  # type: ignore[misc]
 
     # In the scheduler
 
-    def request_finished(self, request: Any, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
+    def request_finished(
+        self, request: Any, block_ids: list[int]
+    ) -> tuple[bool, dict[str, Any] | None]:
         """Put it into a batch; its blocks are kept until ``get_finished`` names it."""
         scheduled = self._request_filenames.pop(request.request_id, None) is not None
         step = self._step_of.pop(request.request_id, self._steps)
@@ -157,7 +177,13 @@ class SpoolConnector(ExampleHiddenStatesConnector):  # type: ignore[misc]
         index, filename = self._members, os.path.join(self._storage_path, f"{self._batches}.batch")
         self._members, self._tokens = index + 1, self._tokens + len(ids)
         self._pending_saves[request.request_id] = Save(
-            request.request_id, filename, np.array(ids, np.int32), list(block_ids), stored, compare, step
+            request.request_id,
+            filename,
+            np.array(ids, np.int32),
+            list(block_ids),
+            stored,
+            compare,
+            step,
         )
         return True, {PATH: filename, INDEX: index}
 
@@ -182,8 +208,9 @@ class SpoolConnector(ExampleHiddenStatesConnector):  # type: ignore[misc]
             self._lock = hold(self._storage_path)
 
     def bind_connector_metadata(self, connector_metadata: Any) -> None:
-        """A step begins. vLLM puts its states into the cache once its tokens are drawn, in some versions after ``get_finished``: they are there at the event of the
-        next step."""
+        """A step begins. vLLM puts its states into the cache once its tokens are drawn, in some
+        versions after ``get_finished``: they are there at the event of the next step.
+        """
         super().bind_connector_metadata(connector_metadata)
         if self._kv_cache.device.type == "cuda":
             event = torch.cuda.Event()  # type: ignore[no-untyped-call]
@@ -219,15 +246,21 @@ class SpoolConnector(ExampleHiddenStatesConnector):  # type: ignore[misc]
         requests = [save.request for save in saves]
         try:
             gathered = self._gather(saves, self._stream(), came)
-        except torch.OutOfMemoryError as error:  # the engine's own thread: raised where the file is read
+        except (
+            torch.OutOfMemoryError
+        ) as error:  # the engine's own thread: raised where the file is read
             report_failure(filename, error)
             self._held.append((_Copied(), requests))
             return
         self._held.append((gathered.ready, requests))
-        self._writing.append((self._writers.submit(self._write, gathered, filename), gathered.stream))
+        self._writing.append(
+            (self._writers.submit(self._write, gathered, filename), gathered.stream)
+        )
 
     def _stream(self) -> Any:
-        """For one more batch, None on a CPU: that of the oldest one on its way if it is done, or there are as many as may be, which then is waited for."""
+        """For one more batch, None on a CPU: that of the oldest one on its way if it is done, or
+        there are as many as may be, which then is waited for.
+        """
         if self._writing and (len(self._writing) >= self._at_once() or self._writing[0][0].done()):
             oldest, stream = self._writing.popleft()
             wait([oldest])
@@ -236,8 +269,10 @@ class SpoolConnector(ExampleHiddenStatesConnector):  # type: ignore[misc]
         return torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
 
     def _at_once(self) -> int:
-        """``WRITING``, or how many fit into what vLLM left of a GPU: the states of a batch, or of a request that is longer, and three times as much while they are
-        coded (at 4 bits it is as much again, at 16 up to that)."""
+        """``WRITING``, or how many fit into what vLLM left of a GPU: the states of a batch, or of a
+        request that is longer, and three times as much while they are coded (at 4 bits it is as
+        much again, at 16 up to that).
+        """
         if self._most is None:
             cache = self._kv_cache
             self._most = WRITING
@@ -249,12 +284,15 @@ class SpoolConnector(ExampleHiddenStatesConnector):  # type: ignore[misc]
         return self._most
 
     def _gather(self, saves: list[Save], stream: Any, came: float) -> Gathered:
-        """The batch's states out of the cache; its blocks may be used again once ``ready`` says so."""
+        """The batch's states out of the cache; its blocks may be used again once ``ready`` says
+        so.
+        """
         times = [came, time.time()]
         cache, size = self._kv_cache, self._block_size
         blocks = np.concatenate([np.asarray(save.blocks, np.int64) for save in saves])
         counts = np.array([len(save.blocks) for save in saves])
-        # A request that was given up may have fewer blocks than its tokens need; the reader sees how many came.
+        # A request that was given up may have fewer blocks than its tokens need; the reader sees
+        # how many came.
         tokens = np.minimum([len(save.ids) for save in saves], counts * size)
         first = tokens.cumsum() - tokens
         position = np.arange(tokens.sum()) - np.repeat(first, tokens)
@@ -291,11 +329,15 @@ class SpoolConnector(ExampleHiddenStatesConnector):  # type: ignore[misc]
                 IDS: np.concatenate(gathered.ids),
                 TIMES: np.array(times),
             }
-            write_batch(filename, tensors | {name: torch.from_numpy(a) for name, a in counts.items()})
+            write_batch(
+                filename, tensors | {name: torch.from_numpy(a) for name, a in counts.items()}
+            )
         except BaseException as error:  # raised where the file is read
             try:
                 index, reason = self._blamed(gathered, error)
-            except BaseException:  # looking for it failed in turn (memory): the first error is the reason
+            except (
+                BaseException
+            ):  # looking for it failed in turn (memory): the first error is the reason
                 index, reason = None, error
             if not report_failure(filename, reason, index):
                 # Not even a reason fits: let the reader see that nothing will come.
@@ -314,7 +356,9 @@ class SpoolConnector(ExampleHiddenStatesConnector):  # type: ignore[misc]
         return self._coding[1].encode(gathered.states, gathered.rows, ids, gathered.tokens.tolist())
 
     def _blamed(self, gathered: Gathered, error: BaseException) -> tuple[int | None, BaseException]:
-        """Which request of the batch cannot be coded, and what is said of it alone; None if it is not one of them."""
+        """Which request of the batch cannot be coded, and what is said of it alone; None if it is
+        not one of them.
+        """
         if isinstance(error, EngineError) and self._coding is not None:
             pieces = torch.split(gathered.states, gathered.tokens.tolist())
             first = gathered.tokens.cumsum() - gathered.tokens
@@ -329,15 +373,18 @@ class SpoolConnector(ExampleHiddenStatesConnector):  # type: ignore[misc]
 
 
 def to_host(t: torch.Tensor) -> torch.Tensor:
-    """Begin to copy it; from a GPU, into page-locked memory, which torch reuses: fresh pages for every batch would cost more than the copy."""
+    """Begin to copy it; from a GPU, into page-locked memory, which torch reuses: fresh pages for
+    every batch would cost more than the copy.
+    """
     if not t.is_cuda:
         return t
     return torch.empty_like(t, device="cpu", pin_memory=True).copy_(t, non_blocking=True)
 
 
 def stored_rows(runs: Sequence[Sequence[Sequence[int | None]]], tokens: Ints) -> tuple[Ints, Ints]:
-    """Rows, of requests end to end with ``tokens`` int64[k] each, that lie in each one's runs ``[start, stop)`` of positions, None: to its end; and their number
-    by request, int64[k]."""
+    """Rows, of requests end to end with ``tokens`` int64[k] each, that lie in each one's runs
+    ``[start, stop)`` of positions, None: to its end; and their number by request, int64[k].
+    """
     most = np.iinfo(np.int64).max
     flat = [(i, a, most if b is None else b) for i, own in enumerate(runs) for a, b in own]
     owner, start, stop = np.array(flat, np.int64).reshape(-1, 3).T

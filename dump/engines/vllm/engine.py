@@ -1,11 +1,16 @@
-"""The target in vLLM, by its ``extract_hidden_states`` method and our connector (``vllm_connector.py``).
+"""The target in vLLM, by its ``extract_hidden_states`` method and our connector
+(``vllm_connector.py``).
 
-vLLM's conventions differ from the store's and are undone here: id j is the state entering layer j (so output i is id i + 1); layers come back
-sorted and deduplicated; the last layer's state comes *before* the final norm, which is applied here with the checkpoint's own weights.
+vLLM's conventions differ from the store's and are undone here: id j is the state entering layer j
+(so output i is id i + 1); layers come back sorted and deduplicated; the last layer's state comes
+*before* the final norm, which is applied here with the checkpoint's own weights.
 
-States, already coded by the worker, go through spool files, one for the requests that finish together, read and deleted as soon as these are done; requests go in
-while others come out, and never so many that what they leave would be more than ``SPOOL_BYTES``; the files of up to ``pipeline.COMING`` batches that are read later lie
-beside it. vLLM runs in a process of its own (in-process, its connector never flushes), over all visible GPUs; prefix caching and chunked prefill stay on.
+States, already coded by the worker, go through spool files, one for the requests that finish
+together, read and deleted as soon as these are done; requests go in while others come out, and
+never so many that what they leave would be more than ``SPOOL_BYTES``; the files of up to
+``pipeline.COMING`` batches that are read later lie beside it. vLLM runs in a process of its own
+(in-process, its connector never flushes), over all visible GPUs; prefix caching and chunked prefill
+stay on.
 """
 
 from __future__ import annotations
@@ -73,11 +78,15 @@ if TYPE_CHECKING:
 log = logging.getLogger("dspark.dump")
 
 SPOOL_BYTES = 2 << 30
-BATCH_BYTES = 256 << 20  # of raw states that a worker handles at once, on its device beside the target
-# Of one step of the engine at most, where states are so small that vLLM's own 16,384 leave a GPU waiting for launches.
+# of raw states that a worker handles at once, on its device beside the target
+BATCH_BYTES = 256 << 20
+# Of one step of the engine at most, where states are so small that vLLM's own 16,384 leave a GPU
+# waiting for launches.
 STEP_TOKENS, VLLM_STEP_TOKENS = 1 << 16, 1 << 14
 STEP_BYTES = 512 << 20  # of raw states that vLLM keeps of a step
-RANK_TOLERANCE = 0.01  # of a layer's largest value: an all-reduce gives every rank the same bits, a partial sum differs by a tenth and more
+# of a layer's largest value: an all-reduce gives every rank the same bits, a partial sum differs by
+# a tenth and more
+RANK_TOLERANCE = 0.01
 
 
 class Place(NamedTuple):
@@ -88,7 +97,9 @@ class Place(NamedTuple):
 
 
 class Member(NamedTuple):
-    """Request ``number`` of a batch, whose row it is, and the tokens int32[T] whose states it must hold."""
+    """Request ``number`` of a batch, whose row it is, and the tokens int32[T] whose states it must
+    hold.
+    """
 
     number: int
     row: int
@@ -96,7 +107,9 @@ class Member(NamedTuple):
 
 
 class VllmEngine:
-    """``llm``: a vLLM engine that extracts ``ids``; ``norm``: the final norm, on the CPU in the engine's dtype."""
+    """``llm``: a vLLM engine that extracts ``ids``; ``norm``: the final norm, on the CPU in the
+    engine's dtype.
+    """
 
     name = "vllm"
     groups_at_once = 2
@@ -143,12 +156,16 @@ class VllmEngine:
         found = found_source(architectures_of(model, options.trust_remote_code), cuda=gpus > 0)
         if found is not None and found.capture == "none":
             raise EngineError(
-                f"vllm {engine_version('vllm')} gives no hidden states of {found.architecture}: {found.why}. Use --engine transformers."
+                f"vllm {engine_version('vllm')} gives no hidden states of {found.architecture}: "
+                f"{found.why}. Use --engine transformers."
             )
         own = capture_arguments(found)
         if own:
             assert found is not None
-            say(f"states are taken at the norms of vLLM's {found.name} ({found.module}): {found.why}")
+            say(
+                f"states are taken at the norms of vLLM's {found.name} ({found.module}): "
+                f"{found.why}"
+            )
         ids = extracted_ids(layers, shapes.num_layers)
         token_bytes = raw_bytes(shapes, layers, dtype)
         arguments = llm_arguments(
@@ -188,15 +205,21 @@ class VllmEngine:
                 yield i, self._states(samples[i], out)
 
     def stream(self, groups: Iterable[Sequence[TokenSample]], codec: Codec) -> Iterator[Captured]:
-        """Samples of at most two groups are in flight, so that the batch does not empty between them."""
+        """Samples of at most two groups are in flight, so that the batch does not empty between
+        them.
+        """
         for group, batch, members in self.finished(groups, codec):
             wanted = [Member(n, s.row, s.input_ids) for n, _, s in members]
-            yield Captured(group, [i for _, i, _ in members], partial(self.coded, batch, wanted, codec))
+            yield Captured(
+                group, [i for _, i, _ in members], partial(self.coded, batch, wanted, codec)
+            )
 
     def finished(
         self, groups: Iterable[Sequence[TokenSample]], codec: Codec
     ) -> Iterator[tuple[int, str, list[tuple[int, int, TokenSample]]]]:
-        """``stream`` without the states: group, batch in the spool, and of each sample its number there and in its group."""
+        """``stream`` without the states: group, batch in the spool, and of each sample its number
+        there and in its group.
+        """
         vllm = importlib.import_module("vllm")
         self.use_codec(codec)
         loop: RequestLoop[tuple[int, int, TokenSample]] = RequestLoop(self.llm, self.room(codec))
@@ -220,8 +243,12 @@ class VllmEngine:
                 if not loop.fits(len(sample.input_ids)):
                     break
                 params = copy(plain)  # making one anew checks every field again
-                params.extra_args = {"kv_transfer_params": {STORED: runs(last_rows(sample.loss_mask))}}
-                loop.add(waiting.popleft(), sample.input_ids.tolist(), len(sample.input_ids), params)
+                params.extra_args = {
+                    "kv_transfer_params": {STORED: runs(last_rows(sample.loss_mask))}
+                }
+                loop.add(
+                    waiting.popleft(), sample.input_ids.tolist(), len(sample.input_ids), params
+                )
             if loop.empty:
                 loop.close()
                 return
@@ -248,7 +275,9 @@ class VllmEngine:
             while waiting and loop.fits(len(waiting[0].prompt) + waiting[0].max_tokens):
                 ask = waiting.popleft()
                 wanted = (
-                    {"include_output_tokens": True, STORED: stored_runs(ask)} if ask.keep else {SKIP: True}
+                    {"include_output_tokens": True, STORED: stored_runs(ask)}
+                    if ask.keep
+                    else {SKIP: True}
                 )
                 params = vllm.SamplingParams(
                     temperature=0.0 if sampling.greedy else sampling.temperature,
@@ -269,7 +298,9 @@ class VllmEngine:
                     continue
                 place = self._place(ask.key, out)
                 fed = np.array([*ask.prompt, *ids[:-1]], np.int32)
-                arrays, seconds = self.coded(place.batch, [Member(place.number, ask.key, fed)], codec)
+                arrays, seconds = self.coded(
+                    place.batch, [Member(place.number, ask.key, fed)], codec
+                )
                 specs = codec.arrays(len(self.columns), self.shapes.hidden_size)
                 # Copied, because a view would keep all of its batch in memory.
                 own = {name: np.array(array) for name, array in repeat_last(arrays, specs).items()}
@@ -285,7 +316,9 @@ class VllmEngine:
 
     def room(self, codec: Codec) -> int:
         """Tokens whose coded states fill the spool."""
-        return int(SPOOL_BYTES / stored_bytes_per_token(len(self.columns), self.shapes.hidden_size, codec))
+        return int(
+            SPOOL_BYTES / stored_bytes_per_token(len(self.columns), self.shapes.hidden_size, codec)
+        )
 
     def coded(self, batch: str, members: Sequence[Member], codec: Codec) -> CodedStates:
         """The codes of finished requests of one batch, end to end."""
@@ -310,11 +343,17 @@ class VllmEngine:
     def _place(self, row: int, out: Any) -> Place:
         told = out.kv_transfer_params or {}
         if PATH not in told:
-            raise EngineError(f"vllm gave no hidden states for row {row}: its connector was not called.")
+            raise EngineError(
+                f"vllm gave no hidden states for row {row}: its connector was not called."
+            )
         return Place(told[PATH], told[INDEX])
 
-    def _spooled(self, batch: str, members: Sequence[Member], rank: int = 0) -> dict[str, torch.Tensor]:
-        """What a worker spooled for requests of one batch, ascending in it, end to end: states of exactly their tokens."""
+    def _spooled(
+        self, batch: str, members: Sequence[Member], rank: int = 0
+    ) -> dict[str, torch.Tensor]:
+        """What a worker spooled for requests of one batch, ascending in it, end to end: states of
+        exactly their tokens.
+        """
         try:
             tensors = self._reader.take(batch, [m.number for m in members], rank)
         except OSError as error:
@@ -322,26 +361,33 @@ class VllmEngine:
             # The one to blame may be none of ours yet: a batch is lost as a whole.
             row = next((m.row for m in members if m.number == index), members[0].row)
             raise EngineError(
-                f"vllm's hidden states of row {row} are lost: {error}. {shutil.disk_usage(self._spool).free / 1e9:.2f} GB are free in {self._spool}."
+                f"vllm's hidden states of row {row} are lost: {error}. "
+                f"{shutil.disk_usage(self._spool).free / 1e9:.2f} GB are free in {self._spool}."
             ) from error
         found = tensors[IDS].numpy()
         if not np.array_equal(found, np.concatenate([m.ids for m in members])):
             ends = np.cumsum([len(m.ids) for m in members])
             pieces = zip(members, np.split(found, ends), strict=False)
-            wrong = next((m for m, piece in pieces if not np.array_equal(m.ids, piece)), members[-1])
+            wrong = next(
+                (m for m, piece in pieces if not np.array_equal(m.ids, piece)), members[-1]
+            )
             raise EngineError(
-                f"vllm gave states of other tokens ({len(found)} with those of {len(members) - 1} more rows) for row {wrong.row}, "
+                f"vllm gave states of other tokens ({len(found)} with those of "
+                f"{len(members) - 1} more rows) for row {wrong.row}, "
                 f"expected exactly its {len(wrong.ids)} tokens."
             )
         return tensors
 
     def _states(self, sample: TokenSample, out: Any) -> States:
         place = self._place(sample.row, out)
-        states = self._spooled(place.batch, [Member(place.number, sample.row, sample.input_ids)])[RAW]
+        states = self._spooled(place.batch, [Member(place.number, sample.row, sample.input_ids)])[
+            RAW
+        ]
         expected = (len(sample.input_ids), len(self.ids), self.shapes.hidden_size)
         if tuple(states.shape) != expected:
             raise EngineError(
-                f"vllm gave states of shape {tuple(states.shape)} for row {sample.row}, expected {expected}."
+                f"vllm gave states of shape {tuple(states.shape)} for row {sample.row}, expected "
+                f"{expected}."
             )
         with torch.inference_mode():
             stored = torch.from_numpy(last_rows(sample.loss_mask))
@@ -356,14 +402,19 @@ class VllmEngine:
         for sample, result in zip(samples, results, strict=True):
             place = self._place(sample.row, result)
             members = [Member(place.number, sample.row, sample.input_ids)]
-            states, *others = (self._spooled(place.batch, members, rank)[RAW] for rank in range(self._ranks))
+            states, *others = (
+                self._spooled(place.batch, members, rank)[RAW] for rank in range(self._ranks)
+            )
             for rank, other in enumerate(others, 1):
                 same_on_ranks(states, other, rank, self.ids)
             best = [
-                max(entry.items(), key=lambda item: item[1].logprob) for entry in result.prompt_logprobs[1:]
+                max(entry.items(), key=lambda item: item[1].logprob)
+                for entry in result.prompt_logprobs[1:]
             ]
             out.append(
-                Prediction([int(token) for token, _ in best], [float(value.logprob) for _, value in best])
+                Prediction(
+                    [int(token) for token, _ in best], [float(value.logprob) for _, value in best]
+                )
             )
         return out
 
@@ -401,14 +452,21 @@ def start(run: EngineRun) -> Engine:
 
 
 def same_on_ranks(first: torch.Tensor, other: torch.Tensor, rank: int, ids: Sequence[int]) -> None:
-    """Every tensor-parallel rank must hold the same states [T, n, H]; where one holds its share of a sum, they differ."""
+    """Every tensor-parallel rank must hold the same states [T, n, H]; where one holds its share of
+    a sum, they differ.
+    """
     gap = (first.float() - other.float()).abs().amax((0, 2))
     size = first.float().abs().amax((0, 2)).clamp(min=1e-6)
-    wrong = [str(i) for i, bad in zip(ids, (gap > RANK_TOLERANCE * size).tolist(), strict=True) if bad]
+    wrong = [
+        str(i) for i, bad in zip(ids, (gap > RANK_TOLERANCE * size).tolist(), strict=True) if bad
+    ]
     if wrong:
         raise EngineError(
-            f"self-check of the vllm engine failed: the states entering layers {', '.join(wrong)} are a tensor-parallel rank's partial sum: ranks 0 and {rank} differ by "
-            f"up to {float((gap / size).max()):.2g} of the largest value. Nothing was written. Try another version of vLLM, or one GPU."
+            "self-check of the vllm engine failed: the states entering layers "
+            f"{', '.join(wrong)} are a tensor-parallel rank's partial sum: ranks 0 and {rank} "
+            "differ by "
+            f"up to {float((gap / size).max()):.2g} of the largest value. Nothing was written. "
+            "Try another version of vLLM, or one GPU."
         )
 
 
@@ -419,9 +477,11 @@ def raw_bytes(shapes: Shapes, layers: Sequence[int], dtype: str) -> int:
 
 
 def step_tokens(token_bytes: int) -> int | None:
-    """Tokens of a step of the engine on a GPU, for states of ``token_bytes`` a token; None: as many as vLLM takes by itself.
+    """Tokens of a step of the engine on a GPU, for states of ``token_bytes`` a token; None: as many
+    as vLLM takes by itself.
 
-    A step of 16,384 tokens of a 135M target takes an H100 10 ms and Python 18 to launch. vLLM keeps the raw states of a step, so a large target has few.
+    A step of 16,384 tokens of a 135M target takes an H100 10 ms and Python 18 to launch. vLLM keeps
+    the raw states of a step, so a large target has few.
     """
     fit = min(STEP_TOKENS, STEP_BYTES // token_bytes)
     return fit if fit >= 2 * VLLM_STEP_TOKENS else None
@@ -436,7 +496,9 @@ def runs(mask: Bool) -> list[list[int]]:
 
 
 def extracted_ids(layers: Sequence[int], num_layers: int) -> list[int]:
-    """vLLM's ids of the outputs of ``layers`` and of the last layer, as it returns them: sorted, each once."""
+    """vLLM's ids of the outputs of ``layers`` and of the last layer, as it returns them: sorted,
+    each once.
+    """
     return sorted({i + 1 for i in layers} | {num_layers})
 
 

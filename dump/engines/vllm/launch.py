@@ -1,4 +1,5 @@
-"""How vLLM is started: which version, over which GPUs, with which arguments, and who takes the states.
+"""How vLLM is started: which version, over which GPUs, with which arguments, and who takes the
+states.
 
 All of it is decided before weights are read, from the config and from vLLM's own source.
 """
@@ -28,24 +29,36 @@ ENVIRONMENT = {
     "VLLM_CPU_KVCACHE_SPACE": "2",
 }
 OURS = (
-    "model", "dtype", "max_model_len", "speculative_config", "kv_transfer_config", "skip_tokenizer_init",
-    "tensor_parallel_size", "data_parallel_size", "trust_remote_code",
-)  # fmt: skip
-WEIGHTS_SHARE = 0.6  # of a GPU's memory that weights may take where the number of GPUs is ours to choose
+    "model",
+    "dtype",
+    "max_model_len",
+    "speculative_config",
+    "kv_transfer_config",
+    "skip_tokenizer_init",
+    "tensor_parallel_size",
+    "data_parallel_size",
+    "trust_remote_code",
+)
+# of a GPU's memory that weights may take where the number of GPUs is ours to choose
+WEIGHTS_SHARE = 0.6
 CAPTURE_MODULE = "dspark.dump.engines.vllm.capture"
 
 
 def check_version(version: str) -> str | None:
-    """Refuse a vLLM older than the connector interface; of one newer than any that was read, a warning."""
+    """Refuse a vLLM older than the connector interface; of one newer than any that was read, a
+    warning.
+    """
     found = release(version)
     if found < OLDEST:
         raise EngineError(
-            f"vllm {version}: this release works with {OLDEST[0]}.{OLDEST[1]} or later, whose hidden-state connector it "
+            f"vllm {version}: this release works with {OLDEST[0]}.{OLDEST[1]} or later, whose "
+            "hidden-state connector it "
             "extends. Install one, or use --engine transformers."
         )
     if found > NEWEST:
         return (
-            f"warning: vllm {version} is newer than {NEWEST[0]}.{NEWEST[1]}, the last one this release was written for. "
+            f"warning: vllm {version} is newer than {NEWEST[0]}.{NEWEST[1]}, the last one this "
+            "release was written for. "
             "It is tried; the self-check stops it where its states are wrong."
         )
     return None
@@ -60,7 +73,9 @@ def architectures_of(model: str, trust_remote_code: bool = False) -> list[str]:
 
 
 def found_source(architectures: Sequence[str], *, cuda: bool) -> source.ModelSource | None:
-    """What the installed vLLM does with these architectures; None where its source does not tell."""
+    """What the installed vLLM does with these architectures; None where its source does not
+    tell.
+    """
     root = source.vllm_root()
     try:
         return source.model_source(root, architectures, cuda=cuda) if root else None
@@ -69,7 +84,9 @@ def found_source(architectures: Sequence[str], *, cuda: bool) -> source.ModelSou
 
 
 def why_not(architectures: Sequence[str], device: str) -> str | None:
-    """Why the installed vLLM cannot give the states of such a target, None if it can or if its source does not tell."""
+    """Why the installed vLLM cannot give the states of such a target, None if it can or if its
+    source does not tell.
+    """
     found = found_source(architectures, cuda=device == "cuda")
     if found is None or found.capture != "none":
         return None
@@ -87,7 +104,9 @@ def capture_arguments(found: source.ModelSource | None) -> dict[str, Any]:
 
 @dataclass(frozen=True, slots=True)
 class Split:
-    """``engines`` of ``gpus`` GPUs each, ``tensor`` of them tensor-parallel. ``why``: said before the start, if not all as usual."""
+    """``engines`` of ``gpus`` GPUs each, ``tensor`` of them tensor-parallel. ``why``: said before
+    the start, if not all as usual.
+    """
 
     engines: int
     gpus: int
@@ -104,10 +123,12 @@ def choose_split(
     weights: int | None = None,
     memory: int | None = None,
 ) -> Split:
-    """How ``gpus`` GPUs (0: a CPU) are used. ``heads``: of queries, and of keys where there are fewer. ``weights`` bytes on disk;
+    """How ``gpus`` GPUs (0: a CPU) are used. ``heads``: of queries, and of keys where there are
+    fewer. ``weights`` bytes on disk;
     ``memory`` bytes of a GPU.
 
-    By default an engine takes as few GPUs as hold the weights, and as many engines run as there is room for.
+    By default an engine takes as few GPUs as hold the weights, and as many engines run as there is
+    room for.
     """
     pipeline = int(dict(options.arguments).get("pipeline_parallel_size", 1))
     tp, dp = options.tensor_parallel, options.data_parallel
@@ -116,7 +137,8 @@ def choose_split(
         return Split(dp or 1, 0, tp or 1)
     if tp is not None and not divides(heads, tp):
         raise UsageError(
-            f"--tensor-parallel-size {tp}: the target's {' and '.join(map(str, heads))} heads do not divide evenly by it. "
+            f"--tensor-parallel-size {tp}: the target's {' and '.join(map(str, heads))} heads do "
+            "not divide evenly by it. "
             f"With {gpus} GPUs these do: {', '.join(map(str, fits))}."
         )
     why = ""
@@ -128,14 +150,22 @@ def choose_split(
             enough = (n for n in possible if weights <= WEIGHTS_SHARE * memory * n * pipeline)
             tp = next(enough, tp)
         if possible[-1] < most:
-            why = f"{most} GPUs do not divide the target's heads ({', '.join(map(str, heads))}) evenly: {tp} to an engine"
+            why = (
+                f"{most} GPUs do not divide the target's heads ({', '.join(map(str, heads))}) "
+                f"evenly: {tp} to an engine"
+            )
     each = tp * pipeline
     if dp is None:
         # Without knowing the size, one engine takes what there is.
-        dp = max(gpus // each, 1) if options.tensor_parallel is not None or weights is not None else 1
+        dp = (
+            max(gpus // each, 1)
+            if options.tensor_parallel is not None or weights is not None
+            else 1
+        )
     if each * dp > gpus and not (each == 1 and gpus == 1):
         raise UsageError(
-            f"{dp} engines of {each} GPUs each (tensor parallel {tp}, pipeline parallel {pipeline}) need {each * dp}, and {gpus} are "
+            f"{dp} engines of {each} GPUs each (tensor parallel {tp}, pipeline parallel "
+            f"{pipeline}) need {each * dp}, and {gpus} are "
             "visible. Give a smaller --tensor-parallel-size or --data-parallel-size."
         )
     left = gpus - each * dp
@@ -159,7 +189,9 @@ def split_of(run: EngineRun) -> Split:
 
 
 def divides(heads: Sequence[int], ranks: int) -> bool:
-    """Whether vLLM can give every rank as many heads; fewer heads of keys than ranks are repeated."""
+    """Whether vLLM can give every rank as many heads; fewer heads of keys than ranks are
+    repeated.
+    """
     return all(h % ranks == 0 or (i > 0 and ranks % h == 0) for i, h in enumerate(heads))
 
 
@@ -171,7 +203,9 @@ def heads_of(config: Any) -> list[int]:
 
 
 def weight_size(model: str) -> int | None:
-    """Bytes of a checkpoint's safetensors: a folder's, or what a model id's index says; None if neither does."""
+    """Bytes of a checkpoint's safetensors: a folder's, or what a model id's index says; None if
+    neither does.
+    """
     import json
 
     from transformers.utils import cached_file
@@ -185,7 +219,9 @@ def weight_size(model: str) -> int | None:
         )
     except OSError:
         return None
-    told = json.loads(Path(index).read_text()).get("metadata", {}).get("total_size") if index else None
+    told = (
+        json.loads(Path(index).read_text()).get("metadata", {}).get("total_size") if index else None
+    )
     return None if told is None else int(told)
 
 
@@ -193,13 +229,16 @@ def llm_arguments(
     model: str, ids: Sequence[int], *, dtype: str, seq_length: int, spool: Path, batch_tokens: int,
     options: EngineOptions,
 ) -> dict[str, Any]:  # fmt: skip
-    """Arguments of ``vllm.LLM`` that extract the states ``ids``; ``batch_tokens``: a worker's batch at most."""
+    """Arguments of ``vllm.LLM`` that extract the states ``ids``; ``batch_tokens``: a worker's batch
+    at most.
+    """
     given = dict(options.arguments)
     taken = sorted(set(given) & set(OURS))
     if taken:
         raise UsageError(
             f"--engine-arg {taken[0]}: the dump sets this itself. "
-            "Flags of its own: --tensor-parallel-size, --data-parallel-size, --seq-length, --dtype, --trust-remote-code."
+            "Flags of its own: --tensor-parallel-size, --data-parallel-size, --seq-length, "
+            "--dtype, --trust-remote-code."
         )
     return {
         "model": model,
@@ -231,14 +270,17 @@ def start_llm(arguments: dict[str, Any], *, gpus: int) -> Any:
     """A running ``vllm.LLM``; raises EngineError with what can be done."""
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    if gpus:  # torch has been asked for CUDA: a forked engine could not use it, and vLLM does not notice
+    # torch has been asked for CUDA: a forked engine could not use it, and vLLM does not notice
+    if gpus:
         os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
     try:
         return importlib.import_module("vllm").LLM(**arguments)
     except Exception as error:  # vLLM raises whatever its own parts raise
         raise EngineError(
-            f"vllm {vllm_version()} could not start {arguments['model']} ({arguments['dtype']}, {max(gpus, 1)} "
-            f"{'GPUs' if gpus else 'CPU'}): {type(error).__name__}: {error}. Its own messages are above. {remedies(error, arguments, gpus)}"
+            f"vllm {vllm_version()} could not start {arguments['model']} ({arguments['dtype']}, "
+            f"{max(gpus, 1)} "
+            f"{'GPUs' if gpus else 'CPU'}): {type(error).__name__}: {error}. Its own messages "
+            f"are above. {remedies(error, arguments, gpus)}"
         ) from error
 
 
@@ -249,7 +291,9 @@ def remedies(error: BaseException, arguments: dict[str, Any], gpus: int) -> str:
     if "unexpected keyword" in text or "validation error" in text:
         out.append("Check --engine-arg: this version of vLLM does not take all of them.")
     if "memory" in text or "kv cache" in text:
-        out.append("Use a smaller --seq-length or --batch-tokens, or more GPUs (--tensor-parallel-size).")
+        out.append(
+            "Use a smaller --seq-length or --batch-tokens, or more GPUs (--tensor-parallel-size)."
+        )
     if "trust_remote_code" in text or "trust-remote-code" in text:
         out.append("If you trust the target's own code, give --trust-remote-code.")
     if "divisible" in text:

@@ -1,7 +1,9 @@
-"""Several vLLM engines of one target, each in a process and on GPUs of its own, behind the protocol of one.
+"""Several vLLM engines of one target, each in a process and on GPUs of its own, behind the protocol
+of one.
 
-Whole groups (parts of a store) are handed out, to each engine as it finishes one, so that none waits for another. States
-stay where one engine leaves them too, in a spool for each; over the pipes go tokens and the places of their states.
+Whole groups (parts of a store) are handed out, to each engine as it finishes one, so that none
+waits for another. States stay where one engine leaves them too, in a spool for each; over the pipes
+go tokens and the places of their states.
 """
 
 from __future__ import annotations
@@ -96,7 +98,10 @@ class Replicas:
         except BaseException:
             out.close()
             raise
-        run.say(f"{split.engines} vLLM engines, {max(split.gpus, 1)} {'GPU' if split.gpus else 'CPU'} each")
+        run.say(
+            f"{split.engines} vLLM engines, {max(split.gpus, 1)} "
+            f"{'GPU' if split.gpus else 'CPU'} each"
+        )
         return out
 
     def frozen(self) -> FrozenTarget:
@@ -111,7 +116,9 @@ class Replicas:
                 yield places[i], States(unpack(aux), unpack(last))
 
     def predict(self, samples: Sequence[TokenSample]) -> list[Prediction]:
-        """By the engines that captured them; and the states of the first must be the same in all."""
+        """By the engines that captured them; and the states of the first must be the same in
+        all.
+        """
         self._tell([("capture", samples[:1])] * len(self._replicas))
         first, *others = [self._answer_of(r, SILENT_SECONDS)[0] for r in self._replicas]
         for number, other in enumerate(others, 1):
@@ -135,7 +142,8 @@ class Replicas:
             while not ended and min(held) < GROUPS:
                 group, samples = next(coming, (0, ()))
                 ended = not samples
-                if ended:  # at once: an engine that waits for another group does not look at its last one
+                # at once: an engine that waits for another group does not look at its last one
+                if ended:
                     self._tell([None] * len(self._replicas))
                 else:
                     number = held.index(min(held))
@@ -201,14 +209,17 @@ class Replicas:
         ready = connection.wait([r.pipe for r in replicas], SILENT_SECONDS)
         if not ready:
             raise EngineError(
-                f"none of {len(replicas)} vLLM engines has answered for {SILENT_SECONDS:g} s: they hang. "
+                f"none of {len(replicas)} vLLM engines has answered for {SILENT_SECONDS:g} s: "
+                "they hang. "
                 "What is committed is whole: --resume goes on."
             )
         replica = next(r for r in replicas if r.pipe in ready)
         return replica, self._answer_of(replica, None)
 
     def _answer_of(self, replica: Replica, seconds: float | None) -> Any:
-        """One message; raises EngineError for an error in the engine, its death, or after ``seconds`` without one."""
+        """One message; raises EngineError for an error in the engine, its death, or after
+        ``seconds`` without one.
+        """
         who = f"vLLM engine {replica.number} of {len(self._replicas)}"
         try:
             if seconds is not None and not replica.pipe.poll(seconds):
@@ -217,7 +228,8 @@ class Replicas:
         except (EOFError, ConnectionError) as error:
             replica.process.join(5)
             raise EngineError(
-                f"{who} ended with code {replica.process.exitcode}: it was killed, as the kernel does when memory runs out, "
+                f"{who} ended with code {replica.process.exitcode}: it was killed, as the kernel "
+                "does when memory runs out, "
                 "or it crashed. What is committed is whole: --resume goes on."
             ) from error
         if isinstance(message, Failure):
@@ -233,7 +245,9 @@ class Failure:
 
 
 def visible_gpus(number: int, split: Split) -> str | None:
-    """CUDA_VISIBLE_DEVICES of engine ``number``: its own GPUs of those that are visible; None on a CPU."""
+    """CUDA_VISIBLE_DEVICES of engine ``number``: its own GPUs of those that are visible; None on a
+    CPU.
+    """
     if not split.gpus:
         return None
     names = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
@@ -248,8 +262,10 @@ def same_on_replicas(first: torch.Tensor, other: torch.Tensor, number: int) -> N
     by_layer = gap.median(dim=0).values
     if float(by_layer.max()) > REPLICA_TOLERANCE:
         raise EngineError(
-            f"self-check of the vllm engine failed: engines 0 and {number} give states that differ by {float(by_layer.max()):.2g} "
-            f"of their size in layer {int(by_layer.argmax())} of those asked for. Nothing was written. Use --data-parallel-size 1."
+            f"self-check of the vllm engine failed: engines 0 and {number} give states that "
+            f"differ by {float(by_layer.max()):.2g} "
+            f"of their size in layer {int(by_layer.argmax())} of those asked for. Nothing was "
+            "written. Use --data-parallel-size 1."
         )
 
 
@@ -265,9 +281,17 @@ def serve(pipe: Any, run: EngineRun, split: Split, gpus: str | None) -> None:
         options = dataclasses.replace(options, arguments=(*options.arguments, share))
     try:
         engine = VllmEngine.load(
-            run.model, run.shapes, run.layers, dtype=run.dtype, seq_length=run.seq_length, spool=run.spool,
-            batch_tokens=run.batch_tokens, options=options, split=split, say=run.say,
-        )  # fmt: skip
+            run.model,
+            run.shapes,
+            run.layers,
+            dtype=run.dtype,
+            seq_length=run.seq_length,
+            spool=run.spool,
+            batch_tokens=run.batch_tokens,
+            options=options,
+            split=split,
+            say=run.say,
+        )
     except (DsparkError, OSError) as error:
         pipe.send(Failure(str(error)))
         return
@@ -278,7 +302,9 @@ def serve(pipe: Any, run: EngineRun, split: Split, gpus: str | None) -> None:
         pass  # the parent is gone
     except Exception as error:
         pipe.send(
-            Failure(str(error) if isinstance(error, DsparkError) else f"{type(error).__name__}: {error}")
+            Failure(
+                str(error) if isinstance(error, DsparkError) else f"{type(error).__name__}: {error}"
+            )
         )
     finally:
         engine.close()
@@ -345,7 +371,9 @@ def pack(tensor: torch.Tensor) -> Packed:
     import torch
 
     flat = tensor.cpu().contiguous().view(-1)
-    return Packed(flat.view(torch.uint8).numpy().tobytes(), str(flat.dtype)[6:], tuple(tensor.shape))
+    return Packed(
+        flat.view(torch.uint8).numpy().tobytes(), str(flat.dtype)[6:], tuple(tensor.shape)
+    )
 
 
 def unpack(packed: Packed) -> torch.Tensor:

@@ -1,6 +1,8 @@
-"""Requests in and out of a running vLLM engine: continuous batching stays full, what is in flight is bounded in tokens.
+"""Requests in and out of a running vLLM engine: continuous batching stays full, what is in flight
+is bounded in tokens.
 
-``LLM.generate`` returns when the last of its prompts is done, so each call ends with an emptying batch. Here new requests go in while others come out.
+``LLM.generate`` returns when the last of its prompts is done, so each call ends with an emptying
+batch. Here new requests go in while others come out.
 """
 
 from __future__ import annotations
@@ -20,7 +22,9 @@ STEP_SECONDS = 900.0  # a step may compile kernels; longer, and the engine hangs
 
 
 class Patient:
-    """Calls in a thread of its own, waited for with a limit: vLLM waits for a worker that hangs without one."""
+    """Calls in a thread of its own, waited for with a limit: vLLM waits for a worker that hangs
+    without one.
+    """
 
     def __init__(self) -> None:
         self._calls: queue.SimpleQueue[Any] = queue.SimpleQueue()
@@ -28,7 +32,9 @@ class Patient:
         threading.Thread(target=self._work, name="vllm-step", daemon=True).start()
 
     def __call__(self, work: Callable[[], T], seconds: float) -> T:
-        """What ``work()`` returns or raises; raises TimeoutError after ``seconds``, and the thread is lost then."""
+        """What ``work()`` returns or raises; raises TimeoutError after ``seconds``, and the thread
+        is lost then.
+        """
         self._calls.put(work)
         try:
             out, error = self._done.get(timeout=seconds)
@@ -75,9 +81,12 @@ class RequestLoop(Generic[Key]):
         return not self._open or self._tokens + tokens <= self._budget
 
     def add(self, key: Key, prompt: list[int], tokens: int, params: Any) -> None:
-        """Hand over a request of ``tokens`` tokens at most, answer included. ``params``: SamplingParams that nobody else uses."""
+        """Hand over a request of ``tokens`` tokens at most, answer included. ``params``:
+        SamplingParams that nobody else uses.
+        """
         params.output_kind = self._only_final
-        params.skip_clone = True  # a deep copy of them takes half of the time that adding a request does
+        # a deep copy of them takes half of the time that adding a request does
+        params.skip_clone = True
         name = next(self._names)
         self._open[name] = (key, tokens)
         self._tokens += tokens
@@ -101,10 +110,13 @@ class RequestLoop(Generic[Key]):
             return work(*args)
         except TimeoutError as error:
             raise EngineError(
-                f"vllm hangs with {len(self._open)} requests in flight: {error}. What is committed is whole: --resume goes on. "
-                "If it hangs again, look at the GPUs (nvidia-smi, dmesg), or try a smaller --batch-tokens."
+                f"vllm hangs with {len(self._open)} requests in flight: {error}. What is "
+                "committed is whole: --resume goes on. "
+                "If it hangs again, look at the GPUs (nvidia-smi, dmesg), or try a smaller "
+                "--batch-tokens."
             ) from error
         except Exception as error:  # a worker that died arrives as one of several kinds
             raise EngineError(
-                f"vllm failed with {len(self._open)} requests in flight: {type(error).__name__}: {error}"
+                f"vllm failed with {len(self._open)} requests in flight: {type(error).__name__}: "
+                f"{error}"
             ) from error

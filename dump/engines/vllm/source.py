@@ -1,9 +1,10 @@
 """What an installed vLLM does with a target, read from its source before any weights are.
 
-vLLM's classes are not imported for this: that takes half a minute, needs the platform they were written for, and
-works for one version only. Read are the class that an architecture maps to, whether it hands out states
-(``SupportsEagle3``), whether it leaves the sum over tensor-parallel ranks to the next norm (a state taken between the
-layers is then one rank's part), whether its last layer's state can be had, and whether it is compiled.
+vLLM's classes are not imported for this: that takes half a minute, needs the platform they were
+written for, and works for one version only. Read are the class that an architecture maps to,
+whether it hands out states (``SupportsEagle3``), whether it leaves the sum over tensor-parallel
+ranks to the next norm (a state taken between the layers is then one rank's part), whether its last
+layer's state can be had, and whether it is compiled.
 """
 
 from __future__ import annotations
@@ -21,16 +22,20 @@ Capture = Literal["vllm", "norms", "none"]
 MODELS = "model_executor/models"
 # How a class says that it takes the state behind its last layer.
 TAKES_LAST = re.compile(
-    r"_maybe_add_hidden_state\(|end_layer in self\.aux_hidden_state_layers|\w+ \+ 1\)? in self\.aux_hidden_state_layers"
+    r"_maybe_add_hidden_state\(|end_layer in self\.aux_hidden_state_layers|\w+ \+ 1\)? in "
+    r"self\.aux_hidden_state_layers"
 )
 FUSED = re.compile(r"\bfused_allreduce\w*norm\b")
 
 
 @dataclass(frozen=True, slots=True)
 class ModelSource:
-    """Of one architecture. ``gives_states``: it has vLLM's interface for them. ``partial``: they are one rank's part.
-    ``takes_last``: the last layer's is among them. ``has_norms``: every layer has an ``input_layernorm`` and the decoder a
-    ``norm``, where ours can be taken. ``compiled``: by torch.compile, unless vLLM runs eagerly."""
+    """Of one architecture. ``gives_states``: it has vLLM's interface for them. ``partial``: they
+    are one rank's part.
+    ``takes_last``: the last layer's is among them. ``has_norms``: every layer has an
+    ``input_layernorm`` and the decoder a ``norm``, where ours can be taken. ``compiled``: by
+    torch.compile, unless vLLM runs eagerly.
+    """
 
     architecture: str
     module: str
@@ -69,7 +74,9 @@ def vllm_root() -> Path | None:
 
 
 def model_source(root: Path, architectures: Sequence[str], *, cuda: bool) -> ModelSource | None:
-    """The first of a config's ``architectures`` that the vLLM in ``root`` has; None if it has none of them."""
+    """The first of a config's ``architectures`` that the vLLM in ``root`` has; None if it has none
+    of them.
+    """
     known = registered(root)
     for architecture in architectures:
         if architecture not in known:
@@ -84,9 +91,12 @@ def model_source(root: Path, architectures: Sequence[str], *, cuda: bool) -> Mod
             name=name,
             gives_states=_inherits(root, path, name, "SupportsEagle3"),
             partial=FUSED.search(text) is not None,
-            # A class that takes none by itself runs another one, of which nothing is known here: the self-check sees it.
-            takes_last=TAKES_LAST.search(text) is not None or "in self.aux_hidden_state_layers" not in text,
-            has_norms="self.input_layernorm" in text and re.search(r"self\.norm\b", text) is not None,
+            # A class that takes none by itself runs another one, of which nothing is known here:
+            # the self-check sees it.
+            takes_last=TAKES_LAST.search(text) is not None
+            or "in self.aux_hidden_state_layers" not in text,
+            has_norms="self.input_layernorm" in text
+            and re.search(r"self\.norm\b", text) is not None,
             compiled="@support_torch_compile" in text,
         )
     return None
@@ -100,7 +110,11 @@ def registered(root: Path) -> dict[str, tuple[str, str]]:
         if not isinstance(node, ast.Dict):
             continue
         for key, value in zip(node.keys, node.values, strict=True):
-            if isinstance(key, ast.Constant) and isinstance(value, ast.Tuple) and len(value.elts) == 2:
+            if (
+                isinstance(key, ast.Constant)
+                and isinstance(value, ast.Tuple)
+                and len(value.elts) == 2
+            ):
                 pair = [e.value for e in value.elts if isinstance(e, ast.Constant)]
                 if len(pair) == 2 and isinstance(key.value, str):
                     out.setdefault(key.value, (str(pair[0]), str(pair[1])))
@@ -109,7 +123,9 @@ def registered(root: Path) -> dict[str, tuple[str, str]]:
 
 def definition(root: Path, module: str, name: str, *, cuda: bool) -> tuple[Path | None, str]:
     """The file that defines a class, through packages that choose one by platform."""
-    path = _file(root, module if module.startswith("vllm.") else f"vllm.{MODELS.replace('/', '.')}.{module}")
+    path = _file(
+        root, module if module.startswith("vllm.") else f"vllm.{MODELS.replace('/', '.')}.{module}"
+    )
     while path is not None and name not in _classes(path):
         found = _imported(root, path).get(name, [])
         if not found:
@@ -121,7 +137,9 @@ def definition(root: Path, module: str, name: str, *, cuda: bool) -> tuple[Path 
 
 
 def _family(root: Path, path: Path, name: str) -> list[Path]:
-    """The files that a target's decoder is written in: that of ``name``, and those of the decoders it extends."""
+    """The files that a target's decoder is written in: that of ``name``, and those of the decoders
+    it extends.
+    """
     decoders = [c for c in _classes(path) if c.endswith("Model")]
     out = [path]
     for own in decoders or [name]:

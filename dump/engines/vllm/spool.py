@@ -1,11 +1,15 @@
-"""The spool between a vLLM worker and us: one file for the requests that finished in one step of the engine, read once and deleted; and what the worker is told.
+"""The spool between a vLLM worker and us: one file for the requests that finished in one step of
+the engine, read once and deleted; and what the worker is told.
 
-A file per request cost 4.4 ms per sample of 300 tokens on an H100, five times what the target takes for it; so all that finish together are gathered, coded, copied and
-written together. ``<file>`` appears whole (written beside, then renamed) or ``<file>.error`` says why not; ``<file>.rank1`` ... hold the states of the other
-tensor-parallel ranks where they were asked for. The worker holds ``worker.lock`` as long as it lives: a reader that waits sees by it that nothing will come.
+A file per request cost 4.4 ms per sample of 300 tokens on an H100, five times what the target takes
+for it; so all that finish together are gathered, coded, copied and written together. ``<file>``
+appears whole (written beside, then renamed) or ``<file>.error`` says why not; ``<file>.rank1`` ...
+hold the states of the other tensor-parallel ranks where they were asked for. The worker holds
+``worker.lock`` as long as it lives: a reader that waits sees by it that nothing will come.
 ``coding.json`` and the tensors beside it tell the worker how to code states.
 
-Legend: k requests of a batch, T tokens of all of them, M stored rows of the last state, n extracted layers, H hidden size.
+Legend: k requests of a batch, T tokens of all of them, M stored rows of the last state, n extracted
+layers, H hidden size.
 """
 
 from __future__ import annotations
@@ -42,13 +46,15 @@ STORED, COMPARE, SKIP = (
 PATH, INDEX = "dspark_batch", "dspark_index"  # and of a finished one's: where its states will be
 TOKENS, LASTS, IDS, RAW = "tokens", "lasts", "token_ids", "hidden_states"  # arrays of a batch
 EXACTS = "exacts"  # where each request's exact rows end; found, not written
-# float64[4]: seconds of the clock when the batch came, was begun, was gathered and was coded and on the host; the file's own time is the fifth.
+# float64[4]: seconds of the clock when the batch came, was begun, was gathered and was coded and on
+# the host; the file's own time is the fifth.
 TIMES = "times"
 STAGES = "worker: wait for a writer", "worker: gather", "worker: code and copy", "worker: write"
 CODING, NORM = "coding.json", "norm.pt"
 LEARNT, EMBEDDING = "calibration.pt", "embedding.pt"  # of the codec, and what it predicts from
 WAIT_SECONDS = (
-    600.0  # how long a worker that lives may take for a batch of 256 MB at most: longer, and it hangs
+    # how long a worker that lives may take for a batch of 256 MB at most: longer, and it hangs
+    600.0
 )
 RANK_SECONDS = 60.0  # how long another rank may take longer than the first
 LOOK_SECONDS = 0.001  # between two looks for a file
@@ -56,7 +62,9 @@ ALIGNED = 64  # bytes
 
 
 class SpoolError(OSError):
-    """States that did not arrive. ``index``: the request of the batch that is to blame, if it is one."""
+    """States that did not arrive. ``index``: the request of the batch that is to blame, if it is
+    one.
+    """
 
     def __init__(self, message: str, index: int | None = None) -> None:
         super().__init__(message)
@@ -65,8 +73,10 @@ class SpoolError(OSError):
 
 @dataclass(frozen=True, slots=True)
 class Coding:
-    """How a worker codes requests. ``columns``: of the n extracted states, those that the store keeps; ``last_column``: the one before the final ``norm``.
-    ``embedding``: the target's, where the codec predicts from tokens."""
+    """How a worker codes requests. ``columns``: of the n extracted states, those that the store
+    keeps; ``last_column``: the one before the final ``norm``.
+    ``embedding``: the target's, where the codec predicts from tokens.
+    """
 
     codec: Codec
     columns: list[int]
@@ -77,7 +87,9 @@ class Coding:
     def encode(
         self, states: torch.Tensor, stored: torch.Tensor, ids: Ids, sizes: Sequence[int]
     ) -> dict[str, torch.Tensor]:
-        """``states[T, n, H]`` -> the codec's arrays; ``stored`` int64[M]: rows whose last state is stored; ``ids`` int32[T], of requests of ``sizes`` tokens."""
+        """``states[T, n, H]`` -> the codec's arrays; ``stored`` int64[M]: rows whose last state is
+        stored; ``ids`` int32[T], of requests of ``sizes`` tokens.
+        """
         import torch
 
         tokens = None
@@ -122,18 +134,23 @@ def read_coding(folder: str, device: torch.device) -> Coding:
         torch.load(Path(folder) / name, map_location=to, weights_only=True)
         for name, to in ((LEARNT, "cpu"), (EMBEDDING, device))
     )
-    # The norm is an object of whatever class the target's code has, so it comes pickled: from a folder that only its owner may write to, and that the
-    # process that started this one made for it.
+    # The norm is an object of whatever class the target's code has, so it comes pickled: from a
+    # folder that only its owner may write to, and that the process that started this one made for
+    # it.
     at = os.stat(folder)
     if at.st_uid != os.getuid() or at.st_mode & 0o022:
-        raise SpoolError(f"{folder}: others may write here, so nothing that may run code is read from it")
+        raise SpoolError(
+            f"{folder}: others may write here, so nothing that may run code is read from it"
+        )
     norm = torch.load(Path(folder) / NORM, map_location=device, weights_only=False)
     codec = registry.load(body["codec"], body["params"], body["pack"], learnt, str(path))
     return Coding(codec, body["columns"], body["last_column"], norm, embedding)
 
 
 def hold(folder: str) -> int:
-    """In a worker, before the first request: the lock that tells readers that it lives; a file descriptor, to be kept open."""
+    """In a worker, before the first request: the lock that tells readers that it lives; a file
+    descriptor, to be kept open.
+    """
     lock = os.open(os.path.join(folder, WORKER), os.O_CREAT | os.O_WRONLY, 0o644)
     fcntl.flock(lock, fcntl.LOCK_EX)
     return lock
@@ -142,11 +159,14 @@ def hold(folder: str) -> int:
 def write_batch(filename: str, arrays: Mapping[str, torch.Tensor]) -> None:
     """Write arrays on the host, whole or not at all.
 
-    A line of JSON (dtype and shape of each), then their bytes, each on a multiple of 64. Not safetensors: it copies every tensor with Python's lock held.
+    A line of JSON (dtype and shape of each), then their bytes, each on a multiple of 64. Not
+    safetensors: it copies every tensor with Python's lock held.
     """
     import torch
 
-    head = {name: [str(t.dtype).removeprefix("torch."), list(t.shape)] for name, t in arrays.items()}
+    head = {
+        name: [str(t.dtype).removeprefix("torch."), list(t.shape)] for name, t in arrays.items()
+    }
     with open(filename + PART, "wb", buffering=0) as file:
         _write_aligned(file, json.dumps(head).encode() + b"\n")
         for t in arrays.values():
@@ -155,7 +175,9 @@ def write_batch(filename: str, arrays: Mapping[str, torch.Tensor]) -> None:
 
 
 def report_failure(filename: str, error: BaseException, index: int | None = None) -> bool:
-    """Leave the reason where the reader looks, whole or not at all; whether it is there. A few bytes fit on most disks that are full."""
+    """Leave the reason where the reader looks, whole or not at all; whether it is there. A few
+    bytes fit on most disks that are full.
+    """
     body = json.dumps({"index": index, "reason": f"{type(error).__name__}: {error}"})
     with contextlib.suppress(OSError):
         os.unlink(filename + PART)
@@ -170,8 +192,10 @@ def report_failure(filename: str, error: BaseException, index: int | None = None
 
 @dataclass(slots=True)
 class SpooledBatch:
-    """``arrays``: rows of its requests end to end, T or M; ``ends``: by array, where each request's rows end, int64[k + 1] from 0. ``left``: not taken yet. ``times``:
-    ``TIMES``, and when the file was written."""
+    """``arrays``: rows of its requests end to end, T or M; ``ends``: by array, where each request's
+    rows end, int64[k + 1] from 0. ``left``: not taken yet. ``times``:
+    ``TIMES``, and when the file was written.
+    """
 
     arrays: dict[str, torch.Tensor]
     ends: dict[str, np.ndarray[tuple[int, ...], np.dtype[np.int64]]]
@@ -193,7 +217,9 @@ class SpooledBatch:
         return out
 
     def _counted_anew(self, pieces: list[torch.Tensor], runs: Sequence[Any]) -> list[torch.Tensor]:
-        """``EXACT_TOKEN`` of ``runs`` of requests, which counts from the batch's first token, from the first token of the first run."""
+        """``EXACT_TOKEN`` of ``runs`` of requests, which counts from the batch's first token, from
+        the first token of the first run.
+        """
         out, before, ends = [], 0, self.ends[IDS]
         for piece, run in zip(pieces, runs, strict=True):
             first, end = int(ends[run[0]]), int(ends[run[-1] + 1])
@@ -203,7 +229,9 @@ class SpooledBatch:
 
 
 class SpoolReader:
-    """Our side. A file is mapped and deleted; its pages go when the last of its requests' arrays does."""
+    """Our side. A file is mapped and deleted; its pages go when the last of its requests' arrays
+    does.
+    """
 
     def __init__(self, folder: Path) -> None:
         self._lock = folder / WORKER
@@ -212,8 +240,10 @@ class SpoolReader:
         self._seconds: defaultdict[str, float] = defaultdict(float)
 
     def take(self, filename: str, members: Sequence[int], rank: int = 0) -> dict[str, torch.Tensor]:
-        """Arrays of requests ``members`` (ascending) of a batch, as ``rank`` wrote it: their rows end to end. Waits for it; raises SpoolError with the worker's reason
-        if it was not written. Each request once."""
+        """Arrays of requests ``members`` (ascending) of a batch, as ``rank`` wrote it: their rows
+        end to end. Waits for it; raises SpoolError with the worker's reason if it was not written.
+        Each request once.
+        """
         name = f"{filename}.rank{rank}" if rank else filename
         if name in self._lost:
             raise self._lost[name]
@@ -224,7 +254,9 @@ class SpoolReader:
             except OSError as error:
                 self._lost[name] = error
                 raise
-            for stage, seconds in zip(STAGES, np.diff(batch.times).clip(min=0).tolist(), strict=True):
+            for stage, seconds in zip(
+                STAGES, np.diff(batch.times).clip(min=0).tolist(), strict=True
+            ):
                 self._seconds[stage] += seconds
         batch.left -= len(members)
         if not batch.left:
@@ -232,7 +264,9 @@ class SpoolReader:
         return batch.rows(members)
 
     def spent(self) -> dict[str, float]:
-        """``STAGES`` of the batches that were read since the last call: total worker seconds; stages overlap."""
+        """``STAGES`` of the batches that were read since the last call: total worker seconds;
+        stages overlap.
+        """
         out = dict(self._seconds)
         self._seconds.clear()
         return out
@@ -243,7 +277,9 @@ class SpoolReader:
             if os.path.exists(name + ERROR):
                 with open(name + ERROR, encoding="utf-8") as file:
                     told = json.load(file)
-                raise SpoolError(f"the worker could not write {name}: {told['reason']}", told["index"])
+                raise SpoolError(
+                    f"the worker could not write {name}: {told['reason']}", told["index"]
+                )
             if not os.path.exists(name):
                 raise SpoolError(f"the worker left no {name}: it died, or its disk is full")
             return read_batch(name)
@@ -260,7 +296,8 @@ class SpoolReader:
                 return
             if time.monotonic() > end:
                 raise SpoolError(
-                    f"the worker is alive but has written no {name} for {patience:g} s: it hangs, or its disk does"
+                    f"the worker is alive but has written no {name} for {patience:g} s: it "
+                    "hangs, or its disk does"
                 )
             time.sleep(LOOK_SECONDS)
 
@@ -277,13 +314,17 @@ class SpoolReader:
 
 
 def read_batch(filename: str) -> SpooledBatch:
-    """What ``write_batch`` wrote; tensors in the mapped file, which lives as long as one of them, whether it has been deleted or not."""
+    """What ``write_batch`` wrote; tensors in the mapped file, which lives as long as one of them,
+    whether it has been deleted or not.
+    """
     import torch
 
     with open(filename, "rb") as file:
         line = file.readline()
         # A copy on write, and nobody writes: a mapping that is read only makes torch warn.
-        data = torch.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY), dtype=torch.uint8)
+        data = torch.frombuffer(
+            mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY), dtype=torch.uint8
+        )
         written = os.fstat(file.fileno()).st_mtime
     arrays, at = {}, _round_up(len(line))
     for name, (dtype, shape) in json.loads(line).items():
@@ -307,7 +348,9 @@ def _round_up(size: int) -> int:
 
 
 def _write_aligned(file: FileIO, data: bytes | memoryview) -> None:
-    """All of ``data``, which one unbuffered write need not take, and NUL up to the next multiple of ALIGNED."""
+    """All of ``data``, which one unbuffered write need not take, and NUL up to the next multiple of
+    ALIGNED.
+    """
     for piece in (data, bytes(-len(data) % ALIGNED)):
         left = memoryview(piece)
         while left:

@@ -1,6 +1,8 @@
-"""Decoding with EAGLE-3 and P-EAGLE: cached keys and values of the context's rows, then the steps on the draft's own tokens.
+"""Decoding with EAGLE-3 and P-EAGLE: cached keys and values of the context's rows, then the steps
+on the draft's own tokens.
 
-The row of a position needs the token after it, so the newest complete token's row waits for the next one: with the anchor it is step 0.
+The row of a position needs the token after it, so the newest complete token's row waits for the
+next one: with the anchor it is step 0.
 """
 
 from __future__ import annotations
@@ -54,7 +56,9 @@ class Eagle3Decoder:
             if temperature == 0:
                 return logits.argmax(-1)
             p = torch.softmax(logits / temperature, -1)
-            spread = p if ids is None else p.new_zeros(1, model.config.vocab_size).index_copy(1, ids, p)
+            spread = (
+                p if ids is None else p.new_zeros(1, model.config.vocab_size).index_copy(1, ids, p)
+            )
             probs.append(spread[0])
             return torch.multinomial(p, 1, generator=generator)[:, 0]
 

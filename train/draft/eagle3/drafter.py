@@ -1,10 +1,14 @@
-"""EAGLE-3 and P-EAGLE: one Llama layer that reads a fusion of three of the target's layers beside the embedding of the next token.
+"""EAGLE-3 and P-EAGLE: one Llama layer that reads a fusion of three of the target's layers beside
+the embedding of the next token.
 
-The row of position p is made of the target's states at p and the token x[p + 1], and predicts x[p + 2]. EAGLE-3 goes on from its own state and the
-token it drafted, so training unrolls it: ``--block-size`` is the number of such steps ("test-time steps"). P-EAGLE drafts them all at once: later
-rows carry the mask token and a learnt state. The output matrix is the target's, frozen, as for the other types.
+The row of position p is made of the target's states at p and the token x[p + 1], and predicts x[p +
+2]. EAGLE-3 goes on from its own state and the token it drafted, so training unrolls it:
+``--block-size`` is the number of such steps ("test-time steps"). P-EAGLE drafts them all at once:
+later rows carry the mask token and a learnt state. The output matrix is the target's, frozen, as
+for the other types.
 
-vLLM serves both with method ``eagle3``, the second with ``parallel_drafting``; SGLang reads the same tensors.
+vLLM serves both with method ``eagle3``, the second with ``parallel_drafting``; SGLang reads the
+same tensors.
 """
 
 from __future__ import annotations
@@ -29,8 +33,14 @@ if TYPE_CHECKING:
 LOSS = '{"kl": 1.0}'
 DECAY = 4.48142  # exp(-1 / DECAY) = 0.8, what a step weighs less than the one before it
 ARCHITECTURE = "LlamaForCausalLMEagle3"
-_NOT_OURS = ("markov_rank", "markov_head_type", "enable_confidence_head", "confidence_head_with_markov", "sample_from_anchor",
-             "layer_types")  # fmt: skip
+_NOT_OURS = (
+    "markov_rank",
+    "markov_head_type",
+    "enable_confidence_head",
+    "confidence_head_with_markov",
+    "sample_from_anchor",
+    "layer_types",
+)
 _NONE = {"markov_rank": 0, "enable_confidence_head": False, "confidence_head_with_markov": False}
 
 
@@ -63,7 +73,9 @@ class Eagle3(DrafterType):
         if config.markov_rank or config.enable_confidence_head:
             raise UsageError(f"an {self.name} draft has no Markov head and no confidence head")
         if len(config.target_layer_ids) != AUX:
-            raise UsageError(f"an {self.name} draft reads {AUX} layers, not {list(config.target_layer_ids)}")
+            raise UsageError(
+                f"an {self.name} draft reads {AUX} layers, not {list(config.target_layer_ids)}"
+            )
 
     def recognises(self, flat: Mapping[str, Any]) -> bool:
         return flat.get("architectures") == [ARCHITECTURE] and not flat.get("parallel_drafting")
@@ -71,11 +83,14 @@ class Eagle3(DrafterType):
     def from_flat(self, flat: Mapping[str, Any]) -> DraftConfig:
         if flat.get("architectures") != [ARCHITECTURE]:
             raise DraftError(
-                f"config.json has architectures = {flat.get('architectures')!r}; expected {[ARCHITECTURE]!r}"
+                f"config.json has architectures = {flat.get('architectures')!r}; expected "
+                f"{[ARCHITECTURE]!r}"
             )
         for key in ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output"):
             if flat.get(key):
-                raise DraftError(f"config.json has {key}; this package computes only drafts without it")
+                raise DraftError(
+                    f"config.json has {key}; this package computes only drafts without it"
+                )
         ids = flat.get("eagle_aux_hidden_state_layer_ids")
         if not isinstance(ids, list):
             raise DraftError("config.json has no eagle_aux_hidden_state_layer_ids")
@@ -84,15 +99,24 @@ class Eagle3(DrafterType):
         return DraftConfig.of_backbone({**flat, **own}, {"speculator_type": self.name, **_NONE})
 
     def to_flat(self, config: DraftConfig) -> dict[str, Any]:
-        flat = {name: value for name, value in config.flat_fields().items() if name not in _NOT_OURS}
+        flat = {
+            name: value for name, value in config.flat_fields().items() if name not in _NOT_OURS
+        }
         ids = [i + 1 for i in config.target_layer_ids]  # vLLM's: the state entering a layer
-        # SGLang reads only the ids in eagle_config, as outputs of layers, and vLLM only how many there are. SGLang takes the target's output
-        # matrix only where no size of a vocabulary is given, which both understand as the whole one.
+        # SGLang reads only the ids in eagle_config, as outputs of layers, and vLLM only how many
+        # there are. SGLang takes the target's output matrix only where no size of a vocabulary is
+        # given, which both understand as the whole one.
         return flat | {
-            "architectures": [ARCHITECTURE], "model_type": "llama", "eagle_aux_hidden_state_layer_ids": ids,
-            "eagle_config": {"eagle_aux_hidden_state_layer_ids": list(config.target_layer_ids), "use_aux_hidden_state": True}, "mlp_bias": False,
+            "architectures": [ARCHITECTURE],
+            "model_type": "llama",
+            "eagle_aux_hidden_state_layer_ids": ids,
+            "eagle_config": {
+                "eagle_aux_hidden_state_layer_ids": list(config.target_layer_ids),
+                "use_aux_hidden_state": True,
+            },
+            "mlp_bias": False,
             "draft_vocab_size": config.draft_vocab_size if config.reduced_vocab else None,
-        }  # fmt: skip
+        }
 
     def servable_by_vllm(self, config: DraftConfig) -> bool:
         return True

@@ -1,11 +1,14 @@
 """The network of EAGLE-3 and P-EAGLE (``drafter.py``), unrolled from anchors.
 
-Legend: S tokens of the row, A anchors, B steps, H hidden size, Hq/Hkv heads, D head size, V/Vd target and draft vocabulary.
+Legend: S tokens of the row, A anchors, B steps, H hidden size, Hq/Hkv heads, D head size, V/Vd
+target and draft vocabulary.
 
-``fused = fc(concat of 3 states)``. A row of hidden h and token id is ``[input_layernorm(emb(id)) | hidden_norm(h)]`` [2 H]; attention (no norm of
-queries and keys) is added to h, the MLP to that, and ``norm`` of the sum goes to the output matrix. Step 0 of anchor a is the row of position
-a - 1: h is fused there, the token x[a]. Step k has the token x[a + k] and the sum of step k - 1 as h (P-EAGLE: the mask token and fc of a learnt
-state), at position a - 1 + k. It attends to the rows of positions before a - 1, which are made as step 0's, and to the anchor's own steps up to k.
+``fused = fc(concat of 3 states)``. A row of hidden h and token id is ``[input_layernorm(emb(id)) |
+hidden_norm(h)]`` [2 H]; attention (no norm of queries and keys) is added to h, the MLP to that, and
+``norm`` of the sum goes to the output matrix. Step 0 of anchor a is the row of position a - 1: h is
+fused there, the token x[a]. Step k has the token x[a + k] and the sum of step k - 1 as h (P-EAGLE:
+the mask token and fc of a learnt state), at position a - 1 + k. It attends to the rows of positions
+before a - 1, which are made as step 0's, and to the anchor's own steps up to k.
 """
 
 from __future__ import annotations
@@ -29,8 +32,9 @@ from dspark.train.ops.rope import Rope, rope_tables, rotate
 
 @dataclass(frozen=True, slots=True)
 class Eagle3Plan:
-    """Of one row: ``far`` bool[A, S] which positions before its own row an anchor sees, ``first`` bool[A] whether it has one (not the first
-    token of a document), cos and sin of the row's positions and of each step's.
+    """Of one row: ``far`` bool[A, S] which positions before its own row an anchor sees, ``first``
+    bool[A] whether it has one (not the first token of a document), cos and sin of the row's
+    positions and of each step's.
     """
 
     far: Tensor
@@ -80,7 +84,9 @@ class MidLayer(nn.Module):
 
 
 class Eagle3Model(DraftModel):
-    """A draft for ``target``; names of parameters are those of the served checkpoint. ``parallel``: P-EAGLE."""
+    """A draft for ``target``; names of parameters are those of the served checkpoint. ``parallel``:
+    P-EAGLE.
+    """
 
     def __init__(
         self,
@@ -98,7 +104,8 @@ class Eagle3Model(DraftModel):
         self.fc = nn.Linear(len(config.target_layer_ids) * size, size, bias=False)
         self.midlayer = MidLayer(config)
         self.norm = RMSNorm(size, config.rms_norm_eps)
-        self.layers = nn.ModuleList()  # what joins or checkpoints the layers of other types finds none
+        # what joins or checkpoints the layers of other types finds none
+        self.layers = nn.ModuleList()
         self.markov_head = self.confidence_head = None
         self.mask_hidden = nn.Parameter(torch.zeros(1, self.fc.in_features)) if parallel else None
         self._initialise()
@@ -128,7 +135,9 @@ class Eagle3Model(DraftModel):
         at = torch.arange(batch.doc.shape[0], device=a.device)
         far = (batch.doc[None] == batch.doc[a][:, None]) & (at[None] < a[:, None] - 1)
         where = batch.position[a]
-        steps = tuple(self.ropes((where - 1 + k).clamp(min=0)) for k in range(self.config.block_size))
+        steps = tuple(
+            self.ropes((where - 1 + k).clamp(min=0)) for k in range(self.config.block_size)
+        )
         return Eagle3Plan(far, where > 0, self.ropes(batch.position), steps)
 
     def forward(self, batch: Batch, plan: Eagle3Plan) -> SlotStates:  # type: ignore[override]
@@ -138,7 +147,8 @@ class Eagle3Model(DraftModel):
         rows = layer.rows(self.embedded(following), fused)
         context = layer.self_attn.keys_values(rows, plan.row_rope)
         before = fused[(batch.anchors - 1).clamp(min=0)]
-        hidden = torch.where(plan.first[:, None], before, 0)  # nothing comes before a document's first token
+        # nothing comes before a document's first token
+        hidden = torch.where(plan.first[:, None], before, 0)
         ids = batch.prev_ids
 
         def attend(q: Tensor, own: list[tuple[Tensor, Tensor]]) -> Tensor:
@@ -160,8 +170,9 @@ class Eagle3Model(DraftModel):
         ropes: tuple[Rope, ...],
         attend: Callable[[Tensor, list[tuple[Tensor, Tensor]]], Tensor],
     ) -> Tensor:
-        """h [A, B, H] after the norm, from step 0's ``hidden`` [A, H]. ``token(k, h)``: ids int64[A] of step k, h [A, H] what the step before
-        gave; ``attend(q, own)``: [A, Hq, D] over the context and keys and values of the steps so far.
+        """h [A, B, H] after the norm, from step 0's ``hidden`` [A, H]. ``token(k, h)``: ids
+        int64[A] of step k, h [A, H] what the step before gave; ``attend(q, own)``: [A, Hq, D] over
+        the context and keys and values of the steps so far.
         """
         layer, out, own = self.midlayer, list[Tensor](), list[tuple[Tensor, Tensor]]()
         for k, rope in enumerate(ropes):

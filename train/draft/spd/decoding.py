@@ -1,10 +1,13 @@
-"""One token at a time from an SPD head, while up to n tokens are in flight through the target's stages.
+"""One token at a time from an SPD head, while up to n tokens are in flight through the target's
+stages.
 
-What is complete (all stages passed, so verified) lies in a cache of keys and values of the deepest feature, as it enters layer after layer; the
-n - 1 rows nearest to the query are made anew at every step, each at the depth and with the map of its present distance. So a row is renewed
-as it falls back, also after a rejection, and drafts are those of the training's forward at every position.
+What is complete (all stages passed, so verified) lies in a cache of keys and values of the deepest
+feature, as it enters layer after layer; the n - 1 rows nearest to the query are made anew at every
+step, each at the depth and with the map of its present distance. So a row is renewed as it falls
+back, also after a rejection, and drafts are those of the training's forward at every position.
 
-Legend: n stages, T taps, H hidden size, f tokens in flight (1..n), Hkv/D heads, V target vocabulary.
+Legend: n stages, T taps, H hidden size, f tokens in flight (1..n), Hkv/D heads, V target
+vocabulary.
 """
 
 from __future__ import annotations
@@ -22,18 +25,23 @@ from dspark.train.ops.rope import rope_tables
 
 
 class SpdDecoder:
-    """The decoder of one sequence. ``draft`` alone serves it as a block of one token; ``behind`` is what a pipeline asks."""
+    """The decoder of one sequence. ``draft`` alone serves it as a block of one token; ``behind`` is
+    what a pipeline asks.
+    """
 
     def __init__(self, head: SpdHead) -> None:
         self.head = head
         self.length = 0
         self._keys: list[Tensor] = []
         self._values: list[Tensor] = []
-        self._deep = torch.empty(0, head.config.hidden_size)  # g_n of the last n - 1 complete tokens
+        # g_n of the last n - 1 complete tokens
+        self._deep = torch.empty(0, head.config.hidden_size)
 
     @torch.inference_mode()
     def extend(self, aux: Tensor, ids: Tensor) -> None:
-        """Add tokens ``ids`` int64[m] that are complete, with the target's states ``aux`` [m, T, H] of them."""
+        """Add tokens ``ids`` int64[m] that are complete, with the target's states ``aux`` [m, T, H]
+        of them.
+        """
         head, new = self.head, ids.shape[0]
         aux, ids = aux.to(head.device), ids.to(head.device)
         deep = head.feature(head.stages, head.embedded(ids), aux)
@@ -66,8 +74,9 @@ class SpdDecoder:
         temperature: float = 0.0,
         generator: torch.Generator | None = None,
     ) -> Drafted:
-        """Draft the token after the newest of ``flight`` (f ids, oldest first, at depths f-1..0), one token. ``aux`` [f, T, H]: their states,
-        of which only those are read that their depths allow.
+        """Draft the token after the newest of ``flight`` (f ids, oldest first, at depths f-1..0),
+        one token. ``aux`` [f, T, H]: their states, of which only those are read that their depths
+        allow.
         """
         logits = self.logits(flight, aux)
         ids = self.head.frozen_head.draft_ids
@@ -124,7 +133,9 @@ def _layer(
     past: tuple[Tensor, Tensor],
     position: int,
 ) -> Tensor:
-    """One layer for the query ``x`` [1, H] at ``position``, over cached keys and values, the near rows and itself."""
+    """One layer for the query ``x`` [1, H] at ``position``, over cached keys and values, the near
+    rows and itself.
+    """
     c = head.config
     memory_rope = rope_tables(at, c.turning, x.dtype)
     query_rope = rope_tables(torch.tensor([position], device=x.device), c.turning, x.dtype)
@@ -133,7 +144,9 @@ def _layer(
         q, keys, values = layer.self_attn.queries_keys_values(
             normed, layer.input_layernorm(near), query_rope, memory_rope
         )
-        k, v = (torch.cat(pair).transpose(0, 1)[None] for pair in zip(past, (keys, values), strict=True))
+        k, v = (
+            torch.cat(pair).transpose(0, 1)[None] for pair in zip(past, (keys, values), strict=True)
+        )
         seen = F.scaled_dot_product_attention(
             q.transpose(0, 1)[None], k, v, enable_gqa=q.shape[1] != keys.shape[1]
         )

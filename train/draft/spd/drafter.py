@@ -1,10 +1,13 @@
-"""SPD, speculative pipeline decoding: a head that drafts one token at a time beside a target that runs as a pipeline of stages.
+"""SPD, speculative pipeline decoding: a head that drafts one token at a time beside a target that
+runs as a pipeline of stages.
 
-n tokens of one sequence are in flight, the newest through no stage yet, the one before it through one, and so on. The head predicts the
-token after the newest from what exists before a step, so that it can run beside that step. The format is "v10", with fixed stages.
+n tokens of one sequence are in flight, the newest through no stage yet, the one before it through
+one, and so on. The head predicts the token after the newest from what exists before a step, so that
+it can run beside that step. The format is "v10", with fixed stages.
 
-The stages end at the store's layers, the last one at the target's last layer whatever is stored: ``dspark-dump --layers 14,30,46`` of 47
-layers gives three, which end after 15, 31 and 47. No server takes such a head; ``dspark-tools eval`` decodes with it.
+The stages end at the store's layers, the last one at the target's last layer whatever is stored:
+``dspark-dump --layers 14,30,46`` of 47 layers gives three, which end after 15, 31 and 47. No server
+takes such a head; ``dspark-tools eval`` decodes with it.
 """
 
 from __future__ import annotations
@@ -32,8 +35,15 @@ LOSS = '{"kl": 1.0}'
 ARCHITECTURE = "SpeculationHeadV10"
 # Name of a parameter here -> in the file, by how it begins.
 NAMES = {"layers.": "spec_layers.", "head.": "lm_head."}
-_NOT_OURS = ("markov_rank", "markov_head_type", "enable_confidence_head", "confidence_head_with_markov", "sample_from_anchor",
-             "layer_types", "mask_token_id")  # fmt: skip
+_NOT_OURS = (
+    "markov_rank",
+    "markov_head_type",
+    "enable_confidence_head",
+    "confidence_head_with_markov",
+    "sample_from_anchor",
+    "layer_types",
+    "mask_token_id",
+)
 
 
 class Spd(DrafterType):
@@ -50,42 +60,74 @@ class Spd(DrafterType):
 
     @property
     def defaults(self) -> Mapping[str, Any]:
-        return {"num_layers": 1, "block_size": 1, "markov_rank": 0, "confidence_head_alpha": 0.0, "lr": 1e-4, "loss_fn": LOSS}  # fmt: skip
+        return {
+            "num_layers": 1,
+            "block_size": 1,
+            "markov_rank": 0,
+            "confidence_head_alpha": 0.0,
+            "lr": 1e-4,
+            "loss_fn": LOSS,
+        }
 
     # Config
 
     def check(self, config: DraftConfig) -> None:
         ends = config.stage_ends
         if config.block_size != 1:
-            raise UsageError(f"an spd head drafts one token at a time: block_size must be 1, not {config.block_size}")  # fmt: skip
+            raise UsageError(
+                "an spd head drafts one token at a time: block_size must be 1, not "
+                f"{config.block_size}"
+            )
         if config.markov_rank or config.enable_confidence_head:
             raise UsageError("an spd head has no Markov head and no confidence head")
         if len(ends) < 2 or list(ends) != sorted(set(ends)) or ends[0] < 1:
-            raise UsageError(f"stage_ends {list(ends)}: expected at least two stages that rise from 1 up")
+            raise UsageError(
+                f"stage_ends {list(ends)}: expected at least two stages that rise from 1 up"
+            )
         if ends[-1] != config.num_target_layers:
             raise UsageError(
-                f"stage_ends {list(ends)}: the last stage must end at the target's {config.num_target_layers} layers"
+                f"stage_ends {list(ends)}: the last stage must end at the target's "
+                f"{config.num_target_layers} layers"
             )
         if config.target_layer_ids[0] < 0:
-            raise UsageError(f"target_layer_ids {list(config.target_layer_ids)}: the embeddings are no tap, every row has them")  # fmt: skip
+            raise UsageError(
+                f"target_layer_ids {list(config.target_layer_ids)}: the embeddings are no tap, "
+                "every row has them"
+            )
 
     def recognises(self, flat: Mapping[str, Any]) -> bool:
         return bool(flat.get("stage_ends"))
 
     def from_flat(self, flat: Mapping[str, Any]) -> DraftConfig:
         if flat.get("architectures") not in (None, [ARCHITECTURE]):
-            raise DraftError(f"config.json has architectures = {flat['architectures']!r}; expected {[ARCHITECTURE]!r}")  # fmt: skip
+            raise DraftError(
+                f"config.json has architectures = {flat['architectures']!r}; expected "
+                f"{[ARCHITECTURE]!r}"
+            )
         ends = flat.get("stage_ends")
         if not isinstance(ends, list) or not all(isinstance(end, int) for end in ends):
-            raise DraftError(f"config.json has stage_ends {ends!r}; expected a list of numbers of layers")
-        own = {"speculator_type": self.name, "markov_rank": 0, "enable_confidence_head": False, "confidence_head_with_markov": False, "stage_ends": tuple(ends)}  # fmt: skip
+            raise DraftError(
+                f"config.json has stage_ends {ends!r}; expected a list of numbers of layers"
+            )
+        own = {
+            "speculator_type": self.name,
+            "markov_rank": 0,
+            "enable_confidence_head": False,
+            "confidence_head_with_markov": False,
+            "stage_ends": tuple(ends),
+        }
         return DraftConfig.of_backbone({**flat, "architectures": None, "mask_token_id": 0}, own)
 
     def to_flat(self, config: DraftConfig) -> dict[str, Any]:
-        flat = {name: value for name, value in config.flat_fields().items() if name not in _NOT_OURS}
+        flat = {
+            name: value for name, value in config.flat_fields().items() if name not in _NOT_OURS
+        }
         return flat | {
-            "architectures": [ARCHITECTURE], "stage_ends": list(config.stage_ends), "tap_rows": tap_rows(config), "tap_norm": "none"
-        }  # fmt: skip
+            "architectures": [ARCHITECTURE],
+            "stage_ends": list(config.stage_ends),
+            "tap_rows": tap_rows(config),
+            "tap_norm": "none",
+        }
 
     def servable_by_vllm(self, config: DraftConfig) -> bool:
         return False
@@ -96,7 +138,13 @@ class Spd(DrafterType):
     def sized(self, **fields: Any) -> DraftConfig:
         taps, layers = fields["target_layer_ids"], fields["num_target_layers"]
         ends = (*(i + 1 for i in taps[:-1]), layers)
-        own = {"block_size": 1, "markov_rank": 0, "enable_confidence_head": False, "confidence_head_with_markov": False, "mask_token_id": 0}  # fmt: skip
+        own = {
+            "block_size": 1,
+            "markov_rank": 0,
+            "enable_confidence_head": False,
+            "confidence_head_with_markov": False,
+            "mask_token_id": 0,
+        }
         return super().sized(**fields | own | {"stage_ends": ends})
 
     def configure(
@@ -111,15 +159,24 @@ class Spd(DrafterType):
         heads, width = settings.num_heads, settings.head_dim
         kv_heads = settings.num_kv_heads
         if count(text, "kv_lora_rank") is not None:
-            # Latent attention: the head is the target's config read as a plain one, where other drafts take heads of 128.
+            # Latent attention: the head is the target's config read as a plain one, where other
+            # drafts take heads of 128.
             heads = heads or count(text, "num_attention_heads")
             kv_heads = kv_heads or count(text, "num_key_value_heads") or heads
             width = width or count(text, "head_dim", "qk_rope_head_dim")
         return DraftConfig.sized_for(
-            target, target_layer_ids=self.layers(stored, target, settings.layers), mask_token_id=0, speculator_type=self.name, num_layers=settings.num_layers,
-            num_heads=heads, num_kv_heads=kv_heads, head_dim=width, intermediate_size=settings.intermediate_size,
-            draft_vocab_size=draft_vocab_size, **settings.attention,
-        )  # fmt: skip
+            target,
+            target_layer_ids=self.layers(stored, target, settings.layers),
+            mask_token_id=0,
+            speculator_type=self.name,
+            num_layers=settings.num_layers,
+            num_heads=heads,
+            num_kv_heads=kv_heads,
+            head_dim=width,
+            intermediate_size=settings.intermediate_size,
+            draft_vocab_size=draft_vocab_size,
+            **settings.attention,
+        )
 
     # Network and objective
 
@@ -140,7 +197,9 @@ class Spd(DrafterType):
         from dspark.train.objective.objective import ObjectiveConfig
 
         unsaid = settings.loss_fn == TrainConfig(cache="").loss_fn  # the default of the other types
-        return ObjectiveConfig.from_json(LOSS if unsaid else settings.loss_fn, confidence=0.0, decay=0.0)
+        return ObjectiveConfig.from_json(
+            LOSS if unsaid else settings.loss_fn, confidence=0.0, decay=0.0
+        )
 
     def judging(self, decay: float) -> ObjectiveConfig:
         from dspark.train.objective.objective import ObjectiveConfig
@@ -183,12 +242,16 @@ class Spd(DrafterType):
 
 
 def taps_at(config: DraftConfig, depth: int) -> int:
-    """How many of the draft's layers a token has passed after ``depth`` stages: those that lie at or below that stage's end."""
+    """How many of the draft's layers a token has passed after ``depth`` stages: those that lie at
+    or below that stage's end.
+    """
     return sum(i + 1 <= config.stage_ends[depth - 1] for i in config.target_layer_ids)
 
 
 def tap_rows(config: DraftConfig) -> list[list[int]]:
-    """Hidden states that each feature is made of, deepest first, numbered as transformers does: 0 the embedding, i the output of layer i - 1."""
+    """Hidden states that each feature is made of, deepest first, numbered as transformers does: 0
+    the embedding, i the output of layer i - 1.
+    """
     ids = [0, *(i + 1 for i in config.target_layer_ids)]
     return [ids[: 1 + taps_at(config, depth)] for depth in range(len(config.stage_ends), 0, -1)]
 

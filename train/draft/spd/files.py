@@ -1,7 +1,9 @@
-"""An SPD head as skippy and the method's own programs read it: ``spd-head.safetensors``, ``skippy-spd-head.json``, the checkpoint of torch.
+"""An SPD head as skippy and the method's own programs read it: ``spd-head.safetensors``,
+``skippy-spd-head.json``, the checkpoint of torch.
 
-The manifest says what the head is and names both files by size and sha256; ``faults`` applies the rules by which skippy takes or refuses one, so
-that an export is judged before it is carried anywhere.
+The manifest says what the head is and names both files by size and sha256; ``faults`` applies the
+rules by which skippy takes or refuses one, so that an export is judged before it is carried
+anywhere.
 """
 
 from __future__ import annotations
@@ -23,7 +25,11 @@ from dspark.train.draft.config import DraftConfig
 from dspark.train.draft.spd.drafter import tap_rows
 from dspark.train.draft.vocabulary import ids_of
 
-HEAD, MANIFEST, CHECKPOINT = "spd-head.safetensors", "skippy-spd-head.json", "speculation_head_final.pt"
+HEAD, MANIFEST, CHECKPOINT = (
+    "spd-head.safetensors",
+    "skippy-spd-head.json",
+    "speculation_head_final.pt",
+)
 SCHEMA, FORMAT, SOURCE, VERSION = (
     "skippy-spd-head/v1",
     "safetensors-spd-head-v1",
@@ -42,14 +48,18 @@ def write_skippy(
     target: str,
     model_type: str | None = None,
 ) -> tuple[str, ...]:
-    """Write the three files for the head with these ``tensors``, names as served, for the target with the id ``target``; their names."""
+    """Write the three files for the head with these ``tensors``, names as served, for the target
+    with the id ``target``; their names.
+    """
     import torch
     from safetensors.torch import save
 
     own = {name: t for name, t in sorted(tensors.items()) if name not in NOT_OF_THE_HEAD}
     ids = ids_of(tensors["d2t"]).tolist() if "d2t" in tensors else None
     stream = io.BytesIO()
-    torch.save({"state_dict": own, "config": _torch_config(config, ids, target, model_type)}, stream)
+    torch.save(
+        {"state_dict": own, "config": _torch_config(config, ids, target, model_type)}, stream
+    )
     checkpoint = _written(folder, CHECKPOINT, stream.getvalue())
     dtypes = {DTYPES[str(t.dtype).removeprefix("torch.")] for t in own.values()}
     dtype = dtypes.pop() if len(dtypes) == 1 else "mixed"
@@ -58,12 +68,25 @@ def write_skippy(
     manifest = {
         "schema": SCHEMA,
         "checkpoint": checkpoint,
-        "serving_checkpoint": {**serving, "format": FORMAT, "tensor_count": len(own), "dtype": dtype},
-        "source": {
-            "format": SOURCE, "reference_repo": None, "base_model_path": target, "model_type": model_type, "checkpoint_version": VERSION
+        "serving_checkpoint": {
+            **serving,
+            "format": FORMAT,
+            "tensor_count": len(own),
+            "dtype": dtype,
         },
-        "topology": {**_topology(config, ids), "stage_layer_boundaries": list(config.stage_ends), "tap_norm": "none"},
-    }  # fmt: skip
+        "source": {
+            "format": SOURCE,
+            "reference_repo": None,
+            "base_model_path": target,
+            "model_type": model_type,
+            "checkpoint_version": VERSION,
+        },
+        "topology": {
+            **_topology(config, ids),
+            "stage_layer_boundaries": list(config.stage_ends),
+            "tap_norm": "none",
+        },
+    }
     write_file(folder / MANIFEST, (json.dumps(manifest, indent=2, sort_keys=True) + "\n").encode())
     return HEAD, MANIFEST, CHECKPOINT
 
@@ -71,9 +94,13 @@ def write_skippy(
 def metadata(count: int, dtype: str, target: str, source_sha256: str) -> dict[str, str]:
     """The strings in the header of the head's file."""
     return {
-        "format": FORMAT, "source_checkpoint_sha256": source_sha256, "source_format": SOURCE, "tensor_count": str(count), "dtype": dtype,
+        "format": FORMAT,
+        "source_checkpoint_sha256": source_sha256,
+        "source_format": SOURCE,
+        "tensor_count": str(count),
+        "dtype": dtype,
         "base_model_path": target,
-    }  # fmt: skip
+    }
 
 
 def file_bytes(shapes: Mapping[str, Sequence[int]], dtype: str, said: Mapping[str, str]) -> int:
@@ -89,16 +116,26 @@ def file_bytes(shapes: Mapping[str, Sequence[int]], dtype: str, said: Mapping[st
 
 def _topology(config: DraftConfig, ids: list[int] | None) -> dict[str, Any]:
     return {
-        "hidden_size": config.hidden_size, "vocab_size": config.vocab_size, "draft_vocab_size": config.draft_vocab_size,
-        "num_stages": len(config.stage_ends), "num_spec_layers": config.num_layers, "trained_with_use_deepest": True,
-        "shallow_hidden_layer_indices": tap_rows(config), "spec_init_from_base_layers": None, "draft_token_ids": ids,
-    }  # fmt: skip
+        "hidden_size": config.hidden_size,
+        "vocab_size": config.vocab_size,
+        "draft_vocab_size": config.draft_vocab_size,
+        "num_stages": len(config.stage_ends),
+        "num_spec_layers": config.num_layers,
+        "trained_with_use_deepest": True,
+        "shallow_hidden_layer_indices": tap_rows(config),
+        "spec_init_from_base_layers": None,
+        "draft_token_ids": ids,
+    }
 
 
 def _torch_config(
     config: DraftConfig, ids: list[int] | None, target: str, model_type: str | None
 ) -> dict[str, Any]:
-    flat = _topology(config, ids) | {"model_type": model_type, "base_model_path": target, "version": VERSION}
+    flat = _topology(config, ids) | {
+        "model_type": model_type,
+        "base_model_path": target,
+        "version": VERSION,
+    }
     return {key: value for key, value in flat.items() if value is not None or key == "model_type"}
 
 
@@ -108,7 +145,9 @@ def _written(folder: Path, name: str, data: bytes) -> dict[str, Any]:
 
 
 def faults(folder: Path | str) -> list[str]:
-    """Why skippy would refuse the head in ``folder``, in words; empty if it would not. Nothing but the head's own file is opened."""
+    """Why skippy would refuse the head in ``folder``, in words; empty if it would not. Nothing but
+    the head's own file is opened.
+    """
     folder = Path(folder)
     try:
         said = json_text.read(folder / MANIFEST)
@@ -125,10 +164,16 @@ def _faults(folder: Path, said: Mapping[str, Any]) -> Iterator[str]:
     if said["schema"] != SCHEMA:
         yield f"schema is {said['schema']!r}, expected {SCHEMA!r}"
     if (source["format"], source["checkpoint_version"]) != (SOURCE, VERSION):
-        yield f"source is {source['format']!r} version {source['checkpoint_version']}, expected {SOURCE!r} version {VERSION}"
+        yield (
+            f"source is {source['format']!r} version {source['checkpoint_version']}, expected "
+            f"{SOURCE!r} version {VERSION}"
+        )
     if not str(source["base_model_path"]).strip():
         yield "base_model_path is blank"
-    entries = [said["checkpoint"], *([said["serving_checkpoint"]] if said.get("serving_checkpoint") else [])]
+    entries = [
+        said["checkpoint"],
+        *([said["serving_checkpoint"]] if said.get("serving_checkpoint") else []),
+    ]
     for entry in entries:
         path = PurePosixPath(entry["path"])
         if path.is_absolute() or not path.parts or {".", ".."} & {*entry["path"].split("/")}:
@@ -147,7 +192,9 @@ def _topology_faults(t: Mapping[str, Any]) -> Iterator[str]:
         if t[name] <= 0:
             yield f"{name} is {t[name]}, expected a positive number"
     if t["draft_vocab_size"] > t["vocab_size"]:
-        yield f"draft_vocab_size {t['draft_vocab_size']} is larger than vocab_size {t['vocab_size']}"
+        yield (
+            f"draft_vocab_size {t['draft_vocab_size']} is larger than vocab_size {t['vocab_size']}"
+        )
     ends, rows, ids = (
         t.get("stage_layer_boundaries"),
         t["shallow_hidden_layer_indices"],
@@ -157,14 +204,23 @@ def _topology_faults(t: Mapping[str, Any]) -> Iterator[str]:
         yield f"stage_layer_boundaries {ends}: expected {t['num_stages']} rising numbers"
     if len(rows) != t["num_stages"] or not all(row and _rises(row) for row in rows):
         yield f"shallow_hidden_layer_indices {rows}: expected {t['num_stages']} rising rows"
-    if ids is not None and (len(ids) != t["draft_vocab_size"] or not _rises(ids) or ids[0] < 0 or ids[-1] >= t["vocab_size"]):  # fmt: skip
-        yield f"draft_token_ids: expected {t['draft_vocab_size']} rising ids below {t['vocab_size']}"
+    if ids is not None and (
+        len(ids) != t["draft_vocab_size"]
+        or not _rises(ids)
+        or ids[0] < 0
+        or ids[-1] >= t["vocab_size"]
+    ):
+        yield (
+            f"draft_token_ids: expected {t['draft_vocab_size']} rising ids below {t['vocab_size']}"
+        )
     start = t.get("spec_init_from_base_layers")
     if start is not None and len(start) != t["num_spec_layers"]:
         yield f"spec_init_from_base_layers has {len(start)} layers, expected {t['num_spec_layers']}"
 
 
-def _file_faults(path: Path, entry: Mapping[str, Any], topology: Mapping[str, Any]) -> Iterator[str]:
+def _file_faults(
+    path: Path, entry: Mapping[str, Any], topology: Mapping[str, Any]
+) -> Iterator[str]:
     data = path.read_bytes()
     if entry["format"] != FORMAT:
         yield f"{path.name}: format is {entry['format']!r}, expected {FORMAT!r}"
@@ -199,7 +255,10 @@ def _tensor_faults(file: str, header: Mapping[str, Any], dtype: str, size: int) 
         elif end - start != prod(tensor["shape"]) * WIDTHS[tensor["dtype"]]:
             yield f"{file}: {name} takes {end - start} bytes, its shape {tensor['shape']} others"
         if start != at or end > size:
-            yield f"{file}: {name} lies at {start}..{end}, expected to begin at {at} and end within {size}"
+            yield (
+                f"{file}: {name} lies at {start}..{end}, expected to begin at {at} and end "
+                f"within {size}"
+            )
         at = end
     if at != size:
         yield f"{file}: {size - at} bytes after the last tensor"

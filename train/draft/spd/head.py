@@ -1,12 +1,15 @@
-"""The network of an SPD head (``drafter.py``): one query per token, keys and values of tokens at the depths that the pipeline has brought them to.
+"""The network of an SPD head (``drafter.py``): one query per token, keys and values of tokens at
+the depths that the pipeline has brought them to.
 
-Legend: n stages, T taps, S tokens of the row, A anchors, H hidden size, Hq/Hkv heads, D head size, Vd draft vocabulary, k distance from the
-query's token, "depth" stages that a token has passed.
+Legend: n stages, T taps, S tokens of the row, A anchors, H hidden size, Hq/Hkv heads, D head size,
+Vd draft vocabulary, k distance from the query's token, "depth" stages that a token has passed.
 
-Features of a token: ``g_0 = g0_proj(emb)``, ``g_k = stage_projs[n - k]([emb, taps up to the end of stage k])``. The query of anchor t is g_0 of
-x_t; its keys are g_0 of t itself, g_k of t - k for k = 1..n-1, and g_n of everything at t - n and before. With ``fill`` tokens in flight, fewer
-than n after a start or a rejection, what lies at distances from ``fill`` on is complete and gives its g_n. Tokens before the document's start
-do not exist. Rows of the memory pass a map of their distance in every layer (one after the other), and nothing else changes them.
+Features of a token: ``g_0 = g0_proj(emb)``, ``g_k = stage_projs[n - k]([emb, taps up to the end of
+stage k])``. The query of anchor t is g_0 of x_t; its keys are g_0 of t itself, g_k of t - k for k =
+1..n-1, and g_n of everything at t - n and before. With ``fill`` tokens in flight, fewer than n
+after a start or a rejection, what lies at distances from ``fill`` on is complete and gives its g_n.
+Tokens before the document's start do not exist. Rows of the memory pass a map of their distance in
+every layer (one after the other), and nothing else changes them.
 """
 
 from __future__ import annotations
@@ -31,8 +34,9 @@ QUERIES_AT_ONCE = 256  # a mask of so many rows; more only costs memory
 
 @dataclass(frozen=True, slots=True)
 class SpdPlan:
-    """Of one row: ``near`` int64[A, n-1] the tokens at distances 1..n-1, ``exists`` bool[A, n-1] whether they do, ``complete`` bool[n-1]
-    whether they have passed all stages, ``far`` bool[A, S] the tokens at distance n and more; cos and sin of queries and memory rows.
+    """Of one row: ``near`` int64[A, n-1] the tokens at distances 1..n-1, ``exists`` bool[A, n-1]
+    whether they do, ``complete`` bool[n-1] whether they have passed all stages, ``far`` bool[A, S]
+    the tokens at distance n and more; cos and sin of queries and memory rows.
     """
 
     near: Tensor
@@ -44,7 +48,9 @@ class SpdPlan:
 
 
 class SpdHead(DraftModel):
-    """A head for ``target``, whose final norm it borrows too. ``head`` is its own output matrix, which starts as the target's rows."""
+    """A head for ``target``, whose final norm it borrows too. ``head`` is its own output matrix,
+    which starts as the target's rows.
+    """
 
     def __init__(
         self,
@@ -60,12 +66,14 @@ class SpdHead(DraftModel):
         self.stages = len(config.stage_ends)
         size, far = config.hidden_size, self.stages
         self.stage_projs = nn.ModuleList(
-            nn.Linear((1 + taps_at(config, depth)) * size, size, bias=False) for depth in range(far, 0, -1)
+            nn.Linear((1 + taps_at(config, depth)) * size, size, bias=False)
+            for depth in range(far, 0, -1)
         )
         self.g0_proj = nn.Linear(size, size, bias=False)
         self.fixed_stage_per_layer_projs = nn.ModuleList(
-            nn.ModuleList(nn.Linear(size, size, bias=False) for _ in range(far)) for _ in range(config.num_layers)
-        )  # fmt: skip
+            nn.ModuleList(nn.Linear(size, size, bias=False) for _ in range(far))
+            for _ in range(config.num_layers)
+        )
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_layers))
         self.markov_head = self.confidence_head = None
         self._start()
@@ -79,7 +87,9 @@ class SpdHead(DraftModel):
         self.join()
 
     def _start(self) -> None:
-        """Normal weights for layers and g0_proj, identity for the maps; stage_projs keep torch's own."""
+        """Normal weights for layers and g0_proj, identity for the maps; stage_projs keep torch's
+        own.
+        """
         for module in (self.g0_proj, *self.layers.modules()):
             if isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=self.config.initializer_range)
@@ -94,7 +104,9 @@ class SpdHead(DraftModel):
 
     @property
     def frozen_head(self) -> FrozenHead:
-        """For the objective: the target's matrix, and no columns of the draft's own, which comes with the states as W2."""
+        """For the objective: the target's matrix, and no columns of the draft's own, which comes
+        with the states as W2.
+        """
         theirs, own = self.target_output_weight, self.head.weight
         assert isinstance(own, Tensor)
         none = own.detach()[:, :0]
@@ -121,13 +133,17 @@ class SpdHead(DraftModel):
         return F.embedding(ids, weight).to(self.g0_proj.weight.dtype)
 
     def feature(self, depth: int, embedded: Tensor, aux: Tensor) -> Tensor:
-        """g of tokens at ``depth`` 0..n, [..., H], from embeddings [..., H] and taps [..., T, H], of which only the passed ones are read."""
+        """g of tokens at ``depth`` 0..n, [..., H], from embeddings [..., H] and taps [..., T, H],
+        of which only the passed ones are read.
+        """
         out: Tensor
         if depth == 0:
             out = self.g0_proj(embedded)
             return out
         taps = aux[..., : taps_at(self.config, depth), :].to(embedded.dtype)
-        out = self.stage_projs[self.stages - depth](torch.cat([embedded[..., None, :], taps], -2).flatten(-2))
+        out = self.stage_projs[self.stages - depth](
+            torch.cat([embedded[..., None, :], taps], -2).flatten(-2)
+        )
         return out
 
     def mapped(self, layer: int, distance: int, rows: Tensor) -> Tensor:
@@ -140,7 +156,9 @@ class SpdHead(DraftModel):
     # Training
 
     def plan(self, batch: Batch, backend: Backend = "sdpa", *, fill: int | None = None) -> SpdPlan:  # type: ignore[override]
-        """The plan of a batch; ``fill`` None: drawn with the row's number, n with probability 1/2, else 1..n-1 alike."""
+        """The plan of a batch; ``fill`` None: drawn with the row's number, n with probability 1/2,
+        else 1..n-1 alike.
+        """
         n, device, t = self.stages, batch.anchors.device, batch.anchors
         distance = torch.arange(1, n, device=device)
         if fill is None:
@@ -155,10 +173,14 @@ class SpdHead(DraftModel):
         memory = torch.cat([batch.position, (where[:, None] - distance).clamp(min=0).flatten()])
         c, dtype = self.config, self.g0_proj.weight.dtype
         query_rope, memory_rope = (rope_tables(p, c.turning, dtype) for p in (where, memory))
-        return SpdPlan(near, where[:, None] >= distance, distance >= drawn, far, query_rope, memory_rope)
+        return SpdPlan(
+            near, where[:, None] >= distance, distance >= drawn, far, query_rope, memory_rope
+        )
 
     def forward(self, batch: Batch, plan: SpdPlan) -> SlotStates:  # type: ignore[override]
-        """Every anchor of one row: z [A, 1, H] after the final norm, w2 the head's output matrix, h without columns."""
+        """Every anchor of one row: z [A, 1, H] after the final norm, w2 the head's output matrix, h
+        without columns.
+        """
         embedded = self.embedded(batch.input_ids)
         deep = self.feature(self.stages, embedded, batch.aux)
         rows = []
@@ -170,7 +192,9 @@ class SpdHead(DraftModel):
         x = self.feature(0, embedded[batch.anchors], batch.aux)
         for i, layer in enumerate(self.layers):
             deep = self.mapped(i, self.stages, deep)
-            near = torch.stack([self.mapped(i, k + 1, near[:, k]) for k in range(self.stages - 1)], 1)
+            near = torch.stack(
+                [self.mapped(i, k + 1, near[:, k]) for k in range(self.stages - 1)], 1
+            )
             x = self._layer(layer, x, torch.cat([deep, near.flatten(0, 1)]), plan)
         z = self.normed(x)
         own = self.head.weight
@@ -185,7 +209,9 @@ class SpdHead(DraftModel):
             q, keys, values = layer.self_attn.queries_keys_values(
                 normed, rows, plan.query_rope, plan.memory_rope
             )
-            out: Tensor = layer.self_attn.o_proj(attended(q, keys, values, plan.far, plan.exists).flatten(1))
+            out: Tensor = layer.self_attn.o_proj(
+                attended(q, keys, values, plan.far, plan.exists).flatten(1)
+            )
             return out
 
         return layer.around(x, attend)
@@ -203,8 +229,8 @@ class SpdHead(DraftModel):
 
 
 def attended(q: Tensor, keys: Tensor, values: Tensor, far: Tensor, exists: Tensor) -> Tensor:
-    """[A, Hq, D]: of queries [A, Hq, D] over keys and values [S + A m + A, Hkv, D]: the row's where ``far`` bool[A, S], each query's m own
-    where they exist, bool[A, m], and the query's own.
+    """[A, Hq, D]: of queries [A, Hq, D] over keys and values [S + A m + A, Hkv, D]: the row's where
+    ``far`` bool[A, S], each query's m own where they exist, bool[A, m], and the query's own.
     """
     anchors, length = far.shape
     out = []
@@ -216,7 +242,8 @@ def attended(q: Tensor, keys: Tensor, values: Tensor, far: Tensor, exists: Tenso
         mask = torch.cat([far[part], close, own], 1)
         of_near = slice(length + part.start * near, length + part.stop * near)
         k, v = (
-            torch.cat([x[:length], x[of_near], x[length + anchors * near :][part]]) for x in (keys, values)
+            torch.cat([x[:length], x[of_near], x[length + anchors * near :][part]])
+            for x in (keys, values)
         )
         query, k, v = (x.transpose(0, 1)[None] for x in (q[part], k, v))
         gqa = q.shape[1] != keys.shape[1]

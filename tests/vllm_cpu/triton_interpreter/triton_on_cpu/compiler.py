@@ -24,7 +24,9 @@ class InterpreterOnly(BaseBackend):
         return options
 
     def add_stages(self, stages: dict[str, Any], options: object, language: object = None) -> None:
-        raise RuntimeError("triton_on_cpu compiles nothing: set TRITON_INTERPRET=1 before triton is imported")
+        raise RuntimeError(
+            "triton_on_cpu compiles nothing: set TRITON_INTERPRET=1 before triton is imported"
+        )
 
     def load_dialects(self, context: object) -> None:
         """No dialects: nothing is lowered."""

@@ -33,8 +33,12 @@ class CpuDriver(DriverBase):
         return 0
 
     def get_benchmarker(self) -> Callable[..., Sequence[float]]:
-        def once(call: Callable[[], object], *, quantiles: Sequence[float] = (0.5,), **_: Any) -> list[float]:
-            """Autotuning would time every configuration; in the interpreter the first is as good as any."""
+        def once(
+            call: Callable[[], object], *, quantiles: Sequence[float] = (0.5,), **_: Any
+        ) -> list[float]:
+            """Autotuning would time every configuration; in the interpreter the first is as good as
+            any.
+            """
             call()
             return [1.0] * len(quantiles)
 

@@ -1,13 +1,15 @@
-"""vLLM plugin: what the interpreter and vLLM's CPU build get wrong for a served draft (vLLM 0.32, Triton 3.9).
+"""vLLM plugin: what the interpreter and vLLM's CPU build get wrong for a served draft (vLLM 0.32,
+Triton 3.9).
 
-Masks: the interpreter's C++ part takes only bool ("mask has unsupported dtype" otherwise), and a mask
-computed with integers, or from a 0/1 argument, is an integer there. ``log1p``: functions of Triton's device
-library have no body outside a compiler and return None. Both only matter for temperature > 0.
+Masks: the interpreter's C++ part takes only bool ("mask has unsupported dtype" otherwise), and a
+mask computed with integers, or from a 0/1 argument, is an integer there. ``log1p``: functions of
+Triton's device library have no body outside a compiler and return None. Both only matter for
+temperature > 0.
 
-``k_norm``: vLLM norms the context's keys of all draft layers in one ``rms_norm`` call with a weight [layers,
-D]; the CPU kernel reads row 0 for every layer. With unit norms nothing is wrong; a trained draft is off by
-some per cent in every layer but the first, and loses accepted tokens without any error (vLLM #56431 is the
-same mistake on XPU).
+``k_norm``: vLLM norms the context's keys of all draft layers in one ``rms_norm`` call with a weight
+[layers, D]; the CPU kernel reads row 0 for every layer. With unit norms nothing is wrong; a trained
+draft is off by some per cent in every layer but the first, and loses accepted tokens without any
+error (vLLM #56431 is the same mistake on XPU).
 """
 
 from __future__ import annotations
