@@ -60,7 +60,6 @@ from dspark.dump.writing.pipeline import Pipeline, writers
 
 if TYPE_CHECKING:
     from dspark.cache.codec.base import Codec
-    from dspark.cache.target.frozen import FrozenTarget
     from dspark.dump.engines.engine import Engine, States
     from dspark.dump.progress import Display
 
@@ -227,19 +226,7 @@ def run_engine(
     )
     raw = [states[i] for i in sorted(states)]
     if writer is None:
-        codec = job.plan.make_codec()
-        codec = job.supplied.codec(codec) if job.supplied else codec
-        found = calibration(job, engine, probe_states(engine, probe, raw, codec), codec, show)
-        planning.check_disk(planning.measured(job.plan, found.size), 0, config.part_of)
-        codec = found.codec
-        # While an older store that is to be replaced is still there.
-        check_coded(engine, probe, raw, codec, job.plan.layers)
-        guard()
-        answers = AnswerFiles(local(config.output))
-        stale = config.overwrite and answers.go_with_the_store()
-        writer = begun(job, frozen, codec)
-        if stale:  # only now: an old store that could not be replaced keeps its answers
-            answers.begin()
+        writer = begun(job, engine, probe, raw, show, guard)
     else:
         if restored := writer.restore_target(compact(frozen), job.target.files):
             show.say(f"written again in {config.output / 'target'}: {', '.join(restored)}")
@@ -273,29 +260,59 @@ def run_engine(
         return finished(writer, job, measured), written
 
 
-def begun(job: Job, frozen: FrozenTarget, codec: Codec) -> StoreWriter:
-    """The new store; of several dumps into one the first makes it, and the others go on with it."""
+def begun(
+    job: Job,
+    engine: Engine,
+    probe: Sequence[TokenSample],
+    raw: Sequence[States],
+    show: Display,
+    guard: Callable[[], None],
+) -> StoreWriter:
+    """Begin the store. Of several dumps into one the first calibrates and makes it, while the
+    others wait; they go on with it.
+    """
     config = job.config
-    target, files = compact(frozen), job.target.files
-
-    def create() -> StoreWriter:
-        return StoreWriter.create(
-            config.output,
-            job.manifest,
-            target,
-            files,
-            codec=codec,
-            overwrite=config.overwrite,
-            weights_sha256=job.supplied.made_for.weights_sha256 if job.supplied else None,
-        )
-
     if config.shard is None:
-        return create()
+        return created(job, engine, probe, raw, show, guard)
     with owned(config.output, "dspark-dump --shard", wait=TURN):
         if not place_of(config.output).exists():
-            return create()
+            return created(job, engine, probe, raw, show, guard)
     writer = StoreWriter.resume(config.output, job.manifest)
-    writer.restore_target(target, files)
+    writer.restore_target(compact(engine.frozen()), job.target.files)
+    check_coded(engine, probe, raw, writer.codec, job.plan.layers)
+    return writer
+
+
+def created(
+    job: Job,
+    engine: Engine,
+    probe: Sequence[TokenSample],
+    raw: Sequence[States],
+    show: Display,
+    guard: Callable[[], None],
+) -> StoreWriter:
+    """Calibrate the codec, check it on the probe's states ``raw`` and make the new store."""
+    config = job.config
+    codec = job.plan.make_codec()
+    codec = job.supplied.codec(codec) if job.supplied else codec
+    found = calibration(job, engine, probe_states(engine, probe, raw, codec), codec, show)
+    planning.check_disk(planning.measured(job.plan, found.size), 0, config.part_of)
+    # While an older store that is to be replaced is still there.
+    check_coded(engine, probe, raw, found.codec, job.plan.layers)
+    guard()
+    answers = AnswerFiles(local(config.output))
+    stale = config.overwrite and answers.go_with_the_store()
+    writer = StoreWriter.create(
+        config.output,
+        job.manifest,
+        compact(engine.frozen()),
+        job.target.files,
+        codec=found.codec,
+        overwrite=config.overwrite,
+        weights_sha256=job.supplied.made_for.weights_sha256 if job.supplied else None,
+    )
+    if stale:  # only now: an old store that could not be replaced keeps its answers
+        answers.begin()
     return writer
 
 

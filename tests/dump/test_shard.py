@@ -7,7 +7,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import pytest
 from dump_runs import assert_same, files
@@ -24,7 +24,7 @@ from dspark.cache.files.place import place_of
 from dspark.cache.files.urls import where
 from dspark.cache.merge import append, merge
 from dspark.cache.verify import verify
-from dspark.dump import actors
+from dspark.dump import actors, run
 from dspark.dump.config import DumpConfig
 from dspark.dump.progress import Display
 from dspark.dump.run import dump
@@ -81,6 +81,24 @@ def test_shards_give_the_bytes_of_one_writer(
     again = tmp_path / "again.zarr"
     merge(again, [*own, config.output])
     assert_same(config.output, again)
+
+
+def test_one_shard_calibrates_for_all(
+    config: DumpConfig, show: Display, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It holds the lock meanwhile, so that another one waits; a shard that comes later does not."""
+    together, held = tmp_path / "together.zarr", list[bool]()
+    learn = run.calibration
+
+    def watched(*args: Any) -> Any:
+        held.append(together.with_name("together.zarr.lock").exists())
+        return learn(*args)
+
+    monkeypatch.setattr(run, "calibration", watched)
+    for text in ("1/2", "0/2"):
+        dump(shard(dataclasses.replace(config, aux_bits=4, last_bits=4), text, together), show)
+    assert held == [True]
+    assert dspark.cache.open(together).manifest.complete
 
 
 def test_what_cannot_be_merged_is_refused(
