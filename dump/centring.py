@@ -20,6 +20,7 @@ from dspark.cache.records import TokenSample
 from dspark.cache.sizing import RowBytes
 
 if TYPE_CHECKING:
+    from dspark.cache.shared.command import Progress
     from dspark.dump.corpus.masks import SampleMaker
     from dspark.dump.corpus.rows import Corpus
     from dspark.dump.engines.engine import Engine
@@ -67,15 +68,19 @@ def captured(
     codec: Codec,
     budget: int,
     device: str | None = None,
+    progress: Progress = lambda done, total, text="": None,
 ) -> Probe | None:
     """States of ``samples`` for ``codec``, cut as they come so that all of them fit in memory, in
     order; None without samples.
 
-    ``device``: where the codec learns, None: where the states are.
+    ``device``: where the codec learns, None: where the states are. ``progress`` is told of tokens.
     """
-    found = {
-        i: share_of(samples[i], s, len(samples), codec, budget) for i, s in engine.capture(samples)
-    }
+    found = {}
+    done, total = 0, sum(len(s.input_ids) for s in samples)
+    for i, states in engine.capture(samples):
+        found[i] = share_of(samples[i], states, len(samples), codec, budget)
+        done += len(samples[i].input_ids)
+        progress(done, total)
     shares = [found[i] for i in sorted(found)]
     return probe_of(shares, codec, engine.frozen, device) if shares else None
 

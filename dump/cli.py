@@ -271,6 +271,12 @@ class DrafterTypes(click.ParamType):  # type: ignore[type-arg]  # no generic bef
     help="Print the chain from target to served draft and the plan, and stop; no weights are "
     "read. Exit code 1 if a link is missing.",
 )
+@click.option(
+    "--measure",
+    is_flag=True,
+    help="Print the plan with time and size measured, and stop: the target is read, calibrated "
+    "on and timed on some rows, into a store that is removed again.",
+)
 @break_lock_flag
 @json_flag
 @version_flag
@@ -298,6 +304,13 @@ def execute(config: DumpConfig) -> dict[str, Any]:
                 show.say(line)
             raise
         for line in [*table(plan.chain), "", *plan.lines()]:
+            show.say(line)
+        return plan.to_json()
+    if config.measure:
+        from dspark.dump.measure import measure
+
+        plan = measure(config, show)
+        for line in plan.lines():
             show.say(line)
         return plan.to_json()
     if config.ray is not None:

@@ -72,6 +72,7 @@ class DumpConfig:
     engine_arg: tuple[str, ...] = ()  # KEY=VALUE
     trust_remote_code: bool = False
     dry_run: bool = False
+    measure: bool = False
     shard: str | None = None  # I/N: every N-th part only
     ray: int | None = None  # shards that a Ray cluster runs
 
@@ -129,6 +130,11 @@ class DumpConfig:
             raise UsageError(
                 "--regenerate writes parts by rows, since answers' lengths are not known before: "
                 "leave --part-tokens out."
+            )
+        if self.measure and (self.dry_run or self.resume or self.shard or self.ray):
+            raise UsageError(
+                "--measure times a whole dump and writes nothing: leave out --dry-run, --resume, "
+                "--shard and --ray, and divide its time by their number yourself."
             )
         if self.ray is not None and not 1 <= self.ray <= MOST:
             raise UsageError(f"--ray: found {self.ray}, expected 1 to {MOST} dumps.")

@@ -62,6 +62,12 @@ class Job:
     manifest: Manifest
     sources: tuple[Corpus, ...]
     supplied: Supplied | None = None  # the codec's calibration, made elsewhere
+    chosen_rows: int | None = None  # that ``sources`` are cut to, of the plan's
+
+    @property
+    def rows(self) -> int | None:
+        """Source rows that are read, of all sources."""
+        return self.plan.rows if self.chosen_rows is None else self.chosen_rows
 
 
 def plan_only(config: DumpConfig) -> planning.Plan:
@@ -105,6 +111,7 @@ def _examined(config: DumpConfig, target: Target, whole: bool = True) -> plannin
     if preset is not None:
         check_shapes(preset, target.shapes)
     plan = planning.resolve(config, preset, target.shapes, target.whole.architectures or ())
+    plan = dataclasses.replace(plan, file_bytes=sum(map(len, target.files.values())))
     return with_chain(
         plan,
         target.config,

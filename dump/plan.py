@@ -23,6 +23,7 @@ from dspark.cache.target import taps
 from dspark.dump.config import DEFAULT_SEQ_LENGTH, DumpConfig
 from dspark.dump.engines.options import NO_OPTIONS, EngineOptions
 from dspark.dump.engines.registry import choose_dtype, choose_engine, engine_kind
+from dspark.dump.pace import Pace, stated
 from dspark.dump.shard import Shard
 from dspark.dump.target.layers import Shapes, check_layers
 from dspark.dump.target.presets import Preset
@@ -47,9 +48,6 @@ BLOCK_ROWS = 1 << 16  # of a part, at most
 CPU_PART_TOKENS = 32768  # a CPU takes a minute or more for so many
 GPU_BYTES = 80e9  # of the GPUs that a plan counts in
 WEIGHTS_SHARE = 0.8  # of a GPU's memory
-# tokens a second, for the hours of a plan: a large MoE target on a node of 8 GPUs (assumed, not
-# measured)
-PLAN_RATE = 20000
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -97,6 +95,29 @@ class Plan:
     calibration_bytes: int = 0  # of host memory that they take
     calibration: str | None = None  # the file that it has learnt from instead
     shard: str | None = None  # of several dumps, this one
+    file_bytes: int = 0  # of the target's tokenizer and template, which every store keeps
+    answer_tokens: int = 0  # of the tokens, those that the target is to generate
+    measured: Pace | None = None  # None: a rate is stated
+
+    @property
+    def pace(self) -> Pace:
+        """How fast this goes: measured, or stated with its source."""
+        return self.measured or stated(self.device, self.weights)
+
+    @property
+    def seconds(self) -> float | None:
+        """Of the whole dump; None where tokens or rate are not known."""
+        if self.tokens is None:
+            return None
+        learnt = 0 if self.calibration else self.calibration_tokens
+        return self.pace.seconds(self.tokens, self.answer_tokens, learnt)
+
+    @property
+    def fits(self) -> bool | None:
+        """Whether the store fits the free space; None where one of them is not known."""
+        if self.bytes is None or self.free_bytes is None:
+            return None
+        return self.bytes <= self.free_bytes
 
     @property
     def spool(self) -> str:
@@ -119,19 +140,14 @@ class Plan:
         out["target_layer_ids"] = self.target_layer_ids
         out["data"] = ", ".join(self.data) or None
         out["aux_bits"], out["last_bits"] = self.make_codec().bits
-        return out
+        out["pace"] = dataclasses.asdict(self.pace)
+        return out | {"seconds": self.seconds, "fits": self.fits}
 
     def lines(self) -> list[str]:
         """For a person, before the run."""
         size = "unknown" if self.bytes is None else f"about {human(self.bytes)}"
-        at = f"at an assumed {PLAN_RATE:,} tokens per second"
         if self.tokens is None:
-            per_million = human(1e6 * self.bytes_per_token)
-            took = f", {per_million} and {duration(1e6 / PLAN_RATE)} per million tokens {at}"
-        elif self.device == "cpu":  # its rate depends on the target and the machine
-            took = ", time left is printed with the parts"
-        else:
-            took = f", {duration(self.tokens / PLAN_RATE)} {at}"
+            size += f", {human(1e6 * self.bytes_per_token)} per million tokens"
         rows = "unknown" if self.rows is None else f"{self.rows:,}"
         tokens = "unknown" if self.tokens is None else f"about {self.tokens:,}"
         return [
@@ -161,8 +177,9 @@ class Plan:
                 for n, (name, rows) in enumerate(self.sources)
             ),
             *self._calibration(),
-            f"size     {size}{took}; {self._free()}"
+            f"size     {size}{'' if self.measured is None else ', measured'}; {self._free()}"
             + (f"; of it shard {self.shard}" if self.shard else ""),
+            f"time     {self._time()}",
             *(
                 f"  {what}: {n:,} of {self.looked_at:,} rows looked at"
                 for what, n in [
@@ -187,7 +204,20 @@ class Plan:
         return [f"drafts   {'; '.join(lines)}"] if lines else []
 
     def _free(self) -> str:
-        return "free space unknown" if self.free_bytes is None else f"free {human(self.free_bytes)}"
+        if self.free_bytes is None:
+            return "free space unknown"
+        fits = {None: "", True: "fits: ", False: "DOES NOT FIT: "}[self.fits]
+        return f"{fits}free {human(self.free_bytes)}"
+
+    def _time(self) -> str:
+        """Minutes, hours or days, and what they rest on."""
+        pace, answers = self.pace, self.answer_tokens > 0
+        if self.tokens is None:
+            seconds = pace.seconds(10**6)
+            took = "" if seconds is None else f"{duration(seconds)} per million tokens "
+        else:
+            took = "" if self.seconds is None else f"about {duration(self.seconds)} "
+        return took + pace.words(answers)
 
     def _calibration(self) -> list[str]:
         """What the codec learns from, where that is more than a few batches."""
@@ -342,7 +372,7 @@ def estimate(plan: Plan, corpus: Corpus, maker: SampleMaker | None, limit: int |
     tokens = round(sampled / sum(weights[row.number] for row in picked) * sum(weights))
     share = stored / max(sampled, 1)
     rate = disk_bytes(plan.shapes, plan.layers, plan.make_codec(), share)
-    size = round(tokens * rate) + weight_bytes(plan.shapes)
+    size = round(tokens * rate) + fixed_bytes(plan)
     return dataclasses.replace(
         plan,
         rows=rows,
@@ -364,8 +394,10 @@ def with_answers(plan: Plan, max_tokens: int, count: int = 1) -> Plan:
     answers = plan.rows * max_tokens // 2 * count
     tokens = plan.tokens * count + answers
     rate = disk_bytes(plan.shapes, plan.layers, plan.make_codec(), answers / tokens)
-    size = round(tokens * rate) + weight_bytes(plan.shapes)
-    return dataclasses.replace(plan, tokens=tokens, last_rows=answers, bytes=size)
+    size = round(tokens * rate) + fixed_bytes(plan)
+    return dataclasses.replace(
+        plan, tokens=tokens, last_rows=answers, answer_tokens=answers, bytes=size
+    )
 
 
 def settle_codec(
@@ -426,7 +458,7 @@ def with_codec(plan: Plan, name: str, why: str | None, own_parts: bool) -> Plan:
     }
     if plan.tokens is not None and plan.last_rows is not None:
         rate = disk_bytes(plan.shapes, plan.layers, codec, plan.last_rows / max(plan.tokens, 1))
-        changes["bytes"] = round(plan.tokens * rate) + weight_bytes(plan.shapes)
+        changes["bytes"] = round(plan.tokens * rate) + fixed_bytes(plan)
     if own_parts and plan.device == "cuda":
         changes["part_tokens"] = nearest_power(PART_BYTES / memory_bytes(plan), PART_TOKENS)
     return dataclasses.replace(plan, **changes)
@@ -441,14 +473,14 @@ def blocks(plan: Plan, rows: int | None = None) -> Plan:
     return dataclasses.replace(plan, block_rows=rows or 1)
 
 
-def measured(plan: Plan, size: RowBytes) -> Plan:
+def sized(plan: Plan, size: RowBytes) -> Plan:
     """``plan`` with the size that its first states have shown, which knows the text where the
     formula does not.
     """
     if plan.tokens is None or plan.last_rows is None:
         return plan
     parts = size.store(plan.tokens, plan.last_rows)
-    return dataclasses.replace(plan, bytes=parts + weight_bytes(plan.shapes))
+    return dataclasses.replace(plan, bytes=parts + fixed_bytes(plan))
 
 
 def disk_bytes(
@@ -463,6 +495,14 @@ def disk_bytes(
 def weight_bytes(shapes: Shapes) -> int:
     """The target's embedding in 16 bits, which every store holds; an untied head doubles it."""
     return 2 * shapes.vocab_size * shapes.hidden_size
+
+
+def fixed_bytes(plan: Plan) -> int:
+    """What a store of ``plan`` takes whatever its tokens: the target's frozen weights and files,
+    and what the codec has learnt.
+    """
+    learnt = plan.make_codec().learnt_bytes(len(plan.layers), plan.shapes.hidden_size)
+    return weight_bytes(plan.shapes) + plan.file_bytes + learnt
 
 
 def check_disk(plan: Plan, done_tokens: int, shard: Shard | None = None) -> None:

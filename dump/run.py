@@ -31,6 +31,7 @@ from dspark.cache.reader import Cache, read_manifest
 from dspark.cache.records import TokenSample
 from dspark.cache.settings import FALLBACK, NAMED
 from dspark.cache.shared import config_file
+from dspark.cache.shared.command import bar
 from dspark.cache.shared.stopping import parts_of, stoppable
 from dspark.cache.target.logits import PLAIN, Logits
 from dspark.cache.writer import StoreWriter, by_source, rebuild, scan_parts, totals
@@ -247,7 +248,7 @@ def run_engine(
                 write.wait_until_started()
         reader = sources_reader(job, log.info, make)
         began = time.monotonic()
-        written = write_parts(writer, reader, engine, job.plan, show, write)
+        written = write_parts(writer, reader, engine, job.rows, show, write)
         written.seconds = time.monotonic() - began
         reader.check_dropped(at_end=True)
         for note, n in reader.notes.items():
@@ -296,7 +297,7 @@ def created(
     codec = job.plan.make_codec()
     codec = job.supplied.codec(codec) if job.supplied else codec
     found = calibration(job, engine, probe_states(engine, probe, raw, codec), codec, show)
-    planning.check_disk(planning.measured(job.plan, found.size), 0, config.part_of)
+    planning.check_disk(planning.sized(job.plan, found.size), 0, config.part_of)
     # While an older store that is to be replaced is still there.
     check_coded(engine, probe, raw, found.codec, job.plan.layers)
     guard()
@@ -330,20 +331,22 @@ def calibration(job: Job, engine: Engine, probe: Probe, codec: Codec, show: Disp
     """
     assert job.plan.rows is not None
     assert job.plan.tokens is not None
+    began, learnt = time.monotonic(), None
     if codec.needs_calibration and job.supplied is None:
-        began = time.monotonic()
         shapes = len(job.plan.layers), job.plan.shapes.hidden_size
         budget = budget_of(codec, *shapes, job.plan.tokens)
         samples = calibration_samples(job.corpus, job.maker, job.plan.rows, job.plan.tokens, budget)
         device = learning_device(job.plan, engine, codec)
-        probe = captured(engine, samples, codec, budget, device) or probe
-        show.say(
-            f"calibrated on {len(samples):,} samples spread over the corpus, "
-            f"{sum(len(s.input_ids) for s in samples):,} tokens, "
-            f"in {time.monotonic() - began:.1f} s"
-        )
+        seen = sum(len(s.input_ids) for s in samples)
+        with bar("calibration: tokens") as progress:
+            probe = captured(engine, samples, codec, budget, device, progress) or probe
+        if codec.least_tokens(*shapes):
+            show.say(f"learning {codec.name} from the states of {probe.aux.shape[0]:,} tokens")
+        learnt = f"{len(samples):,} samples spread over the corpus, {seen:,} tokens"
     out = Calibration.of(probe, codec, learns=job.supplied is None)
-    plan = planning.measured(job.plan, out.size)
+    if learnt is not None:
+        show.say(f"calibrated on {learnt}, in {time.monotonic() - began:.1f} s")
+    plan = planning.sized(job.plan, out.size)
     show.say(
         f"size     about {planning.human(plan.bytes or 0)}, measured on {probe.aux.shape[0]:,} "
         "tokens"
@@ -384,21 +387,23 @@ def write_parts(
     writer: StoreWriter,
     reader: SourcesReader,
     engine: Engine,
-    plan: planning.Plan,
+    rows: int | None,
     show: Display,
     write: WorkerPool | None = None,
 ) -> Written:
-    """Capture and commit every part that is missing; returns what was written."""
+    """Capture and commit every part that is missing, of ``rows`` source rows (None: unknown);
+    returns what was written.
+    """
     out = Written()
     with (
-        show.progress(plan.rows) as bar,
+        show.progress(rows) as shown,
         ahead(reader.parts(dict(writer.committed)), 1) as parts,
         Pipeline(
             writer,
             writer.codec,
             embedding=engine.frozen().embed_tokens if writer.codec.needs_tokens else None,
             pool=write,
-            bar=bar,
+            bar=shown,
             groups=engine.groups_at_once,
         ) as pipeline,
         settled(pipeline),
@@ -447,8 +452,8 @@ def regenerate_parts(
         job.config.min_supervised,
     )
     with (
-        show.progress(job.plan.rows) as bar,
-        Pipeline(writer, writer.codec, pool=write, bar=bar) as pipeline,
+        show.progress(job.rows) as shown,
+        Pipeline(writer, writer.codec, pool=write, bar=shown) as pipeline,
         settled(pipeline),
     ):
         group = 0

@@ -144,6 +144,10 @@ class Codec(Protocol):
         """
         ...
 
+    def learnt_bytes(self, layers: int, hidden: int) -> int:
+        """Expected bytes of the store's calibration file; 0 where there is none."""
+        ...
+
     def arrays(self, layers: int, hidden: int) -> dict[str, ArraySpec]: ...
     def disk_bytes(self, layers: int, hidden: int, last_share: float = 1.0) -> float:
         """Expected bytes of states per token on disk, exact where nothing is compressed;

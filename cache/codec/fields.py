@@ -97,6 +97,9 @@ class Fields:
     def least_tokens(self, layers: int, hidden: int) -> int:
         return 0
 
+    def learnt_bytes(self, layers: int, hidden: int) -> int:
+        return 0
+
     def arrays(self, layers: int, hidden: int) -> dict[str, ArraySpec]:
         aux = {
             f"aux_{name}": replace(spec, layers=layers)

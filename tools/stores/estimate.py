@@ -51,6 +51,10 @@ def estimate(
     tokens_per_second: float,
     pack: str = DEFAULT_PACKING,
     like: str | None = None,
+    regenerate: bool = False,
+    answers: int | None = None,
+    max_tokens: int | None = None,
+    generated_per_second: float | None = None,
     trust_remote_code: bool = False,
 ) -> dict[str, Any]:
     """``samples`` x ``mean_tokens``, or the rows of ``data``. ``last_share``: stored last states /
@@ -59,15 +63,21 @@ def estimate(
     ``like``: a store of the same target and layers (of a few hundred rows, at any bits) whose
     states are coded and compressed to measure what a row takes; without it the formula is used,
     which knows no text.
+
+    ``regenerate``: the target writes the answers, ``generated_per_second`` tokens of them (None: a
+    tenth of ``tokens_per_second``); of a corpus, ``answers`` a row, of half ``max_tokens`` each.
     """
     from dspark.cache.files.layout import raw_bytes_per_token
     from dspark.dump import plan as planning
     from dspark.dump.config import DumpConfig
     from dspark.dump.job import plan_target, prepare
+    from dspark.dump.pace import ANSWER_SHARE, Pace
 
     counted = samples is not None and mean_tokens is not None
     if counted == (data is not None):
         raise UsageError("give --samples and --mean-tokens, or --data FILE")
+    if not regenerate and generated_per_second is not None:
+        raise UsageError("--generated-per-second is of --regenerate: give that too.")
     config = DumpConfig(
         model=model,
         data=data,
@@ -76,6 +86,9 @@ def estimate(
         aux_bits=aux_bits,
         last_bits=last_bits,
         pack=pack,
+        regenerate=regenerate,
+        answers=answers,
+        max_tokens=max_tokens,
         trust_remote_code=trust_remote_code,
     )
     if data is not None:
@@ -90,10 +103,18 @@ def estimate(
     if plan.tokens is not None and plan.bytes is not None:
         samples, tokens, size = plan.rows, plan.tokens, plan.bytes
     else:
-        size = round(tokens * rate) + planning.weight_bytes(plan.shapes)
+        size = round(tokens * rate) + planning.fixed_bytes(plan)
     if like is not None:
         stored = round(tokens * last_share) if plan.last_rows is None else plan.last_rows
-        size = row_bytes(like, plan).store(tokens, stored) + planning.weight_bytes(plan.shapes)
+        size = row_bytes(like, plan).store(tokens, stored) + planning.fixed_bytes(plan)
+    written = plan.answer_tokens if data is not None else round(tokens * last_share)
+    pace = Pace(
+        tokens=tokens_per_second,
+        answers=generated_per_second or tokens_per_second * ANSWER_SHARE["cuda"],
+        why="--tokens-per-second",
+    )
+    seconds = pace.seconds(tokens, written if regenerate else 0, plan.calibration_tokens)
+    assert seconds is not None
     raw = tokens * raw_bytes_per_token(len(plan.layers), plan.shapes.hidden_size)
     parts = -(-tokens // plan.part_tokens)
     bits = plan.make_codec().bits
@@ -114,8 +135,11 @@ def estimate(
         "raw_bytes": raw,
         "ratio": raw / size,
         "files": FILES_A_STORE + FILES_A_PART * parts,
-        "hours": tokens / tokens_per_second / 3600,
+        "seconds": seconds,
+        "hours": seconds / 3600,
         "tokens_per_second": tokens_per_second,
+        "generated_tokens": written if regenerate else 0,
+        "generated_per_second": pace.answers if regenerate else None,
         "free_bytes": plan.free_bytes,
         "measured_on": like,
         "chain": [dataclasses.asdict(link) for link in plan.chain],
@@ -144,6 +168,15 @@ def row_bytes(like: str, plan: Plan) -> RowBytes:
     registry.suited(codec.name, True, m.counts.tokens, len(m.layers), m.target.hidden_size)
     probe = spread_states(store, codec, MEASURED)
     return RowBytes.of(codec.calibrated(*probe), *probe.beginning(MEASURED))
+
+
+def _generated(data: dict[str, Any]) -> str:
+    if not data["generated_tokens"]:
+        return ""
+    return (
+        f"; {data['generated_tokens']:,} tokens are generated, at "
+        f"{data['generated_per_second']:,.0f} per second (--generated-per-second)"
+    )
 
 
 @command(
@@ -182,6 +215,25 @@ Examples:
     type=Finite(0.001, 10**12),
     default=20000.0,
     help="Prefill rate of your engine.",
+)
+@click.option(
+    "--regenerate",
+    is_flag=True,
+    help="The target is to write the answers: those tokens are counted at its generation rate.",
+)
+@click.option(
+    "--answers", type=click.IntRange(1, 10**6), help="With --regenerate and --data: per prompt."
+)
+@click.option(
+    "--max-tokens",
+    type=click.IntRange(2, 10**9),
+    help="With --regenerate and --data: most tokens per answer; half of it is counted.",
+)
+@click.option(
+    "--generated-per-second",
+    type=Finite(0.001, 10**12),
+    help="With --regenerate: generation rate of your engine.  [default: a tenth of the prefill "
+    "rate, an assumption]",
 )
 @click.option(
     "--trust-remote-code",
@@ -237,8 +289,8 @@ def estimate_command(as_json: bool, **flags: Any) -> None:
             ("files", f"{data['files']:,}"),
             (
                 "time",
-                f"{duration(3600 * data['hours'])} at {data['tokens_per_second']:,.0f} tokens "
-                "per second (--tokens-per-second)",
+                f"{duration(data['seconds'])} at {data['tokens_per_second']:,.0f} tokens "
+                "per second (--tokens-per-second)" + _generated(data),
             ),
             *((link["name"], f"{link['state']}: {link['text']}") for link in data["chain"]),
         ]

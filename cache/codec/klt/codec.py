@@ -25,7 +25,7 @@ from dspark.cache.codec.klt import fast
 from dspark.cache.codec.klt.fast import Seen
 from dspark.cache.codec.klt.half import half_on
 from dspark.cache.codec.klt.symbols import BAND, CLASSES
-from dspark.cache.codec.klt.tables import Tables
+from dspark.cache.codec.klt.tables import CONTEXT, Tables
 from dspark.cache.errors import FormatVersionError, UsageError
 from dspark.cache.settings import DEFAULT_PACKING
 
@@ -95,6 +95,14 @@ class Klt:
 
     def least_tokens(self, layers: int, hidden: int) -> int:
         return LEAST_PER_DIMENSION * layers * hidden
+
+    def learnt_bytes(self, layers: int, hidden: int) -> int:
+        """Both bases, whole, and what predicts in them: from two embeddings, and from three and
+        ``context`` coefficients.
+        """
+        channels = layers * hidden
+        aux = channels * channels + 2 * hidden * channels
+        return 2 * (aux + hidden * hidden + (CONTEXT + 3) * hidden * hidden)
 
     def arrays(self, layers: int, hidden: int) -> dict[str, ArraySpec]:
         """Widths are the calibration's; before it, what SmolLM2's were at one bit (for plans of

@@ -20,7 +20,7 @@ from dspark.cache.codec.klt.codec import Known
 from dspark.cache.codec.klt.half import half_on
 from dspark.cache.codec.klt.moments import Moments, eigen, fisher, regression, root
 from dspark.cache.codec.klt.symbols import Packing, entropy_columns, offsets_of, quantise, step_for
-from dspark.cache.codec.klt.tables import Tables, Transform
+from dspark.cache.codec.klt.tables import CONTEXT, Tables, Transform
 from dspark.cache.errors import UsageError
 
 if TYPE_CHECKING:
@@ -109,7 +109,11 @@ def fit(
     ordinary = work.ordinary(pieces)
     found = work.aux(learn, keep, ordinary, aux_bits)
     return work.last(
-        learn, keep, found, min(2 * hidden if context is None else context, found.kept), last_bits
+        learn,
+        keep,
+        found,
+        min(CONTEXT * hidden if context is None else context, found.kept),
+        last_bits,
     )
 
 

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 PARTS = ("mean", "deviation", "back", "forward", "predict", "offsets")
 NUMBERS = ("step", "limit", "noise", "bits")
+CONTEXT = 2  # hidden sizes of aux coefficients that the last state is predicted from
 
 
 @dataclass(frozen=True, slots=True, eq=False)
