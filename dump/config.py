@@ -78,16 +78,7 @@ class DumpConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "output", where(self.output))
-        if self.regenerate and isinstance(self.output, Url):
-            raise UsageError(
-                "--regenerate keeps answers beside a local store: give a local --output, then "
-                "copy it with dspark-tools merge."
-            )
-        if self.regenerate and len(self.sources) > 1:
-            raise UsageError(
-                "--regenerate takes one --data: give each source a store of its own, or one "
-                "folder of files."
-            )
+        self._check_regenerate()
         options = self.engine_options
         only = [] if self.engine == "auto" else options.only_vllm(self.engine)
         if only:
@@ -101,6 +92,74 @@ class DumpConfig:
                 "give --resume or --overwrite, not both: one continues the store, the other "
                 "replaces it."
             )
+        if self.measure and (self.dry_run or self.resume or self.shard or self.ray):
+            raise UsageError(
+                "--measure times a whole dump and writes nothing: leave out --dry-run, --resume, "
+                "--shard and --ray, and divide its time by their number yourself."
+            )
+        self._check_shard()
+        if self.turns not in TURNS:
+            raise UsageError(f"--turns {self.turns}: expected one of {', '.join(TURNS)}.")
+        template_keywords(self.template_kwargs)
+        self._check_bounds()
+
+    def _check_regenerate(self) -> None:
+        """Raise UsageError for flags that --regenerate excludes, or that need it."""
+        asked = [
+            f
+            for f in ("temperature", "top_p", "max_tokens", "thinking", "answers")
+            if getattr(self, f) is not None
+        ]
+        if asked and not self.regenerate:
+            raise UsageError(
+                f"--{asked[0].replace('_', '-')} says how the target answers: give --regenerate "
+                "with it."
+            )
+        if not self.regenerate:
+            return
+        if isinstance(self.output, Url):
+            raise UsageError(
+                "--regenerate keeps answers beside a local store: give a local --output, then "
+                "copy it with dspark-tools merge."
+            )
+        if len(self.sources) > 1:
+            raise UsageError(
+                "--regenerate takes one --data: give each source a store of its own, or one "
+                "folder of files."
+            )
+        if self.assistant_pattern is not None:
+            raise UsageError(
+                "--regenerate knows the target's answers itself: leave --assistant-pattern out."
+            )
+        if self.part_tokens is not None:
+            raise UsageError(
+                "--regenerate writes parts by rows, since answers' lengths are not known before: "
+                "leave --part-tokens out."
+            )
+
+    def _check_shard(self) -> None:
+        """Raise UsageError for what several dumps of one plan cannot do."""
+        if self.ray is not None and not 1 <= self.ray <= MOST:
+            raise UsageError(f"--ray: found {self.ray}, expected 1 to {MOST} dumps.")
+        if self.ray is not None and self.shard is not None:
+            raise UsageError("give --ray or --shard, not both: --ray makes the shards itself.")
+        if self.shard is None and self.ray is None:
+            return
+        if self.shard is not None:
+            Shard.parse(self.shard)
+        if self.overwrite or self.regenerate:
+            flag = "--overwrite" if self.overwrite else "--regenerate"
+            why = (
+                "the others may be writing that store"
+                if self.overwrite
+                else "answers belong to a whole store"
+            )
+            raise UsageError(
+                f"give --{'shard' if self.shard else 'ray'} or {flag}, not both: {why}."
+            )
+
+    def _check_bounds(self) -> None:
+        """Raise UsageError for a number that is out of its range."""
         for flag, value in (
             ("--seq-length", self.seq_length),
             ("--limit", self.limit),
@@ -112,50 +171,6 @@ class DumpConfig:
                 raise UsageError(
                     f"{flag}: found {value}, expected a positive number, at most {LARGEST}."
                 )
-        asked = [
-            f
-            for f in ("temperature", "top_p", "max_tokens", "thinking", "answers")
-            if getattr(self, f) is not None
-        ]
-        if asked and not self.regenerate:
-            raise UsageError(
-                f"--{asked[0].replace('_', '-')} says how the target answers: give --regenerate "
-                "with it."
-            )
-        if self.regenerate and self.assistant_pattern is not None:
-            raise UsageError(
-                "--regenerate knows the target's answers itself: leave --assistant-pattern out."
-            )
-        if self.regenerate and self.part_tokens is not None:
-            raise UsageError(
-                "--regenerate writes parts by rows, since answers' lengths are not known before: "
-                "leave --part-tokens out."
-            )
-        if self.measure and (self.dry_run or self.resume or self.shard or self.ray):
-            raise UsageError(
-                "--measure times a whole dump and writes nothing: leave out --dry-run, --resume, "
-                "--shard and --ray, and divide its time by their number yourself."
-            )
-        if self.ray is not None and not 1 <= self.ray <= MOST:
-            raise UsageError(f"--ray: found {self.ray}, expected 1 to {MOST} dumps.")
-        if self.ray is not None and self.shard is not None:
-            raise UsageError("give --ray or --shard, not both: --ray makes the shards itself.")
-        if self.shard is not None or self.ray is not None:
-            if self.shard is not None:
-                Shard.parse(self.shard)
-            if self.overwrite or self.regenerate:
-                flag = "--overwrite" if self.overwrite else "--regenerate"
-                why = (
-                    "the others may be writing that store"
-                    if self.overwrite
-                    else "answers belong to a whole store"
-                )
-                raise UsageError(
-                    f"give --{'shard' if self.shard else 'ray'} or {flag}, not both: {why}."
-                )
-        if self.turns not in TURNS:
-            raise UsageError(f"--turns {self.turns}: expected one of {', '.join(TURNS)}.")
-        template_keywords(self.template_kwargs)
         # Here and not only in Sampling: the plan of a preset makes none.
         if self.temperature is not None:
             check_temperature(self.temperature)

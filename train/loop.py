@@ -18,7 +18,7 @@ from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from dspark.cache.errors import Stopped, TrainError
 from dspark.cache.files.lock import Lock
@@ -165,6 +165,22 @@ def _newest(output: Path, world: World) -> Path | None:
     return path
 
 
+def _stop(
+    run: Run,
+    position: Position,
+    output: Path,
+    report: RunLog | None,
+    session: history.Session | None,
+) -> NoReturn:
+    """Save a checkpoint at ``position`` and raise Stopped."""
+    _save(run, position, output, export=False)
+    if session:
+        session.reached = position.step
+    if report:
+        report.log.info("interrupted at step %d; saved", position.step)
+    raise Stopped(f"stopped. {saved_in(output)()}")
+
+
 def _loop(
     run: Run,
     position: Position,
@@ -215,15 +231,9 @@ def _loop(
             part = share(run, feed.take, lambda: interrupt.asked, settle)
             if part.stop:
                 settle()
-                world.agreed(
-                    partial(check_states, run, window.done, window.states)
-                )  # since the last logged one
-                _save(run, position, output, export=False)
-                if session:
-                    session.reached = position.step
-                if report:
-                    report.log.info("interrupted at step %d; saved", position.step)
-                raise Stopped(f"stopped. {saved_in(output)()}")
+                # since the last logged one
+                world.agreed(partial(check_states, run, window.done, window.states))
+                _stop(run, position, output, report, session)
             number = position.step + 1
             milestone = number % schedule.every == 0 or number == schedule.total
             # A milestone is logged too: a non-finite loss stops there. What its own update did,

@@ -77,6 +77,20 @@ def open_source(path: str | Path) -> Source:
     )
 
 
+def imported(given: Source, block_rows: int) -> DumpInfo:
+    """How the states of ``given`` came to be, as far as an import knows."""
+    return DumpInfo(
+        engine=f"import-{given.name}",
+        engine_version=given.version,
+        dtype="bfloat16",
+        seq_length=given.longest,
+        min_supervised=2,
+        assistant_pattern=None,
+        mask_rule="given",
+        block_rows=block_rows,
+    )
+
+
 def import_store(
     source: str | Path,
     destination: str | Path,
@@ -136,16 +150,7 @@ def import_store(
         codec=codec_info(chosen_codec),
         tokenizer=tokenizer_info(target, tokenised=True),
         sources=[SourceInfo(id=Path(source).resolve().name, sha256=given.sha256, limit=None)],
-        dump=DumpInfo(
-            engine=f"import-{given.name}",
-            engine_version=given.version,
-            dtype="bfloat16",
-            seq_length=given.longest,
-            min_supervised=2,
-            assistant_pattern=None,
-            mask_rule="given",
-            block_rows=block_rows,
-        ),
+        dump=imported(given, block_rows),
     )
     after = given.last_after_norm if last_state is None else last_state == f"{AFTER}-norm"
     reader = Reader(given, Path(source), frozen, norm, after)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -22,6 +22,11 @@ from dspark.cache.shared.command import bar, command, emit
 from dspark.tools.flags import COUNT_OR_ALL, DEVICE
 from dspark.tools.outputs import OUTPUT_FILE, refuse_unwritable
 from dspark.tools.records import CALIBRATION, TEMPERATURES
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from dspark.tools.judge.calibration import Scaling
 
 
 def calibrate(
@@ -40,15 +45,7 @@ def calibrate(
     """The report as ``--json`` prints it; ``write`` and ``fold`` change the draft folder."""
     import dspark.cache
     from dspark.cache.errors import DraftError, TrainError
-    from dspark.tools.judge.calibration import (
-        Scaling,
-        fit,
-        fit_shared,
-        identity,
-        measure,
-        recommended,
-        sweep,
-    )
+    from dspark.tools.judge.calibration import fit, fit_shared
     from dspark.tools.judge.score import chosen
     from dspark.train.draft.folder import load_config
 
@@ -75,7 +72,7 @@ def calibrate(
 
         return report
 
-    records = [
+    fitted, judged = (
         collect(
             cache,
             draft,
@@ -86,37 +83,14 @@ def calibrate(
             progress=step(i),
         )
         for i, part in enumerate(halves)
-    ]
-    (logit, accept), (judged_logit, judged_accept) = records
-    raw, scaled, shared = (
-        identity(config.block_size),
-        fit(logit, accept, shift=shift),
-        fit_shared(logit, accept, shift=shift),
     )
-    everywhere = Scaling(
-        shared.temperature.expand(config.block_size), shared.shift.expand(config.block_size)
-    )
-    before, after = (
-        measure(raw, judged_logit, judged_accept),
-        measure(scaled, judged_logit, judged_accept),
-    )
-    points = sweep(scaled, judged_logit, judged_accept)
+    scaled, shared = fit(*fitted, shift=shift), fit_shared(*fitted, shift=shift)
     result = {
         "draft": draft,
         "cache": cache_path,
         "method": "sequential temperature scaling" + (" and shift" if shift else ""),
-        "blocks": {"fitted": logit.shape[0], "judged": judged_logit.shape[0]},
-        **scaled.to_json(),
-        "shared": shared.to_json(),
-        "before": before,
-        "after": after,
-        "after_shared": measure(everywhere, judged_logit, judged_accept),
-        "lower_everywhere": all(
-            b < a for a, b in zip(before["survival"]["ece"], after["survival"]["ece"], strict=True)
-        ),
-        "sweep": points,
-        "recommended_threshold": recommended(points),
-        "sweep_uncalibrated": sweep(raw, judged_logit, judged_accept),
+        "blocks": {"fitted": fitted[0].shape[0], "judged": judged[0].shape[0]},
+        **compared(scaled, shared, judged, config.block_size),
         "folded": fold,
     }
     if fold:
@@ -130,6 +104,33 @@ def calibrate(
             served = {"temperatures": [float(t) / folded for t in scaled.temperature]}
             write_file(Path(draft) / TEMPERATURES, (json.dumps(served) + "\n").encode())
     return result
+
+
+def compared(
+    scaled: Scaling, shared: Scaling, judged: tuple[Tensor, Tensor], block_size: int
+) -> dict[str, Any]:
+    """What the scaling by slot and the shared one change on ``judged``, (logit, accept) [N, B] of
+    blocks that neither was fitted on.
+    """
+    from dspark.tools.judge.calibration import Scaling, identity, measure, recommended, sweep
+
+    raw = identity(block_size)
+    everywhere = Scaling(shared.temperature.expand(block_size), shared.shift.expand(block_size))
+    before, after = measure(raw, *judged), measure(scaled, *judged)
+    points = sweep(scaled, *judged)
+    return {
+        **scaled.to_json(),
+        "shared": shared.to_json(),
+        "before": before,
+        "after": after,
+        "after_shared": measure(everywhere, *judged),
+        "lower_everywhere": all(
+            b < a for a, b in zip(before["survival"]["ece"], after["survival"]["ece"], strict=True)
+        ),
+        "sweep": points,
+        "recommended_threshold": recommended(points),
+        "sweep_uncalibrated": sweep(raw, *judged),
+    }
 
 
 def collect(

@@ -11,12 +11,16 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from dspark.cache.shared.command import command, emit
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 MANIFEST, CARD = "manifest.json", "README.md"
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
@@ -88,17 +92,7 @@ def export(
             "method": kind.method,
             "block_size": config.block_size,
             "dtype": DTYPES[dtype],
-            "tensors": len(cast),
-            "parameters": sum(t.numel() for n, t in cast.items() if t.is_floating_point()),
-            "bytes": (new / files.WEIGHTS).stat().st_size,
-            "tensor_index": {
-                n: {"dtype": str(t.dtype).removeprefix("torch."), "shape": list(t.shape)}
-                for n, t in sorted(cast.items())
-            },
-            "files": {
-                n: {"bytes": (new / n).stat().st_size, "sha256": sha256(new / n)}
-                for n in (files.CONFIG, files.WEIGHTS, *more)
-            },
+            **_contents(new, cast, (files.CONFIG, files.WEIGHTS, *more)),
         }
         (new / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
         images = card.pictures(run, new, read) if pictures else {}
@@ -107,6 +101,22 @@ def export(
             if (Path(draft) / name).exists():
                 shutil.copy(Path(draft) / name, new / name)
     return manifest
+
+
+def _contents(folder: Path, tensors: dict[str, Tensor], names: Sequence[str]) -> dict[str, Any]:
+    """What the manifest says of ``tensors`` and of the files ``names``, the weights second."""
+    return {
+        "tensors": len(tensors),
+        "parameters": sum(t.numel() for t in tensors.values() if t.is_floating_point()),
+        "bytes": (folder / names[1]).stat().st_size,
+        "tensor_index": {
+            n: {"dtype": str(t.dtype).removeprefix("torch."), "shape": list(t.shape)}
+            for n, t in sorted(tensors.items())
+        },
+        "files": {
+            n: {"bytes": (folder / n).stat().st_size, "sha256": sha256(folder / n)} for n in names
+        },
+    }
 
 
 def _free(final: Path, overwrite: bool) -> None:

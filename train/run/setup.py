@@ -102,16 +102,7 @@ def prepare(config: TrainConfig, world: World | None = None) -> Run:
     # refuses before a sample is read
     kind.layers(cache.manifest.layers, target.config, config.layers)
     train, held_out = split(cache.index["sample_key"], config.val_fraction)
-    draft_ids, coverage = None, 1.0
-    if config.draft_vocab_size is not None and config.draft_vocab_size != target.vocab_size:
-        if (
-            origin
-            and origin.draft_ids is not None
-            and len(origin.draft_ids) == config.draft_vocab_size
-        ):
-            draft_ids, coverage = origin.draft_ids, covered(cache, train, origin.draft_ids)
-        else:
-            draft_ids, coverage = choose_ids(cache, train, config.draft_vocab_size)
+    draft_ids, coverage = vocabulary(config, cache, train, origin)
     draft_config = kind.configure(
         config,
         target.config,
@@ -132,25 +123,7 @@ def prepare(config: TrainConfig, world: World | None = None) -> Run:
         compile_draft(model, in_parts=sharded)
     if config.activation_checkpointing:
         checkpoint_activations(model)
-    optimizer: Optimizer
-    settings = AdamSettings(
-        betas=config.betas, weight_decay=config.weight_decay, clip=config.grad_clip
-    )
-    if sharded:
-        from dspark.train.optim.fsdp2 import ShardedAdamW
-
-        optimizer = ShardedAdamW(model, settings, world, compute.dtype)
-    else:
-        rule = MasterMuon if config.optimizer == "muon" else MasterAdamW
-        optimizer = rule(model.trained(), settings, world, shared=config.of_several == "zero")
-    cuda = compute.device.type == "cuda"
-    workers = config.workers
-    if workers is None:
-        # A row of 4,096 tokens in 16 bits is 25 (SmolLM2) to 250 MB (GLM-5.2) to read, check and
-        # decompress, on a process's share of the cores.
-        workers = min(8, max(2, (os.cpu_count() or 1) // world.local_size - 1)) if cuda else 0
-        if cache.remote:  # its answers take their time on any device
-            workers = max(workers, REMOTE_WORKERS)
+    optimizer = optimizer_of(config, model, compute, world)
 
     def stream(samples: Int64, max_rows: int | None = None) -> Stream:
         return Stream(
@@ -189,12 +162,57 @@ def prepare(config: TrainConfig, world: World | None = None) -> Run:
         training,
         validation,
         coverage,
-        workers,
+        workers_of(config, cache, compute, world),
         world,
         None if model.frozen_head.to_draft is None else model.frozen_head.to_draft.cpu(),
         padding,
         start,
     )
+
+
+def vocabulary(
+    config: TrainConfig, cache: Stores, train: Int64, origin: Origin | None
+) -> tuple[Tensor | None, float]:
+    """The draft's token ids, None for all of the target's, and the share of labels they cover. A
+    draft that the training starts from keeps its own.
+    """
+    size = config.draft_vocab_size
+    if size is None or size == cache.manifest.target.vocab_size:
+        return None, 1.0
+    if origin and origin.draft_ids is not None and len(origin.draft_ids) == size:
+        return origin.draft_ids, covered(cache, train, origin.draft_ids)
+    return choose_ids(cache, train, size)
+
+
+def optimizer_of(
+    config: TrainConfig, model: DraftModel, compute: Compute, world: World
+) -> Optimizer:
+    """The rule that ``--optimizer`` names, its masters and moments laid out as ``--strategy``
+    says.
+    """
+    settings = AdamSettings(
+        betas=config.betas, weight_decay=config.weight_decay, clip=config.grad_clip
+    )
+    if config.strategy == "fsdp2":
+        from dspark.train.optim.fsdp2 import ShardedAdamW
+
+        return ShardedAdamW(model, settings, world, compute.dtype)
+    rule = MasterMuon if config.optimizer == "muon" else MasterAdamW
+    return rule(model.trained(), settings, world, shared=config.of_several == "zero")
+
+
+def workers_of(config: TrainConfig, cache: Stores, compute: Compute, world: World) -> int:
+    """Reading processes of this rank.
+
+    A row of 4,096 tokens in 16 bits is 25 (SmolLM2) to 250 MB (GLM-5.2) to read, check and
+    decompress, on a process's share of the cores.
+    """
+    if config.workers is not None:
+        return config.workers
+    share = (os.cpu_count() or 1) // world.local_size
+    workers = min(8, max(2, share - 1)) if compute.device.type == "cuda" else 0
+    # The answers of a remote store take their time on any device.
+    return max(workers, REMOTE_WORKERS) if cache.remote else workers
 
 
 def compile_draft(model: DraftModel, *, in_parts: bool) -> None:
