@@ -8,7 +8,7 @@ The machine has torch and transformers; the archive holds a folder for PYTHONPAT
 it imports. From its kernels only machine code for one GPU architecture is kept (300 MB become 30),
 and of FlashAttention 3 only bfloat16 of some head sizes. Left out: FlashAttention 2, kernels that
 exist as PTX alone (Marlin, GPTQ), video, grammars in Mistral's tokenizer. What is imported on the
-way but not used by a dump is a stub (``carried_stubs.py``).
+way but not used by a dump is a stub (``carried_stubs.py``, ``carried_cutlass.py``).
 
 vLLM's kernels use torch's stable interface: 0.33.0, built for torch 2.14, also links with 2.11.
 """
@@ -27,6 +27,8 @@ import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
+
+import carried_cutlass
 
 MAGIC = b"\x50\xed\x55\xba"  # of a container of machine code ("fatbin")
 PTX, ELF = 1, 2
@@ -268,6 +270,8 @@ def main() -> None:
                         archive.extract(name, site)
         for library in sorted((site / "vllm").rglob("*.so")):
             print(prune(library, args.sm, heads), flush=True)
+        for name in carried_cutlass.replace(site, args.sm):
+            print(f"{name}: answers that sm_{args.sm} cannot use it")
         shutil.copy(Path(__file__).with_name("carried_stubs.py"), site / "sitecustomize.py")
         if args.site:
             shutil.copytree(site, args.site, symlinks=True, dirs_exist_ok=True)

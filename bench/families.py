@@ -1,11 +1,14 @@
-"""Every family as a tiny random checkpoint: dump, two steps of training, export, check; and states
-of real vLLM against transformers.
+"""Every family as a tiny random checkpoint: dump, two steps of training, export, check; the draft
+served by real vLLM; and vLLM's states against transformers'.
 
-    python bench/families.py [--only llama,glm_moe_dsa] [--no-vllm]
+    python bench/families.py [--only llama,glm_moe_dsa] [--stages journey,served,states]
+        [--limit 240]
 
+Each stage of each family is a process of its own with a limit, ended with all that it started.
 Results are added to those that are there, so that one machine may do the one half and one the
 other. A family that a stage cannot run is listed with that stage's own reason. Writes
-bench/results/families.json; ``python docs/make/targets.py`` then writes the table.
+bench/results/families.json after every stage; ``python docs/make/targets.py`` then writes the
+table. ``served`` needs the folders of ``journey`` and runs after it.
 """
 
 from __future__ import annotations
@@ -13,12 +16,9 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
-import os
 import re
 import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 import families
 from engines import difference, random_samples
 from family_journey import LAYERS, journey
+from family_serving import serving
+from limited import run
 
 from common import RESULTS, hardware, versions, write
 from dspark.cache.errors import DsparkError, EngineError
@@ -40,14 +42,30 @@ from dspark.dump.engines.hf import TransformersEngine
 from dspark.dump.engines.vllm.engine import VllmEngine
 from dspark.dump.target.config import load_target
 
+STAGES = ("journey", "served", "states")
 
-def through(kind: str, folder: Path) -> dict[str, Any]:
-    """Dump, training, export and check, or where they stopped."""
-    folder.mkdir()
+
+def child(stage: str, kind: str, folder: Path) -> dict[str, Any]:
+    """What a stage finds, or where it stopped."""
     try:
-        return journey(kind, folder)
+        if stage == "journey":
+            (folder / stage).mkdir()
+            return journey(kind, folder / stage)
+        if stage == "served":
+            return serving(folder / "journey" / "target", folder / "journey" / "published")
+        return measure(kind, folder / kind, folder / f"{stage}.log")
     except DsparkError as error:
         return {"stopped": f"{type(error).__name__}: {error}"[:600]}
+
+
+def limited(stage: str, kind: str, folder: Path, seconds: float) -> dict[str, Any]:
+    """``child`` in a session of its own, which is ended as a whole behind ``seconds``."""
+    call = [__file__, "--child", stage, "--only", kind, "--folder", str(folder)]
+    ended = run(call, folder / f"{stage}.log", seconds)
+    out = folder / f"{stage}.json"
+    last = next((line for line in reversed(ended.log.splitlines()) if line.strip()), "")
+    found = json.loads(out.read_text()) if out.is_file() else {"stopped": f"{ended.words}: {last}"}
+    return found | {"seconds": round(ended.seconds), "seen": stamp()}
 
 
 def stamp() -> dict[str, Any]:
@@ -56,8 +74,8 @@ def stamp() -> dict[str, Any]:
     return {"date": today, "hardware": hardware(), "versions": versions()}
 
 
-def measure(kind: str, folder: Path) -> dict[str, Any]:
-    """Both engines over the same random ids in fp32."""
+def measure(kind: str, folder: Path, log: Path) -> dict[str, Any]:
+    """Both engines over the same random ids in fp32; ``log`` has what this process prints."""
     families.save(folder, kind)
     target = load_target(str(folder))
     samples = random_samples(12, families.VOCAB, 100)
@@ -67,25 +85,23 @@ def measure(kind: str, folder: Path) -> dict[str, Any]:
     ours = TransformersEngine.load(
         str(folder), shapes, LAYERS, device="cpu", dtype="float32", batch_tokens=1024
     )
-    states = run(ours, samples, out, logits)
-    messages = folder.with_suffix(".log")
+    states = checked(ours, samples, out, logits)
     try:
-        with stderr_to(messages):
-            theirs = VllmEngine.load(
-                str(folder),
-                shapes,
-                LAYERS,
-                dtype="float32",
-                seq_length=128,
-                spool=folder.with_suffix(".spool"),
-                batch_tokens=None,
-            )
-    except EngineError:
-        return out | {"vllm": f"does not start: {own_reason(messages)}"}
-    try:
-        other = run(theirs, samples, out, logits)
+        theirs = VllmEngine.load(
+            str(folder),
+            shapes,
+            LAYERS,
+            dtype="float32",
+            seq_length=128,
+            spool=folder.with_suffix(".spool"),
+            batch_tokens=None,
+        )
     except EngineError as error:
-        return out | {"vllm": reason(error)}
+        return out | {"vllm": f"does not start: {own_reason(log) or error}"[:600]}
+    try:
+        other = checked(theirs, samples, out, logits)
+    except EngineError as error:
+        return out | {"vllm": str(error)[:600]}
     finally:
         theirs.close()
     aux, others = (torch.cat([s.aux for s in each]) for each in (states, other))
@@ -100,36 +116,21 @@ def measure(kind: str, folder: Path) -> dict[str, Any]:
     return out
 
 
-def run(engine: Engine, samples: list[Any], out: dict[str, Any], logits: Logits) -> list[States]:
+def checked(
+    engine: Engine, samples: list[Any], out: dict[str, Any], logits: Logits
+) -> list[States]:
     found, states = check(engine, samples, engine.frozen(), "float32", LAYERS, logits)
     out[engine.name] = {"top1": found.top1, "agree": found.agree, "worst_logprob": found.worst}
     return [states[i] for i in range(len(samples))]
 
 
-@contextmanager
-def stderr_to(path: Path) -> Iterator[None]:
-    """This process's and its children's stderr."""
-    kept = os.dup(2)
-    with open(path, "wb") as file:
-        os.dup2(file.fileno(), 2)
-        try:
-            yield
-        finally:
-            os.dup2(kept, 2)
-            os.close(kept)
-
-
-def own_reason(messages: Path) -> str:
+def own_reason(log: Path) -> str | None:
     """The first error that one of vLLM's processes printed which is not about another one."""
-    for line in messages.read_text(errors="replace").splitlines():
+    for line in log.read_text(errors="replace").splitlines():
         found = re.search(r"\b(\w*Error: .*)", line)
         if found and not re.search("CalledProcessError|subprocess", found[1]):
             return found[1][:300]
-    return "no reason found"
-
-
-def reason(error: EngineError) -> str:
-    return str(error)[:600]
+    return None
 
 
 def main() -> None:
@@ -137,21 +138,31 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--only", help="families, commas between them  [default: all]")
-    parser.add_argument(
-        "--no-vllm", action="store_true", help="only dump, training, export and check"
-    )
+    parser.add_argument("--stages", default=",".join(STAGES))
+    parser.add_argument("--limit", type=float, default=240, help="seconds of a stage")
+    parser.add_argument("--child", choices=STAGES, help="internal")
+    parser.add_argument("--folder", type=Path, help="internal")
     args = parser.parse_args()
+    if args.child:
+        found = child(args.child, args.only, args.folder)
+        (args.folder / f"{args.child}.json").write_text(json.dumps(found))
+        return
     kinds = args.only.split(",") if args.only else [*families.MAKERS, *families.REFUSED]
+    stages = args.stages.split(",")
     before = RESULTS / "families.json"
     results = json.loads(before.read_text())["results"] if before.exists() else {}
-    for kind in kinds:
-        with tempfile.TemporaryDirectory() as scratch:
-            here = results.setdefault(kind, {})
-            here["journey"] = through(kind, Path(scratch) / "journey") | {"seen": stamp()}
-            if not args.no_vllm and kind in families.MAKERS:
-                here |= measure(kind, Path(scratch) / kind) | {"vllm_seen": stamp()}
-            print(kind, json.dumps(here), file=sys.stderr)
     config = {"dtype": "float32", "layers": list(LAYERS), "layers_in_all": families.LAYERS}
+    for kind in kinds:
+        here = results.setdefault(kind, {})
+        with tempfile.TemporaryDirectory() as scratch:
+            for stage in stages:
+                if stage != "journey" and kind in families.REFUSED:
+                    continue
+                if stage == "served" and "stopped" in here["journey"]:
+                    continue
+                here[stage] = limited(stage, kind, Path(scratch), args.limit)
+                write("families", config, results, show=False)
+                print(kind, stage, json.dumps(here[stage]), file=sys.stderr, flush=True)
     write("families", config, results)
 
 

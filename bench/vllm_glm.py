@@ -2,30 +2,38 @@
 with our capture off.
 
     python bench/vllm_glm.py --target DIR [--cases tp1,tp2,tp2-plain,tp2-partial]
-        [--engine-arg KEY=VALUE ...]
+        [--seconds 180] [--engine-arg KEY=VALUE ...]
 
 ``--target`` is made by ``bench/shapes.py --kind glm-dsa``. Each case is an engine of its own, in a
-process of its own, all at the same time. Differences are relative to a token's state in
-transformers' float32 run of the same bfloat16 weights;
-``transformers`` is its bfloat16 run, the noise that any engine has. ``tp2-plain``: vLLM's own
-states, as they come without our capture; what it says when it fails is the result. ``tp2-partial``:
-so, but with the last layer's state from us, without which some versions do not start. Writes
-bench/results/NAME.json after every case.
+process of its own. On each pair of GPUs runs one case at a time, in the order asked for, and each
+has ``--seconds`` of its own. Differences are relative to a token's state in transformers' float32
+run of the same bfloat16 weights; ``transformers`` is its bfloat16 run, the noise that any engine
+has. ``tp2-plain``: vLLM's own states, as they come without our capture; what it says when it fails
+is the result. ``tp2-partial``: so, but with the last layer's state from us, without which some
+versions do not start.
+
+bench/results/NAME.json is written at every stage of every case: which stages it reached and when,
+how it ended, the end of its log. Where the limit stopped it, also which processes ran then and
+with how much CPU time (a compiler is named there), and their stacks in the log. SIGTERM
+(``timeout``) ends the cases that run, and their results are written.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import subprocess
+import signal
 import sys
 import tempfile
-import time
+import threading
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from limited import Ended, run, stage
 
 from common import write
 from dspark.cache.errors import DsparkError
@@ -84,6 +92,7 @@ def gaps(got: list[torch.Tensor], want: list[torch.Tensor]) -> dict[str, list[fl
 
 def one(args: argparse.Namespace, case: str) -> None:
     """A case's process: states to --out, or what the engine said."""
+    stage("config")
     ranks = CASES[case]
     target = load_target(args.target)
     asked = samples(target.shapes.vocab_size)
@@ -93,20 +102,20 @@ def one(args: argparse.Namespace, case: str) -> None:
     elif case.endswith("partial"):
         vllm_engine.capture_arguments = lambda found: partial(own(found))
     of = layers(target.shapes.num_layers)
-    began = time.monotonic()
     said: list[str] = []
-    found: dict[str, Any] = {"case": case}
+    found: dict[str, Any] = {"case": case, "said": said}
     engine = None
     try:
+        stage("engine: weights, warm-up, first kernels")
         engine = vllm_engine.VllmEngine.load(
             args.target, target.shapes, of, dtype=args.dtype, seq_length=max(LENGTHS) + 4,
             spool=Path(args.out).with_suffix(".spool"), batch_tokens=4096,
             options=EngineOptions(arguments=parse_arguments(tuple(args.engine_arg))),
             split=Split(1, ranks if torch.cuda.is_available() else 0, ranks), say=said.append,
         )  # fmt: skip
-        found["start_seconds"] = round(time.monotonic() - began, 1)
-        got = stacked(engine, asked)
-        torch.save(got, Path(args.out).with_suffix(".pt"))
+        stage("states")
+        torch.save(stacked(engine, asked), Path(args.out).with_suffix(".pt"))
+        stage("self-check")
         try:
             agreement, _ = check(engine, probe_samples(asked), engine.frozen(), args.dtype, of)
             found["self_check"] = f"passed at {agreement.agree:.2%} of {agreement.positions}"
@@ -115,11 +124,11 @@ def one(args: argparse.Namespace, case: str) -> None:
     except DsparkError as error:
         found["error"] = str(error)
     finally:
+        stage("close")
         if engine is not None:
             engine.close()
-    found["said"] = said
-    found["seconds"] = round(time.monotonic() - began, 1)
     Path(args.out).write_text(json.dumps(found))
+    stage("end")
 
 
 def partial(arguments: dict[str, Any]) -> dict[str, Any]:
@@ -136,85 +145,130 @@ def layers(num_layers: int) -> list[int]:
     return list(range(num_layers - 1))
 
 
+class Record:
+    """The results so far, in the file at every change."""
+
+    def __init__(self, name: str, about: dict[str, Any]) -> None:
+        self.name, self.about = name, about
+        self.results: dict[str, Any] = {}
+        self._lock = threading.Lock()
+
+    def put(self, case: str, **found: Any) -> None:
+        with self._lock:
+            self.results.setdefault(case, {}).update(found)
+            write(self.name, self.about, self.results, show=False)
+
+    def hear(self, case: str, begun: dict[str, Any]) -> None:
+        print(f"{case}: {begun['second']:.0f} s: {begun['stage']}", file=sys.stderr, flush=True)
+        with self._lock:
+            stages = self.results.setdefault(case, {}).setdefault("stages", [])
+            stages.append(begun)
+            write(self.name, self.about, self.results, show=False)
+
+
+def reference(args: argparse.Namespace, record: Record) -> list[torch.Tensor]:
+    """transformers' float32 states; those in ``--dtype`` are measured against them."""
+    target = load_target(args.target)
+    asked = samples(target.shapes.vocab_size)
+    runs = {}
+    for dtype in ("float32", args.dtype):
+        engine = TransformersEngine.load(
+            args.target,
+            target.shapes,
+            layers(target.shapes.num_layers),
+            device="cuda" if torch.cuda.is_available() else "cpu",
+            dtype=dtype,
+            batch_tokens=512,
+        )
+        runs[dtype] = stacked(engine, asked)
+        del engine
+    record.put("transformers", **gaps(runs[args.dtype], runs["float32"]))
+    return runs["float32"]
+
+
+def lanes(gpus: int) -> list[str | None]:
+    """The GPUs of each case that may run at the same time: a pair each; None: whatever is there."""
+    if gpus < 4:
+        return [None]
+    return [f"{i},{i + 1}" for i in range(0, gpus - 1, 2)]
+
+
+def in_order(
+    args: argparse.Namespace, cases: Sequence[str], folder: Path, record: Record, want: Any
+) -> None:
+    """Every case, as many at a time as there are pairs of GPUs."""
+    free = lanes(torch.cuda.device_count())
+    lock = threading.Lock()
+
+    stop = threading.Event()
+    signal.signal(signal.SIGTERM, lambda number, frame: stop.set())
+
+    def single(case: str) -> None:
+        if stop.is_set():
+            record.put(case, ended="not begun")
+            return
+        with lock:
+            gpus = free.pop()
+        out = folder / f"{case}.json"
+        call = [__file__, "--target", args.target, "--dtype", args.dtype, "--case", case]
+        call += ["--out", str(out), *(f"--engine-arg={a}" for a in args.engine_arg)]
+        env = {} if gpus is None else {"CUDA_VISIBLE_DEVICES": gpus}
+        ended = run(
+            call,
+            out.with_suffix(".log"),
+            args.seconds,
+            env=env,
+            stop=stop,
+            hear=lambda begun: record.hear(case, begun),
+        )
+        record.put(case, **outcome(ended, out, want))
+        print(f"{case}: {ended.words}", file=sys.stderr, flush=True)
+        with lock:
+            free.append(gpus)
+
+    with ThreadPoolExecutor(len(free)) as pool:
+        list(pool.map(single, cases))
+
+
+def outcome(ended: Ended, out: Path, want: list[torch.Tensor]) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(out.read_text()) if out.is_file() else {}
+    found |= {"ended": ended.words, "stages": ended.stages, "log": ended.log}
+    if ended.stood:
+        found["stood"] = ended.stood
+    states = out.with_suffix(".pt")
+    if states.is_file() and ended.code is not None:
+        found["difference"] = gaps(torch.load(states), want)
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--target", required=True)
-    parser.add_argument("--cases", default="tp1,tp2,tp2-plain,tp2-partial")
+    parser.add_argument("--cases", default="tp1,tp2,tp2-plain,tp2-partial", help="in this order")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--engine-arg", action="append", default=[])
-    parser.add_argument("--seconds", type=float, default=240, help="limit of a case")
+    parser.add_argument("--seconds", type=float, default=180, help="limit of each case")
     parser.add_argument("--name", default="vllm_glm")
-    parser.add_argument("--case", help="internal")
+    parser.add_argument("--case", choices=CASES, help="internal")
     parser.add_argument("--out", help="internal")
     args = parser.parse_args()
     if args.case:
         one(args, args.case)
         return
-    cases = args.cases.split(",")
+    about = {
+        "layers": layers(load_target(args.target).shapes.num_layers),
+        "tokens": sum(LENGTHS),
+        "dtype": args.dtype,
+        "gpus": torch.cuda.device_count(),
+        "seconds": args.seconds,
+    }
+    record = Record(args.name, about)
     with tempfile.TemporaryDirectory() as folder:
-        children = {}
-        for case in cases:
-            out = Path(folder) / f"{case}.json"
-            more = [f"--engine-arg={a}" for a in args.engine_arg]
-            call = [
-                sys.executable,
-                __file__,
-                "--target",
-                args.target,
-                "--dtype",
-                args.dtype,
-                "--case",
-                case,
-                "--out",
-                str(out),
-                *more,
-            ]
-            with open(out.with_suffix(".log"), "w") as log:
-                children[case] = (out, subprocess.Popen(call, stdout=log, stderr=log))
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        target = load_target(args.target)
-        asked = samples(target.shapes.vocab_size)
-        runs = {}
-        for dtype in ("float32", args.dtype):
-            reference = TransformersEngine.load(
-                args.target,
-                target.shapes,
-                layers(target.shapes.num_layers),
-                device=device,
-                dtype=dtype,
-                batch_tokens=512,
-            )
-            runs[dtype] = stacked(reference, asked)
-            del reference
-        results: dict[str, Any] = {"transformers": gaps(runs[args.dtype], runs["float32"])}
-        about = {
-            "layers": layers(target.shapes.num_layers),
-            "tokens": sum(LENGTHS),
-            "dtype": args.dtype,
-            "gpus": torch.cuda.device_count(),
-        }
-        until = time.monotonic() + args.seconds
-        for case, (out, child) in children.items():
-            try:
-                child.wait(max(until - time.monotonic(), 1))
-            except subprocess.TimeoutExpired:
-                child.terminate()
-            said = out.with_suffix(".log").read_text()
-            results[case] = (
-                json.loads(out.read_text())
-                if out.is_file()
-                else {"error": f"no result; exit code {child.poll()}"}
-            )
-            if out.with_suffix(".pt").is_file():
-                results[case]["difference"] = gaps(
-                    torch.load(out.with_suffix(".pt")), runs["float32"]
-                )
-            if "error" in results[case]:
-                results[case]["log"] = said[-3000:]
-            write(args.name, about, results, show=False)
-        write(args.name, about, results)
+        want = reference(args, record)
+        in_order(args, args.cases.split(","), Path(folder), record, want)
+    write(args.name, about, record.results)
 
 
 if __name__ == "__main__":

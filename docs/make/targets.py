@@ -54,38 +54,70 @@ def _words(cell: Cell, notes: list[str]) -> str:
     return f"{words} [{notes.index(cell.note) + 1}]"
 
 
+SHOWN = (
+    "checkpoint", "frozen weights", "draft", "transformers engine", "two steps, export", "check",
+    "vLLM's states", "largest relative difference", "top-1", "served by vLLM",
+)  # fmt: skip
+
+
 def shown() -> list[str]:
     """What bench/families.py saw, a row per tiny checkpoint."""
     results = json.loads(RESULTS.read_text())["results"]
-    out = ["| checkpoint | frozen weights | draft | dump | 2 steps, export | check | vLLM states |"]
-    out.append("|---|---|---|---|---|---|---|")
-    return out + [f"| {kind} | {' | '.join(_seen(r))} |" for kind, r in results.items()]
+    return [
+        f"| {' | '.join(SHOWN)} |",
+        "|" + "---|" * len(SHOWN),
+        *(
+            f"| {' | '.join([kind, *_journey(r), *_states(r), _served(r)])} |"
+            for kind, r in results.items()
+        ),
+    ]
 
 
-def _seen(result: dict[str, Any]) -> list[str]:
-    journey = result.get("journey", {})
-    stopped = journey.get("stopped")
-    if not journey:
-        cells = ["not run"] * 5
-    elif stopped:
-        cells = [f"refused: {stopped.split(': ', 1)[1]}", "-", "-", "-", "-"]
-    else:
-        d = journey["draft"]
-        heads = f"{d['num_attention_heads']}/{d['num_key_value_heads']} heads of {d['head_dim']}"
-        errors = journey["check_errors"]
-        cells = [
-            journey["frozen"],
-            f"{heads}, MLP {d['intermediate_size']}",
-            f"{journey['tokens']:,} tokens",
-            f"{journey['exported_tensors']} tensors",
-            "no error" if not errors else f"{len(errors)} errors: {errors[0]}",
-        ]
-    if "difference" in result:
-        worst = max(d["max_rel"] for d in result["difference"].values())
-        top1 = result["top1_vllm_states_against_transformers"]
-        return [*cells, f"largest relative difference {worst:.1e}, top-1 {100 * top1:.0f} %"]
-    vllm = result.get("vllm")
-    return [*cells, vllm if isinstance(vllm, str) else "not run"]
+def _journey(result: dict[str, Any]) -> list[str]:
+    journey = result.get("journey")
+    if journey is None:
+        return ["not run"] * 5
+    if "stopped" in journey:
+        return [f"refused: {journey['stopped'].split(': ', 1)[1]}", "-", "-", "-", "-"]
+    d, errors = journey["draft"], journey["check_errors"]
+    heads = f"{d['num_attention_heads']}/{d['num_key_value_heads']} heads of {d['head_dim']}"
+    own = result.get("states", {}).get("transformers")
+    engine = f", self-check {100 * own['agree']:.0f} %" if own else ""
+    return [
+        journey["frozen"],
+        f"{heads}, MLP {d['intermediate_size']}",
+        f"{journey['tokens']:,} tokens{engine}",
+        f"{journey['exported_tensors']} tensors",
+        "no error" if not errors else f"{len(errors)} errors: {errors[0]}",
+    ]
+
+
+def _states(result: dict[str, Any]) -> list[str]:
+    found = result.get("states")
+    if found is None:
+        return ["not run", "-", "-"]
+    if "difference" not in found:
+        return [_line(found.get("vllm") or found["stopped"]), "-", "-"]
+    worst = max(d["max_rel"] for d in found["difference"].values())
+    top1 = found["top1_vllm_states_against_transformers"]
+    return ["self-check passed", f"{worst:.1e}", f"{100 * top1:.0f} %"]
+
+
+def _served(result: dict[str, Any]) -> str:
+    found = result.get("served")
+    if found is None:
+        return "-" if "stopped" in result.get("journey", {}) else "not run"
+    if "stopped" in found:
+        return _line(f"does not start: {found['stopped']}")
+    answers = f"{found['equal_answers']} of {found['answers']} answers the target's"
+    if "compared" not in found:
+        return f"{answers}; {found['blocks']} blocks, not compared"
+    return f"{answers}; {found['equal_blocks']} of {found['compared']} blocks equal ours"
+
+
+def _line(text: str) -> str:
+    """As one cell of a table."""
+    return " ".join(text.replace("|", "\\|").split())
 
 
 def wrapped(item: str) -> str:
