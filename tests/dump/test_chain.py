@@ -86,12 +86,13 @@ REFUSED = {"bert", "roberta", "t5", "bart", "clip"}
 @pytest.mark.parametrize("kind", KINDS)
 def test_any_config_resolves_or_is_refused_in_words(kind: str, tmp_path: Path) -> None:
     """The default config of each class, with no weights beside it: a chain, or one of our
-    errors.
+    errors; and one message at the command line.
     """
     from transformers import CONFIG_MAPPING
 
     assert kind in CONFIG_MAPPING
     CONFIG_MAPPING[kind]().save_pretrained(tmp_path)
+    refused_in_words(dry("--model", str(tmp_path)))
     if kind in REFUSED:
         with pytest.raises(TargetError, match="expected"):
             shapes_of(load_config(str(tmp_path))[1], str(tmp_path))
@@ -122,6 +123,16 @@ def test_any_config_resolves_or_is_refused_in_words(kind: str, tmp_path: Path) -
 
 def dry(*words: str) -> Any:
     return CliRunner().invoke(main, ["--dry-run", *words])
+
+
+def refused_in_words(out: Any, words: str = "") -> None:
+    """Exit code 1 or 2, and a message instead of a traceback."""
+    assert isinstance(out.exception, SystemExit), out.exception
+    assert out.exit_code in (1, 2), out.output
+    said = " ".join(out.output.split())
+    assert "error" in said.lower()
+    assert "Traceback" not in said
+    assert words in said, said
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -169,22 +180,15 @@ def test_what_is_no_target_is_named(tmp_path: Path, tiny: Path) -> None:
     for model, words in cases.items():
         with pytest.raises(UsageError, match=words):
             identify(model)
-    with pytest.raises(TargetError, match="pass --trust-remote-code"):
-        load_config(
-            folder(
-                "code",
-                config__json=json.dumps({"model_type": "mine", "auto_map": {"AutoConfig": "c.C"}}),
-            )
-        )
-    with pytest.raises(TargetError, match="this is a draft"):
-        load_config(
-            folder(
-                "draft",
-                config__json=json.dumps(
-                    {"model_type": "qwen3", "architectures": ["Qwen3DSparkModel"]}
-                ),
-            )
-        )
+        refused_in_words(dry("--model", model), words)
+    for config, words in (
+        ({"model_type": "mine", "auto_map": {"AutoConfig": "c.C"}}, "pass --trust-remote-code"),
+        ({"model_type": "qwen3", "architectures": ["Qwen3DSparkModel"]}, "this is a draft"),
+    ):
+        model = folder(str(config["model_type"]), config__json=json.dumps(config))
+        with pytest.raises(TargetError, match=words):
+            load_config(model)
+        refused_in_words(dry("--model", model), words)
 
 
 def test_near_misses() -> None:
