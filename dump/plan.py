@@ -170,7 +170,7 @@ class Plan:
             + self._gpus(),
             f"store    {self.output}: codec "
             f"{self.codec}{', not packed' if self.pack == 'none' else ''}, "
-            f"about {self.bytes_per_token:,} bytes a token"
+            f"about {self.bytes_per_token:,} bytes per token"
             + (f" ({self.codec_why})" if self.codec_why else ""),
             *(
                 f"source   {n}: {name}: {rows:,} rows"

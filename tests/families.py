@@ -36,9 +36,9 @@ MOE: dict[str, Any] = {
 MLA: dict[str, Any] = {
     "num_key_value_heads": 4,
     "kv_lora_rank": 32,
-    "q_lora_rank": 48,
+    "q_lora_rank": 64,
     "qk_rope_head_dim": 16,
-    "qk_nope_head_dim": 16,
+    "qk_nope_head_dim": 32,
     "v_head_dim": 32,
 }
 
