@@ -20,13 +20,13 @@ from typing import Any
 
 STAGES_ENV = "DSPARK_BENCH_STAGES"
 STACKS = Path(__file__).with_name("stacks")  # its sitecustomize answers SIGUSR1
-TAIL = 4000  # characters of a log that are kept
+TAIL, STACKS_TAIL = 4000, 20_000  # characters that are kept
 
 
 @dataclass(frozen=True, slots=True)
 class Ended:
     """``code`` None: stopped by the limit or by ``stop``. ``stages``: name and the second at which
-    it began. ``stood``: processes that ran at the limit.
+    it began. ``stood``: processes that ran at the limit; ``stacks``: where their threads stood.
     """
 
     code: int | None
@@ -34,6 +34,7 @@ class Ended:
     stages: list[dict[str, Any]]
     stood: list[str]
     log: str
+    stacks: str
 
     @property
     def words(self) -> str:
@@ -66,35 +67,36 @@ def run(
     caller is interrupted.
     """
     path = log.with_suffix(".stages")
+    path.unlink(missing_ok=True)
     paths = os.pathsep.join(filter(None, [str(STACKS), os.environ.get("PYTHONPATH")]))
     around = os.environ | (env or {}) | {STAGES_ENV: str(path), "PYTHONPATH": paths}
     began, wall, heard = time.monotonic(), time.time(), 0
     stood: list[str] = []
+    before: int | None = None
     with log.open("w") as file:
         process = subprocess.Popen(
             [sys.executable, *call], stdout=file, stderr=file, env=around, start_new_session=True
         )
-    try:
-        with whole_session(process):
-            while process.poll() is None and time.monotonic() - began < seconds:
-                if stop is not None and stop.is_set():
-                    break
-                time.sleep(0.2)
-                for found in stages_of(path, wall)[heard:]:
-                    heard += 1
-                    hear(found)
-            if process.poll() is None:
-                stood = standing(process.pid)
-                signal_all(process.pid, signal.SIGUSR1)
-                time.sleep(2)  # for the stacks to be written
-    finally:
-        text = short(log.read_text(errors="replace"))
+    with whole_session(process):
+        while process.poll() is None and time.monotonic() - began < seconds:
+            if stop is not None and stop.is_set():
+                break
+            time.sleep(0.2)
+            for found in stages_of(path, wall)[heard:]:
+                heard += 1
+                hear(found)
+        if process.poll() is None:
+            stood, before = standing(process.pid), log.stat().st_size
+            signal_all(process.pid, signal.SIGUSR1)
+            time.sleep(2)  # for the stacks to be written
+    printed = log.read_bytes()
     return Ended(
         None if stood else process.returncode,
         round(time.monotonic() - began, 1),
         stages_of(path, wall),
         stood,
-        text,
+        short(printed[:before])[-TAIL:],
+        "" if before is None else short(printed[before:])[-STACKS_TAIL:],
     )
 
 
@@ -134,10 +136,10 @@ def standing(leader: int) -> list[str]:
     for pid in session(leader):
         with suppress(OSError):
             folder = Path("/proc", str(pid))
-            command = folder.joinpath("cmdline").read_bytes().replace(b"\0", b" ").decode().strip()
+            command = short(folder.joinpath("cmdline").read_bytes().replace(b"\0", b" ")).strip()
             fields = folder.joinpath("stat").read_text().rpartition(")")[2].split()
             used = (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-            out.append(f"{used:.0f} s: {short(command)[:200]}")
+            out.append(f"{used:.0f} s: {command[:200]}")
     return out or ["none that can be read"]
 
 
@@ -147,6 +149,7 @@ def signal_all(leader: int, number: signal.Signals) -> None:
             os.kill(pid, number)
 
 
-def short(text: str) -> str:
-    """Without the folders that a module's path begins with, and only the end of it."""
-    return re.sub(r"/[^\s\"':]*/(?=(?:vllm|dspark|torch|bench|python3\.\d+)/)", "", text)[-TAIL:]
+def short(printed: bytes) -> str:
+    """As text, without the folders that a module's path begins with."""
+    text = printed.decode(errors="replace")
+    return re.sub(r"/[^\s\"':]*/(?=(?:vllm|dspark|torch|bench|python3\.\d+)/)", "", text)

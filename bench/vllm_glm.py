@@ -14,8 +14,8 @@ versions do not start.
 
 bench/results/NAME.json is written at every stage of every case: which stages it reached and when,
 how it ended, the end of its log. Where the limit stopped it, also which processes ran then and
-with how much CPU time (a compiler is named there), and their stacks in the log. SIGTERM
-(``timeout``) ends the cases that run, and their results are written.
+with how much CPU time (a compiler is named there), and their stacks. SIGTERM (``timeout``) ends the
+cases that run, and their results are written.
 """
 
 from __future__ import annotations
@@ -234,7 +234,7 @@ def outcome(ended: Ended, out: Path, want: list[torch.Tensor]) -> dict[str, Any]
     found: dict[str, Any] = json.loads(out.read_text()) if out.is_file() else {}
     found |= {"ended": ended.words, "stages": ended.stages, "log": ended.log}
     if ended.stood:
-        found["stood"] = ended.stood
+        found |= {"stood": ended.stood, "stacks": ended.stacks}
     states = out.with_suffix(".pt")
     if states.is_file() and ended.code is not None:
         found["difference"] = gaps(torch.load(states), want)
