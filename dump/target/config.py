@@ -63,10 +63,10 @@ def load_config(model: str, trust_remote_code: bool = False) -> tuple[Any, Json]
     """The transformers config of a model id or folder, and its text model's as JSON. Raises
     TargetError for anything but a decoder LM.
     """
-    from transformers import AutoConfig
-
     identify(model)
     refuse_config(model, read_config(model), trust_remote_code)
+    from transformers import AutoConfig  # seconds, for nothing where the model is refused
+
     try:
         whole = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
     except (

@@ -222,18 +222,30 @@ def test_the_table_of_families() -> None:
             assert cell.note or cell.state != "not", f"{family.name}: a cell that says not says why"
 
 
-def test_a_dry_run_of_each_preset_needs_nothing_but_itself(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No corpus, no network, no checkpoint, and neither torch nor zarr is imported for it."""
+def test_a_dry_run_of_each_preset_needs_nothing_but_itself(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """No corpus, no network, no checkpoint, and neither torch nor zarr is imported for it; nor for
+    a GGUF file that is refused.
+    """
+    (tmp_path / "m.gguf").write_bytes(b"GGUF")
     code = (
         "import sys\n"
         "from dspark.dump.cli import main\n"
         "from dspark.dump.target.presets import presets\n"
         "for name in presets():\n"
         "    main(['--dry-run', '--model', name], standalone_mode=False)\n"
+        "from dspark.cache.errors import UsageError\n"
+        "from dspark.dump.target.config import load_config\n"
+        "try:\n"
+        "    load_config(sys.argv[1])\n"
+        "except UsageError as error:\n"
+        "    assert 'GGUF' in str(error)\n"
         "assert not {'torch', 'zarr', 'transformers'} & set(sys.modules), sys.modules.keys()\n"
     )
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    call = [sys.executable, "-c", code, str(tmp_path / "m.gguf")]
+    done = subprocess.run(call, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("--target-layer-ids") == 2 * len(presets())
     assert done.stderr.count("per million tokens") == len(presets())
