@@ -1,10 +1,10 @@
-"""``--ray N``: the shards of a dump as tasks of a Ray cluster, which places them, gives them GPUs
-and starts them again where they are killed.
+"""``--ray N``: run the shards of a dump as tasks of a Ray cluster, which places them, assigns GPUs
+and restarts them if they are killed.
 
-Each is one ``--shard I/N`` into the same store, so whatever Ray does with them no row is there
-twice: a part is committed once, and one that was in work when its process was killed has no record
-and is made again by the next try, alone. The store, the corpus and the target must be reachable
-from every node.
+Each task is one ``--shard I/N`` into the same store, so no row is stored twice, whatever Ray does:
+a part is committed once, and a part that was unfinished when its process was killed has no record,
+so only that part is redone by the next attempt. The store, the corpus and the target must be
+reachable from every node.
 """
 
 from __future__ import annotations
@@ -52,7 +52,9 @@ def dump(config: DumpConfig, show: Display) -> dict[str, Any]:
             found, failed = ray.get(done[0])
             if failed is not None:
                 raise EngineError(f"shard {number}/{config.ray}: {failed}")
-            show.say(f"shard {number}/{config.ray} has ended: {found['parts']:,} parts are there")
+            show.say(
+                f"shard {number}/{config.ray} has ended: the store has {found['parts']:,} parts"
+            )
             out = found if found["complete"] or not out.get("complete") else out
         return out
     finally:
@@ -61,8 +63,8 @@ def dump(config: DumpConfig, show: Display) -> dict[str, Any]:
 
 
 def gpus_of(config: DumpConfig, there: float) -> int:
-    """GPUs of one shard: what its engine is asked to use, else one; none on ``--device cpu`` or in
-    a cluster without any.
+    """Return the number of GPUs per shard: what its engine is asked to use, else one; none with
+    ``--device cpu`` or in a cluster without GPUs.
     """
     if config.device == "cpu" or (config.device == "auto" and not there):
         return 0
@@ -70,8 +72,8 @@ def gpus_of(config: DumpConfig, there: float) -> int:
 
 
 def shards(config: DumpConfig) -> list[DumpConfig]:
-    """The dump of each task. Its paths are absolute, and a lock whose holder shows no sign of life
-    is broken: Ray says that it is dead.
+    """Return the dump of each task. Paths are absolute, and a lock whose holder shows no sign of
+    life is taken over, since Ray knows that the holder is dead.
     """
     assert config.ray is not None
     output = config.output.absolute() if isinstance(config.output, Path) else config.output
@@ -88,14 +90,14 @@ def shards(config: DumpConfig) -> list[DumpConfig]:
 
 
 def _absolute(name: str) -> str:
-    """``name`` as it is found from any folder; of ``FILE=SHARE`` the file."""
+    """Make ``name`` absolute; in ``FILE=SHARE``, the file."""
     file, sign, share = (name, "", "") if Path(name).exists() else name.rpartition("=")
     return f"{Path(file).absolute()}{sign}{share}" if file and Path(file).exists() else name
 
 
 def run_shard(config: DumpConfig) -> tuple[dict[str, Any] | None, str | None]:
-    """In a process of the cluster: the report, or the message of an error that another try would
-    meet again.
+    """Run one shard in a process of the cluster; returns the report, or the message of an error
+    that would recur on another attempt.
     """
     from dspark.cache.errors import DsparkError, Stopped
     from dspark.dump.progress import Display
@@ -104,8 +106,8 @@ def run_shard(config: DumpConfig) -> tuple[dict[str, Any] | None, str | None]:
     try:
         return run(config, Display()), None
     except Stopped:
-        # By the cluster, as when a node is drained. Ray tries again what has no process, not what
-        # failed.
+        # Cancelled by the cluster, as when a node is drained. Ray retries tasks whose process is
+        # gone, not tasks that failed.
         os._exit(1)
     except DsparkError as error:
         return None, str(error)

@@ -1,10 +1,10 @@
-"""Before a compact store is begun: the channel means and deviations that its codes are centred on
-(``cache/codec/centre.py``).
+"""Calibrate a compact store before it is started: the channel means and deviations that its codes
+are centred on (``cache/codec/centre.py``).
 
 They are taken from rows spread over the whole corpus, which is often sorted by topic, and are fixed
 in the manifest before the first part is written: a resumed dump reads them there and codes exactly
-as the first run did. The price is one more pass of the target over about ``CALIBRATION`` tokens (at
-least ``LEAST_SAMPLES`` rows); 16-bit stores do not pay it.
+as the first run did. The cost is one more pass of the target over about ``CALIBRATION`` tokens (at
+least ``LEAST_SAMPLES`` rows); 16-bit stores do not need it.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ MATRICES = 8
 def calibration_samples(
     corpus: Corpus, maker: SampleMaker, rows: int, tokens: int, budget: int
 ) -> list[TokenSample]:
-    """Samples of rows spread over the first ``rows`` of ``corpus``, which hold about ``tokens``
-    tokens: about ``budget`` of them; dropped rows are left out.
+    """Return samples of rows spread over the first ``rows`` of ``corpus``, about ``budget`` of the
+    ``tokens`` tokens that these hold; dropped rows are left out.
     """
     chosen = set(spread(rows, tokens / rows, budget))
     made = (maker.make(row) for row in corpus.pick(chosen.__contains__))
@@ -43,8 +43,8 @@ def calibration_samples(
 
 @dataclass(frozen=True, slots=True)
 class Calibration:
-    """What a few thousand tokens say of all: the store's codec, calibrated, and the bytes that a
-    row will take.
+    """What a few thousand tokens tell about all: the store's calibrated codec and the bytes per
+    row.
     """
 
     codec: Codec
@@ -52,8 +52,8 @@ class Calibration:
 
     @classmethod
     def of(cls, probe: Probe, codec: Codec, *, learns: bool = True) -> Self:
-        """``codec`` calibrated on the states of ``probe``, in the order of their samples; as it is
-        where it ``learns`` nothing more.
+        """Calibrate ``codec`` on the states of ``probe``, in the order of their samples; unchanged
+        if there is nothing left to learn (``learns``).
         """
         import torch
 
@@ -70,10 +70,9 @@ def captured(
     device: str | None = None,
     progress: Progress = lambda done, total, text="": None,
 ) -> Probe | None:
-    """States of ``samples`` for ``codec``, cut as they come so that all of them fit in memory, in
-    order; None without samples.
-
-    ``device``: where the codec learns, None: where the states are. ``progress`` is told of tokens.
+    """Capture the states of ``samples`` for ``codec``, in order, cut on arrival so that all of them
+    fit in memory; None without samples. ``device``: where the codec is fitted; None = where the
+    states are. ``progress`` is told of tokens.
     """
     found = {}
     done, total = 0, sum(len(s.input_ids) for s in samples)
@@ -86,8 +85,8 @@ def captured(
 
 
 def learning_device(plan: Plan, engine: Engine, codec: Codec) -> str | None:
-    """Where a codec that predicts from tokens learns: on the plan's GPU if its matrices have room
-    beside the engine, else on the CPU. None: no such codec.
+    """Choose where to fit a codec that predicts from tokens: on the plan's GPU if its matrices fit
+    beside the engine, else on the CPU. None = no such codec.
     """
     import torch
 

@@ -1,5 +1,5 @@
-"""``dspark-dump``: flags in, one dump out. Nothing heavy is imported before a flag has been
-understood.
+"""``dspark-dump``: parse the flags and run one dump. Nothing heavy is imported before the flags are
+parsed.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ usage."""
 
 
 class DrafterTypes(click.ParamType):  # type: ignore[type-arg]  # no generic before click 8.4
-    """Names of drafter types, with commas."""
+    """Comma-separated names of drafter types."""
 
     name = "TYPES"
 
@@ -108,8 +108,8 @@ class DrafterTypes(click.ParamType):  # type: ignore[type-arg]  # no generic bef
     "--for",
     "for_",
     type=DrafterTypes(),
-    help="Drafter types that the store is to serve, such as eagle3,dspark: their layers, or a "
-    f"check of --layers. Of {', '.join(READERS)}.",
+    help="Drafter types to store layers for, such as eagle3,dspark. With --layers, checks "
+    f"that these are enough. Types: {', '.join(READERS)}.",
 )
 @click.option(
     "--seq-length",
@@ -121,34 +121,33 @@ class DrafterTypes(click.ParamType):  # type: ignore[type-arg]  # no generic bef
     "--calibration",
     type=click.Path(path_type=Path, dir_okay=False),
     metavar="FILE",
-    help="What the codec has learnt: calibration.safetensors of another store of the same target, "
-    "layers and codec.  [default: learnt from --data]",
+    help="The codec's calibration: calibration.safetensors from another store of the same "
+    "target, layers and codec.  [default: computed from --data]",
 )
-@click.option("--limit", type=int, help="Only the first N rows, of each --data.")
+@click.option("--limit", type=int, help="Read only the first N rows of each --data.")
 @click.option("--resume", is_flag=True, help="Continue the store at --output.")
 @click.option(
     "--shard",
     metavar="I/N",
-    help="Make every N-th part only, I from 0 to N - 1: N such dumps make one store, all with one "
-    "--output, or each with its own "
-    "and dspark-tools merge afterwards. Continues a store that is there.",
+    help="Write every N-th part only; I runs from 0 to N - 1. The N dumps share one --output, "
+    "or each has its own and dspark-tools merge joins them. Continues an existing store.",
 )
 @click.option(
     "--ray",
     type=int,
     metavar="N",
-    help="Run N shards on the Ray cluster of RAY_ADDRESS, or on this machine; each gets the GPUs "
-    "of --tensor-parallel-size, else one.",
+    help="Run N shards on the Ray cluster at RAY_ADDRESS, or on this machine. Each gets "
+    "--tensor-parallel-size GPUs, or one.",
 )
 @click.option(
     "--overwrite",
     is_flag=True,
-    help="Replace the store at --output, and the answers of its target beside it.",
+    help="Replace the store at --output, and the target's answers beside it.",
 )
 @click.option(
     "--assistant-pattern",
     metavar="REGEX",
-    help="Regular expression over the rendered chat; its group 1 is supervised.  [default: the "
+    help="Regular expression for the rendered chat; its group 1 is supervised.  [default: the "
     "preset's, or the template]",
 )
 @click.option(
@@ -156,8 +155,8 @@ class DrafterTypes(click.ParamType):  # type: ignore[type-arg]  # no generic bef
     type=click.Choice(TURNS),
     default="auto",
     help="How a chat becomes samples. auto: turns share a sample as long as later turns only "
-    "append to the rendered text; "
-    "each: one per answer; last: the last answer's only; whole: one, or the row is dropped.",
+    "append to the rendered text; each: one per answer; last: only the last answer's; "
+    "whole: one per chat, or the row is dropped.",
 )
 @click.option(
     "--template-kwargs",
@@ -197,26 +196,26 @@ class DrafterTypes(click.ParamType):  # type: ignore[type-arg]  # no generic bef
 @click.option(
     "--batch-tokens",
     type=int,
-    help="Tokens per forward pass.  [default: 16384 to 65536 on cuda by hidden size, 2048 on cpu; "
-    "with vllm its own, on cuda up to 65536 for small targets]",
+    help="Tokens per forward pass.  [default: 16384 to 65536 on cuda, depending on hidden "
+    "size; 2048 on cpu; with vllm, vLLM's default, on cuda up to 65536 for small targets]",
 )
 @click.option(
     "--part-tokens",
     type=int,
-    help="Tokens per part, the unit of writing and resuming.  [default: 32768 on cpu, 512 MB of "
-    "states on cuda]",
+    help="Tokens per part, the unit of writing and resuming.  [default: 32768 on cpu; on "
+    "cuda, as many as make 512 MB of states]",
 )
 @click.option(
     "--workers",
     type=int,
-    help="Processes that tokenise; as many again write.  [default: a quarter of the cores on "
-    "cuda, 0 on cpu]",
+    help="Processes that tokenise; the same number write.  [default: a quarter of the cores "
+    "on cuda, 0 on cpu]",
 )
 @click.option(
     "--regenerate",
     is_flag=True,
-    help="Take only the prompts: the target answers them, turn by turn, and the states of that "
-    "run are kept.",
+    help="Use only the prompts: the target answers them turn by turn, and the states of that "
+    "run are stored.",
 )
 @click.option(
     "--temperature",
@@ -227,13 +226,15 @@ class DrafterTypes(click.ParamType):  # type: ignore[type-arg]  # no generic bef
     "--top-p", type=float, help="With --regenerate.  [default: the target's generation_config]"
 )
 @click.option(
-    "--max-tokens", type=int, help="With --regenerate: most tokens per answer.  [default: 2048]"
+    "--max-tokens", type=int, help="With --regenerate: maximum tokens per answer.  [default: 2048]"
 )
 @click.option(
     "--answers",
     type=int,
     metavar="N",
-    help="With --regenerate: answers per prompt, each going on with its own.  [default: 1]",
+    help=(
+        "With --regenerate: answers per prompt; each continues its own conversation.  [default: 1]"
+    ),
 )
 @click.option(
     "--thinking/--no-thinking",
@@ -244,14 +245,13 @@ class DrafterTypes(click.ParamType):  # type: ignore[type-arg]  # no generic bef
     "--tensor-parallel-size",
     type=int,
     metavar="N",
-    help="With vllm: GPUs that share one target.  [default: as few as hold its weights]",
+    help="With vllm: GPUs per copy of the target.  [default: the fewest that hold its weights]",
 )
 @click.option(
     "--data-parallel-size",
     type=int,
     metavar="N",
-    help="With vllm: engines that share the rows, each on GPUs of its own.  [default: as many as "
-    "there is room for]",
+    help="With vllm: engines that share the rows, each on its own GPUs.  [default: as many as fit]",
 )
 @click.option(
     "--engine-arg",
@@ -263,13 +263,13 @@ class DrafterTypes(click.ParamType):  # type: ignore[type-arg]  # no generic bef
 @click.option(
     "--trust-remote-code",
     is_flag=True,
-    help="Run Python code that the target's repository brings; read it first.",
+    help="Run the Python code in the target's repository; read it first.",
 )
 @click.option(
     "--dry-run",
     is_flag=True,
-    help="Print the chain from target to served draft and the plan, and stop; no weights are "
-    "read. Exit code 1 if a link is missing.",
+    help="Print the plan, and what each step from target to served draft needs, then stop; no "
+    "weights are read. Exit code 1 if a step cannot work.",
 )
 @click.option(
     "--measure",

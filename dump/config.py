@@ -1,4 +1,4 @@
-"""What the command was asked for, validated where it can be without looking at target or corpus."""
+"""The settings of a dump, validated as far as possible without the target or the corpus."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from dspark.cache.codec.base import Codec
 
 DEFAULT_SEQ_LENGTH = 4096
-LARGEST = 2**53  # counts; every reader of JSON takes a whole number up to here for what it is
+LARGEST = 2**53  # counts; every JSON reader represents whole numbers up to here exactly
 MOST_WORKERS = 256
 TURNS = ("auto", "each", "last", "whole")
 
@@ -83,7 +83,7 @@ class DumpConfig:
         only = [] if self.engine == "auto" else options.only_vllm(self.engine)
         if only:
             raise UsageError(
-                f"{only[0]}: the {self.engine} engine does not know it. Use --engine vllm."
+                f"{only[0]}: the {self.engine} engine has no such option. Use --engine vllm."
             )
         if self.layers is not None and self.target_layer_ids is not None:
             raise UsageError(f"give --layers or --target-layer-ids, not both. {BOTH}.")
@@ -129,7 +129,7 @@ class DumpConfig:
             )
         if self.assistant_pattern is not None:
             raise UsageError(
-                "--regenerate knows the target's answers itself: leave --assistant-pattern out."
+                "--regenerate finds the target's answers itself: omit --assistant-pattern."
             )
         if self.part_tokens is not None:
             raise UsageError(
@@ -150,7 +150,7 @@ class DumpConfig:
         if self.overwrite or self.regenerate:
             flag = "--overwrite" if self.overwrite else "--regenerate"
             why = (
-                "the others may be writing that store"
+                "other shards may be writing that store"
                 if self.overwrite
                 else "answers belong to a whole store"
             )
@@ -191,30 +191,30 @@ class DumpConfig:
 
     @property
     def sources(self) -> tuple[str, ...]:
-        """Return what each ``--data`` names, none where the preset decides."""
+        """Return what each ``--data`` names; empty if the preset decides."""
         return (self.data,) if isinstance(self.data, str) else tuple(self.data or ())
 
     @property
     def codec_name(self) -> str:
-        """Return the full name of the codec asked for, or of the default; the plan may take another
-        in the default's place.
+        """Return the full name of the requested codec, or of the default, which the plan may
+        replace.
         """
         return choose_codec(self.codec, self.aux_bits, self.last_bits, self.pack)
 
     @property
     def codec_asked(self) -> bool:
-        """Tell whether the codec was asked for by name or by bits."""
+        """Tell whether a codec was requested, by name or by bits."""
         return is_asked(self.codec, self.aux_bits, self.last_bits)
 
     def make_codec(self) -> Codec:
-        """Make the codec ``codec_name``, not calibrated yet."""
+        """Make the codec ``codec_name``, not yet calibrated."""
         from dspark.cache.codec import registry
 
         return registry.make(self.codec_name, self.pack)
 
     @property
     def part_of(self) -> Shard | None:
-        """Return which of several dumps of one plan this is, None where it is the only one."""
+        """Return which of several dumps of one plan this is; None if it is the only one."""
         return None if self.shard is None else Shard.parse(self.shard)
 
     def beside(self, suffix: str) -> Path:
@@ -233,7 +233,7 @@ class DumpConfig:
 
     @property
     def engine_options(self) -> EngineOptions:
-        """What is handed on to the engine."""
+        """Return the options that are passed on to the engine."""
         return EngineOptions(
             tensor_parallel=self.tensor_parallel_size,
             data_parallel=self.data_parallel_size,
@@ -243,7 +243,7 @@ class DumpConfig:
 
     @property
     def asked_layers(self) -> tuple[int, ...] | None:
-        """Return the layers asked for, as outputs of decoder layer i, whichever flag named them."""
+        """Return the requested layers, as outputs of decoder layer i, whichever flag named them."""
         if self.target_layer_ids is not None:
             return tuple(j - 1 for j in self.target_layer_ids)
         return self.layers

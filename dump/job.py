@@ -1,7 +1,5 @@
-"""A dump before its engine runs: what is settled by config, tokenizer and corpus, and how its rows
-are read.
-
-No weights are read here but by ``load_engine``.
+"""A dump before its engine runs: what config, tokenizer and corpus determine, and how rows are
+read. Only ``load_engine`` reads weights.
 """
 
 from __future__ import annotations
@@ -46,7 +44,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("dspark.dump")
 
-# a corpus shorter than this is tokenised before processes for it would have started
+# a corpus shorter than this is tokenised before worker processes would have started
 PROCESS_ROWS = 2000
 
 
@@ -71,10 +69,9 @@ class Job:
 
 
 def plan_only(config: DumpConfig) -> planning.Plan:
-    """The plan of ``--dry-run``: no weights; with a preset no network and no tokenizer either.
-    Raises BrokenChain.
-
-    A corpus is looked at where one is named and is here; without one, sizes are per million tokens.
+    """Make the plan of ``--dry-run``: no weights; with a preset, no network and no tokenizer
+    either. Raises BrokenChain. A corpus is read if one is named and is local; without one, sizes
+    are per million tokens.
     """
     preset = find(config.model)
     named = config.sources or ((preset.data,) if preset and preset.data else ())
@@ -89,13 +86,13 @@ def plan_only(config: DumpConfig) -> planning.Plan:
 
 
 def supplied(config: DumpConfig) -> Supplied | None:
-    """The calibration that ``--calibration`` names."""
+    """Read the calibration that ``--calibration`` names."""
     return None if config.calibration is None else Supplied.read(config.calibration)
 
 
 def plan_target(config: DumpConfig, *, whole: bool = True) -> planning.Plan:
-    """The plan as far as the target decides it, with its chain. Raises BrokenChain where a link is
-    missing, if it must be ``whole``.
+    """Make the plan as far as the target determines it, with its chain. Raises BrokenChain if a
+    link is missing and the chain must be ``whole``.
     """
     preset = find(config.model)
     if preset is None or Path(config.model).is_dir():
@@ -130,7 +127,7 @@ def with_chain(
     weights: int | None,
     whole: bool,
 ) -> planning.Plan:
-    """``plan`` with its chain. Raises BrokenChain where a link is missing, if it must be
+    """Return ``plan`` with its chain. Raises BrokenChain if a link is missing and the chain must be
     ``whole``.
     """
     links = chain.examine(
@@ -150,7 +147,7 @@ def with_chain(
 
 
 def checked_target(config: DumpConfig) -> Target:
-    """The target's config and tokenizer. Raises BrokenChain where they are not a language
+    """Read the target's config and tokenizer. Raises BrokenChain if they are not a language
     model's.
     """
     try:
@@ -160,8 +157,8 @@ def checked_target(config: DumpConfig) -> Target:
 
 
 def first_good(corpus: Corpus) -> Row | None:
-    """The first row that is not malformed, None for an empty corpus. Raises DataError, of the
-    first, where all are malformed.
+    """Return the first row that is not malformed; None for an empty corpus. Raises the first row's
+    DataError if all are malformed.
     """
     bad = None
     for row in corpus.rows():
@@ -175,7 +172,7 @@ def first_good(corpus: Corpus) -> Row | None:
 
 def prepare(config: DumpConfig, day: str | None = None) -> Job:
     """Read config, tokenizer and corpus; check them against one another; estimate the size.
-    ``day``: the date that a store which is gone on with has fixed for a template that writes one.
+    ``day``: the date that a resumed store has fixed for a template that writes one.
     """
     preset = find(config.model)
     target = checked_target(config)
@@ -273,7 +270,7 @@ def all_parts(part: int) -> bool:
 def part_reader(
     job: Job, note: Callable[[str], None], make: Making | None = None, source: int = 0
 ) -> PartReader:
-    """What reads source number ``source``."""
+    """Return the reader of source number ``source``."""
     return PartReader(
         job.sources[source],
         job.maker,
@@ -290,13 +287,13 @@ def part_reader(
 def sources_reader(
     job: Job, note: Callable[[str], None], make: Making | None = None
 ) -> SourcesReader:
-    """What reads all sources."""
+    """Return the reader of all sources."""
     return SourcesReader([part_reader(job, note, make, n) for n in range(len(job.sources))])
 
 
 def first_samples(job: Job) -> list[TokenSample]:
-    """The first samples of the corpus: what the self-check and the measured quality are taken from,
-    in every run of this store alike.
+    """Return the first samples of the corpus, which the self-check and the measured quality use,
+    the same in every run of this store.
     """
     samples: list[TokenSample] = []
     dropped: Counter[str] = Counter()
@@ -312,12 +309,12 @@ def first_samples(job: Job) -> list[TokenSample]:
         if tokens >= PROBE_TOKENS:
             break
     if not samples:
-        raise DataError(f"{job.corpus.id}: no row of {read:,} gave a sample: {dict(dropped)}.")
+        raise DataError(f"{job.corpus.id}: none of {read:,} rows gave a sample: {dict(dropped)}.")
     return probe_samples(samples)
 
 
 def tokenisers(job: Job) -> Tokenisers | None:
-    """Processes that turn rows into samples, where the corpus is long enough for them."""
+    """Start processes that turn rows into samples, if the corpus is long enough to need them."""
     short = job.plan.rows is not None and job.plan.rows < PROCESS_ROWS
     if not job.plan.workers or short or isinstance(job.maker, Prompts):
         return None

@@ -1,5 +1,5 @@
-"""The plan: everything a dump decides before it starts, shown before it starts, and checked against
-the disk.
+"""The plan: everything a dump decides before it starts; it is printed, and checked against the free
+disk space.
 
 With a preset, a plan needs neither network nor weights. Estimates come from the corpus itself: rows
 are counted, a spread of them is tokenised.
@@ -52,13 +52,13 @@ WEIGHTS_SHARE = 0.8  # of a GPU's memory
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Plan:
-    """What will be done. ``bytes_per_token``: expected on disk, were the last state stored at every
-    token; ``bytes``: with the share that is.
+    """What will be done. ``bytes_per_token``: expected on disk if the last state were stored for
+    every token; ``bytes``: with the share for which it is.
     """
 
     model: str
     preset: str | None
-    data: tuple[str, ...]  # a source each; none: not named yet, which only a dry run may leave open
+    data: tuple[str, ...]  # one per source; empty = not named yet, which only a dry run allows
     output: str
     engine: str
     device: str
@@ -71,11 +71,11 @@ class Plan:
     pack: str
     assistant_pattern: str | None
     bytes_per_token: int
-    free_bytes: int | None  # None: an object store, of which nobody knows
+    free_bytes: int | None  # None: unknown, as for an object store
     part_tokens: int
     workers: int
     engine_options: EngineOptions = NO_OPTIONS
-    engine_why: str | None = None  # this one, and not what auto would have taken
+    engine_why: str | None = None  # why this engine, and not the one that auto prefers
     confirmed: bool = True
     rows: int | None = None
     tokens: int | None = None
@@ -121,12 +121,12 @@ class Plan:
 
     @property
     def spool(self) -> str:
-        """Folder of the files between a vLLM worker and this dump."""
+        """Return the folder for files exchanged between a vLLM worker and this dump."""
         suffix = Shard.parse(self.shard).suffix(".spool") if self.shard else ".spool"
         return str(beside(where(self.output), suffix))
 
     def make_codec(self) -> Codec:
-        """The store's codec, not calibrated yet."""
+        """Make the store's codec, not yet calibrated."""
         from dspark.cache.codec import registry
 
         return registry.make(self.codec, self.pack)
@@ -144,7 +144,7 @@ class Plan:
         return out | {"seconds": self.seconds, "fits": self.fits}
 
     def lines(self) -> list[str]:
-        """For a person, before the run."""
+        """Return the lines to print before the run."""
         size = "unknown" if self.bytes is None else f"about {human(self.bytes)}"
         if self.tokens is None:
             size += f", {human(1e6 * self.bytes_per_token)} per million tokens"
@@ -164,7 +164,7 @@ class Plan:
             "i+1), and the last state after the final norm",
             *self._drafts(),
             f"data     {', '.join(self.data) or 'none named (--data)'}: rows {rows}, tokens "
-            f"{tokens}, at most {self.seq_length} a row",
+            f"{tokens}, at most {self.seq_length} per row",
             f"engine   {self.engine}, {self.dtype} on {self.device}"
             + (f" ({self.engine_why})" if self.engine_why else "")
             + self._gpus(),
@@ -178,10 +178,10 @@ class Plan:
             ),
             *self._calibration(),
             f"size     {size}{'' if self.measured is None else ', measured'}; {self._free()}"
-            + (f"; of it shard {self.shard}" if self.shard else ""),
+            + (f"; shard {self.shard} of it" if self.shard else ""),
             f"time     {self._time()}",
             *(
-                f"  {what}: {n:,} of {self.looked_at:,} rows looked at"
+                f"  {what}: {n:,} of {self.looked_at:,} sampled rows"
                 for what, n in [
                     *((f"dropped: {r}", n) for r, n in self.dropped.items()),
                     *self.notes.items(),
@@ -190,9 +190,7 @@ class Plan:
         ]
 
     def _drafts(self) -> list[str]:
-        """Which layers each type reads; how to say so to the training where it would take
-        others.
-        """
+        """Say which layers each type reads, and how to tell the training if its default differs."""
         groups: dict[str, list[str]] = {}
         for kind, layers in self.drafts.items():
             ids = ",".join(map(str, layers))
@@ -220,9 +218,9 @@ class Plan:
         return took + pace.words(answers)
 
     def _calibration(self) -> list[str]:
-        """What the codec learns from, where that is more than a few batches."""
+        """Say what the codec is calibrated on, if that is more than a few batches."""
         if self.calibration:
-            return [f"codec    calibrated by {self.calibration}"]
+            return [f"codec    calibrated from {self.calibration}"]
         if not self.calibration_bytes:
             return []
         return [
@@ -231,7 +229,7 @@ class Plan:
         ]
 
     def _gpus(self) -> str:
-        """How many GPUs the weights need, where their size is known."""
+        """Say how many GPUs the weights need, if their size is known."""
         if self.weights is None:
             return ""
         count = math.ceil(self.weights / (WEIGHTS_SHARE * GPU_BYTES))
@@ -244,7 +242,7 @@ class Plan:
 def resolve(
     config: DumpConfig, preset: Preset | None, shapes: Shapes, architectures: Sequence[str] = ()
 ) -> Plan:
-    """Settle every choice that does not need the corpus. ``architectures``: the target's, where its
+    """Make every choice that does not need the corpus. ``architectures``: the target's, if its
     config was read.
     """
     from dspark.cache.files.place import place_of
@@ -254,9 +252,7 @@ def resolve(
     engine, device, why = choose_engine(config.engine, config.device, architectures)
     only = config.engine_options.only_vllm(engine)
     if only:
-        raise UsageError(
-            f"{only[0]}: {why or f'the {engine} engine does not know it'}. Leave it out."
-        )
+        raise UsageError(f"{only[0]}: {why or f'the {engine} engine has no such option'}. Omit it.")
     bytes_per_token = disk_bytes(shapes, layers, config.make_codec())
     workers = default_workers(device) if config.workers is None else config.workers
     plan = Plan(
@@ -294,8 +290,8 @@ def resolve(
 def choose_layers(
     config: DumpConfig, preset: Preset | None, shapes: Shapes
 ) -> tuple[tuple[int, ...], dict[str, tuple[int, ...]]]:
-    """The layers of the store, and for each drafter type which of them it reads. Raises UsageError
-    where a type that is asked for cannot be trained on them.
+    """Choose the layers of the store and, per drafter type, which of them it reads. Raises
+    UsageError if a requested type cannot be trained on them.
     """
     count, kinds = shapes.num_layers, config.for_ or ()
     blocks = preset.layers if preset else None
@@ -317,7 +313,7 @@ def choose_layers(
 
 
 def data_of(plan: Plan) -> tuple[str, ...]:
-    """The corpora that ``plan`` names. Raises UsageError where it names none."""
+    """Open the corpora that ``plan`` names. Raises UsageError if it names none."""
     if not plan.data:
         raise UsageError(
             f"--data is needed: no preset names a corpus for {plan.model}. Give a JSONL file or "
@@ -327,25 +323,29 @@ def data_of(plan: Plan) -> tuple[str, ...]:
 
 
 def memory_bytes(plan: Plan) -> float:
-    """Bytes of coded states a token before compression, the last state at every token."""
+    """Return the bytes of coded states per token before compression, with the last state at every
+    token.
+    """
     from dspark.cache.files.layout import stored_bytes_per_token
 
     return stored_bytes_per_token(len(plan.layers), plan.shapes.hidden_size, plan.make_codec())
 
 
 def nearest_power(value: float, limits: tuple[int, int]) -> int:
-    """The power of two nearest to ``value``, within ``limits``."""
+    """Return the power of two nearest to ``value``, within ``limits``."""
     return int(min(max(2 ** round(math.log2(value)), limits[0]), limits[1]))
 
 
 def choose_length(config: DumpConfig, preset: Preset | None, shapes: Shapes, engine: str) -> int:
-    """Asked for, else the preset's, else DEFAULT_SEQ_LENGTH; within what the target takes."""
+    """Choose the sequence length: the requested one, else the preset's, else DEFAULT_SEQ_LENGTH; at
+    most what the target takes.
+    """
     behind = engine_kind(engine).lookahead
     room = None if shapes.max_positions is None else shapes.max_positions - behind
     if config.seq_length is not None:
         if room is not None and config.seq_length > room:
             raise UsageError(
-                f"--seq-length {config.seq_length}: the target takes {room} tokens at most with "
+                f"--seq-length {config.seq_length}: the target takes at most {room} tokens with "
                 f"the {engine} engine."
             )
         return config.seq_length
@@ -354,8 +354,8 @@ def choose_length(config: DumpConfig, preset: Preset | None, shapes: Shapes, eng
 
 
 def estimate(plan: Plan, corpus: Corpus, maker: SampleMaker | None, limit: int | None) -> Plan:
-    """Count the rows, tokenise a spread of them, and scale up by the bytes of their lines. Without
-    a tokenizer only the rows are known.
+    """Count the rows, tokenise some spread over the corpus, and scale up by the bytes of their
+    lines. Without a tokenizer, only the number of rows is known.
     """
     weights = corpus.weights()[:limit]
     rows = len(weights)
@@ -386,8 +386,8 @@ def estimate(plan: Plan, corpus: Corpus, maker: SampleMaker | None, limit: int |
 
 
 def with_answers(plan: Plan, max_tokens: int, count: int = 1) -> Plan:
-    """A plan whose tokens are prompts, with ``count`` answers to each of half the longest length;
-    all of an answer's last states are stored.
+    """Return a plan whose tokens are prompts, with ``count`` answers each, assumed to be half the
+    maximum length; all of an answer's last states are stored.
     """
     if plan.rows is None or plan.tokens is None:
         return plan
@@ -406,12 +406,10 @@ def settle_codec(
     supplied: Supplied | None = None,
     target: dict[str, Any] | None = None,
 ) -> Plan:
-    """``plan`` with the codec that its corpus allows, and what that learns from; with that of a
-    ``supplied`` calibration where no codec was asked for.
-
-    Raises UsageError where a codec was asked for that cannot be calibrated on the corpus,
-    MismatchError where ``supplied`` is of another codec, other layers or another ``target`` (its
-    config, None: not known yet).
+    """Return ``plan`` with the codec that its corpus allows and what it is calibrated on; with the
+    codec of a ``supplied`` calibration if none was requested. Raises UsageError if the requested
+    codec cannot be calibrated on the corpus, and MismatchError if ``supplied`` is for another
+    codec, other layers or another ``target`` (its config; None = not known yet).
     """
     from dspark.cache.codec import registry
     from dspark.cache.quality import budget_of, calibration_bytes
@@ -427,7 +425,7 @@ def settle_codec(
     codec = plan.make_codec()
     name, why = plan.codec, None
     if config.regenerate and codec.least_tokens(layers, hidden):
-        why = f"{name} learns from answers, which --regenerate has none of yet"
+        why = f"{name} is calibrated on answers, and with --regenerate there are none yet"
         if config.codec_asked:
             raise UsageError(
                 f"--codec {why}. Choose --codec {FALLBACK}, or dump to lossless and use "
@@ -448,8 +446,8 @@ def settle_codec(
 
 
 def with_codec(plan: Plan, name: str, why: str | None, own_parts: bool) -> Plan:
-    """``plan`` with codec ``name`` and its sizes. ``own_parts``: tokens per part are the plan's to
-    choose.
+    """Return ``plan`` with codec ``name`` and its sizes. ``own_parts``: the plan chooses the tokens
+    per part.
     """
     plan = dataclasses.replace(plan, codec=name, codec_why=why)
     codec = plan.make_codec()
@@ -465,7 +463,7 @@ def with_codec(plan: Plan, name: str, why: str | None, own_parts: bool) -> Plan:
 
 
 def blocks(plan: Plan, rows: int | None = None) -> Plan:
-    """``plan`` with the rows of a part: ``rows``, or as many as give about ``part_tokens``
+    """Return ``plan`` with the rows per part: ``rows``, or as many as hold about ``part_tokens``
     tokens.
     """
     if rows is None and plan.rows and plan.tokens:
@@ -474,8 +472,8 @@ def blocks(plan: Plan, rows: int | None = None) -> Plan:
 
 
 def sized(plan: Plan, size: RowBytes) -> Plan:
-    """``plan`` with the size that its first states have shown, which knows the text where the
-    formula does not.
+    """Return ``plan`` with the size measured on its first states, which depends on the text, unlike
+    the formula.
     """
     if plan.tokens is None or plan.last_rows is None:
         return plan
@@ -486,14 +484,16 @@ def sized(plan: Plan, size: RowBytes) -> Plan:
 def disk_bytes(
     shapes: Shapes, layers: tuple[int, ...], codec: Codec, last_share: float = 1.0
 ) -> float:
-    """Expected bytes of a token on disk; ``last_share`` = stored last states / tokens."""
+    """Return the expected bytes per token on disk; ``last_share`` = stored last states / tokens."""
     from dspark.cache.files.layout import disk_bytes_per_token
 
     return disk_bytes_per_token(len(layers), shapes.hidden_size, codec, last_share)
 
 
 def weight_bytes(shapes: Shapes) -> int:
-    """The target's embedding in 16 bits, which every store holds; an untied head doubles it."""
+    """Return the bytes of the target's 16-bit embedding, which every store holds; an untied head
+    doubles it.
+    """
     return 2 * shapes.vocab_size * shapes.hidden_size
 
 
@@ -506,8 +506,8 @@ def fixed_bytes(plan: Plan) -> int:
 
 
 def check_disk(plan: Plan, done_tokens: int, shard: Shard | None = None) -> None:
-    """Refuse a dump, or one ``shard`` of it, that is not expected to fit, ``done_tokens`` of it
-    being there.
+    """Refuse a dump, or one ``shard`` of it, that is not expected to fit; ``done_tokens`` of it are
+    already stored.
     """
     if plan.tokens is None or plan.bytes is None or plan.free_bytes is None:
         return
@@ -517,9 +517,9 @@ def check_disk(plan: Plan, done_tokens: int, shard: Shard | None = None) -> None
     if need > plan.free_bytes:
         raise StoreWriteError(
             f"{plan.output}: about {round(plan.tokens * left):,} tokens need about "
-            f"{human(need)}, and {human(plan.free_bytes)} are free. "
-            "Free space, choose another --output, or dump less: fewer bits (--aux-bits, "
-            "--last-bits), fewer --layers, a --limit on rows."
+            f"{human(need)}, and {human(plan.free_bytes)} are free. Free space, choose "
+            "another --output, or dump less: fewer bits (--aux-bits, --last-bits), fewer "
+            "--layers, or fewer rows (--limit)."
         )
 
 

@@ -1,5 +1,5 @@
-"""What a dump says while it runs: lines and a progress bar on stderr, the same lines in a log file
-beside the store.
+"""What a dump prints while it runs: lines and a progress bar on stderr, and the same lines in a log
+file beside the store.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from dspark.cache.files.atomic import write_errors
 from dspark.cache.shared.command import printable
 
 log = logging.getLogger("dspark.dump")
-QUIET_SECONDS = 30.0  # without a terminal, a line this often
+QUIET_SECONDS = 30.0  # without a terminal, print a line this often
 
 
 class Bar:
@@ -43,12 +43,12 @@ class Bar:
         return self._tokens / max(time.monotonic() - self._began, 1e-9)
 
     def tokens(self, n: int) -> None:
-        """``n`` more tokens have been captured."""
+        """Count ``n`` more captured tokens."""
         self._tokens += n
         self._bar.update(self._task, rate=f"{self._tokens:,} tokens, {self.rate:,.0f}/s")
 
     def _left(self, row_stop: int) -> str:
-        """How long the rows behind ``row_stop`` will take at the speed so far."""
+        """Say how long the rows after ``row_stop`` will take at the speed so far."""
         if self._first is None:
             self._first = (
                 # a resumed dump begins in the middle; the first part of a run is not counted
@@ -63,7 +63,7 @@ class Bar:
         return f", {datetime.timedelta(seconds=round(max(seconds, 0)))} left"
 
     def part(self, index: int, row_stop: int) -> None:
-        """Part ``index``, up to row ``row_stop``, is with the writer."""
+        """Report that part ``index``, up to row ``row_stop``, is with the writer."""
         self._bar.update(self._task, completed=row_stop)
         line = (
             f"part {index}: up to row {row_stop:,}; {self._tokens:,} tokens, {self.rate:,.0f} "
@@ -77,7 +77,7 @@ class Bar:
 
 
 class Display:
-    """Lines for a person on stderr, and in the log."""
+    """Prints lines on stderr and in the log."""
 
     def __init__(self, console: Console | None = None) -> None:
         self.console = console or Console(stderr=True, highlight=False, soft_wrap=True)
@@ -89,7 +89,7 @@ class Display:
 
     @contextmanager
     def progress(self, rows: int | None) -> Iterator[Bar]:
-        """A bar over ``rows`` rows (None: unknown)."""
+        """Show a bar over ``rows`` rows (None = unknown)."""
         columns = (
             TextColumn("rows"),
             BarColumn(),

@@ -1,9 +1,10 @@
 """The dump, start to end: plan -> samples -> states -> codes -> parts on disk.
 
 Rows are read and tokenised ahead (``ahead.py``, ``tokenise.py``), the engine runs in this thread,
-and what it captures is coded and written behind it (``pipeline.py``). A part is on disk whole or
-not at all, so whatever stops a dump (Ctrl-C, a full disk, kill -9) loses only what was not
-committed yet (the few parts in memory), and ``--resume`` writes the same store as an unbroken run.
+and what it captures is coded and written in the background (``pipeline.py``). A part is on disk
+completely or not at all, so whatever stops a dump (Ctrl-C, a full disk, kill -9) loses only what
+was not yet committed (the few parts in memory), and ``--resume`` writes the same store as an
+unbroken run.
 """
 
 from __future__ import annotations
@@ -69,7 +70,7 @@ STOPPING = "discarding unfinished parts, committing finished ones"
 log = logging.getLogger("dspark.dump")
 
 
-TURN = 3600.0  # seconds that a shard waits for another one to make or end their store
+TURN = 3600.0  # seconds that a shard waits for another one to create or finish their store
 
 
 def dump(
@@ -77,12 +78,12 @@ def dump(
     show: Display,
     engine_for: Callable[[planning.Plan, int | None], Engine] = load_engine,
 ) -> dict[str, Any]:
-    """Run the whole dump; returns the report that ``--json`` prints. Raises LockedError where
-    another process writes the store.
+    """Run the whole dump; returns the report that ``--json`` prints. Raises LockedError if another
+    process is writing the store.
     """
     safe = parts_of(config.output, resume=config.resume)
-    # A shard holds the store's own lock only while it makes or ends the store.
-    # The next try of one that was killed elsewhere waits until its lock shows no sign of life.
+    # A shard holds the store's own lock only while it creates or finishes the store. The next
+    # attempt of a shard that was killed elsewhere waits until its lock shows no sign of life.
     wait = OLD + 60 if config.shard and config.break_lock else 0.0
     own = owned(config.lock, "dspark-dump", break_lock=config.break_lock, wait=wait)
     with stoppable(STOPPING, safe), own as lock:
@@ -115,7 +116,8 @@ def _dump(
         if stored.complete and len(stored.sources) == len(job.manifest.sources):
             if mended(config.output):
                 show.say(
-                    f"{config.output / 'index'} was missing or damaged: made again from the parts"
+                    f"{config.output / 'index'} was missing or damaged; it was rebuilt "
+                    "from the parts"
                 )
             # Stopped between the end of the store and theirs.
             if config.regenerate and answers.folder.exists():
@@ -135,7 +137,7 @@ def _dump(
         done = sum(r.tokens for i, r in writer.committed.items() if own(i)) if writer else 0
         if writer:
             show.say(
-                f"resuming: {len(writer.committed)} parts with {done:,} tokens are already there"
+                f"resuming: {len(writer.committed)} parts with {done:,} tokens are already stored"
             )
             if config.regenerate:
                 answers.check(writer.committed)
@@ -160,12 +162,12 @@ def _dump(
 
 
 def local(output: Where) -> Path:
-    """Where answers of a store go, which only a local one has."""
+    """Return where a store's answers go; only a local store has them."""
     return beside(output, "")
 
 
 def mended(store: Where) -> bool:
-    """Make the index of a complete store again if it cannot be used; whether that was done."""
+    """Rebuild the index of a complete store if it cannot be used; returns whether that was done."""
     try:
         _ = Cache(store, read_manifest(store)).index
     except DamagedCacheError:
@@ -175,8 +177,8 @@ def mended(store: Where) -> bool:
 
 
 def continued(job: Job, stored: Manifest) -> Job:
-    """``job`` with what a store that is gone on with has settled: the rows of a part, which are
-    estimated from a corpus that may have changed since.
+    """Return ``job`` with what a resumed store has fixed: the rows per part, which were estimated
+    from a corpus that may have changed since.
     """
     rows = stored.dump.block_rows
     plan = dataclasses.replace(job.plan, block_rows=rows)
@@ -187,7 +189,7 @@ def continued(job: Job, stored: Manifest) -> Job:
         and name in (NAMED["default"], FALLBACK)
         and name != plan.codec
     ):
-        plan = planning.with_codec(plan, name, "as the store was begun", own_parts=False)
+        plan = planning.with_codec(plan, name, "as the store was started", own_parts=False)
     manifest = dataclasses.replace(
         job.manifest,
         dump=dataclasses.replace(job.manifest.dump, block_rows=rows),
@@ -230,7 +232,7 @@ def run_engine(
         writer = begun(job, engine, probe, raw, show, guard)
     else:
         if restored := writer.restore_target(compact(frozen), job.target.files):
-            show.say(f"written again in {config.output / 'target'}: {', '.join(restored)}")
+            show.say(f"restored in {config.output / 'target'}: {', '.join(restored)}")
         check_coded(engine, probe, raw, writer.codec, job.plan.layers)
         writer.append(job.manifest.sources)
     writer.guard = guard
@@ -320,14 +322,14 @@ def created(
 def probe_states(
     engine: Engine, samples: Sequence[TokenSample], states: Sequence[States], codec: Codec
 ) -> Probe:
-    """The self-check's ``samples`` and their ``states``, for ``codec``."""
+    """Return the self-check's ``samples`` and their ``states``, for ``codec``."""
     known = [Known(t, *s) for t, s in zip(samples, states, strict=True)]
     return probe_of(known, codec, engine.frozen)
 
 
 def calibration(job: Job, engine: Engine, probe: Probe, codec: Codec, show: Display) -> Calibration:
-    """Codec and size of a new store from states from all over the corpus; from those of the
-    self-check, ``probe``, where the codec learns nothing (more).
+    """Return codec and size of a new store, from states from all over the corpus, or from those of
+    the self-check (``probe``) if the codec has nothing (more) to learn.
     """
     assert job.plan.rows is not None
     assert job.plan.tokens is not None
@@ -355,15 +357,15 @@ def calibration(job: Job, engine: Engine, probe: Probe, codec: Codec, show: Disp
 
 
 def finished(writer: StoreWriter, job: Job, quality: dict[str, Any]) -> Manifest:
-    """End the store; its source is recorded as it is now."""
+    """Finish the store; its source is recorded as it is now."""
     writer.manifest = dataclasses.replace(writer.manifest, sources=job.manifest.sources)
     return writer.finish(quality=quality)
 
 
 @dataclass(slots=True)
 class Written:
-    """What a run added: tokens, the seconds from the first row to the last part on disk, and where
-    they went (stages overlap).
+    """What a run added: tokens, seconds from the first row to the last part on disk, and how they
+    were spent (stages overlap).
     """
 
     tokens: int = 0
@@ -373,11 +375,11 @@ class Written:
 
 @contextmanager
 def settled(pipeline: Pipeline) -> Iterator[None]:
-    """Ctrl-C inside commits the parts that are whole, and is raised on."""
+    """On Ctrl-C, commit the complete parts and raise again."""
     try:
         yield
     except KeyboardInterrupt:
-        # Of states on their way, which an engine that was interrupted too need not send.
+        # Of states in flight, which an interrupted engine may never send.
         with suppress(EngineError):
             pipeline.settle()
         raise
@@ -436,7 +438,7 @@ def regenerate_parts(
     show: Display,
     write: WorkerPool | None,
 ) -> tuple[Manifest, Written]:
-    """``write_parts`` and the end of the store where the target answers."""
+    """Write the parts and finish the store when the target answers."""
     out, began = Written(), time.monotonic()
     answers = AnswerFiles(local(job.config.output))
     if not writer.committed:
@@ -471,7 +473,7 @@ def regenerate_parts(
     reader.check_dropped(at_end=True)
     for note, n in reader.notes.items():
         show.say(f"  {note}: {n:,}")
-    # In this order: whatever stops us between two of them, --resume does the rest.
+    # In this order, so that --resume can do the rest whatever stops us between two of them.
     answers.join(writer.committed)
     manifest = finished(writer, job, quality)
     answers.clear()
@@ -480,7 +482,7 @@ def regenerate_parts(
 
 
 def report(output: Where, manifest: Manifest, seconds: float, written: Written) -> dict[str, Any]:
-    """What the command says at the end."""
+    """Return what the command prints at the end."""
     counts = manifest.counts if manifest.complete else totals(list(scan_parts(output).values()))
     return {
         "output": str(output),
@@ -500,20 +502,20 @@ def report(output: Where, manifest: Manifest, seconds: float, written: Written) 
 
 
 def per_source(output: Where, manifest: Manifest) -> list[dict[str, Any]]:
-    """Counts of each source, where there are several."""
+    """Return the counts of each source, if there are several."""
     return (
         by_source(list(scan_parts(output).values()), manifest) if len(manifest.sources) > 1 else []
     )
 
 
 def summary(out: dict[str, Any]) -> list[str]:
-    """The report for a person: what is there, what was cut, what was dropped and why."""
+    """Format the report: what is stored, what was cut, what was dropped and why."""
     rate = (
         f", {out['new_tokens'] / max(out['capture_seconds'], 0.01):,.0f} per second"
         if out["new_tokens"]
         else ""
     )
-    left = "" if out["complete"] else "; NOT COMPLETE: other shards have yet to write theirs"
+    left = "" if out["complete"] else "; NOT COMPLETE: other shards have still to write their parts"
     return [
         f"{out['output']}: {out['samples']:,} samples, {out['tokens']:,} tokens "
         f"({out['supervised_tokens']:,} supervised{rate}) in "
@@ -522,7 +524,7 @@ def summary(out: dict[str, Any]) -> list[str]:
         *(f"  dropped: {reason}: {n:,}" for reason, n in out["dropped"].items()),
         *(
             f"  source {s['number']}: {s['id']}: {s['samples']:,} samples, {s['tokens']:,} "
-            f"tokens of {s['rows']:,} rows"
+            f"tokens from {s['rows']:,} rows"
             for s in out["per_source"]
         ),
         f"codec    {out['codec']}" + (f" ({out['codec_why']})" if out.get("codec_why") else ""),

@@ -1,4 +1,4 @@
-"""``--shard I/N``: which of the parts of a store one of several dumps makes."""
+"""``--shard I/N``: which parts of a store one of several dumps makes."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ class Shard:
 
     def takes(self, part: int) -> bool:
         """Tell whether part number ``part`` is made by this dump."""
-        # numpy comes with it, and --help does without
+        # it imports numpy, which --help does not need
         from dspark.cache.files.layout import SOURCE_STRIDE
 
         source, block = divmod(part, SOURCE_STRIDE)
         return (source + block) % self.count == self.index
 
     def suffix(self, name: str) -> str:
-        """``name`` of a file beside a store that others write too, as this dump calls its own:
-        ``.log`` -> ``.shard-1-of-4.log``.
+        """Return this dump's own ``name`` for a file beside a store that others write too: ``.log``
+        -> ``.shard-1-of-4.log``.
         """
         return f".shard-{self.index}-of-{self.count}{name}"

@@ -23,15 +23,15 @@ T = TypeVar("T")
 
 
 def default_workers(device: str) -> int:
-    """Worker processes to a stage: with a GPU a quarter of the cores, at most 8; none on a CPU,
-    which the target needs itself.
+    """Return the worker processes per stage: with a GPU a quarter of the cores, at most 8; none on
+    a CPU, where the target needs the cores.
     """
     return max(1, min(8, (os.cpu_count() or 1) // 4)) if device == "cuda" else 0
 
 
 class _Process(multiprocessing.context.SpawnProcess):
-    """A process that leaves SIGTERM to its parent (``_begin``), so that the executor, which ends
-    the others when one is killed, must be firmer.
+    """A process that leaves SIGTERM to its parent (``_begin``); so the executor, which ends the
+    others when one is killed, must use SIGKILL.
     """
 
     def terminate(self) -> None:
@@ -43,12 +43,10 @@ class _Spawn(multiprocessing.context.SpawnContext):
 
 
 class WorkerPool(ProcessPoolExecutor):
-    """Fresh processes (CUDA does not survive a fork) that leave Ctrl-C to us and end when we do,
-    however we end; all are started at once.
-
-    ``task``: what they do, for messages. ``start(*arguments)`` runs in each of them first. If one
-    is killed, the others end too, and every task that is not done is an ``EngineError``, as is
-    every later one.
+    """Fresh processes (CUDA does not survive a fork) that leave Ctrl-C to the parent and end with
+    it, however it ends; all start at once. ``task``: what they do, for messages.
+    ``start(*arguments)`` runs first in each of them. If one is killed, the others end too, and
+    every unfinished or later task raises ``EngineError``.
     """
 
     def __init__(
@@ -60,13 +58,14 @@ class WorkerPool(ProcessPoolExecutor):
     ) -> None:
         context = _Spawn()
         self.processes, self.task = processes, task
-        # By file: what goes along with a process is a pipe that the child reads once it has
-        # imported what is in it, and the next child waits for that (with a tokenizer, seconds
-        # each).
+        # Passed by file: arguments of a process go through a pipe that the child reads only after
+        # importing what they need, and the next child waits for that (seconds each, with a
+        # tokenizer).
         with tempfile.NamedTemporaryFile(prefix="dspark-", suffix=".pickle", delete=False) as given:
             pickle.dump((start, arguments), given)
         self._given = Path(given.name)
-        # The executor starts a process only if none is idle: nobody is until all are there.
+        # The executor starts a process only if none is idle, and none is idle until all have
+        # started.
         meet = context.Barrier(processes)
         initargs = (meet, str(self._given))
         super().__init__(processes, mp_context=context, initializer=_begin, initargs=initargs)
@@ -97,23 +96,22 @@ class WorkerPool(ProcessPoolExecutor):
 
     def _killed(self) -> EngineError:
         return EngineError(
-            f"a process that {self.task} ended before its work was done (one of "
-            f"{self.processes}, see --workers): it crashed, or the kernel killed it "
-            "because memory ran out (see dmesg). Finished parts are kept. Rerun the same command "
-            "with --resume, with more "
-            f"memory or fewer --workers than {self.processes} (0: no such processes)."
+            f"a process that {self.task} ended early (one of {self.processes}, see "
+            "--workers): it crashed, or the kernel killed it because memory ran out (see "
+            "dmesg). Finished parts are kept. Rerun the same command with --resume, with "
+            f"more memory or fewer --workers than {self.processes} (0 = none)."
         )
 
     def wait_until_started(self) -> None:
-        """Until all of them can work: starting takes seconds, in which they have the cores, and a
-        rate is not to be judged by them.
+        """Wait until all of them are ready: starting takes seconds of all cores, which must not
+        count in a rate.
         """
         for task in self._first:
             task.result()
         self._given.unlink(missing_ok=True)
 
     def close(self) -> None:
-        """Give up what waits."""
+        """Discard waiting tasks."""
         self._given.unlink(missing_ok=True)
         self.shutdown(wait=False, cancel_futures=True)
 
@@ -131,7 +129,7 @@ def _begin(meet: Barrier, given: str) -> None:
     try:
         start, arguments = pickle.loads(Path(given).read_bytes())
     except FileNotFoundError:
-        os._exit(0)  # closed before we were up
+        os._exit(0)  # closed before startup finished
     if start is not None:
         start(*arguments)
     if meet.wait() == 0:

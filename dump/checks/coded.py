@@ -1,14 +1,11 @@
-"""Before anything is written: does the way that the dump takes give the states that the self-check
-saw?
+"""Check, before anything is written, that the path the dump uses returns the states that the
+self-check saw. ``states.py`` checks states that an engine returns one sample at a time. A dump uses
+another path: whole batches, which a vLLM worker gathers and codes itself. So the same samples take
+that path once, with the store's own codec; no other check would notice a wrong column or row. This
+also compiles what an engine compiles at its first coded batch (8 s for vLLM's worker on an H100).
 
-``selfcheck.py`` looks at states that an engine hands out one sample at a time. A dump takes another
-way: whole batches, which a vLLM worker gathers and codes by itself. So the same samples go that way
-once, with the store's own codecs; a wrong column or row would be seen nowhere else. What compiles
-at an engine's first coded batch (8 s for vLLM's worker on an H100) has been compiled when the dump
-begins.
-
-With ``--regenerate`` states come from the run that answers (``Engine.answer``): the same gathering
-and coding, another choice of rows, which is not checked here.
+With ``--regenerate``, states come from the run that answers (``Engine.answer``): the gathering and
+coding are the same, but the choice of rows differs and is not checked here.
 """
 
 from __future__ import annotations
@@ -29,9 +26,9 @@ if TYPE_CHECKING:
     from dspark.dump.engines.engine import Captured, Engine
 
 # Median over a sample's tokens, of the difference over the size of a token's state in one layer.
-# Batches of other shapes round otherwise, a percent or two, of which coarse cells make up to a
-# quarter; another layer's or token's states are 1 and more. Not a norm over the sample: one massive
-# token would hide all others.
+# Batches of other shapes round differently, by a percent or two, which coarse cells raise to up to
+# a quarter; another layer's or token's states differ by 1 or more. Not a norm over the sample: one
+# massive token would hide all others.
 TOLERANCE = 0.5
 
 
@@ -42,10 +39,9 @@ def check_coded(
     codec: Codec,
     layers: Sequence[int],
 ) -> None:
-    """What ``engine.stream`` gives for ``samples`` must be their ``states``, coded; raises
-    EngineError with the sample and the layer.
-
-    Compared are decoded states, token by token, for each of ``layers`` and for the last state.
+    """Check that ``engine.stream`` returns the coded ``states`` of ``samples``; raises EngineError
+    with the sample and the layer. Decoded states are compared token by token, for each of
+    ``layers`` and for the last state.
     """
     import torch
 
@@ -61,7 +57,7 @@ def check_coded(
         for captured in engine.stream(iter([list(samples)]), codec):
             for i, streamed in _by_sample(captured, states, codec, known):
                 if i not in missing:
-                    raise _failed(engine, f"its stream gave the states of sample {i} twice")
+                    raise _failed(engine, f"its stream returned the states of sample {i} twice")
                 missing.remove(i)
                 want = as_stored(codec, states[i], known([i], states[i].aux.device))
                 off = [_off(streamed.aux[:, k], want.aux[:, k]) for k in range(len(layers))]
@@ -76,7 +72,7 @@ def check_coded(
                             f"most {TOLERANCE}",
                         )
     if missing:
-        raise _failed(engine, f"its stream gave no states of samples {sorted(missing)}")
+        raise _failed(engine, f"its stream returned no states for samples {sorted(missing)}")
 
 
 def _by_sample(
@@ -85,7 +81,7 @@ def _by_sample(
     codec: Codec,
     known: Callable[[Sequence[int], torch.device], Tokens | None],
 ) -> Iterator[tuple[int, States]]:
-    """Samples of a batch with their states as a store would give them back."""
+    """Yield the samples of a batch with their states as a store would return them."""
     import torch
 
     given = captured.states() if callable(captured.states) else captured.states
@@ -102,8 +98,8 @@ def _by_sample(
         sizes = {"aux": len(given.aux), "last_": len(given.last)}
     if any(n != counts[axis_of(name)] for name, n in sizes.items()):
         raise EngineError(
-            f"self-check failed: the engine's stream gave {sizes} rows for samples {members}, "
-            f"expected {counts}. {NOTHING_WRITTEN}"
+            f"self-check failed: the engine's stream returned {sizes} rows for samples "
+            f"{members}, expected {counts}. {NOTHING_WRITTEN}"
         )
     if isinstance(given, CodedStates):
         coded = {n: torch.from_numpy(a) for n, a in given.arrays.items()}
@@ -115,20 +111,20 @@ def _by_sample(
 
 
 def as_stored(codec: Codec, states: States, tokens: Tokens | None = None) -> States:
-    """``states`` as a store with ``codec`` gives them back."""
+    """Return ``states`` as a store with ``codec`` would return them."""
     hidden = states.aux.shape[-1]
     return States(*codec.decode(codec.encode(*states, tokens), hidden, tokens))
 
 
 def by_state(found: torch.Tensor, want: torch.Tensor) -> torch.Tensor:
-    """Of states [..., H]: size of each one's difference over its own, float32 [...]."""
+    """Relative size of each state's difference, for states [..., H]: float32 [...]."""
     found, want = found.float(), want.float().to(found.device)
     out: torch.Tensor = (found - want).norm(dim=-1) / want.norm(dim=-1).clamp(min=1e-6)
     return out
 
 
 def _off(found: torch.Tensor, want: torch.Tensor) -> float:
-    """Of states [T, H]; 0 where there are none."""
+    """Median relative difference of states [T, H]; 0 if there are none."""
     return float(by_state(found, want).quantile(0.5)) if len(want) else 0.0
 
 

@@ -1,11 +1,11 @@
-"""Are the captured layers in the order, and at the positions, that they claim? Told from the states
-alone.
+"""Check from the states alone that the captured layers are in the order, and at the positions, that
+they claim.
 
-A residual stream changes little by little: of any three layers, neighbours are the most alike, and
-a state is more like the last state of its own position than of the next one. With channels brought
-to mean 0 and deviation 1 over the tokens (so that massive channels do not decide), the correlation
-on SmolLM2-135M is 0.78 to 0.93 between one layer and the next, 0.42 to 0.46 between the five layers
-of a dump, falling with every layer further apart, and with the last state of the same position 0.07
+A residual stream changes little by little: of any three layers, neighbours are the most similar,
+and a state is more similar to the last state of its own position than to that of the next one. With
+channels brought to mean 0 and deviation 1 over the tokens (so that massive channels do not decide),
+the correlation on SmolLM2-135M is 0.78 to 0.93 between one layer and the next, 0.42 to 0.46 between
+the five layers of a dump, falling with distance, and with the last state of the same position 0.07
 (layer 0) to 0.98 against 0.01 to 0.32 one position off.
 
 Legend: N tokens, L aux layers, H hidden size.
@@ -22,15 +22,15 @@ if TYPE_CHECKING:
 
     from dspark.dump.engines.engine import States
 
-LEAST_TOKENS = 32  # fewer say nothing
-MARGIN = 0.03  # of correlation; what two orders may differ by without a finding
+LEAST_TOKENS = 32  # fewer are not conclusive
+MARGIN = 0.03  # of correlation; how much two orders may differ without a finding
 
 
 def findings(
     states: Sequence[States], stored: Sequence[Sequence[int]], layers: Sequence[int]
 ) -> list[str]:
-    """What is wrong with the aux layers of the samples ``states``; ``stored[i]``: positions of the
-    rows of ``states[i].last``.
+    """Return what is wrong with the aux layers of the samples ``states``; ``stored[i]``: positions
+    of the rows of ``states[i].last``.
     """
     import torch
 
@@ -49,14 +49,14 @@ def findings(
 
 
 def whitened(x: torch.Tensor) -> torch.Tensor:
-    """``x[N, H]`` with mean 0 and deviation 1 a channel."""
+    """Return ``x[N, H]`` with mean 0 and deviation 1 per channel."""
     x = x - x.mean(0)
     return x / x.square().mean(0).sqrt().clamp(min=1e-6)
 
 
 def _order(alike: list[list[float]], layers: Sequence[int]) -> list[str]:
-    """``alike``: correlations of the aux layers and, behind them, the last state. The right order
-    has the most alike neighbours.
+    """Check the order. ``alike``: correlations of the aux layers, followed by the last state. In
+    the right order, neighbours are the most similar.
     """
 
     def along(order: list[int]) -> float:
@@ -91,7 +91,7 @@ def _shift(streams: Sequence[torch.Tensor], layers: Sequence[int]) -> list[str]:
         for what, a, b in (("later", x[:-1], last[1:]), ("earlier", x[1:], last[:-1])):
             if float((a * b).mean()) > here + MARGIN:
                 out.append(
-                    f"the positions of layer {layer} are shifted by one: its states belong to "
-                    f"the position {what} than theirs"
+                    f"the positions of layer {layer} are shifted by one: its states "
+                    f"belong one position {what}"
                 )
     return out

@@ -1,16 +1,15 @@
-"""Before anything is written: do the states say what the target says?
+"""Check, before anything is written, that the states agree with the target. On a few samples,
+``lm_head(last[p])`` is compared with the engine's own prediction after position p: the greedy
+token, and its log-probability (a missing norm can keep the order of the logits and still change
+every probability). Below ``THRESHOLD`` the dump stops, and the message names the known fault whose
+correction makes the states agree.
 
-On a few samples, ``lm_head(last[p])`` is compared with the engine's own prediction after position
-p: the greedy token, and its log-probability (a forgotten norm can keep the order of the logits and
-still change every probability). Below ``THRESHOLD`` the dump stops, and the message says which
-known fault, undone, would explain it.
+The other layers are compared with one another (``likeness.py``) to find a wrong order or position.
+Neither sees a rank's partial sum in a layer in between, so the vLLM engine compares its ranks
+(``spool.py``).
 
-The other layers are compared with one another (``likeness.py``): another order, another position.
-What neither sees, a rank's partial sum in a layer in between, the vLLM engine compares between its
-ranks (``spool.py``).
-
-Near ties: where the engine's token is not ours but our logits of the two differ by less than the
-dtype can tell apart, they agree.
+Near ties count as agreement: the engine's token is not ours, but our logits for the two differ by
+less than the dtype can resolve.
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ TOLERANCE = {"float32": 0.02, "bfloat16": 0.5, "float16": 0.1}
 NOTHING_WRITTEN = (
     "Nothing was written. Try --engine transformers, or another version of the engine."
 )
-ROWS = 256  # positions to a chunk: [ROWS, V] float32 is what is live
+ROWS = 256  # positions per chunk, which bounds memory to [ROWS, V] float32
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,8 +51,8 @@ class HeadOf:
 
 @dataclass(frozen=True, slots=True)
 class Agreement:
-    """Over ``positions``: share where token and value agree, share of equal tokens (near ties
-    included), largest and mean difference of log-probabilities.
+    """Agreement over ``positions``: share where token and value agree, share of equal tokens
+    (including near ties), largest and mean difference of log-probabilities.
     """
 
     positions: int
@@ -65,8 +64,8 @@ class Agreement:
 
 
 def probe_samples(samples: Sequence[TokenSample]) -> list[TokenSample]:
-    """The first samples, cut so that the check stays cheap: at most PROBE_SAMPLES, PROBE_TOKENS in
-    all (the first is taken whole).
+    """Return the first samples, cut so that the check stays cheap: at most PROBE_SAMPLES,
+    PROBE_TOKENS in all (the first is taken whole).
     """
     out: list[TokenSample] = []
     for sample in samples[:PROBE_SAMPLES]:
@@ -142,9 +141,9 @@ def agreement(
             diffs += diff.tolist()
             for row in (~ok).nonzero()[:, 0].tolist()[: 3 - len(examples)]:
                 examples.append(
-                    f"sample {i} position {rows[row]}: states say token "
-                    f"{int(best.indices[row])}, the engine says {int(theirs[row])} "
-                    f"with log-probability {float(value[row]):.3f} (from the states "
+                    f"sample {i} position {rows[row]}: the states predict token "
+                    f"{int(best.indices[row])}, the engine says {int(theirs[row])} with "
+                    f"log-probability {float(value[row]):.3f} (from the states "
                     f"{float(ours[row]):.3f})"
                 )
     if total == 0:
@@ -164,7 +163,7 @@ def _causes(
     target: HeadOf,
     dtype: str,
 ) -> list[str]:
-    """Undo each known fault; the ones that make the states agree are what happened."""
+    """Undo each known fault; those that make the states agree are the likely causes."""
     import torch
 
     out = []
@@ -177,7 +176,7 @@ def _causes(
             for x in lasts
         ]
         if agreement(normed, positions, predictions, target, dtype).top1 >= THRESHOLD:
-            out.append("the final norm was forgotten: with it applied, the states agree")
+            out.append("the final norm was not applied: with it, the states agree")
             break
     for shift, what in ((1, "later"), (-1, "earlier")):
         moved = [[p + shift for p in where] for where in positions]
@@ -191,18 +190,15 @@ def _causes(
         ]
         where = [[w[k] for k in ks] for w, ks in zip(moved, kept, strict=True)]
         if any(where) and agreement(rows, where, predictions, target, dtype).top1 >= THRESHOLD:
-            out.append(
-                f"the positions are shifted by one: the states belong to the position {what} "
-                "than theirs"
-            )
+            out.append(f"the positions are shifted by one: the states belong one position {what}")
     return out
 
 
 def _message(engine: str, found: Agreement, causes: Sequence[str]) -> str:
     likely = causes or [
-        "no single known fault explains it: another layer than the last was captured, the states "
-        "are one tensor-parallel rank's partial sum, the "
-        "weights differ, or the target changes its logits in a way that its config does not state"
+        "no single known fault explains it: a layer other than the last was captured, "
+        "the states are one tensor-parallel rank's partial sum, the weights differ, or "
+        "the target changes its logits in a way that its config does not declare"
     ]
     lines = [
         f"self-check of the {engine} engine failed: states and engine agree at {found.agree:.1%} "

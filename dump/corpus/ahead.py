@@ -15,8 +15,8 @@ T = TypeVar("T")
 
 @contextmanager
 def ahead(items: Iterator[T], count: int) -> Iterator[Iterator[T]]:
-    """``items``, up to ``count`` of them made before they are asked for. An error of theirs is
-    raised at its place.
+    """Yield ``items``, up to ``count`` of them produced ahead of the consumer. An error is raised
+    at its place in the order.
     """
     made: queue.Queue[T | None] = queue.Queue(count)
     stop = threading.Event()

@@ -1,4 +1,4 @@
-"""A text's tokens, and where in them a character is, without looking at every token's place."""
+"""A text's tokens, and which token holds a character, without computing every token's position."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ MARGIN = 64  # tokens in front of a cut that it may have changed
 
 
 class Coded:
-    """``ids`` int32[S] of a text, at most ``most`` of them; ``start``: the text's place in a longer
-    one.
+    """Token ``ids`` int32[S] of a text, at most ``most`` of them. ``start``: the text's position in
+    a longer one.
     """
 
     def __init__(self, encoding: Any, length: int, most: int, start: int = 0) -> None:
@@ -31,8 +31,8 @@ class Coded:
         return np.asarray(own, dtype=np.int64).reshape(-1, 2) + self._start
 
     def edges(self, places: Sequence[int]) -> list[int | None]:
-        """For each character its first token, the number of tokens where it lies behind all of
-        them, None where a token lies across it.
+        """Return, per character, the first token that starts there: the number of tokens if it
+        comes after all of them, None if a token spans it.
         """
         if len(places) > FEW:
             return self._edges(places)
@@ -40,7 +40,7 @@ class Coded:
         return self._edges(places) if -1 in found else found
 
     def _edge(self, at: int) -> int | None:
-        """As ``edges``; -1: not to be had from the encoding (a character that is in no token)."""
+        """As ``edges``; -1 = not available from the encoding (a character that is in no token)."""
         if at >= self._length:
             return len(self.ids)
         token: int | None = self._encoding.char_to_token(at)
@@ -51,7 +51,7 @@ class Coded:
         return min(token, len(self.ids))
 
     def _edges(self, places: Sequence[int]) -> list[int | None]:
-        """The reference: by the places of all tokens."""
+        """Reference for ``edges``: from the positions of all tokens."""
         starts, stops = self.offsets[:, 0], self.offsets[:, 1]
         reach = np.maximum.accumulate(stops) if len(stops) else stops
         out: list[int | None] = []
@@ -67,7 +67,9 @@ class Coded:
 
 
 def encode(tokenizer: Any, text: str, most: int) -> Coded:
-    """``text`` as at most ``most`` tokens; of a long text only what they need is looked at."""
+    """Encode ``text`` as at most ``most`` tokens; of a long text, only as much as they need is
+    tokenised.
+    """
     size = most * CHARS
     while True:
         head = text[:size]
@@ -78,7 +80,7 @@ def encode(tokenizer: Any, text: str, most: int) -> Coded:
 
 
 def backend(tokenizer: Any) -> Any:
-    """The tokenizer below transformers', set as that sets it for a call."""
+    """Return the tokenizer underneath transformers', configured as transformers does for a call."""
     inner = tokenizer.backend_tokenizer
     if inner.truncation is not None:
         inner.no_truncation()
@@ -89,8 +91,8 @@ def backend(tokenizer: Any) -> Any:
 
 
 def inside(offsets: Any, start: int, stop: int) -> Bool:
-    """Which tokens lie wholly in characters ``[start, stop)``. ``offsets`` int[S, 2]. A whitespace
-    token whose span the tokenizer trimmed to nothing counts by its end.
+    """Tell which tokens lie wholly within characters ``[start, stop)``. ``offsets`` int[S, 2]. A
+    whitespace token whose span the tokenizer trimmed to nothing counts by its end.
     """
     out: Bool = (offsets[:, 0] >= start) & (offsets[:, 1] > start) & (offsets[:, 1] <= stop)
     return out

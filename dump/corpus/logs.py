@@ -1,9 +1,9 @@
-"""Logs of gateways and of OpenAI's batches as rows of one chat: what was asked with what was
-answered as its last message.
+"""Read logs of gateways and of OpenAI's batches as chats: the request, with the response as its
+last message.
 
 ``request`` and ``response`` (also as ``*_body`` or JSON text), ``body``, a chat with its answer
 beside it (``response``, ``completion``, ``choices`` ...), and OpenAI's responses (``input``,
-``instructions``, ``output``). Of several answers the first is taken.
+``instructions``, ``output``). If there are several answers, the first is used.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from dspark.dump.corpus.messages import REASONS, THOUGHTS, cut_by, from_text, sp
 Row = Mapping[str, Any]
 CHATS = ("messages", "conversations", "conversation", "dialog", "dialogue", "chat", "contents")
 ANSWERS = ("response", "completion", "answer", "output", "choices")
-FURTHER = "further answers of a log, not taken"
-BESIDE = "an answer beside a chat that ends with another, not taken"
-STREAM = "; a stream of chunks has to be joined to one message first"
+FURTHER = "further answers in a log, ignored"
+BESIDE = "an answer beside a chat that already ends with one, ignored"
+STREAM = "; join a stream of chunks into one message first"
 NOT_SEARCHED = (
     *CHATS,
     "content",
@@ -36,7 +36,7 @@ NOT_SEARCHED = (
 
 
 def unwrapped(value: Row, where: str) -> tuple[Row, list[str]]:
-    """A row whose chat is whole, and what of the given one is not in it."""
+    """Return a row with the complete chat, and what was left out of the original."""
     row = _with_request(value, where)
     if "custom_id" in row and not any(row.get(n) for n in (*CHATS, "prompt", "input")):
         raise DataError(
@@ -66,7 +66,7 @@ def unwrapped(value: Row, where: str) -> tuple[Row, list[str]]:
 
 
 def thought_beside(row: Row) -> str | None:
-    """The thought that stands beside an answer. A single word (as ``"reasoning": "on"``) is a
+    """Return the thought given beside an answer. A single word (as ``"reasoning": "on"``) is a
     setting.
     """
     found = [row[n] for n in THOUGHTS if isinstance(row.get(n), str) and len(row[n].split()) > 1]
@@ -74,8 +74,8 @@ def thought_beside(row: Row) -> str | None:
 
 
 def was_cut(value: Any, depth: int = 4) -> bool:
-    """Whether a finish reason of a row says that something else than the target ended the answer,
-    wherever in the row's objects it stands (not in its messages, which have their own).
+    """Tell whether a finish reason anywhere in the row's objects says that something other than the
+    target ended the answer (messages have their own).
     """
     if (
         isinstance(value, str)
@@ -100,7 +100,7 @@ def was_cut(value: Any, depth: int = 4) -> bool:
 
 
 def _with_request(value: Row, where: str) -> Row:
-    """The row with what its request holds, and its response."""
+    """Return the row with the contents of its request, and its response."""
     name = next((n for n in ("request", "request_body", "body") if value.get(n) is not None), None)
     if name is None and isinstance(value.get("input"), Mapping) and "messages" in value["input"]:
         name = "input"
@@ -114,7 +114,7 @@ def _with_request(value: Row, where: str) -> Row:
         request = request["body"]
     if not any(request.get(n) is not None for n in (*CHATS, "input")):
         hint = (
-            "; the prompt of /v1/completions is rendered text already: give tokens"
+            "; the prompt of /v1/completions is already rendered text: give tokens"
             if "prompt" in request
             else ""
         )
@@ -145,9 +145,7 @@ def _responses(row: Row, where: str) -> tuple[Row, str | None]:
 
 
 def _runs(items: list[Any], where: str) -> list[Any]:
-    """Items of a conversation with those of one answer (its thought, its text, its calls)
-    joined.
-    """
+    """Join the items of each answer (its thought, its text, its calls) in a conversation."""
     out: list[Any] = []
     for own, run in groupby(items, _of_an_answer):
         given = list(run)
@@ -168,7 +166,7 @@ def _answered(message: Any) -> bool:
 
 
 def _answer(response: Any, name: str, where: str) -> tuple[list[Any], int]:
-    """The messages of an answer, with its finish reason, and how many others there are."""
+    """Return an answer's messages with its finish reason, and the number of further answers."""
     if isinstance(response, str):
         read = None
         if response.lstrip()[:1] == "{":
@@ -191,13 +189,15 @@ def _answer(response: Any, name: str, where: str) -> tuple[list[Any], int]:
         )
     if response.get("error") and not response.get("choices"):
         raise DataError(
-            f"{where}: `{name}` is an error ({str(response['error'])[:80]}): nothing was answered."
+            f"{where}: `{name}` is an error ({str(response['error'])[:80]}): there is no answer."
         )
     return _message_in(response, name, where)
 
 
 def _logged(read: Row) -> bool:
-    """Whether the JSON text of a response is what a server sent, and not an answer that is JSON."""
+    """Tell whether the JSON text of a response is a server's response, rather than an answer that
+    is JSON.
+    """
     whole = isinstance(read.get("choices") or read.get("output"), list) or isinstance(
         read.get("content"), list
     )
@@ -240,8 +240,8 @@ def _streamed(response: Row) -> bool:
 
 
 def _items(items: list[Any], here: str) -> list[Any]:
-    """Items of one answer: a message as it is, or what OpenAI's responses call output, joined to
-    the one message that they are.
+    """Return the items of one answer: a message unchanged, or the output items of OpenAI's
+    responses joined into one message.
     """
     if len(items) == 1 and isinstance(items[0], Mapping) and {"role", "content"} <= set(items[0]):
         return items

@@ -1,13 +1,12 @@
-"""Rows -> samples of tokens with a loss mask: which tokens the target's own answers are made of.
+"""Turn rows into samples of tokens with a loss mask that marks the target's own answers.
 
-A sample is one generation of the target in the context in which it was served, or several where the
-template writes each of them, and all before it, as the beginning of what follows (``--turns
+A sample is one generation of the target in the context it was served in, or several if the template
+renders each of them, with everything before it, as the beginning of what follows (``--turns
 auto``). Every answer is supervised exactly once. Where an answer begins and ends is found in
 ``turns.py`` ("render-difference"); an ``--assistant-pattern`` can only narrow it. An answer that
-was cut short ends with its own text: it must not teach an end. Rows that come as tokens pass
-through ("given").
-
-Tokens are those the server had: a prompt's, then the answer's. No token lies across the two.
+was cut short ends with its own text, so that no end is learned from it. Rows given as tokens pass
+through ("given"). Tokens are those the server had: the prompt's, then the answer's; no token spans
+the two.
 """
 
 from __future__ import annotations
@@ -35,31 +34,29 @@ __all__ = ["REFUSED", "REWRITES", "Dropped", "Made", "SampleMaker", "chat_templa
 
 NO_ANSWER = "no assistant turn"
 HOW_TO_ANSWER = (
-    "an answer beside the chat is read from `response`, `completion`, `answer`, `output` or "
-    "`choices`; "
-    "--regenerate has the target answer"
+    "an answer beside the chat is read from `response`, `completion`, `answer`, `output` "
+    "or `choices`; with --regenerate the target answers"
 )
 TOO_FEW = "too few supervised tokens"
 NO_MATCH = "assistant pattern does not match"
 HALVES = re.compile("[\ud800-\udfff]")
 NOT_UNICODE = "not Unicode text"
-NOT_TEXT = "content is not text alone"
-MALFORMED = "malformed row (the log names place and key)"
+NOT_TEXT = "content is not only text"
+MALFORMED = "malformed row (the log names the place and the key)"
 BEYOND = "answer lies beyond --seq-length"
-UNTAUGHT = "the row says that the answer is not to be learnt (weight 0, train false)"
-NOT_WHOLE = "turns do not make one sample (--turns auto gives several)"
+UNTAUGHT = "the row excludes the answer from training (weight 0, train false)"
+NOT_WHOLE = "turns do not form one sample (--turns auto makes several)"
 
 
 @dataclass(frozen=True, slots=True)
 class Made:
-    """A row's samples in order of their turns, or the reason why there is none (``detail``: more
+    """A row's samples in order of their turns, or the reason why there are none (``detail``: more
     about it).
 
-    ``truncated``: how many of the samples were cut at seq_length. ``notes``: what of the row is not
-    in its samples, counted:
-    answers that gave no label though others did, fields of answers that the template does not
-    write. ``harmed``: an answer was left out that the target would have been taught (not for its
-    length, nor because the row says so).
+    ``truncated``: how many of the samples were cut at seq_length. ``notes``: counts of what the
+    samples leave out: answers without a label in rows where others have one, fields of answers that
+    the template does not render. ``harmed``: an answer was left out that should have been
+    supervised (not because of its length or the row's own mark).
     """
 
     samples: list[TokenSample]
@@ -106,7 +103,7 @@ class SampleMaker:
             self.mask_rule = "assistant-pattern"
 
     def make(self, row: Row) -> Made:
-        """One row -> ``TokenSample``s of at most seq_length tokens, or why not."""
+        """Turn one row into ``TokenSample``s of at most seq_length tokens, or say why not."""
         value = row.value
         if isinstance(value, BadRow):
             return Made([], MALFORMED, value.detail)
@@ -126,12 +123,12 @@ class SampleMaker:
             return Made([], why.reason, why.detail)
 
     def _given(self, value: TokenRow, row: Row) -> Made:
-        # Before they are an array: JSON has integers of any size.
+        # Checked before conversion to an array, since JSON has integers of any size.
         if min(value.input_ids) < 0 or max(value.input_ids) >= self.vocab_size:
             bad = next(i for i in value.input_ids if not 0 <= i < self.vocab_size)
             raise DataError(
                 f"{row.where}: token id {bad} is outside the target's vocabulary of "
-                f"{self.vocab_size}. Was it another tokenizer?"
+                f"{self.vocab_size}. Was it tokenised with another tokenizer?"
             )
         mask = np.asarray(value.loss_mask, dtype=np.bool_)
         if not mask.any():
@@ -179,9 +176,7 @@ class SampleMaker:
         return int(mask.sum()) >= self.min_supervised and bool(last_rows(mask).any())
 
     def _groups(self, chat: Chat, why: list[Dropped], notes: Counter[str]) -> list[Group]:
-        """The row's answers, those of one sample together. ``why`` takes the answers that are no
-        label.
-        """
+        """Group the row's answers by sample. ``why`` receives the answers that give no label."""
         numbers = range(len(chat.at))
         groups: list[Group] = []
         room = _Room(self)
@@ -215,7 +210,7 @@ class SampleMaker:
         return groups
 
     def _turn(self, chat: Chat, number: int, notes: Counter[str]) -> Turn:
-        """Answer ``number``. Raises Dropped where it is no label."""
+        """Return answer ``number``. Raises Dropped if it gives no label."""
         at = chat.at[number]
         if at in chat.row.untaught:
             raise Dropped(UNTAUGHT)
@@ -230,9 +225,7 @@ class SampleMaker:
         return len(self.encode(text).ids)
 
     def _beyond(self, run: Group) -> int | None:
-        """How many of a run's answers begin behind seq_length; None where it leaves room for
-        more.
-        """
+        """Count the run's answers that begin beyond seq_length; None if there is room for more."""
         coded = self.encode(run.text)
         if len(coded.ids) < self.seq_length:
             return None
@@ -241,8 +234,8 @@ class SampleMaker:
         )
 
     def _tokens(self, group: Group, key: bytes, row: Row) -> Iterator[tuple[TokenSample, bool]]:
-        """The group as one sample; as more where a token would lie across the edge of an answer
-        that is not the last.
+        """Return the group as one sample, or as several if a token would span the edge of an answer
+        other than the last.
         """
         coded = self.encode(group.text)
         edges = coded.edges([place for span in group.spans for place in span])
@@ -271,7 +264,7 @@ class SampleMaker:
             first = n + 1
 
     def _by_pieces(self, group: Group, key: bytes, row: Row) -> tuple[TokenSample, bool]:
-        """Prompt and last answer tokenised by themselves."""
+        """Tokenise the prompt and the last answer separately."""
         start, stop = group.spans[-1]
         pieces = [(a, b) for a, b in ((0, start), (start, stop), (stop, len(group.text))) if b > a]
         coded = [(self.encode(group.text[a:b]), a) for a, b in pieces]
@@ -280,7 +273,7 @@ class SampleMaker:
         return self._sample(row, key, group.numbers[0], ids, self._mask(group, len(ids), places))
 
     def _mask(self, group: Group, count: int, offsets: Any) -> Bool:
-        """The reference: the mask by the places of all tokens."""
+        """Reference: compute the mask from the positions of all tokens."""
         spans = group.spans if self.pattern is None else self._matched(group)
         mask = np.zeros(count, dtype=np.bool_)
         for start, stop in spans:
@@ -288,7 +281,7 @@ class SampleMaker:
         return mask
 
     def _matched(self, group: Group) -> list[tuple[int, int]]:
-        """What the pattern leaves of the answers."""
+        """Return the parts of the answers that the pattern keeps."""
         assert self.pattern is not None
         found = [m.span(1) for m in self.pattern.finditer(group.text)]
         if not found:
@@ -318,19 +311,19 @@ class SampleMaker:
         return TokenSample(row.number, key, ids[:n], mask[:n], turn), len(ids) > n
 
     def encode(self, text: str) -> Coded:
-        """``text`` as tokens, at most one more than is kept."""
+        """Encode ``text``, up to one token more than is kept."""
         return encode(self.tokenizer, text, self.seq_length + 1)
 
 
 class _Room:
-    """Tells where a chat's contexts have filled seq_length, without tokenising each of them."""
+    """Finds where a chat's contexts fill seq_length, without tokenising each of them."""
 
     def __init__(self, maker: SampleMaker) -> None:
         self.maker, self.ask_at = maker, maker.seq_length
 
     def for_answer(self, turn: Turn) -> bool:
-        """Whether ``turn``'s answer begins before seq_length. A token may be missed that an eighth
-        more of text would have shown.
+        """Tell whether ``turn``'s answer begins before seq_length. May be off by a token that an
+        eighth more text would have shown.
         """
         if len(turn.context) < self.ask_at:
             return True
@@ -339,8 +332,8 @@ class _Room:
 
 
 def conversation_key(value: ChatRow) -> bytes:
-    """Of what stands before the first answer to something asked; of all of it where nothing was
-    asked.
+    """Return the key of what precedes the first answer to a question, or of everything if nothing
+    was asked.
     """
     asked = next(
         (i for i, m in enumerate(value.messages) if m["role"] not in ("assistant", "system")), None
@@ -354,7 +347,7 @@ def conversation_key(value: ChatRow) -> bytes:
 
 
 def compile_pattern(pattern: str) -> re.Pattern[str]:
-    """``--assistant-pattern``; a dot matches newlines too. Group 1 is what is supervised."""
+    """Compile ``--assistant-pattern``; a dot matches newlines too, and group 1 is supervised."""
     try:
         compiled = re.compile(pattern, re.DOTALL)
     except re.error as error:
@@ -370,8 +363,8 @@ def compile_pattern(pattern: str) -> re.Pattern[str]:
 
 
 def unusable(value: ChatRow) -> Made | None:
-    """The row dropped, if no tokenizer can be given what it says, wherever in its messages and
-    tools that is. To be asked before it is rendered.
+    """Return a drop if any text in the row's messages and tools cannot be given to a tokenizer.
+    Call it before rendering.
     """
     for i, message in enumerate(value.messages):
         if not isinstance(message["content"], str | None):
@@ -387,12 +380,12 @@ def unusable(value: ChatRow) -> Made | None:
         # Half of an emoji, as a cut of UTF-16 text leaves it: JSON can write it, UTF-8 cannot.
         # Escaped here, for the log is UTF-8 too.
         before, half = text[max(error.start - 20, 0) : error.start], text[error.start]
-        return Made([], NOT_UNICODE, f"half a character, {half!a}, behind {before!a}")
+        return Made([], NOT_UNICODE, f"half a character, {half!a}, after {before!a}")
     return None
 
 
 def sample_key(prompt: Any) -> bytes:
-    """First KEY_BYTES bytes of sha256 over the canonical JSON of the prompt (messages, or ids), or
-    of a conversation's id.
+    """Return the first KEY_BYTES bytes of sha256 over the canonical JSON of the prompt (messages,
+    or ids), or of a conversation's id.
     """
     return hashlib.sha256(canonical(prompt)).digest()[:KEY_BYTES]

@@ -1,9 +1,9 @@
-"""One message of any dialect -> messages of ours: text or null, one ``reasoning_content``, calls
-with their arguments as objects.
+"""Convert a message of any dialect to our form: text or null, one ``reasoning_content``, calls with
+their arguments as objects.
 
 Dialects: OpenAI's chats and responses, ShareGPT, Anthropic's blocks (a tool's result in a user's
-message becomes a message of its own), Gemini's parts. What a data frame pads with null is taken for
-absent. What cannot be told is a DataError that names row and key.
+message becomes a message of its own), Gemini's parts. Null padding from data frames counts as
+absent. Anything ambiguous is a DataError that names the row and the key.
 """
 
 from __future__ import annotations
@@ -76,8 +76,8 @@ CALL_TAG = re.compile(
 
 
 def read_messages(values: list[Any], where: str) -> list[Message]:
-    """The messages that ``values`` are, in order; a message of Anthropic's with results of tools in
-    it gives one for each.
+    """Return the messages in ``values``, in order; an Anthropic message with tool results becomes
+    one message per result.
     """
     out: list[Message] = []
     for number, value in enumerate(values):
@@ -86,32 +86,32 @@ def read_messages(values: list[Any], where: str) -> list[Message]:
 
 
 def speaker_of(name: str) -> str | None:
-    """The role of a speaker, None where the name is not known."""
+    """Return the role of a speaker; None if the name is unknown."""
     return SPEAKERS.get(name) or SPEAKERS.get(
         name.strip().lower().replace("-", "_").replace(" ", "_")
     )
 
 
 def cut_by(reason: Any) -> bool:
-    """Whether a finish reason says that something other than the target ended the answer."""
+    """Tell whether a finish reason says that something other than the target ended the answer."""
     return isinstance(reason, str) and reason.rpartition(".")[2].lower() in CUT
 
 
 def from_text(value: Any, name: str, where: str) -> Any:
-    """``value``, read where it is JSON text; None for blank text."""
+    """Return ``value``, parsed if it is JSON text; None for blank text."""
     if not isinstance(value, str) or not value.strip():
         return None if isinstance(value, str) else value
     try:
         return json.loads(value)
     except (ValueError, RecursionError) as error:
         raise DataError(
-            f"{where}: `{name}` is text that is not JSON ({error}). Write it with json.dumps, or "
-            "give it as it is."
+            f"{where}: `{name}` is text that is not JSON ({error}). Write it with "
+            "json.dumps, or give the object itself."
         ) from error
 
 
 def text_of(value: Any) -> str | None:
-    """Text, or parts that are all text as the text that they make; None for anything else."""
+    """Return text, joined if it comes in parts that are all text; None for anything else."""
     if isinstance(value, Mapping):
         value = value.get("parts") if isinstance(value.get("parts"), list) else [value]
     if not isinstance(value, list):
@@ -132,7 +132,7 @@ def _read(value: Any, here: str, where: str) -> list[Message]:
         raise DataError(
             f"{here} is {str(value)[:80]!r}, expected an object with `role` and `content`."
         )
-    # Data sets give every message every key: absent ones as null, which templates would take for
+    # Data sets give every message every key: absent ones are null, which templates would treat as
     # present.
     given = {k: v for k, v in value.items() if v is not None}
     if "role" not in given and "from" not in given:
@@ -171,7 +171,7 @@ def _read(value: Any, here: str, where: str) -> list[Message]:
 
 
 def _item(given: dict[str, Any]) -> dict[str, Any]:
-    """An item of OpenAI's responses that is no message of a role."""
+    """Read an item of OpenAI's responses that is not a message with a role."""
     if given.get("type") == "function_call_output":
         return {
             "role": "tool",
@@ -182,7 +182,7 @@ def _item(given: dict[str, Any]) -> dict[str, Any]:
 
 
 def _tool_results(given: dict[str, Any]) -> list[Message]:
-    """Takes the results of tools out of a user's blocks (Anthropic's form), in order."""
+    """Take the tool results out of a user's blocks (Anthropic's form), in order."""
     content = given.get("content")
     if not isinstance(content, list):
         return []
@@ -202,7 +202,7 @@ def _tool_results(given: dict[str, Any]) -> list[Message]:
 
 
 def _content(given: dict[str, Any], value: Mapping[str, Any], role: str, here: str) -> Any:
-    """Takes the content out of ``given``; None where an assistant's message is its calls alone."""
+    """Take the content out of ``given``; None if an assistant's message has only calls."""
     named = next((n for n in ("content", "value", "parts") if n in value), None)
     content = next((given.pop(n) for n in ("content", "value", "parts") if n in given), None)
     more = ("tool_calls", "function_call", "refusal", *THOUGHTS)
@@ -230,9 +230,8 @@ def _content(given: dict[str, Any], value: Mapping[str, Any], role: str, here: s
 
 
 def _joined(content: list[Any], given: dict[str, Any]) -> str | list[Any] | None:
-    """A list of text parts as the text that they make. A part that is a thought goes to the
-    message's thought, one that is a call to its calls.
-    A list with something else in it, or with text behind a call, stays: that row is dropped.
+    """Join a list of text parts. A thought goes to the message's thought, a call to its calls. A
+    list that contains anything else, or text after a call, stays a list: that row is dropped.
     """
     texts: list[str] = []
     thoughts: list[str] = []
@@ -266,15 +265,15 @@ def _thought_part(part: Mapping[str, Any]) -> Any:
 
 
 def _take_thought(message: Message, here: str) -> None:
-    """Whatever name the thought goes by, it is `reasoning_content`; the template's own name is its
-    matter.
+    """Store the thought as `reasoning_content`, whatever it is called; the template's own name is
+    handled where it is rendered.
     """
     found = {name: message.pop(name) for name in THOUGHTS if isinstance(message.get(name), str)}
     said = {name: text for name, text in found.items() if text.strip()}
     if len({text.strip() for text in said.values()}) > 1:
         raise DataError(
-            f"{here} has two thoughts that differ ({', '.join(said)}). Keep the one that the "
-            "target wrote."
+            f"{here} has two different thoughts ({', '.join(said)}). Keep the one that "
+            "the target wrote."
         )
     details = message.get("reasoning_details")
     if isinstance(details, list) and (said or all(isinstance(d, Mapping) for d in details)):
@@ -289,7 +288,7 @@ def _take_thought(message: Message, here: str) -> None:
 
 
 def _take_marks(message: Message) -> None:
-    """What a message says of its own end, and of whether it is to be learnt."""
+    """Take what a message says about its own end, and about whether to train on it."""
     if any(cut_by(message.pop(r, None)) for r in REASONS) or message.get("truncated") is True:
         message[CUT_MARK] = True
     if message.pop("weight", 1) == 0 or any(
@@ -299,8 +298,8 @@ def _take_marks(message: Message) -> None:
 
 
 def _take_calls(message: Message, here: str) -> None:
-    """`tool_calls` as a list of functions whose arguments are objects where they are JSON objects;
-    absent where there are none.
+    """Take `tool_calls` as a list of functions whose arguments are objects if they are JSON
+    objects; absent if there are none.
     """
     calls = message.pop("tool_calls", None)
     old = message.pop("function_call", None)
@@ -354,15 +353,15 @@ def _call(value: Any, here: str, message: Message) -> dict[str, Any]:
 
 
 def without_nulls(value: Any) -> Any:
-    """``value`` without the keys that a data frame pads with null."""
+    """Return ``value`` without the keys that a data frame padded with null."""
     if isinstance(value, Mapping):
         return {k: without_nulls(v) for k, v in value.items() if v is not None}
     return [without_nulls(v) for v in value] if isinstance(value, list) else value
 
 
 def _calls_in_text(text: str, here: str) -> list[Any]:
-    """The calls that a ShareGPT speaker's text is: JSON of one or several, with or without a tag
-    around it.
+    """Parse the calls in a ShareGPT speaker's text: JSON of one or several, with or without an
+    enclosing tag.
     """
     tagged = CALL_TAG.fullmatch(text)
     try:
@@ -376,7 +375,7 @@ def _calls_in_text(text: str, here: str) -> list[Any]:
     )
     if not calls or not named:
         raise DataError(
-            f'{here} is a call whose text is not JSON of one ({text[:80]!r}), expected {{"name": '
+            f'{here} is a call whose text is not a JSON call ({text[:80]!r}), expected {{"name": '
             f'..., "arguments": {{...}}}}.'
         )
     return calls

@@ -1,9 +1,8 @@
-"""Rows -> parts: fixed blocks of ``block_rows`` source rows. The part is what is written, resumed
-and repaired as one.
+"""Divide rows into parts: fixed blocks of ``block_rows`` source rows.
 
-Which rows a part is of depends on nothing but its number, so any writer can make any part, and a
-row that changes elsewhere changes nothing in it. Each part records a hash of exactly its rows; a
-resumed dump compares those of the parts that are there, and of no others.
+A part is written, resumed and repaired as a unit. Its number alone determines its rows, so any
+writer can make any part, and a change to other rows does not affect it. Each part records a hash of
+its rows; a resumed dump compares the hashes of the parts that exist, and no others.
 """
 
 from __future__ import annotations
@@ -28,14 +27,14 @@ if TYPE_CHECKING:
 
 Making = Callable[[Iterator[Row]], Iterator[tuple[Row, Made]]]
 
-# from here on, too many dropped rows stop the dump before the corpus has been read
+# once so many rows were read, too many dropped ones stop the dump early
 EARLY_ROWS = 1000
 
 
 @dataclass(slots=True)
 class PartRows:
-    """Samples of source rows ``[row_start, row_stop)`` of source number ``source``, which may be
-    none; ``rows_sha256``: of exactly those rows.
+    """Samples (possibly none) of rows ``[row_start, row_stop)`` of source number ``source``.
+    ``rows_sha256``: hash of exactly those rows.
     """
 
     index: int
@@ -52,12 +51,10 @@ class PartRows:
 
 
 class PartReader:
-    """Reads a corpus block by block, past the parts that are committed. ``note`` is told of each
-    dropped row.
-
-    ``make``: rows -> samples in order, where ``maker`` alone is not fast enough
-    (``tokenise.Tokenisers``). ``takes``: the numbers of the parts that are to be made; what others
-    make is not looked at.
+    """Reads a corpus block by block, skipping committed parts. ``note`` is called with each dropped
+    row. ``make``: rows -> samples in order, if ``maker`` alone is not fast enough
+    (``tokenise.Tokenisers``). ``takes``: tells which part numbers to make; the rows of others are
+    not parsed.
     """
 
     def __init__(
@@ -77,15 +74,15 @@ class PartReader:
         self._make: Making = make or (lambda rows: ((row, maker.make(row)) for row in rows))
         self.block_rows, self.limit, self.max_dropped = block_rows, limit, max_dropped
         self.note, self.takes = note, takes
-        self.total = 0  # rows of the corpus, once ``parts`` has come to their end
+        self.total = 0  # rows of the corpus, once ``parts`` has reached the end
         self.rows_read = 0
         self.dropped: Counter[str] = Counter()
-        self.notes: Counter[str] = Counter()  # what is not in the samples of rows that were kept
-        self.harmed = 0  # rows of which an answer was left out that is a label
+        self.notes: Counter[str] = Counter()  # what the samples of kept rows leave out
+        self.harmed = 0  # kept rows that lost a usable answer
 
     def parts(self, committed: Mapping[int, PartRecord]) -> Iterator[PartRows]:
-        """The parts still to be written, in order. Raises MismatchError where rows of a committed
-        one are not those that it was made from.
+        """Yield the parts still to be written, in order. Raises MismatchError if the rows of a
+        committed part have changed.
         """
         begun: deque[tuple[PartRows, int]] = deque()  # with the rows that are left
 
@@ -109,7 +106,7 @@ class PartReader:
         yield from (part for part, _ in begun)
 
     def blocks(self, committed: Mapping[int, PartRecord]) -> Iterator[tuple[PartRows, list[Row]]]:
-        """Each part still to be written, empty, and its rows."""
+        """Yield each part still to be written, empty, with its rows."""
         following = 0
         for block, own in self._by_block():
             part = PartRows(
@@ -136,14 +133,13 @@ class PartReader:
         if beyond:
             raise MismatchError(
                 f"{self.corpus.id}: part {beyond[0]} of the store holds rows from "
-                f"{committed[beyond[0]].row_start:,} on, "
-                "and the corpus ends before them. It is not the corpus that the store was begun "
-                "with."
+                f"{committed[beyond[0]].row_start:,} on, but the corpus ends before them. "
+                "It is not the corpus that the store was started with."
             )
 
     def _by_block(self) -> Iterator[tuple[int, list[Row]]]:
-        """Rows by block, none for a block of which the corpus has none; ``_last``: where the rows
-        end, once that is known.
+        """Group the rows by block; a block without rows in the corpus is empty. ``_last``: where
+        the rows end, once known.
         """
         self._last: int | None = None
         stream = self.corpus.rows()
@@ -161,17 +157,16 @@ class PartReader:
             yield held
 
     def _compare(self, part: PartRows, record: PartRecord) -> None:
-        """The rows of a committed part must be those that it was made from."""
+        """Check that the rows of a committed part are the ones that it was made from."""
         same = (record.row_start, record.row_stop) == (part.row_start, part.row_stop)
         if same and record.rows_sha256 in (None, part.rows_sha256):
             return
         raise MismatchError(
-            f"{self.corpus.id}: rows {part.row_start:,}-{part.row_stop - 1:,} are not those that "
-            f"part {part.index} was made from "
-            f"(rows {record.row_start:,}-{record.row_stop - 1:,}, sha256 {record.rows_sha256}; "
-            f"found {part.rows_sha256}). "
-            "Put the rows back as they were, or delete the part's folder in parts/ to have it "
-            "made from the new ones."
+            f"{self.corpus.id}: rows {part.row_start:,}-{part.row_stop - 1:,} are not the "
+            f"ones that part {part.index} was made from (rows "
+            f"{record.row_start:,}-{record.row_stop - 1:,}, sha256 {record.rows_sha256}; "
+            f"found {part.rows_sha256}). Restore the rows, or delete the part's folder in "
+            "parts/ to rebuild it from the new ones."
         )
 
     def _collect(self, part: PartRows, row: Row, made: Made) -> None:
@@ -190,7 +185,7 @@ class PartReader:
             self.check_dropped()
 
     def drop(self, part: PartRows, row: Row, reason: str, detail: str = "") -> None:
-        """Count ``row`` as one that gives no sample."""
+        """Count ``row`` as dropped."""
         part.dropped[reason] += 1
         self.dropped[reason] += 1
         self.note(f"{row.where}: dropped: {reason}" + (f" ({detail})" if detail else ""))
@@ -214,8 +209,8 @@ class PartReader:
 
 
 class SourcesReader:
-    """Reads several sources, one behind another, each by a ``PartReader`` of its own, which judges
-    its own dropped rows: a source that is not understood is not hidden by the others.
+    """Reads several sources one after another, each with its own ``PartReader`` and its own count
+    of dropped rows, so that other sources cannot hide one that is not understood.
     """
 
     def __init__(self, readers: Sequence[PartReader]) -> None:
@@ -226,7 +221,7 @@ class SourcesReader:
         return sum((r.notes for r in self.readers), Counter())
 
     def parts(self, committed: Mapping[int, PartRecord]) -> Iterator[PartRows]:
-        """Every part that is missing, of all sources."""
+        """Yield the missing parts of all sources."""
         for reader in self.readers:
             yield from reader.parts(committed)
 
@@ -239,7 +234,7 @@ class SourcesReader:
 
 
 def rows_sha256(rows: list[Row]) -> str:
-    """sha256 over the rows' content as it is used, whatever file it came from."""
+    """Return the sha256 of the rows' content as it is used, whatever file it came from."""
     total = hashlib.sha256()
     for row in rows:
         value: dict[str, Any] = {"malformed": True}

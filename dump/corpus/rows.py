@@ -1,4 +1,4 @@
-"""A corpus: rows in order, from any row on. A row that is not JSON or of no known shape is a
+"""A corpus: rows in order, starting anywhere. A row that is not JSON or has no known shape is a
 ``BadRow``; a file that cannot be read is an error.
 
 Rows are numbered from 0 (in a file of lines over those that are not blank), so a resumed dump
@@ -24,7 +24,7 @@ from dspark.cache.errors import DataError, UsageError
 from dspark.cache.files.checksum import file_sha256
 from dspark.dump.corpus.shapes import ChatRow, TokenRow, parse_row
 
-LINE_BYTES = 1 << 24  # of a line that is read; longer ones are malformed
+LINE_BYTES = 1 << 24  # of a line; longer ones are malformed
 DEPTH = 64  # of lists and objects in a row
 ZSTD = b"\x28\xb5\x2f\xfd"
 GZIP = b"\x1f\x8b"
@@ -32,9 +32,7 @@ GZIP = b"\x1f\x8b"
 
 @dataclass(frozen=True, slots=True)
 class BadRow:
-    """A row that is none of the shapes that are taken; ``detail`` names place and key. It is
-    dropped and counted.
-    """
+    """A row of no known shape; ``detail`` names place and key. It is dropped and counted."""
 
     detail: str
 
@@ -59,14 +57,14 @@ class Corpus(Protocol):
     def pick(self, wanted: Callable[[int], bool]) -> Iterator[Row]: ...
     def count(self) -> int: ...
     def weights(self) -> list[int]:
-        """What is known of each row's length without parsing it: the bytes of its line, or 1 each;
-        0 of a row that is left out.
+        """Return what is known about each row's length without parsing it: the bytes of its line,
+        or 1 each; 0 for a row that is left out.
         """
         ...
 
 
 class JsonlCorpus:
-    """One JSON object per line; plain, gzip or zstd, by what the file begins with."""
+    """One JSON object per line; plain, gzip or zstd, recognised by the first bytes."""
 
     def __init__(self, path: Path, name: str | None = None) -> None:
         self.path = path
@@ -81,8 +79,8 @@ class JsonlCorpus:
         return open_zstd(self.path) if magic == ZSTD else open(self.path, "rb")
 
     def _lines(self) -> Iterator[tuple[int, bytes | None]]:
-        """(line number from 1, line) of the non-blank lines; None for a line of more than
-        ``LINE_BYTES``, which is not held.
+        """Yield (1-based line number, line) of the non-blank lines; None for a line longer than
+        ``LINE_BYTES``, which is not kept in memory.
         """
         number = 0
         try:
@@ -99,12 +97,12 @@ class JsonlCorpus:
                         yield number, text
         except (EOFError, gzip.BadGzipFile, zlib.error) as error:
             raise DataError(
-                f"{self.path}: not a whole gzip file, broken after line {number}: {error}. Copy "
-                "it again, or pack it anew."
+                f"{self.path}: an incomplete gzip file, broken after line {number}: "
+                f"{error}. Copy it again, or compress it again."
             ) from error
         except OSError as error:
             raise DataError(
-                f"{self.path}: cannot be read behind line {number}: {error}. Is it whole?"
+                f"{self.path}: cannot be read after line {number}: {error}. Is it complete?"
             ) from error
 
     def count(self) -> int:
@@ -116,8 +114,8 @@ class JsonlCorpus:
     def values(
         self, wanted: Callable[[int], bool] = lambda n: True
     ) -> Iterator[tuple[int, str, Any]]:
-        """(row number, file:line, parsed) of the rows ``wanted``; a ``BadRow`` where the line is
-        not JSON. The others are not parsed.
+        """Yield (row number, file:line, parsed value) of the rows ``wanted``; a ``BadRow`` if the
+        line is not JSON. Other rows are not parsed.
         """
         for number, (line, text) in enumerate(self._lines()):
             if wanted(number):
@@ -128,15 +126,13 @@ class JsonlCorpus:
         return self.pick(lambda n: n >= start)
 
     def pick(self, wanted: Callable[[int], bool]) -> Iterator[Row]:
-        """Only the rows whose number is ``wanted``; the others are not parsed."""
+        """Yield only the rows whose number is ``wanted``; the others are not parsed."""
         for number, where, value in self.values(wanted):
             yield row_of(number, where, value)
 
 
 class TableCorpus:
-    """Rows that are looked up by number: a JSON array, or a data set of the package
-    ``datasets``.
-    """
+    """Rows looked up by number: a JSON array, or a data set of the ``datasets`` package."""
 
     def __init__(self, table: Sequence[Any], name: str, sha256: str | None) -> None:
         self.id, self.sha256, self._rows = name, sha256, table
@@ -159,7 +155,7 @@ class TableCorpus:
 
 
 class JoinedCorpus:
-    """Several corpora, one behind another, numbered through."""
+    """Several corpora, one after another, numbered consecutively."""
 
     def __init__(self, parts: Sequence[Corpus], name: str) -> None:
         self.parts, self.id = parts, name
@@ -169,7 +165,7 @@ class JoinedCorpus:
         self._starts: list[int] | None = None
 
     def starts(self) -> list[int]:
-        """The number of each corpus's first row, and of the row behind the last."""
+        """The number of each corpus's first row, and one past the last row."""
         if self._starts is None:
             self._starts = list(itertools.accumulate((p.count() for p in self.parts), initial=0))
         return self._starts
@@ -193,7 +189,7 @@ class JoinedCorpus:
 
 
 class FirstRows:
-    """The first ``limit`` rows of a corpus, a row's number counting also where it is left out."""
+    """The first ``limit`` rows of a corpus; rows that are left out count too."""
 
     def __init__(self, whole: Corpus, limit: int) -> None:
         self.whole, self.limit = whole, limit
@@ -214,7 +210,7 @@ class FirstRows:
 
 class SharedCorpus:
     """A share of a corpus's rows, chosen by a hash of their number, so that every run chooses the
-    same ones. Numbers stay.
+    same ones. Row numbers do not change.
     """
 
     def __init__(self, whole: Corpus, share: float) -> None:
@@ -239,7 +235,7 @@ class SharedCorpus:
 
 
 def row_of(number: int, where: str, value: Any) -> Row:
-    """Row ``number``, of whatever form."""
+    """Make row ``number``, whatever its form."""
     if isinstance(value, BadRow):
         return Row(number, where, value)
     try:
@@ -264,9 +260,7 @@ def parsed(text: bytes | None, where: str) -> Any:
 
 
 def depth(value: Any) -> int:
-    """How many lists and objects of ``value`` lie one in another; counted no further than ``DEPTH +
-    1``.
-    """
+    """Return the nesting depth of ``value``, counted up to ``DEPTH + 1``."""
     out, level = 0, [value]
     while level and out <= DEPTH:
         level = [v for v in level if isinstance(v, list | dict)]
@@ -276,12 +270,13 @@ def depth(value: Any) -> int:
 
 
 def open_zstd(path: Path) -> BinaryIO:
-    """A zstd file as the bytes in it."""
+    """Open a zstd file for reading its decompressed bytes."""
     try:
         import pyarrow
     except ImportError as error:
         raise UsageError(
-            f"{path}: a zstd file; reading it needs pyarrow: pip install datasets, or unpack it."
+            f"{path}: a zstd file; reading it needs pyarrow: pip install datasets, or "
+            "decompress it."
         ) from error
     stream: Any = pyarrow.CompressedInputStream(pyarrow.OSFile(str(path)), "zstd")
     return cast(BinaryIO, io.BufferedReader(stream))
@@ -292,8 +287,8 @@ def _hint(text: bytes) -> str:
         return ", in UTF-8; this looks like UTF-16 or a binary file"
     if text.strip() in (b"{", b"["):
         return (
-            "; this looks like JSON over several lines: a JSON array is read whole where the "
-            "file begins with ["
+            "; this looks like JSON over several lines: a JSON array is read as one if "
+            "the file begins with ["
         )
     try:
         start = text.decode().lstrip()[:1]
@@ -301,7 +296,7 @@ def _hint(text: bytes) -> str:
         return ", in UTF-8; this is text of another encoding: convert it with iconv"
     if start not in ("{", "["):
         return (
-            "; this is no JSON at all: turn CSV or plain text into rows with `prompt` and "
-            "`completion` first"
+            "; this is not JSON at all: convert CSV or plain text into rows with "
+            "`prompt` and `completion` first"
         )
     return ""

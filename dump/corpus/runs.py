@@ -1,10 +1,10 @@
-"""Many plain answers of one chat at once: one rendering in place of one per answer.
+"""Find many plain answers of one chat at once, with one rendering instead of one per answer.
 
-Where a template puts nothing around an answer's text but its end, the prompt of a later answer
-holds all earlier ones. Where they stand in it is read off a second rendering, with a word in place
-of each: what is between the words must be between the answers too.
-Anything else (a thought, a call, a template that writes its history otherwise) is left to
-``Chat.turn``, which is the reference.
+If a template puts nothing around an answer's text but its end, the prompt of a later answer
+contains all earlier ones. Their positions are found from a second rendering with a placeholder word
+for each: the text between the words must also be between the answers. Anything else (a thought, a
+call, a template that renders its history differently) is left to ``Chat.turn``, which is the
+reference.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from itertools import accumulate
 from dspark.dump.corpus.template import SAID
 from dspark.dump.corpus.turns import Chat, Dropped, Turn
 
-LEAST = 8  # answers, for which two renderings are worth it
+LEAST = 8  # answers; two renderings pay off from here
 CHARS_PER_TOKEN = 4  # a guess, from which the number of answers to render is doubled
 PER_MESSAGE = 4  # tokens that a template writes for one, likewise
 
@@ -32,7 +32,7 @@ class Group:
     spans: list[tuple[int, int]] = field(default_factory=list)
 
     def takes(self, turn: Turn) -> bool:
-        """Whether what is here so far is how the next context begins."""
+        """Tell whether the next context begins with the text so far."""
         return turn.context.startswith(self.text[: self.spans[-1][1]])
 
     def add(self, turn: Turn) -> None:
@@ -42,9 +42,10 @@ class Group:
 
 
 def leading(chat: Chat, seq_length: int, count: Callable[[str], int]) -> Group | None:
-    """The chat's first answers, those that are plain and behind a prompt, up to about
-    ``seq_length`` tokens (``count`` of a text, which may stop there); None where they are few or
-    not as described above. The last answer of a chat is never among them.
+    """Return the chat's first answers that are plain and follow a prompt, up to about
+    ``seq_length`` tokens (``count`` counts the tokens of a text and may stop there); None if there
+    are few, or if the template does not work as described above. A chat's last answer is never
+    among them.
     """
     if not chat.at or chat.at[0] == 0:
         return None
@@ -69,7 +70,7 @@ def leading(chat: Chat, seq_length: int, count: Callable[[str], int]) -> Group |
 
 
 def _rendered(chat: Chat, count: int) -> Group | None:
-    """Answers ``0`` to ``count - 1`` in the prompt of answer ``count``."""
+    """Find answers ``0`` to ``count - 1`` in the prompt of answer ``count``."""
     numbers = list(range(count))
     text = chat.prompt(chat.at[count])
     words = [f"{SAID}{n:07d}" for n in numbers]

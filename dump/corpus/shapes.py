@@ -1,10 +1,8 @@
-"""The shapes that rows come in, made into one: a chat of OpenAI-like messages, or tokens with their
-loss mask.
-
-Taken: ``messages`` or ``conversations`` (any dialect of ``messages.py``, also as JSON text),
-``prompt`` with ``completion``, a chat with its answer beside it and logs (``logs.py``), and
-``input_ids`` with ``loss_mask``. What a data frame pads with null is taken for absent. A row that
-is none of these is a DataError that names row and key.
+"""Bring rows of all known shapes into one of two forms: a chat of OpenAI-like messages, or tokens
+with their loss mask. Known shapes: ``messages`` or ``conversations`` (any dialect of
+``messages.py``, also as JSON text), ``prompt`` with ``completion``, a chat with its answer beside
+it and logs (``logs.py``), and ``input_ids`` with ``loss_mask``. Null padding from data frames
+counts as absent. Any other row is a DataError that names the row and the key.
 """
 
 from __future__ import annotations
@@ -38,7 +36,7 @@ CONVERSATION_IDS = (
 )
 PROMPTS = ("prompt", "instruction", "question", "query")
 MASKS = ("loss_mask", "assistant_masks", "completion_mask")
-NULLS = "null in a call's arguments, taken for a data frame's padding"
+NULLS = "null in a call's arguments, taken as a data frame's padding"
 EXPECTED = (
     "expected `messages` (a chat), `prompt` and `completion`, or `input_ids` and `loss_mask` "
     "(tokens); rename the column that holds it"
@@ -50,9 +48,9 @@ class ChatRow:
     """A conversation. ``finished`` False: its last answer was cut short, so its end must not be
     taught.
 
-    ``cut``: messages, by index, of which the same is said; ``untaught``: those that the row says
-    are not to be learnt. ``kwargs``: what the row itself hands to the template. ``notes``: what of
-    the row is not in its messages.
+    ``cut``: indices of messages that were cut short too. ``untaught``: indices of messages that the
+    row excludes from training. ``kwargs``: the row's own arguments to the template. ``notes``: what
+    the messages leave out of the row.
     """
 
     messages: list[Message]
@@ -66,8 +64,8 @@ class ChatRow:
 
 @dataclass(frozen=True, slots=True)
 class TokenRow:
-    """Tokens with their loss mask, as given. ``conversation``: the id of the one they are of, None
-    where no key says it.
+    """Tokens with their loss mask, as given. ``conversation``: the id of their conversation; None
+    if no key gives it.
     """
 
     input_ids: list[int]
@@ -76,9 +74,7 @@ class TokenRow:
 
 
 def parse_row(value: Any, where: str) -> ChatRow | TokenRow:
-    """Check one row's form and bring it into ours. Raises DataError that names ``where`` and the
-    key.
-    """
+    """Check a row and convert it to our form. Raises DataError that names ``where`` and the key."""
     if not isinstance(value, Mapping):
         raise DataError(
             f"{where}: found a JSON {type(value).__name__}, expected an object with `messages` "
@@ -127,9 +123,7 @@ def _conversation(row: Mapping[str, Any], where: str) -> list[Any]:
 
 
 def _history(row: Mapping[str, Any], where: str) -> list[Any]:
-    """What was said before a prompt: pairs of question and answer, as Alpaca's dialects have
-    them.
-    """
+    """Read the history before a prompt: pairs of question and answer, as in Alpaca's dialects."""
     out: list[Any] = []
     for pair in row.get("history") or []:
         if (
@@ -152,7 +146,7 @@ def _said(value: Any, role: str) -> list[Any]:
 
 
 def _with_system(row: Mapping[str, Any], messages: list[Message], where: str) -> list[Message]:
-    """A system prompt beside the chat goes in front of it, unless the chat has one."""
+    """Put a system prompt given beside the chat in front of it, unless the chat has one."""
     for name in ("system", "system_prompt", "system_instruction"):
         given = row.get(name)
         if given is None or given in ("", []):
@@ -166,7 +160,7 @@ def _with_system(row: Mapping[str, Any], messages: list[Message], where: str) ->
 
 
 def _cut_by_list(row: Mapping[str, Any], messages: list[Message]) -> frozenset[int]:
-    """Answers that a list of finish reasons, one per answer, says were cut."""
+    """Return the answers that were cut, according to a list of finish reasons, one per answer."""
     reasons = row.get("finish_reasons", row.get("finish_reason"))
     answers = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
     if not isinstance(reasons, list) or not answers:
@@ -178,7 +172,7 @@ def _cut_by_list(row: Mapping[str, Any], messages: list[Message]) -> frozenset[i
 
 
 def _tools(row: Mapping[str, Any], where: str) -> list[Any] | None:
-    """Tools in OpenAI's form, without the nulls that a data frame pads them with."""
+    """Return the tools in OpenAI's form, without a data frame's null padding."""
     name = "tools" if row.get("tools") else "functions"
     tools = from_text(row.get(name), name, where) or None
     if tools is None:
@@ -211,8 +205,8 @@ def _token_row(value: Mapping[str, Any], where: str) -> TokenRow:
         mask = _list(value[named], named, where)
     if len(ids) != len(mask):
         raise DataError(
-            f"{where}: {len(ids)} input_ids but {len(mask)} values of loss_mask; expected "
-            "equally many."
+            f"{where}: {len(ids)} input_ids but {len(mask)} values of loss_mask; expected the "
+            "same number."
         )
     if not ids:
         raise DataError(f"{where}: `input_ids` is empty.")

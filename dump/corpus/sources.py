@@ -1,5 +1,5 @@
-"""What ``--data`` names -> a corpus: a file of any kind, a folder or glob of files, a saved data
-set, stdin, a data set of the hub.
+"""Open what ``--data`` names as a corpus: a file of any kind, a folder or glob of files, a saved
+data set, stdin, a data set of the hub.
 """
 
 from __future__ import annotations
@@ -48,13 +48,13 @@ NAMED = {
 
 
 def open_corpus(data: str) -> Corpus:
-    """The corpus that ``data`` names; ``DATA=0.3`` takes a share of its rows."""
+    """Open the corpus that ``data`` names; ``DATA=0.3`` uses a share of its rows."""
     shared = SHARE.fullmatch(data)
     if shared and not Path(data).exists():
         share = float(shared["share"])
         if not 0 < share <= 1:
             raise UsageError(
-                f"--data {data}: a share of {share:g}; expected more than 0 and at most 1."
+                f"--data {data}: found the share {share:g}, expected more than 0 and at most 1."
             )
         return SharedCorpus(open_corpus(shared["data"]), share)
     if data == "-":
@@ -75,15 +75,15 @@ def open_corpus(data: str) -> Corpus:
 
 
 def joined(corpora: Sequence[Corpus], limit: int | None) -> Corpus:
-    """One corpus of several sources, the first ``limit`` rows of each, for whoever looks at all of
-    them at once.
+    """Join several sources, the first ``limit`` rows of each, for code that reads all of them at
+    once.
     """
     parts = [c if limit is None else FirstRows(c, limit) for c in corpora]
     return parts[0] if len(parts) == 1 else JoinedCorpus(parts, ", ".join(c.id for c in corpora))
 
 
 def open_file(path: Path) -> Corpus:
-    """A file by what it begins with; its name is not asked."""
+    """Open a file by its first bytes; its name does not matter."""
     try:
         with open(path, "rb") as file:
             head = file.read(4096)
@@ -100,16 +100,16 @@ def open_file(path: Path) -> Corpus:
 
 
 def is_array(lines: JsonlCorpus) -> bool:
-    """Whether a file, once unpacked, begins as a JSON array."""
+    """Tell whether a file, once decompressed, begins with a JSON array."""
     try:
         with lines.open() as file:
             return file.read(4096).removeprefix(codecs.BOM_UTF8).lstrip()[:1] == b"["
     except (OSError, EOFError, zlib.error):
-        return False  # said with its line when rows are read
+        return False  # reported with its line when rows are read
 
 
 def hub(name: str, config: str | None, split: str) -> Corpus:
-    """A data set of the Hugging Face hub, or of its local cache when offline."""
+    """Open a data set from the Hugging Face hub, or from its local cache when offline."""
     full = f"{name}{'/' + config if config else ''}"
     datasets = _datasets(f"--data {full} is a data set id")
     try:
@@ -144,8 +144,8 @@ def _table(path: Path, read: Callable[[Any], Any]) -> Corpus:
         table = read(datasets)
     except Exception as error:  # arrow's errors have no common base
         raise DataError(
-            f"--data {path}: cannot be read: {type(error).__name__}: {first_line(error)}. Is it "
-            "whole?"
+            f"--data {path}: cannot be read: {type(error).__name__}: {first_line(error)}. "
+            "Is it complete?"
         ) from error
     return TableCorpus(table, path.name, file_sha256(path) if path.is_file() else _folder_sha(path))
 
@@ -165,8 +165,8 @@ def _array(lines: JsonlCorpus) -> list[Any]:
             rows: list[Any] = json.loads(file.read().decode("utf-8-sig"))
     except (ValueError, RecursionError, EOFError, OSError, zlib.error) as error:
         raise DataError(
-            f"{lines.path}: begins as a JSON array and is none ({error}). Every line must be one "
-            "JSON object, or the whole file one array."
+            f"{lines.path}: begins like a JSON array but is not one ({error}). Every line "
+            "must be one JSON object, or the whole file one array."
         ) from error
     return rows
 

@@ -1,10 +1,8 @@
-"""A target's chat template: what it writes, and how it writes an answer, found by trying it once on
-words that stand nowhere else.
-
-Nothing here goes by a family's name. What is learned: whether contents are text or lists of parts,
-the name of the field whose thought reaches the text, whether a call wants its arguments as an
-object or as JSON text and its missing content as null, what a prompt ends with, and how an answer
-ends.
+"""A target's chat template: what it renders, and how it renders an answer, found by rendering words
+that occur nowhere else. Nothing here depends on a family's name. It finds out whether contents are
+text or lists of parts, which field's thought reaches the text, whether a call needs its arguments
+as an object or as JSON text and its missing content as null, what a prompt ends with, and how an
+answer ends.
 """
 
 from __future__ import annotations
@@ -35,12 +33,12 @@ MOCK_TOOLS = [
 
 
 class Refused(Exception):
-    """The template cannot write these messages; its own words."""
+    """The template cannot render these messages; holds its own error text."""
 
 
 class Template:
-    """``kwargs``: handed to the template with every chat. ``day``: the ISO date that it takes for
-    today's, None for the real one.
+    """``kwargs``: passed to the template with every chat. ``day``: the ISO date that the template
+    sees as today; None = the real one.
     """
 
     def __init__(
@@ -63,8 +61,8 @@ class Template:
         self.opening = ""  # what a prompt ends with, as far as an answer begins with it
         self.rest = ""  # what a prompt ends with beyond that
         self.between = ""  # what an answer without a thought has in front of its text
-        self.tail = ""  # what stands behind an answer's text
-        self.end = ""  # as much of it as the target writes
+        self.tail = ""  # what follows an answer's text
+        self.end = ""  # the part of it that the target writes
         self._learn()
 
     @property
@@ -74,7 +72,7 @@ class Template:
     def render(
         self, forms: Sequence[Message], tools: Any = None, *, prompt: bool = False, **more: Any
     ) -> str:
-        """The text of ``forms`` (``form``). Raises Refused where the template does."""
+        """Render ``forms`` (from ``form``). Raises Refused if the template does."""
         extra = self.kwargs | more
         if self.day is not None and self.dated:
             extra["strftime_now"] = Today(self.day)
@@ -88,7 +86,7 @@ class Template:
             raise Refused(str(error) or type(error).__name__) from error
 
     def form(self, message: Message) -> Message:
-        """A message as this template reads it."""
+        """Convert a message to the form that this template reads."""
         out = dict(message)
         if out["role"] == "developer" and not self.developer:
             out["role"] = "system"
@@ -106,26 +104,26 @@ class Template:
         return out
 
     def try_render(self, forms: Sequence[Message], tools: Any = None, **more: Any) -> str:
-        """As ``render``; nothing where the template refuses."""
+        """As ``render``; empty if the template refuses."""
         try:
             return self.render(forms, tools, **more)
         except Refused:
             return ""
 
     def split_specials(self, text: str) -> list[str]:
-        """The pieces of ``text`` between special tokens."""
+        """Split ``text`` at special tokens."""
         return self._special.split(text) if self._special else [text]
 
     def whole_specials(self, text: str, at: int) -> int:
-        """``at``, or the start of the special token of ``text`` that it would cut."""
+        """Return ``at``, or the start of the special token in ``text`` that it would cut."""
         for found in self._special.finditer(text) if self._special else ():
             if found.start() < at < found.end():
                 return found.start()
         return at
 
     def keeps_history(self) -> bool:
-        """Whether a later prompt begins with an answer as it was served and written, its thought
-        included.
+        """Tell whether a later prompt begins with an answer exactly as it was served and written,
+        including its thought.
         """
         ask, say = (
             self.form({"role": "user", "content": ASKED}),
@@ -169,8 +167,8 @@ class Template:
         return [{"type": "text", "text": text}] if self.parts else text
 
     def _own_end(self, tail: str) -> str:
-        """How much of ``tail`` the target writes: to the end of the first special tokens in a row,
-        or all of it but white space where none is there.
+        """Return how much of ``tail`` the target writes: up to the end of the first run of special
+        tokens, or everything but white space if there are none.
         """
         first = self._special.search(tail) if self._special else None
         if first is None or self._special is None:
@@ -185,7 +183,7 @@ class Template:
             if THOUGHT in self.try_render([ask, {**say, name: THOUGHT}]):
                 return name
         call = _mock_call({})
-        for name in THOUGHTS:  # some write the thoughts of calls alone
+        for name in THOUGHTS:  # some render only the thoughts of calls
             for content in (None, ""):
                 message = {
                     "role": "assistant",
@@ -198,8 +196,8 @@ class Template:
         return None
 
     def _learn_calls(self, ask: Message) -> None:
-        """Arguments as an object and null where they do: both are what was given. Else the first
-        that does.
+        """Choose the form of calls: arguments as an object and content as null if the template
+        renders those, since they are as given; else the first form that it renders.
         """
         for content in (None, ""):
             for as_text in (False, True):
@@ -228,12 +226,12 @@ class Today:
 
 
 def today() -> str:
-    """The date that a new store fixes for its template."""
+    """Return the date that a new store fixes for its template."""
     return datetime.now().date().isoformat()
 
 
 def common(a: str, b: str) -> int:
-    """How many characters ``a`` and ``b`` share at their start."""
+    """Count the characters that ``a`` and ``b`` share at their start."""
     low, high = 0, min(len(a), len(b))
     while low < high:
         middle = (low + high + 1) // 2
@@ -242,7 +240,7 @@ def common(a: str, b: str) -> int:
 
 
 def chat_template(tokenizer: Any) -> str:
-    """The template's text, or a clear refusal."""
+    """Return the template's text, or raise a clear error."""
     if tokenizer is None:
         raise UsageError(
             "the target has no tokenizer, so chat rows cannot be tokenised. Give rows with "

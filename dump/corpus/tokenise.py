@@ -1,7 +1,7 @@
-"""Rows -> samples in processes of their own, in the order of the rows.
+"""Turn rows into samples in worker processes, in the order of the rows.
 
 Rendering and tokenising a chat takes about 0.9 ms (SmolLM2's tokenizer, 270 tokens per row), most
-of it under Python's lock, so one process gives at most 290,000 tokens per second and takes that
+of it under Python's lock, so one process yields at most 290,000 tokens per second, and takes that
 time from the thread that launches the target's kernels. A small target on a large GPU is faster
 than that.
 """
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from dspark.dump.corpus.masks import Made, SampleMaker
     from dspark.dump.corpus.rows import Row
 
-CHUNK = 64  # rows to a task
-AHEAD = 3  # tasks in work or waiting, a process
+CHUNK = 64  # rows per task
+AHEAD = 3  # tasks running or waiting, per process
 
 
 class Tokenisers:
@@ -33,8 +33,8 @@ class Tokenisers:
         self._pool = WorkerPool(processes, "tokenises rows", _hold, (maker,))
 
     def __call__(self, rows: Iterator[Row]) -> Iterator[tuple[Row, Made]]:
-        """Each row with what ``SampleMaker.make`` gives for it. An error, also one of ``rows``
-        itself, comes at its row's turn.
+        """Yield each row with what ``SampleMaker.make`` returns for it. An error, including one of
+        ``rows`` itself, is raised at its row's turn.
         """
         waiting: deque[tuple[list[Row], Future[list[Made | DsparkError]]]] = deque()
         failed: DsparkError | None = None
@@ -61,7 +61,7 @@ class Tokenisers:
             raise failed
 
     def wait_until_started(self) -> None:
-        """Until all of them can work."""
+        """Wait until all of them are ready."""
         self._pool.wait_until_started()
 
     def close(self) -> None:
@@ -77,7 +77,7 @@ def _hold(maker: SampleMaker) -> None:
 
 
 def _make(rows: list[Row]) -> list[Made | DsparkError]:
-    """Up to and including the first row that is an error."""
+    """Make samples up to and including the first row that raises."""
     assert _maker is not None
     out: list[Made | DsparkError] = []
     for row in rows:

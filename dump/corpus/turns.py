@@ -1,11 +1,11 @@
-"""A chat -> its answers, each as the text the target was served and the text it wrote.
+"""Split a chat into its answers, each as the text the target was served and the text it wrote.
 
 An answer is what its turn adds to the prompt before it: the history is rendered with the generation
-prompt, then through the turn, and the difference is what the target wrote, up to the turn's end.
-Where the template writes the turn otherwise than the prompt promised (a prompt that opens or closes
-a thought which the turn has not), the context is the one that this answer was served in.
-An answer that does not reach the text whole (its thought, its calls) is no label: it is left out,
-with the reason.
+prompt, then through the turn, and the difference is what the target wrote, up to the turn's end. If
+the template renders the turn differently from what the prompt promised (a prompt that opens or
+closes a thought that the turn does not have), the context is the one that this answer was served
+in. An answer that does not reach the text completely (its thought, its calls) gives no label: it is
+left out, with the reason.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from dspark.dump.corpus.messages import Message
 from dspark.dump.corpus.shapes import ChatRow
 from dspark.dump.corpus.template import Refused, Template, common
 
-WAY_OUT = "take such rows out, or let the target answer itself: --regenerate"
-REWRITES = f"the template renders the history differently once the answer is there ({WAY_OUT})"
+WAY_OUT = "remove such rows, or let the target answer: --regenerate"
+REWRITES = f"the template renders the history differently after the answer is added ({WAY_OUT})"
 REFUSED = "template refuses the row"
 NO_THOUGHT = f"the template leaves out the answer's thought ({WAY_OUT})"
 NO_CALLS = f"the template leaves out the answer's tool calls ({WAY_OUT})"
@@ -51,8 +51,8 @@ class Dropped(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """Answer ``number`` (0-based): it was served ``context`` and is ``own``; ``after``: what the
-    template adds.
+    """Answer ``number`` (0-based): the target was served ``context`` and wrote ``own``; the
+    template adds ``after``.
     """
 
     number: int
@@ -79,13 +79,13 @@ class Chat:
         self._prompts: dict[int, str] = {}
 
     def prompt(self, i: int) -> str:
-        """What was served for message ``i``. Raises Dropped where the template refuses it."""
+        """Return what was served for message ``i``. Raises Dropped if the template refuses it."""
         if i not in self._prompts:
             self._prompts = {i: self._render(self.forms[:i], prompt=True)}
         return self._prompts[i]
 
     def prompt_with(self, i: int, contents: dict[int, str]) -> str:
-        """The prompt of message ``i``, were the contents of earlier ones these."""
+        """Return the prompt of message ``i`` as if earlier messages had these contents."""
         messages = self.row.messages
         changed = {
             k: self.template.form(messages[k] | {"content": text})
@@ -97,7 +97,7 @@ class Chat:
         )
 
     def simple(self, number: int) -> bool:
-        """Whether answer ``number`` is text and nothing else, to be learnt whole."""
+        """Tell whether answer ``number`` is only text and is supervised completely."""
         i = self.at[number]
         message = self.row.messages[i]
         blank = not (message["content"] or "").strip()
@@ -110,7 +110,7 @@ class Chat:
         )
 
     def turn(self, number: int) -> Turn:
-        """Answer ``number``. Raises Dropped where it is no label."""
+        """Return answer ``number``. Raises Dropped if it gives no label."""
         i = self.at[number]
         message = self.row.messages[i]
         if self._plain(message) and i and i + 1 < len(self.forms):
@@ -143,9 +143,8 @@ class Chat:
         )
 
     def _in_next(self, number: int, i: int, message: Message) -> Turn | None:
-        """The answer as it stands in the prompt of the next one, where the template puts nothing
-        around an answer's text but its end; the same as ``_apart`` gives, without rendering it once
-        more.
+        """Find the answer in the prompt of the next one, if the template puts nothing around an
+        answer's text but its end; the result equals ``_apart``'s, without another rendering.
         """
         if self._cut(i) or number + 1 == len(self.at):
             return None
@@ -158,7 +157,7 @@ class Chat:
         return None
 
     def _apart(self, number: int, i: int, message: Message) -> Turn:
-        """The answer by the difference between its prompt and the text through it."""
+        """Find the answer as the difference between its prompt and the text through it."""
         failed: list[Dropped] = []
         for form in self._variants(i, message):
             try:
@@ -169,7 +168,7 @@ class Chat:
                 continue
             stop = self._stop(wrote, message, self._cut(i))
             return Turn(number, context, wrote[:stop], wrote[stop:])
-        # What is missing says more than that another form was refused.
+        # A missing field says more than the refusal of another form.
         raise next((why for why in failed if why.reason != REFUSED), failed[0])
 
     def _served(self, i: int) -> str | None:
@@ -179,8 +178,8 @@ class Chat:
             return None
 
     def _variants(self, i: int, message: Message) -> list[Message]:
-        """The forms to try: the message as it is given; with a thought that stands in its text
-        moved to its field; with the empty content of a call written the other way.
+        """Return the forms to try: the message as given; with a thought in its text moved to its
+        field; with the empty content of a call written the other way.
         """
         out = [self.forms[i]]
         begun = UNCLOSED.fullmatch(message["content"] or "") if self.template.thought else None
@@ -197,14 +196,14 @@ class Chat:
         return out
 
     def _split(self, i: int, form: Message) -> tuple[str, str]:
-        """Context and what the turn adds to it."""
+        """Return the context and what the turn adds to it."""
         through = self._render([*self.forms[:i], form])
         if i == 0:
             return self._first(through)
         served = self.prompt(i)
         if through.startswith(served):
-            # A header that the prompt leaves to the turn (none behind a tool's result) is no
-            # answer's.
+            # A header that the prompt leaves to the turn (none after a tool's result) is not part
+            # of the answer.
             opening = (
                 self.template.opening
                 if through.startswith(self.template.opening, len(served))
@@ -224,8 +223,8 @@ class Chat:
         raise Dropped(REWRITES)
 
     def _first(self, through: str) -> tuple[str, str]:
-        """Of an answer that nothing was asked before: what stands in front of a word in its place,
-        up to the end of the prompt's own ending.
+        """Return the context of an answer that nothing was asked before: what precedes a word in
+        its place, up to the end of the prompt's own ending.
         """
         word = "zyntova"
         header = self._render(
@@ -243,8 +242,8 @@ class Chat:
     def _whole(
         self, context: str, wrote: str, message: Message, served: str | None
     ) -> tuple[str, str]:
-        """``context`` and ``wrote``, once all of the message is in them. Raises Dropped where it is
-        not, or stands in there twice.
+        """Return ``context`` and ``wrote`` if they contain all of the message. Raises Dropped if
+        they do not, or contain it twice.
         """
         content = message["content"] if isinstance(message["content"], str) else ""
         inline = INLINE.match(content)
@@ -258,21 +257,21 @@ class Chat:
         names = [c["function"]["name"] for c in message.get("tool_calls") or []]
         behind = wrote.rpartition(text)[2] if text else wrote
         if any(wrote.count(n) < names.count(n) for n in names):
-            raise Dropped(NO_CALLS, f"{len(names)} calls, not all of them written")
+            raise Dropped(NO_CALLS, f"{len(names)} calls, of which the template leaves some out")
         if thought and thought not in wrote:
             return self._with_lost_thought(context, wrote, message, served, text, behind)
         if inline and "reasoning_content" not in message:
             before = wrote[: wrote.find(thought)] if thought else ""
             closer = f"</{inline[3]}>"
             if self.template.thought and closer in before:
-                raise Dropped(NO_THOUGHT, "an empty thought in front of the real one")
+                raise Dropped(NO_THOUGHT, "an empty thought before the real one")
         return context, wrote
 
     def _with_lost_thought(
         self, context: str, wrote: str, message: Message, served: str | None, text: str, behind: str
     ) -> tuple[str, str]:
-        """An answer whose thought the template strips, put behind its prompt as the target wrote
-        it: possible where the thought stands in the text, or where the prompt opens it.
+        """Put an answer whose thought the template strips behind its prompt as the target wrote it:
+        possible if the thought is in the text, or if the prompt opens it.
         """
         content = message["content"] if isinstance(message["content"], str) else ""
         visible = wrote[: len(wrote) - len(behind)] if text else ""
@@ -293,7 +292,7 @@ class Chat:
         return served, raw + behind
 
     def _stop(self, wrote: str, message: Message, cut: bool) -> int:
-        """Where the target's own text ends within ``wrote``."""
+        """Return where the target's own text ends within ``wrote``."""
         t = self.template
         if not cut:
             if t.tail and wrote.endswith(t.tail):
@@ -307,14 +306,14 @@ class Chat:
 
 
 def opens_thought(rest: str) -> bool:
-    """Whether the end of a prompt opens a thought and leaves it open."""
+    """Tell whether the end of a prompt opens a thought and leaves it open."""
     return bool(OPENS.search(rest)) and len(TAG.findall(rest)) % 2 == 1
 
 
 def lost_fields(message: Message, text: str) -> Iterator[tuple[str, bool]]:
-    """Fields of an assistant's message, beside those that a turn is made of, whose text is not in
-    ``text``, each with whether the target must have written it (its name is that of a thought, a
-    call or such, and it says more than a word).
+    """Return the fields of an assistant's message, beside those that make up a turn, whose text is
+    not in ``text``, each with whether the target must have written it (its name is that of a
+    thought, a call or the like, and it holds more than a word).
     """
     for name, value in message.items():
         if name in ("role", "content", "tool_calls", "reasoning_content") or not value:
@@ -326,13 +325,13 @@ def lost_fields(message: Message, text: str) -> Iterator[tuple[str, bool]]:
 
 
 def _called(call: dict[str, Any], text: str) -> bool:
-    """Whether name and arguments of a call are in ``text``, however it writes them."""
+    """Tell whether the name and arguments of a call are in ``text``, in whatever form."""
     function = call["function"]
     return function["name"] in text and all(w in text for w in _words(function.get("arguments")))
 
 
 def _words(value: Any) -> Iterator[str]:
-    """The longest plain word of every text and number within ``value``."""
+    """Yield the longest plain word of every text and number within ``value``."""
     if isinstance(value, dict):
         for k, v in value.items():
             yield from _words(k)

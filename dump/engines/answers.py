@@ -1,5 +1,5 @@
-"""The target's own answers: what is asked, how it is sampled, and what an engine hands back. Pure
-data, no engine here.
+"""The target's own answers: what is asked, how answers are sampled, and what an engine returns.
+Pure data; no engine here.
 
 Legend: P tokens of a prompt, A of its answer, S = P + A, L aux layers, H hidden size.
 """
@@ -18,14 +18,14 @@ if TYPE_CHECKING:
     from dspark.cache.codec.base import ArraySpec
     from dspark.dump.engines.engine import CodedStates
 
-GREEDY = 1e-5  # temperatures below are greedy decoding
+GREEDY = 1e-5  # temperatures below this mean greedy decoding
 DEFAULT_MAX_TOKENS = 2048
 MOST_ANSWERS = 256
-MASK_RULE = "regenerate"  # how the manifest's mask_rule begins, of a store whose target answered
+MASK_RULE = "regenerate"  # how the manifest's mask_rule begins in a store whose target answered
 
 
-# One rule a setting, for the flag (before the target is looked at) and for what its
-# generation_config.json says.
+# One rule per setting, both for the flag (before the target is read) and for
+# generation_config.json.
 def check_temperature(value: float) -> None:
     if not (math.isfinite(value) and value >= 0):
         raise UsageError(f"--temperature: found {value}, expected a finite number, 0 or more.")
@@ -39,7 +39,8 @@ def check_top_p(value: float) -> None:
 def check_max_tokens(value: int) -> None:
     if value < 2:
         raise UsageError(
-            f"--max-tokens: found {value}, expected at least 2: a shorter answer teaches nothing."
+            f"--max-tokens: found {value}, expected at least 2: a draft learns nothing "
+            "from a shorter answer."
         )
 
 
@@ -51,7 +52,7 @@ def check_answers(value: int) -> None:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sampling:
     """How the target answers. ``answers``: conversations per row. ``top_k`` 0: no limit.
-    ``thinking``: handed to the chat template as ``enable_thinking``; None leaves it out.
+    ``thinking``: passed to the chat template as ``enable_thinking``; None omits it.
     """
 
     temperature: float
@@ -83,7 +84,7 @@ class Sampling:
         return self.temperature < GREEDY
 
     def __str__(self) -> str:
-        """As the manifest names it: two runs that differ here do not write one store."""
+        """Format it as in the manifest: two runs that differ here do not write one store."""
         several = "" if self.answers == 1 else f", {self.answers} answers"
         think = "" if self.thinking is None else f", thinking {'on' if self.thinking else 'off'}"
         return (
@@ -100,8 +101,8 @@ def recommended(
     thinking: bool | None,
     answers: int = 1,
 ) -> Sampling:
-    """What the target's generation_config.json recommends (plain sampling where it says nothing),
-    except for what was asked for.
+    """Return what the target's generation_config.json recommends (plain sampling if it says
+    nothing), overridden by the flags.
     """
     from transformers import GenerationConfig
 
@@ -124,8 +125,8 @@ def recommended(
 
 @dataclass(frozen=True, slots=True)
 class Ask:
-    """One turn. ``key`` comes back with its answer. ``keep``: states are wanted; ``spans``: earlier
-    answers ``[start, stop)`` inside ``prompt``.
+    """One turn. ``key`` comes back with its answer. ``keep``: return the states too; ``spans``:
+    earlier answers ``[start, stop)`` inside ``prompt``.
     """
 
     key: int
@@ -137,11 +138,9 @@ class Ask:
 
 
 class Answered(NamedTuple):
-    """``ids``: the answer's tokens [A], its end included where it came to one. ``states``: of
-    prompt and answer, coded, aux [S, ...], if asked for.
-
-    The last token is never fed to the target, so it has no state: the one before stands in its row.
-    No anchor follows it, so nothing attends to it.
+    """``ids``: the answer's tokens [A], including its end, if it reached one. ``states``: of prompt
+    and answer, coded, aux [S, ...], if asked for. The last token is never fed to the target, so it
+    has no state: its row repeats the one before. No anchor follows it, so nothing attends to it.
     """
 
     ask: Ask
@@ -151,21 +150,21 @@ class Answered(NamedTuple):
 
 
 def stored_runs(ask: Ask) -> list[list[int | None]]:
-    """Positions ``[start, stop)`` whose last state is stored: within an earlier answer all but its
-    last token; of the new answer all that have a state (None: to the end).
+    """Return the positions ``[start, stop)`` whose last state is stored: of an earlier answer, all
+    but its last token; of the new answer, all that have a state (None = to the end).
     """
     before: list[list[int | None]] = [[a, b - 1] for a, b in ask.spans if b - a > 1]
     return [*before, [len(ask.prompt), None]]
 
 
 def seed_of(row: int, turn: int, answer: int = 0) -> int:
-    """The same for a row's ``answer``-th conversation and its turn in every run."""
+    """Return the seed of a row's ``answer``-th conversation and turn, the same in every run."""
     named = f"{row}:{turn}" + (f":{answer}" if answer else "")
     return int.from_bytes(hashlib.sha256(named.encode()).digest()[:4], "little")
 
 
 def repeat_last(coded: dict[str, Any], specs: Mapping[str, ArraySpec]) -> dict[str, Any]:
-    """Coded states of an answer's S - 1 tokens -> of S tokens, the code of the last one twice."""
+    """Extend the coded states of an answer's S - 1 tokens to S tokens by repeating the last one."""
     import numpy as np
 
     return {

@@ -1,4 +1,4 @@
-"""What an engine is: something that runs the target over given tokens and hands out its states.
+"""The engine protocol: an engine runs the target over given tokens and returns its states.
 
 Legend: S tokens of a sample, L aux layers, H hidden size, M = ``last_rows(loss_mask).sum()``.
 """
@@ -38,8 +38,8 @@ class States(NamedTuple):
 
 
 class CodedStates(NamedTuple):
-    """The same as a codec stores them, on the host, by the names of its arrays. ``seconds``: by
-    stage, what another process spent on them.
+    """The same states as a codec stores them, on the host, by array name. ``seconds``: what another
+    process spent on them, by stage.
     """
 
     arrays: Coded
@@ -51,10 +51,8 @@ Fetch = Callable[[], CodedStates]  # waits for states that are still on their wa
 
 class Captured(NamedTuple):
     """Samples ``members`` of group ``group``, their states end to end in this order. ``ready``: a
-    CUDA event behind them, if they are on a GPU.
-
-    States that an engine would have to wait for come as a call, made once and in another thread, so
-    that the engine's own goes on.
+    CUDA event after them, if they are on a GPU. States that an engine would have to wait for come
+    as a function, called once in another thread, so that the engine's own thread continues.
     """
 
     group: int
@@ -76,9 +74,8 @@ class Prediction:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EngineRun:
     """What an engine is started with. ``layers``: output of decoder layer i. ``spool``: a folder it
-    may make beside the store.
-    ``batch_tokens``: tokens to a forward pass, None: its own number. ``options``: what a user hands
-    on to it. ``say``: takes a line for the user.
+    may create beside the store. ``batch_tokens``: tokens per forward pass; None = the engine's
+    default. ``options``: the user's options for it. ``say``: prints a line for the user.
     """
 
     model: str
@@ -97,11 +94,11 @@ class Engine(Protocol):
     """Runs the target. ``capture`` yields (index into ``samples``, states) in any order, each
     sample once.
 
-    ``stream`` does the same for a whole dump and is what has to be fast: ``groups`` are pulled as
-    there is room for them, what comes out may already be coded with ``codec``, and no more than
-    ``groups_at_once`` groups are ever unfinished.
+    ``stream`` does the same for a whole dump and has to be fast: ``groups`` are pulled as room
+    allows, the results may already be coded with ``codec``, and at most ``groups_at_once`` groups
+    are ever unfinished.
 
-    ``answer`` yields sampled answers in any order; ``asks`` are pulled as there is room.
+    ``answer`` yields sampled answers in any order; ``asks`` are pulled as room allows.
     """
 
     @property
@@ -125,7 +122,7 @@ class Engine(Protocol):
 def send(
     array: np.ndarray[tuple[int, ...], np.dtype[np.int64]], device: torch.device
 ) -> torch.Tensor:
-    """A numpy array on ``device``, without waiting for what the device is doing."""
+    """Send a numpy array to ``device``, without waiting for work queued there."""
     import torch
 
     out = torch.from_numpy(array)

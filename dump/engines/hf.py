@@ -1,5 +1,5 @@
-"""The target in transformers: length-sorted batches, forward hooks on the layers that are wanted,
-no output head.
+"""The target in transformers: length-sorted batches, forward hooks on the requested layers, no
+output head.
 
 Padding is on the right, behind every real token of a causal model, so no real token ever attends to
 it and no mask is needed: attention takes the kernel for plain causal attention, which is several
@@ -43,12 +43,10 @@ CPU_BATCH_TOKENS = 2048
 
 
 class TransformersEngine:
-    """``layers``: ids of decoder layers whose output is captured. ``batch_tokens``: padded tokens
-    of a forward pass at most.
-
-    A model that is spread over devices (``hf_device_map``) stays where it is; its states come
-    together on the embedding's device.
-    ``source``: the checkpoint, whose frozen weights are read where the loaded ones are quantised.
+    """``layers``: ids of decoder layers whose output is captured. ``batch_tokens``: maximum padded
+    tokens per forward pass. A model spread over devices (``hf_device_map``) stays where it is; its
+    states are gathered on the embedding's device. ``source``: the checkpoint, from which frozen
+    weights are read if the loaded ones are quantised.
     """
 
     name = "transformers"
@@ -117,8 +115,8 @@ class TransformersEngine:
             yield from ((i, States(a, b)) for i, a, b in zip(batch.members, aux, last, strict=True))
 
     def stream(self, groups: Iterable[Sequence[TokenSample]], codec: Codec) -> Iterator[Captured]:
-        """Batches within a group only, so that what a group gives does not depend on the groups
-        before it.
+        """Stream batches that stay within a group, so that a group's states do not depend on the
+        groups before it.
         """
         for group, samples in enumerate(groups):
             yield from self._run(group, samples)
@@ -134,7 +132,9 @@ class TransformersEngine:
 
     @torch.inference_mode()
     def _states(self, batch: Sequence[TokenSample]) -> States:
-        """States of a batch, padding left out: aux [T, L, H] of all its tokens, last [M, H]."""
+        """Compute the states of a batch without padding: aux [T, L, H] of all its tokens, last [M,
+        H].
+        """
         lengths = np.array([len(s.input_ids) for s in batch])
         width = int(lengths.max())
         real = np.arange(width) < lengths[:, None]
@@ -170,8 +170,8 @@ class TransformersEngine:
 
     @torch.inference_mode()
     def forward(self, batch: Sequence[TokenSample]) -> torch.Tensor:
-        """The decoder over a right-padded batch -> its output after the final norm [b, S_max,
-        H].
+        """Run the decoder over a right-padded batch; returns its output after the final norm [b,
+        S_max, H].
         """
         width = max(len(s.input_ids) for s in batch)
         ids = np.zeros((len(batch), width), dtype=np.int64)
@@ -184,7 +184,7 @@ class TransformersEngine:
 
     @contextmanager
     def _enough_memory(self, rows: int, width: int, length: str) -> Iterator[None]:
-        """Running out of memory inside is an EngineError; ``length`` is the flag that bounds
+        """Turn running out of memory into an EngineError; ``length`` is the flag that bounds
         ``width``.
         """
         try:
@@ -192,16 +192,16 @@ class TransformersEngine:
         except torch.OutOfMemoryError as error:
             raise EngineError(
                 f"out of memory at a batch of {rows} x {width} tokens. Use a smaller "
-                f"--batch-tokens (now {self.batch_tokens}; --resume "
-                f"takes another one), or a smaller {length}, which needs a new store."
+                f"--batch-tokens (now {self.batch_tokens}; it may change with --resume), "
+                f"or a smaller {length}, which needs a new store."
             ) from error
 
     @torch.inference_mode()
     def answer(
         self, asks: Iterable[Ask], sampling: Sampling, stops: Sequence[int], codec: Codec
     ) -> Iterator[Answered]:
-        """Sampled answers, batch by batch, with the states of the run that made them where ``keep``
-        is set.
+        """Yield sampled answers batch by batch, with the states of the run that made them if
+        ``keep`` is set.
         """
         todo = list(asks)
         for members in batches([len(a.prompt) + a.max_tokens for a in todo], self.batch_tokens):
@@ -210,7 +210,7 @@ class TransformersEngine:
     def _answer(
         self, asks: Sequence[Ask], sampling: Sampling, stops: Sequence[int], codec: Codec
     ) -> Iterator[Answered]:
-        """One batch, padded on the left. Hooks see the prompts once and then one token a step:
+        """One batch, padded on the left. Hooks see the prompts once and then one token per step:
         every token but an answer's last.
         """
         width = max(len(a.prompt) for a in asks)
@@ -289,8 +289,8 @@ class TransformersEngine:
 
     @torch.inference_mode()
     def predict(self, samples: Sequence[TokenSample]) -> list[Prediction]:
-        """Greedy tokens of the whole model, one sample at a time: no hooks, no padding, its own
-        head.
+        """Predict greedy tokens with the whole model, one sample at a time: no hooks, no padding,
+        its own head.
         """
         out = []
         for sample in samples:
@@ -301,7 +301,7 @@ class TransformersEngine:
         return out
 
     def close(self) -> None:
-        """Nothing outlives the object."""
+        """Do nothing: nothing outlives the object."""
 
 
 def start(run: EngineRun) -> TransformersEngine:
@@ -318,7 +318,9 @@ def start(run: EngineRun) -> TransformersEngine:
 
 
 def default_batch_tokens(device: str, hidden_size: int) -> int:
-    """Padded tokens to a forward pass: on a GPU a power of two by hidden size."""
+    """Return the padded tokens per forward pass: on a GPU a power of two that depends on hidden
+    size.
+    """
     if device != "cuda":
         return CPU_BATCH_TOKENS
     least, most = BATCH_TOKENS
@@ -327,8 +329,8 @@ def default_batch_tokens(device: str, hidden_size: int) -> int:
 
 @contextmanager
 def never_packed() -> Iterator[None]:
-    """Answer transformers' question whether a row holds several sequences, which it asks the device
-    in every forward and waits for: no row of ours does.
+    """Tell transformers that no row holds several sequences. It would otherwise query the device,
+    and wait for it, in every forward pass.
     """
     ask = getattr(masking_utils, "find_packed_sequence_indices", None)
     if ask is None:  # a release that does not ask
@@ -342,8 +344,8 @@ def never_packed() -> Iterator[None]:
 
 
 def batches(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
-    """Indices in groups of near-equal length, each at most ``budget`` padded tokens (a longer
-    sample goes alone). Ties keep their order.
+    """Group indices by near-equal length, each at most ``budget`` padded tokens (a longer sample
+    goes alone). Ties keep their order.
     """
     group: list[int] = []
     for i in sorted(range(len(lengths)), key=lambda i: lengths[i]):

@@ -1,4 +1,4 @@
-"""What a user may hand on to an engine, validated without looking at it."""
+"""The options a user may pass on to an engine, validated without importing it."""
 
 from __future__ import annotations
 
@@ -11,10 +11,9 @@ from dspark.cache.errors import UsageError
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EngineOptions:
-    """``tensor_parallel``, ``data_parallel``: GPUs to an engine, and engines; None: by the target's
-    size.
-    ``arguments``: what the engine is started with besides, by name. ``trust_remote_code``: run the
-    target's own code.
+    """``tensor_parallel``, ``data_parallel``: GPUs per engine, and number of engines; None = by the
+    target's size. ``arguments``: further arguments of the engine, by name. ``trust_remote_code``:
+    run the target's own code.
     """
 
     tensor_parallel: int | None = None
@@ -31,7 +30,7 @@ class EngineOptions:
                 raise UsageError(f"{flag}: found {value}, expected 1 to 1024.")
 
     def only_vllm(self, engine: str) -> list[str]:
-        """The flags among these that only vLLM knows, for an engine that cannot take them."""
+        """Return the given flags that only vLLM supports."""
         found = [
             ("--tensor-parallel-size", self.tensor_parallel),
             ("--data-parallel-size", self.data_parallel),
@@ -44,8 +43,8 @@ NO_OPTIONS = EngineOptions()
 
 
 def parse_arguments(given: tuple[str, ...]) -> tuple[tuple[str, Any], ...]:
-    """``("max_num_seqs=64", "quantization=fp8")`` -> names as vLLM's Python has them, values read
-    as JSON where they are.
+    """``("max_num_seqs=64", "quantization=fp8")`` -> names as vLLM's Python has them, values parsed
+    as JSON if they are JSON.
     """
     out: dict[str, Any] = {}
     for text in given:

@@ -1,4 +1,4 @@
-"""The engines by name: which there are, which one ``auto`` takes, and how one is started.
+"""The engines by name: which exist, which one ``auto`` chooses, and how one is started.
 
 A new engine is one module with a ``start(run)`` function and one line in ``ENGINES``.
 """
@@ -21,10 +21,9 @@ if TYPE_CHECKING:
 @dataclass(frozen=True, slots=True)
 class EngineKind:
     """``start``: ``module:function`` that takes an ``EngineRun``; ``package``: what it imports;
-    ``builds``: the distributions that provide it. ``lookahead``: positions that it needs behind the
-    longest sample. ``refuses``:
-    ``module:function`` of a target's architectures and the device, that says why not before weights
-    are read.
+    ``builds``: the distributions that provide it. ``lookahead``: positions that it needs after the
+    longest sample. ``refuses``: ``module:function`` that takes a target's architectures and the
+    device, and says why not, before weights are read.
     """
 
     start: str
@@ -39,8 +38,8 @@ class EngineKind:
         return importlib.util.find_spec(self.package) is not None
 
     def why_not(self, architectures: Sequence[str], device: str) -> str | None:
-        """Why it cannot run a target of these architectures; None if it can, or if they are not
-        known.
+        """Say why it cannot run a target of these architectures; None if it can, or if they are
+        unknown.
         """
         if not (self.refuses and architectures):
             return None
@@ -65,7 +64,7 @@ DEFAULT = "transformers"
 def engine_kind(name: str) -> EngineKind:
     """Return the engine called ``name``; raises UsageError for another name."""
     if name not in ENGINES:
-        raise UsageError(f"--engine {name}: no such engine. There are: auto, {', '.join(ENGINES)}.")
+        raise UsageError(f"--engine {name}: no such engine. Engines: auto, {', '.join(ENGINES)}.")
     return ENGINES[name]
 
 
@@ -80,10 +79,9 @@ def engine_version(name: str) -> str:
 def choose_engine(
     name: str, device: str, architectures: Sequence[str] = ()
 ) -> tuple[str, str, str | None]:
-    """Engine, device, and why not the one that ``auto`` prefers.
-
-    ``auto``: vLLM where there is a GPU, vLLM is installed and gives the states of
-    ``architectures``; else transformers.
+    """Choose engine and device; also says why not the one that ``auto`` prefers. ``auto``: vLLM if
+    there is a GPU and vLLM is installed and returns the states of ``architectures``; else
+    transformers.
     """
     from dspark.cache.shared.process import device_type
 

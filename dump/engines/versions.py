@@ -1,5 +1,5 @@
-"""Versions of the packages that run a target, as the installed metadata names them. Nothing of them
-is imported.
+"""Versions of the packages that run a target, from the installed metadata, without importing
+them.
 """
 
 from __future__ import annotations

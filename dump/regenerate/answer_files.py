@@ -1,11 +1,10 @@
-"""Answers on disk, beside the store: ``<store>.answers/``, a file per part, while it is made;
-``<store>.answers.jsonl`` when it is whole.
+"""Answers on disk, beside the store: ``<store>.answers/``, a file per part, during the dump;
+``<store>.answers.jsonl`` once it is complete. Nothing is lost in between, however a dump ends: a
+part's file is on disk before the part; the joined file is replaced before the store is marked
+complete; the parts' files are deleted after that.
 
-Nothing here is lost on the way from one to the other, however a dump ends: a part's file is on disk
-before the part; the joined file is replaced before the store is marked complete; the parts' files
-go after that. When a complete store is repaired, the parts that are left have no file any more:
-their lines are in the joined file, found by the rows of the part's record. Its lines ascend by row,
-so one pass over it is enough.
+When a complete store is repaired, the remaining parts no longer have files: their lines are in the
+joined file, found by the rows of the part's record. Its lines ascend by row, so one pass is enough.
 """
 
 from __future__ import annotations
@@ -42,10 +41,11 @@ class AnswerFiles:
         return self.store.with_name(self.store.name + ".answers.jsonl")
 
     def go_with_the_store(self) -> bool:
-        """Whether the store that is there was answered by its target, so that these answers go when
-        it goes. Not so of one that cannot be read: beside it anything may lie.
+        """Tell whether the existing store was answered by its target, so that these answers are
+        deleted with it. False for a store that cannot be read, since the files beside it may be
+        anything.
         """
-        from dspark.cache.reader import read_manifest  # imports zarr, which a plan does without
+        from dspark.cache.reader import read_manifest  # imports zarr, which a plan does not need
 
         try:
             return read_manifest(self.store).dump.mask_rule.startswith(MASK_RULE)
@@ -53,25 +53,25 @@ class AnswerFiles:
             return False
 
     def refuse_other(self, data: Sequence[str], overwrite: bool) -> None:
-        """Before a new store: refuse to write over answers that nobody asked to replace, or over
-        the corpus itself.
+        """Refuse, before a new store, to overwrite answers that --overwrite does not cover, or the
+        corpus itself.
         """
         for name in data:
             if not (Path(name).exists() and self.joined.exists() and self.joined.samefile(name)):
                 continue
             raise UsageError(
-                f"--data {name} is where the answers of {self.store} go: it would be replaced. "
-                "Choose another --output."
+                f"--data {name} is the file that the answers of {self.store} are written "
+                "to, so it would be replaced. Choose another --output."
             )
         for path in (self.joined, self.folder):
             if path.exists() and not overwrite:
                 raise ExistsError(
-                    f"{path} exists: answers of an earlier store. Move it away, use --overwrite "
-                    "to replace it, or another --output."
+                    f"{path} exists: it holds the answers of an earlier store. Move it, "
+                    "use --overwrite to replace it, or choose another --output."
                 )
 
     def begin(self) -> None:
-        """No part is there, so these answers are of none: a later join must not take them for this
+        """Delete old answers before the first part: a later join must not take them for this
         store's.
         """
         with write_errors(self.joined):
@@ -79,7 +79,7 @@ class AnswerFiles:
         self.clear()
 
     def save(self, index: int, answers: Sequence[Mapping[str, Any]]) -> None:
-        """Part ``index``: an object per sample, with its ``row``."""
+        """Save the answers of part ``index``: an object per sample, with its ``row``."""
         if not self.folder.exists():
             with write_errors(self.folder):
                 self.folder.mkdir()
@@ -102,7 +102,7 @@ class AnswerFiles:
                 file.writelines(lines)
 
     def clear(self) -> None:
-        """Delete the parts' files: what they hold is in the joined file, or of no use."""
+        """Delete the parts' files: their contents are in the joined file, or useless."""
         if self.folder.exists():
             with write_errors(self.folder):
                 shutil.rmtree(self.folder)
@@ -111,7 +111,7 @@ class AnswerFiles:
         return self.folder / f"{index:08d}.jsonl"
 
     def _lines(self, records: Mapping[int, PartRecord]) -> Iterator[list[bytes]]:
-        """The answers of each part, in order."""
+        """Yield the answers of each part, in order."""
         whole = all(self._of(i).exists() for i in records)
         old = iter(()) if whole or not self.joined.exists() else answers_in(self.joined)
         row, line = next(old, (None, b""))
@@ -127,19 +127,19 @@ class AnswerFiles:
             own = [text for row_, text in found if record.row_start <= row_ < record.row_stop]
             if sum(samples_of(line) for line in own) != record.samples:
                 raise DamagedCacheError(
-                    f"{where}: found {len(own)} answers to the rows {record.row_start:,} to "
-                    f"{record.row_stop - 1:,}, expected {record.samples}: "
-                    f"those of part {index}. If {self.joined.name} was moved away or changed, "
-                    "put it back and run the same command with --resume. Otherwise have "
-                    f"these rows answered again: delete {self.store / PARTS / part_name(index)}, "
-                    f"run dspark-tools verify --drop-damaged {self.store}, "
-                    "and the same command with --resume."
+                    f"{where}: found {len(own)} answers to the rows {record.row_start:,} "
+                    f"to {record.row_stop - 1:,}, expected {record.samples}: those of "
+                    f"part {index}. If {self.joined.name} was moved or changed, restore "
+                    "it and rerun the same command with --resume. Otherwise, to have "
+                    "these rows answered again, delete "
+                    f"{self.store / PARTS / part_name(index)}, run dspark-tools verify "
+                    f"--drop-damaged {self.store}, and the same command with --resume."
                 )
             yield own
 
 
 def answers_in(path: Path) -> Iterator[tuple[int, bytes]]:
-    """Row and line of each answer of a file."""
+    """Yield the row and line of each answer in a file."""
     try:
         with open(path, "rb") as file:
             for number, line in enumerate(file, start=1):
@@ -149,7 +149,7 @@ def answers_in(path: Path) -> Iterator[tuple[int, bytes]]:
 
 
 def samples_of(line: bytes) -> int:
-    """How many samples a line's conversation gave: one in stores of releases that wrote no
+    """Return how many samples a line's conversation gave: one if an earlier release wrote no
     number.
     """
     found = json_text.loads(line).get("samples", 1)
@@ -157,15 +157,14 @@ def samples_of(line: bytes) -> int:
 
 
 def row_of(line: bytes, where: str) -> int:
-    """The row that a line answers."""
+    """Return the row that a line answers."""
     try:
         row = json_text.loads(line)["row"]
     except (ValueError, KeyError, TypeError):
         row = None
     if not isinstance(row, int) or not line.endswith(b"\n"):
         raise DamagedCacheError(
-            f"{where}: found {line[:80]!r}, expected a line that --regenerate wrote, with its "
-            "`row`. Put the file back as it was, "
-            "and run the same command with --resume."
+            f"{where}: found {line[:80]!r}, expected a line that --regenerate wrote, with "
+            "its `row`. Restore the file and rerun the same command with --resume."
         )
     return row

@@ -6,7 +6,7 @@ them. Only the last turn's states are kept; they cover the whole conversation, a
 in it are supervised where the last prompt still begins with them token by token (templates that
 strip thinking from history rewrite them; then they are context only).
 
-A part is ``PART_ROWS`` rows here, because lengths are not known before. Its answers are on disk
+A part is ``PART_ROWS`` rows here, because lengths are not known in advance. Its answers are on disk
 before it is, and are joined into ``<store>.answers.jsonl`` at the end: chats that ``--data`` takes
 (``answers_disk.py``).
 """
@@ -54,12 +54,12 @@ PART_ROWS = 256
 NO_PROMPT = "no user turn"
 TOO_LONG = "prompt leaves no room for an answer"
 EMPTY = "answer has fewer than two tokens"
-NO_CALL = "the target did not make the call whose result is recorded"
+NO_CALL = "the target did not make the call whose result the row records"
 
 
 def turns(row: Row) -> list[list[Message]]:
-    """The messages before each answer, the corpus's own answers left out: an answer is due before
-    every user turn but the first, before the results of tools (which answer its calls), and at the
+    """Yield the messages before each answer, without the corpus's own answers. An answer is due
+    before every user turn but the first, before tool results (which answer its calls), and at the
     end.
     """
     assert isinstance(row.value, ChatRow)
@@ -76,7 +76,7 @@ def turns(row: Row) -> list[list[Message]]:
 
 
 class Prompts(SampleMaker):
-    """Renders turns. Stands for a ``SampleMaker`` before the answers are there (plan, self-check,
+    """Renders turns. Stands in for a ``SampleMaker`` before there are answers (plan, self-check,
     calibration): a sample is the first prompt, all of it supervised.
     """
 
@@ -98,8 +98,8 @@ class Prompts(SampleMaker):
         self.tokenised = False
 
     def ids(self, messages: list[Message], tools: list[Any] | None) -> list[int]:
-        """The prompt that asks for the answer to ``messages``. Raises Dropped where the template
-        refuses them.
+        """Return the prompt that asks for the answer to ``messages``. Raises Dropped if the
+        template refuses them.
         """
         try:
             text = self.template.render(
@@ -115,7 +115,8 @@ class Prompts(SampleMaker):
             return Made([], MALFORMED, row.value.detail)
         if not isinstance(row.value, ChatRow):
             raise UsageError(
-                "--regenerate needs chats: this corpus holds tokens, whose prompts end nowhere."
+                "--regenerate needs chats: this corpus holds tokens, which do not show "
+                "where a prompt ends."
             )
         if (why := unusable(row.value)) is not None:
             return why
@@ -137,11 +138,10 @@ Kept = tuple[TokenSample, CodedStates, bool]
 
 @dataclass(slots=True)
 class Conversation:
-    """A row under way: turns still to come, what has been said, and the samples that are whole.
-
-    Answers are in one sample as long as each prompt begins, token by token, with what was there
-    before; otherwise another sample begins. Where the template is known to rewrite its history, the
-    states of every answer are kept for that.
+    """A row in progress: turns still to come, messages so far, and complete samples. Answers share
+    a sample as long as each prompt begins, token by token, with the text so far; otherwise a new
+    sample begins. If the template is known to rewrite its history, the states of every answer are
+    kept for that case.
     """
 
     row: Row
@@ -154,12 +154,12 @@ class Conversation:
     first: int = 0  # the first answer supervised in ``ids``
     finished: bool = True
     done: list[Kept] = field(default_factory=list)
-    lost: int = 0  # answers of which no states are kept: retokenised, their tokens are others
+    lost: int = 0  # answers whose states are not kept, because their tokens change when retokenised
     prompts: Prompts | None = None
     answer: int = 0  # which of several conversations of the row
 
     def ask(self, key: int, prompts: Prompts) -> Ask | str:
-        """The next turn's prompt, or why there is none."""
+        """Return the next turn's prompt, or why there is none."""
         assert isinstance(self.row.value, ChatRow)
         self.prompts = prompts
         coming = self.coming.pop(0)
@@ -181,8 +181,8 @@ class Conversation:
         return Ask(key, prompt, room, seed, keep, tuple(self.spans))
 
     def _end_sample(self, prompt: list[int]) -> None:
-        """What follows does not begin with this: it is a sample, or was asked for without its
-        states.
+        """End a sample that the next prompt does not begin with; it may have been asked for without
+        its states.
         """
         if self.states is not None:
             self.done.append(self.kept())
@@ -194,9 +194,7 @@ class Conversation:
         self.states = None
 
     def _paired(self, coming: list[Message]) -> bool:
-        """Give the k-th recorded result the id of the k-th call. False where there are not as many
-        calls.
-        """
+        """Give the k-th recorded result the id of the k-th call. False if the numbers differ."""
         results = [m for m in coming if m["role"] == "tool"]
         if not results:
             return True
@@ -236,8 +234,8 @@ class Conversation:
 
 
 class Regenerator:
-    """Makes parts out of prompts. ``reader`` has the corpus, counts its rows and judges how many of
-    them may be dropped; its own parts are not asked for.
+    """Makes parts out of prompts. ``reader`` reads the corpus, counts rows and limits how many may
+    be dropped; its own parts are not used.
     """
 
     def __init__(
@@ -257,16 +255,16 @@ class Regenerator:
     def parts(
         self, committed: Mapping[int, PartRecord]
     ) -> Iterator[tuple[PartRows, list[CodedStates]]]:
-        """Every part that is missing, with its states."""
+        """Yield every missing part with its states."""
         for part, rows in self.reader.blocks(committed):
-            # Before more is asked, not behind an answered part: that one is to be kept.
+            # Before asking more, not after a part was answered: that part is kept.
             self.reader.check_dropped()
             states = self._answer(part, rows)
             self.reader.rows_read += part.row_stop - part.row_start
             yield part, states
 
     def _answer(self, part: PartRows, rows: list[Row]) -> list[CodedStates]:
-        """Fills ``part`` with the samples of ``rows``; returns their states."""
+        """Fill ``part`` with the samples of ``rows``; returns their states."""
         talks: dict[int, Conversation] = {}
         asks: list[Ask] = []
         ended: list[Conversation] = []
@@ -274,7 +272,7 @@ class Regenerator:
         count = self.prompts.sampling.answers
 
         def end(talk: Conversation, reason: str | None = None) -> None:
-            """Keep what is whole of a conversation that goes on no further."""
+            """Keep the complete samples of a conversation that ends here."""
             if talk.states is not None:
                 talk.done.append(talk.kept())
             enough = self.min_supervised
@@ -307,7 +305,7 @@ class Regenerator:
                 key = row.number * count + answer
                 talks[key] = Conversation(row, turns(row), answer=answer)
                 ask_next(key)
-        while asks:  # a round a turn; conversations end at different rounds
+        while asks:  # one round per turn; conversations end at different rounds
             round_, asks = asks, []
             for answered in self.engine.answer(
                 round_, self.prompts.sampling, self.stops, self.codec
@@ -333,8 +331,8 @@ class Regenerator:
         return [states for _, states, _ in whole]
 
     def _count_failed(self, part: PartRows, failed: list[tuple[Row, str]], kept: set[int]) -> None:
-        """A row of which no conversation is whole is dropped, once; one conversation of several
-        that are is left out.
+        """Drop a row, once, if none of its conversations is complete; else leave out the incomplete
+        ones.
         """
         for row, reason in failed:
             if row.number in kept:
@@ -345,7 +343,7 @@ class Regenerator:
 
 
 def _line(talk: Conversation, count: int) -> dict[str, Any]:
-    """A conversation for the file of answers; ``answer``: which of several of its row."""
+    """Format a conversation for the file of answers; ``answer``: which of its row's several."""
     out = {
         "row": talk.row.number,
         "messages": talk.said,
@@ -358,7 +356,7 @@ def _line(talk: Conversation, count: int) -> dict[str, Any]:
 def batches_of(
     part: int, samples: Sequence[TokenSample], states: Sequence[CodedStates]
 ) -> Iterator[Captured]:
-    """The part's samples one by one, as an engine's stream would give them."""
+    """Yield the part's samples one by one, as an engine's stream would."""
     for i, (sample, coded) in enumerate(zip(samples, states, strict=True)):
         rows = {"token": len(sample.input_ids), "last": int(last_rows(sample.loss_mask).sum())}
         for name, array in coded.arrays.items():

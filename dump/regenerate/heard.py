@@ -1,9 +1,9 @@
-"""An answer's text -> the message that it is: its thought, its text and its calls, told apart by
-how the template writes them.
+"""Parse an answer's text into a message: its thought, its text and its calls, told apart by how the
+template renders them.
 
-What the template puts around a thought and a call is learned by having it write some (as in
-``corpus/template.py``). An answer that is not written so (a template that knows no thoughts, a
-target that does otherwise) is read by the marks that are common.
+What the template puts around a thought and a call is found by rendering some (as in
+``corpus/template.py``). An answer in another form (the template has no thoughts, or the target
+deviates) is parsed by commonly used marks.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ HARMONY = re.compile(
     re.DOTALL,
 )
 ANALYSIS = re.compile(r"<\|channel\|>analysis<\|message\|>(.*?)<\|end\|>", re.DOTALL)
-# Harmony's template writes a call's recipient in front of the channel, gpt-oss behind it.
+# Harmony's template writes a call's recipient before the channel, gpt-oss after it.
 RECIPIENT = re.compile(
     r"<\|channel\|>commentary "
     r"to=(?:functions\.)?([\w.-]+)\s*(?:<\|constrain\|>)?(?:json)?\s*<\|message\|>(.*)",
@@ -33,9 +33,9 @@ THINK = re.compile(r"\s*(?:<think>)?(.*?)</think>(.*)", re.DOTALL)
 
 @dataclass(frozen=True, slots=True)
 class CallForm:
-    """What stands around the parts of a call. ``as_json``: its arguments are one JSON object.
-    ``again``: between a call's ``after`` and the name of the next, None where a turn has one call
-    at most.
+    """The text around the parts of a call. ``as_json``: its arguments are one JSON object.
+    ``again``: between a call's ``after`` and the name of the next; None if a turn has at most one
+    call.
     """
 
     before: str
@@ -43,7 +43,7 @@ class CallForm:
     after: str
     as_json: bool
     again: str | None = None
-    closing: str = ""  # behind the last call of a turn
+    closing: str = ""  # after the last call of a turn
     to_value: str = ""
     to_key: str = ""
 
@@ -112,9 +112,8 @@ class Listener:
     def _end_of_call(
         self, ask: Message, call: Any, last: str, tail: str
     ) -> tuple[str, str | None, str]:
-        """What closes a call, and what stands between that and the next one's name; ``last``: what
-        a call's text ends with, ``tail``:
-        what stands behind that in a turn of one call.
+        """Find what closes a call, and what separates it from the next one's name. ``last``: what a
+        call's text ends with; ``tail``: what follows it in a turn of one call.
         """
         two = self._written(ask, {"content": None, "tool_calls": [call, call]}, MOCK_TOOLS)
         start = two.find(last) + len(last)
@@ -125,9 +124,8 @@ class Listener:
         return tail[:shared], two[start + shared : stop], tail[shared:]
 
     def hear(self, text: str, opened: str, number: int) -> Message:
-        """The message that ``text`` is, special tokens in it as text, its end not; ``opened``: the
-        end of the prompt before it.
-        Calls are numbered from ``number``.
+        """Parse ``text``, with special tokens as text but without its end, into a message.
+        ``opened``: the end of the prompt before it. Calls are numbered from ``number``.
         """
         out: Message = {"role": "assistant"}
         rest = text
@@ -151,7 +149,7 @@ class Listener:
             out["tool_calls"] = calls
         else:
             rest = rest.removeprefix(self.plain) if self.plain else rest
-        # marks of a form that is not known are no text
+        # marks of an unknown form are not text
         rest = "".join(self.template.split_specials(rest))
         if not out.get("reasoning_content", "x").strip():
             del out["reasoning_content"]
@@ -159,7 +157,7 @@ class Listener:
         return out
 
     def _calls(self, text: str, number: int) -> tuple[list[dict[str, Any]], str]:
-        """The calls in ``text``, and the text without them."""
+        """Return the calls in ``text``, and the text without them."""
         if (harmony := RECIPIENT.search(text)) is not None and (
             call := _object(harmony[2])
         ) is not None:
@@ -182,7 +180,7 @@ class Listener:
         return (calls, (text[:start] + behind).rstrip("\n")) if calls else ([], text)
 
     def _one(self, form: CallForm, text: str, at: int) -> tuple[str, Any, int] | None:
-        """Name, arguments and end of the call whose name begins about ``at``."""
+        """Parse name, arguments and end of the call whose name begins near ``at``."""
         head = text[at:].lstrip()
         name, found, _ = head.partition(form.named.strip() or form.named)
         if not found or not name.strip() or len(name) > 200:
@@ -215,7 +213,7 @@ def _numbered(function: dict[str, Any], number: int) -> dict[str, Any]:
 
 
 def _object(text: str) -> dict[str, Any] | None:
-    """The JSON object that ``text`` is, None where it is none."""
+    """Parse ``text`` as a JSON object; None if it is not one."""
     try:
         found = json.loads(text)
     except ValueError:

@@ -1,1 +1,1 @@
-"""The target before its weights are read: config, layers, presets, where its weights lie."""
+"""The target before its weights are read: config, layers, presets, and where its weights are."""

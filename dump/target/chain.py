@@ -30,7 +30,7 @@ class Link:
 
 
 class BrokenChain(TargetError):
-    """A link is missing. ``links``: all that were looked at."""
+    """A link is missing. ``links``: all that were examined."""
 
     def __init__(self, links: Sequence[Link]) -> None:
         self.links = tuple(links)
@@ -60,11 +60,10 @@ def examine(
     version: str | None,
     frozen: Callable[[], str] | None,
 ) -> tuple[Link, ...]:
-    """Every link of a target whose text config is ``config``.
-
-    ``layers``: outputs of decoder layers, already checked. ``frozen`` looks for the frozen weights
-    and says where they are, or raises TargetError; None: the checkpoint is not here. ``version``:
-    of the engine that would run the target.
+    """Examine every link of a target whose text config is ``config``. ``layers``: outputs of
+    decoder layers, already checked. ``frozen`` finds the frozen weights and says where they are, or
+    raises TargetError; None = the checkpoint is not local. ``version``: of the engine that would
+    run the target.
     """
     kind = next((t for t in model_types if t), "not known")
     family = family_of(model_types)
@@ -92,7 +91,7 @@ def _frozen(look: Callable[[], str] | None) -> Link:
         return Link(
             name,
             UNKNOWN,
-            "the checkpoint is not on this machine; looked for before a dump reads it",
+            "the checkpoint is not on this machine; a dump looks for it before reading anything",
         )
     try:
         return Link(name, FOUND, look())
@@ -101,7 +100,7 @@ def _frozen(look: Callable[[], str] | None) -> Link:
 
 
 def _draft(config: Mapping[str, Any], partial: bool) -> Link:
-    # a preset's, which never saw the target's own config
+    # from a preset, without the target's own config
     if partial and "num_attention_heads" not in config:
         return Link(
             "draft", UNKNOWN, "sized by the target's config.json, which is not on this machine"
@@ -126,29 +125,29 @@ def _extraction(
         do = (
             f"Use --engine {', or '.join(others)}."
             if others
-            else "No engine gives its states; choose another target."
+            else "No engine returns its states; choose another target."
         )
-        return Link(name, MISSING, f"{what} gives no usable states of {kind}: {cell.note}. {do}")
+        return Link(name, MISSING, f"{what} returns no usable states for {kind}: {cell.note}. {do}")
     streams = config.get("hc_mult")
     if isinstance(streams, int) and streams > 1:
         return Link(
             name,
             MISSING,
-            f"its layers hand on {streams} parallel streams (mHC), not one hidden state; no "
-            "draft can be trained on it.",
+            f"its layers pass on {streams} parallel streams (mHC), not one hidden state; "
+            "no draft can be trained on it.",
         )
     if cell is None:
         return Link(
             name,
             UNKNOWN,
-            f"{what}: {kind} is not in the table of families; the self-check decides before "
-            "anything is written",
+            f"{what}: {kind} is not in the table of families; the self-check tests it "
+            "before anything is written",
         )
     return Link(name, FOUND, f"{what}: {cell.state}{f' ({cell.note})' if cell.note else ''}")
 
 
 def serving(model_types: Sequence[str | None]) -> Link:
-    """Who can serve a draft of a target with these ``model_type``s (a wrapper's, its text
+    """Say what can serve a draft for a target with these ``model_type``s (a wrapper's, its text
     model's).
     """
     family = family_of(model_types)
@@ -158,7 +157,7 @@ def serving(model_types: Sequence[str | None]) -> Link:
         return Link(
             "serving",
             UNKNOWN,
-            f"of {kind} with a draft nothing is known; try dspark-tools check --serve",
+            f"nothing is known about {kind} with a draft; try dspark-tools check --serve",
         )
     words = [
         f"{c.engine} {c.versions}".strip() + f": {c.state}" + (f" ({c.note})" if c.note else "")

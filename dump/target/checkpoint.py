@@ -3,7 +3,7 @@ when it is asked for.
 
 A checkpoint is a folder or a model id; its files are safetensors, else PyTorch ``.bin`` files,
 which are read with ``weights_only`` and so run no code. Tensors of decoder layers are left out:
-nobody here asks for them, and they lie in the files that are large.
+nothing here needs them, and they are in the large files.
 """
 
 from __future__ import annotations
@@ -49,9 +49,7 @@ class Checkpoint:
     total_bytes: int | None
 
     def read(self, name: str) -> torch.Tensor:
-        """The data of tensor ``name``, on the CPU; its file is downloaded if the model id's is not
-        here yet.
-        """
+        """Read tensor ``name`` on the CPU; its file is downloaded if it is not local yet."""
         from safetensors import SafetensorError, safe_open
 
         path = _local(self.model, self.tensors[name].file)
@@ -66,7 +64,7 @@ class Checkpoint:
 
 
 def open_checkpoint(model: str) -> Checkpoint:
-    """Index and headers of ``model``. Raises TargetError where there are none, or one is
+    """Read the index and headers of ``model``. Raises TargetError if there are none, or one is
     damaged.
     """
     for index, single in FORMATS:
@@ -97,7 +95,7 @@ def _indexed(model: str, index: Path, single: str) -> Checkpoint:
     tensors: dict[str, Stored] = {}
     for file in sorted(set(names.values())):
         if single.endswith(".bin") and not (Path(model) / file).is_file():
-            headers: dict[str, Stored] = {}  # a .bin has no header that could be read from afar
+            headers: dict[str, Stored] = {}  # a .bin file has no header that could be read remotely
         else:
             headers = _headers(model, file)
         for name in (n for n, f in names.items() if f == file):
@@ -106,7 +104,9 @@ def _indexed(model: str, index: Path, single: str) -> Checkpoint:
 
 
 def outside_layers(name: str) -> bool:
-    """Whether ``name`` is of no numbered module: ``model.layers.3.mlp.weight`` is of one."""
+    """Tell whether ``name`` is outside any numbered module, unlike
+    ``model.layers.3.mlp.weight``.
+    """
     return not any(part.isdigit() for part in name.split("."))
 
 
@@ -119,8 +119,8 @@ def _headers(model: str, file: str) -> dict[str, Stored]:
         path = cached
     if not path.is_file():
         raise TargetError(
-            f"{path}: the index names it and it is not there. Download the checkpoint again; it "
-            "is incomplete."
+            f"{path}: the index names it, but it is missing. The checkpoint is "
+            "incomplete: download it again."
         )
     if path.suffix == ".bin":
         return {n: Stored(file, _code(t), tuple(t.shape)) for n, t in _unpickled(path).items()}
@@ -146,8 +146,8 @@ def safetensors_header(path: Path) -> dict[str, Any]:
     end = max((int(v["data_offsets"][1]) for v in header.values()), default=0)
     if path.stat().st_size < 8 + size + end:
         raise TargetError(
-            f"{path}: {path.stat().st_size:,} bytes, its header says {8 + size + end:,}. "
-            "Download it again."
+            f"{path}: {path.stat().st_size:,} bytes, but its header says "
+            f"{8 + size + end:,}. Download it again."
         )
     return header
 
@@ -158,7 +158,7 @@ def _is_pointer(path: Path) -> bool:
 
 
 def _remote_headers(model: str, file: str) -> dict[str, Stored]:
-    """Headers of a file on the hub, by range requests: a few kilobytes instead of the whole
+    """Read the headers of a file on the hub by range requests: a few kilobytes instead of the whole
     file.
     """
     import huggingface_hub
@@ -174,7 +174,7 @@ def _remote_headers(model: str, file: str) -> dict[str, Stored]:
 
 
 def _unpickled(path: Path) -> dict[str, torch.Tensor]:
-    """A ``.bin`` file, mapped and not read; its pickle may hold tensors and nothing else."""
+    """Map a ``.bin`` file without reading it; its pickle may hold only tensors."""
     import pickle
 
     import torch
@@ -183,10 +183,9 @@ def _unpickled(path: Path) -> dict[str, torch.Tensor]:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (pickle.UnpicklingError, RuntimeError, OSError, ValueError) as error:
         raise TargetError(
-            f"{path}: refused: {first_line(error)}. A .bin file is a pickle and may run code "
-            "when it is read, so only plain tensors in "
-            "the zip format are taken. Convert it to safetensors, or use a checkpoint that has "
-            "them."
+            f"{path}: refused: {first_line(error)}. A .bin file is a pickle and may run "
+            "code when it is read, so only plain tensors in the zip format are read. "
+            "Convert it to safetensors, or use a safetensors checkpoint."
         ) from error
     return {n: t for n, t in content.items() if isinstance(t, torch.Tensor)}
 
@@ -198,8 +197,8 @@ def _code(tensor: torch.Tensor) -> str:
 
 
 def _small_file(model: str, name: str) -> Path | None:
-    """A file of a few kilobytes, downloaded if need be; None where ``model`` has none of that
-    name.
+    """Return a file of a few kilobytes, downloaded if necessary; None if ``model`` has no file of
+    that name.
     """
     from transformers.utils import cached_file
 
@@ -220,7 +219,7 @@ def _local(model: str, name: str) -> Path:
         return Path(model) / name
     found = _small_file(model, name)
     if found is None:
-        raise TargetError(f"{model}: {name} is not there.")
+        raise TargetError(f"{model}: {name} is missing.")
     return found
 
 
@@ -232,7 +231,7 @@ def _cached(model: str, name: str) -> Path | None:
 
 
 def _there(model: str, name: str) -> bool:
-    """Whether a model id has file ``name``, here or on the hub."""
+    """Tell whether a model id has file ``name``, locally or on the hub."""
     if _cached(model, name) is not None:
         return True
     import huggingface_hub
@@ -241,13 +240,13 @@ def _there(model: str, name: str) -> bool:
         return huggingface_hub.file_exists(model, name)
     except Exception as error:  # offline, in one of several ways
         raise TargetError(
-            f"{model}: its files are not here and the hub cannot be reached "
+            f"{model}: its files are not on this machine and the hub cannot be reached "
             f"({first_line(error)}). Download it first: hf download {model}"
         ) from error
 
 
 def what_lies_in(model: str) -> str:
-    """The files of a folder in a few words, for a message."""
+    """Describe the files of a folder in a few words, for a message."""
     if not Path(model).is_dir():
         return ""
     names: Iterable[str] = sorted(p.name for p in Path(model).iterdir())

@@ -40,7 +40,7 @@ SIZES = (
 VOLATILE_CONFIG = (
     "_name_or_path",
     "transformers_version",
-)  # say how a config was read, not what the model is
+)  # describe how a config was read, not the model
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +60,7 @@ class Target:
 
 
 def load_config(model: str, trust_remote_code: bool = False) -> tuple[Any, Json]:
-    """The transformers config of a model id or folder, and its text model's as JSON. Raises
+    """Load the transformers config of a model id or folder, and its text model's as JSON. Raises
     TargetError for anything but a decoder LM.
     """
     identify(model)
@@ -74,16 +74,16 @@ def load_config(model: str, trust_remote_code: bool = False) -> tuple[Any, Json]
     ) as error:  # a config is checked by its class, which raises errors of many types
         raise TargetError(
             f"--model {model}: no config could be read ({type(error).__name__}: "
-            f"{first_line(error)}). Its architecture may be newer than "
-            "this transformers release, or its config.json damaged."
+            f"{first_line(error)}). Its architecture may be newer than this transformers "
+            "release, or its config.json may be damaged."
         ) from error
     refuse_kind(model, whole)
     return whole, text_json(whole)
 
 
 def text_json(whole: Any) -> Json:
-    """The text model's config as JSON. Sizes that are properties of the class, and so not in the
-    JSON, are put in.
+    """Return the text model's config as JSON, including sizes that are properties of the class and
+    so not in its JSON.
     """
     text = whole.get_text_config()
     out = {
@@ -115,7 +115,7 @@ def load_target(model: str, trust_remote_code: bool = False) -> Target:
 
 
 def shapes_of(config: Mapping[str, Any], model: str) -> Shapes:
-    """H, V and number of decoder layers. Raises TargetError where the config lacks one."""
+    """Return H, V and the number of decoder layers. Raises TargetError if the config lacks one."""
     # Where a config counts something else (cache layers) as num_hidden_layers, it says num_layers
     # too.
     layers = (
@@ -144,7 +144,7 @@ def shapes_of(config: Mapping[str, Any], model: str) -> Shapes:
 
 
 def load_tokenizer(model: str, trust_remote_code: bool = False) -> Any:
-    """The tokenizer of a folder or model id, or None where a folder has none (rows must then be
+    """Load the tokenizer of a folder or model id; None if a folder has none (rows must then be
     tokens).
     """
     from transformers import AutoTokenizer
@@ -167,15 +167,15 @@ def _eos_ids(model: str, config: Mapping[str, Any], tokenizer: Any) -> list[int]
     try:
         given = [GenerationConfig.from_pretrained(model).eos_token_id]
     except OSError:
-        given = []  # a target without generation_config.json: config and tokenizer say it
+        given = []  # the target has no generation_config.json: use config and tokenizer
     for value in [*given, config.get("eos_token_id"), getattr(tokenizer, "eos_token_id", None)]:
         found.update(value if isinstance(value, list) else [] if value is None else [value])
     return sorted(found)
 
 
 def _tokenizer_files(model: str, tokenizer: Any) -> dict[str, bytes]:
-    """The tokenizer's files as they are; as transformers would save them where the target has none
-    of the fast format.
+    """Return the tokenizer's files unchanged, or as transformers would save them if the target has
+    none in the fast format.
     """
     from transformers.utils import cached_file
 
@@ -194,7 +194,7 @@ def _tokenizer_files(model: str, tokenizer: Any) -> dict[str, bytes]:
 
 
 def tokenizer_info(target: Target, tokenised: bool) -> TokenizerInfo:
-    """Hashes that tell one tokenizer or template from another."""
+    """Return hashes that identify the tokenizer and the template."""
     data = target.files.get("tokenizer.json")
     sha = None if data is None else hashlib.sha256(data).hexdigest()
     if tokenised or target.tokenizer is None:
@@ -208,8 +208,8 @@ def tokenizer_info(target: Target, tokenised: bool) -> TokenizerInfo:
 
 
 def target_info(target: Target, asked_mask_token: int | None, preset: Preset | None) -> TargetInfo:
-    """What a manifest says of ``target``; the checksum of its weights is the writer's to fill
-    in.
+    """Return what a manifest says about ``target``; the writer fills in the checksum of its
+    weights.
     """
     return TargetInfo(
         id=target.id,
@@ -227,11 +227,10 @@ def target_info(target: Target, asked_mask_token: int | None, preset: Preset | N
 
 
 def choose_mask_token(target: Target, asked: int | None, preset: int | None) -> int:
-    """The id that a draft embeds where it must guess.
-
-    Asked for, else the preset's, else the first embedding row that no token uses (vocabulary larger
-    than the tokenizer), else the special token of the highest id that is neither eos, bos, pad, unk
-    nor named in the chat template.
+    """Choose the token id that a draft embeds at the positions it predicts: the requested one, else
+    the preset's, else the first embedding row that no token uses (vocabulary larger than the
+    tokenizer), else the special token with the highest id that is neither eos, bos, pad, unk nor
+    named in the chat template.
     """
     vocab = target.shapes.vocab_size
     for flag, value in (("--mask-token-id", asked), ("the preset's mask token", preset)):
@@ -262,7 +261,7 @@ def choose_mask_token(target: Target, asked: int | None, preset: int | None) -> 
     ]
     if not free:
         raise UsageError(
-            "no unused embedding row and no spare special token to serve as mask token. Pass "
-            "--mask-token-id (an id that no row uses)."
+            "the target has no unused embedding row and no spare special token to use as "
+            "mask token. Pass --mask-token-id (an id that no row uses)."
         )
     return max(free)

@@ -1,8 +1,6 @@
-"""Where embedding, final norm and output head lie in a checkpoint: exact names first, then by
-structure.
-
-Names and shapes alone decide, so that a missing head is known from the headers, before any weight
-is read.
+"""Find embedding, final norm and output head in a checkpoint: by exact names first, then by
+structure. Names and shapes are enough, so a missing head is found from the headers, before any
+weight is read.
 """
 
 from __future__ import annotations
@@ -49,13 +47,13 @@ KNOWN: tuple[tuple[str, str, tuple[str, ...]], ...] = (
 BESIDE = re.compile(
     r"(^|\.)(mtp|nextn|eagle|draft|medusa|vision\w*|visual|vit|audio\w*|image\w*|talker|code2wav|sound\w*)(\.|$)"
 )
-# How the matrix of a module may be stored; the scales of the packed forms lie beside it.
+# How the matrix of a module may be stored; the scales of packed forms are stored beside it.
 FORMS = ("weight", "weight_packed", "qweight")
 
 
 @dataclass(frozen=True, slots=True)
 class FrozenNames:
-    """Module names. ``head`` None: the embedding is the head (tied)."""
+    """Module names. ``head`` None = the embedding is the head (tied)."""
 
     embed: str
     norm: str
@@ -66,10 +64,8 @@ class FrozenNames:
 
 
 def locate(checkpoint: Checkpoint, shapes: Shapes, tied: bool) -> FrozenNames:
-    """The modules whose weights training needs. ``tied``: the config says that the head is the
-    embedding.
-
-    Raises TargetError that names what is missing and what was found instead.
+    """Find the modules whose weights training needs. ``tied``: the config says that the head is the
+    embedding. Raises TargetError that names what is missing and what was found instead.
     """
     modules = _modules(checkpoint)
     for embed, norm, heads in KNOWN:
@@ -91,13 +87,13 @@ def locate(checkpoint: Checkpoint, shapes: Shapes, tied: bool) -> FrozenNames:
     others = [n for n in matrices if n != embed]
     head = None if tied else _only("output head", others, others, checkpoint, shapes)
     norms = [n for n, s in candidates.items() if _is_norm(s, shapes)]
-    # Some decoders have one norm more, behind the embedding.
+    # Some decoders have one more norm, after the embedding.
     final = [n for n in norms if not re.search(r"emb", n)]
     return FrozenNames(embed, _only("final norm", final, norms, checkpoint, shapes), head)
 
 
 def _modules(checkpoint: Checkpoint) -> dict[str, tuple[str, Stored]]:
-    """Module -> form and tensor of its matrix."""
+    """Map each module to the form and tensor of its matrix."""
     out: dict[str, tuple[str, Stored]] = {}
     for name, stored in checkpoint.tensors.items():
         module, _, form = name.rpartition(".")
@@ -107,7 +103,7 @@ def _modules(checkpoint: Checkpoint) -> dict[str, tuple[str, Stored]]:
 
 
 def _is_matrix(found: tuple[str, Stored] | None, shapes: Shapes) -> bool:
-    """Whether it can be [V, H]: rows beyond V are padding; a packed form has another shape."""
+    """Tell whether it can be [V, H]: rows beyond V are padding; a packed form has another shape."""
     if found is None:
         return False
     form, stored = found
@@ -136,8 +132,8 @@ def _only(
     )
     seen = ", ".join(sorted(found or near)[:6]) or "none"
     raise TargetError(
-        f"{checkpoint.model}: looked for one {what} of shape {shape} outside the decoder layers, "
-        f"found {len(found)} "
-        f"(tensors of such a shape: {seen}). Use a complete checkpoint of the target; if this "
-        "one is complete, its names are not known yet."
+        f"{checkpoint.model}: looked for one {what} of shape {shape} outside the decoder "
+        f"layers, found {len(found)} (tensors of such a shape: {seen}). Use a complete "
+        "checkpoint of the target; if this one is complete, its tensor names are not "
+        "supported yet."
     )

@@ -1,7 +1,6 @@
-"""What ``--model`` names, before transformers is asked: a target's folder or id, or something else,
-called by its name.
-
-Everything here is decided from names and small files, offline in seconds.
+"""Identify what ``--model`` names, before transformers reads it: a target's folder or id, or
+something else, which is then named. Everything is decided from names and small files, offline, in
+seconds.
 """
 
 from __future__ import annotations
@@ -19,8 +18,8 @@ from dspark.cache import json_text
 from dspark.cache.errors import TargetError, UsageError, first_line
 from dspark.dump.target.presets import presets
 
-# The largest number that is believed of a key with this in its name; real models are a factor of
-# ten below.
+# The largest plausible number for a key with this in its name; real models are a factor of ten
+# below.
 MOST = {
     "layers": 1 << 13,
     "n_layer": 1 << 13,
@@ -110,8 +109,8 @@ def _identify_folder(model: str, path: Path) -> None:
 
 
 def _identify_id(model: str) -> None:
-    """A model id whose config is neither here nor on a hub that answers is refused at once; the
-    client itself would try for minutes.
+    """Refuse at once a model id whose config is neither local nor on a reachable hub; the client
+    itself would try for minutes.
     """
     from huggingface_hub import try_to_load_from_cache
 
@@ -122,17 +121,16 @@ def _identify_id(model: str) -> None:
     if hub_answers():
         return
     raise TargetError(
-        f"--model {model}: no config could be read: it is not a folder, no copy of it is in the "
-        "cache, and the hub cannot be reached from "
-        f"here.{did_you_mean(model, presets())} On a machine with a network: hf download {model} "
-        "--local-dir DIR; then --model DIR."
+        f"--model {model}: no config could be read: it is not a folder, it is not in the "
+        f"local cache, and the hub cannot be reached.{did_you_mean(model, presets())} On "
+        f"a machine with a network: hf download {model} --local-dir DIR; then --model DIR."
     )
 
 
 @functools.cache
 def hub_answers() -> bool:
-    """Whether the hub's host takes a connection within seconds; asked once per process. A proxy is
-    trusted to work.
+    """Tell whether the hub's host accepts a connection within seconds; checked once per process. A
+    proxy is assumed to work.
     """
     from huggingface_hub import constants
 
@@ -150,8 +148,8 @@ def hub_answers() -> bool:
 
 
 def go_offline() -> None:
-    """Let the hub's client use its cache without asking the hub first, which takes it half a minute
-    where there is no network.
+    """Let the hub's client use its cache without contacting the hub first, which takes half a
+    minute without a network.
     """
     from huggingface_hub import constants
 
@@ -159,7 +157,7 @@ def go_offline() -> None:
 
 
 def did_you_mean(model: str, known: Iterable[str]) -> str:
-    """`` Did you mean X?`` where a known name is close to ``model``, else nothing."""
+    """Return `` Did you mean X?`` if a known name is close to ``model``, else nothing."""
     names = {n.lower(): n for n in known}
     names |= {n.split("/")[-1]: full for n, full in list(names.items())}
     for asked in (model.lower(), model.lower().rstrip("/").split("/")[-1]):
@@ -171,7 +169,7 @@ def did_you_mean(model: str, known: Iterable[str]) -> str:
 
 def refuse_config(model: str, raw: Mapping[str, Any], trust_remote_code: bool) -> None:
     """Raise TargetError for a ``config.json`` that is not a decoder language model's, or that needs
-    code which may not run.
+    code that may not run.
     """
     from transformers import CONFIG_MAPPING
 
@@ -186,9 +184,9 @@ def refuse_config(model: str, raw: Mapping[str, Any], trust_remote_code: bool) -
     model_type = raw.get("model_type")
     if raw.get("auto_map") and model_type not in CONFIG_MAPPING and not trust_remote_code:
         raise TargetError(
-            f"--model {model}: its architecture {', '.join(kinds) or model_type} is not in "
-            "transformers, and its repository brings its own "
-            "Python code. Read that code; if you trust it, pass --trust-remote-code."
+            f"--model {model}: its architecture {', '.join(kinds) or model_type} is not "
+            "in transformers, and its repository contains its own Python code. Read that "
+            "code; if you trust it, pass --trust-remote-code."
         )
     if model_type is None and not raw.get("auto_map"):
         raise TargetError(
@@ -197,8 +195,8 @@ def refuse_config(model: str, raw: Mapping[str, Any], trust_remote_code: bool) -
 
 
 def _refuse_sizes(model: str, raw: Mapping[str, Any]) -> None:
-    """Raise TargetError for a size that no model has, before anything makes a list or a matrix of
-    it. Configs of parts are looked at too.
+    """Raise TargetError for a size that no model has, before anything allocates a list or a matrix
+    of it. Nested configs are checked too.
     """
     for name, value in raw.items():
         if isinstance(value, dict):
@@ -214,8 +212,8 @@ def _refuse_sizes(model: str, raw: Mapping[str, Any]) -> None:
 def refuse_kind(model: str, config: Any) -> None:
     """Raise TargetError for a loaded config that is an encoder's or has no language model.
 
-    Whether transformers has a class for it is its mappings' word; a config of remote code has none
-    there and is taken.
+    Transformers' mappings tell whether it has a class for the config; a config of remote code is
+    not in them and is accepted.
     """
     from transformers.models.auto import modeling_auto as autos
 
@@ -242,14 +240,14 @@ def refuse_kind(model: str, config: Any) -> None:
         )
     if language_model_class(config) is None and not getattr(config, "auto_map", None):
         raise TargetError(
-            f"--model {model}: transformers knows no language model of {kinds} "
+            f"--model {model}: transformers has no language model for {kinds} "
             f"({type(config).__name__}); expected a decoder-only language model."
         )
 
 
 def language_model_class(config: Any) -> Any:
-    """The transformers class that holds this config's language model: a causal LM, or the wrapper
-    of one (images, audio); None: there is none.
+    """Return the transformers class that holds this config's language model: a causal LM, or the
+    wrapper of one (images, audio); None if there is none.
     """
     import transformers
     from transformers.models.auto import modeling_auto as autos
@@ -285,9 +283,7 @@ ENCODERS = (
 
 
 def read_config(model: str) -> dict[str, Any]:
-    """The JSON of ``config.json`` as it lies there. Raises TargetError where it is not an
-    object.
-    """
+    """Read the JSON of ``config.json`` unchanged. Raises TargetError if it is not an object."""
     from transformers.utils import cached_file
 
     try:

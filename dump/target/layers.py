@@ -13,7 +13,7 @@ from dspark.cache.target.taps import BOTH
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Shapes:
-    """What a plan needs to know of a target: H, V, number of decoder layers, longest sequence it
+    """What a plan needs to know about a target: H, V, number of decoder layers, longest sequence it
     takes.
     """
 
@@ -24,7 +24,7 @@ class Shapes:
 
 
 def check_layers(layers: Sequence[int], num_layers: int) -> tuple[int, ...]:
-    """``layers`` (output convention), if they are in range, sorted and all different."""
+    """Return ``layers`` (output convention) if they are in range, sorted and distinct."""
     ids = [i + 1 for i in layers]
     named = (
         f"--layers {','.join(map(str, layers))} (= --target-layer-ids {','.join(map(str, ids))})"

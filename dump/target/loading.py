@@ -1,4 +1,4 @@
-"""A target loaded in transformers: on one device, or with its layers spread over several
+"""Load a target in transformers: on one device, or with its layers spread over several
 (accelerate's ``device_map``).
 """
 
@@ -14,7 +14,8 @@ from dspark.dump.target.weights import model_class, quantization_of
 
 log = logging.getLogger("dspark.dump")
 
-# Of a GPU's free memory that weights may take; the rest is for activations and captured states.
+# Share of a GPU's free memory that weights may take; the rest is for activations and captured
+# states.
 WEIGHTS_SHARE = 0.8
 
 
@@ -27,13 +28,12 @@ def load_model(
     device_map: Any = None,
     offload: Path | None = None,
 ) -> Any:
-    """A model id or folder as a transformers model in eval mode. ``dtype``: a torch dtype's name,
-    or ``auto`` for the checkpoint's.
+    """Load a model id or folder as a transformers model in eval mode. ``dtype``: a torch dtype's
+    name, or ``auto`` for the checkpoint's.
 
-    ``device_map``: as accelerate takes it; None: ``device`` alone, or all GPUs where it is ``cuda``
-    and the weights are too large for one.
-    ``offload``: folder for what a map puts on disk. A quantised checkpoint is loaded as it is,
-    where transformers can. Raises EngineError.
+    ``device_map``: as in accelerate; None = only ``device``, or all GPUs if it is ``cuda`` and the
+    weights are too large for one. ``offload``: folder for what a map puts on disk. A quantised
+    checkpoint is loaded as it is, if transformers supports it. Raises EngineError.
     """
     import torch
     from transformers import AutoConfig
@@ -52,7 +52,7 @@ def load_model(
         return (loaded if "device_map" in options else loaded.to(device)).eval()
     except DsparkError:
         raise
-    except Exception as error:  # transformers, accelerate and quantisers raise what they like
+    except Exception as error:  # transformers, accelerate and quantisers raise errors of any type
         raise EngineError(
             f"transformers could not load {model} ({dtype}, {device}): {type(error).__name__}: "
             f"{error}"
@@ -60,8 +60,8 @@ def load_model(
 
 
 def choose_map(model: str, device: str) -> str | None:
-    """``auto`` where the weights take more than one GPU has free and there are others; None for one
-    device.
+    """Choose ``auto`` if the weights need more than the free memory of one GPU and there are
+    others; None for one device.
     """
     import torch
 
@@ -76,11 +76,13 @@ def choose_map(model: str, device: str) -> str | None:
 
 
 def weight_bytes(model: str) -> int | None:
-    """Bytes of a checkpoint's weights, by its index or its file; None where neither says it."""
+    """Return the bytes of a checkpoint's weights, from its index or its file; None if neither
+    says.
+    """
     try:
         checkpoint = open_checkpoint(model)
     except DsparkError as error:
-        log.debug("size of %s not known: %s", model, first_line(error))
+        log.debug("size of %s unknown: %s", model, first_line(error))
         return None
     if checkpoint.total_bytes is not None:
         return checkpoint.total_bytes

@@ -25,8 +25,8 @@ class Preset:
     applies.
 
     ``config``: what its text config says, as far as a plan needs it. ``confirmed``: read in the
-    target's own config or its class's defaults; where not, the target's config wins.
-    ``weight_bytes``: of the checkpoint. ``sources``: where each of these is from.
+    target's own config or its class's defaults; if not, the target's config takes precedence.
+    ``weight_bytes``: size of the checkpoint. ``sources``: where each value comes from.
     """
 
     name: str
@@ -53,7 +53,7 @@ class Preset:
 
 @cache
 def presets() -> dict[str, Preset]:
-    """Every preset by model id. A number without a source is a mistake of this release
+    """Return every preset by model id. A number without a source is a bug in this release
     (KeyError).
     """
     raw = json.loads((Path(__file__).parent / "presets.json").read_text())
@@ -68,7 +68,7 @@ def presets() -> dict[str, Preset]:
 
 
 def find(model: str) -> Preset | None:
-    """The preset of a model id, or of a local folder that carries the last part of one
+    """Return the preset of a model id, or of a local folder named like the last part of one
     (``/models/GLM-5.2-FP8``).
     """
     if model in presets():
@@ -82,7 +82,7 @@ def find(model: str) -> Preset | None:
 
 
 def check_shapes(preset: Preset, found: Shapes) -> None:
-    """Refuse a preset whose shapes are not the target's, if they are known to be right."""
+    """Refuse a preset whose shapes differ from the target's, if the preset's are confirmed."""
     if not preset.confirmed:
         return
     if (preset.shapes.hidden_size, preset.shapes.vocab_size, preset.shapes.num_layers) != (

@@ -1,5 +1,5 @@
-"""A matrix of a checkpoint as numbers, whatever form it is stored in: 16 or 32 bits, fp8, packed
-int, NVFP4, GPTQ.
+"""Read a matrix of a checkpoint as numbers, whatever form it is stored in: 16 or 32 bits, fp8,
+packed int, NVFP4, GPTQ.
 
 Legend: V rows, H columns, G groups of a row. Quantised forms come back in bfloat16, the precision
 they are served in.
@@ -22,8 +22,8 @@ BLOCK = (128, 128)  # DeepSeek's fp8 blocks, where the config does not say
 
 
 def form_of(checkpoint: Checkpoint, module: str) -> str:
-    """The form of a module's matrix in words, from the headers alone. Raises TargetError for one
-    that is not read here.
+    """Describe the form of a module's matrix, from the headers alone. Raises TargetError for an
+    unsupported form.
     """
     names = checkpoint.tensors
     weight = names.get(f"{module}.weight")
@@ -58,7 +58,7 @@ def form_of(checkpoint: Checkpoint, module: str) -> str:
 def read_matrix(
     checkpoint: Checkpoint, module: str, rows: int, columns: int, quantization: Mapping[str, Any]
 ) -> torch.Tensor:
-    """The matrix [V, H] of ``module``; padded rows beyond V are left out. ``quantization``: the
+    """Read the matrix [V, H] of ``module`` without padded rows beyond V. ``quantization``: the
     config's ``quantization_config``.
     """
     import torch
@@ -101,8 +101,8 @@ def read_matrix(
 
 
 def _fp8(parts: Mapping[str, torch.Tensor], quantization: Mapping[str, Any]) -> torch.Tensor:
-    """One scale, one per row, or one per block (``weight_scale_inv`` too is a factor of the stored
-    value).
+    """Read fp8 with one scale, one per row, or one per block (``weight_scale_inv`` is a factor of
+    the stored value, too).
     """
     import torch
 
@@ -124,7 +124,9 @@ def _fp8(parts: Mapping[str, torch.Tensor], quantization: Mapping[str, Any]) -> 
 
 
 def _packed_int(parts: Mapping[str, torch.Tensor], columns: int) -> torch.Tensor:
-    """compressed-tensors' ``pack-quantized``: signed ints of b bits along a row, scales [V, G]."""
+    """Read compressed-tensors' ``pack-quantized``: signed ints of b bits along a row, scales [V,
+    G].
+    """
     import torch
 
     unpack = _library("pack_quantized").unpack_from_int32
@@ -140,8 +142,8 @@ def _packed_int(parts: Mapping[str, torch.Tensor], columns: int) -> torch.Tensor
 
 
 def _nvfp4(parts: Mapping[str, torch.Tensor], columns: int) -> torch.Tensor:
-    """Two fp4 values per byte, an fp8 scale per 16 of them, and one scale of all: a divisor in
-    compressed-tensors, a factor in ModelOpt.
+    """Read NVFP4: two fp4 values per byte, an fp8 scale per 16 of them, and one global scale: a
+    divisor in compressed-tensors, a factor in ModelOpt.
     """
     import torch
 
@@ -183,7 +185,7 @@ def _widened(scale: torch.Tensor, columns: int) -> torch.Tensor:
 
 
 def _library(name: str) -> Any:
-    """compressed-tensors, which knows how its packed forms are laid out."""
+    """Import compressed-tensors, which knows the layout of its packed forms."""
     import importlib
 
     try:

@@ -1,5 +1,5 @@
-"""What is known of families, engines and servers, as data (``support.json``): one table for dump,
-check, card and docs.
+"""What is known about families, engines and servers, as data (``support.json``): one table for
+dump, check, card and docs.
 
 A cell is *run* (done here), *read* (follows from a release's source) or *not* (does not work), for
 a range of versions.
@@ -21,7 +21,7 @@ STATES = ("run", "read", "not")
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Cell:
     """``use``: dump or serve. ``since``, ``until``: versions, both inclusive; None: open.
-    ``source``: where it is known from.
+    ``source``: where this is known from.
     """
 
     use: str
@@ -33,7 +33,7 @@ class Cell:
     note: str = ""
 
     def covers(self, version: str | None) -> bool:
-        """Whether it speaks of ``version``; of the newest release where None is installed."""
+        """Tell whether the cell covers ``version``; the newest release if None is installed."""
         if version is None:
             return self.until is None
         at = _numbers(version)
@@ -56,18 +56,18 @@ class Family:
     cells: tuple[Cell, ...]
 
     def cell(self, use: str, engine: str, version: str | None = None) -> Cell | None:
-        """What is known of ``engine`` in ``version``; None: nothing."""
+        """Return what is known about ``engine`` in ``version``; None = nothing."""
         fit = (c for c in self.cells if (c.use, c.engine) == (use, engine) and c.covers(version))
         return next(fit, None)
 
     def working(self, use: str) -> list[Cell]:
-        """The cells of ``use`` that are not *not*."""
+        """Return the cells of ``use`` that are not *not*."""
         return [c for c in self.cells if c.use == use and c.state != "not"]
 
 
 @cache
 def families() -> tuple[Family, ...]:
-    """Every family of the table, in its order."""
+    """Return every family of the table, in order."""
     raw = json.loads((Path(__file__).parent / "support.json").read_text())
     return tuple(
         Family(f["name"], tuple(f["model_types"]), tuple(Cell(**c) for c in f["cells"]))
@@ -77,7 +77,7 @@ def families() -> tuple[Family, ...]:
 
 @cache
 def sources() -> dict[str, str]:
-    """Short name of a source -> what it is."""
+    """Map the short name of a source to its description."""
     out: dict[str, str] = json.loads((Path(__file__).parent / "support.json").read_text())[
         "sources"
     ]
@@ -85,8 +85,8 @@ def sources() -> dict[str, str]:
 
 
 def family_of(model_types: Iterable[str | None]) -> Family | None:
-    """The family of a target by the ``model_type`` of its config (a wrapper's first, then its text
-    model's); None: not in the table.
+    """Return the family of a target by the ``model_type`` of its config (a wrapper's first, then
+    its text model's); None = not in the table.
     """
     for model_type in model_types:
         for family in families():

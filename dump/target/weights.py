@@ -1,9 +1,8 @@
-"""The target's frozen weights: of a loaded model, its parts by structure; of a checkpoint, its
-tensors by name.
+"""The target's frozen weights: from a loaded model by structure, from a checkpoint by tensor names.
 
 A model's decoder is the module that holds as many layers as the config says, the final norm is the
-one norm beside them, embedding and head are what the model itself says they are. A checkpoint is
-read without its layers: the module tree is built without memory (meta device) for the final norm's
+one norm beside them, and the model itself names its embedding and head. A checkpoint is read
+without its layers: the module tree is built without memory (meta device) for the final norm's
 arithmetic, and three tensors are read.
 """
 
@@ -29,7 +28,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """A loaded model's parts. ``decoder``: whose output is after ``norm``; ``layers``: its decoder
+    """A loaded model's parts. ``decoder``: its output is after ``norm``; ``layers``: its decoder
     layers, in order.
     """
 
@@ -42,7 +41,7 @@ class Parts:
 
 
 def find_parts(model: Any, shapes: Shapes) -> Parts:
-    """The parts of a transformers causal LM (or of the text model it wraps)."""
+    """Find the parts of a transformers causal LM (or of the text model it wraps)."""
     from torch import nn
 
     stacks = [
@@ -62,10 +61,10 @@ def find_parts(model: Any, shapes: Shapes) -> Parts:
     ]
     if len(found) != 1:
         raise EngineError(
-            f"{type(model).__name__}: looked for one stack of {shapes.num_layers} layers with "
-            f"one norm of width {shapes.hidden_size} beside it, "
-            f"found {len(found)} (stacks of that depth: {[name for name, _, _ in stacks]}). This "
-            "structure is not known."
+            f"{type(model).__name__}: looked for one stack of {shapes.num_layers} layers "
+            f"with one norm of width {shapes.hidden_size} beside it, found {len(found)} "
+            f"(stacks of that depth: {[name for name, _, _ in stacks]}). This structure "
+            "is not supported."
         )
     decoder, layers, norms = found[0]
     embed, head = model.get_input_embeddings(), model.get_output_embeddings()
@@ -76,8 +75,8 @@ def find_parts(model: Any, shapes: Shapes) -> Parts:
             )
     if getattr(head, "bias", None) is not None:
         raise EngineError(
-            f"{type(model).__name__}: its output head has a bias, which a draft's frozen head "
-            "does not carry."
+            f"{type(model).__name__}: its output head has a bias, which a draft's frozen "
+            "head cannot hold."
         )
     return Parts(decoder, layers, norms[0], embed, head, shapes.vocab_size)
 
@@ -87,7 +86,9 @@ def _in_list(name: str) -> bool:
 
 
 def _norms(parent: nn.Module, layers: nn.ModuleList, hidden: int) -> list[nn.Module]:
-    """Children of ``parent`` with a weight of shape [H] and no other parameter than a bias."""
+    """Return the children of ``parent`` with a weight of shape [H] and no other parameter but a
+    bias.
+    """
     out = []
     for child in parent.children():
         weight = getattr(child, "weight", None)
@@ -97,8 +98,8 @@ def _norms(parent: nn.Module, layers: nn.ModuleList, hidden: int) -> list[nn.Mod
 
 
 def are_plain(parts: Parts) -> bool:
-    """Whether embedding, head and norm are here in 16 or 32 bits: not packed, and not left on disk
-    by a device map.
+    """Tell whether embedding, head and norm are in memory in 16 or 32 bits: not packed, and not
+    left on disk by a device map.
     """
     for module in (parts.embed, parts.head):
         weight: Any = getattr(module, "weight", None)
@@ -111,11 +112,9 @@ def are_plain(parts: Parts) -> bool:
 
 
 def frozen_target(parts: Parts) -> FrozenTarget:
-    """The weights that training needs, as they are in the model (no copy; rows that pad the
-    vocabulary are left out).
-
-    Raises EngineError where a matrix is smaller than the vocabulary, or quantised (``read_frozen``
-    reads those).
+    """Return the weights that training needs, as they are in the model (no copy; without rows that
+    pad the vocabulary). Raises EngineError if a matrix is smaller than the vocabulary, or quantised
+    (``read_frozen`` reads those).
     """
     embed: Any = parts.embed.weight if are_plain(parts) else None
     head: Any = parts.head.weight if are_plain(parts) else None
@@ -136,7 +135,7 @@ def frozen_target(parts: Parts) -> FrozenTarget:
 
 
 def compact(frozen: FrozenTarget) -> FrozenTarget:
-    """The same weights in bfloat16 where that loses nothing (a bfloat16 checkpoint that ran in
+    """Return the weights in bfloat16 if that loses nothing (a bfloat16 checkpoint that ran in
     float32), so that engines agree on the bytes.
     """
     import torch
@@ -151,7 +150,7 @@ def compact(frozen: FrozenTarget) -> FrozenTarget:
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """Where the frozen weights lie in a checkpoint, known from its headers."""
+    """Where the frozen weights are in a checkpoint, from its headers."""
 
     checkpoint: Checkpoint
     names: FrozenNames
@@ -172,8 +171,8 @@ def find_frozen(model: str, shapes: Shapes, config: Any) -> Found:
 
 
 def is_tied(config: Any) -> bool:
-    """Whether the config makes the embedding the output head; a wrapper's own word comes before its
-    text config's.
+    """Tell whether the config makes the embedding the output head; a wrapper's own setting comes
+    before its text config's.
     """
     for part in (config, config.get_text_config()):
         said = getattr(part, "tie_word_embeddings", None)
@@ -183,7 +182,7 @@ def is_tied(config: Any) -> bool:
 
 
 def quantization_of(config: Any) -> Mapping[str, Any]:
-    """The ``quantization_config`` of a checkpoint, empty where it is not quantised."""
+    """Return the ``quantization_config`` of a checkpoint; empty if it is not quantised."""
     said = getattr(config, "quantization_config", None) or {}
     return said if isinstance(said, Mapping) else said.to_dict()
 
@@ -191,10 +190,8 @@ def quantization_of(config: Any) -> Mapping[str, Any]:
 def read_frozen(
     model: str, shapes: Shapes, trust_remote_code: bool = False
 ) -> tuple[FrozenTarget, nn.Module]:
-    """Frozen weights as the checkpoint has them, and the final norm as a module that runs on the
-    CPU.
-
-    Raises TargetError where a part is missing or is stored in a form that is not read.
+    """Read the frozen weights from the checkpoint, and the final norm as a module that runs on the
+    CPU. Raises TargetError if a part is missing or stored in an unsupported form.
     """
     from transformers import AutoConfig
 
@@ -222,7 +219,7 @@ def read_frozen(
 
 
 def empty_model(config: Any, trust_remote_code: bool = False) -> Any:
-    """The module tree of a target on the meta device: no weights, no memory."""
+    """Build the module tree of a target on the meta device: no weights, no memory."""
     import torch
 
     try:
@@ -235,8 +232,8 @@ def empty_model(config: Any, trust_remote_code: bool = False) -> Any:
 
 
 def model_class(config: Any) -> Any:
-    """The transformers class that holds this config's language model: a causal LM, or the wrapper
-    of one (images, audio).
+    """Return the transformers class that holds this config's language model: a causal LM, or the
+    wrapper of one (images, audio).
     """
     import transformers
 

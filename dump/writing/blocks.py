@@ -1,11 +1,11 @@
-"""Memory that outlives one part and that a worker process can map: states are put together here and
+"""Memory that outlives one part and that a worker process can map: states are assembled here and
 compressed from here.
 
 A fresh allocation per part would be faulted in page by page every time, which cost as much as
-compressing it (docs/log/2026-11-22-where-the-time-went.md); a block is used again. Where worker
-processes write, it is a file in memory (``memfd``), so that nothing is copied or pickled between
-processes, ``/dev/shm`` with its small limit in containers is not needed, and the kernel frees it
-whoever is killed.
+compressing it (docs/log/2026-11-22-where-the-time-went.md); a block is reused. If worker processes
+write, it is a file in memory (``memfd``), so that nothing is copied or pickled between processes,
+``/dev/shm`` with its small limit in containers is not needed, and the kernel frees it whichever
+process is killed.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ log = logging.getLogger("dspark.dump")
 
 @dataclass(frozen=True, slots=True)
 class Region:
-    """Where one array lies in a block: ``offset`` in bytes."""
+    """The place of one array in a block: ``offset`` in bytes."""
 
     offset: int
     shape: tuple[int, ...]
@@ -46,7 +46,7 @@ class Handle:
 
 
 def regions(specs: Iterable[StoredArray]) -> tuple[dict[str, Region], int]:
-    """Places for the arrays ``specs``, one after another, and the bytes that they take together."""
+    """Lay out the arrays ``specs`` one after another; also returns their total size in bytes."""
     out: dict[str, Region] = {}
     end = 0
     for spec in specs:
@@ -57,12 +57,14 @@ def regions(specs: Iterable[StoredArray]) -> tuple[dict[str, Region], int]:
 
 
 def can_share() -> bool:
-    """Whether this system has what ``SharedBlock(shared=True)`` needs (Linux)."""
+    """Tell whether this system has what ``SharedBlock(shared=True)`` needs (Linux)."""
     return hasattr(os, "memfd_create")
 
 
 class SharedBlock:
-    """At least as many bytes as were ever reserved. ``shared``: worker processes may map it."""
+    """A block of at least as many bytes as were ever reserved. ``shared``: worker processes may map
+    it.
+    """
 
     def __init__(self, shared: bool) -> None:
         self._fd = os.memfd_create("dspark-part") if shared else -1
@@ -70,10 +72,10 @@ class SharedBlock:
         self._pinned = self._tried = False
 
     def reserve(self, size: int) -> None:
-        """Make room for ``size`` bytes; what was there may be gone."""
+        """Make room for ``size`` bytes; earlier contents may be lost."""
         if size <= self._memory.shape[0]:
             return
-        # parts differ a little, and each time pages would be mapped and locked anew
+        # parts differ a little in size, and pages would be mapped and locked again each time
         size += size // 8
         self._unpin()
         if self._fd < 0:
@@ -83,12 +85,12 @@ class SharedBlock:
         self._memory = np.frombuffer(mmap.mmap(self._fd, size), np.uint8)
 
     def array(self, region: Region) -> Array:
-        """The array at ``region``, writable, without a copy."""
+        """Return the array at ``region``, writable, without a copy."""
         return _view(self._memory, region)
 
     def pin(self) -> None:
-        """Lock the pages for CUDA, once: a copy from the GPU then takes the bus's speed instead of
-        the driver's own small buffers, and the pages are there.
+        """Lock the pages for CUDA, once: a copy from the GPU then runs at bus speed instead of
+        through the driver's small buffers, and the pages are present.
         """
         if self._tried or not self._memory.shape[0]:
             return
@@ -113,10 +115,10 @@ class SharedBlock:
         return Handle(os.getpid(), self._fd, self._memory.shape[0])
 
     def close(self) -> None:
-        """Give the memory back, once no view of it is left."""
+        """Free the memory once no view of it is left."""
         self._unpin()
-        # The mapping keeps the file open beside _fd, and whoever holds the error of a failed dump
-        # holds this object by its traceback.
+        # The mapping keeps the file open beside _fd, and the traceback of a failed dump's error
+        # keeps this object alive.
         self._memory = np.empty(0, np.uint8)
         if self._fd >= 0:
             os.close(self._fd)
@@ -124,7 +126,7 @@ class SharedBlock:
 
 
 def attach(handle: Handle, places: dict[str, Region]) -> dict[str, Array]:
-    """In a worker process: the arrays of a block of its parent."""
+    """Map the arrays of a block of the parent, in a worker process."""
     fd = os.open(f"/proc/{handle.pid}/fd/{handle.fd}", os.O_RDWR)
     try:
         memory: Array = np.frombuffer(mmap.mmap(fd, handle.size), np.uint8)
@@ -141,8 +143,8 @@ def _cuda() -> Any:
 
 
 def _forget_error() -> None:
-    """CUDA keeps the code of a failed call until the next check, which would be that of a kernel
-    that is sound.
+    """Clear CUDA's error code: CUDA keeps the code of a failed call until the next check, which
+    would blame a later kernel.
     """
     import torch
 

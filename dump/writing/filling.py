@@ -1,10 +1,10 @@
-"""A part whose states arrive batch by batch, in any order, and end in the block that a worker
+"""A part whose states arrive batch by batch, in any order, and end up in the block that a worker
 writes.
 
-Codes that come on the host are copied to their rows. Codes that come on a device are put into
-arrays of the whole part there, a batch with one indexed copy, and cross to the host once, as they
-will be written: 200 samples of a batch would take a thousand small steps of Python, each with the
-lock that launching the target's kernels needs, which made a dump a third slower than its parts
+Codes on the host are copied to their rows. Codes on a device are put into arrays of the whole part
+there, one indexed copy per batch, and cross to the host once, in the layout that is written: the
+200 samples of a batch would take a thousand small steps of Python, each holding the lock that
+launching the target's kernels needs, which made a dump a third slower than its stages
 (docs/log/2026-11-22-speed-before-kernels.md).
 
 Legend: T tokens of the part, M stored rows of the last state.
@@ -32,7 +32,7 @@ Rows = np.ndarray[tuple[int, ...], np.dtype[np.int64]]
 
 
 class Filling:
-    """``part`` on its way into ``block``. Rows of ``last`` are the stored ones."""
+    """A ``part`` being filled into ``block``. Rows of ``last`` are the stored ones."""
 
     def __init__(self, part: PartRows, job: PartJob, block: SharedBlock) -> None:
         self.part, self.job, self.block = part, job, block
@@ -56,7 +56,7 @@ class Filling:
         return len(self._missing)
 
     def put(self, members: list[int], coded: Coded) -> None:
-        """Samples ``members``, end to end in the host's arrays ``coded``, go to their rows."""
+        """Copy samples ``members``, concatenated in the host arrays ``coded``, to their rows."""
         at = {axis: as_slice(self.rows(axis, members)) for axis in self._starts}
         for name in self._arrays:
             self._arrays[name][at[axis_of(name)]] = coded[name]
@@ -64,8 +64,8 @@ class Filling:
         self._missing -= set(members)
 
     def put_on_device(self, members: list[int], coded: Mapping[str, torch.Tensor]) -> None:
-        """The same with tensors, which stay where they are until ``to_host``. All of a part on one
-        device; launches on its current stream.
+        """Do the same with tensors, which stay on their device until ``to_host``. All of a part
+        must be on one device; launches on its current stream.
         """
         device = next(iter(coded.values())).device
         at = {axis: send(self.rows(axis, members), device) for axis in self._starts}
@@ -83,13 +83,13 @@ class Filling:
         self._missing -= set(members)
 
     def _keep_exact(self, members: list[int], coded: Coded) -> None:
-        """Hold the few tokens of a batch that are stored exactly, by their place in the part."""
+        """Keep the few tokens of a batch that are stored exactly, by their place in the part."""
         if self.job.exact:
             at = self.rows("token", members)[coded[EXACT_TOKEN]]
             self._exact.append({n: coded[n] for n in self.job.exact} | {EXACT_TOKEN: at})
 
     def exact(self) -> dict[str, Any]:
-        """All of the part's, in the order of their tokens; empty where the codec has none."""
+        """Return all exactly stored tokens of the part, in order; empty if the codec has none."""
         if not self.job.exact:
             return {}
         joined = {
@@ -99,7 +99,7 @@ class Filling:
         return {n: a[order] for n, a in joined.items()}
 
     def rows(self, axis: str, members: list[int]) -> Rows:
-        """Where the rows of samples ``members``, end to end, belong in the part's arrays of
+        """Return where the concatenated rows of samples ``members`` belong in the part's arrays of
         ``axis``: int64.
         """
         starts: Rows = self._starts[axis]
@@ -112,7 +112,7 @@ class Filling:
         return out
 
     def to_host(self) -> None:
-        """Copy what is on a device into the block."""
+        """Copy everything on a device into the block."""
         for key, data in self._on_device.items():
             if data.is_cuda:
                 self.block.pin()
@@ -120,14 +120,16 @@ class Filling:
         self.release()
 
     def release(self) -> None:
-        """Hold no view of the block any more, so that closing it gives its memory back. Nothing can
-        be put after this.
+        """Drop all views of the block, so that closing it frees its memory. Nothing can be put
+        after this.
         """
         self._arrays.clear()
         self._on_device.clear()
 
     def _on_host(self, key: str, like: torch.Tensor) -> torch.Tensor:
-        """The block's array ``key`` as a tensor of the shape of ``like``, the same memory."""
+        """View the block's array ``key`` as a tensor with the shape of ``like``, sharing its
+        memory.
+        """
         import torch
 
         flat: Any = self._arrays[key].reshape(-1).view(np.uint8)
@@ -135,8 +137,8 @@ class Filling:
 
 
 def as_slice(rows: Rows) -> Rows | slice:
-    """``rows``, which rise by sample: as a slice where they follow each other, as most engines' do,
-    for one copy instead of one per row.
+    """Turn ascending ``rows`` into a slice if they are adjacent, as with most engines, for one copy
+    instead of one per row.
     """
     if rows.size and rows[-1] - rows[0] + 1 == rows.size and (np.diff(rows) == 1).all():
         return slice(int(rows[0]), int(rows[-1]) + 1)
@@ -144,7 +146,7 @@ def as_slice(rows: Rows) -> Rows | slice:
 
 
 def _bytes_of(coded: torch.Tensor) -> torch.Tensor:
-    """[rows, ...] of any dtype -> uint8 [rows, bytes of a row], the same memory."""
+    """View [rows, ...] of any dtype as uint8 [rows, bytes per row], sharing its memory."""
     import torch
 
     return coded.contiguous().flatten(1).view(torch.uint8)

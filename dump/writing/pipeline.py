@@ -3,16 +3,15 @@
     engine (caller's thread) -> encode, put in place, copy (one thread, a CUDA stream of its own) ->
     compress and write (workers)
 
-The engine only launches work. A batch of states is coded where it is and its codes put into their
-part there (``filling.py``); a part that is whole is copied to a block on the host and compressed by
-a worker process from that same block. States that are still on their way to the host (from a vLLM
-worker, by file) are waited for here too, so that the engine's thread, which feeds it requests,
-never waits for one. Every hand-over is bounded: so many batches wait for the encoder, and there are
-only so many blocks (parts in memory) in all, so a slow disk slows the engine down and nothing
-grows. The encoder's thread does little Python: what it does, it does with the lock that the thread
-which launches the target's kernels needs for each of them.
-
-On a CPU, where compression would only take cores from the target, the workers are threads.
+The engine only launches work. A batch of states is coded on its device and its codes are put into
+their part there (``filling.py``); a complete part is copied to a block on the host and compressed
+by a worker process from that same block. States still in flight to the host (from a vLLM worker, by
+file) are waited for here too, so that the engine's thread, which feeds it requests, never waits for
+any. Every queue is bounded: a limited number of batches wait for the encoder, and the number of
+blocks (parts in memory) is limited, so a slow disk slows the engine down and memory does not grow.
+The encoder's thread runs little Python, because it would hold the lock that the thread launching
+the target's kernels needs. On a CPU, where compression would only take cores from the target, the
+workers are threads.
 """
 
 from __future__ import annotations
@@ -47,31 +46,32 @@ if TYPE_CHECKING:
     from dspark.dump.progress import Bar
 
 WAITING = 2  # batches of states between engine and encoder
-COMING = 8  # batches whose states are on their way, in files beside the store at most
-BLOCK_BYTES = 4 << 30  # of parts in memory, where the number of workers does not need less
+COMING = 8  # batches whose states may be in flight, in files beside the store
+BLOCK_BYTES = 4 << 30  # of parts in memory, unless the number of workers needs less
 THREADS = (
-    # commits at once without worker processes: one alone leaves cores idle while it waits for the
-    # disk
+    # concurrent commits without worker processes: a single one leaves cores idle while it waits for
+    # the disk
     2
 )
 
 
 def writers(processes: int) -> WorkerPool | None:
-    """Processes for a ``Pipeline``, where this system can share memory with them."""
+    """Start processes for a ``Pipeline``, if this system can share memory with them."""
     return WorkerPool(processes, "writes parts", _ready) if processes and can_share() else None
 
 
 def _ready() -> None:
-    """Runs in a worker: to find this function it has imported all that ``write_shared`` needs."""
+    """Run in a worker: finding this function has imported everything that ``write_shared``
+    needs.
+    """
 
 
 class Pipeline:
-    """``pool``: processes that write parts, which end with this; None = threads. ``bar`` is told of
-    every batch that is in place and every part that is whole. ``groups``: parts that the engine may
-    leave unfinished at once.
-
-    ``seconds``: where the time went, by stage; the stages overlap. Use as a context: leaving it,
-    also by an error, waits until every whole part is on disk and gives up the others.
+    """``pool``: processes that write parts, which end with this; None = threads. ``bar`` is
+    notified of every batch in place and every complete part. ``groups``: parts that the engine may
+    leave unfinished at once. ``seconds``: time per stage; the stages overlap. Use as a context
+    manager: on leaving, also by an error, it waits until every complete part is on disk and
+    discards the others.
     """
 
     def __init__(
@@ -107,7 +107,7 @@ class Pipeline:
 
     def begin(self, part: PartRows) -> bool:
         """Make room for a part; waits while there is none. False for a part without samples, which
-        is on disk then: the next ``begin`` has its number.
+        is then already on disk: the next ``begin`` has its number.
         """
         block = self.writer.block(
             part.index,
@@ -131,8 +131,8 @@ class Pipeline:
         return True
 
     def _free_block(self, size: int) -> SharedBlock:
-        # As many parts may always be in memory as the engine may leave unfinished; more only while
-        # all of them fit.
+        # The parts that the engine may leave unfinished always fit in memory; more are allowed only
+        # while all of them fit.
         most = BLOCK_BYTES * self._groups // 2
         if len(self._bytes) >= self._groups and sum(list(self._bytes.values())) + size > most:
             time.sleep(0.01)
@@ -147,8 +147,8 @@ class Pipeline:
         return block
 
     def _refuse_if_stuck(self) -> None:
-        """If every part in memory lacks states, and none are on their way, there will never be
-        room.
+        """Raise if there will never be room: every part in memory lacks states, and none are in
+        flight.
         """
         if (
             not self._waiting.unfinished_tasks
@@ -161,13 +161,13 @@ class Pipeline:
         for filling in self._filling.values():
             n = len(filling.part.samples)
             raise EngineError(
-                f"the engine gave states for {n - filling.missing} of {n} samples of part "
-                f"{filling.part.index}."
+                f"the engine returned states for {n - filling.missing} of {n} samples of "
+                f"part {filling.part.index}."
             )
 
     def put(self, captured: Captured) -> None:
-        """Hand over a batch; its group is the number of the part by the order of ``begin``. Waits
-        while the encoder is behind.
+        """Hand over a batch; its group is the number of the part in the order of ``begin`` calls.
+        Waits while the encoder is behind.
         """
         with self._timed("wait for the encoder"):
             self._patiently(lambda: self._enter(captured), queue.Full)
@@ -181,14 +181,14 @@ class Pipeline:
         return self._room[callable(captured.states)]
 
     def finish(self) -> None:
-        """Wait for everything; raises what went wrong in any stage, or EngineError if a part is not
-        whole.
+        """Wait for everything; raises the error of any stage, or EngineError if a part is
+        incomplete.
         """
         self.settle()
         self._refuse_gaps()
 
     def settle(self) -> None:
-        """Wait for what was handed over, and for every whole part to be on disk; raises the first
+        """Wait for what was handed over, and until every complete part is on disk; raises the first
         error.
         """
         with self._timed("wait for the encoder"):
@@ -198,7 +198,7 @@ class Pipeline:
         self._check()
 
     def _drain(self) -> None:
-        """End the encoder once it has done what is waiting."""
+        """End the encoder once it has processed what is waiting."""
         self._waiting.put(None)
         self._encoder.join()
 
@@ -207,7 +207,7 @@ class Pipeline:
             raise self._failed
 
     def _patiently(self, attempt: Callable[[], Any], not_yet: type[Exception]) -> Any:
-        """``attempt`` until it succeeds or another stage has failed."""
+        """Repeat ``attempt`` until it succeeds or another stage has failed."""
         while True:
             self._check()
             try:
@@ -224,7 +224,7 @@ class Pipeline:
             self.seconds[stage] += time.perf_counter() - began
 
     def _encode(self) -> None:
-        """The encoder's thread."""
+        """Run the encoder's thread."""
         import torch
 
         stream: torch.cuda.Stream | None = None
@@ -240,22 +240,22 @@ class Pipeline:
                         with torch.cuda.stream(stream):
                             stream.wait_event(captured.ready)
                             self._place(captured)
-                        # Behind it the states' memory is the engine's again.
+                        # After it, the states' memory belongs to the engine again.
                         stream.synchronize()
                     self._waiting.task_done()
         except torch.OutOfMemoryError as error:
-            # Not in --regenerate, whose states come coded and on the host: it refuses
+            # Not with --regenerate, whose states arrive coded on the host; it refuses
             # --part-tokens.
             self._failed = EngineError(
-                f"out of memory while a part's codes were put together on the GPU: {error}. Use "
-                "a smaller --batch-tokens "
-                "(--resume takes another one), or a smaller --part-tokens, which needs a new store."
+                f"out of memory while a part's codes were assembled on the GPU: {error}. "
+                "Use a smaller --batch-tokens (it may change with --resume), or a "
+                "smaller --part-tokens, which needs a new store."
             )
         except BaseException as error:  # re-raised in the caller's thread
             self._failed = error
 
     def _place(self, captured: Captured) -> None:
-        """Code a batch and put it into its part; if that is whole then, hand the part to the
+        """Code a batch and put it into its part; if the part is then complete, hand it to the
         writers.
         """
         filling, states = self._filling[captured.group], captured.states
@@ -284,7 +284,7 @@ class Pipeline:
             self._commit(filling)
 
     def _embedding_on(self, device: torch.device) -> torch.Tensor:
-        """The target's embedding, moved once."""
+        """Return the target's embedding, moved to the device once."""
         assert self._embedding is not None, "a codec that predicts from tokens needs the embedding"
         self._embedding = self._embedding.to(device)
         return self._embedding
@@ -330,14 +330,14 @@ class Pipeline:
 
 
 def nothing(job: PartJob) -> dict[str, np.ndarray[tuple[int, ...], np.dtype[Any]]]:
-    """The states of a part without samples."""
+    """Return the states of a part without samples."""
     out = {s.name: np.empty(s.shape, s.dtype) for s in job.state_specs}
     exact = {n: np.empty((0, *s.row_shape), s.dtype) for n, s in job.exact.items()}
     return out | exact | {EXACT_TOKEN: np.zeros(0, np.int64)}
 
 
 def versions() -> dict[str, str]:
-    """What makes parts here, for their records."""
+    """Return the versions of what makes parts here, for their records."""
     return {name: metadata.version(name) for name in ("torch", "transformers", "zarr")}
 
 
@@ -347,8 +347,8 @@ def write_shared(
     places: dict[str, Region],
     exact: dict[str, np.ndarray[tuple[int, ...], np.dtype[Any]]],
 ) -> tuple[PartRecord, float]:
-    """In a worker process: ``write_timed`` of the states in its parent's block, and of those
-    ``exact`` that are too few for it.
+    """Write a part from the states in the parent's block and the few ``exact`` ones passed along,
+    in a worker process.
     """
     return write_timed(job, attach(handle, places) | exact)
 
@@ -356,7 +356,7 @@ def write_shared(
 def write_timed(
     job: PartJob, states: dict[str, np.ndarray[tuple[int, ...], np.dtype[Any]]]
 ) -> tuple[PartRecord, float]:
-    """Write a part; its record and the seconds that took."""
+    """Write a part; returns its record and the seconds it took."""
     began = time.perf_counter()
     record = job.write(states)
     return record, time.perf_counter() - began

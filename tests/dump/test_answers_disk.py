@@ -188,7 +188,7 @@ def test_a_repaired_store_has_all_its_answers(config: DumpConfig) -> None:
     def no_engine(*_: object) -> None:
         raise AssertionError("weights are read")
 
-    with pytest.raises(DamagedCacheError, match="moved away or changed, put it back"):
+    with pytest.raises(DamagedCacheError, match="moved or changed, restore it"):
         dump(again(config), Display(), engine_for=no_engine)  # type: ignore[arg-type]
     moved.rename(answers.joined)
     dump(again(config), Display())

@@ -118,27 +118,27 @@ def refusals(
         "not its store's": (
             {"calibration": in_store},
             DamagedCacheError,
-            "the store that it lies in says",
+            "the store that contains it says",
         ),
         "codec": (
             {"codec": "klt-3-2"},
             MismatchError,
-            "codec: it is of klt-2-2, this run has klt-3-2",
+            "codec: it is for klt-2-2, this run has klt-3-2",
         ),
         "nothing to learn": (
             {"codec": "lossless"},
             MismatchError,
-            "codec: it is of klt-2-2, this run has lossless",
+            "codec: it is for klt-2-2, this run has lossless",
         ),
         "layers": (
             {"layers": (0, 3)},
             MismatchError,
-            r"layers: it is of \[0, 2\], this run has \[0, 3\]",
+            r"layers: it is for \[0, 2\], this run has \[0, 3\]",
         ),
         "target": (
             {"model": target},
             MismatchError,
-            "target: it is of .*, whose config is another",
+            "target: it is for .*, whose config differs",
         ),
     }
 
@@ -168,7 +168,7 @@ def test_other_weights_of_the_same_shape_begin_no_store(made: DumpConfig, tmp_pa
     config = dataclasses.replace(
         made, model=str(target), output=tmp_path / "o.zarr", calibration=made.output / CALIBRATION
     )
-    with pytest.raises(MismatchError, match="not the one of its calibration"):
+    with pytest.raises(MismatchError, match="not the one that the calibration was made for"):
         dump(config, Display())
     assert not config.output.exists()
 
@@ -193,7 +193,7 @@ def test_another_calibration_does_not_go_on_with_a_store(made: DumpConfig, tmp_p
 
 def test_regenerated_answers_take_a_calibration_that_is_there(made: DumpConfig) -> None:
     config = dataclasses.replace(made, regenerate=True, part_tokens=None, dry_run=True)
-    with pytest.raises(UsageError, match="learns from answers, which --regenerate has none of yet"):
+    with pytest.raises(UsageError, match="is calibrated on answers, and with --regenerate"):
         plan_only(config)
     assert (
         plan_only(dataclasses.replace(config, calibration=made.output / CALIBRATION)).codec

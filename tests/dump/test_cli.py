@@ -135,7 +135,7 @@ def test_json_is_all_that_is_on_stdout(
         (["--data", "ROWS", "--layers", "9"], 2, "9 is out of range"),
         (["--data", "ROWS", "--layers", "x"], 2, "expected layer numbers"),
         (["--data", "ROWS", "--aux-bits", "5"], 2, "no codec stores 5 bits"),
-        (["--data", "ROWS", "--seq-length", "9999"], 2, "takes 512 tokens at most"),
+        (["--data", "ROWS", "--seq-length", "9999"], 2, "takes at most 512 tokens"),
         (["--data", "ROWS", "--mask-token-id", "99999"], 2, "outside the target's vocabulary"),
         (["--data", "ROWS", "--assistant-pattern", "x"], 2, "has no group"),
         ([], 2, "--data is needed"),

@@ -73,7 +73,7 @@ def test_states_as_they_are_pass(states: list[States], bits: int, way: str) -> N
             lambda s: States(s.aux, 2 * s.last),
             r"sample 0, layer last, differ from its states by (1\.0|0\.9)",
         ),
-        (lambda s: States(s.aux[1:], s.last), r"gave .*: 8, .* rows .* expected .*: 9, "),
+        (lambda s: States(s.aux[1:], s.last), r"returned .*: 8, .* rows .* expected .*: 9, "),
     ],
 )
 def test_each_fault_is_named(
@@ -84,7 +84,7 @@ def test_each_fault_is_named(
 
 
 def test_a_sample_that_does_not_come_is_named(states: list[States]) -> None:
-    with pytest.raises(EngineError, match=r"gave no states of samples \[1\]"):
+    with pytest.raises(EngineError, match=r"returned no states for samples \[1\]"):
         check_coded(
             engine(states, lambda s: s, "coded", (0, 2)),
             [None] * 3,
@@ -118,7 +118,7 @@ def test_a_massive_first_token_hides_nothing(
 
 
 def test_a_sample_that_comes_twice_is_named(states: list[States]) -> None:
-    with pytest.raises(EngineError, match="gave the states of sample 1 twice"):
+    with pytest.raises(EngineError, match="returned the states of sample 1 twice"):
         check_coded(
             engine(states, lambda s: s, "raw", (1, 0, 1)),
             [None] * 3,

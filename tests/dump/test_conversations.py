@@ -255,7 +255,7 @@ def test_turns() -> None:
     assert supervised(make(row, turns="last")) == [one]
     assert (
         make(row, THINKS, turns="whole").dropped
-        == "turns do not make one sample (--turns auto gives several)"
+        == "turns do not form one sample (--turns auto makes several)"
     )
     each = make(row, turns="each")
     assert [s.turn for s in each.samples] == [0, 1]

@@ -170,14 +170,14 @@ def test_lines_at_the_limit_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_too_deeply_nested_names_the_file(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text("[" * 100_000 + "]" * 100_000 + "\n")
-    with pytest.raises(DataError, match=r"rows.jsonl: begins as a JSON array and is none"):
+    with pytest.raises(DataError, match=r"rows.jsonl: begins like a JSON array but is not one"):
         list(open_corpus(str(path)).rows())
 
 
 def test_broken_gzip(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl.gz"
     path.write_bytes(gzip.compress((json.dumps(CHAT) + "\n").encode() * 1000)[:-20])
-    with pytest.raises(DataError, match="not a whole gzip file, broken after line"):
+    with pytest.raises(DataError, match="an incomplete gzip file, broken after line"):
         list(open_corpus(str(path)).rows())
 
 

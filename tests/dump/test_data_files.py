@@ -101,8 +101,12 @@ def broken() -> dict[str, tuple[str, bytes, str]]:
         "blank lines": ("a.jsonl", b"\n\n", r"no rows|empty"),
         "no json": ("a.jsonl", b"hello\n", r":1: not JSON .*one JSON object"),
         "cut line": ("a.jsonl", good[:-5], r":1: not JSON"),
-        "list per line": ("a.jsonl", b"[1]\n[2]\n", r"begins as a JSON array and is none"),
-        "array cut": ("a.json", b"[" + good[:-1] + b",", r"begins as a JSON array and is none"),
+        "list per line": ("a.jsonl", b"[1]\n[2]\n", r"begins like a JSON array but is not one"),
+        "array cut": (
+            "a.json",
+            b"[" + good[:-1] + b",",
+            r"begins like a JSON array but is not one",
+        ),
         "pretty json": ("a.json", json.dumps(CHAT, indent=1).encode(), r":1: not JSON"),
         "utf-16": ("a.jsonl", LINE.encode("utf-16"), r":1: not JSON|not UTF-8"),
         "latin-1": (
@@ -110,15 +114,15 @@ def broken() -> dict[str, tuple[str, bytes, str]]:
             LINE.replace("hello", "hall\xf6").encode("latin-1"),
             r":1: not JSON .*convert it with iconv",
         ),
-        "gzip cut": ("a.gz", gzip.compress(good * 99)[:-9], r"not a whole gzip file"),
+        "gzip cut": ("a.gz", gzip.compress(good * 99)[:-9], r"an incomplete gzip file"),
         "gzip of nothing known": ("a.gz", gzip.compress(b"\x00\x01"), r":1: not JSON"),
-        "zstd cut": ("a.zst", b"\x28\xb5\x2f\xfd\x00", r"cannot be read|not a whole"),
-        "parquet cut": ("a.parquet", b"PAR1abc", r"cannot be read: .*Is it whole\?"),
-        "arrow cut": ("a.arrow", b"ARROW1\x00\x00", r"cannot be read: .*Is it whole\?"),
+        "zstd cut": ("a.zst", b"\x28\xb5\x2f\xfd\x00", r"cannot be read|incomplete"),
+        "parquet cut": ("a.parquet", b"PAR1abc", r"cannot be read: .*Is it complete\?"),
+        "arrow cut": ("a.arrow", b"ARROW1\x00\x00", r"cannot be read: .*Is it complete\?"),
         "csv": (
             "a.csv",
             b"prompt,answer\na,b\n",
-            r":1: not JSON .*turn CSV or plain text into rows",
+            r":1: not JSON .*convert CSV or plain text into rows",
         ),
         "other keys": (
             "a.jsonl",
@@ -135,7 +139,11 @@ def broken() -> dict[str, tuple[str, bytes, str]]:
             row({"messages": [{"content": "a"}]}),
             r"expected an object with `role`",
         ),
-        "no mask": ("a.jsonl", row({"input_ids": [1, 2]}), r"give one 0 or 1 per token"),
+        "no mask": (
+            "a.jsonl",
+            row({"input_ids": [1, 2]}),
+            r"give one 0 or 1 per token",
+        ),
         "beyond": (
             "a.jsonl",
             row({"input_ids": [1, 9999], "loss_mask": [0, 1]}),

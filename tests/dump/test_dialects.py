@@ -462,7 +462,7 @@ DROPS: dict[str, tuple[Any, str, str]] = {
     "an error": (
         {"request": {"messages": [ASK]}, "response": {"error": {"message": "late"}}},
         MALFORMED,
-        "nothing was answered",
+        "there is no answer",
     ),
     "half a batch": (
         {"custom_id": "1", "response": {"body": CHOICES}},
@@ -477,12 +477,12 @@ DROPS: dict[str, tuple[Any, str, str]] = {
     "a stream": (
         {"request": {"messages": [ASK]}, "response": {"chunks": []}},
         MALFORMED,
-        "joined to one message",
+        "into one message",
     ),
     "two thoughts": (
         {"messages": [ASK, SAY | {"reasoning": "a b", "thinking": "c d"}]},
         MALFORMED,
-        "two thoughts that differ",
+        "two different thoughts",
     ),
     "a call that is none": (
         {
@@ -492,7 +492,7 @@ DROPS: dict[str, tuple[Any, str, str]] = {
             ]
         },
         MALFORMED,
-        "not JSON of one",
+        "not a JSON call",
     ),
     "text behind a call": (
         {
@@ -539,10 +539,12 @@ def test_a_row_that_gives_no_label_says_what_to_do(name: str) -> None:
 def test_what_is_not_in_the_samples_is_counted() -> None:
     assert make(
         {"request": {"messages": [ASK]}, "response": {"choices": [{"message": SAY}] * 3}}
-    ).notes == Counter({"further answers of a log, not taken": 2})
+    ).notes == Counter({"further answers in a log, ignored": 2})
     other = make({"messages": [ASK, SAY], "response": "something else"})
     assert marked(other) == ONE
-    assert other.notes == Counter({"an answer beside a chat that ends with another, not taken": 1})
+    assert other.notes == Counter(
+        {"an answer beside a chat that already ends with one, ignored": 1}
+    )
     named = make({"messages": [ASK, SAY | {"name": "bo", "score": 0.5}]})
     assert named.notes == Counter(
         {f"field `{n}` of an answer is not in the text": 1 for n in ("name", "score")}
@@ -555,9 +557,7 @@ def test_what_is_not_in_the_samples_is_counted() -> None:
     }
     made = make({"messages": [ASK, SAY | {"tool_calls": [padded]}]})
     assert '{"at": "sea", "of": {"y": 1}}' in marked(made)
-    assert made.notes == Counter(
-        {"null in a call's arguments, taken for a data frame's padding": 1}
-    )
+    assert made.notes == Counter({"null in a call's arguments, taken as a data frame's padding": 1})
 
 
 def test_a_lost_answer_counts_towards_the_limit_on_dropped_rows() -> None:

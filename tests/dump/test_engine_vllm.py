@@ -108,7 +108,7 @@ def test_selfcheck_passes_and_catches_a_forgotten_norm(
     found, _ = check(running, samples([40, 60]), running.frozen(), "float32")
     assert found.agree == 1.0
     monkeypatch.setattr(running, "_norm", torch.nn.Identity())
-    with pytest.raises(EngineError, match="the final norm was forgotten"):
+    with pytest.raises(EngineError, match="the final norm was not applied"):
         check(running, samples([40, 60]), running.frozen(), "float32")
 
 
@@ -196,7 +196,7 @@ def test_a_rank_s_partial_sum_is_named() -> None:
 def test_older_versions_are_refused_and_newer_ones_tried_with_a_warning() -> None:
     assert check_version("0.25.1") is None
     assert check_version("0.33.0+cpu") is None
-    with pytest.raises(EngineError, match="vllm 0.24.0: this release works with 0.25 or later"):
+    with pytest.raises(EngineError, match="vllm 0.24.0: this release needs 0.25 or later"):
         check_version("0.24.0")
     for newer in ("0.34.1", "1.0.0"):
         assert f"vllm {newer} is newer than 0.33" in str(check_version(newer))
@@ -279,9 +279,9 @@ def test_the_command_writes_the_same_store_with_either_engine(
         assert done.returncode == 0, done.stderr
         assert json.loads(done.stdout)["samples"] == 5
         stores.append(dspark.cache.open(output))
-    told = "states are taken at the norms of vLLM's Gemma3ForCausalLM"
+    told = "states are captured at the norms of vLLM's Gemma3ForCausalLM"
     assert told in done.stderr
-    assert "its class there has no interface for hidden states" in done.stderr
+    assert "its model class there has no interface for hidden states" in done.stderr
     for i in range(5):
         a, b = stores[0][i], stores[1][i]
         np.testing.assert_array_equal(a.input_ids, b.input_ids)

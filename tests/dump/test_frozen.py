@@ -288,7 +288,7 @@ def test_damaged_checkpoints_are_named(tiny: Path, tmp_path: Path) -> None:
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(
-        TargetError, match=r"model.safetensors: [\d,]+ bytes, its header says [\d,]+"
+        TargetError, match=r"model.safetensors: [\d,]+ bytes, but its header says [\d,]+"
     ):
         open_checkpoint(str(folder))
     path.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
@@ -297,5 +297,5 @@ def test_damaged_checkpoints_are_named(tiny: Path, tmp_path: Path) -> None:
     (folder / "model.safetensors.index.json").write_text(
         json.dumps({"weight_map": {"model.norm.weight": "a.safetensors"}})
     )
-    with pytest.raises(TargetError, match="a.safetensors: the index names it and it is not there"):
+    with pytest.raises(TargetError, match="a.safetensors: the index names it, but it is missing"):
         open_checkpoint(str(folder))

@@ -52,12 +52,11 @@ def target(request: pytest.FixtureRequest) -> TransformersEngine:
         ),
         (
             lambda x: x.roll(-1, 0),
-            "the positions of layer 4 are shifted by one: its states belong to the position later",
+            "the positions of layer 4 are shifted by one: its states belong one position later",
         ),
         (
             lambda x: x.roll(1, 0),
-            "the positions of layer 4 are shifted by one: its states belong to the position "
-            "earlier",
+            "the positions of layer 4 are shifted by one: its states belong one position earlier",
         ),
     ],
 )

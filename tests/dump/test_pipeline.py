@@ -38,7 +38,7 @@ def test_an_engine_that_loses_a_sample_is_caught(config: DumpConfig, show: Displ
             next(captured)
             yield from captured
 
-    with pytest.raises(EngineError, match=r"gave states for \d+ of \d+ samples of part \d"):
+    with pytest.raises(EngineError, match=r"returned states for \d+ of \d+ samples of part \d"):
         dump(config, show, lambda plan, n: Losing(load_engine(plan, n), lambda: None))
 
 
@@ -97,7 +97,7 @@ def test_out_of_memory_names_flags_that_the_command_takes(
     config = dataclasses.replace(config, batch_tokens=64)
     with pytest.raises(
         EngineError,
-        match=r"2 GiB.*--batch-tokens .--resume.*--part-tokens, which needs a new store",
+        match=r"2 GiB.*--batch-tokens .*--resume.*--part-tokens, which needs a new store",
     ):
         dump(config, show, lambda plan, n: Full(load_engine(plan, n), 0))
     assert dump(dataclasses.replace(config, resume=True, batch_tokens=32), show)["complete"]

@@ -297,9 +297,9 @@ def test_no_limit_as_vllm_writes_it(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--temperature", "1"], "give --regenerate with it"),
-        (["--regenerate", "--assistant-pattern", "(x)"], "leave --assistant-pattern out"),
-        (["--regenerate", "--part-tokens", "4096"], "leave --part-tokens out"),
+        (["--temperature", "1"], "so it needs --regenerate"),
+        (["--regenerate", "--assistant-pattern", "(x)"], "omit --assistant-pattern"),
+        (["--regenerate", "--part-tokens", "4096"], "omit --part-tokens"),
         (["--regenerate", "--temperature", "nan"], "--temperature: found nan"),
         (["--regenerate", "--temperature", "inf"], "--temperature: found inf"),
         (["--regenerate", "--temperature", "-1"], "--temperature: found -1"),

@@ -156,7 +156,7 @@ def test_a_result_without_its_call_drops_the_row() -> None:
     found = regenerated("qwen3", ["it is cold<|im_end|>"])
     assert found.part.samples == found.states == found.saved == []
     assert dict(found.part.dropped) == {
-        "the target did not make the call whose result is recorded": 1
+        "the target did not make the call whose result the row records": 1
     }
     assert len(found.asked) == 1
 

@@ -49,7 +49,7 @@ def test_a_toy_engine_writes_a_store(
 
 
 def test_names_and_packages_that_are_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(UsageError, match="no such engine. There are: auto, transformers, vllm"):
+    with pytest.raises(UsageError, match="no such engine. Engines: auto, transformers, vllm"):
         choose_engine("sglang", "cpu")
     monkeypatch.setitem(
         ENGINES, "vllm", EngineKind("x:y", "no_such_package", (), 1, "pip install it")

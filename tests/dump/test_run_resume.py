@@ -167,7 +167,7 @@ def test_a_changed_row_matters_where_it_was_used(config: DumpConfig, show: Displ
     assert dump(again, show)["complete"]
     assert verify(config.output).ok
     change(rows)
-    with pytest.raises(MismatchError, match="are not those that part 1 was made from"):
+    with pytest.raises(MismatchError, match="are not the ones that part 1 was made from"):
         dump(again, show)
 
 

@@ -82,11 +82,11 @@ def test_right_states_pass(kind: str) -> None:
 @pytest.mark.parametrize(
     ("fault", "cause"),
     [
-        (norm_forgotten, "the final norm was forgotten"),
-        (layer_shifted, "another layer than the last was captured"),
+        (norm_forgotten, "the final norm was not applied"),
+        (layer_shifted, "a layer other than the last was captured"),
         (
             position_shifted,
-            "the positions are shifted by one: the states belong to the position later",
+            "the positions are shifted by one: the states belong one position later",
         ),
         (half_sum, "partial sum"),
     ],
@@ -109,7 +109,7 @@ def test_a_norm_without_weights_is_missed_by_no_value() -> None:
     target = engine("qwen3")
     with torch.no_grad():
         target.parts.norm.weight.fill_(1.0)
-    with pytest.raises(EngineError, match="the final norm was forgotten"):
+    with pytest.raises(EngineError, match="the final norm was not applied"):
         check(Faulty(target, norm_forgotten), samples([20, 40]), target.frozen(), "float32")
 
 

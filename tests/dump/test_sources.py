@@ -143,5 +143,5 @@ def test_one_source_is_written_as_ever(
 
 
 def test_a_share_must_be_one(two: tuple[str, str]) -> None:
-    with pytest.raises(UsageError, match="a share of 0"):
+    with pytest.raises(UsageError, match="found the share 0"):
         open_corpus(f"{two[0]}=0")

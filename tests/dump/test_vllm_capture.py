@@ -117,7 +117,7 @@ def test_states_are_kept_before_the_next_norm_changes_them() -> None:
 def test_what_cannot_be_taken_is_refused() -> None:
     ours = Ours()
     ours.model.layers[1] = SimpleNamespaceModule()
-    with pytest.raises(EngineError, match="entering layer 1 cannot be taken"):
+    with pytest.raises(EngineError, match="entering layer 1 cannot be captured"):
         ours.set_aux_hidden_state_layers((1, 2))
     ours = Ours()
     ours.model.do_not_compile = False
@@ -255,11 +255,14 @@ def test_auto_takes_transformers_and_says_why(
     )
     engine, _, why = choose_engine("auto", "auto", ["DForCausalLM"])
     assert engine == "transformers"
-    assert "gives no hidden states of DForCausalLM: its class there has no interface" in str(why)
+    assert (
+        "returns no hidden states for DForCausalLM: its model class there has no interface"
+        in str(why)
+    )
     assert choose_engine("auto", "auto", ["CForCausalLM"]) == ("vllm", "cuda", None)
     assert choose_engine("auto", "auto", ["Unknown"]) == ("vllm", "cuda", None)
     with pytest.raises(
-        UsageError, match="--engine vllm: vllm .* gives no hidden states of DForCausalLM"
+        UsageError, match="--engine vllm: vllm .* returns no hidden states for DForCausalLM"
     ):
         choose_engine("vllm", "cuda", ["DForCausalLM"])
 

@@ -221,7 +221,7 @@ def test_where_not_even_the_reason_fits_nobody_waits(
     worker._write(worker._gather(saves, None, time.time()), saves[0].filename)
     for name in (".part", ".error.part"):
         Path(saves[0].filename + name).rmdir()
-    with pytest.raises(SpoolError, match="the worker left no .*its disk is full"):
+    with pytest.raises(SpoolError, match="the worker wrote no .*its disk is full"):
         SpoolReader(tmp_path).take(saves[0].filename, [0])
 
 

@@ -53,10 +53,11 @@ def test_what_is_asked_for_is_taken() -> None:
 def test_heads_that_do_not_divide_give_another_split_that_is_told() -> None:
     found = split(8, (12, 12), size=500)
     assert (found.engines, found.gpus, found.tensor) == (1, 6, 6)
-    assert "8 GPUs do not divide the target's heads (12, 12) evenly: 6 to an engine" in found.why
+    assert "8 GPUs do not divide the target's heads (12, 12) evenly: 6 per engine" in found.why
     assert "2 of 8 GPUs stay idle" in found.why
     with pytest.raises(
-        UsageError, match="12 heads do not divide evenly by it. With 8 GPUs these do: 1, 2, 3, 4, 6"
+        UsageError,
+        match="heads do not divide evenly by it. With 8 GPUs, these work: 1, 2, 3, 4, 6",
     ):
         split(8, (12, 12), tensor_parallel=8)
     assert divides((64, 4), 8), "heads of keys are repeated"
@@ -100,7 +101,7 @@ def test_arguments_are_read_and_those_of_the_dump_refused(tmp_path: Path) -> Non
 
 def test_flags_of_vllm_are_refused_with_another_engine() -> None:
     with pytest.raises(
-        UsageError, match="--tensor-parallel-size: the transformers engine does not know it"
+        UsageError, match="--tensor-parallel-size: the transformers engine has no such option"
     ):
         DumpConfig(model="m", engine="transformers", tensor_parallel_size=2)
     with pytest.raises(UsageError, match="--data-parallel-size: found 0"):

@@ -151,7 +151,7 @@ def test_self_check_sees_every_engine() -> None:
     fleet = started(Fake(0), Fake(1, off=200.0))
     with pytest.raises(
         EngineError,
-        match="engines 0 and 1 give states that differ by .* Use --data-parallel-size 1",
+        match="engines 0 and 1 return states that differ by .* Use --data-parallel-size 1",
     ):
         fleet.predict(data)
     fleet.close()
@@ -179,7 +179,9 @@ def test_an_engine_that_dies_or_hangs_is_told(monkeypatch: pytest.MonkeyPatch) -
     ):
         fleet._next()
     fleet._replicas[0].pipe.send(("close",))
-    with pytest.raises(EngineError, match="vLLM engine 0 of 1 ended with code -9: it was killed"):
+    with pytest.raises(
+        EngineError, match="vLLM engine 0 of 1 ended with code -9: it crashed, or was killed"
+    ):
         fleet._next()
     fleet.close()
 

@@ -38,9 +38,7 @@ def test_all_start_with_what_they_are_given(folder: Path) -> None:
 
 def test_one_that_dies_at_the_start_is_an_error(folder: Path) -> None:
     pool = WorkerPool(2, "tests", os._exit, (3,))
-    with pytest.raises(
-        EngineError, match=r"a process that tests ended before its work was done \(one of 2,"
-    ):
+    with pytest.raises(EngineError, match=r"a process that tests ended early \(one of 2,"):
         pool.wait_until_started()
     pool.close()
     assert list(folder.iterdir()) == []

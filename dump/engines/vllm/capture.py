@@ -1,14 +1,14 @@
-"""Take a target's states at its norms, inside vLLM, where its own class cannot give them.
+"""Take a target's states at its norms, inside vLLM, where its own class cannot return them.
 
 vLLM adds a layer's output to the residual in the *next* layer's input norm, and where it fuses the
-all-reduce into that norm, what stands between two layers is one tensor-parallel rank's part. Behind
-the norm the residual is whole, whatever was fused. So the state entering layer j is the residual
-that layer j's ``input_layernorm`` returns, and that behind the last layer is the one that the final
-``norm`` returns. No layer's output is looked at.
+all-reduce into that norm, what stands between two layers is one tensor-parallel rank's part. After
+the norm the residual is complete, whatever was fused. So the state entering layer j is the residual
+that layer j's ``input_layernorm`` returns, and the state after the last layer is the one that the
+final ``norm`` returns. No layer's output is looked at.
 
 Named in ``model_class_overrides`` as ``dspark.dump.engines.vllm.capture:ARCHITECTURE``: vLLM then
 builds its own class for that architecture, extended by ``StatesAtNorms``. Runs in vLLM's workers,
-and once in a process that asks what the class can do.
+and once in a process that queries what the class can do.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ import torch
 from dspark.cache.errors import EngineError
 
 MODULE = __name__
-TOLD = "_dspark_state"  # attribute of a norm: what keeps the residual after it
+TOLD = "_dspark_state"  # attribute of a norm: the object that keeps the residual after it
 
 
 class Watch:
-    """The states entering layers ``ids`` of ``decoder`` (its number of layers: behind the last),
-    kept from one run.
+    """The states entering layers ``ids`` of ``decoder`` (its number of layers = after the last
+    one), kept from one run.
 
     ``decoder`` has ``layers``, each with an ``input_layernorm``, and a ``norm``; ids of layers that
     another pipeline rank holds are refused.
@@ -47,20 +47,18 @@ class Watch:
             _tell_of_fused(sys.modules[module])
 
     def _note(self, i: int, state: torch.Tensor) -> None:
-        # A copy: the next norm adds to the residual where it lies.
+        # A copy, since the next norm adds to the residual in place.
         self._seen[i] = state.clone()
 
     def take(self, tokens: int) -> list[torch.Tensor]:
-        """States [tokens, H] by ascending id of the run that just ended, each once.
-
-        Where ranks hold a share of the tokens each, they are gathered first.
+        """Return the states [tokens, H] of the run that just ended, by ascending id, each once. If
+        each rank holds a share of the tokens, they are gathered first.
         """
         missing = [i for i in self.ids if i not in self._seen]
         if missing:
             raise EngineError(
-                f"the target ran without the norms before layers {missing}, so their states are "
-                "not known. "
-                "Use --engine transformers."
+                f"the target skipped the norms before layers {missing}, so their states "
+                "were not captured. Use --engine transformers."
             )
         states = [self._seen.pop(i) for i in self.ids]
         if states[0].shape[0] == tokens:
@@ -74,8 +72,9 @@ def _norm_before(decoder: Any, i: int) -> Any:
     norm = decoder.norm if i == len(layers) else getattr(layers[i], "input_layernorm", None)
     if norm is None or type(norm).__name__ == "PPMissingLayer":
         raise EngineError(
-            f"the state entering layer {i} cannot be taken: this rank has no norm before it. "
-            "Leave --engine-arg pipeline_parallel_size out, or use --engine transformers."
+            f"the state entering layer {i} cannot be captured: this rank has no norm "
+            "before it. Omit --engine-arg pipeline_parallel_size, or use --engine "
+            "transformers."
         )
     return norm
 
@@ -83,16 +82,14 @@ def _norm_before(decoder: Any, i: int) -> Any:
 def _behind_norm(
     note: Callable[[torch.Tensor], None], norm: Any, args: Any, options: dict[str, Any], output: Any
 ) -> None:
-    """``norm(x)`` leaves the state as it came; ``norm(x, residual)`` returns it behind what it
-    normed.
+    """Find the state in a norm's call: ``norm(x)`` leaves it as the input; ``norm(x, residual)``
+    returns it after the normed value.
     """
     note(output[1] if isinstance(output, tuple) else args[0] if args else options["x"])
 
 
 def _tell_of_fused(module: Any) -> None:
-    """Fused all-reduce and norm do not call the norm everywhere: what they return is told as if
-    they did.
-    """
+    """Report what fused all-reduce and norm return, since they do not always call the norm."""
     for name, fused in list(vars(module).items()):
         wanted = name.startswith("fused_allreduce") and name.endswith("norm") and callable(fused)
         if not wanted or hasattr(fused, TOLD):
@@ -116,8 +113,8 @@ def _telling(fused: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class StatesAtNorms:
-    """Before a vLLM class for a target: its forward also returns states, as vLLM asks of a class
-    that supports EAGLE3.
+    """Mixed into a vLLM class for a target: its forward also returns states, as vLLM requires of a
+    class that supports EAGLE3.
     """
 
     supports_eagle3 = True
@@ -127,8 +124,8 @@ class StatesAtNorms:
         decoder = decoder_of(self)
         if not getattr(decoder, "do_not_compile", True):
             raise EngineError(
-                f"{type(self).__name__} is compiled, and its states are taken where it is not: "
-                "vLLM must run eagerly."
+                f"{type(self).__name__} is compiled, but its states can be captured only "
+                "uncompiled: run vLLM eagerly."
             )
         self._watch = Watch(decoder, layers)
 

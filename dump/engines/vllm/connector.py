@@ -9,18 +9,17 @@ that one that holds a partial sum is found; with ``SKIP`` no states are wanted, 
 
 What finishes in one step of the engine is one batch: one gather from the cache, one call of each
 codec, one file (``spool.py``). vLLM's stock connector, extended here, does all that once per
-request, fails on a CPU (pinned memory) and only logs write errors; of it we keep how it finds its
-cache and its paths. The scheduler decides what is in which batch, so a request's path is known
-before the worker has begun. The cache blocks are free again once the states have been gathered;
-coding, copy and writing happen in writer threads, at most ``WRITING`` batches at a time.
+request, fails on a CPU (pinned memory) and only logs write errors; we keep how it finds its cache
+and its paths. The scheduler assigns requests to batches, so a request's path is known before the
+worker starts. The cache blocks are free again once the states have been gathered; coding, copy and
+writing happen in writer threads, at most ``WRITING`` batches at a time.
 
-On a GPU each batch on its way has a stream of its own, and waits there for the step in which the
-last of its requests finished and not for those that have been launched since (vLLM launches a step
-before the one before is done, and 16,384 tokens of a 4B target take an H100 0.2 s). The streams
-have a higher priority than the target's, whose kernels would otherwise fill the GPU before each of
-the few small ones here.
+On a GPU each batch in flight has its own stream, which waits for the step in which the last of its
+requests finished, and not for steps launched since (vLLM launches a step before the previous one is
+done, and 16,384 tokens of a 4B target take 0.2 s on an H100). These streams have a higher priority
+than the target's, whose kernels would otherwise fill the GPU ahead of the few small kernels here.
 
-Raw: ``hidden_states`` [T, n, H] in ascending order of the asked ids. Coded: the codecs' arrays.
+Raw: ``hidden_states`` [T, n, H] in ascending order of the requested ids. Coded: the codecs' arrays.
 Both: ``token_ids`` int32[T], and the rows of each request.
 """
 
@@ -67,8 +66,8 @@ from dspark.dump.engines.vllm.spool import (
 )
 
 Ints = np.ndarray[tuple[int, ...], np.dtype[np.int64]]
-# Batches whose states may be on the device at once, where there is room: a slow disk slows the
-# engine down.
+# Batches whose states may be on the device at once, if there is room: a slow disk slows the engine
+# down.
 WRITING = 8
 REMEMBERED = 16  # steps: vLLM names a request at most a few after its last one
 
@@ -89,7 +88,7 @@ class Save:
 
 
 class _Copied:
-    """Stands for a CUDA event where the copy has already been made."""
+    """Stands in for a CUDA event when the copy has already been made."""
 
     def query(self) -> bool:
         return True
@@ -100,9 +99,9 @@ class _Copied:
 
 @dataclass
 class Gathered:
-    """States [T, n, H] of ``saves`` on the device, and the event behind them. ``rows`` int64[M]:
-    whose last state is stored; counts int64[k] by request. ``stream``:
-    its own, None on a CPU. ``times``: of the clock, when the batch came and when it was begun.
+    """States [T, n, H] of ``saves`` on the device, and the event after them. ``rows`` int64[M]:
+    rows whose last state is stored; counts int64[k] per request. ``stream``: its own; None on a
+    CPU. ``times``: clock times at which the batch arrived and was started.
     """
 
     saves: list[Save]
@@ -116,11 +115,11 @@ class Gathered:
 
     @property
     def ids(self) -> list[np.ndarray[tuple[int, ...], np.dtype[np.int32]]]:
-        """Token ids of each request that has states."""
+        """Return the token ids of each request that has states."""
         return [save.ids[:n] for save, n in zip(self.saves, self.tokens, strict=True)]
 
     def on_stream(self) -> AbstractContextManager[Any]:
-        """Inside, work on the states is queued behind them."""
+        """Queue work inside the context after the states."""
         return nullcontext() if self.stream is None else torch.cuda.stream(self.stream)
 
 
@@ -157,7 +156,7 @@ class SpoolConnector(ExampleHiddenStatesConnector):  # type: ignore[misc]
     def request_finished(
         self, request: Any, block_ids: list[int]
     ) -> tuple[bool, dict[str, Any] | None]:
-        """Put it into a batch; its blocks are kept until ``get_finished`` names it."""
+        """Put the request into a batch; its blocks are kept until ``get_finished`` names it."""
         scheduled = self._request_filenames.pop(request.request_id, None) is not None
         step = self._step_of.pop(request.request_id, self._steps)
         asked = request.kv_transfer_params or {}
@@ -188,7 +187,7 @@ class SpoolConnector(ExampleHiddenStatesConnector):  # type: ignore[misc]
         return True, {PATH: filename, INDEX: index}
 
     def build_connector_meta(self, scheduler_output: Any) -> Any:
-        """All that finished since the last call goes to the workers."""
+        """Send everything that finished since the last call to the workers."""
         self._kind = None
         self._steps += 1
         self._step_of.update(dict.fromkeys(scheduler_output.num_scheduled_tokens, self._steps))
@@ -197,7 +196,7 @@ class SpoolConnector(ExampleHiddenStatesConnector):  # type: ignore[misc]
         return told
 
     def get_finished_count(self) -> int:
-        """Only rank 0 reports; versions before 0.32 wait for all."""
+        """Say that only rank 0 reports; versions before 0.32 wait for all."""
         return 1
 
     # In a worker
@@ -208,7 +207,7 @@ class SpoolConnector(ExampleHiddenStatesConnector):  # type: ignore[misc]
             self._lock = hold(self._storage_path)
 
     def bind_connector_metadata(self, connector_metadata: Any) -> None:
-        """A step begins. vLLM puts its states into the cache once its tokens are drawn, in some
+        """Start a step. vLLM puts its states into the cache once its tokens are sampled, in some
         versions after ``get_finished``: they are there at the event of the next step.
         """
         super().bind_connector_metadata(connector_metadata)
@@ -218,12 +217,12 @@ class SpoolConnector(ExampleHiddenStatesConnector):  # type: ignore[misc]
             self._begun.append((connector_metadata.step, event))
 
     def _done(self, saves: list[Save]) -> Any:
-        """The first event behind the last step of all ``saves``."""
+        """Return the first event after the last step of all ``saves``."""
         last = max(save.step for save in saves)
         return next(event for step, event in self._begun if step > last)
 
     def wait_for_save(self) -> None:
-        """No lock per request."""
+        """Do nothing: there is no lock per request."""
 
     def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
         """Take the batches of this step; name the requests whose blocks are free again."""
@@ -239,7 +238,8 @@ class SpoolConnector(ExampleHiddenStatesConnector):  # type: ignore[misc]
     def _take(self, filename: str, saves: list[Save], rank: int) -> None:
         came = time.time()
         if rank:
-            # A few samples of the self-check: waited for, and never reported to the scheduler.
+            # A few samples of the self-check: written before returning, and never reported to the
+            # scheduler.
             if saves[0].compare:
                 self._write(self._gather(saves, self._stream(), came), f"{filename}.rank{rank}")
             return
@@ -258,8 +258,8 @@ class SpoolConnector(ExampleHiddenStatesConnector):  # type: ignore[misc]
         )
 
     def _stream(self) -> Any:
-        """For one more batch, None on a CPU: that of the oldest one on its way if it is done, or
-        there are as many as may be, which then is waited for.
+        """Return the stream of one more batch; None on a CPU. Reuses the stream of the oldest batch
+        in flight if that is done, or waits for it if no more are allowed.
         """
         if self._writing and (len(self._writing) >= self._at_once() or self._writing[0][0].done()):
             oldest, stream = self._writing.popleft()
@@ -269,9 +269,9 @@ class SpoolConnector(ExampleHiddenStatesConnector):  # type: ignore[misc]
         return torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
 
     def _at_once(self) -> int:
-        """``WRITING``, or how many fit into what vLLM left of a GPU: the states of a batch, or of a
-        request that is longer, and three times as much while they are coded (at 4 bits it is as
-        much again, at 16 up to that).
+        """Return ``WRITING``, or how many batches fit into the GPU memory that vLLM left: the
+        states of a batch, or of a longer request, and three times as much while they are coded (at
+        4 bits it is as much again, at 16 up to that).
         """
         if self._most is None:
             cache = self._kv_cache
@@ -284,15 +284,15 @@ class SpoolConnector(ExampleHiddenStatesConnector):  # type: ignore[misc]
         return self._most
 
     def _gather(self, saves: list[Save], stream: Any, came: float) -> Gathered:
-        """The batch's states out of the cache; its blocks may be used again once ``ready`` says
+        """Copy the batch's states out of the cache; its blocks may be reused once ``ready`` says
         so.
         """
         times = [came, time.time()]
         cache, size = self._kv_cache, self._block_size
         blocks = np.concatenate([np.asarray(save.blocks, np.int64) for save in saves])
         counts = np.array([len(save.blocks) for save in saves])
-        # A request that was given up may have fewer blocks than its tokens need; the reader sees
-        # how many came.
+        # An aborted request may have fewer blocks than its tokens need; the reader sees how many
+        # arrived.
         tokens = np.minimum([len(save.ids) for save in saves], counts * size)
         first = tokens.cumsum() - tokens
         position = np.arange(tokens.sum()) - np.repeat(first, tokens)
@@ -312,7 +312,7 @@ class SpoolConnector(ExampleHiddenStatesConnector):  # type: ignore[misc]
         return Gathered(saves, states, rows, tokens, lasts, ready, stream, times)
 
     def _write(self, gathered: Gathered, filename: str) -> None:
-        """In a writer thread: code, copy, write; or leave the reason."""
+        """Code, copy and write a batch, in a writer thread; on failure, write the reason."""
         try:
             with torch.inference_mode(), gathered.on_stream():
                 gathered.ready.synchronize()
@@ -335,12 +335,10 @@ class SpoolConnector(ExampleHiddenStatesConnector):  # type: ignore[misc]
         except BaseException as error:  # raised where the file is read
             try:
                 index, reason = self._blamed(gathered, error)
-            except (
-                BaseException
-            ):  # looking for it failed in turn (memory): the first error is the reason
+            except BaseException:  # the search itself failed (memory): report the first error
                 index, reason = None, error
             if not report_failure(filename, reason, index):
-                # Not even a reason fits: let the reader see that nothing will come.
+                # There is no space even for the reason: let the reader see that nothing will come.
                 with self._releasing:
                     if self._lock >= 0:
                         os.close(self._lock)
@@ -356,8 +354,8 @@ class SpoolConnector(ExampleHiddenStatesConnector):  # type: ignore[misc]
         return self._coding[1].encode(gathered.states, gathered.rows, ids, gathered.tokens.tolist())
 
     def _blamed(self, gathered: Gathered, error: BaseException) -> tuple[int | None, BaseException]:
-        """Which request of the batch cannot be coded, and what is said of it alone; None if it is
-        not one of them.
+        """Find which request of the batch cannot be coded, and its own error; None if no single one
+        is to blame.
         """
         if isinstance(error, EngineError) and self._coding is not None:
             pieces = torch.split(gathered.states, gathered.tokens.tolist())
@@ -373,8 +371,8 @@ class SpoolConnector(ExampleHiddenStatesConnector):  # type: ignore[misc]
 
 
 def to_host(t: torch.Tensor) -> torch.Tensor:
-    """Begin to copy it; from a GPU, into page-locked memory, which torch reuses: fresh pages for
-    every batch would cost more than the copy.
+    """Start copying to the host; from a GPU, into page-locked memory, which torch reuses: fresh
+    pages for every batch would cost more than the copy.
     """
     if not t.is_cuda:
         return t
@@ -382,8 +380,9 @@ def to_host(t: torch.Tensor) -> torch.Tensor:
 
 
 def stored_rows(runs: Sequence[Sequence[Sequence[int | None]]], tokens: Ints) -> tuple[Ints, Ints]:
-    """Rows, of requests end to end with ``tokens`` int64[k] each, that lie in each one's runs
-    ``[start, stop)`` of positions, None: to its end; and their number by request, int64[k].
+    """Return the rows, of concatenated requests with ``tokens`` int64[k] each, that lie in each
+    request's runs ``[start, stop)`` of positions (None = to its end), and their number per request,
+    int64[k].
     """
     most = np.iinfo(np.int64).max
     flat = [(i, a, most if b is None else b) for i, own in enumerate(runs) for a, b in own]

@@ -5,12 +5,11 @@ vLLM's conventions differ from the store's and are undone here: id j is the stat
 (so output i is id i + 1); layers come back sorted and deduplicated; the last layer's state comes
 *before* the final norm, which is applied here with the checkpoint's own weights.
 
-States, already coded by the worker, go through spool files, one for the requests that finish
-together, read and deleted as soon as these are done; requests go in while others come out, and
-never so many that what they leave would be more than ``SPOOL_BYTES``; the files of up to
-``pipeline.COMING`` batches that are read later lie beside it. vLLM runs in a process of its own
-(in-process, its connector never flushes), over all visible GPUs; prefix caching and chunked prefill
-stay on.
+States, already coded by the worker, go through spool files, one per group of requests that finish
+together, read and deleted as soon as these are done. Requests go in while others come out, but
+never so many that their files would exceed ``SPOOL_BYTES``; the files of up to ``pipeline.COMING``
+batches that are read later come on top. vLLM runs in its own process (in-process, its connector
+never flushes), over all visible GPUs; prefix caching and chunked prefill stay on.
 """
 
 from __future__ import annotations
@@ -78,7 +77,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("dspark.dump")
 
 SPOOL_BYTES = 2 << 30
-# of raw states that a worker handles at once, on its device beside the target
+# of raw states that a worker processes at once, on its device beside the target
 BATCH_BYTES = 256 << 20
 # Of one step of the engine at most, where states are so small that vLLM's own 16,384 leave a GPU
 # waiting for launches.
@@ -97,9 +96,7 @@ class Place(NamedTuple):
 
 
 class Member(NamedTuple):
-    """Request ``number`` of a batch, whose row it is, and the tokens int32[T] whose states it must
-    hold.
-    """
+    """Request ``number`` of a batch, its row, and the tokens int32[T] whose states it must hold."""
 
     number: int
     row: int
@@ -156,15 +153,15 @@ class VllmEngine:
         found = found_source(architectures_of(model, options.trust_remote_code), cuda=gpus > 0)
         if found is not None and found.capture == "none":
             raise EngineError(
-                f"vllm {engine_version('vllm')} gives no hidden states of {found.architecture}: "
-                f"{found.why}. Use --engine transformers."
+                f"vllm {engine_version('vllm')} returns no hidden states for "
+                f"{found.architecture}: {found.why}. Use --engine transformers."
             )
         own = capture_arguments(found)
         if own:
             assert found is not None
             say(
-                f"states are taken at the norms of vLLM's {found.name} ({found.module}): "
-                f"{found.why}"
+                f"states are captured at the norms of vLLM's {found.name} "
+                f"({found.module}): {found.why}"
             )
         ids = extracted_ids(layers, shapes.num_layers)
         token_bytes = raw_bytes(shapes, layers, dtype)
@@ -198,15 +195,15 @@ class VllmEngine:
         return self._frozen
 
     def capture(self, samples: Sequence[TokenSample]) -> Iterator[tuple[int, States]]:
-        """States of each sample, wave by wave."""
+        """Yield the states of each sample, wave by wave."""
         token_bytes = len(self.ids) * self.shapes.hidden_size * 4
         for wave in waves([len(s.input_ids) for s in samples], SPOOL_BYTES // token_bytes):
             for i, out in zip(wave, self._generate([samples[i] for i in wave]), strict=True):
                 yield i, self._states(samples[i], out)
 
     def stream(self, groups: Iterable[Sequence[TokenSample]], codec: Codec) -> Iterator[Captured]:
-        """Samples of at most two groups are in flight, so that the batch does not empty between
-        them.
+        """Stream the groups; samples of at most two are in flight, so that the batch does not run
+        empty between them.
         """
         for group, batch, members in self.finished(groups, codec):
             wanted = [Member(n, s.row, s.input_ids) for n, _, s in members]
@@ -217,7 +214,7 @@ class VllmEngine:
     def finished(
         self, groups: Iterable[Sequence[TokenSample]], codec: Codec
     ) -> Iterator[tuple[int, str, list[tuple[int, int, TokenSample]]]]:
-        """``stream`` without the states: group, batch in the spool, and of each sample its number
+        """As ``stream`` without the states: group, batch in the spool, and each sample's number
         there and in its group.
         """
         vllm = importlib.import_module("vllm")
@@ -242,7 +239,7 @@ class VllmEngine:
                 sample = waiting[0][2]
                 if not loop.fits(len(sample.input_ids)):
                     break
-                params = copy(plain)  # making one anew checks every field again
+                params = copy(plain)  # creating one checks every field again
                 params.extra_args = {
                     "kv_transfer_params": {STORED: runs(last_rows(sample.loss_mask))}
                 }
@@ -266,7 +263,7 @@ class VllmEngine:
     def answer(
         self, asks: Iterable[Ask], sampling: Sampling, stops: Sequence[int], codec: Codec
     ) -> Iterator[Answered]:
-        """Sampled answers, with the states of the run that made them where ``keep`` is set."""
+        """Yield sampled answers, with the states of the run that made them if ``keep`` is set."""
         vllm = importlib.import_module("vllm")
         self.use_codec(codec)
         loop: RequestLoop[Ask] = RequestLoop(self.llm, self.room(codec))
@@ -302,7 +299,7 @@ class VllmEngine:
                     place.batch, [Member(place.number, ask.key, fed)], codec
                 )
                 specs = codec.arrays(len(self.columns), self.shapes.hidden_size)
-                # Copied, because a view would keep all of its batch in memory.
+                # Copied, because a view would keep its whole batch in memory.
                 own = {name: np.array(array) for name, array in repeat_last(arrays, specs).items()}
                 yield Answered(ask, ids, finished, CodedStates(own, seconds))
         loop.close()
@@ -315,20 +312,20 @@ class VllmEngine:
             write_coding(self._spool, Coding(codec, self.columns, last, self._norm, embedding))
 
     def room(self, codec: Codec) -> int:
-        """Tokens whose coded states fill the spool."""
+        """Return the number of tokens whose coded states fill the spool."""
         return int(
             SPOOL_BYTES / stored_bytes_per_token(len(self.columns), self.shapes.hidden_size, codec)
         )
 
     def coded(self, batch: str, members: Sequence[Member], codec: Codec) -> CodedStates:
-        """The codes of finished requests of one batch, end to end."""
+        """Return the concatenated codes of finished requests of one batch."""
         tensors = self._spooled(batch, members)
         names = [*codec.arrays(len(self.columns), self.shapes.hidden_size), EXACT_TOKEN]
         arrays = {name: tensors[name].numpy() for name in names if name in tensors}
         return CodedStates(arrays, self._reader.spent())
 
     def _generate(self, samples: Sequence[TokenSample], **sampling: Any) -> list[Any]:
-        """Outputs of the samples in their order, all in flight at once."""
+        """Return the outputs of the samples in order, all in flight at once."""
         vllm = importlib.import_module("vllm")
         plain = vllm.SamplingParams(max_tokens=1, temperature=0.0, detokenize=False, **sampling)
         loop: RequestLoop[int] = RequestLoop(self.llm, sum(len(s.input_ids) for s in samples))
@@ -344,21 +341,21 @@ class VllmEngine:
         told = out.kv_transfer_params or {}
         if PATH not in told:
             raise EngineError(
-                f"vllm gave no hidden states for row {row}: its connector was not called."
+                f"vllm returned no hidden states for row {row}: its connector was not called."
             )
         return Place(told[PATH], told[INDEX])
 
     def _spooled(
         self, batch: str, members: Sequence[Member], rank: int = 0
     ) -> dict[str, torch.Tensor]:
-        """What a worker spooled for requests of one batch, ascending in it, end to end: states of
-        exactly their tokens.
+        """Return what a worker spooled for requests of one batch, in ascending order, concatenated:
+        states of exactly their tokens.
         """
         try:
             tensors = self._reader.take(batch, [m.number for m in members], rank)
         except OSError as error:
             index = error.index if isinstance(error, SpoolError) else None
-            # The one to blame may be none of ours yet: a batch is lost as a whole.
+            # The request to blame may not be one of ours yet: a batch is lost as a whole.
             row = next((m.row for m in members if m.number == index), members[0].row)
             raise EngineError(
                 f"vllm's hidden states of row {row} are lost: {error}. "
@@ -372,9 +369,9 @@ class VllmEngine:
                 (m for m, piece in pieces if not np.array_equal(m.ids, piece)), members[-1]
             )
             raise EngineError(
-                f"vllm gave states of other tokens ({len(found)} with those of "
-                f"{len(members) - 1} more rows) for row {wrong.row}, "
-                f"expected exactly its {len(wrong.ids)} tokens."
+                f"vllm returned states of other tokens ({len(found)} tokens, together "
+                f"with {len(members) - 1} more rows) for row {wrong.row}, expected "
+                f"exactly its {len(wrong.ids)} tokens."
             )
         return tensors
 
@@ -386,8 +383,8 @@ class VllmEngine:
         expected = (len(sample.input_ids), len(self.ids), self.shapes.hidden_size)
         if tuple(states.shape) != expected:
             raise EngineError(
-                f"vllm gave states of shape {tuple(states.shape)} for row {sample.row}, expected "
-                f"{expected}."
+                f"vllm returned states of shape {tuple(states.shape)} for row "
+                f"{sample.row}, expected {expected}."
             )
         with torch.inference_mode():
             stored = torch.from_numpy(last_rows(sample.loss_mask))
@@ -395,7 +392,7 @@ class VllmEngine:
             return States(states[:, self.columns], last)
 
     def predict(self, samples: Sequence[TokenSample]) -> list[Prediction]:
-        """vLLM's own greedy tokens, from its prompt log-probabilities."""
+        """Return vLLM's own greedy tokens, from its prompt log-probabilities."""
         out = []
         extra = {"kv_transfer_params": {COMPARE: True}} if self._ranks > 1 else None
         results = self._generate(samples, prompt_logprobs=1, extra_args=extra)
@@ -429,7 +426,7 @@ class VllmEngine:
 
 
 def start(run: EngineRun) -> Engine:
-    """The registry's entry: one engine, or several that share the work."""
+    """Start one engine, or several that share the work (the registry's entry)."""
     split = split_of(run)
     if split.why:
         run.say(split.why)
@@ -452,8 +449,8 @@ def start(run: EngineRun) -> Engine:
 
 
 def same_on_ranks(first: torch.Tensor, other: torch.Tensor, rank: int, ids: Sequence[int]) -> None:
-    """Every tensor-parallel rank must hold the same states [T, n, H]; where one holds its share of
-    a sum, they differ.
+    """Check that every tensor-parallel rank holds the same states [T, n, H]; if one holds only its
+    share of a sum, they differ.
     """
     gap = (first.float() - other.float()).abs().amax((0, 2))
     size = first.float().abs().amax((0, 2)).clamp(min=1e-6)
@@ -471,17 +468,16 @@ def same_on_ranks(first: torch.Tensor, other: torch.Tensor, rank: int, ids: Sequ
 
 
 def raw_bytes(shapes: Shapes, layers: Sequence[int], dtype: str) -> int:
-    """Of a token's extracted states, as vLLM has them."""
+    """Return the bytes of a token's extracted states, as vLLM holds them."""
     states = len(extracted_ids(layers, shapes.num_layers))
     return states * shapes.hidden_size * int(getattr(torch, dtype).itemsize)
 
 
 def step_tokens(token_bytes: int) -> int | None:
-    """Tokens of a step of the engine on a GPU, for states of ``token_bytes`` a token; None: as many
-    as vLLM takes by itself.
-
-    A step of 16,384 tokens of a 135M target takes an H100 10 ms and Python 18 to launch. vLLM keeps
-    the raw states of a step, so a large target has few.
+    """Return the tokens per engine step on a GPU, for states of ``token_bytes`` per token; None =
+    vLLM's default. A step of 16,384 tokens of a 135M target takes 10 ms on an H100, and Python
+    needs 18 ms to launch it. vLLM keeps the raw states of a step, so a large target gets fewer
+    tokens.
     """
     fit = min(STEP_TOKENS, STEP_BYTES // token_bytes)
     return fit if fit >= 2 * VLLM_STEP_TOKENS else None
@@ -496,14 +492,14 @@ def runs(mask: Bool) -> list[list[int]]:
 
 
 def extracted_ids(layers: Sequence[int], num_layers: int) -> list[int]:
-    """vLLM's ids of the outputs of ``layers`` and of the last layer, as it returns them: sorted,
-    each once.
+    """Return vLLM's ids of the outputs of ``layers`` and of the last layer, in the order it returns
+    them: sorted, each once.
     """
     return sorted({i + 1 for i in layers} | {num_layers})
 
 
 def waves(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
-    """Consecutive indices in groups of at most ``budget`` tokens (a longer sample goes alone)."""
+    """Group consecutive indices into at most ``budget`` tokens (a longer sample goes alone)."""
     group: list[int] = []
     tokens = 0
     for i, length in enumerate(lengths):

@@ -1,4 +1,4 @@
-"""How vLLM is started: which version, over which GPUs, with which arguments, and who takes the
+"""How vLLM is started: which version, on which GPUs, with which arguments, and what captures the
 states.
 
 All of it is decided before weights are read, from the config and from vLLM's own source.
@@ -39,33 +39,31 @@ OURS = (
     "data_parallel_size",
     "trust_remote_code",
 )
-# of a GPU's memory that weights may take where the number of GPUs is ours to choose
+# of a GPU's memory that weights may take when we choose the number of GPUs
 WEIGHTS_SHARE = 0.6
 CAPTURE_MODULE = "dspark.dump.engines.vllm.capture"
 
 
 def check_version(version: str) -> str | None:
-    """Refuse a vLLM older than the connector interface; of one newer than any that was read, a
-    warning.
-    """
+    """Refuse a vLLM older than the connector interface; warn about one newer than any tested."""
     found = release(version)
     if found < OLDEST:
         raise EngineError(
-            f"vllm {version}: this release works with {OLDEST[0]}.{OLDEST[1]} or later, whose "
-            "hidden-state connector it "
-            "extends. Install one, or use --engine transformers."
+            f"vllm {version}: this release needs {OLDEST[0]}.{OLDEST[1]} or later, whose "
+            "hidden-state connector it extends. Install that, or use --engine "
+            "transformers."
         )
     if found > NEWEST:
         return (
-            f"warning: vllm {version} is newer than {NEWEST[0]}.{NEWEST[1]}, the last one this "
-            "release was written for. "
-            "It is tried; the self-check stops it where its states are wrong."
+            f"warning: vllm {version} is newer than {NEWEST[0]}.{NEWEST[1]}, the latest "
+            "version this release was tested with. Trying it; the self-check stops the "
+            "dump if its states are wrong."
         )
     return None
 
 
 def architectures_of(model: str, trust_remote_code: bool = False) -> list[str]:
-    """Class names that the target's config asks for."""
+    """Return the class names that the target's config asks for."""
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
@@ -73,7 +71,7 @@ def architectures_of(model: str, trust_remote_code: bool = False) -> list[str]:
 
 
 def found_source(architectures: Sequence[str], *, cuda: bool) -> source.ModelSource | None:
-    """What the installed vLLM does with these architectures; None where its source does not
+    """Return what the installed vLLM does with these architectures; None if its source does not
     tell.
     """
     root = source.vllm_root()
@@ -84,17 +82,17 @@ def found_source(architectures: Sequence[str], *, cuda: bool) -> source.ModelSou
 
 
 def why_not(architectures: Sequence[str], device: str) -> str | None:
-    """Why the installed vLLM cannot give the states of such a target, None if it can or if its
-    source does not tell.
+    """Say why the installed vLLM cannot return the states of such a target; None if it can, or if
+    its source does not tell.
     """
     found = found_source(architectures, cuda=device == "cuda")
     if found is None or found.capture != "none":
         return None
-    return f"vllm {vllm_version()} gives no hidden states of {found.architecture}: {found.why}"
+    return f"vllm {vllm_version()} returns no hidden states for {found.architecture}: {found.why}"
 
 
 def capture_arguments(found: source.ModelSource | None) -> dict[str, Any]:
-    """Arguments of ``LLM`` that make states right for this target."""
+    """Return the arguments of ``LLM`` that make the states correct for this target."""
     if found is None or found.capture != "norms":
         return {}
     override = {found.architecture: f"{CAPTURE_MODULE}:{found.architecture}"}
@@ -104,8 +102,8 @@ def capture_arguments(found: source.ModelSource | None) -> dict[str, Any]:
 
 @dataclass(frozen=True, slots=True)
 class Split:
-    """``engines`` of ``gpus`` GPUs each, ``tensor`` of them tensor-parallel. ``why``: said before
-    the start, if not all as usual.
+    """``engines`` of ``gpus`` GPUs each, ``tensor`` of them tensor-parallel. ``why``: an
+    explanation to print before the start, if anything is unusual.
     """
 
     engines: int
@@ -123,12 +121,9 @@ def choose_split(
     weights: int | None = None,
     memory: int | None = None,
 ) -> Split:
-    """How ``gpus`` GPUs (0: a CPU) are used. ``heads``: of queries, and of keys where there are
-    fewer. ``weights`` bytes on disk;
-    ``memory`` bytes of a GPU.
-
-    By default an engine takes as few GPUs as hold the weights, and as many engines run as there is
-    room for.
+    """Choose how to use ``gpus`` GPUs (0 = a CPU). ``heads``: query heads, and key heads if there
+    are fewer. ``weights``: bytes on disk; ``memory``: bytes per GPU. By default an engine gets the
+    fewest GPUs that hold the weights, and as many engines run as fit.
     """
     pipeline = int(dict(options.arguments).get("pipeline_parallel_size", 1))
     tp, dp = options.tensor_parallel, options.data_parallel
@@ -137,9 +132,9 @@ def choose_split(
         return Split(dp or 1, 0, tp or 1)
     if tp is not None and not divides(heads, tp):
         raise UsageError(
-            f"--tensor-parallel-size {tp}: the target's {' and '.join(map(str, heads))} heads do "
-            "not divide evenly by it. "
-            f"With {gpus} GPUs these do: {', '.join(map(str, fits))}."
+            f"--tensor-parallel-size {tp}: the target's {' and '.join(map(str, heads))} "
+            f"heads do not divide evenly by it. With {gpus} GPUs, these work: "
+            f"{', '.join(map(str, fits))}."
         )
     why = ""
     if tp is None:
@@ -151,12 +146,12 @@ def choose_split(
             tp = next(enough, tp)
         if possible[-1] < most:
             why = (
-                f"{most} GPUs do not divide the target's heads ({', '.join(map(str, heads))}) "
-                f"evenly: {tp} to an engine"
+                f"{most} GPUs do not divide the target's heads "
+                f"({', '.join(map(str, heads))}) evenly: {tp} per engine"
             )
     each = tp * pipeline
     if dp is None:
-        # Without knowing the size, one engine takes what there is.
+        # If the size is unknown, one engine takes all GPUs.
         dp = (
             max(gpus // each, 1)
             if options.tensor_parallel is not None or weights is not None
@@ -175,7 +170,7 @@ def choose_split(
 
 
 def split_of(run: EngineRun) -> Split:
-    """How this machine's GPUs are used for a run."""
+    """Choose how this machine's GPUs are used for a run."""
     import torch
     from transformers import AutoConfig
 
@@ -189,22 +184,22 @@ def split_of(run: EngineRun) -> Split:
 
 
 def divides(heads: Sequence[int], ranks: int) -> bool:
-    """Whether vLLM can give every rank as many heads; fewer heads of keys than ranks are
-    repeated.
+    """Tell whether vLLM can give every rank the same number of heads; key heads are repeated if
+    there are fewer than ranks.
     """
     return all(h % ranks == 0 or (i > 0 and ranks % h == 0) for i, h in enumerate(heads))
 
 
 def heads_of(config: Any) -> list[int]:
-    """Of queries, then of keys, as far as a config says it."""
+    """Return the numbers of query heads and key heads, as far as a config states them."""
     text = config.get_text_config()
     found = [getattr(text, name, None) for name in ("num_attention_heads", "num_key_value_heads")]
     return [int(n) for n in found if n]
 
 
 def weight_size(model: str) -> int | None:
-    """Bytes of a checkpoint's safetensors: a folder's, or what a model id's index says; None if
-    neither does.
+    """Return the bytes of a checkpoint's safetensors: a folder's, or what a model id's index says;
+    None if unknown.
     """
     import json
 
@@ -229,16 +224,16 @@ def llm_arguments(
     model: str, ids: Sequence[int], *, dtype: str, seq_length: int, spool: Path, batch_tokens: int,
     options: EngineOptions,
 ) -> dict[str, Any]:  # fmt: skip
-    """Arguments of ``vllm.LLM`` that extract the states ``ids``; ``batch_tokens``: a worker's batch
-    at most.
+    """Return the arguments of ``vllm.LLM`` that extract the states ``ids``; ``batch_tokens``: a
+    worker's maximum batch.
     """
     given = dict(options.arguments)
     taken = sorted(set(given) & set(OURS))
     if taken:
         raise UsageError(
-            f"--engine-arg {taken[0]}: the dump sets this itself. "
-            "Flags of its own: --tensor-parallel-size, --data-parallel-size, --seq-length, "
-            "--dtype, --trust-remote-code."
+            f"--engine-arg {taken[0]}: the dump sets this itself. Related flags: "
+            "--tensor-parallel-size, --data-parallel-size, --seq-length, --dtype, "
+            "--trust-remote-code."
         )
     return {
         "model": model,
@@ -267,7 +262,7 @@ def llm_arguments(
 
 
 def start_llm(arguments: dict[str, Any], *, gpus: int) -> Any:
-    """A running ``vllm.LLM``; raises EngineError with what can be done."""
+    """Start a ``vllm.LLM``; raises EngineError that says what can be done."""
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     # torch has been asked for CUDA: a forked engine could not use it, and vLLM does not notice
@@ -275,7 +270,7 @@ def start_llm(arguments: dict[str, Any], *, gpus: int) -> Any:
         os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
     try:
         return importlib.import_module("vllm").LLM(**arguments)
-    except Exception as error:  # vLLM raises whatever its own parts raise
+    except Exception as error:  # vLLM raises whatever its components raise
         raise EngineError(
             f"vllm {vllm_version()} could not start {arguments['model']} ({arguments['dtype']}, "
             f"{max(gpus, 1)} "
@@ -285,7 +280,7 @@ def start_llm(arguments: dict[str, Any], *, gpus: int) -> Any:
 
 
 def remedies(error: BaseException, arguments: dict[str, Any], gpus: int) -> str:
-    """What can help against this failure, and nothing that cannot."""
+    """Return what can help with this failure, and nothing that cannot."""
     text = f"{type(error).__name__}: {error}".lower()
     out = []
     if "unexpected keyword" in text or "validation error" in text:
@@ -299,14 +294,14 @@ def remedies(error: BaseException, arguments: dict[str, Any], gpus: int) -> str:
     if "divisible" in text:
         out.append("Give another --tensor-parallel-size.")
     weights = weight_size(arguments["model"])
-    # Transformers puts a target on one GPU: it is no way out for one that does not fit there.
+    # Transformers puts a target on one GPU, so it does not help if the target does not fit there.
     if not gpus or weights is None or weights < WEIGHTS_SHARE * gpu_memory():
         out.append("--engine transformers does without vLLM.")
     return " ".join(out)
 
 
 def gpu_memory() -> int:
-    """Bytes of the smallest visible GPU."""
+    """Return the memory of the smallest visible GPU, in bytes."""
     import torch
 
     count = torch.cuda.device_count()

@@ -1,9 +1,9 @@
-"""Several vLLM engines of one target, each in a process and on GPUs of its own, behind the protocol
-of one.
+"""Several vLLM engines of one target, each in its own process and on its own GPUs, behind the
+protocol of a single engine.
 
-Whole groups (parts of a store) are handed out, to each engine as it finishes one, so that none
-waits for another. States stay where one engine leaves them too, in a spool for each; over the pipes
-go tokens and the places of their states.
+An engine gets the next whole group (a part of a store) as soon as it finishes one, so that none
+waits for another. States stay in a spool per engine, as with a single one; only tokens and the
+places of their states go through the pipes.
 """
 
 from __future__ import annotations
@@ -37,11 +37,12 @@ if TYPE_CHECKING:
     from dspark.cache.target.frozen import FrozenTarget
     from dspark.dump.engines.answers import Answered, Ask, Sampling
 
-GROUPS = 2  # unfinished ones of an engine
-SHARED_GPU = 0.9  # of one GPU's memory, that engines on it divide
+GROUPS = 2  # unfinished groups per engine
+SHARED_GPU = 0.9  # of one GPU's memory, shared by the engines on it
 SILENT_SECONDS = STEP_SECONDS + 60  # an engine that hangs says so itself before
 STOP_SECONDS = 60
-# Of a token's state, median: what two engines may differ by; another token's state is 1.4 away.
+# Median relative difference of a token's state that two engines may have; another token's state is
+# 1.4 away.
 REPLICA_TOLERANCE = 0.1
 
 
@@ -55,7 +56,7 @@ class Packed(NamedTuple):
 
 @dataclass(slots=True)
 class Replica:
-    """One engine's process. ``reader`` reads its spool here; it has no engine of its own."""
+    """One engine's process. ``reader`` reads its spool in this process; it has no engine."""
 
     number: int
     process: Any
@@ -76,7 +77,7 @@ class Replicas:
 
     @classmethod
     def start(cls, run: EngineRun, split: Split) -> Replicas:
-        """All engines at once; raises the first one's error."""
+        """Start all engines at once; raises the first error."""
         frozen, norm = read_frozen(run.model, run.shapes, run.options.trust_remote_code)
         context = multiprocessing.get_context("spawn")
         made = []
@@ -108,7 +109,7 @@ class Replicas:
         return self._frozen
 
     def capture(self, samples: Sequence[TokenSample]) -> Iterator[tuple[int, States]]:
-        """Every engine takes every n-th sample."""
+        """Capture states; every engine takes every n-th sample."""
         shares = self._shares(samples)
         self._tell([("capture", share) for _, share in shares])
         for replica, (places, _) in zip(self._replicas, shares, strict=True):
@@ -116,8 +117,8 @@ class Replicas:
                 yield places[i], States(unpack(aux), unpack(last))
 
     def predict(self, samples: Sequence[TokenSample]) -> list[Prediction]:
-        """By the engines that captured them; and the states of the first must be the same in
-        all.
+        """Predict with the engines that captured the samples; the states of the first sample must
+        be the same in all.
         """
         self._tell([("capture", samples[:1])] * len(self._replicas))
         first, *others = [self._answer_of(r, SILENT_SECONDS)[0] for r in self._replicas]
@@ -142,7 +143,7 @@ class Replicas:
             while not ended and min(held) < GROUPS:
                 group, samples = next(coming, (0, ()))
                 ended = not samples
-                # at once: an engine that waits for another group does not look at its last one
+                # at once: an engine that waits for another group does not process its last one
                 if ended:
                     self._tell([None] * len(self._replicas))
                 else:
@@ -169,7 +170,9 @@ class Replicas:
     def answer(
         self, asks: Iterable[Ask], sampling: Sampling, stops: Sequence[int], codec: Codec
     ) -> Iterator[Answered]:
-        """Every engine answers every n-th prompt, longest first, so that they end together."""
+        """Answer the prompts; every engine takes every n-th one, longest first, so that they end
+        together.
+        """
         todo = sorted(asks, key=lambda ask: -len(ask.prompt))
         n = len(self._replicas)
         self._tell([("answer", todo[k::n], sampling, list(stops), codec) for k in range(n)])
@@ -191,7 +194,7 @@ class Replicas:
         for replica in self._replicas:
             replica.process.join(STOP_SECONDS)
             if replica.process.is_alive():
-                replica.process.kill()  # it leaves SIGTERM to us
+                replica.process.kill()  # SIGTERM is handled by us
             replica.pipe.close()
             shutil.rmtree(replica.reader._spool, ignore_errors=True)
 
@@ -204,21 +207,21 @@ class Replicas:
             replica.pipe.send(message)
 
     def _next(self, among: Iterable[int] | None = None) -> tuple[Replica, Any]:
-        """The next message of any engine (of ``among``)."""
+        """Return the next message of any engine (in ``among``)."""
         replicas = [r for r in self._replicas if among is None or r.number in among]
         ready = connection.wait([r.pipe for r in replicas], SILENT_SECONDS)
         if not ready:
             raise EngineError(
-                f"none of {len(replicas)} vLLM engines has answered for {SILENT_SECONDS:g} s: "
-                "they hang. "
-                "What is committed is whole: --resume goes on."
+                f"none of {len(replicas)} vLLM engines has answered for "
+                f"{SILENT_SECONDS:g} s: they hang. Committed parts are safe: continue "
+                "with --resume."
             )
         replica = next(r for r in replicas if r.pipe in ready)
         return replica, self._answer_of(replica, None)
 
     def _answer_of(self, replica: Replica, seconds: float | None) -> Any:
-        """One message; raises EngineError for an error in the engine, its death, or after
-        ``seconds`` without one.
+        """Return one message; raises EngineError for an error in the engine, its death, or
+        ``seconds`` of silence.
         """
         who = f"vLLM engine {replica.number} of {len(self._replicas)}"
         try:
@@ -228,9 +231,9 @@ class Replicas:
         except (EOFError, ConnectionError) as error:
             replica.process.join(5)
             raise EngineError(
-                f"{who} ended with code {replica.process.exitcode}: it was killed, as the kernel "
-                "does when memory runs out, "
-                "or it crashed. What is committed is whole: --resume goes on."
+                f"{who} ended with code {replica.process.exitcode}: it crashed, or was "
+                "killed, as the kernel does when memory runs out. Committed parts are "
+                "safe: continue with --resume."
             ) from error
         if isinstance(message, Failure):
             raise EngineError(f"{who}: {message.reason}")
@@ -245,7 +248,7 @@ class Failure:
 
 
 def visible_gpus(number: int, split: Split) -> str | None:
-    """CUDA_VISIBLE_DEVICES of engine ``number``: its own GPUs of those that are visible; None on a
+    """Return CUDA_VISIBLE_DEVICES for engine ``number``: its share of the visible GPUs; None on a
     CPU.
     """
     if not split.gpus:
@@ -257,20 +260,20 @@ def visible_gpus(number: int, split: Split) -> str | None:
 
 
 def same_on_replicas(first: torch.Tensor, other: torch.Tensor, number: int) -> None:
-    """Two engines' states [T, L, H] of one sample must be the same but for rounding."""
+    """Check that two engines' states [T, L, H] of one sample are the same except for rounding."""
     gap = (first.float() - other.float()).norm(dim=-1) / first.float().norm(dim=-1).clamp(min=1e-6)
     by_layer = gap.median(dim=0).values
     if float(by_layer.max()) > REPLICA_TOLERANCE:
         raise EngineError(
-            f"self-check of the vllm engine failed: engines 0 and {number} give states that "
-            f"differ by {float(by_layer.max()):.2g} "
-            f"of their size in layer {int(by_layer.argmax())} of those asked for. Nothing was "
-            "written. Use --data-parallel-size 1."
+            f"self-check of the vllm engine failed: engines 0 and {number} return states "
+            f"that differ by {float(by_layer.max()):.2g} of their size in layer "
+            f"{int(by_layer.argmax())} of the requested ones. Nothing was written. Use "
+            "--data-parallel-size 1."
         )
 
 
 def serve(pipe: Any, run: EngineRun, split: Split, gpus: str | None) -> None:
-    """An engine's process: start it, then do what comes through ``pipe``."""
+    """Run an engine's process: start it, then process messages from ``pipe``."""
     leave_to_parent()
     _end_with_parent()
     if gpus is not None:
@@ -311,7 +314,7 @@ def serve(pipe: Any, run: EngineRun, split: Split, gpus: str | None) -> None:
 
 
 def work(engine: VllmEngine, pipe: Any) -> None:
-    """Messages of ``Replicas`` until it says ``close``."""
+    """Process messages of ``Replicas`` until ``close``."""
     while True:
         task, *given = pipe.recv()
         if task == "close":
@@ -333,10 +336,10 @@ def work(engine: VllmEngine, pipe: Any) -> None:
 
 
 def _groups(pipe: Any, numbers: list[int]) -> Iterator[Sequence[TokenSample]]:
-    """Groups as they are handed over; ``numbers`` gets what the parent calls them."""
+    """Yield groups as they arrive; ``numbers`` receives the parent's numbers for them."""
     ahead: queue.SimpleQueue[Any] = queue.SimpleQueue()
 
-    def read() -> None:  # at once, so that the parent never waits for this engine to take one
+    def read() -> None:  # at once, so that the parent never waits for this engine to accept one
         message = object()
         while message is not None:
             try:
@@ -364,7 +367,7 @@ def _end_with_parent() -> None:
 
 
 def _silent(line: str) -> None:
-    """What one engine says is said once, by the first process."""
+    """Suppress what an engine says, since the first process says it once."""
 
 
 def pack(tensor: torch.Tensor) -> Packed:

@@ -1,8 +1,6 @@
-"""Requests in and out of a running vLLM engine: continuous batching stays full, what is in flight
-is bounded in tokens.
-
-``LLM.generate`` returns when the last of its prompts is done, so each call ends with an emptying
-batch. Here new requests go in while others come out.
+"""Feed requests to a running vLLM engine so that continuous batching stays full; the number of
+tokens in flight is bounded. ``LLM.generate`` returns when the last of its prompts is done, so each
+call ends with a shrinking batch. Here new requests go in while others come out.
 """
 
 from __future__ import annotations
@@ -18,12 +16,12 @@ from dspark.cache.errors import EngineError
 
 Key = TypeVar("Key")
 T = TypeVar("T")
-STEP_SECONDS = 900.0  # a step may compile kernels; longer, and the engine hangs
+STEP_SECONDS = 900.0  # a step may compile kernels; if it takes longer, the engine hangs
 
 
 class Patient:
-    """Calls in a thread of its own, waited for with a limit: vLLM waits for a worker that hangs
-    without one.
+    """Makes calls in its own thread and waits for them with a time limit, since vLLM waits forever
+    for a worker that hangs.
     """
 
     def __init__(self) -> None:
@@ -32,8 +30,8 @@ class Patient:
         threading.Thread(target=self._work, name="vllm-step", daemon=True).start()
 
     def __call__(self, work: Callable[[], T], seconds: float) -> T:
-        """What ``work()`` returns or raises; raises TimeoutError after ``seconds``, and the thread
-        is lost then.
+        """Return or raise what ``work()`` does; raises TimeoutError after ``seconds``, and then
+        abandons the thread.
         """
         self._calls.put(work)
         try:
@@ -56,7 +54,7 @@ class Patient:
 
 
 class RequestLoop(Generic[Key]):
-    """``budget``: tokens that may be in flight; a longer request goes alone."""
+    """``budget``: maximum tokens in flight; a longer request goes alone."""
 
     def __init__(self, llm: Any, budget: int) -> None:
         self._engine = llm.llm_engine
@@ -77,15 +75,15 @@ class RequestLoop(Generic[Key]):
         self._patient.close()
 
     def fits(self, tokens: int) -> bool:
-        """Whether a request of so many tokens may go in now."""
+        """Tell whether a request of so many tokens may be added now."""
         return not self._open or self._tokens + tokens <= self._budget
 
     def add(self, key: Key, prompt: list[int], tokens: int, params: Any) -> None:
-        """Hand over a request of ``tokens`` tokens at most, answer included. ``params``:
-        SamplingParams that nobody else uses.
+        """Add a request of at most ``tokens`` tokens, including the answer. ``params``:
+        SamplingParams that no other request uses.
         """
         params.output_kind = self._only_final
-        # a deep copy of them takes half of the time that adding a request does
+        # a deep copy of them would take half the time of adding a request
         params.skip_clone = True
         name = next(self._names)
         self._open[name] = (key, tokens)
@@ -93,9 +91,8 @@ class RequestLoop(Generic[Key]):
         self._guarded(self._engine.add_request, name, {"prompt_token_ids": prompt}, params)
 
     def step(self) -> list[tuple[Key, Any]]:
-        """Let the engine work; the requests that finished, with their outputs.
-
-        Raises EngineError where it failed, or gave nothing for STEP_SECONDS.
+        """Run an engine step; returns the finished requests with their outputs. Raises EngineError
+        if the engine failed or returned nothing for STEP_SECONDS.
         """
         out = []
         for done in self._guarded(self._patient, self._engine.step, STEP_SECONDS):
@@ -110,12 +107,11 @@ class RequestLoop(Generic[Key]):
             return work(*args)
         except TimeoutError as error:
             raise EngineError(
-                f"vllm hangs with {len(self._open)} requests in flight: {error}. What is "
-                "committed is whole: --resume goes on. "
-                "If it hangs again, look at the GPUs (nvidia-smi, dmesg), or try a smaller "
-                "--batch-tokens."
+                f"vllm hangs with {len(self._open)} requests in flight: {error}. "
+                "Committed parts are safe: continue with --resume. If it hangs again, "
+                "check the GPUs (nvidia-smi, dmesg), or try a smaller --batch-tokens."
             ) from error
-        except Exception as error:  # a worker that died arrives as one of several kinds
+        except Exception as error:  # a dead worker shows up as one of several errors
             raise EngineError(
                 f"vllm failed with {len(self._open)} requests in flight: {type(error).__name__}: "
                 f"{error}"

@@ -1,10 +1,10 @@
-"""What an installed vLLM does with a target, read from its source before any weights are.
+"""Find out from its source what an installed vLLM does with a target, before any weights are read.
 
-vLLM's classes are not imported for this: that takes half a minute, needs the platform they were
-written for, and works for one version only. Read are the class that an architecture maps to,
-whether it hands out states (``SupportsEagle3``), whether it leaves the sum over tensor-parallel
-ranks to the next norm (a state taken between the layers is then one rank's part), whether its last
-layer's state can be had, and whether it is compiled.
+vLLM's classes are not imported for this, which would take half a minute, need the platform they
+were written for, and work for one version only. The source tells the class that an architecture
+maps to, whether it returns states (``SupportsEagle3``), whether it leaves the sum over
+tensor-parallel ranks to the next norm (a state taken between the layers is then one rank's part),
+whether the last layer's state is available, and whether the class is compiled.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Literal
 
 Capture = Literal["vllm", "norms", "none"]
 MODELS = "model_executor/models"
-# How a class says that it takes the state behind its last layer.
+# How a class shows that it captures the state after its last layer.
 TAKES_LAST = re.compile(
     r"_maybe_add_hidden_state\(|end_layer in self\.aux_hidden_state_layers|\w+ \+ 1\)? in "
     r"self\.aux_hidden_state_layers"
@@ -30,11 +30,10 @@ FUSED = re.compile(r"\bfused_allreduce\w*norm\b")
 
 @dataclass(frozen=True, slots=True)
 class ModelSource:
-    """Of one architecture. ``gives_states``: it has vLLM's interface for them. ``partial``: they
-    are one rank's part.
-    ``takes_last``: the last layer's is among them. ``has_norms``: every layer has an
-    ``input_layernorm`` and the decoder a ``norm``, where ours can be taken. ``compiled``: by
-    torch.compile, unless vLLM runs eagerly.
+    """What vLLM does with one architecture. ``gives_states``: it has vLLM's interface for them.
+    ``partial``: they are one rank's part. ``takes_last``: the last layer's is among them.
+    ``has_norms``: every layer has an ``input_layernorm`` and the decoder a ``norm``, where ours can
+    be captured. ``compiled``: by torch.compile, unless vLLM runs eagerly.
     """
 
     architecture: str
@@ -48,34 +47,34 @@ class ModelSource:
 
     @property
     def capture(self) -> Capture:
-        """Who takes the states: vLLM, we at the norms, or nobody."""
+        """Return what captures the states: vLLM, our code at the norms, or nothing."""
         if self.gives_states and self.takes_last and not self.partial:
             return "vllm"
         return "norms" if self.has_norms else "none"
 
     @property
     def why(self) -> str:
-        """Why vLLM's own states are not taken, as the end of a sentence."""
+        """Say why vLLM's own states are not used, as the end of a sentence."""
         if not self.gives_states:
-            return "its class there has no interface for hidden states"
+            return "its model class there has no interface for hidden states"
         if self.partial:
-            return "its class there hands out one tensor-parallel rank's part of them"
-        return "its class there leaves out the last layer's" if not self.takes_last else ""
+            return "its model class there returns one tensor-parallel rank's part of them"
+        return "its model class there leaves out the last layer's" if not self.takes_last else ""
 
 
 def vllm_root() -> Path | None:
-    """The installed package's folder, without importing it."""
+    """Return the installed package's folder, without importing it."""
     try:
         spec = importlib.util.find_spec("vllm")
-    except ValueError:  # a module without one stands in its place
+    except ValueError:  # a module without one takes its place
         spec = None
     places = list(spec.submodule_search_locations or ()) if spec else []
     return Path(places[0]) if places else None
 
 
 def model_source(root: Path, architectures: Sequence[str], *, cuda: bool) -> ModelSource | None:
-    """The first of a config's ``architectures`` that the vLLM in ``root`` has; None if it has none
-    of them.
+    """Return the first of a config's ``architectures`` that the vLLM in ``root`` has; None if it
+    has none.
     """
     known = registered(root)
     for architecture in architectures:
@@ -91,8 +90,8 @@ def model_source(root: Path, architectures: Sequence[str], *, cuda: bool) -> Mod
             name=name,
             gives_states=_inherits(root, path, name, "SupportsEagle3"),
             partial=FUSED.search(text) is not None,
-            # A class that takes none by itself runs another one, of which nothing is known here:
-            # the self-check sees it.
+            # A class that captures none itself runs another one, about which nothing is known here;
+            # the self-check tests it.
             takes_last=TAKES_LAST.search(text) is not None
             or "in self.aux_hidden_state_layers" not in text,
             has_norms="self.input_layernorm" in text
@@ -122,7 +121,7 @@ def registered(root: Path) -> dict[str, tuple[str, str]]:
 
 
 def definition(root: Path, module: str, name: str, *, cuda: bool) -> tuple[Path | None, str]:
-    """The file that defines a class, through packages that choose one by platform."""
+    """Find the file that defines a class, also through packages that choose one by platform."""
     path = _file(
         root, module if module.startswith("vllm.") else f"vllm.{MODELS.replace('/', '.')}.{module}"
     )
@@ -137,7 +136,7 @@ def definition(root: Path, module: str, name: str, *, cuda: bool) -> tuple[Path 
 
 
 def _family(root: Path, path: Path, name: str) -> list[Path]:
-    """The files that a target's decoder is written in: that of ``name``, and those of the decoders
+    """Return the files that define a target's decoder: that of ``name``, and those of the decoders
     it extends.
     """
     decoders = [c for c in _classes(path) if c.endswith("Model")]

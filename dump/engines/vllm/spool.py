@@ -1,12 +1,11 @@
 """The spool between a vLLM worker and us: one file for the requests that finished in one step of
-the engine, read once and deleted; and what the worker is told.
-
-A file per request cost 4.4 ms per sample of 300 tokens on an H100, five times what the target takes
-for it; so all that finish together are gathered, coded, copied and written together. ``<file>``
-appears whole (written beside, then renamed) or ``<file>.error`` says why not; ``<file>.rank1`` ...
-hold the states of the other tensor-parallel ranks where they were asked for. The worker holds
-``worker.lock`` as long as it lives: a reader that waits sees by it that nothing will come.
-``coding.json`` and the tensors beside it tell the worker how to code states.
+the engine, read once and deleted, and the instructions for the worker. A file per request cost 4.4
+ms per sample of 300 tokens on an H100, five times the target's own time; so all that finish
+together are gathered, coded, copied and written together. ``<file>`` appears complete (written
+beside, then renamed), or ``<file>.error`` says why not; ``<file>.rank1`` ... hold the states of the
+other tensor-parallel ranks if requested. The worker holds ``worker.lock`` as long as it lives, so a
+waiting reader can tell that nothing will come. ``coding.json`` and the tensors beside it tell the
+worker how to code states.
 
 Legend: k requests of a batch, T tokens of all of them, M stored rows of the last state, n extracted
 layers, H hidden size.
@@ -53,16 +52,16 @@ STAGES = "worker: wait for a writer", "worker: gather", "worker: code and copy",
 CODING, NORM = "coding.json", "norm.pt"
 LEARNT, EMBEDDING = "calibration.pt", "embedding.pt"  # of the codec, and what it predicts from
 WAIT_SECONDS = (
-    # how long a worker that lives may take for a batch of 256 MB at most: longer, and it hangs
+    # how long a live worker may take for a batch of at most 256 MB; if longer, it hangs
     600.0
 )
-RANK_SECONDS = 60.0  # how long another rank may take longer than the first
+RANK_SECONDS = 60.0  # how much longer another rank may take than the first
 LOOK_SECONDS = 0.001  # between two looks for a file
 ALIGNED = 64  # bytes
 
 
 class SpoolError(OSError):
-    """States that did not arrive. ``index``: the request of the batch that is to blame, if it is
+    """States that did not arrive. ``index``: the request of the batch that is to blame, if there is
     one.
     """
 
@@ -74,8 +73,8 @@ class SpoolError(OSError):
 @dataclass(frozen=True, slots=True)
 class Coding:
     """How a worker codes requests. ``columns``: of the n extracted states, those that the store
-    keeps; ``last_column``: the one before the final ``norm``.
-    ``embedding``: the target's, where the codec predicts from tokens.
+    keeps; ``last_column``: the one before the final ``norm``. ``embedding``: the target's, if the
+    codec predicts from tokens.
     """
 
     codec: Codec
@@ -105,7 +104,7 @@ class Coding:
 
 
 def write_coding(folder: Path, coding: Coding) -> None:
-    """Before the first coded request."""
+    """Write the coding instructions, before the first coded request."""
     import torch
 
     codec = coding.codec
@@ -125,7 +124,7 @@ def write_coding(folder: Path, coding: Coding) -> None:
 
 
 def read_coding(folder: str, device: torch.device) -> Coding:
-    """In a worker."""
+    """Read the coding instructions, in a worker."""
     import torch
 
     path = Path(folder) / CODING
@@ -140,7 +139,7 @@ def read_coding(folder: str, device: torch.device) -> Coding:
     at = os.stat(folder)
     if at.st_uid != os.getuid() or at.st_mode & 0o022:
         raise SpoolError(
-            f"{folder}: others may write here, so nothing that may run code is read from it"
+            f"{folder}: other users may write here, so no file that could run code is read from it"
         )
     norm = torch.load(Path(folder) / NORM, map_location=device, weights_only=False)
     codec = registry.load(body["codec"], body["params"], body["pack"], learnt, str(path))
@@ -148,8 +147,8 @@ def read_coding(folder: str, device: torch.device) -> Coding:
 
 
 def hold(folder: str) -> int:
-    """In a worker, before the first request: the lock that tells readers that it lives; a file
-    descriptor, to be kept open.
+    """Take the lock that tells readers that the worker lives, before its first request; returns a
+    file descriptor to keep open.
     """
     lock = os.open(os.path.join(folder, WORKER), os.O_CREAT | os.O_WRONLY, 0o644)
     fcntl.flock(lock, fcntl.LOCK_EX)
@@ -157,7 +156,7 @@ def hold(folder: str) -> int:
 
 
 def write_batch(filename: str, arrays: Mapping[str, torch.Tensor]) -> None:
-    """Write arrays on the host, whole or not at all.
+    """Write arrays on the host, completely or not at all.
 
     A line of JSON (dtype and shape of each), then their bytes, each on a multiple of 64. Not
     safetensors: it copies every tensor with Python's lock held.
@@ -175,8 +174,8 @@ def write_batch(filename: str, arrays: Mapping[str, torch.Tensor]) -> None:
 
 
 def report_failure(filename: str, error: BaseException, index: int | None = None) -> bool:
-    """Leave the reason where the reader looks, whole or not at all; whether it is there. A few
-    bytes fit on most disks that are full.
+    """Write the reason where the reader looks, completely or not at all; returns whether it worked.
+    A few bytes fit even on most full disks.
     """
     body = json.dumps({"index": index, "reason": f"{type(error).__name__}: {error}"})
     with contextlib.suppress(OSError):
@@ -193,8 +192,8 @@ def report_failure(filename: str, error: BaseException, index: int | None = None
 @dataclass(slots=True)
 class SpooledBatch:
     """``arrays``: rows of its requests end to end, T or M; ``ends``: by array, where each request's
-    rows end, int64[k + 1] from 0. ``left``: not taken yet. ``times``:
-    ``TIMES``, and when the file was written.
+    rows end, int64[k + 1] from 0. ``left``: requests not yet taken. ``times``: ``TIMES``, and when
+    the file was written.
     """
 
     arrays: dict[str, torch.Tensor]
@@ -203,7 +202,9 @@ class SpooledBatch:
     times: np.ndarray[tuple[int, ...], np.dtype[np.float64]]
 
     def rows(self, members: Sequence[int]) -> dict[str, torch.Tensor]:
-        """Rows of ``members``, ascending, end to end: views where they follow each other."""
+        """Return the rows of ``members``, in ascending order, concatenated: views if they are
+        adjacent.
+        """
         import torch
 
         runs = np.split(np.asarray(members), np.flatnonzero(np.diff(members) != 1) + 1)
@@ -217,8 +218,8 @@ class SpooledBatch:
         return out
 
     def _counted_anew(self, pieces: list[torch.Tensor], runs: Sequence[Any]) -> list[torch.Tensor]:
-        """``EXACT_TOKEN`` of ``runs`` of requests, which counts from the batch's first token, from
-        the first token of the first run.
+        """Renumber ``EXACT_TOKEN`` of ``runs`` of requests, which counts from the batch's first
+        token, to count from the first token of the first run.
         """
         out, before, ends = [], 0, self.ends[IDS]
         for piece, run in zip(pieces, runs, strict=True):
@@ -229,20 +230,20 @@ class SpooledBatch:
 
 
 class SpoolReader:
-    """Our side. A file is mapped and deleted; its pages go when the last of its requests' arrays
-    does.
+    """The reading side. A file is mapped and deleted; its pages are freed with the last of its
+    requests' arrays.
     """
 
     def __init__(self, folder: Path) -> None:
         self._lock = folder / WORKER
         self._batches: dict[str, SpooledBatch] = {}
-        self._lost: dict[str, OSError] = {}  # whoever asks again must not wait
+        self._lost: dict[str, OSError] = {}  # a second call must not wait
         self._seconds: defaultdict[str, float] = defaultdict(float)
 
     def take(self, filename: str, members: Sequence[int], rank: int = 0) -> dict[str, torch.Tensor]:
-        """Arrays of requests ``members`` (ascending) of a batch, as ``rank`` wrote it: their rows
-        end to end. Waits for it; raises SpoolError with the worker's reason if it was not written.
-        Each request once.
+        """Return the arrays of requests ``members`` (ascending) of a batch that ``rank`` wrote,
+        with their rows concatenated. Waits for the file; raises SpoolError with the worker's reason
+        if it was not written. Take each request once.
         """
         name = f"{filename}.rank{rank}" if rank else filename
         if name in self._lost:
@@ -264,8 +265,8 @@ class SpoolReader:
         return batch.rows(members)
 
     def spent(self) -> dict[str, float]:
-        """``STAGES`` of the batches that were read since the last call: total worker seconds;
-        stages overlap.
+        """Return the worker's total seconds per stage (``STAGES``) for the batches read since the
+        last call; stages overlap.
         """
         out = dict(self._seconds)
         self._seconds.clear()
@@ -281,7 +282,7 @@ class SpoolReader:
                     f"the worker could not write {name}: {told['reason']}", told["index"]
                 )
             if not os.path.exists(name):
-                raise SpoolError(f"the worker left no {name}: it died, or its disk is full")
+                raise SpoolError(f"the worker wrote no {name}: it died, or its disk is full")
             return read_batch(name)
         finally:
             for end in ("", PART, ERROR):
@@ -296,13 +297,13 @@ class SpoolReader:
                 return
             if time.monotonic() > end:
                 raise SpoolError(
-                    f"the worker is alive but has written no {name} for {patience:g} s: it "
-                    "hangs, or its disk does"
+                    f"the worker is alive but has written no {name} for {patience:g} s: "
+                    "the worker or its disk hangs"
                 )
             time.sleep(LOOK_SECONDS)
 
     def _alive(self) -> bool:
-        """Whether the worker still holds its lock."""
+        """Tell whether the worker still holds its lock."""
         try:
             with open(self._lock, "rb") as lock:
                 fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -314,14 +315,14 @@ class SpoolReader:
 
 
 def read_batch(filename: str) -> SpooledBatch:
-    """What ``write_batch`` wrote; tensors in the mapped file, which lives as long as one of them,
-    whether it has been deleted or not.
+    """Read what ``write_batch`` wrote, as tensors in the mapped file, which lives as long as any of
+    them, even after it is deleted.
     """
     import torch
 
     with open(filename, "rb") as file:
         line = file.readline()
-        # A copy on write, and nobody writes: a mapping that is read only makes torch warn.
+        # Copy-on-write, although nothing writes: torch warns about a read-only mapping.
         data = torch.frombuffer(
             mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY), dtype=torch.uint8
         )
@@ -348,8 +349,8 @@ def _round_up(size: int) -> int:
 
 
 def _write_aligned(file: FileIO, data: bytes | memoryview) -> None:
-    """All of ``data``, which one unbuffered write need not take, and NUL up to the next multiple of
-    ALIGNED.
+    """Write all of ``data``, which may take several unbuffered writes, and pad with NUL to the next
+    multiple of ALIGNED.
     """
     for piece in (data, bytes(-len(data) % ALIGNED)):
         left = memoryview(piece)
