@@ -1,9 +1,8 @@
-"""Errors that a user, a disk or a foreign file causes. Each says what was found, what was expected,
-what to do next.
+"""Errors caused by a user, a disk or a foreign file. Each says what was found, what was expected,
+and what to do next.
 
-``exit_code`` is what a command returns: 1 = the work failed or something was found wrong, 2 = wrong
-usage.
-Programmer mistakes stay ``assert``; nothing here is raised for those.
+``exit_code`` is what a command returns: 1 = the work failed or found something wrong, 2 = wrong
+usage. Programming errors are ``assert``s instead.
 """
 
 from __future__ import annotations
@@ -12,13 +11,13 @@ import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-# What says that a file is not there, or is of another kind; every other error of reading says
-# nothing of its bytes.
+# Errors that mean a file is missing, or is of another kind; every other read error says nothing
+# about its bytes.
 GONE = frozenset({errno.ENOENT, errno.ENOTDIR, errno.EISDIR})
 
 
 class DsparkError(Exception):
-    """Base of every error that a command turns into one line on stderr and an exit code."""
+    """Base of the errors that a command turns into one line on stderr and an exit code."""
 
     exit_code = 1
 
@@ -34,7 +33,7 @@ class UsageError(DsparkError):
 
 
 class CacheError(DsparkError):
-    """A store cannot be used as it stands."""
+    """A store cannot be used as it is."""
 
 
 class NotACacheError(CacheError):
@@ -56,8 +55,8 @@ class DamagedCacheError(CacheError):
 
 
 class UnreadableError(CacheError):
-    """Something of a store cannot be read right now: an I/O error, no permission, too few file
-    handles. Nothing says that it is damaged.
+    """Part of a store cannot be read right now: an I/O error, no permission, too few file handles.
+    It may be intact.
     """
 
 
@@ -68,17 +67,17 @@ class MismatchError(CacheError):
 
 
 class ExistsError(CacheError):
-    """The output exists; nothing is overwritten without being asked."""
+    """The output exists; nothing is overwritten without --overwrite."""
 
     exit_code = 2
 
 
 class LockedError(CacheError):
-    """Another process writes there. The message says which."""
+    """Another process is writing there. The message says which."""
 
 
 class LostLockError(CacheError):
-    """This process's lock was broken by a person who took it for dead."""
+    """This process's lock was broken by a user who believed the process dead."""
 
 
 class StoreWriteError(CacheError):
@@ -110,20 +109,21 @@ class DraftError(DsparkError):
 
 
 def read_error(path: object, error: OSError) -> DamagedCacheError | UnreadableError:
-    """Tell what ``error``, met in reading ``path``, says of the store: damaged where the file is
-    gone, else unreadable.
+    """Convert ``error``, raised while reading ``path``: damaged if the file is missing, else
+    unreadable.
     """
     if error.errno in GONE:
         return DamagedCacheError(f"{path}: {error.strerror}")
     return UnreadableError(
-        f"{path}: cannot be read now: {error.strerror or error}. Nothing says that it is damaged: "
-        "see to the disk, the permission or the limit on open files (ulimit -n), and try again."
+        f"{path}: cannot be read now: {error.strerror or error}. It may well be intact: check "
+        "the disk, the permissions and the limit on open files (ulimit -n), and try "
+        "again."
     )
 
 
 @contextmanager
 def reading(path: object) -> Iterator[None]:
-    """Turn the errors of the system, met in reading ``path``, into ``read_error``'s."""
+    """Convert system errors raised while reading ``path``, as ``read_error`` does."""
     try:
         yield
     except OSError as error:
@@ -131,7 +131,5 @@ def reading(path: object) -> Iterator[None]:
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of ``error``, at most 200 characters; its type where it says
-    nothing.
-    """
+    """Return the first line of ``error``, at most 200 characters; its type if it has no text."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -1,8 +1,7 @@
-"""Several stores read as one: their samples end to end, for a training on all of them.
-
-They must be of one target (same weights, vocabulary and mask token) and one set of layers; codecs
-may differ, since a row of a training holds samples of one store (``train/data/stream.py``). Each
-store stays as it is: nothing is copied.
+"""Read several stores as one, with their samples concatenated, to train on all of them. They must
+have the same target (weights, vocabulary and mask token) and the same layers; codecs may differ,
+since a training row holds samples of one store (``train/data/stream.py``). Nothing is copied and no
+store is changed.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ if TYPE_CHECKING:
 
 
 class JoinedCache:
-    """``stores`` as one: sample ``starts[s] + i`` is sample i of store s."""
+    """``stores`` read as one: sample ``starts[s] + i`` is sample i of store s."""
 
     def __init__(self, stores: Sequence[Cache]) -> None:
         """Raises MismatchError, naming store and difference, unless they are of one target and
@@ -36,14 +35,14 @@ class JoinedCache:
         first = self.stores[0]
         if len({store.path.resolve() for store in self.stores}) < len(self.stores):
             raise UsageError(
-                f"a store is given twice: {self}. Give its passes instead: --cache STORE=2"
+                f"a store is given twice: {self}. To repeat it, give its passes: --cache STORE=2"
             )
         for other in self.stores[1:]:
             if differences := list(_differences(first, other)):
                 raise MismatchError(
                     f"{other.path} cannot be trained on together with {first.path}: "
-                    f"{'; '.join(differences)}. "
-                    "Stores of one training need the same target and layers."
+                    f"{'; '.join(differences)}. Stores in one training need the same "
+                    "target and layers."
                 )
 
     def __str__(self) -> str:
@@ -51,7 +50,7 @@ class JoinedCache:
 
     @property
     def path(self) -> str:
-        """For messages: where they are."""
+        """The stores' paths, for messages."""
         return str(self)
 
     @property
@@ -61,7 +60,7 @@ class JoinedCache:
 
     @property
     def manifest(self) -> Manifest:
-        """The first store's: for what they have in common."""
+        """The first store's manifest, for what all have in common."""
         return self.stores[0].manifest
 
     @property
@@ -91,7 +90,7 @@ class JoinedCache:
         return np.concatenate([store.lengths for store in self.stores])
 
     def of(self, i: int) -> int:
-        """Which store sample ``i`` is in."""
+        """Return which store sample ``i`` is in."""
         return int(np.searchsorted(self.starts, i, side="right")) - 1
 
     def _at(self, i: int) -> tuple[Cache, int]:
@@ -101,12 +100,12 @@ class JoinedCache:
         return self.stores[store], i - int(self.starts[store])
 
     def tokens(self, i: int) -> TokenSample:
-        """Sample ``i`` without its states."""
+        """Read sample ``i`` without its states."""
         store, own = self._at(i)
         return store.tokens(own)
 
     def read(self, i: int) -> CodedSample:
-        """Sample ``i`` as its store has it coded."""
+        """Read sample ``i`` as its store coded it."""
         store, own = self._at(i)
         return store.read(own)
 

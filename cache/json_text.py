@@ -1,5 +1,5 @@
-"""JSON that others wrote, read within bounds: nesting that Python cannot follow and files no record
-of ours can have are ValueErrors like any other mistake.
+"""Read JSON from elsewhere within bounds: nesting too deep for Python, and files larger than any
+valid record, are ValueErrors like any other mistake.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ LARGEST = (
 
 
 def loads(text: str | bytes) -> Any:
-    """``json.loads``, but ValueError for what is nested too deep."""
+    """As ``json.loads``, but raises ValueError for input nested too deeply."""
     try:
         return json.loads(text)
     except RecursionError as error:
@@ -22,8 +22,8 @@ def loads(text: str | bytes) -> Any:
 
 
 def read(path: Path) -> Any:
-    """What the JSON file ``path`` holds. Raises ValueError or OSError."""
+    """Read the JSON file ``path``. Raises ValueError or OSError."""
     size = path.stat().st_size
     if size > LARGEST:
-        raise ValueError(f"{size:,} bytes, more than any such file has")
+        raise ValueError(f"{size:,} bytes, more than any valid file has")
     return loads(path.read_bytes().decode())

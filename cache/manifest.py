@@ -2,11 +2,10 @@
 docs/format.md.
 
 It lives in the root group's ``zarr.json`` under ``attributes.dspark``, with a crc32c over its
-canonical JSON. Unknown keys and unknown versions are refused: a reader that guesses at a field it
-does not know is silently wrong.
-
-The plan is the part of it that never changes: all that says what any sample's bytes are. Every part
-carries it whole, with its digest, so the manifest can be made again from the parts.
+canonical JSON. Unknown keys and unknown versions are refused: a reader that guesses at an unknown
+field is silently wrong. The plan is the part of the manifest that never changes: everything that
+determines the bytes of a sample. Every part contains the whole plan, with its digest, so the
+manifest can be rebuilt from the parts.
 """
 
 from __future__ import annotations
@@ -35,8 +34,8 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TargetInfo:
-    """The model whose states these are. ``config``: its ``config.json`` whole (text model's where
-    it is wrapped).
+    """The model that produced the states. ``config``: its whole ``config.json`` (the text model's,
+    if wrapped).
     """
 
     id: str
@@ -57,7 +56,7 @@ class TargetInfo:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FieldInfo:
     """How one field of states is stored in a store of version 1. ``params``: what decoding needs
-    beside name and bits; ``pack``: how its arrays are kept.
+    beside name and bits; ``pack``: how its arrays are stored.
     """
 
     codec: str
@@ -68,8 +67,8 @@ class FieldInfo:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CodecInfo:
-    """How states are stored: a codec by its full name, what it needs beside it, and the sha256 of
-    its calibration file (None: it has learnt nothing).
+    """How states are stored: a codec by its full name, its parameters, and the sha256 of its
+    calibration file (None = no calibration).
     """
 
     name: str
@@ -80,7 +79,9 @@ class CodecInfo:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TokenizerInfo:
-    """sha256 of ``tokenizer.json`` and of the chat template's text (None: rows came tokenised)."""
+    """sha256 of ``tokenizer.json`` and of the chat template's text (None = rows were already
+    tokenised).
+    """
 
     sha256: str | None
     chat_template_sha256: str | None
@@ -88,11 +89,9 @@ class TokenizerInfo:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SourceInfo:
-    """Where rows came from: file name or data set id, its sha256 (None: not one file), and the
-    limit on rows. Only the limit is compared on resume.
-
-    ``rows``: how many there are, in a store that one of several dumps has ended (None in a complete
-    one, whose parts say it).
+    """Where rows came from: file name or data set id, its sha256 (None = not a single file), and
+    the limit on rows. Only the limit is compared on resume. ``rows``: their number, in a store that
+    one of several dumps has finished with (None in a complete store, whose parts tell).
     """
 
     id: str
@@ -112,7 +111,7 @@ class DumpInfo:
     """How rows became tokens and tokens became states. ``block_rows``: source rows per part, 0 in a
     store of version 1.
 
-    All but ``engine_version`` belong to the plan.
+    All fields except ``engine_version`` belong to the plan.
     """
 
     engine: str
@@ -125,7 +124,7 @@ class DumpInfo:
     block_rows: int
     turns: str = "auto"  # how a chat's answers became samples: auto, each, last or whole
     template_kwargs: Json = field(default_factory=dict)  # handed to the chat template
-    template_date: str | None = None  # what a template that writes the date took for today
+    template_date: str | None = None  # the date that a template which writes one saw as today
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -144,8 +143,8 @@ class Counts:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Manifest:
-    """Everything a reader needs to know before it opens a part. ``fields``: aux and last, of a
-    store of version 1 only.
+    """Everything a reader needs to know before it opens a part. ``fields``: aux and last, only in
+    stores of version 1.
     """
 
     target: TargetInfo
@@ -175,7 +174,7 @@ class Manifest:
         return self.sources[0]
 
     def plan(self) -> Json:
-        """What never changes and every part carries."""
+        """The part that never changes and that every part contains."""
         run = dataclasses.asdict(self.dump)
         del run["engine_version"]
         return {
@@ -195,7 +194,7 @@ class Manifest:
         return plan_digest(self.plan())
 
     def to_json(self) -> Json:
-        assert self.format_version == FORMAT_VERSION, "stores of version 1 are read, not written"
+        assert self.format_version == FORMAT_VERSION, "version 1 stores can be read but not written"
         return {
             "format_version": self.format_version,
             "plan": self.plan(),
@@ -214,16 +213,16 @@ class Manifest:
         version = data.get("format_version")
         if version not in READ_VERSIONS:
             raise FormatVersionError(
-                f"{where}: found format version {version!r}, this release reads "
-                f"{' and '.join(map(str, READ_VERSIONS))}. "
-                "Use the dspark release that wrote it, or dump again."
+                f"{where}: found format version {version!r}, but this release reads "
+                f"{' and '.join(map(str, READ_VERSIONS))}. Use the dspark release that "
+                "wrote it, or dump again."
             )
         if version == 1:
             return _from_version_1(data, where)
         keys = {"format_version", "plan", "plan_sha256", "sources", "counts", "state"}
         _same_keys(data, keys, where)
         if plan_digest(data["plan"]) != data["plan_sha256"]:
-            raise DamagedCacheError(f"{where}: the plan is not the one that plan_sha256 is of")
+            raise DamagedCacheError(f"{where}: the plan does not match plan_sha256")
         _same_keys(data["state"], {"complete", "quality", "engine_version"}, f"{where}: state")
         return from_plan(
             data["plan"],
@@ -239,15 +238,14 @@ class Manifest:
         """Raise MismatchError, naming every differing field, unless ``other`` would write the same
         store.
 
-        ``other`` may come from a run that has read no weights and calibrated nothing, so hashes
-        that it does not know are not compared.
+        ``other`` may come from a run that has not read weights or calibrated, so unknown hashes are
+        not compared.
         """
         if self.format_version != FORMAT_VERSION:
             raise MismatchError(
                 f"{where}: a store of format version {self.format_version}, which this release "
-                "reads but does not go on with. "
-                "Finish it with the release that began it, or convert it: dspark-tools recode "
-                f"{where} NEW"
+                "reads but cannot continue. Finish it with the release that started it, "
+                f"or convert it: dspark-tools recode {where} NEW"
             )
         # Further sources may follow those that the store has.
         same = dataclasses.replace(other, sources=other.sources[: len(self.sources)])
@@ -263,7 +261,7 @@ class Manifest:
                 + "\n  ".join(
                     diffs[:8] + ([f"and {len(diffs) - 8} more"] if len(diffs) > 8 else [])
                 )
-                + "\nUse the flags the store was begun with, another --output, or --overwrite."
+                + "\nUse the flags the store was started with, another --output, or --overwrite."
             )
 
     def _compared(self) -> Json:
@@ -272,7 +270,7 @@ class Manifest:
 
 
 def plan_digest(plan: Mapping[str, Any]) -> str:
-    """sha256 of a plan's canonical JSON."""
+    """Return the sha256 of a plan's canonical JSON."""
     return hashlib.sha256(canonical(plan)).hexdigest()
 
 
@@ -286,7 +284,7 @@ def from_plan(
     quality: Json,
     engine_version: str,
 ) -> Manifest:
-    """A manifest from the plan that it or any part of the store holds."""
+    """Make a manifest from the plan that it or any part of the store holds."""
     known = {
         "target",
         "layers",
@@ -305,9 +303,7 @@ def from_plan(
             f"{where}: layers are {_short(plan['layers'])}, expected a list of numbers"
         )
     if not (type(complete) is bool and isinstance(quality, dict) and isinstance(plan["run"], dict)):
-        raise DamagedCacheError(
-            f"{where}: complete, quality or run has a value of another type than it may have"
-        )
+        raise DamagedCacheError(f"{where}: complete, quality or run has a value of the wrong type")
     out = Manifest(
         target=target,
         layers=plan["layers"],
@@ -382,7 +378,7 @@ def _short(value: Any) -> str:
 
 
 def differences(a: Any, b: Any, path: str = "") -> list[tuple[str, Any, Any]]:
-    """Where two plans differ: dotted name, and what each has."""
+    """Yield where two plans differ: dotted name, and both values."""
     if isinstance(a, dict) and isinstance(b, dict):
         out: list[tuple[str, Any, Any]] = []
         keys = a.keys() | b.keys()
@@ -395,8 +391,8 @@ def differences(a: Any, b: Any, path: str = "") -> list[tuple[str, Any, Any]]:
 
 
 def build(kind: type[T], data: Any, where: str) -> T:
-    """Make dataclass ``kind`` from a JSON object; missing and unknown keys and values of another
-    type are damage, named.
+    """Make dataclass ``kind`` from a JSON object. Missing keys, unknown keys and values of the
+    wrong type are reported as damage, by name.
     """
     if not isinstance(data, Mapping):
         raise DamagedCacheError(f"{where}: found {type(data).__name__}, expected an object")
@@ -422,8 +418,8 @@ def _hints(kind: Any) -> dict[str, Any]:
 
 
 def _fits(value: Any, hint: Any) -> bool:
-    """Whether ``value``, as JSON gives it, is what a field of type ``hint`` holds. Whole numbers
-    are below 2**53, as every reader of JSON takes them.
+    """Tell whether a JSON ``value`` fits a field of type ``hint``. Whole numbers must be below
+    2**53, which every JSON reader represents exactly.
     """
     kind, inner = get_origin(hint) or hint, get_args(hint)
     if kind in (UnionType, Union):
@@ -441,19 +437,19 @@ def _fits(value: Any, hint: Any) -> bool:
 
 
 def canonical_text(data: Any) -> str:
-    """JSON with sorted keys and no spaces. What a data set holds beside JSON's types (the date of a
-    message) is written as text.
+    """Return JSON with sorted keys and no spaces. Values outside JSON's types (such as a message's
+    date) are written as text.
     """
     return json.dumps(data, sort_keys=True, separators=(",", ":"), ensure_ascii=False, default=str)
 
 
 def canonical(data: Any) -> bytes:
-    """``canonical_text`` in UTF-8: what checksums and hashes are taken over."""
+    """Return ``canonical_text`` in UTF-8, over which checksums and hashes are computed."""
     return canonical_text(data).encode(errors="surrogatepass")
 
 
 def sealed(data: Mapping[str, Any]) -> Json:
-    """``data`` with its own ``crc32c`` added."""
+    """Return ``data`` with its own ``crc32c`` added."""
     return {**data, "crc32c": crc32c(canonical(data))}
 
 

@@ -1,10 +1,10 @@
-"""Stores of one plan made into one: ``merge`` joins what several writers made, ``append`` adds a
+"""Combine stores with the same plan: ``merge`` joins what several writers made, ``append`` adds a
 second corpus.
 
-Parts are blocks of source rows and depend on nothing else, so a part goes over as it is: its files
-get a second name (a hard link, a copy where that cannot be).
-A part of another source becomes a part of another number, which its shards' tags hold: its files
-are copied with new tags. The given stores stay as they are.
+Parts are blocks of source rows and depend on nothing else, so a part is taken over unchanged: its
+files get a second name (a hard link, or a copy if links are impossible). If a part's source gets
+another number, so does the part; since its shards' tags contain the number, its files are copied
+with new tags. The given stores are not changed.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ COPY = 8 << 20  # bytes of a file that are copied at once
 
 @dataclass(frozen=True, slots=True)
 class Given:
-    """A store that is joined with others: its parts by number, and which number each of its sources
-    has in the result.
+    """A store to be joined with others: its parts by number, and the number of each of its sources
+    in the result.
     """
 
     path: Where
@@ -65,12 +65,12 @@ def merge(
 ) -> Manifest:
     """Join ``stores`` into the new store ``out``; returns its manifest.
 
-    Raises ExistsError where ``out`` is there, and MismatchError where plans differ, where two
-    stores hold different parts of the same rows, or, naming them, where rows are missing.
+    Raises ExistsError if ``out`` exists, and MismatchError if plans differ, if two stores hold
+    different parts of the same rows, or if rows are missing (naming them).
     """
     out = where(out)
     if not stores:
-        raise UsageError("merge: give the stores to be joined behind the new one")
+        raise UsageError("merge: give the stores to join after the new one")
     if place_of(out).exists():
         raise ExistsError(f"{out} exists. Give the merged store another name.")
     sources: list[SourceInfo] = []
@@ -107,8 +107,8 @@ def merge(
 
 @contextmanager
 def new_place(out: Where) -> Iterator[Place]:
-    """Where the store ``out`` is put together; a local one has its name only when the block
-    ends.
+    """Yield the place where the store ``out`` is assembled; a local one gets its name only when the
+    block ends.
     """
     if isinstance(out, Path):
         with staged(out) as new:
@@ -124,11 +124,9 @@ def append(
     *,
     progress: Progress = lambda done, total: None,
 ) -> Manifest:
-    """Add the sources of ``others``, complete stores of the plan of ``store``, to it; returns its
-    manifest. A call that was stopped is simply made again.
-
-    Raises MismatchError where plans differ, where one is not complete or where a source is there
-    already.
+    """Add the sources of ``others``, complete stores with the plan of ``store``, to it; returns its
+    manifest. An interrupted call can simply be repeated. Raises MismatchError if plans differ, if a
+    store is not complete, or if a source is already there.
     """
     store = where(store)
     manifest = read_manifest(store)
@@ -138,12 +136,12 @@ def append(
     for one in [(store, manifest), *((g.path, g.manifest) for g in given)]:
         if not one[1].complete:
             raise MismatchError(
-                f"{one[0]}: not complete. Finish its dump with --resume, then append."
+                f"{one[0]}: the store is not complete. Finish its dump with --resume, then append."
             )
     for g in given:
         _same_plan(manifest, store, g.manifest, g.path)
         if twice := [sources[n].id for n in g.sources.values() if n < own]:
-            raise MismatchError(f"{g.path}: its source {twice[0]} is in {store} already")
+            raise MismatchError(f"{g.path}: its source {twice[0]} is already in {store}")
     chosen = _chosen(given)
     with owned(store, "dspark-tools append"), StoreWriter(store, manifest, {})._joined() as writer:
         there = scan_parts(store)
@@ -158,11 +156,11 @@ def append(
 
 
 def _given(path: Where, sources: list[SourceInfo]) -> Given:
-    """The store at ``path``; sources that are not in ``sources`` yet are added there."""
+    """Open the store at ``path``; its sources that are not yet in ``sources`` are added there."""
     manifest = read_manifest(path)
     if manifest.format_version == 1:
         raise UsageError(
-            f"{path}: a store of format version 1 is read, not joined. Convert it first: "
+            f"{path}: stores of format version 1 cannot be joined. Convert it first: "
             f"dspark-tools recode {path} NEW"
         )
     if isinstance(path, Path):
@@ -183,8 +181,8 @@ def _given(path: Where, sources: list[SourceInfo]) -> Given:
     for record in records.values():
         if record.plan_sha256 != manifest.digest():
             raise MismatchError(
-                f"{path / PARTS / part_name(record.index)}: a part of another plan than the "
-                f"store's. See dspark-tools verify {path}"
+                f"{path / PARTS / part_name(record.index)}: this part belongs to another plan "
+                f"than the store's. See dspark-tools verify {path}"
             )
     return Given(path, place_of(path), manifest, records, numbers)
 
@@ -196,14 +194,15 @@ def _same_plan(a: Manifest, store: Where, b: Manifest, other: Where) -> None:
         f"{name}: {x!r:.80} and {y!r:.80}" for name, x, y in differences(a.plan(), b.plan())[:8]
     )
     raise MismatchError(
-        f"{store} and {other} are of different plans, so their samples are not alike.\n  {found}\n"
-        "Dump both with the same flags, and the same --calibration where the codec learns."
+        f"{store} and {other} have different plans, so their samples are not comparable.\n  "
+        f"{found}\nDump both with the same flags, and with the same --calibration if the "
+        "codec needs one."
     )
 
 
 def _chosen(given: Sequence[Given]) -> dict[int, tuple[Given, PartRecord]]:
-    """The parts of the result by number, each with the first store that has it. Raises
-    MismatchError where two differ.
+    """Return the parts of the result by number, each with the first store that has it. Raises
+    MismatchError if two differ.
     """
     out: dict[int, tuple[Given, PartRecord]] = {}
     for store in given:
@@ -242,21 +241,19 @@ def _refuse_missing(
         rows.update({store.sources[s]: n for s, n in known.items()})
     if missing := missing_rows(chosen, rows, size):
         raise MismatchError(
-            f"{out}: not written, {spans(missing)} are missing. Run the shards that make them "
-            "(dspark-dump --shard), "
-            "then merge again. Sources: "
+            f"{out}: not written: {spans(missing)} are missing. Run the shards that make them "
+            "(dspark-dump --shard), then merge again. Sources: "
             f"{', '.join(f'{i} = {s.id}' for i, s in enumerate(sources))}"
         )
     if unknown := [s.id for i, s in enumerate(sources) if i not in rows]:
         raise MismatchError(
-            f"{out}: not written, no store says how many rows {unknown[0]} has: none of its "
-            "dumps has ended. "
-            "Run one of them to its end with --resume."
+            f"{out}: not written: no store says how many rows {unknown[0]} has, because none of "
+            "its dumps has ended. Finish one of them with --resume."
         )
 
 
 def common_objects(place: Place) -> Iterator[str]:
-    """Names of what is of a store and not of a part, but for manifest and index."""
+    """Return the names of a store's objects that belong to no part, except manifest and index."""
     yield from (f"{TARGET}/{name}" for name in place.list(TARGET))
     yield f"{PARTS}/zarr.json"
     if CALIBRATION in place.list(""):
@@ -264,7 +261,9 @@ def common_objects(place: Place) -> Iterator[str]:
 
 
 def _take(place: Place, token: str, store: Given, record: PartRecord, number: int) -> PartRecord:
-    """Part ``record`` of ``store`` as part ``number`` at ``place``; returns its record there."""
+    """Take part ``record`` of ``store`` as part ``number`` at ``place``; returns its record
+    there.
+    """
     name, old = f"{PARTS}/{part_name(number)}", f"{PARTS}/{part_name(record.index)}"
     if number == record.index:
         for file in (*record.files, "zarr.json"):
@@ -285,8 +284,8 @@ def _take(place: Place, token: str, store: Given, record: PartRecord, number: in
 
 
 def _copy(source: Object, to: Path, tag: bytes) -> tuple[int, int, int]:
-    """Copy ``source`` to the new file ``to``, its first bytes replaced by ``tag``; returns size,
-    crc32c and crc32.
+    """Copy ``source`` to the new file ``to`` with its first bytes replaced by ``tag``; returns
+    size, crc32c and crc32.
     """
     size, crc, other = source.size, 0, 0
     with open(to, "wb") as file:
@@ -300,7 +299,7 @@ def _copy(source: Object, to: Path, tag: bytes) -> tuple[int, int, int]:
 
 
 def _ended(place: Place, manifest: Manifest, records: Sequence[PartRecord]) -> Manifest:
-    """Write index and manifest of the store at ``place``, which holds the parts of ``records``."""
+    """Write index and manifest of the store at ``place``, which holds the parts in ``records``."""
     check_whole(records, manifest, place.where(""))
     layout = PartLayout(
         stored_codec(place, manifest), len(manifest.layers), manifest.target.hidden_size

@@ -1,5 +1,5 @@
-"""What a code loses: signal-to-noise ratios of decoded states, and the states that they are
-measured on.
+"""What a codec loses: signal-to-noise ratios of decoded states, and the states they are measured
+on.
 
 Legend: T tokens, M stored last states, L aux layers, H hidden size.
 """
@@ -28,15 +28,17 @@ CALIBRATION_BYTES = (
 
 
 def snr_db(x: torch.Tensor, y: torch.Tensor) -> float | None:
-    """10 log10 (signal / error) of ``y`` against ``x``, any shape; None where they are equal."""
+    """Return 10 log10 (signal / error) of ``y`` against ``x``, any shape; None if they are
+    equal.
+    """
     signal = float(x.double().square().sum())
     error = float((x.double() - y.double()).square().sum())
     return round(10 * math.log10(signal / error), 2) if error > 0 else None
 
 
 class Probe(NamedTuple):
-    """States that a codec learns from and is measured on: ``aux`` [T, L, H], ``last`` [M, H].
-    ``tokens``: where a codec needs them, else None.
+    """States that a codec is calibrated and measured on: ``aux`` [T, L, H], ``last`` [M, H].
+    ``tokens``: if the codec needs them, else None.
     """
 
     aux: torch.Tensor
@@ -44,8 +46,8 @@ class Probe(NamedTuple):
     tokens: Tokens | None = None
 
     def beginning(self, most: int = CALIBRATION) -> Probe:
-        """Whole samples of about the first ``most`` tokens, on the device of the embedding, for
-        coding; all of it where no tokens are known.
+        """Return the first whole samples of about ``most`` tokens, on the device of the embedding,
+        for coding; everything if no tokens are known.
         """
         if self.tokens is None:
             return self
@@ -64,10 +66,8 @@ class Probe(NamedTuple):
 
 
 def quality(probe: Probe, codec: Codec, against: str | None = None) -> dict[str, Any]:
-    """Measure what ``codec`` loses of the states of ``probe``: SNR in dB per layer and of the last
-    state (None: nothing lost).
-
-    ``against``: what the states are, if not the target's own.
+    """Measure what ``codec`` loses on the states of ``probe``: SNR in dB per layer and of the last
+    state (None = lossless). ``against``: what the states are, if not the target's own.
     """
     import torch
 
@@ -83,7 +83,7 @@ def quality(probe: Probe, codec: Codec, against: str | None = None) -> dict[str,
 
 
 class Known(NamedTuple):
-    """A sample and states of it, cut to a share of what a codec learns from."""
+    """A sample and its states, cut to its share of the calibration data."""
 
     tokens: TokenSample
     aux: torch.Tensor
@@ -97,9 +97,9 @@ def share_of(
     codec: Codec | None,
     budget: int,
 ) -> Known:
-    """What ``codec`` learns from one of ``samples`` samples, so that all together give about
-    ``budget`` rows: every n-th row of a long one, or its beginning where the codec looks at
-    neighbouring tokens.
+    """Return the part of one of ``samples`` samples that ``codec`` is calibrated on, so that all
+    together give about ``budget`` rows: every n-th row of a long one, or its beginning if the codec
+    uses neighbouring tokens.
     """
     import torch
 
@@ -110,14 +110,14 @@ def share_of(
     cut = TokenSample(
         sample.row, sample.key, sample.input_ids[:most], sample.loss_mask[:most], sample.turn
     )
-    # On the host and in 16 bits: of a large target they are tens of gigabytes, and the GPU is the
-    # engine's.
+    # On the host, in 16 bits: for a large target they are tens of gigabytes, and the engine uses
+    # the GPU.
     kept = (aux[:most], last[: int(last_rows(cut.loss_mask).sum())])
     return Known(cut, *(x.to("cpu", torch.bfloat16, copy=True) for x in kept))
 
 
 class Matrices(Protocol):
-    """The target's input embedding and output matrix, [V, H] each."""
+    """The target's input embedding and output matrix, each [V, H]."""
 
     @property
     def embed_tokens(self) -> torch.Tensor: ...
@@ -131,11 +131,9 @@ def probe_of(
     target: Callable[[], Matrices],
     device: torch.device | str | None = None,
 ) -> Probe:
-    """The shares together, with what ``codec`` needs to know of their tokens; ``target`` is only
-    called if it needs any.
-
-    ``device``: of the target's matrices, which is where a codec learns (None: where the states
-    are).
+    """Join the shares, with what ``codec`` needs to know about their tokens; ``target`` is called
+    only if it needs any. ``device``: of the target's matrices, on which a codec is calibrated (None
+    = where the states are).
     """
     import torch
 
@@ -149,8 +147,8 @@ def probe_of(
 
 
 def budget_of(codec: Codec | None, layers: int, hidden: int, tokens: int | None = None) -> int:
-    """Tokens to calibrate ``codec`` on and to measure it with, of a corpus of ``tokens``: no more
-    than a quarter where it asks for many.
+    """Return how many of the corpus's ``tokens`` to calibrate and measure ``codec`` on: at most a
+    quarter if it asks for many.
     """
     wanted = codec.calibration_tokens(layers, hidden) if codec is not None else 0
     if wanted > CALIBRATION and tokens is not None:
@@ -160,7 +158,7 @@ def budget_of(codec: Codec | None, layers: int, hidden: int, tokens: int | None 
 
 
 def calibration_bytes(tokens: int, layers: int, hidden: int) -> int:
-    """Bytes of host memory of the states, in 16 bits, that a codec learns from."""
+    """Return the host memory, in bytes, of the 16-bit states that a codec is calibrated on."""
     return tokens * 2 * hidden * (layers + 1)
 
 
@@ -170,8 +168,8 @@ def spread_states(
     budget: int = CALIBRATION,
     device: torch.device | str | None = None,
 ) -> Probe:
-    """States of samples spread over the store, about ``budget`` tokens of them (or all there are),
-    for ``codec``, which learns on ``device``.
+    """Read states of samples spread over the store, about ``budget`` tokens (or all), for
+    ``codec``, which is calibrated on ``device``.
     """
     m = cache.manifest
     budget = max(budget, budget_of(codec, len(m.layers), m.target.hidden_size, m.counts.tokens))

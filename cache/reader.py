@@ -1,8 +1,7 @@
-"""Reading a store: ``open(path)`` -> ``Cache``, random access by sample index.
-
-Nothing is read before it is asked for; a ``Cache`` is cheap to pickle, so each loader worker opens
-its own files and shares no lock with another. Every chunk's crc32c is checked as it is read; a
-missing or damaged one raises DamagedCacheError naming part and array.
+"""Read a store: ``open(path)`` -> ``Cache``, with random access by sample index. Nothing is read
+before it is needed; a ``Cache`` is cheap to pickle, so each loader worker opens its own files and
+shares no lock with another. Every chunk's crc32c is checked as it is read; a missing or damaged one
+raises DamagedCacheError naming part and array.
 """
 
 from __future__ import annotations
@@ -78,15 +77,17 @@ OPEN_PARTS = 48  # parts kept open at most, with a file descriptor per array
 
 
 def open_parts(arrays: int) -> int:
-    """Parts of ``arrays`` arrays each to keep open: half of the process's limit on open files."""
+    """Return how many parts with ``arrays`` arrays each to keep open: half of the process's limit
+    on open files.
+    """
     return max(
         1, min(OPEN_PARTS, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2 // max(arrays, 1))
     )
 
 
 def read_manifest(path: str | Where) -> Manifest:
-    """Read the manifest of the store at ``path``, a folder or a URL. Refuses, by name, what is not
-    a store and a version it does not know.
+    """Read the manifest of the store at ``path``, a folder or a URL. Refuses, with a specific
+    error, what is not a store and an unknown version.
     """
     place = place_of(path)
     path = place.where("")
@@ -111,7 +112,7 @@ def read_manifest(path: str | Where) -> Manifest:
     if isinstance(data, dict) and data.get("format_version") not in READ_VERSIONS:
         return Manifest.from_json(
             data, where
-        )  # says which version it found before the checksum rule of ours is applied
+        )  # report the version found before applying our checksum rule
     try:
         return Manifest.from_json(unseal(data, where), where)
     except DamagedCacheError as error:
@@ -123,7 +124,7 @@ def _check_folder(path: Path) -> None:
         _refuse_absent(path, any_of_it=path.exists(), parts=(path / PARTS).is_dir())
     for name in ("zarr.json", PARTS, INDEX, TARGET):
         if (path / name).is_symlink():
-            raise DamagedCacheError(f"{path / name}: a link. Within a store there are none.")
+            raise DamagedCacheError(f"{path / name}: a link. A store contains no links.")
 
 
 def _refuse_absent(path: Where, *, any_of_it: bool, parts: bool) -> None:
@@ -138,10 +139,10 @@ def _refuse_absent(path: Where, *, any_of_it: bool, parts: bool) -> None:
 
 
 def rebuild_hint(path: Where) -> str:
-    """The next step where index or manifest are not what was written."""
+    """Return the next step if index or manifest are not what was written."""
     return (
-        f"Run dspark-tools verify --rebuild-index {path}: it makes index and manifest again from "
-        "the parts."
+        f"Run dspark-tools verify --rebuild-index {path}: it rebuilds the index and the manifest "
+        "from the parts."
     )
 
 
@@ -164,9 +165,7 @@ def open(path: str | Where, *, allow_incomplete: bool = False) -> Cache:
 
 
 class Shards(Mapping[str, Shard]):
-    """The shards of a part of a remote store, each opened when it is first asked for. May be used
-    by several threads.
-    """
+    """The shards of a part of a remote store, each opened when first used. Thread-safe."""
 
     def __init__(self, place: Place, record: PartRecord, specs: Sequence[StoredArray]) -> None:
         self._place, self._record = place, record
@@ -246,12 +245,12 @@ class Cache:
         return rebuild_hint(self.path)
 
     def _stored_index(self) -> dict[str, Array]:
-        """``index/`` as it lies there, its checksums compared."""
+        """Read ``index/`` and compare its checksums."""
         about = unseal(read_attributes(self.place, INDEX).get(INDEX_KEY), str(self.path / INDEX))
         self._part_crc = about["part_crc32c"]
         specs = self._index_specs()
         if self.manifest.format_version == 1:
-            # No checksum of the arrays: what Zarr reads as zeros is a shard that is not there.
+            # There is no checksum of the arrays: a missing shard would read as zeros in Zarr.
             for spec in specs:
                 file = f"{INDEX}/{spec.name}/{shard_file(spec)}"
                 if spec.shape[0] and not self.place.exists(file):
@@ -270,8 +269,8 @@ class Cache:
         return index
 
     def _index_specs(self) -> list[StoredArray]:
-        """The arrays of ``index/``: as their metadata say; of a remote store as the counts do, for
-        every look is a request.
+        """Describe the arrays of ``index/``: from their metadata, or, for a remote store, from the
+        counts, since every look is a request.
         """
         if self.place.remote and self.manifest.format_version > 1:
             return index_shape(self.manifest.counts.samples, len(self._part_crc))
@@ -288,13 +287,13 @@ class Cache:
         name = f"{INDEX}/{spec.name}/{shard_file(spec)}"
         if not spec.shape[0]:
             return np.empty(spec.shape, spec.dtype)
-        # In one piece where every read is a request.
+        # In one piece if every read is a request.
         file = (lambda: Memory(self.place.read(name))) if self.place.remote else None
         return Shard(self.path / name, spec, file=file).read(0, spec.shape[0])
 
     def _scan(self) -> dict[str, Array]:
-        """The index of a store that is being written, from the parts that are there: in version 2
-        any, for each is a block of its own.
+        """Build the index of a store that is being written from the parts that exist: in version 2
+        any of them, since each is an independent block.
         """
         with reading(self.path / PARTS):
             names = [n for n in self.place.list(PARTS) if n.isdigit()]
@@ -314,17 +313,17 @@ class Cache:
 
     @cached_property
     def _numbers(self) -> list[int]:
-        """Numbers of the parts, in order."""
+        """Return the numbers of the parts, in order."""
         return self.index["part_number"].tolist()  # type: ignore[no-any-return]
 
     @property
     def part_crcs(self) -> list[int]:
-        """Checksum of each part's record, as the index of a complete store has them."""
+        """Return the checksum of each part's record, from the index of a complete store."""
         _ = self.index
         return list(self._part_crc)
 
     def folder(self, part: int) -> Where:
-        """Where part ``part`` (counted from 0) is."""
+        """Return where part ``part`` (counted from 0) is."""
         return self.path / PARTS / self._name(part)
 
     def _name(self, part: int) -> str:
@@ -335,11 +334,11 @@ class Cache:
 
     @property
     def stores(self) -> tuple[Cache, ...]:
-        """This one: what reads several (``JoinedCache``) has more."""
+        """This store alone; a ``JoinedCache`` has several."""
         return (self,)
 
     def of(self, i: int) -> int:
-        """Which of ``stores`` sample ``i`` is in."""
+        """Return which of ``stores`` sample ``i`` is in."""
         return 0
 
     @property
@@ -360,13 +359,13 @@ class Cache:
 
     @cached_property
     def _first(self) -> list[int]:
-        """First sample of each part, and the number of samples; plain ints, for a search in them
-        takes no numpy call.
+        """Return the first sample of each part, and the number of samples, as plain ints, so that a
+        search needs no numpy call.
         """
         return self.index["part_first_sample"].tolist()  # type: ignore[no-any-return]
 
     def _locate(self, i: int) -> tuple[int, slice, slice]:
-        """Part of sample ``i`` and its token and last-state ranges within that part."""
+        """Find the part of sample ``i`` and its token and last-state ranges within that part."""
         first = self._first
         n = first[-1]
         if not -n <= i < n:
@@ -381,7 +380,7 @@ class Cache:
         return part, out[0], out[1]
 
     def tokens(self, i: int) -> TokenSample:
-        """Sample ``i`` without its states: reads ids and mask only."""
+        """Read sample ``i`` without its states: only ids and mask."""
         part, span, _ = self._locate(i)
         return self._tokens(i, part, span)
 
@@ -395,7 +394,9 @@ class Cache:
         )
 
     def read(self, i: int) -> CodedSample:
-        """Sample ``i`` as stored: codes, to be decoded where they are needed (``codec.decode``)."""
+        """Read sample ``i`` as stored: codes, to be decoded where they are needed
+        (``codec.decode``).
+        """
         part, span, last = self._locate(i)
         tokens = self._tokens(i, part, span)
         rows = {"token": span, "last": last}
@@ -410,8 +411,8 @@ class Cache:
         return CodedSample(tokens, states)
 
     def _exact(self, part: int, i: int) -> Coded:
-        """The exactly stored tokens of the part's sample ``i``: their positions as ``EXACT_TOKEN``,
-        and their rows.
+        """Read the exactly stored tokens of the part's sample ``i``: their positions as
+        ``EXACT_TOKEN``, and their rows.
         """
         start, stop = self._read(part, EXACT_START, slice(i, i + 2)).tolist()
         out: Coded = {
@@ -425,11 +426,11 @@ class Cache:
 
     @cached_property
     def _axes(self) -> list[tuple[str, str]]:
-        """The codec's arrays and what their rows are; made once, for a read has no time for it."""
+        """The codec's arrays and their axes; computed once, because reads are hot."""
         return [(name, spec.axis) for name, spec in self.layout.specs.items()]
 
     def decoded(self, sample: CodedSample) -> tuple[torch.Tensor, torch.Tensor]:
-        """Float states of a coded sample: ``aux`` [S, L, H], ``last`` [M, H]."""
+        """Decode a coded sample to float states: ``aux`` [S, L, H], ``last`` [M, H]."""
         import torch
 
         codes = {n: torch.from_numpy(x) for n, x in sample.states.items()}
@@ -438,11 +439,13 @@ class Cache:
         return aux.float(), last.float()
 
     def tokens_for_codec(self, samples: Sequence[TokenSample]) -> Tokens:
-        """What the codec may predict states of ``samples``, end to end, from; on the CPU."""
+        """Return what the codec may predict the states of concatenated ``samples`` from; on the
+        CPU.
+        """
         return tokens_of(samples, self.target.embed_tokens)
 
     def embedding_on(self, device: torch.device) -> torch.Tensor:
-        """The target's frozen embedding on ``device``, moved there once."""
+        """Return the target's frozen embedding on ``device``, moved there once."""
         if self._embedding is None or self._embedding.device != device:
             self._embedding = self.target.embed_tokens.to(device)
         return self._embedding
@@ -464,7 +467,7 @@ class Cache:
         """Load the target's frozen weights: ``embed_tokens`` [V, H], ``norm`` [H], ``lm_head`` [V,
         H] (tied ones share memory), ``logits``.
 
-        Raises DamagedCacheError unless the file is the one that the manifest has the hash of.
+        Raises DamagedCacheError unless the file matches the hash in the manifest.
         """
         path = self.target_files / TARGET_WEIGHTS
         try:
@@ -481,25 +484,28 @@ class Cache:
 
     @property
     def target_files(self) -> Path:
-        """Local folder with the target's config and tokenizer files; of a remote store a copy that
-        is made once.
+        """Return a local folder with the target's config and tokenizer files; for a remote store, a
+        copy made once.
         """
         return self.place.kept(TARGET, self.manifest.target.weights_sha256)
 
     # -- arrays ------------------------------------------------------------------------------------
 
     def record(self, part: int) -> PartRecord:
-        """The sealed record of part ``part``; checked against the index's checksum of it."""
+        """Read the sealed record of part ``part`` and check it against the index's checksum."""
         with reading(self.folder(part)):
             record = read_record(self.place, self._name(part))
         if self.manifest.complete:
             _ = self.index
             if sealed(record.to_json())["crc32c"] != self._part_crc[part]:
                 raise DamagedCacheError(
-                    f"{self.folder(part)}: not the part that this store's index was written for"
+                    f"{self.folder(part)}: this is not the part that this store's index "
+                    "was written for"
                 )
         if self.manifest.format_version > 1 and record.plan_sha256 != self._digest:
-            raise DamagedCacheError(f"{self.folder(part)}: a part of another plan than the store's")
+            raise DamagedCacheError(
+                f"{self.folder(part)}: this part belongs to another plan than the store's"
+            )
         return record
 
     @cached_property

@@ -1,12 +1,12 @@
-"""``dspark-tools recode``: a store with another codec. Part by part, so it streams, can be stopped,
-and is resumed like a dump.
+"""``dspark-tools recode``: rewrite a store with another codec.
 
-Parts keep their blocks of rows and their counts; only the codec's arrays change, and where a
-field's bits stay, its codes do (``--pack`` alone loses nothing). A store of format version 1
-becomes one of version 2. What a codec learns it learns from states spread over the source, a pure
-function of it, so a resumed run codes exactly as the first one did. Parts are independent:
-``workers`` threads take one each (decompression, coding and compression all leave Python's lock),
-and the bytes do not depend on how many there are.
+It works part by part, so it streams, can be stopped, and is resumed like a dump. Parts keep their
+blocks of rows and their counts; only the codec's arrays change, and if a field's bits stay the
+same, so do its codes (``--pack`` alone loses nothing). A store of format version 1 becomes one of
+version 2. A codec is calibrated on states spread over the source, a pure function of it, so a
+resumed run codes exactly as the first one did. Parts are independent: ``workers`` threads take one
+each (decompression, coding and compression all release Python's lock), and the bytes do not depend
+on their number.
 """
 
 from __future__ import annotations
@@ -66,9 +66,9 @@ def recode(
     """Write ``source`` to ``destination`` with another codec or ``pack``; returns the finished
     manifest. ``progress(parts done, parts)``.
 
-    ``codec``: a name, or ``aux_bits`` and ``last_bits`` name a rotated one.
-    ``workers``: parts in work at once (None: a core each, eight at most; each holds a part's
-    states). ``device``: where states are coded.
+    ``codec``: a name, or ``aux_bits`` and ``last_bits`` name a rotated one. ``workers``: parts
+    processed at once (None = one per core, at most eight; each holds a part's states). ``device``:
+    where states are coded.
     """
     cache = open_store(source)
     if where(source) == where(destination) or (
@@ -76,7 +76,7 @@ def recode(
         and isinstance(b := where(destination), Path)
         and a.resolve() == b.resolve()
     ):
-        raise UsageError(f"{destination} is the source itself; give another folder")
+        raise UsageError(f"{destination} is also the source; give another folder")
     name = choose_codec(codec, aux_bits, last_bits, pack)
     if name != cache.codec.name:
         m = cache.manifest
@@ -88,15 +88,13 @@ def recode(
     wanted = registry.make(name, pack)
     safe = parts_of(where(destination), resume=resume)
     with (
-        stoppable("finishing the parts that are in work", safe),
+        stoppable("finishing the parts in progress", safe),
         owned(where(destination), "dspark-tools recode", break_lock=break_lock) as lock,
     ):
         probe = spread_states(cache, wanted, device=device)
         new = _new_codec(cache.codec, wanted, probe if calibrate else None)
         if not isinstance(new, Fields) and not calibrate and wanted.needs_calibration:
-            raise UsageError(
-                f"codec {wanted.name} cannot do without calibration: leave --no-calibrate out"
-            )
+            raise UsageError(f"codec {wanted.name} needs calibration: omit --no-calibrate")
         blocks = _blocks(cache)
         manifest = _planned(cache, new, blocks)
         files = small_files(cache.target_files, cache.manifest, cache.path)
@@ -104,7 +102,8 @@ def recode(
             writer = StoreWriter.resume(destination, manifest)
             if not same_codes(writer.codec, new):
                 raise MismatchError(
-                    f"{destination}: its codec has learnt from other states than those of {source}"
+                    f"{destination}: its codec was calibrated on other states than those "
+                    f"of {source}"
                 )
             writer.restore_target(cache.target, files)
         else:
@@ -131,8 +130,8 @@ def recode(
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """What a part of the new store is made of: samples of the old one (by index), and the block
-    that they are of.
+    """What a part of the new store is made of: samples of the old one (by index), and their
+    block.
     """
 
     samples: range
@@ -140,8 +139,8 @@ class Source:
 
 
 def _blocks(cache: Cache) -> dict[int, Source]:
-    """The parts of the new store, by number: those of the old one, or, of a store of version 1, its
-    rows in blocks of about a part.
+    """Return the parts of the new store, by number: those of the old one, or, for a store of
+    version 1, its rows in blocks of about a part.
     """
     if cache.manifest.format_version == 1:
         return _blocks_of_version_1(cache)
@@ -155,8 +154,8 @@ def _blocks(cache: Cache) -> dict[int, Source]:
 
 
 def _blocks_of_version_1(cache: Cache) -> dict[int, Source]:
-    """Which rows were dropped was not recorded, only how many of a part: they are counted in the
-    block in which that part begins.
+    """Divide the rows of a version 1 store into blocks. It did not record which rows were dropped,
+    only how many per part: they count in the block in which that part begins.
     """
     records = [cache.record(part) for part in range(cache.parts)]
     counts = cache.manifest.counts
@@ -191,7 +190,9 @@ def _blocks_of_version_1(cache: Cache) -> dict[int, Source]:
 
 
 def block_rows_of(cache: Cache) -> int:
-    """Rows per part: of a store of version 1 the power of two nearest to what its parts have."""
+    """Return the rows per part; for a store of version 1, the power of two nearest to its parts'
+    size.
+    """
     if cache.manifest.format_version > 1:
         return cache.manifest.dump.block_rows
     power = round(math.log2(max(cache.manifest.counts.rows_read / max(cache.parts, 1), 1)))
@@ -213,8 +214,8 @@ def _planned(cache: Cache, codec: Codec, blocks: Mapping[int, Source]) -> Manife
 
 
 def _new_codec(old: Codec, wanted: Codec, probe: Probe | None) -> Codec:
-    """``wanted``, with what ``old`` has learnt where they are the same codec, else with what
-    ``probe`` teaches.
+    """Calibrate ``wanted``: with the calibration of ``old`` if it is the same codec, else on
+    ``probe``.
     """
     if isinstance(old, Fields) and isinstance(wanted, Fields):  # by field: one may stay as it is
         each = zip((old.aux, old.last), (wanted.aux, wanted.last), strict=True)
@@ -243,14 +244,14 @@ def _recode_parts(
     device: torch.device,
     progress: Callable[[int, int], None],
 ) -> None:
-    """Code and commit the parts ``left``, in any order."""
+    """Code and commit the remaining parts ``left``, in any order."""
 
     embedding = None
     if cache.codec.needs_tokens or writer.codec.needs_tokens:
         embedding = cache.embedding_on(device)
 
     def one(number: int) -> None:
-        torch.set_num_threads(1)  # of this thread: parts are what runs side by side
+        torch.set_num_threads(1)  # of this thread: parts run in parallel
         own = Cache(cache.path, cache.manifest)  # files of its own; a Cache belongs to one thread
         made = left[number]
         samples = [own.read(i) for i in made.samples]
@@ -279,7 +280,7 @@ def _recode_parts(
 
 
 def _batches(cache: Cache, samples: list[CodedSample]) -> Iterator[list[CodedSample]]:
-    """``samples`` in runs of ``BATCH_VALUES`` aux values or one sample."""
+    """Split ``samples`` into runs of ``BATCH_VALUES`` aux values or one sample."""
     m = cache.manifest
     batch: list[CodedSample] = []
     values = 0
@@ -300,8 +301,8 @@ def _coded(
     device: torch.device,
     embedding: torch.Tensor | None,
 ) -> list[CodedSample]:
-    """``samples`` in the new codes, coded as one tensor (samples are independent): a few calls
-    instead of dozens per sample.
+    """Recode ``samples`` as one tensor (samples are independent): a few calls instead of dozens per
+    sample.
     """
     old, hidden = cache.codec, cache.manifest.target.hidden_size
     if same_codes(old, new):
@@ -323,6 +324,6 @@ def _coded(
 
 
 def _same_fields(old: Fields, new: Fields) -> list[str]:
-    """Prefix of the arrays of each field whose codes stay."""
+    """Return the array prefix of each field whose codes stay."""
     pairs = zip(old.each, new.each, strict=True)
     return [f"{f}_" for (f, a), (_, b) in pairs if (a.bits, a.params) == (b.bits, b.params)]

@@ -1,4 +1,5 @@
-"""What flows between the stages: samples of token ids, a loss mask and hidden states. No I/O here.
+"""The data that flows between the stages: samples of token ids, a loss mask and hidden states. No
+I/O here.
 
 Legend: S tokens of one sample, L aux layers, H hidden size, M rows of the last state that are
 stored.
@@ -21,13 +22,12 @@ Coded = dict[str, npt.NDArray[np.generic]]
 
 
 def last_rows(loss_mask: Bool) -> Bool:
-    """Which positions ``p`` of one sample have their last state stored: ``loss_mask[p] and
+    """Return which positions ``p`` of one sample have their last state stored: ``loss_mask[p] and
     loss_mask[p+1]``.
 
-    These are exactly the positions that can be an anchor or a slot's target distribution (slot
+    These are exactly the positions that can be an anchor or give a slot's target distribution (slot
     ``k`` of anchor ``a`` needs the state at ``a+k`` and is counted only while ``x[a+k+1]`` and all
-    before it are supervised).
-    Returns bool[S]; the last position is never set.
+    before it are supervised). Returns bool[S]; the last position is never set.
     """
     out = np.zeros(loss_mask.shape, dtype=np.bool_)
     out[:-1] = loss_mask[:-1] & loss_mask[1:]
@@ -36,14 +36,13 @@ def last_rows(loss_mask: Bool) -> Bool:
 
 @dataclass(frozen=True, slots=True)
 class TokenSample:
-    """Tokens of one row of the corpus, or of some turns of it; what an engine is given.
+    """Tokens of one row of the corpus, or of some of its turns; the input of an engine.
 
-    ``row``: number of the row in the source, 0-based; several samples may share it, in rising order
-    of (row, turn). ``key``:
-    KEY_BYTES bytes, a hash of the conversation, by which validation is split: equal for all samples
-    of a conversation, and for conversations that begin with the same prompt. ``input_ids``:
-    int32[S]. ``loss_mask``: bool[S], true where the token itself is a label. ``turn``: number of
-    the first assistant turn supervised in it, 0-based.
+    ``row``: number of the row in the source, 0-based; several samples may share it, in ascending
+    order of (row, turn). ``key``: KEY_BYTES bytes, a hash of the conversation, by which validation
+    is split: equal for all samples of a conversation, and for conversations that begin with the
+    same prompt. ``input_ids``: int32[S]. ``loss_mask``: bool[S], true where the token itself is a
+    label. ``turn``: number of the first assistant turn supervised in it, 0-based.
     """
 
     row: int

@@ -1,5 +1,5 @@
-"""Codecs by short names, and the ways to keep codes. These tables are the only place that says
-them: flags, help, plans and the bench read them.
+"""Short names of codecs, and the ways to pack codes. These tables are the only source: flags, help,
+plans and benchmarks read them.
 
 Short names stand for quality: tau of drafts trained on each, against drafts trained on exact states
 (docs/log/2026-11-26-transform-codec.md). Almost no imports, so that ``--help`` is instant.
@@ -20,26 +20,26 @@ NAMED = {
     "smallest": "klt-0.7-1",
     LOSSLESS: LOSSLESS,
 }
-FALLBACK = "rotated-4-4"  # where nobody asked for a codec and the default cannot be had
+FALLBACK = "rotated-4-4"  # if no codec was requested and the default is not possible
 NAMES = ", ".join(f"{name} = {full}" for name, full in NAMED.items() if name != full)
 
-# How an array of codes is kept: ``zstd`` takes out what the cells' unequal shares leave over;
-# ``none`` keeps the codes as they are, under a checksum:
-# a fifth more bytes at 4 bits, a size that is known exactly, and reading at about half the speed of
-# a copy from memory (docs/log/2026-11-22-read-at-memory-speed.md). 3 and 2 bits need zstd.
+# How an array of codes is kept: ``zstd`` removes the redundancy of unequally likely cells; ``none``
+# stores the codes uncompressed, with a checksum: a fifth more bytes at 4 bits, a size that is known
+# exactly, and reading at about half the speed of a memory copy
+# (docs/log/2026-11-22-read-at-memory-speed.md). 3 and 2 bits need zstd.
 PACKINGS = ("zstd", "none")
 DEFAULT_PACKING = PACKINGS[0]
 
 
 def rotated_name(aux: int, last: int) -> str:
-    """Full name of the codec with so many bits per value of the aux layers and of the last
-    state.
+    """Return the full name of the codec with so many bits per value of the aux layers and of the
+    last state.
     """
     return LOSSLESS if (aux, last) == (16, 16) else f"rotated-{aux}-{last}"
 
 
 def rotated_bits(name: str) -> tuple[int, int] | None:
-    """The bits in such a name; None for the name of another codec."""
+    """Return the bits in such a name; None for the name of another codec."""
     if name == LOSSLESS:
         return 16, 16
     found = re.fullmatch(r"rotated-(\d+)-(\d+)", name)
@@ -47,20 +47,16 @@ def rotated_bits(name: str) -> tuple[int, int] | None:
 
 
 def is_asked(name: str | None, aux: int | None = None, last: int | None = None) -> bool:
-    """Tell whether a codec was asked for by name (or by bits), so that no other may take its
-    place.
-    """
+    """Tell whether a codec was requested, by name or by bits, so that no other may replace it."""
     return name not in (None, "default") or aux is not None or last is not None
 
 
 def choose_codec(
     name: str | None, aux: int | None, last: int | None, pack: str = DEFAULT_PACKING
 ) -> str:
-    """Full name of codec ``name`` (None: the default), where the bits ``aux`` and ``last`` do not
-    name a rotated one.
-
-    The default is ``FALLBACK`` where codes are to be kept as they are, which it can and the
-    transform codec cannot.
+    """Return the full name of codec ``name`` (None = the default), unless the bits ``aux`` and
+    ``last`` select a rotated one. The default is ``FALLBACK`` if codes are to be stored
+    uncompressed, which the transform codec cannot do.
     """
     full = NAMED.get(name or "default", name or "default")
     if aux is None and last is None:
@@ -68,8 +64,8 @@ def choose_codec(
     bits = rotated_bits(full)
     if bits is None and name is not None and name != "default":
         raise UsageError(
-            f"--aux-bits and --last-bits name a rotated codec and --codec {name} another: give "
-            "one of them"
+            f"--aux-bits and --last-bits name a rotated codec, but --codec names {name}: give "
+            "one or the other"
         )
     bits = bits or (4, 4)
     return rotated_name(bits[0] if aux is None else aux, bits[1] if last is None else last)

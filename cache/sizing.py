@@ -1,12 +1,12 @@
-"""Bytes that states will take on disk, measured: a sample of them is coded and compressed as a part
-of a store would be.
+"""Measure the bytes that states will take on disk: a sample of them is coded and compressed like a
+part of a store.
 
-Without zstd (``--pack none``) the formula is exact and this agrees with it. With zstd, it
-(``layout.disk_bytes_per_token``) knows the entropy of Gaussian cells and nothing of the text. Where
-tokens repeat, early layers repeat with them, and zstd finds it: SmolLM2 stores come out 9 to 13 %
+Without zstd (``--pack none``) the formula is exact and this agrees with it. With zstd, the formula
+(``layout.disk_bytes_per_token``) knows the entropy of Gaussian cells but nothing about the text. If
+tokens repeat, early layers repeat with them, and zstd finds that: SmolLM2 stores come out 9 to 13 %
 below the formula at 4 to 2 bits. So a plan made without states uses the formula, which is a little
-too large, and whatever has seen states uses this: from 8,000 tokens within 5 %, from 15,000 within
-2 % (docs/log/2026-11-22-compact-cache.md).
+too large, and whatever has states uses this: from 8,000 tokens within 5 %, from 15,000 within 2 %
+(docs/log/2026-11-22-compact-cache.md).
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ CHUNK_OVERHEAD = 20  # bytes: crc32c of the chunk, its offset and length in the 
 
 @dataclass(frozen=True, slots=True)
 class RowBytes:
-    """Bytes of a row on disk: ``aux`` a token, ``last`` a stored last state, ``token`` a token
-    without its states.
+    """Bytes of a row on disk: ``aux`` per token, ``last`` per stored last state, ``token`` per
+    token without its states.
     """
 
     aux: float
@@ -40,7 +40,7 @@ class RowBytes:
     def of(
         cls, codec: Codec, aux: torch.Tensor, last: torch.Tensor, tokens: Tokens | None = None
     ) -> Self:
-        """Measured on ``aux`` [T, L, H] and ``last`` [M, H], rows in the order of a store."""
+        """Measure ``aux`` [T, L, H] and ``last`` [M, H], rows in the order of a store."""
         specs = codec.arrays(*aux.shape[1:])
         size = {"token": 0.0, "last": 0.0, "exact": 0.0}
         for name, data in to_numpy(codec.encode(aux, last, tokens)).items():
@@ -51,15 +51,15 @@ class RowBytes:
         return cls(per["token"] + per["exact"], per["last"], token_bytes(codec))
 
     def store(self, tokens: int, last_rows: int) -> int:
-        """Bytes of a store's parts: everything but the target's files and the index."""
+        """Return the bytes of a store's parts: everything but the target's files and the index."""
         return round(tokens * (self.token + self.aux) + last_rows * self.last)
 
 
 def _bytes(name: str, data: Any, spec: ArraySpec) -> float:
-    """Bytes of ``data`` on disk, were it the middle of a long array."""
+    """Return the bytes of ``data`` on disk as if it were the middle of a long array."""
     if not data.shape[0]:
         return 0.0
-    if spec.axis == "exact":  # a part keeps equal rows once
+    if spec.axis == "exact":  # a part stores equal rows once
         data = np.unique(data, axis=0)
     stored = state_array(name, data.shape, spec)
     packer, rows = compressor(stored), chunk_rows(stored)

@@ -1,9 +1,9 @@
-"""``dspark-tools subset``: the samples of a store that conditions choose, as a store of their own,
-with the same codes under the same plan.
+"""``dspark-tools subset``: copy the samples of a store that meet conditions to a new store, with
+the same codes under the same plan.
 
-Its sources are other ones than the store's (what is left of each, numbered anew without gaps, so
-that its parts are full), and their ids say what was chosen. A share is drawn by conversation, as a
-function of its key, so that a conversation is whole on one side and the draw can be made again.
+Its sources are new ones (the remaining rows of each source, renumbered without gaps so that parts
+are full), and their ids say what was chosen. A share is drawn by conversation, as a function of its
+key, so that a conversation stays on one side and the draw can be repeated.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ SHARE = re.compile(r"share=(0?\.\d+|0|1(?:\.0*)?)(?::(\d{1,15}))?")
 
 @dataclass(frozen=True, slots=True)
 class Samples:
-    """What is known of every sample: arrays of N."""
+    """What is known about every sample: arrays of N."""
 
     tokens: Array
     supervised: Array
@@ -65,7 +65,7 @@ Condition = Callable[[Samples], Array]
 
 
 def condition(text: str) -> Condition:
-    """What one ``--where`` says, as a function that gives bool[N]. Raises UsageError."""
+    """Parse one ``--where`` into a function that returns bool[N]. Raises UsageError."""
     if found := NUMBER.fullmatch(text):
         name, sign, number = found[1], found[2], int(found[3])
         return lambda s: getattr(s, name) <= number if sign == "<=" else getattr(s, name) >= number
@@ -111,8 +111,8 @@ def subset(
     """Write the samples of ``source`` for which all ``conditions`` hold to the new store ``out``;
     returns its manifest.
 
-    Raises UsageError for a condition that is none, ExistsError where ``out`` is there, DataError
-    where no sample is left.
+    Raises UsageError for an invalid condition, ExistsError if ``out`` exists, DataError if no
+    sample is left.
     """
     out = where(out)
     wanted = [condition(text) for text in conditions]
@@ -131,7 +131,7 @@ def subset(
     chosen = np.flatnonzero(keep)
     if not chosen.size:
         raise DataError(
-            f"{source}: none of its {len(cache):,} samples is left by {' and '.join(conditions)}."
+            f"{source}: none of its {len(cache):,} samples meets {' and '.join(conditions)}."
         )
     left = np.unique(samples.source[chosen]).tolist()
     words = " and ".join(conditions)
@@ -164,7 +164,9 @@ Members = list[tuple[int, int]]  # sample, its new row
 
 
 def _blocks(samples: Samples, chosen: Array, manifest: Manifest) -> list[tuple[int, Members]]:
-    """The chosen samples of a source by blocks of new rows; samples of one row stay in one."""
+    """Group the chosen samples of a source by blocks of new rows; samples of one row stay
+    together.
+    """
     rows = np.unique(samples.row[chosen], return_inverse=True)[1].reshape(-1)
     out: dict[int, Members] = {}
     for i, row in zip(chosen.tolist(), rows.tolist(), strict=True):

@@ -56,11 +56,9 @@ from dspark.cache.writer import StoreWriter
 
 @dataclass(slots=True)
 class Report:
-    """``findings``: one sentence each, empty = sound. ``damaged``: what must be written again,
-    parts by name and files as ``target/NAME``.
-
-    ``unreadable``: what could not be read now (an I/O error, no permission, too few file handles),
-    of which nothing proves damage.
+    """``findings``: one sentence each; empty = sound. ``damaged``: what must be rewritten: parts by
+    name, and files as ``target/NAME``. ``unreadable``: what could not be read now (an I/O error, no
+    permission, too few file handles) and may be intact.
     """
 
     checked_chunks: int = 0
@@ -75,7 +73,7 @@ class Report:
 
     @property
     def verdict(self) -> str:
-        """``sound``, ``UNREADABLE`` where that is all that was found, or ``DAMAGED``."""
+        """``sound``, ``UNREADABLE`` if that is all that was found, or ``DAMAGED``."""
         if self.ok:
             return "sound"
         return "UNREADABLE" if self.unreadable and not self.damaged else "DAMAGED"
@@ -87,7 +85,7 @@ def verify(
     workers: int | None = None,
 ) -> Report:
     """Check the store at ``path``. ``progress(done, total)`` is called once per part; ``workers``
-    parts are checked at once (None: one per core, eight at most).
+    parts are checked at once (None = one per core, at most eight).
 
     Raises only if it is not a store at all, or its manifest is damaged or unreadable.
     """
@@ -122,7 +120,7 @@ def verify(
     def one(name: str) -> Checked:
         return _check(place, name, manifest, digest, layout)
 
-    # Reading, sums and decompression leave Python's lock.
+    # Reading, checksums and decompression release Python's lock.
     with ThreadPoolExecutor(
         workers or min(8, os.cpu_count() or 1), thread_name_prefix="verify"
     ) as pool:
@@ -139,11 +137,10 @@ def verify(
                 report.damaged.add(name)
             report.checked_parts += 1
             progress(done + 1, len(names))
-    if foreign and len(foreign) == len(names):  # then it is the manifest that is of another store
+    if foreign and len(foreign) == len(names):  # then the manifest belongs to another store
         report.findings.append(
-            f"{path / 'zarr.json'}: no part is of the manifest's plan. Put the store's own "
-            "zarr.json back, or run "
-            f"dspark-tools verify --rebuild-index {path}"
+            f"{path / 'zarr.json'}: no part has the manifest's plan. Restore the store's own "
+            f"zarr.json, or run dspark-tools verify --rebuild-index {path}"
         )
     else:
         report.damaged.update(foreign)
@@ -169,12 +166,12 @@ def verify(
 
 
 class ForeignPart(MismatchError):
-    """A part of another plan than the store's."""
+    """A part that belongs to another plan than the store's."""
 
 
 @dataclass(slots=True)
 class Checked:
-    """What was found in one part: its record and small arrays, where they could be read."""
+    """What was found in one part: its record and small arrays, if they could be read."""
 
     report: Report = field(default_factory=Report)
     record: PartRecord | None = None
@@ -183,7 +180,7 @@ class Checked:
 
 
 def _check(place: Place, name: str, manifest: Manifest, digest: str, layout: PartLayout) -> Checked:
-    """Check one part; of a remote store a copy that is made for it."""
+    """Check one part; for a remote store, a copy made for the check."""
     out = Checked()
     where = place.where(f"{PARTS}/{name}")
     try:
@@ -208,7 +205,7 @@ def _check(place: Place, name: str, manifest: Manifest, digest: str, layout: Par
 
 
 def _missing_parts(place: Place, manifest: Manifest, found: list[str]) -> list[str]:
-    """Names of parts that ought to be there."""
+    """Return the names of parts that should exist."""
     if manifest.format_version == 1:
         count = manifest.counts.parts if manifest.complete else len(found)
         return [n for i in range(max(count, len(found))) if (n := part_name(i, 1)) not in found]
@@ -218,15 +215,15 @@ def _missing_parts(place: Place, manifest: Manifest, found: list[str]) -> list[s
         there = set(found)
         wanted = Cache(place.where(""), manifest).index["part_number"]
         return [n for i in wanted.tolist() if (n := part_name(i)) not in there]
-    except CacheError:  # said where the index is looked at
+    except CacheError:  # reported where the index is checked
         return []
 
 
 def _check_part(
     folder: Path, manifest: Manifest, digest: str, layout: PartLayout, report: Report
 ) -> tuple[PartRecord, dict[str, Array]] | None:
-    """Check one part; what is wrong goes into ``report``. Returns its record and its small arrays
-    if they could be read.
+    """Check one part; findings go into ``report``. Returns its record and its small arrays if they
+    could be read.
     """
     place = Folder(folder.parent.parent)
     try:
@@ -258,7 +255,7 @@ def _check_part(
     if record.format_version != manifest.format_version or (
         record.format_version > 1 and record.plan_sha256 != digest
     ):
-        raise ForeignPart(f"{folder}: a part of another plan than the store's")
+        raise ForeignPart(f"{folder}: this part belongs to another plan than the store's")
     specs = part_specs(layout, record)
     small: dict[str, Array] = {}
     for spec in specs:
@@ -281,7 +278,7 @@ def _check_part(
         if spec.name in (*PART_ARRAYS, "input_ids", TURN):
             small[spec.name] = np.concatenate([np.empty((0, *spec.shape[1:]), spec.dtype), *pieces])
     if record.tokens_sha256 and tokens_sha256(small) != record.tokens_sha256:
-        report.findings.append(f"{folder}: tokens and masks are not those that tokens_sha256 is of")
+        report.findings.append(f"{folder}: tokens and masks do not match tokens_sha256")
     if not any(str(folder) in finding for finding in report.findings):
         report.findings += [
             f"{folder}: {text}" for text in _check_counts(record, small, manifest.target.vocab_size)
@@ -290,7 +287,7 @@ def _check_part(
 
 
 def _check_chunks(where: Path, spec: StoredArray, tag: bytes, report: Report) -> Iterator[Array]:
-    """Read every inner chunk (the read checks its crc32c); yields what could be read."""
+    """Read every inner chunk (reading checks its crc32c); yields what could be read."""
     try:
         shard = Shard(where / shard_file(spec), spec, tag)
     except DamagedCacheError as error:
@@ -366,11 +363,9 @@ def _check_totals(
 
 
 def drop_damaged(path: str | Where, report: Report) -> list[str]:
-    """Delete what is damaged and mark the store incomplete; ``dspark-dump --resume`` then writes
-    exactly that again. Returns its names.
-
-    What is unreadable is not touched. Raises DamagedCacheError, deleting nothing, where a link
-    would be followed out of the store.
+    """Delete what is damaged and mark the store incomplete; ``dspark-dump --resume`` then rewrites
+    exactly that. Returns the deleted names. What is unreadable is not touched. Raises
+    DamagedCacheError, deleting nothing, if a link would lead out of the store.
     """
     place = place_of(path)
     path = place.where("")
@@ -378,8 +373,8 @@ def drop_damaged(path: str | Where, report: Report) -> list[str]:
         refuse_links(path)
     if read_manifest(path).format_version == 1 and report.damaged:
         raise UsageError(
-            f"{path}: a store of format version 1 is read, not repaired. Repair it with the "
-            "release that wrote it, then convert it with dspark-tools recode."
+            f"{path}: stores of format version 1 cannot be repaired by this release. Repair it "
+            "with the release that wrote it, then convert it with dspark-tools recode."
         )
     for name in sorted(report.damaged):
         place.remove(name if name.startswith(f"{TARGET}/") else f"{PARTS}/{name}")

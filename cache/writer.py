@@ -1,10 +1,11 @@
-"""Writing a store: create or resume, commit parts in any order, finish. Append-only; a committed
-part is never touched again.
+"""Write a store: create or resume, commit parts in any order, finish. Append-only; a committed part
+is never touched again.
 
-A store whose process died has the parts that were committed and nothing else that a reader would
-take for data. ``resume`` refuses a run that would not write the same store (another target, layers,
+If the process dies, the store has the committed parts and nothing else that a reader would mistake
+for data. ``resume`` refuses a run that would not write the same store (another target, layers,
 codec, rules), naming every difference. Several writers may work on one store at once: a part's
-bytes do not depend on who writes it, and the second of two writers of one part finds it there.
+bytes do not depend on who writes it, and if two writers make the same part, the second finds it
+there.
 """
 
 from __future__ import annotations
@@ -80,16 +81,14 @@ from dspark.cache.target.files import damaged_files, write_target
 from dspark.cache.target.frozen import FrozenTarget
 
 SAME_TARGET = (
-    "Use the target's revision and the dtype that the store was started with, or --overwrite."
+    "Use the target revision and the dtype that the store was started with, or --overwrite."
 )
 
 
 class StoreWriter:
-    """One of the writers of a store. ``committed``: part number -> record, of the parts that were
-    on disk when it began and those that it wrote.
-
-    ``guard`` is called before anything is written, and raises where the caller may not write any
-    more (its lock was broken).
+    """One of the writers of a store. ``committed``: part number -> record, for the parts that were
+    on disk at the start and those that it wrote. ``guard`` is called before anything is written,
+    and raises if the caller may no longer write (its lock was broken).
     """
 
     def __init__(
@@ -118,13 +117,11 @@ class StoreWriter:
         overwrite: bool = False,
         weights_sha256: str | None = None,
     ) -> StoreWriter:
-        """Begin a new store. ``files``: small files kept under ``target/`` (tokenizer, chat
-        template). ``codec``: the calibrated one, where the manifest's has to learn.
-        ``weights_sha256``: of the target that its calibration was made for, where that was
-        supplied.
-
-        Raises ExistsError when ``path`` exists, unless ``overwrite``, and MismatchError for another
-        target's weights; an old store is there until the new one takes its place.
+        """Create a new store. ``files``: small files kept under ``target/`` (tokenizer, chat
+        template). ``codec``: the calibrated codec, if the manifest's needs calibration.
+        ``weights_sha256``: of the target that a supplied calibration was made for. Raises
+        ExistsError if ``path`` exists, unless ``overwrite``, and MismatchError for another target's
+        weights. An old store stays until the new one replaces it.
         """
         place = place_of(path)
         path = place.where("")
@@ -136,16 +133,16 @@ class StoreWriter:
                 )
             if not (place.exists("zarr.json") and place.exists(f"{PARTS}/zarr.json")):
                 raise ExistsError(
-                    f"{path} exists and is not a dspark store: it is not overwritten. Choose "
+                    f"{path} exists and is not a dspark store, so it is not overwritten. Choose "
                     "another --output."
                 )
         with new_store(place, overwrite) as new:
             sha = write_target(new / TARGET, target, manifest.target.config, files)
             if weights_sha256 not in (None, sha):
                 raise MismatchError(
-                    f"{path}: this run's target is not the one of its calibration: sha256 of its "
-                    f"embedding, final norm and head is {sha}, "
-                    f"the calibration is of {weights_sha256}. {SAME_TARGET}"
+                    f"{path}: this run's target is not the one that the calibration was made "
+                    f"for: sha256 of its embedding, final norm and head is {sha}, the "
+                    f"calibration has {weights_sha256}. {SAME_TARGET}"
                 )
             manifest = dataclasses.replace(
                 manifest, target=dataclasses.replace(manifest.target, weights_sha256=sha)
@@ -161,12 +158,12 @@ class StoreWriter:
 
     @classmethod
     def resume(cls, path: str | Where, manifest: Manifest) -> StoreWriter:
-        """Go on with the store at ``path``. Raises MismatchError unless ``manifest`` plans the same
+        """Continue the store at ``path``. Raises MismatchError unless ``manifest`` plans the same
         store.
 
         A committed part whose files are missing or cut short raises DamagedCacheError:
-        ``dspark-tools verify --drop-damaged`` removes such parts, and the next ``--resume`` writes
-        them again. ``restore_target`` does the same for ``target/``, once the weights are read.
+        ``dspark-tools verify --drop-damaged`` removes such parts, and the next ``--resume``
+        rewrites them. ``restore_target`` does the same for ``target/``, once the weights are read.
         """
         found = read_manifest(path)
         found.same_plan(manifest, str(path))
@@ -176,7 +173,8 @@ class StoreWriter:
         for index, record in writer.committed.items():
             if record.plan_sha256 != writer._digest:
                 raise MismatchError(
-                    f"{path / PARTS / part_name(index)}: a part of another plan than the store's"
+                    f"{path / PARTS / part_name(index)}: this part belongs to another "
+                    "plan than the store's"
                 )
             for finding in missing_files(writer.place, record):
                 raise DamagedCacheError(
@@ -190,7 +188,7 @@ class StoreWriter:
 
     def _joined(self) -> StoreWriter:
         """Hold the writers' lock together with the others; the first one deletes what an
-        interrupted writer left. In an object store nothing lies half-written.
+        interrupted writer left. In an object store nothing is left half-written.
         """
         if not isinstance(self.path, Path):
             return self
@@ -208,13 +206,10 @@ class StoreWriter:
         return self
 
     def restore_target(self, target: FrozenTarget, files: Mapping[str, bytes]) -> list[str]:
-        """Write the files of ``target/`` that are missing or damaged again, atomically one by one;
-        returns their names.
-
-        Raises MismatchError, changing nothing, where ``target`` and ``files`` are not what the
-        manifest has the hashes of: the parts to come would hold states of another model than those
-        that are there. Hashes the weights in the store and ``target`` once each; writes only if
-        something is wrong.
+        """Rewrite missing or damaged files of ``target/``, atomically one by one; returns their
+        names. Raises MismatchError, changing nothing, if ``target`` and ``files`` do not match the
+        manifest's hashes: new parts would hold states of another model than the existing ones.
+        Hashes the weights in the store and ``target`` once each; writes only if something is wrong.
         """
         if not isinstance(self.path, Path):
             return self._restore_remote(target, files)
@@ -254,8 +249,8 @@ class StoreWriter:
         return wrong
 
     def _restore_remote(self, target: FrozenTarget, files: Mapping[str, bytes]) -> list[str]:
-        """``restore_target`` of an object store: this run's files are made here and compared, and
-        those that are not there as they should be are written.
+        """As ``restore_target``, for an object store: this run's files are made locally and
+        compared, and the missing or different ones are written.
         """
         with (
             tempfile.TemporaryDirectory(prefix="dspark-target-") as made,
@@ -286,7 +281,7 @@ class StoreWriter:
             )
 
     def commit(self, index: int, samples: Sequence[CodedSample], block: Block) -> PartRecord:
-        """Write part ``index`` of ``block`` durably; nothing of it counts when it raises.
+        """Write part ``index`` of ``block`` durably; if it raises, the part does not exist.
 
         Synchronous. Different parts may be committed from different threads at once.
         """
@@ -304,7 +299,7 @@ class StoreWriter:
         rows_sha256: str | None = None,
         versions: Mapping[str, str] | None = None,
     ) -> Block:
-        """What part ``index`` is of."""
+        """Return the block of part ``index``."""
         source = index // SOURCE_STRIDE
         return Block(
             row_start=row_start,
@@ -318,8 +313,8 @@ class StoreWriter:
         )
 
     def job(self, index: int, tokens: Sequence[TokenSample], block: Block) -> PartJob:
-        """Part ``index`` ready to be written wherever its states are; its record then has to be
-        given to ``add``.
+        """Prepare part ``index`` to be written wherever its states are; its record must then be
+        passed to ``add``.
         """
         return self._job(index, join_tokens(tokens)[0], block)
 
@@ -337,8 +332,8 @@ class StoreWriter:
         if block.row_start != first or not first < block.row_stop <= first + rows:
             raise MismatchError(
                 f"{self.path}: part {index} would cover source rows "
-                f"{block.row_start}-{block.row_stop}, expected rows from {first} on, {rows} at "
-                "most"
+                f"{block.row_start}-{block.row_stop}, expected at most {rows} rows, "
+                f"starting at {first}"
             )
         tokens, stored = arrays["input_ids"].shape[0], int(arrays["sample_last_start"][-1])
         samples = arrays["sample_row"].shape[0]
@@ -368,8 +363,8 @@ class StoreWriter:
         return self.manifest
 
     def append(self, sources: Sequence[SourceInfo]) -> None:
-        """Take further sources into the store, which is incomplete until their parts are there.
-        Those that it has keep their numbers and digests.
+        """Add sources to the store, which is incomplete until their parts exist. Existing sources
+        keep their numbers and digests.
         """
         known = self.manifest.sources
         if len(sources) > len(known):
@@ -383,9 +378,8 @@ class StoreWriter:
         self, rows: Mapping[int, int], *, quality: Json, sources: Sequence[SourceInfo]
     ) -> Manifest:
         """End one of several dumps: finish the store if no part is missing, else note how many
-        ``rows`` each source has. Returns the manifest as it is then.
-
-        The caller holds the store's lock, so that no two end at once.
+        ``rows`` each source has. Returns the resulting manifest. The caller holds the store's lock,
+        so that no two finish at once.
         """
         self.guard()
         found = read_manifest(self.path)
@@ -402,7 +396,7 @@ class StoreWriter:
         return self.manifest
 
     def reopen(self) -> None:
-        """Mark the store incomplete again (a damaged part was removed and will be written anew)."""
+        """Mark the store incomplete again (a damaged part was removed and will be rewritten)."""
         self.manifest = dataclasses.replace(self.manifest, complete=False)
         self._write_manifest()
 
@@ -410,7 +404,7 @@ class StoreWriter:
         self.place.write("zarr.json", group_metadata(ROOT_KEY, sealed(self.manifest.to_json())))
 
     def close(self) -> None:
-        """Leave the writers."""
+        """Leave the group of writers."""
         if self._lock >= 0:
             os.close(self._lock)
         self._lock = -1
@@ -428,7 +422,7 @@ class StoreWriter:
 
 
 def totals(records: Sequence[PartRecord]) -> Counts:
-    """Counts of all parts together."""
+    """Return the total counts of all parts."""
     dropped: Counter[str] = Counter()
     for record in records:
         dropped.update(record.dropped)
@@ -445,7 +439,7 @@ def totals(records: Sequence[PartRecord]) -> Counts:
 
 
 def by_source(records: Sequence[PartRecord], manifest: Manifest) -> list[Json]:
-    """Counts of each source: ``{"number", "id", "parts", "rows", "samples", "tokens",
+    """Return the counts of each source: ``{"number", "id", "parts", "rows", "samples", "tokens",
     "supervised_tokens", "dropped"}``.
     """
     out = []
@@ -468,8 +462,8 @@ def by_source(records: Sequence[PartRecord], manifest: Manifest) -> list[Json]:
 
 @contextmanager
 def new_store(place: Place, overwrite: bool) -> Iterator[Path]:
-    """A local folder that becomes the store at ``place`` when the block ends; its manifest is what
-    comes last.
+    """Yield a local folder that becomes the store at ``place`` when the block ends; its manifest is
+    written last.
     """
     path = place.where("")
     if isinstance(path, Path):
@@ -506,7 +500,7 @@ def check_whole(records: Sequence[PartRecord], manifest: Manifest, path: Where) 
 
 
 def scan_parts(path: str | Where) -> dict[int, PartRecord]:
-    """The records of every committed part, by number."""
+    """Return the records of every committed part, by number."""
     place = place_of(path)
     names = place.list(PARTS)
     if place.remote:
@@ -519,7 +513,7 @@ def scan_parts(path: str | Where) -> dict[int, PartRecord]:
 
 
 def _committed(place: Place, name: str) -> PartRecord | None:
-    """The record of a part of an object store; None where its writer has not come to that."""
+    """Return the record of a part in an object store; None if its writer has not written it yet."""
     try:
         return read_record(place, name)
     except DamagedCacheError:
@@ -561,7 +555,9 @@ def write_index(place: Place, records: Sequence[PartRecord], layout: PartLayout)
 
 
 def bytes_of(records: Iterable[PartRecord]) -> dict[str, int]:
-    """Bytes on disk of each array in all parts, and of all metadata under the name ``""``."""
+    """Return the bytes on disk of each array over all parts, and of all metadata under the name
+    ``""``.
+    """
     out: Counter[str] = Counter()
     for record in records:
         for name, (size, *_) in record.files.items():
@@ -572,31 +568,29 @@ def bytes_of(records: Iterable[PartRecord]) -> dict[str, int]:
 
 
 def rebuild(path: str | Where) -> Manifest:
-    """Make index and manifest again from the parts, whatever has become of them; returns the
-    manifest.
-
-    A manifest that is gone, damaged or of another store than all parts is made from theirs; it is
-    complete then if an index that is still sound lists exactly these parts, else ``--resume``
-    completes it. What only the manifest knows (a source's sha256, the limit on rows, the measured
-    quality) is lost with it.
+    """Rebuild index and manifest from the parts, whatever state they are in; returns the manifest.
+    A manifest that is missing, damaged or from another store than the parts is rebuilt from theirs;
+    it is marked complete if a sound index lists exactly these parts, else ``--resume`` completes
+    it. What only the manifest knows (a source's sha256, the limit on rows, the measured quality) is
+    lost with it.
     """
     place = place_of(path)
     path = place.where("")
     there = place.remote or place.exists(PARTS)
     records = list(scan_parts(path).values()) if there else []
     if not records:
-        raise DamagedCacheError(f"{path}: no part to make index and manifest from")
+        raise DamagedCacheError(f"{path}: there is no part to rebuild index and manifest from")
     digest = records[0].plan_sha256
     if any(r.format_version == 1 for r in records):
         raise UsageError(
-            f"{path}: a store of format version 1 is read, not repaired. Repair it with the "
-            "release that wrote it."
+            f"{path}: stores of format version 1 cannot be repaired by this release. Repair it "
+            "with the release that wrote it."
         )
     if other := [r for r in records if r.plan_sha256 != digest]:
         raise MismatchError(
-            f"{path}: parts {part_name(records[0].index)} and {part_name(other[0].index)} are of "
-            "different plans. "
-            f"dspark-tools verify {path} names those that are not the manifest's."
+            f"{path}: parts {part_name(records[0].index)} and {part_name(other[0].index)} have "
+            f"different plans. dspark-tools verify {path} names the ones that do not "
+            "match the manifest."
         )
     try:
         old: Manifest | None = read_manifest(path)
@@ -606,10 +600,9 @@ def rebuild(path: str | Where) -> Manifest:
         old = _lost(place, records)
     elif old.complete and (found := totals(records)) != old.counts:
         raise DamagedCacheError(
-            f"{path}: the parts count {found}, the manifest says {old.counts}: parts are "
-            "missing. Nothing was changed. "
-            f"Run dspark-tools verify --drop-damaged {path}, then the command that wrote the "
-            "store with --resume."
+            f"{path}: the parts hold {found}, the manifest says {old.counts}: parts are missing. "
+            f"Nothing was changed. Run dspark-tools verify --drop-damaged {path}, then "
+            "the command that wrote the store with --resume."
         )
     if old.complete:
         check_whole(records, old, path)
@@ -622,7 +615,7 @@ def rebuild(path: str | Where) -> Manifest:
 
 
 def _lost(place: Place, records: Sequence[PartRecord]) -> Manifest:
-    """A manifest from nothing but parts."""
+    """Make a manifest from nothing but the parts."""
     names = {r.source: r.source_id for r in records}
     try:
         about = unseal(read_attributes(place, INDEX).get(INDEX_KEY), str(place.where(INDEX)))

@@ -1,32 +1,31 @@
-"""The seam that every codec plugs into: hidden states -> the arrays that are stored, and back.
+"""The interface of every codec: hidden states to the arrays that are stored, and back.
 
 A codec belongs to a whole store: it codes the aux layers and the last state together, so that one
 may be predicted from the other. It is chosen and recorded by name (``registry.py``), is a frozen
-object, and works on whatever device the states are on: a dump encodes where the states are and only
+object, and works on whatever device the states are on: a dump encodes where the states are, so only
 codes leave the device; a trainer moves codes and decodes on the GPU.
 
 To add one, write a module with a ``Family`` and name it in ``registry.FAMILIES``. The family makes
 a codec by name (``make``) and from what a store recorded (``load``). The codec:
 
 - declares its arrays under the names that they have on disk, each an ``ArraySpec``. The axis says
-  what a row is, and the name's first word says the axis:
-  ``last_...`` has a row per stored last state, ``exact_...`` a row per token that is stored
-  exactly, and any other (``aux_code``) a row per token. An array of axis ``exact`` has as many rows
-  as the codec likes; the codec then also returns ``EXACT_TOKEN`` int64[X], rising: the token
-  (counted from the batch's first) of each row. The store keeps the position within the sample, and
-  equal rows once per part;
+  what a row is, and the name's first word says the axis: ``last_...`` has a row per stored last
+  state, ``exact_...`` a row per token that is stored exactly, and any other (``aux_code``) a row
+  per token. An array of axis ``exact`` has as many rows as the codec likes; the codec then also
+  returns ``EXACT_TOKEN`` int64[X], rising: the token (counted from the batch's first) of each row.
+  The store keeps the position within the sample, and equal rows once per part;
 - may ask for chunks in column-major order (``order="columns"``, Zarr's ``transpose`` codec), so
-  that what repeats along tokens lies together for zstd;
+  that values that repeat along tokens are adjacent for zstd;
 - may predict from the tokens (``needs_tokens``): ``encode`` and ``decode`` then get ``Tokens``:
   ids, sample starts, the token of each last state, and the target's frozen embedding. Others get
-  None and their callers build nothing;
-- may learn from a sample of states (``calibrated``). What it learnt are tensors (``calibration``),
-  which a store keeps in a file of their own, hashed into its plan; everything else that decoding
-  needs is in ``params`` (JSON).
+  None, and their callers build nothing;
+- may learn from a sample of states (``calibrated``). The results are tensors (``calibration``),
+  which a store keeps in a separate file, hashed into its plan; everything else that decoding needs
+  is in ``params`` (JSON).
 
 Decoding a sample must not depend on the other samples of its batch: any sample can be read alone.
-Within a sample a codec may look at earlier tokens' ids, never at their codes. Equal samples get
-equal codes.
+Within a sample, a codec may use earlier tokens' ids, but never their codes. Equal samples get equal
+codes.
 
 Legend: T tokens of a batch (padding may follow the last sample when decoding), M stored last
 states, N samples, L aux layers, H hidden size, V vocabulary.
@@ -64,11 +63,9 @@ def axis_of(name: str) -> Axis:
 
 @dataclass(frozen=True, slots=True)
 class ArraySpec:
-    """One stored array of a codec: rows of shape ``[layers, width]``, or ``[width]`` where
-    ``layers`` is 0.
-
-    ``pack``: how it is kept (``settings.PACKINGS``). ``axis``: what a row is. ``order``: of the
-    values inside a chunk. ``chunk``: rows per chunk, None: the store's own choice.
+    """One stored array of a codec: rows of shape ``[layers, width]``, or ``[width]`` if ``layers``
+    is 0. ``pack``: how it is stored (``settings.PACKINGS``). ``axis``: what a row is. ``order``:
+    order of the values inside a chunk. ``chunk``: rows per chunk; None = the store's choice.
     """
 
     dtype: str
@@ -93,10 +90,9 @@ class Tokens:
     """What a codec may predict from, on the device of the states or codes.
 
     ``input_ids`` int64[T]. ``sample_start`` int64[N + 1]: first token of each sample, then the end
-    of the last one (T, or less where padding follows).
-    ``last_token`` int64[M]: the token of each stored last state. ``embedding`` [V, H]: the target's
-    frozen input embedding.
-    ``head`` [V, H]: its output matrix, where a codec is to learn (None: the embedding).
+    of the last one (T, or less where padding follows). ``last_token`` int64[M]: the token of each
+    stored last state. ``embedding`` [V, H]: the target's frozen input embedding. ``head`` [V, H]:
+    its output matrix, for calibration (None = the embedding).
     """
 
     input_ids: torch.Tensor
@@ -107,13 +103,13 @@ class Tokens:
 
 
 class Codec(Protocol):
-    """How the states of a store are coded; see the module's text. ``pack``: how most of its arrays
-    are kept.
+    """How the states of a store are coded; see the module docstring. ``pack``: how most of its
+    arrays are stored.
     """
 
     @property
     def name(self) -> str:
-        """Its full name, by which ``registry.make`` finds it."""
+        """The full name, by which ``registry.make`` finds it."""
         ...
 
     @property
@@ -122,7 +118,7 @@ class Codec(Protocol):
     def pack(self) -> str: ...
     @property
     def bits(self) -> tuple[int | None, int | None]:
-        """Nominal bits per value of the aux layers and of the last state; None where only a store's
+        """Nominal bits per value of the aux layers and of the last state; None if only a store's
         size tells.
         """
         ...
@@ -131,16 +127,18 @@ class Codec(Protocol):
     def needs_tokens(self) -> bool: ...
     @property
     def needs_calibration(self) -> bool:
-        """Whether coding is worse (or impossible) before ``calibrated``."""
+        """Whether coding is worse (or impossible) without ``calibrated``."""
         ...
 
     def calibration_tokens(self, layers: int, hidden: int) -> int:
-        """Tokens that ``calibrated`` should see of a large corpus; 0 where nothing is learnt."""
+        """Tokens of a large corpus that ``calibrated`` should see; 0 if there is nothing to
+        learn.
+        """
         ...
 
     def least_tokens(self, layers: int, hidden: int) -> int:
-        """Tokens of a corpus that is worth calibrating on; with fewer another codec is smaller or
-        better. 0: any.
+        """Minimum tokens of a corpus worth calibrating on; with fewer, another codec is smaller or
+        better. 0 = any.
         """
         ...
 
@@ -150,7 +148,7 @@ class Codec(Protocol):
 
     def arrays(self, layers: int, hidden: int) -> dict[str, ArraySpec]: ...
     def disk_bytes(self, layers: int, hidden: int, last_share: float = 1.0) -> float:
-        """Expected bytes of states per token on disk, exact where nothing is compressed;
+        """Expected bytes of states per token on disk; exact if nothing is compressed;
         ``last_share`` = stored last states / tokens.
         """
         ...
@@ -158,7 +156,7 @@ class Codec(Protocol):
     def encode(
         self, aux: torch.Tensor, last: torch.Tensor, tokens: Tokens | None = None
     ) -> Tensors:
-        """Codes of ``aux`` [T, L, H] and ``last`` [M, H], any float dtype, on their device. Raises
+        """Encode ``aux`` [T, L, H] and ``last`` [M, H], any float dtype, on their device. Raises
         EngineError for states that cannot be coded.
         """
         ...
@@ -170,23 +168,25 @@ class Codec(Protocol):
         tokens: Tokens | None = None,
         dtype: torch.dtype | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """``aux`` [T, L, H] and ``last`` [M, H] in ``dtype``, or without one in the narrowest that
-        holds what was stored.
+        """Decode ``aux`` [T, L, H] and ``last`` [M, H] in ``dtype``; by default in the narrowest
+        that holds the stored values.
         """
         ...
 
     def calibrated(
         self, aux: torch.Tensor, last: torch.Tensor, tokens: Tokens | None = None
     ) -> Codec:
-        """This codec after it has learnt from a sample of what it will code."""
+        """Return this codec calibrated on a sample of what it will code."""
         ...
 
     def calibration(self) -> Tensors:
-        """What ``calibrated`` learnt, on the CPU; empty if nothing."""
+        """The results of ``calibrated``, on the CPU; empty if there are none."""
         ...
 
     def repacked(self, pack: str) -> Codec:
-        """The same codes, kept in the way ``pack``. Raises UsageError where they cannot be."""
+        """Return a codec with the same codes, stored as ``pack`` says. Raises UsageError if that is
+        impossible.
+        """
         ...
 
 
@@ -195,7 +195,7 @@ class Family(Protocol):
 
     def names(self) -> list[str]: ...
     def make(self, name: str, pack: str) -> Codec:
-        """Not calibrated yet. Raises UsageError for a name or ``pack`` that there is not."""
+        """Make a codec, not yet calibrated. Raises UsageError for an unknown name or ``pack``."""
         ...
 
     def load(
@@ -206,12 +206,14 @@ class Family(Protocol):
         calibration: Mapping[str, torch.Tensor],
         where: str,
     ) -> Codec:
-        """As a store recorded it. Raises FormatVersionError for what this release does not know."""
+        """Load a codec as a store recorded it. Raises FormatVersionError for what this release does
+        not know.
+        """
         ...
 
 
 def tokens_of(samples: Sequence[TokenSample], embedding: torch.Tensor) -> Tokens:
-    """``Tokens`` of ``samples`` end to end, on the device of ``embedding``."""
+    """Return the ``Tokens`` of concatenated ``samples``, on the device of ``embedding``."""
     import torch
 
     ids = np.concatenate([s.input_ids for s in samples]).astype(np.int64)
@@ -223,7 +225,7 @@ def tokens_of(samples: Sequence[TokenSample], embedding: torch.Tensor) -> Tokens
 
 
 def join_states(samples: Sequence[CodedSample]) -> Coded:
-    """Join the coded states of ``samples`` end to end."""
+    """Concatenate the coded states of ``samples``."""
     out: Coded = {
         name: np.concatenate([s.states[name] for s in samples]) for name in samples[0].states
     }
@@ -233,7 +235,7 @@ def join_states(samples: Sequence[CodedSample]) -> Coded:
 
 
 def from_first_token(samples: Sequence[CodedSample]) -> list[npt.NDArray[np.int64]]:
-    """``EXACT_TOKEN`` of each of ``samples``, counted from the first token of the first."""
+    """Return ``EXACT_TOKEN`` of all ``samples``, counted from the first token of the first."""
     start = np.cumsum([0, *(len(s.tokens.input_ids) for s in samples[:-1])])
     return [
         s.states[EXACT_TOKEN].astype(np.int64) + at for s, at in zip(samples, start, strict=True)
@@ -278,8 +280,8 @@ def check_finite(x: torch.Tensor) -> None:
 
 
 def where_of(index: list[int]) -> str:
-    """Place of a value in ``aux`` [T, L, H] or ``last`` [M, H], for messages."""
-    layer = f", aux layer number {index[1]}" if len(index) == 3 else " (last state)"
+    """Describe the place of a value in ``aux`` [T, L, H] or ``last`` [M, H], for messages."""
+    layer = f", aux layer index {index[1]}" if len(index) == 3 else " (last state)"
     return f"token {index[0]}{layer}, channel {index[-1]}"
 
 

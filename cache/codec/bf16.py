@@ -1,4 +1,4 @@
-"""16 bits per value: the bfloat16 bits as they are."""
+"""16 bits per value: the bfloat16 bits unchanged."""
 
 from __future__ import annotations
 

@@ -1,11 +1,11 @@
-"""Mean and deviation of each channel, from the first states of a dump: what is the same at every
+"""Mean and deviation of each channel, measured before a dump, so that what is the same at every
 token is not coded again.
 
 About half the energy of a real state is its mean over tokens, and channels differ in deviation by a
 factor of 10. On SmolLM2-135M (five layers, held-out text, 2.0 bits per value) taking both out
 raises the SNR from 10.2 to 13.4 dB, and the SNR of the average channel against its own variance
-from 4.5 to 10.3 dB; ``bench/codec_frontier.py`` measures it. The decoder pays one multiply-add per
-value.
+from 4.5 to 10.3 dB; ``bench/codec_frontier.py`` measures it. It costs the decoder one multiply-add
+per value.
 
 Legend: T tokens, L aux layers, H hidden size. The vectors are bfloat16, in the manifest, in base64.
 """
@@ -36,15 +36,14 @@ LEAST_DEVIATION = 1e-3
 # measured on them too, and is within 2 % from 15,000 (docs/log/2026-11-22-compact-cache.md).
 CALIBRATION = 16384
 LEAST_SAMPLES = (
-    # samples they are taken from: a corpus is often sorted by topic, and one long sample is one
-    # topic
+    # minimum number of samples: a corpus is often sorted by topic, and one long sample is one topic
     32
 )
 
 
 def spread(total: int, tokens_a_sample: float, budget: int = CALIBRATION) -> list[int]:
     """Choose which of ``total`` samples to calibrate on: evenly spread, about ``budget`` tokens in
-    all, and ``LEAST_SAMPLES`` at least.
+    all, and at least ``LEAST_SAMPLES``.
     """
     wanted = math.ceil(budget / max(tokens_a_sample, 1.0))
     count = min(total, max(LEAST_SAMPLES, wanted))
@@ -52,8 +51,8 @@ def spread(total: int, tokens_a_sample: float, budget: int = CALIBRATION) -> lis
 
 
 def thin(states: torch.Tensor, samples: int, budget: int = CALIBRATION) -> torch.Tensor:
-    """Every n-th row of one sample's ``states`` [S, ...], so that ``samples`` long ones stay within
-    about ``budget`` rows in all.
+    """Take every n-th row of one sample's ``states`` [S, ...], so that ``samples`` long ones stay
+    within about ``budget`` rows in all.
     """
     step = states.shape[0] * samples // budget
     return states[::step].clone() if step > 1 else states
@@ -70,8 +69,8 @@ class Centre:
 
     @classmethod
     def of(cls, states: torch.Tensor) -> Centre:
-        """From ``states[T, L, H]`` or ``[M, H]``; needs at least two ordinary rows, else nothing is
-        changed (0 and 1).
+        """Measure ``states[T, L, H]`` or ``[M, H]``; with fewer than two ordinary rows, returns 0
+        and 1, which change nothing.
         """
         import torch
 
@@ -97,7 +96,7 @@ class Centre:
     def tensors(
         self, hidden: int, device: torch.device
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Mean, deviation and 1 / deviation, float32 [L, H] (or [H]) on ``device``."""
+        """Return mean, deviation and 1 / deviation, float32 [L, H] (or [H]) on ``device``."""
         return _tensors(self, hidden, device)
 
     def to_json(self) -> Json:
@@ -107,7 +106,7 @@ class Centre:
         }
 
     def stored(self) -> dict[str, torch.Tensor]:
-        """``mean`` and ``deviation`` as bfloat16 tensors, flat, for a calibration file."""
+        """Return ``mean`` and ``deviation`` as flat bfloat16 tensors, for a calibration file."""
         import numpy as np
         import torch
 
@@ -118,11 +117,11 @@ class Centre:
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, torch.Tensor], where: str) -> Centre:
-        """What ``stored`` gave."""
+        """Restore from what ``stored`` returned."""
         if set(tensors) != CENTRE_KEYS or tensors["mean"].shape != tensors["deviation"].shape:
             raise DamagedCacheError(
-                f"{where}: the calibration holds {sorted(tensors)} of a field, expected "
-                f"{sorted(CENTRE_KEYS)} of one size"
+                f"{where}: the calibration holds {sorted(tensors)} for a field, expected "
+                f"{sorted(CENTRE_KEYS)}, all of one size"
             )
         return cls(_pack(tensors["mean"]), _pack(tensors["deviation"]))
 

@@ -1,8 +1,8 @@
-"""Codecs that code the aux layers and the last state apart: ``lossless`` and ``rotated-A-L`` (A and
-L bits per value).
+"""Codecs that code the aux layers and the last state separately: ``lossless`` and ``rotated-A-L``
+(A and L bits per value).
 
-Each field has a codec of its own, which knows arrays ``code`` and ``scale``; a store has them as
-``aux_code``, ``last_code`` and so on.
+Each field has its own codec, with arrays ``code`` and ``scale``; a store calls them ``aux_code``,
+``last_code`` and so on.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ FIELDS = ("aux", "last")
 
 
 class FieldCodec(Protocol):
-    """How one field is coded. ``arrays``, ``encode``: names without the field's. ``params``:
-    whatever else decoding needs, what was learnt included.
+    """How one field is coded. ``arrays``, ``encode``: names without the field's prefix. ``params``:
+    whatever else decoding needs, including calibration.
     """
 
     @property
@@ -54,7 +54,7 @@ class FieldCodec(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Fields:
-    """``aux`` and ``last`` coded apart."""
+    """Codes ``aux`` and ``last`` separately."""
 
     name: str
     aux: FieldCodec
@@ -66,8 +66,8 @@ class Fields:
 
     @property
     def params(self) -> Json:
-        """By field: its codec, bits and parameters, without the means and deviations that are in
-        the calibration file.
+        """Codec, bits and parameters per field, without the means and deviations that are in the
+        calibration file.
         """
         return {
             field: {"codec": c.name, "bits": c.bits}
@@ -148,7 +148,7 @@ class Fields:
 
 
 def of_field(field: str, coded: Mapping[str, Any]) -> dict[str, Any]:
-    """The arrays of ``field`` under the names that its codec knows."""
+    """Return the arrays of ``field`` under the names that its codec uses."""
     return {
         name.removeprefix(f"{field}_"): x
         for name, x in coded.items()
@@ -163,14 +163,14 @@ def _with_centre(codec: FieldCodec, like: FieldCodec) -> FieldCodec:
 
 
 def calibrated(codec: FieldCodec, states: torch.Tensor) -> FieldCodec:
-    """``codec`` centred on ``states`` [T, L, H] or [M, H], if it is one that can be and there are
+    """Return ``codec`` centred on ``states`` [T, L, H] or [M, H], if it supports that and there are
     any.
     """
     return codec.calibrated(states) if isinstance(codec, Rotated) and states.shape[0] else codec
 
 
 def codec_for(bits: int, pack: str = DEFAULT_PACKING) -> FieldCodec:
-    """The codec of one field that stores ``bits`` per value."""
+    """Return the codec of one field that stores ``bits`` per value."""
     assert pack in PACKINGS, pack
     if bits == 16:
         return Bf16(pack=pack)
@@ -178,8 +178,8 @@ def codec_for(bits: int, pack: str = DEFAULT_PACKING) -> FieldCodec:
         raise UsageError(f"no codec stores {bits} bits; choose 16, 8, 4, 3 or 2")
     if pack == "none" and bits in NEED_ZSTD:
         raise UsageError(
-            f"{bits}-bit codes are stored as nibbles, and only zstd makes them smaller: "
-            "without it (--pack none) choose 16, 8 or 4 bits, or leave --pack at zstd"
+            f"{bits}-bit codes are stored as nibbles, and only zstd makes them smaller. Without "
+            "zstd (--pack none), choose 16, 8 or 4 bits, or leave --pack at zstd"
         )
     step, levels = SETTINGS[bits]
     return Rotated(bits, step, levels, pack=pack)
@@ -189,21 +189,23 @@ def codec_for(bits: int, pack: str = DEFAULT_PACKING) -> FieldCodec:
 
 
 def from_fields(aux: FieldInfo, last: FieldInfo, where: str) -> Fields:
-    """The codec of a store of format version 1, whose manifest describes the fields apart."""
+    """Return the codec of a store of format version 1, whose manifest describes each field
+    separately.
+    """
     return Fields(
         rotated_name(aux.bits, last.bits), field_codec(aux, where), field_codec(last, where)
     )
 
 
 def field_codec(info: FieldInfo, where: str) -> FieldCodec:
-    """The codec of a field as a manifest of version 1 describes it; one that this release would not
-    have written is refused.
+    """Return the codec of a field as a version 1 manifest describes it; refuse one that this
+    release would not have written.
     """
     if info.pack not in PACKINGS or (info.pack == "none" and info.bits in NEED_ZSTD):
         raise FormatVersionError(
-            f"{where}: {info.bits}-bit states are packed by {info.pack!r}, this release knows "
-            f"{' and '.join(PACKINGS)} (3 and 2 bits: zstd). "
-            "Use the dspark release that wrote the store."
+            f"{where}: {info.bits}-bit states are packed with {info.pack!r}, this release knows "
+            f"{' and '.join(PACKINGS)} (3 and 2 bits: zstd). Use the dspark release that "
+            "wrote the store."
         )
     known = codec_for(info.bits, info.pack) if info.bits == 16 or info.bits in SETTINGS else None
     if isinstance(known, Rotated) and set(info.params) >= CENTRE_KEYS:
@@ -219,7 +221,7 @@ def field_codec(info: FieldInfo, where: str) -> FieldCodec:
 
 
 def field_info(codec: FieldCodec) -> FieldInfo:
-    """What a manifest of version 1 says of a field that ``codec`` codes."""
+    """Return what a version 1 manifest says about a field that ``codec`` codes."""
     return FieldInfo(codec=codec.name, bits=codec.bits, params=codec.params, pack=codec.pack)
 
 

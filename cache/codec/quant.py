@@ -1,7 +1,7 @@
 """Numbers of the quantiser: reconstruction levels, the logarithmic scale, and the bits an entropy
 coder needs. No I/O, no torch.
 
-Levels are integers in units of 1/64 sigma that bfloat16 holds exactly. A group's decoded values
+Levels are integers in units of 1/64 sigma, which bfloat16 holds exactly. A group's decoded values
 before its scale are therefore sums of small integers, exact in float32 in any order: a matrix
 product on any device gives the same bits as the specification.
 
@@ -26,14 +26,14 @@ QUARTERS = (1.0, 1.189207115002721, 1.4142135623730951, 1.681792830507429)  # 2^
 
 
 def scale_table() -> np.ndarray[tuple[int, ...], np.dtype[np.float32]]:
-    """float32[256]: what a scale code means, ``2^((k - 128) / 4)``; 0 for code 0."""
+    """Return float32[256]: the value of each scale code, ``2^((k - 128) / 4)``; 0 for code 0."""
     out = [QUARTERS[k % 4] * 2.0 ** (k // 4 - SCALE_ZERO // 4) for k in range(256)]
     return np.array([0.0, *out[1:]], dtype=np.float32)
 
 
 def gaussian_levels(step: float, count: int) -> list[int]:
-    """The positive half of ``count`` levels for cells ``[k step, (k + 1) step)``, the last one
-    open: cell means in 1/64 sigma.
+    """Return the positive half of ``count`` levels for cells ``[k step, (k + 1) step)``, the last
+    one open: cell means in 1/64 sigma.
     """
     half = count // 2
     edges = [k * step for k in range(half)] + [math.inf]
@@ -46,8 +46,8 @@ def gaussian_levels(step: float, count: int) -> list[int]:
 
 
 def entropy(step: float, count: int) -> float:
-    """Bits a value that an ideal entropy coder spends on a unit Gaussian in ``count`` cells of
-    width ``step``, the outer ones open.
+    """Return the bits per value that an ideal entropy coder spends on a unit Gaussian in ``count``
+    cells of width ``step``, with the outer ones open.
     """
     half = count // 2
     edges = [k * step for k in range(half)] + [math.inf]
@@ -57,8 +57,8 @@ def entropy(step: float, count: int) -> float:
 
 @lru_cache(maxsize=32)
 def distortion(step: float, levels: tuple[int, ...]) -> float:
-    """Mean squared error, in sigma^2, of a unit Gaussian in cells of width ``step`` decoded to
-    ``levels`` (1/64 sigma).
+    """Return the mean squared error, in sigma^2, of a unit Gaussian in cells of width ``step``
+    decoded to ``levels`` (1/64 sigma).
     """
     out = 1.0
     for k, level in enumerate(levels):
@@ -69,7 +69,7 @@ def distortion(step: float, levels: tuple[int, ...]) -> float:
 
 
 def level_table(levels: Sequence[int]) -> np.ndarray[tuple[int, ...], np.dtype[np.float32]]:
-    """Level of each code, float32[2 * len(levels)], in 1/64 sigma: the negatives, then
+    """Return the level of each code, float32[2 * len(levels)], in 1/64 sigma: the negatives, then
     ``levels``.
     """
     return np.array([-v for v in reversed(levels)] + list(levels), dtype=np.float32)
@@ -84,7 +84,7 @@ def _density(x: float) -> float:
 
 
 def _bf16_integer(x: float) -> int:
-    """Nearest integer with at most 8 significant bits."""
+    """Return the nearest integer with at most 8 significant bits."""
     grid = 1
     while round(x / grid) > 256:
         grid *= 2

@@ -1,6 +1,5 @@
-"""The one place that names codecs. A new one is a module and a line in ``FAMILIES``.
-
-Only the family that is asked for is imported, so that ``--help`` stays instant.
+"""The one place that names codecs. A new codec is a module and a line in ``FAMILIES``. Only the
+requested family is imported, so that ``--help`` stays instant.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ FAMILIES = {
 
 
 def family(name: str) -> Family | None:
-    """Return the family of the codec ``name``, None if there is none."""
+    """Return the family of codec ``name``; None if there is none."""
     module = FAMILIES.get(name.split("-", maxsplit=1)[0])
     out: Family | None = import_module(module).FAMILY if module else None
     return out
@@ -41,7 +40,7 @@ def names() -> list[str]:
 
 def make(name: str, pack: str = DEFAULT_PACKING) -> Codec:
     """Make the codec that ``--codec`` and ``--pack`` name (a short name such as ``default``, or a
-    full one), not calibrated yet.
+    full one), not yet calibrated.
     """
     full = NAMED.get(name, name)
     found = family(full)
@@ -51,21 +50,20 @@ def make(name: str, pack: str = DEFAULT_PACKING) -> Codec:
 
 
 def suited(name: str, asked: bool, tokens: int, layers: int, hidden: int) -> tuple[str, str | None]:
-    """The full name of the codec for a corpus of ``tokens``: ``name``, or ``FALLBACK`` and why.
-
-    Raises UsageError where ``name`` was ``asked`` for and the corpus is too small to calibrate it
-    on.
+    """Return the full name of the codec for a corpus of ``tokens``: ``name``, or ``FALLBACK`` and
+    the reason. Raises UsageError if ``name`` was ``asked`` for and the corpus is too small to
+    calibrate it.
     """
     least = make(name).least_tokens(layers, hidden)
     if tokens >= least:
         return name, None
     found = (
-        f"{name} is calibrated on the corpus and needs {least:,} tokens of it, about {tokens:,} "
-        "are there"
+        f"{name} is calibrated on the corpus and needs {least:,} tokens; the corpus has about "
+        f"{tokens:,}"
     )
     if asked:
         raise UsageError(
-            f"--codec {found}. Give more rows, or choose --codec {FALLBACK} (or leave --codec out)."
+            f"--codec {found}. Give more rows, choose --codec {FALLBACK}, or omit --codec."
         )
     return FALLBACK, found
 
@@ -80,9 +78,8 @@ def load(
     if found is None or pack not in PACKINGS:
         what = f"codec {name!r}" if found is None else f"packing {pack!r}"
         raise FormatVersionError(
-            f"{where}: {what} is not known to this release (codecs {', '.join(names())}; "
-            f"packings {', '.join(PACKINGS)}). "
-            "Use the dspark release that wrote the store."
+            f"{where}: this release does not know {what} (codecs {', '.join(names())}; packings "
+            f"{', '.join(PACKINGS)}). Use the dspark release that wrote the store."
         )
     try:
         return found.load(name, params, pack, calibration, where)

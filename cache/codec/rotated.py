@@ -1,7 +1,6 @@
-"""Rotated groups in a few cells per value: 8, 4, 3 or 2 bits.
-
-Pure arithmetic on one token row, with no state from one token to another, so any row can be read
-alone. docs/format.md specifies the arrays, and golden-byte tests hold them.
+"""Rotated groups in a few cells per value: 8, 4, 3 or 2 bits. Pure arithmetic on one token row,
+with no dependence between tokens, so any row can be read alone. docs/format.md specifies the
+arrays, and golden-byte tests check them.
 """
 
 from __future__ import annotations
@@ -47,16 +46,15 @@ class Rotated:
     """Groups of g channels are rotated (``rotation.py``), divided by one scale and put into 16 or
     256 cells per value.
 
-    ``bits`` is what a value takes on disk, nearly: nibbles are stored and zstd's Huffman stage
-    takes out what the cells' unequal shares leave over. So a coarser ``step`` is a smaller store
+    ``bits`` is roughly what a value takes on disk: nibbles are stored, and zstd's Huffman stage
+    removes the redundancy of unequally likely cells. So a coarser ``step`` makes a smaller store
     with the same arrays and the same decoder, at 1.5 dB from the Gaussian bound, where packing a
     fixed 3 or 2 bits is 2.5 dB from it.
 
-    ``centre``: channel means and deviations taken out before and put back after; see ``centre.py``.
+    ``centre``: channel means and deviations removed before and restored after; see ``centre.py``.
     ``step``: cell width in sigma (encoder only). ``levels``: integers in 1/64 sigma, positive half
-    (decoder only).
-    Stored: ``code`` uint8 (two values per byte, the even channel low; or one), ``scale`` uint8 per
-    group, 2^((k - 128) / 4).
+    (decoder only). Stored: ``code`` uint8 (two values per byte, the even channel low; or one),
+    ``scale`` uint8 per group, 2^((k - 128) / 4).
     """
 
     bits: int
@@ -73,8 +71,8 @@ class Rotated:
         return {**base, **(self.centre.to_json() if self.centre else {})}
 
     def calibrated(self, states: torch.Tensor) -> Rotated:
-        """This codec with the channel means and deviations of ``states[T, L, H]`` or ``[M, H]``, a
-        sample of what it will code.
+        """Return this codec with the channel means and deviations of ``states[T, L, H]`` or ``[M,
+        H]``, a sample of what it will code.
         """
         return replace(self, centre=Centre.of(states))
 
@@ -104,7 +102,9 @@ class Rotated:
         return (bits + hidden / self.group(hidden) * SCALE_BITS) / 8
 
     def encode(self, x: torch.Tensor) -> Tensors:
-        """On CUDA Triton kernels (``fused_encode.py``), with the same bytes as ``encode_plain``."""
+        """Encode with Triton kernels on CUDA (``rotated_encode_kernel.py``), to the same bytes as
+        ``encode_plain``.
+        """
         if x.is_cuda and _has_triton():
             from dspark.cache.codec import rotated_encode_kernel as fused_encode
 
@@ -116,7 +116,7 @@ class Rotated:
         return self.encode_plain(x)
 
     def encode_plain(self, x: torch.Tensor) -> Tensors:
-        """The encoder in plain torch, on any device. The reference."""
+        """Encode in plain torch, on any device. The reference."""
         import torch
 
         hidden = x.shape[-1]
@@ -126,8 +126,8 @@ class Rotated:
             mean, _, inverse = self.centre.tensors(hidden, x.device)
             z = (z.float() - mean) * inverse
         groups = z.reshape(-1, g)
-        # A block of groups goes through all passes while it is in the processor's cache; a GPU only
-        # needs its memory bounded.
+        # A block of groups goes through all passes while it is in the CPU cache; on a GPU blocks
+        # only bound the memory.
         size = (1 << 18 if x.device.type == "cpu" else 1 << 26) // g
         empty = torch.empty(0, dtype=torch.uint8, device=x.device)
         codes, scales = [empty], [empty]
@@ -145,7 +145,7 @@ class Rotated:
         self, groups: torch.Tensor, whole: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return code uint8[N, bytes per group] and scale uint8[N] of centred float32 ``groups[N,
-        g]``; ``whole``: the states they are of, for messages.
+        g]``; ``whole``: the states they come from, for messages.
         """
         import torch
 
@@ -161,15 +161,15 @@ class Rotated:
         return code, k.to(torch.uint8)
 
     def refuse(self, x: torch.Tensor) -> None:
-        """Say what in ``x`` cannot be coded."""
+        """Raise an error that says what in ``x`` cannot be coded."""
         check_finite(x)
         _refuse_huge(x)
 
     def _quantise(
         self, y: torch.Tensor, squares: torch.Tensor, g: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cells (float32[g, N], counted from 0) and scale codes (int32[N]) of rotated groups ``y[g,
-        N]``.
+        """Return cells (float32[g, N], counted from 0) and scale codes (int32[N]) of rotated groups
+        ``y[g, N]``.
 
         The scale is the group's RMS. A group that is far from Gaussian (one massive channel rotates
         into coefficients that are all plus or minus sigma, in the middle of a wide cell; a row of
@@ -211,8 +211,8 @@ class Rotated:
     def decode(
         self, coded: Mapping[str, torch.Tensor], hidden: int, dtype: torch.dtype | None = None
     ) -> torch.Tensor:
-        """``dtype``: float32 if not given. On CUDA one kernel (``fused.py``), with the same bits as
-        ``decode_plain``.
+        """Decode to ``dtype`` (default float32). On CUDA with one kernel
+        (``rotated_decode_kernel.py``), to the same bits as ``decode_plain``.
         """
         import torch
 
@@ -225,7 +225,7 @@ class Rotated:
         return self.decode_plain(coded, hidden).to(dtype)
 
     def decode_plain(self, coded: Mapping[str, torch.Tensor], hidden: int) -> torch.Tensor:
-        """The decoder in plain torch, on any device: float32 [..., H]. The reference."""
+        """Decode in plain torch, on any device: float32 [..., H]. The reference."""
         import torch
 
         g = self.group(hidden)
@@ -268,8 +268,8 @@ def _refuse_huge(x: torch.Tensor) -> None:
 
 
 def _scale_code(squares: torch.Tensor) -> torch.Tensor:
-    """Scale code int32[N], 0-255, of each group from ``(rms / sqrt(g))^2``: nearest quarter octave,
-    from exponent and mantissa alone.
+    """Return the scale code int32[N], 0-255, of each group from ``(rms / sqrt(g))^2``: the nearest
+    quarter octave, from exponent and mantissa alone.
     """
     import torch
 
@@ -281,8 +281,8 @@ def _scale_code(squares: torch.Tensor) -> torch.Tensor:
 
 @lru_cache(maxsize=64)
 def _constant(device: torch.device, make: Callable[..., Table], *args: Hashable) -> torch.Tensor:
-    """``make(*args)`` on ``device``, made once; usable outside inference mode regardless of the
-    first caller.
+    """Return ``make(*args)`` on ``device``, made once; usable outside inference mode regardless of
+    the first caller.
     """
     import torch
 
@@ -292,8 +292,8 @@ def _constant(device: torch.device, make: Callable[..., Table], *args: Hashable)
 
 @lru_cache(maxsize=16)
 def trusted(codec: Rotated, hidden: int, device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether kernel and plain torch give the same bytes here, tried on rows of all magnitudes with
-    a massive channel.
+    """Tell whether kernel and plain torch give the same bytes here, tested on rows of all
+    magnitudes with a massive channel.
     """
     import torch
 
@@ -312,7 +312,7 @@ def trusted(codec: Rotated, hidden: int, device: torch.device, dtype: torch.dtyp
         x = x[:, 0] if rows == 1 else x
         try:
             found = kernel.encode(codec, x)
-        except Exception as error:  # a compiler of another version raises what it likes
+        except Exception as error:  # another compiler version may raise anything
             log.warning("the encoding kernel does not run here; encoding in plain torch: %s", error)
             return False
         want = codec.encode_plain(x)

@@ -1,19 +1,18 @@
-"""Decoding of ``rotated`` codes as one Triton kernel: bytes in, states out, nothing in between in
+"""Decode ``rotated`` codes in one Triton kernel: bytes in, states out, no intermediate results in
 memory.
 
 Legend: T rows (tokens), C groups of a row (L * H / g), g channels of a group.
 
 A program takes one group of channels and runs down the tokens, so the rotation stays in shared
 memory and the group's means and deviations in the nearest cache (in registers they would cost a
-third of the occupancy). Cells become levels by a table of 16 (or 256) entries, and the rotation is
-a matrix product on the tensor cores: levels and signs are integers that float16 holds, their sums
-are below 2^17, so the product is exact and every later step is one rounding, as
-``Rotated.decode_plain`` does it (``enable_fp_fusion`` off: a fused multiply-add would round once
-where that rounds twice). The two agree to the last bit; tests and ``bench/codec_speed.py`` hold
-them to it. The low nibbles of a byte are its even channels, so no lane has to be interleaved: even
-and odd rows of the rotation are multiplied apart.
-
-Import only where triton is there; ``codec`` does so for tensors on CUDA.
+third of the occupancy). Cells become levels through a table of 16 (or 256) entries, and the
+rotation is a matrix product on the tensor cores: levels and signs are integers that float16 holds,
+their sums are below 2^17, so the product is exact, and every later step rounds once, as in
+``Rotated.decode_plain`` (``enable_fp_fusion`` is off: a fused multiply-add would round once where
+plain torch rounds twice). The two agree to the last bit; tests and ``bench/codec_speed.py`` check
+that. The low nibbles of a byte are its even channels, so no lanes have to be interleaved: even and
+odd rows of the rotation are multiplied separately. Import only if triton is installed;
+``rotated.py`` does so for tensors on CUDA.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ LEAST_GROUP = 32  # half of it is the shortest inner axis that a matrix product 
 
 
 class Launch(NamedTuple):
-    """Tokens to a tile, tiles to a program, warps to a program."""
+    """Tokens per tile, tiles per program, warps per program."""
 
     tile: int = 64
     loop: int = 4
@@ -103,15 +102,15 @@ def decode(
     launch: Launch = LAUNCH,
     kernel: Any = decode_groups,
 ) -> torch.Tensor:
-    """As ``Rotated.decode_plain`` and then ``.to(dtype)``, bit for bit; groups of ``LEAST_GROUP``
-    and more.
+    """As ``Rotated.decode_plain`` and then ``.to(dtype)``, bit for bit; for groups of at least
+    ``LEAST_GROUP``.
     """
     code, scale = coded["code"].contiguous(), coded["scale"].contiguous()
     g = codec.group(hidden)
     assert g >= LEAST_GROUP
     out = torch.empty(*code.shape[:-1], hidden, dtype=dtype, device=code.device)
     tables = _tables(codec, hidden, code.device)
-    # Without a centre all groups are alike, and a program may take neighbours.
+    # Without a centre all groups are treated alike, and a program may take neighbours.
     columns = tables.mean.numel() // g if codec.centre else 1
     rows = scale.numel() // columns
     if rows:
@@ -147,7 +146,7 @@ class _Tables(NamedTuple):
 
 @lru_cache(maxsize=16)
 def _tables(codec: Cells, hidden: int, device: torch.device) -> _Tables:
-    """What the kernel looks up, on ``device``; made once a codec."""
+    """Return the kernel's tables on ``device``; made once per codec."""
     with torch.inference_mode(False):
         levels, scales, back = (
             torch.from_numpy(np.ascontiguousarray(x)).to(device)

@@ -1,17 +1,15 @@
-"""Encoding of ``rotated`` codes as two Triton kernels: states in, bytes out, once through memory
-where plain torch goes some thirty times.
+"""Encode ``rotated`` codes in two Triton kernels: states in, bytes out, with one pass over memory
+instead of plain torch's thirty.
 
 Legend: N groups of all rows, C groups of a row (L * H / g), g channels of a group.
 
-Every step is the one rounding that ``Rotated.encode_plain`` makes, in the same order (butterflies
-and energies halve in registers, ``enable_fp_fusion`` off), so the bytes are the same. Groups that
-are far from Gaussian are listed and tried at other scales by a second kernel: coded by plain torch,
-those few groups took some 150 launches per call and two waits for the device, ten times the
-kernel's own time; and tried where they are found, one of them makes the whole tile do thirteen
-times the work. Whether this machine's compiler keeps to all that is tried once per process on a few
-rows (``rotated.trusted``); where it does not, plain torch codes everything.
-
-Import only where triton is there.
+Every step rounds exactly as ``Rotated.encode_plain`` does, in the same order (butterflies and
+energies are halved in registers, ``enable_fp_fusion`` is off), so the bytes are the same. Groups
+far from Gaussian are listed and tried at other scales by a second kernel: in plain torch, those few
+groups took some 150 launches per call and two waits for the device, ten times the kernel's own
+time; and tried in the first kernel, a single one makes its whole tile do thirteen times the work.
+Whether this machine's compiler preserves all that is tested once per process on a few rows
+(``rotated.trusted``); if not, plain torch codes everything. Import only if triton is installed.
 """
 
 from __future__ import annotations
@@ -34,7 +32,9 @@ AGAIN_PROGRAMS = 528  # four a multiprocessor of an H100
 
 @triton.jit  # type: ignore[untyped-decorator]
 def energies(x, TILE: tl.constexpr, G: tl.constexpr, LOG: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Sum of squares of each row of ``x[TILE, G]``: entry i plus entry i + g/2, then again."""
+    """Return the sum of squares of each row of ``x[TILE, G]``: entry i plus entry i + g/2, then
+    again.
+    """
     e = x * x
     for s in tl.static_range(LOG):
         a, b = tl.split(tl.permute(tl.reshape(e, (TILE, 2, G >> (s + 1))), (0, 2, 1)))
@@ -79,8 +79,8 @@ def rotated(  # type: ignore[no-untyped-def]
     CENTRED: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """Groups ``row[TILE]`` centred and rotated, [TILE, G], and their mean squares over g; zeros
-    where not ``real``.
+    """Return groups ``row[TILE]`` centred and rotated, [TILE, G], and their mean squares over g;
+    zeros where not ``real``.
     """
     i = tl.arange(0, G)
     y = tl.load(x + row[:, None] * G + i[None, :], mask=real[:, None], other=0.0).to(tl.float32)
@@ -97,7 +97,9 @@ def rotated(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def scale_code(squares):  # type: ignore[no-untyped-def]
-    """Scale code of each group: the nearest quarter octave, from exponent and mantissa alone."""
+    """Return the scale code of each group: the nearest quarter octave, from exponent and mantissa
+    alone.
+    """
     bits = squares.to(tl.int32, bitcast=True)
     # squares = m 2^e, m from 0.5 to 1
     m = ((bits & 0x7FFFFF) | (126 << 23)).to(tl.float32, bitcast=True)
@@ -150,7 +152,7 @@ def encode_groups(  # type: ignore[no-untyped-def]
     CENTRED: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """Every group at the scale of its mean square."""
+    """Encode every group at the scale of its mean square."""
     row = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
     real = row < groups
     y, squares = rotated(x, flip, mean, inverse, row, real, columns, G, LOG, CENTRED, TILE)
@@ -190,8 +192,8 @@ def encode_again(  # type: ignore[no-untyped-def]
     CENTRED: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """The groups of ``again`` at twelve other scales; each keeps the best. Programs share them out,
-    as many as there are, so nobody waits for their number.
+    """Try the groups of ``again`` at twelve other scales; each keeps the best. A fixed number of
+    programs shares them, so the host need not wait for their number.
     """
     count = tl.load(told)
     for at in range(tl.program_id(0) * TILE, count, tl.num_programs(0) * TILE):
@@ -242,7 +244,7 @@ def encode(codec: Cells, x: torch.Tensor) -> dict[str, torch.Tensor]:
         far = 2.0 * distortion(codec.step, codec.levels)
         encode_groups[(tiles,)](*given, groups, columns, codec.step, far, SQUARE_LIMIT, **shape)
         encode_again[(min(tiles, AGAIN_PROGRAMS),)](*given, columns, codec.step, **shape)
-        # Waits for the kernels, which a caller of another stream than the target's does anyway.
+        # Waits for the kernels, which a caller on another stream than the target's does anyway.
         if int(told[1]):
             codec.refuse(x)
     lead = x.shape[:-1]
@@ -263,7 +265,7 @@ class _Tables(NamedTuple):
 
 @lru_cache(maxsize=16)
 def _tables(codec: Cells, hidden: int, device: torch.device) -> _Tables:
-    """What the kernel looks up, on ``device``; made once a codec."""
+    """Return the kernel's tables on ``device``; made once per codec."""
     g = codec.group(hidden)
     with torch.inference_mode(False):
         arrays = (

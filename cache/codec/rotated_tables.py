@@ -1,4 +1,4 @@
-"""What ``rotated`` codes are looked up in: cell widths, levels, scales. Shared by the codec and its
+"""The tables of ``rotated`` codes: cell widths, levels, scales. Shared by the codec and its
 kernels; no torch.
 
 Legend: g channels of a group.
@@ -33,7 +33,7 @@ NEED_ZSTD = (3, 2)  # bits whose cells are stored in more than they hold
 
 
 class Cells(Protocol):
-    """What the kernels ask of the codec (``rotated.Rotated``)."""
+    """What the kernels need from the codec (``rotated.Rotated``)."""
 
     @property
     def step(self) -> float: ...
@@ -49,8 +49,8 @@ class Cells(Protocol):
 
 
 def cells_per_unit(step: float, g: int) -> Table:
-    """1 / (g scale step) of each scale code, float32[256]: turns an unnormalised rotation into
-    cells; 0 for code 0.
+    """Return 1 / (g scale step) of each scale code, float32[256]: turns an unnormalised rotation
+    into cells; 0 for code 0.
     """
     scale = scale_table().astype(np.float64)
     return np.divide(1.0, scale * (g * step), out=np.zeros(256), where=scale > 0).astype(np.float32)
@@ -61,7 +61,7 @@ def levels_in_cells(step: float, levels: tuple[int, ...]) -> Table:
 
 
 def byte_levels(levels: tuple[int, ...]) -> Table:
-    """Levels of the values in each byte, float32[256, values per byte]."""
+    """Return the levels of the values in each byte, float32[256, values per byte]."""
     table = level_table(levels)
     if table.shape[0] == 256:
         return table[:, None]

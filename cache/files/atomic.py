@@ -1,5 +1,5 @@
-"""Writing so that a crash leaves the old state or the new one: write beside, fsync, rename, fsync
-the folder.
+"""Write so that a crash leaves either the old state or the new one: write beside, fsync, rename,
+fsync the folder.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 
 from dspark.cache.errors import StoreWriteError
 
-STAGING = ".staging-"  # a name that starts so was never committed and may be deleted
+STAGING = ".staging-"  # a name with this prefix was never committed and may be deleted
 
 
 def fsync_path(path: Path) -> None:
@@ -41,13 +41,11 @@ def fsync_tree(root: Path) -> None:
 def staged(
     final: Path, *, replace: bool = False, keep: bool = False, token: str = ""
 ) -> Iterator[Path]:
-    """The one way to write something whole or not at all: a path beside ``final``, which is fsynced
-    and takes its name when the block ends.
-
-    The block makes a file or a folder there. ``replace``: ``final`` may exist and is exchanged for
-    it in one step; without it a folder that exists is an error, or, with ``keep``, stays what it
-    is. ``token``: sets it apart from what other writers make for the same name. After an error
-    nothing of it is left. Raises StoreWriteError.
+    """Write something completely or not at all: yields a path beside ``final``, which is fsynced
+    and renamed to ``final`` when the block ends. The block creates a file or a folder there.
+    ``replace``: ``final`` may exist and is exchanged in one step; without it, an existing folder is
+    an error, or, with ``keep``, stays unchanged. ``token``: distinguishes it from other writers'
+    attempts for the same name. After an error nothing is left behind. Raises StoreWriteError.
     """
     path = final.with_name(STAGING + final.name + token)
     with write_errors(final, path):
@@ -67,8 +65,8 @@ def staged(
 
 
 def _rename(new: Path, final: Path, keep: bool) -> None:
-    """Give ``new`` the name ``final``; ``keep``: unless a folder has it, then ``new`` is
-    deleted.
+    """Rename ``new`` to ``final``; with ``keep``, if a folder has that name, delete ``new``
+    instead.
     """
     try:
         os.replace(new, final)
@@ -79,11 +77,11 @@ def _rename(new: Path, final: Path, keep: bool) -> None:
 
 
 def _exchange(new: Path, old: Path) -> None:
-    """Folder ``new`` takes the place of folder ``old``, which is deleted. One step where the kernel
-    has one (Linux, most file systems).
+    """Put folder ``new`` in the place of folder ``old``, which is deleted: in one step if the
+    kernel can (Linux, most file systems).
     """
     aside = old.with_name(STAGING + old.name + ".old")
-    remove(aside)  # of one that was killed here
+    remove(aside)  # left by a process that was killed here
     if not _renameat2(new, old):
         os.rename(old, aside)
         os.rename(new, old)
@@ -92,7 +90,7 @@ def _exchange(new: Path, old: Path) -> None:
 
 
 def _renameat2(a: Path, b: Path) -> bool:
-    """Exchange two paths atomically; whether that was done."""
+    """Exchange two paths atomically; returns whether that was possible."""
     here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
     call = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
     return call is not None and call(here, os.fsencode(a), here, os.fsencode(b), exchange) == 0
@@ -113,7 +111,7 @@ def clear_staging(folder: Path) -> None:
 
 @contextmanager
 def write_errors(path: Path, beside: Path | None = None) -> Iterator[None]:
-    """Turn the disk's errors into StoreWriteError with what to do, and delete what was being
+    """Turn disk errors into StoreWriteError, which says what to do, and delete what was being
     written ``beside`` ``path``, so that a failed write frees its space.
     """
     try:
@@ -121,11 +119,11 @@ def write_errors(path: Path, beside: Path | None = None) -> Iterator[None]:
     except (OSError, SafetensorError) as error:
         number = error_number(error)
         if number is None and isinstance(error, SafetensorError):
-            raise  # tensors that cannot be stored are a mistake of ours, not the disk's
+            raise  # tensors that cannot be stored are our bug, not the disk's
         free = shutil.disk_usage(existing_parent(path)).free
         what = "the disk is full" if number in (errno.ENOSPC, errno.EDQUOT) else str(error)
-        # A disk that failed may fail again here; what is left then is staging, which no reader
-        # takes for data.
+        # A disk that failed may fail again here; then a staging name remains, which no reader
+        # mistakes for data.
         with suppress(OSError):
             remove(beside or path.with_name(STAGING + path.name))
         raise StoreWriteError(
@@ -136,7 +134,9 @@ def write_errors(path: Path, beside: Path | None = None) -> Iterator[None]:
 
 
 def error_number(error: OSError | SafetensorError) -> int | None:
-    """The system's number of an error; safetensors has it in its text only (0.5: ``code: 28``)."""
+    """Return the system's number of an error; safetensors has it only in its text (0.5: ``code:
+    28``).
+    """
     if isinstance(error, OSError):
         return error.errno
     found = re.search(r"(?:os error|code:) (\d+)", str(error))
@@ -144,7 +144,7 @@ def error_number(error: OSError | SafetensorError) -> int | None:
 
 
 def remove(path: Path) -> None:
-    """Delete a file, a folder or a link, if it is there."""
+    """Delete a file, a folder or a link, if it exists."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -152,7 +152,7 @@ def remove(path: Path) -> None:
 
 
 def existing_parent(path: Path) -> Path:
-    """The nearest ancestor of ``path`` that exists."""
+    """Return the nearest existing ancestor of ``path``."""
     path = path.absolute()
     while not path.exists():
         path = path.parent

@@ -1,9 +1,9 @@
 """A bounded folder of pieces of remote objects, shared by all processes of a node.
 
-A piece is ``BLOCK`` bytes of an object, a file of its own with a crc32c behind it: written beside
-and renamed, so a reader finds it whole or not at all, and needs no lock. Whoever has written much
-looks at the whole folder and deletes what was used longest ago. What cannot be kept (a full disk)
-is only read again.
+A piece is ``BLOCK`` bytes of an object in its own file, followed by a crc32c. It is written beside
+and renamed, so a reader finds it complete or not at all, and needs no lock. A process that has
+written much scans the folder and deletes the least recently used pieces. A piece that cannot be
+kept (a full disk) is simply read again.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ log = logging.getLogger("dspark.cache")
 
 BLOCK = 1 << 20
 FOLDER, LIMIT = "DSPARK_CACHE_DIR", "DSPARK_CACHE_GB"  # environment variables
-LARGEST = 50e9  # bytes kept, unless told otherwise; and at most half of what is free
-LOOKS = 64  # a process looks at the whole folder whenever it has written this share of the limit
+LARGEST = 50e9  # default bytes kept; at most half of what is free
+LOOKS = 64  # a process scans the folder whenever it has written this share of the limit
 LEFT = 0.9  # of the limit is left then
 Fetch = Callable[[int, int], bytes]  # (start, length) of the object
 
 
 class BlockCache:
-    """``folder``: made when it is needed; ``limit``: bytes, 0 = nothing is kept."""
+    """``folder``: created when needed; ``limit``: bytes, 0 = keep nothing."""
 
     def __init__(self, folder: Path, limit: int) -> None:
         self.folder, self.limit = folder, limit
@@ -47,7 +47,7 @@ class BlockCache:
 
     @classmethod
     def of_environment(cls) -> BlockCache:
-        """As ``DSPARK_CACHE_DIR`` and ``DSPARK_CACHE_GB`` say. Raises UsageError."""
+        """Make it as ``DSPARK_CACHE_DIR`` and ``DSPARK_CACHE_GB`` say. Raises UsageError."""
         base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
         folder = Path(os.environ.get(FOLDER) or Path(base) / "dspark" / "objects")
         asked = os.environ.get(LIMIT)
@@ -64,8 +64,8 @@ class BlockCache:
         return cls(folder, int(limit))
 
     def read(self, key: str, size: int, start: int, length: int, fetch: Fetch) -> Bytes:
-        """Bytes ``[start, start + length)`` of the object ``key`` of ``size`` bytes; neighbouring
-        pieces that are not here come in one ``fetch``.
+        """Read bytes ``[start, start + length)`` of the object ``key`` of ``size`` bytes; adjacent
+        missing pieces are fetched in one ``fetch``.
         """
         stop = min(start + length, size)
         if start >= stop:
@@ -126,8 +126,8 @@ class BlockCache:
             self.evict()
 
     def evict(self) -> None:
-        """Delete what was used longest ago until a tenth of the limit is free; nothing where
-        another process is at it.
+        """Delete the least recently used pieces until a tenth of the limit is free; do nothing if
+        another process is doing so.
         """
         with suppress(OSError), open(self.folder / ".evict", "w") as lock:
             try:
@@ -157,7 +157,7 @@ class BlockCache:
 
 
 def _runs(numbers: list[int]) -> list[tuple[int, int]]:
-    """First and last of each run of neighbours in rising ``numbers``."""
+    """Yield first and last of each run of neighbours in ascending ``numbers``."""
     out: list[tuple[int, int]] = []
     for n in numbers:
         if out and out[-1][1] == n - 1:

@@ -1,4 +1,4 @@
-"""Which blocks of which sources are there, and which rows are not."""
+"""Which blocks of which sources exist, and which rows are missing."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ if TYPE_CHECKING:
     from dspark.cache.files.part import PartRecord
     from dspark.cache.manifest import SourceInfo
 
-Span = tuple[int, int, int]  # source, first row, row behind the last
+Span = tuple[int, int, int]  # source, first row, one past the last row
 
 
 def rows_known(
     records: Iterable[PartRecord], block_rows: int, sources: Sequence[SourceInfo]
 ) -> dict[int, int]:
-    """Rows of each source, where they are known: the source says it, or a part that ends within its
-    block does.
+    """Return the number of rows of each source, if known: from the source itself, or from a part
+    that ends within its block.
     """
     known = {i: s.rows for i, s in enumerate(sources) if s.rows is not None}
     for record in records:
@@ -28,8 +28,8 @@ def rows_known(
 
 
 def missing_rows(parts: Collection[int], rows: Mapping[int, int], block_rows: int) -> list[Span]:
-    """The rows of sources that have ``rows`` rows each that no part of ``parts`` holds; neighbours
-    are one span.
+    """Return the rows, of sources with ``rows`` rows each, that no part in ``parts`` holds;
+    neighbours form one span.
     """
     out: list[Span] = []
     for source, count in sorted(rows.items()):
@@ -45,7 +45,7 @@ def missing_rows(parts: Collection[int], rows: Mapping[int, int], block_rows: in
 
 
 def beyond(parts: Iterable[int], rows: Mapping[int, int], block_rows: int) -> list[int]:
-    """Numbers of parts that begin behind the last row of their source."""
+    """Return the numbers of parts that begin beyond the last row of their source."""
     return [
         n
         for n in parts
@@ -54,7 +54,7 @@ def beyond(parts: Iterable[int], rows: Mapping[int, int], block_rows: int) -> li
 
 
 def spans(missing: Sequence[Span], most: int = 8) -> str:
-    """``missing`` in words: ``rows 0-255 and 1,024-1,279 of source 0``."""
+    """Describe ``missing`` in words: ``rows 0-255 and 1,024-1,279 of source 0``."""
     several = len({source for source, _, _ in missing}) > 1
     words = [
         f"{a:,}-{b - 1:,}" + (f" of source {s}" if several else "") for s, a, b in missing[:most]

@@ -1,11 +1,10 @@
 """A store in an object store, through obstore: the second implementation of ``Place``.
 
-Nothing is renamed there. A part's objects are written first and its record last, so what a writer
-that died has left has no record and counts for nothing.
-Where two writers have made one part, the later one to have written all its objects writes the
-record too: it then fits what lies there, whoever wrote it.
-obstore retries what fails for a while (5xx, slow-downs, cut connections) with growing pauses.
-Credentials are the library's business and are in no message of ours.
+Nothing is renamed there. A part's objects are written first and its record last, so what a dead
+writer left has no record and does not count. If two writers made the same part, the one that
+finishes its objects later also writes the record, so the record fits the objects, whoever wrote
+them. obstore retries transient failures (5xx, slow-downs, cut connections) with growing pauses.
+Credentials are left to the library and appear in none of our messages.
 """
 
 from __future__ import annotations
@@ -52,7 +51,7 @@ EXTRA = "pip install 'dspark[remote]'"
 
 @cache
 def _memory(bucket: str) -> Any:
-    """The objects of ``memory://BUCKET``, of this process alone."""
+    """Return the objects of ``memory://BUCKET``, private to this process."""
     from obstore.store import MemoryStore
 
     return MemoryStore()
@@ -60,7 +59,7 @@ def _memory(bucket: str) -> Any:
 
 @cache
 def _connected(scheme: str, bucket: str, pid: int) -> Any:
-    """The library's client of a bucket, one per process: none survives a fork."""
+    """Return the library's client for a bucket, one per process: none survives a fork."""
     try:
         from obstore.store import from_url
     except ImportError as error:
@@ -82,7 +81,7 @@ def _connected(scheme: str, bucket: str, pid: int) -> Any:
         "client_options": {"timeout": "120s", "connect_timeout": "10s"},
     }
     endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or ""
-    # somebody's own server, named so on purpose
+    # a self-hosted server, set explicitly
     if scheme == "s3" and endpoint.startswith("http://"):
         options["client_options"]["allow_http"] = True
     if scheme == "s3" and "AWS_ACCESS_KEY_ID" not in os.environ and "AWS_PROFILE" in os.environ:
@@ -94,7 +93,7 @@ def _connected(scheme: str, bucket: str, pid: int) -> Any:
 
 
 def _profile(bucket: str) -> Any:
-    """Credentials of a profile, which obstore leaves to boto3."""
+    """Return the credentials of a profile, which obstore leaves to boto3."""
     try:
         from obstore.auth.boto3 import Boto3CredentialProvider
     except ImportError as error:
@@ -105,7 +104,7 @@ def _profile(bucket: str) -> Any:
 
 
 def _said(error: BaseException) -> str:
-    """What the library says, without the parameters of an address, which may be a signature."""
+    """Return the library's message without URL parameters, which may be a signature."""
     return re.sub(r"\?[^\s)\"']*", "", first_line(error))
 
 
@@ -118,8 +117,8 @@ class AbsentError(DamagedCacheError, FileNotFoundError):
 
 
 def _again(work: Callable[[], T]) -> T:
-    """``work``, tried again where an answer broke off: the library repeats requests that fail, and
-    not all whose bodies do.
+    """Do ``work``, and retry if a response broke off: the library retries failed requests, but not
+    every failed body.
     """
     from obstore.exceptions import GenericError
 
@@ -133,7 +132,9 @@ def _again(work: Callable[[], T]) -> T:
 
 @contextmanager
 def _errors(what: Url) -> Iterator[None]:
-    """The library's errors as OSError: ENOENT where there is no such object, EACCES, else EIO."""
+    """Convert the library's errors to OSError: ENOENT if there is no such object, EACCES, else
+    EIO.
+    """
     from obstore import exceptions as known
 
     try:
@@ -162,8 +163,8 @@ def _writing(what: Url) -> Iterator[None]:
 
 
 class RemoteFile:
-    """An object of known ``size``; ``version`` tells its content, so that pieces of it may be kept
-    on this machine.
+    """An object of known ``size``; ``version`` identifies its content, so that pieces of it may be
+    cached locally.
     """
 
     def __init__(self, bucket: Bucket, name: str, size: int, version: str) -> None:
@@ -183,7 +184,7 @@ class RemoteFile:
 
 
 class Bucket:
-    """A store at ``url``. Can be pickled (``memory://`` is another one in another process)."""
+    """A store at ``url``. Can be pickled (but ``memory://`` differs per process)."""
 
     remote = True
 
@@ -225,7 +226,7 @@ class Bucket:
         return bytes(found.bytes())
 
     def range(self, name: str, start: int, length: int) -> bytes:
-        """Bytes ``[start, start + length)``, fewer where the object ends before."""
+        """Read bytes ``[start, start + length)``, fewer if the object ends earlier."""
         import obstore
 
         with _errors(self.where(name)):
@@ -241,7 +242,7 @@ class Bucket:
             return int(_again(lambda: obstore.head(self._store, self._key(name)))["size"])
 
     def exists(self, name: str = "") -> bool:
-        """Tell whether an object is there; without a name, whether anything of the store is."""
+        """Tell whether an object exists; without a name, whether the store has any."""
         try:
             if name:
                 self.size(name)
@@ -251,7 +252,7 @@ class Bucket:
             return False
 
     def _objects(self, name: str, *, first: bool = False) -> list[Any]:
-        """What the service knows of every object below ``name``, or of one of them."""
+        """Yield what the service knows about every object below ``name``, or about one of them."""
         import obstore
 
         def pages() -> list[Any]:
@@ -284,7 +285,7 @@ class Bucket:
 
         names = [name] if name and self.exists(name) else []
         names += [f"{name}/{n}" if name else n for n in self.sizes(name)]
-        # The record first: what has none counts for nothing.
+        # The record first: objects without one do not count.
         names.sort(key=lambda n: (not n.endswith(RECORD), n.count("/"), n))
         with _writing(self.where(name)), _errors(self.where(name)):
             for start in range(0, len(names), 1000):
@@ -321,7 +322,7 @@ class Bucket:
 
     def upload(self, folder: Path, name: str, *, new: bool = False) -> None:
         """Write the files of ``folder`` below ``name``, its own ``zarr.json`` last. ``new``: raises
-        ExistsError where there is one already.
+        ExistsError if one exists already.
         """
         import obstore
         from obstore.exceptions import AlreadyExistsError
@@ -341,7 +342,7 @@ class Bucket:
             try:
                 _again(lambda: obstore.put(self._store, self._key(to), data, mode="create"))
             except AlreadyExistsError as error:
-                # A put whose answer was lost is made again, and finds its own.
+                # A put whose response was lost is retried, and finds its own object.
                 if self.read(to) == data:
                     return
                 if new:
@@ -380,8 +381,8 @@ class Bucket:
             yield folder
 
     def kept(self, name: str, version: str) -> Path:
-        """A copy of the objects below ``name`` on this machine, made once; ``version``: tells one
-        content from another.
+        """Return a local copy of the objects below ``name``, made once; ``version`` identifies its
+        content.
         """
         final = self.pieces.folder.with_name("whole") / f"{self.url.name}-{name}-{version[:24]}"
         sizes = self.sizes(name)
@@ -396,7 +397,7 @@ class Bucket:
         return final
 
     def free(self) -> int | None:
-        """Bytes that there is room for; None: nobody knows."""
+        """Return the free space in bytes; None = unknown."""
         return None
 
 
@@ -406,7 +407,7 @@ def _pieces() -> BlockCache:
 
 
 def parent(url: Url) -> tuple[Bucket, str]:
-    """The place that holds the store at ``url``, and its name there."""
+    """Return the place that holds the store at ``url``, and its name there."""
     head, _, name = url.text.rpartition("/")
     return Bucket(Url(head)), name
 

@@ -1,5 +1,5 @@
-"""What a codec has learnt, beside the states: one file per store, hashed into the plan, made by the
-first writer and read by all others.
+"""A codec's calibration, stored beside the states: one file per store, hashed into the plan,
+written by the first writer and read by all others.
 
 The file says in its metadata what it was made for, so that it can be taken to another store of the
 same plan (``--calibration``).
@@ -34,14 +34,14 @@ if TYPE_CHECKING:
 
 
 def codec_info(codec: Codec) -> CodecInfo:
-    """What a plan says of ``codec`` before its calibration file is written."""
+    """Return what a plan says about ``codec`` before its calibration file is written."""
     return CodecInfo(name=codec.name, params=codec.params, pack=codec.pack)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MadeFor:
-    """What a calibration is of. ``config_sha256``: of the target's config, as canonical JSON;
-    ``weights_sha256``: of its frozen weights.
+    """What a calibration was made for. ``config_sha256``: of the target's config, as canonical
+    JSON; ``weights_sha256``: of its frozen weights.
     """
 
     codec: str
@@ -63,13 +63,13 @@ class MadeFor:
 
 
 def config_sha256(config: Json) -> str:
-    """sha256 of a target's config."""
+    """Return the sha256 of a target's config."""
     return hashlib.sha256(canonical(config)).hexdigest()
 
 
 @dataclass(frozen=True, slots=True)
 class Supplied:
-    """A calibration file that was made before, elsewhere."""
+    """A calibration file from another store."""
 
     path: Path
     sha256: str
@@ -77,8 +77,8 @@ class Supplied:
 
     @classmethod
     def read(cls, path: Path) -> Self:
-        """Without its tensors. Raises UsageError for what is no calibration, DamagedCacheError for
-        one that its store has another hash of.
+        """Read it without its tensors. Raises UsageError if it is not a calibration,
+        DamagedCacheError if its store records another hash.
         """
         flag = f"--calibration {path}"
         try:
@@ -89,46 +89,46 @@ class Supplied:
         manifest = _manifest_beside(path)
         if manifest is not None and manifest.codec.calibration_sha256 not in (None, sha256):
             raise DamagedCacheError(
-                f"{flag}: its sha256 is {sha256}, the store that it lies in says "
+                f"{flag}: its sha256 is {sha256}, but the store that contains it says "
                 f"{manifest.codec.calibration_sha256}."
             )
         if made is None and manifest is not None:
             made = MadeFor.of(manifest)
         if made is None:
             raise UsageError(
-                f"{flag}: does not say what it was made for, as those of releases before do not. "
-                "Give it where it lies in its store."
+                f"{flag}: does not say what it was made for, because an earlier release wrote "
+                "it. Give its path inside its store."
             )
         return cls(path, sha256, made)
 
     def check(self, codec: Codec, layers: Sequence[int], config: Json | None) -> None:
         """Raise MismatchError unless a store of ``codec``, ``layers`` and a target with this
-        ``config`` (None: not known yet) takes it.
+        ``config`` (None = not known yet) can use it.
         """
         made, wrong = self.made_for, []
         if made.codec != codec.name:
-            wrong.append(f"codec: it is of {made.codec}, this run has {codec.name}")
+            wrong.append(f"codec: it is for {made.codec}, this run has {codec.name}")
         if made.layers != list(layers):
-            wrong.append(f"layers: it is of {made.layers}, this run has {list(layers)}")
+            wrong.append(f"layers: it is for {made.layers}, this run has {list(layers)}")
         if config is not None and made.config_sha256 != config_sha256(config):
             wrong.append(
-                f"target: it is of {made.target}, whose config is another than this target's"
+                f"target: it is for {made.target}, whose config differs from this target's"
             )
         if wrong:
             raise MismatchError(
                 f"--calibration {self.path}: not a calibration for this store.\n  "
                 + "\n  ".join(wrong)
-                + "\nGive the flags that it was made with, or leave --calibration out."
+                + "\nUse the flags that it was made with, or omit --calibration."
             )
 
     def codec(self, codec: Codec) -> Codec:
-        """``codec`` with what the file holds."""
+        """Return ``codec`` with the file's calibration."""
         learnt = read_calibration(self.path, self.sha256)
         return registry.load(codec.name, codec.params, codec.pack, learnt, str(self.path))
 
 
 def _metadata(path: Path, flag: str) -> MadeFor | None:
-    """What the file says that it was made for, None where it says nothing."""
+    """Return what the file says it was made for; None if it says nothing."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -140,11 +140,9 @@ def _metadata(path: Path, flag: str) -> MadeFor | None:
 
 
 def _manifest_beside(path: Path) -> Manifest | None:
-    """The manifest of the store that ``path`` lies in, None where it is in none that can be
-    read.
-    """
+    """Return the manifest of the store that contains ``path``; None if there is no readable one."""
     try:
-        # Zarr comes with it, and a dry run does without
+        # it imports Zarr, which a dry run does not need
         from dspark.cache.files.part import read_attributes
 
         attributes = read_attributes(place_of(path.parent))
@@ -156,8 +154,8 @@ def _manifest_beside(path: Path) -> Manifest | None:
 
 
 def save_calibration(codec: Codec, folder: Path, manifest: Manifest) -> str | None:
-    """Write what ``codec`` has learnt into ``folder`` of the store of ``manifest``; returns the
-    file's sha256, None if it has learnt nothing.
+    """Write the calibration of ``codec`` into ``folder`` of the store of ``manifest``; returns the
+    file's sha256, None if there is no calibration.
     """
     from safetensors.torch import save_file
 
@@ -171,8 +169,8 @@ def save_calibration(codec: Codec, folder: Path, manifest: Manifest) -> str | No
 
 
 def stored_codec(store: Place, manifest: Manifest) -> Codec:
-    """The codec of a store. Raises DamagedCacheError unless the calibration file is the one that
-    the plan has the hash of.
+    """Return the codec of a store. Raises DamagedCacheError unless the calibration file matches the
+    hash in the plan.
     """
     if manifest.fields is not None:
         return from_fields(*manifest.fields, str(store.where("")))
@@ -192,7 +190,7 @@ def _stored(store: Place, sha256: str) -> dict[str, torch.Tensor]:
 
 
 def read_calibration(path: Path, sha256: str | None) -> dict[str, torch.Tensor]:
-    """Its tensors; ``sha256``: what the file must have, None: any."""
+    """Read its tensors; ``sha256``: the required hash; None = any."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import fastcrc.crc32
 
-# Of the bytes, going on from an earlier result (0 to begin).
+# Checksum of bytes, continuing from an earlier result (0 to begin).
 crc32c: Callable[..., int] = fastcrc.crc32.iscsi
 crc32: Callable[..., int] = fastcrc.crc32.iso_hdlc
 
@@ -35,5 +35,5 @@ def file_sums(path: Path) -> tuple[int, int, int]:
 
 
 def of_bytes(data: Any) -> int:
-    """crc32c of an array's bytes."""
+    """Return the crc32c of an array's bytes."""
     return crc32c(memoryview(data).cast("B")) if len(data) else 0

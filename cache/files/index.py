@@ -1,5 +1,5 @@
-"""The sample index: where every sample of a store lies. Derived from the parts and made again from
-them; both the writer (at finish) and the reader (while incomplete) build it here.
+"""The sample index: where every sample of a store is. Derived from the parts, and rebuilt from
+them; both the writer (at finish) and the reader (of an incomplete store) build it here.
 
 ``sample_start`` int64[N+1] and ``sample_last_start`` int64[N+1]: first token / first stored last
 state of each sample, over the whole store.
@@ -18,13 +18,15 @@ from dspark.cache.files.checksum import of_bytes
 from dspark.cache.files.layout import StoredArray
 from dspark.cache.files.part import Array
 
-# What of a part's arrays the index is made from.
+# The arrays of a part that the index is made from.
 PART_ARRAYS = ("sample_start", "sample_last_start", "sample_row", "sample_key", "loss_mask")
 TURN = "sample_turn"  # not in version 1
 
 
 def build_index(parts: Iterable[Mapping[str, Array]], numbers: Sequence[int]) -> dict[str, Array]:
-    """Index of a store from the ``PART_ARRAYS`` of its parts, in the order of their ``numbers``."""
+    """Build the index of a store from the ``PART_ARRAYS`` of its parts, in the order of their
+    ``numbers``.
+    """
     starts: list[Array] = [np.zeros(1, np.int64)]
     lasts: list[Array] = [np.zeros(1, np.int64)]
     rows: list[Array] = [np.zeros(0, np.int64)]
@@ -57,7 +59,7 @@ def build_index(parts: Iterable[Mapping[str, Array]], numbers: Sequence[int]) ->
 
 
 def index_specs(index: Mapping[str, Array]) -> list[StoredArray]:
-    """How the index is stored: chunks of 65,536 samples."""
+    """Describe how the index is stored: chunks of 65,536 samples."""
     return [
         StoredArray(
             name, data.shape, str(data.dtype), 65536, 0 if data.itemsize == 1 else data.itemsize
@@ -67,8 +69,8 @@ def index_specs(index: Mapping[str, Array]) -> list[StoredArray]:
 
 
 def index_shape(samples: int, parts: int) -> list[StoredArray]:
-    """How the index of a store of so many samples and parts is stored; what ``index_specs`` says of
-    it.
+    """Describe, as ``index_specs`` does, how the index of a store of so many samples and parts is
+    stored.
     """
     empty = build_index([], [])
     more = {"sample_start": 1, "sample_last_start": 1, "part_first_sample": 1}
@@ -83,7 +85,7 @@ def index_shape(samples: int, parts: int) -> list[StoredArray]:
 
 
 def index_sums(index: Mapping[str, Array]) -> dict[str, int]:
-    """crc32c of the little-endian bytes of each array of the index."""
+    """Return the crc32c of the little-endian bytes of each array of the index."""
     return {
         n: of_bytes(np.ascontiguousarray(a, a.dtype.newbyteorder("<")))
         for n, a in sorted(index.items())

@@ -1,13 +1,11 @@
-"""Where everything lies in a store, and how many bytes it takes: pure functions, no I/O.
+"""Where everything is in a store, and how many bytes it takes: pure functions, no I/O.
 docs/format.md says the same in prose.
 
-    hs.zarr/
-      zarr.json            Zarr v3 group; attributes.dspark = the manifest, sealed with a crc32c
-      target/              model.safetensors (frozen weights), config.json, tokenizer files
-      calibration.safetensors   what the codec has learnt, if it has
-      parts/000000000000/  Zarr v3 group; attributes.dspark_part = the part's record, sealed
-        input_ids ...      one array each, one shard file each
-      index/               written when the dump finishes: where every sample lies
+    hs.zarr/ zarr.json            Zarr v3 group; attributes.dspark = the manifest, sealed with a
+    crc32c target/              model.safetensors (frozen weights), config.json, tokenizer files
+    calibration.safetensors   the codec's calibration, if any parts/000000000000/  Zarr v3 group;
+    attributes.dspark_part = the part's record, sealed input_ids ...      one array each, one shard
+    file each index/               written when the dump finishes: where every sample lies
 
 Legend: T tokens of a part, N samples of a part, M stored last states of a part, L aux layers, H
 hidden size.
@@ -51,12 +49,12 @@ TARGET_WEIGHTS, TARGET_CONFIG, TARGET_TOKENIZER = (
 )
 TARGET_TEMPLATE = "chat_template.jinja"
 
-# Tokens to a chunk of a state array. A random sample of S tokens reads about S + STATE_CHUNK of
+# Tokens per chunk of a state array. A random sample of S tokens reads about S + STATE_CHUNK of
 # them, and each chunk costs a fixed time to look up, check and decode; 128 keeps the over-read of a
 # 1,000-token sample near 13 %.
 STATE_CHUNK = 128
-# Where states are kept as they are, a chunk is copied and summed while it is in the processor's
-# second cache; the rows are a power of two.
+# For uncompressed states, a chunk is copied and summed while it is in the L2 cache; the rows are a
+# power of two.
 PLAIN_BYTES, PLAIN_CHUNK = 256 << 10, (32, 256)
 TOKEN_CHUNK = 4096  # of input_ids and loss_mask: 16 kB before compression
 
@@ -64,8 +62,8 @@ TOKEN_CHUNK = 4096  # of input_ids and loss_mask: 16 kB before compression
 @dataclass(frozen=True, slots=True)
 class StoredArray:
     """One array of a part: ``shape``, ``dtype``, inner ``chunk`` along the first axis, byte-shuffle
-    element size (0 = none), zstd level (0 = kept as it is). ``columns``: a chunk is transposed, so
-    that what repeats along rows lies together.
+    element size (0 = none), zstd level (0 = uncompressed). ``columns``: a chunk is transposed, so
+    that values that repeat along rows are adjacent.
     """
 
     name: str
@@ -78,23 +76,23 @@ class StoredArray:
 
 
 def part_number(source: int, block: int) -> int:
-    """Number of the part that holds block ``block`` of source ``source``; parts are in the order of
-    their numbers.
+    """Return the number of the part that holds block ``block`` of source ``source``; parts are
+    ordered by number.
     """
     assert 0 <= block < SOURCE_STRIDE, block
     return source * SOURCE_STRIDE + block
 
 
 def part_name(number: int, version: int = 2) -> str:
-    """Folder of part ``number``: four digits of the source and eight of the block (version 1: eight
-    of the part).
+    """Return the folder of part ``number``: four digits for the source and eight for the block
+    (version 1: eight for the part).
     """
     return f"{number:08d}" if version == 1 else f"{number:012d}"
 
 
 def shard_tag(digest: str, number: int, array: str, tokens_sha256: str = "") -> bytes:
-    """What the shard of ``array`` of part ``number`` begins with: it belongs to no other array,
-    part, plan or, with ``tokens_sha256``, tokens.
+    """Return the tag that the shard of ``array`` of part ``number`` begins with; no other array,
+    part, plan or, with ``tokens_sha256``, tokens has the same.
     """
     own = f"{digest} {part_name(number)} {array}" + (f" {tokens_sha256}" if tokens_sha256 else "")
     return hashlib.sha256(own.encode()).digest()[:TAG_BYTES]
@@ -102,8 +100,8 @@ def shard_tag(digest: str, number: int, array: str, tokens_sha256: str = "") -> 
 
 @dataclass(frozen=True, slots=True)
 class PartLayout:
-    """What arrays the parts of a store have: its codec's, of ``layers`` aux layers of ``hidden``
-    channels, and those of tokens and samples.
+    """The arrays of a store's parts: its codec's, for ``layers`` aux layers of ``hidden`` channels,
+    and those of tokens and samples.
     """
 
     codec: Codec
@@ -114,7 +112,7 @@ class PartLayout:
         """The arrays of a part with T tokens, N samples and X exactly stored tokens that are not
         states.
         """
-        # Ids and mask are kept like the states: unpacking them would be a fifth of a read.
+        # Ids and mask are packed like the states: decompressing them would be a fifth of a read.
         plain = self.codec.pack == "none"
         out = [
             StoredArray(
@@ -135,7 +133,7 @@ class PartLayout:
         return out
 
     def states(self, tokens: int, last_rows: int) -> list[StoredArray]:
-        """The codec's arrays whose sizes the tokens tell."""
+        """The codec's arrays whose sizes follow from the tokens."""
         rows = {"token": tokens, "last": last_rows}
         return [
             state_array(n, (rows[s.axis], *s.row_shape), s)
@@ -177,12 +175,11 @@ class PartLayout:
 
 
 def state_array(name: str, shape: tuple[int, ...], spec: ArraySpec) -> StoredArray:
-    """How array ``spec`` of a codec is stored."""
+    """Describe how array ``spec`` of a codec is stored."""
     # Packed codes have no byte structure to shuffle; 16-bit values do (exponent bytes repeat,
-    # mantissa bytes do not).
-    # Level 1 for codes: only their entropy can be taken out, no level finds repeats. Level 3 for
-    # 16-bit values: on SmolLM2 states one core packs 360, 132, 43 MB/s at levels 1, 3, 5 for ratios
-    # 1.23, 1.29, 1.37 (docs/log/2026-11-22-where-the-time-went.md).
+    # mantissa bytes do not). Level 1 for codes: only their entropy can be removed, since no level
+    # finds repeats. Level 3 for 16-bit values: on SmolLM2 states one core packs 360, 132, 43 MB/s
+    # at levels 1, 3, 5 for ratios 1.23, 1.29, 1.37 (docs/log/2026-11-22-where-the-time-went.md).
     if spec.pack == "none":
         assert spec.order == "rows", name
         row = int(np.prod(shape[1:])) * np.dtype(spec.dtype).itemsize
@@ -198,8 +195,8 @@ def state_array(name: str, shape: tuple[int, ...], spec: ArraySpec) -> StoredArr
 
 
 def raw_bytes_per_token(layers: int, hidden: int) -> int:
-    """The uncompressed bf16 layout that others use: ids 4 + two mask bytes, L aux layers and the
-    last state at every token.
+    """Return the bytes per token of the uncompressed bf16 layout that other projects use: ids 4 +
+    two mask bytes, L aux layers and the last state at every token.
     """
     return 6 + 2 * hidden * (layers + 1)
 
@@ -207,8 +204,8 @@ def raw_bytes_per_token(layers: int, hidden: int) -> int:
 def stored_bytes_per_token(
     layers: int, hidden: int, codec: Codec, last_share: float = 1.0
 ) -> float:
-    """Bytes of states per token before lossless compression, which no store exceeds; ``last_share``
-    = stored last states / tokens.
+    """Return the bytes of states per token before lossless compression, which no store exceeds;
+    ``last_share`` = stored last states / tokens.
 
     Tokens that are stored exactly are not counted: they are few.
     """
@@ -217,17 +214,16 @@ def stored_bytes_per_token(
 
 
 def disk_bytes_per_token(layers: int, hidden: int, codec: Codec, last_share: float = 1.0) -> float:
-    """Expected bytes per token on disk: states, ids and mask, and a share of a part's metadata.
-
-    Without zstd exact. With it, below 16 bits, from the entropy of Gaussian cells: right within 2 %
-    where nothing repeats, more than it takes otherwise (``sizing.py``).
+    """Return the expected bytes per token on disk: states, ids and mask, and a share of a part's
+    metadata. Exact without zstd. With zstd below 16 bits, from the entropy of Gaussian cells:
+    within 2 % if nothing repeats, else too high (``sizing.py``).
     """
     return token_bytes(codec) + codec.disk_bytes(layers, hidden, last_share)
 
 
 def token_bytes(codec: Codec) -> float:
-    """Expected bytes of ids, mask and metadata per token, on disk: 4 and 1 as they are, 1.1
-    together after zstd; a part has 19 kB of metadata, 0.6 per token of 32,768.
+    """Return the expected bytes of ids, mask and metadata per token on disk: 4 and 1 uncompressed,
+    1.1 together after zstd; a part has 19 kB of metadata, 0.6 per token of 32,768.
 
     Measured on SmolLM2 stores.
     """

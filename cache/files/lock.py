@@ -1,12 +1,10 @@
-"""The owner lock: one process at a time writes an output, and whoever comes second learns who that
-is.
+"""The owner lock: one process at a time writes an output, and a second writer is told who holds it.
 
 A lock is one small object that says who holds it (host, process, since when). Its holder touches it
-every ``BEAT`` seconds. A holder that is gone from this machine loses it to the next writer. Of a
-holder on another machine nothing is known but the age of its last touch: young, it is alive; old, a
-person may break the lock.
-``Locks`` is what a lock needs of the place where it lies: files here (``lock_files.py``),
-conditional puts in an object store.
+every ``BEAT`` seconds. A holder on this machine that has ended loses it to the next writer. About a
+holder on another machine only the age of its last touch is known: if recent, it is alive; if old, a
+user may break the lock. ``Locks`` is what a lock needs from the place that stores it: files here
+(``lock_files.py``), conditional puts in an object store.
 """
 
 from __future__ import annotations
@@ -46,36 +44,36 @@ class Found:
 
 
 class Locks(Protocol):
-    """Small objects that are made and replaced conditionally. Errors of the place itself are
+    """Small objects that are created and replaced conditionally. Errors of the place itself are
     OSError or StoreWriteError.
     """
 
     def create(self, name: str, data: bytes) -> str | None:
-        """Make ``name``, whole at once; returns its version, None where there is one already."""
+        """Create ``name`` atomically; returns its version, None if it exists already."""
         ...
 
     def read(self, name: str) -> Found | None: ...
     def swap(self, name: str, version: str, data: bytes) -> str | None:
-        """Replace ``name`` if it is still of ``version``; returns the new version, None where it is
-        another by now.
+        """Replace ``name`` if it still has ``version``; returns the new version, None if it has
+        changed.
         """
         ...
 
     def touch(self, name: str, version: str) -> str | None:
-        """Make its age 0 if it is still of ``version``; returns the version then, None where it is
-        another by now.
+        """Set its age to 0 if it still has ``version``; returns the new version, None if it has
+        changed.
         """
         ...
 
     def remove(self, name: str, version: str) -> None:
-        """Delete it if it is still of ``version``."""
+        """Delete it if it still has ``version``."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class Owner:
-    """Who holds a lock. ``machine``: which kernel and process ids ``pid`` is of; ``started``: when
-    the process began, since ids are used again.
+    """Who holds a lock. ``machine``: the kernel and pid namespace of ``pid``; ``started``: when the
+    process began, since ids are reused.
     """
 
     who: str
@@ -88,7 +86,7 @@ class Owner:
 
     @classmethod
     def here(cls, who: str) -> Owner:
-        """This process, as ``who`` (the name of the command)."""
+        """Describe this process, as ``who`` (the name of the command)."""
         since = datetime.now(UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
         return cls(
             who,
@@ -102,7 +100,7 @@ class Owner:
 
     @classmethod
     def read(cls, data: bytes) -> Owner | None:
-        """The owner that ``data`` names; None where it is not what a lock of ours holds."""
+        """Return the owner that ``data`` names; None if it is not the content of a lock."""
         try:
             found = json.loads(data)
             kinds = {f.name: int if f.name == "pid" else str for f in fields(cls)}
@@ -115,18 +113,18 @@ class Owner:
         return None
 
     def gone(self) -> bool:
-        """Whether it is known that the process has ended: it was one of this machine."""
+        """Tell whether the process is known to have ended: it ran on this machine."""
         return self.machine == machine() and started(self.pid) != self.started
 
     def words(self) -> str:
-        """Who and where, for a message."""
+        """Describe who and where, for a message."""
         return f"{self.who} (host {self.host}, pid {self.pid}, since {self.since})"
 
 
 @cache
 def machine() -> str:
-    """What tells process ids of this machine from those of any other: host, boot and pid
-    namespace.
+    """Return what distinguishes process ids of this machine from those of any other: host, boot and
+    pid namespace.
     """
     parts = [socket.gethostname()]
     with suppress(OSError):
@@ -137,8 +135,8 @@ def machine() -> str:
 
 
 def started(pid: int) -> str | None:
-    """When process ``pid`` began, in the kernel's ticks since boot; None: there is none, or one
-    that has ended and waits for its parent.
+    """Return when process ``pid`` began, in kernel ticks since boot; None if there is none, or if
+    it is a zombie.
     """
     try:
         state, *rest = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
@@ -146,7 +144,7 @@ def started(pid: int) -> str | None:
     except OSError:
         if os.path.exists("/proc/self/stat"):
             return None
-    try:  # a system without /proc: that the id is in use is all there is
+    try:  # a system without /proc: all that is known is that the id is in use
         os.kill(pid, 0)
     except ProcessLookupError:
         return None
@@ -156,8 +154,8 @@ def started(pid: int) -> str | None:
 
 
 class Lock:
-    """A held lock; ends with ``release`` or as a context. ``check`` raises LostLockError once
-    somebody else has it.
+    """A held lock; ends with ``release``, or as a context manager. ``check`` raises LostLockError
+    once another process has it.
     """
 
     def __init__(self, where: Locks, name: str, of: str, owner: Owner, version: str) -> None:
@@ -172,10 +170,10 @@ class Lock:
             self._touch()
 
     def _touch(self) -> None:
-        """Show that we live. What cannot be reached now may be later; a lock that is another's
-        stays lost.
+        """Show that we are alive. A lock that cannot be reached now may be later; a lock taken by
+        another process stays lost.
         """
-        # One at a time: a touch may change the version that the next one goes by.
+        # One at a time: a touch may change the version that the next one relies on.
         with self._touching:
             if self._version is None:
                 return
@@ -187,12 +185,12 @@ class Lock:
         self._touch()
         if self._version is None:
             raise LostLockError(
-                f"{self._of}: the lock of this process was broken, and another writer may work "
-                "there. Nothing more is written by this one."
+                f"{self._of}: this process lost its lock, and another process may be writing "
+                "there. This one writes nothing more."
             )
 
     def release(self) -> None:
-        """Give it up. A forked child that inherited it does nothing."""
+        """Release the lock. A forked child that inherited it does nothing."""
         if os.getpid() != self.owner.pid or self._end.is_set():
             return
         self._end.set()
@@ -216,7 +214,9 @@ class Lock:
 def take(
     where: Locks, name: str, owner: Owner, *, of: str, break_lock: bool = False
 ) -> Lock | Refused:
-    """The lock ``name`` for ``owner``, or who has it. ``of``: what it guards, for messages."""
+    """Take the lock ``name`` for ``owner``, or return who has it. ``of``: what it guards, for
+    messages.
+    """
     data = json.dumps(asdict(owner)).encode()
     for _ in range(20):  # each time another writer was quicker
         version = where.create(name, data)
@@ -238,8 +238,8 @@ def take(
 
 @dataclass(frozen=True, slots=True)
 class Refused:
-    """Why a lock could not be had. ``holder`` is None where it does not say; ``age`` in seconds;
-    ``breakable``: a person may break it.
+    """Why a lock could not be taken. ``holder`` is None if unknown; ``age`` in seconds;
+    ``breakable``: a user may break it.
     """
 
     of: str
@@ -248,15 +248,15 @@ class Refused:
     breakable: bool
 
     def error(self) -> LockedError:
-        """The one sentence of the second writer."""
+        """Return the error for the second writer."""
         who = self.holder.words() if self.holder else "another process"
         if self.breakable:
             return LockedError(
-                f"{self.of} is locked by {who}, whose last sign of life is {self.age:.0f} s old; "
-                f"if that process is dead, give {BREAK}."
+                f"{self.of} is locked by {who}, whose last sign of life was {self.age:.0f} s "
+                f"ago. If that process is dead, give {BREAK}."
             )
         return LockedError(
-            f"{self.of} is being written by {who}; wait until it ends, or choose another output."
+            f"{self.of} is being written by {who}; wait for it to end, or choose another output."
         )
 
 

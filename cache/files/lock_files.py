@@ -1,6 +1,6 @@
-"""Locks as files. A file is made whole by a hard link, which fails where there is one, on NFS too;
-a lock is replaced by a rename, by whoever has made the file that stands for replacing just this
-one.
+"""Locks as files. A file is created atomically by a hard link, which fails if the name exists, on
+NFS too; a lock is replaced by a rename, by the process that created the claim file for this
+replacement.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class FolderLocks:
         try:
             os.link(beside, path)
         except FileExistsError:
-            # A server may have made the link and lost the answer.
+            # A server may have created the link but lost the response.
             return _version(data) if os.stat(beside).st_nlink == 2 else None
         except OSError as error:
             if error.errno not in NO_LINKS:
@@ -50,8 +50,8 @@ class FolderLocks:
         return _version(data)
 
     def _create_alone(self, path: Path, data: bytes) -> str | None:
-        """Without links a file is there before its content is: one that dies in between leaves a
-        lock of nobody.
+        """Create the lock without links: the file exists before its content, so a process that dies
+        in between leaves a lock without a holder.
         """
         try:
             file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
@@ -80,12 +80,12 @@ class FolderLocks:
         if self.create(claim, data) is None:
             left = self.read(claim)
             owner = Owner.read(left.data) if left else None
-            # Its maker died between two calls.
+            # Its creator died between two calls.
             if left and ((owner and owner.gone()) or left.age >= OLD):
                 (self.folder / claim).unlink(missing_ok=True)
             return None
         try:
-            # Whoever replaced it before us has deleted its claim only afterwards.
+            # A process that replaced it before us deletes its claim only afterwards.
             found = self.read(name)
             if found is None or found.version != version:
                 return None
@@ -119,7 +119,7 @@ class FolderLocks:
         return path
 
     def clear(self, name: str) -> None:
-        """Delete what processes left that died while they made the lock ``name``."""
+        """Delete what processes left behind that died while creating the lock ``name``."""
         now = self._now()
         for path in self.folder.glob(f"{STAGING}{name}.*"):
             with suppress(OSError):
@@ -127,7 +127,7 @@ class FolderLocks:
                     path.unlink()
 
     def _now(self) -> float:
-        """The time that the file system gives a file now."""
+        """Return the current time of the file system."""
         path = self._beside("now", b"")
         try:
             return os.stat(path).st_mtime
@@ -141,7 +141,7 @@ def _version(data: bytes) -> str:
 
 @contextmanager
 def made_folders(folder: Path) -> Iterator[None]:
-    """Make ``folder`` and those above it; at the end delete those of them that were made and are
+    """Create ``folder`` and its parents; at the end delete those that were created and are
     empty.
     """
     missing = [p for p in (folder, *folder.parents) if not p.exists()]
@@ -162,9 +162,9 @@ def owned(
     output: Where, who: str, *, inside: bool = False, break_lock: bool = False, wait: float = 0.0
 ) -> Iterator[Lock]:
     """Hold the lock of the local ``output`` while the block runs: ``OUTPUT.lock`` beside it, since
-    a store is made by a rename and is exchanged for another by one, or ``.lock`` ``inside`` a
-    folder that stays the same one (and may be a mount of its own). Folders that are made for it and
-    stay empty are deleted again.
+    a store is created and replaced by a rename, or ``.lock`` ``inside`` a folder that stays the
+    same (and may be a mount point). Folders that are created for it and stay empty are deleted
+    again.
     """
     if isinstance(output, Url):
         from dspark.cache.files.bucket import Bucket, BucketLocks, parent

@@ -1,10 +1,10 @@
 """One part on disk: a Zarr group with one shard file per array, and a sealed record of what it
 holds.
 
-A part is there whole or not at all. It holds the samples of a block of source rows, which any
-writer can make without the others. Its record carries the store's whole plan and lists every object
-with size, checksums and place, so that a missing shard (which Zarr would read as zeros) and a
-foreign file are found without decoding anything; each shard begins with a tag of plan, part and
+A part exists completely or not at all. It holds the samples of a block of source rows, which any
+writer can make independently. Its record contains the store's whole plan and lists every object
+with size, checksums and place, so that a missing shard (which Zarr would read as zeros) or a
+foreign file is found without decoding anything. Each shard begins with a tag of plan, part and
 array, so that a swapped one is found when it is opened.
 """
 
@@ -58,14 +58,14 @@ KINDS = frozenset(
 TOKENS_IN_TAG = "tokens-in-tag"
 FEATURES: frozenset[str] = frozenset(
     {TOKENS_IN_TAG}
-)  # of format version 2 that this release knows beyond its beginning
+)  # features added to format version 2 that this release knows
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Block:
-    """What a part is of: rows ``[row_start, row_stop)`` of source number ``source``,
-    ``rows_sha256`` of them (None: not known, as after ``recode`` of a version 1 store), and what
-    became of them.
+    """The rows a part is made of: ``[row_start, row_stop)`` of source number ``source``, their
+    ``rows_sha256`` (None = unknown, as after ``recode`` of a version 1 store), and what became of
+    them.
     """
 
     row_start: int
@@ -81,11 +81,11 @@ class Block:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PartRecord:
-    """What a committed part holds. ``files``: its objects but its own metadata, as ``[bytes,
+    """What a committed part holds. ``files``: its objects except its own metadata, as ``[bytes,
     crc32c, crc32]`` by their place within the part.
 
     Every chunk of a file ends with its own crc32c, so the file's crc32c depends on the chunks'
-    lengths and not on what a sound chunk holds; the crc32 (zlib's polynomial) does. ``plan`` and
+    lengths but not on what a valid chunk holds; the crc32 (zlib's polynomial) does. ``plan`` and
     ``plan_sha256``: the store's, empty in version 1.
     """
 
@@ -108,16 +108,16 @@ class PartRecord:
     versions: dict[str, str] = field(default_factory=dict)
     plan: Json = field(default_factory=dict)
     plan_sha256: str = ""
-    tokens_sha256: str = ""  # of what the states are states of: see ``tokens_sha256``
+    tokens_sha256: str = ""  # of the tokens that the states belong to: see ``tokens_sha256``
     format_version: int = FORMAT_VERSION
 
     @property
     def block(self) -> int:
-        """Number of the block within its source."""
+        """Return the number of the block within its source."""
         return self.index % SOURCE_STRIDE
 
     def tag(self, array: str) -> bytes:
-        """What the shard of ``array`` begins with."""
+        """Return what the shard of ``array`` begins with."""
         if self.format_version == 1:
             return b""
         return shard_tag(self.plan_sha256, self.index, array, self.tokens_sha256)
@@ -150,7 +150,7 @@ VERSION_1_KEYS = (
 
 
 def record_from(data: Any, where: str) -> PartRecord:
-    """A sealed record of either version."""
+    """Parse a sealed record of either version."""
     body = unseal(data, where)
     if "format_version" not in body:
         return build(PartRecord, {**body, "format_version": 1}, where)
@@ -170,7 +170,7 @@ def record_from(data: Any, where: str) -> PartRecord:
             raise DamagedCacheError(f"{where}: object {name}: found {entry}")
         if entry["place"] != name:
             raise FormatVersionError(
-                f"{where}: object {name} is at {entry['place']!r}, which is no local store's"
+                f"{where}: object {name} is at {entry['place']!r}, where no local store keeps one"
             )
     plain = {n: [e["bytes"], e["crc32c"], e["crc32"]] for n, e in files.items()}
     record = build(PartRecord, {**body, "files": plain}, where)
@@ -183,20 +183,21 @@ def record_from(data: Any, where: str) -> PartRecord:
         *record.exact,
     )
     if min(counts) < 0 or len(record.exact) != 2 or record.last_rows > record.tokens:
-        raise DamagedCacheError(f"{where}: counts that no part has: {counts}")
+        raise DamagedCacheError(f"{where}: counts that no part can have: {counts}")
     if (TOKENS_IN_TAG in record.features) != bool(record.tokens_sha256):
         raise DamagedCacheError(
-            f"{where}: tokens_sha256 without its feature, or the feature without it"
+            f"{where}: found tokens_sha256 without its feature, or the feature without "
+            "tokens_sha256"
         )
     if plan_digest(record.plan) != record.plan_sha256:
-        raise DamagedCacheError(f"{where}: the plan is not the one that plan_sha256 is of")
+        raise DamagedCacheError(f"{where}: the plan does not match plan_sha256")
     return record
 
 
 def assemble(
     samples: Sequence[CodedSample], layout: PartLayout
 ) -> tuple[dict[str, Array], dict[str, Array | Pieces]]:
-    """The arrays of a part: those that are not states joined along tokens, the states as pieces."""
+    """Assemble the arrays of a part: tokens and samples joined along tokens, states as pieces."""
     small, stored = join_tokens([s.tokens for s in samples])
     states: dict[str, Array | Pieces] = {}
     for spec in layout.states(small["input_ids"].shape[0], sum(stored)):
@@ -226,7 +227,7 @@ def assemble(
 
 
 def join_tokens(tokens: Sequence[TokenSample]) -> tuple[dict[str, Array], list[int]]:
-    """The arrays of a part that are not states, and the number of stored last states of each
+    """Return the arrays of a part that are not states, and the number of stored last states of each
     sample.
     """
     stored = [int(last_rows(s.loss_mask).sum()) for s in tokens]
@@ -248,8 +249,8 @@ class PartJob:
     """Part ``index`` of the store at ``place``, without its states. Can be sent to another process,
     where ``write`` finishes it.
 
-    ``specs``: its arrays but those of exactly stored tokens, which ``exact`` describes. ``token``:
-    tells the writer from others.
+    ``specs``: its arrays except those of exactly stored tokens, which ``exact`` describes.
+    ``token``: identifies the writer.
     """
 
     place: Place
@@ -264,14 +265,13 @@ class PartJob:
 
     @property
     def state_specs(self) -> list[StoredArray]:
-        """The arrays that ``write`` needs, beside those of exactly stored tokens."""
+        """Return the arrays that ``write`` needs, beside those of exactly stored tokens."""
         made = {*self.arrays, EXACT_START, EXACT_POSITION, EXACT_ROW}
         return [s for s in self.specs if s.name not in made]
 
     def write(self, states: Mapping[str, Array | Pieces]) -> PartRecord:
-        """Write and commit the part; returns its record. Raises StoreWriteError, leaving nothing.
-
-        ``states`` also holds, where the codec stores tokens exactly, ``EXACT_TOKEN`` int64[X]
+        """Write and commit the part; returns its record. Raises StoreWriteError, leaving nothing
+        behind. If the codec stores tokens exactly, ``states`` also holds ``EXACT_TOKEN`` int64[X]
         counted from the part's first token, and their rows.
         """
         arrays: dict[str, Array | Pieces] = {**self.arrays, **states}
@@ -320,8 +320,8 @@ class PartJob:
 
 
 def tokens_sha256(arrays: Mapping[str, Array]) -> str:
-    """sha256 over the arrays of a part that are no states, by name, each with its name: ids, masks,
-    and where samples begin and come from.
+    """Return the sha256 over the arrays of a part that are not states, sorted by name, each with
+    its name: ids, masks, and where samples begin and come from.
     """
     out = hashlib.sha256()
     for name in sorted(arrays):
@@ -330,17 +330,15 @@ def tokens_sha256(arrays: Mapping[str, Array]) -> str:
 
 
 def _sized(spec: StoredArray, made: Mapping[str, Array]) -> StoredArray:
-    """``spec`` with the shape of what was made for it."""
+    """Return ``spec`` with the shape of the given array."""
     return dataclasses.replace(spec, shape=made[spec.name].shape) if spec.name in made else spec
 
 
 def store_once(states: Mapping[str, Array], sample_start: Array) -> dict[str, Array]:
-    """Exactly stored tokens as a part keeps them: equal rows once, in the order in which they first
-    come.
-
-    ``states``: ``EXACT_TOKEN`` [X] rising, and arrays of X rows. Returns those with the different
-    rows alone, and for each sample where its exact tokens begin, for each of them its position
-    within the sample and its row.
+    """Store exact tokens as a part keeps them: equal rows once, in order of first occurrence.
+    ``states``: ascending ``EXACT_TOKEN`` [X], and arrays of X rows. Returns the arrays with only
+    the distinct rows; and, per sample, where its exact tokens begin, and per exact token its
+    position within the sample and its row.
     """
     token = states[EXACT_TOKEN].astype(np.int64)
     rows = {n: a for n, a in states.items() if n != EXACT_TOKEN}
@@ -391,12 +389,14 @@ def write_array(group: Path, spec: StoredArray, data: Array | Pieces, tag: bytes
 
 
 def shard_file(spec: StoredArray) -> str:
-    """The one shard of an array, relative to its folder: chunk key ``c/0/0...``, a zero an axis."""
+    """Return the one shard of an array, relative to its folder: chunk key ``c/0/0...``, one zero
+    per axis.
+    """
     return "/".join(["c", *["0"] * len(spec.shape)])
 
 
 def part_specs(layout: PartLayout, record: PartRecord) -> list[StoredArray]:
-    """Every array of a committed part."""
+    """Return every array of a committed part."""
     exact = record.exact[0], record.exact[1]
     return layout.arrays(
         record.tokens, record.samples, record.last_rows, exact, record.format_version
@@ -404,21 +404,21 @@ def part_specs(layout: PartLayout, record: PartRecord) -> list[StoredArray]:
 
 
 def read_record(place: Place, name: str) -> PartRecord:
-    """The sealed record of the committed part whose folder is called ``name``."""
+    """Read the sealed record of the committed part whose folder is called ``name``."""
     part = place.where(f"{PARTS}/{name}")
     where = str(part / "zarr.json")
     if isinstance(part, Path) and part.is_symlink():
-        raise DamagedCacheError(f"{part}: a link. Within a store there are none.")
+        raise DamagedCacheError(f"{part}: a link. A store contains no links.")
     record = record_from(read_attributes(place, f"{PARTS}/{name}").get(PART_KEY), where)
     if part_name(record.index, record.format_version) != name:
         raise DamagedCacheError(
-            f"{where}: the record is of part {record.index}, the folder is {name}"
+            f"{where}: the record is for part {record.index}, but the folder is {name}"
         )
     return record
 
 
 def missing_files(place: Place, record: PartRecord) -> Iterator[str]:
-    """A finding for each file of the part that is missing or has another size. Reads no data.
+    """Yield a finding for each file of the part that is missing or has another size. Reads no data.
     Raises UnreadableError.
     """
     part = f"{PARTS}/{part_name(record.index, record.format_version)}"
@@ -439,7 +439,7 @@ def missing_files(place: Place, record: PartRecord) -> Iterator[str]:
 
 
 def open_shard(place: Place, record: PartRecord, spec: StoredArray) -> Shard:
-    """The shard of array ``spec`` of a committed part, for reading."""
+    """Open the shard of array ``spec`` of a committed part, for reading."""
     file = f"{spec.name}/{shard_file(spec)}"
     name = f"{PARTS}/{part_name(record.index, record.format_version)}/{file}"
     if file not in record.files:
@@ -452,7 +452,7 @@ def open_shard(place: Place, record: PartRecord, spec: StoredArray) -> Shard:
 
 
 def read_attributes(place: Place, group: str = "") -> dict[str, Any]:
-    """The attributes of a Zarr group of a store, read from its zarr.json."""
+    """Read the attributes of a Zarr group of a store from its zarr.json."""
     name = f"{group}/zarr.json" if group else "zarr.json"
     path = place.where(name)
     try:
@@ -468,8 +468,8 @@ def read_attributes(place: Place, group: str = "") -> dict[str, Any]:
 
 
 def read_shape(place: Place, array: str) -> tuple[tuple[int, ...], str]:
-    """Shape and dtype that the metadata of Zarr array ``array`` says it has. Raises
-    DamagedCacheError or UnreadableError.
+    """Read the shape and dtype of Zarr array ``array`` from its metadata. Raises DamagedCacheError
+    or UnreadableError.
     """
     name = f"{array}/zarr.json"
     path = place.where(name)
@@ -486,8 +486,8 @@ def read_shape(place: Place, array: str) -> tuple[tuple[int, ...], str]:
 
 
 def _json(place: Place, name: str) -> Any:
-    """What a JSON object of a store holds, read within the bounds of ``json_text``. Raises
-    ValueError or OSError.
+    """Read a JSON object of a store, within the bounds of ``json_text``. Raises ValueError or
+    OSError.
     """
     return json_text.loads(place.read(name, json_text.LARGEST).decode())
 
@@ -498,7 +498,7 @@ def write_attributes(group: Path, key: str, value: Json) -> None:
 
 
 def group_metadata(key: str, value: Json) -> bytes:
-    """The zarr.json of a Zarr v3 group with one attribute."""
+    """Return the zarr.json of a Zarr v3 group with one attribute."""
     data = {"zarr_format": 3, "node_type": "group", "attributes": {key: value}}
     return json.dumps(data, separators=(",", ":"), ensure_ascii=False).encode()
 

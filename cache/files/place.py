@@ -1,10 +1,10 @@
-"""Where a store's objects are: one small interface, so that an object store is a second
-implementation.
+"""Where a store's objects are: one small interface with two implementations, local folders and
+object stores.
 
 An object is named by its path within the store, with slashes
 (``parts/000000000001/aux_code/c/0/0/0``). A local folder commits a part by renaming a finished
 folder; an object store writes the part's objects first and its record last. Readers need not know
-which: a part whose record is there is whole.
+which: a part with a record is complete.
 """
 
 from __future__ import annotations
@@ -43,102 +43,98 @@ class Object(Protocol):
     @property
     def size(self) -> int: ...
     def read(self, start: int, length: int) -> Bytes:
-        """Bytes ``[start, start + length)``, fewer where the object ends before."""
+        """Read bytes ``[start, start + length)``, fewer if the object ends earlier."""
         ...
 
     def view(self) -> Bytes:
-        """All of it, without a copy if there is a way."""
+        """Return all of it, without a copy if possible."""
         ...
 
 
 class Place(Protocol):
-    """A store's objects. Errors are OSError. ``remote``: each call is a request that takes its
-    time.
-    """
+    """A store's objects. Errors are OSError. ``remote``: each call is a slow request."""
 
     @property
     def remote(self) -> bool: ...
     def where(self, name: str) -> Where:
-        """What to call an object in a message; the store without a name."""
+        """Return how to name an object in a message; without a name, the store."""
         ...
 
     def open(self, name: str, size: int | None = None, version: str = "") -> Object:
-        """``size``: its bytes, where they are known. ``version``: what tells its content from any
-        other, so that pieces of it may be kept here.
+        """Open an object. ``size``: its bytes, if known. ``version``: identifies its content, so
+        that pieces of it may be cached locally.
         """
         ...
 
     def read(self, name: str, limit: int | None = None) -> bytes:
-        """All of an object. Raises ValueError, having read nothing, where it has more than
-        ``limit`` bytes.
+        """Read all of an object. Raises ValueError, without reading, if it has more than ``limit``
+        bytes.
         """
         ...
 
     def size(self, name: str) -> int: ...
     def exists(self, name: str = "") -> bool:
-        """Tell whether an object is there; without a name, whether anything of the store is."""
+        """Tell whether an object exists; without a name, whether the store has any."""
         ...
 
     def sizes(self, name: str) -> dict[str, int]:
-        """Bytes of every object below ``name``, by its path from there."""
+        """Return the bytes of every object below ``name``, by relative path."""
         ...
 
     def list(self, name: str) -> list[str]:
-        """Names directly below ``name``, sorted, without what was never committed."""
+        """Return the names directly below ``name``, sorted, without uncommitted ones."""
         ...
 
     def write(self, name: str, data: bytes) -> None:
-        """Replace a small object, whole or not at all."""
+        """Replace a small object, completely or not at all."""
         ...
 
     def link(self, other: Place, source: str, name: str) -> None:
-        """Make ``name`` the object ``source`` of ``other``, without its bytes passing through here
-        where that can be.
+        """Make ``name`` the object ``source`` of ``other``, if possible without its bytes passing
+        through here.
         """
         ...
 
     def replace(self, name: str) -> AbstractContextManager[Path]:
-        """As ``commit``, of a group that may be there: the new one takes its place."""
+        """As ``commit``, for a group that may exist: the new one replaces it."""
         ...
 
     def remove(self, name: str) -> None:
-        """Delete every object below ``name``, or the object of that name, if it is there."""
+        """Delete every object below ``name``, or the object of that name, if it exists."""
         ...
 
     def local(self, name: str) -> AbstractContextManager[Path]:
-        """A local folder, called as the last part of ``name``, with the objects below it; not to be
-        changed.
+        """Return a local folder, named like the last part of ``name``, with the objects below it;
+        do not change it.
         """
         ...
 
     def local_file(self, name: str) -> AbstractContextManager[Path]:
-        """A local file with an object in it; not to be changed."""
+        """Return a local file with an object's content; do not change it."""
         ...
 
     def kept(self, name: str, version: str) -> Path:
-        """As ``local``, for as long as the process runs. ``version``: tells one content from
-        another.
-        """
+        """As ``local``, for as long as the process runs. ``version`` identifies the content."""
         ...
 
     def free(self) -> int | None:
-        """Bytes that there is room for; None where nobody knows."""
+        """Return the free space in bytes; None if unknown."""
         ...
 
     def commit(self, name: str, token: str) -> AbstractContextManager[Path]:
-        """A local folder whose files become the objects below ``name`` when the block ends, all or
-        none; none where another writer has made them. ``token`` tells writers apart.
+        """Yield a local folder whose files become the objects below ``name`` when the block ends,
+        all or none; none if another writer has made them. ``token`` tells writers apart.
         """
         ...
 
 
 class LocalFile:
-    """A file, closed when the last reference to it goes."""
+    """A file, closed when the last reference to it is dropped."""
 
     def __init__(self, path: Path) -> None:
         self._file = os.open(path, os.O_RDONLY)
 
-    # ``os`` may be gone when Python ends
+    # ``os`` may be unloaded when Python exits
     def __del__(self, close: Callable[[int], None] = os.close) -> None:
         if hasattr(self, "_file"):
             close(self._file)
@@ -156,7 +152,7 @@ class LocalFile:
 
 
 def in_parallel(work: Callable[[S], T], items: Sequence[S]) -> list[T]:
-    """``work`` of each, ``AT_ONCE`` at a time, in order."""
+    """Do ``work`` for each item, ``AT_ONCE`` at a time; results in order."""
     if len(items) < 2:
         return [work(i) for i in items]
     with ThreadPoolExecutor(min(AT_ONCE, len(items)), thread_name_prefix="dspark-remote") as pool:
@@ -164,20 +160,20 @@ def in_parallel(work: Callable[[S], T], items: Sequence[S]) -> list[T]:
 
 
 def each_in_parallel(place: Place) -> Callable[[Callable[[S], T], Sequence[S]], list[T]]:
-    """``in_parallel`` where each piece of work is a request, else one after the other."""
+    """Use ``in_parallel`` if each piece of work is a request, else one after another."""
     return in_parallel if place.remote else lambda work, items: [work(i) for i in items]
 
 
 def refuse_larger(size: int, limit: int) -> None:
-    """Raise ValueError where an object of ``size`` bytes is to be read whole, and none such has
-    more than ``limit``.
+    """Raise ValueError for an object of ``size`` bytes that is to be read completely but exceeds
+    ``limit``.
     """
     if size > limit:
-        raise ValueError(f"{size:,} bytes, more than any such file has")
+        raise ValueError(f"{size:,} bytes, more than any valid file has")
 
 
 class Memory:
-    """An object that has been read."""
+    """An object held in memory."""
 
     def __init__(self, data: bytes) -> None:
         self._data = np.frombuffer(data, np.uint8)
@@ -191,7 +187,7 @@ class Memory:
 
 
 def place_of(store: str | Where) -> Place:
-    """The objects of the store at a path or URL. Raises UsageError for a URL that is not known."""
+    """Return the place of the store at a path or URL. Raises UsageError for an unsupported URL."""
     found = where(store)
     if isinstance(found, Url):
         from dspark.cache.files.bucket import Bucket
@@ -276,8 +272,8 @@ class Folder:
 
 
 def refuse_links(store: Path) -> None:
-    """Raise DamagedCacheError where something within ``store`` is a link: deleting or reading would
-    follow it out of the store, whose own path may be one.
+    """Raise DamagedCacheError if anything within ``store`` is a link: deleting or reading would
+    follow it out of the store. The store's own path may be a link.
     """
 
     def fail(error: OSError) -> None:
@@ -287,6 +283,6 @@ def refuse_links(store: Path) -> None:
         for name in (*folders, *files):
             if os.path.islink(path := Path(folder) / name):
                 raise DamagedCacheError(
-                    f"{path}: a link to {os.readlink(path)}. Within a store there are none: put "
-                    "what it leads to in its place."
+                    f"{path}: a link to {os.readlink(path)}. A store contains no links: replace "
+                    "it with what it points to."
                 )

@@ -1,19 +1,19 @@
-"""Writing and reading one array as a Zarr v3 shard file, chunk by chunk on a pool of threads.
+"""Write and read one array as a Zarr v3 shard file, chunk by chunk, on a pool of threads.
 
-Zarr's own writer spends most of its time in Python between chunks; a dump would wait for it. Only
-the two hot operations are ours: making the shard file of a whole array, and reading some of its
-rows. Metadata is zarr-python's, and tests hold the bytes and values against it.
+Zarr's own writer spends most of its time in Python between chunks, and a dump would wait for it.
+Only the two hot operations are ours: writing the shard file of a whole array, and reading some of
+its rows. Metadata is zarr-python's, and tests compare bytes and values with it.
 
-Layout (Zarr v3 ``sharding_indexed``): the inner chunks end to end, each ``compress(values) +
-crc32c``; then for every chunk offset and length as two little-endian uint64; then the crc32c of
-that index. Every array here has one shard and is cut along its first axis only.
+Layout (Zarr v3 ``sharding_indexed``): the inner chunks one after another, each ``compress(values) +
+crc32c``; then, per chunk, offset and length as two little-endian uint64; then the crc32c of that
+index. Every array here has one shard and is cut along its first axis only.
 
-Chunks of level 0 are kept as they are: all of one length, so the file is a table of them. They are
-read through a memory map, each summed where it lies and then copied into the result. In this order
+Chunks of level 0 are uncompressed: all have the same length, so the file is a table of them. They
+are read through a memory map, each summed in place and then copied into the result. In this order
 the sum is what fetches the chunk from memory, for it only reads (25 GB/s on one core of an EPYC),
 and the copy finds it in the processor's cache: 1.2 to 1.3 times a plain copy; copying first and
 summing the copy takes 1.3 to 1.4, ``pread`` into the same place 2
-(docs/log/2026-11-22-read-at-memory-speed.md). A committed part is never changed or cut short, so
+(docs/log/2026-11-22-read-at-memory-speed.md). A committed part is never changed or truncated, so
 what was summed is what is copied.
 """
 
@@ -51,8 +51,8 @@ numcodecs.blosc.use_threads = False
 
 
 def compressor(spec: StoredArray) -> Any:
-    """zstd behind a byte shuffle for multi-byte values, plain zstd for bytes, None at level 0; what
-    ``part.write_array`` writes into the metadata.
+    """zstd behind a byte shuffle for multi-byte values, plain zstd for bytes, None at level 0;
+    ``part.write_array`` writes it into the metadata.
     """
     if not spec.level:
         return None
@@ -71,10 +71,8 @@ def _pool() -> ThreadPoolExecutor:
 
 
 class Pieces:
-    """Arrays end to end along their first axis, never joined as a whole: a slice joins only what it
-    covers.
-
-    So a part that is being committed is in memory once, not twice.
+    """Arrays concatenated along their first axis without joining them all: a slice joins only what
+    it covers. So a part that is being committed is in memory once, not twice.
     """
 
     def __init__(self, arrays: Sequence[Array]) -> None:
@@ -120,14 +118,14 @@ def write_shard(path: Path, spec: StoredArray, data: Array | Pieces, tag: bytes 
     def encode_run(start: int) -> list[tuple[bytes, bytes]]:
         return [encode(i) for i in range(start, min(start + run, data.shape[0]), rows)]
 
-    # Handing a thread one chunk of some 60 KB takes Python as long as packing it, so they come by
-    # the megabyte.
+    # Handing a thread one chunk of some 60 KB takes Python as long as compressing it, so threads
+    # get them by the megabyte.
     run = rows * max(1, RUN_BYTES // max(1, rows * _row_bytes(spec)))
     sizes: list[int] = []
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "wb") as file:
         file.write(tag)
-        # Written as they come, while the next ones are packed.
+        # Written as they arrive, while the next ones are compressed.
         for chunks in _pool().map(encode_run, range(0, data.shape[0], run)):
             for chunk in chunks:
                 file.writelines(chunk)
@@ -146,11 +144,11 @@ def _row_bytes(spec: StoredArray) -> int:
 
 
 def check_claim(path: Where, claimed: int, size: int) -> None:
-    """Raise DamagedCacheError where an array of ``claimed`` bytes is said to be in a file of
-    ``size`` bytes, far too small for it: before it is allocated.
+    """Raise DamagedCacheError, before anything is allocated, if a file of ``size`` bytes is far too
+    small for the ``claimed`` bytes of its array.
     """
     if claimed > max(CLAIM_FLOOR, CLAIM * size):
-        raise DamagedCacheError(f"{path}: {size:,} bytes, said to unpack to {claimed:,}")
+        raise DamagedCacheError(f"{path}: {size:,} bytes that claim to decompress to {claimed:,}")
 
 
 class Shard:
@@ -165,7 +163,7 @@ class Shard:
         tag: bytes = b"",
         file: Callable[[], Object] | None = None,
     ) -> None:
-        """``tag``: what the file must begin with. ``file`` opens it, where it is not the local file
+        """``tag``: what the file must begin with. ``file`` opens it if it is not the local file
         ``path``.
         """
         self.path, self.spec = path, spec
@@ -187,7 +185,7 @@ class Shard:
             raise read_error(path, error) from error
         if found != tag:
             raise DamagedCacheError(
-                f"{path}: begins with {found.hex()}, expected {tag.hex()}: the file is of "
+                f"{path}: begins with {found.hex()}, expected {tag.hex()}: the file belongs to "
                 "another array, part or store"
             )
 
@@ -205,7 +203,7 @@ class Shard:
 
     @property
     def index(self) -> Array:
-        """Offset and length of every chunk, uint64[chunks, 2]; read and checked once."""
+        """Return offset and length of every chunk, uint64[chunks, 2]; read and checked once."""
         with self._lock:
             if self._index is None:
                 size = 16 * self._count + 4
@@ -217,8 +215,8 @@ class Shard:
 
     @property
     def table(self) -> Array:
-        """Chunks kept as they are, uint8[chunks, bytes and their crc32c], mapped; file and index
-        must say that this is how they lie.
+        """Map uncompressed chunks, uint8[chunks, bytes and their crc32c]; the file and its index
+        must agree with that layout.
         """
         if self._table is None:
             length = self._chunk_bytes + 4
@@ -237,8 +235,8 @@ class Shard:
         return self._table
 
     def _ranged(self, first: int, last: int) -> Array:
-        """Chunks ``first`` to ``last`` of those kept as they are, as in ``table``, of a file that
-        cannot be mapped.
+        """Read uncompressed chunks ``first`` to ``last``, as in ``table``, from a file that cannot
+        be mapped.
         """
         length, count = self._chunk_bytes + 4, last - first + 1
         raw = self._bytes(self._start + first * length, count * length)
@@ -252,7 +250,7 @@ class Shard:
         return raw.reshape(count, length)
 
     def _read_mapped(self, start: int, stop: int, out: Array) -> None:
-        """Rows ``[start, stop)``, at least one, of chunks kept as they are, into ``out``."""
+        """Read rows ``[start, stop)``, at least one, of uncompressed chunks into ``out``."""
         rows, row = self.rows, self._row_bytes
         first, last = start // rows, (stop - 1) // rows
         table, base = (
@@ -285,7 +283,7 @@ class Shard:
         )
 
     def read(self, start: int, stop: int) -> Array:
-        """Rows ``[start, stop)``. The chunks they lie in are neighbours in the file, so this is one
+        """Read rows ``[start, stop)``. Their chunks are adjacent in the file, so this is one
         read.
         """
         shape, dtype = self.spec.shape, self._dtype
@@ -305,7 +303,7 @@ class Shard:
         length = int(spans[-1, 0]) + int(spans[-1, 1]) - base
         if not 0 < length <= self._size() - base:
             raise DamagedCacheError(
-                f"{self._where(first)}: not within the file, the shard index says"
+                f"{self._where(first)}: the shard index places it outside the file"
             )
         raw = self._bytes(base, length)
         for i, (offset, size) in enumerate(spans.tolist(), first):
@@ -316,7 +314,7 @@ class Shard:
             to = out[low - start : high - start]
             if (
                 high - low == self.rows and not self.spec.columns
-            ):  # the whole chunk is wanted: no memory but the result's is touched
+            ):  # the whole chunk is wanted: only the result's memory is touched
                 self._decode(packed, where, to.view(np.uint8).reshape(-1))
                 continue
             values = np.frombuffer(self._decode(packed, where), dtype)
@@ -328,30 +326,28 @@ class Shard:
         return out
 
     def _decode(self, packed: Array, where: str, out: Array | None = None) -> Any:
-        """The chunk's bytes; into ``out`` if given, which has their number."""
+        """Decode a chunk's bytes, into ``out`` if given, which must have their size."""
         # Before anything is allocated: a few bytes can be made to claim gigabytes.
         claimed = blosc_size(packed) if self.spec.shuffle else zstd_size(packed)
         if claimed != self._chunk_bytes:
             raise DamagedCacheError(
-                f"{where}: unpacks to {claimed} bytes, expected {self._chunk_bytes}"
+                f"{where}: decompresses to {claimed} bytes, expected {self._chunk_bytes}"
             )
         try:
             values = self._codec.decode(packed, out)
-        except (
-            Exception
-        ) as error:  # blosc and zstd raise RuntimeError for bytes that are not theirs
+        except Exception as error:  # blosc and zstd raise RuntimeError for invalid bytes
             raise DamagedCacheError(f"{where}: cannot be decompressed: {error}") from error
         return values
 
 
 def blosc_size(packed: Array) -> int | None:
-    """How many bytes a blosc chunk says it unpacks to."""
+    """Return the decompressed size that a blosc chunk claims."""
     return int.from_bytes(packed[4:8].tobytes(), "little") if len(packed) >= 16 else None
 
 
 def zstd_size(packed: Array) -> int | None:
-    """How many bytes a zstd frame says it unpacks to (RFC 8878, 3.1.1.1); None: it is no frame that
-    says so.
+    """Return the decompressed size that a zstd frame claims (RFC 8878, 3.1.1.1); None if it is not
+    a frame or does not say.
     """
     head = packed[:18].tobytes()
     if len(head) < 6 or head[:4] != b"\x28\xb5\x2f\xfd":
@@ -365,9 +361,9 @@ def zstd_size(packed: Array) -> int | None:
 
 
 def _check(raw: Array, size: int, where: str) -> Array:
-    """The bytes before a trailing crc32c that they must match."""
+    """Return the bytes before a trailing crc32c, which they must match."""
     if len(raw) != size or size < 4:
-        raise DamagedCacheError(f"{where}: {len(raw)} bytes there, expected {size}")
+        raise DamagedCacheError(f"{where}: found {len(raw)} bytes, expected {size}")
     stored, computed = int.from_bytes(raw[-4:].tobytes(), "little"), crc32c(raw[:-4])
     if stored != computed:
         raise DamagedCacheError(f"{where}: stored crc32c {stored}, computed {computed}")

@@ -1,6 +1,4 @@
-"""Where a store is, as a user writes it: a local path or the URL of an object store. Nothing is
-loaded here.
-"""
+"""Parse where a store is: a local path or the URL of an object store. Nothing is loaded here."""
 
 from __future__ import annotations
 
@@ -15,14 +13,14 @@ import click
 from dspark.cache.errors import UsageError
 
 REMOTE = ("s3", "gs", "az", "memory")
-# ``Path("s3://b/x")`` is ``s3:/b/x``: still no local folder that anybody means.
+# ``Path("s3://b/x")`` is ``s3:/b/x``, which nobody means as a local folder either.
 URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/(/?)(.*)", re.DOTALL)
 
 
 @dataclass(frozen=True, slots=True)
 class Url:
-    """A place in an object store, such as ``s3://bucket/hs.zarr``; no slash at its end. ``/``,
-    ``name`` and ``str`` are as those of a Path.
+    """A place in an object store, such as ``s3://bucket/hs.zarr``; without a trailing slash. ``/``,
+    ``name`` and ``str`` work as for a Path.
     """
 
     text: str
@@ -33,12 +31,12 @@ class Url:
 
     @property
     def bucket(self) -> str:
-        """What the service calls a bucket or a container."""
+        """Return the bucket (or container, as some services call it)."""
         return self.text.partition("://")[2].partition("/")[0]
 
     @property
     def key(self) -> str:
-        """The path within the bucket."""
+        """Return the path within the bucket."""
         return self.text.partition("://")[2].partition("/")[2]
 
     @property
@@ -59,8 +57,8 @@ Where = Path | Url
 
 
 def where(given: str | Path | Url) -> Where:
-    """Tell a path from a URL. Raises UsageError for a scheme that is not known, and for a URL that
-    holds credentials.
+    """Tell a path from a URL. Raises UsageError for an unsupported scheme, and for a URL that
+    contains credentials.
     """
     if isinstance(given, Url):
         return given
@@ -73,26 +71,26 @@ def where(given: str | Path | Url) -> Where:
     if scheme not in REMOTE:
         raise UsageError(
             f"{given}: stores are local folders or at {', '.join(f'{s}://' for s in REMOTE)}; "
-            f"{scheme}:// is not known."
+            f"{scheme}:// is not supported."
         )
     parts = urlsplit(f"{scheme}://{rest}")
     if "@" in parts.netloc or parts.query or parts.fragment:
         raise UsageError(
-            f"{scheme}://...: a URL with credentials or parameters in it. Give "
-            f"{scheme}://BUCKET/NAME, and credentials as "
-            "the service's own tools take them (environment, profile or the machine's role)."
+            f"{scheme}://...: the URL contains credentials or parameters. Give "
+            f"{scheme}://BUCKET/NAME, and pass credentials as for the service's own tools "
+            "(environment, profile or the machine's role)."
         )
     bucket, _, key = rest.partition("/")
     if not bucket or not key:
         raise UsageError(f"{given}: expected {scheme}://BUCKET/NAME, a store within a bucket.")
     if any(p in ("", ".", "..") for p in key.split("/")):
-        raise UsageError(f"{given}: a name with an empty part, `.` or `..` in it.")
+        raise UsageError(f"{given}: the name contains an empty part, `.` or `..`.")
     return Url(f"{scheme}://{rest}")
 
 
 def beside(output: Where, suffix: str) -> Path:
-    """The local file of a process that writes ``output``: beside a local one, in the working folder
-    for a URL.
+    """Return a process's own local file for ``output``: beside a local output, in the working
+    folder for a URL.
     """
     if isinstance(output, Url):
         return Path(output.name + suffix)

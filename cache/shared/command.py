@@ -1,5 +1,5 @@
-"""What every command does alike: flags, config files, errors as one message and an exit code, one
-JSON object with ``--json``.
+"""What all commands share: flags, config files, errors as one message and an exit code, one JSON
+object with ``--json``.
 
 Nothing heavy is imported here: ``--help`` pays for it.
 """
@@ -40,7 +40,7 @@ CONTROL = re.compile(
     "[\\x00-\\x08\\x0b-\\x1f\\x7f-\\x9f\\u061c\\u200e\\u200f\\u2028-\\u202e\\u2066-\\u2069]"
 )
 
-_emitted = False  # whether this call has put its object on stdout; an error after it adds none
+_emitted = False  # whether this call has printed its object; a later error prints no second one
 
 
 class Progress(Protocol):
@@ -50,8 +50,8 @@ class Progress(Protocol):
 
 
 def printable(text: str) -> str:
-    """``text`` for a terminal: control characters but newline and tab, and what turns the reading
-    direction, as ``\\x1b`` or ``\\u202e``.
+    """Escape ``text`` for a terminal: control characters other than newline and tab, and those that
+    change the reading direction, become ``\\x1b`` or ``\\u202e``.
 
     Rows, ids and names come from files that others wrote; an escape sequence in them writes to the
     clipboard or hides text.
@@ -74,10 +74,10 @@ class Failed(click.ClickException):
 
 
 def _main(run: Callable[..., Any], args: Sequence[str] | None, rest: dict[str, Any]) -> Any:
-    """Run click's ``main`` and end the process as every command of ours does.
+    """Run click's ``main`` and end the process as every command does.
 
     An error is a message on stderr and an exit code; with ``--json`` also ``{"error",
-    "exit_code"}`` on stdout, so that a program that reads it always finds one object.
+    "exit_code"}`` on stdout, so that a program that reads stdout always finds one object.
     """
     global _emitted
     _emitted = False
@@ -118,7 +118,10 @@ class Command(peers.Command):
                 expose_value=False,
                 callback=_read_config,
                 metavar="FILE.yaml",
-                help="Flags from a file: keys are flag names; the command line wins.",
+                help=(
+                    "Read flags from a file: keys are flag names; the command line takes "
+                    "precedence."
+                ),
             )
         )
 
@@ -136,7 +139,7 @@ class Command(peers.Command):
 
 
 class LazyGroup(click.Group):
-    """A group whose commands are imported when they are run: ``table`` has name -> (module,
+    """A group whose commands are imported only when they run: ``table`` has name -> (module,
     callback, summary).
     """
 
@@ -184,8 +187,8 @@ json_flag = click.option(
 break_lock_flag = click.option(
     "--break-lock",
     is_flag=True,
-    help="Write although a process of another machine holds the lock: of one that shows no sign "
-    "of life only.",
+    help="Take over the lock of a process on another machine, only if that process shows no "
+    "sign of life.",
 )
 version_flag = click.version_option(__version__, prog_name="dspark")
 
@@ -204,7 +207,7 @@ def _read_config(ctx: click.Context, param: click.Parameter, value: Path | None)
 
 def codec_options(callback: Callable[..., Any]) -> Callable[..., Any]:
     """``--codec NAME``, ``--aux-bits N``, ``--last-bits N`` and ``--pack`` for a click callback,
-    which gets ``codec`` (a full name, None where none was asked for) and ``pack``.
+    which receives ``codec`` (a full name; None if none was requested) and ``pack``.
     """
 
     @functools.wraps(callback)
@@ -220,23 +223,25 @@ def codec_options(callback: Callable[..., Any]) -> Callable[..., Any]:
         metavar="NAME",
         show_default="default",
         help=f"How states are coded: {', '.join(NAMED)} ({NAMES}), or a full name such as "
-        "rotated-4-4, rotated-3-4 or "
-        f"rotated-2-4. A corpus too small to calibrate the default on takes {FALLBACK}.",
+        "rotated-4-4, rotated-3-4 or rotated-2-4. A corpus too small to calibrate the "
+        f"default on gets {FALLBACK}.",
     )
     aux = click.option(
         "--aux-bits",
         type=int,
-        help="Bits of the aux layers: 16, 8, 4, 3 or 2. Names a rotated codec.",
+        help="Bits per value of the aux layers: 16, 8, 4, 3 or 2. Selects a rotated codec.",
     )
     last = click.option(
-        "--last-bits", type=int, help="Bits of the last state: 16, 8 or 4. Names a rotated codec."
+        "--last-bits",
+        type=int,
+        help="Bits per value of the last state: 16, 8 or 4. Selects a rotated codec.",
     )
     pack = click.option(
         "--pack",
         type=click.Choice(PACKINGS),
         default=DEFAULT_PACKING,
-        help="zstd compresses codes; none keeps them as they are: a quarter larger at 4 bits, "
-        "read ten times as fast, 16, 8 and 4 bits only.",
+        help="zstd compresses the codes; none does not: a quarter larger at 4 bits, read ten "
+        "times as fast; for 16, 8 and 4 bits only.",
     )
     out: Callable[..., Any] = named(aux(last(pack(run))))
     return out
@@ -247,11 +252,10 @@ QUIET_SECONDS = 30.0  # without a terminal: a line this often, and whenever the 
 
 @contextmanager
 def bar(label: str) -> Iterator[Progress]:
-    """A progress bar on stderr; yields ``progress(done, total, text)``.
+    """Show a progress bar on stderr; yields ``progress(done, total, text)``.
 
     The bar opens at the first call of ``progress``, so that a refusal is not printed below an empty
-    bar.
-    Without a terminal it is a line now and then.
+    bar. Without a terminal it prints a line now and then.
     """
     from rich.console import Console
 
@@ -283,7 +287,7 @@ def bar(label: str) -> Iterator[Progress]:
 
 
 class _Lines:
-    """Progress as lines, for a log: done of total, per cent, time left, the text."""
+    """Progress as lines, for a log: done of total, percentage, time left, text."""
 
     def __init__(self, label: str, say: Callable[[str], None]) -> None:
         self._label, self._say = label, say
@@ -293,7 +297,7 @@ class _Lines:
 
     def __call__(self, done: int, total: int, text: str = "") -> None:
         now = time.monotonic()
-        if self._first is None:  # a resumed run begins in the middle
+        if self._first is None:  # a resumed run starts in the middle
             self._first, self._began = done, now
         if text == self._text and done < total and now - self._said < QUIET_SECONDS:
             return
@@ -307,7 +311,7 @@ class _Lines:
 
 
 def duration(seconds: float) -> str:
-    """``seconds`` in the unit a person would use: seconds, minutes, hours or days."""
+    """Format ``seconds`` in a readable unit: seconds, minutes, hours or days."""
     for unit, name in ((86400.0, "days"), (3600.0, "hours"), (60.0, "minutes")):
         if seconds >= 1.5 * unit:
             return f"{seconds / unit:.1f} {name}"
@@ -333,7 +337,7 @@ def table(rows: Sequence[tuple[str, str]]) -> None:
 
 
 def emit(data: Any) -> None:
-    """One JSON object on stdout. NaN never: it is not JSON."""
+    """Print one JSON object on stdout. NaN is refused, since it is not JSON."""
     global _emitted
     _emitted = True
     print(json.dumps(data, allow_nan=False))

@@ -1,8 +1,8 @@
 """``--config FILE.yaml``: the flags of a command in a file, and the file that a command saves with
 its output.
 
-A key is the name of a flag or argument (``seq-length``; ``seq_length`` will do). A value is typed
-as the flag is: what click would refuse on the command line is refused here, by the same words.
+A key is the name of a flag or argument (``seq-length``; ``seq_length`` will do). A value has the
+flag's type: what click would refuse on the command line is refused here, in the same words.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from dspark.cache.shared import peers
 if TYPE_CHECKING:
     import click
 
-# They say how this one call runs, not what it makes: never saved.
+# They say how this call runs, not what it makes: never saved.
 OF_THE_CALL = frozenset(
     {"resume", "overwrite", "break-lock", "dry-run", "json", "config", "help", "version"}
 )
@@ -52,7 +52,7 @@ def read(path: Path, params: Sequence[click.Parameter], command: str) -> dict[st
                 f"did you mean {close[0]}?" if close else f"known: {', '.join(sorted(known))}"
             )
             raise UsageError(f"--config {path}: unknown key {key!r}; {hint}")
-        if value is not None:  # null: as if it were not there
+        if value is not None:  # null: as if it were absent
             where = f"--config {path}: {name}"
             out[str(known[name].name)] = _as_given(value, known[name], where)
     return out
@@ -66,7 +66,7 @@ def flag_name(param: click.Parameter) -> str:
 
 
 def _as_given(value: Any, param: click.Parameter, where: str) -> Any:
-    """``value`` as the command line would have it: texts, lists of texts, and booleans for
+    """Convert ``value`` to its command-line form: text, lists of text, and booleans for
     switches.
     """
     if getattr(param, "is_flag", False):
@@ -85,7 +85,7 @@ def _text(value: Any, where: str) -> str:
     if isinstance(value, dict):  # a flag that takes JSON
         return json.dumps(value)
     if isinstance(value, bool) or not isinstance(value, str | int | float):
-        raise UsageError(f"{where}: expected a text or a number, found {_kind(value)}")
+        raise UsageError(f"{where}: expected text or a number, found {_kind(value)}")
     return str(value)
 
 
@@ -96,8 +96,8 @@ def _kind(value: Any) -> str:
 
 
 def resolved(settings: Mapping[str, Any], made_by: str) -> bytes:
-    """The settings of a run as a file for ``--config``; those that are None or only of the call are
-    left out.
+    """Return the settings of a run as a file for ``--config``, without those that are None or
+    concern only this call.
     """
     import yaml
 

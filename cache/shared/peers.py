@@ -33,16 +33,15 @@ def as_flag(name: str) -> str:
 
 
 def sentence(ours: str, note: str) -> str:
-    """Say what stands in for a flag: the command with its flags, the note, or both."""
+    """Say what replaces a flag: the command with its flags, the note, or both."""
     return f"{ours} ({note})" if ours and note else ours or note
 
 
 def answer(name: str, command: str) -> str | None:
     """Say what ``name``, a flag or a configuration key of another project, is called here.
 
-    ``command`` is ours that it was given to, such as ``dspark-train``: programs that do the same
-    job come first.
-    None if no project in the table knows the name.
+    ``command`` is our command that received it, such as ``dspark-train``: programs that do the same
+    job come first. None if no project in the table knows the name.
     """
     wanted = as_flag(name)
     found: list[tuple[bool, str, str]] = []
@@ -58,11 +57,11 @@ def answer(name: str, command: str) -> str | None:
     for program, text in best:
         by_text.setdefault(text, []).append(program)
     lines = [f"{', '.join(programs)}: {text}" for text, programs in list(by_text.items())[:SHOWN]]
-    return f"{name} is known from\n  " + "\n  ".join(lines) + "\nMore: docs/migrate.md."
+    return f"{name} is a flag of\n  " + "\n  ".join(lines) + "\nMore: docs/migrate.md."
 
 
 def explained(error: click.NoSuchOption) -> click.NoSuchOption:
-    """Return ``error`` with the answer as its text, or as it is where there is none."""
+    """Return ``error`` with the answer as its text, or unchanged if there is none."""
     started = error.ctx.command_path if error.ctx else ""
     known = answer(error.option_name, started.replace("python -m dspark.", "dspark-"))
     if known is None:
@@ -73,7 +72,7 @@ def explained(error: click.NoSuchOption) -> click.NoSuchOption:
 
 
 class Command(click.Command):
-    """A command that answers flags of other projects."""
+    """A command that recognises flags of other projects."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         try:

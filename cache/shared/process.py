@@ -1,7 +1,7 @@
 """The device of a process: which one it may use, which GPU is its current one, which attention
 kernels suit it.
 
-torch is imported where it is needed, so that flags can be checked without it.
+torch is imported only where it is needed, so that flags can be checked without it.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ if TYPE_CHECKING:
 
 DEVICE_WORDS = "auto, cpu, cuda or cuda:N"
 DEVICE = re.compile(r"auto|cpu|cuda(:\d{1,3})?")
-# One of them is there where a driver of NVIDIA's, of AMD's or of Windows' Linux runs.
+# One of them exists if a driver of NVIDIA, AMD or WSL is running.
 GPU_FILES = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")
 
 
 def device_type(device: str, flag: str = "--device") -> str:
     """Return ``cpu`` or ``cuda``, as ``choose_device`` would; torch, which takes seconds to import,
-    is asked only where there may be a GPU.
+    is consulted only if there may be a GPU.
     """
     if device == "cpu" or (device == "auto" and "torch" not in sys.modules and not _may_have_gpu()):
         return "cpu"
@@ -71,9 +71,8 @@ def make_current(device: torch.device | str) -> None:
     """Make ``device`` the process's current one, if it is a GPU by number.
 
     torch's own operations follow their tensors. Triton's kernels and
-    ``torch.cuda.current_stream()`` follow the current device, which is GPU 0 until somebody says
-    otherwise: a kernel would be started there on another GPU's memory, and a stream wait for
-    nothing.
+    ``torch.cuda.current_stream()`` follow the current device, which is GPU 0 until changed: a
+    kernel would be started there on another GPU's memory, and a stream would wait for nothing.
     """
     import torch
 

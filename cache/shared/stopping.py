@@ -1,9 +1,9 @@
 """How a command stops when it is asked to: SIGTERM, SIGINT (Ctrl-C) or SIGHUP (a closed ssh).
 
-The first signal is answered by one line at once, that says what happens now, and the work ends at
-its next safe point. A second one ends the process on the spot.
-The line is written by a thread of its own: the main thread may be inside a call that takes minutes,
-and Python runs handlers only between two of its steps.
+The first signal immediately prints one line that says what happens now, and the work ends at its
+next safe point. A second signal ends the process on the spot. A separate thread writes the line:
+the main thread may be inside a call that takes minutes, and Python runs handlers only between two
+of its steps.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ _entered: list[Stopping] = []
 
 
 def _forget() -> None:
-    """In a forked child: signals to a whole group must not count twice in the parent, through a
-    pipe that both have.
+    """Detach a forked child: a signal to the whole group must not count twice in the parent,
+    through the pipe that both share.
     """
     if _entered:
         signal.set_wakeup_fd(-1)
@@ -52,14 +52,13 @@ def leave_to_parent(*numbers: signal.Signals) -> None:
 
 
 class Stopping:
-    """While it is entered, signals set ``asked``; with ``raises`` the first one also raises
+    """While active, signals set ``asked``; with ``raises``, the first one also raises
     KeyboardInterrupt in the main thread.
 
-    ``doing``: what happens after the first, in words. ``safe``: says what is on disk, for the
-    second. ``alone``: a second one ends the process (under torchrun each process gets a signal
+    ``doing``: what happens after the first signal, in words. ``safe``: says what is on disk, for
+    the second. ``alone``: a second one ends the process (under torchrun each process gets a signal
     twice, from the terminal and from the launcher, which kills what does not end in 30 s).
-    ``speaks``: whether this process prints.
-    A signal that was ignored before (nohup) stays ignored.
+    ``speaks``: whether this process prints. A signal that was ignored before (nohup) stays ignored.
     """
 
     def __init__(
@@ -144,9 +143,7 @@ def _tell(text: str) -> None:
 
 
 def _leave_terminal() -> None:
-    """Let nothing that is still printed fail because the terminal, or what read our pipe, is
-    gone.
-    """
+    """Keep further output from failing when the terminal, or the reader of our pipe, is gone."""
     for number in (1, 2):
         try:
             poll = select.poll()
@@ -175,16 +172,12 @@ def stoppable(doing: str, safe: Callable[[], str]) -> Iterator[Stopping]:
 
 
 def parts_of(output: Where, *, resume: bool = True) -> Callable[[], str]:
-    """What is safe of the store that a command writes at ``output``. To be called before it begins,
-    for an older store may be there that is none of its work.
-
-    Of a store in an object store nothing is asked: a command that is stopped does not wait for a
-    service.
+    """Say what is safe in the store that a command writes at ``output``. Call it before the command
+    starts, because an older store may be there. An object store is not queried: a command that is
+    stopped does not wait for a service.
     """
     if isinstance(output, Url):
-        said = (
-            f"Parts that were finished in {output} are safe. Rerun the same command with --resume."
-        )
+        said = f"Finished parts in {output} are safe. Rerun the same command with --resume."
         return lambda: said
     before = _identity(output)
 
@@ -193,14 +186,13 @@ def parts_of(output: Where, *, resume: bool = True) -> Callable[[], str]:
         if now is None:
             return "Nothing was written."
         if now == before and not resume:
-            return f"The store that was there, {output}, is as it was."
+            return f"The store at {output} is unchanged."
         done = (
             sum(1 for p in (output / "parts").glob("[0-9]*")) if (output / "parts").is_dir() else 0
         )
         if not done:
             return (
-                "No part was finished; rerun the same command with --resume to go on with "
-                f"{output}."
+                f"No part was finished; rerun the same command with --resume to continue {output}."
             )
         return f"{done} finished parts in {output} are safe. Rerun the same command with --resume."
 

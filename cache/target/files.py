@@ -1,9 +1,7 @@
-"""``target/``: the files of the target beside the states, and which of them the manifest can tell
-from damaged ones.
-
-Those are ``model.safetensors``, ``tokenizer.json`` and ``chat_template.jinja`` (where chats were
-rendered), by their sha256, and ``config.json``, which the manifest holds whole. The other tokenizer
-files are kept as they are; nothing is known of them.
+"""``target/``: the target's files beside the states, and those whose damage the manifest can
+detect: ``model.safetensors``, ``tokenizer.json`` and ``chat_template.jinja`` (if chats were
+rendered), by their sha256, and ``config.json``, which the manifest contains. The other tokenizer
+files are stored unchecked.
 """
 
 from __future__ import annotations
@@ -39,8 +37,8 @@ def write_target(
 
 
 def damaged_files(folder: Path, manifest: Manifest) -> dict[str, str]:
-    """Name -> finding of every file of ``folder`` that is not what the manifest says. Reads the
-    weights once, as fast as sha256 goes.
+    """Return name -> finding for every file of ``folder`` that does not match the manifest. Reads
+    the weights once, at the speed of sha256.
     """
     out = damaged_small_files(folder, manifest)
     if finding := _wrong_hash(folder / TARGET_WEIGHTS, manifest.target.weights_sha256):
@@ -61,7 +59,7 @@ def damaged_small_files(folder: Path, manifest: Manifest) -> dict[str, str]:
     config = folder / TARGET_CONFIG
     try:
         if json_text.read(config) != manifest.target.config:
-            out[TARGET_CONFIG] = f"{config}: not the config that the manifest holds"
+            out[TARGET_CONFIG] = f"{config}: differs from the config in the manifest"
     except OSError as error:
         if error.errno not in GONE:
             raise read_error(config, error) from error
@@ -72,8 +70,8 @@ def damaged_small_files(folder: Path, manifest: Manifest) -> dict[str, str]:
 
 
 def small_files(folder: Path, manifest: Manifest, store: object) -> dict[str, bytes]:
-    """The tokenizer's files in ``folder``, those of ``store``, for another store of the same
-    target. Raises DamagedCacheError unless they are what the manifest says.
+    """Read the tokenizer's files in ``folder`` of ``store``, for another store of the same target.
+    Raises DamagedCacheError unless they match the manifest.
     """
     for finding in damaged_small_files(folder, manifest).values():
         raise DamagedCacheError(f"{finding}. {what_to_do(store)}")
@@ -85,11 +83,10 @@ def small_files(folder: Path, manifest: Manifest, store: object) -> dict[str, by
 
 
 def what_to_do(store: object) -> str:
-    """The next step after a finding in ``target/``."""
+    """Return the next step after a finding in ``target/``."""
     return (
         f"Run dspark-tools verify --drop-damaged {store}, then the command that wrote the store "
-        "with --resume: "
-        "it writes again what is missing."
+        "with --resume, which restores what is missing."
     )
 
 
@@ -104,7 +101,7 @@ def _wrong_hash(path: Path, expected: str) -> str | None:
 
 
 def _wrong_template(path: Path, expected: str | None) -> str | None:
-    """None also where there is no such file: a target may keep its template in
+    """Compare the template. None also if there is no such file: a target may keep its template in
     tokenizer_config.json.
     """
     if expected is None:

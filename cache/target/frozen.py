@@ -48,11 +48,9 @@ class FrozenTarget:
         return file_sha256(path)
 
     def sha256_in(self, path: Path) -> str:
-        """The sha256 of the file at ``path``, which ``save`` wrote, were these weights in it;
-        nothing is written.
-
-        With that file's own header, which another release of safetensors may write in another way.
-        As fast as ``file_sha256``.
+        """Return the sha256 that the file at ``path``, written by ``save``, would have with these
+        weights; nothing is written. Uses that file's own header, which another release of
+        safetensors may write differently. As fast as ``file_sha256``.
         """
         import torch
 
@@ -62,15 +60,15 @@ class FrozenTarget:
             header = file.read(int.from_bytes(length, "little"))
         places = {n: v["data_offsets"] for n, v in json_text.loads(header).items() if n in tensors}
         out = hashlib.sha256(length + header)
-        # Weights that are not in the file come last: a head that is no longer tied makes another
-        # hash, too.
+        # Weights that are not in the file come last, so that a head that is no longer tied changes
+        # the hash, too.
         for name in sorted(tensors, key=lambda n: (n not in places, places.get(n, n))):
             data = tensors[name].detach().cpu().contiguous().flatten().view(torch.uint8)
             out.update(data.numpy().data)
         return out.hexdigest()
 
     def _tensors(self) -> dict[str, torch.Tensor]:
-        """By their names in the file."""
+        """Return the tensors by their names in the file."""
         out = {"embed_tokens.weight": self.embed_tokens, "norm.weight": self.norm}
         return out if self.tied else {**out, "lm_head.weight": self.lm_head}
 
@@ -80,8 +78,7 @@ class FrozenTarget:
         comes from the config (``Cache.target``).
 
         The file is read once more for its hash, at 0.7 GB/s on a core without instructions for it
-        (4 GB: 6 s) and once a run:
-        weights with a flipped bit train to nothing, and nothing else would say so.
+        (4 GB: 6 s) and once per run: nothing else would notice a flipped bit in the weights.
         """
         from safetensors import SafetensorError
         from safetensors.torch import load_file

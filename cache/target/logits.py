@@ -1,5 +1,5 @@
-"""What a target does to its head's output before the softmax: a factor, a soft cap. From its
-config; the self-check notices what is missing here.
+"""What a target does to its head's output before the softmax: a factor, a soft cap. Read from its
+config; the self-check notices anything missing here.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ class Logits:
         return cls(scale, caps[0] if caps else None)
 
     def of(self, x: torch.Tensor) -> torch.Tensor:
-        """``x[..., V]``: the head's output -> the target's logits."""
+        """Turn the head's output ``x[..., V]`` into the target's logits."""
         x = x if self.scale == 1.0 else x * self.scale
         return x if self.cap is None else self.cap * (x / self.cap).tanh()
 
     def __str__(self) -> str:
-        cap = None if self.cap is None else f"caps its logits softly at {self.cap:g}"
+        cap = None if self.cap is None else f"soft-caps its logits at {self.cap:g}"
         scale = None if self.scale == 1.0 else f"multiplies its logits by {self.scale:g}"
         return " and ".join(x for x in (scale, cap) if x) or "leaves its logits as they are"
 

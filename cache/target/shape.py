@@ -1,5 +1,5 @@
-"""The shape of a draft's layers, from its target's config: what dump shows before a store is begun
-and train builds.
+"""The shape of a draft's layers, from its target's config: shown by dump before a store is started,
+and built by train.
 
 Legend: H hidden size. "Text config": the part of a config.json that describes the language model.
 """
@@ -12,11 +12,11 @@ from typing import Any, overload
 
 from dspark.cache.errors import UsageError
 
-# Width of a head where the target's own cannot be taken over.
+# Width of a head if the target's own cannot be used.
 HEAD_DIM = 128
-# FlashAttention, which serves drafts, takes heads of at most this width.
+# FlashAttention, which serves drafts, supports heads of at most this width.
 WIDEST_HEAD = 256
-# MLP width in hidden sizes where the target has none that fits: Qwen3-8B's, and that of published
+# MLP width in hidden sizes if the target has none that fits: Qwen3-8B's, and that of published
 # drafts of MoE targets (SpecForge's configs/qwen3.5-35b-a3b-dflash.json: 6,144 for a hidden size of
 # 2,048).
 MLP_RATIO = 3
@@ -33,7 +33,7 @@ RESHAPED_HEADS = ("qwen3_5", "qwen3_5_text", "qwen3_5_moe", "qwen3_5_moe_text", 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Asked:
-    """What the user (or a preset) fixes of a draft's shape. None: derived from the target."""
+    """What the user (or a preset) fixes about a draft's shape. None = derived from the target."""
 
     num_heads: int | None = None
     num_kv_heads: int | None = None
@@ -43,7 +43,7 @@ class Asked:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DraftShape:
-    """A draft's layers. ``notes``: what is not simply the target's own value, and why."""
+    """A draft's layers. ``notes``: what differs from the target's own value, and why."""
 
     hidden_size: int
     intermediate_size: int
@@ -63,15 +63,15 @@ class DraftShape:
         )
 
     def parameters(self, num_layers: int, aux_layers: int) -> int:
-        """Weights of the layers and of ``fc``, which are all trained; embedding, head and Markov
-        factors are not counted.
+        """Count the weights of the layers and of ``fc``, which are all trained; not embedding, head
+        and Markov factors.
         """
         h, inner = self.hidden_size, self.head_dim * (self.num_heads + self.num_kv_heads)
         return num_layers * (2 * h * inner + 3 * h * self.intermediate_size) + aux_layers * h * h
 
 
 def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The text part of a ``config.json`` (``config`` itself where it has no parts)."""
+    """Return the text part of a ``config.json`` (``config`` itself if it has no parts)."""
     for name in ("text_config", "llm_config", "language_config", "thinker_config"):
         if isinstance(config.get(name), Mapping):
             return text_config(config[name])
@@ -79,13 +79,12 @@ def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def shape_for(config: Mapping[str, Any], asked: Asked | None = None) -> DraftShape:
-    """The shape of a draft for the target with this ``config.json``; what is ``asked`` wins.
-
-    Sizes are the target's where it has them, so that a draft layer has the arithmetic of a
-    target's. Exceptions, each in ``notes``:
-    latent attention (heads of 128, as many key as query heads), heads that serving does not take
-    (128 wide, same total width), an MLP that only an expert has or that is narrower than H (3 H).
-    Raises UsageError where the config has no hidden size, and for shapes that no attention has.
+    """The shape of a draft for the target with this ``config.json``; ``asked`` takes precedence.
+    Sizes are the target's if it has them, so that a draft layer has the arithmetic of a target
+    layer. Exceptions, each in ``notes``: latent attention (heads of 128, as many key as query
+    heads), heads that serving does not support (128 wide, same total width), an MLP that only an
+    expert has or that is narrower than H (3 H). Raises UsageError if the config has no hidden size,
+    and for impossible shapes.
     """
     text, asked = text_config(config), asked or Asked()
     hidden = count(text, "hidden_size")
@@ -122,23 +121,24 @@ def shape_for(config: Mapping[str, Any], asked: Asked | None = None) -> DraftSha
 
 
 def _heads(text: Mapping[str, Any], hidden: int, notes: list[str]) -> tuple[int, int, int]:
-    """Query heads, key-value heads, width of a head."""
+    """Return query heads, key-value heads and width of a head."""
     heads = count(text, "num_attention_heads", "n_head", "num_heads")
     if heads is None:
         heads = max(hidden // HEAD_DIM, 1)
-        notes.append(f"the target's config has no number of heads: {heads} of {HEAD_DIM}")
+        notes.append(f"the target's config states no number of heads: using {heads} of {HEAD_DIM}")
         return heads, heads, HEAD_DIM
     if count(text, "kv_lora_rank") is not None:
         notes.append(
-            f"the target has latent attention: heads of {HEAD_DIM}, a key-value head per query head"
+            f"the target has latent attention: using heads of {HEAD_DIM} and one "
+            "key-value head per query head"
         )
         return heads, heads, HEAD_DIM
     kv_heads = min(count(text, "num_key_value_heads") or heads, heads)
     if heads % kv_heads:
         kv_heads = largest_divisor(heads, kv_heads)
         notes.append(
-            f"the target's key-value heads do not divide its {heads} heads: {kv_heads} key-value "
-            "heads"
+            f"the target's key-value heads do not divide its {heads} heads: using {kv_heads} "
+            "key-value heads"
         )
     width = count(text, "head_dim") or max(hidden // heads, 2)
     reshaped = str(text.get("model_type")) in RESHAPED_HEADS and width > HEAD_DIM
@@ -150,13 +150,15 @@ def _heads(text: Mapping[str, Any], hidden: int, notes: list[str]) -> tuple[int,
             if reshaped
             else "no server supports such heads"
         )
-        notes.append(f"the target's heads are {width} wide and {why}: {heads} heads of {HEAD_DIM}")
+        notes.append(
+            f"the target's heads are {width} wide and {why}: using {heads} heads of {HEAD_DIM}"
+        )
         width = HEAD_DIM
     return heads, kv_heads, width
 
 
 def _mlp(text: Mapping[str, Any], hidden: int, notes: list[str]) -> int:
-    """Width of the draft's MLP: the target's dense one, else three hidden sizes."""
+    """Return the width of the draft's MLP: the target's dense one, else three hidden sizes."""
     own = count(text, "intermediate_size", "ffn_hidden_size", "n_inner", "ffn_dim")
     experts = count(text, *EXPERT_COUNTS) or 0
     only_experts = (
@@ -186,11 +188,9 @@ def rope_base(config: Mapping[str, Any], default: float) -> float: ...
 @overload
 def rope_base(config: Mapping[str, Any], default: None = None) -> float | None: ...
 def rope_base(config: Mapping[str, Any], default: float | None = None) -> float | None:
-    """RoPE base of a config, of a target or of a draft; ``default`` where it has none.
-
-    It may be nested under ``rope_parameters`` (transformers 5) or flat (transformers 4), and nested
-    once more by layer type (Gemma):
-    a draft attends fully, so full attention's base is its own.
+    """Return the RoPE base in a config of a target or a draft; ``default`` if it has none. It may
+    be nested under ``rope_parameters`` (transformers 5) or flat (transformers 4), and nested once
+    more by layer type (Gemma): a draft attends fully, so it uses full attention's base.
     """
     for name in ("rope_parameters", "rope_scaling"):
         nested = config.get(name)
@@ -204,8 +204,8 @@ def rope_base(config: Mapping[str, Any], default: float | None = None) -> float 
 
 
 def count(config: Mapping[str, Any], *names: str) -> int | None:
-    """The first of ``names`` that is a positive whole number in ``config``; of a list by layer, its
-    largest.
+    """Return the first of ``names`` that is a positive whole number in ``config``; for a list by
+    layer, the largest.
     """
     for name in names:
         value = config.get(name)
@@ -221,5 +221,5 @@ def _number(config: Mapping[str, Any], *names: str) -> float | None:
 
 
 def largest_divisor(whole: int, at_most: int) -> int:
-    """The largest divisor of ``whole`` that is not above ``at_most``."""
+    """Return the largest divisor of ``whole`` that is at most ``at_most``."""
     return next(n for n in range(max(min(at_most, whole), 1), 0, -1) if whole % n == 0)

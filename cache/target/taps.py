@@ -1,10 +1,10 @@
-"""Which of a target's layers the drafter types read: what a store must hold, before a dump, and
-what it lacks, before a training.
+"""Which of a target's layers the drafter types read: before a dump, what a store must hold; before
+a training, what it lacks.
 
 Two conventions name a layer: ``--layers`` i = output of decoder layer i, 0-based;
 ``--target-layer-ids`` j = the state entering layer j (vLLM, speculators), j = i + 1. Here all are
-outputs. Types whose drafts run over blocks take whatever layers they are given; EAGLE-3 and P-EAGLE
-take three; an SPD head takes the ends of its pipeline's stages.
+outputs. Block drafts read any layers they are given; EAGLE-3 and P-EAGLE read three; an SPD head
+reads the ends of its pipeline's stages.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ BOTH = (
 
 BLOCKS = ("dspark", "dflash")
 THREE = ("eagle3", "peagle")
-STAGES = 3  # of a pipeline where nobody says otherwise; the published SPD head's
+STAGES = 3  # default number of stages of a pipeline: the published SPD head's
 READERS = (*BLOCKS, *THREE, "spd")
 AUX = 3
 
 
 def parse_ids(text: str, flag: str) -> tuple[int, ...]:
-    """``"7,22,38"`` or ``"8 23 39"`` -> ids, not yet checked against a target."""
+    """Parse ``"7,22,38"`` or ``"8 23 39"`` into ids, not yet checked against a target."""
     words = [w for w in re.split(r"[,\s]+", text.strip()) if w]
     if not words or not all(re.fullmatch(r"-?\d+", w) for w in words):
         raise UsageError(
@@ -37,8 +37,8 @@ def parse_ids(text: str, flag: str) -> tuple[int, ...]:
 
 
 def default_layers(num_layers: int) -> tuple[int, ...]:
-    """Five layers spread evenly from 1 to n-3 (36 layers: 1, 9, 17, 25, 33); fewer where the target
-    has too few.
+    """Return five layers spread evenly from 1 to n-3 (36 layers: 1, 9, 17, 25, 33); fewer if the
+    target has too few.
     """
     if num_layers <= 2:
         return (0,)
@@ -50,8 +50,8 @@ def default_layers(num_layers: int) -> tuple[int, ...]:
 
 
 def low_middle_high(num_layers: int) -> tuple[int, ...]:
-    """EAGLE-3's three layers (36 layers: 1, 17, 32). Targets of fewer than six layers give other
-    three; those of fewer than three give none.
+    """Return EAGLE-3's three layers (36 layers: 1, 17, 32). Targets with fewer than six layers give
+    three others; those with fewer than three give none.
     """
     if num_layers >= 6:
         return 1, num_layers // 2 - 1, num_layers - 4
@@ -59,12 +59,12 @@ def low_middle_high(num_layers: int) -> tuple[int, ...]:
 
 
 def stage_ends(num_layers: int, stages: int = STAGES) -> tuple[int, ...]:
-    """The last layer of each of ``stages`` equal stages (47 layers: 14, 30, 46)."""
+    """Return the last layer of each of ``stages`` equal stages (47 layers: 14, 30, 46)."""
     return tuple(sorted({num_layers * (k + 1) // stages - 1 for k in range(stages)} - {-1}))
 
 
 def wanted(kind: str, num_layers: int) -> tuple[int, ...]:
-    """The layers that a store for drafts of this type alone would hold."""
+    """Return the layers that a store only for drafts of this type would hold."""
     if kind in THREE:
         return low_middle_high(num_layers)
     return stage_ends(num_layers) if kind == "spd" else default_layers(num_layers)
@@ -73,11 +73,10 @@ def wanted(kind: str, num_layers: int) -> tuple[int, ...]:
 def serving(
     kinds: Sequence[str], num_layers: int, blocks: tuple[int, ...] | None = None
 ) -> dict[str, tuple[int, ...]]:
-    """Type -> the layers it reads, so that one store serves all ``kinds`` with few layers.
-    ``blocks``: what block drafts of this target read, if a recipe says so.
-
-    EAGLE-3 and P-EAGLE choose their three among the block drafts' where there are any: a layer more
-    would cost a sixth of the store.
+    """Map each type to the layers it reads, so that one store serves all ``kinds`` with few layers.
+    ``blocks``: what block drafts of this target read, if a recipe says so. EAGLE-3 and P-EAGLE
+    choose their three among the block drafts' layers, if any: one more layer would cost a sixth of
+    the store.
     """
     own = {
         kind: blocks if kind in BLOCKS and blocks else wanted(kind, num_layers) for kind in kinds
@@ -89,15 +88,15 @@ def serving(
 
 
 def chosen(kind: str, stored: Sequence[int], num_layers: int) -> tuple[int, ...]:
-    """Which of the ``stored`` layers a draft of this type reads. Raises MismatchError, naming the
-    layers to dump, if they do not do.
+    """Return which of the ``stored`` layers a draft of this type reads. Raises MismatchError,
+    naming the layers to dump, if they do not suffice.
     """
     usable = tuple(i for i in stored if i >= 0)
     if kind in THREE:
         if len(usable) < AUX:
             raise lacking(
                 kind,
-                f"reads {AUX} layers, a low, a middle and a high one",
+                f"reads {AUX} layers: one low, one middle, one high",
                 stored,
                 wanted(kind, num_layers),
             )
@@ -106,7 +105,7 @@ def chosen(kind: str, stored: Sequence[int], num_layers: int) -> tuple[int, ...]
         if len(usable) < 2:
             raise lacking(
                 kind,
-                "needs the last layer of each of two stages or more",
+                "needs the last layer of each of at least two stages",
                 stored,
                 wanted(kind, num_layers),
             )
@@ -115,7 +114,7 @@ def chosen(kind: str, stored: Sequence[int], num_layers: int) -> tuple[int, ...]
 
 
 def lacking(kind: str, needs: str, stored: Sequence[int], layers: Sequence[int]) -> MismatchError:
-    """The error of a store whose layers do not do for a type."""
+    """Return the error for a store whose layers do not suffice for a type."""
     missing = [i for i in layers if i not in stored]
     return MismatchError(
         f"a draft of type {kind} {needs}; the store has {list(stored)} and lacks {missing} of "
@@ -126,17 +125,17 @@ def lacking(kind: str, needs: str, stored: Sequence[int], layers: Sequence[int])
 
 
 def remark(kind: str, read: Sequence[int], stored: Sequence[int], num_layers: int) -> str:
-    """What a training says of its layers before it starts, in a line."""
+    """Return the line in which a training states its layers before it starts."""
     line = f"layers: {kind} reads {list(read)} of the store's {list(stored)}"
     others = [i for i in wanted(kind, num_layers) if i not in stored]
     if kind in BLOCKS or not others:
         return line
-    return f"{line}; a store of its own (dspark-dump --for {kind}) would also hold {others}"
+    return f"{line}; a dump with --for {kind} would also store {others}"
 
 
 def nearest(stored: Sequence[int], wished: Sequence[int]) -> tuple[int, ...]:
-    """As many of ``stored`` (rising) as are ``wished``, rising, each as near to its wish as those
-    before and after it allow.
+    """Choose as many of ``stored`` (ascending) as are ``wished``, in ascending order, each as near
+    to its wish as the others allow.
     """
     out: list[int] = []
     for k, wish in enumerate(wished):

@@ -238,7 +238,7 @@ def test_non_finite_states_are_refused_by_name(bits: int) -> None:
     for bad in (math.nan, math.inf, -math.inf):
         x = gaussian(9, 3, 64)
         x[5, 2, 11] = bad
-        with pytest.raises(EngineError, match="token 5, aux layer number 2, channel 11"):
+        with pytest.raises(EngineError, match="token 5, aux layer index 2, channel 11"):
             codec_for(bits).encode(x)
         with pytest.raises(EngineError, match=r"token 5 \(last state\), channel 11"):
             codec_for(bits).encode(x[:, 2])

@@ -119,7 +119,7 @@ def test_non_finite_states_are_still_named() -> None:
         y = x.clone()
         y[5, 2, 11] = bad
         with pytest.raises(
-            EngineError, match=f"{words}.* at token 5, aux layer number 2, channel 11"
+            EngineError, match=f"{words}.* at token 5, aux layer index 2, channel 11"
         ):
             codec.encode(y)
 

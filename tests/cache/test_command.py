@@ -77,7 +77,7 @@ def test_a_config_file_is_typed_like_flags_and_the_command_line_wins(tmp_path: P
         ("name: a\ncount: 10", "Invalid value for '--count'"),
         ("name: a\ncount: {a: 1}", "Invalid value for '--count'"),
         ("name: a\nthink: maybe", "think is a switch: expected true or false"),
-        ("name: a\ncount: true", "expected a text or a number"),
+        ("name: a\ncount: true", "expected text or a number"),
         ("- a", "expected flag names with their values, found a list"),
         ("a: [", "not YAML"),
         ("count: 2", "Missing argument 'NAME'"),

@@ -236,7 +236,7 @@ def test_what_is_not_finite_is_refused_by_place(field: str) -> None:
     else:
         last[12, 3] = float("inf")
     place = (
-        "token 12, aux layer number 2, channel 3"
+        "token 12, aux layer index 2, channel 3"
         if field == "aux"
         else r"token 12 \(last state\), channel 3"
     )
@@ -248,7 +248,7 @@ def test_too_little_to_calibrate_on() -> None:
     tokens = some_tokens([20])
     with pytest.raises(UsageError, match="1 runs of samples"):
         FAMILY.make("klt-1-1", "zstd").calibrated(*some_states(tokens), tokens)
-    with pytest.raises(UsageError, match="before it is calibrated"):
+    with pytest.raises(UsageError, match="must be calibrated"):
         FAMILY.make("klt-1-1", "zstd").encode(*some_states(tokens), tokens)
 
 

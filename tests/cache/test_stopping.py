@@ -120,7 +120,7 @@ def test_what_is_safe_is_told_from_an_older_store(tmp_path: Path) -> None:
     output = tmp_path / "hs.zarr"
     assert parts_of(output)() == "Nothing was written."
     (output / "parts" / "000000000000").mkdir(parents=True)
-    assert parts_of(output, resume=False)() == f"The store that was there, {output}, is as it was."
+    assert parts_of(output, resume=False)() == f"The store at {output} is unchanged."
     assert parts_of(output)().startswith(f"1 finished parts in {output} are safe.")
     (output / "parts" / "000000000000").rmdir()
     assert parts_of(output)().startswith("No part was finished")

@@ -62,5 +62,5 @@ def test_what_a_store_lacks_is_named() -> None:
     ):
         taps.chosen("eagle3", [1, 4], 36)
     assert taps.chosen("spd", [-1, 4, 9], 36) == (4, 9)
-    assert "would also hold [32]" in taps.remark("eagle3", (1, 17, 33), (1, 9, 17, 25, 33), 36)
+    assert "would also store [32]" in taps.remark("eagle3", (1, 17, 33), (1, 9, 17, 25, 33), 36)
     assert taps.remark("dspark", (3,), (3,), 36) == "layers: dspark reads [3] of the store's [3]"

@@ -86,7 +86,7 @@ def test_verify_finds_what_is_not_the_manifests_and_a_resumed_run_writes_it_agai
     report = verify(store)
     (finding,) = report.findings
     assert str(file) in finding
-    assert finding.endswith("--resume: it writes again what is missing.")
+    assert finding.endswith("--resume, which restores what is missing.")
     assert drop_damaged(store, report) == [f"target/{name}"]
     assert not file.exists()
     assert not dspark.cache.open(store, allow_incomplete=True).manifest.complete

@@ -1,3 +1,3 @@
-"""The transform codec: what is predicted is not coded, and the rest in the basis that needs the
-fewest bits.
+"""The transform codec: predict each state from what is known, and code the rest in the basis that
+needs the fewest bits.
 """

@@ -1,13 +1,12 @@
-"""The transform codec ``klt-A-L``: A bits for a value of the aux layers and L for one of the last
+"""The transform codec ``klt-A-L``: A bits per value of the aux layers and L per value of the last
 state, by entropy.
 
-What is predicted from the ids that the store holds anyway is not coded; the rest of all aux layers
-is coded together, in the basis in which its coefficients are uncorrelated, with one step for all
+What can be predicted from the stored token ids is not coded; the remainder of all aux layers is
+coded together, in the basis in which its coefficients are uncorrelated, with one step for all
 (``tables.py``). The last state is predicted from the decoded aux coefficients of its token and from
 the embeddings around it, and coded in a metric in which an error costs what it costs the target's
-distribution. ``fit.py`` finds the tables; without them nothing can be coded.
-
-A row that the cells cannot hold (the massive activations of first tokens) is stored as it is.
+distribution. ``fit.py`` finds the tables; without them nothing can be coded. A row that the cells
+cannot hold (the massive activations of first tokens) is stored exactly.
 
 Legend: T tokens, M stored last states, L aux layers, H hidden size, C = L * H, X tokens stored
 exactly.
@@ -39,21 +38,21 @@ if TYPE_CHECKING:
 # tokens: of 128, 256, 512 and 1,024 they take 11, 4, 0 and -2 % more bytes; a sample reads half a
 # chunk too much at each end
 CHUNK = 512
-ROWS = {"cpu": 1024, "cuda": 8192}  # at once, in plain torch
+ROWS = {"cpu": 1024, "cuda": 8192}  # rows at once, in plain torch
 PARAMS: Json = {"classes": [list(c) for c in CLASSES], "band": BAND}
 # Of a store's size before calibration: what zstd takes above the entropy, and bytes per token of
 # rows stored exactly.
 PACKED, EXACT_SHARE = 1.03, 1 / 300
-PER_DIMENSION = 16  # tokens that calibration asks for, per dimension of a row of all aux layers
-# of a corpus, a quarter of which is calibrated on: with fewer the basis fits the sample and not the
+PER_DIMENSION = 16  # tokens of calibration per dimension of a row of all aux layers
+# of the corpus, a quarter of which is used: with fewer, the basis fits the sample and not the
 # corpus
 LEAST_PER_DIMENSION = 16
 
 
 @dataclass(frozen=True, slots=True)
 class Klt:
-    """``tables``: what was learnt; None before. Two are equal where they store the same codes in
-    the same way.
+    """``tables``: the calibration; None before it. Two codecs are equal if they store the same
+    codes in the same way.
     """
 
     aux_bits: float
@@ -86,7 +85,7 @@ class Klt:
     def learnt(self) -> Tables:
         """The tables. Raises UsageError before ``calibrated``."""
         if self.tables is None:
-            raise UsageError(f"codec {self.name} codes nothing before it is calibrated on states")
+            raise UsageError(f"codec {self.name} must be calibrated on states before it codes any")
         return self.tables
 
     def calibration_tokens(self, layers: int, hidden: int) -> int:
@@ -105,7 +104,7 @@ class Klt:
         return 2 * (aux + hidden * hidden + (CONTEXT + 3) * hidden * hidden)
 
     def arrays(self, layers: int, hidden: int) -> dict[str, ArraySpec]:
-        """Widths are the calibration's; before it, what SmolLM2's were at one bit (for plans of
+        """The widths come from the calibration; before it, SmolLM2's at one bit (to plan
         memory).
         """
         if self.tables is None:
@@ -146,16 +145,16 @@ class Klt:
     def repacked(self, pack: str) -> Klt:
         if pack != "zstd":
             raise UsageError(
-                f"--pack {pack}: codec {self.name} has cells of unequal shares, and only zstd "
-                "makes them smaller. "
-                "Leave --pack at zstd, or choose a rotated codec."
+                f"--pack {pack}: codec {self.name} has cells of unequal probability, and only "
+                "zstd makes them smaller. Leave --pack at zstd, or choose a rotated "
+                "codec."
             )
         return replace(self, pack=pack)
 
     def _known(self, tokens: Tokens | None) -> Tokens:
         if tokens is None:
             raise UsageError(
-                f"codec {self.name} predicts from tokens and got none: give Tokens (codec.base)"
+                f"codec {self.name} predicts from tokens but got none: pass Tokens (codec.base)"
             )
         return tokens
 
@@ -224,8 +223,8 @@ class Klt:
 
 @dataclass(frozen=True, slots=True)
 class Known:
-    """What the decoder knows of tokens beside their codes. ``previous`` int64 [T]: the id before,
-    -1 where a sample begins.
+    """What the decoder knows about tokens beside their codes. ``previous`` int64 [T]: the id
+    before, -1 at the start of a sample.
     """
 
     tokens: Tokens
@@ -236,15 +235,15 @@ class Known:
         import torch
 
         previous = torch.roll(tokens.input_ids, 1)
-        # The end of the last sample may be that of the batch: rows are marked, not chosen, so that
-        # no device is waited for.
+        # The end of the last sample may be that of the batch: rows are marked, not selected, to
+        # avoid waiting for the device.
         begins = torch.zeros(previous.shape[0] + 1, dtype=torch.bool, device=previous.device)
         begins.index_fill_(0, tokens.sample_start, True)
         previous.masked_fill_(begins[:-1], -1)
         return cls(tokens, previous)
 
     def around(self, rows: slice) -> Seen:
-        """The embeddings of tokens ``rows`` and of those before: F = 2 H."""
+        """Return the embeddings of tokens ``rows`` and of the tokens before them: F = 2 H."""
         import torch
 
         return Seen(
@@ -252,8 +251,9 @@ class Known:
         )
 
     def near(self, at: torch.Tensor, half: Half, code: torch.Tensor, context: int) -> Seen:
-        """Of last states of tokens ``at`` [m]: the first ``context`` coefficients of the token's
-        aux ``code``, and the embeddings before, at and after it: F = context + 3 H.
+        """Return the features of last states of tokens ``at`` [m]: the first ``context``
+        coefficients of the token's aux ``code``, and the embeddings before, at and after it: F =
+        context + 3 H.
         """
         import torch
 
@@ -271,7 +271,7 @@ class Known:
 def _encoded(
     half: Half, x: torch.Tensor, seen: Callable[[slice], Seen]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Code of rows ``x`` and which of them the cells cannot hold, run by run."""
+    """Encode rows ``x``, run by run; also returns which of them the cells cannot hold."""
     import torch
 
     quick = fast.usable(half)
@@ -287,7 +287,7 @@ def _encoded(
 def _decoded(
     half: Half, code: torch.Tensor, seen: Callable[[slice], Seen], dtype: torch.dtype
 ) -> torch.Tensor:
-    """Rows [T, C] of ``code``, run by run."""
+    """Decode the rows [T, C] of ``code``, run by run."""
     import torch
 
     quick = fast.usable(half)
@@ -301,7 +301,7 @@ def _decoded(
 
 
 def _runs(half: Half, x: torch.Tensor, quick: bool) -> list[slice]:
-    """Slices of the rows of ``x``, so that what is made on the way stays small."""
+    """Yield slices of the rows of ``x``, so that intermediate results stay small."""
     size = fast.rows_at_once(half) if quick else ROWS.get(x.device.type, ROWS["cpu"])
     return [slice(i, min(i + size, x.shape[0])) for i in range(0, x.shape[0], size)] or [
         slice(0, 0)
@@ -309,8 +309,8 @@ def _runs(half: Half, x: torch.Tensor, quick: bool) -> list[slice]:
 
 
 def _same_first(exact: torch.Tensor, tokens: Tokens) -> torch.Tensor:
-    """The tokens whose states are stored for ``exact``: a sample's first token depends on its id
-    alone, so all take the first one's.
+    """Return the tokens whose states are stored for ``exact``: the state of a sample's first token
+    depends only on its id, so all equal ones use the first's.
     """
     import torch
 

@@ -1,10 +1,10 @@
-"""One transform of the transform codec on a GPU: as ``half.py`` says it in plain torch, in a few
-passes over memory.
+"""One transform of the transform codec on a GPU: as ``half.py`` in plain torch, but in a few passes
+over memory.
 
 A product's input is written once, by kernels, in the order of the product's rows: coefficients and
-embeddings for the decoder, rows in two parts and embeddings for the encoder. The products are the
-same but for the order of their sums, so a value at a cell's edge may fall to either side;
-``agrees`` holds the two against each other once per transform and device.
+embeddings for the decoder, rows in two parts and embeddings for the encoder. The products differ
+only in the order of summation, so a value at a cell's edge may fall to either side; ``usable``
+compares the two once per transform and device.
 
 Legend: T rows, C channels of a row, K coefficients, F features, W bytes of a row's code, H hidden
 size.
@@ -77,7 +77,7 @@ class Seen:
 
 
 def rows_at_once(half: Half) -> int:
-    """Rows whose product's input takes ``BUFFER`` bytes."""
+    """Return how many rows make a product's input of ``BUFFER`` bytes."""
     width = max(half.encoder.shape[0], half.decoder.shape[0])
     return max(256, min(ROWS, BUFFER // (width * half.dtype.itemsize) // 256 * 256))
 
@@ -117,7 +117,7 @@ def decode(half: Half, code: torch.Tensor, seen: Seen, out: torch.Tensor) -> Non
 
 @lru_cache(maxsize=8)
 def nothing(half: Half) -> torch.Tensor:
-    """The code uint8 [W] of a row of zeros."""
+    """Return the code uint8 [W] of a row of zeros."""
     import torch
 
     from dspark.cache.codec.klt.symbols import pack
@@ -132,7 +132,7 @@ def _has_triton() -> bool:
 
 
 def usable(half: Half) -> bool:
-    """Whether this module may take ``half``'s place: on CUDA, where triton is installed and a trial
+    """Tell whether this module may replace ``half``: on CUDA, if triton is installed and a trial
     agrees with plain torch.
     """
     return half.mean.is_cuda and _has_triton() and _tried(half)
@@ -161,8 +161,8 @@ def _tried(half: Half) -> bool:
 
 
 def trial(half: Half) -> tuple[float, float]:
-    """On random rows and embeddings, against plain torch: the share of bytes that differ, and the
-    relative difference of decoded rows.
+    """Compare with plain torch on random rows and embeddings: returns the share of bytes that
+    differ, and the relative difference of decoded rows.
     """
     import torch
 

@@ -1,9 +1,9 @@
-"""Finding the tables of the transform codec from states of samples from all over a corpus.
+"""Fit the tables of the transform codec to states of samples spread over a corpus.
 
-Passes over states that may lie on the host: norms (which rows are massive), moments, and cells of
-samples that were held out of the moments, which set the step so that the rate is one that new text
-has. Then the last state, from decoded aux coefficients. All work is done on the device of the
-embedding.
+There are three passes over the states, which may be on the host: norms (which rows are massive),
+moments, and cells of samples held out of the moments, which set the step so that the rate holds for
+new text. Then the last state follows, from decoded aux coefficients. All work runs on the device of
+the embedding.
 
 Legend: T tokens, M stored last states, L aux layers, H hidden size, C = L * H, F features.
 """
@@ -35,7 +35,7 @@ RIDGE_AUX, RIDGE_LAST = 1e-2, 5e-2  # of the features' mean variance
 PIECE = 4096  # tokens, in whole samples, that are on the device at once
 LEAST_PIECES = 8
 HELD_OUT = 8  # every so many-th piece is kept for the step
-RATE_ROWS = 16384  # held-out rows at most that the step is set on
+RATE_ROWS = 16384  # maximum held-out rows that set the step
 LEAST_BITS = 0.02  # a column of less entropy is not kept
 # a row is exact where its classes would add this many times an ordinary row's error
 EXACT_NOISE = 2.0
@@ -50,8 +50,8 @@ class Piece(NamedTuple):
 
 
 def pieces_of(aux: torch.Tensor, last: torch.Tensor, tokens: Tokens) -> list[Piece]:
-    """Runs of whole samples of about ``PIECE`` tokens, at least ``LEAST_PIECES`` of them where
-    there are as many samples.
+    """Return runs of whole samples of about ``PIECE`` tokens, at least ``LEAST_PIECES`` of them if
+    there are enough samples.
     """
     import numpy as np
 
@@ -86,8 +86,8 @@ def fit(
     context: int | None = None,
     say: Say = lambda text: None,
 ) -> Tables:
-    """Tables for ``aux_bits`` per value of the aux layers and ``last_bits`` per value of the last
-    state, by entropy on held-out samples.
+    """Fit tables for ``aux_bits`` per value of the aux layers and ``last_bits`` per value of the
+    last state, by entropy on held-out samples.
 
     ``context``: see ``Tables`` (None: two hidden sizes). Raises UsageError for fewer than two
     samples or without a stored last state.
@@ -100,9 +100,8 @@ def fit(
     if not learn or not all(stored):
         raise UsageError(
             f"found {len(pieces)} runs of samples to calibrate on, with {stored[0]} stored last "
-            f"states to learn from and {stored[1]} to "
-            "measure on; expected some of each. Choose a rotated codec (--codec rotated-4-4) or "
-            "dump more rows."
+            f"states to fit on and {stored[1]} to measure on; expected some of each. "
+            "Choose a rotated codec (--codec rotated-4-4) or dump more rows."
         )
     layers, hidden = aux.shape[1:]
     work = _Fit(tokens, layers, hidden, say)
@@ -119,7 +118,7 @@ def fit(
 
 @dataclass(frozen=True, slots=True)
 class _Fit:
-    """One calibration. ``about.embedding`` says the device."""
+    """One calibration, on the device of ``about.embedding``."""
 
     about: Tokens
     layers: int
@@ -139,7 +138,7 @@ class _Fit:
             yield Piece(p.aux.to(device), p.last.to(device), tokens)
 
     def ordinary(self, pieces: Sequence[Piece]) -> torch.Tensor:
-        """The largest ordinary norm of each layer, float32 [L]."""
+        """Return the largest ordinary norm of each layer, float32 [L]."""
         import torch
 
         norms = [p.aux.to(self.device).float().norm(dim=2) for p in pieces]
@@ -148,7 +147,7 @@ class _Fit:
     def centre(
         self, pieces: Sequence[Piece], most: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mean and deviation of ordinary rows, float32 [C]."""
+        """Return mean and deviation of ordinary rows, float32 [C]."""
         import torch
 
         width = self.layers * self.hidden
@@ -169,7 +168,7 @@ class _Fit:
     def aux(
         self, learn: Sequence[Piece], keep: Sequence[Piece], most: torch.Tensor, bits: float
     ) -> Transform:
-        """The aux layers' transform, for ``bits`` per value."""
+        """Fit the aux layers' transform for ``bits`` per value."""
         import torch
 
         channels = self.layers * self.hidden
@@ -183,10 +182,10 @@ class _Fit:
         weights, residual = regression(covariance, channels, RIDGE_AUX)
         energy = float(covariance[:channels, :channels].diagonal().sum())
         self.say(
-            f"aux layers: {moments.rows:,} tokens, {moments.rows / channels:.1f} for each of "
-            f"{channels:,} dimensions; "
-            f"embeddings explain {1 - float(residual.diagonal().sum()) / max(energy, 1e-12):.1%} "
-            "of the energy"
+            f"aux layers: {moments.rows:,} tokens, {moments.rows / channels:.1f} per each of "
+            f"{channels:,} dimensions; embeddings explain "
+            f"{1 - float(residual.diagonal().sum()) / max(energy, 1e-12):.1%} of the "
+            "energy"
         )
         shifted = mean + deviation * (centre[:channels] - centre[channels:] @ weights).float()
         _, basis = eigen(residual)
@@ -204,8 +203,8 @@ class _Fit:
     def last(
         self, learn: Sequence[Piece], keep: Sequence[Piece], aux: Transform, count: int, bits: float
     ) -> Tables:
-        """Both transforms, the last state's for ``bits`` per value, predicted from ``count``
-        coefficients of ``aux``.
+        """Return both transforms; the last state's is fitted for ``bits`` per value, predicted from
+        ``count`` coefficients of ``aux``.
         """
         import torch
 
@@ -232,8 +231,8 @@ class _Fit:
         spread, left = (metric @ x @ metric for x in (covariance[:hidden, :hidden], residual))
         self.say(
             f"last state: {moments.rows:,} rows; prediction leaves "
-            f"{float(left.trace() / spread.trace()):.1%} of its energy "
-            "in the metric of the target's distribution"
+            f"{float(left.trace() / spread.trace()):.1%} of its energy, in the metric of "
+            "the target's distribution"
         )
         _, basis = eigen(left)
         mean = centre[:hidden] - centre[hidden:] @ weights
@@ -244,13 +243,13 @@ class _Fit:
 
 
 def _around(piece: Piece) -> torch.Tensor:
-    """Features of the aux layers, float32 [T, 2 H]."""
+    """Return the features of the aux layers, float32 [T, 2 H]."""
 
     return Known.of(piece.tokens).around(slice(None)).plain()
 
 
 def _is_ordinary(aux: torch.Tensor, most: torch.Tensor) -> torch.Tensor:
-    """Which rows of ``aux`` [T, L, H] carry no massive activation, bool [T]."""
+    """Tell which rows of ``aux`` [T, L, H] have no massive activation, bool [T]."""
     out: torch.Tensor = (aux.float().norm(dim=2) <= most).all(1)
     return out
 
@@ -262,7 +261,7 @@ def _transform(
     forward: torch.Tensor | None,
     predict: torch.Tensor,
 ) -> Transform:
-    """A transform that is not quantised yet."""
+    """A transform before quantisation."""
     import torch
 
     def half(x: torch.Tensor) -> torch.Tensor:
@@ -286,7 +285,7 @@ def _transform(
 
 
 def _some(blocks: Iterable[torch.Tensor]) -> torch.Tensor:
-    """The first ``RATE_ROWS`` rows."""
+    """Return the first ``RATE_ROWS`` rows."""
     import torch
 
     out: list[torch.Tensor] = []
@@ -298,8 +297,8 @@ def _some(blocks: Iterable[torch.Tensor]) -> torch.Tensor:
 
 
 def _quantised(whole: Transform, y: torch.Tensor, bits: float) -> Transform:
-    """``whole`` with the step at which held-out coefficients ``y`` take ``bits`` a row, and the
-    columns that are worth keeping.
+    """Return ``whole`` with the step at which held-out coefficients ``y`` take ``bits`` per row,
+    and the columns worth keeping.
     """
     import torch
 

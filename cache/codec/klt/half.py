@@ -1,9 +1,9 @@
 """One transform of the transform codec on one device: rows to cells and back, in plain torch.
 
-Cells are decided in float32 (on CUDA with the states in two bfloat16 parts), so where a coefficient
-lies within rounding of a cell's edge, another device may choose the neighbour, at the same error.
-Products of a decoder are of bfloat16 on CUDA: 45 dB below the states, where the cells' own error is
-10 to 15 dB below.
+Cells are computed in float32 (on CUDA with the states in two bfloat16 parts), so if a coefficient
+is within rounding of a cell's edge, another device may choose the neighbouring cell, with the same
+error. On CUDA the decoder's products use bfloat16: their error is 45 dB below the states, while the
+cells' own error is 10 to 15 dB below.
 
 Legend: T rows, C channels of a row, K coefficients, F features, W bytes of a row's code.
 """
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from dspark.cache.codec.klt.tables import Transform
 
 
-ALIGN = 8  # values: matrix products on a GPU are fast where rows are whole numbers of 16 bytes
+ALIGN = 8  # values: matrix products on a GPU are fast if rows are multiples of 16 bytes
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -103,8 +103,8 @@ class Half:
         return y + self.product(features, less)
 
     def encode(self, x: torch.Tensor, features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Code uint8 [T, W] of rows ``x`` [T, C], and bool [T]: which of them the cells cannot hold
-        (their code is that of zeros).
+        """Encode rows ``x`` [T, C] to uint8 [T, W]; also returns bool [T]: which of them the cells
+        cannot hold (their code is that of zeros).
         """
         import torch
 
@@ -117,11 +117,11 @@ class Half:
         return pack(fitting, self.table.packing), outside
 
     def read(self, code: torch.Tensor) -> torch.Tensor:
-        """Coefficients [T, K] in ``dtype``."""
+        """Read the coefficients [T, K] in ``dtype``."""
         return unpack(code, self.table.packing, self.values)
 
     def rows(self, y: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
-        """Rows float32 [T, C] from coefficients as ``read`` gives them."""
+        """Compute rows float32 [T, C] from coefficients that ``read`` returned."""
         import torch
 
         both = torch.cat([y, features.to(self.dtype)], 1)
@@ -130,7 +130,7 @@ class Half:
 
 @lru_cache(maxsize=8)
 def half_on(table: Transform, device: torch.device) -> Half:
-    """``table`` on ``device``, made once."""
+    """Return ``table`` on ``device``, made once."""
     import torch
 
     cuda = device.type == "cuda"

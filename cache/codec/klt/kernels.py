@@ -2,10 +2,9 @@
 
 In plain torch (``half.py``) a byte's cells are looked up by a gather of one to five values, and
 rows are joined, converted and shifted in passes of their own; on a GPU that takes ten times the
-products' time. Here every step writes where the next product reads: cells and embeddings side by
-side into its input, with two columns of ones for the mean.
-
-Import only where triton is there; ``half.py`` does so for tensors on CUDA.
+products' time. Here every step writes where the next product reads: cells and embeddings go side by
+side into its input, with two columns of ones for the mean. Import only if triton is installed;
+``fast.py`` does so for tensors on CUDA.
 
 Legend: T rows, C channels of a row, K coefficients, F features, W bytes of a row's code.
 """
@@ -205,8 +204,8 @@ def embeddings(out: torch.Tensor, table: torch.Tensor, ids: torch.Tensor, at: in
 def standardised(
     out: torch.Tensor, x: torch.Tensor, mean: torch.Tensor, inverse: torch.Tensor
 ) -> None:
-    """Write ``z = (x - mean) * inverse`` of rows ``x`` [T, C], and what is left of it beyond the
-    dtype of ``out``, to its first 2 C columns.
+    """Write ``z = (x - mean) * inverse`` of rows ``x`` [T, C], and what rounding to the dtype of
+    ``out`` left over, to its first 2 C columns.
     """
     rows, channels = x.shape
     if rows:
@@ -224,8 +223,8 @@ def standardised(
 
 
 def pack(y: torch.Tensor, step: float, packing: Packing) -> tuple[torch.Tensor, torch.Tensor]:
-    """Code uint8 [T, W] of coefficients ``y`` float32 [T, K], each moved to the outermost cell
-    where its class has too few; and float32 [T], the squares of those moves, in sum. As
+    """Code uint8 [T, W] of coefficients ``y`` float32 [T, K], each moved to the outermost cell if
+    its class has too few; and float32 [T], the sum of squares of those moves. As
     ``symbols.quantise`` and ``symbols.pack``.
     """
     rows = y.shape[0]

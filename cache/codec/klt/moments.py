@@ -1,4 +1,4 @@
-"""Moments of rows, and what follows from them: regressions, bases, and the metric of a target's
+"""Moments of rows, and what is computed from them: regressions, bases, and the metric of a target's
 distribution. Pure functions on tensors.
 
 Legend: D width of a row, F features, V vocabulary, H hidden size, M last states.
@@ -56,8 +56,8 @@ def regression(
     """Ridge from the later columns of ``covariance`` to the first ``targets``: weights [F, targets]
     and the residual's covariance.
 
-    ``ridge`` is of the features' mean variance; the first ``apart`` of them have another scale than
-    the others and a mean of their own.
+    ``ridge`` is relative to the features' mean variance; the first ``apart`` of them have another
+    scale than the others and their own mean variance.
     """
     import torch
 
@@ -76,8 +76,8 @@ def regression(
 
 
 def eigen(covariance: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Eigenvalues, falling, and eigenvectors as columns; each vector's largest entry positive, so
-    that equal input gives equal signs.
+    """Return eigenvalues in descending order and eigenvectors as columns; each vector's largest
+    entry is positive, so that equal input gives equal signs.
     """
     import torch
 
@@ -90,8 +90,8 @@ def eigen(covariance: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def fisher(states: Iterable[torch.Tensor], head: torch.Tensor) -> torch.Tensor:
-    """Mean over last states [M, H] of the Fisher information of the distribution ``softmax(head @
-    state)``: float64 [H, H].
+    """Return the mean over last states [M, H] of the Fisher information of the distribution
+    ``softmax(head @ state)``: float64 [H, H].
     """
     import torch
 
@@ -113,8 +113,8 @@ def fisher(states: Iterable[torch.Tensor], head: torch.Tensor) -> torch.Tensor:
 
 
 def root(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The symmetric square root of ``matrix`` with ``FISHER_FLOOR`` added to its eigenvalues, and
-    its inverse.
+    """Return the symmetric square root of ``matrix`` with ``FISHER_FLOOR`` added to its
+    eigenvalues, and its inverse.
     """
     import torch
 

@@ -1,10 +1,10 @@
-"""Cells of transform coefficients as bytes: several small cells to a byte, and what they decode to.
+"""Pack cells of transform coefficients into bytes, several small cells per byte, and decode them.
 No I/O.
 
 A coefficient's cell is a signed integer ``q``, 0 at the middle. Columns are sorted by variance, so
 the first need a byte each and the last hardly more than a zero. ``CLASSES`` says how many cells a
-column may have and how many such columns share a byte; bytes, and not bit fields, so that an
-entropy coder sees the joint value of its columns and can spend less than a bit on each.
+column may have and how many such columns share a byte. Bytes, not bit fields, let an entropy coder
+see the joint value of its columns and spend less than a bit on each.
 
 Legend: T tokens, K columns, n columns to a byte, W bytes of a row.
 """
@@ -50,8 +50,8 @@ class Packing:
         return sum(self.columns)
 
     def spans(self) -> list[tuple[int, int, int, int]]:
-        """Of each class that has columns: its first column, one past its last, cells, columns to a
-        byte.
+        """Yield, per class that has columns: its first column, one past its last, cells, columns
+        per byte.
         """
         ends = np.cumsum([0, *self.columns]).tolist()
         found = zip(itertools.pairwise(ends), CLASSES, strict=True)
@@ -59,21 +59,19 @@ class Packing:
 
     @property
     def width(self) -> int:
-        """Bytes of a row."""
+        """Return the bytes per row."""
         return sum((b - a) // n for a, b, _, n in self.spans())
 
     def limits(self) -> list[int]:
-        """The largest ``|q|`` of each column."""
+        """Return the largest ``|q|`` of each column."""
         return [cells // 2 for a, b, cells, _ in self.spans() for _ in range(b - a)]
 
     @classmethod
     def fitting(cls, q: torch.Tensor) -> Packing:
-        """For columns in falling order of variance, from cells ``q`` [T, K] (any dtype) of a
-        sample.
-
-        A class begins where, in every run of ``BAND`` columns from there on, no more than
-        ``OUTSIDE`` of the values lie outside it.
-        At most 4 columns, the last ones, are left out so that bytes come out even.
+        """Choose classes for columns in descending order of variance, from cells ``q`` [T, K] (any
+        dtype) of a sample. A class begins where, in every run of ``BAND`` columns from there on, at
+        most ``OUTSIDE`` of the values lie outside it. Up to 4 of the last columns are left out so
+        that bytes are filled.
         """
         size = q.shape[1]
         begins = [0]
@@ -97,14 +95,14 @@ class Packing:
 
 
 def quantise(y: torch.Tensor, step: float) -> torch.Tensor:
-    """Cells of ``y``: the nearest multiple of ``step``, halves away from zero; the dtype of
-    ``y``.
+    """Return the cells of ``y``: the nearest multiple of ``step``, halves away from zero, in the
+    dtype of ``y``.
     """
     return (y.abs() / step + 0.5).floor() * y.sign()
 
 
 def pack(q: torch.Tensor, packing: Packing) -> torch.Tensor:
-    """Cells ``q`` [T, K], inside their classes, to uint8 [T, W]: column j of a byte counts
+    """Pack cells ``q`` [T, K], inside their classes, to uint8 [T, W]: column j of a byte counts
     ``cells^j``.
     """
     import torch
@@ -121,7 +119,9 @@ def pack(q: torch.Tensor, packing: Packing) -> torch.Tensor:
 
 @lru_cache(maxsize=8)
 def digits(cells: int, n: int) -> np.ndarray[tuple[int, ...], np.dtype[np.int64]]:
-    """The ``n`` cells that each byte means, int64 [256, n]; bytes that no cells make mean zeros."""
+    """Return the ``n`` cells that each byte stands for, int64 [256, n]; unused bytes stand for
+    zeros.
+    """
     codes = np.arange(256)
     out = np.stack([codes // cells**j % cells - cells // 2 for j in range(n)], axis=1)
     out[codes >= cells**n] = 0
@@ -129,7 +129,7 @@ def digits(cells: int, n: int) -> np.ndarray[tuple[int, ...], np.dtype[np.int64]
 
 
 def value_table(packing: Packing, step: float, offsets: torch.Tensor) -> list[torch.Tensor]:
-    """Of each class with columns: what its bytes decode to, float32 [bands * 256, n].
+    """Return, per class with columns, what its bytes decode to, float32 [bands * 256, n].
 
     ``offsets`` [2, bands of all classes, in order]: mean of ``|y| / step - |q|`` in cells 1, and in
     all beyond.
@@ -148,7 +148,7 @@ def value_table(packing: Packing, step: float, offsets: torch.Tensor) -> list[to
 
 
 def unpack(code: torch.Tensor, packing: Packing, tables: list[torch.Tensor]) -> torch.Tensor:
-    """Coefficients [T, K] of ``code`` uint8 [T, W], in the dtype and on the device of
+    """Decode ``code`` uint8 [T, W] to coefficients [T, K], in the dtype and on the device of
     ``tables``.
     """
     import torch
@@ -171,8 +171,8 @@ def band_count(packing: Packing) -> int:
 
 
 def offsets_of(y: torch.Tensor, step: float, packing: Packing) -> torch.Tensor:
-    """``offsets`` (see ``value_table``) that make every band's cells decode to their mean; float32
-    [2, bands].
+    """Return ``offsets`` (see ``value_table``) that make every band's cells decode to their mean;
+    float32 [2, bands].
     """
     import torch
 
@@ -194,8 +194,8 @@ def offsets_of(y: torch.Tensor, step: float, packing: Packing) -> torch.Tensor:
 
 
 def entropy_columns(q: torch.Tensor) -> torch.Tensor:
-    """Bits of an ideal coder for each integer column of ``q`` [T, K], from the counts of its
-    values; float32 [K].
+    """Return the bits of an ideal coder for each integer column of ``q`` [T, K], from the counts of
+    its values; float32 [K].
     """
     import torch
 
@@ -212,8 +212,8 @@ def entropy_columns(q: torch.Tensor) -> torch.Tensor:
 
 
 def step_for(y: torch.Tensor, bits: float) -> float:
-    """The step at which the cells of ``y`` [T, K] take ``bits`` in all a row by their columns'
-    entropy.
+    """Find the step at which the cells of ``y`` [T, K] take ``bits`` per row in all, by their
+    columns' entropy.
     """
     low, high = 1e-4, float(y.abs().amax()) * 2 + 1e-3
     step = high

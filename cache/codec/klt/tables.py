@@ -1,5 +1,5 @@
-"""What the transform codec knows of a target and its corpus: one ``Transform`` for the aux layers
-and one for the last state.
+"""What the transform codec knows about a target and its corpus: one ``Transform`` for the aux
+layers and one for the last state.
 
 A transform predicts a row x from features f that the decoder has too, and quantises what is left in
 a basis with one step:
@@ -35,13 +35,12 @@ CONTEXT = 2  # hidden sizes of aux coefficients that the last state is predicted
 @dataclass(frozen=True, slots=True, eq=False)
 class Transform:
     """``mean``, ``deviation`` float32 [C]; ``back`` bfloat16 [K, C]; ``forward`` bfloat16 [C, K],
-    None where it is ``back`` transposed;
-    ``predict`` bfloat16 [F, C]; ``offsets`` float32 [2, bands] (``symbols.value_table``).
+    None if it is ``back`` transposed; ``predict`` bfloat16 [F, C]; ``offsets`` float32 [2, bands]
+    (``symbols.value_table``).
 
-    ``limit``: a row whose cells would have to be moved by more than this (squared, in sum) to fit
-    their classes is stored exactly.
-    ``noise``: squared error of an ordinary row's coefficients, in sum. ``bits``: of a row, by
-    entropy, on samples that were held out.
+    ``limit``: a row whose cells would have to move by more than this (sum of squares) to fit their
+    classes is stored exactly. ``noise``: summed squared error of an ordinary row's coefficients.
+    ``bits``: bits per row, by entropy, on held-out samples.
     """
 
     mean: torch.Tensor
@@ -65,7 +64,7 @@ class Transform:
         return int(self.back.shape[0])
 
     def tensors(self, field: str) -> Tensors:
-        """By name, on the CPU."""
+        """Return the tensors by name, on the CPU."""
         import torch
 
         found = {f"{field}_{n}": getattr(self, n) for n in PARTS}
@@ -77,8 +76,8 @@ class Transform:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Tables:
-    """Both transforms. ``context``: how many of the first aux coefficients the last state is
-    predicted from.
+    """Both transforms. ``context``: how many leading aux coefficients the last state is predicted
+    from.
 
     ``digest``: sha256 of all tensors, so that equal tables compare equal.
     """
@@ -90,7 +89,7 @@ class Tables:
     context: int
 
     def tensors(self) -> Tensors:
-        """The contents of the calibration file."""
+        """Return the contents of the calibration file."""
         import torch
 
         shape = torch.tensor([self.layers, self.hidden, self.context], dtype=torch.int64)
@@ -108,8 +107,8 @@ class Tables:
 
     @classmethod
     def of(cls, tensors: Mapping[str, torch.Tensor], where: str) -> Tables:
-        """From the contents of a calibration file. Raises DamagedCacheError for one that does not
-        hold together.
+        """Make tables from the contents of a calibration file. Raises DamagedCacheError if they are
+        inconsistent.
         """
         try:
             layers, hidden, context = tensors["shape"].tolist()
@@ -130,7 +129,7 @@ class Tables:
 
 
 def _transform(tensors: Mapping[str, torch.Tensor], field: str, where: str) -> Transform:
-    """One transform, its shapes checked against each other."""
+    """Make one transform and check its shapes against each other."""
     own: dict[str, Any] = {n: tensors.get(f"{field}_{n}") for n in PARTS}
     packing = Packing(tuple(tensors[f"{field}_columns"].tolist()))
     numbers = dict(zip(NUMBERS, tensors[f"{field}_numbers"].tolist(), strict=True))
