@@ -1,4 +1,4 @@
-"""``dspark-train``: flags -> TrainConfig -> loop. Imports nothing heavy until it runs."""
+"""``dspark-train``: flags to TrainConfig to the loop. Imports nothing heavy until it runs."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ NOT_SETTINGS = {
 
 
 def _names(context: click.Context, parameter: click.Parameter, value: Any) -> tuple[str, ...]:
-    """The parts of a list with commas; a file's list is one already."""
+    """Split a comma-separated list; a config file's list is one already."""
     parts = value.split(",") if isinstance(value, str) else value or ()
     return tuple(str(part).strip() for part in parts)
 
@@ -52,8 +52,8 @@ Examples:
     required=True,
     multiple=True,
     metavar="STORE[=PASSES]",
-    help="Store that dspark-dump wrote. Repeatable, for one target: the stores are mixed, each "
-    "with its passes per epoch (1 if none are said).",
+    help="Store that dspark-dump wrote. Repeatable, for stores of one target: they are mixed, "
+    "each with its number of passes per epoch (default 1).",
 )
 @click.option(
     "--output",
@@ -64,8 +64,8 @@ Examples:
     "--recipe",
     default=AUTO,
     metavar="NAME",
-    help=f"Defaults for what is not given here: {', '.join(recipes())}; {AUTO} = that of the "
-    f"store's target if there is one; {NONE}.",
+    help=f"Defaults for flags that are not given: {', '.join(recipes())}; {AUTO} = the recipe of "
+    f"the store's target, if there is one; {NONE}.",
 )
 @click.option(
     "--epochs", default=DEFAULTS.epochs, type=float, help="Passes over the training samples."
@@ -76,25 +76,28 @@ Examples:
     "--optimizer",
     default=DEFAULTS.optimizer,
     type=click.Choice(["adamw", "muon"]),
-    help="muon: orthogonal steps for the layers' matrices, AdamW for the rest. On SmolLM2, at "
-    "equal steps: tau 3.3 at --lr 2e-3, against 2.5 with AdamW at 1e-3.",
+    help="muon: orthogonal steps for the layers' matrices, AdamW for the rest. On SmolLM2, "
+    "after equal steps: tau 3.3 at --lr 2e-3, against 2.5 with AdamW at 1e-3.",
 )
 @click.option(
     "--min-lr-ratio",
     default=DEFAULTS.min_lr_ratio,
-    help="Rate at the end of the schedule, as a share of --lr.",
+    help="Learning rate at the end of the schedule, as a fraction of --lr.",
 )
 @click.option(
     "--lr-schedule", default=DEFAULTS.lr_schedule, type=click.Choice(SCHEDULES),
-    help="How the rate falls after the warm-up; wsd: constant, then linearly over the last fifth.",
+    help=(
+"How the learning rate falls after warm-up; wsd: constant, then linear over the last "
+"fifth."
+),
 )  # fmt: skip
 @click.option(
-    "--warmup-ratio", default=DEFAULTS.warmup_ratio, help="Share of the steps that warm up."
+    "--warmup-ratio", default=DEFAULTS.warmup_ratio, help="Fraction of the steps used for warm-up."
 )
 @click.option("--weight-decay", default=DEFAULTS.weight_decay)
 @click.option(
     "--betas", nargs=2, type=float, default=DEFAULTS.betas,
-    help="AdamW's decay rates for its two moments.",
+    help="AdamW's two moment decay rates.",
 )  # fmt: skip
 @click.option("--grad-clip", default=DEFAULTS.grad_clip, help="Clip gradients to this global norm.")
 @click.option(
@@ -121,51 +124,52 @@ Examples:
 )
 @click.option("--num-layers", default=DEFAULTS.num_layers, help="Layers of the draft.")
 @click.option(
-    "--num-heads", type=int, help="Query heads of a draft layer.  [default: by the target]"
+    "--num-heads", type=int, help="Query heads per draft layer.  [default: from the target]"
 )
 @click.option(
-    "--num-kv-heads", type=int, help="Key-value heads of a draft layer.  [default: by the target]"
+    "--num-kv-heads", type=int, help="Key-value heads per draft layer.  [default: from the target]"
 )
 @click.option(
     "--head-dim",
     type=int,
-    help="Width of a head, even.  [default: by the target; 128 where serving needs it]",
+    help="Width of a head; must be even.  [default: from the target; 128 where serving needs it]",
 )
 @click.option(
     "--intermediate-size",
     type=int,
-    help="Width of a draft layer's MLP.  [default: the target's, or three hidden sizes where it "
-    "has only an expert's]",
+    help="Width of a draft layer's MLP.  [default: the target's, or 3 x hidden size if only its "
+    "experts have one]",
 )
 @click.option(
     "--sliding-window",
     type=int,
-    help="Let the layers see no more than the last N tokens, as vLLM serves it. 0 = all see "
-    "everything.  [default: 0, or the draft's of --init-from]",
+    help="Let layers attend only to the last N tokens, as vLLM serves them. 0 = attend to "
+    "everything.  [default: 0, or the value of --init-from's draft]",
 )
 @click.option(
     "--layer-types",
     callback=_names,
     metavar="KINDS",
-    help="sliding or full for each layer, with commas, where --sliding-window is not for all: "
+    help="sliding or full per layer, if --sliding-window is not for all of them: "
     "sliding,sliding,full.",
 )
 @click.option(
     "--rope-scaling",
     metavar="JSON",
-    help='Scale RoPE, for rows longer than the target was trained on: \'{"rope_type": "yarn", '
-    '"factor": 4, "original_max_position_embeddings": 8192}\'; linear and llama3 too; none.',
+    help='Scale RoPE for rows longer than the target was trained on: \'{"rope_type": "yarn", '
+    '"factor": 4, "original_max_position_embeddings": 8192}\'; linear and llama3 '
+    "too; none = unscaled.",
 )
 @click.option(
     "--draft-config",
     metavar="FILE.json",
-    help="The draft's shape from a file (num_attention_heads, head_dim, ...); flags win over it.",
+    help="The draft's shape from a file (num_attention_heads, head_dim, ...); flags override it.",
 )
 @click.option(
     "--init-from",
     metavar="DRAFT",
-    help="Begin with the tensors of this draft (ours, DeepSpec's or speculators'). Its shape is "
-    "the default of the flags for a shape.",
+    help="Start from the weights of this draft (ours, DeepSpec's or speculators'). Its shape is "
+    "the default for the shape flags.",
 )
 @click.option("--block-size", default=DEFAULTS.block_size, help="Tokens drafted per anchor (B).")
 @click.option("--markov-rank", default=DEFAULTS.markov_rank)
@@ -178,31 +182,31 @@ Examples:
 @click.option(
     "--draft-vocab-size",
     type=int,
-    help="Let the draft propose only the N most frequent supervised ids.  [default: the whole "
-    "vocabulary]",
+    help="Let the draft propose only the N most frequent supervised token ids.  [default: the "
+    "whole vocabulary]",
 )
 @click.option(
     "--loss-fn",
     default=DEFAULTS.loss_fn,
-    help="JSON weights of ce and l1 (= 2 TV), or tv (= l1 / 2).",
+    help="Loss weights as JSON: ce and l1 (= 2 TV), or tv (= l1 / 2).",
 )
 @click.option(
     "--confidence-head-alpha",
     default=DEFAULTS.confidence_head_alpha,
     help="Weight of the confidence loss; 0 = no confidence head.",
 )
-@click.option("--decay", default=DEFAULTS.decay, help="Slot k weighs exp(-k/decay).")
+@click.option("--decay", default=DEFAULTS.decay, help="Slot k has weight exp(-k/decay).")
 @click.option(
-    "--val-fraction", default=DEFAULTS.val_fraction, help="Share of prompts (by hash) held out."
+    "--val-fraction",
+    default=DEFAULTS.val_fraction,
+    help="Fraction of the prompts held out, chosen by hash.",
 )
-@click.option(
-    "--val-rows", default=DEFAULTS.val_rows, help="Most packed rows that one validation reads."
-)
+@click.option("--val-rows", default=DEFAULTS.val_rows, help="Maximum packed rows per validation.")
 @click.option(
     "--val-walk-rows",
     default=DEFAULTS.val_walk_rows,
-    help="How many of these rows also get the walk: the accepted length at the positions where "
-    "decoding starts its blocks. 0 = none.",
+    help="On how many of these rows to also compute the walk: the accepted length at the "
+    "positions where decoding starts its blocks. 0 = none.",
 )
 @click.option(
     "--select", default=DEFAULTS.select, type=click.Choice(SELECT),
@@ -225,8 +229,8 @@ Examples:
 @click.option(
     "--workers",
     type=int,
-    help="Processes that read the store, per GPU.  [default: 2 to 8 by its share of the cores; 0 "
-    "on cpu]",
+    help="Processes that read the store, per GPU.  [default: 2 to 8, by the GPU's share of the "
+    "cores; 0 on cpu]",
 )
 @click.option(
     "--compile/--no-compile",
@@ -242,8 +246,8 @@ Examples:
 @click.option(
     "--strategy",
     type=click.Choice(STRATEGIES),
-    help="How processes under torchrun share the work: zero splits masters and moments, ddp keeps "
-    "all of it on each, fsdp2 is torch's FSDP2.  [default: zero]",
+    help="How processes under torchrun share the work: zero splits master weights and moments, "
+    "ddp replicates everything, fsdp2 is torch's FSDP2.  [default: zero]",
 )
 @click.option(
     "--log-every", default=DEFAULTS.log_every, help="Steps between rows of metrics.jsonl."
@@ -252,12 +256,12 @@ Examples:
     "--logger",
     multiple=True,
     type=click.Choice(LOGGERS),
-    help="Also log there; repeatable. A logger that is not installed only gives a warning.",
+    help="Also log there; repeatable. A logger that is not installed causes only a warning.",
 )
 @click.option(
     "--tensorboard/--no-tensorboard",
     default=DEFAULTS.tensorboard,
-    help="Event files in OUTPUT/tensorboard.",
+    help="Write event files to OUTPUT/tensorboard.",
 )
 @click.option("--resume", is_flag=True, help="Continue from the newest checkpoint in --output.")
 @click.option("--overwrite", is_flag=True, help="Replace the training in --output.")
@@ -265,7 +269,7 @@ Examples:
 @click.option(
     "--dry-run",
     is_flag=True,
-    help="Take a few steps, write nothing, and tell steps, hours and memory.",
+    help="Take a few steps, write nothing, and report steps, hours and memory.",
 )
 @click.option(
     "--json", "as_json", is_flag=True, help="Print the last metrics as one JSON object on stdout."
@@ -308,7 +312,7 @@ def main(
 
 
 def _tell(config: TrainConfig, first: bool, as_json: bool) -> None:
-    """The dry run, on all ranks; the first says what it found."""
+    """Do the dry run on all ranks; the first reports."""
     from dspark.train import dry
 
     found = dry.dry_run(config, say=_say if first else _quiet)
@@ -320,8 +324,8 @@ def _tell(config: TrainConfig, first: bool, as_json: bool) -> None:
 
 
 def configured(context: click.Context) -> TrainConfig:
-    """The settings that a command line asks for: its flags, and a recipe's or the general defaults
-    for what it leaves out.
+    """Return the settings of a command line: its flags, and a recipe's or the general defaults for
+    the rest.
     """
     default = click.core.ParameterSource.DEFAULT
     given = {
@@ -338,21 +342,23 @@ def configured(context: click.Context) -> TrainConfig:
 
 
 def _stores(given: Sequence[str]) -> dict[str, Any]:
-    """The settings ``cache`` and ``caches`` that ``--cache`` asks for."""
+    """Return the settings ``cache`` and ``caches`` for ``--cache``."""
     first, passes = with_passes(given[0])
     plain = len(given) == 1 and passes == 1
     return {"cache": first, "caches": () if plain else tuple(given)}
 
 
 def config_of(words: Sequence[str]) -> TrainConfig:
-    """As ``dspark-train`` with the command line ``words``, recipes included. Reads the store's
-    manifest and writes nothing.
+    """Return the config of ``dspark-train`` for the command line ``words``, including recipes.
+    Reads the store's manifest and writes nothing.
     """
     return configured(main.make_context("dspark-train", list(words)))
 
 
 def closing(config: TrainConfig, result: dict[str, Any]) -> list[str]:
-    """What the command says at the end: the result, where the log is, and what comes next."""
+    """Return what the command prints at the end: the result, where the log is, and what to do
+    next.
+    """
     tau = result.get("mean_accepted_length")
     judged = "held out" if result.get("validation") else "training rows"
     out = config.output
@@ -372,4 +378,4 @@ def _say(text: str) -> None:
 
 
 def _quiet(*unused: object) -> None:
-    """The other processes' progress and words."""
+    """Suppress the progress and messages of the other processes."""

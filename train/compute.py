@@ -14,7 +14,7 @@ from dspark.train.draft.attention import Backend
 
 @dataclass(frozen=True, slots=True)
 class Compute:
-    """Where and in what the draft runs."""
+    """Where the draft runs, and in which dtype."""
 
     device: torch.device
     dtype: torch.dtype

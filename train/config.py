@@ -1,5 +1,5 @@
-"""What a training run is: one frozen dataclass, validated where it is made, saved beside the draft
-and compared on resume.
+"""The settings of a training run: one frozen dataclass, validated on construction, saved beside the
+draft and compared on resume.
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ WITHDRAWN = (("ema", 0.0), ("slot_weights", "decay"), ("noise_std", 0.0))
 
 @dataclass(frozen=True, slots=True)
 class Number:
-    """What a numeric setting may be, in words and as a test. NaN is not a number, and an infinity
-    only where it means something.
+    """The allowed values of a numeric setting, in words and as a test. NaN is refused, and infinity
+    is allowed only where it has a meaning.
     """
 
     words: str
@@ -76,7 +76,7 @@ POSITIVE_OR_INF = Number("a positive number or inf", lambda x: x > 0, endless=Tr
 NOT_NEGATIVE = Number("a number, 0 or more", lambda x: x >= 0)
 SHARE = Number("a share in [0, 1)", lambda x: 0 <= x < 1)
 # times steps it is still a number
-EPOCHS = Number("a positive number, 1e9 at most", lambda x: 0 < x <= 1e9)
+EPOCHS = Number("a positive number, at most 1e9", lambda x: 0 < x <= 1e9)
 SEED = Number(
     "a whole number of 32 bits", lambda n: abs(n) < 1 << 32, whole=True
 )  # the generators take no more
@@ -120,8 +120,8 @@ _DRAFT: dict[str, Any] = {
 
 
 def with_passes(given: str) -> tuple[str, float]:
-    """``PATH`` or ``PATH=PASSES`` of ``--cache``. Raises UsageError for passes that are no positive
-    number.
+    """``PATH`` or ``PATH=PASSES`` of ``--cache``. Raises UsageError if the passes are not a
+    positive number.
     """
     path, equals, number = given.rpartition("=")
     try:
@@ -132,8 +132,8 @@ def with_passes(given: str) -> tuple[str, float]:
         return given, 1.0
     if not (0 < passes <= MOST_PASSES):
         raise UsageError(
-            f"--cache {given}: {number} passes per epoch; expected a number above 0, "
-            f"{MOST_PASSES} at most"
+            f"--cache {given}: {number} passes per epoch; expected a number above 0, at most "
+            f"{MOST_PASSES}"
         )
     return path, passes
 
@@ -279,8 +279,8 @@ class TrainConfig:
             raise UsageError(f"--logger {unknown[0]}: expected {', '.join(LOGGERS)}")
         if self.layers is not None and list(self.layers) != sorted(set(self.layers)):
             raise UsageError(
-                f"--layers {','.join(map(str, self.layers))}: expected each once, in ascending "
-                "order"
+                f"--layers {','.join(map(str, self.layers))}: expected each layer once, in "
+                "ascending order"
             )
         if self.strategy not in (None, *STRATEGIES):
             raise UsageError(f"strategy is {self.strategy!r}, expected {', '.join(STRATEGIES)}")
@@ -294,7 +294,7 @@ class TrainConfig:
             self.val_fraction and (self.val_walk_rows or "walk" not in self.select)
         ):
             raise UsageError(
-                f"--select {self.select} needs validation: --val-fraction above 0, and "
+                f"--select {self.select} needs validation: set --val-fraction above 0, and "
                 "--val-walk-rows for a walk"
             )
         _ = self.attention, self.stores  # refuse
@@ -303,8 +303,8 @@ class TrainConfig:
         if self.optimizer == "muon" and self.strategy == "fsdp2":
             whose = f" (recipe {self.recipe})" if self.recipe else ""
             raise UsageError(
-                f"--optimizer muon{whose} needs whole matrices and --strategy fsdp2 splits them; "
-                "use zero or ddp, or --optimizer adamw"
+                f"--optimizer muon{whose} needs whole matrices, but --strategy fsdp2 splits "
+                "them; use zero or ddp, or --optimizer adamw"
             )
 
     @property

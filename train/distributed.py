@@ -1,9 +1,9 @@
-"""Several processes of one training run, started by torchrun: who is who, sums over them, and how
-one's failure stops all.
+"""Several processes of one training run, started by torchrun: ranks, sums over them, and how one
+failure stops all.
 
 Two channels. Tensors on the device are summed through the backend of the device (NCCL, or gloo on a
-CPU). A few numbers per step (weights of the loss, whether anybody was interrupted) go through gloo
-on the host, so that asking never waits for a GPU; and since every rank answers before any
+CPU). A few numbers per step (weights of the loss, whether any rank was interrupted) go through gloo
+on the host, so that exchanging them never waits for a GPU; and since every rank answers before any
 collective of the step begins, none of those ever waits for a rank that has stopped.
 """
 
@@ -34,7 +34,7 @@ PATIENCE = timedelta(hours=2)
 
 
 class PeerError(TrainError):
-    """Another rank failed; it, or rank 0 for it, says why."""
+    """Another rank failed; that rank, or rank 0 for it, says why."""
 
     def __init__(self, message: str, exit_code: int = 1) -> None:
         super().__init__(message)
@@ -43,7 +43,7 @@ class PeerError(TrainError):
 
 @dataclass(frozen=True, slots=True)
 class World:
-    """The processes of a run; ``World()`` is one process alone, for which everything here does
+    """The processes of a run; ``World()`` is a single process, for which everything here does
     nothing.
     """
 
@@ -56,15 +56,15 @@ class World:
 
     @property
     def first(self) -> bool:
-        """Whether this rank writes what is written once."""
+        """Tell whether this rank writes what is written only once."""
         return self.rank == 0
 
     def sum(self, values: Sequence[float]) -> list[float]:
-        """Sums of host numbers over all ranks, float64, the same bits on every rank."""
+        """Sum host numbers over all ranks, float64, with the same bits on every rank."""
         return self._host(values, dist.ReduceOp.SUM)
 
     def max(self, values: Sequence[float]) -> list[float]:
-        """As ``sum``, the largest of each."""
+        """As ``sum``, but the maximum of each."""
         return self._host(values, dist.ReduceOp.MAX)
 
     def _host(self, values: Sequence[float], operation: Any) -> list[float]:
@@ -83,23 +83,21 @@ class World:
         return tensor
 
     def start_sum(self, tensor: Tensor) -> Any:
-        """Begin the sum of ``tensor`` in place; ``.wait()`` on what is returned before reading
-        it.
-        """
+        """Start summing ``tensor`` in place; call ``.wait()`` on the result before reading it."""
         return dist.all_reduce(tensor, async_op=True)
 
     def start_sum_of_part(self, tensor: Tensor) -> Any:
         """As ``start_sum``, but only this rank's part (``part``) of ``tensor`` becomes the sum; the
-        others' hold anything afterwards.
+        other parts are undefined afterwards.
         """
         return _reduce_scatter(self.part(tensor), tensor, async_op=True)
 
     def part(self, tensor: Tensor) -> Tensor:
-        """This rank's of ``size`` equal parts of ``tensor`` [n], a view."""
+        """Return this rank's of ``size`` equal parts of ``tensor`` [n], as a view."""
         return tensor.view(self.size, -1)[self.rank]
 
     def gather_(self, tensor: Tensor) -> Tensor:
-        """Fill ``tensor`` [n], of which each rank has its part right, with every rank's."""
+        """Complete ``tensor`` [n], of which each rank has its own part, with every rank's part."""
         if self.size > 1:
             _all_gather(tensor, self.part(tensor))
         return tensor
@@ -111,10 +109,9 @@ class World:
         return tensor
 
     def agreed(self, work: Callable[[], T]) -> T:
-        """``work()`` on every rank; where it fails on any, all raise: the ranks that failed their
-        own error, the others PeerError.
-
-        If several fail alike (a wrong flag fails everywhere) rank 0's error speaks for all.
+        """Do ``work()`` on every rank; if it fails on any, all raise: the failed ranks their own
+        error, the others PeerError. If several fail in the same way (a wrong flag fails
+        everywhere), rank 0's error stands for all.
         """
         if self.size == 1:
             return work()
@@ -136,7 +133,7 @@ class World:
         raise PeerError(f"rank {rank}: {message}", code)
 
     def gather(self, value: T) -> list[T]:
-        """``value`` of every rank, by rank."""
+        """Return ``value`` of every rank, by rank."""
         if self.size == 1:
             return [value]
         told: list[Any] = [None] * self.size
@@ -145,7 +142,7 @@ class World:
         return told
 
     def hosts(self) -> str:
-        """Which ranks are where, for the log: ``rank 0-7 on a, 8-15 on b``."""
+        """Say which ranks are where, for the log: ``rank 0-7 on a, 8-15 on b``."""
         runs: list[tuple[str, int, int]] = []
         for rank, host in enumerate(self.gather(socket.gethostname())):
             if runs and runs[-1][0] == host:
@@ -157,24 +154,24 @@ class World:
         )
 
     def leave(self) -> None:
-        """The ordinary end of a run. A process group that was there before it stays."""
+        """Leave at the normal end of a run. A process group that existed before stays."""
         if self.owned:
             dist.destroy_process_group()
 
 
 def launched() -> bool:
-    """Whether torchrun (or something that sets the same variables) started this process."""
+    """Tell whether torchrun (or something that sets the same variables) started this process."""
     return all(name in os.environ for name in LAUNCHER)
 
 
 def rank_here() -> int:
-    """This process's rank without joining the others."""
+    """Return this process's rank without joining the others."""
     return int(os.environ["RANK"]) if launched() else 0
 
 
 def join(device: str, strategy: str | None) -> World:
-    """The world that torchrun describes, joined; ``device`` as ``--device``. One process alone
-    joins only for ``fsdp2``.
+    """Join the world that torchrun describes; ``device`` as ``--device``. A single process joins
+    only for ``fsdp2``.
     """
     if not launched():
         if strategy is not None:
@@ -197,9 +194,9 @@ def join(device: str, strategy: str | None) -> World:
             )
         if torch.cuda.device_count() <= local:
             raise UsageError(
-                f"torchrun starts process {local} on this machine, torch sees "
-                f"{torch.cuda.device_count()} GPUs; "
-                "lower --nproc-per-node or use --device cpu"
+                f"torchrun starts process {local} on this machine, but torch sees "
+                f"{torch.cuda.device_count()} GPUs; lower --nproc-per-node or use "
+                "--device cpu"
             )
         torch.cuda.set_device(local)
         if owned:
@@ -223,14 +220,13 @@ SIGNS = (
 
 @contextmanager
 def lost_peers() -> Iterator[None]:
-    """Turns the backend's error about a closed connection into one that says what it means."""
+    """Turn the backend's error about a closed connection into one that explains it."""
     try:
         yield
     except RuntimeError as error:
         if not any(sign in str(error) for sign in SIGNS):
             raise
         raise PeerError(
-            "another process of this run is gone (killed, or out of memory); its own output says "
-            "more. "
+            "another process of this run ended (killed, or out of memory); see its output. "
             "Rerun the same command with --resume to continue from the last checkpoint."
         ) from error

@@ -1,4 +1,4 @@
-"""``dspark-train --dry-run``: what a training would take, from a few of its real steps. Nothing is
+"""``dspark-train --dry-run``: measure what a training would need, from a few real steps. Nothing is
 written.
 """
 
@@ -24,8 +24,8 @@ WARM, TIMED = 3, 5  # steps: compilation and the allocator's growth, then those 
 
 
 def dry_run(config: TrainConfig, say: Callable[[str], None] = lambda text: None) -> dict[str, Any]:
-    """Take ``WARM + TIMED`` steps (or all, if there are fewer) and tell steps, hours and memory of
-    the whole run.
+    """Take ``WARM + TIMED`` steps (or all, if there are fewer) and report steps, hours and memory
+    of the whole run.
 
     Keys: steps, steps_per_epoch, tokens_per_step, first_step_seconds (from the call, compilation
     included), step_ms, hours (of the steps;
@@ -80,12 +80,11 @@ def dry_run(config: TrainConfig, say: Callable[[str], None] = lambda text: None)
 
 
 def words(found: dict[str, Any]) -> str:
-    """The result for a person."""
+    """Format the result."""
     peak = f", {found['peak_gb']:.2f} GB measured" if found["peak_gb"] else ""
     return (
         f"{found['steps']} steps ({found['steps_per_epoch']} per epoch) of "
-        f"{found['step_ms']:.1f} ms: {found['hours']:.2f} hours, validation and "
-        f"checkpoints not counted; first step after {found['first_step_seconds']:.1f} s; memory "
-        "per device about "
-        f"{found['memory_gb']['total']:.2f} GB{peak}"
+        f"{found['step_ms']:.1f} ms: {found['hours']:.2f} hours without validation and "
+        f"checkpoints; first step after {found['first_step_seconds']:.1f} s; memory per "
+        f"device about {found['memory_gb']['total']:.2f} GB{peak}"
     )

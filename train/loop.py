@@ -1,9 +1,7 @@
-"""The training loop: stream -> draft -> objective -> optimizer, with checkpoints, validation and
-numbers on the way.
-
-One process, or several that torchrun started: each runs this loop over its rows of every step; rank
-0 alone writes. The device is asked for a value only at logged steps, and then when the next step is
-queued already.
+"""The training loop: stream, draft, objective, optimizer, with checkpoints, validation and metrics.
+It runs in one process, or in several that torchrun started: each runs this loop over its rows of
+every step; only rank 0 writes. Values are read from the device only at logged steps, after the next
+step is queued.
 """
 
 from __future__ import annotations
@@ -74,9 +72,9 @@ def train(
 ) -> dict[str, Any]:
     """Train a draft into ``config.output``; returns the last validation (or training) metrics.
 
-    ``progress(step, total, text)`` is called once per step, ``say`` once with what the run is.
-    SIGINT, SIGTERM and SIGHUP save a checkpoint and raise Stopped. Under torchrun every process
-    calls this; if one fails, all raise.
+    ``progress(step, total, text)`` is called once per step, ``say`` once with a description of the
+    run. SIGINT, SIGTERM and SIGHUP save a checkpoint and raise Stopped. Under torchrun every
+    process calls this; if one fails, all raise.
     """
     world = distributed.join(config.device, config.strategy)
     safe = saved_in(Path(config.output), resume=resume)
@@ -93,7 +91,7 @@ def train(
 
 
 def locked(config: TrainConfig, break_lock: bool) -> AbstractContextManager[Lock]:
-    """The lock of the output folder, within it: the folder may be a mount of its own."""
+    """Lock the output folder by a file within it, since the folder may be a mount point."""
     folder.refuse_file(Path(config.output))
     return owned(Path(config.output), "dspark-train", inside=True, break_lock=break_lock)
 
@@ -143,8 +141,8 @@ def _train(
 
 
 def _newest(output: Path, world: World) -> Path | None:
-    """The newest whole checkpoint of rank 0, which writes them; None where there is none. Raises
-    TrainError on a node that does not see it.
+    """Return the newest complete checkpoint of rank 0, which writes them; None if there is none.
+    Raises TrainError on a node that does not see it.
     """
     found = checkpoint.found(output / "checkpoints")
     name = world.gather(found[-1].name if found else None)[0]
@@ -155,10 +153,10 @@ def _newest(output: Path, world: World) -> Path | None:
     def there() -> None:
         if path.name not in [p.name for p in found]:
             raise TrainError(
-                f"{path} is not on {socket.gethostname()}, and rank 0 continues from it. "
-                "Checkpoints are written by rank 0: put --output on "
-                "a file system that all nodes share, or copy its folder `checkpoints` to the "
-                "same path on every node."
+                f"{path} is not on {socket.gethostname()}, but rank 0 continues from it. "
+                "Checkpoints are written by rank 0: put --output on a file system that "
+                "all nodes share, or copy its folder `checkpoints` to the same path on "
+                "every node."
             )
 
     world.agreed(there)
@@ -271,7 +269,7 @@ def _loop(
 
 
 def rows_from(run: Run, position: Position) -> Iterator[list[Row]]:
-    """This rank's rows of each step from ``position`` on, without end."""
+    """Yield this rank's rows of each step from ``position`` on, endlessly."""
     return run.stream.steps_from(
         position.epoch,
         position.epoch_step,
@@ -284,7 +282,7 @@ def rows_from(run: Run, position: Position) -> Iterator[list[Row]]:
 
 
 def placer(run: Run) -> Callable[[Row], Batch]:
-    """Brings a row to the run's device, decoded."""
+    """Return a function that brings a row to the run's device, decoded."""
     layers = run.model.config.target_layer_ids
     return lambda row: row.place(run.cache, run.compute.device, run.compute.dtype, layers)
 
@@ -310,8 +308,8 @@ def _milestone(
 
 
 def _best_so_far(select: str, best: Mapping[str, float], row: dict[str, Any] | None) -> bool:
-    """Whether no validation before this ``row`` gave more; ``best`` is the highest of each metric
-    before it.
+    """Tell whether no validation before this ``row`` was better; ``best`` is the highest of each
+    metric before it.
     """
     if select == "last" or row is None:
         return True
@@ -319,14 +317,14 @@ def _best_so_far(select: str, best: Mapping[str, float], row: dict[str, Any] | N
 
 
 def _best(best: Mapping[str, float], row: dict[str, Any] | None) -> dict[str, float]:
-    """The highest of each metric that may select the draft, ``row`` included."""
+    """Return the highest of each metric that may select the draft, including ``row``."""
     here = {n: row[n] for n in SELECT if row and row.get(n) is not None}
     return {n: max(best.get(n, -math.inf), here.get(n, -math.inf)) for n in {*best, *here}}
 
 
 def _finite_scores(row: dict[str, Any]) -> None:
-    """The losses of the logged step were of the weights before its update; these are of those that
-    would be saved.
+    """Check that the scores are finite. The losses of the logged step belong to the weights before
+    its update; these belong to the weights that would be saved.
     """
     wrong = {k: v for k, v in row.items() if isinstance(v, float) and not math.isfinite(v)}
     if wrong:
@@ -338,8 +336,8 @@ def _finite_scores(row: dict[str, Any]) -> None:
 
 
 def _save(run: Run, position: Position, output: Path, *, export: bool) -> None:
-    """A checkpoint and, if asked, the draft itself: gathered by all ranks, written by the first.
-    Nothing is written that is not finite.
+    """Save a checkpoint and, if requested, the draft itself: gathered by all ranks, written by the
+    first. Non-finite values are never written.
     """
     snapshot = run.optimizer.snapshot()
 
@@ -360,7 +358,9 @@ def _save(run: Run, position: Position, output: Path, *, export: bool) -> None:
 
 
 def validate(run: Run) -> Score:
-    """Metrics on the held-out prompts; the same anchors every time. Each rank scores its rows."""
+    """Compute metrics on the held-out prompts, with the same anchors every time. Each rank scores
+    its rows.
+    """
     compute, config = run.compute, run.config
     score = evaluate(
         run.model,

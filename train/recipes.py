@@ -1,9 +1,9 @@
-"""Recipes: what is known to train a good draft of a target, as data (``recipes.json``), so that
+"""Recipes: settings known to train a good draft for a target, as data (``recipes.json``), so that
 ``--cache`` alone is enough.
 
-A recipe sets defaults and nothing else: a flag given on the command line wins. Settings are
-``TrainConfig`` fields, ``targets`` the model ids that it is chosen for, ``shapes`` their hidden
-sizes and numbers of layers, ``source`` where its numbers are from.
+A recipe only sets defaults: a flag on the command line takes precedence. Settings are
+``TrainConfig`` fields, ``targets`` are the model ids that it is chosen for, ``shapes`` their hidden
+sizes and numbers of layers, ``source`` where its numbers come from.
 """
 
 from __future__ import annotations
@@ -50,15 +50,15 @@ class Recipe:
     settings: Mapping[str, Any]
 
     def fits(self, target: str) -> bool:
-        """Whether ``target`` is one of its ids, or a path or id that ends as one does
+        """Tell whether ``target`` is one of its ids, or a path or id that ends like one
         (``/models/Qwen3-4B``).
         """
         own = {t.lower() for t in self.targets} | {t.split("/")[-1].lower() for t in self.targets}
         return target.lower() in own or target.rstrip("/").split("/")[-1].lower() in own
 
     def check_fits(self, target: TargetInfo, where: str) -> None:
-        """Raise MismatchError for a target that is neither one of the recipe's nor as large: a
-        fine-tuned one has another name, and fits.
+        """Raise MismatchError for a target that is neither one of the recipe's nor of the same
+        shape: a fine-tuned target has another name, but fits.
         """
         if self.fits(target.id) or (target.hidden_size, target.num_layers) in self.shapes:
             return
@@ -66,14 +66,13 @@ class Recipe:
         do = f"Its own recipe is {own}" if own else "No recipe is known for it: leave --recipe out"
         raise MismatchError(
             f"--recipe {self.name} is for {', '.join(self.targets)}; the target of {where} is "
-            f"{target.id} (hidden size {target.hidden_size}, "
-            f"{target.num_layers} layers). {do}; its settings can be given as flags with any "
-            "target."
+            f"{target.id} (hidden size {target.hidden_size}, {target.num_layers} layers). "
+            f"{do}; with any target, its settings can be given as flags."
         )
 
 
 def parse(text: str, where: str) -> dict[str, Recipe]:
-    """Recipes by name. Raises UsageError for settings that are no setting of a training."""
+    """Parse recipes by name. Raises UsageError for unknown training settings."""
     allowed = {f.name for f in dataclasses.fields(TrainConfig)} - OF_A_RUN
     out = {}
     for name, entry in json.loads(text).items():
@@ -83,7 +82,9 @@ def parse(text: str, where: str) -> dict[str, Recipe]:
                 "settings"
             )
         if unknown := sorted(set(entry["settings"]) - allowed):
-            raise UsageError(f"{where}: {name} sets {', '.join(unknown)}, which no recipe can")
+            raise UsageError(
+                f"{where}: {name} sets {', '.join(unknown)}, which a recipe cannot set"
+            )
         settings: dict[str, Any] = {
             k: tuple(v) if isinstance(v, list) else v for k, v in entry["settings"].items()
         }
@@ -100,17 +101,15 @@ def parse(text: str, where: str) -> dict[str, Recipe]:
 
 @cache
 def recipes() -> dict[str, Recipe]:
-    """Every recipe by name."""
+    """Return every recipe by name."""
     path = Path(__file__).parent / "recipes.json"
     return parse(path.read_text(), path.name)
 
 
 def configure(given: Mapping[str, Any], recipe: str = AUTO) -> TrainConfig:
-    """The config of a run from the settings that were ``given`` (``cache`` among them) and a
-    recipe's for the others.
-
-    ``auto`` takes the recipe of the store's target if there is one, else the general defaults;
-    ``none`` always those.
+    """Return the config of a run from the ``given`` settings (including ``cache``) and a recipe's
+    for the others. ``auto`` uses the recipe of the store's target if there is one, else the general
+    defaults; ``none`` always uses those.
     """
     from dspark.cache.reader import read_manifest
 

@@ -1,9 +1,8 @@
-"""One optimizer step: this rank's rows one after the other, their gradients summed with the other
+"""One optimizer step: this rank's rows one after another, their gradients summed with the other
 ranks', one update.
 
-Nothing in it waits for the GPU. What all ranks must know before they can weigh a slot (the sums of
-weights over every row of the step)
-is a few numbers of the rows' masks, exchanged on the host.
+Nothing in it waits for the GPU. What all ranks must know to weigh a slot (the sums of weights over
+every row of the step) is a few numbers from the rows' masks, exchanged on the host.
 """
 
 from __future__ import annotations
@@ -28,8 +27,8 @@ from dspark.train.run.sound import largest
 
 @dataclass(frozen=True, slots=True)
 class Share:
-    """What this rank does of a step, and what all do: ``denominators``, ``rows`` and ``tokens`` are
-    of all ranks.
+    """This rank's share of a step, and what all ranks do: ``denominators``, ``rows`` and ``tokens``
+    are of all ranks.
     """
 
     own: list[Row]
@@ -45,10 +44,9 @@ def share(
     interrupted: Callable[[], bool],
     before_failing: Callable[[], None] = lambda: None,
 ) -> Share:
-    """Take the next step's rows and exchange what their ranks must know of each other.
-
-    Errors of any rank's reading raise on all, after ``before_failing()``, which may talk to the
-    other ranks: all are there. It is not called when a rank has gone.
+    """Take the next step's rows and exchange what the ranks must know about each other. A reading
+    error on any rank raises on all, after ``before_failing()``, which may communicate since all
+    ranks are alive. It is not called if a rank has died.
     """
     own: list[Row] = []
     failed: Exception | None = None
@@ -84,7 +82,7 @@ def _raise(error: Exception | None) -> None:
 def step(
     run: Run, feed: Feed, part: Share, number: int, total: int, metrics: SlotMetrics | None
 ) -> tuple[Tensor, float]:
-    """Optimizer step ``number`` of ``total``; fills ``metrics`` if given.
+    """Do optimizer step ``number`` of ``total``; fills ``metrics`` if given.
 
     Returns float32[3] on the device (the gradient's norm of all ranks, this rank's part of the
     loss, the largest of its states), and the learning rate.
@@ -113,7 +111,9 @@ def step(
 def learn(
     run: Run, batch: Batch, denominators: Denominators, metrics: SlotMetrics | None
 ) -> Tensor:
-    """Forward, objective and backward of one row; its part of the step's loss, detached."""
+    """Run forward, objective and backward on one row; returns its part of the step's loss,
+    detached.
+    """
     states: SlotStates = run.model(batch, run.model.plan(batch, run.compute.backend))
     slots = drafter(run.config.speculator_type).slots(batch, states, run.config.decay)
     out = objective(slots, run.model.frozen_head, run.objective, denominators)
@@ -125,17 +125,16 @@ def learn(
 
 
 def blanks(run: Run, passed: int) -> Iterator[Batch]:
-    """A batch of padding for a rank of a sharded model that has ``passed`` no row of a step, which
-    always has some: its first pass gathers weights and its last sums gradients, with the other
-    ranks.
+    """Return a batch of padding for a rank of a sharded model that has ``passed`` no row of a step:
+    its first pass gathers weights and its last sums gradients, together with the other ranks.
     """
     if run.blank is not None and not passed:
         yield run.blank
 
 
 def nothing(states: SlotStates) -> Tensor:
-    """A loss of 0 that depends on everything a forward gives, so that its backward visits every
-    parameter.
+    """Return a loss of 0 that depends on everything a forward pass returns, so that its backward
+    pass visits every parameter.
     """
     parts = [states.h, states.z, states.w2, states.confidence]
     return torch.stack([part[:0].sum().float() for part in parts if part is not None]).sum()

@@ -200,7 +200,7 @@ def test_a_flipped_bit_in_a_checkpoint_is_not_resumed(config: TrainConfig, name:
     saved = Path(config.output) / "checkpoints" / "step_00000002"
     flip(saved / name, -5)
     with pytest.raises(
-        errors.TrainError, match=f"{name}: bytes and crc32c are .* Remove that folder"
+        errors.TrainError, match=f"{name}: size and crc32c are .* Remove that folder"
     ):
         train(dataclasses.replace(config, max_steps=2), resume=True)
 
@@ -227,7 +227,7 @@ def test_a_checkpoint_under_another_name_is_not_resumed(config: TrainConfig) -> 
     train(dataclasses.replace(config, max_steps=2))
     saved = Path(config.output) / "checkpoints"
     (saved / "step_00000002").rename(saved / "step_00000009")
-    with pytest.raises(errors.TrainError, match="is of step 2, the folder is step_00000009"):
+    with pytest.raises(errors.TrainError, match="is for step 2, but the folder is step_00000009"):
         train(dataclasses.replace(config, max_steps=2), resume=True)
 
 
@@ -245,7 +245,7 @@ def test_other_states_of_the_same_counts_are_another_store(
     if not store_json:
         (output / "store.json").unlink()
     with pytest.raises(
-        errors.MismatchError, match="content: '" if store_json else "other states or masks"
+        errors.MismatchError, match="content: '" if store_json else "its states or masks differ"
     ):
         train(dataclasses.replace(config, max_steps=2), resume=True)
 
@@ -290,7 +290,7 @@ def test_overwrite_that_was_killed_is_finished_by_the_next(
     with monkeypatch.context() as broken, pytest.raises(errors.Stopped, match="partly deleted"):
         broken.setattr(folder, "_clear", die)
         train(config, overwrite=True)
-    with pytest.raises(errors.ExistsError, match="Give --overwrite again"):
+    with pytest.raises(errors.ExistsError, match="Use --overwrite again"):
         train(dataclasses.replace(config, max_steps=2), resume=True)
     train(config, overwrite=True)
     assert [p.name for p in (Path(config.output) / "checkpoints").iterdir()] == ["step_00000001"]

@@ -86,7 +86,7 @@ def test_a_name_is_taken_in_any_case_and_wrong_ones_are_refused(tmp_path: Path) 
     )
     with pytest.raises(errors.UsageError, match="expected auto, none or one of GLM-5.2"):
         configure({"cache": "x"}, "GLM-6")
-    with pytest.raises(errors.UsageError, match="sets output, which no recipe can"):
+    with pytest.raises(errors.UsageError, match="sets output, which a recipe cannot set"):
         parse(
             json.dumps(
                 {"a": {"targets": [], "shapes": [], "source": "", "settings": {"output": "y"}}}

@@ -310,6 +310,6 @@ def test_other_shapes_are_refused() -> None:
     with pytest.raises(DraftError, match="one token at a time"):
         DraftConfig.from_flat({**tiny().config.to_flat(), "block_size": 2})
     with pytest.raises(
-        MismatchError, match=r"two stages or more; the store has \[-1, 4\] and lacks \[2, 5, 8\]"
+        MismatchError, match=r"at least two stages; the store has \[-1, 4\] and lacks \[2, 5, 8\]"
     ):
         SPD.layers([-1, 4], {"num_hidden_layers": 9})

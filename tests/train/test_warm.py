@@ -193,7 +193,7 @@ def test_a_second_training_goes_on_with_the_first(earlier: Path, tmp_path: Path)
     assert "Begun anew: layers.2.self_attn.q_proj.weight" in card
     first = json.loads((earlier / "draft" / "history.json").read_text())
     assert sentences(first) == [
-        "Began with random weights.",
+        "Started from random weights.",
         "Trained from step 0 to step 2: finished.",
     ]
 
@@ -230,7 +230,7 @@ def test_interrupted_and_resumed_runs_are_told_apart(earlier: Path, tmp_path: Pa
     changed = json.loads(path.read_text())
     changed["start"]["weights_sha256"] = "1" * 64
     path.write_text(json.dumps(changed))
-    with pytest.raises(MismatchError, match="began with weights"):
+    with pytest.raises(MismatchError, match="started from weights"):
         train(config, resume=True)
 
 

@@ -5,8 +5,8 @@ Legend: S tokens of the row, A anchors, B slots of a block. ``doc`` int32[S] num
 of the row from 0, -1 on padding; a document is one run of equal numbers. Slot k of anchor a
 predicts x[a+k+1].
 
-Randomness stays with the caller, who passes one priority per position: a row then has the same
-anchors on any number of ranks and after any resume, and a test can say which ones they are.
+Randomness stays with the caller, which passes one priority per position: a row then has the same
+anchors on any number of ranks and after any resume, and a test can predict them.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Float64 = npt.NDArray[np.float64]
 
 
 def positions(doc: Int32) -> Int64:
-    """Position of every token within its own document, int64[S] (padding counts as one more
+    """Return the position of every token within its document, int64[S] (padding counts as one more
     document).
     """
     index = np.arange(doc.size, dtype=np.int64)
@@ -33,11 +33,11 @@ def positions(doc: Int32) -> Int64:
 
 
 def eligible(loss_mask: Bool, doc: Int32) -> Bool:
-    """Which positions may be an anchor, bool[S]: p and p+1 supervised, in one document, not
+    """Tell which positions may be an anchor, bool[S]: p and p+1 supervised, in one document, not
     padding.
 
     These are also the positions whose last state is stored (``cache.records.last_rows`` of each
-    document), so that ``last_index`` needs nothing but this mask.
+    document), so ``last_index`` needs only this mask.
     """
     out = last_rows(loss_mask)
     out[:-1] &= (doc[:-1] == doc[1:]) & (doc[:-1] >= 0)
@@ -45,19 +45,19 @@ def eligible(loss_mask: Bool, doc: Int32) -> Bool:
 
 
 def last_index(loss_mask: Bool, doc: Int32) -> Int64:
-    """Row of ``last`` (documents end to end) that holds the state of position p, or -1;
-    int64[S].
+    """Return the row of ``last`` (documents concatenated) that holds the state of position p, or
+    -1; int64[S].
     """
     stored = eligible(loss_mask, doc)
     return np.where(stored, np.cumsum(stored) - 1, -1).astype(np.int64)
 
 
 def choose(candidates: Bool, priority: Float64, max_anchors: int) -> Int64:
-    """The ``max_anchors`` candidates of highest priority as sorted positions, int64[<=
+    """Return the ``max_anchors`` candidates of highest priority as sorted positions, int64[<=
     max_anchors]; 0 takes all.
 
-    With independent uniform priorities this is a uniform draw without replacement. Equal priorities
-    go to the earlier position, so the answer never depends on the sort.
+    With independent uniform priorities this is a uniform draw without replacement. Ties go to the
+    earlier position, so the result does not depend on the sort.
     """
     if max_anchors < 0:
         raise ValueError(f"max_anchors is {max_anchors}; expected 0 (all) or a positive number")
@@ -69,12 +69,13 @@ def choose(candidates: Bool, priority: Float64, max_anchors: int) -> Int64:
 
 
 def slots(anchors: Int64, loss_mask: Bool, doc: Int32, block_size: int) -> tuple[Int64, Bool]:
-    """Label positions and which slots count: ``(label_index int64[A, B], counted bool[A, B])``.
+    """Return label positions and which slots count: ``(label_index int64[A, B], counted bool[A,
+    B])``.
 
     A slot counts if its label is inside the row and the anchor's document and is supervised, and if
-    all slots before it count: a draft is verified left to right, so nothing behind a gap can ever
-    be accepted. Blocks at an end are shortened, not dropped; ``label_index`` of a slot outside the
-    row is clamped so that it can be gathered.
+    all slots before it count: a draft is verified left to right, so nothing after a gap can ever be
+    accepted. Blocks at an end are shortened, not dropped; ``label_index`` of a slot outside the row
+    is clamped so that it can be gathered.
     """
     label = anchors[:, None] + np.arange(1, block_size + 1, dtype=np.int64)[None, :]
     safe = np.minimum(label, max(doc.size - 1, 0))
@@ -84,10 +85,9 @@ def slots(anchors: Int64, loss_mask: Bool, doc: Int32, block_size: int) -> tuple
 
 
 def by_target(label_index: Int64, counted: Bool, last_index: Int64) -> tuple[Int64, Int64, Int64]:
-    """The counted slots in rising row of ``last``, as flat indices int64[N]; those rows, each once,
-    int64[D]; and which of the D each slot has, int64[N], which therefore rises by 0 or 1.
-
-    Blocks of neighbouring anchors overlap, so several slots are held to one target distribution:
+    """Return the counted slots, sorted by row of ``last``, as flat indices int64[N]; those rows,
+    each once, int64[D]; and which of the D each slot has, int64[N], which therefore increases by 0
+    or 1. Blocks of neighbouring anchors overlap, so several slots share one target distribution:
     side by side they share its logits.
     """
     flat = np.flatnonzero(counted)

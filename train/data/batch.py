@@ -1,12 +1,12 @@
-"""One packed training row as torch tensors: what the stream hands to the model.
+"""One packed training row as torch tensors: what the stream passes to the model.
 
 Legend: S tokens of the row, L aux layers, Ht hidden size of the target, M stored last states, A
 anchors, B slots of a block, N counted slots, D distinct target rows of them. There is no batch
 axis: documents share a row, and an optimizer step takes several rows.
 
-Which slots count, and which of them are held to the same target distribution, is known before
-anything is computed, so both are worked out here on the CPU; a ``nonzero`` on the device would
-stall it once per step.
+Which slots count, and which of them share a target distribution, is known before anything is
+computed, so both are determined here on the CPU; a ``nonzero`` on the device would stall it once
+per step.
 """
 
 from __future__ import annotations
@@ -28,12 +28,11 @@ class Batch:
     int64[S] (restarts in each document), ``aux`` float[S, L, Ht] decoded, ``last`` float[M, Ht]
     after the target's final norm, ``last_index`` int64[S] (row of ``last`` or -1), ``anchors``
     int64[A] sorted, padding 0 at the end, ``anchor_valid`` bool[A], ``label_index`` int64[A, B],
-    ``counted`` bool[A, B], ``slots`` int64[N] = flat indices of ``counted`` in rising target row,
+    ``counted`` bool[A, B], ``slots`` int64[N] = flat indices of ``counted`` sorted by target row,
     ``target_rows`` int64[D] = those rows of ``last``, each once, ``target_at`` int64[N] = which of
-    the D each slot has, ``draw`` int64[1] a number of the row's own for what a type draws at each
-    forward (0 in validation).
-    ``target_at_host`` is the same on the CPU, always: whoever cuts the slots into chunks must know
-    on the host which rows a chunk needs.
+    the D each slot has, ``draw`` int64[1] a number specific to the row for a type's random choices
+    in each forward pass (0 in validation). ``target_at_host`` is ``target_at`` on the CPU, always:
+    code that cuts the slots into chunks must know on the host which rows a chunk needs.
     """
 
     input_ids: Tensor
@@ -67,13 +66,13 @@ class Batch:
         pad_anchors_to: int = 0,
         draw: int = 0,
     ) -> Batch:
-        """A batch from a row's arrays. ``last`` holds the stored states of all documents end to end
-        (one for each ``anchors.eligible`` position). ``pad_anchors_to`` pads A for a fixed shape; a
-        padding anchor counts nowhere.
+        """Build a batch from a row's arrays. ``last`` holds the stored states of all documents,
+        concatenated (one per ``anchors.eligible`` position). ``pad_anchors_to`` pads A for a fixed
+        shape; a padding anchor counts nowhere.
         """
         stored = int(rules.eligible(loss_mask, doc).sum())
         assert last.shape[0] == stored, (
-            f"{last.shape[0]} last states for {stored} positions that store one"
+            f"got {last.shape[0]} last states for {stored} positions that store one"
         )
         assert aux.shape[0] == input_ids.size == loss_mask.size == doc.size
         last_index = rules.last_index(loss_mask, doc)
@@ -91,8 +90,8 @@ class Batch:
         )
 
     def with_anchors(self, host: Batch, anchors: rules.Int64, pad_anchors_to: int = 0) -> Batch:
-        """This row with other ``anchors``, where it lies. ``host``: the same row on the CPU (its
-        states are not looked at).
+        """Return this row with other ``anchors``, on the same device. ``host``: the same row on the
+        CPU (its states are not used).
         """
         mask, doc, last_index = (x.numpy() for x in (host.loss_mask, host.doc, host.last_index))
         blocks = _blocks(anchors, mask, doc, last_index, self.block_size, pad_anchors_to)
@@ -105,36 +104,36 @@ class Batch:
 
     @property
     def label_ids(self) -> Tensor:
-        """The data's next tokens, int64[A, B]: ``x[a+k+1]`` (any id where the slot does not
+        """Return the data's next tokens, int64[A, B]: ``x[a+k+1]`` (any id where the slot does not
         count).
         """
         return self.input_ids[self.label_index]
 
     @property
     def slot_index(self) -> Tensor:
-        """Position ``a+k`` of every slot in the row, clamped into it, int64[A, B]."""
+        """Return the position ``a+k`` of every slot in the row, clamped to the row, int64[A, B]."""
         offset = torch.arange(self.block_size, device=self.anchors.device)
         return (self.anchors[:, None] + offset).clamp(max=self.input_ids.shape[0] - 1)
 
     @property
     def prev_ids(self) -> Tensor:
-        """The token before each label, int64[A, B]: ``x[a+k]``, which teacher-forces the Markov
-        head.
+        """Return the token before each label, int64[A, B]: ``x[a+k]``, which teacher-forces the
+        Markov head.
         """
         return self.input_ids[self.slot_index]
 
     @property
     def block_position(self) -> Tensor:
-        """Position ids of the slots within their document, int64[A, B]: ``position[a] + k``, past
-        its end too.
+        """Return the position ids of the slots within their document, int64[A, B]: ``position[a] +
+        k``, past its end too.
         """
         offset = torch.arange(self.block_size, device=self.anchors.device)
         return self.position[self.anchors][:, None] + offset
 
     @property
     def target_row(self) -> Tensor:
-        """Row of ``last`` whose distribution slot k is held to, int64[A, B]: ``last_index[a+k]``;
-        valid if counted.
+        """Return the row of ``last`` with the target distribution of slot k, int64[A, B]:
+        ``last_index[a+k]``; valid if counted.
         """
         return self.last_index[self.slot_index]
 
@@ -144,7 +143,7 @@ class Batch:
         return flat.index_copy(0, self.slots, values).view_as(self.counted)
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Batch:
-        """The same batch on ``device``; ``dtype`` also casts the states (before the copy, so that
+        """Return the batch on ``device``; ``dtype`` also casts the states (before the copy, so that
         fewer bytes move).
         """
         moved = {}
@@ -166,7 +165,7 @@ def _blocks(
     block_size: int,
     pad_to: int,
 ) -> dict[str, Tensor]:
-    """The fields of a batch that its anchors decide."""
+    """Return the fields of a batch that depend on its anchors."""
     real = anchors.size
     total = max(real, pad_to)
     padded = np.zeros(total, dtype=np.int64)

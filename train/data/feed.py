@@ -1,10 +1,9 @@
-"""Rows on their way to the device: the next one is copied and decoded on a stream of its own while
-the model works on this one.
+"""Bring rows to the device: the next row is copied and decoded on a separate stream while the model
+works on the current one.
 
-The loop runs ahead of the GPU, by two steps at most, so the time it spends in ``next`` of the
-readers says nothing by itself: only a wait that began or ended with nothing left for the GPU to do
-counts (``waited``). No call here waits for the device otherwise.
-Costs the memory of one more row.
+The loop runs ahead of the GPU, by two steps at most, so the time it spends in the readers' ``next``
+says nothing by itself: only a wait that began or ended with an idle GPU counts (``waited``). No
+call here waits for the device otherwise. It costs the memory of one more row.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ AHEAD = 2  # steps that may be queued on the GPU
 
 
 class Feed:
-    """The steps of ``rows``, each a list of rows; ``place`` brings one to ``device``."""
+    """Yields the steps of ``rows``, each a list of rows; ``place`` brings one to ``device``."""
 
     def __init__(
         self, rows: Iterator[list[Row]], place: Callable[[Row], Batch], device: torch.device
@@ -38,10 +37,8 @@ class Feed:
         self.waited = 0.0
 
     def fetch(self) -> None:
-        """Get the next step from the readers and start its first row on its way. Call it once a
-        step's work is queued.
-
-        An error of the readers is kept for ``take``, where all ranks can hear of it together.
+        """Get the next step from the readers and start moving its first row. Call it once a step's
+        work is queued. A reader error is kept for ``take``, where all ranks learn of it together.
         """
         if self._fetched is not None:
             return
@@ -56,7 +53,7 @@ class Feed:
         self._ahead(next((row for row in self._fetched if row.slots), None))
 
     def take(self) -> list[Row]:
-        """The rows of the next step."""
+        """Return the rows of the next step."""
         self.fetch()
         taken, self._fetched = self._fetched, None
         if isinstance(taken, Exception):
@@ -65,7 +62,7 @@ class Feed:
         return taken
 
     def batches(self, rows: list[Row]) -> Iterator[Batch]:
-        """``rows`` on the device, one after the other."""
+        """Yield ``rows`` on the device, one after another."""
         for i, row in enumerate(rows):
             if self._placed is None or self._placed[0] is not row:
                 self._ahead(row)
@@ -78,8 +75,8 @@ class Feed:
             yield batch
 
     def queued(self) -> None:
-        """All work of a step has been handed to the device; waits for the step before the last one
-        to be done there.
+        """Note that all work of a step has been queued; waits until the step before the last one is
+        done on the device.
         """
         if self._side is None:
             return
@@ -98,7 +95,9 @@ class Feed:
 
 
 def _hand_over(batch: Batch, ready: Any) -> None:
-    """The model's stream waits for the copy, and the allocator learns that it uses the memory."""
+    """Make the model's stream wait for the copy, and tell the allocator that this stream uses the
+    memory.
+    """
     stream = torch.cuda.current_stream()
     stream.wait_event(ready)
     for field in dataclasses.fields(Batch):

@@ -1,8 +1,8 @@
-"""The processes that read rows ahead of the loop, and what is said when one of them fails or dies.
+"""Processes that read rows ahead of the loop, and the errors raised when one of them fails or dies.
 
-torch's loader raises as soon as a reader is gone, in whatever line the loop is: in a backward pass
-whose sums the other ranks wait for, or while a checkpoint is written. Here a loss is raised only
-where the next row is asked for, since there all ranks hear of it together (``step.share``). That
+torch's loader raises as soon as a reader is gone, wherever the loop is: in a backward pass whose
+sums the other ranks wait for, or while a checkpoint is written. Here the loss of a reader is raised
+only when the next row is requested, where all ranks learn of it together (``step.share``). That
 costs a few seconds: rows read before are still trained on, and torch looks for dead readers every 5
 s of waiting.
 """
@@ -31,10 +31,8 @@ LIKELY = {"SIGKILL": " (out of memory?)", "SIGBUS": " (is /dev/shm full?)"}
 def read_ahead(
     rows: Dataset[Row], order: Iterable[tuple[int, int]], *, workers: int, pin: bool
 ) -> Iterator[Row]:
-    """``rows[at]`` for each ``at`` of ``order``, read by ``workers`` processes (0: by this one)
-    that live as long as the iterator.
-
-    Raises what reading raised, and TrainError if a reader is gone.
+    """``rows[at]`` for each ``at`` of ``order``, read by ``workers`` processes (0 = by this one)
+    that live as long as the iterator. Raises what reading raised, and TrainError if a reader died.
     """
     others = set(multiprocessing.active_children())
     loader = DataLoader(
@@ -66,7 +64,7 @@ def read_ahead(
 
 
 class _Told(Dataset[Row | DsparkError]):
-    """Rows, or the error of reading one as it is: what a process raises the loader gives back with
+    """Returns rows, or the original error of reading one: the loader would return an exception with
     its trace in the message.
     """
 
@@ -81,16 +79,16 @@ class _Told(Dataset[Row | DsparkError]):
 
 
 def _leave_interrupts_to_the_loop(worker: int) -> None:
-    """Ctrl-C in a terminal reaches every process; a reader that died of it would keep the loop from
-    saving.
+    """Ignore Ctrl-C, which reaches every process of a terminal: a reader that died of it would keep
+    the loop from saving.
     """
     leave_to_parent(signal.SIGINT, signal.SIGHUP)  # a loader ends its readers by SIGTERM
 
 
 @contextmanager
 def _no_alarm() -> Iterator[None]:
-    """Takes back the handler of SIGCHLD that a loader installs, which is what raises anywhere. Only
-    the main thread has handlers.
+    """Remove the SIGCHLD handler that a loader installs, because it raises anywhere. Only the main
+    thread has handlers.
     """
     main = threading.current_thread() is threading.main_thread()
     before = signal.getsignal(signal.SIGCHLD)
@@ -100,9 +98,9 @@ def _no_alarm() -> Iterator[None]:
 
 
 def _settle(readers: list[BaseProcess]) -> None:
-    """Behind a broken connection: wait until who broke it is known to be gone. A reader that dies
-    closes its connections first, then the pipe that is its sentinel, and has an exit code a moment
-    after that.
+    """Wait, after a broken connection, until the process that broke it is known to be gone. A
+    reader that dies closes its connections first, then the pipe that is its sentinel, and has an
+    exit code a moment after that.
     """
     gone = wait([reader.sentinel for reader in readers], GRACE)
     for reader in readers:
@@ -111,7 +109,7 @@ def _settle(readers: list[BaseProcess]) -> None:
 
 
 def _all_there(readers: list[BaseProcess]) -> None:
-    """Raise TrainError if one has ended: none does of its own before the last row."""
+    """Raise TrainError if a reader has ended: none does by itself before the last row."""
     for reader in readers:
         code = reader.exitcode
         if code is None:

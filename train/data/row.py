@@ -1,9 +1,9 @@
-"""One packed row as a single buffer: a worker hands over one tensor, one page-locked copy is made,
-one move brings it to the device.
+"""One packed row as a single buffer: a worker passes one tensor, which is copied once to
+page-locked memory and once to the device.
 
-A row is some fifteen arrays. Sent one by one each cost a file descriptor, a page-locked allocation
-and a launch, 3.8 ms per row on an H100 whatever their size; here they lie end to end and are cut
-out again as views.
+A row is some fifteen arrays. Sent separately, each costs a file descriptor, a page-locked
+allocation and a launch, 3.8 ms per row on an H100 whatever their size; here they are concatenated
+and read back as views.
 
 Legend: S tokens of the row, L aux layers, Ht hidden size of the target, M stored last states, N
 counted slots.
@@ -39,7 +39,7 @@ Array = np.ndarray[Any, np.dtype[Any]]
 
 @dataclass(frozen=True, slots=True)
 class Field:
-    """Where one array lies in the buffer: ``start`` in bytes."""
+    """The place of one array in the buffer: ``start`` in bytes."""
 
     name: str
     dtype: torch.dtype
@@ -47,7 +47,7 @@ class Field:
     start: int
 
     def of(self, data: Tensor) -> Tensor:
-        """The array as a view of ``data`` uint8[bytes]."""
+        """Return the array as a view of ``data`` uint8[bytes]."""
         size = self.dtype.itemsize
         for n in self.shape:
             size *= n
@@ -56,10 +56,9 @@ class Field:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """All of a ``Batch`` but the decoded states, and the states' codes, in ``data`` uint8[bytes].
-
-    ``tokens``: tokens of documents, padding not counted; ``slots``: N; ``store``: which of the
-    stores its samples are of.
+    """A ``Batch`` without decoded states but with their codes, in ``data`` uint8[bytes].
+    ``tokens``: tokens of documents, without padding; ``slots``: N; ``store``: the store that its
+    samples come from.
     """
 
     data: Tensor
@@ -76,9 +75,8 @@ class Row:
         tokens: int,
         store: int = 0,
     ) -> Self:
-        """From a batch whose ``aux`` [S, 0] and ``last`` [M, 0] are empty and its samples.
-
-        Codes are joined in place; rows of padding are zero.
+        """Build a row from a batch whose ``aux`` [S, 0] and ``last`` [M, 0] are empty, and its
+        samples. Codes are joined in place; padding rows are zero.
         """
         arrays: list[tuple[str, int, Sequence[Array]]] = []
         for part in dataclasses.fields(Batch):
@@ -111,7 +109,7 @@ class Row:
 
     @property
     def batch(self) -> Batch:
-        """The batch on the CPU, its ``aux`` and ``last`` empty."""
+        """Return the batch on the CPU with empty ``aux`` and ``last``."""
         return self._batch(self._views(self.data))
 
     def pin_memory(self) -> Self:
@@ -177,7 +175,8 @@ def columns(stored: Sequence[int], wanted: Sequence[int]) -> list[int] | None:
         return None
     if missing := [i for i in wanted if i not in stored]:
         raise MismatchError(
-            f"the draft reads layers {missing}, the store has {list(stored)} (outputs of layers)"
+            f"the draft reads layers {missing}, but the store has {list(stored)} (outputs "
+            "of layers)"
         )
     return [list(stored).index(i) for i in wanted]
 

@@ -1,13 +1,14 @@
-"""The stream: a store -> a fixed sequence of packed rows for every epoch, read by worker processes.
+"""The stream: turns a store into a fixed sequence of packed rows per epoch, read by worker
+processes.
 
 Everything random is a pure function of (seed, epoch, sample): the order of samples, how they pack
 into rows, and which anchors are drawn.
 So the sequence is the same on any number of ranks and workers, and after any resume; a position in
 it is just (epoch, step).
 
-Of several stores each has its number of passes per epoch: with 0.3 an epoch takes three tenths of
-its samples, the next epoch others, until all have been taken. A row holds samples of one store,
-whose code may be another than the other stores'; the rows of all are then shuffled.
+With several stores, each has its number of passes per epoch: with 0.3, an epoch takes three tenths
+of its samples, the next epoch others, until all have been used. A row holds samples of one store,
+since stores may use different codecs; the rows of all stores are then shuffled.
 
 Legend: S tokens of a row (``total_seq_len`` at most), A anchors, N samples.
 """
@@ -36,7 +37,7 @@ VALIDATION_EPOCH = -1
 
 
 def rng(seed: int, *stream: int) -> np.random.Generator:
-    """An independent generator for each (seed, stream ...); negative numbers allowed."""
+    """Return an independent generator for each (seed, stream ...); negative numbers are allowed."""
     return np.random.Generator(
         np.random.Philox(
             np.random.SeedSequence([seed & 0xFFFFFFFF, *(s & 0xFFFFFFFF for s in stream)])
@@ -47,8 +48,8 @@ def rng(seed: int, *stream: int) -> np.random.Generator:
 def split(
     keys: np.ndarray[Any, np.dtype[np.uint8]], val_fraction: float
 ) -> tuple[rules.Int64, rules.Int64]:
-    """(train, validation) sample indices by prompt hash ``keys`` uint8[N, 16]; equal prompts fall
-    on one side.
+    """Split into (train, validation) sample indices by prompt hash ``keys`` uint8[N, 16]; equal
+    prompts stay on one side.
     """
     share = np.ascontiguousarray(keys[:, :8]).view(">u8")[:, 0].astype(np.float64) / 2.0**64
     held_out = share < val_fraction
@@ -58,8 +59,8 @@ def split(
 def pack(
     order: Sequence[int] | rules.Int64, lengths: rules.Int64, total_seq_len: int
 ) -> list[list[int]]:
-    """Samples in ``order`` -> rows of at most ``total_seq_len`` tokens. Next-fit, so a row holds
-    neighbours in the order.
+    """Pack samples in ``order`` into rows of at most ``total_seq_len`` tokens. Next-fit, so a row
+    holds neighbours in the order.
     """
     samples = np.asarray(order, np.int64)
     own = lengths[samples]
@@ -84,7 +85,7 @@ def pack(
 
 class Rows(Dataset[Row]):
     """``rows[epoch, i]`` reads, checks and assembles row i of an epoch. Runs in worker processes,
-    which plan for themselves.
+    each with its own plan.
     """
 
     def __init__(self, stream: Stream) -> None:
@@ -135,8 +136,8 @@ class Rows(Dataset[Row]):
 
 
 class Stream:
-    """Rows of a set of samples, epoch after epoch, cut into optimizer steps of ``rows_per_step``
-    rows over all ranks.
+    """Rows of a set of samples, epoch after epoch, divided into optimizer steps of
+    ``rows_per_step`` rows over all ranks.
     """
 
     def __init__(
@@ -153,13 +154,13 @@ class Stream:
         max_rows: int | None = None,
         passes: Sequence[float] = (1.0,),
     ) -> None:
-        """``passes``: of each store, per epoch. ``pad`` gives every row ``total_seq_len`` tokens
-        and ``max_anchors`` anchors; ``max_rows`` cuts each epoch short.
+        """``passes``: per store and epoch. ``pad`` gives every row ``total_seq_len`` tokens and
+        ``max_anchors`` anchors; ``max_rows`` cuts each epoch short.
         """
         if samples.size == 0:
             raise TrainError(
-                f"{cache.path}: no samples left to stream (of {len(cache)}); lower "
-                "--val-fraction or dump more"
+                f"{cache.path}: none of {len(cache)} samples is left to train on; lower "
+                "--val-fraction or dump more rows"
             )
         self.cache, self.samples, self.seed, self.total_seq_len = (
             cache,
@@ -176,7 +177,7 @@ class Stream:
         self._planned: tuple[int, list[list[int]]] | None = None
 
     def plan(self, epoch: int) -> list[list[int]]:
-        """The rows of ``epoch`` as sample indices. Validation keeps the stored order."""
+        """Return the rows of ``epoch`` as sample indices. Validation keeps the stored order."""
         if self._planned and self._planned[0] == epoch:
             return self._planned[1]
         lengths, store_of = (
@@ -193,8 +194,8 @@ class Stream:
         return rows
 
     def _order(self, epoch: int, store: int, samples: rules.Int64) -> rules.Int64:
-        """The samples of a store that an epoch takes: a stretch of its permutations, one after the
-        other.
+        """Return the samples of a store that an epoch takes: a stretch of its concatenated
+        permutations.
         """
         if epoch == VALIDATION_EPOCH or not samples.size:
             return samples
@@ -207,8 +208,8 @@ class Stream:
         return whole[begin - first : end - first]
 
     def _mixed(self, epoch: int, by_store: list[list[list[int]]]) -> list[list[int]]:
-        """The rows of all stores: shuffled; for validation each store's spread evenly, so that the
-        first few are of all.
+        """Return the rows of all stores, shuffled; for validation, each store's rows are spread
+        evenly, so that the first few come from all stores.
         """
         rows = [row for rows in by_store for row in rows]
         if epoch == VALIDATION_EPOCH:
@@ -224,8 +225,8 @@ class Stream:
     def schedule(
         self, epoch: int, first_step: int, rank: int, world: int, endless: bool
     ) -> Iterator[list[tuple[int, int]]]:
-        """For each step from (epoch, first_step) on: the (epoch, row) that are this rank's, maybe
-        none in an epoch's last step.
+        """Yield, for each step from (epoch, first_step) on, this rank's (epoch, row) pairs,
+        possibly none in an epoch's last step.
         """
         while True:
             rows = len(self.plan(epoch))
@@ -247,7 +248,7 @@ class Stream:
         world: int = 1,
         endless: bool = False,
     ) -> Iterator[list[Row]]:
-        """The rows of each step, read ahead by ``workers`` processes that live as long as the
+        """Yield the rows of each step, read ahead by ``workers`` processes that live as long as the
         iterator (across epochs).
         """
         shape = (epoch, first_step, rank, world, endless)
@@ -259,7 +260,7 @@ class Stream:
 
 @dataclass(frozen=True, slots=True)
 class _Flat:
-    """The order of reading: the rows of ``Stream.schedule`` one by one."""
+    """The reading order: the rows of ``Stream.schedule`` one by one."""
 
     stream: Stream
     shape: tuple[int, int, int, int, bool]
@@ -269,7 +270,7 @@ class _Flat:
 
 
 def _copy_of(stream: Stream) -> Stream:
-    """A stream with its own plan memory: readers run ahead into the next epoch while the loop is
-    still in this one.
+    """Copy a stream with its own cached plan: readers run ahead into the next epoch while the loop
+    is still in this one.
     """
     return copy.copy(stream)

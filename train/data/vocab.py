@@ -1,5 +1,5 @@
-"""``--draft-vocab-size``: which target ids a draft can draft. The most frequent supervised ids of
-the store.
+"""``--draft-vocab-size``: choose which target ids a draft can propose: the most frequent supervised
+ids of the store.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dspark.train.data.anchors import Int64
 
 
 def choose_ids(cache: Stores, samples: Int64, size: int) -> tuple[Tensor, float]:
-    """``size`` rising target ids int64[Vd] and the share of supervised tokens they cover.
+    """Return ``size`` ascending target ids int64[Vd] and the share of supervised tokens they cover.
 
     Most frequent first, ties to the lower id; ids that never occur fill up from the lowest. Raises
     when none of the supervised tokens would be covered: training would then see no label at all.
@@ -31,8 +31,8 @@ def choose_ids(cache: Stores, samples: Int64, size: int) -> tuple[Tensor, float]
 
 
 def covered(cache: Stores, samples: Int64, ids: Tensor) -> float:
-    """The share of supervised tokens that the target ids ``ids`` int64[Vd] cover. Raises TrainError
-    if it is none.
+    """Return the share of supervised tokens that the target ids ``ids`` int64[Vd] cover. Raises
+    TrainError if they cover none.
     """
     counts = _supervised(cache, samples)
     share = float(counts[ids.numpy()].sum() / counts.sum())
@@ -45,7 +45,7 @@ def covered(cache: Stores, samples: Int64, ids: Tensor) -> float:
 
 
 def _supervised(cache: Stores, samples: Int64) -> Int64:
-    """How often each target id is supervised, int64[V]. Raises TrainError if none is."""
+    """Count how often each target id is supervised, int64[V]. Raises TrainError if none is."""
     vocab = cache.manifest.target.vocab_size
     counts = np.zeros(vocab, np.int64)
     for i in samples:

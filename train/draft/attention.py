@@ -5,16 +5,16 @@ Legend: S context tokens, A anchors, B slots of a block, Q = A*B block tokens, H
 key heads, D head size.
 
 A block sees context ``kv < a`` (strict: the anchor enters only as slot 0) of its own document, and
-its own block both ways; never another block; a padding block sees itself only, because a row that
-sees nothing is NaN. As documents are runs, a block's context is one interval [start, a), and that
-is all that either way of running needs to know. In a sliding layer (``sight.Sight``) slot k, at
-position a + k, sees the last W - 1 tokens before it and itself, so each slot has a start of its own
-and the block is seen causally; keys that no slot of a group or tile sees are not read.
+its own block in both directions, but never another block. A padding block sees only itself, because
+a row that sees nothing is NaN. Since documents are runs, a block's context is one interval [start,
+a), which is all that either implementation needs. In a sliding layer (``sight.Sight``) slot k, at
+position a + k, sees the last W - 1 tokens before it and itself, so each slot has its own start and
+sees the block causally; keys that no slot of a group or tile sees are not read.
 
-``sdpa`` is the reference and the CPU's: a dense mask, a group of anchors at a time, so that neither
-[Q, S+Q] scores nor a copy of the context per anchor exist, and only the stretch of context that the
-group can see is read. ``flex`` is for CUDA: a block-sparse mask built once per batch and shared by
-all layers.
+``sdpa`` is the reference and runs on the CPU: a dense mask, a group of anchors at a time, so that
+neither [Q, S+Q] scores nor a copy of the context per anchor exist, and only the stretch of context
+that the group can see is read. ``flex`` is for CUDA: a block-sparse mask built once per batch and
+shared by all layers.
 """
 
 from __future__ import annotations
@@ -54,8 +54,8 @@ class _Group:
 
 @dataclass(frozen=True, slots=True)
 class AttentionPlan:
-    """Who sees whom in one batch; built once and used by every layer of that sight. Exactly one of
-    ``groups``, ``blocks`` is used.
+    """What attends to what in one batch; built once and used by every layer with that sight.
+    Exactly one of ``groups``, ``blocks`` is used.
     """
 
     backend: Backend
@@ -73,8 +73,8 @@ class AttentionPlan:
         backend: Backend = "sdpa",
         sight: Sight = WHOLE,
     ) -> AttentionPlan:
-        """From ``doc`` int[S], ``anchors`` int64[A] and ``anchor_valid`` bool[A], all on one
-        device.
+        """Build it from ``doc`` int[S], ``anchors`` int64[A] and ``anchor_valid`` bool[A], all on
+        one device.
         """
         start, limit = context_interval(doc, anchors, anchor_valid)
         if backend == "flex":
@@ -88,8 +88,8 @@ class AttentionPlan:
 
 
 def context_interval(doc: Tensor, anchors: Tensor, anchor_valid: Tensor) -> tuple[Tensor, Tensor]:
-    """Context ``[start, limit)`` that each block sees, two int64[A]: its document up to its anchor;
-    empty if padding.
+    """Return the context ``[start, limit)`` that each block sees, two int64[A]: its document up to
+    its anchor; empty if padding.
     """
     index = torch.arange(doc.shape[0], device=doc.device)
     new = torch.ones_like(doc, dtype=torch.bool)
@@ -100,8 +100,8 @@ def context_interval(doc: Tensor, anchors: Tensor, anchor_valid: Tensor) -> tupl
 
 
 def slot_start(start: Tensor, limit: Tensor, block_size: int, sight: Sight) -> Tensor:
-    """First context token that each slot sees, int64[A*B], of blocks with context ``[start,
-    limit)``, int64[A]; ``limit`` if none.
+    """Return the first context token that each slot sees, int64[A*B], of blocks with context
+    ``[start, limit)``, int64[A]; ``limit`` if none.
     """
     out = start.repeat_interleave(block_size)
     if sight.window is None:
@@ -112,7 +112,7 @@ def slot_start(start: Tensor, limit: Tensor, block_size: int, sight: Sight) -> T
 
 
 def block_sight(block_size: int, sight: Sight, device: torch.device) -> Tensor:
-    """Which slots of its own block each slot sees, bool[B, B]."""
+    """Tell which slots of its own block each slot sees, bool[B, B]."""
     slot = torch.arange(block_size, device=device)
     back = slot[:, None] - slot
     near = back.abs() < (sight.window or block_size)
@@ -122,8 +122,8 @@ def block_sight(block_size: int, sight: Sight, device: torch.device) -> Tensor:
 def dense_mask(
     plan_start: Tensor, plan_limit: Tensor, context: int, block_size: int, sight: Sight = WHOLE
 ) -> Tensor:
-    """The rule as one matrix, bool[A*B, context + A*B]: for tests and for the groups of the SDPA
-    path.
+    """Return the rule as one matrix, bool[A*B, context + A*B], for tests and for the groups of the
+    SDPA path.
     """
     kv = torch.arange(context, device=plan_start.device)
     first = slot_start(plan_start, plan_limit, block_size, sight)
@@ -134,7 +134,7 @@ def dense_mask(
 
 
 def block_attention(q: Tensor, keys: Tensor, values: Tensor, plan: AttentionPlan) -> Tensor:
-    """softmax(q k^T / sqrt(D)) v over what ``plan`` allows.
+    """Compute softmax(q k^T / sqrt(D)) v over what ``plan`` allows.
 
     ``q`` [Q, Hq, D], ``keys``/``values`` [S+Q, Hkv, D], the context's first, Q = A*B in anchor
     order.
@@ -191,10 +191,10 @@ def _sdpa_groups(start: Tensor, limit: Tensor, block_size: int, sight: Sight) ->
 def _flex_mask(
     start: Tensor, limit: Tensor, context: int, block_size: int, sight: Sight
 ) -> BlockMask:
-    """The rule for flex attention: exact per element in ``allowed``, and per tile in the tables of
-    ``tile_cover``.
+    """Return the rule for flex attention: exact per element in ``allowed``, and per tile in the
+    tables of ``tile_cover``.
 
-    torch's ``create_block_mask`` evaluates every one of Q x (S+Q) elements to find the tiles;
+    torch's ``create_block_mask`` evaluates every one of Q x (S+Q) elements to find the tiles; the
     intervals give them directly.
     """
     length = start.shape[0] * block_size
@@ -236,7 +236,7 @@ def _flex_mask(
 def tile_cover(
     start: Tensor, limit: Tensor, context: int, block_size: int, sight: Sight = WHOLE
 ) -> tuple[Tensor, Tensor]:
-    """Which tiles of the mask hold anything (maybe none of it: a superset) and which are whole.
+    """Tell which tiles of the mask may hold anything (a superset) and which are full.
 
     ``start``, ``limit`` int64[A] as from ``context_interval``. Two bool[ceil(Q/TILE),
     ceil((context+Q)/TILE)].
@@ -271,8 +271,8 @@ def tile_cover(
 
 
 def _ordered(tiles: Tensor) -> tuple[Tensor, Tensor]:
-    """bool[rows, columns] -> how many columns of each row are set, int32[1, 1, rows], and which
-    come first, int32[1, 1, rows, columns].
+    """Turn bool[rows, columns] into how many columns of each row are set, int32[1, 1, rows], and
+    which they are, first, int32[1, 1, rows, columns].
     """
     order = tiles.to(torch.int8).argsort(dim=-1, descending=True, stable=True)
     return tiles.sum(-1, dtype=torch.int32)[None, None], order.to(torch.int32)[None, None]

@@ -1,12 +1,12 @@
-"""The shape of a draft, validated where it is made, and its two spellings: from a target's config,
-to config.json.
+"""The shape of a draft, validated on construction: derived from a target's config, and written to
+config.json.
 
 Legend: H hidden size, L aux layers, V target vocabulary, Vd draft vocabulary, B block size, r
 Markov rank.
 
 config.json is the flat layout that DeepSpec writes and vLLM's ``Qwen3DSparkModel`` reads (method
-``dspark``): Qwen3 keys at top level plus the draft's own. What decides serving is always written
-even where a reader has a default, because the readers' defaults differ (``sample_from_anchor``:
+``dspark``): Qwen3 keys at top level plus the draft's own. Whatever affects serving is always
+written, even if a reader has a default, because readers' defaults differ (``sample_from_anchor``:
 true in vLLM for this layout, false in others).
 """
 
@@ -58,7 +58,7 @@ class DraftConfig:
     ``hidden_size`` equals the target's, since embedding and lm_head are the target's own, frozen.
     ``draft_vocab_size`` below ``vocab_size`` predicts only some tokens. ``block_size`` is the
     number of drafted tokens: slot 0 is the anchor and already predicts (anchor-first layout). RoPE
-    is neox half-split, and plain whatever the target's scaling unless ``rope_scaling`` says more.
+    is neox half-split, and plain whatever the target's scaling, unless ``rope_scaling`` is given.
     """
 
     hidden_size: int
@@ -126,7 +126,7 @@ class DraftConfig:
         for name, most in MOST.items():
             self._require(
                 getattr(self, name) <= most,
-                f"{name} is {getattr(self, name)}; expected {most} at most",
+                f"{name} is {getattr(self, name)}; expected at most {most}",
             )
         for name in ("rope_theta", "rms_norm_eps", "initializer_range"):
             value = getattr(self, name)
@@ -135,7 +135,7 @@ class DraftConfig:
                 f"{name} is {value!r}; expected a finite number above 0",
             )
         self._require(
-            self.head_dim % 2 == 0, f"head_dim is {self.head_dim}; RoPE needs an even one"
+            self.head_dim % 2 == 0, f"head_dim is {self.head_dim}; RoPE needs an even number"
         )
         self._require(
             self.num_heads % self.num_kv_heads == 0,
@@ -154,7 +154,7 @@ class DraftConfig:
         self._require(len(ids) > 0, "target_layer_ids is empty; expected at least one layer")
         self._require(
             all(-1 <= i < self.num_target_layers for i in ids) and list(ids) == sorted(set(ids)),
-            f"target_layer_ids {list(ids)} must rise strictly within "
+            f"target_layer_ids {list(ids)} must increase strictly within "
             f"-1..{self.num_target_layers - 1}",
         )
         self._check_attention()
@@ -168,13 +168,13 @@ class DraftConfig:
         )
         self._require(
             kinds == sight.canonical(sight.layer_kinds(kinds, "layer_types")),
-            "layer_types names no sliding layer; expected () where all attend fully",
+            "layer_types names no sliding layer; expected () if all layers attend fully",
         )
         positive = isinstance(window, int) and not isinstance(window, bool) and window > 0
         self._require(
             positive if kinds else window is None,
             f"sliding_window is {window!r} for layer_types {list(kinds)}; expected a number of "
-            "tokens with sliding layers, and none without",
+            "tokens if there are sliding layers, else none",
         )
         known = drafter(self.speculator_type)
         plain = not kinds and self.is_causal is None
@@ -190,19 +190,19 @@ class DraftConfig:
 
     @property
     def slots(self) -> int:
-        """Tokens of a block that run through the layers: a draft each, and the anchor's where it
-        predicts nothing.
+        """Return the tokens of a block that run through the layers: one per draft, plus the
+        anchor's if it predicts nothing.
         """
         return self.block_size + self.bonus_anchor
 
     @property
     def sights(self) -> tuple[sight.Sight, ...]:
-        """What the queries of each layer see."""
+        """Return what the queries of each layer see."""
         return sight.sights(self.num_layers, self.layer_types, self.sliding_window, self.is_causal)
 
     @property
     def turning(self) -> Turning:
-        """What RoPE's tables are made from."""
+        """Return what RoPE's tables are made from."""
         from dspark.train.ops.rope import Turning
 
         return Turning(
@@ -215,7 +215,7 @@ class DraftConfig:
 
     @property
     def servable_by_vllm(self) -> bool:
-        """Whether vLLM serves the draft as it is saved."""
+        """Tell whether vLLM serves the draft as saved."""
         return drafter(self.speculator_type).servable_by_vllm(self)
 
     @classmethod
@@ -237,11 +237,11 @@ class DraftConfig:
         rope_scaling: Mapping[str, Any] | None = None,
         **given: Any,
     ) -> DraftConfig:
-        """A Qwen3-style draft for the target whose HF ``config.json`` is ``target``. ``given``:
-        other fields; those left out have their defaults.
+        """Make a Qwen3-style draft for the target whose HF ``config.json`` is ``target``.
+        ``given``: other fields; the rest have their defaults.
 
-        Layers are sized by ``cache.target.shape.shape_for``; sizes given here win. The type drops
-        what it does not have.
+        Layers are sized by ``cache.target.shape.shape_for``; sizes given here take precedence. The
+        type drops what it does not have.
         """
         text = text_config(target)
         missing = [key for key in ("num_hidden_layers", "vocab_size") if count(text, key) is None]
@@ -259,9 +259,9 @@ class DraftConfig:
         scaled, longest = scaling.checked(rope_scaling), shape.max_position_embeddings
         if scaling.reach(scaled, longest) < longest:
             raise UsageError(
-                f"--rope-scaling reaches {scaling.reach(scaled, longest)} positions, factor "
-                "times the original ones, and the target takes "
-                f"{longest}: vLLM's table for the draft would end before; raise factor"
+                f"--rope-scaling reaches {scaling.reach(scaled, longest)} positions (factor "
+                f"times the original ones), but the target takes {longest}: vLLM's table "
+                "for the draft would be too short; raise factor"
             )
         return drafter(speculator_type).sized(
             speculator_type=speculator_type,
@@ -286,12 +286,12 @@ class DraftConfig:
         )
 
     def to_flat(self) -> dict[str, Any]:
-        """The contents of config.json."""
+        """Return the contents of config.json."""
         return drafter(self.speculator_type).to_flat(self)
 
     def flat_fields(self) -> dict[str, Any]:
-        """Every field under its name in config.json; a type replaces what its readers need
-        otherwise.
+        """Return every field under its name in config.json; a type replaces what its readers need
+        in another form.
         """
         return {
             "architectures": ["Qwen3DSparkModel"],
@@ -333,7 +333,7 @@ class DraftConfig:
 
     @classmethod
     def from_flat(cls, flat: Mapping[str, Any]) -> DraftConfig:
-        """From config.json, ours or DeepSpec's. Refuses with ``DraftError`` what this package would
+        """Read config.json, ours or DeepSpec's. Refuses with ``DraftError`` what this package would
         compute wrongly.
         """
         try:
@@ -343,8 +343,8 @@ class DraftConfig:
 
     @classmethod
     def of_backbone(cls, flat: Mapping[str, Any], own: Mapping[str, Any]) -> Self:
-        """The Qwen3 backbone that a flat config describes, with a type's ``own`` fields. Errors as
-        ``from_flat``.
+        """Return the Qwen3 backbone that a flat config describes, with a type's ``own`` fields.
+        Errors as ``from_flat``.
         """
         for key, allowed in _HONOURED.items():
             if flat.get(key) not in (None, *allowed):

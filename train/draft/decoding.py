@@ -1,16 +1,14 @@
-"""One block from the draft: cached keys and values of the context, the backbone's slots, the Markov
-chain.
+"""Draft one block: cached keys and values of the context, the backbone's slots, the Markov chain.
 
 Legend: n new context tokens, a context length = position of the anchor, L aux layers, H hidden
 size, B slots, Hq/Hkv heads, D head size, V/Vd target and draft vocabulary.
 
 When the anchor x[a] is known, the target has run on tokens 0..a-1 only, so exactly their states are
-context;
-slot 0 embeds the anchor itself and predicts x[a+1]. Slot k's Markov token is the one drafted at
-k-1, slot 0's the anchor. vLLM serves ``method: dspark`` the same way (``DSparkSpeculator``); tests
-hold the two together.
+context; slot 0 embeds the anchor itself and predicts x[a+1]. Slot k's Markov token is the one
+drafted at k-1; slot 0's is the anchor. vLLM serves ``method: dspark`` the same way
+(``DSparkSpeculator``); tests compare the two.
 
-``recomputed_states`` is the training forward over the whole context and the reference for
+``recomputed_states`` is the training forward pass over the whole context, and the reference for
 ``slot_states``.
 """
 
@@ -42,15 +40,15 @@ class Drafted:
 
 
 class Decoder(Protocol):
-    """What decoding asks of a draft, whatever its type: the context so far, and the next block."""
+    """What decoding needs from a draft of any type: the context so far, and the next block."""
 
     @property
     def length(self) -> int:
-        """Tokens of the context, which is the position of the next anchor."""
+        """The number of context tokens, which is the position of the next anchor."""
 
     def extend(self, aux: Tensor, ids: Tensor) -> None:
-        """Add the next n tokens ``ids`` int64[n], which stay, with the target's states ``aux`` [n,
-        L, H] of them.
+        """Add the next n accepted tokens ``ids`` int64[n] with the target's states ``aux`` [n, L,
+        H].
         """
 
     def draft(
@@ -60,8 +58,8 @@ class Decoder(Protocol):
 
 
 class DraftContext:
-    """Keys and values of the context in every draft layer; grows as the target's states come, and
-    only with tokens that stay. Of a sliding layer those that a next block can see: W-1 at most.
+    """Keys and values of the context in every draft layer; grows as the target's states arrive,
+    only with accepted tokens. A sliding layer keeps those that the next block can see: at most W-1.
     """
 
     def __init__(self, draft: DraftModel) -> None:
@@ -92,8 +90,8 @@ class DraftContext:
         self.length += aux.shape[0]
 
     def layer(self, i: int) -> tuple[Tensor, Tensor]:
-        """Keys and values [n, Hkv, D] of draft layer ``i``, of the last n tokens of the context:
-        all, or those in the layer's window.
+        """Return the keys and values [n, Hkv, D] of draft layer ``i`` for the last n tokens of the
+        context: all, or those in the layer's window.
         """
         return self._keys[i], self._values[i]
 
@@ -122,7 +120,7 @@ class BlockDecoder:
 
 @torch.inference_mode()
 def slot_states(draft: DraftModel, context: DraftContext, anchor_id: int) -> Tensor:
-    """h [B, H] after the final norm, with the context's cached keys and values."""
+    """Return h [B, H] after the final norm, using the context's cached keys and values."""
     config = draft.config
     device = draft.fc.weight.device
     position = torch.arange(context.length, context.length + config.slots, device=device)
@@ -140,8 +138,8 @@ def slot_states(draft: DraftModel, context: DraftContext, anchor_id: int) -> Ten
 
 @torch.inference_mode()
 def recomputed_states(draft: DraftModel, aux: Tensor, anchor_id: int) -> Tensor:
-    """The same h [B, H] from all the context's states ``aux`` [a, L, H] through the trainer's
-    forward.
+    """Return the same h [B, H] from all the context's states ``aux`` [a, L, H] through the
+    trainer's forward.
     """
     device = draft.fc.weight.device
     a = aux.shape[0]
@@ -171,8 +169,8 @@ def chain(
     temperature: float = 0.0,
     generator: torch.Generator | None = None,
 ) -> Drafted:
-    """Left to right through ``h`` [B, H]: each slot's logits, the Markov bias of the token before
-    it, one token.
+    """Draft left to right through ``h`` [B, H]: each slot's logits plus the Markov bias of the
+    token before it, one token at a time.
     """
     head, probs = draft.frozen_head, list[Tensor]()
 
@@ -194,7 +192,7 @@ def chain(
 def chained(
     draft: DraftModel, h: Tensor, anchor_ids: Tensor, pick: Callable[[Tensor], Tensor]
 ) -> Tensor:
-    """Blocks drafted on their own tokens: target ids int64[..., B] from ``h`` [..., B, H] and
+    """Draft blocks on their own tokens: target ids int64[..., B] from ``h`` [..., B, H] and
     ``anchor_ids`` int64[...].
 
     ``pick`` chooses a row of the draft's vocabulary int64[...] by the logits [..., Vd] of a slot.
@@ -219,8 +217,8 @@ def _layers(draft: DraftModel) -> list[Layer]:
 def _attend(
     attention: Attention, x: Tensor, *, context: tuple[Tensor, Tensor], rope: Rope, sight: Sight
 ) -> Tensor:
-    """Attention output [B, H] of a block ``x`` [B, H] over the ``context`` and itself. The whole
-    context and, both ways, itself are nothing to mask.
+    """Attention output [B, H] of a block ``x`` [B, H] over the ``context`` and itself. Seeing the
+    whole context, and itself in both directions, needs no mask.
     """
     q, *own = attention.queries_keys_values(x, x[:0], rope, (rope[0][:0], rope[1][:0]))
     k, v = (torch.cat(pair).transpose(0, 1)[None] for pair in zip(context, own, strict=True))

@@ -1,5 +1,5 @@
-"""DFlash: the parallel backbone alone. vLLM's dspark model always builds a Markov head, so it is
-served by one whose bias is zero.
+"""DFlash: the parallel backbone alone. vLLM's dspark model always builds a Markov head, so the
+draft is served with a head whose bias is zero.
 """
 
 from __future__ import annotations
@@ -57,8 +57,8 @@ class DFlash(DSpark):
         for name in _ZERO_MARKOV:
             if name in stored and bool(stored[name].any()):
                 raise DraftError(
-                    f"{path}: {name} of a dflash draft is not zero; config.json and weights do "
-                    "not belong together"
+                    f"{path}: {name} of a dflash draft is not zero; config.json and the weights "
+                    "do not belong together"
                 )
         return {name: tensor for name, tensor in stored.items() if name not in _ZERO_MARKOV}
 

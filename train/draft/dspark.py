@@ -32,7 +32,7 @@ class DSpark(DrafterType):
         return DraftConfig.of_backbone(flat, self.own(flat))
 
     def own(self, flat: Mapping[str, Any]) -> dict[str, Any]:
-        """The fields of ``DraftConfig`` that are this type's, from config.json."""
+        """Return this type's fields of ``DraftConfig`` from config.json."""
         try:
             rank = int(flat.get("markov_rank", 0))
         except (TypeError, ValueError) as wrong:

@@ -3,19 +3,19 @@ method ``dspark``.
 
 config.json is flat (DeepSpec's spelling, what training writes) or in the speculators format; the
 tensors are the same. The weights' own header repeats, under ``TRAINED_AS``, the config they were
-trained with: an edited or converted config.json can be told from it.
+trained with: so an edited or converted config.json can be detected.
 
 Legend: V/Vd target and draft vocabulary, H hidden size, r Markov rank.
 
 Beside the trained tensors a reduced vocabulary needs ``d2t`` int64[Vd] (offsets: target id = i +
 d2t[i]), ``t2d`` bool[V] and its own ``lm_head.weight`` [Vd, H]; for the full vocabulary vLLM takes
-embedding and output matrix from the target, so they are left out unless asked for. Both files are
-written beside their place, synced and renamed, so a reader never sees half of one.
+embedding and output matrix from the target, so they are left out unless requested. Both files are
+written beside their place, synced and renamed, so a reader never sees half a file.
 
-vLLM serves the vanilla Markov head and, through a zero one that is written for it, none (dflash).
-Gated and rnn drafts are saved in full, with ``"vllm_servable": false`` in config.json: vLLM would
-refuse their extra tensors. ``"sglang_servable"`` says what SGLang takes, gated and rnn heads among
-it.
+vLLM serves the vanilla Markov head and, by a zero head written for it, none (dflash). Gated and rnn
+drafts are saved in full, with ``"vllm_servable": false`` in config.json: vLLM would refuse their
+extra tensors. ``"sglang_servable"`` says whether SGLang serves a draft; it supports gated and rnn
+heads.
 """
 
 from __future__ import annotations
@@ -59,11 +59,9 @@ def save_draft(
     include_frozen: bool = False,
     trained: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """Write the draft; ``include_frozen`` adds embed_tokens and lm_head for readers that do not
-    borrow the target's.
-
-    ``trained`` replaces the model's own trained tensors, which are no whole ones where it is
-    sharded.
+    """Write the draft; ``include_frozen`` adds embed_tokens and lm_head for readers that do not use
+    the target's. ``trained`` replaces the model's own trained tensors, which are only shards if the
+    model is sharded.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -74,7 +72,7 @@ def save_draft(
 
 
 def write_tensors(folder: Path, tensors: dict[str, Tensor], config: DraftConfig) -> None:
-    """model.safetensors, with the config it was trained with and a checksum of all tensors in its
+    """Write model.safetensors, with the training config and a checksum of all tensors in its
     header.
     """
     metadata = {
@@ -86,7 +84,7 @@ def write_tensors(folder: Path, tensors: dict[str, Tensor], config: DraftConfig)
 
 
 def checksum(tensors: Mapping[str, Tensor]) -> int:
-    """crc32c over names, dtypes, shapes and values, in the order of the names."""
+    """Return the crc32c over names, dtypes, shapes and values, in the order of names."""
     out = 0
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()
@@ -102,7 +100,7 @@ def write_config(
     dtype: torch.dtype,
     verifier: tuple[str, list[str]] | None = None,
 ) -> None:
-    """config.json: flat, or in the speculators format if its ``verifier`` (target id,
+    """Write config.json: flat, or in the speculators format if its ``verifier`` (target id,
     architectures) is given.
     """
     flat = config.to_flat()
@@ -120,7 +118,7 @@ def served_tensors(
     include_frozen: bool,
     trained: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Tensor]:
-    """Checkpoint name -> tensor on the CPU; ``trained`` as for ``save_draft``."""
+    """Return checkpoint name -> tensor on the CPU; ``trained`` as for ``save_draft``."""
     config = model.config
     whole = trained or dict(model.trained())
     learnt = {name: value.detach().to("cpu", dtype).contiguous() for name, value in whole.items()}
@@ -142,7 +140,7 @@ def served_tensors(
 
 
 def load_config(folder: Path | str) -> DraftConfig:
-    """The config of a draft folder, in any spelling that ``flat_of`` knows."""
+    """Load the config of a draft folder, in any spelling that ``flat_of`` knows."""
     try:
         return DraftConfig.from_flat(flat_of(read_config(folder)))
     except (
@@ -151,13 +149,11 @@ def load_config(folder: Path | str) -> DraftConfig:
         KeyError,
         OverflowError,
     ) as wrong:  # a list where a name is meant, and the like
-        raise DraftError(
-            f"{Path(folder) / CONFIG}: a value of another type than it may have: {wrong}"
-        ) from wrong
+        raise DraftError(f"{Path(folder) / CONFIG}: a value has the wrong type: {wrong}") from wrong
 
 
 def read_config(folder: Path | str) -> dict[str, Any]:
-    """config.json as it stands."""
+    """Read config.json unchanged."""
     path = Path(folder) / CONFIG
     try:
         flat: Any = json_text.read(path)
@@ -173,16 +169,14 @@ def read_config(folder: Path | str) -> dict[str, Any]:
 
 
 def trained_as(folder: Path | str) -> DraftConfig | None:
-    """The config in the weights' header; None for weights that another program wrote."""
+    """Return the config in the weights' header; None for weights that another program wrote."""
     with _opened(Path(folder) / WEIGHTS) as file:
         text = (file.metadata() or {}).get(TRAINED_AS)
     return None if text is None else DraftConfig.from_flat(json_text.loads(text))
 
 
 def trained_shapes(config: DraftConfig) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of every tensor that training owns, as ``config`` describes them. Allocates
-    nothing.
-    """
+    """Return name -> shape of every trained tensor that ``config`` describes. Allocates nothing."""
     whole = dataclasses.replace(config, draft_vocab_size=config.vocab_size)
     kind = drafter(config.speculator_type)
     with torch.device("meta"):
@@ -206,11 +200,9 @@ def load_draft(
     dtype: torch.dtype = torch.float32,
     frozen_dtype: torch.dtype | None = None,
 ) -> DraftModel:
-    """The draft in ``folder`` on ``target``'s embedding and output matrix; its config is
-    ``.config``.
-
-    Every tensor must be there, known and of its shape: a draft that lacks one would run and be
-    served at a fraction of its worth. ``frozen_dtype`` None casts the target's matrices to
+    """Load the draft in ``folder`` with ``target``'s embedding and output matrix; its config is
+    ``.config``. Every tensor must be present, known and of the right shape: a draft that lacks one
+    would run and be served, but badly. ``frozen_dtype`` None casts the target's matrices to
     ``dtype`` too.
     """
     no_plan_a_shape()
@@ -219,9 +211,8 @@ def load_draft(
     then = trained_as(folder)
     if then is not None and then.bonus_anchor != config.bonus_anchor:
         raise DraftError(
-            f"{folder}: {CONFIG} says sample_from_anchor = {not config.bonus_anchor}, the "
-            "weights were trained with "
-            f"{not then.bonus_anchor}; correct it"
+            f"{folder}: {CONFIG} says sample_from_anchor = {not config.bonus_anchor}, but the "
+            f"weights were trained with {not then.bonus_anchor}; correct it"
         )
     stored = read_tensors(folder)
     _refuse_missing(stored, config, path)
@@ -236,7 +227,7 @@ def load_draft(
     )
     if missing or unexpected:
         raise DraftError(
-            f"{path} does not hold what {CONFIG} describes: missing {_some(missing)}, unexpected "
+            f"{path} does not match {CONFIG}: missing {_some(missing)}, unexpected "
             f"{_some(unexpected)}"
         )
     for name, parameter in wanted.items():
@@ -253,8 +244,8 @@ def load_draft(
 
 
 def _refuse_missing(stored: Mapping[str, Tensor], config: DraftConfig, path: Path) -> None:
-    """Raise DraftError where config.json describes far more than the file holds: before it is
-    allocated.
+    """Raise DraftError, before allocating, if config.json describes far more than the file
+    holds.
     """
     asked = sum(math.prod(shape) for shape in trained_shapes(config).values())
     held = sum(t.numel() for t in stored.values())
@@ -269,8 +260,8 @@ def _cast_trained(model: DraftModel, dtype: torch.dtype) -> None:
 
 
 def read_tensors(folder: Path | str) -> dict[str, Tensor]:
-    """Every tensor of model.safetensors, as stored. Raises DraftError where they are not those that
-    its checksum is of; other programs write none.
+    """Read every tensor of model.safetensors, as stored. Raises DraftError if they do not match its
+    checksum; other programs write none.
     """
     with _opened(Path(folder) / WEIGHTS) as file:
         out = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
@@ -278,8 +269,8 @@ def read_tensors(folder: Path | str) -> dict[str, Tensor]:
     if expected is not None and (found := str(checksum(out))) != expected:
         raise DraftError(
             f"{Path(folder) / WEIGHTS}: crc32c of its tensors is {found}, expected {expected}: "
-            "the file was damaged or changed by a program that "
-            "does not know of it. Restore it, or resume the training, which writes it again."
+            "the file was damaged, or changed by a program that did not update the "
+            "checksum. Restore it, or resume the training, which rewrites it."
         )
     return out
 
@@ -294,7 +285,9 @@ def _opened(path: Path) -> Iterator[Any]:
 
 
 def draft_ids_of(stored: dict[str, Tensor], config: DraftConfig, path: Path) -> Tensor | None:
-    """Target ids of the draft's rows, taken out of ``stored``; None for the full vocabulary."""
+    """Return the target ids of the draft's rows, taken out of ``stored``; None for the full
+    vocabulary.
+    """
     wrong = (
         faults(stored, config.draft_vocab_size, config.vocab_size) if config.reduced_vocab else []
     )
@@ -308,8 +301,8 @@ def draft_ids_of(stored: dict[str, Tensor], config: DraftConfig, path: Path) -> 
 def check_frozen(
     stored: Mapping[str, Tensor], target: TargetWeights, ids: Tensor | None, path: Path
 ) -> None:
-    """Matrices that came along must be the target's at the file's precision: otherwise the draft is
-    another model's.
+    """Check that included matrices are the target's at the file's precision; otherwise the draft
+    belongs to another model.
 
     ``ids`` int64[Vd]: the target ids of the rows of a reduced vocabulary.
     """
@@ -329,8 +322,8 @@ def check_frozen(
 
 
 def same_matrix(stored: Tensor, own: Tensor) -> bool:
-    """Whether ``stored`` is the target's ``own``, rounded once or twice: trained in bfloat16 or
-    not, then exported in any dtype.
+    """Tell whether ``stored`` is the target's ``own``, rounded once or twice: trained in bfloat16
+    or not, then exported in any dtype.
     """
     if stored.shape != own.shape:
         return False

@@ -5,11 +5,9 @@ Legend: A anchors, B slots, H hidden size, V target vocabulary, Vd draft vocabul
 e = W1[previous token].
 
 Every head turns (h_k, e) into a latent ``z[..., r]`` with logit bias ``z W2^T``; the objective sees
-only z and W2 and multiplies them chunk by chunk, so no bias of the size of the vocabulary is kept.
-Formulas: DSpark paper and DeepSpec.
-``latent`` is the teacher-forced form over whole blocks, ``step`` the same for one slot while
-decoding.
-Only the vanilla head is implemented by vLLM.
+only z and W2 and multiplies them chunk by chunk, so no vocabulary-sized bias is kept. Formulas:
+DSpark paper and DeepSpec. ``latent`` is the teacher-forced form over whole blocks, ``step`` the
+same for one slot while decoding. Only the vanilla head is implemented by vLLM.
 """
 
 from __future__ import annotations
@@ -23,9 +21,9 @@ from torch import Tensor, nn
 class _Rows(torch.autograd.Function):
     """``weight[ids]``: [V, r] and int64[...] -> [..., r].
 
-    Its gradient adds up in fp32 (at least) as a plain embedding's does on CUDA, but only of the
-    rows that were taken: a compiler makes the plain one's whole [V, r] in fp32 and rounds all of
-    it, 0.4 GB of traffic for a few thousand rows of Qwen3's vocabulary.
+    Its gradient is summed in fp32 (at least), like a plain embedding's on CUDA, but only for the
+    rows that were used: a compiler would materialise the whole [V, r] in fp32 and round all of it,
+    0.4 GB of traffic for a few thousand rows of Qwen3's vocabulary.
     """
 
     @staticmethod
@@ -50,7 +48,7 @@ class _Rows(torch.autograd.Function):
 
 
 class MarkovHead(nn.Module):
-    """Vanilla: ``z = e``, so the bias is ``W2 W1[t]``. Base of the others, which compute
+    """Vanilla: ``z = e``, so the bias is ``W2 W1[t]``. Base of the other heads, which compute
     another z.
     """
 
@@ -66,17 +64,17 @@ class MarkovHead(nn.Module):
         return out
 
     def latent(self, h: Tensor, e: Tensor) -> Tensor:
-        """z[A, B, r] of whole blocks from ``h`` [A, B, H] and ``e`` [A, B, r]."""
+        """Return z[A, B, r] of whole blocks from ``h`` [A, B, H] and ``e`` [A, B, r]."""
         return e
 
     def initial_state(self, h: Tensor) -> Tensor | None:
-        """What ``step`` carries from slot to slot, for blocks whose first state is ``h`` [...,
-        H].
+        """Return what ``step`` carries from slot to slot, for blocks whose first state is ``h``
+        [..., H].
         """
         return None
 
     def step(self, h: Tensor, e: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """z[..., r] and the next state, of one slot: ``h`` [..., H], ``e`` [..., r]."""
+        """Return z[..., r] and the next state of one slot: ``h`` [..., H], ``e`` [..., r]."""
         return self.latent(h, e), state
 
 
@@ -125,7 +123,7 @@ class RnnMarkovHead(MarkovHead):
 def build_markov_head(
     kind: str, *, vocab_size: int, draft_vocab_size: int, rank: int, hidden_size: int
 ) -> MarkovHead:
-    """The head that a ``DraftConfig`` names."""
+    """Build the head that a ``DraftConfig`` names."""
     if kind == "vanilla":
         return MarkovHead(vocab_size, draft_vocab_size, rank)
     if kind == "gated":
@@ -140,7 +138,7 @@ class ConfidenceHead(nn.Module):
     """
 
     def __init__(self, hidden_size: int, rank: int) -> None:
-        """``rank`` 0 leaves the previous token's embedding out."""
+        """``rank`` 0 omits the previous token's embedding."""
         super().__init__()
         self.with_markov = rank > 0
         self.proj = nn.Linear(hidden_size + rank, 1)

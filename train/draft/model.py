@@ -6,15 +6,14 @@ heads, D head size, V/Vd target and draft vocabulary, r Markov rank.
 
 ``ctx = hidden_norm(fc(concat_L(aux)))`` is computed once; every layer applies its own k_proj,
 v_proj and k_norm to it, but not its input_layernorm, and never updates it (as vLLM's
-``Qwen3DSparkModel`` serves it). Parameter names are the names of the served checkpoint; q, k and v
-are one product all the same, and so are gate and up (``joined.py``), and the norms of queries and
-keys are part of one operation (``qk_norm_rope.py``). embed_tokens and lm_head are the target's and
-frozen; where the target ties them, one tensor serves.
-
-The final ``norm`` starts at ones, as every norm of the draft, and is trained with the rest: the
-checkpoint carries the draft's own ``norm.weight`` and vLLM serves that one. A copy of the target's,
-whose scale fits the target's states and not a random layer's, costs AdamW a tenth of tau after
-1,200 steps (docs/log/2026-11-22-final-norm.md).
+``Qwen3DSparkModel`` serves it). Parameter names are the names of the served checkpoint; still, q, k
+and v are computed as one product, and so are gate and up (``joined.py``), and the norms of queries
+and keys are part of one operation (``qk_norm_rope.py``). embed_tokens and lm_head are the target's
+and frozen; if the target ties them, they share one tensor. The final ``norm`` starts at ones, like
+every norm of the draft, and is trained with the rest: the checkpoint contains the draft's own
+``norm.weight``, which vLLM uses. A copy of the target's, whose scale fits the target's states and
+not a random layer's, costs AdamW a tenth of tau after 1,200 steps
+(docs/log/2026-11-22-final-norm.md).
 """
 
 from __future__ import annotations
@@ -41,8 +40,8 @@ from dspark.train.ops.rope import Rope, rope_tables
 
 
 class TargetWeights(Protocol):
-    """What ``cache.target`` offers: ``embed_tokens`` [V, H], ``lm_head`` [V, H], tied ones sharing
-    memory; the final ``norm`` [H]; ``logits``.
+    """What ``cache.target`` provides: ``embed_tokens`` [V, H], ``lm_head`` [V, H], tied ones
+    sharing memory; the final ``norm`` [H]; ``logits``.
     """
 
     @property
@@ -71,10 +70,10 @@ class RMSNorm(nn.Module):
 
 @dataclass(frozen=True, slots=True)
 class ForwardPlan:
-    """What a forward needs of a batch besides its data, none of it learnt: who sees whom, for each
-    of ``DraftModel.sights``, and cos and sin of the blocks' and the context's positions
-    (``rope_tables``). Made once per batch, outside what is compiled: a compiler would make the
-    tables again in every layer's kernels.
+    """What a forward pass needs besides a batch's data, none of it learned: what attends to what,
+    for each of ``DraftModel.sights``, and cos and sin of the blocks' and the context's positions
+    (``rope_tables``). Made once per batch, outside the compiled part: a compiler would recompute
+    the tables in every layer's kernels.
     """
 
     attention: tuple[AttentionPlan, ...]
@@ -97,16 +96,16 @@ class Attention(nn.Module):
 
     @property
     def joined(self) -> tuple[Tensor, ...]:
-        """The weights of one product with the blocks' tokens, all but the last of the context's.
-        ``joint``: a copy of them side by side, where they cannot lie so themselves.
+        """Return the weights of one product: all for the blocks' tokens, all but the last for the
+        context's. ``joint``: an adjacent copy of them, if they cannot be adjacent themselves.
         """
         return self.v_proj.weight, self.k_proj.weight, self.q_proj.weight
 
     def queries_keys_values(
         self, x: Tensor, ctx: Tensor, block_rope: Rope, context_rope: Rope
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries [Q, Hq, D] of ``x`` [Q, H], keys and values [S+Q, Hkv, D] of ``ctx`` [S, H] and
-        ``x``; queries and keys normed and rotated. S or Q may be 0.
+        """Return queries [Q, Hq, D] of ``x`` [Q, H], keys and values [S+Q, Hkv, D] of ``ctx`` [S,
+        H] and ``x``; with normed and rotated queries and keys. S or Q may be 0.
         """
         context = joined_product(ctx, self.joined[:2], self.joint)
         blocks = joined_product(x, self.joined, self.joint)
@@ -138,7 +137,7 @@ class Mlp(nn.Module):
 
     @property
     def joined(self) -> tuple[Tensor, ...]:
-        """The weights of one product. ``joint``: as the attention's."""
+        """Return the weights of one product. ``joint``: as in attention."""
         return self.up_proj.weight, self.gate_proj.weight
 
     def forward(self, x: Tensor) -> Tensor:
@@ -147,7 +146,7 @@ class Mlp(nn.Module):
 
 
 class Layer(nn.Module):
-    """One pre-norm Qwen3 layer over the blocks; ``ctx`` only offers keys and values."""
+    """One pre-norm Qwen3 layer over the blocks; ``ctx`` only provides keys and values."""
 
     def __init__(self, config: DraftConfig) -> None:
         super().__init__()
@@ -163,11 +162,11 @@ class Layer(nn.Module):
         plan: ForwardPlan,
         sight: int = 0,
     ) -> Tensor:
-        """``sight``: which of the plan's attentions is this layer's."""
+        """``sight``: which of the plan's attentions this layer uses."""
         return self.around(x, lambda normed: self.self_attn(normed, ctx, plan, sight))
 
     def around(self, x: Tensor, attend: Callable[[Tensor], Tensor]) -> Tensor:
-        """The layer with ``attend`` in the place of its attention: normed [n, H] -> [n, H]."""
+        """Run the layer with ``attend`` in place of its attention: normed [n, H] -> [n, H]."""
         x = x + attend(self.input_layernorm(x))
         out: Tensor = x + self.mlp(self.post_attention_layernorm(x))
         return out
@@ -177,10 +176,10 @@ class DraftModel(nn.Module):
     """A draft for ``target``. ``draft_ids`` int64[Vd], rising, are the target ids it can draft;
     given if and only if Vd < V.
 
-    The target's tensors are taken as they are (no copy, their dtype kept), so ``frozen_dtype``
-    decides the dtype in which logits are multiplied, without touching the trained parameters. Where
-    the output matrix is copied after all (another dtype or device, rows of a reduced vocabulary),
-    the copy has room for W2 beside it (``make_room``).
+    The target's tensors are used as they are (no copy, same dtype), so ``frozen_dtype`` decides the
+    dtype in which logits are multiplied, without touching the trained parameters. If the output
+    matrix has to be copied (another dtype or device, rows of a reduced vocabulary), the copy has
+    room for W2 beside it (``make_room``).
     """
 
     def __init__(
@@ -218,7 +217,9 @@ class DraftModel(nn.Module):
         self.join()
 
     def _initialise(self) -> None:
-        """Normal weights of the config's std, zero biases, unit norms (as Qwen3 and DeepSpec)."""
+        """Initialise: normal weights with the config's std, zero biases, unit norms (as in Qwen3
+        and DeepSpec).
+        """
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Embedding):
                 nn.init.normal_(module.weight, std=self.config.initializer_range)
@@ -228,8 +229,8 @@ class DraftModel(nn.Module):
     def _adopt(
         self, target: TargetWeights, draft_ids: Tensor | None, dtype: torch.dtype | None
     ) -> None:
-        """Take the target's tensors; one ``Parameter`` object where they are tied, so that ``.to``
-        keeps them so.
+        """Take the target's tensors; as one ``Parameter`` object if they are tied, so that ``.to``
+        keeps them tied.
         """
         self._wide: Tensor | None = None
         embed, head = target.embed_tokens.detach(), target.lm_head.detach()
@@ -259,16 +260,15 @@ class DraftModel(nn.Module):
         self.make_room()
 
     def look(self) -> None:
-        """Note which layers see alike, by the config as it is now: no weight depends on it, so a
-        config may be exchanged for another.
+        """Note which layers share a sight, according to the current config: no weight depends on
+        it, so the config may be replaced.
         """
         self.sights = tuple(dict.fromkeys(self.config.sights))
         self._sight_of = [self.sights.index(sight) for sight in self.config.sights]
 
     def join(self) -> None:
-        """Lay the weights of each layer that share a product side by side (``joined_product``).
-        They come last projection first: that is the order in which the optimizer's buckets hold
-        them.
+        """Make the weights of each layer that share a product adjacent in memory
+        (``joined_product``). The last projection comes first, as in the optimizer's buckets.
         """
         for module in self.layers.modules():
             if isinstance(module, Attention | Mlp):
@@ -276,8 +276,8 @@ class DraftModel(nn.Module):
 
     def make_room(self) -> None:
         """Copy the output matrix (and the embedding tied to it) to the first H columns of [Vd, H +
-        r], whose others take W2 in the objective: ``FrozenHead.wide``. Only for a model with a
-        Markov head; before ``compile``, which remembers strides.
+        r], whose other columns hold W2 in the objective: ``FrozenHead.wide``. Only for a model with
+        a Markov head; before ``compile``, which remembers strides.
         """
         weight = self.lm_head.weight
         assert isinstance(weight, nn.Parameter)
@@ -290,8 +290,8 @@ class DraftModel(nn.Module):
         weight.data = self._wide[:, :size]
 
     def _has_room(self, weight: Tensor) -> bool:
-        """Whether ``weight`` still is a part of the wide matrix: moving or copying the module parts
-        them.
+        """Tell whether ``weight`` is still part of the wide matrix: moving or copying the module
+        separates them.
         """
         wide = self._wide
         return (
@@ -301,8 +301,8 @@ class DraftModel(nn.Module):
         )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """What ``.to`` and its like do. They copy tensor by tensor: an output matrix that moved is
-        given new room, and weights that share a product lie side by side again.
+        """Do what ``.to`` and similar calls need. They copy tensor by tensor: an output matrix that
+        moved gets new room, and weights that share a product are made adjacent again.
         """
         weight = self.lm_head.weight
         assert isinstance(weight, Tensor)
@@ -315,14 +315,14 @@ class DraftModel(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the draft lies."""
+        """The draft's device."""
         weight = self.embed_tokens.weight
         assert isinstance(weight, Tensor)
         return weight.device
 
     @property
     def frozen_head(self) -> FrozenHead:
-        """The output matrices for the objective (they follow ``.to``)."""
+        """Return the output matrices for the objective (they follow ``.to``)."""
         own = self.lm_head.weight
         assert isinstance(own, Tensor)
         wide = self._wide if self._has_room(own) else None
@@ -335,7 +335,7 @@ class DraftModel(nn.Module):
         return FrozenHead(full, own, ids, inverse, self.target_logits, wide)
 
     def trained(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Names and parameters that training owns, in a fixed order."""
+        """Yield names and parameters that are trained, in a fixed order."""
         for name, parameter in self.named_parameters():
             if not name.startswith(("embed_tokens.", "lm_head.", "target_output.")):
                 yield name, parameter
@@ -346,7 +346,7 @@ class DraftModel(nn.Module):
         return out
 
     def plan(self, batch: Batch, backend: Backend = "sdpa") -> ForwardPlan:
-        """The plan of a batch that lies where the draft does."""
+        """Return the plan of a batch on the draft's device."""
         position = batch.block_position
         if self.config.bonus_anchor:
             position = torch.cat([position, position[:, -1:] + 1], 1)
@@ -356,7 +356,7 @@ class DraftModel(nn.Module):
     def attention_plans(
         self, doc: Tensor, anchors: Tensor, anchor_valid: Tensor, backend: Backend = "sdpa"
     ) -> tuple[AttentionPlan, ...]:
-        """As ``AttentionPlan.build`` has it, for each of ``sights``."""
+        """Return ``AttentionPlan.build`` for each of ``sights``."""
         size = self.config.slots
         return tuple(
             AttentionPlan.build(doc, anchors, anchor_valid, size, backend, s) for s in self.sights
@@ -365,8 +365,8 @@ class DraftModel(nn.Module):
     def plan_of(
         self, attention: tuple[AttentionPlan, ...], block_position: Tensor, context_position: Tensor
     ) -> ForwardPlan:
-        """From positions int64[Q] of the blocks' tokens and int64[S] of the context's, each within
-        its document.
+        """Make the plan from positions int64[Q] of the blocks' tokens and int64[S] of the
+        context's, each within its document.
         """
         c, dtype = self.config, self.fc.weight.dtype
         block, context = (
@@ -375,7 +375,7 @@ class DraftModel(nn.Module):
         return ForwardPlan(attention, block, context)
 
     def forward(self, batch: Batch, plan: ForwardPlan) -> SlotStates:
-        """Every slot of every block of one row; without the anchor's own where it predicts
+        """Run every slot of every block of one row; without the anchor's own slot if it predicts
         nothing.
         """
         anchors, size = batch.anchors.shape[0], self.config.slots
@@ -391,8 +391,8 @@ class DraftModel(nn.Module):
         )
 
     def block_input(self, anchor_ids: Tensor, anchor_valid: Tensor) -> Tensor:
-        """[A, slots, H]: slot 0 the anchor's embedding, the others the mask token's (a padding
-        block only mask tokens).
+        """Return [A, slots, H]: slot 0 holds the anchor's embedding, the others the mask token's (a
+        padding block has only mask tokens).
         """
         ids = anchor_ids.new_full(
             (anchor_ids.shape[0], self.config.slots), self.config.mask_token_id
@@ -410,8 +410,8 @@ class DraftModel(nn.Module):
         return out
 
     def heads(self, h: Tensor, prev_ids: Tensor) -> SlotStates:
-        """Teacher-forced Markov latent and confidence of ``h`` [A, B, H] with previous tokens
-        int64[A, B].
+        """Return the teacher-forced Markov latent and confidence of ``h`` [A, B, H] with previous
+        tokens int64[A, B].
         """
         z = w2 = confidence = embedded = None
         if self.markov_head is not None:
@@ -427,13 +427,15 @@ class DraftModel(nn.Module):
         return F.linear(h.to(head.dtype), head).float()
 
     def markov_logits(self, z: Tensor) -> Tensor:
-        """The Markov bias [..., Vd] of the latent ``z`` [..., r], fp32; only with a Markov head."""
+        """Return the Markov bias [..., Vd] of the latent ``z`` [..., r], fp32; only with a Markov
+        head.
+        """
         assert self.markov_head is not None
         out: Tensor = self.markov_head.markov_w2(z).float()
         return out
 
     def target_ids(self, rows: Tensor) -> Tensor:
-        """Rows of the draft's vocabulary -> target ids."""
+        """Map rows of the draft's vocabulary to target ids."""
         ids = self.frozen_head.draft_ids
         return rows if ids is None else ids[rows]
 
@@ -448,7 +450,7 @@ def check_target(config: DraftConfig, target: TargetWeights, draft_ids: Tensor |
         if tuple(tensor.shape) != shape:
             found = list(tensor.shape)
             raise MismatchError(
-                f"the target's {name} is {found}, the draft's config expects {list(shape)}"
+                f"the target's {name} is {found}, but the draft's config expects {list(shape)}"
             )
     if (draft_ids is not None) != config.reduced_vocab:
         raise MismatchError(
@@ -465,7 +467,6 @@ def check_target(config: DraftConfig, target: TargetWeights, draft_ids: Tensor |
     )
     if draft_ids.shape != (config.draft_vocab_size,) or not rises or not inside:
         raise MismatchError(
-            f"draft token ids must be {config.draft_vocab_size} rising ids below "
-            f"{config.vocab_size}; "
-            f"got {list(draft_ids.shape)}"
+            f"draft token ids must be {config.draft_vocab_size} ascending ids below "
+            f"{config.vocab_size}; got {list(draft_ids.shape)}"
         )

@@ -1,10 +1,7 @@
-"""RoPE scaling of a draft: which kinds there are, what each is made of, and how config.json says
-it.
-
-Only kinds whose angles do not depend on the length of the sequence: keys are cached, so an angle
-that changes later would be wrong.
-The frequencies are transformers' (``train/ops/rope.py``); vLLM computes the same from the same
-keys.
+"""RoPE scaling of a draft: the supported kinds, their numbers, and their form in config.json. Only
+kinds whose angles do not depend on the sequence length: keys are cached, so an angle that changes
+later would be wrong. The frequencies are transformers' (``train/ops/rope.py``); vLLM computes the
+same from the same keys.
 """
 
 from __future__ import annotations
@@ -34,8 +31,8 @@ _BESIDE = ("rope_theta", "type", "rope_type")
 
 
 def checked(scaling: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """``scaling`` as ``DraftConfig`` keeps it: ``rope_type`` and its numbers; None for plain RoPE.
-    Raises UsageError, naming the key.
+    """Return ``scaling`` as ``DraftConfig`` keeps it: ``rope_type`` and its numbers; None for plain
+    RoPE. Raises UsageError, naming the key.
     """
     if not scaling:
         return None
@@ -56,16 +53,16 @@ def checked(scaling: Mapping[str, Any] | None) -> dict[str, Any] | None:
     for key, value in own.items():
         if key == "truncate":
             if not isinstance(value, bool):
-                raise UsageError(f"{key} of RoPE is {value!r}; expected true or false")
+                raise UsageError(f"RoPE {key} is {value!r}; expected true or false")
         elif isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
-            raise UsageError(f"{key} of RoPE is {value!r}; expected a positive number")
+            raise UsageError(f"RoPE {key} is {value!r}; expected a positive number")
     if own["factor"] < 1:
-        raise UsageError(f"factor of RoPE is {own['factor']}; expected 1 or more")
+        raise UsageError(f"RoPE factor is {own['factor']}; expected 1 or more")
     return {"rope_type": kind, **own}
 
 
 def parse(text: str) -> dict[str, Any] | None:
-    """``--rope-scaling``: a JSON object, or ``none``. Raises UsageError."""
+    """Parse ``--rope-scaling``: a JSON object, or ``none``. Raises UsageError."""
     if text == "none":
         return None
     try:
@@ -82,24 +79,26 @@ def parse(text: str) -> dict[str, Any] | None:
             f"{', '.join(KINDS)}"
         )
     if "rope_theta" in value:
-        raise UsageError("--rope-scaling has rope_theta; a draft's RoPE base is its target's")
+        raise UsageError(
+            "--rope-scaling has rope_theta; remove it: a draft uses its target's RoPE base"
+        )
     return checked(value)
 
 
 def read(flat: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The scaling that a flat config.json describes, in either spelling. Raises DraftError."""
+    """Read the scaling that a flat config.json describes, in either spelling. Raises DraftError."""
     scaling = flat.get("rope_parameters") or flat.get("rope_scaling") or {}
     if not isinstance(scaling, dict):
-        raise DraftError(f"config.json has the RoPE {scaling!r}; expected an object")
+        raise DraftError(f"config.json has RoPE {scaling!r}; expected an object")
     try:
         return checked(scaling)
     except UsageError as wrong:
-        raise DraftError(f"config.json has the RoPE {scaling!r}: {wrong}") from wrong
+        raise DraftError(f"config.json has RoPE {scaling!r}: {wrong}") from wrong
 
 
 def reach(scaling: Mapping[str, Any] | None, positions: int) -> int:
-    """Positions that vLLM's table of a draft with ``max_position_embeddings`` = ``positions``
-    holds.
+    """Return how many positions vLLM's table for a draft with ``max_position_embeddings`` =
+    ``positions`` holds.
     """
     if scaling is None or scaling["rope_type"] == "llama3":
         return positions

@@ -1,5 +1,5 @@
-"""``--draft-config FILE.json``: the shape of a draft, by a draft's own config.json names or by
-those of the flags.
+"""``--draft-config FILE.json``: the shape of a draft, under the names in a draft's config.json or
+the names of the flags.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ NAMES = {
 
 
 def read_shape(path: str) -> dict[str, Any]:
-    """The settings that the file fixes. Raises UsageError for a file that is not a JSON object, and
-    for keys that fix nothing here.
+    """Return the settings that the file fixes. Raises UsageError for a file that is not a JSON
+    object, and for unknown keys.
     """
     try:
         content = json_text.loads(Path(path).read_text())
@@ -41,10 +41,9 @@ def read_shape(path: str) -> dict[str, Any]:
         raise UsageError(f"--draft-config {path}: expected a JSON object.")
     if unknown := sorted(set(content) - set(NAMES) - set(NAMES.values())):
         raise UsageError(
-            f"--draft-config {path}: {', '.join(unknown)} cannot be set there: the target fixes "
-            "it, or no draft has it. "
-            f"Keep only {', '.join(NAMES)} (or the flags' names: "
-            f"{', '.join(sorted(set(NAMES.values()) - set(NAMES)))})."
+            f"--draft-config {path}: {', '.join(unknown)} cannot be set there: the target "
+            f"determines them, or no draft has them. Keep only {', '.join(NAMES)} (or the "
+            f"flags' names: {', '.join(sorted(set(NAMES.values()) - set(NAMES)))})."
         )
     out: dict[str, Any] = {}
     for key, value in content.items():
@@ -56,7 +55,7 @@ def read_shape(path: str) -> dict[str, Any]:
 
 
 def _as_setting(setting: str, value: Any) -> Any:
-    """``value`` of JSON as the flag of that name has it."""
+    """Convert a JSON ``value`` to the type of the flag with that name."""
     if setting == "layer_types" and isinstance(value, list):
         return tuple(value)
     return json.dumps(value, sort_keys=True) if isinstance(value, dict) else value

@@ -1,11 +1,11 @@
-"""What a draft layer lets its queries see, and how config.json says it (``layer_types``,
+"""What a draft layer's queries may see, and its form in config.json (``layer_types``,
 ``sliding_window``, ``is_causal``).
 
 A layer attends fully, or through a sliding window of W tokens: a query at position p sees the keys
 at p-W+1..p, of the context and of its own block, as vLLM serves it. Sliding layers are causal
-within the block, full ones see it both ways, unless ``is_causal`` says one thing of all (vLLM 0.32,
-``_dflash_layer_causal``). A window that is not causal reaches W-1 tokens both ways
-(``_maybe_symmetrize_window``).
+within the block, full ones see it in both directions, unless ``is_causal`` sets one rule for all
+(vLLM 0.32, ``_dflash_layer_causal``). A window that is not causal reaches W-1 tokens in both
+directions (``_maybe_symmetrize_window``).
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ SHORT = {"full": FULL, "sliding": SLIDING}
 
 @dataclass(frozen=True, slots=True)
 class Sight:
-    """``window`` W: a query sees itself and the W-1 tokens before it; None: all of its context.
-    ``causal``: no later slot of its block.
+    """``window`` W: a query sees itself and the W-1 tokens before it; None = all of its context.
+    ``causal``: it sees no later slot of its block.
     """
 
     window: int | None = None
@@ -32,8 +32,8 @@ class Sight:
 
 
 def layer_kinds(names: Sequence[str], where: str) -> tuple[str, ...]:
-    """``names``, short or as in config.json, as config.json has them. Raises UsageError for another
-    one.
+    """Return ``names``, short or as in config.json, as config.json has them. Raises UsageError for
+    an unknown name.
     """
     kinds = tuple(SHORT.get(name, name) for name in names)
     if unknown := [kind for kind in kinds if kind not in (FULL, SLIDING)]:
@@ -42,25 +42,25 @@ def layer_kinds(names: Sequence[str], where: str) -> tuple[str, ...]:
 
 
 def canonical(kinds: Sequence[str]) -> tuple[str, ...]:
-    """() for layers that all attend fully, which is how ``DraftConfig`` says it."""
+    """Return () if all layers attend fully, as ``DraftConfig`` requires."""
     return tuple(kinds) if SLIDING in kinds else ()
 
 
 def asked(num_layers: int, window: int | None, kinds: Sequence[str]) -> tuple[str, ...]:
     """``layer_types`` of a draft for ``--sliding-window`` and ``--layer-types``: the window alone
-    is that of all layers. Raises UsageError.
+    applies to all layers. Raises UsageError.
     """
     if window is None and SLIDING in kinds:
-        raise UsageError("--layer-types names sliding layers; give their --sliding-window")
+        raise UsageError("--layer-types names sliding layers; set --sliding-window for them")
     if window is not None and kinds and SLIDING not in kinds:
-        raise UsageError("--sliding-window is given and --layer-types names no sliding layer")
+        raise UsageError("--sliding-window is given, but --layer-types names no sliding layer")
     return canonical(kinds or ([FULL] if window is None else [SLIDING]) * num_layers)
 
 
 def sights(
     num_layers: int, kinds: Sequence[str], window: int | None, causal: bool | None
 ) -> tuple[Sight, ...]:
-    """One per layer. ``kinds`` as ``canonical`` gives them, ``causal`` as ``is_causal`` in
+    """Return one sight per layer. ``kinds`` as from ``canonical``, ``causal`` as ``is_causal`` in
     config.json.
     """
 
@@ -72,7 +72,7 @@ def sights(
 
 
 def read(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of ``DraftConfig`` that a flat config.json says about attention. Raises
+    """Return the fields of ``DraftConfig`` about attention in a flat config.json. Raises
     DraftError, naming the key.
     """
     names = flat.get("layer_types") or []
@@ -102,7 +102,7 @@ def read(flat: Mapping[str, Any]) -> dict[str, Any]:
 def written(
     num_layers: int, kinds: Sequence[str], window: int | None, causal: bool | None
 ) -> dict[str, Any]:
-    """The keys of config.json that ``read`` understands."""
+    """Return the keys of config.json that ``read`` understands."""
     out: dict[str, Any] = {"layer_types": list(kinds or [FULL] * num_layers)}
     if kinds:
         # transformers drops the window of a Qwen3 config without the second key.

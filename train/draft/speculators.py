@@ -1,7 +1,8 @@
 """The other spelling of a draft's config.json: the speculators format (vllm-project/speculators),
 to and from the flat one.
 
-Both describe the same tensors under the same names. What differs, and has bitten others:
+Both describe the same tensors under the same names. The differences, which have caused bugs
+elsewhere:
 
 - layer ids: ``aux_hidden_state_layer_ids`` are states *entering* layer j, so j = i + 1 of the flat
   ``target_layer_ids``;
@@ -46,8 +47,8 @@ _REPLACED = ("architectures", "target_layer_ids", "dtype", "sglang_servable")
 def to_speculators(
     flat: Mapping[str, Any], verifier: str, verifier_architectures: list[str]
 ) -> dict[str, Any]:
-    """config.json in the speculators format. ``verifier``: id or folder of the target, as a server
-    will be given it.
+    """config.json in the speculators format. ``verifier``: id or folder of the target, as it will
+    be given to a server.
     """
     backbone = {k: v for k, v in flat.items() if k not in (*_OWN, *_REPLACED)}
     return {
@@ -73,7 +74,7 @@ def to_speculators(
 
 
 def to_flat(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The flat spelling of a speculators config, which ``DraftConfig.from_flat`` then judges."""
+    """Return the flat form of a speculators config, which ``DraftConfig.from_flat`` then checks."""
     if config[MARK] != "dspark":
         raise DraftError(f"config.json has {MARK} = {config[MARK]!r}; expected 'dspark'")
     backbone, aux = config.get("transformer_layer_config"), config.get("aux_hidden_state_layer_ids")

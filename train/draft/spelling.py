@@ -1,11 +1,9 @@
-"""config.json as other projects spell it, brought to the flat one that ``DraftConfig.from_flat``
-judges.
+"""Convert config.json from other projects' forms to the flat one that ``DraftConfig.from_flat``
+checks. Four differences are resolved here; everything else in a config stays, for ``from_flat`` to
+honour or to refuse by key:
 
-Four things differ between them and are settled here; whatever else a config says stays, for
-``from_flat`` to honour or to refuse by its key:
-
-- the draft's own keys sit in a nested ``dflash_config`` (SpecForge, z-lab), which vLLM obeys before
-  the top level;
+- the draft's own keys are in a nested ``dflash_config`` (SpecForge, z-lab), which takes precedence
+  over the top level in vLLM;
 - its windows too: ``use_swa``, ``swa_window_size`` and ``causal`` there are ``layer_types``,
   ``sliding_window`` and ``is_causal`` here;
 - ``architectures`` names the trainer's class: vLLM to 0.31 takes ``DSparkDraftModel`` for a
@@ -48,8 +46,8 @@ _WINDOWS = ("use_swa", "swa_window_size", "causal")
 
 
 def flat_of(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The flat spelling of a config.json in any of those that are known. Raises DraftError, naming
-    the key, for what contradicts.
+    """Return the flat form of a config.json in any known form. Raises DraftError, naming the key,
+    for contradictions.
     """
     if speculators.MARK in config:
         return speculators.to_flat(config)
@@ -84,14 +82,14 @@ def _lifted(config: Mapping[str, Any]) -> dict[str, Any]:
             if flat.get(key) not in (None, value):
                 raise DraftError(
                     f"config.json has {key} = {flat[key]!r} and {NESTED}.{key} = {value!r}; vLLM "
-                    "obeys the second. Keep one"
+                    "uses the second. Keep one"
                 )
             flat[key] = value
         elif value is not None and value not in _ALLOWED.get(key, ()):
             known = (
-                f"; this package computes only {_ALLOWED[key][0]!r}"
+                f"; this package supports only {_ALLOWED[key][0]!r}"
                 if key in _ALLOWED
-                else ", which is not known here"
+                else ", which this package does not support"
             )
             raise DraftError(f"config.json has {NESTED}.{key} = {value!r}{known}")
     _filled(flat)
@@ -99,7 +97,7 @@ def _lifted(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _windows(flat: Mapping[str, Any], nested: Mapping[str, Any]) -> dict[str, Any]:
-    """What ``nested`` says of windows, as flat keys, with vLLM's precedence (0.32,
+    """Return what ``nested`` says about windows, as flat keys, with vLLM's precedence (0.32,
     ``_resolve_layer_attention``).
     """
     for key, kind in zip(_WINDOWS, (bool, int, bool), strict=True):
@@ -126,8 +124,8 @@ def _windows(flat: Mapping[str, Any], nested: Mapping[str, Any]) -> dict[str, An
 
 
 def _filled(flat: dict[str, Any]) -> None:
-    """What these projects leave out because it can be told: the fewest layers that a target with
-    these ids can have.
+    """Fill in what these projects leave out because it can be inferred: the fewest layers that a
+    target with these ids can have.
     """
     ids = flat.get("target_layer_ids")
     if isinstance(ids, list) and ids and flat.get("num_target_layers") is None:

@@ -2,8 +2,8 @@
 objects.
 
 A new type is a module with an object that derives from ``DrafterType`` (or from another type's
-class) and a line in ``TYPES``. Nothing else asks which type a draft is of. The objects are imported
-when they are needed, so that naming the types costs no torch.
+class) and a line in ``TYPES``. Nothing else branches on a draft's type. The objects are imported
+when needed, so that listing the types does not import torch.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ TYPES = {
 
 
 class DrafterType(ABC):
-    """What one type of draft decides. A method with a body is right for drafts that predict blocks
-    with the target's output matrix.
+    """What one type of draft determines. The default methods suit drafts that predict blocks with
+    the target's output matrix.
     """
 
     name: str
@@ -52,8 +52,8 @@ class DrafterType(ABC):
 
     @property
     def defaults(self) -> Mapping[str, Any]:
-        """Settings of a training (``TrainConfig``) that this type takes where neither the user nor
-        a recipe says otherwise.
+        """Return this type's default training settings (``TrainConfig``), used if neither the user
+        nor a recipe sets them.
         """
         return {}
 
@@ -90,18 +90,18 @@ class DrafterType(ABC):
 
     @abstractmethod
     def check(self, config: DraftConfig) -> None:
-        """Raise UsageError unless ``config`` is one of this type. Sizes that all types share have
-        been checked.
+        """Raise UsageError unless ``config`` is one of this type. Sizes shared by all types have
+        been checked already.
         """
 
     @abstractmethod
     def recognises(self, flat: Mapping[str, Any]) -> bool:
-        """Whether a config.json that names no type describes a draft of this one."""
+        """Tell whether a config.json that names no type describes a draft of this one."""
 
     @abstractmethod
     def from_flat(self, flat: Mapping[str, Any]) -> DraftConfig:
-        """The config that a config.json describes. Raises DraftError for what would be computed
-        wrongly.
+        """Return the config that a config.json describes. Raises DraftError for what would be
+        computed wrongly.
         """
 
     @abstractmethod
@@ -110,12 +110,12 @@ class DrafterType(ABC):
 
     @abstractmethod
     def servable_by_vllm(self, config: DraftConfig) -> bool:
-        """Whether vLLM serves it (written into config.json as ``vllm_servable``)."""
+        """Tell whether vLLM serves it (written to config.json as ``vllm_servable``)."""
 
     def servable_by_sglang(self, config: DraftConfig) -> bool:
-        """Whether SGLang serves it (``sglang_servable`` in config.json), as read in 0.5.23: Markov
-        heads of every kind, no reduced vocabulary.
-        False also for what was not looked at there.
+        """Tell whether SGLang serves it (``sglang_servable`` in config.json), from reading 0.5.23:
+        Markov heads of every kind, no reduced vocabulary. False also for what was not examined
+        there.
         """
         plain = not config.sliding_window and not config.rope_scaling
         return (
@@ -126,17 +126,19 @@ class DrafterType(ABC):
         )
 
     def serving(self, config: DraftConfig) -> dict[str, Any]:
-        """Keys of vLLM's ``speculative_config`` beside model, number of tokens and how drafts are
-        drawn.
+        """Return the keys of vLLM's ``speculative_config`` beside model, number of tokens and
+        sampling of drafts.
         """
         return {"method": self.method}
 
     def not_served(self, config: DraftConfig) -> str:
-        """Why ``servable_by_vllm`` is false, in words."""
-        return f"its Markov head is {config.markov_head_type}, and vLLM has only the vanilla one"
+        """Say why ``servable_by_vllm`` is false."""
+        return (
+            f"its Markov head is {config.markov_head_type}, and vLLM supports only the vanilla one"
+        )
 
     def sized(self, **fields: Any) -> DraftConfig:
-        """The config with these ``fields``, which ``DraftConfig.sized_for`` worked out for a
+        """Return the config with these ``fields``, which ``DraftConfig.sized_for`` computed for a
         target. Drop or change what this type lacks.
         """
         from dspark.train.draft.config import DraftConfig
@@ -146,9 +148,9 @@ class DrafterType(ABC):
     def layers(
         self, stored: Sequence[int], target: Mapping[str, Any], asked: Sequence[int] | None = None
     ) -> tuple[int, ...]:
-        """Which of the ``stored`` layers (outputs, 0-based, rising) the draft reads, of those
-        ``asked`` for if there are any, on a target with this HF config. Raises MismatchError,
-        naming what the store lacks.
+        """Return which of the ``stored`` layers (outputs, 0-based, ascending) the draft reads,
+        limited to those ``asked`` for if any, on a target with this HF config. Raises
+        MismatchError, naming what the store lacks.
         """
         from dspark.cache.target import taps
         from dspark.cache.target.shape import count, text_config
@@ -156,8 +158,8 @@ class DrafterType(ABC):
         missing = [i for i in asked or () if i not in stored]
         if missing:
             raise MismatchError(
-                f"--layers {','.join(map(str, asked or ()))}: the store has {list(stored)} and "
-                f"lacks {missing}"
+                f"--layers {','.join(map(str, asked or ()))}: the store has {list(stored)} but "
+                f"not {missing}"
             )
         number = count(text_config(target), "num_hidden_layers") or max(stored, default=0) + 1
         return taps.chosen(self.name, tuple(asked or stored), number)
@@ -170,8 +172,8 @@ class DrafterType(ABC):
         mask_token_id: int,
         draft_vocab_size: int | None,
     ) -> DraftConfig:
-        """The draft that ``settings`` ask for, on a store with the target's HF config and the
-        ``stored`` layers.
+        """Return the draft that ``settings`` describe, on a store with the target's HF config and
+        the ``stored`` layers.
         """
         from dspark.train.draft.config import DraftConfig
 
@@ -194,7 +196,7 @@ class DrafterType(ABC):
         )
 
     def starts_from(self, other: DrafterType) -> bool:
-        """Whether a draft of this type can begin with the tensors of one of the ``other``
+        """Tell whether a draft of this type can start from the tensors of one of type ``other``
         (``--init-from``).
         """
         return other.name == self.name
@@ -209,7 +211,7 @@ class DrafterType(ABC):
         *,
         frozen_dtype: torch.dtype | None = None,
     ) -> DraftModel:
-        """The untrained draft: ``forward(batch, plan) -> SlotStates``, ``trained()``,
+        """Return the untrained draft: ``forward(batch, plan) -> SlotStates``, ``trained()``,
         ``frozen_head``, as ``DraftModel`` has them.
         """
         from dspark.train.draft.model import DraftModel
@@ -217,7 +219,7 @@ class DrafterType(ABC):
         return DraftModel(config, target, draft_ids, frozen_dtype=frozen_dtype)
 
     def objective(self, settings: TrainConfig) -> ObjectiveConfig:
-        """The weights of the loss's terms."""
+        """Return the weights of the loss's terms."""
         from dspark.train.objective.objective import ObjectiveConfig
 
         return ObjectiveConfig.from_json(
@@ -225,7 +227,7 @@ class DrafterType(ABC):
         )
 
     def judging(self, decay: float) -> ObjectiveConfig:
-        """The terms whose means a judgement reports (validation, ``score``), whatever training
+        """Return the terms whose means validation and ``score`` report, whatever training
         weighs.
         """
         from dspark.train.objective.objective import ObjectiveConfig
@@ -233,20 +235,18 @@ class DrafterType(ABC):
         return ObjectiveConfig(decay=decay)
 
     def slots(self, batch: Batch, states: SlotStates, decay: float) -> SlotInputs:
-        """The slots that the objective judges, with their weights and the target rows that they are
-        held to.
-        """
+        """Return the slots that the objective scores, with their weights and target rows."""
         from dspark.train.objective.objective import SlotInputs
 
         return SlotInputs.gather(batch, states, decay)
 
     def block_states(self, states: SlotStates) -> Tensor:
-        """What ``drafted`` reads of a forward, [A, B, H]."""
+        """Return what ``drafted`` reads of a forward pass, [A, B, H]."""
         return states.h
 
     def drafted(self, model: DraftModel, h: Tensor, anchor_ids: Tensor) -> Tensor:
-        """The tokens int64[n, B] (target ids) that the draft puts greedily into blocks with states
-        ``h`` [n, B, H], each on its own before.
+        """Return the tokens int64[n, B] (target ids) that the draft greedily proposes for blocks
+        with states ``h`` [n, B, H], each conditioned on its own previous tokens.
         """
         from dspark.train.draft.decoding import chained
 
@@ -257,14 +257,14 @@ class DrafterType(ABC):
     def served(
         self, tensors: dict[str, Tensor], config: DraftConfig, dtype: torch.dtype
     ) -> dict[str, Tensor]:
-        """Name -> tensor of model.safetensors, from the trained tensors in ``dtype``. On the meta
-        device too, for shapes.
+        """Return name -> tensor of model.safetensors, from the trained tensors in ``dtype``. Works
+        on the meta device too, for shapes.
         """
         return tensors
 
     def learnt(self, stored: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
-        """The inverse of ``served``: what a checkpoint at ``path`` holds of the trained tensors.
-        Raises DraftError where it contradicts the type.
+        """The inverse of ``served``: the trained tensors in a checkpoint at ``path``. Raises
+        DraftError if it contradicts the type.
         """
         return stored
 
@@ -272,7 +272,7 @@ class DrafterType(ABC):
         self, folder: Path, config: DraftConfig, tensors: Mapping[str, Tensor], target: str
     ) -> tuple[str, ...]:
         """Write what this type's servers need beside config.json and model.safetensors into the
-        export ``folder``; names of the files.
+        export ``folder``; returns the files' names.
         """
         return ()
 
@@ -284,13 +284,13 @@ class DrafterType(ABC):
     # Decoding
 
     def stages(self, config: DraftConfig) -> int:
-        """Stages of the target's pipeline that the draft runs beside
+        """Return the number of stages of the target's pipeline that the draft runs beside
         (``tools/decode/pipeline.py``); 0 for drafts of blocks.
         """
         return 0
 
     def decoder(self, draft: DraftModel) -> Decoder:
-        """A fresh decoder of one sequence."""
+        """Return a new decoder of one sequence."""
         from dspark.train.draft.decoding import BlockDecoder
 
         return BlockDecoder(draft)
@@ -298,7 +298,7 @@ class DrafterType(ABC):
 
 @cache
 def drafter(name: str) -> DrafterType:
-    """The type of this name."""
+    """Return the type of this name."""
     if name not in TYPES:
         raise UsageError(f"speculator_type is {name!r}; expected one of {', '.join(TYPES)}")
     module, attribute = TYPES[name].split(":")
@@ -307,8 +307,8 @@ def drafter(name: str) -> DrafterType:
 
 
 def type_of(flat: Mapping[str, Any]) -> DrafterType:
-    """The type of the draft that a config.json describes: the one it names, or the first that
-    recognises it.
+    """Return the type of the draft that a config.json describes: the one it names, or the first
+    that recognises it.
     """
     named = flat.get("speculator_type")
     if named:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def ids_of(offsets: Tensor) -> Tensor:
-    """Target ids int64[Vd] of the rows of the draft's vocabulary, from ``d2t``."""
+    """Return the target ids int64[Vd] of the rows of the draft's vocabulary, from ``d2t``."""
     return torch.arange(offsets.shape[0]) + offsets.to(torch.int64)
 
 
@@ -21,16 +21,16 @@ def offsets_of(ids: Tensor) -> Tensor:
 
 
 def faults(tensors: Mapping[str, Tensor], size: int, whole: int) -> list[str]:
-    """What is wrong with ``d2t``, ``t2d`` and the output matrix of a checkpoint of ``size`` rows of
-    ``whole`` ids, in words.
+    """Return what is wrong with ``d2t``, ``t2d`` and the output matrix of a checkpoint with
+    ``size`` of ``whole`` ids.
     """
     offsets, present = tensors.get("d2t"), tensors.get("t2d")
     if size >= whole:
         if offsets is None:
             return []
         return [
-            f"d2t beside a whole vocabulary (draft_vocab_size {size} of {whole}): the two "
-            "contradict"
+            f"found d2t, but the vocabulary is not reduced (draft_vocab_size {size} of {whole}): "
+            "the two contradict each other"
         ]
     missing = [
         f"draft_vocab_size {size} of {whole} needs {name}, which model.safetensors lacks"
@@ -52,9 +52,12 @@ def _wrong_ids(offsets: Tensor, present: Tensor | None, whole: int) -> list[str]
     outside = int(ids.min()) < 0 or int(ids.max()) >= whole
     hint = "d2t holds offsets: id = row + d2t[row]"
     if _fits(offsets.long(), whole):
-        hint = "it reads like token ids; d2t holds offsets: id - row"
+        hint = "the values look like token ids, but d2t holds offsets: id - row"
     return [
-        f"d2t gives {f'ids outside 0..{whole - 1}' if outside else 'ids that do not rise'}; {hint}"
+        (
+            "d2t gives "
+            f"{f'ids outside 0..{whole - 1}' if outside else 'ids that do not ascend'}; {hint}"
+        )
     ]
 
 

@@ -1,14 +1,12 @@
-"""``--init-from``: a new training that begins with the tensors of a draft that exists, ours or
+"""``--init-from``: a new training that starts from the weights of an existing draft, ours or
 another program's.
 
-What may differ is what one part of a draft decides alone: the number of layers, the block size, the
-draft's vocabulary, the Markov and confidence heads. What every tensor depends on (the target's
-sizes, the layers of it that are read, the width of a layer) must be equal. Nothing is left out
-silently: ``Start`` names every tensor of the earlier draft that was not taken, and every one of the
-new draft that begins as in any training.
-
-A layer that the earlier draft does not have begins as the identity (its two output projections are
-zero), so that a deeper draft starts with the blocks that the earlier one drafts.
+What affects only one part of a draft may differ: the number of layers, the block size, the draft's
+vocabulary, the Markov and confidence heads. What every tensor depends on (the target's sizes, the
+layers that are read, the width of a layer) must be equal. Nothing is left out silently: ``Start``
+names every tensor of the earlier draft that was not used, and every one of the new draft that
+starts as in any training. A layer that the earlier draft does not have starts as the identity (its
+two output projections are zero), so a deeper draft starts with the earlier one's proposals.
 """
 
 from __future__ import annotations
@@ -58,8 +56,8 @@ _OUTPUTS = ("self_attn.o_proj.weight", "mlp.down_proj.weight")
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """What a warm start took. ``left``, ``begun``: name of a tensor -> why it was not taken, or
-    what it begins as instead.
+    """What a warm start used. ``left``, ``begun``: tensor name -> why it was not used, or what it
+    starts as instead.
     """
 
     folder: str
@@ -73,7 +71,7 @@ class Start:
         return dataclasses.asdict(self)
 
     def words(self) -> str:
-        """Lines for a person, each tensor by name."""
+        """Return lines to print, with each tensor by name."""
         head = (
             f"warm start from {self.folder} (weights {self.weights_sha256[:12]}): {self.taken} "
             "tensors taken"
@@ -86,8 +84,8 @@ class Start:
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """The earlier draft, read: its config, and once ``opened``, its tensors and the target ids
-    int64[Vd] of a reduced vocabulary.
+    """The earlier draft: its config, and once ``opened``, its tensors and the target ids int64[Vd]
+    of a reduced vocabulary.
     """
 
     folder: str
@@ -108,9 +106,8 @@ class Origin:
         kind, wanted = drafter(config.speculator_type), drafter(settings.speculator_type)
         if not wanted.starts_from(kind):
             raise MismatchError(
-                f"--init-from {folder}: a {wanted.name} draft cannot begin with a {kind.name} "
-                "draft's tensors; "
-                f"use --speculator-type {kind.name}, or leave --init-from out"
+                f"--init-from {folder}: a {wanted.name} draft cannot start from a {kind.name} "
+                f"draft's tensors; use --speculator-type {kind.name}, or omit --init-from"
             )
         _fits(folder, config, target, stored)
         path = Path(folder) / WEIGHTS
@@ -121,23 +118,22 @@ class Origin:
         return cls(folder, config, kind.learnt(tensors, path), ids, digest)
 
     def shaped(self, config: DraftConfig) -> DraftConfig:
-        """``config``, which the settings ask for, with what the tensors were trained with. Raises
-        MismatchError for another width.
+        """Return ``config``, as the settings ask for, with what the tensors were trained with.
+        Raises MismatchError for another width.
         """
         for field, flag in _WIDTHS.items():
             now, then = getattr(config, field), getattr(self.config, field)
             if now != then:
                 raise MismatchError(
-                    f"--init-from {self.folder}: its layers have {field} {then}, this training "
-                    f"{now}; "
-                    f"use {flag} {then}, or leave --init-from out"
+                    f"--init-from {self.folder}: its layers have {field} {then}, but this "
+                    f"training {now}; use {flag} {then}, or omit --init-from"
                 )
         kept: dict[str, Any] = {name: getattr(self.config, name) for name in _KEPT}
         return dataclasses.replace(config, target_layer_ids=self.config.target_layer_ids, **kept)
 
     def give(self, model: DraftModel, target: TargetWeights) -> Start:
-        """Copy what fits into ``model``, untrained, on the CPU or not. Raises DraftError for
-        another model's draft.
+        """Copy what fits into the untrained ``model``, on any device. Raises DraftError for another
+        model's draft.
         """
         with_ids = model.frozen_head.draft_ids
         same_ids = _same(self.draft_ids, with_ids)
@@ -192,8 +188,8 @@ class Origin:
         if not fresh and not dropped:
             return {}
         return {
-            _W2: f"{fresh} of {wanted.shape[0]} rows, of tokens that the earlier vocabulary lacks; "
-            f"{dropped} of its rows not taken"
+            _W2: f"{fresh} of {wanted.shape[0]} rows belong to tokens that the earlier "
+            f"vocabulary lacks; {dropped} of its rows are not used"
         }
 
     def _changed(self, config: DraftConfig) -> dict[str, str]:
@@ -214,8 +210,8 @@ class Origin:
 
 
 def settings_of(folder: str) -> dict[str, Any]:
-    """The settings of a training that make a draft of the shape of the one in ``folder``; flags
-    that are given win over them.
+    """Return the training settings that give a draft the shape of the one in ``folder``; given
+    flags override them.
     """
     c = load_config(folder)
     out: dict[str, Any] = {
@@ -244,16 +240,15 @@ def _fits(folder: str, config: DraftConfig, target: TargetInfo, stored: list[int
     ):
         if own != theirs:
             raise MismatchError(
-                f"--init-from {folder}: the draft's {name} is {own}, that of the store's target "
-                f"{target.id} is {theirs}: "
-                "a draft of another model"
+                f"--init-from {folder}: the draft's {name} is {own}, the store's target "
+                f"{target.id} has {theirs}: the draft is for another model"
             )
     if missing := sorted(set(config.target_layer_ids) - set(stored)):
         layers = ",".join(map(str, config.target_layer_ids))
         raise MismatchError(
             f"--init-from {folder}: the draft reads the outputs of layers {layers}, the store "
-            f"holds {stored}, not {missing}. "
-            f"Dump one with --layers {layers}, or leave --init-from out"
+            f"holds {stored}, without {missing}. Dump one with --layers {layers}, or omit "
+            "--init-from"
         )
 
 
@@ -270,19 +265,19 @@ def _same(a: Tensor | None, b: Tensor | None) -> bool:
 
 def _began(parameter: Tensor, name: str, value: Tensor | None) -> str:
     if value is not None:
-        return f"of another shape there, {list(value.shape)}"
+        return f"has another shape there, {list(value.shape)}"
     if not name.startswith("layers."):
         return "the earlier draft has none"
     if name.endswith(_OUTPUTS):
         with torch.no_grad():
             parameter.zero_()
-        return "zero: the new layer begins as the identity"
-    return "of a layer that the earlier draft lacks"
+        return "zero, so that the new layer starts as the identity"
+    return "belongs to a layer that the earlier draft lacks"
 
 
 def _why(name: str, value: Tensor, wanted: Mapping[str, Tensor]) -> str:
     if name in wanted:
         return f"{list(value.shape)}, here {list(wanted[name].shape)}"
     if re.match(r"layers\.\d+\.", name):
-        return "of a layer that this draft does not have"
+        return "belongs to a layer that this draft does not have"
     return "this draft has no such tensor"

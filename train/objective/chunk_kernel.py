@@ -1,19 +1,19 @@
-"""The chunk of the objective as one Triton kernel: what ``objective.chunk_terms`` computes, without
-a tensor in between.
+"""One chunk of the objective as one Triton kernel: what ``objective.chunk_terms`` computes, without
+intermediate tensors.
 
 Legend: n slots of a chunk, d <= n rows of target logits that they share, V target vocabulary, Vd
 draft vocabulary.
 
 One program per slot reads the slot's two rows of logits three times: for both log-sum-exps and
-argmaxes; backwards, for L1 and ``<s, p_d>``; and to write the gradient over the draft's logits.
-Slots side by side share a target row, which the cache serves to all but the first. So a chunk costs
-3 reads and 1 write of n rows and 3 reads of d rows of logits in their own dtype, less what the
-cache keeps between two passes, and no fp32 tensor of the vocabulary's size exists. Kernels of other
-projects (liger-kernel, cut-cross-entropy) fuse the head's product with a cross-entropy against
-labels or one divergence between two heads' outputs; none gives CE, L1, the accept rate and the
-gradient of all of them at once.
+argmaxes; in reverse, for L1 and ``<s, p_d>``; and to overwrite the draft's logits with the
+gradient. Adjacent slots share a target row, which all but the first read from the cache. So a chunk
+costs 3 reads and 1 write of n rows and 3 reads of d rows of logits in their own dtype, less what
+the cache keeps between two passes, and no fp32 tensor of the vocabulary's size exists. Kernels of
+other projects (liger-kernel, cut-cross-entropy) fuse the head's product with a cross-entropy
+against labels or one divergence between two heads' outputs; none gives CE, L1, the accept rate and
+the gradient of all of them at once.
 
-Import only where triton is there (CUDA builds of torch bring it); ``objective`` does so when its
+Import only if triton is installed (CUDA builds of torch include it); ``objective`` does so when its
 tensors are on CUDA.
 """
 
@@ -35,8 +35,8 @@ WARPS = 32
 
 @triton.jit  # type: ignore[untyped-decorator]
 def log_sum_exp(logits, size, lane, TILE: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Of ``size`` logits, and where the largest is: one pass. Each lane keeps its own largest and
-    sum, so that lanes wait for each other once, at the end, and not at every tile.
+    """Return the log-sum-exp of ``size`` logits, and where the largest is, in one pass. Each lane
+    keeps its own maximum and sum, so lanes synchronise once, at the end, instead of at every tile.
     """
     # Finite: the difference of two -inf, as lanes past the end would form it, is NaN.
     top = tl.full([TILE], -3e38, tl.float32)
@@ -71,8 +71,8 @@ def probabilities(  # type: ignore[no-untyped-def]
     REDUCED: tl.constexpr,
     KEEP: tl.constexpr,
 ):
-    """Of the draft's tokens ``column``: the draft's and the target's; 0 past the end. ``KEEP``:
-    what the cache shall do with them.
+    """Return the draft's and the target's probabilities of the draft's tokens ``column``; 0 past
+    the end. ``KEEP``: cache policy.
     """
     real = column < draft_size
     x = tl.load(draft + column, mask=real, other=-float("inf"), eviction_policy=KEEP).to(tl.float32)

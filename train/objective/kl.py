@@ -1,10 +1,10 @@
-"""Kullback-Leibler divergence of a draft from its target over the draft's vocabulary, weighed by
-the mass that the draft can produce.
+"""Kullback-Leibler divergence of a draft from its target over the draft's vocabulary, weighted by
+the probability mass that the draft can produce.
 
 For logits of a slot, ``KL = sum over v in Vd of p_t(v) log(p_t(v) / p_d(v))`` with p_t the softmax
 over *all* V and p_d that over Vd. With ``P = sum over Vd of p_t`` its gradient is ``P p_d - p_t``.
-A position at which the target wants what the draft cannot say weighs little, and none is dropped.
-The renormalised divergence that others train is ``(KL - P log P) / P``: for Vd = V the same.
+A position whose target tokens the draft cannot produce has little weight, but none is dropped. The
+renormalised divergence that others train on is ``(KL - P log P) / P``: for Vd = V the same.
 
 Legend: n slots of a chunk, d target rows of it, V/Vd target and draft vocabulary.
 """
@@ -23,8 +23,8 @@ def kl_terms(
     scale: Tensor,
     with_gradient: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """KL [n] of logits ``draft`` [n, Vd] and ``target`` [d, V], slot i held to row
-    ``target_at[i]``, and ``scale`` [n] times its gradient [n, Vd] in the dtype of ``draft`` if
+    """Return KL [n] of logits ``draft`` [n, Vd] and ``target`` [d, V], with slot i compared with
+    row ``target_at[i]``, and ``scale`` [n] times its gradient [n, Vd] in the dtype of ``draft`` if
     wanted. Neither input is changed.
     """
     wide = torch.promote_types(draft.dtype, torch.float32)

@@ -1,4 +1,4 @@
-"""What a draft is worth, summed slot by slot so that rows, steps and ranks simply add up.
+"""Quality metrics of a draft, summed slot by slot so that rows, steps and ranks simply add up.
 
 Legend: B slots of a block, A anchors, N counted slots.
 
@@ -57,7 +57,7 @@ class SlotMetrics:
         )
 
     def add(self, batch: Batch, slots: SlotInputs, out: ObjectiveOutput) -> None:
-        """One row. No value leaves the device."""
+        """Add one row. No value leaves the device."""
         wide = torch.float64
         accept, weight = out.accept.to(wide), slots.weight.to(wide)
 
@@ -99,8 +99,8 @@ class SlotMetrics:
         self.sums += torch.cat([torch.stack(scalars), *per_slot, bins.flatten()])
 
     def to_host(self) -> SlotMetrics:
-        """The same sums on the CPU. From a GPU their copy is only queued: wait for what is queued
-        before reading it.
+        """Return the sums on the CPU. From a GPU the copy is only queued: wait for the queue before
+        reading it.
         """
         copy = SlotMetrics(self.block_size)
         copy.sums = self.sums.to("cpu", non_blocking=True)
@@ -111,7 +111,7 @@ class SlotMetrics:
         self.sums += other.sums.to(self.sums.device)
 
     def result(self) -> Score:
-        """The keys of ``dspark-tools score`` and a few more; None where nothing was counted."""
+        """Return the keys of ``dspark-tools score`` and a few more; None if nothing was counted."""
         size = self.block_size
         values = self.sums.cpu()
         s = dict(zip(_SCALARS, values[: len(_SCALARS)].tolist(), strict=True))
@@ -148,8 +148,8 @@ def expected_calibration_error(bins: Tensor) -> float | None:
 
 
 def auroc(bins: Tensor) -> float | None:
-    """Probability that an accepted token had more confidence than a rejected one, from the bins;
-    None if all are one kind.
+    """Return the probability that an accepted token had more confidence than a rejected one, from
+    the bins; None if all are of one kind.
     """
     count, _, accepted = bins
     rejected = count - accepted

@@ -20,10 +20,11 @@ outside Vd.
 default) equals ``{"ce": 0.1, "tv": 1.8}``, and ``{"ce": 0.1, "tv": 0.9}`` weighs the distance half
 as much. ``kl`` weighs the divergence of ``objective/kl.py``, over the denominator of L1.
 
-How: both softmaxes of a chunk are computed once, give losses, metrics and gradient together, and
-the gradient goes to h, z and W2 at once. d(L1)/d(logits) = p_d * (s - <s, p_d>) with s = sign(p_d -
-p_t). On CUDA a chunk is one Triton kernel (``fused.chunk_terms``), elsewhere plain torch
-(``chunk_terms``). ``reference_loss`` is the same in plain autograd, for tests.
+Implementation: both softmaxes of a chunk are computed once and give losses, metrics and gradient
+together, and the gradient is propagated to h, z and W2 at once. d(L1)/d(logits) = p_d * (s - <s,
+p_d>) with s = sign(p_d - p_t). On CUDA a chunk is one Triton kernel (``chunk_kernel.chunk_terms``),
+elsewhere plain torch (``chunk_terms``). ``reference_loss`` is the same in plain autograd, for
+tests.
 """
 
 from __future__ import annotations
@@ -67,8 +68,8 @@ ChunkTerms = Callable[
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ObjectiveConfig:
-    """Weights of the three terms (``l1`` on L1 = 2 TV) and the decay of slot weights (0: all slots
-    weigh 1).
+    """Weights of the three terms (``l1`` on L1 = 2 TV) and the decay of slot weights (0 = all slots
+    have weight 1).
     """
 
     ce: float = 0.1
@@ -89,8 +90,8 @@ class ObjectiveConfig:
 
     @classmethod
     def from_json(cls, text: str, *, confidence: float = 1.0, decay: float = 4.0) -> Self:
-        """From ``--loss-fn``: a JSON object with keys ``ce``, ``l1`` or ``tv``, ``kl``; a missing
-        key weighs 0.
+        """Parse ``--loss-fn``: a JSON object with keys ``ce``, ``l1`` or ``tv``, ``kl``; a missing
+        key has weight 0.
         """
         try:
             given: Any = json_text.loads(text)
@@ -109,7 +110,7 @@ class ObjectiveConfig:
             )
         if "l1" in given and "tv" in given:
             raise UsageError(
-                "--loss-fn has both l1 and tv; they are one term (l1 = 2 tv), give one"
+                "--loss-fn has both l1 and tv; they are the same term (l1 = 2 tv), give only one"
             )
         for key, value in given.items():
             if isinstance(value, bool) or not isinstance(value, int | float):
@@ -125,8 +126,8 @@ class ObjectiveConfig:
 
 
 def slot_weights(block_size: int, decay: float, device: torch.device | str = "cpu") -> Tensor:
-    """``exp(-k / decay)`` of every slot, float32[B]; ones if ``decay`` is 0. Made on ``device``: a
-    copy to it would wait for it.
+    """Return ``exp(-k / decay)`` of every slot, float32[B]; ones if ``decay`` is 0. Made on
+    ``device``, since a copy would wait for it.
     """
     if decay == 0:
         return torch.ones(block_size, device=device)
@@ -135,7 +136,7 @@ def slot_weights(block_size: int, decay: float, device: torch.device | str = "cp
 
 @dataclass(frozen=True, slots=True)
 class Denominators:
-    """Sums of weights that each term is divided by; add up those of all rows (and ranks) of a
+    """The sums of weights that each term is divided by; add them over all rows (and ranks) of a
     step.
     """
 
@@ -150,8 +151,8 @@ class Denominators:
 
     @classmethod
     def of(cls, batch: Batch, decay: float, to_draft: Tensor | None = None) -> Denominators:
-        """Of one row; cheap and needs no model. Call it on the CPU batch, before the row is
-        moved.
+        """Compute those of one row; cheap, without a model. Call it on the CPU batch, before the
+        row is moved.
         """
         weight = slot_weights(batch.block_size, decay, batch.counted.device) * batch.counted
         total = float(weight.sum(dtype=torch.float64))
@@ -163,8 +164,8 @@ class Denominators:
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """A run of ``slots`` and the run of ``rows`` of ``SlotInputs.target`` that they are held to;
-    never more rows than slots.
+    """A run of ``slots`` and their run of ``rows`` of ``SlotInputs.target``; never more rows than
+    slots.
     """
 
     slots: slice
@@ -177,9 +178,9 @@ class SlotInputs:
     ``confidence`` logits [N] or None, ``target`` [D, H] last states after the target's final norm,
     ``labels`` int64[N] target ids, ``weight`` [N].
 
-    Slot i is held to row ``target_at[i]`` of ``target``, int64[N], rising by 0 or 1;
-    ``target_at_host`` is the same on the CPU (it may be left out where ``target_at`` is there
-    already). Without ``target_at`` each slot has a row of its own, D = N.
+    Slot i is compared with row ``target_at[i]`` of ``target``, int64[N], increasing by 0 or 1;
+    ``target_at_host`` is the same on the CPU (it may be omitted if ``target_at`` is on the CPU
+    already). Without ``target_at`` each slot has its own row, D = N.
     """
 
     h: Tensor
@@ -194,7 +195,7 @@ class SlotInputs:
 
     @classmethod
     def gather(cls, batch: Batch, states: SlotStates, decay: float) -> SlotInputs:
-        """The slots that count, so that no logit is computed for the others."""
+        """Gather the slots that count, so that no logits are computed for the others."""
         # index_select, not [at]: no slot comes twice, and the backward pass of [at] sorts the
         # indices to add up those that do.
         at = batch.slots
@@ -214,7 +215,7 @@ class SlotInputs:
         )
 
     def chunks(self, rows: int) -> list[Chunk]:
-        """All slots, ``rows`` at a time. Nothing here waits for the device."""
+        """Yield all slots, ``rows`` at a time. Nothing here waits for the device."""
         count = self.labels.shape[0]
         at = self.target_at if self.target_at_host is None else self.target_at_host
         at = torch.arange(count) if at is None else at
@@ -232,8 +233,8 @@ class SlotInputs:
 
 @dataclass(frozen=True, slots=True)
 class ObjectiveOutput:
-    """``loss`` carries gradients. The rest is detached, a value a slot [N]: ``ce`` (0 where the
-    label is outside Vd), ``l1``, ``kl`` (None where it weighs nothing), ``confidence`` BCE and
+    """``loss`` carries gradients. The rest is detached, one value per slot [N]: ``ce`` (0 where the
+    label is outside Vd), ``l1``, ``kl`` (None if its weight is 0), ``confidence`` BCE and
     ``confidence_probability`` (None without the head), ``hit`` = draft's argmax is the target's,
     and ``ce_known`` = CE counts.
     """
@@ -249,7 +250,7 @@ class ObjectiveOutput:
 
     @property
     def accept(self) -> Tensor:
-        """Probability that the slot's token is accepted, ``1 - L1/2`` in [0, 1], [N]."""
+        """Return the probability that the slot's token is accepted, ``1 - L1/2`` in [0, 1], [N]."""
         return (1 - 0.5 * self.l1).clamp(0, 1)
 
 
@@ -263,13 +264,12 @@ def objective(
     terms: ChunkTerms | None = None,
     weights: Tensor | None = None,
 ) -> ObjectiveOutput:
-    """The loss of one row's share of a step. Products run in the dtype of ``head.lm_head``, softmax
-    and sums in fp32.
+    """Return the loss of one row's share of a step. Products run in the dtype of ``head.lm_head``,
+    softmax and sums in fp32.
 
     ``chunk_rows`` slots at a time, by default ``chunk_rows_for`` them, in chunks of nearly equal
-    size.
-    ``terms`` replaces the work on a chunk (default: Triton on CUDA, plain torch elsewhere).
-    ``weights`` [N] are CE's and L1's in the place of ``slots.weight``, which the confidence keeps.
+    size. ``terms`` replaces the work on a chunk (default: Triton on CUDA, plain torch elsewhere).
+    ``weights`` [N] replace ``slots.weight`` for CE and L1, but not for the confidence.
     """
     dtype, wide = head.lm_head.dtype, _wide(slots.h.dtype)
     device, count = slots.h.device.type, slots.h.shape[0]
@@ -315,8 +315,8 @@ def objective(
 
 
 def chunk_rows_for(count: int, vocab_size: int, device: str) -> int:
-    """Slots of a chunk: as few chunks of ``count`` slots as ``CHUNK_LOGITS`` allows, of equal size,
-    in whole tiles of the device.
+    """Return the slots per chunk: ``count`` slots in the fewest equal chunks that ``CHUNK_LOGITS``
+    allows, in whole tiles of the device.
     """
     rows = _even(count, max(1, CHUNK_LOGITS.get(device, CHUNK_LOGITS["cpu"]) // vocab_size))
     tile = TILE_ROWS.get(device, 1)
@@ -324,7 +324,7 @@ def chunk_rows_for(count: int, vocab_size: int, device: str) -> int:
 
 
 def _even(count: int, most: int) -> int:
-    """Size of the chunks, all but the last, when ``count`` is cut into as few as ``most``
+    """Return the size of all chunks but the last when ``count`` is cut into as few as ``most``
     allows.
     """
     return max(1, -(-count // max(1, -(-count // most))))
@@ -335,7 +335,7 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 
 
 def _terms_for(device: str, wide: torch.dtype) -> ChunkTerms:
-    """Triton on CUDA, but for float64, which the kernel would narrow."""
+    """Choose Triton on CUDA, except for float64, which the kernel would narrow."""
     if device != "cuda" or wide == torch.float64:
         return chunk_terms
     from dspark.train.objective import chunk_kernel as fused
@@ -347,8 +347,8 @@ def plus_product(total: Tensor | None, a: Tensor, b: Tensor, wide: torch.dtype) 
     """``total`` [m, n] in ``wide``, changed in place, plus ``a @ b`` of [m, k] and [k, n]; without
     it the product alone.
 
-    On CUDA the product adds up in ``wide`` and is not rounded before: of a vocabulary's size, a
-    product of its own would be written in ``a``'s dtype, read again and added in another pass.
+    On CUDA the product accumulates in ``wide`` without rounding first: a separate, vocabulary-sized
+    product would be written in ``a``'s dtype, read again and added in another pass.
     """
     if a.is_cuda and a.dtype != wide and ADDS_WIDE:
         if total is None:
@@ -368,8 +368,8 @@ def chunk_terms(
     scale_l1: Tensor,
     with_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """From logits ``draft`` [n, Vd] and ``target`` [d, V] of a chunk, slot i held to row
-    ``target_at[i]`` int64[n]: CE [n], L1 [n], hit [n] and, unless only values are wanted,
+    """Compute, from logits ``draft`` [n, Vd] and ``target`` [d, V] of a chunk, with slot i compared
+    with row ``target_at[i]`` int64[n]: CE [n], L1 [n], hit [n] and, unless only values are wanted,
     d(loss)/d(draft logits) [n, Vd]. ``labels`` int64[n] are rows of the draft's vocabulary, -1
     outside it.
     """
@@ -403,12 +403,12 @@ def chunk_terms(
 
 
 class _ChunkedTerms(torch.autograd.Function):
-    """``sum(scale_ce * CE + scale_l1 * L1)``; gradients are made in the forward, the backward only
-    scales them.
+    """``sum(scale_ce * CE + scale_l1 * L1)``; gradients are computed in the forward pass, and the
+    backward pass only scales them.
 
     ``x`` [N, K] is [h | z], K = H + r, with a Markov head and h alone without (``w2`` None): the
     draft's logits are one product with [head | W2], and d_x one product with their gradient. A
-    product of its own would read and write (or read) all [n, Vd] once more.
+    separate product would read and write (or read) all [n, Vd] once more.
     """
 
     @staticmethod
@@ -494,8 +494,8 @@ class _ChunkedTerms(torch.autograd.Function):
 def reference_loss(
     slots: SlotInputs, head: FrozenHead, config: ObjectiveConfig, denominators: Denominators
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The same loss in plain autograd, all slots at once, in the dtype of the inputs: ``(loss, CE
-    [N], L1 [N])``.
+    """Compute the same loss in plain autograd, all slots at once, in the dtype of the inputs:
+    ``(loss, CE [N], L1 [N])``.
 
     Written from the formulas above, with the draft's distribution spread over all V; it shares no
     code with ``objective``. For tests: it keeps several [N, V] tensors.

@@ -1,5 +1,5 @@
-"""What a draft's forward hands to the objective: the states of its slots, and the frozen matrices
-that make logits of them.
+"""What a draft's forward pass gives the objective: the states of its slots, and the frozen matrices
+that turn them into logits.
 
 Legend: H hidden size, V/Vd target and draft vocabulary, r Markov rank, A anchors, B slots of a
 block.
@@ -22,9 +22,9 @@ class FrozenHead:
 
     ``lm_head`` [V, H], ``draft_head`` [Vd, H] (the same tensor if Vd = V), ``draft_ids`` int64[Vd]
     target id of a draft row and ``to_draft`` int64[V] its inverse with -1 outside; both None if Vd
-    = V. ``logits``: factor and soft cap of the *target's* logits; the draft's are the head's output
-    as it is, as vLLM serves them. ``wide`` [Vd, H + r] is the memory of which ``draft_head`` is the
-    first H columns, if there is any: the rest is the objective's, for W2.
+    = V. ``logits``: factor and soft cap of the *target's* logits; the draft's are the plain output
+    of the head, as vLLM serves them. ``wide`` [Vd, H + r], if given, is the memory whose first H
+    columns are ``draft_head``; the objective uses the rest for W2.
     """
 
     lm_head: Tensor
@@ -53,11 +53,10 @@ class FrozenHead:
 
 @dataclass(frozen=True, slots=True)
 class SlotStates:
-    """What a forward gives: ``h`` [A, B, H] after the final norm, Markov latent ``z`` [A, B, r] and
-    ``w2`` [Vd, r], confidence logits [A, B] fp32; None where the draft has no such head.
-
-    ``w2`` comes out of the forward, not off the module, so that sharded training sees it while it
-    is gathered.
+    """The result of a forward pass: ``h`` [A, B, H] after the final norm, Markov latent ``z`` [A,
+    B, r] and ``w2`` [Vd, r], confidence logits [A, B] fp32; None if the draft has no such head.
+    ``w2`` comes from the forward pass, not from the module, so that sharded training sees it while
+    it is gathered.
     """
 
     h: Tensor

@@ -1,19 +1,18 @@
-"""The walk: how long accepted blocks are at the places where decoding begins them, from a store
-alone.
-
-tau is a mean over anchors drawn anywhere. Decoding begins each block where the last one failed, in
-hard places. The walk follows it: of a supervised run of tokens the first begins a block, ``s(first)
-= 1``; a block that begins at a accepts exactly n tokens with probability ``prod_{j<n} alpha_j(a) (1
+"""The walk: how long accepted blocks are at the positions where decoding starts them, computed from
+a store alone. tau is a mean over anchors drawn anywhere, but decoding starts each block where the
+last one failed, at hard positions. The walk follows it: of a supervised run of tokens the first
+begins a block, ``s(first) = 1``; a block that begins at a accepts exactly n tokens with probability
+``prod_{j<n} alpha_j(a) (1
 - alpha_n(a))``, and the next one begins at ``a + n + 1``, on the data's token there. walk = tokens
-/ sum of s: the tokens of all runs but each one's first, which decoding has from the prompt, over
-the expected number of blocks. The recursion is exact.
+  / sum of s: the tokens of all runs but each one's first, which decoding has from the prompt, over
+  the expected number of blocks. The recursion is exact.
 
 alpha = 1 - TV gives the walk at temperature 1. Greedily alpha is 1 where the draft's argmax is the
 target's, else 0: on the data's previous tokens (``forced``), or, as decoding does it, on the
-draft's own (``walk_greedy``). Where the data are the target's own answers the greedy walk *is*
-decoding's mean accepted length, and the other one its expectation.
+draft's own (``walk_greedy``). If the data are the target's own answers, the greedy walk *is*
+decoding's mean accepted length, and the other one is its expectation.
 
-Legend: M anchors of a row, all that are eligible, in rising order; B slots; K kinds of alpha; H
+Legend: M anchors of a row, all that are eligible, in ascending order; B slots; K kinds of alpha; H
 hidden size; Vd draft vocabulary.
 """
 
@@ -48,7 +47,7 @@ class Walk:
         self.sums = torch.zeros(1 + len(KINDS), dtype=torch.float64, device=device)
 
     def add(self, alpha: Tensor, anchors: Tensor) -> None:
-        """A row: ``alpha`` [K, M, B] in [0, 1], 0 where a slot does not count; ``anchors``
+        """Add a row: ``alpha`` [K, M, B] in [0, 1], 0 where a slot does not count; ``anchors``
         int64[M], every eligible position.
         """
         blocks = [
@@ -57,14 +56,16 @@ class Walk:
         self.sums += self.sums.new_tensor([anchors.shape[0], *blocks])
 
     def result(self) -> dict[str, float | None]:
-        """``walk`` and its greedy forms; None where there was no anchor."""
+        """Return ``walk`` and its greedy forms; None if there was no anchor."""
         tokens, *blocks = self.sums.tolist()
         by_kind = dict(zip(KINDS, blocks, strict=True))
         return {key: tokens / by_kind[kind] if tokens else None for key, kind in KEYS.items()}
 
 
 def stops(alpha: Float64) -> Float64:
-    """Probabilities [M, B + 1] that a block accepts exactly 0..B tokens, from ``alpha`` [M, B]."""
+    """Return the probabilities [M, B + 1] that a block accepts exactly 0..B tokens, from ``alpha``
+    [M, B].
+    """
     reached = np.concatenate([np.ones((alpha.shape[0], 1)), alpha.cumprod(1)], 1)
     failed = np.concatenate([1 - alpha, np.ones((alpha.shape[0], 1))], 1)
     out: Float64 = reached * failed
@@ -72,8 +73,8 @@ def stops(alpha: Float64) -> Float64:
 
 
 def visits(alpha: Float64, anchors: npt.NDArray[np.int64]) -> Float64:
-    """s [M]: probability that a block begins at each anchor. All runs of neighbouring anchors at
-    once, from left to right.
+    """Return s [M]: the probability that a block begins at each anchor. All runs of neighbouring
+    anchors at once, from left to right.
     """
     count, size = alpha.shape
     out = np.zeros(count)
@@ -104,12 +105,11 @@ def alphas(
     drafted: Callable[[Tensor, Tensor], Tensor],
     vocab_size: int,
 ) -> Tensor:
-    """alpha of every kind, [K, M, B] on the CPU, of the anchors of ``batch`` that are no padding.
+    """alpha of every kind, [K, M, B] on the CPU, for the anchors of ``batch`` that are not padding.
 
-    ``h`` [A, B, H] of its blocks, ``slots`` and ``out`` as the objective had and gave them.
-    ``target_logits``: last states [n, H] -> [n, V];
-    ``drafted``: [n, B, H] and anchor ids int64[n] -> the tokens int64[n, B] that the draft puts
-    there greedily, on its own tokens.
+    ``h`` [A, B, H] of its blocks, ``slots`` and ``out`` are the objective's input and output.
+    ``target_logits``: last states [n, H] -> [n, V]; ``drafted``: [n, B, H] and anchor ids int64[n]
+    -> the tokens int64[n, B] that the draft greedily proposes there, on its own tokens.
     """
     real = int(batch.anchor_valid.sum())
     size, most = batch.block_size, CHUNK_LOGITS.get(h.device.type, CHUNK_LOGITS["cpu"])

@@ -1,1 +1,1 @@
-"""Fused operations, each with a plain one beside it."""
+"""Fused operations, each with a plain reference."""

@@ -1,11 +1,10 @@
 """``silu(gate) * up`` of one tensor ``[up | gate]``, whose gradient is one tensor too.
 
-A compiler that is left to differentiate it joins the two halves' gradients with what makes them,
-one thread per value of the joint result:
-it reads two of its three inputs twice and works out both halves everywhere (torch 2.11's code for
-an H100, 5 layers of Qwen3-4B's shapes:
-0.24 ms per step more than the gradients alone). So on CUDA one Triton kernel writes both halves
-(``fused_gated.py``). The forward pass is plain: a compiler makes one kernel of it as it is.
+A compiler that differentiates it fuses joining the two halves' gradients with computing them, one
+thread per value of the joint result: it reads two of its three inputs twice and computes both
+halves everywhere (torch 2.11's code for an H100, 5 layers of Qwen3-4B's shapes: 0.24 ms per step
+more than the gradients alone). So on CUDA one Triton kernel writes both halves
+(``gated_kernel.py``). The forward pass is plain: a compiler already makes one kernel of it.
 
 Legend: n rows, I intermediate size.
 """
@@ -26,7 +25,7 @@ def gated(joint: Tensor) -> Tensor:
 
 
 class _Gated(torch.autograd.Function):
-    """Keeps the joint tensor only: silu is made again in the backward pass."""
+    """Keeps only the joint tensor: silu is recomputed in the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, joint: Tensor) -> Tensor:
@@ -54,7 +53,7 @@ def plain_gradient(grad: Tensor, joint: Tensor) -> Tensor:
     "dspark::gated_gradient", mutates_args=(), schema="(Tensor grad, Tensor joint) -> Tensor"
 )
 def gradient(grad: Tensor, joint: Tensor) -> Tensor:
-    """As ``plain_gradient``, by the kernel where there is one."""
+    """As ``plain_gradient``, with the kernel if available."""
     # fp64 is for tests, and the kernel would narrow it.
     if joint.device.type != "cuda" or joint.dtype == torch.float64:
         return plain_gradient(grad, joint)

@@ -1,12 +1,12 @@
 """The gradient of ``gated.gated`` as one Triton kernel: each input read once, both halves written
-where the product behind reads them.
+where the next product reads them.
 
 Legend: n rows, I intermediate size.
 
-2 + 2 + 2 bytes read and 4 written a value of n x I in bfloat16: 0.35 GB, about 0.12 ms, at 3,584 x
-9,728.
+2 + 2 + 2 bytes read and 4 written per value of n x I in bfloat16: 0.35 GB, about 0.12 ms, at 3,584
+x 9,728.
 
-Import only where triton is there; ``gated`` does so when its tensors are on CUDA.
+Import only if triton is installed; ``gated`` does so when its tensors are on CUDA.
 """
 
 from __future__ import annotations

@@ -3,19 +3,18 @@ W2^T | ...]``.
 
 A few large products keep a GPU busier than many small ones: at Qwen3-4B's shapes on an H100 gate
 and up together take 0.06 ms less forward and 0.1 ms less backward, a layer. Copying the weights
-together in every forward (100 MB per layer) would cost that gain, so the joint matrix is a *view*:
-it needs weights that lie side by side in memory, each beginning where the one before ends.
-``lay_side_by_side`` moves them so; they stay parameters of their own. A compiler cannot see where a
-tensor will lie, so the product is an opaque operation that looks when it runs. Whose weights cannot
-lie so (FSDP2 gathers each into memory of its own) gives a copy of them that does, made once for as
-long as they do not change; without it weights that lie apart are copied for the one product.
+together in every forward pass (100 MB per layer) would cancel that gain, so the joint matrix is a
+*view*: it needs weights that are adjacent in memory, each beginning where the previous one ends.
+``lay_side_by_side`` moves them so; they stay separate parameters. A compiler cannot see where a
+tensor will be, so the product is an opaque operation that checks at run time. If weights cannot be
+adjacent (FSDP2 gathers each into its own memory), the caller gives an adjacent copy, made once
+while they do not change; without it, separate weights are copied for each product.
 
 The gradient of all weights is one product too, and each weight's is a view of its rows.
 
-A compiled backward hands those views on without a copy. Who splits the result by its columns makes
-autograd join their gradients again:
-so what follows is an operation on the joint result whose gradient is one tensor (``gated.py``,
-``qk_norm_rope.py``).
+A compiled backward pass hands on those views without a copy. Splitting the result by its columns
+would make autograd join their gradients again, so the next step is an operation on the joint result
+whose gradient is one tensor (``gated.py``, ``qk_norm_rope.py``).
 
 Legend: n rows of input, K its size, m_i rows of weight i, M their sum.
 """
@@ -30,8 +29,8 @@ from torch import Tensor
 
 
 def side_by_side(weights: Sequence[Tensor]) -> Tensor | None:
-    """``weights`` [m_i, K] as one view [M, K] of their memory, in their order; None if they do not
-    lie so.
+    """Return ``weights`` [m_i, K] as one view [M, K] of their memory, in order; None if they are
+    not adjacent.
     """
     first = weights[0]
     storage, end, rows = first.untyped_storage().data_ptr(), first.storage_offset(), 0
@@ -50,7 +49,7 @@ def side_by_side(weights: Sequence[Tensor]) -> Tensor | None:
 
 @torch.no_grad()
 def lay_side_by_side(weights: Sequence[Tensor]) -> None:
-    """Move ``weights`` [m_i, K] into one piece of memory, in their order, unless they lie so
+    """Move ``weights`` [m_i, K] into one piece of memory, in order, unless they are adjacent
     already.
     """
     if side_by_side(weights) is None:
@@ -60,9 +59,9 @@ def lay_side_by_side(weights: Sequence[Tensor]) -> None:
 
 
 def joined_product(x: Tensor, weights: Sequence[Tensor], joint: Tensor | None = None) -> Tensor:
-    """``x`` [n, K] times the transpose of each of ``weights`` [m_i, K], side by side: [n, M].
-    ``joint`` [M or more, K]: their values, side by side from its first row on; the gradients are
-    theirs all the same.
+    """Return ``x`` [n, K] times the transpose of each of ``weights`` [m_i, K], side by side: [n,
+    M]. ``joint`` [M or more, K]: a copy of their values from its first row on; gradients still go
+    to the weights.
     """
     out: Tensor = _product(x, list(weights), joint)
     return out

@@ -1,12 +1,13 @@
-"""What lies between the joint products of q, k, v and attention: q_norm, k_norm, RoPE, and context
-and blocks as one tensor of keys, one of values.
+"""What happens between the joint products of q, k, v and attention: q_norm, k_norm, RoPE, and
+context and blocks as one tensor of keys, one of values.
 
 Step by step these are a dozen small kernels per layer that read most values twice, and the backward
-pass has to join the gradients of v, k and q for the product behind (``joined.py``). Here a pass is
-one operation: every value is read once, the joint gradients are written as they are needed. On CUDA
-by Triton kernels (``fused_qk_norm_rope.py``), elsewhere by ``plain`` and ``plain_gradient``, which
-are the reference too. Both compute in float32 at least and round once, where a model in bfloat16
-step by step rounds after the norm, its weight and each product of RoPE.
+pass has to join the gradients of v, k and q for the preceding product (``joined.py``). Here a pass
+is one operation: every value is read once, and the joint gradients are written in the needed
+layout. On CUDA this uses Triton kernels (``qk_norm_rope_kernel.py``), elsewhere ``plain`` and
+``plain_gradient``, which are also the reference. Both compute in at least float32 and round once,
+whereas a bfloat16 model computed step by step rounds after the norm, its weight and each product of
+RoPE.
 
 Legend: S context tokens, Q block tokens, T either, Hq/Hkv query and key heads, D head size.
 """
@@ -36,15 +37,15 @@ class Inputs(NamedTuple):
 
     @classmethod
     def of(cls, *flat: Any) -> Self:
-        """From an operation's arguments: cos and sin apart."""
+        """Make it from an operation's arguments, with cos and sin separate."""
         context, blocks, q_weight, k_weight, eps, *tables = flat
         context_rope, block_rope = (tables[0], tables[1]), (tables[2], tables[3])
         return cls(context, blocks, q_weight, k_weight, eps, context_rope, block_rope)
 
     @property
     def heads(self) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-        """The parts of the products as views [T, heads, D]: (v, k) of the context, (v, k, q) of the
-        blocks.
+        """Return the parts of the products as views [T, heads, D]: (v, k) of the context, (v, k, q)
+        of the blocks.
         """
         context, blocks, dim = self.context, self.blocks, self.q_weight.shape[0]
         key_heads = context.shape[1] // (2 * dim)
@@ -57,8 +58,8 @@ class Inputs(NamedTuple):
 
 
 def qk_norm_rope(given: Inputs) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries [Q, Hq, D], keys and values [S+Q, Hkv, D], the context's first: queries and keys
-    normed and turned, values as they are.
+    """Queries [Q, Hq, D], keys and values [S+Q, Hkv, D], the context's first: queries and keys are
+    normed and rotated, values unchanged.
     """
     context, blocks, q_weight, k_weight, eps, context_rope, block_rope = given
     q, keys, values = _forward(context, blocks, q_weight, k_weight, eps, *context_rope, *block_rope)
@@ -131,7 +132,7 @@ _GIVEN = (
     "dspark::qk_norm_rope", mutates_args=(), schema=f"({_GIVEN}) -> (Tensor, Tensor, Tensor)"
 )
 def _forward(*flat: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """As ``qk_norm_rope``, by the kernels where there are some."""
+    """As ``qk_norm_rope``, with the kernels if available."""
     given = Inputs.of(*flat)
     if not _by_kernel(given.blocks):
         return plain(given)
@@ -160,7 +161,7 @@ def _(*flat: Any) -> tuple[Tensor, Tensor, Tensor]:
 def _gradient(
     dq: Tensor, dkeys: Tensor, dvalues: Tensor, *flat: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As ``plain_gradient``, by the kernels where there are some."""
+    """As ``plain_gradient``, with the kernels if available."""
     given = Inputs.of(*flat)
     if not _by_kernel(given.blocks):
         return plain_gradient((dq, dkeys, dvalues), given)

@@ -4,14 +4,13 @@ once, in float32 in between.
 Legend: T rows of a joint product (the context's or the blocks'), Hq/Hkv query and key heads of a
 row (Hq = 0: context), D head size.
 
-The same kernels serve context and blocks, a launch each. At 4,096 context and 3,584 block tokens,
+The same kernels serve context and blocks, one launch each. At 4,096 context and 3,584 block tokens,
 32 and 8 heads of 128 in bfloat16, the forward pass moves 61 + 61 MB and the backward 45 + 61 + 61
 MB: 36 and 50 us at 3.35 TB/s, an H100's at most.
 
-A tile is some heads of a row, its two halves apart: what RoPE pairs then lies in one thread, and a
-head's sums in one warp.
-
-Import only where triton is there; ``qk_norm_rope`` does so when its tensors are on CUDA.
+A tile is some heads of a row, split into halves: the values that RoPE pairs are then in one thread,
+and a head's sums in one warp. Import only if triton is installed; ``qk_norm_rope`` does so when its
+tensors are on CUDA.
 """
 
 from __future__ import annotations
@@ -37,8 +36,8 @@ PROGRAMS = 1056
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _half(at, ROWS: tl.constexpr, COLUMNS: tl.constexpr, size: tl.constexpr):  # type: ignore[no-untyped-def]
-    """fp32 [ROWS, COLUMNS]: ``size`` values from ``at`` on, in every row. Loaded by each thread
-    where it needs them, in 16 bytes too: of one row the compiler would load a value per thread and
+    """fp32 [ROWS, COLUMNS]: ``size`` values from ``at`` on, in every row. Each thread loads what it
+    needs, also 16 bytes at a time: from one row the compiler would load one value per thread and
     pass them on through shared memory.
     """
     column = tl.broadcast_to(tl.arange(0, COLUMNS)[None, :], (ROWS, COLUMNS))
@@ -315,7 +314,9 @@ def forward(given: Inputs, kernel: Any = forward_rows) -> tuple[Tensor, Tensor, 
 def gradient(
     grads: tuple[Tensor, Tensor, Tensor], given: Inputs, kernel: Any = gradient_rows
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As ``qk_norm_rope.plain_gradient``; fp32 inside, no fp64. No atomics: the same every time."""
+    """As ``qk_norm_rope.plain_gradient``; fp32 inside, no fp64. No atomics, so the result is
+    deterministic.
+    """
     context, blocks, q_weight, k_weight, eps, context_rope, block_rope = given
     assert eps > 0  # heads past the last one are zeros, which must not become NaN in the sums
     dq, dkeys, dvalues = (g if g.stride(2) == 1 else g.contiguous() for g in grads)
@@ -366,12 +367,12 @@ def gradient(
 
 
 def _programs(rows: int) -> int:
-    """As many as give each the same number of rows, or one less."""
+    """Return as many programs as give each the same number of rows, or one less."""
     return -(-rows // max(1, -(-rows // PROGRAMS)))
 
 
 def _tile(query_heads: int, key_heads: int, head_dim: int) -> dict[str, int]:
-    """Heads of a tile and columns of its halves, powers of two."""
+    """Return the heads per tile and the columns of its halves, powers of two."""
     columns = triton.next_power_of_2(head_dim // 2)
     most = triton.next_power_of_2(max(query_heads, key_heads))
     return {"ROWS": max(1, min(TILE // columns, most)), "COLUMNS": columns}

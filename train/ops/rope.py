@@ -18,8 +18,8 @@ Rope = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True, slots=True)
 class Turning:
-    """How fast the pairs of a head turn: its size, the base, and what scales it, as sorted items of
-    ``rope_parameters``; () for nothing.
+    """How fast the pairs of a head turn: its size, the base, and its scaling, as sorted items of
+    ``rope_parameters``; () for none.
     """
 
     head_dim: int
@@ -28,10 +28,11 @@ class Turning:
 
 
 def rope_tables(position: Tensor, turning: Turning, dtype: torch.dtype) -> Rope:
-    """cos and sin of int64[T] positions, each [T, 1, D/2], times the scaling's attention factor.
+    """Return cos and sin of int64[T] positions, each [T, 1, D/2], times the scaling's attention
+    factor.
 
-    Frequencies are made here in fp32 at every call: kept in a buffer, ``model.to(bfloat16)`` would
-    round them, and far positions would then turn by wrong angles.
+    Frequencies are computed here in fp32 at every call: in a buffer, ``model.to(bfloat16)`` would
+    round them, and distant positions would get wrong angles.
     """
     if turning.scaling:
         frequencies, factor = _scaled(turning, position.device)
@@ -64,7 +65,7 @@ def _scaled(turning: Turning, device: torch.device) -> tuple[Tensor, float]:
 
 
 def rotate(x: Tensor, rope: Rope) -> Tensor:
-    """RoPE, neox half-split, of ``x`` [T, heads, D]."""
+    """Apply RoPE, neox half-split, to ``x`` [T, heads, D]."""
     cos, sin = rope
     a, b = x.chunk(2, -1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)

@@ -1,9 +1,7 @@
-"""A matrix times one number, or as it is, written into another matrix: of any row stride, rounded
-once where the dtypes differ.
-
-On CUDA torch takes one value a thread at a time where dtypes differ, and where rows lie in wider
-ones: about twice the time that the bytes need. So there it is one Triton kernel
-(``fused_scaled.py``).
+"""Write a matrix, optionally times one number, into another matrix of any row stride, rounding once
+if the dtypes differ. On CUDA torch processes one value per thread at a time if dtypes differ or
+rows are strided: about twice the time that the bytes need. So there it is one Triton kernel
+(``scaled_kernel.py``).
 """
 
 from __future__ import annotations
@@ -16,8 +14,8 @@ KINDS = (torch.float32, torch.bfloat16)
 
 
 def write_scaled(out: Tensor, source: Tensor, scale: Tensor | None = None) -> Tensor:
-    """``source`` [n, k] times ``scale`` (a tensor of no dimension, where ``source`` is) into
-    ``out`` [n, k], which is returned. No gradient flows through it.
+    """``source`` [n, k] times ``scale`` (a 0-dim tensor on the device of ``source``) into ``out``
+    [n, k], which is returned. No gradient flows through it.
     """
     dense = source.stride(1) == out.stride(1) == 1
     if not (

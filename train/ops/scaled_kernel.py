@@ -1,9 +1,9 @@
-"""``scaled.write_scaled`` as one Triton kernel, with loads and stores of 16 bytes where both
-matrices' rows begin at a multiple of 16.
+"""``scaled.write_scaled`` as one Triton kernel, with loads and stores of 16 bytes if the rows of
+both matrices begin at a multiple of 16.
 
 Legend: n rows, k columns.
 
-Import only where triton is there; ``scaled`` does so when its tensors are on CUDA.
+Import only if triton is installed; ``scaled`` does so when its tensors are on CUDA.
 """
 
 from __future__ import annotations

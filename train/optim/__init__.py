@@ -1,1 +1,1 @@
-"""Optimizers, and how their state is shared out."""
+"""Optimizers, and how their state is divided among ranks."""

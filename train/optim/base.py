@@ -1,5 +1,5 @@
-"""What every optimizer shares: the learning rate, the snapshot of a checkpoint, and what the loop
-and the rules ask for.
+"""What every optimizer shares: the learning rate, the snapshot of a checkpoint, and the interfaces
+of optimizers and rules.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ def learning_rate(
     min_ratio: float,
     schedule: str = "cosine",
 ) -> float:
-    """Rate of optimizer step ``step`` (0-based) of ``total``: linear warm-up to ``peak``, then what
-    ``schedule`` says.
+    """Return the learning rate of step ``step`` (0-based) of ``total``: linear warm-up to ``peak``,
+    then as ``schedule`` says.
 
     ``cosine`` and ``linear`` fall to ``min_ratio * peak`` from there, ``wsd`` linearly over the
     last ``WSD_DECAY`` of the steps, and ``constant`` stays.
@@ -52,7 +52,7 @@ class Snapshot:
     """Masters and moments, name -> whole float32 tensor, the same for any strategy and number of
     ranks; ``updates``: steps taken.
 
-    An optimizer has each kind of moment for some of its parameters or for all.
+    An optimizer has each kind of moment for some or all of its parameters.
     """
 
     masters: Mapping[str, Tensor]
@@ -60,7 +60,7 @@ class Snapshot:
     updates: int
 
     def non_finite(self) -> str | None:
-        """Which of the tensors has a NaN or an infinity, in words; None if none has. One pass over
+        """Say which of the tensors has a NaN or an infinity; None if none has. One pass over
         each.
         """
         for what, tensors in {"weight": self.masters, **self.moments}.items():
@@ -91,30 +91,30 @@ class Snapshot:
 
 
 class Optimizer(Protocol):
-    """What the loop asks of an optimizer, sharded or not."""
+    """What the loop needs from an optimizer, sharded or not."""
 
     def last_row(self) -> None:
-        """The next backward is this rank's last of the step: gradients may be summed over ranks as
-        they appear.
+        """Note that the next backward pass is this rank's last of the step: gradients may be summed
+        over ranks as they appear.
         """
 
     def step(self, lr: float) -> Tensor:
-        """One update at rate ``lr`` from the sum of all ranks' gradients; returns its norm before
-        clipping (0-dim, on the device).
+        """Do one update at rate ``lr`` from the sum of all ranks' gradients; returns its norm
+        before clipping (0-dim, on the device).
         """
 
     def snapshot(self) -> Snapshot:
-        """Copies on the CPU for a checkpoint, whole on rank 0 (a collective call; empty
+        """Return copies on the CPU for a checkpoint, complete on rank 0 (a collective call; empty
         elsewhere).
         """
 
     def load(self, snapshot: Snapshot) -> None:
-        """Restore what ``snapshot`` gave, and the model's parameters with it."""
+        """Restore what ``snapshot`` returned, and the model's parameters with it."""
 
 
 class Rule(Protocol):
-    """How some ``masters`` change in a step. ``moments`` names the tensors that it keeps, of each
-    master's shape.
+    """How some ``masters`` change in a step. ``moments`` names the tensors it keeps per master,
+    with the master's shape.
     """
 
     masters: list[nn.Parameter]
@@ -133,7 +133,7 @@ class Rule(Protocol):
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AdamSettings:
     """What stays the same over a run; ``clip``: the global norm that gradients are clipped to. Muon
-    has its decay and clipping from here too.
+    uses its decay and clipping too.
     """
 
     betas: tuple[float, float]
@@ -142,13 +142,13 @@ class AdamSettings:
 
 
 def excess(norm: Tensor, clip: float) -> Tensor:
-    """What gradients of global norm ``norm`` are divided by to clip them, 0-dim float32."""
+    """Return what gradients of global norm ``norm`` are divided by to clip them, 0-dim float32."""
     return ((norm + 1e-6) / clip).clamp(min=1.0).float()
 
 
 def squares(tensors: list[Tensor]) -> Tensor:
-    """Sum of all squares, float64 0-dim. Rows first and then in float64: a CPU adds up a long
-    float32 vector to five digits only.
+    """Return the sum of all squares, float64 0-dim. Rows first, then in float64: a CPU sums a long
+    float32 vector to only five digits.
     """
     rows = torch.cat([torch.linalg.vector_norm(t, dim=-1).flatten() for t in tensors])
     return rows.double().square().sum()

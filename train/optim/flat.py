@@ -1,21 +1,18 @@
-"""Float32 master weights, whatever dtype the model computes in, laid flat for the rules that update
-them: AdamW in adamw.py, Muon in muon.py.
+"""Float32 master weights, whatever dtype the model computes in, in flat buffers for the rules that
+update them: AdamW in adamw.py, Muon in muon.py.
 
-Everything lies flat: the parameters of the model are views into a few buckets, and masters,
-gradients and moments have the buckets' shape. So a step is a handful of kernels however many
-tensors the draft has, nothing of it waits for the GPU, and the gradients of several ranks are
-summed a bucket at a time, as the backward pass of the step's last row hands them over (compiled
-whole, it does so at its end).
+Everything is flat: the parameters of the model are views into a few buckets, and masters, gradients
+and moments have the buckets' shape. So a step is a handful of kernels however many tensors the
+draft has, it never waits for the GPU, and the gradients of several ranks are summed one bucket at a
+time, as the backward pass of the step's last row produces them (if compiled as a whole, at its
+end). If the model is float32, its parameters are the masters. If it is bfloat16, each gradient is
+added to the float32 buffer as soon as the backward pass has computed it: rows of a step accumulate
+in float32 and the bfloat16 gradient is freed at once. Bytes per trained parameter, bfloat16: 2 + 4
+(master) + 4 (gradient) + 8 (moments); float32: 4 + 4 + 8.
 
-Where the model is float32 its parameters are the masters. Where it is bfloat16 each gradient is
-added to the float32 buffer as soon as backward has made it: rows of a step accumulate in float32
-and the bfloat16 gradient is freed at once.
-Bytes a trained parameter, bfloat16: 2 + 4 (master) + 4 (gradient) + 8 (moments); float32: 4 + 4 +
-8.
-
-``shared``: each of several ranks has the master and the moments of its part of every bucket alone
-(ZeRO's scheme). The sums it needs are scattered rather than given to all, it updates its part, and
-the new values are gathered: less to send than whole sums, a part of the update's time, 2 + 4 + 12 /
+``shared``: each of several ranks holds only the master and the moments of its part of every bucket
+(ZeRO's scheme). Sums are scattered rather than replicated, each rank updates its part, and the new
+values are gathered: less to send than whole sums, a fraction of the update's time, 2 + 4 + 12 /
 ranks bytes. Forward and backward are those of one process.
 """
 
@@ -96,7 +93,7 @@ class FlatOptimizer:
 
     @property
     def masters(self) -> dict[str, Tensor]:
-        """Name -> float32 master, a view; of an optimizer that is not shared."""
+        """Return name -> float32 master, as views; for an optimizer that is not shared."""
         assert self._holders.size == 1
         return {n: self._view(self._of[n].master.detach(), n) for n in self.parameters}
 
@@ -118,8 +115,8 @@ class FlatOptimizer:
         return arrived
 
     def _send(self) -> None:
-        """Start the sum of the next bucket. Always in one order, whichever gradients a rank has:
-        collectives must match.
+        """Start the sum of the next bucket. Always in the same order, whichever gradients a rank
+        has: collectives must match.
         """
         bucket = self._buckets[self._sent]
         start = self.world.start_sum_of_part if self._holders.size > 1 else self.world.start_sum
@@ -151,14 +148,14 @@ class FlatOptimizer:
 
     @torch.no_grad()
     def _refresh(self) -> None:
-        """What the model computes with follows the masters."""
+        """Update the model's parameters from the masters."""
         for bucket in self._buckets:
             if bucket.values.dtype != torch.float32:
                 self._holders.part(bucket.values).copy_(bucket.master)
             self._holders.gather_(bucket.values)
 
     def _whole(self, part: Tensor) -> Tensor:
-        """On the CPU of the first rank, of the ``part`` of a bucket that each holder has (a
+        """Join the ``part`` of a bucket that each holder has, on the CPU of the first rank (a
         collective call); elsewhere empty.
         """
         if self._holders.size == 1:
@@ -185,7 +182,7 @@ class FlatOptimizer:
         )
 
     def _moments(self) -> dict[str, dict[int, Tensor]]:
-        """Kind of moment -> id of a bucket's master -> its tensor."""
+        """Return kind of moment -> id of a bucket's master -> its tensor."""
         return {
             m: {id(p): rule.moment(m, p) for p in rule.masters}
             for rule in self._rules
@@ -214,7 +211,7 @@ class FlatOptimizer:
             rule.updates = snapshot.updates
 
     def _flat(self, bucket: _Bucket, tensors: Mapping[str, Tensor]) -> Tensor:
-        """Those of ``bucket``'s parameters as they lie in it, on the CPU."""
+        """Return ``bucket``'s parameters in their order there, on the CPU."""
         whole = torch.zeros(bucket.values.numel())
         for name in bucket.at:
             self._view(whole, name).copy_(tensors[name])
@@ -222,8 +219,8 @@ class FlatOptimizer:
 
 
 def _groups(named: list[tuple[str, nn.Parameter]]) -> list[list[tuple[str, nn.Parameter]]]:
-    """Neighbours of one dtype and device, ``BUCKET`` elements at most unless what must not be
-    parted has more.
+    """Group neighbours of one dtype and device, at most ``BUCKET`` elements unless an indivisible
+    group has more.
     """
     out: list[list[tuple[str, nn.Parameter]]] = []
     size = 0
@@ -239,8 +236,8 @@ def _groups(named: list[tuple[str, nn.Parameter]]) -> list[list[tuple[str, nn.Pa
 
 
 def _chains(named: list[tuple[str, nn.Parameter]]) -> list[list[tuple[str, nn.Parameter]]]:
-    """Cut into matrices that lie side by side, for a product that they share: they go on doing so
-    if no bucket ends between them and they need no padding (``ALIGN``). Others are alone.
+    """Group matrices that are adjacent for a product that they share: they stay adjacent if no
+    bucket ends between them and they need no padding (``ALIGN``). Other parameters are alone.
     """
     out: list[list[tuple[str, nn.Parameter]]] = []
     for name, p in named:
@@ -253,8 +250,8 @@ def _chains(named: list[tuple[str, nn.Parameter]]) -> list[list[tuple[str, nn.Pa
 
 @torch.no_grad()
 def _adopt(named: list[tuple[str, nn.Parameter]], holders: World) -> _Bucket:
-    """A bucket that holds the values of ``named``; the parameters become views of it. Its master is
-    the part of this of its ``holders``.
+    """Make a bucket with the values of ``named``; the parameters become views of it. Its master is
+    this rank's part among its ``holders``.
     """
     at, end = {}, 0
     for name, p in named:

@@ -1,17 +1,17 @@
 """FSDP2: each rank keeps its share of the float32 masters, moments and summed gradients. Weights
-are gathered once per step, in the forward of its first row, and gradients summed once, in the
-backward of its last, however many rows per step has.
+are gathered once per step, in the forward of its first row, and gradients are summed once, in the
+backward pass of its last, however many rows a step has.
 
 The sharded parameters are the masters; layers compute in the dtype of the run (``param_dtype``). In
 between a rank has all weights in that dtype and the sum of its rows' gradients, which FSDP2 keeps
 in float32 (``reduce_dtype``), as the plain optimizer does. So a trained parameter costs 16 bytes /
 ranks, and 2 + 4 more during a step of several rows; a layer's weights that share a product cost 2
-more, for the copy in which they lie side by side. The target's frozen matrices are kept whole on
-every rank: the objective multiplies by them chunk by chunk.
+more, for the copy in which they are adjacent. The target's frozen matrices are kept whole on every
+rank: the objective multiplies by them chunk by chunk.
 
-Gathering is the work of a rank's first pass and summing that of its last, and all ranks must do
-both: a rank without a row passes padding once (``train/step.py`` sees to it). Otherwise they may
-differ in the number of passes.
+A rank's first pass gathers and its last sums, and all ranks must do both: a rank without a row
+passes padding once (``train/step.py`` ensures it). Otherwise ranks may differ in the number of
+passes.
 """
 
 from __future__ import annotations
@@ -71,9 +71,9 @@ def shard(model: DraftModel, world: World, dtype: torch.dtype) -> JointCopies:
 
 
 class JointCopies:
-    """Of a layer's weights that share a product (``joined.py``) a copy in which they lie side by
-    side, since FSDP2 gathers each into memory of its own. Made in the first forward after they
-    changed, so once per step, for all its rows; made and followed around ``fully_shard``.
+    """A copy of a layer's weights that share a product (``joined.py``) in which they are adjacent,
+    since FSDP2 gathers each into its own memory. Made in the first forward pass after they changed,
+    so once per step, for all its rows.
     """
 
     def __init__(self, model: DraftModel, dtype: torch.dtype) -> None:
@@ -87,13 +87,13 @@ class JointCopies:
         self._old = set[nn.Module]()
 
     def follow(self) -> None:
-        """Begin; FSDP2's own hooks, which gather, are there already and come first."""
+        """Install the hooks; FSDP2's own hooks, which gather, exist already and run first."""
         for layer in self._parts:
             layer.register_forward_pre_hook(self._renew)
         self.outdated()
 
     def outdated(self) -> None:
-        """The weights have changed."""
+        """Note that the weights have changed."""
         self._old = set(self._parts)
 
     @torch.no_grad()
@@ -110,8 +110,8 @@ def _groups(model: DraftModel) -> Iterator[FSDPModule]:
 
 
 def _sum_in_next_backward(model: DraftModel, last: bool) -> None:
-    """Whether the backward to come sums gradients over ranks and lets go of the whole weights, or
-    adds them up here.
+    """Set whether the next backward pass sums gradients over ranks and frees the gathered weights,
+    or accumulates locally.
     """
     for module in _groups(model):
         module.set_requires_gradient_sync(last, recurse=False)
@@ -119,11 +119,10 @@ def _sum_in_next_backward(model: DraftModel, last: bool) -> None:
 
 
 def _wrap_forward(model: DraftModel, dtype: torch.dtype) -> None:
-    """Two things that hold only of a sharded model, around its own forward.
-
-    Its parameters are float32 until they are gathered, so the plan's tables are too and are cast
-    here. And FSDP2 hangs a hook on every tensor that a forward returns: on W2 itself, a parameter,
-    they would pile up from pass to pass, so a copy goes out.
+    """Handle two peculiarities of a sharded model's forward pass. Its parameters are float32 until
+    they are gathered, so the plan's tables are too and are cast here. And FSDP2 puts a hook on
+    every tensor that a forward pass returns: on W2, a parameter, they would accumulate from pass to
+    pass, so a copy is returned.
     """
     inner = model.forward
 
@@ -138,8 +137,8 @@ def _wrap_forward(model: DraftModel, dtype: torch.dtype) -> None:
 
 
 class ShardedAdamW:
-    """AdamW over the shards into which it cuts the trained parameters of ``model``, whose forward
-    computes in ``dtype`` from then on.
+    """AdamW over the shards of the trained parameters of ``model``, whose forward pass then
+    computes in ``dtype``.
     """
 
     def __init__(
@@ -159,8 +158,8 @@ class ShardedAdamW:
         self._adam = Adam(held, settings)
 
     def last_row(self) -> None:
-        """As ``Optimizer.last_row``; the next backward must come, of a row or of padding, before
-        ``step``.
+        """As ``Optimizer.last_row``; another backward pass, of a row or of padding, must follow
+        before ``step``.
         """
         _sum_in_next_backward(self.model, True)
 
@@ -196,8 +195,8 @@ class ShardedAdamW:
         return self._adam.moment(moment, own) if own.numel() else own.detach()
 
     def _whole(self, like: DTensor, local: Tensor) -> Tensor:
-        """All shards joined, on the CPU of rank 0 (elsewhere an empty tensor): one tensor at a time
-        is whole on a GPU.
+        """Join all shards, on the CPU of rank 0 (elsewhere an empty tensor): one tensor at a time
+        is complete on a GPU.
         """
         shards = DTensor.from_local(
             local,
@@ -212,8 +211,8 @@ class ShardedAdamW:
 
     @torch.no_grad()
     def load(self, snapshot: Snapshot) -> None:
-        """Every rank reads the whole and keeps its share, so a checkpoint serves any number of
-        ranks.
+        """Load a snapshot: every rank reads all of it and keeps its share, so a checkpoint works
+        with any number of ranks.
         """
         snapshot.check(self.parameters, dict.fromkeys(MOMENTS, self.parameters))
         for name, p in self.parameters.items():
@@ -234,7 +233,7 @@ def _local(p: DTensor) -> Tensor:
 
 
 def _share(p: DTensor, whole: Tensor) -> Tensor:
-    """This rank's rows of ``whole``."""
+    """Return this rank's rows of ``whole``."""
     part = distribute_tensor(
         whole.to(p.device_mesh.device_type), p.device_mesh, p.placements, src_data_rank=None
     )

@@ -1,23 +1,22 @@
 """Muon: the matrices of the draft's layers and ``fc`` take steps of equal size in every direction;
-AdamW has the rest.
+AdamW updates the rest.
 
 A matrix's momentum is replaced by the nearest matrix with orthonormal rows (or columns): its
 singular vectors with all singular values near 1. Five Newton-Schulz steps in bfloat16 do that with
-products alone. The step is scaled by ``0.2 sqrt(larger side)``, so that its elements are as large
-as AdamW's usually are and one learning rate serves both (Moonlight, arXiv 2502.16982). Norms,
-biases, the confidence head and the Markov factors, whose rows are embeddings of tokens, stay with
-AdamW.
+products only. The step is scaled by ``0.2 sqrt(larger side)``, so that its elements are as large as
+AdamW's usually are and one learning rate serves both (Moonlight, arXiv 2502.16982). Norms, biases,
+the confidence head and the Markov factors, whose rows are embeddings of tokens, stay with AdamW.
 
-Costs half of AdamW's moments for these matrices, and 15 products per matrix and step, which the
-ranks share: in all the arithmetic of two rows of 4,096 tokens at the shapes of GLM-5.2, of one and
-a half at Qwen3-4B's.
+It needs half of AdamW's moments for these matrices, and 15 products per matrix and step, which the
+ranks share: altogether the arithmetic of two rows of 4,096 tokens at GLM-5.2's shapes, or one and a
+half at Qwen3-4B's.
 
 Why this is not ``torch.optim.Muon`` (2.9 and later), whose formulas it shares
-(``adjust_lr_fn="match_rms_adamw"``; a test compares them):
-torch's wants every matrix as a parameter of its own with a gradient of its own, and steps through
-them one by one. Here masters, gradients and momentum lie in flat buckets, so that clipping, ZeRO's
-shares and the sums over ranks are a few large operations; matrices of one shape are orthogonalised
-in one batch; and the ranks divide the matrices among them instead of each repeating all products.
+(``adjust_lr_fn="match_rms_adamw"``; a test compares them): torch's needs every matrix as a separate
+parameter with its own gradient, and steps through them one by one. Here masters, gradients and
+momentum are in flat buckets, so that clipping, ZeRO's shares and the sums over ranks are a few
+large operations; matrices of one shape are orthogonalised in one batch; and the ranks divide the
+matrices among them instead of each repeating all products.
 """
 
 from __future__ import annotations
@@ -42,8 +41,8 @@ COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 
 
 def orthogonal(matrices: Tensor, steps: int = STEPS) -> Tensor:
-    """The orthogonal factors, roughly, of ``matrices`` [n, rows, columns] with rows <= columns, in
-    their dtype.
+    """Return the approximate orthogonal factors of ``matrices`` [n, rows, columns] with rows <=
+    columns, in their dtype.
     """
     a, b, c = COEFFICIENTS
     x: Tensor = matrices / (torch.linalg.matrix_norm(matrices, keepdim=True) + 1e-7)
@@ -54,17 +53,16 @@ def orthogonal(matrices: Tensor, steps: int = STEPS) -> Tensor:
 
 
 def is_matrix(name: str, p: nn.Parameter) -> bool:
-    """Whether Muon has the parameter of this name."""
+    """Tell whether Muon updates the parameter of this name."""
     return p.ndim == 2 and name.startswith(("layers.", "midlayer.", "fc."))
 
 
 class Muon:
-    """The rule. Of each flat float32 master, by its ``id``: ``gradients``, the whole buffer of
-    which its ``grad`` is all or a part, and ``shapes``, where matrices lie in that buffer, as
-    (start, shape). ``holders`` have a part of each master.
-
-    Of several ranks, each orthogonalises its share of the matrices and sends the factors to the
-    others: the products cost a rank what they cost one process, divided by the number of ranks.
+    """The rule. For each flat float32 master, by its ``id``: ``gradients``, the whole buffer of
+    which its ``grad`` is all or a part, and ``shapes``, the matrices in that buffer, as (start,
+    shape). ``holders`` each have a part of each master. With several ranks, each orthogonalises its
+    share of the matrices and sends the factors to the others, so a rank's cost is that of one
+    process divided by the number of ranks.
     """
 
     moments: tuple[str, ...] = ("momentum",)
@@ -90,8 +88,8 @@ class Muon:
 
     @torch.no_grad()
     def update(self, lr: float, norm: Tensor) -> None:
-        """As ``Rule.update``. The gradients are used up: what is orthogonalised, and then its
-        factors, are made in their place.
+        """As ``Rule.update``. The gradients are overwritten: first by the matrices to
+        orthogonalise, then by their factors.
         """
         self.updates += 1
         over = excess(norm, self.clip)
@@ -116,8 +114,8 @@ class Muon:
             p.mul_(1.0 - lr * self.weight_decay).add_(p.grad, alpha=-lr)
 
     def _sent(self, matrices: list[Tensor], own: dict[int, Tensor]) -> Iterator[tuple[int, Tensor]]:
-        """Index and factor of all ``matrices``, each from its owner; ``own`` are this rank's and
-        are used up.
+        """Yield index and factor of all ``matrices``, each from its owner; ``own`` are this rank's
+        and are overwritten.
         """
         for i, matrix in enumerate(matrices):
             factor = own.pop(i, None)
@@ -126,8 +124,8 @@ class Muon:
             yield i, self.world.send_(factor, self._owner[i])
 
     def _factors(self, matrices: list[Tensor]) -> Iterator[tuple[int, Tensor]]:
-        """Index and orthogonal factor of this rank's share of ``matrices``. Those of one shape go
-        together.
+        """Yield index and orthogonal factor of this rank's share of ``matrices``. Those of one
+        shape are processed together.
         """
         alike: dict[torch.Size, list[int]] = {}
         for i, matrix in enumerate(matrices):
@@ -146,8 +144,8 @@ def _precision(matrix: Tensor) -> torch.dtype:
 
 
 def owners(shapes: list[torch.Size], ranks: int) -> list[int]:
-    """Which rank orthogonalises each matrix: the costliest first, each to the rank with least to
-    do. The same on every rank.
+    """Return which rank orthogonalises each matrix: the costliest first, each to the least loaded
+    rank. The same on every rank.
     """
     cost = [min(shape) ** 2 * max(shape) for shape in shapes]
     out, load = [0] * len(shapes), [0] * ranks

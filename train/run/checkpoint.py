@@ -4,9 +4,9 @@ newest one is resumed.
 checkpoints/step_00001200/ model.safetensors (float32 masters) optimizer.safetensors (moments)
 state.json
 
-They hold whole tensors under their names, so a run goes on with any strategy on any number of
-ranks. ``state.json`` is sealed, and has the checksums of the other files and the digest of the
-store: what differs from what was written, or belongs to other states, is not resumed.
+They hold complete tensors by name, so a run continues with any strategy on any number of ranks.
+``state.json`` is sealed, and holds the checksums of the other files and the digest of the store: a
+checkpoint that was changed, or belongs to other states, is not resumed.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ BEFORE = "Remove that folder to resume from the one before it."
 
 @dataclass(frozen=True, slots=True)
 class Position:
-    """Where in the run: optimizer steps done in all, and the next step of the stream as (epoch,
-    step within it).
+    """Position in the run: optimizer steps done, and the next step of the stream as (epoch, step
+    within it).
 
     ``best``: the highest validation so far by each metric that may select the draft.
     """
@@ -58,8 +58,8 @@ class Position:
 
 @dataclass(frozen=True, slots=True)
 class State:
-    """What ``state.json`` holds. ``files``: bytes and crc32c of the others by name; ``store``: the
-    digest of the store.
+    """The contents of ``state.json``. ``files``: bytes and crc32c of the other files by name;
+    ``store``: the digest of the store.
     """
 
     position: Position
@@ -68,8 +68,8 @@ class State:
 
 
 def save(folder: Path, position: Position, snapshot: Snapshot, keep: int, store: str = "") -> Path:
-    """Write ``folder/step_N`` whole or not at all, in the place of one that is there; then delete
-    all but the newest ``keep``.
+    """Write ``folder/step_N`` completely or not at all, replacing an existing one; then delete all
+    but the newest ``keep``.
     """
     from safetensors.torch import save_file
 
@@ -95,7 +95,7 @@ def name_of(step: int) -> str:
 
 
 def _discard(old: Path) -> None:
-    """Delete a checkpoint, which is none any more once the first of its files goes."""
+    """Delete a checkpoint, which is invalid as soon as the first of its files is gone."""
     aside = old.with_name(STAGING + old.name)
     os.rename(old, aside)
     fsync_path(old.parent)
@@ -103,8 +103,8 @@ def _discard(old: Path) -> None:
 
 
 def found(folder: Path) -> list[Path]:
-    """Checkpoints, oldest first. They are committed by rename, so one that lacks a file is
-    damaged.
+    """Return the checkpoints, oldest first. They are committed by rename, so one that lacks a file
+    is damaged.
     """
     return sorted(p for p in folder.glob("step_*") if p.is_dir())
 
@@ -112,8 +112,8 @@ def found(folder: Path) -> list[Path]:
 def load(path: Path, optimizer: Optimizer, store: str = "") -> Position:
     """Restore ``optimizer`` (and through it the model) from the checkpoint at ``path``.
 
-    Raises TrainError where it is not what was written, MismatchError where it was trained on
-    another store than that of digest ``store``.
+    Raises TrainError if it is not what was written, MismatchError if it was trained on a store with
+    another digest than ``store``.
     """
     from safetensors import safe_open
     from safetensors.torch import load_file
@@ -129,9 +129,9 @@ def load(path: Path, optimizer: Optimizer, store: str = "") -> Position:
         raise TrainError(f"{path}: the checkpoint cannot be resumed: {error}. {BEFORE}") from error
     if state.store != store:
         raise MismatchError(
-            f"{path} was trained on a store of digest {state.store[:12]}, the store now has "
-            f"{store[:12]}: other states or masks. "
-            "Use the store that the training was begun on, or another --output."
+            f"{path} was trained on a store with digest {state.store[:12]}, but the store now "
+            f"has {store[:12]}: its states or masks differ. Use the store that the "
+            "training started with, or another --output."
         )
     moments: dict[str, dict[str, Tensor]] = {}
     for key, tensor in flat.items():
@@ -142,26 +142,26 @@ def load(path: Path, optimizer: Optimizer, store: str = "") -> Position:
 
 
 def read_state(path: Path) -> State:
-    """The state of the checkpoint at ``path``, the checksums of its files compared. Raises
+    """Read the state of the checkpoint at ``path`` and compare the checksums of its files. Raises
     DamagedCacheError or OSError.
     """
     where = str(path / STATE)
     data = json_text.read(path / STATE)
     if isinstance(data, dict) and "crc32c" not in data:
         raise DamagedCacheError(
-            f"{where} has no checksums, as those of earlier releases: end that run with the "
-            "release that began it"
+            f"{where} has no checksums, as those of earlier releases: finish that run with the "
+            "release that started it"
         )
     body = unseal(data, where)
     state = build(State, {**body, "position": build(Position, body.get("position"), where)}, where)
     if name_of(state.position.step) != path.name:
         raise DamagedCacheError(
-            f"{where} is of step {state.position.step}, the folder is {path.name}"
+            f"{where} is for step {state.position.step}, but the folder is {path.name}"
         )
     for name in (WEIGHTS, MOMENTS):
         expected, sums = tuple(state.files[name]), file_sums(path / name)[:2]
         if sums != expected:
             raise DamagedCacheError(
-                f"{path / name}: bytes and crc32c are {sums}, expected {expected}"
+                f"{path / name}: size and crc32c are {sums}, expected {expected}"
             )
     return state

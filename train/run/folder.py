@@ -1,4 +1,6 @@
-"""The folder of a training run: whose it is, and which settings and store it was begun with."""
+"""The folder of a training run: what it belongs to, and which settings and store it was started
+with.
+"""
 
 from __future__ import annotations
 
@@ -40,9 +42,7 @@ WRITTEN = (
 
 def read_record(path: Path, remedy: str = WRITTEN) -> dict[str, Any]:
     """The JSON object in ``path``, a file beside a draft. Raises DraftError, naming the file, if it
-    is missing, no JSON or no object.
-
-    ``remedy``: what was expected in it and what to do.
+    is missing, not JSON, or not an object. ``remedy``: what was expected in it and what to do.
     """
     try:
         found: Any = json_text.read(path)
@@ -56,8 +56,8 @@ def read_record(path: Path, remedy: str = WRITTEN) -> dict[str, Any]:
 
 
 def identity(output: Path) -> int | None:
-    """What differs between trainings that have stood in ``output``: the inode of the record that
-    each begins with.
+    """Return what distinguishes successive trainings in ``output``: the inode of the record that
+    each starts with.
     """
     try:
         return (output / TRAINING).stat().st_ino
@@ -66,17 +66,17 @@ def identity(output: Path) -> int | None:
 
 
 def refuse_file(output: Path) -> None:
-    """Raise UsageError where ``output`` is, or lies below, a file."""
+    """Raise UsageError if ``output`` is, or is below, a file."""
     above = existing_parent(output)
     if not above.is_dir():
         raise UsageError(
-            f"--output {output}: {above} is a file; expected a folder, or a name that is free"
+            f"--output {output}: {above} is a file; expected a folder, or an unused name"
         )
 
 
 def claim(output: Path, config: TrainConfig, *, resume: bool, overwrite: bool) -> None:
-    """Refuse to write into a folder that holds something else, or another run. Changes nothing:
-    what ``overwrite`` allows is done by ``begin``.
+    """Refuse to write into a folder that holds something else, or another run. Changes nothing;
+    ``begin`` does what ``overwrite`` allows.
     """
     if config.init_from and Path(config.init_from).resolve().is_relative_to(output.resolve()):
         raise UsageError(
@@ -105,7 +105,7 @@ def claim(output: Path, config: TrainConfig, *, resume: bool, overwrite: bool) -
     if (output / CLEARING).exists():
         raise ExistsError(
             f"{output}: an --overwrite was stopped while it deleted the training there, and what "
-            "is left is not whole. Give --overwrite again."
+            "is left is incomplete. Use --overwrite again."
         )
     if not resume:
         raise ExistsError(
@@ -116,8 +116,8 @@ def claim(output: Path, config: TrainConfig, *, resume: bool, overwrite: bool) -
 
 
 def store_identity(run: Run) -> dict[str, Any]:
-    """What makes a store this store, for a person and for ``--resume``. Of several: what they have
-    in common, sums, and each one.
+    """Return what identifies a store, for people and for ``--resume``. For several: what they have
+    in common, totals, and each one.
     """
     each = [_identity(store) for store in run.cache.stores]
     if len(each) == 1:
@@ -145,7 +145,7 @@ def _identity(store: Cache) -> dict[str, Any]:
 
 
 def content(*stores: Cache) -> str:
-    """What tells the states and masks of stores from any others: a sha256 over their plans and the
+    """Return what identifies the states and masks of stores: a sha256 over their plans and the
     checksums of every part's record, which lists those of its files.
     """
     if len(stores) > 1:
@@ -157,7 +157,7 @@ def content(*stores: Cache) -> str:
 
 
 def same_store(output: Path, run: Run) -> None:
-    """Raise MismatchError, naming every difference, if the run in ``output`` was begun on another
+    """Raise MismatchError, naming every difference, if the run in ``output`` was started on another
     store.
     """
     path = output / STORE
@@ -178,9 +178,9 @@ def same_store(output: Path, run: Run) -> None:
 
 
 def begin(output: Path, run: Run, *, resume: bool, overwrite: bool = False) -> None:
-    """Make the folder and write what it belongs to, once ``claim`` and ``prepare`` have refused
-    nothing. On ``resume``, refuse another store;
-    on ``overwrite``, delete the training that is there.
+    """Create the folder and record what it belongs to, once ``claim`` and ``prepare`` have
+    succeeded. On ``resume``, refuse another store; on ``overwrite``, delete the training that is
+    there.
     """
     if resume:
         from dspark.train.run.history import same_start
@@ -205,8 +205,8 @@ def begin(output: Path, run: Run, *, resume: bool, overwrite: bool = False) -> N
 
 
 def _clear(output: Path) -> None:
-    """Delete all but the record that says whose the folder is: if this is cut short, the folder is
-    still one that may be replaced.
+    """Delete everything but the record that identifies the folder: if this is interrupted, the
+    folder can still be replaced.
     """
     for entry in output.iterdir():
         if entry.name in (TRAINING, LOCK, CLEARING):

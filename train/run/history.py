@@ -1,5 +1,5 @@
-"""``history.json`` beside a draft: what it began with, and every session that trained it. Tells
-interrupted, resumed and warm-started runs apart, for a person and for the model card.
+"""``history.json`` beside a draft: what it started from, and every session that trained it.
+Distinguishes interrupted, resumed and warm-started runs, for people and for the model card.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ RUNNING, FINISHED, INTERRUPTED, FAILED = "running", "finished", "interrupted", "
 
 
 def same_start(output: Path, run: Run) -> None:
-    """Raise MismatchError if the run in ``output`` began with other weights than ``--init-from``
+    """Raise MismatchError if the run in ``output`` started from other weights than ``--init-from``
     holds now.
     """
     path = output / HISTORY
@@ -32,15 +32,17 @@ def same_start(output: Path, run: Run) -> None:
     then = (read_record(path).get("start") or {}).get("weights_sha256")
     if then != run.start.weights_sha256:
         raise MismatchError(
-            f"{output} began with weights {str(then)[:12]}, {run.config.init_from} now holds "
-            f"{run.start.weights_sha256[:12]}: "
-            "the draft there was changed. Restore it, or use another --output."
+            f"{output} started from weights {str(then)[:12]}, but {run.config.init_from} now "
+            f"holds {run.start.weights_sha256[:12]}: that draft was changed. Restore it, "
+            "or use another --output."
         )
 
 
 @contextmanager
 def session(output: Path, run: Run, step: int, *, resumed: bool) -> Iterator[Session]:
-    """Record a session from ``step`` on. KeyboardInterrupt and errors are recorded and pass on."""
+    """Record a session from ``step`` on. KeyboardInterrupt and errors are recorded and
+    propagate.
+    """
     path = output / HISTORY
     earlier: Mapping[str, Any] = read_record(path) if resumed and path.is_file() else {}
     start = None if run.start is None else run.start.to_json()
@@ -58,7 +60,7 @@ def session(output: Path, run: Run, step: int, *, resumed: bool) -> Iterator[Ses
 
 
 class Session:
-    """The session that runs now; ``reached`` is the last step whose checkpoint is whole."""
+    """The current session; ``reached`` is the last step with a complete checkpoint."""
 
     def __init__(
         self, path: Path, start: dict[str, Any] | None, before: list[Any], step: int
@@ -73,9 +75,9 @@ class Session:
 
 
 def sentences(record: Mapping[str, Any]) -> list[str]:
-    """What a history says, a sentence each: how it began, and how it was trained."""
+    """Return a history as sentences: how it started, and how it was trained."""
     start, sessions = record.get("start"), record.get("sessions") or []
-    out = ["Began with random weights."]
+    out = ["Started from random weights."]
     if start:
         out = [
             f"Warm start: {start['taken']} tensors of {start['folder']} (weights sha256 "

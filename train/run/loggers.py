@@ -1,8 +1,8 @@
 """Loggers beside metrics.jsonl: TensorBoard, Weights & Biases, MLflow, Trackio. One that is not
-installed is a warning.
+installed causes a warning.
 
-A logger takes ``row(name -> number, step)`` and ``close()``. What it cannot do (no network, not
-logged in) is said once and ends that logger, not the training: metrics.jsonl has the numbers.
+A logger takes ``row(name -> number, step)`` and ``close()``. A failure (no network, not logged in)
+is reported once and ends that logger, not the training: metrics.jsonl has the numbers.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from dspark.cache.errors import first_line
 
 
 class Logger(Protocol):
-    """Takes the numbers of a step."""
+    """Receives the metrics of a step."""
 
     def row(self, values: Mapping[str, float], step: int) -> None: ...
     def close(self) -> None: ...
@@ -39,7 +39,7 @@ class TensorBoard:
 
 
 class RunOf:
-    """Weights & Biases, or Trackio, which has the same calls: a run named as the folder in the
+    """Weights & Biases, or Trackio, which has the same calls: a run named like the folder in the
     project ``dspark``.
     """
 
@@ -60,8 +60,8 @@ class RunOf:
 
 
 class MLflow:
-    """A run named as the folder in the experiment ``dspark``, at the tracking address that the
-    environment names.
+    """A run named like the folder in the experiment ``dspark``, at the tracking address set in the
+    environment.
     """
 
     def __init__(self, folder: Path, settings: Mapping[str, Any], resume_step: int) -> None:
@@ -95,7 +95,7 @@ STARTED: dict[str, Callable[[Path, Mapping[str, Any], int], Logger]] = {
 
 
 class Loggers:
-    """The loggers ``names`` of a run in ``folder``; ``warn`` is told of each that cannot log."""
+    """The loggers ``names`` of a run in ``folder``; ``warn`` is called for each that cannot log."""
 
     def __init__(
         self,
@@ -116,7 +116,7 @@ class Loggers:
         self._open[name] = STARTED[name](folder, settings, resume_step)
 
     def row(self, data: Mapping[str, Any]) -> None:
-        """Log the numbers of a row of metrics.jsonl; a list becomes one number per place in it."""
+        """Log the numbers of a row of metrics.jsonl; a list becomes one number per element."""
         prefix = "validation" if data.get("validation") else "train"
         values = {}
         for key, value in data.items():
@@ -140,7 +140,7 @@ class Loggers:
             work()
         except ImportError:
             self._warn(
-                f"--logger {name}: not installed (pip install {name}); the numbers are in "
+                f"--logger {name}: not installed (pip install {name}); the metrics are in "
                 "metrics.jsonl"
             )
         # Each of these packages has a family of errors of its own, and none of them may end a
@@ -148,6 +148,6 @@ class Loggers:
         except Exception as error:
             self._open.pop(name, None)
             self._warn(
-                f"--logger {name}: {first_line(error)}; logging there stops; the numbers are in "
+                f"--logger {name}: {first_line(error)}; logging there stops; the metrics are in "
                 "metrics.jsonl"
             )

@@ -1,5 +1,5 @@
-"""What a run will take of a device's memory, estimated before it starts: parameters exactly, the
-rest by the largest tensors.
+"""Estimate the device memory of a run before it starts: parameters exactly, the rest from the
+largest tensors.
 
 Legend: S tokens of a row, L aux layers, H hidden size, A anchors, B slots, Q = A*B, D head size, I
 intermediate size.
@@ -35,10 +35,9 @@ class Memory:
 def row_bytes(
     config: DraftConfig, tokens: int, anchors: int, width: int, *, recompute: bool
 ) -> int:
-    """Bytes of a row's states and of the activations that backward keeps, ``width`` bytes an
-    element.
-
-    ``recompute``: only the layers' inputs are kept, and one layer's inside at a time.
+    """Return the bytes of a row's states and of the activations kept for the backward pass, at
+    ``width`` bytes per element. ``recompute``: only the layers' inputs are kept, and one layer's
+    activations at a time.
     """
     h, q = config.hidden_size, anchors * config.block_size
     heads, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
@@ -53,7 +52,7 @@ def row_bytes(
 
 
 def estimate_memory(run: Run) -> Memory:
-    """Of this rank's device."""
+    """Estimate the memory of this rank's device."""
     config, model = run.config, run.model
     width = run.compute.dtype.itemsize
     count = sum(p.numel() for _, p in model.trained())
@@ -86,7 +85,7 @@ def estimate_memory(run: Run) -> Memory:
 
 
 def describe(run: Run) -> str:
-    """Three lines for a person: what is trained on what, the layers it reads, and the memory it
+    """Return three lines to print: what is trained on what, the layers it reads, and the memory it
     will take.
     """
     m, world, config = estimate_memory(run), run.world, run.config
@@ -98,8 +97,8 @@ def describe(run: Run) -> str:
     return (
         f"draft of {count / 1e6:.1f} M trained parameters, "
         f"{str(run.compute.dtype).removeprefix('torch.')} on {where}: "
-        f"{config.rows_per_step} rows of {run.stream.total_seq_len} tokens per step, {rows} per "
-        "process, one after the other"
+        f"{config.rows_per_step} rows of {run.stream.total_seq_len} tokens per step, "
+        f"{rows} per process, one after another"
         + (f"; recipe {config.recipe}" if config.recipe else "")
         + f"\n{_layers(run)}{_mixture(run)}"
         + f"\nmemory per device, about: {_gb(m.trained)} weights, masters, gradients, moments "
@@ -116,7 +115,7 @@ def _layers(run: Run) -> str:
 
 
 def _mixture(run: Run) -> str:
-    """A line on the stores where there are several: what an epoch takes of each."""
+    """Return a line per store if there are several: what an epoch takes from each."""
     if len(run.cache.stores) == 1:
         return ""
     taken = [0] * len(run.cache.stores)

@@ -1,4 +1,4 @@
-"""Where a run's numbers go: ``metrics.jsonl`` (one object per line), a log file, loggers. Resuming
+"""Where a run's metrics go: ``metrics.jsonl`` (one object per line), a log file, loggers. Resuming
 drops what came after the checkpoint.
 """
 
@@ -17,7 +17,7 @@ from dspark.train.run.loggers import Loggers
 
 
 class RunLog:
-    """``row()`` appends to metrics.jsonl and tells the log and the loggers."""
+    """``row()`` appends to metrics.jsonl, the log and the loggers."""
 
     def __init__(self, folder: Path, resume_step: int, loggers: Loggers | None = None) -> None:
         self.path = folder / METRICS

@@ -60,15 +60,15 @@ class Run:
 
 
 def row_length(cache: Stores, requested: int | None) -> int:
-    """``--total-seq-len``, by default 4096 or the longest sequence length of the stores if that is
-    longer.
+    """Return ``--total-seq-len``; by default 4096, or the longest sequence length of the stores if
+    that is longer.
     """
     return requested or max(4096, *(store.manifest.dump.seq_length for store in cache.stores))
 
 
 def open_stores(paths: Sequence[str]) -> Stores:
-    """The store, or several as one. Raises, naming it, for one that has no anchor to train on, and
-    as ``JoinedCache``.
+    """Open the store, or several as one. Raises, naming it, for one without an anchor to train on,
+    and as ``JoinedCache``.
     """
     stores = [dspark.cache.open(path) for path in paths]
     for store in stores:
@@ -87,8 +87,8 @@ def prepare(config: TrainConfig, world: World | None = None) -> Run:
     world = world or World()
     if config.rows_per_step < world.size:
         raise UsageError(
-            f"--rows-per-step {config.rows_per_step} for {world.size} processes: each needs a "
-            f"row; raise it to a multiple of {world.size}"
+            f"--rows-per-step {config.rows_per_step} for {world.size} processes: each needs at "
+            f"least one row; use a multiple of {world.size}"
         )
     kind = drafter(config.speculator_type)
     objective = kind.objective(config)
@@ -219,8 +219,8 @@ def compile_draft(model: DraftModel, *, in_parts: bool) -> None:
     """torch.compile. Rows are padded to one shape, so one compilation serves the run (and one
     without gradients, validation).
 
-    ``in_parts``: layer by layer, what comes before them and what after, between FSDP2's hooks,
-    which are no work for a compiler.
+    ``in_parts``: layer by layer, and the parts before and after them, between FSDP2's hooks, which
+    cannot be compiled.
     """
     if not in_parts:
         model.compile(dynamic=False)

@@ -1,5 +1,5 @@
-"""Whether a step's numbers and states are ones that can be: what is not stops the run, before any
-weights are saved, and the samples are named.
+"""Check that a step's numbers and states are plausible: if not, the run stops before any weights
+are saved, and the samples are named.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ NAMED = 4  # samples, at most, in a message
 
 
 def largest(batch: Batch) -> Tensor:
-    """The largest absolute value of the batch's states, float32 [] on its device; NaN where one is.
-    Waits for nothing.
+    """Return the largest absolute value of the batch's states, float32 [] on its device; NaN if
+    there is one. Does not wait for the device.
     """
     ends = [end for t in (batch.aux, batch.last) if t.numel() for end in torch.aminmax(t)]
     return (
@@ -36,8 +36,8 @@ def largest(batch: Batch) -> Tensor:
 
 
 def check_states(run: Run, steps: list[Position], values: list[Tensor]) -> None:
-    """Raise TrainError, naming step and samples, if the largest state of one of ``steps`` is none
-    that can be. Waits for the device.
+    """Raise TrainError, naming step and samples, if the largest state of one of ``steps`` is
+    implausible. Waits for the device.
     """
     if not steps:
         return
@@ -47,9 +47,7 @@ def check_states(run: Run, steps: list[Position], values: list[Tensor]) -> None:
 
 
 def check_numbers(run: Run, position: Position, loss: float, grad_norm: float) -> None:
-    """Raise TrainError, naming the samples of the step, if loss or gradient are none that can
-    be.
-    """
+    """Raise TrainError, naming the samples of the step, if loss or gradient are implausible."""
     if not (math.isfinite(loss) and math.isfinite(grad_norm)):
         wanted = "expected finite numbers"
     elif abs(loss) > LOSS_LIMIT:
@@ -67,8 +65,8 @@ def _where(position: Position) -> str:
 
 
 def words(run: Run, position: Position) -> str:
-    """What there is to do, and which samples of the step just done have states that cannot be, by
-    index and key; or that none has.
+    """Say what to do, and which samples of the last step have implausible states, by index and key;
+    or that none has.
     """
     samples = list(_samples(run, position))
     bad = [i for i in samples if not _sound(run, i)]
@@ -77,19 +75,18 @@ def words(run: Run, position: Position) -> str:
     more = f" and {len(bad or samples) - NAMED} more" if len(bad or samples) > NAMED else ""
     if bad:
         return (
-            f"samples {shown}{more} of {run.cache.path} hold states that no target has (NaN, or "
-            f"above {STATE_LIMIT:.0e}). "
-            "Dump these rows again, or leave them out; the weights since the last checkpoint "
-            "were not saved."
+            f"samples {shown}{more} of {run.cache.path} hold invalid states (NaN, or above "
+            f"{STATE_LIMIT:.0e}). Dump these rows again, or leave them out; the weights "
+            "since the last checkpoint were not saved."
         )
     return (
-        f"No sample of the step has states above {STATE_LIMIT:.0e} (it had {shown}{more}). Lower "
-        "--lr, or look at the store with dspark-tools stats."
+        f"No sample of the step ({shown}{more}) has states above {STATE_LIMIT:.0e}. Lower --lr, "
+        "or look at the store with dspark-tools stats."
     )
 
 
 def _samples(run: Run, position: Position) -> Iterator[int]:
-    """The samples of the step that ``position`` is the end of, on all ranks."""
+    """Return the samples of the step that ends at ``position``, on all ranks."""
     rows = run.stream.plan(position.epoch)
     at = (position.epoch_step - 1) * run.stream.rows_per_step
     for row in rows[at : at + run.stream.rows_per_step]:

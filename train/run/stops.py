@@ -1,4 +1,4 @@
-"""What is safe of a training that stops: said when a signal ends it."""
+"""What is safe when a training stops: printed when a signal ends it."""
 
 from __future__ import annotations
 
@@ -11,21 +11,19 @@ from dspark.train.run import checkpoint, folder
 
 
 def saved_in(output: Path, *, resume: bool = True) -> Callable[[], str]:
-    """What is safe of a training in ``output``, in words. Without ``resume`` a training that is
-    there when this is called is another one.
+    """Return what is safe of a training in ``output``. Without ``resume``, a training that exists
+    when this is called is another one.
     """
     before = folder.identity(output)
 
     def safe() -> str:
         if (output / folder.CLEARING).exists():
-            return (
-                f"The training that was there, {output}, is partly deleted. Give --overwrite again."
-            )
+            return f"The training at {output} is partly deleted. Use --overwrite again."
         if not resume and before is not None and folder.identity(output) == before:
-            return f"The training that was there, {output}, is as it was."
+            return f"The training at {output} is unchanged."
         whole = checkpoint.found(output / "checkpoints")
         if not whole:
-            return "No step is saved."
+            return "No step was saved."
         step = int(whole[-1].name.removeprefix("step_"))
         return f"Step {step} is saved in {whole[-1]}. Rerun the same command with --resume."
 
@@ -34,7 +32,7 @@ def saved_in(output: Path, *, resume: bool = True) -> Callable[[], str]:
 
 @contextmanager
 def interrupted(safe: Callable[[], str]) -> Iterator[None]:
-    """Make a KeyboardInterrupt outside of the steps a Stopped."""
+    """Convert a KeyboardInterrupt outside the steps to Stopped."""
     try:
         yield
     except KeyboardInterrupt as error:

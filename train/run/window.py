@@ -1,9 +1,7 @@
-"""The numbers of a logged step, read once the device has them.
-
-Reading a value waits for the device, and a device that has nothing queued meanwhile idles until the
-next step's first kernels arrive, the longer the slower its host. So a logged step only starts the
-copies (``Logged.begin``), and the loop reads them (``Logged.row``) when it has queued the step that
-follows.
+"""The metrics of a logged step, read once the device has them. Reading a value waits for the
+device, and a device with nothing queued then idles until the next step's first kernels arrive,
+longer on a slow host. So a logged step only starts the copies (``Logged.begin``), and the loop
+reads them (``Logged.row``) when it has queued the step that follows.
 """
 
 from __future__ import annotations
@@ -21,8 +19,8 @@ from dspark.train.run.setup import Run
 
 
 class Moment:
-    """The end of what is queued on ``device`` now, on the device's own clock; on a CPU simply
-    now.
+    """The end of what is currently queued on ``device``, on the device's own clock; on a CPU, the
+    present time.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -33,12 +31,12 @@ class Moment:
         self._now = time.perf_counter()
 
     def wait(self) -> None:
-        """Return when the device is there."""
+        """Wait until the device has reached it."""
         if self._event is not None:
             self._event.synchronize()
 
     def seconds_after(self, earlier: Moment) -> float:
-        """Of two moments of one device, both past (``wait``)."""
+        """Return the seconds between two past moments (``wait``) of one device."""
         if self._event is None:
             return self._now - earlier._now
         return 1e-3 * float(earlier._event.elapsed_time(self._event))
@@ -46,8 +44,8 @@ class Moment:
 
 @dataclass(slots=True)
 class Window:
-    """The steps between two logged rows: when they began, how many there were, tokens of all ranks;
-    ``waited`` is the feed's count at its start, in seconds.
+    """The steps between two logged rows: when they began, how many there were, the tokens of all
+    ranks; ``waited`` is the feed's count at its start, in seconds.
     """
 
     started: Moment
@@ -59,7 +57,7 @@ class Window:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Logged:
-    """A logged step on its way: ``row`` gives its numbers, over all ranks."""
+    """A logged step in flight: ``row`` returns its metrics over all ranks."""
 
     window: Window
     position: Position
@@ -82,10 +80,10 @@ class Logged:
         window: Window,
         waited: float,
     ) -> Logged:
-        """For the step just queued, with ``metrics`` of this rank's rows and ``norm_and_loss``
-        float32[3] as ``step`` gave it; ``waited`` is the feed's count now. Sums over ranks and
-        copies to the host are queued; nothing here waits for the device. Changes its arguments'
-        tensors.
+        """Start the copies for the step just queued, with ``metrics`` of this rank's rows and
+        ``norm_and_loss`` float32[3] from ``step``; ``waited`` is the feed's current count. Sums
+        over ranks and copies to the host are queued; nothing here waits for the device. Changes its
+        arguments' tensors.
         """
         world, device = run.world, run.compute.device
         world.sum_(norm_and_loss[1:2])
@@ -106,8 +104,8 @@ class Logged:
         )
 
     def row(self) -> dict[str, Any]:
-        """The row of metrics.jsonl: losses of the step, speed of its window. Waits for the device
-        to have done the step.
+        """Return the row of metrics.jsonl: losses of the step, speed of its window. Waits until the
+        device has done the step.
         """
         self.ended.wait()
         grad_norm, loss, _ = self.norm_and_loss.tolist()
@@ -142,5 +140,5 @@ class Logged:
 
 
 def _peak(device: torch.device) -> float:
-    """GB that tensors took of this rank's GPU at most, so far; 0 on a CPU."""
+    """Return the peak GB that tensors have taken on this rank's GPU so far; 0 on a CPU."""
     return torch.cuda.max_memory_allocated(device) / 1e9 if device.type == "cuda" else 0.0

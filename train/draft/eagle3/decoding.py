@@ -1,5 +1,5 @@
-"""Decoding with EAGLE-3 and P-EAGLE: cached keys and values of the context's rows, then the steps
-on the draft's own tokens.
+"""Decode with EAGLE-3 and P-EAGLE: cached keys and values of the context's rows, then the steps on
+the draft's own tokens.
 
 The row of a position needs the token after it, so the newest complete token's row waits for the
 next one: with the anchor it is step 0.

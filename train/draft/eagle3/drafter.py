@@ -1,11 +1,11 @@
 """EAGLE-3 and P-EAGLE: one Llama layer that reads a fusion of three of the target's layers beside
 the embedding of the next token.
 
-The row of position p is made of the target's states at p and the token x[p + 1], and predicts x[p +
-2]. EAGLE-3 goes on from its own state and the token it drafted, so training unrolls it:
+The row of position p is made from the target's states at p and the token x[p + 1], and predicts x[p
++ 2]. EAGLE-3 continues from its own state and the token it drafted, so training unrolls it:
 ``--block-size`` is the number of such steps ("test-time steps"). P-EAGLE drafts them all at once:
-later rows carry the mask token and a learnt state. The output matrix is the target's, frozen, as
-for the other types.
+later rows use the mask token and a learned state. The output matrix is the target's, frozen, as for
+the other types.
 
 vLLM serves both with method ``eagle3``, the second with ``parallel_drafting``; SGLang reads the
 same tensors.
@@ -46,7 +46,7 @@ _NONE = {"markov_rank": 0, "enable_confidence_head": False, "confidence_head_wit
 
 class Eagle3(DrafterType):
     name = "eagle3"
-    summary = "one layer on three aux layers, unrolled"
+    summary = "one layer that reads three aux layers, unrolled"
     servers = "vLLM and SGLang (method eagle3)"
     method = "eagle3"
     spelled_by_speculators = False
@@ -89,7 +89,7 @@ class Eagle3(DrafterType):
         for key in ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output"):
             if flat.get(key):
                 raise DraftError(
-                    f"config.json has {key}; this package computes only drafts without it"
+                    f"config.json has {key}; this package supports only drafts without it"
                 )
         ids = flat.get("eagle_aux_hidden_state_layer_ids")
         if not isinstance(ids, list):

@@ -7,8 +7,8 @@ target and draft vocabulary.
 hidden_norm(h)]`` [2 H]; attention (no norm of queries and keys) is added to h, the MLP to that, and
 ``norm`` of the sum goes to the output matrix. Step 0 of anchor a is the row of position a - 1: h is
 fused there, the token x[a]. Step k has the token x[a + k] and the sum of step k - 1 as h (P-EAGLE:
-the mask token and fc of a learnt state), at position a - 1 + k. It attends to the rows of positions
-before a - 1, which are made as step 0's, and to the anchor's own steps up to k.
+the mask token and fc of a learned state), at position a - 1 + k. It attends to the rows of
+positions before a - 1, which are made as step 0's, and to the anchor's own steps up to k.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ from dspark.train.ops.rope import Rope, rope_tables, rotate
 
 @dataclass(frozen=True, slots=True)
 class Eagle3Plan:
-    """Of one row: ``far`` bool[A, S] which positions before its own row an anchor sees, ``first``
-    bool[A] whether it has one (not the first token of a document), cos and sin of the row's
-    positions and of each step's.
+    """The plan of one row: ``far`` bool[A, S] which positions before its own row an anchor sees,
+    ``first`` bool[A] whether it has one (not the first token of a document), cos and sin of the
+    row's positions and of each step's.
     """
 
     far: Tensor
@@ -73,18 +73,18 @@ class MidLayer(nn.Module):
         self.mlp = Mlp(c.hidden_size, c.intermediate_size)
 
     def rows(self, embedded: Tensor, hidden: Tensor) -> Tensor:
-        """[n, 2 H] of embeddings and hidden states [n, H]."""
+        """Return rows [n, 2 H] of embeddings and hidden states [n, H]."""
         return torch.cat([self.input_layernorm(embedded), self.hidden_norm(hidden)], -1)
 
     def after(self, hidden: Tensor, seen: Tensor) -> Tensor:
-        """The layer's output [n, H] from what attention saw [n, Hq, D]."""
+        """Return the layer's output [n, H] from the attention output [n, Hq, D]."""
         x = hidden + self.self_attn.o_proj(seen.flatten(1))
         out: Tensor = x + self.mlp(self.post_attention_layernorm(x))
         return out
 
 
 class Eagle3Model(DraftModel):
-    """A draft for ``target``; names of parameters are those of the served checkpoint. ``parallel``:
+    """A draft for ``target``; parameter names are those of the served checkpoint. ``parallel``:
     P-EAGLE.
     """
 
@@ -123,7 +123,7 @@ class Eagle3Model(DraftModel):
         return F.embedding(ids, weight).to(self.fc.weight.dtype)
 
     def fused(self, aux: Tensor) -> Tensor:
-        """[n, H] of the target's states [n, 3, H]."""
+        """Fuse the target's states [n, 3, H] to [n, H]."""
         out: Tensor = self.fc(aux.flatten(1).to(self.fc.weight.dtype))
         return out
 
@@ -141,7 +141,7 @@ class Eagle3Model(DraftModel):
         return Eagle3Plan(far, where > 0, self.ropes(batch.position), steps)
 
     def forward(self, batch: Batch, plan: Eagle3Plan) -> SlotStates:  # type: ignore[override]
-        """h [A, B, H] after the norm, every step on the data's tokens."""
+        """Return h [A, B, H] after the norm, with every step on the data's tokens."""
         layer, fused = self.midlayer, self.fused(batch.aux)
         following = torch.cat([batch.input_ids[1:], batch.input_ids[:1]])
         rows = layer.rows(self.embedded(following), fused)
@@ -170,8 +170,8 @@ class Eagle3Model(DraftModel):
         ropes: tuple[Rope, ...],
         attend: Callable[[Tensor, list[tuple[Tensor, Tensor]]], Tensor],
     ) -> Tensor:
-        """h [A, B, H] after the norm, from step 0's ``hidden`` [A, H]. ``token(k, h)``: ids
-        int64[A] of step k, h [A, H] what the step before gave; ``attend(q, own)``: [A, Hq, D] over
+        """Return h [A, B, H] after the norm, from step 0's ``hidden`` [A, H]. ``token(k, h)``: ids
+        int64[A] of step k, h [A, H] the previous step's result; ``attend(q, own)``: [A, Hq, D] over
         the context and keys and values of the steps so far.
         """
         layer, out, own = self.midlayer, list[Tensor](), list[tuple[Tensor, Tensor]]()

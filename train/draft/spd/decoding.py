@@ -1,10 +1,10 @@
 """One token at a time from an SPD head, while up to n tokens are in flight through the target's
 stages.
 
-What is complete (all stages passed, so verified) lies in a cache of keys and values of the deepest
-feature, as it enters layer after layer; the n - 1 rows nearest to the query are made anew at every
-step, each at the depth and with the map of its present distance. So a row is renewed as it falls
-back, also after a rejection, and drafts are those of the training's forward at every position.
+Complete tokens (all stages passed, so verified) are in a cache of keys and values of the deepest
+feature, layer by layer; the n - 1 rows nearest to the query are recomputed at every step, each at
+the depth, and with the map, of its current distance. So a row is renewed as it moves back, also
+after a rejection, and drafts equal those of the training forward pass at every position.
 
 Legend: n stages, T taps, H hidden size, f tokens in flight (1..n), Hkv/D heads, V target
 vocabulary.
@@ -25,8 +25,8 @@ from dspark.train.ops.rope import rope_tables
 
 
 class SpdDecoder:
-    """The decoder of one sequence. ``draft`` alone serves it as a block of one token; ``behind`` is
-    what a pipeline asks.
+    """The decoder of one sequence. ``draft`` returns a block of one token; ``behind`` is what a
+    pipeline calls.
     """
 
     def __init__(self, head: SpdHead) -> None:
@@ -39,8 +39,8 @@ class SpdDecoder:
 
     @torch.inference_mode()
     def extend(self, aux: Tensor, ids: Tensor) -> None:
-        """Add tokens ``ids`` int64[m] that are complete, with the target's states ``aux`` [m, T, H]
-        of them.
+        """Add complete tokens ``ids`` int64[m] with the target's states ``aux`` [m, T, H] of
+        them.
         """
         head, new = self.head, ids.shape[0]
         aux, ids = aux.to(head.device), ids.to(head.device)
@@ -75,8 +75,8 @@ class SpdDecoder:
         generator: torch.Generator | None = None,
     ) -> Drafted:
         """Draft the token after the newest of ``flight`` (f ids, oldest first, at depths f-1..0),
-        one token. ``aux`` [f, T, H]: their states, of which only those are read that their depths
-        allow.
+        one token. ``aux`` [f, T, H]: their states, of which only those that their depths allow are
+        read.
         """
         logits = self.logits(flight, aux)
         ids = self.head.frozen_head.draft_ids
@@ -89,7 +89,7 @@ class SpdDecoder:
 
     @torch.inference_mode()
     def logits(self, flight: Sequence[int], aux: Tensor) -> Tensor:
-        """fp32 [Vd] of the token after the newest in flight."""
+        """Return the logits, fp32 [Vd], of the token after the newest in flight."""
         head, f, n = self.head, len(flight), self.head.stages
         assert 1 <= f <= n, f"{f} tokens in flight of {n} stages"
         device = head.device

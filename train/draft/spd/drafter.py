@@ -1,13 +1,13 @@
 """SPD, speculative pipeline decoding: a head that drafts one token at a time beside a target that
 runs as a pipeline of stages.
 
-n tokens of one sequence are in flight, the newest through no stage yet, the one before it through
-one, and so on. The head predicts the token after the newest from what exists before a step, so that
-it can run beside that step. The format is "v10", with fixed stages.
+n tokens of one sequence are in flight: the newest has passed no stage yet, the one before it one
+stage, and so on. The head predicts the token after the newest from what exists before a step, so it
+can run in parallel with that step. The format is "v10", with fixed stages.
 
 The stages end at the store's layers, the last one at the target's last layer whatever is stored:
 ``dspark-dump --layers 14,30,46`` of 47 layers gives three, which end after 15, 31 and 47. No server
-takes such a head; ``dspark-tools eval`` decodes with it.
+supports such a head; ``dspark-tools eval`` decodes with it.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ _NOT_OURS = (
 class Spd(DrafterType):
     name = "spd"
     summary = "pipeline head, one token at a time"
-    servers = "no server takes it; dspark-tools eval decodes with it"
+    servers = "no server supports it; dspark-tools eval decodes with it"
     method = None
     spelled_by_speculators = False
     windows = False
@@ -82,7 +82,8 @@ class Spd(DrafterType):
             raise UsageError("an spd head has no Markov head and no confidence head")
         if len(ends) < 2 or list(ends) != sorted(set(ends)) or ends[0] < 1:
             raise UsageError(
-                f"stage_ends {list(ends)}: expected at least two stages that rise from 1 up"
+                f"stage_ends {list(ends)}: expected at least two stages with increasing "
+                "ends, from 1"
             )
         if ends[-1] != config.num_target_layers:
             raise UsageError(
@@ -91,8 +92,8 @@ class Spd(DrafterType):
             )
         if config.target_layer_ids[0] < 0:
             raise UsageError(
-                f"target_layer_ids {list(config.target_layer_ids)}: the embeddings are no tap, "
-                "every row has them"
+                f"target_layer_ids {list(config.target_layer_ids)}: the embeddings are not a "
+                "layer to store, since every row has them"
             )
 
     def recognises(self, flat: Mapping[str, Any]) -> bool:
@@ -107,7 +108,7 @@ class Spd(DrafterType):
         ends = flat.get("stage_ends")
         if not isinstance(ends, list) or not all(isinstance(end, int) for end in ends):
             raise DraftError(
-                f"config.json has stage_ends {ends!r}; expected a list of numbers of layers"
+                f"config.json has stage_ends {ends!r}; expected a list of layer numbers"
             )
         own = {
             "speculator_type": self.name,
@@ -133,7 +134,7 @@ class Spd(DrafterType):
         return False
 
     def not_served(self, config: DraftConfig) -> str:
-        return "it is an spd head, which no server takes"
+        return "it is an spd head, which no server supports"
 
     def sized(self, **fields: Any) -> DraftConfig:
         taps, layers = fields["target_layer_ids"], fields["num_target_layers"]
@@ -242,15 +243,15 @@ class Spd(DrafterType):
 
 
 def taps_at(config: DraftConfig, depth: int) -> int:
-    """How many of the draft's layers a token has passed after ``depth`` stages: those that lie at
-    or below that stage's end.
+    """Count the stored layers that a token has passed after ``depth`` stages: those at or below
+    that stage's end.
     """
     return sum(i + 1 <= config.stage_ends[depth - 1] for i in config.target_layer_ids)
 
 
 def tap_rows(config: DraftConfig) -> list[list[int]]:
-    """Hidden states that each feature is made of, deepest first, numbered as transformers does: 0
-    the embedding, i the output of layer i - 1.
+    """Return the hidden states that each feature is made of, deepest first, numbered as in
+    transformers: 0 the embedding, i the output of layer i - 1.
     """
     ids = [0, *(i + 1 for i in config.target_layer_ids)]
     return [ids[: 1 + taps_at(config, depth)] for depth in range(len(config.stage_ends), 0, -1)]

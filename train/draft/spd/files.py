@@ -1,8 +1,8 @@
-"""An SPD head as skippy and the method's own programs read it: ``spd-head.safetensors``,
+"""Write an SPD head as skippy and the method's own programs read it: ``spd-head.safetensors``,
 ``skippy-spd-head.json``, the checkpoint of torch.
 
 The manifest says what the head is and names both files by size and sha256; ``faults`` applies the
-rules by which skippy takes or refuses one, so that an export is judged before it is carried
+rules by which skippy accepts or refuses one, so that an export is checked before it is copied
 anywhere.
 """
 
@@ -49,7 +49,7 @@ def write_skippy(
     model_type: str | None = None,
 ) -> tuple[str, ...]:
     """Write the three files for the head with these ``tensors``, names as served, for the target
-    with the id ``target``; their names.
+    with the id ``target``; returns their names.
     """
     import torch
     from safetensors.torch import save
@@ -92,7 +92,7 @@ def write_skippy(
 
 
 def metadata(count: int, dtype: str, target: str, source_sha256: str) -> dict[str, str]:
-    """The strings in the header of the head's file."""
+    """Return the strings in the header of the head's file."""
     return {
         "format": FORMAT,
         "source_checkpoint_sha256": source_sha256,
@@ -104,7 +104,7 @@ def metadata(count: int, dtype: str, target: str, source_sha256: str) -> dict[st
 
 
 def file_bytes(shapes: Mapping[str, Sequence[int]], dtype: str, said: Mapping[str, str]) -> int:
-    """Size of the head's file, from shapes alone."""
+    """Return the size of the head's file, from shapes alone."""
     header: dict[str, Any] = {"__metadata__": dict(said)}
     end = 0
     for name, shape in sorted(shapes.items()):
@@ -145,8 +145,8 @@ def _written(folder: Path, name: str, data: bytes) -> dict[str, Any]:
 
 
 def faults(folder: Path | str) -> list[str]:
-    """Why skippy would refuse the head in ``folder``, in words; empty if it would not. Nothing but
-    the head's own file is opened.
+    """Return the reasons why skippy would refuse the head in ``folder``; empty if it would not.
+    Opens only the head's own file.
     """
     folder = Path(folder)
     try:
@@ -156,7 +156,7 @@ def faults(folder: Path | str) -> list[str]:
     except (OSError, ValueError, AssertionError) as wrong:
         return [f"{MANIFEST} cannot be read: {wrong}"]
     except (KeyError, TypeError, AttributeError) as wrong:
-        return [f"{MANIFEST} lacks or misspells {wrong}"]
+        return [f"{MANIFEST} has no valid {wrong}"]
 
 
 def _faults(folder: Path, said: Mapping[str, Any]) -> Iterator[str]:
@@ -165,7 +165,7 @@ def _faults(folder: Path, said: Mapping[str, Any]) -> Iterator[str]:
         yield f"schema is {said['schema']!r}, expected {SCHEMA!r}"
     if (source["format"], source["checkpoint_version"]) != (SOURCE, VERSION):
         yield (
-            f"source is {source['format']!r} version {source['checkpoint_version']}, expected "
+            f"source is {source['format']!r} version {source['checkpoint_version']}; expected "
             f"{SOURCE!r} version {VERSION}"
         )
     if not str(source["base_model_path"]).strip():
@@ -201,9 +201,12 @@ def _topology_faults(t: Mapping[str, Any]) -> Iterator[str]:
         t.get("draft_token_ids"),
     )
     if ends is not None and (len(ends) != t["num_stages"] or not _rises(ends)):
-        yield f"stage_layer_boundaries {ends}: expected {t['num_stages']} rising numbers"
+        yield f"stage_layer_boundaries {ends}: expected {t['num_stages']} ascending numbers"
     if len(rows) != t["num_stages"] or not all(row and _rises(row) for row in rows):
-        yield f"shallow_hidden_layer_indices {rows}: expected {t['num_stages']} rising rows"
+        yield (
+            f"shallow_hidden_layer_indices {rows}: expected {t['num_stages']} rows in "
+            "ascending order"
+        )
     if ids is not None and (
         len(ids) != t["draft_vocab_size"]
         or not _rises(ids)
@@ -211,7 +214,8 @@ def _topology_faults(t: Mapping[str, Any]) -> Iterator[str]:
         or ids[-1] >= t["vocab_size"]
     ):
         yield (
-            f"draft_token_ids: expected {t['draft_vocab_size']} rising ids below {t['vocab_size']}"
+            f"draft_token_ids: expected {t['draft_vocab_size']} ascending ids below "
+            f"{t['vocab_size']}"
         )
     start = t.get("spec_init_from_base_layers")
     if start is not None and len(start) != t["num_spec_layers"]:
@@ -227,7 +231,7 @@ def _file_faults(
     if len(data) != entry["bytes"]:
         yield f"{path.name} has {len(data)} bytes, the manifest says {entry['bytes']}"
     if hashlib.sha256(data).hexdigest() != entry["sha256"].lower():
-        yield f"{path.name} has another sha256 than the manifest says"
+        yield f"{path.name} has a different sha256 from the one in the manifest"
     length = int.from_bytes(data[:8], "little")
     if not 0 < length <= len(data) - 8:
         yield f"{path.name}: a header of {length} bytes does not fit the file"
@@ -253,11 +257,14 @@ def _tensor_faults(file: str, header: Mapping[str, Any], dtype: str, size: int) 
         if tensor["dtype"] not in WIDTHS or (dtype != "mixed" and tensor["dtype"] != dtype):
             yield f"{file}: {name} is {tensor['dtype']}, expected {dtype}"
         elif end - start != prod(tensor["shape"]) * WIDTHS[tensor["dtype"]]:
-            yield f"{file}: {name} takes {end - start} bytes, its shape {tensor['shape']} others"
+            yield (
+                f"{file}: {name} takes {end - start} bytes, which do not match its shape "
+                f"{tensor['shape']}"
+            )
         if start != at or end > size:
             yield (
-                f"{file}: {name} lies at {start}..{end}, expected to begin at {at} and end "
-                f"within {size}"
+                f"{file}: {name} is at bytes {start}..{end}; expected it to start at {at} and "
+                f"end within {size}"
             )
         at = end
     if at != size:
@@ -265,7 +272,7 @@ def _tensor_faults(file: str, header: Mapping[str, Any], dtype: str, size: int) 
 
 
 def _shapes(t: Mapping[str, Any]) -> dict[str, list[int]]:
-    """The tensors whose shapes skippy looks at."""
+    """Return the tensors whose shapes skippy checks."""
     size = t["hidden_size"]
     out = {
         f"stage_projs.{i}.weight": [size, size * len(row)]

@@ -7,9 +7,9 @@ Vd draft vocabulary, k distance from the query's token, "depth" stages that a to
 Features of a token: ``g_0 = g0_proj(emb)``, ``g_k = stage_projs[n - k]([emb, taps up to the end of
 stage k])``. The query of anchor t is g_0 of x_t; its keys are g_0 of t itself, g_k of t - k for k =
 1..n-1, and g_n of everything at t - n and before. With ``fill`` tokens in flight, fewer than n
-after a start or a rejection, what lies at distances from ``fill`` on is complete and gives its g_n.
-Tokens before the document's start do not exist. Rows of the memory pass a map of their distance in
-every layer (one after the other), and nothing else changes them.
+after a start or a rejection, tokens at distance ``fill`` or more are complete and use g_n. Tokens
+before the document's start do not exist. In every layer, memory rows pass through a map for their
+distance (cumulatively); nothing else changes them.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ QUERIES_AT_ONCE = 256  # a mask of so many rows; more only costs memory
 
 @dataclass(frozen=True, slots=True)
 class SpdPlan:
-    """Of one row: ``near`` int64[A, n-1] the tokens at distances 1..n-1, ``exists`` bool[A, n-1]
-    whether they do, ``complete`` bool[n-1] whether they have passed all stages, ``far`` bool[A, S]
-    the tokens at distance n and more; cos and sin of queries and memory rows.
+    """The plan of one row: ``near`` int64[A, n-1] the tokens at distances 1..n-1, ``exists``
+    bool[A, n-1] whether they do, ``complete`` bool[n-1] whether they have passed all stages,
+    ``far`` bool[A, S] the tokens at distance n and more; cos and sin of queries and memory rows.
     """
 
     near: Tensor
@@ -48,7 +48,7 @@ class SpdPlan:
 
 
 class SpdHead(DraftModel):
-    """A head for ``target``, whose final norm it borrows too. ``head`` is its own output matrix,
+    """A head for ``target``, whose final norm it also uses. ``head`` is its own output matrix,
     which starts as the target's rows.
     """
 
@@ -87,8 +87,8 @@ class SpdHead(DraftModel):
         self.join()
 
     def _start(self) -> None:
-        """Normal weights for layers and g0_proj, identity for the maps; stage_projs keep torch's
-        own.
+        """Initialise: normal weights for layers and g0_proj, identity for the maps; stage_projs
+        keep torch's defaults.
         """
         for module in (self.g0_proj, *self.layers.modules()):
             if isinstance(module, nn.Linear):
@@ -104,8 +104,8 @@ class SpdHead(DraftModel):
 
     @property
     def frozen_head(self) -> FrozenHead:
-        """For the objective: the target's matrix, and no columns of the draft's own, which comes
-        with the states as W2.
+        """Return, for the objective, the target's matrix and none of the draft's own columns, which
+        come with the states as W2.
         """
         theirs, own = self.target_output_weight, self.head.weight
         assert isinstance(own, Tensor)
@@ -127,14 +127,14 @@ class SpdHead(DraftModel):
     # Features
 
     def embedded(self, ids: Tensor) -> Tensor:
-        """The target's embeddings [..., H] of int64[...], in the head's dtype."""
+        """Return the target's embeddings [..., H] of int64[...], in the head's dtype."""
         weight = self.embed_tokens.weight
         assert isinstance(weight, Tensor)
         return F.embedding(ids, weight).to(self.g0_proj.weight.dtype)
 
     def feature(self, depth: int, embedded: Tensor, aux: Tensor) -> Tensor:
-        """g of tokens at ``depth`` 0..n, [..., H], from embeddings [..., H] and taps [..., T, H],
-        of which only the passed ones are read.
+        """Return g of tokens at ``depth`` 0..n, [..., H], from embeddings [..., H] and taps [...,
+        T, H], of which only the ones already passed are read.
         """
         out: Tensor
         if depth == 0:
@@ -147,7 +147,7 @@ class SpdHead(DraftModel):
         return out
 
     def mapped(self, layer: int, distance: int, rows: Tensor) -> Tensor:
-        """Memory rows [..., H] at ``distance`` 1..n before layer ``layer``."""
+        """Return memory rows [..., H] at ``distance`` 1..n before layer ``layer``."""
         maps = self.fixed_stage_per_layer_projs[layer]
         assert isinstance(maps, nn.ModuleList)
         out: Tensor = maps[self.stages - distance](rows)
@@ -156,8 +156,8 @@ class SpdHead(DraftModel):
     # Training
 
     def plan(self, batch: Batch, backend: Backend = "sdpa", *, fill: int | None = None) -> SpdPlan:  # type: ignore[override]
-        """The plan of a batch; ``fill`` None: drawn with the row's number, n with probability 1/2,
-        else 1..n-1 alike.
+        """Return the plan of a batch; ``fill`` None = drawn with the row's number: n with
+        probability 1/2, else uniformly from 1..n-1.
         """
         n, device, t = self.stages, batch.anchors.device, batch.anchors
         distance = torch.arange(1, n, device=device)
@@ -178,8 +178,8 @@ class SpdHead(DraftModel):
         )
 
     def forward(self, batch: Batch, plan: SpdPlan) -> SlotStates:  # type: ignore[override]
-        """Every anchor of one row: z [A, 1, H] after the final norm, w2 the head's output matrix, h
-        without columns.
+        """Run every anchor of one row: z [A, 1, H] after the final norm, w2 the head's output
+        matrix, h without columns.
         """
         embedded = self.embedded(batch.input_ids)
         deep = self.feature(self.stages, embedded, batch.aux)
@@ -217,7 +217,7 @@ class SpdHead(DraftModel):
         return layer.around(x, attend)
 
     def normed(self, x: Tensor) -> Tensor:
-        """The target's final norm of ``x`` [..., H]."""
+        """Apply the target's final norm to ``x`` [..., H]."""
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.norm.eps)
         return self.norm.weight.to(x.dtype) * wide.to(x.dtype)
