@@ -11,29 +11,45 @@ from dspark.cache.shared.command import SETTINGS, LazyGroup, version_flag
 # Name -> module below dspark.tools, callback, summary for `--help` (a test compares it with the
 # command's own).
 VERBS = {
-    "info": ("stores.info", "info_command", "What a store is: target, layers, tokens, sizes."),
-    "stats": ("stores.stats", "stats_command", "Rms, extremes and SNR per layer; lengths."),
+    "info": ("stores.info", "info_command", "Describe a store: target, layers, tokens, sizes."),
+    "stats": (
+        "stores.stats",
+        "stats_command",
+        "Show rms, extremes and SNR per layer, and lengths.",
+    ),
     "verify": ("stores.verify", "verify_command", "Check every checksum and every count."),
-    "show": ("stores.show", "show_command", "Print a sample as text, its supervised part marked."),
+    "show": (
+        "stores.show",
+        "show_command",
+        "Print a sample as text with its supervised part marked.",
+    ),
     "data": (
         "stores.data",
         "data_command",
-        "What of a file of chats would be supervised, and why not.",
+        "Show which parts of a chat file would be supervised, and why others would not.",
     ),
     "estimate": (
         "stores.estimate",
         "estimate_command",
-        "Bytes, files and time of a dump before it is run.",
+        "Estimate bytes, files and hours of a dump before running it.",
     ),
-    "score": ("judge.score", "score_command", "Teacher-forced metrics of a draft on a store."),
-    "recode": ("stores.recode", "recode_command", "Write a store again with another codec."),
-    "merge": ("stores.merge", "merge_command", "Join stores of one plan into a new one."),
+    "score": (
+        "judge.score",
+        "score_command",
+        "Compute teacher-forced metrics of a draft on a store.",
+    ),
+    "recode": ("stores.recode", "recode_command", "Rewrite a store with another codec."),
+    "merge": ("stores.merge", "merge_command", "Join stores with the same plan into a new one."),
     "append": (
         "stores.merge",
         "append_command",
-        "Add a second corpus to a store of the same plan.",
+        "Add a second corpus to a store with the same plan.",
     ),
-    "subset": ("stores.merge", "subset_command", "Write the samples that conditions choose."),
+    "subset": (
+        "stores.merge",
+        "subset_command",
+        "Copy the samples that meet conditions to a new store.",
+    ),
     "import": (
         "importers.command",
         "import_command",
@@ -42,33 +58,33 @@ VERBS = {
     "compare": (
         "stores.compare",
         "compare_command",
-        "What one store's code loses against another's.",
+        "Show what one store's codec loses against another's.",
     ),
     "eval": (
         "judge.eval",
         "eval_command",
-        "Decode prompts with a draft: lengths, speed, losslessness.",
+        "Decode prompts with a draft: accepted lengths, speed, losslessness.",
     ),
     "check": (
         "check.command",
         "check_command",
-        "Find what can be wrong with a draft before it is served.",
+        "Find problems in a draft before serving it.",
     ),
     "calibrate": (
         "judge.calibrate",
         "calibrate_command",
-        "Calibrate confidences; recommend a threshold.",
+        "Calibrate a draft's confidence; recommend a threshold.",
     ),
     "report": (
         "report.command",
         "report_command",
-        "Draw stores, runs and evaluations on one page.",
+        "Plot stores, runs and evaluations on one page.",
     ),
-    "watch": ("report.watch", "watch_command", "Live view of a dump or a training."),
+    "watch": ("report.watch", "watch_command", "Watch a dump or a training live."),
     "export": (
         "publish.export",
         "export_command",
-        "Write a draft as it is published, with a model card.",
+        "Write a draft for publication, with a model card.",
     ),
 }
 

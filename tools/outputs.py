@@ -41,7 +41,7 @@ def refuse_unwritable(path: Path) -> None:
     try:
         if path.exists() and not path.is_file():
             raise UsageError(
-                f"{path} exists and is not a file: it is not replaced. Choose another path."
+                f"{path} exists and is not a file, so it is not replaced. Choose another path."
             )
         # what else it says is wrong with the name: too long, below a file
         with suppress(FileNotFoundError):

@@ -153,14 +153,14 @@ def calibration(draft: Path) -> dict[str, Any]:
     require(found, _CALIBRATION, path, remedy)
     best = found.get("recommended_threshold")  # absent from reports of before 0.2
     if best is not None and best not in [point["threshold"] for point in found["sweep"]]:
-        raise DraftError(f"{path}: recommended_threshold {best} is none of the sweep's; {remedy}")
+        raise DraftError(f"{path}: recommended_threshold {best} is not in the sweep; {remedy}")
     slots = len(found["temperature"])
     for name in ("before", "after"):
         for key in _SURVIVAL:
             if len(found[name]["survival"][key]) != slots:
                 raise DraftError(
                     f"{path}: {name}.survival.{key} has {len(found[name]['survival'][key])} "
-                    f"positions, temperature {slots}; {remedy}"
+                    f"positions, but temperature has {slots}; {remedy}"
                 )
     return found
 

@@ -19,7 +19,7 @@ import faults
 from dspark.cache.files import shard
 
 SAID = re.compile(
-    r"LockedError: .* is being written by .* \(host \S+, pid (\d+), since .*\); wait until it ends"
+    r"LockedError: .* is being written by .* \(host \S+, pid (\d+), since .*\); wait for it to end"
 )
 
 

@@ -126,7 +126,7 @@ def test_the_speculators_format_passes_too(made: Path, tmp_path: Path) -> None:
     (tmp_path / "again").mkdir()
     shutil.copytree(folder, tmp_path / "spec" / "draft")
     found = run(made, broken(tmp_path / "spec", tmp_path / "again", config=absent), decode=False)
-    assert "vLLM then takes false" in named(found, "error")["layout-flag"]
+    assert "vLLM then assumes false" in named(found, "error")["layout-flag"]
 
 
 def _flag_false(config: Config) -> None:
@@ -158,10 +158,10 @@ def _rope(config: Config) -> None:
         (
             _layers,
             "layer-ids",
-            r"\[1, 3\], the weights were trained with \[0, 2\]: off by one, vLLM's ids",
+            r"\[1, 3\], but the weights were trained with \[0, 2\]: off by one, vLLM's ids",
         ),
-        (_mask, "mask-token", "mask_token_id = 7, the weights were trained with 159"),
-        (_rope, "rope", "1000000.0, the weights were trained with 10000.0"),
+        (_mask, "mask-token", "mask_token_id = 7, but the weights were trained with 159"),
+        (_rope, "rope", "1000000.0, but the weights were trained with 10000.0"),
     ],
 )
 def test_a_config_that_the_weights_contradict(
@@ -190,7 +190,7 @@ def test_the_same_without_a_record_shows_in_behaviour(
         f["text"] for f in result["findings"] if f["level"] == "suspicion" and f["name"] == name
     ]
     assert result["ok"] is False
-    assert any(text in t and "probably it was trained that way" in t for t in found)
+    assert any(text in t and "It was probably trained that way" in t for t in found)
     assert named(result, "error") == {}
 
 
@@ -269,7 +269,7 @@ def _no_d2t(tensors: Tensors) -> None:
 
 @pytest.mark.parametrize(
     ("change", "text"),
-    [(_ids, "reads like token ids"), (_swapped, "d2t is wrong"), (_no_d2t, "needs d2t")],
+    [(_ids, "look like token ids"), (_swapped, "d2t is wrong"), (_no_d2t, "needs d2t")],
 )
 def test_a_wrong_vocabulary_map(
     made: Path, tmp_path: Path, change: Callable[[Tensors], None], text: str
@@ -295,9 +295,9 @@ def test_other_mistakes_by_name(made: Path, tmp_path: Path) -> None:
         if f["level"] == "error"
     ]
     for name, text in (
-        ("rope", "max_position_embeddings is 64, the target takes 512"),
+        ("rope", "max_position_embeddings is 64, but the target takes 512"),
         ("override", "dflash_config"),
-        ("tensors", "begin with model."),
+        ("tensors", "begin with `model.`"),
         ("tensors", "every name that contains lm_head"),
         ("head", "lm_head.weight is not the target's"),
         ("block-size", "num_speculative_tokens is 3, block_size 4: a shorter block"),

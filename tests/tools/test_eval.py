@@ -267,12 +267,12 @@ def test_prompts_end_before_the_answer(tmp_path: Path) -> None:
     assert first.ids == second.ids == [ord(c) for c in "a|b|c>"]
     assert (first.source, second.source) == ("talk", None)
     assert second.where == f"{path}:2"
-    with pytest.raises(DataError, match="rows.jsonl:1: a prompt of 6 tokens"):
+    with pytest.raises(DataError, match="rows.jsonl:1: the prompt has 6 tokens"):
         read_prompts(path, Template(), vocab_size=256, room=5)
     with pytest.raises(DataError, match="no tokenizer"):
         read_prompts(path, None, vocab_size=256, room=5)
     path.write_text('{"messages": [{"role": "assistant", "content": "d"}]}\n')
-    with pytest.raises(DataError, match="nothing but an assistant turn"):
+    with pytest.raises(DataError, match="only an assistant turn"):
         read_prompts(path, Template(), vocab_size=256, room=5)
     path.write_text("\n")
     with pytest.raises(DataError, match="no rows"):

@@ -116,7 +116,7 @@ def test_a_whole_draft_has_no_error(folder: Path, kind: str) -> None:
     config = json.loads((folder / "target" / "config.json").read_text())
     found = judge(Files.read(str(folder / kind)), config)
     assert [f for f in found if f.level != "note"] == []
-    assert any("no server takes it" in f.text for f in found) == (kind == "spd")
+    assert any("no server supports it" in f.text for f in found) == (kind == "spd")
 
 
 @pytest.mark.parametrize("kind", ["eagle3", "peagle", "spd"])

@@ -202,15 +202,15 @@ def test_speculators_files_give_the_same_samples(
     wrong = load_file(peer / "hidden_states" / "hs_6.safetensors")
     wrong["token_ids"][0] += 1
     save_file(wrong, peer / "hidden_states" / "hs_6.safetensors")
-    with pytest.raises(errors.UsageError, match="give --target-layer-ids"):
+    with pytest.raises(errors.UsageError, match="give the --target-layer-ids"):
         import_store(peer, tmp_path / "x", model=str(target))
     with pytest.raises(
-        errors.MismatchError, match="hold 3 layers beside the last state, the flags name 2"
+        errors.MismatchError, match="hold 3 layers beside the last state, but the flags name 2"
     ):
         import_store(peer, tmp_path / "x", model=str(target), layers=[1, 2])
     store = imported(peer, tmp_path / "in.zarr", target, layers=LAYERS)
     assert store.manifest.counts.dropped == {
-        "its token ids are not the data set's": 1,
+        "its token ids differ from the data set's": 1,
         "no file of hidden states": 1,
         "no two consecutive supervised tokens": 1,
     }
@@ -345,7 +345,8 @@ def test_damage_inside_is_named(target: Path, rows: list[Row], tmp_path: Path) -
     shard = peer / "shard-00002.bin"
     shard.write_bytes(shard.read_bytes()[:-10])
     with pytest.raises(
-        errors.DamagedCacheError, match=r"sample 11: last lies at .* of shard 2, which is not there"
+        errors.DamagedCacheError,
+        match=r"sample 11: last is at bytes .* of shard 2, which does not exist",
     ):
         import_store(peer, tmp_path / "x", model=str(target))
     with pytest.raises(errors.NotACacheError, match="neither a DeepSpec target cache"):

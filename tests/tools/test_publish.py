@@ -150,7 +150,7 @@ def test_nothing_is_overwritten_and_nothing_half_is_published(draft: Path, tmp_p
     assert not (tmp_path / "half").exists()
     save_file(tensors | {"fc.weight": tensors["fc.weight"] * 1e6}, draft / "model.safetensors")
     large = run.invoke(export_command, [str(draft), str(tmp_path / "large"), "--dtype", "fp16"])
-    assert "fc.weight does not fit fp16" in large.stderr
+    assert "fc.weight overflows fp16" in large.stderr
 
 
 def test_push_fails_clearly(draft: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -167,7 +167,7 @@ def test_push_fails_clearly(draft: Path, tmp_path: Path, monkeypatch: pytest.Mon
         export_command, [str(draft), str(out), "--no-pictures", "--push", "me/draft"]
     )
     assert result.exit_code == 1
-    assert "could not be reached or refused (offline mode is enabled)" in result.stderr
+    assert "could not be reached or refused the upload (offline mode is enabled)" in result.stderr
     assert "is complete" in result.stderr
     assert (out / "manifest.json").is_file()
     (out / "config.json").write_text("{}")

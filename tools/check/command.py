@@ -136,13 +136,13 @@ def served_states(architectures: Sequence[str]) -> str | None:
         f"vLLM {vllm_version()} cannot serve a draft of {name}: {found.why}"
         if not found.gives_states
         else f"with tensor parallelism vLLM {vllm_version()} feeds a draft of {name} one rank's "
-        "part of the target's states: output stays "
-        "lossless, fewer tokens are accepted"
+        "part of the target's states: the output stays lossless, but fewer tokens are "
+        "accepted"
     )
     return (
-        f'{what}. Not run on a GPU yet: vllm serve --model-class-overrides \'{{"{name}": '
+        f'{what}. Not tested on a GPU yet: vllm serve --model-class-overrides \'{{"{name}": '
         f'"{CAPTURE_MODULE}:{name}"}}\''
-        f"{' --enforce-eager' if found.compiled else ''} takes whole ones (docs/vllm.md)"
+        f"{' --enforce-eager' if found.compiled else ''} uses whole states (docs/vllm.md)"
     )
 
 
@@ -160,7 +160,7 @@ def gained(config: CheckConfig, behaviour: dict[str, Any]) -> dict[str, Any] | N
     if length is None or cost is None:
         return None
     speed = length / (1 + cost)
-    verdict = "it should gain" if speed > 1 else "IT WOULD BE SLOWER than the target alone"
+    verdict = "it should be faster" if speed > 1 else "SLOWER than the target alone"
     text = (
         f"accepted length {length:.2f}, a step with the draft costs {1 + cost:.2f} of the "
         f"target's: at best {speed:.2f}x; {verdict}"
@@ -187,7 +187,7 @@ def _servers(described: Any, form: str, findings: list[Any]) -> dict[str, Any]:
     # A build from source calls itself 0.1.dev1 or dev, whatever it is made of.
     release = re.match(r"(\d+)\.(\d+)\.(\d+)(?!.*dev)", installed or "")
     if release and [int(n) for n in release.groups()] < [int(n) for n in first.split(".")]:
-        text = f"vLLM {installed} is installed, this draft needs {first}: {why}"
+        text = f"vLLM {installed} is installed, but this draft needs {first}: {why}"
         findings.append(Finding("error", "server", text))
     return out | {"at_least": first, "because": why}
 
@@ -248,7 +248,7 @@ def _decode(
         )
         served = parity.to_json() | {"dtype": dtype}
         equal = (
-            f"{parity.equal} of {parity.compared} blocks that our decoder and vLLM drafted are "
+            f"{parity.equal} of {parity.compared} blocks drafted by our decoder and by vLLM are "
             "equal, token for token"
         )
         if parity.holds:
@@ -299,7 +299,7 @@ def mask_token(files: Any, target: Any) -> list[Any]:
         Finding(
             "suspicion",
             "mask-token",
-            f"mask_token_id {mask} is the ordinary token {tokenizer.convert_ids_to_tokens(mask)!r}",
+            f"mask_token_id {mask} is an ordinary token, {tokenizer.convert_ids_to_tokens(mask)!r}",
         )
     ]
 
@@ -381,20 +381,20 @@ Exit code 1 if anything is wrong or looks like a known mistake.
 @click.option(
     "--num-speculative-tokens",
     type=COUNT,
-    help="num_speculative_tokens you plan to serve with.  [default: the block size]",
+    help="The num_speculative_tokens you plan to serve with.  [default: the block size]",
 )
 @click.option("--data", help="Prompts: JSONL or a named set.  [default: a few built-in questions]")
 @click.option("--limit", default=6, type=COUNT, help="How many prompts the target answers.")
-@click.option("--max-tokens", default=64, type=COUNT, help="Most new tokens per answer.")
+@click.option("--max-tokens", default=64, type=COUNT, help="Maximum new tokens per answer.")
 @click.option(
     "--decode/--no-decode",
     default=True,
-    help="Judge behaviour on the target's own answers (loads the target).",
+    help="Judge the draft's behaviour on the target's own answers (loads the target).",
 )
 @click.option(
     "--serve/--no-serve",
     default=None,
-    help="Compare blocks with real vLLM.  [default: if it can run here]",
+    help="Compare drafted blocks with real vLLM.  [default: if vLLM can run here]",
 )
 @click.option("--device", default="auto", type=DEVICE, help="auto, cpu, cuda or cuda:N.")
 @click.option(
@@ -434,7 +434,11 @@ def show(result: dict[str, Any]) -> None:
         f"installed here: {vllm['installed'] or 'none'}"
     )
     gain = result["gain"]
-    verdict = "no problem found in the stages that ran" if result["ok"] else "DO NOT SERVE as it is"
+    verdict = (
+        "no problem found in the stages that ran"
+        if result["ok"]
+        else "DO NOT SERVE this draft as it is"
+    )
     if result["ok"] and gain and gain["theoretical_gain"] <= 1:
-        verdict += f", but it would not gain ({gain['theoretical_gain']:.2f}x at best)"
+        verdict += f", but it would not be faster ({gain['theoretical_gain']:.2f}x at best)"
     print(f"{verdict}: {printable(result['draft'])}")

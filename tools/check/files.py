@@ -59,13 +59,16 @@ def vllm_at_least(config: DraftConfig, form: str) -> tuple[str, str]:
     if config.layer_types or config.is_causal is not None:
         return (
             "0.32.0",
-            "its windows were compared there block by block; earlier versions were not looked at",
+            (
+                "its windows were compared block by block in that version; earlier ones were "
+                "not tested"
+            ),
         )
     if form == "speculators":
         return "0.27.0", (
-            "0.25.1 and 0.26.0 treat every speculators checkpoint as one whose anchor is a bonus "
-            "token, whatever sample_from_anchor says: "
-            "they draft from the wrong slots without an error. They read the flat format correctly"
+            "0.25.1 and 0.26.0 treat the anchor of every speculators checkpoint as a bonus "
+            "token, whatever sample_from_anchor says, and draft from the wrong slots "
+            "without an error. They read the flat format correctly"
         )
     if len(config.target_layer_ids) != config.num_layers:
         return "0.27.0", (
@@ -73,7 +76,7 @@ def vllm_at_least(config: DraftConfig, form: str) -> tuple[str, str]:
             f"the {len(config.target_layer_ids)} of the target "
             "that it reads, and fail to load it"
         )
-    return "0.25.1", "method dspark came with it"
+    return "0.25.1", "it introduced method dspark"
 
 
 # Keys that vLLM prefers to target_layer_ids in a flat config, and keys that change the attention or
@@ -179,7 +182,8 @@ class Files:
 def _readable(config: dict[str, Any], folder: str) -> dict[str, Any]:
     """``config`` if every key that is computed with is of its kind. Raises DraftError."""
     remedy = (
-        "expected the config of a draft; correct that key, nothing else can be judged without it"
+        "expected the config of a draft; correct that key first, since nothing else can "
+        "be judged without it"
     )
     require(config, _READ, Path(folder) / export.CONFIG, remedy)
     return config
@@ -200,8 +204,8 @@ def judge(files: Files, target: Mapping[str, Any], drafts: int | None = None) ->
                 "note",
                 "record",
                 "the weights carry no record of their training (another program wrote them): "
-                "layer ids, mask token, "
-                "RoPE and layout are judged only by how the draft behaves",
+                "layer ids, mask token, RoPE and layout can be judged only by the "
+                "draft's behaviour",
             )
         )
     return found
@@ -220,20 +224,20 @@ def layout(files: Files, target: Mapping[str, Any]) -> Iterator[Finding]:
         yield Finding(
             "error",
             "layout-flag",
-            f"config.json has no sample_from_anchor; vLLM then takes {told}. "
-            "Write true for a draft whose slot 0 predicts, as this package and DeepSpec train it",
+            f"config.json has no sample_from_anchor; vLLM then assumes {told}. Write true for a "
+            "draft whose slot 0 predicts, as this package and DeepSpec train them",
         )
     elif flag is False and files.trained is None:
         yield Finding(
             "note",
             "layout-flag",
-            "config.json has sample_from_anchor = false: the anchor is a bonus token, slot 0 "
-            "predicts nothing, and "
-            f"block_size {files.flat.get('block_size')} counts it: serve with one draft less",
+            "config.json has sample_from_anchor = false: the anchor is a bonus token and slot 0 "
+            f"predicts nothing, but block_size {files.flat.get('block_size')} counts it: "
+            "serve with one speculative token less",
         )
     elif flag is not True:
         trained = (
-            "" if files.trained is None else "; the weights say that they were trained with true"
+            "" if files.trained is None else "; the weights record that they were trained with true"
         )
         yield Finding(
             "error",
@@ -254,10 +258,9 @@ def attention(files: Files, target: Mapping[str, Any]) -> Iterator[Finding]:
             yield Finding(
                 "error",
                 "attention",
-                f"config.json has {NON_CAUSAL} = true, which vLLM 0.32 reads for dflash "
-                "drafts only: it lets no slot of "
-                "a sliding layer see a later one, unlike training. dspark-tools export writes "
-                "is_causal = false, which it obeys",
+                f"config.json has {NON_CAUSAL} = true, which vLLM 0.32 reads for dflash drafts "
+                "only: there, no slot of a sliding layer sees a later one, unlike in "
+                "training. dspark-tools export writes is_causal = false, which vLLM obeys",
             )
         return
     kept = isinstance(nested, dict) and nested.get("swa_window_size") is not None
@@ -265,9 +268,8 @@ def attention(files: Files, target: Mapping[str, Any]) -> Iterator[Finding]:
         yield Finding(
             "error",
             "attention",
-            "config.json has sliding layers and no use_sliding_window = true: transformers "
-            "then drops the window, and vLLM "
-            "refuses the draft. Write true",
+            "config.json has sliding layers but not use_sliding_window = true: transformers "
+            "then drops the window, and vLLM refuses the draft. Set it to true",
         )
 
 
@@ -280,9 +282,8 @@ def config(files: Files, target: Mapping[str, Any]) -> Iterator[Finding]:
             yield Finding(
                 "error",
                 "override",
-                f"config.json has {key} = {files.flat[key]!r}, which vLLM obeys before (or "
-                "in addition to) the keys that "
-                "training wrote; remove it",
+                f"config.json has {key} = {files.flat[key]!r}, which vLLM uses before (or in "
+                "addition to) the keys that training wrote; remove it",
             )
     for key in files.kind.stated:
         if key not in files.flat and key != "sample_from_anchor":
@@ -304,9 +305,10 @@ def config(files: Files, target: Mapping[str, Any]) -> Iterator[Finding]:
             "markov-head",
             f"not for vLLM, which does not report the difference: {kind.not_served(ours)}. "
             + (
-                "SGLang takes it as it is (--speculative-algorithm DSPARK; read in 0.5.23, not run)"
+                "SGLang loads it unchanged (--speculative-algorithm DSPARK; from reading "
+                "0.5.23, not run)"
                 if elsewhere
-                else "No server takes it"
+                else "No server supports it"
             ),
         )
 
@@ -347,8 +349,8 @@ def record(files: Files, target: Mapping[str, Any]) -> Iterator[Finding]:
                 yield Finding(
                     "error",
                     name,
-                    f"config.json says {field} = {_plain(now)}, the weights were trained with "
-                    f"{_plain(then)}{_shift(now, then)}",
+                    f"config.json says {field} = {_plain(now)}, but the weights were trained "
+                    f"with {_plain(then)}{_shift(now, then)}",
                 )
     layers = files.store.get("layers")
     if layers is not None and not set(ours.target_layer_ids) <= set(layers):
@@ -356,15 +358,15 @@ def record(files: Files, target: Mapping[str, Any]) -> Iterator[Finding]:
             "error",
             "layer-ids",
             f"config.json says target_layer_ids = {list(ours.target_layer_ids)} (outputs of "
-            "layers), the draft was "
-            f"trained on a store of {layers}{_shift(ours.target_layer_ids, tuple(layers))}",
+            "layers), but the draft was trained on a store of layers "
+            f"{layers}{_shift(ours.target_layer_ids, tuple(layers))}",
         )
     size = files.training.get("block_size")
     if size is not None and size != ours.block_size:
         yield Finding(
             "error",
             "block-size",
-            f"config.json says block_size = {ours.block_size}, training.json {size}",
+            f"config.json says block_size = {ours.block_size}, but training.json says {size}",
         )
 
 
@@ -392,8 +394,8 @@ def against_target(files: Files, target: Mapping[str, Any]) -> Iterator[Finding]
             yield Finding(
                 "error",
                 "target",
-                f"{key} is {flat.get(key)}, the target's is {target[key]}: a draft of another "
-                "model",
+                f"{key} is {flat.get(key)}, but the target's is {target[key]}: the draft is for "
+                "another model",
             )
     nested = files.raw.get("dflash_config")
     stated = "num_target_layers" in {**files.raw, **(nested if isinstance(nested, dict) else {})}
@@ -401,23 +403,23 @@ def against_target(files: Files, target: Mapping[str, Any]) -> Iterator[Finding]
         yield Finding(
             "error",
             "target",
-            f"num_target_layers is {flat['num_target_layers']}, the target has {layers}",
+            f"num_target_layers is {flat['num_target_layers']}, but the target has {layers}",
         )
     ids = flat.get("target_layer_ids") or []
     if any(not -1 <= i < layers for i in ids):
         yield Finding(
             "error",
             "layer-ids",
-            f"target_layer_ids {ids} (outputs of layers) leave the target's 0..{layers - 1}",
+            f"target_layer_ids {ids} (outputs of layers) are outside the target's 0..{layers - 1}",
         )
     longest = target.get("max_position_embeddings")
     if longest and (flat.get("max_position_embeddings") or longest) < longest:
         yield Finding(
             "error",
             "rope",
-            f"max_position_embeddings is {flat['max_position_embeddings']}, the target takes "
-            f"{longest}: vLLM sizes the "
-            "draft's RoPE table by it and fails (or drafts noise) beyond",
+            f"max_position_embeddings is {flat['max_position_embeddings']}, but the target takes "
+            f"{longest}: vLLM sizes the draft's RoPE table by it, and fails (or drafts "
+            "noise) beyond it",
         )
     ours = files.described()
     reach = (
@@ -427,9 +429,8 @@ def against_target(files: Files, target: Mapping[str, Any]) -> Iterator[Finding]
         yield Finding(
             "error",
             "rope",
-            f"the scaled RoPE reaches {reach} positions (factor times the original ones), "
-            "the "
-            f"target takes {longest}: vLLM's table for the draft ends there",
+            f"the scaled RoPE reaches {reach} positions (factor times the original ones), but "
+            f"the target takes {longest}: vLLM's table for the draft ends there",
         )
     own, theirs = rope_base(flat), rope_base(text_config(target))
     if own is None:
@@ -442,8 +443,8 @@ def against_target(files: Files, target: Mapping[str, Any]) -> Iterator[Finding]
         yield Finding(
             "suspicion",
             "rope",
-            f"rope_theta is {own:g}, the target's is {theirs:g}; drafts are usually trained with "
-            "the target's",
+            f"rope_theta is {own:g}, but the target's is {theirs:g}; drafts are usually trained "
+            "with the target's",
         )
 
 
@@ -455,7 +456,10 @@ def tensors(files: Files, target: Mapping[str, Any]) -> Iterator[Finding]:
         yield Finding(
             "error",
             "tensors",
-            f"{len(prefixed)} names begin with model. ({prefixed[0]}): vLLM adds that itself",
+            (
+                f"{len(prefixed)} tensor names begin with `model.` ({prefixed[0]}): vLLM adds "
+                "that prefix itself"
+            ),
         )
     described = files.described()
     if described is None:
@@ -467,8 +471,8 @@ def tensors(files: Files, target: Mapping[str, Any]) -> Iterator[Finding]:
         yield Finding(
             "error",
             kind,
-            f"model.safetensors lacks {name}; a server would run with whatever it was "
-            "initialised to, or refuse it",
+            f"model.safetensors lacks {name}; a server would run it with its initial values, or "
+            "refuse the draft",
         )
     known = {*wanted, *export.FROZEN, "d2t", "t2d"}
     for name in sorted(set(stored) - known):
@@ -487,12 +491,12 @@ def tensors(files: Files, target: Mapping[str, Any]) -> Iterator[Finding]:
             yield Finding(
                 "error",
                 "tensors",
-                f"{name} is {list(stored[name].shape)}, the config describes {list(shape)}",
+                f"{name} is {list(stored[name].shape)}, but the config describes {list(shape)}",
             )
     dtypes = {str(t.dtype).removeprefix("torch.") for n, t in stored.items() if n in wanted}
     if len(dtypes) > 1:
         yield Finding(
-            "suspicion", "tensors", f"trained tensors of several dtypes: {sorted(dtypes)}"
+            "suspicion", "tensors", f"the trained tensors have several dtypes: {sorted(dtypes)}"
         )
     for name, value in stored.items():
         if value.is_floating_point() and not bool(torch.isfinite(value).all()):
@@ -502,7 +506,10 @@ def tensors(files: Files, target: Mapping[str, Any]) -> Iterator[Finding]:
             yield Finding(
                 "suspicion",
                 "norm",
-                f"{name} is all ones: never trained, or lost and replaced by its initial value",
+                (
+                    f"{name} is all ones: it was never trained, or was lost and replaced by "
+                    "its initial value"
+                ),
             )
 
 
@@ -530,9 +537,9 @@ def block_size(files: Files, drafts: int | None) -> list[Finding]:
     ):
         if value != size:
             more = (
-                "more than it was trained for"
+                "more than the draft was trained for"
                 if isinstance(value, int) and value > (size or 0)
-                else "a shorter block than it was trained for"
+                else "a shorter block than the draft was trained for"
             )
             out.append(
                 Finding(
@@ -588,14 +595,14 @@ def _wrong_head(head: Tensor, rows: Tensor, whole: Tensor, reduced: bool) -> Fin
             return Finding(
                 "error",
                 "vocabulary",
-                f"row {bad} of lm_head is the target's row {int(at[0])}; d2t sends it to another "
-                "token: d2t is wrong",
+                f"row {bad} of lm_head is the target's row {int(at[0])}, but d2t maps it to "
+                "another token: d2t is wrong",
             )
     return Finding(
         "error",
         "head",
-        "lm_head.weight is not the target's (embedding and head are frozen): a head that was "
-        "trained, untied or taken from another model",
+        "lm_head.weight is not the target's (the embedding and the head are frozen): the head "
+        "was trained, untied or taken from another model",
     )
 
 

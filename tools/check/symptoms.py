@@ -116,7 +116,10 @@ def symptoms(
             Finding(
                 "note",
                 "behaviour",
-                "every answer of the target is shorter than a block: behaviour was not judged",
+                (
+                    "every answer of the target is shorter than a block: the draft's "
+                    "behaviour was not judged"
+                ),
             )
         ], {}
     measured: dict[str, Any] = {
@@ -147,10 +150,9 @@ def symptoms(
                     Finding(
                         "suspicion",
                         other.name,
-                        f"read with {other.text}, the draft would have {_mean(theirs):.2f} tokens "
-                        "accepted per block, as configured "
-                        f"{_mean(own):.2f} (greedy, {sum(n for _, n in own)} anchors): probably "
-                        "it was "
+                        f"read with {other.text}, the draft would have {_mean(theirs):.2f} "
+                        f"tokens accepted per block; as configured, {_mean(own):.2f} "
+                        f"(greedy, {sum(n for _, n in own)} anchors). It was probably "
                         "trained that way",
                     ),
                 )
@@ -188,7 +190,7 @@ def against_record(folder: Path, measured: dict[str, Any]) -> list[Finding]:
             Finding(
                 "note",
                 "acceptance",
-                "no held-out accept rate in metrics.jsonl to compare the behaviour with",
+                "metrics.jsonl has no held-out accept rate to compare with",
             )
         ]
     then, now = rows[-1]["accept_rate"][0], measured["accept_rate"][0]
@@ -201,7 +203,10 @@ def against_record(folder: Path, measured: dict[str, Any]) -> list[Finding]:
             Finding(
                 "suspicion",
                 "acceptance",
-                f"{text}: less than half. States, norm, layers or target are not those of training",
+                (
+                    f"{text}: less than half. The states, norm, layers or target differ from "
+                    "those of training"
+                ),
             )
         ]
     return [Finding("note", "acceptance", text)]

@@ -73,13 +73,13 @@ def read_prompts(
             ids = tokenizer(_rendered(row, template, where), add_special_tokens=False)["input_ids"]
         if not 0 <= min(ids) <= max(ids) < vocab_size:
             raise DataError(
-                f"{where}: token ids {min(ids)}..{max(ids)}, the target's vocabulary has "
-                f"{vocab_size}"
+                f"{where}: token ids range over {min(ids)}..{max(ids)}, but the target's "
+                f"vocabulary has {vocab_size}"
             )
         if room is not None and len(ids) > room:
             raise DataError(
-                f"{where}: a prompt of {len(ids)} tokens; the target has room for {room} before "
-                "the answer"
+                f"{where}: the prompt has {len(ids)} tokens; the target has room for {room} "
+                "before the answer"
             )
         out.append(Prompt(ids, name, where))
     if left_out:
@@ -142,8 +142,8 @@ def _lines(path: Path) -> Iterator[tuple[str, Any]]:
 def _given(row: TokenRow, where: str) -> list[int]:
     if True not in row.loss_mask or row.loss_mask[0]:
         raise DataError(
-            f"{where}: expected a loss_mask that starts with 0 and has a 1: the prompt is what "
-            "comes before"
+            f"{where}: expected a loss_mask that starts with 0 and contains a 1: the prompt is "
+            "what comes before it"
         )
     return row.input_ids[: row.loss_mask.index(True)]
 
@@ -157,7 +157,7 @@ def _rendered(row: ChatRow, template: Template | None, where: str) -> str:
         )
     count = len(row.messages) - (row.messages[-1]["role"] == "assistant")
     if not count:
-        raise DataError(f"{where}: nothing but an assistant turn; expected a question before it")
+        raise DataError(f"{where}: only an assistant turn; expected a question before it")
     try:
         return Chat(template, row).prompt(count)
     except Dropped as error:

@@ -31,8 +31,8 @@ EVERY = "*"  # as a config: all of the set's, one after the other
 # What the public rows of SPEED-Bench say in the place of prompts that may not be passed on.
 PLACEHOLDER = "FULL BENCHMARK DATA SHOULD BE FETCHED FROM THE SOURCE USING SPECDEC_BENCH"
 RESOLVE = (
-    "they stand for prompts of other data sets, which NVIDIA's prepare.py of SPEED-Bench "
-    "fetches; give the qualitative.jsonl that it writes as --data"
+    "they stand for prompts from other data sets, which SPEED-Bench's prepare.py (NVIDIA) "
+    "downloads; give the qualitative.jsonl that it writes as --data"
 )
 
 
@@ -162,6 +162,6 @@ def _load(name: str, chosen: PromptSet) -> Any:
     except Exception as error:
         raise UsageError(
             f"--data {name}: {chosen.path} could not be loaded from the Hugging Face hub "
-            f"({first_line(error)}). "
-            "Without a network give a JSONL file of chat rows with a `source`."
+            f"({first_line(error)}). Without a network, give a JSONL file of chat rows "
+            "with a `source`."
         ) from error

@@ -137,9 +137,8 @@ def refuse_uncroppable(config: Any) -> None:
     }
     if kinds - CROPPABLE:
         raise EngineError(
-            f"the target has layers of type {sorted(kinds)}; rejected tokens can be rolled back "
-            "only in attention "
-            "layers: use --engine vllm"
+            f"the target has layers of type {sorted(kinds)}, but rejected tokens can be rolled "
+            "back only in attention layers: use --engine vllm"
         )
 
 

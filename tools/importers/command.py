@@ -31,13 +31,13 @@ Examples:
 @click.argument("source")
 @click.argument("destination")
 @click.option(
-    "--model", required=True, help="Target that the states come from: a model id or a folder."
+    "--model", required=True, help="Target that produced the states: a model id or a folder."
 )
 @click.option(
     "--layers", help="Output of decoder layer i, if SOURCE does not say which (speculators)."
 )
 @click.option(
-    "--target-layer-ids", help="The same in vLLM's numbering, j = i + 1, without the last state's."
+    "--target-layer-ids", help="The same in vLLM's numbering (j = i + 1), without the last state."
 )
 @codec_options
 @click.option(

@@ -130,8 +130,8 @@ class DeepSpecSource:
             start, shard = int(record[name]), int(record["shard"])
             if shard >= len(self._shards) or start + size > self._shards[shard].size:
                 raise DamagedCacheError(
-                    f"{self.path}: sample {i}: {name} lies at {start}-{start + size} of shard "
-                    f"{shard}, which is not there"
+                    f"{self.path}: sample {i}: {name} is at bytes {start}-{start + size} of "
+                    f"shard {shard}, which does not exist"
                 )
             return self._shards[shard][start : start + size].view(dtype).reshape(shape)
 

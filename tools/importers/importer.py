@@ -157,7 +157,7 @@ def import_store(
     reader.text_check(frozen)
     safe = parts_of(Path(destination), resume=resume)
     with (
-        stoppable("discarding the part that is in work", safe),
+        stoppable("discarding the part in progress", safe),
         owned(Path(destination), "dspark-tools import", break_lock=break_lock) as lock,
     ):
         if resume and Path(destination).exists():
@@ -200,23 +200,24 @@ def check_belongs(
 
     if given.hidden != hidden:
         raise MismatchError(
-            f"{where}: its states have {given.hidden} channels, {model} has {hidden}; give "
-            "--model the target it was made with"
+            f"{where}: its states have {given.hidden} channels, but {model} has {hidden}; set "
+            "--model to the target that produced them"
         )
     if given.layers is None and layers is None:
         raise UsageError(
-            f"{where} does not say which layers it holds: give --target-layer-ids as they were "
-            "given to the extraction (or --layers)"
+            f"{where} does not say which layers it holds: give the --target-layer-ids of the "
+            "extraction (or --layers)"
         )
     chosen = list(layers) if layers is not None else list(given.layers or [])
     if given.layers is not None and chosen != given.layers:
         raise MismatchError(
-            f"{where}: its layers are {given.layers} (output of layer i), the flags say {chosen}"
+            f"{where}: its layers are {given.layers} (output of layer i), but the flags "
+            f"say {chosen}"
         )
     if given.slots != len(chosen):
         raise MismatchError(
-            f"{where}: its files hold {given.slots} layers beside the last state, the flags name "
-            f"{len(chosen)}: {chosen} (output of layer i)"
+            f"{where}: its files hold {given.slots} layers beside the last state, but the flags "
+            f"name {len(chosen)}: {chosen} (output of layer i)"
         )
     return list(check_layers(chosen, num_layers))
 
@@ -278,8 +279,8 @@ class Reader:
         found = list(self.probe(budget))
         if not found:
             raise DataError(
-                f"{self.where}: none of the rows looked at holds a sample with two supervised "
-                "tokens in a row"
+                f"{self.where}: none of the sampled rows holds a sample with two consecutive "
+                "supervised tokens"
             )
         shares = [
             share_of(f.tokens, (f.aux.float(), f.last.float()), len(found), codec, budget)
@@ -317,9 +318,9 @@ class Reader:
             said, true = (AFTER, BEFORE) if self.after_norm else (BEFORE, AFTER)
             raise MismatchError(
                 f"{self.where}: read as states {said} the final norm, its last states predict "
-                f"their own text with a loss of {ours:.2f} nats per token; "
-                f"read as states {true} it, of {other:.2f}. Give --last-state {true}-norm if "
-                "that is what the cache holds."
+                f"their own text with a loss of {ours:.2f} nats per token; read as states "
+                f"{true} the norm, {other:.2f}. Give --last-state {true}-norm if that is "
+                "what the cache holds."
             )
 
 
@@ -342,8 +343,8 @@ def write_parts(
         if block in writer.committed:
             if writer.committed[block].rows_sha256 not in (None, sha):
                 raise MismatchError(
-                    f"{reader.where}: samples {start}-{stop - 1} are not those that part {block} "
-                    "was made from. Put them back, or delete the part's folder."
+                    f"{reader.where}: samples {start}-{stop - 1} are not the ones that part "
+                    f"{block} was made from. Restore them, or delete the part's folder."
                 )
             dropped.update(writer.committed[block].dropped)
             continue

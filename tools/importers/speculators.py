@@ -54,7 +54,7 @@ class SpeculatorsSource:
         first = next((i for i in range(len(self)) if self._file(i).is_file()), None)
         if first is None:
             raise DamagedCacheError(
-                f"{path / STATES}: none of hs_0 to hs_{len(self) - 1}.safetensors is there"
+                f"{path / STATES}: found none of hs_0 to hs_{len(self) - 1}.safetensors"
             )
         shape = self._load(first)[STATES].shape
         if len(shape) != 3 or shape[1] < 2:
@@ -100,7 +100,7 @@ class SpeculatorsSource:
         mask = np.asarray(row["loss_mask"]).astype(np.bool_)
         states = data[STATES]
         if not np.array_equal(data["token_ids"].numpy(), ids):
-            return "its token ids are not the data set's"
+            return "its token ids differ from the data set's"
         if mask.shape != ids.shape or tuple(states.shape) != (
             ids.size,
             self.slots + 1,

@@ -53,7 +53,7 @@ def calibrate(
     if write or fold:
         refuse_unwritable(Path(draft) / CALIBRATION)
     if not config.enable_confidence_head:
-        raise DraftError(f"{draft} has no confidence head; there is nothing to calibrate")
+        raise DraftError(f"{draft} has no confidence head, so there is nothing to calibrate")
     samples = chosen(cache, draft, which)
     # A byte of the key that the split into training and validation does not look at.
     odd = cache.index["sample_key"][samples, 15] % 2 == 1
@@ -206,7 +206,7 @@ Examples:
     "which",
     default="validation",
     type=click.Choice(["all", "validation"]),
-    help="Samples: held out in training, or all.",
+    help="Which samples: those held out in training, or all.",
 )
 @click.option(
     "--shift/--no-shift", default=False, help="Also fit a shift per slot, which the paper does not."
@@ -223,8 +223,7 @@ Examples:
 @click.option(
     "--fold",
     is_flag=True,
-    help="Scale the head's own weights by the one temperature that suits all slots (vLLM reads "
-    "those).",
+    help="Scale the head's weights, which vLLM reads, by one temperature fitted to all slots.",
 )
 @click.option("--plot", type=OUTPUT_FILE, help="Reliability diagrams, .png or .svg.")
 @click.option("--device", default="auto", type=DEVICE, help="auto, cpu, cuda or cuda:N.")

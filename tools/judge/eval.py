@@ -269,34 +269,34 @@ Exit code 1 if a greedy answer in float32 is not the target's own.
     "--draft",
     required=True,
     multiple=True,
-    help="Folder that dspark-train wrote. Several: one table, on the same prompts.",
+    help="Draft folder that dspark-train wrote. Repeatable: one table, on the same prompts.",
 )
 @click.option(
     "--data",
     required=True,
-    help=f"JSONL of chats ({{'messages': ...}}, the last answer is dropped) or token rows; or "
-    f"{NAMES} (speed-bench:coding: one category).",
+    help="JSONL of chats ({'messages': ...}; the last answer is dropped) or of token rows; or "
+    f"one of {NAMES} (speed-bench:coding: one category).",
 )
 @click.option("--engine", default="transformers", type=click.Choice(["transformers", "vllm"]))
-@click.option("--max-tokens", default=256, type=COUNT, help="Most new tokens per answer.")
+@click.option("--max-tokens", default=256, type=COUNT, help="Maximum new tokens per answer.")
 @click.option(
     "--temperature",
     default=0.0,
     type=Temperature(min=0),
-    help="0 = greedy; above: rejection sampling.",
+    help="0 = greedy; above 0: rejection sampling.",
 )
 @click.option("--limit", type=COUNT, help="Only the first N rows.  [default: all]")
 @click.option(
     "--per-source",
     type=COUNT,
-    help="Only the first N rows of each source (or category), such as 1 of each of SPEED-Bench's. "
+    help="Only the first N rows of each source or category, such as 1 per SPEED-Bench category. "
     " [default: all]",
 )
 @click.option(
     "--alone",
     type=click.IntRange(min=0),
-    help="Also decode the first N prompts without the draft, for the speed-up and the lossless "
-    "check.  [default: all]",
+    help="Also decode the first N prompts without the draft, to measure the speed-up and check "
+    "losslessness.  [default: all]",
 )
 @click.option("--seed", default=0, type=SEED, help="Of sampling.")
 @click.option(
@@ -323,7 +323,7 @@ Exit code 1 if a greedy answer in float32 is not the target's own.
     "show_answers",
     default=0,
     type=COUNT_OR_ALL,
-    help="Print the first N answers, accepted draft tokens in colour.",
+    help="Print the first N answers with accepted draft tokens in colour.",
 )
 @json_flag
 def eval_command(
@@ -431,7 +431,7 @@ def show_coloured(
         note = (
             steps(outcome)
             if outcome.drafted
-            else "which tokens were accepted is not known of this engine"
+            else "this engine does not tell which tokens were accepted"
         )
         console.print(
             Panel(
@@ -466,12 +466,12 @@ def show(result: dict[str, Any]) -> None:
 def _explain(console: Any, result: dict[str, Any], whose: str = "") -> None:
     where = ", ".join(result["diverged"][:5])
     console.print(
-        f"{whose}{len(result['diverged'])} of {result['compared']} answers are not the target's "
-        f"own ({where}). "
+        f"{whose}{len(result['diverged'])} of {result['compared']} answers differ from the "
+        f"target's own ({where}). "
         + (
-            "In float32 that should not happen."
+            "In float32 this should not happen."
             if result["dtype"] == "float32"
-            else "Below float32 a near-tie can fall either way, as with any change of batch; "
+            else "Below float32, a near-tie can fall either way, as with any change of batch; "
             "rerun with --dtype float32 to be sure."
         ),
         highlight=False,

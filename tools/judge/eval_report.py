@@ -187,13 +187,12 @@ def _how_piped(result: dict[str, Any]) -> str:
 
     return (
         f"{result['engine']}, {result['dtype']}, temperature {result['temperature']}, one prompt "
-        "at a time beside an emulated pipeline of "
-        f"{result['stages']} stages: {result['tokens']} tokens in {result['steps']} steps; "
-        "acceptance_rate (tokens per step) "
-        f"{said('acceptance_rate')}, equivalent accept length {said('equivalent_accept_length')} "
-        f"({said('equivalent_accept_length_drafted')} without the prefill's tokens); theoretical "
-        f"gain {said('theoretical_gain')} "
+        f"at a time, with an emulated pipeline of {result['stages']} stages: "
+        f"{result['tokens']} tokens in {result['steps']} steps; acceptance_rate (tokens "
+        f"per step) {said('acceptance_rate')}, equivalent accept length "
+        f"{said('equivalent_accept_length')} ({said('equivalent_accept_length_drafted')} "
+        f"without the prefill tokens); theoretical gain {said('theoretical_gain')} "
         f"(pooled {said('theoretical_gain_pooled')}); drafts accepted "
-        f"{result['drafts_accepted']} of {result['drafts_judged']}. "
-        "Tokens per second are the emulation's, not a pipeline's."
+        f"{result['drafts_accepted']} of {result['drafts_judged']}. Tokens per second are "
+        "those of the emulation, not of a pipeline."
     )

@@ -145,8 +145,9 @@ def belongs(cache: Cache, config: Any, draft: str) -> None:
     if missing := [i for i in config.target_layer_ids if i not in cache.manifest.layers]:
         raise MismatchError(
             f"{draft}: its target_layer_ids (output of layer i) are "
-            f"{list(config.target_layer_ids)}, the store {cache.path} has "
-            f"{cache.manifest.layers}, without {missing}; score it on a store that has them"
+            f"{list(config.target_layer_ids)}, but the store {cache.path} has "
+            f"{cache.manifest.layers}, without {missing}; score the draft on a store that "
+            "has them"
         )
     pairs = (
         ("hidden size", config.hidden_size, target.hidden_size),
@@ -160,8 +161,8 @@ def belongs(cache: Cache, config: Any, draft: str) -> None:
     for what, ours, theirs in pairs:
         if ours != theirs:
             raise MismatchError(
-                f"{draft}: its {what} is {ours}, the store {cache.path} has {theirs}; score it "
-                "on a store of its own target"
+                f"{draft}: its {what} is {ours}, but the store {cache.path} has {theirs}; score "
+                "the draft on a store of its own target"
             )
 
 
@@ -175,8 +176,8 @@ def chosen(cache: Cache, draft: str, which: str) -> np.ndarray[Any, np.dtype[np.
     path = Path(draft) / TRAINING
     if not path.exists():
         raise UsageError(
-            f"--split {which} needs {path}, which says how the draft's training split the store; "
-            "--split all does not"
+            f"--split {which} needs {path}, which records how training split the store; --split "
+            "all does not need it"
         )
     record = records.training(Path(draft), val_fraction=True)
     training, held_out = split(cache.index["sample_key"], float(record["val_fraction"]))
@@ -192,7 +193,7 @@ def same_samples(cache: Cache, drafts: Sequence[str], which: str) -> None:
         if not np.array_equal(first, chosen(cache, other, which)):
             raise UsageError(
                 f"--split {which}: {drafts[0]} and {other} were trained with different splits, "
-                "so it names other samples for each; --split all does not"
+                "so the samples would differ; use --split all"
             )
 
 
@@ -206,7 +207,7 @@ def same_samples(cache: Cache, drafts: Sequence[str], which: str) -> None:
     "--draft",
     required=True,
     multiple=True,
-    help="Draft folder: config.json and model.safetensors. Several: one table, on the same "
+    help="Draft folder: config.json and model.safetensors. Repeatable: one table, on the same "
     "samples.",
 )
 @click.option(
@@ -220,7 +221,7 @@ def same_samples(cache: Cache, drafts: Sequence[str], which: str) -> None:
     "which",
     default="all",
     type=click.Choice(["all", "validation", "train"]),
-    help="Which samples, by the draft's own split.",
+    help="Which samples, according to the draft's own split.",
 )
 @click.option(
     "--total-seq-len",

@@ -118,8 +118,7 @@ def card(
         "## Serve\n"
         + _serving(config, manifest, name)
         + (
-            "\nServers for this target's family (docs/targets.md says what the words mean): "
-            f"{serving}.\n"
+            f"\nServers for this target's family (docs/targets.md explains the terms): {serving}.\n"
             if serving
             else ""
         ),
@@ -172,7 +171,7 @@ def _serving(config: Any, manifest: dict[str, Any], name: str) -> str:
 
     kind = drafter(config.speculator_type)
     if kind.method is None:
-        return f"Of a draft of type {kind.name}: {kind.servers}.\n"
+        return f"Servers for drafts of type {kind.name}: {kind.servers}.\n"
     return _code(
         serve_command(manifest["target"], name, config.block_size, kind.serving(config))
     ) + _servable(config, manifest["format"])
@@ -254,14 +253,14 @@ def _servable(config: DraftConfig, form: str) -> str:
 
     kind = drafter(config.speculator_type)
     if config.servable_by_vllm and kind.method != "dspark":
-        return f"\n{kind.servers}. vLLM 0.32 was run, against our decoder, block for block.\n"
+        return f"\n{kind.servers}. vLLM 0.32 was compared with our decoder, block by block.\n"
     if config.servable_by_vllm:
         first, why = vllm_at_least(config, form)
         return f"\nvLLM {first} or later: {why}.\n"
     return (
-        f"\nNot by vLLM: it has no {config.markov_head_type} Markov head. SGLang takes it as it "
-        "is (`--speculative-algorithm DSPARK`), "
-        "and `dspark-tools eval --engine transformers` decodes with it.\n"
+        f"\nNot vLLM: it has no {config.markov_head_type} Markov head. SGLang loads it unchanged "
+        "(`--speculative-algorithm DSPARK`), and `dspark-tools eval --engine "
+        "transformers` decodes with it.\n"
     )
 
 

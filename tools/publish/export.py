@@ -70,13 +70,13 @@ def export(
         n for n, t in cast.items() if t.is_floating_point() and not bool(torch.isfinite(t).all())
     ]
     if overflown:
-        raise DraftError(f"{draft}: {overflown[0]} does not fit {dtype}; export it as bf16")
+        raise DraftError(f"{draft}: {overflown[0]} overflows {dtype}; export as bf16")
     trained = files.trained_as(draft) or config
     kind = drafter(config.speculator_type)
     if layout == "speculators" and not kind.spelled_by_speculators:
         raise UsageError(
-            f"{draft} is a draft of type {kind.name}, which the speculators format cannot say; "
-            "use --format flat"
+            f"{draft} is a draft of type {kind.name}, which the speculators format cannot "
+            "express; use --format flat"
         )
     verifier = (target, _architectures(target)) if layout == "speculators" else None
     serving = _serving(target)
@@ -128,7 +128,7 @@ def _free(final: Path, overwrite: bool) -> None:
     if not final.exists():
         return
     if not final.is_dir():
-        raise ExistsError(f"{final} is a file; OUT is a folder: choose another")
+        raise ExistsError(f"{final} is a file, but OUT must be a folder; choose another")
     if not any(final.iterdir()):
         return
     if not (final / MANIFEST).is_file():
@@ -152,7 +152,7 @@ def _whole(stored: dict[str, Any], config: Any, draft: str) -> dict[str, Any]:
     if wrong:
         raise DraftError(
             f"{draft}: {wrong[0]} is missing, unexpected or of the wrong shape ({len(wrong)} in "
-            "all); dspark-tools check says more"
+            "all); dspark-tools check gives details"
         )
     return stored
 
@@ -204,8 +204,8 @@ def push(folder: str, repo: str, *, private: bool = False) -> str:
             ) from wrong
         if found != entry["sha256"]:
             raise DraftError(
-                f"{folder}/{name} is not what was exported: sha256 {found}, manifest "
-                f"{entry['sha256']}"
+                f"{folder}/{name} is not what was exported: found sha256 {found}, the manifest "
+                f"has {entry['sha256']}"
             )
     from huggingface_hub import HfApi
     from huggingface_hub.errors import (
@@ -242,9 +242,9 @@ def _not_pushed(folder: str, repo: str, error: BaseException) -> str:
     from dspark.cache.errors import first_line
 
     return (
-        f"--push {repo}: the hub could not be reached or refused ({first_line(error)}). {folder} "
-        "is complete: rerun where there is a network and "
-        f"a login, or `hf upload {repo} {folder}`"
+        f"--push {repo}: the hub could not be reached or refused the upload "
+        f"({first_line(error)}). {folder} is complete: rerun with a network and a login, "
+        f"or run `hf upload {repo} {folder}`"
     )
 
 
@@ -264,27 +264,29 @@ Examples:
     "layout",
     default="flat",
     type=click.Choice(["flat", "speculators"]),
-    help="Spelling of config.json; vLLM reads both.",
+    help="Format of config.json; vLLM reads both.",
 )
 @click.option("--dtype", default="bf16", type=click.Choice(list(DTYPES)))
 @click.option(
     "--target",
-    help="Id of the target, for card and commands.  [default: the one in DRAFT/store.json]",
+    help="Id of the target, for the card and its commands.  [default: the one in DRAFT/store.json]",
 )
 @click.option(
     "--report",
     "reports",
     multiple=True,
     type=click.Path(exists=True, dir_okay=False),
-    help="A file of eval --output for the card; repeatable.",
+    help="A report written by eval --output, for the card; repeatable.",
 )
 @click.option(
-    "--pictures/--no-pictures", default=True, help="Draw them for the card (needs matplotlib)."
+    "--pictures/--no-pictures", default=True, help="Draw pictures for the card (needs matplotlib)."
 )
 @click.option("--overwrite", is_flag=True, help="Replace an earlier export in OUT.")
-@click.option("--push", "repo", help="Then upload OUT to this repository of the Hugging Face hub.")
+@click.option("--push", "repo", help="Also upload OUT to this repository on the Hugging Face hub.")
 @click.option("--private", is_flag=True, help="Make that repository private.")
-@click.option("--json", "as_json", is_flag=True, help="The manifest as one JSON object on stdout.")
+@click.option(
+    "--json", "as_json", is_flag=True, help="Print the manifest as one JSON object on stdout."
+)
 def export_command(
     draft: str, out: str, repo: str | None, private: bool, as_json: bool, **flags: Any
 ) -> None:

@@ -34,8 +34,8 @@ def look(path: Path) -> dict[str, Any]:
     if kind == "run":
         return _training(path)
     raise UsageError(
-        f"{path}: neither a store nor a draft folder. Give what dspark-dump or dspark-train was "
-        "told as --output."
+        f"{path}: neither a store nor a draft folder. Give the --output of dspark-dump or "
+        "dspark-train."
     )
 
 
@@ -188,7 +188,7 @@ Examples:
 )
 @click.argument("path", type=click.Path(exists=True, path_type=Path))
 @click.option("--interval", type=Finite(0.2, 3600), default=2.0, help="Seconds between looks.")
-@click.option("--once", is_flag=True, help="Look once and stop; so does a call without a terminal.")
+@click.option("--once", is_flag=True, help="Look once and stop, as without a terminal.")
 @json_flag
 def watch_command(path: Path, interval: float, once: bool, as_json: bool) -> None:
     """Watch a running dump or training from its files; nothing of it is changed. Ends with it, or

@@ -129,10 +129,14 @@ Examples:
 )
 @click.argument("file")
 @click.option(
-    "--model", help="Whose tokenizer and template: id or folder. Without it rows are only read."
+    "--model",
+    help=(
+        "Target whose tokenizer and template to use: id or folder. Without it, rows are only "
+        "parsed."
+    ),
 )
 @click.option(
-    "--limit", type=COUNT_OR_ALL, default=SHOWN, help="Rows shown; 0 = all. All rows are counted."
+    "--limit", type=COUNT_OR_ALL, default=SHOWN, help="Rows to show; 0 = all. All rows are counted."
 )
 @click.option("--turns", type=click.Choice(TURNS), default="auto", help="As for dspark-dump.")
 @click.option("--template-kwargs", metavar="JSON", help="As for dspark-dump.")

@@ -159,10 +159,10 @@ def row_bytes(like: str, plan: Plan) -> RowBytes:
     m = store.manifest
     if (m.target.hidden_size, m.layers) != (plan.shapes.hidden_size, list(plan.layers)):
         raise MismatchError(
-            f"--like {like}: its states are {m.target.hidden_size} wide, of layers {m.layers}; "
-            f"the plan's are {plan.shapes.hidden_size} wide, "
-            f"of layers {list(plan.layers)}. Dump a few hundred rows with the plan's flags and "
-            "give that store."
+            f"--like {like}: its states are {m.target.hidden_size} wide, from layers {m.layers}; "
+            f"the plan's are {plan.shapes.hidden_size} wide, from layers "
+            f"{list(plan.layers)}. Dump a few hundred rows with the plan's flags and give "
+            "that store."
         )
     codec = plan.make_codec()
     registry.suited(codec.name, True, m.counts.tokens, len(m.layers), m.target.hidden_size)
@@ -189,10 +189,12 @@ Examples:
 )
 @click.option("--model", required=True, help="Model id or folder. A known model needs no network.")
 @click.option(
-    "--data", help="Corpus: its rows are counted, and a sample spread over it is tokenised."
+    "--data", help="Corpus: its rows are counted, and a sample spread over them is tokenised."
 )
 @click.option(
-    "--samples", type=click.IntRange(1, 10**12), help="Rows of the corpus, without --data."
+    "--samples",
+    type=click.IntRange(1, 10**12),
+    help="Number of rows in the corpus, without --data.",
 )
 @click.option(
     "--mean-tokens",
@@ -208,7 +210,7 @@ Examples:
 )
 @click.option(
     "--like",
-    help="Store of a few hundred rows of this target and layers: sizes are measured on it.",
+    help="Store of a few hundred rows, of this target and layers, on which sizes are measured.",
 )
 @click.option(
     "--tokens-per-second",
@@ -249,8 +251,7 @@ def estimate_command(as_json: bool, **flags: Any) -> None:
     if data["free_bytes"] is not None and data["bytes"] > data["free_bytes"]:
         warn(
             f"{human(data['bytes'])} do not fit: {human(data['free_bytes'])} are free here. A "
-            "dump would refuse; fewer bits "
-            "(--codec), fewer --layers or fewer rows need less."
+            "dump would refuse; use fewer bits (--codec), fewer --layers or fewer rows."
         )
     for link in data["chain"]:
         if link["state"] == "missing":
@@ -261,7 +262,7 @@ def estimate_command(as_json: bool, **flags: Any) -> None:
     learns = ""
     if data["calibration_host_bytes"]:
         learns = (
-            f", learns from {data['calibration_tokens']:,} tokens, their states in "
+            f", calibrated on {data['calibration_tokens']:,} tokens, whose states take "
             f"{human(data['calibration_host_bytes'])} of host memory"
         )
     table(

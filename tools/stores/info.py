@@ -181,7 +181,9 @@ def info_command(cache: str, as_json: bool) -> None:
         emit(data)
         return
     ratio = (
-        f"{data['ratio']:.2f} x smaller than" if data["ratio"] else "nothing stored yet, against"
+        f"{data['ratio']:.2f} x smaller than"
+        if data["ratio"]
+        else "nothing stored yet, compared with"
     )
     per_token = f"{data['bytes_per_token']:.0f}" if data["bytes_per_token"] else "-"
     table(

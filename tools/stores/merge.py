@@ -70,10 +70,9 @@ def append_command(store: str, others: tuple[str, ...], as_json: bool) -> None:
     multiple=True,
     required=True,
     metavar="CONDITION",
-    help="What a sample must be to stay; all that are given must hold: tokens<=N, tokens>=N, "
-    "supervised<=N, supervised>=N, "
-    "source=NUMBER|ID, rows=A-B, conversation=HEX, share=F or share=F:SEED (of the "
-    "conversations, at random).",
+    help="Condition that a sample must meet; if repeated, all must hold: tokens<=N, tokens>=N, "
+    "supervised<=N, supervised>=N, source=NUMBER|ID, rows=A-B, conversation=HEX, share=F "
+    "or share=F:SEED (of the conversations, at random).",
 )
 @json_flag
 def subset_command(store: str, out: str, conditions: tuple[str, ...], as_json: bool) -> None:

@@ -69,8 +69,8 @@ def load_tokenizer(cache: Cache) -> Any:
         return PreTrainedTokenizerFast(tokenizer_file=str(path))
     except Exception as wrong:  # the tokenizers library raises bare Exception
         raise CacheError(
-            f"{path} is not a tokenizer ({wrong}): restore the target's own, or copy the store "
-            "again"
+            f"{path} is not a tokenizer ({wrong}): restore the target's tokenizer, or copy the "
+            "store again"
         ) from wrong
 
 
@@ -85,7 +85,7 @@ def show_command(cache: str, index: int, as_json: bool) -> None:
 
     store = dspark.cache.open(cache, allow_incomplete=True)
     if not 0 <= index < len(store):
-        raise UsageError(f"{cache} has samples 0 to {len(store) - 1}; {index} is not one")
+        raise UsageError(f"{cache} has samples 0 to {len(store) - 1}; found index {index}")
     data = runs(store, index)
     if as_json:
         emit(data)

@@ -18,12 +18,12 @@ from dspark.cache.shared.command import bar, break_lock_flag, command, emit, jso
 @click.option(
     "--drop-damaged",
     is_flag=True,
-    help="Delete the damaged parts; dspark-dump --resume then writes exactly those again.",
+    help="Delete damaged parts; dspark-dump --resume then rewrites exactly those.",
 )
 @click.option(
     "--rebuild-index",
     is_flag=True,
-    help="First make index and manifest again from the parts.",
+    help="First rebuild the index and the manifest from the parts.",
 )
 @break_lock_flag
 @json_flag
@@ -66,11 +66,9 @@ def verify_command(
             more = (
                 ""
                 if made.complete
-                else "; the store is not complete: go on with dspark-dump --resume"
+                else "; the store is not complete: continue with dspark-dump --resume"
             )
-            print(
-                f"made again from the parts: manifest{' and index' if made.complete else ''}{more}"
-            )
+            print(f"rebuilt from the parts: manifest{' and index' if made.complete else ''}{more}")
         for finding in report.findings:
             print(printable(finding))
         print(
@@ -78,12 +76,12 @@ def verify_command(
             f"{len(report.findings)} findings"
         )
         if dropped:
-            print(f"deleted, or gone already: {', '.join(dropped)}")
+            print(f"deleted or already missing: {', '.join(dropped)}")
         if report.unreadable:
             print(
-                "could not be read now, and was left as it is: "
+                "could not be read now, and was left unchanged: "
                 f"{', '.join(sorted(report.unreadable))}"
             )
         if drop_damaged and report.damaged:
-            print("run the same dspark-dump command with --resume to write again what is missing")
+            print("rerun the same dspark-dump command with --resume to restore what is missing")
     sys.exit(0 if report.ok else 1)
