@@ -112,8 +112,8 @@ class DumpConfig:
         ]
         if asked and not self.regenerate:
             raise UsageError(
-                f"--{asked[0].replace('_', '-')} says how the target answers: give --regenerate "
-                "with it."
+                f"--{asked[0].replace('_', '-')} says how the target answers, so it needs "
+                "--regenerate."
             )
         if not self.regenerate:
             return
@@ -124,8 +124,8 @@ class DumpConfig:
             )
         if len(self.sources) > 1:
             raise UsageError(
-                "--regenerate takes one --data: give each source a store of its own, or one "
-                "folder of files."
+                "--regenerate takes one --data: give each source its own store, or put the "
+                "files in one folder."
             )
         if self.assistant_pattern is not None:
             raise UsageError(
@@ -133,8 +133,8 @@ class DumpConfig:
             )
         if self.part_tokens is not None:
             raise UsageError(
-                "--regenerate writes parts by rows, since answers' lengths are not known before: "
-                "leave --part-tokens out."
+                "--regenerate sizes parts by rows, since the lengths of answers are not known "
+                "in advance: omit --part-tokens."
             )
 
     def _check_shard(self) -> None:

@@ -224,8 +224,8 @@ class Plan:
         if not self.calibration_bytes:
             return []
         return [
-            f"codec    learns from {self.calibration_tokens:,} tokens before the first part, "
-            f"their states in {human(self.calibration_bytes)} of host memory"
+            f"codec    calibrated on {self.calibration_tokens:,} tokens before the first part; "
+            f"their states take {human(self.calibration_bytes)} of host memory"
         ]
 
     def _gpus(self) -> str:
@@ -517,9 +517,9 @@ def check_disk(plan: Plan, done_tokens: int, shard: Shard | None = None) -> None
     if need > plan.free_bytes:
         raise StoreWriteError(
             f"{plan.output}: about {round(plan.tokens * left):,} tokens need about "
-            f"{human(need)}, and {human(plan.free_bytes)} are free. Free space, choose "
-            "another --output, or dump less: fewer bits (--aux-bits, --last-bits), fewer "
-            "--layers, or fewer rows (--limit)."
+            f"{human(need)}, but only {human(plan.free_bytes)} are free. Free space, "
+            "choose another --output, or dump less: fewer bits (--aux-bits, "
+            "--last-bits), fewer --layers, or fewer rows (--limit)."
         )
 
 

@@ -219,8 +219,8 @@ def run_engine(
     agreement, states = check(engine, probe, frozen, job.plan.dtype, job.plan.layers, logits)
     if logits != PLAIN:
         show.say(
-            f"note: the target {logits}; the store keeps last states from before that, and its "
-            "config.json says so"
+            f"note: the target {logits}; the store keeps the last states from before that step, "
+            "and its config.json describes it"
         )
     show.say(
         f"self-check passed: states and engine agree at {agreement.agree:.1%} of "
