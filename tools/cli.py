@@ -1,5 +1,5 @@
-"""``dspark-tools``: the table of its commands. Each lives with its code and is imported when it is
-run.
+"""``dspark-tools``: the table of its commands. Each command lives with its code and is imported
+only when it runs.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""Types of flags: a value that a command cannot work with is refused by name, exit code 2, before
-anything is opened or loaded.
+"""Flag types: an unusable value is refused by flag name, with exit code 2, before anything is
+opened or loaded.
 """
 
 from __future__ import annotations
@@ -13,9 +13,7 @@ from dspark.cache.shared import process
 
 
 class Finite(click.FloatRange):
-    """A range of numbers without nan and inf, which compare with no bound or pass for one that is
-    not there.
-    """
+    """A range of numbers without nan and inf, which compare with no bound or pass a missing one."""
 
     def convert(
         self, value: Any, param: click.Parameter | None, ctx: click.Context | None
@@ -27,8 +25,8 @@ class Finite(click.FloatRange):
 
 
 class Temperature(Finite):
-    """0 (greedy), or a temperature that both engines sample at. vLLM raises anything smaller to
-    0.01 and goes on; float32 logits divided by much less overflow.
+    """0 (greedy), or a temperature that both engines sample at. vLLM silently raises anything
+    smaller to 0.01; float32 logits divided by much less overflow.
     """
 
     LEAST = 0.01
@@ -43,7 +41,7 @@ class Temperature(Finite):
 
 
 class Device(click.ParamType):  # type: ignore[type-arg]  # no generic before click 8.4
-    """auto, cpu, cuda or cuda:N. Whether this machine has it, torch is asked when it is used."""
+    """auto, cpu, cuda or cuda:N. torch checks whether this machine has it when it is used."""
 
     name = "DEVICE"
 

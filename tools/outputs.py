@@ -1,5 +1,5 @@
-"""Files that a command writes beside what it prints. One that cannot be written is refused before
-the work, which would be lost on it.
+"""Files that a command writes beside what it prints. An unwritable one is refused before the work,
+which would otherwise be lost.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from dspark.cache.files.atomic import STAGING, existing_parent, write_errors, wr
 
 
 class OutputFile(click.ParamType):  # type: ignore[type-arg]  # no generic before click 8.4
-    """A file to write at the end, as a Path. Refused by the name of its flag, exit code 2, before
+    """A file to write at the end, as a Path. Refused by flag name, with exit code 2, before
     anything is opened or loaded.
     """
 
@@ -57,9 +57,7 @@ def refuse_unwritable(path: Path) -> None:
 
 
 def save(path: Path, data: bytes) -> None:
-    """Put ``data`` at ``path``, whole or not at all, in folders that are made where they are
-    missing.
-    """
+    """Write ``data`` to ``path``, completely or not at all, creating missing folders."""
     with write_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
     write_file(path, data)

@@ -1,7 +1,6 @@
-"""The JSON files beside a draft and the reports on it, read with care: a person may have cut,
-edited or mixed them up.
-
-What a command needs of a file is a shape (``dspark.tools.shapes``), checked as soon as it is read.
+"""Read the JSON files beside a draft and the reports on it carefully: they may have been truncated,
+edited or mixed up. What a command needs from a file is a shape (``dspark.tools.shapes``), checked
+as soon as the file is read.
 """
 
 from __future__ import annotations
@@ -83,7 +82,7 @@ _REPORT = _LINE | {
 
 
 def training(draft: Path, *, val_fraction: bool = False) -> dict[str, Any]:
-    """training.json, {} if there is none. ``val_fraction``: it must say how the run split its
+    """Read training.json; {} if there is none. ``val_fraction``: it must say how the run split its
     store.
     """
     found = _of_the_run(
@@ -98,12 +97,12 @@ def training(draft: Path, *, val_fraction: bool = False) -> dict[str, Any]:
 
 
 def store(draft: Path) -> dict[str, Any]:
-    """store.json, {} if there is none."""
+    """Read store.json; {} if there is none."""
     return _of_the_run(draft / STORE, _STORE)
 
 
 def history(draft: Path) -> dict[str, Any]:
-    """history.json, {} if there is none."""
+    """Read history.json; {} if there is none."""
     return _of_the_run(draft / HISTORY, _HISTORY)
 
 
@@ -119,8 +118,8 @@ def _of_the_run(path: Path, shape: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def metrics(draft: Path) -> list[dict[str, Any]]:
-    """The rows of metrics.jsonl, none if there is no such file; held-out ones that have a length
-    also have accept rates.
+    """Read the rows of metrics.jsonl; none if there is no such file. Held-out rows that have a
+    length also have accept rates.
     """
     path = draft / METRICS
     if not path.exists():
@@ -142,7 +141,7 @@ def metrics(draft: Path) -> list[dict[str, Any]]:
 
 
 def calibration(draft: Path) -> dict[str, Any]:
-    """calibration.json, {} if there is none."""
+    """Read calibration.json; {} if there is none."""
     path = draft / CALIBRATION
     if not path.exists():
         return {}
@@ -166,7 +165,7 @@ def calibration(draft: Path) -> dict[str, Any]:
 
 
 def report(path: Path) -> dict[str, Any]:
-    """A report of ``dspark-tools eval``."""
+    """Read a report of ``dspark-tools eval``."""
     remedy = "expected a file that dspark-tools eval --output wrote"
     found = read_record(path, remedy)
     require(found, _REPORT, path, remedy)
@@ -174,7 +173,7 @@ def report(path: Path) -> dict[str, Any]:
 
 
 def manifest(path: Path) -> dict[str, Any]:
-    """The manifest of an exported draft."""
+    """Read the manifest of an exported draft."""
     remedy = "expected what dspark-tools export wrote: export again"
     found = read_record(path, remedy)
     require(found, {"files": Each({"sha256": str})}, path, remedy)

@@ -1,11 +1,11 @@
-"""The shape of a JSON value, checked as soon as it is read: a missing key is a sentence before any
-work, not a KeyError in the middle of a model card. A shape is
+"""The shape of a JSON value, checked as soon as it is read: a missing key gives an error message
+before any work, not a KeyError in the middle of a model card. A shape is
 
 - ``str``, ``bool``, ``int`` (a whole number) or ``float`` (a number);
-- ``[shape]``: a list; ``{key: shape}``: an object with these keys (others are left alone, a later
-  release may add some);
-- ``Each(shape)``: an object with at least one key, whatever it is called; ``Maybe(shape)``: null
-  will do; ``Optional(shape)``: so will no key.
+- ``[shape]``: a list; ``{key: shape}``: an object with these keys (others are ignored, since a
+  later release may add some);
+- ``Each(shape)``: an object with at least one key, whatever their names; ``Maybe(shape)``: may be
+  null; ``Optional(shape)``: may also be absent.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _WORDS = {str: "a text", bool: "true or false", int: "a whole number", float: "a
 
 
 def fault(value: Any, shape: Any) -> str | None:
-    """What about ``value`` is not of ``shape``, as half a sentence; None if nothing."""
+    """Say how ``value`` violates ``shape``, as half a sentence; None if it does not."""
     return next(_faults(value, shape, ""), None)
 
 
@@ -85,7 +85,7 @@ def _short(value: Any) -> str:
 
 
 def require(found: Any, shape: Any, where: Path | str, remedy: str) -> None:
-    """Raise DraftError unless ``found``, read from ``where``, is of ``shape``. ``remedy``: what was
+    """Raise DraftError unless ``found``, read from ``where``, has ``shape``. ``remedy``: what was
     expected and what to do.
     """
     wrong = fault(found, shape)

@@ -1,1 +1,1 @@
-"""``dspark-tools check``: serving mistakes by name, then blocks against real vLLM."""
+"""``dspark-tools check``: known serving mistakes, then drafted blocks compared with real vLLM."""

@@ -3,7 +3,7 @@ real server.
 
 Each stage needs more than the one before it: config.json and tensors (``check``), the target's
 weights (``symptoms``), an installed vLLM (``parity``). A stage that did not run is named, so that
-silence is never taken for a pass.
+silence never counts as a pass.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ QUESTIONS = (
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CheckConfig:
-    """``serve`` None: if vLLM is there. ``data`` None: a few questions of its own (random ids for a
-    target without a tokenizer).
+    """``serve`` None = if vLLM is installed. ``data`` None = a few built-in questions (random ids
+    for a target without a tokenizer).
     """
 
     draft: str
@@ -52,7 +52,9 @@ class CheckConfig:
 
 
 def check(config: CheckConfig, note: Callable[[str], None] = lambda line: None) -> dict[str, Any]:
-    """The report as ``--json`` prints it; ``ok`` if there is neither an error nor a suspicion."""
+    """Return the report that ``--json`` prints; ``ok`` if there is neither an error nor a
+    suspicion.
+    """
     from dspark.cache.errors import DraftError
     from dspark.dump.target.config import load_target
     from dspark.tools.check import files as files_only
@@ -114,7 +116,7 @@ def check(config: CheckConfig, note: Callable[[str], None] = lambda line: None) 
 
 
 def who_serves(target: Any) -> str:
-    """What the table of families (docs/targets.md) says of servers for this target."""
+    """Return what the table of families (docs/targets.md) says about servers for this target."""
     from dspark.dump.target.chain import serving
 
     return serving(
@@ -123,8 +125,8 @@ def who_serves(target: Any) -> str:
 
 
 def served_states(architectures: Sequence[str]) -> str | None:
-    """What to start the installed vLLM with, where it hands a draft one tensor-parallel rank's part
-    of the target's states; None where it does not, or where there is none.
+    """Say how to start the installed vLLM if it gives a draft one tensor-parallel rank's part of
+    the target's states; None if it does not, or is not installed.
     """
     from dspark.dump.engines.vllm.launch import CAPTURE_MODULE, found_source
 
@@ -147,7 +149,7 @@ def served_states(architectures: Sequence[str]) -> str | None:
 
 
 def gained(config: CheckConfig, behaviour: dict[str, Any]) -> dict[str, Any] | None:
-    """Whether serving the draft should pay: accepted length against what a step costs. None where
+    """Estimate whether serving the draft pays: accepted length against the cost of a step. None if
     behaviour was not judged.
 
     A step with the draft reads the draft's weights beside the target's; decoding one sequence is
@@ -174,7 +176,7 @@ def gained(config: CheckConfig, behaviour: dict[str, Any]) -> dict[str, Any] | N
 
 
 def _servers(described: Any, form: str, findings: list[Any]) -> dict[str, Any]:
-    """What is known of vLLM versions for this draft; adds a finding if the one that is installed
+    """Return what is known about vLLM versions for this draft; adds a finding if the installed one
     would read it wrongly.
     """
     from dspark.tools.check.files import VLLM, Finding, vllm_at_least
@@ -184,7 +186,7 @@ def _servers(described: Any, form: str, findings: list[Any]) -> dict[str, Any]:
     if described is None or not described.servable_by_vllm:
         return out
     first, why = vllm_at_least(described, form)
-    # A build from source calls itself 0.1.dev1 or dev, whatever it is made of.
+    # A build from source calls itself 0.1.dev1 or dev, whatever its version.
     release = re.match(r"(\d+)\.(\d+)\.(\d+)(?!.*dev)", installed or "")
     if release and [int(n) for n in release.groups()] < [int(n) for n in first.split(".")]:
         text = f"vLLM {installed} is installed, but this draft needs {first}: {why}"
@@ -200,8 +202,8 @@ def _decode(
     findings: list[Any],
     note: Callable[[str], None],
 ) -> tuple[dict[str, Any], dict[str, Any] | None]:
-    """Adds what the stages that run the target find to ``findings``; returns behaviour, and parity
-    with the server or None.
+    """Add the findings of the stages that run the target; returns behaviour, and parity with the
+    server or None.
     """
     from dspark.tools.check import files as files_only
     from dspark.tools.check.files import Finding
@@ -271,7 +273,7 @@ def _decode(
 
 
 def mask_token(files: Any, target: Any) -> list[Any]:
-    """A mask token that text uses is one the draft cannot tell from text; certain only where
+    """Check the mask token: if text uses it, the draft cannot tell it from text. Judged only if
     training left no record.
     """
     from dspark.tools.check.files import Finding
@@ -305,8 +307,8 @@ def mask_token(files: Any, target: Any) -> list[Any]:
 
 
 def mask_candidates(target: Any) -> list[int]:
-    """Ids that drafts of this target may have been trained with as mask token: unused rows, special
-    tokens, the ends of the vocabulary.
+    """Return ids that drafts for this target may have been trained with as mask token: unused rows,
+    special tokens, the ends of the vocabulary.
     """
     vocab, tokenizer = target.shapes.vocab_size, target.tokenizer
     special = [] if tokenizer is None else [len(tokenizer), *sorted(tokenizer.added_tokens_decoder)]
@@ -417,7 +419,7 @@ def check_command(as_json: bool, **flags: Any) -> None:
 
 
 def show(result: dict[str, Any]) -> None:
-    """Findings, worst first, and the verdict."""
+    """Print the findings, worst first, and the verdict."""
     for level in ("error", "suspicion", "note"):
         for finding in result["findings"]:
             if finding["level"] == level:

@@ -1,18 +1,18 @@
-"""``dspark-tools check``: what can be wrong with a draft before it is served, from its files and
+"""``dspark-tools check``: find what is wrong with a draft before it is served, from its files and
 its target's config.
 
-A draft that is served wrongly does not fail: it is accepted less. Others shipped drafts that served
-at 1 % because of a flag (vLLM #47093, #48639, #56792), so every finding says whether it is certain:
+A draft that is served wrongly does not fail: fewer of its tokens are accepted. Others shipped
+drafts with 1 % acceptance because of a flag (vLLM #47093, #48639, #56792). Every finding says
+whether it is certain:
 
-- ``error``: two pieces of evidence contradict each other, or a reader cannot take the file. The
+- ``error``: two pieces of evidence contradict each other, or a reader cannot read the file. The
   record of training is in the header of the weights (``export.trained_as``) and, beside the draft,
   in store.json and training.json.
-- ``suspicion``: it runs, but something looks like a known mistake. ``dspark.tools.check.symptoms``
-  adds those that only decoding shows.
-- ``note``: nothing wrong; what could not be judged, or what a server will do.
-
-Here nothing is loaded but the draft's own tensors; ``check`` in ``dspark.tools.check.command`` adds
-the target and the real server.
+- ``suspicion``: the draft runs, but something looks like a known mistake.
+  ``dspark.tools.check.symptoms`` adds those that only decoding shows.
+- ``note``: nothing is wrong; says what could not be judged, or what a server will do. Only the
+  draft's own tensors are loaded here; ``check`` in ``dspark.tools.check.command`` adds the target
+  and the real server.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from dspark.train.draft.spelling import flat_of
 from dspark.train.draft.types import TYPES, DrafterType, drafter, type_of
 from dspark.train.draft.vocabulary import faults, ids_of
 
-# What is known of servers, and from where. Checked here means: the served-parity test and
+# What is known about servers, and from where. "Checked here" means: the served-parity test and
 # bench/serve_parity.py ran on it.
 VLLM = {
     "compared_token_for_token": ["0.32.0"],
@@ -55,7 +55,7 @@ VLLM = {
 
 
 def vllm_at_least(config: DraftConfig, form: str) -> tuple[str, str]:
-    """The first vLLM that reads this draft rightly, and why not an earlier one."""
+    """Return the first vLLM that reads this draft correctly, and why not an earlier one."""
     if config.layer_types or config.is_causal is not None:
         return (
             "0.32.0",
@@ -91,7 +91,7 @@ OVERRIDES = (
 NORMS = ("norm.weight", "hidden_norm.weight")
 
 
-# What the judges below compute with; a value of another kind, as a slip of an editor leaves it,
+# What the judges below compute with; a value of the wrong type, such as from an editing slip,
 # cannot be judged at all.
 _ROPE = {"rope_theta": Optional(float)}
 _READ = _ROPE | {
@@ -108,9 +108,9 @@ _READ = _ROPE | {
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """``level`` error, suspicion or note; ``name`` says which mistake (layout-flag, layer-ids,
-    norm, mask-token, vocabulary, rope, tensors, head, block-size, config, ...); ``text`` what was
-    found, what was expected, what to do.
+    """``level``: error, suspicion or note; ``name``: which mistake (layout-flag, layer-ids, norm,
+    mask-token, vocabulary, rope, tensors, head, block-size, config, ...); ``text``: what was found,
+    what was expected, what to do.
     """
 
     level: str
@@ -120,8 +120,8 @@ class Finding:
 
 @dataclass(frozen=True, slots=True)
 class Files:
-    """A draft folder as read: config.json as written, its flat spelling, the tensors, and what
-    training left beside them.
+    """A draft folder: config.json as written, its flat form, the tensors, and what training left
+    beside them.
     """
 
     folder: Path
@@ -135,7 +135,7 @@ class Files:
     @property
     def layout(self) -> dict[str, bool]:
         """``sample_from_anchor`` as the weights were trained: true for ours, whatever config.json
-        says; what it says for others.
+        says; for others, what it says.
         """
         return {
             "sample_from_anchor": self.trained is not None
@@ -148,14 +148,14 @@ class Files:
 
     @property
     def kind(self) -> DrafterType:
-        """The drafter type that config.json describes; the first one where it describes none."""
+        """The drafter type that config.json describes; the first one if it describes none."""
         try:
             return type_of(self.flat)
         except UsageError:
             return drafter(next(iter(TYPES)))
 
     def described(self) -> DraftConfig | None:
-        """The draft that config.json describes, whatever it says of the layout and to servers; None
+        """The draft that config.json describes, ignoring its layout flag and keys for servers; None
         if it describes none.
         """
         own = {k: v for k, v in self.flat.items() if k not in OVERRIDES or k in self.kind.own_keys}
@@ -166,11 +166,12 @@ class Files:
 
     @classmethod
     def read(cls, folder: str) -> Files:
-        """Raises DraftError only where there is nothing to judge."""
+        """Read a draft folder. Raises DraftError only if there is nothing to judge."""
         raw = export.read_config(folder)
         trained = export.trained_as(folder)
         flat = to_flat(_readable(raw, folder)) if MARK in raw else dict(raw)
-        if trained is None:  # another program's: its spelling is no slip, what contradicts in it is
+        # another program's: its form is not an error, but contradictions in it are
+        if trained is None:
             flat = flat_of(raw)
         _readable(flat, folder)
         return cls(
@@ -180,7 +181,7 @@ class Files:
 
 
 def _readable(config: dict[str, Any], folder: str) -> dict[str, Any]:
-    """``config`` if every key that is computed with is of its kind. Raises DraftError."""
+    """Return ``config`` if every key used in computations has the right type. Raises DraftError."""
     remedy = (
         "expected the config of a draft; correct that key first, since nothing else can "
         "be judged without it"
@@ -193,8 +194,8 @@ Judge = Callable[[Files, Mapping[str, Any]], Iterator[Finding]]
 
 
 def judge(files: Files, target: Mapping[str, Any], drafts: int | None = None) -> list[Finding]:
-    """Findings from the files alone. ``target``: the target's text config; ``drafts``:
-    num_speculative_tokens that is planned.
+    """Return the findings from the files alone. ``target``: the target's text config; ``drafts``:
+    the planned num_speculative_tokens.
     """
     found = [f for rule in RULES for f in rule(files, target)]
     found += block_size(files, drafts)
@@ -249,7 +250,7 @@ def layout(files: Files, target: Mapping[str, Any]) -> Iterator[Finding]:
 
 
 def attention(files: Files, target: Mapping[str, Any]) -> Iterator[Finding]:
-    """What servers make of sliding layers."""
+    """Check what servers make of sliding layers."""
     ours, nested = files.described(), files.raw.get("dflash_config")
     if ours is None or ours.sliding_window is None:
         return
@@ -274,8 +275,8 @@ def attention(files: Files, target: Mapping[str, Any]) -> Iterator[Finding]:
 
 
 def config(files: Files, target: Mapping[str, Any]) -> Iterator[Finding]:
-    """Whether this package's own reader takes it, and keys that a server obeys and this package
-    never trained.
+    """Check that this package's own reader accepts it, and find keys that a server obeys but this
+    package never trained.
     """
     for key in (k for k in OVERRIDES if k not in files.kind.own_keys):
         if files.flat.get(key) not in (None, {}, False, 1.0):
@@ -338,7 +339,9 @@ _RECORDED = {
 
 
 def record(files: Files, target: Mapping[str, Any]) -> Iterator[Finding]:
-    """config.json against what training wrote into the weights, store.json and training.json."""
+    """Compare config.json with what training wrote into the weights, store.json and
+    training.json.
+    """
     ours = files.described()
     if ours is None:
         return
@@ -386,7 +389,7 @@ def _shift(now: Any, then: Any) -> str:
 
 
 def against_target(files: Files, target: Mapping[str, Any]) -> Iterator[Finding]:
-    """Sizes, positions, RoPE and layer range against the target's config."""
+    """Compare sizes, positions, RoPE and layer range with the target's config."""
     flat = files.flat
     layers = target["num_hidden_layers"]
     for key in ("hidden_size", "vocab_size"):
@@ -449,7 +452,7 @@ def against_target(files: Files, target: Mapping[str, Any]) -> Iterator[Finding]
 
 
 def tensors(files: Files, target: Mapping[str, Any]) -> Iterator[Finding]:
-    """Names, shapes, dtypes and values."""
+    """Check names, shapes, dtypes and values of the tensors."""
     stored = files.tensors
     prefixed = [n for n in stored if n.startswith("model.")]
     if prefixed:
@@ -514,7 +517,7 @@ def tensors(files: Files, target: Mapping[str, Any]) -> Iterator[Finding]:
 
 
 def vocabulary(files: Files, target: Mapping[str, Any]) -> Iterator[Finding]:
-    """d2t, t2d and the output matrix of a reduced vocabulary."""
+    """Check d2t, t2d and the output matrix of a reduced vocabulary."""
     size, whole = (
         files.flat.get("draft_vocab_size") or files.flat.get("vocab_size"),
         files.flat.get("vocab_size"),
@@ -556,8 +559,8 @@ RULES: tuple[Judge, ...] = (layout, attention, config, record, against_target, t
 
 
 def frozen(files: Files, target: Any) -> list[Finding]:
-    """Matrices that came along against the target's: ``target`` has ``embed_tokens`` and
-    ``lm_head`` [V, H].
+    """Compare included matrices with the target's: ``target`` has ``embed_tokens`` and ``lm_head``
+    [V, H].
     """
     out = []
     size, offsets = files.flat.get("draft_vocab_size"), files.tensors.get("d2t")
@@ -584,8 +587,8 @@ def frozen(files: Files, target: Any) -> list[Finding]:
 
 
 def _wrong_head(head: Tensor, rows: Tensor, whole: Tensor, reduced: bool) -> Finding:
-    """Whether the rows are the target's under other ids (d2t is wrong), or another model's (or an
-    untied copy).
+    """Tell whether the rows are the target's under other ids (d2t is wrong), or another model's (or
+    an untied copy).
     """
     if reduced and head.shape == rows.shape:
         narrow, wide = head.to(torch.bfloat16), whole.detach().cpu().to(torch.bfloat16)

@@ -1,9 +1,9 @@
-"""Our decoder and real vLLM on the same prompts, greedily: is every block that both drafted the
-same, token for token?
+"""Run our decoder and real vLLM on the same prompts, greedily, and compare every block that both
+drafted, token for token.
 
 Blocks are matched by the position of their anchor. Both outputs must be the target's own, so the
-text before a position is the same in both, and what either drafted there can be compared even where
-the two walked in different steps.
+text before a position is the same in both, and what either drafted there can be compared even if
+the two took different steps.
 """
 
 from __future__ import annotations
@@ -31,7 +31,9 @@ class Parity:
 
     @property
     def holds(self) -> bool:
-        """Same answers, same steps, same tokens in every block, and some were compared."""
+        """Tell whether answers, steps and the tokens of every block are the same, and some were
+        compared.
+        """
         return (
             self.same_output
             and 0 < self.compared == self.equal
@@ -44,7 +46,7 @@ class Parity:
 
 
 def parity_of(ours: Sequence[Outcome], served: Sequence[Outcome], show: int = 3) -> Parity:
-    """One outcome per prompt from each side, ``drafted`` filled in."""
+    """Compare one outcome per prompt from each side, with ``drafted`` filled in."""
     compared = equal = only_ours = only_served = 0
     different: list[dict[str, Any]] = []
     for number, (a, b) in enumerate(zip(ours, served, strict=True)):

@@ -1,10 +1,10 @@
-"""A draft on answers of its own target, every anchor at once: what it would have had accepted,
-under this config or another.
+"""Run a draft on answers of its own target, every anchor at once, to see what would have been
+accepted, under this config or another.
 
-Teacher-forced along a text the target wrote itself, so it needs one target forward per prompt and
-says, position by position, what decoding meets there. Greedily it is exact: the walk over the
-anchors that decoding visits gives decoding's own accepted lengths. With the distributions it gives
-the expected acceptance of sampling at temperature 1.
+Teacher-forced along a text the target wrote itself, so it needs one target forward pass per prompt
+and shows, position by position, what decoding meets there. For greedy decoding it is exact: the
+walk over the anchors that decoding visits gives decoding's own accepted lengths. With the
+distributions it gives the expected acceptance of sampling at temperature 1.
 
 Legend: P prompt tokens, S tokens of prompt and answer, A anchors P..S-B-1 (all their slots inside
 the answer), B slots, V vocabulary.
@@ -39,7 +39,7 @@ class Answer:
     logits: Tensor
 
     def aux(self, layers: Sequence[int]) -> Tensor:
-        """[S, L, H] in the order of ``layers``."""
+        """Return the states [S, L, H] in the order of ``layers``."""
         return torch.stack([self.states[i] for i in layers], dim=1)
 
 
@@ -53,17 +53,19 @@ class Probed:
     accept: Tensor
 
     def lengths(self) -> Tensor:
-        """Accepted length a greedy block has at every anchor, fp32 [A], the target's own token
-        included.
+        """Return the accepted length of a greedy block at every anchor, fp32 [A], including the
+        target's own token.
         """
         return 1 + self.hit.float().cumprod(1).sum(1)
 
     def expected_lengths(self) -> Tensor:
-        """The same as an expectation at temperature 1, fp32 [A]."""
+        """Return the expected accepted lengths at temperature 1, fp32 [A]."""
         return 1 + self.accept.cumprod(1).sum(1)
 
     def walk(self) -> list[int]:
-        """Accepted lengths of the blocks that greedy decoding visits, from the first anchor on."""
+        """Return the accepted lengths of the blocks that greedy decoding visits, from the first
+        anchor on.
+        """
         lengths, at, out = self.lengths().int().tolist(), 0, list[int]()
         while at < len(lengths):
             out.append(lengths[at])
@@ -72,8 +74,8 @@ class Probed:
 
 
 def answer_of(target: Target, prompt: Sequence[int], tokens: Sequence[int]) -> Answer:
-    """One forward over ``prompt`` and the ``tokens`` the target answered; ``target`` is entered and
-    taps every layer wanted.
+    """Run one forward pass over ``prompt`` and the ``tokens`` the target answered; ``target`` must
+    be entered and tap every requested layer.
     """
     ids = [*prompt, *tokens]
     logits, aux = target.whole(ids)
@@ -83,7 +85,7 @@ def answer_of(target: Target, prompt: Sequence[int], tokens: Sequence[int]) -> A
 
 @torch.inference_mode()
 def probe(draft: DraftModel, answer: Answer, *, bonus_anchor: bool = False) -> Probed | None:
-    """The draft at every anchor of ``answer``; None where the answer is shorter than a block.
+    """Run the draft at every anchor of ``answer``; None if the answer is shorter than a block.
 
     ``bonus_anchor`` reads the slots in the other layout: slot k predicts its own position, x[a+k],
     and slot 0 nothing, so B - 1 columns.

@@ -1,5 +1,5 @@
-"""What only behaviour shows: the draft on its target's own answers, as configured and as it would
-be under each classic mistake.
+"""Find what only behaviour shows: run the draft on its target's own answers, as configured and
+under each classic mistake.
 
 If reading the config another way (every layer id one lower, another mask token, another RoPE base,
 no window, the other layout, the target's norm)
@@ -32,7 +32,9 @@ MANY_MASKS = 12  # candidates tried; every one costs a pass over the answers
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """One way to read the draft: which mistake it would reveal, in words, and the draft read so."""
+    """One way to read the draft: the mistake it would reveal, in words, and the draft read that
+    way.
+    """
 
     name: str
     text: str
@@ -47,8 +49,8 @@ def readings(
     masks: Sequence[int],
     norm: torch.Tensor,
 ) -> Iterator[Reading]:
-    """Other readings of ``draft``; the weights are shared. ``masks``: ids that may have been the
-    mask token.
+    """Yield other readings of ``draft``; the weights are shared. ``masks``: ids that may have been
+    the mask token.
     """
     config = draft.config
     for by, what in (
@@ -93,7 +95,7 @@ def readings(
 
 
 def _read_as(draft: DraftModel, **changes: Any) -> DraftModel:
-    """The same parameters under another config."""
+    """Return the same parameters under another config."""
     other = copy.copy(draft)
     other.config = dataclasses.replace(draft.config, **changes)
     other.look()
@@ -106,8 +108,8 @@ def symptoms(
     others: Iterator[Reading],
     note: Callable[[str], None] = lambda line: None,
 ) -> tuple[list[Finding], dict[str, Any]]:
-    """Findings, and the measured lengths: as configured and under each reading (greedy, mean over
-    anchors).
+    """Return the findings, and the measured lengths: as configured and under each reading (greedy,
+    mean over anchors).
     """
     base = [probe(draft, a) for a in answers]
     own = _lengths(base, draft.config.block_size)
@@ -165,7 +167,7 @@ def symptoms(
 
 
 def _lengths(probed: Sequence[Probed | None], size: int) -> list[tuple[float, int]] | None:
-    """(sum of accepted lengths, anchors) of every answer that has an anchor."""
+    """Return (sum of accepted lengths, anchors) of every answer that has an anchor."""
     out = [(float(p.lengths().sum()), p.hit.shape[0]) for p in probed if p is not None]
     return out or None
 
@@ -180,9 +182,9 @@ def _accept(probed: Sequence[Probed | None]) -> list[float]:
 
 
 def against_record(folder: Path, measured: dict[str, Any]) -> list[Finding]:
-    """Acceptance at slot 0 on the target's answers against that on held-out data in training: far
-    less means that something between training and here differs (a norm left out when states were
-    stored, another target, other layers).
+    """Compare acceptance at slot 0 on the target's answers with that on held-out data in training:
+    far less means that something between training and here differs (a norm left out when states
+    were stored, another target, other layers).
     """
     rows = _validations(folder)
     if not rows or "accept_rate" not in measured:

@@ -1,11 +1,9 @@
-"""Speculative decoding on transformers: what serving is compared with, and the default engine of
-``eval``.
-
-One sequence at a time, plain Python around two forwards a block, so its speed says little about a
-server's;
-its accepted lengths are a server's. Lossless: greedily the output is the target's own greedy output
-(up to rounding: a block of B+1 rows and a single row are different matrix products, and in bf16
-near-ties can fall differently), with a temperature it is distributed as the target's samples.
+"""Speculative decoding on transformers: the reference for serving, and the default engine of
+``eval``. It decodes one sequence at a time, in plain Python around two forward passes per block, so
+its speed says little about a server's, but its accepted lengths are a server's. Lossless: greedily
+the output is the target's own greedy output (up to rounding: a block of B+1 rows and a single row
+are different matrix products, and in bf16 near-ties can fall differently), with a temperature it is
+distributed as the target's samples.
 
 Legend: P prompt tokens, B draft tokens of a block, V vocabulary, a position of a block's anchor.
 """
@@ -41,8 +39,8 @@ class VerifiedBlock:
 
 @dataclass(frozen=True, slots=True)
 class Generation:
-    """``tokens``: the new ones, cut at the limit and after a stop token. ``blocks`` count whole, as
-    in vLLM.
+    """``tokens``: the new tokens, cut at the limit and after a stop token. ``blocks`` are counted
+    completely, as in vLLM.
     """
 
     tokens: list[int]
@@ -50,7 +48,7 @@ class Generation:
     seconds: float
 
     def outcome(self, block_size: int) -> Outcome:
-        """The counts, as every engine reports them."""
+        """Return the counts, as every engine reports them."""
         at = tuple(sum(b.accepted > k for b in self.blocks) for k in range(block_size))
         return Outcome(
             tokens=self.tokens, seconds=self.seconds, drafts=len(self.blocks), accepted_at=at,
@@ -102,7 +100,7 @@ def speculative_generate(
 
 
 def outcome_of(target: Target, draft: DraftModel, prompt: Sequence[int], **how: Any) -> Outcome:
-    """One answer with a draft of any type, and its counts; ``how`` as for
+    """Generate one answer with a draft of any type, and return its counts; ``how`` as for
     ``speculative_generate``.
     """
     if drafter(draft.config.speculator_type).stages(draft.config):
@@ -129,7 +127,7 @@ def _verify(
 
 
 def _cut(tokens: list[int], limit: int, stop_ids: Sequence[int]) -> list[int]:
-    """Up to ``limit`` tokens, ending with the first stop token."""
+    """Cut to ``limit`` tokens, ending with the first stop token."""
     stop = set(stop_ids)
     ends = [i + 1 for i, token in enumerate(tokens) if token in stop]
     return tokens[: min([limit, *ends[:1]])]

@@ -1,12 +1,12 @@
-"""What drafts beside a pipeline of n stages buy, from tokens and steps: one home for the figures of
-``eval`` and ``score``.
+"""Compute what drafts beside a pipeline of n stages gain, from tokens and steps; the only source of
+these figures for ``eval`` and ``score``.
 
 A step is one stage's time, 1/n of a pass. A token after a fresh one (the prefill's or a correction)
 takes n steps, one after an accepted draft a single step. So of N tokens with A accepted drafts
 among tokens 1..N-2, ``steps = n (N - 1) - (n - 1) A``; a pipeline without drafts takes n for each
 token. Two definitions of acceptance are in use and both are reported: ``acceptance_rate`` is tokens
-per step, the prefill's own token counted; ``draft_acceptance`` is the share of judged drafts that
-stood.
+per step, including the prefill's token; ``draft_acceptance`` is the share of judged drafts that
+were accepted.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ from dspark.tools.decode.outcome import Outcome, ratio_error
 
 
 def steps_of(stages: int, tokens: int, accepted: int) -> int:
-    """Steps of ``tokens`` N >= 1, ``accepted`` = drafts that stood among tokens 1..N-2."""
+    """Return the steps for ``tokens`` N >= 1, with ``accepted`` = drafts accepted among tokens
+    1..N-2.
+    """
     return stages * (tokens - 1) - (stages - 1) * accepted
 
 
 def gains(
     stages: int, answers: Sequence[tuple[int, int]], judged: int, accepted: int
 ) -> dict[str, Any]:
-    """Figures of ``answers`` (tokens, steps), and of all drafts that were ``judged`` in them and
-    ``accepted``.
-
-    ``theoretical_gain`` is the mean over answers, weighed by their tokens, of ``n tokens / steps -
-    1``; the pooled one and the accepted length without the prefill's tokens stand beside it. None
-    where no step was taken.
+    """Return the figures for ``answers`` (tokens, steps), and for all drafts in them that were
+    ``judged`` and ``accepted``. ``theoretical_gain`` is the mean over answers, weighted by their
+    tokens, of ``n tokens / steps - 1``; the pooled gain and the accepted length without the
+    prefill's tokens are given too. None if no step was taken.
     """
     moving = [(tokens, steps) for tokens, steps in answers if steps]
     tokens, steps = sum(t for t, _ in answers), sum(s for _, s in answers)

@@ -1,10 +1,11 @@
-"""What an engine reports for one prompt, and totals of many: the same numbers from transformers and
-vLLM.
+"""What an engine reports for one prompt, and totals over many: the same numbers from transformers
+and vLLM.
 
-Counting follows vLLM (`vllm:spec_decode_*`), so that figures compare: a *draft* is one verified
-block; the first token of an answer comes from the prefill and belongs to no block; the last block
-counts whole, also where the answer stops inside it. `accept_rate[k]` = blocks with more than k
-tokens accepted / blocks, so it falls with k; `mean_accepted_length` = 1 + accepted / blocks.
+Counting follows vLLM (`vllm:spec_decode_*`), so that figures are comparable: a *draft* is one
+verified block; the first token of an answer comes from the prefill and belongs to no block; the
+last block counts completely, even if the answer stops inside it. `accept_rate[k]` = blocks with
+more than k tokens accepted / blocks, so it falls with k; `mean_accepted_length` = 1 + accepted /
+blocks.
 """
 
 from __future__ import annotations
@@ -16,13 +17,13 @@ from typing import Any, Self
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """One answer. ``tokens``: new token ids, at most the limit, the stop token included.
+    """One answer. ``tokens``: new token ids, at most the limit, including the stop token.
     ``seconds``: prefill and decoding.
 
     ``drafts``: verified blocks. ``accepted_at[k]``: how many of them had more than ``k`` draft
     tokens accepted (empty without a draft). ``drafted``: (position of the anchor, drafted tokens)
-    of each block, where they were asked for; vLLM adds one that it never verified. ``steps`` of a
-    pipeline of ``stages``, 0 where there is none.
+    of each block, if requested; vLLM adds one that it never verified. ``steps`` of a pipeline of
+    ``stages``; 0 without one.
     """
 
     tokens: list[int]
@@ -35,7 +36,7 @@ class Outcome:
 
     @classmethod
     def from_json(cls, row: Mapping[str, Any]) -> Self:
-        """From ``dataclasses.asdict`` through JSON, which knows no tuples."""
+        """Restore from ``dataclasses.asdict`` via JSON, which has no tuples."""
         drafted = tuple((position, tuple(tokens)) for position, tokens in row["drafted"])
         return cls(**{**row, "accepted_at": tuple(row["accepted_at"]), "drafted": drafted})
 
@@ -44,8 +45,8 @@ def summarise(outcomes: Sequence[Outcome]) -> dict[str, Any]:
     """Totals of ``outcomes``: prompts, tokens, drafts, mean_accepted_length and its standard error,
     accept_rate, tokens_per_second.
 
-    The rates are null where nothing was drafted (every answer ended with its first token), the
-    error where fewer than two prompts drafted anything.
+    The rates are null if nothing was drafted (every answer ended with its first token), the error
+    if fewer than two prompts drafted anything.
     """
     drafts = sum(o.drafts for o in outcomes)
     slots = max((len(o.accepted_at) for o in outcomes), default=0)
@@ -67,8 +68,8 @@ def summarise(outcomes: Sequence[Outcome]) -> dict[str, Any]:
 
 
 def ratio_error(tops: Sequence[float], bottoms: Sequence[float]) -> float | None:
-    """Standard error of ``sum(tops) / sum(bottoms)`` over prompts as clusters (linearised ratio
-    estimator).
+    """Return the standard error of ``sum(tops) / sum(bottoms)`` over prompts as clusters
+    (linearised ratio estimator).
 
     Blocks of one answer resemble each other, so blocks counted as independent would claim too small
     an error.
@@ -83,5 +84,5 @@ def ratio_error(tops: Sequence[float], bottoms: Sequence[float]) -> float | None
 
 
 def rate(outcomes: Sequence[Outcome]) -> float:
-    """Generated tokens per second over ``outcomes``, one prompt at a time."""
+    """Return the generated tokens per second over ``outcomes``, one prompt at a time."""
     return sum(len(o.tokens) for o in outcomes) / sum(o.seconds for o in outcomes)

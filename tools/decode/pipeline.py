@@ -1,10 +1,10 @@
-"""Decoding beside a pipeline that is not there: a target of n stages with up to n tokens of one
-sequence in flight, emulated step by step.
+"""Decode beside an emulated pipeline: a target of n stages with up to n tokens of one sequence in
+flight, emulated step by step.
 
-What a stage gives depends on the token and those before it, not on when it runs. So each token gets
-one whole pass when it enters, and its states and logits are kept back until its age, in steps, lets
-them be seen. Drafts behind a wrong token are thrown away, as they would be.
-Lossless as ``decode.py`` is: what stands was judged by the target's own logits.
+A stage's output depends on the token and those before it, not on when it runs. So each token gets
+one whole pass when it enters, and its states and logits are withheld until its age, in steps, makes
+them available. Drafts after a wrong token are discarded, as in a real pipeline. Lossless like
+``decode.py``: every accepted token was judged by the target's own logits.
 
 Legend: n stages, T taps, H hidden size, V vocabulary.
 """
@@ -29,7 +29,7 @@ from dspark.train.draft.types import drafter
 
 @dataclass(slots=True)
 class Flying:
-    """A token in flight: its states [T, H] and logits [V] are there from the start and may be read
+    """A token in flight: its states [T, H] and logits [V] exist from the start but may be read only
     once it is old enough.
     """
 
@@ -42,8 +42,8 @@ class Flying:
 
 @dataclass(slots=True)
 class Piped:
-    """An answer: new ``tokens``, ``steps`` of the pipeline, for each judged draft whether it
-    stood.
+    """An answer: new ``tokens``, ``steps`` of the pipeline, and whether each judged draft was
+    accepted.
     """
 
     tokens: list[int]
@@ -129,8 +129,8 @@ def pipelined_generate(
 def _judge(
     drafted: Drafted, logits: Tensor, temperature: float, generator: torch.Generator | None
 ) -> tuple[bool, int]:
-    """Whether the drafted token stands before the target's ``logits`` [V], and the token that comes
-    there.
+    """Tell whether the drafted token is accepted by the target's ``logits`` [V], and return the
+    token at that place.
     """
     both = logits[None].expand(2, -1)  # the row after an accepted one belongs to a later step
     if drafted.probs is None:

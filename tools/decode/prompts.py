@@ -1,5 +1,5 @@
-"""Prompts for decoding, from the same rows a dump takes: everything before the answer, as the
-target's template writes it.
+"""Prompts for decoding, from the same rows as a dump: everything before the answer, as the target's
+template renders it.
 
 A chat row's trailing assistant turn is dropped and the generation prompt added; a tokenised row is
 cut before its first supervised token. ``source`` (or ``category``) of a row names its line in the
@@ -46,9 +46,9 @@ def read_prompts(
     per_source: int | None = None,
     say: Callable[[str], None] = _say,
 ) -> list[Prompt]:
-    """The first ``limit`` prompts of a JSONL file (also .gz) or of a named set, ``per_source`` of
-    each source at most. ``room``: longest prompt the target leaves space for. Rows that only say
-    where a prompt is to be fetched are left out and counted; ``say`` gets the count.
+    """Read the first ``limit`` prompts of a JSONL file (also .gz) or of a named set, at most
+    ``per_source`` per source. ``room``: the longest prompt that fits. Placeholder rows are left out
+    and counted; ``say`` prints the count.
     """
     out: list[Prompt] = []
     taken, left_out = Counter[str](), Counter[str]()
@@ -98,7 +98,7 @@ def _source(value: Any) -> str | None:
 
 
 def _first_words(value: Any) -> str:
-    """The first turn of a row, in ``messages`` or ``turns``; empty where it has none."""
+    """Return the first turn of a row, in ``messages`` or ``turns``; empty if it has none."""
     turns = (value.get("messages") or value.get("turns")) if isinstance(value, Mapping) else None
     for turn in turns if isinstance(turns, list) else ():
         text = turn.get("content") if isinstance(turn, Mapping) else turn
@@ -108,9 +108,9 @@ def _first_words(value: Any) -> str:
 
 
 def _first_turn(value: Any) -> Any:
-    """A row of SPEED-Bench with several questions and no answer between them (``messages`` of users
-    alone) cut after the first, or its ``turns`` as messages: a later question needs the answer to
-    the one before it.
+    """Cut a SPEED-Bench row with several questions and no answers between them (``messages`` of
+    users only) after the first, or convert its ``turns`` to messages: a later question needs the
+    answer to the one before it.
     """
     if not isinstance(value, Mapping):
         return value
@@ -126,7 +126,7 @@ def _first_turn(value: Any) -> Any:
 
 
 def _lines(path: Path) -> Iterator[tuple[str, Any]]:
-    """(file:line, parsed) of the lines that are not blank."""
+    """Yield (file:line, parsed) of the non-blank lines."""
     try:
         lines = JsonlCorpus(path)
     except OSError as error:
@@ -149,7 +149,7 @@ def _given(row: TokenRow, where: str) -> list[int]:
 
 
 def _rendered(row: ChatRow, template: Template | None, where: str) -> str:
-    """The text that the target was served before the last answer."""
+    """Return the text that the target was served before the last answer."""
     if template is None:
         raise DataError(
             f"{where}: a chat row, but the target has no tokenizer; give rows of input_ids and "

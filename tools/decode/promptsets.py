@@ -1,8 +1,7 @@
-"""The field's prompt sets by name, as chat rows with a ``source``: what ``--data gsm8k`` means.
-
-Only the prompts are taken, the first turn of each (a later turn needs the answer to the one before
-it). They come from the Hugging Face hub through ``datasets``; without a network, or for anything
-else, ``--data`` takes a file.
+"""Common prompt sets by name, as chat rows with a ``source``, as in ``--data gsm8k``. Only the
+prompts are used, the first turn of each (a later turn needs the answer to the one before it). They
+come from the Hugging Face hub through ``datasets``; without a network, or for anything else,
+``--data`` takes a file.
 """
 
 from __future__ import annotations
@@ -16,8 +15,8 @@ from dspark.cache.errors import UsageError, first_line
 
 @dataclass(frozen=True, slots=True)
 class PromptSet:
-    """Where a set lives on the hub. ``prompt`` takes the question out of a row, ``category`` its
-    line in the report.
+    """Where a set is on the hub. ``prompt`` extracts the question from a row, ``category`` its line
+    in the report.
     """
 
     path: str
@@ -37,7 +36,7 @@ RESOLVE = (
 
 
 def is_placeholder(text: str) -> bool:
-    """Whether a prompt is the notice that SPEED-Bench has in the place of one."""
+    """Tell whether a prompt is SPEED-Bench's placeholder notice."""
     return text.strip().upper().startswith(PLACEHOLDER)
 
 
@@ -115,12 +114,14 @@ NAMES = ", ".join(PROMPT_SETS)
 
 
 def is_named(data: str) -> bool:
-    """Whether ``--data`` names a set (``speed-bench:coding``: one category of it), not a file."""
+    """Tell whether ``--data`` names a set (``speed-bench:coding``: one category of it), not a
+    file.
+    """
     return data.partition(":")[0] in PROMPT_SETS
 
 
 def named_rows(data: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(set:row, chat row) of the named set, in its order. Raises UsageError if it cannot be
+    """Yield (set:row, chat row) of the named set, in order. Raises UsageError if it cannot be
     loaded.
     """
     name, _, wanted = data.partition(":")

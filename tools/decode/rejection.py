@@ -1,14 +1,13 @@
-"""Verification of one drafted block: which draft tokens stand, and the token after them. Pure
+"""Verify one drafted block: which draft tokens are accepted, and the token after them. Pure
 functions.
 
 Speculative sampling (Leviathan et al. 2023, Chen et al. 2023): a draft token drawn from p_d is kept
-with probability min(1, p_t/p_d); the first one refused is replaced by a draw from max(0, p_t -
-p_d), normalised;
-if all stand, one more comes from p_t. The tokens are then distributed as the target's own. With
-temperature 0 this is "keep while it is the target's argmax".
+with probability min(1, p_t/p_d); the first rejected one is replaced by a draw from max(0, p_t -
+p_d), normalised; if all are accepted, one more is drawn from p_t. The tokens are then distributed
+like the target's own. With temperature 0 this is "keep while it is the target's argmax".
 
-Legend: B draft tokens of a block, V target vocabulary. Row k of the target's logits is the one that
-judges draft token k; row B is the bonus.
+Legend: B draft tokens of a block, V target vocabulary. Row k of the target's logits judges draft
+token k; row B gives the bonus token.
 """
 
 from __future__ import annotations
@@ -18,7 +17,9 @@ from torch import Tensor
 
 
 def verify_greedy(drafted: Tensor, logits: Tensor) -> tuple[int, int]:
-    """``drafted[B]`` against the argmax of ``logits[B+1, V]``: (number accepted, next token)."""
+    """Compare ``drafted[B]`` with the argmax of ``logits[B+1, V]``; returns (number accepted, next
+    token).
+    """
     best = logits.argmax(dim=-1)
     accepted = _leading(drafted == best[:-1])
     return accepted, int(best[accepted])
@@ -30,8 +31,8 @@ def verify_sampled(
     target_probs: Tensor,
     generator: torch.Generator | None = None,
 ) -> tuple[int, int]:
-    """``drafted[B]`` drawn from ``draft_probs[B, V]``, against ``target_probs[B+1, V]``: (number
-    accepted, next token).
+    """Judge ``drafted[B]``, drawn from ``draft_probs[B, V]``, by ``target_probs[B+1, V]``; returns
+    (number accepted, next token).
     """
     slots = torch.arange(drafted.numel(), device=drafted.device)
     p_draft, p_target = draft_probs[slots, drafted], target_probs[slots, drafted]
@@ -46,10 +47,10 @@ def verify_sampled(
 
 
 def sample(weights: Tensor, generator: torch.Generator | None = None) -> int:
-    """One index drawn in proportion to ``weights[V]`` (not negative, not all zero)."""
+    """Draw one index in proportion to ``weights[V]`` (not negative, not all zero)."""
     return int(torch.multinomial(weights, 1, generator=generator))
 
 
 def _leading(kept: Tensor) -> int:
-    """How many of ``kept[B]`` are true before the first that is not."""
+    """Count how many of ``kept[B]`` are true before the first that is not."""
     return int(kept.long().cumprod(dim=0).sum())

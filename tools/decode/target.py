@@ -1,4 +1,4 @@
-"""The target while decoding: steps that give logits and aux states, and a way back over rejected
+"""The target while decoding: steps that return logits and aux states, and rollback of rejected
 tokens.
 
 Legend: n new tokens, V vocabulary, L aux layers, H hidden size. Layer id ``i`` is the output of
@@ -30,13 +30,13 @@ from dspark.dump.target.weights import find_parts, frozen_target
 
 
 class Target:
-    """A transformers causal LM with its KV cache, for one sequence at a time. A context manager:
-    hooks go when it ends.
+    """A transformers causal LM with its KV cache, for one sequence at a time. A context manager
+    that removes its hooks at the end.
     """
 
     def __init__(self, model: Any, layer_ids: Sequence[int], *, decodes: bool = True) -> None:
-        """``decodes`` False: only ``whole`` is called, which any decoder can do. Raises EngineError
-        for layers whose cache cannot be cropped.
+        """``decodes`` False: only ``whole`` is called, which any decoder supports. Raises
+        EngineError for layers whose cache cannot be cropped.
         """
         if decodes:
             refuse_uncroppable(model.config.get_text_config())
@@ -80,7 +80,7 @@ class Target:
 
     @property
     def frozen(self) -> FrozenTarget:
-        """What a draft borrows, sharing the model's memory."""
+        """Return what a draft borrows, sharing the model's memory."""
         return frozen_target(self._parts)
 
     def start(self) -> None:
@@ -151,8 +151,8 @@ def cache_name(model: Any) -> str:
 
 
 def load_model(model: str, device: str = "auto", dtype: str = "auto") -> Any:
-    """The target in transformers; ``auto``: a GPU if there is one, and float32 on a CPU, else the
-    checkpoint's dtype.
+    """Load the target in transformers; ``auto``: a GPU if there is one, and float32 on a CPU, else
+    the checkpoint's dtype.
     """
     chosen = choose_device(device)
     no_plan_a_shape()
@@ -165,10 +165,8 @@ def load_model(model: str, device: str = "auto", dtype: str = "auto") -> Any:
 def greedy_alone(
     model: Any, prompt: Sequence[int], *, max_tokens: int, stop_ids: Sequence[int] = ()
 ) -> list[int]:
-    """What the target says without a draft: transformers' own greedy search, new tokens only, stop
-    token included.
-
-    Every setting that a model's generation_config may carry and that is not plain greedy (sampling,
+    """Generate without a draft: transformers' own greedy search, only new tokens, including the
+    stop token. Every setting in a model's generation_config that is not plain greedy (sampling,
     penalties) is overridden.
     """
     from transformers import GenerationConfig

@@ -1,14 +1,14 @@
-"""Real vLLM in a process of its own: prompts in, token ids and speculative-decoding counts out.
+"""Run real vLLM in a separate process: prompts in, token ids and speculative-decoding counts out.
 
 ``run_vllm`` (parent) starts ``python -m dspark.tools.decode.vllm_serve REQUEST.json RESULT.json``
-(child), because vLLM's switches are environment variables read at import, and because its memory
-goes back only with its process. Prompts run one at a time: counts belong to a prompt, and tokens
-per second means concurrency 1.
+(child), because vLLM's switches are environment variables read at import, and because its memory is
+freed only with its process. Prompts run one at a time, so counts belong to a prompt, and tokens per
+second means concurrency 1.
 
 Without a GPU the kernels of vLLM's DSpark runner need Triton's interpreter and a stand-in driver;
 the folder that holds it is named by ``DSPARK_TRITON_INTERPRETER``
-(tests/vllm_cpu/triton_interpreter in the source tree). Slow, right, meant for tests. Start-up is
-25-60 s on a CPU, most of it imports.
+(tests/vllm_cpu/triton_interpreter in the source tree). Slow but correct; meant for tests. Start-up
+is 25-60 s on a CPU, most of it imports.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _LOG_LINES = 25
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ServeRequest:
-    """What the child is asked. ``prompts``: token ids. ``draft`` None: the target alone.
+    """The request to the child. ``prompts``: token ids. ``draft`` None = the target alone.
 
     ``temperature`` 0 drafts and decodes greedily; above it vLLM samples drafts too and verifies by
     rejection sampling.
@@ -58,10 +58,10 @@ class ServeRequest:
     """
 
     def engine_args(self) -> dict[str, Any]:
-        """Keyword arguments of ``vllm.LLM``, with room for two blocks past the limit.
+        """Return the keyword arguments of ``vllm.LLM``, with room for two blocks past the limit.
 
-        vLLM cuts drafts there, and its runner V1 stops drafting where a block that has not been
-        judged yet and the next one would reach it.
+        vLLM cuts drafts there, and its runner V1 stops drafting when an unjudged block plus the
+        next one would reach it.
         """
         longest = (
             max(map(len, self.prompts)) + self.max_tokens + 2 * (self.num_speculative_tokens + 2)
@@ -90,8 +90,8 @@ class ServeRequest:
 def run_vllm(
     request: ServeRequest, *, program: Sequence[str] = ("-m", "dspark.tools.decode.vllm_serve")
 ) -> list[Outcome]:
-    """One ``Outcome`` per prompt, from a vLLM started for this call. Raises EngineError with the
-    end of vLLM's log.
+    """Return one ``Outcome`` per prompt, from a vLLM started for this call. Raises EngineError with
+    the end of vLLM's log.
 
     ``program``: what the child's Python runs.
     """
@@ -103,9 +103,7 @@ def run_vllm_each(
     *,
     program: Sequence[str] = ("-m", "dspark.tools.decode.vllm_serve"),
 ) -> list[list[Outcome]]:
-    """The same for several requests, answered one after another in one process: vLLM is imported
-    once.
-    """
+    """Do the same for several requests, one after another in one process: vLLM is imported once."""
     env = _environment()
     if any(request.trace for request in requests):
         env["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
@@ -128,8 +126,8 @@ def run_vllm_each(
 
 
 def _environment() -> dict[str, str]:
-    """The child's environment: the caller's, and on a machine without a GPU what makes Triton
-    interpret.
+    """Return the child's environment: the caller's, plus what makes Triton interpret on a machine
+    without a GPU.
     """
     import torch
 
@@ -162,7 +160,7 @@ def _environment() -> dict[str, str]:
 
 
 def serve(request: ServeRequest, trace: Blocks) -> list[Outcome]:
-    """The child's work: start an engine, answer every prompt, end it. Counts are differences of
+    """Do the child's work: start an engine, answer every prompt, end it. Counts are differences of
     vLLM's own counters.
     """
     from vllm import LLM
@@ -216,7 +214,7 @@ def _answers(llm: Any, request: ServeRequest, trace: Blocks) -> list[Outcome]:
 
 
 def _counters(llm: Any) -> tuple[int, list[int]]:
-    """vLLM's totals so far: blocks, and blocks that had slot k accepted. (0, []) without a
+    """Return vLLM's totals so far: blocks, and blocks that had slot k accepted. (0, []) without a
     draft.
     """
     drafts, accepted_at = 0, []

@@ -1,9 +1,9 @@
-"""Watch a running vLLM draft: position of the anchor and tokens of every block, for each of its
-ways to draft.
+"""Record a running vLLM's drafts: position of the anchor and tokens of every block, for each of its
+drafting paths.
 
 vLLM 0.32 drafts in three places: ``DSparkSpeculator`` and ``TargetDependentARSpeculator`` (EAGLE-3)
-of model runner V2, and ``SpecDecodeBaseProposer`` of V1, which it still takes for P-EAGLE. vLLM
-also drafts after the last verified block of a request; that one is never judged.
+of model runner V2, and ``SpecDecodeBaseProposer`` of V1, which it still uses for P-EAGLE. vLLM also
+drafts after the last verified block of a request; that one is never judged.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ Blocks = list[tuple[int, tuple[int, ...]]]
 
 
 def watch() -> Blocks:
-    """A list that fills with (position of the anchor, drafted tokens) of every block drafted from
-    now on.
+    """Return a list that fills with (position of the anchor, drafted tokens) of every block drafted
+    from now on.
     """
     blocks: Blocks = []
     for place, name, anchors, laid_out_by_call in _PLACES:
@@ -54,13 +54,15 @@ def _wrap(
 
 
 def _dspark_anchors(self: Any, input_batch: Any, *args: Any, **kwargs: Any) -> list[int]:
-    """A block's first query is its anchor; the call lays them out."""
+    """Read the anchors: a block's first query is its anchor; the call lays them out."""
     count = len(input_batch.req_ids)
     return [int(self.input_buffers.positions[i * self.num_query_per_req]) for i in range(count)]
 
 
 def _chain_anchors(self: Any, input_batch: Any, *args: Any, **kwargs: Any) -> list[int]:
-    """The anchor follows the tokens of a request that the target has run on and that stay."""
+    """Read the anchors: each follows the accepted tokens of a request that the target has
+    processed.
+    """
     rejected = kwargs["num_rejected"] if "num_rejected" in kwargs else args[5]
     return [
         int(input_batch.seq_lens[i]) - int(rejected[i]) for i in range(len(input_batch.req_ids))
@@ -68,7 +70,9 @@ def _chain_anchors(self: Any, input_batch: Any, *args: Any, **kwargs: Any) -> li
 
 
 def _v1_anchors(self: Any, **kwargs: Any) -> list[int]:
-    """V1 hands over every row of the target's forward; the last that stays is before the anchor."""
+    """Read the anchors: V1 passes every row of the target's forward pass; the last accepted one
+    precedes the anchor.
+    """
     at = kwargs.get("token_indices_to_sample")
     if at is None:
         at = kwargs["common_attn_metadata"].query_start_loc[1:] - 1

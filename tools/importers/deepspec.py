@@ -1,13 +1,12 @@
 """A DeepSpec target cache (its version 2) as a source of samples.
 
     manifest.json    version, hidden_size, target_layer_ids (outputs of decoder layers, 0-based),
-                     shards, how it was made
-    samples.idx      a record of 56 bytes per sample: where its five tensors lie
-    shard-*.bin      the tensors: ids int32[S], attention mask and loss mask uint8[S], states
-                     bfloat16[S, L H], last state bfloat16[S, H]
+    shards, how it was made samples.idx      a record of 56 bytes per sample: where its five tensors
+    are shard-*.bin      the tensors: ids int32[S], attention mask and loss mask uint8[S], states
+    bfloat16[S, L H], last state bfloat16[S, H]
 
-The last state is the one after the final norm, at every token. Nothing in it carries a checksum:
-what can be checked is that everything is there and of the right size.
+The last state is the one after the final norm, at every token. Nothing in it has a checksum: all
+that can be checked is that everything is present and of the right size.
 """
 
 from __future__ import annotations
@@ -113,7 +112,7 @@ class DeepSpecSource:
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest sample, or the limit that the cache was made with."""
+        """Return the tokens of the longest sample, or the limit that the cache was made with."""
         return max(
             int(self._index["tokens"].max(initial=0)), int(self.manifest.get("max_length") or 0)
         )

@@ -1,9 +1,9 @@
-"""``dspark-tools import``: another project's cache of hidden states becomes a store. Streaming,
-part by part, stopped and resumed like a dump.
+"""``dspark-tools import``: convert another project's cache of hidden states to a store. Works part
+by part, so it streams and can be stopped and resumed like a dump.
 
 What those caches lack comes from the target's folder: the frozen weights, config and tokenizer, the
-mask token. What they have too much of is left out: last states that no anchor needs. Rows that hold
-no sample are counted by reason.
+mask token. What they have in excess is left out: last states that no anchor needs. Rows without a
+sample are counted by reason.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class Ready:
 
 
 def open_source(path: str | Path) -> Source:
-    """The cache at ``path``, whichever project wrote it."""
+    """Open the cache at ``path``, whichever project wrote it."""
     path = Path(path)
     if (path / "samples.idx").is_file() or (path / "manifest.json").is_file():
         return DeepSpecSource(path)
@@ -115,10 +115,10 @@ def import_store(
     """Write ``source`` as a store at ``destination``; returns its manifest. ``progress(rows done,
     rows)``.
 
-    ``layers``: outputs of decoder layers, needed where the cache does not name them, and must agree
-    where it does. Raises MismatchError where cache and target do not belong together,
-    DamagedCacheError where the cache is not whole. ``last_state``: "after-norm" or "before-norm",
-    where the cache is not as its layout has it.
+    ``layers``: outputs of decoder layers; required if the cache does not name them, and must agree
+    if it does. Raises MismatchError if cache and target do not belong together, DamagedCacheError
+    if the cache is incomplete. ``last_state``: "after-norm" or "before-norm", if the cache deviates
+    from its layout.
     """
     from dspark.dump.target.config import load_target, target_info, tokenizer_info
     from dspark.dump.target.presets import find
@@ -195,7 +195,9 @@ def check_belongs(
     num_layers: int,
     model: str,
 ) -> list[int]:
-    """The layers of ``given`` (outputs of decoder layers), if cache, flags and target agree."""
+    """Return the layers of ``given`` (outputs of decoder layers) if cache, flags and target
+    agree.
+    """
     from dspark.dump.target.layers import check_layers
 
     if given.hidden != hidden:
@@ -223,8 +225,8 @@ def check_belongs(
 
 
 class Reader:
-    """Samples of a foreign cache as ours: stored last states only, after the final ``norm``
-    (applied here unless ``after_norm``).
+    """Converts samples of a foreign cache to ours: only stored last states, after the final
+    ``norm`` (applied here unless ``after_norm``).
     """
 
     def __init__(
@@ -235,7 +237,7 @@ class Reader:
         self.vocab, self.hidden = self.embedding.shape
 
     def sample(self, i: int) -> Ready | str:
-        """Sample ``i``; or why there is none."""
+        """Return sample ``i``, or why there is none."""
         from dspark.dump.corpus.masks import sample_key
 
         found = self.given.read(i)
@@ -259,21 +261,21 @@ class Reader:
         )
 
     def normed(self, last: torch.Tensor) -> torch.Tensor:
-        """``last`` [M, H] after the target's final norm, in the weights' dtype."""
+        """Apply the target's final norm to ``last`` [M, H], in the weights' dtype."""
         weight: torch.Tensor = next(self.norm.parameters())
         with torch.inference_mode():
             out: torch.Tensor = self.norm(last.to(weight.dtype))
         return out
 
     def probe(self, budget: int = CALIBRATION) -> Iterator[Ready]:
-        """Samples spread over the cache, about ``budget`` tokens."""
+        """Return samples spread over the cache, about ``budget`` tokens."""
         for i in spread(len(self.given), self.given.mean_tokens(), budget):
             found = self.sample(i)
             if not isinstance(found, str):
                 yield found
 
     def states(self, codec: Codec) -> Probe:
-        """States from all over the cache, as many as ``codec`` asks for."""
+        """Return states spread over the cache, as many as ``codec`` asks for."""
         tokens = round(len(self.given) * self.given.mean_tokens())
         budget = budget_of(codec, self.given.slots, self.hidden, tokens)
         found = list(self.probe(budget))
@@ -292,14 +294,14 @@ class Reader:
         return codec.calibrated(*self.states(codec)) if codec.needs_calibration else codec
 
     def quality(self, codec: Codec) -> dict[str, Any]:
-        """What the stored code loses against the cache it was made from."""
+        """Measure what the stored code loses against the cache it was made from."""
         return quality(self.states(codec), codec, "imported cache")
 
     def text_check(self, frozen: FrozenTarget) -> None:
         """Refuse last states that predict the text clearly better by the other reading (before or
         after the final norm) than by the one given.
 
-        The other project's cache has no prediction of the target to hold its states against, only
+        The other project's cache has no prediction of the target to compare its states with, only
         the text that the target wrote.
         """
         sample = next(self.probe(), None)
@@ -331,8 +333,8 @@ def write_parts(
     device: torch.device,
     progress: Callable[[int, int], None],
 ) -> None:
-    """Write every part that is missing. Raises MismatchError where a part that is there was made
-    from other rows.
+    """Write every part that is missing. Raises MismatchError if an existing part was made from
+    other rows.
     """
     total, size = len(reader.given), writer.manifest.dump.block_rows
     dropped: Counter[str] = Counter()
@@ -369,7 +371,9 @@ def write_parts(
 
 
 def found_sha256(found: list[Ready | str]) -> str:
-    """Of the tokens and masks of a block's samples, and of the reasons why others gave none."""
+    """Return the sha256 of the tokens and masks of a block's samples, and of the reasons why other
+    rows gave none.
+    """
     total = hashlib.sha256()
     for f in found:
         ids = (

@@ -1,4 +1,4 @@
-"""What an importer needs of another project's cache: samples by index, and what their states are.
+"""What an importer needs from another project's cache: samples by index, and what their states are.
 
 Legend: S tokens of a sample, L aux layers, H hidden size.
 """
@@ -28,9 +28,9 @@ Found = Given | str  # or why there is no sample under this index
 
 
 class Source(Protocol):
-    """``layers``: outputs of decoder layers, None where the cache does not say; ``slots``: how
-    many. ``last_after_norm``: where its last state was taken. ``sha256``: of what tells this cache
-    from another, or None.
+    """``layers``: outputs of decoder layers, None if the cache does not say; ``slots``: how many.
+    ``last_after_norm``: where its last state was taken. ``sha256``: of what identifies this cache,
+    or None.
     """
 
     @property

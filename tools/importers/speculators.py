@@ -5,7 +5,7 @@
     hidden_states/hs_{row}.safetensors             hidden_states [S, L + 1, H], token_ids [S]
 
 The files do not say which layers they hold; the last slot is the last decoder layer *before* the
-final norm, as vLLM's extraction gives it.
+final norm, as in vLLM's extraction.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ STATES = "hidden_states"
 
 
 class SpeculatorsSource:
-    """Random access to speculators' per-sample files; a row without a file is no sample."""
+    """Random access to speculators' per-sample files; a row without a file has no sample."""
 
     name = "speculators"
     version = "1"

@@ -1,12 +1,12 @@
-"""``dspark-tools calibrate``: how far the confidence head can be trusted on held-out data, and
-scaled so that it can.
+"""``dspark-tools calibrate``: measure how far the confidence head can be trusted on held-out data,
+and calibrate it.
 
-The held-out samples are parted by prompt hash: temperatures are fitted on one half and judged on
-the other. vLLM 0.32 reads confidence only with ``enable_adaptive_verification``, from the head's
-own weights, one linear map for every slot: it has no place for a temperature a slot. So ``--write``
-puts those beside, into calibration.json and, for SGLang, which has one, into temperatures.json; and
-``--fold`` scales the head's weights by the one temperature (and shift) that suits all slots best,
-which any server that uses the head then sees.
+The held-out samples are split by prompt hash: temperatures are fitted on one half and judged on the
+other. vLLM 0.32 reads confidence only with ``enable_adaptive_verification``, from the head's own
+weights, as one linear map for all slots: it has no place for a temperature per slot. So ``--write``
+puts temperatures into calibration.json and, for SGLang, which supports them, into
+temperatures.json; and ``--fold`` scales the head's weights by the one temperature (and shift) that
+suits all slots best, for any server that uses the head.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def calibrate(
     fold: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, Any]:
-    """The report as ``--json`` prints it; ``write`` and ``fold`` change the draft folder."""
+    """Return the report that ``--json`` prints; ``write`` and ``fold`` change the draft folder."""
     import dspark.cache
     from dspark.cache.errors import DraftError, TrainError
     from dspark.tools.judge.calibration import fit, fit_shared
@@ -55,7 +55,7 @@ def calibrate(
     if not config.enable_confidence_head:
         raise DraftError(f"{draft} has no confidence head, so there is nothing to calibrate")
     samples = chosen(cache, draft, which)
-    # A byte of the key that the split into training and validation does not look at.
+    # A byte of the key that the split into training and validation does not use.
     odd = cache.index["sample_key"][samples, 15] % 2 == 1
     halves = [samples[~odd], samples[odd]]
     if not (halves[0].size and halves[1].size):
@@ -143,7 +143,9 @@ def collect(
     dtype: str,
     progress: Callable[[int, int], None],
 ) -> tuple[Any, Any]:
-    """Confidence logits and acceptance, both fp32 [N, B], of every full block of ``samples``."""
+    """Collect confidence logits and acceptance, both fp32 [N, B], of every full block of
+    ``samples``.
+    """
     import torch
 
     from dspark.cache.errors import TrainError
@@ -248,7 +250,9 @@ def calibrate_command(as_json: bool, plot: Path | None, **flags: Any) -> None:
 
 
 def table(result: dict[str, Any]) -> str:
-    """By position, before and after; then the sweep and the threshold it recommends. Markdown."""
+    """Format, as Markdown, the figures by position, before and after; then the sweep and the
+    threshold it recommends.
+    """
     from dspark.tools.judge.calibration import KEPT, recommended
 
     before, after = result["before"]["survival"], result["after"]["survival"]

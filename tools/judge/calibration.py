@@ -1,11 +1,11 @@
 """Calibration of the confidence head: pure functions on recorded blocks. Sequential temperature
 scaling (DSpark paper, section 3.2.1).
 
-Legend: N blocks with all their slots, B slots. ``logit[N, B]`` the head's, ``accept[N, B]`` what it
-estimates: the probability ``1 - TV`` that slot k is accepted if all before it are. ``survival`` of
-k is the product up to k: that the block is accepted beyond slot k. That product is what a scheduler
-cuts a block by, so it is what gets calibrated: left to right, T_k is the grid's value that makes
-the ECE of
+Legend: N blocks with all their slots, B slots. ``logit[N, B]`` is the head's, ``accept[N, B]`` what
+it estimates: the probability ``1 - TV`` that slot k is accepted if all before it are. ``survival``
+of k is the product up to k: that the block is accepted beyond slot k. A scheduler cuts a block by
+that product, so it is what gets calibrated: left to right, T_k is the grid's value that makes the
+ECE of
 
     s_k = prod_{j<=k} sigmoid(logit_j / T_j + b_j)
 
@@ -37,9 +37,7 @@ BINS = 10
 
 @dataclass(frozen=True, slots=True)
 class Scaling:
-    """``sigmoid(logit / temperature + shift)``, both fp64 [B]. Of length 1 it is one for all
-    slots.
-    """
+    """``sigmoid(logit / temperature + shift)``, both fp64 [B]. Length 1 means one for all slots."""
 
     temperature: Tensor
     shift: Tensor
@@ -52,13 +50,13 @@ class Scaling:
 
 
 def identity(size: int) -> Scaling:
-    """Confidence as the head says it."""
+    """Confidence as the head states it."""
     return Scaling(torch.ones(size, dtype=torch.float64), torch.zeros(size, dtype=torch.float64))
 
 
 def binned(guess: Tensor, truth: Tensor, count: int = BINS) -> Tensor:
-    """Histogram [3, count] of ``guess[N]``: number, sum of guesses, sum of ``truth[N]`` in each
-    equal bin.
+    """Return a histogram [3, count] of ``guess[N]``: number, sum of guesses, sum of ``truth[N]`` in
+    each equal bin.
     """
     at = (guess * count).long().clamp(max=count - 1)
     values = torch.stack([torch.ones_like(guess), guess, truth.double()])
@@ -66,19 +64,19 @@ def binned(guess: Tensor, truth: Tensor, count: int = BINS) -> Tensor:
 
 
 def ece(guess: Tensor, truth: Tensor) -> float:
-    """Expected calibration error of ``guess[N]`` against probabilities ``truth[N]``."""
+    """Return the expected calibration error of ``guess[N]`` against probabilities ``truth[N]``."""
     out = expected_calibration_error(binned(guess, truth))
     assert out is not None, "no blocks"
     return out
 
 
 def brier(guess: Tensor, truth: Tensor) -> float:
-    """Expected squared error against an outcome drawn with probability ``truth``."""
+    """Return the expected squared error against an outcome drawn with probability ``truth``."""
     return float((truth * (1 - guess) ** 2 + (1 - truth) * guess**2).mean())
 
 
 def fit(logit: Tensor, accept: Tensor, *, shift: bool = False) -> Scaling:
-    """Sequential temperature scaling on [N, B] records."""
+    """Fit sequential temperature scaling to [N, B] records."""
     truth = accept.double().cumprod(1)
     before = torch.ones(logit.shape[0], dtype=torch.float64)
     chosen: list[tuple[float, float]] = []
@@ -90,8 +88,8 @@ def fit(logit: Tensor, accept: Tensor, *, shift: bool = False) -> Scaling:
 
 
 def fit_shared(logit: Tensor, accept: Tensor, *, shift: bool = False) -> Scaling:
-    """One temperature (and shift) for all slots: what can be folded into the one linear map that
-    servers read. Smallest mean ECE of the slots' own confidences, which unlike survival do not
+    """Fit one temperature (and shift) for all slots, which can be folded into the one linear map
+    that servers read. Smallest mean ECE of the slots' own confidences, which unlike survival do not
     depend on one another.
     """
     columns = range(logit.shape[1])
@@ -108,8 +106,8 @@ def fit_shared(logit: Tensor, accept: Tensor, *, shift: bool = False) -> Scaling
 def _best(
     logits: list[Tensor], before: list[Tensor], truth: list[Tensor], shift: bool
 ) -> tuple[float, float]:
-    """(T, b) of the grid with the smallest sum of ECEs; of equals the one nearest to doing
-    nothing.
+    """Return the (T, b) of the grid with the smallest sum of ECEs; among equals, the one nearest to
+    the identity.
     """
     shifts = SHIFTS.tolist() if shift else [0.0]
     grid = sorted(
@@ -124,8 +122,8 @@ def _best(
 
 
 def measure(scaling: Scaling, logit: Tensor, accept: Tensor) -> dict[str, Any]:
-    """By slot: of the survival (what is scheduled by) and of the slot's own confidence: ece, brier,
-    auroc, means, reliability diagram.
+    """Measure, by slot, the survival (used for scheduling) and the slot's own confidence: ece,
+    brier, auroc, means, reliability diagram.
     """
     own = scaling(logit)
     return {
@@ -147,7 +145,7 @@ def _by_slot(guess: Tensor, truth: Tensor) -> dict[str, Any]:
 
 
 def _diagram(bins: Tensor) -> list[dict[str, float]]:
-    """The bins that hold anything: share of blocks, mean confidence, mean acceptance."""
+    """Return the non-empty bins: share of blocks, mean confidence, mean acceptance."""
     total = float(bins[0].sum())
     return [
         {"share": n / total, "confidence": g / n, "accepted": t / n}
@@ -160,17 +158,17 @@ KEPT = 0.95  # of the tokens that a draft gains, at the recommended threshold
 
 
 def recommended(points: list[dict[str, float]]) -> float:
-    """The largest threshold of a ``sweep`` that keeps ``KEPT`` of the tokens gained: it verifies
-    the fewest drafts for them.
+    """Return the largest threshold of a ``sweep`` that keeps ``KEPT`` of the tokens gained, and so
+    verifies the fewest drafts.
     """
     most = max(p["tokens"] - 1 for p in points)
     return max(p["threshold"] for p in points if p["tokens"] - 1 >= KEPT * most)
 
 
 def sweep(scaling: Scaling, logit: Tensor, accept: Tensor) -> list[dict[str, float]]:
-    """Cutting a block before the first slot whose survival falls below a threshold: drafts verified
-    a step, tokens gained a step (the target's own included), and the share of the verified drafts
-    that are accepted.
+    """Cut blocks before the first slot whose survival falls below a threshold: returns drafts
+    verified per step, tokens gained per step (including the target's own), and the share of the
+    verified drafts that are accepted.
     """
     survival, truth = scaling(logit).cumprod(1), accept.double().cumprod(1)
     out = []

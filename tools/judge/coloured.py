@@ -1,4 +1,4 @@
-"""An answer as text with the tokens that the draft guessed right coloured, and how many target
+"""Print an answer with the tokens that the draft predicted correctly in colour, and how many target
 steps that saved.
 """
 
@@ -18,8 +18,8 @@ ACCEPTED = "bold green"
 
 
 def accepted(prompt_tokens: int, outcome: Outcome) -> list[bool]:
-    """For each token of the answer, whether it was drafted and accepted. All False where the blocks
-    were not recorded.
+    """Tell, for each token of the answer, whether it was drafted and accepted. All False if the
+    blocks were not recorded.
 
     The draft of the anchor at position ``a`` begins with the token at ``a + 1``; its tokens up to
     the first that differs from the answer were accepted.
@@ -35,8 +35,8 @@ def accepted(prompt_tokens: int, outcome: Outcome) -> list[bool]:
 
 
 def coloured(tokenizer: Any, tokens: Sequence[int], marks: Sequence[bool]) -> Text:
-    """The text of ``tokens``, those marked in colour. A character made of several tokens has the
-    last one's colour.
+    """Return the text of ``tokens``, with the marked ones in colour. A character made of several
+    tokens has the last one's colour.
     """
     from rich.text import Text
 

@@ -1,9 +1,9 @@
-"""``dspark-tools eval``: real speculative decoding of real prompts, and the target alone beside it.
+"""``dspark-tools eval``: real speculative decoding of real prompts, compared with the target alone.
 
 Both engines run one prompt at a time and count as vLLM does (``dspark.tools.decode.outcome``).
 ``lossless`` compares with the target decoding alone in the same engine: transformers' own
 ``generate``, or a second vLLM without the draft (``--alone N``: on the first N prompts only, as it
-takes the longest). What is reported is in ``dspark.tools.judge.eval_report``.
+takes the longest). The report is in ``dspark.tools.judge.eval_report``.
 """
 
 from __future__ import annotations
@@ -72,14 +72,16 @@ class Runs:
 
 
 def evaluate(config: EvalConfig, note: Note = lambda line: None) -> dict[str, Any]:
-    """Run it; the report as ``--json`` prints it. ``note`` gets progress, one line at a time."""
+    """Run it and return the report that ``--json`` prints. ``note`` receives progress, one line at
+    a time.
+    """
     return run(config, note)[0]
 
 
 def run(
     config: EvalConfig, note: Note = lambda line: None
 ) -> tuple[dict[str, Any], list[Prompt], Runs]:
-    """The report, and the prompts and outcomes it was made of."""
+    """Return the report, and the prompts and outcomes it is based on."""
     ((result, runs),), prompts = run_each(config, [config.draft], note)
     return result, prompts, runs
 
@@ -87,8 +89,8 @@ def run(
 def run_each(
     config: EvalConfig, drafts: Sequence[str], note: Note = lambda line: None
 ) -> tuple[list[tuple[dict[str, Any], Runs]], list[Prompt]]:
-    """For each of the ``drafts``, in the place of ``config.draft``, its report and outcomes on the
-    same prompts. The target is loaded and decodes by itself once.
+    """Return, for each of the ``drafts`` in place of ``config.draft``, its report and outcomes on
+    the same prompts. The target is loaded, and decodes alone, only once.
     """
     from dspark.dump.target.config import load_target
     from dspark.tools.decode.prompts import read_prompts
@@ -360,7 +362,7 @@ def eval_command(
             several.cells(draft, [result for result, _ in found], several.EVAL),
             how(found[0][0]),
         )
-    if as_json:  # first: a disk that has become full meanwhile does not take this with it
+    if as_json:  # first, so that a disk that became full meanwhile does not lose this
         emit(told)
     elif len(draft) > 1:
         several.show(*side_by_side)
@@ -416,7 +418,7 @@ def _answers(prompts: Sequence[Prompt], runs: Runs) -> Iterator[dict[str, Any]]:
 def show_coloured(
     model: str, prompts: Sequence[Prompt], runs: Runs, count: int, console: Any, whose: str = ""
 ) -> None:
-    """The first ``count`` answers on stderr, what the draft guessed right in colour."""
+    """Print the first ``count`` answers on stderr, with correctly drafted tokens in colour."""
     from rich.panel import Panel
 
     from dspark.dump.target.config import load_tokenizer
@@ -445,7 +447,7 @@ def show_coloured(
 
 
 def show(result: dict[str, Any]) -> None:
-    """The report on stdout, in tables that fit a terminal."""
+    """Print the report on stdout, in tables that fit a terminal."""
     from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table

@@ -1,13 +1,13 @@
-"""What ``dspark-tools eval`` says: totals, one line per source as public cards have them, as JSON,
-as a table, as Markdown.
+"""The report of ``dspark-tools eval``: totals, and one line per source as on public model cards, as
+JSON, table and Markdown.
 
-``theoretical_gain`` is the speed-up that the accepted length would buy if a step cost what it
+``theoretical_gain`` is the speed-up that the accepted length would give if a step cost what it
 reads: decoding one sequence is bound by reading weights, so a block costs ``1 + draft / target``
-target steps and gives ``mean_accepted_length`` tokens. Weights of the draft that are read a block:
-everything trained but the rows of its Markov embedding, and its output matrix. Of the target:
-everything but an untied embedding. A mixture of experts reads fewer of its weights than are
-counted, so there the gain is an upper bound. Of a head that runs beside a pipeline it is what
-``tools/decode/gain.py`` says, a share: 0.14 is 14 % more tokens per step.
+target steps and yields ``mean_accepted_length`` tokens. Draft weights read per block: everything
+trained but the rows of its Markov embedding, and its output matrix. Of the target: everything but
+an untied embedding. A mixture of experts reads fewer of its weights than are counted, so there the
+gain is an upper bound. For a head that runs beside a pipeline it is what ``tools/decode/gain.py``
+computes, a share: 0.14 is 14 % more tokens per step.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ def report(
     greedy: bool,
     relative_cost: float | None,
 ) -> dict[str, Any]:
-    """Totals and totals of each source. ``alone``: the target by itself on the first ``len(alone)``
+    """Return totals, also per source. ``alone``: the target by itself on the first ``len(alone)``
     prompts.
 
-    ``lossless`` and the speeds compare those prompts only; null where there are none, and
-    ``lossless`` with a temperature, where only distributions could be compared.
+    ``lossless`` and the speeds compare those prompts only; null if there are none; ``lossless`` is
+    also null with a temperature, when only distributions could be compared.
     """
     rows = [
         (p, d, alone[i] if i < len(alone) else None)
@@ -81,8 +81,8 @@ def _diverged(rows: Sequence[tuple[Prompt, Outcome, Outcome | None]]) -> list[st
 
 
 def relative_cost(model: str, draft: str) -> float | None:
-    """Weights a drafted block reads, as a share of those a target step reads; None for a target
-    whose shapes transformers cannot build without its code.
+    """Return the weights a drafted block reads, as a share of those a target step reads; None for a
+    target that transformers cannot build without its code.
     """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -128,7 +128,7 @@ TABLES = (
 
 
 def lines(result: dict[str, Any]) -> list[tuple[str, ...]]:
-    """The cells under ``HEADER``, a source a line and all together last."""
+    """Return the cells under ``HEADER``, one source per line, totals last."""
     sources = [*result["per_source"].items()]
     if len(sources) > 1 or sources[0][0] != UNNAMED:
         sources.append((UNNAMED, result))
@@ -161,13 +161,13 @@ def _number(value: float | None, digits: int, unit: str = "") -> str:
 
 
 def markdown(result: dict[str, Any]) -> str:
-    """The table in Markdown, with a line on how it was measured."""
+    """Format the table in Markdown, with a line on how it was measured."""
     body = [HEADER, ("---",) * len(HEADER), *lines(result)]
     return "".join("| " + " | ".join(cells) + " |\n" for cells in body) + f"\n{how(result)}\n"
 
 
 def how(result: dict[str, Any]) -> str:
-    """One sentence: engine, dtype, temperature, limits; what the columns mean."""
+    """Return one sentence: engine, dtype, temperature, limits; what the columns mean."""
     if result.get("stages"):
         return _how_piped(result)
     decoding = "greedy" if result["temperature"] == 0 else f"temperature {result['temperature']}"
@@ -180,7 +180,7 @@ def how(result: dict[str, Any]) -> str:
 
 
 def _how_piped(result: dict[str, Any]) -> str:
-    """The same for a pipeline, with the figures that only it has."""
+    """Return the same for a pipeline, with its additional figures."""
 
     def said(name: str, digits: int = 4) -> str:
         return _number(result[name], digits)

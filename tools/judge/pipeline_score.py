@@ -1,10 +1,9 @@
-"""What a head beside a pipeline would gain on a store's answers, with no target: decoding replayed
-over the text that stands.
+"""Compute what a head beside a pipeline would gain on a store's answers, without a target: decoding
+is replayed over the given text.
 
-Where the store holds the target's greedy answers this *is* greedy decoding: what a token's states
-are does not depend on the schedule, and drafts behind a wrong one are thrown away. On other text a
-draft counts as accepted where it is the target's own best token there, and decoding goes on with
-the text's.
+If the store holds the target's greedy answers this *is* greedy decoding: a token's states do not
+depend on the schedule, and drafts after a wrong one are discarded. On other text a draft counts as
+accepted if it is the target's own best token there, and decoding continues with the text's token.
 
 Legend: n stages, A anchors of a row, each a token whose successor is supervised.
 """
@@ -32,9 +31,9 @@ Bools = npt.NDArray[np.bool_]
 
 
 def replay(hits: Bools) -> list[bool]:
-    """Whether each draft stood that an answer's decoding judged, in order, from ``hits`` bool[n,
-    M]: row ``f - 1`` says at which tokens the draft made with f tokens in flight is right. Token 0
-    is fresh; one after a rejection too.
+    """Tell whether each draft that an answer's decoding judged was accepted, in order, from
+    ``hits`` bool[n, M]: row ``f - 1`` says at which tokens the draft made with f tokens in flight
+    is correct. Token 0 is fresh; one after a rejection too.
     """
     stages, stood, fill = hits.shape[0], [], 1
     for at in range(hits.shape[1]):
@@ -45,7 +44,7 @@ def replay(hits: Bools) -> list[bool]:
 
 
 def runs(anchors: npt.NDArray[np.int64]) -> list[slice]:
-    """The answers among rising ``anchors``: runs of neighbours."""
+    """Yield the answers among ascending ``anchors``: runs of neighbours."""
     cuts = np.flatnonzero(np.diff(anchors) != 1) + 1
     edges = [0, *cuts.tolist(), anchors.size]
     return [slice(a, b) for a, b in itertools.pairwise(edges) if b > a]
@@ -60,8 +59,8 @@ def pipeline_score(
     dtype: torch.dtype,
     backend: Backend,
 ) -> dict[str, Any]:
-    """``gains`` over every answer of ``rows``, which have every eligible anchor. One forward per
-    number of tokens in flight.
+    """Return ``gains`` over every answer of ``rows``, which have every eligible anchor. Runs one
+    forward pass per number of tokens in flight.
     """
     import torch
 

@@ -1,5 +1,5 @@
-"""Pictures for the card: acceptance by position, reliability diagrams, the curve of training. PNG
-or SVG by the file's name.
+"""Plots for the card: acceptance by position, reliability diagrams, the training curve. PNG or SVG,
+depending on the file name.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ NEEDED = "pictures need matplotlib: pip install matplotlib"
 
 
 def can_draw() -> bool:
-    """Whether matplotlib is installed."""
+    """Tell whether matplotlib is installed."""
     try:
         import matplotlib.figure  # noqa: F401
     except ImportError:
@@ -37,7 +37,7 @@ def refuse_undrawable(path: Path) -> None:
 
 @contextmanager
 def figure(path: Path, columns: int = 1, rows: int = 1) -> Iterator[Any]:
-    """Axes (an array of them, flat, if more than one) of a figure that is saved to ``path`` at the
+    """Yield axes (a flat array if more than one) of a figure that is saved to ``path`` at the
     end.
     """
     refuse_undrawable(path)
@@ -58,7 +58,7 @@ def figure(path: Path, columns: int = 1, rows: int = 1) -> Iterator[Any]:
 
 
 def accept_rates(curves: dict[str, Sequence[float]], path: Path) -> None:
-    """Accept rate by position (1-based), a line a name."""
+    """Plot the accept rate by position (1-based), one line per name."""
     with figure(path) as axes:
         for name, rates in curves.items():
             axes.plot(range(1, len(rates) + 1), rates, marker="o", label=name)
@@ -68,8 +68,8 @@ def accept_rates(curves: dict[str, Sequence[float]], path: Path) -> None:
 
 
 def reliability(report: dict[str, Any], path: Path) -> None:
-    """Survival by position: mean confidence against mean acceptance, as the head says it and
-    calibrated. ``report``: of ``calibrate``.
+    """Plot survival by position: mean confidence against mean acceptance, as stated by the head and
+    calibrated. ``report``: from ``calibrate``.
     """
     before, after = report["before"]["survival"], report["after"]["survival"]
     size = len(before["ece"])
@@ -100,7 +100,9 @@ def reliability(report: dict[str, Any], path: Path) -> None:
 
 
 def training(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """Mean accepted length over steps, training rows and held-out ones, from metrics.jsonl."""
+    """Plot the mean accepted length over steps, on training rows and held-out ones, from
+    metrics.jsonl.
+    """
     with figure(path) as axes:
         for held_out, name in ((False, "training rows"), (True, "held out")):
             points = [

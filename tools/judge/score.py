@@ -1,5 +1,5 @@
 """``dspark-tools score``: teacher-forced metrics of a draft on a store. With ``max_anchors`` 0
-nothing in it is random.
+nothing is random.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def score(
     dtype: str = "float32",
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, Any]:
-    """Metrics (INTERFACES ``score``) over the samples that ``which`` names.
+    """Compute metrics over the samples that ``which`` names.
 
     ``all``; or ``validation`` / ``train``, the split that the draft was trained with (by prompt
     hash, from its training.json).
@@ -80,8 +80,8 @@ def forced(
     observe: Callable[[Batch, SlotInputs, ObjectiveOutput], None] | None = None,
     walk: bool = False,
 ) -> dict[str, Any]:
-    """The draft's teacher-forced metrics over ``samples``; ``observe`` sees the slots of every row.
-    ``walk`` adds the accepted lengths where decoding begins its blocks
+    """Compute the draft's teacher-forced metrics over ``samples``; ``observe`` sees the slots of
+    every row. ``walk`` adds the accepted lengths where decoding begins its blocks
     (``train/objective/walk.py``), null unless every anchor is scored.
     """
     from dspark.train.compute import choose_compute
@@ -167,7 +167,7 @@ def belongs(cache: Cache, config: Any, draft: str) -> None:
 
 
 def chosen(cache: Cache, draft: str, which: str) -> np.ndarray[Any, np.dtype[np.int64]]:
-    """Sample indices of the part of the store that is scored."""
+    """Return the sample indices of the scored part of the store."""
     from dspark.train.data.stream import split
     from dspark.train.run.folder import TRAINING
 

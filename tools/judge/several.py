@@ -1,4 +1,4 @@
-"""Several drafts side by side: one table of what ``eval`` or ``score`` found for each on the same
+"""Compare several drafts in one table of what ``eval`` or ``score`` found for each on the same
 prompts or samples.
 """
 
@@ -13,8 +13,8 @@ Columns = Mapping[str, Callable[[Result], str]]
 
 
 def names(drafts: Sequence[str]) -> list[str]:
-    """Short names of folders that are told apart by them: the last part of each, or the whole path
-    where two are the same.
+    """Return short, distinct names of folders: the last part of each, or the whole path if two are
+    the same.
     """
     short = [Path(draft).name or draft for draft in drafts]
     return [s if short.count(s) == 1 else draft for s, draft in zip(short, drafts, strict=True)]
@@ -71,7 +71,9 @@ def _piped(result: Result) -> str:
 def cells(
     drafts: Sequence[str], results: Sequence[Result], columns: Columns
 ) -> list[tuple[str, ...]]:
-    """The head and a line per draft; columns in which no draft has a value are left out."""
+    """Return the header and a line per draft; columns in which no draft has a value are left
+    out.
+    """
     body = [
         [name, *(cell(r) for cell in columns.values())]
         for name, r in zip(names(drafts), results, strict=True)
@@ -82,13 +84,13 @@ def cells(
 
 
 def markdown(rows: Sequence[Sequence[str]], said: str) -> str:
-    """The table in Markdown, with a line on how it was measured."""
+    """Format the table in Markdown, with a line on how it was measured."""
     lines = [rows[0], ["---"] * len(rows[0]), *rows[1:]]
     return "".join("| " + " | ".join(line) + " |\n" for line in lines) + f"\n{said}\n"
 
 
 def show(rows: Sequence[Sequence[str]], said: str) -> None:
-    """The table on stdout."""
+    """Print the table on stdout."""
     from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table

@@ -1,8 +1,7 @@
 """The model card (README.md) of an exported draft, generated from what the run left in its folder.
-Missing files are left out, not guessed.
-
-Read: training.json (recipe), history.json (what it began with, its sessions), store.json (target
-and data), metrics.jsonl (validations), calibration.json, and reports of ``eval --output``.
+Missing files are omitted, not guessed. Sources: training.json (recipe), history.json (what it
+started from, its sessions), store.json (target and data), metrics.jsonl (validations),
+calibration.json, and reports of ``eval --output``.
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ RECIPE = (
 
 @dataclass(frozen=True, slots=True)
 class DraftRun:
-    """What a draft folder holds beside the weights; ``validations`` are the held-out rows of
+    """The contents of a draft folder beside the weights; ``validations`` are the held-out rows of
     metrics.jsonl, in order.
     """
 
@@ -67,7 +66,7 @@ class DraftRun:
 
 
 def pictures(run: DraftRun, folder: Path, reports: Sequence[dict[str, Any]]) -> dict[str, str]:
-    """Draw what there is; title -> file name beside the card."""
+    """Draw the available pictures; returns title -> file name beside the card."""
     from dspark.cache.shared.command import warn
     from dspark.tools.judge import plots
 
@@ -101,8 +100,8 @@ def card(
     name: str,
     serving: str | None = None,
 ) -> str:
-    """README.md. ``reports``: of ``dspark-tools eval --output``; ``name``: what the draft is called
-    in commands; ``serving``: what is known of servers for the target's family.
+    """Return README.md. ``reports``: from ``dspark-tools eval --output``; ``name``: the draft's
+    name in commands; ``serving``: what is known about servers for the target's family.
     """
     from dspark.tools.judge.eval_report import markdown
 
@@ -155,7 +154,7 @@ def card(
 
 
 def _data(store: dict[str, Any]) -> list[tuple[str, Any]]:
-    """Rows on the store; of several, what they have in common and then what each is."""
+    """Return rows about the store; for several, what they have in common and then each one."""
     rows = [(k, v) for k, v in store.items() if v is not None and k != "stores"]
     for number, one in enumerate(store.get("stores") or [], 1):
         rows += [
@@ -178,8 +177,8 @@ def _serving(config: Any, manifest: dict[str, Any], name: str) -> str:
 
 
 def serve_command(target: str, draft: str, size: int, own: dict[str, Any] | None = None) -> str:
-    """``own``: what vLLM must know of the draft's type (``DrafterType.serving``); None for
-    dspark.
+    """Return the serve command. ``own``: what vLLM must know about the draft's type
+    (``DrafterType.serving``); None for dspark.
     """
     settings = {
         **(own or {"method": "dspark"}),
@@ -191,7 +190,7 @@ def serve_command(target: str, draft: str, size: int, own: dict[str, Any] | None
 
 
 def reproduce(run: DraftRun, target: str) -> str:
-    """The three commands, with every setting of the run that is not the default."""
+    """Return the three commands, with every setting of the run that differs from the default."""
     from dspark.train.config import TrainConfig, with_passes
 
     defaults = TrainConfig(cache="").to_json()
@@ -242,7 +241,7 @@ def _dumped(store: dict[str, Any], target: str, layers: list[int], name: str) ->
 
 
 def _word(value: Any) -> str:
-    """A setting as its flag takes it."""
+    """Format a setting as its flag takes it."""
     if isinstance(value, list):
         return ",".join(map(str, value))
     return f"'{value}'" if isinstance(value, str) else json.dumps(value)

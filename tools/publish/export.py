@@ -1,9 +1,9 @@
-"""``dspark-tools export``: a draft folder in the format and dtype that is published, with manifest
-and card; ``--push`` to the hub.
+"""``dspark-tools export``: write a draft in the format and dtype for publication, with manifest and
+card; ``--push`` uploads it to the hub.
 
 OUT holds config.json, model.safetensors, manifest.json (count, dtype, size and sha256 of what was
-written), README.md and pictures, and is made whole or not at all. The target is not needed: what a
-draft borrows of it is not in the file, or (reduced vocabulary) is copied.
+written), README.md and pictures, and is written completely or not at all. The target is not needed:
+what a draft borrows from it is not in the file, or (reduced vocabulary) is copied.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ def export(
     pictures: bool = True,
     overwrite: bool = False,
 ) -> dict[str, Any]:
-    """Write OUT; returns its manifest. ``target`` None: the id in store.json. ``reports``: files of
-    ``eval --output``.
+    """Write OUT; returns its manifest. ``target`` None = the id in store.json. ``reports``: files
+    from ``eval --output``.
     """
     import torch
 
@@ -61,8 +61,8 @@ def export(
         raise UsageError(f"{draft} has no store.json that names the target; give --target ID")
     wanted = getattr(torch, DTYPES[dtype])
     kind = drafter(config.speculator_type)
-    # Through what training owns: what a server needs besides (a zero Markov head) is added to
-    # drafts of other programs too.
+    # Through the trained tensors, so that what servers need besides (a zero Markov head) is added
+    # to other programs' drafts too.
     learnt = kind.learnt(files.read_tensors(draft), Path(draft) / files.WEIGHTS)
     stored = _whole(kind.served(learnt, config, wanted), config, draft)
     cast = {n: t.to(wanted).contiguous() if t.is_floating_point() else t for n, t in stored.items()}
@@ -80,7 +80,7 @@ def export(
         )
     verifier = (target, _architectures(target)) if layout == "speculators" else None
     serving = _serving(target)
-    # Behind a link: that is what is replaced, and the link stays.
+    # The target of a link: that is what is replaced, and the link stays.
     with staged(final.resolve(), replace=True) as new:
         new.mkdir(parents=True)
         files.write_tensors(new, cast, trained)
@@ -120,8 +120,8 @@ def _contents(folder: Path, tensors: dict[str, Tensor], names: Sequence[str]) ->
 
 
 def _free(final: Path, overwrite: bool) -> None:
-    """Refuse an OUT that holds anything but an earlier export, and that one too unless told to
-    replace it.
+    """Refuse an OUT that holds anything but an earlier export, and an earlier export too without
+    --overwrite.
     """
     from dspark.cache.errors import ExistsError
 
@@ -141,7 +141,9 @@ def _free(final: Path, overwrite: bool) -> None:
 
 
 def _whole(stored: dict[str, Any], config: Any, draft: str) -> dict[str, Any]:
-    """``stored`` if it is what ``config`` describes; a half draft is not published."""
+    """Return ``stored`` if it is what ``config`` describes; an incomplete draft is not
+    published.
+    """
     from dspark.cache.errors import DraftError
     from dspark.train.draft.folder import FROZEN, trained_shapes
 
@@ -167,8 +169,8 @@ def _architectures(target: str) -> list[str]:
 
 
 def _serving(target: str) -> str | None:
-    """Who serves drafts of ``target``, by the table of families; None where its config is not on
-    this machine.
+    """Return what serves drafts for ``target``, from the table of families; None if its config is
+    not on this machine.
     """
     from transformers import AutoConfig
 
@@ -182,7 +184,7 @@ def _serving(target: str) -> str | None:
 
 
 def sha256(path: Path) -> str:
-    """Of a file, read piece by piece."""
+    """Return the sha256 of a file, read piece by piece."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

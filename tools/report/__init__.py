@@ -1,3 +1,1 @@
-"""The page of ``dspark-tools report`` and the view of ``watch``: they read files, never weights,
-and draw.
-"""
+"""The page of ``dspark-tools report`` and the view of ``watch``: both read files, never weights."""

@@ -1,6 +1,6 @@
 """Charts as inline SVG: lines, bars, a stacked bar. Colours are classes (``c0`` to ``c7``) that the
-page's style sheet defines, so that one drawing serves light and dark. Every mark has a ``<title>``,
-which browsers show on hover and screen readers read.
+page's style sheet defines, so that one drawing works in light and dark mode. Every mark has a
+``<title>``, which browsers show on hover and screen readers read.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ COLOURS = 8
 @dataclass(frozen=True, slots=True)
 class Line:
     """A series. ``colour``: its number; ``dashed``: held-out data; ``errors``: one standard error
-    for each point.
+    per point.
     """
 
     name: str
@@ -29,7 +29,7 @@ class Line:
 
 
 def number(value: float) -> str:
-    """Short, for an axis or a hover text."""
+    """Format a number briefly, for an axis or a hover text."""
     if value == 0:
         return "0"
     size = abs(value)
@@ -43,7 +43,7 @@ def number(value: float) -> str:
 
 
 def ticks(low: float, high: float, count: int = 5) -> list[float]:
-    """Round numbers from ``low`` to ``high``, about ``count`` of them."""
+    """Return about ``count`` round numbers from ``low`` to ``high``."""
     if not high > low:
         return [low]
     rough = (high - low) / count
@@ -62,8 +62,8 @@ def lines(
     high: float | None = None,
     diagonal: bool = False,
 ) -> str:
-    """A chart of ``series`` with its legend; a sentence where there is no point. ``low``, ``high``:
-    ends of the y axis.
+    """Draw ``series`` with a legend; a sentence if there are no points. ``low``, ``high``: ends of
+    the y axis.
     """
     drawn = [s for s in series if s.points]
     if not drawn:
@@ -129,7 +129,7 @@ def _error(low: tuple[float, float], high: tuple[float, float], colour: int) -> 
 
 
 def _frame(bottom: float, top: float, x: str, y: str) -> str:
-    """Grid, ticks of the y axis and both labels."""
+    """Draw the grid, ticks of the y axis and both labels."""
     out = ""
     for value in ticks(bottom, top):
         place = HEIGHT - BOTTOM - (value - bottom) / (top - bottom) * (HEIGHT - TOP - BOTTOM)
@@ -156,7 +156,7 @@ def _frame(bottom: float, top: float, x: str, y: str) -> str:
 def bars(
     groups: Sequence[str], series: Sequence[tuple[str, Sequence[float]]], *, x: str, y: str
 ) -> str:
-    """Bars side by side: ``series`` (name, one value for each of ``groups``)."""
+    """Draw bars side by side: ``series`` (name, one value per group of ``groups``)."""
     top = max((v for _, values in series for v in values), default=0)
     if not groups or top <= 0:
         return '<p class="none">no data yet</p>'
@@ -186,7 +186,7 @@ def bars(
 
 
 def stacked(rows: Sequence[tuple[str, dict[str, int]]], kinds: Sequence[str]) -> str:
-    """A bar for each of ``rows``, in bytes by kind, all on one scale."""
+    """Draw a bar for each of ``rows``, in bytes by kind, all on one scale."""
     most = max((sum(parts.values()) for _, parts in rows), default=0)
     if not most:
         return '<p class="none">no data yet</p>'
@@ -215,7 +215,7 @@ def stacked(rows: Sequence[tuple[str, dict[str, int]]], kinds: Sequence[str]) ->
 
 
 def size(value: float) -> str:
-    """Bytes in the unit a person would use."""
+    """Format bytes in a readable unit."""
     for unit, name in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
         if value >= unit:
             return f"{value / unit:.3g} {name}"
@@ -223,7 +223,7 @@ def size(value: float) -> str:
 
 
 def legend(series: Sequence[Line]) -> str:
-    """Names with their colours; nothing for a single unnamed line."""
+    """Draw names with their colours; nothing for a single unnamed line."""
     named = [s for s in series if s.name]
     if not named:
         return ""

@@ -24,7 +24,7 @@ Examples:
 @click.option("--output", "-o", type=OUTPUT_FILE, default="report.html", help="The page.")
 @json_flag
 def report_command(paths: tuple[Path, ...], output: Path, as_json: bool) -> None:
-    """Draw stores, training runs and evaluations on one page that needs no network: open it in a
+    """Plot stores, training runs and evaluations on one page that needs no network: open it in a
     browser.
 
     A PATH is a store, a draft folder, a file of `eval --output`, or a folder with any of these.

@@ -1,5 +1,5 @@
-"""The page: facts and charts of every store, run and evaluation, side by side. One file of HTML,
-CSS and SVG; no script, no network.
+"""The report page: facts and charts of every store, run and evaluation, side by side. One file of
+HTML, CSS and SVG; no scripts, no network.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ footer{margin-top:2rem;color:var(--soft);font-size:.85rem}
 
 
 def page(sources: Sources, made: str) -> str:
-    """The whole document; ``made``: when, in words."""
+    """Return the whole document; ``made``: when it was made, in words."""
     sections = []
     if sources.runs:
         sections.append(_runs(sources.runs))
@@ -87,7 +87,7 @@ def card(title: str, body: str) -> str:
 
 
 def heads(pairs: Sequence[tuple[str, str]]) -> str:
-    """Large numbers with what they are below."""
+    """Format large numbers with their captions."""
     cells = "".join(
         f'<div class="head"><b>{html.escape(v)}</b><span>{html.escape(k)}</span></div>'
         for k, v in pairs
@@ -178,7 +178,7 @@ def _runs(runs: Sequence[RunView]) -> str:
 
 
 def _history(run: RunView) -> str:
-    """What the draft began with and the sessions that trained it, in sentences."""
+    """Say in sentences what the draft started from, and which sessions trained it."""
     return "".join(f"<p>{html.escape(sentence)}</p>" for sentence in sentences(run.history))
 
 
@@ -375,7 +375,7 @@ def _stores(stores: Sequence[StoreView]) -> str:
 
 
 def _sources(stores: Sequence[StoreView]) -> str:
-    """What each source gave, of stores with several."""
+    """Say what each source gave, for stores with several."""
     rows = [
         (
             s.name,

@@ -1,5 +1,5 @@
-"""What a path holds, read for drawing: a store, a run (draft folder), or an evaluation. Nothing is
-loaded but records and a few samples.
+"""Read what a path holds, for drawing: a store, a run (draft folder), or an evaluation. Only
+records and a few samples are loaded.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ GROUPS = (
 
 @dataclass(frozen=True, slots=True)
 class StoreView:
-    """A store: ``info``; ``stats`` ({} where nothing is committed); bytes by group of arrays,
-    stored and raw.
+    """A store: ``info``; ``stats`` ({} if nothing is committed); bytes by group of arrays, stored
+    and raw.
     """
 
     name: str
@@ -40,8 +40,8 @@ class StoreView:
 
 @dataclass(frozen=True, slots=True)
 class RunView:
-    """A training run or a finished draft: its metrics, settings and calibration, {} or [] where
-    there are none.
+    """A training run or a finished draft: its metrics, settings and calibration, {} or [] if there
+    are none.
     """
 
     name: str
@@ -55,7 +55,7 @@ class RunView:
         return [r for r in self.metrics if bool(r.get("validation")) == held_out]
 
     def series(self, key: str, *, held_out: bool) -> list[tuple[float, float]]:
-        """(step, value) wherever ``key`` is a number."""
+        """Return (step, value) wherever ``key`` is a number."""
         rows = self.rows(held_out=held_out)
         return [(r["step"], r[key]) for r in rows if isinstance(r.get(key), int | float)]
 
@@ -88,8 +88,8 @@ def kind_of(path: Path) -> str | None:
 
 
 def read(paths: Sequence[Path]) -> Sources:
-    """Read ``paths``; a folder that is none of the three stands for what lies in it. Raises
-    UsageError where there is nothing.
+    """Read ``paths``; a folder that is none of the three stands for its contents. Raises UsageError
+    if there is nothing.
     """
     out = Sources()
     taken = [(path, kind) for given in paths for path, kind in _expanded(given)]
@@ -122,8 +122,8 @@ def _expanded(path: Path) -> list[tuple[Path, str]]:
 
 
 def _is_report(path: Path) -> bool:
-    """Whether a JSON file that nobody named is an evaluation, not something else that lies
-    there.
+    """Tell whether a JSON file that was not named explicitly is an evaluation rather than something
+    else.
     """
     try:
         records.report(path)
@@ -133,7 +133,7 @@ def _is_report(path: Path) -> bool:
 
 
 def _names(paths: Sequence[Path]) -> dict[Path, str]:
-    """The last name of each path, with as many folders before it as tell it from the others."""
+    """Return the last name of each path, with as many folders before it as make it distinct."""
     out = {}
     for path in paths:
         parts = path.resolve().parts
@@ -184,8 +184,8 @@ def _run(path: Path, name: str) -> RunView:
 
 
 def metrics(folder: Path) -> Iterator[dict[str, Any]]:
-    """The rows of metrics.jsonl. A last line without an end is one that is being written: it is
-    left out.
+    """The rows of metrics.jsonl. An unterminated last line is still being written, so it is left
+    out.
     """
     path = folder / METRICS
     if not path.exists():

@@ -1,5 +1,5 @@
-"""``dspark-tools watch``: a dump or a training as it goes, from its files alone. It opens nothing
-for writing and loads no states.
+"""``dspark-tools watch``: watch a dump or a training from its files alone. It opens nothing for
+writing and loads no states.
 """
 
 from __future__ import annotations
@@ -23,9 +23,7 @@ LOG_LINES = 5
 
 
 def look(path: Path) -> dict[str, Any]:
-    """Read how far the dump or training at ``path`` is. Raises UsageError where there is
-    neither.
-    """
+    """Read how far the dump or training at ``path`` is. Raises UsageError if there is neither."""
     from dspark.tools.report.sources import kind_of
 
     kind = kind_of(path)
@@ -98,7 +96,7 @@ def _training(path: Path) -> dict[str, Any]:
 
 
 def _tail(path: Path) -> list[str]:
-    """The last lines of a log, as much as a screen shows."""
+    """Return the last lines of a log, as many as a screen shows."""
     if not path.is_file():
         return []
     with path.open("rb") as file:
@@ -107,7 +105,7 @@ def _tail(path: Path) -> list[str]:
 
 
 def sparkline(values: Sequence[float], width: int = 60) -> str:
-    """``values`` as blocks of eight heights, the newest at the right; means where there are more
+    """Draw ``values`` as blocks of eight heights, the newest at the right; means if there are more
     than ``width``.
     """
     if not values:
@@ -121,7 +119,7 @@ def sparkline(values: Sequence[float], width: int = 60) -> str:
 
 
 def drawn(data: dict[str, Any]) -> Group:
-    """The view of ``look``'s answer."""
+    """Format the result of ``look``."""
     from rich.console import Group
     from rich.panel import Panel
     from rich.progress_bar import ProgressBar
@@ -191,7 +189,7 @@ Examples:
 @click.option("--once", is_flag=True, help="Look once and stop, as without a terminal.")
 @json_flag
 def watch_command(path: Path, interval: float, once: bool, as_json: bool) -> None:
-    """Watch a running dump or training from its files; nothing of it is changed. Ends with it, or
+    """Watch a running dump or training from its files, without changing them. Ends with the run, or
     with Ctrl-C.
     """
     from rich.console import Console

@@ -1,5 +1,5 @@
-"""``dspark-tools compare``: two stores of the same samples: error by layer, and what it does to the
-target's distribution.
+"""``dspark-tools compare``: compare two stores of the same samples: error by layer, and its effect
+on the target's distribution.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class SignalToNoise:
 
     @property
     def snr_db(self) -> float | None:
-        """10 log10 (signal / error); None where the two are equal."""
+        """Return 10 log10 (signal / error); None if the two are equal."""
         return 10 * float(math.log10(self.signal / self.error)) if self.error > 0 else None
 
 
@@ -44,7 +44,7 @@ def compare(
     limit: int = 50,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, Any]:
-    """``b`` against ``a`` over ``limit`` samples spread evenly (0 = all). TV and top-1 are those of
+    """Compare ``b`` with ``a`` over ``limit`` samples spread evenly (0 = all). TV and top-1 are for
     the target's softmax over lm_head(last).
     """
     import numpy as np
@@ -97,7 +97,7 @@ def compare(
 )
 @json_flag
 def compare_command(a: str, b: str, limit: int, as_json: bool) -> None:
-    """Compare two stores of the same samples: SNR per layer, and the target's distribution by B's
+    """Compare two stores of the same samples: SNR per layer, and the target's distribution from B's
     last states against A's.
     """
     import dspark.cache

@@ -1,5 +1,5 @@
-"""``dspark-tools data``: what of a file of conversations would be supervised, before anything is
-run.
+"""``dspark-tools data``: show which parts of a file of conversations would be supervised, before
+anything runs.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ SHOWN = 5
 
 
 def judged(corpus: Any, maker: Any, limit: int) -> Iterator[dict[str, Any]]:
-    """Each row: ``{"row", "where", "samples": [{"turn", "tokens", "text", "spans"}], "reason",
-    "detail", "notes", "count"}``; ``spans``: characters ``[start, stop)`` of ``text`` that are
-    supervised. Texts are there for the first ``limit`` rows (0: all).
+    """Yield, per row, ``{"row", "where", "samples": [{"turn", "tokens", "text", "spans"}],
+    "reason", "detail", "notes", "count"}``; ``spans``: characters ``[start, stop)`` of ``text``
+    that are supervised. The first ``limit`` rows (0 = all) include texts.
     """
     from dspark.dump.corpus.rows import BadRow
 
@@ -69,8 +69,8 @@ def data(
     pattern: str | None,
     kwargs: dict[str, Any],
 ) -> dict[str, Any]:
-    """The report as ``--json`` prints it: counts over all rows, texts of the first ``limit`` (0:
-    all).
+    """Return the report that ``--json`` prints: counts over all rows, texts of the first ``limit``
+    (0 = all).
     """
     from dspark.dump.corpus.masks import SampleMaker
     from dspark.dump.corpus.rows import BadRow

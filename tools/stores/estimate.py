@@ -1,5 +1,5 @@
-"""``dspark-tools estimate``: bytes, files and hours of a dump before it is run. Reads a config and,
-if given, the corpus; no weights.
+"""``dspark-tools estimate``: estimate bytes, files and hours of a dump before it runs. Reads a
+config and, if given, the corpus; no weights.
 """
 
 from __future__ import annotations
@@ -57,12 +57,12 @@ def estimate(
     generated_per_second: float | None = None,
     trust_remote_code: bool = False,
 ) -> dict[str, Any]:
-    """``samples`` x ``mean_tokens``, or the rows of ``data``. ``last_share``: stored last states /
-    tokens where no corpus tells. ``pack``: exact if "none".
+    """Estimate for ``samples`` x ``mean_tokens``, or for the rows of ``data``. ``last_share``:
+    stored last states / tokens, if there is no corpus. ``pack``: exact if "none".
 
     ``like``: a store of the same target and layers (of a few hundred rows, at any bits) whose
-    states are coded and compressed to measure what a row takes; without it the formula is used,
-    which knows no text.
+    states are coded and compressed to measure a row's size; without it the formula is used, which
+    ignores the text.
 
     ``regenerate``: the target writes the answers, ``generated_per_second`` tokens of them (None: a
     tenth of ``tokens_per_second``); of a corpus, ``answers`` a row, of half ``max_tokens`` each.
@@ -149,7 +149,7 @@ def estimate(
 
 
 def row_bytes(like: str, plan: Plan) -> RowBytes:
-    """Bytes of a row in the plan's codecs, measured on states of the store ``like``."""
+    """Return the bytes of a row with the plan's codec, measured on states of the store ``like``."""
     import dspark.cache
     from dspark.cache.codec import registry
     from dspark.cache.quality import spread_states

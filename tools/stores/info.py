@@ -1,4 +1,4 @@
-"""``dspark-tools info``: what a store is, from its manifest and file sizes alone. Imports no
+"""``dspark-tools info``: describe a store from its manifest and file sizes alone. Imports no
 torch.
 """
 
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
 
 def info(path: str | Where) -> dict[str, Any]:
-    """The keys of INTERFACES ``info`` and a few more. Counts of an unfinished store are those of
-    its committed parts.
+    """Return what ``--json`` prints. Counts of an unfinished store are those of its committed
+    parts.
     """
     from dspark.cache.files.layout import raw_bytes_per_token
     from dspark.cache.files.place import place_of
@@ -105,7 +105,7 @@ def info(path: str | Where) -> dict[str, Any]:
 
 
 def sources_of(path: str | Where, manifest: Manifest) -> list[dict[str, Any]]:
-    """Counts of each source, where there are several; the parts' records have them."""
+    """Return the counts of each source, if there are several, from the parts' records."""
     if len(manifest.sources) < 2:
         return []
     from dspark.cache.writer import by_source, scan_parts
@@ -114,8 +114,8 @@ def sources_of(path: str | Where, manifest: Manifest) -> list[dict[str, Any]]:
 
 
 def stored_sizes(place: Place) -> dict[str, int] | None:
-    """Bytes of each array in all parts as the index of a complete store has them; None in a store
-    whose writer did not note them.
+    """Return the bytes of each array over all parts from the index of a complete store; None if its
+    writer did not record them.
     """
     from dspark.cache.errors import DamagedCacheError
     from dspark.cache.files.layout import INDEX, INDEX_KEY
@@ -131,7 +131,7 @@ def stored_sizes(place: Place) -> dict[str, int] | None:
 
 
 def found_sizes(place: Place) -> dict[str, int]:
-    """The same from every object of the parts."""
+    """Compute the same from every object of the parts."""
     from dspark.cache.files.layout import PARTS
 
     out: Counter[str] = Counter()
@@ -143,7 +143,9 @@ def found_sizes(place: Place) -> dict[str, int]:
 
 
 def common_bytes(place: Place) -> int:
-    """Bytes of what is of no part: manifest, calibration, the target's files and the index."""
+    """Return the bytes outside the parts: manifest, calibration, the target's files and the
+    index.
+    """
     from dspark.cache.files.layout import CALIBRATION, INDEX, PARTS, TARGET
 
     single = [n for n in ("zarr.json", f"{PARTS}/zarr.json", CALIBRATION) if place.exists(n)]
@@ -156,8 +158,8 @@ def common_bytes(place: Place) -> int:
 def measured_bits(
     sizes: Mapping[str, int], manifest: Manifest, tokens: int, last: int
 ) -> tuple[float | None, float | None]:
-    """Bits per value of the aux layers and of the last state on disk, exactly stored tokens counted
-    with the former; None where nothing is stored.
+    """Return the bits per value of the aux layers (including exactly stored tokens) and of the last
+    state on disk; None if nothing is stored.
     """
     from dspark.cache.files.layout import PLAIN_ARRAYS
 
@@ -175,7 +177,7 @@ def measured_bits(
 @click.argument("cache")
 @json_flag
 def info_command(cache: str, as_json: bool) -> None:
-    """Print what CACHE is: target, layers, tokens, samples, bits, sizes, ratio, complete or not."""
+    """Describe CACHE: target, layers, tokens, samples, bits, sizes, ratio, complete or not."""
     data = info(cache)
     if as_json:
         emit(data)

@@ -1,5 +1,5 @@
-"""``dspark-tools merge``, ``append`` and ``subset``: stores of one plan joined, and a part of a
-store taken out; the work is in ``dspark.cache``.
+"""``dspark-tools merge``, ``append`` and ``subset``: join stores with the same plan, or take
+samples out of one; the work is in ``dspark.cache``.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ def _report(store: str, as_json: bool) -> None:
 @click.argument("stores", nargs=-1, required=True, metavar="STORE...")
 @json_flag
 def merge_command(out: str, stores: tuple[str, ...], as_json: bool) -> None:
-    """Join stores of one plan, such as those of dspark-dump --shard, into the new store OUT. The
-    given ones stay.
+    """Join stores with the same plan, such as those of dspark-dump --shard, into the new store OUT.
+    The given stores are not changed.
 
     Refuses, naming them, if rows of a source are missing.
     """
@@ -49,7 +49,9 @@ def merge_command(out: str, stores: tuple[str, ...], as_json: bool) -> None:
 @click.argument("others", nargs=-1, required=True, metavar="OTHER...")
 @json_flag
 def append_command(store: str, others: tuple[str, ...], as_json: bool) -> None:
-    """Add the corpora of complete stores of the same plan to STORE. Those stores stay."""
+    """Add the corpora of complete stores with the same plan to STORE. The other stores are not
+    changed.
+    """
     from dspark.cache.merge import append
 
     with bar("append") as progress:
@@ -76,8 +78,8 @@ def append_command(store: str, others: tuple[str, ...], as_json: bool) -> None:
 )
 @json_flag
 def subset_command(store: str, out: str, conditions: tuple[str, ...], as_json: bool) -> None:
-    """Write the samples of STORE that all conditions choose to the new store OUT, with the codes
-    that they have.
+    """Copy the samples of STORE that meet all conditions to the new store OUT, with unchanged
+    codes.
     """
     from dspark.cache.subset import subset
 

@@ -1,4 +1,4 @@
-"""``dspark-tools recode``: a store written again with another codec; the work is in
+"""``dspark-tools recode``: rewrite a store with another codec; the work is in
 ``dspark.cache.recode``.
 """
 
@@ -45,7 +45,7 @@ from dspark.tools.flags import COUNT
 @break_lock_flag
 @json_flag
 def recode_command(source: str, destination: str, as_json: bool, **flags: Any) -> None:
-    """Write SOURCE again as DESTINATION with other bits, or packed in the other way."""
+    """Rewrite SOURCE as DESTINATION with another codec or packing."""
     from dspark.cache.recode import recode
     from dspark.tools.stores.info import info
 

@@ -1,5 +1,5 @@
-"""``dspark-tools show``: one sample as text, with the supervised part marked, from the tokenizer
-that the store keeps.
+"""``dspark-tools show``: print one sample as text, with the supervised part marked, using the
+tokenizer in the store.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from dspark.cache.records import TokenSample
 
 
 def runs(cache: Cache, index: int) -> dict[str, Any]:
-    """Sample ``index`` as runs of equal loss mask: ``{"supervised": bool, "text": str, "tokens":
-    n}``, in order.
+    """Return sample ``index`` as runs of equal loss mask: ``{"supervised": bool, "text": str,
+    "tokens": n}``, in order.
     """
     tokens = cache.tokens(index)
     mask = tokens.loss_mask
@@ -36,7 +36,7 @@ def runs(cache: Cache, index: int) -> dict[str, Any]:
 
 
 def mask_runs(tokenizer: Any, tokens: TokenSample) -> list[dict[str, Any]]:
-    """A sample as runs of equal loss mask; ids as text where there is not a tokenizer."""
+    """Split a sample into runs of equal loss mask; ids as text if there is no tokenizer."""
     mask = tokens.loss_mask
     cuts = [0, *(np.flatnonzero(np.diff(mask.astype(np.int8))) + 1).tolist(), mask.shape[0]]
     out = []
@@ -52,8 +52,8 @@ def mask_runs(tokenizer: Any, tokens: TokenSample) -> list[dict[str, Any]]:
 
 
 def load_tokenizer(cache: Cache) -> Any:
-    """The target's tokenizer as kept in the store; None if its rows came tokenised and none was
-    kept.
+    """Load the target's tokenizer from the store; None if its rows were already tokenised and none
+    was kept.
     """
     if not (cache.target_files / "tokenizer.json").is_file():
         if cache.manifest.tokenizer.sha256 is not None:
@@ -79,7 +79,7 @@ def load_tokenizer(cache: Cache) -> Any:
 @click.argument("index", type=click.IntRange(min=0))
 @json_flag
 def show_command(cache: str, index: int, as_json: bool) -> None:
-    """Print sample INDEX of CACHE as text, the supervised part between [[ and ]]."""
+    """Print sample INDEX of CACHE as text, with the supervised part between [[ and ]]."""
     import dspark.cache
     from dspark.cache.errors import UsageError
 

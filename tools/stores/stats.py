@@ -1,4 +1,4 @@
-"""``dspark-tools stats``: what the states look like, layer by layer, and how long the samples
+"""``dspark-tools stats``: show what the states look like, layer by layer, and how long the samples
 are.
 """
 
@@ -52,8 +52,8 @@ class Moments:
 def stats(
     cache: Cache, limit: int = 200, progress: Callable[[int, int], None] = lambda done, total: None
 ) -> dict[str, Any]:
-    """Statistics over ``limit`` samples spread evenly through the store (0 = all); lengths are of
-    all samples.
+    """Return statistics over ``limit`` samples spread evenly through the store (0 = all); lengths
+    cover all samples.
     """
     n = len(cache)
     chosen = np.unique(np.linspace(0, n - 1, min(n, limit) if limit else n).astype(int))
@@ -99,7 +99,7 @@ def stats(
 )
 @json_flag
 def stats_command(cache: str, limit: int, as_json: bool) -> None:
-    """Print rms, absmax, outlier share and SNR of the stored code per layer; histogram of
+    """Print rms, absmax, outlier share and SNR of the stored code per layer, and a histogram of
     lengths.
     """
     import dspark.cache

@@ -1,4 +1,4 @@
-"""``dspark-tools verify``: every checksum and every count of a store; the work is in
+"""``dspark-tools verify``: check every checksum and every count of a store; the work is in
 ``dspark.cache.verify``.
 """
 
@@ -30,7 +30,7 @@ from dspark.cache.shared.command import bar, break_lock_flag, command, emit, jso
 def verify_command(
     cache: str, drop_damaged: bool, rebuild_index: bool, break_lock: bool, as_json: bool
 ) -> None:
-    """Check every chunk's checksum and every count; name what is damaged, and exit with 1 if
+    """Check every chunk's checksum and every count, and name what is damaged. Exit code 1 if
     anything is.
     """
     from dspark.cache import verify
