@@ -248,7 +248,7 @@ def test_a_dry_run_of_each_preset_needs_nothing_but_itself(
     done = subprocess.run(call, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("--target-layer-ids") == 2 * len(presets())
-    assert done.stderr.count("per million tokens") == len(presets())
+    assert done.stderr.count("per million tokens") == 2 * len(presets())
 
 
 def test_a_dump_needs_a_corpus(tiny: Path, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from typing import Any
 import click
 
 from dspark.cache.errors import DraftError
-from dspark.cache.shared.command import command, emit, json_flag, printable
+from dspark.cache.shared.command import Progress, bar, command, emit, json_flag, printable
 from dspark.tools.decode.outcome import Outcome, summarise
 from dspark.tools.decode.prompts import Prompt
 from dspark.tools.decode.promptsets import NAMES
@@ -29,6 +29,7 @@ from dspark.tools.judge.eval_report import (
     HEADER,
     TABLES,
     how,
+    in_steps,
     lines,
     markdown,
     relative_cost,
@@ -36,7 +37,7 @@ from dspark.tools.judge.eval_report import (
 )
 from dspark.tools.outputs import OUTPUT_FILE, save
 
-Note = Callable[[str], None]
+TOLD = 10  # times that the accepted length so far is told
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -71,23 +72,25 @@ class Runs:
     dtype: str
 
 
-def evaluate(config: EvalConfig, note: Note = lambda line: None) -> dict[str, Any]:
-    """Run it and return the report that ``--json`` prints. ``note`` receives progress, one line at
-    a time.
-    """
-    return run(config, note)[0]
+def silent(done: int, total: int, text: str = "") -> None:
+    """Show nobody the progress."""
+
+
+def evaluate(config: EvalConfig, progress: Progress = silent) -> dict[str, Any]:
+    """Run it and return the report that ``--json`` prints. ``progress`` counts prompts."""
+    return run(config, progress)[0]
 
 
 def run(
-    config: EvalConfig, note: Note = lambda line: None
+    config: EvalConfig, progress: Progress = silent
 ) -> tuple[dict[str, Any], list[Prompt], Runs]:
     """Return the report, and the prompts and outcomes it is based on."""
-    ((result, runs),), prompts = run_each(config, [config.draft], note)
+    ((result, runs),), prompts = run_each(config, [config.draft], progress)
     return result, prompts, runs
 
 
 def run_each(
-    config: EvalConfig, drafts: Sequence[str], note: Note = lambda line: None
+    config: EvalConfig, drafts: Sequence[str], progress: Progress = silent
 ) -> tuple[list[tuple[dict[str, Any], Runs]], list[Prompt]]:
     """Return, for each of the ``drafts`` in place of ``config.draft``, its report and outcomes on
     the same prompts. The target is loaded, and decodes alone, only once.
@@ -118,7 +121,7 @@ def run_each(
         per_source=config.per_source,
     )
     decode = _with_vllm if config.engine == "vllm" else _with_transformers
-    drafted, alone, dtype = decode(config, drafts, prompts, target.eos_token_ids, note)
+    drafted, alone, dtype = decode(config, drafts, prompts, target.eos_token_ids, progress)
     out = []
     for draft, shape, outcomes in zip(drafts, shapes, drafted, strict=True):
         measured = report(
@@ -149,7 +152,7 @@ def _with_transformers(
     drafts: Sequence[str],
     prompts: Sequence[Prompt],
     stop_ids: Sequence[int],
-    note: Note,
+    progress: Progress,
 ) -> Decoded:
     import torch
 
@@ -165,8 +168,10 @@ def _with_transformers(
         tokens = greedy_alone(model, prompt.ids, max_tokens=limit, stop_ids=stop_ids)
         return Outcome(tokens, time.perf_counter() - start)
 
+    total, text = len(prompts) * len(drafts), ""
+    progress(0, total)
     by_itself(prompts[0], 2)  # the first call is slow, and not timed
-    for folder, outcomes in zip(drafts, drafted, strict=True):
+    for place, (folder, outcomes) in enumerate(zip(drafts, drafted, strict=True)):
         last = folder == drafts[-1] and outcomes is drafted[-1]
         with Target(model, load_config(folder).target_layer_ids) as target:
             draft = load_draft(folder, target.frozen, dtype=model.dtype).to(model.device).eval()
@@ -195,10 +200,9 @@ def _with_transformers(
                 if last and (config.alone is None or number <= config.alone):
                     alone.append(by_itself(prompt, config.max_tokens))
                 named = f"{folder}: " if len(drafts) > 1 else ""
-                note(
-                    f"{named}{number}/{len(prompts)} prompts, mean accepted length so far "
-                    f"{_length(outcomes)}"
-                )
+                if number % max(len(prompts) // TOLD, 1) == 0:  # a log gets a line at each new text
+                    text = f"{named}accepted length so far {_length(outcomes)}"
+                progress(place * len(prompts) + number, total, text)
     return drafted, alone, str(model.dtype).removeprefix("torch.")
 
 
@@ -207,7 +211,7 @@ def _with_vllm(
     drafts: Sequence[str],
     prompts: Sequence[Prompt],
     stop_ids: Sequence[int],
-    note: Note,
+    progress: Progress,
 ) -> Decoded:
     import torch
 
@@ -221,9 +225,12 @@ def _with_vllm(
         else config.dtype
     )
 
+    decoded: list[list[Outcome]] = []
+
     def asked(draft: str | None) -> list[Outcome]:
         chosen = prompts if draft is not None else prompts[: config.alone]
-        note(f"vLLM with {draft}" if draft is not None else f"vLLM alone, {len(chosen)} prompts")
+        name = "vLLM alone" if draft is None else f"vLLM with {draft}"
+        progress(len(decoded), len(drafts) + 1, f"{name}, {len(chosen)} prompts")
         if not chosen:
             return []
         shape = None if draft is None else load_config(draft)
@@ -245,7 +252,9 @@ def _with_vllm(
             )
         )
 
-    return [asked(draft) for draft in drafts], asked(None), dtype
+    for draft in (*drafts, None):
+        decoded.append(asked(draft))
+    return decoded[:-1], decoded[-1], dtype
 
 
 def _length(outcomes: Sequence[Outcome]) -> str:
@@ -343,14 +352,13 @@ def eval_command(
     from rich.console import Console
 
     console = Console(stderr=True)
-    with console.status("loading") as status:
+    config = EvalConfig(draft=draft[0], **flags)
+    with bar("eval: prompts") as progress:
         if len(draft) == 1:
-            result, prompts, runs = run(EvalConfig(draft=draft[0], **flags), note=status.update)
+            result, prompts, runs = run(config, progress)
             found = [(result, runs)]
         else:
-            found, prompts = run_each(
-                EvalConfig(draft=draft[0], **flags), draft, note=status.update
-            )
+            found, prompts = run_each(config, draft, progress)
     told: dict[str, Any] = found[0][0]
     if len(draft) > 1:
         told = {
@@ -461,6 +469,8 @@ def show(result: dict[str, Any]) -> None:
             table.add_row(*(cells[HEADER.index(name)] for name in columns))
         console.print(table)
     console.print(how(result), highlight=False)
+    if result["drafts"] and not result.get("stages"):
+        console.print(in_steps(result), highlight=False)
     if result["lossless"]:
         console.print("lossless: every answer is the target's own greedy answer")
 

@@ -179,6 +179,18 @@ def how(result: dict[str, Any]) -> str:
     )
 
 
+def in_steps(result: dict[str, Any]) -> str:
+    """The speed-up in passes of the target, which no machine changes; a prefill is one of them."""
+    tokens, steps = result["tokens"], result["drafts"] + result["prompts"]
+    line = (
+        f"speed-up in target steps: {tokens / steps:.2f}x ({tokens:,} tokens in {steps:,} steps; "
+        f"the target alone takes {tokens:,})"
+    )
+    if result["engine"] == "transformers" and result["speedup"] is not None:
+        line += ". Tokens/s here are a plain decoder's; --engine vllm times a server's."
+    return line
+
+
 def _how_piped(result: dict[str, Any]) -> str:
     """Return the same for a pipeline, with its additional figures."""
 

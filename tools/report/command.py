@@ -36,15 +36,13 @@ def report_command(paths: tuple[Path, ...], output: Path, as_json: bool) -> None
     made = datetime.datetime.now().strftime("made on %d %B %Y at %H:%M")
     data = page(sources, made).encode()
     save(output, data)
-    found = {
+    counts = {
         "stores": len(sources.stores),
         "runs": len(sources.runs),
         "evaluations": len(sources.evals),
     }
     if as_json:
-        emit({"output": str(output), "bytes": len(data), **found})
+        emit({"output": str(output), "bytes": len(data), **counts})
         return
-    print(
-        f"{output}: {', '.join(f'{n} {name}' for name, n in found.items() if n)}, {len(data):,} "
-        "bytes"
-    )
+    told = [f"{n} {name if n > 1 else name[:-1]}" for name, n in counts.items() if n]
+    print(f"{output}: {', '.join(told)}, {len(data):,} bytes")

@@ -48,6 +48,7 @@ font-size:.85rem}
 .key{display:inline-block;width:1.1rem;height:.6rem;margin-right:.35rem;border-radius:2px;
 background:currentColor}
 .key.dashed{background:repeating-linear-gradient(90deg,currentColor 0 5px,transparent 5px 8px)}
+@media(max-width:40rem){td.num{white-space:normal}}
 footer{margin-top:2rem;color:var(--soft);font-size:.85rem}
 """ + "".join(
     f"svg .c{i}{{stroke:var(--c{i})}}svg .dot.c{i},svg "

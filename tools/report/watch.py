@@ -133,7 +133,9 @@ def drawn(data: dict[str, Any]) -> Group:
     title = f"{data['kind']}{state}  {data['path']}"
     parts: list[Any] = [Panel(facts, title=title, title_align="left")]
     if data.get("max_steps"):
-        parts.append(ProgressBar(total=data["max_steps"], completed=data["step"], width=72))
+        bar = Table.grid()  # by itself a bar ends without a new line
+        bar.add_row(ProgressBar(total=data["max_steps"], completed=data["step"], width=72))
+        parts.append(bar)
     parts += [Text(line, style="dim", overflow="ellipsis", no_wrap=True) for line in data["log"]]
     return Group(*parts)
 
@@ -152,7 +154,7 @@ def _facts(data: dict[str, Any]) -> list[tuple[str, str]]:
             ("last part", "-" if since is None else f"{duration(since)} ago"),
         ]
     total = f" of {data['max_steps']:,}" if data["max_steps"] else ""
-    left = "" if data["seconds_left"] is None else f", {duration(data['seconds_left'])} left"
+    left = "" if not data["seconds_left"] else f", {duration(data['seconds_left'])} left"
     rates = " ".join(f"{v:.2f}" for v in data["accept_rate"] or [])
     wait = _known(data["data_wait_fraction"], ", {:.0%} of the time waiting for data")
     return [
@@ -162,7 +164,9 @@ def _facts(data: dict[str, Any]) -> list[tuple[str, str]]:
         ("accept rate", rates or "-"),
         (
             "held out",
-            f"tau {_known(data['tau_held_out'], '{:.2f}')}, walk {_known(data['walk'], '{:.2f}')}",
+            f"tau {data['tau_held_out']:.2f}, walk {_known(data['walk'], '{:.2f}')}"
+            if data["tau_held_out"] is not None
+            else "-",
         ),
         (
             "rate",
