@@ -109,8 +109,17 @@ class Plan:
         """Of the whole dump; None where tokens or rate are not known."""
         if self.tokens is None:
             return None
-        learnt = 0 if self.calibration else self.calibration_tokens
-        return self.pace.seconds(self.tokens, self.answer_tokens, learnt)
+        return self.pace.seconds(self.tokens, self.answer_tokens, self._learns_from(self.tokens))
+
+    def _learns_from(self, tokens: int) -> int:
+        """Of ``tokens``, those that the codec sees before the first part."""
+        from dspark.cache.quality import budget_of
+
+        codec = self.make_codec()
+        if self.calibration or not codec.needs_calibration:
+            return 0
+        budget = budget_of(codec, len(self.layers), self.shapes.hidden_size, tokens)
+        return min(self.calibration_tokens or budget, tokens)
 
     @property
     def fits(self) -> bool | None:
@@ -232,6 +241,8 @@ class Plan:
         """Say how many GPUs the weights need, if their size is known."""
         if self.weights is None:
             return ""
+        if self.device == "cpu":
+            return f"; weights about {human(self.weights)}"
         count = math.ceil(self.weights / (WEIGHTS_SHARE * GPU_BYTES))
         return (
             f"; weights about {human(self.weights)}: {count} GPU{'s' if count > 1 else ''} of "

@@ -48,7 +48,10 @@ font-size:.85rem}
 .key{display:inline-block;width:1.1rem;height:.6rem;margin-right:.35rem;border-radius:2px;
 background:currentColor}
 .key.dashed{background:repeating-linear-gradient(90deg,currentColor 0 5px,transparent 5px 8px)}
-@media(max-width:40rem){td.num{white-space:normal}}
+@media(max-width:40rem){thead{display:none}tr,td{display:block}
+tr{border-bottom:1px solid var(--grid);padding:.3rem 0}
+td.num{border:0;padding:0;white-space:normal;display:flex;gap:.6rem}
+td::before{content:attr(data-head);flex:0 0 8.5rem;color:var(--soft)}}
 footer{margin-top:2rem;color:var(--soft);font-size:.85rem}
 """ + "".join(
     f"svg .c{i}{{stroke:var(--c{i})}}svg .dot.c{i},svg "
@@ -99,13 +102,18 @@ def heads(pairs: Sequence[tuple[str, str]]) -> str:
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     top = "".join(f"<th>{html.escape(h)}</th>" for h in head)
     body = "".join(
-        "<tr>" + "".join(f'<td class="num">{html.escape(c)}</td>' for c in r) + "</tr>"
-        for r in rows
+        "<tr>" + "".join(_cell(h, c) for h, c in zip(head, row, strict=True)) + "</tr>"
+        for row in rows
     )
     return (
         "<div "
         f'class="scroll"><table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'
     )
+
+
+def _cell(head: str, text: str) -> str:
+    """A cell that knows its column's name: a phone shows a line per cell."""
+    return f'<td class="num" data-head="{html.escape(head)}">{html.escape(text)}</td>'
 
 
 def _number(value: Any, digits: int = 3) -> str:
