@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from dspark.cache.shared.command import duration
 from dspark.train import distributed
 from dspark.train.config import TrainConfig
 from dspark.train.data.feed import Feed
@@ -84,7 +85,7 @@ def words(found: dict[str, Any]) -> str:
     peak = f", {found['peak_gb']:.2f} GB measured" if found["peak_gb"] else ""
     return (
         f"{found['steps']} steps ({found['steps_per_epoch']} per epoch) of "
-        f"{found['step_ms']:.1f} ms: {found['hours']:.2f} hours without validation and "
+        f"{found['step_ms']:.1f} ms: {duration(3600 * found['hours'])} without validation and "
         f"checkpoints; first step after {found['first_step_seconds']:.1f} s; memory per "
         f"device about {found['memory_gb']['total']:.2f} GB{peak}"
     )

@@ -9,6 +9,7 @@ import pytest
 from click.testing import CliRunner
 
 import stores
+from dspark.cache.shared.command import duration
 from dspark.train.cli import main
 
 
@@ -36,5 +37,5 @@ def test_dry_run_tells_steps_hours_and_memory_and_writes_nothing(tmp_path: Path)
     assert found["memory_gb"]["total"] == pytest.approx(
         sum(found["memory_gb"][part] for part in ("trained", "frozen", "row"))
     )
-    assert "hours" in done.stderr
+    assert f"ms: {duration(3600 * found['hours'])} without validation" in done.stderr
     assert sorted(p.name for p in tmp_path.iterdir()) == ["hs.zarr"]
