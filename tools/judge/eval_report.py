@@ -170,12 +170,14 @@ def how(result: dict[str, Any]) -> str:
     """Return one sentence: engine, dtype, temperature, limits; what the columns mean."""
     if result.get("stages"):
         return _how_piped(result)
+    compared = result["compared"]
+    alone = "the first prompt" if compared == 1 else f"the first {compared} prompts"
     decoding = "greedy" if result["temperature"] == 0 else f"temperature {result['temperature']}"
     return (
         f"{result['engine']}, {result['dtype']}, {decoding}, one prompt at a time, at most "
         f"{result['max_tokens']} new tokens, blocks of "
-        f"{result['block_size']}; ± is the standard error over prompts; the target alone on the "
-        f"first {result['compared']} prompts."
+        f"{result['block_size']}; ± is the standard error over prompts; the target alone on "
+        f"{alone}."
     )
 
 

@@ -29,7 +29,7 @@ font:15px/1.5 system-ui,-apple-system,"Segoe UI",sans-serif}
 h1{font-size:1.5rem;margin:0}h2{font-size:1.2rem;margin:2rem 0 .6rem}h3{font-size:.95rem;
 margin:0 0 .4rem}
 p{margin:.3rem 0}.soft,.none{color:var(--soft)}.none{font-style:italic}
-.grid2{display:grid;gap:1rem;grid-template-columns:repeat(auto-fit,minmax(min(100%,26rem),1fr))}
+.grid2{display:grid;gap:1rem;grid-template-columns:repeat(auto-fill,minmax(min(100%,26rem),1fr))}
 .card{background:var(--card);border-radius:.6rem;padding:.8rem;min-width:0}
 .scroll{overflow-x:auto}table{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums}
 th,td{text-align:left;padding:.25rem .6rem .25rem 0;border-bottom:1px solid var(--grid);
@@ -63,10 +63,10 @@ footer{margin-top:2rem;color:var(--soft);font-size:.85rem}
 def page(sources: Sources, made: str) -> str:
     """Return the whole document; ``made``: when it was made, in words."""
     sections = []
-    if sources.runs:
-        sections.append(_runs(sources.runs))
     if sources.evals:
         sections.append(_evals(sources.evals))
+    if sources.runs:
+        sections.append(_runs(sources.runs))
     if any(run.calibration for run in sources.runs):
         sections.append(_reliability([r for r in sources.runs if r.calibration]))
     if sources.stores:
