@@ -1,4 +1,5 @@
-"""Draw the README's picture from bench/results/codec.json: bytes per token and tau, by codec.
+"""Draw the README's picture from bench/results/klt_stores.json: bytes per token on disk, and tau of
+drafts trained from exact states and from the default codec.
 
 python bench/plot_codec.py docs/img/tau-and-bytes.svg
 """
@@ -10,43 +11,58 @@ from pathlib import Path
 import matplotlib as mpl
 from matplotlib import pyplot as plt
 
-RESULTS = Path(__file__).parent / "results" / "codec.json"
-NAMES = {
-    "16/16": "exact\n(lossless)",
-    "4/4": "4 bits\n(default)",
-    "3/4": "3 bits\n(small)",
-    "2/4": "2 bits\n(smallest)",
-}
+RESULTS = Path(__file__).parent / "results" / "klt_stores.json"
+DEFAULT = "klt-1-1"
+LABELS = ("exact states\n(lossless store)", f"compact codes\n({DEFAULT}, default)")
+EXACT_COLOUR, CODED_COLOUR = "#7f7f7f", "#2a6f97"
 
 
 def main(out: str) -> None:
     """Write the picture to ``out``; the format follows its suffix."""
-    result = json.loads(RESULTS.read_text())
-    rows = {row["name"]: row for row in result["results"]}
-    raw = rows["16/16"]["bytes_per_token"] * rows["16/16"]["ratio"]
+    results = json.loads(RESULTS.read_text())["results"]
+    rows = {row["codec"]: row for row in results["table"]}
+    exact, coded = rows["exact"], rows[DEFAULT]
+    sizes = [results["raw_bytes_per_token"], *_bytes_per_token(results["dump"], coded)]
     mpl.rcParams.update({"svg.hashsalt": "dspark", "svg.fonttype": "none", "font.size": 9})
     figure, (left, right) = plt.subplots(1, 2, figsize=(7.6, 2.9), layout="constrained")
 
-    labels = ["raw bf16\nlayout", *NAMES.values()]
-    sizes = [raw, *(rows[name]["bytes_per_token"] for name in NAMES)]
-    bars = left.bar(labels, sizes, color=["#bbbbbb", "#7f7f7f", *["#2a6f97"] * 3])
+    colours = ["#bbbbbb", EXACT_COLOUR, CODED_COLOUR]
+    bars = left.bar(["raw bf16\nlayout", *LABELS], sizes, color=colours)
     left.bar_label(bars, [f"{size:,.0f}" for size in sizes], padding=2)
     left.set_title("Bytes per token on disk")
-    left.set_ylim(0, raw * 1.12)
+    left.set_ylim(0, sizes[0] * 1.12)
 
-    for at, name in enumerate(NAMES):
-        tau = rows[name]["tau"]
-        right.plot([at] * len(tau), tau, "o", color="#7f7f7f" if at == 0 else "#2a6f97")
-        right.plot([at - 0.2, at + 0.2], [sum(tau) / len(tau)] * 2, "-", color="black", lw=1)
-    right.set_xticks(range(len(NAMES)), list(NAMES.values()))
-    right.set_xlim(-0.5, len(NAMES) - 0.5)
-    right.set_ylim(2.2, 2.6)
-    right.set_title("Held-out tau (dots: two seeds; line: mean; axis from 2.2)")
-    right.title.set_fontsize(8.5)
+    for pair in zip(exact["tau"], coded["tau"], strict=True):
+        right.plot([0, 1], pair, "-", color="#cccccc", lw=1, zorder=1)
+    for at, (row, colour) in enumerate(((exact, EXACT_COLOUR), (coded, CODED_COLOUR))):
+        right.plot([at] * len(row["tau"]), row["tau"], "o", color=colour)
+        mean = sum(row["tau"]) / len(row["tau"])
+        right.plot([at - 0.15, at + 0.15], [mean] * 2, "-", color="black", lw=1)
+        right.annotate(f"{mean:.2f}", (at + 0.18, mean), va="center")
+    change, error = 100 * coded["change"], 100 * coded["standard_error"]
+    right.set_xticks([0, 1], LABELS)
+    right.set_xlim(-0.5, 1.5)
+    right.set_ylim(3.0, 3.3)
+    right.set_title(
+        f"Held-out tau, {len(exact['tau'])} paired seeds: "
+        f"{change:+.1f} ± {error:.1f} % (axis from 3.0)"
+    )
+    right.title.set_fontsize(8)
     for axis in (left, right):
         axis.spines[["top", "right"]].set_visible(False)
         axis.tick_params(labelsize=7.5, length=0)
     figure.savefig(out, metadata={"Date": None} if out.endswith(".svg") else None)
+
+
+def _bytes_per_token(dumps: dict, coded: dict) -> tuple[float, float]:
+    # Without the target's own files, which every store holds once.
+    size = dumps[DEFAULT]["bytes_on_disk"]
+    target = size - coded["bytes_per_token_all"] * dumps[DEFAULT]["tokens"]
+    lossless = dumps["lossless"]
+    return (
+        (lossless["bytes_on_disk"] - target) / lossless["tokens"],
+        coded["bytes_per_token_all"],
+    )
 
 
 if __name__ == "__main__":
