@@ -301,7 +301,7 @@ def _evals(evals: Sequence[EvalView]) -> str:
             "" if error is None else f" ± {error:.2f}"
         )
         pairs = [("accepted length, decoded", length), ("prompts", str(r["prompts"]))]
-        if r["drafts"] and not r.get("stages"):
+        if r.get("tokens") and r["drafts"] and not r.get("stages"):
             steps = r["drafts"] + r["prompts"]
             pairs.append(("speed-up in target steps", f"{r['tokens'] / steps:.2f}x"))
         if r["speedup"] is not None:
