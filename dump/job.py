@@ -109,14 +109,23 @@ def _examined(config: DumpConfig, target: Target, whole: bool = True) -> plannin
         check_shapes(preset, target.shapes)
     plan = planning.resolve(config, preset, target.shapes, target.whole.architectures or ())
     plan = dataclasses.replace(plan, file_bytes=sum(map(len, target.files.values())))
-    return with_chain(
+    size: int | None = None
+
+    def frozen() -> str:
+        nonlocal size
+        found = find_frozen(config.model, target.shapes, target.whole)
+        size = found.size(target.shapes, plan.dtype)
+        return str(found)
+
+    chained = with_chain(
         plan,
         target.config,
         [getattr(target.whole, "model_type", None), target.config.get("model_type")],
-        lambda: str(find_frozen(config.model, target.shapes, target.whole)),
+        frozen,
         weight_bytes(config.model),
         whole,
     )
+    return dataclasses.replace(chained, frozen_bytes=size)
 
 
 def with_chain(

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from dspark.dump.corpus.rows import Corpus
     from dspark.dump.target.chain import Link
 
+METADATA = 13_000, 19_000, 40  # bytes of a store, of each part, of each sample
 # rows tokenised for the estimate: half a second; 128 of them, scaled by rows, were 10 % off on
 # 18,438 chats
 SPREAD_ROWS = 512
@@ -96,6 +97,7 @@ class Plan:
     calibration: str | None = None  # the file that it has learnt from instead
     shard: str | None = None  # of several dumps, this one
     file_bytes: int = 0  # of the target's tokenizer and template, which every store keeps
+    frozen_bytes: int | None = None  # of embedding and head as stored; None: not looked at
     answer_tokens: int = 0  # of the tokens, those that the target is to generate
     measured: Pace | None = None  # None: a rate is stated
 
@@ -150,6 +152,7 @@ class Plan:
         out["data"] = ", ".join(self.data) or None
         out["aux_bits"], out["last_bits"] = self.make_codec().bits
         out["pace"] = dataclasses.asdict(self.pace)
+        out["fixed_bytes"] = fixed_bytes(self)
         return out | {"seconds": self.seconds, "fits": self.fits}
 
     def lines(self) -> list[str]:
@@ -383,13 +386,10 @@ def estimate(plan: Plan, corpus: Corpus, maker: SampleMaker | None, limit: int |
     tokens = round(sampled / sum(weights[row.number] for row in picked) * sum(weights))
     share = stored / max(sampled, 1)
     rate = disk_bytes(plan.shapes, plan.layers, plan.make_codec(), share)
-    size = round(tokens * rate) + fixed_bytes(plan)
+    plan = dataclasses.replace(plan, rows=rows, tokens=tokens, last_rows=round(tokens * share))
     return dataclasses.replace(
         plan,
-        rows=rows,
-        tokens=tokens,
-        last_rows=round(tokens * share),
-        bytes=size,
+        bytes=round(tokens * rate) + fixed_bytes(plan),
         looked_at=len(made),
         dropped=dict(Counter(m.dropped for m in made if m.dropped)),
         notes=dict(sum((m.notes for m in made), Counter())),
@@ -405,10 +405,8 @@ def with_answers(plan: Plan, max_tokens: int, count: int = 1) -> Plan:
     answers = plan.rows * max_tokens // 2 * count
     tokens = plan.tokens * count + answers
     rate = disk_bytes(plan.shapes, plan.layers, plan.make_codec(), answers / tokens)
-    size = round(tokens * rate) + fixed_bytes(plan)
-    return dataclasses.replace(
-        plan, tokens=tokens, last_rows=answers, answer_tokens=answers, bytes=size
-    )
+    plan = dataclasses.replace(plan, tokens=tokens, last_rows=answers, answer_tokens=answers)
+    return dataclasses.replace(plan, bytes=round(tokens * rate) + fixed_bytes(plan))
 
 
 def settle_codec(
@@ -509,11 +507,14 @@ def weight_bytes(shapes: Shapes) -> int:
 
 
 def fixed_bytes(plan: Plan) -> int:
-    """What a store of ``plan`` takes whatever its tokens: the target's frozen weights and files,
-    and what the codec has learnt.
+    """What a store of ``plan`` takes beside its states: the target's frozen weights and files, what
+    the codec has learnt, and the metadata of store, parts and samples.
     """
     learnt = plan.make_codec().learnt_bytes(len(plan.layers), plan.shapes.hidden_size)
-    return weight_bytes(plan.shapes) + plan.file_bytes + learnt
+    frozen = weight_bytes(plan.shapes) if plan.frozen_bytes is None else plan.frozen_bytes
+    store, part, sample = METADATA
+    parts = math.ceil((plan.tokens or 0) / plan.part_tokens)
+    return frozen + plan.file_bytes + learnt + store + part * parts + sample * (plan.rows or 0)
 
 
 def check_disk(plan: Plan, done_tokens: int, shard: Shard | None = None) -> None:

@@ -159,6 +159,11 @@ class Found:
     def __str__(self) -> str:
         return f"{self.names} ({', '.join(dict.fromkeys(self.forms))})"
 
+    def size(self, shapes: Shapes, dtype: str) -> int:
+        """Return the bytes of embedding and head in a store; ``dtype``: that the target runs in."""
+        values = shapes.vocab_size * shapes.hidden_size
+        return sum(values * (4 if f == "F32" and dtype == "float32" else 2) for f in self.forms)
+
 
 def find_frozen(model: str, shapes: Shapes, config: Any) -> Found:
     """Look for the frozen weights in the headers of ``model``; no weight is read. ``config``: the

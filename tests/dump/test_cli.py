@@ -98,8 +98,8 @@ def test_dry_run_estimates_and_writes_nothing(
     assert out.exit_code == 0, out.output
     plan = json.loads(out.stdout)
     assert (plan["rows"], plan["layers"]) == (9, [0, 2])
-    fixed = 2 * 64 * 304 + plan["file_bytes"]
-    assert 0 < plan["bytes"] - fixed <= plan["tokens"] * plan["bytes_per_token"]
+    assert plan["fixed_bytes"] > 2 * 4 * 64 * 304 + plan["file_bytes"]  # F32, and a head
+    assert 0 < plan["bytes"] - plan["fixed_bytes"] <= plan["tokens"] * plan["bytes_per_token"]
     assert plan["fits"]
     assert "scaled from SmolLM2's" in out.stderr
     assert sorted(p.name for p in tmp_path.iterdir()) == ["rows.jsonl"]
