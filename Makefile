@@ -31,7 +31,7 @@ $(TARGET)/model.safetensors: .venv/ready
 	mkdir -p .work
 	$(BIN)/python examples/smollm2.py $(TARGET)
 
-# Ten minutes on two quiet cores. The judged prompts have no near-duplicate among the training ones (examples/choose_code.py).
+# Ten minutes at most on two quiet cores, a quarter of it to install. The judged prompts have no near-duplicate among the training ones (examples/choose_code.py).
 demo: target
 	rm -rf $(DEMO) && mkdir -p $(DEMO)
 	@echo "1/4 dump: the target's hidden states over 240 conversations"
@@ -40,7 +40,7 @@ demo: target
 	@echo "2/4 train: a draft of two layers, 160 steps"
 	$(BIN)/dspark-train --cache $(DEMO)/hs.zarr --output $(DEMO)/draft --num-layers 2 --block-size 4 --draft-vocab-size 2048 \
 		--max-anchors 128 --total-seq-len 2048 --rows-per-step 1 --max-steps 160 --optimizer muon --lr 4e-3 \
-		--val-fraction 0 --checkpoint-freq 100 --log-every 10 --dtype $(DTYPE)
+		--val-fraction 0 --checkpoint-freq 100 --log-every 10
 	@echo "3/4 decode: 24 prompts that the draft has not seen"
 	$(BIN)/dspark-tools eval --model $(TARGET) --draft $(DEMO)/draft --data examples/code_held_out.jsonl --max-tokens 48 --alone 1 \
 		--output $(DEMO)/eval.json --show 1
