@@ -103,7 +103,7 @@ def one(args: argparse.Namespace, case: str) -> None:
         vllm_engine.capture_arguments = lambda found: partial(own(found))
     of = layers(target.shapes.num_layers)
     said: list[str] = []
-    found: dict[str, Any] = {"case": case, "said": said}
+    found: dict[str, Any] = {"said": said}
     engine = None
     try:
         stage("engine: weights, warm-up, first kernels")
