@@ -16,6 +16,10 @@ bench/results/NAME.json is written at every stage of every case: which stages it
 how it ended, the end of its log. Where the limit stopped it, also which processes ran then and
 with how much CPU time (a compiler is named there), and their stacks. SIGTERM (``timeout``) ends the
 cases that run, and their results are written.
+
+Any target will do. vLLM's V2 model runner on a CPU: a tiny Qwen3, ``--cases tp1 --dtype float32``,
+VLLM_USE_V2_MODEL_RUNNER=1, TRITON_INTERPRET=1, TRITON_DEFAULT_BACKEND=cpu, and
+tests/vllm_cpu/triton_interpreter first on PYTHONPATH.
 """
 
 from __future__ import annotations
