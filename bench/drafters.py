@@ -25,6 +25,7 @@ import argparse
 import itertools
 import json
 import multiprocessing as mp
+import statistics
 import time
 import traceback
 from pathlib import Path
@@ -91,12 +92,14 @@ class Training:
         self.run = prepare(config(store, flags))
         self.start = self.run.optimizer.snapshot()
         self.row: dict[str, Any] = {"type": kind, "seed": args.seed, "flags": flags}
+        self.row["recipe"] = self.run.config.recipe  # by the target's name: a folder's, too
         self.steps(WARM, 1000)
         self.row["start_seconds"] = time.perf_counter() - self.began
 
-    def steps(self, count: int, total: int) -> float:
-        """``count`` steps of a schedule of ``total``, from the first row on; seconds of all but the
-        reading of the first.
+    def steps(self, count: int, total: int, *, waits: bool = False) -> list[float]:
+        """``count`` steps of a schedule of ``total``, from the first row on, which is there before
+        the clock starts. Seconds of each: ``waits`` for the device after every step, else only
+        after the last, and their sum is what counts.
         """
         import torch
         from feed import rows_of
@@ -108,25 +111,31 @@ class Training:
         run, cuda = self.run, self.run.compute.device.type == "cuda"
         rows = rows_of(run)
         feed = Feed(rows, placer(run), run.compute.device)
+        feed.fetch()
         if cuda:
             torch.cuda.synchronize()
-        began, tokens = time.perf_counter(), 0
+        tokens, times, began = 0, list[float](), time.perf_counter()
         for number in range(count):
             part = share(run, feed.take, lambda: False)
             told, _ = step(run, feed, part, number, total, None)
             tokens += part.tokens
             if number + 1 < count:
                 feed.fetch()
-        loss = float(told[1])  # waits for the device
-        seconds = time.perf_counter() - began
+            if waits or number + 1 == count:
+                loss = float(told[1])  # waits for the device
+            times.append(time.perf_counter() - began - sum(times))
         rows.close()
         self.row |= {"tokens_per_step": tokens / count, "last_loss": loss}
-        return seconds
+        return times
 
     def time(self) -> None:
-        """Alone on the GPU: how many steps fit into the time."""
-        ms = 1e3 * self.steps(TIMED, 1000) / TIMED
-        self.row |= {"step_ms": ms, "steps": max(1, round(1e3 * self.args.seconds / ms))}
+        """Alone on the GPU: how many steps fit into the time, by the median of a few. What happens
+        once (memory that is asked for, kernels that are made) is no part of a step.
+        """
+        ms = [1e3 * seconds for seconds in self.steps(TIMED, 1000, waits=True)]
+        median = statistics.median(ms)
+        self.row |= {"step_ms": median, "step_ms_mean": sum(ms) / TIMED}
+        self.row["steps"] = max(1, round(1e3 * self.args.seconds / median))
 
     def train(self) -> None:
         from dspark.train.draft.folder import save_draft
@@ -134,7 +143,7 @@ class Training:
 
         run, steps = self.run, self.row["steps"]
         run.optimizer.load(self.start)
-        self.row["train_seconds"] = self.steps(steps, steps)
+        self.row["train_seconds"] = sum(self.steps(steps, steps))
         self.row["trained_parameters"] = sum(p.numel() for _, p in run.model.trained())
         self.row["layers"] = list(run.model.config.target_layer_ids)
         save_draft(self.folder, run.model, trained=run.optimizer.snapshot().masters)

@@ -4,6 +4,9 @@ Writes bench/results/serve_parity.json.
 python bench/serve_parity.py [--sizes 5,7,8] [--types dspark,eagle3,peagle] [--shapes
 full,window,yarn] [--name serve_parity]
 
+python bench/serve_parity.py --model TARGET --data PROMPTS.jsonl --draft DIR [--draft DIR ...]
+    [--limit 8] [--name NAME]      trained drafts of a real target, in place of tiny random ones
+
 Two targets per type and size: whole vocabulary, reduced one; each in every format that the type
 has.
 
@@ -25,7 +28,7 @@ from typing import Any
 import torch
 
 from common import RESULTS, write
-from dspark.tools.check.parity import serve_and_compare
+from dspark.tools.check.parity import ours_and_served, parity_of, serve_and_compare
 from dspark.tools.decode.target import greedy_alone
 from dspark.train.draft.folder import save_draft, write_config
 from dspark.train.draft.types import drafter
@@ -93,6 +96,66 @@ def case(
     return out
 
 
+def random_ones(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Tiny targets and drafts of every type, size and shape that is asked for."""
+    rows: list[dict[str, Any]] = []
+    targets = (("qwen3", False), ("llama", True))
+    names, sizes, shapes = args.types.split(","), args.sizes.split(","), args.shapes.split(",")
+    for name, size, (kind, reduced), shape in product(names, map(int, sizes), targets, shapes):
+        with tempfile.TemporaryDirectory() as folder:
+            rows += case(Path(folder), name, kind, reduced, size, shape)
+    return rows
+
+
+def trained(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """The same of each ``--draft`` on ``--model`` and the prompts of ``--data``."""
+    from dspark.dump.target.config import load_target
+    from dspark.tools.decode.prompts import read_prompts
+    from dspark.tools.decode.target import load_model
+    from dspark.train.draft.folder import load_config
+
+    target, out = load_target(args.model), []
+    model = load_model(args.model, args.device, "float32")
+    found = read_prompts(
+        args.data,
+        target.tokenizer,
+        vocab_size=target.shapes.vocab_size,
+        room=None,
+        limit=args.limit,
+    )
+    for draft in args.draft:
+        config, started = load_config(draft), time.perf_counter()
+        ours, served = ours_and_served(
+            model,
+            args.model,
+            draft,
+            [prompt.ids for prompt in found],
+            max_tokens=args.max_tokens,
+            stop_ids=target.eos_token_ids,
+        )
+        alone = [
+            greedy_alone(
+                model, prompt.ids, max_tokens=args.max_tokens, stop_ids=target.eos_token_ids
+            )
+            for prompt in found
+        ]
+        out.append(
+            {
+                "type": config.speculator_type,
+                "target": Path(args.model).name,
+                "vocabulary": config.draft_vocab_size,
+                "of": config.vocab_size,
+                "block_size": config.block_size,
+                "prompts": len(found),
+                "lossless": [o.tokens for o in served] == alone,
+                **parity_of(ours, served).to_json(),
+                "seconds": time.perf_counter() - started,
+            }
+        )
+        print(out[-1], file=sys.stderr, flush=True)
+    return out
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -102,21 +165,25 @@ def main() -> None:
     parser.add_argument("--shapes", default="full", help=f"of {', '.join(SHAPES)}")
     parser.add_argument("--name", default="serve_parity", help="of the file in bench/results")
     parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--model", help="a real target, with --data and --draft")
+    parser.add_argument("--data", help="its prompts")
+    parser.add_argument("--draft", action="append", default=[])
+    parser.add_argument("--limit", type=int, default=8, help="how many prompts")
+    parser.add_argument("--max-tokens", type=int, default=MAX_TOKENS)
+    parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
-    rows: list[dict[str, Any]] = []
-    targets = (("qwen3", False), ("llama", True))
-    for name, size, (kind, reduced), shape in product(
-        args.types.split(","), map(int, args.sizes.split(",")), targets, args.shapes.split(",")
-    ):
-        with tempfile.TemporaryDirectory() as folder:
-            rows += case(Path(folder), name, kind, reduced, size, shape)
+    rows = trained(args) if args.draft else random_ones(args)
     results = {
         "holds": all(r["holds"] for r in rows), "blocks_compared": sum(r["compared"] for r in rows),
         "blocks_equal": sum(r["equal"] for r in rows), "cases": rows,
     }  # fmt: skip
     write(
         args.name,
-        {"prompts": len(PROMPTS), "max_tokens": MAX_TOKENS, "dtype": "float32"},
+        {
+            "prompts": rows[0]["prompts"] if args.draft else len(PROMPTS),
+            "max_tokens": args.max_tokens if args.draft else MAX_TOKENS,
+            "dtype": "float32",
+        },
         results,
         args.results,
     )

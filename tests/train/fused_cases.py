@@ -31,23 +31,23 @@ for slots, size, draft_size in SHAPES:
     labels = torch.randint(0, draft_size, (slots,))
     labels[0] = -1
     scale_ce, scale_l1 = torch.rand(slots) * (labels >= 0), torch.rand(slots)
-    want = objective.chunk_terms(
-        draft.double(), target.double(), at, ids, labels, scale_ce.double(), scale_l1.double(), True
-    )
-    values = fused.chunk_terms(draft.clone(), target, at, ids, labels, scale_ce, scale_l1, False)
-    got = fused.chunk_terms(draft.clone(), target, at, ids, labels, scale_ce, scale_l1, True)
-    assert values[3] is None
-    assert torch.equal(values[0], got[0])
-    ce, l1, gradient = ((got[i].double() - want[i]).abs().max().item() for i in (0, 1, 3))
-    wrong = int((got[2] != want[2]).sum())
-    print(
-        json.dumps(
-            {
-                "shape": [slots, size, draft_size],
-                "ce": ce,
-                "l1": l1,
-                "gradient": gradient,
-                "wrong_hits": wrong,
-            }
-        )
-    )
+    scale_kl = torch.rand(slots)
+    target[0, 1:] = -torch.inf  # certain of a token
+    for kl in (None, scale_kl):
+        wide = None if kl is None else kl.double()
+        rest = (at, ids, labels, scale_ce, scale_l1, kl)
+        want = objective.chunk_terms(
+            *(x.double() for x in (draft, target)), at, ids, labels,
+            scale_ce.double(), scale_l1.double(), wide, True,
+        )  # fmt: skip
+        values = fused.chunk_terms(draft.clone(), target, *rest, False)
+        got = fused.chunk_terms(draft.clone(), target, *rest, True)
+        assert values[3] is None
+        assert torch.equal(values[0], got[0])
+        assert (got[4] is None) == (kl is None)
+        apart = {
+            name: 0.0 if got[i] is None else (got[i].double() - want[i]).abs().max().item()
+            for name, i in (("ce", 0), ("l1", 1), ("gradient", 3), ("kl", 4))
+        }
+        wrong = int((got[2] != want[2]).sum())
+        print(json.dumps({"shape": [slots, size, draft_size], **apart, "wrong_hits": wrong}))

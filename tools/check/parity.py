@@ -81,8 +81,25 @@ def serve_and_compare(
     stop_ids: Sequence[int] = (),
     dtype: str = "float32",
 ) -> Parity:
+    """``parity_of`` what ``ours_and_served`` gives."""
+    both = ours_and_served(
+        model, target, draft, prompts, max_tokens=max_tokens, stop_ids=stop_ids, dtype=dtype
+    )
+    return parity_of(*both)
+
+
+def ours_and_served(
+    model: Any,
+    target: str,
+    draft: str,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_tokens: int,
+    stop_ids: Sequence[int] = (),
+    dtype: str = "float32",
+) -> tuple[list[Outcome], list[Outcome]]:
     """Decode ``prompts`` with our decoder on the loaded ``model`` and with a vLLM started on the
-    folders ``target`` and ``draft``.
+    folders ``target`` and ``draft``: an outcome per prompt from each.
     """
     from dspark.tools.decode.decode import speculative_generate
     from dspark.tools.decode.target import Target
@@ -111,4 +128,4 @@ def serve_and_compare(
         speculation=drafter(config.speculator_type).serving(config),
         trace=True,
     )
-    return parity_of(ours, run_vllm(request))
+    return ours, run_vllm(request)

@@ -27,6 +27,7 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import flex_attention as flex
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from dspark.train.draft.sight import Sight
@@ -39,6 +40,9 @@ GROUP_TOKENS = 256
 # Rows and columns of a tile of the flex mask; the size its kernels are made for.
 TILE = 128
 WHOLE = Sight()
+# torch 2.9 and later have a name for what flex attention gives beside its output.
+_AUX = getattr(flex, "AuxRequest", None)
+_ASKS_FOR_SUMS: dict[str, Any] = {"return_aux": _AUX(lse=True)} if _AUX else {"return_lse": True}
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,11 +76,16 @@ class AttentionPlan:
         block_size: int,
         backend: Backend = "sdpa",
         sight: Sight = WHOLE,
+        *,
+        before: int = 0,
+        group_tokens: int = GROUP_TOKENS,
     ) -> AttentionPlan:
         """Build it from ``doc`` int[S], ``anchors`` int64[A] and ``anchor_valid`` bool[A], all on
-        one device.
+        one device. ``before``: a block's context ends so many tokens before its anchor.
         """
         start, limit = context_interval(doc, anchors, anchor_valid)
+        if before:
+            limit = torch.maximum(start, limit - before)
         if backend == "flex":
             blocks = (
                 _flex_mask(start, limit, doc.shape[0], block_size, sight)
@@ -84,7 +93,8 @@ class AttentionPlan:
                 else None
             )
             return cls(backend, block_size, (), blocks)
-        return cls(backend, block_size, _sdpa_groups(start, limit, block_size, sight), None)
+        groups = _sdpa_groups(start, limit, block_size, sight, group_tokens)
+        return cls(backend, block_size, groups, None)
 
 
 def context_interval(doc: Tensor, anchors: Tensor, anchor_valid: Tensor) -> tuple[Tensor, Tensor]:
@@ -152,9 +162,9 @@ def block_attention(q: Tensor, keys: Tensor, values: Tensor, plan: AttentionPlan
     parts = []
     for group, own, k, v in zip(plan.groups, q.split_with_sizes(sizes), k_blk, v_blk, strict=True):
         out = F.scaled_dot_product_attention(
-            _heads_first(own),
-            _heads_first(torch.cat([k_ctx[group.low : group.high], k])),
-            _heads_first(torch.cat([v_ctx[group.low : group.high], v])),
+            heads_first(own),
+            heads_first(torch.cat([k_ctx[group.low : group.high], k])),
+            heads_first(torch.cat([v_ctx[group.low : group.high], v])),
             attn_mask=group.mask,
             enable_gqa=q.shape[1] != keys.shape[1],
         )
@@ -162,15 +172,18 @@ def block_attention(q: Tensor, keys: Tensor, values: Tensor, plan: AttentionPlan
     return torch.cat(parts)
 
 
-def _heads_first(x: Tensor) -> Tensor:
+def heads_first(x: Tensor) -> Tensor:
+    """[n, heads, D] -> [1, heads, n, D]."""
     return x.transpose(0, 1)[None]
 
 
-def _sdpa_groups(start: Tensor, limit: Tensor, block_size: int, sight: Sight) -> tuple[_Group, ...]:
+def _sdpa_groups(
+    start: Tensor, limit: Tensor, block_size: int, sight: Sight, tokens: int
+) -> tuple[_Group, ...]:
     """Split the anchors into groups; each group's context is cut to what any of its blocks can
     see.
     """
-    count = max(1, GROUP_TOKENS // block_size)
+    count = max(1, tokens // block_size)
     out = []
     for first in range(0, start.shape[0], count):
         s, e = start[first : first + count], limit[first : first + count]
@@ -287,15 +300,29 @@ def _compiled_flex() -> Callable[..., Any]:
 
 
 def _flex(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> Tensor:
+    out: Tensor = _run_flex(q, k, v, plan)
+    return out[0].transpose(0, 1)
+
+
+def flex_and_sums(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> tuple[Tensor, Tensor]:
+    """``block_attention`` of a flex plan, and the logarithm of each softmax's denominator,
+    float[Q, Hq]: with it, keys that the plan does not know of can be added afterwards.
+    """
+    out, found = _run_flex(q, k, v, plan, **_ASKS_FOR_SUMS)
+    sums: Tensor = found if isinstance(found, Tensor) else found.lse
+    return out[0].transpose(0, 1), sums[0].transpose(0, 1)
+
+
+def _run_flex(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, **asks: Any) -> Any:
     # On the CPU flex has no backward: there it serves to check the mask against SDPA's.
     run: Any = (
         _compiled_flex() if q.is_cuda and not torch.compiler.is_compiling() else flex_attention
     )
-    out: Tensor = run(
-        _heads_first(q),
-        _heads_first(k),
-        _heads_first(v),
+    return run(
+        heads_first(q),
+        heads_first(k),
+        heads_first(v),
         block_mask=plan.blocks,
         enable_gqa=q.shape[1] != k.shape[1],
+        **asks,
     )
-    return out[0].transpose(0, 1)

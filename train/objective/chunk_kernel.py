@@ -5,7 +5,7 @@ Legend: n slots of a chunk, d <= n rows of target logits that they share, V targ
 draft vocabulary.
 
 One program per slot reads the slot's two rows of logits three times: for both log-sum-exps and
-argmaxes; in reverse, for L1 and ``<s, p_d>``; and to overwrite the draft's logits with the
+argmaxes; in reverse, for L1, ``<s, p_d>`` and KL; and to overwrite the draft's logits with the
 gradient. Adjacent slots share a target row, which all but the first read from the cache. So a chunk
 costs 3 reads and 1 write of n rows and 3 reads of d rows of logits in their own dtype, less what
 the cache keeps between two passes, and no fp32 tensor of the vocabulary's size exists. Kernels of
@@ -71,8 +71,8 @@ def probabilities(  # type: ignore[no-untyped-def]
     REDUCED: tl.constexpr,
     KEEP: tl.constexpr,
 ):
-    """Return the draft's and the target's probabilities of the draft's tokens ``column``; 0 past
-    the end. ``KEEP``: cache policy.
+    """Return the draft's and the target's probabilities of the draft's tokens ``column``, and the
+    logarithms of both; 0 past the end. ``KEEP``: cache policy.
     """
     real = column < draft_size
     x = tl.load(draft + column, mask=real, other=-float("inf"), eviction_policy=KEEP).to(tl.float32)
@@ -81,7 +81,9 @@ def probabilities(  # type: ignore[no-untyped-def]
     else:
         where = column
     y = tl.load(target + where, mask=real, other=-float("inf"), eviction_policy=KEEP).to(tl.float32)
-    return tl.exp(x - log_d), tl.exp(y - log_t)
+    x -= log_d
+    y -= log_t
+    return tl.exp(x), tl.exp(y), x, y
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -92,9 +94,11 @@ def slot_terms(  # type: ignore[no-untyped-def]
     draft_ids,  # int64[Vd] or anything if not REDUCED
     labels,  # int64[n], -1 outside Vd
     scale_ce,
-    scale_l1,  # fp32[n]
+    scale_l1,
+    scale_kl,  # fp32[n]; of KL anything if not WITH_KL
     ce,
-    l1,  # out fp32[n]
+    l1,
+    kl,  # out fp32[n]
     hit,  # out bool[n]
     draft_size,
     target_size,
@@ -102,6 +106,7 @@ def slot_terms(  # type: ignore[no-untyped-def]
     target_stride,
     REDUCED: tl.constexpr,
     WITH_GRADIENT: tl.constexpr,
+    WITH_KL: tl.constexpr,
     TILE: tl.constexpr,
 ):
     slot = tl.program_id(0).to(tl.int64)
@@ -115,17 +120,21 @@ def slot_terms(  # type: ignore[no-untyped-def]
     distance = tl.zeros([TILE], tl.float32)
     signed = tl.zeros([TILE], tl.float32)
     inside = tl.zeros([TILE], tl.float32)
+    apart = tl.zeros([TILE], tl.float32)
     last = (draft_size - 1) // TILE * TILE
     for done in range(0, draft_size, TILE):
         # From the end back, where the cache has what the pass before read last.
         column = last - done + lane
-        p, q = probabilities(
+        p, q, log_p, log_q = probabilities(
             draft, target, draft_ids, column, draft_size, log_d, log_t, REDUCED, "evict_last"
         )
         difference = p - q
         distance += tl.abs(difference)
         signed += tl.where(difference > 0, p, tl.where(difference < 0, -p, 0.0))
         inside += q
+        if WITH_KL:
+            # Where the target gives nothing both logarithms may be infinite.
+            apart += tl.where(q > 0, q * (log_q - log_p), 0.0)
     total = tl.sum(distance, 0)
     if REDUCED:
         # What the target gives to tokens that the draft cannot produce is lost whatever the draft
@@ -133,6 +142,9 @@ def slot_terms(  # type: ignore[no-untyped-def]
         total += tl.maximum(1.0 - tl.sum(inside, 0), 0.0)
         best_d = tl.load(draft_ids + best_d)
     mean_sign = tl.sum(signed, 0)
+    mass = tl.sum(inside, 0)  # that the draft can produce
+    if WITH_KL:
+        tl.store(kl + slot, tl.sum(apart, 0))
 
     label = tl.load(labels + slot)
     at_label = tl.load(draft + tl.maximum(label, 0)).to(tl.float32)
@@ -142,17 +154,21 @@ def slot_terms(  # type: ignore[no-untyped-def]
     if WITH_GRADIENT:
         weight_ce = tl.load(scale_ce + slot)
         weight_l1 = tl.load(scale_l1 + slot)
+        if WITH_KL:
+            weight_kl = tl.load(scale_kl + slot)
         # The label's logit was read above by some thread; no thread may write over it before.
         tl.debug_barrier()
         for at in range(0, draft_size, TILE):
             column = at + lane
-            p, q = probabilities(
+            p, q, log_p, log_q = probabilities(
                 draft, target, draft_ids, column, draft_size, log_d, log_t, REDUCED, ""
             )
             difference = p - q
             sign = tl.where(difference > 0, 1.0, tl.where(difference < 0, -1.0, 0.0))
             slope = p * (weight_l1 * (sign - mean_sign) + weight_ce)
             slope -= tl.where(column == label, weight_ce, 0.0)
+            if WITH_KL:
+                slope += weight_kl * (p * mass - q)
             tl.store(draft + column, slope.to(draft.dtype.element_ty), mask=column < draft_size)
 
 
@@ -164,15 +180,17 @@ def chunk_terms(
     labels: Tensor,
     scale_ce: Tensor,
     scale_l1: Tensor,
+    scale_kl: Tensor | None,
     with_gradient: bool,
     kernel: Any = slot_terms,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """As ``objective.chunk_terms``; ``draft`` is overwritten with the gradient, which is returned.
     fp32 inside, no fp64.
     """
     slots, draft_size = draft.shape
     assert draft.stride(1) == target.stride(1) == 1
     ce, l1 = (torch.empty(slots, dtype=torch.float32, device=draft.device) for _ in range(2))
+    kl = None if scale_kl is None else torch.empty_like(l1)
     hit = torch.empty(slots, dtype=torch.bool, device=draft.device)
     if slots:
         kernel[(slots,)](
@@ -183,8 +201,10 @@ def chunk_terms(
             labels,
             scale_ce.float().contiguous(),
             scale_l1.float().contiguous(),
+            scale_l1 if scale_kl is None else scale_kl.float().contiguous(),
             ce,
             l1,
+            l1 if kl is None else kl,
             hit,
             draft_size,
             target.shape[1],
@@ -192,7 +212,8 @@ def chunk_terms(
             target.stride(0),
             REDUCED=draft_ids is not None,
             WITH_GRADIENT=with_gradient,
+            WITH_KL=scale_kl is not None,
             TILE=TILE,
             num_warps=WARPS,
         )
-    return ce, l1, hit, draft if with_gradient else None
+    return ce, l1, hit, draft if with_gradient else None, kl

@@ -58,11 +58,11 @@ TILE_ROWS = {"cuda": 128}
 # wants a sum of the matrices' dtype.
 ADDS_WIDE = torch.__version__ >= "2.11"
 
-# Logits of draft and target, the target's row of each slot, draft ids, labels, the two scales,
-# whether gradients are wanted -> CE, L1, hit, gradient.
+# Logits of draft and target, the target's row of each slot, draft ids, labels, the scales of CE, L1
+# and KL (None: no KL), whether gradients are wanted -> CE, L1, hit, gradient, KL.
 ChunkTerms = Callable[
-    [Tensor, Tensor, Tensor, Tensor | None, Tensor, Tensor, Tensor, bool],
-    tuple[Tensor, Tensor, Tensor, Tensor | None],
+    [Tensor, Tensor, Tensor, Tensor | None, Tensor, Tensor, Tensor, Tensor | None, bool],
+    tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None],
 ]
 
 
@@ -366,13 +366,17 @@ def chunk_terms(
     labels: Tensor,
     scale_ce: Tensor,
     scale_l1: Tensor,
+    scale_kl: Tensor | None,
     with_gradient: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """Compute, from logits ``draft`` [n, Vd] and ``target`` [d, V] of a chunk, with slot i compared
-    with row ``target_at[i]`` int64[n]: CE [n], L1 [n], hit [n] and, unless only values are wanted,
-    d(loss)/d(draft logits) [n, Vd]. ``labels`` int64[n] are rows of the draft's vocabulary, -1
-    outside it.
+    with row ``target_at[i]`` int64[n]: CE [n], L1 [n], hit [n], d(loss)/d(draft logits) [n, Vd]
+    unless only values are wanted, KL [n] if it has a scale. ``labels`` int64[n] are rows of the
+    draft's vocabulary, -1 outside it.
     """
+    kl = towards = None
+    if scale_kl is not None:
+        kl, towards = kl_terms(draft, target, target_at, draft_ids, scale_kl, with_gradient)
     target = target[target_at]
     wide = _wide(draft.dtype)
     logits = draft.to(wide)
@@ -393,13 +397,16 @@ def chunk_terms(
     ce = log_z[:, 0] - logits.gather(1, labels.clamp(min=0)[:, None])[:, 0]
     ce = torch.where(labels >= 0, ce, 0)
     if not with_gradient:
-        return ce, l1, best_draft == best_target, None
+        return ce, l1, best_draft == best_target, None, kl
     sign = difference.sign()
     mean_sign = (p * sign).sum(-1, keepdim=True)
     gradient = p * (scale_l1[:, None] * (sign - mean_sign) + scale_ce[:, None])
     # scale_ce is 0 where the label is unknown, so column 0 is left as it is there.
     gradient.scatter_add_(1, labels.clamp(min=0)[:, None], -scale_ce[:, None])
-    return ce, l1, best_draft == best_target, gradient.to(draft.dtype)
+    gradient = gradient.to(draft.dtype)
+    if towards is not None:
+        gradient = gradient + towards
+    return ce, l1, best_draft == best_target, gradient, kl
 
 
 class _ChunkedTerms(torch.autograd.Function):
@@ -449,26 +456,22 @@ class _ChunkedTerms(torch.autograd.Function):
             theirs = head.target_logits(
                 target[chunk.rows], target_buffer[: chunk.rows.stop - chunk.rows.start]
             )
-            at, towards = target_at[part] - chunk.rows.start, None
-            if scale_kl is not None:  # before the kernel writes over the logits
-                kl[part], towards = kl_terms(
-                    logits, theirs, at, head.draft_ids, scale_kl[part], with_gradient
-                )
-            ce[part], l1[part], hit[part], gradient = terms(
+            ce[part], l1[part], hit[part], gradient, divergence = terms(
                 logits,
                 theirs,
-                at,
+                target_at[part] - chunk.rows.start,
                 head.draft_ids,
                 labels[part],
                 scale_ce[part],
                 scale_l1[part],
+                None if scale_kl is None else scale_kl[part],
                 with_gradient,
             )
+            if divergence is not None:
+                kl[part] = divergence
             if gradient is None:
                 continue
             assert d_x is not None
-            if towards is not None:
-                gradient = gradient + towards
             torch.mm(gradient, matrix, out=d_x[part])
             if w2 is not None:
                 d_w2 = plus_product(d_w2, gradient.T, x[part, hidden:], wide)

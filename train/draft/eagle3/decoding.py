@@ -7,11 +7,15 @@ next one: with the anchor it is step 0.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dspark.train.draft.attention import heads_first
 from dspark.train.draft.decoding import Drafted
+from dspark.train.draft.eagle3.attention import Pair
 from dspark.train.draft.eagle3.model import Eagle3Model
 
 
@@ -45,9 +49,7 @@ class Eagle3Decoder:
         self, anchor_id: int, *, temperature: float = 0.0, generator: torch.Generator | None = None
     ) -> Drafted:
         model, probs, tokens = self.model, list[Tensor](), list[Tensor]()
-        keys, values, newest = self._keys, self._values, self._newest
-        assert keys is not None
-        assert values is not None
+        newest = self._newest
         assert newest is not None
         ids = model.frozen_head.draft_ids
 
@@ -68,15 +70,27 @@ class Eagle3Decoder:
             tokens.append(model.target_ids(pick(before)))
             return tokens[-1]
 
-        def attend(q: Tensor, own: list[tuple[Tensor, Tensor]]) -> Tensor:
-            k = torch.cat([keys, *(pair[0] for pair in own)]).transpose(0, 1)[None]
-            v = torch.cat([values, *(pair[1] for pair in own)]).transpose(0, 1)[None]
-            gqa = q.shape[1] != k.shape[1]
-            seen = F.scaled_dot_product_attention(q.transpose(0, 1)[None], k, v, enable_gqa=gqa)
-            return seen[0].transpose(0, 1)
-
         at = torch.arange(model.config.block_size, device=model.device) + self.length - 1
-        ropes = tuple(model.ropes(p[None]) for p in at)
-        h = model.unrolled(newest, token, ropes, attend)
-        tokens.append(model.target_ids(pick(h[:, -1])))
+        if model.parallel:
+            first = torch.tensor([anchor_id], device=model.device)
+            h = model.at_once(newest, first, model.ropes(at), self._over)
+            for step in range(h.shape[1]):
+                tokens.append(model.target_ids(pick(h[:, step])))
+        else:
+            ropes = tuple(model.ropes(p[None]) for p in at)
+            h = model.unrolled(newest, token, ropes, self._over)
+            tokens.append(model.target_ids(pick(h[:, -1])))
         return Drafted(torch.cat(tokens), torch.stack(probs) if probs else None)
+
+    def _over(self, q: Tensor, own: Sequence[Pair]) -> Tensor:
+        """Attention over the context and ``own`` keys: of the newest query, or of all, causally."""
+        assert self._keys is not None
+        assert self._values is not None
+        keys = torch.cat([self._keys, *(pair[0] for pair in own)])
+        values = torch.cat([self._values, *(pair[1] for pair in own)])
+        sees = torch.ones(len(q), len(keys), dtype=torch.bool, device=q.device)
+        sees = sees.tril(len(keys) - len(q))
+        query, k, v = (heads_first(x) for x in (q, keys, values))
+        gqa = query.shape[1] != k.shape[1]
+        seen = F.scaled_dot_product_attention(query, k, v, attn_mask=sees, enable_gqa=gqa)
+        return seen[0].transpose(0, 1)

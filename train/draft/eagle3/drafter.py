@@ -54,7 +54,6 @@ class Eagle3(DrafterType):
     sharded = False
     own_keys = ("eagle_aux_hidden_state_layer_ids",)
     stated: tuple[str, ...] = ("eagle_aux_hidden_state_layer_ids", "draft_vocab_size")
-    compiled = False  # unrolled steps in chunks of queries: a large graph, minutes to compile
     masks = False
 
     @property

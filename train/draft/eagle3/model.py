@@ -9,11 +9,15 @@ hidden_norm(h)]`` [2 H]; attention (no norm of queries and keys) is added to h, 
 fused there, the token x[a]. Step k has the token x[a + k] and the sum of step k - 1 as h (P-EAGLE:
 the mask token and fc of a learned state), at position a - 1 + k. It attends to the rows of
 positions before a - 1, which are made as step 0's, and to the anchor's own steps up to k.
+
+EAGLE-3's steps follow one another. P-EAGLE's do not depend on each other's outputs: they are one
+block of B tokens that sees itself causally, and its later rows, alike but for their positions, are
+projected once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,10 +25,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dspark.train.data.batch import Batch
-from dspark.train.draft.attention import Backend
+from dspark.train.draft.attention import AttentionPlan, Backend, block_attention
 from dspark.train.draft.config import DraftConfig
+from dspark.train.draft.eagle3.attention import ANCHORS_AT_ONCE, Pair, StepAttention
 from dspark.train.draft.model import DraftModel, Mlp, RMSNorm, TargetWeights, check_target
-from dspark.train.draft.spd.head import attended
+from dspark.train.draft.sight import Sight
 from dspark.train.objective.states import SlotStates
 from dspark.train.ops.joined import lay_side_by_side
 from dspark.train.ops.rope import Rope, rope_tables, rotate
@@ -32,15 +37,19 @@ from dspark.train.ops.rope import Rope, rope_tables, rotate
 
 @dataclass(frozen=True, slots=True)
 class Eagle3Plan:
-    """The plan of one row: ``far`` bool[A, S] which positions before its own row an anchor sees,
-    ``first`` bool[A] whether it has one (not the first token of a document), cos and sin of the
-    row's positions and of each step's.
+    """The plan of one row: who sees whom, ``first`` bool[A] whether an anchor has a row of its own
+    (is not the first token of a document), cos and sin of the row's positions and of each step's;
+    those of P-EAGLE's steps are one table for all [A B].
     """
 
-    far: Tensor
+    attention: AttentionPlan
     first: Tensor
     row_rope: Rope
     step_ropes: tuple[Rope, ...]
+
+
+# Of queries [n, Hq, D], with keys and values [n, Hkv, D] of their own: what they see, [n, Hq, D].
+Attend = Callable[[Tensor, Sequence[Pair]], Tensor]
 
 
 class Projections(nn.Module):
@@ -54,13 +63,21 @@ class Projections(nn.Module):
         self.v_proj = nn.Linear(2 * c.hidden_size, c.num_kv_heads * c.head_dim, bias=False)
         self.o_proj = nn.Linear(c.num_heads * c.head_dim, c.hidden_size, bias=False)
 
+    def heads(self, x: Tensor) -> Tensor:
+        """[n, heads D] -> [n, heads, D]."""
+        return x.unflatten(-1, (-1, self.head_dim))
+
+    def projected(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values [n, heads D] of rows [n, 2 H], not rotated."""
+        return self.q_proj(rows), self.k_proj(rows), self.v_proj(rows)
+
     def queries(self, rows: Tensor, rope: Rope) -> Tensor:
-        return rotate(self.q_proj(rows).unflatten(-1, (-1, self.head_dim)), rope)
+        """[n, Hq, D] of rows [n, 2 H]."""
+        return rotate(self.heads(self.q_proj(rows)), rope)
 
     def keys_values(self, rows: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
         """[n, Hkv, D] each, of rows [n, 2 H]."""
-        keys = rotate(self.k_proj(rows).unflatten(-1, (-1, self.head_dim)), rope)
-        return keys, self.v_proj(rows).unflatten(-1, (-1, self.head_dim))
+        return rotate(self.heads(self.k_proj(rows)), rope), self.heads(self.v_proj(rows))
 
 
 class MidLayer(nn.Module):
@@ -130,15 +147,32 @@ class Eagle3Model(DraftModel):
     def ropes(self, position: Tensor) -> Rope:
         return rope_tables(position, self.config.turning, self.fc.weight.dtype)
 
+    @property
+    def parallel(self) -> bool:
+        """Whether all steps are made at once: P-EAGLE."""
+        return self.mask_hidden is not None
+
     def plan(self, batch: Batch, backend: Backend = "sdpa") -> Eagle3Plan:  # type: ignore[override]
-        a = batch.anchors
-        at = torch.arange(batch.doc.shape[0], device=a.device)
-        far = (batch.doc[None] == batch.doc[a][:, None]) & (at[None] < a[:, None] - 1)
-        where = batch.position[a]
-        steps = tuple(
-            self.ropes((where - 1 + k).clamp(min=0)) for k in range(self.config.block_size)
+        steps = self.config.block_size
+        size, tokens = (steps, {}) if self.parallel else (1, {"group_tokens": ANCHORS_AT_ONCE})
+        attention = AttentionPlan.build(
+            batch.doc,
+            batch.anchors,
+            batch.anchor_valid,
+            size,
+            backend,
+            Sight(causal=self.parallel),
+            before=1,  # the row before an anchor is the anchor's own first
+            **tokens,
         )
-        return Eagle3Plan(far, where > 0, self.ropes(batch.position), steps)
+        where = batch.position[batch.anchors]
+        later = torch.arange(steps, device=where.device)
+        if self.parallel:
+            tables = [self.ropes((where[:, None] - 1 + later).clamp(min=0).flatten())]
+        else:
+            cos, sin = self.ropes((where - 1 + later[:, None]).clamp(min=0).flatten())
+            tables = list(zip(cos.chunk(steps), sin.chunk(steps), strict=True))
+        return Eagle3Plan(attention, where > 0, self.ropes(batch.position), tuple(tables))
 
     def forward(self, batch: Batch, plan: Eagle3Plan) -> SlotStates:  # type: ignore[override]
         """Return h [A, B, H] after the norm, with every step on the data's tokens."""
@@ -149,38 +183,57 @@ class Eagle3Model(DraftModel):
         before = fused[(batch.anchors - 1).clamp(min=0)]
         # nothing comes before a document's first token
         hidden = torch.where(plan.first[:, None], before, 0)
-        ids = batch.prev_ids
+        if self.parallel:
 
-        def attend(q: Tensor, own: list[tuple[Tensor, Tensor]]) -> Tensor:
-            k, v = (
-                torch.cat([c, torch.stack(s[:-1], 1).flatten(0, 1) if len(s) > 1 else c[:0], s[-1]])
-                for c, s in zip(context, zip(*own, strict=True), strict=True)
-            )
-            exists = plan.far.new_ones(q.shape[0], len(own) - 1)
-            return attended(q, k, v, plan.far, exists)
+            def attend_all(q: Tensor, own: Sequence[Pair]) -> Tensor:
+                keys, values = (torch.cat(pair) for pair in zip(context, own[0], strict=True))
+                return block_attention(q, keys, values, plan.attention)
 
-        return SlotStates(
-            self.unrolled(hidden, lambda k, _: ids[:, k], plan.step_ropes, attend), None, None, None
-        )
+            first = batch.input_ids[batch.anchors]
+            h = self.at_once(hidden, first, plan.step_ropes[0], attend_all)
+        else:
+            ids, attend = batch.prev_ids, StepAttention(context, plan.attention)
+            h = self.unrolled(hidden, lambda k, _: ids[:, k], plan.step_ropes, attend)
+        return SlotStates(h, None, None, None)
+
+    def at_once(self, hidden: Tensor, first: Tensor, rope: Rope, attend: Attend) -> Tensor:
+        """P-EAGLE's h [A, B, H] after the norm, of anchors with ``hidden`` [A, H] and tokens
+        ``first`` int64[A]; ``rope`` of all [A B] rows.
+        """
+        assert self.mask_hidden is not None
+        layer, later = self.midlayer, self.config.block_size - 1
+        masked = self.fc(self.mask_hidden)  # [1, H]
+        ids = torch.cat([first, first.new_full((1,), self.config.mask_token_id)])
+        rows = layer.rows(self.embedded(ids), torch.cat([hidden, masked]))
+
+        def spread(x: Tensor) -> Tensor:
+            """[A + 1, n] -> [A B, n]: each anchor's own row, then the last one again and again."""
+            alike = x[-1:, None].expand(x.shape[0] - 1, later, -1)
+            return torch.cat([x[:-1, None], alike], 1).flatten(0, 1)
+
+        q, keys, values = layer.self_attn.projected(rows)
+        q, keys, values = (layer.self_attn.heads(spread(x)) for x in (q, keys, values))
+        seen = attend(rotate(q, rope), [(rotate(keys, rope), values)])
+        out = layer.after(spread(torch.cat([hidden, masked])), seen)
+        normed: Tensor = self.norm(out).unflatten(0, (-1, later + 1))
+        return normed
 
     def unrolled(
         self,
         hidden: Tensor,
         token: Callable[[int, Tensor | None], Tensor],
         ropes: tuple[Rope, ...],
-        attend: Callable[[Tensor, list[tuple[Tensor, Tensor]]], Tensor],
+        attend: Attend,
     ) -> Tensor:
-        """Return h [A, B, H] after the norm, from step 0's ``hidden`` [A, H]. ``token(k, h)``: ids
-        int64[A] of step k, h [A, H] the previous step's result; ``attend(q, own)``: [A, Hq, D] over
-        the context and keys and values of the steps so far.
+        """Return EAGLE-3's h [A, B, H] after the norm, from step 0's ``hidden`` [A, H].
+        ``token(k, h)``: ids int64[A] of step k, h [A, H] the previous step's result. ``attend``
+        gets the keys and values of the steps so far, in their order.
         """
-        layer, out, own = self.midlayer, list[Tensor](), list[tuple[Tensor, Tensor]]()
+        layer = self.midlayer
+        out: list[Tensor] = []
+        own: list[Pair] = []
         for k, rope in enumerate(ropes):
-            ids = token(k, out[-1] if out else None)
-            if k and self.mask_hidden is not None:
-                ids = torch.full_like(ids, self.config.mask_token_id)
-                hidden = self.fc(self.mask_hidden).expand(ids.shape[0], -1)
-            rows = layer.rows(self.embedded(ids), hidden)
+            rows = layer.rows(self.embedded(token(k, out[-1] if out else None)), hidden)
             own.append(layer.self_attn.keys_values(rows, rope))
             hidden = layer.after(hidden, attend(layer.self_attn.queries(rows, rope), own))
             out.append(self.norm(hidden))
