@@ -6,6 +6,7 @@ store that is removed again.
 from __future__ import annotations
 
 import dataclasses
+import io
 import shutil
 import tempfile
 import time
@@ -13,6 +14,8 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from rich.console import Console
 
 from dspark.cache.codec.base import axis_of
 from dspark.cache.errors import DataError
@@ -23,6 +26,7 @@ from dspark.cache.reader import read_manifest
 from dspark.dump.corpus.rows import FirstRows
 from dspark.dump.job import Job, first_samples, load_engine, prepare, tokenisers
 from dspark.dump.pace import Pace
+from dspark.dump.progress import Display
 from dspark.dump.regenerate.conversations import PART_ROWS, Prompts
 from dspark.dump.run import Written, run_engine
 from dspark.dump.writing.pipeline import writers
@@ -33,13 +37,13 @@ if TYPE_CHECKING:
     from dspark.dump.corpus.rows import Corpus, Row
     from dspark.dump.engines.engine import Engine
     from dspark.dump.plan import Plan
-    from dspark.dump.progress import Display
 
 # Of a first trial. On a CPU it takes seconds; a GPU needs more of them to be busy.
 TRIAL_TOKENS = 8192
 TRIAL_ANSWERS = {"cpu": 4, "cuda": PART_ROWS}  # rows; a dump answers a part's rows at once
 ENOUGH_SECONDS = 5.0  # a trial shorter than this is made again, longer
 MOST_TRIALS = 3
+UNSEEN = Display(Console(file=io.StringIO()))  # of a trial; its calibration has a bar of its own
 
 
 class Every:
@@ -116,7 +120,8 @@ def measure(
     try:
         rows = first_rows(job)
         for _ in range(MOST_TRIALS):
-            trial, before = tried(job, rows, engine, probe, show)
+            show.say(f"timing a dump of about {rows:,} rows, which is removed again")
+            trial, before = tried(job, rows, engine, probe, UNSEEN)
             if trial.seconds >= ENOUGH_SECONDS or trial.rows >= (job.plan.rows or 0):
                 break
             rows = round(rows * 1.5 * ENOUGH_SECONDS / max(trial.seconds, 0.01))

@@ -46,7 +46,9 @@ class Pace:
         if not self.tokens:
             return self.why
         rate = f"{self.tokens:,.0f} tokens per second"
-        if answers and self.answers:
+        if answers and self.answers == self.tokens:
+            rate += ", prompts and answers together"
+        elif answers and self.answers:
             rate = f"{rate} read and {self.answers:,.0f} generated"
         before = f", after {duration(self.before)} before the first part" if self.before else ""
         return f"at {rate}{before} ({self.why})"

@@ -58,7 +58,7 @@ def test_measuring_answers_shows_how_long_they_are(
     assert plan.measured is not None
     made = dump(config, Display())
     assert plan.tokens == pytest.approx(made["tokens"], rel=0.25)
-    assert "generated" in plan.pace.words(answers=True)
+    assert "prompts and answers together" in plan.pace.words(answers=True)
 
 
 def test_the_command_prints_the_plan_and_refuses_what_is_no_whole_dump(

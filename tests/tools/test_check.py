@@ -249,6 +249,16 @@ def test_states_without_the_final_norm_show_against_the_record_of_training(
     assert "less than half" in named(run(made, folder), "suspicion")["acceptance"]
 
 
+def test_a_draft_that_hardly_accepts_is_not_held_against_its_record(tmp_path: Path) -> None:
+    from dspark.tools.check.symptoms import against_record
+
+    rows = {"step": 1, "validation": True, "accept_rate": [0.11]}
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(rows) + "\n")
+    (found,) = against_record(tmp_path, {"accept_rate": [0.05]})
+    assert (found.level, found.name) == ("note", "acceptance")
+    assert "too little to tell" in found.text
+
+
 def _ids(tensors: Tensors) -> None:
     tensors["d2t"] += torch.arange(tensors["d2t"].shape[0])
 
