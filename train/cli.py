@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import click
@@ -361,16 +363,25 @@ def closing(config: TrainConfig, result: dict[str, Any]) -> list[str]:
     """
     tau = result.get("mean_accepted_length")
     judged = "held out" if result.get("validation") else "training rows"
-    out = config.output
+    out, model = config.output, _target(Path(config.output))
+    split = "validation" if result.get("validation") else "train"
     return [
         f"speculator type {config.speculator_type}: {drafter(config.speculator_type).servers}",
         f"done: {out}" + (f"  accepted length (tau) {tau:.3f} ({judged})" if tau else ""),
         f"log: {out}/train.log   metrics: {out}/metrics.jsonl   settings: {out}/train.yaml",
         "next:",
-        f"  dspark-tools score --cache {config.cache} --draft {out} --split validation",
-        f"  dspark-tools eval --model TARGET --draft {out} --data PROMPTS.jsonl",
+        f"  dspark-tools score --cache {config.cache} --draft {out} --split {split}",
+        f"  dspark-tools check {out} --model {model}",
+        f"  dspark-tools eval --model {model} --draft {out} --data PROMPTS.jsonl",
         f"  dspark-tools report {config.cache} {out} -o report.html",
     ]
+
+
+def _target(draft: Path) -> str:
+    """Return the target that ``draft`` was trained for, as a command line takes it."""
+    from dspark.train.run.folder import STORE, read_record
+
+    return shlex.quote(str(read_record(draft / STORE)["target"]))
 
 
 def _say(text: str) -> None:
