@@ -121,7 +121,7 @@ def test_what_cannot_be_taken_is_refused() -> None:
         ours.set_aux_hidden_state_layers((1, 2))
     ours = Ours()
     ours.model.do_not_compile = False
-    with pytest.raises(EngineError, match="vLLM must run eagerly"):
+    with pytest.raises(EngineError, match="run vLLM eagerly"):
         ours.set_aux_hidden_state_layers((1,))
     watch = Watch(Decoder(), [1])
     with pytest.raises(EngineError, match=r"without the norms before layers \[1\]"):

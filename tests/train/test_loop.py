@@ -146,7 +146,7 @@ def test_wrong_runs_are_refused(config: TrainConfig, tmp_path: Path) -> None:
                 config, output=str(tmp_path / "short"), total_seq_len=64, val_fraction=0.0
             )
         )
-    with pytest.raises(errors.TrainError, match="is left to train on"):
+    with pytest.raises(errors.TrainError, match="no samples remain"):
         train(dataclasses.replace(config, output=str(tmp_path / "val"), val_fraction=0.9999))
     with pytest.raises(errors.UsageError, match="draft-vocab-size"):
         train(dataclasses.replace(config, output=str(tmp_path / "vocab"), draft_vocab_size=10**6))

@@ -159,8 +159,8 @@ class Stream:
         """
         if samples.size == 0:
             raise TrainError(
-                f"{cache.path}: none of {len(cache)} samples is left to train on; lower "
-                "--val-fraction or dump more rows"
+                f"{cache.path}: no samples remain (of {len(cache)}); adjust --val-fraction or "
+                "dump more rows"
             )
         self.cache, self.samples, self.seed, self.total_seq_len = (
             cache,
