@@ -144,7 +144,7 @@ def test_an_export_passes_the_rules_and_damage_does_not(
         ("tensors", lambda m: m["serving_checkpoint"].update(tensor_count=18)),
         ("expected BF16", lambda m: m["serving_checkpoint"].update(dtype="BF16")),
         ("ascending numbers", lambda m: m["topology"].update(stage_layer_boundaries=[3, 2, 6])),
-        ("in ascending order", lambda m: m["topology"].update(shallow_hidden_layer_indices=[[0, 2]])),
+        ("ascending order", lambda m: m["topology"].update(shallow_hidden_layer_indices=[[0, 2]])),
         ("ascending ids", lambda m: m["topology"]["draft_token_ids"].reverse()),
         ("g0_proj.weight is", lambda m: m["topology"].update(hidden_size=32)),
         ("has no valid", lambda m: m.pop("topology")),
