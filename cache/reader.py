@@ -73,7 +73,7 @@ if TYPE_CHECKING:
 
     from dspark.cache.records import Coded
 
-OPEN_PARTS = 48  # parts kept open at most, with a file descriptor per array
+OPEN_PARTS = 48  # maximum parts kept open, with a file descriptor per array
 
 
 def open_parts(arrays: int) -> int:
@@ -279,7 +279,7 @@ class Cache:
         empty: dict[str, Array] = {}
         for name in names:
             shape, kind = read_shape(self.place, f"{INDEX}/{name}")
-            # takes no memory, whatever the shape
+            # needs no memory, whatever the shape
             empty[name] = np.broadcast_to(np.zeros((), kind), shape)
         return [index_specs({n: a})[0] for n, a in empty.items()]
 
@@ -536,7 +536,7 @@ class Cache:
             arrays = self._arrays(part)
         try:
             shard = arrays.get(name)
-            # an array of no rows has no shard: no last state is stored in this part
+            # an array with no rows has no shard: no last state is stored in this part
             if shard is None:
                 return self._empty(name)
             return shard.read(span.start, shard.spec.shape[0] if span.stop is None else span.stop)

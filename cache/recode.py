@@ -42,7 +42,7 @@ from dspark.cache.shared.stopping import parts_of, stoppable
 from dspark.cache.target.files import small_files
 from dspark.cache.writer import StoreWriter
 
-# aux values coded at once: 64 MB in float32, a few times over while they are
+# aux values coded at once: 64 MB in float32, and a few times that while coding
 BATCH_VALUES = 1 << 24
 
 
@@ -311,7 +311,7 @@ def _coded(
     known = None if embedding is None else tokens_of(tokens, embedding)
     joined = {n: torch.from_numpy(x).to(device) for n, x in join_states(samples).items()}
     kept = {}
-    # a field whose code stays is not coded again
+    # a field whose code stays is not recoded
     if isinstance(old, Fields) and isinstance(new, Fields):
         kept = {
             n: x.cpu().numpy()

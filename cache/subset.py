@@ -160,7 +160,7 @@ def subset(
             return writer.finish(quality=cache.manifest.quality)
 
 
-Members = list[tuple[int, int]]  # sample, its new row
+Members = list[tuple[int, int]]  # sample, and its new row
 
 
 def _blocks(samples: Samples, chosen: Array, manifest: Manifest) -> list[tuple[int, Members]]:

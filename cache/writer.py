@@ -383,7 +383,7 @@ class StoreWriter:
         """
         self.guard()
         found = read_manifest(self.path)
-        if found.complete:  # another one was the last
+        if found.complete:  # another writer finished last
             self.manifest = found
             return found
         self.committed = scan_parts(self.path)

@@ -304,7 +304,7 @@ def main(
     except (PeerError, Stopped) as error:
         if first:
             raise
-        sys.exit(getattr(error, "exit_code", 1))  # rank 0 has said it
+        sys.exit(getattr(error, "exit_code", 1))  # rank 0 has printed it
     if not first:
         return
     for line in closing(config, result):

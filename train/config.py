@@ -43,8 +43,7 @@ SELECT = ("last", "walk", "walk_greedy", "mean_accepted_length")
 MOST_PASSES = 1000
 LOGGERS = ("tensorboard", "wandb", "mlflow", "trackio")
 
-# Settings of earlier releases at the values that changed nothing: a run that was made with them
-# goes on.
+# Settings of earlier releases at the values that changed nothing: a run with them continues.
 WITHDRAWN = (("ema", 0.0), ("slot_weights", "decay"), ("noise_std", 0.0))
 
 
@@ -75,11 +74,11 @@ POSITIVE = Number("a positive number", lambda x: x > 0)
 POSITIVE_OR_INF = Number("a positive number or inf", lambda x: x > 0, endless=True)
 NOT_NEGATIVE = Number("a number, 0 or more", lambda x: x >= 0)
 SHARE = Number("a share in [0, 1)", lambda x: 0 <= x < 1)
-# times steps it is still a number
+# still finite when multiplied by the number of steps
 EPOCHS = Number("a positive number, at most 1e9", lambda x: 0 < x <= 1e9)
 SEED = Number(
     "a whole number of 32 bits", lambda n: abs(n) < 1 << 32, whole=True
-)  # the generators take no more
+)  # the generators' limit
 
 # Every numeric setting. One whose default is None may be None.
 NUMBERS = {

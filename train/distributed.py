@@ -28,7 +28,7 @@ LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  #
 # torch 2.13 renamed them and warns of the old names.
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-# Validation and a checkpoint of one rank fit into this; a rank that dies is noticed at once, by its
+# Long enough for validation and one rank's checkpoint; a rank that dies is noticed at once, by its
 # closed connection.
 PATIENCE = timedelta(hours=2)
 

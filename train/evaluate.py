@@ -29,8 +29,8 @@ from dspark.train.objective.states import SlotStates
 from dspark.train.objective.walk import Walk, alphas
 
 Observe = Callable[[Batch, SlotInputs, ObjectiveOutput], None]
-ANCHORS_AT_ONCE = 512  # where a run draws no fixed number of them
-UNIT = Denominators(1.0, 1.0, 1.0)  # the losses come out of the metrics' own weighted means
+ANCHORS_AT_ONCE = 512  # if a run draws no fixed number of them
+UNIT = Denominators(1.0, 1.0, 1.0)  # the losses come from the metrics' own weighted means
 
 
 @torch.no_grad()

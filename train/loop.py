@@ -234,8 +234,8 @@ def _loop(
                 _stop(run, position, output, report, session)
             number = position.step + 1
             milestone = number % schedule.every == 0 or number == schedule.total
-            # A milestone is logged too: a non-finite loss stops there. What its own update did,
-            # _save looks at.
+            # A milestone is logged too: a non-finite loss stops there. _save checks what its own
+            # update did.
             wanted = number % config.log_every == 0 or number == 1 or milestone
             metrics = SlotMetrics(run.model.config.block_size, device) if wanted else None
             values, lr = step(run, feed, part, position.step, schedule.total, metrics)
@@ -299,7 +299,7 @@ def _milestone(
         run.world.agreed(lambda: _finite_scores(row))
         if report:
             report.row(row)
-    # Last: a run killed before this resumes from the checkpoint before and makes the rows above
+    # Last: a run killed before this resumes from the previous checkpoint and writes the rows above
     # again.
     best = _best_so_far(run.config.select, position.best, row)
     position = dataclasses.replace(position, best=_best(position.best, row))
@@ -374,8 +374,7 @@ def validate(run: Run) -> Score:
     )
     if not config.val_walk_rows:
         return score
-    # Of a sharded model the weights are gathered by now, so ranks may differ in the number of
-    # passes.
+    # A sharded model's weights are gathered by now, so ranks may differ in the number of passes.
     walk = walked(
         run.model,
         run.cache,

@@ -68,7 +68,7 @@ def share(
             failed is not None,
         ]
     )
-    if failures and not stops:  # an interrupt may have taken a reader with it: that is no failure
+    if failures and not stops:  # an interrupt may have killed a reader too: that is not a failure
         before_failing()
         run.world.agreed(lambda: _raise(failed))
     return Share(own, Denominators(ce, l1, confidence), int(rows), int(tokens), bool(stops))
@@ -98,7 +98,7 @@ def step(
             run.optimizer.last_row()
         states.append(largest(batch))
         loss = loss + learn(run, batch, part.denominators, metrics)
-    for batch in blanks(run, len(used)):  # never behind a row, so it is the last pass
+    for batch in blanks(run, len(used)):  # never after a row, so it is the last pass
         nothing(model(batch, model.plan(batch, run.compute.backend))).backward()  # type: ignore[no-untyped-call]
     lr = learning_rate(
         number, total, config.lr, config.warmup_ratio, config.min_lr_ratio, config.lr_schedule

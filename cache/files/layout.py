@@ -26,7 +26,7 @@ PART_KEY = "dspark_part"
 INDEX_KEY = "dspark_index"
 PARTS, INDEX, TARGET = "parts", "index", "target"
 CALIBRATION = "calibration.safetensors"
-SOURCE_STRIDE = 10**8  # blocks of a source, at most
+SOURCE_STRIDE = 10**8  # maximum blocks per source
 TAG_BYTES = 16
 # Arrays of a part that hold no states.
 PLAIN_ARRAYS = frozenset(

@@ -51,7 +51,8 @@ def answer(name: str, command: str) -> str | None:
                 found.append((entry["command"] != command, program, sentence(ours, note)))
     if not found:
         return None
-    found.sort(key=lambda each: each[0])  # stable: the order of the table within each half
+    # stable sort: keeps the order of the table within each half
+    found.sort(key=lambda each: each[0])
     best = [(program, text) for other, program, text in found if other == found[0][0]]
     by_text: dict[str, list[str]] = {}
     for program, text in best:

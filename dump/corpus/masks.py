@@ -203,7 +203,7 @@ class SampleMaker:
                 groups[-1].add(turn)
             else:
                 why.append(Dropped(BEYOND))
-            if not fits:  # nor does any that follows
+            if not fits:  # nor do any that follow
                 left = len(chat.at) - number - 1
                 notes[f"answer left out: {BEYOND}"] += left
                 break
@@ -378,7 +378,7 @@ def unusable(value: ChatRow) -> Made | None:
         text.encode()
     except UnicodeEncodeError as error:
         # Half of an emoji, as a cut of UTF-16 text leaves it: JSON can write it, UTF-8 cannot.
-        # Escaped here, for the log is UTF-8 too.
+        # Escaped here, because the log is UTF-8 too.
         before, half = text[max(error.start - 20, 0) : error.start], text[error.start]
         return Made([], NOT_UNICODE, f"half a character, {half!a}, after {before!a}")
     return None

@@ -74,7 +74,7 @@ def locate(checkpoint: Checkpoint, shapes: Shapes, tied: bool) -> FrozenNames:
         head = next((h for h in heads if _is_matrix(modules.get(h), shapes)), None)
         if tied or head is not None:
             return FrozenNames(embed, norm, None if tied else head)
-        break  # of these names, and its head has another one
+        break  # it has these names, but its head has another
     candidates = {n: s for n, s in modules.items() if not BESIDE.search(n)}
     matrices = [n for n, s in candidates.items() if _is_matrix(s, shapes)]
     embed = _only(

@@ -263,7 +263,7 @@ def language_model_class(config: Any) -> Any:
     return next((cls for cls, known in kinds if cls is not None and type(config) in known), None)
 
 
-# Encoders that transformers can also build as decoders, which their checkpoints are not.
+# Encoders that transformers can also build as decoders, although their checkpoints are not.
 ENCODERS = (
     "bert",
     "roberta",

@@ -91,7 +91,7 @@ def by_target(label_index: Int64, counted: Bool, last_index: Int64) -> tuple[Int
     side by side they share its logits.
     """
     flat = np.flatnonzero(counted)
-    # Slot k of anchor a is held to position a+k, the one before its label.
+    # The target of slot k of anchor a is at position a+k, the one before its label.
     row = last_index[label_index.reshape(-1)[flat] - 1]
     order = np.argsort(row, kind="stable")
     rows, at = np.unique(row[order], return_inverse=True)

@@ -82,7 +82,7 @@ def _leave_interrupts_to_the_loop(worker: int) -> None:
     """Ignore Ctrl-C, which reaches every process of a terminal: a reader that died of it would keep
     the loop from saving.
     """
-    leave_to_parent(signal.SIGINT, signal.SIGHUP)  # a loader ends its readers by SIGTERM
+    leave_to_parent(signal.SIGINT, signal.SIGHUP)  # a loader ends its readers with SIGTERM
 
 
 @contextmanager

@@ -29,8 +29,8 @@ from dspark.train.data.batch import ON_HOST, Batch
 CODES = "codes."  # what a codec's arrays are called in the buffer
 KNOWN = "known."  # and what it predicts from
 ALIGN = (
-    # bytes; every field starts at a multiple, so that any dtype can view it and vector loads stay
-    # whole
+    # bytes; every field starts at a multiple, so that any dtype can view it and vector loads are
+    # aligned
     64
 )
 
@@ -153,8 +153,7 @@ class Row:
             if f.name not in ON_HOST
         }
         held = next(field for field in self.fields if field.name == "batch.target_at")
-        # A copy: a view would hold on to the whole row's page-locked memory as long as the batch
-        # lives.
+        # A copy: a view would keep the whole row's page-locked memory as long as the batch lives.
         return Batch(**moved, target_at_host=held.of(self.data).clone())
 
 

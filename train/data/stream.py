@@ -70,8 +70,8 @@ def pack(
             f"sample {i} has {lengths[i]} tokens, more than --total-seq-len {total_seq_len}; "
             f"raise it to at least {lengths[i]}"
         )
-    # For every sample: which one a row that begins with it has no room for. A million samples in
-    # half a second.
+    # For every sample: the first one that no longer fits into a row beginning with it. A million
+    # samples take half a second.
     ends = np.cumsum(own)
     after = np.searchsorted(ends, ends - own + total_seq_len, side="right").tolist()
     given = samples.tolist()
@@ -110,7 +110,7 @@ class Rows(Dataset[Row]):
         # Priorities belong to the sample, not to the row: independent uniforms, so a row's highest
         # A are a uniform draw.
         store = stream.cache.of(members[0])
-        # Where an epoch may take a sample twice, each time has its own.
+        # If an epoch takes a sample twice, each time has its own anchors.
         again = () if stream.passes[store] == 1 else (i,)
         draws = [
             rng(stream.seed, 2, epoch, s, *again).random(n)
@@ -200,7 +200,8 @@ class Stream:
         if epoch == VALIDATION_EPOCH or not samples.size:
             return samples
         begin, end = (round(e * self.passes[store] * samples.size) for e in (epoch, epoch + 1))
-        which = (store,) if store else ()  # one store has the order that it always had
+        # a single store keeps the order it had in earlier releases
+        which = (store,) if store else ()
         cycles = range(begin // samples.size, -(-end // samples.size))
         orders = [rng(self.seed, 1, cycle, *which).permutation(samples) for cycle in cycles]
         first = cycles.start * samples.size

@@ -211,7 +211,7 @@ def _flex_mask(
     intervals give them directly.
     """
     length = start.shape[0] * block_size
-    # A value per query and no division in the kernel: a quarter less time than from the blocks' own
+    # One value per query and no division in the kernel: a quarter less time than with one per block
     # (measured, docs/log/2026-11-22-trainer-first-gpu-run.md).
     first = slot_start(start, limit, block_size, sight).to(torch.int32)
     end = limit.repeat_interleave(block_size).to(torch.int32)
@@ -219,7 +219,7 @@ def _flex_mask(
     own = context + query // block_size * block_size
 
     def allowed(batch: Tensor, head: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
-        # limit <= context, so an index of the block part is never taken for context.
+        # limit <= context, so an index in the block part never counts as context.
         in_context = (kv_idx >= first[q_idx]) & (kv_idx < end[q_idx])
         in_block = (kv_idx >= own[q_idx]) & (kv_idx < own[q_idx] + block_size)
         return in_context | in_block
@@ -270,8 +270,7 @@ def tile_cover(
     low = per_tile(torch.where(sees, first_seen, context), context).amin(1)[:, None]
     high = per_tile(torch.where(sees, end, 0), 0).amax(1)[:, None]
     latest = per_tile(first_seen, 0).amax(1)[:, None]
-    # Rows past the end see nothing and nobody reads them, so they do not keep a tile from being
-    # whole.
+    # Rows past the end see nothing and are never read, so they do not keep a tile from being full.
     earliest = per_tile(torch.where(sees, end, 0), context).amin(1)[:, None]
     left = torch.arange(columns, device=start.device) * TILE
     right = left + TILE
@@ -314,7 +313,7 @@ def flex_and_sums(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> tuple
 
 
 def _run_flex(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, **asks: Any) -> Any:
-    # On the CPU flex has no backward: there it serves to check the mask against SDPA's.
+    # On the CPU flex has no backward pass: there it only checks the mask against SDPA's.
     run: Any = (
         _compiled_flex() if q.is_cuda and not torch.compiler.is_compiling() else flex_attention
     )

@@ -143,8 +143,8 @@ def recomputed_states(draft: DraftModel, aux: Tensor, anchor_id: int) -> Tensor:
     """
     device = draft.fc.weight.device
     a = aux.shape[0]
-    # The anchor's own row must exist for the trainer's indexing and must not be seen: NaN shows it
-    # if it is.
+    # The anchor's own row must exist for the trainer's indexing but must not be seen: NaN reveals
+    # it if it is.
     row = torch.cat([aux, torch.full_like(aux[:1], torch.nan)]).to(device)
     anchors, valid = torch.tensor([a], device=device), torch.tensor([True], device=device)
     doc = torch.zeros(a + 1, dtype=torch.int32, device=device)

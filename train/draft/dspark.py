@@ -49,7 +49,7 @@ class DSpark(DrafterType):
         return config.flat_fields()
 
     def starts_from(self, other: DrafterType) -> bool:
-        return isinstance(other, DSpark)  # one backbone; the heads may be left out or begun anew
+        return isinstance(other, DSpark)  # one backbone; the heads may be omitted or start fresh
 
     def servable_by_vllm(self, config: DraftConfig) -> bool:
         return config.markov_head_type == "vanilla"  # vLLM has no other

@@ -148,7 +148,7 @@ def load_config(folder: Path | str) -> DraftConfig:
         AttributeError,
         KeyError,
         OverflowError,
-    ) as wrong:  # a list where a name is meant, and the like
+    ) as wrong:  # such as a list in place of a name
         raise DraftError(f"{Path(folder) / CONFIG}: a value has the wrong type: {wrong}") from wrong
 
 

@@ -37,8 +37,8 @@ class _Rows(torch.autograd.Function):
         ids = ctx.saved_tensors[0].flatten()
         grad = grad.reshape(ids.shape[0], grad.shape[-1])
         wide = torch.promote_types(grad.dtype, torch.float32)
-        # One of those that took the same row, whichever it is: the sum is made in its place, and
-        # all of them write it.
+        # Any one of those that used the same row: the sum is accumulated in its place, and all of
+        # them write it.
         order = torch.arange(ids.shape[0], device=ids.device)
         place = ids.new_empty(ctx.count).index_put((ids,), order)[ids]
         sums = torch.zeros_like(grad, dtype=wide).index_add(0, place, grad.to(wide))
@@ -147,8 +147,8 @@ class ConfidenceHead(nn.Module):
         """``h`` [..., H] (and ``e`` [..., r]) -> logits [...], fp32 (fp64 if the weights are)."""
         wide = torch.promote_types(self.proj.weight.dtype, torch.float32)
         weight, bias = self.proj.weight[0].to(wide), self.proj.bias.to(wide)
-        # Sums, not a product with one column: a compiler makes them of h and e as they are, where a
-        # product needs [h; e] in fp32, and its gradient too.
+        # Sums, not a product with one column: a compiler computes them from h and e directly, while
+        # a product needs [h; e] in fp32, and its gradient too.
         logits = (h.to(wide) * weight[: h.shape[-1]]).sum(-1)
         if self.with_markov:
             assert e is not None

@@ -91,7 +91,7 @@ def read(flat: Mapping[str, Any]) -> dict[str, Any]:
             f"config.json has sliding layers and sliding_window = {window!r}; expected a number "
             "of tokens"
         )
-    # False says what layers that attend fully do anyhow.
+    # False is what layers with full attention do anyway.
     return {
         "layer_types": kinds,
         "sliding_window": window,

@@ -108,8 +108,8 @@ def _windows(flat: Mapping[str, Any], nested: Mapping[str, Any]) -> dict[str, An
     out: dict[str, Any] = {}
     kinds = flat.get("layer_types") or []
     if nested.get("use_swa") and SLIDING not in kinds:
-        # Whether a slot sees later ones goes by the types as they stand, not by the window that
-        # this forces.
+        # Whether a slot sees later ones depends on the given types, not on the window that this
+        # forces.
         count = flat.get("num_hidden_layers")
         out |= {"layer_types": [SLIDING] * (len(kinds) or count or 0), "is_causal": False}
     elif not kinds and "num_hidden_layers" in flat:

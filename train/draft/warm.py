@@ -39,7 +39,7 @@ from dspark.train.draft.types import drafter
 if TYPE_CHECKING:
     from dspark.cache.manifest import TargetInfo
 
-# What a layer decides for all its tensors -> the flag that sets it.
+# What determines all tensors of a layer -> the flag that sets it.
 _WIDTHS = {
     "num_heads": "--num-heads",
     "num_kv_heads": "--num-kv-heads",
@@ -48,7 +48,7 @@ _WIDTHS = {
 }
 # Taken from the earlier draft whatever the target says: its weights were trained with them.
 _KEPT = ("mask_token_id", "rms_norm_eps", "rope_theta", "confidence_head_with_markov", "is_causal")
-# Parts that may be left out or begun anew; any other tensor must fit.
+# Parts that may be omitted or start fresh; any other tensor must fit.
 _HEADS = ("markov_head.", "confidence_head.")
 _W2 = "markov_head.markov_w2.weight"
 _OUTPUTS = ("self_attn.o_proj.weight", "mlp.down_proj.weight")

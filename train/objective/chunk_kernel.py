@@ -38,7 +38,7 @@ def log_sum_exp(logits, size, lane, TILE: tl.constexpr):  # type: ignore[no-unty
     """Return the log-sum-exp of ``size`` logits, and where the largest is, in one pass. Each lane
     keeps its own maximum and sum, so lanes synchronise once, at the end, instead of at every tile.
     """
-    # Finite: the difference of two -inf, as lanes past the end would form it, is NaN.
+    # Finite, because lanes past the end would otherwise compute -inf - -inf, which is NaN.
     top = tl.full([TILE], -3e38, tl.float32)
     total = tl.zeros([TILE], tl.float32)
     best = tl.zeros([TILE], tl.int32)
@@ -123,7 +123,7 @@ def slot_terms(  # type: ignore[no-untyped-def]
     apart = tl.zeros([TILE], tl.float32)
     last = (draft_size - 1) // TILE * TILE
     for done in range(0, draft_size, TILE):
-        # From the end back, where the cache has what the pass before read last.
+        # Backwards from the end, where the cache holds what the previous pass read last.
         column = last - done + lane
         p, q, log_p, log_q = probabilities(
             draft, target, draft_ids, column, draft_size, log_d, log_t, REDUCED, "evict_last"
@@ -137,8 +137,8 @@ def slot_terms(  # type: ignore[no-untyped-def]
             apart += tl.where(q > 0, q * (log_q - log_p), 0.0)
     total = tl.sum(distance, 0)
     if REDUCED:
-        # What the target gives to tokens that the draft cannot produce is lost whatever the draft
-        # does.
+        # Probability that the target gives to tokens the draft cannot produce is lost whatever the
+        # draft does.
         total += tl.maximum(1.0 - tl.sum(inside, 0), 0.0)
         best_d = tl.load(draft_ids + best_d)
     mean_sign = tl.sum(signed, 0)
@@ -156,7 +156,7 @@ def slot_terms(  # type: ignore[no-untyped-def]
         weight_l1 = tl.load(scale_l1 + slot)
         if WITH_KL:
             weight_kl = tl.load(scale_kl + slot)
-        # The label's logit was read above by some thread; no thread may write over it before.
+        # Some thread reads the label's logit above; no thread may overwrite it before that.
         tl.debug_barrier()
         for at in range(0, draft_size, TILE):
             column = at + lane

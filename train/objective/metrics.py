@@ -88,7 +88,7 @@ class SlotMetrics:
                 (weight * (guess - accept).abs()).sum(),
                 (weight * (guess - accept)).sum(),
             ]
-            at = (guess.nan_to_num() * BINS).long()  # a NaN is the loop's to report
+            at = (guess.nan_to_num() * BINS).long()  # the loop reports a NaN
             at = at.clamp(max=BINS - 1)
             values = torch.stack([torch.ones_like(guess), guess, accept])
             bins = bins.index_add(1, at, values)

@@ -49,9 +49,8 @@ from dspark.train.ops.scaled import write_scaled
 # of rows more): 1,792 slots of Qwen3's 151,936 tokens, half of 512 blocks of 7. On a CPU a few in
 # fp32, and its caches like small ones.
 CHUNK_LOGITS = {"cuda": 274_000_000, "cpu": 1 << 23}
-# Rows of a tile of the GPU's matrix products: a chunk of whole tiles leaves none partly idle, and
-# rows that count a few slots more or less need buffers of the same size, which the allocator gives
-# again.
+# Rows per tile of the GPU's matrix products: a chunk of whole tiles leaves none partly idle, and
+# rows with a few slots more or less need buffers of the same size, which the allocator reuses.
 TILE_ROWS = {"cuda": 128}
 
 # Whether torch adds a product of bfloat16 matrices to a float32 one on CUDA: seen in 2.11; 2.9
@@ -196,8 +195,8 @@ class SlotInputs:
     @classmethod
     def gather(cls, batch: Batch, states: SlotStates, decay: float) -> SlotInputs:
         """Gather the slots that count, so that no logits are computed for the others."""
-        # index_select, not [at]: no slot comes twice, and the backward pass of [at] sorts the
-        # indices to add up those that do.
+        # index_select, not [at]: no slot occurs twice, and the backward pass of [at] sorts the
+        # indices to sum duplicates.
         at = batch.slots
         weight = slot_weights(batch.block_size, decay, at.device)
         return cls(
@@ -388,8 +387,8 @@ def chunk_terms(
         difference = p - q
         l1 = difference.abs().sum(-1)
     else:
-        # What the target gives to tokens that the draft cannot produce is lost whatever the draft
-        # does.
+        # Probability that the target gives to tokens the draft cannot produce is lost whatever the
+        # draft does.
         inside = q[:, draft_ids]
         difference = p - inside
         l1 = difference.abs().sum(-1) + (1 - inside.sum(-1)).clamp(min=0)
@@ -401,7 +400,7 @@ def chunk_terms(
     sign = difference.sign()
     mean_sign = (p * sign).sum(-1, keepdim=True)
     gradient = p * (scale_l1[:, None] * (sign - mean_sign) + scale_ce[:, None])
-    # scale_ce is 0 where the label is unknown, so column 0 is left as it is there.
+    # scale_ce is 0 where the label is unknown, so column 0 stays unchanged there.
     gradient.scatter_add_(1, labels.clamp(min=0)[:, None], -scale_ce[:, None])
     gradient = gradient.to(draft.dtype)
     if towards is not None:
@@ -442,12 +441,12 @@ class _ChunkedTerms(torch.autograd.Function):
         matrix = head.draft_head if w2 is None else head.with_markov(w2)  # [Vd, K]
         hidden = head.draft_head.shape[1]
         d_x = torch.empty_like(x) if with_gradient else None
-        # Chunks add up in fp32: in bf16 the sum of many small parts would stop growing.
+        # Chunks accumulate in fp32: in bf16 the sum of many small parts would stop growing.
         d_w2 = None
         if target_at is None:
             target_at = torch.arange(count, device=x.device)
-        # Made once and used by every chunk: what the last chunk left would otherwise live beside
-        # the next one's.
+        # Allocated once and used by every chunk: otherwise the last chunk's buffers would live
+        # beside the next one's.
         draft_buffer = x.new_empty(rows, matrix.shape[0])
         target_buffer = x.new_empty(rows, head.lm_head.shape[0])
         for chunk in chunks:

@@ -86,7 +86,7 @@ def visits(alpha: Float64, anchors: npt.NDArray[np.int64]) -> Float64:
     at = first[:, None] + np.arange(longest)
     inside = np.arange(longest) < lengths[:, None]
     step = np.where(inside[..., None], stops(alpha)[np.minimum(at, count - 1)], 0.0)
-    # A block may go past the end of its run; nothing begins there.
+    # A block may extend past the end of its run; no block starts there.
     s = np.zeros((first.size, longest + size + 1))
     s[:, 0] = 1.0
     for i in range(longest):

@@ -48,13 +48,13 @@ def plain_gradient(grad: Tensor, joint: Tensor) -> Tensor:
     return torch.cat([d * gate * s, d * up * s * (1 + gate * (1 - s))], 1).to(joint.dtype)
 
 
-# Opaque, so that a compiler takes the kernel as it is.
+# Opaque, so that a compiler uses the kernel unchanged.
 @torch.library.custom_op(
     "dspark::gated_gradient", mutates_args=(), schema="(Tensor grad, Tensor joint) -> Tensor"
 )
 def gradient(grad: Tensor, joint: Tensor) -> Tensor:
     """As ``plain_gradient``, with the kernel if available."""
-    # fp64 is for tests, and the kernel would narrow it.
+    # fp64 is only for tests, and the kernel would narrow it.
     if joint.device.type != "cuda" or joint.dtype == torch.float64:
         return plain_gradient(grad, joint)
     from dspark.train.ops import gated_kernel as fused_gated

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# 8 values a thread: 16 bytes of bfloat16, as much as one load takes.
+# 8 values per thread: 16 bytes of bfloat16, the most that one load takes.
 TILE = 1024
 WARPS = 4
 

@@ -117,7 +117,7 @@ def _turned_gradient(
 
 
 def _by_kernel(x: Tensor) -> bool:
-    # fp64 is for tests, and the kernels would narrow it.
+    # fp64 is only for tests, and the kernels would narrow it.
     return x.device.type == "cuda" and x.dtype != torch.float64
 
 
@@ -127,7 +127,7 @@ _GIVEN = (
 )
 
 
-# Opaque, so that a compiler takes the kernels as they are.
+# Opaque, so that a compiler uses the kernels unchanged.
 @torch.library.custom_op(
     "dspark::qk_norm_rope", mutates_args=(), schema=f"({_GIVEN}) -> (Tensor, Tensor, Tensor)"
 )
@@ -150,8 +150,8 @@ def _(*flat: Any) -> tuple[Tensor, Tensor, Tensor]:
     return given.blocks.new_empty(q.shape), keys, values
 
 
-# The kernels take gradients however their tokens and heads lie (flex attention gives [heads, T,
-# D]): no copy to make them look as traced.
+# The kernels take gradients in any layout of tokens and heads (flex attention gives [heads, T, D]),
+# so no copy restores the traced layout.
 @torch.library.custom_op(
     "dspark::qk_norm_rope_gradient",
     mutates_args=(),
@@ -179,8 +179,8 @@ def _(dq: Tensor, dkeys: Tensor, dvalues: Tensor, *flat: Any) -> tuple[Tensor, T
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    # Of what is as large as a row only the joint products: the norms are made again in the backward
-    # pass.
+    # Of the row-sized tensors only the joint products are kept: the norms are recomputed in the
+    # backward pass.
     context, blocks, q_weight, k_weight, ctx.eps, *tables = inputs
     ctx.save_for_backward(context, blocks, q_weight, k_weight, *tables)
 

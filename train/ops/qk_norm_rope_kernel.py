@@ -24,12 +24,12 @@ from torch import Tensor
 
 from dspark.train.ops.qk_norm_rope import Inputs
 
-# Values of half a tile, 8 a thread: 16 bytes of bfloat16, as much as one load takes. Eight heads of
-# 128.
+# Values of half a tile, 8 per thread: 16 bytes of bfloat16, the most that one load takes. Eight
+# heads of 128.
 TILE = 512
 WARPS = 2
-# Programs of the backward pass at most: 8 for each of an H100's 132 multiprocessors, as many as
-# their registers hold at once (128 a thread, as compiled for Qwen3-4B's heads). Each adds up its
+# Maximum programs of the backward pass: 8 for each of an H100's 132 multiprocessors, as many as
+# their registers hold at once (128 per thread, as compiled for Qwen3-4B's heads). Each adds up its
 # rows' gradients of the norms' weights.
 PROGRAMS = 1056
 

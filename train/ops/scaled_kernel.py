@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Values of a program, 16 a thread: whole rows, of a power of two of columns, as many as fit.
+# Values per program, 16 per thread: as many whole rows, of a power of two of columns, as fit.
 TILE = 2048
 WARPS = 4
 

@@ -29,7 +29,7 @@ from dspark.train.distributed import World
 from dspark.train.ops.joined import side_by_side
 from dspark.train.optim.base import Rule, Snapshot, squares
 
-# elements of a bucket, at least one parameter: 256 MB of gradients in one all-reduce
+# elements per bucket, at least one parameter: 256 MB of gradients in one all-reduce
 BUCKET = 1 << 26
 ALIGN = (
     # elements; every parameter starts at a multiple, as the GPU's matrix units and vector loads
@@ -52,8 +52,8 @@ class _Bucket:
     values: Tensor
     gradients: Tensor
     at: dict[str, int] = field(default_factory=dict)
-    awaited: int = 0  # gradients that the last backward has yet to make
-    sum: Any = None  # the collective under way
+    awaited: int = 0  # gradients that the last backward pass has still to compute
+    sum: Any = None  # the collective in progress
 
 
 class FlatOptimizer:
@@ -197,8 +197,7 @@ class FlatOptimizer:
             for m, flat in moments.items()
         }
         snapshot.check(self.parameters, holds)
-        # Nothing is gathered, so a rank that cannot read the checkpoint leaves no other waiting for
-        # it.
+        # Nothing is gathered, so no rank waits for one that cannot read the checkpoint.
         for bucket in self._buckets:
             masters = self._flat(bucket, snapshot.masters)
             bucket.master.copy_(self._holders.part(masters))

@@ -51,14 +51,14 @@ def shard(model: DraftModel, world: World, dtype: torch.dtype) -> JointCopies:
     frozen = {p for p in model.parameters() if not p.requires_grad}
     _wrap_forward(model, dtype)
     copies = JointCopies(model, dtype)
-    # A group a layer: its weights are gathered while the layer before computes, its gradients
-    # summed while the layer before has its backward.
+    # One group per layer: its weights are gathered while the layer before computes, and its
+    # gradients summed during the backward pass of the layer before.
     for layer in model.layers:
         fully_shard(layer, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
     fully_shard(
         model, mesh=mesh, mp_policy=policy, reshard_after_forward=False, ignored_params=frozen
     )
-    # It says so of every slot state: a view, which nobody writes to.
+    # It warns about every slot state: a view that is never written to.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     for module in _groups(model):
         # Sums, not means: the loss of a step is already divided by the weights of all ranks. (Plain
@@ -153,7 +153,7 @@ class ShardedAdamW:
         self.model, self.world = model, world
         # Plain tensors that share the shards' memory: the optimizer needs no notion of a mesh.
         self._shards = {n: nn.Parameter(_local(p)) for n, p in self.parameters.items()}
-        # A rank has nothing of a tensor with fewer rows than there are ranks.
+        # A rank may hold nothing of a tensor with fewer rows than ranks.
         held = [s for s in self._shards.values() if s.numel()]
         self._adam = Adam(held, settings)
 

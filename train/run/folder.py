@@ -21,7 +21,7 @@ from dspark.cache.shared import config_file
 from dspark.train.config import TrainConfig
 from dspark.train.recipes import NONE
 
-if TYPE_CHECKING:  # a tool that reads a record needs nothing of a run
+if TYPE_CHECKING:  # a tool that reads a record does not need the rest of a run
     from dspark.cache.reader import Cache
     from dspark.train.run.setup import Run
 
@@ -193,7 +193,7 @@ def begin(output: Path, run: Run, *, resume: bool, overwrite: bool = False) -> N
             (output / CLEARING).touch()
             fsync_path(output)
             _clear(output)
-    # First what says whose the folder is: one that was begun and killed is then continued or
+    # First the record that identifies the folder, so that a run killed early can be continued or
     # replaced like any other.
     write_file(output / TRAINING, (json.dumps(run.config.to_json(), indent=1) + "\n").encode())
     write_file(output / STORE, (json.dumps(store_identity(run), indent=1) + "\n").encode())

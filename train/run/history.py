@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from dspark.train.run.setup import Run
 
 HISTORY = "history.json"
-# How a session ended. One that was killed could not say so, and is left at the first.
+# How a session ended. A killed session could not record it, and keeps the first value.
 RUNNING, FINISHED, INTERRUPTED, FAILED = "running", "finished", "interrupted", "failed"
 
 

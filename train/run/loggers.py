@@ -78,7 +78,7 @@ class MLflow:
 
 
 def _wandb(folder: Path, settings: Mapping[str, Any], resume_step: int) -> Logger:
-    # Its own files lie in the draft's folder, not where the command was started.
+    # Its own files go into the draft's folder, not into the working folder.
     return RunOf(importlib.import_module("wandb"), folder, settings, dir=str(folder))
 
 
@@ -143,8 +143,7 @@ class Loggers:
                 f"--logger {name}: not installed (pip install {name}); the metrics are in "
                 "metrics.jsonl"
             )
-        # Each of these packages has a family of errors of its own, and none of them may end a
-        # training.
+        # Each of these packages has its own errors, and none of them may end a training.
         except Exception as error:
             self._open.pop(name, None)
             self._warn(

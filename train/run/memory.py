@@ -76,7 +76,7 @@ def estimate_memory(run: Run) -> Memory:
         if config.optimizer == "muon":  # one moment where AdamW has two
             matrices = sum(p.numel() for n, p in model.trained() if is_matrix(n, p))
             trained -= 4 * matrices // holders
-            if run.world.size > 1:  # this rank's share of the factors, until the others have them
+            if run.world.size > 1:  # this rank's share of the factors, until they are sent
                 trained += width * matrices // run.world.size
     tokens = run.stream.total_seq_len
     anchors = config.max_anchors or tokens

@@ -43,7 +43,7 @@ class RunLog:
                     row = json_text.loads(line)
                 except ValueError as error:
                     if number == len(lines):
-                        break  # the line that a killed process was writing: its step comes again
+                        break  # the line that a killed process was writing: its step is redone
                     raise TrainError(
                         f"{self.path}:{number}: not JSON: {error}. Fix or remove the line, then "
                         "--resume."

@@ -141,7 +141,7 @@ def prepare(config: TrainConfig, world: World | None = None) -> Run:
 
     training = stream(train)
     validation = stream(held_out, config.val_rows) if held_out.size else None
-    # Packs once here, so that a sample longer than a row is refused before anything is written.
+    # Packs once now, so that a sample longer than a row is refused before anything is written.
     training.plan(0)
     if validation is not None:
         validation.plan(VALIDATION_EPOCH)

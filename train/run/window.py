@@ -132,8 +132,8 @@ class Logged:
             "tokens": self.position.tokens,
             "tokens_per_second": self.window.tokens / seconds,
             "step_ms": 1000.0 * seconds / max(1, len(self.window.done)),
-            # The host waits by its own clock, ahead of the device's by up to a step, which a window
-            # of one step may be shorter than.
+            # The host waits by its own clock, ahead of the device's by up to a step, which may
+            # exceed a window of one step.
             "data_wait_fraction": min(1.0, self.waited / seconds),
             **({"peak_gb": self.peak} if self.peak else {}),
         }

@@ -34,7 +34,7 @@ LEAST_DEVIATION = 1e-3
 RIDGE_AUX, RIDGE_LAST = 1e-2, 5e-2  # of the features' mean variance
 PIECE = 4096  # tokens, in whole samples, that are on the device at once
 LEAST_PIECES = 8
-HELD_OUT = 8  # every so many-th piece is kept for the step
+HELD_OUT = 8  # every n-th piece is kept for setting the step
 RATE_ROWS = 16384  # maximum held-out rows that set the step
 LEAST_BITS = 0.02  # a column of less entropy is not kept
 # a row is exact where its classes would add this many times an ordinary row's error

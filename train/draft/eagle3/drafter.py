@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from dspark.train.objective.objective import ObjectiveConfig
 
 LOSS = '{"kl": 1.0}'
-DECAY = 4.48142  # exp(-1 / DECAY) = 0.8, what a step weighs less than the one before it
+DECAY = 4.48142  # exp(-1 / DECAY) = 0.8, the weight of a step relative to the one before it
 ARCHITECTURE = "LlamaForCausalLMEagle3"
 _NOT_OURS = (
     "markov_rank",

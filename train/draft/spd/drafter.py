@@ -160,8 +160,8 @@ class Spd(DrafterType):
         heads, width = settings.num_heads, settings.head_dim
         kv_heads = settings.num_kv_heads
         if count(text, "kv_lora_rank") is not None:
-            # Latent attention: the head is the target's config read as a plain one, where other
-            # drafts take heads of 128.
+            # Latent attention: the head reads the target's config as plain attention, while other
+            # drafts use heads of 128.
             heads = heads or count(text, "num_attention_heads")
             kv_heads = kv_heads or count(text, "num_key_value_heads") or heads
             width = width or count(text, "head_dim", "qk_rope_head_dim")

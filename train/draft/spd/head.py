@@ -29,7 +29,7 @@ from dspark.train.draft.spd.drafter import taps_at
 from dspark.train.objective.states import FrozenHead, SlotStates
 from dspark.train.ops.rope import Rope, rope_tables
 
-QUERIES_AT_ONCE = 256  # a mask of so many rows; more only costs memory
+QUERIES_AT_ONCE = 256  # maximum rows of a mask; more only costs memory
 
 
 @dataclass(frozen=True, slots=True)
