@@ -61,7 +61,7 @@ def table() -> str:
         for reason, number in reasons.items()
     ]
     return "\n".join(
-        [*lines, "", "\\* an answer is left out, others of the row are kept.", "", *notes]
+        [*lines, "", "\\* an answer is left out; the row's other answers are kept.", "", *notes]
     )
 
 

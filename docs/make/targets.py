@@ -34,7 +34,7 @@ def known() -> list[str]:
         "",
         *(wrapped(f"{i}. {note}") for i, note in enumerate(notes, 1)),
         "",
-        "Where it is known from:",
+        "Sources:",
         "",
     ]
     return [*out, *(wrapped(f"- {name}: {what}") for name, what in sources().items())]
