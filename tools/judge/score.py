@@ -276,6 +276,6 @@ def score_command(
         "accept_rate": "by slot, given that all before it were accepted",
         "ce_loss": "nats",
     }
-    first = [name for name in ("walk_greedy", "walk", "mean_accepted_length") if name in data]
+    first = [name for name in ("walk", "walk_greedy", "mean_accepted_length") if name in data]
     names = [*first, *(name for name in data if name not in first)]
     table([(name, f"{number(data[name])}  {units.get(name, '')}".rstrip()) for name in names])
