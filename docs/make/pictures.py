@@ -52,6 +52,9 @@ def terminal(command: str, name: str, title: str, folder: Path | None = None) ->
     )  # fmt: skip
     shown = re.sub(r"\x1b\[[?\d;]*[hlAKJ]", "", ran.stdout.replace("\r\n", "\n"))
     rows = [row.rpartition("\r")[2] for row in shown.rstrip("\n").split("\n")]
+    bars = [row.partition("\u2501")[0] if "\u2501" in row else None for row in rows]
+    last = [a is None or a != b for a, b in zip(bars, [*bars[1:], None], strict=True)]
+    rows = [row for row, keep in zip(rows, last, strict=True) if keep]  # a bar's last state
     console = Console(record=True, width=COLUMNS, file=io.StringIO(), force_terminal=True)
     for row in rows:
         console.print(Text.from_ansi(row), overflow="fold")
