@@ -29,6 +29,8 @@ ONLY_PARSED = {
     "/data/glm.zarr": "needs the real target",
     "zai-org/GLM-5.2-FP8 --no-decode": "needs the real target",
     "./try.zarr": "needs the real target",
+    ".work/smollm2": "needs SmolLM2",
+    "--max-steps 160": "trains for minutes, on a store of SmolLM2",
 }
 # What makes a dump or training of seconds; the rest of a line is the page's.
 SMALLER = {
