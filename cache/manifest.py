@@ -406,10 +406,19 @@ def build(kind: type[T], data: Any, where: str) -> T:
     missing = sorted(required - set(data))
     if unknown or missing:
         raise DamagedCacheError(f"{where}: unknown keys {unknown}, missing keys {missing}")
+    if wrong := wrong_type(kind, data):
+        raise DamagedCacheError(f"{where}: {wrong}")
+    return kind(**dict(data))
+
+
+def wrong_type(kind: type[Any], data: Mapping[str, Any]) -> str | None:
+    """The first value of ``data`` that is not of the type which its field of dataclass ``kind``
+    has, in words.
+    """
     for name, hint in _hints(cast(Any, kind)).items():
         if name in data and not _fits(data[name], hint):
-            raise DamagedCacheError(f"{where}: {name} is {_short(data[name])}, expected {hint}")
-    return kind(**dict(data))
+            return f"{name} is {_short(data[name])}, expected {hint}"
+    return None
 
 
 @functools.cache
@@ -424,8 +433,8 @@ def _fits(value: Any, hint: Any) -> bool:
     kind, inner = get_origin(hint) or hint, get_args(hint)
     if kind in (UnionType, Union):
         return any(_fits(value, one) for one in inner)
-    if kind is list:
-        return isinstance(value, list) and all(_fits(v, inner[0]) for v in value)
+    if kind in (list, tuple) and inner:
+        return isinstance(value, list | tuple) and all(_fits(v, inner[0]) for v in value)
     if kind in (dict, Mapping):
         return isinstance(value, dict) and all(_fits(v, inner[1]) for v in value.values())
     if kind is int:

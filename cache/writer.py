@@ -44,7 +44,14 @@ from dspark.cache.files.atomic import (
 )
 from dspark.cache.files.blocks import missing_rows
 from dspark.cache.files.calibration import codec_info, save_calibration, stored_codec
-from dspark.cache.files.index import PART_ARRAYS, TURN, build_index, index_specs, index_sums
+from dspark.cache.files.index import (
+    PART_ARRAYS,
+    TURN,
+    build_index,
+    index_specs,
+    index_sums,
+    read_index_record,
+)
 from dspark.cache.files.layout import (
     INDEX,
     INDEX_KEY,
@@ -67,14 +74,13 @@ from dspark.cache.files.part import (
     join_tokens,
     missing_files,
     open_shard,
-    read_attributes,
     read_record,
     write_array,
     write_attributes,
 )
 from dspark.cache.files.place import Place, in_parallel, place_of
 from dspark.cache.files.urls import Where
-from dspark.cache.manifest import Counts, Json, Manifest, SourceInfo, from_plan, sealed, unseal
+from dspark.cache.manifest import Counts, Json, Manifest, SourceInfo, from_plan, sealed
 from dspark.cache.reader import read_manifest
 from dspark.cache.records import CodedSample, TokenSample
 from dspark.cache.target.files import damaged_files, write_target
@@ -618,8 +624,8 @@ def _lost(place: Place, records: Sequence[PartRecord]) -> Manifest:
     """Make a manifest from nothing but the parts."""
     names = {r.source: r.source_id for r in records}
     try:
-        about = unseal(read_attributes(place, INDEX).get(INDEX_KEY), str(place.where(INDEX)))
-        whole = about.get("part_crc32c") == [sealed(r.to_json())["crc32c"] for r in records]
+        about = read_index_record(place)
+        whole = about.part_crc32c == [sealed(r.to_json())["crc32c"] for r in records]
     except DamagedCacheError:
         whole = False
     return from_plan(

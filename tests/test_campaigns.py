@@ -20,4 +20,4 @@ def test_short_form(name: str, count: int, tmp_path: Path, monkeypatch: pytest.M
     folder = tmp_path / "work"
     folder.mkdir()
     found = runpy.run_path(str(HERE / "run.py"))["run"](name, count, 1, folder)
-    assert not found.get("silent")
+    assert found["findings"] == []

@@ -350,12 +350,16 @@ class TrainConfig:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any], where: str) -> TrainConfig:
+        from dspark.cache.manifest import wrong_type
+
         known = {f.name for f in dataclasses.fields(cls)}
         data = {k: v for k, v in data.items() if k in known or (k, v) not in WITHDRAWN}
         if unknown := set(data) - known:
             raise UsageError(f"{where}: unknown keys {sorted(unknown)}")
         if "cache" not in data:
             raise UsageError(f"{where} names no cache; expected the settings of a training")
+        if wrong := wrong_type(cls, data):
+            raise UsageError(f"{where}: {wrong}")
         lists = ("betas", "caches", "logger", "layers", "layer_types")
         data |= {k: tuple(data[k]) for k in lists if isinstance(data.get(k), list)}
         try:

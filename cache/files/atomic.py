@@ -80,13 +80,25 @@ def _exchange(new: Path, old: Path) -> None:
     """Put folder ``new`` in the place of folder ``old``, which is deleted: in one step if the
     kernel can (Linux, most file systems).
     """
-    aside = old.with_name(STAGING + old.name + ".old")
+    aside = _aside(old)
     remove(aside)  # left by a process that was killed here
     if not _renameat2(new, old):
         os.rename(old, aside)
         os.rename(new, old)
         remove(aside)
     remove(new)
+
+
+def _aside(old: Path) -> Path:
+    return old.with_name(STAGING + old.name + ".old")
+
+
+def clear_replaced(final: Path) -> None:
+    """Delete what a ``staged`` that was killed while it replaced folder ``final`` left beside it:
+    the new one or the old one, which may be as large as ``final``.
+    """
+    for path in (final.with_name(STAGING + final.name), _aside(final)):
+        remove(path)
 
 
 def _renameat2(a: Path, b: Path) -> bool:

@@ -11,16 +11,36 @@ supervised turn and conversation key. ``sample_supervised`` int32[N]: supervised
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
 from dspark.cache.files.checksum import of_bytes
-from dspark.cache.files.layout import StoredArray
-from dspark.cache.files.part import Array
+from dspark.cache.files.layout import INDEX, INDEX_KEY, StoredArray
+from dspark.cache.files.part import Array, read_attributes
+from dspark.cache.files.place import Place
+from dspark.cache.manifest import build, unseal
 
 # The arrays of a part that the index is made from.
 PART_ARRAYS = ("sample_start", "sample_last_start", "sample_row", "sample_key", "loss_mask")
 TURN = "sample_turn"  # not in version 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class IndexRecord:
+    """What ``index/`` says of itself: checksums of the parts' records, in their order, and of its
+    arrays (none in version 1); bytes of each array in all parts, None where nobody noted them.
+    """
+
+    part_crc32c: list[int]
+    array_crc32c: dict[str, int] | None = None
+    bytes: dict[str, int] | None = None
+
+
+def read_index_record(place: Place) -> IndexRecord:
+    """Raises DamagedCacheError, also for values of a wrong type, or UnreadableError."""
+    where = str(place.where(INDEX))
+    return build(IndexRecord, unseal(read_attributes(place, INDEX).get(INDEX_KEY), where), where)
 
 
 def build_index(parts: Iterable[Mapping[str, Array]], numbers: Sequence[int]) -> dict[str, Array]:

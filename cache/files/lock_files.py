@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from dspark.cache.errors import StoreWriteError
-from dspark.cache.files.atomic import STAGING
+from dspark.cache.files.atomic import STAGING, clear_replaced
 from dspark.cache.files.lock import OLD, Found, Lock, Owner, hold
 from dspark.cache.files.urls import Url, Where
 
@@ -164,7 +164,7 @@ def owned(
     """Hold the lock of the local ``output`` while the block runs: ``OUTPUT.lock`` beside it, since
     a store is created and replaced by a rename, or ``.lock`` ``inside`` a folder that stays the
     same (and may be a mount point). Folders that are created for it and stay empty are deleted
-    again.
+    again. What a writer left beside ``output`` that was killed while it replaced it is deleted.
     """
     if isinstance(output, Url):
         from dspark.cache.files.bucket import Bucket, BucketLocks, parent
@@ -184,4 +184,6 @@ def owned(
         hold(where, name, who, of=str(output), break_lock=break_lock, wait=wait) as lock,
     ):
         where.clear(name)
+        if not inside:
+            clear_replaced(real)  # nobody else replaces it now
         yield lock

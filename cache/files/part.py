@@ -156,7 +156,10 @@ def record_from(data: Any, where: str) -> PartRecord:
         return build(PartRecord, {**body, "format_version": 1}, where)
     if body["format_version"] != FORMAT_VERSION:
         raise FormatVersionError(f"{where}: a part of format version {body['format_version']!r}")
-    unknown = sorted(set(body.get("features", ())) - FEATURES)
+    features = body.get("features", [])
+    if not isinstance(features, list) or not all(isinstance(f, str) for f in features):
+        raise DamagedCacheError(f"{where}: features is no list of names")
+    unknown = sorted(set(features) - FEATURES)
     if unknown:
         raise FormatVersionError(
             f"{where}: the part uses {unknown}, which this release does not read. Use the dspark "

@@ -217,7 +217,13 @@ def refuse_kind(model: str, config: Any) -> None:
     """
     from transformers.models.auto import modeling_auto as autos
 
-    kinds = ", ".join(getattr(config, "architectures", None) or [type(config).__name__])
+    named = getattr(config, "architectures", None) or [type(config).__name__]
+    if not isinstance(named, list) or not all(isinstance(name, str) for name in named):
+        raise TargetError(
+            f"--model {model}: {CONFIG} has architectures of {type(named).__name__}; expected a "
+            "list of class names."
+        )
+    kinds = ", ".join(named)
     text = config.get_text_config()
     if getattr(config, "is_encoder_decoder", False) and not getattr(text, "is_decoder", False):
         raise TargetError(

@@ -210,3 +210,13 @@ def test_folders_made_for_a_lock_go_with_it_unless_something_is_in_them(tmp_path
     with owned(tmp_path / "a" / "run", "x", inside=True):
         (tmp_path / "a" / "run" / "kept").touch()
     assert [p.name for p in (tmp_path / "a" / "run").iterdir()] == ["kept"]
+
+
+def test_what_a_killed_replacement_left_is_deleted_by_the_next_writer(tmp_path: Path) -> None:
+    """Not only by the next that replaces: a store's worth of disk would be lost."""
+    output = tmp_path / "hs.zarr"
+    for name in ("hs.zarr", ".staging-hs.zarr", ".staging-hs.zarr.old", ".staging-other"):
+        (tmp_path / name / "parts").mkdir(parents=True)
+    with pytest.raises(LockedError), owned(output, "first"), owned(output, "second"):
+        pass
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".staging-other", "hs.zarr"]

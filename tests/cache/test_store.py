@@ -194,6 +194,39 @@ def test_unknown_version_codec_and_key_are_refused(store: Path) -> None:
         dspark.cache.open(store)
 
 
+def test_a_sealed_record_of_other_types_is_damage(store: Path) -> None:
+    """Whoever seals a record may put anything in it."""
+    for name, key, odd in (
+        ("index", "dspark_index", {"part_crc32c": 7}),
+        ("index", "dspark_index", {"bytes": {"aux_code": {}}}),
+        ("parts/000000000000", "dspark_part", {"features": 7}),
+        ("parts/000000000000", "dspark_part", {"features": [["x"]]}),
+    ):
+        path = store / name / "zarr.json"
+        before = path.read_text()
+        data = json.loads(before)
+        body = {k: v for k, v in data["attributes"][key].items() if k != "crc32c"} | odd
+        data["attributes"][key] = sealed(body)
+        path.write_text(json.dumps(data))
+        assert any(next(iter(odd)) in finding for finding in verify(store).findings)
+        with pytest.raises(errors.DamagedCacheError, match=next(iter(odd))):
+            dspark.cache.open(store)[0]
+        path.write_text(before)
+
+
+def test_an_index_of_the_same_bytes_and_another_type_is_damage(tmp_path: Path) -> None:
+    """Three numbers of 8 bytes have the checksum of six of 4."""
+    store = tmp_path / "s"
+    stores.write_store(store, [40, 52, 61, 44, 30, 37])
+    path = store / "index" / "part_first_sample" / "zarr.json"
+    (shape,) = json.loads(path.read_text())["shape"]
+    data = json.loads(path.read_text()) | {"shape": [2 * shape], "data_type": "int32"}
+    path.write_text(json.dumps(data))
+    with pytest.raises(errors.DamagedCacheError, match=r"int32.* expected int64.*rebuild-index"):
+        dspark.cache.open(store)[0]
+    assert not verify(store).ok
+
+
 def test_an_edited_manifest_is_damage(store: Path) -> None:
     edit_manifest(store, False, sources=[])
     with pytest.raises(errors.DamagedCacheError, match="crc32c"):

@@ -12,6 +12,7 @@ import collections
 import contextlib
 import dataclasses
 import hashlib
+import json
 import random
 import shutil
 import time
@@ -137,21 +138,60 @@ def judged(found: Callable[[], bool], use: Callable[[], str], expected: str) -> 
 
 
 def stores_campaign(folder: Path, count: int, seed: int, pack: str = "zstd") -> dict[str, Any]:
-    """``count`` cases on a store of two parts."""
+    """``count`` cases on a store of two parts, of random states."""
     import stores
     from dspark.cache.codec import registry
     from dspark.cache.files.calibration import codec_info
-    from dspark.cache.verify import verify
 
-    rng = random.Random(seed)
     lengths = [40, 52, 61, 44, 30, 37]
     m = dataclasses.replace(stores.manifest(), codec=codec_info(registry.make("rotated-4-4", pack)))
     other = dataclasses.replace(m, codec=codec_info(registry.make("rotated-8-8", pack)))
-    whole, work = folder / "whole.zarr", folder / "work.zarr"
-    stores.write_store(whole, lengths, m=m)
+    stores.write_store(folder / "whole.zarr", lengths, m=m)
     stores.write_store(folder / "sibling.zarr", lengths, m=other)
     stores.write_store(folder / "twin.zarr", lengths, m=m, seed=0, tokens_seed=7)
     stores.write_store(folder / "older.zarr", lengths, m=m, finish=False)
+    return store_cases(folder, count, seed)
+
+
+def dumped_campaign(folder: Path, count: int, seed: int) -> dict[str, Any]:
+    """``count`` cases on a store of two parts that a dump wrote in the default codec, which has a
+    calibration.
+    """
+    from dump_runs import corpus
+
+    from dspark.dump.config import DumpConfig
+    from dspark.dump.progress import Display
+    from dspark.dump.run import dump
+    from dump_targets import save_target
+
+    model = str(save_target(folder / "target"))
+
+    def dumped(name: str, codec: str, rows: int = 80, seed: int = 0) -> None:
+        data = folder / str(seed) / "rows.jsonl"
+        data.parent.mkdir(exist_ok=True)
+        data.write_text("".join(json.dumps(row) + "\n" for row in corpus(rows, seed)))
+        output = folder / f"{name}.zarr"
+        base = DumpConfig(model=model, data=str(data), output=output, codec=codec, device="cpu")
+        more = {"part_tokens": 1500, "batch_tokens": 512, "layers": (0, 2)}
+        dump(dataclasses.replace(base, **more), Display())
+
+    dumped("whole", "klt-1-1")
+    dumped("sibling", "klt-2-2")
+    dumped("twin", "klt-1-1", seed=1)
+    said = folder / "said"
+    assert faults.attempt(lambda: dumped("again", "klt-1-1"), None, said) == 0, said.read_text()
+    # Killed while it ends: parts are there, index or manifest are not yet.
+    late = int(said.read_text()) - 12
+    assert faults.attempt(lambda: dumped("older", "klt-1-1"), late, said) == -9, said.read_text()
+    return store_cases(folder, count, seed)
+
+
+def store_cases(folder: Path, count: int, seed: int) -> dict[str, Any]:
+    """``count`` cases on ``folder``/whole.zarr, which has a sibling, a twin and an older copy."""
+    from dspark.cache.verify import verify
+
+    rng = random.Random(seed)
+    whole, work = folder / "whole.zarr", folder / "work.zarr"
     others = {kind: folder / f"{kind}.zarr" for kind in ("sibling", "twin", "older")}
     expected = values(whole)
 
@@ -242,28 +282,41 @@ def run(
     others: dict[str, Path],
     judge: Callable[[], str],
 ) -> dict[str, Any]:
-    """Judge each of the cases ``chosen`` on a fresh copy; silent ones are an error."""
+    """Judge each of the cases ``chosen`` on a fresh copy; silent ones, and errors that are none of
+    ours, are findings.
+    """
     out: collections.Counter[str] = collections.Counter()
-    harmless: collections.Counter[str] = collections.Counter()
-    silent, began = [], time.monotonic()
+    told: dict[str, collections.Counter[str]] = {
+        kind: collections.Counter() for kind in ("harmless", "refused")
+    }
+    findings, began = [], time.monotonic()
+    unchanged = 0
     for name, kind in chosen:
         faults.copied(whole, work)
         if not hit(kind, work / name, rng, work, others):
-            out["no change"] += 1
+            unchanged += 1
             continue
         try:
             verdict = judge()
         except Exception as error:
-            raise AssertionError(f"{kind} of {name}: {type(error).__name__}: {error}") from error
+            verdict = "raw"
+            findings.append(
+                f"{kind} of {name}: {type(error).__name__}: {error} "
+                f"(kept: {faults.kept(work, work.name)})"
+            )
         out[verdict] += 1
         if verdict == "silent":
-            silent.append(f"{kind} of {name}")
-        if verdict == "harmless":
-            harmless[f"{kind} of {name}"] += 1
-    assert not silent, silent
+            findings.append(f"silent: {kind} of {name} (kept: {faults.kept(work, work.name)})")
+        if verdict in told:
+            told[verdict][f"{kind} of {name}"] += 1
     return {
         "cases": sum(out.values()),
+        "files": len(faults.tree(whole)),
+        "no change": unchanged,
+        "silent": 0,
         **out,
-        "what is harmless": dict(harmless),
+        "findings": findings,
+        "what is harmless": dict(told["harmless"]),
+        "what only its user refuses": dict(told["refused"]),
         "seconds": round(time.monotonic() - began),
     }

@@ -1,7 +1,7 @@
 """``make campaign``: dumps of a tiny target are killed (kill -9) at random moments and resumed; the
 store must be that of an unbroken run, byte for byte.
 
-    python tests/campaign/dumps.py [KILLS] [SEED]
+    python tests/campaign/dumps.py [KILLS] [SEED] [--whom process|group|worker] [--workers N]
 
 Every try is a fork of this process, so that it costs a dump and not the import of torch. Prints one
 JSON object.
@@ -9,6 +9,7 @@ JSON object.
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import json
 import os
@@ -31,27 +32,65 @@ from dspark.dump.run import dump
 from dump_targets import save_target
 
 
-def attempt(config: DumpConfig, seconds: float | None) -> int:
-    """Dump in a process of its own, killed after ``seconds``; its exit code, -9 where it was
-    killed.
+def children(pid: int) -> list[int]:
+    """Worker processes of ``pid``."""
+    out = []
+    try:
+        for task in Path(f"/proc/{pid}/task").iterdir():
+            for child in (task / "children").read_text().split():
+                if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes():
+                    out.append(int(child))
+    except (FileNotFoundError, ProcessLookupError):  # it ends just now
+        pass
+    return out
+
+
+def ended(pid: int) -> bool:
+    """Whether ``pid``, a child, has ended; it is not waited for."""
+    return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+
+
+def kill(pid: int, whom: str) -> bool:
+    """Kill ``pid``, a child and the leader of a group; its whole group; or one of its workers, as
+    soon as there is one. Whether there was something to kill.
+    """
+    if whom == "worker":
+        while not (found := children(pid)):
+            if ended(pid):
+                return False
+            time.sleep(0.01)
+        os.kill(random.choice(found), signal.SIGKILL)
+        return True
+    lives = not ended(pid)  # it is a zombie at worst: nobody has waited for it yet
+    (os.killpg if whom == "group" else os.kill)(pid, signal.SIGKILL)
+    return lives
+
+
+def attempt(
+    config: DumpConfig, seconds: float | None, whom: str = "process", said: Path | None = None
+) -> int:
+    """Dump in a process group of its own, of which ``whom`` is killed after ``seconds``; the exit
+    code of its first process, -9 where that was killed. Its error is in ``said``.
     """
     child = os.fork()
     if not child:
+        os.setsid()
         quiet = os.open(os.devnull, os.O_WRONLY)
         os.dup2(quiet, 2)
         try:
             dump(config, Display())
         except BaseException as error:
-            print(f"{type(error).__name__}: {error}", flush=True)
+            text = f"{type(error).__name__}: {error}"
+            said.write_text(text) if said else print(text, flush=True)
             os._exit(1)
         os._exit(0)
     if seconds is not None:
         time.sleep(seconds)
-        os.kill(child, signal.SIGKILL)  # it may have ended; nobody has waited for it yet
+        kill(child, whom)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-def whole_dump(folder: Path, rows: int) -> DumpConfig:
+def whole_dump(folder: Path, rows: int, workers: int = 0) -> DumpConfig:
     """Make a target and a corpus of ``rows`` chats in ``folder``; the dump of them that others are
     compared with.
     """
@@ -64,37 +103,48 @@ def whole_dump(folder: Path, rows: int) -> DumpConfig:
         part_tokens=150,
         aux_bits=4,
         last_bits=4,
+        workers=workers,
     )
 
 
-def campaign(folder: Path, kills: int, seed: int) -> dict[str, object]:
+def campaign(
+    folder: Path, kills: int, seed: int, whom: str = "process", workers: int = 0
+) -> dict[str, object]:
     """Kill dumps until ``kills`` of them have been; each store that is whole is compared, then the
     next one begun.
     """
     rng = random.Random(seed)
-    whole = whole_dump(folder, 60)
+    random.seed(seed)
+    whole, said = whole_dump(folder, 60, workers), folder / "said"
     began = time.monotonic()
     assert attempt(whole, None) == 0
     unbroken = time.monotonic() - began
     want = files(whole.output)
-    killed = stores = 0
+    killed = stores = equal = 0
+    findings: list[str] = []
     parts: list[int] = []  # there when a kill came; -1: no store yet
-    while killed < kills:
+    while killed < kills and len(findings) < 20:
         config = dataclasses.replace(whole, output=folder / f"{stores}.zarr", resume=True)
         code = -9
-        while code == -9:
-            left = kills - killed
-            code = attempt(config, rng.random() * 1.1 * unbroken if left else None)
-            if code == -9:
+        while code:
+            left, before = killed < kills and rng.random() < 0.85, killed
+            said.write_text("")
+            code = attempt(config, rng.random() * 1.1 * unbroken if left else None, whom, said)
+            # A dump that loses a worker ends itself, and says so.
+            if code == -9 or (whom == "worker" and "ended before its work" in said.read_text()):
                 killed += 1
                 parts.append(len(scan_parts(config.output)) if config.output.exists() else -1)
-        assert code == 0, config.output
+            if code and killed == before:
+                break
         stores += 1
-        found = files(config.output)
+        found = files(config.output) if config.output.exists() else {}
         differ = sorted(n for n in want | found if want.get(n) != found.get(n))
-        assert not differ, differ
-        assert verify(config.output).ok
+        wrong = [said.read_text()] * bool(code) + differ
+        wrong = wrong or list(verify(config.output).findings)
+        equal += not wrong
+        findings += [f"{config.output.name}: {wrong}"] if wrong else []
     return {
+        "campaign": f"dumps, {whom} killed by the clock, {workers} workers",
         "seed": seed,
         "kills": killed,
         "stores": stores,
@@ -102,11 +152,20 @@ def campaign(folder: Path, kills: int, seed: int) -> dict[str, object]:
         "seconds_unbroken": round(unbroken, 2),
         "kills_before_the_store": parts.count(-1),
         "kills_between_parts": sum(p >= 0 for p in parts),
-        "byte_equal": stores,
+        "byte_equal": equal,
+        "findings": findings,
+        "seconds": round(time.monotonic() - began),
     }
 
 
 if __name__ == "__main__":
-    asked = [int(number) for number in sys.argv[1:]] + [40, 17][len(sys.argv) - 1 :]
+    parser = argparse.ArgumentParser()
+    parser.add_argument("kills", type=int, nargs="?", default=40)
+    parser.add_argument("seed", type=int, nargs="?", default=17)
+    parser.add_argument("--whom", choices=["process", "group", "worker"], default="process")
+    parser.add_argument("--workers", type=int, default=0)
+    asked = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        print(json.dumps(campaign(Path(folder), *asked)))
+        found = campaign(Path(folder), asked.kills, asked.seed, asked.whom, asked.workers)
+    print(json.dumps(found))
+    raise SystemExit(bool(found["findings"]))

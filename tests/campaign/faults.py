@@ -10,6 +10,7 @@ import os
 import shutil
 import signal
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -107,6 +108,14 @@ def bounded(gigabytes: float) -> Iterator[None]:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_AS, before)
+
+
+def kept(path: Path, name: str) -> str:
+    """A copy of ``path`` that outlives the campaign; where it is, for a finding's text."""
+    to = Path(tempfile.mkdtemp(prefix="campaign-")) / name
+    if path.is_dir():
+        shutil.copytree(path, to, symlinks=True)
+    return str(to)
 
 
 def note(text: str) -> None:

@@ -10,10 +10,13 @@ import contextlib
 import copy
 import dataclasses
 import json
+import os
 import random
 import shutil
 import signal
 import struct
+import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,6 +25,7 @@ from typing import Any
 import faults
 
 SECONDS, GIGABYTES = 10, 1.0
+RAN = Path(tempfile.gettempdir(), "dspark-hostile-ran")
 DEEP = "[" * 3000 + "]" * 3000
 VALUES: list[Any] = [
     -1,
@@ -64,8 +68,44 @@ VALUES: list[Any] = [
 ]
 
 
+HERE = Path(__file__).resolve().parents[2]
+READABLE = ("/proc/", "/sys/", "/usr/", "/lib", "/dev/null", "/dev/urandom")
+
+
 class TooLong(BaseException):
     """A try that did not end."""
+
+
+class Watch:
+    """Notes what a try does that it must not: executes, connects, changes a file that is not its
+    own, or reads one that nobody named. One per process; ``own`` is None between tries.
+    """
+
+    CHANGES = ("os.remove", "os.rename", "os.rmdir", "os.mkdir", "os.link", "os.symlink")
+    CHANGES += ("os.chmod", "os.chown", "os.truncate", "os.utime", "shutil.rmtree")
+    RUNS = ("os.system", "os.exec", "os.posix_spawn", "os.fork", "os.forkpty", "subprocess.Popen")
+    RUNS += ("socket.connect", "pickle.find_class")
+
+    def __init__(self, readable: list[str]) -> None:
+        self.readable = tuple(readable)
+        self.own: str | None = None
+        self.seen: list[str] = []
+        sys.addaudithook(self._hear)
+
+    def _hear(self, event: str, given: tuple[Any, ...]) -> None:
+        if self.own is None or not given:
+            return
+        if event in self.RUNS:
+            self.seen.append(f"{event} {given!r:.200}")
+        elif event in self.CHANGES or event == "open":
+            if not isinstance(given[0], str | bytes | os.PathLike):
+                return
+            path = os.path.abspath(os.fsdecode(given[0]))
+            changes = event != "open" or given[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
+            beside = os.path.basename(self.own)
+            mine = path.startswith(self.own) or beside in os.path.relpath(path, self.own + "/..")
+            if not mine and (changes or not path.startswith(self.readable)):
+                self.seen.append(f"{event} {path} {given[1:]!r:.100}")
 
 
 @contextlib.contextmanager
@@ -95,13 +135,18 @@ def places(value: Any, at: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
     return ([at] if at else []) + [p for key, v in inner for p in places(v, (*at, key))]
 
 
+def value_of(rng: random.Random) -> Any:
+    """A copy: what is changed next must not be ``VALUES``."""
+    return copy.deepcopy(rng.choice(VALUES))
+
+
 def mutated(value: Any, rng: random.Random) -> Any:
     """A copy with one to three places changed, gone, or new."""
     out = copy.deepcopy(value)
     for _ in range(rng.randint(1, 3)):
         found = places(out)
         if not found:
-            return rng.choice(VALUES)
+            return value_of(rng)
         *path, key = rng.choice(found)
         parent = out
         for step in path:
@@ -110,13 +155,13 @@ def mutated(value: Any, rng: random.Random) -> Any:
         if how < 0.15 and isinstance(parent, dict):
             del parent[key]
         elif how < 0.25 and isinstance(parent, dict):
-            parent[rng.choice(["x", "../x", "codec", "plan", ""])] = rng.choice(VALUES)
+            parent[rng.choice(["x", "../x", "codec", "plan", ""])] = value_of(rng)
         elif how < 0.35 and type(parent[key]) is int:
             parent[key] = parent[key] * rng.choice([-1, 2, 1000, 10**6, 10**9]) + rng.choice(
                 [0, 1, -1]
             )
         else:
-            parent[key] = rng.choice(VALUES)
+            parent[key] = value_of(rng)
     return out
 
 
@@ -220,7 +265,7 @@ def draft_case(work: Path, rng: random.Random) -> str:
     elif how < 0.6:
         weights.write_bytes(rng.choice([2**63, 2**40, size + 1]).to_bytes(8, "little") + data[8:])
     elif how < 0.8:
-        weights.write_bytes(b"cos\nsystem\n(S'touch /tmp/dspark-hostile-ran'\ntR.")
+        weights.write_bytes(b"cos\nsystem\n(S'touch " + os.fsencode(RAN) + b"'\ntR.")
     else:
         weights.write_bytes(rng.randbytes(rng.randrange(200)))
     return "model.safetensors"
@@ -388,11 +433,13 @@ def campaign(folder: Path, tries: int, seed: int) -> dict[str, Any]:
         "target": (target_case, use_target),
         "corpus": (corpus_case, use_corpus),
     }
+    watch = Watch([sys.prefix, sys.base_prefix, *READABLE, str(HERE), str(folder)])
     canary = folder / "outside"
     canary.mkdir()
     (canary / "file").write_text("untouched")
     fixed = {n: faults.tree(folder / n) for n in table} | {"outside": faults.tree(canary)}
     counts: collections.Counter[str] = collections.Counter()
+    findings: list[str] = []
     slowest, began, work = 0.0, time.monotonic(), folder / "work"
     for number in range(tries):
         kind = rng.choice(["store"] * 4 + ["draft", "training", "target", "corpus"])
@@ -400,7 +447,7 @@ def campaign(folder: Path, tries: int, seed: int) -> dict[str, Any]:
         shutil.copytree(folder / kind, work)
         case, use = table[kind]
         what = case(work, rng)
-        start = time.monotonic()
+        start, watch.own, watch.seen = time.monotonic(), str(work), []
         try:
             with limited():
                 use(work)
@@ -408,19 +455,28 @@ def campaign(folder: Path, tries: int, seed: int) -> dict[str, Any]:
         except DsparkError:
             counts["typed error"] += 1
         except BaseException as error:
-            keep = folder.parent / f"hostile-{kind}-{number}"
-            faults.copied(work, keep)
-            raise AssertionError(
-                f"try {number} of seed {seed}, {kind}, {what} (kept: {keep}): "
-                f"{type(error).__name__}: {error}"
-            ) from error
+            if isinstance(error, KeyboardInterrupt):
+                raise
+            watch.own = None
+            counts["raw"] += 1
+            faults.note(f"try {number}, {kind}, {what}: {error!r:.300}")
+            findings.append(
+                f"try {number}, {kind}, {what} (kept: {faults.kept(work, work.name)}): "
+                f"{type(error).__name__}: {str(error)[:300]}"
+            )
+        watch.own = None
+        for did in watch.seen:
+            findings.append(f"try {number}, {kind}, {what}: {did}")
         slowest = max(slowest, time.monotonic() - start)
         counts[kind] += 1
-    assert {n: faults.tree(folder / n) for n in fixed} == fixed
-    assert not Path("/tmp/dspark-hostile-ran").exists()
+    if {n: faults.tree(folder / n) for n in fixed} != fixed:
+        findings.append("a file outside was changed")
+    if RAN.exists():
+        findings.append(f"{RAN} is there: something was executed")
     return {
         "tries": tries,
         **counts,
+        "findings": findings,
         "slowest": round(slowest, 1),
         "seconds": round(time.monotonic() - began),
     }

@@ -32,6 +32,9 @@ def test_every_name_starts_something_and_another_is_refused() -> None:
     config = TrainConfig(cache="x", logger=("wandb", "tensorboard"))
     assert config.loggers == ("tensorboard", "wandb")
     assert TrainConfig.from_json(config.to_json(), "here") == config
+    for odd in ({"logger": [["wandb"]]}, {"seed": "x"}, {"init_from": [1]}, {"epochs": True}):
+        with pytest.raises(UsageError, match=rf"here: {next(iter(odd))} is"):
+            TrainConfig.from_json(config.to_json() | odd, "here")
 
 
 class Spy:

@@ -232,6 +232,10 @@ def test_interrupted_and_resumed_runs_are_told_apart(earlier: Path, tmp_path: Pa
     path.write_text(json.dumps(changed))
     with pytest.raises(MismatchError, match="started from weights"):
         train(config, resume=True)
+    for odd in (changed | {"sessions": 3}, {"start": ["folder"]}):
+        path.write_text(json.dumps(odd))
+        with pytest.raises(DraftError, match=r"history.json: .*restore the file, or delete it"):
+            train(config, resume=True)
 
 
 def test_the_earlier_shape_is_the_default(earlier: Path) -> None:

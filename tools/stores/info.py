@@ -118,16 +118,12 @@ def stored_sizes(place: Place) -> dict[str, int] | None:
     writer did not record them.
     """
     from dspark.cache.errors import DamagedCacheError
-    from dspark.cache.files.layout import INDEX, INDEX_KEY
-    from dspark.cache.files.part import read_attributes
-    from dspark.cache.manifest import unseal
+    from dspark.cache.files.index import read_index_record
 
     try:
-        about = unseal(read_attributes(place, INDEX).get(INDEX_KEY), str(place.where(INDEX)))
+        return read_index_record(place).bytes
     except DamagedCacheError:
         return None
-    found: dict[str, int] | None = about.get("bytes")
-    return found
 
 
 def found_sizes(place: Place) -> dict[str, int]:

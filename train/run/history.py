@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dspark.cache.errors import MismatchError, Stopped
+from dspark.cache.errors import DraftError, MismatchError, Stopped
 from dspark.cache.files.atomic import write_file
 from dspark.train.run.folder import read_record
 
@@ -29,7 +29,7 @@ def same_start(output: Path, run: Run) -> None:
     path = output / HISTORY
     if run.start is None or not path.is_file():
         return
-    then = (read_record(path).get("start") or {}).get("weights_sha256")
+    then = (_read(path)["start"] or {}).get("weights_sha256")
     if then != run.start.weights_sha256:
         raise MismatchError(
             f"{output} started from weights {str(then)[:12]}, but {run.config.init_from} now "
@@ -44,9 +44,9 @@ def session(output: Path, run: Run, step: int, *, resumed: bool) -> Iterator[Ses
     propagate.
     """
     path = output / HISTORY
-    earlier: Mapping[str, Any] = read_record(path) if resumed and path.is_file() else {}
+    before = _read(path)["sessions"] if resumed and path.is_file() else []
     start = None if run.start is None else run.start.to_json()
-    now = Session(path, start, [*earlier.get("sessions", [])], step)
+    now = Session(path, start, before, step)
     now.write(RUNNING)
     try:
         yield now
@@ -57,6 +57,21 @@ def session(output: Path, run: Run, step: int, *, resumed: bool) -> Iterator[Ses
         now.write(FAILED)
         raise
     now.write(FINISHED)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """``start`` (an object or None) and ``sessions`` (a list). Raises DraftError for a file of
+    another shape; what single sessions say is for who prints them.
+    """
+    found = read_record(path)
+    start, sessions = found.get("start"), found.get("sessions", [])
+    if not isinstance(start, dict | None) or not isinstance(sessions, list):
+        raise DraftError(
+            f"{path}: start is {type(start).__name__} and sessions {type(sessions).__name__}; "
+            "expected an object or null, and a list, as dspark-train wrote them: restore the file, "
+            "or delete it (a training goes on without what came before)."
+        )
+    return {"start": start, "sessions": sessions}
 
 
 class Session:
