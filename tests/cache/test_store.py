@@ -293,7 +293,7 @@ def test_verify_finds_a_swapped_part_and_a_missing_one(store: Path, tmp_path: Pa
     assert any("missing" in f for f in report.findings)
     other.rename(mine)
     report = verify(store)
-    assert any("of another plan than the store's" in f for f in report.findings)
+    assert any("to another plan than the store's" in f for f in report.findings)
 
 
 def test_disk_full_is_one_sentence_and_leaves_the_committed_parts(

@@ -72,7 +72,7 @@ def test_out_of_memory_names_flags_that_the_command_takes(regenerate: bool) -> N
     # As on a GPU that the first layer's output does not fit.
     target.parts.layers[0].register_forward_hook(refuse_memory)
     words = (
-        r"a batch of 2 x \d+ tokens. Use a smaller --batch-tokens \(now 64; --resume .*, or a "
+        r"a batch of 2 x \d+ tokens. Use a smaller --batch-tokens \(now 64; .*--resume.*, or a "
         r"smaller "
     )
     if regenerate:

@@ -100,7 +100,7 @@ def test_a_failed_write_tells_why(tmp_path: Path) -> None:
 
 
 def test_a_file_that_never_came(tmp_path: Path) -> None:
-    with pytest.raises(SpoolError, match="left no .*its disk is full"):
+    with pytest.raises(SpoolError, match="wrote no .*its disk is full"):
         SpoolReader(tmp_path).take(str(tmp_path / "1.batch"), [0])
     lock = hold(str(tmp_path))
     threading.Timer(0.2, os.close, [lock]).start()

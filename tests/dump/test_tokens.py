@@ -206,7 +206,7 @@ def test_half_a_character_drops_the_row(row: dict[str, Any], rule: dict[str, Any
     """Tokenizers refuse it with an error that names no row."""
     made = make(row, **rule)
     assert (made.samples, made.dropped) == ([], NOT_UNICODE)
-    assert r"half a character, '\ud83d', behind" in made.detail
+    assert r"half a character, '\ud83d', after" in made.detail
     made.detail.encode()  # it goes to a log
 
 
@@ -219,7 +219,7 @@ def test_half_a_character_in_the_middle_of_a_dump_is_counted(
     assert out["dropped"] == {NO_ANSWER: 2, NOT_UNICODE: 1}
     assert (out["rows_read"], out["samples"]) == (20, 17)
     log = config.output.with_name("hs.zarr.log").read_text()
-    assert rf"rows.jsonl:10: dropped: {NOT_UNICODE} (half a character, '\ud83d', behind" in log
+    assert rf"rows.jsonl:10: dropped: {NOT_UNICODE} (half a character, '\ud83d', after" in log
     many = write_rows(rows[:2] + [rows[9]] * 3, "many.jsonl")
     with pytest.raises(
         DataError, match=rf"3 of the first 5 rows gave no sample \({NOT_UNICODE}: 3\)"

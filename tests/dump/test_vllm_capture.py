@@ -124,7 +124,7 @@ def test_what_cannot_be_taken_is_refused() -> None:
     with pytest.raises(EngineError, match="run vLLM eagerly"):
         ours.set_aux_hidden_state_layers((1,))
     watch = Watch(Decoder(), [1])
-    with pytest.raises(EngineError, match=r"without the norms before layers \[1\]"):
+    with pytest.raises(EngineError, match=r"skipped the norms before layers \[1\]"):
         watch.take(3)
 
 

@@ -162,7 +162,7 @@ def test_an_export_passes_the_rules_and_damage_does_not(
         metadata(said["serving_checkpoint"]["tensor_count"], "F16", "random/tiny", "0" * 64),
     )
     (out / HEAD).write_bytes((out / HEAD).read_bytes()[:-2])
-    assert any("ends" in fault or "lies at" in fault for fault in faults(out))
+    assert any("ends" in fault or "is at bytes" in fault for fault in faults(out))
 
 
 def manifest_shapes(out: Path) -> dict[str, list[int]]:

@@ -276,7 +276,9 @@ def test_the_line_of_metrics_is_named(draft: Path) -> None:
 
 def test_positions_of_a_calibration_that_do_not_match(draft: Path) -> None:
     (draft / "calibration.json").write_text(json.dumps(CALIBRATION | {"temperature": [1.0]}))
-    with pytest.raises(DraftError, match=r"before\.survival\.ece has 2 positions, temperature 1"):
+    with pytest.raises(
+        DraftError, match=r"before\.survival\.ece has 2 positions, but temperature has 1"
+    ):
         records.calibration(draft)
 
 
