@@ -63,6 +63,7 @@ def ours(model: Any, draft: Path) -> list[Outcome]:
 
 def cause(message: str) -> str:
     """The last line of a vLLM log that is an exception with words, and not one about a process."""
-    found = re.findall(r"\b(\w*(?:Error|Exception): .*)", message)
+    # pydantic says what is wrong in the line behind its count of errors
+    found = re.findall(r"\b(\w*(?:Error|Exception): (?:\d+ validation error.*\n)?.*)", message)
     own = [line for line in found if not re.search("EngineError|ngine core|subprocess", line)]
-    return (own or found or [message])[-1][:400]
+    return " ".join((own or found or [message])[-1].split())[:400]

@@ -183,6 +183,10 @@ CHECKS: dict[str, Callable[[Path], bool]] = {
     "requests": lambda r: has(
         r / "sampling_params.py", r"FINAL_ONLY", r"skip_clone", r"extra_args"
     ),
+    "text alone": lambda r: (
+        has(r / "engine/arg_utils.py", r"language_model_only: bool")
+        and has(r / "config/multimodal.py", r"if self.language_model_only:\s+return 0")
+    ),
 }
 
 

@@ -95,6 +95,8 @@ def test_arguments_are_read_and_those_of_the_dump_refused(tmp_path: Path) -> Non
 
     assert made("max_num_seqs=64")["max_num_seqs"] == 64
     assert made()["max_model_len"] == 9
+    # vLLM makes a processor of images otherwise, which wants the tokenizer that is left out.
+    assert {"skip_tokenizer_init", "language_model_only"} <= set(made())
     with pytest.raises(UsageError, match="--engine-arg max_model_len: the dump sets this itself"):
         made("max_model_len=5")
 

@@ -71,6 +71,7 @@ class ServeRequest:
             "dtype": self.dtype,
             "seed": self.seed,
             "skip_tokenizer_init": True,
+            "language_model_only": True,  # prompts are token ids of text
             "generation_config": "vllm",
             "max_model_len": longest,
             "max_num_seqs": 4,

@@ -240,6 +240,8 @@ def llm_arguments(
         "dtype": dtype,
         "max_model_len": seq_length + 1,
         "skip_tokenizer_init": True,
+        # Rows are text: without this, a target with a vision tower wants a tokenizer for images.
+        "language_model_only": True,
         "seed": 0,
         "max_logprobs": 1,
         "trust_remote_code": options.trust_remote_code,
