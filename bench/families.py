@@ -101,7 +101,7 @@ def measure(kind: str, folder: Path, log: Path) -> dict[str, Any]:
     try:
         other = checked(theirs, samples, out, logits)
     except EngineError as error:
-        return out | {"vllm": str(error)[:600]}
+        return out | {"vllm": f"does not run: {own_reason(log) or error}"[:600]}
     finally:
         theirs.close()
     aux, others = (torch.cat([s.aux for s in each]) for each in (states, other))

