@@ -40,6 +40,8 @@ MLA: dict[str, Any] = {
     "qk_rope_head_dim": 16,
     "qk_nope_head_dim": 32,
     "v_head_dim": 32,
+    # Published configs of these families say so; vLLM looks for the gate's bias only then.
+    "topk_method": "noaux_tc",
 }
 
 
