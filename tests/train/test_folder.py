@@ -160,7 +160,7 @@ def test_an_output_that_is_a_file_is_named(
         ('{"a":', errors.DraftError, "training.json is not JSON"),
         ("{}", errors.UsageError, "training.json names no cache"),
         ('{"cache": "x", "lr": "fast"}', errors.UsageError, "training.json: lr is 'fast'"),
-        ('{"cache": "x", "betas": 0.9}', errors.UsageError, "training.json: betas are 0.9"),
+        ('{"cache": "x", "betas": 0.9}', errors.UsageError, "training.json: betas is 0.9"),
     ],
 )
 def test_resuming_what_cannot_be_read_names_the_file(
