@@ -224,6 +224,7 @@ def test_decoding_is_lossless(kind: str) -> None:
     model, prompt = model_of(kind).float(), [5, 9, 77]
     with Target(MODEL, TAPS) as target:
         out = speculative_generate(target, model, prompt, max_tokens=16)
+        of_one_token = speculative_generate(target, model, [5], max_tokens=8)
         drawn = speculative_generate(
             target,
             model,
@@ -233,6 +234,7 @@ def test_decoding_is_lossless(kind: str) -> None:
             generator=torch.Generator().manual_seed(0),
         )
     assert out.tokens == greedy_alone(MODEL, prompt, max_tokens=16)
+    assert of_one_token.tokens == greedy_alone(MODEL, [5], max_tokens=8)
     assert len(drawn.tokens) == 8
 
 

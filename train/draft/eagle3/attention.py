@@ -47,11 +47,12 @@ class StepAttention:
             k, v = (torch.cat(pair) for pair in zip(self.context, own[-1], strict=True))
             seen, sums = flex_and_sums(q, k, v, self.plan)
             return weighed_in(q, seen, sums, own[:-1]) if len(own) > 1 else seen
-        steps = [(k.split(self._sizes), v.split(self._sizes)) for k, v in reversed(own)]
+        sizes = self._sizes
+        steps = [(k.split_with_sizes(sizes), v.split_with_sizes(sizes)) for k, v in reversed(own)]
         return torch.cat(
             [
                 self._of_group(i, x, [(k[i], v[i]) for k, v in steps])
-                for i, x in enumerate(q.split(self._sizes))
+                for i, x in enumerate(q.split_with_sizes(sizes))
             ]
         )
 
@@ -74,10 +75,10 @@ def weighed_in(q: Tensor, seen: Tensor, sums: Tensor, own: Sequence[Pair]) -> Te
     [A, Hkv, D].
     """
     keys, values = (torch.stack([pair[side] for pair in own], 2) for side in (0, 1))
-    heads = keys.shape[1]
-    grouped = q.unflatten(1, (heads, -1))  # [A, Hkv, Hq / Hkv, D]
-    scores = (grouped @ keys.transpose(-1, -2)).float() * q.shape[-1] ** -0.5
-    weights = torch.cat([sums.unflatten(1, (heads, -1))[..., None].float(), scores], -1).softmax(-1)
+    count, heads, _, size = keys.shape
+    grouped = q.reshape(count, heads, -1, size)  # [A, Hkv, Hq / Hkv, D]
+    scores = (grouped @ keys.transpose(-1, -2)).float() * size**-0.5
+    weights = torch.cat([sums.reshape(count, heads, -1, 1).float(), scores], -1).softmax(-1)
     of_own = weights[..., 1:].to(values.dtype) @ values
-    out = weights[..., :1] * seen.unflatten(1, (heads, -1)).float() + of_own.float()
+    out = weights[..., :1] * seen.reshape(count, heads, -1, size).float() + of_own.float()
     return out.flatten(1, 2).to(q.dtype)

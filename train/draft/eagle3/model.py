@@ -65,7 +65,7 @@ class Projections(nn.Module):
 
     def heads(self, x: Tensor) -> Tensor:
         """[n, heads D] -> [n, heads, D]."""
-        return x.unflatten(-1, (-1, self.head_dim))
+        return x.reshape(x.shape[0], x.shape[1] // self.head_dim, self.head_dim)
 
     def projected(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values [n, heads D] of rows [n, 2 H], not rotated."""
