@@ -34,7 +34,8 @@ def main() -> None:
     args.work.mkdir(parents=True, exist_ok=True)
     found = [planned(args, codec) for codec in args.codec]
     training = trained(args, args.work / "hs.zarr") if args.steps else None
-    write(args.name, vars(args) | {"work": None}, {"dumps": found, "training": training})
+    named = {"work": None, "model": Path(args.model).name, "data": Path(args.data).name}
+    write(args.name, vars(args) | named, {"dumps": found, "training": training})
 
 
 def planned(args: argparse.Namespace, codec: str) -> dict[str, Any]:
