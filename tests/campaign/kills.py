@@ -20,7 +20,7 @@ from typing import Any
 import faults
 
 # What a training says whose --overwrite was killed while it deleted: what is left is not whole.
-AGAIN = "Give --overwrite again"
+AGAIN = "an --overwrite was stopped while it deleted"
 
 Work = Callable[[Path, str], None]  # (output, "new" | "resume" | "overwrite")
 
