@@ -364,8 +364,8 @@ class TrainConfig:
         data |= {k: tuple(data[k]) for k in lists if isinstance(data.get(k), list)}
         try:
             return cls(**data)
-        except UsageError as wrong:
-            raise UsageError(f"{where}: {wrong}") from wrong
+        except UsageError as error:
+            raise UsageError(f"{where}: {error}") from error
 
     def continues(self, earlier: TrainConfig, where: str) -> None:
         """Raise MismatchError, naming every difference, unless this run goes on with
