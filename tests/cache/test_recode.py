@@ -131,7 +131,7 @@ def test_stopped_and_resumed_is_the_same(store: Path, tmp_path: Path, pack: str)
 
 
 def test_refusals(store: Path, tmp_path: Path) -> None:
-    with pytest.raises(errors.UsageError, match="source itself"):
+    with pytest.raises(errors.UsageError, match="is also the source"):
         recode(store, store, aux_bits=4, last_bits=4, overwrite=True)
     stores.write_store(tmp_path / "other.zarr", LENGTHS, seed=9)
     with pytest.raises(errors.MismatchError, match="same samples"):

@@ -270,7 +270,7 @@ def test_a_dump_that_cannot_fit_is_refused_before_weights_are_read(
 ) -> None:
     usage = shutil.disk_usage(config.output.parent)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
-    with pytest.raises(StoreWriteError, match=r"need about .* and 1 kB are free"):
+    with pytest.raises(StoreWriteError, match=r"need about .* only 1 kB are free"):
         dump(config, show, lambda plan, batch_tokens: pytest.fail("the engine was started"))
 
 

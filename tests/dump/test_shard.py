@@ -138,7 +138,7 @@ def test_a_second_corpus_is_appended(config: DumpConfig, show: Display, tmp_path
     for a, b in zip(store, expected, strict=True):
         assert (a.row, a.key) == (b.row, b.key)
         assert (a.aux == b.aux).all()
-    with pytest.raises(MismatchError, match="is in .* already"):
+    with pytest.raises(MismatchError, match="is already in"):
         append(config.output, [job.output])
 
 

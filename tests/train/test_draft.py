@@ -124,7 +124,7 @@ def test_wrong_targets_are_refused() -> None:
         DraftModel(small_config(vocab_size=60, draft_vocab_size=60), small_target())
     with pytest.raises(MismatchError, match="are needed"):
         DraftModel(small_config(draft_vocab_size=3), small_target())
-    with pytest.raises(MismatchError, match="rising"):
+    with pytest.raises(MismatchError, match="ascending"):
         DraftModel(small_config(draft_vocab_size=3), small_target(), torch.tensor([7, 3, 20]))
 
 
