@@ -235,7 +235,13 @@ def _deepseek_v3() -> Any:
 
     sizes = {k: v for k, v in (BASE | MOE | MLA).items() if k != "head_dim"}
     return DeepseekV3ForCausalLM(
-        DeepseekV3Config(**sizes, n_group=1, topk_group=1, tie_word_embeddings=False)
+        DeepseekV3Config(
+            **sizes,
+            n_group=1,
+            topk_group=1,
+            num_nextn_predict_layers=1,
+            tie_word_embeddings=False,
+        )
     )
 
 
@@ -259,6 +265,8 @@ def _minimax_m2() -> Any:
     from transformers import MiniMaxM2Config, MiniMaxM2ForCausalLM
 
     sizes = BASE | {"intermediate_size": 32, "num_local_experts": 4, "num_experts_per_tok": 2}
+    # As published configs have it; vLLM reads it.
+    sizes["rotary_dim"] = BASE["head_dim"]
     return MiniMaxM2ForCausalLM(MiniMaxM2Config(**sizes, tie_word_embeddings=False))
 
 
@@ -407,7 +415,23 @@ MAKERS: dict[str, Callable[[], Any]] = {
 REFUSED: dict[str, Callable[[], Any]] = {"deepseek_v4": _deepseek_v4}
 # Published checkpoints of these carry a predictor of their own, with an embedding's and norm's
 # names.
-WITH_MTP = ("qwen3_5", "qwen3_5_moe", "deepseek_v3")
+MTP = {
+    "mtp.norm.weight": (64,),
+    "mtp.embed_tokens.weight": (VOCAB, 64),
+    "mtp.fc.weight": (64, 128),
+}
+NEXT = f"model.layers.{LAYERS}"  # DeepSeek's: a layer behind the last
+WITH_MTP: dict[str, dict[str, tuple[int, ...]]] = {
+    "qwen3_5": MTP,
+    "qwen3_5_moe": MTP,
+    "deepseek_v3": {
+        f"{NEXT}.enorm.weight": (64,),
+        f"{NEXT}.embed_tokens.weight": (VOCAB, 64),
+        f"{NEXT}.eh_proj.weight": (64, 128),
+        f"{NEXT}.shared_head.norm.weight": (64,),
+        f"{NEXT}.shared_head.head.weight": (VOCAB, 64),
+    },
+}
 
 
 def build(kind: str) -> Any:
@@ -427,14 +451,7 @@ def save(folder: Path, kind: str) -> Path:
     """A checkpoint without tokenizer."""
     build(kind).save_pretrained(folder)
     if kind in WITH_MTP:
-        add_tensors(
-            folder,
-            {
-                "mtp.norm.weight": (64,),
-                "mtp.embed_tokens.weight": (VOCAB, 64),
-                "mtp.fc.weight": (64, 128),
-            },
-        )
+        add_tensors(folder, WITH_MTP[kind])
     return folder
 
 
