@@ -18,7 +18,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dspark.cache.errors import DamagedCacheError, DataError, EngineError, ExistsError
+from dspark.cache.errors import (
+    DamagedCacheError,
+    DataError,
+    EngineError,
+    ExistsError,
+    MismatchError,
+)
 from dspark.cache.files.atomic import write_file
 from dspark.cache.files.calibration import codec_info
 from dspark.cache.files.lock import OLD, Lock
@@ -119,6 +125,7 @@ def _dump(
                     f"{config.output / 'index'} was missing or damaged; it was rebuilt "
                     "from the parts"
                 )
+            check_unchanged(job, stored)
             # Stopped between the end of the store and theirs.
             if config.regenerate and answers.folder.exists():
                 answers.join(scan_parts(config.output))
@@ -174,6 +181,23 @@ def mended(store: Where) -> bool:
         rebuild(store)
         return True
     return False
+
+
+def check_unchanged(job: Job, stored: Manifest) -> None:
+    """Raise MismatchError, naming the part, where rows of a finished store are others by now. Reads
+    the corpus only where a file's checksum has changed.
+    """
+    before, now = ([s.sha256 for s in m.sources] for m in (stored, job.manifest))
+    if before == now:
+        return
+    committed = scan_parts(job.config.output)
+    for reader in sources_reader(job, log.info).readers:
+        for part, _ in reader.blocks(committed):
+            raise MismatchError(
+                f"{job.config.output} is complete, and {reader.corpus.id} has changed since: rows "
+                f"from {part.row_start:,} on are in none of its parts. Dump them into a store of "
+                "their own and join the two with dspark-tools merge, or give --overwrite."
+            )
 
 
 def continued(job: Job, stored: Manifest) -> Job:

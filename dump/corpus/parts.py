@@ -165,8 +165,9 @@ class PartReader:
             f"{self.corpus.id}: rows {part.row_start:,}-{part.row_stop - 1:,} are not the "
             f"ones that part {part.index} was made from (rows "
             f"{record.row_start:,}-{record.row_stop - 1:,}, sha256 {record.rows_sha256}; "
-            f"found {part.rows_sha256}). Restore the rows, or delete the part's folder in "
-            "parts/ to rebuild it from the new ones."
+            f"found {part.rows_sha256}). Restore the rows. To rebuild the part from the new ones, "
+            "delete its folder in parts/, if the store is complete run dspark-tools verify "
+            "--drop-damaged, and --resume."
         )
 
     def _collect(self, part: PartRows, row: Row, made: Made) -> None:

@@ -171,6 +171,40 @@ def test_a_changed_row_matters_where_it_was_used(config: DumpConfig, show: Displ
         dump(again, show)
 
 
+def test_a_whole_store_says_that_its_corpus_has_changed(
+    config: DumpConfig, show: Display, capsys: pytest.CaptureFixture[str]
+) -> None:
+    dump(config, show)
+    before = files(config.output)
+    data, parts = Path(str(config.data)), sorted((config.output / "parts").glob("[0-9]*"))
+    lines, rows = data.read_text().splitlines(), read_manifest(config.output).dump.block_rows
+    again = dataclasses.replace(config, resume=True)
+
+    def resumed(new: list[str]) -> None:
+        data.write_text("\n".join(new) + "\n")
+        dump(again, show, no_engine)
+
+    chat = json.loads(lines[rows])
+    resumed(
+        [*lines[:rows], json.dumps(chat, indent=None, separators=(",", ":")), *lines[rows + 1 :]]
+    )
+    assert "nothing to resume" in capsys.readouterr().err.replace("\n", " ")
+    chat["messages"][0]["content"] += " mat"
+    with pytest.raises(MismatchError, match="are not the ones that part 1 was made from"):
+        resumed([*lines[:rows], json.dumps(chat), *lines[rows + 1 :]])
+    with pytest.raises(MismatchError, match="is complete, and .* are in none of its parts"):
+        resumed([*lines, *(lines * (2 + rows * len(parts) // len(lines)))])
+    with pytest.raises(MismatchError, match="the corpus ends before them|are not the ones"):
+        resumed(lines[: -rows - 1])
+    assert files(config.output) == before
+    # What the message advises.
+    remove(parts[1])
+    drop_damaged(config.output, verify(config.output))
+    data.write_text("\n".join([*lines[:rows], json.dumps(chat), *lines[rows + 1 :]]) + "\n")
+    assert dump(again, show)["complete"]
+    assert verify(config.output).ok
+
+
 def test_an_index_that_is_gone_is_made_again(config: DumpConfig, show: Display) -> None:
     dump(config, show)
     before = files(config.output)
