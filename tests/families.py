@@ -158,7 +158,7 @@ def _llama4() -> Any:
     more = {
         "intermediate_size_mlp": 96,
         "num_local_experts": 4,
-        "attention_chunk_size": 64,
+        "attention_chunk_size": 128,
         "tie_word_embeddings": False,
     }
     return Llama4ForCausalLM(Llama4TextConfig(**(BASE | {"intermediate_size": 32}), **more))
@@ -265,8 +265,8 @@ def _minimax_m2() -> Any:
     from transformers import MiniMaxM2Config, MiniMaxM2ForCausalLM
 
     sizes = BASE | {"intermediate_size": 32, "num_local_experts": 4, "num_experts_per_tok": 2}
-    # As published configs have it; vLLM reads it.
-    sizes["rotary_dim"] = BASE["head_dim"]
+    # As published configs have them; vLLM reads them.
+    sizes |= {"rotary_dim": BASE["head_dim"], "scoring_func": "sigmoid"}
     return MiniMaxM2ForCausalLM(MiniMaxM2Config(**sizes, tie_word_embeddings=False))
 
 

@@ -27,6 +27,7 @@ from dump_runs import WORDS, files
 
 from dump_targets import chat
 
+KILLS = 20  # of --overwrite
 SMALL = ["--num-layers", "1", "--block-size", "3", "--markov-rank", "4", "--max-anchors", "16"]
 SMALL += ["--rows-per-step", "1", "--total-seq-len", "256", "--recipe", "none", "--device", "cpu"]
 PARTS = ["--codec", "rotated-4-4", "--part-tokens", "4000", "--device", "cpu"]
@@ -137,8 +138,8 @@ def changed_store(folder: Path) -> None:
 
 
 def overwrite(folder: Path) -> None:
-    """``--overwrite`` killed 20 times at a random moment; every other time ``--resume`` instead
-    must not be refused forever: the last ``--overwrite`` ends, with the bytes of a fresh dump.
+    """``--overwrite`` killed 20 times at a random moment; after every fifth kill one that is left
+    alone must end with the bytes of a fresh dump.
     """
     dumped(folder, 300)
     want = files(folder / "hs.zarr")
@@ -146,19 +147,24 @@ def overwrite(folder: Path) -> None:
     began = time.monotonic()
     assert ran(folder, "dump", *flags, "--overwrite", lines=1) == 0
     whole, rng = time.monotonic() - began, random.Random(20)
-    killed = equal = 0
-    for number in range(20):
+    killed = tries = equal = 0
+    while killed < KILLS and tries < 4 * KILLS:
+        began = time.monotonic()
         process = command(folder, "dump", *flags, "--overwrite")
-        time.sleep(rng.uniform(0.4, 1.05) * whole)
+        time.sleep(rng.uniform(0.4, 1.0) * whole)
         process.kill()
         said = process.communicate()[0].strip().splitlines()
-        killed += process.returncode == -9
-        print(f"  kill {number}: {process.returncode}, {said[-1:]}"[:200], flush=True)
-        if number % 5 == 4:
+        tries += 1
+        print(f"  try {tries}: {process.returncode}, {said[-1:]}"[:200], flush=True)
+        if process.returncode != -signal.SIGKILL:
+            whole = min(whole, time.monotonic() - began)  # it has ended before
+            continue
+        killed += 1
+        if killed % 5 == 0:
             code = ran(folder, "dump", *flags, "--overwrite", lines=1)
             equal += code == 0 and files(folder / "hs.zarr") == want
     left = sorted(p.name for p in folder.iterdir())
-    print(f"  killed {killed} of 20, stores equal {equal} of 4; in the folder: {left}")
+    print(f"  killed {killed} of {tries}, equal {equal} of {killed // 5}; in the folder: {left}")
 
 
 def hangup(folder: Path) -> None:
