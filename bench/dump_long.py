@@ -29,23 +29,7 @@ from dspark.dump.config import DumpConfig
 from dspark.dump.progress import Display
 from dspark.dump.run import dump
 from dump_targets import chat, save_target
-
-WORDS = [
-    "the",
-    "cat",
-    "sat",
-    "on",
-    "mat",
-    "and",
-    "says",
-    "hello",
-    "one",
-    "two",
-    "three",
-    "to",
-    "a",
-    "user",
-]
+from words import WORDS
 
 
 def corpus(path: Path, rows: int) -> Path:

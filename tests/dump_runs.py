@@ -14,24 +14,7 @@ from dspark.cache.codec.base import Codec
 from dspark.cache.records import TokenSample
 from dspark.dump.engines.engine import Captured, Engine
 from dump_targets import chat
-
-WORDS = [
-    "the",
-    "cat",
-    "sat",
-    "on",
-    "the",
-    "mat",
-    "and",
-    "says",
-    "hello",
-    "one",
-    "two",
-    "three",
-    "to",
-    "a",
-    "user",
-]
+from words import WORDS
 
 
 def corpus(rows: int, seed: int = 0) -> list[dict[str, Any]]:

@@ -23,9 +23,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from dump_runs import WORDS, files
+from dump_runs import files
 
 from dump_targets import chat
+from words import WORDS
 
 KILLS = 20  # of --overwrite
 SMALL = ["--num-layers", "1", "--block-size", "3", "--markov-rank", "4", "--max-anchors", "16"]

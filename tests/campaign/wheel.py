@@ -18,6 +18,10 @@ import tempfile
 import time
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from words import WORDS
+
 CHECKOUT = Path(__file__).resolve().parents[2]
 ROWS = 40
 TARGET = """
@@ -33,30 +37,13 @@ save_target(Path("target"))
 
 def chats() -> str:
     """Rows that are long enough for a draft's blocks."""
-    words = [
-        "the",
-        "cat",
-        "sat",
-        "on",
-        "the",
-        "mat",
-        "and",
-        "says",
-        "hello",
-        "one",
-        "two",
-        "three",
-        "to",
-        "a",
-        "user",
-    ]
     out = []
     for i in range(ROWS):
-        said = " ".join(words[(i * 3 + j * (i % 4 + 1)) % len(words)] for j in range(24))
+        said = " ".join(WORDS[(i * 3 + j * (i % 4 + 1)) % len(WORDS)] for j in range(24))
         out.append(
             {
                 "messages": [
-                    {"role": "user", "content": f"say {words[i % 15]}"},
+                    {"role": "user", "content": f"say {WORDS[i % len(WORDS)]}"},
                     {"role": "assistant", "content": said},
                 ]
             }
