@@ -6,11 +6,11 @@ differs.
 
 On two GPUs, ``--sizes 1,2`` compares one engine on one GPU with two on two (issue: >= 1.9 times).
 On one GPU, size 2 runs two engines there, for targets so small that Python limits one. Each size is
-a whole ``dspark-dump`` of its own;
-size 1 runs twice, so that an engine's own run-to-run noise is known. Ids, masks and order must be
-equal in all stores;
-``difference`` is that of states, relative to a token's state. Writes bench/results/NAME.json
-after every run.
+a whole ``dspark-dump`` of its own; the first size runs alone, and again (``noise``), so that an
+engine's own run-to-run noise is known. That and plain prefill run on GPUs that the second size
+leaves free, if there are two. Ids, masks and order must be equal in all stores; ``difference`` is
+that of states, relative to a token's state. Later dumps take the first one's calibration. Writes
+bench/results/NAME.json after every run.
 """
 
 from __future__ import annotations
@@ -19,10 +19,13 @@ import argparse
 import contextlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +35,7 @@ from dump_vllm import copied, steps_of
 
 import dspark.cache
 from common import write
+from dspark.cache.files.layout import CALIBRATION
 from dspark.dump.checks.coded import by_state
 from dspark.dump.config import DumpConfig
 from dspark.dump.job import part_reader, prepare
@@ -137,8 +141,10 @@ def plain_command(args: argparse.Namespace, data: str, scratch: Path) -> list[st
     ]
 
 
-def start(call: list[str], gpu: int | None = None) -> subprocess.Popen[str]:
-    env = os.environ if gpu is None else os.environ | {"CUDA_VISIBLE_DEVICES": str(gpu)}
+def start(call: list[str], gpus: Sequence[int] = ()) -> subprocess.Popen[str]:
+    """``gpus``: those it may use; none: all."""
+    chosen = {"CUDA_VISIBLE_DEVICES": ",".join(map(str, gpus))} if gpus else {}
+    env = os.environ | chosen
     return subprocess.Popen(call, stdout=subprocess.PIPE, text=True, env=env)
 
 
@@ -155,6 +161,44 @@ def rate(printed: str) -> float:
         with contextlib.suppress(ValueError):
             return float(line)
     raise SystemExit(f"plain prefill printed no rate:\n{printed[-2000:]}")
+
+
+class Compared:
+    """Dumps of the same rows, each against the first, whose calibration (if any) all others
+    take.
+    """
+
+    def __init__(self, args: argparse.Namespace, data: str, scratch: Path) -> None:
+        self.args, self.data, self.scratch = args, data, scratch
+        self.first: Path | None = None
+
+    def dump(self, size: int, gpus: Sequence[int] = (), name: str = "") -> dict[str, Any]:
+        output = self.scratch / f"{name or size}.zarr"
+        call = command(self.args, self.data, output, size)
+        if self.first is not None and (learnt := self.first / CALIBRATION).exists():
+            call += ["--calibration", str(learnt)]
+        began = time.monotonic()
+        found = figures(size, ended(start(call, gpus)), time.monotonic() - began)
+        if self.first is None:
+            self.first = output
+        else:
+            found["difference"] = difference(self.first, output)
+            shutil.rmtree(output)
+        return found
+
+    def noise(self, gpus: list[int]) -> dict[str, Any]:
+        """The first dump again, for its states, not for its rate, and plain prefill: at the same
+        time if there are two GPUs.
+        """
+        if self.args.engine != "vllm":
+            return {"noise": self.dump(1, name="again")}
+        plain = plain_command(self.args, self.data, self.scratch)
+        if len(gpus) < 2:
+            again = self.dump(1, name="again")
+            return {"noise": again, "prefill_tokens_per_s": rate(ended(start(plain)))}
+        running = start(plain, gpus[-1:])
+        again = self.dump(1, gpus[:1], name="again")
+        return {"noise": again, "prefill_tokens_per_s": rate(ended(running))}
 
 
 def main() -> None:
@@ -185,25 +229,25 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=args.scratch) as folder:
         scratch = Path(folder)
         data = copied(args.data, args.rows, args.copies, scratch / "rows.jsonl")
-        plain = None
-        for k, size in enumerate([sizes[0], *sizes]):
-            began = time.monotonic()
-            running = start(command(args, data, scratch / f"{k}.zarr", size))
-            # The repeated run is measured for its states, not for its rate: the other GPU is free
-            # meanwhile.
-            if k == 1 and args.engine == "vllm" and gpus > 1:
-                plain = start(plain_command(args, data, scratch), gpus - 1)
-            found = figures(size, ended(running), time.monotonic() - began)
-            results["runs"].append(found)
-            if k:
-                found["difference"] = difference(scratch / "0.zarr", scratch / f"{k}.zarr")
-                found["times_one_engine"] = (
-                    found["tokens_per_s"] / results["runs"][0]["tokens_per_s"]
-                )
+        compared = Compared(args, data, scratch)
+        once, *more = sizes
+        results["runs"].append(compared.dump(once))
+        write(args.name, about, results, show=False)
+        spare = list(range(max(more[:1], default=0), gpus))
+        if len(spare) < 2:
+            results |= compared.noise(list(range(gpus)))
             write(args.name, about, results, show=False)
-            if k == 1 and args.engine == "vllm":
-                plain = plain or start(plain_command(args, data, scratch))
-                results["prefill_tokens_per_s"] = rate(ended(plain))
+        for size in more:
+            if "noise" in results:
+                found = compared.dump(size)
+            else:  # on GPUs that this size leaves free
+                with ThreadPoolExecutor(1) as beside:
+                    noise = beside.submit(compared.noise, spare)
+                    found = compared.dump(size, range(size))
+                    results |= noise.result()
+            found["times_one_engine"] = found["tokens_per_s"] / results["runs"][0]["tokens_per_s"]
+            results["runs"].append(found)
+            write(args.name, about, results, show=False)
         for found in results["runs"]:
             if "prefill_tokens_per_s" in results:
                 found["ratio_to_prefill"] = found["tokens_per_s"] / results["prefill_tokens_per_s"]

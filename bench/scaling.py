@@ -8,11 +8,15 @@ ddp,zero,fsdp2 four runs: one process, and each on two python bench/scaling.py -
 --work DIR --shape tiny --device cpu a dry run through gloo
 
 Without ``--cache`` a store of random states of the shape is written first. Each run is a
-``torchrun`` of its own; its first rows, which compile, are left out of the speed. Writes
-bench/results/scaling.json: a row a run, with ``gpus``, ``strategy``, ``tokens_per_s``, ``speedup``,
+``torchrun`` of its own; its first rows, which compile, are left out of the speed. Its last
+window of steps is profiled (``bench/scaling_profile.py``) and left out too. ``--before FILE``: one
+process's figures from an earlier call on the same machine, so that they are not measured twice.
+Writes bench/results/scaling.json: a row a run, with ``gpus``, ``strategy``, ``tokens_per_s``,
+``speedup``,
 ``curve_difference`` (largest relative difference of a logged loss from one process's),
-``windows_ms`` (a step's, by logged window), ``peak_gb`` (of the rank with the largest; GPUs only)
-and ``hours``, what ``--samples`` of ``--mean-tokens`` take for ``--epochs`` at that speed.
+``windows_ms`` (a step's, by logged window), ``peak_gb`` (of the rank with the largest; GPUs only),
+``profile`` (of the rank whose communication took least, it waited for no other) and ``hours``, what
+``--samples`` of ``--mean-tokens`` take for ``--epochs`` at that speed.
 
 ``apart`` is the most that this host can give: each training has a rank's rows per step and nothing
 to send. What it falls short of N times is slower GPUs (a step of several lasts as long as the
@@ -155,7 +159,8 @@ def command(
     args: argparse.Namespace, output: Path, strategy: str, processes: int, rows: int
 ) -> list[str]:
     """A training of ``rows`` rows per step into ``output``."""
-    shutil.rmtree(output, ignore_errors=True)
+    for old in (output, output.with_suffix(".profile")):
+        shutil.rmtree(old, ignore_errors=True)
     flags = [
         "--cache",
         args.cache,
@@ -189,7 +194,9 @@ def command(
             str(processes),
         ]
         chosen = ["--strategy", strategy]
-    return [sys.executable, *launcher, "-m", "dspark.train", *chosen, *map(str, flags)]
+    profiled = [Path(__file__).with_name("scaling_profile.py"), output.with_suffix(".profile")]
+    program = [*profiled, args.steps - args.log_every, args.steps]
+    return [sys.executable, *launcher, *map(str, program), *chosen, *map(str, flags)]
 
 
 def run(args: argparse.Namespace, gpus: int, strategy: str) -> dict[str, Any]:
@@ -217,7 +224,12 @@ def run(args: argparse.Namespace, gpus: int, strategy: str) -> dict[str, Any]:
         [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
         for output in outputs
     ]
-    # The last row's window ends with the export; the first ones compile.
+    profiles = [
+        json.loads(file.read_text())
+        for output in outputs
+        for file in sorted(output.with_suffix(".profile").glob("*.json"))
+    ]
+    # The last row's window is profiled and ends with the export; the first ones compile.
     steady = [[r for r in rows if "tokens_per_second" in r][2:-1] or rows[-1:] for rows in metrics]
     speeds = [statistics.median(r["tokens_per_second"] for r in rows) for rows in steady]
     return {
@@ -232,6 +244,7 @@ def run(args: argparse.Namespace, gpus: int, strategy: str) -> dict[str, Any]:
         "seconds": time.perf_counter() - started,
         "loss": [r["loss"] for r in metrics[0]],
         "grad_norm": [r["grad_norm"] for r in metrics[0]],
+        "profile": min(profiles, key=lambda p: p["communication"]),
     }
 
 
@@ -279,6 +292,7 @@ def main() -> None:
         "--gpus", default="1,2", type=lambda text: [int(n) for n in text.split(",")]
     )
     parser.add_argument("--strategies", default=",".join(STRATEGIES), help="also: apart")
+    parser.add_argument("--before", type=Path, help="results with one process's figures")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--steps", type=int, default=34)
     parser.add_argument("--log-every", type=int, default=8, help="steps of a timed window")
@@ -315,11 +329,15 @@ def main() -> None:
         args.cache = args.work / f"random-{args.shape}.zarr"
         if not args.cache.exists():
             write_store(args.cache, shape, args.rows, 512 if args.shape == "tiny" else 4096)
-    runs = [(1, "one")]
-    for strategy in args.strategies.split(","):
-        runs += [(n, strategy) for n in args.gpus if n > 1 or strategy == "fsdp2"]
     results: list[dict[str, Any]] = []
-    config = {k: str(v) for k, v in vars(args).items() if k not in ("work", "results", "cache")}
+    if args.before:
+        results += [r for r in json.loads(args.before.read_text())["results"] if r["gpus"] == 1][:1]
+    runs = [] if results else [(1, "one")]
+    for strategy in filter(None, args.strategies.split(",")):
+        runs += [(n, strategy) for n in args.gpus if n > 1 or strategy == "fsdp2"]
+    config = {
+        k: str(v) for k, v in vars(args).items() if k not in ("work", "results", "cache", "before")
+    }
     for gpus, strategy in runs:
         r = run(args, gpus, strategy)
         results.append(r)
@@ -331,7 +349,7 @@ def main() -> None:
             r["curve_difference"] = max(differences)
         r["hours"] = hours(r["tokens_per_s"], args.samples, args.mean_tokens, args.epochs)
         # After every run, so that one that is cut short leaves what it measured.
-        write(args.name, config, results, args.results, show=len(results) == len(runs))
+        write(args.name, config, results, args.results, show=(gpus, strategy) == runs[-1])
 
 
 if __name__ == "__main__":
