@@ -70,6 +70,9 @@ def _pool() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(max(1, os.cpu_count() or 1), thread_name_prefix="dspark-shard")
 
 
+os.register_at_fork(after_in_child=_pool.cache_clear)  # a fork has none of its parent's threads
+
+
 class Pieces:
     """Arrays concatenated along their first axis without joining them all: a slice joins only what
     it covers. So a part that is being committed is in memory once, not twice.

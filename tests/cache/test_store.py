@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import multiprocessing
 import pickle
 from pathlib import Path
 
@@ -395,6 +396,26 @@ def test_one_flipped_bit_of_an_unpacked_chunk_is_named(tmp_path: Path, byte: int
             shard.read(start, stop)
     np.testing.assert_array_equal(shard.read(0, 128), data[:128])
     np.testing.assert_array_equal(shard.read(256, 300), data[256:])
+
+
+@pytest.mark.filterwarnings("ignore:.*use of fork.*:DeprecationWarning")
+def test_a_fork_of_a_process_that_wrote_can_write(tmp_path: Path) -> None:
+    """It has none of the threads that compressed for its parent."""
+    from dspark.cache.files.layout import StoredArray
+    from dspark.cache.files.shard import write_shard
+
+    data = np.arange(4000, dtype=np.uint8).reshape(2000, 2)
+    spec = StoredArray("x", (2000, 2), "uint8", 100, 0, 1)
+    write_shard(tmp_path / "own", spec, data)
+    child = multiprocessing.get_context("fork").Process(
+        target=write_shard, args=(tmp_path / "child", spec, data)
+    )
+    child.start()
+    child.join(20)
+    hangs = child.is_alive()
+    child.kill()
+    assert not hangs
+    assert (tmp_path / "child").read_bytes() == (tmp_path / "own").read_bytes()
 
 
 def test_the_residue_is_that_of_every_sum() -> None:
