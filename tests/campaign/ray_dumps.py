@@ -1,5 +1,6 @@
 """Dumps of a tiny target by ``--ray 2`` and ``--ray 3`` on this machine, whose processes are killed
-(kill -9) at random moments; the store must be that of one writer.
+(kill -9) at random moments. Each store must be that of one writer; more are made until KILLS have
+been.
 
     python tests/campaign/ray_dumps.py [KILLS] [SEED]
 
@@ -21,6 +22,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+import ray
 from dump_runs import files
 from dumps import whole_dump
 
@@ -53,7 +55,7 @@ class Killer(threading.Thread):
     def run(self) -> None:
         while self.killed < self.left:
             time.sleep(self.rng.uniform(0.2, 1.0) * self.seconds)
-            if found := working():
+            if self.killed < self.left and (found := working()):
                 os.kill(self.rng.choice(found), signal.SIGKILL)
                 self.killed += 1
 
@@ -63,17 +65,21 @@ def campaign(folder: Path, kills: int, seed: int) -> dict[str, object]:
     whole = whole_dump(folder, 60)
     dump(whole, Display())
     want = files(folder / "whole.zarr")
-    killed = []
-    for count in (2, 3):
-        output = folder / f"ray-{count}.zarr"
-        killer = Killer(kills // 2, 8.0, rng)
-        killer.start()
-        out = actors.dump(dataclasses.replace(whole, output=output, ray=count), Display())
-        killer.left = 0
-        assert out["complete"]
-        assert files(output) == want, count
-        killed.append(killer.killed)
-    return {"actors": [2, 3], "killed": killed, "identical": True}
+    out: dict[str, object] = {"ray": ray.__version__, "actors": [2, 3]}
+    for count, most in ((2, kills // 2), (3, kills - kills // 2)):
+        killed = stores = 0
+        while killed < most:
+            output = folder / f"ray-{count}-{stores}.zarr"
+            killer = Killer(most - killed, 8.0, rng)
+            killer.start()
+            found = actors.dump(dataclasses.replace(whole, output=output, ray=count), Display())
+            killer.left = 0
+            killer.join()
+            assert found["complete"]
+            assert files(output) == want, output
+            killed, stores = killed + killer.killed, stores + 1
+        out[f"killed of {count}"], out[f"stores of {count}"] = killed, stores
+    return {**out, "identical": True}
 
 
 if __name__ == "__main__":

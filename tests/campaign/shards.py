@@ -1,5 +1,5 @@
 """``make campaign``: 1, 2 and 4 shards of a tiny target's dump, into one store and into stores of
-their own, one of them killed (kill -9) at random moments.
+their own; then one of four, killed (kill -9) at random moments.
 
     python tests/campaign/shards.py [KILLS] [SEED]
 
@@ -26,56 +26,90 @@ from dumps import attempt, whole_dump
 from dspark.cache.errors import MismatchError
 from dspark.cache.merge import merge
 from dspark.cache.verify import verify
+from dspark.cache.writer import scan_parts
+from dspark.dump.config import DumpConfig
+
+
+def killed_shard(config: DumpConfig, seconds: float, kills: int, rng: random.Random) -> list[int]:
+    """Run a shard to its end, killed up to ``kills`` times within ``seconds`` of its start; the
+    parts of its store at each kill, -1 where there was no store.
+    """
+    parts: list[int] = []
+    while code := attempt(config, rng.random() * seconds if len(parts) < kills else None):
+        assert code == -9, (config.output, code)
+        parts.append(len(scan_parts(config.output)) if config.output.exists() else -1)
+    return parts
+
+
+def missing(folder: Path, own: list[Path], lacks: int) -> str:
+    """What a merge without the store of one shard says; it must name rows of that shard alone."""
+    try:
+        merge(folder / "lacking.zarr", own[:lacks] + own[lacks + 1 :])
+    except MismatchError as error:
+        refused = str(error)
+    else:
+        raise AssertionError(f"a merge without shard {lacks} was not refused")
+    attributes = json.loads((own[0] / "zarr.json").read_text())["attributes"]
+    block = attributes["dspark"]["plan"]["run"]["block_rows"]
+    rows = [int(n) for n in re.findall(r"(\d+)-\d+", refused)]
+    assert rows, refused
+    assert all(row // block % len(own) == lacks for row in rows), refused
+    assert not (folder / "lacking.zarr").exists()
+    return refused.removeprefix(f"{folder}/")
 
 
 def campaign(folder: Path, kills: int, seed: int) -> dict[str, object]:
-    """Every count of shards both ways; the first shard of four is killed ``kills`` times."""
+    """Every count of shards both ways. Then the first shard of four is killed ``kills`` times, half
+    of them in a store that it shares, half in its own; a store that is whole is compared, and the
+    next begun.
+    """
     rng = random.Random(seed)
     whole = whole_dump(folder, 80)
-    began = time.monotonic()
     assert attempt(whole, None) == 0
-    unbroken = time.monotonic() - began
     want = files(whole.output)
-    killed = 0
+    out: dict[str, object] = {"parts": len(scan_parts(whole.output))}
     seconds: dict[str, float] = {}
-    refused = ""
+
+    def shard(output: Path, i: int, count: int) -> DumpConfig:
+        return dataclasses.replace(whole, output=output, shard=f"{i}/{count}")
+
     for count in (1, 2, 4):
         together = folder / f"together-{count}.zarr"
         own = [folder / f"own-{count}-{i}.zarr" for i in range(count)]
         for outputs in ([together] * count, own):
             for i, output in enumerate(outputs):
-                config = dataclasses.replace(whole, output=output, shard=f"{i}/{count}")
-                left = kills // 2 if (count, i) == (4, 0) else 0
-                while True:
-                    code = attempt(config, rng.random() * unbroken if left else None)
-                    if code == 0:
-                        break
-                    assert code == -9, (output, code)
-                    killed, left = killed + 1, left - 1
+                began = time.monotonic()
+                assert attempt(shard(output, i, count), None) == 0
+                seconds["one shard of four"] = time.monotonic() - began
         assert files(together) == want, together
-        if count == 4:
-            try:
-                merge(folder / "lacking.zarr", own[:1] + own[2:])
-            except MismatchError as error:
-                refused = str(error)
-            rows = [int(n) for n in re.findall(r"(\d+)-\d+", refused)]
-            block = json.loads((own[0] / "zarr.json").read_text())["attributes"]["dspark"]["plan"][
-                "run"
-            ]["block_rows"]
-            assert rows, refused
-            assert all(row // block % 4 == 1 for row in rows), refused
-            assert not (folder / "lacking.zarr").exists()
         began = time.monotonic()
         merge(folder / f"merged-{count}.zarr", own)
-        seconds[f"merge of {count}"] = round(time.monotonic() - began, 2)
+        seconds[f"merge of {count}"] = time.monotonic() - began
         assert files(folder / f"merged-{count}.zarr") == want
         assert verify(folder / f"merged-{count}.zarr").ok
+    out["a shard is missing"] = missing(folder, own, 1)
+    for name, most in (("one store", kills - kills // 2), ("its own store", kills // 2)):
+        found: list[int] = []
+        stores = 0
+        while len(found) < most:
+            shared = name == "one store"
+            output, joined = (folder / f"{name} {stores}{x}.zarr" for x in ("", " joined"))
+            left, alone = most - len(found), seconds["one shard of four"]
+            found += killed_shard(shard(output, 0, 4), alone, left, rng)
+            if shared:
+                for i in (1, 2, 3):
+                    assert attempt(shard(output, i, 4), None) == 0
+            else:
+                merge(joined, [output, *own[1:]])
+            assert files(output if shared else joined) == want, (output, found)
+            stores += 1
+        out[f"killed, {name}"] = len(found)
+        out[f"parts when killed, {name}"] = found
+        out[f"stores, {name}"] = stores
     return {
-        "parts": len({n.split("/")[1] for n in want if n.startswith("parts/0")}),
-        "killed": killed,
+        **out,
         "identical": True,
-        "refused": refused,
-        "seconds": seconds,
+        "seconds": {name: round(value, 2) for name, value in seconds.items()},
     }
 
 

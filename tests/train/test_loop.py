@@ -24,7 +24,7 @@ import stores
 from dspark.cache import errors
 from dspark.cache.reader import open as open_store
 from dspark.train.config import TrainConfig
-from dspark.train.data.stream import Stream, pack, rng, split
+from dspark.train.data.stream import Packed, Stream, pack, rng, split
 from dspark.train.loop import train
 from dspark.train.optim.adamw import MasterAdamW
 from dspark.train.optim.base import AdamSettings, Snapshot, learning_rate
@@ -257,7 +257,15 @@ def test_a_snapshot_names_the_tensor_that_is_not_finite() -> None:
 
 
 def test_pack_is_next_fit_and_keeps_the_order() -> None:
-    assert pack([0, 1, 2, 3, 4], np.array([5, 6, 3, 9, 1]), 10) == [[0], [1, 2], [3, 4]]
+    rows = pack([0, 1, 2, 3, 4], np.array([5, 6, 3, 9, 1]), 10)
+    assert list(rows) == [[0], [1, 2], [3, 4]]
+    assert list(rows.ordered(np.array([2, 0, 1]))) == [[3, 4], [0], [1, 2]]
+    two = Packed.joined([rows.first(2), rows.first(1)])
+    assert list(two) == [[0], [1, 2], [0]]
+    assert two.taken.tolist() == [0, 1, 2, 0]
+    assert two[-1] == [0]
+    assert list(two[1:]) == [[1, 2], [0]]
+    assert list(pack([], np.array([5]), 8)) == []
     with pytest.raises(errors.UsageError, match="raise it to at least 9"):
         pack([3], np.array([5, 6, 3, 9, 1]), 8)
 

@@ -18,7 +18,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 import torch
@@ -56,9 +56,56 @@ def split(
     return np.flatnonzero(~held_out), np.flatnonzero(held_out)
 
 
-def pack(
-    order: Sequence[int] | rules.Int64, lengths: rules.Int64, total_seq_len: int
-) -> list[list[int]]:
+class Packed(Sequence[list[int]]):
+    """Rows of sample indices, as two arrays: row ``i`` holds ``samples[starts[i]:starts[i + 1]]``.
+    As lists, the rows of a million samples would take a second to make, and as long in every
+    reader.
+    """
+
+    def __init__(self, samples: rules.Int64, starts: rules.Int64) -> None:
+        self.samples, self.starts = samples, starts
+
+    def __len__(self) -> int:
+        return len(self.starts) - 1
+
+    @overload
+    def __getitem__(self, i: int) -> list[int]: ...
+    @overload
+    def __getitem__(self, i: slice) -> Sequence[list[int]]: ...
+    def __getitem__(self, i: int | slice) -> list[int] | Sequence[list[int]]:
+        if isinstance(i, slice):
+            return [self[k] for k in range(*i.indices(len(self)))]
+        if not -len(self) <= i < len(self):
+            raise IndexError(i)
+        i %= len(self)
+        row: list[int] = self.samples[self.starts[i] : self.starts[i + 1]].tolist()
+        return row
+
+    @property
+    def taken(self) -> rules.Int64:
+        """All samples in the rows, row after row."""
+        return self.samples[: self.starts[-1]]
+
+    def first(self, rows: int | None) -> Packed:
+        """Return the first ``rows`` rows; all for None."""
+        return self if rows is None else Packed(self.samples, self.starts[: rows + 1])
+
+    def ordered(self, order: rules.Int64) -> Packed:
+        """Return the rows in ``order``."""
+        sizes = np.diff(self.starts)[order]
+        starts = np.concatenate([[0], np.cumsum(sizes)])
+        within = np.arange(starts[-1]) - np.repeat(starts[:-1], sizes)
+        return Packed(self.samples[np.repeat(self.starts[order], sizes) + within], starts)
+
+    @classmethod
+    def joined(cls, parts: Sequence[Packed]) -> Packed:
+        """Return the rows of all, one after another."""
+        samples = np.concatenate([p.taken for p in parts])
+        sizes = np.concatenate([np.diff(p.starts) for p in parts])
+        return cls(samples, np.concatenate([[0], np.cumsum(sizes)]))
+
+
+def pack(order: Sequence[int] | rules.Int64, lengths: rules.Int64, total_seq_len: int) -> Packed:
     """Pack samples in ``order`` into rows of at most ``total_seq_len`` tokens. Next-fit, so a row
     holds neighbours in the order.
     """
@@ -70,17 +117,14 @@ def pack(
             f"sample {i} has {lengths[i]} tokens, more than --total-seq-len {total_seq_len}; "
             f"raise it to at least {lengths[i]}"
         )
-    # For every sample: the first one that no longer fits into a row beginning with it. A million
-    # samples take half a second.
+    # For every sample: the first one that no longer fits into a row beginning with it.
     ends = np.cumsum(own)
     after = np.searchsorted(ends, ends - own + total_seq_len, side="right").tolist()
-    given = samples.tolist()
-    rows: list[list[int]] = []
-    at = 0
-    while at < len(given):
-        rows.append(given[at : after[at]])
+    starts, at = [0], 0
+    while at < len(after):
         at = after[at]
-    return rows
+        starts.append(at)
+    return Packed(samples, np.array(starts, np.int64))
 
 
 class Rows(Dataset[Row]):
@@ -174,9 +218,9 @@ class Stream:
             max_anchors,
         )
         self.pad, self.max_rows, self.passes = pad, max_rows, tuple(passes)
-        self._planned: tuple[int, list[list[int]]] | None = None
+        self._planned: tuple[int, Packed] | None = None
 
-    def plan(self, epoch: int) -> list[list[int]]:
+    def plan(self, epoch: int) -> Packed:
         """Return the rows of ``epoch`` as sample indices. Validation keeps the stored order."""
         if self._planned and self._planned[0] == epoch:
             return self._planned[1]
@@ -189,7 +233,7 @@ class Stream:
             for s in range(len(self.cache.stores))
         ]
         rows = by_store[0] if len(by_store) == 1 else self._mixed(epoch, by_store)
-        rows = rows[: self.max_rows]
+        rows = rows.first(self.max_rows)
         self._planned = (epoch, rows)
         return rows
 
@@ -208,17 +252,17 @@ class Stream:
         whole: rules.Int64 = np.concatenate([samples[:0], *orders])
         return whole[begin - first : end - first]
 
-    def _mixed(self, epoch: int, by_store: list[list[list[int]]]) -> list[list[int]]:
+    def _mixed(self, epoch: int, by_store: list[Packed]) -> Packed:
         """Return the rows of all stores, shuffled; for validation, each store's rows are spread
         evenly, so that the first few come from all stores.
         """
-        rows = [row for rows in by_store for row in rows]
+        rows = Packed.joined(by_store)
         if epoch == VALIDATION_EPOCH:
             place = np.concatenate(
                 [(np.arange(len(rows)) + 0.5) / max(len(rows), 1) for rows in by_store]
             )
-            return [rows[i] for i in np.argsort(place, kind="stable")]
-        return [rows[i] for i in rng(self.seed, 4, epoch).permutation(len(rows))]
+            return rows.ordered(np.argsort(place, kind="stable"))
+        return rows.ordered(rng(self.seed, 4, epoch).permutation(len(rows)))
 
     def steps(self, epoch: int) -> int:
         return -(-len(self.plan(epoch)) // self.rows_per_step)

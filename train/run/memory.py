@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+
 from dspark.cache.target import taps
 from dspark.train.draft.config import DraftConfig
 from dspark.train.draft.model import Attention, Mlp
@@ -118,12 +120,11 @@ def _mixture(run: Run) -> str:
     """Return a line per store if there are several: what an epoch takes from each."""
     if len(run.cache.stores) == 1:
         return ""
-    taken = [0] * len(run.cache.stores)
-    lengths = run.cache.lengths
-    for row in run.stream.plan(0):
-        taken[run.cache.of(row[0])] += int(lengths[row].sum())
+    samples = run.stream.plan(0).taken
+    which = np.searchsorted(run.cache.starts, samples, side="right") - 1
+    taken = np.bincount(which, run.cache.lengths[samples], len(run.cache.stores))
     parts = [
-        f"{store.path} {passes:g} times {len(store)} samples ({100 * tokens / sum(taken):.0f} % "
+        f"{store.path} {passes:g} times {len(store)} samples ({100 * tokens / taken.sum():.0f} % "
         "of the tokens)"
         for store, (_, passes), tokens in zip(
             run.cache.stores, run.config.stores, taken, strict=True
