@@ -1,10 +1,13 @@
-"""The weights that bench/learn.py tries, against what they claim to be, and that its variants are
-paired and its calls go on.
+"""What bench/learn.py tries, against what it claims to be; that its variants are paired, its calls
+go on and its processes share the work.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import math
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,13 +20,13 @@ from safetensors.torch import load_file
 import stores
 from dspark.train.data import anchors as rules
 from dspark.train.data.batch import Batch
-from dspark.train.objective.walk import visits
 
 FLAGS = (
     "--recipe none --num-layers 1 --block-size 3 --markov-rank 4 --total-seq-len 128 "
     "--rows-per-step 1 --max-anchors 64 --optimizer muon "
     "--lr 2e-2 --val-fraction 0.3 --no-tensorboard --val-rows 2 --device cpu"
 )
+OWN = ("learn", "learn_board", "learn_lab", "learn_variants", "feed", "common")
 
 
 @pytest.fixture
@@ -32,19 +35,35 @@ def learn(monkeypatch: pytest.MonkeyPatch) -> Any:
     import learn
 
     yield learn
-    for name in ("learn", "feed", "common"):
+    for name in OWN:
         sys.modules.pop(name, None)
 
 
-def row(size: int) -> tuple[Batch, torch.Tensor]:
-    """Two documents with supervised runs, every eligible position an anchor, two blocks of padding;
-    random acceptances.
+@pytest.fixture
+def args(tmp_path: Path) -> argparse.Namespace:
+    stores.write_store(tmp_path / "hs.zarr", [40 + 7 * (i % 9) for i in range(24)])
+    return argparse.Namespace(
+        store=tmp_path / "hs.zarr", out=tmp_path / "out", model=None, seconds=0.0, budget=1e9,
+        rows=5, seeds="0,1", variants="thin,again,twice", ladder="2", pays=-1.0, keep=True,
+        also=["again=", "twice=heads=2 anchors=20 block=failure mix=0.5"], show=False, train=FLAGS,
+        name="learn", results=tmp_path,
+    )  # fmt: skip
+
+
+def trainings(learn: Any, args: argparse.Namespace) -> Any:
+    plan = learn.Plan(args, learn.Board(args.out / "board"))
+    return learn.Trainings(args, plan, lambda text: None)
+
+
+def row(size: int) -> Batch:
+    """Two documents with supervised runs, every eligible position an anchor, two blocks of
+    padding.
     """
     mask = np.zeros(180, np.bool_)
     mask[5:60] = mask[70:100] = mask[100:160] = True
     doc = np.repeat([0, 1, -1], [100, 65, 15]).astype(np.int32)
     can = rules.eligible(mask, doc)
-    batch = Batch.build(
+    return Batch.build(
         input_ids=np.arange(180),
         loss_mask=mask,
         doc=doc,
@@ -54,65 +73,154 @@ def row(size: int) -> tuple[Batch, torch.Tensor]:
         block_size=size,
         pad_anchors_to=int(can.sum()) + 2,
     )
-    alpha = (
-        torch.rand(batch.counted.shape, generator=torch.Generator().manual_seed(0)) * batch.counted
-    )
-    return batch, alpha
 
 
-def test_visits_on_the_device_are_the_walks(learn: Any) -> None:
-    batch, alpha = row(4)
-    real = int(batch.anchor_valid.sum())
-    exact = visits(alpha[:real].double().numpy(), batch.anchors[:real].numpy())
-    found = learn.visits_on(alpha, batch)[:real].numpy()
-    np.testing.assert_allclose(found, exact, rtol=1e-4, atol=1e-6)
+def test_failure_is_the_mean_over_the_slots_before(learn: Any) -> None:
+    batch = row(4)
+    alpha = torch.rand(batch.counted.shape, generator=torch.Generator().manual_seed(0))
+    found = sys.modules["learn_variants"].after_failure(alpha * batch.counted, batch)
+    wrong: dict[int, list[float]] = {}
+    for a, b in batch.counted.nonzero().tolist():
+        wrong.setdefault(int(batch.label_index[a, b]), []).append(1 - float(alpha[a, b]))
+    everything = [x for values in wrong.values() for x in values]
+    expected = [
+        float(np.mean(wrong.get(int(anchor), everything)))
+        for anchor in batch.anchors[batch.anchor_valid]
+    ]
+    np.testing.assert_allclose(found[batch.anchor_valid], expected, rtol=1e-5)
 
 
-def test_slot_factors_are_the_derivatives_of_tau(learn: Any) -> None:
-    _, alpha = row(4)
-    alpha.clamp_(0.01, 0.99).requires_grad_()
-    (1 + alpha.cumprod(1).sum(1)).sum().backward()
-    assert alpha.grad is not None
-    decay = torch.ones(4)
-    torch.testing.assert_close(learn.slot_factors("tau", alpha.detach(), decay), alpha.grad)
-    log = alpha.detach().clone().requires_grad_()
-    log.log().sum().backward()
-    assert log.grad is not None
-    torch.testing.assert_close(
-        learn.slot_factors("inverse", alpha.detach().clamp(min=0.05), decay), log.grad.clamp(max=20)
-    )
+def test_changes_are_joined_the_better_first(learn: Any) -> None:
+    joined = sys.modules["learn_variants"].joined
+    assert joined(["ce=0.3 l1=0.7", "thin=1", "kl=0.3", "thin=2"]) == "ce=0.3 l1=0.7 thin=1"
+    assert joined([]) == ""
 
 
-def test_variants_are_paired_and_a_second_call_goes_on(learn: Any, tmp_path: Path) -> None:
-    stores.write_store(tmp_path / "hs.zarr", [40 + 7 * (i % 9) for i in range(24)])
-    args = argparse.Namespace(
-        store=tmp_path / "hs.zarr",
-        budget=1e9,
-        steps=3,
-        rows=3,
-        seeds="0",
-        variants="base,walk",
-        also=["again="],
-        equal_time=False,
-        keep=tmp_path / "kept",
-        train=FLAGS,
-        name="learn",
-        results=tmp_path,
-    )
-    first = learn.experiment(args, lambda text: None)
-    assert [r["name"] for r in first] == ["base", "walk"]
-    args.variants = "base,walk,again"
-    second = learn.experiment(args, lambda text: None)
-    assert second[:2] == first
-    assert {k: second[2][k] for k in ("tau", "walk", "accept_rate")} == {
-        k: first[0][k] for k in ("tau", "walk", "accept_rate")
+def test_principal_parts_keep_the_nearest_neighbours(learn: Any) -> None:
+    torch.manual_seed(0)
+    low = torch.randn(50, 3) @ torch.randn(3, 16)
+    found = sys.modules["learn_variants"].principal(low, 5, 0.02)
+    assert found.shape == (50, 5)
+    assert float(found.std()) == pytest.approx(0.02, rel=1e-3)
+    # three directions hold all: distances are those of the embedding, up to one factor
+    ratio = torch.cdist(found, found) / torch.cdist(low, low).clamp(min=1e-9)
+    off = ~torch.eye(50, dtype=torch.bool)
+    torch.testing.assert_close(ratio[off], ratio[0, 1].expand(off.sum()), rtol=1e-3, atol=0)
+
+
+def test_thinned_rows_have_the_same_gradient_on_average(
+    learn: Any, args: argparse.Namespace
+) -> None:
+    mine = trainings(learn, args)
+    lab, parse = mine.lab, sys.modules["learn_variants"].Variant.parse
+    whole, thin = parse("wsd", "", mine.run), parse("thin", "thin=1", mine.run)
+    held = lab.rows[0]
+    size, chances = held.host.block_size, sys.modules["learn_variants"].chances
+
+    def gradient(v: Any, held: Any) -> torch.Tensor:
+        lab.reset(0, v)
+        lab.learn(v, held)
+        flat = torch.cat([b.gradients.clone() for b in mine.run.optimizer._buckets])
+        mine.run.optimizer.step(0.0)
+        return flat
+
+    exact = gradient(whole, held)
+    anchors = held.host.anchors[held.host.anchor_valid].numpy()
+    some = [held.with_blocks(anchors, 0, chances(thin, size), seed) for seed in range(50)]
+    kept = np.mean([int(h.per_slot.sum()) for h in some]) / int(held.per_slot.sum())
+    assert 0.7 < kept < 0.9  # mean of exp(-k / 4), k < 3: 0.80
+    found = torch.stack([gradient(thin, h) for h in some])
+    apart = float((found - exact).norm(dim=1).mean())
+    assert apart > 0
+    # The mean of 50 draws is some 7 times nearer than one of them.
+    assert float((found.mean(0) - exact).norm()) < 0.3 * apart
+
+
+def test_rows_of_fewer_anchors_share_out_those_drawn(learn: Any, args: argparse.Namespace) -> None:
+    mine = trainings(learn, args)
+    v = sys.modules["learn_variants"].Variant.parse("few", "anchors=20", mine.run)
+    sets = mine.lab.rows_of(v)
+    for at, held in enumerate(mine.lab.rows):
+        real = held.host.anchors[held.host.anchor_valid].tolist()
+        parts = [group[at].blocks["anchors"][group[at].blocks["anchor_valid"]] for group in sets]
+        assert all(part.numel() <= 20 for part in parts)
+        if len(real) >= 60:
+            together = [int(x) for part in parts for x in part]
+            assert len(together) == 60 == len(set(together) & set(real))
+
+
+def test_variants_are_paired_and_a_second_call_goes_on(
+    learn: Any, args: argparse.Namespace
+) -> None:
+    first = trainings(learn, args)
+    first.work()
+    rows = first.plan.rows()
+    assert not [row for row in rows if "error" in row]
+    done = {(row["name"], row["seed"]) for row in rows}
+    every = ["wsd", "cosine", "thin", "again", "twice", learn.KEPT]
+    assert done == {(n, s) for n in every for s in (0, 1)} | {("steps-2", 0)}
+    by = {(row["name"], row["seed"]): row for row in rows}
+    assert by["steps-2", 0]["steps"] == 2
+    for seed in (0, 1):
+        keys = ("tau", "walk", "accept_rate", "walk_accept", "steps")
+        same = {k: by["again", seed][k] for k in keys}
+        assert same == {k: by["wsd", seed][k] for k in keys}
+        drafts = [
+            load_file(args.out / "drafts" / f"{n}-{seed}" / "model.safetensors")
+            for n in ("wsd", "again", "twice")
+        ]
+        assert all(torch.equal(drafts[0][n], drafts[1][n]) for n in drafts[0])
+        assert not torch.equal(drafts[0]["fc.weight"], drafts[2]["fc.weight"])
+    args.seeds, args.budget = "0,1,2", -1.0
+    again = trainings(learn, args)
+    again.work()
+    assert again.plan.rows() == rows
+    text = learn.table(rows)
+    assert "| again | 2 |" in text
+    assert "+0.0 ± 0.0 %" in text
+
+
+def test_changes_are_of_the_same_seeds(learn: Any) -> None:
+    rows = [
+        {"name": n, "seed": s, "walk": w}
+        for n, s, w in [("wsd", 0, 2.0), ("wsd", 1, 3.0), ("x", 0, 2.2), ("x", 1, 3.6), ("x", 2, 9)]
+    ]
+    mean, error, count = learn.paired(rows, "x", "wsd")
+    assert (count, mean) == (2, pytest.approx(0.15))
+    assert error == pytest.approx(0.05)
+    assert math.isnan(learn.paired(rows, "x", "cosine")[0])
+
+
+def test_a_job_is_one_processs(learn: Any, tmp_path: Path) -> None:
+    one, two = learn.Board(tmp_path), learn.Board(tmp_path)
+    assert one.claim("a")
+    assert not one.claim("a")
+    (tmp_path / "b.claim").write_text(str(os.getppid()))
+    assert not two.claim("b")  # that process runs
+    (tmp_path / "b.claim").write_text(str(2**22 + 1))
+    assert two.claim("b")  # and this one never did
+    two.put("b", [1.5])
+    assert one.get("b") == [1.5]
+    assert not one.claim("b")
+    assert one.once("b", lambda: None) == [1.5]
+
+
+def test_layers_begin_as_the_targets(learn: Any, args: argparse.Namespace) -> None:
+    mine = trainings(learn, args)
+    config = dataclasses.replace(mine.run.model.config)
+    masters = {n: p.detach().float() for n, p in mine.run.model.trained()}
+    count = 5
+    theirs = {
+        f"model.layers.{i}.{n.removeprefix('layers.0.')}": torch.full_like(t, float(i + 1))
+        for i in range(count)
+        for n, t in masters.items()
+        if n.startswith("layers.0.") and "_norm." not in n.replace("layernorm", "")
     }
-    base, again, walk = (
-        load_file(tmp_path / "kept" / f"{n}-0" / "model.safetensors")
-        for n in ("base", "again", "walk")
-    )
-    assert all(torch.equal(base[n], again[n]) for n in base)
-    assert not torch.equal(base["fc.weight"], walk["fc.weight"])
-    args.budget, args.seeds = 0.0, "1"
-    assert learn.experiment(args, lambda text: None) == second
-    assert "again" in learn.table(second)
+    found = sys.modules["learn_variants"].of_layers(config, theirs, count, masters)
+    assert float(found["layers.0.mlp.up_proj.weight"].mean()) == 1.0
+    columns = found["layers.0.self_attn.q_norm.weight"]
+    assert columns.unique().item() == pytest.approx(config.hidden_size**0.5)
+    aux = torch.randn(2, found["fc.weight"].shape[1])
+    torch.testing.assert_close(aux @ found["fc.weight"].T, aux[:, -config.hidden_size :])
+    assert set(found) <= set(masters)
+    assert all(t.shape == masters[n].shape for n, t in found.items())
