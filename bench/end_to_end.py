@@ -1,27 +1,26 @@
-"""End to end on one machine: corpus and target to a draft, ours against DeepSpec's trainer. Seconds
-by stage and bytes, until its final tau.
+"""End to end on one machine: corpus and target to a draft, ours against DeepSpec's own cache writer
+and trainer. Seconds by stage and bytes, until its final tau.
 
-python bench/end_to_end.py --model MODEL --data chat.jsonl --work DIR [--peer
-DIR_OF_A_DEEPSPEC_CHECKOUT] [--dump "..."] [--train "..."] [--peer-train "..."]
+    python bench/end_to_end.py --model MODEL --data chat.jsonl --work DIR [--peer CHECKOUT]
+        [--dump "..."] [--train "..."] [--peer-flags "--steps 400"] [--every 0.1]
 
-Ours: dspark-dump, dspark-train with a validation every ``--every`` of an epoch, dspark-tools score.
-The peer: bench/peer.py, which is its own network, loss and optimizer on the rows of our store, and
-score. Its cache writer is not run: its bytes are what its format takes for the same tokens
-(``info``: raw_bytes_per_token), and its dump is given the seconds of ours, in its favour.
+Ours: dspark-dump, dspark-train with a validation every ``--every`` epochs, dspark-tools score. The
+peer: bench/peer_whole.py (its two scripts), and score. Stages run one after the other.
 
-A stage that is done (its folder and line in DIR/stages.json are there) is not done again, so a run
-may take several calls.
-Writes bench/results/NAME.json (default ``end_to_end``): for each side corpus_tokens,
-seconds_by_stage, bytes, tau; and for ours the seconds and steps at which validation first reached
-the peer's final tau (null: it did not, or there is no peer).
+A stage that is done (its line in DIR/stages.json is there) is not done again, so a run may take
+several calls. Writes NAME.json to ``--results``: for each side corpus_tokens, seconds_by_stage,
+bytes, tau; and for ours the step and the seconds at which validation first reached the peer's final
+tau (null: it did not, or there is no peer). Seconds are of whole processes, starts included.
 """
 
 from __future__ import annotations
 
 import argparse
+import datetime
 import json
+import re
 import shlex
-import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,6 +28,7 @@ from typing import Any
 from common import RESULTS, command, reported, scored, trained, write
 
 FLAGS = "--no-tensorboard --keep-checkpoints 1"
+VALIDATED = re.compile(r"(\S+ \S+) step=(\d+) .*validation=True")
 
 
 class Stages:
@@ -45,19 +45,21 @@ class Stages:
         return self.done[name]
 
 
-def reached(draft: Path, tau: float | None, seconds: float) -> dict[str, float | None]:
-    """When validation first had ``tau``: step, and seconds of a training that took ``seconds`` in
-    all, validations included.
+def reached(draft: Path, tau: float | None, began: float) -> dict[str, float | None]:
+    """When validation first had ``tau``: step, and seconds after ``began`` (Unix time), from the
+    times in the training's log.
     """
     rows = [json.loads(line) for line in (draft / "metrics.jsonl").read_text().splitlines()]
-    last = max(row["step"] for row in rows)
-    good = [
-        r["step"]
-        for r in rows
-        if r.get("validation") and tau is not None and (r["mean_accepted_length"] or 0) >= tau
-    ]
+    steps = [(row["step"], row["mean_accepted_length"] or 0) for row in rows if "validation" in row]
+    times = {}
+    for line in (draft / "train.log").read_text().splitlines():
+        told = VALIDATED.match(line)
+        if told:
+            moment = datetime.datetime.strptime(told[1], "%Y-%m-%d %H:%M:%S,%f")
+            times[int(told[2])] = moment.timestamp() - began
+    good = [step for step, found in steps if tau is not None and found >= tau]
     step = min(good, default=None)
-    return {"step": step, "train_seconds": None if step is None else seconds * step / last}
+    return {"step": step, "train_seconds": None if step is None else times[step]}
 
 
 def main() -> None:
@@ -70,12 +72,8 @@ def main() -> None:
     parser.add_argument("--peer", type=Path, help="checkout of DeepSpec")
     parser.add_argument("--dump", default="", help="more flags of dspark-dump")
     parser.add_argument("--train", default="", help="more flags of dspark-train")
-    parser.add_argument(
-        "--peer-train", default="", help="flags of the peer's training, as for dspark-train"
-    )
-    parser.add_argument(
-        "--every", type=float, default=0.1, help="epochs between validations of ours"
-    )
+    parser.add_argument("--peer-flags", default="", help="more flags of bench/peer_whole.py")
+    parser.add_argument("--every", type=float, default=0.1, help="epochs between our validations")
     parser.add_argument("--name", default="end_to_end")
     parser.add_argument("--results", type=Path, default=RESULTS)
     args = parser.parse_args()
@@ -90,23 +88,20 @@ def main() -> None:
             "dump", "--model", args.model, "--data", args.data, "--output", store, *flags, log=log
         )
 
+    def train() -> dict[str, Any]:
+        began = time.time()
+        return {"began": began, **trained(store, ours, flags, log=log)}
+
     def peer() -> dict[str, Any]:
-        shutil.rmtree(theirs, ignore_errors=True)
-        call = [
-            str(Path(__file__).with_name("peer.py")),
-            "--deepspec",
-            str(args.peer),
-            "--store",
-            str(store),
-            "--output",
-            str(theirs),
-        ]
-        return reported([*call, "--train", f"{FLAGS} {args.peer_train}"], log=log)
+        call = [str(Path(__file__).with_name("peer_whole.py")), "--deepspec", str(args.peer)]
+        call += ["--model", args.model, "--store", str(store), "--data", args.data]
+        call += ["--work", str(args.work), "--output", str(theirs), "--train", args.train]
+        return reported([*call, *shlex.split(args.peer_flags)], log=log)
 
     dumped = stage("dump", dump)
     info = stage("info", lambda: command("tools", "info", store))
     flags = [*shlex.split(FLAGS), "--checkpoint-freq", args.every, *shlex.split(args.train)]
-    ran = stage("train", lambda: trained(store, ours, flags, log=log))
+    ran = stage("train", train)
     judged = stage("score", lambda: scored(store, ours, log=log))
     tokens = info["tokens"]
     results: dict[str, Any] = {
@@ -114,6 +109,7 @@ def main() -> None:
             "corpus_tokens": tokens,
             "bytes": info["bytes_on_disk"],
             "tau": judged["tau"],
+            "walk": judged["walk"],
             "seconds_by_stage": {
                 "dump": dumped["wall_seconds"],
                 "train": ran["train_seconds"],
@@ -128,25 +124,24 @@ def main() -> None:
         found = stage("peer_score", lambda: scored(store, theirs, log=log))
         final = found["tau"]
         results["peer"] = {
-            "corpus_tokens": tokens,
-            "bytes": round(tokens * info["raw_bytes_per_token"]),
-            "bytes_are": "computed",
+            "samples": done["samples"],
+            "bytes": done["bytes"],
+            "steps": done["steps"],
             "tau": final,
+            "walk": found["walk"],
             "seconds_by_stage": {
-                "dump": dumped["wall_seconds"],
-                "train": done["wall_seconds"],
+                "cache": done["cache_seconds"],
+                "train": done["train_seconds"],
                 "score": found["score_seconds"],
             },
-            "dump_is": "ours",
         }
         results["bytes_ratio"] = results["peer"]["bytes"] / results["ours"]["bytes"]
-    at = reached(ours, final, ran["train_seconds"])
+    at = reached(ours, final, ran["began"])
     results["ours_at_peers_tau"] = at
     if at["train_seconds"] is not None:
         spent = results["peer"]["seconds_by_stage"]
-        results["seconds_ratio"] = (spent["dump"] + spent["train"]) / (
-            dumped["wall_seconds"] + at["train_seconds"]
-        )
+        needed = dumped["wall_seconds"] + at["train_seconds"]
+        results["seconds_ratio"] = (spent["cache"] + spent["train"]) / needed
     hidden = ("work", "results", "model", "peer")
     write(
         args.name,

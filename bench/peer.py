@@ -166,7 +166,7 @@ def train(run: Run, checkout: Path, output: Path, eager: bool) -> dict[str, Any]
     )
     objective = ObjectiveConfig.from_json(settings.loss_fn)
     feed = Feed(rows_of(run), lambda row: row.place(run.cache, device, run.compute.dtype), device)
-    report = RunLog(output, 0, tensorboard=False)
+    report = RunLog(output, 0)
     out: dict[str, Any] = {}
     since, tokens = time.perf_counter(), 0
     for number in range(1, total + 1):

@@ -1,10 +1,10 @@
 """From the command to the first optimizer step: the draft compiled whole, in parts or not at all,
 with torch's cache empty and then filled.
 
-python bench/start.py --store hs.zarr [--train "..."]
+python bench/start.py --store hs.zarr [--cases whole,parts] [--train "..."]
 
-Each case is a process of its own (``dspark-train --dry-run``). Writes bench/results/start.json:
-seconds to the first step, and ms of a step after that.
+Each case is a process of its own (``dspark-train --dry-run``). Writes NAME.json to ``--results``
+after every one: seconds to the first step, and ms of a step after that.
 """
 
 from __future__ import annotations
@@ -36,12 +36,14 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--store", required=True, type=Path)
+    parser.add_argument("--cases", default=",".join(CASES), help="[%(default)s]")
     parser.add_argument("--train", default="", help="flags of dspark-train")
     parser.add_argument("--name", default="start")
     parser.add_argument("--results", type=Path, default=RESULTS)
     args = parser.parse_args()
     rows = []
-    for case, flag in CASES.items():
+    for case in args.cases.split(","):
+        flag = CASES[case]
         with tempfile.TemporaryDirectory() as cache:
             env = {
                 "TORCHINDUCTOR_CACHE_DIR": f"{cache}/inductor",
@@ -61,6 +63,7 @@ def main() -> None:
                 keys = ("first_step_seconds", "step_ms", "wall_seconds", "peak_gb")
                 rows.append({"compiled": case, "cache": state, **{k: found[k] for k in keys}})
                 print(rows[-1], file=sys.stderr, flush=True)
+                write(args.name, {"train": args.train}, rows, args.results, show=False)
     write(args.name, {"train": args.train}, rows, args.results)
 
 
