@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dspark.cache.codec.base import EXACT_TOKEN, Tokens
+from dspark.cache.codec.klt import moments
 from dspark.cache.codec.klt.codec import FAMILY, Klt, Known
 from dspark.cache.codec.klt.half import half_on
 from dspark.cache.codec.klt.symbols import BAND, CLASSES, Packing, entropy_columns, pack, quantise
@@ -107,6 +108,18 @@ def test_decoder_is_the_documented_one() -> None:
     want_aux, want_last = decoded_by_numpy(codec, coded, tokens)
     np.testing.assert_allclose(aux.numpy(), want_aux, rtol=2e-5, atol=2e-5)
     np.testing.assert_allclose(last.numpy(), want_last, rtol=2e-5, atol=2e-5)
+
+
+def test_wide_states_fit_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokens = some_tokens([40] * 60, seed=1)
+    states = some_states(tokens)
+    errors = []
+    for wide in (moments.WIDE, 0):
+        monkeypatch.setattr(moments, "WIDE", wide)
+        codec = FAMILY.make("klt-1-1", "zstd").calibrated(*states, tokens)
+        back = codec.decode(codec.encode(*states, tokens), HIDDEN, tokens)
+        errors.append([float((x - y).norm() / y.norm()) for x, y in zip(back, states, strict=True)])
+    np.testing.assert_allclose(errors[1], errors[0], rtol=1e-2)
 
 
 def bound_db(variances: Any, bits: float) -> float:

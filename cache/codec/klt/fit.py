@@ -228,14 +228,17 @@ class _Fit:
         weights, residual = regression(covariance, hidden, RIDGE_LAST, count)
         head = self.about.head if self.about.head is not None else self.about.embedding
         metric, inverse = root(fisher((p.last for p in learn), head.to(self.device)))
-        spread, left = (metric @ x @ metric for x in (covariance[:hidden, :hidden], residual))
+        # Moments of wide rows are float32 (``WIDE``); what is left is small enough for float64.
+        mean = (centre[:hidden] - centre[hidden:] @ weights).to(metric.dtype)
+        spread, left = (
+            metric @ x.to(metric.dtype) @ metric for x in (covariance[:hidden, :hidden], residual)
+        )
         self.say(
             f"last state: {moments.rows:,} rows; prediction leaves "
             f"{float(left.trace() / spread.trace()):.1%} of its energy, in the metric of "
             "the target's distribution"
         )
         _, basis = eigen(left)
-        mean = centre[:hidden] - centre[hidden:] @ weights
         whole = _transform(mean, torch.ones_like(mean), basis.T @ inverse, metric @ basis, weights)
         own = half_on(whole, self.device)
         found = _some(own.coefficients(*pair) for pair in rows(keep))
