@@ -403,7 +403,8 @@ class Trainer:
             )
             out = objective(slots, self.model.frozen_head, ObjectiveConfig(), weights)
             out.loss.backward()  # type: ignore[no-untyped-call]
-            self.optimizer.step(learning_rate(step, args.steps, args.lr, 0.04, 0.0))
+            rate = learning_rate(step, args.steps, args.lr, 0.04, 0.0, args.schedule)
+            self.optimizer.step(rate)
             loss = out.loss.detach()
         final, train_seconds = float(loss), time.monotonic() - began
         score = self._score(backend)
@@ -471,6 +472,7 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--rows", type=int, default=9000)
     parser.add_argument("--steps", type=int, default=1200)
+    parser.add_argument("--schedule", default="wsd", help="of the learning rate")
     parser.add_argument("--seeds", default="0,1,2,3,4")
     parser.add_argument(
         "--codecs", default="exact,klt-1-1,klt-0.7-1,rotated-4-4,klt-0.5-1,rotated-2-4"

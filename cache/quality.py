@@ -27,6 +27,9 @@ CALIBRATION_BYTES = (
 )
 
 
+GOLDEN = 0.6180339887498949  # multiples of it, modulo one, are spread evenly
+
+
 def snr_db(x: torch.Tensor, y: torch.Tensor) -> float | None:
     """Return 10 log10 (signal / error) of ``y`` against ``x``, any shape; None if they are
     equal.
@@ -90,30 +93,52 @@ class Known(NamedTuple):
     last: torch.Tensor
 
 
+SLACK = 1.25  # of the budget: samples that are chosen are rarely of the mean length
+
+
+def longest_run(lengths: Sequence[int], budget: int) -> int:
+    """Return how many tokens a sample may give so that all together give about ``budget``: all of
+    them, where the samples are not much more than that.
+    """
+    if sum(lengths) <= SLACK * budget:
+        return max(2, *lengths)
+    left = float(budget)
+    for n, length in enumerate(sorted(lengths)):
+        level = left / (len(lengths) - n)
+        if length > level:
+            return max(2, int(level))
+        left -= length
+    return 2
+
+
 def share_of(
     sample: TokenSample,
     states: tuple[torch.Tensor, torch.Tensor],
-    samples: int,
+    lengths: Sequence[int],
     codec: Codec | None,
     budget: int,
 ) -> Known:
-    """Return the part of one of ``samples`` samples that ``codec`` is calibrated on, so that all
-    together give about ``budget`` rows: every n-th row of a long one, or its beginning if the codec
-    uses neighbouring tokens.
+    """Return the part of one of the samples of ``lengths`` that ``codec`` is calibrated on, so that
+    all together give about ``budget`` rows: every n-th row of a long one, or, if the codec uses
+    neighbouring tokens, a run of it. Runs begin at another share of each sample, for the end of a
+    conversation is not like its beginning.
     """
     import torch
 
     aux, last = states
     if codec is None or not codec.needs_tokens:
-        return Known(sample, thin(aux, samples, budget), thin(last, samples, budget))
-    most = max(2, budget // samples)
+        return Known(sample, *(thin(x, len(lengths), budget) for x in (aux, last)))
+    size, most = len(sample.input_ids), longest_run(lengths, budget)
+    begin = int((sample.row * GOLDEN % 1.0) * max(0, size - most + 1))
+    run = slice(begin, begin + most)
     cut = TokenSample(
-        sample.row, sample.key, sample.input_ids[:most], sample.loss_mask[:most], sample.turn
+        sample.row, sample.key, sample.input_ids[run], sample.loss_mask[run], sample.turn
     )
+    first = int(last_rows(sample.loss_mask)[:begin].sum())
+    rows = slice(first, first + int(last_rows(cut.loss_mask).sum()))
     # On the host, in 16 bits: for a large target they are tens of gigabytes, and the engine uses
     # the GPU.
-    kept = (aux[:most], last[: int(last_rows(cut.loss_mask).sum())])
-    return Known(cut, *(x.to("cpu", torch.bfloat16, copy=True) for x in kept))
+    return Known(cut, *(x.to("cpu", torch.bfloat16, copy=True) for x in (aux[run], last[rows])))
 
 
 class Matrices(Protocol):
@@ -175,5 +200,6 @@ def spread_states(
     budget = max(budget, budget_of(codec, len(m.layers), m.target.hidden_size, m.counts.tokens))
     chosen = spread(len(cache), float(cache.lengths.mean()), budget)
     coded = (cache.read(i) for i in chosen)
-    shares = [share_of(c.tokens, cache.decoded(c), len(chosen), codec, budget) for c in coded]
+    lengths = cache.lengths[chosen].tolist()
+    shares = [share_of(c.tokens, cache.decoded(c), lengths, codec, budget) for c in coded]
     return probe_of(shares, codec, lambda: cache.target, device)

@@ -75,10 +75,11 @@ def captured(
     states are. ``progress`` is told of tokens.
     """
     found = {}
-    done, total = 0, sum(len(s.input_ids) for s in samples)
+    lengths = [len(s.input_ids) for s in samples]
+    done, total = 0, sum(lengths)
     for i, states in engine.capture(samples):
-        found[i] = share_of(samples[i], states, len(samples), codec, budget)
-        done += len(samples[i].input_ids)
+        found[i] = share_of(samples[i], states, lengths, codec, budget)
+        done += lengths[i]
         progress(done, total)
     shares = [found[i] for i in sorted(found)]
     return probe_of(shares, codec, engine.frozen, device) if shares else None

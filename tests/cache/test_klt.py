@@ -17,10 +17,13 @@ from hypothesis import strategies as st
 from dspark.cache.codec.base import EXACT_TOKEN, Tokens
 from dspark.cache.codec.klt import moments
 from dspark.cache.codec.klt.codec import FAMILY, Klt, Known
+from dspark.cache.codec.klt.fit import HELD_OUT, Piece, pieces_of
 from dspark.cache.codec.klt.half import half_on
 from dspark.cache.codec.klt.symbols import BAND, CLASSES, Packing, entropy_columns, pack, quantise
 from dspark.cache.codec.klt.tables import Tables, Transform
 from dspark.cache.errors import DamagedCacheError, EngineError, FormatVersionError, UsageError
+from dspark.cache.quality import longest_run, share_of
+from dspark.cache.records import TokenSample, last_rows
 from interpreted import interpreted
 
 LAYERS, HIDDEN, VOCAB = 3, 16, 40
@@ -259,7 +262,7 @@ def test_what_is_not_finite_is_refused_by_place(field: str) -> None:
 
 def test_too_little_to_calibrate_on() -> None:
     tokens = some_tokens([20])
-    with pytest.raises(UsageError, match="1 runs of samples"):
+    with pytest.raises(UsageError, match="found 1 samples"):
         FAMILY.make("klt-1-1", "zstd").calibrated(*some_states(tokens), tokens)
     with pytest.raises(UsageError, match="must be calibrated"):
         FAMILY.make("klt-1-1", "zstd").encode(*some_states(tokens), tokens)
@@ -368,3 +371,65 @@ def test_kernels_and_plain_torch_agree() -> None:
     assert len(rows) == 3 * 4 * 2
     assert [row for row in rows if not (row["decoded"] and row["same"])] == []
     assert max(row["bytes"] for row in rows) < 2e-3
+
+
+def test_samples_held_out_are_spread_over_the_corpus() -> None:
+    tokens = some_tokens([300] * 40)
+    aux, last = some_states(tokens)
+    learn, keep = pieces_of(aux, last, tokens)
+    at = {int(p.aux.data_ptr()) // (2 * WIDTH) for p in keep}
+    first = int(aux.data_ptr()) // (2 * WIDTH)
+    assert {a - first for a in at} == {300 * i for i in range(HELD_OUT // 2, 40, HELD_OUT)}
+    assert sum(len(p.aux) for p in [*learn, *keep]) == len(aux)
+    for piece in [*learn, *keep]:
+        assert int(piece.tokens.sample_start[-1]) == len(piece.aux)
+        assert torch.equal(piece.last, last_of(piece, aux, last, tokens))
+
+
+def last_of(piece: Piece, aux: torch.Tensor, last: torch.Tensor, tokens: Tokens) -> torch.Tensor:
+    """The last states of the tokens of ``piece``, found by where its rows lie."""
+    begin = (int(piece.aux.data_ptr()) - int(aux.data_ptr())) // (2 * WIDTH)
+    mine = (tokens.last_token >= begin) & (tokens.last_token < begin + len(piece.aux))
+    return last[mine]
+
+
+def test_step_holds_where_topics_differ() -> None:
+    """The rate of a corpus whose first third is of more energy than the rest: the step is set by
+    samples of all of it.
+    """
+    tokens = some_tokens([30] * 120)
+    aux, last = some_states(tokens)
+    loud = torch.ones(len(aux))
+    loud[: len(aux) // 3] = 4.0
+    aux = (aux.float() * loud[:, None, None]).bfloat16()
+    codec = FAMILY.make("klt-1.5-1.5", "zstd").calibrated(aux, last, tokens)
+    half = half_on(codec.learnt.aux, aux.device)
+    known = Known.of(tokens)
+    ordinary = torch.ones(len(aux), dtype=torch.bool)
+    ordinary[tokens.sample_start[:-1]] = False
+    y = half.coefficients(aux.flatten(1), known.around(slice(None)).plain())[ordinary]
+    bits = float(entropy_columns(quantise(y, codec.learnt.aux.step)).sum()) / WIDTH
+    assert bits == pytest.approx(1.5, abs=0.1)
+
+
+def test_calibration_takes_whole_samples_and_runs_of_long_ones() -> None:
+    assert longest_run([10, 20, 30], 60) == 30
+    assert longest_run([10, 20, 30], 30) == 10
+    assert longest_run([5, 100, 100], 105) == 50
+    codec = FAMILY.make("klt-1-1", "zstd")
+    lengths = [40, 250, 250, 250]
+    begins = []
+    for row, length in enumerate(lengths):
+        mask = np.arange(length) % 7 > 2
+        sample = TokenSample(row, bytes(16), np.arange(length, dtype=np.int32), mask)
+        where = np.flatnonzero(last_rows(mask))
+        states = torch.arange(length).float()[:, None], torch.from_numpy(where).float()[:, None]
+        cut, aux, last = share_of(sample, states, lengths, codec, 250)
+        assert np.array_equal(cut.input_ids, aux[:, 0].float().numpy())
+        rows = np.flatnonzero(last_rows(cut.loss_mask))
+        assert torch.equal(last[:, 0].float(), aux[torch.from_numpy(rows), 0].float())
+        assert len(aux) == min(length, 70)
+        begins.append(int(cut.input_ids[0]))
+    assert begins[0] == 0
+    assert len(set(begins)) == 4
+    assert max(begins) > 120

@@ -284,8 +284,9 @@ class Reader:
                 f"{self.where}: none of the sampled rows holds a sample with two consecutive "
                 "supervised tokens"
             )
+        lengths = [len(f.tokens.input_ids) for f in found]
         shares = [
-            share_of(f.tokens, (f.aux.float(), f.last.float()), len(found), codec, budget)
+            share_of(f.tokens, (f.aux.float(), f.last.float()), lengths, codec, budget)
             for f in found
         ]
         return probe_of(shares, codec, lambda: self.frozen)

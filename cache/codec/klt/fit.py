@@ -33,8 +33,7 @@ MASSIVE = 10.0  # a row of this many times a layer's median norm is left out of 
 LEAST_DEVIATION = 1e-3
 RIDGE_AUX, RIDGE_LAST = 1e-2, 5e-2  # of the features' mean variance
 PIECE = 4096  # tokens, in whole samples, that are on the device at once
-LEAST_PIECES = 8
-HELD_OUT = 8  # every n-th piece is kept for setting the step
+HELD_OUT = 8  # every n-th sample is kept for setting the step
 RATE_ROWS = 16384  # maximum held-out rows that set the step
 LEAST_BITS = 0.02  # a column of less entropy is not kept
 # a row is exact where its classes would add this many times an ordinary row's error
@@ -49,20 +48,26 @@ class Piece(NamedTuple):
     tokens: Tokens
 
 
-def pieces_of(aux: torch.Tensor, last: torch.Tensor, tokens: Tokens) -> list[Piece]:
-    """Return runs of whole samples of about ``PIECE`` tokens, at least ``LEAST_PIECES`` of them if
-    there are enough samples.
+def pieces_of(
+    aux: torch.Tensor, last: torch.Tensor, tokens: Tokens
+) -> tuple[list[Piece], list[Piece]]:
+    """Return runs of whole samples of about ``PIECE`` tokens: those to learn from, and those held
+    out, which are every n-th sample, so that they are spread over the corpus as the others are.
     """
     import numpy as np
 
     starts = tokens.sample_start.cpu().numpy()
-    size = min(PIECE, max(1, int(starts[-1]) // LEAST_PIECES))
+    samples = len(starts) - 1
+    held = np.zeros(samples, np.bool_)
+    held[HELD_OUT // 2 :: HELD_OUT] = True
+    held[-1] |= not held.any()
     ends = [0]
-    for i in range(1, len(starts)):
-        if starts[i] - starts[ends[-1]] >= size or i == len(starts) - 1:
+    for i in range(1, samples + 1):
+        full = starts[i] - starts[ends[-1]] >= PIECE
+        if full or i == samples or held[i] != held[i - 1]:
             ends.append(i)
     at = np.searchsorted(tokens.last_token.cpu().numpy(), starts[ends])
-    out = []
+    out: tuple[list[Piece], list[Piece]] = ([], [])
     for n in range(len(ends) - 1):
         a, b = int(starts[ends[n]]), int(starts[ends[n + 1]])
         rows = slice(int(at[n]), int(at[n + 1]))
@@ -72,7 +77,7 @@ def pieces_of(aux: torch.Tensor, last: torch.Tensor, tokens: Tokens) -> list[Pie
             sample_start=tokens.sample_start[ends[n] : ends[n + 1] + 1] - a,
             last_token=tokens.last_token[rows] - a,
         )
-        out.append(Piece(aux[a:b], last[rows], own))
+        out[int(held[ends[n]])].append(Piece(aux[a:b], last[rows], own))
     return out
 
 
@@ -92,20 +97,17 @@ def fit(
     ``context``: see ``Tables`` (None: two hidden sizes). Raises UsageError for fewer than two
     samples or without a stored last state.
     """
-    pieces = pieces_of(aux, last, tokens)
-    held = {i for i in range(len(pieces)) if i % HELD_OUT == HELD_OUT // 2} or {len(pieces) - 1}
-    learn = [p for i, p in enumerate(pieces) if i not in held]
-    keep = [p for i, p in enumerate(pieces) if i in held]
+    learn, keep = pieces_of(aux, last, tokens)
     stored = [sum(p.last.shape[0] for p in some) for some in (learn, keep)]
     if not learn or not all(stored):
         raise UsageError(
-            f"found {len(pieces)} runs of samples to calibrate on, with {stored[0]} stored last "
-            f"states to fit on and {stored[1]} to measure on; expected some of each. "
+            f"found {len(tokens.sample_start) - 1} samples to calibrate on, with {stored[0]} "
+            f"stored last states to fit on and {stored[1]} to measure on; expected some of each. "
             "Choose a rotated codec (--codec rotated-4-4) or dump more rows."
         )
     layers, hidden = aux.shape[1:]
     work = _Fit(tokens, layers, hidden, say)
-    ordinary = work.ordinary(pieces)
+    ordinary = work.ordinary([*learn, *keep])
     found = work.aux(learn, keep, ordinary, aux_bits)
     return work.last(
         learn,
@@ -198,7 +200,7 @@ class _Fit:
                 y = half.coefficients(piece.aux.flatten(1), _around(piece))
                 yield y[_is_ordinary(piece.aux, most)]
 
-        return _quantised(whole, _some(coefficients()), bits * channels)
+        return _quantised(whole, _some(coefficients(), _tokens(keep)), bits * channels)
 
     def last(
         self, learn: Sequence[Piece], keep: Sequence[Piece], aux: Transform, count: int, bits: float
@@ -241,7 +243,8 @@ class _Fit:
         _, basis = eigen(left)
         whole = _transform(mean, torch.ones_like(mean), basis.T @ inverse, metric @ basis, weights)
         own = half_on(whole, self.device)
-        found = _some(own.coefficients(*pair) for pair in rows(keep))
+        states = sum(p.last.shape[0] for p in keep)
+        found = _some((own.coefficients(*pair) for pair in rows(keep)), states)
         return dataclasses.replace(tables, last=_quantised(whole, found, bits * hidden))
 
 
@@ -287,16 +290,16 @@ def _transform(
     )
 
 
-def _some(blocks: Iterable[torch.Tensor]) -> torch.Tensor:
-    """Return the first ``RATE_ROWS`` rows."""
+def _tokens(pieces: Sequence[Piece]) -> int:
+    return sum(p.aux.shape[0] for p in pieces)
+
+
+def _some(blocks: Iterable[torch.Tensor], rows: int) -> torch.Tensor:
+    """Return every n-th of the ``rows`` rows of ``blocks``, at most about ``RATE_ROWS``."""
     import torch
 
-    out: list[torch.Tensor] = []
-    for block in blocks:
-        out.append(block[: RATE_ROWS - sum(map(len, out))])
-        if sum(map(len, out)) >= RATE_ROWS:
-            break
-    return torch.cat(out)
+    step = max(1, -(-rows // RATE_ROWS))
+    return torch.cat([block[::step].clone() if step > 1 else block for block in blocks])
 
 
 def _quantised(whole: Transform, y: torch.Tensor, bits: float) -> Transform:
