@@ -19,7 +19,7 @@ processes share the work, and any of them may be cut short.
 
 A codec is a name, and after ``@`` what is special about its store:
 
-    klt-1-1@2x      calibrated on twice as many tokens
+    klt-1-1@0.33x   calibrated on a third of the tokens
     klt-1-1@other   calibrated on rows whose line matches ``--other`` and that are not in the store
     klt-1.7-1@L3    states of 3 layers (exact@L3 judges it)
 
@@ -64,7 +64,8 @@ from dspark.train.draft.folder import save_draft
 LAYERS = {3: "1,14,27", 8: "1,4,8,11,14,20,24,27"}
 PROMPTS = 200
 DUMP = (
-    "import sys; import dspark.cache.codec.klt.codec as k; k.PER_DIMENSION *= int(sys.argv.pop(1));"
+    "import sys; import dspark.cache.codec.klt.codec as k;"
+    "k.PER_DIMENSION = round(k.PER_DIMENSION * float(sys.argv.pop(1)));"
     "from dspark.dump.cli import main; main()"
 )
 
@@ -92,8 +93,8 @@ class Store:
         return int(self.special[1:]) if self.special.startswith("L") else None
 
     @property
-    def times(self) -> int:
-        return int(self.special[:-1]) if self.special.endswith("x") else 1
+    def times(self) -> float:
+        return float(self.special[:-1]) if self.special.endswith("x") else 1.0
 
     @property
     def judge(self) -> Store:

@@ -43,7 +43,9 @@ PARAMS: Json = {"classes": [list(c) for c in CLASSES], "band": BAND}
 # Of a store's size before calibration: what zstd takes above the entropy, and bytes per token of
 # rows stored exactly.
 PACKED, EXACT_SHARE = 1.03, 1 / 300
-PER_DIMENSION = 16  # tokens of calibration per dimension of a row of all aux layers
+# tokens of calibration per dimension of a row of all aux layers; the last state is predicted from
+# as many features, and about half of the tokens have one
+PER_DIMENSION = 48
 # of the corpus, a quarter of which is used: with fewer, the basis fits the sample and not the
 # corpus
 LEAST_PER_DIMENSION = 16
