@@ -26,7 +26,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from dspark.train.optim.flat import FlatOptimizer
-from dspark.train.optim.fsdp2 import ShardedAdamW
+from dspark.train.optim.fsdp2 import ShardedOptimizer
 
 COMMUNICATION = ("nccl", "gloo")
 ACTIVITY = ProfilerActivity.CUDA if torch.cuda.is_available() else ProfilerActivity.CPU
@@ -121,7 +121,7 @@ def main() -> None:
     out, first, last = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
     out.mkdir(parents=True, exist_ok=True)
     watch = Watch(out, first, last)
-    for cls in (FlatOptimizer, ShardedAdamW):
+    for cls in (FlatOptimizer, ShardedOptimizer):
         watch.over(cls)
     sys.argv = ["dspark-train", *sys.argv[4:]]
     from dspark.train.cli import main as train

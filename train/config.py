@@ -299,12 +299,6 @@ class TrainConfig:
         _ = self.attention, self.stores  # refuse
         if self.optimizer not in ("adamw", "muon"):
             raise UsageError(f"optimizer is {self.optimizer!r}, expected adamw or muon")
-        if self.optimizer == "muon" and self.strategy == "fsdp2":
-            whose = f" (recipe {self.recipe})" if self.recipe else ""
-            raise UsageError(
-                f"--optimizer muon{whose} needs whole matrices, but --strategy fsdp2 splits "
-                "them; use zero or ddp, or --optimizer adamw"
-            )
 
     @property
     def stores(self) -> tuple[tuple[str, float], ...]:

@@ -153,11 +153,9 @@ def test_resuming_equals_not_stopping(config: TrainConfig, tmp_path: Path) -> No
         train(dataclasses.replace(plain, output=config.output), resume=True)
 
 
-def test_muon_is_refused_where_matrices_are_cut_up_and_keeps_one_moment(
+def test_muon_keeps_one_moment(
     config: TrainConfig,
 ) -> None:
-    with pytest.raises(errors.UsageError, match="whole matrices"):
-        dataclasses.replace(config, optimizer="muon", strategy="fsdp2")
     with pytest.raises(errors.UsageError, match="expected adamw or muon"):
         dataclasses.replace(config, optimizer="sgd")
     with pytest.raises(errors.UsageError, match="betas are"):

@@ -86,15 +86,16 @@ def runs(folder: Path) -> dict[str, Any]:
     """
     names = (
         "one ddp fsdp2 two_one one_two broken muon_one muon zero zero_one one_zero muon_zero "
-        "half half_zero half_fsdp2 unread killed files"
+        "half half_zero half_fsdp2 unread killed files muon_fsdp2 muon_back"
     )
     at = {n: settings(folder, output=str(folder / n)) for n in names.split()}
-    for name in ("muon_one", "muon", "muon_zero"):
+    for name in ("muon_one", "muon", "muon_zero", "muon_fsdp2", "muon_back"):
         at[name] = dataclasses.replace(at[name], optimizer="muon", lr=2e-2)
     for name in ("half", "half_zero", "half_fsdp2"):
         at[name] = dataclasses.replace(at[name], dtype="bfloat16", epochs=1, lr=1e-3)
     for name in ("ddp", "muon", "half"):
         at[name] = dataclasses.replace(at[name], strategy="ddp")
+    at["muon_fsdp2"] = dataclasses.replace(at["muon_fsdp2"], strategy="fsdp2")
     at["half_fsdp2"] = dataclasses.replace(at["half_fsdp2"], strategy="fsdp2")
     at["fsdp2"] = dataclasses.replace(at["fsdp2"], strategy="fsdp2", activation_checkpointing=True)
     resumed = dataclasses.replace(at["one_two"], strategy="fsdp2")
@@ -137,6 +138,11 @@ def runs(folder: Path) -> dict[str, Any]:
             "kill_reader": 1,
         },
         {"config": at["files"].to_json(), "break_take": 1},
+        {"config": at["muon_fsdp2"].to_json()},
+        {
+            "config": dataclasses.replace(at["muon_back"], strategy="fsdp2").to_json(),
+            "stop": 5,
+        },
     ]
     file = folder / "jobs.json"
     file.write_text(json.dumps(jobs))
@@ -145,7 +151,7 @@ def runs(folder: Path) -> dict[str, Any]:
         torchrun(script, str(file)), capture_output=True, text=True, check=False, timeout=120
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    for name in ("two_one", "zero_one"):
+    for name in ("two_one", "zero_one", "muon_back"):
         train(at[name], resume=True)
     raised = [json.loads(Path(f"{file}.{rank}").read_text()) for rank in (0, 1)]
     return {"at": at, "raised": raised}
@@ -162,17 +168,23 @@ def alike(config: TrainConfig, like: TrainConfig, rel: float) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["ddp", "fsdp2", "two_one", "one_two", "muon", "zero", "zero_one", "one_zero", "muon_zero"],
+    [
+        *("ddp", "fsdp2", "two_one", "one_two", "zero", "zero_one", "one_zero"),
+        *("muon", "muon_zero", "muon_fsdp2", "muon_back"),
+    ],
 )
 def test_any_number_of_ranks_and_any_strategy_train_the_same(
     runs: dict[str, Any], name: str
 ) -> None:
-    """``muon``: each rank orthogonalises a share of the matrices."""
+    """``muon``: each rank orthogonalises a share of the matrices. ``muon_back``: stopped on two
+    ranks that hold rows of them, resumed by one process.
+    """
     one, other = runs["at"]["muon_one" if name.startswith("muon") else "one"], runs["at"][name]
     assert [raised[:4] for raised in runs["raised"]] == [[None, None, ["Stop", "", None], None]] * 2
     assert [raised[6:14] for raised in runs["raised"]] == [
         [None, None, ["Stop", "", None], *[None] * 5]
     ] * 2
+    assert [raised[17:] for raised in runs["raised"]] == [[None, ["Stop", "", None]]] * 2
     assert sum("validation" in r for r in rows(one)) >= 4
     alike(other, one, rel=1e-4)
     assert min(r["loss"] for r in rows(one) if "loss" in r) < 0.9 * rows(one)[0]["loss"]

@@ -21,7 +21,7 @@ from dspark.train.draft.model import Attention, DraftModel, Mlp
 from dspark.train.objective.objective import Denominators, ObjectiveConfig, SlotInputs, objective
 from dspark.train.optim.adamw import MasterAdamW
 from dspark.train.optim.base import AdamSettings, Optimizer, Snapshot
-from dspark.train.optim.fsdp2 import ShardedAdamW
+from dspark.train.optim.fsdp2 import ShardedOptimizer
 
 SETTINGS = AdamSettings(betas=(0.0, 0.95), weight_decay=0.1, clip=1e9)
 BATCHES = [small_batch(seed) for seed in range(6)]
@@ -68,9 +68,9 @@ def step(model: DraftModel, optimizer: Optimizer, batches: list[Batch]) -> dict[
     return gradients(optimizer)
 
 
-def sharded(dtype: torch.dtype) -> tuple[DraftModel, ShardedAdamW]:
+def sharded(dtype: torch.dtype) -> tuple[DraftModel, ShardedOptimizer]:
     model = draft(dtype)
-    return model, ShardedAdamW(model, SETTINGS, World(), dtype)
+    return model, ShardedOptimizer(model, SETTINGS, World(), dtype)
 
 
 def test_gradients_of_a_step_s_rows_are_those_of_the_plain_optimizer() -> None:

@@ -32,7 +32,9 @@ from dspark.train.distributed import World
 from dspark.train.draft.model import Attention, DraftModel, ForwardPlan, Mlp
 from dspark.train.objective.states import SlotStates
 from dspark.train.optim.adamw import Adam
-from dspark.train.optim.base import MOMENTS, AdamSettings, Snapshot, squares
+from dspark.train.optim.base import AdamSettings, Rule, Snapshot, squares
+from dspark.train.optim.muon import is_matrix
+from dspark.train.optim.muon_rows import RowsMuon
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -136,13 +138,19 @@ def _wrap_forward(model: DraftModel, dtype: torch.dtype) -> None:
     model.forward = forward  # type: ignore[method-assign]
 
 
-class ShardedAdamW:
-    """AdamW over the shards of the trained parameters of ``model``, whose forward pass then
-    computes in ``dtype``.
+class ShardedOptimizer:
+    """AdamW, or with ``muon`` Muon for the matrices and AdamW for the rest, over the shards of the
+    trained parameters of ``model``, whose forward pass then computes in ``dtype``.
     """
 
     def __init__(
-        self, model: DraftModel, settings: AdamSettings, world: World, dtype: torch.dtype
+        self,
+        model: DraftModel,
+        settings: AdamSettings,
+        world: World,
+        dtype: torch.dtype,
+        *,
+        muon: bool = False,
     ) -> None:
         self._copies = shard(model, world, dtype)
         self.parameters: dict[str, DTensor] = {}
@@ -153,9 +161,23 @@ class ShardedAdamW:
         self.model, self.world = model, world
         # Plain tensors that share the shards' memory: the optimizer needs no notion of a mesh.
         self._shards = {n: nn.Parameter(_local(p)) for n, p in self.parameters.items()}
-        # A rank may hold nothing of a tensor with fewer rows than ranks.
-        held = [s for s in self._shards.values() if s.numel()]
-        self._adam = Adam(held, settings)
+        matrices = [n for n, p in self.parameters.items() if muon and is_matrix(n, p)]
+        others = [n for n in self.parameters if n not in matrices]
+        self._rule_of: dict[str, Rule] = {}
+        if others:
+            # A rank may hold nothing of a tensor with fewer rows than ranks.
+            held = [self._shards[n] for n in others if self._shards[n].numel()]
+            self._rule_of |= dict.fromkeys(others, Adam(held, settings))
+        if matrices:
+            shapes = [self.parameters[n].shape for n in matrices]
+            rule = RowsMuon([self._shards[n] for n in matrices], shapes, settings, world)
+            self._rule_of |= dict.fromkeys(matrices, rule)
+        self._rules = list(dict.fromkeys(self._rule_of.values()))
+        # kind of moment -> the parameters that have it
+        self._moments = {
+            m: [n for n, rule in self._rule_of.items() if m in rule.moments]
+            for m in sorted({m for rule in self._rules for m in rule.moments})
+        }
 
     def last_row(self) -> None:
         """As ``Optimizer.last_row``; another backward pass, of a row or of padding, must follow
@@ -171,9 +193,10 @@ class ShardedAdamW:
             assert _local(p).data_ptr() == own.data_ptr(), f"{name} has moved"
             assert isinstance(p.grad, DTensor), f"{name} has no gradient"
             own.grad = _local(p.grad)
-        gradients = [s.grad for s in self._adam.masters if s.grad is not None]
+        gradients = [s.grad for s in self._shards.values() if s.grad is not None and s.numel()]
         norm = self.world.sum_(squares(gradients)).sqrt()
-        self._adam.update(lr, norm)
+        for rule in self._rules:
+            rule.update(lr, norm)
         for name, p in self.parameters.items():
             self._shards[name].grad = p.grad = None
         _sum_in_next_backward(self.model, False)
@@ -183,16 +206,16 @@ class ShardedAdamW:
     def snapshot(self) -> Snapshot:
         masters = {n: self._whole(p, _local(p)) for n, p in self.parameters.items()}
         moments = {
-            m: {n: self._whole(p, self._moment(m, n)) for n, p in self.parameters.items()}
-            for m in MOMENTS
+            m: {n: self._whole(self.parameters[n], self._moment(m, n)) for n in names}
+            for m, names in self._moments.items()
         }
         if self.world.rank:
             return Snapshot({}, {}, 0)
-        return Snapshot(masters, moments, self._adam.updates)
+        return Snapshot(masters, moments, self._rules[0].updates)
 
     def _moment(self, moment: str, name: str) -> Tensor:
         own = self._shards[name]
-        return self._adam.moment(moment, own) if own.numel() else own.detach()
+        return self._rule_of[name].moment(moment, own) if own.numel() else own.detach()
 
     def _whole(self, like: DTensor, local: Tensor) -> Tensor:
         """Join all shards, on the CPU of rank 0 (elsewhere an empty tensor): one tensor at a time
@@ -214,12 +237,15 @@ class ShardedAdamW:
         """Load a snapshot: every rank reads all of it and keeps its share, so a checkpoint works
         with any number of ranks.
         """
-        snapshot.check(self.parameters, dict.fromkeys(MOMENTS, self.parameters))
+        snapshot.check(self.parameters, self._moments)
         for name, p in self.parameters.items():
             _local(p).copy_(_share(p, snapshot.masters[name]))
-            for moment in MOMENTS:
-                self._moment(moment, name).copy_(_share(p, snapshot.moments[moment][name]))
-        self._adam.updates = snapshot.updates
+        for moment, names in self._moments.items():
+            for name in names:
+                whole = snapshot.moments[moment][name]
+                self._moment(moment, name).copy_(_share(self.parameters[name], whole))
+        for rule in self._rules:
+            rule.updates = snapshot.updates
         # what a validation may have gathered before is of other masters
         for module in _groups(self.model):
             module.reshard()

@@ -57,6 +57,59 @@ def is_matrix(name: str, p: nn.Parameter) -> bool:
     return p.ndim == 2 and name.startswith(("layers.", "midlayer.", "fc."))
 
 
+class Factors:
+    """Orthogonal factors of matrices, whose ``shapes`` are the same in every step. Each rank
+    orthogonalises its share of them and sends the factors to the others, so a rank's cost is that
+    of one process divided by the number of ranks.
+    """
+
+    def __init__(self, shapes: list[torch.Size], world: World) -> None:
+        self.world = world
+        self._owner = owners(shapes, world.size)
+
+    def of(self, matrices: list[Tensor]) -> Iterator[tuple[int, Tensor]]:
+        """Yield index and factor of all ``matrices`` (on every rank), in any order. Matrices have
+        rows <= columns and are unchanged until their factor was yielded.
+        """
+        own = self._own(matrices)
+        return self._sent(matrices, dict(own)) if self.world.size > 1 else own
+
+    def _sent(self, matrices: list[Tensor], own: dict[int, Tensor]) -> Iterator[tuple[int, Tensor]]:
+        """Yield index and factor of all ``matrices``, each from its owner; ``own`` are this rank's
+        and are overwritten.
+        """
+        for i, matrix in enumerate(matrices):
+            factor = own.pop(i, None)
+            if factor is None:
+                factor = torch.empty(matrix.shape, dtype=precision(matrix), device=matrix.device)
+            yield i, self.world.send_(factor, self._owner[i])
+
+    def _own(self, matrices: list[Tensor]) -> Iterator[tuple[int, Tensor]]:
+        """Yield index and orthogonal factor of this rank's share of ``matrices``. Those of one
+        shape are processed together.
+        """
+        alike: dict[torch.Size, list[int]] = {}
+        for i, matrix in enumerate(matrices):
+            if self._owner[i] == self.world.rank:
+                alike.setdefault(matrix.shape, []).append(i)
+        for shape, members in alike.items():
+            most = max(1, TOGETHER // shape.numel())
+            for at in range(0, len(members), most):
+                some = members[at : at + most]
+                stacked = torch.stack([matrices[i].to(precision(matrices[i])) for i in some])
+                yield from zip(some, orthogonal(stacked), strict=True)
+
+
+def wide(matrix: Tensor) -> Tensor:
+    """Return the matrix or its transpose, with rows <= columns."""
+    return matrix.mT if matrix.shape[0] > matrix.shape[1] else matrix
+
+
+def scale(shape: torch.Size) -> float:
+    """Return what a factor of this shape is multiplied by (the module's docstring says why)."""
+    return 0.2 * float(max(shape)) ** 0.5
+
+
 class Muon:
     """The rule. For each flat float32 master, by its ``id``: ``gradients``, the whole buffer of
     which its ``grad`` is all or a part, and ``shapes``, the matrices in that buffer, as (start,
@@ -77,11 +130,11 @@ class Muon:
         holders: World,
     ) -> None:
         self.masters, self.gradients, self.shapes = masters, gradients, shapes
-        self.world, self.holders = world, holders
+        self.holders = holders
         self.weight_decay, self.clip = settings.weight_decay, settings.clip
         self.updates = 0
         self._momentum = {id(p): torch.zeros_like(p, requires_grad=False) for p in masters}
-        self._owner = owners([shape for p in masters for _, shape in shapes[id(p)]], world.size)
+        self._factors = Factors([s for p in masters for _, s in shapes[id(p)]], world)
 
     def moment(self, name: str, master: nn.Parameter) -> Tensor:
         return self._momentum[id(master)]
@@ -101,45 +154,16 @@ class Muon:
             gradient.add_(momentum, alpha=MOMENTUM)  # Nesterov
             whole = self.holders.gather_(self.gradients[id(p)])
             for at, shape in self.shapes[id(p)]:
-                matrix = whole[at : at + shape.numel()].view(shape)
-                # rows <= columns from here on
-                matrices.append(matrix.mT if shape[0] > shape[1] else matrix)
-        factors = self._factors(matrices)
-        if self.world.size > 1:
-            factors = self._sent(matrices, dict(factors))
-        for i, factor in factors:
-            matrices[i].copy_(factor).mul_(0.2 * factor.shape[1] ** 0.5)
+                matrices.append(wide(whole[at : at + shape.numel()].view(shape)))
+        for i, factor in self._factors.of(matrices):
+            matrices[i].copy_(factor).mul_(scale(factor.shape))
         for p in self.masters:
             assert p.grad is not None
             p.mul_(1.0 - lr * self.weight_decay).add_(p.grad, alpha=-lr)
 
-    def _sent(self, matrices: list[Tensor], own: dict[int, Tensor]) -> Iterator[tuple[int, Tensor]]:
-        """Yield index and factor of all ``matrices``, each from its owner; ``own`` are this rank's
-        and are overwritten.
-        """
-        for i, matrix in enumerate(matrices):
-            factor = own.pop(i, None)
-            if factor is None:
-                factor = torch.empty(matrix.shape, dtype=_precision(matrix), device=matrix.device)
-            yield i, self.world.send_(factor, self._owner[i])
 
-    def _factors(self, matrices: list[Tensor]) -> Iterator[tuple[int, Tensor]]:
-        """Yield index and orthogonal factor of this rank's share of ``matrices``. Those of one
-        shape are processed together.
-        """
-        alike: dict[torch.Size, list[int]] = {}
-        for i, matrix in enumerate(matrices):
-            if self._owner[i] == self.world.rank:
-                alike.setdefault(matrix.shape, []).append(i)
-        for shape, members in alike.items():
-            most = max(1, TOGETHER // shape.numel())
-            for at in range(0, len(members), most):
-                some = members[at : at + most]
-                stacked = torch.stack([matrices[i].to(_precision(matrices[i])) for i in some])
-                yield from zip(some, orthogonal(stacked), strict=True)
-
-
-def _precision(matrix: Tensor) -> torch.dtype:
+def precision(matrix: Tensor) -> torch.dtype:
+    """Return the dtype in which a matrix is orthogonalised."""
     return torch.bfloat16 if matrix.is_cuda else matrix.dtype
 
 

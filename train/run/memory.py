@@ -70,6 +70,12 @@ def estimate_memory(run: Run) -> Memory:
             w.numel() for m in model.modules() if isinstance(m, Attention | Mlp) for w in m.joined
         )
         trained = 16 * count // run.world.size + (width + 4) * count + width * copies
+        if config.optimizer == "muon":  # one moment where AdamW has two
+            trained -= (
+                4
+                * sum(p.numel() for n, p in model.trained() if is_matrix(n, p))
+                // (run.world.size)
+            )
     else:
         holders = run.world.size if config.of_several == "zero" else 1
         # Weights and gradients whole; moments, and a master beside the weights unless they are

@@ -194,9 +194,10 @@ def optimizer_of(
         betas=config.betas, weight_decay=config.weight_decay, clip=config.grad_clip
     )
     if config.strategy == "fsdp2":
-        from dspark.train.optim.fsdp2 import ShardedAdamW
+        from dspark.train.optim.fsdp2 import ShardedOptimizer
 
-        return ShardedAdamW(model, settings, world, compute.dtype)
+        muon = config.optimizer == "muon"
+        return ShardedOptimizer(model, settings, world, compute.dtype, muon=muon)
     rule = MasterMuon if config.optimizer == "muon" else MasterAdamW
     return rule(model.trained(), settings, world, shared=config.of_several == "zero")
 
