@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("dspark.dump")
 
+GROUPS = 2  # groups (parts of a store) that one engine leaves unfinished at once
+
 
 class States(NamedTuple):
     """States of one sample, on the engine's device: ``aux`` [S, L, H] in the order of the plan's

@@ -28,7 +28,15 @@ from dspark.cache.records import TokenSample, last_rows
 from dspark.cache.shared.process import no_plan_a_shape, quiet_transformers
 from dspark.cache.target.frozen import FrozenTarget
 from dspark.dump.engines.answers import Answered, Ask, Sampling, repeat_last, stored_runs
-from dspark.dump.engines.engine import Captured, CodedStates, EngineRun, Prediction, States, send
+from dspark.dump.engines.engine import (
+    GROUPS,
+    Captured,
+    CodedStates,
+    EngineRun,
+    Prediction,
+    States,
+    send,
+)
 from dspark.dump.target.layers import Shapes
 from dspark.dump.target.loading import load_model
 from dspark.dump.target.weights import are_plain, find_parts, frozen_target, read_frozen
@@ -50,7 +58,7 @@ class TransformersEngine:
     """
 
     name = "transformers"
-    groups_at_once = 2
+    groups_at_once = GROUPS
     version = transformers.__version__
 
     def __init__(

@@ -1,7 +1,7 @@
 """From states on the engine's device to parts on disk: three stages that run at once.
 
-    engine (caller's thread) -> encode, put in place, copy (one thread, a CUDA stream of its own) ->
-    compress and write (workers)
+    engine (caller's thread) -> encode, put in place, copy (a thread per engine, each with a CUDA
+    stream of its own) -> compress and write (workers)
 
 The engine only launches work. A batch of states is coded on its device and its codes are put into
 their part there (``filling.py``); a complete part is copied to a block on the host and compressed
@@ -9,9 +9,10 @@ by a worker process from that same block. States still in flight to the host (fr
 file) are waited for here too, so that the engine's thread, which feeds it requests, never waits for
 any. Every queue is bounded: a limited number of batches wait for the encoder, and the number of
 blocks (parts in memory) is limited, so a slow disk slows the engine down and memory does not grow.
-The encoder's thread runs little Python, because it would hold the lock that the thread launching
-the target's kernels needs. On a CPU, where compression would only take cores from the target, the
-workers are threads.
+Of several engines (``dump/engines/vllm/replicas.py``), which fill different parts at once, none
+waits for another's states: a part belongs to one encoder's thread. Such a thread runs little
+Python, because it would hold the lock that the thread launching the target's kernels needs. On a
+CPU, where compression would only take cores from the target, the workers are threads.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from dspark.cache.codec.base import EXACT_TOKEN, tokens_of
 from dspark.cache.errors import EngineError
 from dspark.cache.files.part import PartJob, PartRecord
 from dspark.cache.writer import StoreWriter
-from dspark.dump.engines.engine import Captured, CodedStates
+from dspark.dump.engines.engine import GROUPS, Captured, CodedStates
 from dspark.dump.workers import WorkerPool
 from dspark.dump.writing.blocks import Handle, Region, SharedBlock, attach, can_share, regions
 from dspark.dump.writing.filling import Filling
@@ -46,7 +47,7 @@ if TYPE_CHECKING:
     from dspark.dump.progress import Bar
 
 WAITING = 2  # batches of states between engine and encoder
-COMING = 8  # batches whose states may be in flight, in files beside the store
+COMING = 8  # batches per encoder whose states may be in flight, in files beside the store
 BLOCK_BYTES = 4 << 30  # of parts in memory, unless the number of workers needs less
 THREADS = (
     # concurrent commits without worker processes: a single one leaves cores idle while it waits for
@@ -82,7 +83,7 @@ class Pipeline:
         embedding: torch.Tensor | None = None,
         pool: WorkerPool | None,
         bar: Bar,
-        groups: int = 2,
+        groups: int = GROUPS,
     ) -> None:
         self.writer, self.codec, self._bar, self._embedding = writer, codec, bar, embedding
         self.versions = versions()
@@ -98,12 +99,18 @@ class Pipeline:
         self._shared = shared
         self._filling: dict[int, Filling] = {}
         self._begun = 0
-        self._waiting: queue.Queue[Captured | None] = queue.Queue()
-        self._room = threading.Semaphore(WAITING), threading.Semaphore(COMING)
+        lanes = max(1, groups // GROUPS)
+        self._lanes: list[queue.Queue[Captured | None]] = [queue.Queue() for _ in range(lanes)]
+        self._room = threading.Semaphore(WAITING * lanes), threading.Semaphore(COMING * lanes)
         self._failed: BaseException | None = None
         self.seconds: defaultdict[str, float] = defaultdict(float)
-        self._encoder = threading.Thread(target=self._encode, name="encode", daemon=True)
-        self._encoder.start()
+        self._counting = threading.Lock()
+        self._encoders = [
+            threading.Thread(target=self._encode, args=(lane,), name="encode", daemon=True)
+            for lane in self._lanes
+        ]
+        for encoder in self._encoders:
+            encoder.start()
 
     def begin(self, part: PartRows) -> bool:
         """Make room for a part; waits while there is none. False for a part without samples, which
@@ -151,7 +158,7 @@ class Pipeline:
         flight.
         """
         if (
-            not self._waiting.unfinished_tasks
+            not any(lane.unfinished_tasks for lane in self._lanes)
             and self._filling
             and len(self._filling) == len(self._bytes)
         ):
@@ -171,7 +178,7 @@ class Pipeline:
         """
         with self._timed("wait for the encoder"):
             self._patiently(lambda: self._enter(captured), queue.Full)
-        self._waiting.put(captured)
+        self._lanes[captured.group % len(self._lanes)].put(captured)
 
     def _enter(self, captured: Captured) -> None:
         if not self._room_of(captured).acquire(timeout=0.1):
@@ -198,9 +205,11 @@ class Pipeline:
         self._check()
 
     def _drain(self) -> None:
-        """End the encoder once it has processed what is waiting."""
-        self._waiting.put(None)
-        self._encoder.join()
+        """End the encoders once they have processed what is waiting."""
+        for lane in self._lanes:
+            lane.put(None)
+        for encoder in self._encoders:
+            encoder.join()
 
     def _check(self) -> None:
         if self._failed is not None:
@@ -221,16 +230,20 @@ class Pipeline:
         try:
             yield
         finally:
-            self.seconds[stage] += time.perf_counter() - began
+            self._spent(stage, time.perf_counter() - began)
 
-    def _encode(self) -> None:
-        """Run the encoder's thread."""
+    def _spent(self, stage: str, seconds: float) -> None:
+        with self._counting:
+            self.seconds[stage] += seconds
+
+    def _encode(self, lane: queue.Queue[Captured | None]) -> None:
+        """Run an encoder's thread."""
         import torch
 
         stream: torch.cuda.Stream | None = None
         try:
             with torch.inference_mode():
-                while (captured := self._waiting.get()) is not None:
+                while (captured := lane.get()) is not None:
                     self._room_of(captured).release()
                     if captured.ready is None:
                         self._place(captured)
@@ -242,7 +255,7 @@ class Pipeline:
                             self._place(captured)
                         # After it, the states' memory belongs to the engine again.
                         stream.synchronize()
-                    self._waiting.task_done()
+                    lane.task_done()
         except torch.OutOfMemoryError as error:
             # Not with --regenerate, whose states arrive coded on the host; it refuses
             # --part-tokens.
@@ -265,7 +278,7 @@ class Pipeline:
                 states = states()
         if isinstance(states, CodedStates):
             for stage, seconds in states.seconds.items():
-                self.seconds[stage] += seconds
+                self._spent(stage, seconds)
             with self._timed("put in place"):
                 filling.put(members, states.arrays)
         else:
@@ -275,12 +288,14 @@ class Pipeline:
                     samples = [filling.part.samples[i] for i in members]
                     tokens = tokens_of(samples, self._embedding_on(states.aux.device))
                 filling.put_on_device(members, self.codec.encode(*states, tokens))
-        self._bar.tokens(sum(len(filling.part.samples[i].input_ids) for i in members))
+        with self._counting:
+            self._bar.tokens(sum(len(filling.part.samples[i].input_ids) for i in members))
         if filling.whole:
             with self._timed("copy to the host"):
                 filling.to_host()
             del self._filling[captured.group]
-            self._bar.part(filling.part.index, filling.part.row_stop)
+            with self._counting:
+                self._bar.part(filling.part.index, filling.part.row_stop)
             self._commit(filling)
 
     def _embedding_on(self, device: torch.device) -> torch.Tensor:
@@ -304,7 +319,7 @@ class Pipeline:
         if error is None:
             record, seconds = commit.result()
             self.writer.add(record)
-            self.seconds["compress and write"] += seconds
+            self._spent("compress and write", seconds)
         elif self._failed is None:
             self._failed = error
         self._bytes.pop(id(block), None)

@@ -22,7 +22,7 @@ from dspark.cache.codec.base import Codec
 from dspark.cache.errors import EngineError
 from dspark.cache.records import TokenSample
 from dspark.dump.config import DumpConfig
-from dspark.dump.engines.engine import Captured, CodedStates, Engine, States
+from dspark.dump.engines.engine import GROUPS, Captured, CodedStates, Engine, Fetch, States
 from dspark.dump.job import load_engine
 from dspark.dump.progress import Display
 from dspark.dump.run import dump
@@ -75,6 +75,41 @@ def test_the_engine_goes_on_while_its_states_are_on_their_way(
     dump(config, show)
     other = dataclasses.replace(config, output=tmp_path / "again.zarr")
     dump(other, show, lambda plan, n: Coming(load_engine(plan, n), 5))
+    assert_same(config.output, other.output)
+
+
+def test_no_engine_waits_for_the_states_of_another(
+    config: DumpConfig, show: Display, tmp_path: Path
+) -> None:
+    """Of two engines, the first part's states arrive only when the second part's have been put in
+    place.
+    """
+
+    class Two(Coming):
+        def __init__(self, inner: Engine) -> None:
+            super().__init__(inner, 0)
+            self.groups_at_once = 2 * GROUPS
+            self.second = threading.Event()
+
+        def dumped(
+            self, groups: Iterable[Sequence[TokenSample]], codec: Codec
+        ) -> Iterator[Captured]:
+            for c in super().dumped(groups, codec):
+                assert callable(c.states)
+                yield c._replace(states=partial(self.of_group, c.group, c.states))
+
+        def of_group(self, group: int, fetch: Fetch) -> CodedStates:
+            if group == 0:
+                assert self.second.wait(timeout=30)
+            states = fetch()
+            if group == 1:
+                self.second.set()
+            return states
+
+    config = dataclasses.replace(config, batch_tokens=32)
+    dump(config, show)
+    other = dataclasses.replace(config, output=tmp_path / "again.zarr")
+    dump(other, show, lambda plan, n: Two(load_engine(plan, n)))
     assert_same(config.output, other.output)
 
 

@@ -35,6 +35,7 @@ from dspark.cache.records import Bool, Int32, TokenSample, last_rows
 from dspark.cache.target.frozen import FrozenTarget
 from dspark.dump.engines.answers import Answered, Ask, Sampling, repeat_last, stored_runs
 from dspark.dump.engines.engine import (
+    GROUPS,
     Captured,
     CodedStates,
     Engine,
@@ -109,7 +110,7 @@ class VllmEngine:
     """
 
     name = "vllm"
-    groups_at_once = 2
+    groups_at_once = GROUPS
 
     def __init__(
         self,

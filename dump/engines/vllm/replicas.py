@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dspark.cache.errors import DsparkError, EngineError
 from dspark.cache.shared.stopping import leave_to_parent
-from dspark.dump.engines.engine import Captured, EngineRun, Prediction, States
+from dspark.dump.engines.engine import GROUPS, Captured, EngineRun, Prediction, States
 from dspark.dump.engines.registry import engine_version
 from dspark.dump.engines.vllm.engine import Member, VllmEngine
 from dspark.dump.engines.vllm.launch import Split
@@ -37,7 +37,6 @@ if TYPE_CHECKING:
     from dspark.cache.target.frozen import FrozenTarget
     from dspark.dump.engines.answers import Answered, Ask, Sampling
 
-GROUPS = 2  # unfinished groups per engine
 SHARED_GPU = 0.9  # of one GPU's memory, shared by the engines on it
 SILENT_SECONDS = STEP_SECONDS + 60  # an engine that hangs says so itself before
 STOP_SECONDS = 60
