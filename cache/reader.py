@@ -75,6 +75,9 @@ if TYPE_CHECKING:
 OPEN_PARTS = 48  # maximum parts kept open, with a file descriptor per array
 
 
+TOKEN_ARRAYS = ("input_ids", "loss_mask")
+
+
 def open_parts(arrays: int) -> int:
     """Return how many parts with ``arrays`` arrays each to keep open: half of the process's limit
     on open files.
@@ -382,30 +385,34 @@ class Cache:
     def tokens(self, i: int) -> TokenSample:
         """Read sample ``i`` without its states: only ids and mask."""
         part, span, _ = self._locate(i)
-        return self._tokens(i, part, span)
+        return self._tokens(i, *self._arrays_of(part, [(n, span) for n in TOKEN_ARRAYS]))
 
-    def _tokens(self, i: int, part: int, span: slice) -> TokenSample:
+    def _tokens(self, i: int, ids: Array, mask: Array) -> TokenSample:
         return TokenSample(
             row=int(self.index["sample_row"][i]),
             turn=int(self.index[TURN][i]),
             key=self.index["sample_key"][i].tobytes(),
-            input_ids=self._read(part, "input_ids", span),
-            loss_mask=self._read(part, "loss_mask", span),
+            input_ids=ids,
+            loss_mask=mask,
         )
+
+    def _arrays_of(self, part: int, wanted: Sequence[tuple[str, slice]]) -> list[Any]:
+        """Read rows of several arrays of a part, at the same time if each takes requests."""
+        if self.place.remote:
+            return in_parallel(lambda one: self._read(part, *one), wanted)
+        return [self._read(part, n, span) for n, span in wanted]
 
     def read(self, i: int) -> CodedSample:
         """Read sample ``i`` as stored: codes, to be decoded where they are needed
         (``codec.decode``).
         """
         part, span, last = self._locate(i)
-        tokens = self._tokens(i, part, span)
         rows = {"token": span, "last": last}
-        wanted = [(n, rows[axis]) for n, axis in self._axes if axis != "exact"]
-        if self.place.remote:
-            found = in_parallel(lambda one: self._read(part, *one), wanted)
-            states: Coded = dict(zip((n for n, _ in wanted), found, strict=True))
-        else:
-            states = {n: self._read(part, n, span) for n, span in wanted}
+        wanted = [(n, span) for n in TOKEN_ARRAYS]
+        wanted += [(n, rows[axis]) for n, axis in self._axes if axis != "exact"]
+        ids, mask, *codes = self._arrays_of(part, wanted)
+        tokens = self._tokens(i, ids, mask)
+        states: Coded = dict(zip((n for n, _ in wanted[2:]), codes, strict=True))
         if self.layout.exact:
             states |= self._exact(part, i - self._first[part])
         return CodedSample(tokens, states)

@@ -6,6 +6,7 @@ import http.client
 import logging
 import os
 import threading
+import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,14 +27,14 @@ SLOW_DOWN = (
 
 class Faulty(ThreadingHTTPServer):
     """Hands requests on to the server at ``port``; a share ``faults`` of them gets a 500, a 503
-    slow-down, or an answer that breaks off.
+    slow-down, or an answer that breaks off. Each answer comes ``delay`` seconds late.
     """
 
     daemon_threads = True
 
     def __init__(self, port: int, faults: float = 0.0, seed: int = 0) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
-        self.behind, self.faults = port, faults
+        self.behind, self.faults, self.delay = port, faults, 0.0
         self.count: Counter[str] = Counter()
         self.bytes = 0
         self._random, self._lock = Random(seed), threading.Lock()
@@ -62,6 +63,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _any(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         fault = self.server.fault()
+        time.sleep(self.server.delay)
         self.server.count[self.command] += 1
         if fault:
             self.server.count[fault] += 1

@@ -23,6 +23,7 @@ import numpy as np
 
 from dspark.cache.errors import DamagedCacheError, read_error
 from dspark.cache.files.atomic import STAGING, existing_parent, remove, staged, write_file
+from dspark.cache.files.block_cache import BLOCK
 from dspark.cache.files.urls import Url, Where, where
 
 S = TypeVar("S")
@@ -162,6 +163,19 @@ def in_parallel(work: Callable[[S], T], items: Sequence[S]) -> list[T]:
 def each_in_parallel(place: Place) -> Callable[[Callable[[S], T], Sequence[S]], list[T]]:
     """Use ``in_parallel`` if each piece of work is a request, else one after another."""
     return in_parallel if place.remote else lambda work, items: [work(i) for i in items]
+
+
+def ends(file: Object, head: int, tail: int) -> tuple[Bytes, Bytes]:
+    """Read the first ``head`` and the last ``tail`` bytes of a remote object: as one request if it
+    is small, else at the same time.
+    """
+    size = file.size
+    if size <= BLOCK:
+        whole = file.read(0, size)
+        return whole[:head], whole[max(0, size - tail) :]
+    spans = [(0, head), (size - tail, tail)]
+    first, last = in_parallel(lambda span: file.read(*span), spans)
+    return first, last
 
 
 def refuse_larger(size: int, limit: int) -> None:

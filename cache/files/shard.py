@@ -34,7 +34,7 @@ from numcodecs import Blosc, Zstd
 from dspark.cache.errors import DamagedCacheError, read_error
 from dspark.cache.files.checksum import crc32c
 from dspark.cache.files.layout import StoredArray
-from dspark.cache.files.place import LocalFile, Object
+from dspark.cache.files.place import LocalFile, Object, ends
 from dspark.cache.files.urls import Where
 
 Array = np.ndarray[tuple[int, ...], np.dtype[Any]]
@@ -178,19 +178,32 @@ class Shard:
         self._count = -(-spec.shape[0] // self.rows)
         self._start = len(tag)
         self._believed = False
-        self._index: Array | None = None
         self._table: Array | None = None
         self._lock = threading.Lock()
         try:
             self._file: Object = LocalFile(Path(str(path))) if file is None else file()
-            found = self._file.read(0, len(tag)).tobytes() if tag else b""
+            raw = None
+            if tag and file is not None and self._codec is not None:  # each read is a request
+                head, raw = ends(self._file, len(tag), self._index_bytes)
+            else:
+                head = self._file.read(0, len(tag)) if tag else np.empty(0, np.uint8)
         except OSError as error:
             raise read_error(path, error) from error
-        if found != tag:
+        if (found := head.tobytes()) != tag:
             raise DamagedCacheError(
                 f"{path}: begins with {found.hex()}, expected {tag.hex()}: the file belongs to "
                 "another array, part or store"
             )
+        self._index: Array | None = None if raw is None else self._checked(raw)
+
+    @property
+    def _index_bytes(self) -> int:
+        return 16 * self._count + 4
+
+    def _checked(self, raw: Array) -> Array:
+        return (
+            _check(raw, self._index_bytes, f"{self.path}: shard index").view("<u8").reshape(-1, 2)
+        )
 
     def _size(self) -> int:
         try:
@@ -209,11 +222,9 @@ class Shard:
         """Return offset and length of every chunk, uint64[chunks, 2]; read and checked once."""
         with self._lock:
             if self._index is None:
-                size = 16 * self._count + 4
-                end = self._size()
+                size, end = self._index_bytes, self._size()
                 raw = self._bytes(end - size, size) if end >= size else np.empty(0, np.uint8)
-                checked = _check(raw, size, f"{self.path}: shard index")
-                self._index = checked.view("<u8").reshape(-1, 2)
+                self._index = self._checked(raw)
             return self._index
 
     @property

@@ -6,7 +6,9 @@ from __future__ import annotations
 
 import os
 import pickle
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +27,7 @@ from dspark.cache.errors import (
 from dspark.cache.files import bucket
 from dspark.cache.files.block_cache import BLOCK, BlockCache
 from dspark.cache.files.lock_files import owned
-from dspark.cache.files.place import place_of
+from dspark.cache.files.place import Memory, ends, place_of
 from dspark.cache.files.urls import Url, where
 from dspark.cache.merge import append, merge
 from dspark.cache.recode import recode
@@ -290,3 +292,27 @@ def test_kept_pieces_are_bounded_checked_and_shared(tmp_path: Path) -> None:
     nothing = BlockCache(tmp_path / "n", 0)
     assert nothing.read("x", len(data), 5, 10, fetch).tobytes() == data[5:15]
     assert not (tmp_path / "n").exists()
+
+
+def test_threads_that_read_one_piece_at_once_keep_it(tmp_path: Path) -> None:
+    data = bytes(range(256)) * 64
+    kept = BlockCache(tmp_path / "o", 1 << 30)
+    together = threading.Barrier(8)
+
+    def fetch(start: int, length: int) -> bytes:
+        together.wait(10)
+        return data[start : start + length]
+
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda i: kept.read("x", len(data), i, 9, fetch), range(8)))
+    assert [f.tobytes() for f in found] == [data[i : i + 9] for i in range(8)]
+    assert not kept._broken
+    assert len([p for p in (tmp_path / "o").rglob("*") if p.is_file()]) == 1
+
+
+@pytest.mark.parametrize("size", [50, BLOCK, BLOCK + 7])
+def test_both_ends_of_an_object(size: int) -> None:
+    data = np.random.default_rng(0).integers(0, 256, size, dtype=np.uint8).tobytes()
+    first, last = ends(Memory(data), 16, 36)
+    assert (first.tobytes(), last.tobytes()) == (data[:16], data[-36:])
+    assert ends(Memory(data[:20]), 16, 36)[1].tobytes() == data[:20]

@@ -31,11 +31,11 @@ from dspark.dump.config import DumpConfig
 
 
 def killed_shard(config: DumpConfig, seconds: float, kills: int, rng: random.Random) -> list[int]:
-    """Run a shard to its end, killed up to ``kills`` times within ``seconds`` of its start; the
-    parts of its store at each kill, -1 where there was no store.
+    """Run a shard to its end, killed up to ``kills`` times, each 0.3 to 1 times ``seconds`` after
+    its start; the parts of its store at each kill, -1 where there was no store.
     """
     parts: list[int] = []
-    while code := attempt(config, rng.random() * seconds if len(parts) < kills else None):
+    while code := attempt(config, rng.uniform(0.3, 1.0) * seconds if len(parts) < kills else None):
         assert code == -9, (config.output, code)
         parts.append(len(scan_parts(config.output)) if config.output.exists() else -1)
     return parts
