@@ -1,6 +1,6 @@
 """What makes a better draft in the same minutes: paired trainings at equal time, as many as fit.
 
-    python bench/learn.py --store 4-4.zarr --out DIR [--seconds 15] [--budget 300] [--seeds 0,1,2]
+    python bench/learn.py --store 4-4.zarr --out DIR [--seconds 12] [--budget 300] [--seeds 0,1,2]
         [--variants thin,heads-3] [--also 'NAME=lr=3e-3 block=failure'] [--model TARGET]
         [--ladder 80,160,320] [--keep] [--train "..."]
     python bench/learn.py --out DIR --show
@@ -37,14 +37,14 @@ from typing import Any
 from feed import config
 from learn_board import Board
 from learn_lab import Lab
-from learn_variants import ALWAYS, CANDIDATES, Variant, joined
+from learn_variants import ALWAYS, CANDIDATES, MORE, Variant, joined
 
 from common import RESULTS, write
 from dspark.train.draft.folder import save_draft
 from dspark.train.run.folder import TRAINING
 from dspark.train.run.setup import prepare
 
-FLAGS = "--recipe SmolLM2-135M --no-tensorboard --val-rows 8"
+FLAGS = "--recipe SmolLM2-135M --no-tensorboard --val-rows 6"
 LOSES = 0.005  # of tau that a change may cost
 BEST = 4  # variants that get the other seeds
 KEPT = "kept"
@@ -57,8 +57,10 @@ class Plan:
     """Which trainings there are, in the order of their importance."""
 
     def __init__(self, args: argparse.Namespace, board: Board) -> None:
-        known = {**CANDIDATES, **dict(given.split("=", 1) for given in args.also)}
-        names = args.variants.split(",") if args.variants is not None else list(known)
+        also = dict(given.split("=", 1) for given in args.also)
+        known = {**CANDIDATES, **MORE, **also}
+        usual = [*CANDIDATES, *also]
+        names = args.variants.split(",") if args.variants is not None else usual
         names = [name for name in names if name]
         if unknown := [name for name in names if name not in known]:
             raise SystemExit(
@@ -266,9 +268,9 @@ def main() -> None:
     parser.add_argument("--store", type=Path)
     parser.add_argument("--out", type=Path, required=True, help="folder that processes share")
     parser.add_argument("--model", type=Path, help="the target's folder, for init=layers")
-    parser.add_argument("--seconds", type=float, default=15.0, help="of every training")
+    parser.add_argument("--seconds", type=float, default=12.0, help="of every training")
     parser.add_argument("--budget", type=float, default=300, help="seconds of this process")
-    parser.add_argument("--rows", type=int, default=700, help="packed rows held on the device")
+    parser.add_argument("--rows", type=int, default=660, help="packed rows held on the device")
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--variants", help="comma separated  [all]")
     parser.add_argument("--also", action="append", default=[], metavar="NAME=SETTINGS")

@@ -41,19 +41,22 @@ from dspark.train.objective.states import FrozenHead, SlotStates
 from dspark.train.optim.base import WSD_DECAY
 from dspark.train.run.setup import Run
 
-# Judged one by one, with one seed; those that pay are joined (``learn.joined``).
+# Judged one by one, with one seed; those that pay are joined (``joined``).
 CANDIDATES = {
-    "anchors-1024": "anchors=1024",
-    "anchors-512": "anchors=512",
-    "thin": "thin=1",
-    "ce-0.3": "ce=0.3 l1=0.7",
     "kl-0.3": "ce=0.1 kl=0.3 l1=0.6",
-    "decay-8": "decay=8",
-    "heads-3": "heads=3",
-    "confidence-0.1": "confidence=0.1",
-    "failure": "block=failure mix=0.5 alpha=confidence",
-    "markov-init": "init=markov",
+    "ce-0.3": "ce=0.3 l1=0.7",
+    "anchors-1024": "anchors=1024",
+    "thin": "thin=1",
     "layers-init": "init=layers",
+    "failure": "block=failure mix=0.5 alpha=confidence",
+    "decay-8": "decay=8",
+    "confidence-0.1": "confidence=0.1",
+}
+# By name only.
+MORE = {
+    "anchors-512": "anchors=512",
+    "heads-3": "heads=3",
+    "markov-init": "init=markov",
     "fall-0.4": "fall=0.4",
 }
 # ``wsd`` is the recipe as it is; ``cosine`` as it was before.
