@@ -207,10 +207,15 @@ class Cache:
         return self.place.remote
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"path": self.path, "manifest": self.manifest}
+        """A remote store's index travels with it, so that a reading process does not ask for it."""
+        state: dict[str, Any] = {"path": self.path, "manifest": self.manifest}
+        if self.remote and self.manifest.complete and "index" in self.__dict__:
+            state |= {"index": self.index, "_part_crc": self._part_crc}
+        return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(state["path"], state["manifest"])  # type: ignore[misc]
+        self.__init__(state.pop("path"), state.pop("manifest"))  # type: ignore[misc]
+        self.__dict__.update(state)
 
     # -- where everything is -----------------------------------------------------------------------
 

@@ -159,6 +159,9 @@ def test_reads_are_few(s3: Faulty, tmp_path: Path) -> None:
     for i in range(len(store)):
         store.read(i)
     assert s3.count.total() == 0  # from the pieces that are kept here
+    reader = pickle.loads(pickle.dumps(store))
+    np.testing.assert_array_equal(reader.read(3).tokens.input_ids, store.read(3).tokens.input_ids)
+    assert s3.count.total() == 1  # the record of a part
 
 
 def test_what_has_no_record_counts_for_nothing(tmp_path: Path) -> None:
