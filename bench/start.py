@@ -60,7 +60,7 @@ def main() -> None:
             ]
             for state in ("empty", "filled"):
                 found = reported(["-c", CHILD, case, *words], env=env)
-                keys = ("first_step_seconds", "step_ms", "wall_seconds", "peak_gb")
+                keys = ("first_step_seconds", "start_seconds", "step_ms", "wall_seconds", "peak_gb")
                 rows.append({"compiled": case, "cache": state, **{k: found[k] for k in keys}})
                 print(rows[-1], file=sys.stderr, flush=True)
                 write(args.name, {"train": args.train}, rows, args.results, show=False)

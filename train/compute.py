@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -10,6 +12,8 @@ from dspark.cache.errors import UsageError
 from dspark.cache.shared.process import choose_device, make_current
 from dspark.train.distributed import World
 from dspark.train.draft.attention import Backend
+
+COMPILED = "TORCHINDUCTOR_CACHE_DIR"  # torch's own name for where it keeps compiled code
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,3 +47,27 @@ def choose_compute(
     return Compute(
         chosen, names[dtype], "flex" if cuda else "sdpa", cuda if compiled is None else compiled
     )
+
+
+def keep_compiled() -> Path:
+    """Let torch keep what it compiles in the user's cache, so that the next training of these
+    shapes starts without compiling; by default torch keeps it in /tmp, which a restart clears.
+    A folder named by ``TORCHINDUCTOR_CACHE_DIR`` stays. Returns the folder; call it before anything
+    is compiled.
+    """
+    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    kept = base / "dspark" / f"compiled-torch-{torch.__version__}"
+    if COMPILED not in os.environ and writable(kept):
+        os.environ[COMPILED] = str(kept)
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+    return Path(cache_dir())
+
+
+def writable(folder: Path) -> bool:
+    """Make ``folder`` and tell whether files can be written there."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return False
+    return os.access(folder, os.W_OK)

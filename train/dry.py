@@ -29,7 +29,8 @@ def dry_run(config: TrainConfig, say: Callable[[str], None] = lambda text: None)
     of the whole run.
 
     Keys: steps, steps_per_epoch, tokens_per_step, first_step_seconds (from the call, compilation
-    included), step_ms, hours (of the steps;
+    included), start_seconds (the same by part: ``prepare`` opens the store and builds the draft,
+    ``row`` waits for the first row, ``step`` compiles and computes), step_ms, hours (of the steps;
     validations and checkpoints come on top), memory_gb (estimated, by part and in all), peak_gb
     (measured on a GPU, else None).
     """
@@ -37,6 +38,7 @@ def dry_run(config: TrainConfig, say: Callable[[str], None] = lambda text: None)
     world = distributed.join(config.device, config.strategy)
     with lost_peers():
         run = world.agreed(lambda: prepare(config, world))
+        prepared = time.perf_counter() - started
         say(memory.describe(run))
         schedule, device = Schedule.of(run), run.compute.device
         cuda = device.type == "cuda"
@@ -48,9 +50,11 @@ def dry_run(config: TrainConfig, say: Callable[[str], None] = lambda text: None)
 
         count = min(schedule.total, WARM + TIMED)
         feed = Feed(rows_from(run, Position()), placer(run), device)
-        tokens, first, since = 0, 0.0, started
+        tokens, first, since, taken = 0, 0.0, started, 0.0
         for i in range(count):
             part = share(run, feed.take, lambda: False)
+            if i == 0:
+                taken = time.perf_counter() - started
             step(run, feed, part, i, schedule.total, None)
             tokens += part.tokens
             if i + 1 < count:
@@ -68,6 +72,7 @@ def dry_run(config: TrainConfig, say: Callable[[str], None] = lambda text: None)
         "steps_per_epoch": schedule.per_epoch,
         "tokens_per_step": tokens / count,
         "first_step_seconds": first,
+        "start_seconds": {"prepare": prepared, "row": taken - prepared, "step": first - taken},
         "step_ms": ms,
         "hours": schedule.total * ms / 3.6e6,
         "memory_gb": {

@@ -6,11 +6,13 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from click.testing import CliRunner
 
 import stores
 from dspark.cache.shared.command import duration
 from dspark.train.cli import main
+from dspark.train.compute import COMPILED, keep_compiled
 
 
 def test_dry_run_tells_steps_hours_and_memory_and_writes_nothing(tmp_path: Path) -> None:
@@ -34,8 +36,29 @@ def test_dry_run_tells_steps_hours_and_memory_and_writes_nothing(tmp_path: Path)
     assert found["steps"] == 50 * found["steps_per_epoch"]
     assert found["hours"] == pytest.approx(found["steps"] * found["step_ms"] / 3.6e6)
     assert 0 < found["step_ms"] < 1e3 * found["first_step_seconds"] + 1e4
+    parts = found["start_seconds"]
+    assert min(parts.values()) >= 0
+    assert sum(parts.values()) == pytest.approx(found["first_step_seconds"])
     assert found["memory_gb"]["total"] == pytest.approx(
         sum(found["memory_gb"][part] for part in ("trained", "frozen", "row"))
     )
     assert f"ms: {duration(3600 * found['hours'])} without validation" in done.stderr
     assert sorted(p.name for p in tmp_path.iterdir()) == ["hs.zarr"]
+
+
+def test_compiled_code_is_kept_where_the_user_or_the_package_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv(COMPILED, str(tmp_path / "own"))
+    assert keep_compiled() == tmp_path / "own"
+    monkeypatch.delenv(COMPILED)
+    kept = keep_compiled()
+    assert kept.parent == tmp_path / "cache" / "dspark"
+    assert torch.__version__ in kept.name
+    monkeypatch.delenv(COMPILED)
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    # nowhere to write: torch's own place
+    assert keep_compiled().name.startswith("torchinductor_")
+    monkeypatch.delenv(COMPILED)

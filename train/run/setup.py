@@ -15,7 +15,7 @@ from torch import Tensor
 import dspark.cache
 from dspark.cache.errors import TrainError, UsageError
 from dspark.cache.joined import JoinedCache, Stores
-from dspark.train.compute import Compute, choose_compute
+from dspark.train.compute import Compute, choose_compute, keep_compiled
 from dspark.train.config import TrainConfig
 from dspark.train.data.anchors import Int64
 from dspark.train.data.batch import Batch
@@ -120,6 +120,7 @@ def prepare(config: TrainConfig, world: World | None = None) -> Run:
     if sharded and not kind.sharded:
         raise UsageError(f"--strategy fsdp2 does not train {kind.name} drafts; use zero or ddp")
     if compute.compiled:
+        keep_compiled()
         compile_draft(model, in_parts=sharded)
     if config.activation_checkpointing:
         checkpoint_activations(model)
