@@ -5,7 +5,7 @@ processes share the work, and any of them may be cut short.
         --codecs klt-1-1,rotated-4-4,... [--at-once 4]
     python bench/klt_stores.py --name a --model DIR --stores DIR --out DIR
         --codecs exact,klt-1-1,... [--seeds 0,1,2,3,4] [--seconds 450] [--keep exact,klt-1-1]
-    python bench/klt_stores.py --merge --out DIR
+    python bench/klt_stores.py --merge --out DIR [--before klt_stores.json]
 
 1. ``--dump`` draws the rows (always the same ones) and dumps each codec with ``dspark-dump``;
    ``exact`` is the lossless store. Processes on several GPUs may dump different codecs.
@@ -25,8 +25,8 @@ A codec is a name, and after ``@`` what is special about its store:
     klt-1.2-1@coarse2  no store of its own: see codec_coarse.py
 
 Bytes per token are all files of a store but the target's weights; its calibration file counts.
-``--keep`` saves the drafts of the first ``--keep-seeds`` seeds below OUT/drafts, and
-OUT/prompts.jsonl, held-out prompts of all sources for ``codec_eval.py``.
+``--keep`` saves the drafts of the first ``--keep-seeds`` seeds below OUT/drafts, for
+``decoded.py --learn OUT --data STORES/rows.jsonl``.
 """
 
 from __future__ import annotations
@@ -64,7 +64,6 @@ from dspark.train.draft.folder import save_draft
 
 # of SmolLM2's 30 layers; without @L, the product's choice
 LAYERS = {3: "1,14,27", 8: "1,4,8,11,14,20,24,27"}
-PROMPTS = 200
 DUMP = (
     "import sys; import dspark.cache.codec.klt.codec as k;"
     "k.PER_DIMENSION = round(k.PER_DIMENSION * float(sys.argv.pop(1)));"
@@ -361,7 +360,6 @@ class Work:
             keep(self.args, corpus, self.runs, f"klt_stores.{self.args.name}")
             if store.name in self.args.keep and seed in seeds[: self.args.keep_seeds]:
                 save_draft(self.args.out / "drafts" / f"{store.name}-{seed}", trainer.model)
-                prompts(self.args, corpus)
 
 
 def keep(
@@ -370,7 +368,7 @@ def keep(
     config = {
         k: getattr(v, "pattern", v if isinstance(v, int | float) else str(v))
         for k, v in vars(args).items()
-        if k not in ("model", "data", "out", "stores")
+        if k not in ("model", "data", "out", "stores", "before")
     }
     raw = 0
     if corpus is not None:
@@ -394,28 +392,9 @@ def tables(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
-def prompts(args: argparse.Namespace, corpus: Corpus) -> None:
-    """Write ``PROMPTS`` held-out rows, equally many of each source as far as they reach."""
-    path = args.out / "prompts.jsonl"
-    if path.exists():
-        return
-    lines = (args.stores / "rows.jsonl").read_text().splitlines()
-    by_source: dict[str, list[str]] = defaultdict(list)
-    for row in sorted({corpus.samples[int(i)].row for i in corpus.held_out}):
-        by_source[json.loads(lines[row]).get("source", "")].append(lines[row])
-    chosen: list[str] = []
-    while len(chosen) < PROMPTS and any(by_source.values()):
-        for some in by_source.values():
-            if some and len(chosen) < PROMPTS:
-                chosen.append(some.pop(0))
-    made = path.with_suffix(f".{os.getpid()}")
-    made.write_text("".join(line + "\n" for line in chosen))
-    made.rename(path)
-
-
-def done_runs(out: Path) -> list[dict[str, Any]]:
-    """Return the trainings of all processes."""
-    files = sorted(out.glob("klt_stores.*.json"))
+def done_runs(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Return the trainings of all processes, and those of ``--before``."""
+    files = [*([args.before] if args.before else []), *sorted(args.out.glob("klt_stores.*.json"))]
     return [r for f in files for r in json.loads(f.read_text())["results"]["runs"]]
 
 
@@ -435,7 +414,7 @@ def train(args: argparse.Namespace, stores: list[Store]) -> None:
             time.sleep(0.5)
             continue
         left.remove(store)
-        have = {(r["codec"], r["seed"]) for r in done_runs(args.out)}
+        have = {(r["codec"], r["seed"]) for r in done_runs(args)}
         seeds = [s for s in map(int, args.seeds.split(",")) if (store.name, s) not in have]
         try:
             os.close(os.open(claims / f"{store.name}.{args.claim}", os.O_CREAT | os.O_EXCL))
@@ -447,7 +426,7 @@ def train(args: argparse.Namespace, stores: list[Store]) -> None:
 
 
 def merge(args: argparse.Namespace) -> None:
-    runs = done_runs(args.out)
+    runs = done_runs(args)
     keep(args, None, runs, "klt_stores")
     for row in tables(runs):
         print("TABLE", json.dumps(row), flush=True)
@@ -465,6 +444,7 @@ def arguments() -> argparse.Namespace:
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--dump", action="store_true")
     what.add_argument("--merge", action="store_true")
+    parser.add_argument("--before", type=Path, help="results whose trainings are not repeated")
     parser.add_argument("--at-once", type=int, default=4, help="dumps at a time")
     parser.add_argument("--name", default="a", help="of this process; its results bear it")
     parser.add_argument("--claim", default="0", help="a new one takes codecs again that were taken")
