@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
+import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -137,6 +139,8 @@ def _dump(
             )
             return report(config.output, stored, time.monotonic() - began, Written())
     with log_file(config.beside(".log")):
+        # The parts' records must not say who wrote them: they are the same from any writer.
+        log.info("writer   process %d on %s", os.getpid(), socket.gethostname())
         for line in job.plan.lines():
             show.say(line)
         writer = StoreWriter.resume(config.output, job.manifest) if stored else None

@@ -47,6 +47,8 @@ PAUSES = (0.1, 0.3, 1.0, 3.0, 10.0)  # seconds, before an answer that broke off 
 PIECE = 32 << 20  # bytes of one request of a large upload
 PATIENCE = timedelta(seconds=180)  # in which a request is tried again
 EXTRA = "pip install 'dspark[remote]'"
+# Where the libraries look for a machine's role when they found no other credentials.
+METADATA = re.compile(r"//(169\.254\.169\.254|169\.254\.170\.2|metadata\.google\.internal)")
 
 
 @cache
@@ -104,8 +106,17 @@ def _profile(bucket: str) -> Any:
 
 
 def _said(error: BaseException) -> str:
-    """Return the library's message without URL parameters, which may be a signature."""
-    return re.sub(r"\?[^\s)\"']*", "", first_line(error))
+    """Return the library's message without URL parameters, which may be a signature; for one that
+    was about credentials, what to do.
+    """
+    said = re.sub(r"\?[^\s)\"']*", "", first_line(error))
+    if not METADATA.search(said):
+        return said
+    return (
+        "no credentials were found: set them as for the service's own tools (for s3 "
+        "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE), or give this machine a "
+        f"role. {said}"
+    )
 
 
 class RemoteError(UnreadableError, OSError):

@@ -224,6 +224,16 @@ def test_metadata_is_read_within_bounds(
                 dspark.cache.open(store)
 
 
+def test_missing_credentials_are_said() -> None:
+    """A service's library looks for a machine's role last, and its error names that address."""
+    found = "Error performing PUT http://169.254.169.254/latest/api/token in 11ms - 403 Forbidden"
+    with (
+        pytest.raises(bucket.RemoteError, match="no credentials were found: set them as for"),
+        bucket._errors(Url("s3://bkt/a.zarr")),
+    ):
+        raise OSError(found)
+
+
 def test_errors_name_the_store_and_no_secret(s3: Faulty, tmp_path: Path) -> None:
     with pytest.raises(NotACacheError):
         dspark.cache.open(url(tmp_path, "none.zarr", "s3"))

@@ -19,6 +19,9 @@ def test_glm_by_hand() -> None:
     assert out["tokens"] == 36_000
     assert out["raw_bytes"] == 36_000 * (6 + 2 * 6144 * 6)
     assert out["hours"] == pytest.approx(0.01)
+    written = 8 * out["bytes"] / 36.0  # 36,000 tokens at 1,000 per second
+    assert out["written_bits_per_second"] == pytest.approx(written)
+    assert out["read_bits_per_second"] == pytest.approx(written * 8 * 80)
     weights = 2 * 154880 * 6144
     lossless = (out["bytes"] - weights) / 36_000 / (2 * 6144 * 5.5)
     assert 0.7 < lossless <= 1.01  # between what zstd makes of bf16 and the codes as they are

@@ -44,6 +44,11 @@ RANGES: dict[tuple[str, str], tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("0", "0.0009", "-5", "1.1e12", *NOT_FINITE),
         ("0.001", "1e12"),
     ),
+    ("estimate", "--gpus"): (("0", "-1", str(10**6 + 1)), ("1", str(10**6))),
+    ("estimate", "--trained-per-second"): (
+        ("0", "0.0009", "-5", "1.1e12", *NOT_FINITE),
+        ("0.001", "1e12"),
+    ),
     ("estimate", "--answers"): (("0", "-1", str(10**6 + 1)), ("1", str(10**6))),
     ("estimate", "--max-tokens"): (("1", "-1", str(10**9 + 1)), ("2", str(10**9))),
     ("estimate", "--generated-per-second"): (

@@ -55,6 +55,8 @@ def estimate(
     answers: int | None = None,
     max_tokens: int | None = None,
     generated_per_second: float | None = None,
+    gpus: int = 8,
+    trained_per_second: float = 80_000.0,
     trust_remote_code: bool = False,
 ) -> dict[str, Any]:
     """Estimate for ``samples`` x ``mean_tokens``, or for the rows of ``data``. ``last_share``:
@@ -66,6 +68,9 @@ def estimate(
 
     ``regenerate``: the target writes the answers, ``generated_per_second`` tokens of them (None: a
     tenth of ``tokens_per_second``); of a corpus, ``answers`` a row, of half ``max_tokens`` each.
+
+    ``gpus`` that train, each on ``trained_per_second`` tokens, read ``read_bits_per_second``; the
+    dump writes ``written_bits_per_second``.
     """
     from dspark.cache.files.layout import raw_bytes_per_token
     from dspark.dump import plan as planning
@@ -135,6 +140,10 @@ def estimate(
         "raw_bytes": raw,
         "ratio": raw / size,
         "files": FILES_A_STORE + FILES_A_PART * parts,
+        "written_bits_per_second": 8 * size / seconds,
+        "gpus": gpus,
+        "trained_per_second": trained_per_second,
+        "read_bits_per_second": 8 * size / tokens * gpus * trained_per_second,
         "seconds": seconds,
         "hours": seconds / 3600,
         "tokens_per_second": tokens_per_second,
@@ -238,6 +247,18 @@ Examples:
     "rate, an assumption]",
 )
 @click.option(
+    "--gpus",
+    type=click.IntRange(1, 10**6),
+    default=8,
+    help="GPUs of a training, for the network that it needs.",
+)
+@click.option(
+    "--trained-per-second",
+    type=Finite(0.001, 10**12),
+    default=80000.0,
+    help="Tokens on which each GPU trains per second (an H100, a draft for Qwen3-4B: 80,000).",
+)
+@click.option(
     "--trust-remote-code",
     is_flag=True,
     help="Run Python code that the target's repository brings; read it first.",
@@ -292,6 +313,17 @@ def estimate_command(as_json: bool, **flags: Any) -> None:
                 "time",
                 f"{duration(data['seconds'])} at {data['tokens_per_second']:,.0f} tokens "
                 "per second (--tokens-per-second)" + _generated(data),
+            ),
+            (
+                "network",
+                f"{data['written_bits_per_second'] / 1e9:.3g} Gbit/s while it is dumped; "
+                f"{data['gpus']} GPUs read {data['read_bits_per_second'] / 1e9:.3g} Gbit/s, at "
+                f"{data['trained_per_second']:,.0f} tokens per second each (--trained-per-second)",
+            ),
+            (
+                "local cache",
+                f"DSPARK_CACHE_GB={-(-data['bytes'] // 10**9)} keeps a remote store's pieces on a "
+                "node's disk for the next epochs; with less, each epoch reads them again",
             ),
             *((link["name"], f"{link['state']}: {link['text']}") for link in data["chain"]),
         ]
