@@ -2,10 +2,10 @@
 
     python bench/learn.py --store 4-4.zarr --out DIR [--seconds 12] [--budget 300] [--seeds 0,1,2]
         [--variants thin,heads-3] [--also 'NAME=lr=3e-3 block=failure'] [--model TARGET]
-        [--ladder 80,160,320] [--keep] [--train "..."]
+        [--ladder 80,160,320] [--base 'anchors=2048'] [--keep] [--train "..."]
     python bench/learn.py --out DIR --show
 
-Each variant takes the steps that fit into ``--seconds`` at its own step time (least of three short
+Each variant takes the steps that fit into ``--seconds`` at its own step time (least of five short
 probes, in turns with the recipe's). Order of rows, anchors and initial weights of a seed are the
 same for all. Judged at every anchor of the held-out rows: tau, and the walk
 (``train/objective/walk.py``), which is what decoding reaches.
@@ -67,6 +67,7 @@ class Plan:
                 f"no such variants: {', '.join(unknown)}; there are {', '.join(known)}"
             )
         self.settings = {name: known[name] for name in names} | ALWAYS
+        self.base = args.base
         self.names, self.board, self.pays = names, board, args.pays
         self.seeds = [int(seed) for seed in args.seeds.split(",")]
         for steps in filter(None, args.ladder.split(",")):
@@ -99,6 +100,10 @@ class Plan:
 
     def jobs(self) -> Iterator[tuple[str, str, int]]:
         """Name, settings and seed of all that is known to be worth it by now."""
+        for name, text, seed in self._worth():
+            yield name, f"{self.base} {text}".strip(), seed
+
+    def _worth(self) -> Iterator[tuple[str, str, int]]:
         first, *others = self.seeds
 
         def of(names: list[str], seeds: list[int]) -> Iterator[tuple[str, str, int]]:
@@ -127,7 +132,7 @@ class Trainings:
         self.started, self.args, self.plan, self.say = time.perf_counter(), args, plan, say
         self.run = prepare(config(args.store, args.train))
         self.lab = Lab(self.run, args.rows, args.model)
-        self.usual = Variant.parse("wsd", "", self.run)
+        self.usual = Variant.parse("wsd", args.base, self.run)
         self.say(f"{len(self.lab.rows)} rows read after {self.spent():.0f} s")
         self.lab.reset(0, self.usual)
         self.lab.train(self.usual, 0, 3, 100)  # compiles
@@ -274,6 +279,7 @@ def main() -> None:
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--variants", help="comma separated  [all]")
     parser.add_argument("--also", action="append", default=[], metavar="NAME=SETTINGS")
+    parser.add_argument("--base", default="", help="settings of every variant, if not its own")
     parser.add_argument("--ladder", default="", help="steps of weaker drafts, comma separated")
     parser.add_argument("--pays", type=float, default=0.008, help="gain of the walk that is kept")
     parser.add_argument("--keep", action="store_true", help="keep the drafts")

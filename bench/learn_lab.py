@@ -32,7 +32,8 @@ from dspark.train.optim.adamw import Adam
 from dspark.train.optim.base import Snapshot, learning_rate
 from dspark.train.run.setup import Run
 
-PROBE = 12  # steps that time a variant, three times
+PROBE = 12  # steps that time a variant, ROUNDS times
+ROUNDS = 5
 
 
 @dataclass(frozen=True)
@@ -215,7 +216,7 @@ class Lab:
         for variant in (beside, v):
             self.reset(0, variant)
             self.train(variant, 0, 3, 100)
-        for _ in range(3):
+        for _ in range(ROUNDS):
             for variant in dict.fromkeys((beside, v)):
                 took = self.train(variant, 0, PROBE, 100) / PROBE
                 least[variant] = min(least[variant], took)

@@ -42,8 +42,16 @@ from dspark.train.optim.base import WSD_DECAY
 from dspark.train.run.setup import Run
 
 # Judged one by one, with one seed; those that pay are joined (``joined``).
+# anchors-4096 needs --train with as many and --base anchors=2048.
 CANDIDATES = {
     "kl-0.3": "ce=0.1 kl=0.3 l1=0.6",
+    "kl-0.6": "ce=0.1 kl=0.6 l1=0.3",
+    "kl-1": "ce=0 kl=1 l1=0",
+    "anchors-4096": "anchors=4096",
+    "lr-3e-3": "lr=3e-3",
+}
+# By name only.
+MORE = {
     "ce-0.3": "ce=0.3 l1=0.7",
     "anchors-1024": "anchors=1024",
     "thin": "thin=1",
@@ -51,9 +59,6 @@ CANDIDATES = {
     "failure": "block=failure mix=0.5 alpha=confidence",
     "decay-8": "decay=8",
     "confidence-0.1": "confidence=0.1",
-}
-# By name only.
-MORE = {
     "anchors-512": "anchors=512",
     "heads-3": "heads=3",
     "markov-init": "init=markov",

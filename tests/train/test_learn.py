@@ -44,7 +44,8 @@ def args(tmp_path: Path) -> argparse.Namespace:
     stores.write_store(tmp_path / "hs.zarr", [40 + 7 * (i % 9) for i in range(24)])
     return argparse.Namespace(
         store=tmp_path / "hs.zarr", out=tmp_path / "out", model=None, seconds=0.0, budget=1e9,
-        rows=5, seeds="0,1", variants="thin,again,twice", ladder="2", pays=-1.0, keep=True,
+        rows=5, seeds="0,1", base="anchors=50", variants="thin,again,twice", ladder="2", pays=-1.0,
+        keep=True,
         also=["again=", "twice=heads=2 anchors=20 block=failure mix=0.5"], show=False, train=FLAGS,
         name="learn", results=tmp_path,
     )  # fmt: skip
