@@ -393,23 +393,36 @@ def last_of(piece: Piece, aux: torch.Tensor, last: torch.Tensor, tokens: Tokens)
     return last[mine]
 
 
-def test_step_holds_where_topics_differ() -> None:
-    """The rate of a corpus whose first third is of more energy than the rest: the step is set by
-    samples of all of it.
-    """
-    tokens = some_tokens([30] * 120)
-    aux, last = some_states(tokens)
-    loud = torch.ones(len(aux))
-    loud[: len(aux) // 3] = 4.0
-    aux = (aux.float() * loud[:, None, None]).bfloat16()
-    codec = FAMILY.make("klt-1.5-1.5", "zstd").calibrated(aux, last, tokens)
-    half = half_on(codec.learnt.aux, aux.device)
-    known = Known.of(tokens)
+def rate(codec: Klt, aux: torch.Tensor, tokens: Tokens) -> float:
+    """Bits per aux value of ordinary tokens, by the entropy of cells."""
+    half, known = half_on(codec.learnt.aux, aux.device), Known.of(tokens)
     ordinary = torch.ones(len(aux), dtype=torch.bool)
     ordinary[tokens.sample_start[:-1]] = False
     y = half.coefficients(aux.flatten(1), known.around(slice(None)).plain())[ordinary]
-    bits = float(entropy_columns(quantise(y, codec.learnt.aux.step)).sum()) / WIDTH
-    assert bits == pytest.approx(1.5, abs=0.1)
+    return float(entropy_columns(quantise(y, codec.learnt.aux.step)).sum()) / WIDTH
+
+
+@pytest.mark.parametrize("kind", ["sorted", "random"])
+def test_step_holds_for_new_text_where_samples_differ(kind: str) -> None:
+    """Samples of other energies: the first third of the corpus, or any. The rate holds for other
+    text of the same energies, though few samples are held out and a fit of 1,800 tokens takes its
+    own for too few bits.
+    """
+    samples = 60
+    loud = torch.ones(samples)
+    if kind == "sorted":
+        loud[: samples // 3] = 4.0
+    else:
+        loud = torch.randn(samples, generator=torch.Generator().manual_seed(5)).mul(0.7).exp()
+
+    def text(seed: int) -> tuple[torch.Tensor, torch.Tensor, Tokens]:
+        tokens = some_tokens([30] * samples, seed)
+        aux, last = some_states(tokens, seed)
+        return (aux.float() * loud.repeat_interleave(30)[:, None, None]).bfloat16(), last, tokens
+
+    codec = FAMILY.make("klt-1.5-1.5", "zstd").calibrated(*text(1))
+    aux, _, tokens = text(2)
+    assert rate(codec, aux, tokens) == pytest.approx(1.5, rel=0.03)
 
 
 def test_calibration_takes_whole_samples_and_runs_of_long_ones() -> None:

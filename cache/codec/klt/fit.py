@@ -1,9 +1,8 @@
 """Fit the tables of the transform codec to states of samples spread over a corpus.
 
 There are three passes over the states, which may be on the host: norms (which rows are massive),
-moments, and cells of samples held out of the moments, which set the step so that the rate holds for
-new text. Then the last state follows, from decoded aux coefficients. All work runs on the device of
-the embedding.
+moments, and cells, which set the step (``Rates``). Then the last state follows, from decoded aux
+coefficients. All work runs on the device of the embedding.
 
 Legend: T tokens, M stored last states, L aux layers, H hidden size, C = L * H, F features.
 """
@@ -18,7 +17,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from dspark.cache.codec.base import Tokens
 from dspark.cache.codec.klt.codec import Known
 from dspark.cache.codec.klt.half import half_on
-from dspark.cache.codec.klt.moments import Moments, eigen, fisher, regression, root
+from dspark.cache.codec.klt.moments import FISHER_ROWS, Moments, eigen, fisher, regression, root
 from dspark.cache.codec.klt.symbols import Packing, entropy_columns, offsets_of, quantise, step_for
 from dspark.cache.codec.klt.tables import CONTEXT, Tables, Transform
 from dspark.cache.errors import UsageError
@@ -33,11 +32,30 @@ MASSIVE = 10.0  # a row of this many times a layer's median norm is left out of 
 LEAST_DEVIATION = 1e-3
 RIDGE_AUX, RIDGE_LAST = 1e-2, 5e-2  # of the features' mean variance
 PIECE = 4096  # tokens, in whole samples, that are on the device at once
-HELD_OUT = 8  # every n-th sample is kept for setting the step
-RATE_ROWS = 16384  # maximum held-out rows that set the step
+HELD_OUT = 8  # every n-th sample tells what the fit takes for its own
+RATE_ROWS = 8192  # maximum rows of each kind that set the step
 LEAST_BITS = 0.02  # a column of less entropy is not kept
 # a row is exact where its classes would add this many times an ordinary row's error
 EXACT_NOISE = 2.0
+
+
+class Rates(NamedTuple):
+    """Coefficients that tell the bits per row of new text, each [n, K]: ``every`` of rows of all
+    samples; ``held`` of samples that its transform was not fitted to; ``again`` of the same rows in
+    the one that is.
+
+    A fit takes some of its own rows' accident for law and codes them in fewer bits than others. How
+    many fewer is the difference of ``held`` and ``again``, which a few samples tell well, as it
+    compares each with itself. Their bits alone would not: those of two samples differ by a fifth.
+    """
+
+    every: torch.Tensor
+    held: torch.Tensor
+    again: torch.Tensor
+
+    def bits(self, step: float) -> float:
+        every, held, again = (float(entropy_columns(quantise(y, step)).sum()) for y in self)
+        return every + held - again
 
 
 class Piece(NamedTuple):
@@ -174,33 +192,40 @@ class _Fit:
         import torch
 
         channels = self.layers * self.hidden
-        mean, deviation = self.centre(learn, most)
+        mean, deviation = self.centre([*learn, *keep], most)
         moments = Moments.of_width(channels + 2 * self.hidden, self.device)
-        for piece in self.moved(learn):
-            ok = _is_ordinary(piece.aux, most)
-            z = (piece.aux[ok].flatten(1).float() - mean) / deviation
-            moments.add(torch.cat([z, _around(piece)[ok]], 1))
-        centre, covariance = moments.covariance()
-        weights, residual = regression(covariance, channels, RIDGE_AUX)
-        energy = float(covariance[:channels, :channels].diagonal().sum())
-        self.say(
-            f"aux layers: {moments.rows:,} tokens, {moments.rows / channels:.1f} per each of "
-            f"{channels:,} dimensions; embeddings explain "
-            f"{1 - float(residual.diagonal().sum()) / max(energy, 1e-12):.1%} of the "
-            "energy"
-        )
-        shifted = mean + deviation * (centre[:channels] - centre[channels:] @ weights).float()
-        _, basis = eigen(residual)
-        del covariance, residual, moments
-        whole = _transform(shifted, deviation, basis.T, None, weights)
-        half = half_on(whole, self.device)
 
-        def coefficients() -> Iterator[torch.Tensor]:
-            for piece in self.moved(keep):
-                y = half.coefficients(piece.aux.flatten(1), _around(piece))
-                yield y[_is_ordinary(piece.aux, most)]
+        def fitted(pieces: Sequence[Piece]) -> Transform:
+            for piece in self.moved(pieces):
+                ok = _is_ordinary(piece.aux, most)
+                z = (piece.aux[ok].flatten(1).float() - mean) / deviation
+                moments.add(torch.cat([z, _around(piece)[ok]], 1))
+            centre, covariance = moments.covariance()
+            weights, residual = regression(covariance, channels, RIDGE_AUX)
+            energy = float(covariance[:channels, :channels].diagonal().sum())
+            self.say(
+                f"aux layers: {moments.rows:,} tokens, {moments.rows / channels:.1f} per each of "
+                f"{channels:,} dimensions; embeddings explain "
+                f"{1 - float(residual.diagonal().sum()) / max(energy, 1e-12):.1%} of the "
+                "energy"
+            )
+            shifted = mean + deviation * (centre[:channels] - centre[channels:] @ weights).float()
+            del covariance
+            _, basis = eigen(residual)
+            return _transform(shifted, deviation, basis.T, None, weights)
 
-        return _quantised(whole, _some(coefficients(), _tokens(keep)), bits * channels)
+        def coefficients(transform: Transform, pieces: Sequence[Piece]) -> torch.Tensor:
+            half = half_on(transform, self.device)
+            found = (
+                half.coefficients(p.aux.flatten(1), _around(p))[_is_ordinary(p.aux, most)]
+                for p in self.moved(pieces)
+            )
+            return _some(found, sum(p.aux.shape[0] for p in pieces))
+
+        held = coefficients(fitted(learn), keep)
+        whole = fitted(keep)
+        every = coefficients(whole, [*learn, *keep])
+        return _quantised(whole, Rates(every, held, coefficients(whole, keep)), bits * channels)
 
     def last(
         self, learn: Sequence[Piece], keep: Sequence[Piece], aux: Transform, count: int, bits: float
@@ -224,12 +249,36 @@ class _Fit:
                 )
 
         moments = Moments.of_width(count + 4 * hidden, self.device)
-        for states, features in rows(learn):
-            moments.add(torch.cat([states, features], 1))
+        head = self.about.head if self.about.head is not None else self.about.embedding
+        metric, inverse = root(fisher(_spread([*learn, *keep]), head.to(self.device)))
+
+        def fitted(pieces: Sequence[Piece]) -> Transform:
+            for states, features in rows(pieces):
+                moments.add(torch.cat([states, features], 1))
+            return self.last_transform(moments, count, metric, inverse)
+
+        def coefficients(transform: Transform, pieces: Sequence[Piece]) -> torch.Tensor:
+            own = half_on(transform, self.device)
+            states = sum(p.last.shape[0] for p in pieces)
+            return _some((own.coefficients(*pair) for pair in rows(pieces)), states)
+
+        held = coefficients(fitted(learn), keep)
+        whole = fitted(keep)
+        every = coefficients(whole, [*learn, *keep])
+        found = Rates(every, held, coefficients(whole, keep))
+        return dataclasses.replace(tables, last=_quantised(whole, found, bits * hidden))
+
+    def last_transform(
+        self, moments: Moments, count: int, metric: torch.Tensor, inverse: torch.Tensor
+    ) -> Transform:
+        """Return the last state's transform, from the moments of states, ``count`` coefficients and
+        embeddings.
+        """
+        import torch
+
+        hidden = self.hidden
         centre, covariance = moments.covariance()
         weights, residual = regression(covariance, hidden, RIDGE_LAST, count)
-        head = self.about.head if self.about.head is not None else self.about.embedding
-        metric, inverse = root(fisher((p.last for p in learn), head.to(self.device)))
         # Moments of wide rows are float32 (``WIDE``); what is left is small enough for float64.
         mean = (centre[:hidden] - centre[hidden:] @ weights).to(metric.dtype)
         spread, left = (
@@ -241,11 +290,8 @@ class _Fit:
             "the target's distribution"
         )
         _, basis = eigen(left)
-        whole = _transform(mean, torch.ones_like(mean), basis.T @ inverse, metric @ basis, weights)
-        own = half_on(whole, self.device)
-        states = sum(p.last.shape[0] for p in keep)
-        found = _some((own.coefficients(*pair) for pair in rows(keep)), states)
-        return dataclasses.replace(tables, last=_quantised(whole, found, bits * hidden))
+        back, forward = basis.T @ inverse, metric @ basis
+        return _transform(mean, torch.ones_like(mean), back, forward, weights)
 
 
 def _around(piece: Piece) -> torch.Tensor:
@@ -290,8 +336,10 @@ def _transform(
     )
 
 
-def _tokens(pieces: Sequence[Piece]) -> int:
-    return sum(p.aux.shape[0] for p in pieces)
+def _spread(pieces: Sequence[Piece]) -> Iterator[torch.Tensor]:
+    """Yield last states of all ``pieces``, about as many as ``fisher`` takes."""
+    step = max(1, sum(p.last.shape[0] for p in pieces) // FISHER_ROWS)
+    return (p.last[::step] for p in pieces)
 
 
 def _some(blocks: Iterable[torch.Tensor], rows: int) -> torch.Tensor:
@@ -302,13 +350,14 @@ def _some(blocks: Iterable[torch.Tensor], rows: int) -> torch.Tensor:
     return torch.cat([block[::step].clone() if step > 1 else block for block in blocks])
 
 
-def _quantised(whole: Transform, y: torch.Tensor, bits: float) -> Transform:
-    """Return ``whole`` with the step at which held-out coefficients ``y`` take ``bits`` per row,
-    and the columns worth keeping.
+def _quantised(whole: Transform, rates: Rates, bits: float) -> Transform:
+    """Return ``whole`` with the step at which new rows take ``bits`` each, and the columns worth
+    keeping.
     """
     import torch
 
-    step = step_for(y, bits)
+    y = rates.every
+    step = step_for(rates.bits, float(y.abs().amax()) * 2 + 1e-3, bits)
     q = quantise(y, step)
     wanted = (entropy_columns(q) > LEAST_BITS).nonzero()[:, 0]
     kept = int(wanted[-1]) + 1 if wanted.numel() else 0
@@ -325,7 +374,7 @@ def _quantised(whole: Transform, y: torch.Tensor, bits: float) -> Transform:
         offsets=offsets,
         step=step,
         packing=packing,
-        bits=float(entropy_columns(q[:, :kept]).sum()),
+        bits=rates.bits(step),
     )
     code_error = (y.abs() / step - cells).square().sum(1) * step * step
     noise = float(code_error.median())

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING
@@ -211,16 +212,13 @@ def entropy_columns(q: torch.Tensor) -> torch.Tensor:
     return torch.cat(out)
 
 
-def step_for(y: torch.Tensor, bits: float) -> float:
-    """Find the step at which the cells of ``y`` [T, K] take ``bits`` per row in all, by their
-    columns' entropy.
-    """
-    low, high = 1e-4, float(y.abs().amax()) * 2 + 1e-3
-    step = high
-    for _ in range(20):
+def step_for(bits_at: Callable[[float], float], most: float, bits: float) -> float:
+    """Find the step up to ``most`` at which ``bits_at(step)``, which falls with it, is ``bits``."""
+    low, high = min(1e-4, most / 2), most
+    for _ in range(17):
         step = math.sqrt(low * high)
-        if float(entropy_columns(quantise(y, step)).sum()) > bits:
+        if bits_at(step) > bits:
             low = step
         else:
             high = step
-    return step
+    return high
