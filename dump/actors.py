@@ -76,7 +76,10 @@ def shards(config: DumpConfig) -> list[DumpConfig]:
     life is taken over, since Ray knows that the holder is dead.
     """
     assert config.ray is not None
-    output = config.output.absolute() if isinstance(config.output, Path) else config.output
+    output, calibration = (
+        w.absolute() if isinstance(w, Path) else w for w in (config.output, config.calibration)
+    )
+    assert output is not None
     whole = dataclasses.replace(
         config,
         ray=None,
@@ -84,7 +87,7 @@ def shards(config: DumpConfig) -> list[DumpConfig]:
         output=output,
         model=_absolute(config.model),
         data=tuple(map(_absolute, config.sources)) or None,
-        calibration=None if config.calibration is None else config.calibration.absolute(),
+        calibration=calibration,
     )
     return [dataclasses.replace(whole, shard=f"{i}/{config.ray}") for i in range(config.ray)]
 

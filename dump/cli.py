@@ -119,10 +119,10 @@ class DrafterTypes(click.ParamType):  # type: ignore[type-arg]  # no generic bef
 @codec_options
 @click.option(
     "--calibration",
-    type=click.Path(path_type=Path, dir_okay=False),
-    metavar="FILE",
-    help="The codec's calibration: calibration.safetensors from another store of the same "
-    "target, layers and codec.  [default: computed from --data]",
+    type=STORE,
+    metavar="STORE",
+    help="Take the codec's calibration from another store of the same target, layers and codec, "
+    "or from its calibration.safetensors.  [default: computed from --data]",
 )
 @click.option("--limit", type=int, help="Read only the first N rows of each --data.")
 @click.option("--resume", is_flag=True, help="Continue the store at --output.")

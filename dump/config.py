@@ -49,7 +49,8 @@ class DumpConfig:
     resume: bool = False
     overwrite: bool = False
     break_lock: bool = False  # of another machine that shows no sign of life
-    calibration: Path | None = None  # a file of what the codec has learnt elsewhere
+    # a file of what the codec has learnt elsewhere, or the store that contains it
+    calibration: Where | None = None
     assistant_pattern: str | None = None
     turns: str = "auto"  # how answers become samples: auto, each, last or whole
     template_kwargs: str | None = None  # JSON object handed to the chat template

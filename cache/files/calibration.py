@@ -24,9 +24,11 @@ from dspark.cache.errors import (
     UsageError,
     read_error,
 )
+from dspark.cache.files.atomic import write_file
 from dspark.cache.files.checksum import file_sha256
 from dspark.cache.files.layout import CALIBRATION, ROOT_KEY
 from dspark.cache.files.place import Place, place_of
+from dspark.cache.files.urls import Url, Where
 from dspark.cache.manifest import CodecInfo, Json, Manifest, build, canonical, unseal
 
 if TYPE_CHECKING:
@@ -76,12 +78,15 @@ class Supplied:
     made_for: MadeFor
 
     @classmethod
-    def read(cls, path: Path) -> Self:
-        """Read it without its tensors. Raises UsageError if it is not a calibration,
-        DamagedCacheError if its store records another hash.
+    def read(cls, given: Where) -> Self:
+        """Read it, from a file or the store that contains it, without its tensors. Raises
+        UsageError if it is not a calibration, DamagedCacheError if its store records another hash.
         """
-        flag = f"--calibration {path}"
+        flag = f"--calibration {given}"
         try:
+            path = _fetched(given) if isinstance(given, Url) else given
+            if path.is_dir():
+                path /= CALIBRATION
             sha256 = file_sha256(path)
         except OSError as error:
             raise UsageError(f"{flag}: {error.strerror or error}.") from error
@@ -125,6 +130,20 @@ class Supplied:
         """Return ``codec`` with the file's calibration."""
         learnt = read_calibration(self.path, self.sha256)
         return registry.load(codec.name, codec.params, codec.pack, learnt, str(self.path))
+
+
+def _fetched(url: Url) -> Path:
+    """Return a local copy of a calibration file in an object store, kept by its content."""
+    from dspark.cache.files.bucket import parent
+
+    place, name = parent(url if url.name.endswith(".safetensors") else url / CALIBRATION)
+    data = place.read(name)
+    sha256 = hashlib.sha256(data).hexdigest()
+    path = place.pieces.folder.with_name("whole") / f"{sha256[:24]}-{CALIBRATION}"
+    if not path.exists() or file_sha256(path) != sha256:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_file(path, data)
+    return path
 
 
 def _metadata(path: Path, flag: str) -> MadeFor | None:

@@ -15,8 +15,12 @@ from dump_runs import assert_same, corpus, files
 from safetensors.torch import load_file, save_file
 
 from dspark.cache.errors import DamagedCacheError, DsparkError, MismatchError, UsageError
+from dspark.cache.files import bucket
+from dspark.cache.files.calibration import Supplied
 from dspark.cache.files.checksum import file_sha256
 from dspark.cache.files.layout import CALIBRATION
+from dspark.cache.files.place import place_of
+from dspark.cache.files.urls import where
 from dspark.cache.reader import read_manifest
 from dspark.cache.writer import StoreWriter
 from dspark.dump import plan as planning
@@ -71,6 +75,22 @@ def test_it_gives_the_bytes_of_the_dump_that_made_it(
     assert_same(made.output, again.output)
 
 
+def test_it_is_taken_from_a_store_wherever_that_is(
+    made: DumpConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DSPARK_CACHE_DIR", str(tmp_path / "objects"))
+    bucket._pieces.cache_clear()
+    learnt = (made.output / CALIBRATION).read_bytes()
+    url = where("memory://bkt/learnt.zarr")
+    place_of(url).write(CALIBRATION, learnt)
+    for given in (made.output, url, url / CALIBRATION):
+        found = Supplied.read(given)
+        assert found.path.read_bytes() == learnt
+        assert found.made_for.codec == "klt-2-2"
+    with pytest.raises(UsageError, match=r"--calibration memory://bkt/no.zarr: no such object"):
+        Supplied.read(where("memory://bkt/no.zarr"))
+
+
 def remove_last_part(store: Path) -> None:
     shutil.rmtree(sorted((store / "parts").glob("[0-9]*"))[-1])
     StoreWriter(store, read_manifest(store), {}).reopen()
@@ -106,7 +126,7 @@ def refusals(
     target = str(save_target(tmp_path / "wider", intermediate_size=160))
     return {
         "no file": ({"calibration": tmp_path / "none"}, UsageError, "none: No such file"),
-        "a folder": ({"calibration": made.output}, UsageError, "Is a directory"),
+        "another folder": ({"calibration": tmp_path}, UsageError, "No such file or directory"),
         "no safetensors": (
             {"calibration": Path(str(made.data))},
             UsageError,
