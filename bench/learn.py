@@ -11,8 +11,8 @@ same for all. Judged at every anchor of the held-out rows: tau, and the walk
 (``train/objective/walk.py``), which is what decoding reaches.
 
 First each variant once. What gains ``--pays`` of walk and loses no tau is joined to ``kept``, which
-takes part with every seed like ``wsd`` (the recipe) and ``cosine`` (its schedule before); then
-``--ladder``, the recipe for so many steps; then the other seeds of the best variants. Several
+takes part with every seed like ``wsd`` and ``cosine`` (the published losses with these schedules);
+then ``--ladder``, the recipe for so many steps; then the other seeds of the best variants. Several
 processes with one ``--out`` share the work, a GPU each, and a later call goes on. A variant that
 would not end within ``--budget`` seconds is not begun.
 
@@ -132,7 +132,7 @@ class Trainings:
         self.started, self.args, self.plan, self.say = time.perf_counter(), args, plan, say
         self.run = prepare(config(args.store, args.train))
         self.lab = Lab(self.run, args.rows, args.model)
-        self.usual = Variant.parse("wsd", args.base, self.run)
+        self.usual = Variant.parse("wsd", f"{args.base} {ALWAYS['wsd']}", self.run)
         self.say(f"{len(self.lab.rows)} rows read after {self.spent():.0f} s")
         self.lab.reset(0, self.usual)
         self.lab.train(self.usual, 0, 3, 100)  # compiles

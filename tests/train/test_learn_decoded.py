@@ -1,0 +1,65 @@
+"""What bench/decoded.py makes of answers, and bench/end_to_end.py of a training's log."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+
+@pytest.fixture
+def bench(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "bench"))
+    import decoded
+
+    yield decoded
+    for name in ("decoded", "end_to_end", "common"):
+        sys.modules.pop(name, None)
+
+
+def answer(draft: str, where: str, blocks: int, accepted: int, source: str) -> dict[str, object]:
+    said = {"draft": draft, "where": where, "blocks": blocks, "accepted": accepted}
+    return said | {"source": source, "tokens": blocks + accepted, "same": None}
+
+
+def test_drafts_are_compared_prompt_by_prompt(bench: ModuleType) -> None:
+    rows = [
+        answer("old", "a", 10, 10, "x"), answer("new", "a", 8, 12, "x"),
+        answer("old", "b", 5, 15, "y"), answer("new", "b", 4, 16, "y"),
+        answer("old", "c", 0, 0, "y"), answer("new", "c", 0, 0, "y"),
+    ]  # fmt: skip
+    old, new = bench.compared(rows, "old")
+    assert (old["draft"], old["prompts"], old["paired"]["mean"]) == ("old", 2, 0.0)
+    assert old["accepted_length"] == pytest.approx(1 + 25 / 15)
+    assert new["accepted_length"] == pytest.approx(1 + 28 / 12)
+    assert new["change"] == pytest.approx((1 + 28 / 12) / (1 + 25 / 15) - 1)
+    # 2.5 - 2 and 5 - 4, each prompt the same weight
+    assert new["paired"]["mean"] == pytest.approx(0.75)
+    assert new["paired"]["high"] - new["paired"]["mean"] == pytest.approx(1.96 * 0.25)
+    assert new["by_source"]["y"]["accepted_length"] == pytest.approx(5.0)
+    fit = bench.line([1.0, 2.0, 3.0], [1.5, 2.5, 3.5])
+    assert (fit["slope"], fit["intercept"]) == (pytest.approx(1.0), pytest.approx(0.5))
+    assert fit["residual_rms"] == pytest.approx(0.0, abs=1e-9)
+    assert "new" in bench.table([old | {"walk": None}, new | {"walk": 2.9}], fit)
+
+
+def test_the_log_tells_when_a_training_reached_a_tau(bench: ModuleType, tmp_path: Path) -> None:
+    import end_to_end
+
+    began = datetime.datetime(2026, 11, 26, 10, 0, 0)
+    rows, lines = [], []
+    for step, tau in ((20, 1.2), (40, 1.6), (60, 1.9)):
+        rows += [{"step": step, "loss": 1.0}]
+        rows += [{"step": step, "epoch": 0, "validation": True, "mean_accepted_length": tau}]
+        moment = began + datetime.timedelta(seconds=step)
+        lines.append(f"{moment:%Y-%m-%d %H:%M:%S},500 step={step} epoch=0 validation=True ce=1")
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "train.log").write_text("\n".join(lines))
+    found = end_to_end.reached(tmp_path, 1.5, began.timestamp())
+    assert found == {"step": 40, "train_seconds": pytest.approx(40.5)}
+    assert end_to_end.reached(tmp_path, 2.5, 0.0) == {"step": None, "train_seconds": None}
