@@ -165,7 +165,7 @@ class Trainings:
         self.lab.reset(seed, v)
         seconds = self.lab.train(v, seed, steps, steps)
         row = {"name": name, "settings": text, "seed": seed, "steps": steps}
-        row |= {"step_ms": 1e3 * took, "seconds": steps * took, "wall_seconds": seconds}
+        row |= {"step_ms": 1e3 * took, "seconds": seconds}
         row |= self.lab.judge()
         if self.args.keep:
             folder = self.args.out / "drafts" / f"{name}-{seed}"

@@ -32,7 +32,7 @@ from dspark.train.optim.adamw import Adam
 from dspark.train.optim.base import Snapshot, learning_rate
 from dspark.train.run.setup import Run
 
-PROBE = 12  # steps that time a variant, ROUNDS times
+PROBE = 30  # steps that time a variant, ROUNDS times
 ROUNDS = 5
 
 

@@ -52,6 +52,7 @@ def args(tmp_path: Path) -> argparse.Namespace:
 
 
 def trainings(learn: Any, args: argparse.Namespace) -> Any:
+    sys.modules["learn_lab"].PROBE = 1
     plan = learn.Plan(args, learn.Board(args.out / "board"))
     return learn.Trainings(args, plan, lambda text: None)
 
