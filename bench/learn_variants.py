@@ -52,7 +52,7 @@ CANDIDATES = {
 }
 # By name only.
 MORE = {
-    "ce-0.3": "ce=0.3 l1=0.7",
+    "ce-0.3": "ce=0.3 l1=0.7 kl=0",
     "anchors-1024": "anchors=1024",
     "thin": "thin=1",
     "layers-init": "init=layers",

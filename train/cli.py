@@ -190,7 +190,8 @@ Examples:
 @click.option(
     "--loss-fn",
     default=DEFAULTS.loss_fn,
-    help="Loss weights as JSON: ce and l1 (= 2 TV), or tv (= l1 / 2).",
+    help="Loss weights as JSON: ce, kl (divergence from the target) and l1 (= 2 TV), or "
+    "tv (= l1 / 2).",
 )
 @click.option(
     "--confidence-head-alpha",

@@ -205,7 +205,7 @@ class TrainConfig:
     markov_head_type: str = _DRAFT["markov_head_type"]
     draft_vocab_size: int | None = None
     loss_fn: str = '{"ce": 0.1, "l1": 0.9}'
-    """JSON weights of ``ce`` and ``l1`` (= 2 TV) or ``tv`` (= l1 / 2);
+    """JSON weights of ``ce``, ``kl`` and ``l1`` (= 2 TV) or ``tv`` (= l1 / 2);
     ``ObjectiveConfig.from_json`` reads it.
     """
     confidence_head_alpha: float = 1.0

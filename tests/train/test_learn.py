@@ -128,14 +128,14 @@ def test_thinned_rows_have_the_same_gradient_on_average(
 
     exact = gradient(whole, held)
     anchors = held.host.anchors[held.host.anchor_valid].numpy()
-    some = [held.with_blocks(anchors, 0, chances(thin, size), seed) for seed in range(50)]
+    some = [held.with_blocks(anchors, 0, chances(thin, size), seed) for seed in range(24)]
     kept = np.mean([int(h.per_slot.sum()) for h in some]) / int(held.per_slot.sum())
     assert 0.7 < kept < 0.9  # mean of exp(-k / 4), k < 3: 0.80
     found = torch.stack([gradient(thin, h) for h in some])
     apart = float((found - exact).norm(dim=1).mean())
     assert apart > 0
-    # The mean of 50 draws is some 7 times nearer than one of them.
-    assert float((found.mean(0) - exact).norm()) < 0.3 * apart
+    # The mean of 24 draws is some 5 times nearer than one of them.
+    assert float((found.mean(0) - exact).norm()) < 0.35 * apart
 
 
 def test_rows_of_fewer_anchors_share_out_those_drawn(learn: Any, args: argparse.Namespace) -> None:
