@@ -522,10 +522,11 @@ def _committed(place: Place, name: str) -> PartRecord | None:
     """Return the record of a part in an object store; None if its writer has not written it yet."""
     try:
         return read_record(place, name)
-    except DamagedCacheError:
-        if place.exists(f"{PARTS}/{name}/zarr.json"):
-            raise
-        return None
+    except DamagedCacheError as error:
+        # Asking now whether it is there would tell of a later moment: others write beside us.
+        if isinstance(error.__cause__, FileNotFoundError):
+            return None
+        raise
 
 
 def write_index(place: Place, records: Sequence[PartRecord], layout: PartLayout) -> None:

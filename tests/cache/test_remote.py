@@ -4,6 +4,7 @@ is taken for whole.
 
 from __future__ import annotations
 
+import errno
 import os
 import pickle
 import threading
@@ -32,7 +33,7 @@ from dspark.cache.files.urls import Url, where
 from dspark.cache.merge import append, merge
 from dspark.cache.recode import recode
 from dspark.cache.verify import drop_damaged, verify
-from dspark.cache.writer import StoreWriter, rebuild
+from dspark.cache.writer import StoreWriter, rebuild, scan_parts
 from dspark.tools.stores.info import info
 from s3_server import BUCKET, Faulty, s3_server
 from stores import commit, manifest, write_store
@@ -222,6 +223,28 @@ def test_metadata_is_read_within_bounds(
             small.setattr("dspark.cache.json_text.LARGEST", 99_999)
             with pytest.raises(DamagedCacheError, match="100,000 bytes, more than any"):
                 dspark.cache.open(store)
+
+
+def test_a_part_that_is_committed_while_another_shard_looks_does_not_stop_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    remote = url(tmp_path, "a.zarr")
+    write_store(remote, LENGTHS)
+    whole = sorted(scan_parts(remote))
+    read = bucket.Bucket.read
+    late = "parts/000000000002/zarr.json"
+
+    def too_early(self: bucket.Bucket, name: str, limit: int | None = None) -> bytes:
+        if name == late:
+            raise bucket.AbsentError(errno.ENOENT, "no such object", name)
+        return read(self, name, limit)
+
+    monkeypatch.setattr(bucket.Bucket, "read", too_early)
+    assert sorted(scan_parts(remote)) == [n for n in whole if n != 2]
+    monkeypatch.undo()
+    place_of(remote).write(late, b"{}")
+    with pytest.raises(DamagedCacheError, match="no Zarr v3 group"):
+        scan_parts(remote)
 
 
 def test_missing_credentials_are_said() -> None:
