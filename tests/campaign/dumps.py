@@ -66,12 +66,8 @@ def kill(pid: int, whom: str) -> bool:
     return lives
 
 
-def attempt(
-    config: DumpConfig, seconds: float | None, whom: str = "process", said: Path | None = None
-) -> int:
-    """Dump in a process group of its own, of which ``whom`` is killed after ``seconds``; the exit
-    code of its first process, -9 where that was killed. Its error is in ``said``.
-    """
+def begin(config: DumpConfig, said: Path | None = None) -> int:
+    """Dump in a process group of its own; the id of its first process. Its error is in ``said``."""
     child = os.fork()
     if not child:
         os.setsid()
@@ -84,6 +80,16 @@ def attempt(
             said.write_text(text) if said else print(text, flush=True)
             os._exit(1)
         os._exit(0)
+    return child
+
+
+def attempt(
+    config: DumpConfig, seconds: float | None, whom: str = "process", said: Path | None = None
+) -> int:
+    """As ``begin``, and ``whom`` is killed after ``seconds``; the exit code of the first process,
+    -9 where that was killed.
+    """
+    child = begin(config, said)
     if seconds is not None:
         time.sleep(seconds)
         kill(child, whom)

@@ -1,5 +1,5 @@
 """``make campaign``: 1, 2 and 4 shards of a tiny target's dump, into one store and into stores of
-their own; then one of four, killed (kill -9) at random moments.
+their own, also four at once; then one of four, killed (kill -9) at random moments.
 
     python tests/campaign/shards.py [KILLS] [SEED]
 
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import random
 import re
 import sys
@@ -21,13 +22,15 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from dump_runs import files
-from dumps import attempt, whole_dump
+from dumps import attempt, begin, whole_dump
 
 from dspark.cache.errors import MismatchError
 from dspark.cache.merge import merge
 from dspark.cache.verify import verify
 from dspark.cache.writer import scan_parts
 from dspark.dump.config import DumpConfig
+
+TIMES = 3
 
 
 def killed_shard(config: DumpConfig, seconds: float, kills: int, rng: random.Random) -> list[int]:
@@ -39,6 +42,17 @@ def killed_shard(config: DumpConfig, seconds: float, kills: int, rng: random.Ran
         assert code == -9, (config.output, code)
         parts.append(len(scan_parts(config.output)) if config.output.exists() else -1)
     return parts
+
+
+def at_once(shards: list[DumpConfig], want: dict[str, bytes]) -> int:
+    """Run the shards of a store side by side, ``TIMES`` times; how many stores were compared."""
+    for time_ in range(TIMES):
+        output = shards[0].output.with_name(f"at once {time_}.zarr")
+        running = [begin(dataclasses.replace(s, output=output)) for s in shards]
+        codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in running]
+        assert codes == [0] * len(shards), codes
+        assert files(output) == want, output
+    return TIMES
 
 
 def missing(folder: Path, own: list[Path], lacks: int) -> str:
@@ -87,6 +101,7 @@ def campaign(folder: Path, kills: int, seed: int) -> dict[str, object]:
         seconds[f"merge of {count}"] = time.monotonic() - began
         assert files(folder / f"merged-{count}.zarr") == want
         assert verify(folder / f"merged-{count}.zarr").ok
+    out["at once, stores"] = at_once([shard(folder / "at once.zarr", i, 4) for i in range(4)], want)
     out["a shard is missing"] = missing(folder, own, 1)
     for name, most in (("one store", kills - kills // 2), ("its own store", kills // 2)):
         found: list[int] = []
