@@ -29,6 +29,7 @@ from dump_runs import corpus, files
 
 import dspark.cache
 from dspark.cache.errors import IncompleteCacheError
+from dspark.cache.files import bucket
 from dspark.cache.files.place import place_of
 from dspark.cache.merge import merge
 from dspark.cache.recode import recode
@@ -183,18 +184,19 @@ def campaign(folder: Path, seed: int) -> dict[str, Any]:
         proxy.faults = 0.0
         os.environ["DSPARK_CACHE_GB"] = "0"
 
-        def read(store: str) -> int:
-            cache = dspark.cache.open(store)
-            return sum(a.nbytes for i in range(len(cache)) for a in cache.read(i).states.values())
+        bucket._pieces.cache_clear()  # which the training's reads may have filled
+        here, there = (dspark.cache.open(s) for s in (local.output, f"{base}/remote.zarr"))
+        samples = range(len(here))
 
-        size = read(str(local.output))
-        out["MB"] = round(size / 1e6, 2)
-        out["local MB/s"] = round(size / 1e6 / timed(lambda: read(str(local.output))), 1)
+        def read(store: dspark.cache.Cache) -> int:
+            return sum(a.nbytes for i in samples for a in store.read(i).states.values())
+
+        out["samples"] = len(there)
+        out["MB"] = read(here) / 1e6
+        out["local MB/s"] = round(out["MB"] / timed(lambda: read(here)), 1)
         proxy.count.clear()
-        out["remote MB/s"] = round(size / 1e6 / timed(lambda: read(f"{base}/remote.zarr")), 1)
-        samples = len(dspark.cache.open(local.output))
-        out["requests per sample"] = round(proxy.count.total() / samples, 2)
-        out["samples"] = samples
+        out["remote MB/s"] = round(out["MB"] / timed(lambda: read(there)), 1)
+        out["requests per sample"] = round(proxy.count.total() / len(there), 2)
     return out
 
 
