@@ -145,10 +145,13 @@ def _dump(
             show.say(line)
         writer = StoreWriter.resume(config.output, job.manifest) if stored else None
         own = config.part_of.takes if config.part_of else lambda part: True
-        done = sum(r.tokens for i, r in writer.committed.items() if own(i)) if writer else 0
+        mine = [r.tokens for i, r in writer.committed.items() if own(i)] if writer else []
+        done = sum(mine)
         if writer:
+            others = len(writer.committed) - len(mine)
             show.say(
-                f"resuming: {len(writer.committed)} parts with {done:,} tokens are already stored"
+                f"resuming: {len(mine)} parts with {done:,} tokens are already stored"
+                + (f", and {others} of other shards" if config.part_of else "")
             )
             if config.regenerate:
                 answers.check(writer.committed)
