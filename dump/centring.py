@@ -26,9 +26,6 @@ if TYPE_CHECKING:
     from dspark.dump.engines.engine import Engine
     from dspark.dump.plan import Plan
 
-# of float64, as wide as aux layers and features together, that learning a basis holds at most
-MATRICES = 8
-
 
 def calibration_samples(
     corpus: Corpus, maker: SampleMaker, rows: int, tokens: int, budget: int
@@ -86,7 +83,7 @@ def captured(
 
 
 def learning_device(plan: Plan, engine: Engine, codec: Codec) -> str | None:
-    """Choose where to fit a codec that predicts from tokens: on the plan's GPU if its matrices fit
+    """Choose where to fit a codec that predicts from tokens: on the plan's GPU if its sums fit
     beside the engine, else on the CPU. None = no such codec.
     """
     import torch
@@ -96,6 +93,6 @@ def learning_device(plan: Plan, engine: Engine, codec: Codec) -> str | None:
     if plan.device != "cuda" or not torch.cuda.is_available():
         return "cpu"
     free, _ = torch.cuda.mem_get_info()
-    width = (len(plan.layers) + 2) * plan.shapes.hidden_size
-    frozen = 2 * plan.shapes.vocab_size * plan.shapes.hidden_size * 2
-    return "cuda" if free > frozen + MATRICES * 8 * width * width else "cpu"
+    shapes = plan.shapes
+    need = codec.fitting_bytes(len(plan.layers), shapes.hidden_size, shapes.vocab_size)
+    return "cuda" if free > need else "cpu"

@@ -255,7 +255,11 @@ def prepare(config: DumpConfig, day: str | None = None) -> Job:
 
 
 def load_engine(plan: planning.Plan, batch_tokens: int | None) -> Engine:
-    """Start the engine the plan names."""
+    """Start the engine the plan names, with room beside it for learning the codec."""
+    shapes = plan.shapes
+    fitting = plan.make_codec().fitting_bytes(
+        len(plan.layers), shapes.hidden_size, shapes.vocab_size
+    )
     run = EngineRun(
         model=plan.model,
         shapes=plan.shapes,
@@ -267,6 +271,7 @@ def load_engine(plan: planning.Plan, batch_tokens: int | None) -> Engine:
         batch_tokens=batch_tokens,
         options=plan.engine_options,
         say=Display().say,
+        leave=fitting if plan.calibration_tokens and not plan.calibration else 0,
     )
     return registry.load_engine(plan.engine, run)
 

@@ -146,6 +146,12 @@ class Codec(Protocol):
         """Expected bytes of the store's calibration file; 0 where there is none."""
         ...
 
+    def fitting_bytes(self, layers: int, hidden: int, vocab: int) -> int:
+        """Bytes that ``calibrated`` needs on the device where it sums, the target's matrices
+        included; 0 for a few.
+        """
+        ...
+
     def arrays(self, layers: int, hidden: int) -> dict[str, ArraySpec]: ...
     def disk_bytes(self, layers: int, hidden: int, last_share: float = 1.0) -> float:
         """Expected bytes of states per token on disk; exact if nothing is compressed;

@@ -100,6 +100,9 @@ class Fields:
     def learnt_bytes(self, layers: int, hidden: int) -> int:
         return 0
 
+    def fitting_bytes(self, layers: int, hidden: int, vocab: int) -> int:
+        return 0
+
     def arrays(self, layers: int, hidden: int) -> dict[str, ArraySpec]:
         aux = {
             f"aux_{name}": replace(spec, layers=layers)

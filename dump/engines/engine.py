@@ -77,7 +77,8 @@ class Prediction:
 class EngineRun:
     """What an engine is started with. ``layers``: output of decoder layer i. ``spool``: a folder it
     may create beside the store. ``batch_tokens``: tokens per forward pass; None = the engine's
-    default. ``options``: the user's options for it. ``say``: prints a line for the user.
+    default. ``options``: the user's options for it. ``say``: prints a line for the user. ``leave``:
+    bytes of each GPU that others need beside it, if it can do without them.
     """
 
     model: str
@@ -90,6 +91,7 @@ class EngineRun:
     batch_tokens: int | None = None
     options: EngineOptions = NO_OPTIONS
     say: Callable[[str], None] = log.info
+    leave: int = 0
 
 
 class Engine(Protocol):

@@ -330,6 +330,9 @@ class Toy:
     def learnt_bytes(self, layers: int, hidden: int) -> int:
         return 0
 
+    def fitting_bytes(self, layers: int, hidden: int, vocab: int) -> int:
+        return 0
+
     def disk_bytes(self, layers: int, hidden: int, last_share: float = 1.0) -> float:
         return layers * hidden + 2 * last_share * hidden
 

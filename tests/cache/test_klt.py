@@ -125,6 +125,16 @@ def test_wide_states_fit_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
     np.testing.assert_allclose(errors[1], errors[0], rtol=1e-2)
 
 
+def test_a_gpu_beside_an_engine_has_room_for_the_sums() -> None:
+    """Layers, hidden size, vocabulary, and GB that an engine leaves (``memory_share``)."""
+    for layers, hidden, vocab, free in (
+        (5, 2560, 151_936, 7.0),  # Qwen3-4B
+        (5, 4096, 151_936, 14.0),  # Qwen3-8B
+        (5, 6144, 154_880, 29.0),  # GLM-5.2
+    ):
+        assert FAMILY.make("klt-1-1", "zstd").fitting_bytes(layers, hidden, vocab) < free * 1e9
+
+
 def bound_db(variances: Any, bits: float) -> float:
     """SNR of reverse water-filling: the least error that any code of ``bits`` in all can have of
     independent Gaussians.

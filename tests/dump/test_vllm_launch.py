@@ -18,6 +18,7 @@ from dspark.dump.engines.vllm.launch import (
     choose_split,
     divides,
     llm_arguments,
+    memory_share,
     remedies,
 )
 from dspark.dump.engines.vllm.replicas import visible_gpus
@@ -62,6 +63,37 @@ def test_heads_that_do_not_divide_give_another_split_that_is_told() -> None:
         split(8, (12, 12), tensor_parallel=8)
     assert divides((64, 4), 8), "heads of keys are repeated"
     assert not divides((64, 6), 4)
+
+
+@pytest.mark.parametrize(
+    ("gpus", "leave", "weights", "memory", "share"),
+    [
+        (1, 5, 8, 80, None),  # a tenth of the GPU is more than that
+        (1, 11, 16, 80, 0.838),
+        (8, 21, 750, 141, 0.837),  # GLM-5.2 on H200s
+        (8, 21, 750, 120, None),  # weights first: the codec is learnt on the host
+        (1, 11, None, 80, None),
+        (0, 11, 1, 0, None),
+    ],
+)
+def test_an_engine_leaves_room_for_learning_the_codec(
+    gpus: int, leave: int, weights: int | None, memory: int, share: float | None
+) -> None:
+    def chosen(split: Split, *given: tuple[str, Any]) -> float | None:
+        return memory_share(
+            EngineOptions(arguments=given), split, leave=leave * GB,
+            weights=None if weights is None else weights * GB, memory=memory * GB,
+        )  # fmt: skip
+
+    assert chosen(Split(1, gpus, max(gpus, 1))) == share
+    assert chosen(Split(1, gpus, max(gpus, 1)), ("gpu_memory_utilization", 0.5)) is None
+
+
+def test_engines_on_one_gpu_share_it() -> None:
+    two = Split(2, 1, 1, shared=True)
+    for leave, share in ((0, 0.45), (12, 0.412)):
+        found = memory_share(EngineOptions(), two, leave=leave * GB, weights=8 * GB, memory=80 * GB)
+        assert found == share
 
 
 def test_arguments_are_read_and_those_of_the_dump_refused(tmp_path: Path) -> None:

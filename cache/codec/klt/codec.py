@@ -105,6 +105,17 @@ class Klt:
         aux = channels * channels + 2 * hidden * channels
         return 2 * (aux + hidden * hidden + (CONTEXT + 3) * hidden * hidden)
 
+    def fitting_bytes(self, layers: int, hidden: int, vocab: int) -> int:
+        """The sums, the covariance and a regression beside them (``regression``), a piece of states
+        in float32, and the target's matrices in 16 bits. Equations that need more are solved on the
+        host (``where_it_fits``).
+        """
+        from dspark.cache.codec.klt.fit import PIECE
+        from dspark.cache.codec.klt.moments import sums_bytes
+
+        width = (layers + 2) * hidden
+        return 3 * sums_bytes(width) + 3 * 4 * PIECE * width + 2 * 2 * vocab * hidden
+
     def arrays(self, layers: int, hidden: int) -> dict[str, ArraySpec]:
         """The widths come from the calibration; before it, SmolLM2's at one bit (to plan
         memory).

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     import torch
 
 WIDE = 8192  # rows of up to this width are summed in float64
+EIGEN_COPIES = 6  # of a matrix that its eigenvectors take, the solver's workspace included
 FISHER_FLOOR = 0.01  # of the metric's mean eigenvalue: no direction is free
 FISHER_ROWS = 8192
 
@@ -30,7 +31,7 @@ class Moments:
     def of_width(cls, width: int, device: torch.device) -> Moments:
         import torch
 
-        wide = torch.float64 if width <= WIDE else torch.float32
+        wide = torch.float64 if _is_narrow(width) else torch.float32
         return cls(
             torch.zeros(width, dtype=wide, device=device),
             torch.zeros(width, width, dtype=wide, device=device),
@@ -44,10 +45,30 @@ class Moments:
 
     def covariance(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean [D] and covariance [D, D]."""
-        import torch
-
         mean = self.sums / self.rows
-        return mean, self.gram / self.rows - torch.outer(mean, mean)
+        return mean, (self.gram / self.rows).addr_(mean, mean, alpha=-1)
+
+
+def _is_narrow(width: int) -> bool:
+    return width <= WIDE
+
+
+def sums_bytes(width: int) -> int:
+    """Bytes of the ``Moments`` of rows of ``width``."""
+    return (8 if _is_narrow(width) else 4) * width * width
+
+
+def where_it_fits(matrix: torch.Tensor, copies: int) -> torch.Tensor:
+    """Return ``matrix`` where ``copies`` of it fit beside it: on its GPU, which an engine of the
+    target may fill, or else on the host, where minutes pass (30,720 dimensions).
+    """
+    import torch
+
+    if not matrix.is_cuda:
+        return matrix
+    torch.cuda.empty_cache()
+    free, _ = torch.cuda.mem_get_info(matrix.device)
+    return matrix if free > copies * matrix.nbytes else matrix.cpu()
 
 
 def regression(
@@ -71,8 +92,12 @@ def regression(
     for group in (slice(0, apart), slice(apart, None)) if apart else (slice(None),):
         diagonal[group] += ridge * diagonal[group].mean()
     w = torch.linalg.solve(damped, yf.T)
+    residual = yy.clone()
     cross = yf @ w
-    return w, yy - cross - cross.T + w.T @ (ff @ w)
+    residual -= cross
+    residual -= cross.T
+    del cross
+    return w, residual.addmm_(w.T, ff @ w)
 
 
 def eigen(covariance: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -81,12 +106,13 @@ def eigen(covariance: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """
     import torch
 
-    values, vectors = torch.linalg.eigh((covariance + covariance.T) / 2)
+    device = covariance.device
+    covariance = where_it_fits(covariance, EIGEN_COPIES)
+    values, vectors = torch.linalg.eigh((covariance + covariance.T).div_(2))
     values, vectors = values.flip(0).clamp(min=0), vectors.flip(1)
     largest = vectors.abs().argmax(0)
-    return values, vectors * vectors[
-        largest, torch.arange(vectors.shape[1], device=vectors.device)
-    ].sign()
+    at = torch.arange(vectors.shape[1], device=vectors.device)
+    return values.to(device), vectors.mul_(vectors[largest, at].sign()).to(device)
 
 
 def fisher(states: Iterable[torch.Tensor], head: torch.Tensor) -> torch.Tensor:

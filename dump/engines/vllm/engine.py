@@ -14,6 +14,7 @@ never flushes), over all visible GPUs; prefix caching and chunked prefill stay o
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import logging
 import shutil
@@ -51,9 +52,12 @@ from dspark.dump.engines.vllm.launch import (
     capture_arguments,
     check_version,
     found_source,
+    gpu_memory,
     llm_arguments,
+    memory_share,
     split_of,
     start_llm,
+    weight_size,
 )
 from dspark.dump.engines.vllm.requests import RequestLoop
 from dspark.dump.engines.vllm.spool import (
@@ -431,6 +435,14 @@ def start(run: EngineRun) -> Engine:
     split = split_of(run)
     if split.why:
         run.say(split.why)
+    share = memory_share(
+        run.options, split, leave=run.leave, weights=weight_size(run.model), memory=gpu_memory()
+    )
+    if share is not None:
+        options = run.options
+        given = (*options.arguments, ("gpu_memory_utilization", share))
+        run = dataclasses.replace(run, options=dataclasses.replace(options, arguments=given))
+        run.say(f"gpu_memory_utilization {share}: other engines or the codec need the rest")
     if split.engines > 1:
         from dspark.dump.engines.vllm.replicas import Replicas
 

@@ -41,6 +41,9 @@ OURS = (
 )
 # of a GPU's memory that weights may take when we choose the number of GPUs
 WEIGHTS_SHARE = 0.6
+GPU_SHARE = 0.9  # of a GPU's memory that vLLM takes if it is not told
+LEAST_BESIDE = 0.15  # of a GPU's memory that vLLM needs beside the weights
+CONTEXT_BYTES = 2 << 30  # of another process on the GPU, before it holds any tensor
 CAPTURE_MODULE = "dspark.dump.engines.vllm.capture"
 
 
@@ -218,6 +221,24 @@ def weight_size(model: str) -> int | None:
         json.loads(Path(index).read_text()).get("metadata", {}).get("total_size") if index else None
     )
     return None if told is None else int(told)
+
+
+def memory_share(
+    options: EngineOptions, split: Split, *, leave: int, weights: int | None, memory: int
+) -> float | None:
+    """Choose vLLM's ``gpu_memory_utilization`` so that ``leave`` bytes of each GPU of ``memory``
+    bytes stay free; None = its own, where the user has chosen, nothing is needed, or ``weights``
+    would have too little left.
+    """
+    if "gpu_memory_utilization" in dict(options.arguments) or not split.gpus or not memory:
+        return None
+    share = GPU_SHARE - max(0.0, (leave + CONTEXT_BYTES) / memory - (1 - GPU_SHARE))
+    held = (weights or memory) * (split.engines if split.shared else 1) / split.gpus / memory
+    if not leave or share < held + LEAST_BESIDE:
+        share = GPU_SHARE
+    if split.shared:
+        return round(share / split.engines, 3)
+    return round(share, 3) if share < GPU_SHARE else None
 
 
 def llm_arguments(

@@ -37,7 +37,6 @@ if TYPE_CHECKING:
     from dspark.cache.target.frozen import FrozenTarget
     from dspark.dump.engines.answers import Answered, Ask, Sampling
 
-SHARED_GPU = 0.9  # of one GPU's memory, shared by the engines on it
 SILENT_SECONDS = STEP_SECONDS + 60  # an engine that hangs says so itself before
 STOP_SECONDS = 60
 # Median relative difference of a token's state that two engines may have; another token's state is
@@ -277,10 +276,6 @@ def serve(pipe: Any, run: EngineRun, split: Split, gpus: str | None) -> None:
     _end_with_parent()
     if gpus is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = gpus
-    options = run.options
-    if split.shared and "gpu_memory_utilization" not in dict(options.arguments):
-        share = ("gpu_memory_utilization", round(SHARED_GPU / split.engines, 3))
-        options = dataclasses.replace(options, arguments=(*options.arguments, share))
     try:
         engine = VllmEngine.load(
             run.model,
@@ -290,7 +285,7 @@ def serve(pipe: Any, run: EngineRun, split: Split, gpus: str | None) -> None:
             seq_length=run.seq_length,
             spool=run.spool,
             batch_tokens=run.batch_tokens,
-            options=options,
+            options=run.options,
             split=split,
             say=run.say,
         )
