@@ -94,6 +94,7 @@ class Batch:
             last=last,
             last_index=torch.from_numpy(last_index),
             draw=torch.tensor([draw]),
+            tables=(),
             **blocks,
         )
 

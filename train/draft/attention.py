@@ -259,9 +259,13 @@ def _flex_mask(tables: Tables, context: int, block_size: int, sight: Sight) -> B
         in_block = (kv_idx >= own_first[q_idx]) & (kv_idx < own_end[q_idx])
         return in_context | in_block
 
-    tiles = (tables[name][None, None] for name in ("count", "order", "count_full", "order_full"))
+    names = ("count", "order", "count_full", "order_full")
+    tiles = {name: tables[name][None, None] for name in names}
     return BlockMask.from_kv_blocks(
-        *tiles,
+        tiles["count"],
+        tiles["order"],
+        tiles["count_full"],
+        tiles["order_full"],
         BLOCK_SIZE=TILE,
         mask_mod=allowed if sight == WHOLE else allowed_in_sight,
         seq_lengths=(first.shape[0], context + first.shape[0]),

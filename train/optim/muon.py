@@ -21,6 +21,7 @@ matrices among them instead of each repeating all products.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 
 import torch
@@ -52,7 +53,7 @@ def orthogonal(matrices: Tensor, steps: int = STEPS) -> Tensor:
     return x
 
 
-def is_matrix(name: str, p: nn.Parameter) -> bool:
+def is_matrix(name: str, p: Tensor) -> bool:
     """Tell whether Muon updates the parameter of this name."""
     return p.ndim == 2 and name.startswith(("layers.", "midlayer.", "fc."))
 
@@ -107,7 +108,7 @@ def wide(matrix: Tensor) -> Tensor:
 
 def scale(shape: torch.Size) -> float:
     """Return what a factor of this shape is multiplied by (the module's docstring says why)."""
-    return 0.2 * float(max(shape)) ** 0.5
+    return 0.2 * math.sqrt(max(shape))
 
 
 class Muon:

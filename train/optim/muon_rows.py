@@ -70,7 +70,7 @@ class RowsMuon:
             every[self.world.rank, at : at + own.numel()] = own.flatten()
             at += size
         self.world.gather_(every.view(-1))
-        for part, shape in zip(every.split(sizes, 1), self.shapes, strict=True):
+        for part, shape in zip(torch.split(every, sizes, 1), self.shapes, strict=True):
             out.append(part.reshape(-1, shape[1])[: shape[0]])
         return out
 

@@ -25,7 +25,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dspark.train.data.batch import Batch
-from dspark.train.draft.attention import AttentionPlan, Backend, block_attention
+from dspark.train.draft.attention import (
+    GROUP_TOKENS,
+    AttentionPlan,
+    Backend,
+    block_attention,
+)
 from dspark.train.draft.config import DraftConfig
 from dspark.train.draft.eagle3.attention import ANCHORS_AT_ONCE, Pair, StepAttention
 from dspark.train.draft.model import DraftModel, Mlp, RMSNorm, TargetWeights, check_target
@@ -158,7 +163,7 @@ class Eagle3Model(DraftModel):
 
     def plan(self, batch: Batch, backend: Backend = "sdpa") -> Eagle3Plan:  # type: ignore[override]
         steps = self.config.block_size
-        size, tokens = (steps, {}) if self.parallel else (1, {"group_tokens": ANCHORS_AT_ONCE})
+        size, tokens = (steps, GROUP_TOKENS) if self.parallel else (1, ANCHORS_AT_ONCE)
         attention = AttentionPlan.build(
             batch.doc,
             batch.anchors,
@@ -167,7 +172,7 @@ class Eagle3Model(DraftModel):
             backend,
             Sight(causal=self.parallel),
             before=1,  # the row before an anchor is the anchor's own first
-            **tokens,
+            group_tokens=tokens,
         )
         where = batch.position[batch.anchors]
         later = torch.arange(steps, device=where.device)
