@@ -54,8 +54,9 @@ GIVEN = {
 
 def written(folder: Path) -> None:
     """The corpora and prompts that the pages name."""
-    rows = [chat(f"u: say hello {n}", "a: Yes, it is. No! one two three") for n in range(40)]
-    for name in ("chats.jsonl", "chat.jsonl", "own.jsonl", "prompts.jsonl"):
+    names = dict.fromkeys(("chats.jsonl", "chat.jsonl", "own.jsonl", "prompts.jsonl"), "hello")
+    for name, word in (names | {"more.jsonl": "more"}).items():
+        rows = [chat(f"u: say {word} {n}", "a: Yes, it is. No! one two three") for n in range(40)]
         (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
