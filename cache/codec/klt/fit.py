@@ -196,6 +196,7 @@ class _Fit:
         moments = Moments.of_width(channels + 2 * self.hidden, self.device)
 
         def fitted(pieces: Sequence[Piece]) -> Transform:
+            """Fit to ``pieces`` and to all that came before: the moments go on."""
             for piece in self.moved(pieces):
                 ok = _is_ordinary(piece.aux, most)
                 z = (piece.aux[ok].flatten(1).float() - mean) / deviation
@@ -253,6 +254,7 @@ class _Fit:
         metric, inverse = root(fisher(_spread([*learn, *keep]), head.to(self.device)))
 
         def fitted(pieces: Sequence[Piece]) -> Transform:
+            """Fit to ``pieces`` and to all that came before: the moments go on."""
             for states, features in rows(pieces):
                 moments.add(torch.cat([states, features], 1))
             return self.last_transform(moments, count, metric, inverse)
