@@ -18,7 +18,7 @@ from learn_variants import Variant, chances, of_layers, principal, weights_of
 from torch import Tensor
 
 from dspark.train.data import anchors as rules
-from dspark.train.data.batch import ON_HOST, Batch
+from dspark.train.data.batch import ARRAYS, ON_HOST, Batch, MakeTables
 from dspark.train.data.row import Row
 from dspark.train.data.stream import VALIDATION_EPOCH
 from dspark.train.draft.types import drafter
@@ -45,18 +45,25 @@ class Held:
     row: Row
     host: Batch
     per_slot: Tensor
-    blocks: dict[str, Tensor] | None = None
+    blocks: dict[str, Any] | None = None
 
     @classmethod
     def of(cls, row: Row, run: Run) -> Held:
         batch = row.batch
         # Copies: a view would hold on to the whole row.
-        copies = {f.name: getattr(batch, f.name).clone() for f in dataclasses.fields(Batch)}
+        copies = {n: getattr(batch, n).clone() for n in (*ARRAYS, *ON_HOST)}
         host = dataclasses.replace(batch, **copies)
         moved = dataclasses.replace(row, data=row.data.to(run.compute.device))
         return cls(moved, host, host.counted.sum(0))
 
-    def with_blocks(self, anchors: rules.Int64, pad: int, chance: Tensor, seed: int) -> Held:
+    def with_blocks(
+        self,
+        anchors: rules.Int64,
+        pad: int,
+        chance: Tensor,
+        seed: int,
+        tables: MakeTables | None = None,
+    ) -> Held:
         """The same row with ``anchors``, and slot k of a block with probability ``chance[k]``."""
         host = self.host.with_anchors(self.host, anchors, pad)
         drawn = torch.rand(host.counted.shape, generator=torch.Generator().manual_seed(seed))
@@ -67,7 +74,9 @@ class Held:
         blocks |= {"label_index": host.label_index, "slots": slots, "target_rows": rows}
         blocks |= {"target_at": at, "target_at_host": at}
         device = self.row.data.device
-        placed = {n: t if n in ON_HOST else t.to(device) for n, t in blocks.items()}
+        placed: dict[str, Any] = {n: t if n in ON_HOST else t.to(device) for n, t in blocks.items()}
+        made = tables(host.doc, host.anchors, host.anchor_valid) if tables else ()
+        placed["tables"] = tuple({n: t.to(device) for n, t in of.items()} for of in made)
         return dataclasses.replace(self, per_slot=counted.sum(0), blocks=placed)
 
     def denominators(self, decay: float) -> Denominators:
@@ -147,7 +156,8 @@ class Lab:
                 some = np.sort(order[i * most : (i + 1) * most])
                 some = some if some.size else np.sort(order[:most])
                 pad = most if self.run.stream.pad else 0
-                group.append(held.with_blocks(some, pad, chances(v, size), number))
+                tables = self.run.stream.tables
+                group.append(held.with_blocks(some, pad, chances(v, size), number, tables))
         return sets
 
     def reset(self, seed: int, v: Variant) -> None:

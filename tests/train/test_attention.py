@@ -13,6 +13,7 @@ from torch import Tensor
 from dspark.train.draft import attention
 from dspark.train.draft.attention import (
     AttentionPlan,
+    MaskTables,
     block_attention,
     context_interval,
     dense_mask,
@@ -130,7 +131,7 @@ def test_sdpa_against_a_loop(group: int, kv_heads: int, monkeypatch: pytest.Monk
 
 
 def test_padding_is_finite_and_unseen() -> None:
-    args = inputs(8, 8)
+    args = [x.detach() for x in inputs(8, 8)]
     plan = AttentionPlan.build(DOC, ANCHORS, VALID, 2)
     before = block_attention(*args, plan)
     assert bool(before.isfinite().all())
@@ -272,3 +273,19 @@ def test_cost_follows_the_window() -> None:
             assert all(group.high - group.low < window + 40 * 32 for group in plan.groups)
     assert read[512] < read[2048] / 1.5 < read[None] / 3
     assert tiles[512] < tiles[2048] * 0.6 < tiles[None] * 0.25
+
+
+@pytest.mark.parametrize("sight", [Sight(), Sight(4, causal=True)])
+def test_tables_made_beforehand_give_the_same_mask(sight: Sight) -> None:
+    (tables,) = MaskTables(2, (sight,))(DOC, ANCHORS, VALID)
+    assert {t.dtype for t in tables.values()} == {torch.int32}
+    # what they were made from is not looked at again
+    given = AttentionPlan.build(DOC, ANCHORS * 0, ~VALID, 2, "flex", sight, tables=tables)
+    usual = AttentionPlan.build(DOC, ANCHORS, VALID, 2, "flex", sight)
+    assert given.blocks is not None
+    assert usual.blocks is not None
+    args = [x.detach() for x in inputs(8, 8)]
+    torch.testing.assert_close(
+        block_attention(*args, given), block_attention(*args, usual), rtol=0, atol=0
+    )
+    assert MaskTables(2, (sight,))(DOC, ANCHORS[:0], VALID[:0]) == ()

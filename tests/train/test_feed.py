@@ -18,13 +18,15 @@ from dspark.cache.reader import open as open_store
 from dspark.train.data.feed import Feed
 from dspark.train.data.row import Row, blank
 from dspark.train.data.stream import Stream
+from dspark.train.draft.attention import MaskTables
+from dspark.train.draft.sight import Sight
 from dspark.train.objective.objective import Denominators, ObjectiveConfig, SlotInputs, objective
 from dspark.train.step import nothing
 
 LENGTHS = [60, 80, 30, 3]
 
 
-def stream(folder: Path, *, pad: bool = False) -> Stream:
+def stream(folder: Path, *, pad: bool = False, tables: MaskTables | None = None) -> Stream:
     if not (folder / "hs.zarr").exists():
         stores.write_store(folder / "hs.zarr", LENGTHS)
     cache = open_store(folder / "hs.zarr")
@@ -37,6 +39,7 @@ def stream(folder: Path, *, pad: bool = False) -> Stream:
         block_size=3,
         max_anchors=8,
         pad=pad,
+        tables=tables,
     )
 
 
@@ -108,3 +111,19 @@ def test_a_blank_row_gives_zero_gradients_everywhere() -> None:
         assert not p.grad.any(), name
     slots = SlotInputs.gather(batch, model(batch, model.plan(batch)), 4.0)
     assert objective(slots, model.frozen_head, ObjectiveConfig(), Denominators(1, 1, 1)).loss == 0
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_readers_make_the_tables_of_the_mask(tmp_path: Path, workers: int) -> None:
+    tables = MaskTables(3, (Sight(), Sight(2)))
+    made = stream(tmp_path, pad=True, tables=tables)
+    for row in next(made.steps_from(0, workers=workers)):
+        batch = row.place(made.cache, torch.device("cpu"), torch.float32)
+        want = tables(batch.doc, batch.anchors, batch.anchor_valid)
+        assert len(batch.tables) == 2
+        for found, expected in zip(batch.tables, want, strict=True):
+            assert found.keys() == expected.keys()
+            assert all(torch.equal(found[n], expected[n]) for n in expected)
+        assert [list(of) for of in batch.to("cpu").tables] == [list(of) for of in want]
+        # of other anchors they would be wrong
+        assert batch.with_anchors(row.batch, np.array([1])).tables == ()

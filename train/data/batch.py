@@ -11,7 +11,9 @@ per step.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,6 +22,9 @@ from torch import Tensor
 from dspark.train.data import anchors as rules
 
 ON_HOST = frozenset({"target_at_host"})  # fields that stay on the CPU wherever the batch goes
+TABLES = "tables"
+# Makes them from ``doc``, ``anchors`` and ``anchor_valid``.
+MakeTables = Callable[[Tensor, Tensor, Tensor], tuple[Mapping[str, Tensor], ...]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +38,8 @@ class Batch:
     the D each slot has, ``draw`` int64[1] a number specific to the row for a type's random choices
     in each forward pass (0 in validation). ``target_at_host`` is ``target_at`` on the CPU, always:
     code that cuts the slots into chunks must know on the host which rows a chunk needs.
+    ``tables``: those of the attention's mask (``draft.attention.MaskTables``), if a reader made
+    them.
     """
 
     input_ids: Tensor
@@ -51,6 +58,7 @@ class Batch:
     target_at: Tensor
     target_at_host: Tensor
     draw: Tensor
+    tables: tuple[Mapping[str, Tensor], ...] = ()
 
     @classmethod
     def build(
@@ -86,6 +94,7 @@ class Batch:
             last=last,
             last_index=torch.from_numpy(last_index),
             draw=torch.tensor([draw]),
+            tables=(),
             **blocks,
         )
 
@@ -96,7 +105,8 @@ class Batch:
         mask, doc, last_index = (x.numpy() for x in (host.loss_mask, host.doc, host.last_index))
         blocks = _blocks(anchors, mask, doc, last_index, self.block_size, pad_anchors_to)
         device = self.anchors.device
-        return replace(self, **{n: t if n in ON_HOST else t.to(device) for n, t in blocks.items()})
+        moved = {n: t if n in ON_HOST else t.to(device) for n, t in blocks.items()}
+        return replace(self, tables=(), **moved)
 
     @property
     def block_size(self) -> int:
@@ -146,15 +156,19 @@ class Batch:
         """Return the batch on ``device``; ``dtype`` also casts the states (before the copy, so that
         fewer bytes move).
         """
-        moved = {}
-        for field in fields(self):
-            if field.name in ON_HOST:
-                continue
-            value: Tensor = getattr(self, field.name)
+        moved: dict[str, Any] = {
+            TABLES: tuple({n: x.to(device) for n, x in of.items()} for of in self.tables)
+        }
+        for name in ARRAYS:
+            value: Tensor = getattr(self, name)
             if dtype is not None and value.is_floating_point():
                 value = value.to(dtype)
-            moved[field.name] = value.to(device, non_blocking=True)
+            moved[name] = value.to(device, non_blocking=True)
         return replace(self, **moved)
+
+
+# Fields that are tensors and go to the device.
+ARRAYS = tuple(f.name for f in fields(Batch) if f.name not in {*ON_HOST, TABLES})
 
 
 def _blocks(

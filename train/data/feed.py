@@ -8,7 +8,6 @@ call here waits for the device otherwise. It costs the memory of one more row.
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -16,7 +15,7 @@ from typing import Any
 
 import torch
 
-from dspark.train.data.batch import ON_HOST, Batch
+from dspark.train.data.batch import ARRAYS, Batch
 from dspark.train.data.row import Row
 
 AHEAD = 2  # steps that may be queued on the GPU
@@ -100,6 +99,5 @@ def _hand_over(batch: Batch, ready: Any) -> None:
     """
     stream = torch.cuda.current_stream()
     stream.wait_event(ready)
-    for field in dataclasses.fields(Batch):
-        if field.name not in ON_HOST:
-            getattr(batch, field.name).record_stream(stream)
+    for name in ARRAYS:  # the tables share their memory with the row's other arrays
+        getattr(batch, name).record_stream(stream)

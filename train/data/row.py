@@ -24,10 +24,11 @@ from dspark.cache.codec.base import EXACT_TOKEN, Tokens, axis_of, from_first_tok
 from dspark.cache.errors import MismatchError
 from dspark.cache.joined import Stores
 from dspark.cache.records import CodedSample, last_rows
-from dspark.train.data.batch import ON_HOST, Batch
+from dspark.train.data.batch import ARRAYS, Batch
 
 CODES = "codes."  # what a codec's arrays are called in the buffer
 KNOWN = "known."  # and what it predicts from
+MASK = "mask."  # and the tables of the attention's mask
 ALIGN = (
     # bytes; every field starts at a multiple, so that any dtype can view it and vector loads are
     # aligned
@@ -79,11 +80,11 @@ class Row:
         samples. Codes are joined in place; padding rows are zero.
         """
         arrays: list[tuple[str, int, Sequence[Array]]] = []
-        for part in dataclasses.fields(Batch):
-            if part.name in ON_HOST:
-                continue
-            value: Tensor = getattr(batch, part.name)
-            arrays.append((f"batch.{part.name}", value.shape[0], [value.numpy()]))
+        for name in ARRAYS:
+            value: Tensor = getattr(batch, name)
+            arrays.append((f"batch.{name}", value.shape[0], [value.numpy()]))
+        for i, tables in enumerate(batch.tables):
+            arrays += [(f"{MASK}{i}.{n}", t.shape[0], [t.numpy()]) for n, t in tables.items()]
         of_axis = {"token": batch.aux.shape[0], "last": batch.last.shape[0]}
         known = tokens_on_host(samples)
         # only a codec that predicts from tokens stores some exactly
@@ -147,14 +148,16 @@ class Row:
         return {field.name: field.of(data) for field in self.fields}
 
     def _batch(self, views: Mapping[str, Tensor]) -> Batch:
-        moved = {
-            f.name: views[f"batch.{f.name}"]
-            for f in dataclasses.fields(Batch)
-            if f.name not in ON_HOST
-        }
+        moved = {name: views[f"batch.{name}"] for name in ARRAYS}
+        tables: list[dict[str, Tensor]] = []
+        for name, view in views.items():
+            if name.startswith(MASK):
+                at, _, which = name.removeprefix(MASK).partition(".")
+                tables += [{}] * (int(at) == len(tables))
+                tables[int(at)][which] = view
         held = next(field for field in self.fields if field.name == "batch.target_at")
         # A copy: a view would keep the whole row's page-locked memory as long as the batch lives.
-        return Batch(**moved, target_at_host=held.of(self.data).clone())
+        return Batch(**moved, target_at_host=held.of(self.data).clone(), tables=tuple(tables))
 
 
 def tokens_on_host(samples: Sequence[CodedSample]) -> dict[str, Array]:

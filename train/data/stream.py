@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, overload
 
 import numpy as np
@@ -28,7 +28,7 @@ from dspark.cache.errors import TrainError, UsageError
 from dspark.cache.files.place import in_parallel
 from dspark.cache.joined import Stores
 from dspark.train.data import anchors as rules
-from dspark.train.data.batch import Batch
+from dspark.train.data.batch import Batch, MakeTables
 from dspark.train.data.readers import read_ahead
 from dspark.train.data.row import Row
 
@@ -176,6 +176,9 @@ class Rows(Dataset[Row]):
             if epoch == VALIDATION_EPOCH
             else int(rng(stream.seed, 3, epoch, i).integers(1 << 31)),
         )
+        if stream.tables is not None:
+            tables = stream.tables(batch.doc, batch.anchors, batch.anchor_valid)
+            batch = replace(batch, tables=tables)
         return Row.build(batch, samples, used, store)
 
 
@@ -197,9 +200,11 @@ class Stream:
         pad: bool = False,
         max_rows: int | None = None,
         passes: Sequence[float] = (1.0,),
+        tables: MakeTables | None = None,
     ) -> None:
         """``passes``: per store and epoch. ``pad`` gives every row ``total_seq_len`` tokens and
-        ``max_anchors`` anchors; ``max_rows`` cuts each epoch short.
+        ``max_anchors`` anchors; ``max_rows`` cuts each epoch short. ``tables`` makes those of the
+        attention's mask beside each row.
         """
         if samples.size == 0:
             raise TrainError(
@@ -218,6 +223,7 @@ class Stream:
             max_anchors,
         )
         self.pad, self.max_rows, self.passes = pad, max_rows, tuple(passes)
+        self.tables = tables
         self._planned: tuple[int, Packed] | None = None
 
     def plan(self, epoch: int) -> Packed:

@@ -19,7 +19,7 @@ shared by all layers.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal
@@ -40,6 +40,7 @@ GROUP_TOKENS = 256
 # Rows and columns of a tile of the flex mask; the size its kernels are made for.
 TILE = 128
 WHOLE = Sight()
+Tables = Mapping[str, Tensor]  # ``mask_tables``
 # torch 2.9 and later have a name for what flex attention gives beside its output.
 _AUX = getattr(flex, "AuxRequest", None)
 _ASKS_FOR_SUMS: dict[str, Any] = {"return_aux": _AUX(lse=True)} if _AUX else {"return_lse": True}
@@ -79,16 +80,26 @@ class AttentionPlan:
         *,
         before: int = 0,
         group_tokens: int = GROUP_TOKENS,
+        tables: Tables | None = None,
     ) -> AttentionPlan:
         """Build it from ``doc`` int[S], ``anchors`` int64[A] and ``anchor_valid`` bool[A], all on
         one device. ``before``: a block's context ends so many tokens before its anchor.
+        ``tables``: those of the flex mask, if they were made already.
         """
+        if backend == "flex" and tables is not None:
+            mask = _flex_mask(tables, doc.shape[0], block_size, sight)
+            return cls(backend, block_size, (), mask)
         start, limit = context_interval(doc, anchors, anchor_valid)
         if before:
             limit = torch.maximum(start, limit - before)
         if backend == "flex":
             blocks = (
-                _flex_mask(start, limit, doc.shape[0], block_size, sight)
+                _flex_mask(
+                    mask_tables(start, limit, doc.shape[0], block_size, sight),
+                    doc.shape[0],
+                    block_size,
+                    sight,
+                )
                 if anchors.shape[0]
                 else None
             )
@@ -201,49 +212,85 @@ def _sdpa_groups(
     return tuple(out)
 
 
-def _flex_mask(
-    start: Tensor, limit: Tensor, context: int, block_size: int, sight: Sight
-) -> BlockMask:
-    """Return the rule for flex attention: exact per element in ``allowed``, and per tile in the
-    tables of ``tile_cover``.
+def mask_tables(
+    start: Tensor, limit: Tensor, context: int, block_size: int, sight: Sight = WHOLE
+) -> dict[str, Tensor]:
+    """Return what the rule for flex attention reads, all int32: per query [Q] the context
+    ``[first, end)`` and the part ``[own_first, own_end)`` of its block that it sees; per row of
+    tiles how many are partly (``count``) and wholly (``count_full``) seen, [R], and which, first,
+    [R, C] (``order``, ``order_full``).
 
     torch's ``create_block_mask`` evaluates every one of Q x (S+Q) elements to find the tiles; the
     intervals give them directly.
     """
     length = start.shape[0] * block_size
-    # One value per query and no division in the kernel: a quarter less time than with one per block
-    # (measured, docs/log/2026-11-22-trainer-first-gpu-run.md).
-    first = slot_start(start, limit, block_size, sight).to(torch.int32)
-    end = limit.repeat_interleave(block_size).to(torch.int32)
     query = torch.arange(length, device=start.device, dtype=torch.int32)
     own = context + query // block_size * block_size
+    near, later = sight.window or block_size, 1 if sight.causal else sight.window or block_size
+    some, full = tile_cover(start, limit, context, block_size, sight)
+    (count, order), (count_full, order_full) = _ordered(some & ~full), _ordered(full)
+    return {
+        "first": slot_start(start, limit, block_size, sight).to(torch.int32),
+        "end": limit.repeat_interleave(block_size).to(torch.int32),
+        "own_first": torch.maximum(own, context + query - near + 1),
+        "own_end": torch.minimum(own + block_size, context + query + later),
+        "count": count, "order": order, "count_full": count_full, "order_full": order_full,
+    }  # fmt: skip
+
+
+def _flex_mask(tables: Tables, context: int, block_size: int, sight: Sight) -> BlockMask:
+    """Return the rule for flex attention: exact per element in ``allowed``, and per tile in the
+    tables of ``tile_cover``.
+    """
+    # One value per query and no division in the kernel: a quarter less time than with one per block
+    # (measured, docs/log/2026-11-22-trainer-first-gpu-run.md).
+    first, end, own_first, own_end = (
+        tables[name] for name in ("first", "end", "own_first", "own_end")
+    )
 
     def allowed(batch: Tensor, head: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
         # limit <= context, so an index in the block part never counts as context.
         in_context = (kv_idx >= first[q_idx]) & (kv_idx < end[q_idx])
-        in_block = (kv_idx >= own[q_idx]) & (kv_idx < own[q_idx] + block_size)
+        in_block = (kv_idx >= own_first[q_idx]) & (kv_idx < own_first[q_idx] + block_size)
         return in_context | in_block
-
-    near, later = sight.window or block_size, 1 if sight.causal else sight.window or block_size
-    own_first = torch.maximum(own, context + query - near + 1)
-    own_end = torch.minimum(own + block_size, context + query + later)
 
     def allowed_in_sight(batch: Tensor, head: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
         in_context = (kv_idx >= first[q_idx]) & (kv_idx < end[q_idx])
         in_block = (kv_idx >= own_first[q_idx]) & (kv_idx < own_end[q_idx])
         return in_context | in_block
 
-    some, full = tile_cover(start, limit, context, block_size, sight)
-    (count, order), (count_full, order_full) = _ordered(some & ~full), _ordered(full)
+    names = ("count", "order", "count_full", "order_full")
+    tiles = {name: tables[name][None, None] for name in names}
     return BlockMask.from_kv_blocks(
-        count,
-        order,
-        count_full,
-        order_full,
+        tiles["count"],
+        tiles["order"],
+        tiles["count_full"],
+        tiles["order_full"],
         BLOCK_SIZE=TILE,
         mask_mod=allowed if sight == WHOLE else allowed_in_sight,
-        seq_lengths=(length, context + length),
+        seq_lengths=(first.shape[0], context + first.shape[0]),
     )
+
+
+@dataclass(frozen=True, slots=True)
+class MaskTables:
+    """``mask_tables`` of a row for blocks of ``block_size`` tokens, for each of ``sights``: what a
+    reader makes beside the row, since a GPU would need a hundred kernels for it.
+    """
+
+    block_size: int
+    sights: tuple[Sight, ...]
+
+    def __call__(
+        self, doc: Tensor, anchors: Tensor, anchor_valid: Tensor
+    ) -> tuple[dict[str, Tensor], ...]:
+        """Arguments as of ``AttentionPlan.build``."""
+        if not anchors.shape[0]:
+            return ()
+        seen = context_interval(doc, anchors, anchor_valid)
+        return tuple(
+            mask_tables(*seen, doc.shape[0], self.block_size, sight) for sight in self.sights
+        )
 
 
 def tile_cover(
@@ -283,11 +330,11 @@ def tile_cover(
 
 
 def _ordered(tiles: Tensor) -> tuple[Tensor, Tensor]:
-    """Turn bool[rows, columns] into how many columns of each row are set, int32[1, 1, rows], and
-    which they are, first, int32[1, 1, rows, columns].
+    """Turn bool[rows, columns] into how many columns of each row are set, int32[rows], and which
+    they are, first, int32[rows, columns].
     """
     order = tiles.to(torch.int8).argsort(dim=-1, descending=True, stable=True)
-    return tiles.sum(-1, dtype=torch.int32)[None, None], order.to(torch.int32)[None, None]
+    return tiles.sum(-1, dtype=torch.int32), order.to(torch.int32)
 
 
 @cache

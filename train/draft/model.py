@@ -18,7 +18,7 @@ not a random layer's, costs AdamW a tenth of tau after 1,200 steps
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol, Self
 
@@ -29,7 +29,13 @@ from torch import Tensor, nn
 from dspark.cache.errors import MismatchError
 from dspark.cache.target.logits import Logits
 from dspark.train.data.batch import Batch
-from dspark.train.draft.attention import AttentionPlan, Backend, block_attention
+from dspark.train.draft.attention import (
+    AttentionPlan,
+    Backend,
+    MaskTables,
+    Tables,
+    block_attention,
+)
 from dspark.train.draft.config import DraftConfig
 from dspark.train.draft.heads import ConfidenceHead, MarkovHead, build_markov_head
 from dspark.train.objective.states import FrozenHead, SlotStates
@@ -350,17 +356,31 @@ class DraftModel(nn.Module):
         position = batch.block_position
         if self.config.bonus_anchor:
             position = torch.cat([position, position[:, -1:] + 1], 1)
-        attention = self.attention_plans(batch.doc, batch.anchors, batch.anchor_valid, backend)
+        attention = self.attention_plans(
+            batch.doc, batch.anchors, batch.anchor_valid, backend, batch.tables
+        )
         return self.plan_of(attention, position.flatten(), batch.position)
 
     def attention_plans(
-        self, doc: Tensor, anchors: Tensor, anchor_valid: Tensor, backend: Backend = "sdpa"
+        self,
+        doc: Tensor,
+        anchors: Tensor,
+        anchor_valid: Tensor,
+        backend: Backend = "sdpa",
+        tables: Sequence[Tables] = (),
     ) -> tuple[AttentionPlan, ...]:
         """Return ``AttentionPlan.build`` for each of ``sights``."""
         size = self.config.slots
+        made: Sequence[Tables | None] = tables or [None] * len(self.sights)
         return tuple(
-            AttentionPlan.build(doc, anchors, anchor_valid, size, backend, s) for s in self.sights
+            AttentionPlan.build(doc, anchors, anchor_valid, size, backend, sight, tables=known)
+            for sight, known in zip(self.sights, made, strict=True)
         )
+
+    @property
+    def mask_tables(self) -> MaskTables | None:
+        """What readers make of a row for ``plan`` on a GPU; None if it would not use them."""
+        return MaskTables(self.config.slots, self.sights)
 
     def plan_of(
         self, attention: tuple[AttentionPlan, ...], block_position: Tensor, context_position: Tensor

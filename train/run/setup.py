@@ -138,6 +138,7 @@ def prepare(config: TrainConfig, world: World | None = None) -> Run:
             pad=compute.compiled and config.max_anchors > 0,
             max_rows=max_rows,
             passes=[passes for _, passes in config.stores],
+            tables=model.mask_tables if compute.backend == "flex" else None,
         )
 
     training = stream(train)

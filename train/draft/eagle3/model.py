@@ -157,6 +157,10 @@ class Eagle3Model(DraftModel):
         """Whether all steps are made at once: P-EAGLE."""
         return self.mask_hidden is not None
 
+    @property
+    def mask_tables(self) -> None:
+        """Nothing: ``plan`` is its own."""
+
     def plan(self, batch: Batch, backend: Backend = "sdpa") -> Eagle3Plan:  # type: ignore[override]
         steps = self.config.block_size
         size, tokens = (steps, GROUP_TOKENS) if self.parallel else (1, ANCHORS_AT_ONCE)

@@ -155,6 +155,10 @@ class SpdHead(DraftModel):
 
     # Training
 
+    @property
+    def mask_tables(self) -> None:
+        """Nothing: ``plan`` is its own."""
+
     def plan(self, batch: Batch, backend: Backend = "sdpa", *, fill: int | None = None) -> SpdPlan:  # type: ignore[override]
         """Return the plan of a batch; ``fill`` None = drawn with the row's number: n with
         probability 1/2, else uniformly from 1..n-1.
