@@ -9,6 +9,7 @@ import math
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask
 
 from dspark.train.draft import attention
 from dspark.train.draft.attention import (
@@ -289,3 +290,26 @@ def test_tables_made_beforehand_give_the_same_mask(sight: Sight) -> None:
         block_attention(*args, given), block_attention(*args, usual), rtol=0, atol=0
     )
     assert MaskTables(2, (sight,))(DOC, ANCHORS[:0], VALID[:0]) == ()
+
+
+@pytest.mark.parametrize("sight", [Sight(), Sight(40, causal=True)])
+def test_the_backward_tables_are_those_that_torch_derives(sight: Sight) -> None:
+    doc = torch.arange(900, dtype=torch.int32) // 400
+    at = torch.arange(3, 900, 5)
+    found = AttentionPlan.build(doc, at, at < 880, 4, "flex", sight).blocks
+    assert found is not None
+    assert found.full_kv_num_blocks is not None
+    assert sight.window is not None or bool(found.full_kv_num_blocks.any())
+    derived = BlockMask.from_kv_blocks(
+        found.kv_num_blocks,
+        found.kv_indices,
+        found.full_kv_num_blocks,
+        found.full_kv_indices,
+        BLOCK_SIZE=found.BLOCK_SIZE,
+        mask_mod=found.mask_mod,
+        seq_lengths=found.seq_lengths,
+    )
+    for name in ("q_num_blocks", "q_indices", "full_q_num_blocks", "full_q_indices"):
+        ours, theirs = getattr(found, name), getattr(derived, name)
+        assert (ours.stride(), ours.dtype) == (theirs.stride(), theirs.dtype), name
+        assert torch.equal(ours, theirs), name

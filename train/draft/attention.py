@@ -218,7 +218,8 @@ def mask_tables(
     """Return what the rule for flex attention reads, all int32: per query [Q] the context
     ``[first, end)`` and the part ``[own_first, own_end)`` of its block that it sees; per row of
     tiles how many are partly (``count``) and wholly (``count_full``) seen, [R], and which, first,
-    [R, C] (``order``, ``order_full``).
+    [R, C] (``order``, ``order_full``); and the same per column of tiles, for the backward pass
+    (``..._back``, [C], [C, R]).
 
     torch's ``create_block_mask`` evaluates every one of Q x (S+Q) elements to find the tiles; the
     intervals give them directly.
@@ -228,14 +229,16 @@ def mask_tables(
     own = context + query // block_size * block_size
     near, later = sight.window or block_size, 1 if sight.causal else sight.window or block_size
     some, full = tile_cover(start, limit, context, block_size, sight)
-    (count, order), (count_full, order_full) = _ordered(some & ~full), _ordered(full)
+    tiles = {}
+    for kind, seen in (("", some & ~full), ("_full", full)):
+        tiles["count" + kind], tiles["order" + kind] = _ordered(seen)
+        tiles[f"count{kind}_back"], tiles[f"order{kind}_back"] = _ordered(seen.T)
     return {
         "first": slot_start(start, limit, block_size, sight).to(torch.int32),
         "end": limit.repeat_interleave(block_size).to(torch.int32),
         "own_first": torch.maximum(own, context + query - near + 1),
         "own_end": torch.minimum(own + block_size, context + query + later),
-        "count": count, "order": order, "count_full": count_full, "order_full": order_full,
-    }  # fmt: skip
+    } | tiles
 
 
 def _flex_mask(tables: Tables, context: int, block_size: int, sight: Sight) -> BlockMask:
@@ -259,16 +262,21 @@ def _flex_mask(tables: Tables, context: int, block_size: int, sight: Sight) -> B
         in_block = (kv_idx >= own_first[q_idx]) & (kv_idx < own_end[q_idx])
         return in_context | in_block
 
-    names = ("count", "order", "count_full", "order_full")
-    tiles = {name: tables[name][None, None] for name in names}
-    return BlockMask.from_kv_blocks(
-        tiles["count"],
-        tiles["order"],
-        tiles["count_full"],
-        tiles["order_full"],
-        BLOCK_SIZE=TILE,
-        mask_mod=allowed if sight == WHOLE else allowed_in_sight,
+    def tiles(name: str) -> Tensor:
+        return tables[name][None, None]
+
+    return BlockMask(
         seq_lengths=(first.shape[0], context + first.shape[0]),
+        kv_num_blocks=tiles("count"),
+        kv_indices=tiles("order"),
+        full_kv_num_blocks=tiles("count_full"),
+        full_kv_indices=tiles("order_full"),
+        q_num_blocks=tiles("count_back"),
+        q_indices=tiles("order_back"),
+        full_q_num_blocks=tiles("count_full_back"),
+        full_q_indices=tiles("order_full_back"),
+        BLOCK_SIZE=(TILE, TILE),
+        mask_mod=allowed if sight == WHOLE else allowed_in_sight,
     )
 
 
@@ -333,7 +341,7 @@ def _ordered(tiles: Tensor) -> tuple[Tensor, Tensor]:
     """Turn bool[rows, columns] into how many columns of each row are set, int32[rows], and which
     they are, first, int32[rows, columns].
     """
-    order = tiles.to(torch.int8).argsort(dim=-1, descending=True, stable=True)
+    order = tiles.to(torch.int8).contiguous().argsort(dim=-1, descending=True, stable=True)
     return tiles.sum(-1, dtype=torch.int32), order.to(torch.int32)
 
 
