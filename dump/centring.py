@@ -9,6 +9,7 @@ least ``LEAST_SAMPLES`` rows); 16-bit stores do not need it.
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
@@ -96,3 +97,12 @@ def learning_device(plan: Plan, engine: Engine, codec: Codec) -> str | None:
     shapes = plan.shapes
     need = codec.fitting_bytes(len(plan.layers), shapes.hidden_size, shapes.vocab_size)
     return "cuda" if free > need else "cpu"
+
+
+def release() -> None:
+    """Give the GPU memory that torch keeps in this process back to the driver."""
+    import torch
+
+    if torch.cuda.is_initialized():
+        gc.collect()
+        torch.cuda.empty_cache()

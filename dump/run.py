@@ -45,7 +45,13 @@ from dspark.cache.shared.stopping import parts_of, stoppable
 from dspark.cache.target.logits import PLAIN, Logits
 from dspark.cache.writer import StoreWriter, by_source, rebuild, scan_parts, totals
 from dspark.dump import plan as planning
-from dspark.dump.centring import Calibration, calibration_samples, captured, learning_device
+from dspark.dump.centring import (
+    Calibration,
+    calibration_samples,
+    captured,
+    learning_device,
+    release,
+)
 from dspark.dump.checks.coded import check_coded
 from dspark.dump.checks.states import check
 from dspark.dump.config import DumpConfig
@@ -330,6 +336,7 @@ def created(
     codec = job.plan.make_codec()
     codec = job.supplied.codec(codec) if job.supplied else codec
     found = calibration(job, engine, probe_states(engine, probe, raw, codec), codec, show)
+    release()  # what learning took of a GPU is an engine's, in another process
     planning.check_disk(planning.sized(job.plan, found.size), 0, config.part_of)
     # While an older store that is to be replaced is still there.
     check_coded(engine, probe, raw, found.codec, job.plan.layers)

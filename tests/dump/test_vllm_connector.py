@@ -270,3 +270,14 @@ def test_the_scheduler_names_the_batch_before_the_worker_begins(tmp_path: Path) 
     told = scheduler.build_connector_meta(step())
     assert ([save.step for save in told.pending_saves], told.step) == ([1, 2], 3)
     assert not scheduler._step_of
+
+
+@pytest.mark.vllm
+def test_batches_in_flight_leave_the_target_a_quarter_of_what_is_free() -> None:
+    pytest.importorskip("vllm")
+    from dspark.dump.engines.vllm.connector import WRITING, batches
+
+    gib = 1 << 30
+    assert batches(free=26 * gib, size=gib) == 4  # each 4 GiB while it is coded
+    assert batches(free=gib, size=gib) == 1
+    assert batches(free=500 * gib, size=gib) == WRITING

@@ -269,18 +269,19 @@ class SpoolConnector(ExampleHiddenStatesConnector):  # type: ignore[misc]
         return torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
 
     def _at_once(self) -> int:
-        """Return ``WRITING``, or how many batches fit into the GPU memory that vLLM left: the
-        states of a batch, or of a longer request, and three times as much while they are coded (at
-        4 bits it is as much again, at 16 up to that).
+        """Return how many batches may be in flight, by the memory that the GPU has left now. Asked
+        again once the coding is known: the process that learnt the codec may have taken some.
         """
         if self._most is None:
             cache = self._kv_cache
             self._most = WRITING
             if cache.device.type == "cuda":
-                token_bytes = cache[0].nbytes // self._block_size
-                free, _ = torch.cuda.mem_get_info(cache.device)
                 tokens = max(self._batch_tokens, self._vllm_config.model_config.max_model_len)
-                self._most = max(1, min(WRITING, free // (4 * tokens * token_bytes)))
+                free, _ = torch.cuda.mem_get_info(cache.device)
+                # what torch keeps for batches that have gone
+                free += torch.cuda.memory_reserved(cache.device)
+                free -= torch.cuda.memory_allocated(cache.device)
+                self._most = batches(free, tokens * (cache[0].nbytes // self._block_size))
         return self._most
 
     def _gather(self, saves: list[Save], stream: Any, came: float) -> Gathered:
@@ -350,6 +351,7 @@ class SpoolConnector(ExampleHiddenStatesConnector):  # type: ignore[misc]
         written = os.stat(os.path.join(self._storage_path, CODING)).st_mtime_ns
         if self._coding is None or self._coding[0] != written:
             self._coding = written, read_coding(self._storage_path, gathered.states.device)
+            self._most = None
         ids = np.concatenate(gathered.ids)
         return self._coding[1].encode(gathered.states, gathered.rows, ids, gathered.tokens.tolist())
 
@@ -368,6 +370,14 @@ class SpoolConnector(ExampleHiddenStatesConnector):  # type: ignore[misc]
                 except EngineError as own:
                     return i, own
         return None, error
+
+
+def batches(free: int, size: int) -> int:
+    """Return how many batches of ``size`` bytes of states may be on a GPU with ``free`` bytes: each
+    takes three times as much again while it is coded, and a quarter is the target's, whose steps
+    need more at times. At most ``WRITING``, at least one.
+    """
+    return max(1, min(WRITING, free * 3 // 4 // (4 * size)))
 
 
 def to_host(t: torch.Tensor) -> torch.Tensor:
