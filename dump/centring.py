@@ -103,6 +103,6 @@ def release() -> None:
     """Give the GPU memory that torch keeps in this process back to the driver."""
     import torch
 
-    if torch.cuda.is_initialized():
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         gc.collect()
         torch.cuda.empty_cache()
