@@ -9,8 +9,8 @@ On one GPU, size 2 runs two engines there, for targets so small that Python limi
 a whole ``dspark-dump`` of its own; the first size runs alone, and again (``noise``), so that an
 engine's own run-to-run noise is known. That and plain prefill run on GPUs that the second size
 leaves free, if there are two. Ids, masks and order must be equal in all stores; ``difference`` is
-that of states, relative to a token's state. Later dumps take the first one's calibration. Writes
-bench/results/NAME.json after every run.
+that of states, relative to a token's state. Later dumps take the first one's calibration; all take
+``--calibration``'s, if given. Writes bench/results/NAME.json after every run.
 """
 
 from __future__ import annotations
@@ -171,16 +171,19 @@ class Compared:
     def __init__(self, args: argparse.Namespace, data: str, scratch: Path) -> None:
         self.args, self.data, self.scratch = args, data, scratch
         self.first: Path | None = None
+        self.learnt: Path | None = args.calibration
 
     def dump(self, size: int, gpus: Sequence[int] = (), name: str = "") -> dict[str, Any]:
         output = self.scratch / f"{name or size}.zarr"
         call = command(self.args, self.data, output, size)
-        if self.first is not None and (learnt := self.first / CALIBRATION).exists():
-            call += ["--calibration", str(learnt)]
+        if self.learnt is not None:
+            call += ["--calibration", str(self.learnt)]
         began = time.monotonic()
         found = figures(size, ended(start(call, gpus)), time.monotonic() - began)
         if self.first is None:
             self.first = output
+            if self.learnt is None and (learnt := output / CALIBRATION).exists():
+                self.learnt = learnt
         else:
             found["difference"] = difference(self.first, output)
             shutil.rmtree(output)
@@ -216,6 +219,7 @@ def main() -> None:
         "--engine", default="vllm", help="transformers: a dry run without parallelism"
     )
     parser.add_argument("--engine-arg", action="append", default=[])
+    parser.add_argument("--calibration", type=Path, help="what an earlier dump's codec learnt")
     parser.add_argument("--scratch", type=Path, help="where stores are written and deleted again")
     parser.add_argument("--name", default="dump_parallel")
     args = parser.parse_args()
