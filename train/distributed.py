@@ -102,6 +102,14 @@ class World:
             _all_gather(tensor, self.part(tensor))
         return tensor
 
+    def start_gather(self, tensor: Tensor) -> Any:
+        """As ``gather_``, begun only; call ``.wait()`` on the result before reading ``tensor``.
+        None if there is nothing to gather.
+        """
+        if self.size == 1:
+            return None
+        return _all_gather(tensor, self.part(tensor), async_op=True)
+
     def send_(self, tensor: Tensor, source: int) -> Tensor:
         """Fill a device tensor on every rank with what rank ``source`` has in it."""
         if self.size > 1:

@@ -294,6 +294,7 @@ def _milestone(
     all of them.
     """
     row = None
+    run.optimizer.ready()
     if run.validation is not None:
         row = {"step": position.step, "epoch": position.epoch, "validation": True, **validate(run)}
         run.world.agreed(lambda: _finite_scores(row))

@@ -2,8 +2,8 @@
 same processes.
 
 torchrun ... ranks_script.py JOBS.json: a list of {"config", "resume", "stop", "break_rank",
-"break_load", "kill_reader", "break_take"}; what each rank's train() raised goes to JOBS.json.RANK
-as a list of [type, message, exit code] or null.
+"break_load", "kill_reader", "break_take", "overlap"}; what each rank's train() raised goes to
+JOBS.json.RANK as a list of [type, message, exit code] or null.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ import multiprocessing
 import os
 import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,23 +22,52 @@ import safetensors.torch
 import torch.distributed as dist
 
 from dspark.cache.errors import DamagedCacheError
+from dspark.train import step
 from dspark.train.config import TrainConfig
 from dspark.train.data.feed import Feed
 from dspark.train.data.row import Row
 from dspark.train.data.stream import Rows
 from dspark.train.distributed import rank_here
 from dspark.train.loop import train
+from dspark.train.optim import flat
+from dspark.train.run.setup import Run
 
 
 class Stop(Exception):
     """Raised by a progress callback, in place of a crash."""
 
 
+@contextmanager
+def overlapping() -> Iterator[None]:
+    """Check that sums begin within a step's last backward pass and that new values arrive within
+    the next forward pass. Buckets are small: the draft has several.
+    """
+    learn, bucket, late = step.learn, flat.BUCKET, 0
+
+    def watched(run: Run, *rest: Any) -> Any:
+        nonlocal late
+        optimizer = run.optimizer
+        assert isinstance(optimizer, flat.FlatOptimizer)
+        assert len(optimizer._buckets) > 3
+        late += any(b.gathering is not None for b in optimizer._buckets)
+        loss = learn(run, *rest)
+        assert all(b.gathering is None for b in optimizer._buckets)
+        assert not optimizer._summing or optimizer._sent == len(optimizer._buckets)
+        return loss
+
+    step.learn, flat.BUCKET = watched, 1 << 9
+    try:
+        yield
+    finally:
+        step.learn, flat.BUCKET = learn, bucket
+    assert late
+
+
 def run(job: dict[str, Any]) -> list[Any] | None:
-    def progress(step: int, total: int, text: str) -> None:
-        if step == job.get("stop"):
+    def progress(done: int, total: int, text: str) -> None:
+        if done == job.get("stop"):
             raise Stop
-        if job.get("kill_reader") == rank_here() and step == 2:
+        if job.get("kill_reader") == rank_here() and done == 2:
             for reader in multiprocessing.active_children():
                 os.kill(reader.pid or 0, signal.SIGKILL)
 
@@ -65,11 +96,12 @@ def run(job: dict[str, Any]) -> list[Any] | None:
     if job.get("break_load") == rank_here():
         safetensors.torch.load_file = unreadable  # type: ignore[assignment]
     try:
-        train(
-            TrainConfig.from_json(job["config"], "job"),
-            resume=job.get("resume", False),
-            progress=progress,
-        )
+        with overlapping() if job.get("overlap") else nullcontext():
+            train(
+                TrainConfig.from_json(job["config"], "job"),
+                resume=job.get("resume", False),
+                progress=progress,
+            )
     except Exception as error:
         return [type(error).__name__, str(error), getattr(error, "exit_code", None)]
     finally:

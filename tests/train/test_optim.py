@@ -98,6 +98,25 @@ def test_muon_steps_are_those_of_plain_matrices_and_leave_the_rest_to_adamw() ->
         torch.testing.assert_close(p, plain[n] if is_matrix(n, p) else q, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("kind", [MasterAdamW, MasterMuon])
+def test_a_gradient_lasts_one_step_and_rows_add_up_in_float32(kind: Any) -> None:
+    """Parameters of 1,000 and 30 elements, so that there is padding; the second one is not reached
+    by the second step.
+    """
+    g = torch.Generator().manual_seed(0)
+    w = nn.Parameter(torch.randn(20, 50, generator=g).bfloat16())
+    b = nn.Parameter(torch.randn(30, generator=g).bfloat16())
+    optimizer = kind([("layers.0.w", w), ("b", b)], ADAM)
+    for reached in ([w, b], [w], [b]):
+        parts = [[torch.randn(p.shape, generator=g).bfloat16() for p in reached] for _ in range(3)]
+        for part in parts:
+            sum((p * x).sum() for p, x in zip(reached, part, strict=True)).backward()
+        sums = [sum(x.float() for x in xs) for xs in zip(*parts, strict=True)]
+        want = torch.stack([x.square().sum() for x in sums]).sum().sqrt()
+        torch.testing.assert_close(optimizer.step(1e-3).float(), want, rtol=1e-6, atol=0)
+    assert optimizer.snapshot().updates == 3
+
+
 def test_matrices_are_shared_out_by_what_they_cost() -> None:
     """Costs min^2 max of 4 x 6, 8 x 8, 2 x 9 and two of 4 x 4: 96, 512, 36, 64, 64."""
     shapes = [torch.Size(s) for s in ((4, 6), (8, 8), (9, 2), (4, 4), (4, 4))]

@@ -121,11 +121,11 @@ def runs(folder: Path) -> dict[str, Any]:
             ).to_json()
         },
         {"config": at["muon"].to_json()},
-        {"config": at["zero"].to_json()},
+        {"config": at["zero"].to_json(), "overlap": True},
         {"config": at["zero_one"].to_json(), "stop": 5},
         {"config": at["one_zero"].to_json(), "resume": True},
         *(
-            {"config": at[name].to_json()}
+            {"config": at[name].to_json(), "overlap": name.endswith("_zero")}
             for name in ("muon_zero", "half", "half_zero", "half_fsdp2")
         ),
         {

@@ -346,6 +346,19 @@ class DraftModel(nn.Module):
             if not name.startswith(("embed_tokens.", "lm_head.", "target_output.")):
                 yield name, parameter
 
+    def parts(self) -> Iterator[tuple[nn.Module, list[str]]]:
+        """Yield modules and the names of trained parameters that a forward pass first reads in
+        them: the draft itself with all outside of its layers, then each layer.
+        """
+        names = [name for name, _ in self.trained()]
+        of_layer = [
+            [name for name in names if name.startswith(f"layers.{i}.")]
+            for i in range(len(self.layers))
+        ]
+        inside = {name for of_one in of_layer for name in of_one}
+        yield self, [name for name in names if name not in inside]
+        yield from zip(self.layers, of_layer, strict=True)
+
     def context(self, aux: Tensor) -> Tensor:
         """``aux`` [S, L, H] -> ctx [S, H]."""
         out: Tensor = self.hidden_norm(self.fc(aux.flatten(1).to(self.fc.weight.dtype)))

@@ -103,6 +103,11 @@ class Optimizer(Protocol):
         before clipping (0-dim, on the device).
         """
 
+    def ready(self) -> None:
+        """Wait for the model's new parameters, which only a forward pass of the whole model waits
+        for by itself. No collective call.
+        """
+
     def snapshot(self) -> Snapshot:
         """Return copies on the CPU for a checkpoint, complete on rank 0 (a collective call; empty
         elsewhere).

@@ -6,19 +6,21 @@ and moments have the buckets' shape. So a step is a handful of kernels however m
 draft has, it never waits for the GPU, and the gradients of several ranks are summed one bucket at a
 time, as the backward pass of the step's last row produces them (if compiled as a whole, at its
 end). If the model is float32, its parameters are the masters. If it is bfloat16, each gradient is
-added to the float32 buffer as soon as the backward pass has computed it: rows of a step accumulate
-in float32 and the bfloat16 gradient is freed at once. Bytes per trained parameter, bfloat16: 2 + 4
-(master) + 4 (gradient) + 8 (moments); float32: 4 + 4 + 8.
+added to the float32 buffer as soon as the backward pass has computed it (the step's first replaces
+what is there): rows of a step accumulate in float32 and the bfloat16 gradient is freed at once.
+Bytes per trained parameter, bfloat16: 2 + 4 (master) + 4 (gradient) + 8 (moments); float32: 4 + 4
++ 8.
 
 ``shared``: each of several ranks holds only the master and the moments of its part of every bucket
 (ZeRO's scheme). Sums are scattered rather than replicated, each rank updates its part, and the new
 values are gathered: less to send than whole sums, a fraction of the update's time, 2 + 4 + 12 /
-ranks bytes. Forward and backward are those of one process.
+ranks bytes. Forward and backward are those of one process; the values that a forward pass reads
+last may still be on their way when it begins (``follow``).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,6 +29,7 @@ from torch import Tensor, nn
 
 from dspark.train.distributed import World
 from dspark.train.ops.joined import side_by_side
+from dspark.train.ops.summed import add_to
 from dspark.train.optim.base import Rule, Snapshot, squares
 
 # elements per bucket, at least one parameter: 256 MB of gradients in one all-reduce
@@ -45,7 +48,8 @@ LINE = 4096
 class _Bucket:
     """``values``: what the model computes with, flat [n]; ``gradients`` float32[n]. ``master`` is
     float32, all of the bucket or this rank's part, its ``grad`` a view of ``gradients``; where the
-    model is float32 it lies in ``values`` itself.
+    model is float32 it lies in ``values`` itself. ``old``: parameters whose gradient is still that
+    of an earlier step, until a row of this one brings it (a float32 model's are zero instead).
     """
 
     master: nn.Parameter
@@ -54,6 +58,9 @@ class _Bucket:
     at: dict[str, int] = field(default_factory=dict)
     awaited: int = 0  # gradients that the last backward pass has still to compute
     sum: Any = None  # the collective in progress
+    gathering: Any = None  # the one that brings the other ranks' ``values``
+    old: set[str] = field(default_factory=set)
+    gaps: list[slice] = field(default_factory=list)  # between the parameters
 
 
 class FlatOptimizer:
@@ -85,11 +92,11 @@ class FlatOptimizer:
         self._buckets = [_adopt(group, self._holders) for kind in kinds for group in _groups(kind)]
         self._of = {name: bucket for bucket in self._buckets for name in bucket.at}
         self._summing, self._sent = False, 0
+        self._gathered_late = list[_Bucket]()  # all of ``follow``, in the order of their use
         for name, p in self.parameters.items():
-            view = self._view(self._of[name].gradients, name)
             if p.dtype == torch.float32:
-                p.grad = view  # autograd adds to it in place
-            p.register_post_accumulate_grad_hook(self._hook(self._of[name], view))  # type: ignore[no-untyped-call]
+                p.grad = self._view(self._of[name].gradients, name)  # autograd adds in place
+            p.register_post_accumulate_grad_hook(self._hook(self._of[name], name))  # type: ignore[no-untyped-call]
 
     @property
     def masters(self) -> dict[str, Tensor]:
@@ -101,11 +108,32 @@ class FlatOptimizer:
         p, start = self.parameters[name], self._of[name].at[name]
         return flat[start : start + p.numel()].view(p.shape)
 
-    def _hook(self, bucket: _Bucket, view: Tensor) -> Any:
+    def follow(self, parts: Iterable[tuple[nn.Module, Collection[str]]]) -> None:
+        """Let ``step`` return while new values of shared masters are still being gathered: each of
+        ``parts``, modules in the order of their use, waits before its forward pass for the
+        parameters of these names. Whoever reads values otherwise calls ``ready`` first. Hooks are
+        installed, so a module must not be compiled together with its hooks (``Module.compile``).
+        """
+        if self._holders.size == 1:
+            return
+        for module, names in parts:
+            buckets = list(dict.fromkeys(self._of[n] for n in names if n in self._of))
+            self._gathered_late += [b for b in buckets if b not in self._gathered_late]
+            module.register_forward_pre_hook(lambda _, inputs, own=buckets: _arrive(own))
+        assert len(self._gathered_late) == len(self._buckets), "a parameter is no part's"
+
+    def ready(self) -> None:
+        """As ``Optimizer.ready``."""
+        _arrive(self._buckets)
+
+    def _hook(self, bucket: _Bucket, name: str) -> Any:
+        view = self._view(bucket.gradients, name)
+
         def arrived(p: Tensor) -> None:
             if p.dtype != torch.float32:
                 assert p.grad is not None
-                view.add_(p.grad)
+                add_to(view, p.grad, first=name in bucket.old)
+                bucket.old.discard(name)
                 p.grad = None
             if self._summing:
                 bucket.awaited -= 1
@@ -119,9 +147,16 @@ class FlatOptimizer:
         has: collectives must match.
         """
         bucket = self._buckets[self._sent]
+        self._complete(bucket)
         start = self.world.start_sum_of_part if self._holders.size > 1 else self.world.start_sum
         bucket.sum = start(bucket.gradients)
         self._sent += 1
+
+    def _complete(self, bucket: _Bucket) -> None:
+        """Zero the gradients that no row of this step has brought."""
+        for name in bucket.old:
+            self._view(bucket.gradients, name).zero_()
+        bucket.old.clear()
 
     def last_row(self) -> None:
         self._summing, self._sent = self.world.size > 1, 0
@@ -131,28 +166,34 @@ class FlatOptimizer:
     @torch.no_grad()
     def step(self, lr: float) -> Tensor:
         """As ``Optimizer.step``."""
+        self.ready()  # a rank without a row has not waited
         if self.world.size > 1:
             while self._sent < len(self._buckets):  # all of them where this rank had no row
                 self._send()
             for bucket in self._buckets:
                 bucket.sum.wait()
+        else:
+            for bucket in self._buckets:
+                self._complete(bucket)
         self._summing, self._sent = False, 0
         own = [self._holders.part(b.gradients).view(-1, LINE) for b in self._buckets]
         norm = self._holders.sum_(squares(own)).sqrt()
         for rule in self._rules:
             rule.update(lr, norm)
-        for bucket in self._buckets:
-            bucket.gradients.zero_()
         self._refresh()
+        for bucket in self._buckets:
+            _forget(bucket)
         return norm
 
     @torch.no_grad()
     def _refresh(self) -> None:
         """Update the model's parameters from the masters."""
-        for bucket in self._buckets:
+        for bucket in self._gathered_late or self._buckets:
             if bucket.values.dtype != torch.float32:
                 self._holders.part(bucket.values).copy_(bucket.master)
-            self._holders.gather_(bucket.values)
+            bucket.gathering = self._holders.start_gather(bucket.values)
+        if not self._gathered_late:
+            self.ready()
 
     def _whole(self, part: Tensor) -> Tensor:
         """Join the ``part`` of a bucket that each holder has, on the CPU of the first rank (a
@@ -166,6 +207,7 @@ class FlatOptimizer:
         return whole.cpu() if self.world.first else whole.new_empty(0)
 
     def snapshot(self) -> Snapshot:
+        self.ready()
         if self.world.rank and self._holders.size == 1:
             return Snapshot({}, {}, 0)
 
@@ -197,6 +239,7 @@ class FlatOptimizer:
             for m, flat in moments.items()
         }
         snapshot.check(self.parameters, holds)
+        self.ready()
         # Nothing is gathered, so no rank waits for one that cannot read the checkpoint.
         for bucket in self._buckets:
             masters = self._flat(bucket, snapshot.masters)
@@ -215,6 +258,24 @@ class FlatOptimizer:
         for name in bucket.at:
             self._view(whole, name).copy_(tensors[name])
         return whole
+
+
+def _arrive(buckets: Iterable[_Bucket]) -> None:
+    """Wait for the values of ``buckets`` that are being gathered."""
+    for bucket in buckets:
+        if bucket.gathering is not None:
+            bucket.gathering.wait()
+            bucket.gathering = None
+
+
+def _forget(bucket: _Bucket) -> None:
+    """Prepare ``gradients`` for the next step. A sum over ranks may have left anything in them."""
+    if bucket.values.dtype == torch.float32:
+        bucket.gradients.zero_()
+        return
+    bucket.old.update(bucket.at)
+    for gap in bucket.gaps:
+        bucket.gradients[gap].zero_()
 
 
 def _groups(named: list[tuple[str, nn.Parameter]]) -> list[list[tuple[str, nn.Parameter]]]:
@@ -266,4 +327,13 @@ def _adopt(named: list[tuple[str, nn.Parameter]], holders: World) -> _Bucket:
     master = nn.Parameter(holders.part(values).float())  # the memory itself if it is float32
     gradients = torch.zeros(end, dtype=torch.float32, device=first.device)
     master.grad = holders.part(gradients)
-    return _Bucket(master, values, gradients, at)
+    bucket = _Bucket(master, values, gradients, at, gaps=_gaps(named, at, end))
+    _forget(bucket)
+    return bucket
+
+
+def _gaps(named: list[tuple[str, nn.Parameter]], at: Mapping[str, int], end: int) -> list[slice]:
+    """Return where a bucket of ``end`` elements has padding, behind a parameter or at its end."""
+    stops = [at[name] + p.numel() for name, p in named]
+    starts = [*(at[name] for name, _ in named[1:]), end]
+    return [slice(a, b) for a, b in zip(stops, starts, strict=True) if a < b]

@@ -203,6 +203,9 @@ class ShardedOptimizer:
         self._copies.outdated()
         return norm
 
+    def ready(self) -> None:
+        """As ``Optimizer.ready``: a forward pass gathers."""
+
     def snapshot(self) -> Snapshot:
         masters = {n: self._whole(p, _local(p)) for n, p in self.parameters.items()}
         moments = {

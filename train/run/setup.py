@@ -29,6 +29,7 @@ from dspark.train.draft.warm import Origin, Start
 from dspark.train.objective.objective import ObjectiveConfig
 from dspark.train.optim.adamw import MasterAdamW
 from dspark.train.optim.base import AdamSettings, Optimizer
+from dspark.train.optim.flat import FlatOptimizer
 from dspark.train.optim.muon import MasterMuon
 
 REMOTE_WORKERS = 2  # of a store that is read by requests, at least
@@ -119,12 +120,16 @@ def prepare(config: TrainConfig, world: World | None = None) -> Run:
     sharded = config.strategy == "fsdp2"
     if sharded and not kind.sharded:
         raise UsageError(f"--strategy fsdp2 does not train {kind.name} drafts; use zero or ddp")
+    # Of several ranks, gradients are summed and new weights gathered while other parts compute.
+    in_parts = sharded or (world.size > 1 and kind.sharded)
     if compute.compiled:
         keep_compiled()
-        compile_draft(model, in_parts=sharded)
+        compile_draft(model, in_parts=in_parts)
     if config.activation_checkpointing:
         checkpoint_activations(model)
     optimizer = optimizer_of(config, model, compute, world)
+    if in_parts and isinstance(optimizer, FlatOptimizer):
+        optimizer.follow(model.parts())
 
     def stream(samples: Int64, max_rows: int | None = None) -> Stream:
         return Stream(
@@ -222,8 +227,9 @@ def compile_draft(model: DraftModel, *, in_parts: bool) -> None:
     """torch.compile. Rows are padded to one shape, so one compilation serves the run (and one
     without gradients, validation).
 
-    ``in_parts``: layer by layer, and the parts before and after them, between FSDP2's hooks, which
-    cannot be compiled.
+    ``in_parts``: layer by layer, and the parts before and after them: between FSDP2's hooks, which
+    cannot be compiled, or so that the gradients of one part are there while the next one computes
+    its own.
     """
     if not in_parts:
         model.compile(dynamic=False)
