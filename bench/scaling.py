@@ -15,8 +15,9 @@ Writes bench/results/scaling.json: a row a run, with ``gpus``, ``strategy``, ``t
 ``speedup``,
 ``curve_difference`` (largest relative difference of a logged loss from one process's),
 ``windows_ms`` (a step's, by logged window), ``peak_gb`` (of the rank with the largest; GPUs only),
-``profile`` (of the rank whose communication took least, it waited for no other) and ``hours``, what
-``--samples`` of ``--mean-tokens`` take for ``--epochs`` at that speed.
+``profile`` (of the rank whose communication took least, it waited for no other; it says where in a
+step the GPU has nothing to do) and ``hours``, what ``--samples`` of ``--mean-tokens`` take for
+``--epochs`` at that speed.
 
 ``apart`` is the most that this host can give: each training has a rank's rows per step and nothing
 to send. What it falls short of N times is slower GPUs (a step of several lasts as long as the
@@ -196,6 +197,8 @@ def command(
         chosen = ["--strategy", strategy]
     profiled = [Path(__file__).with_name("scaling_profile.py"), output.with_suffix(".profile")]
     program = [*profiled, args.steps - args.log_every, args.steps]
+    if args.whole and strategy in ("ddp", "zero"):
+        program.append("whole")
     return [sys.executable, *launcher, *map(str, program), *chosen, *map(str, flags)]
 
 
@@ -292,6 +295,11 @@ def main() -> None:
         "--gpus", default="1,2", type=lambda text: [int(n) for n in text.split(",")]
     )
     parser.add_argument("--strategies", default=",".join(STRATEGIES), help="also: apart")
+    parser.add_argument(
+        "--whole",
+        action="store_true",
+        help="ddp and zero: compile the draft as one, so that nothing is sent while it computes",
+    )
     parser.add_argument("--before", type=Path, help="results with one process's figures")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--steps", type=int, default=34)
