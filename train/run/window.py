@@ -1,7 +1,8 @@
 """The metrics of a logged step, read once the device has them. Reading a value waits for the
 device, and a device with nothing queued then idles until the next step's first kernels arrive,
 longer on a slow host. So a logged step only starts the copies (``Logged.begin``), and the loop
-reads them (``Logged.row``) when it has queued the step that follows.
+reads them (``Logged.row``) when it has queued the step that follows. Ranks add up their numbers
+then, on the host: a sum on the devices would wait for the weights that are still being gathered.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dspark.train.distributed import World
 from dspark.train.objective.metrics import SlotMetrics
 from dspark.train.run.checkpoint import Position
 from dspark.train.run.setup import Run
@@ -57,8 +59,11 @@ class Window:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Logged:
-    """A logged step in flight: ``row`` returns its metrics over all ranks."""
+    """A logged step in flight: ``row`` returns its metrics over all ranks; what is here is this
+    rank's own.
+    """
 
+    world: World
     window: Window
     position: Position
     epoch: float
@@ -81,23 +86,20 @@ class Logged:
         waited: float,
     ) -> Logged:
         """Start the copies for the step just queued, with ``metrics`` of this rank's rows and
-        ``norm_and_loss`` float32[3] from ``step``; ``waited`` is the feed's current count. Sums
-        over ranks and copies to the host are queued; nothing here waits for the device. Changes its
-        arguments' tensors.
+        ``norm_and_loss`` float32[3] from ``step``; ``waited`` is the feed's current count. Nothing
+        here waits for the device or another rank.
         """
-        world, device = run.world, run.compute.device
-        world.sum_(norm_and_loss[1:2])
-        world.sum_(metrics.sums)
-        longest, peak = world.max([waited - window.waited, _peak(device)])
+        device = run.compute.device
         sums, values = metrics.to_host(), norm_and_loss.to("cpu", non_blocking=True)
         epoch = position.epoch + position.epoch_step / max(1, run.stream.steps(position.epoch))
         return cls(
+            world=run.world,
             window=window,
             position=position,
             epoch=round(epoch, 4),
             lr=lr,
-            waited=longest,
-            peak=peak,
+            waited=waited - window.waited,
+            peak=_peak(device),
             metrics=sums,
             norm_and_loss=values,
             ended=Moment(device),  # behind the copies
@@ -105,10 +107,13 @@ class Logged:
 
     def row(self) -> dict[str, Any]:
         """Return the row of metrics.jsonl: losses of the step, speed of its window. Waits until the
-        device has done the step.
+        device has done the step. A collective call, on the host.
         """
         self.ended.wait()
         grad_norm, loss, _ = self.norm_and_loss.tolist()
+        loss, *sums = self.world.sum([loss, *self.metrics.sums.tolist()])
+        self.metrics.sums.copy_(torch.tensor(sums, dtype=torch.float64))
+        waited, peak = self.world.max([self.waited, self.peak])
         seconds = self.ended.seconds_after(self.window.started)
         values = self.metrics.result()
         return {
@@ -134,8 +139,8 @@ class Logged:
             "step_ms": 1000.0 * seconds / max(1, len(self.window.done)),
             # The host waits by its own clock, ahead of the device's by up to a step, which may
             # exceed a window of one step.
-            "data_wait_fraction": min(1.0, self.waited / seconds),
-            **({"peak_gb": self.peak} if self.peak else {}),
+            "data_wait_fraction": min(1.0, waited / seconds),
+            **({"peak_gb": peak} if peak else {}),
         }
 
 
