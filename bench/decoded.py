@@ -3,14 +3,17 @@ walk against decoding's accepted length.
 
     python bench/decoded.py --model TARGET --store 4-4.zarr --data chats.jsonl --learn DIR
         --drafts kept-0,wsd-0,cosine-0,steps-320-0,steps-160-0,steps-80-0 --work DIR
-        [--base cosine-0] [--per-source 50] [--max-tokens 96] [--processes 12] [--seconds 140]
+        [--base cosine-0] [--core kept-0,cosine-0 --whole 60] [--gpus 0,1] [--per-source 50]
+        [--max-tokens 96] [--processes 12] [--seconds 140]
 
 ``DIR`` and the names are those of bench/learn.py --keep, whose results also hold each draft's walk.
 Prompts are rows of the store's validation split, as many of each source. Each of ``--processes``
 takes its share of them and decodes a prompt with every draft, greedily in float32, one sequence at
 a time (``tools.decode``, which ``dspark-tools eval`` runs), before it takes the next, so that a run
-cut short is paired. The first prompt of each process is also decoded by the target alone. After
-``--seconds`` no prompt is begun.
+cut short is paired. With ``--core``, only the first ``--whole`` prompts are decoded with the other
+drafts too: they are for the walk's line. The first prompt of each process is also decoded by the
+target alone. After ``--seconds`` no prompt is begun; a later call with the same ``--work`` decodes
+what is left.
 
 Writes NAME.json to ``--results``: per draft accepted length (1 + accepted / blocks) with its
 standard error, and the mean paired difference per prompt to ``--base`` with a 95 % interval, in all
@@ -27,7 +30,6 @@ import statistics
 import subprocess
 import sys
 import time
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +73,7 @@ def worker(args: argparse.Namespace) -> None:
     prompts = read_prompts(
         args.worker, target.tokenizer, vocab_size=target.shapes.vocab_size, room=None
     )
+    tasks = json.loads(args.worker.with_suffix(".tasks").read_text())
     model = load_model(args.model, args.device, "float32")
     stop = target.eos_token_ids
     folders = {name: args.learn / "drafts" / name for name in args.drafts}
@@ -83,66 +86,72 @@ def worker(args: argparse.Namespace) -> None:
     layers = {draft.config.target_layer_ids for draft in drafts.values()}
     if len(layers) > 1:
         raise SystemExit(f"the drafts read different layers: {sorted(layers)}")
+    limit = args.max_tokens
     with (
         Target(model, next(iter(layers))) as taps,
-        args.worker.with_suffix(".out").open("w") as out,
+        args.worker.with_suffix(".out").open("a") as out,
     ):
-        for number, prompt in enumerate(prompts):
+        alone = greedy_alone(model, prompts[0].ids, max_tokens=limit, stop_ids=stop)
+        for number, (prompt, (where, names)) in enumerate(zip(prompts, tasks, strict=True)):
             if time.perf_counter() - started > args.seconds:
                 break
-            alone = None
-            for name, draft in drafts.items():
-                found = outcome_of(
-                    taps, draft, prompt.ids, max_tokens=args.max_tokens, stop_ids=stop
-                )
-                if number == 0 and alone is None:
-                    limit = args.max_tokens
-                    alone = greedy_alone(model, prompt.ids, max_tokens=limit, stop_ids=stop)
+            for name in names:
+                found = outcome_of(taps, drafts[name], prompt.ids, max_tokens=limit, stop_ids=stop)
                 row = {
                     "draft": name,
-                    "where": f"{args.worker.name}:{number}",
+                    "where": where,
                     "source": prompt.source,
                     "tokens": len(found.tokens),
                     "blocks": found.drafts,
                     "accepted": sum(found.accepted_at),
                     "seconds": found.seconds,
-                    "same": None if alone is None else alone == found.tokens,
+                    "same": alone == found.tokens if number == 0 else None,
                 }
                 out.write(json.dumps(row) + "\n")
             out.flush()
 
 
+def answered(work: Path) -> dict[tuple[str, str], Row]:
+    """The answers there are, by draft and prompt."""
+    lines = [line for path in work.glob("*.out") for line in path.read_text().splitlines()]
+    rows = [json.loads(line) for line in lines]
+    return {(row["draft"], row["where"]): row for row in rows}
+
+
 def decode(args: argparse.Namespace) -> list[Row]:
     """Every answer of every process. One that fails is told, and the others count."""
-    prompts = chosen(args.store, args.data, args.per_source)
     args.work.mkdir(parents=True, exist_ok=True)
-    files, calls = [], []
+    done, tasks = answered(args.work), []
+    prompts = chosen(args.store, args.data, args.per_source)
+    for at, prompt in enumerate(prompts):
+        names = [d for d in args.drafts if at < args.whole or d in args.core]
+        names = [name for name in names if (name, str(at)) not in done]
+        tasks += [(prompt, (str(at), names))] if names else []
+    calls = []
     for i in range(args.processes):
-        own = prompts[i :: args.processes]
+        own = tasks[i :: args.processes]
         if not own:
             continue
-        path = args.work / f"prompts-{i}.jsonl"
-        path.write_text("".join(json.dumps(row) + "\n" for row in own))
-        path.with_suffix(".out").unlink(missing_ok=True)
+        path = args.work / f"{time.time_ns()}-{i}.jsonl"
+        path.write_text("".join(json.dumps(prompt) + "\n" for prompt, _ in own))
+        path.with_suffix(".tasks").write_text(json.dumps([task for _, task in own]))
         words = ["--worker", path, "--model", args.model, "--learn", args.learn]
         words += ["--drafts", ",".join(args.drafts), "--device", args.device]
         words += ["--max-tokens", args.max_tokens, "--seconds", args.seconds]
         env = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+        if args.gpus:
+            env["CUDA_VISIBLE_DEVICES"] = args.gpus[i % len(args.gpus)]
         with path.with_suffix(".log").open("w") as log:
             call = [sys.executable, __file__, *map(str, words)]
-            calls.append(subprocess.Popen(call, stdout=log, stderr=log, env=env))
-        files.append(path)
-    rows = []
-    for path, call in zip(files, calls, strict=True):
-        if call.wait():
-            print(f"{path}: exited {call.returncode}", file=sys.stderr)
+            calls.append((path, subprocess.Popen(call, stdout=log, stderr=log, env=env)))
+    for path, running in calls:
+        if running.wait():
+            print(f"{path}: exited {running.returncode}", file=sys.stderr)
             print(path.with_suffix(".log").read_text()[-1500:], file=sys.stderr)
-        out = path.with_suffix(".out")
-        # a prompt counts once every draft has decoded it
-        some = [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
-        whole = {w for w, n in Counter(r["where"] for r in some).items() if n == len(args.drafts)}
-        rows += [row for row in some if row["where"] in whole]
-    return rows
+    # a prompt counts once every draft of the core has decoded it
+    found = answered(args.work)
+    whole = {w for _, w in found if all((name, w) in found for name in args.core)}
+    return [row for (_, where), row in found.items() if where in whole]
 
 
 def interval(values: list[float]) -> Row:
@@ -153,13 +162,16 @@ def interval(values: list[float]) -> Row:
 
 
 def compared(rows: list[Row], base: str) -> list[Row]:
-    """A row per draft. Prompts whose answer ended before a block are left out of all."""
+    """A row per draft, over the prompts that it and ``base`` have decoded. Prompts whose answer
+    ended before a block are left out of all.
+    """
     from dspark.tools.decode.outcome import ratio_error
 
     blocks = {(r["draft"], r["where"]): r for r in rows}
-    used = [w for w in dict.fromkeys(r["where"] for r in rows) if blocks[base, w]["blocks"]]
+    begun = [w for w in dict.fromkeys(r["where"] for r in rows) if blocks[base, w]["blocks"]]
     out = []
     for name in dict.fromkeys(r["draft"] for r in rows):
+        used = [w for w in begun if (name, w) in blocks]
         own = [blocks[name, w] for w in used]
         theirs = [blocks[base, w] for w in used]
         length = [1 + r["accepted"] / r["blocks"] for r in own]
@@ -226,8 +238,9 @@ def table(rows: list[Row], fit: Row | None) -> str:
         lines += [
             "",
             f"accepted length = {fit['slope']:.3f} walk {fit['intercept']:+.3f} over "
-            f"{fit['drafts']} drafts, residual {fit['residual_rms']:.3f}; accepted length over "
-            f"walk {100 * fit['length_over_walk_mean']:+.1f} % on average",
+            f"{fit['drafts']} drafts on {fit.get('prompts')} prompts, residual "
+            f"{fit['residual_rms']:.3f}; accepted length over walk "
+            f"{100 * fit['length_over_walk_mean']:+.1f} % on average",
         ]
     return "\n".join(lines)
 
@@ -243,6 +256,9 @@ def main() -> None:
     parser.add_argument("--drafts", type=lambda text: text.split(","), required=True)
     parser.add_argument("--work", type=Path)
     parser.add_argument("--base", help="what the others are compared with  [the last draft]")
+    parser.add_argument("--core", type=lambda text: text.split(","), help="drafts  [all]")
+    parser.add_argument("--whole", type=int, default=60, help="prompts for the others too")
+    parser.add_argument("--gpus", type=lambda text: text.split(","), help="shared in turns")
     parser.add_argument("--per-source", type=int, default=50)
     parser.add_argument("--max-tokens", type=int, default=96)
     parser.add_argument("--processes", type=int, default=12)
@@ -264,15 +280,24 @@ def main() -> None:
     started, base = time.perf_counter(), args.base or args.drafts[-1]
     if base not in args.drafts:
         parser.error(f"--base {base} is not one of {', '.join(args.drafts)}")
+    args.core = [name for name in args.core or args.drafts if name in args.drafts]
+    args.core = list(dict.fromkeys([*args.core, base]))
     answers = decode(args)
     if not answers:
         raise SystemExit("no prompt was decoded with every draft")
     rows = compared(answers, base)
+    by = {(row["draft"], row["where"]) for row in answers}
+    common = [r for r in answers if all((name, r["where"]) in by for name in args.drafts)]
+    alike = {row["draft"]: row for row in compared(common, base)}
+    known = []
     for row in rows:
         told = args.learn / "board" / f"{row['draft']}.json"
         row["walk"] = json.loads(told.read_text())["walk"] if told.exists() else None
-    known = [(row["walk"], row["accepted_length"]) for row in rows if row["walk"] is not None]
+        if row["walk"] is not None and row["draft"] in alike:
+            known.append((row["walk"], alike[row["draft"]]["accepted_length"]))
     fit = line(*map(list, zip(*known, strict=True))) if known else None
+    if fit:
+        fit["prompts"] = next(iter(alike.values()))["prompts"]
     hidden = ("model", "store", "data", "learn", "work", "results", "worker")
     said = {k: str(v) for k, v in vars(args).items() if k not in hidden}
     result = {"drafts": rows, "walk": fit, "seconds": time.perf_counter() - started}

@@ -2,19 +2,20 @@
 
     python bench/learn.py --store 4-4.zarr --out DIR [--seconds 12] [--budget 300] [--seeds 0,1,2]
         [--variants thin,heads-3] [--also 'NAME=lr=3e-3 block=failure'] [--model TARGET]
-        [--ladder 80,160,320] [--base 'anchors=2048'] [--keep] [--train "..."]
+        [--ladder 80,160,320] [--base 'anchors=2048'] [--against kl-0.3] [--keep] [--train "..."]
     python bench/learn.py --out DIR --show
 
 Each variant takes the steps that fit into ``--seconds`` at its own step time (least of five short
-probes, in turns with the recipe's). Order of rows, anchors and initial weights of a seed are the
-same for all. Judged at every anchor of the held-out rows: tau, and the walk
-(``train/objective/walk.py``), which is what decoding reaches.
+probes, in turns with the recipe's, before the first training: no other process trains then). Order
+of rows, anchors and initial weights of a seed are the same for all. Judged at every anchor of the
+held-out rows: tau, and the walk (``train/objective/walk.py``), which is what decoding reaches.
 
-First each variant once. What gains ``--pays`` of walk and loses no tau is joined to ``kept``, which
-takes part with every seed like ``wsd`` and ``cosine`` (the published losses with these schedules);
-then ``--ladder``, the recipe for so many steps; then the other seeds of the best variants. Several
-processes with one ``--out`` share the work, a GPU each, and a later call goes on. A variant that
-would not end within ``--budget`` seconds is not begun.
+First each variant once. What gains ``--pays`` of walk over ``--against`` and loses no tau to
+``wsd`` is joined to ``kept``, which takes part with every seed like ``wsd`` and ``cosine`` (the
+published losses with these schedules) and ``--against``; ``--ladder`` is the recipe for so many
+steps; last, the other seeds of the best variants. Several processes with one ``--out`` share the
+work; they may share a GPU, since times are steps times that of a step alone. A later call goes on.
+A variant that would not end within ``--budget`` seconds is not begun.
 
 Settings of a variant: bench/learn_variants.py. Writes NAME.json to ``--results`` after every one,
 ``--keep`` the drafts to DIR/drafts, and prints the table: means over the seeds, and mean and
@@ -67,12 +68,14 @@ class Plan:
                 f"no such variants: {', '.join(unknown)}; there are {', '.join(known)}"
             )
         self.settings = {name: known[name] for name in names} | ALWAYS
-        self.base = args.base
+        self.base, self.against = args.base, args.against
         self.names, self.board, self.pays = names, board, args.pays
         self.seeds = [int(seed) for seed in args.seeds.split(",")]
         for steps in filter(None, args.ladder.split(",")):
             self.settings[f"steps-{steps}"] = f"steps={steps}"
         self.ladder = [name for name in self.settings if name.startswith("steps-")]
+        if self.against not in self.settings:
+            raise SystemExit(f"--against {self.against} is no variant of this call")
 
     def found(self, name: str, seed: int) -> Row | None:
         row: Row | None = self.board.get(f"{name}-{seed}")
@@ -86,17 +89,21 @@ class Plan:
     def gains(self) -> dict[str, float]:
         """Change of the walk with the first seed, best first, of those that lose no tau."""
         first = self.seeds[0]
-        base = self.found("wsd", first)
+        base, usual = self.found(self.against, first), self.found("wsd", first)
         out = {}
         for name in self.names:
             row = self.found(name, first)
-            if base and row and "error" not in row and row["tau"] >= (1 - LOSES) * base["tau"]:
+            if not base or not usual or not row or "error" in row or name == self.against:
+                continue
+            if row["tau"] >= (1 - LOSES) * usual["tau"]:
                 out[name] = row["walk"] / base["walk"] - 1
         return dict(sorted(out.items(), key=lambda pair: -pair[1]))
 
     def kept(self) -> str:
         """What pays, as one variant."""
-        return joined([self.settings[n] for n, gain in self.gains().items() if gain >= self.pays])
+        good = [self.settings[n] for n, gain in self.gains().items() if gain >= self.pays]
+        own = [] if self.against in ALWAYS else [self.settings[self.against]]
+        return joined([*good, *own]) if good else ""
 
     def jobs(self) -> Iterator[tuple[str, str, int]]:
         """Name, settings and seed of all that is known to be worth it by now."""
@@ -109,12 +116,16 @@ class Plan:
         def of(names: list[str], seeds: list[int]) -> Iterator[tuple[str, str, int]]:
             return ((name, self.settings[name], seed) for seed in seeds for name in names)
 
-        yield from of(["wsd", *self.names, "cosine"], [first])
-        if self.screened and (kept := self.kept()):
-            for seed in self.seeds:
-                yield KEPT, kept, seed
-        yield from of(["wsd", "cosine"], others)
+        always = list(dict.fromkeys(["wsd", self.against, "cosine"]))
+        yield from of(list(dict.fromkeys(["wsd", *self.names, *always])), [first])
+        kept = self.kept() if self.screened else ""
+        if kept:
+            yield KEPT, kept, first
         yield from of(self.ladder, [first])
+        for seed in others:
+            if kept:
+                yield KEPT, kept, seed
+            yield from of(always, [seed])
         if self.screened:
             yield from of(list(self.gains())[:BEST], others)
 
@@ -133,29 +144,41 @@ class Trainings:
         self.run = prepare(config(args.store, args.train))
         self.lab = Lab(self.run, args.rows, args.model)
         self.usual = Variant.parse("wsd", f"{args.base} {ALWAYS['wsd']}", self.run)
-        self.say(f"{len(self.lab.rows)} rows read after {self.spent():.0f} s")
         self.lab.reset(0, self.usual)
         self.lab.train(self.usual, 0, 3, 100)  # compiles
         self.lab.judge()
-        measure = lambda: self.lab.step_time(self.usual, self.usual)[0]  # noqa: E731
-        self.step = float(plan.board.once("time", measure))
-        self.say(f"compiled after {self.spent():.0f} s; a step takes {1e3 * self.step:.1f} ms")
+        self.say(f"compiled after {self.spent():.0f} s")
+        self.lab.wait()
+        self.say(f"{len(self.lab.rows)} rows read after {self.spent():.0f} s")
+        # the others wait here, so that no training of theirs slows the steps
+        self.times: dict[str, float] = plan.board.once("times", self._measure)
+        self.step = self.times[named(self.usual)]
+        self.say(f"measured after {self.spent():.0f} s")
+
+    def _measure(self) -> dict[str, float]:
+        """Seconds of a step of each kind that the plan has by now."""
+        kinds = {named(self.usual): self.usual}
+        for name, text, _ in self.plan.jobs():
+            v = Variant.parse(name, text, self.run)
+            kinds.setdefault(named(v), v)
+        found = dict(zip(kinds, self.lab.step_times(list(kinds.values())), strict=True))
+        self.say(f"ms of a step: { {k: round(1e3 * t, 2) for k, t in found.items()} }")
+        return found
 
     def spent(self) -> float:
         return time.perf_counter() - self.started
 
     def time_of(self, v: Variant) -> float:
         """Seconds of a step, measured beside the recipe's where they can differ."""
-        if v.shape == self.usual.shape:
-            return self.step
+        if named(v) in self.times:
+            return self.times[named(v)]
 
         def ratio() -> float:
-            own, beside = self.lab.step_time(v, self.usual)
+            own, beside = self.lab.step_times([v, self.usual])
             self.say(f"{v.name}: a step takes {1e3 * own:.1f} ms, the recipe's {1e3 * beside:.1f}")
             return own / beside
 
-        named = "-".join(str(part) for part in v.shape)
-        return self.step * float(self.plan.board.once(f"time-{named}", ratio))
+        return self.step * float(self.plan.board.once(f"time-{named(v)}", ratio))
 
     def one(self, name: str, text: str, seed: int) -> Row:
         """Train, judge and perhaps keep one draft."""
@@ -165,7 +188,7 @@ class Trainings:
         self.lab.reset(seed, v)
         seconds = self.lab.train(v, seed, steps, steps)
         row = {"name": name, "settings": text, "seed": seed, "steps": steps}
-        row |= {"step_ms": 1e3 * took, "seconds": seconds}
+        row |= {"step_ms": 1e3 * took, "seconds": steps * took, "wall_seconds": seconds}
         row |= self.lab.judge()
         if self.args.keep:
             folder = self.args.out / "drafts" / f"{name}-{seed}"
@@ -201,6 +224,11 @@ class Trainings:
             told = row.get("error") or f"tau {row['tau']:.3f} walk {row['walk']:.3f}"
             self.say(f"{name} seed {seed}: {told} ({self.spent():.0f} s)")
             record(self.args, self.plan)
+
+
+def named(v: Variant) -> str:
+    """The kind of its steps."""
+    return "-".join(str(part) for part in v.shape)
 
 
 def record(args: argparse.Namespace, plan: Plan) -> None:
@@ -280,6 +308,7 @@ def main() -> None:
     parser.add_argument("--variants", help="comma separated  [all]")
     parser.add_argument("--also", action="append", default=[], metavar="NAME=SETTINGS")
     parser.add_argument("--base", default="", help="settings of every variant, if not its own")
+    parser.add_argument("--against", default="wsd", help="what a change must beat  [%(default)s]")
     parser.add_argument("--ladder", default="", help="steps of weaker drafts, comma separated")
     parser.add_argument("--pays", type=float, default=0.008, help="gain of the walk that is kept")
     parser.add_argument("--keep", action="store_true", help="keep the drafts")

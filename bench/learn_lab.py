@@ -5,8 +5,8 @@ as codes: order, anchors and initial weights of a seed are the same for every va
 from __future__ import annotations
 
 import dataclasses
+import threading
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -98,16 +98,16 @@ class Lab:
         assert run.to_draft is None, "the lab trains drafts of the whole vocabulary"
         self.run, self.target = run, target
         self.cuda = run.compute.device.type == "cuda"
-        # As a training reads them: every epoch packs the samples anew and draws other anchors.
         self.rows: list[Held] = []
-        epoch = 0
-        while len(self.rows) < rows:
-            before = len(self.rows)
-            self.rows += [Held.of(row, run) for row in self._read(epoch, rows - before)]
-            assert len(self.rows) > before, "no row of the store has a slot to learn from"
-            epoch += 1
-        limit = run.config.val_rows
-        self.held_out = [Held.of(row, run) for row in self._read(VALIDATION_EPOCH, limit)]
+        self._failed: Exception | None = None
+        self._reader = threading.Thread(target=self._read_all, args=(rows,), daemon=True)
+        self._reader.start()
+        assert run.validation is not None, "no held-out samples: raise --val-fraction"
+        workers = min(run.workers, run.config.val_rows or run.workers)
+        held_out = run.validation.steps_from(VALIDATION_EPOCH, workers=workers)
+        self.held_out = [Held.of(row, run) for step in held_out for row in step if row.slots]
+        while not self.rows and self._reader.is_alive():
+            time.sleep(0.05)
         self._sets: dict[tuple[Any, ...], list[list[Held]]] = {}
         blank = run.optimizer.snapshot()
         self.moments = {
@@ -119,18 +119,27 @@ class Lab:
                 inner = rule.update
                 rule.update = lambda lr, norm, inner=inner: inner(lr * self._heads, norm)  # type: ignore[method-assign]
 
-    def _read(self, epoch: int, count: int) -> Iterator[Row]:
-        stream = self.run.stream if epoch >= 0 else self.run.validation
-        assert stream is not None, "no held-out samples: raise --val-fraction"
-        have = len(stream.plan(epoch))
-        taken = 0
-        for step in stream.steps_from(epoch, workers=self.run.workers):
-            for row in step:
-                if row.slots:
-                    yield row
-                taken += 1
-                if taken >= min(count, have):
+    def _read_all(self, count: int) -> None:
+        """As a training reads: every epoch packs the samples anew and draws other anchors. In a
+        thread, so that the draft is compiled meanwhile.
+        """
+        stream = self.run.stream
+        try:
+            for step in stream.steps_from(0, workers=self.run.workers, endless=True):
+                self.rows += [Held.of(row, self.run) for row in step if row.slots]
+                if len(self.rows) >= count:
+                    del self.rows[count:]
                     return
+        except Exception as error:
+            self._failed = error
+
+    def wait(self) -> None:
+        """Wait for the last row. Raises what reading raised."""
+        self._reader.join()
+        if self._failed is not None:
+            raise self._failed
+        assert self.rows, "no row of the store has a slot to learn from"
+        self._sets.clear()  # of the rows that were there before
 
     def rows_of(self, v: Variant) -> list[list[Held]]:
         """The rows in sets, which are trained on in turn: a row with fewer anchors is in several,
@@ -220,17 +229,16 @@ class Lab:
         out = objective(slots, head, config, unit, weights=weights)
         out.loss.backward()  # type: ignore[no-untyped-call]
 
-    def step_time(self, v: Variant, beside: Variant) -> tuple[float, float]:
-        """Least seconds of a step of ``v`` and of ``beside``, in turns; both compiled before."""
-        least = {v: float("inf"), beside: float("inf")}
-        for variant in (beside, v):
+    def step_times(self, variants: list[Variant]) -> list[float]:
+        """Least seconds of a step of each, in turns; all compiled before."""
+        for variant in variants:
             self.reset(0, variant)
             self.train(variant, 0, 3, 100)
+        least = [float("inf")] * len(variants)
         for _ in range(ROUNDS):
-            for variant in dict.fromkeys((beside, v)):
-                took = self.train(variant, 0, PROBE, 100) / PROBE
-                least[variant] = min(least[variant], took)
-        return least[v], least[beside]
+            for i, variant in enumerate(variants):
+                least[i] = min(least[i], self.train(variant, 0, PROBE, 100) / PROBE)
+        return least
 
     @torch.no_grad()
     def judge(self) -> dict[str, Any]:

@@ -42,13 +42,14 @@ from dspark.train.optim.base import WSD_DECAY
 from dspark.train.run.setup import Run
 
 # Judged one by one, with one seed; those that pay are joined (``joined``).
-# anchors-4096 needs --train with as many and --base anchors=2048.
 CANDIDATES = {
     "kl-0.3": "ce=0.1 kl=0.3 l1=0.6",
     "kl-0.6": "ce=0.1 kl=0.6 l1=0.3",
     "kl-1": "ce=0 kl=1 l1=0",
-    "anchors-4096": "anchors=4096",
-    "lr-3e-3": "lr=3e-3",
+    "ce-kl": "ce=0.3 kl=0.6 l1=0.1",
+    "decay-3": "decay=3",
+    "fall-0.4": "fall=0.4",
+    "heads-3": "heads=3",
 }
 # By name only.
 MORE = {
@@ -60,9 +61,10 @@ MORE = {
     "decay-8": "decay=8",
     "confidence-0.1": "confidence=0.1",
     "anchors-512": "anchors=512",
-    "heads-3": "heads=3",
     "markov-init": "init=markov",
-    "fall-0.4": "fall=0.4",
+    "lr-3e-3": "lr=3e-3",
+    # needs --train with as many and --base anchors=2048
+    "anchors-4096": "anchors=4096",
 }
 # The published losses, with the schedule that was the default at first, and with the present one.
 PUBLISHED = "ce=0.1 l1=0.9 kl=0"

@@ -47,7 +47,7 @@ def args(tmp_path: Path) -> argparse.Namespace:
         rows=5, seeds="0,1", base="anchors=50", variants="thin,again,twice", ladder="2", pays=-1.0,
         keep=True,
         also=["again=", "twice=heads=2 anchors=20 block=failure mix=0.5"], show=False, train=FLAGS,
-        name="learn", results=tmp_path,
+        name="learn", results=tmp_path, against="wsd",
     )  # fmt: skip
 
 
@@ -226,3 +226,17 @@ def test_layers_begin_as_the_targets(learn: Any, args: argparse.Namespace) -> No
     torch.testing.assert_close(aux @ found["fc.weight"].T, aux[:, -config.hidden_size :])
     assert set(found) <= set(masters)
     assert all(t.shape == masters[n].shape for n, t in found.items())
+
+
+def test_what_beats_the_new_loss_is_kept_with_it(learn: Any, args: argparse.Namespace) -> None:
+    args.variants, args.also, args.against = "kl-0.3,kl-1,decay-3,heads-3", [], "kl-0.3"
+    args.pays, board = 0.01, learn.Board(args.out / "board")
+    found = {"wsd": (3.0, 2.5), "cosine": (2.8, 2.3), "kl-0.3": (3.1, 2.6), "kl-1": (2.9, 2.8)}
+    found |= {"decay-3": (3.1, 2.65), "heads-3": (3.1, 2.61)}
+    for name, (tau, walk) in found.items():
+        board.put(f"{name}-0", {"name": name, "seed": 0, "tau": tau, "walk": walk})
+    plan = learn.Plan(args, board)
+    assert list(plan.gains()) == ["decay-3", "heads-3"]  # kl-1 loses tau to wsd
+    assert plan.kept() == "decay=3 ce=0.1 kl=0.3 l1=0.6"
+    jobs = [(name, seed) for name, _, seed in plan.jobs()]
+    assert jobs.index((learn.KEPT, 1)) < jobs.index(("kl-0.3", 1)) < jobs.index(("decay-3", 1))

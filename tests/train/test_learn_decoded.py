@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import datetime
 import json
 import sys
@@ -42,6 +43,10 @@ def test_drafts_are_compared_prompt_by_prompt(bench: ModuleType) -> None:
     assert new["paired"]["mean"] == pytest.approx(0.75)
     assert new["paired"]["high"] - new["paired"]["mean"] == pytest.approx(1.96 * 0.25)
     assert new["by_source"]["y"]["accepted_length"] == pytest.approx(5.0)
+    third = [answer("weak", "a", 9, 11, "x")]
+    *others, weak = bench.compared([*rows, *third], "old")
+    assert [row["paired"] for row in others] == [old["paired"], new["paired"]]
+    assert (weak["prompts"], weak["paired"]["mean"]) == (1, pytest.approx(11 / 9 - 1))
     fit = bench.line([1.0, 2.0, 3.0], [1.5, 2.5, 3.5])
     assert (fit["slope"], fit["intercept"]) == (pytest.approx(1.0), pytest.approx(0.5))
     assert fit["residual_rms"] == pytest.approx(0.0, abs=1e-9)
@@ -63,3 +68,38 @@ def test_the_log_tells_when_a_training_reached_a_tau(bench: ModuleType, tmp_path
     found = end_to_end.reached(tmp_path, 1.5, began.timestamp())
     assert found == {"step": 40, "train_seconds": pytest.approx(40.5)}
     assert end_to_end.reached(tmp_path, 2.5, 0.0) == {"step": None, "train_seconds": None}
+
+
+def test_a_later_call_decodes_what_is_left(
+    bench: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun: list[list[list[object]]] = []
+
+    class Worker:
+        """Decodes its first prompt."""
+
+        returncode = 0
+
+        def __init__(self, call: list[str], **rest: object) -> None:
+            path = Path(call[call.index("--worker") + 1])
+            tasks = json.loads(path.with_suffix(".tasks").read_text())
+            begun.append(tasks)
+            where, names = tasks[0]
+            rows = [answer(name, where, 2, 3, "x") for name in names]
+            path.with_suffix(".out").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+        def wait(self) -> int:
+            return 0
+
+    monkeypatch.setattr(bench.subprocess, "Popen", Worker)
+    monkeypatch.setattr(bench, "chosen", lambda *a: [{"source": "x"}] * 3)
+    args = argparse.Namespace(
+        work=tmp_path, store=None, data=None, per_source=3, drafts=["new", "old", "weak"],
+        core=["new", "old"], whole=1, processes=2, model="m", learn=tmp_path, device="cpu",
+        max_tokens=4, seconds=1.0, gpus=["0"],
+    )  # fmt: skip
+    rows = bench.decode(args)
+    assert begun == [[["0", args.drafts], ["2", args.core]], [["1", args.core]]]
+    assert [(r["draft"], r["where"]) for r in rows if r["draft"] == "weak"] == [("weak", "0")]
+    assert len(bench.decode(args)) == 7
+    assert begun[2:] == [[["2", args.core]]]
