@@ -8,9 +8,10 @@ Ours: dspark-dump, dspark-train with a validation every ``--every`` epochs, dspa
 peer: bench/peer_whole.py (its two scripts), and score. Stages run one after the other.
 
 A stage that is done (its line in DIR/stages.json is there) is not done again, so a run may take
-several calls. Writes NAME.json to ``--results``: for each side corpus_tokens, seconds_by_stage,
-bytes, tau; and for ours the step and the seconds at which validation first reached the peer's final
-tau (null: it did not, or there is no peer). Seconds are of whole processes, starts included.
+several calls. Writes NAME.json to ``--results``, our side before the peer begins: for each side
+corpus_tokens, seconds_by_stage, bytes, tau; and for ours the step and the seconds at which
+validation first reached the peer's final tau (null: it did not, or there is no peer). Seconds are
+of whole processes, starts included.
 """
 
 from __future__ import annotations
@@ -118,8 +119,11 @@ def main() -> None:
         },
         "peer": None,
     }
+    hidden = ("work", "results", "model", "peer")
+    said = {k: str(v) for k, v in vars(args).items() if k not in hidden}
     final = None
     if args.peer:
+        write(args.name, said, results, args.results, show=False)
         done = stage("peer", peer)
         found = stage("peer_score", lambda: scored(store, theirs, log=log))
         final = found["tau"]
@@ -142,13 +146,7 @@ def main() -> None:
         spent = results["peer"]["seconds_by_stage"]
         needed = dumped["wall_seconds"] + at["train_seconds"]
         results["seconds_ratio"] = (spent["cache"] + spent["train"]) / needed
-    hidden = ("work", "results", "model", "peer")
-    write(
-        args.name,
-        {k: str(v) for k, v in vars(args).items() if k not in hidden},
-        results,
-        args.results,
-    )
+    write(args.name, said, results, args.results)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,8 @@ defaults, which are ours; depth, layers read, mask token and steps are what ours
 ``--anchors`` are of a sample, of which ``--batch`` make a step.
 
 Its last checkpoint becomes a draft folder that ``dspark-tools score`` reads. Prints one JSON
-object: cache_seconds, train_seconds, bytes (of its cache), samples, steps.
+object: cache_seconds, train_seconds, bytes (of its cache), samples, steps. Where its training
+failed, the next call finds its cache, and trains alone.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import json
 import os
 import shlex
 import shutil
+import site
 import subprocess
 import sys
 import time
@@ -79,6 +81,7 @@ def script(args: argparse.Namespace, name: str, opts: dict[str, object], *more: 
     home.mkdir(parents=True, exist_ok=True)
     env = {"HOME": str(home.absolute()), "RANK": "0", "WORLD_SIZE": "1"}
     env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": PORT}
+    env |= {"PYTHONUSERBASE": site.getuserbase()}  # packages there go with HOME otherwise
     paths = [str(args.deepspec.absolute()), *filter(None, [os.environ.get("PYTHONPATH")])]
     env |= {"PYTHONPATH": os.pathsep.join(paths)}
     started = time.perf_counter()
@@ -110,17 +113,15 @@ def adopt(run: Run, checkpoint: Path, output: Path) -> None:
 
 def whole(args: argparse.Namespace) -> dict[str, Any]:
     """Cache, training, draft."""
-    flags = f"{args.train} --output {shlex.quote(str(args.output))}"
-    settings = config(args.store, flags)
+    words = f"{args.train} --output {shlex.quote(str(args.output))}"
+    settings = config(args.store, words)
     shutil.rmtree(args.output, ignore_errors=True)
     folder.claim(args.output, settings, resume=False, overwrite=True)
     run = prepare(settings)
     folder.begin(args.output, run, resume=False, overwrite=True)
     args.work.mkdir(parents=True, exist_ok=True)
     cache, data = (args.work.absolute() / name for name in ("peer_cache", "peer.jsonl"))
-    shutil.rmtree(cache, ignore_errors=True)
     shutil.rmtree(args.work / "home", ignore_errors=True)
-    samples = conversations(run, args.data, data, system_of(args.model))
     draft, target = run.model.config, str(Path(args.model).absolute())
     opts: dict[str, object] = {
         "model.target_model_name_or_path": target,
@@ -133,16 +134,16 @@ def whole(args: argparse.Namespace) -> dict[str, Any]:
         "data.num_workers": args.workers,
         "data.max_length": 4096,
     }
-    wrote = script(
-        args,
-        "scripts/data/prepare_target_cache.py",
-        opts,
-        "--train-data-path",
-        data,
-        "--output-dir",
-        cache,
-    )
-    size = sum(path.stat().st_size for path in cache.rglob("*") if path.is_file())
+    told = args.work / "peer_cache.json"
+    if not told.exists():
+        shutil.rmtree(cache, ignore_errors=True)
+        samples = conversations(run, args.data, data, system_of(args.model))
+        flags = ("--train-data-path", data, "--output-dir", cache)
+        wrote = script(args, "scripts/data/prepare_target_cache.py", opts, *flags)
+        size = sum(path.stat().st_size for path in cache.rglob("*") if path.is_file())
+        found = {"cache_seconds": wrote, "bytes": size, "samples": samples}
+        told.write_text(json.dumps(found) + "\n")
+    cached: dict[str, Any] = json.loads(told.read_text())
     more = {
         "data.target_cache_path": cache,
         "train.lr": args.lr,
@@ -155,14 +156,9 @@ def whole(args: argparse.Namespace) -> dict[str, Any]:
     took = script(args, "train.py", opts | more)
     (latest,) = (args.work / "home" / "checkpoints").glob("*/*/step_latest")
     adopt(run, latest, args.output)
+    told.unlink()
     shutil.rmtree(cache)
-    return {
-        "cache_seconds": wrote,
-        "train_seconds": took,
-        "bytes": size,
-        "samples": samples,
-        "steps": args.steps,
-    }
+    return cached | {"train_seconds": took, "steps": args.steps}
 
 
 def main() -> None:
