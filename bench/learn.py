@@ -161,8 +161,14 @@ class Trainings:
         for name, text, _ in self.plan.jobs():
             v = Variant.parse(name, text, self.run)
             kinds.setdefault(named(v), v)
-        found = dict(zip(kinds, self.lab.step_times(list(kinds.values())), strict=True))
-        self.say(f"ms of a step: { {k: round(1e3 * t, 2) for k, t in found.items()} }")
+        probe = self.args.probe
+        found = dict(zip(kinds, self.lab.step_times(list(kinds.values()), probe), strict=True))
+        self.lab.tables = False
+        (alone,) = self.lab.step_times([self.usual], probe)
+        self.lab.tables = True
+        told = {**found, "recipe's without the readers' tables": alone}
+        self.say(f"ms of a step: { {k: round(1e3 * t, 2) for k, t in told.items()} }")
+        self.plan.board.put("without-tables", alone)
         return found
 
     def spent(self) -> float:
@@ -174,7 +180,7 @@ class Trainings:
             return self.times[named(v)]
 
         def ratio() -> float:
-            own, beside = self.lab.step_times([v, self.usual])
+            own, beside = self.lab.step_times([v, self.usual], self.args.probe)
             self.say(f"{v.name}: a step takes {1e3 * own:.1f} ms, the recipe's {1e3 * beside:.1f}")
             return own / beside
 
@@ -304,6 +310,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=12.0, help="of every training")
     parser.add_argument("--budget", type=float, default=300, help="seconds of this process")
     parser.add_argument("--rows", type=int, default=660, help="packed rows held on the device")
+    parser.add_argument("--probe", type=int, default=30, help="steps of a probe  [%(default)s]")
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--variants", help="comma separated  [all]")
     parser.add_argument("--also", action="append", default=[], metavar="NAME=SETTINGS")

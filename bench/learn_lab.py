@@ -32,8 +32,7 @@ from dspark.train.optim.adamw import Adam
 from dspark.train.optim.base import Snapshot, learning_rate
 from dspark.train.run.setup import Run
 
-PROBE = 30  # steps that time a variant, ROUNDS times
-ROUNDS = 5
+ROUNDS = 5  # of short probes that time a variant
 
 
 @dataclass(frozen=True)
@@ -97,6 +96,7 @@ class Lab:
     def __init__(self, run: Run, rows: int, target: Path | None = None) -> None:
         assert run.to_draft is None, "the lab trains drafts of the whole vocabulary"
         self.run, self.target = run, target
+        self.tables = True  # whether readers' tables of the mask are used where there are any
         self.cuda = run.compute.device.type == "cuda"
         self.rows: list[Held] = []
         self._failed: Exception | None = None
@@ -223,21 +223,22 @@ class Lab:
         run = self.run
         head, config = run.model.frozen_head, v.objective(run)
         batch, unit = held.place(run), held.denominators(v.slot_decay)
+        batch = batch if self.tables else dataclasses.replace(batch, tables=())
         states: SlotStates = run.model(batch, run.model.plan(batch, run.compute.backend))
         slots = SlotInputs.gather(batch, states, v.slot_decay)
         weights = weights_of(v, head, batch, states, slots)
         out = objective(slots, head, config, unit, weights=weights)
         out.loss.backward()  # type: ignore[no-untyped-call]
 
-    def step_times(self, variants: list[Variant]) -> list[float]:
-        """Least seconds of a step of each, in turns; all compiled before."""
+    def step_times(self, variants: list[Variant], probe: int) -> list[float]:
+        """Least seconds of a step of each, in turns of ``probe`` steps; all compiled before."""
         for variant in variants:
             self.reset(0, variant)
             self.train(variant, 0, 3, 100)
         least = [float("inf")] * len(variants)
         for _ in range(ROUNDS):
             for i, variant in enumerate(variants):
-                least[i] = min(least[i], self.train(variant, 0, PROBE, 100) / PROBE)
+                least[i] = min(least[i], self.train(variant, 0, probe, 100) / probe)
         return least
 
     @torch.no_grad()

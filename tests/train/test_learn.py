@@ -47,12 +47,11 @@ def args(tmp_path: Path) -> argparse.Namespace:
         rows=5, seeds="0,1", base="anchors=50", variants="thin,again,twice", ladder="2", pays=-1.0,
         keep=True,
         also=["again=", "twice=heads=2 anchors=20 block=failure mix=0.5"], show=False, train=FLAGS,
-        name="learn", results=tmp_path, against="wsd",
+        name="learn", results=tmp_path, against="wsd", probe=1,
     )  # fmt: skip
 
 
 def trainings(learn: Any, args: argparse.Namespace) -> Any:
-    sys.modules["learn_lab"].PROBE = 1
     plan = learn.Plan(args, learn.Board(args.out / "board"))
     return learn.Trainings(args, plan, lambda text: None)
 
