@@ -155,10 +155,11 @@ def probe_of(
     codec: Codec | None,
     target: Callable[[], Matrices],
     device: torch.device | str | None = None,
+    corpus: int = 0,
 ) -> Probe:
     """Join the shares, with what ``codec`` needs to know about their tokens; ``target`` is called
     only if it needs any. ``device``: of the target's matrices, on which a codec is calibrated (None
-    = where the states are).
+    = where the states are). ``corpus``: the tokens of all samples (0: unknown, or very many).
     """
     import torch
 
@@ -168,7 +169,8 @@ def probe_of(
     matrices = target()
     there = device or aux.device
     tokens = tokens_of([s.tokens for s in shares], matrices.embed_tokens.to(there))
-    return Probe(aux, last, replace(tokens, head=matrices.lm_head.to(there)))
+    share = min(1.0, aux.shape[0] / corpus) if corpus else 0.0
+    return Probe(aux, last, replace(tokens, head=matrices.lm_head.to(there), share=share))
 
 
 def budget_of(codec: Codec | None, layers: int, hidden: int, tokens: int | None = None) -> int:
@@ -202,4 +204,4 @@ def spread_states(
     coded = (cache.read(i) for i in chosen)
     lengths = cache.lengths[chosen].tolist()
     shares = [share_of(c.tokens, cache.decoded(c), lengths, codec, budget) for c in coded]
-    return probe_of(shares, codec, lambda: cache.target, device)
+    return probe_of(shares, codec, lambda: cache.target, device, m.counts.tokens)

@@ -45,7 +45,7 @@ class RowBytes:
         size = {"token": 0.0, "last": 0.0, "exact": 0.0}
         for name, data in to_numpy(codec.encode(aux, last, tokens)).items():
             if name in specs:
-                size[specs[name].axis] += _bytes(name, data, specs[name])
+                size[specs[name].axis] += packed_bytes(name, data, specs[name])
         rows = {"token": aux.shape[0], "last": last.shape[0], "exact": aux.shape[0]}
         per = {axis: total / max(rows[axis], 1) for axis, total in size.items()}
         return cls(per["token"] + per["exact"], per["last"], token_bytes(codec))
@@ -55,7 +55,7 @@ class RowBytes:
         return round(tokens * (self.token + self.aux) + last_rows * self.last)
 
 
-def _bytes(name: str, data: Any, spec: ArraySpec) -> float:
+def packed_bytes(name: str, data: Any, spec: ArraySpec) -> float:
     """Return the bytes of ``data`` on disk as if it were the middle of a long array."""
     if not data.shape[0]:
         return 0.0

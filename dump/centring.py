@@ -66,11 +66,12 @@ def captured(
     codec: Codec,
     budget: int,
     device: str | None = None,
+    corpus: int = 0,
     progress: Progress = lambda done, total, text="": None,
 ) -> Probe | None:
     """Capture the states of ``samples`` for ``codec``, in order, cut on arrival so that all of them
     fit in memory; None without samples. ``device``: where the codec is fitted; None = where the
-    states are. ``progress`` is told of tokens.
+    states are. ``corpus``: its tokens, if known. ``progress`` is told of tokens.
     """
     found = {}
     lengths = [len(s.input_ids) for s in samples]
@@ -80,7 +81,7 @@ def captured(
         done += lengths[i]
         progress(done, total)
     shares = [found[i] for i in sorted(found)]
-    return probe_of(shares, codec, engine.frozen, device) if shares else None
+    return probe_of(shares, codec, engine.frozen, device, corpus) if shares else None
 
 
 def learning_device(plan: Plan, engine: Engine, codec: Codec) -> str | None:

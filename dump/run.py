@@ -379,7 +379,8 @@ def calibration(job: Job, engine: Engine, probe: Probe, codec: Codec, show: Disp
         device = learning_device(job.plan, engine, codec)
         seen = sum(len(s.input_ids) for s in samples)
         with bar("calibration: tokens") as progress:
-            probe = captured(engine, samples, codec, budget, device, progress) or probe
+            whole = job.plan.tokens
+            probe = captured(engine, samples, codec, budget, device, whole, progress) or probe
         if codec.least_tokens(*shapes):
             show.say(f"learning {codec.name} from the states of {probe.aux.shape[0]:,} tokens")
         learnt = f"{len(samples):,} samples spread over the corpus, {seen:,} tokens"

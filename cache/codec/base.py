@@ -92,7 +92,8 @@ class Tokens:
     ``input_ids`` int64[T]. ``sample_start`` int64[N + 1]: first token of each sample, then the end
     of the last one (T, or less where padding follows). ``last_token`` int64[M]: the token of each
     stored last state. ``embedding`` [V, H]: the target's frozen input embedding. ``head`` [V, H]:
-    its output matrix, for calibration (None = the embedding).
+    its output matrix, for calibration (None = the embedding). ``share``: for calibration, of all
+    tokens of the corpus those that are here.
     """
 
     input_ids: torch.Tensor
@@ -100,6 +101,7 @@ class Tokens:
     last_token: torch.Tensor
     embedding: torch.Tensor
     head: torch.Tensor | None = None
+    share: float = 0.0
 
 
 class Codec(Protocol):

@@ -289,7 +289,7 @@ class Reader:
             share_of(f.tokens, (f.aux.float(), f.last.float()), lengths, codec, budget)
             for f in found
         ]
-        return probe_of(shares, codec, lambda: self.frozen)
+        return probe_of(shares, codec, lambda: self.frozen, corpus=tokens)
 
     def calibrated(self, codec: Codec) -> Codec:
         return codec.calibrated(*self.states(codec)) if codec.needs_calibration else codec

@@ -1,5 +1,5 @@
 """The transform codec ``klt-A-L``: A bits per value of the aux layers and L per value of the last
-state, by entropy.
+state, on disk.
 
 What can be predicted from the stored token ids is not coded; the remainder of all aux layers is
 coded together, in the basis in which its coefficients are uncorrelated, with one step for all
@@ -40,9 +40,6 @@ if TYPE_CHECKING:
 CHUNK = 512
 ROWS = {"cpu": 1024, "cuda": 8192}  # rows at once, in plain torch
 PARAMS: Json = {"classes": [list(c) for c in CLASSES], "band": BAND}
-# Of a store's size before calibration: what zstd takes above the entropy, and bytes per token of
-# rows stored exactly.
-PACKED, EXACT_SHARE = 1.03, 1 / 300
 # tokens of calibration per dimension of a row of all aux layers; the last state is predicted from
 # as many features, and about half of the tokens have one
 PER_DIMENSION = 48
@@ -98,12 +95,12 @@ class Klt:
         return LEAST_PER_DIMENSION * layers * hidden
 
     def learnt_bytes(self, layers: int, hidden: int) -> int:
-        """Both bases, whole, and what predicts in them: from two embeddings, and from three and
-        ``context`` coefficients.
+        """Both bases, whole, the second one also backwards, and what predicts in them: from two
+        embeddings, and from three and ``context`` coefficients.
         """
         channels = layers * hidden
         aux = channels * channels + 2 * hidden * channels
-        return 2 * (aux + hidden * hidden + (CONTEXT + 3) * hidden * hidden)
+        return 2 * (aux + 2 * hidden * hidden + (CONTEXT + 3) * hidden * hidden)
 
     def fitting_bytes(self, layers: int, hidden: int, vocab: int) -> int:
         """The sums, the covariance and a regression beside them (``regression``), a piece of states
@@ -134,8 +131,10 @@ class Klt:
         }
 
     def disk_bytes(self, layers: int, hidden: int, last_share: float = 1.0) -> float:
-        coded = self.aux_bits * layers + last_share * self.last_bits
-        return hidden * coded / 8 * PACKED + EXACT_SHARE * 0.1 * 2 * hidden * (layers + 1)
+        """What the name says: the step is set by bytes as a store has them (``rate.py``). The
+        first tokens' rows, one of each in a part, are not counted.
+        """
+        return hidden * (self.aux_bits * layers + last_share * self.last_bits) / 8
 
     def calibrated(
         self, aux: torch.Tensor, last: torch.Tensor, tokens: Tokens | None = None

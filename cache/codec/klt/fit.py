@@ -1,8 +1,14 @@
 """Fit the tables of the transform codec to states of samples spread over a corpus.
 
-There are three passes over the states, which may be on the host: norms (which rows are massive),
-moments, and cells, which set the step (``Rates``). Then the last state follows, from decoded aux
-coefficients. All work runs on the device of the embedding.
+The states may be on the host; passes over them tell norms (which rows are massive), moments, how
+many bits each sample will take, and the coefficients of some of them, which set the step
+(``rate.py``). Then the last state follows, from decoded aux coefficients. All work runs on the
+device of the embedding.
+
+A fit takes some of its own rows' accident for law and codes them in fewer bits than others, so the
+step is set on samples that it has not seen. They are few, and the bits of two samples differ by a
+fifth: so they are chosen to be like the others in what can be told before the fit
+(``one_in_eight``).
 
 Legend: T tokens, M stored last states, L aux layers, H hidden size, C = L * H, F features.
 """
@@ -14,11 +20,15 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
+import numpy.typing as npt
+
 from dspark.cache.codec.base import Tokens
 from dspark.cache.codec.klt.codec import Known
 from dspark.cache.codec.klt.half import half_on
 from dspark.cache.codec.klt.moments import FISHER_ROWS, Moments, eigen, fisher, regression, root
-from dspark.cache.codec.klt.symbols import Packing, entropy_columns, offsets_of, quantise, step_for
+from dspark.cache.codec.klt.rate import STEP_ROWS, Corpus, Rows, stepped
+from dspark.cache.codec.klt.symbols import Packing
 from dspark.cache.codec.klt.tables import CONTEXT, Tables, Transform
 from dspark.cache.errors import UsageError
 
@@ -32,30 +42,7 @@ MASSIVE = 10.0  # a row of this many times a layer's median norm is left out of 
 LEAST_DEVIATION = 1e-3
 RIDGE_AUX, RIDGE_LAST = 1e-2, 5e-2  # of the features' mean variance
 PIECE = 4096  # tokens, in whole samples, that are on the device at once
-HELD_OUT = 8  # every n-th sample tells what the fit takes for its own
-RATE_ROWS = 8192  # maximum rows of each kind that set the step
-LEAST_BITS = 0.02  # a column of less entropy is not kept
-# a row is exact where its classes would add this many times an ordinary row's error
-EXACT_NOISE = 2.0
-
-
-class Rates(NamedTuple):
-    """Coefficients that tell the bits per row of new text, each [n, K]: ``every`` of rows of all
-    samples; ``held`` of samples that its transform was not fitted to; ``again`` of the same rows in
-    the one that is.
-
-    A fit takes some of its own rows' accident for law and codes them in fewer bits than others. How
-    many fewer is the difference of ``held`` and ``again``, which a few samples tell well, as it
-    compares each with itself. Their bits alone would not: those of two samples differ by a fifth.
-    """
-
-    every: torch.Tensor
-    held: torch.Tensor
-    again: torch.Tensor
-
-    def bits(self, step: float) -> float:
-        every, held, again = (float(entropy_columns(quantise(y, step)).sum()) for y in self)
-        return every + held - again
+HELD_OUT = 8  # of so many samples, one sets the step; the others are learnt from
 
 
 class Piece(NamedTuple):
@@ -67,18 +54,13 @@ class Piece(NamedTuple):
 
 
 def pieces_of(
-    aux: torch.Tensor, last: torch.Tensor, tokens: Tokens
+    aux: torch.Tensor, last: torch.Tensor, tokens: Tokens, held: npt.NDArray[np.bool_]
 ) -> tuple[list[Piece], list[Piece]]:
-    """Return runs of whole samples of about ``PIECE`` tokens: those to learn from, and those held
-    out, which are every n-th sample, so that they are spread over the corpus as the others are.
+    """Return runs of whole samples of about ``PIECE`` tokens: those to learn from, and those of the
+    samples that are ``held`` out, bool [N].
     """
-    import numpy as np
-
     starts = tokens.sample_start.cpu().numpy()
     samples = len(starts) - 1
-    held = np.zeros(samples, np.bool_)
-    held[HELD_OUT // 2 :: HELD_OUT] = True
-    held[-1] |= not held.any()
     ends = [0]
     for i in range(1, samples + 1):
         full = starts[i] - starts[ends[-1]] >= PIECE
@@ -99,6 +81,19 @@ def pieces_of(
     return out
 
 
+def one_in_eight(
+    size: npt.NDArray[np.float64], fit: npt.NDArray[np.bool_]
+) -> npt.NDArray[np.bool_]:
+    """Return which samples to hold out, bool [N]: every n-th of those ``fit`` for it, in the order
+    of ``size``, so that the two kinds are alike in it; at least one.
+    """
+    order = np.argsort(size, kind="stable")
+    order = order[fit[order]]
+    held = np.zeros(len(size), np.bool_)
+    held[order[min(HELD_OUT // 2, len(order) - 1) :: HELD_OUT]] = True
+    return held
+
+
 def fit(
     aux: torch.Tensor,
     last: torch.Tensor,
@@ -109,31 +104,42 @@ def fit(
     context: int | None = None,
     say: Say = lambda text: None,
 ) -> Tables:
-    """Fit tables for ``aux_bits`` per value of the aux layers and ``last_bits`` per value of the
-    last state, by entropy on held-out samples.
+    """Fit tables with which a corpus takes ``aux_bits`` per value of the aux layers and
+    ``last_bits`` per value of the last state on disk, tokens stored exactly included.
 
     ``context``: see ``Tables`` (None: two hidden sizes). Raises UsageError for fewer than two
     samples or without a stored last state.
     """
-    learn, keep = pieces_of(aux, last, tokens)
-    stored = [sum(p.last.shape[0] for p in some) for some in (learn, keep)]
-    if not learn or not all(stored):
+    starts = tokens.sample_start.cpu().numpy()
+    stored = np.diff(np.searchsorted(tokens.last_token.cpu().numpy(), starts)) > 0
+    if len(stored) < 2 or stored.sum() < 2:
         raise UsageError(
-            f"found {len(tokens.sample_start) - 1} samples to calibrate on, with {stored[0]} "
-            f"stored last states to fit on and {stored[1]} to measure on; expected some of each. "
-            "Choose a rotated codec (--codec rotated-4-4) or dump more rows."
+            f"found {len(stored)} samples to calibrate on, {stored.sum()} of them with a stored "
+            "last state; expected two or more, some to fit on and some to measure on. Choose a "
+            "rotated codec (--codec rotated-4-4) or dump more rows."
         )
     layers, hidden = aux.shape[1:]
     work = _Fit(tokens, layers, hidden, say)
-    ordinary = work.ordinary([*learn, *keep])
-    found = work.aux(learn, keep, ordinary, aux_bits)
-    return work.last(
-        learn,
-        keep,
-        found,
-        min(CONTEXT * hidden if context is None else context, found.kept),
-        last_bits,
-    )
+    runs, _ = pieces_of(aux, last, tokens, np.zeros(len(stored), np.bool_))
+    scale = work.scale(runs)
+    moments = work.moments(runs, scale)
+    held = one_in_eight(work.sizes(runs, scale, moments), stored)
+    learn, keep = pieces_of(aux, last, tokens, held)
+    work.add(moments, keep, scale, -1)
+    found = work.aux(learn, keep, scale, moments, aux_bits)
+    del moments
+    count = min(CONTEXT * hidden if context is None else context, found.kept)
+    return work.last(learn, keep, found, count, last_bits)
+
+
+class Scale(NamedTuple):
+    """Of ordinary tokens: ``mean`` and ``deviation`` float32 [C], the largest norm of each layer
+    float32 [L].
+    """
+
+    mean: torch.Tensor
+    deviation: torch.Tensor
+    most: torch.Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,19 +163,11 @@ class _Fit:
             tokens = dataclasses.replace(t, input_ids=ids, sample_start=start, last_token=at)
             yield Piece(p.aux.to(device), p.last.to(device), tokens)
 
-    def ordinary(self, pieces: Sequence[Piece]) -> torch.Tensor:
-        """Return the largest ordinary norm of each layer, float32 [L]."""
+    def scale(self, pieces: Sequence[Piece]) -> Scale:
         import torch
 
         norms = [p.aux.to(self.device).float().norm(dim=2) for p in pieces]
-        return MASSIVE * torch.cat(norms).median(0).values
-
-    def centre(
-        self, pieces: Sequence[Piece], most: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return mean and deviation of ordinary rows, float32 [C]."""
-        import torch
-
+        most = MASSIVE * torch.cat(norms).median(0).values
         width = self.layers * self.hidden
         total, square = torch.zeros(2, width, dtype=torch.float64, device=self.device)
         rows = 0
@@ -183,50 +181,89 @@ class _Fit:
         deviation = (square / max(rows, 1) - mean.square()).clamp(min=0).sqrt()
         least = float(deviation.median()) * LEAST_DEVIATION
         deviation = deviation.clamp(min=least) if least > 0 else torch.ones_like(deviation)
-        return mean.float(), deviation.float()
+        return Scale(mean.float(), deviation.float(), most)
 
-    def aux(
-        self, learn: Sequence[Piece], keep: Sequence[Piece], most: torch.Tensor, bits: float
-    ) -> Transform:
-        """Fit the aux layers' transform for ``bits`` per value."""
+    def moments(self, pieces: Sequence[Piece], scale: Scale) -> Moments:
+        """Return the moments of scaled aux layers and of their features, of ordinary tokens."""
+        out = Moments.of_width((self.layers + 2) * self.hidden, self.device)
+        self.add(out, pieces, scale)
+        return out
+
+    def add(self, moments: Moments, pieces: Sequence[Piece], scale: Scale, times: int = 1) -> None:
+        import torch
+
+        for piece in self.moved(pieces):
+            ok = _is_ordinary(piece.aux, scale.most)
+            z = (piece.aux[ok].flatten(1).float() - scale.mean) / scale.deviation
+            moments.add(torch.cat([z, _around(piece)[ok]], 1), times)
+
+    def sizes(
+        self, pieces: Sequence[Piece], scale: Scale, moments: Moments
+    ) -> npt.NDArray[np.float64]:
+        """Return the mean norm of what prediction leaves of each sample's tokens, float64 [N].
+
+        It says how many bits a sample takes (correlation 0.97 with those of the transform), and
+        all samples had a part in the prediction.
+        """
         import torch
 
         channels = self.layers * self.hidden
-        mean, deviation = self.centre([*learn, *keep], most)
-        moments = Moments.of_width(channels + 2 * self.hidden, self.device)
+        centre, covariance = moments.covariance()
+        weights, _ = regression(covariance, channels, RIDGE_AUX)
+        base = (centre[:channels] - centre[channels:] @ weights).float()
+        weights = weights.float()
+        del covariance
+        out = []
+        for piece in self.moved(pieces):
+            z = (piece.aux.flatten(1).float() - scale.mean) / scale.deviation
+            left = (z - base - _around(piece) @ weights).norm(dim=1)
+            left[~_is_ordinary(piece.aux, scale.most)] = 0
+            ends = torch.nn.functional.pad(left.double().cumsum(0), (1, 0))
+            start = piece.tokens.sample_start
+            out.append(ends[start].diff() / start.diff().clamp(min=1))
+        sizes: npt.NDArray[np.float64] = torch.cat(out).cpu().numpy()
+        return sizes
 
-        def fitted(pieces: Sequence[Piece]) -> Transform:
-            """Fit to ``pieces`` and to all that came before: the moments go on."""
+    def aux(
+        self,
+        learn: Sequence[Piece],
+        keep: Sequence[Piece],
+        scale: Scale,
+        moments: Moments,
+        bits: float,
+    ) -> Transform:
+        """Return the transform of the aux layers for ``bits`` per value, from ``moments`` of
+        ``learn``.
+        """
+        channels = self.layers * self.hidden
+        centre, covariance = moments.covariance()
+        weights, residual = regression(covariance, channels, RIDGE_AUX)
+        energy = float(covariance[:channels, :channels].diagonal().sum())
+        self.say(
+            f"aux layers: {moments.rows:,} tokens, {moments.rows / channels:.1f} per each of "
+            f"{channels:,} dimensions; embeddings explain "
+            f"{1 - float(residual.diagonal().sum()) / max(energy, 1e-12):.1%} of the energy"
+        )
+        mean = scale.mean + scale.deviation * (
+            (centre[:channels] - centre[channels:] @ weights).float()
+        )
+        del covariance
+        _, basis = eigen(residual)
+        del residual
+        whole = _transform(mean, scale.deviation, basis.T, None, weights)
+        del basis
+        half = half_on(whole, self.device)
+
+        def rows(pieces: Sequence[Piece]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+            """Coefficients, zeros where a token is massive; and which are, first tokens apart."""
             for piece in self.moved(pieces):
-                ok = _is_ordinary(piece.aux, most)
-                z = (piece.aux[ok].flatten(1).float() - mean) / deviation
-                moments.add(torch.cat([z, _around(piece)[ok]], 1))
-            centre, covariance = moments.covariance()
-            weights, residual = regression(covariance, channels, RIDGE_AUX)
-            energy = float(covariance[:channels, :channels].diagonal().sum())
-            self.say(
-                f"aux layers: {moments.rows:,} tokens, {moments.rows / channels:.1f} per each of "
-                f"{channels:,} dimensions; embeddings explain "
-                f"{1 - float(residual.diagonal().sum()) / max(energy, 1e-12):.1%} of the "
-                "energy"
-            )
-            shifted = mean + deviation * (centre[:channels] - centre[channels:] @ weights).float()
-            del covariance
-            _, basis = eigen(residual)
-            return _transform(shifted, deviation, basis.T, None, weights)
+                massive = ~_is_ordinary(piece.aux, scale.most)
+                y = half.coefficients(piece.aux.flatten(1), _around(piece))
+                y[massive] = 0
+                massive[piece.tokens.sample_start[:-1]] = False
+                yield y, massive
 
-        def coefficients(transform: Transform, pieces: Sequence[Piece]) -> torch.Tensor:
-            half = half_on(transform, self.device)
-            found = (
-                half.coefficients(p.aux.flatten(1), _around(p))[_is_ordinary(p.aux, most)]
-                for p in self.moved(pieces)
-            )
-            return _some(found, sum(p.aux.shape[0] for p in pieces))
-
-        held = coefficients(fitted(learn), keep)
-        whole = fitted(keep)
-        every = coefficients(whole, [*learn, *keep])
-        return _quantised(whole, Rates(every, held, coefficients(whole, keep)), bits * channels)
+        return stepped(whole, self.corpus(learn, keep, rows), bits * channels)
 
     def last(
         self, learn: Sequence[Piece], keep: Sequence[Piece], aux: Transform, count: int, bits: float
@@ -250,25 +287,32 @@ class _Fit:
                 )
 
         moments = Moments.of_width(count + 4 * hidden, self.device)
+        for states, features in rows(learn):
+            moments.add(torch.cat([states, features], 1))
         head = self.about.head if self.about.head is not None else self.about.embedding
         metric, inverse = root(fisher(_spread([*learn, *keep]), head.to(self.device)))
+        whole = self.last_transform(moments, count, metric, inverse)
+        own = half_on(whole, self.device)
 
-        def fitted(pieces: Sequence[Piece]) -> Transform:
-            """Fit to ``pieces`` and to all that came before: the moments go on."""
+        def coefficients(pieces: Sequence[Piece]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
             for states, features in rows(pieces):
-                moments.add(torch.cat([states, features], 1))
-            return self.last_transform(moments, count, metric, inverse)
+                y = own.coefficients(states, features)
+                yield y, torch.zeros(y.shape[0], dtype=torch.bool, device=y.device)
 
-        def coefficients(transform: Transform, pieces: Sequence[Piece]) -> torch.Tensor:
-            own = half_on(transform, self.device)
-            states = sum(p.last.shape[0] for p in pieces)
-            return _some((own.coefficients(*pair) for pair in rows(pieces)), states)
+        found = self.corpus(learn, keep, coefficients)
+        return dataclasses.replace(tables, last=stepped(whole, found, bits * hidden))
 
-        held = coefficients(fitted(learn), keep)
-        whole = fitted(keep)
-        every = coefficients(whole, [*learn, *keep])
-        found = Rates(every, held, coefficients(whole, keep))
-        return dataclasses.replace(tables, last=_quantised(whole, found, bits * hidden))
+    def corpus(
+        self,
+        learn: Sequence[Piece],
+        keep: Sequence[Piece],
+        rows: Callable[[Sequence[Piece]], Iterable[tuple[torch.Tensor, torch.Tensor]]],
+    ) -> Corpus:
+        """Return the ``rows`` that stand for those of the corpus."""
+        total = sum(p.aux.shape[0] for p in [*learn, *keep])
+        share = self.about.share * sum(p.aux.shape[0] for p in learn) / total
+        own = Rows.of(rows(_some(learn))) if share else None
+        return Corpus(Rows.of(rows(_some(keep))), own, share)
 
     def last_transform(
         self, moments: Moments, count: int, metric: torch.Tensor, inverse: torch.Tensor
@@ -344,40 +388,6 @@ def _spread(pieces: Sequence[Piece]) -> Iterator[torch.Tensor]:
     return (p.last[::step] for p in pieces)
 
 
-def _some(blocks: Iterable[torch.Tensor], rows: int) -> torch.Tensor:
-    """Return every n-th of the ``rows`` rows of ``blocks``, at most about ``RATE_ROWS``."""
-    import torch
-
-    step = max(1, -(-rows // RATE_ROWS))
-    return torch.cat([block[::step].clone() if step > 1 else block for block in blocks])
-
-
-def _quantised(whole: Transform, rates: Rates, bits: float) -> Transform:
-    """Return ``whole`` with the step at which new rows take ``bits`` each, and the columns worth
-    keeping.
-    """
-    import torch
-
-    y = rates.every
-    step = step_for(rates.bits, float(y.abs().amax()) * 2 + 1e-3, bits)
-    q = quantise(y, step)
-    wanted = (entropy_columns(q) > LEAST_BITS).nonzero()[:, 0]
-    kept = int(wanted[-1]) + 1 if wanted.numel() else 0
-    packing = Packing.fitting(q[:, :kept])
-    kept = packing.total
-    y = y[:, :kept]
-    offsets = offsets_of(y, step, packing)
-    limits = torch.tensor(packing.limits(), dtype=y.dtype, device=y.device)
-    cells = torch.minimum((y.abs() / step + 0.5).floor(), limits)
-    found = dataclasses.replace(
-        whole,
-        back=whole.back[:kept].clone(),
-        forward=None if whole.forward is None else whole.forward[:, :kept].clone(),
-        offsets=offsets,
-        step=step,
-        packing=packing,
-        bits=rates.bits(step),
-    )
-    code_error = (y.abs() / step - cells).square().sum(1) * step * step
-    noise = float(code_error.median())
-    return dataclasses.replace(found, noise=noise, limit=EXACT_NOISE * noise)
+def _some(pieces: Sequence[Piece]) -> Sequence[Piece]:
+    """Return every n-th piece, of about ``STEP_ROWS`` tokens together or all."""
+    return pieces[:: max(1, round(sum(p.aux.shape[0] for p in pieces) / STEP_ROWS))]

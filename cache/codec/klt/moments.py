@@ -37,11 +37,12 @@ class Moments:
             torch.zeros(width, width, dtype=wide, device=device),
         )
 
-    def add(self, rows: torch.Tensor) -> None:
+    def add(self, rows: torch.Tensor, times: int = 1) -> None:
+        """Add ``rows``; ``times`` -1 takes away what was added."""
         rows = rows.float()
-        self.sums += rows.sum(0)
-        self.gram += rows.T @ rows
-        self.rows += rows.shape[0]
+        self.sums += times * rows.sum(0)
+        self.gram += times * (rows.T @ rows)
+        self.rows += times * rows.shape[0]
 
     def covariance(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean [D] and covariance [D, D]."""

@@ -102,6 +102,22 @@ def quantise(y: torch.Tensor, step: float) -> torch.Tensor:
     return (y.abs() / step + 0.5).floor() * y.sign()
 
 
+def cells_of(
+    y: torch.Tensor, step: float, limits: torch.Tensor, most: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the cells of coefficients ``y`` [T, K], none beyond its column's of ``limits`` [K];
+    and bool [T]: rows that would have to move by more than ``most`` (``Transform.limit``), whose
+    cells are zeros.
+    """
+    import torch
+
+    q = quantise(y, step)
+    fitting = torch.maximum(torch.minimum(q, limits), -limits)
+    outside = ((q - fitting) * step).square().sum(1) > most
+    fitting[outside] = 0
+    return fitting, outside
+
+
 def pack(q: torch.Tensor, packing: Packing) -> torch.Tensor:
     """Pack cells ``q`` [T, K], inside their classes, to uint8 [T, W]: column j of a byte counts
     ``cells^j``.
@@ -212,13 +228,27 @@ def entropy_columns(q: torch.Tensor) -> torch.Tensor:
     return torch.cat(out)
 
 
-def step_for(bits_at: Callable[[float], float], most: float, bits: float) -> float:
-    """Find the step up to ``most`` at which ``bits_at(step)``, which falls with it, is ``bits``."""
-    low, high = min(1e-4, most / 2), most
-    for _ in range(17):
-        step = math.sqrt(low * high)
-        if bits_at(step) > bits:
-            low = step
+def step_for(bits_at: Callable[[float], float], start: float, bits: float) -> float:
+    """Find the step at which ``bits_at(step)``, which falls with it, is ``bits`` within a
+    thousandth, from ``start`` on: doubled or halved until the step is between two, then by their
+    secant. An end that stays twice counts half from then on, so that both ends move.
+    """
+    at, low, high = math.log(start), -math.inf, math.inf
+    over = under = last = 0.0  # bits too many at ``low``, too few at ``high``; of the last step
+    for _ in range(24):
+        found = bits_at(math.exp(at)) - bits
+        if abs(found) <= 1e-3 * bits:
+            break
+        again = found * last > 0
+        if found > 0:
+            low, over, under = at, found, under / 2 if again else under
         else:
-            high = step
-    return high
+            high, under, over = at, found, over / 2 if again else over
+        last = found
+        if high == math.inf:
+            at = low + math.log(2)
+        elif low == -math.inf:
+            at = high - math.log(2)
+        else:
+            at = low + (high - low) * min(max(over / (over - under), 0.02), 0.98)
+    return math.exp(at)

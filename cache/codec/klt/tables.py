@@ -40,7 +40,7 @@ class Transform:
 
     ``limit``: a row whose cells would have to move by more than this (sum of squares) to fit their
     classes is stored exactly. ``noise``: summed squared error of an ordinary row's coefficients.
-    ``bits``: bits per row, by entropy, on held-out samples.
+    ``bits``: bits per row on disk that the calibration expected.
     """
 
     mean: torch.Tensor

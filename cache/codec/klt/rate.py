@@ -1,0 +1,119 @@
+"""Choose the step of the transform codec: the one at which a corpus takes the bits on disk that
+were asked for.
+
+Bits are not estimated but measured, as a store would spend them: cells are packed into bytes, cut
+into chunks and compressed by zstd, and rows that cells cannot hold are counted as stored exactly.
+The entropy of cells is no substitute. zstd loses up to a sixth against it in Huffman codes of
+bytes that are mostly zero, and gains as much from tokens of one sample being alike, differently in
+each corpus.
+
+Legend: n rows, K coefficients.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from dspark.cache.codec.base import ArraySpec
+from dspark.cache.codec.bf16 import LOSSLESS_BITS
+from dspark.cache.codec.klt.codec import CHUNK
+from dspark.cache.codec.klt.symbols import Packing, cells_of, offsets_of, pack, quantise, step_for
+
+if TYPE_CHECKING:
+    import torch
+
+    from dspark.cache.codec.klt.tables import Transform
+
+STEP_ROWS = 1 << 14  # of each kind that set the step, about
+LEAST_SHARE = 0.0015  # of a column's cells that are not 0: with fewer it is not kept (0.02 bits)
+# a row is exact where its classes would add this many times an ordinary row's error
+EXACT_NOISE = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Coefficients ``y`` [n, K] of samples in the order of a store, zeros where a token is massive;
+    ``massive``: how many of those are stored exactly, first tokens of samples apart.
+    """
+
+    y: torch.Tensor
+    massive: int = 0
+
+    @classmethod
+    def of(cls, blocks: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> Rows:
+        """Join blocks of coefficients and of what is massive, bool [n]."""
+        import torch
+
+        y, massive = (torch.cat(parts) for parts in zip(*blocks, strict=True))
+        return cls(y, int(massive.sum()))
+
+    def bits(self, table: Transform) -> float:
+        """Bits per row on disk."""
+        import torch
+
+        from dspark.cache.sizing import packed_bytes
+
+        y = self.y[:, : table.packing.total]
+        limits = torch.tensor(table.packing.limits(), dtype=y.dtype, device=y.device)
+        cells, outside = cells_of(y, table.step, limits, table.limit)
+        code = pack(cells, table.packing).cpu().numpy()
+        spec = ArraySpec("uint8", code.shape[1], order="columns", chunk=CHUNK)
+        exact = (int(outside.sum()) + self.massive) * table.channels * LOSSLESS_BITS
+        return (8 * packed_bytes("code", code, spec) + exact) / max(len(y), 1)
+
+
+@dataclass(frozen=True, slots=True)
+class Corpus:
+    """What stands for a corpus: rows of ``new`` samples, which the transform was not fitted to, and
+    of its ``own``, which are ``share`` of the corpus and take fewer bits.
+    """
+
+    new: Rows
+    own: Rows | None
+    share: float
+
+    def bits(self, table: Transform) -> float:
+        """Bits per row on disk."""
+        new = self.new.bits(table)
+        if self.own is None:
+            return new
+        return (1 - self.share) * new + self.share * self.own.bits(table)
+
+
+def stepped(whole: Transform, corpus: Corpus, bits: float) -> Transform:
+    """Return ``whole`` with the step at which rows of ``corpus`` take ``bits`` each, and the
+    columns worth keeping.
+    """
+    y = corpus.new.y
+    start = float(y.square().mean().sqrt()) or 1.0
+    step = step_for(lambda s: corpus.bits(at_step(whole, y, s)), start, bits)
+    found = at_step(whole, y, step)
+    kept = found.packing.total
+    return dataclasses.replace(
+        found,
+        back=whole.back[:kept].clone(),
+        forward=None if whole.forward is None else whole.forward[:, :kept].clone(),
+        offsets=offsets_of(y[:, :kept], step, found.packing),
+        bits=corpus.bits(found),
+    )
+
+
+def at_step(whole: Transform, y: torch.Tensor, step: float) -> Transform:
+    """Return ``whole``, all its columns, with the packing and limit for rows like ``y`` [n, K] at
+    ``step``; its offsets are still to be set.
+    """
+    q = quantise(y, step)
+    wanted = ((q != 0).float().mean(0) > LEAST_SHARE).nonzero()[:, 0]
+    packing = Packing.fitting(q[:, : int(wanted[-1]) + 1 if wanted.numel() else 0])
+    kept = slice(0, packing.total)
+    noise = float((y[:, kept] - q[:, kept] * step).square().sum(1).median())
+    return dataclasses.replace(
+        whole,
+        step=step,
+        packing=packing,
+        noise=noise,
+        limit=EXACT_NOISE * noise,
+    )
