@@ -268,6 +268,7 @@ def main() -> None:
     parser.add_argument("--name", default="decoded")
     parser.add_argument("--results", type=Path, default=RESULTS)
     args = parser.parse_args()
+    args.drafts = list(dict.fromkeys(args.drafts))
     missing = [name for name in args.drafts if not (args.learn / "drafts" / name).is_dir()]
     if missing and not args.worker:
         print(f"not there, left out: {', '.join(missing)}", file=sys.stderr)

@@ -98,17 +98,19 @@ class Lab:
         self.run, self.target = run, target
         self.tables = True  # whether readers' tables of the mask are used where there are any
         self.cuda = run.compute.device.type == "cuda"
+        self._sets: dict[tuple[Any, ...], list[list[Held]]] = {}
         self.rows: list[Held] = []
         self._failed: Exception | None = None
         self._reader = threading.Thread(target=self._read_all, args=(rows,), daemon=True)
         self._reader.start()
-        assert run.validation is not None, "no held-out samples: raise --val-fraction"
-        workers = min(run.workers, run.config.val_rows or run.workers)
-        held_out = run.validation.steps_from(VALIDATION_EPOCH, workers=workers)
-        self.held_out = [Held.of(row, run) for step in held_out for row in step if row.slots]
+        # Only then may other processes start: the reader would take them for its own.
         while not self.rows and self._reader.is_alive():
             time.sleep(0.05)
-        self._sets: dict[tuple[Any, ...], list[list[Held]]] = {}
+        if not self.rows:
+            self.wait()
+        assert run.validation is not None, "no held-out samples: raise --val-fraction"
+        held_out = run.validation.steps_from(VALIDATION_EPOCH, workers=0)
+        self.held_out = [Held.of(row, run) for step in held_out for row in step if row.slots]
         blank = run.optimizer.snapshot()
         self.moments = {
             k: {n: torch.zeros_like(t) for n, t in m.items()} for k, m in blank.moments.items()
