@@ -35,6 +35,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from feed import config
 from learn_board import Board
 from learn_lab import Lab
@@ -222,6 +223,9 @@ class Trainings:
             begun, (name, _, seed) = time.perf_counter(), job
             try:
                 row = self.one(*job)
+            except torch.OutOfMemoryError:
+                self.plan.board.release(f"{name}-{seed}")
+                raise  # another process, with this one's memory, can do it
             except (RuntimeError, AssertionError) as error:
                 traceback.print_exc()
                 row = {"name": name, "seed": seed, "error": f"{type(error).__name__}: {error}"}
