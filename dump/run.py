@@ -340,6 +340,7 @@ def created(
     planning.check_disk(planning.sized(job.plan, found.size), 0, config.part_of)
     # While an older store that is to be replaced is still there.
     check_coded(engine, probe, raw, found.codec, job.plan.layers)
+    release()
     guard()
     answers = AnswerFiles(local(config.output))
     stale = config.overwrite and answers.go_with_the_store()

@@ -41,7 +41,7 @@ def connector(spool: Path, cache: torch.Tensor) -> SpoolConnector:
     out = SpoolConnector.__new__(SpoolConnector)
     out._storage_path, out._kv_cache, out._block_size = str(spool), cache, cache.shape[2]
     out._coding, out._lock, out._releasing = None, hold(str(spool)), threading.Lock()
-    out._writing = deque()
+    out._writing, out._reading = deque(), threading.Lock()
     return out
 
 

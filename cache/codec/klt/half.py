@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from threading import Lock
 from typing import TYPE_CHECKING
 
 from dspark.cache.codec.klt.symbols import pack, quantise, unpack, value_table
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from dspark.cache.codec.klt.tables import Transform
 
 
+MAKING = Lock()
 ALIGN = 8  # values: matrix products on a GPU are fast if rows are multiples of 16 bytes
 
 
@@ -128,9 +130,16 @@ class Half:
         return self.product(both, self.decoder[: both.shape[1]]).add_(self.mean)
 
 
-@lru_cache(maxsize=8)
 def half_on(table: Transform, device: torch.device) -> Half:
-    """Return ``table`` on ``device``, made once."""
+    """Return ``table`` on ``device``, made once, also where threads ask for it together: making it
+    takes gigabytes for a large target.
+    """
+    with MAKING:
+        return _made(table, device)
+
+
+@lru_cache(maxsize=8)
+def _made(table: Transform, device: torch.device) -> Half:
     import torch
 
     cuda = device.type == "cuda"

@@ -150,6 +150,7 @@ class SpoolConnector(ExampleHiddenStatesConnector):  # type: ignore[misc]
         self._writers = ThreadPoolExecutor(WRITING, "dspark-spool")
         self._lock = -1
         self._releasing = threading.Lock()  # two writers may fail at once
+        self._reading = threading.Lock()
 
     # In the scheduler
 
@@ -349,9 +350,10 @@ class SpoolConnector(ExampleHiddenStatesConnector):  # type: ignore[misc]
         if gathered.saves[0].stored is None:
             return {RAW: gathered.states}
         written = os.stat(os.path.join(self._storage_path, CODING)).st_mtime_ns
-        if self._coding is None or self._coding[0] != written:
-            self._coding = written, read_coding(self._storage_path, gathered.states.device)
-            self._most = None
+        with self._reading:  # writers begin together, and its tables are gigabytes
+            if self._coding is None or self._coding[0] != written:
+                self._coding = written, read_coding(self._storage_path, gathered.states.device)
+                self._most = None
         ids = np.concatenate(gathered.ids)
         return self._coding[1].encode(gathered.states, gathered.rows, ids, gathered.tokens.tolist())
 
