@@ -34,7 +34,7 @@ from typing import Any
 import numpy as np
 import torch
 from feed import config
-from learn import Held, Lab
+from learn_lab import Held, Lab
 from torch import Tensor
 
 from common import write
@@ -155,9 +155,9 @@ class Study(Lab):
             batch = held.place(run)
             states = run.model(batch, run.model.plan(batch, run.compute.backend))
             slots = SlotInputs.gather(batch, states, run.config.decay)
-            objective(
-                slots, run.model.frozen_head, run.objective, held.denominators
-            ).loss.backward()  # type: ignore[no-untyped-call]
+            unit = held.denominators(run.config.decay)
+            out = objective(slots, run.model.frozen_head, run.objective, unit)
+            out.loss.backward()  # type: ignore[no-untyped-call]
             run.optimizer.step(
                 learning_rate(i, steps, lr, run.config.warmup_ratio, 0.0, run.config.lr_schedule)
             )

@@ -93,10 +93,11 @@ class Held:
 class Lab:
     """One compiled model, its rows and its optimizer, used again by every variant."""
 
+    tables = True  # whether readers' tables of the mask are used where there are any
+
     def __init__(self, run: Run, rows: int, target: Path | None = None) -> None:
         assert run.to_draft is None, "the lab trains drafts of the whole vocabulary"
         self.run, self.target = run, target
-        self.tables = True  # whether readers' tables of the mask are used where there are any
         self.cuda = run.compute.device.type == "cuda"
         self._sets: dict[tuple[Any, ...], list[list[Held]]] = {}
         self.rows: list[Held] = []
@@ -171,15 +172,17 @@ class Lab:
                 group.append(held.with_blocks(some, pad, chances(v, size), number, tables))
         return sets
 
-    def reset(self, seed: int, v: Variant) -> None:
-        """The weights that a training with this seed begins with, and no moments."""
+    def reset(self, seed: int, v: Variant | None = None) -> None:
+        """The weights that a training with this seed begins with, and no moments; ``v`` may give
+        some.
+        """
         model = self.run.model
         torch.manual_seed(seed)
         fresh = drafter(model.config.speculator_type).network(
             model.config, self.run.cache.target, None
         )
         masters = {n: p.detach().float().clone() for n, p in fresh.trained()}
-        masters |= self._begins(v, masters)
+        masters |= self._begins(v, masters) if v else {}
         self.run.optimizer.load(Snapshot(masters, self.moments, 0))
 
     def _begins(self, v: Variant, masters: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -32,7 +32,8 @@ import numpy as np
 import step as bench_step
 import torch
 from feed import config
-from learn import Lab, Variant
+from learn_lab import Lab
+from learn_variants import Variant
 
 from common import RESULTS, write
 from dspark.train.data import anchors as rules
@@ -212,6 +213,7 @@ def walks(args: argparse.Namespace) -> None:
     say("dumped")
     run = prepare(config(store, args.train))
     lab, plain = Lab(run, args.documents), run.model.config
+    lab.wait()
     yarn = json.loads((target / "config.json").read_text())["rope_parameters"]
     yarn = {k: v for k, v in yarn.items() if k != "rope_theta"}
     say(f"{len(lab.rows)} rows, {len(lab.held_out)} held out")

@@ -105,3 +105,41 @@ def test_nothing_depends_on_this_workplace() -> None:
     assert len(files) > 200
     for path in [*files, ROOT / "Makefile"]:
         assert "../shared" not in path.read_text().replace('"../shared" not in', ""), path
+
+
+def defined(path: Path) -> set[str]:
+    """Names at the top level of a module."""
+    names = set()
+    for node in ast.parse(path.read_text()).body:
+        for part in ast.walk(node) if isinstance(node, ast.If | ast.Try | ast.With) else [node]:
+            if isinstance(part, ast.FunctionDef | ast.ClassDef):
+                names.add(part.name)
+            elif isinstance(part, ast.Import | ast.ImportFrom):
+                names |= {(a.asname or a.name).partition(".")[0] for a in part.names}
+            elif isinstance(part, ast.Assign | ast.AnnAssign):
+                targets = part.targets if isinstance(part, ast.Assign) else [part.target]
+                names |= {n.id for t in targets for n in ast.walk(t) if isinstance(n, ast.Name)}
+    return names
+
+
+def module_of(name: str) -> Path | None:
+    """The file of a module of a bench or of the project; None for others and for folders."""
+    parts = name.split(".")
+    base = ROOT.joinpath(*parts[1:]) if parts[0] == "dspark" else ROOT.joinpath("bench", *parts)
+    return base.with_suffix(".py") if base.with_suffix(".py").is_file() else None
+
+
+def test_benches_import_what_is_there() -> None:
+    """Most benches run on a GPU only, so nothing else tells when a name has moved."""
+    lost = []
+    for path in sorted((ROOT / "bench").glob("*.py")):
+        tree = ast.parse(path.read_text())
+        # an import in a handler is for an older tree
+        older = {n for h in ast.walk(tree) if isinstance(h, ast.ExceptHandler) for n in ast.walk(h)}
+        for node in ast.walk(tree):
+            if not isinstance(node, ast.ImportFrom) or node in older or not node.module:
+                continue
+            if file := module_of(node.module):
+                gone = {alias.name for alias in node.names} - defined(file)
+                lost += [f"{path.name}: {node.module}.{name}" for name in sorted(gone)]
+    assert not lost
