@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import ast
 import tomllib
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -107,6 +108,7 @@ def test_nothing_depends_on_this_workplace() -> None:
         assert "../shared" not in path.read_text().replace('"../shared" not in', ""), path
 
 
+@cache
 def defined(path: Path) -> set[str]:
     """Names at the top level of a module."""
     names = set()
