@@ -15,7 +15,7 @@ from functools import lru_cache
 from threading import Lock
 from typing import TYPE_CHECKING
 
-from dspark.cache.codec.klt.symbols import pack, quantise, unpack, value_table
+from dspark.cache.codec.klt.symbols import cells_of, pack, unpack, value_table
 
 if TYPE_CHECKING:
     import torch
@@ -108,15 +108,9 @@ class Half:
         """Encode rows ``x`` [T, C] to uint8 [T, W]; also returns bool [T]: which of them the cells
         cannot hold (their code is that of zeros).
         """
-        import torch
-
         y = self.coefficients(x, features)
-        q = quantise(y, self.table.step)
-        fitting = torch.maximum(torch.minimum(q, self.limits), -self.limits)
-        moved = ((q - fitting) * self.table.step).square().sum(1)
-        outside = moved > self.table.limit
-        fitting[outside] = 0
-        return pack(fitting, self.table.packing), outside
+        cells, outside = cells_of(y, self.table.step, self.limits, self.table.limit)
+        return pack(cells, self.table.packing), outside
 
     def read(self, code: torch.Tensor) -> torch.Tensor:
         """Read the coefficients [T, K] in ``dtype``."""
