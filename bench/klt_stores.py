@@ -24,9 +24,10 @@ A codec is a name, and after ``@`` what is special about its store:
     klt-1.7-1@L3    states of 3 layers (exact@L3 judges it)
     klt-1.2-1@coarse2  no store of its own: see codec_coarse.py
 
-Bytes per token are all files of a store but the target's weights; its calibration file counts.
-``--keep`` saves the drafts of the first ``--keep-seeds`` seeds below OUT/drafts, for
-``decoded.py --learn OUT --data STORES/rows.jsonl``.
+After the name, ``:3`` trains the first three seeds only. Bytes per token are all files of a store
+but the target's weights; its calibration file counts.
+``--keep`` saves the drafts of the first ``--keep-seeds`` seeds below OUT/drafts, for ``decoded.py
+--learn OUT --data STORES/rows.jsonl``.
 """
 
 from __future__ import annotations
@@ -73,9 +74,15 @@ DUMP = (
 
 @dataclass(frozen=True)
 class Store:
-    """``codec`` with what follows ``@``."""
+    """``codec`` with what follows ``@``; ``most`` seeds are trained, None = all."""
 
     name: str
+    most: int | None = None
+
+    @classmethod
+    def of(cls, text: str) -> Store:
+        name, _, most = text.partition(":")
+        return cls(name, int(most) if most else None)
 
     @property
     def codec(self) -> str:
@@ -415,7 +422,8 @@ def train(args: argparse.Namespace, stores: list[Store]) -> None:
             continue
         left.remove(store)
         have = {(r["codec"], r["seed"]) for r in done_runs(args)}
-        seeds = [s for s in map(int, args.seeds.split(",")) if (store.name, s) not in have]
+        asked = list(map(int, args.seeds.split(",")))[: store.most]
+        seeds = [s for s in asked if (store.name, s) not in have]
         try:
             os.close(os.open(claims / f"{store.name}.{args.claim}", os.O_CREAT | os.O_EXCL))
         except FileExistsError:
@@ -486,7 +494,7 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     args = arguments()
     args.out.mkdir(parents=True, exist_ok=True)
-    stores = [Store(name) for name in args.codecs.split(",")]
+    stores = [Store.of(text) for text in args.codecs.split(",")]
     if args.merge:
         merge(args)
     elif args.dump:
