@@ -2,10 +2,9 @@
 part of a store.
 
 Without zstd (``--pack none``) the formula is exact and this agrees with it. With zstd, the formula
-(``layout.disk_bytes_per_token``) knows the entropy of Gaussian cells but nothing about the text. If
-tokens repeat, early layers repeat with them, and zstd finds that: SmolLM2 stores come out 9 to 13 %
-below the formula at 4 to 2 bits. So a plan made without states uses the formula, which is a little
-too large, and whatever has states uses this: from 8,000 tokens within 5 %, from 15,000 within 2 %
+(``layout.disk_bytes_per_token``) knows the entropy of Gaussian cells, and of the text only what its
+ids repeat (``repeats.py``). So a plan made without states uses the formula, and whatever has
+states uses this: from 8,000 tokens within 5 %, from 15,000 within 2 %
 (docs/log/2026-11-22-compact-cache.md).
 """
 
@@ -51,7 +50,9 @@ class RowBytes:
         return cls(per["token"] + per["exact"], per["last"], token_bytes(codec))
 
     def store(self, tokens: int, last_rows: int) -> int:
-        """Return the bytes of a store's parts: everything but the target's files and the index."""
+        """Return the bytes of a store's tokens and states: everything but the target's files and
+        the metadata of store, parts and samples.
+        """
         return round(tokens * (self.token + self.aux) + last_rows * self.last)
 
 

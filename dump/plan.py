@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from dspark.cache.errors import DataError, MismatchError, StoreWriteError, UsageError
 from dspark.cache.files.urls import beside, where
 from dspark.cache.records import last_rows
+from dspark.cache.repeats import Repeats
 from dspark.cache.settings import DEFAULT_PACKING, FALLBACK
 from dspark.cache.shared.command import duration
 from dspark.cache.target import taps
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
     from dspark.dump.corpus.rows import Corpus
     from dspark.dump.target.chain import Link
 
-METADATA = 13_000, 19_000, 40  # bytes of a store, of each part, of each sample
+METADATA = 13_000, 21_000, 50  # bytes of a store, of each part, of each sample
 # rows tokenised for the estimate: half a second; 128 of them, scaled by rows, were 10 % off on
 # 18,438 chats
 SPREAD_ROWS = 512
@@ -82,6 +83,7 @@ class Plan:
     tokens: int | None = None
     bytes: int | None = None
     last_rows: int | None = None  # stored last states
+    repeats: Repeats | None = None  # of the rows looked at
     chain: tuple[Link, ...] = ()  # from the target to a served draft
     draft: dict[str, Any] | None = None  # shape of a draft's layers, as training derives it
     weights: int | None = None  # bytes of the target's weights
@@ -153,6 +155,7 @@ class Plan:
         out["aux_bits"], out["last_bits"] = self.make_codec().bits
         out["pace"] = dataclasses.asdict(self.pace)
         out["fixed_bytes"] = fixed_bytes(self)
+        out["repeats"] = self.repeats._asdict() if self.repeats else None
         return out | {"seconds": self.seconds, "fits": self.fits}
 
     def lines(self) -> list[str]:
@@ -385,11 +388,13 @@ def estimate(plan: Plan, corpus: Corpus, maker: SampleMaker | None, limit: int |
     stored = sum(int(last_rows(s.loss_mask).sum()) for s in kept)
     tokens = round(sampled / sum(weights[row.number] for row in picked) * sum(weights))
     share = stored / max(sampled, 1)
-    rate = disk_bytes(plan.shapes, plan.layers, plan.make_codec(), share)
+    repeats = Repeats.of(kept)
+    rate = disk_bytes(plan.shapes, plan.layers, plan.make_codec(), share, repeats)
     plan = dataclasses.replace(plan, rows=rows, tokens=tokens, last_rows=round(tokens * share))
     return dataclasses.replace(
         plan,
         bytes=round(tokens * rate) + fixed_bytes(plan),
+        repeats=repeats,
         looked_at=len(made),
         dropped=dict(Counter(m.dropped for m in made if m.dropped)),
         notes=dict(sum((m.notes for m in made), Counter())),
@@ -404,7 +409,8 @@ def with_answers(plan: Plan, max_tokens: int, count: int = 1) -> Plan:
         return plan
     answers = plan.rows * max_tokens // 2 * count
     tokens = plan.tokens * count + answers
-    rate = disk_bytes(plan.shapes, plan.layers, plan.make_codec(), answers / tokens)
+    share = answers / tokens
+    rate = disk_bytes(plan.shapes, plan.layers, plan.make_codec(), share, plan.repeats)
     plan = dataclasses.replace(plan, tokens=tokens, last_rows=answers, answer_tokens=answers)
     return dataclasses.replace(plan, bytes=round(tokens * rate) + fixed_bytes(plan))
 
@@ -464,7 +470,8 @@ def with_codec(plan: Plan, name: str, why: str | None, own_parts: bool) -> Plan:
         "bytes_per_token": round(disk_bytes(plan.shapes, plan.layers, codec))
     }
     if plan.tokens is not None and plan.last_rows is not None:
-        rate = disk_bytes(plan.shapes, plan.layers, codec, plan.last_rows / max(plan.tokens, 1))
+        share = plan.last_rows / max(plan.tokens, 1)
+        rate = disk_bytes(plan.shapes, plan.layers, codec, share, plan.repeats)
         changes["bytes"] = round(plan.tokens * rate) + fixed_bytes(plan)
     if own_parts and plan.device == "cuda":
         changes["part_tokens"] = nearest_power(PART_BYTES / memory_bytes(plan), PART_TOKENS)
@@ -491,12 +498,18 @@ def sized(plan: Plan, size: RowBytes) -> Plan:
 
 
 def disk_bytes(
-    shapes: Shapes, layers: tuple[int, ...], codec: Codec, last_share: float = 1.0
+    shapes: Shapes,
+    layers: tuple[int, ...],
+    codec: Codec,
+    last_share: float = 1.0,
+    repeats: Repeats | None = None,
 ) -> float:
-    """Return the expected bytes per token on disk; ``last_share`` = stored last states / tokens."""
+    """Return the expected bytes per token on disk; ``last_share`` = stored last states / tokens;
+    ``repeats``: of the text, if it was looked at.
+    """
     from dspark.cache.files.layout import disk_bytes_per_token
 
-    return disk_bytes_per_token(len(layers), shapes.hidden_size, codec, last_share)
+    return disk_bytes_per_token(len(layers), shapes.hidden_size, codec, last_share, repeats)
 
 
 def weight_bytes(shapes: Shapes) -> int:

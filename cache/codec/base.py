@@ -48,6 +48,8 @@ from dspark.cache.settings import DEFAULT_PACKING
 if TYPE_CHECKING:
     import torch
 
+    from dspark.cache.repeats import Repeats
+
     Tensors = dict[str, torch.Tensor]
 
 Axis = Literal["token", "last", "exact"]
@@ -155,9 +157,11 @@ class Codec(Protocol):
         ...
 
     def arrays(self, layers: int, hidden: int) -> dict[str, ArraySpec]: ...
-    def disk_bytes(self, layers: int, hidden: int, last_share: float = 1.0) -> float:
+    def disk_bytes(
+        self, layers: int, hidden: int, last_share: float = 1.0, repeats: Repeats | None = None
+    ) -> float:
         """Expected bytes of states per token on disk; exact if nothing is compressed;
-        ``last_share`` = stored last states / tokens.
+        ``last_share`` = stored last states / tokens. ``repeats``: of the text, if it is known.
         """
         ...
 

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     import torch
 
     from dspark.cache.codec.base import Tensors
+    from dspark.cache.repeats import Repeats
 
 FIELDS = ("aux", "last")
 
@@ -42,8 +43,10 @@ class FieldCodec(Protocol):
     @property
     def pack(self) -> str: ...
     def arrays(self, hidden: int) -> dict[str, ArraySpec]: ...
-    def disk_bytes(self, hidden: int) -> float:
-        """Expected bytes of one row on disk; exact if it is not compressed."""
+    def disk_bytes(self, hidden: int, short: float = 0.0, long: float = 0.0) -> float:
+        """Expected bytes of one row on disk; exact if it is not compressed. ``short``, ``long``:
+        shares of rows that repeat (``repeats.Repeats``).
+        """
         ...
 
     def encode(self, x: torch.Tensor) -> Tensors: ...
@@ -114,8 +117,12 @@ class Fields:
         }
         return aux | last
 
-    def disk_bytes(self, layers: int, hidden: int, last_share: float = 1.0) -> float:
-        return layers * self.aux.disk_bytes(hidden) + last_share * self.last.disk_bytes(hidden)
+    def disk_bytes(
+        self, layers: int, hidden: int, last_share: float = 1.0, repeats: Repeats | None = None
+    ) -> float:
+        short, long, last = repeats or (0.0, 0.0, 0.0)
+        aux = self.aux.disk_bytes(hidden, short, long)
+        return layers * aux + last_share * self.last.disk_bytes(hidden, 0.0, last)
 
     def encode(
         self, aux: torch.Tensor, last: torch.Tensor, tokens: Tokens | None = None

@@ -16,10 +16,14 @@ from __future__ import annotations
 import hashlib
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from dspark.cache.codec.base import ArraySpec, Codec, axis_of
+
+if TYPE_CHECKING:
+    from dspark.cache.repeats import Repeats
 
 ROOT_KEY = "dspark"
 PART_KEY = "dspark_part"
@@ -213,18 +217,21 @@ def stored_bytes_per_token(
     return sum(share[s.axis] * s.row_bytes for s in codec.arrays(layers, hidden).values())
 
 
-def disk_bytes_per_token(layers: int, hidden: int, codec: Codec, last_share: float = 1.0) -> float:
-    """Return the expected bytes per token on disk: states, ids and mask, and a share of a part's
-    metadata. Exact without zstd. With zstd below 16 bits, from the entropy of Gaussian cells:
-    within 2 % if nothing repeats, else too high (``sizing.py``).
+def disk_bytes_per_token(
+    layers: int,
+    hidden: int,
+    codec: Codec,
+    last_share: float = 1.0,
+    repeats: Repeats | None = None,
+) -> float:
+    """Return the expected bytes per token on disk: states, ids and mask; metadata of parts and
+    samples apart. Exact without zstd.
     """
-    return token_bytes(codec) + codec.disk_bytes(layers, hidden, last_share)
+    return token_bytes(codec) + codec.disk_bytes(layers, hidden, last_share, repeats)
 
 
 def token_bytes(codec: Codec) -> float:
-    """Return the expected bytes of ids, mask and metadata per token on disk: 4 and 1 uncompressed,
-    1.1 together after zstd; a part has 19 kB of metadata, 0.6 per token of 32,768.
-
-    Measured on SmolLM2 stores.
+    """Return the expected bytes of ids and mask per token on disk: 4 and 1 uncompressed, 1.0
+    together after zstd, measured on SmolLM2 stores.
     """
-    return 0.6 + (5.0 if codec.pack == "none" else 1.1)
+    return 5.0 if codec.pack == "none" else 1.0

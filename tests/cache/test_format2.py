@@ -33,6 +33,7 @@ from dspark.cache.files.atomic import remove
 from dspark.cache.manifest import Json
 from dspark.cache.reader import read_manifest
 from dspark.cache.recode import recode
+from dspark.cache.repeats import Repeats
 from dspark.cache.verify import drop_damaged, verify
 from dspark.cache.writer import StoreWriter, rebuild
 from dspark.tools import cli as tools
@@ -333,7 +334,9 @@ class Toy:
     def fitting_bytes(self, layers: int, hidden: int, vocab: int) -> int:
         return 0
 
-    def disk_bytes(self, layers: int, hidden: int, last_share: float = 1.0) -> float:
+    def disk_bytes(
+        self, layers: int, hidden: int, last_share: float = 1.0, repeats: Repeats | None = None
+    ) -> float:
         return layers * hidden + 2 * last_share * hidden
 
     def encode(

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from dspark.cache.codec.base import Tensors
     from dspark.cache.codec.klt.half import Half
     from dspark.cache.manifest import Json
+    from dspark.cache.repeats import Repeats
 
 # tokens: of 128, 256, 512 and 1,024 they take 11, 4, 0 and -2 % more bytes; a sample reads half a
 # chunk too much at each end
@@ -130,7 +131,9 @@ class Klt:
             "exact_last": exact,
         }
 
-    def disk_bytes(self, layers: int, hidden: int, last_share: float = 1.0) -> float:
+    def disk_bytes(
+        self, layers: int, hidden: int, last_share: float = 1.0, repeats: Repeats | None = None
+    ) -> float:
         """What the name says: the step is set by bytes as a store has them (``rate.py``). The
         first tokens' rows, one of each in a part, are not counted.
         """
