@@ -142,8 +142,11 @@ class Trainings:
 
     def __init__(self, args: argparse.Namespace, plan: Plan, say: Say) -> None:
         self.started, self.args, self.plan, self.say = time.perf_counter(), args, plan, say
+        plan.board.arrive("begun")
         self.run = prepare(config(args.store, args.train))
+        self.say(f"prepared after {self.spent():.0f} s")
         self.lab = Lab(self.run, args.rows, args.model)
+        self.say(f"held-out rows read after {self.spent():.0f} s")
         self.usual = Variant.parse("wsd", f"{args.base} {ALWAYS['wsd']}", self.run)
         self.lab.reset(0, self.usual)
         self.lab.train(self.usual, 0, 3, 100)  # compiles
@@ -151,13 +154,16 @@ class Trainings:
         self.say(f"compiled after {self.spent():.0f} s")
         self.lab.wait()
         self.say(f"{len(self.lab.rows)} rows read after {self.spent():.0f} s")
-        # the others wait here, so that no training of theirs slows the steps
+        # the others wait here, so that nothing of theirs slows the steps
+        plan.board.arrive("ready")
         self.times: dict[str, float] = plan.board.once("times", self._measure)
         self.step = self.times[named(self.usual)]
         self.say(f"measured after {self.spent():.0f} s")
 
     def _measure(self) -> dict[str, float]:
         """Seconds of a step of each kind that the plan has by now."""
+        if not self.plan.board.await_all("ready", of="begun", wait=60):
+            self.say("another process is not ready: steps are timed beside it")
         kinds = {named(self.usual): self.usual}
         for name, text, _ in self.plan.jobs():
             v = Variant.parse(name, text, self.run)

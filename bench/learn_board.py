@@ -53,6 +53,23 @@ class Board:
         """Give a claimed job back."""
         (self.folder / f"{key}.claim").unlink(missing_ok=True)
 
+    def arrive(self, at: str) -> None:
+        """Tell that this process is at a place."""
+        self.put(f"{at}.{os.getpid()}", True)
+
+    def await_all(self, at: str, *, of: str, wait: float) -> bool:
+        """Wait until every running process that was at ``of`` is at ``at``; False if one is not in
+        ``wait`` seconds.
+        """
+        until = time.monotonic() + wait
+        while True:
+            pids = [path.stem.rpartition(".")[2] for path in self.folder.glob(f"{of}.*.json")]
+            if all(self.get(f"{at}.{pid}") or not alive(int(pid)) for pid in pids):
+                return True
+            if time.monotonic() > until:
+                return False
+            time.sleep(0.2)
+
     def once(self, key: str, make: Callable[[], Any], *, wait: float = 300.0) -> Any:
         """The result; made here unless another process makes it."""
         until = time.monotonic() + wait

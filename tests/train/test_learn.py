@@ -204,6 +204,11 @@ def test_a_job_is_one_processs(learn: Any, tmp_path: Path) -> None:
     assert one.get("b") == [1.5]
     assert not one.claim("b")
     assert one.once("b", lambda: None) == [1.5]
+    one.arrive("begun")
+    assert not one.await_all("ready", of="begun", wait=0)
+    one.put(f"begun.{2**22 + 1}", True)  # never ran
+    one.arrive("ready")
+    assert two.await_all("ready", of="begun", wait=0)
 
 
 def test_layers_begin_as_the_targets(learn: Any, args: argparse.Namespace) -> None:
