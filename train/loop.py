@@ -202,11 +202,13 @@ def _loop(
         nonlocal result, logged
         if logged is None:
             return
-        row, at, window_, logged = logged.row(), logged.position, logged.window, None
+        # On the host by now: what is on the device lies behind the step just queued, and waiting
+        # for that would leave it idle.
+        row, read, logged = logged.row(), logged, None
 
         def look() -> None:
-            check_states(run, window_.done, window_.states)
-            check_numbers(run, at, row["loss"], row["grad_norm"])
+            check_states(run, read.window.done, read.states)
+            check_numbers(run, read.position, row["loss"], row["grad_norm"])
 
         world.agreed(look)
         result = row

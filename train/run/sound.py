@@ -5,7 +5,7 @@ are saved, and the samples are named.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -35,13 +35,11 @@ def largest(batch: Batch) -> Tensor:
     )
 
 
-def check_states(run: Run, steps: list[Position], values: list[Tensor]) -> None:
+def check_states(run: Run, steps: list[Position], values: Sequence[Tensor] | Tensor) -> None:
     """Raise TrainError, naming step and samples, if the largest state of one of ``steps`` is
-    implausible. Waits for the device.
+    implausible. Waits for the device that ``values`` are on.
     """
-    if not steps:
-        return
-    for position, value in zip(steps, torch.stack(values).tolist(), strict=True):
+    for position, value in zip(steps, map(float, values), strict=True):
         if not value < STATE_LIMIT:  # NaN is not
             raise TrainError(f"{_where(position)}: a state of {value:.3g}; {words(run, position)}")
 

@@ -60,7 +60,7 @@ class Window:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Logged:
     """A logged step in flight: ``row`` returns its metrics over all ranks; what is here is this
-    rank's own.
+    rank's own. ``states``: of each step of the window the largest state.
     """
 
     world: World
@@ -72,6 +72,7 @@ class Logged:
     peak: float
     metrics: SlotMetrics
     norm_and_loss: Tensor
+    states: Tensor
     ended: Moment
 
     @classmethod
@@ -90,7 +91,11 @@ class Logged:
         here waits for the device or another rank.
         """
         device = run.compute.device
-        sums, values = metrics.to_host(), norm_and_loss.to("cpu", non_blocking=True)
+        sums, values, states = (
+            metrics.to_host(),
+            norm_and_loss.to("cpu", non_blocking=True),
+            torch.stack(window.states).to("cpu", non_blocking=True),
+        )
         epoch = position.epoch + position.epoch_step / max(1, run.stream.steps(position.epoch))
         return cls(
             world=run.world,
@@ -102,6 +107,7 @@ class Logged:
             peak=_peak(device),
             metrics=sums,
             norm_and_loss=values,
+            states=states,
             ended=Moment(device),  # behind the copies
         )
 
