@@ -39,11 +39,17 @@ def learn(monkeypatch: pytest.MonkeyPatch) -> Any:
         sys.modules.pop(name, None)
 
 
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("learn") / "hs.zarr"
+    stores.write_store(path, [40 + 7 * (i % 9) for i in range(24)])
+    return path
+
+
 @pytest.fixture
-def args(tmp_path: Path) -> argparse.Namespace:
-    stores.write_store(tmp_path / "hs.zarr", [40 + 7 * (i % 9) for i in range(24)])
+def args(tmp_path: Path, store: Path) -> argparse.Namespace:
     return argparse.Namespace(
-        store=tmp_path / "hs.zarr", out=tmp_path / "out", model=None, seconds=0.0, budget=1e9,
+        store=store, out=tmp_path / "out", model=None, seconds=0.0, budget=1e9,
         rows=5, seeds="0,1", base="anchors=50", variants="thin,again,twice", ladder="2", pays=-1.0,
         keep=True,
         also=["again=", "twice=heads=2 anchors=20 block=failure mix=0.5"], show=False, train=FLAGS,
@@ -54,6 +60,13 @@ def args(tmp_path: Path) -> argparse.Namespace:
 def trainings(learn: Any, args: argparse.Namespace) -> Any:
     plan = learn.Plan(args, learn.Board(args.out / "board"))
     return learn.Trainings(args, plan, lambda text: None)
+
+
+def lab_of(learn: Any, args: argparse.Namespace) -> Any:
+    """With its rows, and nothing timed."""
+    lab = learn.Lab(learn.prepare(learn.config(args.store, args.train)), args.rows)
+    lab.wait()
+    return lab
 
 
 def row(size: int) -> Batch:
@@ -112,17 +125,16 @@ def test_principal_parts_keep_the_nearest_neighbours(learn: Any) -> None:
 def test_thinned_rows_have_the_same_gradient_on_average(
     learn: Any, args: argparse.Namespace
 ) -> None:
-    mine = trainings(learn, args)
-    lab, parse = mine.lab, sys.modules["learn_variants"].Variant.parse
-    whole, thin = parse("wsd", "", mine.run), parse("thin", "thin=1", mine.run)
+    lab, parse = lab_of(learn, args), sys.modules["learn_variants"].Variant.parse
+    whole, thin = parse("wsd", "", lab.run), parse("thin", "thin=1", lab.run)
     held = lab.rows[0]
     size, chances = held.host.block_size, sys.modules["learn_variants"].chances
 
     def gradient(v: Any, held: Any) -> torch.Tensor:
         lab.reset(0, v)
         lab.learn(v, held)
-        flat = torch.cat([b.gradients.clone() for b in mine.run.optimizer._buckets])
-        mine.run.optimizer.step(0.0)
+        flat = torch.cat([b.gradients.clone() for b in lab.run.optimizer._buckets])
+        lab.run.optimizer.step(0.0)
         return flat
 
     exact = gradient(whole, held)
@@ -138,10 +150,10 @@ def test_thinned_rows_have_the_same_gradient_on_average(
 
 
 def test_rows_of_fewer_anchors_share_out_those_drawn(learn: Any, args: argparse.Namespace) -> None:
-    mine = trainings(learn, args)
-    v = sys.modules["learn_variants"].Variant.parse("few", "anchors=20", mine.run)
-    sets = mine.lab.rows_of(v)
-    for at, held in enumerate(mine.lab.rows):
+    lab = lab_of(learn, args)
+    v = sys.modules["learn_variants"].Variant.parse("few", "anchors=20", lab.run)
+    sets = lab.rows_of(v)
+    for at, held in enumerate(lab.rows):
         real = held.host.anchors[held.host.anchor_valid].tolist()
         parts = [group[at].blocks["anchors"][group[at].blocks["anchor_valid"]] for group in sets]
         assert all(part.numel() <= 20 for part in parts)
@@ -212,9 +224,9 @@ def test_a_job_is_one_processs(learn: Any, tmp_path: Path) -> None:
 
 
 def test_layers_begin_as_the_targets(learn: Any, args: argparse.Namespace) -> None:
-    mine = trainings(learn, args)
-    config = dataclasses.replace(mine.run.model.config)
-    masters = {n: p.detach().float() for n, p in mine.run.model.trained()}
+    run = lab_of(learn, args).run
+    config = dataclasses.replace(run.model.config)
+    masters = {n: p.detach().float() for n, p in run.model.trained()}
     count = 5
     theirs = {
         f"model.layers.{i}.{n.removeprefix('layers.0.')}": torch.full_like(t, float(i + 1))
