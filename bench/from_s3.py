@@ -2,7 +2,7 @@
 second and the share of the time that the step waits for data.
 
     python bench/from_s3.py --work DIR [--gpus 2] [--runs disk,s3,s3-kept] [--steps 50]
-    python bench/from_s3.py --work DIR --device cpu --shape tiny --steps 10 --log-every 2
+    python bench/from_s3.py --work DIR --device cpu --shape tiny --tokens 256 --steps 10
         a dry run through gloo
 
 ``disk``: a local folder. ``s3``: nothing is kept locally (``DSPARK_CACHE_GB=0``), so every epoch
@@ -156,6 +156,7 @@ def main() -> None:
     parser.add_argument("--servers", type=int, default=max(2, (os.cpu_count() or 1) // 2))
     parser.add_argument("--train", default="", help="more flags of dspark-train")
     parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.set_defaults(whole=False)  # a flag of scaling.py's own
     args = parser.parse_args()
     names = args.runs.split(",")
     if unknown := set(names) - set(RUNS):

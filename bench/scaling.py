@@ -197,7 +197,7 @@ def command(
         chosen = ["--strategy", strategy]
     profiled = [Path(__file__).with_name("scaling_profile.py"), output.with_suffix(".profile")]
     program = [*profiled, args.steps - args.log_every, args.steps]
-    if getattr(args, "whole", False) and strategy in ("ddp", "zero"):
+    if args.whole and strategy in ("ddp", "zero"):
         program.append("whole")
     return [sys.executable, *launcher, *map(str, program), *chosen, *map(str, flags)]
 
