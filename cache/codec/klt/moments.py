@@ -40,8 +40,8 @@ class Moments:
     def add(self, rows: torch.Tensor, times: int = 1) -> None:
         """Add ``rows``; ``times`` -1 takes away what was added."""
         rows = rows.float()
-        self.sums += times * rows.sum(0)
-        self.gram += times * (rows.T @ rows)
+        self.sums.add_(rows.sum(0), alpha=times)
+        self.gram.add_(rows.T @ rows, alpha=times)
         self.rows += times * rows.shape[0]
 
     def covariance(self) -> tuple[torch.Tensor, torch.Tensor]:
