@@ -42,8 +42,19 @@ def rotated_bits(name: str) -> tuple[int, int] | None:
     """Return the bits in such a name; None for the name of another codec."""
     if name == LOSSLESS:
         return 16, 16
-    found = re.fullmatch(r"rotated-(\d+)-(\d+)", name)
+    found = re.fullmatch(r"rotated-([0-9]+)-([0-9]+)", name)
     return (int(found[1]), int(found[2])) if found else None
+
+
+def full_name(name: str) -> str:
+    """Return the one full name of codec ``name``, which may be a short name or have its numbers
+    written in another way (``klt-1.0-1``, ``rotated-16-16``). A name of no codec is unchanged.
+    """
+    full = NAMED.get(name, name)
+    if bits := rotated_bits(full):
+        return rotated_name(*bits)
+    numbers = re.fullmatch(r"klt-([0-9]+(?:\.[0-9]+)?)-([0-9]+(?:\.[0-9]+)?)", full)
+    return f"klt-{float(numbers[1]):g}-{float(numbers[2]):g}" if numbers else full
 
 
 def is_asked(name: str | None, aux: int | None = None, last: int | None = None) -> bool:
@@ -58,14 +69,20 @@ def choose_codec(
     ``last`` select a rotated one. The default is ``FALLBACK`` if codes are to be stored
     uncompressed, which the transform codec cannot do.
     """
-    full = NAMED.get(name or "default", name or "default")
+    full = full_name("default" if name is None else name)
     if aux is None and last is None:
         return full if pack == DEFAULT_PACKING or is_asked(name) else FALLBACK
     bits = rotated_bits(full)
-    if bits is None and name is not None and name != "default":
+    if bits is None:
+        refuse_two_names(None if name == "default" else name, aux, last)
+    bits = bits or (4, 4)
+    return rotated_name(bits[0] if aux is None else aux, bits[1] if last is None else last)
+
+
+def refuse_two_names(name: str | None, aux: int | None, last: int | None) -> None:
+    """Raise UsageError if a codec was requested by ``name`` and by the bits of a rotated one."""
+    if name is not None and (aux is not None or last is not None):
         raise UsageError(
             f"--aux-bits and --last-bits name a rotated codec, but --codec names {name}: give "
             "one or the other"
         )
-    bits = bits or (4, 4)
-    return rotated_name(bits[0] if aux is None else aux, bits[1] if last is None else last)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from dspark.cache import json_text
 from dspark.cache.errors import UsageError
 from dspark.cache.files.urls import Url, Where, beside, where
-from dspark.cache.settings import DEFAULT_PACKING, choose_codec, is_asked
+from dspark.cache.settings import DEFAULT_PACKING, choose_codec, is_asked, refuse_two_names
 from dspark.cache.target.taps import BOTH
 from dspark.dump.engines.answers import (
     check_answers,
@@ -185,6 +185,7 @@ class DumpConfig:
             raise UsageError(
                 f"--workers: found {self.workers}, expected 0 to {MOST_WORKERS} processes."
             )
+        refuse_two_names(self.codec, self.aux_bits, self.last_bits)
         if not 0 <= self.max_dropped <= 1:
             raise UsageError(
                 f"--max-dropped: found {self.max_dropped}, expected a share from 0 to 1."

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from dspark.cache.errors import FormatVersionError, UsageError
 from dspark.cache.manifest import Json
-from dspark.cache.settings import DEFAULT_PACKING, FALLBACK, NAMED, PACKINGS
+from dspark.cache.settings import DEFAULT_PACKING, FALLBACK, NAMED, PACKINGS, full_name
 
 if TYPE_CHECKING:
     import torch
@@ -42,10 +42,12 @@ def make(name: str, pack: str = DEFAULT_PACKING) -> Codec:
     """Make the codec that ``--codec`` and ``--pack`` name (a short name such as ``default``, or a
     full one), not yet calibrated.
     """
-    full = NAMED.get(name, name)
+    full = full_name(name)
     found = family(full)
     if found is None:
-        raise UsageError(f"--codec {name}: no such codec; choose {', '.join([*NAMED, *names()])}")
+        raise UsageError(
+            f"--codec {name}: no such codec; choose {', '.join(dict.fromkeys([*NAMED, *names()]))}"
+        )
     return found.make(full, pack)
 
 

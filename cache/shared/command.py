@@ -29,6 +29,7 @@ from dspark.cache.settings import (
     PACKINGS,
     choose_codec,
     is_asked,
+    refuse_two_names,
 )
 from dspark.cache.shared import config_file, peers
 
@@ -214,6 +215,7 @@ def codec_options(callback: Callable[..., Any]) -> Callable[..., Any]:
     def run(
         *args: Any, codec: str | None, aux_bits: int | None, last_bits: int | None, **kwargs: Any
     ) -> Any:
+        refuse_two_names(codec, aux_bits, last_bits)
         asked = is_asked(codec, aux_bits, last_bits)
         full = choose_codec(codec, aux_bits, last_bits) if asked else None
         return callback(*args, codec=full, **kwargs)
@@ -234,7 +236,7 @@ def codec_options(callback: Callable[..., Any]) -> Callable[..., Any]:
     last = click.option(
         "--last-bits",
         type=int,
-        help="Bits per value of the last state: 16, 8 or 4. Selects a rotated codec.",
+        help="Bits per value of the last state: 16, 8, 4, 3 or 2. Selects a rotated codec.",
     )
     pack = click.option(
         "--pack",

@@ -25,6 +25,7 @@ from dspark.cache.codec.rotation import energy, group_size, hadamard, rotate, si
 from dspark.cache.errors import EngineError, FormatVersionError, UsageError
 from dspark.cache.files.layout import disk_bytes_per_token, stored_bytes_per_token, token_bytes
 from dspark.cache.manifest import FieldInfo
+from dspark.cache.settings import choose_codec
 from stores import HIDDEN, states, write_store
 
 HIDDEN_SIZES = (576, 2560, 4096, 5120, 6144)
@@ -320,3 +321,19 @@ def test_sizes_of_a_token_add_up() -> None:
     expected = token_bytes(aux) + 5 * aux.disk_bytes(576) + 0.5 * last.disk_bytes(576)
     assert disk_bytes_per_token(5, 576, Fields("rotated-4-8", aux, last), 0.5) == expected
     assert expected < stored_bytes_per_token(5, 576, Fields("rotated-4-8", aux, last), 0.5)
+
+
+@pytest.mark.parametrize(
+    ("name", "full"),
+    [
+        ("small", "klt-0.8-1"),
+        ("klt-01.00-1.0", "klt-1-1"),
+        ("rotated-16-16", "lossless"),
+        ("rotated-04-4", "rotated-4-4"),
+        ("no-such", "no-such"),
+    ],
+)
+def test_a_codec_has_one_full_name(name: str, full: str) -> None:
+    assert choose_codec(name, None, None) == full
+    if full != name:
+        assert registry.make(name).name == full

@@ -359,7 +359,7 @@ class KltFamily:
         return ["klt-1-1", "klt-0.8-1", "klt-0.7-1", "klt-0.5-1"]
 
     def make(self, name: str, pack: str) -> Klt:
-        found = re.fullmatch(r"klt-(\d+(?:\.\d+)?)-(\d+(?:\.\d+)?)", name)
+        found = re.fullmatch(r"klt-([0-9]+(?:\.[0-9]+)?)-([0-9]+(?:\.[0-9]+)?)", name)
         bits = [float(x) for x in found.groups()] if found else []
         if not bits or not all(0.05 <= b <= 8 for b in bits):
             raise UsageError(
