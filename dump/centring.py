@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
 
-from dspark.cache.codec.base import Codec
+from dspark.cache.codec.base import Codec, check_finite, naming
 from dspark.cache.codec.centre import spread
 from dspark.cache.quality import Probe, probe_of, share_of
 from dspark.cache.records import TokenSample
@@ -65,18 +65,24 @@ def captured(
     samples: Sequence[TokenSample],
     codec: Codec,
     budget: int,
+    layers: Sequence[int],
+    source: str,
     device: str | None = None,
     corpus: int = 0,
     progress: Progress = lambda done, total, text="": None,
 ) -> Probe | None:
     """Capture the states of ``samples`` for ``codec``, in order, cut on arrival so that all of them
     fit in memory; None without samples. ``device``: where the codec is fitted; None = where the
-    states are. ``corpus``: its tokens, if known. ``progress`` is told of tokens.
+    states are. ``corpus``: its tokens, if known. ``progress`` is told of tokens. Raises EngineError
+    for a state that is not finite, with the row of ``source`` and the one of ``layers``.
     """
     found = {}
     lengths = [len(s.input_ids) for s in samples]
     done, total = 0, sum(lengths)
     for i, states in engine.capture(samples):
+        with naming([samples[i]], layers, source):
+            for field in states:
+                check_finite(field)
         found[i] = share_of(samples[i], states, lengths, codec, budget)
         done += lengths[i]
         progress(done, total)

@@ -253,7 +253,9 @@ def run_engine(
     config = job.config
     frozen = engine.frozen()
     logits = Logits.of_config(job.target.config)
-    agreement, states = check(engine, probe, frozen, job.plan.dtype, job.plan.layers, logits)
+    agreement, states = check(
+        engine, probe, frozen, job.plan.dtype, job.plan.layers, logits, job.corpus.id
+    )
     if logits != PLAIN:
         show.say(
             f"note: the target {logits}; the store keeps the last states from before that step, "
@@ -381,7 +383,8 @@ def calibration(job: Job, engine: Engine, probe: Probe, codec: Codec, show: Disp
         seen = sum(len(s.input_ids) for s in samples)
         with bar("calibration: tokens") as progress:
             whole = job.plan.tokens
-            probe = captured(engine, samples, codec, budget, device, whole, progress) or probe
+            about = job.plan.layers, job.corpus.id, device, whole
+            probe = captured(engine, samples, codec, budget, *about, progress) or probe
         if codec.least_tokens(*shapes):
             show.say(f"learning {codec.name} from the states of {probe.aux.shape[0]:,} tokens")
         learnt = f"{len(samples):,} samples spread over the corpus, {seen:,} tokens"

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
-from dspark.cache.codec.base import ArraySpec, check_finite, where_of
+from dspark.cache.codec.base import ArraySpec, StateError, check_finite
 from dspark.cache.codec.centre import Centre
 from dspark.cache.codec.quant import SCALE_ZERO, distortion, entropy, scale_table
 from dspark.cache.codec.rotated_tables import (
@@ -25,7 +25,7 @@ from dspark.cache.codec.rotated_tables import (
     scale_over_unit,
 )
 from dspark.cache.codec.rotation import GROUP_LEAST, energy, group_size, rotate, signs, unrotation
-from dspark.cache.errors import EngineError, UsageError
+from dspark.cache.errors import UsageError
 from dspark.cache.manifest import Json
 from dspark.cache.settings import DEFAULT_PACKING
 
@@ -267,10 +267,11 @@ def _has_triton() -> bool:
 
 def _refuse_huge(x: torch.Tensor) -> None:
     first = (x.abs() == x.abs().max()).nonzero()[0].tolist()
-    raise EngineError(
-        f"hidden state is too large for this codec at {where_of(first)}: found "
-        f"{float(x[tuple(first)])}, expected below 1e9. "
-        "Real states stay below 1e6: check the target, or store 16 bits."
+    raise StateError(
+        "is too large for this codec",
+        first,
+        float(x[tuple(first)]),
+        "below 1e9. Real states stay below 1e6: check the target, or store 16 bits.",
     )
 
 

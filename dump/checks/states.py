@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from dspark.cache.codec.base import check_finite, naming
 from dspark.cache.errors import EngineError
 from dspark.cache.records import TokenSample, last_rows
 from dspark.cache.target.frozen import FrozenTarget
@@ -82,14 +83,19 @@ def check(
     dtype: str,
     layers: Sequence[int] = (),
     logits: Logits = PLAIN,
+    source: str = "the corpus",
 ) -> tuple[Agreement, dict[int, States]]:
     """Run the check; raises EngineError below THRESHOLD. Also returns the states, so that they need
     not be computed twice.
 
-    ``layers``: ids of the aux layers, for messages. ``logits``: what the target does to its head's
-    output.
+    ``layers``: ids of the aux layers; they and ``source`` are for messages. ``logits``: what the
+    target does to its head's output.
     """
     states = dict(engine.capture(samples))
+    for i, sample in enumerate(samples) if layers else ():
+        with naming([sample], layers, source):
+            for field in states[i]:
+                check_finite(field)
     predictions = engine.predict(samples)
     positions = [last_rows(s.loss_mask).nonzero()[0].tolist() for s in samples]
     lasts = [states[i].last for i in range(len(samples))]

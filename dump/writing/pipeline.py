@@ -30,8 +30,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dspark.cache.codec.base import EXACT_TOKEN, tokens_of
+from dspark.cache.codec.base import EXACT_TOKEN, naming, tokens_of
 from dspark.cache.errors import EngineError
+from dspark.cache.files.layout import SOURCE_STRIDE
 from dspark.cache.files.part import PartJob, PartRecord
 from dspark.cache.writer import StoreWriter
 from dspark.dump.engines.engine import GROUPS, Captured, CodedStates
@@ -283,11 +284,11 @@ class Pipeline:
                 filling.put(members, states.arrays)
         else:
             with self._timed("encode"):
-                tokens = None
+                samples, tokens = [filling.part.samples[i] for i in members], None
                 if self.codec.needs_tokens:
-                    samples = [filling.part.samples[i] for i in members]
                     tokens = tokens_of(samples, self._embedding_on(states.aux.device))
-                filling.put_on_device(members, self.codec.encode(*states, tokens))
+                with naming(samples, self.writer.manifest.layers, self._source(filling.part)):
+                    filling.put_on_device(members, self.codec.encode(*states, tokens))
         with self._counting:
             self._bar.tokens(sum(len(filling.part.samples[i].input_ids) for i in members))
         if filling.whole:
@@ -297,6 +298,9 @@ class Pipeline:
             with self._counting:
                 self._bar.part(filling.part.index, filling.part.row_stop)
             self._commit(filling)
+
+    def _source(self, part: PartRows) -> str:
+        return self.writer.manifest.sources[part.index // SOURCE_STRIDE].id
 
     def _embedding_on(self, device: torch.device) -> torch.Tensor:
         """Return the target's embedding, moved to the device once."""

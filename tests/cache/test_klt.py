@@ -255,6 +255,35 @@ def test_constant_channels_and_layers() -> None:
     assert got[:, 0, 3] == pytest.approx(-1.0, abs=0.02)
 
 
+@pytest.mark.parametrize("kind", ["zero", "one row", "one row of zero embeddings"])
+def test_states_that_never_vary_have_a_code(kind: str) -> None:
+    tokens = some_tokens([30] * 20)
+    if kind != "one row":
+        tokens = dataclasses.replace(tokens, embedding=torch.zeros_like(tokens.embedding))
+    row = torch.zeros(LAYERS, HIDDEN) if kind == "zero" else torch.randn(LAYERS, HIDDEN)
+    aux = row.expand(len(tokens.input_ids), -1, -1).bfloat16()
+    last = row[0].expand(len(tokens.last_token), -1).bfloat16()
+    codec = FAMILY.make("klt-1-1", "zstd").calibrated(aux, last, tokens)
+    assert all(spec.width for spec in codec.arrays(LAYERS, HIDDEN).values())
+    a, b = codec.decode(codec.encode(aux, last, tokens), HIDDEN, tokens)
+    torch.testing.assert_close(a, aux.float(), atol=0.05, rtol=0.02)
+    torch.testing.assert_close(b, last.float(), atol=0.05, rtol=0.02)
+
+
+def test_fewer_columns_than_a_byte_holds_are_kept() -> None:
+    assert Packing.fitting(torch.zeros(9, 3)).columns == (3, 0, 0, 0)
+    assert Packing.fitting(torch.zeros(9, 7)).columns == (0, 0, 0, 5)
+
+
+def test_a_row_beyond_float32_is_stored_exactly() -> None:
+    codec, tokens = learnt(), some_tokens([9, 8])
+    aux, last = some_states(tokens)
+    aux[4, 1] = 1e38
+    a, _ = codec.decode(codec.encode(aux, last, tokens), HIDDEN, tokens)
+    assert torch.equal(a[4], aux[4].float())
+    assert torch.isfinite(a).all()
+
+
 @pytest.mark.parametrize("field", ["aux", "last"])
 def test_what_is_not_finite_is_refused_by_place(field: str) -> None:
     tokens = some_tokens([20, 10])

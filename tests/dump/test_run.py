@@ -35,13 +35,14 @@ from dspark.cache.errors import (
 )
 from dspark.cache.files.checksum import file_sha256
 from dspark.cache.files.part import PartJob
-from dspark.cache.records import TokenSample
+from dspark.cache.records import TokenSample, last_rows
 from dspark.cache.writer import StoreWriter
 from dspark.dump import plan as planning
 from dspark.dump.centring import calibration_samples
 from dspark.dump.config import DumpConfig
 from dspark.dump.corpus.masks import MALFORMED
 from dspark.dump.engines.engine import Captured, Engine, States
+from dspark.dump.engines.hf import TransformersEngine
 from dspark.dump.job import load_engine, prepare
 from dspark.dump.progress import Display
 from dspark.dump.run import dump
@@ -403,3 +404,31 @@ def test_an_engine_whose_dump_differs_from_its_check_replaces_nothing(
             )
     assert files(config.output) == before
     assert not config.output.with_name("new.zarr").exists()
+
+
+@pytest.mark.parametrize(
+    ("field", "words"),
+    [("aux", "token 5 of its sample, layer 2, channel 7"), ("last", "the last state, channel 7")],
+)
+def test_a_state_that_is_not_finite_is_named(
+    field: str, words: str, config: DumpConfig, show: Display, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By its row, token and layer; what was stored before it stays."""
+    run = TransformersEngine._states
+    config = dataclasses.replace(config, layers=(0, 2))
+
+    def spoilt(self: TransformersEngine, batch: Sequence[TokenSample]) -> States:
+        found = States(*(x.clone() for x in run(self, batch)))
+        at = next((i for i, s in enumerate(batch) if s.row == 33), None)
+        if at is not None:
+            before = batch[:at]
+            if field == "aux":
+                found.aux[sum(len(s.input_ids) for s in before) + 5, 1, 7] = torch.nan
+            else:
+                found.last[sum(int(last_rows(s.loss_mask).sum()) for s in before), 7] = torch.nan
+        return found
+
+    monkeypatch.setattr(TransformersEngine, "_states", spoilt)
+    with pytest.raises(EngineError, match=f"row 33 of .*, {words}: found nan"):
+        dump(config, show)
+    assert len(list((config.output / "parts").glob("0*"))) > 2

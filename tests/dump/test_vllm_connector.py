@@ -95,7 +95,7 @@ def test_the_request_that_cannot_be_coded_is_named(tmp_path: Path) -> None:
     saves = [save(tmp_path, [1, 2, 3], [1], []), save(tmp_path, [4, 5, 6, 7, 8, 9], [3, 2], [])]
     worker._write(worker._gather(saves, None, time.time()), saves[0].filename)
     with pytest.raises(
-        SpoolError, match="EngineError: hidden state is not finite at token 5, aux layer"
+        SpoolError, match="StateError: hidden state is not finite at token 5, aux layer"
     ) as found:
         SpoolReader(tmp_path).take(saves[0].filename, [0, 1])
     assert found.value.index == 1

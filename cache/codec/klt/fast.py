@@ -93,7 +93,7 @@ def encode(half: Half, x: torch.Tensor, seen: Seen) -> tuple[torch.Tensor, torch
     kernels.standardised(both, x, half.mean, half.inverse)
     seen.write(both, 2 * table.channels)
     code, moved = kernels.pack(half.product(both, half.encoder), table.step, table.packing)
-    outside = moved > table.limit
+    outside = ~(moved <= table.limit)
     return torch.where(outside[:, None], nothing(half), code), outside
 
 

@@ -79,7 +79,7 @@ def regression(
     and the residual's covariance.
 
     ``ridge`` is relative to the features' mean variance; the first ``apart`` of them have another
-    scale than the others and their own mean variance.
+    scale than the others and their own mean variance. Features that never vary have no weight.
     """
     import torch
 
@@ -91,7 +91,7 @@ def regression(
     damped = ff.clone()
     diagonal = damped.diagonal()
     for group in (slice(0, apart), slice(apart, None)) if apart else (slice(None),):
-        diagonal[group] += ridge * diagonal[group].mean()
+        diagonal[group] += ridge * (float(diagonal[group].mean()) or 1.0)
     w = torch.linalg.solve(damped, yf.T)
     residual = yy.clone()
     cross = yf @ w

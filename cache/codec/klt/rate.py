@@ -107,7 +107,8 @@ def at_step(whole: Transform, y: torch.Tensor, step: float) -> Transform:
     """
     q = quantise(y, step)
     wanted = ((q != 0).float().mean(0) > LEAST_SHARE).nonzero()[:, 0]
-    packing = Packing.fitting(q[:, : int(wanted[-1]) + 1 if wanted.numel() else 0])
+    # one at least, also where all states are what was predicted: an array has a width
+    packing = Packing.fitting(q[:, : int(wanted[-1]) + 1 if wanted.numel() else 1])
     kept = slice(0, packing.total)
     noise = float((y[:, kept] - q[:, kept] * step).square().sum(1).median())
     return dataclasses.replace(

@@ -72,7 +72,7 @@ class Packing:
         """Choose classes for columns in descending order of variance, from cells ``q`` [T, K] (any
         dtype) of a sample. A class begins where, in every run of ``BAND`` columns from there on, at
         most ``OUTSIDE`` of the values lie outside it. Up to 4 of the last columns are left out so
-        that bytes are filled.
+        that bytes are filled; if no column would be left, each has a byte of its own.
         """
         size = q.shape[1]
         begins = [0]
@@ -92,7 +92,7 @@ class Packing:
             count = min(count, (size - at) // n * n)
             columns.append(count)
             at += count
-        return cls(tuple(columns))
+        return cls(tuple(columns) if at else (size, 0, 0, 0))
 
 
 def quantise(y: torch.Tensor, step: float) -> torch.Tensor:
@@ -106,14 +106,14 @@ def cells_of(
     y: torch.Tensor, step: float, limits: torch.Tensor, most: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the cells of coefficients ``y`` [T, K], none beyond its column's of ``limits`` [K];
-    and bool [T]: rows that would have to move by more than ``most`` (``Transform.limit``), whose
-    cells are zeros.
+    and bool [T]: rows that would have to move by more than ``most`` (``Transform.limit``), or by
+    something that float32 cannot hold, whose cells are zeros.
     """
     import torch
 
     q = quantise(y, step)
     fitting = torch.maximum(torch.minimum(q, limits), -limits)
-    outside = ((q - fitting) * step).square().sum(1) > most
+    outside = ~(((q - fitting) * step).square().sum(1) <= most)
     fitting[outside] = 0
     return fitting, outside
 
