@@ -91,7 +91,8 @@ class Pipeline:
         shared = pool is not None
         workers = pool.processes if pool is not None else THREADS
         self._pool: Executor = pool or ThreadPoolExecutor(workers, "commit")
-        self._blocks: queue.Queue[SharedBlock] = queue.Queue()
+        # The last one first: its pages are there.
+        self._blocks: queue.LifoQueue[SharedBlock] = queue.LifoQueue()
         self._groups = groups
         self._all = [SharedBlock(shared) for _ in range(workers + groups)]
         for block in self._all:
@@ -101,6 +102,7 @@ class Pipeline:
         self._filling: dict[int, Filling] = {}
         self._begun = 0
         lanes = max(1, groups // GROUPS)
+        self._populating = ThreadPoolExecutor(lanes, "populate")
         self._lanes: list[queue.Queue[Captured | None]] = [queue.Queue() for _ in range(lanes)]
         self._room = threading.Semaphore(WAITING * lanes), threading.Semaphore(COMING * lanes)
         self._failed: BaseException | None = None
@@ -135,6 +137,7 @@ class Pipeline:
         with self._timed("wait for a free block"):
             memory = self._patiently(lambda: self._free_block(size), queue.Empty)
         self._filling[self._begun] = Filling(part, job, memory)
+        self._populating.submit(memory.populate)  # while the part's first states are computed
         self._begun += 1
         return True
 
@@ -342,6 +345,7 @@ class Pipeline:
             self._drain()
         finally:  # a second Ctrl-C ends the waiting, not the blocks
             self._pool.shutdown(wait=True)
+            self._populating.shutdown(wait=True, cancel_futures=True)
             for filling in list(self._filling.values()):
                 filling.release()
             for block in self._all:

@@ -42,6 +42,7 @@ from dspark.dump.engines.vllm.spool import (
     STAGES,
     SpoolReader,
     report_failure,
+    to_host,
     write_batch,
 )
 from dspark.dump.target.config import load_target
@@ -172,7 +173,8 @@ def test_the_row_whose_states_are_lost_or_another_s_is_named(tmp_path: Path) -> 
         engine._spooled(f"{tmp_path}/1", members)
     counts = {"tokens": torch.tensor([2, 1, 2]), "lasts": torch.zeros(3, dtype=torch.long)}
     told = counts | {"times": torch.zeros(4, dtype=torch.float64)}
-    write_batch(f"{tmp_path}/2", {IDS: torch.tensor([0, 7, 1, 2, 7], dtype=torch.int32), **told})
+    ids = {IDS: torch.tensor([0, 7, 1, 2, 7], dtype=torch.int32)}
+    write_batch(f"{tmp_path}/2", to_host({}), ids | told)
     with pytest.raises(
         EngineError, match="other tokens .* for row 41, expected exactly its 2 tokens"
     ):

@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import threading
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
+from dspark.dump.engines.vllm.slots import Slots
 from dspark.dump.engines.vllm.spool import (
     SpoolError,
     SpoolReader,
     hold,
     report_failure,
+    to_host,
     write_batch,
 )
+from dspark.dump.writing.blocks import can_share
+
+needs_sharing = pytest.mark.skipif(not can_share(), reason="no memory to share here")
 
 
-def write(path: Path) -> dict[str, torch.Tensor]:
+def write(path: Path, slots: Slots | None = None) -> dict[str, torch.Tensor]:
     """Three requests of 2, 1 and 3 tokens, of which 1, 0 and 2 last states are stored."""
     arrays = {
         "hidden_states": torch.randn(6, 2, 5).to(torch.bfloat16),
@@ -27,7 +34,7 @@ def write(path: Path) -> dict[str, torch.Tensor]:
         "last_code": torch.arange(12, dtype=torch.int16).view(3, 4),
     }
     told = {"tokens": torch.tensor([2, 1, 3]), "lasts": torch.tensor([1, 0, 2]), "times": times()}
-    write_batch(str(path), arrays | told)
+    write_batch(str(path), to_host(arrays, slots), told)
     return arrays
 
 
@@ -36,9 +43,10 @@ def times() -> torch.Tensor:
     return time.time() - torch.tensor([10.0, 7.0, 6.0, 2.0], dtype=torch.float64)
 
 
-def test_read_once_and_deleted(tmp_path: Path) -> None:
+@pytest.mark.parametrize("shared", [False, pytest.param(True, marks=needs_sharing)])
+def test_read_once_and_deleted(tmp_path: Path, shared: bool) -> None:
     path = tmp_path / "1.batch"
-    want = write(path)
+    want = write(path, Slots() if shared else None)
     reader = SpoolReader(tmp_path)
     rows = {"hidden_states": [0, 1, 3, 4, 5], "aux_code": [0, 1, 3, 4, 5], "last_code": [0, 1, 2]}
     found = reader.take(str(path), [0, 2])
@@ -54,7 +62,7 @@ def test_read_once_and_deleted(tmp_path: Path) -> None:
 def test_a_batch_without_stored_rows(tmp_path: Path) -> None:
     arrays = {"last_code": torch.zeros(0, 4), "token_ids": torch.zeros(1, dtype=torch.int32)}
     told = {"tokens": torch.tensor([1]), "lasts": torch.tensor([0]), "times": times()}
-    write_batch(str(tmp_path / "1"), arrays | told)
+    write_batch(str(tmp_path / "1"), to_host(arrays), told)
     assert SpoolReader(tmp_path).take(str(tmp_path / "1"), [0])["last_code"].shape == (0, 4)
 
 
@@ -118,3 +126,43 @@ def test_a_worker_that_hangs_is_not_waited_for_without_end(
     ):
         SpoolReader(tmp_path).take(str(tmp_path / "1.batch"), [0])
     os.close(lock)
+
+
+@needs_sharing
+def test_a_slot_is_used_again_only_when_its_batch_is_no_longer_needed(tmp_path: Path) -> None:
+    slots, reader = Slots(), SpoolReader(tmp_path)
+    want = write(tmp_path / "1", slots)
+    first = reader.take(str(tmp_path / "1"), [0])["aux_code"].numpy()
+    later = reader.take(str(tmp_path / "1"), [1, 2])
+    write(tmp_path / "2", slots)
+    assert len(slots._slots) == 2
+    del later
+    write(tmp_path / "3", slots)
+    assert len(slots._slots) == 3
+    assert np.array_equal(first, want["aux_code"][:2])
+    del first
+    gc.collect()
+    write(tmp_path / "4", slots)
+    assert len(slots._slots) == 3
+    for name in "234":
+        found = reader.take(str(tmp_path / name), [0, 1, 2])
+        assert torch.equal(found["aux_code"], want["aux_code"])
+
+
+@needs_sharing
+def test_what_no_slot_has_room_for_goes_by_file(tmp_path: Path) -> None:
+    small = {"aux_code": torch.arange(64, dtype=torch.uint8).view(4, 16)}
+    large = {"aux_code": torch.arange(2048, dtype=torch.int16).view(4, 512)}
+    slots, reader = Slots(limit=5000), SpoolReader(tmp_path)
+    one, none = {"tokens": torch.tensor([4]), "lasts": torch.tensor([0])}, []
+    for name, arrays in (("1", small), ("2", large), ("3", large), ("4", small)):
+        batch = to_host(arrays, slots)
+        none.append(batch.slot is None)
+        write_batch(str(tmp_path / name), batch, one | {"times": times()})
+    assert none == [False, False, True, False]
+    for name, arrays in (("3", large), ("2", large), ("1", small), ("4", small)):
+        assert torch.equal(reader.take(str(tmp_path / name), [0])["aux_code"], arrays["aux_code"])
+    # Free again, and small: one of them grows, as far as the limit allows.
+    assert to_host({"aux_code": torch.zeros(4200, dtype=torch.uint8)}, slots).slot is not None
+    assert to_host({"aux_code": torch.zeros(9000, dtype=torch.uint8)}, slots).slot is None
+    assert sum(slot.block.size for slot in slots._slots) <= 5000

@@ -19,6 +19,7 @@ import pytest
 import torch
 
 from dspark.cache.codec import registry
+from dspark.dump.engines.vllm.slots import Slots
 from dspark.dump.engines.vllm.spool import (
     IDS,
     RAW,
@@ -41,7 +42,7 @@ def connector(spool: Path, cache: torch.Tensor) -> SpoolConnector:
     out = SpoolConnector.__new__(SpoolConnector)
     out._storage_path, out._kv_cache, out._block_size = str(spool), cache, cache.shape[2]
     out._coding, out._lock, out._releasing = None, hold(str(spool)), threading.Lock()
-    out._writing, out._reading = deque(), threading.Lock()
+    out._writing, out._reading, out._slots = deque(), threading.Lock(), Slots()
     return out
 
 

@@ -46,6 +46,7 @@ from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
 
 from dspark.cache.errors import EngineError
 from dspark.dump.engines.engine import send
+from dspark.dump.engines.vllm.slots import Slots
 from dspark.dump.engines.vllm.spool import (
     CODING,
     COMPARE,
@@ -62,6 +63,7 @@ from dspark.dump.engines.vllm.spool import (
     hold,
     read_coding,
     report_failure,
+    to_host,
     write_batch,
 )
 
@@ -148,6 +150,7 @@ class SpoolConnector(ExampleHiddenStatesConnector):  # type: ignore[misc]
         # before.
         self._begun: deque[tuple[int, Any]] = deque(maxlen=REMEMBERED)
         self._writers = ThreadPoolExecutor(WRITING, "dspark-spool")
+        self._slots = Slots()
         self._lock = -1
         self._releasing = threading.Lock()  # two writers may fail at once
         self._reading = threading.Lock()
@@ -319,7 +322,8 @@ class SpoolConnector(ExampleHiddenStatesConnector):  # type: ignore[misc]
             with torch.inference_mode(), gathered.on_stream():
                 gathered.ready.synchronize()
                 times = [*gathered.times, time.time()]
-                tensors = {name: to_host(t) for name, t in self._tensors(gathered).items()}
+                coded = gathered.saves[0].stored is not None
+                batch = to_host(self._tensors(gathered), self._slots if coded else None)
                 if gathered.stream is not None:
                     copied = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
                     copied.record(gathered.stream)
@@ -331,9 +335,7 @@ class SpoolConnector(ExampleHiddenStatesConnector):  # type: ignore[misc]
                 IDS: np.concatenate(gathered.ids),
                 TIMES: np.array(times),
             }
-            write_batch(
-                filename, tensors | {name: torch.from_numpy(a) for name, a in counts.items()}
-            )
+            write_batch(filename, batch, {name: torch.from_numpy(a) for name, a in counts.items()})
         except BaseException as error:  # raised where the file is read
             try:
                 index, reason = self._blamed(gathered, error)
@@ -380,15 +382,6 @@ def batches(free: int, size: int) -> int:
     need more at times. At most ``WRITING``, at least one.
     """
     return max(1, min(WRITING, free * 3 // 4 // (4 * size)))
-
-
-def to_host(t: torch.Tensor) -> torch.Tensor:
-    """Start copying to the host; from a GPU, into page-locked memory, which torch reuses: fresh
-    pages for every batch would cost more than the copy.
-    """
-    if not t.is_cuda:
-        return t
-    return torch.empty_like(t, device="cpu", pin_memory=True).copy_(t, non_blocking=True)
 
 
 def stored_rows(runs: Sequence[Sequence[Sequence[int | None]]], tokens: Ints) -> tuple[Ints, Ints]:

@@ -1,11 +1,12 @@
 """The spool between a vLLM worker and us: one file for the requests that finished in one step of
 the engine, read once and deleted, and the instructions for the worker. A file per request cost 4.4
 ms per sample of 300 tokens on an H100, five times the target's own time; so all that finish
-together are gathered, coded, copied and written together. ``<file>`` appears complete (written
-beside, then renamed), or ``<file>.error`` says why not; ``<file>.rank1`` ... hold the states of the
-other tensor-parallel ranks if requested. The worker holds ``worker.lock`` as long as it lives, so a
-waiting reader can tell that nothing will come. ``coding.json`` and the tensors beside it tell the
-worker how to code states.
+together are gathered, coded, copied and written together. Codes lie in memory that both processes
+map (``slots.py``), as far as that reaches, and the file only says where; others, and raw states,
+lie in the file. ``<file>`` appears complete (written beside, then renamed), or ``<file>.error``
+says why not; ``<file>.rank1`` ... hold the states of the other tensor-parallel ranks if requested.
+The worker holds ``worker.lock`` as long as it lives, so a waiting reader can tell that nothing will
+come. ``coding.json`` and the tensors beside it tell the worker how to code states.
 
 Legend: k requests of a batch, T tokens of all of them, M stored rows of the last state, n extracted
 layers, H hidden size.
@@ -14,6 +15,7 @@ layers, H hidden size.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import fcntl
 import json
 import math
@@ -22,7 +24,7 @@ import os
 import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from io import FileIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,6 +33,8 @@ import numpy as np
 
 from dspark.cache.codec import registry
 from dspark.cache.codec.base import EXACT_TOKEN, Codec, Tokens, axis_of
+from dspark.dump.engines.vllm.slots import Slot, SlotReader, Slots
+from dspark.dump.writing.blocks import Handle
 
 if TYPE_CHECKING:
     import torch
@@ -57,6 +61,7 @@ WAIT_SECONDS = (
 )
 RANK_SECONDS = 60.0  # how much longer another rank may take than the first
 LOOK_SECONDS = 0.001  # between two looks for a file
+ALIVE_SECONDS = 0.05  # between two looks for its worker
 ALIGNED = 64  # bytes
 
 
@@ -155,20 +160,53 @@ def hold(folder: str) -> int:
     return lock
 
 
-def write_batch(filename: str, arrays: Mapping[str, torch.Tensor]) -> None:
-    """Write arrays on the host, completely or not at all.
+@dataclass(frozen=True, slots=True)
+class OnHost:
+    """Arrays of a batch on their way to the host: in ``slot``, each from byte ``places[name]`` on,
+    or, without a slot, in memory of their own.
+    """
 
-    A line of JSON (dtype and shape of each), then their bytes, each on a multiple of 64. Not
-    safetensors: it copies every tensor with Python's lock held.
+    arrays: dict[str, torch.Tensor]
+    slot: Slot | None = None
+    places: dict[str, int] = field(default_factory=dict)
+
+
+def to_host(arrays: Mapping[str, torch.Tensor], slots: Slots | None = None) -> OnHost:
+    """Start copying the arrays of a batch to the host, into one of ``slots`` if there is room."""
+    import torch
+
+    slot = slots.take(arrays) if slots is not None else None
+    if slot is not None:
+        return OnHost(dict(arrays), slot, slot.fill(arrays))
+    # Page-locked for a GPU, by torch, which keeps such memory for the next batch.
+    return OnHost(
+        {
+            name: torch.empty_like(t, device="cpu", pin_memory=True).copy_(t, non_blocking=True)
+            if t.is_cuda
+            else t
+            for name, t in arrays.items()
+        }
+    )
+
+
+def write_batch(filename: str, batch: OnHost, told: Mapping[str, torch.Tensor]) -> None:
+    """Hand over a batch that is on the host, and what is ``told`` about it, completely or not at
+    all.
+
+    A line of JSON (dtype and shape of each array, and where it is in the slot), then the bytes of
+    those without a slot, each on a multiple of 64. Not safetensors: it copies every tensor with
+    Python's lock held.
     """
     import torch
 
     head = {
-        name: [str(t.dtype).removeprefix("torch."), list(t.shape)] for name, t in arrays.items()
+        name: [str(t.dtype).removeprefix("torch."), list(t.shape), batch.places.get(name)]
+        for name, t in (batch.arrays | dict(told)).items()
     }
+    memory = dataclasses.astuple(batch.slot.block.handle()) if batch.slot is not None else None
     with open(filename + PART, "wb", buffering=0) as file:
-        _write_aligned(file, json.dumps(head).encode() + b"\n")
-        for t in arrays.values():
+        _write_aligned(file, json.dumps({"memory": memory, "arrays": head}).encode() + b"\n")
+        for t in (*(() if batch.slot is not None else batch.arrays.values()), *told.values()):
             _write_aligned(file, t.contiguous().view(-1).view(torch.uint8).numpy().data)
     os.replace(filename + PART, filename)
 
@@ -230,11 +268,12 @@ class SpooledBatch:
 
 
 class SpoolReader:
-    """The reading side. A file is mapped and deleted; its pages are freed with the last of its
-    requests' arrays.
+    """The reading side. A file is mapped and deleted; its pages, or its slot, are freed with the
+    last of its requests' arrays.
     """
 
     def __init__(self, folder: Path) -> None:
+        self._slots = SlotReader()
         self._lock = folder / WORKER
         self._batches: dict[str, SpooledBatch] = {}
         self._lost: dict[str, OSError] = {}  # a second call must not wait
@@ -283,7 +322,7 @@ class SpoolReader:
                 )
             if not os.path.exists(name):
                 raise SpoolError(f"the worker wrote no {name}: it died, or its disk is full")
-            return read_batch(name)
+            return read_batch(name, self._slots)
         finally:
             for end in ("", PART, ERROR):
                 with contextlib.suppress(OSError):  # which would hide the reason
@@ -291,11 +330,14 @@ class SpoolReader:
 
     def _wait(self, name: str, rank: int) -> None:
         patience = RANK_SECONDS if rank else WAIT_SECONDS
-        end = time.monotonic() + patience
+        now = look = time.monotonic()
+        end = now + patience
         while not (os.path.exists(name) or os.path.exists(name + ERROR)):
-            if not self._alive():
-                return
-            if time.monotonic() > end:
+            if (now := time.monotonic()) >= look:
+                if not self._alive():
+                    return
+                look = now + ALIVE_SECONDS
+            if now > end:
                 raise SpoolError(
                     f"the worker is alive but has written no {name} for {patience:g} s: "
                     "the worker or its disk hangs"
@@ -314,9 +356,9 @@ class SpoolReader:
         return False
 
 
-def read_batch(filename: str) -> SpooledBatch:
-    """Read what ``write_batch`` wrote, as tensors in the mapped file, which lives as long as any of
-    them, even after it is deleted.
+def read_batch(filename: str, slots: SlotReader) -> SpooledBatch:
+    """Read what ``write_batch`` wrote, as tensors in its slot or in the mapped file, which live as
+    long as any of them, even after the file is deleted.
     """
     import torch
 
@@ -327,12 +369,16 @@ def read_batch(filename: str) -> SpooledBatch:
             mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY), dtype=torch.uint8
         )
         written = os.fstat(file.fileno()).st_mtime
+    head = json.loads(line)
+    shared = slots.read(Handle(*head["memory"])) if head["memory"] else data
     arrays, at = {}, _round_up(len(line))
-    for name, (dtype, shape) in json.loads(line).items():
+    for name, (dtype, shape, place) in head["arrays"].items():
         kind = getattr(torch, dtype)
         size = math.prod(shape) * kind.itemsize
-        arrays[name] = data[at : at + size].view(kind).view(shape)
-        at = _round_up(at + size)
+        source, start = (data, at) if place is None else (shared, place)
+        arrays[name] = source[start : start + size].view(kind).view(shape)
+        if place is None:
+            at = _round_up(at + size)
     times = np.append(arrays.pop(TIMES).numpy(), written)
     counts = {name: arrays.pop(name).numpy() for name in (TOKENS, LASTS)}
     ends = {name: np.concatenate([[0], count.cumsum()]) for name, count in counts.items()}
