@@ -10,12 +10,13 @@ with new tags. The given stores are not changed.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from dspark.cache.errors import ExistsError, MismatchError, UsageError
+from dspark.cache.errors import DamagedCacheError, ExistsError, MismatchError, UsageError
 from dspark.cache.files.atomic import staged
 from dspark.cache.files.blocks import missing_rows, rows_known, spans
 from dspark.cache.files.calibration import stored_codec
@@ -32,12 +33,24 @@ from dspark.cache.files.layout import (
     part_number,
 )
 from dspark.cache.files.lock_files import owned
-from dspark.cache.files.part import PartRecord, group_metadata, write_attributes
-from dspark.cache.files.place import Folder, Object, Place, each_in_parallel, place_of, refuse_links
+from dspark.cache.files.part import PartRecord, group_metadata, missing_files, write_attributes
+from dspark.cache.files.place import (
+    Folder,
+    Object,
+    Place,
+    each_in_parallel,
+    in_parallel,
+    place_of,
+    refuse_links,
+)
 from dspark.cache.files.urls import Where, where
 from dspark.cache.manifest import Manifest, SourceInfo, differences, sealed
 from dspark.cache.reader import read_manifest
+from dspark.cache.target.files import what_to_do
 from dspark.cache.writer import StoreWriter, check_whole, scan_parts, totals, write_index
+
+if TYPE_CHECKING:
+    from dspark.cache.codec.base import Codec
 
 Progress = Callable[[int, int], None]
 STEP = 256  # parts between two reports of progress
@@ -80,6 +93,8 @@ def merge(
         _same_plan(first, given[0].path, other.manifest, other.path)
     chosen = _chosen(given)
     _refuse_missing(given, chosen, sources, out)
+    _refuse_damaged(chosen.values())
+    codec = stored_codec(given[0].place, first)
     complete = [g.manifest for g in given if g.manifest.quality]
     manifest = dataclasses.replace(
         first,
@@ -87,8 +102,8 @@ def merge(
         quality=complete[0].quality if complete else {},
     )
     with owned(out, "dspark-tools merge"), new_place(out) as place:
-        in_parallel = each_in_parallel(place)
-        in_parallel(
+        each = each_in_parallel(place)
+        each(
             lambda name: place.link(given[0].place, name, name),
             list(common_objects(given[0].place)),
         )
@@ -100,9 +115,9 @@ def merge(
 
         todo = sorted(chosen.items())
         for start in range(0, len(todo), STEP):
-            records += in_parallel(take, todo[start : start + STEP])
+            records += each(take, todo[start : start + STEP])
             progress(len(records), len(todo))
-        return _ended(place, manifest, records)
+        return _ended(place, manifest, records, codec)
 
 
 @contextmanager
@@ -125,7 +140,8 @@ def append(
     progress: Progress = lambda done, total: None,
 ) -> Manifest:
     """Add the sources of ``others``, complete stores with the plan of ``store``, to it; returns its
-    manifest. An interrupted call can simply be repeated. Raises MismatchError if plans differ, if a
+    manifest. An interrupted call can simply be repeated; what it left is deleted by one with other
+    stores. Raises MismatchError if plans differ, if a
     store is not complete, or if a source is already there.
     """
     store = where(store)
@@ -143,16 +159,29 @@ def append(
         if twice := [sources[n].id for n in g.sources.values() if n < own]:
             raise MismatchError(f"{g.path}: its source {twice[0]} is already in {store}")
     chosen = _chosen(given)
+    _refuse_damaged(chosen.values())
+    codec = stored_codec(place_of(store), manifest)
     with owned(store, "dspark-tools append"), StoreWriter(store, manifest, {})._joined() as writer:
         there = scan_parts(store)
         records = [r for n, r in there.items() if n // SOURCE_STRIDE < own]
+        left = {n: r for n, r in there.items() if n // SOURCE_STRIDE >= own}
+        for number, stray in left.items():  # by a call that was stopped
+            if number not in chosen or not _is_of(stray, chosen[number][1]):
+                writer.place.remove(f"{PARTS}/{part_name(number)}")
         for done, (number, (other, record)) in enumerate(sorted(chosen.items())):
-            if number in there:  # by a call that was stopped
-                records.append(there[number])
+            if number in left and _is_of(left[number], record):
+                records.append(left[number])
             else:
                 records.append(_take(writer.place, writer.token, other, record, number))
             progress(done + 1, len(chosen))
-        return _ended(writer.place, dataclasses.replace(manifest, sources=sources), records)
+        manifest = dataclasses.replace(manifest, sources=sources)
+        return _ended(writer.place, manifest, records, codec)
+
+
+def _is_of(taken: PartRecord, record: PartRecord) -> bool:
+    """Tell whether ``taken``, a part under another number, is the one that ``record`` describes."""
+    renamed = dataclasses.replace(record, index=taken.index, source=taken.source, files=taken.files)
+    return taken == renamed
 
 
 def _given(path: Where, sources: list[SourceInfo]) -> Given:
@@ -196,7 +225,8 @@ def _same_plan(a: Manifest, store: Where, b: Manifest, other: Where) -> None:
     raise MismatchError(
         f"{store} and {other} have different plans, so their samples are not comparable.\n  "
         f"{found}\nDump both with the same flags, and with the same --calibration if the "
-        "codec needs one."
+        "codec needs one. Rows per part (run.block_rows) follow from --part-tokens and the corpus; "
+        "a dump with --calibration STORE and without --part-tokens takes those of STORE."
     )
 
 
@@ -212,10 +242,11 @@ def _chosen(given: Sequence[Given]) -> dict[int, tuple[Given, PartRecord]]:
                 out[number] = store, record
                 continue
             other, first = out[number]
-            if (first.files, first.rows_sha256) != (
-                record.files,
-                record.rows_sha256,
-            ) and first.index == record.index:
+            # shards of a part under another number have other tags, thus other checksums
+            moved = first.index != record.index
+            if first.rows_sha256 != record.rows_sha256 or (
+                first.files != record.files and not moved
+            ):
                 raise MismatchError(
                     f"{other.path} and {store.path} have different parts of rows "
                     f"{record.row_start:,}-{record.row_stop - 1:,} "
@@ -250,6 +281,21 @@ def _refuse_missing(
             f"{out}: not written: no store says how many rows {unknown[0]} has, because none of "
             "its dumps has ended. Finish one of them with --resume."
         )
+
+
+def _refuse_damaged(parts: Collection[tuple[Given, PartRecord]]) -> None:
+    """Raise DamagedCacheError if a part that is to be taken lacks a file, or has one of another
+    size.
+    """
+
+    def finding(part: tuple[Given, PartRecord]) -> str | None:
+        return next(missing_files(part[0].place, part[1]), None)
+
+    chosen = list(parts)
+    run = in_parallel if any(store.place.remote for store, _ in chosen) else map
+    for (store, _), found in zip(chosen, run(finding, chosen), strict=True):
+        if found:
+            raise DamagedCacheError(f"{found}. Nothing was changed. {what_to_do(store.path)}")
 
 
 def common_objects(place: Place) -> Iterator[str]:
@@ -298,12 +344,12 @@ def _copy(source: Object, to: Path, tag: bytes) -> tuple[int, int, int]:
     return size, crc, other
 
 
-def _ended(place: Place, manifest: Manifest, records: Sequence[PartRecord]) -> Manifest:
+def _ended(
+    place: Place, manifest: Manifest, records: Sequence[PartRecord], codec: Codec
+) -> Manifest:
     """Write index and manifest of the store at ``place``, which holds the parts in ``records``."""
     check_whole(records, manifest, place.where(""))
-    layout = PartLayout(
-        stored_codec(place, manifest), len(manifest.layers), manifest.target.hidden_size
-    )
+    layout = PartLayout(codec, len(manifest.layers), manifest.target.hidden_size)
     write_index(place, records, layout)
     manifest = dataclasses.replace(manifest, counts=totals(records), complete=True)
     place.write("zarr.json", group_metadata(ROOT_KEY, sealed(manifest.to_json())))

@@ -29,6 +29,7 @@ from dspark.cache.files.layout import (
     CALIBRATION,
     INDEX,
     PARTS,
+    SOURCE_STRIDE,
     TARGET,
     PartLayout,
     StoredArray,
@@ -58,7 +59,8 @@ from dspark.cache.writer import StoreWriter
 class Report:
     """``findings``: one sentence each; empty = sound. ``damaged``: what must be rewritten: parts by
     name, and files as ``target/NAME``. ``unreadable``: what could not be read now (an I/O error, no
-    permission, too few file handles) and may be intact.
+    permission, too few file handles) and may be intact. ``stray``: of ``damaged``, parts that the
+    store is whole without.
     """
 
     checked_chunks: int = 0
@@ -66,6 +68,7 @@ class Report:
     findings: list[str] = field(default_factory=list)
     damaged: set[str] = field(default_factory=set)
     unreadable: set[str] = field(default_factory=set)
+    stray: set[str] = field(default_factory=set)
 
     @property
     def ok(self) -> bool:
@@ -102,6 +105,15 @@ def verify(
         report.findings.append(str(error))
         report.unreadable.update([PARTS] if isinstance(error, UnreadableError) else [])
         return report
+    for name in _stray_parts(manifest, names):
+        names.remove(name)
+        report.findings.append(
+            f"{path / PARTS / name}: a part of a source that the manifest does not list: "
+            "dspark-tools append was stopped. The store is whole without it. Repeat that command, "
+            f"or run dspark-tools verify --drop-damaged {path}"
+        )
+        report.stray.add(name)
+        report.damaged.add(name)
     for name in _missing_parts(place, manifest, names):
         report.findings.append(f"{path / PARTS / name}: the part is missing")
         report.damaged.add(name)
@@ -144,7 +156,7 @@ def verify(
         )
     else:
         report.damaged.update(foreign)
-    if not report.findings:
+    if report.damaged == report.stray and len(report.findings) == len(report.stray):
         try:
             report.findings += _check_totals(path, manifest, records, small)
         except UnreadableError as error:
@@ -217,6 +229,13 @@ def _missing_parts(place: Place, manifest: Manifest, found: list[str]) -> list[s
         return [n for i in wanted.tolist() if (n := part_name(i)) not in there]
     except CacheError:  # reported where the index is checked
         return []
+
+
+def _stray_parts(manifest: Manifest, found: list[str]) -> list[str]:
+    """Return the names of parts that no source of a complete store has."""
+    if manifest.format_version == 1 or not manifest.complete:
+        return []
+    return [n for n in found if int(n) // SOURCE_STRIDE >= len(manifest.sources)]
 
 
 def _check_part(
@@ -378,6 +397,6 @@ def drop_damaged(path: str | Where, report: Report) -> list[str]:
         )
     for name in sorted(report.damaged):
         place.remove(name if name.startswith(f"{TARGET}/") else f"{PARTS}/{name}")
-    if report.damaged:
+    if report.damaged - report.stray:
         StoreWriter(path, read_manifest(path), {}).reopen()
     return sorted(report.damaged)

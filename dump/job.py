@@ -227,7 +227,8 @@ def prepare(config: DumpConfig, day: str | None = None) -> Job:
         plan = planning.with_answers(plan, maker.sampling.max_tokens, maker.sampling.answers)
     given = supplied(config)
     plan = planning.settle_codec(plan, config, given, target.config)
-    plan = planning.blocks(plan, conversations.PART_ROWS if isinstance(maker, Prompts) else None)
+    there = planning.blocks_of(given, config.part_tokens)
+    plan = planning.blocks(plan, conversations.PART_ROWS if isinstance(maker, Prompts) else there)
     assert plan.block_rows is not None
     manifest = Manifest(
         target=target_info(target, config.mask_token_id, preset),

@@ -483,8 +483,27 @@ def blocks(plan: Plan, rows: int | None = None) -> Plan:
     tokens.
     """
     if rows is None and plan.rows and plan.tokens:
-        rows = nearest_power(plan.part_tokens * plan.rows / plan.tokens, (1, BLOCK_ROWS))
+        rows = _rows_per_part(plan.part_tokens, plan.tokens / plan.rows)
     return dataclasses.replace(plan, block_rows=rows or 1)
+
+
+def _rows_per_part(part_tokens: int, row_tokens: float) -> int:
+    return nearest_power(part_tokens / row_tokens, (1, BLOCK_ROWS))
+
+
+def blocks_of(supplied: Supplied | None, part_tokens: int | None) -> int | None:
+    """Return the rows per part of the store that a calibration was taken from, so that the new
+    store can be appended to it; None to choose: where these are not known, or ``--part-tokens``
+    asks for other parts than the same flag gave there.
+    """
+    if supplied is None or supplied.block_rows is None:
+        return None
+    if part_tokens is None:
+        return supplied.block_rows
+    same = supplied.row_tokens and (
+        _rows_per_part(part_tokens, supplied.row_tokens) == supplied.block_rows
+    )
+    return supplied.block_rows if same else None
 
 
 def sized(plan: Plan, size: RowBytes) -> Plan:

@@ -71,11 +71,15 @@ def config_sha256(config: Json) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Supplied:
-    """A calibration file from another store."""
+    """A calibration file from another store. ``block_rows``: source rows per part there, and
+    ``row_tokens``: tokens per row; None if they are not known.
+    """
 
     path: Path
     sha256: str
     made_for: MadeFor
+    block_rows: int | None = None
+    row_tokens: float | None = None
 
     @classmethod
     def read(cls, given: Where) -> Self:
@@ -91,7 +95,7 @@ class Supplied:
         except OSError as error:
             raise UsageError(f"{flag}: {error.strerror or error}.") from error
         made = _metadata(path, flag)
-        manifest = _manifest_beside(path)
+        manifest = _manifest_beside(given if isinstance(given, Url) else path)
         if manifest is not None and manifest.codec.calibration_sha256 not in (None, sha256):
             raise DamagedCacheError(
                 f"{flag}: its sha256 is {sha256}, but the store that contains it says "
@@ -104,7 +108,10 @@ class Supplied:
                 f"{flag}: does not say what it was made for, because an earlier release wrote "
                 "it. Give its path inside its store."
             )
-        return cls(path, sha256, made)
+        if manifest is None or manifest.format_version == 1:
+            return cls(path, sha256, made)
+        tokens = manifest.counts.tokens / max(manifest.counts.rows_read, 1)
+        return cls(path, sha256, made, manifest.dump.block_rows, tokens or None)
 
     def check(self, codec: Codec, layers: Sequence[int], config: Json | None) -> None:
         """Raise MismatchError unless a store of ``codec``, ``layers`` and a target with this
@@ -158,16 +165,20 @@ def _metadata(path: Path, flag: str) -> MadeFor | None:
         raise UsageError(f"{flag}: not a calibration file of dspark ({error}).") from error
 
 
-def _manifest_beside(path: Path) -> Manifest | None:
-    """Return the manifest of the store that contains ``path``; None if there is no readable one."""
+def _manifest_beside(file: Where) -> Manifest | None:
+    """Return the manifest of the store that contains ``file``, or of a store at a URL; None if
+    there is no readable one.
+    """
+    if isinstance(file, Path):
+        store: Where = file.parent
+    else:
+        store = Url(file.text.removesuffix(f"/{CALIBRATION}"))
     try:
         # it imports Zarr, which a dry run does not need
         from dspark.cache.files.part import read_attributes
 
-        attributes = read_attributes(place_of(path.parent))
-        return Manifest.from_json(
-            unseal(attributes.get(ROOT_KEY), str(path.parent)), str(path.parent)
-        )
+        attributes = read_attributes(place_of(store))
+        return Manifest.from_json(unseal(attributes.get(ROOT_KEY), str(store)), str(store))
     except DsparkError:
         return None
 
@@ -201,11 +212,23 @@ def stored_codec(store: Place, manifest: Manifest) -> Codec:
 
 
 def _stored(store: Place, sha256: str) -> dict[str, torch.Tensor]:
+    """Read the calibration of a store, whose plan says ``sha256``."""
+    name = store.where(CALIBRATION)
+    then = (
+        f"No state of this store can be decoded without it. Put the file with the sha256 {sha256} "
+        "back, from a copy of this store or from another one with the same plan, or dump again."
+    )
     try:
         with store.local_file(CALIBRATION) as path:
-            return read_calibration(path, sha256)
+            found = file_sha256(path)
+            if found == sha256:
+                return read_calibration(path, sha256)
     except OSError as error:
-        raise read_error(store.where(CALIBRATION), error) from error
+        wrong = read_error(name, error)
+        raise (
+            DamagedCacheError(f"{wrong}. {then}") if isinstance(wrong, DamagedCacheError) else wrong
+        ) from error
+    raise DamagedCacheError(f"{name}: sha256 is {found}, the plan says {sha256}. {then}")
 
 
 def read_calibration(path: Path, sha256: str | None) -> dict[str, torch.Tensor]:

@@ -12,7 +12,8 @@ import click
 
 from dspark.cache.errors import UsageError
 
-REMOTE = ("s3", "gs", "az", "memory")
+REMOTE = ("s3", "gs", "az")
+MEMORY = "memory"  # for tests: its objects end with the process, so no command takes it
 # ``Path("s3://b/x")`` is ``s3:/b/x``, which nobody means as a local folder either.
 URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/(/?)(.*)", re.DOTALL)
 
@@ -68,7 +69,7 @@ def where(given: str | Path | Url) -> Where:
     scheme, rest = found[1].lower(), found[3].strip("/")
     if scheme == "file":
         return Path(f"/{rest}")
-    if scheme not in REMOTE:
+    if scheme not in (*REMOTE, MEMORY):
         raise UsageError(
             f"{given}: stores are local folders or at {', '.join(f'{s}://' for s in REMOTE)}; "
             f"{scheme}:// is not supported."
@@ -106,9 +107,12 @@ class StoreType(click.ParamType):  # type: ignore[type-arg]  # no generic before
         self, value: Any, param: click.Parameter | None, ctx: click.Context | None
     ) -> Where:
         try:
-            return where(value)
+            found = where(value)
         except UsageError as error:
             self.fail(str(error), param, ctx)
+        if isinstance(found, Url) and found.scheme == MEMORY:
+            self.fail(f"{value}: objects in memory end with the command.", param, ctx)
+        return found
 
 
 STORE = StoreType()

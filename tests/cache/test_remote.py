@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import click
 import numpy as np
 import pytest
 
@@ -29,7 +30,7 @@ from dspark.cache.files import bucket
 from dspark.cache.files.block_cache import BLOCK, BlockCache
 from dspark.cache.files.lock_files import owned
 from dspark.cache.files.place import Memory, ends, place_of
-from dspark.cache.files.urls import Url, where
+from dspark.cache.files.urls import STORE, Url, where
 from dspark.cache.merge import append, merge
 from dspark.cache.recode import recode
 from dspark.cache.verify import drop_damaged, verify
@@ -85,6 +86,11 @@ def test_what_is_no_store_is_refused_before_anything_else(text: str) -> None:
     assert caught.value.exit_code == 2
     assert "secret" not in str(caught.value)
     assert "abc" not in str(caught.value)
+
+
+def test_no_command_writes_to_memory() -> None:
+    with pytest.raises(click.BadParameter, match="objects in memory end with the command"):
+        STORE.convert("memory://b/x", None, None)
 
 
 def test_urls_and_paths_are_told_apart(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from dspark.cache.files.checksum import file_sha256
 from dspark.cache.files.layout import CALIBRATION
 from dspark.cache.files.place import place_of
 from dspark.cache.files.urls import where
+from dspark.cache.merge import merge
 from dspark.cache.reader import read_manifest
 from dspark.cache.writer import StoreWriter
 from dspark.dump import plan as planning
@@ -219,3 +220,22 @@ def test_regenerated_answers_take_a_calibration_that_is_there(made: DumpConfig) 
         plan_only(dataclasses.replace(config, calibration=made.output / CALIBRATION)).codec
         == "klt-2-2"
     )
+
+
+@pytest.mark.parametrize("part_tokens", [None, 300])
+def test_a_corpus_of_longer_rows_can_be_appended(
+    made: DumpConfig, tmp_path: Path, part_tokens: int | None
+) -> None:
+    """Its rows per part are those of the store, not what its own length asks for."""
+    chats = [r["messages"] for r in corpus(13) if len(r["messages"]) > 1]
+    chats = [[m for chat in chats[i : i + 5] for m in chat] for i in (0, 5)]
+    data = tmp_path / "long.jsonl"
+    data.write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in chats * 6))
+    config = dataclasses.replace(made, data=str(data), output=tmp_path / "long.zarr")
+    config = dataclasses.replace(config, part_tokens=part_tokens, calibration=made.output)
+    dump(config, Display())
+    merge(tmp_path / "both.zarr", [made.output, config.output])
+    other = dataclasses.replace(config, part_tokens=40, output=tmp_path / "short.zarr")
+    dump(other, Display())
+    with pytest.raises(MismatchError, match="(?s)run.block_rows: .*without --part-tokens"):
+        merge(tmp_path / "no.zarr", [made.output, other.output])

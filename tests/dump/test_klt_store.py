@@ -98,7 +98,10 @@ def test_a_calibration_that_the_plan_has_no_hash_of_is_refused(
     recode(stores["lossless"], tmp_path / "out.zarr", codec="klt-1-1")
     path = tmp_path / "out.zarr" / CALIBRATION
     path.write_bytes((stores[CODEC] / CALIBRATION).read_bytes())
-    with pytest.raises(DamagedCacheError, match="sha256"):
+    with pytest.raises(DamagedCacheError, match="sha256 is .* Put the file with the sha256"):
+        dspark.cache.open(tmp_path / "out.zarr")
+    path.unlink()
+    with pytest.raises(DamagedCacheError, match="No such file .* Put the file with the sha256"):
         dspark.cache.open(tmp_path / "out.zarr")
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import shutil
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -14,6 +15,7 @@ from dump_runs import assert_same, files
 
 import dspark.cache
 from dspark.cache.errors import (
+    DamagedCacheError,
     ExistsError,
     IncompleteCacheError,
     MismatchError,
@@ -23,7 +25,7 @@ from dspark.cache.errors import (
 from dspark.cache.files.place import place_of
 from dspark.cache.files.urls import where
 from dspark.cache.merge import append, merge
-from dspark.cache.verify import verify
+from dspark.cache.verify import drop_damaged, verify
 from dspark.dump import actors, run
 from dspark.dump.config import DumpConfig
 from dspark.dump.progress import Display
@@ -140,6 +142,59 @@ def test_a_second_corpus_is_appended(config: DumpConfig, show: Display, tmp_path
         assert (a.aux == b.aux).all()
     with pytest.raises(MismatchError, match="is already in"):
         append(config.output, [job.output])
+
+
+@pytest.fixture
+def two(config: DumpConfig, show: Display, tmp_path: Path) -> list[Path]:
+    """Stores of three corpora with one plan."""
+    rows = Path(config.sources[0]).read_text().splitlines()
+    out = []
+    for name, chosen in (("a", rows[:20]), ("b", rows[5:25]), ("c", rows[10:30])):
+        data = tmp_path / f"{name}.jsonl"
+        data.write_text("\n".join(chosen) + "\n")
+        out.append(tmp_path / f"{name}.zarr")
+        dump(dataclasses.replace(config, data=str(data), output=out[-1]), show)
+    return out
+
+
+def test_parts_that_a_stopped_append_left_are_not_taken_for_others(
+    two: list[Path], tmp_path: Path
+) -> None:
+    """They have the numbers of the next corpus's parts."""
+    a, b, c = two
+    expected = tmp_path / "expected.zarr"
+    merge(expected, [a, c])
+    left = tmp_path / "left.zarr"
+    shutil.copytree(a, left)
+    append(left, [b])
+    stray = sorted((left / "parts").glob("00010000*"))[0]
+    shutil.copytree(stray, a / "parts" / stray.name)
+    found = verify(a)
+    assert [f"{a / 'parts' / stray.name}: a part of a source" in f for f in found.findings] == [
+        True
+    ]
+    healed = tmp_path / "healed.zarr"
+    shutil.copytree(a, healed)
+    assert drop_damaged(healed, found) == [stray.name]
+    assert verify(healed).ok
+    append(a, [c])
+    assert_same(expected, a)
+
+
+@pytest.mark.parametrize("how", ["gone", "cut"])
+def test_what_is_not_whole_is_not_joined(two: list[Path], tmp_path: Path, how: str) -> None:
+    a, b, _ = two
+    before = files(a)
+    file = next((b / "parts").glob("0*/aux_code/c/0/0/0"))
+    if how == "gone":
+        file.unlink()
+    else:
+        file.write_bytes(file.read_bytes()[:-1])
+    for join in (lambda: append(a, [b]), lambda: merge(tmp_path / "out.zarr", [a, b])):
+        with pytest.raises(DamagedCacheError, match=rf"{file}: .*Nothing was changed. Run"):
+            join()
+    assert files(a) == before
+    assert not list(tmp_path.glob("*out.zarr*"))
 
 
 def test_an_object_store_holds_the_same(

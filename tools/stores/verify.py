@@ -82,6 +82,6 @@ def verify_command(
                 "could not be read now, and was left unchanged: "
                 f"{', '.join(sorted(report.unreadable))}"
             )
-        if drop_damaged and report.damaged:
+        if drop_damaged and report.damaged - report.stray:
             print("rerun the same dspark-dump command with --resume to restore what is missing")
     sys.exit(0 if report.ok else 1)
