@@ -13,7 +13,9 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -55,6 +57,8 @@ KINDS = frozenset(
         "float64",
     }
 )  # dtypes of arrays
+# Of a part that is written: one alone leaves cores idle while its file takes what they compressed.
+ARRAYS_AT_ONCE = 4
 TOKENS_IN_TAG = "tokens-in-tag"
 FEATURES: frozenset[str] = frozenset(
     {TOKENS_IN_TAG}
@@ -293,13 +297,7 @@ class PartJob:
         tokens = tokens_sha256(self.arrays)
         with self.place.commit(name, self.token) as folder:
             zarr.create_group(folder, zarr_format=3)
-            for spec in specs:
-                write_array(
-                    folder,
-                    spec,
-                    arrays[spec.name],
-                    shard_tag(self.plan_sha256, self.index, spec.name, tokens),
-                )
+            shards = self._write_arrays(folder, specs, arrays, tokens)
             record = PartRecord(
                 index=self.index,
                 **{f.name: getattr(self.block, f.name) for f in dataclasses.fields(Block)},
@@ -308,7 +306,7 @@ class PartJob:
                 supervised_tokens=int(self.arrays["loss_mask"].sum()),
                 last_rows=int(self.arrays["sample_last_start"][-1]),
                 files={
-                    n: list(file_sums(folder / n))
+                    n: list(shards.get(n) or file_sums(folder / n))
                     for n in sorted(_files(folder))
                     if n != "zarr.json"
                 },
@@ -320,6 +318,27 @@ class PartJob:
             )
             write_attributes(folder, PART_KEY, sealed(record.to_json()))
         return record
+
+    def _write_arrays(
+        self,
+        folder: Path,
+        specs: Sequence[StoredArray],
+        arrays: Mapping[str, Array | Pieces],
+        tokens: str,
+    ) -> dict[str, tuple[int, int, int]]:
+        """Write all arrays, several at once, largest first: each is written to its file by one
+        thread. Returns the sums of the shard files.
+        """
+
+        def one(spec: StoredArray) -> tuple[str, tuple[int, int, int] | None]:
+            tag = shard_tag(self.plan_sha256, self.index, spec.name, tokens)
+            local = not self.place.remote
+            sums = write_array(folder, spec, arrays[spec.name], tag, to_disk=local)
+            return f"{spec.name}/{shard_file(spec)}", sums
+
+        order = sorted(specs, key=lambda s: -math.prod(s.shape) * np.dtype(s.dtype).itemsize)
+        with ThreadPoolExecutor(ARRAYS_AT_ONCE, "dspark-array") as threads:
+            return {name: sums for name, sums in threads.map(one, order) if sums is not None}
 
 
 def tokens_sha256(arrays: Mapping[str, Array]) -> str:
@@ -364,9 +383,18 @@ def store_once(states: Mapping[str, Array], sample_start: Array) -> dict[str, Ar
     }
 
 
-def write_array(group: Path, spec: StoredArray, data: Array | Pieces, tag: bytes = b"") -> None:
+def write_array(
+    group: Path,
+    spec: StoredArray,
+    data: Array | Pieces,
+    tag: bytes = b"",
+    *,
+    to_disk: bool = False,
+) -> tuple[int, int, int] | None:
     """Create array ``spec`` in ``group`` and fill it. One shard file; every inner chunk is
-    compressed (unless level 0) and carries a crc32c. ``tag``: what the file begins with.
+    compressed (unless level 0) and carries a crc32c. ``tag``: what the file begins with;
+    ``to_disk``: see ``write_shard``. Returns the file's ``file_sums``; None for an array without
+    rows, which has no file.
     """
     chunk = chunk_rows(spec)
     shards = (-(-max(1, spec.shape[0]) // chunk) * chunk, *spec.shape[1:])
@@ -387,8 +415,9 @@ def write_array(group: Path, spec: StoredArray, data: Array | Pieces, tag: bytes
         fill_value=0,
         zarr_format=3,
     )
-    if spec.shape[0]:
-        write_shard(group / spec.name / shard_file(spec), spec, data, tag)
+    if not spec.shape[0]:
+        return None
+    return write_shard(group / spec.name / shard_file(spec), spec, data, tag, to_disk=to_disk)
 
 
 def shard_file(spec: StoredArray) -> str:

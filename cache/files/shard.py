@@ -21,29 +21,37 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numcodecs.blosc
 import numpy as np
 from numcodecs import Blosc, Zstd
 
 from dspark.cache.errors import DamagedCacheError, read_error
-from dspark.cache.files.checksum import crc32c
+from dspark.cache.files.atomic import start_writeback
+from dspark.cache.files.checksum import crc32, crc32c
 from dspark.cache.files.layout import StoredArray
 from dspark.cache.files.place import LocalFile, Object, ends
 from dspark.cache.files.urls import Where
 
 Array = np.ndarray[tuple[int, ...], np.dtype[Any]]
+T = TypeVar("T")
 
 RUN_BYTES = 1 << 20  # of values that one thread packs before it takes more
 # of values per byte of a file at most; bytes that any file may claim
 CLAIM, CLAIM_FLOOR = 1024, 64 << 20
 # the crc32c of any bytes followed by their own crc32c, little-endian, and of no others
 RESIDUE = 0x48674BC7
+
+WRITEBACK_BYTES = 16 << 20
+IOV = 512  # buffers of one write; the system's limit is 1,024 or more
+
+_processes = 1
 
 # Blosc's own threads may finish blocks in any order; one thread per chunk gives the same bytes
 # every time.
@@ -67,7 +75,22 @@ def chunk_rows(spec: StoredArray) -> int:
 
 @cache
 def _pool() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(max(1, os.cpu_count() or 1), thread_name_prefix="dspark-shard")
+    return ThreadPoolExecutor(_threads(), thread_name_prefix="dspark-shard")
+
+
+@cache
+def _threads() -> int:
+    return max(1, (os.cpu_count() or 1) // _processes)
+
+
+def share_cores(processes: int) -> None:
+    """Compress with this process's share of the cores, one of ``processes`` like it, from now on.
+    More threads only wait for Python's lock.
+    """
+    global _processes
+    _processes = processes
+    _threads.cache_clear()
+    _pool.cache_clear()
 
 
 os.register_at_fork(after_in_child=_pool.cache_clear)  # a fork has none of its parent's threads
@@ -94,9 +117,17 @@ class Pieces:
         return np.concatenate(out)
 
 
-def write_shard(path: Path, spec: StoredArray, data: Array | Pieces, tag: bytes = b"") -> None:
-    """Write ``data`` (all of the array) as the shard file ``path``. Compresses chunks in parallel;
-    the bytes do not depend on that.
+def write_shard(
+    path: Path,
+    spec: StoredArray,
+    data: Array | Pieces,
+    tag: bytes = b"",
+    *,
+    to_disk: bool = False,
+) -> tuple[int, int, int]:
+    """Write ``data`` (all of the array) as the shard file ``path``; returns what ``file_sums`` says
+    of it. Compresses chunks in parallel; the bytes do not depend on that. ``to_disk``: the file
+    will be fsynced, so the kernel begins with that now.
 
     ``tag``: bytes that the file begins with; the index counts from its start, so a reader of Zarr
     never looks at them.
@@ -126,20 +157,61 @@ def write_shard(path: Path, spec: StoredArray, data: Array | Pieces, tag: bytes 
     run = rows * max(1, RUN_BYTES // max(1, rows * _row_bytes(spec)))
     sizes: list[int] = []
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "wb") as file:
-        file.write(tag)
+    with open(path, "wb", buffering=0) as raw:
+        file = _Growing(raw.fileno(), to_disk)
+        file.write([tag])
         # Written as they arrive, while the next ones are compressed.
-        for chunks in _pool().map(encode_run, range(0, data.shape[0], run)):
-            for chunk in chunks:
-                file.writelines(chunk)
-                sizes.append(len(chunk[0]) + len(chunk[1]))
+        for chunks in _in_order(encode_run, range(0, data.shape[0], run)):
+            sizes += [len(packed) + len(crc) for packed, crc in chunks]
+            file.write([piece for chunk in chunks for piece in chunk])
         lengths = np.array(sizes, np.uint64)
         index = (
             np.stack([np.cumsum(lengths) - lengths + np.uint64(len(tag)), lengths], 1)
             .astype("<u8")
             .tobytes()
         )
-        file.write(index + crc32c(index).to_bytes(4, "little"))
+        file.write([index, crc32c(index).to_bytes(4, "little")])
+    return file.size, file.crc32c, file.crc32
+
+
+def _in_order(work: Callable[[int], T], items: Iterable[int]) -> Iterator[T]:
+    """Do ``work`` for all items on the pool, a limited number ahead; results in order."""
+    pool, ahead, coming = _pool(), 2 * _threads(), deque[Future[T]]()
+    try:
+        for item in items:
+            coming.append(pool.submit(work, item))
+            if len(coming) > ahead:
+                yield coming.popleft().result()
+        while coming:
+            yield coming.popleft().result()
+    finally:
+        for left in coming:
+            left.cancel()
+
+
+class _Growing:
+    """A file that is being written, and the size and checksums of what it has so far."""
+
+    def __init__(self, fd: int, to_disk: bool) -> None:
+        self._fd, self._to_disk = fd, to_disk
+        self._begun = 0  # bytes that the kernel was told to write to disk
+        self.size = self.crc32c = self.crc32 = 0
+
+    def write(self, pieces: list[bytes]) -> None:
+        """Append ``pieces``, without joining them."""
+        for piece in pieces:
+            self.size += len(piece)
+            self.crc32c, self.crc32 = crc32c(piece, self.crc32c), crc32(piece, self.crc32)
+        for i in range(0, len(pieces), IOV):
+            some = pieces[i : i + IOV]
+            written, size = os.writev(self._fd, some), sum(map(len, some))
+            if written < size:  # a signal, or a disk that is nearly full
+                rest = memoryview(b"".join(some))[written:]
+                while rest:
+                    rest = rest[os.write(self._fd, rest) :]
+        if self._to_disk and self.size - self._begun >= WRITEBACK_BYTES:
+            start_writeback(self._fd, self._begun, self.size - self._begun)
+            self._begun = self.size
 
 
 def _row_bytes(spec: StoredArray) -> int:

@@ -34,6 +34,7 @@ from dspark.cache.codec.base import EXACT_TOKEN, naming, tokens_of
 from dspark.cache.errors import EngineError
 from dspark.cache.files.layout import SOURCE_STRIDE
 from dspark.cache.files.part import PartJob, PartRecord
+from dspark.cache.files.shard import share_cores
 from dspark.cache.writer import StoreWriter
 from dspark.dump.engines.engine import GROUPS, Captured, CodedStates
 from dspark.dump.workers import WorkerPool
@@ -59,13 +60,16 @@ THREADS = (
 
 def writers(processes: int) -> WorkerPool | None:
     """Start processes for a ``Pipeline``, if this system can share memory with them."""
-    return WorkerPool(processes, "writes parts", _ready) if processes and can_share() else None
+    if not processes or not can_share():
+        return None
+    return WorkerPool(processes, "writes parts", _ready, (processes,))
 
 
-def _ready() -> None:
-    """Run in a worker: finding this function has imported everything that ``write_shared``
-    needs.
+def _ready(processes: int) -> None:
+    """Run in a worker, one of ``processes``: finding this function has imported everything that
+    ``write_shared`` needs.
     """
+    share_cores(processes)
 
 
 class Pipeline:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import multiprocessing
+import os
 import pickle
 from pathlib import Path
 
@@ -350,6 +351,29 @@ def test_our_shards_are_zarrs_bytes_and_ours_reads_zarrs(
     for _ in range(20):
         a, b = sorted(rng.integers(0, rows + 1, 2).tolist())
         np.testing.assert_array_equal(shard.read(a, b), data[a:b])
+
+
+def test_a_disk_that_takes_a_little_at_a_time_changes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Short writes, chunks of a few bytes, and a file that is told to go to disk early; the sums
+    are the file's.
+    """
+    from dspark.cache.files import shard
+    from dspark.cache.files.checksum import file_sums
+    from dspark.cache.files.layout import StoredArray
+
+    spec = StoredArray("x", (9000, 3), "uint8", 8, 0, 1)
+    data = np.random.default_rng(0).integers(0, 9, spec.shape).astype(np.uint8)
+    sums = shard.write_shard(tmp_path / "whole", spec, data, b"tag")
+    assert sums == file_sums(tmp_path / "whole")
+    writev = os.writev
+    monkeypatch.setattr(shard, "RUN_BYTES", 4000)
+    monkeypatch.setattr(shard, "WRITEBACK_BYTES", 1000)
+    monkeypatch.setattr(shard, "IOV", 5)
+    monkeypatch.setattr(os, "writev", lambda fd, pieces: writev(fd, [pieces[0][:3]]))
+    assert shard.write_shard(tmp_path / "bits", spec, data, b"tag", to_disk=True) == sums
+    assert (tmp_path / "bits").read_bytes() == (tmp_path / "whole").read_bytes()
 
 
 def test_unpacked_chunks_whose_index_is_not_theirs_are_damage(tmp_path: Path) -> None:
