@@ -18,6 +18,7 @@ import itertools
 import multiprocessing
 import os
 import resource
+import stat
 import sys
 import tempfile
 import time
@@ -61,7 +62,6 @@ from dspark.dump.writing.pipeline import Pipeline, writers
 LAYERS, HIDDEN = 5, 576
 SAMPLE, PART_SAMPLES, BATCH_SAMPLES = 302, 1000, 128
 DISTINCT = 4096  # rows of codes that are made; they repeat outside the reach of a chunk's zstd
-DONE = "stop"
 
 
 def parts(count: int) -> list[PartRows]:
@@ -141,6 +141,7 @@ def worker(folder: str, name: str, count: int, room: Any, pipe: Any) -> None:
     hold(folder)
     pipe.send(None)
     pipe.recv()
+    before = resource.getrusage(resource.RUSAGE_SELF)
     with ThreadPoolExecutor(8) as threads:
 
         def one(i: int) -> None:
@@ -150,7 +151,7 @@ def worker(folder: str, name: str, count: int, room: Any, pipe: Any) -> None:
             room.acquire()
             threads.submit(one, i)
     used = resource.getrusage(resource.RUSAGE_SELF)
-    pipe.send((used.ru_utime, used.ru_stime))
+    pipe.send(used.ru_utime + used.ru_stime - before.ru_utime - before.ru_stime)
 
 
 class Silent:
@@ -187,6 +188,10 @@ def alone(folder: Path, name: str) -> dict[str, float]:
             b = writer.block(0, 0, PART_SAMPLES, dropped={}, truncated=0)
             job = writer.job(0, part.samples, b)
             filling = Filling(part, job, block)
+            if turn == "first":
+                began = time.perf_counter()
+                block.populate()
+                out["populate"] = block.size / 1e9 / (time.perf_counter() - began)
             for i, batch in enumerate(work):
                 samples = [s for _, _, s in batch]
                 coded, told = codes.batch(samples), codes.counts(samples)
@@ -231,8 +236,10 @@ def together(folder: Path, name: str, count: int, workers: int) -> dict[str, Any
     writer = store(folder, name)
     reader = SpoolReader(folder)
     ours.recv()
+    started = 0.0
     if pool is not None:
         pool.wait_until_started()
+        started = sum(map(processors, pool._processes))
 
     def states(i: int, numbers: list[int]) -> CodedStates:
         found = reader.take(f"{folder}/{i}.batch", numbers)
@@ -260,15 +267,13 @@ def together(folder: Path, name: str, count: int, workers: int) -> dict[str, Any
         seconds = time.perf_counter() - began
         stages = {k: round(v, 3) for k, v in pipeline.seconds.items()}
     now = os.times()
+    children = now.children_user + now.children_system - used.children_user - used.children_system
     theirs_used = ours.recv()
     process.join()
     writer.finish()
-    codes = sum(
-        (folder / "hs.zarr/parts").rglob("*") and (f.stat().st_size if f.is_file() else 0)
-        for f in (folder / "hs.zarr/parts").rglob("*")
-    )
+    files = (f.stat() for f in (folder / "hs.zarr/parts").rglob("*"))
+    codes = sum(f.st_size for f in files if stat.S_ISREG(f.st_mode))
     tokens = sum(p.tokens for p in rows)
-    children = now.children_user + now.children_system - used.children_user - used.children_system
     remove(folder / "hs.zarr")
     return {
         "tokens": tokens,
@@ -278,10 +283,16 @@ def together(folder: Path, name: str, count: int, workers: int) -> dict[str, Any
         "stages_s": stages,
         "processor_s": {
             "dump": round(now.user + now.system - used.user - used.system, 2),
-            "vLLM's worker": round(sum(theirs_used), 2),
-            "writers and vLLM's worker, with their start": round(children, 2),
+            "vLLM's worker": round(theirs_used, 2),
+            "writers": round(children - started, 2),
         },
     }
+
+
+def processors(pid: int) -> float:
+    """Seconds of processors that a process has used."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def main() -> None:

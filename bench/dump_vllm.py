@@ -7,7 +7,8 @@ dump through our connector.
 Plain vLLM runs in a process of its own first, with as many tokens per step as the dump takes (on an
 H100 with SmolLM2 800 k tokens/s, with vLLM's own number 390 to 503 k), the best of three passes,
 each on an empty prefix cache. Then, on the dump's own engine, the same requests with
-``dspark_skip``: what vLLM's extraction costs when nobody takes the states. Then the dump, of
+``dspark_skip``: what vLLM's extraction costs when nobody takes the states. Then with codes that are
+read and dropped: what coding and the hand-over cost without parts. Then the dump, of
 ``--copies`` times the rows (each copy begins with a number of its own, so that the prefix cache
 does not know it). Prefix caching and chunked prefill are on in all. Writes bench/results/NAME.json.
 
@@ -28,6 +29,7 @@ import tempfile
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +52,7 @@ from dspark.dump.plan import Plan
 from dspark.dump.progress import Display
 from dspark.dump.run import dump
 
+GROUP = 1000  # rows of a part
 PROBED = 48  # samples whose stored states are compared
 # of plain prefill; the best counts, since the dump's engine is warm from self-check and calibration
 # too
@@ -103,7 +106,7 @@ class Uncached:
 
     def __init__(self, samples: list[TokenSample], codec: Codec) -> None:
         self.prompts, self.codec = [s.input_ids.tolist() for s in samples], codec
-        self.extraction = 0.0
+        self.samples, self.extraction, self.handed = samples, 0.0, 0.0
         self.probe = dict(list(enumerate(samples))[:: -(-len(samples) // PROBED)])
         self.raw: dict[int, States] = {}
 
@@ -111,6 +114,7 @@ class Uncached:
         engine = load_engine(plan, batch_tokens)
         assert isinstance(engine, VllmEngine)
         self.extraction = max(self.skipped(engine) for _ in range(PASSES))
+        self.handed = max(self.handed_over(engine) for _ in range(PASSES))
         stream = engine.stream
 
         def from_nothing(*args: Any) -> Iterator[Captured]:  # the self-check's, then the dump's
@@ -151,6 +155,17 @@ class Uncached:
             "samples": len(self.raw),
         }
 
+    def handed_over(self, engine: VllmEngine) -> float:
+        """Tokens per second of ``engine`` alone, its codes read and dropped."""
+        empty_cache(engine.llm)
+        groups = (self.samples[i : i + GROUP] for i in range(0, len(self.samples), GROUP))
+        began = time.perf_counter()
+        with ThreadPoolExecutor(1) as reader:
+            taken = [reader.submit(taken_of, c) for c in engine.stream(groups, self.codec)]
+        for one in taken:
+            one.result()
+        return sum(map(len, self.prompts)) / (time.perf_counter() - began)
+
     def skipped(self, engine: VllmEngine) -> float:
         from vllm import SamplingParams
 
@@ -169,6 +184,12 @@ class Uncached:
                 loop.add(i, prompt, len(prompt), params)
             loop.step()
         return sum(map(len, self.prompts)) / (time.perf_counter() - began)
+
+
+def taken_of(captured: Captured) -> None:
+    """Wait for the codes, and drop them."""
+    assert callable(captured.states)
+    captured.states()
 
 
 def steps_of(plan: Plan) -> int | None:
@@ -293,6 +314,7 @@ def main() -> None:
             "tokens_per_s": rate,
             "ratio": rate / bare,
             "extraction_tokens_per_s": engine.extraction,
+            "handed_over_tokens_per_s": engine.handed,
             "tokens": report["new_tokens"],
             "seconds": report["capture_seconds"],
             "stages_s": report["stages"],

@@ -28,6 +28,7 @@ from dspark.dump.checks.states import check
 from dspark.dump.engines.answers import Ask, Sampling
 from dspark.dump.engines.hf import TransformersEngine
 from dspark.dump.engines.vllm.engine import (
+    FEEDING,
     Member,
     VllmEngine,
     extracted_ids,
@@ -140,7 +141,7 @@ def test_workers_code_what_the_codec_codes(running: VllmEngine, bits: int) -> No
         for end, arrays in zip(at, states, strict=True):
             assert all(len(a) == end for a in arrays.values())
     assert len(found) == 6
-    assert stages.keys() == set(STAGES)
+    assert stages.keys() == {*STAGES, *FEEDING}
     for g, group in enumerate(groups):
         for i, states in running.capture(group):
             want = to_numpy(codec.encode(*states))

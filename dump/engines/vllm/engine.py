@@ -87,6 +87,7 @@ BATCH_BYTES = 256 << 20
 # Of one step of the engine at most, where states are so small that vLLM's own 16,384 leave a GPU
 # waiting for launches.
 STEP_TOKENS, VLLM_STEP_TOKENS = 1 << 16, 1 << 14
+FEEDING = "engine: add requests", "engine: wait for a step"
 STEP_BYTES = 512 << 20  # of raw states that vLLM keeps of a step
 # of a layer's largest value: an all-reduce gives every rank the same bits, a partial sum differs by
 # a tenth and more
@@ -134,6 +135,8 @@ class VllmEngine:
         self.version = engine_version("vllm")
         self._frozen, self._norm, self._spool = frozen, norm, spool
         self._reader = SpoolReader(spool)
+        self._loop: RequestLoop[Any] | None = None  # of the stream, and its seconds told so far
+        self._told = 0.0, 0.0
 
     @classmethod
     def load(
@@ -225,6 +228,7 @@ class VllmEngine:
         vllm = importlib.import_module("vllm")
         self.use_codec(codec)
         loop: RequestLoop[tuple[int, int, TokenSample]] = RequestLoop(self.llm, self.room(codec))
+        self._loop, self._told = loop, (0.0, 0.0)
         plain = vllm.SamplingParams(max_tokens=1, temperature=0.0, detokenize=False)
         coming = enumerate(groups)
         waiting: deque[tuple[int, int, TokenSample]] = deque()
@@ -327,7 +331,15 @@ class VllmEngine:
         tensors = self._spooled(batch, members)
         names = [*codec.arrays(len(self.columns), self.shapes.hidden_size), EXACT_TOKEN]
         arrays = {name: tensors[name].numpy() for name in names if name in tensors}
-        return CodedStates(arrays, self._reader.spent())
+        return CodedStates(arrays, self._reader.spent() | self._fed())
+
+    def _fed(self) -> dict[str, float]:
+        """Return the seconds that the stream's own thread spent on requests since the last call."""
+        if self._loop is None:
+            return {}
+        now, before = (self._loop.adding, self._loop.stepping), self._told
+        self._told = now
+        return {stage: a - b for stage, a, b in zip(FEEDING, now, before, strict=True)}
 
     def _generate(self, samples: Sequence[TokenSample], **sampling: Any) -> list[Any]:
         """Return the outputs of the samples in order, all in flight at once."""

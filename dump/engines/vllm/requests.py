@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import queue
 import threading
+import time
 from collections.abc import Callable
 from itertools import count
 from typing import Any, Generic, TypeVar, cast
@@ -54,7 +55,10 @@ class Patient:
 
 
 class RequestLoop(Generic[Key]):
-    """``budget``: maximum tokens in flight; a longer request goes alone."""
+    """``budget``: maximum tokens in flight; a longer request goes alone. ``adding`` and
+    ``stepping``: seconds spent so far on adding requests, and in steps of the engine, which mostly
+    are waiting for it.
+    """
 
     def __init__(self, llm: Any, budget: int) -> None:
         self._engine = llm.llm_engine
@@ -65,6 +69,7 @@ class RequestLoop(Generic[Key]):
         self._names = (f"dspark-{n}" for n in count())
         self._open: dict[str, tuple[Key, int]] = {}
         self._tokens = 0
+        self.adding = self.stepping = 0.0
 
     @property
     def empty(self) -> bool:
@@ -88,14 +93,18 @@ class RequestLoop(Generic[Key]):
         name = next(self._names)
         self._open[name] = (key, tokens)
         self._tokens += tokens
+        began = time.perf_counter()
         self._guarded(self._engine.add_request, name, {"prompt_token_ids": prompt}, params)
+        self.adding += time.perf_counter() - began
 
     def step(self) -> list[tuple[Key, Any]]:
         """Run an engine step; returns the finished requests with their outputs. Raises EngineError
         if the engine failed or returned nothing for STEP_SECONDS.
         """
-        out = []
-        for done in self._guarded(self._patient, self._engine.step, STEP_SECONDS):
+        out, began = [], time.perf_counter()
+        finished = self._guarded(self._patient, self._engine.step, STEP_SECONDS)
+        self.stepping += time.perf_counter() - began
+        for done in finished:
             if done.finished:
                 key, tokens = self._open.pop(done.request_id)
                 self._tokens -= tokens
