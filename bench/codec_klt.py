@@ -42,7 +42,7 @@ import torch
 from codec_klt_states import Corpus, capture, read_corpus
 from torch import Tensor
 
-from common import write
+from common import PUBLISHED_LOSS, write
 from dspark.cache.codec.base import EXACT_TOKEN, ArraySpec, tokens_of
 from dspark.cache.codec.klt.codec import FAMILY as KLT
 from dspark.cache.codec.klt.fit import fit
@@ -64,6 +64,7 @@ from dspark.train.optim.muon import MasterMuon
 STARTED = time.monotonic()
 META = 1.5  # bytes per token of ids, mask and a part's records (layout.token_bytes)
 DECAY = 4.0
+LOSS = ObjectiveConfig.from_json(PUBLISHED_LOSS)  # as every table of it so far
 
 
 def say(*words: object) -> None:
@@ -401,7 +402,7 @@ class Trainer:
             slots = SlotInputs.gather(
                 batch, self.model(batch, self.model.plan(batch, backend)), DECAY
             )
-            out = objective(slots, self.model.frozen_head, ObjectiveConfig(), weights)
+            out = objective(slots, self.model.frozen_head, LOSS, weights)
             out.loss.backward()  # type: ignore[no-untyped-call]
             rate = learning_rate(step, args.steps, args.lr, 0.04, 0.0, args.schedule)
             self.optimizer.step(rate)

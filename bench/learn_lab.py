@@ -232,7 +232,9 @@ class Lab:
         states: SlotStates = run.model(batch, run.model.plan(batch, run.compute.backend))
         slots = SlotInputs.gather(batch, states, v.slot_decay)
         weights = weights_of(v, head, batch, states, slots)
-        out = objective(slots, head, config, unit, weights=weights)
+        if weights is not None:  # of the confidence's term too
+            slots = dataclasses.replace(slots, weight=weights)
+        out = objective(slots, head, config, unit)
         out.loss.backward()  # type: ignore[no-untyped-call]
 
     def step_times(self, variants: list[Variant], probe: int) -> list[float]:

@@ -36,6 +36,7 @@ import torch
 from feed import config, rows_of
 from torch import Tensor
 
+from common import PUBLISHED_LOSS
 from dspark.train.data.batch import Batch
 from dspark.train.data.feed import Feed
 from dspark.train.draft.folder import save_draft
@@ -165,6 +166,8 @@ def train(run: Run, checkout: Path, output: Path, eager: bool) -> dict[str, Any]
         torch.compile(peer.net, dynamic=True) if run.compute.compiled and not eager else peer.net
     )
     objective = ObjectiveConfig.from_json(settings.loss_fn)
+    if objective.kl:
+        raise SystemExit("--loss-fn: the peer's loss has no divergence")
     feed = Feed(rows_of(run), lambda row: row.place(run.cache, device, run.compute.dtype), device)
     report = RunLog(output, 0)
     out: dict[str, Any] = {}
@@ -226,7 +229,8 @@ def main() -> None:
     parser.add_argument("--train", default="", help="flags of dspark-train")
     parser.add_argument("--eager", action="store_true", help="do not compile its network")
     args = parser.parse_args()
-    settings = config(args.store, f"{args.train} --output {shlex.quote(str(args.output))}")
+    output = shlex.quote(str(args.output))
+    settings = config(args.store, f"--loss-fn '{PUBLISHED_LOSS}' {args.train} --output {output}")
     folder.claim(args.output, settings, resume=False, overwrite=True)
     run = prepare(settings)
     folder.begin(args.output, run, resume=False, overwrite=True)

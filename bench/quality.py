@@ -34,13 +34,14 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
-from common import RESULTS, reported, scored, speed_of, trained, write
+from common import PUBLISHED_LOSS, RESULTS, reported, scored, speed_of, trained, write
 
 Row = dict[str, Any]
 FLAGS = (
     "--recipe none --num-layers 3 --total-seq-len 16384 --rows-per-step 1 --max-anchors 2048 "
     "--lr 1e-3 --workers 6 --val-rows 12 --no-tensorboard "
-    "--checkpoint-freq 100 --keep-checkpoints 1 --max-steps 1500"
+    "--checkpoint-freq 100 --keep-checkpoints 1 --max-steps 1500 "
+    f"--loss-fn '{PUBLISHED_LOSS}'"
 )
 BASE, PEER = "baseline", "peer"
 VARIANTS = {

@@ -2,7 +2,7 @@
 DeepSpec beside it.
 
 python bench/step.py [--shape qwen3-4b] [--peer DIR_OF_A_DEEPSPEC_CHECKOUT] [--scaling
-[tokens,block]] [--adam] [--name step]
+[tokens,block]] [--adam] [--loss-fn '{"ce": 0.1, "kl": 0.3, "l1": 0.6}'] [--name step]
 
 The peer runs in the same process on the same weights, tokens, states and anchors; nothing of it is
 needed otherwise.
@@ -30,7 +30,7 @@ import torch
 from peer import Given, Peer
 from torch import Tensor
 
-from common import RESULTS, write
+from common import PUBLISHED_LOSS, RESULTS, write
 from dspark.cache.target.logits import PLAIN
 from dspark.train.data import anchors as rules
 from dspark.train.data.batch import Batch
@@ -196,7 +196,7 @@ def ours(
         states = model(batch, model.plan(batch, "flex" if cuda else "sdpa"))
         timer.mark()
         slots = SlotInputs.gather(batch, states, 4.0)
-        out = objective(slots, model.frozen_head, ObjectiveConfig(), dens[i % len(rows)])
+        out = objective(slots, model.frozen_head, args.loss, dens[i % len(rows)])
         timer.mark()
         out.loss.backward()  # type: ignore[no-untyped-call]
         timer.mark()
@@ -238,7 +238,9 @@ def furthest(found: dict[str, Tensor], reference: dict[str, Tensor]) -> tuple[fl
     return max((float((found[n] - g).norm() / g.norm()), n) for n, g in reference.items())
 
 
-def agreement(s: Shape, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+def agreement(
+    s: Shape, device: torch.device, dtype: torch.dtype, loss: ObjectiveConfig
+) -> dict[str, Any]:
     """Fast path (compiled, flex, Triton) against slow (eager, SDPA, plain torch) on the same row
     and weights; in bfloat16 both also against the slow path in float32 on the same values.
     """
@@ -256,7 +258,7 @@ def agreement(s: Shape, device: torch.device, dtype: torch.dtype) -> dict[str, A
         with nullcontext() if fast else no_kernels():
             states = forward(given, model.plan(given, "flex" if flex else "sdpa"))
             slots = SlotInputs.gather(given, states, 4.0)
-            out = objective(slots, model.frozen_head, ObjectiveConfig(), dens, terms=terms)
+            out = objective(slots, model.frozen_head, loss, dens, terms=terms)
             out.loss.backward()  # type: ignore[no-untyped-call]
             return out.loss.item(), gradients(model)
 
@@ -387,6 +389,13 @@ def main() -> None:
     parser.add_argument("--agreement", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--adam", action="store_true", help="with fp32 masters, AdamW and metrics")
     parser.add_argument("--repeat", type=int, default=20)
+    parser.add_argument(
+        "--loss-fn",
+        dest="loss",
+        type=ObjectiveConfig.from_json,
+        default=PUBLISHED_LOSS,
+        help="of ours  [DeepSpec's]",
+    )
     parser.add_argument("--rows", type=int, default=3)
     parser.add_argument(
         "--device",
@@ -400,10 +409,10 @@ def main() -> None:
     dtype = torch.bfloat16 if args.device.type == "cuda" else torch.float32
     results: dict[str, Any] = {}
     if args.agreement:
-        results["agreement"] = [agreement(s, args.device, dtype)]
+        results["agreement"] = [agreement(s, args.device, dtype, args.loss)]
         clear()
         small = replace(s, tokens=min(s.tokens, 1024), anchors=min(s.anchors, 128))
-        results["agreement"].append(agreement(small, args.device, torch.float32))
+        results["agreement"].append(agreement(small, args.device, torch.float32, args.loss))
         clear()
         print(results["agreement"], file=sys.stderr)
     model, rows = one_model(s, args, dtype)

@@ -24,7 +24,8 @@ from dspark.train.data.batch import Batch
 FLAGS = (
     "--recipe none --num-layers 1 --block-size 3 --markov-rank 4 --total-seq-len 128 "
     "--rows-per-step 1 --max-anchors 64 --optimizer muon "
-    "--lr 2e-2 --val-fraction 0.3 --no-tensorboard --val-rows 2 --device cpu"
+    "--lr 2e-2 --val-fraction 0.3 --no-tensorboard --val-rows 2 --device cpu "
+    """--loss-fn '{"ce": 0.1, "l1": 0.9}'"""
 )
 OWN = ("learn", "learn_board", "learn_lab", "learn_variants", "feed", "common")
 

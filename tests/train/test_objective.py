@@ -15,8 +15,10 @@ from torch import Tensor
 from core_cases import VOCAB, small_batch, small_draft
 from dspark.cache.errors import UsageError
 from dspark.cache.target.logits import Logits
+from dspark.train.config import TrainConfig
 from dspark.train.objective.objective import (
     CHUNK_LOGITS,
+    EXAMPLE,
     Denominators,
     ObjectiveConfig,
     SlotInputs,
@@ -193,10 +195,10 @@ def test_slots_in_another_order_give_the_same() -> None:
         torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-10)
 
 
-@pytest.mark.parametrize("terms", [(1.0, 0.0), (0.0, 1.0)])
-def test_terms_alone(terms: tuple[float, float]) -> None:
+@pytest.mark.parametrize("term", ["ce", "l1", "kl"])
+def test_terms_alone(term: str) -> None:
     slots, head = case(reduced=True)
-    config = ObjectiveConfig(ce=terms[0], l1=terms[1], confidence=0.0)
+    config = ObjectiveConfig(**{"ce": 0.0, "l1": 0.0, "kl": 0.0, "confidence": 0.0, term: 1.0})
     dens = Denominators(1.0, 1.0, 1.0)
     ours = gradients(objective(slots, head, config, dens, chunk_rows=4).loss, slots)
     for a, b in zip(
@@ -220,7 +222,9 @@ def test_gradient_against_finite_differences() -> None:
 
 
 def test_meaning_on_distributions_by_hand() -> None:
-    """p_d = (1/2, 1/2), p_t = (3/4, 1/4): L1 = 1/2, accept 3/4; label 1: CE = ln 2."""
+    """p_d = (1/2, 1/2), p_t = (3/4, 1/4): L1 = 1/2, accept 3/4, KL = 3/4 ln 3/2 + 1/4 ln 1/2;
+    label 1: CE = ln 2.
+    """
     eye = torch.eye(2)
     slots = SlotInputs(
         h=torch.zeros(1, 2),
@@ -236,7 +240,10 @@ def test_meaning_on_distributions_by_hand() -> None:
     assert out.accept.item() == pytest.approx(0.75)
     assert out.ce.item() == pytest.approx(0.693147, abs=1e-6)
     # BCE of probability 1/2 against any goal is ln 2.
-    assert out.loss.item() == pytest.approx(0.1 * 0.693147 + 0.9 * 0.5 + 0.693147, abs=1e-5)
+    assert out.kl is not None
+    assert out.kl.item() == pytest.approx(0.130812, abs=1e-6)
+    loss = 0.1 * 0.693147 + 0.6 * 0.5 + 0.3 * 0.130812 + 0.693147
+    assert out.loss.item() == pytest.approx(loss, abs=1e-5)
 
 
 def test_soft_cap_and_factor_shape_the_target_only() -> None:
@@ -403,11 +410,14 @@ def test_values_without_gradient() -> None:
 
 
 def test_loss_fn_flag() -> None:
-    assert ObjectiveConfig.from_json('{"ce":0.1,"l1":0.9}') == ObjectiveConfig()
+    assert ObjectiveConfig.from_json(TrainConfig(cache="").loss_fn) == ObjectiveConfig()
+    assert ObjectiveConfig.from_json(EXAMPLE) == ObjectiveConfig()
+    published = ObjectiveConfig(ce=0.1, l1=0.9, kl=0.0)
+    assert ObjectiveConfig.from_json('{"ce":0.1,"l1":0.9}') == published
     # tv is half of l1, so the same number weighs the distance half as much.
-    assert ObjectiveConfig.from_json('{"ce":0.1,"tv":1.8}') == ObjectiveConfig()
+    assert ObjectiveConfig.from_json('{"ce":0.1,"tv":1.8}') == published
     assert ObjectiveConfig.from_json('{"ce":1}', confidence=0.0) == ObjectiveConfig(
-        ce=1.0, l1=0.0, confidence=0.0
+        ce=1.0, l1=0.0, kl=0.0, confidence=0.0
     )
     for bad in (
         '{"ce":0.1,"kld":1}',

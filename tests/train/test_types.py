@@ -39,7 +39,9 @@ class Toy(DSpark):
         return 1, 4
 
     def objective(self, settings: Any) -> ObjectiveConfig:
-        return ObjectiveConfig(ce=1.0, l1=0.0, confidence=settings.confidence_head_alpha, decay=0.0)
+        return ObjectiveConfig(
+            ce=1.0, l1=0.0, kl=0.0, confidence=settings.confidence_head_alpha, decay=0.0
+        )
 
     def recognises(self, flat: Mapping[str, Any]) -> bool:
         return False

@@ -9,16 +9,18 @@ y and weight ``w = exp(-k / decay)``::
 
     CE = -log p_d(y)      L1 = sum_v |p_d(v) - p_t(v)| = 2 TV BCE = bce(confidence, 1 - L1/2
                           detached)
-    loss = ce * sum(w CE)/D_ce + l1 * sum(w L1)/D_l1 + confidence * sum(w BCE)/D_confidence
+    loss = ce * sum(w CE)/D_ce + l1 * sum(w L1)/D_l1 + kl * sum(w KL)/D_l1
+           + confidence * sum(w BCE)/D_confidence
 
 The denominators D are passed in, so that the rows of one optimizer step (on any number of ranks)
 share one mean.
 With a reduced vocabulary p_t stays the softmax over all V and p_d is 0 outside Vd; CE skips labels
 outside Vd.
 
-``l1`` weighs L1, ``tv`` weighs TV = L1/2: ``{"ce": 0.1, "l1": 0.9}`` (DeepSpec's objective, the
-default) equals ``{"ce": 0.1, "tv": 1.8}``, and ``{"ce": 0.1, "tv": 0.9}`` weighs the distance half
-as much. ``kl`` weighs the divergence of ``objective/kl.py``, over the denominator of L1.
+``l1`` weighs L1, ``tv`` weighs TV = L1/2: ``{"ce": 0.1, "l1": 0.9}`` (DeepSpec's objective) equals
+``{"ce": 0.1, "tv": 1.8}``, and ``{"ce": 0.1, "tv": 0.9}`` weighs the distance half as much. ``kl``
+weighs the divergence of ``objective/kl.py``: L1 hardly moves a slot whose draft is far off, since
+its gradient is the draft's own probability times a sign; the divergence does.
 
 Implementation: both softmaxes of a chunk are computed once and give losses, metrics and gradient
 together, and the gradient is propagated to h, z and W2 at once. d(L1)/d(logits) = p_d * (s - <s,
@@ -41,7 +43,7 @@ from torch import Tensor
 from dspark.cache import json_text
 from dspark.cache.errors import UsageError
 from dspark.train.data.batch import Batch
-from dspark.train.objective.kl import kl_terms
+from dspark.train.objective.kl import add_gradient, divergence
 from dspark.train.objective.states import FrozenHead, SlotStates
 from dspark.train.ops.scaled import write_scaled
 
@@ -57,6 +59,8 @@ TILE_ROWS = {"cuda": 128}
 # wants a sum of the matrices' dtype.
 ADDS_WIDE = torch.__version__ >= "2.11"
 
+EXAMPLE = '{"ce": 0.1, "kl": 0.3, "l1": 0.6}'  # of --loss-fn, in messages
+
 # Logits of draft and target, the target's row of each slot, draft ids, labels, the scales of CE, L1
 # and KL (None: no KL), whether gradients are wanted -> CE, L1, hit, gradient, KL.
 ChunkTerms = Callable[
@@ -67,15 +71,15 @@ ChunkTerms = Callable[
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ObjectiveConfig:
-    """Weights of the three terms (``l1`` on L1 = 2 TV) and the decay of slot weights (0 = all slots
+    """Weights of the four terms (``l1`` on L1 = 2 TV) and the decay of slot weights (0 = all slots
     have weight 1).
     """
 
     ce: float = 0.1
-    l1: float = 0.9
+    l1: float = 0.6
     confidence: float = 1.0
     decay: float = 4.0
-    kl: float = 0.0
+    kl: float = 0.3
 
     def __post_init__(self) -> None:
         for name in ("ce", "l1", "confidence", "decay", "kl"):
@@ -95,13 +99,9 @@ class ObjectiveConfig:
         try:
             given: Any = json_text.loads(text)
         except ValueError as wrong:
-            raise UsageError(
-                f'--loss-fn is not JSON ({wrong}); expected e.g. {{"ce":0.1,"l1":0.9}}'
-            ) from wrong
+            raise UsageError(f"--loss-fn is not JSON ({wrong}); expected e.g. {EXAMPLE}") from wrong
         if not isinstance(given, dict):
-            raise UsageError(
-                f'--loss-fn is {text}; expected a JSON object, e.g. {{"ce":0.1,"l1":0.9}}'
-            )
+            raise UsageError(f"--loss-fn is {text}; expected a JSON object, e.g. {EXAMPLE}")
         unknown = sorted(set(given) - {"ce", "l1", "tv", "kl"})
         if unknown:
             raise UsageError(
@@ -261,14 +261,12 @@ def objective(
     *,
     chunk_rows: int | None = None,
     terms: ChunkTerms | None = None,
-    weights: Tensor | None = None,
 ) -> ObjectiveOutput:
     """Return the loss of one row's share of a step. Products run in the dtype of ``head.lm_head``,
     softmax and sums in fp32.
 
     ``chunk_rows`` slots at a time, by default ``chunk_rows_for`` them, in chunks of nearly equal
     size. ``terms`` replaces the work on a chunk (default: Triton on CUDA, plain torch elsewhere).
-    ``weights`` [N] replace ``slots.weight`` for CE and L1, but not for the confidence.
     """
     dtype, wide = head.lm_head.dtype, _wide(slots.h.dtype)
     device, count = slots.h.device.type, slots.h.shape[0]
@@ -280,10 +278,9 @@ def objective(
     labels = slots.labels if head.to_draft is None else head.to_draft[slots.labels]
     weight = slots.weight.to(wide)
     known = labels >= 0
-    token_weight = weight if weights is None else weights.to(wide)
-    scale_ce = token_weight * known * (config.ce / max(denominators.ce, 1e-12))
-    scale_l1 = token_weight * (config.l1 / max(denominators.l1, 1e-12))
-    scale_kl = token_weight * (config.kl / max(denominators.l1, 1e-12)) if config.kl else None
+    scale_ce = weight * known * (config.ce / max(denominators.ce, 1e-12))
+    scale_l1 = weight * (config.l1 / max(denominators.l1, 1e-12))
+    scale_kl = weight * (config.kl / max(denominators.l1, 1e-12)) if config.kl else None
     x = slots.h.to(dtype)
     loss, ce, l1, hit, kl = _ChunkedTerms.apply(  # type: ignore[no-untyped-call]
         x if slots.z is None else torch.cat([x, slots.z.to(dtype)], 1),
@@ -373,25 +370,22 @@ def chunk_terms(
     unless only values are wanted, KL [n] if it has a scale. ``labels`` int64[n] are rows of the
     draft's vocabulary, -1 outside it.
     """
-    kl = towards = None
-    if scale_kl is not None:
-        kl, towards = kl_terms(draft, target, target_at, draft_ids, scale_kl, with_gradient)
     target = target[target_at]
     wide = _wide(draft.dtype)
     logits = draft.to(wide)
     log_z = logits.logsumexp(-1, keepdim=True)
-    p = (logits - log_z).exp()
+    log_p = logits - log_z
+    p = log_p.exp()
     q = target.to(wide).softmax(-1)
     best_draft, best_target = logits.argmax(-1), target.argmax(-1)
-    if draft_ids is None:
-        difference = p - q
-        l1 = difference.abs().sum(-1)
-    else:
+    inside = q if draft_ids is None else q[:, draft_ids]
+    kl = None if scale_kl is None else divergence(inside, log_p)
+    difference = p - inside
+    l1 = difference.abs().sum(-1)
+    if draft_ids is not None:
         # Probability that the target gives to tokens the draft cannot produce is lost whatever the
         # draft does.
-        inside = q[:, draft_ids]
-        difference = p - inside
-        l1 = difference.abs().sum(-1) + (1 - inside.sum(-1)).clamp(min=0)
+        l1 = l1 + (1 - inside.sum(-1)).clamp(min=0)
         best_draft = draft_ids[best_draft]
     ce = log_z[:, 0] - logits.gather(1, labels.clamp(min=0)[:, None])[:, 0]
     ce = torch.where(labels >= 0, ce, 0)
@@ -402,15 +396,14 @@ def chunk_terms(
     gradient = p * (scale_l1[:, None] * (sign - mean_sign) + scale_ce[:, None])
     # scale_ce is 0 where the label is unknown, so column 0 stays unchanged there.
     gradient.scatter_add_(1, labels.clamp(min=0)[:, None], -scale_ce[:, None])
-    gradient = gradient.to(draft.dtype)
-    if towards is not None:
-        gradient = gradient + towards
-    return ce, l1, best_draft == best_target, gradient, kl
+    if scale_kl is not None:
+        add_gradient(gradient, p, inside, scale_kl)
+    return ce, l1, best_draft == best_target, gradient.to(draft.dtype), kl
 
 
 class _ChunkedTerms(torch.autograd.Function):
-    """``sum(scale_ce * CE + scale_l1 * L1)``; gradients are computed in the forward pass, and the
-    backward pass only scales them.
+    """``sum(scale_ce * CE + scale_l1 * L1 + scale_kl * KL)``; gradients are computed in the
+    forward pass, and the backward pass only scales them.
 
     ``x`` [N, K] is [h | z], K = H + r, with a Markov head and h alone without (``w2`` None): the
     draft's logits are one product with [head | W2], and d_x one product with their gradient. A

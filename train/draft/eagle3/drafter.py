@@ -148,11 +148,6 @@ class Eagle3(DrafterType):
             LOSS if unsaid else settings.loss_fn, confidence=0.0, decay=settings.decay
         )
 
-    def judging(self, decay: float) -> ObjectiveConfig:
-        from dspark.train.objective.objective import ObjectiveConfig
-
-        return ObjectiveConfig(decay=decay, kl=1.0)
-
     def decoder(self, draft: DraftModel) -> Decoder:
         from dspark.train.draft.eagle3.decoding import Eagle3Decoder
         from dspark.train.draft.eagle3.model import Eagle3Model

@@ -202,11 +202,6 @@ class Spd(DrafterType):
             LOSS if unsaid else settings.loss_fn, confidence=0.0, decay=0.0
         )
 
-    def judging(self, decay: float) -> ObjectiveConfig:
-        from dspark.train.objective.objective import ObjectiveConfig
-
-        return ObjectiveConfig(decay=decay, kl=1.0)
-
     def block_states(self, states: SlotStates) -> Tensor:
         assert states.z is not None
         return states.z
