@@ -114,6 +114,11 @@ def read_error(path: object, error: OSError) -> DamagedCacheError | UnreadableEr
     """
     if error.errno in GONE:
         return DamagedCacheError(f"{path}: {error.strerror}")
+    if isinstance(error, UnreadableError):  # of an object store
+        return UnreadableError(
+            f"{path}: cannot be read now: {error.strerror}. It may well be intact: check the "
+            "credentials, the name and the network, and try again."
+        )
     return UnreadableError(
         f"{path}: cannot be read now: {error.strerror or error}. It may well be intact: check "
         "the disk, the permissions and the limit on open files (ulimit -n), and try "

@@ -11,12 +11,18 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dspark.cache.errors import DamagedCacheError, ExistsError, MismatchError, UsageError
+from dspark.cache.errors import (
+    DamagedCacheError,
+    ExistsError,
+    MismatchError,
+    StoreWriteError,
+    UsageError,
+)
 from dspark.cache.files.atomic import staged
 from dspark.cache.files.blocks import missing_rows, rows_known, spans
 from dspark.cache.files.calibration import stored_codec
@@ -39,7 +45,6 @@ from dspark.cache.files.place import (
     Object,
     Place,
     each_in_parallel,
-    in_parallel,
     place_of,
     refuse_links,
 )
@@ -84,8 +89,7 @@ def merge(
     out = where(out)
     if not stores:
         raise UsageError("merge: give the stores to join after the new one")
-    if place_of(out).exists():
-        raise ExistsError(f"{out} exists. Give the merged store another name.")
+    refuse_existing(out)
     sources: list[SourceInfo] = []
     given = [_given(where(s), sources) for s in stores]
     first = given[0].manifest
@@ -101,8 +105,8 @@ def merge(
         sources=[dataclasses.replace(s, rows=None) for s in sources],
         quality=complete[0].quality if complete else {},
     )
-    with owned(out, "dspark-tools merge"), new_place(out) as place:
-        each = each_in_parallel(place)
+    with new_place(out, "dspark-tools merge") as place:
+        each = each_in_parallel(place, *(g.place for g in given))
         each(
             lambda name: place.link(given[0].place, name, name),
             list(common_objects(given[0].place)),
@@ -120,17 +124,40 @@ def merge(
         return _ended(place, manifest, records, codec)
 
 
+def refuse_existing(out: Where) -> None:
+    """Raise ExistsError if there is anything at ``out``, where a new store is to be made."""
+    place = place_of(out)
+    if not place.exists():
+        return
+    if place.remote and not place.exists("zarr.json"):
+        raise ExistsError(
+            f"{out}: there are objects, but no zarr.json: what a command left that was killed, or "
+            "a store without its manifest. Delete them with the service's own tools (dspark-tools "
+            "verify --rebuild-index makes a lost manifest again), or give the new store another "
+            "name."
+        )
+    raise ExistsError(f"{out} exists. Give the new store another name.")
+
+
 @contextmanager
-def new_place(out: Where) -> Iterator[Place]:
-    """Yield the place where the store ``out`` is assembled; a local one gets its name only when the
-    block ends.
+def new_place(out: Where, who: str) -> Iterator[Place]:
+    """Yield the place where ``who`` assembles the store ``out``, whose lock it holds. A local one
+    gets its name only when the block ends; at a URL, an error deletes what was written.
     """
-    if isinstance(out, Path):
-        with staged(out) as new:
-            new.mkdir()
-            yield Folder(new)
-    else:
-        yield place_of(out)
+    with owned(out, who):
+        if isinstance(out, Path):
+            with staged(out) as new:
+                new.mkdir()
+                yield Folder(new)
+            return
+        refuse_existing(out)  # now that no other command makes it
+        place = place_of(out)
+        try:
+            yield place
+        except BaseException:
+            with suppress(OSError, StoreWriteError):
+                place.remove("")
+            raise
 
 
 def append(
@@ -292,7 +319,7 @@ def _refuse_damaged(parts: Collection[tuple[Given, PartRecord]]) -> None:
         return next(missing_files(part[0].place, part[1]), None)
 
     chosen = list(parts)
-    run = in_parallel if any(store.place.remote for store, _ in chosen) else map
+    run = each_in_parallel(*(store.place for store, _ in chosen))
     for (store, _), found in zip(chosen, run(finding, chosen), strict=True):
         if found:
             raise DamagedCacheError(f"{found}. Nothing was changed. {what_to_do(store.path)}")

@@ -132,9 +132,10 @@ def _check_folder(path: Path) -> None:
 def _refuse_absent(path: Where, *, any_of_it: bool, parts: bool) -> None:
     """Say why there is no manifest at ``path``."""
     if not any_of_it:
+        found = "no such folder" if isinstance(path, Path) else "no such store"
         raise NotACacheError(
-            f"{path}: no such folder. dspark-dump writes one: dspark-dump --model MODEL --data "
-            f"FILE --output {path}"
+            f"{path}: {found}. dspark-dump writes one: dspark-dump --model MODEL --data FILE "
+            f"--output {path}"
         )
     more = f". {rebuild_hint(path)}" if parts else ""
     raise NotACacheError(f"{path}: not a dspark store (no zarr.json in it){more}")

@@ -16,13 +16,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dspark.cache.errors import DataError, ExistsError, UsageError
+from dspark.cache.errors import DataError, UsageError
 from dspark.cache.files.layout import ROOT_KEY, SOURCE_STRIDE, part_number
 from dspark.cache.files.part import Array, Block, group_metadata
-from dspark.cache.files.place import each_in_parallel, place_of
+from dspark.cache.files.place import each_in_parallel
 from dspark.cache.files.urls import Where, where
 from dspark.cache.manifest import Counts, Manifest, SourceInfo, sealed
-from dspark.cache.merge import common_objects, new_place
+from dspark.cache.merge import common_objects, new_place, refuse_existing
 from dspark.cache.reader import Cache
 from dspark.cache.reader import open as open_store
 from dspark.cache.records import CodedSample
@@ -116,8 +116,7 @@ def subset(
     """
     out = where(out)
     wanted = [condition(text) for text in conditions]
-    if place_of(out).exists():
-        raise ExistsError(f"{out} exists. Give the subset another name.")
+    refuse_existing(out)
     cache = open_store(source)
     if cache.manifest.format_version == 1:
         raise UsageError(
@@ -144,7 +143,7 @@ def subset(
         counts=Counts(),
         complete=False,
     )
-    with new_place(out) as place:
+    with new_place(out, "dspark-tools subset") as place:
         names = list(common_objects(cache.place))
         each_in_parallel(place)(lambda name: place.link(cache.place, name, name), names)
         place.write("zarr.json", group_metadata(ROOT_KEY, sealed(manifest.to_json())))

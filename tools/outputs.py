@@ -14,6 +14,7 @@ import click
 
 from dspark.cache.errors import UsageError
 from dspark.cache.files.atomic import STAGING, existing_parent, write_errors, write_file
+from dspark.cache.files.urls import refuse_url
 
 
 class OutputFile(click.ParamType):  # type: ignore[type-arg]  # no generic before click 8.4
@@ -25,6 +26,7 @@ class OutputFile(click.ParamType):  # type: ignore[type-arg]  # no generic befor
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
         try:
+            refuse_url(value, "output")
             refuse_unwritable(Path(value))
         except UsageError as error:
             self.fail(str(error), param, ctx)

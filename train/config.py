@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dspark.cache.errors import MismatchError, UsageError
+from dspark.cache.files.urls import refuse_url
 from dspark.train.draft import scaling, sight
 from dspark.train.draft.config import DraftConfig
 
@@ -299,6 +300,7 @@ class TrainConfig:
                 "--val-walk-rows for a walk"
             )
         _ = self.attention, self.stores  # refuse
+        refuse_url(self.output, "--output")
         if self.optimizer not in ("adamw", "muon"):
             raise UsageError(f"optimizer is {self.optimizer!r}, expected adamw or muon")
 

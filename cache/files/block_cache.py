@@ -3,7 +3,8 @@
 A piece is ``BLOCK`` bytes of an object in its own file, followed by a crc32c. It is written beside
 and renamed, so a reader finds it complete or not at all, and needs no lock. A process that has
 written much scans the folder and deletes the least recently used pieces. A piece that cannot be
-kept (a full disk) is simply read again.
+kept (a full disk) is simply read again, and so are those of an object whose own checksums fail: the
+object may have been damaged only while it was fetched, or have been repaired.
 """
 
 from __future__ import annotations
@@ -87,6 +88,17 @@ class BlockCache:
         whole = [piece for i in range(first, last + 1) if (piece := found[i]) is not None]
         joined = whole[0] if len(whole) == 1 else np.concatenate(whole)
         return joined[start - first * BLOCK : stop - first * BLOCK]
+
+    def forget(self, key: str, size: int) -> bool:
+        """Delete the pieces of the object ``key`` of ``size`` bytes; tell whether there were
+        any.
+        """
+        found = False
+        for block in range(-(-size // BLOCK) if self.limit else 0):
+            with suppress(OSError):
+                os.unlink(self._path(key, block))
+                found = True
+        return found
 
     def _path(self, key: str, block: int) -> Path:
         name = hashlib.sha256(f"{key} {block}".encode()).hexdigest()[:40]

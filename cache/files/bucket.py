@@ -33,6 +33,7 @@ from dspark.cache.errors import (
     UnreadableError,
     UsageError,
     first_line,
+    reading,
 )
 from dspark.cache.files.atomic import staged
 from dspark.cache.files.block_cache import BlockCache
@@ -49,6 +50,9 @@ PATIENCE = timedelta(seconds=180)  # in which a request is tried again
 EXTRA = "pip install 'dspark[remote]'"
 # Where the libraries look for a machine's role when they found no other credentials.
 METADATA = re.compile(r"//(169\.254\.169\.254|169\.254\.170\.2|metadata\.google\.internal)")
+
+# An answer by which the service refuses a request, whatever it is asked for.
+REFUSED = re.compile(r"status code: (4(?!08|29)\d\d)\b")
 
 
 @cache
@@ -122,9 +126,15 @@ def _said(error: BaseException) -> str:
 class RemoteError(UnreadableError, OSError):
     """The service did not do what was asked; ``errno`` is EACCES or EIO."""
 
+    def __str__(self) -> str:
+        return f"{self.filename}: {self.strerror}"
+
 
 class AbsentError(DamagedCacheError, FileNotFoundError):
     """There is no such object."""
+
+    def __str__(self) -> str:
+        return f"{self.filename}: {self.strerror}"
 
 
 def _again(work: Callable[[], T]) -> T:
@@ -136,9 +146,19 @@ def _again(work: Callable[[], T]) -> T:
     for pause in PAUSES:
         try:
             return work()
-        except (GenericError, ConnectionError):
+        except (GenericError, ConnectionError) as error:
+            if REFUSED.search(str(error)) or METADATA.search(str(error)):
+                raise  # the same again, and the library has asked often enough
             time.sleep(pause * random.uniform(0.5, 1.5))
     return work()
+
+
+def _no_bucket(what: Url) -> RemoteError:
+    said = (
+        f"the service has no bucket {what.bucket}: check the name and the account, or make the "
+        "bucket with the service's own tools"
+    )
+    return RemoteError(errno.EIO, said, str(what))
 
 
 @contextmanager
@@ -155,17 +175,27 @@ def _errors(what: Url) -> Iterator[None]:
     except known.NotFoundError as error:
         raise AbsentError(errno.ENOENT, "no such object", str(what)) from error
     except (known.PermissionDeniedError, known.UnauthenticatedError, PermissionError) as error:
-        raise RemoteError(errno.EACCES, _said(error), str(what)) from error
+        said = f"access denied; these credentials are not accepted, or lack a right. {_said(error)}"
+        raise RemoteError(errno.EACCES, said, str(what)) from error
     except (known.AlreadyExistsError, known.PreconditionError, RemoteError):
         raise
     except (known.BaseError, OSError) as error:
+        if (found := REFUSED.search(str(error))) and found[1] == "404":
+            raise _no_bucket(what) from error
         raise RemoteError(errno.EIO, _said(error), str(what)) from error
 
 
 @contextmanager
-def _writing(what: Url) -> Iterator[None]:
+def _writing(what: Url, *, copied: bool = False) -> Iterator[None]:
+    """``copied``: it is a copy, whose source may be missing; else only the bucket can be."""
     try:
         yield
+    except AbsentError as error:
+        if copied:
+            raise
+        raise StoreWriteError(
+            f"{what} could not be written: {_no_bucket(what).strerror}."
+        ) from error
     except OSError as error:
         raise StoreWriteError(
             f"{what} could not be written: {error.strerror}. Everything committed before is "
@@ -185,13 +215,19 @@ class RemoteFile:
         def fetch(start: int, length: int) -> bytes:
             return self._bucket.range(self._name, start, length)
 
-        key = f"{self._bucket.url / self._name} {self._version}"
         if not self._version:
             return np.frombuffer(fetch(start, min(length, self.size - start)), np.uint8)
-        return self._bucket.pieces.read(key, self.size, start, length, fetch)
+        return self._bucket.pieces.read(self._key, self.size, start, length, fetch)
+
+    @property
+    def _key(self) -> str:
+        return f"{self._bucket.url / self._name} {self._version}"
 
     def view(self) -> Bytes:
         return self.read(0, self.size)
+
+    def forget(self) -> bool:
+        return bool(self._version) and self._bucket.pieces.forget(self._key, self.size)
 
 
 class Bucket:
@@ -306,14 +342,18 @@ class Bucket:
     def link(self, other: Place, source: str, name: str) -> None:
         import obstore
 
-        with _writing(self.where(name)), _errors(self.where(name)):
-            if isinstance(other, Bucket) and (other.url.scheme, other.url.bucket) == (
-                self.url.scheme,
-                self.url.bucket,
-            ):
+        to = self.where(name)
+        if isinstance(other, Bucket) and (other.url.scheme, other.url.bucket) == (
+            self.url.scheme,
+            self.url.bucket,
+        ):
+            with _writing(to, copied=True), _errors(other.where(source)):
                 _again(lambda: obstore.copy(self._store, other._key(source), self._key(name)))
-                return
-            with other.local_file(source) as path:
+            return
+        with other.local_file(source) as path:
+            with reading(path):
+                path.stat()
+            with _writing(to), _errors(to):
                 _again(lambda: obstore.put(self._store, self._key(name), path, chunk_size=PIECE))
 
     @contextmanager

@@ -51,6 +51,10 @@ class Object(Protocol):
         """Return all of it, without a copy if possible."""
         ...
 
+    def forget(self) -> bool:
+        """Delete what is kept of it on this machine; tell whether anything was."""
+        ...
+
 
 class Place(Protocol):
     """A store's objects. Errors are OSError. ``remote``: each call is a slow request."""
@@ -151,6 +155,9 @@ class LocalFile:
         mapped: Any = mmap.mmap(self._file, 0, prot=mmap.PROT_READ)
         return np.frombuffer(mapped, np.uint8)
 
+    def forget(self) -> bool:
+        return False
+
 
 def in_parallel(work: Callable[[S], T], items: Sequence[S]) -> list[T]:
     """Do ``work`` for each item, ``AT_ONCE`` at a time; results in order."""
@@ -160,9 +167,13 @@ def in_parallel(work: Callable[[S], T], items: Sequence[S]) -> list[T]:
         return list(pool.map(work, items))
 
 
-def each_in_parallel(place: Place) -> Callable[[Callable[[S], T], Sequence[S]], list[T]]:
-    """Use ``in_parallel`` if each piece of work is a request, else one after another."""
-    return in_parallel if place.remote else lambda work, items: [work(i) for i in items]
+def each_in_parallel(*places: Place) -> Callable[[Callable[[S], T], Sequence[S]], list[T]]:
+    """Use ``in_parallel`` if each piece of work is a request to one of ``places``, else one after
+    another.
+    """
+    if any(place.remote for place in places):
+        return in_parallel
+    return lambda work, items: [work(i) for i in items]
 
 
 def ends(file: Object, head: int, tail: int) -> tuple[Bytes, Bytes]:
@@ -198,6 +209,9 @@ class Memory:
 
     def view(self) -> Bytes:
         return self._data
+
+    def forget(self) -> bool:
+        return False
 
 
 def place_of(store: str | Where) -> Place:

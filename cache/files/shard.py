@@ -252,10 +252,18 @@ class Shard:
         self._believed = False
         self._table: Array | None = None
         self._lock = threading.Lock()
+        self._index: Array | None = None
         try:
             self._file: Object = LocalFile(Path(str(path))) if file is None else file()
-            raw = None
-            if tag and file is not None and self._codec is not None:  # each read is a request
+        except OSError as error:
+            raise read_error(path, error) from error
+        self._fresh(lambda: self._open(tag, remote=file is not None))
+
+    def _open(self, tag: bytes, *, remote: bool) -> None:
+        """Check what the file begins with; of a remote one, read the index too."""
+        path, raw = self.path, None
+        try:
+            if tag and remote and self._codec is not None:  # each read is a request
                 head, raw = ends(self._file, len(tag), self._index_bytes)
             else:
                 head = self._file.read(0, len(tag)) if tag else np.empty(0, np.uint8)
@@ -266,7 +274,21 @@ class Shard:
                 f"{path}: begins with {found.hex()}, expected {tag.hex()}: the file belongs to "
                 "another array, part or store"
             )
-        self._index: Array | None = None if raw is None else self._checked(raw)
+        self._index = None if raw is None else self._checked(raw)
+
+    def _fresh(self, work: Callable[[], T]) -> T:
+        """Do ``work``; again with what the service has now, if kept pieces were damaged."""
+        try:
+            return work()
+        except DamagedCacheError:
+            if not self._file.forget():
+                raise
+            self._index = self._table = None
+            try:
+                return work()
+            except DamagedCacheError:
+                self._file.forget()
+                raise
 
     @property
     def _index_bytes(self) -> int:
@@ -376,6 +398,10 @@ class Shard:
         assert 0 <= start <= stop <= shape[0], (start, stop, shape)
         if start == stop:
             return np.empty((0, *shape[1:]), dtype)
+        return self._fresh(lambda: self._read(start, stop))
+
+    def _read(self, start: int, stop: int) -> Array:
+        shape, dtype = self.spec.shape, self._dtype
         if not self._believed:
             check_claim(self.path, max(shape[0], self.rows) * self._row_bytes, self._size())
             self._believed = True

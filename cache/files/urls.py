@@ -68,6 +68,8 @@ def where(given: str | Path | Url) -> Where:
         return Path(given)
     scheme, rest = found[1].lower(), found[3].strip("/")
     if scheme == "file":
+        if found[2] and not found[3].startswith("/"):
+            raise UsageError(f"{given}: expected file:///PATH, or the path alone.")
         return Path(f"/{rest}")
     if scheme not in (*REMOTE, MEMORY):
         raise UsageError(
@@ -87,6 +89,17 @@ def where(given: str | Path | Url) -> Where:
     if any(p in ("", ".", "..") for p in key.split("/")):
         raise UsageError(f"{given}: the name contains an empty part, `.` or `..`.")
     return Url(f"{scheme}://{rest}")
+
+
+def refuse_url(given: str | Path, flag: str) -> None:
+    """Raise UsageError if ``given``, which ``flag`` takes for a local path, is a URL: it would
+    become a folder called ``s3:``.
+    """
+    if URL.fullmatch(str(given)):
+        raise UsageError(
+            f"{flag} {given}: expected a local path. Only stores of hidden states can be at a URL; "
+            "write to a local folder, and copy it with the service's own tools."
+        )
 
 
 def beside(output: Where, suffix: str) -> Path:
@@ -115,4 +128,17 @@ class StoreType(click.ParamType):  # type: ignore[type-arg]  # no generic before
         return found
 
 
+class GivenType(StoreType):
+    """A store at a URL, or a local path of anything that exists."""
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> Where:
+        found = super().convert(value, param, ctx)
+        if isinstance(found, Path) and not found.exists():
+            self.fail(f"Path {str(found)!r} does not exist.", param, ctx)
+        return found
+
+
 STORE = StoreType()
+GIVEN = GivenType()

@@ -8,6 +8,7 @@ import errno
 import os
 import pickle
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,6 +16,7 @@ from pathlib import Path
 import click
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
 import dspark.cache
 from dspark.cache.errors import (
@@ -33,12 +35,15 @@ from dspark.cache.files.place import Memory, ends, place_of
 from dspark.cache.files.urls import STORE, Url, where
 from dspark.cache.merge import append, merge
 from dspark.cache.recode import recode
+from dspark.cache.subset import subset
 from dspark.cache.verify import drop_damaged, verify
 from dspark.cache.writer import StoreWriter, rebuild, scan_parts
+from dspark.tools.cli import main
 from dspark.tools.stores.info import info
 from s3_server import BUCKET, Faulty, s3_server
 from stores import commit, manifest, write_store
 
+NOWHERE = "s3://no-such-bucket/x"
 LENGTHS = [30, 40, 50, 60, 20, 30, 44, 9, 80, 33]
 
 
@@ -73,6 +78,7 @@ def assert_same(local: Path, remote: str) -> None:
     "text",
     [
         "ftp://a/b",
+        "file://a/b",
         "http://a/b",
         "s3://key:secret@bucket/x",
         "s3://bucket",
@@ -216,6 +222,64 @@ def test_damage_is_found_and_mended(tmp_path: Path) -> None:
     assert verify(remote).ok
 
 
+@pytest.mark.parametrize("at", [5, 100, -9])  # in the tag, a chunk, the shard's index
+def test_what_was_damaged_when_it_was_fetched_is_not_kept(tmp_path: Path, at: int) -> None:
+    """Else a store that was repaired would never be read again on this node."""
+    remote = url(tmp_path, "a.zarr")
+    write_store(remote, LENGTHS)
+    place, name = place_of(remote), "parts/000000000001/aux_code/c/0/0/0"
+    data = place.read(name)
+    damaged = bytearray(data)
+    damaged[at] ^= 1
+    place.write(name, bytes(damaged))
+    with pytest.raises(DamagedCacheError, match="aux_code"):
+        [dspark.cache.open(remote).read(i) for i in range(10)]
+    place.write(name, data)
+    [dspark.cache.open(remote).read(i) for i in range(10)]
+    place.write(name, bytes(damaged))
+    [dspark.cache.open(remote).read(i) for i in range(10)]  # from pieces, which are sound
+
+
+@pytest.mark.parametrize("command", ["merge", "subset"])
+def test_what_fails_leaves_nothing_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    write_store(tmp_path / "a.zarr", LENGTHS)
+    out = url(tmp_path, "out.zarr")
+
+    def fails(*args: object) -> None:
+        raise RuntimeError("stop")
+
+    def make() -> None:
+        if command == "merge":
+            merge(out, [tmp_path / "a.zarr"])
+        else:
+            subset(tmp_path / "a.zarr", out, ["tokens>=30"])
+
+    with monkeypatch.context() as broken:
+        for module in ("merge", "writer"):
+            broken.setattr(f"dspark.cache.{module}.write_index", fails)
+        with pytest.raises(RuntimeError, match="stop"):
+            make()
+    assert not place_of(out).exists()
+    make()
+    assert verify(out).ok
+    with pytest.raises(ExistsError, match="another name"):
+        make()
+    place_of(out).remove("zarr.json")
+    with pytest.raises(ExistsError, match="no zarr.json: what a command left"):
+        make()
+
+
+def test_a_store_there_is_repaired_by_one_command_at_a_time(tmp_path: Path) -> None:
+    remote = url(tmp_path, "a.zarr")
+    write_store(remote, LENGTHS)
+    with owned(where(remote), "another"):
+        out = CliRunner().invoke(main, ["verify", remote, "--drop-damaged"])
+    assert (out.exit_code, "another" in out.stderr) == (1, True)
+    assert CliRunner().invoke(main, ["verify", remote, "--drop-damaged"]).exit_code == 0
+
+
 def test_metadata_is_read_within_bounds(
     s3: Faulty, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -266,9 +330,15 @@ def test_missing_credentials_are_said() -> None:
 def test_errors_name_the_store_and_no_secret(s3: Faulty, tmp_path: Path) -> None:
     with pytest.raises(NotACacheError):
         dspark.cache.open(url(tmp_path, "none.zarr", "s3"))
-    with pytest.raises(CacheError) as caught:
-        dspark.cache.open("s3://no-such-bucket/x")
+    began = time.monotonic()
+    with pytest.raises(
+        CacheError, match=f"^{NOWHERE}: the service has no bucket no-such"
+    ) as caught:
+        dspark.cache.open(NOWHERE)
     assert os.environ["AWS_SECRET_ACCESS_KEY"] not in str(caught.value)
+    with pytest.raises(CacheError, match="could not be written: the service has no bucket no-such"):
+        place_of(NOWHERE).write("a", b"")
+    assert time.monotonic() - began < 5  # it is not asked again and again
 
 
 @pytest.mark.parametrize("scheme", ["memory", "s3"])

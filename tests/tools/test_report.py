@@ -17,6 +17,8 @@ from click.testing import CliRunner
 from small_trainings import small_training
 
 from dspark.cache.errors import DraftError, UsageError
+from dspark.cache.files.urls import Url
+from dspark.cache.merge import merge
 from dspark.tools.cli import main
 from dspark.tools.report.charts import Line, bars, lines, number, ticks
 from dspark.tools.report.sources import kind_of, metrics, read
@@ -189,6 +191,19 @@ def test_watch_only_reads(made: Path) -> None:
         assert "done" in result.stdout
     assert {p: p.stat().st_mtime_ns for p in made.rglob("*")} == before
     assert CliRunner().invoke(main, ["watch", str(made)]).exit_code == 2
+
+
+def test_a_store_may_be_at_a_url(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("obstore")
+    monkeypatch.setenv("DSPARK_CACHE_DIR", str(tmp_path / "objects"))
+    there = Url("memory://bucket/report.zarr")
+    merge(there, [made / "hs.zarr"])
+    found, expected = read([there]).stores[0], read([made / "hs.zarr"]).stores[0]
+    assert (found.stored, found.stats) == (expected.stored, expected.stats)
+    assert (look(there)["complete"], look(there)["samples"]) == (True, 6)
+    assert CliRunner().invoke(main, ["watch", "memory://b/none.zarr"]).exit_code == 2
 
 
 def test_charts_place_what_they_are_given() -> None:

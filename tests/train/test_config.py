@@ -95,3 +95,9 @@ def test_a_gpu_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> 
     assert current == [torch.device("cuda", 1)]
     with pytest.raises(errors.UsageError, match="^--device cuda:2: torch sees 2 CUDA devices"):
         choose_compute("cuda:2", "auto", None)
+
+
+@pytest.mark.parametrize("output", ["s3://bucket/draft", "file:///tmp/draft", "s3:/bucket/draft"])
+def test_a_draft_is_not_written_to_a_folder_that_looks_like_a_url(output: str) -> None:
+    with pytest.raises(errors.UsageError, match="--output .*: expected a local path"):
+        TrainConfig(cache="", output=output)

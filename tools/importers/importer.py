@@ -32,6 +32,8 @@ from dspark.cache.errors import (
 )
 from dspark.cache.files.calibration import codec_info
 from dspark.cache.files.lock_files import owned
+from dspark.cache.files.place import place_of
+from dspark.cache.files.urls import Where, where
 from dspark.cache.manifest import DumpInfo, Manifest, SourceInfo
 from dspark.cache.quality import Probe, budget_of, probe_of, quality, share_of
 from dspark.cache.reader import read_manifest
@@ -93,7 +95,7 @@ def imported(given: Source, block_rows: int) -> DumpInfo:
 
 def import_store(
     source: str | Path,
-    destination: str | Path,
+    destination: str | Where,
     *,
     model: str,
     layers: Sequence[int] | None = None,
@@ -124,7 +126,7 @@ def import_store(
     from dspark.dump.target.presets import find
     from dspark.dump.target.weights import compact, read_frozen
 
-    name = choose_codec(codec, aux_bits, last_bits, pack)
+    name, output = choose_codec(codec, aux_bits, last_bits, pack), where(destination)
     given = open_source(source)
     if len(given) == 0:
         raise DataError(f"{source}: no samples")
@@ -155,12 +157,12 @@ def import_store(
     after = given.last_after_norm if last_state is None else last_state == f"{AFTER}-norm"
     reader = Reader(given, Path(source), frozen, norm, after)
     reader.text_check(frozen)
-    safe = parts_of(Path(destination), resume=resume)
+    safe = parts_of(output, resume=resume)
     with (
         stoppable("discarding the part in progress", safe),
-        owned(Path(destination), "dspark-tools import", break_lock=break_lock) as lock,
+        owned(output, "dspark-tools import", break_lock=break_lock) as lock,
     ):
-        if resume and Path(destination).exists():
+        if resume and place_of(output).exists():
             stored = read_manifest(destination)
             rows = stored.dump.block_rows
             manifest = dataclasses.replace(

@@ -44,6 +44,7 @@ def export(
 
     from dspark.cache.errors import DraftError, UsageError
     from dspark.cache.files.atomic import staged
+    from dspark.cache.files.urls import refuse_url
     from dspark.tools import records
     from dspark.tools.publish import card
     from dspark.train.draft import folder as files
@@ -51,6 +52,7 @@ def export(
     from dspark.train.run.folder import STORE, TRAINING
     from dspark.train.run.history import HISTORY
 
+    refuse_url(out, "export to")
     final = Path(out)
     _free(final, overwrite)
     read = [records.report(Path(r)) for r in reports]

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import click
 
+from dspark.cache.files.urls import GIVEN, Where
 from dspark.cache.shared.command import command, emit, json_flag
 from dspark.tools.outputs import OUTPUT_FILE, save
 
@@ -20,14 +21,15 @@ Examples:
   dspark-tools report ./runs                                        a folder: what lies in it
 """,
 )
-@click.argument("paths", nargs=-1, required=True, type=click.Path(exists=True, path_type=Path))
+@click.argument("paths", nargs=-1, required=True, type=GIVEN)
 @click.option("--output", "-o", type=OUTPUT_FILE, default="report.html", help="The page.")
 @json_flag
-def report_command(paths: tuple[Path, ...], output: Path, as_json: bool) -> None:
+def report_command(paths: tuple[Where, ...], output: Path, as_json: bool) -> None:
     """Plot stores, training runs and evaluations on one page that needs no network: open it in a
     browser.
 
-    A PATH is a store, a draft folder, a file of `eval --output`, or a folder with any of these.
+    A PATH is a store, also at a URL, a draft folder, a file of `eval --output`, or a folder with
+    any of these.
     """
     from dspark.tools.report.page import page
     from dspark.tools.report.sources import read

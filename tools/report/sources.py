@@ -12,6 +12,8 @@ from typing import Any
 
 from dspark.cache import json_text
 from dspark.cache.errors import DraftError, UsageError
+from dspark.cache.files.place import Place, place_of
+from dspark.cache.files.urls import Url, Where
 from dspark.tools import records
 from dspark.train.run.folder import METRICS, TRAINING
 
@@ -31,7 +33,7 @@ class StoreView:
     """
 
     name: str
-    path: Path
+    path: Where
     info: dict[str, Any]
     stats: dict[str, Any]
     stored: dict[str, int]
@@ -78,8 +80,10 @@ class Sources:
     evals: list[EvalView] = field(default_factory=list)
 
 
-def kind_of(path: Path) -> str | None:
-    """``store``, ``run`` or ``eval``; None for anything else."""
+def kind_of(path: Where) -> str | None:
+    """``store`` (as what is at a URL must be), ``run`` or ``eval``; None for anything else."""
+    if isinstance(path, Url):
+        return "store"
     if path.is_dir():
         if (path / STORE_MARK).is_file() and (path / PARTS).is_dir():
             return "store"
@@ -87,7 +91,7 @@ def kind_of(path: Path) -> str | None:
     return "eval" if path.is_file() and path.suffix == ".json" else None
 
 
-def read(paths: Sequence[Path]) -> Sources:
+def read(paths: Sequence[Where]) -> Sources:
     """Read ``paths``; a folder that is none of the three stands for its contents. Raises UsageError
     if there is nothing.
     """
@@ -96,7 +100,7 @@ def read(paths: Sequence[Path]) -> Sources:
     names = _names([path for path, _ in taken])
     for path, kind in taken:
         name = names[path]
-        if kind == "store":
+        if kind == "store" or isinstance(path, Url):
             out.stores.append(_store(path, name))
         elif kind == "run":
             out.runs.append(_run(path, name))
@@ -105,7 +109,9 @@ def read(paths: Sequence[Path]) -> Sources:
     return out
 
 
-def _expanded(path: Path) -> list[tuple[Path, str]]:
+def _expanded(path: Where) -> Sequence[tuple[Where, str]]:
+    if isinstance(path, Url):
+        return [(path, "store")]
     if not path.exists():
         raise UsageError(f"{path}: no such file or folder")
     kind = kind_of(path)
@@ -132,29 +138,29 @@ def _is_report(path: Path) -> bool:
     return True
 
 
-def _names(paths: Sequence[Path]) -> dict[Path, str]:
+def _names(paths: Sequence[Where]) -> dict[Where, str]:
     """Return the last name of each path, with as many folders before it as make it distinct."""
     out = {}
-    for path in paths:
-        parts = path.resolve().parts
+    split = {path: str(path.resolve()).split("/") for path in paths}
+    for path, parts in split.items():
         depth = 1
         while depth < len(parts) and any(
-            other != path and other.resolve().parts[-depth:] == parts[-depth:] for other in paths
+            other != path and found[-depth:] == parts[-depth:] for other, found in split.items()
         ):
             depth += 1
         out[path] = "/".join(parts[-depth:])
     return out
 
 
-def _store(path: Path, name: str) -> StoreView:
-    import dspark.cache
+def _store(path: Where, name: str) -> StoreView:
+    from dspark.cache import reader
     from dspark.tools.stores.info import info
     from dspark.tools.stores.stats import stats
 
     facts = info(path)
     numbers = {}
     if facts["samples"]:
-        numbers = stats(dspark.cache.open(path, allow_incomplete=True), SAMPLES_READ)
+        numbers = stats(reader.open(path, allow_incomplete=True), SAMPLES_READ)
     hidden, tokens = facts["hidden_size"], facts["tokens"]
     state = 2 * hidden * tokens
     raw = {
@@ -162,17 +168,16 @@ def _store(path: Path, name: str) -> StoreView:
         "last": state,
         "tokens": facts["raw_bytes_per_token"] * tokens - state * (len(facts["layers"]) + 1),
     }
-    return StoreView(name, path, facts, numbers, _bytes_by_group(path / PARTS), raw)
+    return StoreView(name, path, facts, numbers, _bytes_by_group(place_of(path)), raw)
 
 
-def _bytes_by_group(parts: Path) -> dict[str, int]:
+def _bytes_by_group(store: Place) -> dict[str, int]:
     found: Counter[str] = Counter()
-    for file in parts.rglob("*"):
-        if file.is_file():
-            inside = file.relative_to(parts).parts
-            array = inside[1] if len(inside) > 2 else ""
-            group = next((g for g in GROUPS if array.startswith(f"{g}_")), "tokens")
-            found[group] += file.stat().st_size
+    for name, size in store.sizes(PARTS).items():
+        inside = name.split("/")
+        array = inside[1] if len(inside) > 2 else ""
+        group = next((g for g in GROUPS if array.startswith(f"{g}_")), "tokens")
+        found[group] += size
     return dict(found)
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from dspark.cache.errors import UsageError
+from dspark.cache.files.urls import GIVEN, Where, beside
 from dspark.cache.shared.command import command, duration, emit, json_flag
 from dspark.tools.flags import Finite
 
@@ -22,14 +23,14 @@ BLOCKS = "▁▂▃▄▅▆▇█"
 LOG_LINES = 5
 
 
-def look(path: Path) -> dict[str, Any]:
+def look(path: Where) -> dict[str, Any]:
     """Read how far the dump or training at ``path`` is. Raises UsageError if there is neither."""
     from dspark.tools.report.sources import kind_of
 
     kind = kind_of(path)
     if kind == "store":
         return _dump(path)
-    if kind == "run":
+    if kind == "run" and isinstance(path, Path):
         return _training(path)
     raise UsageError(
         f"{path}: neither a store nor a draft folder. Give the --output of dspark-dump or "
@@ -37,11 +38,13 @@ def look(path: Path) -> dict[str, Any]:
     )
 
 
-def _dump(path: Path) -> dict[str, Any]:
+def _dump(path: Where) -> dict[str, Any]:
     from dspark.tools.stores.info import info
 
     facts = info(path)
-    times = sorted(p.stat().st_mtime for p in (path / "parts").iterdir() if p.is_dir())
+    # Listing an object store for this alone is not worth its requests.
+    parts = (path / "parts").iterdir() if isinstance(path, Path) else ()
+    times = sorted(p.stat().st_mtime for p in parts if p.is_dir())
     spent = times[-1] - times[0] if len(times) > 1 else 0.0
     # the first part's own time is not known
     share = (len(times) - 1) / len(times) if times else 0.0
@@ -57,7 +60,7 @@ def _dump(path: Path) -> dict[str, Any]:
         "bytes": facts["bytes_on_disk"],
         "tokens_per_second": facts["tokens"] * share / spent if spent else None,
         "seconds_since_last_part": time.time() - times[-1] if times else None,
-        "log": _tail(path.with_name(path.name + ".log")),
+        "log": _tail(beside(path, ".log")),
     }
 
 
@@ -188,11 +191,11 @@ Examples:
   dspark-tools watch ./draft --once --json
 """,
 )
-@click.argument("path", type=click.Path(exists=True, path_type=Path))
+@click.argument("path", type=GIVEN)
 @click.option("--interval", type=Finite(0.2, 3600), default=2.0, help="Seconds between looks.")
 @click.option("--once", is_flag=True, help="Look once and stop, as without a terminal.")
 @json_flag
-def watch_command(path: Path, interval: float, once: bool, as_json: bool) -> None:
+def watch_command(path: Where, interval: float, once: bool, as_json: bool) -> None:
     """Watch a running dump or training from its files, without changing them. Ends with the run, or
     with Ctrl-C.
     """

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import sys
 from contextlib import nullcontext
-from pathlib import Path
 
 import click
 
@@ -35,11 +34,12 @@ def verify_command(
     """
     from dspark.cache import verify
     from dspark.cache.files.lock_files import owned
+    from dspark.cache.files.urls import where
     from dspark.cache.writer import rebuild
 
     changes = drop_damaged or rebuild_index
     lock = (
-        owned(Path(cache), "dspark-tools verify", break_lock=break_lock)
+        owned(where(cache), "dspark-tools verify", break_lock=break_lock)
         if changes
         else nullcontext()
     )
