@@ -15,9 +15,14 @@ drafts too: they are for the walk's line. The first prompt of each process is al
 target alone. After ``--seconds`` no prompt is begun; a later call with the same ``--work`` decodes
 what is left.
 
+The answers to the prompts that all drafts have decoded, which are the target's own, are then dumped
+as rows of tokens, and each draft's walk is computed over that store (``tools.judge.score``): what
+training can tell of a store, beside what decoding the same answers accepted.
+
 Writes NAME.json to ``--results``: per draft accepted length (1 + accepted / blocks) with its
 standard error, and the mean paired difference per prompt to ``--base`` with a 95 % interval, in all
-and by source; the least-squares line of accepted length on walk; what differed from the target.
+and by source; the least-squares lines of accepted length on the walk of bench/learn.py's held-out
+rows, and on that of the answers; what differed from the target.
 """
 
 from __future__ import annotations
@@ -30,12 +35,13 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from common import RESULTS, write
+from common import RESULTS, command, write
 
 Row = dict[str, Any]
 FRACTION = 0.05  # held out, dspark-train's default
@@ -107,6 +113,8 @@ def worker(args: argparse.Namespace) -> None:
                     "seconds": found.seconds,
                     "same": alone == found.tokens if number == 0 else None,
                 }
+                if name == names[0]:
+                    row |= {"prompt": list(prompt.ids), "answer": found.tokens}
                 out.write(json.dumps(row) + "\n")
             out.flush()
 
@@ -201,6 +209,43 @@ def compared(rows: list[Row], base: str) -> list[Row]:
     return out
 
 
+def walked(args: argparse.Namespace, rows: list[Row], layers: Sequence[int]) -> list[Row]:
+    """Per draft the walk over a store of the answers in ``rows``, with 16-bit states of ``layers``,
+    and what decoding accepted there: tokens per block, the first of an answer and what a last block
+    drafted beyond its end not counted, as the walk counts. Answers of one token have no block.
+    """
+    import dspark.cache
+    from dspark.tools.judge.score import score
+
+    texts = {r["where"]: (r["prompt"], r["answer"]) for r in rows if "answer" in r}
+    texts = {where: text for where, text in texts.items() if len(text[1]) > 1}
+    if not texts:
+        return []
+    data, store = args.work / "answers.jsonl", args.work / "answers.zarr"
+    made = [
+        {"input_ids": p + a, "loss_mask": [0] * len(p) + [1] * len(a)} for p, a in texts.values()
+    ]
+    data.write_text("".join(json.dumps(row) + "\n" for row in made))
+    command(
+        "dump", "--model", args.model, "--data", data, "--output", store, "--overwrite",
+        "--codec", "lossless", "--dtype", "float32", "--layers", ",".join(map(str, layers)),
+        "--device", args.device, "--max-dropped", 0, log=args.work / "answers.log",
+    )  # fmt: skip
+    cache, out = dspark.cache.open(str(store)), []
+    for name in dict.fromkeys(row["draft"] for row in rows):
+        own = [r for r in rows if r["draft"] == name and r["where"] in texts]
+        tokens, blocks = sum(r["tokens"] - 1 for r in own), sum(r["blocks"] for r in own)
+        told = score(cache, str(args.learn / "drafts" / name), device=args.device)
+        out.append({
+            "draft": name,
+            "prompts": len(own),
+            "walk": told["walk_greedy"],
+            "tokens_per_block": tokens / blocks,
+            "accepted_length": 1 + sum(r["accepted"] for r in own) / blocks,
+        })  # fmt: skip
+    return out
+
+
 def line(walks: list[float], lengths: list[float]) -> Row:
     """Least squares of ``lengths`` on ``walks``, and how far each is from its walk."""
     slope, at = np.polyfit(walks, lengths, 1) if len(walks) > 1 else (float("nan"), float("nan"))
@@ -245,6 +290,25 @@ def table(rows: list[Row], fit: Row | None) -> str:
     return "\n".join(lines)
 
 
+def own_table(rows: list[Row], fit: Row) -> str:
+    """Markdown: the walk over the target's answers beside decoding."""
+    lines = [
+        f"Over the target's {rows[0]['prompts']} answers to the prompts that all drafts decoded:",
+        "",
+        "| draft | walk | tokens per block within the answers | accepted length |",
+        "|---|---|---|---|",
+        *(
+            f"| {r['draft']} | {r['walk']:.4f} | {r['tokens_per_block']:.4f} "
+            f"| {r['accepted_length']:.4f} |"
+            for r in rows
+        ),
+        "",
+        f"tokens per block = {fit['slope']:.4f} walk {fit['intercept']:+.4f}, residual "
+        f"{fit['residual_rms']:.4f}",
+    ]
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -276,6 +340,8 @@ def main() -> None:
     if args.worker:
         worker(args)
         return
+    import dspark.cache
+
     if not args.drafts or None in (args.store, args.data, args.work):
         parser.error("needs a draft that is there, and --store, --data and --work")
     started, base = time.perf_counter(), args.base or args.drafts[-1]
@@ -299,11 +365,17 @@ def main() -> None:
     fit = line(*map(list, zip(*known, strict=True))) if known else None
     if fit:
         fit["prompts"] = next(iter(alike.values()))["prompts"]
+    own = walked(args, common, dspark.cache.open(str(args.store)).manifest.layers)
+    own_fit = line([r["walk"] for r in own], [r["tokens_per_block"] for r in own]) if own else None
+    answers = [{k: v for k, v in r.items() if k not in ("prompt", "answer")} for r in answers]
     hidden = ("model", "store", "data", "learn", "work", "results", "worker")
     said = {k: str(v) for k, v in vars(args).items() if k not in hidden}
-    result = {"drafts": rows, "walk": fit, "seconds": time.perf_counter() - started}
+    result = {"drafts": rows, "walk": fit, "answers_walked": own, "answers_walk": own_fit}
+    result["seconds"] = time.perf_counter() - started
     write(args.name, said, result | {"answers": answers}, args.results, show=False)
     print(table(rows, fit))
+    if own_fit:
+        print(f"\n{own_table(own, own_fit)}")
     print(f"{len(answers)} answers in {result['seconds']:.0f} s")
 
 

@@ -11,6 +11,13 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
+from click.testing import CliRunner
+
+import tiny_models as tiny
+from dspark.dump.cli import main as dump
+from dspark.tools.decode.target import greedy_alone
+from dspark.train.draft.folder import save_draft
 
 
 @pytest.fixture
@@ -51,6 +58,49 @@ def test_drafts_are_compared_prompt_by_prompt(bench: ModuleType) -> None:
     assert (fit["slope"], fit["intercept"]) == (pytest.approx(1.0), pytest.approx(0.5))
     assert fit["residual_rms"] == pytest.approx(0.0, abs=1e-9)
     assert "new" in bench.table([old | {"walk": None}, new | {"walk": 2.9}], fit)
+
+
+def test_the_walk_over_the_answers_is_what_decoding_accepted(
+    bench: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three drafts of different strength, in the store's 16-bit states."""
+    model = tiny.target()
+    prompts = [[5, 6, 7, 8, 9], [50, 60, 70], [3, 4], [90, 4]]
+    answers = [greedy_alone(model, p, max_tokens=30) for p in prompts]
+    model.save_pretrained(tmp_path / "target")
+    names = ["untaught", "taught", "well-taught"]
+    draft = tiny.draft(model)
+    for name, steps in zip(names, (0, 12, 20), strict=True):
+        tiny.agree(model, draft, [p + a for p, a in zip(prompts, answers, strict=True)][:3], steps)
+        save_draft(tmp_path / "drafts" / name, draft, dtype=torch.float32)
+    path = tmp_path / "some.jsonl"
+    rows = [{"input_ids": [*p, 1, 2], "loss_mask": [0] * len(p) + [1, 1]} for p in prompts]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tasks = [(str(at), names) for at in range(len(prompts))]
+    path.with_suffix(".tasks").write_text(json.dumps(tasks))
+    args = argparse.Namespace(
+        worker=path, model=str(tmp_path / "target"), learn=tmp_path, drafts=names, device="cpu",
+        max_tokens=30, seconds=1e9, work=tmp_path,
+    )  # fmt: skip
+    bench.worker(args)
+    decoded = list(bench.answered(tmp_path).values())
+    assert [row["answer"] for row in decoded if "answer" in row] == answers
+
+    def dumped(tool: str, *words: object, log: Path) -> None:
+        done = CliRunner().invoke(dump, [*map(str, words), "--mask-token-id", "159"])
+        assert done.exit_code == 0, done.output
+
+    monkeypatch.setattr(bench, "command", dumped)
+    found = bench.walked(args, decoded, tiny.LAYERS)
+    assert [row["draft"] for row in found] == names
+    for row in found:
+        assert row["walk"] == pytest.approx(row["tokens_per_block"], rel=0.01)
+        assert row["tokens_per_block"] <= row["accepted_length"] < row["tokens_per_block"] * 1.2
+    lengths = [row["tokens_per_block"] for row in found]
+    assert lengths[0] < 1.2 < lengths[1] < lengths[2]
+    fit = bench.line([row["walk"] for row in found], lengths)
+    assert fit["slope"] == pytest.approx(1, abs=0.02)
+    assert "| taught |" in bench.own_table(found, fit)
 
 
 def test_the_log_tells_when_a_training_reached_a_tau(bench: ModuleType, tmp_path: Path) -> None:
