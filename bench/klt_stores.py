@@ -22,7 +22,6 @@ A codec is a name, and after ``@`` what is special about its store:
     klt-1-1@0.33x   calibrated on a third of the tokens
     klt-1-1@other   calibrated on rows whose line matches ``--other`` and that are not in the store
     klt-1.7-1@L3    states of 3 layers (exact@L3 judges it)
-    klt-1.2-1@coarse2  no store of its own: see codec_coarse.py
 
 After the name, ``:3`` trains the first three seeds only. Bytes per token are all files of a store
 but the target's weights; its calibration file counts.
@@ -49,7 +48,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from codec_coarse import emulate
 from codec_klt import STARTED, Batches, States, Trainer, say, table
 from codec_klt_states import Corpus, _drawn
 
@@ -109,13 +107,8 @@ class Store:
         """The store with the exact states of the same layers."""
         return Store(f"exact@{self.special}" if self.layers else "exact")
 
-    @property
-    def coarse(self) -> float:
-        """How many times the step is of tokens that no anchor is at; 0: a store of its own."""
-        return float(self.special[6:]) if self.special.startswith("coarse") else 0.0
-
     def path(self, stores: Path) -> Path:
-        return stores / f"{self.codec if self.coarse else self.name}.zarr"
+        return stores / f"{self.name}.zarr"
 
     def ready(self, stores: Path) -> bool:
         try:
@@ -210,7 +203,6 @@ class Reader:
         self.args, self.corpus, self.held = args, corpus, ""
         self.device = torch.device(args.device)
         self.aux = self.last = torch.empty(0)
-        self.saved = 0.0  # bytes per token, by an emulated codec
 
     def all_of(self, store: Store) -> tuple[torch.Tensor, torch.Tensor]:
         """Return ``aux`` [T + 1, L, H], a row of padding at the end, and ``last`` [M, H]."""
@@ -224,15 +216,10 @@ class Reader:
             self.aux = torch.zeros(shape, dtype=torch.bfloat16, device=self.device)
             ends = int(self.corpus.last_start[-1])
             self.last = torch.zeros(ends, hidden, dtype=torch.bfloat16, device=self.device)
-        source = cache
-        if store.coarse:
-            source = dspark.cache.open(Store("exact").path(self.args.stores))
-        for samples, aux, last in decoded(source, self.corpus, range(source.parts), self.device):
+        for samples, aux, last in decoded(cache, self.corpus, range(cache.parts), self.device):
             a, b = samples.start, samples.stop
             self.aux[self.corpus.start[a] : self.corpus.start[b]] = aux
             self.last[self.corpus.last_start[a] : self.corpus.last_start[b]] = last
-        if store.coarse:
-            self.saved = emulate(cache, self.corpus, self.aux, self.last, store.coarse)
         say(store.name, f"read and decoded in {time.monotonic() - began:.1f} s")
         return self.aux, self.last
 
@@ -356,8 +343,6 @@ class Work:
             aux, last = reader.all_of(store)
             trainer.batches = self.batches.get(seed)
             run = {"codec": store.name, "seed": seed, "tokens": corpus.tokens, **size}
-            if store.coarse:
-                run["bytes_per_token"] -= reader.saved
             run |= trainer.run(seed, aux, last)
             assert trainer.batches is not None
             self.batches[seed] = trainer.batches

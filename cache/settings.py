@@ -53,8 +53,11 @@ def full_name(name: str) -> str:
     full = NAMED.get(name, name)
     if bits := rotated_bits(full):
         return rotated_name(*bits)
-    numbers = re.fullmatch(r"klt-([0-9]+(?:\.[0-9]+)?)-([0-9]+(?:\.[0-9]+)?)", full)
-    return f"klt-{float(numbers[1]):g}-{float(numbers[2]):g}" if numbers else full
+    number = r"([0-9]+(?:\.[0-9]+)?)"
+    if not (found := re.fullmatch(f"klt-{number}-{number}(?:-{number})?", full)):
+        return full
+    aux, last, coarse = (f"{float(x or 1):g}" for x in found.groups())
+    return f"klt-{aux}-{last}" + (f"-{coarse}" if coarse != "1" else "")
 
 
 def is_asked(name: str | None, aux: int | None = None, last: int | None = None) -> bool:

@@ -17,7 +17,9 @@ VOCAB, HIDDEN = 11, 20
 CPU = torch.device("cpu")
 
 
-def transform(channels: int, columns: tuple[int, ...], features: int) -> Transform:
+def transform(
+    channels: int, columns: tuple[int, ...], features: int, coarse: float = 1.0
+) -> Transform:
     packing = Packing(columns)
     kept = packing.total
     spread = torch.logspace(1.5, -1, channels)[:, None]
@@ -27,8 +29,8 @@ def transform(channels: int, columns: tuple[int, ...], features: int) -> Transfo
         back=(torch.randn(channels, kept) / channels**0.5 * spread).T.bfloat16().contiguous(),
         forward=None,
         predict=torch.randn(features, channels).bfloat16(),
-        offsets=torch.rand(2, band_count(packing)) * 0.3,
-        step=0.4, packing=packing, limit=40.0, noise=1.0, bits=0.0,
+        offsets=torch.rand(2 if coarse == 1 else 4, band_count(packing)) * 0.3,
+        step=0.4, packing=packing, limit=40.0, noise=1.0, bits=0.0, coarse=coarse,
     )  # fmt: skip
 
 
@@ -38,21 +40,23 @@ assert len(CLASSES) == 4
 for rows in (0, 1, 9):
     for columns in ((3, 4, 6, 10), (0, 0, 0, 1500), (300, 0, 33, 0), (0, 0, 0, 0)):
         aux = transform(40, (5, 6, 3, 15), 2 * HIDDEN)
-        own = transform(24, columns, 7 + 3 * HIDDEN)
+        own = transform(24, columns, 7 + 3 * HIDDEN, 2.0 if rows == 9 else 1.0)
         ids = torch.randint(-1, VOCAB, (3, rows))
         at = torch.randint(0, 12, (rows,))
         code = torch.randint(0, 256, (12, aux.packing.width), dtype=torch.uint8)
         embedding = torch.randn(VOCAB, HIDDEN).bfloat16()
         for split in (False, True):
             read, half = (Half.of(t, CPU, torch.float32, split) for t in (aux, own))
-            seen = fast.Seen(ids, embedding, read, code, at, 7)
+            coarse = torch.arange(rows) % 2 == 1
+            seen = fast.Seen(ids, embedding, read, code, at, 7, coarse)
             features = seen.plain()
             x = torch.randn(rows, 24) * 4
             x[::5] *= 100
-            want, outside = half.encode(x, features)
+            want, outside = half.encode(x, features, coarse)
             out = torch.empty(rows, 24)
             fast.decode(half, want, seen, out)
-            close = torch.allclose(out, half.rows(half.read(want), features), rtol=1e-4, atol=1e-4)
+            reference = half.rows(half.read(want, coarse), features)
+            close = torch.allclose(out, reference, rtol=1e-4, atol=1e-4)
             case = {
                 "rows": rows,
                 "columns": columns,

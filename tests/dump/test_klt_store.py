@@ -32,7 +32,7 @@ from dspark.train.data.batch import Batch
 from dspark.train.data.row import Row
 from dump_targets import save_target
 
-CODEC = "klt-2-2"
+CODEC = "klt-2-2-2"
 
 
 @pytest.fixture(scope="module")
@@ -208,11 +208,16 @@ class Foreign:
             n: t.float().numpy() if t.is_floating_point() else t.numpy() for n, t in learnt.items()
         }
         self.layers, self.hidden, self.context = self.learnt["shape"].tolist()
+        attributes = json.loads((path / "zarr.json").read_text())["attributes"]
+        name = attributes["dspark"]["plan"]["codec"]["name"]  # klt-A-L-C
+        self.coarse = float(name.split("-")[3])
         weights = safetensors(next((path / "target").glob("*.safetensors")))
         self.embedding = weights["embed_tokens.weight"].float().numpy()
 
-    def coefficients(self, field: str, code: np.ndarray) -> np.ndarray:
+    def coefficients(self, field: str, code: np.ndarray, kind: np.ndarray) -> np.ndarray:
+        """``kind``: 1 where the last state of a row's token is not stored, else 0."""
         step, offsets = self.learnt[f"{field}_numbers"][0], self.learnt[f"{field}_offsets"]
+        step = step * np.where(kind == 1, self.coarse, 1)
         out, at, band = [], 0, 0
         for count, (cells, n) in zip(
             self.learnt[f"{field}_columns"].tolist(),
@@ -225,7 +230,7 @@ class Foreign:
                 byte = data[:, k // n]
                 q = byte // cells ** (k % n) % cells - cells // 2
                 q = np.where(byte >= cells**n, 0, q)
-                near, far = offsets[:, band + k // 30]
+                near, far = offsets[2 * kind, band + k // 30], offsets[2 * kind + 1, band + k // 30]
                 size = np.abs(q) + np.where(np.abs(q) == 1, near, far)
                 out.append(np.where(q == 0, 0, np.sign(q) * size) * step)
             band += -(-count // 30)
@@ -249,13 +254,17 @@ class Foreign:
             ids, mask = a["input_ids"][begin:end], a["loss_mask"][begin:end]
             e = self.embedding[ids]
             before = np.concatenate([np.zeros_like(e[:1]), e[:-1]])
-            y = self.coefficients("aux", a["aux_code"][begin:end])
+            at = np.flatnonzero(mask[:-1] & mask[1:])
+            kind = np.ones(len(ids), dtype=np.int64)
+            kind[at] = 0
+            y = self.coefficients("aux", a["aux_code"][begin:end], kind)
             aux = self.rows("aux", y, np.concatenate([e, before], 1)).reshape(
                 -1, self.layers, self.hidden
             )
-            at = np.flatnonzero(mask[:-1] & mask[1:])
             near = np.concatenate([y[at, : self.context], before[at], e[at], e[at + 1]], 1)
-            last = self.rows("last", self.coefficients("last", a["last_code"][first:past]), near)
+            fine = np.zeros(past - first, dtype=np.int64)
+            y = self.coefficients("last", a["last_code"][first:past], fine)
+            last = self.rows("last", y, near)
             own = slice(*a["sample_exact_start"][i : i + 2])
             for p, r in zip(a["exact_position"][own], a["exact_row"][own], strict=True):
                 aux[p] = values(a["exact_aux"][r])

@@ -1,12 +1,14 @@
-"""The transform codec ``klt-A-L``: A bits per value of the aux layers and L per value of the last
-state, on disk.
+"""The transform codec ``klt-A-L-C``: A bits per value of the aux layers and L per value of the last
+state, on disk; ``klt-A-L`` is the same with C = 1.
 
 What can be predicted from the stored token ids is not coded; the remainder of all aux layers is
 coded together, in the basis in which its coefficients are uncorrelated, with one step for all
-(``tables.py``). The last state is predicted from the decoded aux coefficients of its token and from
-the embeddings around it, and coded in a metric in which an error costs what it costs the target's
-distribution. ``fit.py`` finds the tables; without them nothing can be coded. A row that the cells
-cannot hold (the massive activations of first tokens) is stored exactly.
+(``tables.py``). A token whose last state is not stored (of a prompt) is no anchor and only ever
+context: its step is C times as large, so that at equal bytes the step of the others is smaller. The
+last state is predicted from the decoded aux coefficients of its token and from the embeddings
+around it, and coded in a metric in which an error costs what it costs the target's distribution.
+``fit.py`` finds the tables; without them nothing can be coded. A row that the cells cannot hold
+(the massive activations of first tokens) is stored exactly.
 
 Legend: T tokens, M stored last states, L aux layers, H hidden size, C = L * H, X tokens stored
 exactly.
@@ -51,19 +53,21 @@ LEAST_PER_DIMENSION = 16
 
 @dataclass(frozen=True, slots=True)
 class Klt:
-    """``tables``: the calibration; None before it. Two codecs are equal if they store the same
-    codes in the same way.
+    """``tables``: the calibration; None before it. ``coarse``: C. Two codecs are equal if they
+    store the same codes in the same way.
     """
 
     aux_bits: float
     last_bits: float
     pack: str = DEFAULT_PACKING
+    coarse: float = 1.0
     digest: str | None = None
     tables: Tables | None = field(default=None, compare=False, repr=False)
 
     @property
     def name(self) -> str:
-        return f"klt-{self.aux_bits:g}-{self.last_bits:g}"
+        coarse = "" if self.coarse == 1 else f"-{self.coarse:g}"
+        return f"klt-{self.aux_bits:g}-{self.last_bits:g}{coarse}"
 
     @property
     def params(self) -> Json:
@@ -148,7 +152,14 @@ class Klt:
         tokens = self._known(tokens)
         check_finite(aux)
         check_finite(last)
-        tables = fit(aux, last, tokens, aux_bits=self.aux_bits, last_bits=self.last_bits)
+        tables = fit(
+            aux,
+            last,
+            tokens,
+            aux_bits=self.aux_bits,
+            last_bits=self.last_bits,
+            coarse=self.coarse,
+        )
         return self.with_tables(tables)
 
     def with_tables(self, tables: Tables) -> Klt:
@@ -239,11 +250,12 @@ class Klt:
 @dataclass(frozen=True, slots=True)
 class Known:
     """What the decoder knows about tokens beside their codes. ``previous`` int64 [T]: the id
-    before, -1 at the start of a sample.
+    before, -1 at the start of a sample. ``coarse`` bool [T]: that no last state is stored.
     """
 
     tokens: Tokens
     previous: torch.Tensor
+    coarse: torch.Tensor
 
     @classmethod
     def of(cls, tokens: Tokens) -> Known:
@@ -255,14 +267,18 @@ class Known:
         begins = torch.zeros(previous.shape[0] + 1, dtype=torch.bool, device=previous.device)
         begins.index_fill_(0, tokens.sample_start, True)
         previous.masked_fill_(begins[:-1], -1)
-        return cls(tokens, previous)
+        coarse = torch.ones_like(previous, dtype=torch.bool)
+        coarse.index_fill_(0, tokens.last_token, False)
+        return cls(tokens, previous, coarse)
 
     def around(self, rows: slice) -> Seen:
         """Return the embeddings of tokens ``rows`` and of the tokens before them: F = 2 H."""
         import torch
 
         return Seen(
-            torch.stack([self.tokens.input_ids[rows], self.previous[rows]]), self.tokens.embedding
+            torch.stack([self.tokens.input_ids[rows], self.previous[rows]]),
+            self.tokens.embedding,
+            coarse=self.coarse[rows],
         )
 
     def near(self, at: torch.Tensor, half: Half, code: torch.Tensor, context: int) -> Seen:
@@ -292,8 +308,11 @@ def _encoded(
     quick = fast.usable(half)
     out = []
     for s in _runs(half, x, quick):
+        about = seen(s)
         out.append(
-            fast.encode(half, x[s], seen(s)) if quick else half.encode(x[s], seen(s).plain())
+            fast.encode(half, x[s], about)
+            if quick
+            else half.encode(x[s], about.plain(), about.coarse)
         )
     code, outside = (torch.cat(parts) for parts in zip(*out, strict=True))
     return code, outside
@@ -311,7 +330,8 @@ def _decoded(
         if quick:
             fast.decode(half, code[s], seen(s), out[s])
         else:
-            out[s] = half.rows(half.read(code[s]), seen(s).plain())
+            about = seen(s)
+            out[s] = half.rows(half.read(code[s], about.coarse), about.plain())
     return out
 
 
@@ -353,20 +373,22 @@ def _values(x: torch.Tensor) -> torch.Tensor:
 
 
 class KltFamily:
-    """``klt-A-L`` for any positive A and L up to 8."""
+    """``klt-A-L-C`` for any positive A and L up to 8 and C from 1 to 8."""
 
     def names(self) -> list[str]:
         return ["klt-1-1", "klt-0.8-1", "klt-0.7-1", "klt-0.5-1"]
 
     def make(self, name: str, pack: str) -> Klt:
-        found = re.fullmatch(r"klt-([0-9]+(?:\.[0-9]+)?)-([0-9]+(?:\.[0-9]+)?)", name)
-        bits = [float(x) for x in found.groups()] if found else []
-        if not bits or not all(0.05 <= b <= 8 for b in bits):
+        number = r"([0-9]+(?:\.[0-9]+)?)"
+        found = re.fullmatch(f"klt-{number}-{number}(?:-{number})?", name)
+        aux, last, coarse = (float(x or 1) for x in found.groups()) if found else (0.0, 0.0, 0.0)
+        if not (0.05 <= aux <= 8 and 0.05 <= last <= 8 and 1 <= coarse <= 8):
             raise UsageError(
-                f"--codec {name}: expected klt-A-L, bits per value of the aux layers and of the "
-                "last state from 0.05 to 8, such as klt-1-1"
+                f"--codec {name}: expected klt-A-L or klt-A-L-C, such as klt-1-1-2: bits per value "
+                "of the aux layers and of the last state from 0.05 to 8, and how many times the "
+                "step is of tokens that are only context, from 1 to 8"
             )
-        return Klt(bits[0], bits[1]).repacked(pack)
+        return Klt(aux, last, coarse=coarse).repacked(pack)
 
     def load(
         self,
@@ -383,7 +405,9 @@ class KltFamily:
                 f"{known.params}. "
                 "Use the dspark release that wrote the store."
             )
-        return known.with_tables(Tables.of(calibration, where)) if calibration else known
+        if not calibration:
+            return known
+        return known.with_tables(Tables.of(calibration, where, known.coarse))
 
 
 FAMILY = KltFamily()

@@ -36,7 +36,8 @@ BYTES_APART, ROWS_APART = 5e-3, 2e-2
 class Seen:
     """What rows are predicted from: ``ids`` int64 [E, T], each a row of ``embedding`` [V, H] (zeros
     for -1); before them the first ``context`` coefficients of rows ``at`` int64 [T] of ``code``,
-    which ``half`` reads.
+    which ``half`` reads, none of them coarse. ``coarse`` bool [T]: which of the rows themselves
+    are (``Transform``); None: none.
     """
 
     ids: torch.Tensor
@@ -45,6 +46,7 @@ class Seen:
     code: torch.Tensor | None = None
     at: torch.Tensor | None = None
     context: int = 0
+    coarse: torch.Tensor | None = None
 
     def plain(self) -> torch.Tensor:
         """The features [T, F] as one tensor: the reference."""
@@ -92,20 +94,24 @@ def encode(half: Half, x: torch.Tensor, seen: Seen) -> tuple[torch.Tensor, torch
     both = torch.empty(x.shape[0], half.encoder.shape[0], dtype=half.dtype, device=x.device)
     kernels.standardised(both, x, half.mean, half.inverse)
     seen.write(both, 2 * table.channels)
-    code, moved = kernels.pack(half.product(both, half.encoder), table.step, table.packing)
+    y, scale = half.product(both, half.encoder), half.scale(seen.coarse)
+    code, moved = kernels.pack(y, table.step, table.packing, scale)
     outside = ~(moved <= table.limit)
     return torch.where(outside[:, None], nothing(half), code), outside
 
 
 def decode(half: Half, code: torch.Tensor, seen: Seen, out: torch.Tensor) -> None:
-    """Write rows to ``out`` [T, C], as ``Half.rows(Half.read(code), seen.plain())``."""
+    """Write rows to ``out`` [T, C], as ``Half.read`` of ``code`` and ``seen.coarse``, and
+    ``Half.rows`` of that and ``seen.plain()``.
+    """
     import torch
 
     from dspark.cache.codec.klt import kernels
 
     kept = half.table.kept
     both = torch.empty(code.shape[0], half.decoder.shape[0], dtype=half.dtype, device=code.device)
-    kernels.unpack(both, code, half.table.packing, half.values)
+    coarse = seen.coarse if half.table.kinds == 2 else None
+    kernels.unpack(both, code, half.table.packing, half.values, coarse=coarse)
     seen.write(both, kept)
     both[:, kept + half.features :] = 1
     if out.dtype == half.dtype:
@@ -169,15 +175,15 @@ def trial(half: Half) -> tuple[float, float]:
     table, device = half.table, half.mean.device
     g = torch.Generator().manual_seed(0)
     ids = torch.randint(-1, VOCABULARY, (1, TRIED), generator=g).to(device)
-    seen = Seen(
-        ids, (torch.randn(VOCABULARY, half.features, generator=g) * 0.02).to(device, half.dtype)
-    )
+    embedding = (torch.randn(VOCABULARY, half.features, generator=g) * 0.02).to(device, half.dtype)
+    coarse = (torch.arange(TRIED) % 3 == 0).to(device)
+    seen = Seen(ids, embedding, coarse=coarse)
     y = torch.randn(TRIED, table.kept, generator=g).to(device) * table.step
     x = half.rows(y.to(half.dtype), seen.plain())
-    (code, _), (want, _) = encode(half, x, seen), half.encode(x, seen.plain())
+    (code, _), (want, _) = encode(half, x, seen), half.encode(x, seen.plain(), coarse)
     found = torch.empty_like(x, dtype=half.dtype)
     decode(half, want, seen, found)
-    reference = half.rows(half.read(want), seen.plain())
+    reference = half.rows(half.read(want, coarse), seen.plain())
     size = max(code.numel(), 1)
     bytes_apart = float((code != want).sum()) / size
     return bytes_apart, float((found.float() - reference).norm() / reference.norm().clamp(min=1e-9))

@@ -35,6 +35,8 @@ from dspark.cache.errors import UsageError
 if TYPE_CHECKING:
     import torch
 
+    Block = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # of ``rate.Rows``
+
 Say = Callable[[str], None]
 
 MASSIVE = 10.0  # a row of this many times a layer's median norm is left out of the moments
@@ -101,13 +103,15 @@ def fit(
     *,
     aux_bits: float,
     last_bits: float,
+    coarse: float = 1.0,
     context: int | None = None,
     say: Say = lambda text: None,
 ) -> Tables:
     """Fit tables with which a corpus takes ``aux_bits`` per value of the aux layers and
     ``last_bits`` per value of the last state on disk, tokens stored exactly included.
 
-    ``context``: see ``Tables`` (None: two hidden sizes). Raises UsageError for fewer than two
+    ``coarse``: see ``Transform``, of the aux layers. ``context``: see ``Tables`` (None: two hidden
+    sizes). Raises UsageError for fewer than two
     samples or without a stored last state.
     """
     starts = tokens.sample_start.cpu().numpy()
@@ -123,10 +127,10 @@ def fit(
     runs, _ = pieces_of(aux, last, tokens, np.zeros(len(stored), np.bool_))
     scale = work.scale(runs)
     moments = work.moments(runs, scale)
-    held = one_in_eight(work.sizes(runs, scale, moments), stored)
+    held = one_in_eight(work.sizes(runs, scale, moments, coarse), stored)
     learn, keep = pieces_of(aux, last, tokens, held)
     work.add(moments, keep, scale, -1)
-    found = work.aux(learn, keep, scale, moments, aux_bits)
+    found = work.aux(learn, keep, scale, moments, aux_bits, coarse)
     del moments
     count = min(CONTEXT * hidden if context is None else context, found.kept)
     return work.last(learn, keep, found, count, last_bits)
@@ -198,9 +202,10 @@ class _Fit:
             moments.add(torch.cat([z, _around(piece)[ok]], 1), times)
 
     def sizes(
-        self, pieces: Sequence[Piece], scale: Scale, moments: Moments
+        self, pieces: Sequence[Piece], scale: Scale, moments: Moments, coarse: float
     ) -> npt.NDArray[np.float64]:
-        """Return the mean norm of what prediction leaves of each sample's tokens, float64 [N].
+        """Return the mean norm of what prediction leaves of each sample's tokens, in units of
+        their steps, float64 [N].
 
         It says how many bits a sample takes (correlation 0.97 with those of the transform), and
         all samples had a part in the prediction.
@@ -217,6 +222,7 @@ class _Fit:
         for piece in self.moved(pieces):
             z = (piece.aux.flatten(1).float() - scale.mean) / scale.deviation
             left = (z - base - _around(piece) @ weights).norm(dim=1)
+            left[Known.of(piece.tokens).coarse] /= coarse
             left[~_is_ordinary(piece.aux, scale.most)] = 0
             ends = torch.nn.functional.pad(left.double().cumsum(0), (1, 0))
             start = piece.tokens.sample_start
@@ -231,6 +237,7 @@ class _Fit:
         scale: Scale,
         moments: Moments,
         bits: float,
+        coarse: float,
     ) -> Transform:
         """Return the transform of the aux layers for ``bits`` per value, from ``moments`` of
         ``learn``.
@@ -250,18 +257,21 @@ class _Fit:
         del covariance
         _, basis = eigen(residual)
         del residual
-        whole = _transform(mean, scale.deviation, basis.T, None, weights)
+        whole = _transform(mean, scale.deviation, basis.T, None, weights, coarse)
         del basis
         half = half_on(whole, self.device)
 
-        def rows(pieces: Sequence[Piece]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-            """Coefficients, zeros where a token is massive; and which are, first tokens apart."""
+        def rows(
+            pieces: Sequence[Piece],
+        ) -> Iterator[Block]:
             for piece in self.moved(pieces):
                 massive = ~_is_ordinary(piece.aux, scale.most)
                 y = half.coefficients(piece.aux.flatten(1), _around(piece))
                 y[massive] = 0
                 massive[piece.tokens.sample_start[:-1]] = False
-                yield y, massive
+                few = Known.of(piece.tokens).coarse
+                times = half.scale(few)
+                yield y if times is None else y * times[:, None], few, massive
 
         return stepped(whole, self.corpus(learn, keep, rows), bits * channels)
 
@@ -280,7 +290,8 @@ class _Fit:
         def rows(pieces: Sequence[Piece]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
             for piece in self.moved(pieces):
                 at = piece.tokens.last_token
-                code = half.encode(piece.aux.flatten(1), _around(piece))[0]
+                few = Known.of(piece.tokens).coarse
+                code = half.encode(piece.aux.flatten(1), _around(piece), few)[0]
                 yield (
                     piece.last.float(),
                     Known.of(piece.tokens).near(at, half, code, count).plain().float(),
@@ -294,10 +305,13 @@ class _Fit:
         whole = self.last_transform(moments, count, metric, inverse)
         own = half_on(whole, self.device)
 
-        def coefficients(pieces: Sequence[Piece]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        def coefficients(
+            pieces: Sequence[Piece],
+        ) -> Iterator[Block]:
             for states, features in rows(pieces):
                 y = own.coefficients(states, features)
-                yield y, torch.zeros(y.shape[0], dtype=torch.bool, device=y.device)
+                none = torch.zeros(y.shape[0], dtype=torch.bool, device=y.device)
+                yield y, none, none
 
         found = self.corpus(learn, keep, coefficients)
         return dataclasses.replace(tables, last=stepped(whole, found, bits * hidden))
@@ -306,9 +320,11 @@ class _Fit:
         self,
         learn: Sequence[Piece],
         keep: Sequence[Piece],
-        rows: Callable[[Sequence[Piece]], Iterable[tuple[torch.Tensor, torch.Tensor]]],
+        rows: Callable[
+            [Sequence[Piece]], Iterable[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
+        ],
     ) -> Corpus:
-        """Return the ``rows`` that stand for those of the corpus."""
+        """Return the ``rows`` that stand for those of the corpus (``Rows.of``)."""
         total = sum(p.aux.shape[0] for p in [*learn, *keep])
         share = self.about.share * sum(p.aux.shape[0] for p in learn) / total
         own = Rows.of(rows(_some(learn))) if share else None
@@ -358,6 +374,7 @@ def _transform(
     back: torch.Tensor,
     forward: torch.Tensor | None,
     predict: torch.Tensor,
+    coarse: float = 1.0,
 ) -> Transform:
     """A transform before quantisation."""
     import torch
@@ -365,7 +382,7 @@ def _transform(
     def half(x: torch.Tensor) -> torch.Tensor:
         return x.to(torch.bfloat16).contiguous()
 
-    empty = torch.zeros(2, 0)
+    empty = torch.zeros(2 if coarse == 1 else 4, 0)
     nothing = Packing((0, 0, 0, 0))
     return Transform(
         mean.float(),
@@ -379,6 +396,7 @@ def _transform(
         0.0,
         0.0,
         0.0,
+        coarse,
     )
 
 

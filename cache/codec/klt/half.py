@@ -77,7 +77,8 @@ class Half:
             inverse=1.0 / there(table.deviation),
             limits=torch.tensor(table.packing.limits(), dtype=torch.float32, device=device),
             values=[
-                x.to(device, dtype) for x in value_table(table.packing, table.step, table.offsets)
+                x.to(device, dtype)
+                for x in value_table(table.packing, table.step, table.offsets, table.coarse)
             ],
         )
 
@@ -104,17 +105,32 @@ class Half:
             y += self.product(z - z.to(self.dtype).float(), forward)
         return y + self.product(features, less)
 
-    def encode(self, x: torch.Tensor, features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def encode(
+        self, x: torch.Tensor, features: torch.Tensor, coarse: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Encode rows ``x`` [T, C] to uint8 [T, W]; also returns bool [T]: which of them the cells
-        cannot hold (their code is that of zeros).
+        cannot hold (their code is that of zeros). ``coarse`` bool [T]: which rows are; None: none.
         """
         y = self.coefficients(x, features)
+        scale = self.scale(coarse)
+        if scale is not None:
+            y *= scale[:, None]
         cells, outside = cells_of(y, self.table.step, self.limits, self.table.limit)
         return pack(cells, self.table.packing), outside
 
-    def read(self, code: torch.Tensor) -> torch.Tensor:
-        """Read the coefficients [T, K] in ``dtype``."""
-        return unpack(code, self.table.packing, self.values)
+    def scale(self, coarse: torch.Tensor | None) -> torch.Tensor | None:
+        """What to multiply coefficients by so that one step serves all rows, float32 [T]."""
+        import torch
+
+        if coarse is None or self.table.kinds == 1:
+            return None
+        return torch.where(coarse, 1.0 / self.table.coarse, 1.0)
+
+    def read(self, code: torch.Tensor, coarse: torch.Tensor | None = None) -> torch.Tensor:
+        """Read the coefficients [T, K] in ``dtype``; ``coarse`` as in ``encode``."""
+        return unpack(
+            code, self.table.packing, self.values, coarse if self.table.kinds == 2 else None
+        )
 
     def rows(self, y: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
         """Compute rows float32 [T, C] from coefficients that ``read`` returned."""

@@ -29,7 +29,8 @@ TILE, BLOCK = 4, 256  # rows and bytes of a program
 def unpack_span(  # type: ignore[no-untyped-def]
     code,  # uint8[T', W]
     chosen,  # int64[T]: rows of code, or anything if not CHOSEN
-    values,  # [bands * 256, N]
+    coarse,  # bool[T]: rows that the second half of values is for, or anything if not KINDS
+    values,  # [bands * 256, N], twice if KINDS
     out,  # [T, ...]
     rows,
     code_stride,
@@ -38,9 +39,11 @@ def unpack_span(  # type: ignore[no-untyped-def]
     size,
     first_column,
     limit,
+    kind_entries,
     BAND_BYTES: tl.constexpr,
     N: tl.constexpr,
     CHOSEN: tl.constexpr,
+    KINDS: tl.constexpr,
     TILE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -53,6 +56,9 @@ def unpack_span(  # type: ignore[no-untyped-def]
     inside = real[:, None] & (j < size)[None, :]
     at = source[:, None] * code_stride + first_byte + j[None, :]
     entry = tl.load(code + at, mask=inside, other=0).to(tl.int32) + (j // BAND_BYTES * 256)[None, :]
+    if KINDS:
+        kind = tl.load(coarse + row, mask=real, other=0).to(tl.int32)
+        entry += (kind * kind_entries)[:, None]
     to = row.to(tl.int64)[:, None] * out_stride + first_column
     for n in tl.static_range(N):
         column = (j * N + n)[None, :]
@@ -110,6 +116,7 @@ def standardise(  # type: ignore[no-untyped-def]
 @triton.jit(do_not_specialize=["rows"])  # type: ignore[untyped-decorator]
 def pack_span(  # type: ignore[no-untyped-def]
     y,  # float32[T, K]
+    scale,  # float32[T]: a row's coefficients are multiplied by it; or anything if not SCALED
     code,  # uint8[T, W]
     moved,  # float32[T, parts]: squares of what the cells could not hold, of each program apart
     rows,
@@ -123,6 +130,7 @@ def pack_span(  # type: ignore[no-untyped-def]
     step,
     CELLS: tl.constexpr,
     N: tl.constexpr,
+    SCALED: tl.constexpr,
     TILE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -131,6 +139,8 @@ def pack_span(  # type: ignore[no-untyped-def]
     real = row < rows
     inside = real[:, None] & (j < size)[None, :]
     wide = row.to(tl.int64)[:, None]
+    if SCALED:
+        times = tl.load(scale + row, mask=real, other=1.0)[:, None]
     half: tl.constexpr = CELLS // 2
     total = tl.zeros((TILE, BLOCK), tl.int32)
     lost = tl.zeros((TILE, BLOCK), tl.float32)
@@ -139,6 +149,8 @@ def pack_span(  # type: ignore[no-untyped-def]
         v = tl.load(
             y + wide * y_stride + first_column + (j * N + n)[None, :], mask=inside, other=0.0
         )
+        if SCALED:
+            v *= times
         q = tl.floor(tl.math.div_rn(tl.abs(v), step) + 0.5)
         fits = tl.minimum(q, half)
         rest = (q - fits) * step
@@ -157,10 +169,11 @@ def unpack(
     values: Sequence[torch.Tensor],
     chosen: torch.Tensor | None = None,
     columns: int | None = None,
+    coarse: torch.Tensor | None = None,
 ) -> None:
     """Write the first ``columns`` coefficients (None: all) of ``code`` [T', W], of its rows
-    ``chosen`` int64 [T] (None: all), to the first columns of ``out`` [T, ...]. As
-    ``symbols.unpack``, bit for bit.
+    ``chosen`` int64 [T] (None: all), to the first columns of ``out`` [T, ...]. ``coarse`` bool [T]:
+    which rows are; None: none. As ``symbols.unpack``, bit for bit.
     """
     rows, limit = out.shape[0], packing.total if columns is None else columns
     code = code if code.stride(1) == 1 else code.contiguous()
@@ -171,6 +184,7 @@ def unpack(
             unpack_span[(triton.cdiv(rows, TILE), triton.cdiv(size, BLOCK))](
                 code,
                 code if chosen is None else chosen,
+                code if coarse is None else coarse.contiguous(),
                 table,
                 out,
                 rows,
@@ -180,9 +194,11 @@ def unpack(
                 size,
                 a,
                 limit - a,
+                -(-(b - a) // BAND) * 256,
                 BAND_BYTES=BAND // n,
                 N=n,
                 CHOSEN=chosen is not None,
+                KINDS=coarse is not None,
                 TILE=TILE,
                 BLOCK=BLOCK,
             )
@@ -222,10 +238,12 @@ def standardised(
         )
 
 
-def pack(y: torch.Tensor, step: float, packing: Packing) -> tuple[torch.Tensor, torch.Tensor]:
-    """Code uint8 [T, W] of coefficients ``y`` float32 [T, K], each moved to the outermost cell if
-    its class has too few; and float32 [T], the sum of squares of those moves. As
-    ``symbols.quantise`` and ``symbols.pack``.
+def pack(
+    y: torch.Tensor, step: float, packing: Packing, scale: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Code uint8 [T, W] of coefficients ``y`` float32 [T, K], times ``scale`` float32 [T] if given,
+    each moved to the outermost cell if its class has too few; and float32 [T], the sum of squares
+    of those moves. As ``symbols.quantise`` and ``symbols.pack``.
     """
     rows = y.shape[0]
     code = torch.empty(rows, packing.width, dtype=torch.uint8, device=y.device)
@@ -238,6 +256,7 @@ def pack(y: torch.Tensor, step: float, packing: Packing) -> tuple[torch.Tensor, 
         if rows:
             pack_span[(triton.cdiv(rows, TILE), count)](
                 y,
+                y if scale is None else scale,
                 code,
                 moved,
                 rows,
@@ -251,6 +270,7 @@ def pack(y: torch.Tensor, step: float, packing: Packing) -> tuple[torch.Tensor, 
                 step,
                 CELLS=cells,
                 N=n,
+                SCALED=scale is not None,
                 TILE=TILE,
                 BLOCK=BLOCK,
             )

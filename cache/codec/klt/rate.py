@@ -35,20 +35,30 @@ EXACT_NOISE = 2.0
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """Coefficients ``y`` [n, K] of samples in the order of a store, zeros where a token is massive;
-    ``massive``: how many of those are stored exactly, first tokens of samples apart.
+    """Coefficients ``y`` [n, K] of samples in the order of a store, scaled so that one step serves
+    all (``Half.scale``), zeros where a token is massive; ``coarse`` bool [n]: which rows are;
+    ``massive``: how many of the massive ones are stored exactly, first tokens of samples apart.
     """
 
     y: torch.Tensor
+    coarse: torch.Tensor
     massive: int = 0
 
     @classmethod
-    def of(cls, blocks: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> Rows:
-        """Join blocks of coefficients and of what is massive, bool [n]."""
+    def of(cls, blocks: Iterable[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]) -> Rows:
+        """Join blocks of coefficients, of what is coarse, and of what is massive, bool [n]."""
         import torch
 
-        y, massive = (torch.cat(parts) for parts in zip(*blocks, strict=True))
-        return cls(y, int(massive.sum()))
+        y, coarse, massive = (torch.cat(parts) for parts in zip(*blocks, strict=True))
+        return cls(y, coarse, int(massive.sum()))
+
+    def offsets(self, table: Transform) -> torch.Tensor:
+        """Return ``offsets`` for each kind of rows that ``table`` has."""
+        import torch
+
+        y = self.y[:, : table.packing.total]
+        kinds = [y] if table.kinds == 1 else [y[~self.coarse], y[self.coarse]]
+        return torch.cat([offsets_of(rows, table.step, table.packing) for rows in kinds])
 
     def bits(self, table: Transform) -> float:
         """Bits per row on disk."""
@@ -96,7 +106,7 @@ def stepped(whole: Transform, corpus: Corpus, bits: float) -> Transform:
         found,
         back=whole.back[:kept].clone(),
         forward=None if whole.forward is None else whole.forward[:, :kept].clone(),
-        offsets=offsets_of(y[:, :kept], step, found.packing),
+        offsets=corpus.new.offsets(found),
         bits=corpus.bits(found),
     )
 

@@ -145,11 +145,14 @@ def digits(cells: int, n: int) -> np.ndarray[tuple[int, ...], np.dtype[np.int64]
     return out
 
 
-def value_table(packing: Packing, step: float, offsets: torch.Tensor) -> list[torch.Tensor]:
-    """Return, per class with columns, what its bytes decode to, float32 [bands * 256, n].
+def value_table(
+    packing: Packing, step: float, offsets: torch.Tensor, coarse: float = 1.0
+) -> list[torch.Tensor]:
+    """Return, per class with columns, what its bytes decode to, float32 [G * bands * 256, n]: in
+    fine rows, and if there are two kinds of rows (G = 2) then in coarse ones.
 
-    ``offsets`` [2, bands of all classes, in order]: mean of ``|y| / step - |q|`` in cells 1, and in
-    all beyond.
+    ``offsets`` [2 * G, bands of all classes, in order]: of each kind, mean of ``|y| / step - |q|``
+    in cells 1, and in all beyond. The step of coarse rows is ``coarse`` times ``step``.
     """
     import torch
 
@@ -157,16 +160,27 @@ def value_table(packing: Packing, step: float, offsets: torch.Tensor) -> list[to
     for a, b, cells, n in packing.spans():
         bands = -(-(b - a) // BAND)
         q = torch.from_numpy(digits(cells, n)).float()
-        near, far = (offsets[i, band : band + bands].float().cpu().view(-1, 1, 1) for i in (0, 1))
-        moved = q.abs() + torch.where(q.abs() == 1, near, far)
-        out.append((torch.where(q == 0, 0.0, q.sign() * moved) * step).view(bands * 256, n))
+        kinds = []
+        for first, times in zip(range(0, len(offsets), 2), (1.0, coarse), strict=False):
+            near, far = (
+                offsets[first + i, band : band + bands].float().cpu().view(-1, 1, 1) for i in (0, 1)
+            )
+            moved = q.abs() + torch.where(q.abs() == 1, near, far)
+            values = torch.where(q == 0, 0.0, q.sign() * moved) * step * times
+            kinds.append(values.view(bands * 256, n))
+        out.append(torch.cat(kinds))
         band += bands
     return out
 
 
-def unpack(code: torch.Tensor, packing: Packing, tables: list[torch.Tensor]) -> torch.Tensor:
+def unpack(
+    code: torch.Tensor,
+    packing: Packing,
+    tables: list[torch.Tensor],
+    coarse: torch.Tensor | None = None,
+) -> torch.Tensor:
     """Decode ``code`` uint8 [T, W] to coefficients [T, K], in the dtype and on the device of
-    ``tables``.
+    ``tables``. ``coarse`` bool [T]: which rows are; None: none.
     """
     import torch
     from torch.nn.functional import embedding
@@ -176,6 +190,8 @@ def unpack(code: torch.Tensor, packing: Packing, tables: list[torch.Tensor]) -> 
         width = (b - a) // n
         bands = torch.arange(width, dtype=torch.int32, device=code.device) // (BAND // n) * 256
         index = code[:, at : at + width].to(torch.int32) + bands
+        if coarse is not None:
+            index += coarse[:, None] * (-(-(b - a) // BAND) * 256)
         out.append(embedding(index, table).view(code.shape[0], b - a))
         at += width
     if not out:

@@ -2,10 +2,13 @@
 layers and one for the last state.
 
 A transform predicts a row x from features f that the decoder has too, and quantises what is left in
-a basis with one step:
+a basis with one step s:
 
-    encoder    y = ((x - mean) / deviation) @ forward - f @ predict @ forward, q = y / step, rounded
+    encoder    y = ((x - mean) / deviation) @ forward - f @ predict @ forward, q = y / s, rounded
     decoder    x = mean + deviation * (y' @ back + f @ predict), y' = mean of y in the cell q
+
+Rows may be of two kinds, of which both sides know which is which: fine ones, s = ``step``, and
+coarse ones, s = ``coarse`` times ``step``.
 
 All of it is in the tensors of the store's calibration file; docs/format.md lists them.
 
@@ -35,12 +38,13 @@ CONTEXT = 2  # hidden sizes of aux coefficients that the last state is predicted
 @dataclass(frozen=True, slots=True, eq=False)
 class Transform:
     """``mean``, ``deviation`` float32 [C]; ``back`` bfloat16 [K, C]; ``forward`` bfloat16 [C, K],
-    None if it is ``back`` transposed; ``predict`` bfloat16 [F, C]; ``offsets`` float32 [2, bands]
-    (``symbols.value_table``).
+    None if it is ``back`` transposed; ``predict`` bfloat16 [F, C]; ``offsets`` float32 [2, bands],
+    or of two kinds of rows [4, bands] (``symbols.value_table``).
 
-    ``limit``: a row whose cells would have to move by more than this (sum of squares) to fit their
-    classes is stored exactly. ``noise``: summed squared error of an ordinary row's coefficients.
-    ``bits``: bits per row on disk that the calibration expected.
+    ``limit``: a row whose cells would have to move by more than this (sum of squares, in units of
+    its step over ``step``) to fit their classes is stored exactly. ``noise``: summed squared error
+    of an ordinary row's coefficients, in the same units. ``bits``: bits per row on disk that the
+    calibration expected. ``coarse``: 1 where rows are of one kind.
     """
 
     mean: torch.Tensor
@@ -54,6 +58,12 @@ class Transform:
     limit: float
     noise: float
     bits: float
+    coarse: float = 1.0
+
+    @property
+    def kinds(self) -> int:
+        """Of rows."""
+        return 1 if self.coarse == 1 else 2
 
     @property
     def channels(self) -> int:
@@ -106,13 +116,14 @@ class Tables:
         return out.hexdigest()
 
     @classmethod
-    def of(cls, tensors: Mapping[str, torch.Tensor], where: str) -> Tables:
-        """Make tables from the contents of a calibration file. Raises DamagedCacheError if they are
-        inconsistent.
+    def of(cls, tensors: Mapping[str, torch.Tensor], where: str, coarse: float = 1.0) -> Tables:
+        """Make tables from the contents of a calibration file, with ``coarse`` for the aux layers.
+        Raises DamagedCacheError if they are inconsistent.
         """
         try:
             layers, hidden, context = tensors["shape"].tolist()
-            aux, last = (_transform(tensors, field, where) for field in ("aux", "last"))
+            aux = _transform(tensors, "aux", where, coarse)
+            last = _transform(tensors, "last", where)
         except (KeyError, ValueError, TypeError) as error:
             raise DamagedCacheError(
                 f"{where}: not a calibration of this codec: {error!r}"
@@ -128,16 +139,18 @@ class Tables:
         return cls(aux, last, layers, hidden, context)
 
 
-def _transform(tensors: Mapping[str, torch.Tensor], field: str, where: str) -> Transform:
+def _transform(
+    tensors: Mapping[str, torch.Tensor], field: str, where: str, coarse: float = 1.0
+) -> Transform:
     """Make one transform and check its shapes against each other."""
     own: dict[str, Any] = {n: tensors.get(f"{field}_{n}") for n in PARTS}
     packing = Packing(tuple(tensors[f"{field}_columns"].tolist()))
     numbers = dict(zip(NUMBERS, tensors[f"{field}_numbers"].tolist(), strict=True))
-    out = Transform(packing=packing, **own, **numbers)
+    out = Transform(packing=packing, **own, **numbers, coarse=coarse)
     k, c = out.kept, out.channels
     expected = {
         "mean": (c,), "deviation": (c,), "back": (packing.total, c), "forward": (c, k),
-        "predict": (out.predict.shape[0], c), "offsets": (2, band_count(packing)),
+        "predict": (out.predict.shape[0], c), "offsets": (2 * out.kinds, band_count(packing)),
     }  # fmt: skip
     for name, shape in expected.items():
         found = getattr(out, name)
