@@ -40,7 +40,7 @@ from dspark.cache.records import CodedSample
 from dspark.cache.settings import DEFAULT_PACKING, choose_codec, is_asked
 from dspark.cache.shared.stopping import parts_of, stoppable
 from dspark.cache.target.files import small_files
-from dspark.cache.writer import StoreWriter
+from dspark.cache.writer import StoreWriter, refuse_to_replace
 
 # aux values coded at once: 64 MB in float32, and a few times that while coding
 BATCH_VALUES = 1 << 24
@@ -91,6 +91,8 @@ def recode(
         stoppable("finishing the parts in progress", safe),
         owned(where(destination), "dspark-tools recode", break_lock=break_lock) as lock,
     ):
+        if not resume:  # before states are read and learnt from
+            refuse_to_replace(place_of(destination), overwrite=overwrite)
         probe = spread_states(cache, wanted, device=device)
         new = _new_codec(cache.codec, wanted, probe if calibrate else None)
         if not isinstance(new, Fields) and not calibrate and wanted.needs_calibration:

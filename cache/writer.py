@@ -91,6 +91,25 @@ SAME_TARGET = (
 )
 
 
+def refuse_to_replace(place: Place, *, overwrite: bool) -> None:
+    """Raise ExistsError if there is anything at ``place``, unless it is a store and to be
+    overwritten.
+    """
+    if not place.exists():
+        return
+    path = place.where("")
+    if not overwrite:
+        raise ExistsError(
+            f"{path} exists. Use --resume to continue it, --overwrite to replace it, or another "
+            "--output."
+        )
+    if not (place.exists("zarr.json") and place.exists(f"{PARTS}/zarr.json")):
+        raise ExistsError(
+            f"{path} exists and is not a dspark store, so it is not overwritten. Choose another "
+            "--output."
+        )
+
+
 class StoreWriter:
     """One of the writers of a store. ``committed``: part number -> record, for the parts that were
     on disk at the start and those that it wrote. ``guard`` is called before anything is written,
@@ -131,17 +150,7 @@ class StoreWriter:
         """
         place = place_of(path)
         path = place.where("")
-        if place.exists():
-            if not overwrite:
-                raise ExistsError(
-                    f"{path} exists. Use --resume to continue it, --overwrite to replace it, or "
-                    "another --output."
-                )
-            if not (place.exists("zarr.json") and place.exists(f"{PARTS}/zarr.json")):
-                raise ExistsError(
-                    f"{path} exists and is not a dspark store, so it is not overwritten. Choose "
-                    "another --output."
-                )
+        refuse_to_replace(place, overwrite=overwrite)
         with new_store(place, overwrite) as new:
             sha = write_target(new / TARGET, target, manifest.target.config, files)
             if weights_sha256 not in (None, sha):

@@ -130,7 +130,13 @@ def test_stopped_and_resumed_is_the_same(store: Path, tmp_path: Path, pack: str)
             )
 
 
-def test_refusals(store: Path, tmp_path: Path) -> None:
+def test_refusals(store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "mine").mkdir()
+    with monkeypatch.context() as early:
+        early.setattr("dspark.cache.recode.spread_states", lambda *a, **k: pytest.fail("read"))
+        for overwrite, words in ((False, "Use --resume"), (True, "not a dspark store")):
+            with pytest.raises(errors.ExistsError, match=words):
+                recode(store, tmp_path / "mine", codec="rotated-4-4", overwrite=overwrite)
     with pytest.raises(errors.UsageError, match="is also the source"):
         recode(store, store, aux_bits=4, last_bits=4, overwrite=True)
     stores.write_store(tmp_path / "other.zarr", LENGTHS, seed=9)

@@ -40,7 +40,7 @@ from dspark.cache.reader import read_manifest
 from dspark.cache.records import CodedSample, TokenSample, last_rows
 from dspark.cache.settings import DEFAULT_PACKING, LOSSLESS, choose_codec, is_asked
 from dspark.cache.shared.stopping import parts_of, stoppable
-from dspark.cache.writer import StoreWriter
+from dspark.cache.writer import StoreWriter, refuse_to_replace
 from dspark.tools.importers.deepspec import DeepSpecSource
 from dspark.tools.importers.source import Given, Source
 from dspark.tools.importers.speculators import SpeculatorsSource
@@ -174,6 +174,7 @@ def import_store(
             writer = StoreWriter.resume(destination, manifest)
             writer.restore_target(compact(frozen), target.files)
         else:
+            refuse_to_replace(place_of(output), overwrite=overwrite)
             learnt = reader.calibrated(chosen_codec)
             writer = StoreWriter.create(
                 destination,
