@@ -103,7 +103,9 @@ def refuse_to_replace(place: Place, *, overwrite: bool) -> None:
             f"{path} exists. Use --resume to continue it, --overwrite to replace it, or another "
             "--output."
         )
-    if not (place.exists("zarr.json") and place.exists(f"{PARTS}/zarr.json")):
+    # At a URL, a killed --overwrite leaves an old store without its manifest.
+    mine = place.exists(f"{PARTS}/zarr.json") and (place.remote or place.exists("zarr.json"))
+    if not mine:
         raise ExistsError(
             f"{path} exists and is not a dspark store, so it is not overwritten. Choose another "
             "--output."

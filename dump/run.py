@@ -24,7 +24,6 @@ from dspark.cache.errors import (
     DamagedCacheError,
     DataError,
     EngineError,
-    ExistsError,
     MismatchError,
 )
 from dspark.cache.files.atomic import write_file
@@ -43,7 +42,14 @@ from dspark.cache.shared import config_file
 from dspark.cache.shared.command import bar
 from dspark.cache.shared.stopping import parts_of, stoppable
 from dspark.cache.target.logits import PLAIN, Logits
-from dspark.cache.writer import StoreWriter, by_source, rebuild, scan_parts, totals
+from dspark.cache.writer import (
+    StoreWriter,
+    by_source,
+    rebuild,
+    refuse_to_replace,
+    scan_parts,
+    totals,
+)
 from dspark.dump import plan as planning
 from dspark.dump.centring import (
     Calibration,
@@ -111,13 +117,11 @@ def _dump(
     lock: Lock,
 ) -> dict[str, Any]:
     began = time.monotonic()
-    exists = place_of(config.output).exists()
+    place = place_of(config.output)
+    exists = place.exists()
     resuming = (config.resume or config.shard is not None) and exists
-    if exists and not (resuming or config.overwrite):
-        raise ExistsError(
-            f"{config.output} exists. Use --resume to continue it, --overwrite to replace it, or "
-            "another --output."
-        )
+    if not resuming:
+        refuse_to_replace(place, overwrite=config.overwrite)
     stored = read_manifest(config.output) if resuming else None
     answers = AnswerFiles(local(config.output))
     if not stored and (config.regenerate or (exists and answers.go_with_the_store())):

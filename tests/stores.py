@@ -124,6 +124,7 @@ def write_store(
     m: Manifest | None = None,
     codec: Codec | None = None,
     finish: bool = True,
+    overwrite: bool = False,
     seed: int = 0,
     states_seed: int | None = None,
     tokens_seed: int | None = None,
@@ -137,7 +138,7 @@ def write_store(
         m = dataclasses.replace(m, codec=codec_info(codec))
     samples = token_samples(lengths, seed if tokens_seed is None else tokens_seed)
     with StoreWriter.create(
-        path, m, frozen(seed), {"config_note.txt": b"x"}, codec=codec
+        path, m, frozen(seed), {"config_note.txt": b"x"}, codec=codec, overwrite=overwrite
     ) as writer:
         for i in range(len(blocks_of(samples, m.dump.block_rows))):
             commit(writer, i, samples, seed if states_seed is None else states_seed)

@@ -37,12 +37,14 @@ from dspark.cache.errors import (
 )
 from dspark.cache.files.atomic import staged
 from dspark.cache.files.block_cache import BlockCache
+from dspark.cache.files.layout import PARTS
 from dspark.cache.files.lock import Found
 from dspark.cache.files.place import Bytes, Place, in_parallel, refuse_larger
 from dspark.cache.files.urls import Url
 
 T = TypeVar("T")
 RECORD = "zarr.json"
+MARK = f"{PARTS}/{RECORD}"
 RETRIES = 10
 PAUSES = (0.1, 0.3, 1.0, 3.0, 10.0)  # seconds, before an answer that broke off is asked for again
 PIECE = 32 << 20  # bytes of one request of a large upload
@@ -332,8 +334,9 @@ class Bucket:
 
         names = [name] if name and self.exists(name) else []
         names += [f"{name}/{n}" if name else n for n in self.sizes(name)]
-        # The record first: objects without one do not count.
-        names.sort(key=lambda n: (not n.endswith(RECORD), n.count("/"), n))
+        # The record first: objects without one do not count. Last what tells that they were a
+        # store, so that one that was removed in part can be removed again.
+        names.sort(key=lambda n: (n == MARK, not n.endswith(RECORD), n.count("/"), n))
         with _writing(self.where(name)), _errors(self.where(name)):
             for start in range(0, len(names), 1000):
                 some = [self._key(n) for n in names[start : start + 1000]]

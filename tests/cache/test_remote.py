@@ -196,6 +196,37 @@ def test_what_has_no_record_counts_for_nothing(tmp_path: Path) -> None:
         write_store(remote, LENGTHS)
 
 
+def test_a_replacement_that_was_killed_can_be_repeated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The old store's manifest is deleted first, and something that tells whose it was last."""
+    import obstore
+
+    local, remote = tmp_path / "a.zarr", url(tmp_path, "a.zarr")
+    write_store(local, LENGTHS)
+    write_store(remote, LENGTHS)
+    delete = obstore.delete
+
+    def killed(store: object, names: list[str]) -> None:
+        delete(store, names[:-1])  # type: ignore[arg-type]
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as stop:
+        stop.setattr(obstore, "delete", killed)
+        with pytest.raises(KeyboardInterrupt):
+            place_of(remote).remove("")
+    with pytest.raises(NotACacheError):
+        dspark.cache.open(remote)
+    with pytest.raises(ExistsError):
+        write_store(remote, LENGTHS)
+    write_store(remote, LENGTHS, overwrite=True)
+    assert_same(local, remote)
+    place = place_of(url(tmp_path, "mine"))
+    place.write("zarr.json", b"{}")
+    with pytest.raises(ExistsError, match="is not a dspark store"):
+        write_store(url(tmp_path, "mine"), LENGTHS, overwrite=True)
+
+
 def test_damage_is_found_and_mended(tmp_path: Path) -> None:
     local, remote = tmp_path / "a.zarr", url(tmp_path, "a.zarr")
     samples = write_store(local, LENGTHS)

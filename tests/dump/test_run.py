@@ -432,3 +432,16 @@ def test_a_state_that_is_not_finite_is_named(
     with pytest.raises(EngineError, match=f"row 33 of .*, {words}: found nan"):
         dump(config, show)
     assert len(list((config.output / "parts").glob("0*"))) > 2
+
+
+def test_what_is_no_store_is_not_overwritten(config: DumpConfig, show: Display) -> None:
+    """And is refused before weights are read."""
+    config.output.mkdir()
+    (config.output / "mine.txt").write_text("mine")
+    with pytest.raises(ExistsError, match="is not a dspark store"):
+        dump(
+            dataclasses.replace(config, overwrite=True),
+            show,
+            lambda *a: pytest.fail("weights were read"),
+        )
+    assert (config.output / "mine.txt").read_text() == "mine"
