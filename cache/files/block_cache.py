@@ -16,13 +16,13 @@ import os
 import shutil
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dspark.cache.errors import UsageError
+from dspark.cache.errors import DsparkError, StoreWriteError, UsageError
 from dspark.cache.files.atomic import existing_parent
 from dspark.cache.files.checksum import crc32c
 
@@ -167,6 +167,20 @@ class BlockCache:
                     with suppress(OSError):
                         stat = entry.stat()
                         yield stat.st_mtime, stat.st_size, entry.path
+
+
+@contextmanager
+def keeping(path: Path) -> Iterator[None]:
+    """Say what to do if ``path``, a copy that must be kept on this machine, cannot be written."""
+    try:
+        yield
+    except DsparkError:
+        raise
+    except OSError as error:
+        raise StoreWriteError(
+            f"{path}: a copy of a remote store's file could not be kept here: "
+            f"{error.strerror or error}. Set {FOLDER} to a folder with free space."
+        ) from error
 
 
 def _runs(numbers: list[int]) -> list[tuple[int, int]]:

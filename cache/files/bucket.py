@@ -36,7 +36,7 @@ from dspark.cache.errors import (
     reading,
 )
 from dspark.cache.files.atomic import staged
-from dspark.cache.files.block_cache import BlockCache
+from dspark.cache.files.block_cache import BlockCache, keeping
 from dspark.cache.files.layout import PARTS
 from dspark.cache.files.lock import Found
 from dspark.cache.files.place import Bytes, Place, in_parallel, refuse_larger
@@ -442,12 +442,13 @@ class Bucket:
         sizes = self.sizes(name)
         if {n: (final / n).stat().st_size for n in sizes if (final / n).is_file()} == sizes:
             return final
-        final.parent.mkdir(parents=True, exist_ok=True)
-        if final.exists():
-            shutil.rmtree(final)
-        with staged(final, keep=True, token=f".{os.getpid()}") as new:
-            new.mkdir()
-            in_parallel(lambda n: self._fetch(f"{name}/{n}", new / n), sorted(sizes))
+        with keeping(final):
+            final.parent.mkdir(parents=True, exist_ok=True)
+            if final.exists():
+                shutil.rmtree(final)
+            with staged(final, keep=True, token=f".{os.getpid()}") as new:
+                new.mkdir()
+                in_parallel(lambda n: self._fetch(f"{name}/{n}", new / n), sorted(sizes))
         return final
 
     def free(self) -> int | None:

@@ -141,6 +141,7 @@ class Supplied:
 
 def _fetched(url: Url) -> Path:
     """Return a local copy of a calibration file in an object store, kept by its content."""
+    from dspark.cache.files.block_cache import keeping
     from dspark.cache.files.bucket import parent
 
     place, name = parent(url if url.name.endswith(".safetensors") else url / CALIBRATION)
@@ -148,8 +149,9 @@ def _fetched(url: Url) -> Path:
     sha256 = hashlib.sha256(data).hexdigest()
     path = place.pieces.folder.with_name("whole") / f"{sha256[:24]}-{CALIBRATION}"
     if not path.exists() or file_sha256(path) != sha256:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_file(path, data)
+        with keeping(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_file(path, data)
     return path
 
 

@@ -26,6 +26,7 @@ from dspark.cache.errors import (
     IncompleteCacheError,
     LockedError,
     NotACacheError,
+    StoreWriteError,
     UsageError,
 )
 from dspark.cache.files import bucket
@@ -435,6 +436,21 @@ def test_kept_pieces_are_bounded_checked_and_shared(tmp_path: Path) -> None:
     nothing = BlockCache(tmp_path / "n", 0)
     assert nothing.read("x", len(data), 5, 10, fetch).tobytes() == data[5:15]
     assert not (tmp_path / "n").exists()
+
+
+def test_a_folder_that_cannot_be_written_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pieces are read again where they cannot be kept; the target's files must be here."""
+    (tmp_path / "file").write_text("")
+    remote = url(tmp_path, "a.zarr")
+    write_store(remote, LENGTHS)
+    monkeypatch.setenv("DSPARK_CACHE_DIR", str(tmp_path / "file" / "objects"))
+    bucket._pieces.cache_clear()
+    store = dspark.cache.open(remote)
+    assert store.read(3).tokens.row == 3
+    with pytest.raises(StoreWriteError, match="Set DSPARK_CACHE_DIR to a folder with free space"):
+        _ = store.target
 
 
 def test_threads_that_read_one_piece_at_once_keep_it(tmp_path: Path) -> None:
