@@ -2,7 +2,7 @@
 plans and benchmarks read them.
 
 Short names stand for quality: tau of drafts trained on each, against drafts trained on exact states
-(docs/log/2026-11-26-klt-second-run.md). Almost no imports, so that ``--help`` is instant.
+(docs/log/2026-11-26-klt-coarse-prompts.md). Almost no imports, so that ``--help`` is instant.
 """
 
 from __future__ import annotations
@@ -12,12 +12,13 @@ import re
 from dspark.cache.errors import UsageError
 
 LOSSLESS = "lossless"
-# Short name -> the codec's full name, which is what a store records. Measured loss of tau from real
-# stores: 0.9 +- 0.3 % (klt-1-1), 1.0 +- 0.3 (0.9-1), 1.1 +- 0.4 (0.7-1), 1.7 +- 0.3 (0.6-1).
+# Short name -> the codec's full name, which is what a store records. Measured change of tau from
+# real stores: +0.2 +- 0.1 % (klt-1-1-2, 16.0 times smaller), -0.4 +- 0.2 (0.75-1-2, 20.4); with one
+# step for all tokens -0.9 +- 0.3 (1-1, 16.5), -1.7 +- 0.3 (0.6-1, 25.5).
 NAMED = {
-    "default": "klt-1-1",
-    "small": "klt-0.8-1",
-    "smallest": "klt-0.7-1",
+    "default": "klt-1-1-2",
+    "small": "klt-0.75-1-2",
+    "smallest": "klt-0.6-1-2",
     LOSSLESS: LOSSLESS,
 }
 FALLBACK = "rotated-4-4"  # if no codec was requested and the default is not possible

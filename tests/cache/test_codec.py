@@ -326,7 +326,7 @@ def test_sizes_of_a_token_add_up() -> None:
 @pytest.mark.parametrize(
     ("name", "full"),
     [
-        ("small", "klt-0.8-1"),
+        ("small", "klt-0.75-1-2"),
         ("klt-01.00-1.0", "klt-1-1"),
         ("rotated-16-16", "lossless"),
         ("rotated-04-4", "rotated-4-4"),

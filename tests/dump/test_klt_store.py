@@ -142,7 +142,7 @@ def test_a_small_corpus_takes_the_rotated_code_and_says_so(
 ) -> None:
     plan = prepare(config(stores, "short", output=tmp_path / "a.zarr")).plan
     assert plan.codec == "rotated-4-4"
-    assert any("klt-1-1 is calibrated on the corpus and needs" in line for line in plan.lines())
+    assert any("klt-1-1-2 is calibrated on the corpus and needs" in line for line in plan.lines())
     report = dump(config(stores, "short", output=tmp_path / "a.zarr"), Display())
     assert report["codec"] == "rotated-4-4"
     assert "needs" in report["codec_why"]
@@ -151,7 +151,7 @@ def test_a_small_corpus_takes_the_rotated_code_and_says_so(
     assert again["complete"]
 
 
-@pytest.mark.parametrize("name", ["klt-1-1", "small"])
+@pytest.mark.parametrize("name", ["klt-1-1-2", "small"])
 def test_a_codec_that_was_asked_for_is_not_replaced(
     stores: dict[str, Path], tmp_path: Path, name: str
 ) -> None:
@@ -163,7 +163,7 @@ def test_the_default_is_the_transform_codec_where_it_can_be_calibrated(
     stores: dict[str, Path], tmp_path: Path
 ) -> None:
     plan = prepare(config(stores, output=tmp_path / "a.zarr")).plan
-    assert (plan.codec, plan.codec_why) == ("klt-1-1", None)
+    assert (plan.codec, plan.codec_why) == ("klt-1-1-2", None)
     assert plan.calibration_tokens > 0
     bits = prepare(config(stores, output=tmp_path / "a.zarr", aux_bits=3)).plan
     assert bits.codec == "rotated-3-4"

@@ -376,7 +376,7 @@ class KltFamily:
     """``klt-A-L-C`` for any positive A and L up to 8 and C from 1 to 8."""
 
     def names(self) -> list[str]:
-        return ["klt-1-1", "klt-0.8-1", "klt-0.7-1", "klt-0.5-1"]
+        return ["klt-1-1-2", "klt-0.75-1-2", "klt-0.6-1-2", "klt-1-1"]
 
     def make(self, name: str, pack: str) -> Klt:
         number = r"([0-9]+(?:\.[0-9]+)?)"

@@ -78,16 +78,18 @@ class Rows:
 @dataclass(frozen=True, slots=True)
 class Corpus:
     """What stands for a corpus: rows of ``new`` samples, which the transform was not fitted to, and
-    of its ``own``, which are ``share`` of the corpus and take fewer bits.
+    of its ``own``, which are ``share`` of the corpus and take fewer bits. ``over``: how many times
+    the bits of ``new`` the corpus takes, by what can be told of all its samples.
     """
 
     new: Rows
     own: Rows | None
     share: float
+    over: float = 1.0
 
     def bits(self, table: Transform) -> float:
         """Bits per row on disk."""
-        new = self.new.bits(table)
+        new = self.over * self.new.bits(table)
         if self.own is None:
             return new
         return (1 - self.share) * new + self.share * self.own.bits(table)
