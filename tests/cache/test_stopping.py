@@ -38,6 +38,7 @@ except Stopped as error:
 ASKED = """
 with Stopping(lambda: "saving after this step", lambda: "No step is saved.", raises=False) as stop:
     print("ready", flush=True)
+    busy(SECONDS)  # also if the signal has come by now
     while not stop.asked: busy(SECONDS)
 print("saved", file=sys.stderr)
 """
