@@ -66,11 +66,11 @@ def can_share() -> bool:
 
 class SharedBlock:
     """A block of at least as many bytes as were ever reserved. ``shared``: worker processes may map
-    it.
+    it; the system's lists of open files call it ``name``.
     """
 
-    def __init__(self, shared: bool) -> None:
-        self._fd = os.memfd_create("dspark-part") if shared else -1
+    def __init__(self, shared: bool, name: str = "dspark-part") -> None:
+        self._fd = os.memfd_create(name) if shared else -1
         self._memory: Array = np.empty(0, np.uint8)
         self._pinned = self._tried = False
         self._fresh = 0  # bytes whose pages may be missing

@@ -41,7 +41,7 @@ class Slot:
     """One batch's memory, of ``size`` bytes at least."""
 
     def __init__(self, size: int) -> None:
-        self.block = SharedBlock(shared=True)
+        self.block = SharedBlock(shared=True, name="dspark-slot")
         self.block.reserve(size)
 
     @property
