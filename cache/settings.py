@@ -47,6 +47,18 @@ def rotated_bits(name: str) -> tuple[int, int] | None:
     return (int(found[1]), int(found[2])) if found else None
 
 
+def klt_name(aux: float, last: float, coarse: float = 1) -> str:
+    """Return the full name of the transform codec with these numbers (``codec.klt``)."""
+    return f"klt-{aux:g}-{last:g}" + ("" if coarse == 1 else f"-{coarse:g}")
+
+
+def klt_numbers(name: str) -> tuple[float, float, float] | None:
+    """Return the numbers in such a name, whatever they are; None for the name of another codec."""
+    number = r"([0-9]+(?:\.[0-9]+)?)"
+    found = re.fullmatch(f"klt-{number}-{number}(?:-{number})?", name)
+    return (float(found[1]), float(found[2]), float(found[3] or 1)) if found else None
+
+
 def full_name(name: str) -> str:
     """Return the one full name of codec ``name``, which may be a short name or have its numbers
     written in another way (``klt-1.0-1``, ``rotated-16-16``). A name of no codec is unchanged.
@@ -54,11 +66,8 @@ def full_name(name: str) -> str:
     full = NAMED.get(name, name)
     if bits := rotated_bits(full):
         return rotated_name(*bits)
-    number = r"([0-9]+(?:\.[0-9]+)?)"
-    if not (found := re.fullmatch(f"klt-{number}-{number}(?:-{number})?", full)):
-        return full
-    aux, last, coarse = (f"{float(x or 1):g}" for x in found.groups())
-    return f"klt-{aux}-{last}" + (f"-{coarse}" if coarse != "1" else "")
+    numbers = klt_numbers(full)
+    return klt_name(*numbers) if numbers else full
 
 
 def is_asked(name: str | None, aux: int | None = None, last: int | None = None) -> bool:

@@ -16,7 +16,6 @@ exactly.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
@@ -28,7 +27,7 @@ from dspark.cache.codec.klt.half import half_on
 from dspark.cache.codec.klt.symbols import BAND, CLASSES
 from dspark.cache.codec.klt.tables import CONTEXT, Tables
 from dspark.cache.errors import FormatVersionError, UsageError
-from dspark.cache.settings import DEFAULT_PACKING
+from dspark.cache.settings import DEFAULT_PACKING, klt_name, klt_numbers
 
 if TYPE_CHECKING:
     import torch
@@ -66,8 +65,7 @@ class Klt:
 
     @property
     def name(self) -> str:
-        coarse = "" if self.coarse == 1 else f"-{self.coarse:g}"
-        return f"klt-{self.aux_bits:g}-{self.last_bits:g}{coarse}"
+        return klt_name(self.aux_bits, self.last_bits, self.coarse)
 
     @property
     def params(self) -> Json:
@@ -379,9 +377,7 @@ class KltFamily:
         return ["klt-1-1-2", "klt-0.75-1-2", "klt-0.6-1-2", "klt-1-1"]
 
     def make(self, name: str, pack: str) -> Klt:
-        number = r"([0-9]+(?:\.[0-9]+)?)"
-        found = re.fullmatch(f"klt-{number}-{number}(?:-{number})?", name)
-        aux, last, coarse = (float(x or 1) for x in found.groups()) if found else (0.0, 0.0, 0.0)
+        aux, last, coarse = klt_numbers(name) or (0.0, 0.0, 0.0)
         if not (0.05 <= aux <= 8 and 0.05 <= last <= 8 and 1 <= coarse <= 8):
             raise UsageError(
                 f"--codec {name}: expected klt-A-L or klt-A-L-C, such as klt-1-1-2: bits per value "

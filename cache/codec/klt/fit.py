@@ -218,7 +218,7 @@ class _Fit:
         for piece in self.moved(pieces):
             ok = _is_ordinary(piece.aux, scale.most)
             z = (piece.aux[ok].flatten(1).float() - scale.mean) / scale.deviation
-            moments.add(torch.cat([z, _around(piece)[ok]], 1), times)
+            moments.add(torch.cat([z, _around(piece)[0][ok]], 1), times)
 
     def sizes(
         self, pieces: Sequence[Piece], scale: Scale, moments: Moments, coarse: float
@@ -237,9 +237,10 @@ class _Fit:
         out, tokens = [], []
         for piece in self.moved(pieces):
             z = (piece.aux.flatten(1).float() - scale.mean) / scale.deviation
-            left = (z - base - _around(piece) @ weights).norm(dim=1)
+            features, few = _around(piece)
+            left = (z - base - features @ weights).norm(dim=1)
             left[~_is_ordinary(piece.aux, scale.most)] = 0
-            steps = torch.where(Known.of(piece.tokens).coarse, coarse, 1.0)
+            steps = torch.where(few, coarse, 1.0)
             both = torch.stack([left, left / steps]).double()
             ends = torch.nn.functional.pad(both.cumsum(1), (1, 0))
             start = piece.tokens.sample_start
@@ -285,10 +286,10 @@ class _Fit:
         ) -> Iterator[Block]:
             for piece in self.moved(pieces):
                 massive = ~_is_ordinary(piece.aux, scale.most)
-                y = half.coefficients(piece.aux.flatten(1), _around(piece))
+                features, few = _around(piece)
+                y = half.coefficients(piece.aux.flatten(1), features)
                 y[massive] = 0
                 massive[piece.tokens.sample_start[:-1]] = False
-                few = Known.of(piece.tokens).coarse
                 times = half.scale(few)
                 yield y if times is None else y * times[:, None], few, massive
 
@@ -309,8 +310,7 @@ class _Fit:
         def rows(pieces: Sequence[Piece]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
             for piece in self.moved(pieces):
                 at = piece.tokens.last_token
-                few = Known.of(piece.tokens).coarse
-                code = half.encode(piece.aux.flatten(1), _around(piece), few)[0]
+                code = half.encode(piece.aux.flatten(1), *_around(piece))[0]
                 yield (
                     piece.last.float(),
                     Known.of(piece.tokens).near(at, half, code, count).plain().float(),
@@ -374,10 +374,10 @@ class _Fit:
         return _transform(mean, torch.ones_like(mean), back, forward, weights)
 
 
-def _around(piece: Piece) -> torch.Tensor:
-    """Return the features of the aux layers, float32 [T, 2 H]."""
-
-    return Known.of(piece.tokens).around(slice(None)).plain()
+def _around(piece: Piece) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the features of the aux layers, float32 [T, 2 H], and which rows are coarse."""
+    known = Known.of(piece.tokens)
+    return known.around(slice(None)).plain(), known.coarse
 
 
 def _is_ordinary(aux: torch.Tensor, most: torch.Tensor) -> torch.Tensor:
