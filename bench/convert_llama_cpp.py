@@ -32,7 +32,7 @@ from dspark.dump.target.config import load_target
 from dspark.dump.target.weights import read_frozen
 from dspark.tools.publish.export import export
 from dspark.train.draft.config import DraftConfig
-from dspark.train.draft.folder import load_config, read_tensors, save_draft
+from dspark.train.draft.saved.folder import load_config, read_tensors, save_draft
 from dspark.train.draft.types import drafter
 
 # Name of a GGUF tensor -> ours, and of a block's.

@@ -73,7 +73,7 @@ def worker(args: argparse.Namespace) -> None:
     from dspark.tools.decode.decode import outcome_of
     from dspark.tools.decode.prompts import read_prompts
     from dspark.tools.decode.target import Target, greedy_alone, load_model
-    from dspark.train.draft.folder import load_draft
+    from dspark.train.draft.saved.folder import load_draft
 
     started, target = time.perf_counter(), load_target(args.model)
     prompts = read_prompts(

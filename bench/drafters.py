@@ -138,7 +138,7 @@ class Training:
         self.row["steps"] = max(1, round(1e3 * self.args.seconds / median))
 
     def train(self) -> None:
-        from dspark.train.draft.folder import save_draft
+        from dspark.train.draft.saved.folder import save_draft
         from dspark.train.run.folder import TRAINING
 
         run, steps = self.run, self.row["steps"]

@@ -16,7 +16,7 @@ from dspark.tools.decode.decode import speculative_generate
 from dspark.tools.decode.outcome import Outcome
 from dspark.tools.decode.target import Target, greedy_alone, load_model
 from dspark.tools.decode.vllm_serve import INTERPRETER_ENV, ServeRequest, run_vllm
-from dspark.train.draft.folder import load_config, load_draft
+from dspark.train.draft.saved.folder import load_config, load_draft
 
 PROMPTS = [[5, 6, 7, 8, 9], list(range(20, 50)), [families.VOCAB - 9, 3, 40]]
 MAX_TOKENS = 12

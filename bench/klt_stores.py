@@ -59,7 +59,7 @@ from dspark.cache.files.layout import EXACT_POSITION, EXACT_ROW, EXACT_START
 from dspark.cache.reader import Cache, read_manifest
 from dspark.dump.target.config import load_target
 from dspark.train.data.stream import split
-from dspark.train.draft.folder import save_draft
+from dspark.train.draft.saved.folder import save_draft
 
 # of SmolLM2's 30 layers; without @L, the product's choice
 LAYERS = {3: "1,14,27", 8: "1,4,8,11,14,20,24,27"}

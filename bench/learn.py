@@ -42,7 +42,7 @@ from learn_lab import Lab
 from learn_variants import ALWAYS, CANDIDATES, MORE, Variant, joined
 
 from common import RESULTS, write
-from dspark.train.draft.folder import save_draft
+from dspark.train.draft.saved.folder import save_draft
 from dspark.train.run.folder import TRAINING
 from dspark.train.run.setup import prepare
 

@@ -39,8 +39,8 @@ from torch import Tensor
 from common import PUBLISHED_LOSS
 from dspark.train.data.batch import Batch
 from dspark.train.data.feed import Feed
-from dspark.train.draft.folder import save_draft
 from dspark.train.draft.model import DraftModel
+from dspark.train.draft.saved.folder import save_draft
 from dspark.train.loop import Schedule
 from dspark.train.objective.objective import ObjectiveConfig
 from dspark.train.run import folder

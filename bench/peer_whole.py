@@ -33,7 +33,7 @@ from typing import Any
 
 from feed import config
 
-from dspark.train.draft.folder import save_draft
+from dspark.train.draft.saved.folder import save_draft
 from dspark.train.run import folder
 from dspark.train.run.setup import Run, prepare
 

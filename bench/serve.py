@@ -76,7 +76,7 @@ def probed(model: str, draft: str, answers: list[dict[str, Any]], device: str) -
     """
     from dspark.tools.check.probe import answer_of, probe
     from dspark.tools.decode.target import Target, load_model
-    from dspark.train.draft.folder import load_config, load_draft
+    from dspark.train.draft.saved.folder import load_config, load_draft
 
     loaded = load_model(model, device, "auto")
     sums: dict[str, list[tuple[float, float]]] = {

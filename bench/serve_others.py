@@ -29,8 +29,8 @@ from dspark.tools.decode.decode import speculative_generate
 from dspark.tools.decode.target import Target, greedy_alone
 from dspark.tools.decode.vllm_serve import ServeRequest, run_vllm_each
 from dspark.tools.publish.export import export
-from dspark.train.draft.folder import load_draft
 from dspark.train.draft.model import DraftModel
+from dspark.train.draft.saved.folder import load_draft
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 import published

@@ -30,7 +30,7 @@ import torch
 from common import RESULTS, write
 from dspark.tools.check.parity import ours_and_served, parity_of, serve_and_compare
 from dspark.tools.decode.target import greedy_alone
-from dspark.train.draft.folder import save_draft, write_config
+from dspark.train.draft.saved.folder import save_draft, write_config
 from dspark.train.draft.types import drafter
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
@@ -112,7 +112,7 @@ def trained(args: argparse.Namespace) -> list[dict[str, Any]]:
     from dspark.dump.target.config import load_target
     from dspark.tools.decode.prompts import read_prompts
     from dspark.tools.decode.target import load_model
-    from dspark.train.draft.folder import load_config
+    from dspark.train.draft.saved.folder import load_config
 
     target, out = load_target(args.model), []
     model = load_model(args.model, args.device, "float32")

@@ -26,7 +26,7 @@ from dspark.tools.decode.decode import speculative_generate
 from dspark.tools.decode.outcome import Outcome, summarise
 from dspark.tools.decode.target import Target
 from dspark.tools.decode.vllm_serve import ServeRequest, run_vllm
-from dspark.train.draft.folder import save_draft
+from dspark.train.draft.saved.folder import save_draft
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 import tiny_models as tiny

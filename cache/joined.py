@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dspark.cache.errors import MismatchError, UsageError
-from dspark.cache.files.part import Array
+from dspark.cache.parts.part import Array
 from dspark.cache.reader import Cache
 from dspark.cache.records import CodedSample, TokenSample
 

@@ -26,14 +26,6 @@ from dspark.cache.errors import (
     reading,
 )
 from dspark.cache.files.calibration import stored_codec
-from dspark.cache.files.index import (
-    PART_ARRAYS,
-    TURN,
-    build_index,
-    index_shape,
-    index_sums,
-    read_index_record,
-)
 from dspark.cache.files.layout import (
     EXACT_POSITION,
     EXACT_ROW,
@@ -47,7 +39,18 @@ from dspark.cache.files.layout import (
     StoredArray,
     part_name,
 )
-from dspark.cache.files.part import (
+from dspark.cache.files.place import Memory, Place, each_in_parallel, in_parallel, place_of
+from dspark.cache.files.urls import Where, where
+from dspark.cache.manifest import READ_VERSIONS, Manifest, sealed, unseal
+from dspark.cache.parts.index import (
+    PART_ARRAYS,
+    TURN,
+    build_index,
+    index_shape,
+    index_sums,
+    read_index_record,
+)
+from dspark.cache.parts.part import (
     Array,
     PartRecord,
     missing_files,
@@ -58,10 +61,7 @@ from dspark.cache.files.part import (
     read_shape,
     shard_file,
 )
-from dspark.cache.files.place import Memory, Place, each_in_parallel, in_parallel, place_of
-from dspark.cache.files.shard import Shard
-from dspark.cache.files.urls import Where, where
-from dspark.cache.manifest import READ_VERSIONS, Manifest, sealed, unseal
+from dspark.cache.parts.shard import Shard
 from dspark.cache.records import CodedSample, Sample, TokenSample, last_rows
 from dspark.cache.target.files import what_to_do
 from dspark.cache.target.frozen import FrozenTarget
@@ -222,7 +222,7 @@ class Cache:
 
     @cached_property
     def index(self) -> dict[str, Array]:
-        """Return the arrays of ``dspark.cache.files.index``, from ``index/`` or, while incomplete,
+        """Return the arrays of ``dspark.cache.parts.index``, from ``index/`` or, while incomplete,
         from the parts.
         """
         if not self.manifest.complete:

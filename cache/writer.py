@@ -42,16 +42,7 @@ from dspark.cache.files.atomic import (
     staged,
     write_errors,
 )
-from dspark.cache.files.blocks import missing_rows
 from dspark.cache.files.calibration import codec_info, save_calibration, stored_codec
-from dspark.cache.files.index import (
-    PART_ARRAYS,
-    TURN,
-    build_index,
-    index_specs,
-    index_sums,
-    read_index_record,
-)
 from dspark.cache.files.layout import (
     INDEX,
     INDEX_KEY,
@@ -64,7 +55,19 @@ from dspark.cache.files.layout import (
     PartLayout,
     part_name,
 )
-from dspark.cache.files.part import (
+from dspark.cache.files.place import Place, in_parallel, place_of
+from dspark.cache.files.urls import Where
+from dspark.cache.manifest import Counts, Json, Manifest, SourceInfo, from_plan, sealed
+from dspark.cache.parts.blocks import missing_rows
+from dspark.cache.parts.index import (
+    PART_ARRAYS,
+    TURN,
+    build_index,
+    index_specs,
+    index_sums,
+    read_index_record,
+)
+from dspark.cache.parts.part import (
     Array,
     Block,
     PartJob,
@@ -78,9 +81,6 @@ from dspark.cache.files.part import (
     write_array,
     write_attributes,
 )
-from dspark.cache.files.place import Place, in_parallel, place_of
-from dspark.cache.files.urls import Where
-from dspark.cache.manifest import Counts, Json, Manifest, SourceInfo, from_plan, sealed
 from dspark.cache.reader import read_manifest
 from dspark.cache.records import CodedSample, TokenSample
 from dspark.cache.target.files import damaged_files, write_target

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from dspark.train.draft.folder import save_draft
 from dspark.train.draft.model import DraftModel
+from dspark.train.draft.saved.folder import save_draft
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 YARN = {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 64}

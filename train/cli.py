@@ -15,7 +15,7 @@ from dspark.cache.errors import Stopped, UsageError
 from dspark.cache.shared.command import bar, break_lock_flag, command, emit, version_flag
 from dspark.cache.shared.layer_ids import LayerIds
 from dspark.train.config import LOGGERS, SCHEDULES, SELECT, STRATEGIES, TrainConfig, with_passes
-from dspark.train.draft.shape_file import read_shape
+from dspark.train.draft.saved.shape_file import read_shape
 from dspark.train.draft.types import TYPES, drafter
 from dspark.train.recipes import AUTO, NONE, configure, recipes
 
@@ -337,7 +337,7 @@ def configured(context: click.Context) -> TrainConfig:
     named = {n.rstrip("_"): v for n, v in given.items() if n not in NOT_SETTINGS}  # compile_
     shape = read_shape(named.pop("draft_config")) if "draft_config" in named else {}
     if named.get("init_from"):
-        from dspark.train.draft.warm import settings_of
+        from dspark.train.draft.saved.warm import settings_of
 
         shape = settings_of(named["init_from"]) | shape
     named = shape | named | _stores(named["cache"])

@@ -259,8 +259,8 @@ class TrainConfig:
     the smallest (docs/log/2026-11-22-two-gpus.md).
     """
     init_from: str | None = None
-    """Folder of a draft whose tensors this one begins with (``train/draft/warm.py``). None: random
-    ones.
+    """Folder of a draft whose tensors this one begins with (``train/draft/saved/warm.py``). None:
+    random ones.
     """
     recipe: str | None = None
     """Name of the recipe that the settings came from; for the record, since the settings themselves

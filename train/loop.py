@@ -29,7 +29,7 @@ from dspark.train.data.feed import Feed
 from dspark.train.data.row import Row
 from dspark.train.data.stream import VALIDATION_EPOCH
 from dspark.train.distributed import World, lost_peers
-from dspark.train.draft.folder import save_draft
+from dspark.train.draft.saved.folder import save_draft
 from dspark.train.evaluate import ANCHORS_AT_ONCE, evaluate, walked
 from dspark.train.objective.metrics import Score, SlotMetrics
 from dspark.train.run import checkpoint, folder, history, memory

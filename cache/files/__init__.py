@@ -1,1 +1,1 @@
-"""A store's files: layout, shards, parts, the index, and how each is committed."""
+"""Where a store's bytes are: folders and object stores, names, locks, and how each is committed."""

@@ -24,7 +24,7 @@ from dspark.dump.writing.blocks import SharedBlock, regions
 if TYPE_CHECKING:
     import torch
 
-    from dspark.cache.files.part import PartJob
+    from dspark.cache.parts.part import PartJob
     from dspark.cache.records import Coded
     from dspark.dump.corpus.parts import PartRows
 

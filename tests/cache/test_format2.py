@@ -32,9 +32,9 @@ from dspark.cache.codec.base import EXACT_TOKEN, ArraySpec, Tokens
 from dspark.cache.files.atomic import remove
 from dspark.cache.manifest import Json
 from dspark.cache.reader import read_manifest
-from dspark.cache.recode import recode
 from dspark.cache.repeats import Repeats
-from dspark.cache.verify import drop_damaged, verify
+from dspark.cache.stores.recode import recode
+from dspark.cache.stores.verify import drop_damaged, verify
 from dspark.cache.writer import StoreWriter, rebuild
 from dspark.tools import cli as tools
 

@@ -13,9 +13,9 @@ import zarr
 import dspark.cache
 import stores
 from dspark.cache import errors
-from dspark.cache.recode import recode
 from dspark.cache.settings import PACKINGS
-from dspark.cache.verify import verify
+from dspark.cache.stores.recode import recode
+from dspark.cache.stores.verify import verify
 from dspark.tools.stores.compare import compare
 
 LENGTHS = [50, 3, 120, 77, 260, 9, 150, 31]
@@ -133,7 +133,9 @@ def test_stopped_and_resumed_is_the_same(store: Path, tmp_path: Path, pack: str)
 def test_refusals(store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "mine").mkdir()
     with monkeypatch.context() as early:
-        early.setattr("dspark.cache.recode.spread_states", lambda *a, **k: pytest.fail("read"))
+        early.setattr(
+            "dspark.cache.stores.recode.spread_states", lambda *a, **k: pytest.fail("read")
+        )
         for overwrite, words in ((False, "Use --resume"), (True, "not a dspark store")):
             with pytest.raises(errors.ExistsError, match=words):
                 recode(store, tmp_path / "mine", codec="rotated-4-4", overwrite=overwrite)

@@ -13,8 +13,8 @@ import dspark.cache
 import stores
 from dspark.cache.files.layout import disk_bytes_per_token
 from dspark.cache.quality import spread_states
-from dspark.cache.recode import recode
 from dspark.cache.sizing import RowBytes
+from dspark.cache.stores.recode import recode
 from dspark.dump.plan import METADATA
 
 SETTINGS = [(16, 16, "zstd"), (8, 8, "zstd"), (4, 4, "zstd"), (3, 4, "zstd"), (2, 4, "zstd")]

@@ -23,7 +23,7 @@ from dspark.cache.files.place import place_of
 from dspark.cache.manifest import Manifest, plan_digest, sealed
 from dspark.cache.records import last_rows
 from dspark.cache.settings import PACKINGS
-from dspark.cache.verify import drop_damaged, verify
+from dspark.cache.stores.verify import drop_damaged, verify
 from dspark.cache.writer import StoreWriter
 
 LENGTHS = [50, 3, 120, 77, 260, 9, 150, 31]
@@ -332,8 +332,8 @@ def test_our_shards_are_zarrs_bytes_and_ours_reads_zarrs(
     any range of rows.
     """
     from dspark.cache.files.layout import StoredArray
-    from dspark.cache.files.part import shard_file, write_array
-    from dspark.cache.files.shard import Shard
+    from dspark.cache.parts.part import shard_file, write_array
+    from dspark.cache.parts.shard import Shard
 
     rng = np.random.default_rng(rows)
     shuffle = {"uint16": 2, "int32": 4}.get(dtype, 0) if level else 0
@@ -359,9 +359,9 @@ def test_a_disk_that_takes_a_little_at_a_time_changes_nothing(
     """Short writes, chunks of a few bytes, and a file that is told to go to disk early; the sums
     are the file's.
     """
-    from dspark.cache.files import shard
     from dspark.cache.files.checksum import file_sums
     from dspark.cache.files.layout import StoredArray
+    from dspark.cache.parts import shard
 
     spec = StoredArray("x", (9000, 3), "uint8", 8, 0, 1)
     data = np.random.default_rng(0).integers(0, 9, spec.shape).astype(np.uint8)
@@ -381,7 +381,7 @@ def test_unpacked_chunks_whose_index_is_not_theirs_are_damage(tmp_path: Path) ->
     chunks.
     """
     from dspark.cache.files.layout import StoredArray
-    from dspark.cache.files.shard import Shard, write_shard
+    from dspark.cache.parts.shard import Shard, write_shard
 
     spec = StoredArray("x", (300, 4), "uint8", 128, 0, 0)
     data = np.arange(1200, dtype=np.uint32).astype(np.uint8).reshape(300, 4)
@@ -404,7 +404,7 @@ def test_one_flipped_bit_of_an_unpacked_chunk_is_named(tmp_path: Path, byte: int
     """
     from dspark.cache.files.checksum import crc32c
     from dspark.cache.files.layout import StoredArray
-    from dspark.cache.files.shard import Shard, write_shard
+    from dspark.cache.parts.shard import Shard, write_shard
 
     spec = StoredArray("x", (300, 4), "uint8", 128, 0, 0)
     data = np.arange(1200, dtype=np.uint32).astype(np.uint8).reshape(300, 4)
@@ -426,7 +426,7 @@ def test_one_flipped_bit_of_an_unpacked_chunk_is_named(tmp_path: Path, byte: int
 def test_a_fork_of_a_process_that_wrote_can_write(tmp_path: Path) -> None:
     """It has none of the threads that compressed for its parent."""
     from dspark.cache.files.layout import StoredArray
-    from dspark.cache.files.shard import write_shard
+    from dspark.cache.parts.shard import write_shard
 
     data = np.arange(4000, dtype=np.uint8).reshape(2000, 2)
     spec = StoredArray("x", (2000, 2), "uint8", 100, 0, 1)
@@ -444,7 +444,8 @@ def test_a_fork_of_a_process_that_wrote_can_write(tmp_path: Path) -> None:
 
 def test_the_residue_is_that_of_every_sum() -> None:
     """Bytes and their own crc32c behind them always sum to the same."""
-    from dspark.cache.files import checksum, shard
+    from dspark.cache.files import checksum
+    from dspark.cache.parts import shard
 
     for data in (b"", b"123456789", bytes(1000), bytes(range(256)) * 77):
         whole = np.frombuffer(data + checksum.crc32c(data).to_bytes(4, "little"), np.uint8)

@@ -9,8 +9,8 @@ import pytest
 
 import dspark.cache
 from dspark.cache.errors import DataError, ExistsError, UsageError
-from dspark.cache.subset import condition, subset
-from dspark.cache.verify import verify
+from dspark.cache.stores.subset import condition, subset
+from dspark.cache.stores.verify import verify
 from stores import write_store
 
 LENGTHS = [30, 40, 50, 60, 20, 30, 44, 9, 80, 33]

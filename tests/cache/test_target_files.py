@@ -17,8 +17,8 @@ import stores
 from dspark.cache.errors import DamagedCacheError, MismatchError
 from dspark.cache.files.checksum import file_sha256
 from dspark.cache.manifest import CodecInfo, TokenizerInfo
-from dspark.cache.recode import recode
-from dspark.cache.verify import drop_damaged, verify
+from dspark.cache.stores.recode import recode
+from dspark.cache.stores.verify import drop_damaged, verify
 from dspark.cache.writer import StoreWriter
 
 LENGTHS = [50, 3, 120, 77]

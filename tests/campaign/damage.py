@@ -188,7 +188,7 @@ def dumped_campaign(folder: Path, count: int, seed: int) -> dict[str, Any]:
 
 def store_cases(folder: Path, count: int, seed: int) -> dict[str, Any]:
     """``count`` cases on ``folder``/whole.zarr, which has a sibling, a twin and an older copy."""
-    from dspark.cache.verify import verify
+    from dspark.cache.stores.verify import verify
 
     rng = random.Random(seed)
     whole, work = folder / "whole.zarr", folder / "work.zarr"

@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from dump_runs import corpus, files
 
-from dspark.cache.verify import verify
+from dspark.cache.stores.verify import verify
 from dspark.cache.writer import scan_parts
 from dspark.dump.config import DumpConfig
 from dspark.dump.progress import Display

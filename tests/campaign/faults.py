@@ -16,7 +16,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from dspark.cache.files import atomic, shard
+from dspark.cache.files import atomic
+from dspark.cache.parts import shard
 
 # What changes the disk: each is a moment before and a moment after.
 WRITES = [

@@ -231,7 +231,7 @@ def bomb(shard: Path, rng: random.Random) -> None:
 def use_store(work: Path) -> None:
     from dspark.cache import open as open_store
     from dspark.cache.errors import DsparkError
-    from dspark.cache.verify import verify
+    from dspark.cache.stores.verify import verify
     from dspark.tools.stores.info import info
 
     failed: DsparkError | None = None
@@ -273,7 +273,7 @@ def draft_case(work: Path, rng: random.Random) -> str:
 
 def use_draft(work: Path) -> None:
     from core_cases import small_target
-    from dspark.train.draft.folder import load_draft
+    from dspark.train.draft.saved.folder import load_draft
 
     load_draft(work, small_target())
 
@@ -410,7 +410,7 @@ def campaign(folder: Path, tries: int, seed: int) -> dict[str, Any]:
     from dspark.cache.codec import registry
     from dspark.cache.errors import DsparkError
     from dspark.cache.files.calibration import codec_info
-    from dspark.train.draft.folder import save_draft
+    from dspark.train.draft.saved.folder import save_draft
     from dspark.train.loop import train
     from dump_targets import save_target
 

@@ -36,7 +36,7 @@ class Kind:
 
 
 def same_store(a: Path, b: Path) -> list[str]:
-    from dspark.cache.verify import verify
+    from dspark.cache.stores.verify import verify
 
     left, right = faults.tree(a), faults.tree(b)
     return [n for n in sorted(left | right) if left.get(n) != right.get(n)] + verify(b).findings
@@ -161,7 +161,7 @@ def dumping(folder: Path, *, regenerate: bool = False) -> Kind:
 
 def recoding(folder: Path) -> Kind:
     import stores
-    from dspark.cache.recode import recode
+    from dspark.cache.stores.recode import recode
 
     stores.write_store(folder / "source.zarr", [40, 52, 61, 44, 70, 33, 51])
 
@@ -189,7 +189,7 @@ def importing(folder: Path) -> Kind:
 def exporting(folder: Path) -> Kind:
     from core_cases import small_draft
     from dspark.tools.publish.export import export
-    from dspark.train.draft.folder import save_draft
+    from dspark.train.draft.saved.folder import save_draft
 
     save_draft(folder / "published", small_draft())
 

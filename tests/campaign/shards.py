@@ -25,8 +25,8 @@ from dump_runs import files
 from dumps import attempt, begin, whole_dump
 
 from dspark.cache.errors import MismatchError
-from dspark.cache.merge import merge
-from dspark.cache.verify import verify
+from dspark.cache.stores.merge import merge
+from dspark.cache.stores.verify import verify
 from dspark.cache.writer import scan_parts
 from dspark.dump.config import DumpConfig
 

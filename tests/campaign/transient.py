@@ -86,7 +86,7 @@ def campaign(folder: Path, count: int, seed: int) -> dict[str, Any]:
     from dspark.cache.codec import registry
     from dspark.cache.errors import UnreadableError
     from dspark.cache.files.calibration import codec_info
-    from dspark.cache.verify import drop_damaged, verify
+    from dspark.cache.stores.verify import drop_damaged, verify
 
     store = folder / "hs.zarr"
     m = dataclasses.replace(stores.manifest(), codec=codec_info(registry.make("rotated-4-4")))

@@ -16,7 +16,7 @@ from typing import Any
 
 import faults
 
-from dspark.cache.files import shard
+from dspark.cache.parts import shard
 
 SAID = re.compile(
     r"LockedError: .* is being written by .* \(host \S+, pid (\d+), since .*\); wait for it to end"
@@ -69,7 +69,7 @@ def campaign(folder: Path, tries: int, seed: int) -> dict[str, Any]:
     from small_trainings import small_training
 
     import stores
-    from dspark.cache.recode import recode
+    from dspark.cache.stores.recode import recode
     from dspark.train.loop import train
 
     rng = random.Random(seed)

@@ -22,9 +22,9 @@ from dspark.cache.errors import (
     StoreWriteError,
     UsageError,
 )
-from dspark.cache.files.part import PartRecord
+from dspark.cache.parts.part import PartRecord
 from dspark.cache.reader import read_manifest
-from dspark.cache.verify import drop_damaged, verify
+from dspark.cache.stores.verify import drop_damaged, verify
 from dspark.cache.writer import StoreWriter
 from dspark.dump.config import DumpConfig
 from dspark.dump.progress import Display

@@ -13,8 +13,8 @@ import torch
 
 from dspark.cache.codec import registry
 from dspark.cache.files.layout import PartLayout
-from dspark.cache.files.part import Block, PartJob, join_tokens
 from dspark.cache.files.place import Folder
+from dspark.cache.parts.part import Block, PartJob, join_tokens
 from dspark.cache.records import TokenSample, last_rows
 from dspark.cache.settings import LOSSLESS, rotated_name
 from dspark.dump.corpus.parts import PartRows

@@ -21,8 +21,8 @@ from dspark.cache.codec.klt.codec import Klt
 from dspark.cache.errors import DamagedCacheError, UsageError
 from dspark.cache.files.layout import CALIBRATION
 from dspark.cache.quality import snr_db
-from dspark.cache.recode import recode
-from dspark.cache.verify import verify
+from dspark.cache.stores.recode import recode
+from dspark.cache.stores.verify import verify
 from dspark.dump.config import DumpConfig
 from dspark.dump.job import prepare
 from dspark.dump.progress import Display

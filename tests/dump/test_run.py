@@ -34,7 +34,7 @@ from dspark.cache.errors import (
     UsageError,
 )
 from dspark.cache.files.checksum import file_sha256
-from dspark.cache.files.part import PartJob
+from dspark.cache.parts.part import PartJob
 from dspark.cache.records import TokenSample, last_rows
 from dspark.cache.writer import StoreWriter
 from dspark.dump import plan as planning

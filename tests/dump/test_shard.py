@@ -24,8 +24,8 @@ from dspark.cache.errors import (
 )
 from dspark.cache.files.place import place_of
 from dspark.cache.files.urls import where
-from dspark.cache.merge import append, merge
-from dspark.cache.verify import drop_damaged, verify
+from dspark.cache.stores.merge import append, merge
+from dspark.cache.stores.verify import drop_damaged, verify
 from dspark.dump import actors, run
 from dspark.dump.config import DumpConfig
 from dspark.dump.progress import Display

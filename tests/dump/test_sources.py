@@ -16,7 +16,7 @@ from dump_runs import assert_same, corpus, files
 import dspark.cache
 from dspark.cache.errors import DataError, MismatchError, UsageError
 from dspark.cache.reader import read_manifest
-from dspark.cache.verify import verify
+from dspark.cache.stores.verify import verify
 from dspark.cache.writer import scan_parts
 from dspark.dump.cli import main
 from dspark.dump.config import DumpConfig

@@ -16,7 +16,7 @@ import stores
 from dspark.tools.judge import calibration as cal
 from dspark.tools.judge.calibrate import calibrate_command
 from dspark.train.config import TrainConfig
-from dspark.train.draft.folder import read_tensors
+from dspark.train.draft.saved.folder import read_tensors
 from dspark.train.loop import train
 
 

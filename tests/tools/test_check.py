@@ -29,7 +29,7 @@ from dspark.tools.check.files import vllm_at_least
 from dspark.tools.decode import vllm_serve
 from dspark.tools.decode.outcome import Outcome
 from dspark.tools.decode.target import greedy_alone
-from dspark.train.draft.folder import CHECKSUM, load_config, save_draft, write_config
+from dspark.train.draft.saved.folder import CHECKSUM, load_config, save_draft, write_config
 
 Config, Tensors = dict[str, Any], dict[str, Tensor]
 

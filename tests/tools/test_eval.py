@@ -23,7 +23,7 @@ from dspark.tools.decode.prompts import read_prompts
 from dspark.tools.decode.target import greedy_alone
 from dspark.tools.decode.vllm_serve import ServeRequest
 from dspark.tools.judge.eval import EvalConfig, eval_command, evaluate
-from dspark.train.draft.folder import save_draft
+from dspark.train.draft.saved.folder import save_draft
 
 PROMPTS = {"code": [50, 60, 70], "chat": [5, 6, 7, 8, 9]}
 

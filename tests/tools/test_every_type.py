@@ -18,7 +18,7 @@ from dspark.tools.judge import several
 from dspark.tools.judge.eval import eval_command
 from dspark.tools.judge.score import same_samples
 from dspark.tools.publish.export import export
-from dspark.train.draft.folder import save_draft
+from dspark.train.draft.saved.folder import save_draft
 from dspark.train.draft.types import TYPES, drafter
 
 OWN: dict[str, dict[str, Any]] = {

@@ -18,15 +18,15 @@ from safetensors.torch import load_file, save_file
 
 import dspark.cache
 from dspark.cache import errors
-from dspark.cache.verify import drop_damaged, verify
+from dspark.cache.stores.verify import drop_damaged, verify
 from dspark.dump.config import DumpConfig
 from dspark.dump.progress import Display
 from dspark.dump.run import dump
 from dspark.tools.importers.importer import import_store
 from dspark.tools.judge.score import score
 from dspark.train.draft.config import DraftConfig
-from dspark.train.draft.folder import save_draft
 from dspark.train.draft.model import DraftModel
+from dspark.train.draft.saved.folder import save_draft
 from dump_targets import save_target
 
 LAYERS = (1, 2, 4)

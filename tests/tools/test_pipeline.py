@@ -21,7 +21,7 @@ from dspark.tools.publish.export import export
 from dspark.train.config import TrainConfig
 from dspark.train.data.batch import Batch
 from dspark.train.draft.config import DraftConfig
-from dspark.train.draft.folder import trained_shapes
+from dspark.train.draft.saved.folder import trained_shapes
 from dspark.train.draft.spd.drafter import SPD
 from dspark.train.draft.spd.files import HEAD, MANIFEST, faults, file_bytes, metadata
 from dspark.train.draft.spd.head import SpdHead

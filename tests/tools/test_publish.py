@@ -16,7 +16,13 @@ from click.testing import CliRunner
 from core_cases import small_draft, small_target
 from dspark.cache.errors import DraftError, StoreWriteError
 from dspark.tools.publish.export import export, export_command, push
-from dspark.train.draft.folder import load_config, load_draft, read_tensors, save_draft, trained_as
+from dspark.train.draft.saved.folder import (
+    load_config,
+    load_draft,
+    read_tensors,
+    save_draft,
+    trained_as,
+)
 
 IDS = torch.tensor([2, 3, 5, 8, 13, 21, 34])
 

@@ -23,7 +23,7 @@ from dspark.tools.importers.deepspec import DTYPES, DeepSpecSource
 from dspark.tools.publish import card
 from dspark.tools.shapes import Each, Maybe, Optional, fault
 from dspark.train.config import TrainConfig
-from dspark.train.draft.folder import load_config, save_draft
+from dspark.train.draft.saved.folder import load_config, save_draft
 from dspark.train.loop import train
 
 
@@ -350,7 +350,7 @@ def test_a_damaged_tokenizer_of_a_store(tmp_path: Path) -> None:
 @pytest.mark.parametrize("value", ["x", [None], 1.5])
 def test_check_names_what_is_no_config(draft: Path, layout: str, key: str, value: Any) -> None:
     from dspark.tools.check.files import Files, judge
-    from dspark.train.draft.folder import write_config
+    from dspark.train.draft.saved.folder import write_config
 
     if layout == "speculators":
         import torch

@@ -18,7 +18,7 @@ from small_trainings import small_training
 
 from dspark.cache.errors import DraftError, UsageError
 from dspark.cache.files.urls import Url
-from dspark.cache.merge import merge
+from dspark.cache.stores.merge import merge
 from dspark.tools.cli import main
 from dspark.tools.report.charts import Line, bars, lines, number, ticks
 from dspark.tools.report.sources import kind_of, metrics, read

@@ -27,7 +27,7 @@ from dspark.train.draft.eagle3 import model as eagle3_model
 from dspark.train.draft.eagle3.decoding import Eagle3Decoder
 from dspark.train.draft.eagle3.drafter import EAGLE3
 from dspark.train.draft.eagle3.model import Eagle3Model
-from dspark.train.draft.folder import load_draft, read_tensors, trained_shapes
+from dspark.train.draft.saved.folder import load_draft, read_tensors, trained_shapes
 from dspark.train.draft.spd.head import attended
 from dspark.train.draft.types import drafter
 from dspark.train.loop import train

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from core_cases import VOCAB, small_batch, small_draft, small_target
 from dspark.cache.errors import DraftError
-from dspark.train.draft.folder import load_draft, save_draft
 from dspark.train.draft.model import DraftModel
+from dspark.train.draft.saved.folder import load_draft, save_draft
 
 IDS = torch.tensor([2, 3, 5, 8, 13, 21, 34])
 

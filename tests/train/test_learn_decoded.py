@@ -17,7 +17,7 @@ from click.testing import CliRunner
 import tiny_models as tiny
 from dspark.dump.cli import main as dump
 from dspark.tools.decode.target import greedy_alone
-from dspark.train.draft.folder import save_draft
+from dspark.train.draft.saved.folder import save_draft
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ from dspark.cache.errors import DraftError, MismatchError
 from dspark.cache.target.frozen import FrozenTarget
 from dspark.train.data.batch import Batch
 from dspark.train.draft.config import DraftConfig
-from dspark.train.draft.folder import load_draft, trained_shapes
+from dspark.train.draft.saved.folder import load_draft, trained_shapes
 from dspark.train.draft.spd.decoding import SpdDecoder
 from dspark.train.draft.spd.drafter import SPD, tap_rows
 from dspark.train.draft.spd.head import SpdHead

@@ -19,8 +19,8 @@ from dspark.tools.publish.export import export
 from dspark.train.data.batch import Batch
 from dspark.train.draft.attention import AttentionPlan
 from dspark.train.draft.decoding import BlockDecoder, chained, recomputed_states
-from dspark.train.draft.folder import load_draft, save_draft
 from dspark.train.draft.model import DraftModel
+from dspark.train.draft.saved.folder import load_draft, save_draft
 
 NESTED = {"mask_token_id": VOCAB - 1, "target_layer_ids": [0, 2]}
 TARGET = {

@@ -19,8 +19,8 @@ from dspark.cache.errors import DraftError, MismatchError, UsageError
 from dspark.train.draft import types
 from dspark.train.draft.config import DraftConfig
 from dspark.train.draft.dspark import DSpark
-from dspark.train.draft.folder import load_draft, trained_shapes
 from dspark.train.draft.model import DraftModel
+from dspark.train.draft.saved.folder import load_draft, trained_shapes
 from dspark.train.loop import train
 from dspark.train.objective.objective import ObjectiveConfig
 

@@ -21,9 +21,9 @@ from dspark.cache.errors import DraftError, DsparkError, MismatchError, Stopped,
 from dspark.tools.publish.export import export
 from dspark.train.cli import config_of
 from dspark.train.config import TrainConfig
-from dspark.train.draft.folder import load_draft, save_draft
 from dspark.train.draft.model import DraftModel
-from dspark.train.draft.warm import Origin, settings_of
+from dspark.train.draft.saved.folder import load_draft, save_draft
+from dspark.train.draft.saved.warm import Origin, settings_of
 from dspark.train.loop import train
 from dspark.train.run.history import sentences
 from dspark.train.run.setup import prepare

@@ -24,7 +24,7 @@ from dspark.train.config import TrainConfig
 from dspark.train.draft import scaling
 from dspark.train.draft.config import DraftConfig
 from dspark.train.draft.decoding import DraftContext, recomputed_states, slot_states
-from dspark.train.draft.folder import load_config, load_draft, save_draft
+from dspark.train.draft.saved.folder import load_config, load_draft, save_draft
 from dspark.train.draft.sight import FULL, SLIDING, Sight
 from dspark.train.loop import train
 from dspark.train.ops.rope import Turning, rope_tables

@@ -25,7 +25,7 @@ from dspark.tools.decode.decode import speculative_generate
 from dspark.tools.decode.outcome import Outcome
 from dspark.tools.decode.target import Target, greedy_alone
 from dspark.tools.decode.vllm_serve import INTERPRETER_ENV, ServeRequest, run_vllm_each
-from dspark.train.draft.folder import save_draft, write_config
+from dspark.train.draft.saved.folder import save_draft, write_config
 from dspark.train.draft.types import drafter
 
 HERE = Path(__file__).parent

@@ -210,7 +210,7 @@ def _decode(
     from dspark.tools.check.probe import answer_of
     from dspark.tools.check.symptoms import against_record, readings, symptoms
     from dspark.tools.decode.target import Target, greedy_alone
-    from dspark.train.draft.folder import load_draft
+    from dspark.train.draft.saved.folder import load_draft
 
     layers = range(-1, target.shapes.num_layers)
     prompts = _prompts(config, target)

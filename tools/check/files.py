@@ -30,13 +30,13 @@ from dspark.cache.errors import DraftError, UsageError
 from dspark.cache.target.shape import rope_base, text_config
 from dspark.tools import records
 from dspark.tools.shapes import Optional, require
-from dspark.train.draft import folder as export
 from dspark.train.draft import scaling
 from dspark.train.draft.config import DraftConfig
-from dspark.train.draft.speculators import MARK, NON_CAUSAL, to_flat
-from dspark.train.draft.spelling import flat_of
+from dspark.train.draft.saved import folder as export
+from dspark.train.draft.saved.speculators import MARK, NON_CAUSAL, to_flat
+from dspark.train.draft.saved.spelling import flat_of
+from dspark.train.draft.saved.vocabulary import faults, ids_of
 from dspark.train.draft.types import TYPES, DrafterType, drafter, type_of
-from dspark.train.draft.vocabulary import faults, ids_of
 
 # What is known about servers, and from where. "Checked here" means: the served-parity test and
 # bench/serve_parity.py ran on it.

@@ -104,7 +104,7 @@ def ours_and_served(
     from dspark.tools.decode.decode import speculative_generate
     from dspark.tools.decode.target import Target
     from dspark.tools.decode.vllm_serve import ServeRequest, run_vllm
-    from dspark.train.draft.folder import load_config, load_draft
+    from dspark.train.draft.saved.folder import load_config, load_draft
     from dspark.train.draft.types import drafter
 
     config = load_config(draft)

@@ -47,7 +47,7 @@ def calibrate(
     from dspark.cache.errors import DraftError, TrainError
     from dspark.tools.judge.calibration import fit, fit_shared
     from dspark.tools.judge.score import chosen
-    from dspark.train.draft.folder import load_config
+    from dspark.train.draft.saved.folder import load_config
 
     cache, config = dspark.cache.open(cache_path), load_config(draft)
     if write or fold:
@@ -182,7 +182,7 @@ def fold_into_head(draft: str, shared: Any) -> None:
     """Rewrite the confidence head of model.safetensors as ``w / T``, ``b / T + shift``. Training's
     checkpoints are not touched.
     """
-    from dspark.train.draft.folder import load_config, read_tensors, trained_as, write_tensors
+    from dspark.train.draft.saved.folder import load_config, read_tensors, trained_as, write_tensors
 
     stored = read_tensors(draft)
     temperature, shift = float(shared.temperature[0]), float(shared.shift[0])

@@ -97,7 +97,7 @@ def run_each(
     """
     from dspark.dump.target.config import load_target
     from dspark.tools.decode.prompts import read_prompts
-    from dspark.train.draft.folder import load_config
+    from dspark.train.draft.saved.folder import load_config
     from dspark.train.draft.types import drafter
 
     shapes = [load_config(draft) for draft in drafts]
@@ -158,7 +158,7 @@ def _with_transformers(
 
     from dspark.tools.decode.decode import outcome_of
     from dspark.tools.decode.target import Target, greedy_alone, load_model
-    from dspark.train.draft.folder import load_config, load_draft
+    from dspark.train.draft.saved.folder import load_config, load_draft
 
     model = load_model(config.model, config.device, config.dtype)
     drafted, alone = [list[Outcome]() for _ in drafts], list[Outcome]()
@@ -216,7 +216,7 @@ def _with_vllm(
     import torch
 
     from dspark.tools.decode.vllm_serve import ServeRequest, run_vllm
-    from dspark.train.draft.folder import load_config
+    from dspark.train.draft.saved.folder import load_config
     from dspark.train.draft.types import drafter
 
     dtype = (

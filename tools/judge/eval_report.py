@@ -87,7 +87,7 @@ def relative_cost(model: str, draft: str) -> float | None:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from dspark.train.draft.folder import load_config, trained_shapes
+    from dspark.train.draft.saved.folder import load_config, trained_shapes
 
     config = load_config(draft)
     read = sum(

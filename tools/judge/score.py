@@ -41,7 +41,7 @@ def score(
     ``all``; or ``validation`` / ``train``, the split that the draft was trained with (by prompt
     hash, from its training.json).
     """
-    from dspark.train.draft.folder import load_config
+    from dspark.train.draft.saved.folder import load_config
 
     samples = chosen(cache, draft, which)
     result = forced(
@@ -86,7 +86,7 @@ def forced(
     """
     from dspark.train.compute import choose_compute
     from dspark.train.data.stream import VALIDATION_EPOCH, Stream
-    from dspark.train.draft.folder import load_draft
+    from dspark.train.draft.saved.folder import load_draft
     from dspark.train.draft.types import drafter
     from dspark.train.evaluate import evaluate
     from dspark.train.objective.walk import KEYS, Walk

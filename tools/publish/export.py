@@ -47,7 +47,7 @@ def export(
     from dspark.cache.files.urls import refuse_url
     from dspark.tools import records
     from dspark.tools.publish import card
-    from dspark.train.draft import folder as files
+    from dspark.train.draft.saved import folder as files
     from dspark.train.draft.types import drafter
     from dspark.train.run.folder import STORE, TRAINING
     from dspark.train.run.history import HISTORY
@@ -147,7 +147,7 @@ def _whole(stored: dict[str, Any], config: Any, draft: str) -> dict[str, Any]:
     published.
     """
     from dspark.cache.errors import DraftError
-    from dspark.train.draft.folder import FROZEN, trained_shapes
+    from dspark.train.draft.saved.folder import FROZEN, trained_shapes
 
     wanted = trained_shapes(config)
     wrong = [n for n, shape in wanted.items() if n not in stored or tuple(stored[n].shape) != shape]

@@ -118,7 +118,7 @@ def stored_sizes(place: Place) -> dict[str, int] | None:
     writer did not record them.
     """
     from dspark.cache.errors import DamagedCacheError
-    from dspark.cache.files.index import read_index_record
+    from dspark.cache.parts.index import read_index_record
 
     try:
         return read_index_record(place).bytes

@@ -37,7 +37,7 @@ def merge_command(out: str, stores: tuple[str, ...], as_json: bool) -> None:
 
     Refuses, naming them, if rows of a source are missing.
     """
-    from dspark.cache.merge import merge
+    from dspark.cache.stores.merge import merge
 
     with bar("merge") as progress:
         merge(out, stores, progress=progress)
@@ -52,7 +52,7 @@ def append_command(store: str, others: tuple[str, ...], as_json: bool) -> None:
     """Add the corpora of complete stores with the same plan to STORE. The other stores are not
     changed.
     """
-    from dspark.cache.merge import append
+    from dspark.cache.stores.merge import append
 
     with bar("append") as progress:
         append(store, others, progress=progress)
@@ -81,7 +81,7 @@ def subset_command(store: str, out: str, conditions: tuple[str, ...], as_json: b
     """Copy the samples of STORE that meet all conditions to the new store OUT, with unchanged
     codes.
     """
-    from dspark.cache.subset import subset
+    from dspark.cache.stores.subset import subset
 
     with bar("subset") as progress:
         subset(store, out, conditions, progress=progress)

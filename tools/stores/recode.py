@@ -1,5 +1,5 @@
 """``dspark-tools recode``: rewrite a store with another codec; the work is in
-``dspark.cache.recode``.
+``dspark.cache.stores.recode``.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ from dspark.tools.flags import COUNT
 @json_flag
 def recode_command(source: str, destination: str, as_json: bool, **flags: Any) -> None:
     """Rewrite SOURCE as DESTINATION with another codec or packing."""
-    from dspark.cache.recode import recode
+    from dspark.cache.stores.recode import recode
     from dspark.tools.stores.info import info
 
     flags["device"] = str(choose_device(flags["device"]))

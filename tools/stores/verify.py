@@ -1,5 +1,5 @@
 """``dspark-tools verify``: check every checksum and every count of a store; the work is in
-``dspark.cache.verify``.
+``dspark.cache.stores.verify``.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ def verify_command(
     """Check every chunk's checksum and every count, and name what is damaged. Exit code 1 if
     anything is.
     """
-    from dspark.cache import verify
     from dspark.cache.files.lock_files import owned
     from dspark.cache.files.urls import where
+    from dspark.cache.stores import verify
     from dspark.cache.writer import rebuild
 
     changes = drop_damaged or rebuild_index

@@ -1,1 +1,1 @@
-"""The draft: config, network, heads, and the folder it is saved in."""
+"""The draft: config, network, heads, and drafter types."""

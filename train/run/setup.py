@@ -24,8 +24,8 @@ from dspark.train.data.stream import VALIDATION_EPOCH, Stream, split
 from dspark.train.data.vocab import choose_ids, covered
 from dspark.train.distributed import World
 from dspark.train.draft.model import DraftModel
+from dspark.train.draft.saved.warm import Origin, Start
 from dspark.train.draft.types import drafter
-from dspark.train.draft.warm import Origin, Start
 from dspark.train.objective.objective import ObjectiveConfig
 from dspark.train.optim.adamw import MasterAdamW
 from dspark.train.optim.base import AdamSettings, Optimizer

@@ -22,8 +22,8 @@ from torch import Tensor
 from dspark.cache import json_text
 from dspark.cache.files.atomic import write_file
 from dspark.train.draft.config import DraftConfig
+from dspark.train.draft.saved.vocabulary import ids_of
 from dspark.train.draft.spd.drafter import tap_rows
-from dspark.train.draft.vocabulary import ids_of
 
 HEAD, MANIFEST, CHECKPOINT = (
     "spd-head.safetensors",

@@ -25,7 +25,8 @@ from torch import Tensor
 
 from dspark.cache.errors import MismatchError
 from dspark.train.draft.config import DraftConfig
-from dspark.train.draft.folder import (
+from dspark.train.draft.model import DraftModel, TargetWeights
+from dspark.train.draft.saved.folder import (
     FROZEN,
     WEIGHTS,
     check_frozen,
@@ -33,7 +34,6 @@ from dspark.train.draft.folder import (
     load_config,
     read_tensors,
 )  # fmt: skip
-from dspark.train.draft.model import DraftModel, TargetWeights
 from dspark.train.draft.types import drafter
 
 if TYPE_CHECKING:

@@ -29,10 +29,10 @@ from dspark.cache.codec.fields import Fields
 from dspark.cache.errors import MismatchError, UsageError
 from dspark.cache.files.calibration import codec_info
 from dspark.cache.files.lock_files import owned
-from dspark.cache.files.part import Block
 from dspark.cache.files.place import place_of
 from dspark.cache.files.urls import Where, where
 from dspark.cache.manifest import FORMAT_VERSION, Counts, Manifest
+from dspark.cache.parts.part import Block
 from dspark.cache.quality import Probe, quality, spread_states
 from dspark.cache.reader import Cache
 from dspark.cache.reader import open as open_store

@@ -24,7 +24,6 @@ from dspark.cache.errors import (
     UsageError,
 )
 from dspark.cache.files.atomic import staged
-from dspark.cache.files.blocks import missing_rows, rows_known, spans
 from dspark.cache.files.calibration import stored_codec
 from dspark.cache.files.checksum import crc32, crc32c
 from dspark.cache.files.layout import (
@@ -39,7 +38,6 @@ from dspark.cache.files.layout import (
     part_number,
 )
 from dspark.cache.files.lock_files import owned
-from dspark.cache.files.part import PartRecord, group_metadata, missing_files, write_attributes
 from dspark.cache.files.place import (
     Folder,
     Object,
@@ -50,6 +48,8 @@ from dspark.cache.files.place import (
 )
 from dspark.cache.files.urls import Where, where
 from dspark.cache.manifest import Manifest, SourceInfo, differences, sealed
+from dspark.cache.parts.blocks import missing_rows, rows_known, spans
+from dspark.cache.parts.part import PartRecord, group_metadata, missing_files, write_attributes
 from dspark.cache.reader import read_manifest
 from dspark.cache.target.files import what_to_do
 from dspark.cache.writer import StoreWriter, check_whole, scan_parts, totals, write_index

@@ -41,10 +41,10 @@ from dspark.cache.shared.process import no_plan_a_shape
 from dspark.cache.target.frozen import FrozenTarget
 from dspark.train.draft.config import DraftConfig
 from dspark.train.draft.model import DraftModel, TargetWeights
-from dspark.train.draft.speculators import to_speculators
-from dspark.train.draft.spelling import flat_of
+from dspark.train.draft.saved.speculators import to_speculators
+from dspark.train.draft.saved.spelling import flat_of
+from dspark.train.draft.saved.vocabulary import faults, ids_of, offsets_of
 from dspark.train.draft.types import drafter
-from dspark.train.draft.vocabulary import faults, ids_of, offsets_of
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 TRAINED_AS, CHECKSUM = "dspark_trained_as", "dspark_crc32c"

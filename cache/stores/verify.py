@@ -24,7 +24,6 @@ from dspark.cache.errors import (
 )
 from dspark.cache.files.calibration import stored_codec
 from dspark.cache.files.checksum import file_sums
-from dspark.cache.files.index import PART_ARRAYS, TURN, build_index
 from dspark.cache.files.layout import (
     CALIBRATION,
     INDEX,
@@ -35,7 +34,11 @@ from dspark.cache.files.layout import (
     StoredArray,
     part_name,
 )
-from dspark.cache.files.part import (
+from dspark.cache.files.place import Folder, Place, place_of, refuse_links
+from dspark.cache.files.urls import Where
+from dspark.cache.manifest import Manifest
+from dspark.cache.parts.index import PART_ARRAYS, TURN, build_index
+from dspark.cache.parts.part import (
     Array,
     PartRecord,
     missing_files,
@@ -45,10 +48,7 @@ from dspark.cache.files.part import (
     shard_file,
     tokens_sha256,
 )
-from dspark.cache.files.place import Folder, Place, place_of, refuse_links
-from dspark.cache.files.shard import Shard
-from dspark.cache.files.urls import Where
-from dspark.cache.manifest import Manifest
+from dspark.cache.parts.shard import Shard
 from dspark.cache.reader import Cache, read_manifest
 from dspark.cache.records import last_rows
 from dspark.cache.target.files import damaged_files, what_to_do

@@ -43,8 +43,8 @@ from dspark.cache.files.layout import (
     state_array,
 )
 from dspark.cache.files.place import Place
-from dspark.cache.files.shard import Pieces, Shard, chunk_rows, write_shard
 from dspark.cache.manifest import FORMAT_VERSION, Json, build, plan_digest, sealed, unseal
+from dspark.cache.parts.shard import Pieces, Shard, chunk_rows, write_shard
 from dspark.cache.records import CodedSample, TokenSample, last_rows
 
 Array = np.ndarray[tuple[int, ...], np.dtype[Any]]

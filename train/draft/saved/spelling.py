@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from dspark.cache.errors import DraftError
-from dspark.train.draft import speculators
+from dspark.train.draft.saved import speculators
 from dspark.train.draft.sight import FULL, SLIDING
 
 NESTED = "dflash_config"

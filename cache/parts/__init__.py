@@ -1,0 +1,1 @@
+"""Parts of a store: arrays as shard files, sealed records, and the index over all parts."""

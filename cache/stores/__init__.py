@@ -1,0 +1,1 @@
+"""What is done to whole stores: join, choose from, code anew, verify."""
