@@ -39,6 +39,7 @@ from dspark.cache.files.layout import (
     StoredArray,
     part_name,
 )
+from dspark.cache.files.metadata import read_attributes, read_shape
 from dspark.cache.files.place import Memory, Place, each_in_parallel, in_parallel, place_of
 from dspark.cache.files.urls import Where, where
 from dspark.cache.manifest import READ_VERSIONS, Manifest, sealed, unseal
@@ -56,9 +57,7 @@ from dspark.cache.parts.part import (
     missing_files,
     open_shard,
     part_specs,
-    read_attributes,
     read_record,
-    read_shape,
     shard_file,
 )
 from dspark.cache.parts.shard import Shard

@@ -55,6 +55,7 @@ from dspark.cache.files.layout import (
     PartLayout,
     part_name,
 )
+from dspark.cache.files.metadata import group_metadata, write_attributes
 from dspark.cache.files.place import Place, in_parallel, place_of
 from dspark.cache.files.urls import Where
 from dspark.cache.manifest import Counts, Json, Manifest, SourceInfo, from_plan, sealed
@@ -73,13 +74,11 @@ from dspark.cache.parts.part import (
     PartJob,
     PartRecord,
     assemble,
-    group_metadata,
     join_tokens,
     missing_files,
     open_shard,
     read_record,
     write_array,
-    write_attributes,
 )
 from dspark.cache.reader import read_manifest
 from dspark.cache.records import CodedSample, TokenSample

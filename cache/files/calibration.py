@@ -177,7 +177,7 @@ def _manifest_beside(file: Where) -> Manifest | None:
         store = Url(file.text.removesuffix(f"/{CALIBRATION}"))
     try:
         # it imports Zarr, which a dry run does not need
-        from dspark.cache.parts.part import read_attributes
+        from dspark.cache.files.metadata import read_attributes
 
         attributes = read_attributes(place_of(store))
         return Manifest.from_json(unseal(attributes.get(ROOT_KEY), str(store)), str(store))

@@ -38,6 +38,7 @@ from dspark.cache.files.layout import (
     part_number,
 )
 from dspark.cache.files.lock_files import owned
+from dspark.cache.files.metadata import group_metadata, write_attributes
 from dspark.cache.files.place import (
     Folder,
     Object,
@@ -49,7 +50,7 @@ from dspark.cache.files.place import (
 from dspark.cache.files.urls import Where, where
 from dspark.cache.manifest import Manifest, SourceInfo, differences, sealed
 from dspark.cache.parts.blocks import missing_rows, rows_known, spans
-from dspark.cache.parts.part import PartRecord, group_metadata, missing_files, write_attributes
+from dspark.cache.parts.part import PartRecord, missing_files
 from dspark.cache.reader import read_manifest
 from dspark.cache.target.files import what_to_do
 from dspark.cache.writer import StoreWriter, check_whole, scan_parts, totals, write_index

@@ -34,6 +34,7 @@ from dspark.cache.files.layout import (
     StoredArray,
     part_name,
 )
+from dspark.cache.files.metadata import read_shape
 from dspark.cache.files.place import Folder, Place, place_of, refuse_links
 from dspark.cache.files.urls import Where
 from dspark.cache.manifest import Manifest
@@ -44,7 +45,6 @@ from dspark.cache.parts.part import (
     missing_files,
     part_specs,
     read_record,
-    read_shape,
     shard_file,
     tokens_sha256,
 )
