@@ -13,9 +13,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dspark.cache.errors import MismatchError, UsageError
-from dspark.cache.parts.part import Array
 from dspark.cache.reader import Cache
-from dspark.cache.records import CodedSample, TokenSample
+from dspark.cache.records import Array, CodedSample, TokenSample
 
 if TYPE_CHECKING:
     import torch

@@ -52,7 +52,6 @@ from dspark.cache.parts.index import (
     read_index_record,
 )
 from dspark.cache.parts.part import (
-    Array,
     PartRecord,
     missing_files,
     open_shard,
@@ -61,7 +60,7 @@ from dspark.cache.parts.part import (
     shard_file,
 )
 from dspark.cache.parts.shard import Shard
-from dspark.cache.records import CodedSample, Sample, TokenSample, last_rows
+from dspark.cache.records import Array, CodedSample, Sample, TokenSample, last_rows
 from dspark.cache.target.files import what_to_do
 from dspark.cache.target.frozen import FrozenTarget
 from dspark.cache.target.logits import Logits

@@ -8,12 +8,14 @@ stored.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 KEY_BYTES = 16
 
+Array = np.ndarray[tuple[int, ...], np.dtype[Any]]
 Int32 = npt.NDArray[np.int32]
 Bool = npt.NDArray[np.bool_]
 Float32 = npt.NDArray[np.float32]

@@ -69,7 +69,6 @@ from dspark.cache.parts.index import (
     read_index_record,
 )
 from dspark.cache.parts.part import (
-    Array,
     Block,
     PartJob,
     PartRecord,
@@ -81,7 +80,7 @@ from dspark.cache.parts.part import (
     write_array,
 )
 from dspark.cache.reader import read_manifest
-from dspark.cache.records import CodedSample, TokenSample
+from dspark.cache.records import Array, CodedSample, TokenSample
 from dspark.cache.target.files import damaged_files, write_target
 from dspark.cache.target.frozen import FrozenTarget
 

@@ -20,7 +20,7 @@ from dspark.cache.files.layout import INDEX, INDEX_KEY, StoredArray
 from dspark.cache.files.metadata import read_attributes
 from dspark.cache.files.place import Place
 from dspark.cache.manifest import build, unseal
-from dspark.cache.parts.part import Array
+from dspark.cache.records import Array
 
 # The arrays of a part that the index is made from.
 PART_ARRAYS = ("sample_start", "sample_last_start", "sample_row", "sample_key", "loss_mask")

@@ -44,9 +44,8 @@ from dspark.cache.files.metadata import read_attributes, write_attributes
 from dspark.cache.files.place import Place
 from dspark.cache.manifest import FORMAT_VERSION, Json, build, plan_digest, sealed, unseal
 from dspark.cache.parts.shard import Pieces, Shard, chunk_rows, write_shard
-from dspark.cache.records import CodedSample, TokenSample, last_rows
+from dspark.cache.records import Array, CodedSample, TokenSample, last_rows
 
-Array = np.ndarray[tuple[int, ...], np.dtype[Any]]
 # Of a part that is written: one alone leaves cores idle while its file takes what they compressed.
 ARRAYS_AT_ONCE = 4
 TOKENS_IN_TAG = "tokens-in-tag"

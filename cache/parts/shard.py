@@ -38,8 +38,8 @@ from dspark.cache.files.checksum import crc32, crc32c
 from dspark.cache.files.layout import StoredArray
 from dspark.cache.files.place import LocalFile, Object, ends
 from dspark.cache.files.urls import Where
+from dspark.cache.records import Array
 
-Array = np.ndarray[tuple[int, ...], np.dtype[Any]]
 T = TypeVar("T")
 
 RUN_BYTES = 1 << 20  # of values that one thread packs before it takes more

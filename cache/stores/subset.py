@@ -22,10 +22,10 @@ from dspark.cache.files.metadata import group_metadata
 from dspark.cache.files.place import each_in_parallel
 from dspark.cache.files.urls import Where, where
 from dspark.cache.manifest import Counts, Manifest, SourceInfo, sealed
-from dspark.cache.parts.part import Array, Block
+from dspark.cache.parts.part import Block
 from dspark.cache.reader import Cache
 from dspark.cache.reader import open as open_store
-from dspark.cache.records import CodedSample
+from dspark.cache.records import Array, CodedSample
 from dspark.cache.stores.merge import common_objects, new_place, refuse_existing
 from dspark.cache.writer import StoreWriter
 

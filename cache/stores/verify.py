@@ -40,7 +40,6 @@ from dspark.cache.files.urls import Where
 from dspark.cache.manifest import Manifest
 from dspark.cache.parts.index import PART_ARRAYS, TURN, build_index
 from dspark.cache.parts.part import (
-    Array,
     PartRecord,
     missing_files,
     part_specs,
@@ -50,7 +49,7 @@ from dspark.cache.parts.part import (
 )
 from dspark.cache.parts.shard import Shard
 from dspark.cache.reader import Cache, read_manifest
-from dspark.cache.records import last_rows
+from dspark.cache.records import Array, last_rows
 from dspark.cache.target.files import damaged_files, what_to_do
 from dspark.cache.writer import StoreWriter
 
