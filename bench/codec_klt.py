@@ -48,7 +48,7 @@ from dspark.cache.codec.klt.codec import FAMILY as KLT
 from dspark.cache.codec.klt.fit import fit
 from dspark.cache.codec.registry import make
 from dspark.cache.files.layout import state_array
-from dspark.cache.parts.shard import chunk_rows, compressor
+from dspark.cache.parts.chunks import chunk_rows, compressor
 from dspark.cache.target.frozen import FrozenTarget
 from dspark.cache.target.logits import PLAIN
 from dspark.train.data import anchors as rules

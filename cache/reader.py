@@ -51,14 +51,8 @@ from dspark.cache.parts.index import (
     index_sums,
     read_index_record,
 )
-from dspark.cache.parts.part import (
-    PartRecord,
-    missing_files,
-    open_shard,
-    part_specs,
-    read_record,
-    shard_file,
-)
+from dspark.cache.parts.part import missing_files, open_shard, part_specs, shard_file
+from dspark.cache.parts.record import PartRecord, read_record
 from dspark.cache.parts.shard import Shard
 from dspark.cache.records import Array, CodedSample, Sample, TokenSample, last_rows
 from dspark.cache.target.files import what_to_do

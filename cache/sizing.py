@@ -17,7 +17,7 @@ import numpy as np
 
 from dspark.cache.codec.base import ArraySpec, Codec, Tokens, to_numpy
 from dspark.cache.files.layout import state_array, token_bytes
-from dspark.cache.parts.shard import chunk_rows, compressor
+from dspark.cache.parts.chunks import chunk_rows, compressor
 
 if TYPE_CHECKING:
     import torch

@@ -59,6 +59,7 @@ from dspark.cache.files.metadata import group_metadata, write_attributes
 from dspark.cache.files.place import Place, in_parallel, place_of
 from dspark.cache.files.urls import Where
 from dspark.cache.manifest import Counts, Json, Manifest, SourceInfo, from_plan, sealed
+from dspark.cache.parts.arrays import assemble, join_tokens
 from dspark.cache.parts.blocks import missing_rows
 from dspark.cache.parts.index import (
     PART_ARRAYS,
@@ -68,17 +69,8 @@ from dspark.cache.parts.index import (
     index_sums,
     read_index_record,
 )
-from dspark.cache.parts.part import (
-    Block,
-    PartJob,
-    PartRecord,
-    assemble,
-    join_tokens,
-    missing_files,
-    open_shard,
-    read_record,
-    write_array,
-)
+from dspark.cache.parts.part import PartJob, missing_files, open_shard, write_array
+from dspark.cache.parts.record import Block, PartRecord, read_record
 from dspark.cache.reader import read_manifest
 from dspark.cache.records import Array, CodedSample, TokenSample
 from dspark.cache.target.files import damaged_files, write_target

@@ -9,7 +9,7 @@ from dspark.cache.files.layout import SOURCE_STRIDE, part_number
 
 if TYPE_CHECKING:
     from dspark.cache.manifest import SourceInfo
-    from dspark.cache.parts.part import PartRecord
+    from dspark.cache.parts.record import PartRecord
 
 Span = tuple[int, int, int]  # source, first row, one past the last row
 

@@ -11,13 +11,11 @@ array, so that a swapped one is found when it is opened.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import zarr
@@ -25,7 +23,7 @@ import zarr.abc.codec
 from zarr.codecs import BloscCodec, Crc32cCodec, TransposeCodec, ZstdCodec
 
 from dspark.cache.codec.base import EXACT_TOKEN, ArraySpec
-from dspark.cache.errors import GONE, DamagedCacheError, FormatVersionError, read_error
+from dspark.cache.errors import GONE, DamagedCacheError, read_error
 from dspark.cache.files.checksum import file_sums
 from dspark.cache.files.layout import (
     EXACT_POSITION,
@@ -33,211 +31,24 @@ from dspark.cache.files.layout import (
     EXACT_START,
     PART_KEY,
     PARTS,
-    SOURCE_STRIDE,
     PartLayout,
     StoredArray,
     part_name,
     shard_tag,
     state_array,
 )
-from dspark.cache.files.metadata import read_attributes, write_attributes
+from dspark.cache.files.metadata import write_attributes
 from dspark.cache.files.place import Place
-from dspark.cache.manifest import FORMAT_VERSION, Json, build, plan_digest, sealed, unseal
-from dspark.cache.parts.shard import Pieces, Shard, chunk_rows, write_shard
-from dspark.cache.records import Array, CodedSample, TokenSample, last_rows
+from dspark.cache.manifest import Json, sealed
+from dspark.cache.parts.arrays import store_once, tokens_sha256
+from dspark.cache.parts.chunks import chunk_rows
+from dspark.cache.parts.record import TOKENS_IN_TAG, Block, PartRecord
+from dspark.cache.parts.shard import Shard
+from dspark.cache.parts.shard_writer import Pieces, write_shard
+from dspark.cache.records import Array
 
 # Of a part that is written: one alone leaves cores idle while its file takes what they compressed.
 ARRAYS_AT_ONCE = 4
-TOKENS_IN_TAG = "tokens-in-tag"
-FEATURES: frozenset[str] = frozenset(
-    {TOKENS_IN_TAG}
-)  # features added to format version 2 that this release knows
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Block:
-    """The rows a part is made of: ``[row_start, row_stop)`` of source number ``source``, their
-    ``rows_sha256`` (None = unknown, as after ``recode`` of a version 1 store), and what became of
-    them.
-    """
-
-    row_start: int
-    row_stop: int
-    dropped: dict[str, int]
-    truncated: int
-    source: int = 0
-    source_id: str = ""
-    rows_sha256: str | None = None
-    # of what made it; may differ from part to part
-    versions: dict[str, str] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class PartRecord:
-    """What a committed part holds. ``files``: its objects except its own metadata, as ``[bytes,
-    crc32c, crc32]`` by their place within the part.
-
-    Every chunk of a file ends with its own crc32c, so the file's crc32c depends on the chunks'
-    lengths but not on what a valid chunk holds; the crc32 (zlib's polynomial) does. ``plan`` and
-    ``plan_sha256``: the store's, empty in version 1.
-    """
-
-    index: int
-    row_start: int
-    row_stop: int
-    samples: int
-    tokens: int
-    supervised_tokens: int
-    last_rows: int
-    truncated: int
-    dropped: dict[str, int]
-    files: dict[str, list[int]]
-    source: int = 0
-    source_id: str = ""
-    rows_sha256: str | None = None
-    # tokens stored exactly, different rows of them
-    exact: list[int] = field(default_factory=lambda: [0, 0])
-    features: list[str] = field(default_factory=list)
-    versions: dict[str, str] = field(default_factory=dict)
-    plan: Json = field(default_factory=dict)
-    plan_sha256: str = ""
-    tokens_sha256: str = ""  # of the tokens that the states belong to: see ``tokens_sha256``
-    format_version: int = FORMAT_VERSION
-
-    @property
-    def block(self) -> int:
-        """Return the number of the block within its source."""
-        return self.index % SOURCE_STRIDE
-
-    def tag(self, array: str) -> bytes:
-        """Return what the shard of ``array`` begins with."""
-        if self.format_version == 1:
-            return b""
-        return shard_tag(self.plan_sha256, self.index, array, self.tokens_sha256)
-
-    def to_json(self) -> Json:
-        out = dataclasses.asdict(self)
-        if self.format_version == 1:
-            return {k: out[k] for k in VERSION_1_KEYS}
-        if TOKENS_IN_TAG not in self.features:
-            del out["tokens_sha256"]
-        out["files"] = {
-            name: {"bytes": size, "crc32c": crc, "crc32": other, "place": name}
-            for name, (size, crc, other) in self.files.items()
-        }
-        return out
-
-
-VERSION_1_KEYS = (
-    "index",
-    "row_start",
-    "row_stop",
-    "samples",
-    "tokens",
-    "supervised_tokens",
-    "last_rows",
-    "truncated",
-    "dropped",
-    "files",
-)
-
-
-def record_from(data: Any, where: str) -> PartRecord:
-    """Parse a sealed record of either version."""
-    body = unseal(data, where)
-    if "format_version" not in body:
-        return build(PartRecord, {**body, "format_version": 1}, where)
-    if body["format_version"] != FORMAT_VERSION:
-        raise FormatVersionError(f"{where}: a part of format version {body['format_version']!r}")
-    features = body.get("features", [])
-    if not isinstance(features, list) or not all(isinstance(f, str) for f in features):
-        raise DamagedCacheError(f"{where}: features is no list of names")
-    unknown = sorted(set(features) - FEATURES)
-    if unknown:
-        raise FormatVersionError(
-            f"{where}: the part uses {unknown}, which this release does not read. Use the dspark "
-            "release that wrote the store."
-        )
-    files = body.get("files")
-    if not isinstance(files, dict):
-        raise DamagedCacheError(f"{where}: the record lists no files")
-    for name, entry in files.items():
-        if not isinstance(entry, dict) or set(entry) != {"bytes", "crc32c", "crc32", "place"}:
-            raise DamagedCacheError(f"{where}: object {name}: found {entry}")
-        if entry["place"] != name:
-            raise FormatVersionError(
-                f"{where}: object {name} is at {entry['place']!r}, where no local store keeps one"
-            )
-    plain = {n: [e["bytes"], e["crc32c"], e["crc32"]] for n, e in files.items()}
-    record = build(PartRecord, {**body, "files": plain}, where)
-    counts = (
-        record.index,
-        record.row_start,
-        record.samples,
-        record.tokens,
-        record.last_rows,
-        *record.exact,
-    )
-    if min(counts) < 0 or len(record.exact) != 2 or record.last_rows > record.tokens:
-        raise DamagedCacheError(f"{where}: counts that no part can have: {counts}")
-    if (TOKENS_IN_TAG in record.features) != bool(record.tokens_sha256):
-        raise DamagedCacheError(
-            f"{where}: found tokens_sha256 without its feature, or the feature without "
-            "tokens_sha256"
-        )
-    if plan_digest(record.plan) != record.plan_sha256:
-        raise DamagedCacheError(f"{where}: the plan does not match plan_sha256")
-    return record
-
-
-def assemble(
-    samples: Sequence[CodedSample], layout: PartLayout
-) -> tuple[dict[str, Array], dict[str, Array | Pieces]]:
-    """Assemble the arrays of a part: tokens and samples joined along tokens, states as pieces."""
-    small, stored = join_tokens([s.tokens for s in samples])
-    states: dict[str, Array | Pieces] = {}
-    for spec in layout.states(small["input_ids"].shape[0], sum(stored)):
-        own, counts = layout.specs[spec.name], [len(s.tokens.input_ids) for s in samples]
-        for s, n in zip(samples, counts if own.axis == "token" else stored, strict=True):
-            found = s.states[spec.name]
-            assert found.shape[0] == n, (
-                f"row {s.tokens.row}: {spec.name} has {found.shape[0]} rows, not {n}"
-            )
-        pieces = [s.states[spec.name] for s in samples]
-        got: Array | Pieces = Pieces(pieces) if pieces else np.empty(spec.shape, spec.dtype)
-        assert (got.shape, got.dtype) == (spec.shape, np.dtype(spec.dtype)), (
-            spec,
-            got.shape,
-            got.dtype,
-        )
-        states[spec.name] = got
-    for name, own in layout.exact.items():
-        rows = [s.states[name] for s in samples]
-        states[name] = np.concatenate([np.empty((0, *own.row_shape), own.dtype), *rows])
-    if layout.exact:
-        at = zip(samples, small["sample_start"][:-1], strict=True)
-        states[EXACT_TOKEN] = np.concatenate(
-            [np.zeros(0, np.int64), *(s.states[EXACT_TOKEN] + n for s, n in at)]
-        )
-    return small, states
-
-
-def join_tokens(tokens: Sequence[TokenSample]) -> tuple[dict[str, Array], list[int]]:
-    """Return the arrays of a part that are not states, and the number of stored last states of each
-    sample.
-    """
-    stored = [int(last_rows(s.loss_mask).sum()) for s in tokens]
-    return {
-        "input_ids": np.concatenate([np.zeros(0, np.int32), *(s.input_ids for s in tokens)]),
-        "loss_mask": np.concatenate([np.zeros(0, np.bool_), *(s.loss_mask for s in tokens)]),
-        "sample_start": np.cumsum([0, *(s.input_ids.shape[0] for s in tokens)], dtype=np.int64),
-        "sample_last_start": np.cumsum([0, *stored], dtype=np.int64),
-        "sample_row": np.array([s.row for s in tokens], dtype=np.int64),
-        "sample_key": np.frombuffer(b"".join(s.key for s in tokens), dtype=np.uint8).reshape(
-            -1, 16
-        ),
-        "sample_turn": np.array([s.turn for s in tokens], dtype=np.int32),
-    }, stored
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -330,46 +141,9 @@ class PartJob:
             return {name: sums for name, sums in threads.map(one, order) if sums is not None}
 
 
-def tokens_sha256(arrays: Mapping[str, Array]) -> str:
-    """Return the sha256 over the arrays of a part that are not states, sorted by name, each with
-    its name: ids, masks, and where samples begin and come from.
-    """
-    out = hashlib.sha256()
-    for name in sorted(arrays):
-        out.update(name.encode() + b"\0" + np.ascontiguousarray(arrays[name]).tobytes())
-    return out.hexdigest()
-
-
 def _sized(spec: StoredArray, made: Mapping[str, Array]) -> StoredArray:
     """Return ``spec`` with the shape of the given array."""
     return dataclasses.replace(spec, shape=made[spec.name].shape) if spec.name in made else spec
-
-
-def store_once(states: Mapping[str, Array], sample_start: Array) -> dict[str, Array]:
-    """Store exact tokens as a part keeps them: equal rows once, in order of first occurrence.
-    ``states``: ascending ``EXACT_TOKEN`` [X], and arrays of X rows. Returns the arrays with only
-    the distinct rows; and, per sample, where its exact tokens begin, and per exact token its
-    position within the sample and its row.
-    """
-    token = states[EXACT_TOKEN].astype(np.int64)
-    rows = {n: a for n, a in states.items() if n != EXACT_TOKEN}
-    number: dict[bytes, int] = {}
-    row = np.zeros(len(token), np.int32)
-    first: list[int] = []
-    for i in range(len(token)):
-        key = b"".join(np.ascontiguousarray(a[i]).tobytes() for a in rows.values())
-        if key not in number:
-            number[key] = len(first)
-            first.append(i)
-        row[i] = number[key]
-    start = np.searchsorted(token, sample_start).astype(np.int64)
-    sample = np.searchsorted(sample_start, token, side="right") - 1
-    position = (token - sample_start[sample]).astype(np.int32) if len(token) else row
-    return {n: a[first] for n, a in rows.items()} | {
-        EXACT_START: start,
-        EXACT_POSITION: position,
-        EXACT_ROW: row,
-    }
 
 
 def write_array(
@@ -422,20 +196,6 @@ def part_specs(layout: PartLayout, record: PartRecord) -> list[StoredArray]:
     return layout.arrays(
         record.tokens, record.samples, record.last_rows, exact, record.format_version
     )
-
-
-def read_record(place: Place, name: str) -> PartRecord:
-    """Read the sealed record of the committed part whose folder is called ``name``."""
-    part = place.where(f"{PARTS}/{name}")
-    where = str(part / "zarr.json")
-    if isinstance(part, Path) and part.is_symlink():
-        raise DamagedCacheError(f"{part}: a link. A store contains no links.")
-    record = record_from(read_attributes(place, f"{PARTS}/{name}").get(PART_KEY), where)
-    if part_name(record.index, record.format_version) != name:
-        raise DamagedCacheError(
-            f"{where}: the record is for part {record.index}, but the folder is {name}"
-        )
-    return record
 
 
 def missing_files(place: Place, record: PartRecord) -> Iterator[str]:

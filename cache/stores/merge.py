@@ -50,7 +50,8 @@ from dspark.cache.files.place import (
 from dspark.cache.files.urls import Where, where
 from dspark.cache.manifest import Manifest, SourceInfo, differences, sealed
 from dspark.cache.parts.blocks import missing_rows, rows_known, spans
-from dspark.cache.parts.part import PartRecord, missing_files
+from dspark.cache.parts.part import missing_files
+from dspark.cache.parts.record import PartRecord
 from dspark.cache.reader import read_manifest
 from dspark.cache.target.files import what_to_do
 from dspark.cache.writer import StoreWriter, check_whole, scan_parts, totals, write_index

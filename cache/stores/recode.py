@@ -32,7 +32,7 @@ from dspark.cache.files.lock_files import owned
 from dspark.cache.files.place import place_of
 from dspark.cache.files.urls import Where, where
 from dspark.cache.manifest import FORMAT_VERSION, Counts, Manifest
-from dspark.cache.parts.part import Block
+from dspark.cache.parts.record import Block
 from dspark.cache.quality import Probe, quality, spread_states
 from dspark.cache.reader import Cache
 from dspark.cache.reader import open as open_store

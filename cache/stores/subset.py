@@ -22,7 +22,7 @@ from dspark.cache.files.metadata import group_metadata
 from dspark.cache.files.place import each_in_parallel
 from dspark.cache.files.urls import Where, where
 from dspark.cache.manifest import Counts, Manifest, SourceInfo, sealed
-from dspark.cache.parts.part import Block
+from dspark.cache.parts.record import Block
 from dspark.cache.reader import Cache
 from dspark.cache.reader import open as open_store
 from dspark.cache.records import Array, CodedSample

@@ -38,15 +38,10 @@ from dspark.cache.files.metadata import read_shape
 from dspark.cache.files.place import Folder, Place, place_of, refuse_links
 from dspark.cache.files.urls import Where
 from dspark.cache.manifest import Manifest
+from dspark.cache.parts.arrays import tokens_sha256
 from dspark.cache.parts.index import PART_ARRAYS, TURN, build_index
-from dspark.cache.parts.part import (
-    PartRecord,
-    missing_files,
-    part_specs,
-    read_record,
-    shard_file,
-    tokens_sha256,
-)
+from dspark.cache.parts.part import missing_files, part_specs, shard_file
+from dspark.cache.parts.record import PartRecord, read_record
 from dspark.cache.parts.shard import Shard
 from dspark.cache.reader import Cache, read_manifest
 from dspark.cache.records import Array, last_rows

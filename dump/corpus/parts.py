@@ -23,7 +23,7 @@ from dspark.dump.corpus.masks import Made, SampleMaker
 from dspark.dump.corpus.rows import BadRow, Corpus, Row
 
 if TYPE_CHECKING:
-    from dspark.cache.parts.part import PartRecord
+    from dspark.cache.parts.record import PartRecord
 
 Making = Callable[[Iterator[Row]], Iterator[tuple[Row, Made]]]
 

@@ -23,7 +23,7 @@ from dspark.cache.files.layout import PARTS, part_name
 from dspark.dump.engines.answers import MASK_RULE
 
 if TYPE_CHECKING:
-    from dspark.cache.parts.part import PartRecord
+    from dspark.cache.parts.record import PartRecord
 
 
 @dataclass(frozen=True, slots=True)

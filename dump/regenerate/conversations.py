@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from dspark.cache.codec.base import Codec
-    from dspark.cache.parts.part import PartRecord
+    from dspark.cache.parts.record import PartRecord
     from dspark.dump.engines.engine import Engine
 
 PART_ROWS = 256

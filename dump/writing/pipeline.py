@@ -33,8 +33,9 @@ import numpy as np
 from dspark.cache.codec.base import EXACT_TOKEN, naming, tokens_of
 from dspark.cache.errors import EngineError
 from dspark.cache.files.layout import SOURCE_STRIDE
-from dspark.cache.parts.part import PartJob, PartRecord
-from dspark.cache.parts.shard import share_cores
+from dspark.cache.parts.part import PartJob
+from dspark.cache.parts.record import PartRecord
+from dspark.cache.parts.shard_writer import share_cores
 from dspark.cache.writer import StoreWriter
 from dspark.dump.engines.engine import GROUPS, Captured, CodedStates
 from dspark.dump.workers import WorkerPool

@@ -361,18 +361,18 @@ def test_a_disk_that_takes_a_little_at_a_time_changes_nothing(
     """
     from dspark.cache.files.checksum import file_sums
     from dspark.cache.files.layout import StoredArray
-    from dspark.cache.parts import shard
+    from dspark.cache.parts import shard_writer
 
     spec = StoredArray("x", (9000, 3), "uint8", 8, 0, 1)
     data = np.random.default_rng(0).integers(0, 9, spec.shape).astype(np.uint8)
-    sums = shard.write_shard(tmp_path / "whole", spec, data, b"tag")
+    sums = shard_writer.write_shard(tmp_path / "whole", spec, data, b"tag")
     assert sums == file_sums(tmp_path / "whole")
     writev = os.writev
-    monkeypatch.setattr(shard, "RUN_BYTES", 4000)
-    monkeypatch.setattr(shard, "WRITEBACK_BYTES", 1000)
-    monkeypatch.setattr(shard, "IOV", 5)
+    monkeypatch.setattr(shard_writer, "RUN_BYTES", 4000)
+    monkeypatch.setattr(shard_writer, "WRITEBACK_BYTES", 1000)
+    monkeypatch.setattr(shard_writer, "IOV", 5)
     monkeypatch.setattr(os, "writev", lambda fd, pieces: writev(fd, [pieces[0][:3]]))
-    assert shard.write_shard(tmp_path / "bits", spec, data, b"tag", to_disk=True) == sums
+    assert shard_writer.write_shard(tmp_path / "bits", spec, data, b"tag", to_disk=True) == sums
     assert (tmp_path / "bits").read_bytes() == (tmp_path / "whole").read_bytes()
 
 
@@ -381,7 +381,8 @@ def test_unpacked_chunks_whose_index_is_not_theirs_are_damage(tmp_path: Path) ->
     chunks.
     """
     from dspark.cache.files.layout import StoredArray
-    from dspark.cache.parts.shard import Shard, write_shard
+    from dspark.cache.parts.shard import Shard
+    from dspark.cache.parts.shard_writer import write_shard
 
     spec = StoredArray("x", (300, 4), "uint8", 128, 0, 0)
     data = np.arange(1200, dtype=np.uint32).astype(np.uint8).reshape(300, 4)
@@ -404,7 +405,8 @@ def test_one_flipped_bit_of_an_unpacked_chunk_is_named(tmp_path: Path, byte: int
     """
     from dspark.cache.files.checksum import crc32c
     from dspark.cache.files.layout import StoredArray
-    from dspark.cache.parts.shard import Shard, write_shard
+    from dspark.cache.parts.shard import Shard
+    from dspark.cache.parts.shard_writer import write_shard
 
     spec = StoredArray("x", (300, 4), "uint8", 128, 0, 0)
     data = np.arange(1200, dtype=np.uint32).astype(np.uint8).reshape(300, 4)
@@ -426,7 +428,7 @@ def test_one_flipped_bit_of_an_unpacked_chunk_is_named(tmp_path: Path, byte: int
 def test_a_fork_of_a_process_that_wrote_can_write(tmp_path: Path) -> None:
     """It has none of the threads that compressed for its parent."""
     from dspark.cache.files.layout import StoredArray
-    from dspark.cache.parts.shard import write_shard
+    from dspark.cache.parts.shard_writer import write_shard
 
     data = np.arange(4000, dtype=np.uint8).reshape(2000, 2)
     spec = StoredArray("x", (2000, 2), "uint8", 100, 0, 1)
@@ -445,11 +447,11 @@ def test_a_fork_of_a_process_that_wrote_can_write(tmp_path: Path) -> None:
 def test_the_residue_is_that_of_every_sum() -> None:
     """Bytes and their own crc32c behind them always sum to the same."""
     from dspark.cache.files import checksum
-    from dspark.cache.parts import shard
+    from dspark.cache.parts.shard import RESIDUE
 
     for data in (b"", b"123456789", bytes(1000), bytes(range(256)) * 77):
         whole = np.frombuffer(data + checksum.crc32c(data).to_bytes(4, "little"), np.uint8)
-        assert checksum.crc32c(whole) == shard.RESIDUE
+        assert checksum.crc32c(whole) == RESIDUE
 
 
 def test_a_sound_file_of_another_part_or_array_is_found(

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from dspark.cache.files import atomic
-from dspark.cache.parts import shard
+from dspark.cache.parts import shard_writer
 
 # What changes the disk: each is a moment before and a moment after.
 WRITES = [
@@ -68,7 +68,7 @@ def attempt(work: Callable[[], Any], at: int | None, said: Path) -> int:
         quiet = os.open(os.devnull, os.O_WRONLY)
         os.dup2(quiet, 1)
         os.dup2(quiet, 2)
-        shard._pool.cache_clear()  # its threads are the parent's
+        shard_writer._pool.cache_clear()  # its threads are the parent's
         deaths = Deaths(at)
         try:
             deaths.install()

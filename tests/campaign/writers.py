@@ -16,7 +16,7 @@ from typing import Any
 
 import faults
 
-from dspark.cache.parts import shard
+from dspark.cache.parts import shard_writer
 
 SAID = re.compile(
     r"LockedError: .* is being written by .* \(host \S+, pid (\d+), since .*\); wait for it to end"
@@ -47,7 +47,7 @@ def start(work: Callable[[], None], go: Path, said: Path, seed: int) -> int:
     quiet = os.open(os.devnull, os.O_WRONLY)
     os.dup2(quiet, 1)
     os.dup2(quiet, 2)
-    shard._pool.cache_clear()  # its threads are the parent's
+    shard_writer._pool.cache_clear()  # its threads are the parent's
     rng = random.Random(seed)
     delayed(rng)
     while not go.exists():

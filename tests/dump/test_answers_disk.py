@@ -22,7 +22,7 @@ from dspark.cache.errors import (
     StoreWriteError,
     UsageError,
 )
-from dspark.cache.parts.part import PartRecord
+from dspark.cache.parts.record import PartRecord
 from dspark.cache.reader import read_manifest
 from dspark.cache.stores.verify import drop_damaged, verify
 from dspark.cache.writer import StoreWriter

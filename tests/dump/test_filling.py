@@ -14,7 +14,9 @@ import torch
 from dspark.cache.codec import registry
 from dspark.cache.files.layout import PartLayout
 from dspark.cache.files.place import Folder
-from dspark.cache.parts.part import Block, PartJob, join_tokens
+from dspark.cache.parts.arrays import join_tokens
+from dspark.cache.parts.part import PartJob
+from dspark.cache.parts.record import Block
 from dspark.cache.records import TokenSample, last_rows
 from dspark.cache.settings import LOSSLESS, rotated_name
 from dspark.dump.corpus.parts import PartRows
