@@ -25,12 +25,13 @@ import zarr
 
 import dspark.cache
 from common import write
+from dspark.cache.canonical import sealed
 from dspark.cache.codec import registry
 from dspark.cache.files.calibration import codec_info
 from dspark.cache.files.layout import INDEX, INDEX_KEY, PARTS, ROOT_KEY, TARGET, part_name
 from dspark.cache.files.metadata import write_attributes
 from dspark.cache.files.place import place_of
-from dspark.cache.manifest import Counts, sealed
+from dspark.cache.manifest import Counts
 from dspark.cache.parts.index import TURN, index_specs, index_sums
 from dspark.cache.parts.part import write_array
 from dspark.cache.target.files import write_target

@@ -8,6 +8,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+Json = dict[str, Any]
+
 LARGEST = (
     64 << 20
 )  # bytes of a file that is read whole: configs, records, manifests; tokenizers are not read here

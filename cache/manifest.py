@@ -11,25 +11,21 @@ manifest can be rebuilt from the parts.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from types import UnionType
-from typing import Any, TypeVar, Union, cast, get_args, get_origin, get_type_hints
+from typing import Any
 
+from dspark.cache.canonical import canonical
 from dspark.cache.errors import DamagedCacheError, FormatVersionError, MismatchError
-from dspark.cache.files.checksum import crc32c
+from dspark.cache.json_text import Json
 from dspark.cache.settings import DEFAULT_PACKING, rotated_name
+from dspark.cache.typed_json import build, short
 
 FORMAT_VERSION = 2
 READ_VERSIONS = (1, 2)
 LAYER_CONVENTION = "output of decoder layer i, 0-based"
 LAST_ROWS_RULE = "loss_mask[p] and loss_mask[p+1], within one sample"
-
-Json = dict[str, Any]
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -251,7 +247,7 @@ class Manifest:
         same = dataclasses.replace(other, sources=other.sources[: len(self.sources)])
         mine, theirs = self._compared(), same._compared()
         diffs = [
-            f"{path}: store has {_short(a)}, this run has {_short(b)}"
+            f"{path}: store has {short(a)}, this run has {short(b)}"
             for path, a, b in differences(mine, theirs)
             if b or path not in ("target.weights_sha256", "codec.calibration_sha256")
         ]
@@ -300,7 +296,7 @@ def from_plan(
     target = build(TargetInfo, plan["target"], f"{where}: target")
     if not (isinstance(plan["layers"], list) and all(type(i) is int for i in plan["layers"])):
         raise DamagedCacheError(
-            f"{where}: layers are {_short(plan['layers'])}, expected a list of numbers"
+            f"{where}: layers are {short(plan['layers'])}, expected a list of numbers"
         )
     if not (type(complete) is bool and isinstance(quality, dict) and isinstance(plan["run"], dict)):
         raise DamagedCacheError(f"{where}: complete, quality or run has a value of the wrong type")
@@ -368,13 +364,8 @@ def _same_keys(data: Any, keys: set[str], where: str) -> None:
 
 def _some(sources: Any, where: str) -> list[Any]:
     if not isinstance(sources, list) or not sources:
-        raise DamagedCacheError(f"{where}: sources is {_short(sources)}, expected a list of some")
+        raise DamagedCacheError(f"{where}: sources is {short(sources)}, expected a list of some")
     return sources
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def differences(a: Any, b: Any, path: str = "") -> list[tuple[str, Any, Any]]:
@@ -388,86 +379,3 @@ def differences(a: Any, b: Any, path: str = "") -> list[tuple[str, Any, Any]]:
             out += differences(a.get(key), b.get(key), f"{path}.{key}" if path else key)
         return out
     return [] if a == b else [(path, a, b)]
-
-
-def build(kind: type[T], data: Any, where: str) -> T:
-    """Make dataclass ``kind`` from a JSON object. Missing keys, unknown keys and values of the
-    wrong type are reported as damage, by name.
-    """
-    if not isinstance(data, Mapping):
-        raise DamagedCacheError(f"{where}: found {type(data).__name__}, expected an object")
-    known = {f.name: f for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
-    unknown = sorted(set(data) - set(known))
-    required = {
-        n
-        for n, f in known.items()
-        if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
-    }
-    missing = sorted(required - set(data))
-    if unknown or missing:
-        raise DamagedCacheError(f"{where}: unknown keys {unknown}, missing keys {missing}")
-    if wrong := wrong_type(kind, data):
-        raise DamagedCacheError(f"{where}: {wrong}")
-    return kind(**dict(data))
-
-
-def wrong_type(kind: type[Any], data: Mapping[str, Any]) -> str | None:
-    """The first value of ``data`` that is not of the type which its field of dataclass ``kind``
-    has, in words.
-    """
-    for name, hint in _hints(cast(Any, kind)).items():
-        if name in data and not _fits(data[name], hint):
-            return f"{name} is {_short(data[name])}, expected {hint}"
-    return None
-
-
-@functools.cache
-def _hints(kind: Any) -> dict[str, Any]:
-    return get_type_hints(kind)
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    """Tell whether a JSON ``value`` fits a field of type ``hint``. Whole numbers must be below
-    2**53, which every JSON reader represents exactly.
-    """
-    kind, inner = get_origin(hint) or hint, get_args(hint)
-    if kind in (UnionType, Union):
-        return any(_fits(value, one) for one in inner)
-    if kind in (list, tuple) and inner:
-        return isinstance(value, list | tuple) and all(_fits(v, inner[0]) for v in value)
-    if kind in (dict, Mapping):
-        return isinstance(value, dict) and all(_fits(v, inner[1]) for v in value.values())
-    if kind is int:
-        return type(value) is int and abs(value) < 2**53
-    kinds = {Any: object, float: int | float, tuple: list | tuple}
-    return isinstance(value, kinds.get(kind, kind)) and not (
-        kind is float and isinstance(value, bool)
-    )
-
-
-def canonical_text(data: Any) -> str:
-    """Return JSON with sorted keys and no spaces. Values outside JSON's types (such as a message's
-    date) are written as text.
-    """
-    return json.dumps(data, sort_keys=True, separators=(",", ":"), ensure_ascii=False, default=str)
-
-
-def canonical(data: Any) -> bytes:
-    """Return ``canonical_text`` in UTF-8, over which checksums and hashes are computed."""
-    return canonical_text(data).encode(errors="surrogatepass")
-
-
-def sealed(data: Mapping[str, Any]) -> Json:
-    """Return ``data`` with its own ``crc32c`` added."""
-    return {**data, "crc32c": crc32c(canonical(data))}
-
-
-def unseal(data: Any, where: str) -> Json:
-    """Check and strip the ``crc32c`` that ``sealed`` added."""
-    if not isinstance(data, dict) or "crc32c" not in data:
-        raise DamagedCacheError(f"{where}: no checksummed record found")
-    body = {k: v for k, v in data.items() if k != "crc32c"}
-    computed = crc32c(canonical(body))
-    if computed != data["crc32c"]:
-        raise DamagedCacheError(f"{where}: stored crc32c {data['crc32c']}, computed {computed}")
-    return body

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from dspark.cache.canonical import sealed, unseal
 from dspark.cache.codec.base import EXACT_TOKEN, Codec, Tokens, tokens_of
 from dspark.cache.errors import (
     DamagedCacheError,
@@ -42,7 +43,7 @@ from dspark.cache.files.layout import (
 from dspark.cache.files.metadata import read_attributes, read_shape
 from dspark.cache.files.place import Memory, Place, each_in_parallel, in_parallel, place_of
 from dspark.cache.files.urls import Where, where
-from dspark.cache.manifest import READ_VERSIONS, Manifest, sealed, unseal
+from dspark.cache.manifest import READ_VERSIONS, Manifest
 from dspark.cache.parts.index import (
     PART_ARRAYS,
     TURN,

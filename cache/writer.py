@@ -25,6 +25,7 @@ from types import TracebackType
 import numpy as np
 import zarr
 
+from dspark.cache.canonical import sealed
 from dspark.cache.codec.base import Codec
 from dspark.cache.errors import (
     DamagedCacheError,
@@ -58,7 +59,8 @@ from dspark.cache.files.layout import (
 from dspark.cache.files.metadata import group_metadata, write_attributes
 from dspark.cache.files.place import Place, in_parallel, place_of
 from dspark.cache.files.urls import Where
-from dspark.cache.manifest import Counts, Json, Manifest, SourceInfo, from_plan, sealed
+from dspark.cache.json_text import Json
+from dspark.cache.manifest import Counts, Manifest, SourceInfo, from_plan
 from dspark.cache.parts.arrays import assemble, join_tokens
 from dspark.cache.parts.blocks import missing_rows
 from dspark.cache.parts.index import (

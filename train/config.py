@@ -348,7 +348,7 @@ class TrainConfig:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any], where: str) -> TrainConfig:
-        from dspark.cache.manifest import wrong_type
+        from dspark.cache.typed_json import wrong_type
 
         known = {f.name for f in dataclasses.fields(cls)}
         data = {k: v for k, v in data.items() if k in known or (k, v) not in WITHDRAWN}

@@ -42,7 +42,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dspark.cache.errors import EngineError
-from dspark.cache.manifest import Json
+from dspark.cache.json_text import Json
 from dspark.cache.records import Coded, CodedSample, TokenSample, last_rows
 from dspark.cache.settings import DEFAULT_PACKING
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from dspark.cache.codec.base import ArraySpec, check_finite
-from dspark.cache.manifest import Json
+from dspark.cache.json_text import Json
 from dspark.cache.settings import DEFAULT_PACKING
 
 if TYPE_CHECKING:

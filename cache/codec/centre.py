@@ -24,7 +24,7 @@ from dspark.cache.errors import DamagedCacheError
 if TYPE_CHECKING:
     import torch
 
-    from dspark.cache.manifest import Json
+    from dspark.cache.json_text import Json
 
 CENTRE_KEYS = frozenset({"mean", "deviation"})
 # a row whose norm is this many times its layer's median is left out: first tokens carry massive

@@ -17,7 +17,8 @@ from dspark.cache.codec.centre import CALIBRATION, CENTRE_KEYS, Centre
 from dspark.cache.codec.rotated import Rotated
 from dspark.cache.codec.rotated_tables import NEED_ZSTD, SETTINGS
 from dspark.cache.errors import FormatVersionError, UsageError
-from dspark.cache.manifest import FieldInfo, Json
+from dspark.cache.json_text import Json
+from dspark.cache.manifest import FieldInfo
 from dspark.cache.settings import DEFAULT_PACKING, LOSSLESS, PACKINGS, rotated_bits, rotated_name
 
 if TYPE_CHECKING:

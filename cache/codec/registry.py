@@ -9,7 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 from dspark.cache.errors import FormatVersionError, UsageError
-from dspark.cache.manifest import Json
+from dspark.cache.json_text import Json
 from dspark.cache.settings import DEFAULT_PACKING, FALLBACK, NAMED, PACKINGS, full_name
 
 if TYPE_CHECKING:

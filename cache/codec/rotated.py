@@ -26,7 +26,7 @@ from dspark.cache.codec.rotated_tables import (
 )
 from dspark.cache.codec.rotation import GROUP_LEAST, energy, group_size, rotate, signs, unrotation
 from dspark.cache.errors import UsageError
-from dspark.cache.manifest import Json
+from dspark.cache.json_text import Json
 from dspark.cache.settings import DEFAULT_PACKING
 
 if TYPE_CHECKING:

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
+from dspark.cache.canonical import canonical, unseal
 from dspark.cache.codec import registry
 from dspark.cache.codec.base import Codec
 from dspark.cache.codec.fields import from_fields
@@ -29,7 +30,9 @@ from dspark.cache.files.checksum import file_sha256
 from dspark.cache.files.layout import CALIBRATION, ROOT_KEY
 from dspark.cache.files.place import Place, place_of
 from dspark.cache.files.urls import Url, Where
-from dspark.cache.manifest import CodecInfo, Json, Manifest, build, canonical, unseal
+from dspark.cache.json_text import Json
+from dspark.cache.manifest import CodecInfo, Manifest
+from dspark.cache.typed_json import build
 
 if TYPE_CHECKING:
     import torch

@@ -9,7 +9,7 @@ from typing import Any
 from dspark.cache import json_text
 from dspark.cache.errors import DamagedCacheError, read_error
 from dspark.cache.files.place import Place
-from dspark.cache.manifest import Json
+from dspark.cache.json_text import Json
 
 KINDS = frozenset(
     {

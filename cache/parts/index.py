@@ -15,12 +15,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from dspark.cache.canonical import unseal
 from dspark.cache.files.checksum import of_bytes
 from dspark.cache.files.layout import INDEX, INDEX_KEY, StoredArray
 from dspark.cache.files.metadata import read_attributes
 from dspark.cache.files.place import Place
-from dspark.cache.manifest import build, unseal
 from dspark.cache.records import Array
+from dspark.cache.typed_json import build
 
 # The arrays of a part that the index is made from.
 PART_ARRAYS = ("sample_start", "sample_last_start", "sample_row", "sample_key", "loss_mask")

@@ -22,6 +22,7 @@ import zarr
 import zarr.abc.codec
 from zarr.codecs import BloscCodec, Crc32cCodec, TransposeCodec, ZstdCodec
 
+from dspark.cache.canonical import sealed
 from dspark.cache.codec.base import EXACT_TOKEN, ArraySpec
 from dspark.cache.errors import GONE, DamagedCacheError, read_error
 from dspark.cache.files.checksum import file_sums
@@ -39,7 +40,7 @@ from dspark.cache.files.layout import (
 )
 from dspark.cache.files.metadata import write_attributes
 from dspark.cache.files.place import Place
-from dspark.cache.manifest import Json, sealed
+from dspark.cache.json_text import Json
 from dspark.cache.parts.arrays import store_once, tokens_sha256
 from dspark.cache.parts.chunks import chunk_rows
 from dspark.cache.parts.record import TOKENS_IN_TAG, Block, PartRecord

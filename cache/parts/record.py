@@ -7,11 +7,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from dspark.cache.canonical import unseal
 from dspark.cache.errors import DamagedCacheError, FormatVersionError
 from dspark.cache.files.layout import PART_KEY, PARTS, SOURCE_STRIDE, part_name, shard_tag
 from dspark.cache.files.metadata import read_attributes
 from dspark.cache.files.place import Place
-from dspark.cache.manifest import FORMAT_VERSION, Json, build, plan_digest, unseal
+from dspark.cache.json_text import Json
+from dspark.cache.manifest import FORMAT_VERSION, plan_digest
+from dspark.cache.typed_json import build
 
 TOKENS_IN_TAG = "tokens-in-tag"
 FEATURES: frozenset[str] = frozenset(

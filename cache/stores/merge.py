@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dspark.cache.canonical import sealed
 from dspark.cache.errors import (
     DamagedCacheError,
     ExistsError,
@@ -48,7 +49,7 @@ from dspark.cache.files.place import (
     refuse_links,
 )
 from dspark.cache.files.urls import Where, where
-from dspark.cache.manifest import Manifest, SourceInfo, differences, sealed
+from dspark.cache.manifest import Manifest, SourceInfo, differences
 from dspark.cache.parts.blocks import missing_rows, rows_known, spans
 from dspark.cache.parts.part import missing_files
 from dspark.cache.parts.record import PartRecord

@@ -16,12 +16,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from dspark.cache.canonical import sealed
 from dspark.cache.errors import DataError, UsageError
 from dspark.cache.files.layout import ROOT_KEY, SOURCE_STRIDE, part_number
 from dspark.cache.files.metadata import group_metadata
 from dspark.cache.files.place import each_in_parallel
 from dspark.cache.files.urls import Where, where
-from dspark.cache.manifest import Counts, Manifest, SourceInfo, sealed
+from dspark.cache.manifest import Counts, Manifest, SourceInfo
 from dspark.cache.parts.record import Block
 from dspark.cache.reader import Cache
 from dspark.cache.reader import open as open_store

@@ -20,8 +20,8 @@ from typing import Any
 
 import numpy as np
 
+from dspark.cache.canonical import canonical, canonical_text
 from dspark.cache.errors import DataError, UsageError
-from dspark.cache.manifest import canonical, canonical_text
 from dspark.cache.records import KEY_BYTES, Bool, TokenSample, last_rows
 from dspark.dump.corpus.coded import Coded, encode, inside
 from dspark.dump.corpus.rows import BadRow, Row

@@ -15,9 +15,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from dspark.cache.canonical import canonical
 from dspark.cache.errors import DataError, MismatchError
 from dspark.cache.files.layout import part_number
-from dspark.cache.manifest import canonical
 from dspark.cache.records import TokenSample
 from dspark.dump.corpus.masks import Made, SampleMaker
 from dspark.dump.corpus.rows import BadRow, Corpus, Row

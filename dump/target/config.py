@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dspark.cache.errors import TargetError, UsageError, first_line
-from dspark.cache.manifest import Json, TargetInfo, TokenizerInfo
+from dspark.cache.json_text import Json
+from dspark.cache.manifest import TargetInfo, TokenizerInfo
 from dspark.dump.target.identify import identify, read_config, refuse_config, refuse_kind
 from dspark.dump.target.layers import Shapes
 

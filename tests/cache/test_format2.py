@@ -30,7 +30,7 @@ from dspark.cache import errors
 from dspark.cache.codec import registry
 from dspark.cache.codec.base import EXACT_TOKEN, ArraySpec, Tokens
 from dspark.cache.files.atomic import remove
-from dspark.cache.manifest import Json
+from dspark.cache.json_text import Json
 from dspark.cache.reader import read_manifest
 from dspark.cache.repeats import Repeats
 from dspark.cache.stores.recode import recode

@@ -17,10 +17,11 @@ import dspark.cache
 import dspark.cache.reader
 import stores
 from dspark.cache import errors
+from dspark.cache.canonical import sealed
 from dspark.cache.codec import registry
 from dspark.cache.files.calibration import codec_info
 from dspark.cache.files.place import place_of
-from dspark.cache.manifest import Manifest, plan_digest, sealed
+from dspark.cache.manifest import Manifest, plan_digest
 from dspark.cache.records import last_rows
 from dspark.cache.settings import PACKINGS
 from dspark.cache.stores.verify import drop_damaged, verify

@@ -181,7 +181,8 @@ def store_case(work: Path, rng: random.Random) -> str:
     """A changed JSON of a store, sealed anew, or a file of bytes that claim to be more than they
     are.
     """
-    from dspark.cache.manifest import plan_digest, sealed
+    from dspark.cache.canonical import sealed
+    from dspark.cache.manifest import plan_digest
 
     files = [*sorted(work.rglob("zarr.json")), work / "target" / "config.json"]
     path = rng.choice([*files, work / "zarr.json", *(work / "parts").glob("0*/zarr.json")])
@@ -280,7 +281,7 @@ def use_draft(work: Path) -> None:
 
 def training_case(work: Path, rng: random.Random) -> str:
     """The files of a run, and the state of its checkpoint, sealed anew."""
-    from dspark.cache.manifest import sealed
+    from dspark.cache.canonical import sealed
 
     names = [
         "training.json",

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dspark.cache import json_text
+from dspark.cache.canonical import sealed, unseal
 from dspark.cache.errors import DamagedCacheError, MismatchError, TrainError
 from dspark.cache.files.atomic import (
     STAGING,
@@ -29,7 +30,7 @@ from dspark.cache.files.atomic import (
     write_errors,
 )
 from dspark.cache.files.checksum import file_sums
-from dspark.cache.manifest import build, sealed, unseal
+from dspark.cache.typed_json import build
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dspark.cache import json_text
+from dspark.cache.canonical import canonical
 from dspark.cache.errors import DraftError, ExistsError, MismatchError, UsageError
 from dspark.cache.files.atomic import STAGING, existing_parent, fsync_path, write_errors, write_file
 from dspark.cache.files.lock_files import LOCK
 from dspark.cache.files.urls import where
-from dspark.cache.manifest import canonical
 from dspark.cache.settings import rotated_bits
 from dspark.cache.shared import config_file
 from dspark.train.config import TrainConfig

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
     from dspark.cache.codec.base import Tensors
     from dspark.cache.codec.klt.half import Half
-    from dspark.cache.manifest import Json
+    from dspark.cache.json_text import Json
     from dspark.cache.repeats import Repeats
 
 # tokens: of 128, 256, 512 and 1,024 they take 11, 4, 0 and -2 % more bytes; a sample reads half a
