@@ -56,7 +56,8 @@ from common import write
 from dspark.cache.codec.base import EXACT_TOKEN, tokens_of
 from dspark.cache.errors import CacheError
 from dspark.cache.files.layout import EXACT_POSITION, EXACT_ROW, EXACT_START
-from dspark.cache.reader import Cache, read_manifest
+from dspark.cache.reader import Cache
+from dspark.cache.stored_manifest import read_manifest
 from dspark.dump.target.config import load_target
 from dspark.train.data.stream import split
 from dspark.train.draft.saved.folder import save_draft

@@ -14,15 +14,12 @@ import dataclasses
 import fcntl
 import os
 import secrets
-import shutil
 import tempfile
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 
-import numpy as np
 import zarr
 
 from dspark.cache.canonical import sealed
@@ -31,56 +28,39 @@ from dspark.cache.errors import (
     DamagedCacheError,
     ExistsError,
     MismatchError,
-    NotACacheError,
-    UsageError,
 )
 from dspark.cache.files.atomic import (
-    STAGING,
     clear_staging,
-    fsync_path,
-    fsync_tree,
-    remove,
     staged,
     write_errors,
 )
 from dspark.cache.files.calibration import codec_info, save_calibration, stored_codec
 from dspark.cache.files.layout import (
-    INDEX,
-    INDEX_KEY,
-    PART_KEY,
     PARTS,
     ROOT_KEY,
     SOURCE_STRIDE,
     TARGET,
-    TARGET_WEIGHTS,
     PartLayout,
     part_name,
 )
-from dspark.cache.files.metadata import group_metadata, write_attributes
-from dspark.cache.files.place import Place, in_parallel, place_of
+from dspark.cache.files.metadata import write_attributes
+from dspark.cache.files.place import Place, place_of
 from dspark.cache.files.urls import Where
 from dspark.cache.json_text import Json
-from dspark.cache.manifest import Counts, Manifest, SourceInfo, from_plan
+from dspark.cache.manifest import Counts, Manifest, SourceInfo
 from dspark.cache.parts.arrays import assemble, join_tokens
 from dspark.cache.parts.blocks import missing_rows
+from dspark.cache.parts.committed import check_whole, scan_parts, totals
 from dspark.cache.parts.index import (
-    PART_ARRAYS,
-    TURN,
-    build_index,
-    index_specs,
-    index_sums,
-    read_index_record,
+    write_index,
 )
-from dspark.cache.parts.part import PartJob, missing_files, open_shard, write_array
-from dspark.cache.parts.record import Block, PartRecord, read_record
-from dspark.cache.reader import read_manifest
+from dspark.cache.parts.part import PartJob, missing_files
+from dspark.cache.parts.record import Block, PartRecord
 from dspark.cache.records import Array, CodedSample, TokenSample
-from dspark.cache.target.files import damaged_files, write_target
+from dspark.cache.stored_manifest import read_manifest, write_manifest
+from dspark.cache.target.files import write_target
 from dspark.cache.target.frozen import FrozenTarget
-
-SAME_TARGET = (
-    "Use the target revision and the dtype that the store was started with, or --overwrite."
-)
+from dspark.cache.target.restore import SAME_TARGET, restore
 
 
 def refuse_to_replace(place: Place, *, overwrite: bool) -> None:
@@ -215,79 +195,10 @@ class StoreWriter:
         return self
 
     def restore_target(self, target: FrozenTarget, files: Mapping[str, bytes]) -> list[str]:
-        """Rewrite missing or damaged files of ``target/``, atomically one by one; returns their
-        names. Raises MismatchError, changing nothing, if ``target`` and ``files`` do not match the
-        manifest's hashes: new parts would hold states of another model than the existing ones.
-        Hashes the weights in the store and ``target`` once each; writes only if something is wrong.
+        """Rewrite missing or damaged files of ``target/``; returns their names. Raises
+        MismatchError, changing nothing, if ``target`` and ``files`` are not the store's.
         """
-        if not isinstance(self.path, Path):
-            return self._restore_remote(target, files)
-        folder, staged = self.path / TARGET, self.path / (STAGING + TARGET)
-        wrong = sorted(
-            {
-                *damaged_files(folder, self.manifest),
-                *(n for n in files if not (folder / n).is_file()),
-            }
-        )
-        if not wrong:
-            expected, found = (
-                self.manifest.target.weights_sha256,
-                target.sha256_in(folder / TARGET_WEIGHTS),
-            )
-            if found != expected:
-                raise MismatchError(
-                    f"{self.path}: this run's target is not the one that the store was started "
-                    f"with: sha256 of its embedding, final norm and head is {found}, "
-                    f"the manifest says {expected}. {SAME_TARGET}"
-                )
-            return []
-        with write_errors(folder):
-            remove(staged)
-            write_target(staged, target, self.manifest.target.config, files)
-            try:
-                self._refuse_other(staged, wrong)
-            except MismatchError:
-                shutil.rmtree(staged)
-                raise
-            fsync_tree(staged)
-            folder.mkdir(exist_ok=True)
-            for name in wrong:
-                os.replace(staged / name, folder / name)
-            fsync_path(folder)
-            shutil.rmtree(staged)
-        return wrong
-
-    def _restore_remote(self, target: FrozenTarget, files: Mapping[str, bytes]) -> list[str]:
-        """As ``restore_target``, for an object store: this run's files are made locally and
-        compared, and the missing or different ones are written.
-        """
-        with (
-            tempfile.TemporaryDirectory(prefix="dspark-target-") as made,
-            self.place.local(TARGET) as there,
-        ):
-            mine = Path(made) / TARGET
-            write_target(mine, target, self.manifest.target.config, files)
-            wrong = sorted(
-                {
-                    *damaged_files(there, self.manifest),
-                    *(n for n in files if not (there / n).is_file()),
-                }
-            )
-            self._refuse_other(mine, wrong)
-            for name in wrong:
-                self.place.write(f"{TARGET}/{name}", (mine / name).read_bytes())
-        return wrong
-
-    def _refuse_other(self, mine: Path, wrong: Sequence[str]) -> None:
-        """Raise MismatchError unless the files of the target in ``mine`` are those of the store."""
-        if other := damaged_files(mine, self.manifest):
-            what = f"{', '.join(wrong)} must be written again, but " if wrong else ""
-            raise MismatchError(
-                f"{self.path / TARGET}: {what}this run's target is not the one that the store "
-                "was started with.\n  "
-                + "\n  ".join(text.replace(str(mine), "this run") for text in other.values())
-                + f"\n{SAME_TARGET}"
-            )
+        return restore(self.place, self.manifest, target, files)
 
     def commit(self, index: int, samples: Sequence[CodedSample], block: Block) -> PartRecord:
         """Write part ``index`` of ``block`` durably; if it raises, the part does not exist.
@@ -368,7 +279,7 @@ class StoreWriter:
         self.manifest = dataclasses.replace(
             self.manifest, counts=totals(records), complete=True, quality=quality or {}
         )
-        self._write_manifest()
+        write_manifest(self.place, self.manifest)
         return self.manifest
 
     def append(self, sources: Sequence[SourceInfo]) -> None:
@@ -381,7 +292,7 @@ class StoreWriter:
             self.manifest = dataclasses.replace(
                 self.manifest, sources=more, counts=Counts(), complete=False
             )
-            self._write_manifest()
+            write_manifest(self.place, self.manifest)
 
     def finish_shard(
         self, rows: Mapping[int, int], *, quality: Json, sources: Sequence[SourceInfo]
@@ -401,16 +312,13 @@ class StoreWriter:
             return self.finish(quality=quality)
         known = [dataclasses.replace(s, rows=rows.get(i)) for i, s in enumerate(sources)]
         self.manifest = dataclasses.replace(self.manifest, sources=known, quality=quality)
-        self._write_manifest()
+        write_manifest(self.place, self.manifest)
         return self.manifest
 
     def reopen(self) -> None:
         """Mark the store incomplete again (a damaged part was removed and will be rewritten)."""
         self.manifest = dataclasses.replace(self.manifest, complete=False)
-        self._write_manifest()
-
-    def _write_manifest(self) -> None:
-        self.place.write("zarr.json", group_metadata(ROOT_KEY, sealed(self.manifest.to_json())))
+        write_manifest(self.place, self.manifest)
 
     def close(self) -> None:
         """Leave the group of writers."""
@@ -428,45 +336,6 @@ class StoreWriter:
         trace: TracebackType | None,
     ) -> None:
         self.close()
-
-
-def totals(records: Sequence[PartRecord]) -> Counts:
-    """Return the total counts of all parts."""
-    dropped: Counter[str] = Counter()
-    for record in records:
-        dropped.update(record.dropped)
-    return Counts(
-        parts=len(records),
-        samples=sum(r.samples for r in records),
-        tokens=sum(r.tokens for r in records),
-        supervised_tokens=sum(r.supervised_tokens for r in records),
-        last_rows=sum(r.last_rows for r in records),
-        rows_read=sum(r.row_stop - r.row_start for r in records),
-        truncated=sum(r.truncated for r in records),
-        dropped=dict(sorted(dropped.items())),
-    )
-
-
-def by_source(records: Sequence[PartRecord], manifest: Manifest) -> list[Json]:
-    """Return the counts of each source: ``{"number", "id", "parts", "rows", "samples", "tokens",
-    "supervised_tokens", "dropped"}``.
-    """
-    out = []
-    for number, source in enumerate(manifest.sources):
-        found = totals([r for r in records if r.source == number])
-        out.append(
-            {
-                "number": number,
-                "id": source.id,
-                "parts": found.parts,
-                "rows": found.rows_read,
-                "samples": found.samples,
-                "tokens": found.tokens,
-                "supervised_tokens": found.supervised_tokens,
-                "dropped": found.dropped,
-            }
-        )
-    return out
 
 
 @contextmanager
@@ -488,158 +357,3 @@ def new_store(place: Place, overwrite: bool) -> Iterator[Path]:
         if overwrite:
             place.remove("")
         place.upload(new, "", new=True)
-
-
-def check_whole(records: Sequence[PartRecord], manifest: Manifest, path: Where) -> None:
-    """Raise MismatchError unless the parts are all blocks of every source, up to a last one that
-    may be shorter.
-    """
-    rows = manifest.dump.block_rows
-    for source in range(len(manifest.sources)):
-        own = [r for r in records if r.source == source]
-        for block, record in enumerate(own):
-            last = block + 1 == len(own)
-            if record.block != block or (record.row_stop != (block + 1) * rows and not last):
-                raise MismatchError(
-                    f"{path}: source {source} has no whole block {block} (rows "
-                    f"{block * rows}-{(block + 1) * rows}), "
-                    f"found part {part_name(record.index)} with rows "
-                    f"{record.row_start}-{record.row_stop}"
-                )
-
-
-def scan_parts(path: str | Where) -> dict[int, PartRecord]:
-    """Return the records of every committed part, by number."""
-    place = place_of(path)
-    names = place.list(PARTS)
-    if place.remote:
-        found = in_parallel(lambda name: _committed(place, name), [n for n in names if n.isdigit()])
-        return {record.index: record for record in found if record is not None}
-    root = place.where("")
-    assert isinstance(root, Path)
-    records = [read_record(place, name) for name in names if (root / PARTS / name).is_dir()]
-    return {record.index: record for record in records}
-
-
-def _committed(place: Place, name: str) -> PartRecord | None:
-    """Return the record of a part in an object store; None if its writer has not written it yet."""
-    try:
-        return read_record(place, name)
-    except DamagedCacheError as error:
-        # Asking now whether it is there would tell of a later moment: others write beside us.
-        if isinstance(error.__cause__, FileNotFoundError):
-            return None
-        raise
-
-
-def write_index(place: Place, records: Sequence[PartRecord], layout: PartLayout) -> None:
-    """Write ``index/``, so that opening a large store reads a few files and not a folder per
-    part.
-    """
-
-    def arrays(record: PartRecord) -> dict[str, Array]:
-        specs = layout.small(record.tokens, record.samples, record.exact[0])
-        return {
-            s.name: open_shard(place, record, s).read(0, s.shape[0])
-            if s.shape[0]
-            else np.empty(s.shape, s.dtype)
-            for s in specs
-            if s.name in (*PART_ARRAYS, TURN)
-        }
-
-    if place.remote:
-        parts: Iterable[dict[str, Array]] = in_parallel(arrays, list(records))
-    else:
-        parts = (arrays(record) for record in records)
-    index = build_index(parts, [r.index for r in records])
-    with place.replace(INDEX) as new:
-        zarr.create_group(new, zarr_format=3)
-        for spec in index_specs(index):
-            write_array(new, spec, index[spec.name])
-        body = {
-            "part_crc32c": [sealed(r.to_json())["crc32c"] for r in records],
-            "array_crc32c": index_sums(index),
-            "bytes": bytes_of(records),
-        }
-        write_attributes(new, INDEX_KEY, sealed(body))
-
-
-def bytes_of(records: Iterable[PartRecord]) -> dict[str, int]:
-    """Return the bytes on disk of each array over all parts, and of all metadata under the name
-    ``""``.
-    """
-    out: Counter[str] = Counter()
-    for record in records:
-        for name, (size, *_) in record.files.items():
-            array, _, file = name.partition("/")
-            out[array if file.startswith("c/") else ""] += size
-        out[""] += len(group_metadata(PART_KEY, sealed(record.to_json())))
-    return dict(sorted(out.items()))
-
-
-def rebuild(path: str | Where) -> Manifest:
-    """Rebuild index and manifest from the parts, whatever state they are in; returns the manifest.
-    A manifest that is missing, damaged or from another store than the parts is rebuilt from theirs;
-    it is marked complete if a sound index lists exactly these parts, else ``--resume`` completes
-    it. What only the manifest knows (a source's sha256, the limit on rows, the measured quality) is
-    lost with it.
-    """
-    place = place_of(path)
-    path = place.where("")
-    there = place.remote or place.exists(PARTS)
-    records = list(scan_parts(path).values()) if there else []
-    if not records:
-        raise DamagedCacheError(f"{path}: there is no part to rebuild index and manifest from")
-    digest = records[0].plan_sha256
-    if any(r.format_version == 1 for r in records):
-        raise UsageError(
-            f"{path}: stores of format version 1 cannot be repaired by this release. Repair it "
-            "with the release that wrote it."
-        )
-    if other := [r for r in records if r.plan_sha256 != digest]:
-        raise MismatchError(
-            f"{path}: parts {part_name(records[0].index)} and {part_name(other[0].index)} have "
-            f"different plans. dspark-tools verify {path} names the ones that do not "
-            "match the manifest."
-        )
-    try:
-        old: Manifest | None = read_manifest(path)
-    except (DamagedCacheError, NotACacheError):
-        old = None
-    if old is None or old.format_version == 1 or old.digest() != digest:
-        old = _lost(place, records)
-    elif old.complete and (found := totals(records)) != old.counts:
-        raise DamagedCacheError(
-            f"{path}: the parts hold {found}, the manifest says {old.counts}: parts are missing. "
-            f"Nothing was changed. Run dspark-tools verify --drop-damaged {path}, then "
-            "the command that wrote the store with --resume."
-        )
-    if old.complete:
-        check_whole(records, old, path)
-        layout = PartLayout(stored_codec(place, old), len(old.layers), old.target.hidden_size)
-        write_index(place, records, layout)
-    counts = totals(records) if old.complete else Counts()
-    manifest = dataclasses.replace(old, counts=counts)
-    place.write("zarr.json", group_metadata(ROOT_KEY, sealed(manifest.to_json())))
-    return manifest
-
-
-def _lost(place: Place, records: Sequence[PartRecord]) -> Manifest:
-    """Make a manifest from nothing but the parts."""
-    names = {r.source: r.source_id for r in records}
-    try:
-        about = read_index_record(place)
-        whole = about.part_crc32c == [sealed(r.to_json())["crc32c"] for r in records]
-    except DamagedCacheError:
-        whole = False
-    return from_plan(
-        records[0].plan,
-        str(place.where("")),
-        sources=[
-            SourceInfo(id=names.get(i, ""), sha256=None, limit=None) for i in range(max(names) + 1)
-        ],
-        counts=Counts(),
-        complete=whole,
-        quality={},
-        engine_version=next(iter(records[0].versions.values()), ""),
-    )

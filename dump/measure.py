@@ -22,7 +22,7 @@ from dspark.cache.errors import DataError
 from dspark.cache.files.layout import PARTS, PLAIN_ARRAYS
 from dspark.cache.files.place import place_of
 from dspark.cache.files.urls import Url, beside
-from dspark.cache.reader import read_manifest
+from dspark.cache.stored_manifest import read_manifest
 from dspark.dump.corpus.rows import FirstRows
 from dspark.dump.job import Job, first_samples, load_engine, prepare, tokenisers
 from dspark.dump.pace import Pace

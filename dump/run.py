@@ -33,23 +33,19 @@ from dspark.cache.files.lock_files import owned
 from dspark.cache.files.place import place_of
 from dspark.cache.files.urls import Where, beside
 from dspark.cache.manifest import Manifest
+from dspark.cache.parts.committed import by_source, scan_parts, totals
 from dspark.cache.quality import Known, Probe, budget_of, probe_of
 from dspark.cache.quality import quality as quality_of
-from dspark.cache.reader import Cache, read_manifest
+from dspark.cache.reader import Cache
 from dspark.cache.records import TokenSample
 from dspark.cache.settings import FALLBACK, NAMED
 from dspark.cache.shared import config_file
 from dspark.cache.shared.command import bar
 from dspark.cache.shared.stopping import parts_of, stoppable
+from dspark.cache.stored_manifest import read_manifest
+from dspark.cache.stores.rebuild import rebuild
 from dspark.cache.target.logits import PLAIN, Logits
-from dspark.cache.writer import (
-    StoreWriter,
-    by_source,
-    rebuild,
-    refuse_to_replace,
-    scan_parts,
-    totals,
-)
+from dspark.cache.writer import StoreWriter, refuse_to_replace
 from dspark.dump import plan as planning
 from dspark.dump.centring import (
     Calibration,

@@ -111,7 +111,7 @@ def configure(given: Mapping[str, Any], recipe: str = AUTO) -> TrainConfig:
     for the others. ``auto`` uses the recipe of the store's target if there is one, else the general
     defaults; ``none`` always uses those.
     """
-    from dspark.cache.reader import read_manifest
+    from dspark.cache.stored_manifest import read_manifest
 
     chosen: Recipe | None = None
     if recipe == AUTO:

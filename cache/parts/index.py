@@ -14,12 +14,16 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import zarr
 
-from dspark.cache.canonical import unseal
+from dspark.cache.canonical import sealed, unseal
 from dspark.cache.files.checksum import of_bytes
-from dspark.cache.files.layout import INDEX, INDEX_KEY, StoredArray
-from dspark.cache.files.metadata import read_attributes
-from dspark.cache.files.place import Place
+from dspark.cache.files.layout import INDEX, INDEX_KEY, PartLayout, StoredArray
+from dspark.cache.files.metadata import read_attributes, write_attributes
+from dspark.cache.files.place import Place, in_parallel
+from dspark.cache.parts.committed import bytes_of
+from dspark.cache.parts.part import open_shard, write_array
+from dspark.cache.parts.record import PartRecord
 from dspark.cache.records import Array
 from dspark.cache.typed_json import build
 
@@ -112,3 +116,35 @@ def index_sums(index: Mapping[str, Array]) -> dict[str, int]:
         n: of_bytes(np.ascontiguousarray(a, a.dtype.newbyteorder("<")))
         for n, a in sorted(index.items())
     }
+
+
+def write_index(place: Place, records: Sequence[PartRecord], layout: PartLayout) -> None:
+    """Write ``index/``, so that opening a large store reads a few files and not a folder per
+    part.
+    """
+
+    def arrays(record: PartRecord) -> dict[str, Array]:
+        specs = layout.small(record.tokens, record.samples, record.exact[0])
+        return {
+            s.name: open_shard(place, record, s).read(0, s.shape[0])
+            if s.shape[0]
+            else np.empty(s.shape, s.dtype)
+            for s in specs
+            if s.name in (*PART_ARRAYS, TURN)
+        }
+
+    if place.remote:
+        parts: Iterable[dict[str, Array]] = in_parallel(arrays, list(records))
+    else:
+        parts = (arrays(record) for record in records)
+    index = build_index(parts, [r.index for r in records])
+    with place.replace(INDEX) as new:
+        zarr.create_group(new, zarr_format=3)
+        for spec in index_specs(index):
+            write_array(new, spec, index[spec.name])
+        body = {
+            "part_crc32c": [sealed(r.to_json())["crc32c"] for r in records],
+            "array_crc32c": index_sums(index),
+            "bytes": bytes_of(records),
+        }
+        write_attributes(new, INDEX_KEY, sealed(body))

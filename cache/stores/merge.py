@@ -31,7 +31,6 @@ from dspark.cache.files.layout import (
     CALIBRATION,
     PART_KEY,
     PARTS,
-    ROOT_KEY,
     SOURCE_STRIDE,
     TARGET,
     PartLayout,
@@ -39,7 +38,7 @@ from dspark.cache.files.layout import (
     part_number,
 )
 from dspark.cache.files.lock_files import owned
-from dspark.cache.files.metadata import group_metadata, write_attributes
+from dspark.cache.files.metadata import write_attributes
 from dspark.cache.files.place import (
     Folder,
     Object,
@@ -51,11 +50,13 @@ from dspark.cache.files.place import (
 from dspark.cache.files.urls import Where, where
 from dspark.cache.manifest import Manifest, SourceInfo, differences
 from dspark.cache.parts.blocks import missing_rows, rows_known, spans
+from dspark.cache.parts.committed import check_whole, scan_parts, totals
+from dspark.cache.parts.index import write_index
 from dspark.cache.parts.part import missing_files
 from dspark.cache.parts.record import PartRecord
-from dspark.cache.reader import read_manifest
+from dspark.cache.stored_manifest import read_manifest, write_manifest
 from dspark.cache.target.files import what_to_do
-from dspark.cache.writer import StoreWriter, check_whole, scan_parts, totals, write_index
+from dspark.cache.writer import StoreWriter
 
 if TYPE_CHECKING:
     from dspark.cache.codec.base import Codec
@@ -382,5 +383,5 @@ def _ended(
     layout = PartLayout(codec, len(manifest.layers), manifest.target.hidden_size)
     write_index(place, records, layout)
     manifest = dataclasses.replace(manifest, counts=totals(records), complete=True)
-    place.write("zarr.json", group_metadata(ROOT_KEY, sealed(manifest.to_json())))
+    write_manifest(place, manifest)
     return manifest

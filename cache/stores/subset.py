@@ -16,10 +16,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dspark.cache.canonical import sealed
 from dspark.cache.errors import DataError, UsageError
-from dspark.cache.files.layout import ROOT_KEY, SOURCE_STRIDE, part_number
-from dspark.cache.files.metadata import group_metadata
+from dspark.cache.files.layout import SOURCE_STRIDE, part_number
 from dspark.cache.files.place import each_in_parallel
 from dspark.cache.files.urls import Where, where
 from dspark.cache.manifest import Counts, Manifest, SourceInfo
@@ -27,6 +25,7 @@ from dspark.cache.parts.record import Block
 from dspark.cache.reader import Cache
 from dspark.cache.reader import open as open_store
 from dspark.cache.records import Array, CodedSample
+from dspark.cache.stored_manifest import write_manifest
 from dspark.cache.stores.merge import common_objects, new_place, refuse_existing
 from dspark.cache.writer import StoreWriter
 
@@ -148,7 +147,7 @@ def subset(
     with new_place(out, "dspark-tools subset") as place:
         names = list(common_objects(cache.place))
         each_in_parallel(place)(lambda name: place.link(cache.place, name, name), names)
-        place.write("zarr.json", group_metadata(ROOT_KEY, sealed(manifest.to_json())))
+        write_manifest(place, manifest)
         with StoreWriter(place.where(""), manifest, {}) as writer:
             done = 0
             for number, old in enumerate(left):

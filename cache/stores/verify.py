@@ -43,8 +43,9 @@ from dspark.cache.parts.index import PART_ARRAYS, TURN, build_index
 from dspark.cache.parts.part import missing_files, part_specs, shard_file
 from dspark.cache.parts.record import PartRecord, read_record
 from dspark.cache.parts.shard import Shard
-from dspark.cache.reader import Cache, read_manifest
+from dspark.cache.reader import Cache
 from dspark.cache.records import Array, last_rows
+from dspark.cache.stored_manifest import read_manifest
 from dspark.cache.target.files import damaged_files, what_to_do
 from dspark.cache.writer import StoreWriter
 

@@ -45,7 +45,9 @@ class AnswerFiles:
         deleted with it. False for a store that cannot be read, since the files beside it may be
         anything.
         """
-        from dspark.cache.reader import read_manifest  # imports zarr, which a plan does not need
+        from dspark.cache.stored_manifest import (
+            read_manifest,  # imports zarr, which a plan does not need
+        )
 
         try:
             return read_manifest(self.store).dump.mask_rule.startswith(MASK_RULE)

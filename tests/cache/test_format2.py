@@ -31,11 +31,12 @@ from dspark.cache.codec import registry
 from dspark.cache.codec.base import EXACT_TOKEN, ArraySpec, Tokens
 from dspark.cache.files.atomic import remove
 from dspark.cache.json_text import Json
-from dspark.cache.reader import read_manifest
 from dspark.cache.repeats import Repeats
+from dspark.cache.stored_manifest import read_manifest
+from dspark.cache.stores.rebuild import rebuild
 from dspark.cache.stores.recode import recode
 from dspark.cache.stores.verify import drop_damaged, verify
-from dspark.cache.writer import StoreWriter, rebuild
+from dspark.cache.writer import StoreWriter
 from dspark.tools import cli as tools
 
 LENGTHS = [50, 3, 120, 77, 260, 9, 150, 31, 40, 22]

@@ -34,11 +34,13 @@ from dspark.cache.files.block_cache import BLOCK, BlockCache
 from dspark.cache.files.lock_files import owned
 from dspark.cache.files.place import Memory, ends, place_of
 from dspark.cache.files.urls import STORE, Url, where
+from dspark.cache.parts.committed import scan_parts
 from dspark.cache.stores.merge import append, merge
+from dspark.cache.stores.rebuild import rebuild
 from dspark.cache.stores.recode import recode
 from dspark.cache.stores.subset import subset
 from dspark.cache.stores.verify import drop_damaged, verify
-from dspark.cache.writer import StoreWriter, rebuild, scan_parts
+from dspark.cache.writer import StoreWriter
 from dspark.tools.cli import main
 from dspark.tools.stores.info import info
 from s3_server import BUCKET, Faulty, s3_server

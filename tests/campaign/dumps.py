@@ -24,8 +24,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from dump_runs import corpus, files
 
+from dspark.cache.parts.committed import scan_parts
 from dspark.cache.stores.verify import verify
-from dspark.cache.writer import scan_parts
 from dspark.dump.config import DumpConfig
 from dspark.dump.progress import Display
 from dspark.dump.run import dump

@@ -31,10 +31,10 @@ import dspark.cache
 from dspark.cache.errors import IncompleteCacheError
 from dspark.cache.files import bucket
 from dspark.cache.files.place import place_of
+from dspark.cache.parts.committed import scan_parts
 from dspark.cache.stores.merge import merge
 from dspark.cache.stores.recode import recode
 from dspark.cache.stores.verify import verify
-from dspark.cache.writer import scan_parts
 from dspark.dump.config import DumpConfig
 from dspark.dump.progress import Display
 from dspark.dump.run import dump

@@ -25,9 +25,9 @@ from dump_runs import files
 from dumps import attempt, begin, whole_dump
 
 from dspark.cache.errors import MismatchError
+from dspark.cache.parts.committed import scan_parts
 from dspark.cache.stores.merge import merge
 from dspark.cache.stores.verify import verify
-from dspark.cache.writer import scan_parts
 from dspark.dump.config import DumpConfig
 
 TIMES = 3

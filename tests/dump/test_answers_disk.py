@@ -23,7 +23,7 @@ from dspark.cache.errors import (
     UsageError,
 )
 from dspark.cache.parts.record import PartRecord
-from dspark.cache.reader import read_manifest
+from dspark.cache.stored_manifest import read_manifest
 from dspark.cache.stores.verify import drop_damaged, verify
 from dspark.cache.writer import StoreWriter
 from dspark.dump.config import DumpConfig

@@ -21,7 +21,7 @@ from dspark.cache.files.checksum import file_sha256
 from dspark.cache.files.layout import CALIBRATION
 from dspark.cache.files.place import place_of
 from dspark.cache.files.urls import where
-from dspark.cache.reader import read_manifest
+from dspark.cache.stored_manifest import read_manifest
 from dspark.cache.stores.merge import merge
 from dspark.cache.writer import StoreWriter
 from dspark.dump import plan as planning

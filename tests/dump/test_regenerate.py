@@ -20,10 +20,11 @@ from click.testing import CliRunner
 import dspark.cache
 from dspark.cache.codec import registry
 from dspark.cache.errors import DataError, MismatchError, UsageError
-from dspark.cache.reader import read_manifest
+from dspark.cache.parts.committed import scan_parts
 from dspark.cache.records import KEY_BYTES, TokenSample
 from dspark.cache.settings import LOSSLESS
-from dspark.cache.writer import StoreWriter, scan_parts
+from dspark.cache.stored_manifest import read_manifest
+from dspark.cache.writer import StoreWriter
 from dspark.dump import job as job_module
 from dspark.dump import plan as planning
 from dspark.dump.cli import main

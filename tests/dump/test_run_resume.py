@@ -15,7 +15,7 @@ from dump_runs import corpus, files
 
 from dspark.cache.errors import DsparkError, MismatchError, TargetError
 from dspark.cache.files.atomic import remove
-from dspark.cache.reader import read_manifest
+from dspark.cache.stored_manifest import read_manifest
 from dspark.cache.stores.verify import drop_damaged, verify
 from dspark.cache.writer import StoreWriter
 from dspark.dump import plan as planning

@@ -15,9 +15,9 @@ from dump_runs import assert_same, corpus, files
 
 import dspark.cache
 from dspark.cache.errors import DataError, MismatchError, UsageError
-from dspark.cache.reader import read_manifest
+from dspark.cache.parts.committed import scan_parts
+from dspark.cache.stored_manifest import read_manifest
 from dspark.cache.stores.verify import verify
-from dspark.cache.writer import scan_parts
 from dspark.dump.cli import main
 from dspark.dump.config import DumpConfig
 from dspark.dump.corpus.sources import open_corpus

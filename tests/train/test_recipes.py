@@ -12,7 +12,7 @@ from click.testing import CliRunner
 import stores
 from dspark.cache import errors
 from dspark.cache.manifest import TargetInfo
-from dspark.cache.reader import read_manifest
+from dspark.cache.stored_manifest import read_manifest
 from dspark.dump.target.presets import presets
 from dspark.train.cli import main
 from dspark.train.config import TrainConfig

@@ -36,10 +36,10 @@ from dspark.cache.files.place import place_of
 from dspark.cache.files.urls import Where, where
 from dspark.cache.manifest import DumpInfo, Manifest, SourceInfo
 from dspark.cache.quality import Probe, budget_of, probe_of, quality, share_of
-from dspark.cache.reader import read_manifest
 from dspark.cache.records import CodedSample, TokenSample, last_rows
 from dspark.cache.settings import DEFAULT_PACKING, LOSSLESS, choose_codec, is_asked
 from dspark.cache.shared.stopping import parts_of, stoppable
+from dspark.cache.stored_manifest import read_manifest
 from dspark.cache.writer import StoreWriter, refuse_to_replace
 from dspark.tools.importers.deepspec import DeepSpecSource
 from dspark.tools.importers.source import Given, Source

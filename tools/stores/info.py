@@ -25,7 +25,7 @@ def info(path: str | Where) -> dict[str, Any]:
     """
     from dspark.cache.files.layout import raw_bytes_per_token
     from dspark.cache.files.place import place_of
-    from dspark.cache.reader import read_manifest
+    from dspark.cache.stored_manifest import read_manifest
 
     place = place_of(path)
     manifest = read_manifest(path)
@@ -38,7 +38,7 @@ def info(path: str | Where) -> dict[str, Any]:
     )
     parts = counts.parts
     if not manifest.complete:
-        from dspark.cache.writer import bytes_of, scan_parts
+        from dspark.cache.parts.committed import bytes_of, scan_parts
 
         records = scan_parts(path).values()
         sizes: dict[str, int] | None = bytes_of(records)
@@ -108,7 +108,7 @@ def sources_of(path: str | Where, manifest: Manifest) -> list[dict[str, Any]]:
     """Return the counts of each source, if there are several, from the parts' records."""
     if len(manifest.sources) < 2:
         return []
-    from dspark.cache.writer import by_source, scan_parts
+    from dspark.cache.parts.committed import by_source, scan_parts
 
     return by_source(list(scan_parts(path).values()), manifest)
 

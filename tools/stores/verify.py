@@ -35,7 +35,7 @@ def verify_command(
     from dspark.cache.files.lock_files import owned
     from dspark.cache.files.urls import where
     from dspark.cache.stores import verify
-    from dspark.cache.writer import rebuild
+    from dspark.cache.stores.rebuild import rebuild
 
     changes = drop_damaged or rebuild_index
     lock = (
