@@ -7,7 +7,6 @@ raises DamagedCacheError naming part and array.
 from __future__ import annotations
 
 import dataclasses
-import resource
 import threading
 from bisect import bisect_right
 from collections import OrderedDict
@@ -30,31 +29,26 @@ from dspark.cache.files.layout import (
     EXACT_POSITION,
     EXACT_ROW,
     EXACT_START,
-    INDEX,
     PARTS,
     TARGET,
     TARGET_WEIGHTS,
     PartLayout,
-    StoredArray,
     part_name,
 )
-from dspark.cache.files.metadata import read_shape
-from dspark.cache.files.place import Memory, Place, each_in_parallel, in_parallel, place_of
+from dspark.cache.files.place import in_parallel, place_of
 from dspark.cache.files.urls import Where, where
 from dspark.cache.manifest import Manifest
 from dspark.cache.parts.index import (
     PART_ARRAYS,
     TURN,
     build_index,
-    index_shape,
-    index_sums,
-    read_index_record,
 )
-from dspark.cache.parts.part import missing_files, open_shard, part_specs, shard_file
+from dspark.cache.parts.opened import open_part, open_parts
 from dspark.cache.parts.record import PartRecord, read_record
 from dspark.cache.parts.shard import Shard
+from dspark.cache.parts.stored_index import stored_index
 from dspark.cache.records import Array, CodedSample, Sample, TokenSample, last_rows
-from dspark.cache.stored_manifest import read_manifest, rebuild_hint
+from dspark.cache.stored_manifest import read_manifest
 from dspark.cache.target.files import what_to_do
 from dspark.cache.target.frozen import FrozenTarget
 from dspark.cache.target.logits import Logits
@@ -64,19 +58,7 @@ if TYPE_CHECKING:
 
     from dspark.cache.records import Coded
 
-OPEN_PARTS = 48  # maximum parts kept open, with a file descriptor per array
-
-
 TOKEN_ARRAYS = ("input_ids", "loss_mask")
-
-
-def open_parts(arrays: int) -> int:
-    """Return how many parts with ``arrays`` arrays each to keep open: half of the process's limit
-    on open files.
-    """
-    return max(
-        1, min(OPEN_PARTS, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2 // max(arrays, 1))
-    )
 
 
 def open(path: str | Where, *, allow_incomplete: bool = False) -> Cache:
@@ -95,26 +77,6 @@ def open(path: str | Where, *, allow_incomplete: bool = False) -> Cache:
             "command with --resume."
         )
     return Cache(path, manifest)
-
-
-class Shards(Mapping[str, Shard]):
-    """The shards of a part of a remote store, each opened when first used. Thread-safe."""
-
-    def __init__(self, place: Place, record: PartRecord, specs: Sequence[StoredArray]) -> None:
-        self._place, self._record = place, record
-        self._specs = {s.name: s for s in specs}
-        self._open: dict[str, Shard] = {}
-
-    def __getitem__(self, name: str) -> Shard:
-        if name not in self._open:
-            self._open[name] = open_shard(self._place, self._record, self._specs[name])
-        return self._open[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._specs)
-
-    def __len__(self) -> int:
-        return len(self._specs)
 
 
 class Cache:
@@ -157,78 +119,8 @@ class Cache:
         """
         if not self.manifest.complete:
             return self._scan()
-        try:
-            index = self._stored_index()
-        except (DamagedCacheError, KeyError, IndexError) as error:
-            raise DamagedCacheError(
-                f"{self.path / INDEX}: the sample index cannot be used: {error}. {self._rebuild()}"
-            ) from error
-        counts = self.manifest.counts
-        found = (
-            int(index["sample_start"][-1]),
-            int(index["sample_last_start"][-1]),
-            index["sample_row"].shape[0],
-        )
-        if found != (counts.tokens, counts.last_rows, counts.samples):
-            raise DamagedCacheError(
-                f"{self.path / INDEX}: holds (tokens, last rows, samples) = {found}, "
-                f"the manifest counts {(counts.tokens, counts.last_rows, counts.samples)}. "
-                f"{self._rebuild()}"
-            )
+        index, self._part_crc = stored_index(self.place, self.manifest)
         return index
-
-    def _rebuild(self) -> str:
-        if self.manifest.format_version == 1:
-            return "Repair the store with the release that wrote it"
-        return rebuild_hint(self.path)
-
-    def _stored_index(self) -> dict[str, Array]:
-        """Read ``index/`` and compare its checksums."""
-        about = read_index_record(self.place)
-        self._part_crc = about.part_crc32c
-        specs = self._index_specs()
-        if self.manifest.format_version == 1:
-            # There is no checksum of the arrays: a missing shard would read as zeros in Zarr.
-            for spec in specs:
-                file = f"{INDEX}/{spec.name}/{shard_file(spec)}"
-                if spec.shape[0] and not self.place.exists(file):
-                    raise DamagedCacheError(
-                        f"{self.path / INDEX / spec.name}: its shard is missing"
-                    )
-        read = each_in_parallel(self.place)
-        index = dict(read(lambda s: (s.name, self._index_array(s)), specs))
-        if self.manifest.format_version == 1:
-            index[TURN] = np.zeros(index["sample_row"].shape[0], np.int32)
-            index["part_number"] = np.arange(len(self._part_crc))
-        elif (found := index_sums(index)) != about.array_crc32c:
-            raise DamagedCacheError(f"arrays have checksums {found}, expected {about.array_crc32c}")
-        return index
-
-    def _index_specs(self) -> list[StoredArray]:
-        """Describe the arrays of ``index/`` by the store's counts. The metadata of a local store
-        must say the same: a checksum does not tell three numbers of 8 bytes from six of 4. Of a
-        remote store they are not read, for every look is a request.
-        """
-        specs = index_shape(self.manifest.counts.samples, len(self._part_crc))
-        if self.manifest.format_version == 1:
-            specs = [s for s in specs if s.name not in (TURN, "part_number")]
-        if not self.place.remote:
-            for spec in specs:
-                found = read_shape(self.place, f"{INDEX}/{spec.name}")
-                if found != (spec.shape, spec.dtype):
-                    raise DamagedCacheError(
-                        f"{spec.name} is {found[1]}{list(found[0])}, expected "
-                        f"{spec.dtype}{list(spec.shape)} by the counts of the store"
-                    )
-        return specs
-
-    def _index_array(self, spec: StoredArray) -> Array:
-        name = f"{INDEX}/{spec.name}/{shard_file(spec)}"
-        if not spec.shape[0]:
-            return np.empty(spec.shape, spec.dtype)
-        # In one piece if every read is a request.
-        file = (lambda: Memory(self.place.read(name))) if self.place.remote else None
-        return Shard(self.path / name, spec, file=file).read(0, spec.shape[0])
 
     def _scan(self) -> dict[str, Array]:
         """Build the index of a store that is being written from the parts that exist: in version 2
@@ -460,16 +352,10 @@ class Cache:
             self._open.move_to_end(part)
             return self._open[part]
         record = self.record(part)
-        specs = [s for s in part_specs(self.layout, record) if s.shape[0]]
-        if self.place.remote:  # opened one by one, when they are read: each takes requests
-            self._open[part] = Shards(self.place, record, specs)
-        else:
-            for finding in missing_files(self.place, record):
-                raise DamagedCacheError(f"{finding}. Run dspark-tools verify {self.path}")
-            self._open[part] = {s.name: open_shard(self.place, record, s) for s in specs}
-        if len(self._open) > open_parts(len(specs)):
+        arrays = self._open[part] = open_part(self.place, self.layout, record)
+        if len(self._open) > open_parts(len(arrays)):
             self._open.popitem(last=False)
-        return self._open[part]
+        return arrays
 
     def _read(self, part: int, name: str, span: slice) -> Any:
         if self.place.remote:
