@@ -291,7 +291,7 @@ def test_what_fails_leaves_nothing_behind(
             subset(tmp_path / "a.zarr", out, ["tokens>=30"])
 
     with monkeypatch.context() as broken:
-        for module in ("merge", "writer"):
+        for module in ("stores.merge", "writer"):
             broken.setattr(f"dspark.cache.{module}.write_index", fails)
         with pytest.raises(RuntimeError, match="stop"):
             make()

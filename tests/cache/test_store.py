@@ -20,6 +20,7 @@ from dspark.cache import errors
 from dspark.cache.canonical import sealed
 from dspark.cache.codec import registry
 from dspark.cache.files.calibration import codec_info
+from dspark.cache.files.metadata import read_attributes
 from dspark.cache.files.place import place_of
 from dspark.cache.manifest import Manifest, plan_digest
 from dspark.cache.records import last_rows
@@ -234,7 +235,7 @@ def test_an_edited_manifest_is_damage(store: Path) -> None:
     edit_manifest(store, False, sources=[])
     with pytest.raises(errors.DamagedCacheError, match="crc32c"):
         dspark.cache.open(store)
-    plan = dspark.cache.reader.read_attributes(place_of(store))["dspark"]["plan"]
+    plan = read_attributes(place_of(store))["dspark"]["plan"]
     edit_manifest(store, True, sources=[], plan=plan | {"layers": [1, 2, 3]})
     with pytest.raises(errors.DamagedCacheError, match="plan_sha256"):
         dspark.cache.open(store)
