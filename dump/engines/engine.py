@@ -55,12 +55,15 @@ class Captured(NamedTuple):
     """Samples ``members`` of group ``group``, their states end to end in this order. ``ready``: a
     CUDA event after them, if they are on a GPU. States that an engine would have to wait for come
     as a function, called once in another thread, so that the engine's own thread continues.
+    ``engine``: number of the one that has the group, of several; the functions of one are called
+    one after another, in the order of the batches.
     """
 
     group: int
     members: Sequence[int]
     states: States | CodedStates | Fetch
     ready: torch.cuda.Event | None = None
+    engine: int = 0
 
 
 @dataclass(frozen=True, slots=True)

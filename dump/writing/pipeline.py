@@ -10,9 +10,9 @@ file) are waited for here too, so that the engine's thread, which feeds it reque
 any. Every queue is bounded: a limited number of batches wait for the encoder, and the number of
 blocks (parts in memory) is limited, so a slow disk slows the engine down and memory does not grow.
 Of several engines (``dump/engines/vllm/replicas.py``), which fill different parts at once, none
-waits for another's states: a part belongs to one encoder's thread. Such a thread runs little
-Python, because it would hold the lock that the thread launching the target's kernels needs. On a
-CPU, where compression would only take cores from the target, the workers are threads.
+waits for another's states: an engine and its parts belong to one encoder's thread. Such a thread
+runs little Python, because it would hold the lock that the thread launching the target's kernels
+needs. On a CPU, where compression would only take cores from the target, the workers are threads.
 """
 
 from __future__ import annotations
@@ -187,7 +187,8 @@ class Pipeline:
         """
         with self._timed("wait for the encoder"):
             self._patiently(lambda: self._enter(captured), queue.Full)
-        self._lanes[captured.group % len(self._lanes)].put(captured)
+        # By engine: two threads must not read from one engine, whose batches hold parts of groups.
+        self._lanes[captured.engine % len(self._lanes)].put(captured)
 
     def _enter(self, captured: Captured) -> None:
         if not self._room_of(captured).acquire(timeout=0.1):

@@ -82,8 +82,10 @@ def test_no_engine_waits_for_the_states_of_another(
     config: DumpConfig, show: Display, tmp_path: Path
 ) -> None:
     """Of two engines, the first part's states arrive only when the second part's have been put in
-    place.
+    place. One thread reads all that an engine has made, whichever parts it got: of two, both could
+    wait for one batch with rows of both parts.
     """
+    threads: dict[int, set[int]] = {0: set(), 1: set()}
 
     class Two(Coming):
         def __init__(self, inner: Engine) -> None:
@@ -96,9 +98,11 @@ def test_no_engine_waits_for_the_states_of_another(
         ) -> Iterator[Captured]:
             for c in super().dumped(groups, codec):
                 assert callable(c.states)
-                yield c._replace(states=partial(self.of_group, c.group, c.states))
+                states = partial(self.of_group, c.group, c.states)
+                yield c._replace(states=states, engine=(c.group + 1) // 2 % 2)
 
         def of_group(self, group: int, fetch: Fetch) -> CodedStates:
+            threads[(group + 1) // 2 % 2].add(threading.get_ident())
             if group == 0:
                 assert self.second.wait(timeout=30)
             states = fetch()
@@ -111,6 +115,8 @@ def test_no_engine_waits_for_the_states_of_another(
     other = dataclasses.replace(config, output=tmp_path / "again.zarr")
     dump(other, show, lambda plan, n: Two(load_engine(plan, n)))
     assert_same(config.output, other.output)
+    assert [len(own) for own in threads.values()] == [1, 1]
+    assert threads[0] != threads[1]
 
 
 def test_states_that_never_come_stop_the_dump(config: DumpConfig, show: Display) -> None:

@@ -120,6 +120,7 @@ def test_every_sample_comes_once_and_the_faster_engine_gets_more() -> None:
         assert callable(captured.states)
         batch, wanted, codec = captured.states()  # type: ignore[misc]
         assert codec == CODEC
+        assert batch == f"engine{captured.engine}"
         for i, member in zip(captured.members, wanted, strict=True):
             assert np.array_equal(member.ids, groups[captured.group][i].input_ids)
             assert (captured.group, i) not in found

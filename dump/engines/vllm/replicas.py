@@ -163,7 +163,7 @@ class Replicas:
                 del left[group], open_groups[group]
                 held[owner.pop(group)] -= 1
             states = partial(replica.reader.coded, batch, wanted, codec)
-            yield Captured(group, [i for _, i in members], states)
+            yield Captured(group, [i for _, i in members], states, engine=replica.number)
 
     def answer(
         self, asks: Iterable[Ask], sampling: Sampling, stops: Sequence[int], codec: Codec
