@@ -66,7 +66,7 @@ def _memory(bucket: str) -> Any:
 
 
 @cache
-def _connected(scheme: str, bucket: str, pid: int) -> Any:
+def connected(scheme: str, bucket: str, pid: int) -> Any:
     """Return the library's client for a bucket, one per process: none survives a fork."""
     try:
         from obstore.store import from_url
@@ -125,21 +125,22 @@ def _said(error: BaseException) -> str:
     )
 
 
-class RemoteError(UnreadableError, OSError):
+class _ObjectError(OSError):
+    """Its text is the object, and what is wrong with it."""
+
+    def __str__(self) -> str:
+        return f"{self.filename}: {self.strerror}"
+
+
+class RemoteError(UnreadableError, _ObjectError):
     """The service did not do what was asked; ``errno`` is EACCES or EIO."""
 
-    def __str__(self) -> str:
-        return f"{self.filename}: {self.strerror}"
 
-
-class AbsentError(DamagedCacheError, FileNotFoundError):
+class AbsentError(DamagedCacheError, _ObjectError, FileNotFoundError):
     """There is no such object."""
 
-    def __str__(self) -> str:
-        return f"{self.filename}: {self.strerror}"
 
-
-def _again(work: Callable[[], T]) -> T:
+def again(work: Callable[[], T]) -> T:
     """Do ``work``, and retry if a response broke off: the library retries failed requests, but not
     every failed body.
     """
@@ -164,7 +165,7 @@ def _no_bucket(what: Url) -> RemoteError:
 
 
 @contextmanager
-def _errors(what: Url) -> Iterator[None]:
+def service_errors(what: Url) -> Iterator[None]:
     """Convert the library's errors to OSError: ENOENT if there is no such object, EACCES, else
     EIO.
     """
@@ -188,7 +189,7 @@ def _errors(what: Url) -> Iterator[None]:
 
 
 @contextmanager
-def _writing(what: Url, *, copied: bool = False) -> Iterator[None]:
+def writing_errors(what: Url, *, copied: bool = False) -> Iterator[None]:
     """``copied``: it is a copy, whose source may be missing; else only the bucket can be."""
     try:
         yield
@@ -245,15 +246,17 @@ class Bucket:
         return Bucket, (self.url,)
 
     @property
-    def _store(self) -> Any:
+    def client(self) -> Any:
+        """The library's client, for one request."""
         self.requests += 1
-        return _connected(self.url.scheme, self.url.bucket, os.getpid())
+        return connected(self.url.scheme, self.url.bucket, os.getpid())
 
     @property
     def pieces(self) -> BlockCache:
         return _pieces()
 
-    def _key(self, name: str) -> str:
+    def key(self, name: str) -> str:
+        """Return the key of object ``name`` in the bucket."""
         return "/".join(part for part in (self.url.key, name) if part)
 
     def where(self, name: str) -> Url:
@@ -263,13 +266,13 @@ class Bucket:
         return RemoteFile(self, name, self.size(name) if size is None else size, version)
 
     def read(self, name: str, limit: int | None = None) -> bytes:
-        with _errors(self.where(name)):
-            return _again(lambda: self._whole(name, limit))
+        with service_errors(self.where(name)):
+            return again(lambda: self._whole(name, limit))
 
     def _whole(self, name: str, limit: int | None) -> bytes:
         import obstore
 
-        found = obstore.get(self._store, self._key(name))
+        found = obstore.get(self.client, self.key(name))
         if limit is not None:
             refuse_larger(found.meta["size"], limit)
         return bytes(found.bytes())
@@ -278,17 +281,17 @@ class Bucket:
         """Read bytes ``[start, start + length)``, fewer if the object ends earlier."""
         import obstore
 
-        with _errors(self.where(name)):
-            key = self._key(name)
-            return _again(
-                lambda: bytes(obstore.get_range(self._store, key, start=start, length=length))
+        with service_errors(self.where(name)):
+            key = self.key(name)
+            return again(
+                lambda: bytes(obstore.get_range(self.client, key, start=start, length=length))
             )
 
     def size(self, name: str) -> int:
         import obstore
 
-        with _errors(self.where(name)):
-            return int(_again(lambda: obstore.head(self._store, self._key(name)))["size"])
+        with service_errors(self.where(name)):
+            return int(again(lambda: obstore.head(self.client, self.key(name)))["size"])
 
     def exists(self, name: str = "") -> bool:
         """Tell whether an object exists; without a name, whether the store has any."""
@@ -305,29 +308,29 @@ class Bucket:
         import obstore
 
         def pages() -> list[Any]:
-            found = obstore.list(self._store, self._key(name), chunk_size=1 if first else 1000)
+            found = obstore.list(self.client, self.key(name), chunk_size=1 if first else 1000)
             return list(next(iter(found), [])) if first else [o for page in found for o in page]
 
-        with _errors(self.where(name)):
-            return _again(pages)
+        with service_errors(self.where(name)):
+            return again(pages)
 
     def list(self, name: str) -> list[str]:
         import obstore
 
-        with _errors(self.where(name)):
-            found = _again(lambda: obstore.list_with_delimiter(self._store, self._key(name)))
+        with service_errors(self.where(name)):
+            found = again(lambda: obstore.list_with_delimiter(self.client, self.key(name)))
         paths = [*found["common_prefixes"], *(o["path"] for o in found["objects"])]
         return sorted(p.rstrip("/").rpartition("/")[2] for p in paths)
 
     def sizes(self, name: str) -> dict[str, int]:
-        base = self._key(name) + "/"
+        base = self.key(name) + "/"
         return {o["path"].removeprefix(base): int(o["size"]) for o in self._objects(name)}
 
     def write(self, name: str, data: bytes) -> None:
         import obstore
 
-        with _writing(self.where(name)), _errors(self.where(name)):
-            _again(lambda: obstore.put(self._store, self._key(name), data))
+        with writing_errors(self.where(name)), service_errors(self.where(name)):
+            again(lambda: obstore.put(self.client, self.key(name), data))
 
     def remove(self, name: str) -> None:
         import obstore
@@ -337,10 +340,10 @@ class Bucket:
         # The record first: objects without one do not count. Last what tells that they were a
         # store, so that one that was removed in part can be removed again.
         names.sort(key=lambda n: (n == MARK, not n.endswith(RECORD), n.count("/"), n))
-        with _writing(self.where(name)), _errors(self.where(name)):
+        with writing_errors(self.where(name)), service_errors(self.where(name)):
             for start in range(0, len(names), 1000):
-                some = [self._key(n) for n in names[start : start + 1000]]
-                _again(functools.partial(obstore.delete, self._store, some))
+                some = [self.key(n) for n in names[start : start + 1000]]
+                again(functools.partial(obstore.delete, self.client, some))
 
     def link(self, other: Place, source: str, name: str) -> None:
         import obstore
@@ -350,14 +353,14 @@ class Bucket:
             self.url.scheme,
             self.url.bucket,
         ):
-            with _writing(to, copied=True), _errors(other.where(source)):
-                _again(lambda: obstore.copy(self._store, other._key(source), self._key(name)))
+            with writing_errors(to, copied=True), service_errors(other.where(source)):
+                again(lambda: obstore.copy(self.client, other.key(source), self.key(name)))
             return
         with other.local_file(source) as path:
             with reading(path):
                 path.stat()
-            with _writing(to), _errors(to):
-                _again(lambda: obstore.put(self._store, self._key(name), path, chunk_size=PIECE))
+            with writing_errors(to), service_errors(to):
+                again(lambda: obstore.put(self.client, self.key(name), path, chunk_size=PIECE))
 
     @contextmanager
     def commit(self, name: str, token: str) -> Iterator[Path]:
@@ -386,15 +389,15 @@ class Bucket:
 
         def put(path: Path) -> None:
             to = f"{name}/{path.relative_to(folder).as_posix()}".lstrip("/")
-            with _writing(self.where(to)), _errors(self.where(to)):
-                _again(lambda: obstore.put(self._store, self._key(to), path, chunk_size=PIECE))
+            with writing_errors(self.where(to)), service_errors(self.where(to)):
+                again(lambda: obstore.put(self.client, self.key(to), path, chunk_size=PIECE))
 
         in_parallel(put, [p for p in files if p != last])
         to = f"{name}/{RECORD}".lstrip("/")
         data = last.read_bytes()
-        with _writing(self.where(to)), _errors(self.where(to)):
+        with writing_errors(self.where(to)), service_errors(self.where(to)):
             try:
-                _again(lambda: obstore.put(self._store, self._key(to), data, mode="create"))
+                again(lambda: obstore.put(self.client, self.key(to), data, mode="create"))
             except AlreadyExistsError as error:
                 # A put whose response was lost is retried, and finds its own object.
                 if self.read(to) == data:
@@ -403,7 +406,7 @@ class Bucket:
                     raise ExistsError(
                         f"{self.where(to)} exists: another process has made it."
                     ) from error
-                _again(lambda: obstore.put(self._store, self._key(to), data))
+                again(lambda: obstore.put(self.client, self.key(to), data))
 
     @contextmanager
     def local_file(self, name: str) -> Iterator[Path]:
@@ -418,13 +421,13 @@ class Bucket:
         to.parent.mkdir(parents=True, exist_ok=True)
 
         def whole() -> None:
-            found = obstore.get(self._store, self._key(name))
+            found = obstore.get(self.client, self.key(name))
             with open(to, "wb") as file:
                 for piece in found.stream(min_chunk_size=8 << 20):
                     file.write(piece)
 
-        with _errors(self.where(name)):
-            _again(whole)
+        with service_errors(self.where(name)):
+            again(whole)
 
     @contextmanager
     def local(self, name: str) -> Iterator[Path]:
@@ -489,10 +492,10 @@ class BucketLocks:
         from obstore.exceptions import NotSupportedError
 
         where = self._bucket.where(name)
-        with _writing(where), _errors(where):
+        with writing_errors(where), service_errors(where):
             try:
-                store, key = self._bucket._store, self._bucket._key(name)
-                return str(_again(lambda: obstore.put(store, key, data, mode=mode))["e_tag"])
+                store, key = self._bucket.client, self._bucket.key(name)
+                return str(again(lambda: obstore.put(store, key, data, mode=mode))["e_tag"])
             except NotSupportedError as error:
                 raise StoreWriteError(
                     f"{where}: this service has no conditional put, so it cannot tell one writer "
@@ -506,12 +509,12 @@ class BucketLocks:
         where = self._bucket.where(name)
 
         def get() -> tuple[bytes, Any]:
-            found = obstore.get(self._bucket._store, self._bucket._key(name))
+            found = obstore.get(self._bucket.client, self._bucket.key(name))
             return bytes(found.bytes()), found.meta
 
         try:
-            with _errors(where):
-                data, about = _again(get)
+            with service_errors(where):
+                data, about = again(get)
         except FileNotFoundError:
             return None
         age = (datetime.now(UTC) - about["last_modified"]).total_seconds()
@@ -541,5 +544,5 @@ class BucketLocks:
 
         found = self.read(name)
         if found is not None and found.version == version:
-            with _errors(self._bucket.where(name)):
-                _again(lambda: obstore.delete(self._bucket._store, self._bucket._key(name)))
+            with service_errors(self._bucket.where(name)):
+                again(lambda: obstore.delete(self._bucket.client, self._bucket.key(name)))

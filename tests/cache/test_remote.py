@@ -356,7 +356,7 @@ def test_missing_credentials_are_said() -> None:
     found = "Error performing PUT http://169.254.169.254/latest/api/token in 11ms - 403 Forbidden"
     with (
         pytest.raises(bucket.RemoteError, match="no credentials were found: set them as for"),
-        bucket._errors(Url("s3://bkt/a.zarr")),
+        bucket.service_errors(Url("s3://bkt/a.zarr")),
     ):
         raise OSError(found)
 
