@@ -167,7 +167,8 @@ def owned(
     again. What a writer left beside ``output`` that was killed while it replaced it is deleted.
     """
     if isinstance(output, Url):
-        from dspark.cache.files.bucket import Bucket, BucketLocks, parent
+        from dspark.cache.files.bucket import Bucket, parent
+        from dspark.cache.files.bucket_locks import BucketLocks
 
         there, name = (Bucket(output), LOCK) if inside else parent(output)
         name += "" if inside else LOCK

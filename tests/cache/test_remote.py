@@ -29,7 +29,7 @@ from dspark.cache.errors import (
     StoreWriteError,
     UsageError,
 )
-from dspark.cache.files import bucket
+from dspark.cache.files import bucket, object_service
 from dspark.cache.files.block_cache import BLOCK, BlockCache
 from dspark.cache.files.lock_files import owned
 from dspark.cache.files.place import Memory, ends, place_of
@@ -340,7 +340,7 @@ def test_a_part_that_is_committed_while_another_shard_looks_does_not_stop_it(
 
     def too_early(self: bucket.Bucket, name: str, limit: int | None = None) -> bytes:
         if name == late:
-            raise bucket.AbsentError(errno.ENOENT, "no such object", name)
+            raise object_service.AbsentError(errno.ENOENT, "no such object", name)
         return read(self, name, limit)
 
     monkeypatch.setattr(bucket.Bucket, "read", too_early)
@@ -355,8 +355,10 @@ def test_missing_credentials_are_said() -> None:
     """A service's library looks for a machine's role last, and its error names that address."""
     found = "Error performing PUT http://169.254.169.254/latest/api/token in 11ms - 403 Forbidden"
     with (
-        pytest.raises(bucket.RemoteError, match="no credentials were found: set them as for"),
-        bucket.service_errors(Url("s3://bkt/a.zarr")),
+        pytest.raises(
+            object_service.RemoteError, match="no credentials were found: set them as for"
+        ),
+        object_service.service_errors(Url("s3://bkt/a.zarr")),
     ):
         raise OSError(found)
 
