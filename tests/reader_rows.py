@@ -8,6 +8,7 @@ import os
 import time
 from typing import Any
 
+import numpy as np
 from torch.utils.data import Dataset
 
 from dspark.cache import errors
@@ -25,3 +26,13 @@ class Numbers(Dataset[Any]):
         if epoch == 3 and i == 2:
             os._exit(7)
         return i
+
+
+class Many(Dataset[Any]):
+    """``rows[epoch, i]`` is i, out of more numbers than a pipe holds."""
+
+    def __init__(self) -> None:
+        self.numbers = np.arange(100_000)
+
+    def __getitem__(self, at: tuple[int, int]) -> int:
+        return int(self.numbers[at[1]])

@@ -64,6 +64,22 @@ def keep_compiled() -> Path:
     return Path(cache_dir())
 
 
+def start_compilers(device: torch.device) -> None:
+    """Start the processes in which torch compiles kernels for a GPU, so that they import torch
+    before they are needed. torch starts them with the first graph, and compiles that graph's
+    kernels one after another in this process until they are there. Call it after
+    ``keep_compiled``.
+    """
+    if device.type != "cuda":
+        return
+    from torch._inductor import async_compile
+
+    # since torch 2.9; before, importing the module does it
+    start = getattr(async_compile, "maybe_warm_pool", None)
+    if start is not None:
+        start()
+
+
 def writable(folder: Path) -> bool:
     """Make ``folder`` and tell whether files can be written there."""
     try:

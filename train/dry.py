@@ -15,7 +15,7 @@ from dspark.train import distributed
 from dspark.train.config import TrainConfig
 from dspark.train.data.feed import Feed
 from dspark.train.distributed import lost_peers
-from dspark.train.loop import Schedule, placer, rows_from
+from dspark.train.loop import Schedule, placer
 from dspark.train.run import memory
 from dspark.train.run.checkpoint import Position
 from dspark.train.run.setup import prepare
@@ -37,7 +37,7 @@ def dry_run(config: TrainConfig, say: Callable[[str], None] = lambda text: None)
     started = time.perf_counter()
     world = distributed.join(config.device, config.strategy)
     with lost_peers():
-        run = world.agreed(lambda: prepare(config, world))
+        run = world.agreed(lambda: prepare(config, world, Position()))
         prepared = time.perf_counter() - started
         say(memory.describe(run))
         schedule, device = Schedule.of(run), run.compute.device
@@ -49,7 +49,8 @@ def dry_run(config: TrainConfig, say: Callable[[str], None] = lambda text: None)
             return time.perf_counter()
 
         count = min(schedule.total, WARM + TIMED)
-        feed = Feed(rows_from(run, Position()), placer(run), device)
+        assert run.rows is not None
+        feed = Feed(run.rows, placer(run), device)
         tokens, first, since, taken = 0, 0.0, started, 0.0
         for i in range(count):
             part = share(run, feed.take, lambda: False)

@@ -36,7 +36,7 @@ from dspark.train.run import checkpoint, folder, history, memory
 from dspark.train.run.checkpoint import Position
 from dspark.train.run.loggers import Loggers
 from dspark.train.run.report import RunLog
-from dspark.train.run.setup import Run, prepare
+from dspark.train.run.setup import Run, prepare, rows_of
 from dspark.train.run.sound import check_numbers, check_states
 from dspark.train.run.stops import interrupted, saved_in
 from dspark.train.run.window import Logged, Moment, Window
@@ -111,7 +111,8 @@ def _train(
         world.agreed(lambda: work() if world.first else None)
 
     first(lambda: folder.claim(output, config, resume=resume, overwrite=overwrite))
-    run = world.agreed(lambda: prepare(config, world))
+    # A training that is resumed reads only from where its checkpoint stands.
+    run = world.agreed(lambda: prepare(config, world, None if resume else Position()))
     if lock:
         run = dataclasses.replace(run, guard=lock.check)
     first(lambda: folder.begin(output, run, resume=resume, overwrite=overwrite))
@@ -223,7 +224,8 @@ def _loop(
         alone=world.size == 1,
         speaks=world.first,
     ) as interrupt:
-        feed = Feed(rows_from(run, position), placer(run), device)
+        rows = run.rows or world.agreed(lambda: rows_from(run, position))
+        feed = Feed(rows, placer(run), device)
         window = Window(Moment(device))
         while position.step < schedule.total:
             if position.epoch_step == run.stream.steps(position.epoch):
@@ -271,16 +273,8 @@ def _loop(
 
 
 def rows_from(run: Run, position: Position) -> Iterator[list[Row]]:
-    """Yield this rank's rows of each step from ``position`` on, endlessly."""
-    return run.stream.steps_from(
-        position.epoch,
-        position.epoch_step,
-        workers=run.workers,
-        pin=run.compute.device.type == "cuda",
-        rank=run.world.rank,
-        world=run.world.size,
-        endless=True,
-    )
+    """Return this rank's rows of each step from ``position`` on; starts their readers."""
+    return rows_of(run.stream, position, run.compute, run.world, run.workers)
 
 
 def placer(run: Run) -> Callable[[Row], Batch]:

@@ -8,10 +8,11 @@ import multiprocessing
 import os
 import signal
 import time
+from multiprocessing import popen_spawn_posix
 from typing import Any
 
 import pytest
-from reader_rows import Numbers
+from reader_rows import Many, Numbers
 
 from dspark.cache import errors
 from dspark.train.data import readers
@@ -36,6 +37,21 @@ def test_rows_come_in_their_order() -> None:
     assert signal.getsignal(signal.SIGCHLD) == before
     assert list(rows) == [1, 2, 3]
     assert list(numbers(0, workers=0)) == [0, 1, 2, 3]
+
+
+def test_no_reader_waits_for_the_imports_of_the_one_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it is started with must fit into the pipe, which it reads after its imports."""
+    dump, sizes = popen_spawn_posix.reduction.dump, []
+
+    def measured(thing: Any, file: Any) -> None:
+        dump(thing, file)
+        sizes.append(file.tell())
+
+    monkeypatch.setattr(popen_spawn_posix.reduction, "dump", measured)
+    rows = read_ahead(Many(), [(0, 7), (0, 99_999)], workers=2, pin=False)
+    assert list(rows) == [7, 99_999]
+    assert len(sizes) == 4  # of each what it is to import, then itself
+    assert max(sizes) < 1 << 15
 
 
 def test_a_reader_that_is_killed_is_reported_with_the_next_row_and_not_before() -> None:

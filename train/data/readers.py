@@ -10,13 +10,16 @@ s of waiting.
 from __future__ import annotations
 
 import multiprocessing
+import pickle
 import signal
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
+from typing import Any
 
+import torch
 from torch.utils.data import DataLoader, Dataset
 
 from dspark.cache.errors import DsparkError, TrainError
@@ -32,7 +35,8 @@ def read_ahead(
     rows: Dataset[Row], order: Iterable[tuple[int, int]], *, workers: int, pin: bool
 ) -> Iterator[Row]:
     """``rows[at]`` for each ``at`` of ``order``, read by ``workers`` processes (0 = by this one)
-    that live as long as the iterator. Raises what reading raised, and TrainError if a reader died.
+    that start with this call and live as long as the iterator. It raises what reading raised, and
+    TrainError if a reader died.
     """
     others = set(multiprocessing.active_children())
     loader = DataLoader(
@@ -48,6 +52,10 @@ def read_ahead(
     with _no_alarm():
         ahead = iter(loader)
     readers = [process for process in multiprocessing.active_children() if process not in others]
+    return _taken(ahead, readers)
+
+
+def _taken(ahead: Iterator[Row | DsparkError], readers: list[BaseProcess]) -> Iterator[Row]:
     while True:
         _all_there(readers)
         try:
@@ -70,6 +78,20 @@ class _Told(Dataset[Row | DsparkError]):
 
     def __init__(self, rows: Dataset[Row]) -> None:
         self.rows = rows
+        self._packed: torch.Tensor | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Hand the rows over in shared memory. What a process is started with goes through a pipe
+        that holds 64 KB and that the child reads only after its imports, and the next child waits
+        for that: with the order of some thousand samples, seconds per reader.
+        """
+        if self._packed is None:
+            packed = torch.frombuffer(bytearray(pickle.dumps(self.rows)), dtype=torch.uint8)
+            self._packed = packed.share_memory_()  # type: ignore[no-untyped-call]
+        return {"packed": self._packed}
+
+    def __setstate__(self, state: dict[str, torch.Tensor]) -> None:
+        self.__init__(pickle.loads(state["packed"].numpy().tobytes()))  # type: ignore[misc]
 
     def __getitem__(self, at: tuple[int, int]) -> Row | DsparkError:
         try:

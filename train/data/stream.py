@@ -299,14 +299,13 @@ class Stream:
         world: int = 1,
         endless: bool = False,
     ) -> Iterator[list[Row]]:
-        """Yield the rows of each step, read ahead by ``workers`` processes that live as long as the
-        iterator (across epochs).
+        """Return the rows of each step, read ahead by ``workers`` processes that start with this
+        call and live as long as the iterator (across epochs).
         """
         shape = (epoch, first_step, rank, world, endless)
         rows = read_ahead(Rows(self), _Flat(self, shape), workers=workers, pin=pin)
         planned = Stream.schedule(_copy_of(self), *shape)
-        for step in planned:
-            yield [next(rows) for _ in step]
+        return ([next(rows) for _ in step] for step in planned)
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,7 @@ training here.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -15,11 +15,11 @@ from torch import Tensor
 import dspark.cache
 from dspark.cache.errors import TrainError, UsageError
 from dspark.cache.joined import JoinedCache, Stores
-from dspark.train.compute import Compute, choose_compute, keep_compiled
+from dspark.train.compute import Compute, choose_compute, keep_compiled, start_compilers
 from dspark.train.config import TrainConfig
 from dspark.train.data.anchors import Int64
 from dspark.train.data.batch import Batch
-from dspark.train.data.row import blank
+from dspark.train.data.row import Row, blank
 from dspark.train.data.stream import VALIDATION_EPOCH, Stream, split
 from dspark.train.data.vocab import choose_ids, covered
 from dspark.train.distributed import World
@@ -31,6 +31,7 @@ from dspark.train.optim.adamw import MasterAdamW
 from dspark.train.optim.base import AdamSettings, Optimizer
 from dspark.train.optim.flat import FlatOptimizer
 from dspark.train.optim.muon import MasterMuon
+from dspark.train.run.checkpoint import Position
 
 REMOTE_WORKERS = 2  # of a store that is read by requests, at least
 
@@ -58,6 +59,10 @@ class Run:
     """What a warm start took; None for a draft that begins with random tensors."""
     guard: Callable[[], None] = lambda: None
     """Called before a checkpoint is written; raises where this process may not write any more."""
+    rows: Iterator[list[Row]] | None = None
+    """This rank's rows of each step from ``prepare``'s ``begin`` on, which their readers are
+    reading.
+    """
 
 
 def row_length(cache: Stores, requested: int | None) -> int:
@@ -81,9 +86,10 @@ def open_stores(paths: Sequence[str]) -> Stores:
     return stores[0] if len(stores) == 1 else JoinedCache(stores)
 
 
-def prepare(config: TrainConfig, world: World | None = None) -> Run:
-    """Open the store and build the run, this rank's part of it. Raises before anything is
-    written.
+def prepare(config: TrainConfig, world: World | None = None, begin: Position | None = None) -> Run:
+    """Open the store and build the run, this rank's part of it. Raises before anything is written.
+    ``begin``: where the training will start, if that is known: its readers then start while torch
+    imports its compiler.
     """
     world = world or World()
     if config.rows_per_step < world.size:
@@ -122,14 +128,6 @@ def prepare(config: TrainConfig, world: World | None = None) -> Run:
         raise UsageError(f"--strategy fsdp2 does not train {kind.name} drafts; use zero or ddp")
     # Of several ranks, gradients are summed and new weights gathered while other parts compute.
     in_parts = sharded or (world.size > 1 and kind.sharded)
-    if compute.compiled:
-        keep_compiled()
-        compile_draft(model, in_parts=in_parts)
-    if config.activation_checkpointing:
-        checkpoint_activations(model)
-    optimizer = optimizer_of(config, model, compute, world)
-    if in_parts and isinstance(optimizer, FlatOptimizer):
-        optimizer.follow(model.parts())
 
     def stream(samples: Int64, max_rows: int | None = None) -> Stream:
         return Stream(
@@ -152,6 +150,18 @@ def prepare(config: TrainConfig, world: World | None = None) -> Run:
     training.plan(0)
     if validation is not None:
         validation.plan(VALIDATION_EPOCH)
+    workers = workers_of(config, cache, compute, world)
+    # What follows takes about as long as the readers take to start.
+    rows = None if begin is None else rows_of(training, begin, compute, world, workers)
+    if compute.compiled:
+        keep_compiled()
+        start_compilers(compute.device)
+        compile_draft(model, in_parts=in_parts)
+    if config.activation_checkpointing:
+        checkpoint_activations(model)
+    optimizer = optimizer_of(config, model, compute, world)
+    if in_parts and isinstance(optimizer, FlatOptimizer):
+        optimizer.follow(model.parts())
     padding = None
     if sharded:
         fixed = (training.total_seq_len, training.max_anchors) if training.pad else (1, 1)
@@ -169,11 +179,27 @@ def prepare(config: TrainConfig, world: World | None = None) -> Run:
         training,
         validation,
         coverage,
-        workers_of(config, cache, compute, world),
+        workers,
         world,
         None if model.frozen_head.to_draft is None else model.frozen_head.to_draft.cpu(),
         padding,
         start,
+        rows=rows,
+    )
+
+
+def rows_of(
+    stream: Stream, begin: Position, compute: Compute, world: World, workers: int
+) -> Iterator[list[Row]]:
+    """Return this rank's rows of each step from ``begin`` on, endlessly; starts their readers."""
+    return stream.steps_from(
+        begin.epoch,
+        begin.epoch_step,
+        workers=workers,
+        pin=compute.device.type == "cuda",
+        rank=world.rank,
+        world=world.size,
+        endless=True,
     )
 
 
