@@ -56,8 +56,10 @@ from dspark.train.data.batch import Batch
 from dspark.train.data.stream import pack, rng, split
 from dspark.train.draft.config import DraftConfig
 from dspark.train.draft.model import DraftModel
+from dspark.train.objective.config import ObjectiveConfig
 from dspark.train.objective.metrics import SlotMetrics
-from dspark.train.objective.objective import Denominators, ObjectiveConfig, SlotInputs, objective
+from dspark.train.objective.objective import objective
+from dspark.train.objective.slots import Denominators, SlotInputs
 from dspark.train.optim.base import AdamSettings, Snapshot, learning_rate
 from dspark.train.optim.muon import MasterMuon
 

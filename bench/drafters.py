@@ -170,7 +170,7 @@ class Training:
         self.row |= found.result()
 
     def decode(self) -> None:
-        from dspark.tools.judge.eval import EvalConfig, evaluate
+        from dspark.tools.judge.evaluating import EvalConfig, evaluate
 
         began = time.perf_counter()
         found = evaluate(

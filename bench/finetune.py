@@ -40,7 +40,8 @@ from torch import Tensor
 from common import write
 from dspark.train.data.anchors import Int64
 from dspark.train.data.stream import VALIDATION_EPOCH, Stream, split
-from dspark.train.objective.objective import SlotInputs, objective
+from dspark.train.objective.objective import objective
+from dspark.train.objective.slots import SlotInputs
 from dspark.train.optim.base import Snapshot, learning_rate
 from dspark.train.run.setup import Run, prepare
 

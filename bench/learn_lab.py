@@ -24,7 +24,8 @@ from dspark.train.data.stream import VALIDATION_EPOCH
 from dspark.train.draft.types import drafter
 from dspark.train.evaluate import _alphas, judged
 from dspark.train.objective.metrics import SlotMetrics
-from dspark.train.objective.objective import Denominators, SlotInputs, objective, slot_weights
+from dspark.train.objective.objective import objective
+from dspark.train.objective.slots import Denominators, SlotInputs, slot_weights
 from dspark.train.objective.states import SlotStates
 from dspark.train.objective.walk import KINDS, Walk, visits
 from dspark.train.optim import base

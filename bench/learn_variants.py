@@ -30,13 +30,9 @@ from torch import Tensor
 
 from dspark.train.data.batch import Batch
 from dspark.train.draft.config import DraftConfig
-from dspark.train.objective.objective import (
-    Denominators,
-    ObjectiveConfig,
-    SlotInputs,
-    objective,
-    slot_weights,
-)
+from dspark.train.objective.config import ObjectiveConfig
+from dspark.train.objective.objective import objective
+from dspark.train.objective.slots import Denominators, SlotInputs, slot_weights
 from dspark.train.objective.states import FrozenHead, SlotStates
 from dspark.train.optim.base import WSD_DECAY
 from dspark.train.run.setup import Run

@@ -42,7 +42,7 @@ from dspark.train.data.feed import Feed
 from dspark.train.draft.model import DraftModel
 from dspark.train.draft.saved.folder import save_draft
 from dspark.train.loop import Schedule
-from dspark.train.objective.objective import ObjectiveConfig
+from dspark.train.objective.config import ObjectiveConfig
 from dspark.train.run import folder
 from dspark.train.run.report import RunLog
 from dspark.train.run.setup import Run, prepare

@@ -39,7 +39,9 @@ from dspark.train.data.batch import Batch
 from dspark.train.draft.config import DraftConfig
 from dspark.train.draft.eagle3.model import Eagle3Model
 from dspark.train.draft.types import drafter
-from dspark.train.objective.objective import Denominators, ObjectiveConfig, SlotInputs, objective
+from dspark.train.objective.config import ObjectiveConfig
+from dspark.train.objective.objective import objective
+from dspark.train.objective.slots import Denominators, SlotInputs
 
 STEP_DECAY = 0.8
 LIMIT = 1e-6

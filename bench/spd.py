@@ -42,7 +42,7 @@ FIGURES = (
 
 
 def decode(args: argparse.Namespace, draft: Path) -> dict[str, Any]:
-    from dspark.tools.judge.eval import EvalConfig, evaluate
+    from dspark.tools.judge.evaluating import EvalConfig, evaluate
 
     config = EvalConfig(
         model=args.model,

@@ -37,9 +37,11 @@ from dspark.train.data.batch import Batch
 from dspark.train.draft.attention import MaskTables
 from dspark.train.draft.config import DraftConfig
 from dspark.train.draft.model import DraftModel
-from dspark.train.objective import objective as plain
+from dspark.train.objective import chunks as plain
+from dspark.train.objective.config import ObjectiveConfig
 from dspark.train.objective.metrics import SlotMetrics
-from dspark.train.objective.objective import Denominators, ObjectiveConfig, SlotInputs, objective
+from dspark.train.objective.objective import objective
+from dspark.train.objective.slots import Denominators, SlotInputs
 from dspark.train.ops import gated, qk_norm_rope, scaled
 from dspark.train.optim.adamw import MasterAdamW
 from dspark.train.optim.base import AdamSettings

@@ -34,7 +34,8 @@ from dspark.train.data.batch import Batch
 from dspark.train.draft.config import DraftConfig
 from dspark.train.draft.model import DraftModel
 from dspark.train.draft.types import drafter
-from dspark.train.objective.objective import Denominators, objective
+from dspark.train.objective.objective import objective
+from dspark.train.objective.slots import Denominators
 
 LAYERS = {"dspark": (1, 8, 14, 20, 27), "dflash": (1, 8, 14, 20, 27)}
 TARGET = {

@@ -19,12 +19,8 @@ from dspark.train.draft.attention import Backend
 from dspark.train.draft.model import DraftModel
 from dspark.train.draft.types import drafter
 from dspark.train.objective.metrics import Score, SlotMetrics
-from dspark.train.objective.objective import (
-    Denominators,
-    ObjectiveOutput,
-    SlotInputs,
-    objective,
-)
+from dspark.train.objective.objective import ObjectiveOutput, objective
+from dspark.train.objective.slots import Denominators, SlotInputs
 from dspark.train.objective.states import SlotStates
 from dspark.train.objective.walk import Walk, alphas
 

@@ -18,7 +18,8 @@ from dspark.train.data.feed import Feed
 from dspark.train.data.row import Row
 from dspark.train.draft.types import drafter
 from dspark.train.objective.metrics import SlotMetrics
-from dspark.train.objective.objective import Denominators, objective
+from dspark.train.objective.objective import objective
+from dspark.train.objective.slots import Denominators
 from dspark.train.objective.states import SlotStates
 from dspark.train.optim.base import learning_rate
 from dspark.train.run.setup import Run

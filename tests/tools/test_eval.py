@@ -22,7 +22,8 @@ from dspark.tools.decode.outcome import Outcome, summarise
 from dspark.tools.decode.prompts import read_prompts
 from dspark.tools.decode.target import greedy_alone
 from dspark.tools.decode.vllm_serve import ServeRequest
-from dspark.tools.judge.eval import EvalConfig, eval_command, evaluate
+from dspark.tools.judge.eval import eval_command
+from dspark.tools.judge.evaluating import EvalConfig, evaluate
 from dspark.train.draft.saved.folder import save_draft
 
 PROMPTS = {"code": [50, 60, 70], "chat": [5, 6, 7, 8, 9]}

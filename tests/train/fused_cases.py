@@ -9,7 +9,7 @@ import json
 import torch
 
 from dspark.train.objective import chunk_kernel as fused
-from dspark.train.objective import objective
+from dspark.train.objective import chunks
 
 # Slots, V, Vd: within a tile, over several, a reduced vocabulary of one and of two tiles, and of a
 # single token.
@@ -36,7 +36,7 @@ for slots, size, draft_size in SHAPES:
     for kl in (None, scale_kl):
         wide = None if kl is None else kl.double()
         rest = (at, ids, labels, scale_ce, scale_l1, kl)
-        want = objective.chunk_terms(
+        want = chunks.chunk_terms(
             *(x.double() for x in (draft, target)), at, ids, labels,
             scale_ce.double(), scale_l1.double(), wide, True,
         )  # fmt: skip

@@ -14,7 +14,8 @@ import torch
 from core_cases import BLOCK, HIDDEN, VOCAB, small_batch, small_config, small_draft, small_target
 from dspark.cache.errors import MismatchError
 from dspark.train.data.batch import Batch
-from dspark.train.draft.model import DraftModel, RMSNorm
+from dspark.train.draft.layers import RMSNorm
+from dspark.train.draft.model import DraftModel
 from dspark.train.ops.rope import Turning, rope_tables, rotate
 
 

@@ -20,7 +20,9 @@ from dspark.train.data.row import Row, blank
 from dspark.train.data.stream import Stream
 from dspark.train.draft.attention import MaskTables
 from dspark.train.draft.sight import Sight
-from dspark.train.objective.objective import Denominators, ObjectiveConfig, SlotInputs, objective
+from dspark.train.objective.config import ObjectiveConfig
+from dspark.train.objective.objective import objective
+from dspark.train.objective.slots import Denominators, SlotInputs
 from dspark.train.step import nothing
 
 LENGTHS = [60, 80, 30, 3]

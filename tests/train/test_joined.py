@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from core_cases import small_batch, small_draft, small_target
-from dspark.train.draft.model import Attention, DraftModel, Mlp
+from dspark.train.draft.layers import Attention, Mlp
+from dspark.train.draft.model import DraftModel
 from dspark.train.draft.saved.folder import load_draft, save_draft
 from dspark.train.ops import joined
 from dspark.train.ops.joined import joined_product, lay_side_by_side, side_by_side

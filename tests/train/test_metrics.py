@@ -7,14 +7,10 @@ import torch
 
 from core_cases import BLOCK, small_batch, small_draft
 from dspark.train.data.batch import Batch
+from dspark.train.objective.config import ObjectiveConfig
 from dspark.train.objective.metrics import BINS, SlotMetrics, auroc, expected_calibration_error
-from dspark.train.objective.objective import (
-    Denominators,
-    ObjectiveConfig,
-    ObjectiveOutput,
-    SlotInputs,
-    objective,
-)
+from dspark.train.objective.objective import ObjectiveOutput, objective
+from dspark.train.objective.slots import Denominators, SlotInputs
 from dspark.train.objective.states import FrozenHead
 
 

@@ -16,19 +16,11 @@ from core_cases import VOCAB, small_batch, small_draft
 from dspark.cache.errors import UsageError
 from dspark.cache.target.logits import Logits
 from dspark.train.config import TrainConfig
-from dspark.train.objective.objective import (
-    CHUNK_LOGITS,
-    EXAMPLE,
-    Denominators,
-    ObjectiveConfig,
-    SlotInputs,
-    chunk_rows_for,
-    chunk_terms,
-    objective,
-    plus_product,
-    reference_loss,
-    slot_weights,
-)
+from dspark.train.objective.chunks import CHUNK_LOGITS, chunk_rows_for, chunk_terms, plus_product
+from dspark.train.objective.config import EXAMPLE, ObjectiveConfig
+from dspark.train.objective.objective import objective
+from dspark.train.objective.reference import reference_loss
+from dspark.train.objective.slots import Denominators, SlotInputs, slot_weights
 from dspark.train.objective.states import FrozenHead
 
 N, H, V, VD, R = 13, 8, 23, 9, 4

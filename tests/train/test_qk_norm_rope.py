@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dspark.train.draft.model import RMSNorm
+from dspark.train.draft.layers import RMSNorm
 from dspark.train.ops.qk_norm_rope import Inputs, plain_gradient, qk_norm_rope
 from dspark.train.ops.rope import Turning, rope_tables
 from interpreted import interpreted

@@ -17,8 +17,11 @@ from torch.distributed.tensor import DTensor
 from core_cases import small_batch, small_draft
 from dspark.train.data.batch import Batch
 from dspark.train.distributed import World
-from dspark.train.draft.model import Attention, DraftModel, Mlp
-from dspark.train.objective.objective import Denominators, ObjectiveConfig, SlotInputs, objective
+from dspark.train.draft.layers import Attention, Mlp
+from dspark.train.draft.model import DraftModel
+from dspark.train.objective.config import ObjectiveConfig
+from dspark.train.objective.objective import objective
+from dspark.train.objective.slots import Denominators, SlotInputs
 from dspark.train.optim.adamw import MasterAdamW
 from dspark.train.optim.base import AdamSettings, Optimizer, Snapshot
 from dspark.train.optim.fsdp2 import ShardedOptimizer

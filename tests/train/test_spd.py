@@ -26,13 +26,10 @@ from dspark.train.draft.spd.drafter import SPD, tap_rows
 from dspark.train.draft.spd.head import SpdHead
 from dspark.train.draft.types import drafter
 from dspark.train.loop import train
-from dspark.train.objective.objective import (
-    Denominators,
-    ObjectiveConfig,
-    SlotInputs,
-    chunk_terms,
-    objective,
-)
+from dspark.train.objective.chunks import chunk_terms
+from dspark.train.objective.config import ObjectiveConfig
+from dspark.train.objective.objective import objective
+from dspark.train.objective.slots import Denominators, SlotInputs
 
 GLM = {
     "hidden_size": 2048,

@@ -22,7 +22,7 @@ from dspark.train.draft.dspark import DSpark
 from dspark.train.draft.model import DraftModel
 from dspark.train.draft.saved.folder import load_draft, trained_shapes
 from dspark.train.loop import train
-from dspark.train.objective.objective import ObjectiveConfig
+from dspark.train.objective.config import ObjectiveConfig
 
 
 class Toy(DSpark):

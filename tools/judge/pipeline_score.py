@@ -66,7 +66,8 @@ def pipeline_score(
 
     from dspark.train.draft.types import drafter
     from dspark.train.evaluate import UNIT
-    from dspark.train.objective.objective import ObjectiveConfig, objective
+    from dspark.train.objective.config import ObjectiveConfig
+    from dspark.train.objective.objective import objective
 
     kind, answers = drafter(model.config.speculator_type), list[tuple[int, int]]()
     judged = accepted = 0

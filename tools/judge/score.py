@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from dspark.cache.reader import Cache
     from dspark.train.data.batch import Batch
     from dspark.train.data.row import Row
-    from dspark.train.objective.objective import ObjectiveOutput, SlotInputs
+    from dspark.train.objective.objective import ObjectiveOutput
+    from dspark.train.objective.slots import SlotInputs
 
 
 def score(

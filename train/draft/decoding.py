@@ -24,7 +24,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dspark.train.draft.attention import dense_mask
-from dspark.train.draft.model import Attention, DraftModel, Layer
+from dspark.train.draft.layers import Attention, Layer
+from dspark.train.draft.model import DraftModel
 from dspark.train.draft.sight import Sight
 from dspark.train.ops.rope import Rope, rope_tables
 

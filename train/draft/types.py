@@ -26,7 +26,8 @@ if TYPE_CHECKING:
     from dspark.train.draft.config import DraftConfig
     from dspark.train.draft.decoding import Decoder
     from dspark.train.draft.model import DraftModel, TargetWeights
-    from dspark.train.objective.objective import ObjectiveConfig, SlotInputs
+    from dspark.train.objective.config import ObjectiveConfig
+    from dspark.train.objective.slots import SlotInputs
     from dspark.train.objective.states import SlotStates
 
 DEFAULT_TYPE = "dspark"
@@ -220,7 +221,7 @@ class DrafterType(ABC):
 
     def objective(self, settings: TrainConfig) -> ObjectiveConfig:
         """Return the weights of the loss's terms."""
-        from dspark.train.objective.objective import ObjectiveConfig
+        from dspark.train.objective.config import ObjectiveConfig
 
         return ObjectiveConfig.from_json(
             settings.loss_fn, confidence=settings.confidence_head_alpha, decay=settings.decay
@@ -230,13 +231,13 @@ class DrafterType(ABC):
         """Return the terms whose means validation and ``score`` report, whatever training
         weighs.
         """
-        from dspark.train.objective.objective import ObjectiveConfig
+        from dspark.train.objective.config import ObjectiveConfig
 
         return ObjectiveConfig(decay=decay)
 
     def slots(self, batch: Batch, states: SlotStates, decay: float) -> SlotInputs:
         """Return the slots that the objective scores, with their weights and target rows."""
-        from dspark.train.objective.objective import SlotInputs
+        from dspark.train.objective.slots import SlotInputs
 
         return SlotInputs.gather(batch, states, decay)
 

@@ -1,4 +1,4 @@
-"""One chunk of the objective as one Triton kernel: what ``objective.chunk_terms`` computes, without
+"""One chunk of the objective as one Triton kernel: what ``chunks.chunk_terms`` computes, without
 intermediate tensors.
 
 Legend: n slots of a chunk, d <= n rows of target logits that they share, V target vocabulary, Vd
@@ -184,7 +184,7 @@ def chunk_terms(
     with_gradient: bool,
     kernel: Any = slot_terms,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-    """As ``objective.chunk_terms``; ``draft`` is overwritten with the gradient, which is returned.
+    """As ``chunks.chunk_terms``; ``draft`` is overwritten with the gradient, which is returned.
     fp32 inside, no fp64.
     """
     slots, draft_size = draft.shape

@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from dspark.train.data.batch import Batch
-from dspark.train.objective.objective import ObjectiveOutput, SlotInputs
+from dspark.train.objective.objective import ObjectiveOutput
+from dspark.train.objective.slots import SlotInputs
 
 BINS = 100
 Score = dict[str, float | int | list[float] | None]

@@ -25,7 +25,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from dspark.train.objective.objective import CHUNK_LOGITS, ObjectiveOutput, SlotInputs
+from dspark.train.objective.chunks import CHUNK_LOGITS
+from dspark.train.objective.objective import ObjectiveOutput
+from dspark.train.objective.slots import SlotInputs
 
 if TYPE_CHECKING:  # the draft's types depend on the objective
     from collections.abc import Callable

@@ -29,7 +29,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from dspark.train.data.batch import Batch
 from dspark.train.distributed import World
-from dspark.train.draft.model import Attention, DraftModel, ForwardPlan, Mlp
+from dspark.train.draft.layers import Attention, ForwardPlan, Mlp
+from dspark.train.draft.model import DraftModel
 from dspark.train.objective.states import SlotStates
 from dspark.train.optim.adamw import Adam
 from dspark.train.optim.base import AdamSettings, Rule, Snapshot, squares

@@ -13,7 +13,7 @@ import numpy as np
 
 from dspark.cache.target import taps
 from dspark.train.draft.config import DraftConfig
-from dspark.train.draft.model import Attention, Mlp
+from dspark.train.draft.layers import Attention, Mlp
 from dspark.train.optim.muon import is_matrix
 from dspark.train.run.setup import Run
 

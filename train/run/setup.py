@@ -26,7 +26,7 @@ from dspark.train.distributed import World
 from dspark.train.draft.model import DraftModel
 from dspark.train.draft.saved.warm import Origin, Start
 from dspark.train.draft.types import drafter
-from dspark.train.objective.objective import ObjectiveConfig
+from dspark.train.objective.config import ObjectiveConfig
 from dspark.train.optim.adamw import MasterAdamW
 from dspark.train.optim.base import AdamSettings, Optimizer
 from dspark.train.optim.flat import FlatOptimizer

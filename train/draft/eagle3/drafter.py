@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from dspark.train.config import TrainConfig
     from dspark.train.draft.decoding import Decoder
     from dspark.train.draft.model import DraftModel, TargetWeights
-    from dspark.train.objective.objective import ObjectiveConfig
+    from dspark.train.objective.config import ObjectiveConfig
 
 LOSS = '{"kl": 1.0}'
 DECAY = 4.48142  # exp(-1 / DECAY) = 0.8, the weight of a step relative to the one before it
@@ -141,7 +141,7 @@ class Eagle3(DrafterType):
 
     def objective(self, settings: TrainConfig) -> ObjectiveConfig:
         from dspark.train.config import TrainConfig
-        from dspark.train.objective.objective import ObjectiveConfig
+        from dspark.train.objective.config import ObjectiveConfig
 
         unsaid = settings.loss_fn == TrainConfig(cache="").loss_fn  # the default of the other types
         return ObjectiveConfig.from_json(

@@ -33,7 +33,8 @@ from dspark.train.draft.attention import (
 )
 from dspark.train.draft.config import DraftConfig
 from dspark.train.draft.eagle3.attention import ANCHORS_AT_ONCE, Pair, StepAttention
-from dspark.train.draft.model import DraftModel, Mlp, RMSNorm, TargetWeights, check_target
+from dspark.train.draft.layers import Mlp, RMSNorm
+from dspark.train.draft.model import DraftModel, TargetWeights, check_target
 from dspark.train.draft.sight import Sight
 from dspark.train.objective.states import SlotStates
 from dspark.train.ops.joined import lay_side_by_side

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dspark.train.draft.decoding import Drafted
-from dspark.train.draft.model import Layer
+from dspark.train.draft.layers import Layer
 from dspark.train.draft.spd.head import SpdHead
 from dspark.train.ops.rope import rope_tables
 

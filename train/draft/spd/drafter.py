@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from dspark.train.config import TrainConfig
     from dspark.train.draft.decoding import Decoder
     from dspark.train.draft.model import DraftModel, TargetWeights
-    from dspark.train.objective.objective import ObjectiveConfig
+    from dspark.train.objective.config import ObjectiveConfig
     from dspark.train.objective.states import SlotStates
 
 LOSS = '{"kl": 1.0}'
@@ -195,7 +195,7 @@ class Spd(DrafterType):
 
     def objective(self, settings: TrainConfig) -> ObjectiveConfig:
         from dspark.train.config import TrainConfig
-        from dspark.train.objective.objective import ObjectiveConfig
+        from dspark.train.objective.config import ObjectiveConfig
 
         unsaid = settings.loss_fn == TrainConfig(cache="").loss_fn  # the default of the other types
         return ObjectiveConfig.from_json(

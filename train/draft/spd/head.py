@@ -24,7 +24,8 @@ from torch import Tensor, nn
 from dspark.train.data.batch import Batch
 from dspark.train.draft.attention import Backend
 from dspark.train.draft.config import DraftConfig
-from dspark.train.draft.model import DraftModel, Layer, RMSNorm, TargetWeights, check_target
+from dspark.train.draft.layers import Layer, RMSNorm
+from dspark.train.draft.model import DraftModel, TargetWeights, check_target
 from dspark.train.draft.spd.drafter import taps_at
 from dspark.train.objective.states import FrozenHead, SlotStates
 from dspark.train.ops.rope import Rope, rope_tables
