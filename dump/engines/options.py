@@ -8,6 +8,19 @@ from typing import Any
 
 from dspark.cache.errors import UsageError
 
+# arguments of ``vllm.LLM`` that the dump sets
+OURS = (
+    "model",
+    "dtype",
+    "max_model_len",
+    "speculative_config",
+    "kv_transfer_config",
+    "skip_tokenizer_init",
+    "tensor_parallel_size",
+    "data_parallel_size",
+    "trust_remote_code",
+)
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EngineOptions:
@@ -28,6 +41,13 @@ class EngineOptions:
         ):
             if value is not None and not 1 <= value <= 1024:
                 raise UsageError(f"{flag}: found {value}, expected 1 to 1024.")
+        taken = sorted({name for name, _ in self.arguments} & set(OURS))
+        if taken:
+            raise UsageError(
+                f"--engine-arg {taken[0]}: the dump sets this itself. Related flags: "
+                "--tensor-parallel-size, --data-parallel-size, --seq-length, --dtype, "
+                "--trust-remote-code."
+            )
 
     def only_vllm(self, engine: str) -> list[str]:
         """Return the given flags that only vLLM supports."""

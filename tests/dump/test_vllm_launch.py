@@ -129,8 +129,9 @@ def test_arguments_are_read_and_those_of_the_dump_refused(tmp_path: Path) -> Non
     assert made()["max_model_len"] == 9
     # vLLM makes a processor of images otherwise, which wants the tokenizer that is left out.
     assert {"skip_tokenizer_init", "language_model_only"} <= set(made())
+    # Known before any engine starts.
     with pytest.raises(UsageError, match="--engine-arg max_model_len: the dump sets this itself"):
-        made("max_model_len=5")
+        DumpConfig(model="m", engine_arg=("max_model_len=5",))
 
 
 def test_flags_of_vllm_are_refused_with_another_engine() -> None:

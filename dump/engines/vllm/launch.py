@@ -28,17 +28,6 @@ ENVIRONMENT = {
     "VLLM_LOGGING_LEVEL": "ERROR",
     "VLLM_CPU_KVCACHE_SPACE": "2",
 }
-OURS = (
-    "model",
-    "dtype",
-    "max_model_len",
-    "speculative_config",
-    "kv_transfer_config",
-    "skip_tokenizer_init",
-    "tensor_parallel_size",
-    "data_parallel_size",
-    "trust_remote_code",
-)
 # of a GPU's memory that weights may take when we choose the number of GPUs
 WEIGHTS_SHARE = 0.6
 GPU_SHARE = 0.9  # of a GPU's memory that vLLM takes if it is not told
@@ -248,14 +237,6 @@ def llm_arguments(
     """Return the arguments of ``vllm.LLM`` that extract the states ``ids``; ``batch_tokens``: a
     worker's maximum batch.
     """
-    given = dict(options.arguments)
-    taken = sorted(set(given) & set(OURS))
-    if taken:
-        raise UsageError(
-            f"--engine-arg {taken[0]}: the dump sets this itself. Related flags: "
-            "--tensor-parallel-size, --data-parallel-size, --seq-length, --dtype, "
-            "--trust-remote-code."
-        )
     return {
         "model": model,
         "dtype": dtype,
@@ -280,7 +261,7 @@ def llm_arguments(
                 "batch_tokens": batch_tokens,
             },
         },
-        **given,
+        **dict(options.arguments),
     }
 
 
