@@ -25,7 +25,7 @@ import tiny_models as tiny
 from dspark.tools.check import command as check_run
 from dspark.tools.check import parity
 from dspark.tools.check.command import CheckConfig, check, check_command
-from dspark.tools.check.files import vllm_at_least
+from dspark.tools.check.vllm_versions import vllm_at_least
 from dspark.tools.decode import vllm_serve
 from dspark.tools.decode.outcome import Outcome
 from dspark.tools.decode.target import greedy_alone

@@ -13,7 +13,8 @@ from click.testing import CliRunner
 
 import tiny_models as tiny
 from dspark.cache.errors import UsageError
-from dspark.tools.check.files import Files, judge
+from dspark.tools.check.files import Files
+from dspark.tools.check.rules import judge
 from dspark.tools.judge import several
 from dspark.tools.judge.eval import eval_command
 from dspark.tools.judge.score import same_samples

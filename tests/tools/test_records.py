@@ -349,7 +349,8 @@ def test_a_damaged_tokenizer_of_a_store(tmp_path: Path) -> None:
 )
 @pytest.mark.parametrize("value", ["x", [None], 1.5])
 def test_check_names_what_is_no_config(draft: Path, layout: str, key: str, value: Any) -> None:
-    from dspark.tools.check.files import Files, judge
+    from dspark.tools.check.files import Files
+    from dspark.tools.check.rules import judge
     from dspark.train.draft.saved.folder import write_config
 
     if layout == "speculators":

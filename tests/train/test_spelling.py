@@ -14,7 +14,8 @@ import torch
 
 from core_cases import BLOCK, HIDDEN, VOCAB, small_batch, small_draft, small_target
 from dspark.cache.errors import DraftError
-from dspark.tools.check.files import Files, judge
+from dspark.tools.check.files import Files
+from dspark.tools.check.rules import judge
 from dspark.tools.publish.export import export
 from dspark.train.data.batch import Batch
 from dspark.train.draft.attention import AttentionPlan

@@ -16,7 +16,8 @@ from small_trainings import small_training
 from core_cases import HIDDEN, small_batch, small_draft, small_target
 from dspark.cache.errors import DraftError, UsageError
 from dspark.cache.reader import open as open_store
-from dspark.tools.check.files import Files, judge
+from dspark.tools.check.files import Files
+from dspark.tools.check.rules import judge
 from dspark.tools.judge.score import score
 from dspark.tools.publish.export import export
 from dspark.train.cli import config_of

@@ -59,10 +59,11 @@ def check(config: CheckConfig, note: Callable[[str], None] = lambda line: None) 
     from dspark.dump.target.config import load_target
     from dspark.tools.check import files as files_only
     from dspark.tools.check.files import Finding
+    from dspark.tools.check.rules import judge
 
     files = files_only.Files.read(config.draft)
     target = load_target(config.model)
-    findings = files_only.judge(files, target.config, config.num_speculative_tokens)
+    findings = judge(files, target.config, config.num_speculative_tokens)
     findings += mask_token(files, target)
     findings.append(Finding("note", "servers", who_serves(target)))
     told = served_states(target.whole.architectures or () if target.whole else ())
@@ -179,7 +180,8 @@ def _servers(described: Any, form: str, findings: list[Any]) -> dict[str, Any]:
     """Return what is known about vLLM versions for this draft; adds a finding if the installed one
     would read it wrongly.
     """
-    from dspark.tools.check.files import VLLM, Finding, vllm_at_least
+    from dspark.tools.check.files import Finding
+    from dspark.tools.check.vllm_versions import VLLM, vllm_at_least
 
     installed = vllm_version()
     out: dict[str, Any] = {**VLLM, "installed": installed}
@@ -205,17 +207,17 @@ def _decode(
     """Add the findings of the stages that run the target; returns behaviour, and parity with the
     server or None.
     """
-    from dspark.tools.check import files as files_only
     from dspark.tools.check.files import Finding
     from dspark.tools.check.probe import answer_of
     from dspark.tools.check.symptoms import against_record, readings, symptoms
+    from dspark.tools.check.tensor_rules import frozen
     from dspark.tools.decode.target import Target, greedy_alone
     from dspark.train.draft.saved.folder import load_draft
 
     layers = range(-1, target.shapes.num_layers)
     prompts = _prompts(config, target)
     with Target(model, list(layers), decodes=False) as tapped:
-        findings += files_only.frozen(files, tapped.frozen)
+        findings += frozen(files, tapped.frozen)
         draft = load_draft(config.draft, tapped.frozen, dtype=model.dtype).to(model.device).eval()
         answers = []
         for number, prompt in enumerate(prompts, 1):
