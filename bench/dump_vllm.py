@@ -2,7 +2,8 @@
 dump through our connector.
 
     python bench/dump_vllm.py --target DIR --data FILE.jsonl [--rows 24] [--copies 1] [--bits 4/4]
-        [--own-steps]
+        [--codec NAME] [--own-steps] [--data-parallel-size 1] [--apart] [--scratch DIR]
+        [--prefill RATE]
 
 Plain vLLM runs in a process of its own first, with as many tokens per step as the dump takes (on an
 H100 with SmolLM2 800 k tokens/s, with vLLM's own number 390 to 503 k), the best of three passes,
@@ -11,6 +12,11 @@ each on an empty prefix cache. Then, on the dump's own engine, the same requests
 read and dropped: what coding and the hand-over cost without parts. Then the dump, of
 ``--copies`` times the rows (each copy begins with a number of its own, so that the prefix cache
 does not know it). Prefix caching and chunked prefill are on in all. Writes bench/results/NAME.json.
+
+``--data-parallel-size``: engines of the dump; with one GPU they share it. ``--apart``: a single
+engine in a process of its own, as several are. An engine in another process cannot be told to skip,
+so the extraction is left out. ``--scratch``: the folder of the store. ``--prefill``: tokens per
+second of plain vLLM, measured before on this machine. ``processor_s``: see dump_threads.py.
 
 Last, on the same engine with nothing else to do, the raw states of some of the samples, coded here:
 ``stored_difference`` is how far what the dump stored at full speed is from them, relative to a
@@ -27,30 +33,35 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
+from dump_threads import Usage
 
 import dspark.cache
 from common import write
 from dspark.cache.codec.base import Codec, tokens_of
 from dspark.cache.records import TokenSample
+from dspark.dump import run
 from dspark.dump.checks.coded import as_stored, by_state
 from dspark.dump.config import DumpConfig
 from dspark.dump.engines.engine import Captured, Engine, States
 from dspark.dump.engines.options import parse_arguments
+from dspark.dump.engines.vllm import launch
 from dspark.dump.engines.vllm.engine import VllmEngine, raw_bytes, step_tokens
 from dspark.dump.engines.vllm.launch import ENVIRONMENT
+from dspark.dump.engines.vllm.replicas import Replicas
 from dspark.dump.engines.vllm.requests import RequestLoop
 from dspark.dump.engines.vllm.spool import SKIP
 from dspark.dump.job import load_engine, part_reader, prepare
 from dspark.dump.plan import Plan
 from dspark.dump.progress import Display
-from dspark.dump.run import dump
 
 GROUP = 1000  # rows of a part
 PROBED = 48  # samples whose stored states are compared
@@ -101,34 +112,42 @@ class Uncached:
     run many of these few rows already.
 
     ``extraction``: tokens per second of the samples through that engine when their states are not
-    taken.
+    taken; None where it is not in this process.
     """
 
     def __init__(self, samples: list[TokenSample], codec: Codec) -> None:
         self.prompts, self.codec = [s.input_ids.tolist() for s in samples], codec
-        self.samples, self.extraction, self.handed = samples, 0.0, 0.0
+        self.samples, self.handed = samples, 0.0
+        self.extraction: float | None = None
         self.probe = dict(list(enumerate(samples))[:: -(-len(samples) // PROBED)])
         self.raw: dict[int, States] = {}
 
     def __call__(self, plan: Plan, batch_tokens: int | None) -> Engine:
         engine = load_engine(plan, batch_tokens)
-        assert isinstance(engine, VllmEngine)
-        self.extraction = max(self.skipped(engine) for _ in range(PASSES))
-        self.handed = max(self.handed_over(engine) for _ in range(PASSES))
+        assert isinstance(engine, VllmEngine | Replicas)
+        if isinstance(engine, VllmEngine):
+            self.extraction = max(self.skipped(engine) for _ in range(PASSES))
+        if not self.codec.needs_calibration:
+            self.handed = max(self.handed_over(engine) for _ in range(PASSES))
         stream = engine.stream
 
-        def from_nothing(*args: Any) -> Iterator[Captured]:  # the self-check's, then the dump's
-            empty_cache(engine.llm)
-            yield from stream(*args)
+        def from_nothing(groups: Any, codec: Codec) -> Iterator[Captured]:
+            """The self-check's, then the dump's."""
+            engine.forget()
+            self.codec = codec
+            yield from stream(groups, codec)
 
         engine.stream = from_nothing  # type: ignore[method-assign]
         close = engine.close
 
         def looked_at() -> None:
             if sys.exc_info()[0] is None:
-                empty_cache(engine.llm)
+                engine.forget()
                 states = engine.capture(list(self.probe.values()))
                 self.raw = {list(self.probe)[i]: s for i, s in states}
+                engine.stream = stream  # type: ignore[method-assign]
+                if not self.handed:  # only the dump has learnt this codec
+                    self.handed = max(self.handed_over(engine) for _ in range(PASSES))
             close()
 
         engine.close = looked_at  # type: ignore[method-assign]
@@ -155,13 +174,18 @@ class Uncached:
             "samples": len(self.raw),
         }
 
-    def handed_over(self, engine: VllmEngine) -> float:
+    def handed_over(self, engine: VllmEngine | Replicas) -> float:
         """Tokens per second of ``engine`` alone, its codes read and dropped."""
-        empty_cache(engine.llm)
+        engine.forget()
         groups = (self.samples[i : i + GROUP] for i in range(0, len(self.samples), GROUP))
         began = time.perf_counter()
-        with ThreadPoolExecutor(1) as reader:
-            taken = [reader.submit(taken_of, c) for c in engine.stream(groups, self.codec)]
+        with ExitStack() as stack:
+            readers: defaultdict[int, ThreadPoolExecutor] = defaultdict(
+                lambda: stack.enter_context(ThreadPoolExecutor(1))
+            )
+            taken = [
+                readers[c.engine].submit(taken_of, c) for c in engine.stream(groups, self.codec)
+            ]
         for one in taken:
             one.result()
         return sum(map(len, self.prompts)) / (time.perf_counter() - began)
@@ -169,7 +193,7 @@ class Uncached:
     def skipped(self, engine: VllmEngine) -> float:
         from vllm import SamplingParams
 
-        empty_cache(engine.llm)
+        engine.forget()
         loop: RequestLoop[int] = RequestLoop(engine.llm, engine.room(self.codec))
         began, coming = time.perf_counter(), deque(enumerate(self.prompts))
         while coming or not loop.empty:
@@ -199,6 +223,18 @@ def steps_of(plan: Plan) -> int | None:
     return step_tokens(raw_bytes(plan.shapes, plan.layers, plan.dtype))
 
 
+def watched(config: DumpConfig, engine: Uncached) -> tuple[dict[str, Any], Usage]:
+    """The dump's report, and what its processes used between its first row and its last part."""
+    used, write_parts = Usage(), run.write_parts
+
+    def watch(*args: Any, **options: Any) -> run.Written:
+        with used:
+            return write_parts(*args, **options)
+
+    with patch.object(run, "write_parts", watch):
+        return run.dump(config, Display(), engine), used
+
+
 def empty_cache(llm: Any) -> None:
     if not llm.reset_prefix_cache():
         raise SystemExit("vLLM did not empty its prefix cache")
@@ -220,6 +256,21 @@ def copied(data: str, rows: int, copies: int, out: Path) -> str:
     return str(out)
 
 
+def prefill(
+    args: argparse.Namespace, prompts: list[list[int]], dtype: str, step: int | None, scratch: Path
+) -> float:
+    """Tokens per second of plain vLLM, in a process of its own."""
+    asked = scratch / "prompts.json"
+    asked.write_text(json.dumps({"prompts": prompts, "dtype": dtype}))
+    call = [sys.executable, __file__, "--target", args.target, "--data", args.data]
+    call += ["--plain", str(asked), "--seq-length", str(args.seq_length)]
+    done = subprocess.run(
+        call + (["--step", str(step)] if step else []),
+        stdout=subprocess.PIPE, text=True, check=True, env={**ENVIRONMENT, **os.environ},
+    )  # fmt: skip
+    return float(done.stdout.strip().splitlines()[-1])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -228,7 +279,12 @@ def main() -> None:
     parser.add_argument("--data", required=True)
     parser.add_argument("--rows", type=int, default=24)
     parser.add_argument("--copies", type=int, default=1)
-    parser.add_argument("--bits", default="4/4")
+    parser.add_argument("--bits", help="of a rotated codec; 4/4 if no --codec is given")
+    parser.add_argument("--codec")
+    parser.add_argument("--data-parallel-size", type=int, default=1)
+    parser.add_argument("--apart", action="store_true")
+    parser.add_argument("--scratch")
+    parser.add_argument("--prefill", type=float)
     parser.add_argument(
         "--own-steps",
         action="store_true",
@@ -241,7 +297,10 @@ def main() -> None:
     parser.add_argument("--gpus", type=int, help="internal: for plain vLLM")
     parser.add_argument("--engine-arg", action="append", default=[])
     args = parser.parse_args()
-    aux_bits, last_bits = map(int, args.bits.split("/"))
+    if args.bits and args.codec:
+        parser.error("give --bits or --codec, not both")
+    bits = args.bits or (None if args.codec else "4/4")
+    aux_bits, last_bits = map(int, bits.split("/")) if bits else (None, None)
     if args.plain:
         given = json.loads(Path(args.plain).read_text())
         print(
@@ -258,7 +317,8 @@ def main() -> None:
             )
         )
         return
-    with tempfile.TemporaryDirectory() as scratch:
+    launch.APART = args.apart
+    with tempfile.TemporaryDirectory(dir=args.scratch) as scratch:
         data = copied(args.data, args.rows, args.copies, Path(scratch) / "rows.jsonl")
         config = DumpConfig(
             model=args.target,
@@ -267,39 +327,31 @@ def main() -> None:
             engine="vllm",
             aux_bits=aux_bits,
             last_bits=last_bits,
+            codec=args.codec,
             seq_length=args.seq_length,
-            data_parallel_size=1,
+            data_parallel_size=args.data_parallel_size,
+            tensor_parallel_size=1 if args.data_parallel_size > 1 else None,
             engine_arg=tuple(args.engine_arg),
         )
         job = prepare(config)
         parts = part_reader(job, lambda line: None).parts({})
         samples = [s for p in parts for s in p.samples if s.row < args.rows]
         engine = Uncached(samples, config.make_codec())
-        asked = Path(scratch) / "prompts.json"
-        asked.write_text(json.dumps({"prompts": engine.prompts, "dtype": job.plan.dtype}))
-        call = [
-            sys.executable,
-            __file__,
-            "--target",
-            args.target,
-            "--data",
-            args.data,
-            "--plain",
-            str(asked),
-        ]
         step = None if args.own_steps else steps_of(job.plan)
-        done = subprocess.run(
-            call + (["--step", str(step)] if step else []),
-            stdout=subprocess.PIPE, text=True, check=True, env={**ENVIRONMENT, **os.environ},
-        )  # fmt: skip
-        bare = float(done.stdout.strip().splitlines()[-1])
+        bare = args.prefill or prefill(args, engine.prompts, job.plan.dtype, step, Path(scratch))
         about = {
             "rows": args.rows,
             "copies": args.copies,
             "target": Path(args.target).name,
             "dtype": job.plan.dtype,
+            "codec": config.codec_name,
+            "engines": args.data_parallel_size,
+            "apart": args.apart,
+            "scratch": args.scratch,
+            "engine_arg": args.engine_arg,
+            "seq_length": args.seq_length,
         }
-        results = {
+        results: dict[str, Any] = {
             "engine": "vllm",
             "aux_bits": aux_bits,
             "last_bits": last_bits,
@@ -308,7 +360,7 @@ def main() -> None:
         }
         # After every stage, so that a run that is cut short leaves what it measured.
         write(args.name, about, results, show=False)
-        report = dump(config, Display(), engine)
+        report, used = watched(config, engine)
         rate = report["new_tokens"] / report["capture_seconds"]
         results |= {
             "tokens_per_s": rate,
@@ -318,6 +370,7 @@ def main() -> None:
             "tokens": report["new_tokens"],
             "seconds": report["capture_seconds"],
             "stages_s": report["stages"],
+            "processor_s": used.seconds,
         }
         write(args.name, about, results, show=False)
         results["stored_difference"] = engine.difference(config.output)

@@ -273,6 +273,7 @@ def load_engine(plan: planning.Plan, batch_tokens: int | None) -> Engine:
         options=plan.engine_options,
         say=Display().say,
         leave=fitting if plan.calibration_tokens and not plan.calibration else 0,
+        answers=plan.answer_tokens > 0,
     )
     return registry.load_engine(plan.engine, run)
 

@@ -81,7 +81,8 @@ class EngineRun:
     """What an engine is started with. ``layers``: output of decoder layer i. ``spool``: a folder it
     may create beside the store. ``batch_tokens``: tokens per forward pass; None = the engine's
     default. ``options``: the user's options for it. ``say``: prints a line for the user. ``leave``:
-    bytes of each GPU that others need beside it, if it can do without them.
+    bytes of each GPU that others need beside it, if it can do without them. ``answers``: it will be
+    asked for answers.
     """
 
     model: str
@@ -95,6 +96,7 @@ class EngineRun:
     options: EngineOptions = NO_OPTIONS
     say: Callable[[str], None] = log.info
     leave: int = 0
+    answers: bool = False
 
 
 class Engine(Protocol):

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-from dspark.cache.errors import EngineError
+from dspark.cache.errors import EngineError, UsageError
 from dspark.cache.records import TokenSample
 from dspark.dump.engines.answers import Answered, Ask, Sampling
 from dspark.dump.engines.engine import Prediction, States
@@ -31,7 +31,7 @@ class Fake:
 
     def __init__(self, number: int, seconds: float = 0.0, off: float = 0.0) -> None:
         self.number, self.seconds, self.off = number, seconds, off
-        self.most = 0
+        self.most, self.forgot = 0, False
 
     def capture(self, data: Sequence[TokenSample]) -> Iterator[tuple[int, States]]:
         for i, sample in reversed(list(enumerate(data))):
@@ -61,6 +61,9 @@ class Fake:
                     if part:
                         time.sleep(self.seconds * len(part))
                         yield group, f"engine{self.number}", part
+
+    def forget(self) -> None:
+        self.forgot = True
 
     def answer(self, asks: Iterable[Ask], *_: Any) -> Iterator[Answered]:
         for ask in asks:
@@ -135,6 +138,8 @@ def test_every_sample_comes_once_and_the_faster_engine_gets_more() -> None:
     assert max(e.most for e in engines) == 2
     # And once more with the same engines.
     assert sum(len(c.members) for c in fleet.stream(iter(groups[:1]), CODEC)) == 4
+    fleet.forget()
+    assert all(e.forgot for e in engines)
     fleet.close()
 
 
@@ -171,9 +176,7 @@ def test_answers_of_all_and_an_engine_s_own_error() -> None:
 def test_an_engine_that_dies_or_hangs_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     fleet = started(Fake(0))
     monkeypatch.setattr("dspark.dump.engines.vllm.replicas.SILENT_SECONDS", 0.2)
-    with pytest.raises(
-        EngineError, match="vLLM engine 0 of 1 has not answered for 0.2 s: it hangs"
-    ):
+    with pytest.raises(EngineError, match="vLLM engine has not answered for 0.2 s: it hangs"):
         fleet._answer_of(fleet._replicas[0], 0.2)
     with pytest.raises(
         EngineError, match="none of 1 vLLM engines has answered for 0.2 s: they hang"
@@ -181,10 +184,22 @@ def test_an_engine_that_dies_or_hangs_is_told(monkeypatch: pytest.MonkeyPatch) -
         fleet._next()
     fleet._replicas[0].pipe.send(("close",))
     with pytest.raises(
-        EngineError, match="vLLM engine 0 of 1 ended with code -9: it crashed, or was killed"
+        EngineError, match="vLLM engine ended with code -9: it crashed, or was killed"
     ):
         fleet._next()
     fleet.close()
+
+
+def test_an_argument_of_the_user_s_is_told_as_such() -> None:
+    """From a single engine as if it ran in this process."""
+    told = Failure("--engine-arg x: no", usage=True)
+    pipe = SimpleNamespace(poll=lambda seconds: True, recv=lambda: told)
+    replica = Replica(0, None, pipe, None)  # type: ignore[arg-type]
+    for engines, who in ((1, ""), (2, "vLLM engine 0 of 2: ")):
+        fleet = Replicas([replica] * engines, None)  # type: ignore[arg-type]
+        with pytest.raises(UsageError) as error:
+            fleet._answer_of(replica, None)
+        assert str(error.value) == who + "--engine-arg x: no"
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])

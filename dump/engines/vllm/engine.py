@@ -48,6 +48,7 @@ from dspark.dump.engines.options import NO_OPTIONS, EngineOptions
 from dspark.dump.engines.registry import engine_version
 from dspark.dump.engines.vllm.launch import (
     Split,
+    apart,
     architectures_of,
     capture_arguments,
     check_version,
@@ -154,23 +155,8 @@ class VllmEngine:
         say: Callable[[str], None] = log.info,
     ) -> VllmEngine:
         """Start one vLLM on ``model``, on all visible GPUs or as ``split`` says, or on the CPU."""
-        warning = check_version(engine_version("vllm"))
-        if warning:
-            say(warning)
         gpus = torch.cuda.device_count() if split is None else split.gpus
-        found = found_source(architectures_of(model, options.trust_remote_code), cuda=gpus > 0)
-        if found is not None and found.capture == "none":
-            raise EngineError(
-                f"vllm {engine_version('vllm')} returns no hidden states for "
-                f"{found.architecture}: {found.why}. Use --engine transformers."
-            )
-        own = capture_arguments(found)
-        if own:
-            assert found is not None
-            say(
-                f"states are captured at the norms of vLLM's {found.name} "
-                f"({found.module}): {found.why}"
-            )
+        own = checked(model, options, gpus, say)
         ids = extracted_ids(layers, shapes.num_layers)
         token_bytes = raw_bytes(shapes, layers, dtype)
         arguments = llm_arguments(
@@ -432,6 +418,11 @@ class VllmEngine:
             )
         return out
 
+    def forget(self) -> None:
+        """Empty vLLM's prefix cache, for measurements. Raises EngineError if it cannot."""
+        if not self.llm.reset_prefix_cache():
+            raise EngineError("vllm did not empty its prefix cache.")
+
     def close(self) -> None:
         """Stop vLLM's processes and delete the spool."""
         engine = getattr(self.llm, "llm_engine", None)
@@ -440,6 +431,30 @@ class VllmEngine:
             core.shutdown()
         del self.llm
         shutil.rmtree(self._spool, ignore_errors=True)
+
+
+def checked(
+    model: str, options: EngineOptions, gpus: int, say: Callable[[str], None]
+) -> dict[str, Any]:
+    """Return the arguments of ``LLM`` that make the installed vLLM's states of the target correct.
+    Raises EngineError if there are none; says what is unusual.
+    """
+    warning = check_version(engine_version("vllm"))
+    if warning:
+        say(warning)
+    found = found_source(architectures_of(model, options.trust_remote_code), cuda=gpus > 0)
+    if found is not None and found.capture == "none":
+        raise EngineError(
+            f"vllm {engine_version('vllm')} returns no hidden states for "
+            f"{found.architecture}: {found.why}. Use --engine transformers."
+        )
+    own = capture_arguments(found)
+    if own:
+        assert found is not None
+        say(
+            f"states are captured at the norms of vLLM's {found.name} ({found.module}): {found.why}"
+        )
+    return own
 
 
 def start(run: EngineRun) -> Engine:
@@ -455,7 +470,7 @@ def start(run: EngineRun) -> Engine:
         given = (*options.arguments, ("gpu_memory_utilization", share))
         run = dataclasses.replace(run, options=dataclasses.replace(options, arguments=given))
         run.say(f"gpu_memory_utilization {share}: other engines or the codec need the rest")
-    if split.engines > 1:
+    if split.engines > 1 or apart(run, split):
         from dspark.dump.engines.vllm.replicas import Replicas
 
         return Replicas.start(run, split)

@@ -1,5 +1,5 @@
 """Several vLLM engines of one target, each in its own process and on its own GPUs, behind the
-protocol of a single engine.
+protocol of a single engine; or a single one in a process of its own.
 
 An engine gets the next whole group (a part of a store) as soon as it finishes one, so that none
 waits for another. States stay in a spool per engine, as with a single one; only tokens and the
@@ -20,11 +20,11 @@ from functools import partial
 from multiprocessing import connection
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from dspark.cache.errors import DsparkError, EngineError
+from dspark.cache.errors import DsparkError, EngineError, UsageError
 from dspark.cache.shared.stopping import leave_to_parent
 from dspark.dump.engines.engine import GROUPS, Captured, EngineRun, Prediction, States
 from dspark.dump.engines.registry import engine_version
-from dspark.dump.engines.vllm.engine import Member, VllmEngine
+from dspark.dump.engines.vllm.engine import Member, VllmEngine, checked
 from dspark.dump.engines.vllm.launch import Split
 from dspark.dump.engines.vllm.requests import STEP_SECONDS
 from dspark.dump.target.weights import read_frozen
@@ -76,13 +76,14 @@ class Replicas:
     @classmethod
     def start(cls, run: EngineRun, split: Split) -> Replicas:
         """Start all engines at once; raises the first error."""
+        checked(run.model, run.options, split.gpus, run.say)  # once, not in every process
         frozen, norm = read_frozen(run.model, run.shapes, run.options.trust_remote_code)
         context = multiprocessing.get_context("spawn")
         made = []
         for number in range(split.engines):
-            own = dataclasses.replace(
-                run, spool=run.spool.with_name(f"{run.spool.name}.{number}"), say=_silent
-            )
+            several = split.engines > 1
+            spool = run.spool.with_name(f"{run.spool.name}.{number}") if several else run.spool
+            own = dataclasses.replace(run, spool=spool, say=_silent)
             ours, theirs = context.Pipe()
             given = visible_gpus(number, split)
             process = context.Process(target=serve, args=(theirs, own, split, given), daemon=False)
@@ -97,10 +98,12 @@ class Replicas:
         except BaseException:
             out.close()
             raise
-        run.say(
-            f"{split.engines} vLLM engines, {max(split.gpus, 1)} "
-            f"{'GPU' if split.gpus else 'CPU'} each"
-        )
+        if split.engines > 1:
+            run.say(
+                f"{split.engines} vLLM engines, {max(split.gpus, 1)} "
+                f"{'GPU' if split.gpus else 'CPU'} each"
+                + (", on the same one" if split.shared else "")
+            )
         return out
 
     def frozen(self) -> FrozenTarget:
@@ -182,6 +185,12 @@ class Replicas:
             else:
                 yield answered
 
+    def forget(self) -> None:
+        """Empty all prefix caches, for measurements."""
+        self._tell([("forget",)] * len(self._replicas))
+        for replica in self._replicas:
+            self._answer_of(replica, SILENT_SECONDS)
+
     def close(self) -> None:
         """End the engines and delete their spools."""
         for replica in self._replicas:
@@ -221,7 +230,8 @@ class Replicas:
         """Return one message; raises EngineError for an error in the engine, its death, or
         ``seconds`` of silence.
         """
-        who = f"vLLM engine {replica.number} of {len(self._replicas)}"
+        several = len(self._replicas) > 1
+        who = f"vLLM engine {replica.number} of {len(self._replicas)}" if several else "vLLM engine"
         try:
             if seconds is not None and not replica.pipe.poll(seconds):
                 raise EngineError(f"{who} has not answered for {seconds:g} s: it hangs.")
@@ -234,15 +244,17 @@ class Replicas:
                 "safe: continue with --resume."
             ) from error
         if isinstance(message, Failure):
-            raise EngineError(f"{who}: {message.reason}")
+            kind = UsageError if message.usage else EngineError
+            raise kind(f"{who}: {message.reason}" if several else message.reason)
         return message
 
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """Why an engine's process gives up."""
+    """Why an engine's process gives up; ``usage``: for an argument of the user's."""
 
     reason: str
+    usage: bool = False
 
 
 def visible_gpus(number: int, split: Split) -> str | None:
@@ -290,7 +302,7 @@ def serve(pipe: Any, run: EngineRun, split: Split, gpus: str | None) -> None:
             say=run.say,
         )
     except (DsparkError, OSError) as error:
-        pipe.send(Failure(str(error)))
+        pipe.send(Failure(str(error), isinstance(error, UsageError)))
         return
     pipe.send("ready")
     try:
@@ -322,6 +334,9 @@ def work(engine: VllmEngine, pipe: Any) -> None:
             numbers: list[int] = []
             for group, batch, members in engine.finished(_groups(pipe, numbers), given[0]):
                 pipe.send((numbers[group], batch, [(n, i) for n, i, _ in members]))
+            pipe.send(None)
+        elif task == "forget":
+            engine.forget()
             pipe.send(None)
         elif task == "answer":
             for answered in engine.answer(*given):
