@@ -33,6 +33,7 @@ from pathlib import Path
 from typing import Any
 
 from common import RESULTS, hardware, versions
+from dspark.train.run.metrics_file import read_metrics
 
 BENCH = Path(__file__).parent
 SCORED = ("mean_accepted_length", "accept_rate", "loss")
@@ -208,7 +209,7 @@ class Stages:
         )
         if not done:
             return
-        rows = [json.loads(line) for line in (draft / "metrics.jsonl").read_text().splitlines()]
+        rows = [row for _, row in read_metrics(draft)]
         steady = [r for r in rows if "tokens_per_second" in r][2:] or [
             r for r in rows if "tokens_per_second" in r
         ]

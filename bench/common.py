@@ -137,7 +137,9 @@ def trained(
 
 def speed_of(draft: Path) -> dict[str, float | None]:
     """Medians over the logged windows of a training."""
-    rows = [json.loads(line) for line in (draft / "metrics.jsonl").read_text().splitlines()]
+    from dspark.train.run.metrics_file import read_metrics
+
+    rows = [row for _, row in read_metrics(draft)]
     rows = [row for row in rows if "step_ms" in row]
     names = {"tokens_per_s": "tokens_per_second", "step_ms": "step_ms"}
     return {

@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from common import RESULTS, command, reported, scored, trained, write
+from dspark.train.run.metrics_file import read_metrics
 
 FLAGS = "--no-tensorboard --keep-checkpoints 1"
 VALIDATED = re.compile(r"(\S+ \S+) step=(\d+) .*validation=True")
@@ -50,7 +51,7 @@ def reached(draft: Path, tau: float | None, began: float) -> dict[str, float | N
     """When validation first had ``tau``: step, and seconds after ``began`` (Unix time), from the
     times in the training's log.
     """
-    rows = [json.loads(line) for line in (draft / "metrics.jsonl").read_text().splitlines()]
+    rows = [row for _, row in read_metrics(draft)]
     steps = [(row["step"], row["mean_accepted_length"] or 0) for row in rows if "validation" in row]
     times = {}
     for line in (draft / "train.log").read_text().splitlines():

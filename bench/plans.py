@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from common import command, write
+from dspark.train.run.metrics_file import read_metrics
 
 
 def main() -> None:
@@ -78,7 +79,7 @@ def trained(args: argparse.Namespace, store: Path) -> dict[str, Any]:
     before = timed("train", *flags, "--dry-run", log=log)
     timed("train", *flags, log=log)
     after = timed("train", *flags, "--dry-run", log=log)
-    rows = [json.loads(line) for line in (draft / "metrics.jsonl").read_text().splitlines()]
+    rows = [row for _, row in read_metrics(draft)]
     took = sum(row["step_ms"] for row in rows if "step_ms" in row) / 1000
     told = [3600 * plan["hours"] for plan in (before, after)]
     out = {"seconds": {"told": told, "steps": took}, "seconds_ratio": sum(told) / 2 / took}

@@ -53,6 +53,7 @@ from dspark.cache.records import CodedSample, TokenSample, last_rows
 from dspark.cache.settings import rotated_name
 from dspark.cache.target.frozen import FrozenTarget
 from dspark.cache.writer import StoreWriter
+from dspark.train.run.metrics_file import read_metrics
 
 # Target: hidden size, intermediate, layers, heads, key heads, head size, vocabulary. Draft:
 # recipe's flags.
@@ -223,10 +224,7 @@ def run(args: argparse.Namespace, gpus: int, strategy: str) -> dict[str, Any]:
     for process in running:
         if process.wait():
             raise SystemExit(f"{strategy} on {gpus}: exit code {process.returncode}")
-    metrics = [
-        [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-        for output in outputs
-    ]
+    metrics = [[row for _, row in read_metrics(output)] for output in outputs]
     profiles = [
         json.loads(file.read_text())
         for output in outputs

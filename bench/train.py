@@ -8,13 +8,13 @@ python bench/train.py --model MODEL --data chat.jsonl --work DIR [--limit N] [--
 from __future__ import annotations
 
 import argparse
-import json
 import shlex
 import shutil
 from pathlib import Path
 from typing import Any
 
 from common import RESULTS, command, write
+from dspark.train.run.metrics_file import read_metrics
 
 KEEP = (
     "step",
@@ -66,7 +66,7 @@ def main() -> None:
     shutil.rmtree(draft, ignore_errors=True)
     trained = command("train", "--cache", store, "--output", draft, *shlex.split(args.train))
     score = command("tools", "score", "--cache", store, "--draft", draft, "--split", "validation")
-    rows = [json.loads(line) for line in (draft / "metrics.jsonl").read_text().splitlines()]
+    rows = [row for _, row in read_metrics(draft)]
     curve = [
         {k: r[k] for k in KEEP if k in r} | {"validation": bool(r.get("validation"))} for r in rows
     ]

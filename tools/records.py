@@ -9,11 +9,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dspark.cache import json_text
 from dspark.cache.errors import DraftError
 from dspark.tools.shapes import Each, Maybe, Optional, require
-from dspark.train.run.folder import METRICS, STORE, TRAINING, read_record
+from dspark.train.run.folder import STORE, TRAINING, read_record
 from dspark.train.run.history import HISTORY
+from dspark.train.run.metrics_file import REMEDY, read_metrics
 
 CALIBRATION = "calibration.json"
 TEMPERATURES = "temperatures.json"  # the same temperatures as SGLang reads them
@@ -121,23 +121,16 @@ def metrics(draft: Path) -> list[dict[str, Any]]:
     """Read the rows of metrics.jsonl; none if there is no such file. Held-out rows that have a
     length also have accept rates.
     """
-    path = draft / METRICS
-    if not path.exists():
-        return []
     rows = []
-    for number, line in enumerate(_text(path).splitlines(), 1):
-        if line.strip():
-            where = f"{path}:{number}"
-            remedy = "every line is an object that dspark-train wrote; fix or remove the line"
-            try:
-                row = json_text.loads(line)
-            except ValueError as wrong:
-                raise DraftError(f"{where} is not JSON ({wrong}); {remedy}") from wrong
-            judged = row if isinstance(row, dict) and row.get("validation") else {}
-            rates = {"accept_rate": [float]} if judged.get("mean_accepted_length") else {}
-            require(row, _STEP | rates, where, remedy)
-            rows.append(row)
+    for where, row in read_metrics(draft):
+        rates = {"accept_rate": [float]} if _judged(row) else {}
+        require(row, _STEP | rates, where, REMEDY)
+        rows.append(row)
     return rows
+
+
+def _judged(row: Mapping[str, Any]) -> bool:
+    return bool(row.get("validation") and row.get("mean_accepted_length"))
 
 
 def calibration(draft: Path) -> dict[str, Any]:
@@ -178,14 +171,3 @@ def manifest(path: Path) -> dict[str, Any]:
     found = read_record(path, remedy)
     require(found, {"files": Each({"sha256": str})}, path, remedy)
     return found
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text()
-    except OSError as wrong:
-        raise DraftError(f"{path} cannot be read: {wrong.strerror}") from wrong
-    except UnicodeDecodeError as wrong:
-        raise DraftError(
-            f"{path} is not text ({wrong}); restore a complete copy of the file"
-        ) from wrong

@@ -10,12 +10,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dspark.cache import json_text
 from dspark.cache.errors import DraftError, UsageError
 from dspark.cache.files.place import Place, place_of
 from dspark.cache.files.urls import Url, Where
 from dspark.tools import records
 from dspark.train.run.folder import METRICS, TRAINING
+from dspark.train.run.metrics_file import read_metrics
 
 STORE_MARK, PARTS = "zarr.json", "parts"
 SAMPLES_READ = 24  # of a store, for rms, extremes and outliers
@@ -189,22 +189,6 @@ def _run(path: Path, name: str) -> RunView:
 
 
 def metrics(folder: Path) -> Iterator[dict[str, Any]]:
-    """The rows of metrics.jsonl. An unterminated last line is still being written, so it is left
-    out.
-    """
-    path = folder / METRICS
-    if not path.exists():
-        return
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
-    if lines and not lines[-1].endswith("\n"):
-        lines.pop()
-    for number, line in enumerate(lines, 1):
-        try:
-            row = json_text.loads(line)
-        except ValueError as error:
-            raise DraftError(
-                f"{path}:{number} is not JSON ({error}); repair or remove the line"
-            ) from error
-        if not isinstance(row, dict) or not isinstance(row.get("step"), int):
-            raise DraftError(f"{path}:{number} has no step; repair or remove the line")
+    """Yield the rows of the metrics.jsonl of a training that may be running."""
+    for _, row in read_metrics(folder, growing=True):
         yield row

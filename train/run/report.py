@@ -9,11 +9,12 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from dspark.cache import json_text
-from dspark.cache.errors import TrainError
 from dspark.cache.files.atomic import write_file
 from dspark.train.run.folder import METRICS
 from dspark.train.run.loggers import Loggers
+from dspark.train.run.metrics_file import read_metrics
+
+REMEDY = "expected an object with its step. Fix or remove the line, then --resume."
 
 
 class RunLog:
@@ -30,31 +31,11 @@ class RunLog:
         handler = logging.FileHandler(folder / "train.log")
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
         self.log.addHandler(handler)
-        kept = []
-        if self.path.exists():
-            try:
-                lines = self.path.read_text().splitlines()
-            except (OSError, UnicodeDecodeError) as error:
-                raise TrainError(
-                    f"{self.path} cannot be read: {error}. Restore it, or remove it and --resume."
-                ) from error
-            for number, line in enumerate(lines, 1):
-                try:
-                    row = json_text.loads(line)
-                except ValueError as error:
-                    if number == len(lines):
-                        break  # the line that a killed process was writing: its step is redone
-                    raise TrainError(
-                        f"{self.path}:{number}: not JSON: {error}. Fix or remove the line, then "
-                        "--resume."
-                    ) from error
-                if not isinstance(row, dict) or type(row.get("step")) is not int:
-                    raise TrainError(
-                        f"{self.path}:{number}: found {line[:80]!r}, expected an object with its "
-                        "step. Fix or remove the line, then --resume."
-                    )
-                if row["step"] <= resume_step:
-                    kept.append(line)
+        kept = [
+            json.dumps(row)
+            for _, row in read_metrics(folder, growing=True, remedy=REMEDY)
+            if row["step"] <= resume_step  # later ones are redone
+        ]
         write_file(self.path, "".join(f"{line}\n" for line in kept).encode())
         self.file = open(self.path, "a")  # noqa: SIM115 - closed by close()
         self.loggers = loggers
