@@ -72,7 +72,7 @@ def worker(args: argparse.Namespace) -> None:
     from dspark.dump.target.config import load_target
     from dspark.tools.decode.decode import outcome_of
     from dspark.tools.decode.prompts import read_prompts
-    from dspark.tools.decode.target import Target, greedy_alone, load_model
+    from dspark.tools.decode.target import DecodingTarget, greedy_alone, load_model
     from dspark.train.draft.saved.folder import load_draft
 
     started, target = time.perf_counter(), load_target(args.model)
@@ -84,7 +84,7 @@ def worker(args: argparse.Namespace) -> None:
     stop = target.eos_token_ids
     folders = {name: args.learn / "drafts" / name for name in args.drafts}
     drafts: dict[str, Any] = {}
-    with Target(model, ()) as bare:
+    with DecodingTarget(model, ()) as bare:
         for name, folder in folders.items():
             drafts[name] = (
                 load_draft(folder, bare.frozen, dtype=model.dtype).to(model.device).eval()
@@ -94,7 +94,7 @@ def worker(args: argparse.Namespace) -> None:
         raise SystemExit(f"the drafts read different layers: {sorted(layers)}")
     limit = args.max_tokens
     with (
-        Target(model, next(iter(layers))) as taps,
+        DecodingTarget(model, next(iter(layers))) as taps,
         args.worker.with_suffix(".out").open("a") as out,
     ):
         alone = greedy_alone(model, prompts[0].ids, max_tokens=limit, stop_ids=stop)

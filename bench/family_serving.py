@@ -14,7 +14,7 @@ from dspark.cache.errors import DsparkError
 from dspark.tools.check.parity import parity_of
 from dspark.tools.decode.decode import speculative_generate
 from dspark.tools.decode.outcome import Outcome
-from dspark.tools.decode.target import Target, greedy_alone, load_model
+from dspark.tools.decode.target import DecodingTarget, greedy_alone, load_model
 from dspark.tools.decode.vllm_serve import INTERPRETER_ENV, ServeRequest, run_vllm
 from dspark.train.draft.saved.folder import load_config, load_draft
 
@@ -51,7 +51,7 @@ def serving(target: Path, draft: Path) -> dict[str, Any]:
 def ours(model: Any, draft: Path) -> list[Outcome]:
     """Our decoder's answers to the same prompts, with its blocks."""
     config = load_config(str(draft))
-    with Target(model, config.target_layer_ids) as tapped:
+    with DecodingTarget(model, config.target_layer_ids) as tapped:
         ready = load_draft(str(draft), tapped.frozen, dtype=model.dtype).eval()
         return [
             speculative_generate(tapped, ready, prompt, max_tokens=MAX_TOKENS).outcome(

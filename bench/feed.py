@@ -25,7 +25,7 @@ from dspark.train.cli import config_of
 from dspark.train.config import TrainConfig
 from dspark.train.data.batch import Batch
 from dspark.train.data.feed import Feed
-from dspark.train.data.row import Row
+from dspark.train.data.row import PackedRow
 from dspark.train.run.setup import Run, prepare
 from dspark.train.step import share, step
 
@@ -37,14 +37,14 @@ def config(store: Path, flags: str) -> TrainConfig:
     return config_of(["--cache", str(store), "--output", "unused", *shlex.split(flags)])
 
 
-def rows_of(run: Run) -> Iterator[list[Row]]:
+def rows_of(run: Run) -> Iterator[list[PackedRow]]:
     return run.stream.steps_from(
         0, workers=run.workers, pin=run.compute.device.type == "cuda", endless=True
     )
 
 
 def timed(
-    run: Run, rows: Iterator[list[Row]], place: Callable[[Row], Batch], steps: int
+    run: Run, rows: Iterator[list[PackedRow]], place: Callable[[PackedRow], Batch], steps: int
 ) -> dict[str, float]:
     """``steps`` optimizer steps after a few that warm up."""
     feed = Feed(rows, place, run.compute.device)

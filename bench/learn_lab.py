@@ -19,7 +19,7 @@ from torch import Tensor
 
 from dspark.train.data import anchors as rules
 from dspark.train.data.batch import ARRAYS, ON_HOST, Batch, MakeTables
-from dspark.train.data.row import Row
+from dspark.train.data.row import PackedRow
 from dspark.train.data.stream import VALIDATION_EPOCH
 from dspark.train.draft.types import drafter
 from dspark.train.evaluate import _alphas, judged
@@ -42,13 +42,13 @@ class Held:
     batch that replace the row's own.
     """
 
-    row: Row
+    row: PackedRow
     host: Batch
     per_slot: Tensor
     blocks: dict[str, Any] | None = None
 
     @classmethod
-    def of(cls, row: Row, run: Run) -> Held:
+    def of(cls, row: PackedRow, run: Run) -> Held:
         batch = row.batch
         # Copies: a view would hold on to the whole row.
         copies = {n: getattr(batch, n).clone() for n in (*ARRAYS, *ON_HOST)}

@@ -75,7 +75,7 @@ def probed(model: str, draft: str, answers: list[dict[str, Any]], device: str) -
     each with its error by prompt.
     """
     from dspark.tools.check.probe import answer_of, probe
-    from dspark.tools.decode.target import Target, load_model
+    from dspark.tools.decode.target import DecodingTarget, load_model
     from dspark.train.draft.saved.folder import load_config, load_draft
 
     loaded = load_model(model, device, "auto")
@@ -84,7 +84,7 @@ def probed(model: str, draft: str, answers: list[dict[str, Any]], device: str) -
         "anchors_expected": [],
         "walk_greedy": [],
     }
-    with Target(loaded, load_config(draft).target_layer_ids) as target:
+    with DecodingTarget(loaded, load_config(draft).target_layer_ids) as target:
         ready = load_draft(draft, target.frozen, dtype=loaded.dtype).to(loaded.device).eval()
         for row in answers:
             found = probe(ready, answer_of(target, row["input_ids"], row["tokens"]))

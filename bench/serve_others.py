@@ -26,7 +26,7 @@ from common import RESULTS, write
 from dspark.cache.errors import EngineError
 from dspark.tools.check.parity import parity_of
 from dspark.tools.decode.decode import speculative_generate
-from dspark.tools.decode.target import Target, greedy_alone
+from dspark.tools.decode.target import DecodingTarget, greedy_alone
 from dspark.tools.decode.vllm_serve import ServeRequest, run_vllm_each
 from dspark.tools.publish.export import export
 from dspark.train.draft.model import DraftModel
@@ -45,7 +45,7 @@ def random_draft(model: Any, form: str) -> DraftModel:
     """A draft of the form's shape for ``model``, large random weights."""
     shape = dataclasses.replace(tiny.draft(model).config, **published.shape(form))
     torch.manual_seed(1)
-    out = DraftModel(shape, Target(model, tiny.LAYERS).frozen)
+    out = DraftModel(shape, DecodingTarget(model, tiny.LAYERS).frozen)
     with torch.no_grad():
         for _, parameter in out.trained():
             if parameter.ndim == 2:
@@ -84,7 +84,7 @@ class Form:
             folder / "ours",
         )
         export(str(theirs), str(repacked), dtype="fp32", target=target, pictures=False)
-        with Target(model, made.config.target_layer_ids) as tapped:
+        with DecodingTarget(model, made.config.target_layer_ids) as tapped:
             opened = load_draft(theirs, tapped.frozen).eval()
             wanted = published.shape(name) | {"block_size": size}
             assert {field: getattr(opened.config, field) for field in wanted} == wanted, (

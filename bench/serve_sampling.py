@@ -24,7 +24,7 @@ import torch
 from common import RESULTS, write
 from dspark.tools.decode.decode import speculative_generate
 from dspark.tools.decode.outcome import Outcome, summarise
-from dspark.tools.decode.target import Target
+from dspark.tools.decode.target import DecodingTarget
 from dspark.tools.decode.vllm_serve import ServeRequest, run_vllm
 from dspark.train.draft.saved.folder import save_draft
 
@@ -79,7 +79,7 @@ def main() -> None:
                 )
             else:
                 generator = torch.Generator().manual_seed(args.seed)
-                with Target(model, tiny.LAYERS) as tapped:
+                with DecodingTarget(model, tiny.LAYERS) as tapped:
                     for _ in range(args.trials):
                         out = speculative_generate(
                             tapped,

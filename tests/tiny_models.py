@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dspark.tools.decode.target import Target
+from dspark.tools.decode.target import DecodingTarget
 from dspark.train.draft.config import DraftConfig
 from dspark.train.draft.model import DraftModel
 from dspark.train.draft.types import drafter
@@ -60,7 +60,7 @@ def draft(model: Any, seed: int = 1, draft_ids: Tensor | None = None, **changes:
     config = DraftConfig.sized_for(model.config.to_dict(), **(settings | changes))
     torch.manual_seed(seed)
     kind = drafter(config.speculator_type)
-    out = kind.network(config, Target(model, config.target_layer_ids).frozen, draft_ids)
+    out = kind.network(config, DecodingTarget(model, config.target_layer_ids).frozen, draft_ids)
     with torch.no_grad():
         for _, parameter in out.trained():
             if parameter.ndim == 2:

@@ -14,7 +14,7 @@ from torch import Tensor
 from dspark.cache.joined import Stores
 from dspark.train.data import anchors as rules
 from dspark.train.data.batch import Batch
-from dspark.train.data.row import Row
+from dspark.train.data.row import PackedRow
 from dspark.train.draft.attention import Backend
 from dspark.train.draft.model import DraftModel
 from dspark.train.draft.types import drafter
@@ -33,7 +33,7 @@ UNIT = Denominators(1.0, 1.0, 1.0)  # the losses come from the metrics' own weig
 def evaluate(
     model: DraftModel,
     cache: Stores,
-    rows: Iterable[Row | Batch],
+    rows: Iterable[PackedRow | Batch],
     *,
     device: torch.device,
     dtype: torch.dtype,
@@ -83,7 +83,7 @@ def judged(
 def walked(
     model: DraftModel,
     cache: Stores,
-    rows: Iterable[Row],
+    rows: Iterable[PackedRow],
     *,
     device: torch.device,
     dtype: torch.dtype,

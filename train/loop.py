@@ -26,7 +26,7 @@ from dspark.train import distributed
 from dspark.train.config import SELECT, TrainConfig
 from dspark.train.data.batch import Batch
 from dspark.train.data.feed import Feed
-from dspark.train.data.row import Row
+from dspark.train.data.row import PackedRow
 from dspark.train.data.stream import VALIDATION_EPOCH
 from dspark.train.distributed import World, lost_peers
 from dspark.train.draft.saved.folder import save_draft
@@ -272,12 +272,12 @@ def _loop(
     return result
 
 
-def rows_from(run: Run, position: Position) -> Iterator[list[Row]]:
+def rows_from(run: Run, position: Position) -> Iterator[list[PackedRow]]:
     """Return this rank's rows of each step from ``position`` on; starts their readers."""
     return rows_of(run.stream, position, run.compute, run.world, run.workers)
 
 
-def placer(run: Run) -> Callable[[Row], Batch]:
+def placer(run: Run) -> Callable[[PackedRow], Batch]:
     """Return a function that brings a row to the run's device, decoded."""
     layers = run.model.config.target_layer_ids
     return lambda row: row.place(run.cache, run.compute.device, run.compute.dtype, layers)
@@ -386,7 +386,7 @@ def validate(run: Run) -> Score:
     return {**score, **walk.result()}
 
 
-def _rows_of_this_rank(run: Run) -> Iterator[Row]:
+def _rows_of_this_rank(run: Run) -> Iterator[PackedRow]:
     assert run.validation is not None
     for rows in run.validation.steps_from(
         VALIDATION_EPOCH, rank=run.world.rank, world=run.world.size
@@ -394,7 +394,7 @@ def _rows_of_this_rank(run: Run) -> Iterator[Row]:
         yield from rows
 
 
-def _held_out(run: Run) -> Iterator[Row | Batch]:
+def _held_out(run: Run) -> Iterator[PackedRow | Batch]:
     stream = run.validation
     assert stream is not None
     for rows in stream.steps_from(VALIDATION_EPOCH, rank=run.world.rank, world=run.world.size):

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dspark.train.data.batch import Batch
 from dspark.train.data.feed import Feed
-from dspark.train.data.row import Row
+from dspark.train.data.row import PackedRow
 from dspark.train.draft.types import drafter
 from dspark.train.objective.metrics import SlotMetrics
 from dspark.train.objective.objective import objective
@@ -32,7 +32,7 @@ class Share:
     are of all ranks.
     """
 
-    own: list[Row]
+    own: list[PackedRow]
     denominators: Denominators
     rows: int
     tokens: int
@@ -41,7 +41,7 @@ class Share:
 
 def share(
     run: Run,
-    take: Callable[[], list[Row]],
+    take: Callable[[], list[PackedRow]],
     interrupted: Callable[[], bool],
     before_failing: Callable[[], None] = lambda: None,
 ) -> Share:
@@ -49,7 +49,7 @@ def share(
     error on any rank raises on all, after ``before_failing()``, which may communicate since all
     ranks are alive. It is not called if a rank has died.
     """
-    own: list[Row] = []
+    own: list[PackedRow] = []
     failed: Exception | None = None
     try:
         own = [] if interrupted() else take()

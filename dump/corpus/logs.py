@@ -16,7 +16,7 @@ from typing import Any
 from dspark.cache.errors import DataError
 from dspark.dump.corpus.messages import REASONS, THOUGHTS, cut_by, from_text, speaker_of, text_of
 
-Row = Mapping[str, Any]
+Logged = Mapping[str, Any]
 CHATS = ("messages", "conversations", "conversation", "dialog", "dialogue", "chat", "contents")
 ANSWERS = ("response", "completion", "answer", "output", "choices")
 FURTHER = "further answers in a log, ignored"
@@ -35,7 +35,7 @@ NOT_SEARCHED = (
 )
 
 
-def unwrapped(value: Row, where: str) -> tuple[Row, list[str]]:
+def unwrapped(value: Logged, where: str) -> tuple[Logged, list[str]]:
     """Return a row with the complete chat, and what was left out of the original."""
     row = _with_request(value, where)
     if "custom_id" in row and not any(row.get(n) for n in (*CHATS, "prompt", "input")):
@@ -65,7 +65,7 @@ def unwrapped(value: Row, where: str) -> tuple[Row, list[str]]:
     return {**rest, name: [*chat, *said]}, [FURTHER] * further
 
 
-def thought_beside(row: Row) -> str | None:
+def thought_beside(row: Logged) -> str | None:
     """Return the thought given beside an answer. A single word (as ``"reasoning": "on"``) is a
     setting.
     """
@@ -99,7 +99,7 @@ def was_cut(value: Any, depth: int = 4) -> bool:
     )
 
 
-def _with_request(value: Row, where: str) -> Row:
+def _with_request(value: Logged, where: str) -> Logged:
     """Return the row with the contents of its request, and its response."""
     name = next((n for n in ("request", "request_body", "body") if value.get(n) is not None), None)
     if name is None and isinstance(value.get("input"), Mapping) and "messages" in value["input"]:
@@ -128,7 +128,7 @@ def _with_request(value: Row, where: str) -> Row:
     return {**row, **request}
 
 
-def _responses(row: Row, where: str) -> tuple[Row, str | None]:
+def _responses(row: Logged, where: str) -> tuple[Logged, str | None]:
     """A row of OpenAI's responses (``input`` items or text, ``instructions``, ``output``) as one
     with ``messages``.
     """
@@ -194,7 +194,7 @@ def _answer(response: Any, name: str, where: str) -> tuple[list[Any], int]:
     return _message_in(response, name, where)
 
 
-def _logged(read: Row) -> bool:
+def _logged(read: Logged) -> bool:
     """Tell whether the JSON text of a response is a server's response, rather than an answer that
     is JSON.
     """
@@ -210,7 +210,7 @@ def _logged(read: Row) -> bool:
     )
 
 
-def _message_in(response: Row, name: str, where: str) -> tuple[list[Any], int]:
+def _message_in(response: Logged, name: str, where: str) -> tuple[list[Any], int]:
     choices = response.get("choices")
     outer, further = response, 0
     if isinstance(choices, list) and choices and isinstance(choices[0], Mapping):
@@ -235,7 +235,7 @@ def _message_in(response: Row, name: str, where: str) -> tuple[list[Any], int]:
     ], further
 
 
-def _streamed(response: Row) -> bool:
+def _streamed(response: Logged) -> bool:
     return "chunks" in response or "delta" in str(response.get("choices"))[:200]
 
 

@@ -29,7 +29,7 @@ from dspark.dump.progress import Display
 from dspark.dump.run import dump
 from dspark.tools.stores.info import info
 from dspark.train.data.batch import Batch
-from dspark.train.data.row import Row
+from dspark.train.data.row import PackedRow
 from dump_targets import save_target
 
 CODEC = "klt-2-2-2"
@@ -132,7 +132,7 @@ def test_a_row_is_decoded_as_its_samples_are(stores: dict[str, Path]) -> None:
         input_ids=ids, loss_mask=mask, doc=doc, aux=torch.empty(size, 0), last=torch.empty(rows, 0),
         anchors=np.array([sizes[0] - 4]), block_size=3,
     )  # fmt: skip
-    placed = Row.build(batch, read, used).place(cache, torch.device("cpu"), torch.float32)
+    placed = PackedRow.build(batch, read, used).place(cache, torch.device("cpu"), torch.float32)
     torch.testing.assert_close(placed.aux[:used], torch.cat([aux for aux, _ in states]))
     torch.testing.assert_close(placed.last, torch.cat([last for _, last in states]))
 

@@ -15,7 +15,7 @@ from chance import chi_square
 from dspark.tools.check.probe import answer_of, probe
 from dspark.tools.decode.decode import Generation, speculative_generate
 from dspark.tools.decode.rejection import verify_greedy, verify_sampled
-from dspark.tools.decode.target import Target, greedy_alone
+from dspark.tools.decode.target import DecodingTarget, greedy_alone
 from dspark.train.draft.decoding import (
     BlockDecoder,
     DraftContext,
@@ -29,7 +29,7 @@ PROMPTS = [[5, 6, 7, 8, 9], [50, 60, 70], [3]]
 
 
 def run(model: Any, draft: DraftModel, prompt: list[int], **options: Any) -> Generation:
-    with Target(model, draft.config.target_layer_ids) as target:
+    with DecodingTarget(model, draft.config.target_layer_ids) as target:
         return speculative_generate(target, draft, prompt, **({"max_tokens": 24} | options))
 
 
@@ -164,7 +164,7 @@ def test_sampled_generation_is_distributed_as_the_target() -> None:
     generator = torch.Generator().manual_seed(11)
     counts = torch.zeros(6, 6, 6)
     blocks = Counter[int]()
-    with Target(model, draft.config.target_layer_ids) as target:
+    with DecodingTarget(model, draft.config.target_layer_ids) as target:
         for _ in range(trials):
             out = speculative_generate(
                 target, draft, prompt, max_tokens=3, temperature=temperature, generator=generator
@@ -184,7 +184,7 @@ def test_a_probe_walks_as_decoding_does() -> None:
     alone = [greedy_alone(model, p, max_tokens=40) for p in PROMPTS]
     tiny.agree(model, draft, [p + a for p, a in zip(PROMPTS, alone, strict=True)][:2], steps=40)
     seen = set()
-    with Target(model, tiny.LAYERS) as target:
+    with DecodingTarget(model, tiny.LAYERS) as target:
         for prompt, tokens in zip(PROMPTS, alone, strict=True):
             blocks = speculative_generate(target, draft, prompt, max_tokens=40).blocks
             probed = probe(draft, answer_of(target, prompt, tokens))

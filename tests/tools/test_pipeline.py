@@ -14,7 +14,7 @@ import dspark.cache
 import tiny_models
 from dspark.tools.decode.gain import gains, steps_of
 from dspark.tools.decode.pipeline import pipelined_generate
-from dspark.tools.decode.target import Target, greedy_alone
+from dspark.tools.decode.target import DecodingTarget, greedy_alone
 from dspark.tools.judge.pipeline_score import replay, runs
 from dspark.tools.judge.score import score
 from dspark.tools.publish.export import export
@@ -189,7 +189,7 @@ def piped_head(model: torch.nn.Module, taps: tuple[int, ...]) -> SpdHead:
         num_layers=1,
     )
     torch.manual_seed(3)
-    head = SpdHead(config, Target(model, taps).frozen).float()
+    head = SpdHead(config, DecodingTarget(model, taps).frozen).float()
     with torch.no_grad():
         for _, parameter in head.trained():
             if parameter.ndim == 2:
@@ -198,7 +198,7 @@ def piped_head(model: torch.nn.Module, taps: tuple[int, ...]) -> SpdHead:
 
 
 def batch_over(model: torch.nn.Module, taps: tuple[int, ...], ids: list[int]) -> Batch:
-    with Target(model, taps) as target:
+    with DecodingTarget(model, taps) as target:
         target.start()
         aux = target.step(ids)[1].clone()
     total = len(ids)
@@ -233,7 +233,7 @@ def test_decoding_is_lossless_and_drafts_are_the_training_forwards() -> None:
                 for fill in (1, 2, 3)
             ]
         )
-    with Target(model, taps) as target:
+    with DecodingTarget(model, taps) as target:
         answer = pipelined_generate(target, head, prompt, max_tokens=40)
         sampled = pipelined_generate(
             target,

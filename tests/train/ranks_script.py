@@ -25,7 +25,7 @@ from dspark.cache.errors import DamagedCacheError
 from dspark.train import step
 from dspark.train.config import TrainConfig
 from dspark.train.data.feed import Feed
-from dspark.train.data.row import Row
+from dspark.train.data.row import PackedRow
 from dspark.train.data.stream import Rows
 from dspark.train.distributed import rank_here
 from dspark.train.loop import train
@@ -81,7 +81,7 @@ def run(job: dict[str, Any]) -> list[Any] | None:
 
     taken, take = 0, Feed.take
 
-    def no_sixth(self: Feed) -> list[Row]:
+    def no_sixth(self: Feed) -> list[PackedRow]:
         nonlocal taken
         taken += 1
         if taken == 6:

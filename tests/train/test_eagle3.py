@@ -19,7 +19,7 @@ import stores
 import tiny_models
 from dspark.cache.errors import MismatchError
 from dspark.tools.decode.decode import speculative_generate
-from dspark.tools.decode.target import Target, greedy_alone
+from dspark.tools.decode.target import DecodingTarget, greedy_alone
 from dspark.train.data.batch import Batch
 from dspark.train.draft import attention
 from dspark.train.draft.config import DraftConfig
@@ -46,7 +46,7 @@ def model_of(kind: str, ids: Tensor | None = None) -> Eagle3Model:
         draft_vocab_size=None if ids is None else len(ids),
     )
     torch.manual_seed(2)
-    model = drafter(kind).network(config, Target(MODEL, TAPS).frozen, ids)
+    model = drafter(kind).network(config, DecodingTarget(MODEL, TAPS).frozen, ids)
     assert isinstance(model, Eagle3Model)
     for _, parameter in model.trained():
         torch.nn.init.normal_(parameter, std=0.3)
@@ -222,7 +222,7 @@ def test_drafts_are_the_training_forwards_on_the_drafts_own_tokens(kind: str) ->
 @pytest.mark.parametrize("kind", ["eagle3", "peagle"])
 def test_decoding_is_lossless(kind: str) -> None:
     model, prompt = model_of(kind).float(), [5, 9, 77]
-    with Target(MODEL, TAPS) as target:
+    with DecodingTarget(MODEL, TAPS) as target:
         out = speculative_generate(target, model, prompt, max_tokens=16)
         of_one_token = speculative_generate(target, model, [5], max_tokens=8)
         drawn = speculative_generate(

@@ -16,7 +16,7 @@ from core_cases import small_draft
 from dspark.cache.errors import DamagedCacheError
 from dspark.cache.reader import open as open_store
 from dspark.train.data.feed import Feed
-from dspark.train.data.row import Row, blank
+from dspark.train.data.row import PackedRow, blank
 from dspark.train.data.stream import Stream
 from dspark.train.draft.attention import MaskTables
 from dspark.train.draft.sight import Sight
@@ -75,13 +75,13 @@ def test_a_placed_row_holds_the_store_s_states(tmp_path: Path, pad: bool) -> Non
 def test_the_feed_keeps_order_and_errors(tmp_path: Path) -> None:
     made = stream(tmp_path)
     steps = list(made.steps_from(0))
-    placed: list[Row] = []
+    placed: list[PackedRow] = []
 
-    def rows() -> Iterator[list[Row]]:
+    def rows() -> Iterator[list[PackedRow]]:
         yield from steps
         raise DamagedCacheError("part 3")
 
-    def place(row: Row) -> object:
+    def place(row: PackedRow) -> object:
         placed.append(row)
         return row.place(made.cache, torch.device("cpu"), torch.float32)
 

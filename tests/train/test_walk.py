@@ -16,7 +16,7 @@ from small_trainings import small_training
 import dspark.cache
 import tiny_models as tiny
 from dspark.tools.decode.decode import speculative_generate
-from dspark.tools.decode.target import Target, greedy_alone
+from dspark.tools.decode.target import DecodingTarget, greedy_alone
 from dspark.tools.judge.score import score
 from dspark.train.data import anchors as rules
 from dspark.train.data.batch import Batch
@@ -106,7 +106,7 @@ def test_greedy_walk_is_greedy_decoding(markov: str, reduced: bool) -> None:
     draft: DraftModel = tiny.draft(model, draft_ids=kept, markov_head_type=markov)
     tiny.agree(model, draft, [p + a for p, a in zip(prompts, answers, strict=True)][:3], steps=25)
     lengths = set[float]()
-    with Target(model, draft.config.target_layer_ids) as target:
+    with DecodingTarget(model, draft.config.target_layer_ids) as target:
         for prompt, answer in zip(prompts, answers, strict=True):
             done = speculative_generate(target, draft, prompt, max_tokens=30)
             assert done.tokens == answer

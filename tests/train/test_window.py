@@ -15,7 +15,7 @@ from dspark.cache.errors import TrainError
 from dspark.train import loop
 from dspark.train.config import TrainConfig
 from dspark.train.data.feed import Feed
-from dspark.train.data.row import Row
+from dspark.train.data.row import PackedRow
 from dspark.train.distributed import PeerError, World
 from dspark.train.loop import train
 from dspark.train.run.window import Logged
@@ -99,7 +99,7 @@ def test_a_reader_that_fails_loses_no_row_of_the_steps_before(
 ) -> None:
     take, calls = Feed.take, 0
 
-    def failing(self: Feed) -> list[Row]:
+    def failing(self: Feed) -> list[PackedRow]:
         nonlocal calls
         calls += 1
         if calls == 5:

@@ -23,7 +23,7 @@ import tiny_models as tiny
 from dspark.tools.check.parity import parity_of
 from dspark.tools.decode.decode import speculative_generate
 from dspark.tools.decode.outcome import Outcome
-from dspark.tools.decode.target import Target, greedy_alone
+from dspark.tools.decode.target import DecodingTarget, greedy_alone
 from dspark.tools.decode.vllm_serve import INTERPRETER_ENV, ServeRequest, run_vllm_each
 from dspark.train.draft.saved.folder import save_draft, write_config
 from dspark.train.draft.types import drafter
@@ -78,7 +78,7 @@ class Case:
         if self.layout == "speculators":
             verifier = (target, model.config.architectures)
             write_config(folder / "draft", draft.config, torch.float32, verifier=verifier)
-        with Target(model, draft.config.target_layer_ids) as tapped:
+        with DecodingTarget(model, draft.config.target_layer_ids) as tapped:
             ours = [
                 speculative_generate(tapped, draft, p, max_tokens=MAX_TOKENS).outcome(self.size)
                 for p in PROMPTS

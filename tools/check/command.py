@@ -211,12 +211,12 @@ def _decode(
     from dspark.tools.check.probe import answer_of
     from dspark.tools.check.symptoms import against_record, readings, symptoms
     from dspark.tools.check.tensor_rules import frozen
-    from dspark.tools.decode.target import Target, greedy_alone
+    from dspark.tools.decode.target import DecodingTarget, greedy_alone
     from dspark.train.draft.saved.folder import load_draft
 
     layers = range(-1, target.shapes.num_layers)
     prompts = _prompts(config, target)
-    with Target(model, list(layers), decodes=False) as tapped:
+    with DecodingTarget(model, list(layers), decodes=False) as tapped:
         findings += frozen(files, tapped.frozen)
         draft = load_draft(config.draft, tapped.frozen, dtype=model.dtype).to(model.device).eval()
         answers = []

@@ -102,14 +102,14 @@ def ours_and_served(
     folders ``target`` and ``draft``: an outcome per prompt from each.
     """
     from dspark.tools.decode.decode import speculative_generate
-    from dspark.tools.decode.target import Target
+    from dspark.tools.decode.target import DecodingTarget
     from dspark.tools.decode.vllm_serve import ServeRequest, run_vllm
     from dspark.train.draft.saved.folder import load_config, load_draft
     from dspark.train.draft.types import drafter
 
     config = load_config(draft)
     size = config.block_size
-    with Target(model, config.target_layer_ids) as tapped:
+    with DecodingTarget(model, config.target_layer_ids) as tapped:
         ready = load_draft(draft, tapped.frozen, dtype=model.dtype).to(model.device).eval()
         ours = [
             speculative_generate(

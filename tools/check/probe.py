@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dspark.tools.decode.target import Target
+from dspark.tools.decode.target import DecodingTarget
 from dspark.train.data.batch import Batch
 from dspark.train.draft.model import DraftModel
 from dspark.train.draft.types import drafter
@@ -73,7 +73,7 @@ class Probed:
         return out
 
 
-def answer_of(target: Target, prompt: Sequence[int], tokens: Sequence[int]) -> Answer:
+def answer_of(target: DecodingTarget, prompt: Sequence[int], tokens: Sequence[int]) -> Answer:
     """Run one forward pass over ``prompt`` and the ``tokens`` the target answered; ``target`` must
     be entered and tap every requested layer.
     """

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from dspark.tools.decode.outcome import Outcome
 from dspark.tools.decode.rejection import sample, verify_greedy, verify_sampled
-from dspark.tools.decode.target import Target
+from dspark.tools.decode.target import DecodingTarget
 from dspark.train.draft.decoding import Drafted
 from dspark.train.draft.model import DraftModel
 from dspark.train.draft.types import drafter
@@ -57,7 +57,7 @@ class Generation:
 
 
 def speculative_generate(
-    target: Target,
+    target: DecodingTarget,
     draft: DraftModel,
     prompt: Sequence[int],
     *,
@@ -99,7 +99,9 @@ def speculative_generate(
     return Generation(_cut(out, max_tokens, stop_ids), blocks, time.perf_counter() - start)
 
 
-def outcome_of(target: Target, draft: DraftModel, prompt: Sequence[int], **how: Any) -> Outcome:
+def outcome_of(
+    target: DecodingTarget, draft: DraftModel, prompt: Sequence[int], **how: Any
+) -> Outcome:
     """Generate one answer with a draft of any type, and return its counts; ``how`` as for
     ``speculative_generate``.
     """

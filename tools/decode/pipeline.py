@@ -20,7 +20,7 @@ from torch import Tensor
 
 from dspark.tools.decode.outcome import Outcome
 from dspark.tools.decode.rejection import sample, verify_greedy, verify_sampled
-from dspark.tools.decode.target import Target
+from dspark.tools.decode.target import DecodingTarget
 from dspark.train.draft.decoding import Drafted
 from dspark.train.draft.model import DraftModel
 from dspark.train.draft.spd.decoding import SpdDecoder
@@ -67,7 +67,7 @@ class Piped:
 
 
 def pipelined_generate(
-    target: Target,
+    target: DecodingTarget,
     draft: DraftModel,
     prompt: Sequence[int],
     *,

@@ -29,7 +29,7 @@ from dspark.dump.target.config import shapes_of, text_json
 from dspark.dump.target.weights import find_parts, frozen_target
 
 
-class Target:
+class DecodingTarget:
     """A transformers causal LM with its KV cache, for one sequence at a time. A context manager
     that removes its hooks at the end.
     """

@@ -139,7 +139,7 @@ def _with_transformers(
     import torch
 
     from dspark.tools.decode.decode import outcome_of
-    from dspark.tools.decode.target import Target, greedy_alone, load_model
+    from dspark.tools.decode.target import DecodingTarget, greedy_alone, load_model
     from dspark.train.draft.saved.folder import load_config, load_draft
 
     model = load_model(config.model, config.device, config.dtype)
@@ -155,7 +155,7 @@ def _with_transformers(
     by_itself(prompts[0], 2)  # the first call is slow, and not timed
     for place, (folder, outcomes) in enumerate(zip(drafts, drafted, strict=True)):
         last = folder == drafts[-1] and outcomes is drafted[-1]
-        with Target(model, load_config(folder).target_layer_ids) as target:
+        with DecodingTarget(model, load_config(folder).target_layer_ids) as target:
             draft = load_draft(folder, target.frozen, dtype=model.dtype).to(model.device).eval()
             generator = torch.Generator(model.device).manual_seed(config.seed)
 

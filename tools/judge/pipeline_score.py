@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     import torch
 
     from dspark.cache.reader import Cache
-    from dspark.train.data.row import Row
+    from dspark.train.data.row import PackedRow
     from dspark.train.draft.attention import Backend
     from dspark.train.draft.spd.head import SpdHead
 
@@ -53,7 +53,7 @@ def runs(anchors: npt.NDArray[np.int64]) -> list[slice]:
 def pipeline_score(
     model: SpdHead,
     cache: Cache,
-    rows: Iterable[Row],
+    rows: Iterable[PackedRow],
     *,
     device: torch.device,
     dtype: torch.dtype,

@@ -20,7 +20,7 @@ from dspark.tools.judge import several
 if TYPE_CHECKING:
     from dspark.cache.reader import Cache
     from dspark.train.data.batch import Batch
-    from dspark.train.data.row import Row
+    from dspark.train.data.row import PackedRow
     from dspark.train.objective.objective import ObjectiveOutput
     from dspark.train.objective.slots import SlotInputs
 
@@ -104,7 +104,7 @@ def forced(
     )  # fmt: skip
     total = len(stream.plan(VALIDATION_EPOCH))
 
-    def rows() -> Iterator[Row]:
+    def rows() -> Iterator[PackedRow]:
         for done, step in enumerate(stream.steps_from(VALIDATION_EPOCH)):
             yield from step
             progress(done + 1, total)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from dspark.train.data.batch import ARRAYS, Batch
-from dspark.train.data.row import Row
+from dspark.train.data.row import PackedRow
 
 AHEAD = 2  # steps that may be queued on the GPU
 
@@ -25,14 +25,17 @@ class Feed:
     """Yields the steps of ``rows``, each a list of rows; ``place`` brings one to ``device``."""
 
     def __init__(
-        self, rows: Iterator[list[Row]], place: Callable[[Row], Batch], device: torch.device
+        self,
+        rows: Iterator[list[PackedRow]],
+        place: Callable[[PackedRow], Batch],
+        device: torch.device,
     ) -> None:
         self._rows, self._place = rows, place
         cuda = device.type == "cuda"
         self._side: Any = torch.cuda.Stream(device) if cuda else None  # type: ignore[no-untyped-call]
         self._steps: deque[Any] = deque()  # an event at the end of each step that is queued
-        self._fetched: list[Row] | Exception | None = None
-        self._placed: tuple[Row, Batch, Any] | None = None
+        self._fetched: list[PackedRow] | Exception | None = None
+        self._placed: tuple[PackedRow, Batch, Any] | None = None
         self.waited = 0.0
 
     def fetch(self) -> None:
@@ -51,7 +54,7 @@ class Feed:
             self.waited += time.perf_counter() - started
         self._ahead(next((row for row in self._fetched if row.slots), None))
 
-    def take(self) -> list[Row]:
+    def take(self) -> list[PackedRow]:
         """Return the rows of the next step."""
         self.fetch()
         taken, self._fetched = self._fetched, None
@@ -60,7 +63,7 @@ class Feed:
         assert taken is not None
         return taken
 
-    def batches(self, rows: list[Row]) -> Iterator[Batch]:
+    def batches(self, rows: list[PackedRow]) -> Iterator[Batch]:
         """Yield ``rows`` on the device, one after another."""
         for i, row in enumerate(rows):
             if self._placed is None or self._placed[0] is not row:
@@ -83,7 +86,7 @@ class Feed:
         while len(self._steps) > AHEAD:
             self._steps.popleft().synchronize()
 
-    def _ahead(self, row: Row | None) -> None:
+    def _ahead(self, row: PackedRow | None) -> None:
         if row is None:
             return
         if self._side is None:

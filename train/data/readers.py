@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from dspark.cache.errors import DsparkError, TrainError
 from dspark.cache.shared.stopping import leave_to_parent
-from dspark.train.data.row import Row
+from dspark.train.data.row import PackedRow
 
 AHEAD = 4  # rows that each reader has ready
 GRACE = 2.0  # seconds in which a reader whose connection broke is seen to be gone
@@ -32,8 +32,8 @@ LIKELY = {"SIGKILL": " (out of memory?)", "SIGBUS": " (is /dev/shm full?)"}
 
 
 def read_ahead(
-    rows: Dataset[Row], order: Iterable[tuple[int, int]], *, workers: int, pin: bool
-) -> Iterator[Row]:
+    rows: Dataset[PackedRow], order: Iterable[tuple[int, int]], *, workers: int, pin: bool
+) -> Iterator[PackedRow]:
     """``rows[at]`` for each ``at`` of ``order``, read by ``workers`` processes (0 = by this one)
     that start with this call and live as long as the iterator. It raises what reading raised, and
     TrainError if a reader died.
@@ -55,7 +55,9 @@ def read_ahead(
     return _taken(ahead, readers)
 
 
-def _taken(ahead: Iterator[Row | DsparkError], readers: list[BaseProcess]) -> Iterator[Row]:
+def _taken(
+    ahead: Iterator[PackedRow | DsparkError], readers: list[BaseProcess]
+) -> Iterator[PackedRow]:
     while True:
         _all_there(readers)
         try:
@@ -71,12 +73,12 @@ def _taken(ahead: Iterator[Row | DsparkError], readers: list[BaseProcess]) -> It
         yield row
 
 
-class _Told(Dataset[Row | DsparkError]):
+class _Told(Dataset[PackedRow | DsparkError]):
     """Returns rows, or the original error of reading one: the loader would return an exception with
     its trace in the message.
     """
 
-    def __init__(self, rows: Dataset[Row]) -> None:
+    def __init__(self, rows: Dataset[PackedRow]) -> None:
         self.rows = rows
         self._packed: torch.Tensor | None = None
 
@@ -93,7 +95,7 @@ class _Told(Dataset[Row | DsparkError]):
     def __setstate__(self, state: dict[str, torch.Tensor]) -> None:
         self.__init__(pickle.loads(state["packed"].numpy().tobytes()))  # type: ignore[misc]
 
-    def __getitem__(self, at: tuple[int, int]) -> Row | DsparkError:
+    def __getitem__(self, at: tuple[int, int]) -> PackedRow | DsparkError:
         try:
             return self.rows[at]
         except DsparkError as error:

@@ -56,7 +56,7 @@ class Field:
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class PackedRow:
     """A ``Batch`` without decoded states but with their codes, in ``data`` uint8[bytes].
     ``tokens``: tokens of documents, without padding; ``slots``: N; ``store``: the store that its
     samples come from.

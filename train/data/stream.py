@@ -30,7 +30,7 @@ from dspark.cache.joined import Stores
 from dspark.train.data import anchors as rules
 from dspark.train.data.batch import Batch, MakeTables
 from dspark.train.data.readers import read_ahead
-from dspark.train.data.row import Row
+from dspark.train.data.row import PackedRow
 
 # the "epoch" whose anchors are drawn for validation: the same ones every time
 VALIDATION_EPOCH = -1
@@ -127,7 +127,7 @@ def pack(order: Sequence[int] | rules.Int64, lengths: rules.Int64, total_seq_len
     return Packed(samples, np.array(starts, np.int64))
 
 
-class Rows(Dataset[Row]):
+class Rows(Dataset[PackedRow]):
     """``rows[epoch, i]`` reads, checks and assembles row i of an epoch. Runs in worker processes,
     each with its own plan.
     """
@@ -135,7 +135,7 @@ class Rows(Dataset[Row]):
     def __init__(self, stream: Stream) -> None:
         self.stream = stream
 
-    def __getitem__(self, at: tuple[int, int]) -> Row:
+    def __getitem__(self, at: tuple[int, int]) -> PackedRow:
         epoch, i = at
         stream = self.stream
         members = stream.plan(epoch)[i]
@@ -179,7 +179,7 @@ class Rows(Dataset[Row]):
         if stream.tables is not None:
             tables = stream.tables(batch.doc, batch.anchors, batch.anchor_valid)
             batch = replace(batch, tables=tables)
-        return Row.build(batch, samples, used, store)
+        return PackedRow.build(batch, samples, used, store)
 
 
 class Stream:
@@ -298,7 +298,7 @@ class Stream:
         rank: int = 0,
         world: int = 1,
         endless: bool = False,
-    ) -> Iterator[list[Row]]:
+    ) -> Iterator[list[PackedRow]]:
         """Return the rows of each step, read ahead by ``workers`` processes that start with this
         call and live as long as the iterator (across epochs).
         """

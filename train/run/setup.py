@@ -19,7 +19,7 @@ from dspark.train.compute import Compute, choose_compute, keep_compiled, start_c
 from dspark.train.config import TrainConfig
 from dspark.train.data.anchors import Int64
 from dspark.train.data.batch import Batch
-from dspark.train.data.row import Row, blank
+from dspark.train.data.row import PackedRow, blank
 from dspark.train.data.stream import VALIDATION_EPOCH, Stream, split
 from dspark.train.data.vocab import choose_ids, covered
 from dspark.train.distributed import World
@@ -59,7 +59,7 @@ class Run:
     """What a warm start took; None for a draft that begins with random tensors."""
     guard: Callable[[], None] = lambda: None
     """Called before a checkpoint is written; raises where this process may not write any more."""
-    rows: Iterator[list[Row]] | None = None
+    rows: Iterator[list[PackedRow]] | None = None
     """This rank's rows of each step from ``prepare``'s ``begin`` on, which their readers are
     reading.
     """
@@ -190,7 +190,7 @@ def prepare(config: TrainConfig, world: World | None = None, begin: Position | N
 
 def rows_of(
     stream: Stream, begin: Position, compute: Compute, world: World, workers: int
-) -> Iterator[list[Row]]:
+) -> Iterator[list[PackedRow]]:
     """Return this rank's rows of each step from ``begin`` on, endlessly; starts their readers."""
     return stream.steps_from(
         begin.epoch,
