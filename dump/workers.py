@@ -6,17 +6,15 @@ import multiprocessing
 import os
 import pickle
 import tempfile
-import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import connection
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
 from dspark.cache.errors import EngineError
-from dspark.cache.shared.stopping import leave_to_parent
+from dspark.cache.shared.stopping import end_with_parent, leave_to_parent
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -118,14 +116,7 @@ class WorkerPool(ProcessPoolExecutor):
 
 def _begin(meet: Barrier, given: str) -> None:
     leave_to_parent()
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def watch() -> None:
-        connection.wait([parent.sentinel])
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
+    end_with_parent()
     try:
         start, arguments = pickle.loads(Path(given).read_bytes())
     except FileNotFoundError:

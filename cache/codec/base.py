@@ -41,7 +41,7 @@ from typing import TYPE_CHECKING, Literal, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from dspark.cache.errors import EngineError
+from dspark.cache.errors import EngineError, FormatVersionError
 from dspark.cache.json_text import Json
 from dspark.cache.records import Coded, CodedSample, TokenSample, last_rows
 from dspark.cache.settings import DEFAULT_PACKING
@@ -343,3 +343,14 @@ def to_numpy(
 ) -> dict[str, np.ndarray[tuple[int, ...], np.dtype[np.generic]]]:
     """Copy codes from any device to numpy arrays on the host, bit for bit."""
     return {name: t.cpu().numpy() for name, t in coded.items()}
+
+
+def refuse_other_params(known: Codec, params: Json, where: str) -> None:
+    """Raise FormatVersionError unless a store recorded the ``params`` that this release's codec of
+    that name has.
+    """
+    if known.params != params:
+        raise FormatVersionError(
+            f"{where}: codec {known.name} has parameters {params}, this release knows "
+            f"{known.params}. Use the dspark release that wrote the store."
+        )

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
-from dspark.cache.codec.base import ArraySpec, Tokens
+from dspark.cache.codec.base import ArraySpec, Tokens, refuse_other_params
 from dspark.cache.codec.bf16 import Bf16
 from dspark.cache.codec.centre import CALIBRATION, CENTRE_KEYS, Centre
 from dspark.cache.codec.rotated import Rotated
@@ -260,11 +260,7 @@ class FieldsFamily:
         where: str,
     ) -> Fields:
         known = self.make(name, pack)
-        if known.params != params:
-            raise FormatVersionError(
-                f"{where}: codec {name} has parameters {params}, this release knows "
-                f"{known.params}. Use the dspark release that wrote the store."
-            )
+        refuse_other_params(known, params, where)
         centres = {
             field: Centre.from_tensors(of_field(field, calibration), where)
             for field in FIELDS

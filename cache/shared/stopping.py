@@ -51,6 +51,23 @@ def leave_to_parent(*numbers: signal.Signals) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
+def end_with_parent() -> None:
+    """End this process as soon as its parent does, however that ends; in a process that
+    ``multiprocessing`` started.
+    """
+    import multiprocessing
+    from multiprocessing import connection
+
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        connection.wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 class Stopping:
     """While active, signals set ``asked``; with ``raises``, the first one also raises
     KeyboardInterrupt in the main thread.

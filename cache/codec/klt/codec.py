@@ -20,13 +20,19 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from dspark.cache.codec.base import EXACT_TOKEN, ArraySpec, Tokens, check_finite
+from dspark.cache.codec.base import (
+    EXACT_TOKEN,
+    ArraySpec,
+    Tokens,
+    check_finite,
+    refuse_other_params,
+)
 from dspark.cache.codec.klt import fast
 from dspark.cache.codec.klt.fast import Seen
 from dspark.cache.codec.klt.half import half_on
 from dspark.cache.codec.klt.symbols import BAND, CLASSES
 from dspark.cache.codec.klt.tables import CONTEXT, Tables
-from dspark.cache.errors import FormatVersionError, UsageError
+from dspark.cache.errors import UsageError
 from dspark.cache.settings import DEFAULT_PACKING, klt_name, klt_numbers
 
 if TYPE_CHECKING:
@@ -395,12 +401,7 @@ class KltFamily:
         where: str,
     ) -> Klt:
         known = self.make(name, pack)
-        if params != known.params:
-            raise FormatVersionError(
-                f"{where}: codec {name} has parameters {params}, this release knows "
-                f"{known.params}. "
-                "Use the dspark release that wrote the store."
-            )
+        refuse_other_params(known, params, where)
         if not calibration:
             return known
         return known.with_tables(Tables.of(calibration, where, known.coarse))

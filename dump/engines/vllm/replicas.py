@@ -21,7 +21,7 @@ from multiprocessing import connection
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dspark.cache.errors import DsparkError, EngineError, UsageError
-from dspark.cache.shared.stopping import leave_to_parent
+from dspark.cache.shared.stopping import end_with_parent, leave_to_parent
 from dspark.dump.engines.engine import GROUPS, Captured, EngineRun, Prediction, States
 from dspark.dump.engines.registry import engine_version
 from dspark.dump.engines.vllm.engine import Member, VllmEngine, checked
@@ -285,7 +285,7 @@ def same_on_replicas(first: torch.Tensor, other: torch.Tensor, number: int) -> N
 def serve(pipe: Any, run: EngineRun, split: Split, gpus: str | None) -> None:
     """Run an engine's process: start it, then process messages from ``pipe``."""
     leave_to_parent()
-    _end_with_parent()
+    end_with_parent()
     if gpus is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = gpus
     try:
@@ -362,17 +362,6 @@ def _groups(pipe: Any, numbers: list[int]) -> Iterator[Sequence[TokenSample]]:
         number, samples = message
         numbers.append(number)
         yield samples
-
-
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def watch() -> None:
-        connection.wait([parent.sentinel])
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
 
 
 def _silent(line: str) -> None:
