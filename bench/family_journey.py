@@ -34,7 +34,7 @@ def journey(kind: str, folder: Path) -> dict[str, Any]:
     from dspark.dump.run import dump
     from dspark.dump.target.config import load_target
     from dspark.dump.target.weights import find_frozen
-    from dspark.tools.check.command import CheckConfig, check
+    from dspark.tools.check.stages import CheckConfig, check
     from dspark.tools.publish.export import export
 
     model = families.save(folder / "target", kind)

@@ -274,7 +274,7 @@ def test_ranks_that_hold_parts_are_named() -> None:
 
 
 def test_check_says_what_to_serve_with(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from dspark.tools.check.command import served_states
+    from dspark.tools.check.servers import served_states
 
     root = write(tmp_path / "vllm", SOURCES)
     monkeypatch.setattr("dspark.dump.engines.vllm.source.vllm_root", lambda: root)

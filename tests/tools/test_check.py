@@ -22,10 +22,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import tiny_models as tiny
-from dspark.tools.check import command as check_run
-from dspark.tools.check import parity
-from dspark.tools.check.command import CheckConfig, check, check_command
-from dspark.tools.check.vllm_versions import vllm_at_least
+from dspark.tools.check import parity, servers
+from dspark.tools.check.command import check_command
+from dspark.tools.check.servers import vllm_at_least
+from dspark.tools.check.stages import CheckConfig, check
 from dspark.tools.decode import vllm_serve
 from dspark.tools.decode.outcome import Outcome
 from dspark.tools.decode.target import greedy_alone
@@ -388,7 +388,7 @@ def test_the_first_vllm_that_reads_a_draft(made: Path, layers: int, form: str, w
 def test_a_server_that_is_too_old_is_named(
     made: Path, monkeypatch: pytest.MonkeyPatch, installed: str | None, ok: bool
 ) -> None:
-    monkeypatch.setattr(check_run, "vllm_version", lambda: installed)
+    monkeypatch.setattr(servers, "vllm_version", lambda: installed)
     found = run(made, made / "draft", decode=False)
     assert found["ok"] is ok
     assert [f["name"] for f in found["findings"] if f["level"] == "error"] == (

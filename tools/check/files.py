@@ -11,7 +11,7 @@ whether it is certain:
 - ``suspicion``: the draft runs, but something looks like a known mistake.
   ``dspark.tools.check.symptoms`` adds those that only decoding shows.
 - ``note``: nothing is wrong; says what could not be judged, or what a server will do. Only the
-  draft's own tensors are loaded here; ``check`` in ``dspark.tools.check.command`` adds the target
+  draft's own tensors are loaded here; ``check`` in ``dspark.tools.check.stages`` adds the target
   and the real server.
 """
 

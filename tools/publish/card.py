@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from dspark.tools import records
-from dspark.tools.check.vllm_versions import vllm_at_least
+from dspark.tools.check.servers import vllm_at_least
 from dspark.train.draft.config import DraftConfig
 
 RECIPE = (
