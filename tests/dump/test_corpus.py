@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gzip
 import hashlib
 import json
@@ -11,9 +12,11 @@ from typing import Any
 
 import pytest
 
+from dspark.cache.canonical import canonical
 from dspark.cache.errors import DataError, UsageError
 from dspark.dump.corpus import rows
-from dspark.dump.corpus.rows import BadRow
+from dspark.dump.corpus.parts import rows_sha256
+from dspark.dump.corpus.rows import BadRow, Row
 from dspark.dump.corpus.shapes import ChatRow, TokenRow, parse_row
 from dspark.dump.corpus.sources import open_corpus
 
@@ -234,3 +237,24 @@ def test_weights_are_the_bytes_of_the_rows(tmp_path: Path) -> None:
     corpus = open_corpus(str(path))
     assert corpus.weights() == [9, 10]
     assert corpus.count() == 2
+
+
+def test_rows_have_the_hash_of_a_copy_of_all_their_fields() -> None:
+    """``rows_sha256`` copies nothing; resumed stores hold what asdict's copies gave."""
+    messages = [
+        {"role": "user", "content": "é\ud800"},
+        {"role": "assistant", "content": [{"a": 1}]},
+    ]
+    given = [
+        Row(3, "a:1", ChatRow(messages, [{"b": None}], False, frozenset({2, 1}), {"c": 1.5})),
+        Row(4, "a:2", TokenRow([1, 2], [True, False], "x")),
+        Row(5, "a:3", BadRow("not JSON")),
+    ]
+    want = hashlib.sha256()
+    for row in given:
+        value: dict[str, Any] = {"malformed": True}
+        if not isinstance(row.value, BadRow):
+            copied = dataclasses.asdict(row.value).items()
+            value = {k: sorted(v) if isinstance(v, frozenset) else v for k, v in copied}
+        want.update(canonical({**value, "number": row.number}) + b"\n")
+    assert rows_sha256(given) == want.hexdigest()

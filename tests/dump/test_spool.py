@@ -12,8 +12,10 @@ import numpy as np
 import pytest
 import torch
 
+from dspark.cache.codec import registry
 from dspark.dump.engines.vllm.slots import Slots
 from dspark.dump.engines.vllm.spool import (
+    Coding,
     SpoolError,
     SpoolReader,
     hold,
@@ -166,3 +168,13 @@ def test_what_no_slot_has_room_for_goes_by_file(tmp_path: Path) -> None:
     assert to_host({"aux_code": torch.zeros(4200, dtype=torch.uint8)}, slots).slot is not None
     assert to_host({"aux_code": torch.zeros(9000, dtype=torch.uint8)}, slots).slot is None
     assert sum(slot.block.size for slot in slots._slots) <= 5000
+
+
+@pytest.mark.parametrize("columns", [[0, 1], [1, 2], [2], [2, 0], [1, 1]])
+def test_the_layers_of_a_store_are_taken_whether_adjacent_or_not(columns: list[int]) -> None:
+    states, codec = torch.randn(5, 4, 64), registry.make("rotated-4-16")
+    stored, ids = torch.tensor([1, 3]), np.arange(5, dtype=np.int32)
+    got = Coding(codec, columns, 3, torch.nn.Identity()).encode(states, stored, ids, [5])
+    want = codec.encode(states[:, columns], states[stored, 3])
+    assert got.keys() == want.keys()
+    assert all(torch.equal(got[name], want[name]) for name in want)

@@ -94,7 +94,9 @@ class RequestLoop(Generic[Key]):
         self._open[name] = (key, tokens)
         self._tokens += tokens
         began = time.perf_counter()
-        self._guarded(self._engine.add_request, name, {"prompt_token_ids": prompt}, params)
+        # As vLLM's renderer returns token ids: it need not run, which took half of the time.
+        rendered = {"type": "token", "prompt_token_ids": prompt}
+        self._guarded(self._engine.add_request, name, rendered, params)
         self.adding += time.perf_counter() - began
 
     def step(self) -> list[tuple[Key, Any]]:

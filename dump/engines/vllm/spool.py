@@ -60,8 +60,8 @@ WAIT_SECONDS = (
     600.0
 )
 RANK_SECONDS = 60.0  # how much longer another rank may take than the first
-LOOK_SECONDS = 0.001  # between two looks for a file
-ALIVE_SECONDS = 0.05  # between two looks for its worker
+LOOK_SECONDS = 0.002  # between two looks for a file
+ALIVE_SECONDS = 0.05  # between two looks for its worker, and for its reason to have written none
 ALIGNED = 64  # bytes
 
 
@@ -105,7 +105,16 @@ class Coding:
             )
             tokens = Tokens(ids_there, start_there, stored, self.embedding)
         last = self.norm(states[stored, self.last_column])
-        return self.codec.encode(states[:, self.columns], last, tokens)
+        return self.codec.encode(states[:, self._taken].contiguous(), last, tokens)
+
+    @property
+    def _taken(self) -> slice | list[int]:
+        """Return ``columns`` as an index: a slice where they are adjacent, for which nothing is
+        copied to the device.
+        """
+        first, n = self.columns[0], len(self.columns)
+        adjacent = self.columns == list(range(first, first + n))
+        return slice(first, first + n) if adjacent else self.columns
 
 
 def write_coding(folder: Path, coding: Coding) -> None:
@@ -332,9 +341,9 @@ class SpoolReader:
         patience = RANK_SECONDS if rank else WAIT_SECONDS
         now = look = time.monotonic()
         end = now + patience
-        while not (os.path.exists(name) or os.path.exists(name + ERROR)):
+        while not os.path.exists(name):
             if (now := time.monotonic()) >= look:
-                if not self._alive():
+                if os.path.exists(name + ERROR) or not self._alive():
                     return
                 look = now + ALIVE_SECONDS
             if now > end:
