@@ -14,8 +14,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
 
-from dspark.cache.codec.base import Codec, check_finite, naming
+from dspark.cache.codec.base import Codec
 from dspark.cache.codec.centre import spread
+from dspark.cache.codec.state_errors import check_finite, naming
 from dspark.cache.quality import Probe, probe_of, share_of
 from dspark.cache.records import TokenSample
 from dspark.cache.sizing import RowBytes

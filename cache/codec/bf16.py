@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from dspark.cache.codec.base import ArraySpec, check_finite
+from dspark.cache.codec.base import ArraySpec
+from dspark.cache.codec.state_errors import check_finite
 from dspark.cache.json_text import Json
 from dspark.cache.settings import DEFAULT_PACKING
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
-from dspark.cache.codec.base import ArraySpec, StateError, check_finite
+from dspark.cache.codec.base import ArraySpec
 from dspark.cache.codec.centre import Centre
 from dspark.cache.codec.quant import SCALE_ZERO, distortion, entropy, scale_table
 from dspark.cache.codec.rotated_tables import (
@@ -25,6 +25,7 @@ from dspark.cache.codec.rotated_tables import (
     scale_over_unit,
 )
 from dspark.cache.codec.rotation import GROUP_LEAST, energy, group_size, rotate, signs, unrotation
+from dspark.cache.codec.state_errors import StateError, check_finite
 from dspark.cache.errors import UsageError
 from dspark.cache.json_text import Json
 from dspark.cache.settings import DEFAULT_PACKING

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from dspark.cache.codec.base import check_finite, naming
+from dspark.cache.codec.state_errors import check_finite, naming
 from dspark.cache.errors import EngineError
 from dspark.cache.records import TokenSample, last_rows
 from dspark.cache.target.frozen import FrozenTarget

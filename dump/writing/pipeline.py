@@ -30,7 +30,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dspark.cache.codec.base import EXACT_TOKEN, naming, tokens_of
+from dspark.cache.codec.base import EXACT_TOKEN, tokens_of
+from dspark.cache.codec.state_errors import naming
 from dspark.cache.errors import EngineError
 from dspark.cache.files.layout import SOURCE_STRIDE
 from dspark.cache.parts.part import PartJob

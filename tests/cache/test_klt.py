@@ -19,8 +19,8 @@ from dspark.cache.codec.base import EXACT_TOKEN, Tokens
 from dspark.cache.codec.bf16 import LOSSLESS_BITS
 from dspark.cache.codec.klt import moments
 from dspark.cache.codec.klt.codec import FAMILY, Klt, Known
-from dspark.cache.codec.klt.fit import HELD_OUT, Piece, one_in_eight, pieces_of
 from dspark.cache.codec.klt.half import half_on
+from dspark.cache.codec.klt.pieces import HELD_OUT, Piece, one_in_eight, pieces_of
 from dspark.cache.codec.klt.symbols import BAND, CLASSES, Packing, entropy_columns, pack, quantise
 from dspark.cache.codec.klt.tables import Tables, Transform
 from dspark.cache.errors import DamagedCacheError, EngineError, FormatVersionError, UsageError

@@ -20,18 +20,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from dspark.cache.codec.base import (
-    EXACT_TOKEN,
-    ArraySpec,
-    Tokens,
-    check_finite,
-    refuse_other_params,
-)
+from dspark.cache.codec.base import EXACT_TOKEN, ArraySpec, Tokens, refuse_other_params
 from dspark.cache.codec.klt import fast
 from dspark.cache.codec.klt.fast import Seen
 from dspark.cache.codec.klt.half import half_on
 from dspark.cache.codec.klt.symbols import BAND, CLASSES
 from dspark.cache.codec.klt.tables import CONTEXT, Tables
+from dspark.cache.codec.state_errors import check_finite
 from dspark.cache.errors import UsageError
 from dspark.cache.settings import DEFAULT_PACKING, klt_name, klt_numbers
 
@@ -116,8 +111,8 @@ class Klt:
         in float32, and the target's matrices in 16 bits. Equations that need more are solved on the
         host (``where_it_fits``).
         """
-        from dspark.cache.codec.klt.fit import PIECE
         from dspark.cache.codec.klt.moments import sums_bytes
+        from dspark.cache.codec.klt.pieces import PIECE
 
         width = (layers + 2) * hidden
         return 3 * sums_bytes(width) + 3 * 4 * PIECE * width + 2 * 2 * vocab * hidden

@@ -26,8 +26,9 @@ import numpy.typing as npt
 from dspark.cache.codec.base import Tokens
 from dspark.cache.codec.klt.codec import Known
 from dspark.cache.codec.klt.half import half_on
-from dspark.cache.codec.klt.moments import FISHER_ROWS, Moments, eigen, fisher, regression, root
-from dspark.cache.codec.klt.rate import STEP_ROWS, Corpus, Rows, stepped
+from dspark.cache.codec.klt.moments import Moments, eigen, fisher, regression, root
+from dspark.cache.codec.klt.pieces import Piece, one_in_eight, pieces_of, some_of, spread
+from dspark.cache.codec.klt.rate import Corpus, Rows, stepped
 from dspark.cache.codec.klt.symbols import Packing
 from dspark.cache.codec.klt.tables import CONTEXT, Tables, Transform
 from dspark.cache.errors import UsageError
@@ -43,57 +44,6 @@ MASSIVE = 10.0  # a row of this many times a layer's median norm is left out of 
 # of the median deviation, so that a constant channel does not divide by zero
 LEAST_DEVIATION = 1e-3
 RIDGE_AUX, RIDGE_LAST = 1e-2, 5e-2  # of the features' mean variance
-PIECE = 4096  # tokens, in whole samples, that are on the device at once
-HELD_OUT = 8  # of so many samples, one sets the step; the others are learnt from
-
-
-class Piece(NamedTuple):
-    """States of a run of samples: ``aux`` [T, L, H], ``last`` [M, H], any float dtype."""
-
-    aux: torch.Tensor
-    last: torch.Tensor
-    tokens: Tokens
-
-
-def pieces_of(
-    aux: torch.Tensor, last: torch.Tensor, tokens: Tokens, held: npt.NDArray[np.bool_]
-) -> tuple[list[Piece], list[Piece]]:
-    """Return runs of whole samples of about ``PIECE`` tokens: those to learn from, and those of the
-    samples that are ``held`` out, bool [N].
-    """
-    starts = tokens.sample_start.cpu().numpy()
-    samples = len(starts) - 1
-    ends = [0]
-    for i in range(1, samples + 1):
-        full = starts[i] - starts[ends[-1]] >= PIECE
-        if full or i == samples or held[i] != held[i - 1]:
-            ends.append(i)
-    at = np.searchsorted(tokens.last_token.cpu().numpy(), starts[ends])
-    out: tuple[list[Piece], list[Piece]] = ([], [])
-    for n in range(len(ends) - 1):
-        a, b = int(starts[ends[n]]), int(starts[ends[n + 1]])
-        rows = slice(int(at[n]), int(at[n + 1]))
-        own = dataclasses.replace(
-            tokens,
-            input_ids=tokens.input_ids[a:b],
-            sample_start=tokens.sample_start[ends[n] : ends[n + 1] + 1] - a,
-            last_token=tokens.last_token[rows] - a,
-        )
-        out[int(held[ends[n]])].append(Piece(aux[a:b], last[rows], own))
-    return out
-
-
-def one_in_eight(
-    size: npt.NDArray[np.float64], fit: npt.NDArray[np.bool_]
-) -> npt.NDArray[np.bool_]:
-    """Return which samples to hold out, bool [N]: every n-th of those ``fit`` for it, in the order
-    of ``size``, so that the two kinds are alike in it; at least one.
-    """
-    order = np.argsort(size, kind="stable")
-    order = order[fit[order]]
-    held = np.zeros(len(size), np.bool_)
-    held[order[min(HELD_OUT // 2, len(order) - 1) :: HELD_OUT]] = True
-    return held
 
 
 def fit(
@@ -320,7 +270,7 @@ class _Fit:
         for states, features in rows(learn):
             moments.add(torch.cat([states, features], 1))
         head = self.about.head if self.about.head is not None else self.about.embedding
-        metric, inverse = root(fisher(_spread([*learn, *keep]), head.to(self.device)))
+        metric, inverse = root(fisher(spread([*learn, *keep]), head.to(self.device)))
         whole = self.last_transform(moments, count, metric, inverse)
         own = half_on(whole, self.device)
 
@@ -345,8 +295,8 @@ class _Fit:
         """Return the ``rows`` that stand for those of the corpus (``Rows.of``)."""
         total = sum(p.aux.shape[0] for p in [*learn, *keep])
         share = self.about.share * sum(p.aux.shape[0] for p in learn) / total
-        own = Rows.of(rows(_some(learn))) if share else None
-        return Corpus(Rows.of(rows(_some(keep))), own, share, over)
+        own = Rows.of(rows(some_of(learn))) if share else None
+        return Corpus(Rows.of(rows(some_of(keep))), own, share, over)
 
     def last_transform(
         self, moments: Moments, count: int, metric: torch.Tensor, inverse: torch.Tensor
@@ -416,14 +366,3 @@ def _transform(
         0.0,
         coarse,
     )
-
-
-def _spread(pieces: Sequence[Piece]) -> Iterator[torch.Tensor]:
-    """Yield last states of all ``pieces``, about as many as ``fisher`` takes."""
-    step = max(1, sum(p.last.shape[0] for p in pieces) // FISHER_ROWS)
-    return (p.last[::step] for p in pieces)
-
-
-def _some(pieces: Sequence[Piece]) -> Sequence[Piece]:
-    """Return every n-th piece, of about ``STEP_ROWS`` tokens together or all."""
-    return pieces[:: max(1, round(sum(p.aux.shape[0] for p in pieces) / STEP_ROWS))]
