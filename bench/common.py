@@ -94,7 +94,7 @@ def command(
     ``log``: file for its stderr. ``env``: variables besides this process's own.
     """
     return reported(
-        ["-c", f"from dspark.{tool}.cli import main; main()", *map(str, args), "--json"],
+        ["-m", f"dspark.{tool}", *map(str, args), "--json"],
         log=log,
         env=env,
     )

@@ -1,6 +1,15 @@
-"""``python -m dspark.tools``: the command ``dspark-tools``."""
+"""The process of ``dspark-tools``; also ``python -m dspark.tools``."""
+
+# First: it leaves when all that was registered after it has run.
+from dspark.cache.shared import leaving  # isort: split
 
 from dspark.tools.cli import main
 
+
+def script() -> None:
+    """Run the command and end the process."""
+    leaving.run(main)
+
+
 if __name__ == "__main__":
-    main()
+    script()

@@ -1,5 +1,15 @@
-"""``python -m dspark.train``, as ``torchrun -m dspark.train`` starts it."""
+"""The process of ``dspark-train``; also ``python -m dspark.train``, as torchrun starts it."""
+
+# First: it leaves when all that was registered after it has run.
+from dspark.cache.shared import leaving  # isort: split
 
 from dspark.train.cli import main
 
-main()
+
+def script() -> None:
+    """Run the command and end the process."""
+    leaving.run(main)
+
+
+if __name__ == "__main__":
+    script()
