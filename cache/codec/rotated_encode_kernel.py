@@ -28,6 +28,7 @@ from dspark.cache.codec.rotation import signs
 
 LEAST_GROUP = 16
 AGAIN_PROGRAMS = 528  # four a multiprocessor of an H100
+LAUNCH = 4096, 8  # values per program, and its warps; the bytes are the same with any
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -227,7 +228,8 @@ def encode(codec: Cells, x: torch.Tensor) -> dict[str, torch.Tensor]:
     scale = torch.empty(groups, dtype=torch.uint8, device=x.device)
     again = torch.empty(groups, dtype=torch.int32, device=x.device)
     told = torch.zeros(2, dtype=torch.int32, device=x.device)
-    tile = max(1, 4096 // g)
+    values, warps = LAUNCH
+    tile = max(1, values // g)
     if groups:
         shape: dict[str, Any] = {
             "HALF": len(codec.levels),
@@ -236,7 +238,7 @@ def encode(codec: Cells, x: torch.Tensor) -> dict[str, torch.Tensor]:
             "PACKED": codec.per_byte == 2,
             "CENTRED": codec.centre is not None,
             "TILE": tile,
-            "num_warps": 8,
+            "num_warps": warps,
             "enable_fp_fusion": False,
         }
         tiles = triton.cdiv(groups, tile)
