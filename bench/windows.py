@@ -35,12 +35,13 @@ from feed import config
 from learn_lab import Lab
 from learn_variants import Variant
 
-from common import RESULTS, write
+from common import PUBLISHED_LOSS, RESULTS, write
 from dspark.train.data import anchors as rules
 from dspark.train.draft.config import DraftConfig
 from dspark.train.draft.model import DraftModel
 from dspark.train.draft.sight import SLIDING
 from dspark.train.evaluate import _alphas, judged
+from dspark.train.objective.config import ObjectiveConfig
 from dspark.train.objective.walk import KINDS, visits
 from dspark.train.run.setup import prepare
 
@@ -85,7 +86,11 @@ def step_times(args: argparse.Namespace) -> None:
         found.append({"name": name, **bench_step.ours(s, args, model, rows)})
         print(found[-1], file=sys.stderr, flush=True)
         write(
-            "windows_step", {"sizes": vars(s), "repeat": args.repeat}, found, args.out, show=False
+            "windows_step",
+            {"sizes": vars(s), "repeat": args.repeat, "loss": dataclasses.asdict(args.loss)},
+            found,
+            args.out,
+            show=False,
         )
     base = found[0]["ms"]
     print(
@@ -262,6 +267,13 @@ def main() -> None:
     parser.add_argument("--shape", choices=bench_step.SHAPES, default="qwen3-4b")
     parser.add_argument("--tokens", type=int, default=TOKENS)
     parser.add_argument("--repeat", type=int, default=10)
+    parser.add_argument(
+        "--loss-fn",
+        dest="loss",
+        type=ObjectiveConfig.from_json,
+        default=PUBLISHED_LOSS,
+        help="of --step  [DeepSpec's]",
+    )
     parser.add_argument("--rows", type=int, default=2)
     parser.add_argument(
         "--device",
