@@ -22,7 +22,7 @@ from dspark.train.data.batch import ARRAYS, ON_HOST, Batch, MakeTables
 from dspark.train.data.row import PackedRow
 from dspark.train.data.stream import VALIDATION_EPOCH
 from dspark.train.draft.types import drafter
-from dspark.train.evaluate import _alphas, judged
+from dspark.train.evaluate import batch_alphas, judged
 from dspark.train.objective.metrics import SlotMetrics
 from dspark.train.objective.objective import objective
 from dspark.train.objective.slots import Denominators, SlotInputs, slot_weights
@@ -269,7 +269,7 @@ class Lab:
                 )
                 told = judged(run.model, part, run.config.decay, run.compute.backend)
                 metrics.add(part, *told[1:])
-                found.append(_alphas(run.model, part, *told))
+                found.append(batch_alphas(run.model, part, *told))
             alpha = torch.cat(found, 1)
             walk.add(alpha, torch.from_numpy(every))
             greedy = alpha[KINDS.index("greedy")].double().numpy()

@@ -40,7 +40,7 @@ from dspark.train.data import anchors as rules
 from dspark.train.draft.config import DraftConfig
 from dspark.train.draft.model import DraftModel
 from dspark.train.draft.sight import SLIDING
-from dspark.train.evaluate import _alphas, judged
+from dspark.train.evaluate import batch_alphas, judged
 from dspark.train.objective.config import ObjectiveConfig
 from dspark.train.objective.walk import KINDS, visits
 from dspark.train.run.setup import prepare
@@ -166,7 +166,7 @@ def walk_by_position(lab: Lab) -> dict[str, Any]:
                 held.host, every[at : at + some], some if run.stream.pad else 0
             )
             parts.append(
-                _alphas(
+                batch_alphas(
                     run.model, part, *judged(run.model, part, run.config.decay, run.compute.backend)
                 )
             )

@@ -63,7 +63,7 @@ def evaluate(
         if observe is not None:
             observe(batch, slots, out)
         if walk is not None:
-            walk.add(_alphas(model, batch, states, slots, out), batch.anchors)
+            walk.add(batch_alphas(model, batch, states, slots, out), batch.anchors)
     if reduce is not None:
         reduce(metrics.sums)
     return metrics.result()
@@ -105,12 +105,12 @@ def walked(
         for at in range(0, every.size, anchors_at_once):
             some = every[at : at + anchors_at_once]
             batch = placed.with_anchors(host, some, anchors_at_once if pad else 0)
-            found.append(_alphas(model, batch, *judged(model, batch, 0.0, backend)))
+            found.append(batch_alphas(model, batch, *judged(model, batch, 0.0, backend)))
         walk.add(torch.cat(found, 1), torch.from_numpy(every))
     return walk
 
 
-def _alphas(
+def batch_alphas(
     model: DraftModel, batch: Batch, states: SlotStates, slots: SlotInputs, out: ObjectiveOutput
 ) -> Tensor:
     head, dtype = model.frozen_head, model.frozen_head.lm_head.dtype

@@ -21,7 +21,7 @@ from dspark.tools.judge.score import score
 from dspark.train.data import anchors as rules
 from dspark.train.data.batch import Batch
 from dspark.train.draft.model import DraftModel
-from dspark.train.evaluate import _alphas, judged
+from dspark.train.evaluate import batch_alphas, judged
 from dspark.train.loop import train
 from dspark.train.objective.walk import Walk, visits
 
@@ -112,7 +112,7 @@ def test_greedy_walk_is_greedy_decoding(markov: str, reduced: bool) -> None:
             assert done.tokens == answer
             batch = row_of(model, prompt, answer)
             walk = Walk()
-            walk.add(_alphas(draft, batch, *judged(draft, batch, 4.0, "sdpa")), batch.anchors)
+            walk.add(batch_alphas(draft, batch, *judged(draft, batch, 4.0, "sdpa")), batch.anchors)
             tokens, forced, greedy, sampled = walk.sums.tolist()
             assert tokens == len(answer) - 1
             assert greedy == len(done.blocks)
