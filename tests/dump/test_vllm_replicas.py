@@ -20,6 +20,7 @@ from dspark.cache.errors import EngineError, UsageError
 from dspark.cache.records import TokenSample
 from dspark.dump.engines.answers import Answered, Ask, Sampling
 from dspark.dump.engines.engine import Prediction, States
+from dspark.dump.engines.vllm.launch import Split
 from dspark.dump.engines.vllm.replicas import Failure, Replica, Replicas, pack, unpack, work
 from dump_targets import samples
 
@@ -188,6 +189,36 @@ def test_an_engine_that_dies_or_hangs_is_told(monkeypatch: pytest.MonkeyPatch) -
     ):
         fleet._next()
     fleet.close()
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_engines_that_share_a_gpu_start_one_after_another(
+    monkeypatch: pytest.MonkeyPatch, shared: bool
+) -> None:
+    """vLLM would count the memory that another one takes meanwhile as its own."""
+    place, told = "dspark.dump.engines.vllm.replicas", list[str]()
+    monkeypatch.setattr(f"{place}.checked", lambda *a: {})
+    monkeypatch.setattr(f"{place}.read_frozen", lambda *a: (None, None))
+
+    class Ready:
+        def __init__(self, number: int) -> None:
+            self.number = number
+
+        def recv(self) -> str:
+            told.append(f"{self.number} is ready")
+            return "ready"
+
+    def start(number: int, *_: Any) -> Replica:
+        told.append(f"{number} starts")
+        return Replica(number, None, Ready(number), None)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Replica, "start", start)
+    options = SimpleNamespace(trust_remote_code=False)
+    run: Any = SimpleNamespace(model="", shapes=None, options=options, say=lambda line: None)
+    fleet = Replicas.start(run, Split(2, 1, 1, shared=shared))
+    assert fleet.groups_at_once == 4
+    starts, ready = ["0 starts", "1 starts"], ["0 is ready", "1 is ready"]
+    assert told == ([starts[0], ready[0], starts[1], ready[1]] if shared else starts + ready)
 
 
 def test_an_argument_of_the_user_s_is_told_as_such() -> None:

@@ -61,40 +61,51 @@ class Replica:
     pipe: Any
     reader: VllmEngine
 
+    @classmethod
+    def start(
+        cls, number: int, run: EngineRun, split: Split, frozen: FrozenTarget, norm: torch.nn.Module
+    ) -> Replica:
+        """Start the process; its first message says that the engine is ready."""
+        context = multiprocessing.get_context("spawn")
+        name = f"{run.spool.name}.{number}" if split.engines > 1 else run.spool.name
+        own = dataclasses.replace(run, spool=run.spool.with_name(name), say=_silent)
+        ours, theirs = context.Pipe()
+        given = (theirs, own, split, visible_gpus(number, split))
+        process = context.Process(target=serve, args=given, daemon=False)
+        process.start()
+        theirs.close()
+        reader = VllmEngine(None, run.shapes, run.layers, frozen, norm, own.spool, split.tensor)
+        return cls(number, process, ours, reader)
+
 
 class Replicas:
     """``replicas``: of the same target, in the same dtype and version."""
 
     name = "vllm"
 
-    def __init__(self, replicas: Sequence[Replica], frozen: FrozenTarget) -> None:
+    def __init__(
+        self, replicas: Sequence[Replica], frozen: FrozenTarget, total: int | None = None
+    ) -> None:
         self._replicas = list(replicas)
-        self._frozen = frozen
-        self.groups_at_once = GROUPS * len(replicas)
+        self._frozen, self._total = frozen, total or len(replicas)  # once all have been started
         self.version = engine_version("vllm")
 
     @classmethod
     def start(cls, run: EngineRun, split: Split) -> Replicas:
-        """Start all engines at once; raises the first error."""
+        """Start all engines at once, or one after another if they share a GPU: vLLM counts what
+        others take of it while it starts as its own. Raises the first error.
+        """
         checked(run.model, run.options, split.gpus, run.say)  # once, not in every process
         frozen, norm = read_frozen(run.model, run.shapes, run.options.trust_remote_code)
-        context = multiprocessing.get_context("spawn")
-        made = []
-        for number in range(split.engines):
-            several = split.engines > 1
-            spool = run.spool.with_name(f"{run.spool.name}.{number}") if several else run.spool
-            own = dataclasses.replace(run, spool=spool, say=_silent)
-            ours, theirs = context.Pipe()
-            given = visible_gpus(number, split)
-            process = context.Process(target=serve, args=(theirs, own, split, given), daemon=False)
-            process.start()
-            theirs.close()
-            reader = VllmEngine(None, run.shapes, run.layers, frozen, norm, own.spool, split.tensor)
-            made.append(Replica(number, process, ours, reader))
-        out = cls(made, frozen)
+        out = cls([], frozen, split.engines)
+        waiting: list[Replica] = []
         try:
-            for replica in made:
-                out._answer_of(replica, None)
+            for number in range(split.engines):
+                one = Replica.start(number, run, split, frozen, norm)
+                out._replicas.append(one)
+                waiting.append(one)
+                while waiting and (split.shared or number == split.engines - 1):
+                    out._answer_of(waiting.pop(0), None)
         except BaseException:
             out.close()
             raise
@@ -105,6 +116,10 @@ class Replicas:
                 + (", on the same one" if split.shared else "")
             )
         return out
+
+    @property
+    def groups_at_once(self) -> int:
+        return GROUPS * len(self._replicas)
 
     def frozen(self) -> FrozenTarget:
         return self._frozen
@@ -230,8 +245,8 @@ class Replicas:
         """Return one message; raises EngineError for an error in the engine, its death, or
         ``seconds`` of silence.
         """
-        several = len(self._replicas) > 1
-        who = f"vLLM engine {replica.number} of {len(self._replicas)}" if several else "vLLM engine"
+        several = self._total > 1
+        who = f"vLLM engine {replica.number} of {self._total}" if several else "vLLM engine"
         try:
             if seconds is not None and not replica.pipe.poll(seconds):
                 raise EngineError(f"{who} has not answered for {seconds:g} s: it hangs.")
