@@ -7,7 +7,6 @@ step is queued.
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import math
 import socket
 import time
@@ -27,11 +26,9 @@ from dspark.train.config import SELECT, TrainConfig
 from dspark.train.data.batch import Batch
 from dspark.train.data.feed import Feed
 from dspark.train.data.row import PackedRow
-from dspark.train.data.stream import VALIDATION_EPOCH
 from dspark.train.distributed import World, lost_peers
 from dspark.train.draft.saved.folder import save_draft
-from dspark.train.evaluate import ANCHORS_AT_ONCE, evaluate, walked
-from dspark.train.objective.metrics import Score, SlotMetrics
+from dspark.train.objective.metrics import SlotMetrics
 from dspark.train.run import checkpoint, folder, history, memory
 from dspark.train.run.checkpoint import Position
 from dspark.train.run.loggers import Loggers
@@ -40,7 +37,8 @@ from dspark.train.run.setup import Run, prepare, rows_of
 from dspark.train.run.sound import check_numbers, check_states
 from dspark.train.run.stops import interrupted, saved_in
 from dspark.train.run.window import Logged, Moment, Window
-from dspark.train.step import blanks, share, step
+from dspark.train.step import share, step
+from dspark.train.validation import validate
 
 Progress = Callable[[int, int, str], None]
 UNSAVED = "These weights were not saved. Lower --lr, or look at the store with dspark-tools stats."
@@ -352,54 +350,6 @@ def _save(run: Run, position: Position, output: Path, *, export: bool) -> None:
         checkpoint.save(output / "checkpoints", position, snapshot, keep, digest)
 
     run.world.agreed(write)
-
-
-def validate(run: Run) -> Score:
-    """Compute metrics on the held-out prompts, with the same anchors every time. Each rank scores
-    its rows.
-    """
-    compute, config = run.compute, run.config
-    score = evaluate(
-        run.model,
-        run.cache,
-        _held_out(run),
-        device=compute.device,
-        dtype=compute.dtype,
-        decay=config.decay,
-        backend=compute.backend,
-        reduce=run.world.sum_,
-    )
-    if not config.val_walk_rows:
-        return score
-    # A sharded model's weights are gathered by now, so ranks may differ in the number of passes.
-    walk = walked(
-        run.model,
-        run.cache,
-        itertools.islice(_rows_of_this_rank(run), -(-config.val_walk_rows // run.world.size)),
-        device=compute.device,
-        dtype=compute.dtype,
-        backend=compute.backend,
-        anchors_at_once=config.max_anchors or ANCHORS_AT_ONCE,
-        pad=run.stream.pad,
-    )
-    run.world.sum_(walk.sums)
-    return {**score, **walk.result()}
-
-
-def _rows_of_this_rank(run: Run) -> Iterator[PackedRow]:
-    assert run.validation is not None
-    for rows in run.validation.steps_from(
-        VALIDATION_EPOCH, rank=run.world.rank, world=run.world.size
-    ):
-        yield from rows
-
-
-def _held_out(run: Run) -> Iterator[PackedRow | Batch]:
-    stream = run.validation
-    assert stream is not None
-    for rows in stream.steps_from(VALIDATION_EPOCH, rank=run.world.rank, world=run.world.size):
-        yield from rows
-        yield from blanks(run, sum(row.slots > 0 for row in rows))
 
 
 def _line(row: dict[str, Any]) -> str:
