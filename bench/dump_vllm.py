@@ -3,7 +3,7 @@ dump through our connector.
 
     python bench/dump_vllm.py --target DIR --data FILE.jsonl [--rows 24] [--copies 1] [--bits 4/4]
         [--codec NAME] [--own-steps] [--data-parallel-size 1] [--apart] [--scratch DIR]
-        [--prefill RATE]
+        [--prefill RATE] [--whole] [--passes 3]
 
 Plain vLLM runs in a process of its own first, with as many tokens per step as the dump takes (on an
 H100 with SmolLM2 800 k tokens/s, with vLLM's own number 390 to 503 k), the best of three passes,
@@ -16,7 +16,9 @@ does not know it). Prefix caching and chunked prefill are on in all. Writes benc
 ``--data-parallel-size``: engines of the dump; with one GPU they share it. ``--apart``: a single
 engine in a process of its own, as several are. An engine in another process cannot be told to skip,
 so the extraction is left out. ``--scratch``: the folder of the store. ``--prefill``: tokens per
-second of plain vLLM, measured before on this machine. ``processor_s``: see dump_threads.py.
+second of plain vLLM, measured before on this machine. ``--whole``: every stage runs all copies; by
+default those before the dump run the first alone, so their beginning and end weigh more than the
+dump's. ``processor_s``: see dump_threads.py.
 
 Last, on the same engine with nothing else to do, the raw states of some of the samples, coded here:
 ``stored_difference`` is how far what the dump stored at full speed is from them, relative to a
@@ -78,6 +80,7 @@ def plain(
     step: int | None,
     gpus: int | None = None,
     more: Mapping[str, Any] | None = None,
+    passes: int = PASSES,
 ) -> float:
     """Tokens a second of a vLLM that extracts nothing, on all GPUs or on ``gpus``; in this
     process.
@@ -99,7 +102,7 @@ def plain(
     )
     params = SamplingParams(max_tokens=1, temperature=0.0, detokenize=False)
     best = 0.0
-    for _ in range(PASSES):
+    for _ in range(passes):
         empty_cache(llm)
         began = time.perf_counter()
         llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
@@ -115,7 +118,8 @@ class Uncached:
     taken; None where it is not in this process.
     """
 
-    def __init__(self, samples: list[TokenSample], codec: Codec) -> None:
+    def __init__(self, samples: list[TokenSample], codec: Codec, passes: int = PASSES) -> None:
+        self.passes = passes
         self.prompts, self.codec = [s.input_ids.tolist() for s in samples], codec
         self.samples, self.handed = samples, 0.0
         self.extraction: float | None = None
@@ -126,9 +130,9 @@ class Uncached:
         engine = load_engine(plan, batch_tokens)
         assert isinstance(engine, VllmEngine | Replicas)
         if isinstance(engine, VllmEngine):
-            self.extraction = max(self.skipped(engine) for _ in range(PASSES))
+            self.extraction = max(self.skipped(engine) for _ in range(self.passes))
         if not self.codec.needs_calibration:
-            self.handed = max(self.handed_over(engine) for _ in range(PASSES))
+            self.handed = max(self.handed_over(engine) for _ in range(self.passes))
         stream = engine.stream
 
         def from_nothing(groups: Any, codec: Codec) -> Iterator[Captured]:
@@ -147,7 +151,7 @@ class Uncached:
                 self.raw = {list(self.probe)[i]: s for i, s in states}
                 engine.stream = stream  # type: ignore[method-assign]
                 if not self.handed:  # only the dump has learnt this codec
-                    self.handed = max(self.handed_over(engine) for _ in range(PASSES))
+                    self.handed = max(self.handed_over(engine) for _ in range(self.passes))
             close()
 
         engine.close = looked_at  # type: ignore[method-assign]
@@ -264,6 +268,7 @@ def prefill(
     asked.write_text(json.dumps({"prompts": prompts, "dtype": dtype}))
     call = [sys.executable, __file__, "--target", args.target, "--data", args.data]
     call += ["--plain", str(asked), "--seq-length", str(args.seq_length)]
+    call += ["--passes", str(args.passes)]
     done = subprocess.run(
         call + (["--step", str(step)] if step else []),
         stdout=subprocess.PIPE, text=True, check=True, env={**ENVIRONMENT, **os.environ},
@@ -285,6 +290,8 @@ def main() -> None:
     parser.add_argument("--apart", action="store_true")
     parser.add_argument("--scratch")
     parser.add_argument("--prefill", type=float)
+    parser.add_argument("--whole", action="store_true")
+    parser.add_argument("--passes", type=int, default=PASSES)
     parser.add_argument(
         "--own-steps",
         action="store_true",
@@ -313,6 +320,7 @@ def main() -> None:
                     args.step,
                     args.gpus,
                     dict(parse_arguments(tuple(args.engine_arg))),
+                    args.passes,
                 )
             )
         )
@@ -335,8 +343,9 @@ def main() -> None:
         )
         job = prepare(config)
         parts = part_reader(job, lambda line: None).parts({})
-        samples = [s for p in parts for s in p.samples if s.row < args.rows]
-        engine = Uncached(samples, config.make_codec())
+        rows = args.rows * (args.copies if args.whole else 1)
+        samples = [s for p in parts for s in p.samples if s.row < rows]
+        engine = Uncached(samples, config.make_codec(), args.passes)
         step = None if args.own_steps else steps_of(job.plan)
         bare = args.prefill or prefill(args, engine.prompts, job.plan.dtype, step, Path(scratch))
         about = {
@@ -350,6 +359,7 @@ def main() -> None:
             "scratch": args.scratch,
             "engine_arg": args.engine_arg,
             "seq_length": args.seq_length,
+            "whole": args.whole,
         }
         results: dict[str, Any] = {
             "engine": "vllm",
