@@ -23,7 +23,7 @@ from dspark.dump.config import DumpConfig
 from dspark.dump.corpus.sources import open_corpus
 from dspark.dump.progress import Display
 from dspark.dump.run import dump
-from dspark.tools.report import page
+from dspark.tools.report import page_stores
 from dspark.tools.stores.info import info
 from dump_targets import chat
 
@@ -63,7 +63,9 @@ def test_parts_hold_rows_of_one_source(
     assert len(dspark.cache.open(config.output)) == 30
     assert verify(config.output).ok
     view = SimpleNamespace(name="both", info=info(config.output))
-    assert all(said in page._sources([view]) for said in ("0: a.jsonl", "1: b.jsonl", ">13<"))  # type: ignore[list-item]
+    assert all(
+        said in page_stores._sources([view]) for said in ("0: a.jsonl", "1: b.jsonl", ">13<")
+    )  # type: ignore[list-item]
     # The same list goes on, byte for byte; another order does not.
     before = files(config.output)
     dump(dataclasses.replace(both, resume=True), show)
