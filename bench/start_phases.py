@@ -132,6 +132,7 @@ def main() -> None:
                 ended = began + done["wall_seconds"]
                 found = phases(name, logs[name], began, ended) if name in logs else {}
                 row = {"command": name, "caches": state, "seconds": round(ended - began, 2)}
+                row["tau"] = done.get("mean_accepted_length")
                 rows.append(row | {"phases": found})
                 print(rows[-1], file=sys.stderr, flush=True)
                 write(args.name, said, rows, args.results, show=False)

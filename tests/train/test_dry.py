@@ -8,11 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner
+from torch._functorch import config as autograd
+from torch.compiler import config as compiler
 
 import stores
 from dspark.cache.shared.command import duration
+from dspark.train import ops
 from dspark.train.cli import main
-from dspark.train.compute import COMPILED, keep_compiled
+from dspark.train.compute import COMPILED, digest_of, keep_compiled
 
 
 def test_dry_run_tells_steps_hours_and_memory_and_writes_nothing(tmp_path: Path) -> None:
@@ -62,3 +65,24 @@ def test_compiled_code_is_kept_where_the_user_or_the_package_says(
     # nowhere to write: torch's own place
     assert keep_compiled().name.startswith("torchinductor_")
     monkeypatch.delenv(COMPILED)
+
+
+def test_kept_code_belongs_to_the_operators_it_was_made_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their backward passes are behind operators, of which torch's key has only the names."""
+    (tmp_path / "a.py").write_text("x = 1")
+    before = digest_of(tmp_path)
+    assert digest_of(tmp_path) == before
+    (tmp_path / "a.py").write_text("x = 2")
+    assert digest_of(tmp_path) != before
+    train = Path(ops.__file__).parents[1]
+    found = {p.parent.name for p in train.rglob("*.py") if "library.custom_op" in p.read_text()}
+    assert found == {"ops"}
+    monkeypatch.setattr(compiler, "cache_key_tag", "the user's")
+    monkeypatch.setattr(autograd, "autograd_cache_allow_custom_autograd_functions", False)
+    monkeypatch.setenv(COMPILED, str(tmp_path))
+    for _ in range(2):
+        keep_compiled()
+    assert compiler.cache_key_tag == f"the user'sdspark-ops-{digest_of(train / 'ops')}"
+    assert autograd.autograd_cache_allow_custom_autograd_functions
