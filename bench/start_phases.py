@@ -29,28 +29,25 @@ from common import RESULTS, reported, write
 
 COMMANDS = ("dump", "train", "score")
 STAMP = re.compile(r"(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3}) (.*)")
-# In a child: a command as its script starts it; then what torch says of its compilations; in a
-# round with a profile, under it.
-CHILD = """
-import atexit, cProfile, io, json, pstats, sys
+# In a child: a command under a profile, and then what torch says of its compilations.
+PROFILED = """
+import cProfile, io, pstats, sys
+from importlib import import_module
 tool, profile = sys.argv[1:3]
 sys.argv = ["dspark-" + tool, *sys.argv[3:]]
-if profile:
-    seen = cProfile.Profile()
-    seen.enable()
+seen = cProfile.Profile()
+seen.enable()
 try:
-    from importlib import import_module
     import_module(f"dspark.{tool}.cli").main()
 finally:
-    if profile:
-        seen.disable()
-        text = io.StringIO()
-        table = pstats.Stats(seen, stream=text)
-        table.sort_stats("cumulative").print_stats(150)
-        table.sort_stats("tottime").print_stats(60)
-        if "torch._dynamo.utils" in sys.modules:
-            text.write(sys.modules["torch._dynamo.utils"].compile_times(aggregate=True))
-        open(profile, "w").write(text.getvalue())
+    seen.disable()
+    text = io.StringIO()
+    table = pstats.Stats(seen, stream=text)
+    table.sort_stats("cumulative").print_stats(150)
+    table.sort_stats("tottime").print_stats(60)
+    if "torch._dynamo.utils" in sys.modules:
+        text.write(sys.modules["torch._dynamo.utils"].compile_times(aggregate=True))
+    open(profile, "w").write(text.getvalue())
 """
 # Phase -> the first line of the log that ends it; the last phase lasts to the exit.
 DUMP = (("settle", "writer "), ("check", "self-check "), ("calibrate", "size .*measured"))
@@ -125,10 +122,13 @@ def main() -> None:
             logs["dump"].unlink(missing_ok=True)
             for name in COMMANDS:
                 tool = "tools" if name == "score" else name
-                told = str(args.results / f"{args.name}.{name}.txt") if state == "profile" else ""
+                told = str(args.results / f"{args.name}.{name}.txt")
                 flags = [*words[name], *shlex.split(getattr(args, name)), "--json"]
+                call = ["-m", f"dspark.{tool}"]
+                if state == "profile":
+                    call = ["-c", PROFILED, tool, told]
                 began = time.time()
-                done = reported(["-c", CHILD, tool, told, *flags], env=env)
+                done = reported([*call, *flags], env=env)
                 ended = began + done["wall_seconds"]
                 found = phases(name, logs[name], began, ended) if name in logs else {}
                 row = {"command": name, "caches": state, "seconds": round(ended - began, 2)}
