@@ -17,8 +17,10 @@ if TYPE_CHECKING:
 
 class StateError(EngineError):
     """A value that cannot be stored. ``index``: its place in ``aux`` [T, L, H] or ``last``
-    [M, H].
+    [M, H]; ``conversation``: the key of the conversation whose states these are, if one asked.
     """
+
+    conversation: int | None = None
 
     def __init__(self, wrong: str, index: list[int], found: float, then: str) -> None:
         self.index, self._said = index, (f"hidden state {wrong}", f"found {found}, expected {then}")

@@ -23,6 +23,7 @@ import transformers
 from transformers import masking_utils
 
 from dspark.cache.codec.base import Tokens, to_numpy
+from dspark.cache.codec.state_errors import StateError
 from dspark.cache.errors import EngineError
 from dspark.cache.records import TokenSample, last_rows
 from dspark.cache.shared.process import no_plan_a_shape, quiet_transformers
@@ -272,7 +273,11 @@ class TransformersEngine:
             states = None
             if ask.keep:
                 here = slice(width - len(ask.prompt), width + len(answer) - 1)
-                states = self._coded(aux[row, here], last[row, here], ask, answer, codec)
+                try:
+                    states = self._coded(aux[row, here], last[row, here], ask, answer, codec)
+                except StateError as error:
+                    error.conversation = ask.key
+                    raise
             yield Answered(ask, answer, bool(ends), states)
 
     def _coded(

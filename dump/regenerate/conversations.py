@@ -8,7 +8,7 @@ strip thinking from history rewrite them; then they are context only).
 
 A part is ``PART_ROWS`` rows here, because lengths are not known in advance. Its answers are on disk
 before it is, and are joined into ``<store>.answers.jsonl`` at the end: chats that ``--data`` takes
-(``answers_disk.py``).
+(``answer_files.py``).
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dspark.cache.codec.base import axis_of
-from dspark.cache.errors import UsageError
+from dspark.cache.codec.state_errors import StateError
+from dspark.cache.errors import EngineError, UsageError
 from dspark.cache.records import TokenSample, last_rows
 from dspark.dump.corpus.masks import (
     MALFORMED,
@@ -307,9 +308,7 @@ class Regenerator:
                 ask_next(key)
         while asks:  # one round per turn; conversations end at different rounds
             round_, asks = asks, []
-            for answered in self.engine.answer(
-                round_, self.prompts.sampling, self.stops, self.codec
-            ):
+            for answered in self._answered(round_, talks):
                 key = answered.ask.key
                 talk = talks[key]
                 if len(answered.ids) < 2:
@@ -329,6 +328,22 @@ class Regenerator:
         part.truncated = sum(not finished for _, _, finished in whole)
         self.answers.save(part.index, [_line(talk, count) for talk in ended])
         return [states for _, states, _ in whole]
+
+    def _answered(
+        self, asks: Sequence[Ask], talks: Mapping[int, Conversation]
+    ) -> Iterator[Answered]:
+        """Yield the engine's answers; a state that cannot be stored is an error that names its
+        row.
+        """
+        try:
+            yield from self.engine.answer(asks, self.prompts.sampling, self.stops, self.codec)
+        except StateError as error:
+            if error.conversation is None:
+                raise
+            row = talks[error.conversation].row
+            raise EngineError(
+                f"row {row.number} (counted from 0; {row.where}), prompt and answer: {error}"
+            ) from error
 
     def _count_failed(self, part: PartRows, failed: list[tuple[Row, str]], kept: set[int]) -> None:
         """Drop a row, once, if none of its conversations is complete; else leave out the incomplete

@@ -19,7 +19,7 @@ from click.testing import CliRunner
 
 import dspark.cache
 from dspark.cache.codec import registry
-from dspark.cache.errors import DataError, MismatchError, UsageError
+from dspark.cache.errors import DataError, EngineError, MismatchError, UsageError
 from dspark.cache.parts.committed import scan_parts
 from dspark.cache.records import KEY_BYTES, TokenSample
 from dspark.cache.settings import LOSSLESS
@@ -32,6 +32,8 @@ from dspark.dump.config import DumpConfig
 from dspark.dump.corpus import parts
 from dspark.dump.corpus.rows import ChatRow, Row
 from dspark.dump.engines.answers import Ask, Sampling, recommended, seed_of, stored_runs
+from dspark.dump.engines.engine import CodedStates
+from dspark.dump.engines.hf import TransformersEngine
 from dspark.dump.job import prepare
 from dspark.dump.progress import Display
 from dspark.dump.regenerate import conversations as regenerate
@@ -325,6 +327,27 @@ def test_flags_that_are_refused_before_anything_is_read(
     assert out.exit_code == 2
     assert message in out.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("answers", [1, 2])
+def test_a_state_that_is_not_finite_is_named(
+    config: DumpConfig, monkeypatch: pytest.MonkeyPatch, answers: int
+) -> None:
+    """By its row in the data file, of several answers too."""
+    coded = TransformersEngine._coded
+
+    def spoilt(
+        self: TransformersEngine, aux: torch.Tensor, last: torch.Tensor, ask: Ask, *more: Any
+    ) -> CodedStates:
+        if ask.key // answers == 4:
+            aux = aux.clone()
+            aux[3, 1, 7] = torch.nan
+        return coded(self, aux, last, ask, *more)
+
+    monkeypatch.setattr(TransformersEngine, "_coded", spoilt)
+    words = r"row 4 \(counted from 0; .*:5\), .*token 3, aux layer index 1, channel 7: found nan"
+    with pytest.raises(EngineError, match=words):
+        dump(dataclasses.replace(config, answers=answers), Display())
 
 
 def test_several_answers_per_prompt(config: DumpConfig, monkeypatch: pytest.MonkeyPatch) -> None:
