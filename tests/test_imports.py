@@ -7,6 +7,7 @@ from __future__ import annotations
 import ast
 import tomllib
 from functools import cache
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -129,6 +130,33 @@ def module_of(name: str) -> Path | None:
     parts = name.split(".")
     base = ROOT.joinpath(*parts[1:]) if parts[0] == "dspark" else ROOT.joinpath("bench", *parts)
     return base.with_suffix(".py") if base.with_suffix(".py").is_file() else None
+
+
+def test_private_names_stay_in_their_module() -> None:
+    """What another module needs has a public name."""
+    files = [path for package in (*PACKAGES, "bench") for path in modules(package)]
+    crossing = [
+        f"{path.relative_to(ROOT)}: {name}"
+        for path in files
+        for name in sorted(imported(path))
+        if name.startswith("dspark.") and name.rpartition(".")[2].startswith("_")
+    ]
+    assert [line for line in crossing if not line.endswith(".__version__")] == []
+
+
+def imported_first(path: Path) -> set[Path]:
+    """The project's modules that ``path`` imports as it is itself imported."""
+    found = set()
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("dspark."):
+            inside = {module_of(f"{node.module}.{alias.name}") for alias in node.names}
+            found |= inside | {module_of(node.module)}
+    return {file for file in found if file is not None}
+
+
+def test_no_module_imports_itself_in_a_round() -> None:
+    graph = {path: imported_first(path) for package in PACKAGES for path in modules(package)}
+    TopologicalSorter(graph).prepare()  # raises CycleError, which names the round
 
 
 def test_benches_import_what_is_there() -> None:
