@@ -41,6 +41,7 @@ from dspark.cache.records import TokenSample
 from dspark.cache.settings import FALLBACK, NAMED
 from dspark.cache.shared import config_file
 from dspark.cache.shared.command import bar
+from dspark.cache.shared.own_process import starting
 from dspark.cache.shared.stopping import parts_of, stoppable
 from dspark.cache.stored_manifest import read_manifest
 from dspark.cache.stores.rebuild import rebuild
@@ -123,7 +124,8 @@ def _dump(
     if not stored and (config.regenerate or (exists and answers.go_with_the_store())):
         answers.refuse_other(config.sources, config.overwrite)
     # Everything that can be refused without weights is refused before they are loaded.
-    job = prepare(config, stored.dump.template_date if stored else None)
+    with starting():
+        job = prepare(config, stored.dump.template_date if stored else None)
     if stored:
         job = continued(job, stored)
         stored.same_plan(job.manifest, str(config.output))

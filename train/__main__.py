@@ -1,14 +1,14 @@
 """The process of ``dspark-train``; also ``python -m dspark.train``, as torchrun starts it."""
 
-# First: it leaves when all that was registered after it has run.
-from dspark.cache.shared import leaving  # isort: split
+# First: it ends the process when all that was registered after it has run.
+from dspark.cache.shared import own_process  # isort: split
 
 from dspark.train.cli import main
 
 
 def script() -> None:
     """Run the command and end the process."""
-    leaving.run(main)
+    own_process.run(main)
 
 
 if __name__ == "__main__":

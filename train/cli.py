@@ -14,6 +14,7 @@ import click
 from dspark.cache.errors import Stopped, UsageError
 from dspark.cache.shared.command import bar, break_lock_flag, command, emit, version_flag
 from dspark.cache.shared.layer_ids import LayerIds
+from dspark.cache.shared.own_process import starting
 from dspark.train.config import LOGGERS, SCHEDULES, SELECT, STRATEGIES, TrainConfig, with_passes
 from dspark.train.draft.saved.shape_file import read_shape
 from dspark.train.draft.types import TYPES, drafter
@@ -285,12 +286,13 @@ def main(
     if resume and overwrite:
         raise UsageError("--resume and --overwrite exclude each other")
     config = configured(click.get_current_context())
-    from dspark.train.distributed import PeerError, rank_here
+    with starting():
+        from dspark.train.distributed import PeerError, rank_here
+        from dspark.train.loop import train
 
     first = rank_here() == 0
     if dry_run:
         return _tell(config, first, as_json)
-    from dspark.train.loop import train
 
     try:
         with bar("train") if first else nullcontext(_quiet) as progress:

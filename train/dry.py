@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from dspark.cache.shared.command import duration
+from dspark.cache.shared.own_process import starting
 from dspark.train import distributed
 from dspark.train.config import TrainConfig
 from dspark.train.data.feed import Feed
@@ -37,7 +38,8 @@ def dry_run(config: TrainConfig, say: Callable[[str], None] = lambda text: None)
     started = time.perf_counter()
     world = distributed.join(config.device, config.strategy)
     with lost_peers():
-        run = world.agreed(lambda: prepare(config, world, Position()))
+        with starting():
+            run = world.agreed(lambda: prepare(config, world, Position()))
         prepared = time.perf_counter() - started
         say(memory.describe(run))
         schedule, device = Schedule.of(run), run.compute.device

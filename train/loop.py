@@ -20,6 +20,7 @@ from typing import Any, NoReturn
 from dspark.cache.errors import Stopped, TrainError
 from dspark.cache.files.lock import Lock
 from dspark.cache.files.lock_files import owned
+from dspark.cache.shared.own_process import starting
 from dspark.cache.shared.stopping import Stopping
 from dspark.train import distributed
 from dspark.train.config import SELECT, TrainConfig
@@ -110,7 +111,8 @@ def _train(
 
     first(lambda: folder.claim(output, config, resume=resume, overwrite=overwrite))
     # A training that is resumed reads only from where its checkpoint stands.
-    run = world.agreed(lambda: prepare(config, world, None if resume else Position()))
+    with starting():
+        run = world.agreed(lambda: prepare(config, world, None if resume else Position()))
     if lock:
         run = dataclasses.replace(run, guard=lock.check)
     first(lambda: folder.begin(output, run, resume=resume, overwrite=overwrite))

@@ -13,6 +13,7 @@ import numpy as np
 
 from dspark.cache.errors import MismatchError, UsageError
 from dspark.cache.shared.command import bar, command, emit, json_flag, table
+from dspark.cache.shared.own_process import starting
 from dspark.tools import records
 from dspark.tools.flags import COUNT, COUNT_OR_ALL, DEVICE
 from dspark.tools.judge import several
@@ -85,16 +86,17 @@ def forced(
     every row. ``walk`` adds the accepted lengths where decoding begins its blocks
     (``train/objective/walk.py``), null unless every anchor is scored.
     """
-    from dspark.train.compute import choose_compute
-    from dspark.train.data.stream import VALIDATION_EPOCH, Stream
-    from dspark.train.draft.saved.folder import load_draft
-    from dspark.train.draft.types import drafter
-    from dspark.train.evaluate import evaluate
-    from dspark.train.objective.walk import KEYS, Walk
-    from dspark.train.run.setup import row_length
+    with starting():
+        from dspark.train.compute import choose_compute
+        from dspark.train.data.stream import VALIDATION_EPOCH, Stream
+        from dspark.train.draft.saved.folder import load_draft
+        from dspark.train.draft.types import drafter
+        from dspark.train.evaluate import evaluate
+        from dspark.train.objective.walk import KEYS, Walk
+        from dspark.train.run.setup import row_length
 
-    compute = choose_compute(device, dtype, False)
-    model = load_draft(draft, cache.target, dtype=compute.dtype)
+        compute = choose_compute(device, dtype, False)
+        model = load_draft(draft, cache.target, dtype=compute.dtype)
     belongs(cache, model.config, draft)
     model.to(compute.device)
     model.eval()
@@ -240,7 +242,8 @@ def score_command(
     """
     import dspark.cache
 
-    store = dspark.cache.open(cache)
+    with starting():
+        store = dspark.cache.open(cache)
     same_samples(store, draft, which)
     found = []
     for folder in draft:

@@ -1,5 +1,5 @@
-"""The end of a command's process: at once, but with all that is owed to threads, ``atexit``
-functions and readers of its output, and with its exit code.
+"""A command's process: its start and its end, at once, but with all that is owed to threads,
+``atexit`` functions and readers of its output, and with its exit code.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import textwrap
 import pytest
 
 BEGIN = """
-from dspark.cache.shared import leaving
+from dspark.cache.shared import own_process
 import atexit, sys, threading, time
 
 class Module:
@@ -41,7 +41,7 @@ def test_threads_and_atexit_functions_end_and_modules_stay(code: int) -> None:
             print("error", file=sys.stderr, end="")
             sys.exit({code})
 
-        leaving.run(main)
+        own_process.run(main)
     """)
     assert (done.returncode, done.stdout, done.stderr) == (code, "thread\natexit\n", "error")
 
@@ -54,7 +54,7 @@ def test_what_is_no_command_s_end_is_left_to_python(last: str, code: int) -> Non
         def main():
             {last}
 
-        leaving.run(main)
+        own_process.run(main)
     """)
     assert (done.returncode, done.stdout) == (code, "taken apart\n")
     assert done.stderr.split()[-1:] == ([] if last == "pass" else [last.split("'")[1]])
@@ -67,7 +67,7 @@ def test_output_that_cannot_be_written_is_told() -> None:
         os.close(read)
         os.dup2(write, 1)
         del kept
-        leaving.run(lambda: (print("lost"), sys.exit(0)))
+        own_process.run(lambda: (print("lost"), sys.exit(0)))
     """)
     assert done.returncode == 120
     assert "BrokenPipeError" in done.stderr
@@ -93,3 +93,27 @@ def test_commands_leave_so_when_all_else_is_done(tool: str) -> None:
         timeout=60,
     )
     assert done.stdout.splitlines()[-1] == "_leave 0", done.stderr
+
+
+def test_cycles_are_looked_for_again_after_the_start() -> None:
+    done = ended("""
+        import gc
+
+        class Ring:
+            def __init__(self): self.own = self
+
+        def main():
+            with own_process.starting():
+                assert not gc.isenabled()
+            assert gc.isenabled() and gc.get_freeze_count()
+            lost = weakref.ref(Ring())
+            gc.collect()
+            sys.exit(0 if lost() is None else 3)
+
+        import weakref
+        with own_process.starting():
+            assert gc.isenabled()
+        assert not gc.get_freeze_count()
+        own_process.run(main)
+    """)
+    assert done.returncode == 0, done.stderr
