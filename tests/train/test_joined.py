@@ -13,16 +13,19 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from core_cases import small_batch, small_draft, small_target
 from dspark.train.draft.layers import Attention, Mlp
 from dspark.train.draft.model import DraftModel
 from dspark.train.draft.saved.folder import load_draft, save_draft
+from dspark.train.evaluate import judged
 from dspark.train.ops import joined
 from dspark.train.ops.joined import joined_product, lay_side_by_side, side_by_side
 from dspark.train.optim.adamw import MasterAdamW
 from dspark.train.optim.base import AdamSettings
 from dspark.train.optim.muon import MasterMuon
+from dspark.train.run.setup import compile_draft
 
 ADAM = AdamSettings(betas=(0.9, 0.95), weight_decay=0.1, clip=1.0)
 
@@ -215,3 +218,24 @@ def test_compiled_equals_eager() -> None:
     assert len(found[0]) == len(found[1]) > 20
     for a, b in zip(*found, strict=True):
         torch.testing.assert_close(a, b)
+
+
+def test_a_whole_draft_is_judged_by_the_code_compiled_for_training(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    counted, compiled = CompileCounterWithBackend("aot_eager"), torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, **k: compiled(f, **{**k, "backend": counted}))
+    batch, model = small_batch(), small_draft()
+    with torch.no_grad():
+        expected = judged(model, batch, 4.0, "sdpa")
+    compile_draft(model, in_parts=False)
+    model(batch, model.plan(batch)).h.square().sum().backward()
+    gradients = [None if p.grad is None else p.grad.clone() for _, p in model.trained()]
+    with torch.no_grad():
+        states, _, out = judged(model, batch, 4.0, "sdpa")
+    assert counted.frame_count == 1
+    assert not any(x.requires_grad for x in (states.h, states.z, states.w2, states.confidence))
+    torch.testing.assert_close(states.h, expected[0].h)
+    torch.testing.assert_close(out.ce, expected[2].ce)
+    for (_, p), before in zip(model.trained(), gradients, strict=True):
+        assert p.grad is None if before is None else torch.equal(p.grad, before)

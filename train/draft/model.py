@@ -67,6 +67,9 @@ class DraftModel(nn.Module):
     room for W2 beside it (``make_room``).
     """
 
+    compiled_whole = False
+    """Whether torch compiled all of it as one (``setup.compile_draft``)."""
+
     def __init__(
         self,
         config: DraftConfig,

@@ -63,3 +63,8 @@ class SlotStates:
     z: Tensor | None
     w2: Tensor | None
     confidence: Tensor | None
+
+    def detached(self) -> SlotStates:
+        """Return the same values without what a backward pass would need."""
+        found = (self.h, self.z, self.w2, self.confidence)
+        return SlotStates(*(None if x is None else x.detach() for x in found))  # type: ignore[arg-type]

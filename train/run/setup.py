@@ -251,7 +251,7 @@ def workers_of(config: TrainConfig, cache: Stores, compute: Compute, world: Worl
 
 def compile_draft(model: DraftModel, *, in_parts: bool) -> None:
     """torch.compile. Rows are padded to one shape, so one compilation serves the run (and one
-    without gradients, validation).
+    without gradients, validation of what is compiled in parts).
 
     ``in_parts``: layer by layer, and the parts before and after them: between FSDP2's hooks, which
     cannot be compiled, or so that the gradients of one part are there while the next one computes
@@ -259,6 +259,7 @@ def compile_draft(model: DraftModel, *, in_parts: bool) -> None:
     """
     if not in_parts:
         model.compile(dynamic=False)
+        model.compiled_whole = True
         return
     for module in (*model.layers, model.norm):
         module.forward = torch.compile(module.forward, dynamic=False)
