@@ -1,4 +1,4 @@
-"""Draw the README's picture from bench/results/klt_stores_coarse.json: bytes per token on disk, and
+"""Draw the README's picture from bench/results/klt_stores_corrected.json: bytes per token on disk, and
 tau of drafts trained from exact states and from the default codec.
 
 python bench/plot_codec.py docs/img/tau-and-bytes.svg
@@ -11,7 +11,7 @@ from pathlib import Path
 import matplotlib as mpl
 from matplotlib import pyplot as plt
 
-RESULTS = Path(__file__).parent / "results" / "klt_stores_coarse.json"
+RESULTS = Path(__file__).parent / "results" / "klt_stores_corrected.json"
 DEFAULT = "klt-1-1-2"
 LABELS = ("exact states\n(lossless store)", f"compact codes\n({DEFAULT}, default)")
 EXACT_COLOUR, CODED_COLOUR = "#7f7f7f", "#2a6f97"
