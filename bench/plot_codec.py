@@ -1,5 +1,5 @@
-"""Draw the README's picture from bench/results/klt_stores_corrected.json: bytes per token on disk, and
-tau of drafts trained from exact states and from the default codec.
+"""Draw the README's picture from bench/results/klt_stores_corrected.json: bytes per token on disk,
+and tau of drafts trained from exact states and from the default codec.
 
 python bench/plot_codec.py docs/img/tau-and-bytes.svg
 """

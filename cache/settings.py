@@ -13,8 +13,8 @@ from dspark.cache.errors import UsageError
 
 LOSSLESS = "lossless"
 # Short name -> the codec's full name, which is what a store records. Measured change of tau from
-# real stores: -0.35 +- 0.26 % (16.5 times smaller), -0.50 +- 0.36 (21.1), -1.30 +- 0.38 (25.3); with
-# one step for all tokens -0.9 +- 0.3 (klt-1-1, 16.5), -1.7 +- 0.3 (0.6-1, 25.5).
+# real stores: -0.35 +- 0.26 % (16.5 times smaller), -0.50 +- 0.36 (21.1), -1.30 +- 0.38 (25.3);
+# with one step for all tokens -0.9 +- 0.3 (klt-1-1, 16.5), -1.7 +- 0.3 (0.6-1, 25.5).
 NAMED = {
     "default": "klt-1-1-2",
     "small": "klt-0.75-1-2",
