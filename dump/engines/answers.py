@@ -126,7 +126,8 @@ def recommended(
 @dataclass(frozen=True, slots=True)
 class Ask:
     """One turn. ``key`` comes back with its answer. ``keep``: return the states too; ``spans``:
-    earlier answers ``[start, stop)`` inside ``prompt``.
+    earlier answers ``[start, stop)`` inside ``prompt``; ``row``: the one that errors name, which is
+    not ``key`` where a row is answered several times (None: it is).
     """
 
     key: int
@@ -135,6 +136,11 @@ class Ask:
     seed: int
     keep: bool
     spans: tuple[tuple[int, int], ...] = ()
+    row: int | None = None
+
+    @property
+    def named_row(self) -> int:
+        return self.key if self.row is None else self.row
 
 
 class Answered(NamedTuple):

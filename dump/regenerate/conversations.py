@@ -179,7 +179,7 @@ class Conversation:
         self.turn += 1
         seed = seed_of(self.row.number, self.turn, self.answer)
         keep = not self.coming or not prompts.keeps_history
-        return Ask(key, prompt, room, seed, keep, tuple(self.spans))
+        return Ask(key, prompt, room, seed, keep, tuple(self.spans), self.row.number)
 
     def _end_sample(self, prompt: list[int]) -> None:
         """End a sample that the next prompt does not begin with; it may have been asked for without

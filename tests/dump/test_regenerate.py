@@ -339,7 +339,7 @@ def test_a_state_that_is_not_finite_is_named(
     def spoilt(
         self: TransformersEngine, aux: torch.Tensor, last: torch.Tensor, ask: Ask, *more: Any
     ) -> CodedStates:
-        if ask.key // answers == 4:
+        if ask.named_row == 4:
             aux = aux.clone()
             aux[3, 1, 7] = torch.nan
         return coded(self, aux, last, ask, *more)

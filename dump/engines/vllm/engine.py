@@ -288,10 +288,10 @@ class VllmEngine:
                 if not ask.keep:
                     yield Answered(ask, ids, finished, None)
                     continue
-                place = self._place(ask.key, out)
+                place = self._place(ask.named_row, out)
                 fed = np.array([*ask.prompt, *ids[:-1]], np.int32)
                 arrays, seconds = self.coded(
-                    place.batch, [Member(place.number, ask.key, fed)], codec
+                    place.batch, [Member(place.number, ask.named_row, fed)], codec
                 )
                 specs = codec.arrays(len(self.columns), self.shapes.hidden_size)
                 # Copied, because a view would keep its whole batch in memory.
