@@ -17,12 +17,13 @@ import numpy as np
 
 from dspark.cache.codec.base import ArraySpec, Codec, Tokens, to_numpy
 from dspark.cache.files.layout import state_array, token_bytes
-from dspark.cache.parts.chunks import chunk_rows, compressor
+from dspark.cache.parts.chunks import chunk_rows
+from dspark.cache.parts.shard_writer import coded_chunks
 
 if TYPE_CHECKING:
     import torch
 
-CHUNK_OVERHEAD = 20  # bytes: crc32c of the chunk, its offset and length in the shard's index
+INDEX_ENTRY = 16  # bytes: a chunk's offset and length in the shard's index
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,19 +64,9 @@ def packed_bytes(name: str, data: Any, spec: ArraySpec) -> float:
     if spec.axis == "exact":  # a part stores equal rows once
         data = np.unique(data, axis=0)
     stored = state_array(name, data.shape, spec)
-    packer, rows = compressor(stored), chunk_rows(stored)
+    rows = chunk_rows(stored)
     whole = data.shape[0] // rows * rows  # the last, shorter chunk would be filled up with zeros
-    size = 0.0
-    for start in range(0, whole, rows):
-        piece = data[start : start + rows]
-        if spec.order == "columns":
-            piece = piece.reshape(rows, -1).T
-        piece = np.ascontiguousarray(piece)
-        packed = (
-            packer.encode(piece if stored.shuffle else piece.view(np.uint8))
-            if packer
-            else piece.data
-        )
-        size += memoryview(packed).nbytes + CHUNK_OVERHEAD
+    chunks = (chunk for some in coded_chunks(stored, data[:whole]) for chunk in some)
+    size = sum(len(packed) + len(crc) + INDEX_ENTRY for packed, crc in chunks)
     rate: float = size / whole * data.shape[0]
     return rate

@@ -90,6 +90,29 @@ def write_shard(
     ``tag``: bytes that the file begins with; the index counts from its start, so a reader of Zarr
     never looks at them.
     """
+    sizes: list[int] = []
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "wb", buffering=0) as raw:
+        file = _Growing(raw.fileno(), to_disk)
+        file.write([tag])
+        # Written as they arrive, while the next ones are compressed.
+        for chunks in coded_chunks(spec, data):
+            sizes += [len(packed) + len(crc) for packed, crc in chunks]
+            file.write([piece for chunk in chunks for piece in chunk])
+        lengths = np.array(sizes, np.uint64)
+        index = (
+            np.stack([np.cumsum(lengths) - lengths + np.uint64(len(tag)), lengths], 1)
+            .astype("<u8")
+            .tobytes()
+        )
+        file.write([index, crc32c(index).to_bytes(4, "little")])
+    return file.size, file.crc32c, file.crc32
+
+
+def coded_chunks(spec: StoredArray, data: Array | Pieces) -> Iterator[list[tuple[bytes, bytes]]]:
+    """Yield the chunks of ``data`` in order, some at a time, each as a shard file holds it: packed,
+    and its checksum. They are made on the pool, a limited number ahead.
+    """
     rows = chunk_rows(spec)
     codec = compressor(spec)
 
@@ -113,23 +136,7 @@ def write_shard(
     # Handing a thread one chunk of some 60 KB takes Python as long as compressing it, so threads
     # get them by the megabyte.
     run = rows * max(1, RUN_BYTES // max(1, rows * row_bytes(spec)))
-    sizes: list[int] = []
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "wb", buffering=0) as raw:
-        file = _Growing(raw.fileno(), to_disk)
-        file.write([tag])
-        # Written as they arrive, while the next ones are compressed.
-        for chunks in _in_order(encode_run, range(0, data.shape[0], run)):
-            sizes += [len(packed) + len(crc) for packed, crc in chunks]
-            file.write([piece for chunk in chunks for piece in chunk])
-        lengths = np.array(sizes, np.uint64)
-        index = (
-            np.stack([np.cumsum(lengths) - lengths + np.uint64(len(tag)), lengths], 1)
-            .astype("<u8")
-            .tobytes()
-        )
-        file.write([index, crc32c(index).to_bytes(4, "little")])
-    return file.size, file.crc32c, file.crc32
+    yield from _in_order(encode_run, range(0, data.shape[0], run))
 
 
 def _in_order(work: Callable[[int], T], items: Iterable[int]) -> Iterator[T]:
