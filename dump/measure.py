@@ -23,12 +23,13 @@ from dspark.cache.files.layout import PARTS, PLAIN_ARRAYS
 from dspark.cache.files.place import place_of
 from dspark.cache.files.urls import Url, beside
 from dspark.cache.stored_manifest import read_manifest
+from dspark.dump.committing import Written
 from dspark.dump.corpus.rows import FirstRows
 from dspark.dump.job import Job, first_samples, load_engine, prepare, tokenisers
 from dspark.dump.pace import Pace
 from dspark.dump.progress import Display
 from dspark.dump.regenerate.conversations import PART_ROWS, Prompts
-from dspark.dump.run import Written, run_engine
+from dspark.dump.run import run_engine
 from dspark.dump.writing.pipeline import writers
 
 if TYPE_CHECKING:

@@ -14,33 +14,24 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
-from dspark.cache.errors import (
-    DamagedCacheError,
-    DataError,
-    EngineError,
-    MismatchError,
-)
+from dspark.cache.errors import DamagedCacheError, MismatchError
 from dspark.cache.files.atomic import write_file
 from dspark.cache.files.calibration import codec_info
 from dspark.cache.files.lock import OLD, Lock
 from dspark.cache.files.lock_files import owned
 from dspark.cache.files.place import place_of
-from dspark.cache.files.urls import Where, beside
+from dspark.cache.files.urls import Where
 from dspark.cache.manifest import Manifest
-from dspark.cache.parts.committed import by_source, scan_parts, totals
-from dspark.cache.quality import Known, Probe, budget_of, probe_of
+from dspark.cache.parts.committed import scan_parts
 from dspark.cache.quality import quality as quality_of
 from dspark.cache.reader import Cache
 from dspark.cache.records import TokenSample
 from dspark.cache.settings import FALLBACK, NAMED
 from dspark.cache.shared import config_file
-from dspark.cache.shared.command import bar
 from dspark.cache.shared.own_process import starting
 from dspark.cache.shared.stopping import parts_of, stoppable
 from dspark.cache.stored_manifest import read_manifest
@@ -48,46 +39,35 @@ from dspark.cache.stores.rebuild import rebuild
 from dspark.cache.target.logits import PLAIN, Logits
 from dspark.cache.writer import StoreWriter, refuse_to_replace
 from dspark.dump import plan as planning
-from dspark.dump.centring import (
-    Calibration,
-    calibration_samples,
-    captured,
-    learning_device,
-    release,
-)
+from dspark.dump.begin import TURN, begun, probe_states
 from dspark.dump.checks.coded import check_coded
 from dspark.dump.checks.states import check
+from dspark.dump.committing import Written, finished, regenerate_parts, write_parts
 from dspark.dump.config import DumpConfig
-from dspark.dump.corpus.ahead import ahead
-from dspark.dump.corpus.parts import SourcesReader
 from dspark.dump.corpus.tokenise import Tokenisers
 from dspark.dump.job import (
     Job,
     first_samples,
     load_engine,
-    part_reader,
     prepare,
     sources_reader,
     tokenisers,
 )
 from dspark.dump.progress import log_file
 from dspark.dump.regenerate.answer_files import AnswerFiles
-from dspark.dump.regenerate.conversations import Prompts, Regenerator, batches_of
+from dspark.dump.regenerate.conversations import Prompts
+from dspark.dump.report import report, summary
 from dspark.dump.target.weights import compact
 from dspark.dump.workers import WorkerPool
-from dspark.dump.writing.pipeline import Pipeline, writers
+from dspark.dump.writing.pipeline import writers
 
 if TYPE_CHECKING:
-    from dspark.cache.codec.base import Codec
-    from dspark.dump.engines.engine import Engine, States
+    from dspark.dump.engines.engine import Engine
     from dspark.dump.progress import Display
 
 STOPPING = "discarding unfinished parts, committing finished ones"
 
 log = logging.getLogger("dspark.dump")
-
-
-TURN = 3600.0  # seconds that a shard waits for another one to create or finish their store
 
 
 def dump(
@@ -120,7 +100,7 @@ def _dump(
     if not resuming:
         refuse_to_replace(place, overwrite=config.overwrite)
     stored = read_manifest(config.output) if resuming else None
-    answers = AnswerFiles(local(config.output))
+    answers = AnswerFiles.of(config.output)
     if not stored and (config.regenerate or (exists and answers.go_with_the_store())):
         answers.refuse_other(config.sources, config.overwrite)
     # Everything that can be refused without weights is refused before they are loaded.
@@ -181,11 +161,6 @@ def _dump(
         for line in summary(out):
             show.say(line)
         return out
-
-
-def local(output: Where) -> Path:
-    """Return where a store's answers go; only a local store has them."""
-    return beside(output, "")
 
 
 def mended(store: Where) -> bool:
@@ -302,275 +277,3 @@ def run_engine(
                 manifest = writer.finish_shard(rows, quality=measured, sources=job.manifest.sources)
             return manifest, written
         return finished(writer, job, measured), written
-
-
-def begun(
-    job: Job,
-    engine: Engine,
-    probe: Sequence[TokenSample],
-    raw: Sequence[States],
-    show: Display,
-    guard: Callable[[], None],
-) -> StoreWriter:
-    """Begin the store. Of several dumps into one the first calibrates and makes it, while the
-    others wait; they go on with it.
-    """
-    config = job.config
-    if config.shard is None:
-        return created(job, engine, probe, raw, show, guard)
-    with owned(config.output, "dspark-dump --shard", wait=TURN):
-        if not place_of(config.output).exists():
-            return created(job, engine, probe, raw, show, guard)
-    writer = StoreWriter.resume(config.output, job.manifest)
-    writer.restore_target(compact(engine.frozen()), job.target.files)
-    check_coded(engine, probe, raw, writer.codec, job.plan.layers)
-    return writer
-
-
-def created(
-    job: Job,
-    engine: Engine,
-    probe: Sequence[TokenSample],
-    raw: Sequence[States],
-    show: Display,
-    guard: Callable[[], None],
-) -> StoreWriter:
-    """Calibrate the codec, check it on the probe's states ``raw`` and make the new store."""
-    config = job.config
-    codec = job.plan.make_codec()
-    codec = job.supplied.codec(codec) if job.supplied else codec
-    found = calibration(job, engine, probe_states(engine, probe, raw, codec), codec, show)
-    release()  # what learning took of a GPU is an engine's, in another process
-    planning.check_disk(planning.sized(job.plan, found.size), 0, config.part_of)
-    # While an older store that is to be replaced is still there.
-    check_coded(engine, probe, raw, found.codec, job.plan.layers)
-    release()
-    guard()
-    answers = AnswerFiles(local(config.output))
-    stale = config.overwrite and answers.go_with_the_store()
-    writer = StoreWriter.create(
-        config.output,
-        job.manifest,
-        compact(engine.frozen()),
-        job.target.files,
-        codec=found.codec,
-        overwrite=config.overwrite,
-        weights_sha256=job.supplied.made_for.weights_sha256 if job.supplied else None,
-    )
-    if stale:  # only now: an old store that could not be replaced keeps its answers
-        answers.begin()
-    return writer
-
-
-def probe_states(
-    engine: Engine, samples: Sequence[TokenSample], states: Sequence[States], codec: Codec
-) -> Probe:
-    """Return the self-check's ``samples`` and their ``states``, for ``codec``."""
-    known = [Known(t, *s) for t, s in zip(samples, states, strict=True)]
-    return probe_of(known, codec, engine.frozen)
-
-
-def calibration(job: Job, engine: Engine, probe: Probe, codec: Codec, show: Display) -> Calibration:
-    """Return codec and size of a new store, from states from all over the corpus, or from those of
-    the self-check (``probe``) if the codec has nothing (more) to learn.
-    """
-    assert job.plan.rows is not None
-    assert job.plan.tokens is not None
-    began, learnt = time.monotonic(), None
-    if codec.needs_calibration and job.supplied is None:
-        shapes = len(job.plan.layers), job.plan.shapes.hidden_size
-        budget = budget_of(codec, *shapes, job.plan.tokens)
-        samples = calibration_samples(job.corpus, job.maker, job.plan.rows, job.plan.tokens, budget)
-        device = learning_device(job.plan, engine, codec)
-        seen = sum(len(s.input_ids) for s in samples)
-        with bar("calibration: tokens") as progress:
-            whole = job.plan.tokens
-            about = job.plan.layers, job.corpus.id, device, whole
-            probe = captured(engine, samples, codec, budget, *about, progress) or probe
-        if codec.least_tokens(*shapes):
-            show.say(f"learning {codec.name} from the states of {probe.aux.shape[0]:,} tokens")
-        learnt = f"{len(samples):,} samples spread over the corpus, {seen:,} tokens"
-    out = Calibration.of(probe, codec, learns=job.supplied is None)
-    if learnt is not None:
-        show.say(f"calibrated on {learnt}, in {time.monotonic() - began:.1f} s")
-    plan = planning.sized(job.plan, out.size)
-    show.say(
-        f"size     about {planning.human(plan.bytes or 0)}, measured on {probe.aux.shape[0]:,} "
-        "tokens"
-    )
-    return out
-
-
-def finished(writer: StoreWriter, job: Job, quality: dict[str, Any]) -> Manifest:
-    """Finish the store; its source is recorded as it is now."""
-    writer.manifest = dataclasses.replace(writer.manifest, sources=job.manifest.sources)
-    return writer.finish(quality=quality)
-
-
-@dataclass(slots=True)
-class Written:
-    """What a run added: tokens, seconds from the first row to the last part on disk, and how they
-    were spent (stages overlap).
-    """
-
-    tokens: int = 0
-    seconds: float = 0.0
-    stages: dict[str, float] = field(default_factory=dict)
-
-
-@contextmanager
-def settled(pipeline: Pipeline) -> Iterator[None]:
-    """On Ctrl-C, commit the complete parts and raise again."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        # Of states in flight, which an interrupted engine may never send.
-        with suppress(EngineError):
-            pipeline.settle()
-        raise
-
-
-def write_parts(
-    writer: StoreWriter,
-    reader: SourcesReader,
-    engine: Engine,
-    rows: int | None,
-    show: Display,
-    write: WorkerPool | None = None,
-) -> Written:
-    """Capture and commit every part that is missing, of ``rows`` source rows (None: unknown);
-    returns what was written.
-    """
-    out = Written()
-    with (
-        show.progress(rows) as shown,
-        ahead(reader.parts(dict(writer.committed)), 1) as parts,
-        Pipeline(
-            writer,
-            writer.codec,
-            embedding=engine.frozen().embed_tokens if writer.codec.needs_tokens else None,
-            pool=write,
-            bar=shown,
-            groups=engine.groups_at_once,
-        ) as pipeline,
-        settled(pipeline),
-    ):
-
-        def groups() -> Iterator[list[TokenSample]]:
-            while True:
-                began = time.perf_counter()
-                part = next(parts, None)
-                pipeline.seconds["wait for rows"] += time.perf_counter() - began
-                if part is None:
-                    return
-                if pipeline.begin(part):
-                    out.tokens += part.tokens
-                    yield part.samples
-
-        for captured in engine.stream(groups(), writer.codec):
-            pipeline.put(captured)
-        pipeline.finish()
-        out.stages = dict(pipeline.seconds)
-    return out
-
-
-def regenerate_parts(
-    job: Job,
-    prompts: Prompts,
-    writer: StoreWriter,
-    engine: Engine,
-    quality: dict[str, Any],
-    show: Display,
-    write: WorkerPool | None,
-) -> tuple[Manifest, Written]:
-    """Write the parts and finish the store when the target answers."""
-    out, began = Written(), time.monotonic()
-    answers = AnswerFiles(local(job.config.output))
-    if not writer.committed:
-        answers.begin()
-    reader = part_reader(job, log.info)
-    maker = Regenerator(
-        engine,
-        prompts,
-        job.target.eos_token_ids,
-        writer.codec,
-        reader,
-        answers,
-        job.config.min_supervised,
-    )
-    with (
-        show.progress(job.rows) as shown,
-        Pipeline(writer, writer.codec, pool=write, bar=shown) as pipeline,
-        settled(pipeline),
-    ):
-        group = 0
-        for part, states in maker.parts(dict(writer.committed)):
-            if pipeline.begin(part):
-                for captured in batches_of(group, part.samples, states):
-                    pipeline.put(captured)
-                group += 1
-                out.tokens += part.tokens
-        pipeline.finish()
-        out.stages = dict(pipeline.seconds)
-    out.seconds = time.monotonic() - began
-    if not any(record.samples for record in writer.committed.values()):
-        raise DataError(f"{job.corpus.id}: no row gave an answer: {dict(reader.dropped)}.")
-    reader.check_dropped(at_end=True)
-    for note, n in reader.notes.items():
-        show.say(f"  {note}: {n:,}")
-    # In this order, so that --resume can do the rest whatever stops us between two of them.
-    answers.join(writer.committed)
-    manifest = finished(writer, job, quality)
-    answers.clear()
-    show.say(f"answers  {answers.joined}")
-    return manifest, out
-
-
-def report(output: Where, manifest: Manifest, seconds: float, written: Written) -> dict[str, Any]:
-    """Return what the command prints at the end."""
-    counts = manifest.counts if manifest.complete else totals(list(scan_parts(output).values()))
-    return {
-        "output": str(output),
-        "complete": manifest.complete,
-        **dataclasses.asdict(counts),
-        "codec": manifest.codec.name,
-        "layers": manifest.layers,
-        "target_layer_ids": manifest.target_layer_ids,
-        "engine": manifest.dump.engine,
-        "quality": manifest.quality,
-        "per_source": per_source(output, manifest),
-        "seconds": round(seconds, 2),
-        "new_tokens": written.tokens,
-        "capture_seconds": round(written.seconds, 2),
-        "stages": {name: round(seconds, 2) for name, seconds in written.stages.items()},
-    }
-
-
-def per_source(output: Where, manifest: Manifest) -> list[dict[str, Any]]:
-    """Return the counts of each source, if there are several."""
-    return (
-        by_source(list(scan_parts(output).values()), manifest) if len(manifest.sources) > 1 else []
-    )
-
-
-def summary(out: dict[str, Any]) -> list[str]:
-    """Format the report: what is stored, what was cut, what was dropped and why."""
-    rate = (
-        f", {out['new_tokens'] / max(out['capture_seconds'], 0.01):,.0f} per second"
-        if out["new_tokens"]
-        else ""
-    )
-    left = "" if out["complete"] else "; NOT COMPLETE: other shards have still to write their parts"
-    return [
-        f"{out['output']}: {out['samples']:,} samples, {out['tokens']:,} tokens "
-        f"({out['supervised_tokens']:,} supervised{rate}) in "
-        f"{out['parts']:,} parts; {out['truncated']:,} truncated, "
-        f"{sum(out['dropped'].values()):,} of {out['rows_read']:,} rows dropped{left}",
-        *(f"  dropped: {reason}: {n:,}" for reason, n in out["dropped"].items()),
-        *(
-            f"  source {s['number']}: {s['id']}: {s['samples']:,} samples, {s['tokens']:,} "
-            f"tokens from {s['rows']:,} rows"
-            for s in out["per_source"]
-        ),
-        f"codec    {out['codec']}" + (f" ({out['codec_why']})" if out.get("codec_why") else ""),
-    ]

@@ -20,6 +20,7 @@ from dspark.cache import json_text
 from dspark.cache.errors import CacheError, DamagedCacheError, ExistsError, UsageError
 from dspark.cache.files.atomic import fsync_path, staged, write_errors, write_file
 from dspark.cache.files.layout import PARTS, part_name
+from dspark.cache.files.urls import Where, beside
 from dspark.dump.engines.answers import MASK_RULE
 
 if TYPE_CHECKING:
@@ -31,6 +32,11 @@ class AnswerFiles:
     """The answers of the store at ``store``."""
 
     store: Path
+
+    @classmethod
+    def of(cls, store: Where) -> AnswerFiles:
+        """Return those of a dump into ``store``; only a local store has any."""
+        return cls(beside(store, ""))
 
     @property
     def folder(self) -> Path:

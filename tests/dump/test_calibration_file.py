@@ -24,8 +24,8 @@ from dspark.cache.files.urls import where
 from dspark.cache.stored_manifest import read_manifest
 from dspark.cache.stores.merge import merge
 from dspark.cache.writer import StoreWriter
+from dspark.dump import begin
 from dspark.dump import plan as planning
-from dspark.dump import run as running
 from dspark.dump.config import DumpConfig
 from dspark.dump.engines.engine import Engine
 from dspark.dump.job import plan_only
@@ -66,7 +66,7 @@ def test_it_gives_the_bytes_of_the_dump_that_made_it(
     file = shutil.copy(made.output / CALIBRATION, tmp_path / "learnt.safetensors")
     again = dataclasses.replace(made, output=tmp_path / "again.zarr", calibration=file, codec=None)
     monkeypatch.setattr(
-        running, "captured", lambda *a: pytest.fail("states were captured to learn from")
+        begin, "captured", lambda *a: pytest.fail("states were captured to learn from")
     )
     out = dump(again, Display())
     assert (out["codec"], out["codec_why"]) == ("klt-2-2", "that of --calibration")

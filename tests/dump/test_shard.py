@@ -26,7 +26,7 @@ from dspark.cache.files.place import place_of
 from dspark.cache.files.urls import where
 from dspark.cache.stores.merge import append, merge
 from dspark.cache.stores.verify import drop_damaged, verify
-from dspark.dump import actors, run
+from dspark.dump import actors, begin
 from dspark.dump.config import DumpConfig
 from dspark.dump.progress import Display
 from dspark.dump.run import dump
@@ -90,13 +90,13 @@ def test_one_shard_calibrates_for_all(
 ) -> None:
     """It holds the lock meanwhile, so that another one waits; a shard that comes later does not."""
     together, held = tmp_path / "together.zarr", list[bool]()
-    learn = run.calibration
+    learn = begin.calibration
 
     def watched(*args: Any) -> Any:
         held.append(together.with_name("together.zarr.lock").exists())
         return learn(*args)
 
-    monkeypatch.setattr(run, "calibration", watched)
+    monkeypatch.setattr(begin, "calibration", watched)
     for text in ("1/2", "0/2"):
         dump(shard(dataclasses.replace(config, aux_bits=4, last_bits=4), text, together), show)
     assert held == [True]
