@@ -90,7 +90,7 @@ class Cache:
         self.manifest = manifest
         self.codec: Codec = stored_codec(self.place, manifest)
         self.layout = PartLayout(self.codec, len(manifest.layers), manifest.target.hidden_size)
-        self._embedding: torch.Tensor | None = None
+        self._embedding: tuple[torch.device, torch.Tensor] | None = None
         self._open: OrderedDict[int, Mapping[str, Shard]] = OrderedDict()
         self._opening = threading.Lock()  # of parts, where several threads read
 
@@ -281,9 +281,10 @@ class Cache:
 
     def embedding_on(self, device: torch.device) -> torch.Tensor:
         """Return the target's frozen embedding on ``device``, moved there once."""
-        if self._embedding is None or self._embedding.device != device:
-            self._embedding = self.target.embed_tokens.to(device)
-        return self._embedding
+        # By what was asked for: a tensor on "cuda" says "cuda:0", and would be moved for every row.
+        if self._embedding is None or self._embedding[0] != device:
+            self._embedding = (device, self.target.embed_tokens.to(device))
+        return self._embedding[1]
 
     def __getitem__(self, i: int) -> Sample:
         coded = self.read(i)

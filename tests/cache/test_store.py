@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import zarr
 
 import dspark.cache
@@ -94,6 +95,18 @@ def test_a_cache_pickles_and_target_is_tied(store: Path) -> None:
     )
     with pytest.raises(IndexError):
         cache[len(LENGTHS)]
+
+
+def test_the_embedding_is_moved_to_a_device_once(store: Path) -> None:
+    """A tensor names its device as it likes ("cuda" becomes "cuda:0"; of "meta:0" only "meta" is
+    left), and a comparison with that moved the embedding for every row of a training.
+    """
+    cache = dspark.cache.open(store)
+    device = torch.device("meta", 0)
+    moved = cache.embedding_on(device)
+    assert moved.device != device
+    assert cache.embedding_on(device) is moved
+    assert cache.embedding_on(torch.device("cpu")).device.type == "cpu"
 
 
 def test_writing_twice_gives_the_same_bytes(store: Path, plan: Manifest, tmp_path: Path) -> None:
