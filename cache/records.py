@@ -17,6 +17,7 @@ KEY_BYTES = 16
 
 Array = np.ndarray[tuple[int, ...], np.dtype[Any]]
 Int32 = npt.NDArray[np.int32]
+Int64 = npt.NDArray[np.int64]
 Bool = npt.NDArray[np.bool_]
 Float32 = npt.NDArray[np.float32]
 # Coded states: array name -> array, its first axis rows.
@@ -33,6 +34,17 @@ def last_rows(loss_mask: Bool) -> Bool:
     """
     out = np.zeros(loss_mask.shape, dtype=np.bool_)
     out[:-1] = loss_mask[:-1] & loss_mask[1:]
+    return out
+
+
+def joined_last_rows(loss_mask: Bool, sample_start: Int64) -> Bool:
+    """Return ``last_rows`` of samples end to end: ``loss_mask`` bool[T], ``sample_start``
+    int64[N + 1] the first token of each and T. A few steps for any number of samples: a step per
+    sample, each taking Python's lock, slows the thread that launches a target's kernels.
+    """
+    out = last_rows(loss_mask)
+    ends = sample_start[1:]
+    out[ends[ends > sample_start[:-1]] - 1] = False
     return out
 
 

@@ -42,7 +42,7 @@ import numpy.typing as npt
 
 from dspark.cache.errors import FormatVersionError
 from dspark.cache.json_text import Json
-from dspark.cache.records import Coded, CodedSample, TokenSample, last_rows
+from dspark.cache.records import Coded, CodedSample, TokenSample, joined_last_rows, last_rows
 from dspark.cache.settings import DEFAULT_PACKING
 
 if TYPE_CHECKING:
@@ -230,7 +230,7 @@ def tokens_of(samples: Sequence[TokenSample], embedding: torch.Tensor) -> Tokens
 
     ids = np.concatenate([s.input_ids for s in samples]).astype(np.int64)
     start = np.cumsum([0, *(len(s.input_ids) for s in samples)], dtype=np.int64)
-    stored = np.concatenate([last_rows(s.loss_mask) for s in samples])
+    stored = joined_last_rows(np.concatenate([s.loss_mask for s in samples]), start)
     arrays = (ids, start, np.flatnonzero(stored))
     input_ids, sample_start, last_token = (torch.from_numpy(a).to(embedding.device) for a in arrays)
     return Tokens(input_ids, sample_start, last_token, embedding)

@@ -10,7 +10,7 @@ import numpy as np
 from dspark.cache.codec.base import EXACT_TOKEN
 from dspark.cache.files.layout import EXACT_POSITION, EXACT_ROW, EXACT_START, PartLayout
 from dspark.cache.parts.shard_writer import Pieces
-from dspark.cache.records import Array, CodedSample, TokenSample, last_rows
+from dspark.cache.records import Array, CodedSample, TokenSample, joined_last_rows
 
 
 def assemble(
@@ -49,18 +49,22 @@ def join_tokens(tokens: Sequence[TokenSample]) -> tuple[dict[str, Array], list[i
     """Return the arrays of a part that are not states, and the number of stored last states of each
     sample.
     """
-    stored = [int(last_rows(s.loss_mask).sum()) for s in tokens]
+    loss_mask = np.concatenate([np.zeros(0, np.bool_), *(s.loss_mask for s in tokens)])
+    start = np.cumsum([0, *(s.input_ids.shape[0] for s in tokens)], dtype=np.int64)
+    before = np.zeros(len(loss_mask) + 1, np.int64)
+    np.cumsum(joined_last_rows(loss_mask, start), out=before[1:])
+    last_start = before[start]
     return {
         "input_ids": np.concatenate([np.zeros(0, np.int32), *(s.input_ids for s in tokens)]),
-        "loss_mask": np.concatenate([np.zeros(0, np.bool_), *(s.loss_mask for s in tokens)]),
-        "sample_start": np.cumsum([0, *(s.input_ids.shape[0] for s in tokens)], dtype=np.int64),
-        "sample_last_start": np.cumsum([0, *stored], dtype=np.int64),
+        "loss_mask": loss_mask,
+        "sample_start": start,
+        "sample_last_start": last_start,
         "sample_row": np.array([s.row for s in tokens], dtype=np.int64),
         "sample_key": np.frombuffer(b"".join(s.key for s in tokens), dtype=np.uint8).reshape(
             -1, 16
         ),
         "sample_turn": np.array([s.turn for s in tokens], dtype=np.int32),
-    }, stored
+    }, np.diff(last_start).tolist()
 
 
 def tokens_sha256(arrays: Mapping[str, Array]) -> str:

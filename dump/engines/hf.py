@@ -25,7 +25,7 @@ from transformers import masking_utils
 from dspark.cache.codec.base import Tokens, to_numpy
 from dspark.cache.codec.state_errors import StateError
 from dspark.cache.errors import EngineError
-from dspark.cache.records import TokenSample, last_rows
+from dspark.cache.records import Int64, TokenSample, joined_last_rows, last_rows
 from dspark.cache.shared.process import no_plan_a_shape, quiet_transformers
 from dspark.cache.target.frozen import FrozenTarget
 from dspark.dump.engines.answers import Answered, Ask, Sampling, repeat_last, stored_runs
@@ -144,15 +144,11 @@ class TransformersEngine:
         """Compute the states of a batch without padding: aux [T, L, H] of all its tokens, last [M,
         H].
         """
-        lengths = np.array([len(s.input_ids) for s in batch])
-        width = int(lengths.max())
-        real = np.arange(width) < lengths[:, None]
-        stored = np.zeros_like(real)
-        for row, sample in enumerate(batch):
-            stored[row, : lengths[row]] = last_rows(sample.loss_mask)
-        whole = bool(real.all())
-        rows = None if whole else send(np.flatnonzero(real), self.device)
-        wanted = send(np.flatnonzero(stored), self.device)
+        places, width, start = padded(batch)
+        stored = joined_last_rows(np.concatenate([s.loss_mask for s in batch]), start)
+        whole = len(places) == len(batch) * width
+        rows = None if whole else send(places, self.device)
+        wanted = send(places[stored], self.device)
         aux: list[torch.Tensor] = [torch.empty(0)] * len(self.layers)
 
         def keep(at: int) -> Any:
@@ -182,12 +178,12 @@ class TransformersEngine:
         """Run the decoder over a right-padded batch; returns its output after the final norm [b,
         S_max, H].
         """
-        width = max(len(s.input_ids) for s in batch)
-        ids = np.zeros((len(batch), width), dtype=np.int64)
-        for row, sample in enumerate(batch):
-            ids[row, : len(sample.input_ids)] = sample.input_ids
+        places, width, _ = padded(batch)
+        ids = np.zeros(len(batch) * width, dtype=np.int64)
+        ids[places] = np.concatenate([s.input_ids for s in batch])
         with never_packed():
-            out = self.parts.decoder(input_ids=send(ids, self.device), use_cache=False)
+            sent = send(ids, self.device).view(len(batch), width)
+            out = self.parts.decoder(input_ids=sent, use_cache=False)
         hidden: torch.Tensor = out.last_hidden_state
         return hidden.to(self.device)
 
@@ -354,6 +350,18 @@ def never_packed() -> Iterator[None]:
         yield
     finally:
         masking_utils.find_packed_sequence_indices = ask
+
+
+def padded(batch: Sequence[TokenSample]) -> tuple[Int64, int, Int64]:
+    """Return where the tokens of a batch are among its places when every sample is padded to the
+    longest, in order: int64[T]; that width; and the first token of each sample, then T: int64[b +
+    1]. Without a step per sample, which would delay the launching of kernels.
+    """
+    start = np.cumsum([0, *(len(s.input_ids) for s in batch)], dtype=np.int64)
+    lengths = np.diff(start)
+    width = int(lengths.max())
+    before = np.arange(len(batch), dtype=np.int64) * width - start[:-1]
+    return np.arange(start[-1]) + np.repeat(before, lengths), width, start
 
 
 def batches(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
