@@ -11,6 +11,7 @@ from dspark.cache.files.place import place_of
 from dspark.cache.quality import Known, Probe, budget_of, probe_of
 from dspark.cache.records import TokenSample
 from dspark.cache.shared.command import bar
+from dspark.cache.shared.phases import Phases
 from dspark.cache.writer import StoreWriter
 from dspark.dump import plan as planning
 from dspark.dump.centring import (
@@ -105,23 +106,24 @@ def calibration(job: Job, engine: Engine, probe: Probe, codec: Codec, show: Disp
     """
     assert job.plan.rows is not None
     assert job.plan.tokens is not None
-    began, learnt = time.monotonic(), None
+    began, learnt, phases = time.monotonic(), None, Phases()
     if codec.needs_calibration and job.supplied is None:
         shapes = len(job.plan.layers), job.plan.shapes.hidden_size
         budget = budget_of(codec, *shapes, job.plan.tokens)
-        samples = calibration_samples(job.corpus, job.maker, job.plan.rows, job.plan.tokens, budget)
+        rows, tokens = job.plan.rows, job.plan.tokens
+        with phases.phase("rows"):
+            samples = calibration_samples(job.corpus, job.maker, rows, tokens, budget)
         device = learning_device(job.plan, engine, codec)
         seen = sum(len(s.input_ids) for s in samples)
-        with bar("calibration: tokens") as progress:
-            whole = job.plan.tokens
-            about = job.plan.layers, job.corpus.id, device, whole
+        with bar("calibration: tokens") as progress, phases.phase("capture"):
+            about = job.plan.layers, job.corpus.id, device, tokens
             probe = captured(engine, samples, codec, budget, *about, progress) or probe
         if codec.least_tokens(*shapes):
             show.say(f"learning {codec.name} from the states of {probe.aux.shape[0]:,} tokens")
         learnt = f"{len(samples):,} samples spread over the corpus, {seen:,} tokens"
-    out = Calibration.of(probe, codec, learns=job.supplied is None)
+    out = Calibration.of(probe, codec, learns=job.supplied is None, phases=phases)
     if learnt is not None:
-        show.say(f"calibrated on {learnt}, in {time.monotonic() - began:.1f} s")
+        show.say(f"calibrated on {learnt}, in {time.monotonic() - began:.1f} s ({phases})")
     plan = planning.sized(job.plan, out.size)
     show.say(
         f"size     about {planning.human(plan.bytes or 0)}, measured on {probe.aux.shape[0]:,} "

@@ -19,6 +19,7 @@ from dspark.cache.codec.centre import spread
 from dspark.cache.codec.state_errors import check_finite, naming
 from dspark.cache.quality import Probe, probe_of, share_of
 from dspark.cache.records import TokenSample
+from dspark.cache.shared.phases import Phases
 from dspark.cache.sizing import RowBytes
 
 if TYPE_CHECKING:
@@ -50,15 +51,20 @@ class Calibration:
     size: RowBytes
 
     @classmethod
-    def of(cls, probe: Probe, codec: Codec, *, learns: bool = True) -> Self:
+    def of(
+        cls, probe: Probe, codec: Codec, *, learns: bool = True, phases: Phases | None = None
+    ) -> Self:
         """Calibrate ``codec`` on the states of ``probe``, in the order of their samples; unchanged
         if there is nothing left to learn (``learns``).
         """
         import torch
 
+        phases = phases or Phases()
         with torch.inference_mode():
-            learnt = codec.calibrated(*probe) if learns else codec
-            return cls(learnt, RowBytes.of(learnt, *probe.beginning()))
+            with phases.phase("learning"):
+                learnt = codec.calibrated(*probe) if learns else codec
+            with phases.phase("sizes"):
+                return cls(learnt, RowBytes.of(learnt, *probe.beginning()))
 
 
 def captured(

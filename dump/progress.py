@@ -108,15 +108,17 @@ def log_file(path: Path) -> Iterator[None]:
         path.parent.mkdir(parents=True, exist_ok=True)
         handler = logging.FileHandler(path, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    before = log.level
-    log.setLevel(logging.INFO)
-    log.addHandler(handler)
+    heard = {x: x.level for x in (log, logging.getLogger("dspark.cache"))}
+    for one in heard:
+        one.setLevel(logging.INFO)
+        one.addHandler(handler)
     try:
         yield
     except BaseException as error:
         log.error("stopped by %s: %s", type(error).__name__, printable(str(error)))
         raise
     finally:
-        log.removeHandler(handler)
-        log.setLevel(before)
+        for one, before in heard.items():
+            one.removeHandler(handler)
+            one.setLevel(before)
         handler.close()

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,9 @@ def test_what_is_read_is_near_what_was_captured(stores: dict[str, Path]) -> None
     assert len(exact) == len(ours)
     assert least_snr(exact, ours) > 9.0
     assert not verify(stores[CODEC]).findings
+    log = stores[CODEC].with_name(stores[CODEC].name + ".log").read_text()
+    for line in (r"learnt in seconds: states [\d.]+, moments ", r"calibrated on .*learning [\d.]+"):
+        assert re.search(line, log)
 
 
 def least_snr(exact: dspark.cache.Cache, ours: dspark.cache.Cache) -> float:

@@ -16,6 +16,7 @@ exactly.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from dspark.cache.json_text import Json
     from dspark.cache.repeats import Repeats
 
+log = logging.getLogger("dspark.cache")
 # tokens: of 128, 256, 512 and 1,024 they take 11, 4, 0 and -2 % more bytes; a sample reads half a
 # chunk too much at each end
 CHUNK = 512
@@ -149,8 +151,6 @@ class Klt:
         from dspark.cache.codec.klt.fit import fit
 
         tokens = self._known(tokens)
-        check_finite(aux)
-        check_finite(last)
         tables = fit(
             aux,
             last,
@@ -158,6 +158,7 @@ class Klt:
             aux_bits=self.aux_bits,
             last_bits=self.last_bits,
             coarse=self.coarse,
+            say=log.info,
         )
         return self.with_tables(tables)
 

@@ -1,9 +1,9 @@
 """Fit the tables of the transform codec to states of samples spread over a corpus.
 
-The states may be on the host; passes over them tell norms (which rows are massive), moments, how
-many bits each sample will take, and the coefficients of some of them, which set the step
-(``rate.py``). Then the last state follows, from decoded aux coefficients. All work runs on the
-device of the embedding.
+All work runs on the device of the embedding. The states may be on the host: they are brought there
+once, or in pieces in each pass over them if they do not fit. Passes tell norms (which rows are
+massive), moments, how many bits each sample will take, and the coefficients of some of them, which
+set the step (``rate.py``). Then the last state follows, from decoded aux coefficients.
 
 A fit takes some of its own rows' accident for law and codes them in fewer bits than others, so the
 step is set on samples that it has not seen. They are few, and the bits of two samples differ by a
@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -27,11 +28,20 @@ from dspark.cache.codec.base import Tokens
 from dspark.cache.codec.klt.codec import Known
 from dspark.cache.codec.klt.half import half_on
 from dspark.cache.codec.klt.moments import Moments, eigen, fisher, regression, root
-from dspark.cache.codec.klt.pieces import Piece, one_in_eight, pieces_of, some_of, spread
+from dspark.cache.codec.klt.pieces import (
+    Piece,
+    one_in_eight,
+    pieces_of,
+    resident,
+    some_of,
+    spread,
+)
 from dspark.cache.codec.klt.rate import Corpus, Rows, stepped
 from dspark.cache.codec.klt.symbols import Packing
 from dspark.cache.codec.klt.tables import CONTEXT, Tables, Transform
+from dspark.cache.codec.state_errors import check_finite
 from dspark.cache.errors import UsageError
+from dspark.cache.shared.phases import Phases
 
 if TYPE_CHECKING:
     import torch
@@ -61,8 +71,9 @@ def fit(
     ``last_bits`` per value of the last state on disk, tokens stored exactly included.
 
     ``coarse``: see ``Transform``, of the aux layers. ``context``: see ``Tables`` (None: two hidden
-    sizes). Raises UsageError for fewer than two
-    samples or without a stored last state.
+    sizes). ``say`` is told what was found, and the seconds of each phase. Raises UsageError for
+    fewer than two samples or without a stored last state, EngineError for a state that is not
+    finite.
     """
     starts = tokens.sample_start.cpu().numpy()
     stored = np.diff(np.searchsorted(tokens.last_token.cpu().numpy(), starts)) > 0
@@ -73,18 +84,27 @@ def fit(
             "rotated codec (--codec rotated-4-4) or dump more rows."
         )
     layers, hidden = aux.shape[1:]
-    work = _Fit(tokens, layers, hidden, say)
+    work = _Fit(tokens, layers, hidden, say, Phases(tokens.embedding.device))
+    with work.phase("states"):
+        aux, last = resident(aux, last, work.device)
+        check_finite(aux)
+        check_finite(last)
     runs, _ = pieces_of(aux, last, tokens, np.zeros(len(stored), np.bool_))
-    scale = work.scale(runs)
-    moments = work.moments(runs, scale)
-    sizes = work.sizes(runs, scale, moments, coarse)
+    with work.phase("moments"):
+        scale = work.scale(runs)
+        moments = work.moments(runs, scale)
+    with work.phase("samples"):
+        sizes = work.sizes(runs, scale, moments, coarse)
     held = one_in_eight(sizes.norm, stored)
     learn, keep = pieces_of(aux, last, tokens, held)
-    work.add(moments, keep, scale, -1)
+    with work.phase("moments"):
+        work.add(moments, keep, scale, -1)
     found = work.aux(learn, keep, scale, moments, aux_bits, coarse, sizes.over(held))
     del moments
     count = min(CONTEXT * hidden if context is None else context, found.kept)
-    return work.last(learn, keep, found, count, last_bits)
+    tables = work.last(learn, keep, found, count, last_bits)
+    say(f"learnt in seconds: {work.phases}")
+    return tables
 
 
 class Scale(NamedTuple):
@@ -123,6 +143,10 @@ class _Fit:
     layers: int
     hidden: int
     say: Say
+    phases: Phases
+
+    def phase(self, name: str) -> AbstractContextManager[None]:
+        return self.phases.phase(name)
 
     @property
     def device(self) -> torch.device:
@@ -213,8 +237,9 @@ class _Fit:
         ``learn``. ``over``: see ``Sizes``.
         """
         channels = self.layers * self.hidden
-        centre, covariance = moments.covariance()
-        weights, residual = regression(covariance, channels, RIDGE_AUX)
+        with self.phase("prediction"):
+            centre, covariance = moments.covariance()
+            weights, residual = regression(covariance, channels, RIDGE_AUX)
         energy = float(covariance[:channels, :channels].diagonal().sum())
         self.say(
             f"aux layers: {moments.rows:,} tokens, {moments.rows / channels:.1f} per each of "
@@ -225,7 +250,8 @@ class _Fit:
             (centre[:channels] - centre[channels:] @ weights).float()
         )
         del covariance
-        _, basis = eigen(residual)
+        with self.phase("basis"):
+            _, basis = eigen(residual)
         del residual
         whole = _transform(mean, scale.deviation, basis.T, None, weights, coarse)
         del basis
@@ -243,7 +269,8 @@ class _Fit:
                 times = half.scale(few)
                 yield y if times is None else y * times[:, None], few, massive
 
-        return stepped(whole, self.corpus(learn, keep, rows, over), bits * channels)
+        found = self.corpus(learn, keep, rows, over)
+        return stepped(whole, found, bits * channels, self.phases)
 
     def last(
         self, learn: Sequence[Piece], keep: Sequence[Piece], aux: Transform, count: int, bits: float
@@ -260,17 +287,22 @@ class _Fit:
         def rows(pieces: Sequence[Piece]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
             for piece in self.moved(pieces):
                 at = piece.tokens.last_token
-                code = half.encode(piece.aux.flatten(1), *_around(piece))[0]
+                features, few = (x[at] for x in _around(piece))
+                cells = half.encode(piece.aux[at].flatten(1), features, few)[0]
+                code = cells.new_zeros(piece.aux.shape[0], cells.shape[1])
+                code[at] = cells
                 yield (
                     piece.last.float(),
                     Known.of(piece.tokens).near(at, half, code, count).plain().float(),
                 )
 
         moments = Moments.of_width(count + 4 * hidden, self.device)
-        for states, features in rows(learn):
-            moments.add(torch.cat([states, features], 1))
+        with self.phase("moments"):
+            for states, features in rows(learn):
+                moments.add(torch.cat([states, features], 1))
         head = self.about.head if self.about.head is not None else self.about.embedding
-        metric, inverse = root(fisher(spread([*learn, *keep]), head.to(self.device)))
+        with self.phase("metric"):
+            metric, inverse = root(fisher(spread([*learn, *keep]), head.to(self.device)))
         whole = self.last_transform(moments, count, metric, inverse)
         own = half_on(whole, self.device)
 
@@ -283,7 +315,8 @@ class _Fit:
                 yield y, none, none
 
         found = self.corpus(learn, keep, coefficients)
-        return dataclasses.replace(tables, last=stepped(whole, found, bits * hidden))
+        own_table = stepped(whole, found, bits * hidden, self.phases)
+        return dataclasses.replace(tables, last=own_table)
 
     def corpus(
         self,
@@ -295,8 +328,9 @@ class _Fit:
         """Return the ``rows`` that stand for those of the corpus (``Rows.of``)."""
         total = sum(p.aux.shape[0] for p in [*learn, *keep])
         share = self.about.share * sum(p.aux.shape[0] for p in learn) / total
-        own = Rows.of(rows(some_of(learn))) if share else None
-        return Corpus(Rows.of(rows(some_of(keep))), own, share, over)
+        with self.phase("coefficients"):
+            own = Rows.of(rows(some_of(learn))) if share else None
+            return Corpus(Rows.of(rows(some_of(keep))), own, share, over)
 
     def last_transform(
         self, moments: Moments, count: int, metric: torch.Tensor, inverse: torch.Tensor
@@ -308,7 +342,8 @@ class _Fit:
 
         hidden = self.hidden
         centre, covariance = moments.covariance()
-        weights, residual = regression(covariance, hidden, RIDGE_LAST, count)
+        with self.phase("prediction"):
+            weights, residual = regression(covariance, hidden, RIDGE_LAST, count)
         # Moments of wide rows are float32 (``WIDE``); what is left is small enough for float64.
         mean = (centre[:hidden] - centre[hidden:] @ weights).to(metric.dtype)
         spread, left = (
@@ -319,7 +354,8 @@ class _Fit:
             f"{float(left.trace() / spread.trace()):.1%} of its energy, in the metric of "
             "the target's distribution"
         )
-        _, basis = eigen(left)
+        with self.phase("basis"):
+            _, basis = eigen(left)
         back, forward = basis.T @ inverse, metric @ basis
         return _transform(mean, torch.ones_like(mean), back, forward, weights)
 

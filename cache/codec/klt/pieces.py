@@ -10,15 +10,42 @@ import numpy as np
 import numpy.typing as npt
 
 from dspark.cache.codec.base import Tokens
-from dspark.cache.codec.klt.moments import FISHER_ROWS
+from dspark.cache.codec.klt.moments import EIGEN_COPIES, FISHER_ROWS, sums_bytes
 from dspark.cache.codec.klt.rate import STEP_ROWS
 
 if TYPE_CHECKING:
     import torch
 
-
 PIECE = 4096  # tokens, in whole samples, that are on the device at once
 HELD_OUT = 8  # of so many samples, one sets the step; the others are learnt from
+
+
+STEP_COPIES = 8  # in float32, of the rows that set the step, while it is searched for
+
+
+def resident(
+    aux: torch.Tensor, last: torch.Tensor, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return ``aux`` [T, L, H] and ``last`` [M, H] on ``device`` if it is a GPU with room for them
+    beside all that fitting takes there; else as they are, so that each pass over them brings them
+    piece by piece. An engine may fill the rest of the GPU.
+    """
+    import torch
+
+    if device.type != "cuda" or aux.is_cuda:
+        return aux, last
+    layers, hidden = aux.shape[1:]
+    width = (layers + 2) * hidden
+    fitting = (
+        2 * sums_bytes(width)
+        + EIGEN_COPIES * sums_bytes(layers * hidden)
+        + STEP_COPIES * 4 * STEP_ROWS * width
+    )
+    torch.cuda.empty_cache()
+    free, _ = torch.cuda.mem_get_info(device)
+    if free < aux.nbytes + last.nbytes + fitting:
+        return aux, last
+    return aux.to(device), last.to(device)
 
 
 class Piece(NamedTuple):

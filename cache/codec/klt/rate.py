@@ -20,7 +20,9 @@ from typing import TYPE_CHECKING
 from dspark.cache.codec.base import ArraySpec
 from dspark.cache.codec.bf16 import LOSSLESS_BITS
 from dspark.cache.codec.klt.codec import CHUNK
-from dspark.cache.codec.klt.symbols import Packing, cells_of, offsets_of, pack, quantise, step_for
+from dspark.cache.codec.klt.search import step_for
+from dspark.cache.codec.klt.symbols import Packing, cells_of, offsets_of, pack, quantise
+from dspark.cache.shared.phases import Phases
 
 if TYPE_CHECKING:
     import torch
@@ -95,21 +97,32 @@ class Corpus:
         return (1 - self.share) * new + self.share * self.own.bits(table)
 
 
-def stepped(whole: Transform, corpus: Corpus, bits: float) -> Transform:
+def stepped(
+    whole: Transform, corpus: Corpus, bits: float, phases: Phases | None = None
+) -> Transform:
     """Return ``whole`` with the step at which rows of ``corpus`` take ``bits`` each, and the
-    columns worth keeping.
+    columns worth keeping. Each measurement is one of ``phases``.
     """
-    y = corpus.new.y
-    start = float(y.square().mean().sqrt()) or 1.0
-    step = step_for(lambda s: corpus.bits(at_step(whole, y, s)), start, bits)
-    found = at_step(whole, y, step)
+    y, seen = corpus.new.y, phases or Phases()
+    tried: dict[float, tuple[Transform, float]] = {}
+
+    def bits_at(step: float) -> float:
+        with seen.phase("step"):
+            table = at_step(whole, y, step)
+            tried[step] = table, corpus.bits(table)
+        return tried[step][1]
+
+    step = step_for(bits_at, y.square().mean(0).sqrt().double().cpu().numpy(), bits)
+    if step not in tried:
+        bits_at(step)
+    found, spent = tried[step]
     kept = found.packing.total
     return dataclasses.replace(
         found,
         back=whole.back[:kept].clone(),
         forward=None if whole.forward is None else whole.forward[:, :kept].clone(),
         offsets=corpus.new.offsets(found),
-        bits=corpus.bits(found),
+        bits=spent,
     )
 
 

@@ -12,8 +12,6 @@ Legend: T tokens, K columns, n columns to a byte, W bytes of a row.
 from __future__ import annotations
 
 import itertools
-import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING
@@ -242,29 +240,3 @@ def entropy_columns(q: torch.Tensor) -> torch.Tensor:
         share = count / rows
         out.append(-(share * torch.where(share > 0, share, 1.0).log2()).sum(1))
     return torch.cat(out)
-
-
-def step_for(bits_at: Callable[[float], float], start: float, bits: float) -> float:
-    """Find the step at which ``bits_at(step)``, which falls with it, is ``bits`` within a
-    thousandth, from ``start`` on: doubled or halved until the step is between two, then by their
-    secant. An end that stays twice counts half from then on, so that both ends move.
-    """
-    at, low, high = math.log(start), -math.inf, math.inf
-    over = under = last = 0.0  # bits too many at ``low``, too few at ``high``; of the last step
-    for _ in range(24):
-        found = bits_at(math.exp(at)) - bits
-        if abs(found) <= 1e-3 * bits:
-            break
-        again = found * last > 0
-        if found > 0:
-            low, over, under = at, found, under / 2 if again else under
-        else:
-            high, under, over = at, found, over / 2 if again else over
-        last = found
-        if high == math.inf:
-            at = low + math.log(2)
-        elif low == -math.inf:
-            at = high - math.log(2)
-        else:
-            at = low + (high - low) * min(max(over / (over - under), 0.02), 0.98)
-    return math.exp(at)
