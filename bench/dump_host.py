@@ -39,6 +39,7 @@ from common import write
 from dspark.cache.codec import registry
 from dspark.cache.files.atomic import remove
 from dspark.cache.records import TokenSample, last_rows
+from dspark.cache.shared.blocks import SharedBlock
 from dspark.cache.target.frozen import FrozenTarget
 from dspark.cache.writer import StoreWriter
 from dspark.dump.corpus.parts import PartRows
@@ -55,7 +56,6 @@ from dspark.dump.engines.vllm.spool import (
     write_batch,
 )
 from dspark.dump.workers import WorkerPool
-from dspark.dump.writing.blocks import SharedBlock
 from dspark.dump.writing.filling import Filling
 from dspark.dump.writing.pipeline import Pipeline, writers
 

@@ -6,18 +6,27 @@ from __future__ import annotations
 
 import os
 import time
-from typing import Any
 
 import numpy as np
-from torch.utils.data import Dataset
+import torch
 
 from dspark.cache import errors
+from dspark.train.data.row import Field, PackedRow
+from dspark.train.data.slots import Room
 
 
-class Numbers(Dataset[Any]):
-    """``rows[epoch, i]`` is i; some are not to be had."""
+def row(value: int, room: Room, count: int = 16) -> PackedRow:
+    """A row that holds ``value``, ``count`` times."""
+    fields = (Field("value", torch.int64, (count,), 0),)
+    data = room(8 * count)
+    fields[0].of(data).fill_(value)
+    return PackedRow(data, fields, tokens=value, slots=0)
 
-    def __getitem__(self, at: tuple[int, int]) -> Any:
+
+class Numbers:
+    """Row (epoch, i) holds i; some are not to be had, those of epoch 4 grow."""
+
+    def read(self, at: tuple[int, int], room: Room) -> PackedRow:
         epoch, i = at
         if epoch == 1 and i == 2:
             time.sleep(600)
@@ -25,14 +34,14 @@ class Numbers(Dataset[Any]):
             raise errors.DamagedCacheError("part 3 is damaged")
         if epoch == 3 and i == 2:
             os._exit(7)
-        return i
+        return row(i, room, 16 if epoch != 4 else 64 + i)
 
 
-class Many(Dataset[Any]):
-    """``rows[epoch, i]`` is i, out of more numbers than a pipe holds."""
+class Many:
+    """Row (epoch, i) holds i, out of more numbers than a pipe holds."""
 
     def __init__(self) -> None:
         self.numbers = np.arange(100_000)
 
-    def __getitem__(self, at: tuple[int, int]) -> int:
-        return int(self.numbers[at[1]])
+    def read(self, at: tuple[int, int], room: Room) -> PackedRow:
+        return row(int(self.numbers[at[1]]), room)

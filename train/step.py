@@ -57,7 +57,7 @@ def share(
         failed = error
     weights = Denominators(0.0, 0.0, 0.0)
     for row in own:
-        weights = weights + Denominators.of(row.batch, run.config.decay, run.to_draft)
+        weights = weights + Denominators.of(row, run.config.decay, run.to_draft)
     ce, l1, confidence, rows, tokens, stops, failures = run.world.sum(
         [
             weights.ce,

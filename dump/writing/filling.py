@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dspark.cache.codec.base import EXACT_TOKEN, axis_of
+from dspark.cache.shared.blocks import SharedBlock
 from dspark.dump.engines.engine import send
-from dspark.dump.writing.blocks import SharedBlock, regions
+from dspark.dump.writing.places import regions
 
 if TYPE_CHECKING:
     import torch

@@ -37,11 +37,12 @@ from dspark.cache.files.layout import SOURCE_STRIDE
 from dspark.cache.parts.part import PartJob
 from dspark.cache.parts.record import PartRecord
 from dspark.cache.parts.shard_writer import share_cores
+from dspark.cache.shared.blocks import Handle, Region, SharedBlock, can_share
 from dspark.cache.writer import StoreWriter
 from dspark.dump.engines.engine import GROUPS, Captured, CodedStates
 from dspark.dump.workers import WorkerPool
-from dspark.dump.writing.blocks import Handle, Region, SharedBlock, attach, can_share, regions
 from dspark.dump.writing.filling import Filling
+from dspark.dump.writing.places import attach, regions
 
 if TYPE_CHECKING:
     import torch

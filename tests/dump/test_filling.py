@@ -19,8 +19,8 @@ from dspark.cache.parts.part import PartJob
 from dspark.cache.parts.record import Block
 from dspark.cache.records import TokenSample, last_rows
 from dspark.cache.settings import LOSSLESS, rotated_name
+from dspark.cache.shared.blocks import SharedBlock
 from dspark.dump.corpus.parts import PartRows
-from dspark.dump.writing.blocks import SharedBlock
 from dspark.dump.writing.filling import Filling, as_slice
 
 LAYERS, HIDDEN = 2, 64

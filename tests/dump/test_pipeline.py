@@ -21,12 +21,12 @@ from dump_runs import Wrapped, assert_same, corpus
 from dspark.cache.codec.base import Codec
 from dspark.cache.errors import EngineError
 from dspark.cache.records import TokenSample
+from dspark.cache.shared.blocks import can_share
 from dspark.dump.config import DumpConfig
 from dspark.dump.engines.engine import GROUPS, Captured, CodedStates, Engine, Fetch, States
 from dspark.dump.job import load_engine
 from dspark.dump.progress import Display
 from dspark.dump.run import dump
-from dspark.dump.writing.blocks import can_share
 
 
 def test_an_engine_that_loses_a_sample_is_caught(config: DumpConfig, show: Display) -> None:

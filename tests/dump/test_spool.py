@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from dspark.cache.codec import registry
+from dspark.cache.shared.blocks import can_share
 from dspark.dump.engines.vllm.slots import Slots
 from dspark.dump.engines.vllm.spool import (
     Coding,
@@ -23,7 +24,6 @@ from dspark.dump.engines.vllm.spool import (
     to_host,
     write_batch,
 )
-from dspark.dump.writing.blocks import can_share
 
 needs_sharing = pytest.mark.skipif(not can_share(), reason="no memory to share here")
 

@@ -71,9 +71,9 @@ def run(job: dict[str, Any]) -> list[Any] | None:
             for reader in multiprocessing.active_children():
                 os.kill(reader.pid or 0, signal.SIGKILL)
 
-    read = Rows.__getitem__
+    read = Rows.read
 
-    def broken(self: Rows, at: tuple[int, int]) -> Any:
+    def broken(self: Rows, at: tuple[int, int], room: Any) -> Any:
         raise DamagedCacheError(f"part 3 of row {at[1]} is damaged")
 
     def unreadable(path: Path) -> Any:
@@ -92,7 +92,7 @@ def run(job: dict[str, Any]) -> list[Any] | None:
         Feed.take = no_sixth  # type: ignore[method-assign]
     load = safetensors.torch.load_file
     if job.get("break_rank") == rank_here():
-        Rows.__getitem__ = broken  # type: ignore[method-assign]
+        Rows.read = broken  # type: ignore[method-assign]
     if job.get("break_load") == rank_here():
         safetensors.torch.load_file = unreadable  # type: ignore[assignment]
     try:
@@ -105,7 +105,7 @@ def run(job: dict[str, Any]) -> list[Any] | None:
     except Exception as error:
         return [type(error).__name__, str(error), getattr(error, "exit_code", None)]
     finally:
-        Rows.__getitem__ = read  # type: ignore[method-assign]
+        Rows.read = read  # type: ignore[method-assign]
         Feed.take = take  # type: ignore[method-assign]
         safetensors.torch.load_file = load
     return None

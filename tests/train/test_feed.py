@@ -16,7 +16,7 @@ from core_cases import small_draft
 from dspark.cache.errors import DamagedCacheError
 from dspark.cache.reader import open as open_store
 from dspark.train.data.feed import Feed
-from dspark.train.data.row import PackedRow, blank
+from dspark.train.data.row import ALIGN, PackedRow, blank
 from dspark.train.data.stream import Stream
 from dspark.train.draft.attention import MaskTables
 from dspark.train.draft.sight import Sight
@@ -70,6 +70,17 @@ def test_a_placed_row_holds_the_store_s_states(tmp_path: Path, pad: bool) -> Non
         assert torch.equal(
             batch.target_rows[batch.target_at], batch.target_row.flatten()[batch.slots]
         )
+
+
+@pytest.mark.parametrize("pad", [False, True])
+def test_the_memory_of_the_largest_row_is_known_beforehand(tmp_path: Path, pad: bool) -> None:
+    """Slots have an eighth more, so none is enlarged."""
+    made = stream(tmp_path, pad=pad)
+    largest = max(row.data.shape[0] for step in made.steps_from(0) for row in step)
+    need = made.need(0)
+    assert need.row - 32 * ALIGN < largest < need.row + 32 * ALIGN
+    assert need.held == 5
+    assert made.need(0, world=2).held == 3
 
 
 def test_the_feed_keeps_order_and_errors(tmp_path: Path) -> None:

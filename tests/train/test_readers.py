@@ -4,23 +4,37 @@ row is asked for.
 
 from __future__ import annotations
 
+import mmap
 import multiprocessing
 import os
 import signal
 import time
+from collections.abc import Iterator
 from multiprocessing import popen_spawn_posix
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from reader_rows import Many, Numbers
 
 from dspark.cache import errors
+from dspark.cache.shared import blocks
+from dspark.cache.shared.blocks import can_share
 from dspark.train.data import readers
+from dspark.train.data import slots as data_slots
+from dspark.train.data.need import AHEAD, Need
 from dspark.train.data.readers import read_ahead
+from dspark.train.data.slots import Slots
 
 
-def numbers(epoch: int, workers: int = 1, count: int = 4) -> Any:
-    return read_ahead(Numbers(), [(epoch, i) for i in range(count)], workers=workers, pin=False)
+def numbers(epoch: int, workers: int = 1, count: int = 4) -> Iterator[int]:
+    """The number in each row of ``Numbers``, the same wherever it looks."""
+    order = [(epoch, i) for i in range(count)]
+    for row in read_ahead(Numbers(), order, workers=workers, pin=False):
+        (value,) = row.fields[0].of(row.data).unique().tolist()
+        assert value == row.tokens
+        yield value
 
 
 def kill_the_reader() -> int:
@@ -49,7 +63,7 @@ def test_no_reader_waits_for_the_imports_of_the_one_before(monkeypatch: pytest.M
 
     monkeypatch.setattr(popen_spawn_posix.reduction, "dump", measured)
     rows = read_ahead(Many(), [(0, 7), (0, 99_999)], workers=2, pin=False)
-    assert list(rows) == [7, 99_999]
+    assert [row.tokens for row in rows] == [7, 99_999]
     assert len(sizes) == 4  # of each what it is to import, then itself
     assert max(sizes) < 1 << 15
 
@@ -109,3 +123,105 @@ def test_the_error_of_a_row_keeps_its_type_and_words(workers: int) -> None:
     with pytest.raises(errors.DamagedCacheError) as raised:
         next(rows)
     assert str(raised.value) == "part 3 is damaged"
+
+
+def slots_of_ours() -> int:
+    """Pieces of memory that this process has mapped for rows."""
+    return Path("/proc/self/maps").read_text().count("dspark-row")
+
+
+@pytest.mark.skipif(not can_share(), reason="rows come in memory of their own here")
+def test_slots_are_used_again_and_a_row_that_is_held_keeps_its_own() -> None:
+    """Rows here grow, so that slots are enlarged too; one is held all along."""
+    slots: list[Slots] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(readers, "Slots", lambda *a: slots.append(Slots(*a)) or slots[0])
+        rows = read_ahead(Numbers(), [(4, i) for i in range(60)], workers=2, pin=False)
+        held = next(rows)
+        seen = [int(row.data.view(torch.int64).unique()) for row in rows]
+    assert seen == list(range(1, 60))
+    assert not held.data.view(torch.int64).any(), "never written to again"
+    assert slots_of_ours() == 1, "the one that is held"
+    assert slots[0].made <= AHEAD * 2 + 3
+    assert 1 < slots[0].enlarged < 59
+    del held
+    assert not slots_of_ours()
+
+
+@pytest.mark.skipif(not can_share(), reason="rows come in memory of their own here")
+def test_training_that_fails_gives_its_slots_back() -> None:
+    """While the error is held, whose traceback leads to them."""
+    rows = read_ahead(Numbers(), [(2, i) for i in range(4)], workers=1, pin=False)
+    number = next(rows).tokens  # within an assert, pytest would hold the row
+    assert number == 0
+    assert slots_of_ours()
+    with pytest.raises(errors.DamagedCacheError) as held:
+        list(rows)
+    assert not slots_of_ours()
+    assert held.value.__traceback__ is not None
+
+
+@pytest.mark.skipif(not can_share(), reason="rows come in memory of their own here")
+def test_a_slot_waits_for_its_copy_to_the_device() -> None:
+    class Event:
+        done = False
+
+        def query(self) -> bool:
+            return self.done
+
+        def synchronize(self) -> None:
+            self.done = True
+
+    slots, event = Slots(64, 1, pin=False), Event()
+    first = slots.lend()
+    data, slot = slots.taken(first.number, first.handle.size, 64)
+    slot.copied = event
+    del data
+    assert slots.lend().number == 1, "the copy may still read it"
+    event.done = True
+    assert slots.lend().number == 0
+    slots.taken(0, first.handle.size, 64)
+    assert slot.copied is None
+    slot.copied, event.done = event, False
+    slots.close()
+    assert event.done, "waited for before the memory is unlocked"
+
+
+@pytest.mark.skipif(not can_share(), reason="rows come in memory of their own here")
+@pytest.mark.parametrize("code", [0, 712])
+def test_slots_are_page_locked_once(
+    code: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """By a thread on the loop's device; where CUDA refuses, that is said once."""
+    locked: dict[int, int] = {}
+    devices: list[int] = []
+
+    class Cuda:
+        def cudaHostRegister(self, at: int, size: int, flags: int) -> int:
+            assert (at % mmap.PAGESIZE, flags) == (0, 0)
+            locked[at] = size
+            return code
+
+        def cudaHostUnregister(self, at: int) -> None:
+            del locked[at]
+
+    monkeypatch.setattr(blocks, "_cuda", Cuda)
+    monkeypatch.setattr(blocks, "_forget_error", lambda: None)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "set_device", devices.append)
+    rows = read_ahead(Numbers(), [(4, i) for i in range(30)], workers=0, pin=True, need=Need(8192))
+    assert next(rows).tokens == 0
+    assert devices == [3]
+    assert len(locked) == (Need(8192).count(0) if not code else 1)
+    assert [row.tokens for row in rows] == list(range(1, 30))
+    assert len(locked) == bool(code), "unlocked with the last row"
+    assert caplog.text.count("page-locked") == bool(code)
+
+
+def test_too_little_memory_is_refused_before_a_reader_starts(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(data_slots, "available", lambda: 10**9)
+    with pytest.raises(errors.UsageError, match=r"10 of 0.20 GB.*1.00 GB are.*--workers"):
+        read_ahead(Numbers(), [], workers=2, pin=False, need=Need(2 * 10**8))
+    assert not multiprocessing.active_children()

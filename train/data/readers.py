@@ -5,6 +5,8 @@ sums the other ranks wait for, or while a checkpoint is written. Here the loss o
 only when the next row is requested, where all ranks learn of it together (``step.share``). That
 costs a few seconds: rows read before are still trained on, and torch looks for dead readers every 5
 s of waiting.
+
+Rows are written to slots (``slots.py``), which go to the readers with what is to be read.
 """
 
 from __future__ import annotations
@@ -15,36 +17,70 @@ import signal
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
-from typing import Any
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch.utils.data import DataLoader, Dataset
 
 from dspark.cache.errors import DsparkError, TrainError
+from dspark.cache.shared.blocks import can_share
 from dspark.cache.shared.stopping import leave_to_parent
-from dspark.train.data.row import PackedRow
+from dspark.train.data.need import AHEAD, Need
+from dspark.train.data.row import Field, PackedRow
+from dspark.train.data.slots import Desk, Offer, Room, Slots
 
-AHEAD = 4  # rows that each reader has ready
 GRACE = 2.0  # seconds in which a reader whose connection broke is seen to be gone
-LIKELY = {"SIGKILL": " (out of memory?)", "SIGBUS": " (is /dev/shm full?)"}
+LIKELY = {"SIGKILL": " (out of memory?)", "SIGBUS": " (out of memory, or is /dev/shm full?)"}
+
+
+At = tuple[int, int]
+T = TypeVar("T")
+
+
+class Rows(Protocol):
+    """What readers read from; it is pickled for each of them."""
+
+    def read(self, at: At, room: Room) -> PackedRow:
+        """Read row ``at`` into ``room``; raises DsparkError."""
+        ...
+
+
+class Written(NamedTuple):
+    """A row in a slot that now has ``size`` bytes, of which the row takes ``used``; the others as
+    of ``PackedRow``.
+    """
+
+    number: int
+    size: int
+    used: int
+    fields: tuple[Field, ...]
+    tokens: int
+    slots: int
+    store: int
 
 
 def read_ahead(
-    rows: Dataset[PackedRow], order: Iterable[tuple[int, int]], *, workers: int, pin: bool
+    rows: Rows, order: Iterable[At], *, workers: int, pin: bool, need: Need | None = None
 ) -> Iterator[PackedRow]:
-    """``rows[at]`` for each ``at`` of ``order``, read by ``workers`` processes (0 = by this one)
-    that start with this call and live as long as the iterator. It raises what reading raised, and
-    TrainError if a reader died.
+    """``rows.read(at)`` for each ``at`` of ``order``, by ``workers`` processes (0 = by this one)
+    that start with this call and live as long as the iterator. ``pin``: into page-locked memory. It
+    raises what reading raised, and TrainError if a reader died; at once UsageError if the host has
+    less memory than it ``need``s.
     """
+    slots = None
+    if can_share() and (workers or pin):
+        need = need or Need()
+        slots = Slots(need.row, need.count(workers), pin)
     others = set(multiprocessing.active_children())
     loader = DataLoader(
         _Told(rows),
         batch_size=None,
-        sampler=order,
+        sampler=_Lent(order, slots),
+        collate_fn=_as_it_is,
         num_workers=workers,
-        pin_memory=pin,
         prefetch_factor=AHEAD if workers else None,
         multiprocessing_context="spawn" if workers else None,
         worker_init_fn=_leave_interrupts_to_the_loop,
@@ -52,34 +88,63 @@ def read_ahead(
     with _no_alarm():
         ahead = iter(loader)
     readers = [process for process in multiprocessing.active_children() if process not in others]
-    return _taken(ahead, readers)
+    return _taken(ahead, readers, slots)
 
 
 def _taken(
-    ahead: Iterator[PackedRow | DsparkError], readers: list[BaseProcess]
+    ahead: Iterator[PackedRow | Written | DsparkError],
+    readers: list[BaseProcess],
+    slots: Slots | None,
 ) -> Iterator[PackedRow]:
-    while True:
-        _all_there(readers)
-        try:
-            row = next(ahead)
-        except StopIteration:
-            return
-        except (RuntimeError, OSError, EOFError):
-            _settle(readers)
+    try:
+        while True:
             _all_there(readers)
-            raise
-        if isinstance(row, DsparkError):
-            raise row
-        yield row
+            try:
+                found = next(ahead)
+            except StopIteration:
+                return
+            except (RuntimeError, OSError, EOFError):
+                _settle(readers)
+                _all_there(readers)
+                raise
+            if isinstance(found, DsparkError):
+                raise found
+            # No name here: it would keep the row, and so its slot, until the next has come.
+            yield found if isinstance(found, PackedRow) else _in_slot(found, slots)
+            del found
+    finally:
+        del ahead  # ends the readers
+        if slots is not None:
+            slots.close()
 
 
-class _Told(Dataset[PackedRow | DsparkError]):
+def _in_slot(found: Written, slots: Slots | None) -> PackedRow:
+    assert slots is not None
+    data, lent = slots.taken(found.number, found.size, found.used)
+    return PackedRow(data, found.fields, found.tokens, found.slots, found.store, lent)
+
+
+@dataclass(frozen=True, slots=True)
+class _Lent:
+    """The order, each of its places with the slot for its row. The loader takes the next whenever
+    it has a row, so that there is a slot for each of those that are being read.
+    """
+
+    order: Iterable[At]
+    slots: Slots | None
+
+    def __iter__(self) -> Iterator[tuple[At, Offer | None]]:
+        return ((at, self.slots.lend() if self.slots else None) for at in self.order)
+
+
+class _Told(Dataset[PackedRow | Written | DsparkError]):
     """Returns rows, or the original error of reading one: the loader would return an exception with
     its trace in the message.
     """
 
-    def __init__(self, rows: Dataset[PackedRow]) -> None:
+    def __init__(self, rows: Rows) -> None:
         self.rows = rows
+        self._desk = Desk()
         self._packed: torch.Tensor | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -95,11 +160,22 @@ class _Told(Dataset[PackedRow | DsparkError]):
     def __setstate__(self, state: dict[str, torch.Tensor]) -> None:
         self.__init__(pickle.loads(state["packed"].numpy().tobytes()))  # type: ignore[misc]
 
-    def __getitem__(self, at: tuple[int, int]) -> PackedRow | DsparkError:
+    def __getitem__(self, wanted: tuple[At, Offer | None]) -> PackedRow | Written | DsparkError:
+        at, offer = wanted
+        room = Room(self._desk, offer)
         try:
-            return self.rows[at]
+            row = self.rows.read(at, room)
         except DsparkError as error:
             return error
+        if offer is None:
+            return row
+        used = row.data.shape[0]
+        return Written(offer.number, room.size, used, row.fields, row.tokens, row.slots, row.store)
+
+
+def _as_it_is(row: T) -> T:
+    """Keep the loader from making lists of tuples."""
+    return row
 
 
 def _leave_interrupts_to_the_loop(worker: int) -> None:

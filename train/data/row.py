@@ -1,5 +1,5 @@
-"""One packed row as a single buffer: a worker passes one tensor, which is copied once to
-page-locked memory and once to the device.
+"""One packed row as a single buffer, which a reader writes where the device can copy it from
+(``slots.py``).
 
 A row is some fifteen arrays. Sent separately, each costs a file descriptor, a page-locked
 allocation and a launch, 3.8 ms per row on an H100 whatever their size; here they are concatenated
@@ -12,9 +12,11 @@ counted slots.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Self
+from functools import lru_cache
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -25,6 +27,7 @@ from dspark.cache.errors import MismatchError
 from dspark.cache.joined import Stores
 from dspark.cache.records import CodedSample, last_rows
 from dspark.train.data.batch import ARRAYS, Batch
+from dspark.train.data.slots import Room, Slot
 
 CODES = "codes."  # what a codec's arrays are called in the buffer
 KNOWN = "known."  # and what it predicts from
@@ -38,9 +41,10 @@ ALIGN = (
 Array = np.ndarray[Any, np.dtype[Any]]
 
 
-@dataclass(frozen=True, slots=True)
-class Field:
-    """The place of one array in the buffer: ``start`` in bytes."""
+class Field(NamedTuple):
+    """The place of one array in the buffer: ``start`` in bytes. A plain tuple, since a row's some
+    twenty go from a reader to the loop.
+    """
 
     name: str
     dtype: torch.dtype
@@ -49,17 +53,19 @@ class Field:
 
     def of(self, data: Tensor) -> Tensor:
         """Return the array as a view of ``data`` uint8[bytes]."""
-        size = self.dtype.itemsize
-        for n in self.shape:
-            size *= n
-        return data[self.start : self.start + size].view(self.dtype).view(self.shape)
+        return self.within(data.view(self.dtype))
+
+    def within(self, data: Tensor) -> Tensor:
+        """Return the array as a view of the buffer seen in the array's own dtype."""
+        at = data.storage_offset() + self.start // self.dtype.itemsize
+        return data.as_strided(self.shape, _strides(self.shape), at)
 
 
 @dataclass(frozen=True, slots=True)
 class PackedRow:
     """A ``Batch`` without decoded states but with their codes, in ``data`` uint8[bytes].
     ``tokens``: tokens of documents, without padding; ``slots``: N; ``store``: the store that its
-    samples come from.
+    samples come from; ``lent``: the memory of ``data``, if readers use it again.
     """
 
     data: Tensor
@@ -67,6 +73,7 @@ class PackedRow:
     tokens: int
     slots: int
     store: int = 0
+    lent: Slot | None = None
 
     @classmethod
     def build(
@@ -75,9 +82,10 @@ class PackedRow:
         samples: Sequence[CodedSample],
         tokens: int,
         store: int = 0,
+        room: Room | None = None,
     ) -> Self:
         """Build a row from a batch whose ``aux`` [S, 0] and ``last`` [M, 0] are empty, and its
-        samples. Codes are joined in place; padding rows are zero.
+        samples. Codes are joined in place, in ``room``; padding rows are zero.
         """
         arrays: list[tuple[str, int, Sequence[Array]]] = []
         for name in ARRAYS:
@@ -100,7 +108,7 @@ class PackedRow:
             dtype = torch.from_numpy(np.empty(0, parts[0].dtype)).dtype
             fields.append(Field(name, dtype, (rows, *parts[0].shape[1:]), end))
             end += -(-rows * int(np.prod(parts[0].shape[1:])) * dtype.itemsize // ALIGN) * ALIGN
-        data = torch.empty(end, dtype=torch.uint8)
+        data = (room or Room())(end)
         for field, (_, _, parts) in zip(fields, arrays, strict=True):
             out = field.of(data).numpy()
             used = sum(len(part) for part in parts)
@@ -113,11 +121,19 @@ class PackedRow:
         """Return the batch on the CPU with empty ``aux`` and ``last``."""
         return self._batch(self._views(self.data))
 
-    def pin_memory(self) -> Self:
-        """Called by the loader: a page-locked copy, so that the move to the GPU runs beside the
-        compute.
-        """
-        return dataclasses.replace(self, data=self.data.pin_memory())
+    @property
+    def counted(self) -> Tensor:
+        """As of ``batch``, without its other views: the loop asks for it in every step."""
+        return self.host("counted")
+
+    @property
+    def label_ids(self) -> Tensor:
+        """As of ``batch``."""
+        return self.host("input_ids")[self.host("label_index")]
+
+    def host(self, name: str) -> Tensor:
+        """Return one array of ``batch`` on the CPU."""
+        return self._field(f"batch.{name}").of(self.data)
 
     def place(
         self,
@@ -131,6 +147,8 @@ class PackedRow:
         the aux axis; None for all.
         """
         views = self._views(self.data.to(device, non_blocking=True))
+        if self.lent is not None:
+            self.lent.sent(device)
         hidden = cache.manifest.target.hidden_size
 
         codes = {n.removeprefix(CODES): t for n, t in views.items() if n.startswith(CODES)}
@@ -145,7 +163,11 @@ class PackedRow:
         return dataclasses.replace(batch, aux=aux if at is None else aux[:, at], last=last)
 
     def _views(self, data: Tensor) -> dict[str, Tensor]:
-        return {field.name: field.of(data) for field in self.fields}
+        of_dtype = {dtype: data.view(dtype) for dtype in {field.dtype for field in self.fields}}
+        return {field.name: field.within(of_dtype[field.dtype]) for field in self.fields}
+
+    def _field(self, name: str) -> Field:
+        return next(field for field in self.fields if field.name == name)
 
     def _batch(self, views: Mapping[str, Tensor]) -> Batch:
         moved = {name: views[f"batch.{name}"] for name in ARRAYS}
@@ -155,9 +177,15 @@ class PackedRow:
                 at, _, which = name.removeprefix(MASK).partition(".")
                 tables += [{}] * (int(at) == len(tables))
                 tables[int(at)][which] = view
-        held = next(field for field in self.fields if field.name == "batch.target_at")
         # A copy: a view would keep the whole row's page-locked memory as long as the batch lives.
-        return Batch(**moved, target_at_host=held.of(self.data).clone(), tables=tuple(tables))
+        held = self.host("target_at").clone()
+        return Batch(**moved, target_at_host=held, tables=tuple(tables))
+
+
+@lru_cache(maxsize=256)
+def _strides(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the strides of a contiguous array."""
+    return tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
 
 
 def tokens_on_host(samples: Sequence[CodedSample]) -> dict[str, Array]:

@@ -22,15 +22,16 @@ from typing import Any, overload
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset
 
 from dspark.cache.errors import TrainError, UsageError
 from dspark.cache.files.place import in_parallel
 from dspark.cache.joined import Stores
 from dspark.train.data import anchors as rules
 from dspark.train.data.batch import Batch, MakeTables
+from dspark.train.data.need import Need, largest_row
 from dspark.train.data.readers import read_ahead
 from dspark.train.data.row import PackedRow
+from dspark.train.data.slots import Room
 
 # the "epoch" whose anchors are drawn for validation: the same ones every time
 VALIDATION_EPOCH = -1
@@ -127,15 +128,15 @@ def pack(order: Sequence[int] | rules.Int64, lengths: rules.Int64, total_seq_len
     return Packed(samples, np.array(starts, np.int64))
 
 
-class Rows(Dataset[PackedRow]):
-    """``rows[epoch, i]`` reads, checks and assembles row i of an epoch. Runs in worker processes,
+class Rows:
+    """``read((epoch, i))`` reads, checks and assembles row i of an epoch. Runs in worker processes,
     each with its own plan.
     """
 
     def __init__(self, stream: Stream) -> None:
         self.stream = stream
 
-    def __getitem__(self, at: tuple[int, int]) -> PackedRow:
+    def read(self, at: tuple[int, int], room: Room) -> PackedRow:
         epoch, i = at
         stream = self.stream
         members = stream.plan(epoch)[i]
@@ -179,7 +180,7 @@ class Rows(Dataset[PackedRow]):
         if stream.tables is not None:
             tables = stream.tables(batch.doc, batch.anchors, batch.anchor_valid)
             batch = replace(batch, tables=tables)
-        return PackedRow.build(batch, samples, used, store)
+        return PackedRow.build(batch, samples, used, store, room)
 
 
 class Stream:
@@ -288,6 +289,21 @@ class Stream:
                 return
             epoch, first_step = epoch + 1, 0
 
+    def need(self, epoch: int, world: int = 1) -> Need:
+        """Return the host memory of rows that are read ahead, as large as the largest of ``epoch``.
+        The loop has a step's rows while it gets those of the next.
+        """
+        rows = self.plan(epoch)
+        row = largest_row(
+            self.cache,
+            rows.taken,
+            rows.starts,
+            block_size=self.block_size,
+            anchors=self.max_anchors,
+            pad_to=self.total_seq_len if self.pad else 0,
+        )
+        return Need(row, held=2 * -(-self.rows_per_step // world) + 1)
+
     def steps_from(
         self,
         epoch: int,
@@ -303,7 +319,8 @@ class Stream:
         call and live as long as the iterator (across epochs).
         """
         shape = (epoch, first_step, rank, world, endless)
-        rows = read_ahead(Rows(self), _Flat(self, shape), workers=workers, pin=pin)
+        need = self.need(epoch, world) if workers or pin else None
+        rows = read_ahead(Rows(self), _Flat(self, shape), workers=workers, pin=pin, need=need)
         planned = Stream.schedule(_copy_of(self), *shape)
         return ([next(rows) for _ in step] for step in planned)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -18,6 +19,17 @@ def slot_weights(block_size: int, decay: float, device: torch.device | str = "cp
     if decay == 0:
         return torch.ones(block_size, device=device)
     return torch.exp(-torch.arange(block_size, dtype=torch.float32, device=device) / decay)
+
+
+class HasSlots(Protocol):
+    """A batch, or a row that makes no other view than these: ``counted`` bool[A, B], ``label_ids``
+    int64[A, B].
+    """
+
+    @property
+    def counted(self) -> Tensor: ...
+    @property
+    def label_ids(self) -> Tensor: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,15 +48,17 @@ class Denominators:
         )
 
     @classmethod
-    def of(cls, batch: Batch, decay: float, to_draft: Tensor | None = None) -> Denominators:
-        """Compute those of one row; cheap, without a model. Call it on the CPU batch, before the
-        row is moved.
+    def of(cls, row: HasSlots, decay: float, to_draft: Tensor | None = None) -> Denominators:
+        """Compute those of one row; cheap, without a model. Call it on a row or batch on the CPU,
+        before the row is moved.
         """
-        weight = slot_weights(batch.block_size, decay, batch.counted.device) * batch.counted
+        counted = row.counted
+        weight = slot_weights(counted.shape[1], decay, counted.device) * counted
         total = float(weight.sum(dtype=torch.float64))
         if to_draft is None:
             return cls(total, total, total)
-        known = to_draft.to(batch.label_ids.device)[batch.label_ids] >= 0
+        labels = row.label_ids
+        known = to_draft.to(labels.device)[labels] >= 0
         return cls(float((weight * known).sum(dtype=torch.float64)), total, total)
 
 

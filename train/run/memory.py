@@ -93,7 +93,7 @@ def estimate_memory(run: Run) -> Memory:
 
 
 def describe(run: Run) -> str:
-    """Return three lines to print: what is trained on what, the layers it reads, and the memory it
+    """Return the lines to print: what is trained on what, the layers it reads, and the memory it
     will take.
     """
     m, world, config = estimate_memory(run), run.world, run.config
@@ -112,6 +112,20 @@ def describe(run: Run) -> str:
         + f"\nmemory per device, about: {_gb(m.trained)} weights, masters, gradients, moments "
         f"+ {_gb(m.frozen)} target's matrices "
         f"+ {_gb(m.row)} per row = {_gb(m.total)}, and the objective's chunks of logits"
+        + _on_host(run)
+    )
+
+
+def _on_host(run: Run) -> str:
+    """Return a line about the rows that are read ahead, if they are."""
+    cuda = run.compute.device.type == "cuda"
+    if not run.workers and not cuda:
+        return ""
+    need = run.stream.need(0, run.world.size)
+    return (
+        f"\nhost memory per process, about: {_gb(need.host(run.workers))} "
+        + ("page-locked " if cuda else "")
+        + f"for {need.count(run.workers)} rows of {_gb(need.row)} ({run.workers} readers)"
     )
 
 

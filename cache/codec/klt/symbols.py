@@ -48,13 +48,11 @@ class Packing:
     def total(self) -> int:
         return sum(self.columns)
 
-    def spans(self) -> list[tuple[int, int, int, int]]:
-        """Yield, per class that has columns: its first column, one past its last, cells, columns
+    def spans(self) -> tuple[tuple[int, int, int, int], ...]:
+        """Return, per class that has columns: its first column, one past its last, cells, columns
         per byte.
         """
-        ends = np.cumsum([0, *self.columns]).tolist()
-        found = zip(itertools.pairwise(ends), CLASSES, strict=True)
-        return [(a, b, cells, n) for (a, b), (cells, n) in found if b > a]
+        return _spans(self)
 
     @property
     def width(self) -> int:
@@ -91,6 +89,13 @@ class Packing:
             columns.append(count)
             at += count
         return cls(tuple(columns) if at else (size, 0, 0, 0))
+
+
+@lru_cache(maxsize=64)
+def _spans(packing: Packing) -> tuple[tuple[int, int, int, int], ...]:
+    ends = itertools.accumulate(packing.columns, initial=0)
+    found = zip(itertools.pairwise(ends), CLASSES, strict=True)
+    return tuple((a, b, cells, n) for (a, b), (cells, n) in found if b > a)
 
 
 def quantise(y: torch.Tensor, step: float) -> torch.Tensor:

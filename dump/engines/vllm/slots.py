@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dspark.dump.writing.blocks import (
+from dspark.cache.shared.blocks import (
     ALIGN,
     Handle,
     Region,

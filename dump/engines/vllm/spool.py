@@ -33,8 +33,8 @@ import numpy as np
 
 from dspark.cache.codec import registry
 from dspark.cache.codec.base import EXACT_TOKEN, Codec, Tokens, axis_of
+from dspark.cache.shared.blocks import Handle
 from dspark.dump.engines.vllm.slots import Slot, SlotReader, Slots
-from dspark.dump.writing.blocks import Handle
 
 if TYPE_CHECKING:
     import torch

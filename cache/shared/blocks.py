@@ -1,5 +1,5 @@
-"""Memory that outlives one part and that a worker process can map: states are assembled here and
-compressed from here.
+"""Memory that is used again and again and that a worker process can map: a dump assembles and
+compresses parts in it, the readers of a training write rows to it.
 
 A fresh allocation per part would be faulted in page by page every time, which cost as much as
 compressing it (docs/log/2026-11-22-where-the-time-went.md); a block is reused. If worker processes
@@ -15,19 +15,17 @@ import ctypes
 import logging
 import mmap
 import os
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-
-from dspark.cache.files.layout import StoredArray
 
 Array = np.ndarray[tuple[int, ...], np.dtype[Any]]
 ALIGN = 64  # bytes
 POPULATE_WRITE = 23  # MADV_POPULATE_WRITE (Linux 5.14)
 POPULATE_BYTES = 16 << 20  # at once; in between, other threads may map memory
-log = logging.getLogger("dspark.dump")
+log = logging.getLogger("dspark.cache")
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,17 +44,6 @@ class Handle:
     pid: int
     fd: int
     size: int
-
-
-def regions(specs: Iterable[StoredArray]) -> tuple[dict[str, Region], int]:
-    """Lay out the arrays ``specs`` one after another; also returns their total size in bytes."""
-    out: dict[str, Region] = {}
-    end = 0
-    for spec in specs:
-        out[spec.name] = Region(end, spec.shape, spec.dtype)
-        size = int(np.prod(spec.shape, dtype=np.int64)) * np.dtype(spec.dtype).itemsize
-        end += -(-size // ALIGN) * ALIGN
-    return out, end
 
 
 def can_share() -> bool:
@@ -80,6 +67,11 @@ class SharedBlock:
         """Bytes that can be used."""
         return self._memory.shape[0]
 
+    @property
+    def pinned(self) -> bool:
+        """Tell whether CUDA has locked the pages."""
+        return self._pinned
+
     def reserve(self, size: int) -> None:
         """Make room for ``size`` bytes; earlier contents may be lost."""
         if size <= self._memory.shape[0]:
@@ -94,9 +86,14 @@ class SharedBlock:
         os.ftruncate(self._fd, size)
         self._memory = np.frombuffer(mmap.mmap(self._fd, size), np.uint8)
 
+    def follow(self, size: int) -> None:
+        """Map again what a worker process has enlarged to ``size`` bytes (``enlarged``)."""
+        self._unpin()
+        self._memory = np.frombuffer(mmap.mmap(self._fd, size), np.uint8)
+
     def array(self, region: Region) -> Array:
         """Return the array at ``region``, writable, without a copy."""
-        return _view(self._memory, region)
+        return view(self._memory, region)
 
     def populate(self) -> None:
         """Make the pages of newly reserved memory present, without Python's lock; does nothing for
@@ -117,8 +114,8 @@ class SharedBlock:
         if not self._pinned:
             _forget_error()
             log.warning(
-                "%d bytes could not be page-locked (CUDA error %d; ulimit -l?): copies from the "
-                "GPU will be slower",
+                "%d bytes could not be page-locked (CUDA error %d; ulimit -l?): copies from "
+                "and to the GPU will be slower",
                 self._memory.shape[0],
                 code,
             )
@@ -143,18 +140,31 @@ class SharedBlock:
 
 
 def mapped(handle: Handle) -> Array:
-    """Map a block of another process of this user: uint8, writable."""
+    """Map a block of another process of this user: uint8, writable. Raises OSError if that process
+    has ended or has closed it.
+    """
+    with _opened(handle) as fd:
+        return np.frombuffer(mmap.mmap(fd, handle.size), np.uint8)
+
+
+def enlarged(handle: Handle, size: int) -> Handle:
+    """Make room for ``size`` bytes in a block of another process, which then has to ``follow``."""
+    size += size // 8
+    with _opened(handle) as fd:
+        os.ftruncate(fd, size)
+    return replace(handle, size=size)
+
+
+@contextlib.contextmanager
+def _opened(handle: Handle) -> Iterator[int]:
     fd = os.open(f"/proc/{handle.pid}/fd/{handle.fd}", os.O_RDWR)
     try:
-        return np.frombuffer(mmap.mmap(fd, handle.size), np.uint8)
+        # Once a block is closed, its number may be that of any file.
+        if not os.readlink(f"/proc/self/fd/{fd}").startswith("/memfd:dspark-"):
+            raise OSError(f"file {handle.fd} of process {handle.pid} is not a block any more")
+        yield fd
     finally:
         os.close(fd)
-
-
-def attach(handle: Handle, places: dict[str, Region]) -> dict[str, Array]:
-    """Map the arrays of a block of the parent, in a worker process."""
-    memory = mapped(handle)
-    return {name: _view(memory, region) for name, region in places.items()}
 
 
 def populate(memory: Array) -> None:
@@ -191,5 +201,6 @@ def _forget_error() -> None:
         torch.zeros(1, device="cuda")
 
 
-def _view(memory: Array, region: Region) -> Array:
+def view(memory: Array, region: Region) -> Array:
+    """Return the array at ``region`` of ``memory`` uint8, without a copy."""
     return np.ndarray(region.shape, region.dtype, buffer=memory.data, offset=region.offset)
