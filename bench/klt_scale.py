@@ -2,20 +2,25 @@
 stage, on random states.
 
     python bench/klt_scale.py [--hidden 6144] [--layers 5] [--tokens 131072] [--device cuda]
-        [--out DIR] [--stages moments,solve,eig,range,code]
+        [--out DIR] [--stages moments,solve,eig,range,code,learn]
 
 ``moments``: products of rows [n, C + 2H] (C = L * H), summed. ``solve``: the ridge regression from
 2H features and the residual's covariance. ``eig``: its eigendecomposition, whole. ``range``:
 instead of it the K = ``--keep`` * H leading components by block power iterations from a random
-start. ``code``: rows of K coefficients coded and decoded. Each stage is printed when it is done, so
-that a run cut short says what it found; memory is the peak that torch allocated on the device while
-the stage ran.
+start. ``code``: rows of K coefficients coded and decoded. ``learn`` (alone or last): the product's
+own calibration of ``--codec`` on states that lie on the host, twice, with the seconds of its
+phases, then the measurement of sizes; the first time pays for what a process loads and compiles
+once. SmolLM2's: ``--hidden 576 --tokens 138240 --stages learn``.
+
+Each stage is printed when it is done, so that a run cut short says what it found; memory is the
+peak that torch allocated on the device while the stage ran.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import logging
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -25,17 +30,33 @@ import torch
 from torch import Tensor
 
 from common import RESULTS, write
+from dspark.cache.codec.base import Tokens
 from dspark.cache.codec.klt import fast
 from dspark.cache.codec.klt.half import half_on
 from dspark.cache.codec.klt.moments import Moments, eigen, regression
 from dspark.cache.codec.klt.symbols import Packing, band_count
 from dspark.cache.codec.klt.tables import Transform
+from dspark.cache.codec.registry import make
+from dspark.cache.quality import Probe
+from dspark.cache.sizing import RowBytes
 
 ROWS = 4096
+SAMPLE, VOCABULARY = 307, 49152  # tokens of a sample, as of the shared corpus; ids
 
 
 # of the columns in the first three classes of cells, about as SmolLM2's at one bit
 SHARES = 0.02, 0.13, 0.25
+
+
+class Heard(logging.Handler):
+    """Keeps what is logged."""
+
+    def __init__(self, lines: list[str]) -> None:
+        super().__init__()
+        self.lines = lines
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(record.getMessage())
 
 
 class Bench:
@@ -93,6 +114,42 @@ class Bench:
             total.add(self.rows(ROWS, self.channels + self.features))
         return total
 
+    def learn(self) -> None:
+        """Calibrate a codec as a dump does it, on samples of 307 tokens, the second half of each
+        with last states.
+        """
+        args = self.args
+        count = max(8, args.tokens // SAMPLE)
+        states = [self.rows(SAMPLE, self.channels).cpu().bfloat16() for _ in range(count)]
+        aux = torch.cat(states).view(-1, args.layers, args.hidden)
+        at = torch.arange(len(aux)).view(count, SAMPLE)[:, SAMPLE // 2 : -1].flatten()
+        g = torch.Generator().manual_seed(1)
+        matrix = torch.randn(VOCABULARY, args.hidden, generator=g).mul(0.05).bfloat16()
+        tokens = Tokens(
+            torch.randint(0, VOCABULARY, (len(aux),), generator=g),
+            torch.arange(count + 1) * SAMPLE,
+            at,
+            matrix.to(self.device),
+            head=matrix.to(self.device),
+            share=0.1,
+        )
+        probe = Probe(aux, aux[at, -1].contiguous(), tokens)
+        for turn in ("cold", "warm"):
+            heard: list[str] = []
+            hears = Heard(heard)
+            log = logging.getLogger("dspark.cache")
+            log.setLevel(logging.INFO)
+            log.addHandler(hears)
+            codec = make(args.codec)
+            with torch.inference_mode():
+                learnt = self.timed(f"learn, {turn}", lambda codec=codec: codec.calibrated(*probe))
+                log.removeHandler(hears)
+                self.results[f"learn, {turn}"]["phases"] = heard
+                print("\n".join(heard), flush=True)
+                if learnt is not None:
+                    sizes = lambda learnt=learnt: RowBytes.of(learnt, *probe.beginning())  # noqa: E731
+                    self.timed(f"sizes, {turn}", sizes)
+
     def leading(self, covariance: Tensor, iterations: int = 3) -> Tensor:
         """Orthonormal columns [C, K] that span nearly the K leading eigenvectors."""
         basis = torch.randn(self.channels, self.kept, generator=self.random, device=self.device)
@@ -146,9 +203,20 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=131072)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--stages", default="moments,solve,range,code,eig")
+    parser.add_argument("--codec", default="klt-1-1-2", help="of the stage learn")
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
     bench, stages = Bench(args), args.stages.split(",")
+    if stages != ["learn"]:
+        matrices(bench, stages)
+    if "learn" in stages:
+        bench.learn()
+    config = {k: str(v) for k, v in vars(args).items() if k != "out"}
+    write("klt_scale", config, bench.results, args.out)
+
+
+def matrices(bench: Bench, stages: list[str]) -> None:
+    """Run all stages but ``learn``."""
     moments = bench.timed("moments", bench.moments)
     covariances = [moments.covariance()[1]]
     del moments
@@ -163,8 +231,6 @@ def main() -> None:
     del basis
     if "eig" in stages:
         bench.timed("eig", lambda: eigen(residual))
-    config = {k: str(v) for k, v in vars(args).items() if k != "out"}
-    write("klt_scale", config, bench.results, args.out)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
+from dspark.cache.codec.klt.warm import warming
 from dspark.cache.files.lock_files import owned
 from dspark.cache.files.place import place_of
 from dspark.cache.quality import Known, Probe, budget_of, probe_of
@@ -115,7 +116,11 @@ def calibration(job: Job, engine: Engine, probe: Probe, codec: Codec, show: Disp
             samples = calibration_samples(job.corpus, job.maker, rows, tokens, budget)
         device = learning_device(job.plan, engine, codec)
         seen = sum(len(s.input_ids) for s in samples)
-        with bar("calibration: tokens") as progress, phases.phase("capture"):
+        with (
+            bar("calibration: tokens") as progress,
+            phases.phase("capture"),
+            warming(codec, *shapes, device),
+        ):
             about = job.plan.layers, job.corpus.id, device, tokens
             probe = captured(engine, samples, codec, budget, *about, progress) or probe
         if codec.least_tokens(*shapes):
