@@ -22,7 +22,8 @@ from dspark.dump.checks.states import PROBE_TOKENS, probe_samples
 from dspark.dump.config import DumpConfig, template_keywords
 from dspark.dump.corpus.masks import SampleMaker
 from dspark.dump.corpus.parts import Making, PartReader, SourcesReader
-from dspark.dump.corpus.rows import BadRow, Corpus, Row
+from dspark.dump.corpus.reading import RowsProcess
+from dspark.dump.corpus.rows import BadRow, Corpus, Row, is_read_by_lines
 from dspark.dump.corpus.shapes import TokenRow
 from dspark.dump.corpus.sources import joined, open_corpus
 from dspark.dump.corpus.template import today
@@ -301,10 +302,13 @@ def part_reader(
 
 
 def sources_reader(
-    job: Job, note: Callable[[str], None], make: Making | None = None
+    job: Job, note: Callable[[str], None], make: Making | RowsProcess | None = None
 ) -> SourcesReader:
     """Return the reader of all sources."""
-    return SourcesReader([part_reader(job, note, make, n) for n in range(len(job.sources))])
+    numbers = range(len(job.sources))
+    if isinstance(make, RowsProcess):
+        return make.reader([part_reader(job, note, None, n) for n in numbers])
+    return SourcesReader([part_reader(job, note, make, n) for n in numbers])
 
 
 def first_samples(job: Job) -> list[TokenSample]:
@@ -329,9 +333,12 @@ def first_samples(job: Job) -> list[TokenSample]:
     return probe_samples(samples)
 
 
-def tokenisers(job: Job) -> Tokenisers | None:
-    """Start processes that turn rows into samples, if the corpus is long enough to need them."""
+def tokenisers(job: Job) -> Tokenisers | RowsProcess | None:
+    """Start processes that turn rows into samples, if the corpus is long enough to need them, and
+    one that reads them, if it can.
+    """
     short = job.plan.rows is not None and job.plan.rows < PROCESS_ROWS
     if not job.plan.workers or short or isinstance(job.maker, Prompts):
         return None
-    return Tokenisers(job.maker, job.plan.workers)
+    apart = all(is_read_by_lines(corpus) for corpus in job.sources)
+    return (RowsProcess if apart else Tokenisers)(job.maker, job.plan.workers)

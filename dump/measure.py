@@ -178,7 +178,7 @@ def tried(
             chosen_rows=chosen,
             plan=dataclasses.replace(job.plan, free_bytes=None),  # too little is said, not refused
         )
-        make, write = tokenisers(job), writers(job.plan.workers)
+        make, write = tokenisers(small), writers(job.plan.workers)
         for processes in (make, write):
             if processes is not None:
                 stack.callback(processes.close)

@@ -1,6 +1,6 @@
 """The dump, start to end: plan -> samples -> states -> codes -> parts on disk.
 
-Rows are read and tokenised ahead (``ahead.py``, ``tokenise.py``), the engine runs in this thread,
+Rows are read and tokenised ahead (``reading.py``, ``tokenise.py``), the engine runs in this thread,
 and what it captures is coded and written in the background (``pipeline.py``). A part is on disk
 completely or not at all, so whatever stops a dump (Ctrl-C, a full disk, kill -9) loses only what
 was not yet committed (the few parts in memory), and ``--resume`` writes the same store as an
@@ -44,6 +44,7 @@ from dspark.dump.checks.coded import check_coded
 from dspark.dump.checks.states import check
 from dspark.dump.committing import Written, finished, regenerate_parts, write_parts
 from dspark.dump.config import DumpConfig
+from dspark.dump.corpus.reading import RowsProcess
 from dspark.dump.corpus.tokenise import Tokenisers
 from dspark.dump.job import (
     Job,
@@ -220,7 +221,7 @@ def run_engine(
     probe: Sequence[TokenSample],
     writer: StoreWriter | None,
     show: Display,
-    make: Tokenisers | None = None,
+    make: Tokenisers | RowsProcess | None = None,
     write: WorkerPool | None = None,
     guard: Callable[[], None] = lambda: None,
 ) -> tuple[Manifest, Written]:

@@ -10,7 +10,13 @@ import numpy as np
 from dspark.cache.codec.base import EXACT_TOKEN
 from dspark.cache.files.layout import EXACT_POSITION, EXACT_ROW, EXACT_START, PartLayout
 from dspark.cache.parts.shard_writer import Pieces
-from dspark.cache.records import Array, CodedSample, TokenSample, joined_last_rows
+from dspark.cache.records import (
+    KEY_BYTES,
+    Array,
+    CodedSample,
+    TokenSample,
+    joined_last_rows,
+)
 
 
 def assemble(
@@ -61,10 +67,27 @@ def join_tokens(tokens: Sequence[TokenSample]) -> tuple[dict[str, Array], list[i
         "sample_last_start": last_start,
         "sample_row": np.array([s.row for s in tokens], dtype=np.int64),
         "sample_key": np.frombuffer(b"".join(s.key for s in tokens), dtype=np.uint8).reshape(
-            -1, 16
+            -1, KEY_BYTES
         ),
         "sample_turn": np.array([s.turn for s in tokens], dtype=np.int32),
     }, np.diff(last_start).tolist()
+
+
+def split_tokens(arrays: Mapping[str, Array]) -> list[TokenSample]:
+    """Return the samples whose arrays ``join_tokens`` joined; views of them."""
+    start, keys = arrays["sample_start"].tolist(), arrays["sample_key"].tobytes()
+    ids, mask = arrays["input_ids"], arrays["loss_mask"]
+    named = zip(arrays["sample_row"].tolist(), arrays["sample_turn"].tolist(), strict=True)
+    return [
+        TokenSample(
+            row,
+            keys[i * KEY_BYTES : (i + 1) * KEY_BYTES],
+            ids[start[i] : start[i + 1]],
+            mask[start[i] : start[i + 1]],
+            turn,
+        )
+        for i, (row, turn) in enumerate(named)
+    ]
 
 
 def tokens_sha256(arrays: Mapping[str, Array]) -> str:

@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 from dspark.cache.canonical import canonical
 from dspark.cache.errors import DataError, MismatchError
 from dspark.cache.files.layout import part_number
-from dspark.cache.records import TokenSample
+from dspark.cache.parts.arrays import join_tokens, split_tokens
+from dspark.cache.records import Array, TokenSample
 from dspark.dump.corpus.masks import Made, SampleMaker
 from dspark.dump.corpus.rows import BadRow, Corpus, Row
 
@@ -49,10 +50,22 @@ class PartRows:
     def tokens(self) -> int:
         return sum(len(s.input_ids) for s in self.samples)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Travel between processes as a few arrays, not as thousands of objects."""
+        arrays = join_tokens(self.samples)[0]
+        rest = (self.dropped, self.truncated, self.rows_sha256)
+        return _rebuilt, (self.index, self.row_start, self.row_stop, arrays, *rest)
+
+
+def _rebuilt(
+    index: int, row_start: int, row_stop: int, arrays: dict[str, Array], *rest: Any
+) -> PartRows:
+    return PartRows(index, row_start, row_stop, split_tokens(arrays), *rest)
+
 
 class PartReader:
     """Reads a corpus block by block, skipping committed parts. ``note`` is called with each dropped
-    row. ``make``: rows -> samples in order, if ``maker`` alone is not fast enough
+    row. ``make``: rows -> samples in order, instead of ``maker`` if that alone is not fast enough
     (``tokenise.Tokenisers``). ``takes``: tells which part numbers to make; the rows of others are
     not parsed.
     """
@@ -60,7 +73,7 @@ class PartReader:
     def __init__(
         self,
         corpus: Corpus,
-        maker: SampleMaker,
+        maker: SampleMaker | None,
         *,
         block_rows: int,
         limit: int | None,
@@ -71,7 +84,11 @@ class PartReader:
         takes: Callable[[int], bool] = lambda part: True,
     ) -> None:
         self.corpus, self.source = corpus, source
-        self._make: Making = make or (lambda rows: ((row, maker.make(row)) for row in rows))
+        if make is None:
+            assert maker is not None
+            one = maker.make
+            make = lambda rows: ((row, one(row)) for row in rows)  # noqa: E731
+        self._make: Making = make
         self.block_rows, self.limit, self.max_dropped = block_rows, limit, max_dropped
         self.note, self.takes = note, takes
         self.total = 0  # rows of the corpus, once ``parts`` has reached the end

@@ -234,6 +234,18 @@ class SharedCorpus:
         return self.whole.pick(lambda n: self.takes(n) and wanted(n))
 
 
+def is_read_by_lines(corpus: Corpus) -> bool:
+    """Tell whether a corpus is files of lines, so that another process can read it as well; a table
+    in memory would be there twice.
+    """
+    match corpus:
+        case JoinedCorpus():
+            return all(is_read_by_lines(part) for part in corpus.parts)
+        case FirstRows() | SharedCorpus():
+            return is_read_by_lines(corpus.whole)
+    return isinstance(corpus, JsonlCorpus)
+
+
 def row_of(number: int, where: str, value: Any) -> Row:
     """Make row ``number``, whatever its form."""
     if isinstance(value, BadRow):

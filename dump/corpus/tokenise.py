@@ -8,6 +8,7 @@ than that.
 
 from __future__ import annotations
 
+import pickle
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future
@@ -26,9 +27,9 @@ AHEAD = 3  # tasks running or waiting, per process
 
 
 class Tokenisers:
-    """``processes`` copies of ``maker`` at work on rows."""
+    """``processes`` copies of ``maker`` at work on rows; it may come pickled."""
 
-    def __init__(self, maker: SampleMaker, processes: int) -> None:
+    def __init__(self, maker: SampleMaker | bytes, processes: int) -> None:
         self._ahead = AHEAD * processes
         self._pool = WorkerPool(processes, "tokenises rows", _hold, (maker,))
 
@@ -67,13 +68,17 @@ class Tokenisers:
     def close(self) -> None:
         self._pool.close()
 
+    def end(self) -> None:
+        """Discard waiting tasks, and return when the processes have ended."""
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
 
 _maker: SampleMaker | None = None
 
 
-def _hold(maker: SampleMaker) -> None:
+def _hold(maker: SampleMaker | bytes) -> None:
     global _maker
-    _maker = maker
+    _maker = pickle.loads(maker) if isinstance(maker, bytes) else maker
 
 
 def _make(rows: list[Row]) -> list[Made | DsparkError]:

@@ -196,7 +196,7 @@ def test_no_more_than_so_many_batches_are_waited_for(
 
 
 @pytest.mark.skipif(not can_share(), reason="parts are written by threads here")
-@pytest.mark.parametrize(("victim", "task"), [(0, "tokenises rows"), (1, "writes parts")])
+@pytest.mark.parametrize(("victim", "task"), [(0, "reads rows"), (1, "writes parts")])
 def test_a_killed_worker_process_is_named_and_resume_goes_on(
     config: DumpConfig,
     show: Display,
@@ -226,7 +226,7 @@ def test_a_killed_worker_process_is_named_and_resume_goes_on(
             deadline = time.monotonic() + 60
             while not written() and time.monotonic() < deadline:
                 time.sleep(0.01)
-            # The pool of the tokenisers is started first.
+            # The one that reads is started first.
             processes = sorted(multiprocessing.active_children(), key=lambda p: p.pid or 0)
             assert len(processes) == 2
             os.kill(processes[victim].pid or 0, signal.SIGKILL)
