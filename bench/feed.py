@@ -5,7 +5,8 @@ python bench/feed.py --store hs.zarr [--steps 100] [--train "--num-layers 3 --to
 --rows-per-step 1"]
 
 Writes bench/results/feed.json: tokens/s of both, the share of the time in which the GPU had nothing
-to do because of the readers.
+to do because of the readers, and what the loop's thread spends per step on the feed: getting a row
+and starting its copy and decoder (``fetch_ms``), weighing its slots (``share_ms``).
 """
 
 from __future__ import annotations
@@ -48,17 +49,22 @@ def timed(
 ) -> dict[str, float]:
     """``steps`` optimizer steps after a few that warm up."""
     feed = Feed(rows, place, run.compute.device)
-    tokens, waited, started = 0, 0.0, 0.0
+    tokens, waited, started, fetching, sharing = 0, 0.0, 0.0, 0.0, 0.0
     for i in range(WARM + steps):
         if i == WARM:
             if run.compute.device.type == "cuda":
                 torch.cuda.synchronize()
             tokens, waited, started = 0, feed.waited, time.perf_counter()
+            fetching = sharing = 0.0
+        begun = time.perf_counter()
         part = share(run, feed.take, lambda: False)
+        sharing += time.perf_counter() - begun
         step(run, feed, part, 0, WARM + steps, None)
         tokens += part.tokens
         if i + 1 < WARM + steps:
+            begun = time.perf_counter()
             feed.fetch()
+            fetching += time.perf_counter() - begun
     if run.compute.device.type == "cuda":
         torch.cuda.synchronize()
     seconds = time.perf_counter() - started
@@ -66,6 +72,8 @@ def timed(
         "tokens_per_s": tokens / seconds,
         "step_ms": 1e3 * seconds / steps,
         "data_wait_fraction": (feed.waited - waited) / seconds,
+        "fetch_ms": 1e3 * fetching / steps,
+        "share_ms": 1e3 * sharing / steps,
     }
 
 

@@ -413,6 +413,10 @@ def test_the_memory_that_a_run_says_it_takes(config: TrainConfig) -> None:
     )
     assert lean.trained == found.trained
     assert f"{count / 1e6:.1f} M" in memory.describe(run)
+    assert "host memory" not in memory.describe(run)  # no row is read ahead
+    assert "for 11 rows of 0.00 GB (2 readers)" in memory.describe(
+        dataclasses.replace(run, workers=2)
+    )
     # Of four ranks, float32: weight and gradient whole, two moments shared out; FSDP2 also shards
     # the master and the summed gradient, and holds twice what shares a product.
     twice = sum(p.numel() for n, p in run.model.trained() if n.split(".")[-2] in SHARING) / count

@@ -222,6 +222,6 @@ def test_too_little_memory_is_refused_before_a_reader_starts(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(data_slots, "available", lambda: 10**9)
-    with pytest.raises(errors.UsageError, match=r"10 of 0.20 GB.*1.00 GB are.*--workers"):
+    with pytest.raises(errors.UsageError, match=r"10 of 0.200 GB.*1.000 GB are.*--workers"):
         read_ahead(Numbers(), [], workers=2, pin=False, need=Need(2 * 10**8))
     assert not multiprocessing.active_children()

@@ -14,6 +14,7 @@ and the loop maps and page-locks that again (``Slots.enlarged``).
 from __future__ import annotations
 
 import contextlib
+import logging
 import weakref
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -33,6 +34,8 @@ from dspark.cache.shared.blocks import (
     mapped,
     populate,
 )
+
+log = logging.getLogger("dspark.train")
 
 
 class Offer(NamedTuple):
@@ -103,6 +106,12 @@ class Slots:
             self.enlarged += 1
             self._size = max(self._size, used)
             slot.block.follow(size)
+            log.info(
+                "a row takes %s, more than its slot had; enlarged to %s (%d times so far)",
+                _gb(used),
+                _gb(size),
+                self.enlarged,
+            )
             if self._pin:
                 slot.block.pin()
         slot.copied = None
@@ -207,4 +216,4 @@ def available() -> int | None:
 
 
 def _gb(size: int) -> str:
-    return f"{size / 1e9:.2f} GB"
+    return f"{size / 1e9:.3f} GB"
