@@ -232,7 +232,11 @@ def tokens_of(samples: Sequence[TokenSample], embedding: torch.Tensor) -> Tokens
     start = np.cumsum([0, *(len(s.input_ids) for s in samples)], dtype=np.int64)
     stored = joined_last_rows(np.concatenate([s.loss_mask for s in samples]), start)
     arrays = (ids, start, np.flatnonzero(stored))
-    input_ids, sample_start, last_token = (torch.from_numpy(a).to(embedding.device) for a in arrays)
+    device = embedding.device
+    sent = [torch.from_numpy(a) for a in arrays]
+    if device.type == "cuda":  # from other memory each copy would wait for the device
+        sent = [a.pin_memory().to(device, non_blocking=True) for a in sent]
+    input_ids, sample_start, last_token = (a.to(device) for a in sent)
     return Tokens(input_ids, sample_start, last_token, embedding)
 
 

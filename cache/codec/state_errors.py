@@ -61,12 +61,17 @@ def naming(samples: Sequence[TokenSample], layers: Sequence[int], corpus: str) -
         raise error.named(samples, layers, corpus) from error
 
 
-def check_finite(x: torch.Tensor) -> None:
-    """Refuse NaN and infinity, naming the first row (and layer) that has one."""
+def check_finite(*states: torch.Tensor) -> None:
+    """Refuse NaN and infinity, naming the first row (and layer) that has one. Waits for the device
+    once, however many are given.
+    """
     import torch
 
-    if bool(torch.isfinite(x).all()):
+    # Both ends of the values in one pass; NaN is an end, too.
+    ends = [end.double() for x in states if x.numel() for end in torch.aminmax(x)]
+    if not ends or bool(torch.isfinite(torch.stack(ends)).all()):
         return
+    x = next(x for x in states if not bool(torch.isfinite(x).all()))
     first = (~torch.isfinite(x)).nonzero()[0].tolist()
     raise StateError(
         "is not finite",

@@ -37,7 +37,7 @@ class Filling:
 
     def __init__(self, part: PartRows, job: PartJob, block: SharedBlock) -> None:
         self.part, self.job, self.block = part, job, block
-        self.places, size = regions(job.state_specs)
+        self.places, size = regions((s.name, s) for s in job.state_specs)
         block.reserve(size)
         self._arrays = {name: block.array(region) for name, region in self.places.items()}
         self._starts = {
@@ -46,6 +46,7 @@ class Filling:
         }
         self._missing = set(range(len(part.samples)))
         self._exact: list[dict[str, Any]] = []
+        self._exact_on_device: list[dict[str, torch.Tensor]] = []  # rows as uint8 [X, bytes]
         self._on_device: dict[str, torch.Tensor] = {}  # uint8 [T or M, bytes of a row]
 
     @property
@@ -77,10 +78,10 @@ class Filling:
                 here = data.new_empty(self._arrays[key].shape[0], data.shape[1])
                 self._on_device[key] = here if data.is_cuda else self._on_host(key, here)
             self._on_device[key].index_copy_(0, rows, data)
-        if self.job.exact:
-            self._keep_exact(
-                members, {n: coded[n].cpu().numpy() for n in (EXACT_TOKEN, *self.job.exact)}
-            )
+        if self.job.exact:  # kept there, too: each copy to the host is a wait
+            kept = {n: _bytes_of(coded[n]) for n in self.job.exact}
+            kept[EXACT_TOKEN] = at["token"].index_select(0, coded[EXACT_TOKEN])
+            self._exact_on_device.append(kept)
         self._missing -= set(members)
 
     def _keep_exact(self, members: list[int], coded: Coded) -> None:
@@ -93,11 +94,24 @@ class Filling:
         """Return all exactly stored tokens of the part, in order; empty if the codec has none."""
         if not self.job.exact:
             return {}
-        joined = {
+        joined = self._exact_of_device() or {
             n: np.concatenate([e[n] for e in self._exact]) for n in (EXACT_TOKEN, *self.job.exact)
         }
         order = np.argsort(joined[EXACT_TOKEN])
         return {n: a[order] for n, a in joined.items()}
+
+    def _exact_of_device(self) -> dict[str, Any]:
+        """Return what ``put_on_device`` has kept, not yet in order, as the codec's arrays."""
+        import torch
+
+        if not self._exact_on_device:
+            return {}
+        out: dict[str, Any] = {}
+        for name in (EXACT_TOKEN, *self.job.exact):
+            out[name] = torch.cat([e[name] for e in self._exact_on_device]).cpu().numpy()
+        for name, spec in self.job.exact.items():
+            out[name] = out[name].view(spec.dtype).reshape(-1, *spec.row_shape)
+        return out
 
     def rows(self, axis: str, members: list[int]) -> Rows:
         """Return where the concatenated rows of samples ``members`` belong in the part's arrays of

@@ -17,11 +17,12 @@ needs. On a CPU, where compression would only take cores from the target, the wo
 
 from __future__ import annotations
 
+import dataclasses
 import queue
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from importlib import metadata
@@ -42,7 +43,7 @@ from dspark.cache.writer import StoreWriter
 from dspark.dump.engines.engine import GROUPS, Captured, CodedStates
 from dspark.dump.workers import WorkerPool
 from dspark.dump.writing.filling import Filling
-from dspark.dump.writing.places import attach, regions
+from dspark.dump.writing.places import SharedArrays, attach, regions
 
 if TYPE_CHECKING:
     import torch
@@ -140,7 +141,7 @@ class Pipeline:
             self.writer.add(job.write(nothing(job)))
             self._bar.part(part.index, part.row_stop)
             return False
-        size = regions(job.state_specs)[1]
+        size = regions((s.name, s) for s in job.state_specs)[1]
         with self._timed("wait for a free block"):
             memory = self._patiently(lambda: self._free_block(size), queue.Empty)
         self._filling[self._begun] = Filling(part, job, memory)
@@ -320,14 +321,27 @@ class Pipeline:
         return self._embedding
 
     def _commit(self, filling: Filling) -> None:
+        job, exact = filling.job, filling.exact()
+        beside = None
         if self._shared:
+            beside = SharedArrays({**job.arrays, **exact})
             commit = self._pool.submit(
-                write_shared, filling.job, filling.block.handle(), filling.places, filling.exact()
+                write_shared,
+                dataclasses.replace(job, arrays={}),
+                list(job.arrays),
+                (filling.block.handle(), filling.places),
+                (beside.handle(), beside.places),
             )
         else:
             arrays = {name: filling.block.array(region) for name, region in filling.places.items()}
-            commit = self._pool.submit(write_timed, filling.job, arrays | filling.exact())
-        commit.add_done_callback(lambda done: self._committed(done, filling.block))
+            commit = self._pool.submit(write_timed, job, arrays | exact)
+
+        def done(commit: Future[tuple[PartRecord, float]]) -> None:
+            if beside is not None:
+                beside.close()
+            self._committed(commit, filling.block)
+
+        commit.add_done_callback(done)
 
     def _committed(self, commit: Future[tuple[PartRecord, float]], block: SharedBlock) -> None:
         error = commit.exception()
@@ -374,14 +388,17 @@ def versions() -> dict[str, str]:
 
 def write_shared(
     job: PartJob,
-    handle: Handle,
-    places: dict[str, Region],
-    exact: dict[str, np.ndarray[tuple[int, ...], np.dtype[Any]]],
+    own: Sequence[str],
+    states: tuple[Handle, dict[str, Region]],
+    beside: tuple[Handle, dict[str, Region]],
 ) -> tuple[PartRecord, float]:
-    """Write a part from the states in the parent's block and the few ``exact`` ones passed along,
-    in a worker process.
+    """Write a part in a worker process, from the parent's memory: ``states`` in its block, and
+    ``beside`` it the ``own`` arrays of the job, which comes without them, and the states that are
+    stored exactly.
     """
-    return write_timed(job, attach(handle, places) | exact)
+    found = attach(*beside)
+    job = dataclasses.replace(job, arrays={name: found.pop(name) for name in own})
+    return write_timed(job, attach(*states) | found)
 
 
 def write_timed(

@@ -192,8 +192,7 @@ class Klt:
         import torch
 
         tokens = self._known(tokens)
-        check_finite(aux)
-        check_finite(last)
+        check_finite(aux, last)
         t, device = self.learnt, aux.device
         a, b = half_on(t.aux, device), half_on(t.last, device)
         known = Known.of(tokens)
@@ -201,7 +200,8 @@ class Klt:
         last_code, last_outside = _encoded(
             b, last, lambda s: known.near(tokens.last_token[s], a, code, t.context)
         )
-        outside[tokens.last_token[last_outside]] = True
+        # Not by a mask, whose true values the host would wait for; every last state has its token.
+        outside[tokens.last_token] = outside[tokens.last_token] | last_outside
         exact = outside.nonzero()[:, 0]
         place = torch.full((aux.shape[0],), -1, dtype=torch.int64, device=device)
         place[tokens.last_token] = torch.arange(last.shape[0], device=device)
@@ -213,7 +213,7 @@ class Klt:
         return {
             "aux_code": code,
             "last_code": last_code,
-            "exact_aux": _bits(aux[_same_first(exact, tokens)]),
+            "exact_aux": _bits(aux[_same_first(exact, known)]),
             "exact_last": _bits(exact_last),
             EXACT_TOKEN: exact,
         }
@@ -343,21 +343,19 @@ def _runs(half: Half, x: torch.Tensor, quick: bool) -> list[slice]:
     ]
 
 
-def _same_first(exact: torch.Tensor, tokens: Tokens) -> torch.Tensor:
-    """Return the tokens whose states are stored for ``exact``: the state of a sample's first token
-    depends only on its id, so all equal ones use the first's.
+def _same_first(exact: torch.Tensor, known: Known) -> torch.Tensor:
+    """Return the tokens whose states are stored for ``exact`` (rising): the state of a sample's
+    first token depends only on its id, so all equal ones use the first's.
     """
     import torch
 
-    first = torch.isin(exact, tokens.sample_start)
-    out = exact.clone()
-    mine = exact[first]
-    if not mine.shape[0]:
-        return out
-    ids = tokens.input_ids[mine]
-    same = ids[:, None] == ids[None, :]
-    out[first] = mine[same.to(torch.int8).argmax(1)]
-    return out
+    count, ids = exact.shape[0], known.tokens.input_ids[exact]
+    first = known.previous[exact] < 0
+    place = torch.arange(count, device=exact.device)
+    # By id, the first place in ``exact`` of a first token with it.
+    found = place.new_full((known.tokens.embedding.shape[0],), count)
+    found.scatter_reduce_(0, ids, torch.where(first, place, count), "amin")
+    return torch.where(first, exact[found[ids].clamp(max=count - 1)], exact)
 
 
 def _bits(x: torch.Tensor) -> torch.Tensor:
