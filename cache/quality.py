@@ -117,11 +117,13 @@ def share_of(
     lengths: Sequence[int],
     codec: Codec | None,
     budget: int,
+    *,
+    stays: bool = False,
 ) -> Known:
     """Return the part of one of the samples of ``lengths`` that ``codec`` is calibrated on, so that
     all together give about ``budget`` rows: every n-th row of a long one, or, if the codec uses
     neighbouring tokens, a run of it. Runs begin at another share of each sample, for the end of a
-    conversation is not like its beginning.
+    conversation is not like its beginning. A run goes to the host, unless it ``stays`` where it is.
     """
     import torch
 
@@ -136,9 +138,10 @@ def share_of(
     )
     first = int(last_rows(sample.loss_mask)[:begin].sum())
     rows = slice(first, first + int(last_rows(cut.loss_mask).sum()))
-    # On the host, in 16 bits: for a large target they are tens of gigabytes, and the engine uses
-    # the GPU.
-    return Known(cut, *(x.to("cpu", torch.bfloat16, copy=True) for x in (aux[run], last[rows])))
+    # In 16 bits, and on the host unless they are known to fit: for a large target they are tens of
+    # gigabytes, and the engine uses the GPU.
+    there = aux.device if stays else torch.device("cpu")
+    return Known(cut, *(x.to(there, torch.bfloat16, copy=True) for x in (aux[run], last[rows])))
 
 
 class Matrices(Protocol):

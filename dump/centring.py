@@ -16,13 +16,16 @@ from typing import TYPE_CHECKING, Self
 
 from dspark.cache.codec.base import Codec
 from dspark.cache.codec.centre import spread
+from dspark.cache.codec.klt.pieces import room
 from dspark.cache.codec.state_errors import check_finite, naming
-from dspark.cache.quality import Probe, probe_of, share_of
+from dspark.cache.quality import SLACK, Probe, calibration_bytes, probe_of, share_of
 from dspark.cache.records import TokenSample
 from dspark.cache.shared.phases import Phases
 from dspark.cache.sizing import RowBytes
 
 if TYPE_CHECKING:
+    import torch
+
     from dspark.cache.shared.command import Progress
     from dspark.dump.corpus.masks import SampleMaker
     from dspark.dump.corpus.rows import Corpus
@@ -79,22 +82,39 @@ def captured(
     progress: Progress = lambda done, total, text="": None,
 ) -> Probe | None:
     """Capture the states of ``samples`` for ``codec``, in order, cut on arrival so that all of them
-    fit in memory; None without samples. ``device``: where the codec is fitted; None = where the
-    states are. ``corpus``: its tokens, if known. ``progress`` is told of tokens. Raises EngineError
-    for a state that is not finite, with the row of ``source`` and the one of ``layers``.
+    fit in memory, on the host or where they are (``fit_beside``); None without samples.
+
+    ``device``: where the codec is fitted; None = where the states are. ``corpus``: its tokens, if
+    known. ``progress`` is told of tokens. Raises EngineError for a state that is not finite, with
+    the row of ``source`` and the one of ``layers``.
     """
     found = {}
     lengths = [len(s.input_ids) for s in samples]
     done, total = 0, sum(lengths)
+    stays: bool | None = None
     for i, states in engine.capture(samples):
+        if stays is None:
+            stays = fit_beside(states.aux, codec, budget, device)
         with naming([samples[i]], layers, source):
             for field in states:
                 check_finite(field)
-        found[i] = share_of(samples[i], states, lengths, codec, budget)
+        found[i] = share_of(samples[i], states, lengths, codec, budget, stays=stays)
         done += lengths[i]
         progress(done, total)
     shares = [found[i] for i in sorted(found)]
     return probe_of(shares, codec, engine.frozen, device, corpus) if shares else None
+
+
+def fit_beside(aux: torch.Tensor, codec: Codec, budget: int, device: str | None) -> bool:
+    """Tell whether states of ``budget`` tokens like ``aux`` [T, L, H] may stay on the GPU that they
+    are on until ``codec`` is fitted there: if three times their size, for they are joined, is at
+    most half of what the engine leaves beside fitting.
+    """
+    if not (codec.needs_tokens and aux.is_cuda and device == aux.device.type):
+        return False
+    layers, hidden = aux.shape[1:]
+    states = SLACK * calibration_bytes(budget, layers, hidden)
+    return 3 * states < room(aux.device, layers, hidden) / 2
 
 
 def learning_device(plan: Plan, engine: Engine, codec: Codec) -> str | None:

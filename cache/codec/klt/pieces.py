@@ -23,18 +23,14 @@ HELD_OUT = 8  # of so many samples, one sets the step; the others are learnt fro
 STEP_COPIES = 8  # in float32, of the rows that set the step, while it is searched for
 
 
-def resident(
-    aux: torch.Tensor, last: torch.Tensor, device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return ``aux`` [T, L, H] and ``last`` [M, H] on ``device`` if it is a GPU with room for them
-    beside all that fitting takes there; else as they are, so that each pass over them brings them
-    piece by piece. An engine may fill the rest of the GPU.
+def room(device: torch.device, layers: int, hidden: int) -> int:
+    """Return the free bytes of a GPU beside all that fitting takes there (it may be less than
+    none), and 0 for another device. An engine may fill the rest of it.
     """
     import torch
 
-    if device.type != "cuda" or aux.is_cuda:
-        return aux, last
-    layers, hidden = aux.shape[1:]
+    if device.type != "cuda":
+        return 0
     width = (layers + 2) * hidden
     fitting = (
         2 * sums_bytes(width)
@@ -42,8 +38,17 @@ def resident(
         + STEP_COPIES * 4 * STEP_ROWS * width
     )
     torch.cuda.empty_cache()
-    free, _ = torch.cuda.mem_get_info(device)
-    if free < aux.nbytes + last.nbytes + fitting:
+    return torch.cuda.mem_get_info(device)[0] - fitting
+
+
+def resident(
+    aux: torch.Tensor, last: torch.Tensor, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return ``aux`` [T, L, H] and ``last`` [M, H] on ``device`` if there is ``room`` for them;
+    else as they are, so that each pass over them brings them piece by piece.
+    """
+    layers, hidden = aux.shape[1:]
+    if aux.is_cuda or room(device, layers, hidden) < aux.nbytes + last.nbytes:
         return aux, last
     return aux.to(device), last.to(device)
 
