@@ -53,7 +53,7 @@ class Held:
         # Copies: a view would hold on to the whole row.
         copies = {n: getattr(batch, n).clone() for n in (*ARRAYS, *ON_HOST)}
         host = dataclasses.replace(batch, **copies)
-        moved = dataclasses.replace(row, data=row.data.to(run.compute.device))
+        moved = dataclasses.replace(row, data=row.data.to(run.compute.device), lent=None)
         return cls(moved, host, host.counted.sum(0))
 
     def with_blocks(

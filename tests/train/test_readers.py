@@ -7,6 +7,7 @@ from __future__ import annotations
 import mmap
 import multiprocessing
 import os
+import resource
 import signal
 import time
 from collections.abc import Iterator
@@ -216,6 +217,18 @@ def test_slots_are_page_locked_once(
     assert [row.tokens for row in rows] == list(range(1, 30))
     assert len(locked) == bool(code), "unlocked with the last row"
     assert caplog.text.count("page-locked") == bool(code)
+
+
+@pytest.mark.skipif(not can_share(), reason="rows come in memory of their own here")
+def test_many_slots_may_be_open() -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
+    try:
+        slots = Slots(64, 200, pin=False)
+        assert len({slots.lend().handle.fd for _ in range(200)}) == 200
+        slots.close()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def test_too_little_memory_is_refused_before_a_reader_starts(

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import resource
 import weakref
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -70,6 +71,7 @@ class Slots:
     def __init__(self, size: int, count: int, pin: bool) -> None:
         """Raises UsageError if the host has less memory than the slots need."""
         _check_memory(size, count)
+        _allow_files(2 * count)
         self._size, self._pin = max(size, 1), pin
         self._slots: list[Slot] = []
         self._returned: deque[int] = deque()  # no longer used here; a copy may still be running
@@ -195,6 +197,17 @@ def _check_memory(size: int, count: int) -> None:
             f"{_gb(there)} are available. Use fewer --workers (0 for none) or a shorter "
             "--total-seq-len."
         )
+
+
+def _allow_files(more: int) -> None:
+    """Raise this process's and its readers' own limit on open files, as far as the system allows: a
+    slot is one, and its map another.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY:
+        wanted = soft + more
+        allowed = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
 
 
 def available() -> int | None:
