@@ -30,6 +30,7 @@ from common import write
 from dspark.cache.codec.base import Codec, tokens_of
 from dspark.cache.codec.registry import make
 from dspark.cache.records import TokenSample
+from dspark.dump import committing
 from dspark.dump.config import DumpConfig
 from dspark.dump.engines.engine import States
 from dspark.dump.engines.hf import TransformersEngine, batches
@@ -113,8 +114,12 @@ def main() -> None:
     )
     parser.add_argument("--batch-tokens", type=int)
     parser.add_argument("--workers", type=int)
+    parser.add_argument(
+        "--turn", type=float, default=committing.TURN, help="seconds of a thread with Python's lock"
+    )
     parser.add_argument("--name", default="dump", help="results file")
     args = parser.parse_args()
+    committing.TURN = args.turn
     if args.output:
         args.output.mkdir(parents=True, exist_ok=True)
     if args.keep and not args.output:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from dspark.dump.engines.engine import Engine
     from dspark.dump.progress import Display
 
+TURN = 0.0005  # seconds of Python's lock
 log = logging.getLogger("dspark.dump")
 
 
@@ -52,6 +54,20 @@ def settled(pipeline: Pipeline) -> Iterator[None]:
         raise
 
 
+@contextmanager
+def short_turns() -> Iterator[None]:
+    """Within it, a thread of pure Python gives its lock up after ``TURN`` seconds instead of 5 ms.
+    The thread that launches the target's kernels gives it up at every one of them, and must have it
+    back before the GPU has done what is waiting.
+    """
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(min(TURN, before))
+    try:
+        yield
+    finally:
+        sys.setswitchinterval(before)
+
+
 def write_parts(
     writer: StoreWriter,
     reader: SourcesReader,
@@ -65,6 +81,7 @@ def write_parts(
     """
     out = Written()
     with (
+        short_turns(),
         show.progress(rows) as shown,
         ahead(reader.parts(dict(writer.committed)), 1) as parts,
         Pipeline(

@@ -4,6 +4,7 @@ same bytes.
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 from dspark.cache.codec import registry
+from dspark.cache.codec.base import EXACT_TOKEN, ArraySpec
 from dspark.cache.files.layout import PartLayout
 from dspark.cache.files.place import Folder
 from dspark.cache.parts.arrays import join_tokens
@@ -117,3 +119,38 @@ def test_a_batch_of_the_wrong_size_is_refused() -> None:
         filled.put_on_device(
             [0], codec.encode(torch.zeros(4, LAYERS, HIDDEN), torch.zeros(3, HIDDEN))
         )
+
+
+def test_exact_rows_are_the_same_from_host_and_device() -> None:
+    """Batches in any order, one of them without any."""
+    made = samples([5, 3, 9, 4])
+    specs = {
+        "exact_aux": ArraySpec("uint16", HIDDEN, axis="exact", layers=LAYERS),
+        "exact_last": ArraySpec("uint16", HIDDEN, axis="exact"),
+    }
+    batches = [([2, 0], [0, 3, 9]), ([3], []), ([1], [2])]
+    found = []
+    for on_device in (False, True):
+        filled = filling(made, 4)
+        filled.job = dataclasses.replace(filled.job, exact=specs)
+        codec = registry.make(rotated_name(4, 4))
+        for members, exact in batches:
+            own = [made[i] for i in members]
+            tokens = sum(len(s.input_ids) for s in own)
+            lasts = sum(int(last_rows(s.loss_mask).sum()) for s in own)
+            coded = codec.encode(torch.ones(tokens, LAYERS, HIDDEN), torch.ones(lasts, HIDDEN))
+            values = torch.arange(len(exact) * LAYERS * HIDDEN) + 100 * len(members)
+            aux = values.to(torch.uint16).view(-1, LAYERS, HIDDEN)
+            coded |= {"exact_aux": aux, "exact_last": aux[:, 0].contiguous()}
+            coded[EXACT_TOKEN] = torch.tensor(exact, dtype=torch.int64)
+            if on_device:
+                filled.put_on_device(members, coded)
+            else:
+                filled.put(members, {n: t.numpy() for n, t in coded.items()})
+        found.append(filled.exact())
+        filled.release()
+    host, device = found
+    assert host[EXACT_TOKEN].tolist() == [0, 7, 8, 11]
+    for name, want in host.items():
+        assert device[name].dtype == want.dtype
+        assert np.array_equal(device[name], want)
