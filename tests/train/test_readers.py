@@ -27,7 +27,7 @@ from dspark.train.data import readers
 from dspark.train.data import slots as data_slots
 from dspark.train.data.need import AHEAD, Need
 from dspark.train.data.readers import read_ahead
-from dspark.train.data.slots import Slots
+from dspark.train.data.slots import Desk, Offer, Room, Slots
 
 
 def numbers(epoch: int, workers: int = 1, count: int = 4) -> Iterator[int]:
@@ -238,6 +238,25 @@ def test_many_slots_may_be_open() -> None:
         slots.close()
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+@pytest.mark.parametrize("used", [64, 128])
+def test_memory_that_the_system_refuses_a_reader(used: int) -> None:
+    """To be mapped or enlarged: what to do is said, in an error that the loop raises as it is."""
+    gone = Offer(0, blocks.Handle(os.getpid(), 10**6, 64), 64)
+    with pytest.raises(errors.TrainError, match=r"No such file.* 1 row of 0.000 GB.*--workers"):
+        Room(Desk(), gone)(used)
+
+
+@pytest.mark.skipif(not can_share(), reason="rows come in memory of their own here")
+def test_a_slot_that_the_system_has_no_memory_for_leaves_no_file_open(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    before = len(os.listdir("/proc/self/fd"))
+    monkeypatch.setattr(data_slots, "available", lambda: None)
+    with pytest.raises(errors.TrainError, match=r"for 1 row of .*--workers") as held:
+        Slots(1 << 60, 1, pin=False)
+    assert len(os.listdir("/proc/self/fd")) == before, held
 
 
 def test_too_little_memory_is_refused_before_a_reader_starts(

@@ -18,8 +18,8 @@ import logging
 import resource
 import weakref
 from collections import deque
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -35,6 +35,7 @@ from dspark.cache.shared.blocks import (
     mapped,
     populate,
 )
+from dspark.cache.shared.host_memory import available
 
 log = logging.getLogger("dspark.train")
 
@@ -52,7 +53,11 @@ class Slot:
 
     def __init__(self, size: int) -> None:
         self.block = SharedBlock(shared=True, name="dspark-row")
-        self.block.reserve(size)
+        try:
+            self.block.reserve(size)
+        except OSError:
+            self.block.close()
+            raise
         self.locked: Future[None] | None = None
         self.copied: Any = None
 
@@ -107,7 +112,8 @@ class Slots:
         if size != slot.block.size:
             self.enlarged += 1
             self._size = max(self._size, used)
-            slot.block.follow(size)
+            with _telling_of(used):
+                slot.block.follow(size)
             log.info(
                 "a row takes %s, more than its slot had; enlarged to %s (%d times so far)",
                 _gb(used),
@@ -122,14 +128,8 @@ class Slots:
         return torch.frombuffer(window, dtype=torch.uint8), slot
 
     def _add(self) -> int:
-        try:
+        with _telling_of(self._size, len(self._slots) + 1):
             slot = Slot(self._size)
-        except OSError as error:
-            raise TrainError(
-                f"no memory that reading processes can share ({error}), for {len(self._slots) + 1} "
-                f"rows of {_gb(self._size)}. Use fewer --workers (0 for none) or a shorter "
-                "--total-seq-len, or raise the limit on open files (ulimit -n)."
-            ) from error
         if self._locker is not None:
             slot.locked = self._locker.submit(self._lock, slot.block)
         self._slots.append(slot)
@@ -166,14 +166,28 @@ class Room:
         self.size = 0  # of the slot now
 
     def __call__(self, used: int) -> Tensor:
-        """Return uint8[used], whatever is in it."""
+        """Return uint8[used], whatever is in it. Raises TrainError if the system gives none."""
         if self._desk is None or self._offer is None:
             return torch.empty(used, dtype=torch.uint8)
         handle = self._offer.handle
-        if used > handle.size:
-            handle = enlarged(handle, max(used, self._offer.wish))
-        self.size = handle.size
-        return torch.from_numpy(self._desk.memory(handle)[:used])
+        with _telling_of(used):
+            if used > handle.size:
+                handle = enlarged(handle, max(used, self._offer.wish))
+            self.size = handle.size
+            return torch.from_numpy(self._desk.memory(handle)[:used])
+
+
+@contextlib.contextmanager
+def _telling_of(size: int, rows: int = 1) -> Iterator[None]:
+    """Raise TrainError for an error of the system: ``rows`` of ``size`` bytes were to be shared."""
+    try:
+        yield
+    except OSError as error:
+        raise TrainError(
+            f"no memory that reading processes can share ({error}), for {rows} "
+            f"row{'s' * (rows > 1)} of {_gb(size)}. Use fewer --workers (0 for none) or a shorter "
+            "--total-seq-len, or raise the limit on open files (ulimit -n)."
+        ) from error
 
 
 def _close(slots: list[Slot], locker: ThreadPoolExecutor | None) -> None:
@@ -208,24 +222,6 @@ def _allow_files(more: int) -> None:
         wanted = soft + more
         allowed = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
         resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
-
-
-def available() -> int | None:
-    """Return the bytes of host memory that a process may still take; None if the system does not
-    tell.
-    """
-    found = []
-    with contextlib.suppress(OSError, ValueError, IndexError):
-        text = Path("/proc/meminfo").read_text()
-        found.append(1024 * int(text.split("MemAvailable:")[1].split()[0]))
-    with contextlib.suppress(OSError, ValueError):  # "max": no limit
-        group = Path("/sys/fs/cgroup")
-        limit = int((group / "memory.max").read_text())
-        used = int((group / "memory.current").read_text())
-        stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-        # The kernel drops cached files when memory is short.
-        found.append(limit - used + int(stat.get("inactive_file", 0)))
-    return min(found, default=None)
 
 
 def _gb(size: int) -> str:
