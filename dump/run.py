@@ -147,11 +147,12 @@ def _dump(
         planning.check_disk(job.plan, done, config.part_of)
         probe = first_samples(job)
         with ExitStack() as stack:
-            # they start while the weights are read
-            make, write = tokenisers(job), writers(job.plan.workers)
-            for processes in (make, write):
-                if processes is not None:
-                    stack.callback(processes.close)
+            # They start while the weights are read. Each is to be closed before the next is made,
+            # which a signal may interrupt.
+            if (make := tokenisers(job)) is not None:
+                stack.callback(make.close)
+            if (write := writers(job.plan.workers)) is not None:
+                stack.callback(write.close)
             engine = engine_for(job.plan, config.batch_tokens)
             stack.callback(engine.close)
             manifest, written = run_engine(

@@ -43,7 +43,8 @@ class _Spawn(multiprocessing.context.SpawnContext):
 class WorkerPool(ProcessPoolExecutor):
     """Fresh processes (CUDA does not survive a fork) that leave Ctrl-C to the parent and end with
     it, however it ends; all start at once. ``task``: what they do, for messages.
-    ``start(*arguments)`` runs first in each of them. If one is killed, the others end too, and
+    ``start(*arguments)`` runs first in each of them. ``workers``: what --workers is, where the pool
+    is not of so many. If one is killed, the others end too, and
     every unfinished or later task raises ``EngineError``.
     """
 
@@ -53,21 +54,30 @@ class WorkerPool(ProcessPoolExecutor):
         task: str,
         start: Callable[..., None] | None = None,
         arguments: tuple[Any, ...] = (),
+        workers: int | None = None,
     ) -> None:
         context = _Spawn()
         self.processes, self.task = processes, task
+        self._workers = processes if workers is None else workers
         # Passed by file: arguments of a process go through a pipe that the child reads only after
         # importing what they need, and the next child waits for that (seconds each, with a
         # tokenizer).
         with tempfile.NamedTemporaryFile(prefix="dspark-", suffix=".pickle", delete=False) as given:
-            pickle.dump((start, arguments), given)
-        self._given = Path(given.name)
-        # The executor starts a process only if none is idle, and none is idle until all have
-        # started.
-        meet = context.Barrier(processes)
-        initargs = (meet, str(self._given))
-        super().__init__(processes, mp_context=context, initializer=_begin, initargs=initargs)
-        self._first = [self.submit(os.getpid) for _ in range(processes)]
+            self._given = Path(given.name)
+            try:
+                pickle.dump((start, arguments), given)
+                given.flush()
+                # The executor starts a process only if none is idle, and none is idle until all
+                # have started.
+                meet = context.Barrier(processes)
+                initargs = (meet, given.name)
+                super().__init__(
+                    processes, mp_context=context, initializer=_begin, initargs=initargs
+                )
+                self._first = [self.submit(os.getpid) for _ in range(processes)]
+            except BaseException:  # Ctrl-C too: nobody else knows of the file
+                self._given.unlink(missing_ok=True)
+                raise
 
     def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
         try:
@@ -95,9 +105,9 @@ class WorkerPool(ProcessPoolExecutor):
     def _killed(self) -> EngineError:
         return EngineError(
             f"a process that {self.task} ended early (one of {self.processes}, see "
-            "--workers): it crashed, or the kernel killed it because memory ran out (see "
-            "dmesg). Finished parts are kept. Rerun the same command with --resume, with "
-            f"more memory or fewer --workers than {self.processes} (0 = none)."
+            f"--workers {self._workers}): it crashed, or the kernel killed it because memory ran "
+            "out (see dmesg). Finished parts are kept. Rerun the same command with --resume, with "
+            f"more memory or fewer --workers than {self._workers} (0 = none)."
         )
 
     def wait_until_started(self) -> None:

@@ -67,7 +67,8 @@ class RowsProcess:
 
     def __init__(self, maker: SampleMaker, processes: int) -> None:
         # As bytes: the process itself only hands the maker on, and its imports take seconds.
-        self._pool = WorkerPool(1, "reads rows", _begin, (pickle.dumps(maker), processes))
+        given = pickle.dumps(maker), processes
+        self._pool = WorkerPool(1, "reads rows", _begin, given, workers=processes)
 
     def reader(self, readers: Sequence[PartReader]) -> SourcesReader:
         """Return a reader that reads the sources of ``readers`` in the process; they note dropped

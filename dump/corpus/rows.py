@@ -14,6 +14,7 @@ import hashlib
 import io
 import itertools
 import json
+import os
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -69,6 +70,7 @@ class JsonlCorpus:
     def __init__(self, path: Path, name: str | None = None) -> None:
         self.path = path
         self.id = name or path.name
+        self._state = _state(os.stat(path))
         self.sha256: str | None = file_sha256(path)
 
     def open(self) -> BinaryIO:
@@ -83,6 +85,7 @@ class JsonlCorpus:
         ``LINE_BYTES``, which is not kept in memory.
         """
         number = 0
+        self._refuse_other()
         try:
             with self.open() as file:
                 while line := file.readline(LINE_BYTES + 1):
@@ -104,6 +107,22 @@ class JsonlCorpus:
             raise DataError(
                 f"{self.path}: cannot be read after line {number}: {error}. Is it complete?"
             ) from error
+        self._refuse_other()
+
+    def _refuse_other(self) -> None:
+        """Raise DataError if the file is not the one whose ``sha256`` is known: its rows would be
+        recorded under the hash of others.
+        """
+        try:
+            now = _state(os.stat(self.path))
+        except OSError as error:
+            raise DataError(f"{self.path}: cannot be read any more: {error.strerror}.") from error
+        if now != self._state:
+            raise DataError(
+                f"{self.path}: changed while it was read: it had {self._state[0]:,} bytes and has "
+                f"{now[0]:,}, written since. Finished parts are kept; once nothing writes to it, "
+                "rerun the same command with --resume, which compares their rows."
+            )
 
     def count(self) -> int:
         return sum(1 for _ in self._lines())
@@ -129,6 +148,11 @@ class JsonlCorpus:
         """Yield only the rows whose number is ``wanted``; the others are not parsed."""
         for number, where, value in self.values(wanted):
             yield row_of(number, where, value)
+
+
+def _state(file: os.stat_result) -> tuple[int, int]:
+    """Return what tells that a file was written to: its bytes, and when that was."""
+    return file.st_size, file.st_mtime_ns
 
 
 class TableCorpus:

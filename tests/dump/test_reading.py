@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
 import pickle
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dspark.cache.errors import DataError
+from dspark.cache.errors import DataError, EngineError
 from dspark.dump.corpus.masks import SampleMaker
 from dspark.dump.corpus.parts import PartReader, PartRows, SourcesReader
 from dspark.dump.corpus.reading import RowsProcess
@@ -106,6 +107,30 @@ def test_an_error_comes_at_its_place(process: RowsProcess, tmp_path: Path) -> No
     assert len(found[0][0]) == 2
 
 
+@pytest.mark.parametrize("change", ["shorter", "longer", "gone"])
+def test_a_file_that_changes_while_it_is_read_is_refused(
+    process: RowsProcess, tmp_path: Path, change: str
+) -> None:
+    path = tmp_path / "a.jsonl"
+    source = corpus(path, rows(600))
+    for there in (False, True):
+        _, made = readers(source)
+        made[0].limit = None
+        parts = (process.reader(made) if there else SourcesReader(made)).parts({})
+        next(parts)
+        before = path.stat()
+        if change == "shorter":
+            os.truncate(path, 100)
+        elif change == "longer":
+            path.write_bytes(path.read_bytes() + b"{}\n")
+        else:
+            path.rename(tmp_path / "b.jsonl")
+        with pytest.raises(DataError, match=r"a.jsonl: (changed while|cannot be read any more)"):
+            list(parts)
+        corpus(path, rows(600))
+        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
 def test_too_many_dropped_rows_stop_it(process: RowsProcess, tmp_path: Path) -> None:
     _, made = readers(corpus(tmp_path / "a.jsonl", rows(40)), max_dropped=0.01)
     sources = process.reader(made)
@@ -126,6 +151,18 @@ def test_a_table_is_not_sent(tmp_path: Path) -> None:
     lines = corpus(tmp_path / "a.jsonl", [])
     assert is_read_by_lines(SharedCorpus(lines, 0.5))
     assert not is_read_by_lines(SharedCorpus(TableCorpus([], "table", None), 0.5))
+
+
+def test_a_killed_one_names_the_workers_asked_for(tmp_path: Path) -> None:
+    before = multiprocessing.active_children()
+    process = RowsProcess(MAKER, 2)
+    process.wait_until_started()
+    (mine,) = (p for p in multiprocessing.active_children() if p not in before)
+    mine.kill()
+    _, made = readers(corpus(tmp_path / "a.jsonl", rows(40)))
+    with pytest.raises(EngineError, match="reads rows ended early.*fewer --workers than 2"):
+        list(process.reader(made).parts({}))
+    process.close()
 
 
 def test_nothing_stays_behind() -> None:

@@ -44,6 +44,17 @@ def test_one_that_dies_at_the_start_is_an_error(folder: Path) -> None:
     assert list(folder.iterdir()) == []
 
 
+def test_ctrl_c_while_it_is_made_leaves_no_file(folder: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        WorkerPool(2, "tests", os.getpid, (Interrupting(),))
+    assert list(folder.iterdir()) == []
+
+
+class Interrupting:
+    def __reduce__(self) -> str:
+        raise KeyboardInterrupt
+
+
 def test_one_that_is_killed_says_so_of_every_task(folder: Path) -> None:
     with WorkerPool(2, "writes parts") as pool:
         pool.wait_until_started()
