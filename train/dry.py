@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -37,7 +38,7 @@ def dry_run(config: TrainConfig, say: Callable[[str], None] = lambda text: None)
     """
     started = time.perf_counter()
     world = distributed.join(config.device, config.strategy)
-    with lost_peers():
+    with ExitStack() as stack, lost_peers():
         with starting():
             run = world.agreed(lambda: prepare(config, world, Position()))
         prepared = time.perf_counter() - started
@@ -52,7 +53,7 @@ def dry_run(config: TrainConfig, say: Callable[[str], None] = lambda text: None)
 
         count = min(schedule.total, WARM + TIMED)
         assert run.rows is not None
-        feed = Feed(run.rows, placer(run), device)
+        feed = stack.enter_context(Feed(run.rows, placer(run), device))
         tokens, first, since, taken = 0, 0.0, started, 0.0
         for i in range(count):
             part = share(run, feed.take, lambda: False)

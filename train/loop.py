@@ -217,15 +217,16 @@ def _loop(
             report.row(row)
 
     clock, device = time.perf_counter() - position.seconds, run.compute.device
-    with Stopping(
+    interrupt = Stopping(
         lambda: f"finishing the step after {position.step}, then saving a checkpoint",
         saved_in(output),
         raises=False,
         alone=world.size == 1,
         speaks=world.first,
-    ) as interrupt:
+    )
+    with ExitStack() as stack, interrupt:
         rows = run.rows or world.agreed(lambda: rows_from(run, position))
-        feed = Feed(rows, placer(run), device)
+        feed = stack.enter_context(Feed(rows, placer(run), device))
         window = Window(Moment(device))
         while position.step < schedule.total:
             if position.epoch_step == run.stream.steps(position.epoch):

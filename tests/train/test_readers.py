@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 import torch
 from reader_rows import Many, Numbers
+from small_trainings import small_training
 
 from dspark.cache import errors
 from dspark.cache.shared import blocks
@@ -28,6 +29,8 @@ from dspark.train.data import slots as data_slots
 from dspark.train.data.need import AHEAD, Need
 from dspark.train.data.readers import read_ahead
 from dspark.train.data.slots import Desk, Offer, Room, Slots
+from dspark.train.data.stream import Stream
+from dspark.train.loop import train
 
 
 def numbers(epoch: int, workers: int = 1, count: int = 4) -> Iterator[int]:
@@ -163,6 +166,30 @@ def test_training_that_fails_gives_its_slots_back() -> None:
     with pytest.raises(errors.DamagedCacheError) as held:
         list(rows)
     assert not slots_of_ours()
+    assert held.value.__traceback__ is not None
+
+
+def test_training_that_stops_for_an_error_of_its_own_ends_its_readers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While the error is held, as a notebook does."""
+    ended: list[bool] = []
+    steps_from = Stream.steps_from
+
+    def watched(self: Stream, *args: Any, **kwargs: Any) -> Iterator[Any]:
+        try:
+            yield from steps_from(self, *args, **kwargs)
+        finally:
+            ended.append(True)
+
+    def fail(step: int, total: int, text: str) -> None:
+        assert not ended
+        raise KeyError(step)
+
+    monkeypatch.setattr(Stream, "steps_from", watched)
+    with pytest.raises(KeyError) as held:
+        train(small_training(tmp_path, [60] * 12), progress=fail)
+    assert ended
     assert held.value.__traceback__ is not None
 
 

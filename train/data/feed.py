@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Generator, Iterator
+from typing import Any, Self
 
 import torch
 
@@ -37,6 +37,17 @@ class Feed:
         self._fetched: list[PackedRow] | Exception | None = None
         self._placed: tuple[PackedRow, Batch, Any] | None = None
         self.waited = 0.0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """End the readers and let go of the rows: an error that is kept with its frames (a
+        notebook's last one) would keep processes and page-locked memory.
+        """
+        self._fetched = self._placed = None
+        if isinstance(self._rows, Generator):
+            self._rows.close()
 
     def fetch(self) -> None:
         """Get the next step from the readers and start moving its first row. Call it once a step's
