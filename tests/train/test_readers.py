@@ -267,6 +267,17 @@ def test_many_slots_may_be_open() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
+def test_readers_that_the_system_does_not_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(self: Any) -> None:
+        raise OSError(24, "Too many open files")
+
+    before = signal.getsignal(signal.SIGCHLD)
+    monkeypatch.setattr(multiprocessing.get_context("spawn").Process, "start", refuse)
+    with pytest.raises(errors.TrainError, match=r"2 processes.*Too many.*--workers.*ulimit -n"):
+        list(read_ahead(Numbers(), [(0, 0)], workers=2, pin=False))
+    assert signal.getsignal(signal.SIGCHLD) == before
+
+
 @pytest.mark.parametrize("used", [64, 128])
 def test_memory_that_the_system_refuses_a_reader(used: int) -> None:
     """To be mapped or enlarged: what to do is said, in an error that the loop raises as it is."""

@@ -68,7 +68,7 @@ def read_ahead(
     """``rows.read(at)`` for each ``at`` of ``order``, by ``workers`` processes (0 = by this one)
     that start with this call and live as long as the iterator. ``pin``: into page-locked memory. It
     raises what reading raised, and TrainError if a reader died; at once UsageError if the host has
-    less memory than it ``need``s.
+    less memory than it ``need``s, TrainError if it starts no reader.
     """
     slots = None
     if can_share() and (workers or pin):
@@ -85,8 +85,15 @@ def read_ahead(
         multiprocessing_context="spawn" if workers else None,
         worker_init_fn=_leave_interrupts_to_the_loop,
     )
-    with _no_alarm():
-        ahead = iter(loader)
+    try:
+        with _no_alarm():
+            ahead = iter(loader)
+    except OSError as error:
+        raise TrainError(
+            f"{workers} processes that read the store could not be started ({error}). Use fewer "
+            "--workers (0 for none), or raise the limits on open files and processes (ulimit -n, "
+            "-u)."
+        ) from error
     readers = [process for process in multiprocessing.active_children() if process not in others]
     return _taken(ahead, readers, slots)
 
