@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import datetime
 import logging
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -101,12 +102,41 @@ class Display:
             yield Bar(bar, bar.add_task("rows", total=rows, rate=""), self, rows)
 
 
+class _LogFile(logging.FileHandler):
+    """A log that may be on the disk that has just become full: it is then incomplete, which is said
+    once, and the store's own error is the one that ends the dump.
+    """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, encoding="utf-8")
+        self._lost = False
+
+    def handleError(self, record: logging.LogRecord) -> None:  # logging's name
+        error = sys.exc_info()[1]
+        if isinstance(error, OSError):
+            self._note(error)
+        else:
+            super().handleError(record)
+
+    def close(self) -> None:
+        try:
+            super().close()
+        except OSError as error:
+            self._note(error)
+
+    def _note(self, error: OSError) -> None:
+        if not self._lost:
+            name = printable(self.baseFilename)
+            sys.stderr.write(f"note: {name} is incomplete: {error.strerror or error}\n")
+        self._lost = True
+
+
 @contextmanager
 def log_file(path: Path) -> Iterator[None]:
     """Append what the dump logs to ``path``."""
     with write_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        handler = logging.FileHandler(path, encoding="utf-8")
+        handler = _LogFile(path)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     heard = {x: x.level for x in (log, logging.getLogger("dspark.cache"))}
     for one in heard:
