@@ -13,7 +13,7 @@ from multiprocessing.synchronize import Barrier
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
-from dspark.cache.errors import EngineError
+from dspark.cache.errors import EngineError, UsageError, first_line
 from dspark.cache.shared.stopping import end_with_parent, leave_to_parent
 
 P = ParamSpec("P")
@@ -25,6 +25,20 @@ def default_workers(device: str) -> int:
     a CPU, where the target needs the cores.
     """
     return max(1, min(8, (os.cpu_count() or 1) // 4)) if device == "cuda" else 0
+
+
+def pickled(value: object, task: str) -> bytes:
+    """Return ``value`` as bytes for a process that does ``task``. Raises UsageError for a tokenizer
+    that its own code keeps from being sent.
+    """
+    try:
+        return pickle.dumps(value)
+    except (pickle.PicklingError, TypeError, AttributeError, NotImplementedError) as error:
+        raise UsageError(
+            f"what a process that {task} works with cannot be sent to it: {first_line(error)}. "
+            "A tokenizer with code of its own may be the cause: use --workers 0, which starts "
+            "no processes."
+        ) from error
 
 
 class _Process(multiprocessing.context.SpawnProcess):
@@ -65,7 +79,7 @@ class WorkerPool(ProcessPoolExecutor):
         with tempfile.NamedTemporaryFile(prefix="dspark-", suffix=".pickle", delete=False) as given:
             self._given = Path(given.name)
             try:
-                pickle.dump((start, arguments), given)
+                given.write(pickled((start, arguments), task))
                 given.flush()
                 # The executor starts a process only if none is idle, and none is idle until all
                 # have started.

@@ -9,7 +9,6 @@ so often that the GPU was idle a fifth of the time
 
 from __future__ import annotations
 
-import pickle
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
@@ -20,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from dspark.cache.errors import DsparkError
 from dspark.dump.corpus.parts import PartReader, PartRows, SourcesReader
 from dspark.dump.corpus.tokenise import Tokenisers
-from dspark.dump.workers import WorkerPool
+from dspark.dump.workers import WorkerPool, pickled
 
 if TYPE_CHECKING:
     from dspark.cache.parts.record import PartRecord
@@ -67,7 +66,7 @@ class RowsProcess:
 
     def __init__(self, maker: SampleMaker, processes: int) -> None:
         # As bytes: the process itself only hands the maker on, and its imports take seconds.
-        given = pickle.dumps(maker), processes
+        given = pickled(maker, "tokenises rows"), processes
         self._pool = WorkerPool(1, "reads rows", _begin, given, workers=processes)
 
     def reader(self, readers: Sequence[PartReader]) -> SourcesReader:

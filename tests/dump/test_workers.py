@@ -9,13 +9,14 @@ import os
 import signal
 import sys
 import tempfile
+import threading
 import time
 from concurrent.futures import CancelledError
 from pathlib import Path
 
 import pytest
 
-from dspark.cache.errors import EngineError
+from dspark.cache.errors import EngineError, UsageError
 from dspark.dump.workers import WorkerPool
 
 
@@ -53,6 +54,12 @@ def test_ctrl_c_while_it_is_made_leaves_no_file(folder: Path) -> None:
 class Interrupting:
     def __reduce__(self) -> str:
         raise KeyboardInterrupt
+
+
+def test_what_cannot_be_sent_is_refused(folder: Path) -> None:
+    with pytest.raises(UsageError, match=r"that tokenises rows .*lock.* --workers 0"):
+        WorkerPool(1, "tokenises rows", os.getpid, (threading.Lock(),))
+    assert list(folder.iterdir()) == []
 
 
 def test_one_that_is_killed_says_so_of_every_task(folder: Path) -> None:
