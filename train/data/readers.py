@@ -15,6 +15,7 @@ import multiprocessing
 import pickle
 import signal
 import threading
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -75,19 +76,22 @@ def read_ahead(
         need = need or Need()
         slots = Slots(need.row, need.count(workers), pin)
     others = set(multiprocessing.active_children())
-    loader = DataLoader(
-        _Told(rows),
-        batch_size=None,
-        sampler=_Lent(order, slots),
-        collate_fn=_as_it_is,
-        num_workers=workers,
-        prefetch_factor=AHEAD if workers else None,
-        multiprocessing_context="spawn" if workers else None,
-        worker_init_fn=_leave_interrupts_to_the_loop,
-    )
     try:
-        with _no_alarm():
-            ahead = iter(loader)
+        with _no_alarm(), warnings.catch_warnings():
+            # more than cores: as requested, or to wait for a remote store's answers
+            warnings.filterwarnings("ignore", "This DataLoader will create")
+            ahead = iter(
+                DataLoader(
+                    _Told(rows),
+                    batch_size=None,
+                    sampler=_Lent(order, slots),
+                    collate_fn=_as_it_is,
+                    num_workers=workers,
+                    prefetch_factor=AHEAD if workers else None,
+                    multiprocessing_context="spawn" if workers else None,
+                    worker_init_fn=_leave_interrupts_to_the_loop,
+                )
+            )
     except OSError as error:
         raise TrainError(
             f"{workers} processes that read the store could not be started ({error}). Use fewer "
@@ -199,9 +203,11 @@ def _no_alarm() -> Iterator[None]:
     """
     main = threading.current_thread() is threading.main_thread()
     before = signal.getsignal(signal.SIGCHLD)
-    yield
-    if main:
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL if before is None else before)
+    try:
+        yield
+    finally:
+        if main:
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL if before is None else before)
 
 
 def _settle(readers: list[BaseProcess]) -> None:
