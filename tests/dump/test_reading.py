@@ -107,6 +107,21 @@ def test_an_error_comes_at_its_place(process: RowsProcess, tmp_path: Path) -> No
     assert len(found[0][0]) == 2
 
 
+def test_a_file_that_is_only_touched_is_read_to_its_end(
+    process: RowsProcess, tmp_path: Path
+) -> None:
+    path = tmp_path / "a.jsonl"
+    source = corpus(path, rows(600))
+    for there in (False, True):
+        _, made = readers(source)
+        made[0].limit = None
+        parts = (process.reader(made) if there else SourcesReader(made)).parts({})
+        next(parts)
+        os.utime(path)
+        assert list(parts)
+        assert made[0].rows_read == 600
+
+
 @pytest.mark.parametrize("change", ["shorter", "longer", "gone"])
 def test_a_file_that_changes_while_it_is_read_is_refused(
     process: RowsProcess, tmp_path: Path, change: str
