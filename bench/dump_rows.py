@@ -5,7 +5,7 @@ rows, by thread, until their parts are ready to be written.
         [--name dump_rows]
 
 ``here``: rows are read and hashed in this process and exchanged with processes that tokenise.
-``apart``: a process of their own does it. ``a job``: the writers' message for one part, pickled, in
+``apart``: a process of their own does it. ``a part``: what that process sends of one, pickled, in
 MB and ms. Writes bench/results/NAME.json.
 """
 

@@ -96,8 +96,7 @@ def captured(
         if stays is None:
             stays = fit_beside(states.aux, codec, budget, device)
         with naming([samples[i]], layers, source):
-            for field in states:
-                check_finite(field)
+            check_finite(*states)
         found[i] = share_of(samples[i], states, lengths, codec, budget, stays=stays)
         done += lengths[i]
         progress(done, total)

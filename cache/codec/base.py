@@ -44,6 +44,7 @@ from dspark.cache.errors import FormatVersionError
 from dspark.cache.json_text import Json
 from dspark.cache.records import Coded, CodedSample, TokenSample, joined_last_rows, last_rows
 from dspark.cache.settings import DEFAULT_PACKING
+from dspark.cache.shared.process import send
 
 if TYPE_CHECKING:
     import torch
@@ -226,17 +227,12 @@ class Family(Protocol):
 
 def tokens_of(samples: Sequence[TokenSample], embedding: torch.Tensor) -> Tokens:
     """Return the ``Tokens`` of concatenated ``samples``, on the device of ``embedding``."""
-    import torch
 
     ids = np.concatenate([s.input_ids for s in samples]).astype(np.int64)
     start = np.cumsum([0, *(len(s.input_ids) for s in samples)], dtype=np.int64)
     stored = joined_last_rows(np.concatenate([s.loss_mask for s in samples]), start)
     arrays = (ids, start, np.flatnonzero(stored))
-    device = embedding.device
-    sent = [torch.from_numpy(a) for a in arrays]
-    if device.type == "cuda":  # from other memory each copy would wait for the device
-        sent = [a.pin_memory().to(device, non_blocking=True) for a in sent]
-    input_ids, sample_start, last_token = (a.to(device) for a in sent)
+    input_ids, sample_start, last_token = (send(a, embedding.device) for a in arrays)
     return Tokens(input_ids, sample_start, last_token, embedding)
 
 

@@ -51,6 +51,13 @@ def can_share() -> bool:
     return hasattr(os, "memfd_create")
 
 
+def with_slack(size: int) -> int:
+    """Return the bytes that a block takes for ``size``. Parts and rows differ a little in size, and
+    pages would be mapped and locked again each time.
+    """
+    return size + size // 8
+
+
 class SharedBlock:
     """A block of at least as many bytes as were ever reserved. ``shared``: worker processes may map
     it; the system's lists of open files call it ``name``.
@@ -77,8 +84,7 @@ class SharedBlock:
         if size <= self._memory.shape[0]:
             return
         self._fresh = size
-        # parts differ a little in size, and pages would be mapped and locked again each time
-        size += size // 8
+        size = with_slack(size)
         self._unpin()
         if self._fd < 0:
             self._memory = np.empty(size, np.uint8)
@@ -149,7 +155,7 @@ def mapped(handle: Handle) -> Array:
 
 def enlarged(handle: Handle, size: int) -> Handle:
     """Make room for ``size`` bytes in a block of another process, which then has to ``follow``."""
-    size += size // 8
+    size = with_slack(size)
     with _opened(handle) as fd:
         os.ftruncate(fd, size)
     return replace(handle, size=size)

@@ -1,5 +1,5 @@
 """The device of a process: which one it may use, which GPU is its current one, which attention
-kernels suit it.
+kernels suit it, and how arrays get there.
 
 torch is imported only where it is needed, so that flags can be checked without it.
 """
@@ -10,11 +10,12 @@ import os
 import re
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dspark.cache.errors import UsageError
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
 
 DEVICE_WORDS = "auto, cpu, cuda or cuda:N"
@@ -101,3 +102,13 @@ def quiet_transformers() -> None:
 
     logging.disable_progress_bar()
     logging.set_verbosity_error()
+
+
+def send(array: np.ndarray[tuple[int, ...], np.dtype[Any]], device: torch.device) -> torch.Tensor:
+    """Send a numpy array to ``device``, without waiting for work queued there."""
+    import torch
+
+    out = torch.from_numpy(array)
+    if device.type == "cuda":  # from other memory the copy would wait
+        return out.pin_memory().to(device, non_blocking=True)
+    return out.to(device)

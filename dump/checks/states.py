@@ -94,8 +94,7 @@ def check(
     states = dict(engine.capture(samples))
     for i, sample in enumerate(samples) if layers else ():
         with naming([sample], layers, source):
-            for field in states[i]:
-                check_finite(field)
+            check_finite(*states[i])
     predictions = engine.predict(samples)
     positions = [last_rows(s.loss_mask).nonzero()[0].tolist() for s in samples]
     lasts = [states[i].last for i in range(len(samples))]

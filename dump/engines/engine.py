@@ -16,7 +16,6 @@ from dspark.cache.records import Coded, TokenSample
 from dspark.dump.engines.options import NO_OPTIONS, EngineOptions
 
 if TYPE_CHECKING:
-    import numpy as np
     import torch
 
     from dspark.cache.codec.base import Codec
@@ -126,13 +125,3 @@ class Engine(Protocol):
         self, asks: Iterable[Ask], sampling: Sampling, stops: Sequence[int], codec: Codec
     ) -> Iterator[Answered]: ...
     def close(self) -> None: ...
-
-
-def send(
-    array: np.ndarray[tuple[int, ...], np.dtype[np.int64]], device: torch.device
-) -> torch.Tensor:
-    """Send a numpy array to ``device``, without waiting for work queued there."""
-    import torch
-
-    out = torch.from_numpy(array)
-    return out.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else out

@@ -26,7 +26,7 @@ from dspark.cache.codec.base import Tokens, to_numpy
 from dspark.cache.codec.state_errors import StateError
 from dspark.cache.errors import EngineError
 from dspark.cache.records import Int64, TokenSample, joined_last_rows, last_rows
-from dspark.cache.shared.process import no_plan_a_shape, quiet_transformers
+from dspark.cache.shared.process import no_plan_a_shape, quiet_transformers, send
 from dspark.cache.target.frozen import FrozenTarget
 from dspark.dump.engines.answers import Answered, Ask, Sampling, repeat_last, stored_runs
 from dspark.dump.engines.engine import (
@@ -36,7 +36,6 @@ from dspark.dump.engines.engine import (
     EngineRun,
     Prediction,
     States,
-    send,
 )
 from dspark.dump.target.layers import Shapes
 from dspark.dump.target.loading import load_model

@@ -19,7 +19,7 @@ import numpy as np
 
 from dspark.cache.codec.base import EXACT_TOKEN, axis_of
 from dspark.cache.shared.blocks import SharedBlock
-from dspark.dump.engines.engine import send
+from dspark.cache.shared.process import send
 from dspark.dump.writing.places import regions
 
 if TYPE_CHECKING:

@@ -107,19 +107,27 @@ def test_an_error_comes_at_its_place(process: RowsProcess, tmp_path: Path) -> No
     assert len(found[0][0]) == 2
 
 
-def test_a_file_that_is_only_touched_is_read_to_its_end(
-    process: RowsProcess, tmp_path: Path
-) -> None:
-    path = tmp_path / "a.jsonl"
-    source = corpus(path, rows(600))
+def begun_twice(
+    process: RowsProcess, source: Any
+) -> Iterator[tuple[PartReader, Iterator[PartRows]]]:
+    """The reader of a source and its parts after the first: read here, then in the process."""
     for there in (False, True):
         _, made = readers(source)
         made[0].limit = None
         parts = (process.reader(made) if there else SourcesReader(made)).parts({})
         next(parts)
+        yield made[0], parts
+
+
+def test_a_file_that_is_only_touched_is_read_to_its_end(
+    process: RowsProcess, tmp_path: Path
+) -> None:
+    path = tmp_path / "a.jsonl"
+    source = corpus(path, rows(600))
+    for made, parts in begun_twice(process, source):
         os.utime(path)
         assert list(parts)
-        assert made[0].rows_read == 600
+        assert made.rows_read == 600
 
 
 @pytest.mark.parametrize("change", ["shorter", "longer", "gone"])
@@ -128,11 +136,7 @@ def test_a_file_that_changes_while_it_is_read_is_refused(
 ) -> None:
     path = tmp_path / "a.jsonl"
     source = corpus(path, rows(600))
-    for there in (False, True):
-        _, made = readers(source)
-        made[0].limit = None
-        parts = (process.reader(made) if there else SourcesReader(made)).parts({})
-        next(parts)
+    for _, parts in begun_twice(process, source):
         before = path.stat()
         if change == "shorter":
             os.truncate(path, 100)

@@ -12,6 +12,7 @@ import numpy as np
 from dspark.cache.joined import Stores
 from dspark.cache.reader import Cache
 from dspark.cache.records import Array
+from dspark.cache.shared.blocks import with_slack
 
 AHEAD = 4  # rows that each reader has ready
 # Bytes of a batch's arrays (batch.py): int64, int64, int64, int32 and bool per token; int64 and
@@ -34,7 +35,7 @@ class Need:
 
     def host(self, workers: int) -> int:
         """Return the bytes of host memory that they take; page-locked, if they go to a GPU."""
-        return self.count(workers) * (self.row + self.row // 8)
+        return self.count(workers) * with_slack(self.row)
 
 
 def largest_row(

@@ -34,6 +34,7 @@ from dspark.cache.shared.blocks import (
     enlarged,
     mapped,
     populate,
+    with_slack,
 )
 from dspark.cache.shared.host_memory import available
 
@@ -204,7 +205,7 @@ def _close(slots: list[Slot], locker: ThreadPoolExecutor | None) -> None:
 
 
 def _check_memory(size: int, count: int) -> None:
-    need, there = (size + size // 8) * count, available()
+    need, there = with_slack(size) * count, available()
     if there is not None and need > there:
         raise UsageError(
             f"the rows read ahead need {_gb(need)} of host memory ({count} of {_gb(size)}), but "

@@ -87,8 +87,7 @@ def fit(
     work = _Fit(tokens, layers, hidden, say, Phases(tokens.embedding.device))
     with work.phase("states"):
         aux, last = resident(aux, last, work.device)
-        check_finite(aux)
-        check_finite(last)
+        check_finite(aux, last)
     runs, _ = pieces_of(aux, last, tokens, np.zeros(len(stored), np.bool_))
     with work.phase("moments"):
         scale = work.scale(runs)

@@ -45,7 +45,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.example_hidden_states_connecto
 from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
 
 from dspark.cache.errors import EngineError
-from dspark.dump.engines.engine import send
+from dspark.cache.shared.process import send
 from dspark.dump.engines.vllm.slots import Slots
 from dspark.dump.engines.vllm.spool import (
     CODING,

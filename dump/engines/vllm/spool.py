@@ -34,6 +34,7 @@ import numpy as np
 from dspark.cache.codec import registry
 from dspark.cache.codec.base import EXACT_TOKEN, Codec, Tokens, axis_of
 from dspark.cache.shared.blocks import Handle
+from dspark.cache.shared.process import send
 from dspark.dump.engines.vllm.slots import Slot, SlotReader, Slots
 
 if TYPE_CHECKING:
@@ -94,15 +95,12 @@ class Coding:
         """``states[T, n, H]`` -> the codec's arrays; ``stored`` int64[M]: rows whose last state is
         stored; ``ids`` int32[T], of requests of ``sizes`` tokens.
         """
-        import torch
 
         tokens = None
         if self.codec.needs_tokens:
             assert self.embedding is not None
             start = np.cumsum([0, *sizes], dtype=np.int64)
-            ids_there, start_there = (
-                torch.from_numpy(a).to(states.device) for a in (ids.astype(np.int64), start)
-            )
+            ids_there, start_there = (send(a, states.device) for a in (ids.astype(np.int64), start))
             tokens = Tokens(ids_there, start_there, stored, self.embedding)
         last = self.norm(states[stored, self.last_column])
         return self.codec.encode(states[:, self._taken].contiguous(), last, tokens)
