@@ -115,11 +115,14 @@ def main() -> None:
     parser.add_argument("--batch-tokens", type=int)
     parser.add_argument("--workers", type=int)
     parser.add_argument(
-        "--turn", type=float, default=committing.TURN, help="seconds of a thread with Python's lock"
+        "--turn",
+        type=float,
+        default=committing.SWITCH,
+        help="seconds that a thread may keep Python's lock",
     )
     parser.add_argument("--name", default="dump", help="results file")
     args = parser.parse_args()
-    committing.TURN = args.turn
+    committing.SWITCH = args.turn
     if args.output:
         args.output.mkdir(parents=True, exist_ok=True)
     if args.keep and not args.output:

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from dspark.dump.engines.engine import Engine
     from dspark.dump.progress import Display
 
-TURN = 0.0005  # seconds of Python's lock
+SWITCH = 0.0005  # seconds that a thread may keep Python's lock
 log = logging.getLogger("dspark.dump")
 
 
@@ -56,12 +56,12 @@ def settled(pipeline: Pipeline) -> Iterator[None]:
 
 @contextmanager
 def short_turns() -> Iterator[None]:
-    """Within it, a thread of pure Python gives its lock up after ``TURN`` seconds instead of 5 ms.
-    The thread that launches the target's kernels gives it up at every one of them, and must have it
-    back before the GPU has done what is waiting.
+    """Within it, a thread of pure Python gives its lock up after ``SWITCH`` seconds instead of 5
+    ms. The thread that launches the target's kernels gives it up at every one of them, and must
+    have it back before the GPU has done what is waiting.
     """
     before = sys.getswitchinterval()
-    sys.setswitchinterval(min(TURN, before))
+    sys.setswitchinterval(min(SWITCH, before))
     try:
         yield
     finally:
