@@ -238,11 +238,8 @@ def main() -> None:
         results["runs"].append(compared.dump(once))
         write(args.name, about, results, show=False)
         spare = list(range(max(more[:1], default=0), gpus))
-        if len(spare) < 2:
-            results |= compared.noise(list(range(gpus)))
-            write(args.name, about, results, show=False)
         for size in more:
-            if "noise" in results:
+            if len(spare) < 2 or "noise" in results:
                 found = compared.dump(size)
             else:  # on GPUs that this size leaves free
                 with ThreadPoolExecutor(1) as beside:
@@ -251,6 +248,9 @@ def main() -> None:
                     results |= noise.result()
             found["times_one_engine"] = found["tokens_per_s"] / results["runs"][0]["tokens_per_s"]
             results["runs"].append(found)
+            write(args.name, about, results, show=False)
+        if "noise" not in results:
+            results |= compared.noise(list(range(gpus)))
             write(args.name, about, results, show=False)
         for found in results["runs"]:
             if "prefill_tokens_per_s" in results:
