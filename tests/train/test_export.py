@@ -48,7 +48,9 @@ def test_round_trip_gives_the_same_states(number: int, tmp_path: Path) -> None:
         assert torch.equal(a.z, b.z)
         assert torch.equal(a.confidence, b.confidence)
     assert torch.equal(model.frozen_head.draft_head, again.frozen_head.draft_head)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
+    files = sorted(tmp_path.iterdir())
+    assert [p.name for p in files] == ["config.json", "model.safetensors"]
+    assert files[0].stat().st_mode == files[1].stat().st_mode  # as any other file's
 
 
 def test_what_is_in_the_file(tmp_path: Path) -> None:

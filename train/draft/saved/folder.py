@@ -30,12 +30,12 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors.torch import save_file
 from torch import Tensor
 
 from dspark.cache import json_text
 from dspark.cache.errors import DraftError
-from dspark.cache.files.atomic import write_file
+from dspark.cache.files.atomic import staged, write_file
 from dspark.cache.files.checksum import crc32c
 from dspark.cache.shared.process import no_plan_a_shape
 from dspark.cache.target.frozen import FrozenTarget
@@ -80,7 +80,12 @@ def write_tensors(folder: Path, tensors: dict[str, Tensor], config: DraftConfig)
         TRAINED_AS: json.dumps(config.to_flat(), sort_keys=True),
         CHECKSUM: str(checksum(tensors)),
     }
-    write_file(folder / WEIGHTS, save(tensors, metadata=metadata))
+    # To the file, not to bytes first: those are copied while all other threads wait.
+    with staged(folder / WEIGHTS, replace=True) as to:
+        to.touch()
+        mode = to.stat().st_mode
+        save_file(tensors, to, metadata=metadata)
+        to.chmod(mode)  # safetensors 0.8 lets only the owner read it
 
 
 def checksum(tensors: Mapping[str, Tensor]) -> int:
