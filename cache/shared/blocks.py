@@ -79,12 +79,14 @@ class SharedBlock:
         """Tell whether CUDA has locked the pages."""
         return self._pinned
 
-    def reserve(self, size: int) -> None:
-        """Make room for ``size`` bytes; earlier contents may be lost."""
+    def reserve(self, size: int, *, slack: bool = True) -> None:
+        """Make room for ``size`` bytes; earlier contents may be lost. ``slack``: and for a little
+        more, as later sizes may differ.
+        """
         if size <= self._memory.shape[0]:
             return
         self._fresh = size
-        size = with_slack(size)
+        size = with_slack(size) if slack else size
         self._unpin()
         if self._fd < 0:
             self._memory = np.empty(size, np.uint8)

@@ -134,6 +134,9 @@ def test_weights_are_whole_from_the_first_row_to_the_last_and_sums_made_once() -
 def test_loaded_masters_replace_weights_that_a_validation_gathered() -> None:
     model, optimizer = sharded(torch.float32)
     saved = optimizer.snapshot()
+    sizes = [t.nbytes for kind in (saved.masters, *saved.moments.values()) for t in kind.values()]
+    assert optimizer.snapshot_bytes() == sum(sizes)
+    assert optimizer.finite()
     with torch.no_grad():
         model(BATCHES[0], model.plan(BATCHES[0]))
     other = Snapshot({n: t + 1 for n, t in saved.masters.items()}, saved.moments, 3)

@@ -5,7 +5,7 @@ of optimizers and rules.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from dspark.cache.errors import TrainError
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+# Returns a float32 tensor of a shape on the host, with any values.
+Empty = Callable[[torch.Size], Tensor]
 
 
 WSD_DECAY = 0.2  # share of the steps in which ``wsd`` falls
@@ -108,9 +110,17 @@ class Optimizer(Protocol):
         for by itself. No collective call.
         """
 
-    def snapshot(self) -> Snapshot:
+    def finite(self) -> bool:
+        """Tell whether all values that this rank holds of a snapshot are finite: one pass on the
+        device.
+        """
+
+    def snapshot_bytes(self) -> int:
+        """Return the size of a snapshot on rank 0."""
+
+    def snapshot(self, empty: Empty = torch.empty) -> Snapshot:
         """Return copies on the CPU for a checkpoint, complete on rank 0 (a collective call; empty
-        elsewhere).
+        elsewhere). Their memory comes from ``empty``; no later step changes it.
         """
 
     def load(self, snapshot: Snapshot) -> None:
@@ -149,6 +159,30 @@ class AdamSettings:
 def excess(norm: Tensor, clip: float) -> Tensor:
     """Return what gradients of global norm ``norm`` are divided by to clip them, 0-dim float32."""
     return ((norm + 1e-6) / clip).clamp(min=1.0).float()
+
+
+@torch.no_grad()
+def all_finite(rules: Iterable[Rule]) -> bool:
+    """As ``Optimizer.finite``, for masters and moments of ``rules``."""
+    held = [
+        t
+        for rule in rules
+        for p in rule.masters
+        for t in (p, *(rule.moment(m, p) for m in rule.moments))
+    ]
+    ends = [end for t in held if t.numel() for end in torch.aminmax(t)]
+    return not ends or bool(torch.stack(ends).isfinite().all())
+
+
+def start_copy(tensor: Tensor, empty: Empty) -> Tensor:
+    """Start copying ``tensor`` to the host; the copy is complete after ``copied``."""
+    return empty(tensor.shape).copy_(tensor.detach(), non_blocking=True)
+
+
+def copied(device: torch.device) -> None:
+    """Wait until the copies from ``device`` that were started are complete."""
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).synchronize()
 
 
 def squares(tensors: list[Tensor]) -> Tensor:

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from dspark.train.distributed import World
 from dspark.train.ops.joined import side_by_side
 from dspark.train.ops.summed import add_to
-from dspark.train.optim.base import Rule, Snapshot, squares
+from dspark.train.optim.base import Empty, Rule, Snapshot, all_finite, copied, squares, start_copy
 
 # elements per bucket, at least one parameter: 256 MB of gradients in one all-reduce
 BUCKET = 1 << 26
@@ -195,33 +195,47 @@ class FlatOptimizer:
         if not self._gathered_late:
             self.ready()
 
+    def finite(self) -> bool:
+        """As ``Optimizer.finite``."""
+        return all_finite(self._rules)
+
+    def snapshot_bytes(self) -> int:
+        """As ``Optimizer.snapshot_bytes``."""
+        held = {id(b.master): sum(map(self._numel, b.at)) for b in self._buckets}
+        kinds = [list(held), *map(list, self._moments().values())]
+        return 4 * sum(held[key] for keys in kinds for key in keys)
+
+    def _numel(self, name: str) -> int:
+        return self.parameters[name].numel()
+
     def _whole(self, part: Tensor) -> Tensor:
-        """Join the ``part`` of a bucket that each holder has, on the CPU of the first rank (a
-        collective call); elsewhere empty.
+        """Join the ``part`` of a bucket that each holder has, on the device (a collective
+        call).
         """
         if self._holders.size == 1:
-            return part.detach().cpu()
+            return part.detach()
         whole = part.new_empty(self._holders.size * part.numel(), requires_grad=False)
         self._holders.part(whole).copy_(part.detach())
-        self._holders.gather_(whole)
-        return whole.cpu() if self.world.first else whole.new_empty(0)
+        return self._holders.gather_(whole)
 
-    def snapshot(self) -> Snapshot:
+    def snapshot(self, empty: Empty = torch.empty) -> Snapshot:
         self.ready()
         if self.world.rank and self._holders.size == 1:
             return Snapshot({}, {}, 0)
 
-        def whole(flat: Mapping[int, Tensor]) -> dict[str, Tensor]:
-            copies = {key: self._whole(tensor) for key, tensor in flat.items()}
-            if self.world.rank:
-                return {}
-            held = ((n, copies.get(id(self._of[n].master))) for n in self.parameters)
-            return {n: self._view(copy, n).clone() for n, copy in held if copy is not None}
+        def copies(flat: Mapping[int, Tensor]) -> dict[str, Tensor]:
+            out = dict[str, Tensor]()
+            for bucket in self._buckets:
+                if id(bucket.master) in flat:
+                    whole = self._whole(flat[id(bucket.master)])
+                    if self.world.first:
+                        out |= {n: start_copy(self._view(whole, n), empty) for n in bucket.at}
+            return {n: out[n] for n in self.parameters if n in out}
 
-        moments = {m: whole(flat) for m, flat in self._moments().items()}
-        return Snapshot(
-            whole({id(b.master): b.master for b in self._buckets}), moments, self._rules[0].updates
-        )
+        moments = {m: copies(flat) for m, flat in self._moments().items()}
+        masters = copies({id(b.master): b.master for b in self._buckets})
+        copied(self._buckets[0].values.device)
+        return Snapshot(masters, moments, self._rules[0].updates)
 
     def _moments(self) -> dict[str, dict[int, Tensor]]:
         """Return kind of moment -> id of a bucket's master -> its tensor."""

@@ -33,7 +33,16 @@ from dspark.train.draft.layers import Attention, ForwardPlan, Mlp
 from dspark.train.draft.model import DraftModel
 from dspark.train.objective.states import SlotStates
 from dspark.train.optim.adamw import Adam
-from dspark.train.optim.base import AdamSettings, Rule, Snapshot, squares
+from dspark.train.optim.base import (
+    AdamSettings,
+    Empty,
+    Rule,
+    Snapshot,
+    all_finite,
+    copied,
+    squares,
+    start_copy,
+)
 from dspark.train.optim.muon import is_matrix
 from dspark.train.optim.muon_rows import RowsMuon
 
@@ -207,12 +216,22 @@ class ShardedOptimizer:
     def ready(self) -> None:
         """As ``Optimizer.ready``: a forward pass gathers."""
 
-    def snapshot(self) -> Snapshot:
-        masters = {n: self._whole(p, _local(p)) for n, p in self.parameters.items()}
+    def finite(self) -> bool:
+        """As ``Optimizer.finite``."""
+        return all_finite(self._rules)
+
+    def snapshot_bytes(self) -> int:
+        """As ``Optimizer.snapshot_bytes``."""
+        names = [*self.parameters, *(n for names in self._moments.values() for n in names)]
+        return 4 * sum(self.parameters[n].numel() for n in names)
+
+    def snapshot(self, empty: Empty = torch.empty) -> Snapshot:
+        masters = {n: self._whole(p, _local(p), empty) for n, p in self.parameters.items()}
         moments = {
-            m: {n: self._whole(self.parameters[n], self._moment(m, n)) for n in names}
+            m: {n: self._whole(self.parameters[n], self._moment(m, n), empty) for n in names}
             for m, names in self._moments.items()
         }
+        copied(self.model.device)
         if self.world.rank:
             return Snapshot({}, {}, 0)
         return Snapshot(masters, moments, self._rules[0].updates)
@@ -221,9 +240,9 @@ class ShardedOptimizer:
         own = self._shards[name]
         return self._rule_of[name].moment(moment, own) if own.numel() else own.detach()
 
-    def _whole(self, like: DTensor, local: Tensor) -> Tensor:
-        """Join all shards, on the CPU of rank 0 (elsewhere an empty tensor): one tensor at a time
-        is complete on a GPU.
+    def _whole(self, like: DTensor, local: Tensor, empty: Empty) -> Tensor:
+        """Join all shards, and start their copy to the CPU of rank 0 (elsewhere an empty tensor):
+        one tensor at a time is complete on a GPU.
         """
         shards = DTensor.from_local(
             local,
@@ -234,7 +253,7 @@ class ShardedOptimizer:
             stride=like.stride(),
         )
         full = shards.full_tensor()
-        return full.detach().to("cpu", copy=True) if self.world.first else local.new_empty(0)
+        return start_copy(full, empty) if self.world.first else local.new_empty(0)
 
     @torch.no_grad()
     def load(self, snapshot: Snapshot) -> None:
