@@ -28,12 +28,12 @@ from dspark.train.data.batch import Batch
 from dspark.train.data.feed import Feed
 from dspark.train.data.row import PackedRow
 from dspark.train.distributed import World, lost_peers
-from dspark.train.draft.saved.folder import save_draft
 from dspark.train.objective.metrics import SlotMetrics
 from dspark.train.run import checkpoint, folder, history, memory
 from dspark.train.run.checkpoint import Position
 from dspark.train.run.loggers import Loggers
 from dspark.train.run.report import RunLog
+from dspark.train.run.saving import UNSAVED, Saving
 from dspark.train.run.setup import Run, prepare, rows_of
 from dspark.train.run.sound import check_numbers, check_states
 from dspark.train.run.stops import interrupted, saved_in
@@ -42,7 +42,6 @@ from dspark.train.step import share, step
 from dspark.train.validation import validate
 
 Progress = Callable[[int, int, str], None]
-UNSAVED = "These weights were not saved. Lower --lr, or look at the store with dspark-tools stats."
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,17 +163,10 @@ def _newest(output: Path, world: World) -> Path | None:
     return path
 
 
-def _stop(
-    run: Run,
-    position: Position,
-    output: Path,
-    report: RunLog | None,
-    session: history.Session | None,
-) -> NoReturn:
+def _stop(saving: Saving, position: Position, output: Path, report: RunLog | None) -> NoReturn:
     """Save a checkpoint at ``position`` and raise Stopped."""
-    _save(run, position, output, export=False)
-    if session:
-        session.reached = position.step
+    saving.save(position, export=False)
+    saving.wait()
     if report:
         report.log.info("interrupted at step %d; saved", position.step)
     raise Stopped(f"stopped. {saved_in(output)()}")
@@ -224,22 +216,28 @@ def _loop(
         alone=world.size == 1,
         speaks=world.first,
     )
-    with ExitStack() as stack, interrupt:
+    saved = session.saved if session else lambda step: None
+    with ExitStack() as stack, interrupt, Saving(run, output, saved) as saving:
         rows = run.rows or world.agreed(lambda: rows_from(run, position))
         feed = stack.enter_context(Feed(rows, placer(run), device))
         window = Window(Moment(device))
+
+        def take() -> list[PackedRow]:
+            saving.check()
+            return feed.take()
+
         while position.step < schedule.total:
             if position.epoch_step == run.stream.steps(position.epoch):
                 position = dataclasses.replace(position, epoch=position.epoch + 1, epoch_step=0)
-            part = share(run, feed.take, lambda: interrupt.asked, settle)
+            part = share(run, take, lambda: interrupt.asked, settle)
             if part.stop:
                 settle()
                 # since the last logged one
                 world.agreed(partial(check_states, run, window.done, window.states))
-                _stop(run, position, output, report, session)
+                _stop(saving, position, output, report)
             number = position.step + 1
             milestone = number % schedule.every == 0 or number == schedule.total
-            # A milestone is logged too: a non-finite loss stops there. _save checks what its own
+            # A milestone is logged too: a non-finite loss stops there. Saving checks what its own
             # update did.
             wanted = number % config.log_every == 0 or number == 1 or milestone
             metrics = SlotMetrics(run.model.config.block_size, device) if wanted else None
@@ -264,12 +262,10 @@ def _loop(
                 settle()
             progress(position.step, schedule.total, _line(result))
             if milestone:
-                row, position = _milestone(run, position, output, report)
+                row, position = _milestone(run, position, saving, report)
                 result = row or result
-                if session:
-                    session.reached = position.step
-                    session.write(history.RUNNING)
                 window = Window(Moment(device), feed.waited)
+        saving.wait()
     return result
 
 
@@ -285,10 +281,10 @@ def placer(run: Run) -> Callable[[PackedRow], Batch]:
 
 
 def _milestone(
-    run: Run, position: Position, output: Path, report: RunLog | None
+    run: Run, position: Position, saving: Saving, report: RunLog | None
 ) -> tuple[dict[str, Any] | None, Position]:
-    """Validate, export, checkpoint; returns the validation's row, and the position with the best of
-    all of them.
+    """Validate, and start to save draft and checkpoint; returns the validation's row, and the
+    position with the best of all of them.
     """
     row = None
     run.optimizer.ready()
@@ -301,7 +297,7 @@ def _milestone(
     # again.
     best = _best_so_far(run.config.select, position.best, row)
     position = dataclasses.replace(position, best=_best(position.best, row))
-    _save(run, position, output, export=best)
+    saving.save(position, export=best)
     return row, position
 
 
@@ -331,28 +327,6 @@ def _finite_scores(row: dict[str, Any]) -> None:
             f"{', '.join(f'{k} {v}' for k, v in wrong.items())}; expected finite numbers. "
             f"{UNSAVED}"
         )
-
-
-def _save(run: Run, position: Position, output: Path, *, export: bool) -> None:
-    """Save a checkpoint and, if requested, the draft itself: gathered by all ranks, written by the
-    first. Non-finite values are never written.
-    """
-    snapshot = run.optimizer.snapshot()
-
-    def write() -> None:
-        if not run.world.first:
-            return
-        if wrong := snapshot.non_finite():
-            raise TrainError(
-                f"after step {position.step} {wrong} has values that are not finite. {UNSAVED}"
-            )
-        run.guard()
-        if export:
-            save_draft(output, run.model, trained=snapshot.masters)
-        keep, digest = run.config.keep_checkpoints, folder.content(*run.cache.stores)
-        checkpoint.save(output / "checkpoints", position, snapshot, keep, digest)
-
-    run.world.agreed(write)
 
 
 def _line(row: dict[str, Any]) -> str:

@@ -2,8 +2,8 @@
 same processes.
 
 torchrun ... ranks_script.py JOBS.json: a list of {"config", "resume", "stop", "break_rank",
-"break_load", "kill_reader", "break_take", "overlap"}; what each rank's train() raised goes to
-JOBS.json.RANK as a list of [type, message, exit code] or null.
+"break_load", "kill_reader", "break_take", "break_save", "overlap"}; what each rank's train() raised
+goes to JOBS.json.RANK as a list of [type, message, exit code] or null.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any
 import safetensors.torch
 import torch.distributed as dist
 
-from dspark.cache.errors import DamagedCacheError
+from dspark.cache.errors import DamagedCacheError, StoreWriteError
 from dspark.train import step
 from dspark.train.config import TrainConfig
 from dspark.train.data.feed import Feed
@@ -30,6 +30,7 @@ from dspark.train.data.stream import Rows
 from dspark.train.distributed import rank_here
 from dspark.train.loop import train
 from dspark.train.optim import flat
+from dspark.train.run import checkpoint
 from dspark.train.run.setup import Run
 
 
@@ -79,6 +80,10 @@ def run(job: dict[str, Any]) -> list[Any] | None:
     def unreadable(path: Path) -> Any:
         raise OSError(f"{path.name} cannot be read")
 
+    def unwritable(folder: Path, *rest: Any) -> Path:
+        raise StoreWriteError(f"{folder} could not be written")
+
+    save = checkpoint.save
     taken, take = 0, Feed.take
 
     def no_sixth(self: Feed) -> list[PackedRow]:
@@ -95,6 +100,8 @@ def run(job: dict[str, Any]) -> list[Any] | None:
         Rows.read = broken  # type: ignore[method-assign]
     if job.get("break_load") == rank_here():
         safetensors.torch.load_file = unreadable  # type: ignore[assignment]
+    if job.get("break_save"):
+        checkpoint.save = unwritable
     try:
         with overlapping() if job.get("overlap") else nullcontext():
             train(
@@ -108,6 +115,7 @@ def run(job: dict[str, Any]) -> list[Any] | None:
         Rows.read = read  # type: ignore[method-assign]
         Feed.take = take  # type: ignore[method-assign]
         safetensors.torch.load_file = load
+        checkpoint.save = save
     return None
 
 

@@ -413,7 +413,10 @@ def test_the_memory_that_a_run_says_it_takes(config: TrainConfig) -> None:
     )
     assert lean.trained == found.trained
     assert f"{count / 1e6:.1f} M" in memory.describe(run)
-    assert "host memory" not in memory.describe(run)  # no row is read ahead
+    assert "readers" not in memory.describe(run)  # no row is read ahead
+    # Master and two moments.
+    assert run.optimizer.snapshot_bytes() == 12 * count
+    assert f"written from (first process): {12 * count / 1e9:.2f} GB" in memory.describe(run)
     assert "for 11 rows of 0.00 GB (2 readers)" in memory.describe(
         dataclasses.replace(run, workers=2)
     )

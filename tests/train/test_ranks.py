@@ -86,7 +86,7 @@ def runs(folder: Path) -> dict[str, Any]:
     """
     names = (
         "one ddp fsdp2 two_one one_two broken muon_one muon zero zero_one one_zero muon_zero "
-        "half half_zero half_fsdp2 unread killed files muon_fsdp2 muon_back"
+        "half half_zero half_fsdp2 unread killed files muon_fsdp2 muon_back full last"
     )
     at = {n: settings(folder, output=str(folder / n)) for n in names.split()}
     for name in ("muon_one", "muon", "muon_zero", "muon_fsdp2", "muon_back"):
@@ -143,6 +143,8 @@ def runs(folder: Path) -> dict[str, Any]:
             "config": dataclasses.replace(at["muon_back"], strategy="fsdp2").to_json(),
             "stop": 5,
         },
+        {"config": at["full"].to_json(), "break_save": True},
+        {"config": dataclasses.replace(at["last"], max_steps=1).to_json(), "break_save": True},
     ]
     file = folder / "jobs.json"
     file.write_text(json.dumps(jobs))
@@ -184,7 +186,7 @@ def test_any_number_of_ranks_and_any_strategy_train_the_same(
     assert [raised[6:14] for raised in runs["raised"]] == [
         [None, None, ["Stop", "", None], *[None] * 5]
     ] * 2
-    assert [raised[17:] for raised in runs["raised"]] == [[None, ["Stop", "", None]]] * 2
+    assert [raised[17:19] for raised in runs["raised"]] == [[None, ["Stop", "", None]]] * 2
     assert sum("validation" in r for r in rows(one)) >= 4
     alike(other, one, rel=1e-4)
     assert min(r["loss"] for r in rows(one) if "loss" in r) < 0.9 * rows(one)[0]["loss"]
@@ -208,6 +210,19 @@ def test_what_fails_on_one_rank_stops_all_with_its_words(runs: dict[str, Any]) -
     assert first[0] == "PeerError"
     assert first[1] == f"rank 1: {second[1]}"
     assert first[2] == 1
+
+
+def test_a_checkpoint_that_cannot_be_written_stops_all_before_the_next(
+    runs: dict[str, Any],
+) -> None:
+    """Rank 0 writes it in a thread; all stop at the same step."""
+    for job, name in ((19, "full"), (20, "last")):
+        first, second = (raised[job] for raised in runs["raised"])
+        assert first[0] == "StoreWriteError"
+        assert second == ["PeerError", f"rank 0: {first[1]}", 1]
+        config = runs["at"][name]
+        assert sum("validation" in row for row in rows(config)) == 1
+        assert not list((Path(config.output) / "checkpoints").glob("*"))
 
 
 def test_a_checkpoint_that_one_rank_cannot_read_stops_all_with_its_words(

@@ -18,6 +18,7 @@ from dspark.train.data.feed import Feed
 from dspark.train.data.row import PackedRow
 from dspark.train.distributed import PeerError, World
 from dspark.train.loop import train
+from dspark.train.run.saving import Saving
 from dspark.train.run.window import Logged
 
 
@@ -44,7 +45,7 @@ def test_a_logged_step_is_read_when_the_next_is_queued(
     config: TrainConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen = list[str]()
-    step, row, save = loop.step, Logged.row, loop._save
+    step, row, save = loop.step, Logged.row, Saving.save
 
     def stepped(run: Any, feed: Any, part: Any, number: int, *rest: Any) -> Any:
         seen.append(f"step {number + 1}")
@@ -54,12 +55,12 @@ def test_a_logged_step_is_read_when_the_next_is_queued(
         seen.append(f"read {self.position.step}")
         return row(self)
 
-    def saved(run: Any, position: Any, *rest: Any, **more: Any) -> None:
+    def saved(self: Saving, position: Any, **more: Any) -> None:
         seen.append(f"save {position.step}")
-        save(run, position, *rest, **more)
+        save(self, position, **more)
 
     monkeypatch.setattr(loop, "step", stepped)
-    monkeypatch.setattr(loop, "_save", saved)
+    monkeypatch.setattr(Saving, "save", saved)
     monkeypatch.setattr(Logged, "row", read)
     train(config)
     assert seen == [

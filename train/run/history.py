@@ -83,6 +83,11 @@ class Session:
         self.path, self.start, self.before = path, start, before
         self.began = self.reached = step
 
+    def saved(self, step: int) -> None:
+        """Record that the checkpoint of ``step`` is complete."""
+        self.reached = step
+        self.write(RUNNING)
+
     def write(self, ended: str) -> None:
         own = {"from_step": self.began, "to_step": self.reached, "ended": ended}
         record = {"start": self.start, "sessions": [*self.before, own]}

@@ -113,6 +113,8 @@ def describe(run: Run) -> str:
         f"+ {_gb(m.frozen)} target's matrices "
         f"+ {_gb(m.row)} per row = {_gb(m.total)}, and the objective's chunks of logits"
         + _on_host(run)
+        + "\nhost memory of the copy that checkpoints are written from (first process): "
+        + _gb(run.optimizer.snapshot_bytes())
     )
 
 
