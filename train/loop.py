@@ -26,6 +26,7 @@ from dspark.train import distributed
 from dspark.train.config import SELECT, TrainConfig
 from dspark.train.data.batch import Batch
 from dspark.train.data.feed import Feed
+from dspark.train.data.held import HeldOut
 from dspark.train.data.row import PackedRow
 from dspark.train.distributed import World, lost_peers
 from dspark.train.objective.metrics import SlotMetrics
@@ -220,6 +221,7 @@ def _loop(
     with ExitStack() as stack, interrupt, Saving(run, output, saved) as saving:
         rows = run.rows or world.agreed(lambda: rows_from(run, position))
         feed = stack.enter_context(Feed(rows, placer(run), device))
+        held_out = stack.enter_context(held) if (held := world.agreed(lambda: kept(run))) else None
         window = Window(Moment(device))
 
         def take() -> list[PackedRow]:
@@ -262,7 +264,7 @@ def _loop(
                 settle()
             progress(position.step, schedule.total, _line(result))
             if milestone:
-                row, position = _milestone(run, position, saving, report)
+                row, position = _milestone(run, held_out, position, saving, report)
                 result = row or result
                 window = Window(Moment(device), feed.waited)
         saving.wait()
@@ -274,6 +276,14 @@ def rows_from(run: Run, position: Position) -> Iterator[list[PackedRow]]:
     return rows_of(run.stream, position, run.compute, run.world, run.workers)
 
 
+def kept(run: Run) -> HeldOut | None:
+    """Return this rank's held-out rows, None if there are none; starts their readers."""
+    if run.validation is None:
+        return None
+    world = run.world
+    return HeldOut(run.validation, rank=world.rank, world=world.size, workers=run.workers)
+
+
 def placer(run: Run) -> Callable[[PackedRow], Batch]:
     """Return a function that brings a row to the run's device, decoded."""
     layers = run.model.config.target_layer_ids
@@ -281,15 +291,20 @@ def placer(run: Run) -> Callable[[PackedRow], Batch]:
 
 
 def _milestone(
-    run: Run, position: Position, saving: Saving, report: RunLog | None
+    run: Run,
+    held_out: HeldOut | None,
+    position: Position,
+    saving: Saving,
+    report: RunLog | None,
 ) -> tuple[dict[str, Any] | None, Position]:
     """Validate, and start to save draft and checkpoint; returns the validation's row, and the
     position with the best of all of them.
     """
     row = None
     run.optimizer.ready()
-    if run.validation is not None:
-        row = {"step": position.step, "epoch": position.epoch, "validation": True, **validate(run)}
+    if held_out is not None:
+        scores = validate(run, held_out)
+        row = {"step": position.step, "epoch": position.epoch, "validation": True, **scores}
         run.world.agreed(lambda: _finite_scores(row))
         if report:
             report.row(row)

@@ -6,15 +6,15 @@ import itertools
 from collections.abc import Iterator
 
 from dspark.train.data.batch import Batch
+from dspark.train.data.held import HeldOut
 from dspark.train.data.row import PackedRow
-from dspark.train.data.stream import VALIDATION_EPOCH
 from dspark.train.evaluate import ANCHORS_AT_ONCE, evaluate, walked
 from dspark.train.objective.metrics import Score
 from dspark.train.run.setup import Run
 from dspark.train.step import blanks
 
 
-def validate(run: Run) -> Score:
+def validate(run: Run, held_out: HeldOut) -> Score:
     """Compute metrics on the held-out prompts, with the same anchors every time. Each rank scores
     its rows.
     """
@@ -22,7 +22,7 @@ def validate(run: Run) -> Score:
     score = evaluate(
         run.model,
         run.cache,
-        _held_out(run),
+        _with_blanks(run, held_out),
         device=compute.device,
         dtype=compute.dtype,
         decay=config.decay,
@@ -32,10 +32,11 @@ def validate(run: Run) -> Score:
     if not config.val_walk_rows:
         return score
     # A sharded model's weights are gathered by now, so ranks may differ in the number of passes.
+    rows = itertools.chain.from_iterable(held_out)
     walk = walked(
         run.model,
         run.cache,
-        itertools.islice(_rows_of_this_rank(run), -(-config.val_walk_rows // run.world.size)),
+        itertools.islice(rows, -(-config.val_walk_rows // run.world.size)),
         device=compute.device,
         dtype=compute.dtype,
         backend=compute.backend,
@@ -46,17 +47,7 @@ def validate(run: Run) -> Score:
     return {**score, **walk.result()}
 
 
-def _rows_of_this_rank(run: Run) -> Iterator[PackedRow]:
-    assert run.validation is not None
-    for rows in run.validation.steps_from(
-        VALIDATION_EPOCH, rank=run.world.rank, world=run.world.size
-    ):
-        yield from rows
-
-
-def _held_out(run: Run) -> Iterator[PackedRow | Batch]:
-    stream = run.validation
-    assert stream is not None
-    for rows in stream.steps_from(VALIDATION_EPOCH, rank=run.world.rank, world=run.world.size):
+def _with_blanks(run: Run, held_out: HeldOut) -> Iterator[PackedRow | Batch]:
+    for rows in held_out:
         yield from rows
         yield from blanks(run, sum(row.slots > 0 for row in rows))

@@ -200,8 +200,10 @@ def test_any_number_of_ranks_and_any_strategy_train_the_same(
 
 @pytest.mark.parametrize("name", ["half_zero", "half_fsdp2"])
 def test_no_strategy_changes_anything_in_bfloat16(runs: dict[str, Any], name: str) -> None:
-    """All take the same products and add up in float32."""
-    alike(runs["at"][name], runs["at"]["half"], rel=1e-5)
+    """All take the same products and add up in float32. The norm that gradients are clipped by is
+    summed in another order, which on some processors rounds a weight the other way.
+    """
+    alike(runs["at"][name], runs["at"]["half"], rel=2e-4)
 
 
 def test_what_fails_on_one_rank_stops_all_with_its_words(runs: dict[str, Any]) -> None:

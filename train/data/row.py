@@ -116,6 +116,12 @@ class PackedRow:
             out[used:] = 0
         return cls(data, tuple(fields), tokens, batch.slots.shape[0], store)
 
+    def own(self) -> PackedRow:
+        """Return the row in memory of its own, for as long as it is wanted."""
+        if self.lent is None:
+            return self
+        return dataclasses.replace(self, data=self.data.clone(), lent=None)
+
     @property
     def batch(self) -> Batch:
         """Return the batch on the CPU with empty ``aux`` and ``last``."""

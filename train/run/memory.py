@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from dspark.cache.target import taps
+from dspark.train.data.held import kept_bytes, rows_of
 from dspark.train.draft.config import DraftConfig
 from dspark.train.draft.layers import Attention, Mlp
 from dspark.train.optim.muon import is_matrix
@@ -119,16 +120,24 @@ def describe(run: Run) -> str:
 
 
 def _on_host(run: Run) -> str:
-    """Return a line about the rows that are read ahead, if they are."""
-    cuda = run.compute.device.type == "cuda"
-    if not run.workers and not cuda:
-        return ""
-    need = run.stream.need(0, run.world.size)
-    return (
-        f"\nhost memory per process, about: {_gb(need.host(run.workers))} "
-        + ("page-locked " if cuda else "")
-        + f"for {need.count(run.workers)} rows of {_gb(need.row)} ({run.workers} readers)"
-    )
+    """Return a line about the rows that are read ahead and those that are kept, if there are
+    any.
+    """
+    cuda, rank, world = run.compute.device.type == "cuda", run.world.rank, run.world.size
+    parts = []
+    if run.workers or cuda:
+        need = run.stream.need(0, world)
+        parts.append(
+            f"{_gb(need.host(run.workers))} "
+            + ("page-locked " if cuda else "")
+            + f"for {need.count(run.workers)} rows of {_gb(need.row)} ({run.workers} readers)"
+        )
+    if run.validation is not None:
+        parts.append(
+            f"{_gb(kept_bytes(run.validation, rank, world))} "
+            f"for {rows_of(run.validation, rank, world)} held-out rows"
+        )
+    return f"\nhost memory per process, about: {' + '.join(parts)}" if parts else ""
 
 
 def _layers(run: Run) -> str:
