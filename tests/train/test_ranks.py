@@ -217,13 +217,15 @@ def test_what_fails_on_one_rank_stops_all_with_its_words(runs: dict[str, Any]) -
 def test_a_checkpoint_that_cannot_be_written_stops_all_before_the_next(
     runs: dict[str, Any],
 ) -> None:
-    """Rank 0 writes it in a thread; all stop at the same step."""
-    for job, name in ((19, "full"), (20, "last")):
+    """Rank 0 writes it in a thread; all stop at the same step, after one more validation if the
+    thread was slow.
+    """
+    for job, name, most in ((19, "full", 2), (20, "last", 1)):
         first, second = (raised[job] for raised in runs["raised"])
         assert first[0] == "StoreWriteError"
         assert second == ["PeerError", f"rank 0: {first[1]}", 1]
         config = runs["at"][name]
-        assert sum("validation" in row for row in rows(config)) == 1
+        assert 1 <= sum("validation" in row for row in rows(config)) <= most
         assert not list((Path(config.output) / "checkpoints").glob("*"))
 
 
