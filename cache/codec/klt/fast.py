@@ -137,11 +137,16 @@ def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
+def has_kernels(device: torch.device) -> bool:
+    """Tell whether there are kernels for ``device``: on CUDA, if triton is installed."""
+    return device.type == "cuda" and _has_triton()
+
+
 def usable(half: Half) -> bool:
-    """Tell whether this module may replace ``half``: on CUDA, if triton is installed and a trial
-    agrees with plain torch.
+    """Tell whether this module may replace ``half``: if there are kernels and a trial agrees with
+    plain torch.
     """
-    return half.mean.is_cuda and _has_triton() and _tried(half)
+    return has_kernels(half.mean.device) and _tried(half)
 
 
 @lru_cache(maxsize=16)
@@ -179,9 +184,10 @@ def trial(half: Half) -> tuple[float, float]:
     coarse = (torch.arange(TRIED) % 3 == 0).to(device)
     seen = Seen(ids, embedding, coarse=coarse)
     y = torch.randn(TRIED, table.kept, generator=g).to(device) * table.step
-    x = half.rows(y.to(half.dtype), seen.plain())
+    # rounded as the states are, which the kernels are compiled for
+    x = half.rows(y.to(half.dtype), seen.plain()).to(half.dtype)
     (code, _), (want, _) = encode(half, x, seen), half.encode(x, seen.plain(), coarse)
-    found = torch.empty_like(x, dtype=half.dtype)
+    found = torch.empty_like(x)
     decode(half, want, seen, found)
     reference = half.rows(half.read(want, coarse), seen.plain())
     size = max(code.numel(), 1)

@@ -11,7 +11,8 @@ Legend: T rows, C channels of a row, K coefficients, F features, W bytes of a ro
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from inspect import signature
+from typing import TYPE_CHECKING, Any
 
 import torch
 import triton
@@ -20,12 +21,27 @@ import triton.language as tl
 from dspark.cache.codec.klt.symbols import BAND, CLASSES, Packing
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
 TILE, BLOCK = 4, 256  # rows and bytes of a program
 
 
-@triton.jit(do_not_specialize=["rows"])  # type: ignore[untyped-decorator]  # or each row length is compiled
+def jit(kernel: Callable[..., None]) -> Any:
+    """As ``triton.jit``, but all values share one variant: only dtypes and constants tell variants
+    apart.
+
+    Triton otherwise compiles a kernel again for each argument that becomes 1, or that becomes or
+    stops being a multiple of 16, and for each pointer that does. Here these are strides, offsets
+    and widths, which every calibration learns anew: 20 to 29 variants, of which ``warm`` had four.
+    What that would buy are accesses of several values at once, where base, stride and offset are
+    all multiples of 16; the learnt ones are not.
+    """
+    # their annotations are text, as of all modules here
+    values = [n for n, p in signature(kernel).parameters.items() if p.annotation != "tl.constexpr"]
+    return triton.jit(do_not_specialize=values)(kernel)
+
+
+@jit
 def unpack_span(  # type: ignore[no-untyped-def]
     code,  # uint8[T', W]
     chosen,  # int64[T]: rows of code, or anything if not CHOSEN
@@ -68,7 +84,7 @@ def unpack_span(  # type: ignore[no-untyped-def]
         )
 
 
-@triton.jit(do_not_specialize=["rows"])  # type: ignore[untyped-decorator]
+@jit
 def gather_embeddings(  # type: ignore[no-untyped-def]
     table,  # [V, H]
     ids,  # int64[E, T]; -1: zeros
@@ -88,7 +104,7 @@ def gather_embeddings(  # type: ignore[no-untyped-def]
     tl.store(to + j, x.to(out.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["rows"])  # type: ignore[untyped-decorator]
+@jit
 def standardise(  # type: ignore[no-untyped-def]
     x,  # [T, C]
     mean,
@@ -113,7 +129,7 @@ def standardise(  # type: ignore[no-untyped-def]
     tl.store(to + channels, (z - rounded.to(tl.float32)).to(out.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["rows"])  # type: ignore[untyped-decorator]
+@jit
 def pack_span(  # type: ignore[no-untyped-def]
     y,  # float32[T, K]
     scale,  # float32[T]: a row's coefficients are multiplied by it; or anything if not SCALED

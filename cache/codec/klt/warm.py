@@ -1,17 +1,23 @@
 """Load and compile what the transform codec runs on a GPU before it is needed.
 
 The solvers' libraries are hundreds of megabytes that a process reads when it first uses them, and
-triton compiles each kernel in a fraction of a second: seconds on a fresh machine. They pass in a
-thread while the states to learn from are still captured.
+triton compiles each variant of a kernel in a fifth of a second: seconds on a fresh machine. They
+pass in threads while the states to learn from are still captured. Variants are told by dtypes and
+constants alone (``kernels.jit``), so those that ``launches`` has are those that learning and coding
+need; a test holds the two against each other.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from threading import Thread
 from typing import TYPE_CHECKING
 
+from dspark.cache.codec.klt import fast
 from dspark.cache.codec.klt.codec import Klt
 from dspark.cache.codec.klt.symbols import CLASSES, Packing, band_count
 from dspark.cache.codec.klt.tables import Tables, Transform
@@ -21,23 +27,31 @@ if TYPE_CHECKING:
 
     from dspark.cache.codec.base import Codec, Tokens
 
-# of the columns of each class: odd numbers of bytes, so that kernels are compiled for any alignment
-BYTES = (15, 15, 11, 7)
+    Launch = Callable[[], object]
+
+BYTES = (15, 15, 11, 7)  # of the columns of each class
 SIZE = 64  # tokens, and rows of the embedding
+ROWS = 4  # of a launch that is there to be compiled
+THREADS = 8  # that compile, at most: most of it is outside Python's lock
 
 
 @contextmanager
 def warming(
-    codec: Codec, layers: int, hidden: int, device: torch.device | str | None
+    codec: Codec,
+    layers: int,
+    hidden: int,
+    device: torch.device | str | None,
+    dtype: str = "bfloat16",
 ) -> Iterator[None]:
-    """Warm ``device`` for learning and coding with ``codec`` during the ``with`` block, which ends
-    when that is done; nothing is done for another codec, nor without a GPU. What does not run is
-    left for the real work to refuse.
+    """Warm ``device`` for learning and coding states of ``dtype`` with ``codec`` during the
+    ``with`` block, which ends when that is done; nothing is done for another codec, nor without a
+    GPU. What does not run is left for the real work to refuse.
     """
     if not isinstance(codec, Klt) or device is None or not str(device).startswith("cuda"):
         yield
         return
-    thread = Thread(target=_warm, args=(codec, layers, hidden, device), name="dspark-warm")
+    of = codec, layers, hidden, device, dtype
+    thread = Thread(target=_warm, args=of, name="dspark-warm")
     thread.start()
     try:
         yield
@@ -45,29 +59,87 @@ def warming(
         thread.join()
 
 
-def _warm(codec: Klt, layers: int, hidden: int, device: torch.device | str) -> None:
+def _warm(codec: Klt, layers: int, hidden: int, device: torch.device | str, dtype: str) -> None:
     import torch
 
     try:
         with torch.inference_mode():
-            warm(codec, layers, hidden, torch.device(device))
-    except (RuntimeError, ImportError):  # CUDA's errors too: learning meets them again, and tells
+            warm(codec, layers, hidden, torch.device(device), getattr(torch, dtype))
+    except Exception:  # CUDA's and compilers': learning and coding meet them again, and tell
         return
 
 
-def warm(codec: Klt, layers: int, hidden: int, device: torch.device) -> None:
-    """Solve small equations and code a few rows on ``device``."""
+def warm(
+    codec: Klt, layers: int, hidden: int, device: torch.device, dtype: torch.dtype | None = None
+) -> None:
+    """Solve small equations, compile the kernels, and code a few rows of ``dtype`` (None: bfloat16)
+    on ``device``.
+    """
+    import torch
+
+    dtype = dtype or torch.bfloat16
+    with ThreadPoolExecutor(min(THREADS, os.cpu_count() or 1), "dspark-warm") as pool:
+        work = [pool.submit(solve, device)]
+        if fast.has_kernels(device):
+            first, others = launches(codec, hidden, device, dtype)
+            # Of each kernel, the first is compiled alone: triton 3.4 tells threads a half-made hash
+            # of a function that another thread reads for the first time.
+            for launch in first:
+                launch()
+            work += [pool.submit(launch) for launch in others]
+        for one in work:
+            one.result()
+    known = _tokens(hidden, device, dtype)
+    aux = torch.zeros(SIZE, layers, hidden, dtype=dtype, device=device)
+    last = torch.zeros(len(known.last_token), hidden, dtype=dtype, device=device)
+    coder = codec.with_tables(tables(layers, hidden, codec.coarse))
+    coder.decode(coder.encode(aux, last, known), hidden, known, dtype)
+
+
+def solve(device: torch.device) -> None:
+    """Use what a calibration solves its equations with."""
     import torch
 
     small = torch.eye(SIZE, dtype=torch.float64, device=device)
     torch.linalg.eigh(small)
     torch.linalg.solve(small, small) @ small
     small.float() @ small.float()
-    known = _tokens(hidden, device)
-    aux = torch.zeros(SIZE, layers, hidden, dtype=torch.bfloat16, device=device)
-    last = torch.zeros(len(known.last_token), hidden, dtype=torch.bfloat16, device=device)
-    coder = codec.with_tables(tables(layers, hidden, codec.coarse))
-    coder.decode(coder.encode(aux, last, known), hidden, known, torch.bfloat16)
+
+
+def launches(
+    codec: Klt, hidden: int, device: torch.device, dtype: torch.dtype
+) -> tuple[list[Launch], list[Launch]]:
+    """Return what launches each variant of the kernels that ``codec`` needs once, for states and an
+    embedding of ``dtype``: one of each kernel, and the others.
+    """
+    import torch
+
+    from dspark.cache.codec.klt import kernels
+
+    kinds = 1 if codec.coarse == 1 else 2
+    of = {"dtype": torch.bfloat16, "device": device}  # as ``half_on`` has them
+    ones = torch.ones(hidden, device=device)
+    table = torch.zeros(1, hidden, dtype=dtype, device=device)
+    wide = torch.zeros(ROWS, 2 * hidden, **of)
+    which = torch.zeros(ROWS, dtype=torch.int64, device=device)
+    scale, coarse = which.float(), which.bool()
+    first: list[Launch] = [
+        partial(kernels.embeddings, wide, table, which[None], 0),
+        partial(kernels.standardised, wide, table.expand(ROWS, -1), ones, ones),
+    ]
+    classes: list[list[Launch]] = []
+    for i, (_, n) in enumerate(CLASSES):
+        packing = Packing(tuple(n if j == i else 0 for j in range(len(CLASSES))))
+        y, out = torch.zeros(ROWS, n, device=device), torch.zeros(ROWS, n, **of)
+        code = torch.zeros(ROWS, 1, dtype=torch.uint8, device=device)
+        pack = partial(kernels.pack, y, 1.0, packing)
+        unpack = partial(kernels.unpack, out, code, packing, [torch.zeros(kinds * 256, n, **of)])
+        classes.append([pack, unpack, partial(unpack, which)])
+        if kinds == 2:
+            classes[-1] += [partial(pack, scale), partial(unpack, coarse=coarse)]
+    small, *large = classes
+    # the longest to compile come first
+    return first + small[:2], [x for some in reversed(large) for x in some] + small[2:]
 
 
 def tables(layers: int, hidden: int, coarse: float) -> Tables:
@@ -98,12 +170,12 @@ def _identity(channels: int, features: int, coarse: float) -> Transform:
     )
 
 
-def _tokens(hidden: int, device: torch.device) -> Tokens:
+def _tokens(hidden: int, device: torch.device, dtype: torch.dtype) -> Tokens:
     import torch
 
     from dspark.cache.codec.base import Tokens
 
     at = torch.arange(SIZE, device=device)
     start = torch.tensor([0, SIZE], device=device)
-    embedding = torch.zeros(SIZE, hidden, dtype=torch.bfloat16, device=device)
+    embedding = torch.zeros(SIZE, hidden, dtype=dtype, device=device)
     return Tokens(at, start, at[SIZE // 2 : -1], embedding)
