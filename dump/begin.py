@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
 from dspark.cache.codec.klt.warm import warming
@@ -32,7 +33,18 @@ if TYPE_CHECKING:
     from dspark.dump.engines.engine import Engine, States
     from dspark.dump.progress import Display
 
+Wait = Callable[[], None]
+
 TURN = 3600.0  # seconds that a shard waits for another one to create or finish their store
+
+
+def warmed(job: Job, engine: Engine, resuming: bool) -> AbstractContextManager[Wait]:
+    """Warm the GPU that the codec of a new store will be learnt on (``warming``)."""
+    codec, device = job.plan.make_codec(), None
+    if not resuming and job.supplied is None and codec.needs_calibration:
+        device = learning_device(job.plan, engine, codec)
+    shapes = len(job.plan.layers), job.plan.shapes.hidden_size
+    return warming(codec, *shapes, device, job.plan.dtype)
 
 
 def begun(
@@ -42,16 +54,17 @@ def begun(
     raw: Sequence[States],
     show: Display,
     guard: Callable[[], None],
+    ready: Wait,
 ) -> StoreWriter:
     """Begin the store. Of several dumps into one the first calibrates and makes it, while the
-    others wait; they go on with it.
+    others wait; they go on with it. ``ready`` waits for what learning needs (``warmed``).
     """
     config = job.config
     if config.shard is None:
-        return created(job, engine, probe, raw, show, guard)
+        return created(job, engine, probe, raw, show, guard, ready)
     with owned(config.output, "dspark-dump --shard", wait=TURN):
         if not place_of(config.output).exists():
-            return created(job, engine, probe, raw, show, guard)
+            return created(job, engine, probe, raw, show, guard, ready)
     writer = StoreWriter.resume(config.output, job.manifest)
     writer.restore_target(compact(engine.frozen()), job.target.files)
     check_coded(engine, probe, raw, writer.codec, job.plan.layers)
@@ -65,12 +78,14 @@ def created(
     raw: Sequence[States],
     show: Display,
     guard: Callable[[], None],
+    ready: Wait,
 ) -> StoreWriter:
     """Calibrate the codec, check it on the probe's states ``raw`` and make the new store."""
     config = job.config
     codec = job.plan.make_codec()
     codec = job.supplied.codec(codec) if job.supplied else codec
-    found = calibration(job, engine, probe_states(engine, probe, raw, codec), codec, show)
+    known = probe_states(engine, probe, raw, codec)
+    found = calibration(job, engine, known, codec, show, ready)
     release()  # what learning took of a GPU is an engine's, in another process
     planning.check_disk(planning.sized(job.plan, found.size), 0, config.part_of)
     # While an older store that is to be replaced is still there.
@@ -101,7 +116,9 @@ def probe_states(
     return probe_of(known, codec, engine.frozen)
 
 
-def calibration(job: Job, engine: Engine, probe: Probe, codec: Codec, show: Display) -> Calibration:
+def calibration(
+    job: Job, engine: Engine, probe: Probe, codec: Codec, show: Display, ready: Wait
+) -> Calibration:
     """Return codec and size of a new store, from states from all over the corpus, or from those of
     the self-check (``probe``) if the codec has nothing (more) to learn.
     """
@@ -116,13 +133,11 @@ def calibration(job: Job, engine: Engine, probe: Probe, codec: Codec, show: Disp
             samples = calibration_samples(job.corpus, job.maker, rows, tokens, budget)
         device = learning_device(job.plan, engine, codec)
         seen = sum(len(s.input_ids) for s in samples)
-        with (
-            bar("calibration: tokens") as progress,
-            phases.phase("capture"),
-            warming(codec, *shapes, device, job.plan.dtype),
-        ):
+        with bar("calibration: tokens") as progress, phases.phase("capture"):
             about = job.plan.layers, job.corpus.id, device, tokens
             probe = captured(engine, samples, codec, budget, *about, progress) or probe
+        with phases.phase("compiling"):
+            ready()
         if codec.least_tokens(*shapes):
             show.say(f"learning {codec.name} from the states of {probe.aux.shape[0]:,} tokens")
         learnt = f"{len(samples):,} samples spread over the corpus, {seen:,} tokens"

@@ -27,7 +27,7 @@ class Recorder:
         from triton.compiler.compiler import make_backend
         from triton.runtime.jit import create_function_from_signature
 
-        self.kernel, self.instead = kernel, instead
+        self.instead, self.cache_key = instead, kernel.cache_key
         self.found: set[Variant] = set()
         backend = make_backend(GPUTarget(*TARGET))
         self.bind = create_function_from_signature(kernel.signature, kernel.params, backend)

@@ -57,6 +57,20 @@ def test_a_thread_runs_while_states_are_captured(monkeypatch: pytest.MonkeyPatch
     assert done == [(CODEC, 3, 64, torch.device("cuda"), torch.bfloat16)]
 
 
+def test_what_does_not_run_is_left_for_the_real_work(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(*of: object) -> None:
+        raise KeyError("of a compiler")
+
+    caplog.set_level("INFO", "dspark.cache")
+    monkeypatch.setattr(warm, "warm", broken)
+    with warm.warming(CODEC, 3, 64, "cuda") as ready:
+        ready()
+        assert "compiled ahead: 'of a compiler'" in caplog.text
+    assert not [t for t in threading.enumerate() if t.name.startswith("dspark-warm")]
+
+
 def test_nothing_is_warmed_for_another_codec_or_without_a_gpu(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -154,10 +168,11 @@ def test_calibrating_and_coding_need_no_other_kernels(
     warmed = variants(lambda: warm.warm(codec, LAYERS, HIDDEN, CPU, dtype))
     assert len(warmed) == count + 2 * (dtype != torch.bfloat16)
     assert used == warmed
-    first, others = warm.launches(codec, HIDDEN, CPU, dtype)
-    assert len({name for name, _ in variants(lambda: [launch() for launch in first])}) == 4
-    launched = variants(lambda: [launch() for launch in [*first, *others]])
-    assert len(launched) == len(first) + len(others) == count  # each once
+    found = warm.launches(codec, HIDDEN, CPU, dtype)
+    kernels = [{name for name, _ in variants(lambda of=of: [x() for x in of])} for of in found]
+    assert [len(names) for names in kernels] == [1] * len(set[str]().union(*kernels))
+    launched = variants(lambda: [launch() for of in found for launch in of])
+    assert len(launched) == sum(map(len, found)) == count  # each once
     assert dtype != torch.bfloat16 or launched == warmed
 
 

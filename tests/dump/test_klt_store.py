@@ -7,6 +7,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +21,12 @@ from safetensors.torch import load_file as safetensors
 
 import dspark.cache
 from dspark.cache.codec.klt.codec import Klt
-from dspark.cache.errors import DamagedCacheError, UsageError
+from dspark.cache.errors import DamagedCacheError, EngineError, UsageError
 from dspark.cache.files.layout import CALIBRATION
 from dspark.cache.quality import snr_db
 from dspark.cache.stores.recode import recode
 from dspark.cache.stores.verify import verify
+from dspark.dump import begin, run
 from dspark.dump.config import DumpConfig
 from dspark.dump.job import prepare
 from dspark.dump.progress import Display
@@ -76,6 +79,49 @@ def test_what_is_read_is_near_what_was_captured(stores: dict[str, Path]) -> None
     log = stores[CODEC].with_name(stores[CODEC].name + ".log").read_text()
     for line in (r"learnt in seconds: states [\d.]+, moments ", r"calibrated on .*learning [\d.]+"):
         assert re.search(line, log)
+
+
+def test_a_gpu_is_warmed_from_the_self_check_on_until_the_codec_is_learnt(
+    stores: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[str] = []
+
+    def told(module: Any, name: str) -> None:
+        real = getattr(module, name)
+
+        def tell(*args: Any, **named: Any) -> Any:
+            done.append(name)
+            return real(*args, **named)
+
+        monkeypatch.setattr(module, name, tell)
+
+    @contextmanager
+    def warming(codec: Klt, *of: object) -> Iterator[Callable[[], None]]:
+        done.append(f"warming {codec.name} {of}")
+        try:
+            yield lambda: done.append("ready")
+        finally:
+            done.append("end")
+
+    monkeypatch.setattr(begin, "warming", warming)
+    for module, name in ((run, "check"), (begin, "captured"), (Klt, "calibrated")):
+        told(module, name)
+    dump(config(stores, output=tmp_path / "a.zarr", codec=CODEC), Display())
+    start = f"warming {CODEC} (2, 64, 'cpu', 'float32')"
+    assert done == [start, "check", "captured", "ready", "calibrated", "end"]
+
+    done.clear()  # nothing is left to learn
+    dump(config(stores, output=tmp_path / "b.zarr", calibration=stores[CODEC]), Display())
+    assert done == [start.replace("'cpu'", "None"), "check", "end"]
+
+    def broken(*of: object) -> None:
+        raise EngineError("a check that fails")
+
+    done.clear()
+    monkeypatch.setattr(run, "check", broken)
+    with pytest.raises(EngineError, match="a check that fails"):
+        dump(config(stores, output=tmp_path / "c.zarr", codec=CODEC), Display())
+    assert done == [start, "end"]
 
 
 def least_snr(exact: dspark.cache.Cache, ours: dspark.cache.Cache) -> float:

@@ -178,6 +178,14 @@ def pack_span(  # type: ignore[no-untyped-def]
     tl.store(part, tl.sum(lost, 1), mask=real)
 
 
+def read() -> None:
+    """Have triton read the kernels, one by one: while a thread does, triton 3.4 tells others a
+    half-made hash of a function.
+    """
+    for kernel in (unpack_span, gather_embeddings, standardise, pack_span):
+        _ = kernel.cache_key
+
+
 def unpack(
     out: torch.Tensor,
     code: torch.Tensor,

@@ -2,16 +2,17 @@
 
 The solvers' libraries are hundreds of megabytes that a process reads when it first uses them, and
 triton compiles each variant of a kernel in a fifth of a second: seconds on a fresh machine. They
-pass in threads while the states to learn from are still captured. Variants are told by dtypes and
-constants alone (``kernels.jit``), so those that ``launches`` has are those that learning and coding
-need; a test holds the two against each other.
+pass in threads while an engine is checked and the states to learn from are captured. Variants are
+told by dtypes and constants alone (``kernels.jit``), so ``launches`` can have those that learning
+and coding need; a test holds the two against each other.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from threading import Thread
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
     Launch = Callable[[], object]
 
+log = logging.getLogger("dspark.cache")
 BYTES = (15, 15, 11, 7)  # of the columns of each class
 SIZE = 64  # tokens, and rows of the embedding
 ROWS = 4  # of a launch that is there to be compiled
@@ -42,19 +44,19 @@ def warming(
     hidden: int,
     device: torch.device | str | None,
     dtype: str = "bfloat16",
-) -> Iterator[None]:
+) -> Iterator[Callable[[], None]]:
     """Warm ``device`` for learning and coding states of ``dtype`` with ``codec`` during the
-    ``with`` block, which ends when that is done; nothing is done for another codec, nor without a
-    GPU. What does not run is left for the real work to refuse.
+    ``with`` block, which ends when that is done; yields what waits for that. Nothing is done for
+    another codec, nor without a GPU. What does not run is left for the real work to refuse.
     """
     if not isinstance(codec, Klt) or device is None or not str(device).startswith("cuda"):
-        yield
+        yield lambda: None
         return
     of = codec, layers, hidden, device, dtype
     thread = Thread(target=_warm, args=of, name="dspark-warm")
     thread.start()
     try:
-        yield
+        yield thread.join
     finally:
         thread.join()
 
@@ -65,8 +67,8 @@ def _warm(codec: Klt, layers: int, hidden: int, device: torch.device | str, dtyp
     try:
         with torch.inference_mode():
             warm(codec, layers, hidden, torch.device(device), getattr(torch, dtype))
-    except Exception:  # CUDA's and compilers': learning and coding meet them again, and tell
-        return
+    except Exception as error:  # CUDA's and compilers': learning and coding meet them again
+        log.info("not all of the transform codec was loaded and compiled ahead: %s", error)
 
 
 def warm(
@@ -81,12 +83,7 @@ def warm(
     with ThreadPoolExecutor(min(THREADS, os.cpu_count() or 1), "dspark-warm") as pool:
         work = [pool.submit(solve, device)]
         if fast.has_kernels(device):
-            first, others = launches(codec, hidden, device, dtype)
-            # Of each kernel, the first is compiled alone: triton 3.4 tells threads a half-made hash
-            # of a function that another thread reads for the first time.
-            for launch in first:
-                launch()
-            work += [pool.submit(launch) for launch in others]
+            work += _compiling(pool, launches(codec, hidden, device, dtype))
         for one in work:
             one.result()
     known = _tokens(hidden, device, dtype)
@@ -96,50 +93,69 @@ def warm(
     coder.decode(coder.encode(aux, last, known), hidden, known, dtype)
 
 
-def solve(device: torch.device) -> None:
+def _compiling(pool: ThreadPoolExecutor, found: list[list[Launch]]) -> list[Future[object]]:
+    """Begin to compile what was ``found`` for each kernel. Its first launch comes before the
+    others, for which it makes what they share: older tritons compile a launcher in C.
+    """
+    from dspark.cache.codec.klt import kernels
+
+    kernels.read()
+    (alone,), *others = found
+    alone()  # makes triton's driver, which threads would make several times
+    first = [pool.submit(of[0]) for of in others]
+    rest = []
+    for one, of in zip(first, others, strict=True):
+        one.result()
+        rest += [pool.submit(launch) for launch in of[1:]]
+    return rest
+
+
+def solve(device: torch.device) -> object:
     """Use what a calibration solves its equations with."""
     import torch
 
     small = torch.eye(SIZE, dtype=torch.float64, device=device)
     torch.linalg.eigh(small)
     torch.linalg.solve(small, small) @ small
-    small.float() @ small.float()
+    return small.float() @ small.float()
 
 
 def launches(
     codec: Klt, hidden: int, device: torch.device, dtype: torch.dtype
-) -> tuple[list[Launch], list[Launch]]:
-    """Return what launches each variant of the kernels that ``codec`` needs once, for states and an
-    embedding of ``dtype``: one of each kernel, and the others.
+) -> list[list[Launch]]:
+    """Return, for each kernel, what launches each variant that ``codec`` needs once, for states and
+    an embedding of ``dtype``.
     """
     import torch
 
     from dspark.cache.codec.klt import kernels
 
     kinds = 1 if codec.coarse == 1 else 2
-    of = {"dtype": torch.bfloat16, "device": device}  # as ``half_on`` has them
+    zeros = partial(torch.zeros, dtype=torch.bfloat16, device=device)  # as ``half_on`` has them
     ones = torch.ones(hidden, device=device)
     table = torch.zeros(1, hidden, dtype=dtype, device=device)
-    wide = torch.zeros(ROWS, 2 * hidden, **of)
+    wide = zeros(ROWS, 2 * hidden)
     which = torch.zeros(ROWS, dtype=torch.int64, device=device)
     scale, coarse = which.float(), which.bool()
-    first: list[Launch] = [
-        partial(kernels.embeddings, wide, table, which[None], 0),
-        partial(kernels.standardised, wide, table.expand(ROWS, -1), ones, ones),
-    ]
-    classes: list[list[Launch]] = []
-    for i, (_, n) in enumerate(CLASSES):
+    packs: list[Launch] = []
+    unpacks: list[Launch] = []
+    for i, (_, n) in reversed(list(enumerate(CLASSES))):  # the longest to compile come first
         packing = Packing(tuple(n if j == i else 0 for j in range(len(CLASSES))))
-        y, out = torch.zeros(ROWS, n, device=device), torch.zeros(ROWS, n, **of)
+        y, out = torch.zeros(ROWS, n, device=device), zeros(ROWS, n)
         code = torch.zeros(ROWS, 1, dtype=torch.uint8, device=device)
         pack = partial(kernels.pack, y, 1.0, packing)
-        unpack = partial(kernels.unpack, out, code, packing, [torch.zeros(kinds * 256, n, **of)])
-        classes.append([pack, unpack, partial(unpack, which)])
+        unpack = partial(kernels.unpack, out, code, packing, [zeros(kinds * 256, n)])
+        packs.append(pack)
+        unpacks += [unpack, partial(unpack, which)]
         if kinds == 2:
-            classes[-1] += [partial(pack, scale), partial(unpack, coarse=coarse)]
-    small, *large = classes
-    # the longest to compile come first
-    return first + small[:2], [x for some in reversed(large) for x in some] + small[2:]
+            packs.append(partial(pack, scale))
+            unpacks.append(partial(unpack, coarse=coarse))
+    return [
+        [partial(kernels.embeddings, wide, table, which[None], 0)],
+        [partial(kernels.standardised, wide, table.expand(ROWS, -1), ones, ones)],
+        packs,
+        unpacks,
+    ]
 
 
 def tables(layers: int, hidden: int, coarse: float) -> Tables:
