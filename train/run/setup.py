@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 import dspark.cache
+from dspark.cache.codec.klt.warm import warming_to_read
 from dspark.cache.errors import TrainError, UsageError
 from dspark.cache.joined import JoinedCache, Stores
 from dspark.train.compute import Compute, choose_compute, keep_compiled, start_compilers
@@ -153,10 +154,13 @@ def prepare(config: TrainConfig, world: World | None = None, begin: Position | N
     workers = workers_of(config, cache, compute, world)
     # What follows takes about as long as the readers take to start.
     rows = None if begin is None else rows_of(training, begin, compute, world, workers)
-    if compute.compiled:
-        keep_compiled()
-        start_compilers(compute.device)
-        compile_draft(model, in_parts=in_parts)
+    embedding = cache.target.embed_tokens.dtype
+    codecs = [store.codec for store in cache.stores]
+    with warming_to_read(codecs, target.hidden_size, compute.device, embedding):
+        if compute.compiled:
+            keep_compiled()
+            start_compilers(compute.device)
+            compile_draft(model, in_parts=in_parts)
     if config.activation_checkpointing:
         checkpoint_activations(model)
     optimizer = optimizer_of(config, model, compute, world)

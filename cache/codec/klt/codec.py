@@ -305,7 +305,7 @@ def _encoded(
     """Encode rows ``x``, run by run; also returns which of them the cells cannot hold."""
     import torch
 
-    quick = fast.usable(half)
+    quick = fast.encodes(half)
     out = []
     for s in _runs(half, x, quick):
         about = seen(s)
@@ -324,7 +324,7 @@ def _decoded(
     """Decode the rows [T, C] of ``code``, run by run."""
     import torch
 
-    quick = fast.usable(half)
+    quick = fast.decodes(half)
     out = torch.empty(code.shape[0], half.table.channels, dtype=dtype, device=code.device)
     for s in _runs(half, code, quick):
         if quick:

@@ -142,17 +142,25 @@ def has_kernels(device: torch.device) -> bool:
     return device.type == "cuda" and _has_triton()
 
 
-def usable(half: Half) -> bool:
-    """Tell whether this module may replace ``half``: if there are kernels and a trial agrees with
-    plain torch.
+def encodes(half: Half) -> bool:
+    """Tell whether ``encode`` may replace ``Half.encode``: if there are kernels and a trial agrees
+    with plain torch.
     """
-    return has_kernels(half.mean.device) and _tried(half)
+    return has_kernels(half.mean.device) and _tried(half, encoding=True)
+
+
+def decodes(half: Half) -> bool:
+    """As ``encodes``, of ``decode``: a training compiles nothing to encode with."""
+    return has_kernels(half.mean.device) and _tried(half, encoding=False)
 
 
 @lru_cache(maxsize=16)
-def _tried(half: Half) -> bool:
+def _tried(half: Half, *, encoding: bool) -> bool:
     import torch
 
+    trial, most, of = (
+        (bytes_apart, BYTES_APART, "bytes") if encoding else (rows_apart, ROWS_APART, "rows")
+    )
     with torch.inference_mode():
         try:
             apart = trial(half)
@@ -161,20 +169,39 @@ def _tried(half: Half) -> bool:
                 "the transform codec's kernels do not run here; coding in plain torch: %s", error
             )
             return False
-    if apart[0] > BYTES_APART or apart[1] > ROWS_APART:
+    if apart > most:
         log.warning(
-            "the transform codec's kernels disagree with plain torch here (%.1e of the bytes, "
-            "%.1e of the rows); coding in plain torch",
-            *apart,
+            "the transform codec's kernels disagree with plain torch here (%.1e of the %s); coding "
+            "in plain torch",
+            apart,
+            of,
         )
-        return False
-    return True
+    return apart <= most
 
 
-def trial(half: Half) -> tuple[float, float]:
-    """Compare with plain torch on random rows and embeddings: returns the share of bytes that
-    differ, and the relative difference of decoded rows.
+def bytes_apart(half: Half) -> float:
+    """Return the share of bytes that ``encode`` and plain torch code differently, of random
+    rows.
     """
+    x, seen = _trial(half)
+    (code, _), (want, _) = encode(half, x, seen), half.encode(x, seen.plain(), seen.coarse)
+    return float((code != want).sum()) / max(code.numel(), 1)
+
+
+def rows_apart(half: Half) -> float:
+    """Return the relative difference of what ``decode`` and plain torch make of random codes."""
+    import torch
+
+    x, seen = _trial(half)
+    code, _ = half.encode(x, seen.plain(), seen.coarse)
+    found = torch.empty_like(x)
+    decode(half, code, seen, found)
+    reference = half.rows(half.read(code, seen.coarse), seen.plain())
+    return float((found.float() - reference).norm() / reference.norm().clamp(min=1e-9))
+
+
+def _trial(half: Half) -> tuple[torch.Tensor, Seen]:
+    """Return rows like those that ``half`` codes, and what they are predicted from."""
     import torch
 
     table, device = half.table, half.mean.device
@@ -186,10 +213,4 @@ def trial(half: Half) -> tuple[float, float]:
     y = torch.randn(TRIED, table.kept, generator=g).to(device) * table.step
     # rounded as the states are, which the kernels are compiled for
     x = half.rows(y.to(half.dtype), seen.plain()).to(half.dtype)
-    (code, _), (want, _) = encode(half, x, seen), half.encode(x, seen.plain(), coarse)
-    found = torch.empty_like(x)
-    decode(half, want, seen, found)
-    reference = half.rows(half.read(want, coarse), seen.plain())
-    size = max(code.numel(), 1)
-    bytes_apart = float((code != want).sum()) / size
-    return bytes_apart, float((found.float() - reference).norm() / reference.norm().clamp(min=1e-9))
+    return x, seen

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
@@ -59,6 +59,43 @@ def warming(
         yield thread.join
     finally:
         thread.join()
+
+
+@contextmanager
+def warming_to_read(
+    codecs: Iterable[Codec], hidden: int, device: torch.device, dtype: torch.dtype
+) -> Iterator[None]:
+    """Compile what ``codecs`` decode with on ``device`` during the ``with`` block, which ends when
+    that is done, if ``device`` is a GPU. ``dtype``: of the target's embedding.
+    """
+    found = {codec.coarse == 1: codec for codec in codecs if isinstance(codec, Klt)}
+    if not found or not fast.has_kernels(device):
+        yield
+        return
+    from dspark.cache.codec.klt import kernels
+
+    kernels.read()  # here: imports of triton by two threads may see half of it
+    of = list(found.values()), hidden, device, dtype
+    thread = Thread(target=_warm_to_read, args=of, name="dspark-warm")
+    thread.start()
+    try:
+        yield
+    finally:
+        thread.join()
+
+
+def _warm_to_read(codecs: list[Klt], hidden: int, device: torch.device, dtype: torch.dtype) -> None:
+    import torch
+
+    try:
+        torch.cuda.set_device(device)  # of this thread
+        with ThreadPoolExecutor(THREADS, "dspark-warm", torch.cuda.set_device, (device,)) as pool:
+            for codec in codecs:
+                found = launches(codec, hidden, device, dtype, encoding=False)
+                for one in _compiling(pool, found):
+                    one.result()
+    except Exception as error:  # CUDA's and compilers': decoding meets them again
+        log.info("not all of the transform codec was compiled ahead: %s", error)
 
 
 def _warm(codec: Klt, layers: int, hidden: int, device: torch.device | str, dtype: str) -> None:
@@ -121,10 +158,10 @@ def solve(device: torch.device) -> object:
 
 
 def launches(
-    codec: Klt, hidden: int, device: torch.device, dtype: torch.dtype
+    codec: Klt, hidden: int, device: torch.device, dtype: torch.dtype, *, encoding: bool = True
 ) -> list[list[Launch]]:
     """Return, for each kernel, what launches each variant that ``codec`` needs once, for states and
-    an embedding of ``dtype``.
+    an embedding of ``dtype``; without ``encoding``, those that it decodes with.
     """
     import torch
 
@@ -150,12 +187,11 @@ def launches(
         if kinds == 2:
             packs.append(partial(pack, scale))
             unpacks.append(partial(unpack, coarse=coarse))
-    return [
-        [partial(kernels.embeddings, wide, table, which[None], 0)],
-        [partial(kernels.standardised, wide, table.expand(ROWS, -1), ones, ones)],
-        packs,
-        unpacks,
+    embed: list[Launch] = [partial(kernels.embeddings, wide, table, which[None], 0)]
+    standard: list[Launch] = [
+        partial(kernels.standardised, wide, table.expand(ROWS, -1), ones, ones)
     ]
+    return [embed, standard, packs, unpacks] if encoding else [embed, unpacks]
 
 
 def tables(layers: int, hidden: int, coarse: float) -> Tables:
