@@ -169,14 +169,15 @@ def _tried(half: Half, *, encoding: bool) -> bool:
                 "the transform codec's kernels do not run here; coding in plain torch: %s", error
             )
             return False
-    if apart > most:
+    agrees = apart <= most  # NaN does not
+    if not agrees:
         log.warning(
             "the transform codec's kernels disagree with plain torch here (%.1e of the %s); coding "
             "in plain torch",
             apart,
             of,
         )
-    return apart <= most
+    return agrees
 
 
 def bytes_apart(half: Half) -> float:
