@@ -4,6 +4,7 @@ nothing stays behind.
 
 from __future__ import annotations
 
+import atexit
 import multiprocessing
 import os
 import signal
@@ -12,6 +13,7 @@ import tempfile
 import threading
 import time
 from concurrent.futures import CancelledError
+from multiprocessing.util import Finalize
 from pathlib import Path
 
 import pytest
@@ -87,3 +89,31 @@ def test_what_a_task_raises_is_raised_and_what_waits_is_given_up(folder: Path) -
     with pytest.raises(CancelledError):
         tasks[-1].result(timeout=60)
     pool.shutdown(wait=True)
+
+
+def test_whoever_waits_for_a_task_is_let_go(folder: Path) -> None:
+    """By ``close``: the thread that reads ahead waits for a part that nobody wants any more."""
+    pool = WorkerPool(1, "tests")
+    pool.wait_until_started()
+    task = pool.submit(time.sleep, 5)
+    closing = threading.Timer(0.5, pool.close)
+    closing.start()
+    began = time.monotonic()
+    with pytest.raises(CancelledError):
+        task.result(timeout=60)
+    assert time.monotonic() - began < 4
+    closing.join()
+    for process in multiprocessing.active_children():  # it ends when it has slept
+        process.join(timeout=60)
+        assert process.exitcode == 0
+
+
+def test_a_process_ends_without_taking_itself_apart(folder: Path) -> None:
+    """It does what ``multiprocessing`` does at its end, and then none of Python's."""
+    pool = WorkerPool(1, "tests", atexit.register, (os.mkdir, str(folder / "python")))
+    pool.wait_until_started()
+    pool.submit(Finalize, None, os.mkdir, (str(folder / "ours"),), None, 10).exception(timeout=60)
+    (process,) = multiprocessing.active_children()
+    pool.shutdown(wait=True)
+    assert process.exitcode == 0
+    assert [path.name for path in folder.iterdir()] == ["ours"]
