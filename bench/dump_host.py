@@ -57,7 +57,8 @@ from dspark.dump.engines.vllm.spool import (
 )
 from dspark.dump.workers import WorkerPool
 from dspark.dump.writing.filling import Filling
-from dspark.dump.writing.pipeline import Pipeline, writers
+from dspark.dump.writing.pipeline import Pipeline
+from dspark.dump.writing.writers import writers
 
 LAYERS, HIDDEN = 5, 576
 SAMPLE, PART_SAMPLES, BATCH_SAMPLES = 302, 1000, 128

@@ -30,7 +30,7 @@ from dspark.dump.pace import Pace
 from dspark.dump.progress import Display
 from dspark.dump.regenerate.conversations import PART_ROWS, Prompts
 from dspark.dump.run import run_engine
-from dspark.dump.writing.pipeline import writers
+from dspark.dump.writing.writers import writers
 
 if TYPE_CHECKING:
     from dspark.cache.records import TokenSample

@@ -60,7 +60,7 @@ from dspark.dump.regenerate.conversations import Prompts
 from dspark.dump.report import report, summary
 from dspark.dump.target.weights import compact
 from dspark.dump.workers import WorkerPool
-from dspark.dump.writing.pipeline import writers
+from dspark.dump.writing.writers import writers
 
 if TYPE_CHECKING:
     from dspark.dump.engines.engine import Engine, States

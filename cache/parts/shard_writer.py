@@ -46,6 +46,8 @@ def share_cores(processes: int) -> None:
     More threads only wait for Python's lock.
     """
     global _processes
+    if processes == _processes:
+        return
     _processes = processes
     _threads.cache_clear()
     _pool.cache_clear()

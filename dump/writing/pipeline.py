@@ -22,9 +22,9 @@ import queue
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import metadata
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -37,13 +37,13 @@ from dspark.cache.errors import EngineError
 from dspark.cache.files.layout import SOURCE_STRIDE
 from dspark.cache.parts.part import PartJob
 from dspark.cache.parts.record import PartRecord
-from dspark.cache.parts.shard_writer import share_cores
-from dspark.cache.shared.blocks import Handle, Region, SharedBlock, can_share
+from dspark.cache.shared.blocks import SharedBlock
 from dspark.cache.writer import StoreWriter
 from dspark.dump.engines.engine import GROUPS, Captured, CodedStates
 from dspark.dump.workers import WorkerPool
 from dspark.dump.writing.filling import Filling
-from dspark.dump.writing.places import SharedArrays, attach, regions
+from dspark.dump.writing.places import SharedArrays, regions
+from dspark.dump.writing.writers import write_shared, write_timed
 
 if TYPE_CHECKING:
     import torch
@@ -55,6 +55,7 @@ if TYPE_CHECKING:
 WAITING = 2  # batches of states between engine and encoder
 COMING = 8  # batches per encoder whose states may be in flight, in files beside the store
 BLOCK_BYTES = 4 << 30  # of parts in memory, unless the number of workers needs less
+FREEING = 4  # threads that free blocks at the end
 THREADS = (
     # concurrent commits without worker processes: a single one leaves cores idle while it waits for
     # the disk
@@ -62,26 +63,12 @@ THREADS = (
 )
 
 
-def writers(processes: int) -> WorkerPool | None:
-    """Start processes for a ``Pipeline``, if this system can share memory with them."""
-    if not processes or not can_share():
-        return None
-    return WorkerPool(processes, "writes parts", _ready, (processes,))
-
-
-def _ready(processes: int) -> None:
-    """Run in a worker, one of ``processes``: finding this function has imported everything that
-    ``write_shared`` needs.
-    """
-    share_cores(processes)
-
-
 class Pipeline:
     """``pool``: processes that write parts, which end with this; None = threads. ``bar`` is
     notified of every batch in place and every complete part. ``groups``: parts that the engine may
     leave unfinished at once. ``seconds``: time per stage; the stages overlap. Use as a context
     manager: on leaving, also by an error, it waits until every complete part is on disk and
-    discards the others.
+    discards the others. The processes end after that, and nobody waits for them here.
     """
 
     def __init__(
@@ -97,7 +84,7 @@ class Pipeline:
         self.writer, self.codec, self._bar, self._embedding = writer, codec, bar, embedding
         self.versions = versions()
         shared = pool is not None
-        workers = pool.processes if pool is not None else THREADS
+        self._workers = workers = pool.processes if pool is not None else THREADS
         self._pool: Executor = pool or ThreadPoolExecutor(workers, "commit")
         # The last one first: its pages are there.
         self._blocks: queue.LifoQueue[SharedBlock] = queue.LifoQueue()
@@ -111,11 +98,15 @@ class Pipeline:
         self._begun = 0
         lanes = max(1, groups // GROUPS)
         self._populating = ThreadPoolExecutor(lanes, "populate")
+        self._freeing = ThreadPoolExecutor(FREEING, "free")
         self._lanes: list[queue.Queue[Captured | None]] = [queue.Queue() for _ in range(lanes)]
         self._room = threading.Semaphore(WAITING * lanes), threading.Semaphore(COMING * lanes)
         self._failed: BaseException | None = None
         self.seconds: defaultdict[str, float] = defaultdict(float)
         self._counting = threading.Lock()
+        self._ending = False  # no part will begin any more
+        self._writing = 0  # parts that the writers have
+        self._written = threading.Condition()
         self._encoders = [
             threading.Thread(target=self._encode, args=(lane,), name="encode", daemon=True)
             for lane in self._lanes
@@ -214,15 +205,33 @@ class Pipeline:
         with self._timed("wait for the encoder"):
             self._drain()
         with self._timed("wait for the writers"):
-            self._pool.shutdown(wait=True)  # their callbacks have run, too
+            self._await_writers()
         self._check()
 
     def _drain(self) -> None:
         """End the encoders once they have processed what is waiting."""
+        self._ending = True
         for lane in self._lanes:
             lane.put(None)
         for encoder in self._encoders:
             encoder.join()
+
+    def _await_writers(self) -> None:
+        """Wait until the writers have handed back all that they were given, once the encoders have
+        ended: for the parts, not for the end of processes. Free the blocks that come back, beside
+        it: half a gigabyte takes more than 0.1 s.
+        """
+        while True:
+            with suppress(queue.Empty):
+                while True:
+                    block = self._blocks.get_nowait()
+                    self._all.remove(block)
+                    self._freeing.submit(block.close)
+            with self._written:
+                if not self._writing:
+                    return
+                if self._blocks.empty():
+                    self._written.wait()
 
     def _check(self) -> None:
         if self._failed is not None:
@@ -321,6 +330,16 @@ class Pipeline:
         return self._embedding
 
     def _commit(self, filling: Filling) -> None:
+        with self._written:
+            self._writing += 1
+        try:
+            self._give(filling)
+        except BaseException:
+            self._handed_back()
+            raise
+
+    def _give(self, filling: Filling) -> None:
+        """Give a whole part to the writers."""
         job, exact = filling.job, filling.exact()
         beside = None
         if self._shared:
@@ -331,17 +350,29 @@ class Pipeline:
                 list(job.arrays),
                 (filling.block.handle(), filling.places),
                 (beside.handle(), beside.places),
+                self._at_work(),
             )
         else:
             arrays = {name: filling.block.array(region) for name, region in filling.places.items()}
             commit = self._pool.submit(write_timed, job, arrays | exact)
 
         def done(commit: Future[tuple[PartRecord, float]]) -> None:
-            if beside is not None:
-                beside.close()
-            self._committed(commit, filling.block)
+            try:
+                if beside is not None:
+                    beside.close()
+                self._committed(commit, filling.block)
+            finally:
+                self._handed_back()
 
         commit.add_done_callback(done)
+
+    def _at_work(self) -> int:
+        """Count the writers among which the cores are shared: all of them, until the last parts,
+        for which only some are needed.
+        """
+        if not self._ending:
+            return self._workers
+        return min(self._workers, self._writing + len(self._filling))
 
     def _committed(self, commit: Future[tuple[PartRecord, float]], block: SharedBlock) -> None:
         error = commit.exception()
@@ -353,6 +384,11 @@ class Pipeline:
             self._failed = error
         self._bytes.pop(id(block), None)
         self._blocks.put(block)
+
+    def _handed_back(self) -> None:
+        with self._written:
+            self._writing -= 1
+            self._written.notify_all()
 
     def __enter__(self) -> Pipeline:
         return self
@@ -366,12 +402,15 @@ class Pipeline:
         try:
             self._drain()
         finally:  # a second Ctrl-C ends the waiting, not the blocks
-            self._pool.shutdown(wait=True)
+            self._pool.shutdown(wait=False)  # first: an encoder that still runs gives it no more
+            self._await_writers()
             self._populating.shutdown(wait=True, cancel_futures=True)
             for filling in list(self._filling.values()):
                 filling.release()
-            for block in self._all:
+            for block in self._all:  # of parts that are not whole
                 block.close()
+            # What has come back is freed beside what follows, or, with an error, before it.
+            self._freeing.shutdown(wait=kind is not None)
 
 
 def nothing(job: PartJob) -> dict[str, np.ndarray[tuple[int, ...], np.dtype[Any]]]:
@@ -384,27 +423,3 @@ def nothing(job: PartJob) -> dict[str, np.ndarray[tuple[int, ...], np.dtype[Any]
 def versions() -> dict[str, str]:
     """Return the versions of what makes parts here, for their records."""
     return {name: metadata.version(name) for name in ("torch", "transformers", "zarr")}
-
-
-def write_shared(
-    job: PartJob,
-    own: Sequence[str],
-    states: tuple[Handle, dict[str, Region]],
-    beside: tuple[Handle, dict[str, Region]],
-) -> tuple[PartRecord, float]:
-    """Write a part in a worker process, from the parent's memory: ``states`` in its block, and
-    ``beside`` it the ``own`` arrays of the job, which comes without them, and the states that are
-    stored exactly.
-    """
-    found = attach(*beside)
-    job = dataclasses.replace(job, arrays={name: found.pop(name) for name in own})
-    return write_timed(job, attach(*states) | found)
-
-
-def write_timed(
-    job: PartJob, states: dict[str, np.ndarray[tuple[int, ...], np.dtype[Any]]]
-) -> tuple[PartRecord, float]:
-    """Write a part; returns its record and the seconds it took."""
-    began = time.perf_counter()
-    record = job.write(states)
-    return record, time.perf_counter() - began

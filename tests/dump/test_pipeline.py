@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,13 +21,17 @@ from dump_runs import Wrapped, assert_same, corpus
 
 from dspark.cache.codec.base import Codec
 from dspark.cache.errors import EngineError
+from dspark.cache.parts.part import PartJob
 from dspark.cache.records import TokenSample
-from dspark.cache.shared.blocks import can_share
+from dspark.cache.shared.blocks import SharedBlock, can_share
 from dspark.dump.config import DumpConfig
 from dspark.dump.engines.engine import GROUPS, Captured, CodedStates, Engine, Fetch, States
 from dspark.dump.job import load_engine
 from dspark.dump.progress import Display
 from dspark.dump.run import dump
+from dspark.dump.workers import WorkerPool
+from dspark.dump.writing.pipeline import Pipeline
+from dspark.dump.writing.writers import write_shared, write_timed
 
 
 def test_an_engine_that_loses_a_sample_is_caught(config: DumpConfig, show: Display) -> None:
@@ -242,3 +247,101 @@ def test_a_killed_worker_process_is_named_and_resume_goes_on(
     assert multiprocessing.active_children() == []
     dump(dataclasses.replace(config, resume=True), show)
     assert_same(config.output, whole.output)
+
+
+def last_part(config: DumpConfig) -> int:
+    return len(list((config.output / "parts").glob("0*"))) - 1
+
+
+def test_the_last_part_is_waited_for_and_memory_is_freed_meanwhile(
+    config: DumpConfig, show: Display, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is written only once every other block has been freed."""
+    dump(config, show)
+    last, freed, blocks = last_part(config), threading.Semaphore(0), 0
+    close, init = SharedBlock.close, Pipeline.__init__
+
+    def closing(block: SharedBlock) -> None:
+        close(block)
+        freed.release()
+
+    def making(self: Pipeline, *args: Any, **options: Any) -> None:
+        nonlocal blocks
+        init(self, *args, **options)
+        blocks = len(self._all)
+
+    def late(job: PartJob, states: Any) -> Any:
+        if job.index == last:
+            assert all(freed.acquire(timeout=30) for _ in range(blocks - 1)), "still held"
+        return write_timed(job, states)
+
+    monkeypatch.setattr(SharedBlock, "close", closing)
+    monkeypatch.setattr(Pipeline, "__init__", making)
+    monkeypatch.setattr("dspark.dump.writing.pipeline.write_timed", late)
+    other = dataclasses.replace(config, output=tmp_path / "again.zarr")
+    assert dump(other, show)["complete"]
+    assert blocks > 2
+    assert_same(config.output, other.output)
+    assert freed.acquire(timeout=30)  # the last one
+
+
+@pytest.mark.skipif(not can_share(), reason="parts are written by threads here")
+def test_the_last_part_gets_the_cores_of_idle_writers(
+    config: DumpConfig, show: Display, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And nobody waits for the processes: for what they have written only."""
+    dump(config, show)
+    last, other = last_part(config), dataclasses.replace(config, output=tmp_path / "again.zarr")
+    given: dict[int, int] = {}
+    waited: list[bool] = []
+    pipelines: list[Pipeline] = []
+    submit, shutdown, settle = WorkerPool.submit, WorkerPool.shutdown, Pipeline.settle
+
+    def submitting(self: WorkerPool, fn: Any, *args: Any, **options: Any) -> Any:
+        if fn is write_shared:
+            given[args[0].index] = args[-1]
+        return submit(self, fn, *args, **options)
+
+    def ending(self: WorkerPool, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        waited.append(wait)
+        shutdown(self, wait, cancel_futures=cancel_futures)
+
+    def settling(self: Pipeline) -> None:
+        pipelines.append(self)
+        settle(self)
+
+    def until(found: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + 60
+        while not found() and time.monotonic() < deadline:
+            time.sleep(0.01)
+
+    class Slow(Coming):
+        """The last batch arrives when all other parts are there and the engine has ended."""
+
+        def dumped(
+            self, groups: Iterable[Sequence[TokenSample]], codec: Codec
+        ) -> Iterator[Captured]:
+            held: Captured | None = None
+            for captured in super().dumped(groups, codec):
+                if held is not None:
+                    yield held
+                held = captured
+            assert held is not None
+            yield held._replace(states=partial(self.at_last, held.states))
+
+        def at_last(self, states: Any) -> CodedStates:
+            until(lambda: bool(pipelines) and pipelines[0]._ending)
+            until(lambda: pipelines[0]._writing == 0)
+            found: CodedStates = states()
+            return found
+
+    monkeypatch.setattr(WorkerPool, "submit", submitting)
+    monkeypatch.setattr(WorkerPool, "shutdown", ending)
+    monkeypatch.setattr(Pipeline, "settle", settling)
+    other = dataclasses.replace(other, workers=3)
+    dump(other, show, lambda plan, n: Slow(load_engine(plan, n), 0))
+    assert_same(config.output, other.output)
+    assert given[0] == 3
+    assert given[last] == 1
+    assert waited
+    assert not any(waited)
