@@ -15,8 +15,6 @@ from dspark.cache.errors import DataError, EngineError
 from dspark.cache.manifest import Manifest
 from dspark.cache.records import TokenSample
 from dspark.cache.writer import StoreWriter
-from dspark.dump.corpus.ahead import ahead
-from dspark.dump.corpus.parts import SourcesReader
 from dspark.dump.job import Job, part_reader
 from dspark.dump.regenerate.answer_files import AnswerFiles
 from dspark.dump.regenerate.conversations import Prompts, Regenerator, batches_of
@@ -24,6 +22,7 @@ from dspark.dump.workers import WorkerPool
 from dspark.dump.writing.pipeline import Pipeline
 
 if TYPE_CHECKING:
+    from dspark.dump.corpus.parts import PartRows
     from dspark.dump.engines.engine import Engine
     from dspark.dump.progress import Display
 
@@ -33,8 +32,8 @@ log = logging.getLogger("dspark.dump")
 
 @dataclass(slots=True)
 class Written:
-    """What a run added: tokens, seconds from the first row to the last part on disk, and how they
-    were spent (stages overlap).
+    """What a run added: tokens, seconds from the first part of rows asked for to the last part on
+    disk, and how they were spent (stages overlap).
     """
 
     tokens: int = 0
@@ -70,20 +69,19 @@ def short_turns() -> Iterator[None]:
 
 def write_parts(
     writer: StoreWriter,
-    reader: SourcesReader,
+    parts: Iterator[PartRows],
     engine: Engine,
     rows: int | None,
     show: Display,
     write: WorkerPool | None = None,
 ) -> Written:
-    """Capture and commit every part that is missing, of ``rows`` source rows (None: unknown);
+    """Capture and commit ``parts``, all that are missing, of ``rows`` source rows (None: unknown);
     returns what was written.
     """
     out = Written()
     with (
         short_turns(),
         show.progress(rows) as shown,
-        ahead(reader.parts(dict(writer.committed)), 1) as parts,
         Pipeline(
             writer,
             writer.codec,

@@ -14,8 +14,8 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 from dspark.cache.errors import DamagedCacheError, MismatchError
@@ -44,6 +44,7 @@ from dspark.dump.checks.coded import check_coded
 from dspark.dump.checks.states import check
 from dspark.dump.committing import Written, finished, regenerate_parts, write_parts
 from dspark.dump.config import DumpConfig
+from dspark.dump.corpus.ahead import ahead
 from dspark.dump.corpus.reading import RowsProcess
 from dspark.dump.corpus.tokenise import Tokenisers
 from dspark.dump.job import (
@@ -63,6 +64,7 @@ from dspark.dump.workers import WorkerPool
 from dspark.dump.writing.writers import writers
 
 if TYPE_CHECKING:
+    from dspark.dump.corpus.parts import PartRows, SourcesReader
     from dspark.dump.engines.engine import Engine, States
     from dspark.dump.progress import Display
 
@@ -268,6 +270,65 @@ def run_engine(
     """Check the engine, then capture what is missing; returns the finished manifest and what was
     written. ``guard``: see StoreWriter.
     """
+    if isinstance(job.maker, Prompts):
+        writer, measured = ready(job, engine, probe, writer, show, guard)
+        with writer:
+            return regenerate_parts(job, job.maker, writer, engine, measured, show, write)
+    reader = sources_reader(job, log.info, make)
+    with ExitStack() as stack:
+        parts = None
+        if isinstance(make, RowsProcess) and (writer is not None or job.config.shard is None):
+            # The first parts are made while the target is checked and the codec learns, by other
+            # processes. A shard knows which parts there are only once the store is there.
+            parts = stack.enter_context(rows_ahead(reader, writer, make))
+        writer, measured = ready(job, engine, probe, writer, show, guard)
+        stack.enter_context(writer)
+        if make is not None:
+            make.wait_until_started()
+            if write is not None:
+                write.wait_until_started()
+        if parts is None:
+            parts = stack.enter_context(rows_ahead(reader, writer, make))
+        began = time.monotonic()
+        written = write_parts(writer, parts, engine, job.rows, show, write)
+        written.seconds = time.monotonic() - began
+        if make is not None:
+            make.close()  # its processes end while the store is finished
+        reader.check_dropped(at_end=True)
+        for note, n in reader.notes.items():
+            show.say(f"  {note}: {n:,}")
+        if job.config.shard is not None:
+            with owned(job.config.output, "dspark-dump --shard", wait=TURN):
+                rows = {i: one.total for i, one in enumerate(reader.readers)}
+                manifest = writer.finish_shard(rows, quality=measured, sources=job.manifest.sources)
+            return manifest, written
+        return finished(writer, job, measured), written
+
+
+@contextmanager
+def rows_ahead(
+    reader: SourcesReader, writer: StoreWriter | None, make: Tokenisers | RowsProcess | None
+) -> Iterator[Iterator[PartRows]]:
+    """Yield the parts that are missing in the store, if there is one, read ahead by a thread."""
+    with ahead(reader.parts(dict(writer.committed) if writer else {}), 1) as parts:
+        try:
+            yield parts
+        finally:
+            if isinstance(make, RowsProcess):
+                make.close()  # or the thread would wait for the part that the process is at
+
+
+def ready(
+    job: Job,
+    engine: Engine,
+    probe: Sequence[TokenSample],
+    writer: StoreWriter | None,
+    show: Display,
+    guard: Callable[[], None],
+) -> tuple[StoreWriter, dict[str, Any]]:
+    """Check the engine and begin the store or go on with it; returns its writer and what its codec
+    loses.
+    """
     config = job.config
     writer, raw = opened(job, engine, probe, writer, show, guard)
     writer.guard = guard
@@ -275,24 +336,4 @@ def run_engine(
     settings = config_file.resolved(dataclasses.asdict(config), "dspark-dump")
     write_file(config.beside(".yaml"), settings)
     measured = quality_of(probe_states(engine, probe, raw, writer.codec), writer.codec)
-    if isinstance(job.maker, Prompts):
-        with writer:
-            return regenerate_parts(job, job.maker, writer, engine, measured, show, write)
-    with writer:
-        if make is not None:
-            make.wait_until_started()
-            if write is not None:
-                write.wait_until_started()
-        reader = sources_reader(job, log.info, make)
-        began = time.monotonic()
-        written = write_parts(writer, reader, engine, job.rows, show, write)
-        written.seconds = time.monotonic() - began
-        reader.check_dropped(at_end=True)
-        for note, n in reader.notes.items():
-            show.say(f"  {note}: {n:,}")
-        if config.shard is not None:
-            with owned(config.output, "dspark-dump --shard", wait=TURN):
-                rows = {i: one.total for i, one in enumerate(reader.readers)}
-                manifest = writer.finish_shard(rows, quality=measured, sources=job.manifest.sources)
-            return manifest, written
-        return finished(writer, job, measured), written
+    return writer, measured

@@ -25,6 +25,8 @@ from dspark.cache.parts.part import PartJob
 from dspark.cache.records import TokenSample
 from dspark.cache.shared.blocks import SharedBlock, can_share
 from dspark.dump.config import DumpConfig
+from dspark.dump.corpus.parts import PartRows
+from dspark.dump.corpus.reading import _Elsewhere
 from dspark.dump.engines.engine import GROUPS, Captured, CodedStates, Engine, Fetch, States
 from dspark.dump.job import load_engine
 from dspark.dump.progress import Display
@@ -345,3 +347,32 @@ def test_the_last_part_gets_the_cores_of_idle_writers(
     assert given[last] == 1
     assert waited
     assert not any(waited)
+
+
+@pytest.mark.skipif(not can_share(), reason="no process reads rows here")
+def test_rows_are_read_while_the_engine_is_checked(
+    config: DumpConfig, show: Display, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dspark.dump.job.PROCESS_ROWS", 1)
+    dump(config, show)
+    read = threading.Event()
+    parts = _Elsewhere.parts
+
+    def reading(self: _Elsewhere, committed: Any) -> Iterator[PartRows]:
+        for part in parts(self, committed):
+            read.set()
+            yield part
+
+    class Waiting(Wrapped):
+        def __init__(self, inner: Engine) -> None:
+            super().__init__(inner, lambda: None)
+            self.capture = self.checked_late
+
+        def checked_late(self, samples: Sequence[TokenSample]) -> Iterator[tuple[int, States]]:
+            assert read.wait(timeout=60), "no part was read"
+            yield from self.inner.capture(samples)
+
+    monkeypatch.setattr(_Elsewhere, "parts", reading)
+    other = dataclasses.replace(config, output=tmp_path / "again.zarr", workers=1)
+    dump(other, show, lambda plan, n: Waiting(load_engine(plan, n)))
+    assert_same(config.output, other.output)
