@@ -8,13 +8,14 @@ import dataclasses
 import sys
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from dspark.cache.codec.base import EXACT_TOKEN, Tokens
 from dspark.cache.codec import klt
+from dspark.cache.codec.base import EXACT_TOKEN, Tokens
 from dspark.cache.codec.klt import codec as coding
 from dspark.cache.codec.klt import fast, fit, warm
 from dspark.cache.codec.klt.codec import FAMILY, Klt
@@ -24,6 +25,7 @@ from dspark.cache.codec.klt.tables import Tables, Transform
 from dspark.cache.codec.registry import make
 from dspark.cache.quality import Probe
 from dspark.cache.sizing import RowBytes
+from interpreted import interpreted
 from triton_variants import Recorder, Variant, recording
 
 CPU = torch.device("cpu")
@@ -348,6 +350,14 @@ def transform(channels: int, features: int, columns: tuple[int, ...], coarse: fl
         offsets=torch.zeros(2 if coarse == 1 else 4, band_count(packing)),
         step=0.3, packing=packing, limit=5.0, noise=1.0, bits=0.0, coarse=coarse,
     )  # fmt: skip
+
+
+def test_no_launch_of_the_warm_up_leaves_its_tensors() -> None:
+    """On a GPU that would be an error that ends the process's use of it."""
+    *launches, last = interpreted(Path(__file__).with_name("klt_warm_cases.py"))
+    assert len(launches) == 3 * 2 * (14 + 22)
+    assert [case for case in launches if case["beyond"] or not case["made"]] == []
+    assert (last["what"], last["beyond"] > 0) == ("beyond", True)
 
 
 def test_the_recorder_tells_what_triton_reads_off_values() -> None:
