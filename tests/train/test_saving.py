@@ -176,6 +176,26 @@ def test_the_memory_of_the_copies_is_what_a_snapshot_takes_and_is_used_again(
     ]
 
 
+def test_the_thread_works_on_the_gpu_of_the_training(
+    config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A new thread's GPU is the first one; of ``--device cuda`` torch tells no number."""
+    run = prepare(config)
+    threads = dict[str, Any]()
+
+    def set_device(device: torch.device) -> None:
+        threads[threading.current_thread().name] = device
+
+    monkeypatch.setattr(torch.cuda, "set_device", set_device)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    # a copy "from the device" is not waited for here, and nothing is page-locked
+    monkeypatch.setattr(saving.SharedBlock, "pin", lambda self: None)
+    device = dataclasses.replace(run.compute, device=torch.device("cuda"))
+    with Saving(dataclasses.replace(run, compute=device), tmp_path) as saving_:
+        saving_.save(checkpoint.Position(1), export=False)
+    assert threads == {"dspark-saving_0": torch.device("cuda", 1)}
+
+
 def test_files_appear_in_order_and_one_save_ends_before_the_next_begins(
     config: TrainConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -19,6 +19,7 @@ on, from memory that is freed afterwards.
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
@@ -32,6 +33,7 @@ from torch import Tensor
 from dspark.cache.errors import TrainError
 from dspark.cache.shared.blocks import Region, SharedBlock
 from dspark.cache.shared.host_memory import available
+from dspark.cache.shared.process import by_number, make_current
 from dspark.train.draft.saved.folder import save_draft
 from dspark.train.run import checkpoint, folder
 from dspark.train.run.checkpoint import Position
@@ -55,7 +57,9 @@ class Saving:
         self, run: Run, output: Path, saved: Callable[[int], None] = lambda step: None
     ) -> None:
         self._run, self._output, self._saved = run, output, saved
-        self._thread = ThreadPoolExecutor(1, "dspark-saving")
+        # A thread's device is the first one until it is set; the target's matrices may be elsewhere.
+        device = by_number(run.compute.device)
+        self._thread = ThreadPoolExecutor(1, "dspark-saving", make_current, (device,))
         self._writing: Future[None] | None = None
         self._block: SharedBlock | None = None  # of the copies; None where there is no room
         self._used = 0  # bytes of it
@@ -106,11 +110,19 @@ class Saving:
                 there / 1e9,
             )
             return None
+        began = time.perf_counter()
         block = SharedBlock(shared=False)
         block.reserve(size, slack=False)
         block.populate()
         if self._run.compute.device.type == "cuda":
             block.pin()
+        log.info(
+            "%.2f GB of host memory for the copies that checkpoints are written from, made in "
+            "%.1f s%s",
+            size / 1e9,
+            time.perf_counter() - began,
+            ", page-locked" if block.pinned else "",
+        )
         return block
 
     def _empty(self, shape: torch.Size) -> Tensor:
