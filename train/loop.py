@@ -281,7 +281,13 @@ def kept(run: Run) -> HeldOut | None:
     if run.validation is None:
         return None
     world = run.world
-    return HeldOut(run.validation, rank=world.rank, world=world.size, workers=run.workers)
+    return HeldOut(
+        run.validation,
+        rank=world.rank,
+        world=world.size,
+        local=world.local_size,
+        workers=run.workers,
+    )
 
 
 def placer(run: Run) -> Callable[[PackedRow], Batch]:
@@ -303,6 +309,8 @@ def _milestone(
     row = None
     run.optimizer.ready()
     if held_out is not None:
+        # One rank's reader may have died; the others would wait for it in a collective call.
+        run.world.agreed(held_out.fetch)
         scores = validate(run, held_out)
         row = {"step": position.step, "epoch": position.epoch, "validation": True, **scores}
         run.world.agreed(lambda: _finite_scores(row))

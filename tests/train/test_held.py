@@ -20,6 +20,7 @@ from dspark.train.data import held
 from dspark.train.data.held import HeldOut, kept_bytes, rows_of
 from dspark.train.data.row import PackedRow
 from dspark.train.data.stream import VALIDATION_EPOCH, Stream
+from dspark.train.distributed import World
 from dspark.train.loop import train
 from dspark.train.run import memory
 from dspark.train.run.setup import Run, prepare
@@ -116,7 +117,44 @@ def test_rows_that_do_not_fit_are_read_again_and_said(
             first, second = flat(iter(rows)), flat(iter(rows))
         assert same(first, second)
         assert all((x is y) == kept for x, y in zip(first, second, strict=True))
-        assert ("every validation reads them again" in caplog.text) is not kept
+        assert ("Every validation reads them again" in caplog.text) is not kept
+
+
+def test_processes_of_a_host_share_its_memory(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of them ask for what is left before any has taken its part."""
+    stream = run.validation
+    assert stream is not None
+    need = kept_bytes(stream, 0, 1)
+    for local, kept in ((3, True), (4, False)):
+        monkeypatch.setattr(held, "available", lambda: 6 * need)
+        with HeldOut(stream, local=local) as rows:
+            assert rows.kept is kept
+
+
+def test_ranks_learn_together_that_rows_could_not_be_read(
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before a collective call, in which the others would wait for the rank that failed."""
+    agreed, read, together = World.agreed, Stream.steps_from, list[bool]()
+    depth = 0
+
+    def watched(self: World, work: Any) -> Any:
+        nonlocal depth
+        depth += 1
+        try:
+            return agreed(self, work)
+        finally:
+            depth -= 1
+
+    def noted(self: Stream, epoch: int, *rest: Any, **more: Any) -> Iterator[list[PackedRow]]:
+        if epoch == VALIDATION_EPOCH:
+            together.append(depth > 0)
+        return read(self, epoch, *rest, **more)
+
+    monkeypatch.setattr(World, "agreed", watched)
+    monkeypatch.setattr(Stream, "steps_from", noted)
+    train(config)
+    assert together == [True]
 
 
 def test_an_error_of_reading_is_raised_where_the_rows_are_wanted(

@@ -21,7 +21,7 @@ from dspark.train.data.stream import VALIDATION_EPOCH, Stream
 
 log = logging.getLogger("dspark.train")
 READERS, ROWS_OF_ONE = 2, 4  # processes, and the rows that one is started for at least
-SHARE = 0.5  # of the host memory that is left, at most
+SHARE = 0.5  # of the host memory that is left, at most, for all processes of a host together
 GRACE = 10.0  # seconds; a loader looks after its processes every five
 
 
@@ -30,18 +30,21 @@ class HeldOut:
     iterated over again and again; a context manager.
 
     ``workers``: the readers of the training; with none, the first iteration reads the rows. Rows
-    that would take more than half of the host memory that is left are read again each time, by this
-    process. What reading raised is raised by the iteration.
+    that would take more than half of the host memory that is left, or of this process's share where
+    ``local`` of them are on a host, are read again each time, by this process. What reading raised
+    is raised by ``fetch`` and by the iteration.
     """
 
-    def __init__(self, stream: Stream, *, rank: int = 0, world: int = 1, workers: int = 0) -> None:
+    def __init__(
+        self, stream: Stream, *, rank: int = 0, world: int = 1, local: int = 1, workers: int = 0
+    ) -> None:
         self._read = partial(stream.steps_from, VALIDATION_EPOCH, rank=rank, world=world)
         count, size = rows_of(stream, rank, world), kept_bytes(stream, rank, world)
         readers = min(READERS, workers, count // ROWS_OF_ONE)
         if readers:
             size += stream.need(VALIDATION_EPOCH, world).host(readers)
         free = available()
-        self.kept = free is None or size <= SHARE * free
+        self.kept = free is None or size * local <= SHARE * free
         self._steps: list[list[PackedRow]] | None = None
         self._coming: Future[list[list[PackedRow]]] | None = None
         self._thread: Thread | None = None
@@ -49,10 +52,11 @@ class HeldOut:
         self._ended = Event()
         if not self.kept:
             log.info(
-                "%d held-out rows take %.2f GB, more than half of the %.2f GB of host memory that "
-                "are left: every validation reads them again",
+                "%d held-out rows take %.2f GB, in each of %d processes here: more than half of "
+                "the %.2f GB of host memory that are left. Every validation reads them again",
                 count,
                 size / 1e9,
+                local,
                 (free or 0) / 1e9,
             )
         elif readers:
@@ -79,14 +83,18 @@ class HeldOut:
         self._readers = []
         self._steps = self._coming = None
 
-    def __iter__(self) -> Iterator[list[PackedRow]]:
+    def fetch(self) -> None:
+        """Wait until the rows are in memory, if they are to be kept."""
         if not self.kept:
-            return self._read()
+            return
         if self._coming is not None:
             self._steps, self._coming = self._coming.result(), None
         if self._steps is None:
             self._steps = list(self._read())
-        return iter(self._steps)
+
+    def __iter__(self) -> Iterator[list[PackedRow]]:
+        self.fetch()
+        return self._read() if self._steps is None else iter(self._steps)
 
     def _receive(
         self, steps: Iterator[list[PackedRow]], coming: Future[list[list[PackedRow]]]

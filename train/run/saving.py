@@ -57,7 +57,7 @@ class Saving:
         self, run: Run, output: Path, saved: Callable[[int], None] = lambda step: None
     ) -> None:
         self._run, self._output, self._saved = run, output, saved
-        # A thread's device is the first one until it is set; the target's matrices may be elsewhere.
+        # A thread's device is the first one until it is set, wherever the target's matrices are.
         device = by_number(run.compute.device)
         self._thread = ThreadPoolExecutor(1, "dspark-saving", make_current, (device,))
         self._writing: Future[None] | None = None
