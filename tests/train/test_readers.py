@@ -10,8 +10,11 @@ import multiprocessing
 import os
 import resource
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from multiprocessing import popen_spawn_posix
 from pathlib import Path
 from typing import Any
@@ -93,6 +96,29 @@ def test_a_reader_that_is_killed_while_it_is_waited_for() -> None:
     kill_the_reader()
     with pytest.raises(errors.TrainError, match="killed by SIGKILL"):
         next(rows)
+
+
+def test_readers_end_with_a_training_that_is_killed_while_they_start() -> None:
+    """What they inherit, the pipe of its output, is closed once all of them are gone."""
+    code = (
+        "import os, signal; from reader_rows import Numbers\n"
+        "from dspark.train.data.readers import read_ahead\n"
+        "rows = read_ahead(Numbers(), [(0, 0)], workers=2, pin=False)\n"
+        "os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    path = os.pathsep.join([str(Path(__file__).parents[1]), *sys.path])
+    with subprocess.Popen(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": path},
+        stdout=subprocess.PIPE,
+        start_new_session=True,
+    ) as process:
+        try:
+            process.communicate(timeout=60)
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == -signal.SIGKILL
 
 
 def test_a_reader_whose_end_is_known_a_moment_after_its_sentinel() -> None:

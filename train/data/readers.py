@@ -28,7 +28,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from dspark.cache.errors import DsparkError, TrainError
 from dspark.cache.shared.blocks import can_share
-from dspark.cache.shared.stopping import leave_to_parent
+from dspark.cache.shared.stopping import end_with_parent, leave_to_parent
 from dspark.train.data.need import AHEAD, Need
 from dspark.train.data.row import Field, PackedRow
 from dspark.train.data.slots import Desk, Offer, Room, Slots
@@ -89,7 +89,7 @@ def read_ahead(
                     num_workers=workers,
                     prefetch_factor=AHEAD if workers else None,
                     multiprocessing_context="spawn" if workers else None,
-                    worker_init_fn=_leave_interrupts_to_the_loop,
+                    worker_init_fn=_begin,
                 )
             )
     except OSError as error:
@@ -189,11 +189,13 @@ def _as_it_is(row: T) -> T:
     return row
 
 
-def _leave_interrupts_to_the_loop(worker: int) -> None:
+def _begin(worker: int) -> None:
     """Ignore Ctrl-C, which reaches every process of a terminal: a reader that died of it would keep
-    the loop from saving.
+    the loop from saving. End with the training, also one that was killed while this process
+    started: torch only looks for another parent than there is by now.
     """
     leave_to_parent(signal.SIGINT, signal.SIGHUP)  # a loader ends its readers with SIGTERM
+    end_with_parent()
 
 
 @contextmanager
