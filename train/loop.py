@@ -218,7 +218,8 @@ def _loop(
         speaks=world.first,
     )
     saved = session.saved if session else lambda step: None
-    with ExitStack() as stack, interrupt, Saving(run, output, saved) as saving:
+    # Outermost: a signal while readers end must not raise there.
+    with interrupt, ExitStack() as stack, Saving(run, output, saved) as saving:
         rows = run.rows or world.agreed(lambda: rows_from(run, position))
         feed = stack.enter_context(Feed(rows, placer(run), device))
         held_out = stack.enter_context(held) if (held := world.agreed(lambda: kept(run))) else None

@@ -65,6 +65,27 @@ def test_resume_goes_on_exactly(config: TrainConfig, tmp_path: Path) -> None:
     assert all(torch.equal(a[n], b[n]) for n in a)
 
 
+def test_a_second_signal_while_the_readers_end(config: TrainConfig) -> None:
+    """It ends the process on the spot, wherever that is, and no error is raised there."""
+    code = (
+        "import os, signal, time\nfrom dspark.train import loop\n"
+        "from dspark.train.config import TrainConfig\n"
+        "class Slow(loop.Feed):\n"
+        "    def __exit__(self, *error):\n"
+        "        os.kill(os.getpid(), signal.SIGTERM)\n"
+        "        time.sleep(60)\n"
+        "loop.Feed = Slow\n"
+        "stop = lambda step, total, text: step == 2 and os.kill(os.getpid(), signal.SIGTERM)\n"
+        f"loop.train(TrainConfig.from_json({config.to_json()!r}, 'x'), progress=stop)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 128 + signal.SIGTERM
+    assert "SIGTERM: stopped at once. Step 2 is saved" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_kill_9_then_resume(config: TrainConfig, tmp_path: Path) -> None:
     """A killed process: what it leaves is resumed to the same curve."""
     whole = dataclasses.replace(
