@@ -9,6 +9,7 @@ so often that the GPU was idle a fifth of the time
 
 from __future__ import annotations
 
+import logging
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
@@ -16,7 +17,7 @@ from dataclasses import dataclass
 from multiprocessing.util import Finalize
 from typing import TYPE_CHECKING, Any
 
-from dspark.cache.errors import DsparkError
+from dspark.cache.errors import DsparkError, EngineError
 from dspark.dump.corpus.parts import PartReader, PartRows, SourcesReader
 from dspark.dump.corpus.tokenise import Tokenisers
 from dspark.dump.workers import WorkerPool, pickled
@@ -156,7 +157,11 @@ def _begin(maker: bytes, processes: int) -> None:
     # At exit a process closes its queues and waits for its children, which end only when told to by
     # one of these: so before both.
     Finalize(None, _make.end, exitpriority=100)
-    _make.wait_until_started()
+    try:
+        _make.wait_until_started()
+    except EngineError:  # the dump hears of it as this process ends, and prints no trace
+        logging.getLogger("concurrent.futures").disabled = True
+        raise
 
 
 def _start(given: Sequence[Any], committed: Mapping[int, PartRecord]) -> Step:

@@ -71,6 +71,7 @@ class Tokenisers:
     def end(self) -> None:
         """Discard waiting tasks, and return when the processes have ended."""
         self._pool.shutdown(wait=True, cancel_futures=True)
+        self._pool.close()  # the file that they start from, if they never did
 
 
 _maker: SampleMaker | None = None

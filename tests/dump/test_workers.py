@@ -15,10 +15,12 @@ import time
 from concurrent.futures import CancelledError
 from multiprocessing.util import Finalize
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 
 from dspark.cache.errors import EngineError, UsageError
+from dspark.dump.corpus.reading import RowsProcess
 from dspark.dump.workers import WorkerPool
 
 
@@ -45,6 +47,28 @@ def test_one_that_dies_at_the_start_is_an_error(folder: Path) -> None:
         pool.wait_until_started()
     pool.close()
     assert list(folder.iterdir()) == []
+
+
+class Dying:
+    """Ends the process that it is sent to."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os._exit, (3,)
+
+
+def test_one_below_another_that_dies_at_the_start_leaves_no_file_and_no_trace(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))  # for processes
+    rows: Any = RowsProcess(cast(Any, Dying()), 1)
+    with pytest.raises(EngineError, match="a process that reads rows ended early"):
+        rows.wait_until_started()
+    rows.close()
+    deadline = time.monotonic() + 60
+    while multiprocessing.active_children() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not list(tmp_path.glob("dspark-*"))
+    assert "Traceback" not in capfd.readouterr().err
 
 
 def test_ctrl_c_while_it_is_made_leaves_no_file(folder: Path) -> None:
