@@ -271,7 +271,7 @@ def run_engine(
     written. ``guard``: see StoreWriter.
     """
     if isinstance(job.maker, Prompts):
-        writer, measured = ready(job, engine, probe, writer, show, guard)
+        writer, measured = begin_or_resume(job, engine, probe, writer, show, guard)
         with writer:
             return regenerate_parts(job, job.maker, writer, engine, measured, show, write)
     reader = sources_reader(job, log.info, make)
@@ -281,7 +281,7 @@ def run_engine(
             # The first parts are made while the target is checked and the codec learns, by other
             # processes. A shard knows which parts there are only once the store is there.
             parts = stack.enter_context(rows_ahead(reader, writer, make))
-        writer, measured = ready(job, engine, probe, writer, show, guard)
+        writer, measured = begin_or_resume(job, engine, probe, writer, show, guard)
         stack.enter_context(writer)
         if make is not None:
             make.wait_until_started()
@@ -318,7 +318,7 @@ def rows_ahead(
                 make.close()  # or the thread would wait for the part that the process is at
 
 
-def ready(
+def begin_or_resume(
     job: Job,
     engine: Engine,
     probe: Sequence[TokenSample],
