@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import pickle
 import tempfile
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
 from dspark.cache.errors import EngineError, UsageError, first_line
+from dspark.cache.shared.spawned import SpawnedProcess, Spawning
 from dspark.cache.shared.stopping import end_with_parent, leave_to_parent
 
 P = ParamSpec("P")
@@ -41,7 +41,7 @@ def pickled(value: object, task: str) -> bytes:
         ) from error
 
 
-class _Process(multiprocessing.context.SpawnProcess):
+class _Process(SpawnedProcess):
     """A process that leaves SIGTERM to its parent (``_begin``); so the executor, which ends the
     others when one is killed, must use SIGKILL.
     """
@@ -49,21 +49,13 @@ class _Process(multiprocessing.context.SpawnProcess):
     def terminate(self) -> None:
         self.kill()
 
-    def _bootstrap(self, parent_sentinel: int | None = None) -> int:
-        """Run all of the process, what is to be done at its end included, and end at once, as a
-        forked process does. To take apart what it has imported takes Python 0.2 s of processor
-        (docs/log/2026-11-27-ends-of-a-dump.md), and the command waits for its processes.
-        """
-        code: int = super()._bootstrap(parent_sentinel)  # type: ignore[misc]
-        os._exit(code)
 
-
-class _Spawn(multiprocessing.context.SpawnContext):
+class _Spawning(Spawning):
     Process = _Process
 
 
 class WorkerPool(ProcessPoolExecutor):
-    """Fresh processes (CUDA does not survive a fork) that leave Ctrl-C to the parent and end with
+    """Fresh processes that leave Ctrl-C to the parent and end with
     it, however it ends; all start at once. ``task``: what they do, for messages.
     ``start(*arguments)`` runs first in each of them. ``workers``: what --workers is, where the pool
     is not of so many. If one is killed, the others end too, and
@@ -78,7 +70,7 @@ class WorkerPool(ProcessPoolExecutor):
         arguments: tuple[Any, ...] = (),
         workers: int | None = None,
     ) -> None:
-        context = _Spawn()
+        context = _Spawning()
         self.processes, self.task = processes, task
         self._given_out: set[Future[Any]] = set()  # and not done
         self._workers = processes if workers is None else workers

@@ -34,6 +34,8 @@ class Numbers:
             raise errors.DamagedCacheError("part 3 is damaged")
         if epoch == 3 and i == 2:
             os._exit(7)
+        if epoch == 5 and i == 2:
+            raise KeyError("of a bug")
         return row(i, room, 16 if epoch != 4 else 64 + i)
 
 

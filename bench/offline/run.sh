@@ -5,7 +5,7 @@
 #   bash bench/offline/run.sh setup DIR          there, from the checkout: packages, checkout, corpus
 #   bash bench/offline/run.sh model DIR          there: SmolLM2 out of the two halves of its GGUF file
 #   bash bench/offline/run.sh vllm DIR           there: vLLM as bench/carry_vllm.py packs it
-#   bash bench/offline/run.sh go LANE...         there: start lanes side by side; NAME[:GPUS[:CORES]]
+#   bash bench/offline/run.sh go LANES...        there: side by side; NAME[+NAME...][:GPUS[:CORES]]
 #   LOOK=500 bash bench/offline/run.sh look OUT  there: wait, and keep OUT/all.tar.xz up to date
 #
 # pack needs CORPUS (a .jsonl.gz of chats) and DEEPSPEC (a git directory of the peer). It makes files
@@ -14,7 +14,7 @@
 #
 # A lane is a script of lanes/: it calls `lim NAME SECONDS COMMAND...`, which stops a command that
 # takes too long and keeps its output. Several lanes have GPUs and cores of their own. What they
-# write lies in $WORK/out/LANE, when each began and ended in $WORK/log/said.
+# write lies in $WORK/out/NAME, when each began and ended in $WORK/log/said.
 #
 # Learnt the hard way: an image may leave out compiled Python (PYTHONDONTWRITEBYTECODE), which costs
 # every process five seconds; setup compiles torch's. A machine may go back before a lane has ended,
@@ -83,16 +83,20 @@ vllm() {
 	say vllm
 }
 
-lane() { # NAME[:GPUS[:CORES]], in this process
-	local name gpus cores
-	IFS=: read -r name gpus cores <<< "$1"
+lane() { # NAME[+NAME...][:GPUS[:CORES]]: one after another, each in a shell of its own
+	local names gpus cores name
+	IFS=: read -r names gpus cores <<< "$1"
 	[ -z "${gpus:-}" ] || export CUDA_VISIBLE_DEVICES=$gpus
 	[ -z "${cores:-}" ] || taskset -pc "$cores" $$ > /dev/null
-	R=$W/out/$name && mkdir -p "$R" && cd "$SOURCE/bench" || exit
-	# shellcheck disable=SC1090
-	source "$SOURCE/bench/offline/lanes/$name.sh"
-	say "$name: end"
-	touch "$W/log/ended_$name"
+	for name in ${names//+/ }; do
+		(
+			R=$W/out/$name && mkdir -p "$R" && cd "$SOURCE/bench" || exit
+			# shellcheck disable=SC1090
+			source "$SOURCE/bench/offline/lanes/$name.sh"
+			say "$name: end"
+		)
+	done
+	touch "$W/log/ended_$names"
 }
 
 go() {

@@ -16,8 +16,8 @@ import logging
 import mmap
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -37,9 +37,10 @@ class Region:
     dtype: str
 
 
-@dataclass(frozen=True, slots=True)
-class Handle:
-    """A block as another process finds it: descriptor ``fd`` of process ``pid``, ``size`` bytes."""
+class Handle(NamedTuple):
+    """A block as another process finds it: descriptor ``fd`` of process ``pid``, ``size`` bytes. A
+    plain tuple, which is sent in a fifth of the time: the training's loop sends one per row.
+    """
 
     pid: int
     fd: int
@@ -160,7 +161,7 @@ def enlarged(handle: Handle, size: int) -> Handle:
     size = with_slack(size)
     with _opened(handle) as fd:
         os.ftruncate(fd, size)
-    return replace(handle, size=size)
+    return handle._replace(size=size)
 
 
 @contextlib.contextmanager

@@ -22,7 +22,7 @@ from dspark.train.data.stream import VALIDATION_EPOCH, Stream
 log = logging.getLogger("dspark.train")
 READERS, ROWS_OF_ONE = 2, 4  # processes, and the rows that one is started for at least
 SHARE = 0.5  # of the host memory that is left, at most, for all processes of a host together
-GRACE = 10.0  # seconds; a loader looks after its processes every five
+GRACE = 2.0  # seconds in which the thread that takes the rows has come to the next one
 
 
 class HeldOut:
@@ -62,7 +62,7 @@ class HeldOut:
         elif readers:
             self._coming = Future()
             others = set(multiprocessing.active_children())
-            steps = self._read(workers=readers)  # a loader is made in the main thread
+            steps = self._read(workers=readers)
             self._readers = [p for p in multiprocessing.active_children() if p not in others]
             self._thread = Thread(
                 target=self._receive, args=(steps, self._coming), name="dspark-held", daemon=True
@@ -76,10 +76,11 @@ class HeldOut:
         """End the readers and let go of the rows."""
         self._ended.set()
         if self._thread is not None:
-            if self._thread.is_alive():  # the training ended before the rows were there
-                for reader in self._readers:
-                    reader.terminate()
             self._thread.join(GRACE)
+            if self._thread.is_alive():  # its readers have not come to their first row yet
+                for reader in self._readers:
+                    reader.kill()
+                self._thread.join(GRACE)
         self._readers = []
         self._steps = self._coming = None
 

@@ -1,44 +1,46 @@
 """Processes that read rows ahead of the loop, and the errors raised when one of them fails or dies.
 
-torch's loader raises as soon as a reader is gone, wherever the loop is: in a backward pass whose
-sums the other ranks wait for, or while a checkpoint is written. Here the loss of a reader is raised
-only when the next row is requested, where all ranks learn of it together (``step.share``). That
-costs a few seconds: rows read before are still trained on, and torch looks for dead readers every 5
-s of waiting.
+Each has a pipe of its own and reads the rows that it is asked for one after another, always a few
+ahead; the loop takes them in turn. The loss of a reader is raised only when the next row is
+requested, where all ranks learn of it together (``step.share``): elsewhere the loop may be in a
+backward pass whose sums the other ranks wait for, or writing a checkpoint.
 
-Rows are written to slots (``slots.py``), which go to the readers with what is to be read.
+Rows are written to slots (``slots.py``), which go to the readers with what is to be read. So a
+message is small, and the loop's thread, which also launches the GPU's work, spends a tenth of a
+millisecond on a row. torch's loader took 0.3: it asks through a thread of each reader's own, and
+these take turns with the loop's (docs/log/2026-11-27-pipes-to-readers.md).
 """
 
 from __future__ import annotations
 
-import multiprocessing
 import pickle
+import select
 import signal
-import threading
-import warnings
+import time
+import traceback
+import weakref
+from collections import deque
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from multiprocessing.connection import wait
+from contextlib import closing, suppress
+from functools import partial
+from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import NamedTuple, Protocol
 
 import torch
-from torch.utils.data import DataLoader, Dataset
 
 from dspark.cache.errors import DsparkError, TrainError
 from dspark.cache.shared.blocks import can_share
+from dspark.cache.shared.spawned import Spawning
 from dspark.cache.shared.stopping import end_with_parent, leave_to_parent
 from dspark.train.data.need import AHEAD, Need
 from dspark.train.data.row import Field, PackedRow
 from dspark.train.data.slots import Desk, Offer, Room, Slots
 
-GRACE = 2.0  # seconds in which a reader whose connection broke is seen to be gone
+GRACE = 2.0  # seconds in which a reader whose connection broke, or was closed, is gone
 LIKELY = {"SIGKILL": " (out of memory?)", "SIGBUS": " (out of memory, or is /dev/shm full?)"}
 
-
 At = tuple[int, int]
-T = TypeVar("T")
 
 
 class Rows(Protocol):
@@ -63,6 +65,16 @@ class Written(NamedTuple):
     store: int
 
 
+class Failed(NamedTuple):
+    """A reader failed in a way that is nobody's but ours to mend; ``trace``: its own."""
+
+    trace: str
+
+
+Found = PackedRow | Written | DsparkError | Failed
+Wanted = tuple[At, Offer | None]
+
+
 def read_ahead(
     rows: Rows, order: Iterable[At], *, workers: int, pin: bool, need: Need | None = None
 ) -> Iterator[PackedRow]:
@@ -75,141 +87,154 @@ def read_ahead(
     if can_share() and (workers or pin):
         need = need or Need()
         slots = Slots(need.row, need.count(workers), pin)
-    others = set(multiprocessing.active_children())
+    wanted = ((at, slots.lend() if slots else None) for at in order)
+    if not workers:
+        desk = Desk()
+        return _taken((_read(rows, desk, *one) for one in wanted), slots)
     try:
-        with _no_alarm(), warnings.catch_warnings():
-            # more than cores: as requested, or to wait for a remote store's answers
-            warnings.filterwarnings("ignore", "This DataLoader will create")
-            ahead = iter(
-                DataLoader(
-                    _Told(rows),
-                    batch_size=None,
-                    sampler=_Lent(order, slots),
-                    collate_fn=_as_it_is,
-                    num_workers=workers,
-                    prefetch_factor=AHEAD if workers else None,
-                    multiprocessing_context="spawn" if workers else None,
-                    worker_init_fn=_begin,
-                )
-            )
+        readers = _Readers(rows, wanted, workers)
     except OSError as error:
         raise TrainError(
             f"{workers} processes that read the store could not be started ({error}). Use fewer "
             "--workers (0 for none), or raise the limits on open files and processes (ulimit -n, "
             "-u)."
         ) from error
-    readers = [process for process in multiprocessing.active_children() if process not in others]
-    return _taken(ahead, readers, slots)
+    return _taken(iter(readers.next, None), slots, readers)
 
 
 def _taken(
-    ahead: Iterator[PackedRow | Written | DsparkError],
-    readers: list[BaseProcess],
-    slots: Slots | None,
+    found: Iterator[Found], slots: Slots | None, readers: _Readers | None = None
 ) -> Iterator[PackedRow]:
     try:
-        while True:
-            _all_there(readers)
-            try:
-                found = next(ahead)
-            except StopIteration:
-                return
-            except (RuntimeError, OSError, EOFError):
-                _settle(readers)
-                _all_there(readers)
-                raise
-            if isinstance(found, DsparkError):
-                raise found
-            # No name here: it would keep the row, and so its slot, until the next has come.
-            yield found if isinstance(found, PackedRow) else _in_slot(found, slots)
-            del found
+        # Without a name: it would keep the row, and so its slot, until the next has come.
+        yield from map(partial(_row, slots), found)
     finally:
-        del ahead  # ends the readers
+        if readers is not None:
+            readers.close()
         if slots is not None:
             slots.close()
 
 
-def _in_slot(found: Written, slots: Slots | None) -> PackedRow:
+def _row(slots: Slots | None, found: Found) -> PackedRow:
+    """Raises what came instead of a row."""
+    if isinstance(found, DsparkError):
+        raise found
+    if isinstance(found, Failed):
+        raise RuntimeError(f"a process that reads the store failed:\n{found.trace}")
+    if isinstance(found, PackedRow):
+        return found
     assert slots is not None
     data, lent = slots.taken(found.number, found.size, found.used)
     return PackedRow(data, found.fields, found.tokens, found.slots, found.store, lent)
 
 
-@dataclass(frozen=True, slots=True)
-class _Lent:
-    """The order, each of its places with the slot for its row. The loader takes the next whenever
-    it has a row, so that there is a slot for each of those that are being read.
+class _Readers:
+    """``count`` processes that read ``wanted`` rows in turn, each with a pipe. They end with
+    ``close``, or when nothing refers to this any more.
     """
 
-    order: Iterable[At]
-    slots: Slots | None
-
-    def __iter__(self) -> Iterator[tuple[At, Offer | None]]:
-        return ((at, self.slots.lend() if self.slots else None) for at in self.order)
-
-
-class _Told(Dataset[PackedRow | Written | DsparkError]):
-    """Returns rows, or the original error of reading one: the loader would return an exception with
-    its trace in the message.
-    """
-
-    def __init__(self, rows: Rows) -> None:
-        self.rows = rows
-        self._desk = Desk()
-        self._packed: torch.Tensor | None = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Hand the rows over in shared memory. What a process is started with goes through a pipe
-        that holds 64 KB and that the child reads only after its imports, and the next child waits
-        for that: with the order of some thousand samples, seconds per reader.
-        """
-        if self._packed is None:
-            packed = torch.frombuffer(bytearray(pickle.dumps(self.rows)), dtype=torch.uint8)
-            self._packed = packed.share_memory_()  # type: ignore[no-untyped-call]
-        return {"packed": self._packed}
-
-    def __setstate__(self, state: dict[str, torch.Tensor]) -> None:
-        self.__init__(pickle.loads(state["packed"].numpy().tobytes()))  # type: ignore[misc]
-
-    def __getitem__(self, wanted: tuple[At, Offer | None]) -> PackedRow | Written | DsparkError:
-        at, offer = wanted
-        room = Room(self._desk, offer)
+    def __init__(self, rows: Rows, wanted: Iterator[Wanted], count: int) -> None:
+        """Raises OSError if the system starts none."""
+        self._wanted = wanted
+        self._coming: deque[int] = deque()  # whose row is next, and after that
+        self._pipes: list[Connection] = []
+        self._processes: list[BaseProcess] = []
+        self.close = weakref.finalize(self, _end, self._processes, self._pipes)
+        context = Spawning()
+        # In shared memory: what a process is started with goes through a pipe that holds 64 KB and
+        # that the child reads only after its imports, and the next child waits for that. With the
+        # order of some thousand samples, seconds per reader.
+        packed = torch.frombuffer(bytearray(pickle.dumps(rows)), dtype=torch.uint8)
+        self._packed = packed.share_memory_()  # type: ignore[no-untyped-call]
         try:
-            row = self.rows.read(at, room)
-        except DsparkError as error:
-            return error
-        if offer is None:
-            return row
-        used = row.data.shape[0]
-        return Written(offer.number, room.size, used, row.fields, row.tokens, row.slots, row.store)
+            for _ in range(count):
+                ours, theirs = context.Pipe()
+                self._pipes.append(ours)
+                process = context.Process(target=_serve, args=(theirs, self._packed), daemon=True)
+                with closing(theirs):
+                    process.start()
+                self._processes.append(process)
+            # One question for all of them, where their exit codes are a system call each.
+            self._ended = select.poll()
+            for one in self._processes:
+                self._ended.register(one.sentinel, select.POLLIN)
+            for number in AHEAD * list(range(count)):
+                self._ask(number)
+        except BaseException:
+            self.close()
+            raise
+
+    def next(self) -> Found | None:
+        """Wait for the next row; None after the last. Raises TrainError if a reader has ended."""
+        if self._ended.poll(0):
+            _all_there(self._processes)
+        if not self._coming:
+            return None
+        number = self._coming.popleft()
+        try:
+            found: Found = self._pipes[number].recv()
+        except (EOFError, OSError):
+            _settle(self._processes)
+            _all_there(self._processes)
+            raise
+        self._ask(number)
+        return found
+
+    def _ask(self, number: int) -> None:
+        one = next(self._wanted, None)
+        if one is None:
+            return
+        self._coming.append(number)
+        with suppress(ConnectionError):  # it is gone, which ``next`` finds out
+            self._pipes[number].send_bytes(pickle.dumps(one))  # what ``send`` does, in C
 
 
-def _as_it_is(row: T) -> T:
-    """Keep the loader from making lists of tuples."""
-    return row
-
-
-def _begin(worker: int) -> None:
-    """Ignore Ctrl-C, which reaches every process of a terminal: a reader that died of it would keep
-    the loop from saving. End with the training, also one that was killed while this process
-    started: torch only looks for another parent than there is by now.
+def _end(processes: list[BaseProcess], pipes: list[Connection]) -> None:
+    """End the readers. One that does not soon find its pipe closed, since it stands still or waits
+    for a service, is killed: nothing depends on what it is at.
     """
-    leave_to_parent(signal.SIGINT, signal.SIGHUP)  # a loader ends its readers with SIGTERM
+    for pipe in pipes:
+        pipe.close()
+    end = time.monotonic() + GRACE
+    for process in processes:
+        process.join(max(0.0, end - time.monotonic()))
+    for process in processes:
+        if process.exitcode is None:
+            process.kill()
+            process.join(GRACE)
+
+
+def _serve(pipe: Connection, packed: torch.Tensor) -> None:
+    """All that a reader does: read what it is asked for, until it is ended. Ctrl-C, which reaches
+    every process of a terminal, is left to the training: a reader that died of it would keep the
+    loop from saving.
+    """
+    leave_to_parent(signal.SIGINT, signal.SIGHUP)
     end_with_parent()
+    torch.set_num_threads(1)
+    rows: Rows = pickle.loads(packed.numpy().tobytes())
+    desk = Desk()
+    with suppress(EOFError, ConnectionError):
+        while True:
+            at, offer = pipe.recv()
+            found: Found
+            try:
+                found = _read(rows, desk, at, offer)
+            except Exception:
+                found = Failed(traceback.format_exc())
+            pipe.send(found)
 
 
-@contextmanager
-def _no_alarm() -> Iterator[None]:
-    """Remove the SIGCHLD handler that a loader installs, because it raises anywhere. Only the main
-    thread has handlers.
-    """
-    main = threading.current_thread() is threading.main_thread()
-    before = signal.getsignal(signal.SIGCHLD)
+def _read(rows: Rows, desk: Desk, at: At, offer: Offer | None) -> Found:
+    room = Room(desk, offer)
     try:
-        yield
-    finally:
-        if main:
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL if before is None else before)
+        row = rows.read(at, room)
+    except DsparkError as error:
+        return error
+    if offer is None:
+        return row
+    used = row.data.shape[0]
+    return Written(offer.number, room.size, used, row.fields, row.tokens, row.slots, row.store)
 
 
 def _settle(readers: list[BaseProcess]) -> None:
@@ -233,7 +258,7 @@ def _all_there(readers: list[BaseProcess]) -> None:
             name = {s.value: s.name for s in signal.Signals}.get(-code, f"signal {-code}")
             how = f"was killed by {name}{LIKELY.get(name, '')}"
         else:
-            how = f"ended with exit code {code}"
+            how = f"ended with exit code {code} (what it printed is above)"
         raise TrainError(
             f"a process that reads the store (pid {reader.pid}, of {len(readers)}) {how}; "
             "expected it to run as long as the training. "

@@ -15,7 +15,6 @@ layers, H hidden size.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import fcntl
 import json
 import math
@@ -210,7 +209,7 @@ def write_batch(filename: str, batch: OnHost, told: Mapping[str, torch.Tensor]) 
         name: [str(t.dtype).removeprefix("torch."), list(t.shape), batch.places.get(name)]
         for name, t in (batch.arrays | dict(told)).items()
     }
-    memory = dataclasses.astuple(batch.slot.block.handle()) if batch.slot is not None else None
+    memory = batch.slot.block.handle() if batch.slot is not None else None
     with open(filename + PART, "wb", buffering=0) as file:
         _write_aligned(file, json.dumps({"memory": memory, "arrays": head}).encode() + b"\n")
         for t in (*(() if batch.slot is not None else batch.arrays.values()), *told.values()):
