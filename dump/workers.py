@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
 from dspark.cache.errors import EngineError, UsageError, first_line
+from dspark.cache.shared.host_cores import cores
 from dspark.cache.shared.spawned import SpawnedProcess, Spawning
 from dspark.cache.shared.stopping import end_with_parent, leave_to_parent
 
@@ -24,7 +25,7 @@ def default_workers(device: str) -> int:
     """Return the worker processes per stage: with a GPU a quarter of the cores, at most 8; none on
     a CPU, where the target needs the cores.
     """
-    return max(1, min(8, (os.cpu_count() or 1) // 4)) if device == "cuda" else 0
+    return max(1, min(8, cores() // 4)) if device == "cuda" else 0
 
 
 def pickled(value: object, task: str) -> bytes:

@@ -21,6 +21,7 @@ from dspark.cache.files.checksum import crc32, crc32c
 from dspark.cache.files.layout import StoredArray
 from dspark.cache.parts.chunks import chunk_rows, compressor, row_bytes
 from dspark.cache.records import Array
+from dspark.cache.shared.host_cores import cores
 
 T = TypeVar("T")
 
@@ -38,7 +39,7 @@ def _pool() -> ThreadPoolExecutor:
 
 @cache
 def _threads() -> int:
-    return max(1, (os.cpu_count() or 1) // _processes)
+    return max(1, cores() // _processes)
 
 
 def share_cores(processes: int) -> None:

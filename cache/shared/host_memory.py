@@ -1,15 +1,14 @@
 """The host memory that a process may still take: what the machine has left, and what the limits of
-its control groups leave of that (containers, jobs of a scheduler; versions 1 and 2).
+its control groups leave of that.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-WHOLE = Path("/")
+from dspark.cache.shared.control_groups import WHOLE, groups
 
 
 class _Names(NamedTuple):
@@ -34,33 +33,10 @@ def available(root: Path = WHOLE) -> int | None:
     with contextlib.suppress(OSError, ValueError, IndexError):
         text = (root / "proc/meminfo").read_text()
         found.append(1024 * int(text.split("MemAvailable:")[1].split()[0]))
-    for group, names in _groups(root):
+    for group, version in groups("memory", root):
         with contextlib.suppress(OSError, ValueError):  # not a group with a limit, or "max"
-            found.append(_left(group, names))
+            found.append(_left(group, V1 if version == 1 else V2))
     return min(found, default=None)
-
-
-def _groups(root: Path) -> Iterator[tuple[Path, _Names]]:
-    """Yield this process's control groups, from the innermost out: each may have a limit. In a
-    container the path may be the host's, of which only the mount itself is there.
-    """
-    lines = []
-    with contextlib.suppress(OSError):
-        lines = (root / "proc/self/cgroup").read_text().splitlines()
-    for line in lines:
-        _, _, rest = line.partition(":")
-        controllers, _, path = rest.partition(":")
-        if not controllers:
-            mount, names = root / "sys/fs/cgroup", V2
-        elif "memory" in controllers.split(","):
-            mount, names = root / "sys/fs/cgroup/memory", V1
-        else:
-            continue
-        inner = Path(path.lstrip("/"))
-        if ".." in inner.parts:  # outside the namespace
-            inner = Path()
-        for group in (inner, *inner.parents):
-            yield mount / group, names
 
 
 def _left(group: Path, names: _Names) -> int:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -38,6 +37,7 @@ from dspark.cache.reader import Cache
 from dspark.cache.reader import open as open_store
 from dspark.cache.records import CodedSample
 from dspark.cache.settings import DEFAULT_PACKING, choose_codec, is_asked
+from dspark.cache.shared.host_cores import cores
 from dspark.cache.shared.stopping import parts_of, stoppable
 from dspark.cache.target.files import small_files
 from dspark.cache.writer import StoreWriter, refuse_to_replace
@@ -266,9 +266,7 @@ def _recode_parts(
 
     done = total - len(left)
     threads = torch.get_num_threads()
-    with ThreadPoolExecutor(
-        workers or min(8, os.cpu_count() or 1), thread_name_prefix="recode"
-    ) as pool:
+    with ThreadPoolExecutor(workers or min(8, cores()), thread_name_prefix="recode") as pool:
         jobs = [pool.submit(one, number) for number in left]
         try:
             for job in as_completed(jobs):

@@ -5,7 +5,6 @@ decodes every chunk, names what is damaged.
 from __future__ import annotations
 
 import itertools
-import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -37,6 +36,7 @@ from dspark.cache.parts.index import build_index
 from dspark.cache.parts.record import PartRecord
 from dspark.cache.reader import Cache
 from dspark.cache.records import Array
+from dspark.cache.shared.host_cores import cores
 from dspark.cache.stored_manifest import read_manifest
 from dspark.cache.stores.verify_part import Checked, Report, check_part
 from dspark.cache.target.files import damaged_files, what_to_do
@@ -94,9 +94,7 @@ def verify(
         return check_part(place, name, manifest, digest, layout)
 
     # Reading, checksums and decompression release Python's lock.
-    with ThreadPoolExecutor(
-        workers or min(8, os.cpu_count() or 1), thread_name_prefix="verify"
-    ) as pool:
+    with ThreadPoolExecutor(workers or min(8, cores()), thread_name_prefix="verify") as pool:
         for done, (name, own) in enumerate(zip(names, pool.map(one, names), strict=True)):
             report.findings += own.report.findings
             report.checked_chunks += own.report.checked_chunks

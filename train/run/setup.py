@@ -4,7 +4,6 @@ training here.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -16,6 +15,7 @@ import dspark.cache
 from dspark.cache.codec.klt.warm import warming_to_read
 from dspark.cache.errors import TrainError, UsageError
 from dspark.cache.joined import JoinedCache, Stores
+from dspark.cache.shared.host_cores import cores
 from dspark.train.compute import Compute, choose_compute, keep_compiled, start_compilers
 from dspark.train.config import TrainConfig
 from dspark.train.data.anchors import Int64
@@ -247,7 +247,7 @@ def workers_of(config: TrainConfig, cache: Stores, compute: Compute, world: Worl
     """
     if config.workers is not None:
         return config.workers
-    share = (os.cpu_count() or 1) // world.local_size
+    share = cores() // world.local_size
     workers = min(8, max(2, share - 1)) if compute.device.type == "cuda" else 0
     # The answers of a remote store take their time on any device.
     return max(workers, REMOTE_WORKERS) if cache.remote else workers

@@ -10,7 +10,6 @@ and coding need; a test holds the two against each other.
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -22,6 +21,7 @@ from dspark.cache.codec.klt import fast
 from dspark.cache.codec.klt.codec import Klt
 from dspark.cache.codec.klt.symbols import CLASSES, Packing, band_count
 from dspark.cache.codec.klt.tables import Tables, Transform
+from dspark.cache.shared.host_cores import cores
 from dspark.cache.shared.process import by_number, make_current
 
 if TYPE_CHECKING:
@@ -155,7 +155,7 @@ def _pool(device: torch.device) -> ThreadPoolExecutor:
     """Make threads that launch on ``device``: triton does so on a thread's current GPU, wherever
     the tensors are, and another GPU's memory is an error that ends the process's use of it.
     """
-    threads = min(THREADS, os.cpu_count() or 1)
+    threads = min(THREADS, cores())
     return ThreadPoolExecutor(threads, "dspark-warm", make_current, (device,))
 
 

@@ -1,0 +1,34 @@
+"""The cores that a process may use: in a container or a job, fewer than the machine has."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+from pathlib import Path
+
+from dspark.cache.shared.control_groups import WHOLE, groups
+
+
+def cores(root: Path = WHOLE) -> int:
+    """Return how many cores this process may use: those that it is bound to, and no more than its
+    control groups give it time of, rounded up. ``root``: where the system's ``proc`` and ``sys``
+    are.
+    """
+    bound = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    found = [bound or 1]
+    for group, version in groups("cpu", root):
+        with contextlib.suppress(OSError, ValueError):  # not a group with a limit, or "max"
+            found.append(math.ceil(_quota(group, version)))
+    return max(1, min(found))
+
+
+def _quota(group: Path, version: int) -> float:
+    if version == 2:
+        time, period = map(int, (group / "cpu.max").read_text().split())
+    else:
+        names = ("cpu.cfs_quota_us", "cpu.cfs_period_us")
+        time, period = (int((group / name).read_text()) for name in names)
+    if time <= 0 or period <= 0:  # -1: no limit
+        raise ValueError(time)
+    return time / period
