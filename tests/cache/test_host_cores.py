@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
-from test_host_memory import system
+from control_groups import system
 
 from dspark.cache.parts import shard_writer
 from dspark.cache.shared.host_cores import cores
