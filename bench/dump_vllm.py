@@ -342,9 +342,12 @@ def main() -> None:
             engine_arg=tuple(args.engine_arg),
         )
         job = prepare(config)
-        parts = part_reader(job, lambda line: None).parts({})
         rows = args.rows * (args.copies if args.whole else 1)
-        samples = [s for p in parts for s in p.samples if s.row < rows]
+        samples: list[TokenSample] = []
+        for part in part_reader(job, lambda line: None).parts({}):
+            samples += [s for s in part.samples if s.row < rows]
+            if part.samples and part.samples[-1].row >= rows:
+                break  # those of the other copies are the dump's
         engine = Uncached(samples, config.make_codec(), args.passes)
         step = None if args.own_steps else steps_of(job.plan)
         bare = args.prefill or prefill(args, engine.prompts, job.plan.dtype, step, Path(scratch))

@@ -28,10 +28,12 @@ export PYTHONPYCACHEPREFIX=$W/pyc PYTHONPATH=$W/path:$W/site
 unset PYTHONDONTWRITEBYTECODE
 say() { echo "$(date +%H:%M:%S) $*" | tee -a "$W/log/said"; }
 
-lim() { # NAME SECONDS COMMAND...: its output in $R/NAME.log
+stamped() { while IFS= read -r line; do printf '%(%T)T %s\n' -1 "$line"; done; }
+
+lim() { # NAME SECONDS COMMAND...: its output in $R/NAME.log, each line with its time
 	local name=$1 seconds=$2 began=$SECONDS
 	shift 2
-	timeout -s INT -k 15 "$seconds" "$@" > "$R/$name.log" 2>&1
+	timeout -s INT -k 15 "$seconds" "$@" > >(stamped > "$R/$name.log") 2>&1
 	say "$name: exit code $?, $((SECONDS - began)) s"
 }
 

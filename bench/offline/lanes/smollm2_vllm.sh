@@ -1,16 +1,18 @@
-# SmolLM2 through vLLM: plain prefill and the dump in one process, then its engine apart, then two and
-# three engines on the card (12 min; every ratio is to the first one's prefill).
+# SmolLM2 through vLLM, in variants: VARIANTS of N[_apart][_mp]. N engines on the card; a single engine
+# apart from the dump's process; its worker apart from its scheduler. Plain prefill is measured with
+# the first, and every ratio is to it (2 min each).
 export PYTHONPATH=$W/path:$W/vllm:$W/site VLLM_USE_FLASHINFER_SAMPLER=0
-run() { # NAME FLAGS...
-	local name=$1
-	shift
-	lim "$name" 240 python3 dump_vllm.py --target "$W/smol" --data "$W/corpus.jsonl" --rows 3000 \
-		--copies 8 --codec rotated-4-4 --engine-arg enforce_eager=true --scratch /dev/shm --passes 2 \
-		--name "$name" "$@"
-	cp "$SOURCE/bench/results/$name.json" "$R"
-}
-run alone
-run apart --apart --prefill 1
-run worker_apart --apart --prefill 1 --engine-arg distributed_executor_backend=mp
-run two --data-parallel-size 2 --prefill 1
-run three --data-parallel-size 3 --prefill 1
+prefill=()
+for name in ${VARIANTS:-1 1_apart 1_mp 1_apart_mp 2 2_mp 3_mp}; do
+	flags=(--data-parallel-size "${name%%_*}")
+	[[ $name == *_apart* ]] && flags+=(--apart)
+	[[ $name == *_mp* ]] && flags+=(--engine-arg distributed_executor_backend=mp)
+	lim "smol_$name" 280 python3 dump_vllm.py --target "$W/smol" --data "$W/corpus.jsonl" \
+		--rows 3000 --copies "${COPIES:-16}" --codec "${CODEC:-klt-1-1-2}" --scratch /dev/shm \
+		--engine-arg enforce_eager=true --passes 2 --name "smol_$name" "${prefill[@]}" "${flags[@]}"
+	written=$SOURCE/bench/results/smol_$name.json
+	[ -e "$written" ] || continue
+	cp "$written" "$R"
+	[ ${#prefill[@]} = 0 ] && prefill=(--prefill "$(python3 -c "import json
+print(json.load(open('$written'))['results']['prefill_tokens_per_s'])")")
+done
