@@ -89,3 +89,14 @@ def load(
         raise FormatVersionError(
             f"{where}: {error}. Use the dspark release that wrote the store."
         ) from error
+
+
+def on_host(codec: Codec) -> Codec:
+    """Return ``codec`` with what it has learnt in host memory, to be sent to another process. Sent
+    as it is, a GPU's memory would be shared: the other process takes half a gigabyte there for
+    that alone, and torch warns at the end of this one.
+    """
+    learnt = codec.calibration()
+    if not learnt:
+        return codec
+    return load(codec.name, codec.params, codec.pack, learnt, codec.name)

@@ -15,6 +15,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dspark.cache.codec import registry
 from dspark.cache.codec.base import EXACT_TOKEN, Tokens
 from dspark.cache.codec.bf16 import LOSSLESS_BITS
 from dspark.cache.codec.klt import moments
@@ -560,3 +561,14 @@ def test_calibration_takes_whole_samples_and_runs_of_long_ones() -> None:
     assert begins[0] == 0
     assert len(set(begins)) == 4
     assert max(begins) > 120
+
+
+def test_what_another_process_gets_is_in_host_memory() -> None:
+    """As much as a machine without a GPU can tell: its own tensors, equal, and the same codes."""
+    codec = by_hand()
+    sent = registry.on_host(codec)
+    assert isinstance(sent, Klt)
+    assert (sent, sent.digest) == (codec, codec.digest)
+    assert sent.learnt is not codec.learnt
+    plain = registry.make("rotated-4-4")
+    assert registry.on_host(plain) is plain

@@ -90,9 +90,18 @@ def test_an_engine_leaves_room_for_learning_the_codec(
 
 
 def test_engines_on_one_gpu_share_it() -> None:
-    two = Split(2, 1, 1, shared=True)
-    for leave, share in ((0, 0.45), (12, 0.412)):
-        found = memory_share(EngineOptions(), two, leave=leave * GB, weights=8 * GB, memory=80 * GB)
+    """With room for each one's coding, as long as the weights leave it."""
+    for engines, leave, weights, share in (
+        (2, 0, 8, 0.4),
+        (2, 12, 8, 0.362),
+        (3, 0, 1, 0.233),
+        (2, 0, 30, 0.45),
+        (5, 0, 1, 0.1),
+    ):
+        found = memory_share(
+            EngineOptions(), Split(engines, 1, 1, shared=True),
+            leave=leave * GB, weights=weights * GB, memory=80 * GB,
+        )  # fmt: skip
         assert found == share
 
 

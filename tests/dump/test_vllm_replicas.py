@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 
+from dspark.cache.codec import registry
 from dspark.cache.errors import EngineError, UsageError
 from dspark.cache.records import TokenSample
 from dspark.dump.engines.answers import Answered, Ask, Sampling
@@ -24,7 +25,7 @@ from dspark.dump.engines.vllm.launch import Split
 from dspark.dump.engines.vllm.replicas import Failure, Replica, Replicas, pack, unpack, work
 from dump_targets import samples
 
-CODEC: Any = "codec"
+CODEC, SENT = registry.make("lossless"), registry.make("rotated-4-4")  # here, and to engines
 
 
 class Fake:
@@ -45,7 +46,7 @@ class Fake:
         return [Prediction(s.input_ids.tolist(), [float(self.number)]) for s in data]
 
     def finished(self, groups: Iterable[Sequence[TokenSample]], codec: Any) -> Iterator[Any]:
-        assert codec == CODEC
+        assert codec == SENT
         coming, held = enumerate(groups), list[tuple[int, list[tuple[int, int, TokenSample]]]]()
         ended = False
         while held or not ended:
@@ -102,6 +103,7 @@ def started(*engines: Fake) -> Replicas:
 
 @pytest.fixture(autouse=True)
 def no_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dspark.dump.engines.vllm.replicas.on_host", {CODEC: SENT}.get)
     monkeypatch.setattr("dspark.dump.engines.vllm.replicas.engine_version", lambda name: "0")
 
 

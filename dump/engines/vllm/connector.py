@@ -126,8 +126,8 @@ class Gathered:
 
 
 class SpoolConnector(ExampleHiddenStatesConnector):  # type: ignore[misc]
-    """Named in ``kv_connector`` with ``kv_connector_module_path`` = this module. ``batch_tokens``
-    in its extra config bounds a batch.
+    """Named in ``kv_connector`` with ``kv_connector_module_path`` = this module. In its extra
+    config, ``batch_tokens`` bounds a batch; ``sharing``: engines on this GPU.
     """
 
     def __init__(self, *args: Any, **options: Any) -> None:
@@ -135,6 +135,7 @@ class SpoolConnector(ExampleHiddenStatesConnector):  # type: ignore[misc]
         self._batch_tokens = int(
             self._kv_transfer_config.get_from_extra_config("batch_tokens", 1 << 13)
         )
+        self._sharing = int(self._kv_transfer_config.get_from_extra_config("sharing", 1))
         self._batches = 0  # the scheduler's: named so far
         self._members = self._tokens = 0  # of the last one named
         self._kind: Any = None  # of its requests; None: it takes no more
@@ -282,6 +283,7 @@ class SpoolConnector(ExampleHiddenStatesConnector):  # type: ignore[misc]
             if cache.device.type == "cuda":
                 tokens = max(self._batch_tokens, self._vllm_config.model_config.max_model_len)
                 free, _ = torch.cuda.mem_get_info(cache.device)
+                free //= self._sharing  # the others see all of it, too
                 # what torch keeps for batches that have gone
                 free += torch.cuda.memory_reserved(cache.device)
                 free -= torch.cuda.memory_allocated(cache.device)

@@ -231,21 +231,26 @@ def memory_share(
     """
     if "gpu_memory_utilization" in dict(options.arguments) or not split.gpus or not memory:
         return None
+    sharing = split.engines if split.shared else 1
     share = GPU_SHARE - max(0.0, (leave + CONTEXT_BYTES) / memory - (1 - GPU_SHARE))
-    held = (weights or memory) * (split.engines if split.shared else 1) / split.gpus / memory
+    held = (weights or memory) * sharing / split.gpus / memory
     if not leave or share < held + LEAST_BESIDE:
         share = GPU_SHARE
     if split.shared:
-        return round(share / split.engines, 3)
+        # What is not vLLM's is for the coding beside the target: each engine does that.
+        coding = (sharing - 1) * (1 - GPU_SHARE)
+        if share - coding >= held + LEAST_BESIDE:
+            share -= coding
+        return round(share / sharing, 3)
     return round(share, 3) if share < GPU_SHARE else None
 
 
 def llm_arguments(
     model: str, ids: Sequence[int], *, dtype: str, seq_length: int, spool: Path, batch_tokens: int,
-    options: EngineOptions,
+    options: EngineOptions, sharing: int = 1,
 ) -> dict[str, Any]:  # fmt: skip
     """Return the arguments of ``vllm.LLM`` that extract the states ``ids``; ``batch_tokens``: a
-    worker's maximum batch.
+    worker's maximum batch; ``sharing``: engines on its GPU.
     """
     return {
         "model": model,
@@ -269,6 +274,7 @@ def llm_arguments(
             "kv_connector_extra_config": {
                 "shared_storage_path": str(spool.absolute()),
                 "batch_tokens": batch_tokens,
+                "sharing": sharing,
             },
         },
         **dict(options.arguments),

@@ -20,6 +20,7 @@ from functools import partial
 from multiprocessing import connection
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from dspark.cache.codec.registry import on_host
 from dspark.cache.errors import DsparkError, EngineError, UsageError
 from dspark.cache.shared.stopping import end_with_parent, leave_to_parent
 from dspark.dump.engines.engine import GROUPS, Captured, EngineRun, Prediction, States
@@ -148,7 +149,7 @@ class Replicas:
         return [out[i] for i in range(len(samples))]
 
     def stream(self, groups: Iterable[Sequence[TokenSample]], codec: Codec) -> Iterator[Captured]:
-        self._tell([("stream", codec)] * len(self._replicas))
+        self._tell([("stream", on_host(codec))] * len(self._replicas))
         coming = enumerate(groups)
         left: dict[int, int] = {}  # samples of a group that are not out yet
         open_groups: dict[int, Sequence[TokenSample]] = {}
@@ -190,8 +191,8 @@ class Replicas:
         together.
         """
         todo = sorted(asks, key=lambda ask: -len(ask.prompt))
-        n = len(self._replicas)
-        self._tell([("answer", todo[k::n], sampling, list(stops), codec) for k in range(n)])
+        n, sent = len(self._replicas), on_host(codec)
+        self._tell([("answer", todo[k::n], sampling, list(stops), sent) for k in range(n)])
         working = set(range(n))
         while working:
             replica, answered = self._next(working)
