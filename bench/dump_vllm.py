@@ -2,7 +2,7 @@
 dump through our connector.
 
     python bench/dump_vllm.py --target DIR --data FILE.jsonl [--rows 24] [--copies 1] [--bits 4/4]
-        [--codec NAME] [--own-steps] [--data-parallel-size 1] [--apart] [--scratch DIR]
+        [--codec NAME] [--own-steps] [--data-parallel-size 1] [--scratch DIR]
         [--prefill RATE] [--whole] [--passes 3]
 
 Plain vLLM runs in a process of its own first, with as many tokens per step as the dump takes (on an
@@ -13,12 +13,11 @@ read and dropped: what coding and the hand-over cost without parts. Then the dum
 ``--copies`` times the rows (each copy begins with a number of its own, so that the prefix cache
 does not know it). Prefix caching and chunked prefill are on in all. Writes bench/results/NAME.json.
 
-``--data-parallel-size``: engines of the dump; with one GPU they share it. ``--apart``: a single
-engine in a process of its own, as several are. An engine in another process cannot be told to skip,
-so the extraction is left out. ``--scratch``: the folder of the store. ``--prefill``: tokens per
-second of plain vLLM, measured before on this machine. ``--whole``: every stage runs all copies; by
-default those before the dump run the first alone, so their beginning and end weigh more than the
-dump's. ``processor_s``: see dump_threads.py.
+``--data-parallel-size``: engines of the dump; with one GPU they share it. Engines in other
+processes, as several are, cannot be told to skip, so the extraction is left out. ``--scratch``: the
+folder of the store. ``--prefill``: tokens per second of plain vLLM, measured before on this
+machine. ``--whole``: every stage runs all copies; by default those before the dump run the first
+alone, so their beginning and end weigh more than the dump's. ``processor_s``: see dump_threads.py.
 
 Last, on the same engine with nothing else to do, the raw states of some of the samples, coded here:
 ``stored_difference`` is how far what the dump stored at full speed is from them, relative to a
@@ -55,7 +54,6 @@ from dspark.dump.checks.coded import as_stored, by_state
 from dspark.dump.config import DumpConfig
 from dspark.dump.engines.engine import Captured, Engine, States
 from dspark.dump.engines.options import parse_arguments
-from dspark.dump.engines.vllm import launch
 from dspark.dump.engines.vllm.engine import VllmEngine, raw_bytes, step_tokens
 from dspark.dump.engines.vllm.launch import ENVIRONMENT
 from dspark.dump.engines.vllm.replicas import Replicas
@@ -287,7 +285,6 @@ def main() -> None:
     parser.add_argument("--bits", help="of a rotated codec; 4/4 if no --codec is given")
     parser.add_argument("--codec")
     parser.add_argument("--data-parallel-size", type=int, default=1)
-    parser.add_argument("--apart", action="store_true")
     parser.add_argument("--scratch")
     parser.add_argument("--prefill", type=float)
     parser.add_argument("--whole", action="store_true")
@@ -325,7 +322,6 @@ def main() -> None:
             )
         )
         return
-    launch.APART = args.apart
     with tempfile.TemporaryDirectory(dir=args.scratch) as scratch:
         data = copied(args.data, args.rows, args.copies, Path(scratch) / "rows.jsonl")
         config = DumpConfig(
@@ -358,7 +354,6 @@ def main() -> None:
             "dtype": job.plan.dtype,
             "codec": config.codec_name,
             "engines": args.data_parallel_size,
-            "apart": args.apart,
             "scratch": args.scratch,
             "engine_arg": args.engine_arg,
             "seq_length": args.seq_length,

@@ -48,7 +48,6 @@ from dspark.dump.engines.options import NO_OPTIONS, EngineOptions
 from dspark.dump.engines.registry import engine_version
 from dspark.dump.engines.vllm.launch import (
     Split,
-    apart,
     architectures_of,
     capture_arguments,
     check_version,
@@ -471,7 +470,7 @@ def start(run: EngineRun) -> Engine:
         given = (*options.arguments, ("gpu_memory_utilization", share))
         run = dataclasses.replace(run, options=dataclasses.replace(options, arguments=given))
         run.say(f"gpu_memory_utilization {share}: other engines or the codec need the rest")
-    if split.engines > 1 or apart(run, split):
+    if split.engines > 1:
         from dspark.dump.engines.vllm.replicas import Replicas
 
         return Replicas.start(run, split)

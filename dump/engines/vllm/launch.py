@@ -33,9 +33,6 @@ WEIGHTS_SHARE = 0.6
 GPU_SHARE = 0.9  # of a GPU's memory that vLLM takes if it is not told
 LEAST_BESIDE = 0.15  # of a GPU's memory that vLLM needs beside the weights
 CONTEXT_BYTES = 2 << 30  # of another process on the GPU, before it holds any tensor
-# Whether a single engine gets a process of its own, too. Its requests and outputs take 0.17 ms of
-# Python per sample, which the rows, the codes and the writers of a small target's dump need.
-APART = False
 CAPTURE_MODULE = "dspark.dump.engines.vllm.capture"
 
 
@@ -162,13 +159,6 @@ def choose_split(
     if left > 0:
         why = "; ".join(filter(None, [why, f"{left} of {gpus} GPUs stay idle"]))
     return Split(dp, each, tp, why, shared=each * dp > gpus)
-
-
-def apart(run: EngineRun, split: Split) -> bool:
-    """Tell whether a single engine gets a process of its own. Not one that answers: its states come
-    with the answers, which would go through the pipe.
-    """
-    return APART and split.engines == 1 and not run.answers
 
 
 def split_of(run: EngineRun) -> Split:

@@ -68,8 +68,8 @@ class Replica:
     ) -> Replica:
         """Start the process; its first message says that the engine is ready."""
         context = multiprocessing.get_context("spawn")
-        name = f"{run.spool.name}.{number}" if split.engines > 1 else run.spool.name
-        own = dataclasses.replace(run, spool=run.spool.with_name(name), say=_silent)
+        spool = run.spool.with_name(f"{run.spool.name}.{number}")
+        own = dataclasses.replace(run, spool=spool, say=_silent)
         ours, theirs = context.Pipe()
         given = (theirs, own, split, visible_gpus(number, split))
         process = context.Process(target=serve, args=given, daemon=False)
@@ -110,12 +110,10 @@ class Replicas:
         except BaseException:
             out.close()
             raise
-        if split.engines > 1:
-            run.say(
-                f"{split.engines} vLLM engines, {max(split.gpus, 1)} "
-                f"{'GPU' if split.gpus else 'CPU'} each"
-                + (", on the same one" if split.shared else "")
-            )
+        run.say(
+            f"{split.engines} vLLM engines, {max(split.gpus, 1)} "
+            f"{'GPU' if split.gpus else 'CPU'} each" + (", on the same one" if split.shared else "")
+        )
         return out
 
     @property
