@@ -22,6 +22,7 @@
 set -u
 W=${WORK:-/tmp/offline}
 SOURCE=$W/source
+export STORES=${STORES:-/dev/shm/stores} # of whole_dump: in memory
 HERE=$(cd "$(dirname "$0")" && pwd)
 export PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 export PYTHONPYCACHEPREFIX=$W/pyc PYTHONPATH=$W/path:$W/site
@@ -37,7 +38,8 @@ lim() { # NAME SECONDS COMMAND...: its output in $R/NAME.log, each line with its
 	say "$name: exit code $?, $((SECONDS - began)) s"
 }
 
-pack() {
+pack() ( # stops at the first error
+	set -e
 	mkdir -p "$1/common/whl"
 	python3 -m pip download -q --no-deps --only-binary=:all: --python-version "${PYTHON:-3.12}" \
 		--implementation cp --platform manylinux_2_28_x86_64 --platform manylinux_2_17_x86_64 \
@@ -54,10 +56,10 @@ pack() {
 	tar c -C "$1/vllm" --exclude='numcodecs*' --exclude='zarr*' --exclude='fastcrc*' . |
 		xz -T0 -5 > "$1/vllm.tar.xz"
 	ls -l "$1"
-}
+)
 
 setup() {
-	mkdir -p "$W/log" "$W/out" "$W/path"
+	mkdir -p "$W/log" "$W/out" "$W/path" "$STORES"
 	nvidia-smi --query-gpu=name,clocks.sm,clocks_throttle_reasons.active,temperature.gpu --format=csv
 	tar xf "$1/common.tar" -C "$W"
 	python3 -m pip install -q --no-index --no-deps --no-compile --upgrade --target "$W/site" "$W"/whl/*

@@ -53,17 +53,8 @@ def warming(
     if not isinstance(codec, Klt) or device is None or not str(device).startswith("cuda"):
         yield lambda: None
         return
-    here = _ready(device)
-    if here is None:
-        yield lambda: None
-        return
-    of = codec, layers, hidden, here, dtype
-    thread = Thread(target=_warm, args=of, name="dspark-warm")
-    thread.start()
-    try:
-        yield thread.join
-    finally:
-        thread.join()
+    with _beside(device, lambda here: _warm(codec, layers, hidden, here, dtype)) as wait:
+        yield wait
 
 
 @contextmanager
@@ -77,15 +68,26 @@ def warming_to_read(
     if not found or not fast.has_kernels(device):
         yield
         return
+    of = list(found.values())
+    with _beside(device, lambda here: _warm_to_read(of, hidden, here, dtype)):
+        yield
+
+
+@contextmanager
+def _beside(
+    device: torch.device | str, work: Callable[[torch.device], None]
+) -> Iterator[Callable[[], None]]:
+    """Run ``work`` with ``device`` by number in a thread during the ``with`` block, which ends when
+    that has ended; yields what waits for it. Nothing is done where the device is not ready for it.
+    """
     here = _ready(device)
     if here is None:
-        yield
+        yield lambda: None
         return
-    of = list(found.values()), hidden, here, dtype
-    thread = Thread(target=_warm_to_read, args=of, name="dspark-warm")
+    thread = Thread(target=work, args=(here,), name="dspark-warm")
     thread.start()
     try:
-        yield
+        yield thread.join
     finally:
         thread.join()
 
