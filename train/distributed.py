@@ -9,6 +9,7 @@ collective of the step begins, none of those ever waits for a rank that has stop
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import socket
 from collections.abc import Callable, Iterator, Sequence
@@ -22,6 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dspark.cache.errors import TrainError, UsageError
+from dspark.cache.shared.host_cores import bound, cores
 
 T = TypeVar("T")
 LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # what torchrun sets
@@ -53,6 +55,7 @@ class World:
     local_size: int = 1  # processes of this node
     control: Any = None  # the gloo group
     owned: bool = False  # whether the process group ends with the run
+    cores: int | None = None  # this process's share of the node's; None: nobody else has any
 
     @property
     def first(self) -> bool:
@@ -209,12 +212,23 @@ def join(device: str, strategy: str | None) -> World:
         torch.cuda.set_device(local)
         if owned:
             dist.init_process_group("nccl", device_id=torch.device("cuda", local))
-        return World(
-            rank, size, local, here, dist.new_group(backend="gloo", timeout=PATIENCE), owned
-        )
-    if owned:
-        dist.init_process_group("gloo", timeout=PATIENCE)
-    return World(rank, size, local, here, dist.group.WORLD, owned)
+        control = dist.new_group(backend="gloo", timeout=PATIENCE)
+    else:
+        if owned:
+            dist.init_process_group("gloo", timeout=PATIENCE)
+        control = dist.group.WORLD
+    world = World(rank, size, local, here, control, owned)
+    host = socket.gethostname()
+    return dataclasses.replace(world, cores=share_of_cores(host, world.gather((host, bound()))))
+
+
+def share_of_cores(host: str, told: Sequence[tuple[str, frozenset[int]]]) -> int:
+    """Return how many cores a process on ``host`` may use: an equal share of those that the
+    processes there are bound to, each to its own or all to the same. ``told``: of every rank, its
+    host and its cores.
+    """
+    there = [own for name, own in told if name == host]
+    return max(1, cores(frozenset().union(*there)) // len(there))
 
 
 SIGNS = (

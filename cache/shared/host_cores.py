@@ -10,13 +10,19 @@ from pathlib import Path
 from dspark.cache.shared.control_groups import WHOLE, groups
 
 
-def cores(root: Path = WHOLE) -> int:
-    """Return how many cores this process may use: those that it is bound to, and no more than its
-    control groups give it time of, rounded up. ``root``: where the system's ``proc`` and ``sys``
-    are.
+def bound() -> frozenset[int]:
+    """Return the numbers of the cores that this process is bound to; all where it is to none."""
+    if hasattr(os, "sched_getaffinity"):
+        return frozenset(os.sched_getaffinity(0))
+    return frozenset(range(os.cpu_count() or 1))
+
+
+def cores(among: frozenset[int] | None = None, *, root: Path = WHOLE) -> int:
+    """Return how many cores this process may use: those that it is bound to (``among``: that it and
+    others are), and no more than its control groups give it time of, rounded up. ``root``: where
+    the system's ``proc`` and ``sys`` are.
     """
-    bound = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    found = [bound or 1]
+    found = [len(bound() if among is None else among)]
     for group, version in groups("cpu", root):
         with contextlib.suppress(OSError, ValueError):  # not a group with a limit, or "max"
             found.append(math.ceil(_quota(group, version)))

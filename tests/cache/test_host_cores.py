@@ -9,8 +9,10 @@ import pytest
 from control_groups import system
 
 from dspark.cache.parts import shard_writer
+from dspark.cache.shared import host_cores
 from dspark.cache.shared.host_cores import cores
 from dspark.dump import workers
+from dspark.train.distributed import share_of_cores
 
 V1 = {"cpu.cfs_quota_us": "250000", "cpu.cfs_period_us": "100000"}
 
@@ -45,7 +47,7 @@ def test_the_fewest_count(
     expected: int,
 ) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(16)))
-    assert cores(system(tmp_path, own, groups)) == expected
+    assert cores(root=system(tmp_path, own, groups)) == expected
 
 
 def test_processes_and_threads_are_as_many_as_the_cores_allow(
@@ -71,3 +73,13 @@ def test_a_bound_process_uses_its_cores() -> None:
         assert cores() == 1
     finally:
         os.sched_setaffinity(0, before)
+
+
+def test_ranks_share_the_cores_of_their_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All bound to the same ones (torchrun), or each to its own (a scheduler's tasks)."""
+    monkeypatch.setattr(host_cores, "groups", lambda controller, root: iter([]))
+    same, a, b = (frozenset(range(i, j)) for i, j in ((0, 16), (0, 8), (8, 16)))
+    assert share_of_cores("one", [("one", same), ("one", same), ("two", a)]) == 8
+    assert share_of_cores("one", [("one", a), ("one", b)]) == 8
+    assert share_of_cores("two", [("one", same), ("one", same), ("two", a)]) == 8
+    assert share_of_cores("one", [("one", frozenset({3}))] * 4) == 1

@@ -247,7 +247,7 @@ def workers_of(config: TrainConfig, cache: Stores, compute: Compute, world: Worl
     """
     if config.workers is not None:
         return config.workers
-    share = cores() // world.local_size
+    share = world.cores or cores()
     workers = min(8, max(2, share - 1)) if compute.device.type == "cuda" else 0
     # The answers of a remote store take their time on any device.
     return max(workers, REMOTE_WORKERS) if cache.remote else workers
