@@ -20,6 +20,9 @@ CLAIM, CLAIM_FLOOR = 1024, 64 << 20
 # Blosc's own threads may finish blocks in any order; one thread per chunk gives the same bytes
 # every time.
 numcodecs.blosc.use_threads = False
+# Nor the lock for them, which numcodecs makes at the first chunk even so: a reader's has a name,
+# and Python warns of a leak where the reader was killed. If this is not asked any more, it warns.
+numcodecs.blosc._MUTEX_IS_INIT = True
 
 
 def compressor(spec: StoredArray) -> Any:
