@@ -14,8 +14,7 @@ from typing import Any, ParamSpec, TypeVar
 
 from dspark.cache.errors import EngineError, UsageError, first_line
 from dspark.cache.shared.host_cores import cores
-from dspark.cache.shared.spawned import SpawnedProcess, Spawning
-from dspark.cache.shared.stopping import end_with_parent, leave_to_parent
+from dspark.cache.shared.spawned import Spawning
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -42,25 +41,11 @@ def pickled(value: object, task: str) -> bytes:
         ) from error
 
 
-class _Process(SpawnedProcess):
-    """A process that leaves SIGTERM to its parent (``_begin``); so the executor, which ends the
-    others when one is killed, must use SIGKILL.
-    """
-
-    def terminate(self) -> None:
-        self.kill()
-
-
-class _Spawning(Spawning):
-    Process = _Process
-
-
 class WorkerPool(ProcessPoolExecutor):
-    """Fresh processes that leave Ctrl-C to the parent and end with
-    it, however it ends; all start at once. ``task``: what they do, for messages.
-    ``start(*arguments)`` runs first in each of them. ``workers``: what --workers is, where the pool
-    is not of so many. If one is killed, the others end too, and
-    every unfinished or later task raises ``EngineError``.
+    """Fresh processes that leave signals to the parent and end with it, however it ends; all start
+    at once. ``task``: what they do, for messages. ``start(*arguments)`` runs first in each of them.
+    ``workers``: what --workers is, where the pool is not of so many. If one is killed, the others
+    end too, and every unfinished or later task raises ``EngineError``.
     """
 
     def __init__(
@@ -71,7 +56,7 @@ class WorkerPool(ProcessPoolExecutor):
         arguments: tuple[Any, ...] = (),
         workers: int | None = None,
     ) -> None:
-        context = _Spawning()
+        context = Spawning()
         self.processes, self.task = processes, task
         self._given_out: set[Future[Any]] = set()  # and not done
         self._workers = processes if workers is None else workers
@@ -149,8 +134,6 @@ class WorkerPool(ProcessPoolExecutor):
 
 
 def _begin(meet: Barrier, given: str) -> None:
-    leave_to_parent()
-    end_with_parent()
     try:
         start, arguments = pickle.loads(Path(given).read_bytes())
     except FileNotFoundError:

@@ -43,11 +43,11 @@ def _forget() -> None:
 os.register_at_fork(after_in_child=_forget)
 
 
-def leave_to_parent(*numbers: signal.Signals) -> None:
-    """Ignore signals that reach the whole group in a process that ends when its parent does;
-    without ``numbers`` all that stop a command.
+def leave_to_parent() -> None:
+    """Ignore the signals that stop a command, which reach the whole group, in a process that ends
+    when its parent does.
     """
-    for number in numbers or SIGNALS:
+    for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 
@@ -60,6 +60,8 @@ def end_with_parent() -> None:
 
     parent = multiprocessing.parent_process()
     assert parent is not None
+    if not parent.is_alive():  # ended while this process started
+        os._exit(1)
 
     def watch() -> None:
         connection.wait([parent.sentinel])

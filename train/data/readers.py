@@ -32,7 +32,6 @@ import torch
 from dspark.cache.errors import DsparkError, TrainError
 from dspark.cache.shared.blocks import can_share
 from dspark.cache.shared.spawned import Spawning
-from dspark.cache.shared.stopping import end_with_parent, leave_to_parent
 from dspark.train.data.need import AHEAD, Need
 from dspark.train.data.row import Field, PackedRow
 from dspark.train.data.slots import Desk, Offer, Room, Slots
@@ -205,12 +204,7 @@ def _end(processes: list[BaseProcess], pipes: list[Connection]) -> None:
 
 
 def _serve(pipe: Connection, packed: torch.Tensor) -> None:
-    """All that a reader does: read what it is asked for, until it is ended. Ctrl-C, which reaches
-    every process of a terminal, is left to the training: a reader that died of it would keep the
-    loop from saving.
-    """
-    leave_to_parent(signal.SIGINT, signal.SIGHUP)
-    end_with_parent()
+    """All that a reader does: read what it is asked for, until its pipe is closed."""
     torch.set_num_threads(1)
     rows: Rows = pickle.loads(packed.numpy().tobytes())
     desk = Desk()
