@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Generator, Iterator
 from contextlib import suppress
 from multiprocessing import popen_spawn_posix
@@ -25,7 +26,7 @@ from reader_rows import Many, Numbers
 from small_trainings import small_training
 
 from dspark.cache import errors
-from dspark.cache.shared import blocks
+from dspark.cache.shared import blocks, stopping
 from dspark.cache.shared.blocks import can_share
 from dspark.cache.shared.spawned import SpawnedProcess
 from dspark.train.data import readers
@@ -87,6 +88,26 @@ def test_a_reader_that_is_killed_is_reported_with_the_next_row_and_not_before() 
         next(rows)
 
 
+def test_a_reader_that_is_killed_after_its_last_row() -> None:
+    rows = numbers(0, count=2)
+    assert [next(rows), next(rows)] == [0, 1]
+    (reader,) = multiprocessing.active_children()
+    kill_the_reader()
+    reader.join()
+    assert list(rows) == []
+
+
+@pytest.mark.parametrize("number", stopping.SIGNALS)
+def test_a_signal_to_the_group_does_not_end_readers(number: signal.Signals) -> None:
+    """While they start, or later: the training may need their rows for what it does then."""
+    rows = read_ahead(Numbers(), [(0, i) for i in range(50)], workers=1, pin=False)
+    (reader,) = multiprocessing.active_children()
+    assert reader.pid is not None
+    for i in range(50):
+        os.kill(reader.pid, number)
+        assert next(rows).tokens == i
+
+
 def test_a_reader_that_is_killed_while_it_is_waited_for() -> None:
     rows = numbers(1)
     assert [next(rows), next(rows)] == [0, 1]
@@ -108,14 +129,17 @@ def test_readers_end_with_a_training_that_is_killed_while_they_start() -> None:
         [sys.executable, "-c", code],
         env={**os.environ, "PYTHONPATH": path},
         stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
         start_new_session=True,
     ) as process:
         try:
-            process.communicate(timeout=60)
+            _, said = process.communicate(timeout=60)
         finally:
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
     assert process.returncode == -signal.SIGKILL
+    assert not said
 
 
 def test_a_reader_whose_end_is_known_a_moment_after_its_sentinel() -> None:
@@ -140,7 +164,7 @@ def test_a_reader_whose_end_is_known_a_moment_after_its_sentinel() -> None:
 
 
 def test_a_reader_that_ends_by_itself() -> None:
-    with pytest.raises(errors.TrainError, match="ended with exit code 7"):
+    with pytest.raises(errors.TrainError, match=r"exit code 7 .*above; a script.*__main__"):
         list(numbers(3))
 
 
@@ -171,9 +195,50 @@ def test_readers_end_with_the_rows_that_nobody_takes(how: str) -> None:
     if how == "closed":
         assert isinstance(rows, Generator)
         rows.close()
+    begun = time.monotonic()
     del rows
     gc.collect()
     assert not multiprocessing.active_children()
+    assert time.monotonic() - begun < readers.GRACE / 2, "not one that starts is waited for"
+
+
+def test_readers_do_not_end_with_a_fork_of_the_training() -> None:
+    """Which has its own copy of all that refers to them, and may let go of it."""
+    rows = read_ahead(Numbers(), [(0, i) for i in range(20)], workers=1, pin=False)
+    assert isinstance(rows, Generator)
+    first = next(rows).tokens
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of threads that the fork does not have
+        child = os.fork()
+    if not child:
+        try:
+            rows.close()
+        finally:
+            os._exit(0)
+    os.waitpid(child, 0)
+    assert [first, *(row.tokens for row in rows)] == list(range(20))
+
+
+def test_rows_come_where_no_memory_is_shared(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In memory of their own; what readers read from goes through a pipe."""
+    monkeypatch.setattr(readers, "can_share", lambda: False)
+    order = [(0, i) for i in (7, 99_999, 3)]
+    rows = list(read_ahead(Many(), order, workers=2, pin=False))
+    assert [int(row.data.view(torch.int64).unique()) for row in rows] == [7, 99_999, 3]
+    assert all(row.lent is None for row in rows)
+    assert list(numbers(0, workers=2, count=40)) == list(range(40))
+
+
+@pytest.mark.skipif(not can_share(), reason="rows come in memory of their own here")
+def test_no_file_system_in_memory_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A container's /dev/shm may be small or not writable."""
+
+    def refuse(self: Any) -> None:
+        raise RuntimeError("unable to allocate shared memory: No space left on device")
+
+    monkeypatch.setattr(torch.Tensor, "share_memory_", refuse)
+    rows = read_ahead(Many(), [(0, 7)], workers=1, pin=False)
+    assert [row.tokens for row in rows] == [7]
 
 
 def slots_of_ours() -> int:

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from concurrent.futures import Future
 from functools import partial
 from multiprocessing.process import BaseProcess
-from threading import Event, Thread
+from threading import Thread
 
 from dspark.cache.shared.host_memory import available
 from dspark.train.data.row import PackedRow
@@ -21,8 +21,8 @@ from dspark.train.data.stream import VALIDATION_EPOCH, Stream
 
 log = logging.getLogger("dspark.train")
 READERS, ROWS_OF_ONE = 2, 4  # processes, and the rows that one is started for at least
+GRACE = 2.0  # seconds in which the thread that takes the rows finds that none comes any more
 SHARE = 0.5  # of the host memory that is left, at most, for all processes of a host together
-GRACE = 2.0  # seconds in which the thread that takes the rows has come to the next one
 
 
 class HeldOut:
@@ -49,7 +49,6 @@ class HeldOut:
         self._coming: Future[list[list[PackedRow]]] | None = None
         self._thread: Thread | None = None
         self._readers: list[BaseProcess] = []
-        self._ended = Event()
         if not self.kept:
             log.info(
                 "%d held-out rows take %.2f GB, in each of %d processes here: more than half of "
@@ -74,13 +73,10 @@ class HeldOut:
 
     def __exit__(self, *error: object) -> None:
         """End the readers and let go of the rows."""
-        self._ended.set()
+        for reader in self._readers:
+            reader.kill()
         if self._thread is not None:
             self._thread.join(GRACE)
-            if self._thread.is_alive():  # its readers have not come to their first row yet
-                for reader in self._readers:
-                    reader.kill()
-                self._thread.join(GRACE)
         self._readers = []
         self._steps = self._coming = None
 
@@ -105,8 +101,6 @@ class HeldOut:
             for step in steps:
                 found.append([row.own() for row in step])
                 del step  # or its memory would not be lent again
-                if self._ended.is_set():
-                    break
         except Exception as error:
             coming.set_exception(error)
         else:

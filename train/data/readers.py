@@ -16,27 +16,27 @@ from __future__ import annotations
 import pickle
 import select
 import signal
-import time
 import traceback
-import weakref
 from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import closing, suppress
 from functools import partial
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
+from multiprocessing.util import Finalize
 from typing import NamedTuple, Protocol
 
+import numpy as np
 import torch
 
 from dspark.cache.errors import DsparkError, TrainError
-from dspark.cache.shared.blocks import can_share
+from dspark.cache.shared.blocks import Handle, Region, SharedBlock, can_share, mapped
 from dspark.cache.shared.spawned import Spawning
 from dspark.train.data.need import AHEAD, Need
 from dspark.train.data.row import Field, PackedRow
 from dspark.train.data.slots import Desk, Offer, Room, Slots
 
-GRACE = 2.0  # seconds in which a reader whose connection broke, or was closed, is gone
+GRACE = 2.0  # seconds in which a reader that was killed, or whose connection broke, is gone
 LIKELY = {"SIGKILL": " (out of memory?)", "SIGBUS": " (out of memory, or is /dev/shm full?)"}
 
 At = tuple[int, int]
@@ -129,7 +129,7 @@ def _row(slots: Slots | None, found: Found) -> PackedRow:
 
 class _Readers:
     """``count`` processes that read ``wanted`` rows in turn, each with a pipe. They end with
-    ``close``, or when nothing refers to this any more.
+    ``close``, when nothing refers to this any more, or with this process.
     """
 
     def __init__(self, rows: Rows, wanted: Iterator[Wanted], count: int) -> None:
@@ -138,18 +138,19 @@ class _Readers:
         self._coming: deque[int] = deque()  # whose row is next, and after that
         self._pipes: list[Connection] = []
         self._processes: list[BaseProcess] = []
-        self.close = weakref.finalize(self, _end, self._processes, self._pipes)
-        context = Spawning()
         # In shared memory: what a process is started with goes through a pipe that holds 64 KB and
         # that the child reads only after its imports, and the next child waits for that. With the
         # order of some thousand samples, seconds per reader.
-        packed = torch.frombuffer(bytearray(pickle.dumps(rows)), dtype=torch.uint8)
-        self._packed = packed.share_memory_()  # type: ignore[no-untyped-call]
+        given = SharedBlock(can_share(), name="dspark-order")
+        # Before ``multiprocessing`` waits for its processes at the exit, and not in a fork of ours.
+        self.close = Finalize(self, _end, (self._processes, self._pipes, given), exitpriority=0)
+        context = Spawning()
         try:
+            packed = _hold(given, pickle.dumps(rows))
             for _ in range(count):
                 ours, theirs = context.Pipe()
                 self._pipes.append(ours)
-                process = context.Process(target=_serve, args=(theirs, self._packed), daemon=True)
+                process = context.Process(target=_serve, args=(theirs, packed), daemon=True)
                 with closing(theirs):
                     process.start()
                 self._processes.append(process)
@@ -164,11 +165,13 @@ class _Readers:
             raise
 
     def next(self) -> Found | None:
-        """Wait for the next row; None after the last. Raises TrainError if a reader has ended."""
-        if self._ended.poll(0):
-            _all_there(self._processes)
+        """Wait for the next row; None after the last. Raises TrainError if a reader has ended
+        before.
+        """
         if not self._coming:
             return None
+        if self._ended.poll(0):
+            _all_there(self._processes)
         number = self._coming.popleft()
         try:
             found: Found = self._pipes[number].recv()
@@ -188,25 +191,34 @@ class _Readers:
             self._pipes[number].send_bytes(pickle.dumps(one))  # what ``send`` does, in C
 
 
-def _end(processes: list[BaseProcess], pipes: list[Connection]) -> None:
-    """End the readers. One that does not soon find its pipe closed, since it stands still or waits
-    for a service, is killed: nothing depends on what it is at.
+def _hold(block: SharedBlock, data: bytes) -> Handle | bytes:
+    """Copy ``data`` to ``block``; returns what a process finds it by, or ``data`` itself where no
+    memory can be shared.
+    """
+    if not can_share():
+        return data
+    block.reserve(len(data), slack=False)
+    block.array(Region(0, (len(data),), "uint8"))[:] = np.frombuffer(data, np.uint8)
+    return block.handle()
+
+
+def _end(processes: list[BaseProcess], pipes: list[Connection], given: SharedBlock) -> None:
+    """End the readers at once, also one that imports, waits for a service or stands still: nothing
+    depends on what it is at.
     """
     for pipe in pipes:
         pipe.close()
-    end = time.monotonic() + GRACE
     for process in processes:
-        process.join(max(0.0, end - time.monotonic()))
+        process.kill()
     for process in processes:
-        if process.exitcode is None:
-            process.kill()
-            process.join(GRACE)
+        process.join(GRACE)
+    given.close()
 
 
-def _serve(pipe: Connection, packed: torch.Tensor) -> None:
+def _serve(pipe: Connection, packed: Handle | bytes) -> None:
     """All that a reader does: read what it is asked for, until its pipe is closed."""
     torch.set_num_threads(1)
-    rows: Rows = pickle.loads(packed.numpy().tobytes())
+    rows: Rows = pickle.loads(packed if isinstance(packed, bytes) else mapped(packed).data)
     desk = Desk()
     with suppress(EOFError, ConnectionError):
         while True:
@@ -252,7 +264,10 @@ def _all_there(readers: list[BaseProcess]) -> None:
             name = {s.value: s.name for s in signal.Signals}.get(-code, f"signal {-code}")
             how = f"was killed by {name}{LIKELY.get(name, '')}"
         else:
-            how = f"ended with exit code {code} (what it printed is above)"
+            how = (
+                f"ended with exit code {code} (what it printed is above; a script of yours that "
+                'trains must do so under `if __name__ == "__main__":`, as each reader imports it)'
+            )
         raise TrainError(
             f"a process that reads the store (pid {reader.pid}, of {len(readers)}) {how}; "
             "expected it to run as long as the training. "
