@@ -1,7 +1,7 @@
 """Read a store: ``open(path)`` -> ``Cache``, with random access by sample index. Nothing is read
-before it is needed; a ``Cache`` is cheap to pickle, so each loader worker opens its own files and
-shares no lock with another. Every chunk's crc32c is checked as it is read; a missing or damaged one
-raises DamagedCacheError naming part and array.
+before it is needed; a ``Cache`` is cheap to pickle, so each process that reads opens its own files
+and shares no lock with another. Every chunk's crc32c is checked as it is read; a missing or damaged
+one raises DamagedCacheError naming part and array.
 """
 
 from __future__ import annotations
