@@ -12,6 +12,7 @@ import resource
 import signal
 import subprocess
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Generator, Iterator
@@ -239,6 +240,24 @@ def test_no_file_system_in_memory_is_needed(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(torch.Tensor, "share_memory_", refuse)
     rows = read_ahead(Many(), [(0, 7)], workers=1, pin=False)
     assert [row.tokens for row in rows] == [7]
+
+
+def test_a_row_that_does_not_come_is_told(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whose reader stands still, as with a file system that is gone; it goes on when that does."""
+    rows = numbers(0, count=100)
+    assert next(rows) == 0
+    monkeypatch.setattr(readers, "SILENT", 1)
+    (reader,) = multiprocessing.active_children()
+    assert reader.pid is not None
+    os.kill(reader.pid, signal.SIGSTOP)
+    wake = threading.Timer(2.5, os.kill, (reader.pid, signal.SIGCONT))
+    wake.start()
+    assert list(rows) == list(range(1, 100))
+    wake.join()
+    said = [m for m in caplog.messages if f"(pid {reader.pid}) has not ended" in m]
+    assert [m.partition(":")[0] for m in said] == ["no row for 1 s", "no row for 2 s"]
 
 
 def slots_of_ours() -> int:

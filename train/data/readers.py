@@ -13,6 +13,7 @@ these take turns with the loop's (docs/log/2026-11-27-pipes-to-readers.md).
 
 from __future__ import annotations
 
+import logging
 import pickle
 import select
 import signal
@@ -36,6 +37,8 @@ from dspark.train.data.need import AHEAD, Need
 from dspark.train.data.row import Field, PackedRow
 from dspark.train.data.slots import Desk, Offer, Room, Slots
 
+log = logging.getLogger("dspark.train")
+SILENT = 60  # seconds without the row that is waited for, after which that is said
 GRACE = 2.0  # seconds in which a reader that was killed, or whose connection broke, is gone
 LIKELY = {"SIGKILL": " (out of memory?)", "SIGBUS": " (out of memory, or is /dev/shm full?)"}
 
@@ -154,6 +157,9 @@ class _Readers:
                 with closing(theirs):
                     process.start()
                 self._processes.append(process)
+            self._ready = [select.poll() for _ in self._pipes]
+            for ready, pipe in zip(self._ready, self._pipes, strict=True):
+                ready.register(pipe, select.POLLIN)
             # One question for all of them, where their exit codes are a system call each.
             self._ended = select.poll()
             for one in self._processes:
@@ -173,6 +179,15 @@ class _Readers:
         if self._ended.poll(0):
             _all_there(self._processes)
         number = self._coming.popleft()
+        seconds = 0
+        while not self._ready[number].poll(1000 * SILENT):
+            seconds += SILENT
+            log.warning(
+                "no row for %d s: the process that is to read it (pid %d) has not ended; look at "
+                "what it reads from, and whether it stands still",
+                seconds,
+                self._processes[number].pid,
+            )
         try:
             found: Found = self._pipes[number].recv()
         except (EOFError, OSError):
