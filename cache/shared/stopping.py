@@ -43,6 +43,11 @@ def _forget() -> None:
 os.register_at_fork(after_in_child=_forget)
 
 
+def asked() -> bool:
+    """Tell whether the work that runs here was asked to stop, and has not yet."""
+    return any(one.asked for one in _entered)
+
+
 def leave_to_parent() -> None:
     """Ignore the signals that stop a command, which reach the whole group, in a process that ends
     when its parent does.

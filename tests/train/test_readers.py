@@ -260,6 +260,26 @@ def test_a_row_that_does_not_come_is_told(
     assert [m.partition(":")[0] for m in said] == ["no row for 1 s", "no row for 2 s"]
 
 
+def test_a_training_stops_that_waits_for_a_row(tmp_path: Path) -> None:
+    """Whose reader stands still: asked to stop, it saves what it has."""
+    asked: list[threading.Timer] = []
+
+    def stand_still(step: int, total: int, text: str) -> None:
+        if step == 2:
+            (reader,) = multiprocessing.active_children()
+            assert reader.pid is not None
+            os.kill(reader.pid, signal.SIGSTOP)
+            asked.append(threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM)))
+            asked[0].start()
+
+    config = small_training(
+        tmp_path, [250] * 40, workers=1, val_fraction=0.0, epochs=3, checkpoint_freq=50.0
+    )
+    with pytest.raises(errors.Stopped, match=r"stopped\. Step \d is saved"):
+        train(config, progress=stand_still)
+    assert list((tmp_path / "draft" / "checkpoints").iterdir())
+
+
 def slots_of_ours() -> int:
     """Pieces of memory that this process has mapped for rows. Errors of other tests, caught with
     their frames, are cycles that may still hold some.

@@ -17,6 +17,7 @@ import logging
 import pickle
 import select
 import signal
+import threading
 import traceback
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -33,6 +34,7 @@ import torch
 from dspark.cache.errors import DsparkError, TrainError
 from dspark.cache.shared.blocks import Handle, Region, SharedBlock, can_share, mapped
 from dspark.cache.shared.spawned import Spawning
+from dspark.cache.shared.stopping import asked
 from dspark.train.data.need import AHEAD, Need
 from dspark.train.data.row import Field, PackedRow
 from dspark.train.data.slots import Desk, Offer, Room, Slots
@@ -179,15 +181,7 @@ class _Readers:
         if self._ended.poll(0):
             _all_there(self._processes)
         number = self._coming.popleft()
-        seconds = 0
-        while not self._ready[number].poll(1000 * SILENT):
-            seconds += SILENT
-            log.warning(
-                "no row for %d s: the process that is to read it (pid %d) has not ended; look at "
-                "what it reads from, and whether it stands still",
-                seconds,
-                self._processes[number].pid,
-            )
+        self._wait(number)
         try:
             found: Found = self._pipes[number].recv()
         except (EOFError, OSError):
@@ -196,6 +190,24 @@ class _Readers:
             raise
         self._ask(number)
         return found
+
+    def _wait(self, number: int) -> None:
+        """Wait until a reader has sent something, or has ended. Raises TrainError if the training
+        is asked to stop meanwhile: it stands between two steps, and whoever took the row would
+        learn that next. A thread that reads beside it goes on, since a validation wants its rows.
+        """
+        seconds = 0
+        while not self._ready[number].poll(1000):
+            seconds += 1
+            if asked() and threading.current_thread() is threading.main_thread():
+                raise TrainError("asked to stop while a row was waited for")
+            if seconds % SILENT == 0:
+                log.warning(
+                    "no row for %d s: the process that is to read it (pid %d) has not ended; look "
+                    "at what it reads from, and whether it stands still",
+                    seconds,
+                    self._processes[number].pid,
+                )
 
     def _ask(self, number: int) -> None:
         one = next(self._wanted, None)
