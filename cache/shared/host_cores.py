@@ -9,10 +9,14 @@ from pathlib import Path
 
 from dspark.cache.shared.control_groups import WHOLE, groups
 
+OPENMP = ("OMP_PROC_BIND", "OMP_PLACES", "GOMP_CPU_AFFINITY", "KMP_AFFINITY")
+
 
 def bound() -> frozenset[int]:
-    """Return the numbers of the cores that this process is bound to; all where it is to none."""
-    if hasattr(os, "sched_getaffinity"):
+    """Return the numbers of the cores that this process is bound to; all where it is to none, or
+    where OpenMP binds threads: to one core each, this one among them, as soon as torch is imported.
+    """
+    if hasattr(os, "sched_getaffinity") and not any(map(os.environ.get, OPENMP)):
         return frozenset(os.sched_getaffinity(0))
     return frozenset(range(os.cpu_count() or 1))
 

@@ -47,6 +47,8 @@ def test_the_fewest_count(
     expected: int,
 ) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(16)))
+    for name in host_cores.OPENMP:
+        monkeypatch.delenv(name, raising=False)
     assert cores(root=system(tmp_path, own, groups)) == expected
 
 
@@ -73,6 +75,17 @@ def test_a_bound_process_uses_its_cores() -> None:
         assert cores() == 1
     finally:
         os.sched_setaffinity(0, before)
+
+
+def test_a_thread_that_openmp_binds_says_nothing_of_the_process(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(host_cores, "groups", lambda controller, root: iter([]))
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {3})
+    monkeypatch.setattr(os, "cpu_count", lambda: 16)
+    assert cores() == 1
+    monkeypatch.setenv("OMP_PROC_BIND", "close")
+    assert cores() == 16
 
 
 def test_ranks_share_the_cores_of_their_host(monkeypatch: pytest.MonkeyPatch) -> None:
