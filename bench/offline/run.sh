@@ -62,6 +62,7 @@ setup() {
 	mkdir -p "$W/log" "$W/out" "$W/path" "$STORES"
 	nvidia-smi --query-gpu=name,clocks.sm,clocks_throttle_reasons.active,temperature.gpu --format=csv
 	tar xf "$1/common.tar" -C "$W"
+	[ -d "$1/meta" ] && cp -r "$1/meta" "$W"
 	python3 -m pip install -q --no-index --no-deps --no-compile --upgrade --target "$W/site" "$W"/whl/*
 	rm -rf "$SOURCE" && mkdir "$SOURCE" && cp -r -- * "$SOURCE" # as it stands, committed or not
 	ln -sfn "$SOURCE" "$W/path/dspark"
