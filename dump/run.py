@@ -65,7 +65,7 @@ from dspark.dump.writing.writers import writers
 
 if TYPE_CHECKING:
     from dspark.dump.corpus.parts import PartRows, SourcesReader
-    from dspark.dump.engines.engine import Engine, States
+    from dspark.dump.engines.engine import Engine
     from dspark.dump.progress import Display
 
 STOPPING = "discarding unfinished parts, committing finished ones"
@@ -218,45 +218,6 @@ def continued(job: Job, stored: Manifest) -> Job:
     return dataclasses.replace(job, plan=plan, manifest=manifest)
 
 
-def opened(
-    job: Job,
-    engine: Engine,
-    probe: Sequence[TokenSample],
-    writer: StoreWriter | None,
-    show: Display,
-    guard: Callable[[], None],
-) -> tuple[StoreWriter, list[States]]:
-    """Check the engine on ``probe``; return what writes the store, begun if it is new (None), and
-    the probe's states.
-    """
-    config = job.config
-    frozen = engine.frozen()
-    logits = Logits.of_config(job.target.config)
-    with warmed(job, engine, resuming=writer is not None) as ready:
-        agreement, states = check(
-            engine, probe, frozen, job.plan.dtype, job.plan.layers, logits, job.corpus.id
-        )
-        if logits != PLAIN:
-            show.say(
-                f"note: the target {logits}; the store keeps the last states from before that "
-                "step, and its config.json describes it"
-            )
-        show.say(
-            f"self-check passed: states and engine agree at {agreement.agree:.1%} of "
-            f"{agreement.positions} positions "
-            f"(largest log-probability difference {agreement.worst:.2g})"
-        )
-        raw = [states[i] for i in sorted(states)]
-        if writer is None:
-            writer = begun(job, engine, probe, raw, show, guard, ready)
-        else:
-            if restored := writer.restore_target(compact(frozen), job.target.files):
-                show.say(f"restored in {config.output / 'target'}: {', '.join(restored)}")
-            check_coded(engine, probe, raw, writer.codec, job.plan.layers)
-            writer.append(job.manifest.sources)
-    return writer, raw
-
-
 def run_engine(
     job: Job,
     engine: Engine,
@@ -326,11 +287,34 @@ def begin_or_resume(
     show: Display,
     guard: Callable[[], None],
 ) -> tuple[StoreWriter, dict[str, Any]]:
-    """Check the engine and begin the store or go on with it; returns its writer and what its codec
-    loses.
+    """Check the engine on ``probe``, and begin the store if it is new (None) or go on with it;
+    returns its writer and what its codec loses.
     """
     config = job.config
-    writer, raw = opened(job, engine, probe, writer, show, guard)
+    frozen = engine.frozen()
+    logits = Logits.of_config(job.target.config)
+    with warmed(job, engine, resuming=writer is not None) as ready:
+        agreement, states = check(
+            engine, probe, frozen, job.plan.dtype, job.plan.layers, logits, job.corpus.id
+        )
+        if logits != PLAIN:
+            show.say(
+                f"note: the target {logits}; the store keeps the last states from before that "
+                "step, and its config.json describes it"
+            )
+        show.say(
+            f"self-check passed: states and engine agree at {agreement.agree:.1%} of "
+            f"{agreement.positions} positions "
+            f"(largest log-probability difference {agreement.worst:.2g})"
+        )
+        raw = [states[i] for i in sorted(states)]
+        if writer is None:
+            writer = begun(job, engine, probe, raw, show, guard, ready)
+        else:
+            if restored := writer.restore_target(compact(frozen), job.target.files):
+                show.say(f"restored in {config.output / 'target'}: {', '.join(restored)}")
+            check_coded(engine, probe, raw, writer.codec, job.plan.layers)
+            writer.append(job.manifest.sources)
     writer.guard = guard
     # Only now: an old store that could not be replaced keeps what was asked of it.
     settings = config_file.resolved(dataclasses.asdict(config), "dspark-dump")

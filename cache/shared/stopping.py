@@ -44,7 +44,7 @@ os.register_at_fork(after_in_child=_forget)
 
 
 def asked() -> bool:
-    """Tell whether the work that runs here was asked to stop, and has not yet."""
+    """Tell whether what runs here was asked to stop."""
     return any(one.asked for one in _entered)
 
 

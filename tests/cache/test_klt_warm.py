@@ -8,6 +8,7 @@ import dataclasses
 import sys
 import threading
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,13 @@ def test_a_thread_runs_while_states_are_captured(
     assert done == [(CODEC, 3, 64, torch.device("cuda", 1), torch.bfloat16)]
 
 
+def begun(reading: bool) -> AbstractContextManager[Any]:
+    """The warming of a training, or of a dump."""
+    if reading:
+        return warm.warming_to_read([CODEC], 64, torch.device("cuda"), torch.bfloat16)
+    return warm.warming(CODEC, 3, 64, "cuda")
+
+
 @pytest.mark.parametrize("reading", [False, True])
 def test_all_threads_work_on_the_gpu_that_is_current(
     monkeypatch: pytest.MonkeyPatch,
@@ -100,13 +108,10 @@ def test_all_threads_work_on_the_gpu_that_is_current(
 
     monkeypatch.setattr(warm, "launches", launches)
     monkeypatch.setattr(warm, "solve", lambda device: launch())
+    with begun(reading):
+        pass
     if reading:
-        with warm.warming_to_read([CODEC], 64, torch.device("cuda"), torch.bfloat16):
-            pass
         assert not caplog.text
-    else:
-        with warm.warming(CODEC, 3, 64, "cuda"):
-            pass
     assert devices == [torch.device("cuda", 1)]
     assert len(ran) == (3 if reading else 4)
     assert {name: second_gpu.get(name) for name in ran} == dict.fromkeys(ran, 1)
@@ -124,11 +129,8 @@ def test_a_triton_that_cannot_be_imported_warms_nothing(
     monkeypatch.setitem(sys.modules, "dspark.cache.codec.klt.kernels", None)
     monkeypatch.delattr(klt, "kernels", raising=False)
     monkeypatch.setattr(warm, "Thread", None)
-    if reading:
-        with warm.warming_to_read([CODEC], 64, torch.device("cuda"), torch.bfloat16):
-            pass
-    else:
-        with warm.warming(CODEC, 3, 64, "cuda") as ready:
+    with begun(reading) as ready:
+        if ready is not None:
             ready()
     assert "nothing of the transform codec is compiled ahead" in caplog.text
 

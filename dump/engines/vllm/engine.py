@@ -161,7 +161,7 @@ class VllmEngine:
         arguments = llm_arguments(
             model, ids, dtype=dtype, seq_length=seq_length, spool=spool,
             batch_tokens=BATCH_BYTES // token_bytes, options=options,
-            sharing=split.engines if split and split.shared else 1,
+            sharing=split.sharing if split else 1,
         )  # fmt: skip
         frozen, norm = read_frozen(model, shapes, options.trust_remote_code)
         shutil.rmtree(spool, ignore_errors=True)

@@ -104,6 +104,11 @@ class Split:
     why: str = ""
     shared: bool = False  # all engines on the same GPU
 
+    @property
+    def sharing(self) -> int:
+        """Engines on one GPU."""
+        return self.engines if self.shared else 1
+
 
 def choose_split(
     gpus: int,
@@ -221,17 +226,16 @@ def memory_share(
     """
     if "gpu_memory_utilization" in dict(options.arguments) or not split.gpus or not memory:
         return None
-    sharing = split.engines if split.shared else 1
     share = GPU_SHARE - max(0.0, (leave + CONTEXT_BYTES) / memory - (1 - GPU_SHARE))
-    held = (weights or memory) * sharing / split.gpus / memory
+    held = (weights or memory) * split.sharing / split.gpus / memory
     if not leave or share < held + LEAST_BESIDE:
         share = GPU_SHARE
     if split.shared:
         # What is not vLLM's is for the coding beside the target: each engine does that.
-        coding = (sharing - 1) * (1 - GPU_SHARE)
+        coding = (split.sharing - 1) * (1 - GPU_SHARE)
         if share - coding >= held + LEAST_BESIDE:
             share -= coding
-        return round(share / sharing, 3)
+        return round(share / split.sharing, 3)
     return round(share, 3) if share < GPU_SHARE else None
 
 
