@@ -219,16 +219,18 @@ def join(device: str, strategy: str | None) -> World:
         control = dist.group.WORLD
     world = World(rank, size, local, here, control, owned)
     host = socket.gethostname()
-    return dataclasses.replace(world, cores=share_of_cores(host, world.gather((host, bound()))))
+    return dataclasses.replace(
+        world, cores=share_of_cores(host, here, world.gather((host, bound())))
+    )
 
 
-def share_of_cores(host: str, told: Sequence[tuple[str, frozenset[int]]]) -> int:
-    """Return how many cores a process on ``host`` may use: an equal share of those that the
-    processes there are bound to, each to its own or all to the same. ``told``: of every rank, its
+def share_of_cores(host: str, count: int, told: Sequence[tuple[str, frozenset[int]]]) -> int:
+    """Return how many cores each of ``count`` processes on ``host`` may use: an equal share of
+    those that they are bound to, each to its own or all to the same. ``told``: of every rank, its
     host and its cores.
     """
-    there = [own for name, own in told if name == host]
-    return max(1, cores(frozenset().union(*there)) // len(there))
+    there = frozenset[int]().union(*(own for name, own in told if name == host))
+    return max(1, cores(there) // count)
 
 
 SIGNS = (

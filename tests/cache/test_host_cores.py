@@ -92,7 +92,8 @@ def test_ranks_share_the_cores_of_their_host(monkeypatch: pytest.MonkeyPatch) ->
     """All bound to the same ones (torchrun), or each to its own (a scheduler's tasks)."""
     monkeypatch.setattr(host_cores, "groups", lambda controller, root: iter([]))
     same, a, b = (frozenset(range(i, j)) for i, j in ((0, 16), (0, 8), (8, 16)))
-    assert share_of_cores("one", [("one", same), ("one", same), ("two", a)]) == 8
-    assert share_of_cores("one", [("one", a), ("one", b)]) == 8
-    assert share_of_cores("two", [("one", same), ("one", same), ("two", a)]) == 8
-    assert share_of_cores("one", [("one", frozenset({3}))] * 4) == 1
+    assert share_of_cores("one", 2, [("one", same), ("one", same), ("two", a)]) == 8
+    assert share_of_cores("one", 2, [("one", a), ("one", b)]) == 8
+    assert share_of_cores("two", 1, [("one", same), ("one", same), ("two", a)]) == 8
+    assert share_of_cores("name of many", 2, [("name of many", same)] * 4) == 8
+    assert share_of_cores("one", 4, [("one", frozenset({3}))] * 4) == 1
